@@ -226,6 +226,11 @@ class StepObjective(Objective):
 
     has_choice: ClassVar[bool] = False
 
+    @property
+    def largest_term(self) -> float:
+        """Size of the terms that cancel in the loss, whose rounding a small loss does not lose."""
+        return 1.0
+
     def logits(self, outputs: Any) -> Tensor:
         """Return the states of the last layer, `(texts, seq, width)`."""
         states: Tensor = outputs.last_hidden_state

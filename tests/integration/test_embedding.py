@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +25,8 @@ from ftlevel.commands.preview import preview
 from ftlevel.commands.train import train
 from ftlevel.config import EvaluateConfig, MergeConfig, ModelConfig, PredictConfig, TrainConfig
 from ftlevel.errors import ConfigError, FtlevelError
+from ftlevel.task import StepTexts
+from ftlevel.tasks.embedding.losses import STEP_LOSSES, LossOptions
 
 ModelDir = Callable[..., Path]
 _NAMES = ("cat", "dog", "house", "tree", "river", "stone", "bird", "fish")
@@ -157,6 +161,67 @@ def test_two_processes_see_one_step(pairs: Path, tiny_model_dir: ModelDir, tmp_p
     assert _difference(tmp_path / "one", tmp_path / "two") < 1e-6
 
 
+@pytest.fixture(scope="module")
+def two_sets(pairs: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Files of 13 and 6 rows; the label of a positive is 1 in one and 2 in the other."""
+    rows = [json.loads(line) for line in (pairs / "train.jsonl").open(encoding="utf-8")]
+    folder, files = tmp_path_factory.mktemp("sets"), []
+    for label, own in ((1, rows[:13]), (2, rows[13:19])):
+        listed = [
+            {"query": row["anchor"], "documents": [row["positive"]], "labels": [label]}
+            for row in own
+        ]
+        files.append(str(_write(folder / f"set{label}.jsonl", listed)))
+    return files
+
+
+def _train_sets(model: Path, files: list[str], out: Path, batch: int, accumulated: int) -> None:
+    """Train two epochs, and write the labels of each step's positives to OUT.RANK.json."""
+    seen: list[list[float]] = []
+    mnrl = STEP_LOSSES["mnrl"]
+
+    def record(vectors: torch.Tensor, step: StepTexts, options: LossOptions) -> torch.Tensor:
+        seen.append([label for labels in step.labels for label in labels])
+        return mnrl(vectors, step, options)
+
+    train_settings = {
+        "max_steps": None,
+        "num_train_epochs": 2,
+        "per_device_train_batch_size": batch,
+        "gradient_accumulation_steps": accumulated,
+        "optim": "sgd",
+        "learning_rate": 0.5,
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(STEP_LOSSES, "mnrl", record)
+        more = {"train": train_settings, "speed": {"verify": False}}
+        config = _config(model, Path(files[0]), out, **more)
+        also = config.data.model_copy(update={"also": tuple(files[1:])})
+        train(config.with_sections(data=also))
+    out.with_suffix(f".{os.environ.get('RANK', 0)}.json").write_text(json.dumps(seen))
+
+
+def test_a_step_has_rows_of_one_dataset(
+    two_sets: list[str], tiny_model_dir: ModelDir, tmp_path: Path
+) -> None:
+    """In steps of 4, 13 and 6 rows are 4 and 2 steps, also accumulated and in two processes."""
+    model = tiny_model_dir("bert", "mlm", **_NO_DROPOUT)
+    _train_sets(model, two_sets, tmp_path / "one", 4, 1)
+    _train_sets(model, two_sets, tmp_path / "accumulated", 1, 4)
+    both = ranks.start(_train_sets, [(model, two_sets, tmp_path / "two", 2, 1)] * 2)
+    assert ranks.end(both) == [0, 0]
+    steps = json.loads((tmp_path / "one.0.json").read_text())
+    assert len(steps) == 2 * (4 + 2)
+    assert all(len(set(labels)) == 1 for labels in steps)
+    for epoch in (steps[:6], steps[6:]):
+        assert sorted(map(len, epoch)) == [1, 2, 4, 4, 4, 4]
+    assert steps[:6] != steps[6:]
+    for name in ("accumulated.0", "two.0", "two.1"):
+        assert json.loads((tmp_path / f"{name}.json").read_text()) == steps, name
+    for name in ("accumulated", "two"):
+        assert _difference(tmp_path / "one", tmp_path / name) < 1e-6, name
+
+
 def test_dropout_is_replayed(pairs: Path, tiny_model_dir: ModelDir, tmp_path: Path) -> None:
     """Both ways to compute a step draw the same dropout, BERT's and LoRA's: the bits are equal."""
     model = tiny_model_dir("bert", "mlm")
@@ -219,6 +284,11 @@ BAD: dict[str, tuple[list[dict[str, Any]], list[str], str]] = {
         [{"anchor": f"a cat {i}", "positive": f"a cat {i}"} for i in range(4)],
         [],
         "the positive of every row equals its query",
+    ),
+    "no relevant document": (
+        [{"query": f"a cat {i}", "documents": ["a dog"], "labels": [i % 2]} for i in range(4)],
+        [],
+        "rows.jsonl:1: no document has a label above 0, as in 2 of 4 rows",
     ),
     "unknown pooling": ([], ["--pooling", "median"], "median"),
     "too many dimensions": ([], ["--matryoshka-dims", "128,64"], "128: embeddings of"),
@@ -293,6 +363,31 @@ def test_a_guide_and_a_teacher_may_have_another_tokenizer(
     same = train(_config(model, triplets, tmp_path / "same", **own)).summary
     assert same["loss_first"] == pytest.approx(0, abs=1e-6)  # the model is its own teacher
     assert apart["loss_first"] > 1e-6
+
+
+def test_a_teacher_may_be_a_reranker(
+    triplets: Path, tiny_model_dir: ModelDir, tmp_path: Path
+) -> None:
+    """margin-mse learns the margins of the scores that `predict` returns."""
+    rows = [json.loads(line) for line in triplets.open(encoding="utf-8")][:8]
+    listed = [
+        {"query": r["anchor"], "documents": [r["positive"], r["negative"]], "labels": [1, 0]}
+        for r in rows
+    ]
+    reranker = tmp_path / "reranker"
+    teacher = _config(tiny_model_dir("bert", "mlm"), _write(tmp_path / "listed.jsonl", listed),
+                      reranker)  # fmt: skip
+    train(teacher.with_sections(task="reranking"))
+    candidates = [{name: row[name] for name in ("query", "documents")} for row in listed]
+    scored = predict(PredictConfig(name=str(reranker), device="cpu"), candidates).rows or []
+    model, data = tiny_model_dir("bert", "mlm", **_NO_DROPOUT), _write(tmp_path / "r.jsonl", rows)
+    more = {"distillation": {"teacher": str(reranker)}, "embedding": {"loss": "margin-mse"}}
+    found = train(_config(model, data, tmp_path / "run", train={"max_steps": 1}, **more)).summary
+    texts = [[row[name] for row in rows] for name in ("anchor", "positive", "negative")]
+    query, good, bad = (_by_hand(model, own, "") for own in texts)
+    margins = (query * good).sum(1) - (query * bad).sum(1)
+    wanted = torch.tensor([row["prediction"][0] - row["prediction"][1] for row in scored])
+    assert found["loss_first"] == pytest.approx(float((margins - wanted).square().mean()), rel=1e-4)
 
 
 def test_matryoshka_reports_every_dimension(
@@ -411,3 +506,129 @@ def test_a_run_does_not_resume_with_another_guide_or_teacher(
     section = "distillation" if flag == "teacher" else "embedding"
     more = {**more, section: {**more[section], flag: str(moved)}}
     train(_config(model, triplets, out, train=saving, output=again, **more))
+
+
+@pytest.fixture(scope="module")
+def beir(pairs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Judgments of 8 queries, each with two relevant documents, among 32 + 8 documents."""
+    folder = tmp_path_factory.mktemp("beir")
+    rows = [json.loads(line) for line in (pairs / "train.jsonl").open(encoding="utf-8")]
+    asked = [json.loads(line) for line in (pairs / "validation.jsonl").open(encoding="utf-8")]
+    texts = [row["positive"] for row in (*rows, *asked)]
+    _write(folder / "corpus.jsonl", [{"_id": f"d{i}", "text": t} for i, t in enumerate(texts)])
+    queries = [{"_id": f"q{i}", "text": row["anchor"]} for i, row in enumerate(asked)]
+    _write(folder / "queries.jsonl", queries)
+    lines = [f"q{i}\td{at}\t1\n" for i in range(8) for at in (4 * i, 32 + i)]
+    (folder / "qrels").mkdir()
+    (folder / "qrels/dev.tsv").write_text("query-id\tcorpus-id\tscore\n" + "".join(lines))
+    return folder
+
+
+def _search_by_hand(model: Path, beir: Path, *, both: bool = True) -> dict[str, float]:
+    """Return nDCG@10 and MRR@10 of a search one query at a time.
+
+    Without `both`, only the second of its documents is relevant to a query.
+    """
+    texts = {
+        name: [json.loads(line)["text"] for line in (beir / f"{name}.jsonl").open()]
+        for name in ("queries", "corpus")
+    }
+    scores = _by_hand(model, texts["queries"], "") @ _by_hand(model, texts["corpus"], "").T
+    gains, reciprocals = [], []
+    for i, line in enumerate(scores.tolist()):
+        order = sorted(range(len(line)), key=lambda at: -line[at])
+        ranks = [order.index(at) + 1 for at in ((4 * i, 32 + i) if both else (32 + i,))]
+        found = sum(1 / math.log2(rank + 1) for rank in ranks if rank <= 10)
+        gains.append(found / (1 + 1 / math.log2(3) if both else 1))
+        reciprocals.append(1 / min(ranks) if min(ranks) <= 10 else 0)
+    return {"ndcg@10": sum(gains) / 8, "mrr@10": sum(reciprocals) / 8}
+
+
+def test_training_searches_the_corpus_of_a_retrieval_set(
+    pairs: Path, beir: Path, tiny_model_dir: ModelDir, tmp_path: Path
+) -> None:
+    """Metrics in training, of `evaluate RUN` and of `evaluate --qrels` are those of plain loops."""
+    model, out = tiny_model_dir("bert", "mlm"), tmp_path / "run"
+    data = {"dataset": str(pairs / "train.jsonl"), "qrels": str(beir / "qrels/dev.tsv")}
+    sections = _config(model, pairs, out).with_sections(data=data)
+    summary = train(sections).summary
+    merged = tmp_path / "merged"
+    merge(MergeConfig(adapters=[str(out)], output_dir=merged, device="cpu"))
+    expected = _search_by_hand(merged, beir)
+    before = _search_by_hand(model, beir)
+    assert summary["data"]["validation_rows"] == 8
+    for settings in ({}, {"qrels": beir / "qrels/dev.tsv"}):
+        found = evaluate(EvaluateConfig(name=str(out), resamples=0, device="cpu", **settings))
+        for name, value in expected.items():
+            assert summary["metrics"][name] == pytest.approx(value, abs=1e-6)
+            assert found.metrics[name] == pytest.approx(value, abs=1e-6)
+            assert found.base[name] == pytest.approx(before[name], abs=1e-6)
+
+
+def test_validation_rows_are_looked_up_in_another_corpus(
+    pairs: Path,
+    beir: Path,
+    tiny_model_dir: ModelDir,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The search is that of plain loops; a corpus has to hold the relevant documents."""
+    model = tiny_model_dir("bert", "mlm")
+    config = _config(model, pairs, tmp_path / "own", train={"max_steps": 1, "learning_rate": 1e-9})
+    corpus = {"corpus": str(beir / "corpus.jsonl")}
+    wide = {**config.data.model_dump(exclude_defaults=True), **corpus}
+    found = train(config.with_sections(data=wide)).summary
+    for name, value in _search_by_hand(model, beir, both=False).items():
+        assert found["metrics"][name] == pytest.approx(value, abs=1e-6)
+    checks = {each["name"]: each["count"] for each in found["data"]["gate"]}
+    assert checks["trained_documents"] == 32
+    arguments = ["train", "--task", "embedding", "--model", str(model), "--dataset", str(pairs),
+                 "--output-dir", str(tmp_path / "none"), "--device", "cpu"]  # fmt: skip
+    other = _write(tmp_path / "other.jsonl", [{"text": "a cat that is old and more"}])
+    assert run([*arguments, "--corpus", str(other)]) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert "relevant documents that are not in the corpus: 8 of 8 validation rows" in said
+    assert "validation.jsonl:1: 'a cat very that" in said or "'a very cat" in said
+    qrels = ["--qrels", str(beir / "qrels/dev.tsv")]
+    assert run([*arguments, *qrels, "--corpus", str(beir / "queries.jsonl")]) == 2
+    assert "16 judgments refer to a missing query or document" in capsys.readouterr().err
+    assert run([*arguments, *qrels, "--validation-split", "0.1"]) == 2
+    assert "both define the validation rows" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("loss", ["gist", "kl", "margin-mse", "triplet"])
+def test_validation_rows_need_no_guide_teacher_or_negatives(
+    loss: str, triplets: Path, pairs: Path, beir: Path, tiny_model_dir: ModelDir, tmp_path: Path
+) -> None:
+    """Rows of which the training loss is unknown are scored by mnrl, in `evaluate` too."""
+    model, other = tiny_model_dir("bert", "mlm"), tiny_model_dir("roberta", "mlm")
+    more: dict[str, Any] = {"embedding": {"loss": loss}}
+    if loss == "gist":
+        more["embedding"]["guide"] = str(other)
+    elif loss != "triplet":
+        more["distillation"] = {"teacher": str(other)}
+    out = tmp_path / "run"
+    data = {"dataset": str(triplets), "qrels": str(beir / "qrels/dev.tsv")}
+    config = _config(model, pairs, out, train={"max_steps": 1}, **more).with_sections(data=data)
+    summary = train(config).summary
+    found = evaluate(EvaluateConfig(name=str(out), resamples=0, base=False, device="cpu"))
+    assert found.metrics["loss"] == pytest.approx(summary["metrics"]["loss"], rel=1e-5)
+    assert found.metrics["ndcg@10"] == pytest.approx(summary["metrics"]["ndcg@10"], abs=1e-6)
+
+
+def test_a_model_trained_in_full_is_evaluated_beside_its_base(
+    pairs: Path, beir: Path, tiny_model_dir: ModelDir, tmp_path: Path
+) -> None:
+    model, out = tmp_path / "base", tmp_path / "run"
+    shutil.copytree(tiny_model_dir("bert", "mlm"), model)
+    summary = train(_config(model, pairs, out, method={"kind": "full"})).summary
+    found = evaluate(EvaluateConfig(name=str(out), resamples=10, device="cpu"))
+    for name, value in summary["metrics_before"].items():  # evaluated before step 1 in any case
+        assert found.base[name] == pytest.approx(value, abs=1e-6)
+    assert found.summary["difference_intervals"].keys() >= {"ndcg@10"}
+    judged = {"qrels": beir / "qrels/dev.tsv", "resamples": 0, "device": "cpu"}
+    before = evaluate(EvaluateConfig(name=str(out), **judged)).base
+    for name, value in _search_by_hand(model, beir).items():
+        assert before[name] == pytest.approx(value, abs=1e-6)
+    shutil.rmtree(model)
+    assert evaluate(EvaluateConfig(name=str(out), **judged)).base == {}

@@ -83,6 +83,16 @@ def test_a_retrieval_set_gives_the_metrics_of_the_same_validation_rows(
     assert found["base"]["ndcg@10"] != found["metrics"]["ndcg@10"]
 
 
+def test_the_corpus_of_the_same_documents_gives_the_same_metrics(
+    trained: Path, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    corpus = ["--corpus", str(folder / "corpus.jsonl"), "--device", "cpu", "--json", "--no-base"]
+    for rows in ([], ["--dataset", str(folder / "pairs.jsonl")]):
+        assert run(["evaluate", str(trained), *corpus, *rows]) == 0
+        own = json.loads((trained / "summary.json").read_text())["metrics"]
+        assert _json(capsys)["metrics"]["ndcg@10"] == pytest.approx(own["ndcg@10"], abs=1e-6)
+
+
 def test_embeddings_are_the_same_in_every_file(trained: Path, folder: Path) -> None:
     arrays = []
     for suffix in ("npy", "parquet", "jsonl"):
@@ -184,7 +194,10 @@ BAD = {
         ["predict", "{run}", "--dataset", "{folder}/corpus.jsonl", "--output", "{out}.npz"],
         "cannot write '.npz'",
     ),
-    "corpus": (["evaluate", "{run}", "--corpus", "{folder}/corpus.jsonl"], "needs --qrels"),
+    "corpus": (
+        ["evaluate", "{run}", "--corpus", "{folder}/queries.jsonl"],
+        "relevant documents that are not in the corpus: 8 of 8 validation rows",
+    ),
     "positives": (
         ["mine", "{run}", "--dataset", "{folder}/corpus.jsonl", "--out", "{out}.jsonl"],
         "do not say what to mine",

@@ -27,13 +27,15 @@ _FIELDS = {
     "data.dataset": "--dataset",
     "data.also": "--dataset",
     "data.validation_file": "--validation-file",
+    "data.qrels": "--qrels",
+    "data.corpus": "--corpus",
     "data.chat_template": "--chat-template",
     "preference.reference": "--reference",
     "distillation.teacher": "--teacher",
 }
 """Dotted field that may contain a local path → the flag that sets it."""
 
-DATA_PATHS = ("data.dataset", "data.also", "data.validation_file")
+DATA_PATHS = ("data.dataset", "data.also", "data.validation_file", "data.qrels", "data.corpus")
 """Fields with the paths of the data."""
 
 

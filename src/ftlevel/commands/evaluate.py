@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from ftlevel.data.encoding.fit import LengthBounds
 from ftlevel.data.prepare.encoder import EncodingContext
 from ftlevel.data.prepare.inference import EvaluationRows, load_evaluation_rows
 from ftlevel.data.prepare.loading import read_splits
+from ftlevel.data.sources.beir import read_retrieval_set
 from ftlevel.data.sources.lines import STDIN
 from ftlevel.errors import ConfigError, InputError
 from ftlevel.evaluation.intervals import (
@@ -45,11 +47,10 @@ from ftlevel.models.hardware import choose_device
 from ftlevel.models.loading import silence_loggers
 from ftlevel.models.quantization import quantization_form
 from ftlevel.tasks import TASKS, BaseTask
-from ftlevel.tasks.embedding.beir import read_retrieval_set
 from ftlevel.tasks.rl.objective import PolicyGradient
 from ftlevel.trained.generation import GenerationOptions
 from ftlevel.trained.model_ref import LoadedModel, ModelRef
-from ftlevel.trained.resolve import describe_dtype, resolve_model
+from ftlevel.trained.resolve import describe_dtype, find_full_base, resolve_model
 from ftlevel.training.build_trainer import eval_batch_size
 from ftlevel.training.plan.schedule import text_positions
 
@@ -119,11 +120,10 @@ def evaluate(config: EvaluateConfig, *, listener: Listener | None = None) -> Eva
         for remark in trained.objective.find_warnings(metrics):
             listener.warn(remark)
         base, base_record = {}, None
-        if config.base and trained.has_adapter and not ref.card.heads:
-            listener.stage("evaluating the base model")
-            base_record = ExampleRecord(trained.objective)
-            with trained.without_adapter():
-                base = evaluator(trained.model, base_record)
+        with _base_of(trained, config, listener) as original:
+            if original is not None:
+                base_record = ExampleRecord(trained.objective)
+                base = evaluator(original.model, base_record)
         against = None
         if other is not None:
             listener.stage(f"evaluating {config.name} and {config.against} on the same rows")
@@ -171,6 +171,26 @@ def evaluate(config: EvaluateConfig, *, listener: Listener | None = None) -> Eva
     return Evaluation(metrics, base, summary, draws)
 
 
+@contextlib.contextmanager
+def _base_of(
+    trained: LoadedModel, config: EvaluateConfig, listener: Listener
+) -> Iterator[LoadedModel | None]:
+    """Yield the base of `trained`: itself without adapter, or loaded beside a fully trained model.
+
+    None with `--no-base`, with a new head, and if the base is not there.
+    """
+    full_base = find_full_base(trained.ref) if config.base else None
+    if config.base and trained.has_adapter and not trained.ref.card.heads:
+        listener.stage("evaluating the base model")
+        with trained.without_adapter():
+            yield trained
+    elif full_base is not None:
+        listener.stage("evaluating the base model")
+        yield full_base.load(trained.device)
+    else:
+        yield None
+
+
 def _evaluate_on_judgments(config: EvaluateConfig, qrels: Path, listener: Listener) -> Evaluation:
     """Search the corpus of a retrieval set for its queries, and score what is found."""
     for flag, value in (
@@ -215,10 +235,9 @@ def _evaluate_on_judgments(config: EvaluateConfig, qrels: Path, listener: Listen
         if cut:
             listener.warn(f"{cut:,} texts exceed the maximum length and are truncated.")
         base = None
-        if config.base and trained.has_adapter:
-            listener.stage("evaluating the base model")
-            with trained.without_adapter():
-                base, _ = evaluate_retrieval(trained, data, config.batch_size, listener.answered)
+        with _base_of(trained, config, listener) as original:
+            if original is not None:
+                base, _ = evaluate_retrieval(original, data, config.batch_size, listener.answered)
     draws: dict[str, np.ndarray] = {}
     intervals: dict[str, Any] = {}
     if config.resamples:
@@ -308,6 +327,8 @@ def _settings(config: EvaluateConfig, ref: ModelRef) -> tuple[TrainConfig, bool]
             "also": (),
             "mix": None,
             "validation_file": None,
+            "qrels": None,
+            "corpus": None,
             "subset": config.subset,
             "input_format": config.input_format,
             "split": None,
@@ -315,6 +336,8 @@ def _settings(config: EvaluateConfig, ref: ModelRef) -> tuple[TrainConfig, bool]
             "max_samples": None,
             "max_eval_samples": None,
         }
+    if config.corpus is not None:
+        changes["corpus"] = config.corpus
     if config.columns:
         changes["columns"] = config.columns
     if config.ignore_columns:
@@ -401,6 +424,7 @@ def _evaluator(
         language=held_out.language,
         chunked_cross_entropy=speed.fast and speed.chunked_cross_entropy,
         metrics=metrics,
+        corpus=held_out.corpus,
     )
 
 
@@ -450,6 +474,8 @@ def _choices(
     ref = trained.ref
     if not config.base:
         base = "not scored"
+    elif find_full_base(ref):
+        base = f"evaluated for comparison: {ref.card.base['name']}"
     elif not trained.has_adapter:
         base = "there is no adapter to disable"
     elif ref.card.heads:

@@ -42,7 +42,9 @@ class EvaluateConfig(DecodingAsInTraining):
         "--dataset. Queries and corpus are read from its directory.",
     )
     corpus: Path | None = Field(
-        None, description="Documents of --qrels; default: corpus.jsonl of its directory."
+        None,
+        description="Documents to search: .jsonl or another table with a column text. Default: "
+        "those of the rows, or corpus.jsonl beside --qrels.",
     )
     input_format: str | None = Field(None, min_length=1, description=INPUT_FORMAT)
     subset: str | None = Field(
@@ -105,8 +107,6 @@ class EvaluateConfig(DecodingAsInTraining):
                 f"--eval-text {self.eval_text} is for comparing two models. Add --against MODEL, "
                 f"or use --dataset for rows to evaluate."
             )
-        if self.corpus is not None and self.qrels is None:
-            raise ValueError(f"--corpus {self.corpus} needs --qrels. Add it.")
         return self
 
 

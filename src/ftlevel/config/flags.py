@@ -236,6 +236,8 @@ _RUN_FLAGS: tuple[Flag, ...] = (
     Flag("method.lora_plus_ratio", "", MODEL),
     # Data.
     Flag("data.validation_file", "", DATA, _ROWS),
+    Flag("data.qrels", "", DATA, _ROWS, metavar="FILE"),
+    Flag("data.corpus", "", DATA, _ROWS, metavar="FILE"),
     Flag("data.mix", "", DATA, _ROWS, several=True),
     *_fields(DATA, _ROWS, "data.input_format data.subset data.split data.format"),
     Flag("data.columns", "--map", DATA, _ROWS, metavar="NAME=COLUMN"),

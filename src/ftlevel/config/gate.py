@@ -197,6 +197,22 @@ class GateConfig(Section):
         description="Documents equal up to case and whitespace; one is a false negative of the "
         "other.",
     )
+    missing_positives: Annotated[
+        _Whole,
+        Check(
+            "relevant documents that are not in the corpus",
+            "Name the corpus that has them with --corpus",
+        ),
+    ] = Field("stop", description="Validation query with a relevant document outside of --corpus.")
+    trained_documents: Annotated[
+        _Whole,
+        Check(
+            "a positive that is also a document of the validation corpus",
+            "See whether documents are in two splits",
+        ),
+    ] = Field(
+        "warn", description="Training row whose positive is in the corpus of validation queries."
+    )
     exact_duplicates: Annotated[_Any, Check("the same as an earlier row", "Remove them")] = Field(
         "warn", description="Training row equal to an earlier one, up to case and whitespace."
     )

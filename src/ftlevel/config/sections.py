@@ -6,6 +6,7 @@ Field names are those of transformers, PEFT and bitsandbytes.
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, WrapValidator, field_validator
@@ -217,6 +218,16 @@ class DataConfig(Section):
         min_length=1,
         description="Validation data: file, directory, glob pattern or Hub id. It replaces the "
         "validation rows of the dataset.",
+    )
+    qrels: Path | None = Field(
+        None,
+        description="Relevance judgments (.tsv) of a retrieval set in BEIR's layout, in place of "
+        "validation rows. Queries and corpus are read from its directory.",
+    )
+    corpus: Path | None = Field(
+        None,
+        description="Documents that validation queries are looked up in. Default: those of the "
+        "validation rows, or corpus.jsonl beside --qrels.",
     )
     validation_split: Share | None = Field(
         None, description="Fraction of training rows held out if there are no validation rows."

@@ -24,6 +24,7 @@ from ftlevel.config.rl import RL_TASK, RlConfig, find_rl_problems
 from ftlevel.config.sections import DataConfig, ModelConfig, QuantConfig, Section, SpeedConfig
 from ftlevel.config.tasks import TaskName
 from ftlevel.config.trainer import TrainerConfig, find_problems
+from ftlevel.errors import join_names
 
 SHORTHAND = {
     "model": "name_or_path",
@@ -248,12 +249,27 @@ def _timing_problems(config: TrainConfig) -> list[str]:
         )
     if output.hub_private and output.push_to_hub is None:
         problems.append("--hub-private is of --push-to-hub. Add --push-to-hub NAME, or drop it.")
+    problems += _search_problems(config)
     if config.data.validation_file is not None and config.data.validation_split:
         problems.append(
             "--validation-file and --validation-split both define the validation rows. Use one "
             "of them."
         )
     return problems + _best_problems(train)
+
+
+def _search_problems(config: TrainConfig) -> list[str]:
+    """Return messages for retrieval sets of other tasks, and with other validation rows."""
+    data = config.data
+    files = {"--qrels": data.qrels, "--corpus": data.corpus}
+    given = [f"{flag} {path}" for flag, path in files.items() if path is not None]
+    if given and config.task not in EMBEDDING_TASKS:
+        names = join_names(given)
+        return [f"{names}: of --task embedding, and --task is {config.task}. Drop it."]
+    if data.qrels is not None and (data.validation_file or data.validation_split):
+        other = "--validation-file" if data.validation_file else "--validation-split"
+        return [f"--qrels and {other} both define the validation rows. Use one of them."]
+    return []
 
 
 def _best_problems(train: TrainerConfig) -> list[str]:

@@ -1,7 +1,8 @@
 """Score an embedding model: the loss of its validation rows, and retrieval or similarity metrics.
 
-Queries are looked up among the distinct documents of all validation rows. Documents equal in text
-are one document, and the positives of all rows with one query are relevant to it.
+Queries are looked up among the distinct documents of all validation rows, or those of a corpus.
+Documents equal in text are one document, and the positives of all rows with one query are relevant
+to it.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import torch
 from torch.nn import functional
 
 from ftlevel.config.embedding import LOSSES
-from ftlevel.data.encoding.collate import Collator, distinct_texts
+from ftlevel.data.encoding.collate import Collator, add_texts, distinct_texts
 from ftlevel.data.encoding.encode import Encoded
 from ftlevel.evaluation.intervals import ExampleRecord
 from ftlevel.task import StepTexts
@@ -62,14 +63,19 @@ def score_embeddings(
     pad_id: int,
     device: str,
     decode: Callable[[Encoded], str],
+    corpus: Sequence[Any] = (),
 ) -> dict[str, float]:
-    """Returns the loss and the metrics of `rows`; `decode` returns the words of a text."""
+    """Returns the loss and the metrics of `rows`; `decode` returns the words of a text.
+
+    Queries are looked up in the documents of `corpus`, by default in those of `rows`.
+    """
     texts, step = distinct_texts(rows)
+    searched = add_texts(texts, corpus)
     vectors = embed_texts(model, objective, texts, pad_id, device)
     losses = step_losses(objective, vectors, step)
     dims = (None, *objective.settings.matryoshka_dims)
     with torch.autocast("cpu", enabled=False):
-        meters = build_meters(objective, vectors, step, dims)
+        meters = build_meters(objective, vectors, step, dims, searched)
     if record is not None:
         for row, loss, meter in zip(rows, losses, meters, strict=True):
             if "retrieved" in getattr(meter, "details", {}):
@@ -85,6 +91,7 @@ def step_losses(objective: Embeddings, vectors: torch.Tensor, step: StepTexts) -
 
     A last step of one row belongs to the one before, if its loss compares rows.
     """
+    objective = objective.for_validation(step)
     size, losses = objective.step_rows, list[float]()
     starts = list(range(0, len(step), size))
     contrasts = LOSSES[objective.settings.loss or ""].contrasts
@@ -158,13 +165,20 @@ class PairMeter:
 
 
 def build_meters(
-    objective: Embeddings, vectors: torch.Tensor, step: StepTexts, dims: Sequence[int | None]
+    objective: Embeddings,
+    vectors: torch.Tensor,
+    step: StepTexts,
+    dims: Sequence[int | None],
+    searched: Sequence[int] = (),
 ) -> list[Any]:
-    """Build one meter per row; the headline is also computed with the first `dims` dimensions."""
+    """Build one meter per row; the headline is also computed with the first `dims` dimensions.
+
+    `searched` are the texts that queries are looked up in, if not the documents of the rows.
+    """
     spaces = {"" if count is None else f"_dim_{count}": vectors[:, :count] for count in dims}
     is_cosine = objective.form.similarity == "cosine"
     if objective.kind == "ranking":
-        return _query_meters(objective.form.similarity, spaces, step)
+        return _query_meters(objective.form.similarity, spaces, step, searched)
     if is_cosine:
         spaces = {name: functional.normalize(space, dim=-1) for name, space in spaces.items()}
     if objective.kind == "class":
@@ -192,10 +206,21 @@ def _class_meters(spaces: Mapping[str, torch.Tensor], step: StepTexts) -> list[P
 
 
 def _query_meters(
-    similarity: str, spaces: Mapping[str, torch.Tensor], step: StepTexts
+    similarity: str,
+    spaces: Mapping[str, torch.Tensor],
+    step: StepTexts,
+    searched: Sequence[int],
 ) -> list[QueryMeter]:
     """Return the metrics of each row's query; rows of one query have the same."""
-    documents = sorted({document for row_vectors in step.texts for document in row_vectors[1:]})
+    documents = sorted(
+        {
+            document
+            for row_vectors, labels in zip(step.texts, step.labels, strict=True)
+            for document, label in zip(row_vectors[1:], labels, strict=True)
+            if label > 0 or not searched
+        }
+        | set(searched)
+    )
     position = {document: at for at, document in enumerate(documents)}
     good: dict[int, set[int]] = {}
     for (query, *row_vectors), labels in zip(step.texts, step.labels, strict=True):

@@ -8,9 +8,9 @@ from dataclasses import replace
 import numpy as np
 import torch
 
+from ftlevel.data.sources.beir import RetrievalSet
 from ftlevel.evaluation.answers import InferenceModel
 from ftlevel.tasks.base import OutputOptions
-from ftlevel.tasks.embedding.beir import RetrievalSet
 from ftlevel.tasks.embedding.formats import EmbeddingRow
 from ftlevel.tasks.embedding.retrieval import METRICS, RetrievalScores, score_retrieval
 from ftlevel.tasks.embedding.task import EmbeddingTask

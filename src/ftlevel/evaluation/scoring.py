@@ -46,6 +46,7 @@ class Evaluator:
         generated_rows: number of first rows to generate texts for; 0 for none.
         language: ISO 639-1 code of the texts; "" if unknown.
         metrics: names of the metrics to return besides the loss; empty for all.
+        corpus: documents that queries are looked up in; empty for those of the rows.
         begin_record: creates the record for a call without one; may return None.
     """
 
@@ -62,6 +63,7 @@ class Evaluator:
     language: str = ""
     chunked_cross_entropy: bool = True
     metrics: Sequence[str] = ()
+    corpus: Sequence[Encoded] = ()
     begin_record: Callable[[], ExampleRecord | None] = lambda: None
 
     def __call__(self, model: Any, record: ExampleRecord | None = None) -> dict[str, float]:
@@ -84,7 +86,14 @@ class Evaluator:
         if isinstance(objective, Embeddings):
             pad_id = self.tokenizer.pad_token_id or 0
             return score_embeddings(
-                self.rows, objective, model, record, pad_id, self.device, self.text
+                self.rows,
+                objective,
+                model,
+                record,
+                pad_id,
+                self.device,
+                self.text,
+                self.corpus,
             )
         meter, total, count = objective.meter(), 0.0, 0
         pad_id = self.tokenizer.pad_token_id or 0

@@ -320,6 +320,24 @@ class BaseTask(ABC):
         """Return (check name, example count, description) for checks of the whole training set."""
         return ()
 
+    def check_validation(
+        self, train: Sequence[Any], validation: Sequence[Any], corpus: Sequence[str] | None
+    ) -> Sequence[tuple[str, str, Sequence[int], str]]:
+        """Return (check name, split, row indices, example) for checks of two splits together.
+
+        `corpus` are the documents that validation queries are looked up in, if they are given.
+        """
+        return ()
+
+    def encode_corpus(
+        self, encoder: Encoder, documents: Sequence[str]
+    ) -> tuple[Sequence[Encoded], Choice]:
+        """Return the encoded documents that queries are looked up in, and the line that shows it.
+
+        Raises `ConfigError` for tasks without queries.
+        """
+        raise ConfigError(f"--corpus: of --task embedding, and this is {self.name}. Drop it.")
+
     def facts(self, loaded: LoadedExamples) -> Mapping[str, Any]:
         """Return task-specific entries of summary.json about the data."""
         return {}

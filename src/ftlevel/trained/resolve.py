@@ -413,6 +413,21 @@ def find_base(card: AdapterCard, directory: Path, base: ModelSource | None = Non
     return source
 
 
+def find_full_base(ref: ModelRef) -> ModelRef | None:
+    """Find the base of a model that was trained in full, with its form and tokenizer.
+
+    None if there is none: another method, a new head, or a base that is missing or has changed.
+    """
+    card, path = ref.card, ref.source.path
+    if card.method != "full" or card.merge or card.quantized or card.heads or path is None:
+        return None
+    try:
+        source = find_base(card, path)
+    except InputError:
+        return None
+    return replace(ref, source=source, run=None, notes=[])
+
+
 def _find_local(card: AdapterCard, directory: Path) -> ModelSource:
     name, relative = card.base["name"], card.base.get("path")
     tried = [resolve_relative(relative, directory)] if relative else []

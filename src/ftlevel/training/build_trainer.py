@@ -122,7 +122,7 @@ def _watching(train: TrainerConfig, run: Run) -> dict[str, Any]:
         "logging_nan_inf_filter": False,  # the filter shows a NaN loss as 0.0
         "eval_strategy": strategy if evaluates else "no",
         "eval_steps": train.eval_steps,
-        "eval_on_start": evaluates and (train.eval_on_start or is_rl(run)),
+        "eval_on_start": evaluates and (train.eval_on_start or reports_base(run)),
         "per_device_eval_batch_size": eval_batch_size(train),
     }
 
@@ -130,6 +130,11 @@ def _watching(train: TrainerConfig, run: Run) -> dict[str, Any]:
 def is_rl(run: Run) -> bool:
     """Whether the run samples completions that it trains on."""
     return isinstance(run.objective, PolicyObjective)
+
+
+def reports_base(run: Run) -> bool:
+    """Whether the model is evaluated before the first step in any case."""
+    return is_rl(run) or isinstance(run.objective, StepObjective)
 
 
 def eval_batch_size(train: TrainerConfig) -> int:
@@ -205,6 +210,7 @@ def build_evaluator(
         "dtype": run.model.dtype,
         "batch_size": eval_batch_size(train),
         "metrics": train.metrics,
+        "corpus": run.data.corpus,
     }
     if is_rl(run):
         rollouts = build_rollouts(
@@ -292,7 +298,7 @@ def build_trainer(
 
 def _owes_evaluation(resumed: ResumeState, run: Run, arguments: Any) -> bool:
     config, steps = run.config, run.schedule.steps
-    rows = rows_per_epoch(config.train, config.steps_per_rollout, len(run.data.train))
+    rows = rows_per_epoch(config, run.data)
     steps_per_epoch = steps if run.data.stream else count_steps_per_epoch(config.train, rows)
     return resumed.missed_evaluation(arguments.eval_strategy, steps_per_epoch, steps)
 

@@ -251,7 +251,7 @@ def _check_length(run: Run, before: Mapping[str, Any], trained: int) -> None:
     """Raise ConfigError if the new length has no effect, is too short, or is unsupported."""
     flag, train, steps = f"--resume {run.config.output.dir}", run.config.train, run.schedule.steps
     old = {key.rpartition(".")[2]: value for key, value in before.items()}
-    rows = rows_per_epoch(train, run.config.steps_per_rollout, len(run.data.train))
+    rows = rows_per_epoch(run.config, run.data)
     was = count_steps(train.model_copy(update=old), rows)
     if was == steps and "num_train_epochs" in old:
         raise ConfigError(
@@ -358,6 +358,7 @@ _CONTENT = {
     "data.dataset": ROWS,
     "data.also": ROWS,
     "data.validation_file": "data.validation_fingerprint",
+    "data.qrels": "data.validation_fingerprint",
 }
 """Fields whose value may change, and the fingerprint that must stay the same."""
 

@@ -134,6 +134,8 @@ def added(
 ORDER = 10.0
 """Maximal distance of the fast step from the plain one, as a multiple of the effect of another
 summation order on the plain step. Orders differ more for packed rows than for padded ones."""
+FLOAT32_EPSILON = 2.0**-23
+"""Relative rounding of float32: a loss that is a difference of terms keeps that of its terms."""
 LEAST = {"float32": (1e-5, 1e-4)}
 """Relative differences of loss and gradients that are always accepted."""
 LEAST_NARROW = (4e-3, 2e-2)

@@ -65,6 +65,8 @@ def rows_and_order(
             stream.divide(StreamSharding(processes.count, processes.world.rank, processes.exchange))
             rows = StreamedRows(stream, step, arguments.max_steps, together)
         return rows, SequentialSampler(rows)
+    if run.data.sets:
+        return RowsWithPadding(run.data.train), row_order(run)
     return run.data.train, row_order(run)
 
 
@@ -72,8 +74,10 @@ def row_order(run: Run) -> Sampler[int] | None:
     """Return the sampler of the rows, shared by all processes; None for Trainer's random one."""
     train, rows, seed = run.config.train, run.data.train, run.config.train.order_seed
     uses_whole_step = isinstance(run.objective, StepObjective)
-    if uses_whole_step and run.config.embedding.batch_sampler == "no_duplicates":
-        return DistinctTextSampler(rows, train.rows_per_step, seed)
+    is_distinct = run.config.embedding.batch_sampler == "no_duplicates"
+    if run.data.sets or (uses_whole_step and is_distinct):
+        sets = run.data.sets
+        return DistinctTextSampler(rows, train.rows_per_step, seed, sets, is_distinct=is_distinct)
     if train.train_sampling_strategy == "random":
         if not train.num_processes and not isinstance(run.objective, PolicyObjective):
             return None

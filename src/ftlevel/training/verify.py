@@ -28,6 +28,7 @@ from ftlevel.fast.plan import find_randomness
 from ftlevel.methods import METHODS
 from ftlevel.models.hardware import free_memory_bytes
 from ftlevel.models.upstream.tensors import direct_tensors, inner_tensors
+from ftlevel.task import StepObjective
 from ftlevel.trained.generation import batches
 from ftlevel.training.build_trainer import build_trainer
 from ftlevel.training.model import PreparedModel, is_sharded
@@ -35,6 +36,7 @@ from ftlevel.training.plan.run import Run
 from ftlevel.training.processes import Processes
 from ftlevel.training.resume import ResumeState
 from ftlevel.training.step_comparison import (
+    FLOAT32_EPSILON,
     KINK,
     Bounds,
     GradientDifference,
@@ -301,7 +303,10 @@ class _Verifier:
             raise _NotFiniteError
         other = steps.plain_perturbed(rows, dtype)
         noise = compare_gradients(other.gradients, plain.gradients)
-        bounds = Bounds(dtype, noise, abs(other.loss - plain.loss))
+        noise_of_loss = abs(other.loss - plain.loss)
+        if isinstance(objective := steps.trainer.objective, StepObjective):
+            noise_of_loss = max(noise_of_loss, FLOAT32_EPSILON * objective.largest_term)
+        bounds = Bounds(dtype, noise, noise_of_loss)
         del other
         fast = steps.fast(rows, dtype)
         try:

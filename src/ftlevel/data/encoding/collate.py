@@ -27,6 +27,14 @@ class EncodedText(Encoded):
 
     unpooled: int = field(default=0, metadata={"column": "int"})
 
+    def truncated(self, limit: int) -> EncodedText:
+        """Return the text with at most `limit` tokens; the last token, an end, is kept."""
+        ids = self.input_ids
+        if len(ids) <= limit:
+            return self
+        unpooled = min(self.unpooled, limit - 1)
+        return replace(self, input_ids=[*ids[: limit - 1], ids[-1]], unpooled=unpooled)
+
 
 @dataclass(frozen=True)
 class EncodedTexts(Encoded):
@@ -74,10 +82,7 @@ class EncodedTexts(Encoded):
 
     def truncated(self, limit: int) -> Encoded:
         """Return the row with texts of at most `limit` tokens; the last token, an end, is kept."""
-        ids: list[int] = []
-        for branch in self.branches:
-            text = branch.input_ids
-            ids += text if len(text) <= limit else [*text[: limit - 1], text[-1]]
+        ids = [token for text in self.branches for token in text.truncated(limit).input_ids]
         return replace(self, input_ids=ids, sizes=tuple(min(size, limit) for size in self.sizes))
 
 
@@ -105,6 +110,18 @@ def distinct_texts(rows: Sequence[Any]) -> tuple[list[EncodedText], StepTexts]:
     scores = tuple(row.teacher_scores for row in real)
     step = StepTexts(tuple(indices), labels, scores, guide or None)
     return texts or list(rows[0].branches[:1]), step
+
+
+def add_texts(texts: list[EncodedText], more: Sequence[EncodedText]) -> list[int]:
+    """Return the indices of `more` in the distinct `texts`; new ones are added (mutated)."""
+    index_of = {(text.unpooled, *text.input_ids): at for at, text in enumerate(texts)}
+    indices = []
+    for text in more:
+        index = index_of.setdefault((text.unpooled, *text.input_ids), len(texts))
+        if index == len(texts):
+            texts.append(text)
+        indices.append(index)
+    return indices
 
 
 class Collator:

@@ -242,6 +242,10 @@ class CheckedTask(Protocol):
 
     def check_examples(self, examples: Sequence[Any]) -> Sequence[tuple[str, int, str]]: ...
 
+    def check_validation(
+        self, train: Sequence[Any], validation: Sequence[Any], corpus: Sequence[str] | None
+    ) -> Sequence[tuple[str, str, Sequence[int], str]]: ...
+
     # ruff: enable[D102]
 
 
@@ -358,6 +362,22 @@ class Gate:
             return [], findings
         rows, others = self.check_split(name, fitted, examples, table)
         return rows, [*findings, *others]
+
+    def check_validation(
+        self,
+        train: Sequence[Any],
+        validation: Sequence[Any],
+        corpus: Sequence[str] | None,
+        table: Table,
+    ) -> list[Finding]:
+        """Return the findings on validation rows, their corpus, and the training rows in it."""
+        findings = []
+        for check, split, rows, example in self.task.check_validation(train, validation, corpus):
+            total = len(train) if split == "train" else len(validation)
+            place = example if split == "train" else f"{table.where(rows[0])}: {example}"
+            finding = build_finding(check, split, len(rows), total, [place], self.policy)
+            findings += [finding] if finding else []
+        return findings
 
     def _check_tokens(self, rows: Sequence[Encoded]) -> dict[str, tuple[Integers, Integers]]:
         """Run the token checks; return the flagged rows of each, and their examples."""

@@ -30,6 +30,7 @@ from ftlevel.data.gate import Finding
 from ftlevel.data.prepare.encoder import EncodingContext, PreparedData, Progress
 from ftlevel.data.prepare.loading import load_examples, prepare_examples
 from ftlevel.data.prepare.streaming import prepare_stream
+from ftlevel.data.sources.beir import retrieval_files
 from ftlevel.data.sources.readers import is_pattern, match_files
 from ftlevel.data.sources.table import Part, Table
 from ftlevel.errors import InputError
@@ -170,8 +171,11 @@ def _prepare(
 def _key(config: DataConfig, context: EncodingContext) -> str | None:
     """Return a digest of everything that affects the rows; None if they are not cached."""
     files: list[Path] = []
-    for name in filter(None, (config.dataset, *config.also, config.validation_file)):
-        paths = resolve_files(name)
+    names = [config.dataset, *config.also, config.validation_file, config.qrels, config.corpus]
+    if config.qrels is not None:
+        names += retrieval_files(config.qrels)
+    for name in filter(None, names):
+        paths = resolve_files(str(name))
         if paths is None:
             return None
         files += paths
@@ -223,6 +227,7 @@ def _save(prepared: PreparedData, folder: Path) -> None:
     content = {
         "train": _save_rows(prepared.train, folder, "train"),
         "validation": _save_rows(prepared.validation, folder, "validation"),
+        "corpus": _save_rows(prepared.corpus, folder, "corpus"),
         "prompt_format": prompt.to_dict() if prompt else None,
         "max_length": prepared.max_length,
         "facts": prepared.facts,
@@ -268,6 +273,7 @@ def _load(folder: Path, note: str, reason: str = "") -> PreparedData:
         content["facts"],
         [*(Choice(**fields) for fields in content["choices"]), choice],
         tuple(Finding(**{**f, "places": tuple(f["places"])}) for f in content["findings"]),
+        corpus=_load_rows(folder, "corpus", content),
     )
 
 

@@ -71,6 +71,10 @@ class DataTask(CheckedTask, Protocol):
 
     def encode(self, encoder: Encoder, examples: Sequence[Any], table: Table) -> FittedRows: ...
 
+    def encode_corpus(
+        self, encoder: Encoder, documents: Sequence[str]
+    ) -> tuple[Sequence[Encoded], Choice]: ...
+
     def facts(self, loaded: Any) -> Mapping[str, Any]: ...
 
     def describe_rows(self, loaded: Any, facts: Mapping[str, Any]) -> list[Choice]: ...
@@ -135,6 +139,8 @@ class PreparedData:
         table: training rows as read, indexed by `Encoded.row`.
         facts: data section of `summary.json`.
         choices: log lines.
+        corpus: documents that validation queries are looked up in; empty for those of the rows.
+        sets: dataset of each training row, if a step has rows of one dataset; else empty.
         workspace: temporary directory of uncached rows, deleted with this object.
     """
 
@@ -146,6 +152,8 @@ class PreparedData:
     facts: dict[str, Any] = field(default_factory=dict)
     choices: list[Choice] = field(default_factory=list)
     findings: tuple[Finding, ...] = ()
+    corpus: Sequence[Encoded] = ()
+    sets: Sequence[int] = ()
     workspace: Any = None
     stream: Any = None
 
@@ -277,6 +285,8 @@ class Encoder:
         """
         overlong = self.config.overlong
         overlong = overlong if overlong in ("split", "truncate") else "drop"
+        if self.config.qrels is not None:  # all queries are searched for
+            overlong = "truncate"
         config = self.config.model_copy(update={"overlong": overlong, "train_on_inputs": False})
         return replace(self, config=config, split=split)
 

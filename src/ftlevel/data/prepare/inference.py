@@ -18,8 +18,9 @@ from ftlevel.data.formats.columns import columns_exist
 from ftlevel.data.formats.detect import Format, RoleValues
 from ftlevel.data.formats.labels import LabelSet
 from ftlevel.data.formats.turns import UnusableRowError
+from ftlevel.data.gate import explain_stop
 from ftlevel.data.prepare.encoder import DataTask, EncodingContext
-from ftlevel.data.prepare.loading import open_converter, read_splits
+from ftlevel.data.prepare.loading import open_converter, read_splits, validation_converter
 from ftlevel.data.sources.hub import iterate_rows
 from ftlevel.data.sources.lines import CHUNK_ROWS
 from ftlevel.data.sources.readers import ReadOptions, is_pattern, match_files, open_reader
@@ -191,6 +192,7 @@ class EvaluationRows:
         dropped: number of rows that were too long.
         language: ISO 639-1 code of the target; "" if unknown.
         note: columns used, if they differ from training.
+        corpus: documents that queries are looked up in; empty for those of the rows.
     """
 
     table: Table
@@ -201,6 +203,7 @@ class EvaluationRows:
     source: str
     note: str = ""
     columns: str = ""
+    corpus: Sequence[Encoded] = ()
 
     @property
     def is_training(self) -> bool:
@@ -235,7 +238,8 @@ def load_evaluation_rows(
     note = ""
     if not (is_own or is_typed):
         config, note = _without_absent(config, table, task)
-    convert, _ = open_converter(table, config, task)
+    convert = open_converter(splits.train if config.qrels else table, config, task)[0]
+    convert_training, convert = convert, validation_converter(convert, table)
     labels = LabelSet(tuple(card.labels)) if card.labels else None
     table, examples = convert.convert_held_out(name, table, labels)
     prompt = read_format(card)
@@ -247,7 +251,7 @@ def load_evaluation_rows(
     fitted = encoder(examples, table)
     rows: Sequence[Encoded] = fitted.rows
     if name == "validation":  # same checks as in training
-        _, training = convert("train", splits.train, labels)
+        _, training = convert_training("train", splits.train, labels)
         rows, findings = context.gate(config.gate).check_held_out(
             name, fitted, examples, table, encoder.digest(training)
         )
@@ -257,10 +261,17 @@ def load_evaluation_rows(
                 f"{'; '.join(map(str, findings))}. Name other rows with --dataset, or --split "
                 "train."
             )
+    for finding in context.gate(config.gate).check_validation([], examples, splits.corpus, table):
+        if finding.action == "stop":
+            raise InputError(explain_stop(finding))
     rows = task.evaluation_rows(rows, config, context)
+    corpus: Sequence[Encoded] = ()
+    if splits.corpus is not None:
+        corpus, _ = task.encode_corpus(encoder, splits.corpus)
     language = convert.shape.options.get("target_language", "")
     used = convert.shape.description
-    return EvaluationRows(table, rows, name, fitted.dropped, language, splits.name, note, used)
+    source = str(config.qrels or splits.name)
+    return EvaluationRows(table, rows, name, fitted.dropped, language, source, note, used, corpus)
 
 
 def _without_absent(config: DataConfig, table: Table, task: DataTask) -> tuple[DataConfig, str]:

@@ -29,6 +29,7 @@ from ftlevel.data.gate import Finding, build_finding, explain_stop
 from ftlevel.data.gate.checks import flat_batches
 from ftlevel.data.gate.gate import handle_unusable_rows
 from ftlevel.data.prepare.encoder import DataTask, EncodingContext, PreparedData, Progress
+from ftlevel.data.sources.beir import read_corpus, read_retrieval_set
 from ftlevel.data.sources.lines import CHUNK_ROWS, STDIN
 from ftlevel.data.sources.splits import DatasetSplits, hold_out, join_splits, load_splits
 from ftlevel.data.sources.streams import refuse_media_columns
@@ -83,12 +84,26 @@ def convert_splits(
         train, examples = convert.drop_inconsistent_labels(train, examples, labels)
     validation, held_out = splits.validation, None
     if validation is not None:
-        validation, held_out = convert.convert_held_out("validation", validation, labels)
+        convert_validation = validation_converter(convert, validation)
+        validation, held_out = convert_validation.convert_held_out("validation", validation, labels)
+    elif splits.corpus is not None:
+        raise InputError(
+            f"--corpus {config.corpus} is for validation queries, and there are none. Add "
+            "--validation-split 0.05, or --qrels FILE."
+        )
     splits = replace(splits, train=train, validation=validation)
     reason = explain_columns(convert.shape.columns, config.columns, config.format)
     return LoadedExamples(
         splits, convert.shape, examples, held_out, labels, choices, convert.findings, reason
     )
+
+
+def validation_converter(convert: Converter, validation: Table) -> Converter:
+    """Return the converter of validation rows, whose columns are others with `--qrels`."""
+    if convert.config.qrels is None:
+        return convert
+    plain: dict[str, Any] = {"columns": {}, "format": None, "ignore_columns": ()}
+    return open_converter(validation, convert.config.model_copy(update=plain), convert.task)[0]
 
 
 def _check_ignored(splits: DatasetSplits, config: DataConfig) -> None:
@@ -199,6 +214,10 @@ def read_splits(config: DataConfig, task: DataTask, seed: int) -> DatasetSplits:
         splits = replace(
             splits, validation=_read_one(config.validation_file, config, task, None).train
         )
+    if config.qrels is not None:
+        splits = _with_judgments(splits, config.qrels, config.corpus)
+    elif config.corpus is not None:
+        splits = replace(splits, corpus=read_corpus(config.corpus))
     if config.validation_split:
         splits = hold_out(splits, config.validation_split, seed)
     train, validation = splits.train, splits.validation
@@ -207,6 +226,23 @@ def read_splits(config: DataConfig, task: DataTask, seed: int) -> DatasetSplits:
     if validation is not None and config.max_eval_samples:
         validation = validation.head(config.max_eval_samples)
     return replace(splits, train=train, validation=validation)
+
+
+def _with_judgments(splits: DatasetSplits, qrels: Path, corpus: Path | None) -> DatasetSplits:
+    """Return the splits with the judged queries as validation rows, and the documents."""
+    found = read_retrieval_set(qrels, corpus)
+    rows = [
+        {"query": query, "pos": [found.documents[at] for at in relevant]}
+        for query, relevant in zip(found.queries, found.relevant, strict=True)
+    ]
+    counts = {
+        "documents repeat the text of another one and count once": found.merged,
+        "queries without a relevant document are left out": found.unjudged,
+    }
+    notes = [f"{qrels}: {count:,} {what}" for what, count in counts.items() if count]
+    table = Table(rows, range(1, len(rows) + 1), str(qrels), "row")
+    notes = [*splits.notes, *notes]
+    return replace(splits, validation=table, corpus=found.documents, notes=notes)
 
 
 def _read_one(name: str, config: DataConfig, task: DataTask, split: str | None) -> DatasetSplits:
@@ -256,6 +292,9 @@ def prepare_examples(
         )
         findings += more
         fitted = replace(fitted, max_length=max(fitted.max_length, held_out.max_length))
+        findings += gate.check_validation(
+            loaded.train, loaded.validation, splits.corpus, splits.validation
+        )
     if splits.test is not None:
         examples, bad = convert_rows(splits.test, loaded.format)
         unusable = {row.line for row in bad}
@@ -274,6 +313,10 @@ def prepare_examples(
     if fitted.stops:  # a preview continues
         facts["stops"] = fitted.stops
     choices = _choices(loaded, task, fitted, validation, facts)
+    corpus: Sequence[Encoded] = []
+    if splits.corpus is not None:
+        corpus, choice = task.encode_corpus(encoder, splits.corpus)
+        choices.append(choice)
     if prompt_format is not None:
         choices.append(Choice("prompt", prompt_format.kind, prompt_format.instruction))
         if prompt_format.system:
@@ -302,6 +345,7 @@ def prepare_examples(
         facts,
         choices,
         tuple(findings),
+        corpus=corpus,
     )
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -81,26 +81,58 @@ class DistinctTextSampler(Sampler[int]):
 
     Rows of one step are consecutive. Rows that share a text with all steps left are in the last
     steps, `repeated` of them. Set `epoch` (from 0) before the first row of an epoch is read.
+
+    With `sets`, the set of each row, a step has rows of one set. Sets take turns at random, in
+    proportion to their steps, and NOTHING, the index after the last row, fills up a short step.
+
+    Args:
+        is_distinct: whether texts are compared; else steps are random.
     """
 
-    def __init__(self, rows: Sequence[Encoded], step: int, seed: int) -> None:
+    def __init__(
+        self,
+        rows: Sequence[Encoded],
+        step: int,
+        seed: int,
+        sets: Sequence[int] = (),
+        *,
+        is_distinct: bool = True,
+    ) -> None:
         self.epoch = 0
         self.repeated = 0
-        self._step, self._seed = step, seed
+        self._step, self._seed, self._sets = step, seed, sets
         known: dict[tuple[int, ...], int] = {}
         self._texts = [
             {known.setdefault(tuple(text.input_ids), len(known)) for text in row.branches}
+            if is_distinct
+            else set()
             for row in rows
         ]
 
     def __len__(self) -> int:
-        return len(self._texts)
+        return count_places(self._sets, self._step) if self._sets else len(self._texts)
 
     def __iter__(self) -> Iterator[int]:
         """Yield every row index once."""
         generator = torch.Generator().manual_seed(self._seed + self.epoch)
-        left = torch.randperm(len(self), generator=generator).tolist()
+        order = torch.randperm(len(self._texts), generator=generator).tolist()
         self.repeated = 0
+        if not self._sets:
+            for step in self._split(order):
+                yield from step
+            return
+        left: dict[int, list[int]] = {}
+        for row in order:
+            left.setdefault(self._sets[row], []).append(row)
+        steps = {number: list(self._split(rows)) for number, rows in sorted(left.items())}
+        turns = [number for number, own in steps.items() for _ in own]
+        for at in torch.randperm(len(turns), generator=generator).tolist():
+            step = steps[turns[at]].pop(0)
+            yield from step
+            yield from [len(self._texts)] * (self._step - len(step))
+
+    def _split(self, left: list[int]) -> Iterator[list[int]]:
+        """Yield the steps of the rows `left`, in their order."""
         while left:
             taken: set[int] = set()
             chosen: list[int] = []
@@ -119,8 +151,13 @@ class DistinctTextSampler(Sampler[int]):
                 later = later[len(more) :]
                 self.repeated += len(more)
                 chosen += more
-            yield from chosen
+            yield chosen
             left = later
+
+
+def count_places(sets: Sequence[int], step: int) -> int:
+    """Count the places of an epoch with one set per step of `step` rows, given that of each row."""
+    return sum(math.ceil(size / step) * step for size in Counter(sets).values())
 
 
 class StepShardSampler(Sampler[list[int]]):

@@ -63,13 +63,17 @@ REMOTE_ROWS = 1_000
 
 @dataclass(frozen=True)
 class DatasetSplits:
-    """The tables of a dataset; no run reads `test`, and `notes` are sentences to print."""
+    """The tables of a dataset; no run reads `test`, and `notes` are sentences to print.
+
+    `corpus` are the documents that validation queries are looked up in; None for those of the rows.
+    """
 
     train: Table
     validation: Table | None
     test: Table | None
     name: str
     notes: list[str] = field(default_factory=list)
+    corpus: Sequence[str] | None = None
 
     @property
     def tables(self) -> dict[str, Table]:

@@ -48,6 +48,7 @@ from ftlevel.extras.serving.recorded import (
     served_path,
 )
 
+_LIBRARIES = ("vllm", "llama.cpp", "openvino")
 _BOUND = 1e-3
 _COARSE = {"q8_0": 1e-2, "q5_0": 5e-2, "q4_0": 1e-1}
 """Largest 1 - cosine by the type of a .gguf file, whose activations llama.cpp rounds as well."""
@@ -70,28 +71,55 @@ def read_vectors(out: Path) -> dict[str, Any] | None:
     return record if record.get("type") in ("embeddings", "scores") else None
 
 
-def check_vectors(config: CheckServedConfig, record: dict[str, Any]) -> dict[str, Any]:
-    """Return the lowest cosine of the server's embeddings, or the largest difference of scores.
-
-    Raises:
-        InputError: `--in` is given, or the server returns no embeddings or scores.
-        RunError: an embedding or score differs from the trained model's.
-    """
-    if config.url is None:
-        raise InputError(
-            f"--in {config.inside}: {config.out} is an embedding model or a reranker, which is "
-            "checked on a server. Start it, and pass its address with --url."
-        )
-    client = Client(config.url, float(config.timeout))
+def _open_client(config: CheckServedConfig) -> tuple[Client, str]:
+    """Return a client of the server at `--url`, and the name of its model."""
+    client = Client(config.url or "", float(config.timeout))
     listed = client.models()
-    name = config.model or (listed[0] if listed else config.out.stem)
-    texts = [row["text"] for row in record["texts"]]
-    if record["type"] == "scores":
-        return _check_scores(client, name, texts, config, record)
+    return client, config.model or (listed[0] if listed else config.out.stem)
+
+
+def _embed_at_url(config: CheckServedConfig, texts: list[str]) -> list[list[float]]:
+    client, name = _open_client(config)
     try:
-        heard = np.array(client.embed(name, texts), dtype=np.float64)
+        return client.embed(name, texts)
     except RequestRefusedError as refused:
         raise InputError(f"--url {config.url}: {refused}.") from None
+
+
+def _embed_in(config: CheckServedConfig, texts: list[str]) -> list[list[float]]:
+    library, is_file = str(config.inside), config.out.suffix == ".gguf"
+    if library not in _LIBRARIES:
+        raise InputError(
+            f"--in {library}: it embeds no texts here; {join_names(_LIBRARIES)} do. Start its "
+            "server, and pass the address with --url."
+        )
+    if is_file != (library == "llama.cpp"):
+        raise InputError(
+            f"--in {library}: {config.out} is {'a .gguf file' if is_file else 'a directory'}, "
+            f"which {library} does not load. Export it --for {library}."
+        )
+    seconds = 10.0 * config.timeout
+    return embed_in_library(library, config.python, config.out, texts, seconds)
+
+
+def check_vectors(config: CheckServedConfig, record: dict[str, Any]) -> dict[str, Any]:
+    """Return the lowest cosine of the embeddings, or the largest difference of scores.
+
+    Raises:
+        InputError: the library cannot load the files, or the server returns no embeddings or
+            scores.
+        RunError: an embedding or score differs from the trained model's.
+    """
+    texts = [row["text"] for row in record["texts"]]
+    if record["type"] == "scores":
+        if config.url is None:
+            raise InputError(
+                f"--in {config.inside}: {config.out} is a reranker, which is checked on a server. "
+                "Start it, and pass its address with --url."
+            )
+        return _check_scores(*_open_client(config), texts, config, record)
+    asked = _embed_in(config, texts) if config.url is None else _embed_at_url(config, texts)
+    heard = np.array(asked, dtype=np.float64)
     expected = np.array([row["vector"] for row in record["texts"]], dtype=np.float64)
     if heard.shape != expected.shape:
         raise RunError(
@@ -169,8 +197,6 @@ def run_library(
     Raises:
         InputError: The library is not installed, fails, or exceeds `seconds`.
     """
-    program = str(python or sys.executable)
-    script = Path(__file__).with_name(_SCRIPTS[library])
     request = {
         "base": base,
         "adapters": list(adapters),
@@ -178,17 +204,38 @@ def run_library(
         "length": _LENGTH,
         "threads": int(os.environ.get("OMP_NUM_THREADS") or 2),
     }
+    outputs = _ask(library, python, request, seconds)
+    return {
+        name: rows if isinstance(rows, str) else [ServerAnswer(**row) for row in rows]
+        for name, rows in outputs.items()
+    }
+
+
+def embed_in_library(
+    library: str, python: Path | None, model: Path, texts: Sequence[str], seconds: float
+) -> list[list[float]]:
+    """Return the library's embeddings of `texts`; arguments and errors as in `run_library`."""
+    request = {
+        "base": str(model.resolve()),
+        "texts": list(texts),
+        "length": _LENGTH,
+        "threads": int(os.environ.get("OMP_NUM_THREADS") or 2),
+    }
+    vectors: list[list[float]] = _ask(library, python, request, seconds)["vectors"]
+    return vectors
+
+
+def _ask(library: str, python: Path | None, request: dict[str, Any], seconds: float) -> Any:
+    """Return the answer of the library's script to `request`."""
+    program = str(python or sys.executable)
+    script = Path(__file__).with_name(_SCRIPTS[library])
     with Workspace("asked") as folder:
         question, answer = Path(folder, "asked.json"), Path(folder, "answered.json")
         question.write_text(json.dumps(request), encoding="utf-8")
         code, reason = _run([program, str(script), str(question), str(answer)], seconds, library)
         if code != 0 or not answer.is_file():
             raise InputError(_why(library, program, code, reason))
-        outputs = json.loads(answer.read_text(encoding="utf-8"))
-    return {
-        name: rows if isinstance(rows, str) else [ServerAnswer(**row) for row in rows]
-        for name, rows in outputs.items()
-    }
+        return json.loads(answer.read_text(encoding="utf-8"))
 
 
 def _run(command: list[str], seconds: float, library: str) -> tuple[int, str]:
@@ -295,9 +342,10 @@ def check_served(
 def _check_embeddings(
     config: CheckServedConfig, record: dict[str, Any], listener: Listener, began: float
 ) -> CheckServedResult:
-    listener.stage(f"querying {config.url}")
+    asked = config.inside or config.url
+    listener.stage(f"querying {asked}")
     found = check_vectors(config, record)
-    summary = {"out": str(config.out), "asked": config.url, "verdict": TRAINED, **found}
+    summary = {"out": str(config.out), "asked": asked, "verdict": TRAINED, **found}
     summary["seconds"] = round(time.perf_counter() - began, 2)
     line = (
         f"{TRAINED}: {found['texts']} scores differ by at most {found['max_difference']:.2g}"

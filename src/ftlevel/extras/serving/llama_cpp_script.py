@@ -12,17 +12,18 @@ from typing import Any
 
 
 def main() -> None:
-    """Answer every prompt with every adapter; the KV cache is float32, as the base may be."""
+    """Answer every prompt with every adapter, or embed the texts.
+
+    The KV cache is float32, as the base may be.
+    """
     import xllamacpp
 
     request = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
-    answered = {}
-    for adapter in request["adapters"]:
-        params = xllamacpp.CommonParams()
-        params.model.path = request["base"]
-        params.n_ctx, params.n_parallel, params.warmup = request["length"], 1, False
-        params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
-        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = request["threads"]
+    answered: dict[str, Any] = {}
+    if "texts" in request:
+        answered["vectors"] = _embed(request)
+    for adapter in request.get("adapters", ()):
+        params = _params(request)
         if adapter["place"]:
             lora = xllamacpp.CommonAdapterLoraInfo()
             lora.path, lora.scale = adapter["place"], 1.0
@@ -33,6 +34,26 @@ def main() -> None:
         ]
         del server
     Path(sys.argv[2]).write_text(json.dumps(answered), encoding="utf-8")
+
+
+def _params(request: dict[str, Any]) -> Any:
+    import xllamacpp
+
+    params = xllamacpp.CommonParams()
+    params.model.path = request["base"]
+    params.n_ctx, params.n_parallel, params.warmup = request["length"], 1, False
+    params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = request["threads"]
+    return params
+
+
+def _embed(request: dict[str, Any]) -> list[list[float]]:
+    import xllamacpp
+
+    params = _params(request)
+    params.embedding = True
+    rows = xllamacpp.Server(params).handle_embeddings({"input": request["texts"]})["data"]
+    return [row["embedding"] for row in sorted(rows, key=lambda row: row["index"])]
 
 
 def _answer(server: Any, ids: list[int], tokens: int) -> dict[str, Any]:

@@ -14,7 +14,7 @@ _FLOAT32 = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32"}
 
 
 def main() -> None:
-    """Answer every prompt with every adapter, in float32, in one pipeline.
+    """Answer every prompt with every adapter, in one pipeline, or embed the texts, in float32.
 
     A base in transformers' format is converted to OpenVINO's first, next to the answers.
     """
@@ -23,7 +23,12 @@ def main() -> None:
     request = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     base = Path(request["base"])
     if not (base / "openvino_model.xml").is_file():
-        base = _write_openvino(base, Path(sys.argv[2]).with_name("openvino"))
+        kind = "feature-extraction" if "texts" in request else "text-generation-with-past"
+        base = _write_openvino(base, Path(sys.argv[2]).with_name("openvino"), kind)
+    if "texts" in request:
+        vectors = _embed(base, Path(request["base"]), request)
+        Path(sys.argv[2]).write_text(json.dumps({"vectors": vectors}), encoding="utf-8")
+        return
     answered: dict[str, Any] = {}
     every, adapters = genai.AdapterConfig(), {}
     for adapter in request["adapters"]:
@@ -54,14 +59,31 @@ def main() -> None:
     Path(sys.argv[2]).write_text(json.dumps(answered), encoding="utf-8")
 
 
-def _write_openvino(model: Path, directory: Path) -> Path:
+def _embed(converted: Path, model: Path, request: dict[str, Any]) -> list[list[float]]:
+    """Return the embeddings of the texts, with the pooling of the model's own files."""
+    import openvino_genai as genai
+
+    modes = json.loads((model / "1_Pooling" / "config.json").read_text(encoding="utf-8"))
+    config = genai.TextEmbeddingPipeline.Config()
+    for name in ("CLS", "MEAN", "LAST_TOKEN"):
+        key = {"CLS": "cls_token", "MEAN": "mean_tokens", "LAST_TOKEN": "lasttoken"}[name]
+        if modes.get(f"pooling_mode_{key}"):
+            config.pooling_type = getattr(genai.TextEmbeddingPipeline.PoolingType, name)
+    config.normalize = (model / "modules.json").read_text(encoding="utf-8").find("Normalize") >= 0
+    pipeline = genai.TextEmbeddingPipeline(
+        str(converted), "CPU", config, **{"INFERENCE_PRECISION_HINT": "f32"}
+    )
+    return [list(vector) for vector in pipeline.embed_documents(request["texts"])]
+
+
+def _write_openvino(model: Path, directory: Path, kind: str) -> Path:
     from optimum.exporters.openvino import main_export
     from optimum.intel import OVConfig
 
     main_export(
         str(model),
         directory,
-        task="text-generation-with-past",
+        task=kind,
         local_files_only=True,
         ov_config=OVConfig(dtype="fp32"),
         convert_tokenizer=True,

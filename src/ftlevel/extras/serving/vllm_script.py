@@ -10,13 +10,17 @@ from typing import Any
 
 
 def main() -> None:
-    """Answer every prompt with every adapter, in float32."""
+    """Answer every prompt with every adapter, or embed the texts, in float32."""
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
 
     asked = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    if "texts" in asked:
+        vectors = _embed(asked)
+        Path(sys.argv[2]).write_text(json.dumps({"vectors": vectors}), encoding="utf-8")
+        return
     served: dict[str, Any] = {"model": asked["base"]}
     ranks = [adapter["rank_limit"] for adapter in asked["adapters"] if adapter["place"]]
     if ranks:
@@ -53,6 +57,21 @@ def main() -> None:
             for found in (output.outputs[0] for output in outputs)
         ]
     Path(sys.argv[2]).write_text(json.dumps(answered), encoding="utf-8")
+
+
+def _embed(asked: dict[str, Any]) -> list[list[float]]:
+    """Return the embeddings of the texts, of at most the length that the model has."""
+    from vllm import LLM
+
+    model = LLM(
+        model=asked["base"],
+        runner="pooling",
+        dtype="float32",
+        max_num_seqs=8,
+        gpu_memory_utilization=0.85,
+    )
+    outputs = model.embed(asked["texts"], use_tqdm=False)
+    return [list(output.outputs.embedding) for output in outputs]
 
 
 if __name__ == "__main__":

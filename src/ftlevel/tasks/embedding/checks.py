@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 from ftlevel.tasks.embedding.formats import EmbeddingRow
 
+_SHOWN = 60  # characters of a document
+
 
 def check_documents(rows: Sequence[EmbeddingRow]) -> list[tuple[str, int, str]]:
     """Return (check name, number of documents, description) for the whole set.
@@ -19,6 +21,39 @@ def check_documents(rows: Sequence[EmbeddingRow]) -> list[tuple[str, int, str]]:
     if (variants := _find_variants(rows))[0]:
         found.append(("document_variants", *variants))
     return found
+
+
+def check_validation(
+    train: Sequence[EmbeddingRow],
+    validation: Sequence[EmbeddingRow],
+    corpus: Sequence[str] | None,
+) -> list[tuple[str, str, Sequence[int], str]]:
+    """Return (check name, split, row indices, example) for validation rows and their corpus.
+
+    Relevant documents have to be in the corpus. A training positive that is in it was learned as
+    the answer to another query.
+    """
+    if validation[0].kind != "ranking":
+        return []
+    found: list[tuple[str, str, Sequence[int], str]] = []
+    documents = {text for row in validation for text in row.documents}
+    if corpus is not None:
+        documents = set(corpus)
+        missing = {
+            row.row: text for row in validation for text in row.positives if text not in documents
+        }
+        if missing:
+            example = next(iter(missing.values()))
+            found.append(("missing_positives", "validation", list(missing), _shorten(example)))
+    shared = {row.row: text for row in train for text in row.positives if text in documents}
+    if shared:
+        example = next(iter(shared.values()))
+        found.append(("trained_documents", "train", list(shared), _shorten(example)))
+    return found
+
+
+def _shorten(text: str) -> str:
+    return repr(text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…")
 
 
 def _find_contradictions(rows: Sequence[EmbeddingRow]) -> tuple[int, str]:

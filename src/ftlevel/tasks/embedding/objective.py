@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from ftlevel.artifacts.sentence_transformers import EmbeddingFormat
@@ -116,6 +116,27 @@ class Embeddings(StepObjective):
                 for space, weight in zip(spaces, weights, strict=True)
             ]
             return torch.stack(losses).sum()
+
+    def for_validation(self, step: StepTexts) -> Embeddings:
+        """Return this objective; with mnrl if a row lacks what the loss needs.
+
+        Guide and teacher embed training rows only, and judged queries have no negatives.
+        """
+        settings, facts = self.settings, LOSSES[self.settings.loss or ""]
+        negatives = all(min(labels) <= 0 for labels in step.labels)
+        if (
+            (facts.needs_negatives and not negatives)
+            or (facts.needs_teacher and not all(step.teacher))
+            or ("guide" in facts.reads and step.guide is None)
+        ):
+            changes = {"loss": "mnrl", "scale": None, "margin": None}
+            return replace(self, settings=settings.model_copy(update=changes))
+        return self
+
+    @property
+    def largest_term(self) -> float:
+        """Size of the scaled similarities."""
+        return max(self._options.scale, 1.0)
 
     @property
     def _options(self) -> LossOptions:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ftlevel.data.encoding.collate import EncodedTexts
+from ftlevel.data.encoding.collate import EncodedText, EncodedTexts
 from ftlevel.data.encoding.encode import Encoded, RowError
 from ftlevel.tasks.embedding.formats import EmbeddingRow
 
@@ -78,6 +78,18 @@ class TextEncoder:
             return found
         special = set(self.tokenizer.all_special_ids)
         return [ids if ids and ids[-1] in special else [*ids, self.end] for ids in found]
+
+    def documents(self, texts: Sequence[str]) -> list[EncodedText]:
+        """Return the encoded documents, whose `row` is their index."""
+        unpooled = 0 if self.include_prompt else self.prompt_size(self.document_prompt)
+        found: list[EncodedText] = []
+        for start in range(0, len(texts), _BATCH):
+            ids = self.ids([self.document_prompt + t for t in texts[start : start + _BATCH]])
+            found += [
+                EncodedText(own, 0, at, unpooled=min(unpooled, len(own) - 1))
+                for at, own in enumerate(ids, start)
+            ]
+        return found
 
     def prompt_size(self, prompt: str) -> int:
         """Return the number of tokens of `prompt`, with those before it."""

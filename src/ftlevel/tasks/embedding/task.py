@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -30,7 +32,7 @@ from ftlevel.tasks.base import (
     TokenDecoder,
     check_options,
 )
-from ftlevel.tasks.embedding.checks import check_documents
+from ftlevel.tasks.embedding.checks import check_documents, check_validation
 from ftlevel.tasks.embedding.formats import EMBEDDING_SHAPES, QUERY_SHAPES, EmbeddingRow
 from ftlevel.tasks.embedding.objective import EVALUATED_ROWS, METRICS, Embeddings, LabelKind
 from ftlevel.tasks.embedding.rows import TextEncoder, append_end
@@ -41,7 +43,7 @@ if TYPE_CHECKING:
     from ftlevel.config import DataConfig
     from ftlevel.data.encoding.fit import FittedRows
     from ftlevel.data.formats.detect import Format
-    from ftlevel.data.prepare.encoder import Encoder
+    from ftlevel.data.prepare.encoder import Encoder, EncodingContext, PreparedData
     from ftlevel.data.prepare.loading import LoadedExamples
 
 _FORM = (
@@ -201,19 +203,58 @@ class EmbeddingTask(BaseTask):
             loss = self.settings.loss or _default_loss(kind)
             # Scores of a teacher model are computed after the rows are encoded.
             _check_loss(loss, kind, examples, table, needs_scores=self.teacher is None)
-        encode = TextEncoder(
-            encoder.tokenizer,
-            self.form.query_prompt,
-            self.form.document_prompt,
-            self.end,
-            self._with_words,
-            self.form.include_prompt,
-        )
+            if kind != "ranking" and (encoder.config.corpus or encoder.config.qrels):
+                raise InputError(
+                    f"--corpus and --qrels need pairs, and these rows have {_WORDS[kind]}. Drop "
+                    "them; ftlevel evaluate RUN --qrels FILE searches with the trained model."
+                )
+        encode = self._text_encoder(encoder)
         longest = self.form.max_length
         if longest is not None and encoder.config.max_length == "auto":
             positions = min(longest, encoder.bounds.positions or longest)
             encoder = replace(encoder, bounds=replace(encoder.bounds, positions=positions))
         return encoder.fit(encoder.collect(encode, examples), table)
+
+    def _text_encoder(self, encoder: Encoder) -> TextEncoder:
+        form = self.form
+        return TextEncoder(
+            encoder.tokenizer,
+            form.query_prompt,
+            form.document_prompt,
+            self.end,
+            self._with_words,
+            form.include_prompt,
+        )
+
+    def encode_corpus(
+        self, encoder: Encoder, documents: Sequence[str]
+    ) -> tuple[Sequence[Encoded], Choice]:
+        """Return the encoded documents, truncated at the maximum length, and their number."""
+        texts = self._text_encoder(encoder).documents(documents)
+        limit = encoder.limit(self.form.max_length)
+        over = sum(len(text.input_ids) > limit for text in texts) if limit else 0
+        note = f"{over:,} truncated at {limit:,} tokens" if over else ""
+        texts = [text.truncated(limit) for text in texts] if limit and over else texts
+        return texts, Choice("corpus", f"{len(texts):,} documents", note)
+
+    def check_validation(
+        self, train: Sequence[Any], validation: Sequence[Any], corpus: Sequence[str] | None
+    ) -> Sequence[tuple[str, str, Sequence[int], str]]:
+        """Return findings on relevant documents and the corpus."""
+        return check_validation(train, validation, corpus)
+
+    def finish_data(
+        self, prepared: PreparedData, config: DataConfig, context: EncodingContext
+    ) -> PreparedData:
+        """Return the rows with the dataset of each, if there are several."""
+        if not config.also:
+            return prepared
+        ends = [part.base for part in prepared.table.parts[1:]]
+        lines = [prepared.table.lines[row.row] for row in prepared.train]
+        sets = [bisect_left(ends, line) for line in lines]
+        counts = join_names(f"{count:,}" for _, count in sorted(Counter(sets).items()))
+        choice = Choice("steps", "of one dataset each", f"in proportion to their {counts} rows")
+        return replace(prepared, sets=sets, choices=[*prepared.choices, choice])
 
     def facts(self, loaded: LoadedExamples) -> Mapping[str, Any]:
         """Return the loss, its settings and the embedding format."""
@@ -436,6 +477,12 @@ def _check_loss(
         raise InputError(
             f"--loss {loss} needs {facts.columns}, and these rows have {_WORDS[kind]}. Use "
             f"--loss {join_names(usable, 9)}."
+        )
+    without = [e.row for e in examples if kind == "ranking" and not e.positives]
+    if without and not facts.needs_teacher:
+        raise InputError(
+            f"{table.where(without[0])}: no document has a label above 0, as in {len(without):,} "
+            f"of {len(examples):,} rows; --loss {loss} needs a relevant one. Remove these rows."
         )
     for example in examples if facts.needs_negatives else ():
         if not example.negatives:

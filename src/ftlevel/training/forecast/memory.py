@@ -72,6 +72,7 @@ from ftlevel.training.model import PreparedModel
 from ftlevel.training.plan.run import Run
 from ftlevel.training.processes import Processes
 from ftlevel.training.resume import ResumeState
+from ftlevel.training.whole_step import GRAPHS_SHARE
 
 MOST_PARAMETERS = 120_000_000
 """Largest one-block model built to find pruning, as for models up to 3B parameters. Beyond, all
@@ -209,6 +210,9 @@ def estimate_step_memory(run: Run, memory: int) -> StepMemory:
     for parts in peaks.values():
         for part in _PER_WORKER:
             parts[part] = parts.get(part, 0) * batch.at_once
+    if kept := _kept_graph_bytes(run, peaks, batch, memory):
+        for moment in (FORWARD, BACKWARD, FIRST_BLOCK):
+            peaks[moment][ACTIVATIONS] += kept
     if (size := RolloutSize.of(run)) is not None:
         held = {part: bytes_ for part, bytes_ in peaks[FORWARD].items() if part in _HELD}
         peaks[SAMPLING] = {**held, **estimate_sampling_parts(run, size)}
@@ -216,6 +220,24 @@ def estimate_step_memory(run: Run, memory: int) -> StepMemory:
         for parts in peaks.values():
             parts[SCORING_MODELS] = scoring
     return highest(peaks, batch.tokens)
+
+
+def _kept_graph_bytes(
+    run: Run, peaks: Mapping[str, Mapping[str, float]], batch: _Batch, memory: int
+) -> float:
+    """Return the activations of the other micro-batches of a step whose graphs are all kept.
+
+    See `training.whole_step`; 0 if each micro-batch is embedded twice.
+    """
+    cache = run.config.embedding.grad_cache
+    several = (run.config.train.num_processes or 1) > 1
+    if not isinstance(run.objective, StepObjective) or several or cache == "always":
+        return 0.0
+    per_token = peaks[FORWARD].get(ACTIVATIONS, 0) / (batch.tokens * batch.at_once)
+    weights = sum(size for part, size in peaks[FORWARD].items() if part in _HELD)
+    if cache == "auto" and batch.step_tokens * per_token > GRAPHS_SHARE * (memory - weights):
+        return 0.0
+    return per_token * max(batch.step_tokens - batch.tokens * batch.at_once, 0)
 
 
 def highest(peaks: Peaks, tokens: int) -> StepMemory:
@@ -318,12 +340,17 @@ def _by_period(kinds: Sequence[Any]) -> LayerSample | None:
 
 @dataclass(frozen=True)
 class _Batch:
-    """Inputs of one micro-batch; `several`: others left gradients; `at_once`: parallel workers."""
+    """Inputs of one micro-batch.
+
+    `several`: others left gradients; `at_once`: parallel workers; `step_tokens`: positions of all
+    micro-batches of the step.
+    """
 
     inputs: dict[str, Any]
     tokens: int
     several: bool
     at_once: int
+    step_tokens: int
 
     def fresh(self) -> dict[str, Any]:
         """Return a copy of the inputs for a step that removes entries it has used."""
@@ -435,7 +462,8 @@ def _largest_micro_batch(run: Run, pruning: Pruning) -> _Batch:
         longest = with_completions(run, longest)
         inputs = Collator(run.model.pad_id)(longest)
         several = train.gradient_accumulation_steps > 1
-        return _Batch(inputs, inputs["input_ids"].numel(), several, 1)
+        tokens = inputs["input_ids"].numel()
+        return _Batch(inputs, tokens, several, 1, tokens)
     needed = pruning.needed if pruning.linears else None
     collator = TextCollator if isinstance(run.objective, StepObjective) else StepCollator
     collate = collator(run.model.pad_id, replace(fast, shared_prefix=False, needed_tokens=needed))
@@ -448,7 +476,8 @@ def _largest_micro_batch(run: Run, pruning: Pruning) -> _Batch:
         costs = [_count_positions(part) for part in parts]
         fullest = parts[costs.index(max(costs))]
         micro_batch = {"rows": step, "micro_batches": [fullest], "in_parallel": False}
-        candidates.append(_Batch(micro_batch, max(costs), len(parts) > at_once, at_once))
+        several = len(parts) > at_once
+        candidates.append(_Batch(micro_batch, max(costs), several, at_once, sum(costs)))
     return max(candidates, key=lambda batch: (batch.tokens * batch.at_once, batch.several))
 
 

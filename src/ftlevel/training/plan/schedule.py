@@ -7,12 +7,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ftlevel.config import DEFAULT_MODEL, DataConfig, MethodConfig, ModelConfig
+from ftlevel.config import DEFAULT_MODEL, DataConfig, MethodConfig, ModelConfig, TrainConfig
 from ftlevel.config.preference import PREFERENCE_TASKS, TAUGHT_TASKS, DistillationConfig
 from ftlevel.config.section import Choice
 from ftlevel.config.trainer import LEARNING_RATE_ADVICE, PLATEAU, TrainerConfig
 from ftlevel.data.encoding.encode import Encoded
 from ftlevel.data.encoding.fit import LengthBounds
+from ftlevel.data.prepare.encoder import PreparedData
+from ftlevel.data.prepare.streaming import count_places
 from ftlevel.errors import ConfigError, did_you_mean, join_names
 from ftlevel.methods import METHODS
 from ftlevel.methods.rates import RateFacts, choose_head_rate
@@ -28,12 +30,17 @@ def count_steps_per_epoch(config: TrainerConfig, rows: int) -> int:
     return max(math.ceil(micro_steps / config.gradient_accumulation_steps), 1)
 
 
-def rows_per_epoch(config: TrainerConfig, steps_per_rollout: int, rows: int) -> int:
-    """Return how many rows an epoch trains on, with rollouts that serve several steps."""
-    if steps_per_rollout == 1:
+def rows_per_epoch(config: TrainConfig, data: PreparedData) -> int:
+    """Return how many rows an epoch trains on.
+
+    Rollouts serve several steps. With one set per step, the last step of each set is filled up.
+    """
+    step, rows = config.train.rows_per_step, len(data.train)
+    if data.sets:
+        return count_places(data.sets, step)
+    if config.steps_per_rollout == 1:
         return rows
-    step = config.rows_per_step
-    return math.ceil(rows / step) * step * steps_per_rollout  # the last step is filled
+    return math.ceil(rows / step) * step * config.steps_per_rollout  # the last step is filled
 
 
 def count_steps(config: TrainerConfig, rows: int) -> int:

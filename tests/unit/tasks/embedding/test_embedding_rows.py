@@ -126,6 +126,26 @@ def test_the_order_depends_on_seed_and_epoch_only() -> None:
     assert list(one) != list(other)
 
 
+@pytest.mark.parametrize("is_distinct", [True, False])
+def test_a_step_has_rows_of_one_set(is_distinct: bool) -> None:
+    """11 and 5 rows in steps of 4 are 3 and 2 steps; 16 is no row, it fills up the short ones."""
+    rows = [_row(i, [i // 2], [100 + i]) for i in range(16)]
+    sets = [int(i % 3 == 1) for i in range(16)]
+    sampler = DistinctTextSampler(rows, 4, 3, sets, is_distinct=is_distinct)
+    turns = set()
+    for sampler.epoch in range(4):
+        order = list(sampler)
+        assert len(order) == len(sampler) == 20
+        assert sorted(order) == [*range(16), *[16] * 4]
+        steps = [[row for row in order[at : at + 4] if row < 16] for at in range(0, 20, 4)]
+        assert all(len({sets[row] for row in step}) == 1 for step in steps)
+        turns.add(tuple(sets[step[0]] for step in steps))
+        if is_distinct:
+            twice = sum(len(step) - len({row // 2 for row in step}) for step in steps)
+            assert twice <= sampler.repeated <= 2
+    assert len(turns) > 1
+
+
 def test_rows_that_cannot_be_apart_come_last() -> None:
     rows = [_row(i, [0], [100 + i]) for i in range(4)] + [
         _row(i, [i], [i + 50]) for i in range(4, 8)

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
+from ftlevel.data.sources.beir import RetrievalSet, read_retrieval_set
 from ftlevel.errors import InputError
-from ftlevel.tasks.embedding.beir import RetrievalSet, read_retrieval_set
 
 
 def write(path, rows):
@@ -44,6 +44,12 @@ def test_another_corpus_has_to_hold_the_relevant_documents(layout, tmp_path):
 def test_judgments_need_their_columns(layout):
     layout.write_text("a\tb\tc\nq0\td1\t1\n")
     with pytest.raises(InputError, match="none of the columns query-id"):
+        read_retrieval_set(layout)
+
+
+def test_a_score_is_a_number(layout):
+    layout.write_text("query-id\tcorpus-id\tscore\nq0\td1\tyes\n")
+    with pytest.raises(InputError, match="'score' is 'yes', where a number is expected"):
         read_retrieval_set(layout)
 
 

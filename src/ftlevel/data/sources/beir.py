@@ -34,6 +34,12 @@ class RetrievalSet:
     unjudged: int = 0
 
 
+def retrieval_files(qrels: Path) -> list[Path]:
+    """Return the files of queries and documents that belong to a file of judgments."""
+    place = qrels.parent.parent if qrels.parent.name == "qrels" else qrels.parent
+    return [place / "queries.jsonl", place / "corpus.jsonl"]
+
+
 def read_retrieval_set(qrels: Path, corpus: Path | None = None) -> RetrievalSet:
     """Read the retrieval set of a file of relevance judgments.
 
@@ -43,9 +49,9 @@ def read_retrieval_set(qrels: Path, corpus: Path | None = None) -> RetrievalSet:
     Raises:
         InputError: a file is missing, or a judgment names an unknown query or document.
     """
-    place = qrels.parent.parent if qrels.parent.name == "qrels" else qrels.parent
-    queries = _read_texts(place / "queries.jsonl")
-    corpus = corpus or place / "corpus.jsonl"
+    asked, own_corpus = retrieval_files(qrels)
+    queries = _read_texts(asked)
+    corpus = corpus or own_corpus
     documents = _read_texts(corpus)
     texts = list(dict.fromkeys(documents.values()))
     positions = {text: at for at, text in enumerate(texts)}
@@ -59,12 +65,12 @@ def read_retrieval_set(qrels: Path, corpus: Path | None = None) -> RetrievalSet:
             lost.append(f"{table.where(at)}: query {query!r}")
         elif str(document) not in documents:
             lost.append(f"{table.where(at)}: document {document!r}")
-        elif float(score) > 0:
+        elif _number(score, table.where(at), names[2]) > 0:
             relevant.setdefault(str(query), set()).add(positions[documents[str(document)]])
     if lost:
         raise InputError(
             f"{len(lost):,} judgments refer to a missing query or document: "
-            f"{join_names(lost, 2)}. Queries are read from {place / 'queries.jsonl'}, documents "
+            f"{join_names(lost, 2)}. Queries are read from {asked}, documents "
             f"from {corpus}. Choose another corpus with --corpus."
         )
     if not relevant:
@@ -79,15 +85,36 @@ def read_retrieval_set(qrels: Path, corpus: Path | None = None) -> RetrievalSet:
     )
 
 
+def _number(value: Any, place: str, column: str) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise InputError(
+            f"{place}: {column!r} is {value!r}, where a number is expected. Give relevant "
+            "documents 1, others 0."
+        ) from None
+
+
+def read_corpus(path: Path) -> list[str]:
+    """Read the distinct documents of a file with a column text, and perhaps title."""
+    table = read_table(path)
+    _check_text(table.columns, path)
+    return list(dict.fromkeys(map(_text, table.rows)))
+
+
 def _read_texts(path: Path) -> dict[str, str]:
     """Read the text of each id; a title precedes its text."""
     table = read_table(path)
     name = _column(table.columns, _IDS, path)
-    if "text" not in table.columns:
-        raise InputError(
-            f"{path}: has no column 'text'. Columns: {join_names(map(repr, table.columns))}."
-        )
+    _check_text(table.columns, path)
     return {str(row[name]): _text(row) for row in table.rows}
+
+
+def _check_text(columns: Sequence[str], path: Path) -> None:
+    if "text" not in columns:
+        raise InputError(
+            f"{path}: has no column 'text'. Columns: {join_names(map(repr, columns))}."
+        )
 
 
 def _text(row: Mapping[str, Any]) -> str:
