@@ -20,7 +20,7 @@ from ftlevel.artifacts.sentence_transformers import EmbeddingFormat, write_embed
 from ftlevel.cli.app import run
 from ftlevel.commands.export import export
 from ftlevel.config import ExportConfig
-from ftlevel.errors import FtlevelError, RunError
+from ftlevel.errors import FtlevelError, InputError, RunError
 from ftlevel.extras.serving.check import check_served
 from ftlevel.extras.serving.config import CheckServedConfig
 
@@ -104,6 +104,14 @@ def test_llama_cpp_returns_the_embeddings_of_the_model(
         Path("x.served.json").write_text(json.dumps(record))
         with pytest.raises(RunError, match="not those of training"):
             check_served(CheckServedConfig(out=Path("x.gguf"), url=url))
+    inside = CheckServedConfig(out=Path("x.gguf"), inside="llama.cpp")
+    with pytest.raises(RunError, match="not those of training"):
+        check_served(inside)
+    record["texts"][0]["vector"] = [-value for value in record["texts"][0]["vector"]]
+    Path("x.served.json").write_text(json.dumps(record))
+    assert check_served(inside).summary["min_cosine"] > 1 - 1e-5
+    with pytest.raises(InputError, match=r"is a \.gguf file, which vllm does not load"):
+        check_served(CheckServedConfig(out=Path("x.gguf"), inside="vllm"))
 
 
 REFUSED: list[tuple[dict[str, Any], str, str]] = [

@@ -83,6 +83,33 @@ def test_it_is_the_peak_of_the_run(
     assert found.parts["quantized weights" if method == "qlora" else "weights"] > 0
 
 
+@pytest.mark.parametrize("grad_cache", ["never", "always"])
+def test_it_knows_which_graphs_an_embedding_step_keeps(
+    tmp_path: Path, tiny_model_dir: ModelDir, grad_cache: str
+) -> None:
+    """Four micro-batches stay in memory together, or only one of them."""
+    draw, words = random.Random(0), ["the", "value", "of", "an", "object", "file", "argument"]
+    rows = [
+        {
+            "anchor": " ".join(draw.choices(words, k=60)),
+            "positive": " ".join(draw.choices(words, k=60)),
+        }
+        for _ in range(8)
+    ]
+    config = configure(tmp_path, tiny_model_dir("bert", "mlm"), "lora", classes=False)
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = config.with_sections(
+        task="embedding",
+        data={"dataset": str(path), "cache": False},
+        embedding={"grad_cache": grad_cache},
+        speed={"verify": False, "tokens_per_micro_batch": 256},
+    )
+    found = estimate_step_memory(resolve(config), MEMORY)
+    measured = benchmark().measured(config)["peak"]
+    assert found.peak == pytest.approx(measured, rel=0.1)
+
+
 @pytest.mark.parametrize(
     ("family", "task", "method", "quant"),
     [
