@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
 
 from ftlevel.cli.app import commands
@@ -57,7 +57,10 @@ def _command(name: str, flags: Sequence[Flag]) -> Iterator[str]:
     function = getattr(importlib.import_module(module), attribute)
     yield from (f"# ftlevel {name}", "", inspect.getdoc(function) or "")
     rows = [row for row in flags_of(name, flags) if row.shown not in COMMON]
-    of_train = [row for row in rows if row in flags_of("train", flags) and row.path]
+    flags_of_train = flags_of("train", flags)
+    of_train = [row for row in rows if row in flags_of_train and row.path]
+    aliases = _aliases(flags)
+    known = () if name == "train" else {n for row in flags_of_train for n in _names(row, aliases)}
     if name != "train" and len(of_train) > MANY:
         rows = [row for row in rows if row not in of_train]
         yield from (
@@ -67,7 +70,8 @@ def _command(name: str, flags: Sequence[Flag]) -> Iterator[str]:
         )
     for panel in dict.fromkeys(row.panel for row in rows):
         yield from ("", f"## {panel or 'Arguments'}", "")
-        yield from _table([_cells(row, name, flags) for row in rows if row.panel == panel])
+        cells = [_cells(row, name, aliases, known) for row in rows if row.panel == panel]
+        yield from _table(cells)
     answers = [row for row in flags if isinstance(row, UnsupportedFlag) and name in row.on]
     if answers and name == "train":
         yield from ("", "## Not available", "")
@@ -85,7 +89,10 @@ def _table(rows: Sequence[Sequence[str]]) -> Iterator[str]:
         yield f"| {' | '.join(row[at].replace('|', chr(92) + '|') for at in shown)} |"
 
 
-def _cells(row: Flag, command: str, flags: Sequence[Flag]) -> list[str]:
+def _cells(
+    row: Flag, command: str, aliases: Mapping[str, Sequence[Alias]], known: Collection[str]
+) -> list[str]:
+    """Returns the columns of a flag, without second names in `known`."""
     metadata = row.metadata(command)
     is_required = row.required or metadata.required
     return [
@@ -93,24 +100,23 @@ def _cells(row: Flag, command: str, flags: Sequence[Flag]) -> list[str]:
         ", ".join(_code(path) for path in (row.path, *row.by_task.values())),
         ", ".join(metadata.choices),
         "required" if is_required else "" if metadata.default is None else str(metadata.default),
-        ", ".join(_second(row, command, flags)),
+        ", ".join(second for second in _names(row, aliases) if second not in known),
         metadata.description,
     ]
 
 
-def _second(row: Flag, command: str, flags: Sequence[Flag]) -> list[str]:
-    """Return other names of a flag; on other pages than train's, those that train lacks."""
-    if command != "train":
-        of_train = {name for each in flags_of("train", flags) for name in _names(each, flags)}
-        return [name for name in _names(row, flags) if name not in of_train]
-    return list(_names(row, flags))
+def _aliases(flags: Sequence[Flag]) -> dict[str, list[Alias]]:
+    """Return flag → all of its aliases, which may be listed in several rows."""
+    found: dict[str, list[Alias]] = {}
+    for row in flags:
+        found.setdefault(row.shown, []).extend(row.alias_names)
+    return found
 
 
-def _names(row: Flag, flags: Sequence[Flag]) -> Iterator[str]:
+def _names(row: Flag, aliases: Mapping[str, Sequence[Alias]]) -> Iterator[str]:
     if row.aliases.values:
         yield f"{_code(row.shown)} ({_words(row.aliases.values)})"
-    seconds = [other for each in flags if each.shown == row.shown for other in each.alias_names]
-    yield from dict.fromkeys(map(_with_values, seconds))
+    yield from dict.fromkeys(map(_with_values, aliases[row.shown]))
 
 
 def _with_values(other: Alias) -> str:
