@@ -292,10 +292,12 @@ def fork(folder: Path, case: str, out: Path, shard: str, count: int) -> None:
     Raises:
         RuntimeError: the exit code of one is not 0, or one does not end.
     """
+    import distributed  # this file, as the processes find it
+
     import ranks
 
     given = (folder, [case], out, shard)
-    codes = ranks.end(ranks.start(work, [given] * count), SECONDS)
+    codes = ranks.end(ranks.start(distributed.work, [given] * count), SECONDS)
     if any(code != 0 for code in codes):
         raise RuntimeError(f"exit codes {codes}: {case}, --shard {shard}")
 

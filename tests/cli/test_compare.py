@@ -7,7 +7,6 @@ import os
 import signal
 import statistics
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from typing import Any
 import pytest
 import yaml
 
+from forked import Forked
 from ftlevel.cli.app import run
 from ftlevel.extras.compare.cli import table_lines
 
@@ -47,7 +47,7 @@ def flags(rows: Path, out: Path, *others: str) -> list[str]:
             "--max-length", "32", "--output-dir", str(out), *others]  # fmt: skip
 
 
-def wait_for(done: Any, process: subprocess.Popen[bytes]) -> None:
+def wait_for(done: Any, process: Forked) -> None:
     end = time.monotonic() + WAIT
     while not done():
         assert process.poll() is None
@@ -60,7 +60,7 @@ def killed(rows: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kil
     path = tmp_path_factory.mktemp("compared") / "runs"
     asked = flags(rows, path, "--methods", ",".join(METHODS), "--budget-steps", "3",
                   "--seeds", "2", "--seed", "1", "--quiet")  # fmt: skip
-    process = subprocess.Popen([sys.executable, "-m", "ftlevel", *asked])
+    process = Forked(asked)
     first = path / "scores" / "lora-seed1.json"
     wait_for(lambda: first.is_file() and (path / "ia3-seed1").is_dir(), process)
     os.kill(process.pid, signal.SIGKILL)
@@ -226,7 +226,7 @@ def test_two_searches_share_a_study_and_the_winner_has_what_they_found(
     asked = ("--methods", "lora", "--budget-steps", "3", "--search", "lr,r", "--trials", "3",
              "--study", url, "--json")  # fmt: skip
     other = flags(rows, tmp_path / "theirs", *asked)
-    process = subprocess.Popen([sys.executable, "-m", "ftlevel", *other], stdout=subprocess.PIPE)
+    process = Forked(other, stdout=subprocess.PIPE)
     assert run(flags(rows, tmp_path / "ours", *asked)) == 0
     ours = json.loads(capsys.readouterr().out)
     theirs = json.loads(process.communicate(timeout=WAIT)[0])

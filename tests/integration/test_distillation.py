@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +12,7 @@ import pytest
 import torch
 from torch.nn import functional
 
+import forked
 from ftlevel.commands.evaluate import evaluate
 from ftlevel.commands.merge import merge
 from ftlevel.config import EvaluateConfig, MergeConfig
@@ -162,17 +161,14 @@ def test_a_run_with_a_teacher_is_evaluated_merged_and_gone_on_with_as_any(
 @pytest.mark.slow
 def test_two_processes_give_the_curve_of_one(tiny_model_dir: ModelDir, tmp_path: Path) -> None:
     data, model = write(tmp_path / "data"), tiny_model_dir("llama")
-    command = [sys.executable, "-m", "ftlevel", "train", "--model", str(model), "--dataset",
+    command = ["train", "--model", str(model), "--dataset",
                str(data), "--map", "prompt=prompt", "--map", "completion=chosen", "--teacher",
                str(tiny_model_dir("llama", seed=5)), "--divergence", "jsd", "--max-steps", "3",
                "--dtype", "float32", "--learning-rate", "0.01", "--logging-steps", "1",
                "--quiet"]  # fmt: skip
     for count, size in ((1, 6), (2, 3)):
-        subprocess.run(
-            [*command, "--num-processes", str(count), "--per-device-train-batch-size", str(size),
-             "--output-dir", str(tmp_path / str(count))],
-            check=True, capture_output=True,
-        )  # fmt: skip
+        forked.run(*command, "--num-processes", str(count), "--per-device-train-batch-size",
+                   str(size), "--output-dir", str(tmp_path / str(count)))  # fmt: skip
     one, two = (np.array(losses(tmp_path / name)) for name in ("1", "2"))
     assert two == pytest.approx(one, rel=1e-4)
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ import pytest
 import torch
 from torch.nn.functional import log_softmax
 
+import forked
 from ftlevel.commands.evaluate import evaluate
 from ftlevel.commands.merge import merge
 from ftlevel.commands.predict import predict
@@ -141,16 +140,13 @@ def test_a_step_is_the_same_in_any_number_of_micro_batches_and_processes(
 @pytest.mark.slow
 def test_two_processes_give_the_curve_of_one(tiny_model_dir: ModelDir, tmp_path: Path) -> None:
     data, model = write(tmp_path / "data"), tiny_model_dir("llama")
-    command = [sys.executable, "-m", "ftlevel", "train", "--task", "preference", "--loss", "kto",
+    command = ["train", "--task", "preference", "--loss", "kto",
                "--model", str(model), "--dataset", str(data), "--max-steps", "3", "--dtype",
                "float32", "--learning-rate", "0.01", "--logging-steps", "1", "--quiet"]  # fmt: skip
     for count, size in ((1, 8), (2, 4)):
         out = tmp_path / str(count)
-        subprocess.run(
-            [*command, "--num-processes", str(count), "--per-device-train-batch-size", str(size),
-             "--output-dir", str(out)],
-            check=True, capture_output=True,
-        )  # fmt: skip
+        forked.run(*command, "--num-processes", str(count), "--per-device-train-batch-size",
+                   str(size), "--output-dir", str(out))  # fmt: skip
     one, two = (np.array(losses(tmp_path / name)) for name in ("1", "2"))
     assert two == pytest.approx(one, rel=1e-4)
 

@@ -17,11 +17,14 @@ import psutil
 import pytest
 from safetensors.torch import load_file
 
+import forked
+from forked import Forked
 from ftlevel import TrainConfig, train
 from ftlevel.cli import train as processes
 from ftlevel.errors import ConfigError
 
 pytestmark = pytest.mark.slow
+PROGRAM = [sys.executable, "-m", "ftlevel"]
 ROWS = 18  # the last step of an epoch has rows for one of the processes only
 TEXT = ["a", "dog", "sees", "the", "old", "house", "and", "the", "cat", "sits", "there"]
 
@@ -39,7 +42,7 @@ def rows(tmp_path: Path) -> Path:
 
 def command(model: Path, rows: Path, out: Path, *more: str) -> list[str]:
     return [
-        sys.executable, "-m", "ftlevel", "train", "--method", "lora", "--model", str(model),
+        "train", "--method", "lora", "--model", str(model),
         "--dataset", str(rows), "--dtype", "float32", "--per-device-train-batch-size", "4",
         "--output-dir", str(out), *more,
     ]  # fmt: skip
@@ -72,8 +75,8 @@ def test_two_processes_are_one_with_twice_the_accumulation(
 ) -> None:
     model = tiny_model_dir("llama")
     done = subprocess.run(
-        command(model, rows, tmp_path / "two", "--max-steps", "6", "--no-fast",
-                "--num-processes", "2", "--json"),
+        [*PROGRAM, *command(model, rows, tmp_path / "two", "--max-steps", "6", "--no-fast",
+                            "--num-processes", "2", "--json")],
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -91,13 +94,11 @@ def test_a_sharded_run_evaluates_saves_and_ends(
     tiny_model_dir: Callable[..., Path], rows: Path, tmp_path: Path
 ) -> None:
     """The exit code is of all processes, each of which proves its part of the base."""
-    done = subprocess.run(
-        command(tiny_model_dir("llama"), rows, tmp_path / "run", "--max-steps", "4", "--shard",
-                "full", "--validation-split", "0.3", "--eval-steps", "2", "--save-steps", "2",
-                "--num-processes", "2", "--json"),
-        capture_output=True, text=True, check=False,
+    done = forked.run(
+        *command(tiny_model_dir("llama"), rows, tmp_path / "run", "--max-steps", "4", "--shard",
+                 "full", "--validation-split", "0.3", "--eval-steps", "2", "--save-steps", "2",
+                 "--num-processes", "2", "--json"),
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
     summary = json.loads(done.stdout)
     assert summary["steps"] == 4
     assert summary["best"]["evaluations"] == 2
@@ -112,10 +113,9 @@ def test_ctrl_c_keeps_a_checkpoint_of_all_processes(
     rate = {"learning_rate": 1e-3, "lr_scheduler_type": "constant"}
     more = ("--max-steps", "100000", "--num-processes", "2", "--logging-steps", "1",
             "--learning-rate", "1e-3", "--lr-scheduler-type", "constant")  # fmt: skip
-    running = subprocess.Popen(
-        command(model, rows, out, *more), text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )  # fmt: skip
+    running = Forked(
+        command(model, rows, out, *more), stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
     deadline = time.monotonic() + 300
     metrics = out / "metrics.jsonl"
     while time.monotonic() < deadline:
@@ -153,13 +153,12 @@ def test_a_resumed_run_is_the_unbroken_one(
         "data.shuffle_buffer=5",
     )
     start = command(tiny_model_dir("llama"), rows, out, *more)
-    subprocess.run(start, check=True, capture_output=True)
+    forked.run(*start)
     weights = out / "adapter/adapter_model.safetensors"
     whole = weights.read_bytes()
     shutil.rmtree(out / "adapter")
     shutil.rmtree(out / "checkpoints/checkpoint-8")  # 5 is in the middle of the second epoch
-    resume = [*start[:4], "--output-dir", str(out), "--resume"]
-    subprocess.run(resume, check=True, capture_output=True)
+    forked.run("train", "--output-dir", str(out), "--resume")
     assert weights.read_bytes() == whole
 
 
@@ -179,8 +178,7 @@ def test_two_processes_keep_the_best_and_stop_together(
             "--save-minutes", "0.000001")  # fmt: skip
     out, model = tmp_path / "run", tiny_model_dir("llama")
     patient = command(model, rows, out, *more, "--early-stopping-patience", "2", "--json")
-    done = subprocess.run(patient, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    done = forked.run(*patient)
     summary = json.loads(done.stdout)
     assert summary["steps"] == 6
     assert summary["best"]["kept_step"] == 2
@@ -190,12 +188,11 @@ def test_two_processes_keep_the_best_and_stop_together(
     assert whole == {"checkpoint-5", "checkpoint-6", "best-2"}, "the clock has struck at each step"
     shutil.rmtree(out / "adapter")
     shutil.rmtree(out / "checkpoints/checkpoint-6")
-    resume = [*patient[:4], "--output-dir", str(out), "--resume"]
-    subprocess.run(resume, check=True, capture_output=True)
+    forked.run("train", "--output-dir", str(out), "--resume")
     assert (out / "adapter/adapter_model.safetensors").read_bytes() == kept
 
 
-def started(launcher: subprocess.Popen[str], log: Path) -> list[psutil.Process]:
+def started(launcher: Forked, log: Path) -> list[psutil.Process]:
     """Return the two processes of a run that has made some steps, by their rank."""
     deadline = time.monotonic() + 120
     while not (log.exists() and len(log.read_text().splitlines()) >= 2):
@@ -216,9 +213,9 @@ def test_a_killed_process_ends_the_run_in_a_line(
     tiny_model_dir: Callable[..., Path], rows: Path, tmp_path: Path, rank: int
 ) -> None:
     long = ("--max-steps", "4000", "--num-processes", "2", "--logging-steps", "1")
-    launcher = subprocess.Popen(
+    launcher = Forked(
         command(tiny_model_dir("llama"), rows, tmp_path / "run", *long),
-        stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
+        stderr=subprocess.PIPE, stdout=subprocess.DEVNULL,
     )  # fmt: skip
     started(launcher, tmp_path / "run/metrics.jsonl")[rank].kill()
     began = time.monotonic()
@@ -236,7 +233,7 @@ def test_a_process_that_stands_still_is_named_while_the_others_wait(
     long = ("--max-steps", "4000", "--num-processes", "2", "--logging-steps", "1")
     says = tmp_path / "says"
     with says.open("w") as file:
-        launcher = subprocess.Popen(
+        launcher = Forked(
             command(tiny_model_dir("llama"), rows, tmp_path / "run", *long),
             stderr=file, stdout=subprocess.DEVNULL,
         )  # fmt: skip
@@ -271,7 +268,8 @@ def test_what_ends_before_there_is_a_run_says_so(
 ) -> None:
     """The processes import torch for seconds, and take signals from their first lines on."""
     launcher = subprocess.Popen(
-        command(tiny_model_dir("llama"), rows, tmp_path / "run", "--num-processes", "2"),
+        [*PROGRAM, *command(tiny_model_dir("llama"), rows, tmp_path / "run",
+                            "--num-processes", "2")],
         stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # though begun by `&`
     )  # fmt: skip
@@ -295,9 +293,9 @@ def test_no_process_outlives_its_launcher(
     tiny_model_dir: Callable[..., Path], rows: Path, tmp_path: Path
 ) -> None:
     long = ("--max-steps", "4000", "--num-processes", "2", "--logging-steps", "1")
-    launcher = subprocess.Popen(
+    launcher = Forked(
         command(tiny_model_dir("llama"), rows, tmp_path / "run", *long),
-        stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, text=True,
+        stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
     )  # fmt: skip
     ranks = started(launcher, tmp_path / "run/metrics.jsonl")
     launcher.kill()
@@ -321,7 +319,7 @@ def test_a_lost_node_ends_the_others_in_a_line(
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     long = ("--max-steps", "4000", "--save-steps", "20", "--logging-steps", "1")
-    run = command(tiny_model_dir("llama"), rows, tmp_path / "run", *long)[1:]
+    run = ["-m", "ftlevel", *command(tiny_model_dir("llama"), rows, tmp_path / "run", *long)]
     nodes = []
     for node in "01":
         agent = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--node-rank",
@@ -354,10 +352,10 @@ def test_a_run_whose_process_was_killed_is_started_again(
     more = ("--max-steps", "60", "--num-processes", "2", "--logging-steps", "1", "--save-steps",
             "2", "--lora-dropout", "0.1")  # fmt: skip
     model, out = tiny_model_dir("llama"), tmp_path / "run"
-    subprocess.run(command(model, rows, tmp_path / "whole", *more), check=True, capture_output=True)
-    launcher = subprocess.Popen(
+    forked.run(*command(model, rows, tmp_path / "whole", *more))
+    launcher = Forked(
         command(model, rows, out, *more, "--max-restarts", "1", "--overwrite"),
-        stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
+        stderr=subprocess.PIPE, stdout=subprocess.DEVNULL,
     )  # fmt: skip
     started(launcher, out / "metrics.jsonl")[1].kill()
     _, error = launcher.communicate(timeout=240)

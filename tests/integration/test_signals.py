@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from forked import Forked
+
 pytestmark = pytest.mark.slow
 LONG = ["--max-samples", "16", "--set", "data.max_eval_samples=8", "--batch-size", "4",
         "--max-steps", "40", "--logging-steps", "1"]  # fmt: skip
@@ -29,7 +31,15 @@ def start(tmp_path: Path, *arguments: str) -> subprocess.Popen[str]:
     )  # fmt: skip
 
 
-def wait_until(process: subprocess.Popen[str], happens: Callable[[], bool]) -> None:
+def begin(tmp_path: Path) -> Forked:
+    """Start a run whose interpreter has all imports."""
+    return Forked(
+        ["train", *LONG, "--output-dir", "run"], cwd=tmp_path,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+
+
+def wait_until(process: Forked, happens: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 120
     while not happens():
         assert time.monotonic() < deadline
@@ -43,7 +53,7 @@ def lines(path: Path) -> int:
 
 @pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGHUP", 129)])
 def test_a_run_is_ended_after_its_step(tmp_path: Path, name: str, code: int) -> None:
-    process = start(tmp_path, "train", *LONG, "--output-dir", "run")
+    process = begin(tmp_path)
     wait_until(process, lambda: lines(tmp_path / "run/metrics.jsonl") >= 3)
     process.send_signal(getattr(signal, name))
     _, error = process.communicate(timeout=120)
@@ -53,7 +63,7 @@ def test_a_run_is_ended_after_its_step(tmp_path: Path, name: str, code: int) -> 
 
 
 def test_the_second_signal_ends_a_run_at_once_with_its_own_code(tmp_path: Path) -> None:
-    process = start(tmp_path, "train", *LONG, "--output-dir", "run")
+    process = begin(tmp_path)
     wait_until(process, lambda: lines(tmp_path / "run/metrics.jsonl") >= 3)
     process.send_signal(signal.SIGTERM)
     process.send_signal(signal.SIGTERM)
@@ -66,7 +76,7 @@ def test_the_second_signal_ends_a_run_at_once_with_its_own_code(tmp_path: Path) 
 
 
 def test_a_warning_makes_a_checkpoint_and_the_run_goes_on(tmp_path: Path) -> None:
-    process = start(tmp_path, "train", *LONG, "--output-dir", "run")
+    process = begin(tmp_path)
     wait_until(process, lambda: lines(tmp_path / "run/metrics.jsonl") >= 3)
     process.send_signal(signal.SIGUSR1)
     process.communicate(timeout=240)

@@ -6,13 +6,13 @@ import hashlib
 import json
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from forked import Forked
 from ftlevel.cli.app import run
 from ftlevel.data.prepare import streaming
 
@@ -76,8 +76,8 @@ def test_ctrl_c_and_resuming_give_the_unbroken_run_and_read_nothing_again(
     data = write_jsonl([row(i) for i in range(5_000)])
     arguments = [*STREAM, "--dataset", data, "--max-steps", "30"]
     train(*arguments, out="whole")
-    command = [sys.executable, "-m", "ftlevel", "train", *arguments, "--output-dir", "broken"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    command = ["train", *arguments, "--output-dir", "broken"]
+    process = Forked(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     metrics, deadline = Path("broken/metrics.jsonl"), time.monotonic() + 240
     while not (metrics.exists() and len(metrics.read_text().splitlines()) >= 3):
         assert time.monotonic() < deadline

@@ -19,6 +19,7 @@ import torch
 import yaml
 
 import task_data
+from forked import Forked
 from ftlevel.cli.app import run
 from ftlevel.config.reading import RENAMED
 from sampling import sample
@@ -198,8 +199,8 @@ def test_the_libraries_say_nothing(tmp_path: Path) -> None:
 def test_ctrl_c_keeps_a_checkpoint_and_resuming_gives_the_unbroken_run(tmp_path: Path) -> None:
     arguments = [*SHORT, "--epochs", "6", "--lora-dropout", "0.1", "--logging-steps", "1"]
     train(*arguments, out="whole")
-    command = [sys.executable, "-m", "ftlevel", "train", *arguments, "--output-dir", "broken"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    command = ["train", *arguments, "--output-dir", "broken"]
+    process = Forked(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     metrics = Path("broken/metrics.jsonl")
     deadline = time.monotonic() + 120
     while not (metrics.exists() and len(metrics.read_text().splitlines()) >= 3):
