@@ -24,9 +24,24 @@ def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.chdir(tmp_path)
 
 
-def losses(name: str) -> list[float]:
+def losses(name: str | Path) -> list[float]:
     records = map(json.loads, Path(name, "metrics.jsonl").read_text().splitlines())
     return [record["loss"] for record in records if "loss" in record]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Return a function that gives the directory of a run with enough memory, trained once."""
+    trained: dict[tuple[str, ...], Path] = {}
+
+    def train(*arguments: str) -> Path:
+        if arguments not in trained:
+            out = tmp_path_factory.mktemp("whole") / "run"
+            assert run([*ROWS, *arguments, "--output-dir", str(out)]) == 0
+            trained[arguments] = out
+        return trained[arguments]
+
+    return train
 
 
 @pytest.fixture
@@ -52,16 +67,17 @@ def small_memory(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
 
 @pytest.mark.parametrize("workers", ["1", "2"])
 def test_the_steps_are_the_same_in_smaller_parts(
-    small_memory: Callable[[int], None], capsys: pytest.CaptureFixture[str], workers: str
-) -> None:
+    whole: Callable[..., Path], small_memory: Callable[[int], None],
+    capsys: pytest.CaptureFixture[str], workers: str,
+) -> None:  # fmt: skip
     more = ["--set", f"speed.parallel_workers={workers}", "--dtype", "float32"]
-    assert run([*ROWS, *more, "--output-dir", "whole"]) == 0
+    enough = whole(*more)
     assert "out of memory" not in capsys.readouterr().err
     small_memory(300)
     assert run([*ROWS, *more, "--output-dir", "parts"]) == 0
     assert "out of memory before the first step: micro-batches have" in capsys.readouterr().err
-    assert losses("parts") == pytest.approx(losses("whole"), rel=1e-4)
-    summaries = [json.loads(Path(n, "summary.json").read_text()) for n in ("whole", "parts")]
+    assert losses("parts") == pytest.approx(losses(enough), rel=1e-4)
+    summaries = [json.loads(Path(n, "summary.json").read_text()) for n in (enough, "parts")]
     assert summaries[0]["speed"]["made_smaller_for_memory"] == []
     halved = summaries[1]["speed"]["made_smaller_for_memory"]
     assert {entry["step"] for entry in halved} == {0}, "the longest rows are tried first"
@@ -93,10 +109,11 @@ def test_what_was_made_smaller_stays_so_when_the_run_goes_on(
 
 @pytest.mark.parametrize("workers", ["1", "2"])
 def test_a_row_alone_is_tried_with_checkpointing(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], workers: str
-) -> None:
+    whole: Callable[..., Path], monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str], workers: str,
+) -> None:  # fmt: skip
     more = ["--set", f"speed.parallel_workers={workers}", "--dtype", "float32"]
-    assert run([*ROWS, *more, "--output-dir", "whole"]) == 0
+    enough = whole(*more)
     compute = FtlevelTrainer.compute_loss
 
     def computed(self: Any, model: Any, inputs: Any, *args: Any, **settings: Any) -> Any:
@@ -108,7 +125,7 @@ def test_a_row_alone_is_tried_with_checkpointing(
     capsys.readouterr()
     assert run([*ROWS, *more, "--output-dir", "parts"]) == 0
     assert "with a single row: activations are recomputed from now on" in capsys.readouterr().err
-    assert losses("parts") == pytest.approx(losses("whole"), rel=1e-4)
+    assert losses("parts") == pytest.approx(losses(enough), rel=1e-4)
     summary = json.loads(Path("parts/summary.json").read_text())
     done = summary["speed"]["made_smaller_for_memory"]
     assert done[-1] == {"step": 0, "gradient_checkpointing": True}
@@ -116,10 +133,11 @@ def test_a_row_alone_is_tried_with_checkpointing(
 
 @pytest.mark.parametrize("where", [1, 2])
 def test_memory_that_fails_later_is_met_in_that_step(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], where: int
-) -> None:
+    whole: Callable[..., Path], monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str], where: int,
+) -> None:  # fmt: skip
     more = ["--dtype", "float32", "--gradient-checkpointing"]
-    assert run([*ROWS, *more, "--output-dir", "whole"]) == 0
+    enough = whole(*more)
     compute, failed = FtlevelTrainer.compute_loss, []
 
     def computed(self: Any, model: Any, *args: Any, **settings: Any) -> Any:
@@ -131,7 +149,7 @@ def test_memory_that_fails_later_is_met_in_that_step(
     monkeypatch.setattr(FtlevelTrainer, "compute_loss", computed)
     assert run([*ROWS, *more, "--output-dir", "parts"]) == 0
     assert f"out of memory at step {where + 1}: micro-batches have" in capsys.readouterr().err
-    assert losses("parts") == pytest.approx(losses("whole"), rel=1e-4)
+    assert losses("parts") == pytest.approx(losses(enough), rel=1e-4)
 
 
 @pytest.mark.parametrize("fast", ["--fast", "--no-fast"])

@@ -349,7 +349,7 @@ def test_a_lost_node_ends_the_others_in_a_line(
 def test_a_run_whose_process_was_killed_is_started_again(
     tiny_model_dir: Callable[..., Path], rows: Path, tmp_path: Path
 ) -> None:
-    more = ("--max-steps", "60", "--num-processes", "2", "--logging-steps", "1", "--save-steps",
+    more = ("--max-steps", "30", "--num-processes", "2", "--logging-steps", "1", "--save-steps",
             "2", "--lora-dropout", "0.1")  # fmt: skip
     model, out = tiny_model_dir("llama"), tmp_path / "run"
     forked.run(*command(model, rows, tmp_path / "whole", *more))

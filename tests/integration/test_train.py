@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -38,6 +39,22 @@ def train(*arguments: str, out: str = "run") -> dict[str, Any]:
     assert run(["train", "--quiet", "--output-dir", out, *arguments]) == 0
     summary: dict[str, Any] = json.loads(Path(out, "summary.json").read_text())
     return summary
+
+
+@pytest.fixture(scope="module")
+def trained_two_steps(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the directory of a run of two steps with a checkpoint of each, for copies."""
+    folder = tmp_path_factory.mktemp("two-steps")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        train(*SHORT, "--max-steps", "2", "--save-steps", "1")
+    return folder / "run"
+
+
+@pytest.fixture
+def two_steps(trained_two_steps: Path, in_an_empty_folder: Path) -> Path:
+    """Copy that run to `run` in the working directory."""
+    return shutil.copytree(trained_two_steps, in_an_empty_folder / "run")
 
 
 def digest(directory: str) -> str:
@@ -274,8 +291,8 @@ def _fail_after(steps: int, step: int) -> None:
         raise RuntimeError("the power failed")
 
 
+@pytest.mark.usefixtures("two_steps")
 def test_resuming_with_another_setting_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    train(*SHORT, "--max-steps", "2", "--save-steps", "1")
     code = run(["train", "--quiet", "--output-dir", "run", "--resume", "--lora-r", "4"])
     assert code == 2
     complaint = capsys.readouterr().err
@@ -285,10 +302,10 @@ def test_resuming_with_another_setting_is_refused(capsys: pytest.CaptureFixture[
     )
 
 
+@pytest.mark.usefixtures("two_steps")
 def test_resuming_with_another_number_of_threads_is_refused(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    train(*SHORT, "--max-steps", "2", "--save-steps", "1")
     own = torch.get_num_threads()
     assert json.loads(Path("run/checkpoints/origin.json").read_text())["threads"] == own
     torch.set_num_threads(own + 1)
@@ -304,8 +321,8 @@ def test_resuming_with_another_number_of_threads_is_refused(
     )
 
 
+@pytest.mark.usefixtures("two_steps")
 def test_a_run_of_old_names_goes_on(capsys: pytest.CaptureFixture[str]) -> None:
-    train(*SHORT, "--max-steps", "2", "--save-steps", "1")
     unbroken = digest("run")
     Path("run/adapter/adapter_model.safetensors").unlink()
     for path in (Path("run/config.yaml"), Path("run/checkpoints/origin.json")):
@@ -339,7 +356,7 @@ def test_resuming_inside_an_epoch_of_rows_by_length() -> None:
 
 def test_a_damaged_checkpoint_is_set_aside(capsys: pytest.CaptureFixture[str]) -> None:
     train(*SHORT, "--max-steps", "3", "--save-steps", "1", out="whole")
-    train(*SHORT, "--max-steps", "3", "--save-steps", "1", out="run")
+    shutil.copytree("whole", "run")
     newest = Path("run/checkpoints/checkpoint-3/optimizer.pt")
     content = bytearray(newest.read_bytes())
     content[len(content) // 2] ^= 1
@@ -382,8 +399,6 @@ def test_a_run_that_is_not_finite_stops_and_saves_nothing(
 def test_an_adapter_is_refused_on_other_weights(
     capsys: pytest.CaptureFixture[str], tiny_model_dir: Callable[..., Path], tmp_path: Path
 ) -> None:
-    import shutil
-
     base = tmp_path / "base"
     shutil.copytree(tiny_model_dir("llama", chat=True), base)
     train("--model", "base", *SHORT, "--overlong", "drop", "--max-steps", "1")
@@ -396,8 +411,6 @@ def test_an_adapter_is_refused_on_other_weights(
 def test_a_checkpoint_that_lacks_weights_is_refused(
     capsys: pytest.CaptureFixture[str], tiny_model_dir: Callable[..., Path], tmp_path: Path
 ) -> None:
-    import shutil
-
     from safetensors.torch import load_file, save_file
 
     base = tmp_path / "base"

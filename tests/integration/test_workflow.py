@@ -213,7 +213,7 @@ STEPS: tuple[Callable[[Day], None], ...] = (
     [
         (tickets, "minilm"),
         pytest.param(names, "minilm", marks=pytest.mark.sweep),
-        (replies, "smollm2"),
+        (replies, "first_blocks"),
     ],
     ids=["classes", "tags in CoNLL", "texts"],
 )
