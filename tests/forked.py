@@ -26,7 +26,8 @@ from typing import IO, Any, NoReturn
 
 HANDLED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 _PROGRAM = [sys.executable, "-m", "ftlevel"]
-_server: tuple[subprocess.Popen[bytes], socket.socket] | None = None
+_processes: list[subprocess.Popen[bytes]] = []
+_servers: dict[str, socket.socket] = {}
 
 
 class Forked:
@@ -37,18 +38,38 @@ class Forked:
         arguments: Sequence[str] = (),
         *,
         call: tuple[Callable[..., Any], Sequence[Any]] | None = None,
+        imported: str = "ftlevel",
         cwd: Path | None = None,
         env: Mapping[str, str] | None = None,
+        stdin: int | None = None,
         stdout: int | IO[str] | None = None,
         stderr: int | IO[str] | None = None,
     ) -> None:
         """Start `ftlevel arguments`, or call a function of the module level with its arguments.
 
-        The rest is as of `subprocess.Popen`; streams are of text.
+        Streams and the rest are as of `subprocess.Popen(text=True)`.
+
+        Args:
+            arguments: of the command line.
+            call: function and its arguments, in place of the command line.
+            imported: `ftlevel`, or `libraries`: only what it imports.
+            cwd: working directory.
+            env: environment variables.
+            stdin: nothing by default.
+            stdout: stream.
+            stderr: stream.
         """
         self.args = [str(a) for a in arguments]
         self.returncode: int | None = None
+        self._imported = imported
         ends: list[int] = []
+        self.stdin: IO[str] | None = None
+        if stdin == subprocess.PIPE:
+            read, write = os.pipe()
+            ends.append(read)
+            self.stdin = os.fdopen(write, "w", encoding="utf-8")
+        else:
+            ends.append(read := os.open(os.devnull, os.O_RDONLY))
         self.stdout, out = _stream(stdout, 1, ends)
         self.stderr, err = _stream(stderr, 2, ends) if stderr != subprocess.STDOUT else (None, out)
         request = {
@@ -56,8 +77,8 @@ class Forked:
             "cwd": str(cwd or Path.cwd()), "env": {**(os.environ if env is None else env)},
             "path": sys.path,
         }  # fmt: skip
-        server = _started_server()
-        socket.send_fds(server, [_packed(request)], [out, err])
+        server = _started_server(imported)
+        socket.send_fds(server, [_packed(request)], [read, out, err])
         self.pid = int(_answer(server))
         for end in ends:
             os.close(end)
@@ -65,7 +86,7 @@ class Forked:
     def poll(self) -> int | None:
         """Return the exit code, negative after a signal, or None while it runs."""
         if self.returncode is None:
-            server = _started_server()
+            server = _started_server(self._imported)
             server.sendall(_packed({"wait": self.pid}))
             self.returncode = _answer(server)
         return self.returncode
@@ -145,29 +166,41 @@ def _answer(server: socket.socket) -> Any:
     return json.loads(answer)
 
 
-def _started_server() -> socket.socket:
-    """Return the connection to the process that forks, which the first call starts."""
-    global _server
-    if _server is None:
-        own, theirs = socket.socketpair()
-        with theirs:
-            process = subprocess.Popen(
-                [sys.executable, __file__, str(theirs.fileno())], pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-            )  # fmt: skip
-        _server = process, own
-        atexit.register(own.close)
-        assert _answer(own) == "ready"
-    return _server[1]
+def _started_server(imported: str) -> socket.socket:
+    """Return the connection to a process that forks; the first call starts both."""
+    if not _servers:
+        pairs = {name: socket.socketpair() for name in ("libraries", "ftlevel")}
+        numbers = [theirs.fileno() for _, theirs in pairs.values()]
+        _processes.append(subprocess.Popen(
+            [sys.executable, __file__, *map(str, numbers)], pass_fds=numbers,
+            stdin=subprocess.DEVNULL,
+        ))  # fmt: skip
+        for name, (own, theirs) in pairs.items():
+            theirs.close()
+            _servers[name] = own
+            assert _answer(own) == "ready"
+    return _servers[imported]
 
 
-def _serve(connection: socket.socket) -> None:
-    """Fork a process for each request, until the tests have ended."""
-    import peft  # noqa: F401 - what each process would import
+def _serve(libraries: socket.socket, whole: socket.socket) -> None:
+    """Import the libraries, and in a fork of this process ftlevel; fork for each request."""
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")  # as of `heavy_imports`
+    import bitsandbytes  # noqa: F401
+    import peft  # noqa: F401
+    import torch.distributed.checkpoint
+    import torch.distributed.fsdp  # noqa: F401
     import transformers.trainer  # noqa: F401
 
-    import ftlevel.commands.train  # noqa: F401
+    connection, other = libraries, whole
+    if os.fork() == 0:
+        connection, other = whole, libraries
+        import ftlevel.commands.train  # noqa: F401
+    other.close()
+    _serve_forks(connection)
 
+
+def _serve_forks(connection: socket.socket) -> None:
+    """Fork a process for each request, until the tests have ended."""
     connection.sendall(_packed("ready"))
     running: set[int] = set()
     while True:
@@ -188,7 +221,7 @@ def _serve(connection: socket.socket) -> None:
         pid = os.fork()
         if pid == 0:
             connection.close()
-            for number, descriptor in enumerate(given, 1):
+            for number, descriptor in enumerate(given):
                 os.dup2(descriptor, number)
             for descriptor in given:
                 os.close(descriptor)
@@ -260,4 +293,4 @@ class _ForkedRank(subprocess.Popen):  # type: ignore[type-arg]
 
 
 if __name__ == "__main__":
-    _serve(socket.socket(fileno=int(sys.argv[1])))
+    _serve(*(socket.socket(fileno=int(number)) for number in sys.argv[1:]))

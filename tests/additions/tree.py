@@ -5,6 +5,8 @@ Tests train with them; `scripts/house.py` counts what each touches.
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import re
@@ -16,6 +18,8 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
+
+from forked import Forked
 
 HERE = Path(__file__).resolve().parent
 PACKAGE = HERE.parents[1] / "src/ftlevel"
@@ -137,26 +141,28 @@ ADDITIONS: dict[str, tuple[str, int, Addition]] = {
 """Feature → how many files it took in 0.1.0, how many it may take, and what it takes."""
 
 
-_SERVE = """
-import contextlib, io, json, os, sys
-from ftlevel.cli.app import run
-answers, sys.stdout = sys.stdout, sys.stderr
-for line in sys.stdin:
-    cwd, arguments = json.loads(line)
-    os.chdir(cwd)
-    with contextlib.redirect_stdout(io.StringIO()) as out:
-        with contextlib.redirect_stderr(io.StringIO()) as err:
+def _run_commands(tree: str) -> None:
+    """Import the ftlevel of `tree` and run a command for each line of stdin."""
+    sys.path.insert(0, tree)
+    from ftlevel.cli.app import run
+
+    answers, sys.stdout = sys.stdout, sys.stderr
+    for line in sys.stdin:
+        cwd, arguments = json.loads(line)
+        os.chdir(cwd)
+        out, err = io.StringIO(), io.StringIO()
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             code = run(arguments)
-    print(json.dumps([code, out.getvalue(), err.getvalue()]), file=answers, flush=True)
-"""
+        print(json.dumps([code, out.getvalue(), err.getvalue()]), file=answers, flush=True)
 
 
 @lru_cache(maxsize=1)  # one that is dropped reads the end of its commands
-def _start(tree: Path) -> subprocess.Popen[str]:
+def _start(tree: Path) -> Forked:
     """Start a process that imports the ftlevel of `tree` once and runs commands."""
-    return subprocess.Popen(
-        [sys.executable, "-c", _SERVE], env={**os.environ, "PYTHONPATH": str(tree)},
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+    return Forked(
+        call=(_run_commands, [str(tree)]), imported="libraries",
+        env={**os.environ, "PYTHONPATH": str(tree)},
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
     )  # fmt: skip
 
 
