@@ -15,7 +15,7 @@ from forked import Forked
 
 pytestmark = pytest.mark.slow
 LONG = ["--max-samples", "16", "--set", "data.max_eval_samples=8", "--batch-size", "4",
-        "--max-steps", "40", "--logging-steps", "1"]  # fmt: skip
+        "--logging-steps", "1"]  # fmt: skip
 
 
 def as_in_a_terminal() -> None:
@@ -31,10 +31,10 @@ def start(tmp_path: Path, *arguments: str) -> subprocess.Popen[str]:
     )  # fmt: skip
 
 
-def begin(tmp_path: Path) -> Forked:
-    """Start a run whose interpreter has all imports."""
+def begin(tmp_path: Path, steps: int = 40) -> Forked:
+    """Start a run in a process that has all imports."""
     return Forked(
-        ["train", *LONG, "--output-dir", "run"], cwd=tmp_path,
+        ["train", *LONG, "--max-steps", str(steps), "--output-dir", "run"], cwd=tmp_path,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
 
@@ -76,14 +76,14 @@ def test_the_second_signal_ends_a_run_at_once_with_its_own_code(tmp_path: Path) 
 
 
 def test_a_warning_makes_a_checkpoint_and_the_run_goes_on(tmp_path: Path) -> None:
-    process = begin(tmp_path)
+    process = begin(tmp_path, steps=15)
     wait_until(process, lambda: lines(tmp_path / "run/metrics.jsonl") >= 3)
     process.send_signal(signal.SIGUSR1)
     process.communicate(timeout=240)
     assert process.returncode == 0
     manifests = (tmp_path / "run/checkpoints").glob("checkpoint-*/manifest.json")
     warned, end = sorted(int(path.parent.name.split("-")[1]) for path in manifests)
-    assert 3 <= warned < end == 40
+    assert 3 <= warned < end == 15
 
 
 MOMENTS = {
