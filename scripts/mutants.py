@@ -20,9 +20,14 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
 import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "tests"))
+
+from forked import Forked  # noqa: E402 - found by the line above
+
 LIST = ROOT / "scripts/mutants.yaml"
 TIMEOUT = 600
 """Seconds for the tests of one mutant; an endless loop counts as killed."""
@@ -79,18 +84,23 @@ def read_sources(folder: Path) -> dict[Path, str]:
 
 def run_tests(tests: tuple[str, ...], source: Path) -> tuple[bool, str]:
     """Return whether the tests pass with the package of `source`, and the end of their output."""
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
     environment = {**os.environ, "PYTHONPATH": str(source), "PYTHONDONTWRITEBYTECODE": "1"}
-    try:
-        done = subprocess.run(
-            command, cwd=ROOT, env=environment, timeout=TIMEOUT, check=False,
-            capture_output=True, text=True,
+    with tempfile.TemporaryFile("w+") as output:
+        process = Forked(
+            call=(pytest.main, [["-x", "-q", "-p", "no:cacheprovider", *tests]]),
+            imported="libraries", cwd=ROOT, env=environment, stdout=output,
+            stderr=subprocess.STDOUT,
         )  # fmt: skip
-    except subprocess.TimeoutExpired:
-        return False, "timeout"
-    if done.returncode not in (0, 1, 2):  # 2: an import failed
-        raise RuntimeError(f"pytest {' '.join(tests)}: {done.stdout[-2000:]}{done.stderr[-2000:]}")
-    return done.returncode == 0, done.stdout[-2000:]
+        try:
+            code = process.wait(TIMEOUT)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            return False, "timeout"
+        output.seek(0)
+        said = output.read()[-2000:]
+    if code not in (0, 1, 2):  # 2: an import failed
+        raise RuntimeError(f"pytest {' '.join(tests)}: {said}")
+    return code == 0, said
 
 
 def main() -> int:

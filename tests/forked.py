@@ -45,13 +45,13 @@ class Forked:
         stdout: int | IO[str] | None = None,
         stderr: int | IO[str] | None = None,
     ) -> None:
-        """Start `ftlevel arguments`, or call a function of the module level with its arguments.
+        """Start `ftlevel arguments`, or a function, which may return an exit code.
 
         Streams and the rest are as of `subprocess.Popen(text=True)`.
 
         Args:
             arguments: of the command line.
-            call: function and its arguments, in place of the command line.
+            call: function of a module and its arguments, in place of the command line.
             imported: `ftlevel`, or `libraries`: only what it imports.
             cwd: working directory.
             env: environment variables.
@@ -227,7 +227,8 @@ def _serve_forks(connection: socket.socket) -> None:
                 os.close(descriptor)
             os.chdir(request["cwd"])
             if request["call"]:
-                sys.path[:] = request["path"]
+                own = request["env"].get("PYTHONPATH", "").split(os.pathsep)
+                sys.path[:] = [*filter(None, own), *request["path"]]
                 _end_after(partial(_call, request["call"]), request["env"])
             _become(request["arguments"], request["env"])
         for descriptor in given:
@@ -238,7 +239,7 @@ def _serve_forks(connection: socket.socket) -> None:
 
 def _call(pickled: str) -> None:
     work, arguments = pickle.loads(bytes.fromhex(pickled))
-    work(*arguments)
+    raise SystemExit(work(*arguments))
 
 
 def _become(arguments: Sequence[str], environment: Mapping[str, str]) -> NoReturn:

@@ -141,9 +141,8 @@ ADDITIONS: dict[str, tuple[str, int, Addition]] = {
 """Feature → how many files it took in 0.1.0, how many it may take, and what it takes."""
 
 
-def _run_commands(tree: str) -> None:
-    """Import the ftlevel of `tree` and run a command for each line of stdin."""
-    sys.path.insert(0, tree)
+def _run_commands() -> None:
+    """Run a command for each line of stdin."""
     from ftlevel.cli.app import run
 
     answers, sys.stdout = sys.stdout, sys.stderr
@@ -160,7 +159,7 @@ def _run_commands(tree: str) -> None:
 def _start(tree: Path) -> Forked:
     """Start a process that imports the ftlevel of `tree` once and runs commands."""
     return Forked(
-        call=(_run_commands, [str(tree)]), imported="libraries",
+        call=(_run_commands, ()), imported="libraries",
         env={**os.environ, "PYTHONPATH": str(tree)},
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
     )  # fmt: skip
