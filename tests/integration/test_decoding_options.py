@@ -19,7 +19,7 @@ from ftlevel.models.sources import resolve_source
 SHORT = ["--max-samples", "16", "--max-length", "96", "--overlong", "drop", "--batch-size", "4",
          "--dtype", "float32", "--lr", "1e-3", "--quiet", "--max-steps", "4", "--logging-steps",
          "1", "--max-new-tokens", "6", "--set", "train.max_generate_samples=3",
-         "--set", "data.subset=generation"]  # fmt: skip
+         "--set", "data.subset=generation", "--set", "data.max_eval_samples=8"]  # fmt: skip
 BUILTIN = "builtin:tiny-llama"
 
 

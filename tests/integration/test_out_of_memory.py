@@ -16,7 +16,8 @@ from ftlevel.training.trainer import FtlevelTrainer
 
 FULL = "[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory"
 ROWS = ["train", "--quiet", "--max-samples", "24", "--max-length", "128", "--overlong", "drop",
-        "--max-steps", "3", "--logging-steps", "1", "--no-verify-fast"]  # fmt: skip
+        "--max-steps", "3", "--logging-steps", "1", "--no-verify-fast",
+        "--set", "data.max_eval_samples=8"]  # fmt: skip
 
 
 @pytest.fixture(autouse=True)

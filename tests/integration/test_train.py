@@ -133,7 +133,8 @@ def test_batch_of_8_and_2_by_4_give_one_loss_curve() -> None:
     def losses(batch: str, accumulated: str, out: str) -> list[float]:
         train("--max-samples", "32", "--epochs", "1", "--dtype", "float32", "--batch-size", batch,
               "--gradient-accumulation-steps", accumulated, "--logging-steps", "1",
-              "--learning-rate", "1e-3", out=out)  # fmt: skip
+              "--learning-rate", "1e-3",
+              "--set", "data.max_eval_samples=8", out=out)  # fmt: skip
         lines = Path(out, "metrics.jsonl").read_text().splitlines()
         return [r["loss"] for r in map(json.loads, lines) if "loss" in r]
 

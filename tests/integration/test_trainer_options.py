@@ -12,7 +12,8 @@ from ftlevel.cli.app import run
 
 SHORT = ["--max-samples", "16", "--max-length", "96", "--overlong", "drop", "--batch-size", "4",
          "--dtype", "float32", "--learning-rate", "1e-3", "--logging-steps", "1",
-         "--set", "train.predict_with_generate=false"]  # fmt: skip
+         "--set", "train.predict_with_generate=false",
+         "--set", "data.max_eval_samples=8"]  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
