@@ -193,14 +193,14 @@ def test_two_processes_keep_the_best_and_stop_together(
 
 
 def started(launcher: Forked, log: Path) -> list[psutil.Process]:
-    """Return the two processes of a run that has made some steps, by their rank."""
+    """Returns the two processes of a run that has made some steps, in the order of their starts."""
     deadline = time.monotonic() + 120
     while not (log.exists() and len(log.read_text().splitlines()) >= 2):
         assert time.monotonic() < deadline
         assert launcher.poll() is None
         time.sleep(0.05)
     found = psutil.Process(launcher.pid).children()
-    return sorted(found, key=lambda process: int(process.environ()["RANK"]))
+    return sorted(found, key=lambda process: (process.create_time(), process.pid))
 
 
 def is_alive(process: psutil.Process) -> bool:
