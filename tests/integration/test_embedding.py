@@ -563,6 +563,8 @@ def test_training_searches_the_corpus_of_a_retrieval_set(
             assert summary["metrics"][name] == pytest.approx(value, abs=1e-6)
             assert found.metrics[name] == pytest.approx(value, abs=1e-6)
             assert found.base[name] == pytest.approx(before[name], abs=1e-6)
+    training = evaluate(EvaluateConfig(name=str(out), split="train", resamples=0, base=False))
+    assert training.summary["data"]["examples"] == 32  # among their own documents
 
 
 def test_validation_rows_are_looked_up_in_another_corpus(
@@ -591,7 +593,7 @@ def test_validation_rows_are_looked_up_in_another_corpus(
     assert "validation.jsonl:1: 'a cat very that" in said or "'a very cat" in said
     qrels = ["--qrels", str(beir / "qrels/dev.tsv")]
     assert run([*arguments, *qrels, "--corpus", str(beir / "queries.jsonl")]) == 2
-    assert "16 judgments refer to a missing query or document" in capsys.readouterr().err
+    assert "16 relevant judgments refer to a missing query or document" in capsys.readouterr().err
     assert run([*arguments, *qrels, "--validation-split", "0.1"]) == 2
     assert "both define the validation rows" in capsys.readouterr().err
 

@@ -233,6 +233,8 @@ def load_evaluation_rows(
     config = config.model_copy(update=options)  # resolved by training
     splits = read_splits(config, task, context.seed)
     table, name = _choose(splits, split, is_own=is_own)
+    if name != "validation" and config.qrels is not None:  # only validation queries are judged
+        config, splits = config.model_copy(update={"qrels": None}), replace(splits, corpus=None)
     if config.max_eval_samples is not None:
         table = table.head(config.max_eval_samples)
     note = ""

@@ -49,6 +49,7 @@ def read_retrieval_set(qrels: Path, corpus: Path | None = None) -> RetrievalSet:
     Raises:
         InputError: a file is missing, or a judgment names an unknown query or document.
     """
+    table = read_table(qrels)
     asked, own_corpus = retrieval_files(qrels)
     queries = _read_texts(asked)
     corpus = corpus or own_corpus
@@ -57,19 +58,20 @@ def read_retrieval_set(qrels: Path, corpus: Path | None = None) -> RetrievalSet:
     positions = {text: at for at, text in enumerate(texts)}
     relevant: dict[str, set[int]] = {}
     lost: list[str] = []
-    table = read_table(qrels)
     names = [_column(table.columns, known, qrels) for known in (_QUERIES, _DOCUMENTS, _SCORES)]
     for at, row in enumerate(table.rows):
         query, document, score = (row[name] for name in names)
+        if _number(score, table.where(at), names[2]) <= 0:
+            continue
         if str(query) not in queries:
             lost.append(f"{table.where(at)}: query {query!r}")
         elif str(document) not in documents:
             lost.append(f"{table.where(at)}: document {document!r}")
-        elif _number(score, table.where(at), names[2]) > 0:
+        else:
             relevant.setdefault(str(query), set()).add(positions[documents[str(document)]])
     if lost:
         raise InputError(
-            f"{len(lost):,} judgments refer to a missing query or document: "
+            f"{len(lost):,} relevant judgments refer to a missing query or document: "
             f"{join_names(lost, 2)}. Queries are read from {asked}, documents "
             f"from {corpus}. Choose another corpus with --corpus."
         )

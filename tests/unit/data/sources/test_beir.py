@@ -36,7 +36,7 @@ def test_another_corpus_has_to_hold_the_relevant_documents(layout, tmp_path):
     other = tmp_path / "other.jsonl"
     write(other, [{"_id": "d1", "title": "", "text": "one"}])
     with pytest.raises(
-        InputError, match=r"3 judgments refer to a missing query or document.*--corpus"
+        InputError, match=r"2 relevant judgments refer to a missing query or document.*--corpus"
     ):
         read_retrieval_set(layout, other)
 
