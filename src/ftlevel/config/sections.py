@@ -226,7 +226,7 @@ class DataConfig(Section):
     )
     corpus: Path | None = Field(
         None,
-        description="Documents that validation queries are looked up in. Default: those of the "
+        description="Texts that validation queries are looked up in. Default: those of the "
         "validation rows, or corpus.jsonl beside --qrels.",
     )
     validation_split: Share | None = Field(
