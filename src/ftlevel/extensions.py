@@ -162,8 +162,8 @@ def _installed() -> Iterator[tuple[str, str]]:
 def load(reference: str) -> Any:
     """Load the object that "module:name" refers to, or the module without a name."""
     module, _, name = reference.partition(":")
-    loaded_module = importlib.import_module(module)
-    return getattr(loaded_module, name) if name else loaded_module
+    imported = importlib.import_module(module)
+    return getattr(imported, name) if name else imported
 
 
 def resolve_renamed(module: str, names: Mapping[str, str]) -> Callable[[str], Any]:
@@ -216,9 +216,9 @@ def added(table: str, core: Collection[str] = ()) -> dict[str, tuple[str, Any]]:
     for source, extension in find_extensions():
         for name, row in getattr(extension, table).items():
             if name in core or name in rows:
-                other = rows[name][0] if name in rows else OWN
+                first = rows[name][0] if name in rows else OWN
                 raise ConfigError(
-                    f"{_NOUNS[table]} {name!r} is defined by {other} and by {source}. Uninstall "
+                    f"{_NOUNS[table]} {name!r} is defined by {first} and by {source}. Uninstall "
                     "one of them."
                 )
             rows[name] = source, row

@@ -13,8 +13,8 @@ from ftlevel.errors import ConfigError
 _ORIGIN = "FineTunePipeLine({})"
 
 
-def _warn(line: str) -> None:
-    warnings.warn(line, FutureWarning, stacklevel=4)
+def _warn(message: str) -> None:
+    warnings.warn(message, FutureWarning, stacklevel=4)
 
 
 class FineTunePipeLine:
@@ -44,7 +44,7 @@ class FineTunePipeLine:
         output_dir: str | Path | None = None,
     ) -> None:
         layers = [] if args_dir is None else [read_recipe(Path(args_dir))]
-        given = Layer()
+        values = Layer()
         for key, value, argument in (
             (("task",), task_type, "task_type"),
             (("model", "name_or_path"), checkpoint, "checkpoint"),
@@ -55,7 +55,7 @@ class FineTunePipeLine:
         ):
             if value is not None:
                 plain = str(value) if isinstance(value, Path) else value
-                put(given, key, plain, _ORIGIN.format(argument))
+                put(values, key, plain, _ORIGIN.format(argument))
         for section, fields in (("method", peft_config), ("train", training_args)):
             argument = "peft_config" if section == "method" else "training_args"
             if not isinstance(fields, Mapping | None):
@@ -64,8 +64,8 @@ class FineTunePipeLine:
                     "values, as in {'r': 16}."
                 )
             for name, value in (fields or {}).items():
-                put(given, (section, name), value, _ORIGIN.format(argument))
-        self.config: TrainConfig = build_config([*layers, given], _warn)
+                put(values, (section, name), value, _ORIGIN.format(argument))
+        self.config: TrainConfig = build_config([*layers, values], _warn)
         self.result: Any = None
 
     def run(self) -> tuple[Any, Any]:

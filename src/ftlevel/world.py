@@ -223,11 +223,11 @@ def _check_accelerate(environment: Mapping[str, str]) -> None:
     """Raise ConfigError for each setting of `accelerate launch` in `environment`."""
     problems = []
     for name, (flag, ours) in _OF_ACCELERATE.items():
-        given = environment.get(name, "")
-        if given.lower() not in _DISABLED_VALUES:
+        values = environment.get(name, "")
+        if values.lower() not in _DISABLED_VALUES:
             instead = f"Say it by ftlevel's {ours}." if ours else "Drop it."
             problems.append(
-                f"accelerate launch {flag} ({name}={given}): it would change a run "
+                f"accelerate launch {flag} ({name}={values}): it would change a run "
                 f"that its config.yaml describes otherwise. {instead}"
             )
     if problems:

@@ -68,19 +68,19 @@ def read_card(directory: Path) -> AdapterCard:
     if directory.is_dir():
         check_regular(directory.iterdir(), str(directory))
     try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
+        data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(
             f"{directory} has no {CARD}, so it is not an adapter of ftlevel."
         ) from None
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path} is not valid JSON ({error}). Is the copy incomplete?") from None
-    if not isinstance(fields, dict):
+    if not isinstance(data, dict):
         raise InputError(f"{path} is not a model card of an adapter written by ftlevel.")
-    if fields.pop("format", None) != 1:
+    if data.pop("format", None) != 1:
         raise InputError(f"{path} was written by a later ftlevel. Install that version.")
     try:
-        return _with_prompt_version(AdapterCard(**fields), directory)
+        return _with_prompt_version(AdapterCard(**data), directory)
     except TypeError as error:  # an unknown or a missing field
         raise InputError(f"{path} is not the card of an adapter ({error}).") from None
 

@@ -103,9 +103,9 @@ def check_absent(flag: str, path: Path) -> None:
 
 
 def _check_writable(flag: str, path: Path) -> None:
-    existing = next(p for p in path.absolute().parents if p.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        raise ConfigError(f"{flag} {path}: {existing} cannot be written. Choose another.")
+    parent = next(p for p in path.absolute().parents if p.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise ConfigError(f"{flag} {path}: {parent} cannot be written. Choose another.")
 
 
 def _make(partial: Path) -> None:

@@ -90,15 +90,15 @@ def read_run(directory: Path) -> Layer:
     return Layer(_with_places(layer.values, now), layer.origins)
 
 
-def check_paths(directory: Path, values: Mapping[str, Any], fields: Sequence[str] = ()) -> None:
+def check_paths(directory: Path, values: Mapping[str, Any], names: Sequence[str] = ()) -> None:
     """Raise ConfigError, with a line per file, if files in `values` are missing.
 
-    Only the given dotted `fields` are checked; all if empty.
+    Only the given dotted `names` are checked; all if empty.
     """
     relative, problems = _read_json(directory / PLACES), []
 
     def look(field: str, recorded: str) -> str:
-        if fields and field not in fields:
+        if names and field not in names:
             return recorded
         if recorded == IN_MEMORY:
             problems.append(

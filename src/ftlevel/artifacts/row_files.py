@@ -226,9 +226,9 @@ class ParquetFile(RowFile):
         new = self.path.with_name(f".{self.partial.name}.new")
         self._sink = new.open("wb")
         for batch in _batches(existing) if existing is not None and keep else ():
-            part = batch.slice(0, keep)
-            keep -= part.num_rows
-            self._append(part)
+            chunk = batch.slice(0, keep)
+            keep -= chunk.num_rows
+            self._append(chunk)
         new.replace(self.partial)
 
     def write(self, rows: Sequence[Row]) -> None:

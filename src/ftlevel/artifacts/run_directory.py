@@ -86,20 +86,20 @@ def check_replaceable(directory: Path) -> None:
 
     Links and home, root and git directories are refused too.
     """
-    where, reason = directory.resolve(), None
+    where, error = directory.resolve(), None
     if directory.is_symlink():
-        reason = f"it is a link to {directory.readlink()}"
+        error = f"it is a link to {directory.readlink()}"
     elif where == where.parent:
-        reason = "it is the root of the file system"
+        error = "it is the root of the file system"
     elif where == Path.home().resolve():
-        reason = "it is your home directory"
+        error = "it is your home directory"
     elif (where / ".git").exists():
-        reason = "it is the root of a git work tree"
+        error = "it is the root of a git work tree"
     elif not is_run(directory):
-        reason = f"it is not a run of ftlevel (no {MARKER})"
-    if reason is not None:
+        error = f"it is not a run of ftlevel (no {MARKER})"
+    if error is not None:
         raise ConfigError(
-            f"--overwrite {directory}: {reason}, so it is not deleted. Choose another directory."
+            f"--overwrite {directory}: {error}, so it is not deleted. Choose another directory."
         )
 
 
@@ -297,9 +297,9 @@ def _holder(descriptor: int) -> str:
     device = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}"
     with contextlib.suppress(OSError):
         for line in Path("/proc/locks").read_text().splitlines():
-            fields = line.split()
-            if fields[1] == "FLOCK" and fields[5] == f"{device}:{status.st_ino}":
-                return f" (process {fields[4]})"
+            values = line.split()
+            if values[1] == "FLOCK" and values[5] == f"{device}:{status.st_ino}":
+                return f" (process {values[4]})"
     return ""
 
 

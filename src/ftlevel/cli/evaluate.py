@@ -17,7 +17,7 @@ from ftlevel.errors import ConfigError
 
 
 def evaluate(
-    given: CommandInput, *, task: str | None, predictions: str | None, as_json: bool, quiet: bool
+    values: CommandInput, *, task: str | None, predictions: str | None, as_json: bool, quiet: bool
 ) -> None:
     """Evaluate a run, an adapter or a model.
 
@@ -25,7 +25,7 @@ def evaluate(
     reproduces the metrics of training.
     Bootstrap intervals are 95 %.
     """
-    config = given.section(EvaluateConfig, task=normalize_task(task) if task else None)
+    config = values.section(EvaluateConfig, task=normalize_task(task) if task else None)
     from ftlevel.cli.screen import open_screen
 
     with open_screen(as_json=as_json, quiet=quiet) as screen:
@@ -49,14 +49,14 @@ def table_lines(summary: Mapping[str, Any]) -> Iterator[str]:
     yield f"  {count} of {data['name']} ({data['split']})"
     width = max(18, *(len(name) + 1 for name in summary["metrics"]))
     for name, value in summary["metrics"].items():
-        line = f"  {name:<{width}}"
+        text = f"  {name:<{width}}"
         if base:
-            line += f"{_figure(base.get(name))} → "
-        line += _figure(value) + _range(summary.get("intervals", {}).get(name))
+            text += f"{_figure(base.get(name))} → "
+        text += _figure(value) + _range(summary.get("intervals", {}).get(name))
         change = summary.get("difference_intervals", {}).get(name)
         if base and name in base and change:
-            line += f"   change {value - base[name]:+.4f}{_range(change, signed=True)}"
-        yield line
+            text += f"   change {value - base[name]:+.4f}{_range(change, signed=True)}"
+        yield text
     if "against" in summary:
         yield from _against_lines(summary["against"])
     if "resamples" in summary:
@@ -94,14 +94,14 @@ def _range(bounds: list[float] | None, *, signed: bool = False) -> str:
     return " [" + ", ".join(form.format(bound) for bound in bounds) + "]"
 
 
-def predict(given: CommandInput, *, task: str | None, as_json: bool, quiet: bool) -> None:
+def predict(values: CommandInput, *, task: str | None, as_json: bool, quiet: bool) -> None:
     """Add predictions to the rows of a file.
 
     Rows are encoded as in training, need no labels, and keep their order and columns. A prediction
     is a class, classes, a number, tags, a span or a text, depending on the task. Without --output,
     JSONL goes to stdout.
     """
-    config = given.section(PredictConfig, task=normalize_task(task) if task else None)
+    config = values.section(PredictConfig, task=normalize_task(task) if task else None)
     if as_json and config.output is None:
         raise ConfigError(
             "--json prints what was done on stdout, and without --output the rows go there. Pass "
@@ -130,14 +130,14 @@ def _result_lines(summary: Mapping[str, Any]) -> list[str]:
     return [*lines, f"  saved {summary['output']}"] if summary["output"] else lines
 
 
-def mine(given: CommandInput, *, as_json: bool, quiet: bool) -> None:
+def mine(values: CommandInput, *, as_json: bool, quiet: bool) -> None:
     """Add hard negatives to queries with positives.
 
     An embedding model searches the documents of all rows, and of --corpus, for those nearest to
     each query. The output has columns query, pos and neg, and is data for --task embedding and
     --task reranking.
     """
-    config = given.section(MineConfig)
+    config = values.section(MineConfig)
     from ftlevel.cli.screen import open_screen
 
     with open_screen(as_json=as_json, quiet=quiet) as screen:

@@ -16,7 +16,7 @@ from ftlevel.errors import join_names
 
 
 def export(
-    given: CommandInput, *, out: str | None, dry_run: bool, as_json: bool, quiet: bool
+    values: CommandInput, *, out: str | None, dry_run: bool, as_json: bool, quiet: bool
 ) -> None:
     """Export a run, an adapter or a model for a server.
 
@@ -24,7 +24,7 @@ def export(
     are read back and compared with the model before they are moved into place.
     """
     placeholder = {"out": "model.gguf", "overwrite": True} if dry_run and out is None else {}
-    config = given.section(ExportConfig, **placeholder)
+    config = values.section(ExportConfig, **placeholder)
     from ftlevel.cli.screen import open_screen
 
     with open_screen(as_json=as_json, quiet=quiet) as screen:
@@ -40,13 +40,13 @@ def export(
             typer.echo(f"  uploaded {result.summary['hub']}")
 
 
-def merge(given: CommandInput, *, as_json: bool, quiet: bool) -> None:
+def merge(values: CommandInput, *, as_json: bool, quiet: bool) -> None:
     """Merge an adapter into its base model and write a full model.
 
     Tensors are read and written one at a time, so memory for one tensor is enough. The result is
     compared with base model and adapter on rows of the run's data before it is moved into place.
     """
-    config = given.section(MergeConfig)
+    config = values.section(MergeConfig)
     from ftlevel.cli.screen import open_screen
 
     with open_screen(as_json=as_json, quiet=quiet) as screen:
@@ -65,9 +65,11 @@ def _merge_lines(summary: Mapping[str, Any]) -> Iterator[str]:
     written = summary["written"]
     if summary["reason"]:
         yield f"onto {summary['onto']}: {summary['reason']}"
-    same = f", {written['unchanged']:,} of them below its rounding" if written["unchanged"] else ""
+    unchanged = (
+        f", {written['unchanged']:,} of them below its rounding" if written["unchanged"] else ""
+    )
     yield (
-        f"merged {written['merged']:,} of {written['tensors']:,} tensors{same}; "
+        f"merged {written['merged']:,} of {written['tensors']:,} tensors{unchanged}; "
         f"{written['size_bytes'] / 2**20:,.1f} MiB of {written['dtype']}"
     )
     if written["untied"]:
@@ -94,7 +96,7 @@ def _merge_lines(summary: Mapping[str, Any]) -> Iterator[str]:
 
 
 def quantize(
-    given: CommandInput, *, out: str | None, dry_run: bool, as_json: bool, quiet: bool
+    values: CommandInput, *, out: str | None, dry_run: bool, as_json: bool, quiet: bool
 ) -> None:
     """Quantize a model to 4 or 8 bits and measure its quality.
 
@@ -103,7 +105,7 @@ def quantize(
     exceed memory.
     """
     placeholder = {"out": "quantized"} if dry_run and out is None else {}
-    config = given.section(QuantizeConfig, **placeholder)
+    config = values.section(QuantizeConfig, **placeholder)
     from ftlevel.cli.screen import open_screen
 
     with open_screen(as_json=as_json, quiet=quiet) as screen:

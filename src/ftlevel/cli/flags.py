@@ -299,7 +299,7 @@ def _put(layer: Layer, row: Flag, path: str, shown: str, value: Any, example: st
     """Set the field at `path` in `layer` (mutated); a mapping has an example of its pairs."""
     key = tuple(path.split("."))
     if example:
-        for pair in (part for given in value for part in _NEXT_PAIR.split(given)):
+        for pair in (part for values in value for part in _NEXT_PAIR.split(values)):
             name, equals, column = pair.partition("=")
             if not (name and equals and column):
                 raise ConfigError(f"{shown} {pair}: expected {row.metavar}, as in {example}.")
@@ -312,18 +312,18 @@ def _put(layer: Layer, row: Flag, path: str, shown: str, value: Any, example: st
     put(layer, key, value, shown)
 
 
-def _note(line: str) -> None:
+def _note(message: str) -> None:
     """Print a note to stderr, except in a launched process."""
     if not is_launched():
-        typer.echo(f"note: {line}", err=True)
+        typer.echo(f"note: {message}", err=True)
 
 
-def _own_config(run: Path, given: CommandInput) -> Path | None:
+def _own_config(run: Path, values: CommandInput) -> Path | None:
     """Return the config.yaml of the run to resume; None if the flags define the run."""
     own = run / "config.yaml"
     if own.is_file():
         return own
-    if given.values.get("dataset") is None and given.values.get("model") is None:
+    if values.values.get("dataset") is None and values.values.get("model") is None:
         raise ConfigError(
             f"--output-dir {run} is not a run: it contains no config.yaml. Choose another "
             f"directory, or drop --resume to start a new run."

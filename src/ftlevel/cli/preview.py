@@ -248,7 +248,7 @@ def _visible(token: Token) -> str:
 
 
 def preview(
-    given: CommandInput, *, row: Sequence[int] | None, html: Path | None, as_json: bool
+    values: CommandInput, *, row: Sequence[int] | None, html: Path | None, as_json: bool
 ) -> None:
     """Show encoded rows and problems in the data.
 
@@ -257,7 +257,7 @@ def preview(
     Supervised tokens are green in a terminal and in [brackets] in a pipe. Statistics and data
     checks follow.
     """
-    config, _ = read_config(given)
+    config, _ = read_config(values)
     from ftlevel.cli.screen import open_screen
 
     with open_screen(as_json=as_json, quiet=True) as screen:

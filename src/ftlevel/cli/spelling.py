@@ -90,11 +90,11 @@ def build_flag_specs(command: str, flags: Sequence[Flag]) -> dict[str, FlagSpec]
     for row in flags_of(command, flags):
         if row.is_argument:
             continue
-        spec = _canonical_spec(row, command)
-        for name in row.typer_names(spec.is_switch):
-            specs |= dict.fromkeys([part for part in name.split("/") if part != spec.off], spec)
-        if spec.off:
-            specs[spec.off] = replace(spec, value="false", values={}, convert=None)
+        option = _canonical_spec(row, command)
+        for name in row.typer_names(option.is_switch):
+            specs |= dict.fromkeys([part for part in name.split("/") if part != option.off], option)
+        if option.off:
+            specs[option.off] = replace(option, value="false", values={}, convert=None)
     for row in flags:
         if isinstance(row, UnsupportedFlag):
             if command in row.on:
@@ -164,19 +164,19 @@ def resolve_flag_aliases(
             done.arguments.append(argument)
             continue
         typed, equals, text = argument.partition("=")
-        name, spec = _find(typed, specs)
-        if spec is None:
+        name, option = _find(typed, specs)
+        if option is None:
             done.arguments.append(name + equals + text)
             continue
-        values = [text] if equals else _take(queue, spec)
+        values = [text] if equals else _take(queue, option)
         if values is None:
-            done.arguments.append(spec.flag or name)
+            done.arguments.append(option.flag or name)
             continue
         shown = f"{name} {','.join(values)}".strip()
         try:
-            meant = _meaning(name, shown, values, spec)
+            meant = _meaning(name, shown, values, option)
             for flag, value in () if isinstance(meant, NoOpValue) else meant:
-                _check_given_once(given, flag, value, name, spec)
+                _check_given_once(given, flag, value, name, option)
                 done.typed.setdefault(flag, name)
                 done.arguments += _spell(flag, value, specs, joined=bool(equals))
         except ConfigError as error:
@@ -209,8 +209,8 @@ def check_claims(claims: Sequence[NoOpClaim], config: Any) -> list[str]:
 def _find(typed: str, specs: Mapping[str, FlagSpec]) -> tuple[str, FlagSpec | None]:
     """Find the name with dashes and its interpretation; `--no_x` is `--x false`."""
     name = typed.replace("_", "-")
-    spec = specs.get(name)
-    if spec is None and name.startswith("--no-"):
+    option = specs.get(name)
+    if option is None and name.startswith("--no-"):
         positive = specs.get(f"--{name[5:]}")
         if positive is not None and positive.is_value_optional and "false" in positive.values:
             return name, FlagSpec(
@@ -219,24 +219,24 @@ def _find(typed: str, specs: Mapping[str, FlagSpec]) -> tuple[str, FlagSpec | No
                 is_value_optional=True,
                 message=positive.message,
             )
-    return name, spec
+    return name, option
 
 
-def _take(queue: list[str], spec: FlagSpec) -> list[str] | None:
+def _take(queue: list[str], option: FlagSpec) -> list[str] | None:
     """Remove and return the values of a flag from `queue` (mutated); None if one is missing."""
-    if spec.is_value_optional:
+    if option.is_value_optional:
         follows = queue[0] if queue and _is_word(queue[0]) else ""
-        is_own = follows.lower() in (*ON, *OFF, *spec.values)
-        if follows and (is_own or (spec.convert is not None and not _is_recipe(follows))):
+        is_own = follows.lower() in (*ON, *OFF, *option.values)
+        if follows and (is_own or (option.convert is not None and not _is_recipe(follows))):
             return [queue.pop(0)]
         return []
-    may_be_bare = bool(spec.message) or "" in spec.values
+    may_be_bare = bool(option.message) or "" in option.values
     if not queue:
         return [] if may_be_bare else None
     if may_be_bare and queue[0].startswith("--"):
         return []
     values = [queue.pop(0)]
-    while spec.several and queue and _is_word(queue[0]) and not _is_recipe(queue[0]):
+    while option.several and queue and _is_word(queue[0]) and not _is_recipe(queue[0]):
         values.append(queue.pop(0))
     return values
 
@@ -250,45 +250,45 @@ def _is_recipe(text: str) -> bool:
 
 
 def _meaning(
-    name: str, shown: str, values: Sequence[str], spec: FlagSpec
+    name: str, shown: str, values: Sequence[str], option: FlagSpec
 ) -> list[Setting] | NoOpValue:
     """Return the settings that `values` stand for, or the condition that they require."""
     text = ",".join(values)
-    word = _truth(text) if spec.is_value_optional else text.lower()
-    found = spec.values.get(word)
-    if found is None and spec.is_value_optional:
-        found = spec.values.get(text.lower())
-    if isinstance(found, NoOpValue):
-        return found
-    if found is not None:
-        return list(_pieces(spec.flag, found))
-    if spec.message:
-        if _truth(text) == "false" and "true" not in spec.values:
+    word = _truth(text) if option.is_value_optional else text.lower()
+    result = option.values.get(word)
+    if result is None and option.is_value_optional:
+        result = option.values.get(text.lower())
+    if isinstance(result, NoOpValue):
+        return result
+    if result is not None:
+        return list(_pieces(option.flag, result))
+    if option.message:
+        if _truth(text) == "false" and "true" not in option.values:
             return _NOT_ASKED
-        raise ConfigError(f"{shown}: {spec.message}")
-    if spec.is_value_optional and (spec.convert is None or word in ("true", "false")):
-        return _switched(spec, _checked_truth(name, text, word))
-    if spec.is_number and (hint := number_hint(text)):
+        raise ConfigError(f"{shown}: {option.message}")
+    if option.is_value_optional and (option.convert is None or word in ("true", "false")):
+        return _switched(option, _checked_truth(name, text, word))
+    if option.is_number and (hint := number_hint(text)):
         raise ConfigError(f"{shown}: {hint}")
-    if spec.convert is not None:
+    if option.convert is not None:
         try:
-            return list(_pieces(spec.flag, spec.convert(text)))
+            return list(_pieces(option.flag, option.convert(text)))
         except ValueError as error:
             raise ConfigError(f"{shown}: {error}.") from None
-    parts = values if spec.is_list else [text]
-    if spec.is_list and spec.several:
+    parts = values if option.is_list else [text]
+    if option.is_list and option.several:
         parts = [part for value in values for part in _parts(value)]
-    return [(spec.flag, part) for part in parts]
+    return [(option.flag, part) for part in parts]
 
 
-def _switched(spec: FlagSpec, word: str) -> list[Setting] | NoOpValue:
+def _switched(option: FlagSpec, word: str) -> list[Setting] | NoOpValue:
     """Return the setting of a switch, or a condition if it disables a specific value."""
-    if spec.value is None:
-        return [(spec.flag, word)]
+    if option.value is None:
+        return [(option.flag, word)]
     if word == "true":
-        return [(spec.flag, spec.value)]
-    denied: Any = {"true": True, "false": False}.get(spec.value, spec.value)
-    return NoOpValue("", spec.path, unless=(denied,))
+        return [(option.flag, option.value)]
+    denied: Any = {"true": True, "false": False}.get(option.value, option.value)
+    return NoOpValue("", option.path, unless=(denied,))
 
 
 def _truth(text: str) -> str:
@@ -318,17 +318,17 @@ def _pieces(flag: str, text: str) -> Iterator[Setting]:
 
 
 def _check_given_once(
-    given: dict[str, tuple[str, str]], flag: str, value: str, name: str, spec: FlagSpec
+    values: dict[str, tuple[str, str]], flag: str, value: str, name: str, option: FlagSpec
 ) -> None:
     """Raise ConfigError if two aliases set one field differently; repeats override."""
-    if spec.is_list or flag == "--set":
+    if option.is_list or flag == "--set":
         return
-    before, earlier = given.setdefault(flag, (name, value))
-    is_edit = {before, name} <= {flag, spec.off} or before == name
+    before, earlier = values.setdefault(flag, (name, value))
+    is_edit = {before, name} <= {flag, option.off} or before == name
     if not is_edit and earlier != value:
-        what = spec.path or flag
+        what = option.path or flag
         raise ConfigError(f"{before} and {name} both set {what}. Use one of them.")
-    given[flag] = (name, value)
+    values[flag] = (name, value)
 
 
 def _spell(flag: str, value: str, specs: Mapping[str, FlagSpec], *, joined: bool) -> list[str]:

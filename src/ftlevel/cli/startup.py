@@ -164,15 +164,15 @@ def share_heaps() -> bool:
     told = any(os.environ.get(name) for name in (*_SAID_BY_USERS, "GLIBC_TUNABLES", "LD_PRELOAD"))
     if told or not sys.platform.startswith("linux"):
         return False
-    library = ctypes.CDLL(None)
-    if not hasattr(library, "gnu_get_libc_version"):
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, "gnu_get_libc_version"):
         return False
     settings = (
         (_ARENA_MAX, HEAPS),
         (_TRIM_THRESHOLD, KEPT_FREE),
         (_MMAP_THRESHOLD, LARGEST_IN_HEAP),
     )
-    results = [library.mallopt(name, value) for name, value in settings]
+    results = [libc.mallopt(name, value) for name, value in settings]
     return results == [1] * len(settings)
 
 

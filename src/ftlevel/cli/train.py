@@ -139,7 +139,7 @@ def _stop(running: Sequence[subprocess.Popen[bytes]]) -> None:
             process.wait()
 
 
-def train(given: CommandInput, *, dry_run: bool, as_json: bool, quiet: bool, schema: bool) -> None:
+def train(values: CommandInput, *, dry_run: bool, as_json: bool, quiet: bool, schema: bool) -> None:
     """Fine-tune a model on a dataset.
 
     Without --model and --dataset, trains the built-in model on built-in examples. --set
@@ -148,10 +148,10 @@ def train(given: CommandInput, *, dry_run: bool, as_json: bool, quiet: bool, sch
     if schema:
         typer.echo(json.dumps(TrainConfig.model_json_schema(), indent=2))
         return
-    config, origin = read_config(given)
+    config, origin = read_config(values)
     processes = config.train.num_processes or 1
     if processes > 1 and not dry_run and not is_launched():
-        raise typer.Exit(launch(given.arguments, processes, config.train.max_restarts))
+        raise typer.Exit(launch(values.arguments, processes, config.train.max_restarts))
     if has_agent():
         end_with_parent()
     follows = is_follower()

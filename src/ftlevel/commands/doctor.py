@@ -100,12 +100,12 @@ def _device() -> Iterator[CheckResult]:
         yield CheckResult("GPU", "note", "none; runs use the CPU")
         return
     built = torch.version.cuda
-    why = f"torch {torch.__version__} " + (
+    message = f"torch {torch.__version__} " + (
         f"is built for CUDA {built}, which the driver does not serve" if built else "is a CPU build"
     )
     advice = "Install the torch that pytorch.org names for this driver."
     yield CheckResult(
-        "GPU", "bad", f"nvidia-smi is installed, but torch sees no GPU: {why}", advice
+        "GPU", "bad", f"nvidia-smi is installed, but torch sees no GPU: {message}", advice
     )
 
 
@@ -175,8 +175,8 @@ def _disk() -> Iterator[CheckResult]:
         ("disk here", Path.cwd()),
         ("disk of the Hub's cache", Path(constants.HF_HUB_CACHE)),
     ):
-        existing = next(p for p in (path, *path.parents) if p.exists())
-        free = shutil.disk_usage(existing).free
+        parent = next(p for p in (path, *path.parents) if p.exists())
+        free = shutil.disk_usage(parent).free
         low = free < _MIN_DISK
         advice = "Free space, or set HF_HOME to another disk." if low else ""
         value = f"{free / 2**30:.1f} GiB free at {path}"

@@ -132,12 +132,12 @@ def evaluate(config: EvaluateConfig, *, listener: Listener | None = None) -> Eva
             )
             outputs = inputs.outputs_of(trained)
             trained = replace(trained, model=None)  # frees memory for the other model
-            loaded = other.load(device.value)
-            score = replace(evaluator, generated_rows=0, dtype=loaded.dtype)
+            reference = other.load(device.value)
+            score = replace(evaluator, generated_rows=0, dtype=reference.dtype)
             against = {
                 "name": config.against,
-                "metrics": score(loaded.model),
-                **inputs.compare(inputs.outputs_of(loaded), outputs),
+                "metrics": score(reference.model),
+                **inputs.compare(inputs.outputs_of(reference), outputs),
             }
         if config.resamples:
             listener.stage("computing confidence intervals")
@@ -288,8 +288,8 @@ def _requantized(ref: ModelRef, quant: str | None) -> ModelRef:
         )
     requested = QuantConfig(kind=quant)
     if ref.directory is not None:
-        note = f"the base is {requested.form}; in training it was {trained_form}"
-        ref = replace(ref, notes=[*ref.notes, note])
+        message = f"the base is {requested.form}; in training it was {trained_form}"
+        ref = replace(ref, notes=[*ref.notes, message])
     return ref.with_card(quantization=requested.model_dump())
 
 

@@ -173,10 +173,10 @@ def _warn_of_low_bits(served: Agreement, effect: Agreement, listener: Listener) 
 
 def score_trained(inputs: MergeInput, probe: ComparisonProbe) -> tuple[RowLogits, Agreement]:
     """Return the outputs of the trained model, and their difference from its base's."""
-    loaded = inputs.ref.load(inputs.device, inputs.dtype)
-    trained = probe.score(loaded.model, inputs.dtype)
-    with loaded.without_adapter():
-        return trained, compare_rows(trained, probe.score(loaded.model, inputs.dtype))
+    model = inputs.ref.load(inputs.device, inputs.dtype)
+    trained = probe.score(model.model, inputs.dtype)
+    with model.without_adapter():
+        return trained, compare_rows(trained, probe.score(model.model, inputs.dtype))
 
 
 def _ways(config: MergeConfig, inputs: MergeInput) -> list[str]:

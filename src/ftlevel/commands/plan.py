@@ -172,7 +172,7 @@ def _plan(config: TrainConfig, options: PlanOptions) -> tuple[RunPlan, Alternati
     is_imagined = _names_no_data(config)
     if is_imagined and options.probe:
         raise ConfigError("--probe runs steps on real rows. Name them: --dataset FILE.")
-    config, why = (config, "") if is_imagined else infer_task(config)
+    config, message = (config, "") if is_imagined else infer_task(config)
     if card and config.model.dtype == "auto":
         config = _replace(config, "model", dtype="float16" if card.name == "T4" else "bfloat16")
     model = config.model
@@ -181,7 +181,7 @@ def _plan(config: TrainConfig, options: PlanOptions) -> tuple[RunPlan, Alternati
     )
     rows = config.train.rows_per_device_step * _IMAGINED_STEPS if is_imagined else 0
     synthetic = build_synthetic_batch(config.data, source, card.name if card else None, rows)
-    run = resolve(config, why_task=why, adapter=adapter, synthetic=synthetic)
+    run = resolve(config, why_task=message, adapter=adapter, synthetic=synthetic)
     ranks = options.nodes * options.gpus_per_node
     device = Device.of(run.model.device, card, ranks)
     if config.speed.memory_gib is not None:

@@ -353,7 +353,7 @@ def _answer(
     if faults and config.on_bad_row == "error":
         raise InputError(tally.describe_bad(window, faults))
     answers = predict_rows(model, [window[i].question for i in answerable], output_options)
-    faults |= {answerable[number]: reason for number, reason in answers.refused.items()}
+    faults |= {answerable[number]: error for number, error in answers.refused.items()}
     if faults and config.on_bad_row == "error":
         raise InputError(tally.describe_bad(window, faults))
     tally.skip(window, faults)

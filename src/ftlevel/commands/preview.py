@@ -115,8 +115,8 @@ def preview(config: TrainConfig, numbers: Sequence[int] = ()) -> Preview:
     """
     with silence_loggers():
         config, adapter, _ = resolve_adapter(config)
-        config, why = infer_task(config)
-        run = resolve(config, lenient=True, why_task=why, adapter=adapter)
+        config, message = infer_task(config)
+        run = resolve(config, lenient=True, why_task=message, adapter=adapter)
         shown = [_show_row(run, row) for row in _pick(run, numbers)]
         rollouts = _sample(run)
     facts = run.data.facts
@@ -150,8 +150,8 @@ def _sample(run: Run) -> list[Choice]:
     else:
         rewards = open_rewards(settings, model.device, model.tokenizer, rows, where)
         run = replace(run, rewards=rewards)
-    loaded = load_adapted(run, NullListener())
-    return preview_rollouts(build_rollouts(run, loaded.model, teacher), rows)
+    adapted = load_adapted(run, NullListener())
+    return preview_rollouts(build_rollouts(run, adapted.model, teacher), rows)
 
 
 def _pick(run: Run, numbers: Sequence[int]) -> list[Encoded]:
@@ -166,10 +166,10 @@ def _pick(run: Run, numbers: Sequence[int]) -> list[Encoded]:
     missing = [number for number in numbers if number not in there]
     if missing:
         total = len(run.data.table.lines)
-        why = "it was dropped, see the data checks" if missing[0] <= total else "no such row"
+        message = "it was dropped, see the data checks" if missing[0] <= total else "no such row"
         raise ConfigError(
-            f"--row {join_names(map(str, missing))}: {why}. There are {total:,} training rows, of "
-            f"which {len(np.unique(there)):,} are trained on."
+            f"--row {join_names(map(str, missing))}: {message}. There are {total:,} training rows, "
+            f"of which {len(np.unique(there)):,} are trained on."
         )
     return [rows[i] for number in numbers for i in np.flatnonzero(there == number).tolist()]
 
@@ -215,13 +215,13 @@ class PieceDecoder:
     def decode_tokens(self, ids: Sequence[int]) -> list[str]:
         """Return the text of each id; a multi-byte character is assigned to its last byte."""
         before = self._decode(self._anchor)
-        texts, open_ = [], []
+        texts, pending = [], []
         for id_ in ids:
-            open_.append(id_)
-            text = self._decode([*self._anchor, *open_])
-            whole = not text.endswith("\ufffd") or len(open_) > 3
+            pending.append(id_)
+            text = self._decode([*self._anchor, *pending])
+            whole = not text.endswith("\ufffd") or len(pending) > 3
             texts.append(text.removeprefix(before) if whole else "")
-            open_ = [] if whole else open_
+            pending = [] if whole else pending
         return texts
 
     def _decode(self, ids: Sequence[int]) -> str:

@@ -203,22 +203,22 @@ def _experts_note(config: QuantizeConfig, plan: _Plan) -> str:
         return ""
     total, stay = sum(after for _, after in sizes.values()), sizes["experts"][1]
     dtype = str(plan.layout.dtype).removeprefix("torch.")
-    note = (
+    message = (
         f"{stay / 1e6:,.1f} MB of the {total / 1e6:,.1f} MB are experts, which stay in {dtype}: "
         "transformers packs linears alone, and reads no packed experts."
     )
     if config.quant != "4bit":
-        return note
-    packed = sum(
+        return message
+    num_bytes = sum(
         packed_bytes(plan.layout.parameters[name].shape, plan.layout.config)
         for name in packable_experts(build_task_model(plan.model_config, plan.auto_class))
     )
-    if packed:
-        note += (
+    if num_bytes:
+        message += (
             f" ftlevel train --quant 4bit --model {config.model} packs them while it loads them "
-            f"({packed / 1e6:,.1f} MB)."
+            f"({num_bytes / 1e6:,.1f} MB)."
         )
-    return note
+    return message
 
 
 @contextlib.contextmanager

@@ -184,15 +184,15 @@ def find_embedding_problems(
 
     `batch` is the number of rows of an optimizer step.
     """
-    given = list_given(settings)
+    values = list_given(settings)
     if task not in EMBEDDING_TASKS:
-        if not given:
+        if not values:
             return []
-        names = join_names(map(_flag, given))
+        names = join_names(map(_flag, values))
         return [f"{names}: of --task embedding, and --task is {task}. Drop it, or change the task."]
     problems = list(_matryoshka_problems(settings))
     if settings.loss is not None:
-        problems += _loss_problems(settings, given, teacher)
+        problems += _loss_problems(settings, values, teacher)
     loss = settings.loss or DEFAULT_LOSSES["pairs"]
     if LOSSES[loss].contrasts and batch == 1:
         problems.append(
@@ -203,10 +203,10 @@ def find_embedding_problems(
 
 
 def _loss_problems(
-    settings: EmbeddingConfig, given: Sequence[str], teacher: str | None
+    settings: EmbeddingConfig, values: Sequence[str], teacher: str | None
 ) -> list[str]:
     loss, problems = settings.loss or "", []
-    for name in given:
+    for name in values:
         readers = [other for other in get_args(EmbeddingLossName) if name in LOSSES[other].reads]
         if readers and loss not in readers:
             do = "does" if len(readers) == 1 else "do"

@@ -120,8 +120,8 @@ class MergeConfig(HubSection):
             problems.append(
                 f"--strategy {self.strategy} needs several adapters and got one. Drop it."
             )
-        given = {"--quant-type": self.quant_type, "--double-quant": self.double_quant}
-        low = [flag for flag, value in given.items() if value is not None]
+        values = {"--quant-type": self.quant_type, "--double-quant": self.double_quant}
+        low = [flag for flag, value in values.items() if value is not None]
         if low and self.quant != "4bit":
             problems.append(
                 f"{low[0]} belongs to --quant 4bit, and --quant is {self.quant}. Drop it."
@@ -176,8 +176,8 @@ class QuantizeConfig(HubSection):
 
     @model_validator(mode="after")
     def _check_four_bit_settings(self) -> QuantizeConfig:
-        given = {"--double-quant": self.double_quant, "--quant-type fp4": self.quant_type != "nf4"}
-        wrong = [flag for flag, is_given in given.items() if is_given and self.quant != "4bit"]
+        values = {"--double-quant": self.double_quant, "--quant-type fp4": self.quant_type != "nf4"}
+        wrong = [flag for flag, is_given in values.items() if is_given and self.quant != "4bit"]
         if wrong:
             raise ValueError(
                 f"{wrong[0]} belongs to --quant 4bit, and --quant is {self.quant}. "

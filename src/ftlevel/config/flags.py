@@ -369,8 +369,8 @@ def _extended() -> Iterator[Flag]:
     names: dict[tuple[str, str], str] = {}
     for source, rows in ((OWN, (*_RUN_FLAGS, *COMMAND_FLAGS)), *flags, (OWN, _GENERAL_FLAGS)):
         for row in rows:
-            is_unsupported = isinstance(row, UnsupportedFlag)
-            for key in () if is_unsupported else ((command, row.shown) for command in row.on):
+            is_invalid = isinstance(row, UnsupportedFlag)
+            for key in () if is_invalid else ((command, row.shown) for command in row.on):
                 if (other := names.setdefault(key, source)) != source:
                     raise ConfigError(
                         f"{key[1]} of ftlevel {key[0]} is defined by {other} and by {source}. "
@@ -438,7 +438,7 @@ def recipe_hint(name: str, command: str = "train") -> str:
 
     Aliases with a value include it: `load_in_4bit` gives `quant.kind: 4bit`.
     """
-    typed = "--" + name.lower().replace("_", "-")
+    flag_name = "--" + name.lower().replace("_", "-")
     for flag in FLAGS:
         if command not in flag.on or flag.is_argument:
             continue
@@ -446,10 +446,10 @@ def recipe_hint(name: str, command: str = "train") -> str:
             part: "" for given in flag.typer_names(is_switch=False) for part in given.split("/")
         }
         values |= {other.name: other.value or "" for other in flag.alias_names}
-        if typed not in values:
+        if flag_name not in values:
             continue
         if not flag.path:
-            return f" It is a flag of the command line, not a key: {typed}."
-        value = f": {values[typed]}" if values[typed] else ""
+            return f" It is a flag of the command line, not a key: {flag_name}."
+        value = f": {values[flag_name]}" if values[flag_name] else ""
         return f" Did you mean {flag.path + value!r}?"
     return ""

@@ -150,16 +150,16 @@ def find_preference_problems(
     """Find a message for each preference setting that has no effect."""
     defaults = PreferenceConfig()
     fields = PreferenceConfig.model_fields
-    given = [name for name in fields if getattr(settings, name) != getattr(defaults, name)]
+    values = [name for name in fields if getattr(settings, name) != getattr(defaults, name)]
     if task not in PREFERENCE_TASKS:
-        if not given:
+        if not values:
             return []
-        names = join_names(_flag("preference", name) for name in given)
+        names = join_names(_flag("preference", name) for name in values)
         return [
             f"{names}: of --task preference, and --task is {task}. Drop it, or change the task."
         ]
     loss, problems = settings.loss or DEFAULT_LOSS, []
-    for name in given:
+    for name in values:
         if name not in ("loss", *settings.facts.reads):
             readers = _readers(name)
             do = "does" if len(readers) == 1 else "do"

@@ -142,11 +142,11 @@ def _count(node: Any, counted: dict[int, int], inside: set[int]) -> int:
     """Count the values below `node`, aliases expanded; YamlError above the maximum."""
     if id(node) in counted:
         return counted[id(node)]
-    line = node.start_mark.line + 1
+    position = node.start_mark.line + 1
     if id(node) in inside:
-        raise YamlError("an alias names what it is in", line)
+        raise YamlError("an alias names what it is in", position)
     if isinstance(node.value, str) and any("\ud800" <= letter <= "\udfff" for letter in node.value):
-        raise YamlError("half of a character (\\ud800 to \\udfff) is none", line)
+        raise YamlError("half of a character (\\ud800 to \\udfff) is none", position)
     inside.add(id(node))
     parts = node.value if isinstance(node.value, list) else []
     total = 1 + sum(
@@ -156,7 +156,7 @@ def _count(node: Any, counted: dict[int, int], inside: set[int]) -> int:
     )
     inside.discard(id(node))
     if total > _MAX_VALUES:
-        raise YamlError(f"its aliases expand to more than {_MAX_VALUES:,} values", line)
+        raise YamlError(f"its aliases expand to more than {_MAX_VALUES:,} values", position)
     counted[id(node)] = total
     return total
 

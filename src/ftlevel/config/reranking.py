@@ -78,10 +78,10 @@ def find_reranking_problems(
     task: str, settings: RerankingConfig, teacher: str | None
 ) -> Sequence[str]:
     """Find a message for each reranking setting, or `--teacher`, that has no effect."""
-    given = list_given(settings)
+    values = list_given(settings)
     if task not in RERANKING_TASKS:
-        names = join_names(f"--{name.replace('_', '-')}" for name in given)
-        return [f"{names}: of --task reranking, and --task is {task}. Drop it."] if given else []
+        names = join_names(f"--{name.replace('_', '-')}" for name in values)
+        return [f"{names}: of --task reranking, and --task is {task}. Drop it."] if values else []
     if teacher is not None and settings.loss and not LOSSES[settings.loss].reads_teacher:
         readers = join_names(name for name, facts in LOSSES.items() if facts.reads_teacher)
         return [

@@ -99,25 +99,25 @@ def parse_reward(text: str) -> RewardSpec:
     if not body.strip():
         raise ValueError(f"{text!r} names no reward. Built in: {join_names(REWARDS, 20)}")
     weight = 1.0 if weight is None else weight
-    if found := _FILE.fullmatch(body):
-        if not found[2].isidentifier():
+    if result := _FILE.fullmatch(body):
+        if not result[2].isidentifier():
             raise ValueError(f"{body!r}: expected FILE.py:FUNCTION, as in rewards.py:score")
-        return RewardSpec(text, "function", found[1], found[2], weight)
+        return RewardSpec(text, "function", result[1], result[2], weight)
     if body.endswith(".py"):
         raise ValueError(f"{body!r} names no function. Write {body}:FUNCTION")
     name, colon, argument = body.partition(":")
     if name not in REWARDS:
         return RewardSpec(text, "model", body, "", weight)
-    _check_argument(name, argument, given=bool(colon))
+    _check_argument(name, argument, values=bool(colon))
     return RewardSpec(text, "builtin", name, argument, weight)
 
 
-def _check_argument(name: str, argument: str, *, given: bool) -> None:
+def _check_argument(name: str, argument: str, *, values: bool) -> None:
     """Raise ValueError if `argument` does not fit the built-in reward `name`."""
     form = REWARDS[name]
-    if (given and not argument) or (not given and form and not form.startswith("[")):
+    if (values and not argument) or (not values and form and not form.startswith("[")):
         raise ValueError(f"{name} has no argument. Write {name}:{form.strip('[]')}")
-    if given and not form:
+    if values and not form:
         raise ValueError(f"{name} takes no argument, got {argument!r}. Write {name}")
     problem = ""
     if name == "number" and argument and (_number(argument) is None or float(argument) < 0):
@@ -141,10 +141,10 @@ def _check_argument(name: str, argument: str, *, given: bool) -> None:
 
 def parse_range(text: str) -> tuple[int, int] | None:
     """Parse the bounds of `MIN-MAX`, or None if `text` is no range."""
-    found = re.fullmatch(r"(\d{1,9})-(\d{1,9})", text)
-    if found is None or int(found[1]) > int(found[2]):
+    result = re.fullmatch(r"(\d{1,9})-(\d{1,9})", text)
+    if result is None or int(result[1]) > int(result[2]):
         return None
-    return int(found[1]), int(found[2])
+    return int(result[1]), int(result[2])
 
 
 def _number(text: str) -> float | None:
@@ -302,18 +302,18 @@ SAMPLED = "would sample from another distribution than the one that is trained"
 def find_rl_problems(config: Any) -> list[str]:
     """Find a message for each setting of a `TrainConfig` that `rl` or its loss cannot use."""
     settings, plain = config.rl, RlConfig()
-    given = [n for n in RlConfig.model_fields if getattr(settings, n) != getattr(plain, n)]
+    values = [n for n in RlConfig.model_fields if getattr(settings, n) != getattr(plain, n)]
     if config.task != RL_TASK:
-        names = join_names(map(_flag, given))
+        names = join_names(map(_flag, values))
         return (
             [f"{names}: of --task rl, and --task is {config.task}. Drop it, or change the task."]
-            if given
+            if values
             else []
         )
     problems = []
     is_distilled = config.distillation.teacher is not None
     if is_distilled:
-        problems += _teacher_problems(settings, given)
+        problems += _teacher_problems(settings, values)
     elif not settings.reward:
         problems.append(
             "--task rl has no reward. Add --reward exact, or another built-in one "
@@ -326,7 +326,7 @@ def find_rl_problems(config: Any) -> list[str]:
             "more."
         )
     for name in _READ_BY_SOME:
-        if name in given and name not in settings.facts.reads and not is_distilled:
+        if name in values and name not in settings.facts.reads and not is_distilled:
             readers = [loss for loss in get_args(RlLossName) if name in RL_LOSSES[loss].reads]
             problems.append(
                 f"{_flag(name)}: --loss {settings.loss} does not use it; {join_names(readers)} do. "
@@ -356,12 +356,12 @@ def _server_problems(config: Any) -> list[str]:
     return problems
 
 
-def _teacher_problems(settings: RlConfig, given: Sequence[str]) -> list[str]:
+def _teacher_problems(settings: RlConfig, values: Sequence[str]) -> list[str]:
     """Return messages for settings that on-policy distillation cannot use."""
     problems = [
         f"{_flag(name)}: with --teacher, {reason}. Drop one of them."
         for name, reason in _NOT_WITH_TEACHER.items()
-        if name in given
+        if name in values
     ]
     if settings.loss not in TOKEN_LOSSES:
         problems.append(

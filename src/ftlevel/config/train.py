@@ -102,8 +102,8 @@ class TrainConfig(Section):
 
     def with_sections(self, **sections: Any) -> TrainConfig:
         """Return a validated copy with other `sections`; may raise ConfigError."""
-        given = {name: getattr(self, name) for name in self.model_fields_set}
-        return TrainConfig(**{**given, **sections})
+        values = {name: getattr(self, name) for name in self.model_fields_set}
+        return TrainConfig(**{**values, **sections})
 
     @model_validator(mode="before")
     @classmethod
@@ -152,11 +152,11 @@ def _quantization_problems(config: TrainConfig) -> list[str]:
     quant = config.quant
     problems = config.method.quant_problems(quant)
     if quant.kind != "4bit":
-        for flag, given in (
+        for flag, values in (
             ("--double-quant", quant.double_quant),
             ("--quant-type fp4", quant.quant_type != "nf4"),
         ):
-            if given:
+            if values:
                 problems.append(
                     f"{flag} belongs to --quant 4bit, and --quant is {quant.kind}. "
                     f"Use --quant 4bit, or drop {flag.split()[0]}."
@@ -275,12 +275,12 @@ def _search_problems(config: TrainConfig) -> list[str]:
 def _best_problems(train: TrainerConfig) -> list[str]:
     """Return messages for best-model settings without effect."""
     problems = []
-    requested = {
+    values = {
         "--early-stopping-patience": train.early_stopping_patience is not None,
         "--load-best-model-at-end": bool(train.load_best_model_at_end),
         "--save-strategy best": train.save_strategy == "best",
     }
-    names = [name for name, is_requested in requested.items() if is_requested]
+    names = [name for name, is_requested in values.items() if is_requested]
     if names and train.eval_strategy == "no":
         problems.append(
             f"{names[0]} needs evaluations during training, and --eval-strategy no turns them "
@@ -309,11 +309,11 @@ def _stream_problems(config: TrainConfig) -> list[str]:
     data, train = config.data, config.train
     if not data.streaming:
         belongs = "belongs to --streaming. Drop it, or add --streaming."
-        given = {
+        values = {
             "data.shuffle_buffer": data.shuffle_buffer != 1_000,
             "data.validation_rows": data.validation_rows is not None,
         }
-        return [f"{name} {belongs}" for name, is_given in given.items() if is_given]
+        return [f"{name} {belongs}" for name, is_given in values.items() if is_given]
     problems = []
     if train.max_steps is None:
         problems.append(
@@ -391,10 +391,10 @@ def _task_problems(config: TrainConfig) -> list[str]:
     task, data = config.task, config.data
     problems = []
     if data.overlong == "split" and task not in ("text-generation", "masked-lm"):
-        other = "drop" if task in _NO_PROMPT else "drop or truncate-prompt"
+        alternative = "drop" if task in _NO_PROMPT else "drop or truncate-prompt"
         problems.append(
             f"--overlong split cuts plain text into several rows and cannot be used with --task "
-            f"{task}. Use --overlong {other}."
+            f"{task}. Use --overlong {alternative}."
         )
     if data.overlong == "truncate-prompt" and task in _NO_PROMPT:
         problems.append(
@@ -403,14 +403,14 @@ def _task_problems(config: TrainConfig) -> list[str]:
         )
     is_cut = task in EMBEDDING_TASKS
     if data.overlong in ("truncate", "truncate-prompt") and is_cut != (data.overlong == "truncate"):
-        other = "truncate" if is_cut else "drop"
+        alternative = "truncate" if is_cut else "drop"
         if task not in _NO_PROMPT or data.overlong == "truncate":
             problems.append(
                 f"--overlong {data.overlong} cannot be used with --task {task}. Use --overlong "
-                f"{other}."
+                f"{alternative}."
             )
-    for flag, given in (("--system", data.system), ("--train-on-inputs", data.train_on_inputs)):
-        if given and task not in (*_WRITES, RL_TASK):
+    for flag, values in (("--system", data.system), ("--train-on-inputs", data.train_on_inputs)):
+        if values and task not in (*_WRITES, RL_TASK):
             problems.append(
                 f"{flag} is for tasks that write text, and --task is {task}. Drop it, or change "
                 "the task."
@@ -420,12 +420,12 @@ def _task_problems(config: TrainConfig) -> list[str]:
             "--overlong truncate-prompt cuts prompts, and --train-on-inputs supervises them. Use "
             "--overlong drop, or drop one of them."
         )
-    for name, owner, given in (
+    for name, owner, values in (
         ("problem_type", "text-classification", data.problem_type != "auto"),
         ("source_language", "translation", data.source_language is not None),
         ("target_language", "translation", data.target_language is not None),
     ):
-        if given and task != owner:
+        if values and task != owner:
             problems.append(
                 f"data.{name} belongs to --task {owner}, and --task is {task}. Drop it, or change "
                 "the task."

@@ -42,9 +42,9 @@ _REFUSED = {
 def _check_optimizer(value: object) -> object:
     """Raise ValueError with the reason for an unsupported optimizer of transformers."""
     if isinstance(value, str):
-        for start, reason in _REFUSED.items():
+        for start, error in _REFUSED.items():
             if value.startswith(start):
-                raise ValueError(f"{reason}. Use one of --help-all")
+                raise ValueError(f"{error}. Use one of --help-all")
     return value
 
 
@@ -184,20 +184,20 @@ def find_problems(train: Any) -> list[str]:
 
 
 def _settings_problems(
-    flag: str, owner: str, given: Mapping[str, Scalar], settings: AllowedArguments
+    flag: str, owner: str, values: Mapping[str, Scalar], settings: AllowedArguments
 ) -> list[str]:
     problems = []
-    if unknown := [name for name in given if name not in settings.names]:
+    if unknown := [name for name in values if name not in settings.names]:
         has = f"It has {join_names(settings.names)}." if settings.names else "It has none. Drop it."
         problems.append(f"{flag} {join_names(unknown)}: no setting of {owner}. {has}")
-    for name, value in given.items():
+    for name, value in values.items():
         allowed = _ALLOWED_VALUES.get(name, ())
         if allowed and value not in allowed:
             problems.append(f"{flag} {name}={value}: expected {join_names(map(_shown, allowed))}.")
         elif not allowed and (isinstance(value, bool | str) or value < 0):
             problems.append(f"{flag} {name}={value}: expected a number, 0 or more.")
     needed = settings.needed
-    if needed and sum(name in given for name in needed) != 1:
+    if needed and sum(name in values for name in needed) != 1:
         several = len(needed) > 1
         problems.append(
             f"{owner} needs {'one of ' * several}{' or '.join(needed)}: {flag} {needed[-1]}="

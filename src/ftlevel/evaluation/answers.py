@@ -92,17 +92,17 @@ class RowScorer:
         """Yield the row indices of each forward pass, longest rows first."""
         on_cpu = self._trained.device == "cpu"
         limit = (CPU_TOKENS if self._packs else PADDED_TOKENS) if on_cpu else GPU_TOKENS
-        part: list[int] = []
+        batch: list[int] = []
         tokens = 0
         for row in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-            size = lengths[row] if self._packs or not part else lengths[part[0]]
-            if part and (tokens + size > limit or len(part) == self._batch_size):
-                yield part
-                part, tokens, size = [], 0, lengths[row]
-            part.append(row)
+            size = lengths[row] if self._packs or not batch else lengths[batch[0]]
+            if batch and (tokens + size > limit or len(batch) == self._batch_size):
+                yield batch
+                batch, tokens, size = [], 0, lengths[row]
+            batch.append(row)
             tokens += size
-        if part:
-            yield part
+        if batch:
+            yield batch
 
     def _forward(self, rows: Sequence[Encoded]) -> Iterator[torch.Tensor]:
         """Yield the logits of each row of a forward pass."""
@@ -123,9 +123,9 @@ class RowScorer:
         if objective.per_row:
             yield from logits
             return
-        virtual = logits.shape[1] - batch["input_ids"].shape[1]
+        num_virtual = logits.shape[1] - batch["input_ids"].shape[1]
         for row, scores in zip(rows, logits, strict=True):
-            yield scores[virtual : virtual + len(row.input_ids)]
+            yield scores[num_virtual : num_virtual + len(row.input_ids)]
 
     def _token_scores(
         self, batch: dict[str, torch.Tensor], rows: Sequence[Encoded]
@@ -194,7 +194,9 @@ def predict_replies(trained: LoadedModel, ask: AnswerRequest) -> list[Prediction
         replies = task.answer(model, ask.prompts, ask.context) if ask.prompts else []
         rows = predict_rows(model, ask.questions, OutputOptions())
         if rows.refused:
-            raise InputError([f"{ask.places[i]}: {why}." for i, why in rows.refused.items()])
+            raise InputError(
+                [f"{ask.places[i]}: {message}." for i, message in rows.refused.items()]
+            )
         return [*replies, *(reply for reply in rows.replies if reply is not None)]
     except UnansweredError as error:
         raise InputError(
@@ -297,17 +299,19 @@ class InferenceModel:
             return list(prompts)
         new = 0 if self.kind == "encoder-decoder" else self._writing.max_new_tokens
         room = self._positions - new
-        over = {i: len(ids) for i, ids in enumerate(prompts) if len(ids) > room}
-        if over and not (self._cuts and room > 1):
+        long_rows = {i: len(ids) for i, ids in enumerate(prompts) if len(ids) > room}
+        if long_rows and not (self._cuts and room > 1):
             answer = f" with --max-new-tokens {new:,}" if new else ""
             raise UnansweredError(
                 {
                     i: f"has {length:,} tokens, and the model takes {max(room, 0):,}{answer}"
-                    for i, length in over.items()
+                    for i, length in long_rows.items()
                 }
             )
-        self.shortened += len(over)
-        return [ids[:1] + ids[1 - room :] if i in over else ids for i, ids in enumerate(prompts)]
+        self.shortened += len(long_rows)
+        return [
+            ids[:1] + ids[1 - room :] if i in long_rows else ids for i, ids in enumerate(prompts)
+        ]
 
     def score(self, rows: Sequence[Encoded], read: Callable[[Encoded, torch.Tensor], T]) -> list[T]:
         """Apply `read` to each row and its logits and return the results in order.
@@ -317,15 +321,15 @@ class InferenceModel:
         """
         positions = self._positions
         if positions is not None:
-            over = [row for row in rows if len(row.input_ids) > positions]
+            long_rows = [row for row in rows if len(row.input_ids) > positions]
             if refused := {
                 row.row: f"has {len(row.input_ids):,} tokens, and the model takes {positions:,}"
-                for row in over
+                for row in long_rows
                 if not self._cuts or isinstance(row.labels, list)  # one label per token
             }:
                 raise UnansweredError(refused)
-            self.shortened += len(over)
-            rows = [truncate_row(row, positions) for row in rows] if over else rows
+            self.shortened += len(long_rows)
+            rows = [truncate_row(row, positions) for row in rows] if long_rows else rows
         return self._scorer(rows, read)
 
 

@@ -313,8 +313,8 @@ def common_beginning(prompts: Sequence[list[int]]) -> list[int]:
         return []
     first, last = min(prompts), max(prompts)
     pairs = enumerate(zip(first, last, strict=False))
-    same = next((at for at, (one, other) in pairs if one != other), len(first))
-    return first[: min(same, min(map(len, prompts)) - 1)]
+    length = next((at for at, (one, other) in pairs if one != other), len(first))
+    return first[: min(length, min(map(len, prompts)) - 1)]
 
 
 def join(parts: Sequence[tuple[Rows, Sequence[int]]]) -> Rows:

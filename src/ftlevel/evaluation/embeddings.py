@@ -40,19 +40,19 @@ def embed_texts(
     """Return float32 vectors `(texts, dims)` on the CPU, in order; batches are sorted by length."""
     collate = Collator(pad_id)
     order = sorted(range(len(texts)), key=lambda at: -len(texts[at].input_ids))
-    found: list[torch.Tensor | None] = [None] * len(texts)
+    result: list[torch.Tensor | None] = [None] * len(texts)
     start = 0
     while start < len(order):
         longest = len(texts[order[start]].input_ids)
-        part = order[start : start + max(1, TOKENS_AT_ONCE // longest)]
-        batch = {n: v.to(device) for n, v in collate([texts[at] for at in part]).items()}
+        indices = order[start : start + max(1, TOKENS_AT_ONCE // longest)]
+        batch = {n: v.to(device) for n, v in collate([texts[at] for at in indices]).items()}
         del batch["labels"]
-        unpooled = [getattr(texts[at], "unpooled", 0) for at in part]
+        unpooled = [getattr(texts[at], "unpooled", 0) for at in indices]
         vectors = objective.embed(model(**batch), batch["attention_mask"], unpooled).float().cpu()
-        for at, vector in zip(part, vectors, strict=True):
-            found[at] = vector
-        start += len(part)
-    return torch.stack([vector for vector in found if vector is not None])
+        for at, vector in zip(indices, vectors, strict=True):
+            result[at] = vector
+        start += len(indices)
+    return torch.stack([vector for vector in result if vector is not None])
 
 
 def score_embeddings(

@@ -28,13 +28,13 @@ def embed_rows(
     model: InferenceModel, texts: Sequence[EmbeddingRow], report: Report
 ) -> torch.Tensor:
     """Return the embeddings of queries and documents, `(texts, dims)` in float32, in order."""
-    found: list[np.ndarray] = []
+    result: list[np.ndarray] = []
     for start in range(0, len(texts), WINDOW):
         window = [replace(row, row=at) for at, row in enumerate(texts[start : start + WINDOW])]
         answers = model.task.answer_rows(model, window, OutputOptions())
-        found += [answer.columns[""] for answer in answers]
-        report(len(found), len(found) / len(texts))
-    return torch.from_numpy(np.stack(found))
+        result += [answer.columns[""] for answer in answers]
+        report(len(result), len(result) / len(texts))
+    return torch.from_numpy(np.stack(result))
 
 
 def as_document(text: str) -> EmbeddingRow:
@@ -56,7 +56,7 @@ def evaluate_retrieval(
     queries = [EmbeddingRow(query, 0) for query in data.queries]
     with model.inference():
         vectors = embed_rows(model, [*queries, *map(as_document, data.documents)], report)
-    found: dict[str, np.ndarray] = {}
+    result: dict[str, np.ndarray] = {}
     for dims in (None, *task.settings.matryoshka_dims):
         scores = score_retrieval(
             vectors[: len(queries), :dims],
@@ -66,5 +66,5 @@ def evaluate_retrieval(
         )
         names = METRICS if dims is None else METRICS[:1]
         suffix = "" if dims is None else f"_dim_{dims}"
-        found |= {f"{name}{suffix}": scores.values[name] for name in names}
-    return RetrievalScores(found), model.shortened
+        result |= {f"{name}{suffix}": scores.values[name] for name in names}
+    return RetrievalScores(result), model.shortened

@@ -313,9 +313,9 @@ def row_lines(
         if row in written:
             line |= {"predicted": written[row].text, "true": written[row].reference}
         if base is not None and row in base.units:
-            other = base.units[row]
-            line["base_loss"] = other.loss / other.targets if other.targets else None
-            described = other.meter.describe(labels)
+            base_unit = base.units[row]
+            line["base_loss"] = base_unit.loss / base_unit.targets if base_unit.targets else None
+            described = base_unit.meter.describe(labels)
             line |= {f"base_{key}": value for key, value in described.items() if key != "true"}
             if row in base_written:
                 line["base_predicted"] = base_written[row].text
@@ -337,8 +337,8 @@ def texts_of(evaluator: Evaluator) -> dict[int, dict[str, str]]:
         answered = evaluator.answer_text(first) if writes or others else ""
         texts = {"input": evaluator.prompt_text(first) if answered else evaluator.text(first)}
         if len(others) == 1:
-            other = evaluator.answer_text(others[0]) or evaluator.text(others[0])
-            texts = {"chosen": answered or texts["input"], "rejected": other} | (
+            base_text = evaluator.answer_text(others[0]) or evaluator.text(others[0])
+            texts = {"chosen": answered or texts["input"], "rejected": base_text} | (
                 {"input": texts["input"]} if answered else {}
             )
         elif answered:

@@ -235,7 +235,7 @@ class Agreement:
 def compare_rows(reference: RowLogits, outputs: RowLogits) -> Agreement:
     """Return the differences between `outputs` and `reference` on the same rows."""
     largest = total = scale = divergence = 0.0
-    same = numbers = 0
+    num_equal = numbers = 0
     for first, second in zip(reference.logits, outputs.logits, strict=True):
         difference = (second - first).abs()
         largest = max(largest, difference.max().item() if difference.numel() else 0.0)
@@ -244,14 +244,14 @@ def compare_rows(reference: RowLogits, outputs: RowLogits) -> Agreement:
         numbers += difference.numel()
         p, q = functional.log_softmax(first, -1), functional.log_softmax(second, -1)
         divergence += functional.kl_div(q, p, log_target=True, reduction="sum").item()
-        same += _count_same_choice(first, second)
+        num_equal += _count_same_choice(first, second)
     targets = max(reference.targets, 1)
     return Agreement(
         largest,
         total / max(numbers, 1),
         scale,
         divergence / targets if reference.has_choice else None,
-        same / targets if reference.has_choice else None,
+        num_equal / targets if reference.has_choice else None,
         outputs.loss,
         reference.loss,
         reference.targets,
@@ -321,18 +321,18 @@ def resolve_pair(
     plain_task = task or (both[0].task if both else None)
     # A new location of the base is that of both only if they share it.
     shares = len(both) == 2 and len({each.base.get("fingerprint") for each in both}) == 1
-    is_of_other = card is None and other_card is not None
+    has_reference = card is None and other_card is not None
     ref = resolve_model(
         name,
         task if card else plain_task,
-        None if is_of_other else base,
+        None if has_reference else base,
         device=device,
         dtype=dtype,
     )
     other = resolve_model(
         against,
         task if other_card else plain_task,
-        base if is_of_other or shares else None,
+        base if has_reference or shares else None,
         device=device,
         dtype=dtype,
         said=f"--against {against}",

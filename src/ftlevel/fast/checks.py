@@ -126,9 +126,9 @@ class PackingCheck(StepCheck):
     def _compare_packed(self) -> str:
         first, second = self.pair
         batch = self.batch_of(self.pair)
-        other = self.batch_of([replace(first, input_ids=first.input_ids[::-1]), second])
+        padded = self.batch_of([replace(first, input_ids=first.input_ids[::-1]), second])
         layout, mask = PackedLayout.from_mask(batch["attention_mask"]), batch["attention_mask"] != 0
-        packed, changed = self._states(batch, layout), self._states(other, layout)
+        packed, changed = self._states(batch, layout), self._states(padded, layout)
         # The second row may differ by the order of sums only when its neighbor changes.
         bound = 1e-5 if self.dtype == "float32" else 1e-2
         if not relative_difference(changed[1][mask[1]], packed[1][mask[1]]) < bound:

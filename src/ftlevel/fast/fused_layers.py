@@ -81,8 +81,8 @@ class FusedNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return the normalized `x` (…, hidden)."""
         weight: Tensor = self.weight
-        is_same = self._in_float32 or weight.dtype == x.dtype
-        if not (self.training and torch.is_grad_enabled() and is_same) or weight.requires_grad:
+        is_equal = self._in_float32 or weight.dtype == x.dtype
+        if not (self.training and torch.is_grad_enabled() and is_equal) or weight.requires_grad:
             return self._plain[0](x)
         if self._in_float32:
             weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
@@ -317,10 +317,12 @@ def _is_usual(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> bool:
         return False
     batch, _, tokens, width = q.shape
     angles = ((1, tokens, width), (batch, tokens, width))
-    keys_fit = (k.shape[0], *k.shape[2:]) == (batch, tokens, width)
+    shapes_match = (k.shape[0], *k.shape[2:]) == (batch, tokens, width)
     one = {part.dtype for part in (q, k, cos, sin)}
     frozen = not (cos.requires_grad or sin.requires_grad)
-    return keys_fit and tuple(cos.shape) in angles and len(one) == 1 and frozen and width % 2 == 0
+    return (
+        shapes_match and tuple(cos.shape) in angles and len(one) == 1 and frozen and width % 2 == 0
+    )
 
 
 def computes_rope(function: Any) -> bool:

@@ -116,15 +116,17 @@ class FusedLoraFunction(torch.autograd.Function):
         return grad_x, grad_dropped, grad_a, grad_b, grad_bias, None, None, None, None
 
 
-def _scaled(one: Tensor, other: Tensor, factor: float) -> Tensor:
+def _scaled(one: Tensor, tensor: Tensor, factor: float) -> Tensor:
     """Return `factor` times the matrix product."""
     if factor == 1.0:
-        return one @ other
-    product = one.new_empty(one.shape[0], other.shape[1])
-    return product.addmm_(one, other, beta=0, alpha=factor)
+        return one @ tensor
+    product = one.new_empty(one.shape[0], tensor.shape[1])
+    return product.addmm_(one, tensor, beta=0, alpha=factor)
 
 
-def _product(one: Tensor, other: Tensor, dtype: torch.dtype, *, transposed: bool = False) -> Tensor:
+def _product(
+    one: Tensor, matrix: Tensor, dtype: torch.dtype, *, transposed: bool = False
+) -> Tensor:
     """Return the matrix product, or its transpose, in `dtype`.
 
     NVIDIA GPUs return the float32 sums directly. `addmm` could also scale, but torch 2.8 and 2.13
@@ -132,9 +134,9 @@ def _product(one: Tensor, other: Tensor, dtype: torch.dtype, *, transposed: bool
     """
     lower = one.dtype in (torch.bfloat16, torch.float16)
     if one.is_cuda and lower and dtype == torch.float32 and torch.version.hip is None:
-        one, other = (other.t(), one.t()) if transposed else (one, other)
-        return torch.mm(one, other, out_dtype=dtype)
-    product = (one @ other).to(dtype)
+        one, matrix = (matrix.t(), one.t()) if transposed else (one, matrix)
+        return torch.mm(one, matrix, out_dtype=dtype)
+    product = (one @ matrix).to(dtype)
     return product.t() if transposed else product
 
 

@@ -203,8 +203,8 @@ def plan_fast(
     if not speed.fast:
         return replace(unpacked, choices=[Choice("step", "plain", "--no-fast")])
     if config.train.neftune_noise_alpha is not None:
-        why = "NEFTune's noise is scaled by the length of a padded row"
-        return replace(unpacked, choices=[Choice("step", "plain", why)])
+        message = "NEFTune's noise is scaled by the length of a padded row"
+        return replace(unpacked, choices=[Choice("step", "plain", message)])
     why_padded = (
         _why_padded(config.method, config.model.attn_implementation, meta, kind)
         if speed.pack
@@ -231,8 +231,8 @@ def plan_fast(
     choices = [Choice("step", ", ".join(parts), f"{bound}, {parallel}"), *sharing_choices]
     hub = speed.attention_kernel if device == "cuda" and not why_padded else None
     if speed.attention_kernel:
-        why = "as asked" if hub else f"{speed.attention_kernel} attends to packed rows"
-        choices.append(Choice("attention", hub or "the model's own", why))
+        message = "as asked" if hub else f"{speed.attention_kernel} attends to packed rows"
+        choices.append(Choice("attention", hub or "the model's own", message))
     return FastPlan(
         True,
         not why_padded,
@@ -282,13 +282,13 @@ def _plan_sharing(
         return False, []
     drops = find_randomness(method, meta)
     if drops and not is_forced:
-        why = (
+        message = (
             f"{saved:.0%} of tokens could be computed once, but their {drops} would be the same "
             "for all rows: speed.share_prefixes=always takes that"
         )
-        return False, [Choice("prefix sharing", "off", why)]
-    why = f"estimated on {SAMPLED_STEPS} steps" + (f"; shares {drops}" if drops else "")
-    return True, [Choice("prefix sharing", f"{saved:.0%} of tokens computed once", why)]
+        return False, [Choice("prefix sharing", "off", message)]
+    message = f"estimated on {SAMPLED_STEPS} steps" + (f"; shares {drops}" if drops else "")
+    return True, [Choice("prefix sharing", f"{saved:.0%} of tokens computed once", message)]
 
 
 def _estimate_shared(train: TrainerConfig, rows: Sequence[Encoded]) -> float:

@@ -109,13 +109,13 @@ class StepCollator:
         return {**batch, "layout": layout}
 
     def _micro_batch(
-        self, rows: Sequence[Encoded], part: Sequence[int], partition: _Partition
+        self, rows: Sequence[Encoded], indices: Sequence[int], partition: _Partition
     ) -> dict[str, Any]:
-        batch: dict[str, Any] = self._collate([rows[i] for i in part])
+        batch: dict[str, Any] = self._collate([rows[i] for i in indices])
         if not self._plan.packs:
             layout = None
         elif partition.is_tree:
-            branches = [branch.input_ids for i in part for branch in rows[i].branches]
+            branches = [branch.input_ids for i in indices for branch in rows[i].branches]
             layout = build_prefix_tree(branches, before=partition.prefix)
         else:
             layout = PackedLayout.from_mask(batch["attention_mask"])
@@ -171,11 +171,11 @@ class _Partition:
         partition._shared = [s - prefix if s - prefix >= MIN_PREFIX else 0 for s in self._shared]
         return partition
 
-    def count_tokens(self, part: Sequence[int]) -> int:
+    def count_tokens(self, indices: Sequence[int]) -> int:
         """Count positions that a micro-batch computes."""
         if self.is_tree:
-            return count_shared(part, self._lengths, self._order, self._shared)
-        lengths = [self._lengths[row] for row in part]
+            return count_shared(indices, self._lengths, self._order, self._shared)
+        lengths = [self._lengths[row] for row in indices]
         return sum(lengths) if self._packs else max(lengths) * len(lengths)
 
 
@@ -226,8 +226,8 @@ class TextCollator(StepCollator):
         return {**super().__call__(texts), "rows": rows, "texts": step}
 
     def _micro_batch(
-        self, rows: Sequence[Encoded], part: Sequence[int], partition: _Partition
+        self, rows: Sequence[Encoded], indices: Sequence[int], partition: _Partition
     ) -> dict[str, Any]:
         """Return the micro-batch with `unpooled`, the numbers of first tokens to leave out."""
-        unpooled = [row.unpooled for i in part if isinstance(row := rows[i], EncodedText)]
-        return {**super()._micro_batch(rows, part, partition), "unpooled": unpooled}
+        unpooled = [row.unpooled for i in indices if isinstance(row := rows[i], EncodedText)]
+        return {**super()._micro_batch(rows, indices, partition), "unpooled": unpooled}

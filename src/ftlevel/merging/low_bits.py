@@ -224,9 +224,9 @@ def resolve_quantization(config: MergeConfig, inputs: MergeInput) -> QuantConfig
         return None
     base = inputs.quant if inputs.quant.kind == config.quant else QuantConfig(kind=config.quant)
     options = {"quant_type": config.quant_type, "double_quant": config.double_quant}
-    given = {name: value for name, value in options.items() if value is not None}
+    values = {name: value for name, value in options.items() if value is not None}
     quant = base.model_copy(
-        update={**given, "experts": None}
+        update={**values, "experts": None}
     )  # saved checkpoints cannot contain packed experts
     _plan_layout(inputs, inputs.ref.model_config, quant, DTYPES[inputs.dtype])
     return quant

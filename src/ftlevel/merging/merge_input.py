@@ -109,9 +109,9 @@ def find_adapter(name: str) -> Path:
             f". Expected a directory with {ADAPTER_CONFIG}."
         )
     check_whole_adapter(directory)
-    reason = why_not_mergeable(_read_config(directory))
-    if reason is not None:
-        raise InputError(f"{name} cannot be merged. {reason}")
+    error = why_not_mergeable(_read_config(directory))
+    if error is not None:
+        raise InputError(f"{name} cannot be merged. {error}")
     return directory
 
 
@@ -169,13 +169,13 @@ def choose_rows(inputs: MergeInput, count: int, calibration: int = 0) -> CheckRo
     except ConfigError as error:
         reason = str(error).split("\n")[0]
         return _made_up(inputs, count, calibration, f"the run's data cannot be read: {reason}")
-    train = [data.train[i] for i in range(min(count + calibration, len(data.train)))]
+    samples = [data.train[i] for i in range(min(count + calibration, len(data.train)))]
     validation = list(data.validation[:count])
     if inputs.ignores_token_types:
-        train, validation = map(_without_token_types, (train, validation))
-    rows = validation or train[:count]
+        samples, validation = map(_without_token_types, (samples, validation))
+    rows = validation or samples[:count]
     split = "validation" if data.validation else "training"
-    remaining = train if data.validation else train[len(rows) :] or train
+    remaining = samples if data.validation else samples[len(rows) :] or samples
     calibration_rows, name = remaining[:calibration], data.facts["name"]
     choices = [Choice("compared on", f"{len(rows)} {split} rows", name)] if rows else []
     if calibration_rows:
@@ -219,11 +219,11 @@ def _made_up(inputs: MergeInput, count: int, calibration: int, reason: str) -> C
         text = read_eval_text(None, tokens)
         windows = cut_windows(inputs.tokenizer, text.content, tokens, _MADE_UP_LENGTH)
         rows = _rows_of(inputs, windows)
-        part = len(rows) * count // max(count + calibration, 1)
-        description = f"{part} and {len(rows) - part} rows of {text.name}"
+        count_ = len(rows) * count // max(count + calibration, 1)
+        description = f"{count_} and {len(rows) - count_} rows of {text.name}"
         return CheckRows(
-            rows[:part],
-            rows[part:],
+            rows[:count_],
+            rows[count_:],
             [Choice("compared, and codes chosen, on", description, reason)],
         )
     rng = random.Random(0)

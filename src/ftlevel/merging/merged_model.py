@@ -206,9 +206,9 @@ class TensorMerger:
             return self.dtype
         counts: Counter[torch.dtype] = Counter()
         for name in self.checkpoint.groups:
-            spec = self.checkpoint.spec(name)
-            if spec.dtype.is_floating_point:
-                counts[spec.dtype] += spec.nbytes // spec.dtype.itemsize
+            info = self.checkpoint.spec(name)
+            if info.dtype.is_floating_point:
+                counts[info.dtype] += info.nbytes // info.dtype.itemsize
         return counts.most_common(1)[0][0]
 
 
@@ -228,8 +228,8 @@ def open_merger(
     shapes = {name: tuple(t.shape) for name, t in model.state_dict().items() if name not in ignored}
     heads = find_heads(model) if inputs.card.heads else []
     skeleton = build_skeleton(model, inputs.ref.adapter_directory)
-    requested = DTYPES[dtype] if dtype else None
-    merger = TensorMerger(checkpoint, skeleton, shapes, ties, requested, rounds)
+    dtype_ = DTYPES[dtype] if dtype else None
+    merger = TensorMerger(checkpoint, skeleton, shapes, ties, dtype_, rounds)
     merger.check_whole(heads, inputs.source.name)
     return merger
 
@@ -334,9 +334,9 @@ def _parts(merger: TensorMerger, name: str) -> list[TensorPart]:
     return [TensorPart(specs, lambda: convert_for_saving(model, name, merger.value(name)))]
 
 
-def _copy(key: str, spec: TensorSpec, stored: Any) -> TensorPart:
+def _copy(key: str, info: TensorSpec, stored: Any) -> TensorPart:
     return TensorPart(
-        {key: spec}, (lambda: {key: stored}) if isinstance(stored, torch.Tensor) else stored
+        {key: info}, (lambda: {key: stored}) if isinstance(stored, torch.Tensor) else stored
     )
 
 

@@ -51,9 +51,9 @@ METHODS = _Methods(_load_methods())
 """All methods by name, in display order."""
 
 
-def needs_import(spec: specs.MethodSpec) -> str:
-    """Returns the module to import before PEFT alone can load an adapter of `spec`, or ""."""
-    return TUNERS if METHODS[spec.kind].tuner else ""
+def needs_import(config: specs.MethodSpec) -> str:
+    """Returns the module to import before PEFT alone can load an adapter of `config`, or ""."""
+    return TUNERS if METHODS[config.kind].tuner else ""
 
 
 def ensure_registered() -> None:
@@ -78,9 +78,9 @@ RULES: tuple[Rule, ...] = tuple(
 """All rules, full fine-tuning first; the first rule that covers a cell is its reason."""
 
 
-def rows_of(spec: MethodSpec) -> list[MethodFacts]:
-    """Return the rows that match `spec`: its method and its variants."""
-    return [row for row in FACTS.values() if row.matches(spec)]
+def rows_of(config: MethodSpec) -> list[MethodFacts]:
+    """Return the rows that match `config`: its method and its variants."""
+    return [row for row in FACTS.values() if row.matches(config)]
 
 
 def find_refusal(cell: Cell) -> Rule | None:
@@ -109,10 +109,10 @@ def explain(rule: Rule, row: MethodFacts, cell: Cell) -> str:
     return f"{flags} cannot be used{conditions}: {rule.why}. {rule.instead}"
 
 
-def find_problems(spec: MethodSpec, base: Cell) -> list[str]:
-    """Find one error message per unsupported row of `spec`; the row of `base` is ignored."""
+def find_problems(config: MethodSpec, base: Cell) -> list[str]:
+    """Find one error message per unsupported row of `config`; the row of `base` is ignored."""
     problems = []
-    for row in rows_of(spec):
+    for row in rows_of(config):
         cell = replace(base, row=row.name)
         rule = find_refusal(cell)
         if rule is not None:
@@ -120,8 +120,8 @@ def find_problems(spec: MethodSpec, base: Cell) -> list[str]:
     return problems
 
 
-def check_supported(spec: MethodSpec, base: Cell) -> None:
+def check_supported(config: MethodSpec, base: Cell) -> None:
     """Raise `ConfigError`, with reasons and alternatives, if `base` does not support the method."""
-    problems = find_problems(spec, base)
+    problems = find_problems(config, base)
     if problems:
         raise ConfigError(problems)

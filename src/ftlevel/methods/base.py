@@ -204,8 +204,8 @@ class Method:
 
     def describe(self, spec: Any) -> str:
         """Returns the settings of `spec` in one line."""
-        fields = spec.model_dump(exclude={"kind", "target_modules"})
-        return ", ".join(f"{name} {value}" for name, value in fields.items() if value is not None)
+        values = spec.model_dump(exclude={"kind", "target_modules"})
+        return ", ".join(f"{name} {value}" for name, value in values.items() if value is not None)
 
     def refuse(self, spec: Any, config: Any, kind: str, task: str, quant: str) -> str | None:
         """Returns why a model is unsupported and what to do, to follow `--method NAME: `."""

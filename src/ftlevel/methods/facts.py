@@ -39,10 +39,10 @@ class MethodFacts:
     fields: Mapping[str, Any] = field(default_factory=dict)
     also: tuple[str, ...] = ()
 
-    def matches(self, spec: Section) -> bool:
-        """Return whether `spec` belongs to this row."""
+    def matches(self, section: Section) -> bool:
+        """Return whether `section` belongs to this row."""
         values = {"kind": (self.kind, *self.also), **self.fields}
-        return all(_is_of(getattr(spec, name, None), value) for name, value in values.items())
+        return all(_is_of(getattr(section, name, None), value) for name, value in values.items())
 
 
 def single_row(

@@ -156,7 +156,9 @@ def as_lora(file: AdapterFile) -> dict[str, Factors]:
 
 def _check_form(file: AdapterFile) -> None:
     config = file.config
-    problems = [f"{key} is set: {why}" for key, why in _NOT_PLAIN.items() if config.get(key)]
+    problems = [
+        f"{key} is set: {message}" for key, message in _NOT_PLAIN.items() if config.get(key)
+    ]
     if config.get("bias", "none") != "none":
         problems.append("bias is set: biases of the base were trained")
     if problems:
@@ -192,7 +194,7 @@ def _scale(file: AdapterFile, name: str, rank: int) -> float:
 
 def _say_scale(file: AdapterFile, updates: dict[str, Factors]) -> None:
     scales = {_scale(file, name, update.rank) for name, update in updates.items()}
-    why = [
+    message = [
         word
         for word, key in (
             ("rsLoRA", "use_rslora"),
@@ -202,7 +204,7 @@ def _say_scale(file: AdapterFile, updates: dict[str, Factors]) -> None:
         if file.config.get(key)
     ]
     if scales and scales != {1.0}:
-        reason = " and ".join(why) or "lora_alpha / r"
+        reason = " and ".join(message) or "lora_alpha / r"
         file.said.append(f"scale {spread(scales)} ({reason}) folded into B")
 
 
@@ -270,14 +272,14 @@ def token_rows(file: AdapterFile, end: str, indices: Any) -> dict[str, Factors]:
         old = file.read_base(f"{name}.weight")
         if int(token_ids.max()) >= len(old):
             raise InputError(f"it has rows of {name} for tokens that its base has not. Merge it")
-        one_each = torch.zeros(len(token_ids), len(old), dtype=torch.float64)
-        one_each[torch.arange(len(token_ids)), token_ids] = 1
+        positions = torch.zeros(len(token_ids), len(old), dtype=torch.float64)
+        positions[torch.arange(len(token_ids)), token_ids] = 1
         change = rows - old[token_ids].double()
         heads = [name] if name.endswith(OUTPUT_LAYERS) else file.tied.get(name, [])
         if name not in heads:
-            updates[name] = Factors(one_each, change.T.contiguous(), is_embedding=True)
+            updates[name] = Factors(positions, change.T.contiguous(), is_embedding=True)
         for head in heads:
-            updates[head] = Factors(change, one_each.T.contiguous())
+            updates[head] = Factors(change, positions.T.contiguous())
         also = (
             f", on {join_names(heads)} too, which shares them"
             if name not in heads and heads

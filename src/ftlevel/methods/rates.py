@@ -99,12 +99,12 @@ class Rates:
         """Choose the rate and its reason; `label` names the trained part, such as `lora`."""
         narrow = self.measured(run)
         if run.size == 0:
-            why = "measured"
+            message = "measured"
         elif run.size == 1:
-            why = self.source
+            message = self.source
         else:
-            why = f"{narrow:g} on short runs, {self.wide:g} on long ones, {self.source}"
-        return Choice(name, self.rate(run), f"default for {label} on {run}; {why}")
+            message = f"{narrow:g} on short runs, {self.wide:g} on long ones, {self.source}"
+        return Choice(name, self.rate(run), f"default for {label} on {run}; {message}")
 
 
 HEAD = Rates(

@@ -70,13 +70,13 @@ class LinearUpdate(Method):
         """Returns PEFT's config with all fields of `spec`."""
         import peft
 
-        fields = {name: getattr(spec, name) for name in type(spec).model_fields}
-        del fields["kind"], fields["target_modules"]  # the latter, resolved, is in `shared`
-        if "alpha" in fields:
-            fields["alpha"] = as_int(fields["alpha"])
+        kwargs = {name: getattr(spec, name) for name in type(spec).model_fields}
+        del kwargs["kind"], kwargs["target_modules"]  # the latter, resolved, is in `shared`
+        if "alpha" in kwargs:
+            kwargs["alpha"] = as_int(kwargs["alpha"])
         if self.passes_fan_in:
-            fields["fan_in_fan_out"] = base.fan_in_fan_out
-        return getattr(peft, self.config_class)(**base.shared, **fields, **self.fixed)
+            kwargs["fan_in_fan_out"] = base.fan_in_fan_out
+        return getattr(peft, self.config_class)(**base.shared, **kwargs, **self.fixed)
 
     def prepare(self, model: Any) -> None:
         """Make layers that add in place add to a copy (mutated)."""

@@ -153,9 +153,9 @@ def device_memory(device: str) -> int:
 def release_freed_memory() -> None:
     """Return freed pages of glibc's heap, below malloc's mmap threshold, to the system."""
     if sys.platform.startswith("linux"):
-        library = ctypes.CDLL(None)
-        if hasattr(library, "malloc_trim"):
-            library.malloc_trim(0)
+        libc = ctypes.CDLL(None)
+        if hasattr(libc, "malloc_trim"):
+            libc.malloc_trim(0)
 
 
 def read_limits(groups: Iterable[Path]) -> Iterator[int]:
@@ -214,7 +214,7 @@ def describe_device(device: str) -> str:
     return "no GPU here"
 
 
-def choose_dtype(requested: str, device: str, method: str, model_type: str) -> Choice:
+def choose_dtype(dtype: str, device: str, method: str, model_type: str) -> Choice:
     """Choose the name of the compute dtype; trained weights are always in float32.
 
     Raises:
@@ -222,14 +222,14 @@ def choose_dtype(requested: str, device: str, method: str, model_type: str) -> C
             DeBERTa (1), whose attention mask overflows.
     """
     if model_type == "deberta":  # transformers 5.24 masks with float32's minimum
-        if requested in ("auto", "float32"):
-            why = "auto: DeBERTa's mask overflows anything shorter" if requested == "auto" else ""
+        if dtype in ("auto", "float32"):
+            why = "auto: DeBERTa's mask overflows anything shorter" if dtype == "auto" else ""
             return Choice("dtype", "float32", why)
         raise ConfigError(
-            f"--dtype {requested} cannot be used with deberta: its attention mask overflows it. "
+            f"--dtype {dtype} cannot be used with deberta: its attention mask overflows it. "
             "Use --dtype float32."
         )
-    if requested == "float16":
+    if dtype == "float16":
         if device == "cpu":
             raise ConfigError(
                 "--dtype float16 cannot be used on the CPU. Use --dtype bfloat16 or float32."
@@ -239,8 +239,8 @@ def choose_dtype(requested: str, device: str, method: str, model_type: str) -> C
                 f"--dtype float16 cannot be used with {model_type}: its feed-forward activations "
                 "overflow float16 and the loss becomes NaN. Use --dtype bfloat16 or float32."
             )
-    if requested != "auto":
-        return Choice("dtype", requested, _float32_note(method, requested))
+    if dtype != "auto":
+        return Choice("dtype", dtype, _float32_note(method, dtype))
     fast, why = _has_fast_bfloat16(device)
     name = "bfloat16" if fast else "float32"
     if device == "cuda" and not fast:
@@ -249,8 +249,8 @@ def choose_dtype(requested: str, device: str, method: str, model_type: str) -> C
         why += (
             f", and {model_type} overflows float16" if overflows else ": its fast type is float16"
         )
-    note = _float32_note(method, name)
-    return Choice("dtype", name, f"auto: {why}" + (f"; {note}" if note else ""))
+    message = _float32_note(method, name)
+    return Choice("dtype", name, f"auto: {why}" + (f"; {message}" if message else ""))
 
 
 def _float32_note(method: str, dtype: str) -> str:
@@ -297,14 +297,14 @@ def uses_tf32(enabled: bool | None, device: str, dtype: str) -> bool:
     return torch.cuda.get_device_capability() >= (8, 0)
 
 
-def choose_tf32(requested: bool | None, device: str, dtype: str) -> list[Choice]:
+def choose_tf32(tf32: bool | None, device: str, dtype: str) -> list[Choice]:
     """Choose log lines about TF32; raises `ConfigError` if the device does not support it."""
-    if uses_tf32(requested, device, dtype):
-        why = "auto: an Ampere GPU or later; --no-tf32 is exact" if requested is None else ""
-        return [Choice("float32 products", "in TF32 while training", why)]
-    if requested and dtype != "float32":
+    if uses_tf32(tf32, device, dtype):
+        message = "auto: an Ampere GPU or later; --no-tf32 is exact" if tf32 is None else ""
+        return [Choice("float32 products", "in TF32 while training", message)]
+    if tf32 and dtype != "float32":
         return [Choice("float32 products", "in TF32", f"but there are none: dtype is {dtype}")]
-    if requested:
+    if tf32:
         raise ConfigError(
             f"--tf32: {describe_device(device)}. TF32 needs an NVIDIA GPU, Ampere or later. Drop "
             "--tf32."

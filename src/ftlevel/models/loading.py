@@ -118,15 +118,15 @@ def _find(values: Mapping[str, Any], name: str) -> Any:
 
 def check_stored_dtypes(stored: Mapping[str, str], label: str) -> None:
     """Raise `InputError` if an unquantized checkpoint has integer weights, which lack a scale."""
-    packed = {
+    quantized = {
         name: dtype
         for name, dtype in stored.items()
         if name.endswith((".weight", ".bias")) and dtype not in _STORED_FLOATS
     }
-    if packed:
-        name, dtype = next(iter(packed.items()))
+    if quantized:
+        name, dtype = next(iter(quantized.items()))
         raise InputError(
-            f"{label} stores {len(packed):,} of its weights as {dtype}, such as {name}, and its "
+            f"{label} stores {len(quantized):,} of its weights as {dtype}, such as {name}, and its "
             "config.json has no quantization_config that describes them. Download the matching "
             "config.json, or the model in floating point."
         )
@@ -364,8 +364,8 @@ def load_model(
         arguments["quantization_config"] = keep_heads(quantization, config, auto_class)
     if stored is None:
         check_stored_dtypes(_stored_dtypes(source), source.label)
-    is_packed = stored is not None or quantization is not None
-    if is_packed or (device == "cuda" and not source.gguf_file):
+    is_quantized = stored is not None or quantization is not None
+    if is_quantized or (device == "cuda" and not source.gguf_file):
         # Loads shard by shard, so host memory does not grow with the number of GPUs.
         target = f"cuda:{torch.cuda.current_device()}" if device == "cuda" else device
         arguments["device_map"] = {"": target}
@@ -379,7 +379,7 @@ def load_model(
         forget_renaming(model, mapping)
     if source.gguf_file:
         forget_gguf(model)
-    if not is_packed:
+    if not is_quantized:
         model.to(device)
     keep_trainable_layout(model)
     return model, sorted({*info["missing_keys"], *redrawn})
@@ -438,11 +438,11 @@ def _keep_new_heads(
     """Return the config of a bitsandbytes checkpoint with unquantized heads."""
     if as_quant_config(stored) is None:
         return config
-    packed = [name for name in _stored_dtypes(source) if name.endswith((".absmax", ".SCB"))]
+    quantized = [name for name in _stored_dtypes(source) if name.endswith((".absmax", ".SCB"))]
     heads = [
         head
         for head in find_heads(build_task_model(config, auto_class))
-        if not any(f".{head}." in f".{name}" for name in packed)
+        if not any(f".{head}." in f".{name}" for name in quantized)
     ]
     copied = copy.deepcopy(config)
     copied.quantization_config = {

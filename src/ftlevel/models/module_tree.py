@@ -273,15 +273,15 @@ def find_new_language_head(model: nn.Module) -> tuple[list[str], list[str]]:
     output = model.get_output_embeddings() if config.tie_word_embeddings else None  # type: ignore[operator]
     modules = dict(model.named_modules())
     new: list[str] = []
-    open_ = list(heads)
-    while open_:
-        name = open_.pop(0)
+    candidates = list(heads)
+    while candidates:
+        name = candidates.pop(0)
         parts = list(modules[name].modules())
         if not any(part is output for part in parts):
             new.append(name)
         elif modules[name] is not output:
             children = modules[name].named_children()
-            open_ += [
+            candidates += [
                 f"{name}.{key}" for key, part in children if any(True for _ in part.parameters())
             ]
     return new, heads

@@ -215,7 +215,7 @@ def check_loadable(stored: dict[str, Any], label: str, device: str) -> None:
 
 
 def match_quantization(
-    stored: dict[str, Any] | None, requested: QuantConfig, label: str, device: str
+    stored: dict[str, Any] | None, config: QuantConfig, label: str, device: str
 ) -> QuantConfig:
     """Return the quantization of the base: the requested one, or that of the checkpoint.
 
@@ -225,12 +225,12 @@ def match_quantization(
         InputError: the checkpoint is quantized differently, or cannot be loaded here.
     """
     if stored is None:
-        return requested
+        return config
     check_loadable(stored, label, device)
     stored_quant, method = as_quant_config(stored), quantization_name(stored)
-    if requested.kind != "none" and (stored_quant is None or stored_quant.kind != requested.kind):
+    if config.kind != "none" and (stored_quant is None or stored_quant.kind != config.kind):
         raise InputError(
-            f"{label} is already quantized ({method}), and --quant {requested.kind} cannot be "
+            f"{label} is already quantized ({method}), and --quant {config.kind} cannot be "
             "applied. Drop --quant, or use the original model."
         )
-    return stored_quant or requested
+    return stored_quant or config

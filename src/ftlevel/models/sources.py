@@ -206,15 +206,15 @@ def _check_reachable(name: str, revision: str | None, label: str) -> bool:
         try_to_load_from_cache(name, "config.json", revision=revision or "main"), str
     )
     if constants.HF_HUB_OFFLINE:
-        why = "HF_HUB_OFFLINE is set"
+        message = "HF_HUB_OFFLINE is set"
     elif not is_reachable(constants.ENDPOINT):
-        why = f"{urlparse(constants.ENDPOINT).hostname} does not answer"
+        message = f"{urlparse(constants.ENDPOINT).hostname} does not answer"
     else:
         return False
     if cached:
         return True
     raise InputError(
-        f"{label}: no such directory, not in the local cache, and {why}. Use a local directory "
+        f"{label}: no such directory, not in the local cache, and {message}. Use a local directory "
         f"or .gguf file, download it on a machine with a network (hf download {name}), or use "
         f"{'--model ' * label.startswith('--model')}"
         "builtin:tiny-llama."

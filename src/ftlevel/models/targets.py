@@ -61,8 +61,8 @@ class ExpertKind:
 
     def lora_parameters(self, r: int) -> int:
         """Return the LoRA parameters of rank `r` with `target_parameters`."""
-        each = lora_parameters(self.in_features, self.out_features, r)
-        return self.count * self.experts * each
+        count = lora_parameters(self.in_features, self.out_features, r)
+        return self.count * self.experts * count
 
 
 @dataclass(frozen=True)

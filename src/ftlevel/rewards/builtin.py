@@ -40,19 +40,19 @@ def build_reward(spec: Spec, *, opens_think: bool = False) -> Reward:
     Raises:
         ValueError: a package is missing, or the JSON schema cannot be used.
     """
-    argument = spec.argument
+    value = spec.argument
     builders: dict[str, Callable[[], Reward]] = {
         "exact": lambda: lambda text, _, answer: float(_visible(text).strip() == _final(answer)),
         "contains": lambda: lambda text, _, answer: float(_final(answer) in _visible(text)),
-        "number": lambda: _number_reward(Decimal(argument or "0")),
+        "number": lambda: _number_reward(Decimal(value or "0")),
         "math": _math_reward,
-        "choice": lambda: _choice_reward(split_labels(argument)),
-        "regex": lambda: _regex_reward(argument),
-        "json": lambda: _json_reward(argument),
-        "rouge": lambda: _rouge_reward(argument or "rougeL"),
-        "length": lambda: _length_reward(argument),
+        "choice": lambda: _choice_reward(split_labels(value)),
+        "regex": lambda: _regex_reward(value),
+        "json": lambda: _json_reward(value),
+        "rouge": lambda: _rouge_reward(value or "rougeL"),
+        "length": lambda: _length_reward(value),
         "format": lambda: _think_reward(opens_think=opens_think),
-        "repetition": lambda: _repetition_reward(int(argument or "3")),
+        "repetition": lambda: _repetition_reward(int(value or "3")),
     }
     return builders[spec.name]()
 
@@ -111,16 +111,16 @@ _MOST_DIGITS = 400
 
 def last_number(text: str) -> Decimal | None:
     """Return the last number of `text`; commas separate thousands."""
-    found = None
-    for found in _NUMBER.finditer(text):  # noqa: B007 - the last one
+    result = None
+    for result in _NUMBER.finditer(text):  # noqa: B007 - the last one
         pass
-    if found is None or len(found[2]) > _MOST_DIGITS:
+    if result is None or len(result[2]) > _MOST_DIGITS:
         return None
     try:
-        value = Decimal(found[2].replace(",", ""))
+        value = Decimal(result[2].replace(",", ""))
     except InvalidOperation:
         return None
-    return -value if found[1] in ("-", "−") else value
+    return -value if result[1] in ("-", "−") else value
 
 
 def _number_reward(tolerance: Decimal) -> Reward:
@@ -142,10 +142,10 @@ _WORD = re.compile(r"(?<!\\)\b[^\W\d_]{2,}")
 def _parse_math(text: str, *, gold: bool = False) -> list[Any]:
     from math_verify import parse  # type: ignore[import-untyped]
 
-    found: list[Any] = parse(text, parsing_timeout=None)
-    if not found and gold and not _WORD.search(text):
-        found = parse(f"${text}$", parsing_timeout=None)
-    return found
+    result: list[Any] = parse(text, parsing_timeout=None)
+    if not result and gold and not _WORD.search(text):
+        result = parse(f"${text}$", parsing_timeout=None)
+    return result
 
 
 def _math_reward() -> Reward:
@@ -164,9 +164,9 @@ def _math_reward() -> Reward:
     return score
 
 
-def split_labels(argument: str) -> list[str]:
+def split_labels(value: str) -> list[str]:
     """Return the labels of `choice`; default A to E."""
-    return [label.strip() for label in argument.split(",") if label.strip()] or list("ABCDE")
+    return [label.strip() for label in value.split(",") if label.strip()] or list("ABCDE")
 
 
 def _label_of(answer: Any, labels: Sequence[str]) -> str | None:
@@ -190,9 +190,9 @@ def _choice_reward(labels: Sequence[str]) -> Reward:
 
     def score(text: str, _: Sequence[int], answer: Any) -> float:
         visible = _visible(text)
-        found = [one or two for one, two in announced.findall(visible)] or named.findall(visible)
+        result = [one or two for one, two in announced.findall(visible)] or named.findall(visible)
         expected = _label_of(answer, labels)
-        return float({label.casefold() for label in found} == {(expected or "").casefold()})
+        return float({label.casefold() for label in result} == {(expected or "").casefold()})
 
     return score
 
@@ -215,10 +215,10 @@ def parse_strict_json(text: str) -> Any:
     body = fenced[0] if len(fenced) == 1 else text
 
     def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(items)
-        if len(found) < len(items):
+        result = dict(items)
+        if len(result) < len(items):
             raise ValueError("a key is given twice")
-        return found
+        return result
 
     def constant(name: str) -> Any:
         raise ValueError(f"{name} is not JSON")
@@ -323,8 +323,8 @@ def _think_reward(*, opens_think: bool) -> Reward:
 
 def _repetition_reward(size: int) -> Reward:
     def score(text: str, _ids: Sequence[int], _answer: Any) -> float:
-        words = text.split()
-        grams = [tuple(words[at : at + size]) for at in range(len(words) - size + 1)]
+        tokens = text.split()
+        grams = [tuple(tokens[at : at + size]) for at in range(len(tokens) - size + 1)]
         return len(set(grams)) / len(grams) if grams else 1.0
 
     return score

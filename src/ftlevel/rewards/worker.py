@@ -51,13 +51,13 @@ def load_function(path: str, name: str) -> tuple[Callable[..., Any], dict[str, A
             sys.path.insert(0, folder)
     module: Any = sys.modules.get(unique)
     if module is None:
-        spec = importlib.util.spec_from_file_location(unique, file)
-        if spec is None or spec.loader is None:
+        module_spec = importlib.util.spec_from_file_location(unique, file)
+        if module_spec is None or module_spec.loader is None:
             raise ValueError(f"{path} is no Python file")
-        module = importlib.util.module_from_spec(spec)
+        module = importlib.util.module_from_spec(module_spec)
         sys.modules[unique] = module
         try:
-            spec.loader.exec_module(module)
+            module_spec.loader.exec_module(module)
         except BaseException as error:  # noqa: BLE001 - any failure of the user's code
             del sys.modules[unique]
             raise ValueError(f"{path} cannot be imported: {_describe(error, str(file))}") from None
@@ -104,17 +104,17 @@ class Worker:
         """Load the rewards; return the signatures of functions and the problems."""
         problems = []
         for fields in request["specs"]:
-            spec = SimpleNamespace(**fields)
+            config = SimpleNamespace(**fields)
             function: Any = None
             signature: dict[str, Any] = {"needs": [], "takes": None}
             try:
-                if spec.kind == "builtin":
-                    function = build_reward(spec, opens_think=request["opens_think"])
-                elif spec.kind == "function":
-                    function, signature = load_function(spec.name, spec.argument)
+                if config.kind == "builtin":
+                    function = build_reward(config, opens_think=request["opens_think"])
+                elif config.kind == "function":
+                    function, signature = load_function(config.name, config.argument)
             except ValueError as error:
-                problems.append(f"--reward {spec.text}: {error}")
-            self.specs.append(spec)
+                problems.append(f"--reward {config.text}: {error}")
+            self.specs.append(config)
             self.functions.append(function)
             self.signatures.append(signature)
         return {"signatures": self.signatures, "problems": problems}
@@ -172,7 +172,7 @@ class Worker:
         """Return (scores, "") or (None, problem)."""
         spec, takes = self.specs[index], self.signatures[index]["takes"]
         state = SimpleNamespace(global_step=batch.get("step", 0))
-        given = {
+        values = {
             **batch["columns"],
             "prompts": batch["prompts"],
             "completions": batch["completions"],
@@ -182,9 +182,9 @@ class Worker:
             "log_metric": _ignore,
         }
         if takes is not None:
-            given = {name: value for name, value in given.items() if name in takes}
+            values = {name: value for name, value in values.items() if name in takes}
         try:
-            result = self.functions[index](**given)
+            result = self.functions[index](**values)
             if inspect.isawaitable(result):
                 result = asyncio.run(_awaited(result))
             return _checked(result, len(batch["texts"]))

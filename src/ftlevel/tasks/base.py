@@ -389,14 +389,14 @@ class BaseTask(ABC):
         format_: Format,
         labels: Sequence[str],
         options: Mapping[str, Any],
-        requested: OutputOptions,
+        outputs: OutputOptions,
     ) -> dict[str, Column]:
         """Return prediction columns: name suffix -> type; "" is the answer itself.
 
         Raises:
             ConfigError: the task does not support an optional output.
         """
-        check_options(requested, f"--task {self.name}", "")
+        check_options(outputs, f"--task {self.name}", "")
         return {"": "text"}
 
     @abstractmethod
@@ -405,7 +405,7 @@ class BaseTask(ABC):
 
     @abstractmethod
     def answer_rows(
-        self, model: PromptedModel, questions: Sequence[Any], requested: OutputOptions
+        self, model: PromptedModel, questions: Sequence[Any], outputs: OutputOptions
     ) -> list[Prediction]:
         """Return one prediction per question, with `questions[i].row` = i.
 
@@ -446,9 +446,9 @@ class BaseTask(ABC):
         return ""
 
 
-def check_options(requested: OutputOptions, whose: str, instead: str) -> None:
-    """Raise `ConfigError` for optional outputs in `requested`; `whose` begins the message."""
-    for flag, value in (("--probabilities", requested.probabilities), ("--top-k", requested.top_k)):
+def check_options(outputs: OutputOptions, whose: str, instead: str) -> None:
+    """Raise `ConfigError` for optional outputs in `outputs`; `whose` begins the message."""
+    for flag, value in (("--probabilities", outputs.probabilities), ("--top-k", outputs.top_k)):
         if value:
             raise ConfigError(f"{flag}: {whose} has no probabilities. {instead or f'Drop {flag}.'}")
 

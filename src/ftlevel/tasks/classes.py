@@ -230,17 +230,17 @@ class ClassTask(BaseTask):
         format_: Format,
         labels: Sequence[str],
         options: Mapping[str, Any],
-        requested: OutputOptions,
+        outputs: OutputOptions,
     ) -> dict[str, Column]:
         """Return the answer column, one column per class with probabilities, and `top`."""
         problem = options.get("problem_type")
         if problem == _QUANTITY:
-            check_options(requested, "a regression", "")
+            check_options(outputs, "a regression", "")
             return {"": "number"}
         columns: dict[str, Column] = {"": "texts" if problem == _SEVERAL else "text"}
-        if requested.probabilities:
+        if outputs.probabilities:
             columns |= {_probability(label): "number" for label in labels}
-        if requested.top_k:
+        if outputs.top_k:
             columns["top"] = "ranking"
         return columns
 
@@ -249,11 +249,11 @@ class ClassTask(BaseTask):
         return LabeledText(prompt, None, 0, number)
 
     def answer_rows(
-        self, model: PromptedModel, questions: Sequence[Any], requested: OutputOptions
+        self, model: PromptedModel, questions: Sequence[Any], outputs: OutputOptions
     ) -> list[Prediction]:
         """Return the predicted class, classes or number of each text."""
         rows = encode_labeled(model.tokenizer, questions, lambda _: 0)
-        return model.score(rows, lambda _, logits: _read_label(model, logits.float(), requested))
+        return model.score(rows, lambda _, logits: _read_label(model, logits.float(), outputs))
 
     def probe_labels(self, ids: Sequence[int], labels: Sequence[str], options: Any) -> Any:
         """Return class 0, no class, or 0.0, by problem type."""
@@ -301,7 +301,7 @@ def build_text(roles: RoleValues) -> LabeledText:
     return LabeledText(roles.text("text"), pair, 0, roles.index)
 
 
-def _read_label(model: PromptedModel, logits: Tensor, requested: OutputOptions) -> Prediction:
+def _read_label(model: PromptedModel, logits: Tensor, outputs: OutputOptions) -> Prediction:
     problem = model.options.get("problem_type")
     if problem == _QUANTITY:
         quantity = float(logits[0])
@@ -309,8 +309,8 @@ def _read_label(model: PromptedModel, logits: Tensor, requested: OutputOptions) 
     several = problem == _SEVERAL
     shares = logits.sigmoid() if several else logits.softmax(-1)
     scores = dict(zip(model.labels, shares.tolist(), strict=True))
-    columns: dict[str, Any] = {"top": rank(scores, requested.top_k)} if requested.top_k else {}
-    if requested.probabilities:
+    columns: dict[str, Any] = {"top": rank(scores, outputs.top_k)} if outputs.top_k else {}
+    if outputs.probabilities:
         columns |= {_probability(label): score for label, score in scores.items()}
     if several:
         above = [label for label, share in scores.items() if share > 0.5]

@@ -272,8 +272,8 @@ class DistillationTokens(Tokens, DistillationObjective):
         total = temperature**2 * divergence(known, student, settings).sum()
         if settings.kd_ratio == 1:
             return total
-        entropy = functional.cross_entropy(scores.float(), targets, reduction="sum")
-        return (1 - settings.kd_ratio) * entropy + settings.kd_ratio * total
+        loss = functional.cross_entropy(scores.float(), targets, reduction="sum")
+        return (1 - settings.kd_ratio) * loss + settings.kd_ratio * total
 
 
 def log_outcomes(scores: Tensor, ids: Tensor, outcomes: int) -> Tensor:

@@ -87,14 +87,14 @@ class MaskTask(BaseTask):
         self, prepared: PreparedData, config: DataConfig, context: EncodingContext
     ) -> PreparedData:
         """Return training rows whose tokens are masked at access time, anew each epoch."""
-        train = _mask_rows(prepared.train, config, context)
-        facts = {**prepared.facts, "supervised": train.count_hidden()}
+        masked = _mask_rows(prepared.train, config, context)
+        facts = {**prepared.facts, "supervised": masked.count_hidden()}
         share = f"{facts['supervised']:,} supervised, resampled each epoch"
         choices = [
             Choice(c.name, c.value, share) if c.name == "tokens" else c for c in prepared.choices
         ]
         validation = self.evaluation_rows(prepared.validation, config, context)
-        return replace(prepared, train=train, validation=validation, facts=facts, choices=choices)
+        return replace(prepared, train=masked, validation=validation, facts=facts, choices=choices)
 
     def evaluation_rows(
         self, rows: Sequence[Encoded], config: DataConfig, context: EncodingContext
@@ -107,24 +107,24 @@ class MaskTask(BaseTask):
         format_: Format,
         labels: Sequence[str],
         options: Mapping[str, Any],
-        requested: OutputOptions,
+        outputs: OutputOptions,
     ) -> dict[str, Column]:
         """Return the filled text, the predicted words, and `top`."""
-        if requested.probabilities:
+        if outputs.probabilities:
             check_options(
                 OutputOptions(probabilities=True),
                 f"all words of --task {self.name}",
                 "Use --top-k.",
             )
         columns: dict[str, Column] = {"": "text", "words": "texts"}
-        return columns | ({"top": "rankings"} if requested.top_k else {})
+        return columns | ({"top": "rankings"} if outputs.top_k else {})
 
     def build_query(self, prompt: str, context: str | None, number: int) -> Any:
         """Build a text that should contain a mask."""
         return PlainText(prompt, number)
 
     def answer_rows(
-        self, model: PromptedModel, questions: Sequence[Any], requested: OutputOptions
+        self, model: PromptedModel, questions: Sequence[Any], outputs: OutputOptions
     ) -> list[Prediction]:
         """Return texts with masks filled; raises `UnansweredError` for texts without a mask."""
         tokenizer = model.tokenizer
@@ -149,12 +149,12 @@ class MaskTask(BaseTask):
             for best in shares.argmax(-1).tolist():
                 words.append(tokenizer.decode([best]).strip())
                 text = text.replace(tokenizer.mask_token, words[-1], 1)
-            top_words = _top_words(tokenizer, shares[0], 5)
+            top_tokens = _top_words(tokenizer, shares[0], 5)
             columns: dict[str, Any] = {}
-            if requested.top_k:
-                tops = [_top_words(tokenizer, share, requested.top_k) for share in shares]
-                columns["top"] = [rank(top, requested.top_k) for top in tops]
-            return Prediction(text, top_words, columns={"": text, "words": words, **columns})
+            if outputs.top_k:
+                tops = [_top_words(tokenizer, share, outputs.top_k) for share in shares]
+                columns["top"] = [rank(top, outputs.top_k) for top in tops]
+            return Prediction(text, top_tokens, columns={"": text, "words": words, **columns})
 
         return model.score(rows, read)
 
@@ -176,8 +176,8 @@ class MaskTask(BaseTask):
 def _top_words(tokenizer: Any, shares: Tensor, count: int) -> dict[str, float]:
     """Return the `count` most likely words with their probabilities."""
     top = shares.topk(min(count, len(shares)))
-    words = tokenizer.convert_ids_to_tokens(top.indices.tolist())
-    return dict(zip(words, top.values.tolist(), strict=True))
+    tokens = tokenizer.convert_ids_to_tokens(top.indices.tolist())
+    return dict(zip(tokens, top.values.tolist(), strict=True))
 
 
 def _mask_rows(rows: Sequence[Encoded], config: DataConfig, context: EncodingContext) -> MaskedRows:

@@ -207,10 +207,10 @@ class SpanTask(BaseTask):
         format_: Format,
         labels: Sequence[str],
         options: Mapping[str, Any],
-        requested: OutputOptions,
+        outputs: OutputOptions,
     ) -> dict[str, Column]:
         """Return the span, its character range and its score."""
-        check_options(requested, f"--task {self.name}", "Every span comes with a score.")
+        check_options(outputs, f"--task {self.name}", "Every span comes with a score.")
         return {"": "text", "start": "whole", "end": "whole", "score": "number"}
 
     def build_query(self, prompt: str, context: str | None, number: int) -> Any:
@@ -218,7 +218,7 @@ class SpanTask(BaseTask):
         return Question(context or "", prompt, (), number)
 
     def answer_rows(
-        self, model: PromptedModel, questions: Sequence[Any], requested: OutputOptions
+        self, model: PromptedModel, questions: Sequence[Any], outputs: OutputOptions
     ) -> list[Prediction]:
         """Return the best span for each question, "" for no answer."""
         windows = _encode_windows(model, questions)
@@ -263,10 +263,10 @@ def _encode_windows(model: PromptedModel, questions: Sequence[Question]) -> list
         windows, dropped = [], len(questions)
     if dropped:
         encoded = {window.row for window in windows}
-        reason = (
+        error = (
             f"the question leaves no room for its context in windows of {model.max_length:,} tokens"
         )
-        raise UnansweredError({q.row: reason for q in questions if q.row not in encoded})
+        raise UnansweredError({q.row: error for q in questions if q.row not in encoded})
     return windows
 
 

@@ -84,11 +84,11 @@ def find_entities(tags: Sequence[str]) -> list[Entity]:
     for index, name in enumerate([*tags, "O"]):
         tag, _, type_ = name.partition("-")
         changed = type_ != previous_type
-        is_open = previous != "O"
-        if is_open and (previous in _ENDS or tag in _BEGINS or tag == "O" or changed):
+        in_entity = previous != "O"
+        if in_entity and (previous in _ENDS or tag in _BEGINS or tag == "O" or changed):
             entities.append((previous_type, start, index - 1))
-            is_open = False
-        if tag != "O" and not is_open:
+            in_entity = False
+        if tag != "O" and not in_entity:
             start = index
         previous, previous_type = tag, type_
     return entities
@@ -175,8 +175,8 @@ class TagTask(BaseTask):
         rows: Sequence[Row] = (),
     ) -> Format:
         """Find the format of `columns`, ignoring `tokens` objects that Prodigy adds."""
-        words = next((row["tokens"] for row in rows if row.get("tokens")), None)
-        if isinstance(words, list) and isinstance(words[0], dict) and "tokens" not in mapping:
+        tokens = next((row["tokens"] for row in rows if row.get("tokens")), None)
+        if isinstance(tokens, list) and isinstance(tokens[0], dict) and "tokens" not in mapping:
             columns = [column for column in columns if column != "tokens"]
         return super().find_questions(columns, mapping, name, rows)
 
@@ -185,19 +185,19 @@ class TagTask(BaseTask):
         format_: Format,
         labels: Sequence[str],
         options: Mapping[str, Any],
-        requested: OutputOptions,
+        outputs: OutputOptions,
     ) -> dict[str, Column]:
         """Return the tags, the words for text rows, and optional probabilities."""
-        if requested.top_k:
+        if outputs.top_k:
             check_options(
-                OutputOptions(top_k=requested.top_k),
+                OutputOptions(top_k=outputs.top_k),
                 f"a word of --task {self.name}",
                 "Use --probabilities, which gives that of each word's tag.",
             )
         columns: dict[str, Column] = {"": "texts"}
         if "text" in format_.columns:
             columns["words"] = "texts"
-        if requested.probabilities:
+        if outputs.probabilities:
             columns["probability"] = "numbers"
         return columns
 
@@ -206,7 +206,7 @@ class TagTask(BaseTask):
         return _split(prompt, number)
 
     def answer_rows(
-        self, model: PromptedModel, questions: Sequence[Any], requested: OutputOptions
+        self, model: PromptedModel, questions: Sequence[Any], outputs: OutputOptions
     ) -> list[Prediction]:
         """Return the tagged words of each sentence."""
         ids, extras, positions = encode_words(model.tokenizer, [q.tokens for q in questions])
@@ -221,7 +221,7 @@ class TagTask(BaseTask):
             tags = ["O" if at is None else model.labels[best[at]] for at in first]
             tagged = [w if tag == "O" else f"{w}/{tag}" for w, tag in zip(words, tags, strict=True)]
             columns: dict[str, Any] = {}
-            if requested.probabilities:
+            if outputs.probabilities:
                 shares = logits.float().softmax(-1).amax(-1).tolist()
                 columns["probability"] = [None if at is None else shares[at] for at in first]
             return Prediction(

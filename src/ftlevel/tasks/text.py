@@ -214,7 +214,7 @@ class TextTask(BaseTask):
         return SourceTarget(prompt, "", number)
 
     def answer_rows(
-        self, model: PromptedModel, questions: Sequence[Any], requested: OutputOptions
+        self, model: PromptedModel, questions: Sequence[Any], outputs: OutputOptions
     ) -> list[Prediction]:
         """Return the text generated for each prompt."""
         prompts: list[list[int]] = []

@@ -191,8 +191,8 @@ def _resolve_peft(
         if outputs not in (0, config.num_labels):
             config = load_config(source, num_labels=outputs)
     card = build_default_card(source, config, definition, device, directory, settings)
-    note = f"{directory} was not created by ftlevel: its base, {source.name}, cannot be verified"
-    return ModelRef(source, directory, card, None, [note], is_ours=False)
+    message = f"{directory} was not created by ftlevel: its base, {source.name}, cannot be verified"
+    return ModelRef(source, directory, card, None, [message], is_ours=False)
 
 
 def _resolve_foreign(
@@ -204,10 +204,10 @@ def _resolve_foreign(
     source = base or _resolve_base(adapter.base, directory)
     settings = {"peft_type": reader.peft_type, "modules_to_save": adapter.heads}
     card = build_default_card(source, load_config(source), definition, device, directory, settings)
-    note = (
+    message = (
         f"{directory} was created by {reader.library}: its base, {source.name}, cannot be verified"
     )
-    return ModelRef(source, directory, adapter.complete(card), None, [note], is_ours=False)
+    return ModelRef(source, directory, adapter.complete(card), None, [message], is_ours=False)
 
 
 def find_directory(name: str) -> Path:

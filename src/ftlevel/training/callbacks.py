@@ -217,13 +217,13 @@ class FollowSettings(TrainerCallback):
         state.compute_steps(args, state.max_steps)
         if not hasattr(lr_scheduler, "lr_lambdas"):
             return  # reduce_lr_on_plateau: its rate depends on past losses
-        rates = [
+        values = [
             base * share(lr_scheduler.last_epoch)
             for base, share in zip(lr_scheduler.base_lrs, lr_scheduler.lr_lambdas, strict=True)
         ]
-        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        for group, rate in zip(optimizer.param_groups, values, strict=True):
             group["lr"] = rate
-        lr_scheduler.load_state_dict({**lr_scheduler.state_dict(), "_last_lr": rates})  # is logged
+        lr_scheduler.load_state_dict({**lr_scheduler.state_dict(), "_last_lr": values})  # is logged
 
 
 class SetEpoch(TrainerCallback):

@@ -78,8 +78,8 @@ def set_checkpointing(model: Any, run: Run) -> list[Choice]:
     train, base = run.config.train, base_model(model)
     if train.recomputes:
         recompute_blocks(base, offload=train.offload_activations)
-        note = "; what they begin with is in the host's memory" * train.offload_activations
-        return [Choice("recomputed blocks", "all", f"as asked{note}")]
+        message = "; what they begin with is in the host's memory" * train.offload_activations
+        return [Choice("recomputed blocks", "all", f"as asked{message}")]
     blocks = list(chain(*find_stacks(base)))
     if not train.may_recompute(run.model.device) or not _has_single_switches(base, blocks):
         return []

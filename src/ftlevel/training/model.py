@@ -294,10 +294,10 @@ def _sum(tensor: Tensor) -> Tensor:
     if parts := inner_tensors(tensor):  # torchao's: several tensors under one name
         return _sum(torch.stack([_sum(part).cpu() for part in parts]))
     data = tensor.contiguous().view(-1).view(torch.uint8)
-    words = _CPU_WORDS if data.device.type == "cpu" else _GPU_WORDS
+    size = _CPU_WORDS if data.device.type == "cpu" else _GPU_WORDS
     total = torch.zeros((), dtype=torch.int64, device=data.device)
-    for start in range(0, len(data), 8 * words):
-        total += _sum_piece(data[start : start + 8 * words], start // 8)
+    for start in range(0, len(data), 8 * size):
+        total += _sum_piece(data[start : start + 8 * size], start // 8)
     return total
 
 

@@ -126,14 +126,14 @@ class Processes:
             if local_error is None
             else (socket.gethostname(), str(local_error), local_error.exit_code)
         )
-        errors = self.exchange(report)
+        failures = self.exchange(report)
         if local_error is not None and self.is_first:
             raise local_error
-        for rank, other in enumerate(errors):
+        for rank, other in enumerate(failures):
             if other is not None:
                 host, message, code = other
                 error_class = ConfigError if code == ConfigError.exit_code else RunError
-                shared = error_class(message if errors[0] else f"rank {rank} ({host}): {message}")
+                shared = error_class(message if failures[0] else f"rank {rank} ({host}): {message}")
                 shared.is_reported = not self.is_first
                 raise shared
         return cast("T", result)  # set if no process raised

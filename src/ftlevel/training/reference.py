@@ -86,15 +86,15 @@ def open_or_fill(
 def unfilled_values(array: np.ndarray) -> np.ndarray:
     """Return the part of `array` that is NaN until it is filled."""
     names = array.dtype.names
-    found: np.ndarray = array[names[0]] if names else array
-    return found
+    result: np.ndarray = array[names[0]] if names else array
+    return result
 
 
 def is_missing(array: np.ndarray) -> np.ndarray:
     """Return a mask of the items of `array` that are not filled yet."""
     numbers = unfilled_values(array)
-    found: np.ndarray = np.isnan(numbers if array.dtype.names is None else numbers[..., 0])
-    return found
+    result: np.ndarray = np.isnan(numbers if array.dtype.names is None else numbers[..., 0])
+    return result
 
 
 def cache_path(data: DataConfig, prefix: str, start: str, rows: Sequence[Encoded]) -> Path | None:
@@ -277,11 +277,11 @@ def _fill(run: Run, adapted: PreparedModel, array: np.ndarray) -> None:
     rows, model = run.data.train, adapted.model
     with evaluating(model, run.model.device, run.model.dtype):
         for start in range(0, len(rows), AT_ONCE):
-            part = slice(start, start + AT_ONCE)
-            if not np.isnan(array[part]).any():
+            chunk = slice(start, start + AT_ONCE)
+            if not np.isnan(array[chunk]).any():
                 continue
-            batch = [rows[i] for i in range(*part.indices(len(rows)))]
-            array[part] = _measure(run, adapted, batch)
+            batch = [rows[i] for i in range(*chunk.indices(len(rows)))]
+            array[chunk] = _measure(run, adapted, batch)
             if isinstance(array, np.memmap):
                 array.flush()
 

@@ -263,11 +263,11 @@ def _check_length(run: Run, before: Mapping[str, Any], trained: int) -> None:
             f"{flag}: {steps:,} steps are fewer than the {trained:,} already trained. Use more, "
             f"or start a new run in another --output-dir."
         )
-    reason = METHODS[run.config.method.kind].why_not_continued
-    if reason and was != steps:
+    error = METHODS[run.config.method.kind].why_not_continued
+    if error and was != steps:
         raise ConfigError(
             f"{flag}: --method {run.config.method.kind} cannot train {steps:,} steps in place of "
-            f"{was:,}: {reason}. Start a new run in another --output-dir."
+            f"{was:,}: {error}. Start a new run in another --output-dir."
         )
 
 

@@ -159,19 +159,19 @@ def _own_quant(requested: QuantConfig, quant: QuantConfig) -> QuantConfig:
 
 
 def _name(key: str, value: Any, data: DataConfig) -> str:
-    argument = "dataset" if key == "dataset" else "eval_dataset"
+    field = "dataset" if key == "dataset" else "eval_dataset"
     if key in data.model_fields_set and getattr(data, key) is not None:
         raise ConfigError(
-            f"{argument}= is given, and the configuration has data.{key} too. Use one of them."
+            f"{field}= is given, and the configuration has data.{key} too. Use one of them."
         )
     name = wrap_rows(value)
     if not isinstance(name, str):
         raise ConfigError(
-            f"{argument}= is of type {type(value).__name__}. Expected a DataFrame, a "
+            f"{field}= is of type {type(value).__name__}. Expected a DataFrame, a "
             "datasets.Dataset or DatasetDict, a list of dicts, or a file's name."
         )
     if isinstance(name, InMemoryDataset):
-        name.said = argument
+        name.said = field
     return name
 
 

@@ -292,8 +292,8 @@ def compare_weights(model: Any, directory: Path) -> float:
     for path in sorted(directory.glob("*.safetensors")):
         with safe_open(path, "pt") as file:
             for name in file.keys():  # noqa: SIM118 - it is no dict
-                part = part_of(file.get_tensor(name), tensors[name])
-                differences = (local_shard(tensors[name]).detach().cpu() - part).abs()
+                shard = part_of(file.get_tensor(name), tensors[name])
+                differences = (local_shard(tensors[name]).detach().cpu() - shard).abs()
                 difference = max(
                     difference, float(differences.max()) if differences.numel() else 0.0
                 )

@@ -129,10 +129,10 @@ def _fill(run: Run, adapted: PreparedModel, starts: Sequence[int], array: np.nda
     model.eval()
     with torch.no_grad(), autocast(run.model.device, run.model.dtype):
         for start in range(0, len(rows), AT_ONCE):
-            part = range(start, min(start + AT_ONCE, len(rows)))
-            if not is_missing(array[starts[part.start] : starts[part.stop]]).any():
+            chunk = range(start, min(start + AT_ONCE, len(rows)))
+            if not is_missing(array[starts[chunk.start] : starts[chunk.stop]]).any():
                 continue
-            batch_rows = [rows[i] for i in part]
+            batch_rows = [rows[i] for i in chunk]
             for indices, log_probs, ids in _predict(run, adapted, batch_rows, array.dtype):
                 counts = [starts[start + i + 1] - starts[start + i] for i in indices]
                 ends = np.cumsum(counts)

@@ -250,12 +250,12 @@ class FtlevelTrainer(Trainer):
 
     def restore(self, checkpoint: Path) -> None:
         """Load weights and optimizer state, but not learning rates, from `checkpoint`."""
-        rates = [group["lr"] for group in self.optimizer.param_groups]
+        values = [group["lr"] for group in self.optimizer.param_groups]
         self._load_from_checkpoint(str(checkpoint))
         path = checkpoint / "optimizer.pt"
         state = torch.load(path, map_location=self.args.device, weights_only=True)
         self.optimizer.load_state_dict(state)
-        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+        for group, rate in zip(self.optimizer.param_groups, values, strict=True):
             group["lr"] = rate
 
     def compute_batch(
@@ -307,9 +307,11 @@ class FtlevelTrainer(Trainer):
             model.train()
             self._in_training = True
 
-        def compute(part: dict[str, Tensor]) -> Tensor:
+        def compute(batch: dict[str, Tensor]) -> Tensor:
             with self.compute_loss_context_manager():
-                loss: Tensor = self.compute_loss(model, part, num_items_in_batch=num_items_in_batch)
+                loss: Tensor = self.compute_loss(
+                    model, batch, num_items_in_batch=num_items_in_batch
+                )
                 return loss
 
         self._trained = self._trained or [p for p in model.parameters() if p.requires_grad]

@@ -130,8 +130,8 @@ def read_header(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
                 f"{path}: {name} is of type {entry['dtype']}, which is not a plain number. "
                 f"Expected one of {', '.join(DTYPES)}."
             )
-        spec = TensorSpec(DTYPES[entry["dtype"]], tuple(entry["shape"]))
-        stored[name] = StoredTensor(path, spec, 8 + size + entry["data_offsets"][0])
+        info = TensorSpec(DTYPES[entry["dtype"]], tuple(entry["shape"]))
+        stored[name] = StoredTensor(path, info, 8 + size + entry["data_offsets"][0])
     ends = (8 + size + entry["data_offsets"][1] for entry in header.values())
     if path.stat().st_size < max(ends, default=0):
         raise InputError(f"{path} is shorter than its header says. Is the copy incomplete?")

@@ -217,8 +217,8 @@ def pack_4bit(
     """
     code = four_bit_values(quant_type)
     ordered = code.argsort()[codes.reshape(-1)].to(torch.uint8)
-    packed = (ordered[::2] << 4) | ordered[1::2]
-    return packed.unsqueeze(1), _state(scales, like, code, quant_type, double_quant)
+    output = (ordered[::2] << 4) | ordered[1::2]
+    return output.unsqueeze(1), _state(scales, like, code, quant_type, double_quant)
 
 
 def _state(
@@ -251,7 +251,7 @@ def _pack(weight: torch.Tensor, code: torch.Tensor) -> tuple[torch.Tensor, torch
     ascending = code[order]
     midpoints = ((ascending[:-1] + ascending[1:]) / 2).tolist()
     is_sorted = torch.equal(order, torch.arange(len(code)))
-    packed = torch.empty(weight.numel() // 2, dtype=torch.uint8)
+    output = torch.empty(weight.numel() // 2, dtype=torch.uint8)
     scales = torch.empty(weight.numel() // BLOCK)
     buffer = torch.empty(min(_PIECE, weight.numel()), dtype=torch.bool)
     for start in range(0, weight.numel(), _PIECE):
@@ -265,5 +265,5 @@ def _pack(weight: torch.Tensor, code: torch.Tensor) -> tuple[torch.Tensor, torch
         if not is_sorted:
             index = order[index.int()].to(torch.uint8)
         scales[start // BLOCK : start // BLOCK + len(largest)] = largest
-        packed[start // 2 : (start + len(index)) // 2] = (index[::2] << 4) | index[1::2]
-    return packed, scales
+        output[start // 2 : (start + len(index)) // 2] = (index[::2] << 4) | index[1::2]
+    return output, scales

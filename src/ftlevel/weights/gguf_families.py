@@ -77,11 +77,11 @@ def find_problems(config: Any) -> list[str]:
             f"{config.model_type} is not among the families that ftlevel writes as GGUF: "
             f"{', '.join(FAMILIES)}. llama.cpp's own converter knows more."
         ]
-    found = {name: getattr(config, name, value) for name, value in family.fixed.items()}
+    result = {name: getattr(config, name, value) for name, value in family.fixed.items()}
     problems = [
         f"{name} is {value!r}, and llama.cpp computes {family.architecture} with "
         f"{family.fixed[name]!r}."
-        for name, value in found.items()
+        for name, value in result.items()
         if value != family.fixed[name]
     ]
     if (own := _activation(config)) != family.activation:
@@ -248,8 +248,8 @@ def _head_width(config: Any) -> int:
 
 def _activation(config: Any) -> str:
     for name in ("hidden_activation", "hidden_act", "activation_function"):
-        if (found := getattr(config, name, None)) is not None:
-            return str(found)
+        if (result := getattr(config, name, None)) is not None:
+            return str(result)
     return "none"
 
 

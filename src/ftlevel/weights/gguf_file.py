@@ -329,8 +329,8 @@ def _announce(writer: GGUFWriter, tensor: GGUFTensor) -> None:
         writer.add_tensor_info(tensor.name, tensor.shape, dtype, tensor.nbytes)
         return
     per_block, size = GGML_QUANT_SIZES[type_]
-    packed = (*tensor.shape[:-1], tensor.shape[-1] // per_block * size)
-    writer.add_tensor_info(tensor.name, packed, np.dtype(np.uint8), tensor.nbytes, raw_dtype=type_)
+    shape = (*tensor.shape[:-1], tensor.shape[-1] // per_block * size)
+    writer.add_tensor_info(tensor.name, shape, np.dtype(np.uint8), tensor.nbytes, raw_dtype=type_)
 
 
 def _pack(tensor: GGUFTensor) -> Any:

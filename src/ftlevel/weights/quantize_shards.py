@@ -172,18 +172,18 @@ def _parameters(meta: Any, tree: ModuleTree, linears: dict[str, bool]) -> Iterat
         owner, _, last = name.rpartition(".")
         module = tree.modules[owner]
         if last == "weight" and owner in linears:
-            part = QUANTIZED
+            group = QUANTIZED
         elif name in experts:
-            part = "experts"
+            group = "experts"
         elif isinstance(module, torch.nn.Embedding):
-            part = "embeddings"
+            group = "embeddings"
         elif tree.in_heads(owner):
-            part = "heads"
+            group = "heads"
         elif last == "weight" and linear_size(module) is not None:
-            part = "other linears"
+            group = "other linears"
         else:
-            part = "rest"
-        yield Parameter(name, tuple(tensor.shape), part, tensor.is_floating_point())
+            group = "rest"
+        yield Parameter(name, tuple(tensor.shape), group, tensor.is_floating_point())
 
 
 def predict_bytes(layout: QuantizedLayout) -> dict[str, tuple[int, int]]:
@@ -437,10 +437,10 @@ def _pack_8bit(
     from bitsandbytes.functional import int8_vectorwise_quant
 
     if chosen is None:
-        packed, scales, _ = int8_vectorwise_quant(weight.to(torch.float16))
+        output, scales, _ = int8_vectorwise_quant(weight.to(torch.float16))
     else:
         codes, scales = chosen
-        packed = (codes - 127).to(torch.int8)
+        output = (codes - 127).to(torch.int8)
     module = key.removesuffix("weight")
     row_major = torch.tensor(0, dtype=torch.uint8)
-    return {key: packed, f"{module}SCB": scales, f"{module}weight_format": row_major}
+    return {key: output, f"{module}SCB": scales, f"{module}weight_format": row_major}

@@ -125,7 +125,7 @@ class LoraSpec(MethodSpec):
                 "from the weights before that start is set. Drop one of them"
             )
         if self.target_parameters is not None:
-            for name, given in (
+            for name, values in (
                 ("use_dora", self.use_dora),
                 ("lora_dropout", self.lora_dropout > 0),
                 (
@@ -133,7 +133,7 @@ class LoraSpec(MethodSpec):
                     self.init_lora_weights not in ("default", "gaussian"),
                 ),
             ):
-                if given:
+                if values:
                     raise ValueError(
                         f"target_parameters cannot be used with {name}: PEFT's LoRA of a bare "
                         "tensor does not have it. Drop one of them"

@@ -129,13 +129,13 @@ class PromptSpec(MethodSpec):
 
     @model_validator(mode="after")
     def _text_where_it_is_used(self) -> PromptSpec:
-        wanted, given = self.prompt_tuning_init == "TEXT", self.prompt_tuning_init_text is not None
-        if wanted and not given:
+        wanted, values = self.prompt_tuning_init == "TEXT", self.prompt_tuning_init_text is not None
+        if wanted and not values:
             raise ValueError(
                 "prompt_tuning_init TEXT needs the text. Add prompt_tuning_init_text, or use "
                 "SAMPLE_VOCAB."
             )
-        if given and not wanted:
+        if values and not wanted:
             raise ValueError(
                 f"prompt_tuning_init_text is used by prompt_tuning_init TEXT, which is "
                 f"{self.prompt_tuning_init}. Set it to TEXT, or drop the text."

@@ -64,13 +64,13 @@ class PromptFormat:
             return list(turns)
         return [{"role": "system", "content": self.system}, *turns]
 
-    def user_text(self, source: str) -> str:
-        """Return the instruction, an empty line, and `source`."""
-        return f"{self.instruction}\n\n{source}" if self.instruction else source
+    def user_text(self, text: str) -> str:
+        """Return the instruction, an empty line, and `text`."""
+        return f"{self.instruction}\n\n{text}" if self.instruction else text
 
-    def plain_prompt(self, source: str, *, has_system: bool = False) -> str:
+    def plain_prompt(self, text: str, *, has_system: bool = False) -> str:
         """Return a plain prompt; `has_system` omits the system prompt."""
-        return self.plain_parts(source, "", has_system=has_system)[0]
+        return self.plain_parts(text, "", has_system=has_system)[0]
 
     def plain_parts(self, source: str, target: str, *, has_system: bool = False) -> tuple[str, str]:
         """Return the prompt and the answer; their concatenation is the text of the row.

@@ -84,20 +84,24 @@ def fit_rows(
     lengths = row_lengths(rows)
     longest = int(lengths.max())
     limit, reason = _resolve_length(max_length, longest, bounds)
-    over = [rows[i] for i in np.flatnonzero(lengths > limit).tolist()]
-    if not over:
+    long_rows = [rows[i] for i in np.flatnonzero(lengths > limit).tolist()]
+    if not long_rows:
         return FittedRows(rows, limit, reason, overlong=overlong)
     if overlong == "error":
-        if max_length != "auto" or len(over) > MAX_DROPPED_SHARE * len(rows):
-            raise InputError(_too_long(over, len(rows), limit, longest, reason, bounds, where))
+        if max_length != "auto" or len(long_rows) > MAX_DROPPED_SHARE * len(rows):
+            raise InputError(_too_long(long_rows, len(rows), limit, longest, reason, bounds, where))
         overlong = "drop"
-        lost = "1 row is" if len(over) == 1 else f"{len(over):,} of {len(rows):,} rows are"
+        lost = (
+            "1 row is" if len(long_rows) == 1 else f"{len(long_rows):,} of {len(rows):,} rows are"
+        )
         reason += f"; {lost} longer, up to {longest:,}, and dropped"
-    long_prompts = tuple(row.row for row in over if (prompt_length(row) or 0) > limit)
+    long_prompts = tuple(row.row for row in long_rows if (prompt_length(row) or 0) > limit)
     if overlong != "drop":
         return _change_rows(rows, limit, reason, overlong, long_prompts)
     fitting = select_rows(rows, np.flatnonzero(lengths <= limit))
-    return FittedRows(fitting, limit, reason, len(over), long_prompts=long_prompts, overlong="drop")
+    return FittedRows(
+        fitting, limit, reason, len(long_rows), long_prompts=long_prompts, overlong="drop"
+    )
 
 
 def check_not_empty(fitted: FittedRows, rows: Sequence[Encoded]) -> None:
@@ -153,7 +157,7 @@ def _change_rows(
 
 
 def _too_long(
-    over: Sequence[Encoded],
+    long_rows: Sequence[Encoded],
     total: int,
     limit: int,
     longest: int,
@@ -161,18 +165,18 @@ def _too_long(
     bounds: LengthBounds,
     where: Callable[[int], str],
 ) -> str:
-    worst = max(over, key=lambda row: row.length)
+    worst = max(long_rows, key=lambda row: row.length)
     fix = "Pass"
     if reason.endswith("memory"):
         fix = "Use --gradient-checkpointing or a smaller model, or pass"
     elif bounds.positions is None or longest <= bounds.positions:
         fix = f"Raise --max-length to {longest:,} to keep all of them, or pass"
-    other = "split" if prompt_length(worst) == 0 else "truncate-prompt"
-    other = "truncate" if worst.truncated(limit) is not None else other
+    alternative = "split" if prompt_length(worst) == 0 else "truncate-prompt"
+    alternative = "truncate" if worst.truncated(limit) is not None else alternative
     limited = f" ({reason.removeprefix('auto: ')})" if reason else ""
     return (
-        f"{len(over):,} of {total:,} rows are longer than {limit:,} tokens{limited}; the longest "
-        f"has {longest:,} ({where(worst.row)}). {fix} --overlong drop or {other}."
+        f"{len(long_rows):,} of {total:,} rows are longer than {limit:,} tokens{limited}; the "
+        f"longest has {longest:,} ({where(worst.row)}). {fix} --overlong drop or {alternative}."
     )
 
 
@@ -228,17 +232,17 @@ def fit_targets(
     Raises `InputError` if there are any and `overlong` is not drop.
     """
     sizes = np.fromiter((_target_length(row) for row in rows), dtype=np.int64, count=len(rows))
-    over = np.flatnonzero(sizes > limit)
-    if not len(over):
+    long_rows = np.flatnonzero(sizes > limit)
+    if not len(long_rows):
         return rows, 0
     worst = rows[int(np.argmax(sizes))]
     if overlong != "drop":
         raise InputError(
-            f"{len(over):,} of {len(rows):,} targets are longer than {limit:,} tokens; the longest "
-            f"has {worst.supervised:,} ({where(worst.row)}). Raise it by --set "
+            f"{len(long_rows):,} of {len(rows):,} targets are longer than {limit:,} tokens; the "
+            f"longest has {worst.supervised:,} ({where(worst.row)}). Raise it by --set "
             f"data.max_target_length={worst.supervised}, or pass --overlong drop."
         )
-    return select_rows(rows, np.flatnonzero(sizes <= limit)), len(over)
+    return select_rows(rows, np.flatnonzero(sizes <= limit)), len(long_rows)
 
 
 def _target_length(row: Encoded) -> int:

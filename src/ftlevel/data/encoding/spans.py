@@ -123,15 +123,16 @@ def _with_room(
     questions = [example.question + separator for example in examples]
     sizes = [len(ids) for ids in tokenizer(questions, add_special_tokens=False)["input_ids"]]
     limit = length - special - stride - 1
-    over = [i for i, size in enumerate(sizes) if size > limit]
-    if not over or (drop and len(over) < len(examples)):
+    long_rows = [i for i, size in enumerate(sizes) if size > limit]
+    if not long_rows or (drop and len(long_rows) < len(examples)):
         return [example for example, size in zip(examples, sizes, strict=True) if size <= limit]
-    worst = max(over, key=sizes.__getitem__)
+    worst = max(long_rows, key=sizes.__getitem__)
     raise InputError(
-        f"{len(over):,} of {len(examples):,} questions leave no room for their context in windows "
-        f"of {length:,} tokens that overlap by {stride:,}; the longest has {sizes[worst]:,} tokens "
-        f"({where(examples[worst].row)}). Raise --max-length to {length + sizes[worst] - limit:,}, "
-        "lower --set data.doc_stride, or pass --overlong drop."
+        f"{len(long_rows):,} of {len(examples):,} questions leave no room for their context in "
+        f"windows of {length:,} tokens that overlap by {stride:,}; the longest has "
+        f"{sizes[worst]:,} tokens ({where(examples[worst].row)}). Raise "
+        f"--max-length to {length + sizes[worst] - limit:,}, lower --set data.doc_stride, or pass "
+        "--overlong drop."
     )
 
 
@@ -207,16 +208,16 @@ def encode_words(
 
 
 def first_tokens(
-    words: Sequence[str], offsets: Sequence[tuple[int, int]]
+    tokens: Sequence[str], offsets: Sequence[tuple[int, int]]
 ) -> tuple[int | None, ...]:
     """Return the index of each word's first token; `offsets` are empty for special tokens."""
-    starts = list(accumulate((len(word) + 1 for word in words[:-1]), initial=0))
-    first: list[int | None] = [None] * len(words)
+    starts = list(accumulate((len(word) + 1 for word in tokens[:-1]), initial=0))
+    first: list[int | None] = [None] * len(tokens)
     for index, (start, end) in enumerate(offsets):
         if start == end:
             continue
         word = bisect_right(starts, end - 1) - 1
-        is_space = end - 1 >= starts[word] + len(words[word])
+        is_space = end - 1 >= starts[word] + len(tokens[word])
         if not is_space and first[word] is None:
             first[word] = index
     return tuple(first)

@@ -93,9 +93,9 @@ def rank_columns(columns: Sequence[str], role: str, rows: Sequence[Row]) -> list
         return sorted(usable, key=lambda c: (counts[c] < 2, counts[c]))
     if role in NON_TEXT_ROLES:
         return usable
-    words = {c: sum(len(value.split()) for value in values[c]) / len(values[c]) for c in usable}
-    texts = [c for c in usable if words[c] > 1.5] or usable
-    return sorted(texts, key=lambda c: -words[c])
+    lengths = {c: sum(len(value.split()) for value in values[c]) / len(values[c]) for c in usable}
+    texts = [c for c in usable if lengths[c] > 1.5] or usable
+    return sorted(texts, key=lambda c: -lengths[c])
 
 
 def _is_possible(role: str, value: Any) -> bool:

@@ -285,14 +285,14 @@ def _labeled(roles: RoleValues, label: str | int | float | tuple[str | int, ...]
 def _class(roles: RoleValues) -> str | int:
     label, column = roles.get("label"), repr(roles.columns["label"])
     if type(label) in (float, list):  # in all rows, so that dropping the row does not help
-        reason = (
+        error = (
             f"is a fraction ({label}). Classes are names or whole numbers. To learn a quantity: "
             "--set data.problem_type=regression."
             if type(label) is float
             else "is a list, and with problem_type single_label_classification each row has one "
             "class. For several: --set data.problem_type=multi_label_classification."
         )
-        raise InputError(f"{roles.table.where(roles.index)}: {column} {reason}")
+        raise InputError(f"{roles.table.where(roles.index)}: {column} {error}")
     return _name(label, column)
 
 

@@ -65,8 +65,8 @@ def build_label_set(
                 "other classes. Write the names themselves into the rows."
             )
         labels = LabelSet(tuple(names))
-        reason = f"is not one of the {len(labels)} classes that data.labels or --adapter has"
-        _check_supported(labels, rows, table, reason)
+        error = f"is not one of the {len(labels)} classes that data.labels or --adapter has"
+        _check_supported(labels, rows, table, error)
         return labels
     if declared:
         labels = LabelSet(tuple(declared))
@@ -77,14 +77,14 @@ def build_label_set(
     if all(isinstance(label, int) for label in counts):
         _check_numbers({int(label) for label in counts}, rows, table, column)
         return LabelSet(tuple(str(number) for number in range(len(counts))))
-    found = sorted({str(label) for label in counts})
-    if fraction := next(filter(_is_fraction, found), None):
+    result = sorted({str(label) for label in counts})
+    if fraction := next(filter(_is_fraction, result), None):
         first = next(row for label, row in rows if str(label) == fraction)
         raise InputError(
             f"{table.where(first)}: {column!r} is a fraction ({fraction}). Classes are names "
             "or whole numbers. To learn a quantity: --set data.problem_type=regression."
         )
-    return LabelSet(tuple(sorted(found, key=int) if all(map(str.isdecimal, found)) else found))
+    return LabelSet(tuple(sorted(result, key=int) if all(map(str.isdecimal, result)) else result))
 
 
 def check_labels(labels: LabelSet, examples: Sequence[ClassExample], table: Table) -> None:
@@ -105,9 +105,9 @@ def find_invalid_labels(
     for label, row in _labels_of(examples):
         is_negative = isinstance(label, int) and label < 0
         if is_negative or (labels is not None and label not in labels):
-            line = table.lines[row]
-            bad = BadRow(line, f"label {label!r} is no class", "unknown_label")
-            invalid.setdefault(line, bad)
+            location = table.lines[row]
+            bad = BadRow(location, f"label {label!r} is no class", "unknown_label")
+            invalid.setdefault(location, bad)
     return list(invalid.values())
 
 
@@ -115,19 +115,19 @@ def _labels_of(examples: Sequence[ClassExample]) -> list[_Label]:
     return [(label, example.row) for example in examples for label in example.classes]
 
 
-def _check_supported(labels: LabelSet, rows: Sequence[_Label], table: Table, reason: str) -> None:
+def _check_supported(labels: LabelSet, rows: Sequence[_Label], table: Table, error: str) -> None:
     unsupported = [(label, row) for label, row in rows if label not in labels]
     if not unsupported:
         return
     counts = Counter(label for label, _ in unsupported)
     names = join_names(f"{label!r} ({count:,} rows)" for label, count in counts.most_common())
-    reason = reason if len(counts) == 1 else reason.replace("is n", "are n", 1)
+    error = error if len(counts) == 1 else error.replace("is n", "are n", 1)
     hint = _UNLABELLED if counts.keys() <= {-1, -100} else "Remove these rows, or correct them."
     folded = {name.casefold() for name in labels.names}
     if all(str(label).strip().casefold() in folded for label in counts):
         hint = "They differ by case only: --set data.gate.label_case=fold merges them."
     raise InputError(
-        f"{table.where(unsupported[0][1])}: label {names} {reason} ({join_names(labels.names)}). "
+        f"{table.where(unsupported[0][1])}: label {names} {error} ({join_names(labels.names)}). "
         f"{hint}"
     )
 
@@ -252,11 +252,11 @@ def _rows_of_labels(examples: Sequence[ClassExample]) -> dict[str, list[int]]:
     return rows
 
 
-def _is_typo(one: str, other: str) -> bool:
+def _is_typo(one: str, name: str) -> bool:
     """Return whether two texts differ by one typo within a long word, or between their words."""
-    start = _count_common(one, other)
-    rest = _count_common(one[start:][::-1], other[start:][::-1])
-    difference, replaced = one[start : len(one) - rest], other[start : len(other) - rest]
+    start = _count_common(one, name)
+    rest = _count_common(one[start:][::-1], name[start:][::-1])
+    difference, replaced = one[start : len(one) - rest], name[start : len(name) - rest]
     is_swap = len(difference) == 2 and difference == replaced[::-1]
     if not is_swap and max(len(difference), len(replaced)) != 1:
         return False
@@ -268,9 +268,9 @@ def _is_typo(one: str, other: str) -> bool:
     return before > 0 and letters >= _MIN_LETTERS and not (is_series or is_number)
 
 
-def _count_common(one: str, other: str) -> int:
-    shorter = min(len(one), len(other))
-    return next((i for i in range(shorter) if one[i] != other[i]), shorter)
+def _count_common(one: str, name: str) -> int:
+    shorter = min(len(one), len(name))
+    return next((i for i in range(shorter) if one[i] != name[i]), shorter)
 
 
 @dataclass(frozen=True)
@@ -305,15 +305,15 @@ ProblemType: TypeAlias = Literal[
 
 
 def choose_problem_type(
-    table: Table, column: str, requested: ProblemType | Literal["auto"] = "auto"
+    table: Table, column: str, problem_type: ProblemType | Literal["auto"] = "auto"
 ) -> tuple[ProblemType, str]:
     """Choose the problem type of a label column, and the reason.
 
     Lists, also as JSON text in all rows, are multi-label; numbers with a fraction are regression.
     All others are single-label, including integers, which may be meant as quantities.
     """
-    if requested != "auto":
-        return requested, ""
+    if problem_type != "auto":
+        return problem_type, ""
     values = [_value(row, column) for row in table.rows]
     if any(type(value) is list for value in values):
         return "multi_label_classification", f"auto: {column!r} holds lists"
@@ -393,16 +393,16 @@ def _read_span(item: object, name: str) -> Span:
     return start, end, label
 
 
-def _tag(tags: list[str], words: Sequence[tuple[int, int]], text: str, span: Span) -> None:
+def _tag(tags: list[str], spans: Sequence[tuple[int, int]], text: str, span: Span) -> None:
     """Write the tags of a span into `tags`; raise `UnusableRowError` if it cuts a word."""
     begin, end, label = span
     if end > len(text):
         raise UnusableRowError(f"{label!r} goes to {end}, and the text has {len(text)} characters")
-    covered = [i for i, (a, b) in enumerate(words) if a < end and b > begin]
+    covered = [i for i, (a, b) in enumerate(spans) if a < end and b > begin]
     if not covered:
         raise UnusableRowError(f"{label!r} at {begin} to {end} covers no word")
     for number, index in enumerate(covered):
-        start, stop = words[index]
+        start, stop = spans[index]
         if start < begin or stop > end:
             word, part = text[start:stop], text[begin:end]
             raise UnusableRowError(

@@ -182,10 +182,12 @@ def _parse_turn(item: object, what: str, names: Mapping[str, str]) -> Message | 
 def _refuse_parts(parts: Sequence[Any], what: str) -> NoReturn:
     """Raise `UnusableRowError` for a content that is a list of parts, as in multimodal data."""
     types = [part.get("type", next(iter(part), "")) for part in parts if isinstance(part, dict)]
-    other = next((type_ for type_ in types if type_ != "text"), None)
-    if other is None:
+    type_name = next((type_ for type_ in types if type_ != "text"), None)
+    if type_name is None:
         raise UnusableRowError(f"{what} is a list of parts, not a string; join their texts")
-    raise UnusableRowError(f"{what} has a part of type {other!r}, and ftlevel trains on text only")
+    raise UnusableRowError(
+        f"{what} has a part of type {type_name!r}, and ftlevel trains on text only"
+    )
 
 
 def _parse_call(call: object, what: str) -> dict[str, Any]:

@@ -308,8 +308,8 @@ def answer_repeats_prompt(parts: ExampleParts, _: TextCheckContext) -> bool:
     asked, answered = parts.asked, parts.answered
     if abs(len(asked) - len(answered)) > _MAX_WHITE_SPACE:
         return False
-    words = answered.casefold().split()
-    return len(words) >= _MIN_WORDS and words == asked.casefold().split()
+    tokens = answered.casefold().split()
+    return len(tokens) >= _MIN_WORDS and tokens == asked.casefold().split()
 
 
 _MAX_WHITE_SPACE = 16

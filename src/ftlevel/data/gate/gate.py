@@ -181,8 +181,8 @@ def find_one_answer(digests: Digests) -> Integers:
     if len(answers) < _MIN_ROWS or not records["before"].all():
         return _NONE
     values, counts = np.unique(answers[:: -(-len(answers) // _SAMPLE)], return_counts=True)
-    same = np.flatnonzero(answers == values[np.argmax(counts)])
-    return same if len(same) >= ONE_ANSWER_SHARE * len(answers) else same[:0]
+    matches = np.flatnonzero(answers == values[np.argmax(counts)])
+    return matches if len(matches) >= ONE_ANSWER_SHARE * len(answers) else matches[:0]
 
 
 def find_swapped(digests: Digests) -> Integers:
@@ -192,16 +192,16 @@ def find_swapped(digests: Digests) -> Integers:
     It is used only if it separates both sides by a median of 10 nats.
     """
     index = WordIndex.of(digests)
-    words = np.zeros((2, _BUCKETS))
+    vectors = np.zeros((2, _BUCKETS))
     for start, end in index.spans():
         bucket, side, _ = _sides(index, start, end)
         for k in (0, 1):
-            words[k] += np.bincount(bucket[side == k], minlength=_BUCKETS)
+            vectors[k] += np.bincount(bucket[side == k], minlength=_BUCKETS)
     score = np.zeros(len(index))
     for start, end in index.spans():
         bucket, side, row = _sides(index, start, end)
-        asked = words[0][bucket] - (side == 0)
-        answered = words[1][bucket] - (side == 1)
+        asked = vectors[0][bucket] - (side == 0)
+        answered = vectors[1][bucket] - (side == 1)
         for_asked = np.log(asked + 0.5) - np.log(answered + 0.5)
         weight = np.where(asked + answered > 0, np.where(side == 0, for_asked, -for_asked), 0)
         score[start:end] = np.bincount(row, weight, minlength=end - start)
@@ -219,10 +219,10 @@ def _sides(index: WordIndex, start: int, end: int) -> tuple[Integers, NDArray[np
     asked = np.repeat(index.digests.records["asked"][start:end].astype(np.int64), lengths)
     side = (at >= asked).astype(np.int64)
     examined = at - side * asked < _WORDS
-    words = mix(np.asarray(index.digests.words[starts[0] : starts[-1]])[examined])
-    bucket = (words & np.uint32(_BUCKETS - 1)).astype(np.int64)
-    packed = distinct((row[examined] * 2 + side[examined]) * _BUCKETS + bucket)
-    return packed % _BUCKETS, packed // _BUCKETS % 2, packed // (2 * _BUCKETS)
+    hashes = mix(np.asarray(index.digests.words[starts[0] : starts[-1]])[examined])
+    bucket = (hashes & np.uint32(_BUCKETS - 1)).astype(np.int64)
+    pairs = distinct((row[examined] * 2 + side[examined]) * _BUCKETS + bucket)
+    return pairs % _BUCKETS, pairs // _BUCKETS % 2, pairs // (2 * _BUCKETS)
 
 
 MAX_COMPARED = 250_000
@@ -419,9 +419,9 @@ class Gate:
         if policy.swapped_roles != "ignore":
             swapped = find_swapped(digests.first(MAX_COMPARED))
             split.flag("swapped_roles", swapped[present[swapped]])
-        same = find_one_answer(digests)
+        groups = find_one_answer(digests)
         split.add(
-            "one_answer", len(same), [f"that of {split.table.where(int(i))}" for i in same[:1]]
+            "one_answer", len(groups), [f"that of {split.table.where(int(i))}" for i in groups[:1]]
         )
 
     def find_leaks(
@@ -460,9 +460,9 @@ def _find_near(
     compared = digests.first(MAX_COMPARED)
     skip = np.zeros(len(digests), dtype=bool)
     skip[repeated] = True
-    by_words = wordings.find_near_texts(compared, skip[: len(compared)])
-    near = np.concatenate((examples_of(rows, near), by_words[0]))
-    first = np.concatenate((examples_of(rows, first), by_words[1]))
+    matches = wordings.find_near_texts(compared, skip[: len(compared)])
+    near = np.concatenate((examples_of(rows, near), matches[0]))
+    first = np.concatenate((examples_of(rows, first), matches[1]))
     near, index = np.unique(near, return_index=True)
     return near, first[index]
 

@@ -85,7 +85,7 @@ class Digests:
     def of(cls, examples: Iterable[Example], context: TextCheckContext) -> Digests:
         """Compute the digests of `examples`."""
         records: list[tuple[int, ...]] = []
-        words: list[int] = []
+        hashes: list[int] = []
         checks = [(1 << number, check) for number, check in enumerate(TEXT_CHECKS.values())]
         for example in examples:
             parts = get_example_parts(example)
@@ -101,8 +101,8 @@ class Digests:
             else:
                 key = _key(example.key_text.casefold())
             records.append((key, before, last, marks, len(prompt_words), len(answer_words)))
-            words += prompt_words + answer_words
-        return cls(np.array(records, dtype=_RECORD), np.array(words, dtype=np.uint32))
+            hashes += prompt_words + answer_words
+        return cls(np.array(records, dtype=_RECORD), np.array(hashes, dtype=np.uint32))
 
     @classmethod
     def at(cls, path: Path) -> Digests:
@@ -146,8 +146,8 @@ def words_path(path: Path) -> Path:
 
 def _words(folded: str) -> list[int]:
     text = folded[:_MAX_CHARACTERS]
-    words = text.translate(_TO_SPACES).split() if text.isascii() else _WORD.findall(text)
-    return list(map(_hashes.__getitem__, words[:MAX_WORDS]))
+    tokens = text.translate(_TO_SPACES).split() if text.isascii() else _WORD.findall(text)
+    return list(map(_hashes.__getitem__, tokens[:MAX_WORDS]))
 
 
 def _key(folded: str) -> int:

@@ -64,10 +64,12 @@ class TextBatch:
 Sides = tuple[TextBatch, TextBatch]
 
 
-def compute_max_distance(words: Any) -> Any:
-    """Compute the maximum distance in half words for texts of `words` words (an array)."""
-    share = np.minimum(words * _WORD // _WORDS_PER_CHANGE, _MAX_DISTANCE)
-    return np.where(words >= _MIN_WORDS_TO_DIFFER, share, np.where(words >= MIN_WORDS, _TYPO, 0))
+def compute_max_distance(lengths: Any) -> Any:
+    """Compute the maximum distance in half words for texts of `lengths` words (an array)."""
+    share = np.minimum(lengths * _WORD // _WORDS_PER_CHANGE, _MAX_DISTANCE)
+    return np.where(
+        lengths >= _MIN_WORDS_TO_DIFFER, share, np.where(lengths >= MIN_WORDS, _TYPO, 0)
+    )
 
 
 def compute_distances(one: Sides, other: Sides) -> NDArray[np.int64]:
@@ -81,12 +83,12 @@ def compute_distances(one: Sides, other: Sides) -> NDArray[np.int64]:
     near = np.flatnonzero(asked <= _MAX_DISTANCE)
     answered[near] = compute_edit_distances(one[1].take(near), other[1].take(near))
     prompt_sizes, sizes = (np.minimum(a.sizes, b.sizes) for a, b in zip(one, other, strict=True))
-    other_answer = (one[0].sizes > 0) & (answered > _TYPO) & (sizes < MIN_WORDS)
+    new_answer = (one[0].sizes > 0) & (answered > _TYPO) & (sizes < MIN_WORDS)
     both = (asked > 0) & (answered > 0) & (asked + answered > 2 * _TYPO)
     large = (_WORDS_PER_SIDE * asked > _WORD * prompt_sizes) | (
         _WORDS_PER_SIDE * answered > _WORD * sizes
     )
-    return np.where(other_answer | (both & large), _TOO_FAR, asked + answered)
+    return np.where(new_answer | (both & large), _TOO_FAR, asked + answered)
 
 
 def compute_edit_distances(one: TextBatch, other: TextBatch) -> NDArray[np.int64]:
@@ -95,11 +97,11 @@ def compute_edit_distances(one: TextBatch, other: TextBatch) -> NDArray[np.int64
     It is the Damerau-Levenshtein distance (optimal string alignment) over words, in a band.
     """
     result = np.full(len(one.sizes), _TOO_FAR, dtype=np.int64)
-    open_ = np.flatnonzero(np.abs(one.sizes - other.sizes) <= _BAND)
+    active = np.flatnonzero(np.abs(one.sizes - other.sizes) <= _BAND)
     # Row k of `b` is word k - _BAND, so rows i - 1 to i + 5 are in the band of word i.
     a, b = one.words, np.pad(other.words, ((_BAND, 0), (0, 0)))
     b = np.pad(b, ((0, max(0, len(a) + 2 * _BAND - len(b))), (0, 0)))
-    a, b, sizes, ends = a[:, open_], b[:, open_], one.sizes[open_], other.sizes[open_]
+    a, b, sizes, ends = a[:, active], b[:, active], one.sizes[active], other.sizes[active]
     row = _edge(0, ends)
     before = row
     for i in range(len(a) + 1):
@@ -107,13 +109,13 @@ def compute_edit_distances(one: TextBatch, other: TextBatch) -> NDArray[np.int64
             earlier, before = before, row
             row = _next_row(i, a, b, before, earlier, ends)
         at = np.flatnonzero(sizes == i)
-        result[open_[at]] = row[ends[at] - i + _BAND, at]
+        result[active[at]] = row[ends[at] - i + _BAND, at]
         going = (sizes > i) & (row.min(axis=0) <= _MAX_DISTANCE)
         if not going.any():
             break
         if 2 * np.count_nonzero(going) < len(going):
             a, b, row, before = a[:, going], b[:, going], row[:, going], before[:, going]
-            open_, sizes, ends = open_[going], sizes[going], ends[going]
+            active, sizes, ends = active[going], sizes[going], ends[going]
     result[result > _MAX_DISTANCE] = _TOO_FAR
     return result
 
@@ -144,8 +146,8 @@ def _next_row(
         row = np.where(swapped, np.minimum(row, earlier + _WORD), row)
     j = i + _OFFSETS
     row = np.where((j >= 1) & (j <= ends), row, _edge(i, ends))
-    each = (_WORD * np.arange(len(row), dtype=np.int32))[:, None]  # insertions
-    row = np.minimum.accumulate(row - each, axis=0) + each
+    offsets = (_WORD * np.arange(len(row), dtype=np.int32))[:, None]  # insertions
+    row = np.minimum.accumulate(row - offsets, axis=0) + offsets
     return np.where(j <= ends, row, np.int32(_TOO_FAR))
 
 
@@ -194,9 +196,9 @@ class WordIndex:
         if training is not None:
             return cls(digests, starts, training.counts, training.limit)
         counts = np.zeros(_BUCKETS, dtype=np.int64)
-        words = digests.words[: starts[-1]]
-        for start in range(0, len(words), _CHUNK_WORDS):
-            buckets = _bucket(words[start : start + _CHUNK_WORDS])
+        hashes = digests.words[: starts[-1]]
+        for start in range(0, len(hashes), _CHUNK_WORDS):
+            buckets = _bucket(hashes[start : start + _CHUNK_WORDS])
             counts += np.bincount(buckets, minlength=_BUCKETS)
         limit = _BOILERPLATE * len(digests) if len(digests) >= _MIN_EXAMPLES else np.inf
         return cls(digests, starts, counts, limit)
@@ -227,8 +229,8 @@ class WordIndex:
 
     def _texts(self, begins: Integers, sizes: Integers) -> TextBatch:
         offsets = begins + np.arange(np.max(sizes, initial=0))[:, None]
-        words = self.digests.words
-        return TextBatch(words[np.minimum(offsets, len(words) - 1)], sizes)
+        hashes = self.digests.words
+        return TextBatch(hashes[np.minimum(offsets, len(hashes) - 1)], sizes)
 
     def gather(self, at: Integers) -> tuple[Words, Integers]:
         """Return the concatenated words of the examples at `at`, and the number of each."""
@@ -247,17 +249,17 @@ def find_near_texts(digests: Digests, skip: Mask) -> tuple[Integers, Integers]:
     keys, informative = _all_keys(index, ~skip)
     owners = np.repeat(np.arange(len(index), dtype=np.int32), len(_PAIRS))
     flat, pairs = keys.reshape(-1), [_NO_ROWS]
-    for part in partition_keys(flat, flat != 0, _CHUNK_WORDS, -(-len(flat) // _CHUNK_WORDS)):
-        part = part[np.argsort(flat[part], kind="stable")]
-        key, owner = flat[part], owners[part]
+    for group in partition_keys(flat, flat != 0, _CHUNK_WORDS, -(-len(flat) // _CHUNK_WORDS)):
+        group = group[np.argsort(flat[group], kind="stable")]
+        key, owner = flat[group], owners[group]
         begins = np.flatnonzero(np.diff(key, prepend=key[:1] ^ np.uint32(1)))
         first = np.repeat(owner[begins], np.diff(begins, append=len(key)))
         pairs.append(_pack_pairs(owner, first, len(index)))
         for lag in range(1, _RECENT + 1):
-            same = key[lag:] == key[:-lag]
-            pairs.append(_pack_pairs(owner[lag:][same], owner[:-lag][same], len(index)))
-    packed = distinct(np.concatenate(pairs))
-    return _find_first(index, index, packed, informative, informative)
+            is_equal = key[lag:] == key[:-lag]
+            pairs.append(_pack_pairs(owner[lag:][is_equal], owner[:-lag][is_equal], len(index)))
+    candidates = distinct(np.concatenate(pairs))
+    return _find_first(index, index, candidates, informative, informative)
 
 
 def find_near_leaks(digests: Digests, training: Digests) -> tuple[Integers, Integers]:
@@ -294,8 +296,8 @@ def _pack_pairs(one: NDArray[np.int32], other: NDArray[np.int32], count: int) ->
     return distinct((later * count + earlier)[later != earlier])
 
 
-def _bucket(words: Words) -> Integers:
-    return (mix(np.asarray(words)) & np.uint32(_BUCKETS - 1)).astype(np.int64)
+def _bucket(hashes: Words) -> Integers:
+    return (mix(np.asarray(hashes)) & np.uint32(_BUCKETS - 1)).astype(np.int64)
 
 
 def _all_keys(index: WordIndex, selected: Mask) -> tuple[Keys, NDArray[np.int32]]:
@@ -311,14 +313,14 @@ def _all_keys(index: WordIndex, selected: Mask) -> tuple[Keys, NDArray[np.int32]
 def _pair_keys(index: WordIndex, start: int, end: int) -> tuple[Keys, Integers]:
     """Return the result of `_all_keys` for the examples from `start` to `end`."""
     starts, records = index.starts[start : end + 1], index.digests.records[start:end]
-    words = np.asarray(index.digests.words[starts[0] : starts[-1]])
-    counts = index.counts[_bucket(words)]
+    hashes = np.asarray(index.digests.words[starts[0] : starts[-1]])
+    counts = index.counts[_bucket(hashes)]
     row = np.repeat(np.arange(end - start), np.diff(starts))
     informative = np.bincount(row[counts < index.limit], minlength=end - start)
     # One sort orders the words of each row by frequency.
     packed = row.astype(np.uint64) << np.uint64(48)
     packed |= np.minimum(counts, 0xFFFF).astype(np.uint64) << np.uint64(32)
-    packed |= words.astype(np.uint64)
+    packed |= hashes.astype(np.uint64)
     packed = distinct(packed)
     row = (packed >> np.uint64(48)).astype(np.int64)
     first = np.searchsorted(row, np.arange(end - start))
@@ -340,30 +342,30 @@ def _pair_keys(index: WordIndex, start: int, end: int) -> tuple[Keys, Integers]:
 def _find_first(
     index: WordIndex,
     earlier: WordIndex,
-    packed: Integers,
+    pairs: Integers,
     informative: NDArray[np.int32],
     informative_earlier: NDArray[np.int32],
 ) -> tuple[Integers, Integers]:
     """Find examples of `index` that nearly repeat one of `earlier`, and the first match of each.
 
-    `packed` has sorted candidates: example of `index` × size of `earlier` + example of `earlier`.
+    `pairs` has sorted candidates: example of `index` × size of `earlier` + example of `earlier`.
     The last two arguments count informative words per example.
     """
-    found = [(_NO_ROWS, _NO_ROWS)]
+    result = [(_NO_ROWS, _NO_ROWS)]
     start = 0
-    while start < len(packed):
-        last = packed[min(start + _GROUP_WORDS, len(packed)) - 1]
-        end = int(np.searchsorted(packed, (last // len(earlier) + 1) * len(earlier)))  # all pairs
-        a, b = np.divmod(packed[start:end], len(earlier))
+    while start < len(pairs):
+        last = pairs[min(start + _GROUP_WORDS, len(pairs)) - 1]
+        end = int(np.searchsorted(pairs, (last // len(earlier) + 1) * len(earlier)))  # all pairs
+        a, b = np.divmod(pairs[start:end], len(earlier))
         start = end
         limits = compute_max_distance(np.minimum(informative[a], informative_earlier[b]))
         while len(a):  # compare each example until the first match
             heads = np.diff(a, prepend=-1) != 0
             near = _are_near(index, a[heads], earlier, b[heads], limits[heads])
-            found.append((a[heads][near], b[heads][near]))
+            result.append((a[heads][near], b[heads][near]))
             rest = ~heads & ~np.isin(a, a[heads][near])
             a, b, limits = a[rest], b[rest], limits[rest]
-    again, first = map(np.concatenate, zip(*found, strict=True))
+    again, first = map(np.concatenate, zip(*result, strict=True))
     order = np.argsort(again)
     return again[order], first[order]
 

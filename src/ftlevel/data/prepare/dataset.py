@@ -143,9 +143,9 @@ def _prepare(
     """Return the rows from the cache folder of `key`, or prepare them there; None: no cache."""
 
     def prepare(folder: Path) -> PreparedData:
-        loaded = load_examples(config, context.task, context.seed, lenient=context.lenient)
-        large = len(loaded.train) >= MIN_CACHED_ROWS
-        return prepare_examples(loaded, config, context, folder if large else None, progress)
+        data = load_examples(config, context.task, context.seed, lenient=context.lenient)
+        large = len(data.train) >= MIN_CACHED_ROWS
+        return prepare_examples(data, config, context, folder if large else None, progress)
 
     if key is None or not is_writable():
         workspace = Workspace("rows")
@@ -278,8 +278,8 @@ def _load(folder: Path, note: str, reason: str = "") -> PreparedData:
 
 
 def _load_rows(folder: Path, name: str, content: Mapping[str, Any]) -> Sequence[Encoded]:
-    spec = content[name]
-    if spec is None:
+    entry = content[name]
+    if entry is None:
         return []
-    indices = np.load(folder / f"{name}.npy") if spec["chosen"] else None
-    return RowStore(folder / spec["file"], indices)
+    indices = np.load(folder / f"{name}.npy") if entry["chosen"] else None
+    return RowStore(folder / entry["file"], indices)

@@ -327,14 +327,14 @@ class Encoder:
             check_not_empty(fitted, rows)
         return replace(fitted, stops=stops)
 
-    def _relax(self, fit: Callable[[str], T]) -> tuple[T, str]:
-        """Return the result of `fit`, or if lenient, that of dropping rows with the error."""
+    def _relax(self, function: Callable[[str], T]) -> tuple[T, str]:
+        """Return the result of `function`, or if lenient, that of dropping rows with the error."""
         try:
-            return fit(self.config.overlong), ""
+            return function(self.config.overlong), ""
         except InputError as error:
             if not self.lenient:
                 raise
-            return fit("drop"), str(error)
+            return function("drop"), str(error)
 
     def fit_targets(self, fitted: FittedRows, table: Table) -> FittedRows:
         """Apply the target length limit of an encoder-decoder."""

@@ -226,8 +226,8 @@ def prepare_stream(config: DataConfig, context: EncodingContext) -> PreparedData
         config.dataset, split=config.split, on_bad_row=config.on_bad_row, options=options
     )
     splits, schema = _read_head(source, config)
-    loaded = convert_splits(splits, config, context.task, lenient=context.lenient)
-    prepared = prepare_examples(loaded, config, context, None, ignore_progress)
+    data = convert_splits(splits, config, context.task, lenient=context.lenient)
+    prepared = prepare_examples(data, config, context, None, ignore_progress)
     length, overlong = prepared.max_length, prepared.facts["overlong"]
     if config.max_length == "auto":
         length = _with_room(length, context.bounds.tightest[0])
@@ -237,7 +237,7 @@ def prepare_stream(config: DataConfig, context: EncodingContext) -> PreparedData
     )
     encoder = context.encoder(resolved, prepared.prompt_format, partly=True)
     encode = ChunkEncoder(
-        resolved, loaded.format, schema, encoder, context.gate(config.gate), may_lose
+        resolved, data.format, schema, encoder, context.gate(config.gate), may_lose
     )
     stream = RowStream(
         source.train,

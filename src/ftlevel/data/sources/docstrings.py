@@ -248,8 +248,8 @@ def _documented(file: Path) -> tuple[Documented, ...]:
 
 
 def _fingerprint(docstring: str) -> str:
-    words = " ".join(docstring.lower().split())
-    return hashlib.sha1(words.encode(), usedforsecurity=False).hexdigest()
+    text = " ".join(docstring.lower().split())
+    return hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest()
 
 
 def _signature_row(item: Documented) -> Row | None:
@@ -261,9 +261,9 @@ def _signature_row(item: Documented) -> Row | None:
     arguments = function.args
     names = [a.arg for a in (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs)]
     parameters = [name for name in names if name not in ("self", "cls")]
-    first_line = item.docstring.partition("\n")[0].strip()
-    header = f"def {function.name}({ast.unparse(arguments)}):"
-    prompt = f"{SIGNATURE_INSTRUCTION}{header}\n    {first_line}"
+    description = item.docstring.partition("\n")[0].strip()
+    signature = f"def {function.name}({ast.unparse(arguments)}):"
+    prompt = f"{SIGNATURE_INSTRUCTION}{signature}\n    {description}"
     if not parameters or len(prompt) > MAX_SIGNATURE_CHARACTERS or not prompt.isascii():
         return None
     return {

@@ -42,15 +42,15 @@ def load_hub_tables(
     """
     reason = _probe(name)
     data = _load_dataset(name, reason, options.subset, split=split)
-    note = f"{name}: the Hub was not reached ({reason}); used the copy in the cache"
+    message = f"{name}: the Hub was not reached ({reason}); used the copy in the cache"
     splits = data if isinstance(data, Mapping) else {split or "train": data}
-    return _tables_of(splits, name, options), [note] if reason else []
+    return _tables_of(splits, name, options), [message] if reason else []
 
 
 def open_hub_streams(name: str, subset: str | None) -> dict[str, Any]:
     """Open the splits of a Hub dataset as `datasets.IterableDataset`; requires a connection."""
-    if reason := _probe(name):
-        raise InputError(_describe_offline(name, reason))
+    if error := _probe(name):
+        raise InputError(_describe_offline(name, error))
     return dict(_load_dataset(name, "", subset, streaming=True))
 
 
@@ -232,10 +232,10 @@ def load_memory_tables(
     }
 
 
-def _is_split(part: Any) -> bool:
-    if isinstance(part, list | tuple):
-        return bool(part) and isinstance(part[0], Mapping)
-    return hasattr(part, "columns") or hasattr(part, "features")
+def _is_split(split: Any) -> bool:
+    if isinstance(split, list | tuple):
+        return bool(split) and isinstance(split[0], Mapping)
+    return hasattr(split, "columns") or hasattr(split, "features")
 
 
 def _to_table(rows: Any, source: str, on_bad_row: OnBadRow, options: ReadOptions) -> Table:

@@ -146,10 +146,10 @@ class _PipeBytes:
         return content
 
 
-def _copy_rows(open_source: Callable[[], Any], name: str, shown: str) -> Path:
+def _copy_rows(get_source: Callable[[], Any], name: str, shown: str) -> Path:
     """Copy a source to a new file called `name`, decompressed if its first bytes match a format."""
     raw = _create_directory() / name
-    _write_copy(open_source, raw, shown)
+    _write_copy(get_source, raw, shown)
     with raw.open("rb") as file:
         head = file.read(8)
     if not head:
@@ -184,11 +184,11 @@ def _workspace() -> Workspace:
     return Workspace("rows")
 
 
-def _write_copy(open_source: Callable[[], Any], copy: Path, shown: str) -> None:
+def _write_copy(get_source: Callable[[], Any], copy: Path, shown: str) -> None:
     """Copy a source to `copy`; raise `InputError` if it is truncated or the disk is full."""
     with copy.open("wb") as file:
         try:
-            shutil.copyfileobj(open_source(), file, 1 << 20)
+            shutil.copyfileobj(get_source(), file, 1 << 20)
         except (EOFError, zlib.error, lzma.LZMAError, OSError) as error:
             full = isinstance(error, OSError) and error.errno == 28
             copy.unlink()

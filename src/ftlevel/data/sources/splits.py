@@ -199,10 +199,10 @@ def open_source(
 
 
 def _open_remote(
-    open_splits: Callable[[], Mapping[str, Any]], split: str | None, name: str, options: ReadOptions
+    load_splits: Callable[[], Mapping[str, Any]], split: str | None, name: str, options: ReadOptions
 ) -> StreamSource:
-    """Open the training stream and validation table of the splits that `open_splits` returns."""
-    splits, ignored = open_splits(), options.ignored
+    """Open the training stream and validation table of the splits that `load_splits` returns."""
+    splits, ignored = load_splits(), options.ignored
     train = pick_split(splits, split, name)
     rows, left_out = remove_columns(splits[train], ignored)
     if rows.features is not None:
@@ -213,7 +213,7 @@ def _open_remote(
         first = remove_columns(splits[held_out], ignored)[0].take(options.limit or REMOTE_ROWS)
         validation = IterableStream(lambda: first, f"{name} ({held_out})").collect()
     stream = IterableStream(
-        lambda: remove_columns(open_splits()[train], ignored)[0], f"{name} ({train})"
+        lambda: remove_columns(load_splits()[train], ignored)[0], f"{name} ({train})"
     )
     return StreamSource(stream, validation, ignored=left_out)
 
@@ -258,8 +258,8 @@ def hold_out(splits: DatasetSplits, validation_split: float, seed: int) -> Datas
     if validation_split <= 0:
         return splits
     if splits.validation is not None:
-        note = f"{splits.name}: has its own validation split; --validation-split is not used"
-        return replace(splits, notes=[*splits.notes, note])
+        message = f"{splits.name}: has its own validation split; --validation-split is not used"
+        return replace(splits, notes=[*splits.notes, message])
     total = len(splits.train)
     count = round(total * validation_split)
     if not 0 < count < total:
@@ -272,12 +272,12 @@ def hold_out(splits: DatasetSplits, validation_split: float, seed: int) -> Datas
     order = array("q", range(total))
     random.Random(seed).shuffle(order)
     validation, train = np.sort(order[:count]), np.sort(order[count:])
-    note = f"validation: {count:,} of {total:,} rows held out of train (seed {seed})"
+    message = f"validation: {count:,} of {total:,} rows held out of train (seed {seed})"
     return replace(
         splits,
         train=replace(splits.train.take(train), dropped=splits.train.dropped),
         validation=splits.train.take(validation),
-        notes=[*splits.notes, note],
+        notes=[*splits.notes, message],
     )
 
 
@@ -285,10 +285,10 @@ def _assemble(
     tables: Mapping[str, Table], train: str, name: str, notes: Sequence[str]
 ) -> DatasetSplits:
     """Assign tables to train, validation and test; add a note if `train` is not "train"."""
-    other = [f"{name}: trains on split {train!r} of {join_names(tables)}"] * (train != "train")
+    messages = [f"{name}: trains on split {train!r} of {join_names(tables)}"] * (train != "train")
     validation = next((key for key in VALIDATION_NAMES if key in tables and key != train), "")
     test = None if train == "test" else tables.get("test")
-    return DatasetSplits(tables[train], tables.get(validation), test, name, [*notes, *other])
+    return DatasetSplits(tables[train], tables.get(validation), test, name, [*notes, *messages])
 
 
 def _load_builtin(dataset: str, split: str | None, options: ReadOptions) -> dict[str, Table]:
@@ -389,8 +389,8 @@ def _choose_files(
     """
     names = data_files(path)
     if split is None and _are_shards(names):
-        note = f"{dataset}: reads all of {join_names(names)} as training rows"
-        return {"train": [path / name for name in names]}, "train", [note]
+        message = f"{dataset}: reads all of {join_names(names)} as training rows"
+        return {"train": [path / name for name in names]}, "train", [message]
     files: dict[str, str] = {}
     for name in names:
         stem = stem_of(name).lower()

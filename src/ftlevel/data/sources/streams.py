@@ -325,6 +325,6 @@ class ChainedStream:
         """Yield the chunks after `cursor`."""
         first, inner = (cursor["stream"], cursor["cursor"]) if cursor else (0, None)
         for number, stream in enumerate(self._streams[first:], first):
-            for found in stream.chunks(inner):
-                yield replace(found, cursor={"stream": number, "cursor": found.cursor})
+            for result in stream.chunks(inner):
+                yield replace(result, cursor={"stream": number, "cursor": result.cursor})
             inner = None

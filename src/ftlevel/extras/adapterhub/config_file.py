@@ -76,13 +76,13 @@ def read_config(settings: Mapping[str, Any], model_config: Any) -> dict[str, Any
         InputError: a setting is not supported; the message names its keys.
     """
     sites = _known_sites(model_config)
-    given = settings.get("config")
-    if not isinstance(given, Mapping) or any(key not in given for key in _REQUIRED):
+    values = settings.get("config")
+    if not isinstance(values, Mapping) or any(key not in values for key in _REQUIRED):
         raise InputError(
-            f"config is {given if isinstance(given, str) else 'incomplete'!r}; expected an object "
-            f"with {join_names(_REQUIRED)}. Save the adapter again with adapters 1.3.0."
+            f"config is {values if isinstance(values, str) else 'incomplete'!r}; expected an "
+            f"object with {join_names(_REQUIRED)}. Save the adapter again with adapters 1.3.0."
         )
-    config = {**_DEFAULTS, **given}
+    config = {**_DEFAULTS, **values}
     _check_plain(config)
     placement = _placement(config, sites)
     targets, left_out = _targets(config, placement, sites, model_config)
@@ -149,13 +149,13 @@ def _placement(config: Mapping[str, Any], sites: Sites) -> str:
 
 
 def _targets(
-    config: Mapping[str, Any], placement: str, sites: Sites, model_config: Any
+    config: Mapping[str, Any], position: str, sites: Sites, model_config: Any
 ) -> tuple[str | None, str | None]:
     """Return regular expressions of adapted and excluded modules; None for all or none."""
     self_attention, *cross = sites.attention
     modules = [self_attention] * bool(config["mh_adapter"]) + cross * bool(config["cross_adapter"])
     modules += [sites.feed_forward] * bool(config["output_adapter"])
-    is_whole = placement != "houlsby" or len(modules) == len(sites.attention) + 1
+    is_whole = position != "houlsby" or len(modules) == len(sites.attention) + 1
     paths = "|".join(map(re.escape, modules))
     targets = None if is_whole else rf"(?:.*\.)?\d+\.(?:{paths})"
     return targets, _left_out(config["leave_out"] or [], model_config)
@@ -249,8 +249,8 @@ def _factor_of(peft_config: Mapping[str, Any], hidden: int) -> float:
     width = peft_config.get("bottleneck_dim")
     if width is None:
         return float(peft_config.get("reduction_factor") or REDUCTION_FACTOR)
-    exact = hidden / width
-    return exact if int(hidden // exact) == width else hidden / (width + 0.5)
+    ratio = hidden / width
+    return ratio if int(hidden // ratio) == width else hidden / (width + 0.5)
 
 
 def holders_of(names: Iterator[str], model: Any) -> dict[str, str]:

@@ -63,13 +63,13 @@ def _whole_holders(directory: Path, placement: str, model: Any) -> dict[str, str
     pattern = re.compile(site_pattern(sites, placement)) if sites else None
     expected = {n for n, _ in model.named_modules() if pattern and pattern.fullmatch(n)}
     ends = ".bottleneck_up.weight"
-    found = {key.removesuffix(ends) for key in _read(directory)[0] if key.endswith(ends)}
-    if odd := sorted(expected ^ found):
+    result = {key.removesuffix(ends) for key in _read(directory)[0] if key.endswith(ends)}
+    if odd := sorted(expected ^ result):
         raise InputError(
             f"its adapters are not at the positions of placement {placement}, as {odd[0]} shows. "
             "Train without --target-modules."
         )
-    return holders_of(iter(sorted(found)), model)
+    return holders_of(iter(sorted(result)), model)
 
 
 def _read(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:

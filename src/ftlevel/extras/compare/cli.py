@@ -26,25 +26,28 @@ _COLUMNS = (
 )
 
 
-def show(found: Mapping[str, Any], console: Console) -> None:
+def show(result: Mapping[str, Any], console: Console) -> None:
     """Print the result of `compare`."""
-    for line in (*table_lines(found), *closing_lines(found)):
+    for line in (*table_lines(result), *closing_lines(result)):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
-def table_lines(found: Mapping[str, Any]) -> Iterator[str]:
+def table_lines(result: Mapping[str, Any]) -> Iterator[str]:
     """Yield the lines of the table: names left-aligned, numbers right-aligned."""
     first, *others = _COLUMNS
-    others += ["search"] * any(row["search"] for row in found["rows"])
-    table = [(first, found["headline"], *others), *(tuple(_cells(r, found)) for r in found["rows"])]
+    others += ["search"] * any(row["search"] for row in result["rows"])
+    table = [
+        (first, result["headline"], *others),
+        *(tuple(_cells(r, result)) for r in result["rows"]),
+    ]
     name, *figures = [max(map(len, column)) for column in zip(*table, strict=True)]
     for row in table:
         cells = (text.rjust(width) for text, width in zip(row[1:], figures, strict=True))
         yield "  ".join((row[0].ljust(name), *cells))
 
 
-def _cells(row: Mapping[str, Any], found: Mapping[str, Any]) -> Iterator[str]:
-    is_first = row is found["rows"][0]
+def _cells(row: Mapping[str, Any], result: Mapping[str, Any]) -> Iterator[str]:
+    is_first = row is result["rows"][0]
     yield row["method"]
     yield f"{row['metric']:.4f}"
     yield "–" if row["interval"] is None else "{:.4f} – {:.4f}".format(*row["interval"])
@@ -57,29 +60,29 @@ def _cells(row: Mapping[str, Any], found: Mapping[str, Any]) -> Iterator[str]:
     yield _mib(row["peak_bytes"])
     yield f"{row['tokens_per_s']:,.0f}"
     yield f"{row['seconds']:,.1f} s"
-    if any(other["search"] for other in found["rows"]):
+    if any(other["search"] for other in result["rows"]):
         yield f"{row['search']['seconds']:,.1f} s" if row["search"] else ""
 
 
-def closing_lines(found: Mapping[str, Any]) -> Iterator[str]:
+def closing_lines(result: Mapping[str, Any]) -> Iterator[str]:
     """Yield the lines after the table."""
-    for line in found["notes"]:
+    for line in result["notes"]:
         yield f"note: {line}"
-    for left in found["left_out"]:
+    for left in result["left_out"]:
         yield f"not compared: {left['method']}: {left['reason']}"
-    for row in found["rows"]:
+    for row in result["rows"]:
         if searched := row["search"]:
             yield f"searched for {row['method']}: {_search_words(searched)}"
-    yield "versions: " + ", ".join(f"{name} {value}" for name, value in found["versions"].items())
-    if not found["pictures"]:
+    yield "versions: " + ", ".join(f"{name} {value}" for name, value in result["versions"].items())
+    if not result["pictures"]:
         yield 'pictures need matplotlib: pip install "ftlevel[plots]"'
-    held = "compare.json, report.html, " + "pictures, " * bool(found["pictures"])
-    yield f"saved: {found['path']}: {held}and a run directory for each"
-    if found["best"] is None:
+    held = "compare.json, report.html, " + "pictures, " * bool(result["pictures"])
+    yield f"saved: {result['path']}: {held}and a run directory for each"
+    if result["best"] is None:
         yield "no method is within the limits that were given."
     else:
-        yield f"best: {found['best']}. Train it on everything:"
-        yield f"  {found['command']}"
+        yield f"best: {result['best']}. Train it on everything:"
+        yield f"  {result['command']}"
 
 
 def _search_words(searched: Mapping[str, Any]) -> str:
@@ -94,13 +97,13 @@ def _mib(size: int) -> str:
     return f"{size / 2**20:,.1f} MiB" if size < 2**30 else f"{size / 2**30:,.2f} GiB"
 
 
-def compare(given: CommandInput, *, as_json: bool, quiet: bool) -> None:
+def compare(values: CommandInput, *, as_json: bool, quiet: bool) -> None:
     """Compare several methods on the same data and budget.
 
     Accepts the flags of train except --method. Each method trains in its own process; a setting
     applies to the methods that have it. --resume keeps completed runs and resumes interrupted ones.
     """
-    config, _ = read_config(given)
+    config, _ = read_config(values)
     from ftlevel.cli.screen import open_screen
 
     with open_screen(as_json=as_json, quiet=quiet) as screen:
@@ -108,7 +111,7 @@ def compare(given: CommandInput, *, as_json: bool, quiet: bool) -> None:
             from ftlevel.extras.compare.compare import compare as run
             from ftlevel.extras.compare.comparison import ComparisonOptions
 
-        own = given.values
+        own = values.values
         wishes = ComparisonOptions(
             tuple(own["methods"] or ()),
             own["budget_steps"],
@@ -120,8 +123,8 @@ def compare(given: CommandInput, *, as_json: bool, quiet: bool) -> None:
             own["trials"],
             own["study"],
         )
-        found = run(config, wishes, listener=screen, prepare=prepare)
+        result = run(config, wishes, listener=screen, prepare=prepare)
         if as_json:
-            typer.echo(json_module.dumps(found))
+            typer.echo(json_module.dumps(result))
         else:
-            show(found, screen.console)
+            show(result, screen.console)

@@ -84,10 +84,10 @@ def train_and_score(config: TrainConfig, place: Path) -> None:
 
 def seconds_per_step(config: TrainConfig) -> float:
     """Measure the duration of a training step on this machine."""
-    found = plan(config, PlanOptions(probe=True, alternatives=False))
-    if found.time is None:
+    result = plan(config, PlanOptions(probe=True, alternatives=False))
+    if result.time is None:
         raise ConfigError("its steps could not be timed")
-    return found.time.seconds_per_epoch / found.steps
+    return result.time.seconds_per_epoch / result.steps
 
 
 def describe_run(config: TrainConfig) -> dict[str, Any]:
@@ -286,32 +286,34 @@ def _start_or_resume(
 
 def _without_metric(asked: Mapping[str, Any]) -> dict[str, Any]:
     """Return the configuration values without the ranking metric."""
-    train = {k: v for k, v in asked.get("train", {}).items() if k != "metric_for_best_model"}
-    return {**asked, "train": train}
+    section = {k: v for k, v in asked.get("train", {}).items() if k != "metric_for_best_model"}
+    return {**asked, "train": section}
 
 
-def _check_methods(config: TrainConfig, found: Comparison, listener: Listener) -> None:
+def _check_methods(config: TrainConfig, result: Comparison, listener: Listener) -> None:
     """Resolve the run of each method like `train`, which also caches the encoded rows."""
-    given = set(_plain(config).get("method", {})) - {"kind"}
-    for word in dict.fromkeys(found.wishes.methods):
+    values = set(_plain(config).get("method", {})) - {"kind"}
+    for word in dict.fromkeys(result.wishes.methods):
         fields = _method_fields(word)
         own = set(SPECS[str(fields["kind"])].model_fields)
-        given -= own
+        values -= own
         try:
-            ready = _with_method(config, fields, found.wishes)
+            ready = _with_method(config, fields, result.wishes)
             facts = describe_run(ready)
         except InputError:
             raise
         except ConfigError as error:
-            found.left_out[word] = " ".join(error.problems)
-            listener.warn(f"{word} cannot be compared: {found.left_out[word]}")
+            result.left_out[word] = " ".join(error.problems)
+            listener.warn(f"{word} cannot be compared: {result.left_out[word]}")
             continue
-        found.configs[word], found.dry[word] = ready, facts
-    if not found.configs:
-        raise ConfigError([f"{name}: {why}" for name, why in found.left_out.items()])
-    if given:
-        raise ConfigError(f"method.{sorted(given)[0]} is of none of the compared methods. Drop it.")
-    if not next(iter(found.dry.values()))["data"].get("validation_rows"):
+        result.configs[word], result.dry[word] = ready, facts
+    if not result.configs:
+        raise ConfigError([f"{name}: {message}" for name, message in result.left_out.items()])
+    if values:
+        raise ConfigError(
+            f"method.{sorted(values)[0]} is of none of the compared methods. Drop it."
+        )
+    if not next(iter(result.dry.values()))["data"].get("validation_rows"):
         raise ConfigError(
             "compare scores every method on held-out rows, and there are none. Add "
             "--validation-file FILE, or --validation-split 0.1."
@@ -347,90 +349,90 @@ def _with_method(
 
 
 def _set_budget(
-    found: Comparison, asked: dict[str, Any], listener: Listener, prepare: Callable[[], Any]
+    result: Comparison, asked: dict[str, Any], listener: Listener, prepare: Callable[[], Any]
 ) -> None:
     """Convert minutes to steps, once per method, so that the schedule ends within the budget."""
-    minutes, steps = found.wishes.minutes, asked["asked"]["planned_steps"]
+    minutes, steps = result.wishes.minutes, asked["asked"]["planned_steps"]
     if minutes is None:
         return
-    for method, config in list(found.configs.items()):
+    for method, config in list(result.configs.items()):
         if method not in steps:
             listener.stage(f"timing a step of {method}")
             try:
                 seconds = run_in_subprocess(prepare, seconds_per_step, config)
             except RunError as error:
-                found.left_out[method] = str(error)
-                del found.configs[method]
+                result.left_out[method] = str(error)
+                del result.configs[method]
                 continue
             steps[method] = max(1, int(60 * minutes / seconds))
-            write_json(found.path / RESULT, asked)
+            write_json(result.path / RESULT, asked)
         train = config.train.model_copy(update={"max_steps": steps[method]})
-        found.configs[method] = config.with_sections(train=train)
+        result.configs[method] = config.with_sections(train=train)
 
 
 def _search_all(
-    found: Comparison, asked: dict[str, Any], listener: Listener, prepare: Callable[[], Any]
+    result: Comparison, asked: dict[str, Any], listener: Listener, prepare: Callable[[], Any]
 ) -> None:
     """Set the best hyperparameters of each method, if a search is requested."""
     done = asked["asked"]["searched"]
-    for method, config in list(found.configs.items()):
+    for method, config in list(result.configs.items()):
         if method not in done:
-            study = plan_study(method, config, asked["asked"], found.dry[method], found.path)
+            study = plan_study(method, config, asked["asked"], result.dry[method], result.path)
             if study is None:
                 continue
             listener.stage(
                 f"searching {join_names(study.fields)} of {method}: {study.trials} trials"
             )
             try:
-                done[method] = search(study, config, found.path, prepare)
+                done[method] = search(study, config, result.path, prepare)
             except RunError as error:
-                found.left_out[method] = str(error)
-                del found.configs[method]
+                result.left_out[method] = str(error)
+                del result.configs[method]
                 continue
-            write_json(found.path / RESULT, asked)
-        found.searched[method] = done[method]
-        found.configs[method] = with_values(config, done[method]["values"])
+            write_json(result.path / RESULT, asked)
+        result.searched[method] = done[method]
+        result.configs[method] = with_values(config, done[method]["values"])
 
 
-def _train_all(found: Comparison, listener: Listener, prepare: Callable[[], Any]) -> None:
+def _train_all(result: Comparison, listener: Listener, prepare: Callable[[], Any]) -> None:
     """Train and score unfinished runs, seed by seed; raise RunError if none finishes."""
-    first = next(iter(found.configs.values()), None)
+    first = next(iter(result.configs.values()), None)
     if first is None:
-        raise RunError("\n".join(f"{name}: {why}" for name, why in found.left_out.items()))
-    seeds = range(first.train.seed, first.train.seed + found.wishes.seeds)
-    jobs = [(method, seed) for seed in seeds for method in found.configs]
+        raise RunError("\n".join(f"{name}: {message}" for name, message in result.left_out.items()))
+    seeds = range(first.train.seed, first.train.seed + result.wishes.seeds)
+    jobs = [(method, seed) for seed in seeds for method in result.configs]
     for number, (method, seed) in enumerate(jobs, 1):
-        if method in found.left_out:
+        if method in result.left_out:
             continue
         name = f"{method}-seed{seed}"
-        run, place = found.path / name, found.path / SCORES / f"{name}.json"
-        if not ((run / SUMMARY).is_file() and _is_scored(found.configs[method], place)):
+        run, place = result.path / name, result.path / SCORES / f"{name}.json"
+        if not ((run / SUMMARY).is_file() and _is_scored(result.configs[method], place)):
             listener.stage(f"{method}, seed {seed} ({number} of {len(jobs)})")
             try:
-                job = _of_run(found.configs[method], run, seed)
+                job = _of_run(result.configs[method], run, seed)
                 run_in_subprocess(prepare, train_and_score, job, place)
             except RunError as error:
-                found.left_out[method] = f"seed {seed}: {error}"
+                result.left_out[method] = f"seed {seed}: {error}"
                 listener.warn(f"{method} is skipped: {error}")
-                found.scored.pop(method, None)
+                result.scored.pop(method, None)
                 continue
         summary, scores = (
             json.loads(path.read_text(encoding="utf-8")) for path in (run / SUMMARY, place)
         )
-        found.scored.setdefault(method, []).append(
+        result.scored.setdefault(method, []).append(
             {"run": run, "seed": seed, "summary": summary, **scores}
         )
-    if not found.scored:
-        raise RunError("\n".join(f"{name}: {why}" for name, why in found.left_out.items()))
+    if not result.scored:
+        raise RunError("\n".join(f"{name}: {message}" for name, message in result.left_out.items()))
 
 
 def _is_scored(config: TrainConfig, place: Path) -> bool:
     """Return whether `place` has scores of the ranking metric."""
     if not place.is_file():
         return False
-    metric = config.train.metric_for_best_model
+    name = config.train.metric_for_best_model
     scored = json.loads(place.read_text(encoding="utf-8"))["name"]
-    return metric is None or metric.removeprefix("eval_") == scored
+    return name is None or name.removeprefix("eval_") == scored
 
 
 def _of_run(config: TrainConfig, run: Path, seed: int) -> TrainConfig:

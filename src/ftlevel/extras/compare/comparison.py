@@ -87,10 +87,10 @@ def ranking_metric(train: TrainerConfig, task: str, headline: str) -> str:
     return "loss" if is_missing else headline
 
 
-def summarize(found: Comparison, asked: Mapping[str, Any]) -> dict[str, Any]:
+def summarize(result: Comparison, asked: Mapping[str, Any]) -> dict[str, Any]:
     """Return the output of `--json`, with rows sorted from best to worst."""
-    first = next(iter(found.scored.values()))[0]
-    greater = next(iter(found.configs.values())).train.greater_is_better
+    first = next(iter(result.scored.values()))[0]
+    greater = next(iter(result.configs.values())).train.greater_is_better
     is_lower_better = (
         not greater if greater is not None else (first["name"].endswith(LOWER_IS_BETTER))
     )
@@ -98,7 +98,7 @@ def summarize(found: Comparison, asked: Mapping[str, Any]) -> dict[str, Any]:
         method: MetricRuns(
             [run["metric"] for run in runs], np.array([run["draws"] for run in runs])
         )
-        for method, runs in found.scored.items()
+        for method, runs in result.scored.items()
     }
     order = sorted(scores, key=lambda m: scores[m].mean, reverse=not is_lower_better)
     rows = []
@@ -106,24 +106,24 @@ def summarize(found: Comparison, asked: Mapping[str, Any]) -> dict[str, Any]:
         apart = compute_difference(scores[method], scores[order[0]], len(order) - 1)
         rows.append(
             {
-                **_row(method, found.scored[method], scores[method]),
+                **_row(method, result.scored[method], scores[method]),
                 "difference": apart.value,
                 "difference_interval": apart.interval,
                 "difference_error": apart.error,
                 "is_noise": apart.is_noise if method != order[0] else None,
-                "search": found.searched.get(method),
+                "search": result.searched.get(method),
             }
         )
-    best = next((row for row in rows if _is_within(row, found.wishes)), None)
+    best = next((row for row in rows if _is_within(row, result.wishes)), None)
     return {
         "rows": rows,
         "best": best and best["method"],
-        "command": best and _command(best, found),
+        "command": best and _command(best, result),
         "headline": first["name"],
-        "left_out": [{"method": m, "reason": why} for m, why in found.left_out.items()],
-        "notes": _notes(found),
+        "left_out": [{"method": m, "reason": message} for m, message in result.left_out.items()],
+        "notes": _notes(result),
         "versions": library_versions(),
-        "path": str(found.path),
+        "path": str(result.path),
         "pictures": [],
         **asked,
     }
@@ -159,22 +159,22 @@ def _is_within(row: Mapping[str, Any], wishes: ComparisonOptions) -> bool:
     return is_small and (minutes is None or row["seconds"] <= 60 * minutes)
 
 
-def _command(row: Mapping[str, Any], found: Comparison) -> str:
+def _command(row: Mapping[str, Any], result: Comparison) -> str:
     """Return the command that trains the winner on all rows, without the comparison's budget."""
-    words = ["ftlevel", "train", f"{row['run']}/{CONFIG}"]
-    config = found.configs[row["method"]]
-    if found.wishes.steps is not None or found.wishes.minutes is not None:
-        words += ["--set", "train.max_steps=null"]
+    args = ["ftlevel", "train", f"{row['run']}/{CONFIG}"]
+    config = result.configs[row["method"]]
+    if result.wishes.steps is not None or result.wishes.minutes is not None:
+        args += ["--set", "train.max_steps=null"]
     if config.data.max_samples is not None:
-        words += ["--set", "data.max_samples=null"]
-    for name, value in found.searched.get(row["method"], {}).get("values", {}).items():
-        words += ["--set", f"{name}={value}"]
-    return shlex.join(words)
+        args += ["--set", "data.max_samples=null"]
+    for name, value in result.searched.get(row["method"], {}).get("values", {}).items():
+        args += ["--set", f"{name}={value}"]
+    return shlex.join(args)
 
 
-def _notes(found: Comparison) -> list[str]:
+def _notes(result: Comparison) -> list[str]:
     """Return notes for interpreting the table."""
-    notes, runs = [], next(iter(found.scored.values()))
+    notes, runs = [], next(iter(result.scored.values()))
     if len(runs) == 1:
         notes.append("one seed: the variation between seeds is not known (--seeds 3)")
     elif len({run["summary"]["data"]["validation_fingerprint"] for run in runs}) > 1:
@@ -182,13 +182,13 @@ def _notes(found: Comparison) -> list[str]:
             "each seed holds out its own rows, the same for all methods; a --validation-file is "
             "shared by all seeds"
         )
-    if found.searched:
+    if result.searched:
         notes.append(
             "settings were searched on the rows that score them, which flatters all that were: a "
             "test file of other rows tells (ftlevel evaluate)"
         )
     name, headline = runs[0]["name"], runs[0]["summary"]["headline"]
-    asked = next(iter(found.configs.values())).train.metric_for_best_model
+    asked = next(iter(result.configs.values())).train.metric_for_best_model
     if asked is None and name != headline:
         notes.append(f"ranked by {name}: {headline} is not scored (--predict-with-generate)")
     best = {run["summary"]["best"]["metric"] for run in runs if run["summary"].get("best")}
@@ -199,12 +199,12 @@ def _notes(found: Comparison) -> list[str]:
     return notes
 
 
-def write_comparison_report(found: Comparison) -> None:
+def write_comparison_report(result: Comparison) -> None:
     """Write one report about all runs, replacing an earlier one."""
-    page = found.path / REPORT
+    page = result.path / REPORT
     page.unlink(missing_ok=True)
-    runs = [run for all_runs in found.scored.values() for run in all_runs]
-    answers = [found.path / SCORES / f"{run['run'].name}.jsonl" for run in runs]
+    runs = [run for all_runs in result.scored.values() for run in all_runs]
+    answers = [result.path / SCORES / f"{run['run'].name}.jsonl" for run in runs]
     report([run["run"] for run in runs], out=page, predictions=answers)
 
 
@@ -245,7 +245,7 @@ def draw_pictures(found: Comparison, result: Mapping[str, Any]) -> list[str]:
 
 
 def _scatter(
-    axes: Axes, rows: Sequence[Mapping[str, Any]], costs: Sequence[float], cost: str, metric: str
+    axes: Axes, rows: Sequence[Mapping[str, Any]], costs: Sequence[float], cost: str, name: str
 ) -> None:
     """Plot each method's metric with its 95 % interval over rows, against a cost."""
     for row, at in zip(rows, costs, strict=True):
@@ -253,13 +253,13 @@ def _scatter(
         bars = None if ends is None else [[max(0.0, value - ends[0])], [max(0.0, ends[1] - value)]]
         axes.errorbar([at], [value], yerr=bars, fmt="o", capsize=3)
         axes.annotate(_plain(row["method"]), (at, value), xytext=(6, 4), textcoords="offset points")
-    axes.set(xlabel=cost, ylabel=metric)
+    axes.set(xlabel=cost, ylabel=name)
     axes.margins(x=0.15)
 
 
-def _losses(axes: Axes, found: Comparison) -> None:
+def _losses(axes: Axes, result: Comparison) -> None:
     """Plot the training loss of every run, one color per method."""
-    for number, (method, runs) in enumerate(found.scored.items()):
+    for number, (method, runs) in enumerate(result.scored.items()):
         for run in runs:
             lines = (run["run"] / METRICS).read_text(encoding="utf-8").splitlines()
             points = [(r["step"], r["loss"]) for r in map(json.loads, lines) if "loss" in r]
@@ -269,9 +269,9 @@ def _losses(axes: Axes, found: Comparison) -> None:
     axes.legend()
 
 
-def _history(axes: Axes, found: Comparison, metric: str) -> None:
+def _history(axes: Axes, result: Comparison, name: str) -> None:
     """Plot the score of each trial; pruned trials are crosses."""
-    for number, (method, searched) in enumerate(found.searched.items()):
+    for number, (method, searched) in enumerate(result.searched.items()):
         for state, mark in (("complete", "o"), ("pruned", "x")):
             trials = [
                 t for t in searched["history"] if t["state"] == state and t["value"] is not None
@@ -284,7 +284,7 @@ def _history(axes: Axes, found: Comparison, metric: str) -> None:
                 color=f"C{number}",
                 label=label,
             )
-    axes.set(xlabel="trial (× ended early)", ylabel=metric)
+    axes.set(xlabel="trial (× ended early)", ylabel=name)
     axes.legend()
 
 

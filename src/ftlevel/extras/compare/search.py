@@ -256,9 +256,9 @@ def search(
     Raises:
         RunError: no trial finished.
     """
-    found, failed = study.load(), 0
+    result, failed = study.load(), 0
     while True:
-        states = [trial.state.name for trial in found.get_trials(deepcopy=False)]
+        states = [trial.state.name for trial in result.get_trials(deepcopy=False)]
         running = states.count("RUNNING")
         if states.count("COMPLETE") + states.count("PRUNED") + running < study.trials:
             try:
@@ -269,33 +269,33 @@ def search(
                     raise RunError(f"{failed} trials failed, the last so: {error}") from error
         elif running:  # of another process
             time.sleep(1)
-            _fail_the_silent(found)
+            _fail_the_silent(result)
         else:
             break
-    return _describe(found, study)
+    return _describe(result, study)
 
 
-def _fail_the_silent(found: optuna.Study) -> None:
+def _fail_the_silent(result: optuna.Study) -> None:
     """Fail trials whose process sends no heartbeat."""
     import optuna
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        optuna.storages.fail_stale_trials(found)
+        optuna.storages.fail_stale_trials(result)
 
 
-def _describe(found: optuna.Study, study: Study) -> dict[str, Any]:
+def _describe(result: optuna.Study, study: Study) -> dict[str, Any]:
     """Return the best values of a study and its trials, in order."""
     trials = [
         t
-        for t in found.get_trials(deepcopy=False)
+        for t in result.get_trials(deepcopy=False)
         if t.state.is_finished() and _WITHDRAWN not in t.user_attrs
     ]
     if not any(t.state.name == "COMPLETE" for t in trials):
         reasons = [t.user_attrs[_REASON] for t in trials if _REASON in t.user_attrs]
         raise RunError(f"no trial of its search came to its end. {' '.join(reasons[-1:])}".strip())
     seconds = [t.duration.total_seconds() for t in trials if t.duration is not None]
-    best = found.best_trial
+    best = result.best_trial
     return {
         "values": {study.fields[name]: value for name, value in best.params.items()},
         "metric": study.metric,
@@ -319,16 +319,16 @@ def _describe(found: optuna.Study, study: Study) -> dict[str, Any]:
 
 def _try_one(study: Study, config: TrainConfig, path: Path) -> None:
     """Run one trial; of two processes that start the last one, the later withdraws."""
-    found = study.load()
+    result = study.load()
 
     def run(trial: optuna.Trial) -> float:
-        earlier = [t for t in found.get_trials(deepcopy=False) if t.number < trial.number]
+        earlier = [t for t in result.get_trials(deepcopy=False) if t.number < trial.number]
         if sum(t.state.name != "FAIL" for t in earlier) >= study.trials:
             trial.set_user_attr(_WITHDRAWN, True)
             raise _Enough
         return _objective(trial, study, config, path)
 
-    found.optimize(run, n_trials=1, catch=_Enough)
+    result.optimize(run, n_trials=1, catch=_Enough)
 
 
 def _objective(trial: optuna.Trial, study: Study, config: TrainConfig, path: Path) -> float:
@@ -382,9 +382,9 @@ def with_values(config: TrainConfig, values: Mapping[str, Any]) -> TrainConfig:
 class _PruningCallback(TrainerCallback):
     """Evaluate nine times, report to the study, and prune the trial if it falls behind."""
 
-    def __init__(self, trial: optuna.Trial, metric: str) -> None:
+    def __init__(self, trial: optuna.Trial, metric_name: str) -> None:
         self._trial = trial
-        self._metric = f"eval_{metric}"
+        self._metric = f"eval_{metric_name}"
         self._seen = 0
 
     def on_step_end(

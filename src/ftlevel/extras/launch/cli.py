@@ -158,14 +158,14 @@ def build_job(config: TrainConfig, arguments: Sequence[str], cluster: Cluster) -
         raise ConfigError(problems)
     processes = cluster.processes or max(cluster.gpus, 1)
     words = re.sub(r"[^a-z0-9]+", "-", output.dir.name.lower()).strip("-")
-    given = train_arguments(arguments)
-    given = given if "--resume" in given else [*given, "--resume"]
+    values = train_arguments(arguments)
+    values = values if "--resume" in values else [*values, "--resume"]
     return Job(
         cluster.scheduler,
         cluster.nodes,
         processes,
         cluster.gpus,
-        given,
+        values,
         output.dir,
         f"ftlevel-{words}"[:63].rstrip("-"),
         cluster.image,
@@ -184,7 +184,7 @@ def _option(text: str, problems: list[str]) -> tuple[str, str]:
 
 def train_arguments(arguments: Sequence[str]) -> list[str]:
     """Return the `ftlevel train` command line for that of `ftlevel launch`."""
-    train: list[str] = []
+    args: list[str] = []
     is_value = False
     for argument in arguments:
         name, has_value, _ = argument.partition("=")
@@ -194,8 +194,8 @@ def train_arguments(arguments: Sequence[str]) -> list[str]:
         elif name in _OURS:
             is_value = _OURS[name] and not has_value
         else:
-            train.append(argument)
-    return ["train", *train[1:]]
+            args.append(argument)
+    return ["train", *args[1:]]
 
 
 def write_job(job: Job, path: Path) -> str:

@@ -88,17 +88,17 @@ def _resolve(typed: dict[str, list[str]], lost: dict[str, str]) -> TrainConfig:
     """Return the configuration of the keys; moves keys that cause errors to `lost` (mutated)."""
     configs: list[TrainConfig] = []
 
-    def command(given: CommandInput) -> None:
-        configs.append(read_config(given, notes.append)[0])
+    def command(values: CommandInput) -> None:
+        configs.append(read_config(values, notes.append)[0])
 
     app = typer.Typer(add_completion=False, rich_markup_mode=None)
     add_command(app, "train", command, FLAGS)
 
     def problem_of(without: str) -> ConfigError | None:
         notes.clear()
-        words = (words for key, words in typed.items() if key != without)
+        values = (values for key, values in typed.items() if key != without)
         try:
-            app(args=[*itertools.chain(*words)], standalone_mode=False)
+            app(args=[*itertools.chain(*values)], standalone_mode=False)
         except ConfigError as error:
             return error
         return None
@@ -156,8 +156,8 @@ def convert_keys(values: Mapping[str, Any]) -> Iterator[tuple[str, list[str]]]:
 
 def _data_sets(sets: Sequence[Any]) -> Iterator[tuple[str, list[str]]]:
     for number, one in enumerate(sets):
-        fields = one if isinstance(one, Mapping) else {"path": one}
-        for key, value in fields.items():
+        data = one if isinstance(one, Mapping) else {"path": one}
+        for key, value in data.items():
             shown = f"datasets[{number}].{key}"
             if key == "path":
                 yield shown, ["--dataset", str(value)]

@@ -31,7 +31,7 @@ REWARD_FUNCS = {
 
 def read_reward_funcs(text: str) -> str:
     """Convert comma-separated reward functions to repeated `--reward` settings."""
-    found = []
+    result = []
     for name in filter(None, map(str.strip, text.split(","))):
         reward = REWARD_FUNCS.get(name, name if name.count(".py:") == 1 or "/" in name else "")
         if not reward:
@@ -39,8 +39,8 @@ def read_reward_funcs(text: str) -> str:
                 f"{name!r} has no counterpart. Built in: {', '.join(REWARD_FUNCS.values())}, "
                 "…; a function is named by its file: --reward FILE.py:FUNCTION"
             )
-        found.append(reward)
-    return " --reward ".join(found)
+        result.append(reward)
+    return " --reward ".join(result)
 
 
 _ACTOR, _ROLLOUT = "actor_rollout_ref.actor.", "actor_rollout_ref.rollout."

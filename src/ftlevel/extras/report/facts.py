@@ -69,18 +69,18 @@ def summarize_retrieval(rows: Iterable[dict[str, Any]]) -> RetrievalFacts | None
 
 def _query_scores(row: Mapping[str, Any]) -> dict[str, float]:
     """Return the best scores of a row's positives and negatives, with those before training."""
-    found: dict[str, float] = {}
+    result: dict[str, float] = {}
     for base in ("", "base_"):
         names = [f"{base}positive_score", f"{base}negative_score"]
         scores, labels = row.get(f"{base}scores"), row.get("labels")
         if all(name in row for name in names):
-            found |= {name: row[name] for name in names}
+            result |= {name: row[name] for name in names}
         elif isinstance(scores, list) and isinstance(labels, list):  # of a reranker
             good = [s for s, label in zip(scores, labels, strict=True) if label > 0]
             bad = [s for s, label in zip(scores, labels, strict=True) if label <= 0]
             if good and bad:
-                found |= dict(zip(names, (max(good), max(bad)), strict=True))
-    return found if "positive_score" in found else {}
+                result |= dict(zip(names, (max(good), max(bad)), strict=True))
+    return result if "positive_score" in result else {}
 
 
 def _bands(series: Sequence[Sequence[float]]) -> list[tuple[float, float, list[int]]]:
@@ -187,13 +187,14 @@ def _pairs(true: Any, predicted: Any) -> tuple[str, list[tuple[str, str]]]:
     return "", []
 
 
-def _lengths(found: list[tuple[int, float]]) -> list[tuple[int, int, int, float]]:
+def _lengths(result: list[tuple[int, float]]) -> list[tuple[int, int, int, float]]:
     """Return the mean loss per decile of the true answer's length in words."""
-    found.sort()
-    if len({length for length, _ in found}) < _BANDS:
+    result.sort()
+    if len({length for length, _ in result}) < _BANDS:
         return []
     bands = [
-        found[len(found) * at // _BANDS : len(found) * (at + 1) // _BANDS] for at in range(_BANDS)
+        result[len(result) * at // _BANDS : len(result) * (at + 1) // _BANDS]
+        for at in range(_BANDS)
     ]
     return [(band[0][0], band[-1][0], len(band), fmean(loss for _, loss in band)) for band in bands]
 

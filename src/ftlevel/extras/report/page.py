@@ -91,11 +91,11 @@ def _figure(value: float) -> str:
 def data_findings(summary: Summary) -> Iterator[str]:
     """Yield what the data checks found, and what happened to rows that did not fit."""
     data = summary.get("data", {})
-    for found in data.get("gate") or ():
-        places = ", ".join(found.get("places", ()))
+    for result in data.get("gate") or ():
+        places = ", ".join(result.get("places", ()))
         yield (
-            f"{found['title']}: {found['count']:,} of {found['total']:,} {found['split']} rows "
-            f"({places}); action: {found['action']}"
+            f"{result['title']}: {result['count']:,} of {result['total']:,} {result['split']} rows "
+            f"({places}); action: {result['action']}"
         )
     for key, action in (
         ("dropped", "dropped"),
@@ -208,10 +208,10 @@ def draw_charts(runs: Sequence[ReportedRun]) -> Iterator[Chart]:
     names = {key: key.removeprefix("eval_").replace("_", " ") for key in metrics}
     of_metrics = [(key, f"Validation {name}", key, name) for key, name in names.items()]
     for name, title, key, unit in (*of_metrics, *CURVES):
-        found = [
+        result = [
             (number, run, thin(list(_points(run.records, key)))) for number, run in enumerate(runs)
         ]
-        if having := [one for one in found if len(one[2]) > 1]:
+        if having := [one for one in result if len(one[2]) > 1]:
             yield _chart(name, title, unit, having)
 
 
@@ -246,8 +246,8 @@ def thin(points: list[Point]) -> list[Point]:
     stretch = math.ceil(len(points) / (MOST_POINTS // 3))
     kept: list[Point] = []
     for begin in range(0, len(points), stretch):
-        part = points[begin : begin + stretch]
-        ends = {part[0], min(part, key=lambda p: p[1]), max(part, key=lambda p: p[1])}
+        chunk = points[begin : begin + stretch]
+        ends = {chunk[0], min(chunk, key=lambda p: p[1]), max(chunk, key=lambda p: p[1])}
         kept += sorted(ends)
     return kept if kept[-1] == points[-1] else [*kept, points[-1]]
 
@@ -456,12 +456,12 @@ def write_run_page(
     run: RunDirectory, summary: Mapping[str, Any], lines: Sequence[dict[str, Any]]
 ) -> None:
     """Write the page of a run at its end; `lines` are its predictions for validation rows."""
-    retrieval = summarize_retrieval(lines)
-    answers = summarize_answers(iter(lines)) if lines and retrieval is None else None
+    queries = summarize_retrieval(lines)
+    answers = summarize_answers(iter(lines)) if lines and queries is None else None
     records = run.read_log(summary["steps"])
     rollouts = summarize_rollouts(run.path / ROLLOUTS)
     name = run.path.resolve().name
-    facts = ReportedRun(name, run.path, summary, records, answers, rollouts, retrieval)
+    facts = ReportedRun(name, run.path, summary, records, answers, rollouts, queries)
     write_page([facts], run.report)
 
 
@@ -487,8 +487,8 @@ def report(
     if out is not None:
         check_absent("--out", out)
     answers: list[Path | None] = [*predictions] or [None for _ in runs]
-    found = [read_run_facts(run, rows) for run, rows in zip(runs, answers, strict=True)]
+    result = [read_run_facts(run, rows) for run, rows in zip(runs, answers, strict=True)]
     place = out or runs[0] / REPORT
     place.parent.mkdir(parents=True, exist_ok=True)
-    write_page(found, place)
+    write_page(result, place)
     return place

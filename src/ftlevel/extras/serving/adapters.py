@@ -280,8 +280,8 @@ class AdaptersExport:
             reason = "known when its layers are computed" if form is None else f"rank {form.rank}"
             yield Choice(entry.name, entry.ref.card.method, reason)
         yield Choice("base", self.entries[0].base_name)
-        why = f"what {self.server.title} loads" if self.server else "--format"
-        yield Choice("format", self.config.format, why)
+        message = f"what {self.server.title} loads" if self.server else "--format"
+        yield Choice("format", self.config.format, message)
         yield Choice("out", self.config.out)
         if self.config.verify:
             yield device

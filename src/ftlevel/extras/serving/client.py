@@ -67,7 +67,7 @@ class Client:
         Raises Refused if the server accepts no form of the request.
         """
         forms = list(_ways(prompt))
-        reason = ""
+        error = ""
         for number in range(self.how, len(forms)):
             body = {
                 "model": model,
@@ -79,11 +79,11 @@ class Client:
             try:
                 answer = _parse_response(self._ask("/completions", body))
             except RequestRefusedError as refused:
-                reason = str(refused)
+                error = str(refused)
                 continue
             self.how = number
             return answer
-        raise RequestRefusedError(reason)
+        raise RequestRefusedError(error)
 
     @property
     def by_text(self) -> bool:
@@ -107,9 +107,9 @@ class Client:
 
     def embed(self, model: str, texts: list[str]) -> list[list[float]]:
         """Return the embedding of each text; raise Refused if the server returns none."""
-        found = self._ask("/embeddings", {"model": model, "input": texts})
+        result = self._ask("/embeddings", {"model": model, "input": texts})
         try:
-            rows = sorted(found["data"], key=lambda row: int(row["index"]))
+            rows = sorted(result["data"], key=lambda row: int(row["index"]))
             return [[float(value) for value in row["embedding"]] for row in rows]
         except (KeyError, TypeError, ValueError) as error:
             raise RequestRefusedError(f"embeddings in another form ({error!r})") from None

@@ -81,13 +81,13 @@ def check_signs(server: Server, names: Sequence[str], out: Path) -> None:
             )
 
 
-def _pair(server: Server, part: ServedAdapter) -> str:
+def _pair(server: Server, adapter: ServedAdapter) -> str:
     """Return NAME=PATH, or JSON if one of them contains a separator."""
-    pair = f"{part.name}={part.place}"
+    pair = f"{adapter.name}={adapter.place}"
     if (pair.count("=") == 1 and "," not in pair) or server.name not in ("vllm", "sglang"):
         return pair
     keys = ("name", "path") if server.name == "vllm" else ("lora_name", "lora_path")
-    return json.dumps(dict(zip(keys, (part.name, str(part.place)), strict=True)))
+    return json.dumps(dict(zip(keys, (adapter.name, str(adapter.place)), strict=True)))
 
 
 def _llama(base: str, parts: Sequence[ServedAdapter], template: Path | None) -> list[str]:
@@ -257,8 +257,8 @@ class ServedModel:
     def own_chat_template(self) -> str | None:
         """Chat template of training, if it differs from the base's; else None."""
         template = getattr(self.tokenizer, "chat_template", None)
-        other = getattr(self.base_tokenizer, "chat_template", None)
-        return template if isinstance(template, str) and template != other else None
+        base_template = getattr(self.base_tokenizer, "chat_template", None)
+        return template if isinstance(template, str) and template != base_template else None
 
     def prompts(self) -> list[Prompt]:
         """Return the prompts, formatted as in training."""

@@ -77,12 +77,12 @@ class GgufWriter:
 def _names(form: NormalForm, config: Any) -> dict[str, str]:
     """Return module → llama.cpp's name of its weight; raise InputError if it has none."""
     names = name_map(config)
-    found = {
+    result = {
         name: names.get_name(f"{name}.weight", try_suffixes=(".weight",)) for name in form.factors
     }
-    if unsupported := [name for name, modules in found.items() if modules is None]:
+    if unsupported := [name for name, modules in result.items() if modules is None]:
         raise InputError(f"llama.cpp has no place for {join_names(unsupported, 3)}. Merge it")
-    return {name: str(modules) for name, modules in found.items()}
+    return {name: str(modules) for name, modules in result.items()}
 
 
 def _in_order(config: Any, name: str, b: torch.Tensor) -> torch.Tensor:

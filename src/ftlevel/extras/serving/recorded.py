@@ -58,10 +58,10 @@ class Answer:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields for served.json, rounded to the precision of float32."""
-        fields = asdict(self)
+        data = asdict(self)
         for key in ("logprobs", "margins"):
-            fields[key] = [round(value, 6) for value in fields[key]]
-        return fields
+            data[key] = [round(value, 6) for value in data[key]]
+        return data
 
 
 @dataclass(frozen=True)

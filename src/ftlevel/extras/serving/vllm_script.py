@@ -47,14 +47,14 @@ def main() -> None:
         outputs = model.generate(prompts, greedy, lora_request=request, use_tqdm=False)
         answered[adapter["name"]] = [
             {
-                "text": found.text,
-                "ids": list(found.token_ids),
+                "text": result.text,
+                "ids": list(result.token_ids),
                 "logprobs": [
                     row[token].logprob
-                    for token, row in zip(found.token_ids, found.logprobs, strict=True)
+                    for token, row in zip(result.token_ids, result.logprobs, strict=True)
                 ],
             }
-            for found in (output.outputs[0] for output in outputs)
+            for result in (output.outputs[0] for output in outputs)
         ]
     Path(sys.argv[2]).write_text(json.dumps(answered), encoding="utf-8")
 

@@ -41,9 +41,9 @@ class Formulas:
 
     def norm(self, x: Tensor, weight: Tensor, eps: float) -> Pair:
         """Return y and ρ."""
-        exact = x.to(torch.promote_types(x.dtype, torch.float32))
-        scale = exact.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
-        return _normalize(exact, weight, scale, x.dtype), scale
+        x32 = x.to(torch.promote_types(x.dtype, torch.float32))
+        scale = x32.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
+        return _normalize(x32, weight, scale, x.dtype), scale
 
     def renorm(self, x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
         """Return y again, bit for bit, from ρ."""
@@ -79,14 +79,14 @@ class Formulas:
 
         The largest probability p gives the normalizer cheaply: log Σⱼ exp sⱼ = max s − log max p.
         """
-        exact = scores.float()
-        target_logits = exact.gather(-1, targets[:, None])[:, 0]
-        probabilities = torch.softmax(exact, -1)
-        normalizer = exact.amax(-1) - probabilities.amax(-1).log()
+        x32 = scores.float()
+        target_logits = x32.gather(-1, targets[:, None])[:, 0]
+        probabilities = torch.softmax(x32, -1)
+        normalizer = x32.amax(-1) - probabilities.amax(-1).log()
         ones = probabilities.new_full((len(targets), 1), smoothing - 1.0)
         if smoothing:
-            target_logits = (1 - smoothing) * target_logits + smoothing * exact.mean(-1)
-            probabilities -= smoothing / exact.shape[-1]
+            target_logits = (1 - smoothing) * target_logits + smoothing * x32.mean(-1)
+            probabilities -= smoothing / x32.shape[-1]
         return normalizer - target_logits, probabilities.scatter_add_(-1, targets[:, None], ones)
 
 
@@ -323,12 +323,12 @@ def supports_triton(device: str, dtype: torch.dtype) -> bool:
     )
 
 
-def agree(one: Tensor, other: Tensor) -> bool:
+def agree(one: Tensor, expected: Tensor) -> bool:
     """Return whether two results are equal up to `ROUNDINGS`."""
     bound = ROUNDINGS * torch.finfo(one.dtype).eps
-    a, b = one.to(torch.float32), other.to(torch.float32)
+    a, b = one.to(torch.float32), expected.to(torch.float32)
     size = float(a.square().mean().sqrt())
-    return one.dtype == other.dtype and torch.allclose(a, b, rtol=bound, atol=bound * size)
+    return one.dtype == expected.dtype and torch.allclose(a, b, rtol=bound, atol=bound * size)
 
 
 def _choose_faster(text: str, compute: Computation, device: str) -> Formulas:
@@ -339,8 +339,8 @@ def _choose_faster(text: str, compute: Computation, device: str) -> Formulas:
         results = compute(ours)
     except Exception:  # noqa: BLE001 - whatever a compiler says of a card: the other way is there
         return TORCH
-    is_same = all(agree(a, b) for a, b in zip(compute(TORCH), results, strict=True))
-    if is_same and time(compute, ours, device) < time(compute, TORCH, device):
+    is_equal = all(agree(a, b) for a, b in zip(compute(TORCH), results, strict=True))
+    if is_equal and time(compute, ours, device) < time(compute, TORCH, device):
         _choices[text] = ours
     return _choices[text]
 

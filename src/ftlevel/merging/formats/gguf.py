@@ -143,8 +143,8 @@ def check_file(
     probe = _probe(original)
     reference, expected = _ask_original(probe, outtype, tensors, original)
     # The file stores vectors in a wider dtype than matrices, unless the model itself is narrow.
-    same = _NATIVE.get(outtype) == original.dtype
-    dtype = original.dtype if same else torch.float32
+    is_equal = _NATIVE.get(outtype) == original.dtype
+    dtype = original.dtype if is_equal else torch.float32
     model, missing = load_model(source, config, _CLASS, dtype=dtype, device=original.device)
     if missing:
         raise RunError(
@@ -445,7 +445,7 @@ def _check_model(name: str, model_config: Any, *, has_adapter: bool) -> None:
     if not problems and checkpoint_class(model_config) != _CLASS:
         problems = [f"it is a {_saved_as(model_config)}, which does not write text."]
     if problems:
-        raise InputError([f"{name} cannot be written as GGUF: {reason}" for reason in problems])
+        raise InputError([f"{name} cannot be written as GGUF: {error}" for error in problems])
 
 
 def _saved_as(model_config: Any) -> str:

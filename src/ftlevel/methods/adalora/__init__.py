@@ -135,8 +135,8 @@ class AdaLora(Method):
             mask = torch.tensor(alive, dtype=torch.bool)
             for matrices, axis in ((layer.lora_E, 0), (layer.lora_A, 0), (layer.lora_B, 1)):
                 full = matrices["default"]
-                part = full.data[mask] if axis == 0 else full.data[:, mask]
-                matrices["default"] = torch.nn.Parameter(part, full.requires_grad)
+                block = full.data[mask] if axis == 0 else full.data[:, mask]
+                matrices["default"] = torch.nn.Parameter(block, full.requires_grad)
             layer.r["default"] = sum(alive)
 
 

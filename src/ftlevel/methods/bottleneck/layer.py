@@ -282,9 +282,9 @@ class BottleneckModel(UnmergeableTuner, PrecisionTuner, BaseTuner):
     def _prepare_adapter_config(
         self, peft_config: BottleneckConfig, model_config: dict[str, Any]
     ) -> BottleneckConfig:
-        reason = why_no_residual(getattr(self.model, "config", None), peft_config.placement)
-        if reason:
-            raise ValueError(f"{reason}. Use placement houlsby, pfeiffer or parallel.")
+        error = why_no_residual(getattr(self.model, "config", None), peft_config.placement)
+        if error:
+            raise ValueError(f"{error}. Use placement houlsby, pfeiffer or parallel.")
         if peft_config.target_modules is None:
             sites = sites_of(getattr(self.model, "config", None))
             if sites is None:

@@ -31,11 +31,11 @@ _LLAMA_7B = 19_988_480
 
 
 def _variant(
-    name: str, flags: str, trains: str, paper: str, fields: dict[str, Any], count: int = _LLAMA_7B
+    name: str, flags: str, trains: str, paper: str, kwargs: dict[str, Any], count: int = _LLAMA_7B
 ) -> MethodFacts:
     """Returns the row of a LoRA variant, which QLoRA also supports."""
     return MethodFacts(
-        name, "lora", f"--method lora {flags}", trains, MERGES, paper, count, fields, ("qlora",)
+        name, "lora", f"--method lora {flags}", trains, MERGES, paper, count, kwargs, ("qlora",)
     )
 
 

@@ -51,11 +51,11 @@ def factor(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     if rows < columns:
         b, a = factor(matrix.T, rank)
         return a.T, b.T
-    exact = matrix.double()
-    squares, vectors = torch.linalg.eigh(exact.T @ exact)
+    matrix64 = matrix.double()
+    squares, vectors = torch.linalg.eigh(matrix64.T @ matrix64)
     top = vectors[:, -rank:].flip(1)
     root = squares[-rank:].flip(0).clamp_min(1e-30).sqrt().sqrt()  # root of singular values
-    return (top * root).T.float(), ((exact @ top) / root).float()
+    return (top * root).T.float(), ((matrix64 @ top) / root).float()
 
 
 def start_from_data(model: Any, batches: Any, device: str, dtype: str) -> None:

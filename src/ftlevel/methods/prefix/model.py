@@ -400,9 +400,9 @@ class PrefixModel(VirtualTokenTuner):
 
     def _pre_injection_hook(self, model: Any, config: PrefixKvConfig, adapter_name: str) -> None:
         """Store the attention implementation; raise `ValueError` if it is unsupported."""
-        reason = why_no_prefix(model.config)
-        if reason:
-            raise ValueError(f"{reason}. Use a method without a prefix, such as LoRA.")
+        error = why_no_prefix(model.config)
+        if error:
+            raise ValueError(f"{error}. Use a method without a prefix, such as LoRA.")
         implementation = attention_of(model)
         if implementation not in {*WITH_PREFIX, *_OURS}:
             raise ValueError(

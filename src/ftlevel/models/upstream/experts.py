@@ -103,10 +103,10 @@ def _one_by_one(module: Any, name: str) -> Iterator[tuple[Tensor, Any]]:
     scales = state.absmax
     if state.nested:
         scales = bnb.dequantize_blockwise(scales, state.state2) + state.offset
-    packed = module.parametrizations[name].original.view(number, -1, 1)
+    weight = module.parametrizations[name].original.view(number, -1, 1)
     for index, absmax in enumerate(scales.float().view(number, -1)):
         settings = (state.code, state.blocksize, state.quant_type, state.dtype)
-        yield packed[index], bnb.QuantState(absmax, torch.Size(shape), *settings)
+        yield weight[index], bnb.QuantState(absmax, torch.Size(shape), *settings)
 
 
 def use_even_shares(config: Any) -> None:
@@ -161,9 +161,9 @@ class ExpertsQuantizer(Bnb4BitHfQuantizer):
         for name, state in self.states.items():
             owner, _, last = name.rpartition(".")
             module = model.get_submodule(owner)
-            packed = module._parameters[last]
+            weight = module._parameters[last]
             replace_parameter_4bit_prequantized(
-                module, last, state.as_dict(packed=True), packed.device
+                module, last, state.as_dict(packed=True), weight.device
             )
             module.parametrizations[last].original.quant_state = state_of(module, last)
         if self.states:

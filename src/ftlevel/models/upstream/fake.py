@@ -38,7 +38,7 @@ class FakeTensor(Tensor):
     @staticmethod
     def __new__(cls, shape_only: Tensor) -> FakeTensor:
         """Return the fake of a meta tensor."""
-        fake: FakeTensor = Tensor._make_wrapper_subclass(
+        fake_tensor: FakeTensor = Tensor._make_wrapper_subclass(
             cls,
             shape_only.size(),
             strides=shape_only.stride(),
@@ -46,8 +46,8 @@ class FakeTensor(Tensor):
             storage_offset=shape_only.storage_offset(),
             device=torch.device("cpu"),
         )
-        fake.shape_only = shape_only
-        return fake
+        fake_tensor.shape_only = shape_only
+        return fake_tensor
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]  # torch's
         """Return shape and dtype."""
@@ -256,10 +256,10 @@ def fake_parameters(model: torch.nn.Module) -> None:
 def _fake(tensor: Tensor) -> Tensor:
     if isinstance(tensor, FakeTensor):
         return tensor
-    fake = new_fake(tensor.shape, tensor.dtype)
+    fake_tensor = new_fake(tensor.shape, tensor.dtype)
     if not isinstance(tensor, torch.nn.Parameter):
-        return fake
-    return torch.nn.Parameter(fake, requires_grad=tensor.requires_grad)
+        return fake_tensor
+    return torch.nn.Parameter(fake_tensor, requires_grad=tensor.requires_grad)
 
 
 def new_fake(shape: Any, dtype: torch.dtype) -> Tensor:

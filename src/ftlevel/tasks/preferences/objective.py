@@ -58,8 +58,8 @@ class AnswerLikelihoods:
 
     def every_other(self, first: int) -> AnswerLikelihoods:
         """Return every second answer, starting at index `first`."""
-        part = slice(first, None, 2)
-        return AnswerLikelihoods(self.sums[part], self.counts[part], self.reference[part])
+        index = slice(first, None, 2)
+        return AnswerLikelihoods(self.sums[index], self.counts[index], self.reference[index])
 
     @property
     def means(self) -> Tensor:
@@ -209,7 +209,7 @@ class PreferenceMeter:
     def pool(self, meters: Sequence[PreferenceMeter]) -> PreferenceMeter:
         """Return a meter of the answers of all `meters`."""
         pooled = PreferenceMeter(self._objective)
-        pooled._seen = [part for meter in meters for part in meter._seen]
+        pooled._seen = [index for meter in meters for index in meter._seen]
         return pooled
 
     def compute(self, loss: float) -> dict[str, float]:

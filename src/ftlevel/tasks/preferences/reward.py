@@ -91,14 +91,14 @@ class RewardTask(AnswerTask):
         format_: Format,
         labels: Sequence[str],
         options: Mapping[str, Any],
-        requested: OutputOptions,
+        outputs: OutputOptions,
     ) -> dict[str, Column]:
         """Return one score column."""
-        check_options(requested, "a reward model", "")
+        check_options(outputs, "a reward model", "")
         return {"": "number"}
 
     def answer_rows(
-        self, model: PromptedModel, questions: Sequence[Any], requested: OutputOptions
+        self, model: PromptedModel, questions: Sequence[Any], outputs: OutputOptions
     ) -> list[Prediction]:
         """Return the score of each answer."""
         if model.prompt_format is None:

@@ -121,13 +121,13 @@ def _check_bytes(run: Run) -> int:
     ).with_settings(  # its completions are stand-ins, and it samples none
         "rl", num_generations=STAND_INS, max_completion_length=STAND_IN_TOKENS, rollouts=""
     )
-    wide: Any = replace(
+    float32_: Any = replace(
         plain_run,
         model=replace(run.model, dtype="float32"),
         fast=replace(run.fast, enabled=False),
         data=replace(run.data, train=rows),
     )
-    estimate = estimate_step_memory(wide, 0)
+    estimate = estimate_step_memory(float32_, 0)
     moments = [dict(parts) for moment, parts in estimate.moments.items() if moment != UPDATE]
     for moment_parts in moments:
         moment_parts.pop(OPTIMIZER, None)

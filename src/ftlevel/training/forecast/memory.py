@@ -362,32 +362,32 @@ class _Batch:
 def _watch(
     run: Run,
     live: LiveMemoryTracker,
-    fake: FakeModel,
+    fake_model: FakeModel,
     batch: _Batch,
     *,
     pruning: Pruning,
     free: int | None,
 ) -> Peaks:
-    """Return the peaks of a step of `fake`, whose weights are registered in `live`."""
+    """Return the peaks of a step of `fake_model`, whose weights are registered in `live`."""
     cpu_run = replace(run, model=replace(run.model, device="cpu"))
-    if fake.fast is not None:
-        pruning.apply_to(fake.fast, fake.model)
-        if fake.fast.cross_entropy is not None:
-            fake.fast.cross_entropy.fit_chunks(free)
+    if fake_model.fast is not None:
+        pruning.apply_to(fake_model.fast, fake_model.model)
+        if fake_model.fast.cross_entropy is not None:
+            fake_model.fast.cross_entropy.fit_chunks(free)
     with tempfile.TemporaryDirectory() as nowhere:
-        adapted = PreparedModel(fake.model, {}, fake.fast, {})
+        adapted = PreparedModel(fake_model.model, {}, fake_model.fast, {})
         directory = RunDirectory(Path(nowhere))
         trainer = build_trainer(cpu_run, adapted, directory, ResumeState(), Processes())
     split_queries.cache_clear()  # tensors cached for another depth would not be counted
     batch_sequences.cache_clear()
     hooks = _follow(live, trainer)
-    fake.model.train()
-    set_checkpointing(fake.model, cpu_run)  # auto checkpointing is decided later
+    fake_model.model.train()
+    set_checkpointing(fake_model.model, cpu_run)  # auto checkpointing is decided later
     try:
         with trainer.standalone_steps(run.model.dtype), live:
             _create_optimizer_states(live, trainer, has_gradients=batch.several)
             live.moment = FORWARD
-            trainer.training_step(fake.model, batch.fresh(), 1)  # any number of targets
+            trainer.training_step(fake_model.model, batch.fresh(), 1)  # any number of targets
             live.moment = UPDATE
             trainer.optimizer.step()
     finally:
@@ -397,13 +397,13 @@ def _watch(
 
 
 def _track_weights(
-    live: LiveMemoryTracker, fake: FakeModel, *, trains_base: bool
+    live: LiveMemoryTracker, fake_model: FakeModel, *, trains_base: bool
 ) -> LiveMemoryTracker:
-    """Count the weights of `fake` in `live`, and return `live`."""
-    for module in (fake.model.get_submodule(name) for name in fake.packed):
+    """Count the weights of `fake_model` in `live`, and return `live`."""
+    for module in (fake_model.model.get_submodule(name) for name in fake_model.packed):
         for tensor in packed_tensors(module):
             live.hold(tensor, QUANTIZED)
-    for tensor in (*fake.model.parameters(), *fake.model.buffers()):
+    for tensor in (*fake_model.model.parameters(), *fake_model.model.buffers()):
         if not live.knows(tensor):
             live.hold(tensor, ADAPTER if tensor.requires_grad and not trains_base else WEIGHTS)
     return live
@@ -481,9 +481,9 @@ def _largest_micro_batch(run: Run, pruning: Pruning) -> _Batch:
     return max(candidates, key=lambda batch: (batch.tokens * batch.at_once, batch.several))
 
 
-def _count_positions(part: Mapping[str, Any]) -> int:
-    layout = part.get("layout")
-    return int(layout.tokens if layout else part["input_ids"].numel())
+def _count_positions(batch: Mapping[str, Any]) -> int:
+    layout = batch.get("layout")
+    return int(layout.tokens if layout else batch["input_ids"].numel())
 
 
 def _steps(rows: Sequence[Encoded], size: int, seed: int) -> list[list[Encoded]]:

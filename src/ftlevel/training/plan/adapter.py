@@ -113,8 +113,8 @@ def _task_settings(
     """Return the adapter's settings of its task, by section, unless `values` replace them."""
     if "task" not in values:
         return {}
-    found = TASKS[values["task"]].settings_of_adapter(directory, options)
-    return {name: {**settings, **values.get(name, {})} for name, settings in found.items()}
+    result = TASKS[values["task"]].settings_of_adapter(directory, options)
+    return {name: {**settings, **values.get(name, {})} for name, settings in result.items()}
 
 
 def _check_kind(name: str, directory: Path, output_dir: Path | None) -> None:
@@ -193,11 +193,11 @@ def _saved_modules(adapter: StartingAdapter) -> list[str]:
 
 def _check_flags(config: TrainConfig, adapter: StartingAdapter, spec: MethodConfig) -> None:
     """Reject flags that contradict the adapter, and methods that cannot be continued."""
-    if reason := METHODS[spec.kind].why_not_continued:
+    if error := METHODS[spec.kind].why_not_continued:
         raise ConfigError(
             f"--adapter {adapter.name} was trained by --method {spec.kind}, which cannot be "
             f"continued: "
-            f"{reason}. Merge it with ftlevel merge and train on the result."
+            f"{error}. Merge it with ftlevel merge and train on the result."
         )
     requested, card, problems = config.method, adapter.card, list[str]()
 

@@ -100,8 +100,8 @@ def _embeddings(
 
     Raises ConfigError if the method does not support these layers.
     """
-    reason = method.refuse_embeddings(spec)
-    if isinstance(requested, str) or reason is None:
+    error = method.refuse_embeddings(spec)
+    if isinstance(requested, str) or error is None:
         return [], requested
     model: Any = tree.model
     layers = [
@@ -111,9 +111,9 @@ def _embeddings(
     ]
     embeddings = [name for name, module in tree.modules.items() if any(module is x for x in layers)]
     matches = {name: [f for f in embeddings if f".{f}".endswith(f".{name}")] for name in requested}
-    selected = [found for founds in matches.values() for found in founds]
-    if selected and reason:
-        raise ConfigError(f"--target-modules: {selected[0]} is no linear of a block, and {reason}.")
+    selected = [result for founds in matches.values() for result in founds]
+    if selected and error:
+        raise ConfigError(f"--target-modules: {selected[0]} is no linear of a block, and {error}.")
     return selected, [name for name in requested if not matches[name]]
 
 
@@ -141,8 +141,8 @@ def _in_full(names: Sequence[str], tree: ModuleTree, model_name: str, quant: str
                 f"--modules-to-save: {name!r} is no module of {model_name}."
                 f"{did_you_mean(name, ends)}"
             )
-        packed = [full for full in matches if linear_size(tree.modules[full])]
-        if quant != "none" and (quantized := [full for full in packed if not tree.in_heads(full)]):
+        fused = [full for full in matches if linear_size(tree.modules[full])]
+        if quant != "none" and (quantized := [full for full in fused if not tree.in_heads(full)]):
             raise ConfigError(
                 f"--modules-to-save: {quantized[0]} is quantized, and its integers "
                 f"cannot be "
@@ -195,8 +195,8 @@ def resolve_quantization(
         return quant
     quant = match_quantization(stored, quant, source.label, device)
     base = QuantizedCheckpoint(source.name, form, quant.kind)
-    if reason := METHODS[method.kind].refuse_quantized(method, base):
-        raise ConfigError(reason)
+    if error := METHODS[method.kind].refuse_quantized(method, base):
+        raise ConfigError(error)
     return quant
 
 
@@ -240,9 +240,9 @@ def check_method(
     family, method = lookup_family(model_config.model_type), METHODS[spec.kind]
     experts = bool(family.target_parameters) if family else None
     check_supported(spec, Cell("", model_config.model_type, kind, task, quant.kind, experts))
-    reason = method.refuse(spec, model_config, kind, task, quant.kind)
-    if reason is not None:
-        raise ConfigError(f"--method {spec.kind}: {reason}")
+    error = method.refuse(spec, model_config, kind, task, quant.kind)
+    if error is not None:
+        raise ConfigError(f"--method {spec.kind}: {error}")
     rolls_back = train.on_nonfinite == "rollback" or train.spike_factor is not None
     if rolls_back and method.changes_shape:
         raise ConfigError(

@@ -234,14 +234,14 @@ def resolve(
 
 def _read_model(config: TrainConfig, task: BaseTask, synthetic: SyntheticBatch) -> _BaseModel:
     """Read the base's config and tokenizer, and resolve its device, dtype and quantization."""
-    requested = config.model
+    model = config.model
     source = synthetic.source or resolve_source(
-        requested.name_or_path, requested.revision, requested.trust_remote_code
+        model.name_or_path, model.revision, model.trust_remote_code
     )
-    check_revision(source, requested.revision)
+    check_revision(source, model.revision)
     model_config = load_config(source)
     kind = model_kind(model_config)
-    device = synthetic.device or choose_device(requested.device)
+    device = synthetic.device or choose_device(model.device)
     method, train = config.method, config.train
     quant = resolve_quantization(config.quant, method, model_config, source, device.value)
     try:
@@ -253,7 +253,7 @@ def _read_model(config: TrainConfig, task: BaseTask, synthetic: SyntheticBatch) 
         raise ConfigError([f"{already} {problem}" for problem in error.problems]) from None
     auto_class = task.auto_class(kind, model_config.model_type)
     quant, experts = _resolve_experts(quant, method, model_config, auto_class)
-    dtype = choose_precision(method, requested.dtype, device.value, model_config.model_type)
+    dtype = choose_precision(method, model.dtype, device.value, model_config.model_type)
     tokenizer = synthetic.tokenizer or load_tokenizer(source)
     template = set_chat_template(tokenizer, config.data.chat_template)
     padding = ensure_pad_token(tokenizer)

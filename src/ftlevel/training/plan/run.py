@@ -267,5 +267,5 @@ def count_parameters(model: Any) -> tuple[int, int]:
 
 def _count(parameter: Any) -> int:
     """Count the values in `parameter`; 4-bit weights store two per byte."""
-    packed = type(parameter).__name__ == "Params4bit" or hasattr(parameter, "quant_state")
-    return parameter.numel() * (2 if packed else 1)
+    is_quantized = type(parameter).__name__ == "Params4bit" or hasattr(parameter, "quant_state")
+    return parameter.numel() * (2 if is_quantized else 1)

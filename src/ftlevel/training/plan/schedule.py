@@ -235,15 +235,15 @@ def _check(train: TrainerConfig, task: str, objective: Objective) -> None:
         raise ConfigError(problems)
 
 
-def _read_weights(requested: Mapping[str, float], names: Sequence[str]) -> tuple[float, ...]:
+def _read_weights(weights: Mapping[str, float], names: Sequence[str]) -> tuple[float, ...]:
     """Read the weights of `names`, 1 by default; raise ConfigError for unknown names."""
-    unknown = [name for name in requested if name not in names]
+    unknown = [name for name in weights if name not in names]
     if unknown:
         raise ConfigError(
             f"--class-weights: there is no class {join_names(map(repr, unknown))}."
             f"{did_you_mean(unknown[0], names)} Classes here: {join_names(names, 20)}."
         )
-    return tuple(requested.get(name, 1.0) for name in names)
+    return tuple(weights.get(name, 1.0) for name in names)
 
 
 def _describe(weights: Mapping[str, float]) -> str:

@@ -120,11 +120,11 @@ class ArrowReader(_BatchReader):
     def _open(self) -> Any:
         import pyarrow as pa
 
-        source = pa.memory_map(str(self.path))
-        if source.read(6) == b"ARROW1":
-            return pa.ipc.open_file(source)
-        source.seek(0)
-        return pa.ipc.open_stream(source)
+        mapped = pa.memory_map(str(self.path))
+        if mapped.read(6) == b"ARROW1":
+            return pa.ipc.open_file(mapped)
+        mapped.seek(0)
+        return pa.ipc.open_stream(mapped)
 
 
 @contextmanager

@@ -194,8 +194,8 @@ def open_object(text: str) -> OneObject | None:
         return None  # several objects or invalid JSON: the JSON Lines reader reports errors by line
     if text[end:].strip():
         return None
-    one_line = "\n" not in text.strip()
-    if rows := _read_squad(value) or _read_columns(value, one_line=one_line):
+    is_json_lines = "\n" not in text.strip()
+    if rows := _read_squad(value) or _read_columns(value, is_json_lines=is_json_lines):
         return rows
     lists = [key for key, each in value.items() if _is_rows(each)]
     others = [each for key, each in value.items() if key not in lists]
@@ -203,7 +203,7 @@ def open_object(text: str) -> OneObject | None:
         at = re.search(rf'"{re.escape(lists[0])}"\s*:\s*(?=\[)', text)
         if at is not None and DECODER.raw_decode(text, at.end())[0] == value[lists[0]]:
             return OneObject(list_at=at.end(), note=f"the rows are the list under {lists[0]!r}")
-    if one_line:
+    if is_json_lines:
         return None
     inner = [key for key, each in value.items() if isinstance(each, list)]
     hint = f"Save the list in {inner[0]!r} as the file" if inner else "Write [ … ] around it"
@@ -214,7 +214,7 @@ def _is_rows(value: object) -> bool:
     return isinstance(value, list) and bool(value) and type(value[0]) is dict
 
 
-def _read_columns(value: Mapping[str, Any], *, one_line: bool) -> OneObject | None:
+def _read_columns(value: Mapping[str, Any], *, is_json_lines: bool) -> OneObject | None:
     """Read the rows of a columnar object: lists, objects by index, or columns and data."""
     note = "a column a key, as pandas writes them; a row is what has one place in all"
     columns = list(value.values())
@@ -233,7 +233,7 @@ def _read_columns(value: Mapping[str, Any], *, one_line: bool) -> OneObject | No
             return OneObject(rows, note=note)
     if len(columns) > 1 and all(type(column) is list for column in columns):
         counts = {len(column) for column in columns}
-        may_be_a_row = one_line and bool(_LIST_COLUMNS & value.keys())
+        may_be_a_row = is_json_lines and bool(_LIST_COLUMNS & value.keys())
         if len(counts) == 1 and counts != {0} and not may_be_a_row:
             cells = zip(*columns, strict=True)
             return OneObject([dict(zip(value, row, strict=True)) for row in cells], note=note)
@@ -348,15 +348,15 @@ def read_json_array(text: str, source: str, start: int = 0) -> Elements:
         at = _past_space(text, end)
         separator = text[at : at + 1]
         if separator not in (",", "]"):
-            end_line = line + text.count("\n", counted, at)
-            _refuse_array(text, source, end_line, "not valid JSON (expecting ',' or ']')")
+            end_position = line + text.count("\n", counted, at)
+            _refuse_array(text, source, end_position, "not valid JSON (expecting ',' or ']')")
         more = separator == ","
         at = _past_space(text, at + 1) if more else at
     end = _past_space(text, at + 1)
     if end < len(text) and not start:
-        end_line = 1 + text.count("\n", 0, end)
+        end_position = 1 + text.count("\n", 0, end)
         _refuse_array(
-            text, source, end_line, "not valid JSON (more text after the end of the array)"
+            text, source, end_position, "not valid JSON (more text after the end of the array)"
         )
     elements = Elements(numbered=len(set(lines)) < len(lines))
     for number, line, (value, fault) in zip(count(1), lines, values, strict=False):
@@ -383,9 +383,9 @@ def _decode_element(text: str, at: int, line: int, source: str) -> tuple[Any, in
         _refuse_array(text, source, line, _describe_error(error))
 
 
-def _refuse_array(text: str, source: str, line: int, reason: str) -> NoReturn:
+def _refuse_array(text: str, source: str, line: int, error: str) -> NoReturn:
     cut = "" if text.rstrip().endswith(("]", "}")) else " (was the download or copy cut short?)"
     raise InputError(
-        f"{source}:{line}: {reason}{cut}. Fix it, or write one object a line and name the file "
+        f"{source}:{line}: {error}{cut}. Fix it, or write one object a line and name the file "
         ".jsonl, where --on-bad-row skip can drop a bad row."
     )

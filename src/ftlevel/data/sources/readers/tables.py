@@ -74,10 +74,10 @@ class CsvReader(Reader):
             return next((separator for separator in others if separator in header[0]), "")
         if all(len(row) == len(header) for row in rows):
             return ""
-        line = self.separator.join(header)
+        header_text = self.separator.join(header)
         for separator in others:
             widths = {len(row) for row in self._sample(separator)}
-            if separator in line and widths == {line.count(separator) + 1}:
+            if separator in header_text and widths == {header_text.count(separator) + 1}:
                 return separator
         return ""
 
@@ -233,12 +233,12 @@ class ExcelReader(Reader):
         number = start = int(cursor["row"]) if cursor else self._begin
         for number, cells in self._rows(start):
             texts = [text for text, _ in cells] + [""] * (width - len(cells))
-            errors = [i for i, (_, is_error) in enumerate(cells) if is_error]
+            invalid = [i for i, (_, is_error) in enumerate(cells) if is_error]
             if len(cells) > width:
                 reason = f"has {len(cells)} cells, but the header has {width}"
                 bad.append(BadRow(number, reason))
-            elif errors:
-                reason = f"column {errors[0] + 1} is the error {texts[errors[0]]}"
+            elif invalid:
+                reason = f"column {invalid[0] + 1} is the error {texts[invalid[0]]}"
                 bad.append(BadRow(number, reason))
             else:
                 rows.append(dict(zip(self._header, texts, strict=True)))

@@ -151,12 +151,12 @@ def detect_file_format(path: Path, columns: Collection[str]) -> tuple[str, str] 
     return None
 
 
-def _is_complete(line: str) -> bool:
+def _is_complete(text: str) -> bool:
     """Return whether a line is valid JSON, or so long that it may be cut."""
     try:
-        json.loads(line)
+        json.loads(text)
     except (ValueError, RecursionError):
-        return len(line) > HEAD // 2
+        return len(text) > HEAD // 2
     return True
 
 
@@ -263,8 +263,8 @@ class ConllReader(_BlockReader):
         columns = (list(column) for column in zip(*words, strict=True))
         return [(start, dict(zip(self._names, columns, strict=True)))]
 
-    def _cells(self, line: str) -> list[str]:
-        return [cell.strip() for cell in line.split("\t")] if self._tabs else line.split()
+    def _cells(self, text: str) -> list[str]:
+        return [cell.strip() for cell in text.split("\t")] if self._tabs else text.split()
 
     def _is_comment(self, cells: list[str], at_start: bool) -> bool:
         """Return whether the line is a comment; as a word, `#` has the usual width and a tag."""
