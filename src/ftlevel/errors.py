@@ -50,7 +50,7 @@ class RunError(FtlevelError):
 
 
 class Interrupted(FtlevelError):
-    """Ctrl-C or another signal; the message names what was saved."""
+    """Ctrl-C or a different signal; the message names what was saved."""
 
     def __init__(self, message: str, exit_code: int = 130) -> None:
         super().__init__(message)
@@ -82,7 +82,7 @@ _OUT_OF_MEMORY = (
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether `error` reports that memory ran out, in any of the libraries."""
+    """Returns whether `error` reports that memory ran out, in any of the libraries."""
     if isinstance(error, MemoryError):
         return True
     text = str(error)
@@ -93,7 +93,7 @@ _MIN_PREFIX = 4  # characters
 
 
 def closest_matches(name: str, options: Iterable[str], count: int = 1) -> list[str]:
-    """Return up to `count` options most similar to `name`, best first.
+    """Returns up to `count` options most similar to `name`, best first.
 
     Options that start with `name` come first: `adamw` matches `adamw_torch`.
     """
@@ -105,13 +105,13 @@ def closest_matches(name: str, options: Iterable[str], count: int = 1) -> list[s
 
 
 def did_you_mean(name: str, options: Iterable[str]) -> str:
-    """Return " Did you mean 'x'?" for the option most similar to `name`, or ""."""
+    """Returns " Did you mean 'x'?" for the option most similar to `name`, or ""."""
     matches = closest_matches(name, options)
     return f" Did you mean {matches[0]!r}?" if matches else ""
 
 
 def with_article(noun: str) -> str:
-    """Return `noun` with its indefinite article."""
+    """Returns `noun` with its indefinite article."""
     return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
 
 
@@ -119,13 +119,13 @@ _MAX_NAME = 40
 
 
 def quote(name: object) -> str:
-    """Return `repr(name)`, shortened to 40 characters."""
+    """Returns `repr(name)`, shortened to 40 characters."""
     text = repr(name)
     return text if len(text) <= _MAX_NAME else f"{text[: _MAX_NAME - 3]}…{text[-1]}"
 
 
 def is_long(name: str) -> bool:
-    """Return whether `quote` shortens `name`."""
+    """Returns whether `quote` shortens `name`."""
     return len(repr(name)) > _MAX_NAME
 
 

@@ -30,7 +30,7 @@ class Listener:
         """Report the number of encoded examples."""
 
     def answered(self, done: int, share: float | None) -> None:
-        """Report the number of processed rows, and their `share` (0 to 1) if known."""
+        """Report the number of processed rows, and their `share` (0 to 1) if available."""
 
     def warn(self, message: str) -> None:
         """Report a warning that does not change the run."""
@@ -55,12 +55,12 @@ __getattr__ = resolve_renamed(__name__, {"Silence": "ftlevel.events:NullListener
 
 
 _EVERY_S = 0.25  # between redraws
-_SHOWN = 8  # last log lines shown
+_SHOWN = 8  # last log lines printed
 _FIGURES = {"loss": "{:.4f}", "learning_rate": "{:.2e}", "grad_norm": "{:.3g}", "epoch": "{:.2f}"}
 
 
 def default_listener() -> Listener:
-    """Return a `Notebook` listener in a notebook, else one that logs warnings."""
+    """Returns a `Notebook` listener in a notebook, else one that logs warnings."""
     return Notebook() if _in_notebook() else Logged()
 
 
@@ -100,7 +100,7 @@ class Notebook(NullListener):
         self._draw()
 
     def choices(self, title: str, choices: Sequence[Choice]) -> None:
-        """Show every setting with its reason."""
+        """Show every setting with an explanation."""
         self._title, self._choices = title, choices
         self._draw()
 
@@ -132,7 +132,7 @@ class Notebook(NullListener):
         self._draw()
 
     def end(self, summary: Mapping[str, Any]) -> None:
-        """Show the result and its path."""
+        """Show the result and the path."""
         self._ended, self._stage = summary, ""
         self._draw()
 

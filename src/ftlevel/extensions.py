@@ -42,7 +42,7 @@ class Command:
     Attributes:
         function: reference to its function, whose parameters are flags, and `given` for all.
         summary: one line for `ftlevel --help`.
-        config: reference to the section whose fields its flags set; empty for none.
+        config: reference to the section whose fields the flags set; empty for none.
         accepts: given the dotted path of a field, whether the command has train's flag for it.
         is_quiet: whether it has `--quiet`.
     """
@@ -61,7 +61,7 @@ class ExportFormat:
     Attributes:
         module: module that writes it, with `plan_export`.
         beside: suffixes of additional files.
-        merges: whether an adapter is merged into its base first.
+        merges: whether an adapter is merged into the base first.
         several: whether it can hold several adapters of one base.
     """
 
@@ -140,7 +140,7 @@ def _own() -> list[tuple[str, str]]:
 
 
 def _installed() -> Iterator[tuple[str, str]]:
-    """Yield package with version, and entry point, of other distributions on the path."""
+    """Yields package with version, and entry point, of other distributions on the path."""
     from importlib.metadata import distributions
 
     seen = set()
@@ -167,7 +167,7 @@ def load(reference: str) -> Any:
 
 
 def resolve_renamed(module: str, names: Mapping[str, str]) -> Callable[[str], Any]:
-    """Return the `__getattr__` of `module` for old `names`, each with its new reference.
+    """Returns the `__getattr__` of `module` for old `names`, each with its new reference.
 
     An old name works with a DeprecationWarning for one release.
     """
@@ -187,7 +187,7 @@ def resolve_renamed(module: str, names: Mapping[str, str]) -> Callable[[str], An
 
 
 def try_load(reference: str, source: str) -> Any:
-    """Return the object of `reference`; warn and return None if `source` cannot be imported."""
+    """Returns the object of `reference`; warn and return None if `source` cannot be imported."""
     try:
         return load(reference)
     except Exception as error:
@@ -207,7 +207,7 @@ def warn_left_out(source: str, reason: object) -> None:
 
 
 def added(table: str, core: Collection[str] = ()) -> dict[str, tuple[str, Any]]:
-    """Return name → (package, row) of a table of all extensions; `core` has ftlevel's own names.
+    """Returns name → (package, row) of a table of all extensions; `core` has ftlevel's own names.
 
     Raises:
         ConfigError: two packages define one name.
@@ -226,18 +226,18 @@ def added(table: str, core: Collection[str] = ()) -> dict[str, tuple[str, Any]]:
 
 
 def added_rows(table: str, core: Collection[str] = ()) -> dict[str, Any]:
-    """Return the rows of `added` without their packages."""
+    """Returns the rows of `added` without their packages."""
     return {name: row for name, (_, row) in added(table, core).items()}
 
 
 def loaded(table: str, core: Collection[str] = ()) -> dict[str, Any]:
-    """Return the objects of a table of references; those that cannot be imported are left out."""
+    """Returns the objects of a table of references; those that cannot be imported are left out."""
     objects = {name: try_load(row, source) for name, (source, row) in added(table, core).items()}
     return {name: value for name, value in objects.items() if value is not None}
 
 
 def hooks(name: str) -> list[Callable[..., Any]]:
-    """Return the functions of all extensions for the hook `name`."""
+    """Returns the functions of all extensions for the hook `name`."""
     functions = [
         try_load(extension.hooks[name], source)
         for source, extension in find_extensions()

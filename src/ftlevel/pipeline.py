@@ -69,7 +69,7 @@ class FineTunePipeLine:
         self.result: Any = None
 
     def run(self) -> tuple[Any, Any]:
-        """Train, save, verify the saved adapter, and return the model and its tokenizer.
+        """Train, save, verify the saved adapter, and return the model and the tokenizer.
 
         The model is a `PeftModel` on its device, or a plain model for `full`.
         """

@@ -61,10 +61,10 @@ class Meter(Protocol):
         """Compute the metrics other than the loss; `loss` is the mean over all targets."""
 
     def pool(self, meters: Sequence[Any]) -> Meter:
-        """Return a new meter that combines all `meters`."""
+        """Returns a new meter that combines all `meters`."""
 
     def describe(self, names: Sequence[str]) -> dict[str, Any]:
-        """Return prediction and target of the only example seen; `names` are class or tag names."""
+        """Returns prediction and target of the only example; `names` are class or tag names."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Objective(ABC):
     """Loss and metrics from model outputs and the labels of a batch.
 
     Attributes:
-        headline: metric shown first.
+        headline: metric printed first.
         feeds_labels: whether the model builds its decoder inputs from the labels.
         per_row: whether logits are per row, `(batch, ...)`, read from one token.
         per_token: whether every token or word has a class label.
@@ -97,7 +97,7 @@ class Objective(ABC):
         return self.metric_names or (self.headline,)
 
     def split(self, batch: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Any]:
-        """Return the model inputs and the labels of a batch."""
+        """Returns the model inputs and the labels of a batch."""
         inputs = dict(batch)
         for name in ("verdicts", "known", "ids", "signals"):
             inputs.pop(name, None)
@@ -105,16 +105,16 @@ class Objective(ABC):
         return inputs, labels
 
     def logits(self, outputs: Any) -> Tensor:
-        """Return the logits of the model outputs in the shape that the other methods expect."""
+        """Returns the logits of the model outputs in the shape that the other methods expect."""
         scores: Tensor = outputs.logits
         return scores
 
     def targets(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Return logits and labels of the supervised targets only."""
+        """Returns logits and labels of the supervised targets only."""
         return logits, labels
 
     def choices(self, logits: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
-        """Return the logits of the supervised targets as `(targets, choices)`."""
+        """Returns the logits of the supervised targets as `(targets, choices)`."""
         return self.targets(logits, labels)[0]
 
     def count(self, labels: Tensor) -> Tensor:
@@ -123,12 +123,12 @@ class Objective(ABC):
 
     @abstractmethod
     def loss_sum(self, logits: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
-        """Return the float32 loss summed over targets; `mask` `(batch, seq)` is for attention."""
+        """Returns the float32 loss summed over targets; `mask` `(batch, seq)` is for attention."""
 
     def training_sum(
         self, logits: Tensor, labels: Tensor, mask: Tensor, loss: TrainingLoss
     ) -> Tensor:
-        """Return (1 - ε) L + ε Σ mean(-log softmax), as in transformers' `LabelSmoother`."""
+        """Returns (1 - ε) L + ε Σ mean(-log softmax), as in transformers' `LabelSmoother`."""
         total, smoothing = self.loss_sum(logits, labels, mask), loss.smoothing
         if not smoothing:
             return total
@@ -137,16 +137,16 @@ class Objective(ABC):
         return (1 - smoothing) * total + smoothing * uniform
 
     def training_count(self, labels: Tensor, loss: TrainingLoss) -> Tensor:
-        """Return the divisor of the summed training loss (a scalar tensor)."""
+        """Returns the divisor of the summed training loss (a scalar tensor)."""
         return self.count(labels)
 
     def balance(self, rows: Sequence[Any], classes: int) -> tuple[float, ...]:
-        """Return class weights that balance `rows`; empty for objectives without classes."""
+        """Returns class weights that balance `rows`; empty for objectives without classes."""
         return ()
 
     @abstractmethod
     def meter(self) -> Meter:
-        """Return a new meter, to be updated with the result of `targets`."""
+        """Returns a new meter, to be updated with the result of `targets`."""
 
     @property
     def first_loss(self) -> float | None:
@@ -160,7 +160,7 @@ class Objective(ABC):
         return []
 
     def guess_loss(self, rows: Sequence[Any]) -> float | None:
-        """Return the loss of a constant predictor with the label frequencies of `rows`, or None."""
+        """Returns the loss of a constant predictor with the label frequencies of `rows`."""
         return None
 
 
@@ -171,7 +171,7 @@ class TokenObjective(Objective):
 
     @abstractmethod
     def locate(self, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Return where targets are predicted in the flattened `(batch, seq)`, and the targets."""
+        """Returns where targets are predicted in the flattened `(batch, seq)`, and the targets."""
 
     @property
     def of_tokens(self) -> TokenObjective:
@@ -185,7 +185,7 @@ class StepTexts:
 
     Attributes:
         texts: per row, the indices of its texts: the query, then the documents.
-        labels: per row, the labels of its documents or the class of its text.
+        labels: per row, the labels of its documents or the class of the text.
         teacher: per row, a teacher's score of each document; empty without a teacher.
         guide: float32 vector of each distinct text by a guide model, or None.
     """
@@ -199,14 +199,14 @@ class StepTexts:
         return len(self.texts)
 
     def select(self, rows: slice) -> StepTexts:
-        """Return some of the rows, with the same texts."""
+        """Returns some of the rows, with the same texts."""
         return replace(
             self, texts=self.texts[rows], labels=self.labels[rows], teacher=self.teacher[rows]
         )
 
     @classmethod
     def join(cls, steps: Sequence[StepTexts]) -> StepTexts:
-        """Return the rows of all `steps`, whose indices already differ."""
+        """Returns the rows of all `steps`, whose indices already differ."""
         guides = [vector for step in steps for vector in step.guide or ()]
         return cls(
             tuple(own for step in steps for own in step.texts),
@@ -216,7 +216,7 @@ class StepTexts:
         )
 
     def after(self, count: int) -> StepTexts:
-        """Return the rows for distinct texts that `count` others precede."""
+        """Returns the rows for distinct texts that `count` others precede."""
         shifted = tuple(tuple(index + count for index in indices) for indices in self.texts)
         return replace(self, texts=shifted)
 
@@ -232,20 +232,20 @@ class StepObjective(Objective):
         return 1.0
 
     def logits(self, outputs: Any) -> Tensor:
-        """Return the states of the last layer, `(texts, seq, width)`."""
+        """Returns the states of the last layer, `(texts, seq, width)`."""
         states: Tensor = outputs.last_hidden_state
         return states
 
     @abstractmethod
     def embed(self, outputs: Any, mask: Tensor, unpooled: Sequence[int] = ()) -> Tensor:
-        """Return float32 vectors `(texts, dims)`; `mask` `(texts, seq)` is 1 for a token.
+        """Returns float32 vectors `(texts, dims)`; `mask` `(texts, seq)` is 1 for a token.
 
         `unpooled` has the number of first tokens of each text that are left out; empty for none.
         """
 
     @abstractmethod
     def step_loss(self, vectors: Tensor, step: StepTexts) -> Tensor:
-        """Return the mean loss of the rows of a step (a scalar); `vectors` `(texts, dims)`."""
+        """Returns the mean loss of the rows of a step (a scalar); `vectors` `(texts, dims)`."""
 
     def loss_sum(self, logits: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
         """Raise `TypeError`: a batch has no loss of its own."""
@@ -267,7 +267,7 @@ class DistillationObjective(TokenObjective):
     def distillation_sum(
         self, scores: Tensor, targets: Tensor, known: Tensor, ids: Tensor
     ) -> Tensor:
-        """Return the loss summed over targets (a scalar).
+        """Returns the loss summed over targets (a scalar).
 
         Args:
             scores: `(targets, vocabulary)` logits of the student.
@@ -295,7 +295,7 @@ class LikelihoodObjective(TokenObjective):
 
     @abstractmethod
     def answers(self, each: Tensor, labels: Tensor) -> Tensor:
-        """Return `(answers, 2)`: log-likelihood and number of tokens of each answer.
+        """Returns `(answers, 2)`: log-likelihood and number of tokens of each answer.
 
         `each` are `(targets,)` float32 log-likelihoods in the order of `locate`; `labels`
         `(answers, seq)`.
@@ -303,7 +303,7 @@ class LikelihoodObjective(TokenObjective):
 
     @abstractmethod
     def preference_sum(self, answers: Tensor, verdicts: Tensor, *, training: bool) -> Tensor:
-        """Return the summed loss, with one value per divisor of `training_count` if `training`.
+        """Returns the summed loss, with one value per divisor of `training_count` if `training`.
 
         `answers` is the result of `answers`; `verdicts` are `(answers, 3)`.
         """
@@ -324,7 +324,7 @@ class PolicyObjective(TokenObjective):
 
     @abstractmethod
     def policy_sum(self, each: Tensor, owners: Tensor, count: int, signals: Tensor) -> Tensor:
-        """Return the weighted sum of the loss (a scalar).
+        """Returns the weighted sum of the loss (a scalar).
 
         `each` are `(targets,)` float32 log-probabilities in the order of `locate`, and `owners`
         the indices of their sequences, of which there are `count`.

@@ -79,7 +79,7 @@ class World:
     port: int = 0
 
     def publish(self, environment: MutableMapping[str, str] = os.environ) -> None:
-        """Set torchrun's variables in `environment` (mutated) for torch and transformers."""
+        """Set torchrun's variables in `environment` (modified) for torch and transformers."""
         environment.update(
             {
                 "RANK": str(self.rank),
@@ -101,35 +101,35 @@ def find_launcher(environment: Mapping[str, str] = os.environ) -> Launcher | Non
 
 
 def is_launched() -> bool:
-    """Return whether a launcher started this process."""
+    """Returns whether a launcher started this process."""
     return find_launcher() is not None
 
 
 def has_agent() -> bool:
-    """Return whether a torchelastic agent (torchrun, accelerate launch) started this process."""
+    """Returns whether a torchelastic agent (torchrun, accelerate launch) started this process."""
     return "TORCHELASTIC_RUN_ID" in os.environ
 
 
 def is_follower() -> bool:
-    """Return whether this process has a rank other than 0."""
+    """Returns whether this process has a rank other than 0."""
     launcher = find_launcher()
     return launcher is not None and os.environ.get(launcher.rank, "0") != "0"
 
 
 def prints_errors() -> bool:
-    """Return whether this process prints errors before rendezvous: local rank 0 does."""
+    """Returns whether this process prints errors before rendezvous: local rank 0 does."""
     launcher = find_launcher()
     return launcher is None or os.environ.get(launcher.local_rank, "0") == "0"
 
 
 def has_peers() -> bool:
-    """Return whether the run has other processes."""
+    """Returns whether the run has other processes."""
     launcher = find_launcher()
     return launcher is not None and os.environ.get(launcher.size, "1") != "1"
 
 
 def read_world(environment: Mapping[str, str] = os.environ) -> World:
-    """Read the rank, world size and rendezvous address of this process.
+    """Load the rank, world size and rendezvous address of this process.
 
     Raises:
         ConfigError: the variables are inconsistent, or `accelerate launch` would override the
@@ -183,7 +183,7 @@ def _local_size(
 
 
 def _tasks_per_node(text: str) -> list[int]:
-    """Return SLURM's tasks per machine: `2(x3),1` is [2, 2, 2, 1]."""
+    """Returns SLURM's tasks per machine: `2(x3),1` is [2, 2, 2, 1]."""
     groups = re.findall(r"(\d+)(?:\(x(\d+)\))?", text)
     return [int(tasks) for tasks, times in groups for _ in range(int(times or 1))]
 
@@ -191,7 +191,7 @@ def _tasks_per_node(text: str) -> list[int]:
 def _rendezvous(
     environment: Mapping[str, str], launcher: Launcher, size: int, local_size: int
 ) -> tuple[str, int]:
-    """Return the rendezvous address and port; raise ConfigError if they are unknown."""
+    """Returns the rendezvous address and port; raises ConfigError if they are unknown."""
     if size == 1:
         return "", 0
     address, port = environment.get("MASTER_ADDR", ""), _PORT
@@ -214,7 +214,7 @@ def _rendezvous(
 
 
 def first_node(nodes: str) -> str:
-    """Return the first host of a SLURM node list: `node[07-12,15],big` is node07."""
+    """Returns the first host of a SLURM node list: `node[07-12,15],big` is node07."""
     match = re.match(r"([^\[,]*)(?:\[([^\],-]+)[^\]]*\])?([^\[,]*)", nodes.strip())
     return "".join(part or "" for part in match.groups()) if match else ""
 

@@ -86,7 +86,7 @@ def read_card(directory: Path) -> AdapterCard:
 
 
 def _with_prompt_version(card: AdapterCard, directory: Path) -> AdapterCard:
-    """Return the card with prompt version 1 and its separator, if it has no prompt version.
+    """Returns the card with prompt version 1 and its separator, if it has no prompt version.
 
     Version 1 put a newline between prompt and answer, except with a cue or in plain texts.
     """
@@ -104,7 +104,7 @@ def _with_prompt_version(card: AdapterCard, directory: Path) -> AdapterCard:
 
 
 def library_versions() -> dict[str, str]:
-    """Return the versions of Python and of the libraries that affect the results of a run."""
+    """Returns the versions of Python and of the libraries that affect the results of a run."""
     names = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "torchao")
     versions = {"python": platform.python_version(), "ftlevel": __version__}
     return versions | {name: installed for name in names if (installed := _installed_version(name))}
@@ -112,7 +112,7 @@ def library_versions() -> dict[str, str]:
 
 @cache
 def _installed_version(name: str) -> str:
-    """Return the version of a library; empty if it is not installed."""
+    """Returns the version of a library; empty if it is not installed."""
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
@@ -134,7 +134,7 @@ _PROMPTS = {
 
 
 def pipeline_tag(task: str) -> str:
-    """Return the Hub's pipeline tag for `task`."""
+    """Returns the Hub's pipeline tag for `task`."""
     return _PIPELINE_TAGS.get(task, task)
 
 
@@ -146,7 +146,7 @@ def _front_matter(
     tags: list[str],
     **more: Any,
 ) -> list[str]:
-    """Return the lines of a model card's metadata.
+    """Returns the lines of a model card's metadata.
 
     A base model that is not on the Hub is left out, since the Hub refuses other names. The license
     is that of the base model.
@@ -167,7 +167,7 @@ def _front_matter(
 
 
 def base_license(base: Mapping[str, Any]) -> dict[str, str]:
-    """Return the license fields in the model card of `base`, if the card is on this disk."""
+    """Returns the license fields in the model card of `base`, if the card is on this disk."""
     import yaml
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.repocard import metadata_load
@@ -194,7 +194,7 @@ _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
 def _evaluation(summary: Mapping[str, Any]) -> dict[str, Any]:
-    """Return `datasets`, `metrics` and `model-index` of a run; the Hub shows them as results."""
+    """Returns `datasets`, `metrics` and `model-index` of a run; the Hub shows them as results."""
     name, metrics = summary["data"]["name"], summary.get("metrics", {})
     is_hub = bool(_HUB_NAME.fullmatch(name)) and not Path(name).exists()
     result = {
@@ -207,13 +207,13 @@ def _evaluation(summary: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def generate_command(run: str, task: str) -> str:
-    """Return the `ftlevel generate` command for `run`, with the prompt flags of its `task`."""
+    """Returns the `ftlevel generate` command for `run`, with the prompt flags of its `task`."""
     prompt_flags = _PROMPTS.get(task, '--prompt "…"')
     return f"ftlevel generate {shlex.quote(run)} {prompt_flags}"
 
 
 def describe_losses(summary: Mapping[str, Any]) -> str:
-    """Return the first and last training losses of a run, with their standard deviations."""
+    """Returns the first and last training losses of a run, with their standard deviations."""
     first, last, window = (summary[f"loss_{key}"] for key in ("first", "last", "window"))
     if window == 1:
         return f"{first:.4f} → {last:.4f} (one logged loss each)"
@@ -225,7 +225,7 @@ def describe_losses(summary: Mapping[str, Any]) -> str:
 
 
 def describe_memory(summary: Mapping[str, Any]) -> str:
-    """Return the estimated and the measured memory; empty without an estimate."""
+    """Returns the estimated and the measured memory; empty without an estimate."""
     plan = summary.get("plan", {})
     if not plan.get("peak_bytes"):
         return ""
@@ -261,7 +261,7 @@ def describe_kept_model(best: Mapping[str, Any]) -> str:
 
 
 def write_readme(summary: Mapping[str, Any], needs_import: str = "") -> str:
-    """Return the model card of a run, from summary.json and the module to import for plain PEFT."""
+    """Returns the model card of a run from summary.json and the module to import for PEFT."""
     metrics = summary.get("metrics", {})
     is_full = summary["method"] == "full"
     lines = [
@@ -334,7 +334,7 @@ _PEFT_CLASSES = {
 
 
 def _named_labels(summary: Mapping[str, Any], needs_import: str) -> list[str]:
-    """Return Python code that loads the adapter with its labels, which PEFT does not save."""
+    """Returns Python code that loads the adapter with the labels, which PEFT does not save."""
     loader = _PEFT_CLASSES[summary["task"]]
     return [
         "PEFT does not save label names with an adapter. Without them, the base is loaded with "
@@ -374,7 +374,7 @@ def _python_use(module: str) -> list[str]:
 
 
 def write_quantized_readme(name: str, summary: Mapping[str, Any], task: str | None = None) -> str:
-    """Return the model card of a quantized model, from quantization.json.
+    """Returns the model card of a quantized model, from quantization.json.
 
     `task` is the value of `--task`; None for a source that ftlevel did not train.
     """
@@ -431,7 +431,7 @@ def write_quantized_readme(name: str, summary: Mapping[str, Any], task: str | No
 
 
 def write_merge_readme(summary: Mapping[str, Any], task: str) -> str:
-    """Return the model card of a merged model, from the summary of `merge`."""
+    """Returns the model card of a merged model, from the summary of `merge`."""
     base = summary["base"]
     lines = [
         *_front_matter(base, "finetune", task, "transformers", ["merged", summary["method"]]),

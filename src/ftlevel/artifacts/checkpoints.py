@@ -1,4 +1,4 @@
-"""Certify checkpoints with a manifest that is written last, and find the newest intact one.
+"""Certify checkpoints with a manifest that is written last, and find the latest intact one.
 
 A checkpoint without a manifest, or with a changed file, is incomplete and must not be resumed from.
 best-N directories contain the weights of the best model; one is kept for each checkpoint that a run
@@ -22,7 +22,7 @@ _NAME = re.compile(r"checkpoint-(\d+)")
 def certify(checkpoint: Path) -> None:
     """Flush `checkpoint` to disk and write its manifest of file sizes and SHA-256 digests."""
     files = {}
-    (checkpoint / MANIFEST).unlink(missing_ok=True)  # of an earlier save of the same step
+    (checkpoint / MANIFEST).unlink(missing_ok=True)  # of a previous save of the same step
     flush_all(checkpoint)
     for path in sorted(p for p in checkpoint.rglob("*") if p.is_file()):
         files[str(path.relative_to(checkpoint))] = {
@@ -34,7 +34,7 @@ def certify(checkpoint: Path) -> None:
 
 
 def listed(checkpoint: Path) -> set[str]:
-    """Return the file names in the manifest of `checkpoint`; empty without a manifest."""
+    """Returns the file names in the manifest of `checkpoint`; empty without a manifest."""
     return set(_read_manifest(checkpoint) or ())
 
 
@@ -92,7 +92,7 @@ def find_not_finite(path: Path) -> str | None:
 
 
 def find_newest_intact(directory: Path) -> tuple[Path | None, list[str]]:
-    """Find the newest intact checkpoint, and a line for each newer one that is damaged."""
+    """Find the latest intact checkpoint, and a message for each newer one that is corrupted."""
     rejected: list[str] = []
     for checkpoint in reversed(numbered(directory)):
         damage = find_damage(checkpoint)
@@ -103,20 +103,20 @@ def find_newest_intact(directory: Path) -> tuple[Path | None, list[str]]:
 
 
 def rotate(directory: Path, keep: int) -> None:
-    """Delete all certified checkpoints but the `keep` newest; others are not deleted."""
+    """Delete all certified checkpoints but the `keep` latest; others are not deleted."""
     certified = [path for path in numbered(directory) if (path / MANIFEST).is_file()]
     for checkpoint in certified[:-keep]:
         shutil.rmtree(checkpoint)
 
 
 def numbered(directory: Path) -> list[Path]:
-    """Return the checkpoint-N directories of `directory`, sorted by step."""
+    """Returns the checkpoint-N directories of `directory`, sorted by step."""
     matches = [(p, _NAME.fullmatch(p.name)) for p in directory.glob("checkpoint-*") if p.is_dir()]
     return [p for p, match in sorted(((p, m) for p, m in matches if m), key=lambda i: int(i[1][1]))]
 
 
 def step_of(checkpoint: Path) -> int:
-    """Return the step of a checkpoint, from its name."""
+    """Returns the step of a checkpoint, from the name."""
     return int(checkpoint.name.rpartition("-")[2])
 
 
@@ -135,7 +135,7 @@ _BEST_NAME = re.compile(r"best-(\d+)")
 
 
 def best_of(directory: Path, step: int) -> Path:
-    """Return the path of the best model at `step`."""
+    """Returns the path of the best model at `step`."""
     return directory / f"best-{step}"
 
 
@@ -155,7 +155,7 @@ def write_best(directory: Path, step: int, write: Callable[[Path], None]) -> Non
 
 
 def rotate_best(directory: Path) -> None:
-    """Delete best models that are neither the newest nor the latest up to some checkpoint."""
+    """Delete best models that are neither the latest nor the latest up to some checkpoint."""
     best_models = _numbered_best(directory)
     steps = [step_of(checkpoint) for checkpoint in numbered(directory)]
     needed = {_newest(best_models, step) for step in steps} | set(best_models[-1:])
@@ -182,7 +182,7 @@ def _newest(best_models: list[Path], step: int) -> Path | None:
 
 
 def _numbered_best(directory: Path) -> list[Path]:
-    """Return the certified best-N directories of `directory`, sorted by step."""
+    """Returns the certified best-N directories of `directory`, sorted by step."""
     candidates = [p for p in directory.glob("best-*") if _BEST_NAME.fullmatch(p.name)]
     certified = [p for p in candidates if (p / MANIFEST).is_file()]
     return sorted(certified, key=step_of)

@@ -29,7 +29,7 @@ _in_place: list[Path] = []
 
 
 def describe_interrupt() -> str:
-    """Return the message for an interrupted command: which outputs are complete, if any."""
+    """Returns the message for an interrupted command: which outputs are complete, if any."""
     complete = [path for path in _in_place if path.exists()]
     if not complete:
         return "interrupted; nothing was saved."
@@ -71,7 +71,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_plain(path: Path) -> str:
-    """Read the text of a regular file; raise OSError for a pipe, on which reading may block."""
+    """Load the text of a regular file; raise OSError for a pipe, on which reading may block."""
     if path.exists() and not path.is_file():
         raise OSError(errno.EINVAL, "it is no plain file", str(path))
     return path.read_text(encoding="utf-8")
@@ -119,7 +119,7 @@ def _make(partial: Path) -> None:
 
 @contextlib.contextmanager
 def atomic_directory(path: Path) -> Iterator[Path]:
-    """Yield a temporary directory that is renamed to `path` when the block ends.
+    """Yields a temporary directory that is renamed to `path` when the block ends.
 
     Its files are flushed first, so `path` is absent or complete. After an error it is deleted.
     """
@@ -148,7 +148,7 @@ def check_file_free(flag: str, path: Path, *, overwrite: bool) -> None:
 
 @contextlib.contextmanager
 def atomic_files(*paths: Path) -> Iterator[Path]:
-    """Yield a temporary directory; move its files named as in `paths` when the block ends.
+    """Yields a temporary directory; moves its files named as in `paths` when the block ends.
 
     Each file is flushed and renamed, so it is absent, unchanged or complete. The temporary
     directory is deleted, also after an error.
@@ -183,10 +183,10 @@ _SAMPLE = 4096
 
 
 def base_fingerprint(path: Path) -> str:
-    """Return a SHA-256 over names, dtypes, shapes and samples of the weights at `path`.
+    """Returns a SHA-256 over names, dtypes, shapes and samples of the weights at `path`.
 
     Reads the first, middle and last 4 KiB of each tensor of the .safetensors files; of a .gguf
-    file, 4 KiB per MiB. A fine-tuned model differs in nearly every tensor.
+    file, 4 KiB per MiB. A fine-tuned model differs in almost every tensor.
     """
     digest = hashlib.sha256()
     if path.is_file():
@@ -198,7 +198,7 @@ def base_fingerprint(path: Path) -> str:
 
 
 def base_digest(path: Path) -> str:
-    """Return a SHA-256 of every byte of the .safetensors files; samples miss small changes."""
+    """Returns a SHA-256 of every byte of the .safetensors files; samples miss small changes."""
     digest = hashlib.sha256()
     for file in sorted(path.glob("*.safetensors")):
         digest.update(f"{file.name} {file_fingerprint(file)}\n".encode())
@@ -218,7 +218,7 @@ def _sample_safetensors(path: Path, digest: Any) -> None:
 
 
 def _read_header(file: BinaryIO, path: Path) -> tuple[int, dict[str, Any]]:
-    """Read length and content of a safetensors header; raise InputError if it is invalid."""
+    """Load length and content of a safetensors header; raise InputError if it is invalid."""
     try:
         (size,) = struct.unpack("<Q", file.read(8))
         if size > path.stat().st_size:
@@ -254,14 +254,14 @@ def _sample_file(path: Path, digest: Any) -> None:
 
 
 def sampled_fingerprint(path: Path) -> str:
-    """Return a SHA-256 of the size of a file and of 4 KiB per MiB."""
+    """Returns a SHA-256 of the size of a file and of 4 KiB per MiB."""
     digest = hashlib.sha256()
     _sample_file(path, digest)
     return digest.hexdigest()
 
 
 def rows_fingerprint(rows: Iterable[Mapping[str, Any]]) -> str:
-    """Return a SHA-256 of `rows`, which depends on their order."""
+    """Returns a SHA-256 of `rows`, which depends on their order."""
     digest = hashlib.sha256()
     for row in rows:
         digest.update(json.dumps(row, sort_keys=True, ensure_ascii=False, default=str).encode())
@@ -270,7 +270,7 @@ def rows_fingerprint(rows: Iterable[Mapping[str, Any]]) -> str:
 
 
 def file_fingerprint(path: Path) -> str:
-    """Return the SHA-256 of a file."""
+    """Returns the SHA-256 of a file."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):

@@ -70,7 +70,7 @@ class Upload:
     private: bool
 
     def send(self, paths: Sequence[Path], summary: dict[str, Any]) -> None:
-        """Upload a directory, or files of one, and store the URL in `summary["hub"]` (mutated).
+        """Upload a directory, or files of one, and store the URL in `summary["hub"]` (modified).
 
         Raises RunError if the upload fails; the local files are complete.
         """
@@ -83,7 +83,7 @@ class Upload:
 
 
 def plan_upload(config: HubSection) -> Upload:
-    """Return the upload that `config` requests; raise ConfigError like `find_repository`."""
+    """Returns the upload that `config` requests; raises ConfigError like `find_repository`."""
     name = config.push_to_hub
     return Upload(None if name is None else find_repository(name), config.hub_private)
 

@@ -40,7 +40,7 @@ DATA_PATHS = ("data.dataset", "data.also", "data.validation_file", "data.qrels",
 
 
 def make_paths_absolute(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return `values` of a configuration with local paths made absolute."""
+    """Returns `values` of a configuration with local paths made absolute."""
     return _with_places(values, lambda _, place: str(Path(place).expanduser().absolute()))
 
 
@@ -60,7 +60,7 @@ def write_relative_paths(directory: RunDirectory, values: Mapping[str, Any]) -> 
 
 
 def relative_path(path: Path, directory: Path) -> str:
-    """Return `path` relative to `directory`; empty if there is none, as between drives."""
+    """Returns `path` relative to `directory`; empty if there is none, as between drives."""
     path = path.expanduser().absolute()
     try:
         return os.path.relpath(path.parent.resolve() / path.name, directory.resolve())
@@ -69,12 +69,12 @@ def relative_path(path: Path, directory: Path) -> str:
 
 
 def resolve_relative(relative: str, directory: Path) -> Path:
-    """Return the path that is `relative` to `directory`."""
+    """Returns the path that is `relative` to `directory`."""
     return Path(os.path.normpath(directory.resolve() / relative))
 
 
 def read_run(directory: Path) -> Layer:
-    """Read config.yaml of a run, with the current paths of its files.
+    """Load config.yaml of a run, with the current paths of its files.
 
     Missing files keep their recorded path; see `check_paths`. Raises ConfigError if unreadable.
     """
@@ -126,7 +126,7 @@ def _candidates(path: str, relative: Mapping[str, str], directory: Path) -> list
 def _with_places(
     values: Mapping[str, Any], change: Callable[[str, str], str], *, every: bool = False
 ) -> dict[str, Any]:
-    """Return `values` with each local path, or with `every` each path, changed by `change`."""
+    """Returns `values` with each local path, or with `every` each path, changed by `change`."""
     changed = {k: dict(v) if isinstance(v, Mapping) else v for k, v in values.items()}
 
     def new(field: str, value: Any) -> Any:
@@ -166,7 +166,7 @@ def _is_there(path: Path) -> bool:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    """Read the object in the file; empty if the file does not exist."""
+    """Load the object in the file; empty if the file does not exist."""
     try:
         content = json.loads(read_plain(path))
     except FileNotFoundError:
@@ -177,5 +177,5 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _weights_of(directory: Path) -> str | None:
-    """Return the fingerprint of the weights that the run started with; None if unknown."""
+    """Returns the fingerprint of the weights that the run had at the start; None if unknown."""
     return _read_json(directory / "checkpoints" / ORIGIN).get("model.fingerprint")

@@ -16,7 +16,7 @@ BANDS = 5
 
 @dataclass(frozen=True)
 class ShownCompletion:
-    """A completion for the report; `which` says why it is shown."""
+    """A completion for the report; `which` says why it is printed."""
 
     which: str
     step: int
@@ -44,7 +44,7 @@ def read_rollouts(path: Path) -> list[dict[str, Any]]:
 
 
 def summarize_rollouts(path: Path) -> RolloutFacts | None:
-    """Return the facts of a rollouts.jsonl for the report; None without scored completions."""
+    """Returns the facts of a rollouts.jsonl for the report; None without scored completions."""
     lines = read_rollouts(path)
     steps = sorted({line["step"] for line in lines})
     if not steps:
@@ -59,7 +59,7 @@ def summarize_rollouts(path: Path) -> RolloutFacts | None:
 
 
 def _completions(lines: Sequence[Mapping[str, Any]], step: int, name: str) -> list[ShownCompletion]:
-    """Return the scored completions of a step."""
+    """Returns the scored completions of a step."""
     return [
         ShownCompletion(
             name,
@@ -78,7 +78,7 @@ def _completions(lines: Sequence[Mapping[str, Any]], step: int, name: str) -> li
 
 
 def _ends(completions: Sequence[ShownCompletion]) -> list[ShownCompletion]:
-    """Return the best and the worst completion, with that in `which`."""
+    """Returns the best and the worst completion, with that in `which`."""
     if not completions:
         return []
     ordered = sorted(completions, key=lambda completion: completion.reward)
@@ -101,7 +101,7 @@ def _by_length(completions: Sequence[ShownCompletion]) -> list[tuple[int, int, i
 
 
 def _text_of(prompt: Any) -> str:
-    """Return the prompt as text: its last message, if it is a list of messages."""
+    """Returns the prompt as text: the last message, if it is a list of messages."""
     if isinstance(prompt, list):
         return str(prompt[-1].get("content", "")) if prompt else ""
     return str(prompt)

@@ -74,7 +74,7 @@ class JsonLinesFile(_TextFile):
     is_table = False
 
     def read_back(self) -> Iterator[Any]:
-        """Yield the objects of complete lines, without the answer columns."""
+        """Yields the objects of complete lines, without the answer columns."""
         existing = self.existing
         if existing is None:
             return
@@ -93,7 +93,7 @@ class JsonLinesFile(_TextFile):
                 yield {k: v for k, v in row.items() if k not in self.columns.answers}
 
     def as_written(self, row: Row) -> Any:
-        """Return the row after a round trip through JSON."""
+        """Returns the row after a round trip through JSON."""
         return json.loads(to_json(row))
 
     def write(self, rows: Sequence[Row]) -> None:
@@ -114,7 +114,7 @@ class CommaSeparatedFile(_TextFile):
         self._put(self._lines([self._header]))
 
     def read_back(self) -> Iterator[Any]:
-        """Yield the cells of complete rows, without the answer columns."""
+        """Yields the cells of complete rows, without the answer columns."""
         existing = self.existing
         if existing is None:
             return
@@ -140,7 +140,7 @@ class CommaSeparatedFile(_TextFile):
                 csv.field_size_limit(limit)
 
     def as_written(self, row: Row) -> Any:
-        """Return the cells of a row, without the answer columns."""
+        """Returns the cells of a row, without the answer columns."""
         return [to_cell(row.get(name)) for name in self.columns.names]
 
     def write(self, rows: Sequence[Row]) -> None:
@@ -203,7 +203,7 @@ class ParquetFile(RowFile):
         return schema
 
     def read_back(self) -> Iterator[Any]:
-        """Yield the values of complete batches, without the answer columns."""
+        """Yields the values of complete batches, without the answer columns."""
         existing = self.existing
         names = self.columns.names
         for batch in _batches(existing) if existing is not None else ():
@@ -216,7 +216,7 @@ class ParquetFile(RowFile):
                 yield self.as_written(row)
 
     def as_written(self, row: Row) -> Any:
-        """Return the values of a row as text, so that NaN equals itself; null keys are omitted."""
+        """Returns the values of a row as text, so that NaN equals itself; null keys are omitted."""
         return [repr(_without_null_keys(row.get(name))) for name in self.columns.names]
 
     def open(self, keep: int) -> None:
@@ -248,7 +248,7 @@ class ParquetFile(RowFile):
         self._append(batch)
 
     def _infer(self, rows: Sequence[Row]) -> Any:
-        """Return the schema of the input columns of `rows`."""
+        """Returns the schema of the input columns of `rows`."""
         import pyarrow as pa
 
         names = self.columns.names
@@ -276,7 +276,7 @@ class ParquetFile(RowFile):
             self._sink = None
 
     def finish(self) -> None:
-        """Convert the stream to Parquet and move it to its path."""
+        """Convert the stream to Parquet and move it to the path."""
         import pyarrow as pa
         import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
@@ -307,7 +307,7 @@ def _without_null_keys(value: Any) -> Any:
 
 
 def _batches(path: Path) -> Iterator[Any]:
-    """Yield the complete batches of a Parquet file, or of an Arrow stream that may be truncated."""
+    """Yields the complete batches of a Parquet file or a possibly truncated Arrow stream."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -326,7 +326,7 @@ _ANSWER = {"answer": "string", "probability": "float64"}
 
 
 def _arrow_field(name: str, kind: str, width: int) -> Any:
-    """Return the field of a prediction column; `width` is that of an embedding, -1 if unknown."""
+    """Returns the field of a prediction column; `width` is that of an embedding, -1 if unknown."""
     import pyarrow as pa
 
     ranking = pa.list_(pa.struct([(key, pa.type_for_alias(t)) for key, t in _ANSWER.items()]))
@@ -346,8 +346,8 @@ def _arrow_field(name: str, kind: str, width: int) -> Any:
 class NumpyFile(RowFile):
     """A NumPy array of the embeddings, `(rows, dims)` in float32; NaN for rows without one.
 
-    Until it is complete, its header declares 0 rows. The array has no columns that identify rows,
-    so when a file is resumed, only its number of rows is checked.
+    Until it is complete, the header declares 0 rows. The array has no columns that identify rows,
+    so when a file is resumed, only the number of rows is checked.
     """
 
     def __init__(self, path: Path, columns: RowColumns) -> None:
@@ -358,7 +358,7 @@ class NumpyFile(RowFile):
         self._width, self._rows, self._skipped = 0, 0, 0
 
     def read_back(self) -> Iterator[Any]:
-        """Yield None for each complete row."""
+        """Yields None for each complete row."""
         import numpy as np
 
         if (existing := self.existing) is None or not existing.stat().st_size:
@@ -371,7 +371,7 @@ class NumpyFile(RowFile):
             yield None
 
     def as_written(self, row: Row) -> Any:  # noqa: ARG002 - input columns are not written
-        """Return None."""
+        """Returns None."""
         return None
 
     def open(self, keep: int) -> None:
@@ -427,7 +427,7 @@ class NumpyFile(RowFile):
             self._file = None
 
     def finish(self) -> None:
-        """Write the number of rows, and move the file to its path."""
+        """Write the number of rows, and move the file to the path."""
         self._write_header(self._rows)
         super().finish()
 
@@ -444,7 +444,7 @@ ROW_FILES: dict[str, type[RowFile]] = {
 
 
 def row_file_type(flag: str, path: Path) -> type[RowFile]:
-    """Return the format of `path`; raise ConfigError if its suffix is unknown."""
+    """Returns the format of `path`; raises ConfigError if its suffix is unknown."""
     file_type = ROW_FILES.get(path.suffix.lower())
     if file_type is None:
         raise ConfigError(

@@ -15,7 +15,7 @@ from ftlevel.errors import join_names
 
 
 def to_json(row: Mapping[str, Any]) -> str:
-    """Return a row as a line of JSON; NaN and infinity become null, other types text.
+    """Returns a row as a line of JSON; NaN and infinity become null, other types text.
 
     The values of an array have nine digits, which determine a float32.
     """
@@ -26,7 +26,7 @@ def to_json(row: Mapping[str, Any]) -> str:
 
 
 def to_cell(value: Any) -> str:
-    """Return a value as the cell of a table: empty for null, JSON for lists and objects."""
+    """Returns a value as the cell of a table: empty for null, JSON for lists and objects."""
     if value is None:
         return ""
     if isinstance(value, str):
@@ -75,7 +75,7 @@ class RowSink(Protocol):
     is_table: ClassVar[bool]
 
     def write(self, rows: Sequence[Row]) -> None:
-        """Write rows, each with its answer columns."""
+        """Write rows, each with the answer columns."""
 
     def finish(self) -> None:
         """Complete the output."""
@@ -140,11 +140,11 @@ class RowFile(ABC):
 
     @abstractmethod
     def read_back(self) -> Iterator[Any]:
-        """Yield each complete row already in the file; raise InputError if its columns differ."""
+        """Yields each complete row already in the file; raises InputError if its columns differ."""
 
     @abstractmethod
     def as_written(self, row: Row) -> Any:
-        """Return the form in which `read_back` yields a row, without its answer columns."""
+        """Returns the form in which `read_back` yields a row, without the answer columns."""
 
     # ---- writing
 
@@ -166,7 +166,7 @@ class RowFile(ABC):
         self.partial.unlink(missing_ok=True)
 
     def finish(self) -> None:
-        """Flush the file and rename it to its path."""
+        """Flush the file and rename it to the path."""
         self.close()
         with self.partial.open("rb") as file:
             os.fsync(file.fileno())
@@ -174,7 +174,7 @@ class RowFile(ABC):
 
 
 def partial_of(path: Path) -> Path:
-    """Return the path of the partial file of `path`."""
+    """Returns the path of the partial file of `path`."""
     return path.with_name(f"{path.name}.partial")
 
 

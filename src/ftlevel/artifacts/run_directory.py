@@ -32,7 +32,7 @@ ADAPTER, CHECKPOINTS = "adapter", "checkpoints"
 _TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")
 _FILES = (CONFIG, SUMMARY, METRICS, README, REPORT, ANSWERS, ROLLOUTS, "places.json")
 OWN = (*_FILES, ADAPTER, CHECKPOINTS, "base", *_TRACKERS)
-"""Names of everything that a run writes into its directory, except the marker."""
+"""Names of everything that a run writes into the directory, except the marker."""
 
 _ASIDE, _KEPT = ".replaced", "kept"
 
@@ -104,7 +104,7 @@ def check_replaceable(directory: Path) -> None:
 
 
 def forget_adapter(directory: Path) -> None:
-    """Delete the adapter of an earlier end of the run; other files in it are kept."""
+    """Delete the adapter of a previous end of the run; other files in it are kept."""
     move_foreign_files(directory, f"{ADAPTER}/")
     adapter = directory / ADAPTER
     if adapter.is_symlink():
@@ -174,7 +174,7 @@ def _put_back(directory: Path) -> None:
 
 
 def move_foreign_files(directory: Path, under: str = "") -> list[str]:
-    """Move other files in the run's directories to `kept`; return a line for each.
+    """Move other files in the run's directories to `kept`; return a message for each.
 
     After a finished run these are files added later; after an interrupted run, files that it does
     not write among its checkpoints. `under` limits the search to one directory.
@@ -206,7 +206,7 @@ def move_foreign_files(directory: Path, under: str = "") -> list[str]:
 
 
 def _files(directory: Path) -> set[str]:
-    """Return the relative POSIX paths of all files and links below the run's own names."""
+    """Returns the relative POSIX paths of all files and links below the run's own names."""
     roots = [directory / name for name in OWN]
     return {
         path.relative_to(directory).as_posix()
@@ -217,7 +217,7 @@ def _files(directory: Path) -> set[str]:
 
 
 def _entries_of_run(directory: Path) -> list[Path]:
-    """Return the run's own entries in `directory`, complete or partial, without the marker."""
+    """Returns the run's own entries in `directory`, complete or partial, without the marker."""
     names = {*OWN, *(f".{name}.partial" for name in OWN)}
     return [path for path in directory.iterdir() if path.name in names]
 
@@ -231,7 +231,7 @@ def _delete_run(directory: Path) -> None:
 
 
 def _free(path: Path) -> Path:
-    """Return `path`, with a number appended if it exists."""
+    """Returns `path`, with a number appended if it exists."""
     number, free = 1, path
     while free.exists() or free.is_symlink():
         number += 1
@@ -292,7 +292,7 @@ def check_unclaimed(directory: Path) -> None:
 
 
 def _holder(descriptor: int) -> str:
-    """Return the process that holds the lock, from /proc/locks; empty if unknown."""
+    """Returns the process that holds the lock, from /proc/locks; empty if unknown."""
     status = os.fstat(descriptor)
     device = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}"
     with contextlib.suppress(OSError):
@@ -345,7 +345,7 @@ class RunDirectory:
 
     def write_answers(self, lines: Sequence[Mapping[str, Any]]) -> None:
         """Write validation.jsonl, one line per validation row; delete it if there are none."""
-        if not lines:  # old answers may be of another model
+        if not lines:  # old answers may be of a different model
             (self.path / ANSWERS).unlink(missing_ok=True)
             return
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
@@ -387,7 +387,7 @@ class RunDirectory:
             write_text(path, "".join(lines))
 
     def read_notes(self) -> list[dict[str, Any]]:
-        """Read the events of the run, without incomplete lines."""
+        """Load the events of the run, without incomplete lines."""
         notes = read_objects(self.checkpoints / _NOTES)
         return [note for note in notes if isinstance(note.get("step"), int)]
 
@@ -397,7 +397,7 @@ class RunDirectory:
             file.write(json.dumps(record, default=str) + "\n")
 
     def read_log(self, step: int) -> list[dict[str, Any]]:
-        """Read the records of metrics.jsonl up to `step`."""
+        """Load the records of metrics.jsonl up to `step`."""
         return self._log_until(step)[1]
 
     def rewind_log(self, step: int) -> list[dict[str, Any]]:
@@ -432,7 +432,7 @@ class RunDirectory:
 
 
 def read_objects(path: Path) -> list[dict[str, Any]]:
-    """Read the JSON objects of a file's lines; skip invalid lines."""
+    """Load the JSON objects of a file's lines; skip invalid lines."""
     objects = []
     text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
     for line in text.splitlines():
@@ -486,11 +486,11 @@ def _check_kind(directory: Path, overwrite: bool, resume: bool) -> None:
 def open_run(
     directory: Path | None, name: str, *, overwrite: bool, resume: bool = False
 ) -> tuple[RunDirectory, list[str]]:
-    """Create the run directory; return it with a line for each file of other origin in it.
+    """Create the run directory; return it with a message for each file of other origin in it.
 
     Without `directory`, the first free runs/NAME-N is used. `overwrite` sets an existing run aside;
-    `resume` restarts a run that was killed before its first result. Raises ConfigError if it cannot
-    be created or another run has started in it.
+    `resume` restarts a run that was killed before the first result. Raises ConfigError if it cannot
+    be created or a different run uses it.
     """
     moved: list[str] = []
     try:
@@ -539,10 +539,10 @@ def _next_free(parent: Path, name: str) -> Path:
 
 
 def describe_recipe(path: Path) -> dict[str, Any]:
-    """Return a recipe's path, SHA-256, git commit, and whether it differs from the commit.
+    """Returns a recipe's path, SHA-256, git commit, and whether it differs from the commit.
 
     `commit` and `changed` are None if it is not committed. The repository may be untrusted, so `git
-    status` must not be used: it runs programs named in its settings (core.fsmonitor, filters).
+    status` must not be used: it runs programs named in the settings (core.fsmonitor, filters).
     """
     path = path.resolve()
     committed_hash = _git(path, "rev-parse", "--verify", "--end-of-options", f"HEAD:./{path.name}")
@@ -554,7 +554,7 @@ def describe_recipe(path: Path) -> dict[str, Any]:
 
 
 def _git(path: Path, *arguments: str) -> str | None:
-    """Return git's output in the directory of `path`; None if it fails."""
+    """Returns git's output in the directory of `path`; None if it fails."""
     try:
         done = subprocess.run(
             ["git", "-C", str(path.parent), *arguments],

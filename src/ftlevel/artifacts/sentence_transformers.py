@@ -20,7 +20,7 @@ POOLING_MODES = {
     "last": "lasttoken",
     "max": "max_tokens",
 }
-"""Pooling mode -> its name in the booleans `pooling_mode_*` of `1_Pooling/config.json`."""
+"""Pooling mode -> the name in the booleans `pooling_mode_*` of `1_Pooling/config.json`."""
 SIMILARITIES = ("cosine", "dot")
 QUERY_PROMPTS = ("query",)
 DOCUMENT_PROMPTS = ("document", "passage", "corpus")
@@ -80,7 +80,7 @@ class CrossEncoderFormat:
     Attributes:
         activation: dotted path of a module of `torch.nn`.
         max_length: maximum number of tokens of a pair; None for the tokenizer's.
-        pad_token_id: padding token, at which a decoder's text ends; None if its config has one.
+        pad_token_id: padding token, at which a decoder's text ends; None if the config has one.
     """
 
     activation: str = "torch.nn.modules.linear.Identity"
@@ -91,7 +91,7 @@ class CrossEncoderFormat:
 def read_embedding_format(
     directory: Path, replaced: Collection[str] = ()
 ) -> EmbeddingFormat | None:
-    """Read the embedding format of a directory; None if it is not a SentenceTransformer.
+    """Load the embedding format of a directory; None if it is not a SentenceTransformer.
 
     A pooling or similarity that is not supported is read as the default if it is in `replaced`.
 
@@ -148,7 +148,7 @@ def read_embedding_format(
 
 
 def _read_pooling(path: Path, *, is_replaced: bool) -> tuple[str, bool]:
-    """Read the pooling mode, and whether prompt tokens are pooled."""
+    """Load the pooling mode, and whether prompt tokens are pooled."""
     config = _read_json(path)
     modes = config.get("pooling_mode")
     if modes is None:
@@ -166,7 +166,7 @@ def _read_pooling(path: Path, *, is_replaced: bool) -> tuple[str, bool]:
 
 
 def _read_length(directory: Path) -> int | None:
-    """Read the maximum length; version 6 leaves it to the tokenizer."""
+    """Load the maximum length; version 6 leaves it to the tokenizer."""
     for name in (LENGTHS, *_OTHER_LENGTHS):
         length = _read_json(directory / name).get("max_seq_length")
         if length is not None:
@@ -225,7 +225,7 @@ def write_cross_encoder_format(directory: Path, form: CrossEncoderFormat) -> lis
     if form.max_length is not None:
         lengths["max_seq_length"] = form.max_length
     is_model = (directory / "config.json").is_file()
-    if form.pad_token_id is not None and not is_model:  # an adapter has its base's config
+    if form.pad_token_id is not None and not is_model:  # an adapter has the base's config
         lengths["config_kwargs"] = {"pad_token_id": form.pad_token_id}
     files: dict[str, Any] = {
         MODULES: _modules([("", "Transformer")]),
@@ -262,7 +262,7 @@ def _modules(entries: list[tuple[str, str]]) -> list[dict[str, Any]]:
 
 
 def _read_json(path: Path, kind: type = dict) -> Any:
-    """Read the content of a JSON file; empty if there is none."""
+    """Load the content of a JSON file; empty if there is none."""
     if not path.is_file():
         return kind()
     try:

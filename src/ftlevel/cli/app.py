@@ -65,7 +65,7 @@ _CORE: dict[str, tuple[str, str]] = {
 
 
 def commands() -> dict[str, tuple[str, str]]:
-    """Return name → (function, summary) of the core's commands and those of extensions."""
+    """Returns name → (function, summary) of the core's commands and those of extensions."""
     added = added_rows("commands", _CORE)
     return _CORE | {name: (command.function, command.summary) for name, command in added.items()}
 
@@ -179,7 +179,7 @@ def run(arguments: list[str]) -> int:
 
 
 def _completed_command() -> list[str]:
-    """Return the command being completed by a shell, from Typer's variables, if any."""
+    """Returns the command being completed by a shell, from Typer's variables, if any."""
     typed = os.environ.get("COMP_WORDS") or os.environ.get("_TYPER_COMPLETE_ARGS") or ""
     return [word for word in typed.split()[1:] if not word.startswith("-")][:1]
 
@@ -211,7 +211,7 @@ def _report_json(arguments: list[str], message: str, code: int) -> None:
 
 
 def _describe_unexpected(error: Exception) -> tuple[str, int]:
-    """Return the message and exit code of an unexpected error."""
+    """Returns the message and exit code of an unexpected error."""
     if received_signal() or _is_from_ctrl_c(error):
         return describe_interrupt(), exit_code()
     if is_out_of_memory(error):
@@ -230,7 +230,7 @@ def _describe_unexpected(error: Exception) -> tuple[str, int]:
 
 
 def _is_from_ctrl_c(error: BaseException | None) -> bool:
-    """Return whether `error` was caused by Ctrl-C; transformers' imports replace it."""
+    """Returns whether `error` was caused by Ctrl-C; transformers' imports replace it."""
     while error is not None:
         if isinstance(error, KeyboardInterrupt):
             return True

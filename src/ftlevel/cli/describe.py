@@ -60,7 +60,7 @@ def _headline(report: TargetReport) -> str:
 
 
 def _table_lines(report: TargetReport) -> Iterator[tuple[str, bool]]:
-    """Yield each line of the table and whether it is bold (headings of blocks)."""
+    """Yields each line of the table and whether it is bold (headings of blocks)."""
     title, cells = _cells(report)
     every = [title, *(row for row in cells if len(row) > 1)]
     widths = [max(len(row[column]) for row in every) for column in range(len(title))]
@@ -81,7 +81,7 @@ def _join(row: Sequence[str], widths: Sequence[int]) -> str:
 
 
 def _cells(report: TargetReport) -> tuple[list[str], list[list[str]]]:
-    """Return the header row and the other rows; a row with one cell is the heading of a block."""
+    """Returns the header row and the other rows; a row with one cell is the heading of a block."""
     counted = report.source == "model"
     numbers = ["Count", f"LoRA r={report.lora.r}"] if counted and report.lora else []
     notes = _footnotes(report)
@@ -148,7 +148,7 @@ def _facts(report: TargetReport) -> list[tuple[str, str]]:
 
 
 def _by_holder(patterns: Sequence[str]) -> str:
-    """Return one line of names per block: `model.layers.{i}: input_layernorm, ...`."""
+    """Returns one line of names per block: `model.layers.{i}: input_layernorm, ...`."""
     from ftlevel.commands.list_targets import split_pattern
 
     lines: dict[str, list[str]] = {}

@@ -17,7 +17,7 @@ from ftlevel.errors import ConfigError
 
 
 def evaluate(
-    values: CommandInput, *, task: str | None, predictions: str | None, as_json: bool, quiet: bool
+    given: CommandInput, *, task: str | None, predictions: str | None, as_json: bool, quiet: bool
 ) -> None:
     """Evaluate a run, an adapter or a model.
 
@@ -25,7 +25,7 @@ def evaluate(
     reproduces the metrics of training.
     Bootstrap intervals are 95 %.
     """
-    config = values.section(EvaluateConfig, task=normalize_task(task) if task else None)
+    config = given.section(EvaluateConfig, task=normalize_task(task) if task else None)
     from ftlevel.cli.screen import open_screen
 
     with open_screen(as_json=as_json, quiet=quiet) as screen:
@@ -43,7 +43,7 @@ def evaluate(
 
 
 def table_lines(summary: Mapping[str, Any]) -> Iterator[str]:
-    """Yield a line per metric: base, tuned and difference, with intervals."""
+    """Yields a line per metric: base, tuned and difference, with intervals."""
     data, base = summary["data"], summary["base"]
     count = f"{data['examples']:,} examples"
     yield f"  {count} of {data['name']} ({data['split']})"
@@ -94,14 +94,14 @@ def _range(bounds: list[float] | None, *, signed: bool = False) -> str:
     return " [" + ", ".join(form.format(bound) for bound in bounds) + "]"
 
 
-def predict(values: CommandInput, *, task: str | None, as_json: bool, quiet: bool) -> None:
+def predict(given: CommandInput, *, task: str | None, as_json: bool, quiet: bool) -> None:
     """Add predictions to the rows of a file.
 
     Rows are encoded as in training, need no labels, and keep their order and columns. A prediction
     is a class, classes, a number, tags, a span or a text, depending on the task. Without --output,
     JSONL goes to stdout.
     """
-    config = values.section(PredictConfig, task=normalize_task(task) if task else None)
+    config = given.section(PredictConfig, task=normalize_task(task) if task else None)
     if as_json and config.output is None:
         raise ConfigError(
             "--json prints what was done on stdout, and without --output the rows go there. Pass "
@@ -130,14 +130,14 @@ def _result_lines(summary: Mapping[str, Any]) -> list[str]:
     return [*lines, f"  saved {summary['output']}"] if summary["output"] else lines
 
 
-def mine(values: CommandInput, *, as_json: bool, quiet: bool) -> None:
+def mine(given: CommandInput, *, as_json: bool, quiet: bool) -> None:
     """Add hard negatives to queries with positives.
 
     An embedding model searches the documents of all rows, and of --corpus, for those nearest to
     each query. The output has columns query, pos and neg, and is data for --task embedding and
     --task reranking.
     """
-    config = values.section(MineConfig)
+    config = given.section(MineConfig)
     from ftlevel.cli.screen import open_screen
 
     with open_screen(as_json=as_json, quiet=quiet) as screen:

@@ -125,7 +125,7 @@ def _name_value(error: Any, done: RewrittenArguments) -> None:
 
 
 def _common_panels(panels: dict[str, list[Any]]) -> dict[str, list[Any]]:
-    """Return the panels of `--help`: arguments, common options, and a pointer to the others."""
+    """Returns the panels of `--help`: arguments, common options, and a pointer to the others."""
     shown = {title: panels[title] for title in ("Arguments", DAILY) if title in panels}
     hidden = {title: records for title, records in panels.items() if title not in shown}
     others = [record for records in hidden.values() for record in records]
@@ -135,7 +135,7 @@ def _common_panels(panels: dict[str, list[Any]]) -> dict[str, list[Any]]:
 
 
 def _entry(name: str, text: str, column: int, width: int) -> str:
-    """Return a flag and its wrapped help, aligned at `column`."""
+    """Returns a flag and its wrapped help, aligned at `column`."""
     head = f"  {name} ".ljust(column)
     lines = textwrap.wrap(text, width - column, break_on_hyphens=False, break_long_words=False)
     if len(head) > column or not lines:
@@ -145,7 +145,7 @@ def _entry(name: str, text: str, column: int, width: int) -> str:
 
 
 def check_recipe(path: Path, command: str) -> Path:
-    """Return `path` if it is a recipe, or a run's config.yaml; else raise ConfigError."""
+    """Returns `path` if it is a recipe, or a run's config.yaml; else raise ConfigError."""
     if path.suffix in (".yaml", ".yml"):
         return path
     own = path / "config.yaml"
@@ -184,7 +184,7 @@ _WIDEST_CHOICES = 20  # characters of a metavar
 def add_command(
     app: typer.Typer, name: str, function: Callable[..., None], flags: Sequence[Flag]
 ) -> None:
-    """Add a command with its flags from the table to `app`.
+    """Add a command with the flags from the table to `app`.
 
     Parameters of `function` are the flags it reads itself, and `given` for all of them.
     """
@@ -205,7 +205,7 @@ def add_command(
 
 
 def _signature_of(command: str, rows: Sequence[Flag]) -> inspect.Signature:
-    """Return the signature from which Typer reads the flags of `command`."""
+    """Returns the signature from which Typer reads the flags of `command`."""
     context = inspect.Parameter("ctx", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)
     return inspect.Signature([context, *(_parameter(command, row) for row in rows)])
 
@@ -238,13 +238,13 @@ def _parameter(command: str, row: Flag) -> inspect.Parameter:
 
 
 def _short_choices(metadata: FieldMetadata) -> str | None:
-    """Return the choices of a field if they are short enough for a metavar."""
+    """Returns the choices of a field if they are short enough for a metavar."""
     choices = "|".join(metadata.choices)
     return choices if choices and len(choices) <= _WIDEST_CHOICES else None
 
 
 def _help_of(metadata: FieldMetadata, row: Flag) -> str:
-    """Return the help of a flag: description, choices and default if not mentioned in it."""
+    """Returns the help of a flag: description, choices and default if not mentioned in it."""
     if row.value is not None:
         return metadata.description
     is_shown = _short_choices(metadata) or all(c in metadata.description for c in metadata.choices)
@@ -276,7 +276,7 @@ class CommandInput:
     claims: Sequence[NoOpClaim] = ()
 
     def layer(self, task: str = "") -> Layer:
-        """Return the configuration layer of the flags that set a field in a run of `task`."""
+        """Returns the configuration layer of the flags that set a field in a run of `task`."""
         layer = Layer()
         for row in self.rows:
             value = self.values[row.parameter]
@@ -296,7 +296,7 @@ class CommandInput:
 
 
 def _put(layer: Layer, row: Flag, path: str, shown: str, value: Any, example: str) -> None:
-    """Set the field at `path` in `layer` (mutated); a mapping has an example of its pairs."""
+    """Set the field at `path` in `layer` (modified); a mapping has an example of its pairs."""
     key = tuple(path.split("."))
     if example:
         for pair in (part for values in value for part in _NEXT_PAIR.split(values)):
@@ -318,12 +318,12 @@ def _note(message: str) -> None:
         typer.echo(f"note: {message}", err=True)
 
 
-def _own_config(run: Path, values: CommandInput) -> Path | None:
-    """Return the config.yaml of the run to resume; None if the flags define the run."""
+def _own_config(run: Path, given: CommandInput) -> Path | None:
+    """Returns the config.yaml of the run to resume; None if the flags define the run."""
     own = run / "config.yaml"
     if own.is_file():
         return own
-    if values.values.get("dataset") is None and values.values.get("model") is None:
+    if given.values.get("dataset") is None and given.values.get("model") is None:
         raise ConfigError(
             f"--output-dir {run} is not a run: it contains no config.yaml. Choose another "
             f"directory, or drop --resume to start a new run."

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def generate(
-    values: CommandInput,
+    given: CommandInput,
     *,
     prompt: list[str] | None,
     prompts: Path | None,
@@ -33,7 +33,7 @@ def generate(
     depends on the task: text, class, classes above 0.5, number, tagged words, words for each
     [MASK], or the answer span in --context.
     """
-    config = _read_config(values)
+    config = _read_config(given)
     if chat:
         if prompt or prompts or out or as_json:
             raise ConfigError(
@@ -71,10 +71,10 @@ def generate(
         _show(answers)
 
 
-def _read_config(values: CommandInput) -> GenerateConfig:
+def _read_config(given: CommandInput) -> GenerateConfig:
     """Build the configuration; each `--adapter` is NAME or NAME=DIR."""
     adapters, selected = {}, []
-    for pair in values.values["adapter"] or []:
+    for pair in given.values["adapter"] or []:
         label, equals, path = pair.partition("=")
         if not label or (equals and not path):
             raise ConfigError(f"--adapter {pair}: expected NAME, or NAME=DIR.")
@@ -85,8 +85,8 @@ def _read_config(values: CommandInput) -> GenerateConfig:
         selected.append(label)
     if adapters and len(adapters) == len(selected):
         selected = []  # every given adapter generates
-    task = values.values["task"]
-    return values.section(
+    task = given.values["task"]
+    return given.section(
         GenerateConfig,
         task=normalize_task(task) if task else None,
         adapters=adapters,

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from ftlevel.config.section import Choice
 
 
-def init(values: CommandInput, *, file: Path, yes: bool, as_json: bool) -> None:
+def init(given: CommandInput, *, file: Path, yes: bool, as_json: bool) -> None:
     """Create a commented recipe from five questions.
 
     Asks for data, task, model, method and epochs unless given by flags of train. Proposals come
@@ -27,7 +27,7 @@ def init(values: CommandInput, *, file: Path, yes: bool, as_json: bool) -> None:
     overwritten.
     """
     _check_free(file)
-    layers = [read_settings(values.values["settings"] or []), values.layer()]
+    layers = [read_settings(given.values["settings"] or []), given.layer()]
     if not (yes or as_json or sys.stdin.isatty()):
         raise ConfigError(
             "there is no terminal for questions. Add --yes to accept the suggestions, or flags "

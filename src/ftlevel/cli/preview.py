@@ -58,7 +58,7 @@ def write_page(preview: Preview, path: Path) -> None:
 
 
 def render_page(preview: Preview) -> str:
-    """Return the HTML page."""
+    """Returns the HTML page."""
     name = escape(str(preview.facts["name"]))
     share = preview.supervised / preview.tokens if preview.tokens else 0
     body = [
@@ -134,7 +134,7 @@ def _token(token: Token) -> str:
     return f'<span class="{classes}" title="{token.id}">{text}{label}</span>'
 
 
-_MAX_TOKENS = 240  # tokens shown per row, unless --row is given
+_MAX_TOKENS = 240  # tokens printed per row, unless --row is given
 _BAR = 40
 _BREAK = "⏎\n"
 _LEARNED = ("black on green3", "black on pale_green3")  # alternate, to show token boundaries
@@ -160,7 +160,7 @@ def show(preview: Preview, console: Console, *, whole: bool) -> None:
 
 
 def summary_lines(preview: Preview) -> Iterator[str]:
-    """Yield the lines after the rows: lengths, supervised share, steps and data problems."""
+    """Yields the lines after the rows: lengths, supervised share, steps and data problems."""
     yield "length in tokens"
     highest = max((bar.count for bar in preview.lengths), default=1)
     yield from (_bar_line(bar, highest) for bar in preview.lengths)
@@ -198,7 +198,7 @@ def _row_parts(row: ShownRow, *, whole: bool, color: bool) -> Iterator[Text]:
 
 
 def _cut(tokens: Sequence[Token], *, whole: bool) -> Iterable[Token | int]:
-    """Return the tokens to show; an int is the number of tokens left out at its position."""
+    """Returns the tokens to show; an int is the number of tokens left out at its position."""
     surplus = len(tokens) - _MAX_TOKENS
     if whole or surplus <= 0:
         return tokens
@@ -248,16 +248,16 @@ def _visible(token: Token) -> str:
 
 
 def preview(
-    values: CommandInput, *, row: Sequence[int] | None, html: Path | None, as_json: bool
+    given: CommandInput, *, row: Sequence[int] | None, html: Path | None, as_json: bool
 ) -> None:
     """Show encoded rows and problems in the data.
 
     Reads the data exactly as train does, with the same flags, but loads no weights, except for
-    --task rl, where it samples and scores completions as train does before its first step.
+    --task rl, where it samples and scores completions as train does before the first step.
     Supervised tokens are green in a terminal and in [brackets] in a pipe. Statistics and data
     checks follow.
     """
-    config, _ = read_config(values)
+    config, _ = read_config(given)
     from ftlevel.cli.screen import open_screen
 
     with open_screen(as_json=as_json, quiet=True) as screen:
@@ -278,7 +278,7 @@ def preview(
 
 _PLAN_BAR = 30  # characters
 _PROCESS = "whole process"
-_MIN_SHOWN = 2**16  # bytes; smaller parts are not shown
+_MIN_SHOWN = 2**16  # bytes; smaller parts are not printed
 
 
 def show_plan(plan: RunPlan, console: Console) -> None:
@@ -296,7 +296,7 @@ def show_fits(plan: RunPlan, console: Console) -> None:
 
 
 def plan_lines(plan: RunPlan) -> Iterator[str]:
-    """Yield the lines of the plan without the table."""
+    """Yields the lines of the plan without the table."""
     yield plan.need.verdict()
     if plan.cheapest is not None:
         yield f"smallest change that makes it fit: {plan.cheapest.flags}"

@@ -50,7 +50,7 @@ def recipes(action: str, file: Path | None, target: Path | None, *, as_json: boo
 
 
 def shipped() -> list[Path]:
-    """Return the recipes that come with ftlevel: in the package, or beside src in a checkout."""
+    """Returns the recipes that come with ftlevel: in the package, or beside src in a checkout."""
     package = Path(__file__).resolve().parents[1]
     folders = (package / "recipes", package.parents[1] / "recipes")
     return sorted(next((p for p in folders if p.is_dir()), package).glob("*.yaml"))
@@ -81,7 +81,7 @@ def _local_recipes() -> list[Path]:
 
 
 def _is_recipe(path: Path) -> bool:
-    """Return whether a YAML file has a section of ftlevel's."""
+    """Returns whether a YAML file has a section of ftlevel's."""
     try:
         return not TrainConfig.model_fields.keys().isdisjoint(read_yaml(path)[0])
     except (ConfigError, OSError):

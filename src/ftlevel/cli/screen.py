@@ -88,7 +88,7 @@ class Screen(Listener):
             self.console.print(f"[dim]· {name}[/dim]", highlight=False)
 
     def choices(self, title: str, choices: Sequence[Choice]) -> None:
-        """Show every setting with its reason."""
+        """Show every setting with an explanation."""
         if self.quiet:
             return
         self._line(f"[bold]ftlevel {__version__}[/bold] {title}")
@@ -284,7 +284,7 @@ def _result_lines(summary: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _has_content(path: Path) -> bool:
-    """Return whether `path` has content; checkpoints/ always contains the run's origin."""
+    """Returns whether `path` has content; checkpoints/ always contains the run's origin."""
     return path.exists() and (path.name != "checkpoints" or any(path.glob("checkpoint-*")))
 
 

@@ -20,7 +20,7 @@ _FACTORS = {"k": (1024, 1000), "m": (1024**2, 1000**2)}
 
 
 def number_hint(text: str) -> str:
-    """Return "Did you mean 2048 or 2000?" for `2k`, or "" for any other text."""
+    """Returns "Did you mean 2048 or 2000?" for `2k`, or "" for any other text."""
     match = _THOUSANDS.fullmatch(text.strip())
     if match is None:
         return ""
@@ -127,7 +127,7 @@ def _canonical_spec(row: Flag, command: str) -> FlagSpec:
 
 
 def _alias_specs(row: Flag, canonical: FlagSpec) -> dict[str, FlagSpec]:
-    """Return alias → specification, given that of the canonical name of `row`."""
+    """Returns alias → specification, given that of the canonical name of `row`."""
     specs = {}
     for alias in row.alias_names:
         has_value = alias.value is not None
@@ -190,7 +190,7 @@ def resolve_flag_aliases(
 
 
 def check_claims(claims: Sequence[NoOpClaim], config: Any) -> list[str]:
-    """Return the reason for each claim; raise ConfigError if `config` contradicts one."""
+    """Returns the reason for each claim; raises ConfigError if `config` contradicts one."""
     lines, problems = [], []
     for claim in claims:
         agrees, value = claim.agrees, config
@@ -223,7 +223,7 @@ def _find(typed: str, specs: Mapping[str, FlagSpec]) -> tuple[str, FlagSpec | No
 
 
 def _take(queue: list[str], option: FlagSpec) -> list[str] | None:
-    """Remove and return the values of a flag from `queue` (mutated); None if one is missing."""
+    """Remove and return the values of a flag from `queue` (modified); None if one is missing."""
     if option.is_value_optional:
         follows = queue[0] if queue and _is_word(queue[0]) else ""
         is_own = follows.lower() in (*ON, *OFF, *option.values)
@@ -252,7 +252,7 @@ def _is_recipe(text: str) -> bool:
 def _meaning(
     name: str, shown: str, values: Sequence[str], option: FlagSpec
 ) -> list[Setting] | NoOpValue:
-    """Return the settings that `values` stand for, or the condition that they require."""
+    """Returns the settings that `values` stand for, or the condition that they require."""
     text = ",".join(values)
     word = _truth(text) if option.is_value_optional else text.lower()
     result = option.values.get(word)
@@ -282,7 +282,7 @@ def _meaning(
 
 
 def _switched(option: FlagSpec, word: str) -> list[Setting] | NoOpValue:
-    """Return the setting of a switch, or a condition if it disables a specific value."""
+    """Returns the setting of a switch, or a condition if it disables a specific value."""
     if option.value is None:
         return [(option.flag, word)]
     if word == "true":
@@ -310,7 +310,7 @@ def _parts(value: str) -> list[str]:
 
 
 def _pieces(flag: str, text: str) -> Iterator[Setting]:
-    """Yield the settings of a fragment: "4bit --quant-type nf4" after `--quant`."""
+    """Yields the settings of a fragment: "4bit --quant-type nf4" after `--quant`."""
     for number, piece in enumerate(_NEXT_FLAG.split(f"{flag} {text}".strip())):
         name, _, value = piece.partition(" ")
         if value or (number == 0 and name != flag):
@@ -332,7 +332,7 @@ def _check_given_once(
 
 
 def _spell(flag: str, value: str, specs: Mapping[str, FlagSpec], *, joined: bool) -> list[str]:
-    """Return a setting as arguments for Typer."""
+    """Returns a setting as arguments for Typer."""
     own = specs.get(flag)
     if own is not None and own.is_switch:
         wanted = flag if value == "true" else own.off
@@ -345,7 +345,7 @@ _RUNS = ("*/.ftlevel.json", "runs/*/.ftlevel.json")  # marker file of a run dire
 
 
 def completer(row: Flag, metadata: FieldMetadata) -> Callable[[str], list[str]]:
-    """Return a function that completes the values of `row`; nothing for free-form values."""
+    """Returns a function that completes the values of `row`; nothing for free-form values."""
 
     def complete(incomplete: str) -> list[str]:
         return sorted(v for v in _completions(row, metadata) if v.startswith(incomplete))

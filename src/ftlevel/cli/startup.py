@@ -61,12 +61,12 @@ def exit_on_signal() -> Iterator[None]:
 
 
 def received_signal() -> bool:
-    """Return whether an ending signal was received, even if a library swallowed it."""
+    """Returns whether an ending signal was received, even if a library swallowed it."""
     return _received is not None
 
 
 def exit_code() -> int:
-    """Return the exit code of an interrupted command: 130, or 143 for SIGTERM."""
+    """Returns the exit code of an interrupted command: 130, or 143 for SIGTERM."""
     return 128 + (_received or signal.SIGINT)
 
 
@@ -158,7 +158,7 @@ _SAID_BY_USERS = ("MALLOC_ARENA_MAX", "MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THR
 def share_heaps() -> bool:
     """Limit malloc to `HEAPS` arenas for new threads; return whether it was done.
 
-    Does nothing without glibc, with another allocator, or if environment variables configure
+    Does nothing without glibc, with a different allocator, or if environment variables configure
     malloc.
     """
     told = any(os.environ.get(name) for name in (*_SAID_BY_USERS, "GLIBC_TUNABLES", "LD_PRELOAD"))
@@ -211,7 +211,7 @@ class SafeStream(io.TextIOBase):
         self._try("flush")
 
     def has_reader(self) -> bool:
-        """Return whether the other end of a pipe is still open."""
+        """Returns whether the other end of a pipe is still open."""
         if self._stream is None:
             return False
         try:
@@ -222,11 +222,11 @@ class SafeStream(io.TextIOBase):
             return True
 
     def isatty(self) -> bool:
-        """Return whether the stream is a terminal."""
+        """Returns whether the stream is a terminal."""
         return self._stream is not None and self._stream.isatty()
 
     def fileno(self) -> int:
-        """Return the file descriptor, from which rich reads the terminal's size."""
+        """Returns the file descriptor, from which rich reads the terminal's size."""
         if self._stream is None:
             raise OSError("the stream is closed")
         return self._stream.fileno()
@@ -241,7 +241,7 @@ class SafeStream(io.TextIOBase):
             return
         try:
             getattr(self._stream, method)(*arguments)
-        except UnicodeEncodeError:  # the terminal's encoding lacks a character
+        except UnicodeEncodeError:  # the terminal's encoding has no a character
             replaced = arguments[0].encode(self.encoding, "replace").decode(self.encoding)
             self._stream.write(replaced)
         except OSError as error:

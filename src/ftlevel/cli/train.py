@@ -54,7 +54,7 @@ def launch(arguments: Sequence[str], count: int, restarts: int = 0) -> int:
 
 
 def _resume_arguments(arguments: Sequence[str]) -> list[str]:
-    """Return the command line that resumes the run of `arguments`."""
+    """Returns the command line that resumes the run of `arguments`."""
     kept = [a for a in arguments if a.replace("_", "-") not in _REPLACES]
     return kept if _RESUME in kept else [*kept, _RESUME]
 
@@ -98,7 +98,7 @@ def _launch_once(arguments: Sequence[str], count: int, told: list[int]) -> int:
 
 
 def _wait(running: Sequence[subprocess.Popen[bytes]]) -> int:
-    """Return the exit code of all processes; stop the others when one fails."""
+    """Returns the exit code of all processes; stop the others when one fails."""
     while any(process.poll() is None for process in running):
         failed = {rank: code for rank, process in enumerate(running) if (code := process.poll())}
         if failed:
@@ -119,7 +119,7 @@ def _wait(running: Sequence[subprocess.Popen[bytes]]) -> int:
 
 
 def _exit_code(code: int) -> int:
-    """Return a process's exit code as shells do: 143 after SIGTERM."""
+    """Returns a process's exit code as shells do: 143 after SIGTERM."""
     return code if code >= 0 else 128 - code
 
 
@@ -139,7 +139,7 @@ def _stop(running: Sequence[subprocess.Popen[bytes]]) -> None:
             process.wait()
 
 
-def train(values: CommandInput, *, dry_run: bool, as_json: bool, quiet: bool, schema: bool) -> None:
+def train(given: CommandInput, *, dry_run: bool, as_json: bool, quiet: bool, schema: bool) -> None:
     """Fine-tune a model on a dataset.
 
     Without --model and --dataset, trains the built-in model on built-in examples. --set
@@ -148,10 +148,10 @@ def train(values: CommandInput, *, dry_run: bool, as_json: bool, quiet: bool, sc
     if schema:
         typer.echo(json.dumps(TrainConfig.model_json_schema(), indent=2))
         return
-    config, origin = read_config(values)
+    config, origin = read_config(given)
     processes = config.train.num_processes or 1
     if processes > 1 and not dry_run and not is_launched():
-        raise typer.Exit(launch(values.arguments, processes, config.train.max_restarts))
+        raise typer.Exit(launch(given.arguments, processes, config.train.max_restarts))
     if has_agent():
         end_with_parent()
     follows = is_follower()

@@ -36,7 +36,7 @@ def run_checks() -> list[CheckResult]:
 
 
 def to_dict(results: list[CheckResult]) -> dict[str, Any]:
-    """Return the output of `--json`."""
+    """Returns the output of `--json`."""
     return {
         "ftlevel": __version__,
         "ok": all(result.verdict != "bad" for result in results),
@@ -45,7 +45,7 @@ def to_dict(results: list[CheckResult]) -> dict[str, Any]:
 
 
 def _run(check: Callable[[], Iterator[CheckResult]]) -> list[CheckResult]:
-    """Return the results of `check`; a failing import becomes a result too."""
+    """Returns the results of `check`; a failing import becomes a result too."""
     try:
         return list(check())
     except (ImportError, OSError, RuntimeError, AttributeError) as error:
@@ -61,7 +61,7 @@ def _program() -> Iterator[CheckResult]:
 
 
 def _versions() -> Iterator[CheckResult]:
-    """Yield unmet requirements of ftlevel, or one finding if all are met."""
+    """Yields unmet requirements of ftlevel, or one finding if all are met."""
     from packaging.requirements import Requirement
 
     requirements = [Requirement(line) for line in metadata.requires("ftlevel") or ()]

@@ -1,4 +1,4 @@
-"""`evaluate`: score a model and its base on held-out rows, with bootstrap intervals."""
+"""`evaluate`: score a model and the base on held-out rows, with bootstrap intervals."""
 
 from __future__ import annotations
 
@@ -348,7 +348,7 @@ def _settings(config: EvaluateConfig, ref: ModelRef) -> tuple[TrainConfig, bool]
 
 
 def _is_same_name(dataset: str, name: str) -> bool:
-    """Return whether two names mean the same dataset; rows in memory never match."""
+    """Returns whether two names mean the same dataset; rows in memory never match."""
     if isinstance(dataset, InMemoryDataset):
         return False
     return dataset == name or Path(dataset).absolute() == Path(name).absolute()
@@ -429,7 +429,7 @@ def _evaluator(
 
 
 def _rollouts(trained: LoadedModel, held_out: EvaluationRows, settings: TrainConfig) -> Rollouts:
-    """Return the rollouts of a model of reinforcement learning, with the seed of training."""
+    """Returns the rollouts of a model of reinforcement learning, with the seed of training."""
     objective = trained.objective
     if not isinstance(objective, PolicyGradient):
         raise TypeError("only a policy has rewards")

@@ -1,4 +1,4 @@
-"""`export`: merge, convert and verify a model for another program."""
+"""`export`: merge, convert and verify a model for a different program."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class ExportResult:
 def export(
     config: ExportConfig, *, listener: Listener | None = None, dry_run: bool = False
 ) -> ExportResult:
-    """Convert a model to the files of another program.
+    """Convert a model to the files of a different program.
 
     Raises:
         ConfigError: a problem that is known before weights are read.
@@ -128,7 +128,7 @@ def _find_several(config: ExportConfig, device: str) -> dict[str, ModelRef]:
 
 
 def _left_out(config: ExportConfig, refs: Mapping[str, ModelRef]) -> list[Path]:
-    """Return runs and models in a directory of adapters that are not adapters."""
+    """Returns runs and models in a directory of adapters that are not adapters."""
     if not refs:
         return []
     folders = [p for p in sorted(Path(config.model).expanduser().iterdir()) if p.is_dir()]
@@ -170,7 +170,7 @@ def _merge(config: ExportConfig, ref: ModelRef, directory: Path) -> MergeOutput:
 
 
 def _as_it_is(config: ExportConfig, ref: ModelRef, device: str, _: Path) -> MergeOutput:
-    """Return the code selection and comparison of a model that needs no merging."""
+    """Returns the code selection and comparison of a model that needs no merging."""
     if not _chooses_codes(config):
         return MergeOutput({})
     model = ref.load(device)
@@ -196,7 +196,7 @@ def _chooses_codes(config: ExportConfig) -> bool:
 def _probes(
     config: ExportConfig, inputs: MergeInput
 ) -> tuple[ComparisonProbe, ComparisonProbe | None]:
-    """Return the comparison rows, and the calibration rows if codes are chosen on them."""
+    """Returns the comparison rows, and the calibration rows if codes are chosen on them."""
     chooses = _chooses_codes(config)
     rows = choose_rows(inputs, _ROWS, config.calibration_rows if chooses else 0)
     calibration = inputs.probe(rows.calibration) if rows.calibration else None

@@ -108,7 +108,7 @@ def generate_answers(
 
 
 def _has_rows(path: Path) -> bool:
-    """Return whether a prompts file is read as rows instead of one prompt per line."""
+    """Returns whether a prompts file is read as rows instead of one prompt per line."""
     suffix = Path(plain_name(path.name)).suffix.lower()
     if suffix not in READERS and is_pipe(path):
         suffix = (detect_file_format(cache_pipe(path), ()) or (".txt", ""))[0]
@@ -117,7 +117,7 @@ def _has_rows(path: Path) -> bool:
 
 
 def _read_lines(path: Path) -> list[str]:
-    """Read the nonblank lines of a text file; raise InputError if it cannot be read."""
+    """Load the nonblank lines of a text file; raise InputError if it cannot be read."""
     try:
         file = decompress(path) if is_compressed(path) else path
         file = cache_pipe(path) if is_pipe(path) else file
@@ -130,7 +130,7 @@ def _read_lines(path: Path) -> list[str]:
 def _with_rows(
     request: AnswerRequest, path: Path, task: BaseTask, config: GenerateConfig
 ) -> tuple[AnswerRequest, list[str]]:
-    """Return `request` with the rows of a file, and the text shown for each."""
+    """Returns `request` with the rows of a file, and the text printed for each."""
     ignored = config.ignore_columns
     source, _ = open_rows(str(path), ReadOptions(ignored=ignored))
     try:
@@ -155,7 +155,7 @@ def _with_rows(
 
 
 _SHOWN = ("question", "prompt", "instruction", "messages", "conversations")
-"""Columns shown as the prompt; the first one present is used."""
+"""Columns printed as the prompt; the first one present is used."""
 
 
 def build_generation_settings(config: GenerateConfig) -> GenerationOptions:
@@ -166,7 +166,7 @@ def build_generation_settings(config: GenerateConfig) -> GenerationOptions:
 
 
 def generate_replies(adapters: AdapterSet, name: str, request: AnswerRequest) -> list[Prediction]:
-    """Return the outputs of the adapter `name`, or of the base, for each prompt."""
+    """Returns the outputs of the adapter `name`, or of the base, for each prompt."""
     with adapters.active_adapter(name) as trained, trained.inference():
         return predict_replies(trained, request)
 
@@ -236,7 +236,7 @@ class Chat:
         return str(trained.tokenizer.decode(answer, skip_special_tokens=True)).strip()
 
     def _prompt(self, trained: LoadedModel, text: str) -> list[int]:
-        """Return the prompt token ids; the oldest messages are dropped if they do not fit."""
+        """Returns the prompt token ids; the oldest messages are dropped if they do not fit."""
         if trained.ref.prompt_format is None:
             raise TypeError("a model that writes text has a prompt format")
         if not _remembers(trained):
@@ -248,7 +248,7 @@ class Chat:
             ids = encode_chat_prompt(trained.tokenizer, turns)
             if room is None or len(ids) <= room or len(self.messages) == 1:
                 return ids
-            self.messages = self.messages[2:]  # a question and its answer
+            self.messages = self.messages[2:]  # a question and the answer
             self.forgotten += 2
 
 

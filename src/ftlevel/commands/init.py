@@ -64,12 +64,12 @@ class Draft:
 
 
 def draft(layers: list[Layer], file: Path, answer: Callable[[SetupQuestion, Choice], str]) -> Draft:
-    """Return the recipe for the given layers and answers; nothing is written.
+    """Returns the recipe for the given layers and answers; nothing is written.
 
     Args:
-        layers: values of `--set` and flags; answers are appended (mutated).
+        layers: values of `--set` and flags; answers are appended (modified).
         file: path of the recipe.
-        answer: called with each open question and its proposal; `check_answer` validates its
+        answer: called with each open question and its proposal; `check_answer` validates the
             result.
 
     Raises:
@@ -125,7 +125,7 @@ def _resolve(layers: list[Layer], proposed: list[Choice]) -> Run:
 
 
 def _propose_dataset(_: TrainConfig) -> Choice:
-    """Return the only data file here, or the built-in examples; raise InputError for several."""
+    """Returns the only data file here, or the built-in examples; raises InputError for several."""
     files = sorted(path.name for path in Path().iterdir() if path.suffix.lower() in _ENDINGS)
     if len(files) > 1:
         raise InputError(
@@ -170,7 +170,7 @@ def _propose_model(config: TrainConfig) -> Choice:
 
 
 def _propose_method(config: TrainConfig) -> Choice:
-    """Return `lora`, or `qlora` if 16-bit weights exceed half of the memory."""
+    """Returns `lora`, or `qlora` if 16-bit weights exceed half of the memory."""
     base = load_config(_source(config))
     shape = build_task_model(base, _auto_class(config, base))
     weights = _BYTES * sum(parameter.numel() for parameter in shape.parameters())
@@ -222,7 +222,7 @@ def _check_model(config: TrainConfig) -> None:
 
 
 def _auto_class(config: TrainConfig, base: Any) -> str:
-    """Return transformers' auto class for the task; raise ConfigError if there is none."""
+    """Returns transformers' auto class for the task; raises ConfigError if there is none."""
     return TASKS[config.task].auto_class(model_kind(base), base.model_type)
 
 
@@ -271,7 +271,7 @@ def _head(config: TrainConfig, command: str, file: Path) -> Iterator[str]:
 
 
 def _notes(run: Run, proposed: list[Choice]) -> Mapping[str, str]:
-    """Return the comments next to settings: path → text."""
+    """Returns the comments next to settings: path → text."""
     choices = {choice.name: choice for choice in run.choices}
     reasons = {choice.name: choice.reason for choice in proposed}
     columns = choices.get("columns")
@@ -287,7 +287,7 @@ def _notes(run: Run, proposed: list[Choice]) -> Mapping[str, str]:
 
 
 def _chosen(run: Run) -> Mapping[str, list[tuple[str, Any, str]]]:
-    """Return the values `train` would choose: section → (name, value, reason)."""
+    """Returns the values `train` would choose: section → (name, value, reason)."""
     reasons = {choice.name: choice.reason for choice in run.choices}
     train, schedule = run.config.train, run.schedule
     values_ = [("learning_rate", schedule.learning_rate, reasons.get("learning rate", ""))]
@@ -317,7 +317,7 @@ def _chosen(run: Run) -> Mapping[str, list[tuple[str, Any, str]]]:
 
 
 def _render(run: Run, proposed: list[Choice]) -> Iterator[str]:
-    """Yield the lines of the recipe; chosen values are commented out."""
+    """Yields the lines of the recipe; chosen values are commented out."""
     notes, chosen = _notes(run, proposed), _chosen(run)
     values = run.config.model_dump(mode="json", exclude_unset=True)
     for section in sorted(values, key=lambda name: (name not in _ORDER, _ORDER.find(name))):

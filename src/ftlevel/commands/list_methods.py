@@ -78,7 +78,7 @@ def _check_name(flag: str, value: str | None, names: tuple[str, ...]) -> str | N
 
 
 def family_name(model: str) -> str:
-    """Return a model's `model_type`, or a family name unchanged; raise InputError if invalid."""
+    """Returns a model's `model_type`, or a family name unchanged; raises InputError if invalid."""
     config = Path(model) / "config.json"
     if config.is_file():
         try:
@@ -94,7 +94,7 @@ def family_name(model: str) -> str:
 
 
 def task_refusal(family: Family, task: str) -> str | None:
-    """Return why no method supports `task` on models of `family`, or None."""
+    """Returns why no method supports `task` on models of `family`, or None."""
     try:
         TASKS[task].auto_class(family.kind, family.name)
     except ConfigError as error:

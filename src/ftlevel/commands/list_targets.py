@@ -1,4 +1,4 @@
-"""`list-targets`: target modules of a model family, from a table, or of a model.
+"""`list-targets`: target modules of a model type, from a table, or of a model.
 
 Families need neither torch nor transformers. Models are built on the meta device, without weights.
 """
@@ -115,7 +115,7 @@ def list_targets(name: str, r: int = 8) -> TargetReport:
 
 
 def is_model(name: str) -> bool:
-    """Return whether `name` is a model rather than a family."""
+    """Returns whether `name` is a model rather than a family."""
     if name.startswith("builtin:") or name.endswith(".gguf") or "/" in name or os.sep in name:
         return True
     directory = Path(name)

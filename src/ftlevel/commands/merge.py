@@ -172,7 +172,7 @@ def _warn_of_low_bits(served: Agreement, effect: Agreement, listener: Listener) 
 
 
 def score_trained(inputs: MergeInput, probe: ComparisonProbe) -> tuple[RowLogits, Agreement]:
-    """Return the outputs of the trained model, and their difference from its base's."""
+    """Returns the outputs of the trained model, and their difference from the base's."""
     model = inputs.ref.load(inputs.device, inputs.dtype)
     trained = probe.score(model.model, inputs.dtype)
     with model.without_adapter():
@@ -180,7 +180,7 @@ def score_trained(inputs: MergeInput, probe: ComparisonProbe) -> tuple[RowLogits
 
 
 def _ways(config: MergeConfig, inputs: MergeInput) -> list[str]:
-    """Return the base weights to merge onto; several if they must be compared."""
+    """Returns the base weights to merge onto; several if they must be compared."""
     if inputs.quant.kind == "none":
         if config.onto == "dequantized":
             raise ConfigError(
@@ -211,7 +211,7 @@ def write_onto(config: MergeConfig, inputs: MergeInput, onto: str, directory: Pa
 def resolve_rounding(
     config: MergeConfig, inputs: MergeInput, onto: str
 ) -> tuple[str | None, Callable[[Any], QuantizationRounding] | None]:
-    """Return the dtype and rounding of the base weights, as `write_merged` expects them."""
+    """Returns the dtype and rounding of the base weights, as `write_merged` expects them."""
     dtype: str | None = None if config.dtype == "auto" else config.dtype
     if inputs.source.kind == "gguf":  # GGUF weights have no torch dtype
         dtype = dtype or inputs.dtype
@@ -224,7 +224,7 @@ def resolve_rounding(
 
 
 def _choose(candidates: list[Candidate]) -> tuple[Candidate, str]:
-    """Choose the candidate closest to the trained model, and the reason."""
+    """Choose the candidate closest to the trained model, and an explanation."""
     if len(candidates) == 1:
         return candidates[0], ""
     ranked = sorted(candidates, key=lambda c: c.trained.distance if c.trained else 0.0)

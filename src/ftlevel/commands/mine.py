@@ -120,7 +120,7 @@ def mine(config: MineConfig, *, listener: Listener | None = None) -> Mapping[str
 
 
 def _read_rows(config: MineConfig) -> tuple[list[EmbeddingRow], str]:
-    """Read the rows with positives, and a description of their columns."""
+    """Load the rows with positives, and a description of their columns."""
     table = read_table(
         config.dataset, options=ReadOptions(config.input_format, ignored=config.ignore_columns)
     )
@@ -137,7 +137,7 @@ def _read_rows(config: MineConfig) -> tuple[list[EmbeddingRow], str]:
 
 
 def _read_corpus(config: MineConfig) -> list[str]:
-    """Read the texts of `--corpus`."""
+    """Load the texts of `--corpus`."""
     if config.corpus is None:
         return []
     table = read_table(config.corpus)

@@ -1,4 +1,4 @@
-"""`plan`: estimate memory, time and cost of a run without loading its weights."""
+"""`plan`: estimate memory, time and cost of a run without loading the weights."""
 
 from __future__ import annotations
 
@@ -62,13 +62,13 @@ class ClusterEstimate(Protocol):
         """Number of steps of an epoch; None with synthetic rows."""
 
     def time(self) -> TimeForecast | None:
-        """Return the time of an epoch; None with synthetic rows."""
+        """Returns the time of an epoch; None with synthetic rows."""
 
     def lines(self) -> Iterator[str]:
-        """Yield the lines for the screen."""
+        """Yields the lines for the screen."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the values for `--json`."""
+        """Returns the values for `--json`."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ class RunPlan:
     choices: list[Choice] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the output of `--json`."""
+        """Returns the output of `--json`."""
         first, kept = self.checkpoint_bytes
         need = self.need
         return {
@@ -224,13 +224,13 @@ def _plan(config: TrainConfig, options: PlanOptions) -> tuple[RunPlan, Alternati
 
 
 def _names_no_data(config: TrainConfig) -> bool:
-    """Return whether a model but no dataset is named: built-in data is not meant then."""
+    """Returns whether a model but no dataset is named: built-in data is not meant then."""
     names_model = "name_or_path" in config.model.model_fields_set
     return names_model and "dataset" not in config.data.model_fields_set
 
 
 def _replace(config: TrainConfig, section: str, **fields: Any) -> TrainConfig:
-    """Return a copy with other `fields` of `section`, which are not validated."""
+    """Returns a copy with other `fields` of `section`, which are not validated."""
     values = getattr(config, section).model_copy(update=fields)
     return config.model_copy(update={section: values})
 
@@ -243,7 +243,7 @@ def _cost(config: TrainConfig, time: TimeForecast | None, options: PlanOptions) 
 
 
 def _checkpoints(run: Run, parts: Mapping[str, int]) -> tuple[int, int]:
-    """Return the bytes of one checkpoint with optimizer, and of those kept at once."""
+    """Returns the bytes of one checkpoint with optimizer, and of those kept at once."""
     trained, _ = count_trainable(run)
     one = 4 * trained + parts.get(OPTIMIZER, 0)
     limit = run.config.train.save_total_limit or 1

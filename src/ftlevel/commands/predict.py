@@ -168,7 +168,7 @@ def _prepare(
 
 
 def _settings(ref: ModelRef) -> TrainConfig:
-    """Return the run's configuration; without a run, the card's column mapping."""
+    """Returns the run's configuration; without a run, the card's column mapping."""
     if ref.run is not None:
         return build_config([read_run(ref.run)])
     return TrainConfig(data={"columns": ref.card.data.get("columns", {})})
@@ -192,7 +192,7 @@ def _open(
 def _mapping(
     config: PredictConfig, settings: TrainConfig, task: BaseTask, source: RowSource
 ) -> Mapping[str, str]:
-    """Return the user's `--map`, or those training columns these rows also have."""
+    """Returns the user's `--map`, or those training columns these rows also have."""
     if config.columns:
         return config.columns
     roles = {role for shape in task.questions for role in shape.roles}
@@ -347,7 +347,7 @@ def _answer(
     config: PredictConfig,
     tally: RowCounts,
 ) -> list[Mapping[str, Any]]:
-    """Return the answer columns per row, empty if skipped; raise InputError for a bad row."""
+    """Returns the answer columns per row, empty if skipped; raises for an invalid row."""
     answerable = [i for i, row in enumerate(window) if not row.fault]
     faults = {i: row.fault for i, row in enumerate(window) if row.fault}
     if faults and config.on_bad_row == "error":
@@ -365,7 +365,7 @@ def _answer(
 
 
 def _join(row: QueryRow, answer: Mapping[str, Any], job: _PredictJob) -> dict[str, Any]:
-    """Return a row with its answer columns, null without an answer."""
+    """Returns a row with the answer columns, null without an answer."""
     existing = [repr(name) for name in job.answers if name in row.row]
     if existing:  # later JSON Lines rows may have new columns
         raise InputError(

@@ -92,7 +92,7 @@ class Preview:
         return f"the first {self.facts['first_rows']:,} rows" if is_streamed else "an epoch"
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the output of `--json`."""
+        """Returns the output of `--json`."""
         return {
             "data": self.facts,
             "rows": [asdict(row) for row in self.rows],
@@ -106,7 +106,7 @@ class Preview:
 
 
 def preview(config: TrainConfig, numbers: Sequence[int] = ()) -> Preview:
-    """Return the data of `config` as the model sees it.
+    """Returns the data of `config` as the model sees it.
 
     `numbers` are 1-based rows to show; by default a short, a medium and a long one.
 
@@ -134,7 +134,7 @@ def preview(config: TrainConfig, numbers: Sequence[int] = ()) -> Preview:
 
 
 def _sample(run: Run) -> list[Choice]:
-    """Return lines about completions sampled with the initial weights, and their rewards.
+    """Returns lines about completions sampled with the initial weights, and their rewards.
 
     Only in reinforcement learning; no other preview loads weights.
     """
@@ -213,7 +213,7 @@ class PieceDecoder:
         self._anchor = tokenizer("a", add_special_tokens=False)["input_ids"][-1:]
 
     def decode_tokens(self, ids: Sequence[int]) -> list[str]:
-        """Return the text of each id; a multi-byte character is assigned to its last byte."""
+        """Returns the text of each id; a multi-byte character is assigned to the last byte."""
         before = self._decode(self._anchor)
         texts, pending = [], []
         for id_ in ids:

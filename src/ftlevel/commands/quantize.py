@@ -177,7 +177,7 @@ def _resolve(config: QuantizeConfig) -> _Plan:
 
 
 def _unquantized_dtype(config: QuantizeConfig, model_config: Any) -> tuple[torch.dtype, str]:
-    """Returns the dtype of unquantized weights and of computation, and the reason."""
+    """Returns the dtype of unquantized weights and of computation, and an explanation."""
     if config.dtype != "auto":
         return DTYPES[config.dtype], ""
     stored = getattr(model_config, "dtype", None)
@@ -197,7 +197,7 @@ def _describe_unquantized(layout: QuantizedLayout) -> str:
 
 
 def _experts_note(config: QuantizeConfig, plan: _Plan) -> str:
-    """Return a note on the size of experts, which transformers cannot quantize."""
+    """Returns a note on the size of experts, which transformers cannot quantize."""
     sizes = predict_bytes(plan.layout)
     if "experts" not in sizes:
         return ""
@@ -223,7 +223,7 @@ def _experts_note(config: QuantizeConfig, plan: _Plan) -> str:
 
 @contextlib.contextmanager
 def _source_files(plan: _Plan) -> Iterator[Path]:
-    """Yield the directory with .safetensors files; a .gguf is converted temporarily."""
+    """Yields the directory with .safetensors files; a .gguf is converted temporarily."""
     source = plan.ref.source
     if source.kind != "gguf":
         yield merge_sharded_checkpoint(snapshot(source, COPIED))

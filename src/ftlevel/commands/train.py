@@ -44,7 +44,7 @@ class TrainResult:
     tokenizer: Any
 
     def predict(self, rows: Any, **settings: Any) -> list[dict[str, Any]]:
-        """Return `rows` with answers of the saved run; `settings` are fields of `PredictConfig`.
+        """Returns `rows` with answers of the saved run; `settings` are fields of `PredictConfig`.
 
         Raises:
             ConfigError: nothing was trained.
@@ -79,11 +79,11 @@ def train(
             or DatasetDict, a list of dicts, or a file name.
         eval_dataset: validation rows, in the same forms.
         model: transformers model without an adapter, instead of `config.model`. It is not modified:
-            its weights are reloaded from their source, or saved in the run.
-        tokenizer: tokenizer of `model`, if not the one of its name.
+            the weights are reloaded from their source, or saved in the run.
+        tokenizer: tokenizer of `model`, if not the one of the name.
         callbacks: `transformers.TrainerCallback` instances, called after ftlevel's own.
         dry_run: resolve and check everything; train and write nothing.
-        listener: receives progress; by default shown in a notebook, elsewhere only warnings are
+        listener: receives progress; by default printed in a notebook, elsewhere only warnings are
             logged.
         command_line: set by the command-line interface.
 

@@ -75,7 +75,7 @@ LOSS_ALIASES = {
 
 
 def read_loss(value: Any, aliases: Mapping[str, str]) -> Any:
-    """Read the name of a loss, which may be another tool's; other values are unchanged."""
+    """Load the name of a loss, which may be a different tool's; other values are unchanged."""
     if not isinstance(value, str):
         return value
     folded = value.lower().replace("_", "").replace("-", "")
@@ -83,7 +83,7 @@ def read_loss(value: Any, aliases: Mapping[str, str]) -> Any:
 
 
 def list_given(settings: Section) -> list[str]:
-    """Return the names of the settings that differ from their defaults."""
+    """Returns the names of the settings that differ from their defaults."""
     plain = type(settings)()
     return [n for n in type(settings).model_fields if getattr(settings, n) != getattr(plain, n)]
 

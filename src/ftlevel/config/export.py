@@ -211,7 +211,7 @@ class EmbeddingSupport:
 
     Attributes:
         format: format of an embedding model.
-        prompts: whether it applies the prompts of the model, or of its start command.
+        prompts: whether it applies the prompts of the model, or of the start command.
         normalizes: whether embeddings have length 1 even if the model does not normalize.
         pooling: supported pooling modes.
     """
@@ -235,7 +235,7 @@ class Server:
         every_layer: whether a linear layer must be adapted in all blocks or in none.
         families: model families that work; empty for any.
         several: whether it serves several adapters at once.
-        merged: what it serves merged: kinds of models that generate text, classifiers, rerankers.
+        merged: what it serves merged: types of models that generate text, classifiers, rerankers.
         embeddings: how it serves embedding models; None if it does not.
         own_template: whether it uses the base model's chat template by default.
     """
@@ -429,7 +429,7 @@ class ExportConfig(HubSection):
         return value
 
     def for_embeddings(self) -> ExportConfig:
-        """Return the configuration for an embedding model or reranker.
+        """Returns the configuration for an embedding model or reranker.
 
         Without `--format`, it has the format in which the server loads these.
         """

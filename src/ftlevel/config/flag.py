@@ -25,7 +25,7 @@ class FieldMetadata:
     Attributes:
         type: type on the command line: int, float, bool, Path, list[str], else str.
         choices: allowed values; empty if not enumerable.
-        default: default as shown; empty if off or part of the description.
+        default: default as printed; empty if off or part of the description.
         example: example of a NAME=VALUE pair, for a field that is a mapping.
         minimum: smallest value, if the type does not say it.
     """
@@ -41,7 +41,7 @@ class FieldMetadata:
 
 
 def describe_field(config: type[BaseModel], path: str) -> FieldMetadata:
-    """Return the metadata of the field at the dotted `path` of `config`, or raise KeyError.
+    """Returns the metadata of the field at the dotted `path` of `config`, or raise KeyError.
 
     In a union of sections, such as the methods, choices come from all members that have the field.
     """
@@ -71,7 +71,7 @@ def describe_field(config: type[BaseModel], path: str) -> FieldMetadata:
 
 
 def _format_example(info: FieldInfo) -> str:
-    """Return the first example of a mapping as NAME=VALUE."""
+    """Returns the first example of a mapping as NAME=VALUE."""
     return " ".join(f"{name}={value}" for name, value in (info.examples or [{}])[0].items())
 
 
@@ -80,7 +80,7 @@ def _is_section(annotation: Any) -> bool:
 
 
 def _alternatives(annotation: Any) -> list[Any]:
-    """Return the member types of `annotation`: unions and Annotated unwrapped, no None."""
+    """Returns the member types of `annotation`: unions and Annotated unwrapped, no None."""
     if get_origin(annotation) is Annotated:
         return _alternatives(get_args(annotation)[0])
     if get_origin(annotation) in (Union, UnionType):
@@ -97,7 +97,7 @@ def _value_type(types: list[Any]) -> Any:
 
 
 def _default_of(infos: dict[type[BaseModel], FieldInfo]) -> str:
-    """Return the default as shown; that of the first section if they differ."""
+    """Returns the default as printed; that of the first section if they differ."""
     defaults = [_format_default(info) for info in infos.values()]
     owner = next(iter(infos)).model_fields.get("kind")
     if len(set(defaults)) == 1 or owner is None or owner in infos.values():
@@ -127,11 +127,11 @@ CONFIGS: dict[str, type[Section]] = {
     "quantize": QuantizeConfig,
     "export": ExportConfig,
 }
-"""Command → configuration class that its flags set."""
+"""Command → configuration class that the flags set."""
 
 
 def config_of(command: str) -> type[Section] | None:
-    """Return the configuration class that the flags of `command` set, or None."""
+    """Returns the configuration class that the flags of `command` set, or None."""
     if command in CONFIGS:
         return CONFIGS[command]
     added = added_rows("commands").get(command)
@@ -140,7 +140,7 @@ def config_of(command: str) -> type[Section] | None:
 
 
 def command_of(config: type[BaseModel]) -> str:
-    """Return the first command whose flags set `config`; `train` if there is none."""
+    """Returns the first command whose flags set `config`; `train` if there is none."""
     commands = (*CONFIGS, *added_rows("commands"))
     return next((name for name in commands if config_of(name) is config), "train")
 
@@ -168,7 +168,7 @@ class NoOpValue:
     otherwise: str = "Drop one of them"
 
     def holds(self, value: Any) -> bool:
-        """Return whether the field value agrees."""
+        """Returns whether the field value agrees."""
         return (not self.among or value in self.among) and value not in self.unless
 
 
@@ -181,7 +181,7 @@ A fragment may contain other flags ("4bit --quant-type nf4") or be empty.
 
 @dataclass(frozen=True)
 class Alias:
-    """Alias of a flag from another tool whose values differ from ftlevel's.
+    """Alias of a flag from a different tool whose values differ from ftlevel's.
 
     Attributes:
         value: value set by this switch.
@@ -211,7 +211,7 @@ class FlagAliases:
     convert: Callable[[str], str] | None = None
 
     def __or__(self, other: FlagAliases) -> FlagAliases:
-        """Return both; values and conversion of `self` take precedence."""
+        """Returns both; values and conversion of `self` take precedence."""
         return FlagAliases(
             (*self.names, *other.names),
             {**other.values, **self.values},
@@ -275,7 +275,7 @@ class Flag:
         return self.path.replace(".", "_")
 
     def metadata(self, command: str) -> FieldMetadata:
-        """Return the metadata of the field that it sets, or its own."""
+        """Returns the metadata of the field that it sets, or its own."""
         if self.value is not None:
             return self.value
         config = config_of(command)
@@ -294,7 +294,7 @@ class Flag:
         return replace(metadata, type=list[str]) if self.is_repeatable else metadata
 
     def typer_names(self, is_switch: bool) -> list[str]:
-        """Return the names for Typer."""
+        """Returns the names for Typer."""
         if self.names:
             return self.names.split()
         name = _flag_of(self.path)
@@ -314,14 +314,14 @@ def option(
     minimum: int | None = None,
     **others: Any,
 ) -> Flag:
-    """Return a flag or argument that sets no field."""
+    """Returns a flag or argument that sets no field."""
     value = FieldMetadata(help, type, default=default, minimum=minimum)
     return Flag(names=names, value=value, **others)
 
 
 @dataclass(frozen=True)
 class UnsupportedFlag(Flag):
-    """Flag of another tool without a counterpart.
+    """Flag of a different tool without a counterpart.
 
     Values in `aliases` are accepted; `message` is the error for others.
     """

@@ -44,7 +44,7 @@ def read_pairs(flag: str, text: str) -> str:
 
 
 def _fields(panel: str, on: Sequence[str], paths: str) -> list[Flag]:
-    """Return a flag for each field of `paths`, with the field's name."""
+    """Returns a flag for each field of `paths`, with the field's name."""
     return [Flag(path, "", panel, on) for path in paths.split()]
 
 
@@ -360,7 +360,7 @@ _GENERAL_FLAGS: tuple[Flag, ...] = (
 
 
 def _extended() -> Iterator[Flag]:
-    """Yield every flag: the core's with the aliases of extensions, and those of extensions.
+    """Yields every flag: the core's with the aliases of extensions, and those of extensions.
 
     Raises:
         ConfigError: two packages define one flag of a command.
@@ -384,7 +384,7 @@ def _extended() -> Iterator[Flag]:
 def _tables_of_extensions() -> tuple[
     list[tuple[str, Sequence[Flag]]], dict[str, list[FlagAliases]]
 ]:
-    """Return (package, flags) of each extension, and dotted field → aliases of all."""
+    """Returns (package, flags) of each extension, and dotted field → aliases of all."""
     flags: list[tuple[str, Sequence[Flag]]] = []
     aliases: dict[str, list[FlagAliases]] = {}
     for source, extension in find_extensions():
@@ -404,7 +404,7 @@ FLAGS: tuple[Flag, ...] = tuple(_extended())
 
 
 def _is_of_the_run(path: str) -> bool:
-    """Return whether the field at `path` is not one of the run's output."""
+    """Returns whether the field at `path` is not one of the run's output."""
     return not path.startswith("output.")
 
 
@@ -420,7 +420,7 @@ TRAIN_LIKE_COMMANDS = tuple(_ACCEPTS)
 
 
 def flags_of(command: str, flags: Sequence[Flag] = FLAGS) -> list[Flag]:
-    """Return the flags of `command`."""
+    """Returns the flags of `command`."""
     accepts = _ACCEPTS.get(command)
     return [
         flag
@@ -434,7 +434,7 @@ def flags_of(command: str, flags: Sequence[Flag] = FLAGS) -> list[Flag]:
 
 
 def recipe_hint(name: str, command: str = "train") -> str:
-    """Return a hint at the recipe key that flag `name` of `command` sets, or "".
+    """Returns a hint at the recipe key that flag `name` of `command` sets, or "".
 
     Aliases with a value include it: `load_in_4bit` gives `quant.kind: 4bit`.
     """

@@ -31,14 +31,14 @@ _LONGEST_VALUE = 200  # characters, in errors
 
 @dataclass(frozen=True)
 class Layer:
-    """Raw values from one source, and the origin of each as shown to the user."""
+    """Raw values from one source, and the origin of each as printed to the user."""
 
     values: dict[str, Any] = field(default_factory=dict)
     origins: dict[KeyPath, str] = field(default_factory=dict)
 
 
 def read_recipe(path: Path) -> Layer:
-    """Read a YAML recipe with the line of every key; raises ConfigError like `read_yaml`."""
+    """Load a YAML recipe with the line of every key; raises ConfigError like `read_yaml`."""
     values, origins = read_yaml(path)
     if tool := next(filter(None, (detect(values) for detect in hooks("detect_tool"))), ""):
         raise ConfigError(
@@ -49,7 +49,7 @@ def read_recipe(path: Path) -> Layer:
 
 
 def read_yaml(path: Path) -> tuple[dict[str, Any], dict[KeyPath, str]]:
-    """Read the mapping in a YAML file and the origin (file:line) of every key.
+    """Load the mapping in a YAML file and the origin (file:line) of every key.
 
     Raises:
         ConfigError: the file is missing, not YAML, not a mapping, or has a duplicate key.
@@ -89,7 +89,7 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], dict[KeyPath, str]]:
 
 
 def _walk(mapping: Any, prefix: KeyPath) -> Iterator[tuple[KeyPath, int]]:
-    """Yield each key path in a YAML mapping node, with its line from 1."""
+    """Yields each key path in a YAML mapping node, with its line from 1."""
     for key_node, value_node in mapping.value:
         key = (*prefix, str(key_node.value))
         yield key, key_node.start_mark.line + 1
@@ -113,7 +113,7 @@ def read_settings(settings: Iterable[str]) -> Layer:
 
 
 def put(layer: Layer, key: KeyPath, value: Any, origin: str) -> None:
-    """Set the value and origin at `key` in `layer` (mutated)."""
+    """Set the value and origin at `key` in `layer` (modified)."""
     target = layer.values
     for part in key[:-1]:
         inner = target.setdefault(part, {})
@@ -207,7 +207,7 @@ def format_errors(
     origins: Mapping[KeyPath, str] | None,
     root: type[BaseModel] = TrainConfig,
 ) -> list[str]:
-    """Return a message per pydantic error; `origins` is None for values of a constructor."""
+    """Returns a message per pydantic error; `origins` is None for values of a constructor."""
     messages: list[str] = []
     seen: set[KeyPath] = set()
     known = origins or {}
@@ -219,7 +219,7 @@ def format_errors(
             continue
         seen.add(key)
         origin = _origin(key, known, "" if origins is not None else root.__name__)
-        if detail["type"] == "value_error" and not key:  # a rule between sections names its flags
+        if detail["type"] == "value_error" and not key:  # a rule between sections names the flags
             messages += str(detail["ctx"]["error"]).split("\n")
         elif detail["type"] == "extra_forbidden":
             messages.append(f"{origin}: {_unknown_key(key, kind, root)}")
@@ -232,7 +232,7 @@ Section.explain_errors = staticmethod(lambda error, root: format_errors(error, N
 
 
 def _key_and_method(detail: ErrorDetails, root: type[BaseModel]) -> tuple[KeyPath, str | None]:
-    """Return the key as the user writes it, and the method that would have the field."""
+    """Returns the key as the user writes it, and the method that would have the field."""
     location = [str(part) for part in detail["loc"]]
     if len(location) > 1 and location[0] in _TAGGED and location[1] in SPECS:
         inner = location[2:] if detail["type"] == "extra_forbidden" else location[2:3]
@@ -246,7 +246,7 @@ def _key_and_method(detail: ErrorDetails, root: type[BaseModel]) -> tuple[KeyPat
 
 
 def _origin(key: KeyPath, origins: Mapping[KeyPath, str], constructor: str) -> str:
-    """Return the origin of `key` or its nearest parent, or the constructor's name."""
+    """Returns the origin of `key` or its nearest parent, or the constructor's name."""
     for end in range(len(key), 0, -1):
         if key[:end] in origins:
             return origins[key[:end]]
@@ -277,7 +277,7 @@ def _unknown_key(key: KeyPath, kind: str | None, root: type[BaseModel]) -> str:
 
 
 def _nearest_elsewhere(key: KeyPath) -> str:
-    """Return the dotted field that `key` means if its section is wrong or missing."""
+    """Returns the dotted field that `key` means if its section is wrong or missing."""
     section, name = key[:-1], key[-1]
     sections = [part for part in TrainConfig.model_fields if _fields_of((part,))]
     if len(section) == 1 and section[0] not in TrainConfig.model_fields:

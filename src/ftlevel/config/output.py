@@ -47,7 +47,7 @@ class DecodingAsInTraining(Section):
         return self
 
     def decoding(self, trained: Decoding) -> dict[str, Any]:
-        """Return the generation arguments; a given strategy replaces that of training.
+        """Returns the generation arguments; a given strategy replaces that of training.
 
         Raises ConfigError if the settings contradict each other.
         """

@@ -77,7 +77,7 @@ SMOOTHING = 0.1
 
 
 class PreferenceConfig(Section):
-    """Preference loss and its settings."""
+    """Preference loss and the settings."""
 
     loss: LossName | None = Field(
         None, description="Preference loss; default: dpo. reward trains a reward model."
@@ -186,7 +186,7 @@ def find_preference_problems(
 
 
 def _flag(section: str, name: str) -> str:
-    """Return the flag of a field, or its dotted key if it has none."""
+    """Returns the flag of a field, or its dotted key if it has none."""
     return f"{section}.{name}" if name in _WITHOUT_FLAG else f"--{name.replace('_', '-')}"
 
 
@@ -195,7 +195,7 @@ def _readers(name: str) -> Sequence[str]:
 
 
 def normalize_loss(raw: dict[str, Any]) -> dict[str, Any]:
-    """Return the raw configuration with consistent loss and task (reward has its own task)."""
+    """Returns the raw configuration with consistent loss and task (reward has its own task)."""
     task = str(raw.get("task", "")).replace("_", "-")
     section = raw.get("preference") or {}
     if task not in PREFERENCE_TASKS or not isinstance(section, dict):

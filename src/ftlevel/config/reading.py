@@ -54,13 +54,13 @@ _SECTIONS = {"method": METHOD_ALIASES, "quant": QUANT_ALIASES}
 
 
 def normalize_task(name: str) -> str:
-    """Return the canonical name of a task: with dashes, aliases resolved."""
+    """Returns the canonical name of a task: with dashes, aliases resolved."""
     task = _folded(name)
     return TASK_ALIASES.get(task, task)
 
 
 def resolve_aliases(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Return `values` (section → keys) with aliases resolved, and a line for each alias used.
+    """Returns `values` (section → keys) with aliases resolved, and a message for each alias used.
 
     Explicit fields override those that an alias sets.
     """
@@ -175,7 +175,7 @@ RENAMED = {
 def rename_keys(
     values: Mapping[str, Any], origins: Mapping[tuple[str, ...], str]
 ) -> tuple[dict[str, Any], list[str]]:
-    """Return `values` (section → keys) with renamed keys, and a line for each old key.
+    """Returns `values` (section → keys) with renamed keys, and a message for each old key.
 
     Raises ValueError if a key is given under both names.
     """

@@ -70,7 +70,7 @@ REWARDS: dict[str, str] = {
 
 @dataclass(frozen=True)
 class RewardSpec:
-    """Parsed value of `--reward`: NAME[:ARGUMENT], FILE.py:FUNCTION or RUN, and its weight.
+    """Parsed value of `--reward`: NAME[:ARGUMENT], FILE.py:FUNCTION or RUN, and the weight.
 
     `kind` is builtin, function (`name` is the file, `argument` the function) or model (`name` is a
     run, an adapter or a model).
@@ -340,7 +340,7 @@ def find_rl_problems(config: Any) -> list[str]:
 
 
 def _server_problems(config: Any) -> list[str]:
-    """Return messages for settings that sampling with a server cannot use."""
+    """Returns messages for settings that sampling with a server cannot use."""
     method, problems = config.method, []
     if method.kind != "lora" or getattr(method, "use_dora", False):
         name = "lora with DoRA" if method.kind == "lora" else method.kind
@@ -357,7 +357,7 @@ def _server_problems(config: Any) -> list[str]:
 
 
 def _teacher_problems(settings: RlConfig, values: Sequence[str]) -> list[str]:
-    """Return messages for settings that on-policy distillation cannot use."""
+    """Returns messages for settings that on-policy distillation cannot use."""
     problems = [
         f"{_flag(name)}: with --teacher, {reason}. Drop one of them."
         for name, reason in _NOT_WITH_TEACHER.items()
@@ -372,7 +372,7 @@ def _teacher_problems(settings: RlConfig, values: Sequence[str]) -> list[str]:
 
 
 def _sampling_problems(config: Any) -> list[str]:
-    """Return messages for settings of other sections that reinforcement learning cannot use."""
+    """Returns messages for settings of other sections that reinforcement learning cannot use."""
     train, data, problems = config.train, config.data, []
     for name in type(config.method).model_fields:
         value = getattr(config.method, name)
@@ -399,7 +399,7 @@ def _flag(name: str) -> str:
 
 
 def unknown_reward(name: str) -> str:
-    """Return the message for a reward that is neither built in nor a file or run."""
+    """Returns the message for a reward that is neither built in nor a file or run."""
     return (
         f"--reward {name}: no built-in reward, run or model has that name."
         f"{did_you_mean(name, REWARDS)} Built in: {join_names(REWARDS, 20)}; or FILE.py:FUNCTION."

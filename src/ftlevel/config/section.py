@@ -27,7 +27,7 @@ _FILE_SUFFIXES = (".gguf", ".safetensors", ".bin", ".pt", ".json", ".jsonl", ".y
 
 
 def check_directory_name(path: Path) -> Path:
-    """Return `path`, or raise ValueError if its suffix is that of a file."""
+    """Returns `path`, or raise ValueError if its suffix is that of a file."""
     if path.suffix in _FILE_SUFFIXES:
         raise ValueError(
             f"a directory is written, and {path.name} is the name of a file. Name it "
@@ -117,7 +117,7 @@ def _parts(annotation: Any) -> Iterator[Any]:
 
 @dataclass(frozen=True)
 class Choice:
-    """Resolved setting with its reason: `dtype bfloat16 (auto: CPU has avx512_bf16)`."""
+    """Resolved setting with an explanation: `dtype bfloat16 (auto: CPU has avx512_bf16)`."""
 
     name: str
     value: Any

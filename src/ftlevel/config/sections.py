@@ -54,7 +54,7 @@ class InMemoryDataset(str):
 
 
 def wrap_rows(value: Any) -> Any:
-    """Return rows as `InMemoryDataset`, a path as text, and any other value unchanged."""
+    """Returns rows as `InMemoryDataset`, a path as text, and any other value unchanged."""
     if isinstance(value, os.PathLike):  # arguments are not validated yet
         return os.fspath(value)
     is_frame = hasattr(value, "columns") and hasattr(value, "to_dict")
@@ -69,7 +69,7 @@ def _accept(value: Any, validate: Any) -> Any:
 
 
 DatasetName = Annotated[str, WrapValidator(_accept)]
-"""Name of a dataset, or its rows."""
+"""Name of a dataset, or the rows."""
 
 
 DEFAULT_MODEL = "builtin:tiny-llama"

@@ -42,7 +42,7 @@ SHORTHAND = {
 
 
 def expand_shorthand(section: str, value: Any) -> Any:
-    """Return the fields of `section` if `value` is its shorthand, else `value`."""
+    """Returns the fields of `section` if `value` is its shorthand, else `value`."""
     if section not in SHORTHAND or type(value) is dict or isinstance(value, BaseModel):
         return value
     return {SHORTHAND[section]: value}
@@ -101,7 +101,7 @@ class TrainConfig(Section):
         return self.rl.num_iterations if self.task == RL_TASK else 1
 
     def with_sections(self, **sections: Any) -> TrainConfig:
-        """Return a validated copy with other `sections`; may raise ConfigError."""
+        """Returns a validated copy with other `sections`; may raise ConfigError."""
         values = {name: getattr(self, name) for name in self.model_fields_set}
         return TrainConfig(**{**values, **sections})
 
@@ -226,7 +226,7 @@ def _other_problems(config: TrainConfig) -> list[str]:
 
 
 def _timing_problems(config: TrainConfig) -> list[str]:
-    """Return messages for evaluation, checkpoint and name settings without effect."""
+    """Returns messages for evaluation, checkpoint and name settings without effect."""
     train, output, problems = config.train, config.output, []
     for name, strategy, steps in (
         ("eval", train.eval_strategy, train.eval_steps),
@@ -273,7 +273,7 @@ def _search_problems(config: TrainConfig) -> list[str]:
 
 
 def _best_problems(train: TrainerConfig) -> list[str]:
-    """Return messages for best-model settings without effect."""
+    """Returns messages for best-model settings without effect."""
     problems = []
     values = {
         "--early-stopping-patience": train.early_stopping_patience is not None,
@@ -305,7 +305,7 @@ def _best_problems(train: TrainerConfig) -> list[str]:
 
 
 def _stream_problems(config: TrainConfig) -> list[str]:
-    """Return messages for settings that need a known number of rows."""
+    """Returns messages for settings that need a known number of rows."""
     data, train = config.data, config.train
     if not data.streaming:
         belongs = "belongs to --streaming. Drop it, or add --streaming."
@@ -355,7 +355,7 @@ def _stream_problems(config: TrainConfig) -> list[str]:
 
 
 def _pipe_problems(config: TrainConfig) -> list[str]:
-    """Return messages for settings that cannot read stdin or a pipe."""
+    """Returns messages for settings that cannot read stdin or a pipe."""
     data, problems = config.data, []
     if (config.train.num_processes or 1) > 1:
         names = (data.dataset, *data.also, data.validation_file or "")
@@ -387,7 +387,7 @@ _NO_PROMPT = ("token-classification", "question-answering", "masked-lm")
 
 
 def _task_problems(config: TrainConfig) -> list[str]:
-    """Return messages for data settings that the task does not support."""
+    """Returns messages for data settings that the task does not support."""
     task, data = config.task, config.data
     problems = []
     if data.overlong == "split" and task not in ("text-generation", "masked-lm"):

@@ -40,7 +40,7 @@ _REFUSED = {
 
 
 def _check_optimizer(value: object) -> object:
-    """Raise ValueError with the reason for an unsupported optimizer of transformers."""
+    """Raise ValueError with an explanation for an unsupported optimizer of transformers."""
     if isinstance(value, str):
         for start, error in _REFUSED.items():
             if value.startswith(start):
@@ -422,5 +422,5 @@ class TrainerConfig(Decoding):
         return self.gradient_checkpointing is True or self.offload_activations
 
     def may_recompute(self, device: str) -> bool:
-        """Return whether activations may be recomputed on `device`."""
+        """Returns whether activations may be recomputed on `device`."""
         return self.recomputes or (self.gradient_checkpointing is None and device == "cuda")

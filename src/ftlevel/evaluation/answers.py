@@ -61,7 +61,7 @@ class RowScorer:
             self._fast = None
 
     def __call__(self, rows: Sequence[Encoded], read: Read[T]) -> list[T]:
-        """Apply `read` to each row and its logits, in order; call it under `torch.no_grad`."""
+        """Apply `read` to each row and the logits, in order; call it under `torch.no_grad`."""
         if self._fast is None and len(rows) >= WORTH_ASKING:
             self._fast = self._speed_up(rows)
         results: list[Any] = [None] * len(rows)
@@ -89,7 +89,7 @@ class RowScorer:
         return self._fast is not None and self._fast.plan.packs
 
     def _split(self, lengths: Sequence[int]) -> Iterator[list[int]]:
-        """Yield the row indices of each forward pass, longest rows first."""
+        """Yields the row indices of each forward pass, longest rows first."""
         on_cpu = self._trained.device == "cpu"
         limit = (CPU_TOKENS if self._packs else PADDED_TOKENS) if on_cpu else GPU_TOKENS
         batch: list[int] = []
@@ -105,7 +105,7 @@ class RowScorer:
             yield batch
 
     def _forward(self, rows: Sequence[Encoded]) -> Iterator[torch.Tensor]:
-        """Yield the logits of each row of a forward pass."""
+        """Yields the logits of each row of a forward pass."""
         trained, objective = self._trained, self._trained.objective
         batch = self._collate(rows)
         layout = None
@@ -130,7 +130,7 @@ class RowScorer:
     def _token_scores(
         self, batch: dict[str, torch.Tensor], rows: Sequence[Encoded]
     ) -> Iterator[torch.Tensor]:
-        """Yield the logits (labelled, vocabulary) at the labelled tokens of each row."""
+        """Yields the logits (labelled, vocabulary) at the labelled tokens of each row."""
         objective = self._trained.objective
         seen: list[torch.Tensor] = []
         head = self._fast.cross_entropy if self._fast is not None else None
@@ -146,7 +146,7 @@ class RowScorer:
 
 
 def truncate_row(row: Encoded, limit: int) -> Encoded:
-    """Return `row` truncated to `limit` tokens; its last token, e.g. SEP or EOS, is kept."""
+    """Returns `row` truncated to `limit` tokens; the last token, e.g. SEP or EOS, is kept."""
     if len(row.input_ids) <= limit:
         return row
 
@@ -178,7 +178,7 @@ class AnswerRequest:
 
 
 def predict_replies(trained: LoadedModel, ask: AnswerRequest) -> list[Prediction]:
-    """Return the replies to each prompt, then to each row; call it under `torch.no_grad`.
+    """Returns the replies to each prompt, then to each row; call it under `torch.no_grad`.
 
     Raises:
         ConfigError: the context is missing or unsupported.
@@ -208,7 +208,7 @@ def predict_replies(trained: LoadedModel, ask: AnswerRequest) -> list[Prediction
 
 @dataclass(frozen=True)
 class ReplyBatch:
-    """Replies to questions: None where there is none, with the reason in `refused` by index."""
+    """Replies to questions: None where there is none, with an explanation in `refused` by index."""
 
     replies: list[Prediction | None]
     refused: Mapping[int, str]
@@ -282,7 +282,7 @@ class InferenceModel:
             self._decoder = None
 
     def write(self, prompts: Sequence[list[int]]) -> list[str]:
-        """Return the generated text for each prompt."""
+        """Returns the generated text for each prompt."""
         prompts = self._fit_prompts(prompts)
         trained, size = self._trained, self._batch_size or PROMPTS
         if self._decoder is None and len(prompts) > size and self._writing.is_greedy:
@@ -294,7 +294,7 @@ class InferenceModel:
         return [str(text).strip() for text in decoded]
 
     def _fit_prompts(self, prompts: Sequence[list[int]]) -> list[list[int]]:
-        """Return `prompts`; those that are too long lose tokens after their first one."""
+        """Returns `prompts`; those that are too long lose tokens after their first one."""
         if self._positions is None:
             return list(prompts)
         new = 0 if self.kind == "encoder-decoder" else self._writing.max_new_tokens
@@ -314,7 +314,7 @@ class InferenceModel:
         ]
 
     def score(self, rows: Sequence[Encoded], read: Callable[[Encoded, torch.Tensor], T]) -> list[T]:
-        """Apply `read` to each row and its logits and return the results in order.
+        """Apply `read` to each row and the logits and return the results in order.
 
         Raises:
             UnansweredError: a row exceeds the model's positions and cannot be truncated.
@@ -360,7 +360,7 @@ class RowCounts:
         del self.shown[MOST_SHOWN:]
 
     def describe_bad(self, window: Sequence[QueryRow], faults: Mapping[int, str]) -> list[str]:
-        """Return error messages for the first unanswered rows, with the options to fix them."""
+        """Returns error messages for the first unanswered rows, with the options to fix them."""
         lines = [f"{window[i].place}: {faults[i]}." for i in sorted(faults)]
         others = f" and {len(lines) - MOST_SHOWN:,} more" if len(lines) > MOST_SHOWN else ""
         rows = "It" if len(lines) == 1 else f"These{others}"
@@ -373,7 +373,7 @@ class RowCounts:
         return lines
 
     def describe_stop(self) -> str:
-        """Return the message for an interruption by the user."""
+        """Returns the message for an interruption by the user."""
         return f"interrupted; {self._describe_done() or 'nothing was saved.'}"
 
     def _describe_done(self) -> str:
@@ -383,7 +383,7 @@ class RowCounts:
         return f"{count:,} rows are in {partial_of(self.output)}: --resume continues with them."
 
     def warnings(self) -> Iterator[str]:
-        """Yield the warnings for the end of the command."""
+        """Yields the warnings for the end of the command."""
         if self.skipped:
             more = "; …" if self.skipped > len(self.shown) else ""
             yield (

@@ -4,9 +4,9 @@
     row 1     a a a c c c     c starts after a has ended; rows are padded on the left, and
     row 2     b b b b b b     position ids count from the start of each row
 
-transformers' `generate` runs a batch until its last row ends, and copies the KV cache at every
+transformers' `generate` runs a batch until the last row ends, and copies the KV cache at every
 token. Here the cache has spare room, and a prefix that all prompts share is computed once.
-`find_decoding_error` verifies on the model that its logits do not change.
+`find_decoding_error` verifies on the model that the logits do not change.
 
 `attend` computes attention of one new token per row without repeating grouped keys and values,
 which SDPA with a mask does. All other calls go to SDPA.
@@ -114,13 +114,13 @@ _NEUTRAL = (None, False, 0, 1)
 
 
 class RowDecoder:
-    """Greedy decoder that replaces the attention of `model` (mutated) until `close`."""
+    """Greedy decoder that replaces the attention of `model` (modified) until `close`."""
 
     def __init__(self, model: Any, stops: Sequence[int], pad_id: int) -> None:
         self._model, self._base = model, base_model(model)
         self._stops, self._pad_id = frozenset(stops), pad_id
         self._device = next(model.parameters()).device
-        # transformers 5.24 renames the argument, one model family at a time.
+        # transformers 5.24 renames the argument, one model type at a time.
         takes = inspect.signature(self._base.forward).parameters
         self._cache = "cache" if "cache" in takes else "past_key_values"
         self._attention_before = attention_of(self._base)
@@ -182,7 +182,7 @@ class RowDecoder:
         return rows
 
     def step(self, rows: Rows) -> None:
-        """Generate one more token in each of `rows` (mutated)."""
+        """Generate one more token in each of `rows` (modified)."""
         rows.lengths = [length + 1 for length in rows.lengths]
         ids = torch.tensor(rows.last, device=self._device)[:, None]
         self._forward(rows, ids, rows.layers[0].get_seq_length() + 1)
@@ -207,7 +207,7 @@ class RowDecoder:
         self._choose(rows)
 
     def _choose(self, rows: Rows) -> None:
-        """Set the next token of each of `rows` (mutated) from its logits."""
+        """Set the next token of each of `rows` (modified) from the logits."""
         rows.last = rows.scores.argmax(-1).tolist()
 
 
@@ -216,7 +216,7 @@ class Rows:
     """Rows that are generated together.
 
     `numbers` are prompt indices, `lengths` the cached tokens per row (aligned on the right), `last`
-    the next token of each row, and `scores` its logits (rows, vocabulary).
+    the next token of each row, and `scores` the logits (rows, vocabulary).
     """
 
     numbers: list[int]
@@ -244,7 +244,7 @@ class _Texts:
                 self._ended.add(number)
 
     def unended(self, rows: Rows) -> list[int]:
-        """Return the indices of the unfinished rows."""
+        """Returns the indices of the unfinished rows."""
         return [i for i, number in enumerate(rows.numbers) if number not in self._ended]
 
 
@@ -299,7 +299,7 @@ class _RoomyLayer(DynamicLayer):
 
 
 def _roomy(states: torch.Tensor, length: int, old: torch.Tensor | None) -> torch.Tensor:
-    """Return zeros shaped like `states` with room beyond `length`, and `old` at the start."""
+    """Returns zeros shaped like `states` with room beyond `length`, and `old` at the start."""
     rows, heads, _, width = states.shape
     padded = states.new_zeros(rows, heads, length + ROOM, width)
     if old is not None:
@@ -308,7 +308,7 @@ def _roomy(states: torch.Tensor, length: int, old: torch.Tensor | None) -> torch
 
 
 def common_beginning(prompts: Sequence[list[int]]) -> list[int]:
-    """Return the longest common prefix of `prompts` that leaves at least one token of each."""
+    """Returns the longest common prefix of `prompts` that leaves at least one token of each."""
     if not prompts:
         return []
     first, last = min(prompts), max(prompts)
@@ -318,7 +318,7 @@ def common_beginning(prompts: Sequence[list[int]]) -> list[int]:
 
 
 def join(parts: Sequence[tuple[Rows, Sequence[int]]]) -> Rows:
-    """Return one batch of the rows at the given indices of each part."""
+    """Returns one batch of the rows at the given indices of each part."""
     parts = [(rows, chosen) for rows, chosen in parts if chosen]
     if not parts:
         return Rows([], [], [], [])
@@ -363,7 +363,7 @@ def open_decoder(trained: LoadedModel, prompts: Sequence[list[int]]) -> RowDecod
 
 
 def find_decoder_obstacle(model: Any, kind: str, method: str) -> str:
-    """Return why `generate` must be used; empty if `RowDecoder` may be."""
+    """Returns why `generate` must be used; empty if `RowDecoder` may be."""
     if reason := find_cache_obstacle(model, kind, method):
         return reason
     settings = base_model(model).generation_config.to_diff_dict()
@@ -372,7 +372,7 @@ def find_decoder_obstacle(model: Any, kind: str, method: str) -> str:
 
 
 def find_cache_obstacle(model: Any, kind: str, method: str) -> str:
-    """Return why `RowDecoder` cannot compute the logits of `model`; empty if it can."""
+    """Returns why `RowDecoder` cannot compute the logits of `model`; empty if it can."""
     base = base_model(model)
     is_packed = attention_of(base) == packed.NAME
     if not is_packed and (reason := find_packing_obstacle(base, kind)):
@@ -388,10 +388,10 @@ def find_cache_obstacle(model: Any, kind: str, method: str) -> str:
 def find_decoding_error(
     decoder: RowDecoder, model: Any, prompt: Sequence[int], noise: float
 ) -> str:
-    """Return why `decoder` cannot be used with `model`; empty if it can.
+    """Returns why `decoder` cannot be used with `model`; empty if it can.
 
     A row starts with a shared prefix next to a longer row, is separated from it and joined with a
-    third. Its logits must match a plain forward pass up to `noise`, relative to their norm. Call it
+    third. The logits must match a plain forward pass up to `noise`, relative to their norm. Call it
     in eval mode under `torch.no_grad`.
     """
     long = [*prompt, *prompt][:_PROMPT]

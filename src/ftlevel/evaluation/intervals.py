@@ -30,7 +30,7 @@ PERCENTILES = (2.5, 97.5)
 
 @dataclass
 class ExampleStats:
-    """An example: its summed loss, its number of targets, and a meter of it alone."""
+    """An example: its summed loss, the number of targets, and a meter of it alone."""
 
     meter: Meter
     loss: float = 0.0
@@ -78,7 +78,7 @@ class ExampleRecord:
                 )
 
     def _units_of(self, row: Encoded) -> list[ExampleStats]:
-        """Return the example of `row`, and its cluster of several examples if it has one."""
+        """Returns the example of `row`, and its cluster of several examples if it has one."""
         unit = self.units.setdefault(row.row, ExampleStats(self.objective.meter()))
         if row.cluster is None:
             return [unit]
@@ -117,7 +117,7 @@ class ExampleRecord:
             unit.meter.update(answers[of_row], verdicts[of_row], [row])
 
     def add_row(self, row: int, loss: float, targets: int, meter: Meter) -> None:
-        """Add an example with its summed loss, its number of targets and its own metrics."""
+        """Add an example with its summed loss, the number of targets and its own metrics."""
         self.units[row] = ExampleStats(meter, loss, targets)
 
     def add_samples(self, row: Encoded, values: Any, texts: Sequence[str]) -> None:
@@ -135,7 +135,7 @@ class ExampleRecord:
     def resample(
         self, count: int, seed: int, score_texts: ScoreTexts | None, language: str
     ) -> dict[str, np.ndarray]:
-        """Return metric → values (count,) over bootstrap draws of the examples or clusters.
+        """Returns metric → values (count,) over bootstrap draws of the examples or clusters.
 
         The same seed draws the same rows, so values of two models can be subtracted. A metric that
         is undefined for a draw, such as a correlation of equal values, is left out.
@@ -177,7 +177,7 @@ def _text_metrics(
 
 
 def interval(values: np.ndarray) -> list[float]:
-    """Return the 95 % percentile interval of `values`."""
+    """Returns the 95 % percentile interval of `values`."""
     low, high = np.percentile(values, PERCENTILES)
     return [float(low), float(high)]
 
@@ -265,7 +265,7 @@ def check_metrics(
 
 
 def uses_text_metrics(names: Sequence[str], task: BaseTask) -> bool:
-    """Return whether `names` names a metric of generated texts; an empty `names` names all."""
+    """Returns whether `names` names a metric of generated texts; an empty `names` names all."""
     return not names or bool(set(names) & set(task.text_metrics))
 
 
@@ -279,5 +279,5 @@ def generates_texts(predict_with_generate: bool | None, task: BaseTask) -> bool:
 
 
 def select_metrics(metrics: Mapping[str, V], names: Sequence[str]) -> dict[str, V]:
-    """Return the loss and the metrics named in `names`; an empty `names` names all."""
+    """Returns the loss and the metrics named in `names`; an empty `names` names all."""
     return {name: metrics[name] for name in metrics if not names or name == "loss" or name in names}

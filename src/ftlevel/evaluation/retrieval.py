@@ -27,7 +27,7 @@ Report = Callable[[int, float | None], None]
 def embed_rows(
     model: InferenceModel, texts: Sequence[EmbeddingRow], report: Report
 ) -> torch.Tensor:
-    """Return the embeddings of queries and documents, `(texts, dims)` in float32, in order."""
+    """Returns the embeddings of queries and documents, `(texts, dims)` in float32, in order."""
     result: list[np.ndarray] = []
     for start in range(0, len(texts), WINDOW):
         window = [replace(row, row=at) for at, row in enumerate(texts[start : start + WINDOW])]
@@ -38,14 +38,14 @@ def embed_rows(
 
 
 def as_document(text: str) -> EmbeddingRow:
-    """Return a row whose text gets the document prompt."""
+    """Returns a row whose text gets the document prompt."""
     return EmbeddingRow("", 0, (text,), (0.0,))
 
 
 def evaluate_retrieval(
     trained: LoadedModel, data: RetrievalSet, batch_size: int | None, report: Report
 ) -> tuple[RetrievalScores, int]:
-    """Return the metrics of each query, and the number of texts that were cut.
+    """Returns the metrics of each query, and the number of texts that were cut.
 
     The headline is also computed for each number of Matryoshka dimensions.
     """

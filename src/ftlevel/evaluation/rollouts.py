@@ -55,7 +55,7 @@ class Group:
     teacher_logps: list[list[float]] | None = None
 
     def to_rows(self) -> list[CompletionRow]:
-        """Return the completions as rows with the sampler's log-probabilities."""
+        """Returns the completions as rows with the sampler's log-probabilities."""
         return [
             build_completion_row(
                 self.row.input_ids,
@@ -74,7 +74,7 @@ class Group:
         self.rewards = np.array([np.mean(np.subtract(logps, own.logps)) for logps, own in pairs])
 
     def to_json(self) -> dict[str, Any]:
-        """Return a description for rollouts.jsonl."""
+        """Returns a description for rollouts.jsonl."""
         return {
             "row": self.row.row,
             "prompt": self.row.prompt,
@@ -102,7 +102,7 @@ class Seconds:
 
 
 class Rollouts:
-    """Samples completions from a model (mutated meanwhile) and scores them.
+    """Samples completions from a model (modified meanwhile) and scores them.
 
     Scores come from `rewards`, token log-probabilities from a `teacher`. `why_generate` is the
     reason why transformers' `generate` samples; empty if ftlevel's own decoder does.
@@ -144,7 +144,7 @@ class Rollouts:
         )
 
     def __call__(self, step: int, rows: Sequence[Any]) -> list[Group]:
-        """Return a group for each of `rows`; `step` selects the random numbers."""
+        """Returns a group for each of `rows`; `step` selects the random numbers."""
         began = time.perf_counter()
         sampled = self._sample(step, rows)
         self.seconds.sampling += time.perf_counter() - began
@@ -212,7 +212,7 @@ class Rollouts:
         return groups
 
     def text(self, completion: Completion) -> str:
-        """Return the text of a completion, up to its stop text."""
+        """Returns the text of a completion, up to its stop text."""
         text = str(self._tokenizer.decode(completion.ids, skip_special_tokens=True))
         cuts = [text.find(stop) for stop in self.settings.stop if stop in text]
         return text[: min(cuts)] if cuts else text
@@ -256,7 +256,7 @@ def score_rows(
     device: str,
     dtype: str,
 ) -> list[list[float]]:
-    """Return the log-probabilities of the completions' tokens, one row at a time."""
+    """Returns the log-probabilities of the completions' tokens, one row at a time."""
     collate = Collator(pad_id)
     batches = (
         ([at], {name: value.to(device) for name, value in collate([row]).items()})
@@ -330,7 +330,7 @@ class RewardEvaluator(Evaluator):
         model: Any,  # noqa: ARG002 - the rollouts have it
         record: ExampleRecord | None = None,
     ) -> dict[str, float]:
-        """Return the metrics of the rollouts' model."""
+        """Returns the metrics of the rollouts' model."""
         record = record or self.begin_record()
         if self.rollouts is None or not isinstance(self.objective, PolicyObjective):
             raise TypeError("rewards need rollouts")
@@ -347,7 +347,7 @@ class RewardEvaluator(Evaluator):
 
 
 def values_of(group: Group) -> np.ndarray:
-    """Return (completions, 3 + functions): reward, length, whether it ended, and the scores."""
+    """Returns (completions, 3 + functions): reward, length, whether it ended, and the scores."""
     lengths = [len(completion.ids) for completion in group.completions]
     ended = [completion.ended for completion in group.completions]
     return np.column_stack([group.rewards, lengths, ended, group.scores])
@@ -370,7 +370,7 @@ class TrainedRewardModel:
     _loaded: LoadedModel | None = field(default=None, repr=False)
 
     def score(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> list[float]:
-        """Return the score of each completion; NaN for one that the model cannot read."""
+        """Returns the score of each completion; NaN for one that the model cannot read."""
         if self._loaded is None:
             self._loaded = self.ref.load(self.device)
         questions = [
@@ -387,7 +387,7 @@ def open_reward_model(name: str, device: str) -> TrainedRewardModel:
     """Resolve the reward model `name` without loading weights.
 
     Raises:
-        InputError: it does not exist, or was trained for another task.
+        InputError: it does not exist, or was trained for a different task.
     """
     said = f"--reward {name}"
     try:

@@ -41,12 +41,12 @@ _MASK = 2**64 - 1
 
 
 def _signed(value: int) -> int:
-    """Return a 64-bit pattern as a signed integer, which torch computes with."""
+    """Returns a 64-bit pattern as a signed integer, which torch computes with."""
     return value - 2**64 if value >= 2**63 else value
 
 
 def _mix(state: torch.Tensor) -> torch.Tensor:
-    """Return SplitMix64's output function of `state` (int64, mutated)."""
+    """Returns SplitMix64's output function of `state` (int64, modified)."""
     for shift, factor in ((30, _FIRST), (27, _SECOND), (31, 1)):
         state ^= (state >> shift) & ((1 << (64 - shift)) - 1)
         if factor != 1:
@@ -64,7 +64,7 @@ class Noise:
     def __call__(
         self, rows: Sequence[int], completions: Sequence[int], positions: Sequence[int]
     ) -> torch.Tensor:
-        """Return a key for each token to draw, (n,) in int64."""
+        """Returns a key for each token to draw, (n,) in int64."""
         state = torch.full((len(rows),), _signed(self.seed & _MASK))
         for part in ([self.step] * len(rows), rows, completions, positions):
             state = _mix(state + _signed(_PHI) ^ torch.tensor(part))
@@ -72,7 +72,7 @@ class Noise:
 
 
 def exponentials(keys: torch.Tensor, count: int, start: int = 0) -> torch.Tensor:
-    """Return `count` exponential random numbers for each of `keys` (n,), (n, count) in float32.
+    """Returns `count` exponential random numbers for each of `keys` (n,), (n, count) in float32.
 
     `start` is the number of the first one.
     """
@@ -170,11 +170,11 @@ class _Group:
         return completion.ended or len(completion.ids) >= self._options.max_new_tokens
 
     def unended(self, numbers: Sequence[int]) -> list[int]:
-        """Return the indices in `numbers` of completions that continue."""
+        """Returns the indices in `numbers` of completions that continue."""
         return [i for i, number in enumerate(numbers) if not self.is_over(self.made[number])]
 
     def groups(self) -> list[list[Completion]]:
-        """Return the completions by prompt."""
+        """Returns the completions by prompt."""
         count = self._options.count
         return [self.made[at : at + count] for at in range(0, len(self.made), count)]
 
@@ -197,7 +197,7 @@ class GroupSampler(RowDecoder):
         options: SamplingOptions,
         noise: Noise,
     ) -> list[list[Completion]]:
-        """Return `options.count` completions of each prompt, whose row indices are `rows`."""
+        """Returns `options.count` completions of each prompt, whose row indices are `rows`."""
         group = _Group(rows, options, noise, self._tokenizer)
         waiting = deque(sorted(range(len(prompts)), key=lambda i: -len(prompts[i])))
         common = common_beginning(prompts)
@@ -247,7 +247,7 @@ class _Draws(LogitsProcessor):
         self._group, self._numbers = group, numbers
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:  # noqa: ARG002 - the signature is transformers'
-        """Return logits of 0 for the drawn token of each row and -inf for all others."""
+        """Returns logits of 0 for the drawn token of each row and -inf for all others."""
         tokens = self._group.draw(self._numbers, scores)
         only = torch.full_like(scores, -torch.inf)
         return only.scatter(1, torch.tensor(tokens, device=scores.device)[:, None], 0.0)
@@ -269,7 +269,7 @@ class GenerateSampler:
         options: SamplingOptions,
         noise: Noise,
     ) -> list[list[Completion]]:
-        """Return completions as `GroupSampler.sample` does."""
+        """Returns completions as `GroupSampler.sample` does."""
         group = _Group(rows, options, noise, self._tokenizer)
         pad_id = self._tokenizer.pad_token_id or 0
         device = next(self._model.parameters()).device

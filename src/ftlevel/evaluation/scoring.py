@@ -67,7 +67,7 @@ class Evaluator:
     begin_record: Callable[[], ExampleRecord | None] = lambda: None
 
     def __call__(self, model: Any, record: ExampleRecord | None = None) -> dict[str, float]:
-        """Return the metrics of `model`, whose training mode is restored."""
+        """Returns the metrics of `model`, whose training mode is restored."""
         record = record or self.begin_record()
         with evaluating(model, self.device, self.dtype):
             metrics = self._score(model, record)
@@ -126,7 +126,7 @@ class Evaluator:
         rows: Sequence[Encoded],
         labels: torch.Tensor,
     ) -> Observe:
-        """Return a callback for the logits and targets of each chunk, in batch order."""
+        """Returns a callback for the logits and targets of each chunk, in batch order."""
         owners = None
         if record is not None and isinstance(self.objective, TokenObjective):
             owners = self.objective.locate(labels)[0] // labels.shape[1]
@@ -145,7 +145,7 @@ class Evaluator:
         return [row.branches[0] for row in self.rows[: self.generated_rows]]
 
     def generate(self, model: Any) -> list[str]:
-        """Return the generated texts for the first `generated_rows` rows.
+        """Returns the generated texts for the first `generated_rows` rows.
 
         Sampling restores the random state, which the next training step uses.
         """
@@ -156,24 +156,24 @@ class Evaluator:
             )
 
     def _prompt(self, row: Encoded) -> list[int]:
-        """Return the ids before the last answer of `row`."""
+        """Returns the ids before the last answer of `row`."""
         if self.kind == "encoder-decoder" or not isinstance(row.labels, list):
             return row.input_ids
         return row.input_ids[: self._answer_start(row.labels)]
 
     def prompt_text(self, row: Encoded) -> str:
-        """Return the decoded text before the last answer of `row`."""
+        """Returns the decoded text before the last answer of `row`."""
         return self._decode(self._prompt(row))
 
     def text(self, row: Encoded) -> str:
-        """Return the decoded input of `row`."""
+        """Returns the decoded input of `row`."""
         return self._decode(row.input_ids)
 
     def _decode(self, ids: Sequence[int]) -> str:
         return str(self.tokenizer.decode(ids, skip_special_tokens=True)).strip()
 
     def answer_text(self, row: Encoded) -> str:
-        """Return the decoded last answer of `row`; empty if its labels are not tokens."""
+        """Returns the decoded last answer of `row`; empty if the labels are not tokens."""
         labels = row.labels if isinstance(row.labels, list) else []
         if self.kind != "encoder-decoder":
             labels = labels[self._answer_start(labels) :]
@@ -182,7 +182,7 @@ class Evaluator:
 
     @staticmethod
     def _answer_start(labels: list[int]) -> int:
-        """Return the index at which the last run of supervised labels starts."""
+        """Returns the index at which the last run of supervised labels starts."""
         end = len(labels)
         while end and labels[end - 1] == IGNORED:
             end -= 1
@@ -199,7 +199,7 @@ Measured = tuple[list[int], dict[str, torch.Tensor], torch.Tensor]
 def score_answers(
     evaluator: Evaluator, model: Any, record: ExampleRecord | None
 ) -> dict[str, float]:
-    """Return the loss and metrics of `model` on the evaluator's rows."""
+    """Returns the loss and metrics of `model` on the evaluator's rows."""
     objective = _objective_of(evaluator)
     meter, total, count, rows = objective.meter(), 0.0, 0, evaluator.rows
     with _head(evaluator, model) as head:
@@ -277,7 +277,7 @@ def _measure(
 def _batches(
     evaluator: Evaluator, rows: Sequence[Encoded]
 ) -> Iterator[tuple[list[int], dict[str, torch.Tensor]]]:
-    """Yield row indices and padded batches of rows of similar length, longest first."""
+    """Yields row indices and padded batches of rows of similar length, longest first."""
     collate = Collator(evaluator.tokenizer.pad_token_id or 0)
     order = sorted(range(len(rows)), key=lambda i: rows[i].length, reverse=True)
     for start in range(0, len(order), evaluator.batch_size):
@@ -297,9 +297,9 @@ def row_lines(
     base: ExampleRecord | None = None,
     evaluator: Evaluator | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """Yield the results of each example as a dictionary, in row order.
+    """Yields the results of each example as a dictionary, in row order.
 
-    `location_of` returns the source of a row by its index. `base` adds the results of another
+    `location_of` returns the source of a row by its index. `base` adds the results of a different
     model on the same rows, and `evaluator` the texts of the rows.
     """
     texts = {} if evaluator is None else texts_of(evaluator)
@@ -323,7 +323,7 @@ def row_lines(
 
 
 def texts_of(evaluator: Evaluator) -> dict[int, dict[str, str]]:
-    """Return row index → input and reference texts, truncated to `_LONGEST` characters."""
+    """Returns row index → input and reference texts, truncated to `_LONGEST` characters."""
     writes = isinstance(evaluator.objective, TokenObjective) and evaluator.kind != "encoder"
     texts_by_row: dict[int, dict[str, str]] = {}
     for row in evaluator.rows:
@@ -352,13 +352,13 @@ KEPT = "reference"
 
 
 def needs_reference(evaluator: Evaluator) -> bool:
-    """Return whether the objective compares rows with a reference."""
+    """Returns whether the objective compares rows with a reference."""
     objective = evaluator.objective
     return isinstance(objective, LikelihoodObjective) and objective.needs_reference
 
 
 def with_reference(evaluator: Evaluator, trained: LoadedModel) -> Evaluator:
-    """Returns `evaluator` with reference log-probabilities in its rows, if these are needed."""
+    """Returns `evaluator` with reference log-probabilities in the rows, if these are needed."""
     if not needs_reference(evaluator):
         return evaluator
     task: Any = trained.task

@@ -100,7 +100,7 @@ class ServerSampler:
         options: SamplingOptions,
         noise: Noise,
     ) -> list[list[Completion]]:
-        """Return `options.count` completions of each prompt, sampled with the current weights.
+        """Returns `options.count` completions of each prompt, sampled with the current weights.
 
         Raises:
             RunError: the server fails, or has other weights.
@@ -171,7 +171,7 @@ class ServerSampler:
     def _complete(
         self, prompt: list[int], seed: int, options: SamplingOptions, probe: int = 0
     ) -> Any:
-        """Return the completions of a prompt; of a `probe`, one completion of so many tokens."""
+        """Returns the completions of a prompt; of a `probe`, one completion of so many tokens."""
         body = {
             "model": self._name,
             "prompt": prompt,
@@ -209,12 +209,12 @@ def _read_choice(choice: Mapping[str, Any]) -> Completion:
 
 
 def _difference(answer: Completion, logps: Sequence[float]) -> float:
-    """Return the mean |Δℓ| of the server's log-probabilities and `logps`."""
+    """Returns the mean |Δℓ| of the server's log-probabilities and `logps`."""
     return float(np.abs(np.subtract(answer.logps, logps)).mean())
 
 
 def _request(url: str, path: str, body: Mapping[str, Any] | None, seconds: float) -> Any:
-    """Return the answer: an object, or a text that is not JSON.
+    """Returns the answer: an object, or a text that is not JSON.
 
     Raises:
         OSError: no server answers.

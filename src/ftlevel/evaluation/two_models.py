@@ -48,14 +48,14 @@ HIDDEN_STATES = "hidden states (the model has no language head)"
 
 @dataclass(frozen=True)
 class Text:
-    """A text and its name."""
+    """A text and the name."""
 
     content: str
     name: str
 
 
 def read_eval_text(path: Path | None, tokens: int) -> Text:
-    """Read the text to compare on: a file, or docstrings of Python's standard library.
+    """Load the text to compare on: a file, or docstrings of Python's standard library.
 
     Without a `path`, modules that no built-in training row comes from give enough text for
     `tokens`.
@@ -109,7 +109,7 @@ class WindowOutputs:
 def compute_window_outputs(
     model: Any, windows: Sequence[list[int]], auto_class: str, tokenizer: Any
 ) -> Iterator[WindowOutputs]:
-    """Yield the outputs of `model`, in eval mode, for each window."""
+    """Yields the outputs of `model`, in eval mode, for each window."""
     device = next(model.parameters()).device
     name = "logits" if auto_class in PREDICTS else "last_hidden_state"
     for number, window in enumerate(windows):
@@ -163,7 +163,7 @@ class RowLogits:
     has_choice: bool = True
 
     def first(self, batches: int) -> RowLogits:
-        """Return the logits of the first batches only; the loss stays the same."""
+        """Returns the logits of the first batches only; the loss stays the same."""
         logits = self.logits[:batches]
         return replace(self, logits=logits, targets=sum(map(len, logits)))
 
@@ -178,7 +178,7 @@ class ComparisonProbe:
     device: str
 
     def score(self, model: Any, dtype: str) -> RowLogits:
-        """Return the logits of `model`, in eval mode, computed in `dtype`."""
+        """Returns the logits of `model`, in eval mode, computed in `dtype`."""
         all_scores, count, loss, total = [], 0, 0.0, 0
         collate, objective = Collator(self.pad_id), self.objective
         if isinstance(objective, TokenObjective):  # logits that need no reference
@@ -233,7 +233,7 @@ class Agreement:
 
 
 def compare_rows(reference: RowLogits, outputs: RowLogits) -> Agreement:
-    """Return the differences between `outputs` and `reference` on the same rows."""
+    """Returns the differences between `outputs` and `reference` on the same rows."""
     largest = total = scale = divergence = 0.0
     num_equal = numbers = 0
     for first, second in zip(reference.logits, outputs.logits, strict=True):
@@ -261,7 +261,7 @@ def compare_rows(reference: RowLogits, outputs: RowLogits) -> Agreement:
 def compare_text(
     source: Iterable[WindowOutputs], changed: Iterable[WindowOutputs], auto_class: str
 ) -> dict[str, Any]:
-    """Return the differences between two models on the same windows.
+    """Returns the differences between two models on the same windows.
 
     KL is the mean of KL(source ‖ changed) over the positions in nats, with its standard error;
     top-1 agreement is the share of equal argmaxes. Non-finite outputs give NaN.
@@ -380,7 +380,7 @@ class ComparisonInputs:
     text: str
 
     def outputs_of(self, trained: LoadedModel) -> ModelOutputs:
-        """Return the outputs of `trained` in its own compute precision."""
+        """Returns the outputs of `trained` in its own compute precision."""
         tokenizer = trained.tokenizer
         probe = ComparisonProbe(
             self.rows, trained.objective, tokenizer.pad_token_id or 0, trained.device
@@ -393,7 +393,7 @@ class ComparisonInputs:
         return ModelOutputs(probe.score(trained.model, trained.dtype), text)
 
     def compare(self, reference: ModelOutputs, outputs: ModelOutputs) -> dict[str, Any]:
-        """Return the differences between `outputs` and `reference`."""
+        """Returns the differences between `outputs` and `reference`."""
         rows = asdict(compare_rows(reference.scores, outputs.scores))
         if not self.windows:
             return {"rows": rows}
@@ -422,7 +422,7 @@ def build_comparison_inputs(
     return ComparisonInputs(rows, windows, auto_class, text.name)
 
 
-_TOKENS = "trainable_tokens_delta"  # attribute of PEFT's layer of trainable tokens
+_TOKENS = "trainable_tokens_delta"  # attribute of the PEFT layer of trainable tokens
 
 
 @contextlib.contextmanager
@@ -467,7 +467,7 @@ def in_float32(
 
 
 def _read_by(module: torch.nn.Module) -> tuple[torch.nn.Module, ...]:
-    """Read the modules whose weights `module` reads; PEFT's token layer reads its base layer."""
+    """Load the modules whose weights `module` reads; the PEFT token layer reads the base layer."""
     if isinstance(module, BaseTunerLayer) and _TOKENS in module.adapter_layer_names:
         return module, module.get_base_layer()
     return (module,)

@@ -99,7 +99,7 @@ def _cut(segment: Segment, causal: bool, window: int | None) -> Sequence[QueryBl
 
 
 def _clip(ranges: Sequence[Range], first: int, last: int) -> tuple[Range, ...]:
-    """Return the parts of `ranges` with the tokens [first, last) of their sequence."""
+    """Returns the parts of `ranges` with the tokens [first, last) of their sequence."""
     clipped, position = [], 0
     for start, stop in ranges:
         low, high = max(first - position, 0), min(last - position, stop - start)
@@ -127,7 +127,7 @@ class BlockedAttention(torch.autograd.Function):
         dropout: float,
         cap: float | None = None,
     ) -> Tensor:
-        """Return the attention output."""
+        """Returns the attention output."""
         heads, tokens, _ = query.shape
         groups = len(key)
         output = query.new_empty(tokens, heads, value.shape[-1])
@@ -149,7 +149,7 @@ class BlockedAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        """Return the gradients of queries, keys and values."""
+        """Returns the gradients of queries, keys and values."""
         query, key, value, *rest = ctx.saved_tensors
         saved = iter(rest)
         heads, tokens, width = query.shape
@@ -182,7 +182,7 @@ class BlockedAttention(torch.autograd.Function):
 def _scores(
     query: Tensor, key: Tensor, block: QueryBlock, scale: float, cap: float | None
 ) -> Tensor:
-    """Return unmasked scores (key heads, heads of a group * queries, keys), at least in float32.
+    """Returns unmasked scores (key heads, heads of a group * queries, keys), at least in float32.
 
     In bfloat16 the result would have three times the error, and be no faster to compute.
     """
@@ -193,7 +193,7 @@ def _scores(
 
 
 def _probabilities(scores: Tensor, block: QueryBlock, dtype: torch.dtype) -> Tensor:
-    """Return the softmax of the masked `scores` (mutated) in `dtype`."""
+    """Returns the softmax of the masked `scores` (modified) in `dtype`."""
     if block.mask is not None:
         count = block.stop - block.start
         last = scores.view(len(scores), -1, count, block.width)[..., -block.mask.shape[1] :]
@@ -202,29 +202,29 @@ def _probabilities(scores: Tensor, block: QueryBlock, dtype: torch.dtype) -> Ten
 
 
 def cap_scores(scores: Tensor, cap: float | None) -> Tensor:
-    """Return cap · tanh(scores / cap), in place; `scores` unchanged without a cap."""
+    """Returns cap · tanh(scores / cap), in place; `scores` unchanged without a cap."""
     return scores if cap is None else scores.div_(cap).tanh_().mul_(cap)
 
 
 def slope_of_cap(capped: Tensor, cap: float, dtype: torch.dtype) -> Tensor:
-    """Return the derivative of the softcap at `capped`, 1 − (S/c)², in `dtype`."""
+    """Returns the derivative of the softcap at `capped`, 1 − (S/c)², in `dtype`."""
     return 1 - (capped / cap).square_().to(dtype)
 
 
 def _queries(query: Tensor, block: QueryBlock, groups: int) -> Tensor:
-    """Return the queries of a block, (key heads, heads of a group * queries, head_dim)."""
+    """Returns the queries of a block, (key heads, heads of a group * queries, head_dim)."""
     return query[:, block.start : block.stop].reshape(groups, -1, query.shape[-1])
 
 
 def _rows(states: Tensor, ranges: Sequence[Range]) -> Tensor:
-    """Return the keys or values of a block, (key heads, keys, head_dim)."""
+    """Returns the keys or values of a block, (key heads, keys, head_dim)."""
     if len(ranges) == 1:
         return states[:, ranges[0][0] : ranges[0][1]]
     return torch.cat([states[:, start:stop] for start, stop in ranges], dim=1)
 
 
 def _add(total: Tensor, ranges: Sequence[Range], left: Tensor, right: Tensor) -> None:
-    """Add the product of `left` and `right` to the `ranges` of `total` (mutated)."""
+    """Add the product of `left` and `right` to the `ranges` of `total` (modified)."""
     if len(ranges) == 1:
         total[:, ranges[0][0] : ranges[0][1]].baddbmm_(left, right)
         return

@@ -91,7 +91,7 @@ class PackingCheck(StepCheck):
         return self._try(self._compare_prefix_tree)
 
     def find_shared_prefix_error(self) -> str:
-        """Returns why a prefix cannot be computed in an earlier micro-batch; empty if it can."""
+        """Returns why a prefix cannot be computed in a previous micro-batch; empty if it can."""
         return self._try(self._compare_shared_prefix)
 
     def uses_global_generator(self) -> bool:
@@ -172,8 +172,9 @@ class PackingCheck(StepCheck):
         """Returns whether `compute` gives other states at `mask` than padded rows of `batch`.
 
         A few states of decoders are a hundred times larger than the others and cancel out in the
-        last blocks. Their rounding in 16 bits exceeds every bound on the norm of all states. If it
-        is rounding, the states agree in float32, and usual ones are as near to them as padded ones.
+        last blocks. Their rounding in 16-bit precision exceeds every bound on the norm of all
+        states. If it is rounding, the states agree in float32, and usual ones are as near to them
+        as padded ones.
         """
         states, expected = compute(), self._states(batch, None)
         if self.dtype == "float32":
@@ -251,7 +252,7 @@ def relative_difference(values: Tensor, expected: Tensor) -> float:
 
 
 def median_differences(values: Tensor, expected: Tensor, mask: Tensor) -> Tensor:
-    """Returns per row the median over its tokens at `mask` of their relative differences."""
+    """Returns per row the median over the tokens at `mask` of their relative differences."""
     per_token = (values - expected).norm(dim=-1) / expected.norm(dim=-1)
     return torch.stack([own[at].median() for own, at in zip(per_token, mask, strict=True)])
 

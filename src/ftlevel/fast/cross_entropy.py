@@ -37,7 +37,7 @@ SCORE_BYTES = 14
 
 
 def targets_a_chunk(free: int | None, vocabulary: int) -> int:
-    """Return the targets per chunk for `free` bytes of GPU memory; None means a CPU."""
+    """Returns the targets per chunk for `free` bytes of GPU memory; None means a CPU."""
     if free is None:
         return max(FEWEST, CHUNK_SCORES // vocabulary)
     return max(FEWEST, min(GPU_TARGETS, free // GPU_SHARE // (SCORE_BYTES * vocabulary)))
@@ -51,7 +51,7 @@ LossesAndGradient = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 def build_logits_transform(model: nn.Module) -> Callable[[Tensor], Tensor]:
-    """Build the function that `model` applies to its head's output.
+    """Build the function that `model` applies to the head's output.
 
     Gemma caps logits, Cohere and Granite scale them, BART adds a constant.
     """
@@ -80,7 +80,7 @@ class _Call(threading.local):
 class ChunkedCrossEntropy:
     """Computes a model's head and loss at given positions, inside its forward pass.
 
-    A hook on the head of `model` (mutated) computes the result from the head's input and returns
+    A hook on the head of `model` (modified) computes the result from the head's input and returns
     one position. Precision, adapters on the head and a trained head are therefore the model's own.
 
     Raises:
@@ -117,7 +117,7 @@ class ChunkedCrossEntropy:
         observe: Observe | None = None,
         smoothing: float = 0.0,
     ) -> Tensor:
-        """Return the summed negative log-likelihood of `targets` in nats (a scalar, float32).
+        """Returns the summed negative log-likelihood of `targets` in nats (a scalar, float32).
 
         Args:
             forward: calls the model on a batch.
@@ -127,7 +127,7 @@ class ChunkedCrossEntropy:
             smoothing: label smoothing ε; only with gradients.
 
         Raises:
-            NotServedError: the model did not call its head.
+            NotServedError: the model did not call the head.
         """
         if torch.is_grad_enabled():
 
@@ -141,7 +141,7 @@ class ChunkedCrossEntropy:
     def sum_of_losses(
         self, forward: Callable[[], Any], at: Tensor, loss_of: Callable[[Tensor, slice], Tensor]
     ) -> Tensor:
-        """Return the sum of `loss_of` over the chunks (a scalar, float32).
+        """Returns the sum of `loss_of` over the chunks (a scalar, float32).
 
         `loss_of` maps logits (chunk, vocabulary) and the slice of their targets to a scalar.
         `forward`, `at` and exceptions are those of `loss_sum`.
@@ -158,7 +158,7 @@ class ChunkedCrossEntropy:
     def likelihoods(
         self, forward: Callable[[], Any], at: Tensor, targets: Tensor, temperature: float = 1.0
     ) -> Tensor:
-        """Return the log-likelihood of each target in nats, (targets,) in float32.
+        """Returns the log-likelihood of each target in nats, (targets,) in float32.
 
         Logits are divided by `temperature`. Other arguments and exceptions are those of `loss_sum`.
         """
@@ -201,7 +201,7 @@ class ChunkedCrossEntropy:
     def _losses(
         self, scores: Tensor, targets: Tensor, smoothing: float = 0.0
     ) -> tuple[Tensor, Tensor]:
-        """Return the losses of logits (targets, vocabulary), and the gradient of their sum."""
+        """Returns the losses of logits (targets, vocabulary), and the gradient of their sum."""
         kind, vocabulary = scores.device.type, scores.shape[-1]
         formulas = self._kernels.cross_entropy(vocabulary, scores.dtype, kind)
         return formulas.cross_entropy(scores, targets, smoothing)
@@ -210,18 +210,18 @@ class ChunkedCrossEntropy:
         return [p for p in self._head.parameters() if p.requires_grad]
 
     def _summed(self, states: Tensor, compute: LossAndGradient) -> Tensor:
-        """Return the loss of all chunks, differentiable."""
+        """Returns the loss of all chunks, differentiable."""
         return _SummedLoss.apply(  # type: ignore[no-untyped-call]
             states, compute, self._scores, self._chunk, *self._trained()
         )
 
     def _scores(self, states: Tensor) -> Tensor:
-        """Return the logits (targets, vocabulary)."""
+        """Returns the logits (targets, vocabulary)."""
         # No batch dimension: with one, torch's backward pass copies the head's weight.
         return self._finish(self._head(states))
 
     def _observe(self, states: Tensor, targets: Tensor, observe: Observe | None) -> Tensor:
-        """Return the loss of all chunks and call `observe` with each."""
+        """Returns the loss of all chunks and call `observe` with each."""
         total = torch.zeros((), device=states.device)
         for chunk, labels in _chunks(states, targets, self._chunk):
             scores = self._scores(chunk)
@@ -247,7 +247,7 @@ class _SummedLoss(torch.autograd.Function):
         size: int,
         *parameters: Tensor,
     ) -> Tensor:
-        """Return the loss; save the gradients of `states` and of the head's `parameters`."""
+        """Returns the loss; save the gradients of `states` and of the head's `parameters`."""
         total = torch.zeros((), device=states.device)
         of_states = torch.empty_like(states)
         of_parameters = [torch.zeros_like(p) for p in parameters]
@@ -272,7 +272,7 @@ class _SummedLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        """Return the saved gradients times `upstream`."""
+        """Returns the saved gradients times `upstream`."""
         of_states, *of_parameters = ctx.saved_tensors
         return (
             of_states * upstream.to(of_states.dtype),
@@ -300,7 +300,7 @@ class _Likelihoods(torch.autograd.Function):
         size: int,
         *parameters: Tensor,
     ) -> Tensor:
-        """Return the log-likelihoods, (targets,) in float32."""
+        """Returns the log-likelihoods, (targets,) in float32."""
         likelihoods = torch.empty(len(targets), device=states.device)
         needs_gradient = states.requires_grad and not parameters
         of_states = torch.empty_like(states) if needs_gradient else states
@@ -327,7 +327,7 @@ class _Likelihoods(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        """Return the gradients of the states and of the head's parameters."""
+        """Returns the gradients of the states and of the head's parameters."""
         states, targets, *parameters = ctx.saved_tensors
         if ctx.has_gradient:
             return states * upstream[:, None].to(states.dtype), None, None, None, None

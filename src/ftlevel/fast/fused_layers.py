@@ -35,7 +35,7 @@ class _Norm(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, eps: float, formulas: Formulas
     ) -> tuple[Tensor, Tensor]:
-        """Return y (…, hidden) in the dtype of `x`, and ρ (…, 1), which has no gradient.
+        """Returns y (…, hidden) in the dtype of `x`, and ρ (…, 1), which has no gradient.
 
         `weight` (hidden,) is in float32 if the product is computed in float32, else in the dtype of
         `x`.
@@ -54,7 +54,7 @@ class _Norm(torch.autograd.Function):
         gradient: Tensor | None,
         of_scale: None,  # noqa: ARG004 - it has none
     ) -> tuple[Tensor | None, ...]:
-        """Return the gradient of x."""
+        """Returns the gradient of x."""
         if gradient is None:  # y is unused
             return None, None, None, None
         return ctx.formulas.norm_backward(gradient, *ctx.saved_tensors), None, None, None
@@ -79,7 +79,7 @@ class FusedNorm(nn.Module):
         self._plain = [norm]
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the normalized `x` (…, hidden)."""
+        """Returns the normalized `x` (…, hidden)."""
         weight: Tensor = self.weight
         is_equal = self._in_float32 or weight.dtype == x.dtype
         if not (self.training and torch.is_grad_enabled() and is_equal) or weight.requires_grad:
@@ -98,7 +98,7 @@ class _Glu(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor, kind: str, formulas: Formulas) -> Tensor:
-        """Return a(gate) ∘ up; all are (…, intermediate)."""
+        """Returns a(gate) ∘ up; all are (…, intermediate)."""
         ctx.save_for_backward(gate, up)
         ctx.kind, ctx.formulas = kind, formulas
         return formulas.glu(kind, gate, up)
@@ -106,7 +106,7 @@ class _Glu(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        """Return the gradients of gate and up."""
+        """Returns the gradients of gate and up."""
         parts = ctx.formulas.glu_backward(ctx.kind, gradient, *ctx.saved_tensors)
         return *parts, None, None
 
@@ -123,7 +123,7 @@ class FusedGlu(nn.Module):
         self._plain = [block]
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the feed-forward output of `x` (…, hidden)."""
+        """Returns the feed-forward output of `x` (…, hidden)."""
         if not (self.training and torch.is_grad_enabled()):
             return self._plain[0](x)
         gate, up = self.get_submodule("gate_proj")(x), self.get_submodule("up_proj")(x)
@@ -157,7 +157,7 @@ class FusedNormGlu:
 
 
 def _fuse(module: nn.Module, cache: dict[Any, Any], kernels: Kernels) -> nn.Module | None:
-    """Return the replacement of `module`, or None; `cache` caches results per class."""
+    """Returns the replacement of `module`, or None; `cache` caches results per class."""
     if is_watched(module):
         return None
     if _looks_like_norm(module):
@@ -188,7 +188,7 @@ def _eps_of(module: nn.Module) -> float:
 
 
 def _looks_like_norm(module: nn.Module) -> bool:
-    """Return whether `module` has a frozen 1-D weight and an ε, and nothing else."""
+    """Returns whether `module` has a frozen 1-D weight and an ε, and nothing else."""
     parameters = dict(module.named_parameters())
     return (
         list(parameters) == ["weight"]
@@ -200,7 +200,7 @@ def _looks_like_norm(module: nn.Module) -> bool:
 
 
 def _find_norm(module: nn.Module) -> tuple[float, bool] | None:
-    """Find the shift and whether it multiplies in float32; None for another formula."""
+    """Find the shift and whether it multiplies in float32; None for a different formula."""
     low = copy.deepcopy(module).to("cpu", torch.bfloat16)
     weight, generator = _weight_of(low), torch.Generator().manual_seed(0)
     x = torch.randn(3, len(weight), generator=generator).to(torch.bfloat16)
@@ -216,7 +216,7 @@ def _find_norm(module: nn.Module) -> tuple[float, bool] | None:
 
 
 def _find_glu(module: nn.Module) -> str | None:
-    """Find the key of `ACTIVATIONS`; None for another formula."""
+    """Find the key of `ACTIVATIONS`; None for a different formula."""
     low, generator = copy_module(module), torch.Generator().manual_seed(0)
     for name, (width, inner) in (
         ("gate_proj", (8, 16)),
@@ -236,7 +236,7 @@ def _find_glu(module: nn.Module) -> str | None:
 
 
 def _try(module: nn.Module, x: Tensor) -> Tensor | None:
-    """Return `module(x)`, or None if it fails or has another shape."""
+    """Returns `module(x)`, or None if it fails or has another shape."""
     try:
         output = module(x)
     except (TypeError, ValueError, RuntimeError):
@@ -255,7 +255,7 @@ class _Rope(torch.autograd.Function):
     def forward(
         ctx: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, formulas: Formulas
     ) -> Pair:
-        """Return q′ and k′, (batch, tokens, heads, head_dim)."""
+        """Returns q′ and k′, (batch, tokens, heads, head_dim)."""
         ctx.save_for_backward(cos, sin)
         ctx.formulas = formulas
         return formulas.rope(q, k, cos, sin)
@@ -263,7 +263,7 @@ class _Rope(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, of_q: Tensor, of_k: Tensor) -> tuple[Tensor | None, ...]:
-        """Return the gradients of q and k."""
+        """Returns the gradients of q and k."""
         parts = ctx.formulas.rope(of_q, of_k, *ctx.saved_tensors, backward=True)
         return *parts, None, None, None
 
@@ -298,7 +298,7 @@ class _Replacement:
     def __call__(
         self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *others: Any, **settings: Any
     ) -> Any:
-        """Return q′ and k′ for q and k (batch, heads, tokens, head_dim)."""
+        """Returns q′ and k′ for q and k (batch, heads, tokens, head_dim)."""
         formulas: Formulas = TORCH
         if torch.is_grad_enabled() and not (others or settings) and _is_usual(q, k, cos, sin):
             heads = (q.shape[1], k.shape[1], q.shape[3])
@@ -312,7 +312,7 @@ class _Replacement:
 
 
 def _is_usual(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> bool:
-    """Return whether all dtypes are equal and every element of a head is rotated."""
+    """Returns whether all dtypes are equal and every element of a head is rotated."""
     if not q.dim() == k.dim() == 4 or cos.dim() != 3 or cos.shape != sin.shape:
         return False
     batch, _, tokens, width = q.shape
@@ -326,9 +326,9 @@ def _is_usual(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> bool:
 
 
 def computes_rope(function: Any) -> bool:
-    """Return whether `function` computes the formula, bit for bit in bfloat16."""
+    """Returns whether `function` computes the formula, bit for bit in bfloat16."""
     if isinstance(function, _Replacement):
-        return False  # of another fast step
+        return False  # of a different fast step
     generator = torch.Generator().manual_seed(0)
     shapes = ((2, 4, 3, 8), (2, 2, 3, 8), (2, 3, 8), (2, 3, 8))
     q, k, cos, sin = (torch.randn(s, generator=generator).to(torch.bfloat16) for s in shapes)

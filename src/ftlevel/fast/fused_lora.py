@@ -7,7 +7,7 @@ W is frozen, A is (r, in), B is (out, r); PEFT needs eight operations and four c
 product is added to the update, so the sum is rounded once. Tensors of width r are (r, tokens),
 because oneDNN and MKL are up to four times slower with (tokens, r) (docs/performance.md).
 
-The layers are PEFT's classes with another `forward`, so parameters, state dict and merging are
+The layers are PEFT classes with a different `forward`, so parameters, state dict and merging are
 PEFT's. Where fusion does not apply, PEFT's `forward` runs. With checkpointing, the output of the
 linear layer that ends a block is not needed again; it is NaN then, so that a reader is noticed.
 """
@@ -57,7 +57,7 @@ class FusedLoraFunction(torch.autograd.Function):
         recomputation: tuple[Recomputation, tuple[Tensor, ...]] | None = None,
         layer: Any = None,
     ) -> Tensor:
-        """Return y (…, out) in the dtype of `x` (…, in), which is the compute dtype.
+        """Returns y (…, out) in the dtype of `x` (…, in), which is the compute dtype.
 
         `dropped` is dropout(x), or None without dropout. `weight` returns W (out, in); it is called
         once in forward and once in backward, so that a dequantized weight is not stored.
@@ -90,7 +90,7 @@ class FusedLoraFunction(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        """Return the gradients of forward's arguments."""
+        """Returns the gradients of forward's arguments."""
         inner, down, up, *saved = ctx.saved_tensors
         for_x, for_dropped, for_a, for_b, for_bias = ctx.needs_input_grad[:5]
         dtype_a, dtype_b, dtype_bias = ctx.dtypes
@@ -117,7 +117,7 @@ class FusedLoraFunction(torch.autograd.Function):
 
 
 def _scaled(one: Tensor, tensor: Tensor, factor: float) -> Tensor:
-    """Return `factor` times the matrix product."""
+    """Returns `factor` times the matrix product."""
     if factor == 1.0:
         return one @ tensor
     product = one.new_empty(one.shape[0], tensor.shape[1])
@@ -127,7 +127,7 @@ def _scaled(one: Tensor, tensor: Tensor, factor: float) -> Tensor:
 def _product(
     one: Tensor, matrix: Tensor, dtype: torch.dtype, *, transposed: bool = False
 ) -> Tensor:
-    """Return the matrix product, or its transpose, in `dtype`.
+    """Returns the matrix product, or its transpose, in `dtype`.
 
     NVIDIA GPUs return the float32 sums directly. `addmm` could also scale, but torch 2.8 and 2.13
     differ in their requirements on its arguments.
@@ -149,7 +149,7 @@ class FusedForward:
     ends_a_block = False
 
     def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Return base output plus update: (…, in) → (…, out)."""
+        """Returns base output plus update: (…, in) → (…, out)."""
         name = None if args or kwargs else _lone_adapter(self)
         if name is None or not self._is_ready():
             return super().forward(x, *args, **kwargs)  # type: ignore[misc]  # PEFT's
@@ -171,22 +171,22 @@ class FusedForward:
         return y.to(result)
 
     def __repr__(self) -> str:
-        """Return PEFT's representation of the layer."""
+        """Returns the PEFT representation of the layer."""
         return super().__repr__().replace("lora.Fused", "lora.", 1)
 
     def _is_ready(self) -> bool:
-        """Return whether the base's weight can be read."""
+        """Returns whether the base's weight can be read."""
         return True
 
     def _dtypes(self, x: Tensor) -> tuple[torch.dtype, torch.dtype]:
-        """Return the compute and output dtypes of the base: autocast's, or that of `x`."""
+        """Returns the compute and output dtypes of the base: autocast's, or that of `x`."""
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         return dtype, dtype
 
 
 def _lone_adapter(layer: Any) -> str | None:
-    """Return the single active adapter of `layer`, or None if it cannot be fused.
+    """Returns the single active adapter of `layer`, or None if it cannot be fused.
 
     It cannot with variants such as DoRA, a bias of B, a trained base, or hooks (of offloading,
     tensor parallelism, an observer), which expect a call of their module.
@@ -205,9 +205,9 @@ def _lone_adapter(layer: Any) -> str | None:
 
 
 def register_fused_layers(config: LoraConfig) -> None:
-    """Make `config` (mutated) build fused layers where possible, and PEFT's elsewhere.
+    """Make `config` (modified) build fused layers where possible, and the PEFT elsewhere.
 
-    This uses PEFT's registration of custom modules, which is not saved with the adapter.
+    This uses the PEFT registration of custom modules, which is not saved with the adapter.
     """
     register_lora_layers(config, {nn.Linear: build_fused_layer, Conv1D: build_fused_layer})
 
@@ -239,7 +239,7 @@ class FusedLinear(FusedForward, lora.Linear):
     """Fused LoRA of `nn.Linear` and `Conv1D`."""
 
     def _weight(self, dtype: torch.dtype) -> Tensor:
-        """Return W as (out, in)."""
+        """Returns W as (out, in)."""
         weight: Tensor = self.base_layer.weight.detach().to(dtype)
         return weight.t() if self.fan_in_fan_out else weight
 
@@ -260,11 +260,11 @@ class FusedLinear4bit(FusedForward, lora.Linear4bit):
         return can_train_4bit(self.base_layer)
 
     def _dtypes(self, x: Tensor) -> tuple[torch.dtype, torch.dtype]:
-        """Return the base's compute dtype, and the dtype of `x` for the output."""
+        """Returns the base's compute dtype, and the dtype of `x` for the output."""
         return self.base_layer.compute_dtype, x.dtype
 
     def _weight(self, dtype: torch.dtype) -> Tensor:
-        """Return W as (out, in), dequantized."""
+        """Returns W as (out, in), dequantized."""
         weight = self.base_layer.weight
         return dequantize_4bit(weight.data.view(-1, 1), weight.quant_state).to(dtype)
 
@@ -272,7 +272,7 @@ class FusedLinear4bit(FusedForward, lora.Linear4bit):
 class FusedLinear8bitLt(FusedForward, lora.Linear8bitLt):
     """Fused LoRA of `bitsandbytes.nn.Linear8bitLt`, on a CPU.
 
-    On a GPU bitsandbytes multiplies in int8, so PEFT's forward runs.
+    On a GPU bitsandbytes multiplies in int8, so the PEFT forward runs.
     """
 
     def _is_ready(self) -> bool:
@@ -283,7 +283,7 @@ class FusedLinear8bitLt(FusedForward, lora.Linear8bitLt):
 
 
 def skip_unneeded_products(blocks: Sequence[nn.Module]) -> None:
-    """Skip the last linear layer of each of `blocks` (mutated) when they are recomputed."""
+    """Skip the last linear layer of each of `blocks` (modified) when they are recomputed."""
     for block in blocks:
         _find_last_layer(block)
 
@@ -302,7 +302,7 @@ def _find_last_layer(block: nn.Module) -> None:
 
 
 def _last_layer(added: Any) -> Any:
-    """Return the fused layer whose output is the last summand of `added`, a `grad_fn`."""
+    """Returns the fused layer whose output is the last summand of `added`, a `grad_fn`."""
     while added.name() == "ViewBackward0":
         ((added, _),) = added.next_functions
     if added.name() != "AddBackward0":

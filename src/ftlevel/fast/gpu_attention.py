@@ -83,12 +83,12 @@ class FlashKernel(Protocol):
     """A kernel that computes the attention of a whole row on a GPU."""
 
     def computes(self, options: AttentionOptions, head_dim: int) -> bool:
-        """Return whether the kernel supports `options` for heads of `head_dim`."""
+        """Returns whether the kernel supports `options` for heads of `head_dim`."""
 
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, lengths: Lengths, options: AttentionOptions
     ) -> Tensor:
-        """Return (tokens, heads, head_dim) for contiguous states of that layout."""
+        """Returns (tokens, heads, head_dim) for contiguous states of that layout."""
 
 
 @dataclass(frozen=True)
@@ -106,12 +106,12 @@ class VarlenKernel:
 
     @classmethod
     def read(cls, function: Callable[..., Any]) -> VarlenKernel:
-        """Read the options that `function` supports."""
+        """Load the options that `function` supports."""
         names = inspect.signature(function).parameters
         return cls("window_size" in names, "scale" in names, "enable_gqa" in names)
 
     def computes(self, options: AttentionOptions, head_dim: int) -> bool:
-        """Return whether the kernel supports `options` for heads of `head_dim`."""
+        """Returns whether the kernel supports `options` for heads of `head_dim`."""
         is_usual = math.isclose(options.scale, head_dim**-0.5, rel_tol=1e-6)
         windows = self.windows or options.window is None
         return windows and (self.scales or is_usual) and options.cap is None
@@ -119,7 +119,7 @@ class VarlenKernel:
     def settings(
         self, causal: bool, window: int | None, scale: float, *, grouped: bool
     ) -> dict[str, Any]:
-        """Return the keyword arguments of a call."""
+        """Returns the keyword arguments of a call."""
         settings: dict[str, Any] = {"scale": scale} if self.scales else {}
         if self.groups:
             settings["enable_gqa"] = grouped
@@ -130,7 +130,7 @@ class VarlenKernel:
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, lengths: Lengths, options: AttentionOptions
     ) -> Tensor:
-        """Return (tokens, heads, head_dim), as `FlashKernel.attend`."""
+        """Returns (tokens, heads, head_dim), as `FlashKernel.attend`."""
         from torch.nn.attention.varlen import varlen_attn
 
         groups = query.shape[1] // key.shape[1]
@@ -151,7 +151,7 @@ class VarlenKernel:
 
 @lru_cache(maxsize=1)
 def installed_kernel() -> VarlenKernel | None:
-    """Return the options of the installed torch's kernel; None without a kernel."""
+    """Returns the options of the installed torch's kernel; None without a kernel."""
     if importlib.util.find_spec("torch.nn.attention.varlen") is None:
         return None
     from torch.nn.attention.varlen import varlen_attn
@@ -193,7 +193,7 @@ def measure(segments: tuple[Segment, ...], device: torch.device) -> Lengths:
 
 
 def window_of(causal: bool, window: int | None) -> tuple[int, int]:
-    """Return the number of visible keys before and after a query, -1 for all."""
+    """Returns the number of visible keys before and after a query, -1 for all."""
     reach = -1 if window is None else window - 1
     return reach, 0 if causal else reach
 
@@ -201,7 +201,7 @@ def window_of(causal: bool, window: int | None) -> tuple[int, int]:
 def supports_attention(
     query: Tensor, options: AttentionOptions, kernel: FlashKernel | None = None
 ) -> bool:
-    """Return whether `kernel`, or torch's, supports `query` (heads, tokens, head_dim) here."""
+    """Returns whether `kernel`, or torch's, supports `query` (heads, tokens, head_dim) here."""
     if not query.is_cuda or query.dtype not in (torch.bfloat16, torch.float16) or options.dropout:
         return False
     head_dim, kernel = query.shape[-1], kernel or installed_kernel()
@@ -220,7 +220,7 @@ def attend_varlen(
     options: AttentionOptions,
     kernel: FlashKernel | None = None,
 ) -> Tensor:
-    """Return the attention output (tokens, heads, head_dim); `can_serve` must be true.
+    """Returns the attention output (tokens, heads, head_dim); `can_serve` must be true.
 
     `states` are queries (heads, tokens, head_dim), keys and values (key heads, tokens, head_dim).
 
@@ -261,7 +261,7 @@ class PaddedBatch:
 def pad_segments(
     segments: tuple[Segment, ...], causal: bool, window: int | None, device: torch.device
 ) -> tuple[tuple[PaddedBatch, ...], Tensor]:
-    """Return padded batches on `device`, and (tokens,) the index of each token among them."""
+    """Returns padded batches on `device`, and (tokens,) the index of each token among them."""
     groups: dict[LengthPair, list[int]] = defaultdict(list)
     for number, segment in enumerate(segments):
         length, seen = _lengths(segment)
@@ -315,7 +315,7 @@ def _pad(group: Sequence[Segment], causal: bool, window: int | None) -> PaddedBa
 def attend_padded(
     states: list[Tensor], segments: tuple[Segment, ...], options: AttentionOptions
 ) -> Tensor:
-    """Return the attention output (tokens, heads, head_dim); `states` as in `attend_varlen`."""
+    """Returns the attention output (tokens, heads, head_dim); `states` as in `attend_varlen`."""
     device = states[0].device
     batches, positions = pad_segments(segments, options.causal, options.window, device)
     groups, outputs = len(states[0]) // len(states[1]), []
@@ -366,14 +366,14 @@ class HubKernel:
 
     @classmethod
     def read(cls, function: Callable[..., Any]) -> HubKernel:
-        """Read the options that `function` supports, by its signature."""
+        """Load the options that `function` supports, by its signature."""
         names = inspect.signature(function).parameters
         windows = "window_size" in names
         all_keys = names["window_size"].default[0] if windows else None
         return cls(function, "softcap" in names, windows, all_keys)
 
     def computes(self, options: AttentionOptions, head_dim: int) -> bool:
-        """Return whether the kernel supports `options` for heads of `head_dim`."""
+        """Returns whether the kernel supports `options` for heads of `head_dim`."""
         is_supported = (self.caps or options.cap is None) and (
             self.windows or options.window is None
         )
@@ -382,7 +382,7 @@ class HubKernel:
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, lengths: Lengths, options: AttentionOptions
     ) -> Tensor:
-        """Return (tokens, heads, head_dim), as `FlashKernel.attend`."""
+        """Returns (tokens, heads, head_dim), as `FlashKernel.attend`."""
         settings: dict[str, Any] = {"softmax_scale": options.scale, "causal": options.causal}
         if options.cap is not None:
             settings["softcap"] = options.cap

@@ -28,7 +28,7 @@ from ftlevel.task import (
 
 
 def base_model(model: Any) -> Any:
-    """Return the transformers model inside a PEFT model."""
+    """Returns the transformers model inside a PEFT model."""
     return model.get_base_model() if hasattr(model, "peft_config") else model
 
 
@@ -79,7 +79,7 @@ def compute_policy_loss(
 def plain_loss(
     model: Any, objective: Objective, batch: dict[str, Tensor], mask: Tensor, loss: TrainingLoss
 ) -> tuple[Tensor, Tensor, Any]:
-    """Return the summed training loss from all logits of a batch, its labels, and the outputs.
+    """Returns the summed training loss from all logits of a batch, the labels, and the outputs.
 
     The outputs are None for answer likelihoods and distillation.
     """
@@ -99,7 +99,7 @@ def plain_loss(
 
 
 def with_baseline(verdicts: Tensor, baseline: Tensor) -> Tensor:
-    """Return `verdicts` (answers, 3) with a scalar `baseline` to subtract from each reward."""
+    """Returns `verdicts` (answers, 3) with a scalar `baseline` to subtract from each reward."""
     return torch.cat([verdicts[:, :2], baseline.expand(len(verdicts), 1)], dim=1)
 
 
@@ -109,7 +109,7 @@ def sum_of_ratios(
     objective: LikelihoodObjective,
     batches: Sequence[dict[str, Any]],
 ) -> Tensor:
-    """Return the sum and number of log-ratios of policy and reference, as a tensor (2,).
+    """Returns the sum and number of log-ratios of policy and reference, as a tensor (2,).
 
     It runs in eval mode without gradients, and restores the training mode.
     """
@@ -132,7 +132,7 @@ def sum_of_ratios(
 def prepare_inputs(
     model: Any, objective: TokenObjective, batch: Mapping[str, Any]
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """Return the inputs with which `model` computes logits, and the labels."""
+    """Returns the inputs with which `model` computes logits, and the labels."""
     inputs: dict[str, Any] = dict(batch)
     for name in ("verdicts", "located", "known", "ids", "signals"):
         inputs.pop(name, None)
@@ -151,7 +151,7 @@ def supervised_loss(
     observe: Observe | None = None,
     smoothing: float = 0.0,
 ) -> Tensor:
-    """Return the summed loss of a batch, with the head computed on its targets only."""
+    """Returns the summed loss of a batch, with the head computed on its targets only."""
     if isinstance(objective, LikelihoodObjective):
         answers = compute_answer_likelihoods(head, model, objective, batch)
         return objective.preference_sum(answers, batch["verdicts"], training=True)
@@ -193,7 +193,7 @@ class SupervisedTokens:
     objective: TokenObjective
 
     def __call__(self, batch: Batch) -> Tensor:
-        """Return (needed,) indices in the flattened (batch, seq)."""
+        """Returns (needed,) indices in the flattened (batch, seq)."""
         at, _ = self.objective.locate(batch["labels"])
         return at
 
@@ -205,7 +205,7 @@ class PooledTokens:
     last: bool
 
     def __call__(self, batch: Batch) -> Tensor:
-        """Return (batch,) indices in the flattened (batch, seq), padded on the right."""
+        """Returns (batch,) indices in the flattened (batch, seq), padded on the right."""
         mask = batch["attention_mask"]
         first = torch.arange(len(mask), device=mask.device) * mask.shape[1]
         return first + mask.sum(dim=1) - 1 if self.last else first

@@ -67,7 +67,7 @@ class Batch:
 
 
 def are_short(segments: Sequence[Segment]) -> bool:
-    """Return whether all segments are short sequences without a past."""
+    """Returns whether all segments are short sequences without a past."""
     return all(not s.past and s.stop - s.start <= LONGEST for s in segments)
 
 
@@ -75,7 +75,7 @@ def are_short(segments: Sequence[Segment]) -> bool:
 def batch_sequences(
     segments: tuple[Segment, ...], causal: bool, window: int | None
 ) -> tuple[Batch, ...]:
-    """Return padded batches of short sequences, in row order; arguments as in `visible`."""
+    """Returns padded batches of short sequences, in row order; arguments as in `visible`."""
     return tuple(_pad(group, causal, window) for group in _group(segments))
 
 
@@ -122,7 +122,7 @@ class ShortAttention(torch.autograd.Function):
         dropout: float,
         cap: float | None = None,
     ) -> Tensor:
-        """Return the attention output."""
+        """Returns the attention output."""
         groups, outputs = len(key), []
         saved: list[Tensor] = []
         for batch in batches:
@@ -140,7 +140,7 @@ class ShortAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        """Return the gradients of queries, keys and values."""
+        """Returns the gradients of queries, keys and values."""
         batches, scale, dropout, groups, cap = ctx.arguments
         saved, parts = iter(ctx.saved_tensors), []
         for batch in batches:
@@ -163,14 +163,14 @@ class ShortAttention(torch.autograd.Function):
 
 
 def _scores(query: Tensor, key: Tensor, scale: float, cap: float | None) -> Tensor:
-    """Return unmasked scores (sequences · key heads, heads of a group · queries, keys)."""
+    """Returns unmasked scores (sequences · key heads, heads of a group · queries, keys)."""
     exact = torch.promote_types(query.dtype, torch.float32)
     scores = torch.bmm(query.to(exact), key.to(exact).transpose(1, 2)).mul_(scale)
     return cap_scores(scores, cap)
 
 
 def _probabilities(scores: Tensor, batch: Batch, dtype: torch.dtype) -> Tensor:
-    """Return the softmax of the masked `scores` (mutated) in `dtype`."""
+    """Returns the softmax of the masked `scores` (modified) in `dtype`."""
     if batch.mask is not None:
         scores.view(batch.count, -1, batch.longest, batch.longest).add_(batch.mask)
     return scores.softmax(-1).to(dtype)
@@ -295,7 +295,7 @@ def _by_sequence(
     options: AttentionOptions,
     kernel: FlashKernel | None,
 ) -> Tensor:
-    """Return (tokens, heads, head_dim): by one kernel on a GPU, by blocks or SDPA on a CPU."""
+    """Returns (tokens, heads, head_dim): by one kernel on a GPU, by blocks or SDPA on a CPU."""
     if supports_attention(states[0], options, kernel):
         return attend_varlen(states, layout.segments, options, kernel)
     if states[0].device.type != "cpu":
@@ -322,7 +322,7 @@ def _by_sequence(
 
 
 def _by_sdpa(segment: Segment, states: list[Tensor], options: AttentionOptions) -> Tensor:
-    """Return (heads, tokens of the segment, head_dim) for a segment without a past."""
+    """Returns (heads, tokens of the segment, head_dim) for a segment without a past."""
     query, key, value = (part[:, segment.start : segment.stop] for part in states)
     length = key.shape[1]
     plain = options.window is None or options.window > length

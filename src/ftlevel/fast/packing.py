@@ -32,7 +32,7 @@ class UnsupportedModelError(NotImplementedError):
 class Segment:
     """Consecutive tokens of the row and of a sequence.
 
-    `past` has the ranges of the sequence's earlier tokens, in order; empty at its start.
+    `past` has the ranges of the sequence's previous tokens, in order; empty at the start.
     """
 
     start: int
@@ -69,7 +69,7 @@ class PackedLayout:
 
     @classmethod
     def from_mask(cls, mask: Tensor) -> PackedLayout:
-        """Return the layout of a batch's rows in order; `mask` (batch, seq) is 1 for a token."""
+        """Returns the layout of a batch's rows in order; `mask` (batch, seq) is 1 for a token."""
         flat = mask.flatten() != 0
         restore = (flat.cumsum(0) - 1).clamp(min=0)
         segments, start = [], 0
@@ -80,7 +80,7 @@ class PackedLayout:
         return cls(batch, seq, flat.nonzero()[:, 0], restore, tuple(segments))
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedLayout:
-        """Return the layout with its indices on `device`."""
+        """Returns the layout with its indices on `device`."""
         source = self.source.to(device, non_blocking=non_blocking)
         restore = self.restore.to(device, non_blocking=non_blocking)
         needed = self.needed
@@ -89,12 +89,12 @@ class PackedLayout:
         return replace(self, source=source, restore=restore, needed=needed)
 
     def pin_memory(self) -> PackedLayout:
-        """Return the layout with its indices in pinned memory."""
+        """Returns the layout with its indices in pinned memory."""
         pinned = {name: getattr(self, name) for name in ("source", "restore", "needed")}
         return replace(self, **{n: t.pin_memory() for n, t in pinned.items() if t is not None})
 
     def with_needed(self, at: Tensor) -> PackedLayout:
-        """Return the layout with the indices `at` of the flattened batch as needed tokens."""
+        """Returns the layout with the indices `at` of the flattened batch as needed tokens."""
         needed = torch.unique(self.restore.index_select(0, at))
         return replace(self, needed=needed if len(needed) < self.tokens else None)
 
@@ -109,7 +109,7 @@ class PackedLayout:
         return self.batch == 1 and self.tokens == self.seq
 
     def is_padded(self, states: Tensor) -> bool:
-        """Return whether `states` (…, …, width) have the shape of the batch."""
+        """Returns whether `states` (…, …, width) have the shape of the batch."""
         return states.shape[0] == self.batch and states.shape[1] == self.seq
 
     @cached_property
@@ -118,18 +118,18 @@ class PackedLayout:
         return self.source % self.seq
 
     def pack(self, states: Tensor) -> Tensor:
-        """Return `states` (batch or 1, seq, …) as (1, tokens, …)."""
+        """Returns `states` (batch or 1, seq, …) as (1, tokens, …)."""
         if states.shape[0] == 1:
             return states.index_select(1, self.column)
         return states.flatten(0, 1).index_select(0, self.source)[None]
 
     def unpack(self, states: Tensor) -> Tensor:
-        """Return `states` (1, tokens, …) as (batch, seq, …)."""
+        """Returns `states` (1, tokens, …) as (batch, seq, …)."""
         flat = states[0].index_select(0, self.restore)
         return flat.view(self.batch, self.seq, *states.shape[2:])
 
     def pack_inputs(self, value: Any) -> Any:
-        """Return a block's argument with all per-token tensors packed, e.g. rotary embeddings."""
+        """Returns a block's argument with all per-token tensors packed, e.g. rotary embeddings."""
         if isinstance(value, Tensor):
             is_per_token = value.dim() > 1 and value.shape[1] == self.seq
             return self.pack(value) if is_per_token and value.shape[0] in (1, self.batch) else value
@@ -143,7 +143,7 @@ _own = threading.local()
 
 
 def current_layout() -> PackedLayout | None:
-    """Return the current layout, or None."""
+    """Returns the current layout, or None."""
     layout: PackedLayout | None = getattr(_own, "layout", None)
     return layout or _shared
 
@@ -178,7 +178,7 @@ MicroBatches = list[list[int]]
 
 
 def split_padded(lengths: Sequence[int], budget: int, multiple: int = 1) -> MicroBatches:
-    """Return micro-batches that cost rows times longest row, longest first.
+    """Returns micro-batches that cost rows times longest row, longest first.
 
     `lengths` are tokens per row. A row longer than `budget` tokens gets its own micro-batch. If
     there are enough rows, the number of micro-batches is a multiple of `multiple`.
@@ -188,7 +188,7 @@ def split_padded(lengths: Sequence[int], budget: int, multiple: int = 1) -> Micr
 
 
 def split_packed(lengths: Sequence[int], budget: int, multiple: int = 1) -> MicroBatches:
-    """Return micro-batches that cost the sum of their tokens, most expensive first.
+    """Returns micro-batches that cost the sum of their tokens, most expensive first.
 
     Each row, longest first, is added to the shortest micro-batch (Graham, 1969). Arguments are
     those of `split_padded`.
@@ -210,7 +210,7 @@ def split_shared(
     shared: Sequence[int],
     multiple: int = 1,
 ) -> MicroBatches:
-    """Return micro-batches that count shared tokens once, with their rows in `order`.
+    """Returns micro-batches that count shared tokens once, with their rows in `order`.
 
     Neighbors in `order` share most; `shared` has the tokens that each row shares with the previous
     one. Where a balanced split is cheaper in its most expensive micro-batch, it is returned
@@ -236,7 +236,7 @@ def split_shared(
 def count_shared(
     rows: Sequence[int], lengths: Sequence[int], order: Sequence[int], shared: Sequence[int]
 ) -> int:
-    """Return the tokens that a micro-batch of `rows`, sorted by `order`, computes."""
+    """Returns the tokens that a micro-batch of `rows`, sorted by `order`, computes."""
     rank = {row: at for at, row in enumerate(order)}
     cost, before = 0, -1
     for row in rows:
@@ -256,7 +256,7 @@ def _round_up(count: int, multiple: int, limit: int) -> int:
 
 
 def _spread(order: Sequence[int], costs: Sequence[int], count: int) -> MicroBatches:
-    """Return `count` micro-batches; each row is added to the cheapest one."""
+    """Returns `count` micro-batches; each row is added to the cheapest one."""
     micro_batches: MicroBatches = [[] for _ in range(count)]
     totals = [0] * count
     for row in order:
@@ -267,7 +267,7 @@ def _spread(order: Sequence[int], costs: Sequence[int], count: int) -> MicroBatc
 
 
 def _split(order: Sequence[int], budget: int, added: AddedCost, multiple: int) -> MicroBatches:
-    """Return the fewest micro-batches that budget and multiple allow, as even as possible."""
+    """Returns the fewest micro-batches that budget and multiple allow, as even as possible."""
     count = _round_up(len(_fill(order, budget, added)), multiple, len(order))
     low, high = 1, budget
     while low < high:  # the smallest budget that needs no more micro-batches
@@ -280,7 +280,7 @@ def _split(order: Sequence[int], budget: int, added: AddedCost, multiple: int) -
 
 
 def _fill(order: Sequence[int], budget: int, added: AddedCost) -> MicroBatches:
-    """Return micro-batches that are filled in `order`."""
+    """Returns micro-batches that are filled in `order`."""
     micro_batches: MicroBatches = []
     cost = 0
     for row in order:

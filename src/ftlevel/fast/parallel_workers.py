@@ -51,7 +51,7 @@ class ParallelWorkers:
     def forward(
         self, compute: Callable[[int], Tensor], number: int, seed: int | None = None
     ) -> list[Tensor]:
-        """Return `compute` of the first `number` integers, with random values as in `backward`."""
+        """Returns `compute` of the first `number` integers, with random values as in `backward`."""
 
         def run(at: int) -> Tensor:
             with using_generator(None if seed is None else seed + at):
@@ -67,7 +67,7 @@ class ParallelWorkers:
         seed: int | None = None,
         shared_prefix: SharedPrefix | None = None,
     ) -> list[Tensor]:
-        """Add the gradients of all micro-batches to `parameters` (mutated), in order.
+        """Add the gradients of all micro-batches to `parameters` (modified), in order.
 
         Gradients through `shared_prefix` are added last; its graph is freed. `compute` maps a batch
         to its scalar loss and runs in the threads; its exceptions are raised here.
@@ -121,7 +121,7 @@ def _add(parameter: Tensor, gradient: Tensor) -> None:
 
 
 def makespan(costs: Sequence[int], workers: int) -> int:
-    """Return when the last of `costs` ends, if idle workers start them in order."""
+    """Returns when the last of `costs` ends, if idle workers start them in order."""
     busy = [0] * workers
     for cost in costs:
         first = busy.index(min(busy))
@@ -130,5 +130,5 @@ def makespan(costs: Sequence[int], workers: int) -> int:
 
 
 def duration(costs: Sequence[int], workers: int) -> float:
-    """Return the time for `costs` (tokens), in tokens that all threads compute in it."""
+    """Returns the time for `costs` (tokens), in tokens that all threads compute in it."""
     return sum(costs) if workers == 1 else makespan(costs, workers) * workers / GAIN

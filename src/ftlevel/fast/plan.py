@@ -45,7 +45,7 @@ class WorkerPlan:
 def plan_workers(
     method: MethodConfig, requested: int | str, meta: Any, device: str, is_ordered: bool
 ) -> WorkerPlan:
-    """Return how many micro-batches the model `meta` (on the meta device) computes at once.
+    """Returns how many micro-batches the model `meta` (on the meta device) computes at once.
 
     With `is_ordered`, random numbers come from the process's generator, in order.
     """
@@ -65,14 +65,14 @@ def plan_workers(
 
 
 def _uses_global_generator(meta: Any, random: str, is_ordered: bool) -> str:
-    """Return what is drawn from the process's generator; empty if nothing."""
+    """Returns what is drawn from the process's generator; empty if nothing."""
     if not random or not (is_ordered or meta.config.model_type in FUNCTIONAL_DROPOUT):
         return ""
     return f"{random} is drawn at random, in order"
 
 
 def _writes_to_itself(method: MethodConfig, meta: Any) -> str:
-    """Return why a forward pass may change the model; empty if it does not."""
+    """Returns why a forward pass may change the model; empty if it does not."""
     family = meta.config.model_type
     if reason := METHODS[method.kind].step.workers(method):
         return reason
@@ -84,7 +84,7 @@ def _writes_to_itself(method: MethodConfig, meta: Any) -> str:
 
 
 def _changes_rope(config: Any) -> bool:
-    """Return whether a forward pass updates the rotary embedding (transformers 5)."""
+    """Returns whether a forward pass updates the rotary embedding (transformers 5)."""
     parameters = getattr(config, "rope_parameters", None) or {}
     kinds = [parameters, *(v for v in parameters.values() if isinstance(v, dict))]
     return any(kind.get("rope_type") in ("dynamic", "longrope") for kind in kinds)
@@ -114,7 +114,7 @@ OWN_LOSS = {"cross_entropy": False, "fused_linear_cross_entropy": False}
 
 
 def uses_liger(speed: SpeedConfig, device: str, model_type: str) -> bool:
-    """Return whether liger-kernel is installed, enabled and supports the model."""
+    """Returns whether liger-kernel is installed, enabled and supports the model."""
     return (
         device == "cuda"
         and speed.fast
@@ -125,14 +125,14 @@ def uses_liger(speed: SpeedConfig, device: str, model_type: str) -> bool:
 
 
 def kernel_choices(speed: SpeedConfig, device: str, model_type: str) -> list[Choice]:
-    """Return the line about liger-kernel for display; empty if it is not used."""
+    """Returns the message about liger-kernel for display; empty if it is not used."""
     if not uses_liger(speed, device, model_type):
         return []
     return [Choice("kernels", "liger-kernel", "norms, rotary embedding and activation; installed")]
 
 
 def kernel_arguments(speed: SpeedConfig, device: str, model_type: str) -> dict[str, Any]:
-    """Return the arguments for `TrainingArguments`."""
+    """Returns the arguments for `TrainingArguments`."""
     if not uses_liger(speed, device, model_type):
         return {}
     return {"use_liger_kernel": True, "liger_kernel_config": OWN_LOSS}
@@ -195,10 +195,10 @@ def plan_fast(
     rows: Sequence[Encoded],
     max_length: int,
 ) -> FastPlan:
-    """Return the parts that the model `meta` (on the meta device) can use."""
+    """Returns the parts that the model `meta` (on the meta device) can use."""
     speed = config.speed
     tokens = _tokens_per_micro_batch(speed, config.train, device, max_length)
-    # A loss over a whole step needs its rows together, and no other part of the fast step.
+    # A loss over a whole step needs the rows together, and no other part of the fast step.
     unpacked = FastPlan(True, tokens=tokens) if isinstance(objective, StepObjective) else FastPlan()
     if not speed.fast:
         return replace(unpacked, choices=[Choice("step", "plain", "--no-fast")])
@@ -257,7 +257,7 @@ def plan_fast(
 
 
 def plan_forward(model: Any, kind: str, method: str, objective: Objective, tokens: int) -> FastPlan:
-    """Return the parts for scoring rows with a loaded model, without training."""
+    """Returns the parts for scoring rows with a loaded model, without training."""
     base = base_model(model)
     packs = not (adds_virtual_tokens(model, method) or find_packing_obstacle(base, kind))
     chunked = has_language_head(base, objective)
@@ -265,7 +265,7 @@ def plan_forward(model: Any, kind: str, method: str, objective: Objective, token
 
 
 def adds_virtual_tokens(model: Any, method: str) -> bool:
-    """Return whether an adapter of `model` adds virtual tokens to every row."""
+    """Returns whether an adapter of `model` adds virtual tokens to every row."""
     adapters = getattr(model, "peft_config", {}).values()
     obstacle = method in METHODS and METHODS[method].step.packing(SPECS[method]())
     return bool(obstacle) or any(config.is_prompt_learning for config in adapters)
@@ -274,7 +274,7 @@ def adds_virtual_tokens(model: Any, method: str) -> bool:
 def _plan_sharing(
     method: MethodConfig, train: TrainerConfig, meta: Any, rows: Sequence[Encoded], is_forced: bool
 ) -> tuple[bool, list[Choice]]:
-    """Return whether prefixes are shared, and the lines for display."""
+    """Returns whether prefixes are shared, and the lines for display."""
     if any(row.extras for row in rows[:1]):
         return False, []
     saved = _estimate_shared(train, rows)
@@ -313,7 +313,7 @@ def _tokens_per_micro_batch(
 
 
 def _why_padded(method: MethodConfig, attention: str, meta: Any, kind: str) -> str:
-    """Return why rows cannot be packed; empty if they can."""
+    """Returns why rows cannot be packed; empty if they can."""
     family = meta.config.model_type
     if attention not in ("auto", "sdpa"):
         return f"attention is {attention}"
@@ -325,7 +325,7 @@ def _why_padded(method: MethodConfig, attention: str, meta: Any, kind: str) -> s
 
 
 def find_packing_obstacle(model: Any, kind: str) -> str:
-    """Return why `model` needs padded rows; empty if it does not."""
+    """Returns why `model` needs padded rows; empty if it does not."""
     family = model.config.model_type
     if kind == "encoder-decoder" or not find_blocks(model):
         return f"{family} has not one stack of blocks"
@@ -339,7 +339,7 @@ def find_packing_obstacle(model: Any, kind: str) -> str:
 
 
 def _carries_a_state(model: Any) -> bool:
-    """Return whether a recurrence or a convolution mixes tokens."""
+    """Returns whether a recurrence or a convolution mixes tokens."""
     return is_stateful(model) or any(
         isinstance(part, torch.nn.Conv1d) and part.kernel_size[0] > 1
         for block in find_blocks(model)
@@ -348,7 +348,7 @@ def _carries_a_state(model: Any) -> bool:
 
 
 def set_packed_attention(model: Any, kernel: FlashKernel | None = None) -> bool:
-    """Set packed attention on `model` (mutated); return whether that worked."""
+    """Set packed attention on `model` (modified); return whether that worked."""
     # Models that are eager only because of softcapping (Gemma 2) are supported.
     is_capped = getattr(model.config.get_text_config(), "attn_logit_softcapping", None) is not None
     if attention_of(model) != ("eager" if is_capped else "sdpa"):
@@ -359,21 +359,21 @@ def set_packed_attention(model: Any, kernel: FlashKernel | None = None) -> bool:
 
 
 def has_language_head(model: Any, objective: Objective | None) -> bool:
-    """Return whether the head of `model` can run on supervised tokens only."""
+    """Returns whether the head of `model` can run on supervised tokens only."""
     if not isinstance(objective, TokenObjective) or model.get_output_embeddings() is None:
         return False
     return not objective.feeds_labels or hasattr(model, "prepare_decoder_input_ids_from_labels")
 
 
 def uses_fused_layers(method: MethodConfig, speed: SpeedConfig, quant: str, device: str) -> bool:
-    """Return whether LoRA layers are fused with their base, stored as `quant`."""
+    """Returns whether LoRA layers are fused with their base, stored as `quant`."""
     return _reason_against(method, speed, quant, device) == ""
 
 
 def fused_lora_choices(
     method: MethodConfig, speed: SpeedConfig, quant: str, device: str
 ) -> list[Choice]:
-    """Return the line about LoRA layers for display; empty for other methods."""
+    """Returns the message about LoRA layers for display; empty for other methods."""
     reason = _reason_against(method, speed, quant, device)
     if reason is None:
         return []
@@ -385,7 +385,7 @@ def fused_lora_choices(
 def _reason_against(
     method: MethodConfig, speed: SpeedConfig, quant: str, device: str
 ) -> str | None:
-    """Return why PEFT's layers are used; empty if fused, None without LoRA layers."""
+    """Returns why PEFT layers are used; empty if fused, None without LoRA layers."""
     against = METHODS[method.kind].step.fusing
     if against is None:
         return None

@@ -5,7 +5,7 @@
 
     ∂L/∂θ = Σₚ ∂Lₚ/∂θ + (Σₚ ∂Lₚ/∂(K, V)) · ∂(K, V)/∂θ   (micro-batches p after a shared prefix)
 
-States of a causal model depend only on earlier tokens, so sharing them is exact; the targets of
+States of a causal model depend only on previous tokens, so sharing them is exact; the targets of
 every row count. A tree computes a prefix once per micro-batch. A `SharedPrefix` is computed first,
 its keys and values precede those of all micro-batches, and one backward pass follows. (Prompt
 trees: Scaled Cognition, 2025; Prefix Grouper: arXiv 2506.05433.)
@@ -74,7 +74,7 @@ class SharedPrefix:
         return [part for _, part in self._with_graph()]
 
     def gradients(self, of_leaves: Gradients, parameters: Sequence[Tensor]) -> Gradients:
-        """Return the gradients of `parameters` through the prefix, and free its graph."""
+        """Returns the gradients of `parameters` through the prefix, and free its graph."""
         tensors = [part for part, _ in self._with_graph()]
         pairs = [(m, g) for m, g in zip(tensors, of_leaves, strict=True) if g is not None]
         if not pairs:
@@ -83,7 +83,7 @@ class SharedPrefix:
         return torch.autograd.grad(outputs, parameters, incoming, allow_unused=True)
 
     def _with_graph(self) -> list[tuple[Tensor, Tensor]]:
-        """Return pairs of a tensor and its leaf, for all that require a gradient."""
+        """Returns pairs of a tensor and its leaf, for all that require a gradient."""
         leaves = self._leaves or {}
         return [
             (tensor, leaf)
@@ -97,7 +97,7 @@ _own = threading.local()
 
 
 def current_prefix() -> SharedPrefix | None:
-    """Return the shared prefix of this thread's micro-batch, or None."""
+    """Returns the shared prefix of this thread's micro-batch, or None."""
     return getattr(_own, "shared_prefix", None)
 
 
@@ -118,7 +118,7 @@ Tokens = list[int]
 
 
 def count_common(one: Tokens, other: Tokens) -> int:
-    """Return the length of the common prefix of `one` and `other`."""
+    """Returns the length of the common prefix of `one` and `other`."""
     low, high = 0, min(len(one), len(other))
     while low < high:
         middle = (low + high + 1) // 2
@@ -130,7 +130,7 @@ def count_common(one: Tokens, other: Tokens) -> int:
 
 
 def sort_by_prefix(rows: Sequence[Tokens], least: int = MIN_PREFIX) -> tuple[list[int], list[int]]:
-    """Return the order of rows by their prefixes, and the tokens shared with the previous row.
+    """Returns the order of rows by their prefixes, and the tokens shared with the previous row.
 
     The shared tokens are indexed by row; prefixes shorter than `least` count as 0.
     """
@@ -143,7 +143,7 @@ def sort_by_prefix(rows: Sequence[Tokens], least: int = MIN_PREFIX) -> tuple[lis
 
 
 def shared_fraction(rows: Sequence[Tokens]) -> float:
-    """Return the share of tokens of `rows` that need not be computed, from 0 to 1."""
+    """Returns the share of tokens of `rows` that need not be computed, from 0 to 1."""
     _, shared = sort_by_prefix(rows)
     return sum(shared) / sum(len(row) for row in rows)
 

@@ -36,7 +36,7 @@ def _select_positions(
     linear: nn.Module,  # noqa: ARG001 - the signature of a hook
     args: tuple[Any, ...],
 ) -> tuple[Any, ...] | None:
-    """Return the arguments with the needed tokens of the input (…, tokens, in)."""
+    """Returns the arguments with the needed tokens of the input (…, tokens, in)."""
     layout = current_layout()
     if layout is None or layout.needed is None or args[0].shape[-2] != layout.tokens:
         return None
@@ -48,7 +48,7 @@ def _restore_positions(
     args: tuple[Any, ...],  # noqa: ARG001 - the signature of a hook
     output: Tensor,
 ) -> Tensor | None:
-    """Return the output (…, tokens, out), zero for unneeded tokens."""
+    """Returns the output (…, tokens, out), zero for unneeded tokens."""
     layout = current_layout()
     if layout is None or layout.needed is None or output.shape[-2] != len(layout.needed):
         return None
@@ -106,14 +106,14 @@ def find_prunable_linears(
 def _with_gradient(
     args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return the arguments with hidden states that require a gradient."""
+    """Returns the arguments with hidden states that require a gradient."""
     states = args[0] if args else kwargs["hidden_states"]
     states = states.detach().requires_grad_().clone()  # no leaf: blocks add to it in place
     return ((states, *args[1:]), kwargs) if args else ((), {**kwargs, "hidden_states": states})
 
 
 def _is_of_needed(gradient: Tensor, layout: PackedLayout) -> bool:
-    """Return whether the gradient (…, tokens, width) is nonzero for needed tokens only."""
+    """Returns whether the gradient (…, tokens, width) is nonzero for needed tokens only."""
     if layout.needed is None or gradient.dim() < 2 or gradient.shape[-2] != layout.tokens:
         return False
     per_token = gradient.abs().amax(-1).reshape(-1, layout.tokens).amax(0)

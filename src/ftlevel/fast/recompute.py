@@ -27,7 +27,7 @@ _own = _Own()
 
 
 def worker_generator() -> torch.Generator | None:
-    """Return the generator of this thread's micro-batch, or None."""
+    """Returns the generator of this thread's micro-batch, or None."""
     return _own.generator
 
 
@@ -46,7 +46,7 @@ _CHANCES = 1 << 16
 
 
 def dropout_mask(like: Tensor, p: float) -> Tensor:
-    """Return a mask shaped like `like`, on a CPU: 0 with probability `p`, else 1 / (1 - p).
+    """Returns a mask shaped like `like`, on a CPU: 0 with probability `p`, else 1 / (1 - p).
 
     It uses the generator of the micro-batch, or else torch's. `p` is rounded to 1/65,536.
     """
@@ -63,7 +63,7 @@ class GeneratorDropout(nn.Dropout):
     """`nn.Dropout` with `dropout_mask` on a CPU."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """Return `input` (any shape) with elements dropped, the others scaled by 1 / (1 - p)."""
+        """Returns `input` (any shape) with elements dropped, the others scaled by 1 / (1 - p)."""
         if not self.training or self.p == 0.0 or input.device.type != "cpu":
             return super().forward(input)
         return input * dropout_mask(input, self.p)
@@ -111,7 +111,7 @@ class Recomputation:
         self._users += 1
 
     def make(self, *saved: Tensor) -> Tensor:
-        """Return the tensor from `saved`; it is cached until its last user has called this."""
+        """Returns the tensor from `saved`; it is cached until the last user has called this."""
         self._users -= 1
         tensor = self._make(*saved) if self._made is None else self._made
         self._made = tensor if self._users > 0 else None
@@ -119,14 +119,14 @@ class Recomputation:
 
 
 def with_recomputation(tensor: Tensor, make: Callable[..., Tensor], *saved: Tensor) -> Tensor:
-    """Return `tensor` (mutated) with its recomputation from `saved` attached."""
+    """Returns `tensor` (modified) with its recomputation from `saved` attached."""
     parts = tuple(part.detach() for part in saved)
     setattr(tensor, _NAME, (Recomputation(make), parts, version_of(tensor)))
     return tensor
 
 
 def recomputation_of(tensor: Tensor) -> tuple[Recomputation, tuple[Tensor, ...]] | None:
-    """Return how `tensor` is recomputed and from which tensors; None if it must be saved.
+    """Returns how `tensor` is recomputed and from which tensors; None if it must be saved.
 
     None is also returned for views, copies, tensors of inference mode, and after an in-place
     change.

@@ -32,7 +32,7 @@ from ftlevel.task import Objective, TokenObjective
 
 
 class FastStep:
-    """The parts of a plan, applied to a model (mutated until `remove`).
+    """The parts of a plan, applied to a model (modified until `remove`).
 
     `plan` is updated to the parts in use; `cross_entropy`, `workers` and `norm_glu` are None if
     unused. `pruned_linears` is the number of linear layers of the last block that skip tokens.
@@ -152,7 +152,7 @@ def chunked_cross_entropy(
     device: str,
     dtype: str,
 ) -> Iterator[ChunkedCrossEntropy | None]:
-    """Yield the chunked cross-entropy of `model`, or None if it cannot replace the model's head."""
+    """Yields the chunked cross-entropy of `model`, or None if it cannot replace the head."""
     base = base_model(model)
     head = ChunkedCrossEntropy(base) if has_language_head(base, objective) else None
     try:

@@ -26,7 +26,7 @@ from ftlevel.fast.prefixes import MIN_PREFIX, build_prefix_tree, count_common, s
 from ftlevel.task import Objective, TokenObjective
 
 OVERHEAD_TOKENS = 250
-"""Cost of a shared prefix's own micro-batch beyond its tokens. With 342 tokens and 1,776 after it,
+"""Cost of a shared prefix's own micro-batch beyond the tokens. With 342 tokens and 1,776 after it,
 a step of SmolLM2 takes 5 % longer than without; with 1,450 and 2,100, a fifth less.
 """
 
@@ -46,7 +46,7 @@ class StepCollator:
         self._objective = objective if is_located else None
 
     def __call__(self, rows: Sequence[Encoded]) -> dict[str, Any]:
-        """Return `rows`, their `micro_batches`, `in_parallel` and `has_parts`.
+        """Returns `rows`, their `micro_batches`, `in_parallel` and `has_parts`.
 
         `has_parts` is whether a micro-batch has several rows; `parts` are the row indices of each.
         `shared_prefix`, if any, is the batch and layout of the prefix that the micro-batches
@@ -72,7 +72,7 @@ class StepCollator:
         return step
 
     def split(self, rows: Sequence[Encoded]) -> list[tuple[list[int], dict[str, Any]]]:
-        """Return micro-batches to compute one at a time, each with its row indices."""
+        """Returns micro-batches to compute one at a time, each with its row indices."""
         partition = _Partition(rows, self._plan)
         return [
             (list(part), self._micro_batch(rows, part, partition))
@@ -130,7 +130,7 @@ class _Partition:
     """Split of a step's rows: padded, packed, or as trees.
 
     `is_tree` means that micro-batches compute shared prefixes once. `prefix` is the number of
-    tokens of every row that an earlier micro-batch computes.
+    tokens of every row that a previous micro-batch computes.
     """
 
     def __init__(self, rows: Sequence[Encoded], plan: FastPlan) -> None:
@@ -149,7 +149,7 @@ class _Partition:
                 ]
 
     def __call__(self, budget: int, multiple: int) -> MicroBatches:
-        """Return the row indices of micro-batches of at most `budget` tokens."""
+        """Returns the row indices of micro-batches of at most `budget` tokens."""
         if self.is_tree:
             return split_shared(self._lengths, budget, self._order, self._shared, multiple)
         split = split_packed if self._packs else split_padded
@@ -164,7 +164,7 @@ class _Partition:
         return common if common >= MIN_PREFIX else 0
 
     def beyond(self, prefix: int) -> _Partition:
-        """Return the split without the first `prefix` tokens, which have their own micro-batch."""
+        """Returns the split without the first `prefix` tokens, which have their own micro-batch."""
         partition = copy.copy(self)
         partition.prefix = prefix
         partition._lengths = [length - prefix for length in self._lengths]
@@ -193,20 +193,20 @@ class _Schedule:
 
 
 def _count_tokens(row: Encoded, *, packs: bool) -> int:
-    """Return the tokens of the branches of `row`, or their positions in a padded batch."""
+    """Returns the tokens of the branches of `row`, or their positions in a padded batch."""
     lengths = [len(branch.input_ids) for branch in row.branches]
     return sum(lengths) if packs else max(lengths) * len(lengths)
 
 
 def _count_shared(row: Encoded) -> int:
-    """Return how many tokens the shared prefixes of the branches of `row` save."""
+    """Returns how many tokens the shared prefixes of the branches of `row` save."""
     branches = row.branches
     common = [count_common(a.input_ids, b.input_ids) for a, b in pairwise(branches)]
     return sum(shared for shared in common if shared >= MIN_PREFIX)
 
 
 def _first_needed(row: Encoded) -> int:
-    """Return the index of the first token that predicts a target, or of the last token."""
+    """Returns the index of the first token that predicts a target, or of the last token."""
     labels = row.labels
     if not isinstance(labels, list):
         return 0
@@ -218,7 +218,7 @@ class TextCollator(StepCollator):
     """Collates rows whose texts are embedded one by one; each distinct text is there once."""
 
     def __call__(self, rows: Sequence[Encoded]) -> dict[str, Any]:
-        """Return what `StepCollator` returns for the distinct texts, with `texts` and `parts`.
+        """Returns what `StepCollator` returns for the distinct texts, with `texts` and `parts`.
 
         `texts` are the rows as `StepTexts`; `parts` the indices of the texts of each micro-batch.
         """
@@ -228,6 +228,6 @@ class TextCollator(StepCollator):
     def _micro_batch(
         self, rows: Sequence[Encoded], indices: Sequence[int], partition: _Partition
     ) -> dict[str, Any]:
-        """Return the micro-batch with `unpooled`, the numbers of first tokens to leave out."""
+        """Returns the micro-batch with `unpooled`, the numbers of first tokens to leave out."""
         unpooled = [row.unpooled for i in indices if isinstance(row := rows[i], EncodedText)]
         return {**super()._micro_batch(rows, indices, partition), "unpooled": unpooled}

@@ -1,4 +1,4 @@
-"""Quantize a merged model to 4 or 8 bits, or its matrices to a .gguf type.
+"""Quantize a merged model to 4-bit or 8-bit, or its matrices to a .gguf type.
 
 H = E[x xᵀ] over the inputs x of a linear layer on sample rows. `weights.codes` uses H to choose
 codes that preserve the layer's outputs. Plain rounding to the grid of a quantized run would drop
@@ -58,7 +58,7 @@ class InputMoments:
     _held: dict[str, torch.Tensor | None] = field(default_factory=dict)
 
     def of(self, name: str) -> torch.Tensor | None:
-        """Return H of the linear layer `name`, (in, in) in float32 on the CPU; None if unused."""
+        """Returns H of the linear layer `name`, (in, in) in float32 on the CPU; None if unused."""
         if name not in self._held:
             self._held = {}
             self._held = self._ask(self._group(name))
@@ -66,7 +66,7 @@ class InputMoments:
         return self._held[name]
 
     def _group(self, first: str) -> list[str]:
-        """Return `first` and the layers after it whose moments fit into `MOST_BYTES` together."""
+        """Returns `first` and the layers after it whose moments fit into `MOST_BYTES` together."""
         names, size = list(self.sizes), 0
         group: list[str] = []
         for name in names[names.index(first) :]:
@@ -104,7 +104,7 @@ class _Sums:
     _counts: dict[str, int] = field(default_factory=dict)
 
     def hook(self, name: str) -> Any:
-        """Return a forward pre-hook that adds the inputs of the linear layer `name`."""
+        """Returns a forward pre-hook that adds the inputs of the linear layer `name`."""
 
         def see(_: Any, inputs: tuple[Any, ...]) -> None:
             last_inputs, slot = self._last
@@ -127,7 +127,7 @@ class _Sums:
         self._counts[name] = self._counts.get(name, 0) + len(rows)
 
     def finish(self) -> None:
-        """Divide each sum by its number of rows."""
+        """Divide each sum by the number of rows."""
         for name, total in self.means.items():
             total /= max(self._counts[name], 1)
 
@@ -137,10 +137,10 @@ _TOLERANCE = 1e-4
 
 @dataclass(frozen=True)
 class QuantizedMerge:
-    """A merged model that was written in 4 or 8 bits.
+    """A merged model that was written in 4-bit or 8-bit.
 
     `linears` is the number of quantized weights. `sums` maps each layer to a checksum that is
-    compared after reloading: W @ s of its weight W and a fixed sign vector s, shape (out,).
+    compared after reloading: W @ s of the weight W and a fixed sign vector s, shape (out,).
     """
 
     linears: int
@@ -155,10 +155,10 @@ class Weights(Protocol):
         """Whether training changed the tensor `name`."""
 
     def unrounded(self, name: str) -> torch.Tensor | None:
-        """Return the tensor `name` before rounding; None if the model does not have it."""
+        """Returns the tensor `name` before rounding; None if the model does not have it."""
 
     def base(self, name: str) -> torch.Tensor:
-        """Return the tensor `name` before merging, as it was in training."""
+        """Returns the tensor `name` before merging, as it was in training."""
 
 
 @dataclass
@@ -168,11 +168,11 @@ class CodeChooser:
     Attributes:
         target: source of the weights as trained.
         origin: source of the weights before quantization with the update added.
-        turned: linear layer → whether its weight is (in, out), as in Conv1D.
+        turned: linear layer → whether the weight is (in, out), as in Conv1D.
         dtype: precision in which the weights were loaded before they were quantized.
         moments: input moments; None rounds each weight to the nearest code.
         fits_scales: whether to choose the scales by the moments too.
-        sums: see `QuantizedMerge` (mutated).
+        sums: see `QuantizedMerge` (modified).
     """
 
     target: Weights
@@ -187,7 +187,7 @@ class CodeChooser:
     def __call__(
         self, linear: str, written: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Return codes and scales of a layer; None if its size is no multiple of the block."""
+        """Returns codes and scales of a layer; None if its size is no multiple of the block."""
         return self.choose(linear) if self.grid.fits(written.shape) else None
 
     def choose(self, linear: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -216,7 +216,7 @@ class CodeChooser:
 
 
 def resolve_quantization(config: MergeConfig, inputs: MergeInput) -> QuantConfig | None:
-    """Return the quantization to write; None for floating point.
+    """Returns the quantization to write; None for floating point.
 
     Raises InputError if the model has no layer that can be quantized.
     """
@@ -302,7 +302,7 @@ def compare_quantized(
     probe: ComparisonProbe,
     trained: RowLogits,
 ) -> Agreement:
-    """Reload the quantized model and compare its logits with those of the model as trained.
+    """Reload the quantized model and compare the logits with those of the model as trained.
 
     Raises RunError if bitsandbytes dequantizes to weights other than the chosen ones.
     """
@@ -323,7 +323,7 @@ def _check_read_back(model: Any, merge: QuantizedMerge) -> None:
 
 
 def _signs(count: int) -> torch.Tensor:
-    """Return `count` fixed random signs, which give a checksum of a matrix without storing it."""
+    """Returns `count` fixed random signs, which give a checksum of a matrix without storing it."""
     generator = torch.Generator().manual_seed(0)
     return torch.randint(0, 2, (count,), generator=generator).float() * 2 - 1
 
@@ -336,7 +336,7 @@ class GgufCodes:
     _made: dict[str, QuantizedMatrix] = field(default_factory=dict)
 
     def __call__(self, source: str) -> QuantizedMatrix:
-        """Return the codes of the weight named `source`, (out, in)."""
+        """Returns the codes of the weight named `source`, (out, in)."""
         if source not in self._made:
             codes, scales = self.chooser.choose(source.removesuffix(".weight"))
             self._made[source] = QuantizedMatrix(codes.to(torch.uint8), scales.view(len(codes), -1))
@@ -350,15 +350,15 @@ class WeightsAsLoaded:
     model: Any
 
     def adapts(self, name: str) -> bool:  # noqa: ARG002
-        """Return True: the weights are used as loaded."""
+        """Returns True: the weights are used as loaded."""
         return True
 
     def unrounded(self, name: str) -> torch.Tensor | None:
-        """Return the tensor `name`."""
+        """Returns the tensor `name`."""
         return self.base(name)
 
     def base(self, name: str) -> torch.Tensor:
-        """Return the tensor `name`; nothing is merged into it."""
+        """Returns the tensor `name`; nothing is merged into it."""
         return self.model.get_parameter(name).detach().cpu()
 
 

@@ -116,17 +116,17 @@ def find_adapter(name: str) -> Path:
 
 
 def _read_config(directory: Path) -> dict[str, Any]:
-    """Read the adapter's PEFT config, or a stand-in for one in another format."""
+    """Load the adapter's PEFT config, or a stand-in for one in a different format."""
     if (reader := find_reader(directory)) is not None:
         return {"peft_type": reader.peft_type}
     return read_peft_config(directory)
 
 
 def resolve_merge_input(config: MergeConfig) -> MergeInput:
-    """Resolve the first adapter of `config` and its base; load no weights.
+    """Resolve the first adapter of `config` and the base; load no weights.
 
     Raises:
-        InputError: It cannot be merged, or its base is missing or has different weights.
+        InputError: It cannot be merged, or the base is missing or has different weights.
     """
     find_adapter(config.adapters[0])
     device = choose_device(config.device).value
@@ -210,7 +210,7 @@ def _prepare_rows(inputs: MergeInput, data: DataConfig, seed: int) -> PreparedDa
 
 
 def _made_up(inputs: MergeInput, count: int, calibration: int, reason: str) -> CheckRows:
-    """Return rows of random tokens, or windows of text if codes must be chosen.
+    """Returns rows of random tokens, or windows of text if codes must be chosen.
 
     Random tokens do not show which inputs the layers receive.
     """

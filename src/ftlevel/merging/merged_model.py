@@ -47,7 +47,7 @@ class MergedFiles:
     Attributes:
         merged: number of base tensors that the adapter was merged into.
         unchanged: number of merged tensors whose update is below their rounding.
-        untied: whether the output layer no longer shares its weight with the embedding.
+        untied: whether the output layer no longer shares the weight with the embedding.
         unused: tensors of the base's checkpoint that the model does not use.
     """
 
@@ -86,19 +86,19 @@ class TensorMerger:
         return name in self.skeleton.supplied or self.skeleton.unit_of(name) is not None
 
     def spec(self, name: str) -> TensorSpec:
-        """Return dtype and shape of the merged tensor `name` without reading it."""
+        """Returns dtype and shape of the merged tensor `name` without reading it."""
         return TensorSpec(self._dtype_of(name), self.shapes[name])
 
     def value(self, name: str) -> torch.Tensor:
-        """Return the merged tensor `name` as it is written."""
+        """Returns the merged tensor `name` as it is written."""
         return self._merged(name).to(self._dtype_of(name))
 
     def unrounded(self, name: str) -> torch.Tensor | None:
-        """Return the merged tensor `name` before rounding; None if the model does not have it."""
+        """Returns the merged tensor `name` before rounding; None if the model does not have it."""
         return self._merged(name) if name in self.shapes else None
 
     def base(self, name: str) -> torch.Tensor:
-        """Return the tensor `name` before merging, as it was in training."""
+        """Returns the tensor `name` before merging, as it was in training."""
         return self._read(name)
 
     def loses_in(self, dtype: torch.dtype) -> bool:
@@ -131,7 +131,7 @@ class TensorMerger:
         return self._unit[1][name]
 
     def _read(self, name: str) -> torch.Tensor:
-        """Read the base's tensor `name` as stored, or dequantized as in training."""
+        """Load the base's tensor `name` as stored, or dequantized as in training."""
         if not self.checkpoint.holds(name):  # bias of a new head, see check_whole
             return torch.zeros(self.shapes[name], dtype=self._dtype_of(name))
         value = self.checkpoint.read(name)
@@ -139,14 +139,14 @@ class TensorMerger:
         return self._fit_rows(name, value) if value.shape != self.shapes[name] else value
 
     def _fit_rows(self, name: str, value: torch.Tensor) -> torch.Tensor:
-        """Return `value` with one row per token; new rows are NaN, or zero for a bias."""
+        """Returns `value` with one row per token; new rows are NaN, or zero for a bias."""
         rows = self.shapes[name][0]
         fill = float("nan") if value.dim() > 1 else 0.0
         new = value.new_full((max(rows - len(value), 0), *value.shape[1:]), fill)
         return torch.cat([value, new])[:rows]
 
     def check_whole(self, heads: list[str], base: str) -> None:
-        """Raise InputError if the base lacks tensors that the adapter does not contain.
+        """Raise InputError if the base has no tensors that the adapter does not contain.
 
         A missing bias of a new head in `heads` is allowed: it is zero.
         """
@@ -243,7 +243,7 @@ def write_merged(
     """Write the base of `inputs`, merged with its adapter, into the empty `directory`.
 
     Returns a summary and the merger, which can compute the tensors again. A `dtype` of None keeps
-    the base's. `rounding` maps a meta model to the rounding of its weights in training; None merges
+    the base's. `rounding` maps a meta model to the rounding of the weights in training; None merges
     into the base as stored.
 
     Raises:
@@ -305,7 +305,7 @@ def _are_untied(merger: TensorMerger, ties: Mapping[str, str]) -> bool:
 
 
 def _plan_files(merger: TensorMerger, names: list[str]) -> dict[str, list[TensorPart]]:
-    """Return the files to write: those of the base, with new tensors in the last one."""
+    """Returns the files to write: those of the base, with new tensors in the last one."""
     shards: dict[str, list[TensorPart]] = defaultdict(list)
     checkpoint, new = merger.checkpoint, []
     for name in names:
@@ -321,7 +321,7 @@ def _plan_files(merger: TensorMerger, names: list[str]) -> dict[str, list[Tensor
 
 
 def _parts(merger: TensorMerger, name: str) -> list[TensorPart]:
-    """Return the parts of the tensor `name`, copied from the base where possible."""
+    """Returns the parts of the tensor `name`, copied from the base where possible."""
     model = merger.checkpoint.model
     saved = convert_for_saving(model, name, merger.spec(name).meta())
     specs = {key: spec_of(tensor) for key, tensor in saved.items()}
@@ -372,7 +372,7 @@ def _leave_out_token_types(directory: Path, names: Sequence[str]) -> None:
 
 
 def write_tokenizer(directory: Path, tokens: ModelSource) -> None:
-    """Copy the tokenizer's files; for a .gguf base, save its tokenizer."""
+    """Copy the tokenizer's files; for a .gguf base, save the tokenizer."""
     if tokens.kind == "gguf":
         load_tokenizer(tokens).save_pretrained(directory)
         return

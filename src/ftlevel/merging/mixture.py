@@ -32,7 +32,7 @@ _MIXTURE = "mixture"
 
 
 def find_mixing_problem(config: dict[str, Any]) -> str | None:
-    """Return why an adapter with this PEFT config cannot be mixed; None if it can."""
+    """Returns why an adapter with this PEFT config cannot be mixed; None if it can."""
     if config.get("peft_type") != "LORA":
         return f"only LoRA adapters can be mixed, and it is {config.get('peft_type')}"
     if config.get("use_dora"):
@@ -97,7 +97,7 @@ def concatenate_adapters(directories: Sequence[Path], weights: Sequence[float], 
 
 
 def scale_of(config: dict[str, Any], module: str, rank: int) -> float:
-    """Return the LoRA scale of `module`: alpha / r, or alpha / sqrt(r) with rsLoRA."""
+    """Returns the LoRA scale of `module`: alpha / r, or alpha / sqrt(r) with rsLoRA."""
     patterns = config.get("alpha_pattern") or {}
     alpha = patterns.get(pattern_of(patterns, module), config["lora_alpha"])
     return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
@@ -117,7 +117,7 @@ def mix_with_peft(
 ) -> None:
     """Combine the adapters with PEFT's `add_weighted_adapter` and write the result to `out`.
 
-    Mutates `model`, whose weights are not read. A `density` of None means 0.5. PEFT raises
+    Modifies `model`, whose weights are not read. A `density` of None means 0.5. PEFT raises
     ValueError for adapters that the strategy cannot combine.
     """
     import torch
@@ -146,10 +146,10 @@ def mix_with_peft(
 def mix(
     config: MergeConfig, inputs: MergeInput, stack: contextlib.ExitStack
 ) -> tuple[MergeInput, list[Choice]]:
-    """Return inputs whose adapter combines all adapters of `config`, and lines for the console.
+    """Returns inputs whose adapter combines all adapters of `config`, and lines for the console.
 
     A single adapter with weight 1 is returned unchanged. The result is deleted when `stack` closes.
-    Raises InputError if an adapter cannot be mixed or was trained on another base.
+    Raises InputError if an adapter cannot be mixed or was trained on a different base.
     """
     weights = config.weights or [1.0] * len(config.adapters)
     if weights == [1.0]:

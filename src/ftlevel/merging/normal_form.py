@@ -38,7 +38,7 @@ NO_WEIGHTS = (
 
 
 def tokens_as_lora(file: AdapterFile) -> dict[str, Factors]:
-    """Return the trained rows of an embedding, and of a tied output layer, as LoRA factors."""
+    """Returns the trained rows of an embedding, and of a tied output layer, as LoRA factors."""
     return token_rows(file, "trainable_tokens_delta", file.config["token_indices"])
 
 
@@ -116,7 +116,7 @@ class NormalForm:
         )
 
     def on_every_layer(self, model: Any) -> NormalForm:
-        """Return a copy with zero updates for layers of `model` named like an adapted one."""
+        """Returns a copy with zero updates for layers of `model` named like an adapted one."""
         import torch
 
         suffixes = {name.rpartition(".")[2] for name in self.factors}
@@ -150,7 +150,7 @@ class BaseWeights:
 
     @property
     def tied(self) -> dict[str, list[str]]:
-        """Embedding → output layers that share its weight."""
+        """Embedding → output layers that share the weight."""
         tied: dict[str, list[str]] = {}
         for target, source in tied_names(self.model).items():
             tied.setdefault(source.rpartition(".")[0], []).append(target.rpartition(".")[0])
@@ -170,7 +170,7 @@ def open_base(source: ModelSource, config: Any, auto_class: str) -> BaseWeights:
 
 
 def plain_form_of(config: Mapping[str, Any]) -> PlainForm:
-    """Return how an adapter with this config becomes plain LoRA; raise InputError if it cannot."""
+    """Returns how such an adapter becomes plain LoRA; raises InputError if it cannot."""
     peft_type = str(config.get("peft_type"))
     form = PLAIN_FORMS.get(peft_type, PlainForm())
     if form.never:
@@ -194,7 +194,7 @@ def compute_normal_form(
 
 
 def read_file(directory: Path, config: Mapping[str, Any], base: BaseWeights) -> AdapterFile:
-    """Read the adapter's tensors by their names in the base, without copies of base tensors.
+    """Load the adapter's tensors by their names in the base, without copies of base tensors.
 
     Raises InputError if the vocabulary size or a base tensor differs from the base.
     """
@@ -230,7 +230,7 @@ def trained_on_text(model: Any) -> bool:
 
 
 def is_whole(name: str, config: Mapping[str, Any]) -> bool:
-    """Whether the tensor `name` is of a module in `modules_to_save`, by PEFT's suffix match."""
+    """Whether the tensor `name` is of a module in `modules_to_save`, by the PEFT suffix match."""
     saved = tuple(config.get("modules_to_save") or ())
     parts = name.split(".")
     return any(".".join(parts[:count]).endswith(saved) for count in range(1, len(parts)))
@@ -284,7 +284,7 @@ class Named(Protocol):
 
 
 def write_normal(directory: Path, form: NormalForm, entry: Named) -> None:
-    """Write `form` into the directory `directory` in PEFT's format, in float32."""
+    """Write `form` into the directory `directory` in the PEFT format, in float32."""
     from safetensors.torch import save_file
 
     tensors = {f"{PREFIX}{name}": tensor.contiguous() for name, tensor in form.kept.items()}
@@ -315,7 +315,7 @@ def write_normal(directory: Path, form: NormalForm, entry: Named) -> None:
 
 
 def read_normal(directory: Path, form: NormalForm) -> NormalForm:
-    """Read the files in `directory`; the modules are those of `form`."""
+    """Load the files in `directory`; the modules are those of `form`."""
     from safetensors.torch import load_file
 
     tensors = load_file(str(directory / WEIGHTS))

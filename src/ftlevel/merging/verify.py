@@ -35,7 +35,7 @@ _ROWS = 8
 
 @dataclass(frozen=True)
 class Candidate:
-    """A merged model in a temporary directory, with its logits and its distance from training.
+    """A merged model in a temporary directory, with the logits and its distance from training.
 
     `onto` is `original` or `dequantized`; the measurements are None until `measure`.
     """
@@ -83,7 +83,7 @@ def load_merged(directory: Path, inputs: MergeInput) -> Any:
 def measure(
     candidate: Candidate, inputs: MergeInput, probe: ComparisonProbe, trained: RowLogits
 ) -> Candidate:
-    """Reload `candidate`, and return it with its logits and its distance from the trained model.
+    """Reload `candidate`, and return it with the logits and its distance from the trained model.
 
     Raises RunError if a tensor differs from the merged one.
     """
@@ -138,7 +138,7 @@ def _load_reference(candidate: Candidate, inputs: MergeInput) -> Any:
 def _compare_before_rounding(
     candidate: Candidate, inputs: MergeInput, probe: ComparisonProbe
 ) -> tuple[Agreement, RowLogits]:
-    """Compare the unrounded merge with base and adapter in float32; return its logits too.
+    """Compare the unrounded merge with base and adapter in float32; return the logits too.
 
     Weights in their stored dtype are widened one module at a time, without additional memory.
     Others are loaded in float32, so that none is rounded.

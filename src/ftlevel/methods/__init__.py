@@ -75,11 +75,11 @@ RULES: tuple[Rule, ...] = tuple(
         for rule in method.rules
     )
 )
-"""All rules, full fine-tuning first; the first rule that covers a cell is its reason."""
+"""All rules, full fine-tuning first; the first rule that covers a cell is the reason."""
 
 
 def rows_of(config: MethodSpec) -> list[MethodFacts]:
-    """Return the rows that match `config`: its method and its variants."""
+    """Returns the rows that match `config`: the method and its variants."""
     return [row for row in FACTS.values() if row.matches(config)]
 
 
@@ -94,7 +94,7 @@ def find_limits(cell: Cell) -> list[Rule]:
 
 
 def explain(rule: Rule, row: MethodFacts, cell: Cell) -> str:
-    """Return the error message of `rule`: what is unsupported, why, and what to do."""
+    """Returns the error message of `rule`: what is unsupported, why, and what to do."""
     flags = row.flags if not row.fields else row.flags.partition(f"--method {row.kind} ")[2]
     sides = []
     if rule.kinds:

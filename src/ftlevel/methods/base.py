@@ -85,11 +85,11 @@ class Initialization:
         return False
 
     def without_weights(self, spec: Any) -> Any:
-        """Returns `spec` with PEFT's default initialization, for models on the meta device."""
+        """Returns `spec` with the PEFT default initialization, for models on the meta device."""
         return spec
 
     def initialize(self, model: Any, spec: Any, inputs: InitializationInputs) -> None:
-        """Initialize the adapter of `model` (mutated)."""
+        """Initialize the adapter of `model` (modified)."""
 
     def copy(self, model: Any) -> dict[str, Any]:
         """Returns the tensors of the untrained model, by name, that `as_saved` needs."""
@@ -113,8 +113,8 @@ class Merging:
         peft_types: `peft_type` values in adapter_config.json, including PEFT's own tuners.
         into_weights: whether merging is possible at all.
         why_not: adapter_config.json -> reason and fix if this adapter cannot be merged, or None.
-        prepare: removes training-only settings from a `PeftConfig` (mutated) before injection.
-        restore: sets values that the file lacks on the injected adapter (mutated).
+        prepare: removes training-only settings from a `PeftConfig` (modified) before injection.
+        restore: sets values that the file has no on the injected adapter (modified).
         plain_form: conversion to a plain LoRA of the unchanged base, for inference servers.
     """
 
@@ -148,7 +148,7 @@ class HasState(Protocol):
         """Save the state in `directory`."""
 
     def load_state(self, directory: Path, model: Any) -> None:
-        """Load the state from `directory` into the trained `model` (mutated)."""
+        """Load the state from `directory` into the trained `model` (modified)."""
 
 
 class Method:
@@ -214,7 +214,7 @@ class Method:
     def refuse_quantized(self, spec: Any, base: QuantizedCheckpoint) -> str | None:
         """Returns why a quantized checkpoint is unsupported, as a complete message, or None.
 
-        On weights quantized by another library than bitsandbytes, PEFT has plain LoRA only.
+        On weights quantized by a different library than bitsandbytes, PEFT has plain LoRA only.
         """
         if base.kind != "none":
             return None
@@ -253,13 +253,13 @@ class Method:
         return None
 
     def unfreeze(self, spec: Any, base: Base, model: Any) -> None:
-        """Set `requires_grad` of a frozen model (mutated), if there is no adapter."""
+        """Set `requires_grad` of a frozen model (modified), if there is no adapter."""
 
     def prepare(self, model: Any) -> None:
-        """Change the model with the method applied (mutated) before training."""
+        """Change the model with the method applied (modified) before training."""
 
     def optimizer(self, spec: Any, model: Any, arguments: Any) -> Any:
-        """Returns the optimizer, or None for the Trainer's; `arguments` are its settings."""
+        """Returns the optimizer, or None for the Trainer's; `arguments` are the settings."""
         return None
 
     def callbacks(self, spec: Any, checkpoints: Path, writes: bool) -> list[Any]:
@@ -274,11 +274,11 @@ class Method:
         return None
 
     def finish(self, model: Any) -> None:
-        """Remove training-only modules of the trained `PeftModel` (mutated) before saving."""
+        """Remove training-only modules of the trained `PeftModel` (modified) before saving."""
 
 
 def as_int(number: float) -> int | float:
-    """Return an integral number as int, so that ranks are ints and saved configs compare equal."""
+    """Returns an integral number as int, so that ranks are ints and saved configs compare equal."""
     return int(number) if float(number).is_integer() else number
 
 
@@ -314,11 +314,11 @@ class UnmergeableLayer:
     cannot_merge: ClassVar[str]
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> NoReturn:
-        """Raise `NotImplementedError`, as PEFT's layers do."""
+        """Raise `NotImplementedError`, as PEFT layers do."""
         raise NotImplementedError(self.cannot_merge)
 
     def unmerge(self) -> NoReturn:
-        """Raise `NotImplementedError`, as PEFT's layers do."""
+        """Raise `NotImplementedError`, as PEFT layers do."""
         raise NotImplementedError(self.cannot_merge)
 
 

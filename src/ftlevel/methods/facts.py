@@ -40,7 +40,7 @@ class MethodFacts:
     also: tuple[str, ...] = ()
 
     def matches(self, section: Section) -> bool:
-        """Return whether `section` belongs to this row."""
+        """Returns whether `section` belongs to this row."""
         values = {"kind": (self.kind, *self.also), **self.fields}
         return all(_is_of(getattr(section, name, None), value) for name, value in values.items())
 
@@ -67,7 +67,7 @@ _ANY: frozenset[str] = frozenset()
 
 
 def rows(*names: str) -> frozenset[str]:
-    """Return row names as a frozenset."""
+    """Returns row names as a frozenset."""
     return frozenset(names)
 
 

@@ -1,4 +1,4 @@
-"""Merge an adapter into its base one module at a time, with PEFT's own merging code.
+"""Merge an adapter into the base one module at a time, with PEFT's own merging code.
 
 The base is on the meta device and only adapter layers have data. To merge a module, a copy of it
 gets the base weights and PEFT merges that copy. The result equals `merge_and_unload` bit for bit,
@@ -34,7 +34,7 @@ MERGED = tuple(name for name, merging in BY_PEFT_TYPE.items() if merging.into_we
 
 
 def read_peft_config(directory: Path) -> dict[str, Any]:
-    """Read the adapter_config.json of `directory`; raises `InputError` if it is invalid."""
+    """Load the adapter_config.json of `directory`; raises `InputError` if it is invalid."""
     path = directory / "adapter_config.json"
     try:
         config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
@@ -46,7 +46,7 @@ def read_peft_config(directory: Path) -> dict[str, Any]:
 
 
 def why_not_mergeable(config: Mapping[str, Any]) -> str | None:
-    """Return why an adapter with `config` cannot be merged and what to do, or None."""
+    """Returns why an adapter with `config` cannot be merged and what to do, or None."""
     kind = str(config.get("peft_type"))
     if kind not in BY_PEFT_TYPE:
         return (
@@ -68,7 +68,7 @@ class Skeleton:
     supplied: dict[str, Any]
 
     def unit_of(self, name: str) -> str | None:
-        """Return the module in `units` that contains the base tensor `name`, or None."""
+        """Returns the module in `units` that contains the base tensor `name`, or None."""
         module = name
         while module:
             module = module.rpartition(".")[0]
@@ -77,7 +77,7 @@ class Skeleton:
         return None
 
     def merge(self, path: str, read_base: Callable[[str], Any]) -> dict[str, Any]:
-        """Return the merged tensors of the module `path`, by base tensor name.
+        """Returns the merged tensors of the module `path`, by base tensor name.
 
         `read_base` returns a base tensor by name; it must be writable and in the output dtype.
 
@@ -99,7 +99,7 @@ class Skeleton:
 
 
 def build_skeleton(model: Any, directory: Path) -> Skeleton:
-    """Inject the adapter of `directory` into `model`, which is on the meta device (mutated).
+    """Inject the adapter of `directory` into `model`, which is on the meta device (modified).
 
     Raises:
         InputError: tensors of the file are missing or do not fit the base.
@@ -130,7 +130,7 @@ def build_skeleton(model: Any, directory: Path) -> Skeleton:
 
 
 def _load(adapted: Any, tensors: dict[str, Any], directory: Path) -> None:
-    """Load every tensor of the file in float32, each exactly once (mutated)."""
+    """Load every tensor of the file in float32, each exactly once (modified)."""
     import torch
 
     from ftlevel.models.upstream.tensors import direct_tensors
@@ -160,7 +160,7 @@ def _load(adapted: Any, tensors: dict[str, Any], directory: Path) -> None:
 
 
 def _promised(adapted: Any, *, with_embeddings: bool) -> dict[str, Any]:
-    """Return the adapter's tensors in the modules by their names in the file."""
+    """Returns the adapter's tensors in the modules by their names in the file."""
     from peft import get_peft_model_state_dict
 
     return get_peft_model_state_dict(
@@ -171,7 +171,7 @@ def _promised(adapted: Any, *, with_embeddings: bool) -> dict[str, Any]:
 
 
 def _find_units(base: Any) -> Iterator[tuple[str, Any]]:
-    """Yield the outermost adapter layers, in the order of `merge_and_unload`."""
+    """Yields the outermost adapter layers, in the order of `merge_and_unload`."""
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils import AuxiliaryTrainingWrapper
 
@@ -185,21 +185,21 @@ def _find_units(base: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _base_of(layer: Any) -> Any:
-    """Return the base module inside an adapter layer."""
+    """Returns the base module inside an adapter layer."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     return layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer.original_module
 
 
 def _replaces(layer: Any) -> bool:
-    """Return whether `layer` fully replaces the base module, as a fully trained head does."""
+    """Returns whether `layer` fully replaces the base module, as a fully trained head does."""
     from peft.utils import ModulesToSaveWrapper
 
     return isinstance(layer, ModulesToSaveWrapper)
 
 
 def _fill(base: Any, path: str, read_base: Callable[[str], Any]) -> None:
-    """Load base weights into the remaining meta tensors of `base` (mutated)."""
+    """Load base weights into the remaining meta tensors of `base` (modified)."""
     import torch
 
     from ftlevel.models.upstream.tensors import direct_tensors
@@ -215,7 +215,7 @@ def _fill(base: Any, path: str, read_base: Callable[[str], Any]) -> None:
 
 
 def _check_filled(units: dict[str, Any], directory: Path) -> None:
-    """Raise if adapter tensors are neither in its file nor in the base."""
+    """Raise if adapter tensors are neither in the file nor in the base."""
     empty = []
     for path, layer in units.items():
         base_ids = {id(tensor) for tensor in _base_of(layer).parameters()}

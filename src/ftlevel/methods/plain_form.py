@@ -20,7 +20,7 @@ from ftlevel.config.methods.lora import BASE_MODIFYING_INITS
 from ftlevel.errors import InputError, join_names
 
 PREFIX = "base_model.model."
-"""PEFT's prefix of module names in the base."""
+"""the PEFT prefix of module names in the base."""
 OUTPUT_LAYERS = ("lm_head", "embed_out")
 """Name suffixes of output layers."""
 
@@ -42,7 +42,7 @@ class Factors:
         return int(self.a.shape[0])
 
     def padded(self, rank: int) -> Factors:
-        """Return the same update zero-padded to `rank`."""
+        """Returns the same update zero-padded to `rank`."""
         import torch
 
         rows = rank - self.rank
@@ -59,7 +59,7 @@ class AdapterFile:
         config: its adapter_config.json.
         tensors: name -> tensor; converted tensors are removed, so the rest is unsupported.
         read_base: returns a base tensor by name.
-        tied: embedding name -> output layers that share its weight.
+        tied: embedding name -> output layers that share the weight.
         said: notes for the user about the conversion.
     """
 
@@ -70,7 +70,7 @@ class AdapterFile:
     said: list[str] = field(default_factory=list)
 
     def names(self, end: str) -> list[str]:
-        """Return the modules that have a tensor with suffix `end`."""
+        """Returns the modules that have a tensor with suffix `end`."""
         return [key.removesuffix(f".{end}") for key in self.tensors if key.endswith(f".{end}")]
 
     def take(self, name: str, *ends: str) -> list[Any]:
@@ -100,7 +100,7 @@ FULL_RANK = "changes every weight by a matrix of full rank, which no small A and
 
 
 def by_pattern(patterns: Mapping[str, Any] | None, name: str, default: Any) -> Any:
-    """Return the value of the first pattern that matches the module `name`, as in PEFT."""
+    """Returns the value of the first pattern that matches the module `name`, as in PEFT."""
     for pattern, value in (patterns or {}).items():
         if re.match(rf"(.*\.)?({pattern})$", name):
             return value
@@ -108,7 +108,7 @@ def by_pattern(patterns: Mapping[str, Any] | None, name: str, default: Any) -> A
 
 
 def spread(numbers: set[Any]) -> str:
-    """Return the range of `numbers` as text: `2`, or `0.5 to 5.66`."""
+    """Returns the range of `numbers` as text: `2`, or `0.5 to 5.66`."""
     low, high = min(numbers), max(numbers)
     return f"{low:.3g}" if f"{low:.3g}" == f"{high:.3g}" else f"{low:.3g} to {high:.3g}"
 
@@ -135,7 +135,7 @@ _TOKENS = "token_adapter.trainable_tokens_delta"
 
 
 def as_lora(file: AdapterFile) -> dict[str, Factors]:
-    """Return the update of every adapted module; raises `InputError` for other LoRA variants."""
+    """Returns the update of every adapted module; raises `InputError` for other LoRA variants."""
     _check_form(file)
     updates = {
         name: _fold(file, name, "lora_A.weight", "lora_B.weight")
@@ -213,7 +213,7 @@ def _ranks(updates: dict[str, Factors]) -> str:
 
 
 def _with_start(file: AdapterFile, name: str, update: Factors) -> Factors:
-    """Return the update of the unchanged weight, minus PEFT's A₀ and B₀, recomputed here."""
+    """Returns the update of the unchanged weight, minus PEFT's A₀ and B₀, recomputed here."""
     import torch
 
     weight = file.read_base(f"{name}.weight").float()
@@ -226,7 +226,7 @@ def _with_start(file: AdapterFile, name: str, update: Factors) -> Factors:
 
 
 def _start_of(weight: Any, config: Any, rank: int, scale: float) -> Factors:
-    """Return the factors that PEFT subtracts from `weight` `(out, in)` at initialization."""
+    """Returns the factors that PEFT subtracts from `weight` `(out, in)` at initialization."""
     import torch
     from peft import LoraConfig, get_peft_model
 
@@ -247,7 +247,7 @@ def _start_of(weight: Any, config: Any, rank: int, scale: float) -> Factors:
 
 
 def token_rows(file: AdapterFile, end: str, indices: Any) -> dict[str, Factors]:
-    """Return trained embedding rows as an update of rank one per token.
+    """Returns trained embedding rows as an update of rank one per token.
 
     Args:
         file: the adapter.

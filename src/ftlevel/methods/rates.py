@@ -59,7 +59,7 @@ class RateFacts:
 
 
 def _between(value: int, low: int, high: int) -> float:
-    """Return the position of log `value` between log `low` and log `high`, from 0 to 1."""
+    """Returns the position of log `value` between log `low` and logs `high`, from 0 to 1."""
     return min(max(math.log(max(value, 1) / low) / math.log(high / low), 0.0), 1.0)
 
 
@@ -71,7 +71,7 @@ class Rates:
         narrow: measured on small models in short runs, with one or two targets per row.
         wide: for large models in long runs.
         source: source of `wide`.
-        kinds: kind of model -> rate measured with its pretrained language head.
+        kinds: type of model -> rate measured with its pretrained language head.
         tokens: rate measured with a target per token; None uses `TOKEN_HEAD`.
         is_heads: whether only heads are trained, so that there is one rate.
     """
@@ -84,19 +84,19 @@ class Rates:
     is_heads: bool = False
 
     def rate(self, run: RateFacts) -> float:
-        """Return the rate of a run, rounded to one digit."""
+        """Returns the rate of a run, rounded to one digit."""
         narrow = self.measured(run)
         return float(f"{narrow * (self.wide / narrow) ** run.size:.0e}")
 
     def measured(self, run: RateFacts) -> float:
-        """Return the rate for this head and kind of model at small size."""
+        """Returns the rate for this head and type of model at small size."""
         rate = self.narrow if run.new_head else self.kinds.get(run.kind, self.narrow)
         if run.token_head and not self.is_heads:
             return min(rate * TOKEN_HEAD, 1.0) if self.tokens is None else self.tokens
         return rate
 
     def choose(self, label: str, run: RateFacts, name: str = "learning rate") -> Choice:
-        """Choose the rate and its reason; `label` names the trained part, such as `lora`."""
+        """Choose the rate and an explanation; `label` names the trained part, such as `lora`."""
         narrow = self.measured(run)
         if run.size == 0:
             message = "measured"
@@ -119,7 +119,7 @@ DEEP_HEAD = Rates(narrow=5e-3, wide=1e-4, source=HEAD.source, is_heads=True)
 
 
 def choose_head_rate(run: RateFacts) -> Choice:
-    """Choose the rate of a new head and its reason."""
+    """Choose the rate of a new head and an explanation."""
     rates, label = (DEEP_HEAD, "a deep head") if run.deep_head else (HEAD, "a linear head")
     return rates.choose(label, run, "head learning rate")
 
@@ -135,7 +135,7 @@ class HeadRate:
 def set_head_rate(
     optimizer: torch.optim.Optimizer, model: torch.nn.Module, heads: HeadRate
 ) -> None:
-    """Move the heads' parameters into parameter groups with their rate (`optimizer` is mutated).
+    """Move the heads' parameters into parameter groups with their rate (`optimizer` is modified).
 
     Must run before the scheduler is created. Other options of a group, such as weight decay, are
     copied. Idempotent.

@@ -14,7 +14,7 @@ from ftlevel.methods.base import VIRTUAL_TOKENS, UnmergeableLayer, UnmergeableTu
 
 
 def use_sets(config: Any) -> None:
-    """Convert lists of module names in `config` (mutated) to sets, which PEFT compares."""
+    """Convert lists of module names in `config` (modified) to sets, which PEFT compares."""
     for name in ("target_modules", "exclude_modules"):
         if isinstance(value := getattr(config, name), list):
             setattr(config, name, set(value))
@@ -27,7 +27,7 @@ class PrecisionLayer:
     get_base_layer: Callable[[], nn.Module]
 
     def tensors_of(self, adapter_name: str) -> Iterator[nn.Parameter]:
-        """Yield the parameters of one adapter."""
+        """Yields the parameters of one adapter."""
         for group in self.adapter_layer_names:
             members = getattr(self, group)
             if adapter_name in members:
@@ -35,7 +35,7 @@ class PrecisionLayer:
                 yield from [member] if isinstance(member, nn.Parameter) else member.parameters()
 
     def cast_to_base(self, adapter_name: str) -> None:
-        """Cast one adapter to the floating-point dtype of the base, if it has one (mutated)."""
+        """Cast one adapter to the floating-point dtype of the base, if it has one (modified)."""
         like = first_float(self.get_base_layer())
         if like is not None:
             for parameter in self.tensors_of(adapter_name):
@@ -44,7 +44,7 @@ class PrecisionLayer:
     def _move_adapter_to_device_of_base_layer(
         self, adapter_name: str, device: torch.device | None = None
     ) -> None:
-        """Move one adapter to the device of the base without a cast (mutated)."""
+        """Move one adapter to the device of the base without a cast (modified)."""
         like = first_float(self.get_base_layer())
         target = device or (None if like is None else like.device)
         for parameter in self.tensors_of(adapter_name):
@@ -59,7 +59,7 @@ class PrecisionTuner:
     tuner_layer_cls: type[PrecisionLayer]
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        """Keep an adapter in float32, or cast it to the dtype of its base (mutated)."""
+        """Keep an adapter in float32, or cast it to the dtype of the base (modified)."""
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)  # type: ignore[misc]
         if not autocast_adapter_dtype:
             for layer in self.model.modules():
@@ -68,7 +68,7 @@ class PrecisionTuner:
 
 
 def first_float(module: nn.Module) -> nn.Parameter | None:
-    """Return the first floating-point parameter of `module`, or None."""
+    """Returns the first floating-point parameter of `module`, or None."""
     return next((p for p in module.parameters() if p.is_floating_point()), None)
 
 
@@ -79,7 +79,7 @@ class VirtualTokenLayer(UnmergeableLayer, PrecisionLayer, nn.Module, BaseTunerLa
     in_features: int
     out_features: int
 
-    # Attributes of PEFT's mixin, for type checkers.
+    # Attributes of the PEFT mixin, for type checkers.
     active_adapters: Any
     disable_adapters: Any
     _get_available_adapters: Any
@@ -90,7 +90,7 @@ class VirtualTokenLayer(UnmergeableLayer, PrecisionLayer, nn.Module, BaseTunerLa
         self._disable_adapters = False
 
     def running(self) -> list[str]:
-        """Return the active adapters of this layer."""
+        """Returns the active adapters of this layer."""
         if self.disable_adapters:
             return []
         present = self._get_available_adapters()
@@ -120,10 +120,10 @@ class VirtualTokenTuner(UnmergeableTuner, PrecisionTuner, BaseTuner):
         return peft_config
 
     def layers(self) -> list[Any]:
-        """Return the layers of the tuner, in the model's order."""
+        """Returns the layers of the tuner, in the model's order."""
         return [m for m in self.model.modules() if isinstance(m, self.tuner_layer_cls)]
 
 
 def device_of(module: nn.Module) -> Any:
-    """Return the device of a module's first parameter."""
+    """Returns the device of a module's first parameter."""
     return next(module.parameters()).device

@@ -1,6 +1,6 @@
 """Methods that change every linear layer with PEFT's own tuners, except LoRA and AdaLoRA.
 
-Each builds PEFT's config, checks that it fits the layers, and converts adapters to plain LoRA.
+Each builds the PEFT config, checks that it fits the layers, and converts adapters to plain LoRA.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from ftlevel.methods.upstream import copy_base_outputs, draw_shira_mask
 class LinearUpdate(Method):
     """Method of PEFT that changes every linear layer and merges exactly.
 
-    Its PEFT type is its name in capitals; its spec has the names of PEFT's fields.
+    Its PEFT type is the name in capitals; its spec has the names of PEFT fields.
 
     Attributes:
-        config_class: name of PEFT's config class.
+        config_class: name of the PEFT config class.
         passes_fan_in: whether that class has `fan_in_fan_out`.
         fixed: its fields that no spec has.
         block_size: spec field that must divide the inputs of every layer; empty for none.
         divides_outputs: whether it must divide the outputs too.
-        adds_in_place: whether PEFT's layers add to the base layer's output in place.
+        adds_in_place: whether PEFT layers add to the base layer's output in place.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class LinearUpdate(Method):
             check_divides(self.block_size, size, sizes, outputs=self.divides_outputs)
 
     def build(self, spec: MethodSpec, base: Base) -> Any:
-        """Returns PEFT's config with all fields of `spec`."""
+        """Returns the PEFT config with all fields of `spec`."""
         import peft
 
         kwargs = {name: getattr(spec, name) for name in type(spec).model_fields}
@@ -79,7 +79,7 @@ class LinearUpdate(Method):
         return getattr(peft, self.config_class)(**base.shared, **kwargs, **self.fixed)
 
     def prepare(self, model: Any) -> None:
-        """Make layers that add in place add to a copy (mutated)."""
+        """Make layers that add in place add to a copy (modified)."""
         if self.adds_in_place:
             copy_base_outputs(model)
 
@@ -129,7 +129,7 @@ _FEED_FORWARD = re.compile(
 
 
 def is_feed_forward(name: str) -> bool:
-    """Return whether `name`, full or shortened, is a second feed-forward layer."""
+    """Returns whether `name`, full or shortened, is a second feed-forward layer."""
     return _FEED_FORWARD.search(name) is not None
 
 
@@ -168,7 +168,7 @@ class Ia3(Method):
 
 
 def vera_as_lora(file: AdapterFile) -> dict[str, Factors]:
-    """Return diag(b) · B · diag(d) · A per module; raises `InputError` without shared A and B."""
+    """Returns diag(b) · B · diag(d) · A per module; raises `InputError` without shared A and B."""
     if not {"base_model.vera_A", "base_model.vera_B"} <= set(file.tensors):
         raise InputError(
             "its shared matrices are not in its file (save_projection was off). Load it with PEFT "
@@ -198,7 +198,7 @@ _ORTHOGONAL_RULES = (
 
 
 def loha_as_lora(file: AdapterFile) -> dict[str, Factors]:
-    """Return s · (B₁A₁) ∘ (B₂A₂) of each module as one product of rank r²."""
+    """Returns s · (B₁A₁) ∘ (B₂A₂) of each module as one product of rank r²."""
     updates = {}
     for name in file.names("hada_w1_a"):
         parts = file.take(name, "hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
@@ -211,7 +211,7 @@ def loha_as_lora(file: AdapterFile) -> dict[str, Factors]:
 
 
 def lokr_as_lora(file: AdapterFile) -> dict[str, Factors]:
-    """Return s · W₁ ⊗ W₂ of each module as Kronecker products of the factors."""
+    """Returns s · W₁ ⊗ W₂ of each module as Kronecker products of the factors."""
     import torch
 
     names = {key.rpartition(".lokr_")[0] for key in file.tensors if ".lokr_w" in key}
@@ -227,7 +227,7 @@ def lokr_as_lora(file: AdapterFile) -> dict[str, Factors]:
 
 
 def _sides(file: AdapterFile, name: str, factor: str) -> tuple[Any, Any]:
-    """Return B and A of one Kronecker factor; for an undecomposed factor one is the identity."""
+    """Returns B and A of one Kronecker factor; for an undecomposed factor one is the identity."""
     import torch
 
     if f"{name}.{factor}" not in file.tensors:
@@ -262,7 +262,7 @@ _LYCORIS_RULES = (
 
 
 def miss_as_lora(file: AdapterFile) -> dict[str, Factors]:
-    """Return MiSS as LoRA, where A sums every r-th input; raises `InputError` for `bat`."""
+    """Returns MiSS as LoRA, where A sums every r-th input; raises `InputError` for `bat`."""
     import torch
 
     start = file.config.get("init_weights")
@@ -297,7 +297,7 @@ class Miss(LinearUpdate):
 
 
 def _set_mask(config: Any) -> None:
-    """Make `config` (mutated) skip random masks for meta weights."""
+    """Make `config` (modified) skip random masks for meta weights."""
     config.mask_fn = draw_shira_mask
 
 
@@ -322,9 +322,9 @@ class Shira(LinearUpdate):
 
 
 def gralora_as_lora(file: AdapterFile) -> dict[str, Factors]:
-    """Return the LoRAs of all blocks of each module as one product, of rank k · r.
+    """Returns the LoRAs of all blocks of each module as one product, of rank k · r.
 
-    In PEFT's file A is `(k, in / k, r)`, where the j-th r / k columns belong to output block j;
+    In the PEFT file A is `(k, in / k, r)`, where the j-th r / k columns belong to output block j;
     B is `(k, r, out / k)`.
     """
     import torch

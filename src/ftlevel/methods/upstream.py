@@ -58,7 +58,7 @@ FACTS = {
 
 
 def add_peft_type(name: str) -> Any:
-    """Return the member `name` of `peft.utils.PeftType`, added like a declared one if missing."""
+    """Returns the member `name` of `peft.utils.PeftType`, added like a declared one if missing."""
     from peft import PeftType
 
     if name in PeftType.__members__:
@@ -84,14 +84,14 @@ def register_tuner(peft_type: Any, config: type, model: type) -> None:
 
 
 def pattern_of(patterns: Iterable[str], module: str) -> str:
-    """Return the first of `patterns` that matches the module name, or `module` if none does."""
+    """Returns the first of `patterns` that matches the module name, or `module` if none does."""
     from peft.utils.other import get_pattern_key
 
     return str(get_pattern_key(list(patterns), module))
 
 
 def merge_layer(layer: Any) -> Any:
-    """Return the module that replaces a merged layer; raises `RuntimeError` if PEFT fails."""
+    """Returns the module that replaces a merged layer; raises `RuntimeError` if PEFT fails."""
     if hasattr(layer, "unload_and_optionally_merge_module"):
         return layer.unload_and_optionally_merge_module(
             merge=True, safe_merge=False, adapter_names=None
@@ -101,12 +101,12 @@ def merge_layer(layer: Any) -> Any:
 
 
 def shira_indices(module: Any) -> dict[str, Any]:
-    """Return SHiRA's trained indices by adapter name, which are saved but are not buffers."""
+    """Returns SHiRA's trained indices by adapter name, which are saved but are not buffers."""
     return getattr(module, "shira_indices", {})
 
 
 def draw_shira_mask(base_layer: Any, r: int, **settings: Any) -> Any:
-    """Draw PEFT's mask of the weights that SHiRA trains, `(out, in)`.
+    """Draw the PEFT mask of the weights that SHiRA trains, `(out, in)`.
 
     For meta weights, return a mask with the same number of ones; the indices come from the file.
     """
@@ -119,7 +119,7 @@ def draw_shira_mask(base_layer: Any, r: int, **settings: Any) -> Any:
 
 
 def copy_base_outputs(model: Any) -> None:
-    """Make GraLoRA and C³A layers (mutated) add to a copy of the base layer's output.
+    """Make GraLoRA and C³A layers (modified) add to a copy of the base layer's output.
 
     PEFT 0.21 adds in place, which autograd rejects for quantized layers with a bias.
     """
@@ -141,7 +141,7 @@ def freeze_ranks(model: Any) -> None:
 
 
 def restore_ranks(adapted: Any, config: Any) -> None:
-    """Set AdaLoRA's `ranknum`, which is not saved, to `init_r` (mutated)."""
+    """Set AdaLoRA's `ranknum`, which is not saved, to `init_r` (modified)."""
     import torch
 
     for module in adapted.modules():
@@ -151,16 +151,16 @@ def restore_ranks(adapted: Any, config: Any) -> None:
 
 
 def importance_scores(model: Any) -> dict[str, dict[str, Any]]:
-    """Return AdaLoRA's importance scores by kind and parameter name; these are the live dicts."""
+    """Returns AdaLoRA's importance scores by kind and parameter name; these are the live dicts."""
     allocator = model.base_model.rankallocator
     return {kind: getattr(allocator, kind) for kind in ("ipt", "exp_avg_ipt", "exp_avg_unc")}
 
 
 def register_lora_layers(config: Any, layers: dict[type, Callable[..., Any]]) -> None:
-    """Register custom LoRA layers in a `LoraConfig` (mutated); None falls back to PEFT."""
+    """Register custom LoRA layers in a `LoraConfig` (modified); None falls back to PEFT."""
     config._register_custom_module(layers)
 
 
 def is_cut_over_devices(linear: Any) -> bool:
-    """Return whether `linear` is sharded by transformers' tensor parallelism."""
+    """Returns whether `linear` is sharded by transformers' tensor parallelism."""
     return hasattr(linear, "_hf_tp_plan")

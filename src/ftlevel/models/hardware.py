@@ -51,7 +51,7 @@ def choose_threads() -> Choice:
 
 
 def allowed_cpus() -> list[int]:
-    """Return the logical CPUs that this process may run on."""
+    """Returns the logical CPUs that this process may run on."""
     if hasattr(os, "sched_getaffinity"):  # not on macOS
         return sorted(os.sched_getaffinity(0))
     return list(range(os.cpu_count() or 1))
@@ -69,7 +69,7 @@ def count_cores(cpus: list[int], topology: Path = _TOPOLOGY) -> int:
 
 
 def read_quota(membership: Path = _MEMBERSHIP, root: Path = _CGROUPS) -> float | None:
-    """Read the CPU quota of this process's control groups, in CPUs, or None."""
+    """Load the CPU quota of this process's control groups, in CPUs, or None."""
     quotas = [quota for group in control_groups(membership, root) if (quota := _quota(group))]
     return min(quotas, default=None)
 
@@ -77,7 +77,7 @@ def read_quota(membership: Path = _MEMBERSHIP, root: Path = _CGROUPS) -> float |
 def control_groups(
     membership: Path = _MEMBERSHIP, root: Path = _CGROUPS, controller: str = "cpu"
 ) -> Iterator[Path]:
-    """Yield the control-group directories from this process's group up to the root.
+    """Yields the control-group directories from this process's group up to the root.
 
     In a container the path may be the host's and not exist; the root is then its own group.
     """
@@ -96,7 +96,7 @@ def control_groups(
 
 
 def _quota(group: Path) -> float | None:
-    """Return the quota of one group in CPUs, from cgroup v2 (cpu.max) or v1 (cpu.cfs_…)."""
+    """Returns the quota of one group in CPUs, from cgroup v2 (cpu.max) or v1 (cpu.cfs_…)."""
     try:
         if (group / "cpu.max").is_file():
             quota, period = (group / "cpu.max").read_text().split()
@@ -124,7 +124,7 @@ class MemorySettings:
 
 
 def longest_in_memory(config: Any, settings: MemorySettings, memory: int) -> int | None:
-    """Return an upper bound of tokens per row for `memory` bytes, or None."""
+    """Returns an upper bound of tokens per row for `memory` bytes, or None."""
     text = config.get_text_config()
     hidden, layers = getattr(text, "hidden_size", 0), getattr(text, "num_hidden_layers", 0)
     if not (isinstance(hidden, int) and isinstance(layers, int) and hidden and layers):
@@ -140,7 +140,7 @@ def longest_in_memory(config: Any, settings: MemorySettings, memory: int) -> int
 
 
 def device_memory(device: str) -> int:
-    """Return the total memory in bytes of the GPU, or of what this process may use."""
+    """Returns the total memory in bytes of the GPU, or of what this process may use."""
     if device == "cuda":
         return int(torch.cuda.get_device_properties(0).total_memory)
     import psutil
@@ -151,7 +151,7 @@ def device_memory(device: str) -> int:
 
 
 def release_freed_memory() -> None:
-    """Return freed pages of glibc's heap, below malloc's mmap threshold, to the system."""
+    """Returns freed pages of glibc's heap, below malloc's mmap threshold, to the system."""
     if sys.platform.startswith("linux"):
         libc = ctypes.CDLL(None)
         if hasattr(libc, "malloc_trim"):
@@ -159,7 +159,7 @@ def release_freed_memory() -> None:
 
 
 def read_limits(groups: Iterable[Path]) -> Iterator[int]:
-    """Yield the memory limits in bytes of control groups, v2 (memory.max) or v1."""
+    """Yields the memory limits in bytes of control groups, v2 (memory.max) or v1."""
     for group in groups:
         for name in ("memory.max", "memory.limit_in_bytes"):
             try:
@@ -169,7 +169,7 @@ def read_limits(groups: Iterable[Path]) -> Iterator[int]:
 
 
 def read_free(groups: Iterable[Path]) -> Iterator[int]:
-    """Yield the free bytes of control groups, v2 or v1; cached files count as free."""
+    """Yields the free bytes of control groups, v2 or v1; cached files count as free."""
     for group in groups:
         for limit, used, cached in (
             ("memory.max", "memory.current", "inactive_file"),
@@ -203,7 +203,7 @@ def choose_device(requested: str) -> Choice:
 
 
 def describe_device(device: str) -> str:
-    """Return a short description of the device."""
+    """Returns a short description of the device."""
     if device == "cuda":
         name, count = str(torch.cuda.get_device_name()), torch.cuda.device_count()
         if count == 1 or is_launched():
@@ -271,7 +271,7 @@ def _has_fast_bfloat16(device: str) -> tuple[bool, str]:
 
 
 def autocast(device: str, dtype: str) -> torch.autocast:
-    """Return the autocast context for `dtype`, in which trained weights stay float32.
+    """Returns the autocast context for `dtype`, in which trained weights stay float32.
 
     Training, evaluation, generation and adapter verification use it, so that their results agree.
     """
@@ -291,7 +291,7 @@ def evaluating(model: Any, device: str, dtype: str) -> Iterator[None]:
 
 
 def uses_tf32(enabled: bool | None, device: str, dtype: str) -> bool:
-    """Return whether float32 matrix products use TF32 (8-bit exponent, 10-bit mantissa)."""
+    """Returns whether float32 matrix products use TF32 (8-bit exponent, 10-bit mantissa)."""
     if enabled is False or dtype != "float32" or device != "cuda":
         return False
     return torch.cuda.get_device_capability() >= (8, 0)
@@ -331,7 +331,7 @@ def send(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def peak_memory_bytes(device: str) -> int:
-    """Return peak memory: allocated on the GPU, or resident in this process."""
+    """Returns peak memory: allocated on the GPU, or resident in this process."""
     if device == "cuda":
         return int(torch.cuda.max_memory_allocated())
     import resource
@@ -345,24 +345,24 @@ def peak_memory_bytes(device: str) -> int:
 
 
 def reserved_memory_bytes() -> int:
-    """Return the peak GPU memory reserved by torch's allocator."""
+    """Returns the peak GPU memory reserved by torch's allocator."""
     return int(torch.cuda.max_memory_reserved())
 
 
 def resident_bytes() -> int:
-    """Return the resident memory of this process."""
+    """Returns the resident memory of this process."""
     import psutil
 
     return int(psutil.Process().memory_info().rss)
 
 
 def current_memory_bytes(device: str) -> int:
-    """Return current memory: reserved on the GPU, or resident in this process."""
+    """Returns current memory: reserved on the GPU, or resident in this process."""
     return int(torch.cuda.memory_reserved()) if device == "cuda" else resident_bytes()
 
 
 def free_memory_bytes(device: str) -> int:
-    """Return free memory: of the GPU, or of what this process may use."""
+    """Returns free memory: of the GPU, or of what this process may use."""
     if device == "cuda":
         return int(torch.cuda.mem_get_info()[0])
     try:

@@ -1,6 +1,6 @@
 """Training of a model and tokenizer passed as Python objects.
 
-A run loads its base from files several times. A model identical to the files of its name is loaded
+A run loads the base from files several times. A model identical to the files of the name is loaded
 from there; any other is saved first. The objects passed in are not changed.
 """
 
@@ -36,7 +36,7 @@ _OF_NO_WEIGHT = tuple(
 
 @dataclass(frozen=True)
 class PlacedModel:
-    """Files of a model passed as an object; `directory` is None if its name has the same."""
+    """Files of a model passed as an object; `directory` is None if the name has the same."""
 
     name: str
     directory: Path | None
@@ -45,11 +45,11 @@ class PlacedModel:
 
 
 def place_model(model: Any, tokenizer: Any, config: ModelConfig, folder: Path) -> PlacedModel:
-    """Return the files of `model`, saving it into `folder` if necessary.
+    """Returns the files of `model`, saving it into `folder` if necessary.
 
     Args:
         model: transformers model; None for the one that `config` names.
-        tokenizer: its tokenizer; None uses that of the model's name.
+        tokenizer: the tokenizer; None uses that of the model's name.
         config: the model section.
         folder: an empty directory.
 
@@ -141,7 +141,7 @@ def _find_source(name: str, config: ModelConfig) -> ModelSource | None:
 
 
 def _with_tokenizer(source: ModelSource, tokenizer: Any, folder: Path) -> PlacedModel:
-    """Return `source`, copied into `folder` with `tokenizer` if that differs from its own."""
+    """Returns `source`, copied into `folder` with `tokenizer` if that differs from its own."""
     if tokenizer is None or _facts(tokenizer) == _facts(load_tokenizer(source)):
         return PlacedModel(
             source.name,
@@ -178,7 +178,7 @@ def _short_name(name: str) -> str:
 
 
 def _facts(tokenizer: Any) -> tuple[Any, ...]:
-    """Return everything that affects tokenization; padding is excluded."""
+    """Returns everything that affects tokenization; padding is excluded."""
     vocabulary: Any = tokenizer.get_vocab()
     if tokenizer.is_fast:
         vocabulary = json.loads(tokenizer.backend_tokenizer.to_str())
@@ -188,7 +188,7 @@ def _facts(tokenizer: Any) -> tuple[Any, ...]:
 
 
 def _is_as_stored(model: Any, source: ModelSource, quant: QuantConfig | None) -> bool:
-    """Return whether config and all weights of `model` equal those of `source`."""
+    """Returns whether config and all weights of `model` equal those of `source`."""
     if source.kind == "gguf" or _config_facts(model.config) != _config_facts(load_config(source)):
         return False
     state = model.state_dict()
@@ -210,7 +210,7 @@ def _config_facts(config: Any) -> dict[str, Any]:
 
 
 def _stored_tensors(model: Any, source: ModelSource) -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors of the files under the model's names for them."""
+    """Yields the tensors of the files under the model's names for them."""
     state, prefix = model.state_dict(), f"{model.base_model_prefix}."
     for path in sorted(snapshot(source).glob("*.safetensors")):
         with safe_open(str(path), framework="pt") as file:
@@ -222,7 +222,7 @@ def _stored_tensors(model: Any, source: ModelSource) -> Iterator[tuple[str, Tens
 
 
 def _quantized_tensors(model: Any, source: ModelSource) -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors of the files, quantized like `model`."""
+    """Yields the tensors of the files, quantized like `model`."""
     floats = [p.dtype for p in model.parameters() if p.is_floating_point()]
     with silence_loggers():
         fresh = type(model).from_pretrained(

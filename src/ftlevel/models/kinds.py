@@ -17,7 +17,7 @@ ModelKind = Literal["encoder", "decoder", "encoder-decoder"]
 
 
 def model_kind(config: Any) -> ModelKind:
-    """Return the kind of architecture; types with a masked-LM head (BERT) are encoders."""
+    """Returns the type of architecture; types with a masked-LM head (BERT) are encoders."""
     if config.is_encoder_decoder:
         return "encoder-decoder"
     if has_masked_lm(config.model_type):
@@ -26,7 +26,7 @@ def model_kind(config: Any) -> ModelKind:
 
 
 def width_of(config: Any) -> int:
-    """Return the hidden size."""
+    """Returns the hidden size."""
     return int(config.get_text_config().hidden_size)
 
 
@@ -42,7 +42,7 @@ TASK_CLASSES = (
 
 
 def checkpoint_class(config: Any) -> str:
-    """Return the auto class with which a checkpoint was saved, from its `architectures`.
+    """Returns the auto class with which a checkpoint was saved, from its `architectures`.
 
     Without `architectures`, as for .gguf files, decoders and encoder-decoders are language models;
     anything unknown is `AutoModel`.
@@ -70,7 +70,7 @@ def checkpoint_class(config: Any) -> str:
 
 
 def max_positions(config: Any) -> int | None:
-    """Return the maximum sequence length in tokens, or None if unbounded.
+    """Returns the maximum sequence length in tokens, or None if unbounded.
 
     RoBERTa-like models number positions from `pad_token_id + 1` and lose that many.
     """
@@ -107,7 +107,7 @@ def write_former_rope(directory: Path) -> None:
 
 
 def former_rope(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the RoPE keys of transformers 4 for a config with `rope_parameters`."""
+    """Returns the RoPE keys of transformers 4 for a config with `rope_parameters`."""
     rope, kind = config.get("rope_parameters") or {}, config.get("model_type", "")
     if kind in _BY_LAYER:
         layers = [rope[name] for name in ("full_attention", "sliding_attention")]
@@ -124,7 +124,7 @@ def former_rope(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _scaling(rope: Mapping[str, Any]) -> dict[str, Any]:
-    """Return `rope_scaling` for scaled rotary embeddings."""
+    """Returns `rope_scaling` for scaled rotary embeddings."""
     if rope["rope_type"] == "default":
         return {}
     excluded = ("rope_theta", "partial_rotary_factor")

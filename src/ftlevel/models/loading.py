@@ -50,7 +50,7 @@ Mismatch = tuple[str, tuple[int, ...], tuple[int, ...]]
 
 
 def check_shapes(model: Any, mismatched: Iterable[Mismatch], label: str) -> list[str]:
-    """Return head parameters with another shape in the checkpoint, which are newly initialized.
+    """Returns head parameters with another shape in the checkpoint, which are newly initialized.
 
     Raises:
         InputError: a weight outside the heads has another shape.
@@ -160,7 +160,7 @@ def check_finite(tensors: Iterable[tuple[str, Any]], label: str) -> None:
 
 
 def _floats(tensor: Any) -> Iterator[Tensor]:
-    """Yield the floating-point tensors that `tensor` consists of."""
+    """Yields the floating-point tensors that `tensor` consists of."""
     yield from (scales for scales in scales_of(tensor) if scales.dtype in _SUMMED)
     if tensor.dtype in _SUMMED and not inner_tensors(tensor) and not tensor.is_meta:
         yield tensor.detach()
@@ -182,12 +182,12 @@ def _inside(key: str, module: str) -> bool:
 
 
 _UNREADABLE = (OSError, json.JSONDecodeError, struct.error, SafetensorError)
-"""Exceptions raised for damaged safetensors, index or .gguf files."""
+"""Exceptions raised for corrupted safetensors, index or .gguf files."""
 
 
 @contextlib.contextmanager
 def _naming_damage(source: ModelSource) -> Iterator[None]:
-    """Convert exceptions for damaged files in the block to `InputError` with the model's name."""
+    """Convert exceptions for corrupted files in the block to `InputError` with the model's name."""
     try:
         with reading(source.label):
             yield
@@ -234,7 +234,7 @@ def load_config(source: ModelSource, **overrides: Any) -> Any:
                 source.location, **source.arguments(), **overrides
             )
             check_config(raw, source.label)
-        if source.gguf_file:  # reading its header takes a second
+        if source.gguf_file:  # reading the header takes a second
             return transformers.CONFIG_MAPPING[raw["model_type"]].from_dict(
                 raw, **kwargs, name_or_path=source.location
             )
@@ -254,7 +254,7 @@ def load_config(source: ModelSource, **overrides: Any) -> Any:
 
 
 def _why_not(error: Exception) -> str:
-    """Return why transformers cannot build the config, with a fix if known."""
+    """Returns why transformers cannot build the config, with a fix if available."""
     if "trust_remote_code" in str(error):
         return (
             "it needs custom Python code (auto_map in its config.json), which is not run by "
@@ -269,7 +269,7 @@ def _why_not(error: Exception) -> str:
 
 
 def label_overrides(names: Sequence[str]) -> dict[str, Any]:
-    """Return overrides of `load_config` for the class or tag names."""
+    """Returns overrides of `load_config` for the class or tag names."""
     return {
         "num_labels": len(names),
         "id2label": dict(enumerate(names)),
@@ -335,11 +335,11 @@ def load_model(
     Weights that `slices` can read later are neither read nor checked.
 
     Returns:
-        The model, and the randomly initialized parameters that the checkpoint lacks;
+        The model, and the randomly initialized parameters that the checkpoint has no;
         `check_missing` checks which are allowed.
 
     Raises:
-        InputError: a file is damaged or does not match the config.
+        InputError: a file is corrupted or does not match the config.
     """
     if source.gguf_file and quantization is not None:
         return _load_gguf_quantized(
@@ -388,7 +388,7 @@ def load_model(
 def _read(
     source: ModelSource, auto_class: str, slices: UnreadWeights | None, **arguments: Any
 ) -> tuple[Any, dict[str, Any]]:
-    """Read the result of `from_pretrained` with `output_loading_info`."""
+    """Load the result of `from_pretrained` with `output_loading_info`."""
     arguments["output_loading_info"] = True
     arguments["ignore_mismatched_sizes"] = True  # checked by check_shapes
     with _naming_damage(source), silence_loggers(), quick_headers():
@@ -420,7 +420,7 @@ def _load_gguf_quantized(
 
 
 def keep_heads(quantization: Any, config: Any, auto_class: str) -> Any:
-    """Return a copy of `quantization` that excludes all heads and unpackable linear layers.
+    """Returns a copy of `quantization` that excludes all heads and unpackable linear layers.
 
     By default transformers excludes only a tied output; with a list it excludes only that, and
     BERT's `cls.predictions.decoder` would no longer be tied.
@@ -435,7 +435,7 @@ def keep_heads(quantization: Any, config: Any, auto_class: str) -> Any:
 def _keep_new_heads(
     stored: dict[str, Any], source: ModelSource, config: Any, auto_class: str, dtype: torch.dtype
 ) -> Any:
-    """Return the config of a bitsandbytes checkpoint with unquantized heads."""
+    """Returns the config of a bitsandbytes checkpoint with unquantized heads."""
     if as_quant_config(stored) is None:
         return config
     quantized = [name for name in _stored_dtypes(source) if name.endswith((".absmax", ".SCB"))]
@@ -454,7 +454,7 @@ def _keep_new_heads(
 
 
 def rename_prefix(config: Any, auto_class: str) -> dict[str, str]:
-    """Return the `key_mapping` that fits a checkpoint to the class of a task; may be empty.
+    """Returns the `key_mapping` that fits a checkpoint to the class of a task; may be empty.
 
     In transformers 5.24 the question-answering classes of Llama and Qwen name their base
     `transformer`, while checkpoints use `model`.
@@ -467,13 +467,13 @@ def rename_prefix(config: Any, auto_class: str) -> dict[str, str]:
 
 
 def _prefix(entry: Any) -> str:
-    """Return the base model prefix of an auto mapping entry; Funnel's entry is a tuple."""
+    """Returns the base model prefix of an auto mapping entry; Funnel's entry is a tuple."""
     first = entry[0] if isinstance(entry, tuple) else entry
     return str(first.base_model_prefix)
 
 
 def find_new_poolers(meta: torch.nn.Module, source: ModelSource) -> list[str]:
-    """Find poolers that the checkpoint lacks, which are trained like heads; may be empty."""
+    """Find poolers that the checkpoint has no, which are trained like heads; may be empty."""
     stored_names = _stored_dtypes(source)
     if not stored_names:
         return []
@@ -498,7 +498,7 @@ def find_new_heads(meta: torch.nn.Module, source: ModelSource, heads: list[str])
 
 
 def _stored_dtypes(source: ModelSource) -> dict[str, str]:
-    """Return tensor dtypes by name; empty for .gguf and models not on disk."""
+    """Returns tensor dtypes by name; empty for .gguf and models not on disk."""
     dtypes: dict[str, str] = {}
     if source.path is None or source.path.is_file():
         return dtypes

@@ -38,7 +38,7 @@ _ASIDE = {
 _WRITTEN_TO = {
     "led": (
         "query_global",
-    ),  # its output is divided in location, which bitsandbytes does not support
+    ),  # the output is divided in location, which bitsandbytes does not support
     "longformer": ("query_global",),
     "longt5": ("wo",),
     "rwkv": ("attention.output", "feed_forward.value"),
@@ -75,7 +75,7 @@ class ExpertParameter:
 
 
 def linear_size(module: nn.Module) -> tuple[str, int, int] | None:
-    """Return (type, in, out) of a linear layer of any library, or None."""
+    """Returns (type, in, out) of a linear layer of any library, or None."""
     if isinstance(module, Conv1D):
         return "Conv1D", int(module.nx), int(module.nf)
     fan_in, fan_out = getattr(module, "in_features", None), getattr(module, "out_features", None)
@@ -113,11 +113,11 @@ class ModuleTree:
         )
 
     def in_blocks(self, name: str) -> bool:
-        """Return whether the module is inside a repeated block."""
+        """Returns whether the module is inside a repeated block."""
         return any(name.startswith(f"{block}.") for block in self.blocks)
 
     def in_heads(self, name: str) -> bool:
-        """Return whether the module is a head or part of one."""
+        """Returns whether the module is a head or part of one."""
         return any(name == head or name.startswith(f"{head}.") for head in self.heads)
 
     def _find_heads(self) -> list[str]:
@@ -126,7 +126,7 @@ class ModuleTree:
             candidates = [name for name, part in self.model.named_children() if part is not base]
         elif type(self.model).__name__.endswith("Model"):
             return []  # a bare model has no head: BertModel's pooler is not one
-        else:  # T5 is its own base: its head is a sibling of encoder and decoder
+        else:  # T5 is its own base: the head is a sibling of encoder and decoder
             candidates = [
                 name
                 for name, part in self.model.named_children()
@@ -148,7 +148,7 @@ class ModuleTree:
         return name
 
     def pattern(self, name: str) -> str:
-        """Return `name` with letters for the indices of layers and of equal modules."""
+        """Returns `name` with letters for the indices of layers and of equal modules."""
         parts, letters = name.split("."), iter(_INDEX_LETTERS)
         for position, part in enumerate(parts):
             holder = ".".join(name.split(".")[:position])
@@ -173,14 +173,14 @@ class ModuleTree:
         return "router" if parts[-1] in _ROUTERS or "router" in parts else "block"
 
     def linears(self) -> Iterator[LinearModule]:
-        """Yield every linear layer, including heads, in the model's order."""
+        """Yields every linear layer, including heads, in the model's order."""
         for name, module in self.modules.items():
             size = linear_size(module)
             if size is not None:
                 yield LinearModule(name, self.pattern(name), *size, self._locate(name))
 
     def experts(self) -> Iterator[ExpertParameter]:
-        """Yield the 3-D expert tensors in the blocks."""
+        """Yields the 3-D expert tensors in the blocks."""
         for owner, module in self.modules.items():
             if not self.in_blocks(owner) or "expert" not in owner:
                 continue
@@ -194,14 +194,14 @@ class ModuleTree:
                     yield ExpertParameter(f"{owner}.{key}", pattern, count, fan_in, fan_out)
 
     def norms(self) -> Iterator[tuple[str, str, int]]:
-        """Yield (pattern, type, width) of the norms with weights outside the heads."""
+        """Yields (pattern, type, width) of the norms with weights outside the heads."""
         for name in self.norm_names():
             module = self.modules[name]
             first = next(module.parameters(recurse=False))
             yield self.pattern(name), type(module).__name__, first.numel()
 
     def norm_names(self) -> list[str]:
-        """Return the full names of the norms with weights outside the heads."""
+        """Returns the full names of the norms with weights outside the heads."""
         return [
             name
             for name, module in self.modules.items()
@@ -211,14 +211,14 @@ class ModuleTree:
         ]
 
     def layer(self, name: str) -> int | None:
-        """Return the block index of the module, or None outside of blocks."""
+        """Returns the block index of the module, or None outside of blocks."""
         for block in self.blocks:
             if name.startswith(f"{block}."):
                 return int(name[len(block) + 1 :].partition(".")[0])
         return None
 
     def embeddings(self) -> Iterator[tuple[str, str, int, int]]:
-        """Yield (pattern, type, rows, width) of the embeddings."""
+        """Yields (pattern, type, rows, width) of the embeddings."""
         for name, module in self.modules.items():
             if isinstance(module, nn.Embedding):
                 kind = type(module).__name__
@@ -261,7 +261,7 @@ def find_heads(model: nn.Module) -> list[str]:
 
 
 def find_new_language_head(model: nn.Module) -> tuple[list[str], list[str]]:
-    """Find the modules to train of a masked-LM head that the checkpoint lacks, and the heads.
+    """Find the modules to train of a masked-LM head that the checkpoint has no, and the heads.
 
     If `architectures` names no masked LM, all but the tied output embedding is new, such as BERT's
     transform. Both lists are empty for a pretrained head.

@@ -43,7 +43,7 @@ def build_quantization_config(quant: QuantConfig, dtype: torch.dtype, heads: lis
 
 
 def packs_experts(quantization: Any) -> bool:
-    """Return whether a quantization config also packs experts."""
+    """Returns whether a quantization config also packs experts."""
     return type(quantization).__name__ == "ExpertsConfig"  # by name, without importing its module
 
 
@@ -61,7 +61,7 @@ class QuantizationRounding:
     dtype: torch.dtype
 
     def __call__(self, name: str, weight: Tensor) -> Tensor:
-        """Return `weight` after quantization and dequantization."""
+        """Returns `weight` after quantization and dequantization."""
         if not weight.is_floating_point():
             return weight
         weight = weight.to(self.dtype)
@@ -87,7 +87,7 @@ class QuantizationRounding:
 
 
 def build_rounding(model: Any, quantization: Any, dtype: torch.dtype) -> QuantizationRounding:
-    """Build the rounding that `quantization` applies to the meta model `model` (mutated)."""
+    """Build the rounding that `quantization` applies to the meta model `model` (modified)."""
     linears = replaced_linears(model, quantization, pre_quantized=False)
     experts: frozenset[str] = frozenset()
     if packs_experts(quantization):
@@ -117,7 +117,7 @@ def build_torchao_config(kind: str) -> Any:
 
 
 def torchao_kind(stored: dict[str, Any]) -> str | None:
-    """Return the `--quant` kind of a torchao `quantization_config`, or None."""
+    """Returns the `--quant` type of a torchao `quantization_config`, or None."""
     quant_type = stored.get("quant_type")
     if stored.get("quant_method") != "torchao" or not isinstance(quant_type, dict):
         return None
@@ -126,7 +126,7 @@ def torchao_kind(stored: dict[str, Any]) -> str | None:
 
 
 def is_torchao(quantization: Any) -> bool:
-    """Return whether `quantization` is a `TorchAoConfig`."""
+    """Returns whether `quantization` is a `TorchAoConfig`."""
     return type(quantization).__name__ == "TorchAoConfig"
 
 
@@ -135,13 +135,13 @@ PLAIN_NOTE = '{"_type": "Tensor"}'
 
 
 def torchao_bytes(shape: tuple[int, ...], quantization: Any) -> int:
-    """Return the bytes of a weight `(out, in)`: one per value, scales, and int8's zero points."""
+    """Returns the bytes of a weight `(out, in)`: one per value, scales, and int8's zero points."""
     name = type(quantization.quant_type).__name__
     return math.prod(shape) + shape[0] * (5 if name == _CONFIGS["int8-torchao"] else 4)
 
 
 def stored_quantization(config: Any) -> dict[str, Any] | None:
-    """Return the `quantization_config` of a model config as a dict, or None."""
+    """Returns the `quantization_config` of a model config as a dict, or None."""
     stored = getattr(config, "quantization_config", None)
     if stored is None:
         return None
@@ -149,7 +149,7 @@ def stored_quantization(config: Any) -> dict[str, Any] | None:
 
 
 def quantization_name(stored: dict[str, Any]) -> str:
-    """Return the name of a stored quantization: `4bit nf4`, `8bit`, `int8-torchao`, `gptq`."""
+    """Returns the name of a stored quantization: `4bit nf4`, `8bit`, `int8-torchao`, `gptq`."""
     if stored.get("load_in_8bit"):
         return "8bit"
     if stored.get("load_in_4bit"):
@@ -159,7 +159,7 @@ def quantization_name(stored: dict[str, Any]) -> str:
 
 
 def as_quant_config(stored: dict[str, Any]) -> QuantConfig | None:
-    """Return the equivalent config section of a bitsandbytes checkpoint; None for others."""
+    """Returns the equivalent config section of a bitsandbytes checkpoint; None for others."""
     if stored.get("load_in_8bit"):
         return QuantConfig(kind="8bit")
     if stored.get("load_in_4bit"):
@@ -172,7 +172,7 @@ def as_quant_config(stored: dict[str, Any]) -> QuantConfig | None:
 
 
 def quantization_facts(stored: dict[str, Any]) -> dict[str, Any]:
-    """Return the model card entry of a stored quantization: `kind`, and 4-bit settings."""
+    """Returns the model card entry of a stored quantization: `kind`, and 4-bit settings."""
     quant = as_quant_config(stored)
     if quant is None:
         return {"kind": quantization_name(stored)}
@@ -180,12 +180,12 @@ def quantization_facts(stored: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_quantization(facts: Mapping[str, Any]) -> QuantConfig:
-    """Read the quantization to apply while loading; other libraries' kinds are stored instead."""
+    """Load the quantization to apply while loading; other libraries' kinds are stored instead."""
     return QuantConfig.model_validate(facts) if _is_applied(facts) else QuantConfig()
 
 
 def quantization_form(facts: Mapping[str, Any]) -> str:
-    """Return a short description of a model card's quantization."""
+    """Returns a short description of a model card's quantization."""
     return QuantConfig.model_validate(facts).form if _is_applied(facts) else str(facts["kind"])
 
 
@@ -217,7 +217,7 @@ def check_loadable(stored: dict[str, Any], label: str, device: str) -> None:
 def match_quantization(
     stored: dict[str, Any] | None, config: QuantConfig, label: str, device: str
 ) -> QuantConfig:
-    """Return the quantization of the base: the requested one, or that of the checkpoint.
+    """Returns the quantization of the base: the requested one, or that of the checkpoint.
 
     `stored` is None for a plain model; `label` names the model in errors.
 

@@ -48,7 +48,7 @@ class ModelSource:
         return self.said or f"--model {self.name}"
 
     def arguments(self) -> dict[str, Any]:
-        """Return the keyword arguments for `from_pretrained` of config, tokenizer and model."""
+        """Returns the keyword arguments for `from_pretrained` of config, tokenizer and model."""
         arguments: dict[str, Any] = {
             "trust_remote_code": self.trust_remote_code,
             "local_files_only": self.local_files_only,
@@ -98,7 +98,7 @@ def resolve_source(
     *,
     needs_weights: bool = True,
 ) -> ModelSource:
-    """Return the model source for `name`: Hub id, directory, .gguf file or builtin:NAME.
+    """Returns the model source for `name`: Hub id, directory, .gguf file or builtin:NAME.
 
     `said` replaces `--model NAME` in errors. With `needs_weights=False`, a config is enough.
 
@@ -199,7 +199,7 @@ def _check_looks_like_hub_id(name: str, path: Path, label: str) -> None:
 
 
 def _check_reachable(name: str, revision: str | None, label: str) -> bool:
-    """Return whether to stay offline for the Hub id `name`; raise if it is not available."""
+    """Returns whether to stay offline for the Hub id `name`; raises if it is not available."""
     from huggingface_hub import constants, try_to_load_from_cache
 
     cached = isinstance(
@@ -222,7 +222,7 @@ def _check_reachable(name: str, revision: str | None, label: str) -> bool:
 
 
 def is_reachable(endpoint: str) -> bool:
-    """Return whether the host accepts a connection within seconds; True behind a proxy."""
+    """Returns whether the host accepts a connection within seconds; True behind a proxy."""
     if any(os.environ.get(key) for key in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY")):
         return True
     address = urlparse(endpoint)
@@ -235,7 +235,7 @@ def is_reachable(endpoint: str) -> bool:
 
 
 def snapshot(source: ModelSource, extra: Iterable[str] = ()) -> Path:
-    """Return the directory of `source`, downloading config, weights and `extra` if needed."""
+    """Returns the directory of `source`, downloading config, weights and `extra` if needed."""
     if source.kind != "hub":
         return Path(source.location)
     from huggingface_hub import snapshot_download

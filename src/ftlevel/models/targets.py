@@ -44,7 +44,7 @@ class LinearKind:
         return self.location == "block"
 
     def lora_parameters(self, r: int) -> int:
-        """Return the LoRA parameters of rank `r` for all of them."""
+        """Returns the LoRA parameters of rank `r` for all of them."""
         return self.count * lora_parameters(self.in_features, self.out_features, r)
 
 
@@ -60,7 +60,7 @@ class ExpertKind:
     count: int
 
     def lora_parameters(self, r: int) -> int:
-        """Return the LoRA parameters of rank `r` with `target_parameters`."""
+        """Returns the LoRA parameters of rank `r` with `target_parameters`."""
         count = lora_parameters(self.in_features, self.out_features, r)
         return self.count * self.experts * count
 
@@ -89,14 +89,15 @@ class ModelTargets:
     total_parameters: int
 
     def lora_parameters(self, r: int) -> int:
-        """Return the trainable parameters of LoRA of rank `r` on `all-linear`."""
+        """Returns the trainable parameters of LoRA of rank `r` on `all-linear`."""
         return sum(kind.lora_parameters(r) for kind in self.linears if kind.all_linear)
 
 
 def build_meta_model(config: Any) -> nn.Module:
     """Build the model of a config on the meta device.
 
-    Uses the checkpoint's own class if known, else the language model of its kind, else the base.
+    Uses the checkpoint's own class if available, else the language model of its kind, else the
+    base.
     """
     import transformers
 
@@ -120,7 +121,7 @@ def build_meta_model(config: Any) -> nn.Module:
 
 
 def inspect_model(model: nn.Module) -> ModelTargets:
-    """Return the adaptable modules of `model`, usually on the meta device."""
+    """Returns the adaptable modules of `model`, usually on the meta device."""
     tree = ModuleTree(model)
     linears = Counter(
         (part.pattern, part.type, part.in_features, part.out_features, part.location)
@@ -175,7 +176,7 @@ def parse_targets(text: str) -> str | list[str]:
 def resolve_targets(
     model: nn.Module, targets: str | Sequence[str], *, model_name: str | None = None
 ) -> list[str]:
-    """Return the sorted full names of the linear layers that `targets` selects.
+    """Returns the sorted full names of the linear layers that `targets` selects.
 
     A name matches as in PEFT: a module of that name or one that ends in `.name`. Matches in blocks
     take precedence, so `dense` never selects BERT's pooler. A regex must match the full name; heads
@@ -261,7 +262,7 @@ class _Picker:
         return sorted(picked)
 
     def _adaptable(self, matches: Sequence[str]) -> list[str]:
-        """Return the linear layers in blocks among the found modules; if none, the other layers."""
+        """Returns the linear layers in blocks among the modules; if none, the other layers."""
         linears = [self.linears[full] for full in matches if full in self.linears]
         inside = [part.name for part in linears if part.location == "block"]
         return inside or [

@@ -154,7 +154,7 @@ _SIZES = Path("/proc/self/statm")  # in pages; the sixth field is data and stack
 
 @functools.lru_cache(maxsize=1)
 def _sizes_of(_process: int) -> io.FileIO | None:
-    """Return the open file of this process's memory sizes; it is read for each row."""
+    """Returns the open file of this process's memory sizes; it is read for each row."""
     return io.FileIO(_SIZES) if _SIZES.exists() else None
 
 
@@ -227,7 +227,7 @@ def check_patterns(directory: Path, settings: Mapping[str, Any], base: Any) -> N
 
 
 def _patterns(settings: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
-    """Yield the field, the expression as written, and as PEFT 0.21 uses it."""
+    """Yields the field, the expression as written, and as PEFT 0.21 uses it."""
     for field in _WHOLE:
         if isinstance(text := settings.get(field), str):
             yield field, text, text

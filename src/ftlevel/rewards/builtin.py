@@ -62,7 +62,7 @@ NEEDS_ANSWER = ("exact", "contains", "number", "math", "choice", "rouge")
 
 
 def check_answer(spec: Spec, answer: Any) -> str:
-    """Return why `spec` cannot compare with `answer`, or ""."""
+    """Returns why `spec` cannot compare with `answer`, or ""."""
     if spec.name not in NEEDS_ANSWER:
         return ""
     if answer is None or isinstance(answer, dict | list):
@@ -93,7 +93,7 @@ def _shown(value: Any) -> str:
 
 
 def _visible(text: str) -> str:
-    """Return the text after the last `</think>`; "" if `<think>` is not closed."""
+    """Returns the text after the last `</think>`; "" if `<think>` is not closed."""
     before, closed, after = text.rpartition("</think>")
     if closed:
         return "" if "<think>" in after else after
@@ -101,7 +101,7 @@ def _visible(text: str) -> str:
 
 
 def _final(answer: Any) -> str:
-    """Return the answer as text, without GSM8K's solution before `####`."""
+    """Returns the answer as text, without GSM8K's solution before `####`."""
     return str(answer).rpartition("####")[2].strip()
 
 
@@ -110,7 +110,7 @@ _MOST_DIGITS = 400
 
 
 def last_number(text: str) -> Decimal | None:
-    """Return the last number of `text`; commas separate thousands."""
+    """Returns the last number of `text`; commas separate thousands."""
     result = None
     for result in _NUMBER.finditer(text):  # noqa: B007 - the last one
         pass
@@ -165,12 +165,12 @@ def _math_reward() -> Reward:
 
 
 def split_labels(value: str) -> list[str]:
-    """Return the labels of `choice`; default A to E."""
+    """Returns the labels of `choice`; default A to E."""
     return [label.strip() for label in value.split(",") if label.strip()] or list("ABCDE")
 
 
 def _label_of(answer: Any, labels: Sequence[str]) -> str | None:
-    """Return the label that an answer names, by text or by index from 0."""
+    """Returns the label that an answer names, by text or by index from 0."""
     if isinstance(answer, int) and not isinstance(answer, bool):
         return labels[answer] if 0 <= answer < len(labels) else None
     final = _final(answer).strip("().").casefold()
@@ -230,7 +230,7 @@ def parse_strict_json(text: str) -> Any:
 
 
 def _same(one: Any, two: Any) -> bool:
-    """Return whether two JSON values are equal; 1 equals 1.0 and not true."""
+    """Returns whether two JSON values are equal; 1 equals 1.0 and not true."""
     if isinstance(one, bool) or isinstance(two, bool):
         return one is two
     if isinstance(one, dict) and isinstance(two, dict):
@@ -243,7 +243,7 @@ def _same(one: Any, two: Any) -> bool:
 
 
 def _json_reward(schema_file: str) -> Reward:
-    """Return 0 if the text is no JSON, or violates the schema; else the share of equal fields."""
+    """Returns 0 if the text is no JSON, or violates the schema; else the share of equal fields."""
     validator = None
     if schema_file:
         try:
@@ -264,7 +264,7 @@ def _json_reward(schema_file: str) -> Reward:
 
 
 def _equal_share(got: Any, answer: Any) -> float:
-    """Return the share of equal fields among those of both objects; 0 or 1 for other values."""
+    """Returns the share of equal fields among those of both objects; 0 or 1 for other values."""
     if isinstance(answer, str):
         try:
             answer = parse_strict_json(answer)
@@ -331,5 +331,5 @@ def _repetition_reward(size: int) -> Reward:
 
 
 def read_answer(columns: Mapping[str, Sequence[Any]], index: int) -> Any:
-    """Read the answer of row `index`, or None."""
+    """Load the answer of row `index`, or None."""
     return columns["answer"][index] if "answer" in columns else None

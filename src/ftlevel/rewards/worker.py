@@ -74,7 +74,7 @@ def load_function(path: str, name: str) -> tuple[Callable[..., Any], dict[str, A
 
 
 def _signature(function: Callable[..., Any]) -> dict[str, Any]:
-    """Return the columns that a function needs, and the arguments that it takes (None: all)."""
+    """Returns the columns that a function needs, and the arguments that it takes (None: all)."""
     parameters = inspect.signature(function).parameters.values()
     named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
     needs = [p.name for p in named if p.default is p.empty and p.name not in _OWN]
@@ -83,7 +83,7 @@ def _signature(function: Callable[..., Any]) -> dict[str, Any]:
 
 
 def _describe(error: BaseException, file: str = "") -> str:
-    """Return an exception in a line, with the line of `file` that raised it."""
+    """Returns an exception in a line, with the line of `file` that raised it."""
     lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == file]
     if isinstance(error, SyntaxError):
         lines = [error.lineno]
@@ -120,7 +120,7 @@ class Worker:
         return {"signatures": self.signatures, "problems": problems}
 
     def check(self, request: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the first answer that a built-in reward cannot use, and why."""
+        """Returns the first answer that a built-in reward cannot use, and why."""
         for spec in self.specs:
             if spec.kind != "builtin":
                 continue
@@ -130,7 +130,7 @@ class Worker:
         return {"row": None, "reason": ""}
 
     def score(self, request: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the scores of one reward, or what is wrong with it."""
+        """Returns the scores of one reward, or what is wrong with it."""
         index, batch = request["reward"], request["batch"]
         if self.specs[index].kind == "builtin":
             share = 0.8 * request["seconds"] / max(len(batch["texts"]), 1)
@@ -153,7 +153,7 @@ class Worker:
         return scores
 
     def _called(self, index: int, batch: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the scores of a function; if it fails, of which completion."""
+        """Returns the scores of a function; if it fails, of which completion."""
         scores, problem = self._try(index, batch)
         if not problem:
             return {"scores": scores}
@@ -169,7 +169,7 @@ class Worker:
         }
 
     def _try(self, index: int, batch: Mapping[str, Any]) -> tuple[list[Any] | None, str]:
-        """Return (scores, "") or (None, problem)."""
+        """Returns (scores, "") or (None, problem)."""
         spec, takes = self.specs[index], self.signatures[index]["takes"]
         state = SimpleNamespace(global_step=batch.get("step", 0))
         values = {
@@ -201,7 +201,7 @@ def _ignore(*_: Any, **__: Any) -> None:
 
 
 def _part(batch: Mapping[str, Any], at: int) -> dict[str, Any]:
-    """Return completion `at` of a batch."""
+    """Returns completion `at` of a batch."""
     return {
         **{
             name: [batch[name][at]]
@@ -213,7 +213,7 @@ def _part(batch: Mapping[str, Any], at: int) -> dict[str, Any]:
 
 
 def _checked(result: Any, count: int) -> tuple[list[Any] | None, str]:
-    """Return the scores as floats or None, or what is wrong with them."""
+    """Returns the scores as floats or None, or what is wrong with them."""
     if hasattr(result, "tolist"):  # a tensor or an array
         result = result.tolist()
     if not isinstance(result, list | tuple):

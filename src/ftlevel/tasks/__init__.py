@@ -1,4 +1,4 @@
-"""Tasks: one module per kind of target.
+"""Tasks: one module per type of target.
 
 Tasks can be imported without torch; functions that compute import it themselves. `config.tasks`
 maps task names to modules.

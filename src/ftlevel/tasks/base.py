@@ -84,10 +84,10 @@ class PromptedModel(Protocol):
     prompt_format: PromptFormat | None
 
     def write(self, prompts: Sequence[list[int]]) -> list[str]:
-        """Return the text generated for each prompt; raises `UnansweredError` without room."""
+        """Returns the text generated for each prompt; raises `UnansweredError` without room."""
 
     def score(self, rows: Sequence[Encoded], read: Callable[[Encoded, Tensor], T]) -> list[T]:
-        """Return `read(row, logits)` for each row, in order.
+        """Returns `read(row, logits)` for each row, in order.
 
         The logits are `(...)` per row or `(seq, ...)` per token; for language heads they are
         `(labelled, vocabulary)`. They are freed after `read` returns.
@@ -101,7 +101,7 @@ class TokenDecoder(Protocol):
     """Decoder of single tokens."""
 
     def decode_tokens(self, ids: Sequence[int]) -> list[str]:
-        """Return the text of each token id."""
+        """Returns the text of each token id."""
 
 
 @dataclass(frozen=True)
@@ -112,15 +112,15 @@ class BaseTask(ABC):
         name: value of `--task`.
         shapes: supported column layouts; the first that matches is used.
         questions: column layouts of rows without answers, for `ftlevel predict`.
-        auto_classes: kind of model -> transformers auto class.
-        peft_types: kind of model -> PEFT `TaskType`; other kinds use a plain `PeftModel`.
-        headline: metric shown first, without prefix.
+        auto_classes: type of model -> transformers auto class.
+        peft_types: type of model -> PEFT `TaskType`; other kinds use a plain `PeftModel`.
+        headline: metric printed first, without prefix.
         instruction: text before the source text in prompts; empty for none.
         answer_cue: end of the prompt for models without a chat template.
         generates: whether generated text is evaluated by default.
         score_texts: function that scores generated texts.
         text_metrics: names of the metrics of `score_texts`.
-        refusals: kind of model -> hint in the error for an unsupported model.
+        refusals: type of model -> hint in the error for an unsupported model.
         builtin_subset: subset of `builtin:docstrings` to read; empty for all.
         has_new_head: whether the head is newly initialized and fully trained.
         generates_text: whether the model generates text.
@@ -166,7 +166,7 @@ class BaseTask(ABC):
     split_text: ClassVar[str] = "split into several"
 
     def configured(self, options: Mapping[str, Any]) -> BaseTask:
-        """Return the task with the `options` of a configuration or model card."""
+        """Returns the task with the `options` of a configuration or model card."""
         return self
 
     # ---- the model
@@ -174,7 +174,7 @@ class BaseTask(ABC):
     def for_model(
         self, source: ModelSource, kind: str, width: int, tokenizer: Any, step_rows: int
     ) -> tuple[BaseTask, list[Choice]]:
-        """Return the task with settings of the model, and the lines that show them.
+        """Returns the task with settings of the model, and the lines that show them.
 
         `width` is the hidden size, `step_rows` the rows of an optimizer step. Raises `ConfigError`
         for settings that do not fit the model.
@@ -182,7 +182,7 @@ class BaseTask(ABC):
         return self, []
 
     def auto_class(self, kind: str, model_type: str) -> str:
-        """Return the transformers auto class for `kind`; raises `ConfigError` if unsupported."""
+        """Returns the transformers auto class for `kind`; raises `ConfigError` if unsupported."""
         if kind in self.auto_classes:
             return self.auto_classes[kind]
         supported = join_names(self.auto_classes)
@@ -197,7 +197,7 @@ class BaseTask(ABC):
         return None
 
     def prepare_tokenizer(self, tokenizer: Any, kind: str) -> Choice | None:
-        """Adapt `tokenizer` (mutated) to models of `kind`, and return the log line, if any."""
+        """Adapt `tokenizer` (modified) to models of `kind`, and return the log line, if any."""
         return None
 
     def find_heads(self, meta: Any, source: Any) -> tuple[list[str], list[str]]:
@@ -224,39 +224,39 @@ class BaseTask(ABC):
         """Build the objective for a `kind` of model, from data facts or a model card."""
 
     def card_options(self, config: DataConfig, facts: Mapping[str, Any]) -> dict[str, Any]:
-        """Return task options that inference needs."""
+        """Returns task options that inference needs."""
         return {}
 
     def settings_of_adapter(
         self, directory: Path, options: Mapping[str, Any]
     ) -> dict[str, dict[str, Any]]:
-        """Return the settings that training from an adapter takes over, by section.
+        """Returns the settings that training from an adapter takes over, by section.
 
-        `options` are those of its card; empty without a card.
+        `options` are those of the card; empty without a card.
         """
         return {}
 
     def embedding_format(self, options: Mapping[str, Any]) -> EmbeddingFormat | None:
-        """Return how a model with the `options` of its card pools; None for other models."""
+        """Returns how a model with the `options` of the card pools; None for other models."""
         return None
 
     def write_files(  # noqa: B027 - most tasks write none
         self, directory: Path, model_config: Any, options: Mapping[str, Any]
     ) -> None:
-        """Write files of other libraries beside an adapter or model; `options` are its card's."""
+        """Write files of other libraries beside an adapter or model; `options` are the card's."""
 
     def card_defaults(
         self, source: ModelSource, model_config: Any, tokenizer: Any, kind: str
     ) -> dict[str, Any]:
-        """Return `prompt`, `labels` and `options` for a model without a model card."""
+        """Returns `prompt`, `labels` and `options` for a model without a model card."""
         return {}
 
     def synthetic_row(self, ids: list[int], row: int) -> Encoded:
-        """Return a synthetic row of tokens `ids` with many targets, for memory estimation."""
+        """Returns a synthetic row of tokens `ids` with many targets, for memory estimation."""
         return Encoded(ids, list(ids), row)
 
     def describe_head(self, labels: Sequence[str]) -> str:
-        """Return a description that differs between incompatible heads."""
+        """Returns a description that differs between incompatible heads."""
         return f"{self.name} of {', '.join(labels)}" if labels else self.name
 
     # ---- from columns to encoded rows
@@ -285,17 +285,17 @@ class BaseTask(ABC):
     def column_mapping(
         self, columns: Sequence[str], config: DataConfig, rows: Sequence[Row]
     ) -> Mapping[str, str]:
-        """Return role -> column from settings other than `--map`."""
+        """Returns role -> column from settings other than `--map`."""
         return {}
 
     def read_columns(
         self, format_: Format, table: Table, config: DataConfig
     ) -> tuple[Format, list[Choice]]:
-        """Read the format completed from the column values, and log lines about it."""
+        """Load the format completed from the column values, and log lines about it."""
         return format_, []
 
     def label_role(self, format_: Format) -> str | None:
-        """Return the role whose values are class labels, or None."""
+        """Returns the role whose values are class labels, or None."""
         return None
 
     def find_inconsistent_labels(
@@ -305,7 +305,7 @@ class BaseTask(ABC):
         return []
 
     def prompt_format(self, format_: Format, kind: str, tokenizer: Any) -> PromptFormat | None:
-        """Return the prompt format for models of `kind`, or None for tasks without prompts."""
+        """Returns the prompt format for models of `kind`, or None for tasks without prompts."""
         return None
 
     @abstractmethod
@@ -313,11 +313,11 @@ class BaseTask(ABC):
         """Encode encoded rows of `examples`; raises `InputError` if one does not fit."""
 
     def check_rows(self, rows: Sequence[Encoded]) -> Mapping[str, Mask]:
-        """Return task-specific data checks: check name -> mask of the failing rows."""
+        """Returns task-specific data checks: check name -> mask of the failing rows."""
         return {}
 
     def check_examples(self, examples: Sequence[Any]) -> Sequence[tuple[str, int, str]]:
-        """Return (check name, example count, description) for checks of the whole training set."""
+        """Returns (check name, example count, description) for checks of the whole training set."""
         return ()
 
     def check_validation(
@@ -339,11 +339,11 @@ class BaseTask(ABC):
         raise ConfigError(f"--corpus: of --task embedding, and this is {self.name}. Drop it.")
 
     def facts(self, loaded: LoadedExamples) -> Mapping[str, Any]:
-        """Return task-specific entries of summary.json about the data."""
+        """Returns task-specific entries of summary.json about the data."""
         return {}
 
     def describe_rows(self, loaded: LoadedExamples, facts: Mapping[str, Any]) -> list[Choice]:
-        """Return log lines with the number of training targets."""
+        """Returns log lines with the number of training targets."""
         tokens, supervised = facts["tokens"], facts["supervised"]
         share = f"{supervised:,} supervised, {supervised / tokens:.0%}"
         return [Choice("tokens", f"{tokens:,} an epoch", share)]
@@ -351,13 +351,13 @@ class BaseTask(ABC):
     def finish_data(
         self, prepared: PreparedData, config: DataConfig, context: EncodingContext
     ) -> PreparedData:
-        """Return `prepared` with rows that are completed at access time, such as masked tokens."""
+        """Returns `prepared` with rows that are completed at access time, such as masked tokens."""
         return prepared
 
     def evaluation_rows(
         self, rows: Sequence[Encoded], config: DataConfig, context: EncodingContext
     ) -> Sequence[Encoded]:
-        """Return evaluation rows, identical at each access."""
+        """Returns evaluation rows, identical at each access."""
         return rows
 
     # ---- inference and display
@@ -391,7 +391,7 @@ class BaseTask(ABC):
         options: Mapping[str, Any],
         outputs: OutputOptions,
     ) -> dict[str, Column]:
-        """Return prediction columns: name suffix -> type; "" is the answer itself.
+        """Returns prediction columns: name suffix -> type; "" is the answer itself.
 
         Raises:
             ConfigError: the task does not support an optional output.
@@ -407,7 +407,7 @@ class BaseTask(ABC):
     def answer_rows(
         self, model: PromptedModel, questions: Sequence[Any], outputs: OutputOptions
     ) -> list[Prediction]:
-        """Return one prediction per question, with `questions[i].row` = i.
+        """Returns one prediction per question, with `questions[i].row` = i.
 
         Raises:
             UnansweredError: some questions cannot be answered.
@@ -416,7 +416,7 @@ class BaseTask(ABC):
     def answer(
         self, model: PromptedModel, prompts: Sequence[str], context: str | None
     ) -> list[Prediction]:
-        """Return one prediction per prompt; `context` is passed only if `needs_context`.
+        """Returns one prediction per prompt; `context` is passed only if `needs_context`.
 
         Raises:
             UnansweredError: some prompts cannot be answered.
@@ -426,23 +426,23 @@ class BaseTask(ABC):
 
     @abstractmethod
     def probe_labels(self, ids: Sequence[int], labels: Sequence[str], options: Any) -> Any:
-        """Return labels for a row of random tokens, in the format of training rows."""
+        """Returns labels for a row of random tokens, in the format of training rows."""
 
     def show_targets(
         self, row: Encoded, names: Sequence[str], kind: str, decoder: TokenDecoder
     ) -> list[str | None]:
-        """Return the target text per token; "" for the token itself, None for no target."""
+        """Returns the target text per token; "" for the token itself, None for no target."""
         labels, count = row.labels, len(row.input_ids)
         if not isinstance(labels, list) or len(labels) != count:
             return [None] * count
         return [None if label == IGNORED else "" for label in labels]
 
     def show_answer(self, row: Encoded, kind: str) -> list[int]:
-        """Return the target ids of an encoder-decoder; empty for other models."""
+        """Returns the target ids of an encoder-decoder; empty for other models."""
         return []
 
     def show_label(self, row: Encoded, names: Sequence[str]) -> str:
-        """Return the label of the whole row; "" for token targets."""
+        """Returns the label of the whole row; "" for token targets."""
         return ""
 
 
@@ -454,7 +454,7 @@ def check_options(outputs: OutputOptions, whose: str, instead: str) -> None:
 
 
 def rank(scores: Mapping[str, float], count: int) -> list[dict[str, Any]]:
-    """Return the `count` most likely entries of `scores` as a ranking."""
+    """Returns the `count` most likely entries of `scores` as a ranking."""
     best = sorted(scores.items(), key=lambda item: -item[1])[:count]
     return [{"answer": name, "probability": score} for name, score in best]
 

@@ -149,7 +149,7 @@ class ClassTask(BaseTask):
     finds_ends_by_padding: ClassVar[bool] = True
 
     def synthetic_row(self, ids: list[int], row: int) -> Encoded:
-        """Return a synthetic row of tokens `ids`."""
+        """Returns a synthetic row of tokens `ids`."""
         return Encoded(ids, row % len(self.synthetic_labels), row)
 
     def build_objective(self, kind: str, facts: Mapping[str, Any]) -> Objective:
@@ -160,13 +160,13 @@ class ClassTask(BaseTask):
         return Regression("pearson") if problem == _QUANTITY else Classes(self.headline)
 
     def card_options(self, config: DataConfig, facts: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the problem type, as named in transformers."""
+        """Returns the problem type, as named in transformers."""
         return {"problem_type": facts["problem_type"]}
 
     def card_defaults(
         self, source: ModelSource, model_config: Any, tokenizer: Any, kind: str
     ) -> dict[str, Any]:
-        """Return the class names and problem type of the model config."""
+        """Returns the class names and problem type of the model config."""
         labels = read_labels(model_config)
         usual = _QUANTITY if len(labels) == 1 else _SINGLE
         return {"labels": labels, "options": {"problem_type": model_config.problem_type or usual}}
@@ -190,13 +190,13 @@ class ClassTask(BaseTask):
     def read_columns(
         self, format_: Format, table: Table, config: DataConfig
     ) -> tuple[Format, list[Choice]]:
-        """Read the format with the problem type, which determines the example builder."""
+        """Load the format with the problem type, which determines the example builder."""
         problem, reason = choose_problem_type(table, format_.columns["label"], config.problem_type)
         completed = replace(format_, build=_BUILDERS[problem], options={"problem_type": problem})
         return completed, [Choice("problem", problem, reason)]
 
     def label_role(self, format_: Format) -> str | None:
-        """Return `label`, or None for regression."""
+        """Returns `label`, or None for regression."""
         return None if format_.options["problem_type"] == _QUANTITY else "label"
 
     def encode(self, encoder: Encoder, examples: Sequence[Any], table: Table) -> FittedRows:
@@ -209,7 +209,7 @@ class ClassTask(BaseTask):
         return encoder.fit(encoder.collect(encode, examples), table)
 
     def check_examples(self, examples: Sequence[Any]) -> Sequence[tuple[str, int, str]]:
-        """Return a finding if nearly all examples have the same class."""
+        """Returns a finding if almost all examples have the same class."""
         from ftlevel.data.gate.checks import find_majority_class
 
         if not examples or isinstance(examples[0].label, float):
@@ -218,11 +218,11 @@ class ClassTask(BaseTask):
         return () if largest is None else [("one_class", largest[1], f"label {largest[0]!r}")]
 
     def facts(self, loaded: LoadedExamples) -> Mapping[str, Any]:
-        """Return the problem type."""
+        """Returns the problem type."""
         return {"problem_type": loaded.format.options["problem_type"]}
 
     def describe_rows(self, loaded: LoadedExamples, facts: Mapping[str, Any]) -> list[Choice]:
-        """Return nothing: the number of targets is the number of rows."""
+        """Returns nothing: the number of targets is the number of rows."""
         return []
 
     def answer_columns(
@@ -232,7 +232,7 @@ class ClassTask(BaseTask):
         options: Mapping[str, Any],
         outputs: OutputOptions,
     ) -> dict[str, Column]:
-        """Return the answer column, one column per class with probabilities, and `top`."""
+        """Returns the answer column, one column per class with probabilities, and `top`."""
         problem = options.get("problem_type")
         if problem == _QUANTITY:
             check_options(outputs, "a regression", "")
@@ -251,19 +251,19 @@ class ClassTask(BaseTask):
     def answer_rows(
         self, model: PromptedModel, questions: Sequence[Any], outputs: OutputOptions
     ) -> list[Prediction]:
-        """Return the predicted class, classes or number of each text."""
+        """Returns the predicted class, classes or number of each text."""
         rows = encode_labeled(model.tokenizer, questions, lambda _: 0)
         return model.score(rows, lambda _, logits: _read_label(model, logits.float(), outputs))
 
     def probe_labels(self, ids: Sequence[int], labels: Sequence[str], options: Any) -> Any:
-        """Return class 0, no class, or 0.0, by problem type."""
+        """Returns class 0, no class, or 0.0, by problem type."""
         problem = options.get("problem_type")
         if problem == _SEVERAL:
             return (0.0,) * len(labels)
         return 0.0 if problem == _QUANTITY else 0
 
     def show_label(self, row: Encoded, names: Sequence[str]) -> str:
-        """Return the class names or number of the row."""
+        """Returns the class names or number of the row."""
         labels = row.labels
         if isinstance(labels, tuple):
             return (
@@ -273,7 +273,7 @@ class ClassTask(BaseTask):
 
 
 def read_labels(model_config: Any) -> list[str]:
-    """Read the class names of a model config, ordered by id."""
+    """Load the class names of a model config, ordered by id."""
     return [str(model_config.id2label[index]) for index in sorted(model_config.id2label)]
 
 
@@ -331,17 +331,17 @@ class Classes(ClassObjective):
     metric_names: ClassVar[tuple[str, ...]] = ("accuracy", "f1", "mcc")
 
     def loss_sum(self, logits: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
-        """Return the sum of the negative log-likelihoods, in nats."""
+        """Returns the sum of the negative log-likelihoods, in nats."""
         from torch.nn import functional
 
         return functional.cross_entropy(logits.float(), labels, reduction="sum")
 
     def meter(self) -> Meter:
-        """Return a `ClassMeter`."""
+        """Returns a `ClassMeter`."""
         return ClassMeter()
 
     def guess_loss(self, rows: Sequence[Encoded]) -> float | None:
-        """Return the entropy of the classes."""
+        """Returns the entropy of the classes."""
         return entropy(row.labels for row in rows if isinstance(row.labels, int))
 
 
@@ -354,20 +354,20 @@ class MultiLabel(Objective):
     metric_names: ClassVar[tuple[str, ...]] = ("micro_f1", "macro_f1", "subset_accuracy")
 
     def choices(self, logits: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
-        """Return `(batch * classes, 2)` logits: a binary logit z is a choice between 0 and z."""
+        """Returns `(batch * classes, 2)` logits: a binary logit z is a choice between 0 and z."""
         import torch
 
         flat = logits.reshape(-1, 1)
         return torch.cat([torch.zeros_like(flat), flat], dim=1)
 
     def count(self, labels: Tensor) -> Tensor:
-        """Return rows times classes."""
+        """Returns rows times classes."""
         import torch
 
         return torch.tensor(labels.numel())
 
     def loss_sum(self, logits: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
-        """Return the sum over all classes of all rows, in nats."""
+        """Returns the sum over all classes of all rows, in nats."""
         from torch.nn import functional
 
         return functional.binary_cross_entropy_with_logits(logits.float(), labels, reduction="sum")
@@ -375,19 +375,19 @@ class MultiLabel(Objective):
     def training_sum(
         self, logits: Tensor, labels: Tensor, mask: Tensor, loss: TrainingLoss
     ) -> Tensor:
-        """Return the sum over all classes of all rows, with weighted positive terms."""
+        """Returns the sum over all classes of all rows, with weighted positive terms."""
         return weigh_yes_and_no(logits.float(), labels, loss)
 
     def balance(self, rows: Sequence[Encoded], classes: int) -> tuple[float, ...]:
-        """Return negative / positive rows per class."""
+        """Returns negative / positive rows per class."""
         return balance_yes_and_no(row.labels for row in rows if isinstance(row.labels, tuple))
 
     def meter(self) -> Meter:
-        """Return a `MultiLabelMeter`."""
+        """Returns a `MultiLabelMeter`."""
         return MultiLabelMeter()
 
     def guess_loss(self, rows: Sequence[Encoded]) -> float | None:
-        """Return the mean binary entropy over the classes."""
+        """Returns the mean binary entropy over the classes."""
         answers = [row.labels for row in rows if isinstance(row.labels, tuple)]
         return mean_entropy(zip(*answers, strict=True))
 
@@ -407,23 +407,23 @@ class Regression(Objective):
         return torch.tensor(labels.numel())
 
     def loss_sum(self, logits: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
-        """Return the sum of the squared errors."""
+        """Returns the sum of the squared errors."""
         from torch.nn import functional
 
         return functional.mse_loss(logits.float().squeeze(-1), labels, reduction="sum")
 
     def meter(self) -> Meter:
-        """Return a `RegressionMeter`."""
+        """Returns a `RegressionMeter`."""
         return RegressionMeter()
 
     def guess_loss(self, rows: Sequence[Encoded]) -> float | None:
-        """Return the variance of the labels, the squared error of their mean."""
+        """Returns the variance of the labels, the squared error of their mean."""
         values = [row.labels for row in rows if isinstance(row.labels, float)]
         return statistics.pvariance(values) if values else None
 
 
 def _layouts(build: ExampleBuilder, label: Mapping[str, tuple[str, ...]]) -> tuple[FormatSpec, ...]:
-    """Return the column layouts of text pairs and of texts, with the columns of `label`."""
+    """Returns the column layouts of text pairs and of texts, with the columns of `label`."""
     name = " + ".join(("", *label))
     pairs = (
         FormatSpec(

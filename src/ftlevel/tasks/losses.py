@@ -2,7 +2,7 @@
 
     L = Σᵢ w(yᵢ) (1 − pᵢ)^γ (−log pᵢ) / Σᵢ w(yᵢ),  pᵢ the probability of target i's class yᵢ,
 
-as in `torch.nn.CrossEntropyLoss(weight=…)` and Lin et al. (2017, section 3). Distillation, with
+as in `torch.nn.CrossEntropyLoss(weight=…)` and Lin et al. (2017, § 3). Distillation, with
 teacher probabilities p and student probabilities q, logits divided by the temperature T:
 
     L = (1 - w) (-log q(y), of T = 1) + w T² D(p, q)     Hinton et al., 1503.02531, section 2
@@ -49,7 +49,7 @@ class ClassObjective(Objective):
     def training_sum(
         self, logits: Tensor, labels: Tensor, mask: Tensor, loss: TrainingLoss
     ) -> Tensor:
-        """Return the loss summed over the targets, weighted by class."""
+        """Returns the loss summed over the targets, weighted by class."""
         from torch.nn import functional
 
         if not loss.is_weighted:
@@ -65,24 +65,24 @@ class ClassObjective(Objective):
         return (focal if weights is None else focal * weights[targets]).sum()
 
     def training_count(self, labels: Tensor, loss: TrainingLoss) -> Tensor:
-        """Return the sum of the targets' weights."""
+        """Returns the sum of the targets' weights."""
         weights = _tensor_of(loss.class_weights, labels)
         return self.count(labels) if weights is None else weights[labels[labels != IGNORED]].sum()
 
     def balance(self, rows: Sequence[Encoded], classes: int) -> tuple[float, ...]:
-        """Return balanced weights as in scikit-learn: targets / (classes · class targets)."""
+        """Returns balanced weights as in scikit-learn: targets / (classes · class targets)."""
         counts = Counter(_targets_of(rows))
         total, seen = counts.total(), len(counts)
         return tuple(total / (seen * counts[c]) if counts[c] else 1.0 for c in range(classes))
 
 
 def focus(surprise: Tensor, gamma: float) -> Tensor:
-    """Return (1 - p)^γ for `surprise` = -log p, clamped because roots have infinite slope at 0."""
+    """Returns (1 - p)^γ for `surprise` = -log p, clamped because roots have infinite slope at 0."""
     return (-(-surprise).expm1()).clamp(min=1e-7) ** gamma
 
 
 def weigh_yes_and_no(logits: Tensor, labels: Tensor, loss: TrainingLoss) -> Tensor:
-    """Return the summed binary cross entropy of `(rows, classes)`, with positive-term weights."""
+    """Returns the summed binary cross entropy of `(rows, classes)`, with positive-term weights."""
     from torch.nn import functional
 
     weights = _tensor_of(loss.class_weights, logits)
@@ -96,7 +96,7 @@ def weigh_yes_and_no(logits: Tensor, labels: Tensor, loss: TrainingLoss) -> Tens
 
 
 def balance_yes_and_no(answers: Iterable[Sequence[float]]) -> tuple[float, ...]:
-    """Return negative / positive rows per class; 1 for classes that do not occur."""
+    """Returns negative / positive rows per class; 1 for classes that do not occur."""
     columns = list(zip(*answers, strict=True))
     return tuple(
         (len(column) - sum(column)) / sum(column) or 1.0 if any(column) else 1.0
@@ -111,7 +111,7 @@ def _tensor_of(weights: Sequence[float], like: Tensor) -> Tensor | None:
 
 
 def _targets_of(rows: Sequence[Encoded]) -> Iterator[int]:
-    """Yield the class of each target."""
+    """Yields the class of each target."""
     for row in rows:
         labels: Any = row.labels
         if isinstance(labels, int):
@@ -131,14 +131,14 @@ class PredictionMeter:
         self.true: list[Any] = []
 
     def pool(self: P, meters: Sequence[P]) -> P:
-        """Return a meter of the rows of all `meters`."""
+        """Returns a meter of the rows of all `meters`."""
         pooled = copy.copy(self)
         pooled.predicted = [value for meter in meters for value in meter.predicted]
         pooled.true = [value for meter in meters for value in meter.true]
         return pooled
 
     def describe(self, names: Sequence[str]) -> dict[str, Any]:
-        """Return prediction and target of the only example seen, with names from `names`."""
+        """Returns prediction and target of the only example seen, with names from `names`."""
         return {
             "predicted": _name_values(self.predicted[0], names),
             "true": _name_values(self.true[0], names),
@@ -154,7 +154,7 @@ def _name_values(value: Any, names: Sequence[str]) -> Any:
 
 
 def entropy(answers: Iterable[Hashable]) -> float | None:
-    """Return the entropy of the answer frequencies in nats, a bound for constant predictions."""
+    """Returns the entropy of the answer frequencies in nats, a bound for constant predictions."""
     counts = Counter(answers)
     total = counts.total()
     if not total:
@@ -163,7 +163,7 @@ def entropy(answers: Iterable[Hashable]) -> float | None:
 
 
 def mean_entropy(columns: Iterable[Iterable[Hashable]]) -> float | None:
-    """Return the mean entropy of the columns; None if all are empty."""
+    """Returns the mean entropy of the columns; None if all are empty."""
     values = [value for column in columns if (value := entropy(column)) is not None]
     return sum(values) / len(values) if values else None
 
@@ -181,14 +181,14 @@ class Tokens(TokenObjective):
     accuracy: str = "token_accuracy"
 
     def targets(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Return `(tokens, vocabulary)` logits and `(tokens,)` labels of the supervised tokens."""
+        """Returns `(tokens, vocabulary)` logits and `(tokens,)` labels of the supervised tokens."""
         if self.shifted:
             logits, labels = logits[:, :-1], labels[:, 1:]
         supervised = labels != IGNORED
         return logits[supervised], labels[supervised]
 
     def locate(self, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Return where targets are predicted in the flattened `(batch, seq)`, and the targets."""
+        """Returns where targets are predicted in the flattened `(batch, seq)`, and the targets."""
         from torch.nn import functional
 
         if self.shifted:
@@ -202,7 +202,7 @@ class Tokens(TokenObjective):
         return super().count(labels[:, 1:] if self.shifted else labels)
 
     def loss_sum(self, logits: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
-        """Return the sum of the negative log-likelihoods, in nats."""
+        """Returns the sum of the negative log-likelihoods, in nats."""
         from torch.nn import functional
 
         scores, targets = self.targets(logits, labels)
@@ -214,7 +214,7 @@ class Tokens(TokenObjective):
         return self.perplexity, self.accuracy
 
     def meter(self) -> Meter:
-        """Return a `TokenMeter`."""
+        """Returns a `TokenMeter`."""
         return TokenMeter(self.perplexity, self.accuracy)
 
 
@@ -240,14 +240,14 @@ class TokenMeter:
         }
 
     def pool(self, meters: Sequence[TokenMeter]) -> TokenMeter:
-        """Return a meter of the tokens of all `meters`."""
+        """Returns a meter of the tokens of all `meters`."""
         pooled = TokenMeter(self.perplexity, self.accuracy)
         pooled.tokens = sum(meter.tokens for meter in meters)
         pooled.right = sum(meter.right for meter in meters)
         return pooled
 
     def describe(self, names: Sequence[str]) -> dict[str, Any]:
-        """Return the number of tokens of an example, and of correct ones."""
+        """Returns the number of tokens of an example, and of correct ones."""
         return {"tokens": self.tokens, "tokens_right": self.right}
 
 
@@ -264,7 +264,7 @@ class DistillationTokens(Tokens, DistillationObjective):
     def distillation_sum(
         self, scores: Tensor, targets: Tensor, known: Tensor, ids: Tensor
     ) -> Tensor:
-        """Return the loss summed over targets (a scalar)."""
+        """Returns the loss summed over targets (a scalar)."""
         from torch.nn import functional
 
         settings, temperature = self.settings, self.settings.kd_temperature
@@ -277,7 +277,7 @@ class DistillationTokens(Tokens, DistillationObjective):
 
 
 def log_outcomes(scores: Tensor, ids: Tensor, outcomes: int) -> Tensor:
-    """Return log-probabilities of the tokens `ids`, and of all other tokens as a last outcome.
+    """Returns log-probabilities of the tokens `ids`, and of all other tokens as a last outcome.
 
     Args:
         scores: `(targets, vocabulary)` logits divided by the temperature, float32.
@@ -294,7 +294,7 @@ def log_outcomes(scores: Tensor, ids: Tensor, outcomes: int) -> Tensor:
 
 
 def divergence(teacher: Tensor, student: Tensor, settings: DistillationConfig) -> Tensor:
-    """Return the divergence `(targets,)` of `(targets, outcomes)` log-probabilities."""
+    """Returns the divergence `(targets,)` of `(targets, outcomes)` log-probabilities."""
     import torch
 
     if settings.divergence == "forward-kl":
@@ -314,7 +314,7 @@ def build_distillation(objective: Tokens, settings: DistillationConfig) -> Disti
 
 
 def outcome_dtype(settings: DistillationConfig, vocabulary: int) -> Any:
-    """Return the numpy dtype of the teacher's values for a shared `vocabulary` size."""
+    """Returns the numpy dtype of the teacher's values for a shared `vocabulary` size."""
     import numpy as np
 
     count = settings.kd_top_k
@@ -324,7 +324,7 @@ def outcome_dtype(settings: DistillationConfig, vocabulary: int) -> Any:
 
 
 def select_top_k(scores: Tensor, settings: DistillationConfig, dtype: Any) -> tuple[Tensor, Tensor]:
-    """Return the `known` and `ids` to store of teacher logits `(targets, vocabulary)`."""
+    """Returns the `known` and `ids` to store of teacher logits `(targets, vocabulary)`."""
     tempered = scores.float() / settings.kd_temperature
     count, outcomes = dtype["ids"].shape[0], dtype["known"].shape[0]
     if not count:  # tokens beyond the shared vocabulary are dropped

@@ -44,7 +44,7 @@ class MaskTask(BaseTask):
     checks: ClassVar[Checks] = Checks(supervised=False)  # tokens are masked later
 
     def synthetic_row(self, ids: list[int], row: int) -> Encoded:
-        """Return a synthetic row of tokens `ids` with every sixth token masked."""
+        """Returns a synthetic row of tokens `ids` with every sixth token masked."""
         labels = [token if at % 6 == 0 else IGNORED for at, token in enumerate(ids)]
         return Encoded(ids, labels, row)
 
@@ -86,7 +86,7 @@ class MaskTask(BaseTask):
     def finish_data(
         self, prepared: PreparedData, config: DataConfig, context: EncodingContext
     ) -> PreparedData:
-        """Return training rows whose tokens are masked at access time, anew each epoch."""
+        """Returns training rows whose tokens are masked at access time, anew each epoch."""
         masked = _mask_rows(prepared.train, config, context)
         facts = {**prepared.facts, "supervised": masked.count_hidden()}
         share = f"{facts['supervised']:,} supervised, resampled each epoch"
@@ -99,7 +99,7 @@ class MaskTask(BaseTask):
     def evaluation_rows(
         self, rows: Sequence[Encoded], config: DataConfig, context: EncodingContext
     ) -> Sequence[Encoded]:
-        """Return rows with the same masked tokens at each access."""
+        """Returns rows with the same masked tokens at each access."""
         return _mask_rows(rows, config, context).fixed()
 
     def answer_columns(
@@ -109,7 +109,7 @@ class MaskTask(BaseTask):
         options: Mapping[str, Any],
         outputs: OutputOptions,
     ) -> dict[str, Column]:
-        """Return the filled text, the predicted words, and `top`."""
+        """Returns the filled text, the predicted words, and `top`."""
         if outputs.probabilities:
             check_options(
                 OutputOptions(probabilities=True),
@@ -126,7 +126,7 @@ class MaskTask(BaseTask):
     def answer_rows(
         self, model: PromptedModel, questions: Sequence[Any], outputs: OutputOptions
     ) -> list[Prediction]:
-        """Return texts with masks filled; raises `UnansweredError` for texts without a mask."""
+        """Returns texts with masks filled; raises `UnansweredError` for texts without a mask."""
         tokenizer = model.tokenizer
         texts = [question.text.replace(_MASK, tokenizer.mask_token) for question in questions]
         missing = {
@@ -159,13 +159,13 @@ class MaskTask(BaseTask):
         return model.score(rows, read)
 
     def probe_labels(self, ids: Sequence[int], labels: Sequence[str], options: Any) -> Any:
-        """Return the tokens themselves."""
+        """Returns the tokens themselves."""
         return list(ids)
 
     def show_targets(
         self, row: Encoded, names: Sequence[str], kind: str, decoder: TokenDecoder
     ) -> list[str | None]:
-        """Return the original token at each masked position."""
+        """Returns the original token at each masked position."""
         labels = row.labels if isinstance(row.labels, list) else []
         spelled = decoder.decode_tokens([max(label, 0) for label in labels])
         return [
@@ -174,7 +174,7 @@ class MaskTask(BaseTask):
 
 
 def _top_words(tokenizer: Any, shares: Tensor, count: int) -> dict[str, float]:
-    """Return the `count` most likely words with their probabilities."""
+    """Returns the `count` most likely words with their probabilities."""
     top = shares.topk(min(count, len(shares)))
     tokens = tokenizer.convert_ids_to_tokens(top.indices.tolist())
     return dict(zip(tokens, top.values.tolist(), strict=True))

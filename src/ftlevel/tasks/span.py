@@ -62,12 +62,12 @@ class BestSpan:
     end: int = 0
 
     def answer(self, *, unanswerable: bool) -> str:
-        """Return the text, or "" if `unanswerable` and "no answer" has the higher score."""
+        """Returns the text, or "" if `unanswerable` and "no answer" has the higher score."""
         return "" if unanswerable and self.null > self.score else self.text
 
 
 def update_span(best_span: BestSpan, scores: Tensor, window: Any) -> None:
-    """Update `best_span` (mutated) with a window and its start and end logits `(seq, 2)`."""
+    """Update `best_span` (modified) with a window and the start and end logits `(seq, 2)`."""
     offset = window.context_start
     count = len(window.offsets)
     start = scores[offset : offset + count, 0].float()
@@ -89,7 +89,7 @@ def update_span(best_span: BestSpan, scores: Tensor, window: Any) -> None:
 
 
 def merge_spans(best_span: BestSpan, other: BestSpan) -> None:
-    """Merge `other` into `best_span` (mutated)."""
+    """Merge `other` into `best_span` (modified)."""
     if other.score > best_span.score:
         best_span.score, best_span.text = other.score, other.text
         best_span.start, best_span.end = other.start, other.end
@@ -97,18 +97,18 @@ def merge_spans(best_span: BestSpan, other: BestSpan) -> None:
 
 
 def normalize_answer(text: str) -> str:
-    """Return `text` lowercased, without punctuation, articles and repeated whitespace."""
+    """Returns `text` lowercased, without punctuation, articles and repeated whitespace."""
     text = "".join(c for c in text.lower() if c not in _PUNCTUATION)
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
 
 
 def exact_match(prediction: str, answers: Sequence[str]) -> float:
-    """Return 1.0 if the normalized prediction equals one of the answers; no answers means ""."""
+    """Returns 1.0 if the normalized prediction equals one of the answers; no answers means ""."""
     return float(any(normalize_answer(prediction) == normalize_answer(a) for a in answers or ("",)))
 
 
 def f1(prediction: str, answers: Sequence[str]) -> float:
-    """Return the best word F1 with one of the answers; no answers means ""."""
+    """Returns the best word F1 with one of the answers; no answers means ""."""
     return max(_f1(prediction, answer) for answer in answers or ("",))
 
 
@@ -138,7 +138,7 @@ class SpanTask(BaseTask):
     split_text: ClassVar[str] = "more windows than questions"
 
     def synthetic_row(self, ids: list[int], row: int) -> Encoded:
-        """Return a synthetic row of tokens `ids`."""
+        """Returns a synthetic row of tokens `ids`."""
         return Encoded(ids, (0, min(1, len(ids) - 1)), row)
 
     def build_objective(self, kind: str, facts: Mapping[str, Any]) -> Objective:
@@ -146,17 +146,17 @@ class SpanTask(BaseTask):
         return Spans(self.headline, unanswerable=facts.get("unanswerable", False))
 
     def card_options(self, config: DataConfig, facts: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the stride of the windows, and whether questions may have no answer."""
+        """Returns the stride of the windows, and whether questions may have no answer."""
         return {"doc_stride": config.doc_stride, "unanswerable": facts["unanswerable"]}
 
     def card_defaults(
         self, source: ModelSource, model_config: Any, tokenizer: Any, kind: str
     ) -> dict[str, Any]:
-        """Return default window options."""
+        """Returns default window options."""
         return {"options": {"doc_stride": 128, "unanswerable": False}}
 
     def encode(self, encoder: Encoder, examples: Sequence[Any], table: Table) -> FittedRows:
-        """Encode each question with one or more windows of its context."""
+        """Encode each question with one or more windows of the context."""
         from ftlevel.data.encoding.fit import FittedRows
 
         config = encoder.config
@@ -182,7 +182,7 @@ class SpanTask(BaseTask):
         )
 
     def check_rows(self, rows: Sequence[Encoded]) -> Mapping[str, Mask]:
-        """Return the windows of questions whose answer is not fully inside any window."""
+        """Returns the windows of questions whose answer is not fully inside any window."""
         import numpy as np
 
         answered = {row.row for row in rows if row.labels != (0, 0)}
@@ -193,11 +193,11 @@ class SpanTask(BaseTask):
         return {"answer_cut": np.fromiter(cut, dtype=bool, count=len(rows))}
 
     def facts(self, loaded: LoadedExamples) -> Mapping[str, Any]:
-        """Return whether some training questions have no answer."""
+        """Returns whether some training questions have no answer."""
         return {"unanswerable": any(not question.answers for question in loaded.train)}
 
     def describe_rows(self, loaded: LoadedExamples, facts: Mapping[str, Any]) -> list[Choice]:
-        """Return the number of questions, and of those without an answer."""
+        """Returns the number of questions, and of those without an answer."""
         none = sum(not question.answers for question in loaded.train)
         note = f"{none:,} without an answer" if none else "each has an answer"
         return [Choice("questions", f"{len(loaded.train):,}", note)]
@@ -209,7 +209,7 @@ class SpanTask(BaseTask):
         options: Mapping[str, Any],
         outputs: OutputOptions,
     ) -> dict[str, Column]:
-        """Return the span, its character range and its score."""
+        """Returns the span, its character range and its score."""
         check_options(outputs, f"--task {self.name}", "Every span comes with a score.")
         return {"": "text", "start": "whole", "end": "whole", "score": "number"}
 
@@ -220,7 +220,7 @@ class SpanTask(BaseTask):
     def answer_rows(
         self, model: PromptedModel, questions: Sequence[Any], outputs: OutputOptions
     ) -> list[Prediction]:
-        """Return the best span for each question, "" for no answer."""
+        """Returns the best span for each question, "" for no answer."""
         windows = _encode_windows(model, questions)
         spans = [BestSpan() for _ in questions]
 
@@ -234,18 +234,18 @@ class SpanTask(BaseTask):
         return [_read_span(best, unanswerable=model.options["unanswerable"]) for best in spans]
 
     def probe_labels(self, ids: Sequence[int], labels: Sequence[str], options: Any) -> Any:
-        """Return a span of two tokens."""
+        """Returns a span of two tokens."""
         return (1, 2)
 
     def show_targets(
         self, row: Encoded, names: Sequence[str], kind: str, decoder: TokenDecoder
     ) -> list[str | None]:
-        """Return the tokens of the answer."""
+        """Returns the tokens of the answer."""
         first, last = row.labels if isinstance(row.labels, tuple) else (0, 0)
         return ["" if last and first <= i <= last else None for i in range(len(row.input_ids))]
 
     def show_label(self, row: Encoded, names: Sequence[str]) -> str:
-        """Return a note if this window does not contain the answer."""
+        """Returns a note if this window does not contain the answer."""
         return "" if row.labels != (0, 0) else "no answer in this window"
 
 
@@ -279,12 +279,12 @@ def _read_span(best: BestSpan, *, unanswerable: bool) -> Prediction:
 
 
 def build_unanswered(roles: RoleValues) -> Question:
-    """Build a question with its context and no answer."""
+    """Build a question with the context and no answer."""
     return Question(roles.text("context"), roles.text("question"), (), roles.index)
 
 
 def _separator(kind: str) -> str:
-    """Return the separator after a question; decoders have no separator token."""
+    """Returns the separator after a question; decoders have no separator token."""
     return "\n" if kind == "decoder" else ""
 
 
@@ -299,18 +299,18 @@ class Spans(Objective):
     metric_names: ClassVar[tuple[str, ...]] = ("exact_match", "f1")
 
     def logits(self, outputs: Any) -> Tensor:
-        """Return start and end logits, stacked in the last dimension."""
+        """Returns start and end logits, stacked in the last dimension."""
         import torch
 
         return torch.stack([outputs.start_logits, outputs.end_logits], dim=-1)
 
     def choices(self, logits: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
-        """Return start and end logits `(2 · batch, seq)` with padding masked."""
+        """Returns start and end logits `(2 · batch, seq)` with padding masked."""
         scores = logits.masked_fill(mask[..., None] == 0, -1e4)
         return scores.transpose(1, 2).flatten(0, 1)
 
     def loss_sum(self, logits: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
-        """Return the sum of the negative log-likelihoods of starts and ends, in nats."""
+        """Returns the sum of the negative log-likelihoods of starts and ends, in nats."""
         import torch
         from torch.nn import functional
 
@@ -318,11 +318,11 @@ class Spans(Objective):
         return functional.cross_entropy(scores, labels, reduction="sum")
 
     def meter(self) -> Meter:
-        """Return a `SpanMeter`."""
+        """Returns a `SpanMeter`."""
         return SpanMeter(self.unanswerable)
 
     def guess_loss(self, rows: Sequence[Encoded]) -> float | None:
-        """Return the loss of a uniform distribution over the tokens of each row."""
+        """Returns the loss of a uniform distribution over the tokens of each row."""
         return statistics.fmean(math.log(len(row.input_ids)) for row in rows) if rows else None
 
 
@@ -353,7 +353,7 @@ class SpanMeter:
         }
 
     def pool(self, meters: Sequence[SpanMeter]) -> SpanMeter:
-        """Return a meter of all questions; duplicates count twice."""
+        """Returns a meter of all questions; duplicates count twice."""
         pooled = SpanMeter(self.unanswerable)
         for meter in meters:
             for row, span in meter.spans.items():
@@ -362,7 +362,7 @@ class SpanMeter:
         return pooled
 
     def describe(self, names: Sequence[str]) -> dict[str, Any]:
-        """Return the predicted span of the only question seen, and its answers."""
+        """Returns the predicted span of the only question seen, and its answers."""
         ((row, span),) = self.spans.items()
         predicted = span.answer(unanswerable=self.unanswerable)
         return {"predicted": predicted, "true": self.answers[row]}

@@ -49,13 +49,13 @@ Entity = tuple[str, int, int]
 
 
 def are_entity_tags(names: Iterable[str]) -> bool:
-    """Return whether all `names` belong to a scheme such as BIO, BIOES or BILOU."""
+    """Returns whether all `names` belong to a scheme such as BIO, BIOES or BILOU."""
     names = set(names)
     return all(_TAG.fullmatch(name) for name in names) and bool(names - {"O"})
 
 
 def name_scheme(sentences: Iterable[Sequence[str]]) -> str:
-    """Return the name of the tagging scheme.
+    """Returns the name of the tagging scheme.
 
     In IOB1 (Ramshaw and Marcus, 1995) B- starts an entity only after another of the same type; in
     IOB2 every entity starts with B-.
@@ -97,7 +97,7 @@ def find_entities(tags: Sequence[str]) -> list[Entity]:
 def score_entities(
     true: Sequence[Sequence[str]], predicted: Sequence[Sequence[str]]
 ) -> dict[str, float]:
-    """Return micro-averaged precision, recall and F1 over entities, between 0 and 1."""
+    """Returns micro-averaged precision, recall and F1 over entities, between 0 and 1."""
     right = expected = predicted_count = 0
     for tags, guesses in zip(true, predicted, strict=True):
         entities, guessed = set(find_entities(tags)), set(find_entities(guesses))
@@ -120,7 +120,7 @@ class TagTask(BaseTask):
     needs_offsets: ClassVar[bool] = True
 
     def synthetic_row(self, ids: list[int], row: int) -> Encoded:
-        """Return a synthetic row of tokens `ids`."""
+        """Returns a synthetic row of tokens `ids`."""
         return Encoded(ids, [0] * len(ids), row)
 
     def build_objective(self, kind: str, facts: Mapping[str, Any]) -> Objective:
@@ -130,15 +130,15 @@ class TagTask(BaseTask):
     def card_defaults(
         self, source: ModelSource, model_config: Any, tokenizer: Any, kind: str
     ) -> dict[str, Any]:
-        """Return the tag names of the model config."""
+        """Returns the tag names of the model config."""
         return {"labels": read_labels(model_config)}
 
     def label_role(self, format_: Format) -> str | None:
-        """Return `tags`, or `spans`."""
+        """Returns `tags`, or `spans`."""
         return "tags" if "tags" in format_.columns else "spans"
 
     def describe_rows(self, loaded: LoadedExamples, facts: Mapping[str, Any]) -> list[Choice]:
-        """Return the number of targets and the tagging scheme."""
+        """Returns the number of targets and the tagging scheme."""
         names = loaded.labels.names if loaded.labels else ()
         choices = super().describe_rows(loaded, facts)
         if not are_entity_tags(names):
@@ -157,7 +157,7 @@ class TagTask(BaseTask):
         return find_invalid_bio_tags(examples, labels.names, table)
 
     def encode(self, encoder: Encoder, examples: Sequence[Any], table: Table) -> FittedRows:
-        """Encode sentences with the tag of each word at its first token."""
+        """Encode sentences with the tag of each word at the first token."""
         labels = encoder.labels
         if labels is None:
             raise TypeError("tags have a label set")
@@ -187,7 +187,7 @@ class TagTask(BaseTask):
         options: Mapping[str, Any],
         outputs: OutputOptions,
     ) -> dict[str, Column]:
-        """Return the tags, the words for text rows, and optional probabilities."""
+        """Returns the tags, the words for text rows, and optional probabilities."""
         if outputs.top_k:
             check_options(
                 OutputOptions(top_k=outputs.top_k),
@@ -208,7 +208,7 @@ class TagTask(BaseTask):
     def answer_rows(
         self, model: PromptedModel, questions: Sequence[Any], outputs: OutputOptions
     ) -> list[Prediction]:
-        """Return the tagged words of each sentence."""
+        """Returns the tagged words of each sentence."""
         ids, extras, positions = encode_words(model.tokenizer, [q.tokens for q in questions])
         rows = [
             Encoded(tokens, [IGNORED] * len(tokens), i, extra)
@@ -234,13 +234,13 @@ class TagTask(BaseTask):
         return model.score(rows, read)
 
     def probe_labels(self, ids: Sequence[int], labels: Sequence[str], options: Any) -> Any:
-        """Return tag 0 for each token."""
+        """Returns tag 0 for each token."""
         return [0] * len(ids)
 
     def show_targets(
         self, row: Encoded, names: Sequence[str], kind: str, decoder: TokenDecoder
     ) -> list[str | None]:
-        """Return the tag at the first token of each word."""
+        """Returns the tag at the first token of each word."""
         targets = super().show_targets(row, names, kind, decoder)
         labels = row.labels if isinstance(row.labels, list) else []
         return [None if at is None else names[tag] for at, tag in zip(targets, labels, strict=True)]
@@ -272,11 +272,11 @@ class Tags(ClassObjective):
     names: tuple[str, ...] = ()
 
     def choices(self, logits: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
-        """Return the logits of the words, `(words, tags)`."""
+        """Returns the logits of the words, `(words, tags)`."""
         return logits[labels != IGNORED]
 
     def loss_sum(self, logits: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
-        """Return the sum of the negative log-likelihoods of the words' tags, in nats."""
+        """Returns the sum of the negative log-likelihoods of the words' tags, in nats."""
         from torch.nn import functional
 
         return functional.cross_entropy(
@@ -290,11 +290,11 @@ class Tags(ClassObjective):
         return (*entity_metrics, "f1", "accuracy")
 
     def meter(self) -> Meter:
-        """Return a `TagMeter`."""
+        """Returns a `TagMeter`."""
         return TagMeter(self.names)
 
     def guess_loss(self, rows: Sequence[Encoded]) -> float | None:
-        """Return the entropy of the words' tags."""
+        """Returns the entropy of the words' tags."""
         labels = (row.labels for row in rows if isinstance(row.labels, list))
         return entropy(tag for tags in labels for tag in tags if tag != IGNORED)
 

@@ -65,7 +65,7 @@ def score_rouge(
     references: Sequence[str],
     language: str = "",  # noqa: ARG001 - the signature of all scores
 ) -> dict[str, float]:
-    """Return mean ROUGE-1, -2 and -L F1 between 0 and 1 (Lin, 2004), with Porter stemming."""
+    """Returns mean ROUGE-1, -2 and -L F1 between 0 and 1 (Lin, 2004), with Porter stemming."""
     scores = [_rouge(r, p) for r, p in zip(references, predictions, strict=True)]
     return {name: sum(s[name] for s in scores) / len(scores) for name in ROUGES}
 
@@ -86,7 +86,7 @@ def _rouge_scorer() -> Any:
 def score_translations(
     predictions: Sequence[str], references: Sequence[str], language: str = ""
 ) -> dict[str, float]:
-    """Return corpus chrF2 and BLEU, between 0 and 100.
+    """Returns corpus chrF2 and BLEU, between 0 and 100.
 
     Uses sacrebleu's defaults (Post, 2018): chrF with 6-grams and beta 2 (Popović, 2015), BLEU-4
     with exponential smoothing. `language` selects BLEU's tokenizer: an ISO 639-1 code, or "".
@@ -109,7 +109,7 @@ _TURNS = ("role", "content", "user", "assistant")
 
 
 def _dialogues(build: ExampleBuilder, *, answered: bool) -> tuple[FormatSpec, ...]:
-    """Return the column layouts of prompts, `answered` or not."""
+    """Returns the column layouts of prompts, `answered` or not."""
     prompt: dict[str, tuple[str, ...]] = {"prompt": ("prompt", "question", "query")}
     instruction: dict[str, tuple[str, ...]] = {"instruction": ("instruction",)}
     extra = {"input": ("input", "context")}
@@ -157,7 +157,7 @@ class TextTask(BaseTask):
     def read_columns(
         self, format_: Format, table: Table, config: DataConfig
     ) -> tuple[Format, list[Choice]]:
-        """Read the format; raise for rows labeled as bad answers."""
+        """Load the format; raise for rows labeled as bad answers."""
         column = next((name for name in format_.unused if name.lower() == "label"), None)
         if column is None or config.format or not format_.columns.keys() & _ANSWERS:
             return super().read_columns(format_, table, config)
@@ -180,16 +180,16 @@ class TextTask(BaseTask):
     def card_defaults(
         self, source: ModelSource, model_config: Any, tokenizer: Any, kind: str
     ) -> dict[str, Any]:
-        """Return the default prompt format of `train`."""
+        """Returns the default prompt format of `train`."""
         prompt = choose_format(tokenizer, kind, self.instruction, self.answer_cue)
         return {"prompt": prompt.to_dict()}
 
     def describe_head(self, labels: Sequence[str]) -> str:
-        """Return the same text for all text tasks, which share the language head."""
+        """Returns the same text for all text tasks, which share the language head."""
         return "text"
 
     def prompt_format(self, format_: Format, kind: str, tokenizer: Any) -> PromptFormat | None:
-        """Return the prompt format for models of `kind`."""
+        """Returns the prompt format for models of `kind`."""
         return choose_format(tokenizer, kind, self.instruction, self.answer_cue)
 
     def encode(self, encoder: Encoder, examples: Sequence[Any], table: Table) -> FittedRows:
@@ -216,7 +216,7 @@ class TextTask(BaseTask):
     def answer_rows(
         self, model: PromptedModel, questions: Sequence[Any], outputs: OutputOptions
     ) -> list[Prediction]:
-        """Return the text generated for each prompt."""
+        """Returns the text generated for each prompt."""
         prompts: list[list[int]] = []
         refused: dict[int, str] = {}
         for question in questions:
@@ -232,19 +232,19 @@ class TextTask(BaseTask):
         return [Prediction(text, columns={"": text}) for text in model.write(prompts)]
 
     def probe_labels(self, ids: Sequence[int], labels: Sequence[str], options: Any) -> Any:
-        """Return the tokens themselves."""
+        """Returns the tokens themselves."""
         return list(ids)
 
     def show_targets(
         self, row: Encoded, names: Sequence[str], kind: str, decoder: TokenDecoder
     ) -> list[str | None]:
-        """Return None per token for an encoder-decoder, else the targets as in `BaseTask`."""
+        """Returns None per token for an encoder-decoder, else the targets as in `BaseTask`."""
         if kind == "encoder-decoder":
             return [None] * len(row.input_ids)
         return super().show_targets(row, names, kind, decoder)
 
     def show_answer(self, row: Encoded, kind: str) -> list[int]:
-        """Return the target ids of an encoder-decoder."""
+        """Returns the target ids of an encoder-decoder."""
         if kind != "encoder-decoder" or not isinstance(row.labels, list):
             return []
         return [label for label in row.labels if label != IGNORED]
@@ -257,7 +257,7 @@ class TranslationTask(TextTask):
     def column_mapping(
         self, columns: Sequence[str], config: DataConfig, rows: Sequence[Row]
     ) -> Mapping[str, str]:
-        """Return the columns of both languages if columns are named by language."""
+        """Returns the columns of both languages if columns are named by language."""
         if fits(columns, self.shapes) or config.format is not None:
             return {}
         languages = language_columns(columns, rows)
@@ -268,7 +268,7 @@ class TranslationTask(TextTask):
     def read_columns(
         self, format_: Format, table: Table, config: DataConfig
     ) -> tuple[Format, list[Choice]]:
-        """Read the format with the languages, if known from columns or options."""
+        """Load the format with the languages, if available from columns or options."""
         format_, choices = super().read_columns(format_, table, config)
         source = find_language("source", format_.columns, config.source_language)
         target = find_language("target", format_.columns, config.target_language)
@@ -287,7 +287,7 @@ class TranslationTask(TextTask):
         return replace(format_, options=options), [*choices, choice]
 
     def prompt_format(self, format_: Format, kind: str, tokenizer: Any) -> PromptFormat | None:
-        """Return the prompt format; rows with their own prompts get no instruction."""
+        """Returns the prompt format; rows with their own prompts get no instruction."""
         instruction, cue = self.instruction, self.answer_cue
         if "source" not in format_.columns:
             instruction = cue = ""  # the rows have their own instructions
@@ -297,7 +297,7 @@ class TranslationTask(TextTask):
         return choose_format(tokenizer, kind, instruction, cue)
 
     def facts(self, loaded: LoadedExamples) -> Mapping[str, Any]:
-        """Return the ISO 639-1 code of the target language; "" if unknown."""
+        """Returns the ISO 639-1 code of the target language; "" if unknown."""
         return {"target_language": loaded.format.options.get("target_language", "")}
 
 
@@ -319,7 +319,7 @@ def encode_query(
 
 
 def name_languages(kind: str, source: str, target: str) -> str:
-    """Return the translation instruction; for encoder-decoders T5's (Raffel et al., 2020)."""
+    """Returns the translation instruction; for encoder-decoders T5's (Raffel et al., 2020)."""
     if kind == "encoder-decoder":
         return f"translate {source} to {target}:"
     return f"Translate from {source} to {target}."

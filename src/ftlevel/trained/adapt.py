@@ -3,7 +3,7 @@
 Adapters in the formats of other libraries are read by the `adapter_readers` of extensions. If the
 vocabulary size differs from the base's, PEFT saves the resized embeddings, or only the trained
 rows, with the adapter. The base must be resized to the same size first. New rows that the file
-lacks would be random, and are refused.
+has no would be random, and are refused.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from ftlevel.models.untrusted import FROM_READERS, check_patterns
 
 
 class ForeignAdapter(Protocol):
-    """An adapter in another library's format, before its weights are loaded."""
+    """An adapter in a different library's format, before the weights are loaded."""
 
     @property
     def base(self) -> str:
@@ -41,15 +41,15 @@ class ForeignAdapter(Protocol):
         """Modules that are saved with the adapter in full."""
 
     def task(self, wanted: str | None) -> str:
-        """Return its task, `wanted` if it has none; raise InputError if they differ."""
+        """Returns its task, `wanted` if it has none; raises InputError if they differ."""
 
     def complete(self, card: AdapterCard) -> AdapterCard:
-        """Return the card of its base with the adapter's labels and options."""
+        """Returns the card of the base with the adapter's labels and options."""
 
     def convert(self, model: Any) -> tuple[Any, dict[str, Any]]:
-        """Return its PEFT config, and its weights by PEFT's names; does not change `model`.
+        """Returns its PEFT config, and the weights by PEFT names; does not change `model`.
 
-        Raises InputError if it is damaged, of another base, or of an unsupported kind.
+        Raises InputError if it is corrupted, of a different base, or of an unsupported kind.
         """
 
 
@@ -69,10 +69,10 @@ class AdapterReader(Protocol):
     peft_type: str
 
     def recognizes(self, directory: Path) -> bool:
-        """Return whether the adapter in `directory` has this format."""
+        """Returns whether the adapter in `directory` has this format."""
 
     def read(self, directory: Path) -> ForeignAdapter:
-        """Read an adapter; raise InputError if it is invalid or names no base."""
+        """Load an adapter; raise InputError if it is invalid or names no base."""
 
 
 @functools.cache
@@ -81,7 +81,7 @@ def _readers() -> list[AdapterReader]:
 
 
 def find_reader(directory: Path) -> AdapterReader | None:
-    """Find the reader of the adapter in `directory`; None for PEFT's format."""
+    """Find the reader of the adapter in `directory`; None for the PEFT format."""
     return next((reader for reader in _readers() if reader.recognizes(directory)), None)
 
 
@@ -90,7 +90,7 @@ _PREFIX = "base_model.model."
 
 
 def resize_vocabulary(model: Any, directory: Path) -> int | None:
-    """Resize the embeddings of `model` (mutated) to the vocabulary size of the adapter.
+    """Resize the embeddings of `model` (modified) to the vocabulary size of the adapter.
 
     New rows are NaN until `check_new_rows`. Returns the former number of rows; None if unchanged.
     """
@@ -109,7 +109,7 @@ def resize_vocabulary(model: Any, directory: Path) -> int | None:
 def check_new_rows(model: Any, former_rows: int | None, directory: Path) -> None:
     """Raise InputError if embedding rows after the first `former_rows` would be random.
 
-    NaN rows of the base that the adapter replaces become the mean of the former rows (mutated).
+    NaN rows of the base that the adapter replaces become the mean of the former rows (modified).
     """
     import torch
 
@@ -140,7 +140,7 @@ def check_new_rows(model: Any, former_rows: int | None, directory: Path) -> None
 
 
 def find_vocabulary_mismatch(model: Any, directory: Path) -> str | None:
-    """Return why the adapter cannot share `model` with others; None if vocabulary sizes match."""
+    """Returns why the adapter cannot share `model` with others; None if vocabulary sizes match."""
     rows, requested = _rows(model), read_vocabulary_size(model, directory)
     if rows is None or requested in (None, rows):
         return None
@@ -148,7 +148,7 @@ def find_vocabulary_mismatch(model: Any, directory: Path) -> str | None:
 
 
 def read_vocabulary_size(model: Any, directory: Path) -> int | None:
-    """Read the vocabulary size in training; None if the adapter's files do not contain it."""
+    """Load the vocabulary size in training; None if the adapter's files do not contain it."""
     names = {id(module): name for name, module in model.named_modules()}
     prefixes = tuple(f"{names[id(layer)]}." for layer in _embeddings(model) if id(layer) in names)
     sizes = [
@@ -165,7 +165,7 @@ def read_vocabulary_size(model: Any, directory: Path) -> int | None:
 
 
 def _rows_of(name: str, shape: list[int]) -> int | None:
-    """Return the number of rows of a full matrix or of the matrix that a LoRA factor updates."""
+    """Returns the number of rows of a full matrix or of the matrix that a LoRA factor updates."""
     suffix = name.rpartition(".")[2]
     if suffix == "lora_embedding_A":
         return shape[1]
@@ -202,7 +202,7 @@ def _embeddings(model: Any) -> list[Any]:
 
 
 def _plain(layer: Any) -> Any:
-    """Return the base layer inside an adapter's layer."""
+    """Returns the base layer inside an adapter's layer."""
     for name in ("token_adapter", "original_module", "base_layer"):
         inner = getattr(layer, name, None)
         if inner is not None:
@@ -211,9 +211,9 @@ def _plain(layer: Any) -> Any:
 
 
 def apply_method(model: Any, method: MethodConfig, base: Base, *, fused: bool = False) -> Any:
-    """Return `model` with the parameters of `method` trainable in float32 and all others frozen.
+    """Returns `model` with the parameters of `method` trainable in float32 and all others frozen.
 
-    Mutates `model`, which may be on the meta device. With `fused`, LoRA layers compute base and
+    Modifies `model`, which may be on the meta device. With `fused`, LoRA layers compute base and
     update in one function. Raises ConfigError if PEFT cannot adapt a target.
     """
     import peft
@@ -272,12 +272,12 @@ def check_placed(peft_model: Any, method: str, base: Base) -> None:
 
 
 def finish_method(model: Any, method: MethodConfig) -> None:
-    """Remove from the trained `model` what only training needed (mutated)."""
+    """Remove from the trained `model` what only training needed (modified)."""
     METHODS[method.kind].finish(model)
 
 
 def train_in_float32(model: Any) -> None:
-    """Convert every trainable parameter of `model` to float32 (mutated).
+    """Convert every trainable parameter of `model` to float32 (modified).
 
     In bfloat16, rounding would lose most of AdamW's small updates.
     """
@@ -287,12 +287,12 @@ def train_in_float32(model: Any) -> None:
 
 
 def compact_targets(model: torch.nn.Module, targets: Sequence[str]) -> list[str]:
-    """Return the shortest names that PEFT's suffix match resolves to exactly `targets`."""
+    """Returns the shortest names that the PEFT suffix match resolves to exactly `targets`."""
     return sorted(shortest_names(targets, (name for name, _ in model.named_modules())))
 
 
 def copy_start(model: Any, method: MethodConfig) -> dict[str, Any]:
-    """Return the initial state of `model` that `save_adapter` needs; may be empty."""
+    """Returns the initial state of `model` that `save_adapter` needs; may be empty."""
     return METHODS[method.kind].initialization.copy(model)
 
 
@@ -310,10 +310,10 @@ def save_adapter(
 
 
 def load_adapter(base: Any, directory: Path, name: str = "default") -> Any:
-    """Load the adapter in `directory` onto `base` (mutated), in eval mode with float32 weights.
+    """Load the adapter in `directory` onto `base` (modified), in eval mode with float32 weights.
 
     Raises:
-        InputError: It is damaged, of unknown type, or of another base; or weights are missing
+        InputError: It is corrupted, of unknown type, or of a different base; or weights are missing
             or unexpected.
     """
     import peft
@@ -347,15 +347,15 @@ def load_adapter(base: Any, directory: Path, name: str = "default") -> Any:
 
 
 def load_initial_weights(peft_model: Any, directory: Path) -> None:
-    """Load the weights in `directory` into the untrained adapter of `peft_model` (mutated).
+    """Load the weights in `directory` into the untrained adapter of `peft_model` (modified).
 
-    Raises InputError if they are damaged or do not match the adapter.
+    Raises InputError if they are corrupted or do not match the adapter.
     """
     _fill_adapter(peft_model, _read_whole(directory), directory, "default")
 
 
 def describe_state(peft_model: Any) -> tuple[set[str], dict[str, tuple[int, ...]]]:
-    """Return the tensors that the adapter's file must have, and the shapes of all allowed ones."""
+    """Returns the tensors that the adapter's file must have, and the shapes of all allowed ones."""
     import peft
 
     needed, allowed = (
@@ -371,7 +371,7 @@ def _frozen(peft_model: Any) -> Any:
 
 
 def _plain_loader(directory: Path) -> Callable[[Any, Path, str], Any] | None:
-    """Return ftlevel's loader for an adapter of PEFT's own tuner; None to use PEFT's."""
+    """Returns ftlevel's loader for an adapter of PEFT's own tuner; None to use PEFT's."""
     import peft
 
     peft_type = read_peft_config(directory)["peft_type"]
@@ -388,7 +388,7 @@ def _plain_loader(directory: Path) -> Callable[[Any, Path, str], Any] | None:
 
 
 def add_adapter(peft_model: Any, directory: Path, name: str) -> None:
-    """Load another adapter into `peft_model` (mutated) without activating it.
+    """Load another adapter into `peft_model` (modified) without activating it.
 
     Raises InputError if it is incomplete or not compatible with the others.
     """
@@ -421,7 +421,7 @@ def add_adapter(peft_model: Any, directory: Path, name: str) -> None:
 
 
 def _read_whole(directory: Path) -> dict[str, Any]:
-    """Read the weights of PEFT's file; refuse missing, damaged, non-finite or unknown ones."""
+    """Load the weights of the PEFT file; refuse missing, corrupted, non-finite or unknown ones."""
     import peft
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -448,7 +448,7 @@ def _read_whole(directory: Path) -> dict[str, Any]:
 
 
 def _fill_adapter(peft_model: Any, weights: dict[str, Any], directory: Path, name: str) -> None:
-    """Load the weights in float32, and check that none is missing or unknown (mutated)."""
+    """Load the weights in float32, and check that none is missing or unknown (modified)."""
     import peft
 
     train_in_float32(peft_model)
@@ -480,7 +480,7 @@ def _fill_adapter(peft_model: Any, weights: dict[str, Any], directory: Path, nam
 
 @contextlib.contextmanager
 def _unknown_patterns_ignored() -> Iterator[None]:
-    """Silence PEFT's warning about rank patterns, which misreads AdaLoRA's and its own."""
+    """Silence the PEFT warning about rank patterns, which misreads AdaLoRA's and its own."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The following .*_pattern keys", RuntimeWarning)
         yield

@@ -98,7 +98,7 @@ def load_adapter_set(config: GenerateConfig) -> AdapterSet:
             refs[name] = resolve_stored(replace(ref, source=base.source))
     _check_compatible(refs)
     (first, ref), *others = refs.items()
-    trained = ref.load(device, adapter_name="adapter0")  # PEFT's names contain no dot
+    trained = ref.load(device, adapter_name="adapter0")  # PEFT names contain no dot
     models = {first: trained}
     for number, (name, other) in enumerate(others, 1):
         add_adapter(trained.model, other.adapter_directory, f"adapter{number}")

@@ -28,7 +28,7 @@ class GenerationOptions:
         return self.num_beams == 1 and not self.temperature
 
     def arguments(self, tokenizer: Any) -> dict[str, Any]:
-        """Return the arguments of `generate`; sampling sets torch's global seed."""
+        """Returns the arguments of `generate`; sampling sets torch's global seed."""
         common = {
             "max_new_tokens": self.max_new_tokens,
             "use_cache": True,
@@ -44,7 +44,7 @@ class GenerationOptions:
 
 
 def batches(rows: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
-    """Yield slices of `rows` of at most `size` items."""
+    """Yields slices of `rows` of at most `size` items."""
     for start in range(0, len(rows), size):
         yield rows[start : start + size]
 
@@ -57,7 +57,7 @@ def generate_texts(
     batch_size: int,
     writing: GenerationOptions,
 ) -> list[str]:
-    """Return the generated text for each prompt, in order and without special tokens.
+    """Returns the generated text for each prompt, in order and without special tokens.
 
     Prompts are batched by length. Decoders are padded on the left. Encoder-decoders are padded on
     the right, because padding on the left would shift the positions of models such as BART.
@@ -78,7 +78,7 @@ def generate_texts(
 
 
 def stop_ids(tokenizer: Any) -> list[int]:
-    """Return the ids that end a text: EOS, and the end of a turn in the chat template."""
+    """Returns the ids that end a text: EOS, and the end of a turn in the chat template."""
     ends = [tokenizer.eos_token_id]
     if getattr(tokenizer, "chat_template", None):
         ends.append(find_end_of_turn_id(tokenizer))

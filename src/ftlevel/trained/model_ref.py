@@ -1,7 +1,7 @@
 """The two nouns of every command after training.
 
 `ModelRef` is what a name refers to, before weights load (`trained.resolve` finds it). `LoadedModel`
-is the same with its weights.
+is the same with the weights.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class ModelRef:
     def kind(self) -> str:
         """Kind: run, checkpoint, adapter, model, quantized, hub or gguf.
 
-        An adapter that another library wrote is `peft` or the kind of its `AdapterReader`.
+        An adapter that another library wrote is `peft` or the type of its `AdapterReader`.
         """
         if self.run is not None:
             path = self.directory or Path(self.source.name)
@@ -98,7 +98,7 @@ class ModelRef:
 
     @property
     def quantization(self) -> Mapping[str, Any]:
-        """Quantization of the loaded weights: `kind` and its settings."""
+        """Quantization of the loaded weights: `kind` and the settings."""
         return self.card.quantization
 
     @property
@@ -145,7 +145,7 @@ class ModelRef:
             overrides.setdefault("num_labels", 1)
         config = load_config(self.source, **overrides)
         task = self.configured_task
-        has_none = getattr(config, "pad_token_id", None) is None  # CodeGen's lacks the field
+        has_none = getattr(config, "pad_token_id", None) is None  # CodeGen's has no the field
         if task.separates_padding or (has_none and task.finds_ends_by_padding):
             config.pad_token_id = self.load_tokenizer().pad_token_id
         return config
@@ -180,7 +180,7 @@ class ModelRef:
         return "float32" if self.card.dtype == "float16" and device == "cpu" else self.card.dtype
 
     def with_card(self, **changes: Any) -> ModelRef:
-        """Returns a copy with other settings in its card."""
+        """Returns a copy with other settings in the card."""
         return replace(self, card=replace(self.card, **changes))
 
     def load(
@@ -196,11 +196,11 @@ class ModelRef:
         Args:
             device: torch device type.
             dtype: compute precision; None uses that of training.
-            adapter_name: PEFT's name of the adapter.
+            adapter_name: the PEFT name of the adapter.
             dequantize: dequantize the base, so that matrix products run in floating point.
 
         Raises:
-            InputError: Files are damaged or do not belong together, or there is no trained head
+            InputError: Files are corrupted or do not belong together, or there is no trained head
                 for the task.
         """
         card, task, source = self.card, self.configured_task, self.source
@@ -266,7 +266,7 @@ def _check_trained_head(missing: Sequence[str], heads: Sequence[str], name: str,
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A `ModelRef` with its weights in eval mode and its tokenizer, which pads.
+    """A `ModelRef` with the weights in eval mode and the tokenizer, which pads.
 
     `model` is a PeftModel if there is an adapter, whose name in PEFT is `adapter_name`.
     """
@@ -301,7 +301,7 @@ class LoadedModel:
 
     @contextlib.contextmanager
     def without_adapter(self) -> Iterator[None]:
-        """Disable the adapter inside the block, so that the model is its base."""
+        """Disable the adapter inside the block, so that the model is the base."""
         with self.model.disable_adapter():
             yield
 

@@ -78,8 +78,8 @@ def resolve_model(
 
     Raises:
         ConfigError: The device or model type does not support `dtype`.
-        InputError: It does not exist, its base has other weights, it was trained for another task,
-            or an argument does not apply to it.
+        InputError: It does not exist, the base has other weights, it was trained for a different
+            task, or an argument does not apply to it.
     """
     if isinstance(base, str):
         base = resolve_source(base, said=f"--model {base}")
@@ -112,7 +112,7 @@ def resolve_model(
 
 
 def resolve_stored(ref: ModelRef) -> ModelRef:
-    """Returns `ref` with the quantization of the stored weights in its card."""
+    """Returns `ref` with the quantization of the stored weights in the card."""
     stored = None if ref.source.kind == "gguf" else stored_quantization(load_config(ref.source))
     if stored is None:
         return replace(ref, is_stored_quantized=False)
@@ -136,7 +136,7 @@ def _with_dtype(ref: ModelRef, dtype: str, device: str) -> ModelRef:
 
 
 def describe_dtype(ref: ModelRef, dtype: str) -> str:
-    """Return the source of the compute precision, given the value of `--dtype`."""
+    """Returns the source of the compute precision, given the value of `--dtype`."""
     if dtype != "auto":
         return "--dtype"
     return "as in training" if ref.is_ours else "auto"
@@ -198,7 +198,7 @@ def _resolve_peft(
 def _resolve_foreign(
     directory: Path, reader: AdapterReader, device: str, task: str | None, base: ModelSource | None
 ) -> ModelRef:
-    """Returns the reference to an adapter in another library's format."""
+    """Returns the reference to an adapter in a different library's format."""
     adapter = reader.read(directory)
     definition = TASKS[adapter.task(task)]
     source = base or _resolve_base(adapter.base, directory)
@@ -232,7 +232,7 @@ def is_model(name: str) -> bool:
 
 
 def card_directory(path: Path) -> Path | None:
-    """Return the directory with ftlevel.json for `path`; None for a plain model.
+    """Returns the directory with ftlevel.json for `path`; None for a plain model.
 
     Raises InputError if the run has not finished.
     """
@@ -249,7 +249,7 @@ def card_directory(path: Path) -> Path | None:
 
 
 def _task_of_model(config: Any, said: str) -> str:
-    """Return the task of a model that ftlevel did not train, from its saved architecture."""
+    """Returns the task of a model that ftlevel did not train, from its saved architecture."""
     tasks = _tasks_of_class(checkpoint_class(config))
     if tasks:
         return tasks[0]
@@ -269,7 +269,7 @@ def _tasks_of_class(auto_class: str) -> list[str]:
 def _adapter_task(
     directory: Path, settings: Mapping[str, Any], base_config: Any, task: str | None = None
 ) -> str:
-    """Return the task of an adapter that plain PEFT wrote.
+    """Returns the task of an adapter that plain PEFT wrote.
 
     PEFT has no task type for masked language models and saves the model's class instead.
     `base_config` decides if `settings`, the adapter_config.json, name neither. Raises InputError if
@@ -379,7 +379,7 @@ def check_whole_adapter(directory: Path) -> None:
     run = find_run(directory) if directory.absolute().parent.name == CHECKPOINTS else None
     if run is None or (directory / CARD).is_file() or not (directory / ADAPTER_CONFIG).is_file():
         return
-    from ftlevel.methods.merging import read_peft_config  # imports PEFT's tuners
+    from ftlevel.methods.merging import read_peft_config  # imports PEFT tuners
 
     init = read_peft_config(directory).get("init_lora_weights")
     if init in BASE_MODIFYING_INITS:
@@ -395,7 +395,7 @@ _WAY_OUT = "If it is elsewhere now, name its place: --model PATH."
 
 
 def find_base(card: AdapterCard, directory: Path, base: ModelSource | None = None) -> ModelSource:
-    """Find the base of the adapter in `directory`, and check its weights.
+    """Find the base of the adapter in `directory`, and check the weights.
 
     `base` is the user's. A local base is looked up relative to the adapter first, so that both may
     be moved together. Raises InputError if it is missing or has other weights.
@@ -534,14 +534,14 @@ def resolve_text_model(flag: str, name: str, device: str, dtype: str) -> Referen
 
 
 def _task_of_texts(ref: ModelRef) -> str:
-    """Return the task of a plain model: a classifier with one label is a reranker."""
+    """Returns the task of a plain model: a classifier with one label is a reranker."""
     config = load_config(ref.source)
     is_classifier = checkpoint_class(config) == "AutoModelForSequenceClassification"
     return "reranking" if is_classifier and config.num_labels == 1 else "embedding"
 
 
 def resolve_recorded_reference(directory: Path, beside: Path, device: str) -> ReferenceModel:
-    """Resolve the model recorded in `directory`; raise InputError if its weights have changed."""
+    """Resolve the model recorded in `directory`; raise InputError if the weights have changed."""
     recorded = json.loads((directory / NAMED).read_text(encoding="utf-8"))
     name = recorded["name"]
     if recorded.get("path") and (path := resolve_relative(recorded["path"], beside)).exists():

@@ -64,13 +64,13 @@ class BestModel:
     saves: bool
 
     def is_better(self, value: float, than: float, by: float = 0.0) -> bool:
-        """Return whether `value` is better `than` another by more than `by`; NaN never is."""
+        """Returns whether `value` is better `than` another by more than `by`; NaN never is."""
         gain = value - than if self.greater_is_better else than - value
         return gain > by
 
     @property
     def choice(self) -> Choice:
-        """Line shown at the start of the run."""
+        """Line printed at the start of the run."""
         order = "highest" if self.greater_is_better else "lowest"
         checkpoint = (
             "checkpoint with the" if self.loads else "last checkpoint, not the one with the"
@@ -86,7 +86,7 @@ def resolve_best_model(
     rows: int,
     length: Length,
 ) -> BestModel | None:
-    """Return how the best model is selected; None if nothing requires a selection.
+    """Returns how the best model is selected; None if nothing requires a selection.
 
     `rows` is the number of validation rows.
 
@@ -121,7 +121,7 @@ def resolve_best_model(
 
 
 def is_trained_sharded(method: MethodConfig, train: TrainerConfig) -> bool:
-    """Return whether the trained weights are sharded across processes."""
+    """Returns whether the trained weights are sharded across processes."""
     return train.shard != "none" and not METHODS[method.kind].is_adapter
 
 
@@ -142,7 +142,7 @@ def _check_rows(train: TrainerConfig, rows: int) -> None:
 
 
 def _choose_metric(train: TrainerConfig, task: BaseTask, objective: Objective) -> tuple[str, str]:
-    """Choose the metric as `eval_NAME`, and the reason; raise ConfigError if it does not exist.
+    """Choose the metric as `eval_NAME`, and an explanation; raise ConfigError if it does not exist.
 
     The default is the loss, but tasks that score every row or token use their own first metric: it
     can improve while the loss rises. ROUGE covers few rows, and perplexity follows the loss.
@@ -271,7 +271,7 @@ class SelectedModel:
     waited: int
 
     def describe(self) -> dict[str, Any]:
-        """Return the `best` section of summary.json."""
+        """Returns the `best` section of summary.json."""
         return {
             "metric": self.metric,
             "greater_is_better": self.greater_is_better,
@@ -298,10 +298,10 @@ def write_trained(model: Any, directory: Path) -> None:
 
 
 def read_trained(model: Any, directory: Path) -> None:
-    """Load the tensors written by `write_trained` into `model` (mutated), bit for bit.
+    """Load the tensors written by `write_trained` into `model` (modified), bit for bit.
 
     `Trainer._load_best_model` is not used: it loads a checkpoint with PEFT, which fails for prompt
-    tuning, prunes AdaLoRA by ranks that its config does not have yet, and ignores ftlevel's float32
+    tuning, prunes AdaLoRA by ranks that the config does not have yet, and ignores ftlevel's float32
     heads. Names that differ from the trainable parameters' raise ValueError.
     """
     stored, _ = read_header(directory / _WEIGHTS)
@@ -372,7 +372,7 @@ class BestModelCallback(TrainerCallback):
         model: Any = None,
         **_: Any,
     ) -> None:
-        """Rewrite a damaged best model, and stop a run that had already stopped early."""
+        """Rewrite a corrupted best model, and stop a run that had already stopped early."""
         if self._must_rewrite and self._is_first:
             write_best(self.directory, state.global_step, lambda to: self._write(model, to))
         control.should_training_stop |= self._has_ended
@@ -403,7 +403,7 @@ class BestModelCallback(TrainerCallback):
             state.save_state(directory)
 
     def finish(self, model: Any, step: int, max_steps: int) -> SelectedModel | None:
-        """Load the best weights into `model` (mutated) and return which model it is now.
+        """Load the best weights into `model` (modified) and return which model it is now.
 
         `step` is the last step made, `max_steps` the planned number. Returns None without a best
         evaluation.
@@ -449,7 +449,7 @@ class PredictionRecorder(TrainerCallback):
         self._records: dict[int, ExampleRecord] = {}
 
     def begin(self) -> ExampleRecord:
-        """Return a new record for the next evaluation."""
+        """Returns a new record for the next evaluation."""
         self._current = ExampleRecord(self._objective)
         return self._current
 
@@ -469,5 +469,5 @@ class PredictionRecorder(TrainerCallback):
         self._records = {step: record for step, record in self._records.items() if step in steps}
 
     def of(self, step: int) -> ExampleRecord | None:
-        """Return the record of the evaluation at `step`; None if this process has none."""
+        """Returns the record of the evaluation at `step`; None if this process has none."""
         return self._records.get(step)

@@ -111,7 +111,7 @@ def build_arguments(run: Run, checkpoints: Path) -> Any:
 
 
 def _watching(train: TrainerConfig, run: Run) -> dict[str, Any]:
-    """Return the logging and evaluation arguments, which do not affect training."""
+    """Returns the logging and evaluation arguments, which do not affect training."""
     evaluates = bool(run.data.validation)
     strategy = train.eval_strategy or ("steps" if train.eval_steps else "epoch")
     return {
@@ -138,7 +138,7 @@ def reports_base(run: Run) -> bool:
 
 
 def eval_batch_size(train: TrainerConfig) -> int:
-    """Return the batch size of evaluation."""
+    """Returns the batch size of evaluation."""
     return train.per_device_eval_batch_size or train.per_device_train_batch_size
 
 
@@ -309,7 +309,7 @@ def build_optimizer(method: MethodConfig, model: Any, arguments: Any) -> Any:
 
 
 def matmul_context(run: Run) -> AbstractContextManager[None]:
-    """Return a context that enables TF32 matrix products if configured and supported."""
+    """Returns a context that enables TF32 matrix products if configured and supported."""
     return using_tf32(uses_tf32(run.config.train.tf32, run.model.device, run.model.dtype))
 
 
@@ -342,7 +342,7 @@ def restore_progress(
     resumed: ResumeState,
     processes: Processes,
 ) -> None:
-    """Restore `trainer` and `watch` (mutated) to the checkpoint, and drop later log records."""
+    """Restore `trainer` and `watch` (modified) to the checkpoint, and drop later log records."""
     if resumed.checkpoint is None:
         return
     step = step_of(resumed.checkpoint)
@@ -363,7 +363,7 @@ def add_callbacks(
     checkpoint: Path | None,
     write_files: Callable[[Path], None] | None,
 ) -> RunCallbacks:
-    """Add all callbacks to `trainer` (mutated) and return those that are read after training.
+    """Add all callbacks to `trainer` (modified) and return those that are read after training.
 
     `checkpoint` is the one to resume from; `write_files` is passed to `WriteManifest`.
     """

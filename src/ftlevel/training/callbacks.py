@@ -152,7 +152,7 @@ class Interrupt(TrainerCallback):
 
     def __enter__(self) -> Interrupt:
         for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):
-            number = getattr(signal, name, None)  # Windows lacks some
+            number = getattr(signal, name, None)  # Windows has no some
             if number is None or (
                 name == "SIGHUP" and signal.getsignal(number) is signal.SIG_IGN  # by nohup
             ):
@@ -236,7 +236,7 @@ class SetEpoch(TrainerCallback):
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """Set the epoch before Trainer reads its first row."""
+        """Set the epoch before Trainer reads the first row."""
         if isinstance(self.rows, MaskedRows):
             self.rows.epoch = int(state.epoch or 0)
         if isinstance(self.order, LengthGroupedSampler | DistinctTextSampler):
@@ -260,13 +260,13 @@ class TrackedRun:
     first_step: int = 0
 
     def project_or(self, variable: str) -> str:
-        """Return the user's project, that of the tracker's environment variable, or `ftlevel`."""
+        """Returns the user's project, that of the tracker's environment variable, or `ftlevel`."""
         return self.project or os.environ.get(variable) or _PROJECT
 
 
 @dataclass(frozen=True)
 class Tracker:
-    """A started tracker.
+    """A tracker of the run.
 
     Attributes:
         where: location of its data, for the screen.
@@ -285,7 +285,7 @@ def describe_run(
     directory: RunDirectory,
     past: Sequence[Mapping[str, Any]],
 ) -> TrackedRun:
-    """Return the description of a run for trackers; `past` are log records before a resume."""
+    """Returns the description of a run for trackers; `past` are log records before a resume."""
     name, first = output.run_name or directory.path.name, past[-1]["step"] if past else 0
     return TrackedRun(directory.path, name, output.tracker_project, values, first)
 
@@ -320,7 +320,7 @@ def tracking(
 def _write_to(
     name: str, tracker: Tracker, listener: Listener
 ) -> Callable[[Mapping[str, Any]], None]:
-    """Return a function that sends records to a tracker until the first failure."""
+    """Returns a function that sends records to a tracker until the first failure."""
     failed: list[bool] = []
 
     def write(record: Mapping[str, Any]) -> None:
@@ -343,7 +343,7 @@ def _or_warn(name: str, listener: Listener) -> Iterator[None]:
 
 
 def name_metrics(record: Mapping[str, Any]) -> dict[str, float]:
-    """Return the numeric values of a record under transformers' names, such as `train/loss`."""
+    """Returns the numeric values of a record under transformers' names, such as `train/loss`."""
     numbers = {k: v for k, v in record.items() if isinstance(v, int | float) and k != "step"}
     return {
         f"eval/{k.removeprefix('eval_')}" if k.startswith("eval_") else f"train/{k}": v

@@ -48,7 +48,7 @@ _DRAWS = 200  # bootstrap resamples of the validation rows
 
 
 def end_training(trainer: FtlevelTrainer, run: Run, records: Sequence[Mapping[str, Any]]) -> Run:
-    """Remove fast step and optimizer state from `trainer` (mutated), evaluate, and return the run.
+    """Remove fast step and optimizer state from `trainer` (modified), evaluate, and return the run.
 
     Skips the evaluation if `records` has one of the last step. The returned run has the row counts
     of a streamed dataset.
@@ -74,7 +74,7 @@ def save(
 ) -> None:
     """Write the adapter or the full model, with tokenizer and card, atomically.
 
-    Training-only parts of `adapted` are removed (mutated). `start` is a temporary directory with
+    Training-only parts of `adapted` are removed (modified). `start` is a temporary directory with
     the reference of preference training. `weights` is the gathered state dict of a sharded model.
     """
     model, partial = adapted.model, directory.adapter.with_name(".adapter.partial")
@@ -117,7 +117,7 @@ def write_tokenizer_and_card(
 
 
 def next_commands(run: Run, directory: RunDirectory) -> list[str]:
-    """Return up to three ftlevel commands to run next in the current directory."""
+    """Returns up to three ftlevel commands to run next in the current directory."""
     path, data = quote(str(directory.path)), str(run.data.facts["name"])
     generate = generate_command(str(directory.path), run.task.name)
     commands = [generate if data == IN_MEMORY else f"ftlevel evaluate {path}"]
@@ -131,7 +131,7 @@ def next_commands(run: Run, directory: RunDirectory) -> list[str]:
 
 
 def _is_mergeable(run: Run, directory: RunDirectory) -> bool:
-    from ftlevel.methods.merging import read_peft_config, why_not_mergeable  # imports PEFT's tuners
+    from ftlevel.methods.merging import read_peft_config, why_not_mergeable  # imports PEFT tuners
 
     if run.model.source.kind != "gguf" and stored_quantization(run.model.config) is not None:
         return False
@@ -142,7 +142,7 @@ def _is_mergeable(run: Run, directory: RunDirectory) -> bool:
 def describe_answers(
     run: Run, evaluator: Evaluator | None, answers: PredictionRecorder, step: int
 ) -> tuple[list[dict[str, Any]], dict[str, list[float]]]:
-    """Return per-row predictions at `step` and 95 % intervals of the metrics.
+    """Returns per-row predictions at `step` and 95 % intervals of the metrics.
 
     Metrics of generated text have no intervals; `ftlevel evaluate` computes these.
     """
@@ -209,7 +209,7 @@ def report_results(
 def end_run(
     output: OutputConfig, directory: RunDirectory, summary: Mapping[str, Any], listener: Listener
 ) -> None:
-    """Upload the run if configured, and report its end.
+    """Upload the run if configured, and report the end.
 
     Raises:
         RunError: the upload failed; raised last, because the run itself is complete.
@@ -238,12 +238,12 @@ class StartTime:
 
     @classmethod
     def now(cls) -> StartTime:
-        """Return the current time, for a call from Python."""
+        """Returns the current time, for a call from Python."""
         return cls(time.perf_counter(), time.process_time())
 
     @classmethod
     def of_process(cls) -> StartTime:
-        """Return the creation time of the process, for a command line."""
+        """Returns the creation time of the process, for a command line."""
         import psutil
 
         ago = time.time() - psutil.Process().create_time()

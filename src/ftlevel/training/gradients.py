@@ -1,8 +1,8 @@
 """Stop or recover a run with missing, non-finite or unusual gradients, losses or weights.
 
 A step that is not finite, or whose loss spikes, stops the run, is skipped, or rolls weights and
-optimizer back to the newest complete checkpoint, as in PaLM's training (Chowdhery et al., 2022,
-section 5.1). The schedule and the order of rows continue unchanged.
+optimizer back to the latest complete checkpoint, as in PaLM's training (Chowdhery et al., 2022,
+§ 5.1). The schedule and the order of rows continue unchanged.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Recovery(TrainerCallback):
         self._losses: deque[float] = deque(maxlen=_MEMORY)
         self._consecutive, self._last = 0, 0
         stored = checkpoint / _LOSSES if checkpoint is not None else None
-        # Absent if the run started without spike_factor; the median then starts here.
+        # Absent if the run began without spike_factor; the median then starts here.
         if self._factor is not None and stored is not None and stored.exists():
             self._losses.extend(json.loads(stored.read_text(encoding="utf-8")))
 
@@ -72,7 +72,7 @@ class Recovery(TrainerCallback):
         return self.stops and self._factor is None
 
     def agree(self, is_wrong: bool) -> bool:
-        """Return whether the step failed in any process."""
+        """Returns whether the step failed in any process."""
         return self._processes.any(is_wrong)
 
     def decide(self, step: int, problem: str, advice: str, *, in_weights: bool = False) -> None:
@@ -140,7 +140,7 @@ class Recovery(TrainerCallback):
         )
 
     def _rows(self) -> str:
-        """Return a sentence that lists the step's training rows, numbered from 1."""
+        """Returns a sentence that lists the step's training rows, numbered from 1."""
         numbers = sorted(row + 1 for row in self._trainer.step_rows)
         return f" It had the rows {join_names(map(str, numbers), _SHOWN)}." if numbers else ""
 
@@ -158,14 +158,14 @@ class Recovery(TrainerCallback):
 
 
 def select_skipped_steps(notes: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the notes of steps that were skipped or rolled back."""
+    """Returns the notes of steps that were skipped or rolled back."""
     return [note for note in notes if "how" in note]
 
 
 _STOPPED = "Training stopped before the weights took it."
 
 MOST_SKIPPED = 20
-"""Maximal number of consecutive steps that float16 may skip: from its first scale, 65,536, to
+"""Maximal number of consecutive steps that float16 may skip: from the first scale, 65,536, to
 1/16."""
 
 LATEST = 16
@@ -368,7 +368,7 @@ def are_finite(tensors: Iterable[Tensor | None]) -> bool:
 
 
 def _largest(tensors: Iterable[Tensor | None]) -> Tensor:
-    """Return the largest absolute value (a scalar); not finite if any value is not."""
+    """Returns the largest absolute value (a scalar); not finite if any value is not."""
     present = [tensor.detach() for tensor in tensors if tensor is not None]
     return whole(torch.nn.utils.get_total_norm(present, norm_type=math.inf))
 

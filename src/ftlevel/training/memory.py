@@ -62,7 +62,7 @@ class Activations:
     states: tuple[float, ...]
 
     def count_recomputed(self, tokens: int, memory: int) -> int:
-        """Return how many blocks to recompute so that `tokens` fit into `memory` bytes."""
+        """Returns how many blocks to recompute so that `tokens` fit into `memory` bytes."""
         saved = [total - states for total, states in zip(self.stored, self.states, strict=True)]
         remaining = accumulate(saved, lambda rest, more: rest - more, initial=sum(self.stored))
         fits = (count for count, rest in enumerate(remaining) if tokens * rest <= memory)
@@ -70,10 +70,10 @@ class Activations:
 
 
 def set_checkpointing(model: Any, run: Run) -> list[Choice]:
-    """Recompute as many blocks of `model` (mutated) as configured, or as memory requires.
+    """Recompute as many blocks of `model` (modified) as configured, or as memory requires.
 
-    `model` must have its method and fast step applied. Returns a line for the screen; empty if no
-    block is recomputed.
+    `model` must have the method and fast step applied. Returns a message for the screen; empty if
+    no block is recomputed.
     """
     train, base = run.config.train, base_model(model)
     if train.recomputes:
@@ -101,7 +101,7 @@ def set_checkpointing(model: Any, run: Run) -> list[Choice]:
 
 
 def recompute_blocks(base: Any, *, offload: bool = False) -> None:
-    """Enable gradient checkpointing in the transformers model `base` (mutated).
+    """Enable gradient checkpointing in the transformers model `base` (modified).
 
     With `offload`, the inputs of blocks are stored in host memory.
     """
@@ -119,13 +119,13 @@ def _has_single_switches(base: Any, blocks: Sequence[nn.Module]) -> bool:
 
 
 def recompute_first(blocks: Sequence[nn.Module], count: int) -> None:
-    """Disable recomputation in all but the first `count` of `blocks` (mutated)."""
+    """Disable recomputation in all but the first `count` of `blocks` (modified)."""
     for block in blocks[count:]:
         block.gradient_checkpointing = False  # type: ignore[assignment]
 
 
 def count_activations(model: Any, blocks: Sequence[nn.Module], run: Run) -> Activations:
-    """Return the activation bytes per token, measured on a forward pass of one row."""
+    """Returns the activation bytes per token, measured on a forward pass of one row."""
     batch, device = _trial(run), run.model.device
     tokens = batch["input_ids"].numel()
     weights = {storage_of(p) for p in model.parameters()}
@@ -164,7 +164,7 @@ def count_activations(model: Any, blocks: Sequence[nn.Module], run: Run) -> Acti
 
 
 def _trial(run: Run) -> dict[str, Any]:
-    """Return the batch of one row to measure: truncated, or whole for encoder-decoder models."""
+    """Returns the batch of one row to measure: truncated, or whole for encoder-decoder models."""
     rows = run.data.train[:_SAMPLED_ROWS]
     row = max(rows, key=lambda row: len(row.input_ids))
     if run.model.kind == "encoder-decoder" and isinstance(row.labels, list):
@@ -187,7 +187,7 @@ class _BlockTracker:
     Attributes:
         at: index of the block being computed; None between two stacks.
         least: minimal element count of a tensor with a value per token.
-        states: block index → bytes of its input.
+        states: block index → bytes of the input.
     """
 
     at: int | None = None
@@ -197,7 +197,7 @@ class _BlockTracker:
 
 @contextlib.contextmanager
 def _track_blocks(blocks: Sequence[nn.Module]) -> Iterator[_BlockTracker]:
-    """Yield an object that tracks which of `blocks` is being computed."""
+    """Yields an object that tracks which of `blocks` is being computed."""
     tracker = _BlockTracker()
     indices = {block: at for at, block in enumerate(blocks)}
 
@@ -324,7 +324,7 @@ class StepReducer:
         base: Any = base_model(self._trainer.model)
         supports = getattr(base, "supports_gradient_checkpointing", False)
         fast = self._trainer.fast
-        # Parallel workers draw dropout from their own generator, which recomputation lacks.
+        # Parallel workers draw dropout from their own generator, which recomputation has no.
         is_random = fast is not None and fast.plan.workers > 1 and fast.plan.is_random
         blocks = chain(*find_stacks(base))
         are_all = all(getattr(block, "gradient_checkpointing", False) for block in blocks)
@@ -358,7 +358,7 @@ def explain_out_of_memory(run: Run) -> Iterator[None]:
 
 
 def _advice(run: Run) -> str:
-    """Return the unused options that reduce memory, least intrusive first."""
+    """Returns the unused options that reduce memory, least intrusive first."""
     train, rows = run.config.train, run.config.train.per_device_train_batch_size
     options = []
     if rows > 1:

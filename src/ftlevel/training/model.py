@@ -1,4 +1,4 @@
-"""Load a run's base model, apply its method and fast step, shard it, and digest its frozen weights.
+"""Load a run's base model, apply the method and fast step, shard it, and digest its frozen weights.
 
 FSDP2 shards the model across processes.
 
@@ -76,7 +76,7 @@ class FsdpUnit:
 def shard(
     model: Any, device: str, *, holds: bool, dtype: torch.dtype, slices: UnreadWeights | None = None
 ) -> None:
-    """Shard `model` (mutated) across processes, with this process's part on its device.
+    """Shard `model` (modified) across processes, with this process's part on its device.
 
     Tensors that a method adds and trains stay whole in every process; `--method full` shards
     everything. Parts are freed block by block, so a device stores its part and at most one block.
@@ -117,11 +117,11 @@ def shard(
 
 
 def _reshard_after_inference(model: Any) -> None:
-    """Make `model` (mutated) reshard its parameters after a forward pass without gradients.
+    """Make `model` (modified) reshard its parameters after a forward pass without gradients.
 
     FSDP2 leaves modules with `reshard_after_forward=False` unsharded until backward. Without a
     backward pass, a process that reads the state dict alone would reshard, and the next forward
-    pass would not match the other processes'. Generation keeps parameters unsharded until its last
+    pass would not match the other processes'. Generation keeps parameters unsharded until the last
     token.
     """
     generate, is_generating = getattr(model, "generate", None), False
@@ -149,7 +149,7 @@ def _reshard_after_inference(model: Any) -> None:
 
 
 def replicated_parameters(model: Any) -> set[torch.nn.Parameter]:
-    """Return the parameters that every process has whole: adapters, frozen norms and biases.
+    """Returns the parameters that every process has whole: adapters, frozen norms and biases.
 
     Norms and biases are a ten-thousandth of a model, and the fast step reads them without their
     modules.
@@ -159,7 +159,7 @@ def replicated_parameters(model: Any) -> set[torch.nn.Parameter]:
 
 
 def blocks_of(model: Any) -> list[torch.nn.Module]:
-    """Return the transformer blocks of `model`, of encoder and decoder."""
+    """Returns the transformer blocks of `model`, of encoder and decoder."""
     tree = ModuleTree(base_model(model))
     return [block for stack in tree.blocks for block in tree.modules[stack].children()]
 
@@ -167,7 +167,7 @@ def blocks_of(model: Any) -> list[torch.nn.Module]:
 def cast_linears(
     block: torch.nn.Module, dtype: torch.dtype, replicated: set[torch.nn.Parameter]
 ) -> list[Any]:
-    """Return the linear layers of `block` with sharded trainable weights wider than `dtype`.
+    """Returns the linear layers of `block` with sharded trainable weights wider than `dtype`.
 
     Autocast would store a cast copy of each until backward, a full 16-bit model per process. They
     are gathered in `dtype` instead. Norms and embeddings, which autocast skips, are unchanged.
@@ -188,12 +188,12 @@ def is_sharded(model: Any) -> bool:
 
 
 def trainable_parameters(model: Any) -> list[torch.nn.Parameter]:
-    """Return the trainable parameters of `model`."""
+    """Returns the trainable parameters of `model`."""
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
 def gather(model: Any, keep: bool) -> Iterator[tuple[str, Tensor]]:
-    """Yield every tensor of the sharded `model` by name, whole and on the CPU.
+    """Yields every tensor of the sharded `model` by name, whole and on the CPU.
 
     All processes must iterate together; those without `keep` only take part in gathering.
     """
@@ -207,7 +207,7 @@ def gather(model: Any, keep: bool) -> Iterator[tuple[str, Tensor]]:
 
 
 def apply_fast_step(model: Any, run: Run, listener: Listener) -> FastStep | None:
-    """Apply the fast step to `model` (mutated); warn about unsupported parts and skip these."""
+    """Apply the fast step to `model` (modified); warn about unsupported parts and skip these."""
     if not run.fast.enabled:
         return None
     fast = FastStep(model, run.fast)
@@ -220,7 +220,7 @@ def apply_fast_step(model: Any, run: Run, listener: Listener) -> FastStep | None
 
 
 def describe_speed(trainer: FtlevelTrainer, verified: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Return the `speed` section of summary.json; `verified` is the result of `verify_step`."""
+    """Returns the `speed` section of summary.json; `verified` is the result of `verify_step`."""
     if trainer.fast is None:
         return {"fast": False}
     plan = trainer.fast.plan
@@ -263,7 +263,7 @@ class Digest:
 
 
 def digest_tensors(tensors: Iterable[tuple[str, Tensor]]) -> Mapping[str, Digest]:
-    """Return the digest of each tensor by name, with one device synchronization.
+    """Returns the digest of each tensor by name, with one device synchronization.
 
     A sharded tensor is digested in this process's part only.
     """
@@ -279,18 +279,18 @@ def digest_tensors(tensors: Iterable[tuple[str, Tensor]]) -> Mapping[str, Digest
 
 
 def base_name(name: str) -> str:
-    """Return a parameter's name without the parts added by PEFT."""
+    """Returns a parameter's name without the parts added by PEFT."""
     name = name.removeprefix("base_model.model.")
     return name.replace(".base_layer.", ".").replace(".original_module.", ".")
 
 
 def digest(tensor: Tensor) -> Digest:
-    """Return the digest of one tensor."""
+    """Returns the digest of one tensor."""
     return digest_tensors([("", tensor)])[""]
 
 
 def _sum(tensor: Tensor) -> Tensor:
-    """Return D (a scalar, int64) on the tensor's device."""
+    """Returns D (a scalar, int64) on the tensor's device."""
     if parts := inner_tensors(tensor):  # torchao's: several tensors under one name
         return _sum(torch.stack([_sum(part).cpu() for part in parts]))
     data = tensor.contiguous().view(-1).view(torch.uint8)
@@ -302,7 +302,7 @@ def _sum(tensor: Tensor) -> Tensor:
 
 
 def _sum_piece(piece: Tensor, first: int) -> Tensor:
-    """Return Σ m over the words of `piece` (bytes), the first of which is word `first`."""
+    """Returns Σ m over the words of `piece` (bytes), the first of which is word `first`."""
     if len(piece) % 8:
         piece = torch.cat([piece, piece.new_zeros(8 - len(piece) % 8)])
     if piece.storage_offset() % 8:
@@ -320,12 +320,12 @@ def _sum_piece(piece: Tensor, first: int) -> Tensor:
 
 @lru_cache(maxsize=4)
 def _keys(count: int, device: torch.device) -> Tensor:
-    """Return (i + 1) · φ for the first `count` words."""
+    """Returns (i + 1) · φ for the first `count` words."""
     return torch.arange(1, count + 1, device=device).mul_(_PHI)
 
 
 def _wrapped(number: int) -> int:
-    """Return `number` wrapped to a signed 64-bit integer."""
+    """Returns `number` wrapped to a signed 64-bit integer."""
     return (number + 2**63) % 2**64 - 2**63
 
 
@@ -372,14 +372,14 @@ def load_adapted(run: Run, listener: Listener) -> PreparedModel:
 
 
 def apply_run_method(base: Any, run: Run) -> Any:
-    """Apply the run's method to `base` (mutated) and return the result."""
+    """Apply the run's method to `base` (modified) and return the result."""
     config, model = run.config, run.model
     fused = uses_fused_layers(config.method, config.speed, model.quant.kind, model.device)
     return apply_method(base, config.method, run.base, fused=fused)
 
 
 def initialize_adapter(model: Any, run: Run) -> None:
-    """Initialize the method of `model` (mutated), or load the adapter to continue from."""
+    """Initialize the method of `model` (modified), or load the adapter to continue from."""
     if run.adapter is None:
         prepare_start(model, run)
     else:
@@ -387,9 +387,9 @@ def initialize_adapter(model: Any, run: Run) -> None:
 
 
 def load_sharded(run: Run, listener: Listener) -> Any:
-    """Load the sharded model with its method; each process reads only its own part if possible.
+    """Load the sharded model with the method; each process reads only its own part if possible.
 
-    A damaged part raises InputError in all processes.
+    A corrupted part raises InputError in all processes.
     """
     reason = explain_full_read(run)
     slices = None if reason else UnreadWeights()
@@ -422,7 +422,7 @@ def load_sharded(run: Run, listener: Listener) -> Any:
 def find_computed_tensor(model: Any, slices: UnreadWeights) -> str:
     """Find the name of a tensor computed from weights that are not read yet; empty for none.
 
-    Reads the weights of which the method trains copies (`model` is mutated).
+    Reads the weights of which the method trains copies (`model` is modified).
     """
     if not hasattr(model, "peft_config"):
         return ""
@@ -431,7 +431,7 @@ def find_computed_tensor(model: Any, slices: UnreadWeights) -> str:
 
 
 def explain_full_read(run: Run) -> str:
-    """Return why a process must read the whole base; empty if it can read its own rows."""
+    """Returns why a process must read the whole base; empty if it can read its own rows."""
     planned, initialization = run.model, METHODS[run.config.method.kind].initialization
     if stored_quantization(planned.config) is not None:
         return "it is stored quantized, and its scales go with whole weights"
@@ -449,7 +449,7 @@ def explain_full_read(run: Run) -> str:
 
 
 def place_on_host(planned: PlannedModel, slices: UnreadWeights | None) -> PlannedModel:
-    """Return `planned` with the CPU as device, unless the base is quantized whole on its device."""
+    """Returns `planned` with device CPU, unless the base is quantized whole on its device."""
     on_device = planned.quant.kind != "none" and slices is None
     return planned if on_device else replace(planned, device="cpu")
 
@@ -457,7 +457,7 @@ def place_on_host(planned: PlannedModel, slices: UnreadWeights | None) -> Planne
 def load_base(run: Run, slices: UnreadWeights | None = None) -> Any:
     """Load the base model for training; new heads are initialized from the seed.
 
-    Weights in `slices` are registered to be read later (mutated); None reads all. Damaged or
+    Weights in `slices` are registered to be read later (modified); None reads all. Damaged or
     missing weights raise InputError.
     """
     from transformers import set_seed
@@ -480,7 +480,7 @@ def load_base(run: Run, slices: UnreadWeights | None = None) -> Any:
 
 
 def prepare_start(model: Any, run: Run) -> None:
-    """Run the method's data- or weight-dependent initialization on `model` (mutated)."""
+    """Run the method's data- or weight-dependent initialization on `model` (modified)."""
     size, seed = run.config.train.per_device_train_batch_size, run.config.train.seed
     pad_id, device = run.model.pad_id, run.model.device
     inputs = InitializationInputs(
@@ -523,7 +523,7 @@ class ShuffledBatches:
 
 
 def float_weights(run: Run) -> Callable[[str], Tensor]:
-    """Return a function from a linear layer's name to its unquantized weight (out, in)."""
+    """Returns a function from a linear layer's name to its unquantized weight (out, in)."""
     base = load_base(replace(run, model=replace(run.model, device="cpu", quant=QuantConfig())))
 
     def weight_of(name: str) -> Tensor:

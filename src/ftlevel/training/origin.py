@@ -70,7 +70,7 @@ class FileDigests:
             self._thread.join()
 
     def changes(self, checkpoints: Path) -> dict[str, tuple[str | None, str | None]] | None:
-        """Return file → (digest at the run's start, digest now) of all changed files.
+        """Returns file → (digest at the run's start, digest now) of all changed files.
 
         None if the digests at the start are unknown.
         """
@@ -97,7 +97,7 @@ class FileDigests:
 
 
 def digests_of(run: Run) -> tuple[FileDigests, FileDigests]:
-    """Return the digests of the base's files and of a stream's files."""
+    """Returns the digests of the base's files and of a stream's files."""
     source = run.model.source
     base = [] if source.path is None else _weights(source.path)
     rows = _limit_files(_MOST, run.data.stream.files) if run.data.stream else []
@@ -117,7 +117,7 @@ def _weights(path: Path) -> list[Path]:
 
 
 def _limit_files(max_bytes: int, files: Sequence[Path]) -> list[Path]:
-    """Return the first of `files` with at most `max_bytes` bytes in total."""
+    """Returns the first of `files` with at most `max_bytes` bytes in total."""
     selected = []
     for file in files:
         max_bytes -= file.stat().st_size
@@ -139,7 +139,7 @@ _IGNORED_FIELDS = set(
 
 
 def describe_model(model: PlannedModel) -> dict[str, Any]:
-    """Return the fields of the base's config by dotted name, and digests of its tokenizer."""
+    """Returns the fields of the base's config by dotted name, and digests of the tokenizer."""
     flat = dict(
         _flatten(CONFIG.rstrip("."), json.loads(model.config.to_json_string(use_diff=False)))
     )
@@ -147,7 +147,7 @@ def describe_model(model: PlannedModel) -> dict[str, Any]:
 
 
 def describe_tokenizer(tokenizer: Any) -> dict[str, str]:
-    """Return digests of a tokenizer and of its chat template.
+    """Returns digests of a tokenizer and of its chat template.
 
     Truncation and padding are ignored: some tokenizers, such as MiniLM's, are stored with them,
     each call sets them anew, and rows are encoded without.
@@ -194,7 +194,7 @@ _EVALUATION = {"eval_steps", "eval_strategy", "eval_on_start"}
 
 
 def origin_of(run: Run, base: Mapping[str, Any]) -> dict[str, Any]:
-    """Return all values that must be the same when the run resumes, by dotted name."""
+    """Returns all values that must be the same when the run resumes, by dotted name."""
     values: dict[str, Any] = run.config.model_dump(mode="json", exclude={"output"})
     free = (
         _FREE_FIELDS
@@ -216,7 +216,7 @@ def origin_of(run: Run, base: Mapping[str, Any]) -> dict[str, Any]:
     if run.adapter is not None:
         values["model"]["adapter_fingerprint"] = run.adapter.fingerprint
     for (section, name), fingerprint in run.auxiliary.fingerprints().items():
-        values[section][name] = fingerprint  # independent of its path
+        values[section][name] = fingerprint  # independent of the path
     if values["rl"]["rollouts"] is not None:
         values["rl"]["rollouts"] = True  # the address may change
     if run.rewards is not None:
@@ -235,7 +235,7 @@ def origin_of(run: Run, base: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def describe_all_settings(run: Run, origin: Mapping[str, Any]) -> dict[str, Any]:
-    """Return all values that must be the same in all processes of a run, by dotted name.
+    """Returns all values that must be the same in all processes of a run, by dotted name.
 
     Extends `origin` with settings such as save intervals, but drops the thread count, which may
     differ by machine.
@@ -248,7 +248,7 @@ def describe_all_settings(run: Run, origin: Mapping[str, Any]) -> dict[str, Any]
 
 
 def read_origin(directory: RunDirectory, origin: Mapping[str, Any]) -> dict[str, Any]:
-    """Read the stored origin under current names; missing fields come from `origin`."""
+    """Load the stored origin under current names; missing fields come from `origin`."""
     before = read_origin_file(directory)
     if "threads" in origin:  # absent in runs of older versions
         before.setdefault("threads", origin["threads"])
@@ -289,7 +289,7 @@ def check_same_run(
 
 
 def read_origin_file(directory: RunDirectory) -> dict[str, Any]:
-    """Read the origin stored in `directory`, under current field names.
+    """Load the origin stored in `directory`, under current field names.
 
     Raises:
         ConfigError: the file cannot be read.
@@ -305,7 +305,7 @@ def read_origin_file(directory: RunDirectory) -> dict[str, Any]:
 
 
 def _default_of(key: str) -> Any:
-    """Return the default of a dotted configuration field; None for an unknown field."""
+    """Returns the default of a dotted configuration field; None for an unknown field."""
     section, _, name = key.partition(".")
     fields = getattr(TrainConfig.model_fields.get(section), "annotation", None)
     field = getattr(fields, "model_fields", {}).get(name)

@@ -1,4 +1,4 @@
-"""The processes of a run, one per device, as started by a launcher.
+"""The processes of a run, one per device, as of a launcher.
 
 Every process resolves the same run from the same files, which is checked. Only the first process
 prints and writes; all compute each optimizer step together. Processes that stop responding or
@@ -96,7 +96,7 @@ class Processes:
             distributed.barrier()
 
     def from_first(self, make: Callable[[], T]) -> T:
-        """Call `make` in the first process and return its result, or raise its error, in all."""
+        """Call `make` in the first process and return the result, or raise its error, in all."""
         if self.count == 1:
             return make()
         shared: list[Any] = [None, None]
@@ -113,7 +113,7 @@ class Processes:
         return result
 
     def in_all(self, make: Callable[[], T]) -> T:
-        """Call `make` in every process and return its result; an error in one is raised in all."""
+        """Call `make` in every process and return the result; an error in one is raised in all."""
         if self.count == 1:
             return make()
         result, local_error = None, None
@@ -139,7 +139,7 @@ class Processes:
         return cast("T", result)  # set if no process raised
 
     def exchange(self, value: T) -> list[T]:
-        """Return the values of all processes, in rank order."""
+        """Returns the values of all processes, in rank order."""
         if self.count == 1:
             return [value]
         values: list[Any] = [None] * self.count
@@ -178,7 +178,7 @@ class Processes:
         return bool(self.most(int(flag)))
 
     def mean(self, value: float) -> float:
-        """Return the mean of `value` over all processes."""
+        """Returns the mean of `value` over all processes."""
         if self.count == 1:
             return value
         box = torch.tensor(value, dtype=torch.float64)
@@ -186,7 +186,7 @@ class Processes:
         return float(box) / self.count
 
     def most(self, value: int) -> int:
-        """Return the maximum of `value` over all processes."""
+        """Returns the maximum of `value` over all processes."""
         if self.count == 1:
             return value
         box = torch.tensor(value)
@@ -195,7 +195,7 @@ class Processes:
 
 
 def started_processes() -> Processes:
-    """Return the processes started by a launcher; a single one without a launcher.
+    """Returns the processes of a launcher; a single one without a launcher.
 
     Raises:
         ConfigError: the launcher's environment variables are inconsistent.
@@ -204,7 +204,7 @@ def started_processes() -> Processes:
 
 
 def resolve_processes(train: TrainerConfig, processes: Processes, rows_only: bool) -> TrainerConfig:
-    """Return `train` with the actual number of processes (None for one), or raise ConfigError.
+    """Returns `train` with the actual number of processes (None for one), or raise ConfigError.
 
     With `rows_only` nothing is trained, and one process may stand for any configured number.
     """
@@ -292,7 +292,7 @@ class WatchProcesses(TrainerCallback):
                 wait_for_workers=False,
                 timeout=timedelta(seconds=PATIENCE),
             )
-        except RuntimeError:  # the launcher has another kind of store
+        except RuntimeError:  # the launcher has another type of store
             self._ended.set()
             return
         last_heartbeats: dict[int, str] = {}
@@ -330,7 +330,7 @@ class WatchProcesses(TrainerCallback):
             reported = set(missed)
 
     def _find_missing(self, now: float) -> Iterator[tuple[int, str]]:
-        """Yield the ranks that delay the others, with a message."""
+        """Yields the ranks that delay the others, with a message."""
         mine = self._step
         is_alone = (
             self._world.rank > 0 and now - self._last_exchange > PATIENCE

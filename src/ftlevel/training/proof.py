@@ -91,7 +91,7 @@ def prove(
 
 
 def describe_proof(comparison: Found, probe: Probe, gradients: GradientMonitor) -> Proof:
-    """Return the proof of a saved run from the comparison and the observed gradients."""
+    """Returns the proof of a saved run from the comparison and the observed gradients."""
     return Proof(
         gradients.checked,
         len(gradients.idle),
@@ -111,7 +111,7 @@ def build_probe(run: Run) -> Probe:
 def probe_batch(
     rows: Sequence[Encoded], pad_id: int, device: str, objective: Objective, vocabulary: int
 ) -> dict[str, Tensor]:
-    """Return a batch of rows of medium length, to compare logits on.
+    """Returns a batch of rows of medium length, to compare logits on.
 
     For token objectives rows are truncated, so that the logits (`vocabulary` per position) stay
     below `PROBE_SCORES`.
@@ -127,7 +127,7 @@ def probe_batch(
 
 
 def _shorten(row: Encoded, max_positions: int, objective: TokenObjective) -> Encoded:
-    """Return the beginning of `row` with at most `max_positions` positions that have logits."""
+    """Returns the beginning of `row` with at most `max_positions` positions that have logits."""
     labels = row.labels[:max_positions] if isinstance(row.labels, list) else row.labels
     if objective.feeds_labels:  # the decoder has one position per label
         return replace(row, labels=labels)
@@ -145,7 +145,7 @@ class Probe:
     dtype: str
 
     def logits(self, model: Any) -> Tensor:
-        """Return `model`'s logits in eval mode, in float32 on the CPU."""
+        """Returns `model`'s logits in eval mode, in float32 on the CPU."""
         inputs, _ = self.objective.split(self.batch)
         with evaluating(model, self.device, self.dtype):
             return self.objective.logits(model(**inputs)).float().cpu()
@@ -180,7 +180,7 @@ def check_saved(
 
 
 def bound_of(logits: Tensor, probe: Probe) -> float:
-    """Return the maximal allowed difference between the logits of saved and trained model."""
+    """Returns the maximal allowed difference between the logits of saved and trained model."""
     return logits.abs().max().item() * (1e-5 if probe.dtype == "float32" else 1e-2)
 
 
@@ -218,7 +218,7 @@ def _compare_on_same_base(trained: Any, directory: Path, probe: Probe) -> Compar
         add_adapter(trained, directory, _SAVED)
         trained.set_adapter(_SAVED)
         return before, probe.logits(trained)
-    except InputError:  # only one of its kind is allowed, or it is damaged: use a fresh base
+    except InputError:  # only one of its kind is allowed, or it is corrupted: use a fresh base
         return None
     finally:
         trained.set_adapter(name)
@@ -251,7 +251,7 @@ def _compare_on_fresh_base(
 
 @contextlib.contextmanager
 def _moved_to_cpu(model: Any, device: str) -> Iterator[None]:
-    """Move `model` (mutated) to host memory inside the block."""
+    """Move `model` (modified) to host memory inside the block."""
     original_device = next(model.parameters()).device
     if device != "cpu":
         model.to("cpu")
@@ -263,7 +263,7 @@ def _moved_to_cpu(model: Any, device: str) -> Iterator[None]:
 
 
 def compare_frozen(trained: Any, expected: Mapping[str, Digest], *, rewritten: bool = False) -> int:
-    """Return how many frozen tensors of `trained` have the digests of the base.
+    """Returns how many frozen tensors of `trained` have the digests of the base.
 
     Raises:
         RunError: a tensor changed.

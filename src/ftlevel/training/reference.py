@@ -3,7 +3,7 @@
 The reference is the initial model, with any adapter that training continues from, without dropout.
 The base without an adapter would be a different model if a method rewrites it (PiSSA, OLoRA,
 LoftQ). Values are computed on the packed rows of the fast step and cached under a digest of all
-inputs, so no second model is loaded. With `--reference`, another model computes them before the
+inputs, so no second model is loaded. With `--reference`, a different model computes them before the
 run's weights load, and is freed afterwards.
 """
 
@@ -50,7 +50,7 @@ from ftlevel.training.plan.run import Run
 def read_or_fill(
     data: DataConfig, start: str, rows: Sequence[Encoded], fill: Callable[[np.ndarray], None]
 ) -> tuple[np.ndarray, bool]:
-    """Read the (rows, 2) float32 array written by `fill`, and whether it was fully cached.
+    """Load the (rows, 2) float32 array written by `fill`, and whether it was fully cached.
 
     A partly filled file is completed. A file lock ensures that one process computes at a time.
     """
@@ -84,21 +84,21 @@ def open_or_fill(
 
 
 def unfilled_values(array: np.ndarray) -> np.ndarray:
-    """Return the part of `array` that is NaN until it is filled."""
+    """Returns the part of `array` that is NaN until it is filled."""
     names = array.dtype.names
     result: np.ndarray = array[names[0]] if names else array
     return result
 
 
 def is_missing(array: np.ndarray) -> np.ndarray:
-    """Return a mask of the items of `array` that are not filled yet."""
+    """Returns a mask of the items of `array` that are not filled yet."""
     numbers = unfilled_values(array)
     result: np.ndarray = np.isnan(numbers if array.dtype.names is None else numbers[..., 0])
     return result
 
 
 def cache_path(data: DataConfig, prefix: str, start: str, rows: Sequence[Encoded]) -> Path | None:
-    """Return the path of the cache file for `rows` and the key `start`; None if caching is off."""
+    """Returns the path of the cache file for `rows` and the key `start`; None if caching is off."""
     if not data.cache or not is_writable():
         return None
     digest = hashlib.sha256(start.encode())
@@ -124,7 +124,7 @@ def _open(path: Path, shape: tuple[int, ...], dtype: Any) -> np.memmap:
 
 
 def digest_start(run: Run, adapted: PreparedModel) -> str:
-    """Return a JSON string of all that determines the initial model's log-probabilities."""
+    """Returns a JSON string of all that determines the initial model's log-probabilities."""
     model, fast = run.model, adapted.fast.plan if adapted.fast is not None else run.fast
     path = model.source.path
     digest = hashlib.sha256()
@@ -163,8 +163,8 @@ AT_ONCE = 64
 class Reference:
     """Facts of a reference for summary.json, and `start`, a directory with files to save.
 
-    `start` has the initial adapter or the name of another model; it is None if the adapter has no
-    effect.
+    `start` has the initial adapter or the name of a different model; it is None if the adapter has
+    no effect.
     """
 
     facts: Mapping[str, Any]
@@ -195,7 +195,7 @@ def needs_reference(run: Run) -> bool:
 def fill_rows(
     run: Run, name: str, key: str, ask: Callable[[], tuple[Run, PreparedModel]], listener: Listener
 ) -> tuple[Run, dict[str, Any]]:
-    """Return `run` with reference log-probabilities in its rows, and facts for summary.json.
+    """Returns `run` with reference log-probabilities in the rows, and facts for summary.json.
 
     `key` identifies all that determines the values. `ask` loads the reference model and the run it
     computes with; it is not called if all values are cached.
@@ -227,7 +227,7 @@ FIRST_LOSS = 1e-6
 def describe_first_loss(
     reference: Reference, run: Run, records: Sequence[Mapping[str, Any]]
 ) -> tuple[dict[str, Any], list[str]]:
-    """Return the reference's facts for summary.json, and a note if the first loss deviates."""
+    """Returns the reference's facts for summary.json, and a note if the first loss deviates."""
     expected, facts = run.objective.first_loss, dict(reference.facts)
     first = next((r["loss"] for r in records if r["step"] == 1 and "loss" in r), None)
     if expected is None or first is None:
@@ -245,9 +245,9 @@ def describe_first_loss(
 
 
 def _save_initial_adapter(run: Run, adapted: PreparedModel) -> Any:
-    """Return a temporary directory with the initial adapter; None if it has no effect.
+    """Returns a temporary directory with the initial adapter; None if it has no effect.
 
-    An adapter that rewrites the base is saved for the original base, where its start has no effect
+    An adapter that rewrites the base is saved for the original base, where the start has no effect
     either.
     """
     model = adapted.model
@@ -273,7 +273,7 @@ def _measure_first_row(run: Run, adapted: PreparedModel, *, off: bool) -> np.nda
 
 
 def _fill(run: Run, adapted: PreparedModel, array: np.ndarray) -> None:
-    """Write the missing values of `array` (rows, 2; mutated), `AT_ONCE` rows at a time."""
+    """Write the missing values of `array` (rows, 2; modified), `AT_ONCE` rows at a time."""
     rows, model = run.data.train, adapted.model
     with evaluating(model, run.model.device, run.model.dtype):
         for start in range(0, len(rows), AT_ONCE):
@@ -287,7 +287,7 @@ def _fill(run: Run, adapted: PreparedModel, array: np.ndarray) -> None:
 
 
 def _measure(run: Run, adapted: PreparedModel, rows: Sequence[Encoded]) -> np.ndarray:
-    """Return log-probabilities (rows, 2): both answers of a pair, or an answer and its contrast."""
+    """Returns log-probabilities (rows, 2): both answers of a pair, or answer and contrast."""
     values = np.full((len(rows), 2), np.nan, dtype=np.float32)
     contrasts = [other for row in rows for other in row.contrasts]
     for column, sequences in ((0, rows), (1, contrasts)):
@@ -300,7 +300,7 @@ def _measure(run: Run, adapted: PreparedModel, rows: Sequence[Encoded]) -> np.nd
 def _score(
     run: Run, adapted: PreparedModel, rows: Sequence[Encoded]
 ) -> Iterator[tuple[list[int], Tensor]]:
-    """Yield row indices and their answers' log-probabilities, computed as in a training step."""
+    """Yields row indices and their answers' log-probabilities, computed as in a training step."""
     objective = run.objective
     if not rows or not isinstance(objective, LikelihoodObjective):
         return
@@ -312,7 +312,7 @@ def _score(
 def micro_batches(
     run: Run, fast: FastStep | None, rows: Sequence[Encoded]
 ) -> Iterator[tuple[list[int], dict[str, Any]]]:
-    """Yield row indices and their inputs, split as in a training step, in their packed layout."""
+    """Yields row indices and their inputs, split as in a training step, in their packed layout."""
     pad_id, device = run.model.pad_id, run.model.device
     collate = Collator(pad_id)
     batches: Iterable[tuple[list[int], dict[str, Any]]] = (
@@ -327,7 +327,7 @@ def micro_batches(
 
 
 def precompute_reference(run: Run, listener: Listener) -> tuple[Run, Reference | None]:
-    """Return the run with log-probabilities of the `--reference` model, and the reference.
+    """Returns the run with log-probabilities of the `--reference` model, and the reference.
 
     The reference is None if no model is named or the objective needs none.
     """
@@ -351,7 +351,7 @@ def precompute_reference(run: Run, listener: Listener) -> tuple[Run, Reference |
 
 
 def describe_cache_key(model: ReferenceModel, run: Run) -> dict[str, object]:
-    """Return all that determines the outputs of `model` for a row."""
+    """Returns all that determines the outputs of `model` for a row."""
     fast = run.fast
     return {
         "model": model.fingerprint,

@@ -53,7 +53,7 @@ WRITTEN_BASE = "base"
 
 
 def store_base(run: Run, directory: RunDirectory, *, is_first: bool) -> tuple[Run, dict[str, Any]]:
-    """Move a base that was written for the run into its directory; return run and base facts."""
+    """Move a base that was written for the run into the directory; return run and base facts."""
     if run.written_base is not None:
         path = directory.path.resolve() / WRITTEN_BASE
         if is_first and not path.exists():
@@ -64,7 +64,7 @@ def store_base(run: Run, directory: RunDirectory, *, is_first: bool) -> tuple[Ru
 
 
 def base_facts(run: Run) -> dict[str, Any]:
-    """Return the facts of the base, with a digest of all bytes if it was written for the run."""
+    """Returns the facts of the base, with a digest of all bytes if it was written for the run."""
     facts, path = describe_base(run.model.source), run.model.source.path
     if run.written_base is None or path is None:
         return facts
@@ -100,19 +100,19 @@ def check_same_base(model: ModelConfig, output: OutputConfig, chat_template: str
 
 
 def stored_micro_batch_tokens(output: OutputConfig) -> int | None:
-    """Return the tokens per micro-batch of the resumed run; None if there are none."""
+    """Returns the tokens per micro-batch of the resumed run; None if there are none."""
     tokens = (_stored_origin(output) or {}).get("speed.tokens_per_micro_batch")
     return tokens if isinstance(tokens, int) else None
 
 
 def stored_prompt_version(output: OutputConfig) -> int | None:
-    """Return the plain-prompt version of the resumed run; None for a new run."""
+    """Returns the plain-prompt version of the resumed run; None for a new run."""
     origin = _stored_origin(output)
     return None if origin is None else int(origin.get(f"data.{PROMPT}", 1))
 
 
 def _stored_origin(output: OutputConfig) -> dict[str, Any] | None:
-    """Return the origin of the resumed run; None for a new run."""
+    """Returns the origin of the resumed run; None for a new run."""
     if not output.resume or output.dir is None:
         return None
     directory = RunDirectory(output.dir)
@@ -162,7 +162,7 @@ class ResumeState:
     """State that a run resumes from.
 
     Attributes:
-        checkpoint: newest complete one; None for a new or finished run.
+        checkpoint: latest complete one; None for a new or finished run.
         past: log records up to the checkpoint.
         has_new_length: whether the planned number of steps has changed.
         finished: summary.json of a run with nothing left to train.
@@ -194,7 +194,7 @@ def has_evaluation(records: Sequence[Mapping[str, Any]], step: int) -> bool:
 
 
 def resolve_resume(run: Run, processes: Processes, listener: Listener) -> ResumeState:
-    """Return the state that the run resumes from, before weights load; empty for a new run.
+    """Returns the state that the run resumes from, before weights load; empty for a new run.
 
     Raises ConfigError if the processes or their run differ; see `_resolve_resume`.
     """
@@ -206,7 +206,7 @@ def resolve_resume(run: Run, processes: Processes, listener: Listener) -> Resume
 
 
 def _resolve_resume(run: Run, origin: Mapping[str, Any], listener: Listener) -> ResumeState:
-    """Return the state that the run resumes from, in the first process.
+    """Returns the state that the run resumes from, in the first process.
 
     Raises ConfigError if the origin differs, the run is longer than its new length, or is finished
     without a checkpoint.
@@ -309,7 +309,7 @@ def open_or_resume(run: Run, resumed: ResumeState, listener: Listener) -> RunDir
 def _allowed_changes(
     output: OutputConfig, before: Mapping[str, Any], origin: Mapping[str, Any]
 ) -> list[dict[str, Any]]:
-    """Return the differing fields that `--allow-change` permits; ConfigError for unknown names."""
+    """Returns the differing fields that `--allow-change` permits; ConfigError for unknown names."""
     allowed = output.allow_change
     fields = {**before, **origin}
     unknown = [name for name in allowed if name not in fields]
@@ -328,7 +328,7 @@ def _allowed_changes(
 def _changes_of_files(
     output: OutputConfig, directory: RunDirectory, digests: FileDigests, listener: Listener
 ) -> list[dict[str, Any]]:
-    """Return the files whose bytes changed, if `--allow-change` permits it.
+    """Returns the files whose bytes changed, if `--allow-change` permits it.
 
     Raises:
         ConfigError: naming the files, if it does not.
@@ -370,7 +370,7 @@ def _has_same_content(key: str, before: Mapping[str, Any], now: Mapping[str, Any
 
 
 def find_checkpoint(directory: RunDirectory, listener: Listener) -> Path | None:
-    """Find the newest complete checkpoint in `directory`, or None; warn of damaged newer ones.
+    """Find the latest complete checkpoint in `directory`, or None; warn of corrupted newer ones.
 
     Raises:
         ConfigError: there is none, and the run is finished.
@@ -394,7 +394,7 @@ def find_checkpoint(directory: RunDirectory, listener: Listener) -> Path | None:
 
 
 def describe_stop(directory: RunDirectory, state: Any) -> str:
-    """Return the message of a run that was interrupted after a step, with the resume command."""
+    """Returns the message of a run that was interrupted after a step, with the resume command."""
     is_longer = directory.adapter.exists()
     adapter = "the adapter is of its former end" if is_longer else "there is no adapter yet"
     return (
@@ -405,7 +405,7 @@ def describe_stop(directory: RunDirectory, state: Any) -> str:
 
 
 def describe_end(directory: RunDirectory, train: TrainerConfig, summary: Mapping[str, Any]) -> str:
-    """Return the message of a finished run, with the flags that extend it."""
+    """Returns the message of a finished run, with the flags that extend it."""
     steps, best = summary["steps"], summary.get("best") or {}
     planned = summary.get("planned_steps", steps)
     length = (
@@ -431,7 +431,7 @@ def describe_end(directory: RunDirectory, train: TrainerConfig, summary: Mapping
 
 @contextlib.contextmanager
 def explain_interrupt(directory: RunDirectory) -> Iterator[None]:
-    """Convert KeyboardInterrupt into Interrupted, with the newest complete checkpoint."""
+    """Convert KeyboardInterrupt into Interrupted, with the latest complete checkpoint."""
     try:
         yield
     except KeyboardInterrupt:

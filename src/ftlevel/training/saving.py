@@ -33,7 +33,7 @@ _WRITERS = ("inline_container", "PytorchStreamWriter", "iostream error", "while 
 
 
 def check_disk_space(directory: Path | None, train: TrainerConfig, model: Any, steps: int) -> None:
-    """Raise ConfigError if the disk lacks space for the checkpoints of a run.
+    """Raise ConfigError if the disk has no space for the checkpoints of a run.
 
     Counts `save_total_limit` checkpoints plus the one being written. Files already in `directory`
     count as free space, because they are replaced or are among these checkpoints.
@@ -70,7 +70,7 @@ def _trained_bytes(model: Any) -> int:
 
 
 def checkpoint_bytes(model: Any, optim: str) -> int:
-    """Return the approximate size of a checkpoint: weights and optimizer states."""
+    """Returns the approximate size of a checkpoint: weights and optimizer states."""
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     states = next((count for name, count in _STATES.items() if name in optim), 0)
     return _trained_bytes(model) + states * (1 if "8bit" in optim else 4) * trained

@@ -121,7 +121,7 @@ class BoundInputs:
 
 
 def bind_inputs(config: TrainConfig, inputs: TrainInputs, stack: ExitStack) -> BoundInputs:
-    """Return `config` with the objects bound; a written model exists until `stack` closes.
+    """Returns `config` with the objects bound; a written model exists until `stack` closes.
 
     Raises ConfigError if an object has the wrong type, or is also set in the configuration.
     """
@@ -146,7 +146,7 @@ def bind_inputs(config: TrainConfig, inputs: TrainInputs, stack: ExitStack) -> B
 
 
 def _own_quant(requested: QuantConfig, quant: QuantConfig) -> QuantConfig:
-    """Return the quantization of a passed model; the configuration may only repeat it."""
+    """Returns the quantization of a passed model; the configuration may only repeat it."""
     if requested.kind not in ("none", quant.kind) or (
         requested.kind == quant.kind and requested != quant
     ):
@@ -200,11 +200,11 @@ class CommandLine:
 
 @dataclass(frozen=True)
 class TrainingJob:
-    """A run before its weights load, and what its training needs besides.
+    """A run before the weights load, and what its training needs besides.
 
     Attributes:
         processes: the processes that train together.
-        memory: the estimate shown at the start.
+        memory: the estimate printed at the start.
         callbacks: the caller's, run after ftlevel's own.
         recipe: path and git state of the recipe; None without one.
     """
@@ -294,7 +294,7 @@ class TrainingSession:
     """A job with its loaded model, Trainer and run directory.
 
     Attributes:
-        run: the job's run, with the outputs of auxiliary models in its rows.
+        run: the job's run, with the outputs of auxiliary models in the rows.
         base: facts of the base model, for card and summary.
         comparison: of fast and plain step; None if they were not compared.
         initial_logits: before training; None unless a whole model is sharded.
@@ -342,7 +342,7 @@ class TrainingSession:
         self.trained_at = time.perf_counter()
 
     def evaluate(self) -> None:
-        """Evaluate the final model, unless its last step was evaluated."""
+        """Evaluate the final model, unless the last step was evaluated."""
         with matmul_context(self.run):
             records: Sequence[Mapping[str, Any]] = self.callbacks.report.records
             if self.is_sharded:
@@ -351,7 +351,7 @@ class TrainingSession:
         release_freed_memory()
 
     def save(self) -> None:
-        """Write the adapter or the full model with its tokenizer and card."""
+        """Write the adapter or the full model with the tokenizer and card."""
         self.job.listener.stage("saving and verifying")
 
         def write(weights: Mapping[str, Any] | None = None) -> None:

@@ -73,13 +73,13 @@ class ShardedTrainer(FtlevelTrainer):
         self._whole = [p for p in trainable_parameters(self.model) if not isinstance(p, DTensor)]
 
     def calls_of(self, count: int) -> int:
-        """Return the largest number of micro-batches of any process."""
+        """Returns the largest number of micro-batches of any process."""
         return self.processes.most(count)
 
     def training_step(
         self, model: Any, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
-        """Return the loss of the batch; average gradients after the last batch of a step."""
+        """Returns the loss of the batch; average gradients after the last batch of a step."""
         loss = super().training_step(model, inputs, num_items_in_batch)
         if self.accelerator.sync_gradients:
             average(self._whole, self.processes.count)
@@ -192,8 +192,8 @@ def save_sharded(
 ) -> None:
     """Save in the first process; without an adapter, all processes gather the weights first.
 
-    Training-only parts of `adapted` are removed (mutated). `save` is called with the gathered state
-    dict, or None for an adapter. Write errors raise RunError in all processes.
+    Training-only parts of `adapted` are removed (modified). `save` is called with the gathered
+    state dict, or None for an adapter. Write errors raise RunError in all processes.
     """
     weights = None
     if not hasattr(adapted.model, "peft_config"):
@@ -204,7 +204,7 @@ def save_sharded(
 
 
 def average(parameters: Sequence[torch.nn.Parameter], count: int) -> None:
-    """Average the gradients of `parameters` (mutated) over `count` processes in one all-reduce.
+    """Average the gradients of `parameters` (modified) over `count` processes in one all-reduce.
 
     A missing gradient counts as zero.
     """
@@ -225,7 +225,7 @@ def average(parameters: Sequence[torch.nn.Parameter], count: int) -> None:
 
 
 def probe_untrained(adapted: PreparedModel, run: Run) -> Tensor | None:
-    """Return the logits before training with `--method full`; None for an adapter.
+    """Returns the logits before training with `--method full`; None for an adapter.
 
     All processes must call it together.
     """
@@ -264,7 +264,7 @@ def prove_sharded(
 
 
 def _reloaded(model: Any, directory: Path, probe: Probe, processes: Processes) -> Tensor:
-    """Return the logits of `model` with the saved adapter in place of the trained one.
+    """Returns the logits of `model` with the saved adapter in place of the trained one.
 
     A second adapter would be created from a base that is not whole.
     """
@@ -283,9 +283,9 @@ def _reloaded(model: Any, directory: Path, probe: Probe, processes: Processes) -
 
 
 def compare_weights(model: Any, directory: Path) -> float:
-    """Return the largest difference of this process's part of `model` from the saved model.
+    """Returns the largest difference of this process's part of `model` from the saved model.
 
-    A tensor that the saved model lacks raises RunError.
+    A tensor that the saved model has no raises RunError.
     """
     tensors = model.state_dict(keep_vars=True)
     difference, seen = 0.0, set()
@@ -357,7 +357,7 @@ def check_can_shard(run: Run, count: int) -> None:
 
 
 def _problems_of_full(run: Run, flag: str) -> list[str]:
-    """Return the reasons why `--method full` cannot be sharded."""
+    """Returns the reasons why `--method full` cannot be sharded."""
     problems = []
     if run.model.dtype == "float16":
         problems.append(

@@ -51,7 +51,7 @@ class GradientDifference:
     along: float = 0.0
 
     def __add__(self, other: GradientDifference) -> GradientDifference:
-        """Return the sums over both."""
+        """Returns the sums over both."""
         return GradientDifference(
             self.difference + other.difference,
             self.reference + other.reference,
@@ -72,7 +72,7 @@ class GradientDifference:
 
 
 def compare_gradients(gradients: Gradients, reference: Gradients) -> dict[str, GradientDifference]:
-    """Return the difference of each tensor's gradient from its reference; a missing one is zero."""
+    """Returns the difference of each tensor's gradient from the reference; missing is zero."""
     differences = {}
     for name in gradients.keys() | reference.keys():
         like = reference.get(name, gradients.get(name))
@@ -86,7 +86,7 @@ def compare_gradients(gradients: Gradients, reference: Gradients) -> dict[str, G
 
 
 def _compare(gradient: Tensor, reference: Tensor) -> GradientDifference:
-    """Return the sums over two CPU tensors in float64, which MPS does not support."""
+    """Returns the sums over two CPU tensors in float64, which MPS does not support."""
     g, r = gradient.double(), reference.double()
     return GradientDifference(
         float((g - r).square().sum()), float(r.square().sum()), float((g * r).sum())
@@ -94,12 +94,12 @@ def _compare(gradient: Tensor, reference: Tensor) -> GradientDifference:
 
 
 def total(parts: Iterable[GradientDifference]) -> GradientDifference:
-    """Return the sums over all of `parts`."""
+    """Returns the sums over all of `parts`."""
     return sum(parts, GradientDifference())
 
 
 def kind_of(name: str) -> str:
-    """Return the part of a tensor's name that is the same in all layers.
+    """Returns the part of a tensor's name that is the same in all layers.
 
     `base_model.model.model.layers.3.self_attn.q_proj.lora_A.default.weight` is a `lora_A`.
     """
@@ -114,7 +114,7 @@ def kind_of(name: str) -> str:
 
 
 def by_kind(tensors: Mapping[str, GradientDifference]) -> dict[str, GradientDifference]:
-    """Return the sums over the tensors of each kind."""
+    """Returns the sums over the tensors of each kind."""
     sums: dict[str, GradientDifference] = defaultdict(GradientDifference)
     for name, difference in tensors.items():
         sums[kind_of(name)] += difference
@@ -124,7 +124,7 @@ def by_kind(tensors: Mapping[str, GradientDifference]) -> dict[str, GradientDiff
 def added(
     sums: Mapping[str, GradientDifference], other: Mapping[str, GradientDifference]
 ) -> dict[str, GradientDifference]:
-    """Return the sums over both mappings, by name."""
+    """Returns the sums over both mappings, by name."""
     return {
         name: sums.get(name, GradientDifference()) + other.get(name, GradientDifference())
         for name in {**sums, **other}
@@ -132,7 +132,7 @@ def added(
 
 
 ORDER = 10.0
-"""Maximal distance of the fast step from the plain one, as a multiple of the effect of another
+"""Maximal distance of the fast step from the plain one, as a multiple of the effect of a different
 summation order on the plain step. Orders differ more for packed rows than for padded ones."""
 FLOAT32_EPSILON = 2.0**-23
 """Relative rounding of float32: a loss that is a difference of terms keeps that of its terms."""
@@ -165,7 +165,7 @@ class StepComparison:
         exact: distance of the plain step's gradient from float64, if that decided. `loss` and
             `gradient` are then distances of the fast step from float64.
         kinks: whether these are of the fast step in float64, which is farther off in float32.
-        rounded: kind of tensor → distances of plain and fast gradient in the run's dtype from
+        rounded: type of tensor → distances of plain and fast gradient in the run's dtype from
             float32.
     """
 
@@ -184,8 +184,8 @@ class StepComparison:
 class Bounds:
     """Maximal differences of two steps that differ in summation order only.
 
-    `noise` is the change of each tensor's gradient by another order, `noise_of_loss` that of the
-    loss in nats.
+    `noise` is the change of each tensor's gradient by a different order, `noise_of_loss` that of
+    the loss in nats.
     """
 
     dtype: str
@@ -193,7 +193,7 @@ class Bounds:
     noise_of_loss: float
 
     def check_loss(self, loss: float, expected: float) -> float:
-        """Return the relative difference of `loss` from `expected`.
+        """Returns the relative difference of `loss` from `expected`.
 
         Raises:
             RunError: it exceeds the bound.
@@ -255,7 +255,7 @@ class RoundingErrors:
         self.losses.setdefault(step, []).append(abs(loss / exact - 1))
 
     def check(self) -> dict[str, tuple[float, float]]:
-        """Return kind of tensor → distances of the plain and the fast step from float32.
+        """Returns type of tensor → distances of the plain and the fast step from float32.
 
         Raises RunError if the fast step's exceeds the bound from the plain step's rounding.
         """
@@ -297,7 +297,7 @@ class RoundingErrors:
 
 
 def norms_of(differences: Mapping[str, GradientDifference]) -> dict[str, float]:
-    """Return the norm of each tensor's reference, at least 1 % of its kind's mean and of the total.
+    """Returns the norm of each tensor's reference, at least 1 % of the kind's mean and the total.
 
     Rounding errors of tensors with almost no gradient, such as the bias of span logits or the keys
     of saturated attention, are as large as those of other tensors.
@@ -347,7 +347,7 @@ class Steps:
         return self.trainer.model
 
     def plain_perturbed(self, rows: Sequence[Encoded], dtype: str, draw: int = 0) -> StepResult:
-        """Return the plain step with different rounding errors, to measure their size.
+        """Returns the plain step with different rounding errors, to measure their size.
 
         Rows and answers are computed one by one in reverse order, and each block's input is
         perturbed by a rounding error. Without that, rows of one length round alike in any order,
@@ -359,7 +359,7 @@ class Steps:
             return self._plain(model, rows[::-1], 1, dtype)
 
     def plain(self, rows: Sequence[Encoded], batch_size: int, dtype: str) -> StepResult:
-        """Return the step as transformers and PEFT compute it: padded batches, no dropout."""
+        """Returns the step as transformers and PEFT compute it: padded batches, no dropout."""
         return self._plain(self.model, rows, batch_size, dtype)
 
     def _plain(
@@ -389,7 +389,7 @@ class Steps:
     def _plain_whole(
         self, objective: StepObjective, rows: Sequence[Encoded], batch_size: int, dtype: str
     ) -> StepResult:
-        """Return the step of all texts in padded batches, with the graphs of all in memory."""
+        """Returns the step of all texts in padded batches, with the graphs of all in memory."""
         device = self.trainer.args.device
         _evaluate(self.model)
         self.model.zero_grad()
@@ -405,7 +405,7 @@ class Steps:
         return StepResult(loss.item(), self._pop_gradients())
 
     def _baseline(self, rows: Sequence[Encoded], batch_size: int, dtype: str) -> Tensor | None:
-        """Return the KTO baseline of a step's rewards (a scalar), or None."""
+        """Returns the KTO baseline of a step's rewards (a scalar), or None."""
         objective, device = self.trainer.objective, self.trainer.args.device
         contrasts = [other for row in rows for other in row.contrasts]
         if not (isinstance(objective, LikelihoodObjective) and contrasts):
@@ -416,16 +416,16 @@ class Steps:
         return (total[0] / total[1]).clamp(min=0)
 
     def _batches(self, rows: Sequence[Encoded], batch_size: int) -> list[dict[str, Tensor]]:
-        """Return padded batches of `rows` on the device."""
+        """Returns padded batches of `rows` on the device."""
         collate = Collator(self.pad_id)
         return [self.trainer.on_device(collate(part)) for part in batches(rows, batch_size)]
 
     def fast(self, rows: Sequence[Encoded], dtype: str) -> StepResult:
-        """Return the step as the Trainer computes it, with fused layers and without dropout."""
+        """Returns the step as the Trainer computes it, with fused layers and without dropout."""
         return self._by_trainer(rows, dtype, _without_dropout)
 
     def with_dropout(self, rows: Sequence[Encoded], dtype: str, *, fused: bool) -> StepResult:
-        """Return the step as the Trainer computes it with dropout, in `fused` or plain layers.
+        """Returns the step as the Trainer computes it with dropout, in `fused` or plain layers.
 
         Both use the same dropout masks.
         """
@@ -435,7 +435,7 @@ class Steps:
     def _by_trainer(
         self, rows: Sequence[Encoded], dtype: str, mode: Callable[[Any], None]
     ) -> StepResult:
-        """Return the result of `training_step`, with `mode` applied before each forward pass."""
+        """Returns the result of `training_step`, with `mode` applied before each forward pass."""
         trainer, device = self.trainer, self.trainer.args.device
         self.model.zero_grad()
         hook = self.model.register_forward_pre_hook(lambda model, _: mode(model))
@@ -451,7 +451,7 @@ class Steps:
         return StepResult(float(loss), {n: g / scale for n, g in self._pop_gradients().items()})
 
     def _pop_gradients(self) -> dict[str, Tensor]:
-        """Return the gradients, and clear them."""
+        """Returns the gradients, and clear them."""
         gradients = {
             name: parameter.grad
             for name, parameter in self.model.named_parameters()
@@ -473,7 +473,7 @@ class _OneByOne:
         return getattr(self._model, name)
 
     def __call__(self, attention_mask: Tensor, **batch: Tensor) -> Any:
-        """Return outputs with the logits of all rows."""
+        """Returns outputs with the logits of all rows."""
         width, logits = attention_mask.shape[1], []
         for index, mask in enumerate(attention_mask):
             length = int(mask.sum())
@@ -524,9 +524,9 @@ def _fused_modules(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
 
 
 def _evaluate(model: torch.nn.Module) -> None:
-    """Disable dropout in `model` (mutated); 8-bit linear layers compute as in training.
+    """Disable dropout in `model` (modified); 8-bit linear layers compute as in training.
 
-    In eval mode, bitsandbytes on a CPU rounds their inputs to 8 bits too (`MatMul8bitLt`).
+    In eval mode, bitsandbytes on a CPU rounds their inputs to 8-bit too (`MatMul8bitLt`).
     """
     model.eval()
     for module in model.modules():
@@ -539,21 +539,21 @@ def _keep_mode(model: torch.nn.Module) -> None:
 
 
 def _without_dropout(model: torch.nn.Module) -> None:
-    """Disable dropout in `model` (mutated); fused modules compute as in training."""
+    """Disable dropout in `model` (modified); fused modules compute as in training."""
     _evaluate(model)
     for module in _fused_modules(model):
         module.training = True
 
 
 def _use_plain_layers(model: torch.nn.Module) -> None:
-    """Make fused modules of `model` (mutated) compute as the modules that they replace."""
+    """Make fused modules of `model` (modified) compute as the modules that they replace."""
     for module in _fused_modules(model):
         module.training = False
 
 
 @contextlib.contextmanager
 def perturb_weights(model: torch.nn.Module) -> Iterator[None]:
-    """Perturb the trainable tensors of `model` (mutated) inside the block, and restore them.
+    """Perturb the trainable tensors of `model` (modified) inside the block, and restore them.
 
     LoRA's B and similar tensors start at zero, which makes gradients of preceding tensors zero,
     correct or not. Zero tensors get noise with standard deviation 0.2 / √(last axis), about a fifth

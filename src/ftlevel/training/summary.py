@@ -33,7 +33,7 @@ _FAR = 2  # multiple of the default learning rate that is considered too high
 
 
 def dump_config(run: Run) -> str:
-    """Return config.yaml: the full configuration with all resolved values.
+    """Returns config.yaml: the full configuration with all resolved values.
 
     Output directory and Hub repository are omitted and local paths are absolute, so `ftlevel train
     RUN/config.yaml` starts a new run from any directory.
@@ -48,7 +48,7 @@ def dump_config(run: Run) -> str:
 
 
 def resolved_config(run: Run) -> dict[str, Any]:
-    """Return the configuration as plain values, with automatic settings resolved."""
+    """Returns the configuration as plain values, with automatic settings resolved."""
     values = run.config.model_dump(mode="json")
     values["model"] |= {"dtype": run.model.dtype, "device": run.model.device}
     if run.data.stream is None:  # later rows of a stream may be longer
@@ -64,7 +64,7 @@ def resolved_config(run: Run) -> dict[str, Any]:
 
 
 def describe_base(source: ModelSource) -> dict[str, Any]:
-    """Return the name, kind, revision and fingerprint of a base model."""
+    """Returns the name, kind, revision and fingerprint of a base model."""
     path, revision = source.path, source.revision
     name = source.name if source.kind in ("hub", "builtin") or path is None else str(path.resolve())
     if path is None and (path := _cached_snapshot(source)) is not None:
@@ -78,7 +78,7 @@ def describe_base(source: ModelSource) -> dict[str, Any]:
 
 
 def _cached_snapshot(source: ModelSource) -> Path | None:
-    """Return the directory of `source` in the Hub cache, or None."""
+    """Returns the directory of `source` in the Hub cache, or None."""
     from huggingface_hub import try_to_load_from_cache
 
     for name in ("model.safetensors", "model.safetensors.index.json"):
@@ -89,7 +89,7 @@ def _cached_snapshot(source: ModelSource) -> Path | None:
 
 
 def with_stream_counts(run: Run, rows: StreamedRows) -> Run:
-    """Return `run` with the final row counts of a stream in place of the initial estimates."""
+    """Returns `run` with the final row counts of a stream in place of the initial estimates."""
     counts = rows.counts
     facts = {
         **run.data.facts,
@@ -210,7 +210,7 @@ def _scores(record: Mapping[str, Any]) -> dict[str, float]:
 
 
 def describe_losses(losses: Sequence[float]) -> dict[str, Any]:
-    """Return mean and standard deviation of the first and of the last logged losses.
+    """Returns mean and standard deviation of the first and of the last logged losses.
 
     A window has a tenth of the losses, at least five but no more than half. The standard deviation
     is None for a window of one.

@@ -1,7 +1,7 @@
 """Precompute teacher predictions before the trained model loads.
 
 Teacher predictions are cached on disk, either of the top tokens or of all; a training step reads
-those of its rows. Auxiliary models are located before any weights load; `text_models` runs those
+those of the rows. Auxiliary models are located before any weights load; `text_models` runs those
 that read texts.
 """
 
@@ -61,9 +61,9 @@ class TeacherPredictions:
 
 
 def precompute_teacher(run: Run, listener: Listener) -> TeacherPredictions | None:
-    """Return the teacher's predictions for the training rows; None without a teacher.
+    """Returns the teacher's predictions for the training rows; None without a teacher.
 
-    Raises InputError if the disk lacks space for them.
+    Raises InputError if the disk has no space for them.
     """
     teacher, settings = run.auxiliary.teacher, run.config.distillation
     if (
@@ -124,7 +124,7 @@ def _check_room(path: Path | None, size: int) -> None:
 
 
 def _fill(run: Run, adapted: PreparedModel, starts: Sequence[int], array: np.ndarray) -> None:
-    """Write the missing items of `array` (targets,; mutated), a few rows at a time."""
+    """Write the missing items of `array` (targets,; modified), a few rows at a time."""
     rows, model = run.data.train, adapted.model
     model.eval()
     with torch.no_grad(), autocast(run.model.device, run.model.dtype):
@@ -151,7 +151,7 @@ def _fill(run: Run, adapted: PreparedModel, starts: Sequence[int], array: np.nda
 def _predict(
     run: Run, adapted: PreparedModel, rows: Sequence[Encoded], dtype: np.dtype
 ) -> Iterator[tuple[list[int], np.ndarray, np.ndarray]]:
-    """Yield row indices and the teacher's predictions at their targets, as fields of `dtype`."""
+    """Yields row indices and the teacher's predictions at their targets, as fields of `dtype`."""
     objective, settings, vocabulary = run.objective, run.config.distillation, run.model.vocabulary
     if not isinstance(objective, TokenObjective):
         return
@@ -195,7 +195,7 @@ class TeacherScorer:
         self._loaded: tuple[Run, PreparedModel] | None = None
 
     def __call__(self, rows: Sequence[CompletionRow]) -> list[list[float]]:
-        """Return the log-probabilities of the completions' tokens."""
+        """Returns the log-probabilities of the completions' tokens."""
         objective = self._run.objective
         if not rows or not isinstance(objective, PolicyObjective):
             return []
@@ -234,7 +234,7 @@ class AuxiliaryOutputs:
     def describe(
         self, run: Run, records: Sequence[Mapping[str, Any]]
     ) -> tuple[dict[str, Any], list[str]]:
-        """Return sections of summary.json, and notes on why the first loss is not as expected."""
+        """Returns sections of summary.json, and notes on why the first loss is not as expected."""
         facts, notes = dict[str, Any](), list[str]()
         if self.reference is not None:
             facts["reference"], notes = describe_first_loss(self.reference, run, records)

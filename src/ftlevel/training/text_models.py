@@ -37,7 +37,7 @@ _WINDOW = 1_000
 
 
 def with_text_models(run: Run, listener: Listener) -> Run:
-    """Return the run with rows that have the guide's vectors or the teacher's scores."""
+    """Returns the run with rows that have the guide's vectors or the teacher's scores."""
     if not isinstance(run.objective, Embeddings | Ranking):
         return run
     for flag, model in (("guide", run.auxiliary.guide), ("teacher", run.auxiliary.teacher)):
@@ -87,7 +87,7 @@ class RowsWithOutputs(LazySequence[Encoded]):
 
 
 def embed_rows(rows: Sequence[Encoded], model: LoadedModel) -> RowsWithOutputs:
-    """Return `rows` with the vectors of their texts by `model`."""
+    """Returns `rows` with the vectors of their texts by `model`."""
 
     def combine(row: EncodedTexts, vectors: Tensor) -> Encoded:
         fields = {name: getattr(row, name) for name in row.__dataclass_fields__}
@@ -97,7 +97,7 @@ def embed_rows(rows: Sequence[Encoded], model: LoadedModel) -> RowsWithOutputs:
 
 
 def score_rows(rows: Sequence[Encoded], model: LoadedModel) -> RowsWithOutputs:
-    """Return `rows` with the scores of their documents by `model`."""
+    """Returns `rows` with the scores of their documents by `model`."""
     if isinstance(model.task, RerankingTask):
         scores = _rerank(rows, model, model.task)
     else:
@@ -108,7 +108,7 @@ def score_rows(rows: Sequence[Encoded], model: LoadedModel) -> RowsWithOutputs:
 
 
 def _similarities(vectors: Tensor, is_cosine: bool) -> tuple[float, ...]:
-    """Return the similarities of the first of `vectors` with the others."""
+    """Returns the similarities of the first of `vectors` with the others."""
     vectors = functional.normalize(vectors, dim=-1) if is_cosine else vectors
     return tuple((vectors[1:] @ vectors[0]).tolist())
 
@@ -120,7 +120,7 @@ def _words(row: Encoded) -> tuple[str, ...]:
 def _rerank(
     rows: Sequence[Encoded], loaded: LoadedModel, task: RerankingTask
 ) -> list[tuple[float, ...]]:
-    """Return the logits of the documents of each row."""
+    """Returns the logits of the documents of each row."""
     model = InferenceModel(loaded, GenerationOptions(1), None, cuts=True)
     scores: list[tuple[float, ...]] = []
     with model.inference():
@@ -135,7 +135,7 @@ def _rerank(
 
 
 def _embed_words(rows: Sequence[Encoded], model: LoadedModel) -> list[Tensor]:
-    """Return the vectors `(texts, dims)` of each row; equal texts are embedded once."""
+    """Returns the vectors `(texts, dims)` of each row; equal texts are embedded once."""
     objective = model.objective
     if not isinstance(objective, Embeddings):
         raise InputError(f"{model.task.name} is not the task of an embedding model.")
@@ -149,7 +149,7 @@ def _embed_words(rows: Sequence[Encoded], model: LoadedModel) -> list[Tensor]:
 
 
 def _embed(model: LoadedModel, objective: Embeddings, texts: Sequence[tuple[str, bool]]) -> Tensor:
-    """Return the vectors `(texts, dims)` of queries (True) and documents (False)."""
+    """Returns the vectors `(texts, dims)` of queries (True) and documents (False)."""
     format_, end = objective.form, model.ref.options["embedding"].get("end")
     prompts = format_.query_prompt, format_.document_prompt
     encode = TextEncoder(model.tokenizer, *prompts, end, include_prompt=format_.include_prompt)

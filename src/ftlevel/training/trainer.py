@@ -55,7 +55,7 @@ from ftlevel.training.whole_step import WholeStep
 def rows_and_order(
     run: Run, arguments: Any, processes: Processes
 ) -> tuple[Any, Sampler[int] | None]:
-    """Return the training rows or stream, and their sampler; None for Trainer's random one."""
+    """Returns the training rows or stream, and their sampler; None for Trainer's random one."""
     if run.data.stream is not None:
         together = arguments.train_batch_size * arguments.world_size
         step, stream = together * arguments.gradient_accumulation_steps, run.data.stream
@@ -71,7 +71,7 @@ def rows_and_order(
 
 
 def row_order(run: Run) -> Sampler[int] | None:
-    """Return the sampler of the rows, shared by all processes; None for Trainer's random one."""
+    """Returns the sampler of the rows, shared by all processes; None for Trainer's random one."""
     train, rows, seed = run.config.train, run.data.train, run.config.train.order_seed
     uses_whole_step = isinstance(run.objective, StepObjective)
     is_distinct = run.config.embedding.batch_sampler == "no_duplicates"
@@ -88,7 +88,7 @@ def row_order(run: Run) -> Sampler[int] | None:
 def shared_loader(
     rows: Any, order: Sampler[int], arguments: Any, collate: Callable[[list[Any]], dict[str, Any]]
 ) -> DataLoader[Any]:
-    """Return the batches of one of several processes, the same number in each.
+    """Returns the batches of one of several processes, the same number in each.
 
     A batch without rows, which only equalizes the number, has `is_padding` set.
     """
@@ -116,7 +116,7 @@ class FtlevelTrainer(Trainer):
     Attributes:
         tokens_seen: tokens of the training rows, without padding.
         tokens_computed: positions computed by the blocks, with padding; shared prefixes count once.
-        penalty: model → term that its method adds to the loss, or None. It affects gradients, not
+        penalty: model → term that the method adds to the loss, or None. It affects gradients, not
             the logged loss.
         loss: label smoothing, class weights and focal loss, which evaluation does not use.
         head_rate: modules with their own learning rate, and that rate.
@@ -190,11 +190,11 @@ class FtlevelTrainer(Trainer):
             self.optimizer.state.clear()
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        """Return the configured sampler, or Trainer's."""
+        """Returns the configured sampler, or Trainer's."""
         return self.order or super()._get_train_sampler(train_dataset)
 
     def get_train_dataloader(self) -> Any:
-        """Return Trainer's batches, or those of this process if there are several."""
+        """Returns Trainer's batches, or those of this process if there are several."""
         if self.args.world_size == 1:
             return super().get_train_dataloader()
         if self.order is None:
@@ -211,7 +211,7 @@ class FtlevelTrainer(Trainer):
     def training_step(
         self, model: Any, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
-        """Return the loss of the batch, and accumulate the gradients of its micro-batches."""
+        """Returns the loss of the batch, and accumulates the gradients of its micro-batches."""
         if self._step_loss is None:
             self.step_rows = []
         while True:
@@ -234,7 +234,7 @@ class FtlevelTrainer(Trainer):
         return loss
 
     def take_step_loss(self) -> Tensor:
-        """Return the loss of the optimizer step so far (a scalar), and reset it."""
+        """Returns the loss of the optimizer step so far (a scalar), and reset it."""
         loss, self._step_loss = self._step_loss, None
         if loss is None:
             return torch.zeros(())
@@ -261,7 +261,7 @@ class FtlevelTrainer(Trainer):
     def compute_batch(
         self, model: Any, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
-        """Return the loss of a batch and accumulate its gradients, without counting tokens seen."""
+        """Returns the loss of a batch and accumulates gradients, without counting tokens."""
         self._is_padding = bool(inputs.pop("is_padding", False))
         if isinstance(self.objective, StepObjective):
             return self._whole_step(model, inputs)
@@ -288,7 +288,7 @@ class FtlevelTrainer(Trainer):
         return torch.stack(losses).sum()
 
     def calls_of(self, count: int) -> int:
-        """Return the number of forward passes for a step of `count` micro-batches.
+        """Returns the number of forward passes for a step of `count` micro-batches.
 
         Additional micro-batches have zero loss; they make the number equal in all processes.
         """
@@ -302,7 +302,7 @@ class FtlevelTrainer(Trainer):
         beginning: dict[str, Any] | None,
         num_items_in_batch: Tensor | int | None,
     ) -> Tensor:
-        """Return the loss of micro-batches computed in parallel on a CPU, without loss scaling."""
+        """Returns the loss of micro-batches computed in parallel on a CPU, without loss scaling."""
         if not self._in_training:  # model.training does not reflect submodules
             model.train()
             self._in_training = True
@@ -322,7 +322,7 @@ class FtlevelTrainer(Trainer):
         return torch.stack(losses).sum()
 
     def _shared_prefix(self, model: Any, layout: PackedLayout, **batch: Tensor) -> SharedPrefix:
-        """Return the computed prefix that all rows of a step share."""
+        """Returns the computed prefix that all rows of a step share."""
         if self.fast is None or self.fast.cross_entropy is None:
             raise TypeError("a shared prefix needs the chunked cross-entropy of a language head")
         self.tokens_computed += layout.tokens
@@ -386,7 +386,7 @@ class FtlevelTrainer(Trainer):
         return bool(self._compute_dtype)
 
     def on_device(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Return a collated batch on the device."""
+        """Returns a collated batch on the device."""
         return dict(send_to_device(batch, self.args.device))
 
     @property
@@ -398,7 +398,7 @@ class FtlevelTrainer(Trainer):
     def _get_num_items_in_batch(
         self, batch_samples: list[dict[str, Any]], device: torch.device
     ) -> Tensor | int | None:
-        """Return the number of targets of an optimizer step, over all processes.
+        """Returns the number of targets of an optimizer step, over all processes.
 
         Trainer counts labels other than -100, which is wrong for spans, regression and multi-label
         rows.
@@ -416,7 +416,7 @@ class FtlevelTrainer(Trainer):
         return gathered.sum(0).reshape(value.shape)
 
     def prepare_step(self, batches: list[dict[str, Any]], device: torch.device) -> None:
-        """Compute the KTO baseline of a step before its micro-batches; mutates `batches`.
+        """Compute the KTO baseline of a step before its micro-batches; modifies `batches`.
 
         It is the mean reward of the contrasting rows over all processes, so it does not depend on
         how the step is split.
@@ -448,7 +448,7 @@ class FtlevelTrainer(Trainer):
         return torch.stack([count.to(device) for count in counts]).sum(0)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """Return Trainer's FLOP estimate, summed over the micro-batches."""
+        """Returns Trainer's FLOP estimate, summed over the micro-batches."""
         parts = inputs.get("micro_batches", [inputs])
         if not self._operations_per_token:
             operations = int(super().floating_point_ops(parts[0]))
@@ -461,7 +461,7 @@ class FtlevelTrainer(Trainer):
         ignore_keys: list[str] | None = None,  # noqa: ARG002 - nothing is returned but metrics
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        """Return the evaluator's metrics and log them, as Trainer does."""
+        """Returns the evaluator's metrics and logs them, as Trainer does."""
         self._in_training = False
         # All processes use the same metrics, so that best model and early stopping agree.
         local_scores = self.evaluator(self.model)

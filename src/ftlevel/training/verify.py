@@ -58,7 +58,7 @@ and one in transfer."""
 
 @contextlib.contextmanager
 def cast_to_float32(model: torch.nn.Module) -> Iterator[None]:
-    """Convert all half-precision weights of `model` to float32 inside the block (mutated).
+    """Convert all half-precision weights of `model` to float32 inside the block (modified).
 
     Unlike `evaluation.model_pair.in_float32`, which converts a module while it runs, this supports
     backward passes, threads, and functions that read weights of modules they do not call. Quantized
@@ -77,7 +77,7 @@ def cast_to_float32(model: torch.nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def cast_to_float64(model: torch.nn.Module) -> Iterator[None]:
-    """Convert all float32 weights of `model` to float64 inside the block (mutated).
+    """Convert all float32 weights of `model` to float64 inside the block (modified).
 
     Operations that transformers always computes in float32, such as a norm's mean of squares, stay
     in float32.
@@ -129,7 +129,7 @@ def _fits(model: torch.nn.Module, dtype: torch.dtype, tensors: list[Tensor], dev
 
 
 def _tensors_of(model: torch.nn.Module, dtypes: tuple[torch.dtype, ...]) -> list[Tensor]:
-    """Return the parameters and buffers of `dtypes`, without duplicates and quantized ones."""
+    """Returns the parameters and buffers of `dtypes`, without duplicates and quantized ones."""
     tensors: dict[int, Tensor] = {}
     for module in model.modules():
         for own in direct_tensors(module):
@@ -140,7 +140,7 @@ def _tensors_of(model: torch.nn.Module, dtypes: tuple[torch.dtype, ...]) -> list
 
 
 def _dtypes_of_4_bits(model: torch.nn.Module) -> list[tuple[Any, str]]:
-    """Return (object, attribute) pairs of the dtypes that 4-bit modules compute in."""
+    """Returns (object, attribute) pairs of the dtypes that 4-bit modules compute in."""
     attributes: list[tuple[Any, str]] = []
     for module in model.modules():
         for tensor in direct_tensors(module)[0].values():
@@ -172,9 +172,9 @@ def choose_probe_rows(rows: Sequence[Encoded]) -> list[Encoded]:
 
 
 def shorten(row: Encoded, size: int) -> Encoded | None:
-    """Return `row` with at most `size` tokens, or uncut if short enough; None if it is too long.
+    """Returns `row` with at most `size` tokens, or uncut if short enough; None if it is too long.
 
-    A row with token labels is cut to the context of its last target, one with a number as label to
+    A row with token labels is cut to the context of the last target, one with a number as label to
     its beginning. Other labels, such as spans, count tokens, so these rows are not cut.
     """
     length = len(row.input_ids)
@@ -268,7 +268,7 @@ class _Verifier:
     def compare(
         self, steps_rows: Sequence[Sequence[Encoded]], *, rounded: bool, rate: float
     ) -> StepComparison:
-        """Return the differences over the steps with rows `steps_rows`.
+        """Returns the differences over the steps with rows `steps_rows`.
 
         Between two steps the model takes the plain step with learning rate `rate`. With `rounded`,
         steps in the run's dtype are compared too.
@@ -296,7 +296,7 @@ class _Verifier:
         return replace(verified, rounded=rounding.check())
 
     def _compare(self, rows: Sequence[Encoded], verified: StepComparison) -> StepResult:
-        """Return the plain step, and record the fast step's difference in `verified` (mutated)."""
+        """Returns the plain step, and records the fast step's difference in `verified`."""
         steps, dtype = self.steps, verified.dtype
         plain = self._plain(rows, dtype)
         if not math.isfinite(plain.loss):
@@ -343,13 +343,13 @@ class _Verifier:
         return plain
 
     def _plain(self, rows: Sequence[Encoded], dtype: str) -> StepResult:
-        """Return the plain step."""
+        """Returns the plain step."""
         return self.steps.plain(rows, self.batch_size, dtype)
 
     def _in_float64(
         self, rows: Sequence[Encoded], dtype: str, step: Callable[..., StepResult]
     ) -> StepResult | None:
-        """Return the plain or the fast step in float64; None if it cannot be computed."""
+        """Returns the plain or the fast step in float64; None if it cannot be computed."""
         model, device = self.steps.model, self.steps.trainer.args.device.type
         if dtype != "float32" or not fits_in_float64(model, device):
             return None
@@ -362,7 +362,7 @@ class _Verifier:
     def _round(
         self, rows: Sequence[Encoded], exact: StepResult, sums: RoundingErrors
     ) -> RoundingErrors:
-        """Return `sums` with the rounding errors of a step in the run's dtype."""
+        """Returns `sums` with the rounding errors of a step in the run's dtype."""
         steps = self.steps
         for draw, summed in enumerate(sums.plain):
             plain = (
@@ -379,13 +379,13 @@ class _Verifier:
 
 
 def _check(bounds: Bounds, step: StepResult, expected: StepResult) -> tuple[float, float]:
-    """Return the differences of loss and gradients from `expected`; raise if too large."""
+    """Returns the differences of loss and gradients from `expected`; raises if too large."""
     loss = bounds.check_loss(step.loss, expected.loss)
     return loss, bounds.check_gradients(compare_gradients(step.gradients, expected.gradients))
 
 
 def _take(optimizer: torch.optim.Optimizer, model: torch.nn.Module, step: StepResult) -> None:
-    """Apply the optimizer step for the gradients of `step` to `model` (mutated)."""
+    """Apply the optimizer step for the gradients of `step` to `model` (modified)."""
     for name, parameter in model.named_parameters():
         if name in step.gradients:
             parameter.grad = step.gradients[name]

@@ -40,7 +40,7 @@ class RandomState:
 
     @classmethod
     def now(cls, device: torch.device) -> RandomState:
-        """Return the current state."""
+        """Returns the current state."""
         gpu = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
         return cls(torch.get_rng_state(), gpu)
 
@@ -63,7 +63,7 @@ class WholeStep:
         self._bytes_per_token = 0.0
 
     def __call__(self, model: Any, inputs: dict[str, Any]) -> Tensor:
-        """Return the mean loss of a step, and accumulate its gradients.
+        """Returns the mean loss of a step, and accumulates its gradients.
 
         Without `texts`, as in a trial of its memory, the loss is the sum of all vectors.
         """
@@ -125,7 +125,7 @@ class WholeStep:
     def _loss(
         self, local_vectors: Sequence[Tensor], parts: Sequence[Sequence[int]], step: StepTexts
     ) -> tuple[Tensor, list[Tensor]]:
-        """Return the loss, and its gradient by the vectors of each own micro-batch."""
+        """Returns the loss, and its gradient by the vectors of each own micro-batch."""
         trainer = self._trainer
         order = [index for part in parts for index in part]
         vectors = torch.cat([part.detach().float() for part in local_vectors])
@@ -140,7 +140,7 @@ class WholeStep:
         return loss.detach(), [gradient[torch.tensor(part, device=leaf.device)] for part in parts]
 
     def _gather(self, leaf: Tensor, step: StepTexts) -> tuple[Tensor, StepTexts]:
-        """Return vectors and rows of all processes; those of others have no gradient."""
+        """Returns vectors and rows of all processes; those of others have no gradient."""
         processes = self._trainer.processes
         if processes.count == 1:
             return leaf, step
@@ -172,7 +172,7 @@ class _Forward:
         self._seed: int | None = None
 
     def embed(self) -> list[Tensor]:
-        """Return the vectors of each micro-batch, with their graphs if these are kept."""
+        """Returns the vectors of each micro-batch, with their graphs if these are kept."""
         owner = self._owner
         measures = len(self._parts) > 1 and not owner.is_measured
         keeps = measures or owner.keeps_graphs(self._calls, sum(self._tokens))
@@ -228,7 +228,7 @@ class _Forward:
         after.restore(trainer.args.device)
 
     def _share(self, number: int, gradients: Sequence[Tensor]) -> Tensor:
-        """Return the scalar whose gradients are those of the loss through a micro-batch."""
+        """Returns the scalar whose gradients are those of the loss through a micro-batch."""
         vectors = self._kept[number] if self._kept else self._embed(number, keeps=True)
         if number >= len(self._parts):  # it equalizes the number of passes in all processes
             return vectors.sum() * 0

@@ -61,12 +61,12 @@ class TensorSpec:
         return math.prod(self.shape) * self.dtype.itemsize
 
     def meta(self) -> torch.Tensor:
-        """Return an empty tensor on the meta device."""
+        """Returns an empty tensor on the meta device."""
         return torch.empty(self.shape, dtype=self.dtype, device="meta")
 
 
 def spec_of(tensor: torch.Tensor) -> TensorSpec:
-    """Return dtype and shape of `tensor`."""
+    """Returns dtype and shape of `tensor`."""
     return TensorSpec(tensor.dtype, tuple(tensor.shape))
 
 
@@ -79,7 +79,7 @@ class StoredTensor:
     offset: int
 
     def read(self) -> torch.Tensor:
-        """Read the tensor into newly allocated memory."""
+        """Load the tensor into newly allocated memory."""
         if self.spec.nbytes == 0:
             return torch.empty(self.spec.shape, dtype=self.spec.dtype)
         tensor = torch.empty(self.spec.nbytes, dtype=torch.uint8)
@@ -107,7 +107,7 @@ class StoredTensor:
 
 
 def read_header(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
-    """Read the tensors of a safetensors file by name, and its metadata.
+    """Load the tensors of a safetensors file by name, and its metadata.
 
     Raises:
         InputError: the file is truncated, or has an unsupported dtype.
@@ -139,7 +139,7 @@ def read_header(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
 
 
 def _entries(header: Any) -> dict[str, Any]:
-    """Return `header` if it is valid, or raise TypeError."""
+    """Returns `header` if it is valid, or raise TypeError."""
 
     def is_size(value: Any) -> bool:
         return isinstance(value, int) and 0 <= value < 1 << 63
@@ -232,7 +232,7 @@ def write_index(directory: Path, weight_map: Mapping[str, str], size: int) -> No
 
 
 def weight_files(directory: Path) -> list[Path]:
-    """Return the weight files of a checkpoint that transformers loads, sorted.
+    """Returns the weight files of a checkpoint that transformers loads, sorted.
 
     Raises:
         InputError: there are none, or one that the index names is missing.
@@ -295,33 +295,33 @@ class Checkpoint:
     unused: list[str] = field(default_factory=list)
 
     def holds(self, name: str) -> bool:
-        """Return whether the model's tensor `name` can be read."""
+        """Returns whether the model's tensor `name` can be read."""
         return self.ties.get(name, name) in self.groups
 
     def read(self, name: str) -> torch.Tensor:
-        """Read a copy of the model's tensor `name` in its stored precision."""
+        """Load a copy of the model's tensor `name` in its stored precision."""
         group = self._group(name)
         return self._convert(name, group, {key: self._tensor(key) for key in group.keys})
 
     def spec(self, name: str) -> TensorSpec:
-        """Return dtype and shape of the model's tensor `name` without reading it."""
+        """Returns dtype and shape of the model's tensor `name` without reading it."""
         group = self._group(name)
         specs = {key: self._spec(key).meta() for key in group.keys}
         return spec_of(self._convert(name, group, specs))
 
     def plain(self, name: str) -> StoredTensor | None:
-        """Return the stored tensor of `name` if it is used unchanged, else None."""
+        """Returns the stored tensor of `name` if it is used unchanged, else None."""
         group = self._group(name)
         tensor = self.stored[group.keys[0]]
         return tensor if group.converter is None and isinstance(tensor, StoredTensor) else None
 
     def file(self, name: str) -> str | None:
-        """Return the name of the file with the first stored tensor of `name`; None in memory."""
+        """Returns the name of the file with the first stored tensor of `name`; None in memory."""
         tensor = self.stored[self._group(name).keys[0]]
         return tensor.path.name if isinstance(tensor, StoredTensor) else None
 
     def _group(self, name: str) -> TensorGroup:
-        """Return the stored tensors of `name`, or raise InputError if there are none."""
+        """Returns the stored tensors of `name`, or raise InputError if there are none."""
         group = self.groups.get(self.ties.get(name, name))
         if group is None:
             raise InputError(
@@ -350,11 +350,11 @@ class Checkpoint:
 def open_checkpoint(source: ModelSource, model: Any, key_mapping: Mapping[str, str]) -> Checkpoint:
     """Open the weights of `source` for `model`, which is on the meta device.
 
-    A Hub model is downloaded if needed. The conversions are recorded on `model` (mutated) as by
+    A Hub model is downloaded if needed. The conversions are recorded on `model` (modified) as by
     `from_pretrained`; `key_mapping` comes from `rename_prefix`.
 
     Raises:
-        InputError: weight files are missing or damaged.
+        InputError: weight files are missing or corrupted.
     """
     stored: dict[str, StoredTensor | torch.Tensor] = {}
     for path in weight_files(local_directory(source)):
@@ -368,9 +368,9 @@ def open_checkpoint(source: ModelSource, model: Any, key_mapping: Mapping[str, s
 
 
 def checkpoint_in_memory(model: Any, loaded: Any) -> Checkpoint:
-    """Return the weights of the model `loaded`, e.g. from a .gguf file, without copying them.
+    """Returns the weights of the model `loaded`, e.g. from a .gguf file, without copying them.
 
-    `model` is the same class on the meta device; its recorded conversions are removed (mutated).
+    `model` is the same class on the meta device; its recorded conversions are removed (modified).
     """
     state = {name: tensor.detach() for name, tensor in loaded.state_dict().items()}
     conversions.forget_conversions(model)
@@ -383,7 +383,7 @@ def checkpoint_in_memory(model: Any, loaded: Any) -> Checkpoint:
 
 
 def local_directory(source: ModelSource) -> Path:
-    """Return the local directory of `source`; a Hub model is downloaded if needed."""
+    """Returns the local directory of `source`; a Hub model is downloaded if needed."""
     if source.path is not None:
         return source.path
     from huggingface_hub import snapshot_download
@@ -399,7 +399,7 @@ def local_directory(source: ModelSource) -> Path:
 
 
 def convert_for_saving(model: Any, name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Return what `save_pretrained` writes for the tensor `name`; several for a fused mixture."""
+    """Returns what `save_pretrained` writes for the tensor `name`; several for a fused mixture."""
     return conversions.revert(model, {name: tensor})
 
 
@@ -423,7 +423,7 @@ def _translate(
 
 
 def _tie(checkpoint: Checkpoint) -> None:
-    """Record tied tensors of which the checkpoint stores one (mutated)."""
+    """Record tied tensors of which the checkpoint stores one (modified)."""
     ties = tied_names(checkpoint.model)
     for target, source in ties.items():
         if target in checkpoint.groups and source not in checkpoint.groups:
@@ -440,10 +440,10 @@ _PARTS = "shard-*.safetensors"
 
 
 def merge_sharded_checkpoint(directory: Path) -> Path:
-    """Return `directory`, or a temporary directory with the model merged from its shards.
+    """Returns `directory`, or a temporary directory with the model merged from its shards.
 
     The temporary directory exists until the process ends. Raises InputError if a shard is missing
-    or damaged.
+    or corrupted.
     """
     if not any(directory.glob(_PARTS)):
         return directory

@@ -1,4 +1,4 @@
-"""Choose the codes of quantized weights by the layer's output error; pack weights in 4 bits.
+"""Choose the codes of quantized weights by the layer's output error; pack weights in 4-bit.
 
     min e H eᵀ,  e = w - q (a row),  H = E[x xᵀ]
 
@@ -52,11 +52,11 @@ class QuantizationGrid:
     stored: Callable[[torch.Tensor], torch.Tensor]
 
     def scales_of(self, weight: torch.Tensor) -> torch.Tensor:
-        """Return the scale of each block, at which its largest weight gets the largest value."""
+        """Returns the scale of each block, at which its largest weight gets the largest value."""
         return self._blocks(weight).abs().amax(-1) / self.values.abs().max()
 
     def fitted_scales(self, weight: torch.Tensor, moment: torch.Tensor) -> torch.Tensor:
-        """Return the scale of each block with the least error, weighted by the diagonal of H."""
+        """Returns the scale of each block with the least error, weighted by the diagonal of H."""
         largest, counts = self.scales_of(weight), moment.diagonal()
         best, least = largest, torch.full_like(largest, torch.inf)
         for factor in _FACTORS:
@@ -68,20 +68,20 @@ class QuantizationGrid:
         return best
 
     def nearest(self, weight: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-        """Return the nearest code of each weight."""
+        """Returns the nearest code of each weight."""
         scaled = self._blocks(weight) / _not_zero(scales).unsqueeze(-1)
         return torch.bucketize(scaled, self._midpoints()).view(weight.shape)
 
     def value(self, codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-        """Return the dequantized weights."""
+        """Returns the dequantized weights."""
         return self.values[codes] * self.spread(scales, codes.shape)
 
     def spread(self, scales: torch.Tensor, shape: torch.Size) -> torch.Tensor:
-        """Return the scale of each weight of a matrix of `shape`."""
+        """Returns the scale of each weight of a matrix of `shape`."""
         return scales.repeat_interleave(self.block or shape[1]).view(shape)
 
     def fits(self, shape: torch.Size) -> bool:
-        """Return whether a matrix of `shape` consists of whole blocks."""
+        """Returns whether a matrix of `shape` consists of whole blocks."""
         return shape.numel() % (self.block or shape[1]) == 0
 
     def _blocks(self, weight: torch.Tensor) -> torch.Tensor:
@@ -134,7 +134,7 @@ def improve_codes(
     moment: torch.Tensor,
     grid: QuantizationGrid,
 ) -> torch.Tensor:
-    """Return `codes` after one sweep that reduces the output error; shapes as in `choose_codes`."""
+    """Returns `codes` after a sweep that reduces the output error; shapes as in `choose_codes`."""
     spread = _not_zero(grid.spread(scales, weight.shape))
     values, codes = grid.values[codes] * spread, codes.clone()
     moment = damped(moment)
@@ -158,12 +158,12 @@ def _not_zero(scales: torch.Tensor) -> torch.Tensor:
 
 
 def shrunk(moment: torch.Tensor) -> torch.Tensor:
-    """Return H with its off-diagonal reduced by `SHRINKAGE`."""
+    """Returns H with its off-diagonal reduced by `SHRINKAGE`."""
     return (1 - SHRINKAGE) * moment + torch.diag(SHRINKAGE * moment.diagonal())
 
 
 def damped(moment: torch.Tensor) -> torch.Tensor:
-    """Return H with a share of its mean diagonal added, so that it is invertible."""
+    """Returns H with a share of its mean diagonal added, so that it is invertible."""
     share = DAMPING * moment.diagonal().mean().clamp(min=1e-30)
     return moment + share * torch.eye(len(moment))
 
@@ -175,7 +175,7 @@ _PIECE = 1 << 16
 def quantize_4bit(
     weight: torch.Tensor, quant_type: str, double_quant: bool
 ) -> tuple[torch.Tensor, Any]:
-    """Return the packed bytes of a CPU `weight` and their `QuantState`, as bitsandbytes does."""
+    """Returns the packed bytes of a CPU `weight` and their `QuantState`, as bitsandbytes does."""
     import bitsandbytes.functional as bnb
 
     if weight.numel() % BLOCK or weight.numel() == 0:  # bitsandbytes handles short last blocks
@@ -188,7 +188,7 @@ def quantize_4bit(
 
 
 def four_bit_grid(quant_type: str, double_quant: bool) -> QuantizationGrid:
-    """Return the grid of bitsandbytes' 4-bit types."""
+    """Returns the grid of bitsandbytes' 4-bit types."""
 
     def stored(scales: torch.Tensor) -> torch.Tensor:
         import bitsandbytes.functional as bnb
@@ -210,7 +210,7 @@ def pack_4bit(
     quant_type: str,
     double_quant: bool,
 ) -> tuple[torch.Tensor, Any]:
-    """Return the packed bytes of `codes` (out, in) and their `QuantState`.
+    """Returns the packed bytes of `codes` (out, in) and their `QuantState`.
 
     `codes` index `four_bit_grid`; `scales` are not rounded yet; `like` has the shape and dtype of
     the dequantized weight.
@@ -246,7 +246,7 @@ def _state(
 
 
 def _pack(weight: torch.Tensor, code: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return two codes per byte, the first in the upper half, and the scale of each block."""
+    """Returns two codes per byte, the first in the upper half, and the scale of each block."""
     order = code.argsort()
     ascending = code[order]
     midpoints = ((ascending[:-1] + ascending[1:]) / 2).tolist()

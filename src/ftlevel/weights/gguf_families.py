@@ -1,6 +1,6 @@
 """Map transformers models to llama.cpp's architectures: metadata keys and tensor layouts.
 
-llama.cpp assumes a value for each setting without a GGUF key; a model with another value is
+llama.cpp assumes a value for each setting without a GGUF key; a model with a different value is
 refused. BERT is written as an embedding model only. Four tensor layouts differ from transformers:
 Llama's rotary halves of queries and keys are interleaved, Gemma's norms are 1 + weight, GPT-2's
 Conv1D weights are transposed, and scaled rotary frequencies are a tensor of divisors.
@@ -70,7 +70,7 @@ FAMILIES: dict[str, GgufFamily] = {
 
 
 def find_problems(config: Any) -> list[str]:
-    """Return why a model of `config` cannot be written, one sentence each; empty if it can."""
+    """Returns why a model of `config` cannot be written, one sentence each; empty if it can."""
     family = FAMILIES.get(config.model_type)
     if family is None:
         return [
@@ -114,7 +114,7 @@ def build_metadata(config: Any) -> Metadata:
 
 
 def context_limit(config: Any) -> tuple[int, int | None]:
-    """Return the context length for the file, and the sliding window that limits it, or None.
+    """Returns the context length for the file, and the sliding window that limits it, or None.
 
     Of these families llama.cpp has sliding windows for Gemma only; the others are limited to the
     window, within which it has no effect.
@@ -132,7 +132,7 @@ def context_limit(config: Any) -> tuple[int, int | None]:
 
 
 def extra_tensors(config: Any) -> dict[str, torch.Tensor]:
-    """Return the divisors of scaled rotary frequencies, (rotary width / 2,) in float32."""
+    """Returns the divisors of scaled rotary frequencies, (rotary width / 2,) in float32."""
     if not FAMILIES[config.model_type].rotary:
         return {}
     rope = _rope(config)
@@ -149,7 +149,7 @@ def extra_tensors(config: Any) -> dict[str, torch.Tensor]:
 
 
 def convert(config: Any, name: str, tensor: torch.Tensor, *, is_conv1d: bool) -> torch.Tensor:
-    """Return the model's `tensor` in the layout of the file's tensor `name`."""
+    """Returns the model's `tensor` in the layout of the file's tensor `name`."""
     family = FAMILIES[config.model_type]
     if is_conv1d:
         return tensor.T
@@ -237,7 +237,7 @@ def _describe_longrope(config: Any, rope: Mapping[str, Any]) -> Metadata:
 
 
 def _rope(config: Any) -> Mapping[str, Any]:
-    """Return the rotary settings of the layers with full attention."""
+    """Returns the rotary settings of the layers with full attention."""
     parameters: Mapping[str, Any] = config.rope_parameters
     return parameters.get("full_attention", parameters)
 

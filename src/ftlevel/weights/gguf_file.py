@@ -1,4 +1,4 @@
-"""Write a .gguf file: its keys, then its tensors, one in memory at a time.
+"""Write a .gguf file: its keys, then the tensors, one in memory at a time.
 
     q8_0   x ≈ d · q,  q = -127 … 127,  d = max |x| / 127
     q5_0   x ≈ d · q,  q = -16 … 15,    d = -(the x that is farthest from 0) / 16
@@ -47,7 +47,7 @@ class _SignedGrid(QuantizationGrid):
     """A grid with an asymmetric range; the sign of a scale turns its block to the longer side."""
 
     def scales_of(self, weight: torch.Tensor) -> torch.Tensor:
-        """Return the scale of each block; its largest weight gets the value farthest from 0."""
+        """Returns the scale of each block; its largest weight gets the value farthest from 0."""
         blocks = self._blocks(weight)
         farthest = blocks.gather(-1, blocks.abs().argmax(-1, keepdim=True)).squeeze(-1)
         return farthest / self.values[self.values.abs().argmax()]
@@ -74,12 +74,12 @@ class QuantizedMatrix:
     scales: torch.Tensor
 
     def value(self, outtype: str) -> torch.Tensor:
-        """Return the dequantized matrix in float32."""
+        """Returns the dequantized matrix in float32."""
         grid = GRIDS[outtype]
         return grid.value(self.codes.long(), grid.stored(self.scales.reshape(-1)))
 
     def pack(self, outtype: str) -> Any:
-        """Return the bytes as a numpy array, (rows, bytes per row)."""
+        """Returns the bytes as a numpy array, (rows, bytes per row)."""
         rows = len(self.codes)
         d = self.scales.reshape(rows, -1, 1).half().view(torch.uint8)
         blocks = self.codes.reshape(rows, -1, BLOCK)
@@ -97,7 +97,7 @@ class QuantizedMatrix:
 
 
 def round_to_blocks(weight: torch.Tensor, outtype: str) -> torch.Tensor:
-    """Return `weight` rounded to `outtype` as ggml does, in float32.
+    """Returns `weight` rounded to `outtype` as ggml does, in float32.
 
     ggml rounds x · (1 / d); x / d would differ for some values. q8_0 rounds halves away from zero.
     """
@@ -131,7 +131,7 @@ _QUANTIZATION_VERSION = 2
 class GGUFTensor:
     """A tensor of the file.
 
-    `source` is its name in the model, if any; `shape` is the reverse of the file's order. `read`
+    `source` is the name in the model, if any; `shape` is the reverse of the file's order. `read`
     returns the file's layout. `codes` returns chosen codes in the order of the model's rows, which
     `arrange` reorders for the file; None rounds.
     """
@@ -153,7 +153,7 @@ class GGUFTensor:
 
 
 def own_outtype(checkpoint: Checkpoint) -> str:
-    """Return the type of the checkpoint's input embedding."""
+    """Returns the type of the checkpoint's input embedding."""
     name = next(
         name
         for name, parameter in checkpoint.model.named_parameters()
@@ -169,13 +169,13 @@ def plan_tensors(
     choose: Callable[[str], QuantizedMatrix] | None = None,
     unused: Sequence[str] = (),
 ) -> list[GGUFTensor]:
-    """Return the tensors of the file in order, without reading them.
+    """Returns the tensors of the file in order, without reading them.
 
     `choose` maps the name of a weight to its codes (out, in); None rounds. Modules in `unused` are
     left out.
 
     Raises:
-        InputError: the architecture has no place for a tensor, or the checkpoint lacks one.
+        InputError: the architecture has no place for a tensor, or the checkpoint has no one.
     """
     names = name_map(config)
     planned, unsupported, missing = [], [], []
@@ -232,7 +232,7 @@ def _plan(checkpoint: Checkpoint, config: Any, source: str, name: str, outtype: 
 
 
 def name_map(config: Any) -> Any:
-    """Return gguf's map from tensor names of the model to names in the file."""
+    """Returns gguf's map from tensor names of the model to names in the file."""
     return get_tensor_name_map(_architecture(config), config.num_hidden_layers)
 
 
@@ -273,7 +273,7 @@ def write_gguf(
 
 
 def file_keys(outtype: str) -> dict[str, Any]:
-    """Return the metadata keys for the type of most tensors."""
+    """Returns the metadata keys for the type of most tensors."""
     keys: dict[str, Any] = {"general.file_type": int(OUTTYPES[outtype][1])}
     if outtype in GRIDS:
         keys["general.quantization_version"] = _QUANTIZATION_VERSION
@@ -281,9 +281,9 @@ def file_keys(outtype: str) -> dict[str, Any]:
 
 
 def round_to(tensor: torch.Tensor, outtype: str) -> torch.Tensor:
-    """Return `tensor` rounded to `outtype`, in float32.
+    """Returns `tensor` rounded to `outtype`, in float32.
 
-    It does not use the gguf package, so that it can verify the file.
+    It does not use the gguf package, so that it can check the file.
     """
     tensor = tensor.float()
     if outtype == "f32":
@@ -294,7 +294,7 @@ def round_to(tensor: torch.Tensor, outtype: str) -> torch.Tensor:
 
 
 def weights_as_written(tensors: Sequence[GGUFTensor], model: Any) -> Iterator[tuple[str, Any]]:
-    """Yield name and rounded values of each weight of `model` that the file rounds."""
+    """Yields name and rounded values of each weight of `model` that the file rounds."""
     parameters = dict(model.named_parameters())
     for tensor in tensors:
         if tensor.source is None or tensor.outtype == "f32":
@@ -334,7 +334,7 @@ def _announce(writer: GGUFWriter, tensor: GGUFTensor) -> None:
 
 
 def _pack(tensor: GGUFTensor) -> Any:
-    """Return the bytes of a tensor as a numpy array, (rows, …)."""
+    """Returns the bytes of a tensor as a numpy array, (rows, …)."""
     if tensor.codes is not None:
         matrix = tensor.codes()
         both = (tensor.arrange(part) for part in (matrix.codes, matrix.scales))

@@ -79,7 +79,7 @@ class Vocabulary:
     notes: list[str] = field(default_factory=list)
 
     def metadata(self) -> dict[str, Any]:
-        """Return the metadata keys."""
+        """Returns the metadata keys."""
         keys: dict[str, Any] = {
             "tokenizer.ggml.model": self.model,
             "tokenizer.ggml.pre": self.pre,
@@ -98,7 +98,7 @@ class Vocabulary:
 
 
 def read_vocabulary(tokenizer: Any, size: int, end: int | None = None) -> Vocabulary:
-    """Read the metadata of `tokenizer` for a model with `size` embeddings.
+    """Load the metadata of `tokenizer` for a model with `size` embeddings.
 
     `end` is the token that it adds to each text; None for EOS.
 
@@ -142,7 +142,7 @@ def read_vocabulary(tokenizer: Any, size: int, end: int | None = None) -> Vocabu
 
 
 def _read_wordpiece(tokenizer: Any, described: Mapping[str, Any], size: int) -> Vocabulary:
-    """Read the metadata of a WordPiece tokenizer; raises InputError for one that is not BERT's.
+    """Load the metadata of a WordPiece tokenizer; raises InputError for one that is not BERT's.
 
     llama.cpp marks the begin of a word where WordPiece marks its continuation.
     """
@@ -201,7 +201,7 @@ def _check_size(texts: Mapping[int, str], size: int) -> None:
 
 
 def _pairs(model: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Return the merges as pairs; older files store each as one string."""
+    """Returns the merges as pairs; older files store each as one string."""
     pairs = (pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"])
     return [(left, right) for left, right in pairs]
 
@@ -209,7 +209,7 @@ def _pairs(model: Mapping[str, Any]) -> list[tuple[str, str]]:
 def _tokens(
     tokenizer: Any, model: Mapping[str, Any], added: Mapping[int, Mapping[str, Any]], size: int
 ) -> tuple[list[str], list[int]]:
-    """Return text and type of every token, up to the model's `size`."""
+    """Returns text and type of every token, up to the model's `size`."""
     texts = {index: text for text, index in model["vocab"].items()}
     texts |= {index: token["content"] for index, token in added.items()}
     _check_size(texts, size)
@@ -242,7 +242,7 @@ def _special(tokenizer: Any) -> dict[str, int]:
 
 
 def _flags(tokenizer: Any, special: Mapping[str, int]) -> dict[str, bool]:
-    """Return whether the tokenizer adds BOS and EOS, by encoding a text."""
+    """Returns whether the tokenizer adds BOS and EOS, by encoding a text."""
     ids = tokenizer("a")["input_ids"]
     plain = tokenizer("a", add_special_tokens=False)["input_ids"]
     bos, eos = special.get("bos"), special.get("eos")
@@ -300,7 +300,7 @@ def _notes(added: Mapping[int, Mapping[str, Any]]) -> list[str]:
 
 
 def _space_prefix(described: Mapping[str, Any]) -> tuple[bool, list[str]]:
-    """Return whether a space is added before a text, and notes on llama.cpp's differences."""
+    """Returns whether a space is added before a text, and notes on llama.cpp's differences."""
     steps, normalizers = _steps(described["pre_tokenizer"]), _normalizers(described["normalizer"])
     replace = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
     prepend = {"type": "Prepend", "prepend": SPACE}
@@ -339,7 +339,7 @@ def _normalizers(normalizer: Mapping[str, Any] | None) -> list[Mapping[str, Any]
 
 
 def _scores(model: Mapping[str, Any], tokens: Sequence[str], types: Sequence[int]) -> list[float]:
-    """Return the score of each token, minus the rank of its first merge.
+    """Returns the score of each token, minus the rank of the first merge.
 
     llama.cpp joins neighbors whose text is a token, highest score first. This equals the merges
     only if they include every split of a token, one after another; else InputError is raised.

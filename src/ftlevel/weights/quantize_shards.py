@@ -69,11 +69,11 @@ class QuantizedLayout:
     naming: Naming
 
     def part_of(self, name: str) -> str:
-        """Return the part of the model's tensor `name`, one of `PARTS`."""
+        """Returns the part of the model's tensor `name`, one of `PARTS`."""
         return self.parameters[name].part if name in self.parameters else "rest"
 
     def kept_dtype(self, name: str, dtype: torch.dtype) -> torch.dtype:
-        """Return the dtype in which an unquantized tensor is written."""
+        """Returns the dtype in which an unquantized tensor is written."""
         if not dtype.is_floating_point:
             return dtype
         return torch.float32 if self.in_float32.intersection(name.split(".")) else self.dtype
@@ -99,9 +99,9 @@ def build_layout(
 
 
 def resolve_layout(layout: QuantizedLayout, keys: Iterable[str]) -> QuantizedLayout:
-    """Return `layout` for a checkpoint with these `keys`.
+    """Returns `layout` for a checkpoint with these `keys`.
 
-    A linear layer whose weight is assembled from several stored tensors is not quantized, and its
+    A linear layer whose weight is assembled from several stored tensors is not quantized, and the
     name is added to the config.
     """
     listed = [layout.naming(key) for key in keys]
@@ -120,13 +120,13 @@ def resolve_layout(layout: QuantizedLayout, keys: Iterable[str]) -> QuantizedLay
 
 
 def get_skipped_modules(quantization: Any) -> list[str]:
-    """Return the modules that `quantization` skips."""
+    """Returns the modules that `quantization` skips."""
     named = "modules_to_not_convert" if is_torchao(quantization) else "llm_int8_skip_modules"
     return list(getattr(quantization, named) or ())
 
 
 def _keeping(quantization: Any, names: list[str]) -> Any:
-    """Return a copy of `quantization` that skips `names`."""
+    """Returns a copy of `quantization` that skips `names`."""
     kept = copy.copy(quantization)
     if is_torchao(quantization):
         kept.modules_to_not_convert = names
@@ -156,7 +156,7 @@ def find_skipped_modules(config: Any, auto_class: str) -> list[str]:
 
 
 def _find_quantized(meta: Any, quantization: Any) -> dict[str, bool]:
-    """Find the linear layers that transformers would replace (`meta` is mutated)."""
+    """Find the linear layers that transformers would replace (`meta` is modified)."""
     if is_torchao(quantization):
         return dict.fromkeys(torchao_linears(meta, quantization), False)  # none is a Conv1D
     return replaced_linears(meta, quantization, pre_quantized=True)
@@ -187,7 +187,7 @@ def _parameters(meta: Any, tree: ModuleTree, linears: dict[str, bool]) -> Iterat
 
 
 def predict_bytes(layout: QuantizedLayout) -> dict[str, tuple[int, int]]:
-    """Return part → (bytes before, bytes after), computed from shapes."""
+    """Returns part → (bytes before, bytes after), computed from shapes."""
     sizes = {part: [0, 0] for part in PARTS}
     for parameter in layout.parameters.values():
         count = math.prod(parameter.shape)
@@ -203,7 +203,7 @@ def predict_bytes(layout: QuantizedLayout) -> dict[str, tuple[int, int]]:
 
 
 def packed_bytes(shape: tuple[int, ...], quantization: Any) -> int:
-    """Return the bytes of a quantized weight (out, in), including scales and settings."""
+    """Returns the bytes of a quantized weight (out, in), including scales and settings."""
     if is_torchao(quantization):
         return torchao_bytes(shape, quantization)
     count = math.prod(shape)
@@ -270,7 +270,7 @@ class ShardWriter:
 
 
 def header_bound(tensors: Mapping[str, int]) -> int:
-    """Return the maximum header size in bytes for `tensors` (name prefix → number)."""
+    """Returns the maximum header size in bytes for `tensors` (name prefix → number)."""
     # 200 bytes: a suffix, a dtype, a shape of few dimensions and two offsets.
     return 64 + sum(count * (len(json.dumps(name)) + 200) for name, count in tensors.items())
 
@@ -312,7 +312,7 @@ def write_quantized(
     `choose` applies to bitsandbytes only.
 
     Raises:
-        InputError: a weight to quantize is missing, or a file is damaged.
+        InputError: a weight to quantize is missing, or a file is corrupted.
     """
     shards = {shard: read_header(shard)[0] for shard in weight_files(directory)}
     keys = [key for entries in shards.values() for key in entries]
@@ -351,7 +351,7 @@ def _quantize_shards(
     """Write quantized shards to the directory `out`, under their own names.
 
     Raises:
-        InputError: a file is damaged, or a weight has a dtype that cannot be quantized.
+        InputError: a file is corrupted, or a weight has a dtype that cannot be quantized.
     """
     done, written = 0, QuantizationSizes()
     weight_map: dict[str, str] = {}
@@ -392,7 +392,7 @@ def _quantize_shards(
 def _convert(
     key: str, name: str, tensor: torch.Tensor, layout: QuantizedLayout, choose: Choose | None
 ) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Return the tensors and metadata to store for one tensor of the checkpoint."""
+    """Returns the tensors and metadata to store for one tensor of the checkpoint."""
     noted = is_torchao(layout.config)
     if layout.part_of(name) != QUANTIZED:
         kept = {key: tensor.to(layout.kept_dtype(name, tensor.dtype))}
@@ -413,7 +413,7 @@ def _convert(
 
 
 def bitsandbytes_grid(config: Any) -> QuantizationGrid:
-    """Return the grid of a `BitsAndBytesConfig`; in 8 bits, -127 to 127 with a scale per row."""
+    """Returns the grid of a `BitsAndBytesConfig`; in 8-bit, -127 to 127 with a scale per row."""
     if config.load_in_8bit:
         return QuantizationGrid(torch.arange(-127.0, 128.0) / 127, 0, lambda scales: scales)
     return four_bit_grid(config.bnb_4bit_quant_type, config.bnb_4bit_use_double_quant)

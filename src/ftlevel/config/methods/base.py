@@ -18,7 +18,7 @@ class MethodSpec(Section):
     wants_quant: ClassVar[str] = "none"
 
     def quant_problems(self, quant: QuantConfig) -> list[str]:  # noqa: ARG002 - for those that do
-        """Return messages if the method cannot train on a base quantized so."""
+        """Returns messages if the method cannot train on a base quantized so."""
         return []
 
 

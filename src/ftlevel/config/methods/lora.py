@@ -33,9 +33,9 @@ BASE_MODIFYING_INITS = ("olora", *PISSA)
 
 
 class LoraSpec(MethodSpec):
-    """LoRA: W + (alpha / r) · B · A (Hu et al., 2021, section 4.1).
+    """LoRA: W + (alpha / r) · B · A (Hu et al., 2021, § 4.1).
 
-    Targets all linear layers of the blocks by default, as QLoRA (Dettmers et al., 2023, section 4)
+    Targets all linear layers of the blocks by default, as QLoRA (Dettmers et al., 2023, § 4)
     found necessary to match full fine-tuning.
     """
 
@@ -172,7 +172,7 @@ Steps = Annotated[int, Field(ge=0)] | Literal["auto"]
 class AdaloraSpec(MethodSpec):
     """AdaLoRA: W + P · diag(E) · Q, whose rank is pruned by importance during training.
 
-    Zhang et al. (2023), section 3.3: ranks start at `init_r` and fall on a cubic schedule to
+    Zhang et al. (2023), § 3.3: ranks start at `init_r` and fall on a cubic schedule to
     `target_r` on average, after the first `tinit` and before the last `tfinal` steps. "auto" uses
     10 % and 30 % of the steps.
     """
@@ -303,7 +303,7 @@ class MissSpec(MethodSpec):
 
 
 class ShiraSpec(MethodSpec):
-    """SHiRA: W + S, S sparse with a random mask (Bhardwaj et al., 2024, section 3.1)."""
+    """SHiRA: W + S, S sparse with a random mask (Bhardwaj et al., 2024, § 3.1)."""
 
     kind: Literal["shira"] = "shira"
     r: Positive = Field(
@@ -314,7 +314,7 @@ class ShiraSpec(MethodSpec):
 
 
 class HiraSpec(MethodSpec):
-    """HiRA: W + W ⊙ (B · A), an update of high rank (Huang et al., 2025, section 3)."""
+    """HiRA: W + W ⊙ (B · A), an update of high rank (Huang et al., 2025, § 3)."""
 
     kind: Literal["hira"] = "hira"
     r: Positive = Field(32, description="Rank of B · A.")
@@ -323,7 +323,7 @@ class HiraSpec(MethodSpec):
 
 
 class GraloraSpec(MethodSpec):
-    """GraLoRA: k × k blocks, each a LoRA of rank r / k (Jung et al., 2025, section 3)."""
+    """GraLoRA: k × k blocks, each a LoRA of rank r / k (Jung et al., 2025, § 3)."""
 
     kind: Literal["gralora"] = "gralora"
     r: Positive = Field(32, description="Rank of a LoRA with the same number of parameters.")
@@ -345,7 +345,7 @@ class GraloraSpec(MethodSpec):
 
 
 class C3aSpec(MethodSpec):
-    """C³A: W + C with circulant blocks (Chen et al., 2024, section 3.3).
+    """C³A: W + C with circulant blocks (Chen et al., 2024, § 3.3).
 
     C is initialized to zero, and randomly in PEFT.
     """
@@ -358,7 +358,7 @@ class C3aSpec(MethodSpec):
 
 
 class Ia3Spec(MethodSpec):
-    """(IA)³: l_k · K, l_v · V and l_ff · γ(W₁x), l learned (Liu et al., 2022, section 3.3).
+    """(IA)³: l_k · K, l_v · V and l_ff · γ(W₁x), l learned (Liu et al., 2022, § 3.3).
 
     A fused query-key-value layer is scaled as a whole; second feed-forward layers at their input.
     """

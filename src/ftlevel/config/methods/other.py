@@ -18,16 +18,16 @@ ON_RESIDUAL = ("seq_bn", "par_bn", "adapter_plus")
 
 
 def default_scaling(placement: str) -> float | str:
-    """Return the default scale of the adapter's output."""
+    """Returns the default scale of the adapter's output."""
     if placement == "adapter_plus":
-        return "channel"  # Steitz & Roth, 2024, section 3.3
+        return "channel"  # Steitz & Roth, 2024, § 3.3
     return PARALLEL_SCALING if placement in ("parallel", "par_bn") else 1.0
 
 
 class AdapterSpec(MethodSpec):
     """Bottleneck adapters: h + s · up(f(down(x))), parallel to or after the sub-layers of a block.
 
-    Placements: `houlsby`, Houlsby et al. (2019), section 2.1; `seq_bn` and `pfeiffer`, Pfeiffer et
+    Placements: `houlsby`, Houlsby et al. (2019), § 2.1; `seq_bn` and `pfeiffer`, Pfeiffer et
     al. (2021), appendix A.1, whose reduction factor of 16 is the default; `par_bn` and `parallel`,
     He et al. (2022), sections 3.3 and 4.6; `adapter_plus`, Steitz & Roth (2024).
     """
@@ -88,10 +88,10 @@ class AdapterSpec(MethodSpec):
 
 
 class PrefixSpec(MethodSpec):
-    """Prefix tuning: learned keys and values in every attention (Li & Liang, 2021, section 4.2).
+    """Prefix tuning: learned keys and values in every attention (Li & Liang, 2021, § 4.2).
 
-    The default length of 20 suits classification (P-tuning v2, Liu et al., 2022, section 4.2); Li &
-    Liang (section 7.2) use 10 for table-to-text and 200 for summarization.
+    The default length of 20 suits classification (P-tuning v2, Liu et al., 2022, § 4.2); Li &
+    Liang (§ 7.2) use 10 for table-to-text and 200 for summarization.
     """
 
     kind: Literal["prefix"] = "prefix"
@@ -110,9 +110,9 @@ class PrefixSpec(MethodSpec):
 
 
 class PromptSpec(MethodSpec):
-    """Prompt tuning: learned embeddings before the text (Lester et al., 2021, section 2).
+    """Prompt tuning: learned embeddings before the text (Lester et al., 2021, § 2).
 
-    More than 20 tokens gain little (section 3.2). Encoders get them after [CLS].
+    More than 20 tokens gain little (§ 3.2). Encoders get them after [CLS].
     """
 
     kind: Literal["prompt"] = "prompt"
@@ -144,7 +144,7 @@ class PromptSpec(MethodSpec):
 
 
 class PTuningSpec(MethodSpec):
-    """P-tuning: a prompt computed by an encoder during training (Liu et al., 2021, section 3.2).
+    """P-tuning: a prompt computed by an encoder during training (Liu et al., 2021, § 3.2).
 
     As in `peft`, the encoder is an MLP by default; the paper uses an LSTM.
     """

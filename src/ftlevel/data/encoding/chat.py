@@ -1,7 +1,7 @@
 """Render conversations with the chat template and locate the assistant turns in the text.
 
 A template with `{% generation %}` marks these turns. For other templates, the text before a turn
-and the text up to it must be prefixes of the whole. If the template rewrites earlier turns (Qwen3
+and the text up to it must be prefixes of the whole. If the template rewrites previous turns (Qwen3
 removes their reasoning, Mistral moves the system text), a marker around the content locates the
 turn.
 """
@@ -35,7 +35,7 @@ class RenderedChat:
     spans: tuple[tuple[int, int], ...]
 
     def is_answer(self, start: int, end: int) -> bool:
-        """Return whether a token lies in a span, ignoring a space before its word ("▁the")."""
+        """Returns whether a token lies in a span, ignoring a space before its word ("▁the")."""
         return any(
             begin < end <= stop and not self.text[start:begin].strip() for begin, stop in self.spans
         )
@@ -55,7 +55,7 @@ def render(
 def render_chat(
     tokenizer: Any, turns: Sequence[Turn], tools: Sequence[dict[str, Any]] = ()
 ) -> RenderedChat:
-    """Render `turns` and locate each assistant turn, including its end-of-turn token.
+    """Render `turns` and locate each assistant turn, including the end-of-turn token.
 
     Raises `InputError` if the template fails, omits a turn or tools, or hides where answers are.
     """
@@ -71,7 +71,7 @@ def render_chat(
 
 
 def list_special_tokens(tokenizer: Any) -> tuple[str, ...]:
-    """Return the special tokens as strings, without BOS."""
+    """Returns the special tokens as strings, without BOS."""
     added = getattr(tokenizer, "added_tokens_decoder", {})
     texts = {token.content for token in added.values() if token.special}
     return tuple((texts | set(tokenizer.all_special_tokens)) - {tokenizer.bos_token})
@@ -118,7 +118,7 @@ class _Chat:
     tools: Sequence[dict[str, Any]]
 
     def find_turn(self, index: int, text: str) -> tuple[int, int]:
-        """Return the span in the rendered `text` of a turn, including its end-of-turn token.
+        """Returns the span in the rendered `text` of a turn, including the end-of-turn token.
 
         The span starts after the generation prompt. It includes a space before the answer.
         """
@@ -198,7 +198,7 @@ _FOLDER = Path(__file__).parent / "templates"
 
 
 def set_chat_template(tokenizer: Any, name: str | None) -> Choice | None:
-    """Set the chat template of `tokenizer` (mutated) to a built-in template or a Jinja file.
+    """Set the chat template of `tokenizer` (modified) to a built-in template or a Jinja file.
 
     The template is saved with the adapter, so training, evaluation and generation share it.
 
@@ -270,7 +270,7 @@ class TurnLayout:
 
     Attributes:
         around: role → text before and after the content; without system if it has no own turn.
-        opening: text before a first turn of another role, such as a default system prompt.
+        opening: text before a first turn of a different role, such as a default system prompt.
         generation: generation prompt.
     """
 
@@ -279,7 +279,7 @@ class TurnLayout:
     generation: str
 
     def render(self, turns: Sequence[Turn]) -> str:
-        """Return the text of `turns` with the generation prompt."""
+        """Returns the text of `turns` with the generation prompt."""
         parts = [self.opening if turns[0]["role"] != SYSTEM else ""]
         for turn in turns:
             before, after = self.around[turn["role"]]

@@ -39,7 +39,7 @@ class PromptFormat:
         kind: chat template, plain text, or the input of an encoder-decoder.
         answer_cue: end of a plain prompt, such as `Summary:`.
         system: system prompt for conversations without one.
-        separator: text between a plain prompt without a cue and its answer.
+        separator: text between a plain prompt without a cue and the answer.
     """
 
     kind: Literal["chat-template", "plain", "seq2seq"]
@@ -50,7 +50,7 @@ class PromptFormat:
     version: int = PROMPT_VERSION
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields that apply to `kind`, for `ftlevel.json`."""
+        """Returns the fields that apply to `kind`, for `ftlevel.json`."""
         unused = () if self.kind == "plain" else _OF_PLAIN
         return {
             name: value
@@ -59,21 +59,21 @@ class PromptFormat:
         }
 
     def with_system(self, turns: Sequence[Turn]) -> list[Turn]:
-        """Return `turns`, preceded by the system prompt if they have none."""
+        """Returns `turns`, preceded by the system prompt if they have none."""
         if not self.system or (turns and turns[0]["role"] == "system"):
             return list(turns)
         return [{"role": "system", "content": self.system}, *turns]
 
     def user_text(self, text: str) -> str:
-        """Return the instruction, an empty line, and `text`."""
+        """Returns the instruction, an empty line, and `text`."""
         return f"{self.instruction}\n\n{text}" if self.instruction else text
 
     def plain_prompt(self, text: str, *, has_system: bool = False) -> str:
-        """Return a plain prompt; `has_system` omits the system prompt."""
+        """Returns a plain prompt; `has_system` omits the system prompt."""
         return self.plain_parts(text, "", has_system=has_system)[0]
 
     def plain_parts(self, source: str, target: str, *, has_system: bool = False) -> tuple[str, str]:
-        """Return the prompt and the answer; their concatenation is the text of the row.
+        """Returns the prompt and the answer; their concatenation is the text of the row.
 
         A trailing space moves from prompt to answer, unless `target` begins with white space.
         """
@@ -91,7 +91,7 @@ class PromptFormat:
     def resolve_separator(
         self, examples: Sequence[Any], version: int = PROMPT_VERSION
     ) -> PromptFormat:
-        """Return the format with the separator that fits `examples` (all of one type).
+        """Returns the format with the separator that fits `examples` (all of one type).
 
         The separator is empty if all prompts end or all answers begin with white space, as in TRL;
         otherwise it is a newline, as always in version 1.
@@ -119,7 +119,7 @@ def choose_format(tokenizer: Any, kind: str, instruction: str, answer_cue: str) 
 
 
 def read_format(card: AdapterCard) -> PromptFormat | None:
-    """Read the prompt format stored in `card`; None if the model has no prompts.
+    """Load the prompt format stored in `card`; None if the model has no prompts.
 
     Raises `InputError` if a newer version of ftlevel wrote it.
     """
@@ -137,7 +137,7 @@ def read_format(card: AdapterCard) -> PromptFormat | None:
 def encode_prompt(
     tokenizer: Any, prompt_format: PromptFormat, source: str, *, has_system: bool = False
 ) -> list[int]:
-    """Return the token ids of a prompt as in training; raise `InputError` if there are none."""
+    """Returns the token ids of a prompt as in training; raises `InputError` if there are none."""
     if prompt_format.kind == "seq2seq":
         return list(tokenizer(prompt_format.user_text(source))["input_ids"])
     if prompt_format.kind == "chat-template":
@@ -153,13 +153,13 @@ def encode_prompt(
 def encode_chat_prompt(
     tokenizer: Any, turns: Sequence[Turn], tools: Sequence[dict[str, Any]] = ()
 ) -> list[int]:
-    """Return the token ids of `turns` with the generation prompt, without a trailing space."""
+    """Returns the token ids of `turns` with the generation prompt, without a trailing space."""
     text = render(tokenizer, turns, tools, generation_prompt=True).removesuffix(" ")
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def strip_bos_eos(ids: Sequence[int], tokenizer: Any) -> list[int]:
-    """Return `ids` without a duplicate BOS and without a final EOS."""
+    """Returns `ids` without a duplicate BOS and without a final EOS."""
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     start = 1 if bos is not None and list(ids[:2]) == [bos, bos] else 0
     end = len(ids) - (eos is not None and list(ids[-1:]) == [eos])
@@ -214,7 +214,7 @@ class Encoded:
 
     @property
     def branches(self) -> Sequence[Encoded]:
-        """Sequences the model processes: the row itself, or one per answer to its prompt."""
+        """Sequences the model processes: the row itself, or one per answer to the prompt."""
         return (self,)
 
     @property
@@ -251,11 +251,11 @@ class Encoded:
         return len(self.input_ids)
 
     def truncated(self, limit: int) -> Encoded | None:  # noqa: ARG002 - of subclasses
-        """Return the row with `limit` tokens at most; None if that depends on its labels."""
+        """Returns the row with `limit` tokens at most; None if that depends on the labels."""
         return None
 
     def without(self, count: int) -> Encoded:
-        """Return the row without the `count` prompt tokens after the first token."""
+        """Returns the row without the `count` prompt tokens after the first token."""
         ids, labels = self.input_ids, self.labels
         if not isinstance(labels, list):
             raise TypeError("a row without a label for each token has no prompt")
@@ -343,13 +343,13 @@ def encode_labeled(
 
 
 def split_batches(examples: Sequence[Any]) -> Iterator[Sequence[Any]]:
-    """Yield `examples` in batches for the tokenizer."""
+    """Yields `examples` in batches for the tokenizer."""
     for start in range(0, len(examples), _BATCH):
         yield examples[start : start + _BATCH]
 
 
 def extra_inputs(encoding: Any, index: int) -> dict[str, list[int]]:
-    """Return the model inputs of row `index` besides its tokens, such as `token_type_ids`."""
+    """Returns the model inputs of row `index` besides the tokens, such as `token_type_ids`."""
     return {name: encoding[name][index] for name in encoding if name not in _NO_EXTRAS}
 
 
@@ -450,7 +450,7 @@ def _encode_inside(tokenizer: Any, text: str) -> list[int]:
 
 
 def _as_pair(example: Any) -> SourceTarget:
-    """Return a pair or single-turn conversation as a pair; raise `RowError` for several turns."""
+    """Returns a pair or single-turn conversation as a pair; raises `RowError` for several turns."""
     if isinstance(example, SourceTarget):
         return example
     if isinstance(example, Conversation):

@@ -114,7 +114,7 @@ def check_not_empty(fitted: FittedRows, rows: Sequence[Encoded]) -> None:
 
 
 def _resolve_length(max_length: int | str, longest: int, bounds: LengthBounds) -> tuple[int, str]:
-    """Return the limit in tokens, and the reason if it was chosen automatically."""
+    """Returns the limit in tokens, and an explanation if it was chosen automatically."""
     if isinstance(max_length, int):
         bounds.check(max_length)
         return max_length, ""
@@ -201,7 +201,7 @@ def _cut_prompt(row: Encoded, limit: int) -> list[Encoded]:
 
 
 def prompt_length(row: Encoded) -> int | None:
-    """Return the number of tokens before the first label; None without token labels."""
+    """Returns the number of tokens before the first label; None without token labels."""
     labels = row.labels
     if not isinstance(labels, list) or len(labels) != len(row.input_ids):
         return None

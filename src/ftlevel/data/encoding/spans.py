@@ -29,10 +29,10 @@ Offsets = tuple[tuple[int, int], ...]
 
 @dataclass(frozen=True)
 class Window(Encoded):
-    """A question with one window of its context.
+    """A question with one window of the context.
 
     Attributes:
-        answers: reference answers, each with its start character in `context`.
+        answers: reference answers, each with the start character in `context`.
         context_start: index of the first context token in the window.
         offsets: character offsets in `context` of each context token.
     """
@@ -53,7 +53,7 @@ def encode_questions(
     where: Callable[[int], str],
     drop: bool = False,
 ) -> tuple[list[Encoded], int]:
-    """Encode each question with one or more windows of its context.
+    """Encode each question with one or more windows of the context.
 
     `length` and `stride`, the overlap of consecutive windows, are in tokens. `separator` follows
     the question, for tokenizers without a separator token. `drop` drops questions that leave no
@@ -118,7 +118,7 @@ def _with_room(
     where: Callable[[int], str],
     drop: bool,
 ) -> list[Question]:
-    """Return the questions that leave room for more context than the window overlap."""
+    """Returns the questions that leave room for more context than the window overlap."""
     special = tokenizer.num_special_tokens_to_add(pair=True)
     questions = [example.question + separator for example in examples]
     sizes = [len(ids) for ids in tokenizer(questions, add_special_tokens=False)["input_ids"]]
@@ -210,7 +210,7 @@ def encode_words(
 def first_tokens(
     tokens: Sequence[str], offsets: Sequence[tuple[int, int]]
 ) -> tuple[int | None, ...]:
-    """Return the index of each word's first token; `offsets` are empty for special tokens."""
+    """Returns the index of each word's first token; `offsets` are empty for special tokens."""
     starts = list(accumulate((len(word) + 1 for word in tokens[:-1]), initial=0))
     first: list[int | None] = [None] * len(tokens)
     for index, (start, end) in enumerate(offsets):

@@ -116,7 +116,7 @@ def write_store(path: Path, batches: Iterable[pa.RecordBatch]) -> RowStore:
 
 
 def rows_to_batches(rows: Iterable[Encoded]) -> Iterator[pa.RecordBatch]:
-    """Yield `rows` in batches; rows of one example stay in one batch."""
+    """Yields `rows` in batches; rows of one example stay in one batch."""
     batch: list[Encoded] = []
     for row in rows:
         if len(batch) >= _BATCH and row.row != batch[-1].row:
@@ -152,12 +152,12 @@ class RowStore(LazySequence[Encoded]):
         return self._build(int(self.indices[at]) if self.indices is not None else at)
 
     def take(self, indices: Any) -> RowStore:
-        """Return a store with the rows at `indices` (an array)."""
+        """Returns a store with the rows at `indices` (an array)."""
         indices = np.asarray(indices, dtype=np.int64)
         return RowStore(self.path, indices if self.indices is None else self.indices[indices])
 
     def batches(self) -> Iterator[pa.RecordBatch]:
-        """Yield the selected rows as record batches."""
+        """Yields the selected rows as record batches."""
         if self.indices is None:
             yield from self._batches
             return
@@ -174,7 +174,7 @@ class RowStore(LazySequence[Encoded]):
         return self._label_type == "tokens"
 
     def lengths(self) -> Any:
-        """Return `Encoded.length` of each row as a NumPy array."""
+        """Returns `Encoded.length` of each row as a NumPy array."""
         if self._row_type.length is not Encoded.length:
             return _count_lengths(self)
         offsets = (batch.column("input_ids").offsets.to_numpy() for batch in self._batches)
@@ -182,7 +182,7 @@ class RowStore(LazySequence[Encoded]):
         return lengths if self.indices is None else lengths[self.indices]
 
     def gather(self, at: Any) -> tuple[Any, Any]:
-        """Return the concatenated `input_ids` of the rows at `at` (an array), and their offsets.
+        """Returns the concatenated `input_ids` of the rows at `at` (an array), and their offsets.
 
         The mapped file is read as int32 values, without building rows.
         """
@@ -238,14 +238,14 @@ class RowStore(LazySequence[Encoded]):
 
 
 def _as_numpy(array: Any) -> Any:
-    """Return scalars as an array, lists as values and offsets, and texts unchanged."""
+    """Returns scalars as an array, lists as values and offsets, and texts unchanged."""
     if pa.types.is_list(array.type):
         return array.values.to_numpy(), array.offsets.to_numpy()
     return array if pa.types.is_string(array.type) else array.to_numpy()
 
 
 def row_lengths(rows: Sequence[Encoded]) -> Any:
-    """Return the number of tokens of each row as a NumPy array; fast for a `RowStore`."""
+    """Returns the number of tokens of each row as a NumPy array; fast for a `RowStore`."""
     if isinstance(rows, RowStore):
         return rows.lengths()
     return _count_lengths(rows)
@@ -256,7 +256,7 @@ def _count_lengths(rows: Sequence[Encoded]) -> Any:
 
 
 def select_rows(rows: Sequence[Encoded], indices: Any) -> Sequence[Encoded]:
-    """Return the rows at `indices` (an array)."""
+    """Returns the rows at `indices` (an array)."""
     if isinstance(rows, RowStore):
         return rows.take(indices)
     return [rows[i] for i in indices.tolist()]

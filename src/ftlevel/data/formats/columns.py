@@ -30,7 +30,7 @@ JSON_ROLES = (NON_TEXT_ROLES | {"ranked"}) - {"label", "id"}
 
 
 def resolve_column(name: str, columns: Sequence[str]) -> str | None:
-    """Return the column that `name` refers to, or None.
+    """Returns the column that `name` refers to, or None.
 
     An existing name takes precedence. Otherwise `answers.text` is a nested key, `2` the second
     column, `Title+Body` two joined columns, and case is ignored.
@@ -46,13 +46,13 @@ def resolve_column(name: str, columns: Sequence[str]) -> str | None:
 
 
 def column_for_flag(column: str, columns: Sequence[str]) -> str:
-    """Return a column as written in a flag: its name, or its number if the name is long."""
+    """Returns a column as written in a flag: the name, or the number if the name is long."""
     use_number = column in columns and is_long(column)
     return str(columns.index(column) + 1) if use_number else column
 
 
 def source_columns(column: str, columns: Sequence[str]) -> list[str]:
-    """Return the columns read for `column`, an expression returned by `resolve_column`."""
+    """Returns the columns read for `column`, an expression returned by `resolve_column`."""
     if column in columns:
         return [column]
     parts = column.split("+")
@@ -60,7 +60,7 @@ def source_columns(column: str, columns: Sequence[str]) -> list[str]:
 
 
 def columns_exist(column: str, columns: Sequence[str]) -> bool:
-    """Return whether all columns that `column` refers to exist."""
+    """Returns whether all columns that `column` refers to exist."""
     return all(part in columns for part in source_columns(column, columns))
 
 
@@ -72,17 +72,17 @@ _FILE = re.compile(r"file(_?name|_?path)?s?", re.I)
 
 
 def is_id(column: str) -> bool:
-    """Return whether a column's name suggests ids, dates or links."""
+    """Returns whether a column's name suggests ids, dates or links."""
     return _ID.fullmatch(column.strip()) is not None
 
 
 def is_media_column(column: str) -> bool:
-    """Return whether a column's name suggests images, audio, video or file names."""
+    """Returns whether a column's name suggests images, audio, video or file names."""
     return media_of_name(column) is not None or _FILE.fullmatch(column) is not None
 
 
 def rank_columns(columns: Sequence[str], role: str, rows: Sequence[Row]) -> list[str]:
-    """Return the `columns` whose values are possible for `role`, the most likely first."""
+    """Returns the `columns` whose values are possible for `role`, the most likely first."""
     usable = [c for c in columns if not is_id(c) and not is_media_column(c)]
     if not rows:
         return usable
@@ -108,12 +108,12 @@ def _is_possible(role: str, value: Any) -> bool:
 
 
 def format_map_flags(pairs: Mapping[str, str]) -> str:
-    """Return `--map` flags for the shell, quoted where necessary."""
+    """Returns `--map` flags for the shell, quoted where necessary."""
     return " ".join(f"--map {shlex.quote(f'{role}={column}')}" for role, column in pairs.items())
 
 
 def chosen_roles(names: Mapping[str, str], value: object) -> dict[str, str]:
-    """Return the column of each role for training on the chosen answers of a preference dataset."""
+    """Returns the column of each role for training on chosen answers of a preference dataset."""
     if isinstance(value, list):
         users = any(isinstance(t, dict) and t.get("role") == "user" for t in value)
         if users or "prompt" not in names:
@@ -159,7 +159,7 @@ def find_language(role: str, columns: Mapping[str, str], name: str | None) -> La
 
 
 def language_columns(columns: Sequence[str], rows: Sequence[Row]) -> dict[str, str]:
-    """Return the column of each language, by column names or by keys of `translation`.
+    """Returns the column of each language, by column names or by keys of `translation`.
 
     `rows` are a sample, used to list the keys and to distinguish the column `id` from Indonesian.
     """
@@ -180,7 +180,7 @@ def language_columns(columns: Sequence[str], rows: Sequence[Row]) -> dict[str, s
 def select_language_columns(
     languages: Mapping[str, str], source: str | None, target: str | None, mapping: Mapping[str, str]
 ) -> dict[str, str]:
-    """Return the columns of the roles source and target, selected by language.
+    """Returns the columns of the roles source and target, selected by language.
 
     `languages` maps languages to columns; `source` and `target` are languages given by the user.
     `mapping` maps roles to columns and takes precedence. Raises `InputError` if the direction is

@@ -84,7 +84,7 @@ class RoleValues:
         return role in self.columns
 
     def get(self, role: str) -> Any:
-        """Return the value of `role`; None if the format has no column for it.
+        """Returns the value of `role`; None if the format has no column for it.
 
         JSON text is parsed for roles of lists or objects and, in CSV cells, for roles that may hold
         turns.
@@ -107,7 +107,7 @@ class RoleValues:
         return parse_turn_list(value) if is_cell else value
 
     def _join(self, column: str) -> str:
-        """Return the texts of columns joined by a plus, without those that are null or blank."""
+        """Returns the texts of columns joined by a plus, without those that are null or blank."""
         texts = []
         for name in column.split("+"):
             value = self._lookup(name)
@@ -120,7 +120,7 @@ class RoleValues:
         return JOINER.join(texts)
 
     def _lookup(self, column: str) -> Any:
-        """Return the value of a column, or of a nested key such as `answers.text`."""
+        """Returns the value of a column, or of a nested key such as `answers.text`."""
         if column in self.row:
             return self.row[column]
         value: Any = self.row
@@ -133,11 +133,11 @@ class RoleValues:
         return value
 
     def text(self, role: str) -> str:
-        """Return the text of `role`; raise `UnusableRowError` if it is empty."""
+        """Returns the text of `role`; raises `UnusableRowError` if it is empty."""
         return check_text(self.get(role), repr(self.columns[role]))
 
     def text_or_empty(self, role: str) -> str:
-        """Return the text of `role`; "" if it is null or blank, or has no column."""
+        """Returns the text of `role`; "" if it is null or blank, or has no column."""
         value = self.get(role)
         if value is None or (isinstance(value, str) and not value.strip()):
             return ""
@@ -147,7 +147,7 @@ class RoleValues:
 def explain_columns(
     columns: Mapping[str, str], mapping: Mapping[str, str], name: str | None
 ) -> str:
-    """Return why `columns` are used: the flags that chose them, or their names if these differ."""
+    """Returns why `columns` are used: the flags that chose them, or their names if these differ."""
     if mapping or name:
         flags = (("--map", mapping), ("--format", name))
         return "by " + " and ".join(flag for flag, value in flags if value)
@@ -220,7 +220,7 @@ _OTHER_ROLES = {
 
 
 class NoFormatError(InputError):
-    """No shape of a task fits the columns; another task may fit."""
+    """No shape of a task fits the columns; a different task may fit."""
 
 
 def detect_format(
@@ -230,7 +230,7 @@ def detect_format(
     options: FormatOptions | None = None,
     rows: Sequence[Row] = (),
 ) -> Format:
-    """Detect the format of `columns` for a task: the first of `shapes` that fits.
+    """Detect the format of `columns` for a task: the first of `shapes` that matches.
 
     `options` restrict the shapes. `rows` are a sample, used to suggest flags in errors.
 
@@ -271,12 +271,12 @@ def _role(name: str, shapes: Sequence[FormatSpec]) -> str:
 
 
 def fits(columns: Sequence[str], shapes: Sequence[FormatSpec]) -> bool:
-    """Return whether `columns` have all required roles of one of `shapes`."""
+    """Returns whether `columns` have all required roles of one of `shapes`."""
     return any((_match(shape, columns, {}) or {}).keys() >= set(shape.required) for shape in shapes)
 
 
 def _select_shapes(shapes: Sequence[FormatSpec], name: str, task: str) -> tuple[FormatSpec, ...]:
-    """Return the shapes of the format called `name`, such as prompt-completion or squad."""
+    """Returns the shapes of the format called `name`, such as prompt-completion or squad."""
     slug = name.strip().lower().replace("_", "-")
     slug = _OTHER_NAMES.get(slug, slug)
     selected = tuple(shape for shape in shapes if shape.slug == slug)
@@ -292,7 +292,7 @@ def _select_shapes(shapes: Sequence[FormatSpec], name: str, task: str) -> tuple[
 def _resolve_mapping(
     columns: Sequence[str], task: str, shapes: Sequence[FormatSpec], mapping: Mapping[str, str]
 ) -> dict[str, str]:
-    """Return `mapping` with resolved columns; raise for an unknown role or a missing column."""
+    """Returns `mapping` with resolved columns; raises for an unknown role or a missing column."""
     roles = list(dict.fromkeys(role for shape in shapes for role in shape.roles))
     problems = []
     resolved = {}
@@ -324,7 +324,7 @@ def _resolve_mapping(
 def _match(
     shape: FormatSpec, columns: Sequence[str], mapping: Mapping[str, str]
 ) -> dict[str, str] | None:
-    """Return the column of each role found; None if `shape` lacks a role in `mapping`."""
+    """Returns the column of each role found; None if `shape` has no a role in `mapping`."""
     if not mapping.keys() <= shape.roles.keys():
         return None
     by_name = {column.lower(): column for column in reversed(columns)}
@@ -353,7 +353,7 @@ class _FormatSuggestion:
     named: bool
 
     def describe(self, aim: str) -> str:
-        """Return the message, with the `--map` flags for the closest shape."""
+        """Returns the message, with the `--map` flags for the closest shape."""
         listing = f"Columns: {join_names(map(quote, self.columns))}."
         names_ = join_names(dict.fromkeys(shape.name for shape in self.shapes))
         suggestions = list(filter(None, map(self._suggest, self.shapes)))
@@ -370,7 +370,7 @@ class _FormatSuggestion:
         )
 
     def _suggest(self, shape: FormatSpec) -> tuple[tuple[int, int, int], str] | None:
-        """Return a sort key (lower is closer) and the flags that would make `shape` fit.
+        """Returns a sort key (lower is closer) and the flags that would make `shape` fit.
 
         None if no column matches, unless the user chose the shape or it is guessable.
         """

@@ -48,7 +48,7 @@ class ExampleParts:
 
 
 def get_example_parts(example: Any) -> ExampleParts:
-    """Return the parts of an example; by default, all of its text is the target."""
+    """Returns the parts of an example; by default, all of the text is the target."""
     parts = getattr(example, "parts", None)
     return parts if isinstance(parts, ExampleParts) else ExampleParts("", example.key_text, "", "")
 
@@ -170,7 +170,7 @@ class TaggedTokens:
 
 @dataclass(frozen=True)
 class Question:
-    """A question, its context, and the answers as (text, character offset in the context).
+    """A question, the context, and the answers as (text, character offset in the context).
 
     Without answers, the question is unanswerable, as in SQuAD 2.0.
     """
@@ -187,7 +187,7 @@ class Question:
 
     @property
     def parts(self) -> ExampleParts:
-        """The question with its context, and the answers."""
+        """The question with the context, and the answers."""
         text = f"{self.question}\n{self.context}"
         return ExampleParts(text, "", text, str(self.answers))
 
@@ -219,13 +219,13 @@ def build_conversation(roles: RoleValues) -> Conversation:
 
 
 def _with_system(turns: list[Message], roles: RoleValues) -> list[Message]:
-    """Return `turns`, preceded by the row's system prompt unless they begin with one."""
+    """Returns `turns`, preceded by the row's system prompt unless they begin with one."""
     system = roles.text_or_empty("system")
     return [Message("system", system), *turns] if system and turns[0].role != "system" else turns
 
 
 def _turns(roles: RoleValues) -> list[Message]:
-    """Return the turns of a row in any conversation format, without its system column."""
+    """Returns the turns of a row in any conversation format, without its system column."""
     for role in ("messages", "conversations"):
         if role in roles:
             return parse_turns(roles.get(role), roles.columns[role], names=roles.inner)
@@ -325,7 +325,7 @@ def _quantity(roles: RoleValues) -> float:
 
 
 def _name(label: object, what: str) -> str | int:
-    """Return the name or number of a class; booleans become "true" and "false"."""
+    """Returns the name or number of a class; booleans become "true" and "false"."""
     if type(label) is bool:
         return "true" if label else "false"
     if type(label) is int:
@@ -352,7 +352,7 @@ def build_tagged(roles: RoleValues) -> TaggedTokens:
 
 
 def build_question(roles: RoleValues) -> Question:
-    """Build a question with its context and answers."""
+    """Build a question with the context and answers."""
     context, question, answers = (
         roles.text("context"),
         roles.text("question"),
@@ -376,7 +376,7 @@ PLAIN_TEXT = FormatSpec("text", build_plain, {"text": ("text", "content")})
 
 
 def build_query_turns(roles: RoleValues) -> Conversation:
-    """Build the conversation to answer, without assistant turns at its end."""
+    """Build the conversation to answer, without assistant turns at the end."""
     for role in ("messages", "conversations", "prompt"):
         if role in roles and (role != "prompt" or isinstance(roles.get(role), list)):
             column = roles.columns[role]
@@ -415,7 +415,7 @@ class LazyExamples(LazySequence[Example]):
         return len(self._table)
 
     def __iter__(self) -> Iterator[Example]:
-        """Yield the examples in order."""
+        """Yields the examples in order."""
         return map(self._convert, self._table.rows, range(len(self)))
 
     def _item(self, at: int) -> Example:
@@ -428,7 +428,7 @@ class LazyExamples(LazySequence[Example]):
 
 
 def to_examples(table: Table, format_: Format) -> Sequence[Example]:
-    """Return the examples of `table`; raise `InputError` for a bad row or a missing column."""
+    """Returns the examples of `table`; raises `InputError` for invalid rows or missing columns."""
     examples, bad = convert_rows(table, format_)
     if bad:
         raise InputError(describe_bad_rows(table, bad))
@@ -436,7 +436,7 @@ def to_examples(table: Table, format_: Format) -> Sequence[Example]:
 
 
 def convert_rows(table: Table, format_: Format) -> tuple[Sequence[Example], list[BadRow]]:
-    """Return the examples of `table`, and the bad rows; raise `InputError` for a missing column."""
+    """Returns examples and invalid rows of `table`; raises `InputError` for a missing column."""
     lacking = [
         quote(column)
         for column in format_.columns.values()

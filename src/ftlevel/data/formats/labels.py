@@ -32,7 +32,7 @@ class LabelSet:
         return len(self.names)
 
     def id_of(self, label: str | int) -> int:
-        """Return the id of a class; raise `KeyError` if it does not exist."""
+        """Returns the id of a class; raises `KeyError` if it does not exist."""
         if label not in self:
             raise KeyError(label)
         return self.names.index(label) if isinstance(label, str) else label
@@ -162,7 +162,7 @@ def _check_numbers(numbers: set[int], rows: Sequence[_Label], table: Table, colu
 
 
 def _is_fraction(name: str) -> bool:
-    """Return whether a label that is text, as in CSV, is a number with a decimal point."""
+    """Returns whether a label that is text, as in CSV, is a number with a decimal point."""
     try:
         return not name.strip().isdecimal() and "." in name and float(name) is not None
     except ValueError:
@@ -179,7 +179,7 @@ LABEL_NORMALIZERS: dict[str, Callable[[str], str]] = {
 
 @dataclass(frozen=True)
 class LabelVariant:
-    """A spelling `label` of the class `name`, and the indices of its rows."""
+    """A spelling `label` of the class `name`, and the indices of the rows."""
 
     label: str
     name: str
@@ -253,7 +253,7 @@ def _rows_of_labels(examples: Sequence[ClassExample]) -> dict[str, list[int]]:
 
 
 def _is_typo(one: str, name: str) -> bool:
-    """Return whether two texts differ by one typo within a long word, or between their words."""
+    """Returns whether two texts differ by one typo within a long word, or between their words."""
     start = _count_common(one, name)
     rest = _count_common(one[start:][::-1], name[start:][::-1])
     difference, replaced = one[start : len(one) - rest], name[start : len(name) - rest]
@@ -285,7 +285,7 @@ class LabelNormalizer:
     names: Mapping[str, str]
 
     def __call__(self, roles: Any) -> Any:
-        """Return the example of a row, with replaced labels."""
+        """Returns the example of a row, with replaced labels."""
         example = self.build(roles)
         if isinstance(example, LabeledText) and isinstance(example.label, str):
             return replace(example, label=self._name(example.label))
@@ -307,7 +307,7 @@ ProblemType: TypeAlias = Literal[
 def choose_problem_type(
     table: Table, column: str, problem_type: ProblemType | Literal["auto"] = "auto"
 ) -> tuple[ProblemType, str]:
-    """Choose the problem type of a label column, and the reason.
+    """Choose the problem type of a label column, and an explanation.
 
     Lists, also as JSON text in all rows, are multi-label; numbers with a fraction are regression.
     All others are single-label, including integers, which may be meant as quantities.
@@ -341,7 +341,7 @@ def _is_json_list(value: Any) -> bool:
 
 
 def _has_quantities(values: Sequence[Any]) -> bool:
-    """Return whether all values are numbers or numeric text, and one has a fraction."""
+    """Returns whether all values are numbers or numeric text, and one has a fraction."""
     try:
         numbers = [float(value) for value in values if value is not None]
     except (TypeError, ValueError):
@@ -355,7 +355,7 @@ Span = tuple[int, int, str]
 
 
 def split_words(text: str) -> list[tuple[int, int]]:
-    """Return (start, end) of each word: letters and digits, or one punctuation mark."""
+    """Returns (start, end) of each word: letters and digits, or one punctuation mark."""
     return [match.span() for match in _WORDS.finditer(text)]
 
 
@@ -376,7 +376,7 @@ def build_spans(roles: RoleValues) -> TaggedTokens:
 
 
 def _read_span(item: object, name: str) -> Span:
-    """Read a span from `{"start", "end", "label"}` or a list of the three."""
+    """Load a span from `{"start", "end", "label"}` or a list of the three."""
     if isinstance(item, dict):
         if not {"start", "end", "label"} <= item.keys():
             raise UnusableRowError(f"{name} needs start, end and label (keys: {', '.join(item)})")

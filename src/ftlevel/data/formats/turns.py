@@ -49,7 +49,7 @@ class Message:
     extra: Mapping[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the turn as chat templates expect it."""
+        """Returns the turn as chat templates expect it."""
         return {"role": self.role, "content": self.content, **self.extra}
 
 
@@ -65,7 +65,7 @@ class UnusableRowError(Exception):
 
 
 def check_text(value: object, what: str) -> str:
-    """Return `value`; raise `UnusableRowError` if it is not a string, is blank or is too long."""
+    """Returns `value`; raises `UnusableRowError` if it is not a string, is blank or is too long."""
     if value is None:
         raise UnusableRowError(f"{what} is null", "null_content")
     if type(value) is not str:

@@ -40,7 +40,7 @@ class Finding:
         return CHECKS[self.name].title
 
     def __str__(self) -> str:
-        """Return one line without a final period."""
+        """Returns one line without a final period."""
         places, more = join_names(self.places), self.count - len(self.places)
         if more and self.name not in _WHOLE_SET:
             places += f" and {more:,} more"
@@ -48,7 +48,7 @@ class Finding:
         return f"{self.title}: {self.count:,} of {self.total:,} {self.split} rows{places}"
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields, for `summary.json` and `--json`."""
+        """Returns the fields, for `summary.json` and `--json`."""
         return {**asdict(self), "places": list(self.places), "title": self.title}
 
 
@@ -63,7 +63,7 @@ def build_finding(
 
 
 def explain_stop(finding: Finding) -> str:
-    """Return the error message for a finding whose action is stop."""
+    """Returns the error message for a finding whose action is stop."""
     allowed = getattr(GateConfig.model_fields[finding.name].annotation, "__args__", ())
     others = " or ".join(action for action in allowed if action not in ("stop", "ignore"))
     remedy = CHECKS[finding.name].remedy or "Fix them"

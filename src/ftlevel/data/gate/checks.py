@@ -43,7 +43,7 @@ class Ragged:
         return total[self.starts[1:]] - total[self.starts[:-1]]
 
     def any(self, mask: Mask) -> Mask:
-        """Return for each row whether `mask` is true anywhere."""
+        """Returns for each row whether `mask` is true anywhere."""
         return self.count(mask) > 0
 
 
@@ -56,19 +56,19 @@ def lay_out(rows: Iterable[Sequence[int]]) -> Ragged:
 
 
 def gather(rows: Sequence[Encoded], at: Integers) -> Ragged:
-    """Return the token ids of the rows at `at`."""
+    """Returns the token ids of the rows at `at`."""
     if isinstance(rows, RowStore):
         return Ragged(*rows.gather(at))
     return lay_out(rows[i].input_ids for i in at.tolist())
 
 
 def examples_of(rows: Sequence[Encoded], at: Integers) -> Integers:
-    """Return the example index of each row at `at`."""
+    """Returns the example index of each row at `at`."""
     return np.fromiter((rows[i].row for i in at.tolist()), dtype=np.int64, count=len(at))
 
 
 def rows_of_examples(rows: Sequence[Encoded], examples: Integers) -> Mask:
-    """Return a mask of the rows that belong to `examples`."""
+    """Returns a mask of the rows that belong to `examples`."""
     if not len(examples):
         return np.zeros(len(rows), dtype=bool)
     masks = [np.isin(flat.example, examples) for flat in flat_batches(rows)]
@@ -76,7 +76,7 @@ def rows_of_examples(rows: Sequence[Encoded], examples: Integers) -> Mask:
 
 
 def examples_in(rows: Sequence[Encoded], keep: Mask, total: int) -> Mask:
-    """Return a mask of `total` examples that have a row in `keep`."""
+    """Returns a mask of `total` examples that have a row in `keep`."""
     mask = np.zeros(total, dtype=bool)
     if not isinstance(rows, RowStore):
         mask[examples_of(rows, np.flatnonzero(keep))] = True
@@ -118,14 +118,14 @@ class FlatRows:
         )
 
     def supervised(self) -> Integers:
-        """Return the number of supervised tokens per row; 1 if labels are per row."""
+        """Returns the number of supervised tokens per row; 1 if labels are per row."""
         if self.labels is None:
             return np.ones(len(self.ids), dtype=np.int64)
         return self.labels.count(self.labels.values != IGNORED)
 
 
 def flat_batches(rows: Sequence[Encoded]) -> Iterator[FlatRows]:
-    """Yield rows in batches of a few thousand; rows of one example stay together."""
+    """Yields rows in batches of a few thousand; rows of one example stay together."""
     if isinstance(rows, RowStore):
         for batch in rows.batches():
             labels = _ragged(batch.column("labels")) if rows.has_token_labels else None
@@ -274,18 +274,18 @@ class TextCheckContext:
 
 
 def has_invalid_turn_order(parts: ExampleParts, _: TextCheckContext) -> bool:
-    """Return whether a conversation starts with the assistant, or does not end with it."""
+    """Returns whether a conversation starts with the assistant, or does not end with it."""
     turns = [role for role in parts.roles if role != "system"]
     return bool(turns) and (turns[0] == "assistant" or turns[-1] != "assistant")
 
 
 def has_lost_characters(parts: ExampleParts, _: TextCheckContext) -> bool:
-    """Return whether a text contains NUL or U+FFFD, the replacement character."""
+    """Returns whether a text contains NUL or U+FFFD, the replacement character."""
     return any("\ufffd" in text or "\0" in text for text in (parts.answered, parts.asked))
 
 
 def has_html(parts: ExampleParts, _: TextCheckContext) -> bool:
-    """Return whether a text contains HTML tags or entities outside of code spans."""
+    """Returns whether a text contains HTML tags or entities outside of code spans."""
     return any(
         ("<" in text or "&" in text) and _TAG.search(text) and _TAG.search(_CODE.sub("", text))
         for text in (parts.asked, parts.answered)
@@ -293,7 +293,7 @@ def has_html(parts: ExampleParts, _: TextCheckContext) -> bool:
 
 
 def has_special_token(parts: ExampleParts, context: TextCheckContext) -> bool:
-    """Return whether a text contains a special token, which the tokenizer would encode as such."""
+    """Returns whether a text contains a special token, which the tokenizer would encode as such."""
     return parts.written and any(
         any(start in text for start in context.starts)
         and any(token in text for token in context.special)
@@ -302,7 +302,7 @@ def has_special_token(parts: ExampleParts, context: TextCheckContext) -> bool:
 
 
 def answer_repeats_prompt(parts: ExampleParts, _: TextCheckContext) -> bool:
-    """Return whether the answer repeats the prompt; texts under three words may do so."""
+    """Returns whether the answer repeats the prompt; texts under three words may do so."""
     if not parts.written:
         return False
     asked, answered = parts.asked, parts.answered

@@ -88,7 +88,7 @@ def _repeated(keys: NDArray[Any], selected: Mask | None) -> Iterator[tuple[Integ
 
 
 def find_near_duplicates(rows: Sequence[Encoded], skip: Mask) -> tuple[Integers, Integers]:
-    """Find near duplicates of earlier rows, and the earlier row of each.
+    """Find near duplicates of previous rows, and the previous row of each.
 
     A prefix common to all rows, such as a system prompt, is ignored. `skip` marks known duplicates.
     """
@@ -117,7 +117,7 @@ def find_near_duplicates(rows: Sequence[Encoded], skip: Mask) -> tuple[Integers,
 
 @contextmanager
 def _array_on_disk(rows: Sequence[Encoded], shape: tuple[int, ...]) -> Iterator[Hashes]:
-    """Yield an array of zeros; for a `RowStore`, a temporary file next to it."""
+    """Yields an array of zeros; for a `RowStore`, a temporary file next to it."""
     if not isinstance(rows, RowStore) or not len(rows):
         yield np.zeros(shape, dtype=np.uint32)
         return
@@ -129,7 +129,7 @@ def _array_on_disk(rows: Sequence[Encoded], shape: tuple[int, ...]) -> Iterator[
 
 
 def _common_prefix(rows: Sequence[Encoded]) -> int:
-    """Return the number of leading tokens shared by all rows; 0 for a single row."""
+    """Returns the number of leading tokens shared by all rows; 0 for a single row."""
     if len(rows) < 2:
         return 0
     first = rows[0].input_ids
@@ -144,7 +144,7 @@ def _common_prefix(rows: Sequence[Encoded]) -> int:
 
 
 def _band_keys(ids: Ragged, prefix: int, selected: Mask) -> Hashes:
-    """Return MinHash band keys `(rows, bands)` of the `selected` rows."""
+    """Returns MinHash band keys `(rows, bands)` of the `selected` rows."""
     generator = np.random.default_rng(0)
     factors = generator.integers(2**31, 2**32, _BANDS * _DEPTH, dtype=np.uint32) | np.uint32(1)
     offsets = generator.integers(0, 2**32, _BANDS * _DEPTH, dtype=np.uint32)
@@ -167,7 +167,7 @@ _SWAPPED_SHARE = 0.2
 
 
 def find_conflicts(digests: Digests) -> tuple[Integers, Integers]:
-    """Find examples that repeat a prompt with another answer, and the earlier examples."""
+    """Find examples that repeat a prompt with a different answer, and the previous examples."""
     prompts, answers = digests.records["before"], digests.records["last"]
     again, first = find_repeated(prompts, prompts != 0)
     conflict = answers[again] != answers[first]
@@ -211,7 +211,7 @@ def find_swapped(digests: Digests) -> Integers:
 
 
 def _sides(index: WordIndex, start: int, end: int) -> tuple[Integers, NDArray[np.int64], Integers]:
-    """Return bucket, side (0 prompt, 1 answer) and row (from 0) of distinct words."""
+    """Returns bucket, side (0 prompt, 1 answer) and row (from 0) of distinct words."""
     starts = index.starts[start : end + 1]
     lengths = np.diff(starts)
     row = np.repeat(np.arange(end - start), lengths)
@@ -265,7 +265,7 @@ class SplitReport:
         self.keep = np.ones(len(self.rows), dtype=bool)
 
     def present(self) -> Mask:
-        """Return a mask of the examples that have a row to keep."""
+        """Returns a mask of the examples that have a row to keep."""
         return examples_in(self.rows, self.keep, self.total)
 
     def add(self, check: str, count: int, places: Sequence[str]) -> Finding | None:
@@ -302,7 +302,7 @@ class Gate:
     def check_split(
         self, name: str, fitted: FittedRows, examples: Sequence[Any], table: Table
     ) -> tuple[Sequence[Encoded], list[Finding]]:
-        """Return the remaining rows of a split, and the findings.
+        """Returns the remaining rows of a split, and the findings.
 
         `Encoded.row` indexes `examples`. Duplicates and answers are checked only if `name` is
         train. Raises `InputError` if no row remains.
@@ -427,7 +427,7 @@ class Gate:
     def find_leaks(
         self, name: str, digests: Digests, training: Digests, table: Table
     ) -> tuple[Integers, list[Finding]]:
-        """Find examples of another split to drop because training has them, and the findings.
+        """Find examples of a different split to drop because training has them, and the findings.
 
         Findings of the test split only warn, as training does not read it.
         """
@@ -455,7 +455,7 @@ class Gate:
 def _find_near(
     rows: Sequence[Encoded], digests: Digests, repeated: Integers
 ) -> tuple[Integers, Integers]:
-    """Find near duplicates by tokens or words, except `repeated`, and the earlier examples."""
+    """Find near duplicates by tokens or words, except `repeated`, and the previous examples."""
     near, first = find_near_duplicates(rows, rows_of_examples(rows, repeated))
     compared = digests.first(MAX_COMPARED)
     skip = np.zeros(len(digests), dtype=bool)
@@ -473,7 +473,7 @@ def _select(present: Mask, repeated: Integers, first: Integers) -> tuple[Integer
 
 
 def special_token_ids(tokenizer: Any) -> frozenset[int]:
-    """Return the ids of EOS and all special tokens."""
+    """Returns the ids of EOS and all special tokens."""
     added = getattr(tokenizer, "added_tokens_decoder", {})
     special = {i for i, token in added.items() if token.special}
     return frozenset((special | {*tokenizer.all_special_ids, tokenizer.eos_token_id}) - {None})
@@ -482,9 +482,9 @@ def special_token_ids(tokenizer: Any) -> frozenset[int]:
 def handle_unusable_rows(
     table: Table, bad: Sequence[BadRow], config: DataConfig, split: str, *, lenient: bool
 ) -> tuple[Table, list[Finding]]:
-    """Return `table` without unusable rows, and the findings.
+    """Returns `table` without unusable rows, and the findings.
 
-    Raises `InputError` if a row stops the run, unless `lenient` drops it, as in a preview.
+    Raises `InputError` if a row is an error, unless `lenient` drops it, as in a preview.
     """
     findings: list[Finding] = []
     for name in dict.fromkeys(row.finding for row in bad if row.finding):

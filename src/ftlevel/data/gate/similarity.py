@@ -114,14 +114,14 @@ class Digests:
         )
 
     def to_bytes(self) -> tuple[bytes, bytes]:
-        """Return the contents of the two files that `at` maps."""
+        """Returns the contents of the two files that `at` maps."""
         return self.records.tobytes(), self.words.tobytes()
 
     def __len__(self) -> int:
         return len(self.records)
 
     def first(self, count: int) -> Digests:
-        """Return the digests of at most the first `count` examples."""
+        """Returns the digests of at most the first `count` examples."""
         return self if len(self) <= count else Digests(self.records[:count], self.words)
 
     @property
@@ -131,7 +131,7 @@ class Digests:
         return keys
 
     def marked(self, check: str) -> NDArray[np.int64]:
-        """Return the examples that the text check `check` flagged."""
+        """Returns the examples that the text check `check` flagged."""
         bit = np.uint32(1 << list(TEXT_CHECKS).index(check))
         return np.flatnonzero(self.records["marks"] & bit)
 
@@ -140,7 +140,7 @@ _NO_WORDS = np.zeros(0, dtype=np.uint32)
 
 
 def words_path(path: Path) -> Path:
-    """Return the path of the word hashes that belong to the digests at `path`."""
+    """Returns the path of the word hashes that belong to the digests at `path`."""
     return path.with_suffix(".words")
 
 
@@ -162,7 +162,7 @@ Hashes = NDArray[np.uint32]
 
 
 def distinct(values: NDArray[Any]) -> NDArray[Any]:
-    """Return the sorted distinct values; over ten times faster than `np.unique` of NumPy 2.4."""
+    """Returns the sorted distinct values; over ten times faster than `np.unique` of NumPy 2.4."""
     values = np.sort(values)
     return values[np.diff(values, prepend=values[:1] ^ values.dtype.type(1)) != 0]
 
@@ -170,7 +170,7 @@ def distinct(values: NDArray[Any]) -> NDArray[Any]:
 def partition_keys(
     keys: NDArray[Any], selected: Mask | None, size: int, count: int
 ) -> Iterator[Integers]:
-    """Yield the positions of the `selected` keys (None: all) in `count` parts.
+    """Yields the positions of the `selected` keys (None: all) in `count` parts.
 
     Equal keys are in one part. Keys are read `size` at a time, as they may be on disk.
     """
@@ -187,7 +187,7 @@ def partition_keys(
 def hash_grams(
     ids: Ragged, prefix: int, selected: Mask
 ) -> tuple[Hashes, Integers, NDArray[np.int32]]:
-    """Return hashes of the token 5-grams of the `selected` rows, with offsets and first tokens.
+    """Returns hashes of the token 5-grams of the `selected` rows, with offsets and first tokens.
 
     The first `prefix` tokens of each row are ignored.
     """
@@ -204,7 +204,7 @@ def hash_grams(
 
 
 def mix(values: Hashes) -> Hashes:
-    """Return a bijective hash of 32-bit values (the finalizer of MurmurHash3)."""
+    """Returns a bijective hash of 32-bit values (the finalizer of MurmurHash3)."""
     values = (values ^ (values >> np.uint32(16))) * np.uint32(0x85EBCA6B)
     values = (values ^ (values >> np.uint32(13))) * np.uint32(0xC2B2AE35)
     return values ^ (values >> np.uint32(16))
@@ -235,12 +235,12 @@ def split_by_size(indices: Integers, sizes: Integers, limit: int) -> list[Intege
 
 
 def _lengths_match(shorter: Any, longer: Any) -> Any:
-    """Return whether rows of these lengths can reach the similarity threshold."""
+    """Returns whether rows of these lengths can reach the similarity threshold."""
     return shorter >= SIMILARITY * longer - GRAM
 
 
 def _may_be_near(rows: Sequence[Encoded], first: Integers, second: Integers, prefix: int) -> Mask:
-    """Return for each pair whether the 49-bit hashes of their 5-grams are similar enough.
+    """Returns for each pair whether the 49-bit hashes of their 5-grams are similar enough.
 
     Expect one false match of two 5-grams in 10^12 pairs of short rows.
     """
@@ -259,7 +259,7 @@ def _may_be_near(rows: Sequence[Encoded], first: Integers, second: Integers, pre
 
 
 def _are_near(row: Encoded, other: Encoded, prefix: int) -> bool:
-    """Return whether the exact Jaccard similarity reaches the threshold, for different examples."""
+    """Returns whether the Jaccard similarity of different examples reaches the threshold."""
     lengths = sorted(len(r.input_ids) - prefix for r in (row, other))
     if row.row == other.row or not _lengths_match(*lengths):
         return False

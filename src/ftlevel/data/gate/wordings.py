@@ -57,7 +57,7 @@ class TextBatch:
     sizes: NDArray[np.int64]
 
     def take(self, at: Any) -> TextBatch:
-        """Return the texts at `at`."""
+        """Returns the texts at `at`."""
         return TextBatch(self.words[:, at], self.sizes[at])
 
 
@@ -121,7 +121,7 @@ def compute_edit_distances(one: TextBatch, other: TextBatch) -> NDArray[np.int64
 
 
 def _edge(i: int, ends: NDArray[np.int64]) -> NDArray[np.int32]:
-    """Return row i of the distance matrix `(band, pairs)` without matched words."""
+    """Returns row i of the distance matrix `(band, pairs)` without matched words."""
     j = i + _OFFSETS
     known = (j >= 0) & (j <= ends) if i == 0 else np.broadcast_to(j == 0, (len(j), len(ends)))
     return np.where(known, (i + j) * _WORD, _TOO_FAR).astype(np.int32)
@@ -152,7 +152,7 @@ def _next_row(
 
 
 def is_typo(word: Any, other: Any) -> Any:
-    """Return whether two words (32-bit hashes) differ by a typo: similar letters and no digit."""
+    """Returns whether two words (32-bit hashes) differ by a typo: similar letters and no digit."""
     letters = np.maximum(_BITS[word & _LETTER_BITS], _BITS[other & _LETTER_BITS])
     lengths = ((word >> 13) - (other >> 13)) & 3  # difference modulo 4
     differing = _BITS[(word ^ other) & _LETTER_BITS]
@@ -166,7 +166,7 @@ _BUCKETS = 1 << 20
 _CHUNK_WORDS = 1 << 20
 _GROUP_WORDS = 1 << 16  # words processed together
 _BOILERPLATE, _MIN_EXAMPLES = 0.98, 20
-_RECENT = 2  # earlier candidates to compare, in addition to the first
+_RECENT = 2  # previous candidates to compare, in addition to the first
 _LONG_TEXT = 30
 Keys = NDArray[np.uint32]
 _NO_ROWS = np.zeros(0, dtype=np.int64)
@@ -179,7 +179,7 @@ class WordIndex:
     Attributes:
         starts: `(examples + 1,)` offsets of the words of each example.
         counts: word frequencies, by 20 bits of the hash.
-        limit: frequency from which a word occurs in nearly every row and is ignored.
+        limit: frequency from which a word occurs in almost every row and is ignored.
     """
 
     digests: Digests
@@ -212,7 +212,7 @@ class WordIndex:
         return np.diff(self.starts)
 
     def spans(self) -> Iterator[tuple[int, int]]:
-        """Yield ranges of examples with about `_GROUP_WORDS` words in total."""
+        """Yields ranges of examples with about `_GROUP_WORDS` words in total."""
         start = 0
         while start < len(self):
             end = int(np.searchsorted(self.starts, self.starts[start] + _GROUP_WORDS, "right")) - 1
@@ -221,7 +221,7 @@ class WordIndex:
             start = end
 
     def sides(self, at: Integers) -> Sides:
-        """Return the words of prompts and answers of the examples at `at`."""
+        """Returns the words of prompts and answers of the examples at `at`."""
         asked = self.digests.records["asked"][at].astype(np.int64)
         begins = self.starts[at]
         answered = self.lengths[at] - asked
@@ -233,7 +233,7 @@ class WordIndex:
         return TextBatch(hashes[np.minimum(offsets, len(hashes) - 1)], sizes)
 
     def gather(self, at: Integers) -> tuple[Words, Integers]:
-        """Return the concatenated words of the examples at `at`, and the number of each."""
+        """Returns the concatenated words of the examples at `at`, and the number of each."""
         lengths = self.lengths[at]
         before = np.cumsum(lengths) - lengths
         offsets = np.repeat(self.starts[at] - before, lengths) + np.arange(lengths.sum())
@@ -241,7 +241,7 @@ class WordIndex:
 
 
 def find_near_texts(digests: Digests, skip: Mask) -> tuple[Integers, Integers]:
-    """Find near duplicates of earlier examples, and the earlier example of each.
+    """Find near duplicates of previous examples, and the previous example of each.
 
     `skip` marks known duplicates.
     """
@@ -263,7 +263,7 @@ def find_near_texts(digests: Digests, skip: Mask) -> tuple[Integers, Integers]:
 
 
 def find_near_leaks(digests: Digests, training: Digests) -> tuple[Integers, Integers]:
-    """Find examples of `digests` that nearly repeat one of `training`, and which one."""
+    """Find examples of `digests` that almost repeat one of `training`, and which one."""
     if not (len(digests) and len(training)):
         return _NO_ROWS, _NO_ROWS
     trained = WordIndex.of(training)
@@ -291,7 +291,7 @@ def find_near_leaks(digests: Digests, training: Digests) -> tuple[Integers, Inte
 
 
 def _pack_pairs(one: NDArray[np.int32], other: NDArray[np.int32], count: int) -> Integers:
-    """Return the distinct pairs of two examples as later × `count` + earlier."""
+    """Returns the distinct pairs of two examples as later × `count` + earlier."""
     later, earlier = np.maximum(one, other).astype(np.int64), np.minimum(one, other)
     return distinct((later * count + earlier)[later != earlier])
 
@@ -301,7 +301,7 @@ def _bucket(hashes: Words) -> Integers:
 
 
 def _all_keys(index: WordIndex, selected: Mask) -> tuple[Keys, NDArray[np.int32]]:
-    """Return pair keys `(examples, 6)`, 0 for none, and the informative words of each example."""
+    """Returns pair keys `(examples, 6)`, 0 for none, and the informative words of each example."""
     keys = np.zeros((len(index), len(_PAIRS)), dtype=np.uint32)
     informative = np.zeros(len(index), dtype=np.int32)
     for start, end in index.spans():
@@ -311,7 +311,7 @@ def _all_keys(index: WordIndex, selected: Mask) -> tuple[Keys, NDArray[np.int32]
 
 
 def _pair_keys(index: WordIndex, start: int, end: int) -> tuple[Keys, Integers]:
-    """Return the result of `_all_keys` for the examples from `start` to `end`."""
+    """Returns the result of `_all_keys` for the examples from `start` to `end`."""
     starts, records = index.starts[start : end + 1], index.digests.records[start:end]
     hashes = np.asarray(index.digests.words[starts[0] : starts[-1]])
     counts = index.counts[_bucket(hashes)]
@@ -346,7 +346,7 @@ def _find_first(
     informative: NDArray[np.int32],
     informative_earlier: NDArray[np.int32],
 ) -> tuple[Integers, Integers]:
-    """Find examples of `index` that nearly repeat one of `earlier`, and the first match of each.
+    """Find examples of `index` that almost repeat one of `earlier`, and the first match of each.
 
     `pairs` has sorted candidates: example of `index` × size of `earlier` + example of `earlier`.
     The last two arguments count informative words per example.
@@ -373,7 +373,7 @@ def _find_first(
 def _are_near(
     index: WordIndex, a: Integers, earlier: WordIndex, b: Integers, limits: Integers
 ) -> Mask:
-    """Return for each pair of examples whether it differs by at most `limits` half words."""
+    """Returns for each pair of examples whether it differs by at most `limits` half words."""
     near = _may_be_near(index, a, earlier, b, limits)
     records, others = index.digests.records[a], earlier.digests.records[b]
     near &= ~((records["marks"] & ONE_CLASS != 0) & (records["last"] != others["last"]))
@@ -389,7 +389,7 @@ def _are_near(
 def _may_be_near(
     index: WordIndex, a: Integers, earlier: WordIndex, b: Integers, limits: Integers
 ) -> Mask:
-    """Return for each pair whether enough words, or word bigrams of long texts, are shared.
+    """Returns for each pair whether enough words, or word bigrams of long texts, are shared.
 
     One half word of difference removes at most one common word or two common bigrams.
     """

@@ -1,4 +1,4 @@
 """Load, convert, encode and check the rows of a run, as a table or a stream, with a cache.
 
-May import all of `data`. Code outside `data` gets its rows here.
+May import all of `data`. Code outside `data` gets the rows here.
 """

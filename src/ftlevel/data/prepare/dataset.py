@@ -39,13 +39,13 @@ KEEP_DAYS = 30
 
 
 def cache_root() -> Path:
-    """Return the cache directory: `$XDG_CACHE_HOME/ftlevel/rows`, or under ~/.cache."""
+    """Returns the cache directory: `$XDG_CACHE_HOME/ftlevel/rows`, or under ~/.cache."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(base) / "ftlevel" / "rows"
 
 
 def is_writable() -> bool:
-    """Return whether the cache can be written; a read-only home is not an error."""
+    """Returns whether the cache can be written; a read-only home is not an error."""
     root = cache_root()
     try:
         root.mkdir(parents=True, exist_ok=True)
@@ -55,7 +55,7 @@ def is_writable() -> bool:
 
 
 def resolve_files(name: str) -> list[Path] | None:
-    """Return the sorted files that `name` refers to; None for rows in memory and Hub datasets."""
+    """Returns the sorted files that `name` refers to; None for rows in memory and Hub datasets."""
     if name == IN_MEMORY:
         return None
     if is_pattern(name):
@@ -71,7 +71,7 @@ class CacheFolder:
     """Cache folder of a key.
 
     `publish` moves a written folder into the cache; None if the cache has the rows. `damage`
-    describes damaged cached rows.
+    describes corrupted cached rows.
     """
 
     path: Path
@@ -81,7 +81,7 @@ class CacheFolder:
 
 @contextmanager
 def open_cache_folder(key: str) -> Iterator[CacheFolder]:
-    """Yield the cache folder of `key` if its checksums match, otherwise an empty one to write to.
+    """Yields the cache folder of `key` if its checksums match, otherwise an empty one to write to.
 
     One process prepares the rows while others with the same key wait for its lock.
     """
@@ -127,7 +127,7 @@ _UNRELATED = ("num_proc", "cache")  # config fields that do not affect rows
 
 
 def prepare_data(config: DataConfig, context: EncodingContext, progress: Progress) -> PreparedData:
-    """Return the rows of `config`, encoded and checked, from the cache if possible.
+    """Returns the rows of `config`, encoded and checked, from the cache if possible.
 
     Raises `InputError` if the data cannot be read, converted or fitted to the length limit.
     """
@@ -140,7 +140,7 @@ def prepare_data(config: DataConfig, context: EncodingContext, progress: Progres
 def _prepare(
     config: DataConfig, context: EncodingContext, key: str | None, progress: Progress
 ) -> PreparedData:
-    """Return the rows from the cache folder of `key`, or prepare them there; None: no cache."""
+    """Returns the rows from the cache folder of `key`, or prepare them there; None: no cache."""
 
     def prepare(folder: Path) -> PreparedData:
         data = load_examples(config, context.task, context.seed, lenient=context.lenient)
@@ -169,7 +169,7 @@ def _prepare(
 
 
 def _key(config: DataConfig, context: EncodingContext) -> str | None:
-    """Return a digest of everything that affects the rows; None if they are not cached."""
+    """Returns a digest of everything that affects the rows; None if they are not cached."""
     files: list[Path] = []
     names = [config.dataset, *config.also, config.validation_file, config.qrels, config.corpus]
     if config.qrels is not None:
@@ -212,7 +212,7 @@ def _tokenizer_digest(tokenizer: Any) -> str:
 
 
 def _render_question(tokenizer: Any) -> str:
-    """Return a rendered question, as some templates include the current date."""
+    """Returns a rendered question, as some templates include the current date."""
     try:
         return render(tokenizer, [{"role": "user", "content": "?"}], generation_prompt=True)
     except InputError as error:

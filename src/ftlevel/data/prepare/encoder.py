@@ -112,13 +112,13 @@ class EncodingContext:
     def encoder(
         self, config: DataConfig, prompt_format: PromptFormat | None, **options: Any
     ) -> Encoder:
-        """Return an encoder; `options` are further fields of `Encoder`."""
+        """Returns an encoder; `options` are further fields of `Encoder`."""
         return Encoder(
             self.task, self.kind, self.tokenizer, config, self.bounds, prompt_format, **options
         )
 
     def gate(self, policy: GateConfig) -> Gate:
-        """Return the data checks with the actions of `policy`."""
+        """Returns the data checks with the actions of `policy`."""
         tokenizer = self.tokenizer
         checks = TokenCheckContext(
             self.task.checks,
@@ -214,7 +214,7 @@ def encode_to_store(
 
 
 def digests_path(path: Path) -> Path:
-    """Return the path of the digests that belong to the rows at `path`."""
+    """Returns the path of the digests that belong to the rows at `path`."""
     return path.with_suffix(".digests")
 
 
@@ -279,7 +279,7 @@ class Encoder:
         return replace(fitted, digests=self._digests(examples))
 
     def for_held_out(self, split: str) -> Encoder:
-        """Return an encoder for a held-out `split`, with labels for answers only.
+        """Returns an encoder for a held-out `split`, with labels for answers only.
 
         Long rows are dropped, or split or truncated if configured.
         """
@@ -291,7 +291,7 @@ class Encoder:
         return replace(self, config=config, split=split)
 
     def digest(self, examples: Sequence[Any]) -> Digests:
-        """Return the digests of `examples`."""
+        """Returns the digests of `examples`."""
         return Digests.of(examples, self._text_context)
 
     @property
@@ -328,7 +328,7 @@ class Encoder:
         return replace(fitted, stops=stops)
 
     def _relax(self, function: Callable[[str], T]) -> tuple[T, str]:
-        """Return the result of `function`, or if lenient, that of dropping rows with the error."""
+        """Returns the result of `function`, or if lenient, that of dropping rows with the error."""
         try:
             return function(self.config.overlong), ""
         except InputError as error:
@@ -348,7 +348,7 @@ class Encoder:
         return replace(fitted, rows=rows, dropped=dropped, stops=fitted.stops or stops)
 
     def limit(self, default: int | None) -> int | None:
-        """Return the maximum row length in tokens from user, model or `default`."""
+        """Returns the maximum row length in tokens from user, model or `default`."""
         if isinstance(max_length := self.config.max_length, int):
             self.bounds.check(max_length)
             return max_length

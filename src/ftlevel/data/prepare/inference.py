@@ -39,7 +39,7 @@ class QueryRow:
         place: `file:line`.
         question: model input, as built by the task; None if the row is invalid.
         fault: error message without a final period.
-        share: fraction of the source read so far, from 0 to 1, if known.
+        share: fraction of the source read so far, from 0 to 1, if available.
     """
 
     row: Row
@@ -101,7 +101,7 @@ def open_rows(name: str, options: ReadOptions) -> tuple[RowSource, Reader]:
 
 
 def file_rows(reader: Reader, ignored: Sequence[str] = ()) -> RowSource:
-    """Return the rows of a file; raise `InputError` if the first ones cannot be read."""
+    """Returns the rows of a file; raises `InputError` if the first ones cannot be read."""
 
     def place(chunk: Chunk, line: int) -> str:
         return Table([], [], reader.shown, chunk.unit).place(line)
@@ -129,7 +129,7 @@ def file_rows(reader: Reader, ignored: Sequence[str] = ()) -> RowSource:
 
 
 def in_memory_rows(rows: Any, ignored: Sequence[str] = ()) -> RowSource:
-    """Return rows in memory, of a type that `iterate_rows` accepts; `read` works once."""
+    """Returns rows in memory, of a type that `iterate_rows` accepts; `read` works once."""
     rest = iterate_rows(rows, "predict")
     first = list(islice(rest, CHUNK_ROWS))
     if not first:
@@ -175,7 +175,7 @@ class Prompts:
 
 
 def windows(rows: Iterator[QueryRow], size: int) -> Iterator[list[QueryRow]]:
-    """Yield lists of `size` rows; the last list may be shorter."""
+    """Yields lists of `size` rows; the last list may be shorter."""
     while window := list(islice(rows, size)):
         yield window
 
@@ -220,7 +220,7 @@ def load_evaluation_rows(
     is_own: bool = False,
     is_typed: bool = True,
 ) -> EvaluationRows:
-    """Read and encode the rows to evaluate.
+    """Load and encode the rows to evaluate.
 
     `config` has the dataset to evaluate and the length settings of training. A `split` of None is
     validation, or all rows if there is one split. `context` has the seed of training, which

@@ -61,7 +61,7 @@ class LoadedExamples:
 def load_examples(
     config: DataConfig, task: DataTask, seed: int, *, lenient: bool = False
 ) -> LoadedExamples:
-    """Read the dataset and convert its rows to examples of `task`.
+    """Load the dataset and convert the rows to examples of `task`.
 
     `seed` selects the validation rows. `lenient` drops and reports rows that would stop the run;
     others raise `InputError` with `path:line`.
@@ -147,7 +147,7 @@ class Converter:
     def __call__(
         self, split: str, table: Table, labels: LabelSet | None
     ) -> tuple[Table, Sequence[Any]]:
-        """Return the usable rows and their examples."""
+        """Returns the usable rows and their examples."""
         examples: Sequence[Any]
         examples, bad = convert_rows(table, self.shape)
         column = self.label_column
@@ -176,7 +176,7 @@ class Converter:
     def merge_label_variants(
         self, split: str, table: Table, examples: Sequence[Any], names: Sequence[str] = ()
     ) -> Sequence[Any]:
-        """Return `examples` with spelling variants of a label merged.
+        """Returns `examples` with spelling variants of a label merged.
 
         `names` are the known classes; if empty, the most frequent spelling is used.
         """
@@ -207,7 +207,7 @@ class Converter:
 
 
 def read_splits(config: DataConfig, task: DataTask, seed: int) -> DatasetSplits:
-    """Read the splits after joining, holding out and sampling as configured."""
+    """Load the splits after joining, holding out and sampling as configured."""
     parts = [_read_one(name, config, task, config.split) for name in (config.dataset, *config.also)]
     splits = parts[0] if len(parts) == 1 else join_splits(parts, config.mix, seed)
     if config.validation_file is not None:
@@ -268,8 +268,7 @@ def prepare_examples(
 ) -> PreparedData:
     """Encode the examples, apply the length limit, and run the data checks.
 
-    Rows are written to `folder`; None stores them in memory. Raises `InputError` if a check stops
-    the run.
+    Rows are written to `folder`; None stores them in memory. Raises `InputError` if a check fails.
     """
     task, lenient = context.task, context.lenient
     prompt_format = task.prompt_format(loaded.format, context.kind, context.tokenizer)

@@ -1,7 +1,7 @@
 """An endless stream of encoded, checked and shuffled rows.
 
-A `StreamState` has everything needed to resume the stream without reading earlier rows. The shuffle
-depends only on the rows, the buffer size and the seed.
+A `StreamState` has everything needed to resume the stream without reading previous rows. The
+shuffle depends only on the rows, the buffer size and the seed.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class ShuffleBuffer(Generic[T]):
         return self.items.pop()
 
     def draws(self) -> Any:
-        """Return the state of the random generator as plain values."""
+        """Returns the state of the random generator as plain values."""
         return self._random.getstate()
 
     def set_draws(self, state: Any) -> None:
@@ -88,9 +88,9 @@ class ChunkEncoder:
     may_lose: bool
 
     def __call__(self, chunk: Chunk, counts: Counter[str]) -> list[Encoded]:
-        """Return the rows of `chunk`, with their line as `Encoded.row`; update `counts` (mutated).
+        """Returns the rows of `chunk`, with their line as `Encoded.row`; updates `counts`.
 
-        Raises `InputError` with `file:line` if a row stops the run.
+        Raises `InputError` with `file:line` if a row is an error.
         """
         table = chunk.table
         counts["read"] += len(chunk.rows) + len(chunk.bad)
@@ -117,7 +117,7 @@ class ChunkEncoder:
         return [replace(row, row=table.lines[row.row]) for row in rows]
 
     def _without(self, table: Table, bad: list[BadRow], counts: Counter[str]) -> Table:
-        """Return `table` without the rows in `bad`, or raise, as configured."""
+        """Returns `table` without the rows in `bad`, or raise, as configured."""
         gate, skips = self.config.gate, self.config.on_bad_row == "skip"
         stops = [
             row
@@ -224,7 +224,7 @@ class RowStream:
         return {"passes": self._passes, **self._counts}
 
     def state(self) -> StreamState:
-        """Return the state of the stream."""
+        """Returns the state of the stream."""
         return StreamState(
             self._passes,
             self._cursor,
@@ -259,7 +259,7 @@ class RowStream:
         return self
 
     def __next__(self) -> Encoded:
-        """Return the next row; raise `InputError` if a row stops the run or a pass has none."""
+        """Returns the next row; raises `InputError` if a row is an error or a pass has none."""
         while True:
             while self._waiting:
                 if (row := self._buffer.push(self._waiting.popleft())) is not None:

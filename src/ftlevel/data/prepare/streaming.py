@@ -1,4 +1,4 @@
-"""Prepare a streamed run, index its rows for `Trainer`, and order rows by seed and epoch.
+"""Prepare a streamed run, index the rows for `Trainer`, and order rows by seed and epoch.
 
 The first rows determine the columns, the types and the length. Row numbers in the run serve as
 indices, so `Trainer` skips rows on resume without reading them. The length grouping of `Trainer`
@@ -61,7 +61,7 @@ class LengthGroupedSampler(Sampler[int]):
         return len(self._lengths)
 
     def __iter__(self) -> Iterator[int]:
-        """Yield every row index once; only the last step of the epoch may be short."""
+        """Yields every row index once; only the last step of the epoch may be short."""
         generator = torch.Generator().manual_seed(self._seed + self.epoch)
         rows = torch.randperm(len(self), generator=generator).tolist()
         steps: list[list[int]] = []
@@ -113,7 +113,7 @@ class DistinctTextSampler(Sampler[int]):
         return count_places(self._sets, self._step) if self._sets else len(self._texts)
 
     def __iter__(self) -> Iterator[int]:
-        """Yield every row index once."""
+        """Yields every row index once."""
         generator = torch.Generator().manual_seed(self._seed + self.epoch)
         order = torch.randperm(len(self._texts), generator=generator).tolist()
         self.repeated = 0
@@ -176,7 +176,7 @@ class StepShardSampler(Sampler[list[int]]):
         return math.ceil(rows / (self._batch * self._count))
 
     def __iter__(self) -> Iterator[list[int]]:
-        """Yield the batches of this process."""
+        """Yields the batches of this process."""
         rows = list(self._order)
         for step in range(len(self)):
             start = (step * self._count + self._rank) * self._batch
@@ -193,7 +193,7 @@ class RowsWithPadding(Dataset[Encoded]):
         return len(self._rows) + 1
 
     def __getitem__(self, index: int) -> Encoded:
-        """Return a row."""
+        """Returns a row."""
         if index < len(self._rows):
             return self._rows[index]
         return replace(self._rows[0], row=-1)
@@ -215,7 +215,7 @@ WHOLE_SET = (
 
 
 def prepare_stream(config: DataConfig, context: EncodingContext) -> PreparedData:
-    """Return the first rows of a stream, encoded and checked, and the stream itself."""
+    """Returns the first rows of a stream, encoded and checked, and the stream itself."""
     options = ReadOptions(
         config.input_format,
         config.subset,
@@ -262,13 +262,13 @@ def prepare_stream(config: DataConfig, context: EncodingContext) -> PreparedData
 
 
 def _with_room(longest: int, bound: int | None) -> int:
-    """Return `longest` plus a quarter for later rows, within `bound`."""
+    """Returns `longest` plus a quarter for later rows, within `bound`."""
     roomy = longest + longest // 4
     return roomy if bound is None else max(longest, min(roomy, bound))
 
 
 def _read_head(source: StreamSource, config: DataConfig) -> tuple[DatasetSplits, RowSchema]:
-    """Read the held-out rows, the first training rows, and their keys and types."""
+    """Load the held-out rows, the first training rows, and their keys and types."""
     count = config.validation_rows or 0
     if count and source.validation is not None:
         raise InputError(
@@ -321,7 +321,7 @@ def _fingerprint(source: StreamSource, rows: Any) -> str:
 
 
 def _choices(prepared: PreparedData, config: DataConfig, length: int) -> list[Choice]:
-    """Return the log lines, reworded because only the first rows are known."""
+    """Returns the log lines, reworded because only the first rows are known."""
     first = f"the first {prepared.facts['train_rows']:,} rows"
     validation = (
         f"{len(prepared.validation):,} for validation"
@@ -373,7 +373,7 @@ class StreamedRows:
         return self._step * self._steps
 
     def __getitem__(self, index: int) -> Encoded:
-        """Return row `index`, skipping rows of other processes; raise `IndexError` if consumed."""
+        """Returns row `index`, skipping rows of others; raises `IndexError` if consumed."""
         if index < self._next - self._together:
             raise IndexError(f"row {index:,} of a stream was taken; the next is {self._next:,}")
         while index >= self._next:
@@ -382,7 +382,7 @@ class StreamedRows:
         return self._latest[index - self._next]
 
     def _take(self) -> None:
-        """Read the next row, and record the stream state at the start of a step."""
+        """Load the next row, and record the stream state at the start of a step."""
         if self._next % self._step == 0:
             self._states[self._next // self._step] = self._stream.state()
             if len(self._states) > _RECENT:

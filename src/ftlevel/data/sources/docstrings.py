@@ -71,7 +71,7 @@ _SKIPPED_PREFIXES = ("_sysconfigdata", "config-")
 
 @dataclass(frozen=True)
 class Documented:
-    """A documented object; `source` lacks the docstring and is "" for modules and classes."""
+    """A documented object; `source` has no the docstring and is "" for modules and classes."""
 
     kind: Literal["module", "class", "function"]
     source: str
@@ -104,7 +104,7 @@ def read_docstrings(kind: Kind, split: Split, limit: int | None = None) -> list[
 
 
 def split_of(module_path: str) -> Split:
-    """Return the split of a module; it depends only on a hash of the path ("json/decoder.py")."""
+    """Returns the split of a module; it depends only on a hash of the path ("json/decoder.py")."""
     bucket = int(hashlib.sha1(module_path.encode(), usedforsecurity=False).hexdigest(), 16) % 100
     for split, share in _SHARES:
         if bucket < share:
@@ -114,21 +114,21 @@ def split_of(module_path: str) -> Split:
 
 
 def stdlib_modules(split: Split | None = None) -> list[tuple[str, Path]]:
-    """Return (relative path, file) of the modules in `split` (all if None), ordered by hash."""
+    """Returns (relative path, file) of the modules in `split` (all if None), ordered by hash."""
     root = stdlib_root()
     return [(path, root / path) for path, part in _sorted_paths(root) if split in (None, part)]
 
 
 @lru_cache(maxsize=1)
 def _sorted_paths(root: Path) -> tuple[tuple[str, Split], ...]:
-    """Return (relative path, split) of all modules below `root`, ordered by hash."""
+    """Returns (relative path, split) of all modules below `root`, ordered by hash."""
     paths = [path.relative_to(root).as_posix() for path in _python_files(root)]
     paths.sort(key=lambda path: hashlib.sha1(path.encode(), usedforsecurity=False).digest())
     return tuple((path, split_of(path)) for path in paths)
 
 
 def stdlib_root() -> Path:
-    """Return the standard library's directory; raise `InputError` if it has no source files."""
+    """Returns the standard library's directory; raises `InputError` if it has no source files."""
     root = Path(sysconfig.get_path("stdlib"))
     if not (root / "argparse.py").is_file():
         raise InputError(
@@ -140,7 +140,7 @@ def stdlib_root() -> Path:
 
 
 def read_module(file: Path) -> list[Documented]:
-    """Read the documented objects of a module in source order; empty if it cannot be parsed."""
+    """Load the documented objects of a module in source order; empty if it cannot be parsed."""
     try:
         text = file.read_text(encoding="utf-8")
         with warnings.catch_warnings():
@@ -179,7 +179,7 @@ def _python_files(root: Path) -> Iterator[Path]:
 
 
 def _scopes(tree: ast.Module) -> Iterator[_Scope]:
-    """Yield the module, its classes and its functions; three times faster than `ast.walk`."""
+    """Yields the module, its classes and its functions; three times faster than `ast.walk`."""
     yield tree
     pending: list[ast.AST] = list(reversed(tree.body))
     while pending:
@@ -193,7 +193,7 @@ def _scopes(tree: ast.Module) -> Iterator[_Scope]:
 
 
 def _undocumented_source(node: _Function, lines: list[str]) -> str:
-    """Return a function's dedented source without its docstring, or "" if they share a line."""
+    """Returns a function's dedented source without its docstring, or "" if they share a line."""
     docstring, end = node.body[0], node.body[0].end_lineno
     if len(node.body) < 2 or end is None or end >= node.body[1].lineno:
         return ""
@@ -215,7 +215,7 @@ def _cached_rows(
     split: Split,
     root: Path,  # noqa: ARG001 - part of the key
 ) -> tuple[list[Row], Iterator[Row]]:
-    """Return the rows built so far in this process, and the iterator that builds the others."""
+    """Returns the rows built so far in this process, and the iterator that builds the others."""
     return [], _rows(kind, split)
 
 
@@ -306,7 +306,7 @@ def _summarization_row(item: Documented) -> Row | None:
 
 
 def _prose(text: str) -> str:
-    """Return the leading prose of `text` up to the row limit, without code, tables and lists."""
+    """Returns the leading prose of `text` up to the row limit, without code, tables and lists."""
     paragraphs: list[str] = []
     room = MAX_ROW_CHARACTERS - SUMMARY_CHARACTERS[1]
     for paragraph in text.split("\n\n"):

@@ -80,7 +80,7 @@ class IterableStream:
         self.null_keys: Counter[str] = Counter()
 
     def chunks(self, cursor: Cursor | None = None) -> Iterator[Chunk]:
-        """Yield the chunks after `cursor`."""
+        """Yields the chunks after `cursor`."""
         data, number = self._make(), 0
         if cursor is not None:
             data.load_state_dict(cursor["state"])
@@ -103,7 +103,7 @@ class IterableStream:
             yield chunk()
 
     def collect(self) -> Table:
-        """Return all rows as a table; raise `InputError` if there are none."""
+        """Returns all rows as a table; raises `InputError` if there are none."""
         chunks = list(self.chunks())
         if not chunks:
             raise InputError(f"{self.source}: has 0 rows. Use a dataset with rows.")
@@ -131,13 +131,13 @@ def _load_saved(directory: Path) -> dict[str, Any]:
 
 
 def is_saved_directory(directory: Path) -> bool:
-    """Return whether `directory` was written by `save_to_disk`."""
+    """Returns whether `directory` was written by `save_to_disk`."""
     names = ("dataset_dict.json", "state.json", "dataset_info.json")
     return any((directory / name).is_file() for name in names)
 
 
 def pick_split(splits: Mapping[str, Any], requested: str | None, source: str) -> str:
-    """Return the name of the training split; raise `InputError` if it is missing or ambiguous."""
+    """Returns the name of the training split; raises `InputError` if it is missing or ambiguous."""
     if not splits:
         raise InputError(f"{source}: has no splits. Expected at least one with rows.")
     name = requested or ("train" if "train" in splits or len(splits) > 1 else next(iter(splits)))
@@ -152,7 +152,7 @@ def pick_split(splits: Mapping[str, Any], requested: str | None, source: str) ->
 
 
 def _probe(name: str) -> str:
-    """Return why the Hub is unreachable, or ""; HTTP errors are left to `load_dataset`."""
+    """Returns why the Hub is unreachable, or ""; HTTP errors are left to `load_dataset`."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
@@ -200,7 +200,7 @@ def _dataset_table(data: Any, source: str, options: ReadOptions) -> Table:
 
 
 def remove_columns(data: Any, names: Sequence[str]) -> tuple[Any, tuple[str, ...]]:
-    """Return `data` without the columns `names`, and the names that were present."""
+    """Returns `data` without the columns `names`, and the names that were present."""
     present = tuple(name for name in names if name in (data.column_names or ()))
     return (data.remove_columns(list(present)) if present else data), present
 
@@ -213,8 +213,8 @@ def load_memory_tables(
 ) -> dict[str, Table]:
     """Load rows passed from Python as tables by split; rows without splits become "train".
 
-    An iterator in `data.rows` is replaced by a list of its first `options.limit` rows (mutated).
-    Raises `InputError` for an unsupported type, and for no rows or bad rows.
+    An iterator in `data.rows` is replaced by a list of the first `options.limit` rows (modified).
+    Raises `InputError` for an unsupported type, and for no rows or invalid rows.
     """
     if isinstance(data.rows, Iterator):
         data.rows = list(islice(data.rows, options.limit))
@@ -256,10 +256,10 @@ def _to_table(rows: Any, source: str, on_bad_row: OnBadRow, options: ReadOptions
 
 
 def iterate_rows(rows: Any, source: str, null_keys: Counter[str] | None = None) -> Iterator[Row]:
-    """Yield the rows of a DataFrame, Arrow table, `datasets` object or iterable of mappings.
+    """Yields the rows of a DataFrame, Arrow table, `datasets` object or iterable of mappings.
 
     Values become JSON values, and missing values of a DataFrame None. `null_keys` counts the null
-    keys dropped per path (mutated). Raises `InputError` if `rows` is of another type.
+    keys dropped per path (modified). Raises `InputError` if `rows` is of a different type.
     """
     null_keys = Counter() if null_keys is None else null_keys
     if hasattr(rows, "iloc") and hasattr(rows, "columns"):
@@ -276,7 +276,7 @@ def iterate_rows(rows: Any, source: str, null_keys: Counter[str] | None = None) 
 
 
 def _frame_rows(frame: Any, source: str, null_keys: Counter[str]) -> Iterator[Row]:
-    """Yield the rows of a DataFrame; only arrays, which come from Arrow, lose their null keys."""
+    """Yields the rows of a DataFrame; only arrays, which come from Arrow, lose their null keys."""
     names = [str(name) for name in frame.columns]
     check_columns(names, source)
     columns = []
@@ -302,7 +302,7 @@ def _frame_rows(frame: Any, source: str, null_keys: Counter[str]) -> Iterator[Ro
 
 
 def _restore_integers(values: list[Any]) -> list[Any]:
-    """Return a column's cells with integers restored that pandas made floats because of nulls."""
+    """Returns a column's cells with integers restored that pandas made floats because of nulls."""
     nulls: set[str] = set()
     others: set[str] = set()
 
@@ -331,14 +331,14 @@ def _restore_integers(values: list[Any]) -> list[Any]:
 
 
 def _has_array(value: Any) -> bool:
-    """Return whether a cell is or contains a numpy array, as pandas reads lists from Parquet."""
+    """Returns whether a cell is or contains a numpy array, as pandas reads lists from Parquet."""
     if isinstance(value, Mapping):
         return any(map(_has_array, value.values()))
     return type(value).__module__ == "numpy" and hasattr(value, "__len__")
 
 
 def _check_rows(rows: Any, source: str) -> Iterator[Mapping[str, Any]]:
-    """Yield the elements of `rows`; raise `InputError` for one that is not a mapping."""
+    """Yields the elements of `rows`; raises `InputError` for one that is not a mapping."""
     if isinstance(rows, Mapping):
         raise InputError(
             f"{source}: the rows in memory are a dict of {join_names(map(repr, rows))}. "
@@ -358,7 +358,7 @@ def _check_rows(rows: Any, source: str) -> Iterator[Mapping[str, Any]]:
 
 
 def _to_json(value: Any) -> Any:
-    """Return `value` as a JSON value, with numpy scalars, arrays and tuples converted."""
+    """Returns `value` as a JSON value, with numpy scalars, arrays and tuples converted."""
     if isinstance(value, Mapping):
         return {str(key): _to_json(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

@@ -39,18 +39,18 @@ PACKED = tuple(_MAGIC)
 
 
 def is_compressed(path: Path) -> bool:
-    """Return whether `path` has the suffix of a compressed file."""
+    """Returns whether `path` has the suffix of a compressed file."""
     return path.suffix.lower() in PACKED
 
 
 def plain_name(name: str) -> str:
-    """Return `name` without its compression suffix."""
+    """Returns `name` without its compression suffix."""
     path = Path(name)
     return path.stem if is_compressed(path) else name
 
 
 def decompress(path: Path) -> Path:
-    """Return a decompressed copy of a file, cached until its size or modification time changes.
+    """Returns a decompressed copy of a file, cached until its size or modification time changes.
 
     Raises `InputError` if the content is truncated or does not match the suffix, or the disk is
     full.
@@ -79,7 +79,7 @@ _stdin: tuple[object, Path] | None = None  # the stdin object and its copy
 
 
 def cache_stdin() -> Path:
-    """Return a file with the decompressed content of stdin; later calls return the same file.
+    """Returns a file with the decompressed content of stdin; later calls return the same file.
 
     Raises `InputError` if stdin is a terminal, empty or truncated.
     """
@@ -92,7 +92,7 @@ def cache_stdin() -> Path:
 
 
 def is_pipe(path: Path) -> bool:
-    """Return whether `path` is a FIFO, as in the shell's `<(…)`."""
+    """Returns whether `path` is a FIFO, as in the shell's `<(…)`."""
     try:
         return path.is_fifo()
     except OSError:
@@ -100,7 +100,7 @@ def is_pipe(path: Path) -> bool:
 
 
 def cache_pipe(path: Path) -> Path:
-    """Return a file with the decompressed content of a pipe; later calls return the same file.
+    """Returns a file with the decompressed content of a pipe; later calls return the same file.
 
     Raises `InputError` if no program writes to the pipe, or the data is truncated.
     """
@@ -115,7 +115,7 @@ _pipes: dict[Path, tuple[object, Path]] = {}  # state after reading, and the cop
 
 
 def _pipe_state(path: Path) -> tuple[int, int, int]:
-    """Return device, inode and modification time, which identify a pipe."""
+    """Returns device, inode and modification time, which identify a pipe."""
     stat = path.stat()
     return stat.st_dev, stat.st_ino, stat.st_mtime_ns
 
@@ -139,7 +139,7 @@ class _PipeBytes:
         os.set_blocking(self._file, True)
 
     def read(self, size: int) -> bytes:
-        """Read the next bytes; empty at the end."""
+        """Load the next bytes; empty at the end."""
         content, self._first = self._first or os.read(self._file, size), b""
         if not content:
             os.close(self._file)
@@ -147,7 +147,7 @@ class _PipeBytes:
 
 
 def _copy_rows(get_source: Callable[[], Any], name: str, shown: str) -> Path:
-    """Copy a source to a new file called `name`, decompressed if its first bytes match a format."""
+    """Copy a source to a new file called `name`, decompressed if the first bytes match a format."""
     raw = _create_directory() / name
     _write_copy(get_source, raw, shown)
     with raw.open("rb") as file:
@@ -164,7 +164,7 @@ def _copy_rows(get_source: Callable[[], Any], name: str, shown: str) -> Path:
 
 
 def _openers() -> dict[str, Callable[[Path], Any]]:
-    """Return the open function of each compression suffix."""
+    """Returns the open function of each compression suffix."""
     import pyarrow as pa  # type: ignore[import-untyped]
 
     def open_zst(path: Path) -> Any:
@@ -209,7 +209,7 @@ class LazySequence(Sequence[T]):
 
     @abstractmethod
     def _item(self, at: int) -> T:
-        """Return the item at the 0-based index `at`."""
+        """Returns the item at the 0-based index `at`."""
 
     @overload
     def __getitem__(self, index: int) -> T: ...
@@ -230,7 +230,7 @@ _raw_decode = json.JSONDecoder().raw_decode
 
 
 def as_row(value: Any) -> Any:
-    """Return a pair such as spaCy's `["text", {"entities": […]}]` as a dict, other values as is."""
+    """Returns a pair such as spaCy's `["text", {"entities": […]}]` as a dict, else `value`."""
     if type(value) is list and len(value) == 2:
         text, columns = value
         if type(text) is str and type(columns) is dict and "text" not in columns:
@@ -308,7 +308,7 @@ class LineRows(LazySequence[Row]):
         return row
 
     def _end(self, start: int) -> int:
-        """Load the line that starts at byte `start` into the block; return its end offset."""
+        """Load the line that starts at byte `start` into the block; return the end offset."""
         end = self._block.find(b"\n", start - self._at) if start >= self._at else -1
         size = _BLOCK
         while end < 0:
@@ -320,5 +320,5 @@ class LineRows(LazySequence[Row]):
         return self._at + end
 
     def take(self, indices: Iterable[int]) -> LineRows:
-        """Return the rows at `indices`; each takes eight bytes of memory."""
+        """Returns the rows at `indices`; each takes eight bytes of memory."""
         return LineRows(self.path, array("q", (self.lines[i] for i in indices)), self.offsets)

@@ -113,8 +113,8 @@ def load_splits(
         dataset: "builtin:NAME", a file, directory or glob pattern, a Hub id, "-" for stdin, or rows
             in memory. An existing path takes precedence; "hf://datasets/ID" is always a Hub id.
         split: training split; default "train".
-        subset: configuration of a Hub dataset, sheet of a workbook, or kind of built-in rows.
-        on_bad_row: whether bad rows raise or are dropped, see `readers.files.read_table`.
+        subset: configuration of a Hub dataset, sheet of a workbook, or type of built-in rows.
+        on_bad_row: whether invalid rows raise or are dropped, see `readers.files.read_table`.
         max_samples: number of rows to keep per split. Text files are still validated completely.
         input_format: format of local files, as a suffix without the dot; None uses their names.
         ignored: columns to drop where present.
@@ -221,7 +221,7 @@ def _open_remote(
 def join_splits(
     parts: Sequence[DatasetSplits], shares: Sequence[float] | None, seed: int
 ) -> DatasetSplits:
-    """Return several datasets as one, with training tables mixed in proportion to `shares`.
+    """Returns several datasets as one, with training tables mixed in proportion to `shares`.
 
     If `shares` is None, all rows are kept. Raises `InputError` if the columns differ, or a dataset
     would contribute no row.
@@ -242,7 +242,7 @@ def join_splits(
 
 
 def limit_rows(splits: DatasetSplits, max_samples: int | None) -> DatasetSplits:
-    """Return the first `max_samples` rows of each split; None keeps all."""
+    """Returns the first `max_samples` rows of each split; None keeps all."""
     if max_samples is None:
         return splits
     cut: dict[str, Any] = {name: t.head(max_samples) for name, t in splits.tables.items()}
@@ -312,7 +312,7 @@ def _load_builtin(dataset: str, split: str | None, options: ReadOptions) -> dict
 
 
 def _check_in_memory(dataset: str) -> InMemoryDataset:
-    """Return the rows in memory; raise `InputError` if only their name is left."""
+    """Returns the rows in memory; raises `InputError` if only their name is left."""
     if isinstance(dataset, InMemoryDataset):
         return dataset
     raise InputError(
@@ -323,7 +323,7 @@ def _check_in_memory(dataset: str) -> InMemoryDataset:
 
 
 def _source_type(dataset: str, path: Path) -> str:
-    """Return what a name refers to: hub, saved, directory, pattern or file."""
+    """Returns what a name refers to: hub, saved, directory, pattern or file."""
     if dataset.startswith(HUB_PREFIX):
         return "hub"
     if path.is_dir():
@@ -339,7 +339,7 @@ def _source_type(dataset: str, path: Path) -> str:
 def _match_training_files(
     dataset: str, source: str, split: str | None, options: ReadOptions
 ) -> Sequence[str | Path]:
-    """Return a file, or the files that match a pattern, all of them training files.
+    """Returns a file, or the files that match a pattern, all of them training files.
 
     Raises `InputError` if `split` is neither None nor "train", no file matches, or some but not
     all are named like validation or test data.
@@ -413,7 +413,7 @@ def _choose_files(
 
 
 def _are_shards(names: list[str]) -> bool:
-    """Return whether there are several files and none is named like a split."""
+    """Returns whether there are several files and none is named like a split."""
     stems = [stem_of(name).lower() for name in names]
     is_named = not _SPLIT_OF.keys().isdisjoint(stems) or closest_matches("train", stems)
     return len(names) > 1 and not is_named

@@ -48,7 +48,7 @@ _ARCHIVES = {".zip": "unzip", ".tar": "tar xf", ".tgz": "tar xzf", ".7z": "7z x"
 
 
 def refuse_unknown(path: Path, suffix: str, readable: list[str]) -> InputError:
-    """Return the error for a file whose suffix is not in `readable`."""
+    """Returns the error for a file whose suffix is not in `readable`."""
     for name, suffixes in _SUFFIXES.items():
         if suffix in suffixes:
             remedy = "Use its text, such as captions or transcripts, as .jsonl or .csv."
@@ -70,7 +70,7 @@ def refuse_unknown(path: Path, suffix: str, readable: list[str]) -> InputError:
 
 
 def media_of_name(column: str) -> str | None:
-    """Return "images", "audio" or "videos" if the column name says so; else None."""
+    """Returns "images", "audio" or "videos" if the column name says so; else None."""
     return next((k for k, names in _MEDIA_NAMES.items() if names.fullmatch(column)), None)
 
 
@@ -95,7 +95,7 @@ def refuse_media_columns(columns: Sequence[str], rows: Sequence[Row], source: st
 
 
 def describe_media(source: str, columns: Sequence[tuple[str, str]]) -> str:
-    """Return the error message for media columns, as (column, media type)."""
+    """Returns the error message for media columns, as (column, media type)."""
     held = " and ".join(f"column {column!r} holds {type_}" for column, type_ in columns)
     names = " ".join(shlex.quote(column) for column, _ in columns)
     return (
@@ -106,7 +106,7 @@ def describe_media(source: str, columns: Sequence[tuple[str, str]]) -> str:
 
 
 def _media_of_value(value: Any) -> str | None:
-    """Return the media type of a value: file name, bytes, dict, list or image; else None."""
+    """Returns the media type of a value: file name, bytes, dict, list or image; else None."""
     if isinstance(value, str):
         return _media_of_text(value)
     if isinstance(value, bytes):
@@ -122,7 +122,7 @@ def _media_of_value(value: Any) -> str | None:
 
 
 def _media_of_text(text: str) -> str | None:
-    """Return the media type of a path, URL or data URI; None for other text."""
+    """Returns the media type of a path, URL or data URI; None for other text."""
     if text.startswith("data:"):
         return next((k for k in _MEDIA if text[5:].startswith(k.removesuffix("s") + "/")), None)
     if len(text) > _LONGEST_PATH or "\n" in text:
@@ -132,7 +132,7 @@ def _media_of_text(text: str) -> str | None:
 
 
 def _may_be_media(value: Any) -> bool:
-    """Return whether a value of a column named like media may be a file or its content."""
+    """Returns whether a value of a column named like media may be a file or its content."""
     if isinstance(value, str):  # a file name, an id or base64
         return _media_of_text(value) is not None or not any(map(str.isspace, value))
     return not isinstance(value, bool | int | float)
@@ -162,7 +162,7 @@ def _describe_link(path: Path) -> str:
 
 
 def describe_missing(path: Path) -> str:
-    """Return the error message for a missing path, with similar names in its directory."""
+    """Returns the error message for a missing path, with similar names in the directory."""
     folder = path.parent
     if path.is_symlink():
         return f"{path}: {_describe_link(path)}"
@@ -211,7 +211,7 @@ class Stream(Protocol):
         """Number of null keys dropped so far, by path."""
 
     def chunks(self, cursor: Cursor | None = None) -> Iterator[Chunk]:
-        """Yield the chunks after `cursor`; None starts at the beginning."""
+        """Yields the chunks after `cursor`; None starts at the beginning."""
 
 
 class Reader(ABC):
@@ -221,7 +221,7 @@ class Reader(ABC):
         in_parts: whether the file can be read in parts, as `--streaming` requires.
         uniform: whether the format guarantees the same keys and types in all rows.
         text_cells: whether lists and objects can occur only as JSON text.
-        shown: file name in messages; `path` may be a decompressed copy.
+        printed: file name in messages; `path` may be a decompressed copy.
         null_keys: number of null keys dropped so far, by path.
         ignored: columns of the schema that are not read.
     """
@@ -242,24 +242,24 @@ class Reader(ABC):
 
     @abstractmethod
     def read(self, cursor: Cursor | None) -> Iterator[Chunk]:
-        """Yield the chunks after `cursor`; None starts at the beginning."""
+        """Yields the chunks after `cursor`; None starts at the beginning."""
 
     def chunks(self, cursor: Cursor | None = None) -> Iterator[Chunk]:
-        """Yield the chunks after `cursor`; raise `InputError` if the file is damaged."""
+        """Yields the chunks after `cursor`; raises `InputError` if the file is corrupted."""
         with wrap_read_errors(self.path, self.shown):
             yield from self.read(cursor)
 
     def share(self, chunk: Chunk) -> float | None:
-        """Return the fraction of the file read up to the end of `chunk`, or None if unknown."""
+        """Returns the fraction of the file read up to the end of `chunk`, or None if unknown."""
         size = self.path.stat().st_size
         return min(1.0, chunk.cursor["at"] / size) if size and "at" in chunk.cursor else None
 
     def chunk(self, rows: list[Row], lines: list[int], bad: list[BadRow], cursor: Cursor) -> Chunk:
-        """Return a chunk of this file."""
+        """Returns a chunk of this file."""
         return Chunk(rows, lines, bad, self.shown, self.unit, cursor, self.text_cells)
 
     def collect(self) -> tuple[Table, list[BadRow]]:
-        """Return all rows as a table, and the bad rows, including those that differ from most."""
+        """Returns all rows as a table, and the bad rows, including those that differ from most."""
         rows: list[Row] = []
         lines: list[int] = []
         bad: list[BadRow] = []
@@ -271,7 +271,7 @@ class Reader(ABC):
         return self.table(rows, lines), [*bad, *odd]
 
     def table(self, rows: Sequence[Row], lines: Sequence[int]) -> Table:
-        """Return a table of rows of this file."""
+        """Returns a table of rows of this file."""
         return Table(
             rows,
             lines,
@@ -299,7 +299,7 @@ def wrap_read_errors(path: Path, shown: str = "") -> Iterator[None]:
 
 
 def describe_null_keys(null_keys: Counter[str], source: str) -> list[str]:
-    """Return a note on the dropped null keys; empty if there are none."""
+    """Returns a note on the dropped null keys; empty if there are none."""
     if not null_keys:
         return []
     inner_first = sorted(null_keys, key=lambda path: (-path.count("."), path))
@@ -322,7 +322,7 @@ class ChainedStream:
         return sum((stream.null_keys for stream in self._streams), Counter())
 
     def chunks(self, cursor: Cursor | None = None) -> Iterator[Chunk]:
-        """Yield the chunks after `cursor`."""
+        """Yields the chunks after `cursor`."""
         first, inner = (cursor["stream"], cursor["cursor"]) if cursor else (0, None)
         for number, stream in enumerate(self._streams[first:], first):
             for result in stream.chunks(inner):

@@ -1,4 +1,4 @@
-"""Tables: rows in memory with the line each came from; joining tables, and handling bad rows.
+"""Tables: rows in memory with the line each came from; joining tables, and handling invalid rows.
 
 Other modules identify a row by `Table.where`. This module must not read files or know tasks.
 `join_tables` and `mix_tables` repeat no row and interleave rows evenly, so that the first N rows
@@ -19,7 +19,7 @@ from ftlevel.errors import InputError, did_you_mean, join_names, quote
 OnBadRow: TypeAlias = Literal["error", "skip"]
 Row: TypeAlias = dict[str, Any]
 
-MAX_SHOWN = 5  # maximum number of bad rows listed in a message
+MAX_SHOWN = 5  # maximum number of invalid rows listed in a message
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Table:
     Attributes:
         rows: one dict per row, all with the same keys; decoded on access for large files.
         lines: 1-based first line of each row, or its row number, as `unit` says.
-        dropped: bad rows removed by `on_bad_row="skip"`, in order of line.
+        dropped: invalid rows removed by `on_bad_row="skip"`, in order of line.
         label_names: class names by column, where the source declares them.
         parts: the tables it was joined from, by increasing base.
         text_cells: whether lists and objects can occur only as JSON text.
@@ -76,32 +76,32 @@ class Table:
         return [name for name in self.rows[0] if name not in self.ignored] if self.rows else []
 
     def without_columns(self, names: Iterable[str]) -> Table:
-        """Return the table with the existing columns among `names` ignored."""
+        """Returns the table with the existing columns among `names` ignored."""
         present = [name for name in names if name in self.columns]
         return replace(self, ignored=(*self.ignored, *present)) if present else self
 
     def where(self, index: int) -> str:
-        """Return `path:line` (or `name row N`) of the row at `index`."""
+        """Returns `path:line` (or `name row N`) of the row at `index`."""
         return self.place(self.lines[index])
 
     def place(self, line: int) -> str:
-        """Return `path:line`, or `name row N` if the source has no lines."""
+        """Returns `path:line`, or `name row N` if the source has no lines."""
         table, line = self._part_of(line)
         return f"{table.source}:{line}" if table.unit == "line" else f"{table.source} row {line}"
 
     def has_text_cells(self, index: int) -> bool:
-        """Return `text_cells` of the part that the row at `index` belongs to."""
+        """Returns `text_cells` of the part that the row at `index` belongs to."""
         return self._part_of(self.lines[index])[0].text_cells if self.parts else self.text_cells
 
     def _part_of(self, line: int) -> tuple[Table, int]:
-        """Return the original table that contains `line`, and the line number within it."""
+        """Returns the original table that contains `line`, and the line number within it."""
         for part in reversed(self.parts):
             if line > part.base:
                 return part.table._part_of(line - part.base)
         return self, line
 
     def take(self, indices: Iterable[int]) -> Table:
-        """Return a table of the rows at `indices`, in that order, with empty `dropped`."""
+        """Returns a table of the rows at `indices`, in that order, with empty `dropped`."""
         if isinstance(self.rows, LineRows):
             rows = self.rows.take(indices)
             return replace(self, rows=rows, lines=rows.lines, dropped=())
@@ -110,14 +110,14 @@ class Table:
         return replace(self, rows=[self.rows[i] for i in indices], lines=lines, dropped=())
 
     def head(self, count: int) -> Table:
-        """Return a table of the first `count` rows."""
+        """Returns a table of the first `count` rows."""
         if len(self) <= count:
             return self
         return replace(self.take(range(count)), dropped=self.dropped)
 
 
 def join_tables(tables: Sequence[Table]) -> Table:
-    """Return one table with the interleaved rows of `tables`; their columns must be the same."""
+    """Returns one table with the interleaved rows of `tables`; their columns must be the same."""
     first, *others = tables
     if not others:
         return first
@@ -167,7 +167,7 @@ def join_tables(tables: Sequence[Table]) -> Table:
 def mix_tables(
     tables: Sequence[Table], shares: Sequence[float], seed: int
 ) -> tuple[list[Table], list[str]]:
-    """Return a sample of each table, sized in proportion to `shares`, and a note with the counts.
+    """Returns a sample of each table, sized in proportion to `shares`, and a note with the counts.
 
     The table that is shortest for its share is used completely. Raises `InputError` if a table
     would contribute no row.
@@ -192,10 +192,10 @@ def mix_tables(
 
 
 def handle_bad_rows(table: Table, bad: Sequence[BadRow], on_bad_row: OnBadRow) -> Table:
-    """Return `table` without the rows in `bad`, which are added to `dropped`.
+    """Returns `table` without the rows in `bad`, which are added to `dropped`.
 
     `bad` may include rows that are not in the table, such as invalid JSON. Raises `InputError` if
-    `on_bad_row` is "error" and there are bad rows, or if no row remains.
+    `on_bad_row` is "error" and there are invalid rows, or if no row remains.
     """
     if not bad:
         return table
@@ -214,7 +214,7 @@ def handle_bad_rows(table: Table, bad: Sequence[BadRow], on_bad_row: OnBadRow) -
 
 
 def describe_bad_rows(table: Table, bad: Sequence[BadRow]) -> list[str]:
-    """Return one message per bad row for the first few, then a summary with the count."""
+    """Returns one message per bad row for the first few, then a summary with the count."""
     ordered = sorted(bad, key=lambda row: row.line)
     if len(ordered) == 1:
         row = ordered[0]
@@ -233,7 +233,7 @@ def describe_bad_rows(table: Table, bad: Sequence[BadRow]) -> list[str]:
 
 
 def describe_dropped(table: Table) -> list[str]:
-    """Return a note on the dropped rows; empty if there are none."""
+    """Returns a note on the dropped rows; empty if there are none."""
     if not table.dropped:
         return []
     count = len({row.line for row in table.dropped})
@@ -260,7 +260,7 @@ _Shape = tuple[tuple[str, ...], tuple[type, ...]]
 
 
 def json_type_name(value: object) -> str:
-    """Return the name of a JSON type for messages, such as "a string" or "a number"."""
+    """Returns the name of a JSON type for messages, such as "a string" or "a number"."""
     return "null" if value is None else _JSON_TYPES.get(type(value), type(value).__name__)
 
 
@@ -316,7 +316,7 @@ def _shape_of(row: Row) -> _Shape:
 
 
 def _most_common_types(shapes: Mapping[_Shape, Sequence[int]]) -> dict[str, tuple[str, int]]:
-    """Return the most frequent type of each column, and the first row that has it."""
+    """Returns the most frequent type of each column, and the first row that has it."""
     counts: dict[str, Counter[str]] = {}
     first: dict[tuple[str, str], int] = {}
     for (keys, types), (size, start) in shapes.items():
@@ -346,7 +346,7 @@ class RowSchema:
 
     @classmethod
     def of(cls, rows: Sequence[Row], lines: Sequence[int]) -> RowSchema:
-        """Return the schema of most of `rows`."""
+        """Returns the schema of most of `rows`."""
         bad = {row.line for row in find_inconsistent_rows(rows, lines)}
         types: dict[str, tuple[str, int]] = {}
         columns: tuple[str, ...] = ()
@@ -375,7 +375,7 @@ class RowSchema:
 
 
 def _describe_keys(keys: tuple[str, ...], columns: tuple[str, ...], count: int) -> str:
-    """Return how `keys` differ from the `columns` that `count` other rows have."""
+    """Returns how `keys` differ from the `columns` that `count` other rows have."""
     missing = [key for key in columns if key not in keys]
     extra = [key for key in keys if key not in columns]
     others = f"the {count:,} other rows" if count > 1 else "the other row"

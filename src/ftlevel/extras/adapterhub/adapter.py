@@ -1,4 +1,4 @@
-"""Read adapters and heads of AdapterHub's `adapters` library, and convert them to PEFT's format.
+"""Read adapters and heads of AdapterHub's `adapters` library, and convert them to the PEFT format.
 
 A head is that of a transformers class ("static") or a stack of layers ("flex"). Flex heads are read
 only if they compute the same as transformers' head of the family.
@@ -67,7 +67,7 @@ _OF_LAST_TOKEN = ("gpt2", "gptj", "llama", "mistral")
 
 
 def read_head(settings: Mapping[str, Any]) -> HubHead:
-    """Read the head in head_config.json; raise InputError if transformers has no such head."""
+    """Load the head in head_config.json; raise InputError if transformers has no such head."""
     config = settings.get("config")
     if not isinstance(config, Mapping):
         name = str(settings.get("model_class"))
@@ -90,7 +90,7 @@ def read_head(settings: Mapping[str, Any]) -> HubHead:
 
 
 def _labels(config: Mapping[str, Any]) -> list[str]:
-    """Return the class names by index; missing names become LABEL_N."""
+    """Returns the class names by index; missing names become LABEL_N."""
     numbers: Mapping[str, int] = config.get("label2id") or {}
     count = int(config.get("num_labels") or len(numbers))
     by_number = {int(number): str(name) for name, number in numbers.items()}
@@ -98,7 +98,7 @@ def _labels(config: Mapping[str, Any]) -> list[str]:
 
 
 def _layers(family: str, kind: str, config: Mapping[str, Any]) -> dict[str, str]:
-    """Return layer of a flex head → module; raise InputError if transformers' head differs."""
+    """Returns layer of a flex head → module; raises InputError if transformers' head differs."""
     count, pooled = config.get("layers"), bool(config.get("use_pooler"))
     if kind == "question_answering" and count == 1:
         return {"1": "qa_outputs"}
@@ -121,7 +121,7 @@ def _layers(family: str, kind: str, config: Mapping[str, Any]) -> dict[str, str]
 
 
 def head_modules(head: HubHead, weights: Mapping[str, Any]) -> list[str]:
-    """Return the fully trained modules of the head; empty for a language head."""
+    """Returns the fully trained modules of the head; empty for a language head."""
     if head.task in ("", "masked-lm"):
         return []
     names = head.layers.values() or weights
@@ -129,7 +129,7 @@ def head_modules(head: HubHead, weights: Mapping[str, Any]) -> list[str]:
 
 
 def name_head_weights(head: HubHead, weights: Mapping[str, Any], model: Any) -> dict[str, Any]:
-    """Return the head's weights by their names in `model`; raise InputError for a mismatch."""
+    """Returns the head's weights by their names in `model`; raises InputError for a mismatch."""
     full_names = {_WRAPPED.sub("", name) for name in model.state_dict()}
     named = {}
     for key, tensor in weights.items():
@@ -190,7 +190,7 @@ class HubAdapter:
         return head_modules(self.head, self.head_weights) if self.head else []
 
     def task(self, wanted: str | None) -> str:
-        """Return the task of the head, else `wanted`; raise InputError if they differ."""
+        """Returns the task of the head, else `wanted`; raises InputError if they differ."""
         own = self.head.task if self.head else ""
         if own and wanted not in (None, own):
             raise InputError(
@@ -199,16 +199,16 @@ class HubAdapter:
         return own or wanted or "text-generation"
 
     def complete(self, card: AdapterCard) -> AdapterCard:
-        """Return the base's card with labels and options of the adapter's head."""
+        """Returns the base's card with labels and options of the adapter's head."""
         if self.head is None:
             return card
         options = {**card.options, **self.head.options}
         return replace(card, labels=self.head.labels or card.labels, options=options)
 
     def convert(self, model: Any) -> tuple[Any, dict[str, Any]]:
-        """Return the adapter's PEFT config, and its weights by PEFT's names; reads `model`.
+        """Returns the adapter's PEFT config, and the weights by PEFT names; reads `model`.
 
-        Raises InputError if it is damaged, of another base, or of an unsupported kind.
+        Raises InputError if it is corrupted, of a different base, or of an unsupported kind.
         """
         from ftlevel.methods.bottleneck import site_pattern, sites_of
         from ftlevel.methods.bottleneck.layer import BottleneckConfig
@@ -245,7 +245,7 @@ def is_adapterhub(directory: Path) -> bool:
 
 
 def read_hub_adapter(directory: Path) -> HubAdapter:
-    """Read configuration and head in `directory`; raise InputError if invalid or without a base."""
+    """Load configuration and head in `directory`; raise InputError if invalid or without a base."""
     settings = _read_json(directory / CONFIG)
     if not isinstance(settings.get("model_name"), str) or not settings["model_name"]:
         raise InputError(
@@ -288,7 +288,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 def _name_weights(
     weights: Mapping[str, Any], holders: Mapping[str, str], config: Any
 ) -> dict[str, Any]:
-    """Return AdapterHub's weights by PEFT's names; refuse missing and unknown ones."""
+    """Returns AdapterHub's weights by PEFT names; refuse missing and unknown ones."""
     groups: dict[str, dict[str, Any]] = {}
     unknown = []
     for key, tensor in weights.items():

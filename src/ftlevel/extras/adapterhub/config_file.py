@@ -68,7 +68,7 @@ HOLDERS: dict[str, Holders] = {
 
 
 def read_config(settings: Mapping[str, Any], model_config: Any) -> dict[str, Any]:
-    """Read the fields of `BottleneckConfig` equivalent to an AdapterHub adapter.
+    """Load the fields of `BottleneckConfig` equivalent to an AdapterHub adapter.
 
     `settings` is AdapterHub's adapter_config.json.
 
@@ -127,7 +127,7 @@ def _check_plain(config: Mapping[str, Any]) -> None:
 
 
 def _placement(config: Mapping[str, Any], sites: Sites) -> str:
-    """Return the placement that `config` describes; raises `InputError` if there is none."""
+    """Returns the placement that `config` describes; raises `InputError` if there is none."""
     before, after = config["original_ln_before"], config["original_ln_after"]
     residual, attention = config["residual_before_ln"], config["mh_adapter"]
     if config["is_parallel"]:
@@ -151,7 +151,7 @@ def _placement(config: Mapping[str, Any], sites: Sites) -> str:
 def _targets(
     config: Mapping[str, Any], position: str, sites: Sites, model_config: Any
 ) -> tuple[str | None, str | None]:
-    """Return regular expressions of adapted and excluded modules; None for all or none."""
+    """Returns regular expressions of adapted and excluded modules; None for all or none."""
     self_attention, *cross = sites.attention
     modules = [self_attention] * bool(config["mh_adapter"]) + cross * bool(config["cross_adapter"])
     modules += [sites.feed_forward] * bool(config["output_adapter"])
@@ -162,7 +162,7 @@ def _targets(
 
 
 def _left_out(layers: list[int], model_config: Any) -> str | None:
-    """Return a regular expression of excluded blocks, numbered through encoder and decoder."""
+    """Returns a regular expression of excluded blocks, numbered through encoder and decoder."""
     if not layers:
         return None
     if model_config.model_type == "albert" or not all(isinstance(i, int) for i in layers):
@@ -187,7 +187,7 @@ def _reduction_factor(value: Any) -> float:
 
 
 def _activation(name: Any, *, old: bool) -> str:
-    """Return transformers' name of an activation; `old` names are adapter-transformers'."""
+    """Returns transformers' name of an activation; `old` names are adapter-transformers'."""
     from transformers.activations import ACT2FN
 
     activation = str(name).lower()
@@ -205,12 +205,12 @@ def _scaling(value: Any) -> float | str:
 
 
 def write_config(peft_config: Mapping[str, Any], model_config: Any) -> dict[str, Any]:
-    """Return AdapterHub's `config` of an adapter at all positions of its placement.
+    """Returns AdapterHub's `config` of an adapter at all positions of its placement.
 
     `peft_config` is the adapter_config.json of ftlevel.
 
     Raises:
-        InputError: AdapterHub has no such adapter for this model family.
+        InputError: AdapterHub has no such adapter for this model type.
     """
     sites = _known_sites(model_config)
     placement = peft_config["placement"]
@@ -245,7 +245,7 @@ def write_config(peft_config: Mapping[str, Any], model_config: Any) -> dict[str,
 
 
 def _factor_of(peft_config: Mapping[str, Any], hidden: int) -> float:
-    """Return a reduction factor with hidden // factor equal to the bottleneck width."""
+    """Returns a reduction factor with hidden // factor equal to the bottleneck width."""
     width = peft_config.get("bottleneck_dim")
     if width is None:
         return float(peft_config.get("reduction_factor") or REDUCTION_FACTOR)
@@ -254,7 +254,7 @@ def _factor_of(peft_config: Mapping[str, Any], hidden: int) -> float:
 
 
 def holders_of(names: Iterator[str], model: Any) -> dict[str, str]:
-    """Return adapted module name -> path of AdapterHub's module; raises `InputError` if unknown."""
+    """Returns adapted module name -> AdapterHub module path; raises `InputError` if unknown."""
     sites, holders = _known_sites(model.config), HOLDERS[model.config.model_type]
     prefix = f"{model.base_model_prefix}."
     paths = {}

@@ -1,4 +1,4 @@
-"""Write a bottleneck adapter, with its head, as a directory for AdapterHub's `adapters` library."""
+"""Write a bottleneck adapter, with the head, as a directory for AdapterHub's `adapters` library."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def plan_export(config: ExportConfig, ref: ModelRef) -> AdapterHubExport:
 
 
 def _whole_holders(directory: Path, placement: str, model: Any) -> dict[str, str]:
-    """Return the AdapterHub module of each adapter; refuse adapters at other positions."""
+    """Returns the AdapterHub module of each adapter; refuse adapters at other positions."""
     sites = sites_of(model.config)
     pattern = re.compile(site_pattern(sites, placement)) if sites else None
     expected = {n for n, _ in model.named_modules() if pattern and pattern.fullmatch(n)}
@@ -73,7 +73,7 @@ def _whole_holders(directory: Path, placement: str, model: Any) -> dict[str, str
 
 
 def _read(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Read the weights of the adapter and of its head, by their names in the base."""
+    """Load the weights of the adapter and of the head, by their names in the base."""
     from safetensors.torch import load_file
 
     weights = load_file(str(directory / "adapter_model.safetensors"))
@@ -124,7 +124,7 @@ class AdapterHubExport:
         return notes
 
     def choices(self, device: Choice) -> Iterator[Choice]:  # noqa: ARG002 - a format's signature
-        """Yield the lines for the console."""
+        """Yields the lines for the console."""
         yield Choice("adapter", self.config.model, f"{len(self.holders):,} positions")
         yield Choice("base", str(self.card.base["name"]), type(self.model).__name__)
         yield Choice("name", self.name, "as load_adapter returns it")
@@ -132,7 +132,7 @@ class AdapterHubExport:
         yield Choice("out", self.config.out)
 
     def dry_run(self) -> dict[str, Any]:
-        """Return the summary of the planned export."""
+        """Returns the summary of the planned export."""
         return self._summary()
 
     def write(
@@ -182,7 +182,7 @@ class AdapterHubExport:
         }
 
     def _check(self, output: Path, expected: Mapping[str, Any]) -> None:
-        """Read `output` as an AdapterHub adapter; raise RunError if it differs from `expected`."""
+        """Load `output` as an AdapterHub adapter; raise RunError if it differs from `expected`."""
         import torch
 
         config, weights = read_hub_adapter(output).convert(self.model)
@@ -207,7 +207,7 @@ class AdapterHubExport:
         }
 
     def describe(self, summary: Mapping[str, Any]) -> Iterator[str]:
-        """Yield the lines of the result."""
+        """Yields the lines of the result."""
         if summary.get("dry_run"):
             yield "nothing was written (--dry-run)"
             return

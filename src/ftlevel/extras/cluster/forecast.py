@@ -28,7 +28,7 @@ from ftlevel.training.plan.run import Run
 from ftlevel.training.plan.schedule import count_steps_per_epoch
 
 HOP, NETWORK_HOP = 3.4e-6, 9.6e-6
-"""Seconds from one GPU to the next on the same machine, and on another machine."""
+"""Seconds from one GPU to the next on the same machine, and on a different machine."""
 
 
 @dataclass(frozen=True)
@@ -50,11 +50,11 @@ class Network:
         return self.nodes * self.cards
 
     def sent(self, size: float) -> float:
-        """Return the bytes each GPU sends in an all-gather of `size` bytes."""
+        """Returns the bytes each GPU sends in an all-gather of `size` bytes."""
         return size * (self.ranks - 1) / self.ranks
 
     def seconds(self, size: float) -> float:
-        """Return the seconds of an all-gather or a reduce-scatter of `size` bytes."""
+        """Returns the seconds of an all-gather or a reduce-scatter of `size` bytes."""
         if self.ranks == 1 or not size:
             return 0.0
         speed = self.link
@@ -165,14 +165,14 @@ class ClusterForecast:
         return None if self.steps is None else self.steps * self.step.seconds
 
     def time(self) -> TimeForecast | None:
-        """Return the time of an epoch; None with synthetic rows."""
+        """Returns the time of an epoch; None with synthetic rows."""
         if self.seconds_per_epoch is None:
             return None
         how = f"a roofline and rings on {self.network.ranks:,} cards, not measured"
         return TimeForecast(self.seconds_per_epoch, self.tokens_per_s, how)
 
     def lines(self) -> Iterator[str]:
-        """Yield the lines for the screen."""
+        """Yields the lines for the screen."""
         network, step = self.network, self.step
         yield (
             f"{network.nodes:,} × {network.cards} cards, of which this is one: a step takes "
@@ -186,7 +186,7 @@ class ClusterForecast:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the values for `--json`."""
+        """Returns the values for `--json`."""
         step, ranks = self.step, self.network.ranks
         return {
             "nodes": self.network.nodes,
@@ -242,7 +242,7 @@ def forecast_cluster(
 
 
 def _sent(shares: ShardedModel, ranks: int, way: str) -> dict[str, Any]:
-    """Return the communication fields of `Work`, in bytes."""
+    """Returns the communication fields of `Work`, in bytes."""
     if way == "none":
         base = shares.blocks.reduced(1) + shares.root.reduced(1)
         return {"everywhere": base if shares.trains_base else shares.trained}

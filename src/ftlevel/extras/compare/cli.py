@@ -33,7 +33,7 @@ def show(result: Mapping[str, Any], console: Console) -> None:
 
 
 def table_lines(result: Mapping[str, Any]) -> Iterator[str]:
-    """Yield the lines of the table: names left-aligned, numbers right-aligned."""
+    """Yields the lines of the table: names left-aligned, numbers right-aligned."""
     first, *others = _COLUMNS
     others += ["search"] * any(row["search"] for row in result["rows"])
     table = [
@@ -65,7 +65,7 @@ def _cells(row: Mapping[str, Any], result: Mapping[str, Any]) -> Iterator[str]:
 
 
 def closing_lines(result: Mapping[str, Any]) -> Iterator[str]:
-    """Yield the lines after the table."""
+    """Yields the lines after the table."""
     for line in result["notes"]:
         yield f"note: {line}"
     for left in result["left_out"]:
@@ -97,13 +97,13 @@ def _mib(size: int) -> str:
     return f"{size / 2**20:,.1f} MiB" if size < 2**30 else f"{size / 2**30:,.2f} GiB"
 
 
-def compare(values: CommandInput, *, as_json: bool, quiet: bool) -> None:
+def compare(given: CommandInput, *, as_json: bool, quiet: bool) -> None:
     """Compare several methods on the same data and budget.
 
     Accepts the flags of train except --method. Each method trains in its own process; a setting
     applies to the methods that have it. --resume keeps completed runs and resumes interrupted ones.
     """
-    config, _ = read_config(values)
+    config, _ = read_config(given)
     from ftlevel.cli.screen import open_screen
 
     with open_screen(as_json=as_json, quiet=quiet) as screen:
@@ -111,7 +111,7 @@ def compare(values: CommandInput, *, as_json: bool, quiet: bool) -> None:
             from ftlevel.extras.compare.compare import compare as run
             from ftlevel.extras.compare.comparison import ComparisonOptions
 
-        own = values.values
+        own = given.values
         wishes = ComparisonOptions(
             tuple(own["methods"] or ()),
             own["budget_steps"],

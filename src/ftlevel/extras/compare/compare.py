@@ -91,7 +91,7 @@ def seconds_per_step(config: TrainConfig) -> float:
 
 
 def describe_run(config: TrainConfig) -> dict[str, Any]:
-    """Return the summary of a dry run; raises like `train` if `config` cannot be trained."""
+    """Returns the summary of a dry run; raises like `train` if `config` cannot be trained."""
     return dict(train(config, dry_run=True, listener=NullListener()).summary)
 
 
@@ -180,13 +180,13 @@ def _check(config: TrainConfig, wishes: ComparisonOptions) -> None:
 
 
 def _first_free() -> Path:
-    """Return the first unused directory among runs/compared-1, runs/compared-2 and so on."""
+    """Returns the first unused directory among runs/compared-1, runs/compared-2 and so on."""
     places = (Path("runs") / f"compared-{number}" for number in itertools.count(1))
     return next(place for place in places if not place.exists())
 
 
 def _recipe(config: TrainConfig) -> str:
-    """Return the shared configuration as a YAML recipe with absolute paths."""
+    """Returns the shared configuration as a YAML recipe with absolute paths."""
     import yaml
 
     told = "# Shared settings. Resume with: ftlevel compare --resume --output-dir"
@@ -194,7 +194,7 @@ def _recipe(config: TrainConfig) -> str:
 
 
 def _plain(config: TrainConfig) -> dict[str, Any]:
-    """Return the explicitly set fields of `config` as plain values, without output paths."""
+    """Returns the explicitly set fields of `config` as plain values, without output paths."""
     values = config.model_dump(mode="json", exclude_unset=True, exclude={"output"})
     if "method" in values:
         values["method"]["kind"] = config.method.kind
@@ -210,7 +210,7 @@ def _plain(config: TrainConfig) -> dict[str, Any]:
 def _start_or_resume(
     config: TrainConfig, wishes: ComparisonOptions, path: Path
 ) -> tuple[ComparisonOptions, dict[str, Any]]:
-    """Return options and request, merged with the stored ones when resuming."""
+    """Returns options and request, merged with the stored ones when resuming."""
     budget = {"steps": wishes.steps, "minutes": wishes.minutes}
     now = _plain(config)
     asked: dict[str, Any] = {
@@ -285,7 +285,7 @@ def _start_or_resume(
 
 
 def _without_metric(asked: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the configuration values without the ranking metric."""
+    """Returns the configuration values without the ranking metric."""
     section = {k: v for k, v in asked.get("train", {}).items() if k != "metric_for_best_model"}
     return {**asked, "train": section}
 
@@ -321,7 +321,7 @@ def _check_methods(config: TrainConfig, result: Comparison, listener: Listener) 
 
 
 def _method_fields(word: str) -> dict[str, Any]:
-    """Return the method section for `word`; raise ConfigError for an unknown method."""
+    """Returns the method section for `word`; raises ConfigError for an unknown method."""
     fields: dict[str, Any] = resolve_aliases({"method": {"kind": word}})[0]["method"]
     if fields["kind"] not in SPECS:
         names = (*SPECS, *METHOD_ALIASES)
@@ -335,7 +335,7 @@ def _method_fields(word: str) -> dict[str, Any]:
 def _with_method(
     config: TrainConfig, fields: Mapping[str, Any], wishes: ComparisonOptions
 ) -> TrainConfig:
-    """Return `config` with another method, keeping the settings that method also has."""
+    """Returns `config` with a different method, keeping the settings that method also has."""
     values = _plain(config)
     settings, known = values.get("method", {}), SPECS[str(fields["kind"])].model_fields
     if (
@@ -427,7 +427,7 @@ def _train_all(result: Comparison, listener: Listener, prepare: Callable[[], Any
 
 
 def _is_scored(config: TrainConfig, place: Path) -> bool:
-    """Return whether `place` has scores of the ranking metric."""
+    """Returns whether `place` has scores of the ranking metric."""
     if not place.is_file():
         return False
     name = config.train.metric_for_best_model
@@ -436,7 +436,7 @@ def _is_scored(config: TrainConfig, place: Path) -> bool:
 
 
 def _of_run(config: TrainConfig, run: Path, seed: int) -> TrainConfig:
-    """Return the configuration of one run, which resumes if its directory is not empty."""
+    """Returns the configuration of one run, which resumes if the directory is not empty."""
     has_begun = run.is_dir() and any(run.iterdir())
     output = config.output.model_copy(
         update={"dir": run, "resume": has_begun, "allow_change": (_METRIC,) * has_begun}

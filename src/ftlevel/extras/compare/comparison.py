@@ -78,7 +78,7 @@ class Comparison:
 
 
 def ranking_metric(train: TrainerConfig, task: str, headline: str) -> str:
-    """Return the requested metric, else the task's main metric, or the loss if it is undefined."""
+    """Returns the requested metric, else the task's main metric, or the loss if it is undefined."""
     if train.metric_for_best_model is not None:
         return train.metric_for_best_model.removeprefix("eval_")
     generates = generates_texts(train.predict_with_generate, TASKS[task])
@@ -88,7 +88,7 @@ def ranking_metric(train: TrainerConfig, task: str, headline: str) -> str:
 
 
 def summarize(result: Comparison, asked: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the output of `--json`, with rows sorted from best to worst."""
+    """Returns the output of `--json`, with rows sorted from best to worst."""
     first = next(iter(result.scored.values()))[0]
     greater = next(iter(result.configs.values())).train.greater_is_better
     is_lower_better = (
@@ -130,7 +130,7 @@ def summarize(result: Comparison, asked: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _row(method: str, runs: list[dict[str, Any]], scores: MetricRuns) -> dict[str, Any]:
-    """Return the figures of a method: means over seeds, but the maximum of memory."""
+    """Returns the figures of a method: means over seeds, but the maximum of memory."""
     summaries = [run["summary"] for run in runs]
     times = [summary["timings"] for summary in summaries]
     adapter = runs[0]["run"] / ADAPTER
@@ -153,14 +153,14 @@ def _row(method: str, runs: list[dict[str, Any]], scores: MetricRuns) -> dict[st
 
 
 def _is_within(row: Mapping[str, Any], wishes: ComparisonOptions) -> bool:
-    """Return whether a method meets the memory and time limits."""
+    """Returns whether a method meets the memory and time limits."""
     memory, minutes = wishes.max_memory, wishes.max_minutes
     is_small = memory is None or row["peak_bytes"] <= memory * 2**30
     return is_small and (minutes is None or row["seconds"] <= 60 * minutes)
 
 
 def _command(row: Mapping[str, Any], result: Comparison) -> str:
-    """Return the command that trains the winner on all rows, without the comparison's budget."""
+    """Returns the command that trains the winner on all rows, without the comparison's budget."""
     args = ["ftlevel", "train", f"{row['run']}/{CONFIG}"]
     config = result.configs[row["method"]]
     if result.wishes.steps is not None or result.wishes.minutes is not None:
@@ -173,7 +173,7 @@ def _command(row: Mapping[str, Any], result: Comparison) -> str:
 
 
 def _notes(result: Comparison) -> list[str]:
-    """Return notes for interpreting the table."""
+    """Returns notes for interpreting the table."""
     notes, runs = [], next(iter(result.scored.values()))
     if len(runs) == 1:
         notes.append("one seed: the variation between seeds is not known (--seeds 3)")
@@ -200,7 +200,7 @@ def _notes(result: Comparison) -> list[str]:
 
 
 def write_comparison_report(result: Comparison) -> None:
-    """Write one report about all runs, replacing an earlier one."""
+    """Write one report about all runs, replacing a previous one."""
     page = result.path / REPORT
     page.unlink(missing_ok=True)
     runs = [run for all_runs in result.scored.values() for run in all_runs]

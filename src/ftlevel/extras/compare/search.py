@@ -65,7 +65,7 @@ class StopWithParent(TrainerCallback):
 
 
 def run_in_subprocess(prepare: Callable[[], Any], work: Callable[..., Any], *arguments: Any) -> Any:
-    """Run `work(*arguments)` in a new process and return its result.
+    """Run `work(*arguments)` in a new process and return the result.
 
     `prepare` is called first in that process. `work` must be a module-level function; arguments and
     result must be picklable. A KeyboardInterrupt is forwarded as SIGTERM, and the process is
@@ -193,7 +193,7 @@ class _Enough(Exception):
 
 
 def check_search(names: tuple[str, ...], storage: str | None) -> list[str]:
-    """Return the problems of the requested settings and storage."""
+    """Returns the problems of the requested settings and storage."""
     problems = [
         f"--search: {name!r} is no setting that is searched. Expected some of "
         f"{join_names(SETTINGS)}."
@@ -217,7 +217,7 @@ def check_search(names: tuple[str, ...], storage: str | None) -> list[str]:
 def plan_study(
     word: str, config: TrainConfig, asked: Mapping[str, Any], facts: Mapping[str, Any], path: Path
 ) -> Study | None:
-    """Return the study of the method `word`; None if it has none of the settings.
+    """Returns the study of the method `word`; None if it has none of the settings.
 
     `asked` is the comparison's request, `facts` the dry run's summary, `path` the output directory.
     """
@@ -285,7 +285,7 @@ def _fail_the_silent(result: optuna.Study) -> None:
 
 
 def _describe(result: optuna.Study, study: Study) -> dict[str, Any]:
-    """Return the best values of a study and its trials, in order."""
+    """Returns the best values of a study and its trials, in order."""
     trials = [
         t
         for t in result.get_trials(deepcopy=False)
@@ -370,7 +370,7 @@ def _draw(trial: optuna.Trial, name: str, rate: float) -> float:
 
 
 def with_values(config: TrainConfig, values: Mapping[str, Any]) -> TrainConfig:
-    """Return `config` with fields such as `train.learning_rate` replaced by `values`."""
+    """Returns `config` with fields such as `train.learning_rate` replaced by `values`."""
     sections: dict[str, Any] = {}
     for field, value in values.items():
         section, name = field.split(".")

@@ -68,7 +68,7 @@ class Job:
 
 
 def render(job: Job) -> str:
-    """Return the text of the job file."""
+    """Returns the text of the job file."""
     import jinja2
 
     environment = jinja2.Environment(
@@ -183,7 +183,7 @@ def _option(text: str, problems: list[str]) -> tuple[str, str]:
 
 
 def train_arguments(arguments: Sequence[str]) -> list[str]:
-    """Return the `ftlevel train` command line for that of `ftlevel launch`."""
+    """Returns the `ftlevel train` command line for that of `ftlevel launch`."""
     args: list[str] = []
     is_value = False
     for argument in arguments:
@@ -199,7 +199,7 @@ def train_arguments(arguments: Sequence[str]) -> list[str]:
 
 
 def write_job(job: Job, path: Path) -> str:
-    """Write the file of `job` to `path` and return its text; raise ConfigError if it exists."""
+    """Write the file of `job` to `path` and return the text; raise ConfigError if it exists."""
     text = render(job)
     try:
         with path.open("x", encoding="utf-8") as file:
@@ -212,7 +212,7 @@ def write_job(job: Job, path: Path) -> str:
 
 
 def submit_job(job: Job, path: Path) -> str:
-    """Submit the file at `path` to the scheduler of `job`, and return its output.
+    """Submit the file at `path` to the scheduler of `job`, and return the output.
 
     Raises:
         ConfigError: the scheduler's program is not installed.
@@ -241,7 +241,7 @@ def launch(
     """Write the job file of a cluster run, and optionally submit it.
 
     Accepts the flags of train and validates them. A preempted job is requeued and resumes from its
-    newest checkpoint. --dry-run prints the file only.
+    latest checkpoint. --dry-run prints the file only.
     """
     config, _ = read_config(given)
     if on not in SUBMIT:

@@ -24,7 +24,7 @@ def _flags(
     values: Mapping[str, str | NoOpValue] | None = None,
     on: Sequence[str] = _ON,
 ) -> list[UnsupportedFlag]:
-    """Return an unsupported flag for each of `names`, all with the same message."""
+    """Returns an unsupported flag for each of `names`, all with the same message."""
     aliases = FlagAliases(values=values or {})
     return [
         UnsupportedFlag(names=n, on=on, aliases=aliases, message=message) for n in names.split()
@@ -73,7 +73,7 @@ _OTHER_METHOD = "this method is not available; see ftlevel list-methods. Drop it
 
 
 def _drawn(path: str) -> NoOpValue:
-    """Return the condition for `--do-sample true`: a temperature above 0."""
+    """Returns the condition for `--do-sample true`: a temperature above 0."""
     return NoOpValue(
         "tokens are drawn at --temperature",
         path,
@@ -313,14 +313,14 @@ def read_percent(text: str) -> str:
 
 
 def read_share(text: str) -> str:
-    """Read a fraction unchanged; raise ValueError from 1 on."""
+    """Load a fraction unchanged; raise ValueError from 1 on."""
     if _number(text) >= 1:
         raise ValueError("a share is below 1, as in 0.1; a number of rows cannot be given")
     return text
 
 
 def read_ratio(text: str) -> str:
-    """Read a fraction of the steps unchanged; raise ValueError from 1 on."""
+    """Load a fraction of the steps unchanged; raise ValueError from 1 on."""
     if _number(text) >= 1:
         raise ValueError("a ratio is below 1; --warmup-steps N takes a number of steps")
     return text
@@ -372,7 +372,7 @@ def read_glue(text: str) -> str:
 
 
 def refuse_checkpoint(_: str) -> str:
-    """Raise ValueError: a run resumes from its newest checkpoint only."""
+    """Raise ValueError: a run resumes from its latest checkpoint only."""
     raise ValueError(
         "a run resumes from its newest valid checkpoint. Use: --output-dir RUN --resume"
     )
@@ -485,7 +485,7 @@ COLUMNS = tuple(
 
 
 def _also(names: str, *others: Alias, values: ValueAliases | None = None) -> FlagAliases:
-    """Return the aliases `names`, separated by spaces, and `others`."""
+    """Returns the aliases `names`, separated by spaces, and `others`."""
     return FlagAliases((*names.split(), *others), values or {})
 
 

@@ -30,7 +30,7 @@ _NO_COUNTERPART = "no equivalent in ftlevel"
 
 
 def convert(file: Path) -> list[str]:
-    """Print the configuration of another tool as a recipe, with comments on keys left out.
+    """Print the configuration of a different tool as a recipe, with comments on keys left out.
 
     Returns the known tools, and prints nothing, if the file is of none of them.
     """
@@ -60,7 +60,7 @@ def convert(file: Path) -> list[str]:
 
 
 def _sort_keys(values: dict[str, Any]) -> tuple[dict[str, list[str]], dict[str, str]]:
-    """Return the flags of each key with an equivalent here, and why other keys have none."""
+    """Returns the flags of each key with an equivalent here, and why other keys have none."""
     specs = build_flag_specs("train", FLAGS)
     typed: dict[str, list[str]] = {}
     lost: dict[str, str] = {}
@@ -85,11 +85,11 @@ def _reason(error: ConfigError) -> str:
 
 
 def _resolve(typed: dict[str, list[str]], lost: dict[str, str]) -> TrainConfig:
-    """Return the configuration of the keys; moves keys that cause errors to `lost` (mutated)."""
+    """Returns the configuration of the keys; moves keys that cause errors to `lost` (modified)."""
     configs: list[TrainConfig] = []
 
-    def command(values: CommandInput) -> None:
-        configs.append(read_config(values, notes.append)[0])
+    def command(given: CommandInput) -> None:
+        configs.append(read_config(given, notes.append)[0])
 
     app = typer.Typer(add_completion=False, rich_markup_mode=None)
     add_command(app, "train", command, FLAGS)
@@ -134,7 +134,7 @@ _OF_A_SET = {
 
 
 def convert_keys(values: Mapping[str, Any]) -> Iterator[tuple[str, list[str]]]:
-    """Yield each key of another tool's file and its command-line arguments (empty if none)."""
+    """Yields each key of a different tool's file and its command-line arguments (empty if none)."""
     if "actor_rollout_ref" in values:
         yield from convert_verl(values)
         return

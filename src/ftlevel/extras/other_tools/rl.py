@@ -76,7 +76,7 @@ _VERL_LOSSES = {
 
 
 def convert_verl(values: Mapping[str, Any]) -> Iterator[tuple[str, list[str]]]:
-    """Yield the keys of a verl configuration and their arguments (empty without counterpart)."""
+    """Yields the keys of a verl configuration and their arguments (empty without counterpart)."""
     keys = dict(_flatten(values, ""))
     yield "task", ["--task", "rl"]
     yield "reward_model", ["--reward", "number"]
@@ -109,7 +109,7 @@ def _flatten(values: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]
 
 
 def complete_flags(task: str, values: dict[str, Any], typed: Mapping[str, str]) -> list[str]:
-    """Complete the flags of another tool with its defaults; return a line for each.
+    """Complete the flags of a different tool with its defaults; return a message for each.
 
     Args:
         task: the run's; only `rl` is completed.

@@ -1,4 +1,4 @@
-"""`report`: HTML page about one or several runs; a training run writes one at its end."""
+"""`report`: HTML page about one or several runs; a training run writes one at the end."""
 
 from __future__ import annotations
 

@@ -49,7 +49,7 @@ class RetrievalFacts:
 
 
 def summarize_retrieval(rows: Iterable[dict[str, Any]]) -> RetrievalFacts | None:
-    """Return the facts of `rows` with scores of positives and negatives; None without such rows."""
+    """Returns the facts of `rows` with scores of positives and negatives, or None."""
     scored = [row | scores for row in rows if (scores := _query_scores(row))]
     if not scored:
         return None
@@ -68,7 +68,7 @@ def summarize_retrieval(rows: Iterable[dict[str, Any]]) -> RetrievalFacts | None
 
 
 def _query_scores(row: Mapping[str, Any]) -> dict[str, float]:
-    """Return the best scores of a row's positives and negatives, with those before training."""
+    """Returns the best scores of a row's positives and negatives, with those before training."""
     result: dict[str, float] = {}
     for base in ("", "base_"):
         names = [f"{base}positive_score", f"{base}negative_score"]
@@ -94,7 +94,7 @@ def _bands(series: Sequence[Sequence[float]]) -> list[tuple[float, float, list[i
 
 
 def list_dimensions(summary: Mapping[str, Any]) -> list[tuple[str, float, float | None]]:
-    """Return nDCG@10 by number of Matryoshka dimensions: dimensions, value, value before."""
+    """Returns nDCG@10 by number of Matryoshka dimensions: dimensions, value, value before."""
     before = summary.get("metrics_before", {})
     return [
         (name.rpartition("_")[2], value, before.get(name))
@@ -131,7 +131,7 @@ class Answers:
 
 
 def summarize_answers(rows: Iterator[dict[str, Any]]) -> Answers:
-    """Return statistics of `rows` with `predicted`, `true` and optionally `loss`."""
+    """Returns statistics of `rows` with `predicted`, `true` and optionally `loss`."""
     counts: dict[str, Counter[str]] = {}
     kept, by_length, units, total = list[dict[str, Any]](), list[tuple[int, float]](), set(), 0
     for row in rows:
@@ -169,7 +169,7 @@ def summarize_answers(rows: Iterator[dict[str, Any]]) -> Answers:
 
 
 def _answer(row: Mapping[str, Any]) -> str | None:
-    """Return the true text; the first one if a question has several."""
+    """Returns the true text; the first one if a question has several."""
     right = row.get("true", row.get("chosen"))
     if isinstance(right, list) and right and isinstance(row.get("predicted"), str):
         right = right[0]
@@ -177,7 +177,7 @@ def _answer(row: Mapping[str, Any]) -> str | None:
 
 
 def _pairs(true: Any, predicted: Any) -> tuple[str, list[tuple[str, str]]]:
-    """Return the unit, or an empty string, and pairs of true and predicted classes of a row."""
+    """Returns the unit, or an empty string, and pairs of true and predicted classes of a row."""
     if isinstance(true, str) and isinstance(predicted, str):
         return "rows", [(true, predicted)]
     if isinstance(true, list) and isinstance(predicted, list) and len(true) == len(predicted):
@@ -188,7 +188,7 @@ def _pairs(true: Any, predicted: Any) -> tuple[str, list[tuple[str, str]]]:
 
 
 def _lengths(result: list[tuple[int, float]]) -> list[tuple[int, int, int, float]]:
-    """Return the mean loss per decile of the true answer's length in words."""
+    """Returns the mean loss per decile of the true answer's length in words."""
     result.sort()
     if len({length for length, _ in result}) < _BANDS:
         return []
@@ -236,7 +236,7 @@ class ReportedRun:
 
 
 def read_run_facts(path: Path, predictions: Path | None = None) -> ReportedRun:
-    """Read the finished run in `path`; raise InputError if it is not one or a file is unreadable.
+    """Load the finished run in `path`; raise InputError if it is not one or a file is unreadable.
 
     `predictions` is a file of `ftlevel evaluate --predictions`; None uses the validation rows.
     """

@@ -52,7 +52,7 @@ _MEANINGS = {
 
 
 def headline(summary: Summary) -> Iterator[str]:
-    """Yield the result in a sentence, and sentences that explain it."""
+    """Yields the result in a sentence, and sentences that explain it."""
     data, metrics = summary.get("data", {}), summary.get("metrics", {})
     name, rows = summary.get("headline", "loss"), data.get("validation_rows")
     name = name if name in metrics else "loss"
@@ -89,7 +89,7 @@ def _figure(value: float) -> str:
 
 
 def data_findings(summary: Summary) -> Iterator[str]:
-    """Yield what the data checks found, and what happened to rows that did not fit."""
+    """Yields what the data checks found, and what happened to rows that did not fit."""
     data = summary.get("data", {})
     for result in data.get("gate") or ():
         places = ", ".join(result.get("places", ()))
@@ -107,7 +107,7 @@ def data_findings(summary: Summary) -> Iterator[str]:
 
 
 def checks(summary: Summary) -> Iterator[str]:
-    """Yield what was verified, one sentence for each check."""
+    """Yields what was verified, one sentence for each check."""
     proof, verified = summary.get("proof", {}), summary.get("speed", {}).get("verified")
     if count := proof.get("gradient_tensors"):
         idle = proof.get("idle_tensors", 0)
@@ -197,7 +197,7 @@ class Chart:
 
 
 def draw_charts(runs: Sequence[ReportedRun]) -> Iterator[Chart]:
-    """Yield a chart for each quantity and evaluation metric that some run has."""
+    """Yields a chart for each quantity and evaluation metric that some run has."""
     metrics = dict.fromkeys(
         key
         for run in runs
@@ -216,7 +216,7 @@ def draw_charts(runs: Sequence[ReportedRun]) -> Iterator[Chart]:
 
 
 def _points(records: Sequence[Mapping[str, Any]], key: str) -> Iterator[Point]:
-    """Yield finite (step, value) pairs; without a `key`, tokens per second between records."""
+    """Yields finite (step, value) pairs; without a `key`, tokens per second between records."""
     before: Mapping[str, Any] | None = None
     for record in records:
         step = record.get("step")
@@ -240,7 +240,7 @@ def _speed(before: Mapping[str, Any] | None, record: Mapping[str, Any]) -> float
 
 
 def thin(points: list[Point]) -> list[Point]:
-    """Return about `MOST_POINTS` points: the first, lowest and highest of each interval."""
+    """Returns about `MOST_POINTS` points: the first, lowest and highest of each interval."""
     if len(points) <= MOST_POINTS:
         return points
     stretch = math.ceil(len(points) / (MOST_POINTS // 3))
@@ -292,7 +292,7 @@ def _ticks(low: float, high: float) -> list[float]:
     return [at * step for at in range(first, first + 7) if at * step <= high * (1 + 1e-12)]
 
 
-_LONGEST = 2_000  # characters shown of an answer
+_LONGEST = 2_000  # characters printed of an answer
 
 
 def write_page(runs: Sequence[ReportedRun], path: Path) -> None:
@@ -301,7 +301,7 @@ def write_page(runs: Sequence[ReportedRun], path: Path) -> None:
 
 
 def render_page(runs: Sequence[ReportedRun]) -> str:
-    """Return the HTML report that compares `runs`."""
+    """Returns the HTML report that compares `runs`."""
     names = ", ".join(run.name for run in runs)
     page: str = _load_template().render(
         title=f"{names}: training report",
@@ -364,7 +364,7 @@ def _texts(row: Mapping[str, Any]) -> list[tuple[str, Any]]:
 
 
 def _figures(row: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Yield the numeric fields of a row, the loss first, with their values before training."""
+    """Yields the numeric fields of a row, the loss first, with their values before training."""
     for name in sorted(row, key=lambda name: name != "loss"):
         value, before = row[name], row.get(f"base_{name}")
         if name in ("row", *_TEXTS) or name.startswith("base_"):
@@ -406,7 +406,7 @@ def _row(runs: Sequence[ReportedRun], name: str, value: Callable[[Any], str]) ->
 
 
 def _results(runs: Sequence[ReportedRun]) -> Iterator[Row]:
-    """Yield metrics, loss, time and memory: a name, and a value for each run."""
+    """Yields metrics, loss, time and memory: a name, and a value for each run."""
     for name in dict.fromkeys(key for run in runs for key in run.summary.get("metrics", {})):
         yield _row(runs, f"validation {name.replace('_', ' ')}", partial(_metric, name=name))
     yield _row(
@@ -424,7 +424,7 @@ def _results(runs: Sequence[ReportedRun]) -> Iterator[Row]:
 
 
 def _facts(runs: Sequence[ReportedRun]) -> Iterator[Row]:
-    """Yield what was trained, on what."""
+    """Yields what was trained, on what."""
     yield _row(runs, "task", lambda s: str(s.get("task", "")))
     yield _row(runs, "model", lambda s: str(s.get("model", {}).get("name", "")))
     yield _row(runs, "method", lambda s: str(s.get("method", "")))
@@ -439,7 +439,7 @@ def _trained(summary: Mapping[str, Any]) -> str:
 
 
 def _metric(summary: Mapping[str, Any], name: str) -> str:
-    """Return a metric with its value before training and its interval, if known."""
+    """Returns a metric with its value before training and its interval, if available."""
     value, before = (summary.get(of, {}).get(name) for of in ("metrics", "metrics_before"))
     if not isinstance(value, int | float):
         return ""
@@ -455,7 +455,7 @@ def _gib(size: Any) -> str:
 def write_run_page(
     run: RunDirectory, summary: Mapping[str, Any], lines: Sequence[dict[str, Any]]
 ) -> None:
-    """Write the page of a run at its end; `lines` are its predictions for validation rows."""
+    """Write the page of a run at the end; `lines` are its predictions for validation rows."""
     queries = summarize_retrieval(lines)
     answers = summarize_answers(iter(lines)) if lines and queries is None else None
     records = run.read_log(summary["steps"])
@@ -468,7 +468,7 @@ def write_run_page(
 def report(
     runs: Sequence[Path], *, out: Path | None = None, predictions: Sequence[Path] = ()
 ) -> Path:
-    """Write a page about finished `runs`, and return its path.
+    """Write a page about finished `runs`, and return the path.
 
     Without `out`, `report.html` of the only run is replaced. `predictions` are files written by
     `ftlevel evaluate --predictions`, one per run.

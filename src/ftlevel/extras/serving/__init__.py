@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from ftlevel.config.flag import Flag
 
 
-def check_served(values: CommandInput, *, as_json: bool, quiet: bool) -> None:
+def check_served(given: CommandInput, *, as_json: bool, quiet: bool) -> None:
     """Check that a server returns the trained adapter's outputs.
 
     Each answer is the trained model's, the base model's, or neither. Sends about a dozen requests,
@@ -24,7 +24,7 @@ def check_served(values: CommandInput, *, as_json: bool, quiet: bool) -> None:
 
     from ftlevel.extras.serving.config import CheckServedConfig
 
-    config = values.section(CheckServedConfig)
+    config = given.section(CheckServedConfig)
     from ftlevel.cli.screen import open_screen
 
     with open_screen(as_json=as_json, quiet=quiet) as screen:

@@ -73,7 +73,7 @@ _NOISE, _SMALLEST = 2e-7, 1e-6
 def probe_normal_form(
     tuned: Any, directory: Any, config: Any, base: BaseWeights, limit: int
 ) -> NormalForm:
-    """Return the normal form of the adapter on `tuned`, a model in eval mode and in float32.
+    """Returns the normal form of the adapter on `tuned`, a model in eval mode and in float32.
 
     Raises InputError if a layer is not a product with a matrix, or its rank is above `limit`.
     """
@@ -100,7 +100,7 @@ def _layers(tuned: Any) -> list[tuple[str, Any]]:
 
 
 def _change(layer: Any, name: str, base: BaseWeights) -> tuple[torch.Tensor, float]:
-    """Return the adapter's update of the weight, (out, in), and the weight's norm."""
+    """Returns the adapter's update of the weight, (out, in), and the weight's norm."""
     base_layer = layer.get_base_layer()
     if not isinstance(base_layer, torch.nn.Linear) and type(base_layer).__name__ != "Conv1D":
         raise InputError(f"{name} is no linear but a {type(base_layer).__name__}. Merge it")
@@ -159,7 +159,7 @@ class Writer(Protocol):
         """Write the adapter into the directory `output`."""
 
     def read(self, output: Path, form: NormalForm, _entry: ServedModel) -> NormalForm:
-        """Read the written file back; use `form` only for what the file cannot represent."""
+        """Load the written file back; use `form` only for what the file cannot represent."""
 
 
 @dataclass(frozen=True)
@@ -216,7 +216,7 @@ def plan_adapters(
 
 
 def _refusal(entry: ServedModel, server: Server | None, format_: str, reason: str) -> str:
-    """Return an error message that names the adapter, and how to merge it if it can be merged."""
+    """Returns an error message that names the adapter, and how to merge it if it can be merged."""
     peft_config = entry.peft_config
     purpose = f"for {server.title}" if server else f"as {format_}"
     reason = f"{entry.name} cannot be written {purpose}: {reason.rstrip('.')}"
@@ -274,7 +274,7 @@ class AdaptersExport:
     writer: Writer
 
     def choices(self, device: Choice) -> Iterator[Choice]:
-        """Yield the lines for the console."""
+        """Yields the lines for the console."""
         for entry in self.entries:
             form = self.forms[entry.name]
             reason = "known when its layers are computed" if form is None else f"rank {form.rank}"
@@ -287,7 +287,7 @@ class AdaptersExport:
             yield device
 
     def dry_run(self) -> dict[str, Any]:
-        """Return the summary of the planned export."""
+        """Returns the summary of the planned export."""
         return self._summary(self.forms, {}, verified=False)
 
     def write(self, output: Path, device: str, listener: Listener, merge: Any) -> dict[str, Any]:  # noqa: ARG002 - nothing is merged
@@ -342,7 +342,7 @@ class AdaptersExport:
     def _ask_trained(
         self, entry: ServedModel, prompts: list[Prompt], form: NormalForm | None, device: str
     ) -> tuple[PromptOutputs | None, PromptOutputs, NormalForm]:
-        """Return outputs of base and run, and the normal form, probed if `form` is None."""
+        """Returns outputs of base and run, and the normal form, probed if `form` is None."""
         base = None
         if entry.answers:
             base_model = entry.in_float32(with_adapter=False).load(device).model
@@ -380,7 +380,7 @@ class AdaptersExport:
         base: PromptOutputs | None,
         device: str,
     ) -> AdapterCheck:
-        """Load what was read back with PEFT; raise RunError if its logits differ from the run's."""
+        """Load what was read back with PEFT; raise RunError if the logits differ from the run's."""
         from peft import PeftModel
 
         base_model, _ = load_model(
@@ -468,7 +468,7 @@ class AdaptersExport:
         }
 
     def describe(self, summary: Mapping[str, Any]) -> Iterator[str]:
-        """Yield the lines of the result."""
+        """Yields the lines of the result."""
         for adapter in summary["adapters"]:
             rank = adapter["rank"]
             size = f"rank {rank}, {adapter['modules']:,} modules" if rank else "rank not known yet"

@@ -35,7 +35,7 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
 
 
 class RequestRefusedError(Exception):
-    """The server rejected a request; the message is its reason."""
+    """The server rejected a request; the message is the reason."""
 
 
 @dataclass
@@ -52,7 +52,7 @@ class Client:
     )
 
     def models(self) -> list[str]:
-        """Return the names of the server's models; empty if it does not list them."""
+        """Returns the names of the server's models; empty if it does not list them."""
         try:
             rows = self._ask("/models", None).get("data") or []
             return [str(row["id"]) for row in rows]
@@ -62,7 +62,7 @@ class Client:
     def complete(
         self, model: str, prompt: Mapping[str, Any], extra: Mapping[str, Any]
     ) -> ServerAnswer:
-        """Return the completion of `prompt`, sent as token ids or, if necessary, as text.
+        """Returns the completion of `prompt`, sent as token ids or, if necessary, as text.
 
         Raises Refused if the server accepts no form of the request.
         """
@@ -93,7 +93,7 @@ class Client:
     def chat(
         self, model: str, messages: list[dict[str, str]], extra: Mapping[str, Any]
     ) -> ServerAnswer:
-        """Return the answer to `messages`; raise Refused if the server has no chat endpoint."""
+        """Returns the answer to `messages`; raises Refused if the server has no chat endpoint."""
         body = {
             "model": model,
             "messages": messages,
@@ -106,7 +106,7 @@ class Client:
         return _parse_response(self._ask("/chat/completions", body))
 
     def embed(self, model: str, texts: list[str]) -> list[list[float]]:
-        """Return the embedding of each text; raise Refused if the server returns none."""
+        """Returns the embedding of each text; raises Refused if the server returns none."""
         result = self._ask("/embeddings", {"model": model, "input": texts})
         try:
             rows = sorted(result["data"], key=lambda row: int(row["index"]))
@@ -159,7 +159,7 @@ _FIRST_TEXT = 2
 
 
 def _ways(prompt: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """Yield the forms of a request, token ids first, with `logprobs` as a number or as a flag."""
+    """Yields the forms of a request, token ids first, with `logprobs` as a number or as a flag."""
     yield {"prompt": prompt["ids"], "logprobs": 1, "return_token_ids": True}
     yield {"prompt": prompt["ids"], "logprobs": True}
     if prompt.get("rendered"):
@@ -200,7 +200,7 @@ _LARGEST_OF = {
 
 @dataclass(frozen=True)
 class Verdict:
-    """Judgment of one answer, over its first `tokens` tokens.
+    """Judgment of one answer, over the first `tokens` tokens.
 
     `difference` is the largest difference of a log-probability from the trained model's; None if
     none was compared.
@@ -212,25 +212,25 @@ class Verdict:
 
 
 def tolerance_of(dtype: str) -> float:
-    """Return the allowed difference of log-probabilities for weights served in `dtype`."""
+    """Returns the allowed difference of log-probabilities for weights served in `dtype`."""
     return _LARGEST_OF.get(dtype, _ROUNDED)
 
 
 def widen_tolerance(
     tolerance: float, answers: Sequence[ServerAnswer], base: Sequence[Answer]
 ) -> float:
-    """Return the allowed difference of log-probabilities: at least twice the server's base error.
+    """Returns the allowed difference of log-probabilities: at least twice the server's base error.
 
     A quantized base rounds activations equally with and without an adapter, so the answers without
     it (`answers`, recorded as `base`) show the effect. An error above that of the coarsest type
-    means another model, and `tolerance` is returned unchanged.
+    means a different model, and `tolerance` is returned unchanged.
     """
     difference = max(_distance(one, recorded) for one, recorded in zip(answers, base, strict=True))
     return max(tolerance, 2 * difference) if difference <= _COARSEST else tolerance
 
 
 def _distance(answer: ServerAnswer, recorded: Answer) -> float:
-    """Return the largest difference of a log-probability between `answer` and `recorded`.
+    """Returns the largest difference of a log-probability between `answer` and `recorded`.
 
     At the first different token, rounding has moved two log-probabilities by the margin between
     them.
@@ -248,7 +248,7 @@ def _distance(answer: ServerAnswer, recorded: Answer) -> float:
 def judge_answer(
     answer: ServerAnswer, trained: Answer, base: Answer | None, tolerance: float
 ) -> Verdict:
-    """Return which recorded answer matches: the trained model's, the base's, both or neither."""
+    """Returns which recorded answer matches: the trained model's, the base's, both or neither."""
     fits, difference, tokens = _compare_answer(answer, trained, tolerance)
     fits_base = base is not None and _compare_answer(answer, base, tolerance)[0]
     verdict = (EITHER if fits_base else TRAINED) if fits else (BASE if fits_base else ELSE)
@@ -258,7 +258,7 @@ def judge_answer(
 def _compare_answer(
     answer: ServerAnswer, recorded: Answer, tolerance: float
 ) -> tuple[bool, float | None, int]:
-    """Return whether `answer` matches `recorded`, the largest difference, and the number of tokens.
+    """Returns whether `answer` matches `recorded`, the largest difference, and the token count.
 
     Correct answers may diverge where the margin to the second token is below twice the tolerance.
     """
@@ -292,7 +292,7 @@ def _part_rightly(answer: ServerAnswer, recorded: Answer, common: int, tolerance
 
 
 def _align(ids: list[int], recorded: Answer) -> tuple[Answer, int]:
-    """Return `recorded` as the server lists it, and the number of equal tokens from the start.
+    """Returns `recorded` as the server lists it, and the number of equal tokens from the start.
 
     llama.cpp omits tokens that end inside a character from its list.
     """

@@ -1,4 +1,4 @@
-"""One adapter to be served: its base, its prompts, start commands for servers, and its README."""
+"""One adapter to be served: the base, its prompts, start commands for servers, and its README."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class ServedAdapter:
 
 
 def rank_limit(server: Server, rank: int) -> int:
-    """Return the smallest rank limit that `server` supports and that is at least `rank`."""
+    """Returns the smallest rank limit that `server` supports and that is at least `rank`."""
     return next((limit for limit in server.ranks if limit >= rank), rank)
 
 
@@ -64,7 +64,7 @@ def build_adapter_commands(server: Server, base: str, parts: Sequence[ServedAdap
 
 
 def check_command(summary: Mapping[str, Any]) -> str:
-    """Return the `ftlevel check-served` command for the export that `summary` describes."""
+    """Returns the `ftlevel check-served` command for the export that `summary` describes."""
     inside = summary["server"] == "openvino"  # a library without a server
     where = "--in openvino --python PYTHON" if inside else "--url http://127.0.0.1:PORT"
     return f"ftlevel check-served {quote(summary['out'])} {where}"
@@ -82,7 +82,7 @@ def check_signs(server: Server, names: Sequence[str], out: Path) -> None:
 
 
 def _pair(server: Server, adapter: ServedAdapter) -> str:
-    """Return NAME=PATH, or JSON if one of them contains a separator."""
+    """Returns NAME=PATH, or JSON if one of them contains a separator."""
     pair = f"{adapter.name}={adapter.place}"
     if (pair.count("=") == 1 and "," not in pair) or server.name not in ("vllm", "sglang"):
         return pair
@@ -106,7 +106,7 @@ def _llama(base: str, parts: Sequence[ServedAdapter], template: Path | None) -> 
 
 
 def _openvino(model: str, directory: str, parts: Sequence[ServedAdapter] = ()) -> list[str]:
-    """Return commands that convert `model` for OpenVINO and run it, with each of `parts`."""
+    """Returns commands that convert `model` for OpenVINO and run it, with each of `parts`."""
     files = [str(part.place / "adapter_model.safetensors") for part in parts]
     arguments = '"Hello", max_new_tokens=8'
     script = [f'pipe = ov.LLMPipeline({directory!r}, "CPU")', f"print(pipe.generate({arguments}))"]
@@ -250,7 +250,7 @@ class ServedModel:
 
     @property
     def added_tokens(self) -> list[str]:
-        """Tokens of the adapter's tokenizer that the base's tokenizer lacks."""
+        """Tokens of the adapter's tokenizer that the base's tokenizer has no."""
         return sorted(set(self.tokenizer.get_vocab()) - set(self.base_tokenizer.get_vocab()))
 
     @property
@@ -261,7 +261,7 @@ class ServedModel:
         return template if isinstance(template, str) and template != base_template else None
 
     def prompts(self) -> list[Prompt]:
-        """Return the prompts, formatted as in training."""
+        """Returns the prompts, formatted as in training."""
         format_ = read_format(self.ref.card) or PromptFormat("plain")
         chats = format_.kind == "chat-template"
         prompts = []
@@ -283,7 +283,7 @@ class ServedModel:
 
 
 def adapter_name(ref: ModelRef) -> str:
-    """Return the default name of an adapter: that of its run or directory."""
+    """Returns the default name of an adapter: that of its run or directory."""
     directory = ref.run or ref.directory
     return directory.resolve().name if directory is not None else ref.base
 
@@ -354,13 +354,13 @@ def check_for(entry: ServedModel, server: Server | None) -> list[str]:
 
 
 def whole_format(server: Server | None) -> str:
-    """Return the format in which `server` loads a merged model."""
+    """Returns the format in which `server` loads a merged model."""
     formats = server.formats if server else ()
     return next((name for name in formats if name in ("merged", "gguf")), "merged")
 
 
 def check_form(form: Any, entry: ServedModel, server: Server | None) -> Any:
-    """Return the normal form, with zero updates if `server` needs every layer adapted.
+    """Returns the normal form, with zero updates if `server` needs every layer adapted.
 
     Raises InputError, with the alternative, if the server would not serve it as trained.
     """
@@ -419,7 +419,7 @@ def write_card(directory: Path, summary: Mapping[str, Any]) -> None:
 
 
 def serving_lines(summary: Mapping[str, Any]) -> list[str]:
-    """Return Markdown on serving and checking the export; empty without a server."""
+    """Returns Markdown on serving and checking the export; empty without a server."""
     if not summary["start"]:
         return []
     lines = ["## Serve", "", "```sh", *summary["start"], "```", ""]

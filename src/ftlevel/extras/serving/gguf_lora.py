@@ -47,7 +47,7 @@ class GgufWriter:
         writer.add_string("adapter.type", "lora")
         writer.add_float32("adapter.lora.alpha", float(form.rank))
         for name, update in form.factors.items():
-            # Rows of B must have the order of the base's rows in its file.
+            # Rows of B must have the order of the base's rows in the file.
             b = convert(config, names[name], update.b, is_conv1d=False)
             writer.add_tensor(f"{names[name]}.lora_a", _array(update.a))
             writer.add_tensor(f"{names[name]}.lora_b", _array(b))
@@ -57,7 +57,7 @@ class GgufWriter:
         writer.close()
 
     def read(self, directory: Path, form: NormalForm, entry: ServedModel) -> NormalForm:
-        """Read the file back with llama.cpp's scale and row order."""
+        """Load the file back with llama.cpp's scale and row order."""
         reader = GGUFReader(str(directory / _FILE))
         tensors = {tensor.name: torch.from_numpy(tensor.data.copy()) for tensor in reader.tensors}
         alpha = reader.get_field("adapter.lora.alpha").contents()
@@ -75,7 +75,7 @@ class GgufWriter:
 
 
 def _names(form: NormalForm, config: Any) -> dict[str, str]:
-    """Return module → llama.cpp's name of its weight; raise InputError if it has none."""
+    """Returns module → llama.cpp's name of the weight; raises InputError if it has none."""
     names = name_map(config)
     result = {
         name: names.get_name(f"{name}.weight", try_suffixes=(".weight",)) for name in form.factors
@@ -86,7 +86,7 @@ def _names(form: NormalForm, config: Any) -> dict[str, str]:
 
 
 def _in_order(config: Any, name: str, b: torch.Tensor) -> torch.Tensor:
-    """Return the rows of `b` in transformers' order, by inverting the permutation of `convert`."""
+    """Returns the rows of `b` in transformers' order, by inverting the permutation of `convert`."""
     numbered = torch.arange(b.shape[0], dtype=torch.float32).unsqueeze(-1)
     went = convert(config, name, numbered, is_conv1d=False).squeeze(-1).long()
     back = torch.empty_like(b)

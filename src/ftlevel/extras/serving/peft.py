@@ -1,4 +1,4 @@
-"""Export plain LoRA in PEFT's format, for vLLM, SGLang, TGI, OpenVINO GenAI, and PEFT itself."""
+"""Export plain LoRA in the PEFT format, for vLLM, SGLang, TGI, OpenVINO GenAI, and PEFT itself."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ftlevel.weights.checkpoint import TOKENIZER_FILES
 
 
 class PeftWriter:
-    """Write and read PEFT's files; copies the adapter's tokenizer too."""
+    """Write and read PEFT files; copies the adapter's tokenizer too."""
 
     file: str = ""
 
@@ -31,7 +31,7 @@ class PeftWriter:
                 shutil.copyfile(path, directory / path.relative_to(entry.ref.adapter_directory))
 
     def read(self, directory: Path, form: NormalForm, _entry: ServedModel) -> NormalForm:
-        """Read the files back."""
+        """Load the files back."""
         return read_normal(directory, form)
 
 

@@ -57,7 +57,7 @@ class Answer:
     partial: list[int] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields for served.json, rounded to the precision of float32."""
+        """Returns the fields for served.json, rounded to the precision of float32."""
         data = asdict(self)
         for key in ("logprobs", "margins"):
             data[key] = [round(value, 6) for value in data[key]]
@@ -97,7 +97,7 @@ def _logits(model: Any, ids: torch.Tensor, *, seq2seq: bool) -> torch.Tensor:
 
 
 def _continue(model: Any, ids: torch.Tensor, tokenizer: Any) -> tuple[torch.Tensor, Answer]:
-    """Return the logits of the prompt, and the greedy answer to it."""
+    """Returns the logits of the prompt, and the greedy answer to it."""
     output = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True)
     of_prompt, row = output.logits[0], output.logits[0, -1]
     tokens: list[int] = []
@@ -124,18 +124,18 @@ def _continue(model: Any, ids: torch.Tensor, tokenizer: Any) -> tuple[torch.Tens
 
 
 def largest_difference(one: PromptOutputs, other: PromptOutputs) -> float:
-    """Return the largest difference between the logits of two models."""
+    """Returns the largest difference between the logits of two models."""
     pairs = zip(one.logits, other.logits, strict=True)
     return max(float((a - b).abs().max()) for a, b in pairs)
 
 
 def scale(outputs: PromptOutputs) -> float:
-    """Return the largest absolute logit."""
+    """Returns the largest absolute logit."""
     return max(float(logits.abs().max()) for logits in outputs.logits)
 
 
 def divergence(one: PromptOutputs, other: PromptOutputs) -> float:
-    """Return the mean KL divergence of `other` from `one` over the prompts' tokens, in nats."""
+    """Returns the mean KL divergence of `other` from `one` over the prompts' tokens, in nats."""
     divergences = [
         (a.log_softmax(-1).exp() * (a.log_softmax(-1) - b.log_softmax(-1))).sum(-1).flatten()
         for a, b in zip(one.logits, other.logits, strict=True)
@@ -167,7 +167,7 @@ def record(
     prompts: Sequence[Prompt],
     outputs_of: Mapping[str, PromptOutputs | None],
 ) -> AdapterRecord:
-    """Return the prompts with the answers in `outputs_of`, keyed by `trained` and maybe `base`."""
+    """Returns the prompts with the answers in `outputs_of`, keyed by `trained` and maybe `base`."""
     rows = []
     for index, prompt in enumerate(prompts):
         answers = {
@@ -204,12 +204,12 @@ class ServingRecord:
 
 
 def served_path(out: Path) -> Path:
-    """Return the path of the reference answers of the export at `out`."""
+    """Returns the path of the reference answers of the export at `out`."""
     return out / FILE if out.is_dir() else out.with_suffix(".served.json")
 
 
 def read_served(out: Path) -> ServingRecord:
-    """Read the served.json of the export at `out`; raise InputError if it has no valid answers."""
+    """Load the served.json of the export at `out`; raise InputError if it has no valid answers."""
     path = served_path(out)
     if not path.is_file():
         raise InputError(
@@ -234,7 +234,7 @@ def read_served(out: Path) -> ServingRecord:
 
 
 def start_of(server: str, out: Path, form: EmbeddingFormat | None = None) -> list[str]:
-    """Return the commands that serve the whole model at `out`, an embedding model if `form`."""
+    """Returns the commands that serve the whole model at `out`, an embedding model if `form`."""
     if form is not None:
         return build_embedding_commands(SERVERS[server], out, out.stem, form)
     return build_model_commands(SERVERS[server], out, out.stem)

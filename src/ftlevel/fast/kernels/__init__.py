@@ -40,42 +40,42 @@ class Formulas:
     """
 
     def norm(self, x: Tensor, weight: Tensor, eps: float) -> Pair:
-        """Return y and ρ."""
+        """Returns y and ρ."""
         x32 = x.to(torch.promote_types(x.dtype, torch.float32))
         scale = x32.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
         return _normalize(x32, weight, scale, x.dtype), scale
 
     def renorm(self, x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
-        """Return y again, bit for bit, from ρ."""
+        """Returns y again, bit for bit, from ρ."""
         return _normalize(x.to(scale.dtype), weight, scale, x.dtype)
 
     def norm_backward(self, gradient: Tensor, x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
-        """Return ∂L/∂x."""
+        """Returns ∂L/∂x."""
         normed = x.to(scale.dtype) * scale
         of_normed = gradient.to(scale.dtype) * weight.to(scale.dtype)
         along = (of_normed * normed).mean(-1, keepdim=True)
         return of_normed.sub_(normed.mul_(along)).mul_(scale).to(x.dtype)
 
     def glu(self, kind: str, gate: Tensor, up: Tensor) -> Tensor:
-        """Return y; `kind` is a key of `ACTIVATIONS`."""
+        """Returns y; `kind` is a key of `ACTIVATIONS`."""
         return ACTIVATIONS[kind][0](gate).mul_(up)
 
     def glu_backward(self, kind: str, gradient: Tensor, gate: Tensor, up: Tensor) -> Pair:
-        """Return ∂L/∂g and ∂L/∂u."""
+        """Returns ∂L/∂g and ∂L/∂u."""
         activate, of_gate = ACTIVATIONS[kind]
         return of_gate(gradient * up, gate), activate(gate).mul_(gradient)
 
     def rope(
         self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, backward: bool = False
     ) -> Pair:
-        """Return q′ and k′, or with `backward` the gradients of q and k from those of q′ and k′."""
+        """Returns q′ and k′, or with `backward` the gradients of q and k from theirs."""
         cos, sin = cos.unsqueeze(2), sin.unsqueeze(2)
         if backward:
             return q * cos - _rotate_half(q * sin), k * cos - _rotate_half(k * sin)
         return q * cos + _rotate_half(q) * sin, k * cos + _rotate_half(k) * sin
 
     def cross_entropy(self, scores: Tensor, targets: Tensor, smoothing: float) -> Pair:
-        """Return the losses, and their gradient, in float32.
+        """Returns the losses, and their gradient, in float32.
 
         The largest probability p gives the normalizer cheaply: log Σⱼ exp sⱼ = max s − log max p.
         """
@@ -91,13 +91,13 @@ class Formulas:
 
 
 def _rotate_half(x: Tensor) -> Tensor:
-    """Return J x."""
+    """Returns J x."""
     one, two = x.chunk(2, -1)
     return torch.cat((-two, one), -1)
 
 
 def _normalize(x: Tensor, weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return w ∘ x · ρ in `dtype` for x in float32."""
+    """Returns w ∘ x · ρ in `dtype` for x in float32."""
     normed = x * scale
     if weight.dtype == scale.dtype:
         return normed.mul_(weight).to(dtype)
@@ -112,7 +112,7 @@ _LIBRARY: Any = torch.library.Library("ftlevel", "DEF")  # type: ignore[no-untyp
 
 
 def _define(name: str, schema: str, shapes: Callable[..., Any]) -> Callable[..., Any]:
-    """Return the operator of `programs.NAME`, for a GPU or Triton's interpreter."""
+    """Returns the operator of `programs.NAME`, for a GPU or Triton's interpreter."""
 
     def compute(*arguments: Any) -> Any:
         from ftlevel.fast.kernels import programs  # Triton is optional
@@ -131,7 +131,7 @@ def _scale_like(x: Tensor) -> Tensor:
 
 
 def _like(*places: int) -> Callable[..., Any]:
-    """Return a function that creates empty tensors like the arguments at `places`; -1 is like ρ."""
+    """Returns a function that creates tensors like the arguments at `places`; -1 is like ρ."""
 
     def make(*arguments: Any) -> Any:
         tensors = [
@@ -170,34 +170,34 @@ class TritonFormulas(Formulas):
     """The formulas with one Triton kernel each; views are made contiguous."""
 
     def norm(self, x: Tensor, weight: Tensor, eps: float) -> Pair:
-        """Return y and ρ."""
+        """Returns y and ρ."""
         return _norm(x.contiguous(), weight, eps)
 
     def renorm(self, x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
-        """Return y again, bit for bit, from ρ."""
+        """Returns y again, bit for bit, from ρ."""
         return _renorm(x.contiguous(), weight, scale)
 
     def norm_backward(self, gradient: Tensor, x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
-        """Return ∂L/∂x."""
+        """Returns ∂L/∂x."""
         return _norm_backward(gradient.contiguous(), x.contiguous(), weight, scale)
 
     def glu(self, kind: str, gate: Tensor, up: Tensor) -> Tensor:
-        """Return y."""
+        """Returns y."""
         return _glu(kind, gate.contiguous(), up.contiguous())
 
     def glu_backward(self, kind: str, gradient: Tensor, gate: Tensor, up: Tensor) -> Pair:
-        """Return ∂L/∂g and ∂L/∂u."""
+        """Returns ∂L/∂g and ∂L/∂u."""
         parts = (part.contiguous() for part in (gradient, gate, up))
         return _glu_backward(kind, *parts)
 
     def rope(
         self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, backward: bool = False
     ) -> Pair:
-        """Return q′ and k′, or with `backward` the gradients of q and k from those of q′ and k′."""
+        """Returns q′ and k′, or with `backward` the gradients of q and k from theirs."""
         return _rope(*(part.contiguous() for part in (q, k, cos, sin)), backward)
 
     def cross_entropy(self, scores: Tensor, targets: Tensor, smoothing: float) -> Pair:
-        """Return the losses, and their gradient in the dtype of `scores`."""
+        """Returns the losses, and their gradient in the dtype of `scores`."""
         return _cross_entropy(scores.contiguous(), targets.contiguous(), smoothing)
 
 
@@ -211,7 +211,7 @@ WIDEST = 32_768
 """Maximum row width of a program."""
 
 ROUNDINGS = 4
-"""Tolerance in units in the last place, for another order of sums."""
+"""Tolerance in units in the last place, for a different order of sums."""
 
 _choices: dict[str, Formulas] = {}
 
@@ -225,21 +225,21 @@ class Kernels:
     allowed: bool = True
 
     def norm(self, width: int, weight: torch.dtype, dtype: torch.dtype, device: str) -> Formulas:
-        """Return the implementation of norms; `weight` is the dtype of the weight's product."""
+        """Returns the implementation of norms; `weight` is the dtype of the weight's product."""
         serves = width <= WIDEST and self._can_serve(device, dtype)
         return choose_norm(width, weight, dtype, device) if serves else TORCH
 
     def glu(self, kind: str, width: int, dtype: torch.dtype, device: str) -> Formulas:
-        """Return the implementation of GLUs with the activation `kind`."""
+        """Returns the implementation of GLUs with the activation `kind`."""
         return choose_glu(kind, width, dtype, device) if self._can_serve(device, dtype) else TORCH
 
     def rope(self, heads: tuple[int, int, int], dtype: torch.dtype, device: str) -> Formulas:
-        """Return the implementation of RoPE; `heads` is (query heads, key heads, head_dim)."""
+        """Returns the implementation of RoPE; `heads` is (query heads, key heads, head_dim)."""
         serves = max(heads[:2]) * heads[2] <= WIDEST and self._can_serve(device, dtype)
         return choose_rope(heads, dtype, device) if serves else TORCH
 
     def cross_entropy(self, vocabulary: int, dtype: torch.dtype, device: str) -> Formulas:
-        """Return the implementation of cross-entropy and its gradient over a `vocabulary`."""
+        """Returns the implementation of cross-entropy and its gradient over a `vocabulary`."""
         serves = self._can_serve(device, dtype)
         return choose_cross_entropy(vocabulary, dtype, device) if serves else TORCH
 
@@ -309,12 +309,12 @@ def choose_cross_entropy(vocabulary: int, dtype: torch.dtype, device: str) -> Fo
 
 
 def describe_choices() -> dict[str, bool]:
-    """Return description → whether kernels are used, for each comparison in this process."""
+    """Returns description → whether kernels are used, for each comparison in this process."""
     return {text: formulas is not TORCH for text, formulas in _choices.items()}
 
 
 def supports_triton(device: str, dtype: torch.dtype) -> bool:
-    """Return whether Triton is available and supports the device and dtype."""
+    """Returns whether Triton is available and supports the device and dtype."""
     return (
         device == "cuda"
         and dtype in (torch.bfloat16, torch.float16, torch.float32)
@@ -324,7 +324,7 @@ def supports_triton(device: str, dtype: torch.dtype) -> bool:
 
 
 def agree(one: Tensor, expected: Tensor) -> bool:
-    """Return whether two results are equal up to `ROUNDINGS`."""
+    """Returns whether two results are equal up to `ROUNDINGS`."""
     bound = ROUNDINGS * torch.finfo(one.dtype).eps
     a, b = one.to(torch.float32), expected.to(torch.float32)
     size = float(a.square().mean().sqrt())
@@ -346,7 +346,7 @@ def _choose_faster(text: str, compute: Computation, device: str) -> Formulas:
 
 
 def time(compute: Computation, formulas: Formulas, device: str) -> float:
-    """Return the milliseconds of `compute` on a GPU, the best of five runs."""
+    """Returns the milliseconds of `compute` on a GPU, the best of five runs."""
     best = float("inf")
     for _ in range(5):
         start: Any = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]

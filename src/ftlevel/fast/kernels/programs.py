@@ -55,7 +55,7 @@ def _cross_entropy(
 
 
 def cross_entropy(scores: Tensor, targets: Tensor, smoothing: float) -> Pair:
-    """Return the losses (targets,) in float32, and the gradient, for contiguous logits."""
+    """Returns the losses (targets,) in float32, and the gradient, for contiguous logits."""
     losses = scores.new_empty(len(scores), dtype=torch.float32)
     gradient = torch.empty_like(scores)
     vocabulary = scores.shape[-1]
@@ -123,7 +123,7 @@ def _norm_backward(g_ptr, x_ptr, w_ptr, rho_ptr, of_x_ptr, width, SIZE: tl.const
 
 @triton.jit
 def _activated(x, KIND: tl.constexpr):
-    """Return a(x) and a′(x)."""
+    """Returns a(x) and a′(x)."""
     if KIND == 0:  # x σ(x)
         share = tl.sigmoid(x)
         return x * share, share * (1.0 + x * (1.0 - share))
@@ -165,7 +165,7 @@ def _glu_backward(
 
 
 def norm(x: Tensor, weight: Tensor, eps: float) -> Pair:
-    """Return y and ρ for contiguous x (…, hidden)."""
+    """Returns y and ρ for contiguous x (…, hidden)."""
     y = torch.empty_like(x)
     scale = x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
     _launch_norm(x, weight, y, scale, eps, has_scale=False)
@@ -173,7 +173,7 @@ def norm(x: Tensor, weight: Tensor, eps: float) -> Pair:
 
 
 def renorm(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
-    """Return y from ρ."""
+    """Returns y from ρ."""
     y = torch.empty_like(x)
     _launch_norm(x, weight, y, scale, 0.0, has_scale=True)
     return y
@@ -189,7 +189,7 @@ def _launch_norm(
 
 
 def norm_backward(gradient: Tensor, x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
-    """Return ∂L/∂x for contiguous tensors."""
+    """Returns ∂L/∂x for contiguous tensors."""
     of_x = torch.empty_like(x)
     _norm_backward[(scale.numel(),)](
         gradient, x, weight, scale, of_x, x.shape[-1],
@@ -199,12 +199,12 @@ def norm_backward(gradient: Tensor, x: Tensor, weight: Tensor, scale: Tensor) ->
 
 
 def _warps(x: Tensor) -> int:
-    """Return the warps for a row of `x`: about 16 values per thread."""
+    """Returns the warps for a row of `x`: about 16 values per thread."""
     return min(16, max(1, triton.next_power_of_2(x.shape[-1]) // 512))
 
 
 def glu(kind: str, gate: Tensor, up: Tensor) -> Tensor:
-    """Return y for contiguous tensors of one shape."""
+    """Returns y for contiguous tensors of one shape."""
     y = torch.empty_like(gate)
     blocks = (triton.cdiv(gate.numel(), BLOCK),)
     _glu[blocks](gate, up, y, gate.numel(), KIND=KINDS[kind], SIZE=BLOCK)
@@ -212,7 +212,7 @@ def glu(kind: str, gate: Tensor, up: Tensor) -> Tensor:
 
 
 def glu_backward(kind: str, gradient: Tensor, gate: Tensor, up: Tensor) -> Pair:
-    """Return ∂L/∂g and ∂L/∂u for contiguous tensors of one shape."""
+    """Returns ∂L/∂g and ∂L/∂u for contiguous tensors of one shape."""
     of_gate, of_up = torch.empty_like(gate), torch.empty_like(up)
     _glu_backward[(triton.cdiv(gate.numel(), BLOCK),)](
         gradient, gate, up, of_gate, of_up, gate.numel(), KIND=KINDS[kind], SIZE=BLOCK
@@ -262,7 +262,7 @@ def _rope(
 
 
 def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, backward: bool) -> Pair:
-    """Return q′ and k′, or with `backward` the gradients of q and k, for contiguous tensors."""
+    """Returns q′ and k′, or with `backward` the gradients of q and k, for contiguous tensors."""
     of_q, of_k = torch.empty_like(q), torch.empty_like(k)
     batch, tokens, heads, width = q.shape
     size = triton.next_power_of_2

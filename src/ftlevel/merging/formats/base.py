@@ -46,7 +46,7 @@ class ServerSupport(Protocol):
     """What the serving extra adds to the export of a whole model with `--for`."""
 
     def start_commands(self, server: str, out: Path, form: EmbeddingFormat | None) -> list[str]:
-        """Return the commands that serve the exported model at `out`.
+        """Returns the commands that serve the exported model at `out`.
 
         `form` is that of an embedding model, else None.
         """
@@ -66,14 +66,14 @@ class ServerSupport(Protocol):
         """
 
     def readme(self, summary: Mapping[str, Any]) -> list[str]:
-        """Return Markdown on serving and checking the export that `summary` describes."""
+        """Returns Markdown on serving and checking the export that `summary` describes."""
 
     def check_command(self, summary: Mapping[str, Any]) -> str:
-        """Return the command that checks a server of the export."""
+        """Returns the command that checks a server of the export."""
 
 
 def server_support() -> ServerSupport:
-    """Return the support for `--for`; raise ConfigError if no extension has it."""
+    """Returns the support for `--for`; raises ConfigError if no extension has it."""
     for build in hooks("serve_whole"):
         support: ServerSupport = build()
         return support
@@ -81,12 +81,12 @@ def server_support() -> ServerSupport:
 
 
 def start_commands(server: str | None, out: Path, form: EmbeddingFormat | None = None) -> list[str]:
-    """Return the commands that serve the whole model at `out`; empty without a server."""
+    """Returns the commands that serve the whole model at `out`; empty without a server."""
     return server_support().start_commands(server, out, form) if server else []
 
 
 MergeAdapter = Callable[[Path], MergeOutput]
-"""Function that merges the exported adapter into its base, in a directory.
+"""Function that merges the exported adapter into the base, in a directory.
 
 A model without an adapter stays where it is.
 """
@@ -111,10 +111,10 @@ class Export(Protocol):
     def notes(self) -> Sequence[str]: ...  # noqa: D102 - as above
 
     def choices(self, device: Choice) -> Iterable[Choice]:
-        """Return the lines for the console."""
+        """Returns the lines for the console."""
 
     def dry_run(self) -> dict[str, Any]:
-        """Return the summary of the planned export."""
+        """Returns the summary of the planned export."""
 
     def write(
         self, output: Path, device: str, listener: Listener, merge: MergeAdapter
@@ -125,7 +125,7 @@ class Export(Protocol):
         """
 
     def describe(self, summary: Mapping[str, Any]) -> Iterable[str]:
-        """Return the lines of the result."""
+        """Returns the lines of the result."""
 
 
 def plan_export(config: ExportConfig, ref: ModelRef | Mapping[str, ModelRef]) -> Export:

@@ -1,7 +1,7 @@
 """Embedding models and rerankers for servers: what they compute otherwise, references, GGUF.
 
 The file names the pooling. llama.cpp normalizes every embedding and applies no prompts. The file is
-read back with the gguf package: its tensors must equal those of the model rounded by torch, and the
+read back with the gguf package: the tensors must equal those of the model rounded by torch, and the
 embeddings of the rounded model are compared with the model's.
 """
 
@@ -61,7 +61,7 @@ TEXTS = (
 
 
 def check_server(config: ExportConfig, form: EmbeddingFormat, server: Server) -> list[str]:
-    """Return notes on an embedding model that `server` computes as it was trained.
+    """Returns notes on an embedding model that `server` computes as it was trained.
 
     Raises:
         InputError: the server would return other embeddings.
@@ -116,7 +116,7 @@ def _describe(prompts: dict[str, str]) -> str:
 def embed(
     model: Any, form: EmbeddingFormat, tokenizer: Any, end: int | None, device: str
 ) -> torch.Tensor:
-    """Return the embeddings of `TEXTS` without prompts, `(texts, dims)` in float32."""
+    """Returns the embeddings of `TEXTS` without prompts, `(texts, dims)` in float32."""
     ids = TextEncoder(tokenizer, "", "", end).ids(TEXTS)
     longest = form.max_length or len(max(ids, key=len))
     rows = [Encoded(part[:longest], 0, at) for at, part in enumerate(ids)]
@@ -202,7 +202,7 @@ class GgufEmbeddingExport:
     notes: Sequence[str]
 
     def choices(self, device: Choice) -> Iterator[Choice]:
-        """Yield the lines for the console."""
+        """Yields the lines for the console."""
         config, form = self.config, self.form
         merges = self.ref.directory is not None
         method = self.ref.card.method
@@ -217,7 +217,7 @@ class GgufEmbeddingExport:
             yield device
 
     def dry_run(self) -> dict[str, Any]:
-        """Return the summary of the planned export."""
+        """Returns the summary of the planned export."""
         checkpoint, unused = self._open(self.ref.source, self.model_config)
         outtype = own_outtype(checkpoint) if self.config.outtype == "auto" else self.config.outtype
         tensors = plan_tensors(checkpoint, self.model_config, outtype, unused=unused)
@@ -302,7 +302,7 @@ class GgufEmbeddingExport:
 
     @staticmethod
     def describe(summary: Mapping[str, Any]) -> Iterator[str]:
-        """Yield the lines of the result."""
+        """Yields the lines of the result."""
         size = f"{summary['tensor_bytes'] / 2**20:,.1f} MiB"
         count = f"{summary['tensors']:,} tensors"
         yield (

@@ -1,7 +1,7 @@
 """Export a model as one .gguf file for llama.cpp, with a Modelfile for Ollama.
 
-The file is read back with transformers. Its logits must equal those of the model after torch rounds
-its weights to the file's type. The effect of rounding itself is measured separately.
+The file is read back with transformers. The logits must equal those of the model after torch rounds
+the weights to the file's type. The effect of rounding itself is measured separately.
 """
 
 from __future__ import annotations
@@ -165,7 +165,7 @@ def check_file(
 
 
 def _probe(original: Original) -> ComparisonProbe:
-    """Return windows of text on which to compare both models."""
+    """Returns windows of text on which to compare both models."""
     text = read_eval_text(None, original.tokens)
     length = min(_WINDOW, max_positions(original.config) or _WINDOW)
     rows = [
@@ -181,8 +181,8 @@ def _probe(original: Original) -> ComparisonProbe:
 def _ask_original(
     probe: ComparisonProbe, outtype: str, tensors: Sequence[GGUFTensor], original: Original
 ) -> tuple[RowLogits, RowLogits]:
-    """Return the original's logits, and its logits with weights rounded as in the file."""
-    # Scaled block values are not representable in 16 bits, so they need float32.
+    """Returns the original's logits, and the logits with weights rounded as in the file."""
+    # Scaled block values are not representable in 16-bit precision, so they need float32.
     dtype = torch.float32 if outtype in GRIDS else original.dtype
     model, _ = load_model(
         original.source, original.config, _CLASS, dtype=dtype, device=original.device
@@ -200,7 +200,7 @@ def _ask_original(
 
 
 def readable_config(config: Any, original: Any) -> tuple[Any, list[str]]:
-    """Return the config for reading the file, and the settings copied from `original`.
+    """Returns the config for reading the file, and the settings copied from `original`.
 
     transformers' .gguf reader skips some that llama.cpp reads, such as RoPE scaling and Qwen3's
     head width.
@@ -230,7 +230,7 @@ def check_tokens(tokenizer: Any, original: Any, vocabulary: Vocabulary) -> int:
     """Compare both tokenizers on `PROBES` and special tokens; return the number of texts.
 
     If transformers cannot read the file's pre-tokenizer, `tokenizer` gets the original one
-    (mutated). Raises RunError if a text has different tokens.
+    (modified). Raises RunError if a text has different tokens.
     """
     backend, reference = tokenizer.backend_tokenizer, original.backend_tokenizer
     if vocabulary.pre not in READ_BY_TRANSFORMERS:
@@ -299,7 +299,7 @@ class GgufExport:
         return list(self.vocabulary.notes)
 
     def choices(self, device: Choice) -> Iterator[Choice]:
-        """Yield the lines for the console."""
+        """Yields the lines for the console."""
         config, ref = self.config, self.ref
         architecture = FAMILIES[self.model_config.model_type].architecture
         merges = ref.directory is not None
@@ -321,7 +321,7 @@ class GgufExport:
             yield device
 
     def dry_run(self) -> dict[str, Any]:
-        """Return the summary of the planned export; sizes are computed from the base's shapes."""
+        """Returns the summary of the planned export; sizes are computed from the base's shapes."""
         outtype: str = self.config.outtype
         tensors: list[GGUFTensor] = []
         if self.ref.source.kind != "gguf":  # a .gguf base has no shapes before it is loaded
@@ -406,7 +406,7 @@ class GgufExport:
 
     @staticmethod
     def describe(summary: Mapping[str, Any]) -> Iterator[str]:
-        """Yield the lines of the result."""
+        """Yields the lines of the result."""
         size = f"{summary['tensor_bytes'] / 2**20:,.1f} MiB"
         count = f"{summary['tensors']:,} tensors"
         yield f"{summary['architecture']}: {count}, {summary['outtype']}, {size}"

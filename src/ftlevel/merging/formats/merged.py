@@ -35,7 +35,7 @@ def plan_export(config: ExportConfig, ref: ModelRef) -> MergedExport:
 
 
 def _check(config: ExportConfig, ref: ModelRef, server: Server) -> list[str]:
-    """Return notes; raise InputError if `server` does not serve the merged model."""
+    """Returns notes; raises InputError if `server` does not serve the merged model."""
     task = TASKS[ref.task]
     if (form := task.embedding_format(ref.card.options)) is not None:
         return check_server(config, form, server)
@@ -79,14 +79,14 @@ class MergedExport:
         return self._form is not None or TASKS[self.ref.task].served_as == "rerankers"
 
     def choices(self, device: Choice) -> Iterator[Choice]:
-        """Yield the lines for the console."""
+        """Yields the lines for the console."""
         yield Choice("adapter", self.config.model, f"{self.ref.card.method}, merged")
         yield Choice("base", self.ref.base)
         yield Choice("out", self.config.out)
         yield device
 
     def dry_run(self) -> dict[str, Any]:
-        """Return the summary of the planned export."""
+        """Returns the summary of the planned export."""
         return self._summary(None)
 
     def write(
@@ -156,7 +156,7 @@ class MergedExport:
 
     @staticmethod
     def describe(summary: Mapping[str, Any]) -> Iterator[str]:
-        """Yield the lines of the result."""
+        """Yields the lines of the result."""
         if summary.get("dry_run"):
             yield "dry run: everything was checked, nothing was written."
         else:

@@ -22,7 +22,7 @@ _ROLES = ("system", "user", "assistant")
 def chat_template(
     turns: Mapping[str, tuple[str, str]], opening: str, generation: str, start: str = ""
 ) -> str:
-    """Return a Go template for turns that are wrapped in fixed texts.
+    """Returns a Go template for turns that are wrapped in fixed texts.
 
     `turns` maps roles to the texts before and after their content; `opening` precedes a first turn
     that is not the system's; `generation` follows the last turn. `start` is text that the tokenizer
@@ -55,7 +55,7 @@ def chat_template(
 
 
 def _but_first(text: str, start: str) -> str:
-    """Return the literal `text`, without `start` in the first turn."""
+    """Returns the literal `text`, without `start` in the first turn."""
     if not start or not text.startswith(start):
         return literal(text)
     remainder = literal(text.removeprefix(start))
@@ -63,14 +63,14 @@ def _but_first(text: str, start: str) -> str:
 
 
 def literal(text: str) -> str:
-    """Return `text` escaped for a Go template inside a Modelfile."""
+    """Returns `text` escaped for a Go template inside a Modelfile."""
     return text.replace("{{", '{{ "{{" }}').replace('"""', '{{ "\\"\\"\\"" }}')
 
 
 def write_modelfile(
     gguf: str, template: str | None, stops: Sequence[str], comments: Sequence[str], system: str = ""
 ) -> str:
-    """Return the Modelfile of a .gguf file in the same directory.
+    """Returns the Modelfile of a .gguf file in the same directory.
 
     A `template` of None lets Ollama use the one in the file. `system` is the default system turn.
     """
@@ -114,7 +114,7 @@ def find_prompting(tokenizer: Any, card: AdapterCard, vocabulary: Vocabulary) ->
 
 
 def modelfile(gguf: str, prompting: Prompting) -> str:
-    """Return the Modelfile of the .gguf file named `gguf`."""
+    """Returns the Modelfile of the .gguf file named `gguf`."""
     name = gguf.removesuffix(".gguf")
     use = f"ollama create {name} -f {name}.Modelfile"
     comments = [use, *prompting.comments]
@@ -152,7 +152,7 @@ def _of_chat(
 
 
 def _instructed(layout: TurnLayout, instruction: str) -> TurnLayout:
-    """Return the layout with `instruction` before the content of each user turn."""
+    """Returns the layout with `instruction` before the content of each user turn."""
     before, after = layout.around[USER]
     around = {**layout.around, USER: (f"{before}{instruction}\n\n", after)}
     return TurnLayout(around, layout.opening, layout.generation)

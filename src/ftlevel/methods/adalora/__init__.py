@@ -104,7 +104,7 @@ class AdaLora(Method):
         )
 
     def prepare(self, model: Any) -> None:
-        """Freeze `ranknum` (mutated), which PEFT leaves trainable."""
+        """Freeze `ranknum` (modified), which PEFT leaves trainable."""
         freeze_ranks(model)
 
     def callbacks(self, spec: AdaloraSpec, checkpoints: Path, writes: bool) -> list[Any]:
@@ -127,7 +127,7 @@ class AdaLora(Method):
         return model.peft_config["default"].orth_reg_weight * torch.stack(norms).mean()
 
     def finish(self, model: Any) -> None:
-        """Remove pruned ranks (mutated), to round as the saved adapter does."""
+        """Remove pruned ranks (modified), to round as the saved adapter does."""
         import torch
 
         for name, alive in (model.peft_config["default"].rank_pattern or {}).items():

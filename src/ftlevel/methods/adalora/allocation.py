@@ -17,7 +17,7 @@ FILE, RANKS = "adalora.safetensors", "adalora_ranks.json"
 class Allocation(TrainerCallback):
     """Prunes ranks after every optimizer step, while gradients exist.
 
-    PEFT stores ranks in its config and then saves truncated tensors, which no longer fit the
+    PEFT stores ranks in the config and then saves truncated tensors, which no longer fit the
     optimizer state. So ranks stay out of the config until training ends; checkpoints have full
     tensors plus importance scores. Add it before the certifying callback.
     """
@@ -70,7 +70,7 @@ class Allocation(TrainerCallback):
         (directory / RANKS).write_text(json.dumps(self.ranks), encoding="utf-8")
 
     def load_state(self, directory: Path, model: Any) -> None:
-        """Load the ranks from `directory` into the config of `model` (mutated)."""
+        """Load the ranks from `directory` into the config of `model` (modified)."""
         ranks = json.loads((directory / RANKS).read_text(encoding="utf-8"))
         model.peft_config["default"].rank_pattern = ranks
 

@@ -1,12 +1,12 @@
-"""Bottleneck adapters: builds `BottleneckConfig`, at positions in a block by model family.
+"""Bottleneck adapters: builds `BottleneckConfig`, at positions in a block by model type.
 
 With h the output of a sub-layer's last linear layer, r its residual, LN the norm after the sum in
 post-norm models, x the input of the feed-forward, and A(x) = s · up(f(down(x))):
 
-    houlsby, pfeiffer     h ← h + A(h)             Houlsby et al., 2019, section 2.1
+    houlsby, pfeiffer     h ← h + A(h)             Houlsby et al., 2019, § 2.1
     seq_bn                h ← h + A(LN(h + r))     Pfeiffer et al., 2021, appendix A.1: post-norm
                           h ← h + A(h + r)         the same: pre-norm
-    parallel              h ← h + A(x)             He et al., 2022, section 3.3
+    parallel              h ← h + A(x)             He et al., 2022, § 3.3
     par_bn                h ← h + A(r)             the same, as in AdapterHub
     adapter_plus          y ← y + A(y)             Steitz & Roth, 2024: y = LN(h + r), or h + r
 
@@ -116,7 +116,7 @@ SITES: dict[str, Sites] = {
 
 
 def sites_of(config: Any) -> Sites | None:
-    """Return the positions for a transformers config, or None if unknown."""
+    """Returns the positions for a transformers config, or None if unknown."""
     model_type = getattr(config, "model_type", None)
     if model_type not in SITES and hasattr(config, "get_text_config"):
         model_type = config.get_text_config().model_type
@@ -124,7 +124,7 @@ def sites_of(config: Any) -> Sites | None:
 
 
 def why_no_residual(config: Any, placement: str) -> str | None:
-    """Return why a model with `config` does not support `placement`, or None."""
+    """Returns why a model with `config` does not support `placement`, or None."""
     sites = sites_of(config)
     if placement not in ON_RESIDUAL or sites is None:
         return None
@@ -142,7 +142,7 @@ def why_no_residual(config: Any, placement: str) -> str | None:
 
 
 def site_pattern(sites: Sites, placement: str) -> str:
-    """Return a regular expression for the full names of the positions.
+    """Returns a regular expression for the full names of the positions.
 
     A list of names would not do: PEFT matches suffixes, and `output.dense` would also match BERT's
     `attention.output.dense`.
@@ -154,7 +154,7 @@ def site_pattern(sites: Sites, placement: str) -> str:
 
 
 def block_of(sites: Sites | None, site: str) -> str | None:
-    """Return the prefix of the block whose feed-forward ends at `site`, with a dot, or None."""
+    """Returns the prefix of the block whose feed-forward ends at `site`, with a dot, or None."""
     for end in (sites.feed_forward, sites.norm) if sites else ():
         block = site.removesuffix(end)
         if (

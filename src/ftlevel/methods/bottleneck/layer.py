@@ -4,8 +4,8 @@
 
 x is h, the feed-forward's input, its residual r, or h + r, optionally normalized (see the package).
 down is (hidden → bottleneck), up is (bottleneck → hidden), both with bias (Houlsby et al., 2019,
-section 2.1; He et al., 2022, section 3.3). s is constant, or learned as a scalar or per channel
-(Steitz & Roth, 2024, section 3.3).
+§ 2.1; He et al., 2022, § 3.3). s is constant, or learned as a scalar or per channel
+(Steitz & Roth, 2024, § 3.3).
 """
 
 from __future__ import annotations
@@ -207,7 +207,7 @@ class BottleneckLayer(UnmergeableLayer, PrecisionLayer, nn.Module, BaseTunerLaye
             self._listens.remove(kind)
 
     def running(self) -> list[str]:
-        """Return the active adapters of this layer."""
+        """Returns the active adapters of this layer."""
         if self.disable_adapters:
             return []
         active: list[str] = self.active_adapters  # type: ignore[assignment]  # a PEFT property
@@ -231,7 +231,7 @@ class BottleneckLayer(UnmergeableLayer, PrecisionLayer, nn.Module, BaseTunerLaye
     def _source(
         self, setting: AdapterSettings, hidden: Tensor, tapped: dict[Listens, Tensor]
     ) -> Tensor:
-        """Return the adapter's input, `(..., width_in)`."""
+        """Returns the adapter's input, `(..., width_in)`."""
         if setting.listens is None:
             return hidden
         if setting.listens not in tapped:
@@ -246,7 +246,7 @@ class BottleneckLayer(UnmergeableLayer, PrecisionLayer, nn.Module, BaseTunerLaye
         return self._norm[0](total) if self._norm else total
 
     def _adapt(self, name: str, source: Tensor) -> Tensor:
-        """Return s · up(f(down(source))): `(..., width_in)` -> `(..., width_out)`."""
+        """Returns s · up(f(down(source))): `(..., width_in)` -> `(..., width_out)`."""
         down, up, setting = (
             self.bottleneck_down[name],
             self.bottleneck_up[name],
@@ -322,7 +322,7 @@ class BottleneckModel(UnmergeableTuner, PrecisionTuner, BaseTuner):
             self._replace_module(parent, target_name, layer, target)
 
     def _connect(self, layer: BottleneckLayer, placement: str, site: str) -> Reads:
-        """Connect `layer` to the residual if needed (mutated); return what adapters read."""
+        """Connect `layer` to the residual if needed (modified); return what adapters read."""
         reads = READS.get(placement, "output")
         if reads not in ("residual", "sum"):
             return reads
@@ -334,7 +334,7 @@ class BottleneckModel(UnmergeableTuner, PrecisionTuner, BaseTuner):
                 "the end of one. Use placement houlsby, pfeiffer or parallel."
             )
         if placement == "adapter_plus" and sites.norm:
-            return "output"  # the site is the norm, so its output is the normalized sum
+            return "output"  # the site is the norm, so the output is the normalized sum
         modules: dict[str, Any] = dict(self.model.named_modules())
         layer.listen_to(modules[block + sites.residual], "residual")
         if sites.norm:
@@ -343,7 +343,7 @@ class BottleneckModel(UnmergeableTuner, PrecisionTuner, BaseTuner):
         return reads
 
     def _input_of(self, site: str) -> nn.Module | None:
-        """Return the linear layer that receives the input of the feed-forward ending at `site`."""
+        """Returns the linear layer that receives the input of the feed-forward ending at `site`."""
         modules: dict[str, Any] = dict(self.model.named_modules())
         name = find_input(sites_of(getattr(self.model, "config", None)), site, modules)
         if name is None:
@@ -351,7 +351,7 @@ class BottleneckModel(UnmergeableTuner, PrecisionTuner, BaseTuner):
         return getattr(modules[name], "base_layer", modules[name])
 
     def _widths(self, module: nn.Module) -> tuple[int, int]:
-        """Return a module's input and output widths; raises `ValueError` if unknown."""
+        """Returns a module's input and output widths; raises `ValueError` if unknown."""
         for fan_in, fan_out in (("in_features", "out_features"), ("nx", "nf")):
             if hasattr(module, fan_in):
                 return getattr(module, fan_in), getattr(module, fan_out)
@@ -366,7 +366,7 @@ class BottleneckModel(UnmergeableTuner, PrecisionTuner, BaseTuner):
     def _replace_module(
         self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module
     ) -> None:
-        """Set `new_module` on `parent`; PEFT's version requires `child.weight`."""
+        """Set `new_module` on `parent`; the PEFT version requires `child.weight`."""
         if isinstance(child, BottleneckLayer) and new_module is not child:
             child.stop_listening()
         setattr(parent, child_name, new_module)

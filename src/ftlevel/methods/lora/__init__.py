@@ -164,7 +164,7 @@ class LoraInitialization(Initialization):
     """Initializations of `init_lora_weights`."""
 
     def required_dtype(self, spec: LoraSpec, dtype: str) -> Choice | None:
-        """Returns float32 for PiSSA and OLoRA; raises `ConfigError` if `dtype` is another."""
+        """Returns float32 for PiSSA and OLoRA; raises `ConfigError` if `dtype` is a different."""
         if not self.rewrites_base(spec):
             return None
         init = spec.init_lora_weights
@@ -186,7 +186,7 @@ class LoraInitialization(Initialization):
         return spec.model_copy(update={"init_lora_weights": "default"})
 
     def initialize(self, model: Any, spec: LoraSpec, inputs: InitializationInputs) -> None:
-        """Initialize LoRA from training rows (eva) or from float weights (loftq) (mutated)."""
+        """Initialize LoRA from training rows (eva) or from float weights (loftq) (modified)."""
         if spec.init_lora_weights == "loftq":
             from ftlevel.methods.lora.initialization import start_from_residual
 
@@ -249,7 +249,7 @@ _UNMERGEABLE = {
     "megatron_config": "it is laid out for Megatron",
     "use_bdlora": "it is laid out in blocks over several devices",
 }
-"""PEFT settings that cannot be merged into a weight, with the reason."""
+"""PEFT settings that cannot be merged into a weight, with an explanation."""
 
 
 def why_not_mergeable(config: Mapping[str, Any]) -> str | None:
@@ -268,7 +268,7 @@ def why_not_mergeable(config: Mapping[str, Any]) -> str | None:
 
 
 def reset_initialization(config: Any) -> None:
-    """Reset the initialization in `config` (mutated), which a trained adapter ignores."""
+    """Reset the initialization in `config` (modified), which a trained adapter ignores."""
     config.init_lora_weights = True
 
 

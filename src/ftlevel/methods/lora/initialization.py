@@ -4,7 +4,7 @@
     EVA:    A = top directions of the layer's inputs         Paischer et al., 2024
 
 LoftQ uses the truncated SVD of the residual, with singular values split evenly between A and B;
-PEFT's routine needs CUDA and omits the scale s. EVA distributes ranks by explained variance.
+the PEFT routine needs CUDA and omits the scale s. EVA distributes ranks by explained variance.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ftlevel.models.hardware import autocast
 
 @torch.no_grad()
 def start_from_residual(model: Any, weight_of: Callable[[str], Tensor]) -> None:
-    """Set A and B of every LoRA on a 4-bit linear layer of `model`, a fresh `PeftModel` (mutated).
+    """Set A and B of every LoRA on a 4-bit linear layer of `model`, a fresh `PeftModel` (modified).
 
     `weight_of` returns the unquantized weight `(out, in)` of a layer. Afterwards the config has the
     default initialization, so that loading the adapter does not repeat it.
@@ -43,7 +43,7 @@ def start_from_residual(model: Any, weight_of: Callable[[str], Tensor]) -> None:
 
 
 def factor(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Return A `(rank, in)` and B `(out, rank)`, the best low-rank fit of `matrix` `(out, in)`.
+    """Returns A `(rank, in)` and B `(out, rank)`, the best low-rank fit of `matrix` `(out, in)`.
 
     Uses eigenvectors of the smaller Gram matrix in float64, about ten times faster than an SVD.
     """
@@ -59,7 +59,7 @@ def factor(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 
 def start_from_data(model: Any, batches: Any, device: str, dtype: str) -> None:
-    """Set A, ranks and scales of every LoRA of `model` (mutated) from its inputs on `batches`.
+    """Set A, ranks and scales of every LoRA of `model` (modified) from its inputs on `batches`.
 
     Afterwards the config has the default initialization, so loading does not repeat it.
     """
@@ -85,5 +85,5 @@ def _forward(model: Any, batch: dict[str, Tensor]) -> Any:
 
 
 def _supervised_positions(batch: dict[str, Tensor], _: Any) -> Tensor:
-    """Return `(n, 2)` positions of supervised tokens."""
+    """Returns `(n, 2)` positions of supervised tokens."""
     return batch["supervised"].nonzero()

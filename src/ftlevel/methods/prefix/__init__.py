@@ -1,6 +1,6 @@
 """Prefix tuning: builds `PrefixKvConfig` for a tuner of ftlevel.
 
-PEFT's prefix tuning uses the key-value cache, which classification heads, encoders and gradient
+the PEFT prefix tuning uses the key-value cache, which classification heads, encoders and gradient
 checkpointing lack. The submodules import peft and are imported only when needed.
 """
 
@@ -27,7 +27,7 @@ def find_attentions(model: Any) -> list[str]:
 
 
 def why_no_prefix(config: Any) -> str | None:
-    """Return why a model with `config` does not support prefixes, or None."""
+    """Returns why a model with `config` does not support prefixes, or None."""
     from transformers import MODEL_MAPPING
 
     from ftlevel.methods.prefix.model import CUSTOM_ATTENTION
@@ -57,7 +57,7 @@ def why_no_prefix(config: Any) -> str | None:
     return None
 
 
-ENCODER_WIDTH = 512  # Li & Liang, 2021, section 4.3
+ENCODER_WIDTH = 512  # Li & Liang, 2021, § 4.3
 
 PAGE = """\
 A prefix has no position. AdapterHub's flat prefixes with the same values give the same logits,
@@ -134,7 +134,7 @@ class PrefixTuning(Method):
         )
 
     def finish(self, model: Any) -> None:
-        """Replace the MLP of a trained prefix by its output (mutated)."""
+        """Replace the MLP of a trained prefix by the output (modified)."""
         model.base_model.fold(model.active_adapter)
 
 

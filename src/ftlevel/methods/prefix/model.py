@@ -1,6 +1,6 @@
 """Prefix tuning: config, layer and tuner; P learned key-value pairs that every query attends to.
 
-    out = softmax([q Kₚᵀ, q Kᵀ + bias] · scale) · [Vₚ; V]         Li & Liang, 2021, section 4.2
+    out = softmax([q Kₚᵀ, q Kᵀ + bias] · scale) · [Vₚ; V]         Li & Liang, 2021, § 4.2
     plain:      Kₚ, Vₚ = parameters, each (P, kv_heads · head_dim)
     projected:  [Kₚ; Vₚ] = W₂ tanh(W₁ E),  E (P, hidden) and W₁ shared by all attention modules
                                                                   section 4.3
@@ -63,7 +63,7 @@ def attend(
     """Compute scaled dot-product attention over `prefix` and the keys.
 
     Args:
-        module: the attention module, for its number of key-value groups.
+        module: the attention module, for the number of key-value groups.
         query: `(batch, heads, queries, head_dim)`, after rotary embedding.
         key: `(batch, kv_heads, keys, head_dim)`, including the cache.
         value: same shape as `key`.
@@ -133,7 +133,7 @@ def attend_eagerly(
 
 
 def _behind(prefix: Prefix, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    """Return keys and values with the prefix prepended in every row."""
+    """Returns keys and values with the prefix prepended in every row."""
     key, value = (
         torch.cat([extra.to(states.dtype).expand(len(states), -1, -1, -1), states], dim=2)
         for extra, states in zip(prefix, (key, value), strict=True)
@@ -222,7 +222,7 @@ CUSTOM_ATTENTION: dict[str, Callable[..., Any]] = {
 
 
 def custom_attention(module: nn.Module) -> Callable[..., Any] | None:
-    """Return the reimplementation for `module`, or None if it uses `AttentionInterface`."""
+    """Returns the reimplementation for `module`, or None if it uses `AttentionInterface`."""
     return CUSTOM_ATTENTION.get(f"{type(module).__module__}.{type(module).__qualname__}")
 
 
@@ -339,7 +339,7 @@ class PrefixLayer(VirtualTokenLayer):
                 del getattr(self, name)[adapter_name]
 
     def prefix_of(self, names: list[str]) -> Prefix:
-        """Return the keys and values of `names`, each `(1, kv_heads, ΣP, head_dim)`."""
+        """Returns the keys and values of `names`, each `(1, kv_heads, ΣP, head_dim)`."""
         computed = [self.compute(name) for name in names]
         keys, values = (
             torch.cat(part).view(1, -1, self.kv_heads, self.head_dim).transpose(1, 2)
@@ -360,7 +360,7 @@ class PrefixLayer(VirtualTokenLayer):
 
 
 def kv_shape(attention: nn.Module) -> tuple[int, int]:
-    """Return the number of key heads of an attention module, and their width."""
+    """Returns the number of key heads of an attention module, and their width."""
     config = getattr(attention, "config", None)
     heads = _first(attention, ("n_heads", "num_heads", "num_attention_heads"))
     if heads is None and config is not None:
@@ -377,7 +377,7 @@ def kv_shape(attention: nn.Module) -> tuple[int, int]:
 
 
 def _first(module: nn.Module, names: tuple[str, ...]) -> int | None:
-    """Return the first attribute in `names` that `module` has."""
+    """Returns the first attribute in `names` that `module` has."""
     return next((getattr(module, name) for name in names if hasattr(module, name)), None)
 
 
@@ -409,7 +409,7 @@ class PrefixModel(VirtualTokenTuner):
                 f"prefix tuning cannot be used with attn_implementation={implementation!r}, only "
                 f"with {' or '.join(WITH_PREFIX)}. Load the model with 'sdpa'."
             )
-        # A config reused from another model with a prefix names ftlevel's attention.
+        # A config reused from a different model with a prefix names ftlevel's attention.
         self.attention_before = _OURS.get(implementation, implementation)
 
     def _create_and_replace(
@@ -433,11 +433,11 @@ class PrefixModel(VirtualTokenTuner):
     def _replace_module(
         self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module
     ) -> None:
-        """Set `new_module` on `parent`; PEFT's version requires a weight."""
+        """Set `new_module` on `parent`; the PEFT version requires a weight."""
         setattr(parent, child_name, new_module)
 
     def _fill(self, layer: PrefixLayer, adapter_name: str, config: PrefixKvConfig) -> None:
-        """Add a prefix to `layer` (mutated)."""
+        """Add a prefix to `layer` (modified)."""
         if not config.prefix_projection:
             layer.add_plain(adapter_name, config)
             return
@@ -447,7 +447,7 @@ class PrefixModel(VirtualTokenTuner):
         layer.add_projected(adapter_name, config, encoder, self._width())
 
     def _width(self) -> int:
-        """Return the hidden size of the model."""
+        """Returns the hidden size of the model."""
         return self.model.config.get_text_config().hidden_size
 
     def inject_adapter(self, *args: Any, **kwargs: Any) -> None:
@@ -464,7 +464,7 @@ class PrefixModel(VirtualTokenTuner):
             self._restore_attention()
 
     def unload(self) -> nn.Module:
-        """Return the base model with its original attention."""
+        """Returns the base model with its original attention."""
         model = super().unload()
         self._restore_attention()
         return model
@@ -477,7 +477,7 @@ class PrefixModel(VirtualTokenTuner):
     def fold(self, adapter_name: str = "default") -> None:
         """Replace the MLP of an adapter by the keys and values it computes (in place).
 
-        See Li & Liang, 2021, section 4.3.
+        See Li & Liang, 2021, § 4.3.
         """
         config = self.peft_config[adapter_name]
         if not config.prefix_projection:

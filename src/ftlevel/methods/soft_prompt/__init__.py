@@ -1,6 +1,6 @@
 """Prompt tuning and P-tuning: builds `SoftPromptConfig` for a tuner of ftlevel.
 
-PEFT's tuner lengthens the sequence that heads, pooling and `generate` see; this one hides the
+the PEFT tuner lengthens the sequence that heads, pooling and `generate` see; this one hides the
 prompt from them. `load_peft_prompt` loads prompts trained with PEFT, whose files contain only the
 embeddings. The submodules import peft and are imported only when needed.
 """
@@ -44,7 +44,7 @@ def find_prompt_targets(model: Any) -> list[str]:
 
 
 def _takes_tokens(model: Any, name: str) -> bool:
-    """Return whether the module has its own input embeddings."""
+    """Returns whether the module has its own input embeddings."""
     try:
         return hasattr(model.get_submodule(name), "get_input_embeddings")
     except AttributeError:
@@ -56,7 +56,7 @@ _KEY = "prompt_embeddings"
 
 
 def load_peft_prompt(base: Any, directory: Path, name: str) -> Any:
-    """Load `base` with PEFT's prompt in `directory` as the adapter `name`.
+    """Load `base` with the PEFT prompt in `directory` as the adapter `name`.
 
     Raises:
         InputError: its task is not CAUSAL_LM, or it does not fit this base.
@@ -92,7 +92,7 @@ def load_peft_prompt(base: Any, directory: Path, name: str) -> Any:
     return adapted.requires_grad_(False).eval()
 
 
-# These models add per-layer embeddings of token ids, which a prompt lacks.
+# These models add per-layer embeddings of token ids, which a prompt has no.
 _READ_IDS_IN_LAYERS = frozenset({"gemma3n", "gemma3n_text", "gemma4", "gemma4_text"})
 
 
@@ -200,7 +200,7 @@ class PTuning(SoftPrompt):
         )
 
     def finish(self, model: Any) -> None:
-        """Replace the encoder of a trained prompt by its output (mutated)."""
+        """Replace the encoder of a trained prompt by the output (modified)."""
         model.base_model.fold(model.active_adapter)
 
 

@@ -1,7 +1,7 @@
 """Config, batch layout and layer of soft prompts.
 
-    inputs ← [prompt; embed(tokens)],  outputs ← those at the tokens  Lester et al., 2021, section 2
-    MLP:  W₃ relu(W₂ relu(W₁ E)),     LSTM:  W₂ relu(W₁ BiLSTM(E))    Liu et al., 2021, section 3.2
+    inputs ← [prompt; embed(tokens)],  outputs ← those at the tokens  Lester et al., 2021, § 2
+    MLP:  W₃ relu(W₂ relu(W₁ E)),     LSTM:  W₂ relu(W₁ BiLSTM(E))    Liu et al., 2021, § 3.2
     [pad … pad] text₀ … textₖ₋₁ [prompt] textₖ … [pad … pad]
 
 Hooks on the layer stack insert the prompt and remove its outputs, so heads, labels and pooling are
@@ -61,15 +61,15 @@ class PromptPosition:
         return _pick(states, index + self.length * (index >= self.start[:, None]))
 
     def extend_mask(self, attention_mask: Tensor) -> Tensor:
-        """Return the mask `(batch, seq)` with ones for the prompt."""
+        """Returns the mask `(batch, seq)` with ones for the prompt."""
         return self.insert(attention_mask, attention_mask.new_ones(len(self.start), self.length))
 
     def extend_types(self, token_type_ids: Tensor) -> Tensor:
-        """Return the token types `(batch, seq)` with type 0 for the prompt."""
+        """Returns the token types `(batch, seq)` with type 0 for the prompt."""
         return self.insert(token_type_ids, token_type_ids.new_zeros(len(self.start), self.length))
 
     def extend_positions(self, position_ids: Tensor) -> Tensor:
-        """Return positions `(batch or 1, seq)` with the prompt's, and later ones shifted."""
+        """Returns positions `(batch or 1, seq)` with the prompt's, and later ones shifted."""
         position_ids = position_ids.expand(len(self.start), -1)
         index = torch.arange(position_ids.shape[1], device=position_ids.device)
         at = self.start.clamp(max=position_ids.shape[1] - 1)[:, None]
@@ -80,7 +80,7 @@ class PromptPosition:
 
 
 def _pick(states: Tensor, index: Tensor) -> Tensor:
-    """Return `states` `(batch, n, ...)` at `index` `(batch, m)` of the second dimension."""
+    """Returns `states` `(batch, n, ...)` at `index` `(batch, m)` of the second dimension."""
     rows = torch.arange(len(states), device=states.device)[:, None]
     return states[rows, index]
 
@@ -172,7 +172,7 @@ class SoftPromptLayer(VirtualTokenLayer):
         ]
 
     def get_base_layer(self) -> Any:
-        """Return the token embedding."""
+        """Returns the token embedding."""
         return self._stack[0].get_input_embeddings()
 
     def leave(self) -> None:
@@ -229,7 +229,7 @@ class SoftPromptLayer(VirtualTokenLayer):
         return self.soft_prompt_out[name](states) if name in self.soft_prompt_out else states
 
     def fold(self, name: str) -> None:
-        """Replace the encoder of one adapter by its output."""
+        """Replace the encoder of one adapter by the output."""
         if name not in self.soft_prompt_out:
             return
         self.soft_prompt_embedding[name] = nn.Parameter(self.compute(name).detach().float())
@@ -243,13 +243,13 @@ class SoftPromptLayer(VirtualTokenLayer):
                 del modules[name]
 
     def running(self) -> list[str]:
-        """Return the active adapters of this layer."""
+        """Returns the active adapters of this layer."""
         if self.disable_adapters:
             return []
         return [name for name in self.active_adapters if name in self.settings]
 
     def before(self, stack: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Return the stack's arguments for the longer sequence, or None.
+        """Returns the stack's arguments for the longer sequence, or None.
 
         Raises:
             ValueError: the attention mask is not `(batch, seq)`.
@@ -270,7 +270,7 @@ class SoftPromptLayer(VirtualTokenLayer):
         return (), call
 
     def after(self, _stack: Any, _args: tuple[Any, ...], output: Any) -> Any:
-        """Return the output of the stack without the prompt's positions."""
+        """Returns the output of the stack without the prompt's positions."""
         layout, self._layout = self._layout, None
         return output if layout is None else _take_out(layout, output)
 
@@ -284,7 +284,7 @@ class SoftPromptLayer(VirtualTokenLayer):
         return PromptPosition.find(mask, rows, length, self.settings[names[0]].tokens_before)
 
     def _put_in(self, names: list[str], stack: Any, call: dict[str, Any]) -> PromptPosition:
-        """Insert the prompts into the arguments of a call (mutated)."""
+        """Insert the prompts into the arguments of a call (modified)."""
         embedded = call.get("inputs_embeds")
         if embedded is None:
             embedded = stack.get_input_embeddings()(call["input_ids"])
@@ -302,7 +302,7 @@ class SoftPromptLayer(VirtualTokenLayer):
         return layout
 
     def _continue(self, names: list[str], call: dict[str, Any]) -> None:
-        """Extend mask and positions of a call whose cache contains the prompt (mutated)."""
+        """Extend mask and positions of a call whose cache contains the prompt (modified)."""
         mask = call.get("attention_mask")
         if mask is not None:
             call["attention_mask"] = self._find_layout(names, mask, mask).extend_mask(mask)
@@ -312,14 +312,14 @@ class SoftPromptLayer(VirtualTokenLayer):
             )
 
     def _extend_encoder_mask(self, names: list[str], call: dict[str, Any]) -> None:
-        """Extend the decoder's encoder mask by the prompt (mutated)."""
+        """Extend the decoder's encoder mask by the prompt (modified)."""
         mask = call.get("encoder_attention_mask")
         if mask is not None:
             call["encoder_attention_mask"] = self._find_layout(names, mask, mask).extend_mask(mask)
 
 
 def _take_out(layout: PromptPosition, output: Any) -> Any:
-    """Return the output of a stack without the prompt's positions."""
+    """Returns the output of a stack without the prompt's positions."""
     if isinstance(output, tuple):
         return (layout.take_out(output[0]), *output[1:])
     output.last_hidden_state = layout.take_out(output.last_hidden_state)
@@ -329,7 +329,7 @@ def _take_out(layout: PromptPosition, output: Any) -> Any:
 
 
 def _initial_prompt(embedding: Any, config: SoftPromptConfig) -> Tensor:
-    """Return the initial prompt `(P, embedding)` from tokens (Lester et al., 2021) or at random."""
+    """Returns the initial prompt `(P, embedding)`, of tokens (Lester et al., 2021) or random."""
     count, weight = config.num_virtual_tokens, embedding.weight
     if config.encoder != "none":
         return torch.randn(count, weight.shape[1], device=weight.device)
@@ -353,7 +353,7 @@ class SoftPromptModel(VirtualTokenTuner):
     """Prompt tuning and P-tuning.
 
     In an encoder-decoder the prompt is in the encoder, and the decoder attends to its states
-    (Lester et al., 2021, section 2).
+    (Lester et al., 2021, § 2).
     """
 
     prefix: str = "soft_prompt_"
@@ -377,7 +377,7 @@ class SoftPromptModel(VirtualTokenTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        """Add a prompt to `target` (mutated); raises `ValueError` without input embeddings."""
+        """Add a prompt to `target` (modified); raises `ValueError` without input embeddings."""
         if isinstance(target, nn.ModuleList):
             target = self.model
         if not hasattr(target, "get_input_embeddings"):
@@ -396,7 +396,7 @@ class SoftPromptModel(VirtualTokenTuner):
         layer.set_adapter(self.active_adapters, inference_mode=peft_config.inference_mode)
 
     def unload(self) -> nn.Module:
-        """Return the base model without prompts."""
+        """Returns the base model without prompts."""
         for stack in [module for module in self.model.modules() if hasattr(module, NAME)]:
             getattr(stack, NAME).leave()
             delattr(stack, NAME)
@@ -404,7 +404,7 @@ class SoftPromptModel(VirtualTokenTuner):
 
     @torch.no_grad()
     def fold(self, adapter_name: str = "default") -> None:
-        """Replace the encoder of a prompt by its output (in place)."""
+        """Replace the encoder of a prompt by the output (in place)."""
         for layer in self.layers():
             training = layer.training
             layer.eval()  # no dropout between the layers of an LSTM

@@ -13,14 +13,14 @@ MODELS: tuple[str, ...] = ("tiny-llama",)
 
 
 def name_of(directory: Path) -> str:
-    """Return `builtin:NAME` of the built-in model in `directory`, or ""."""
+    """Returns `builtin:NAME` of the built-in model in `directory`, or ""."""
     root = Path(__file__).resolve().parent
     path = directory.resolve()
     return f"builtin:{path.name}" if path.parent == root and path.name in MODELS else ""
 
 
 def model_path(name: str) -> Path:
-    """Return the directory of `builtin:name`; raises `InputError` if unknown or incomplete."""
+    """Returns the directory of `builtin:name`; raises `InputError` if unknown or incomplete."""
     if name not in MODELS:
         raise InputError(
             f"builtin:{name}: no such model in ftlevel.{did_you_mean(name, MODELS)}"

@@ -21,21 +21,21 @@ tied_names = attrgetter("all_tied_weights_keys")
 
 
 def model_classes(auto_class: str) -> Mapping[type, Any]:
-    """Return config class -> model class of `auto_class`; Funnel has a tuple."""
+    """Returns config class -> model class of `auto_class`; Funnel has a tuple."""
     import transformers
 
     return getattr(transformers, auto_class)._model_mapping
 
 
 def has_masked_lm(model_type: str) -> bool:
-    """Return whether models of this type have a masked-LM head in transformers."""
+    """Returns whether models of this type have a masked-LM head in transformers."""
     from transformers.models.auto import modeling_auto
 
     return model_type in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 
 def modules_in_float32(model: Any, dtype: torch.dtype) -> frozenset[str]:
-    """Return name parts of the modules that stay in float32 when `model` is loaded in `dtype`."""
+    """Returns name parts of the modules that stay in float32 when `model` is loaded in `dtype`."""
     if dtype == torch.float32:
         return frozenset()
     names = set(model._keep_in_fp32_modules_strict or ())
@@ -45,22 +45,22 @@ def modules_in_float32(model: Any, dtype: torch.dtype) -> frozenset[str]:
 
 
 def is_stateful(model: Any) -> bool:
-    """Return whether transformers marks the model as recurrent."""
+    """Returns whether transformers marks the model as recurrent."""
     return bool(getattr(model, "_is_stateful", False))  # set only in transformers' own classes
 
 
 def asks_for_attention(model_class: Any) -> bool:
-    """Return whether the class uses transformers' `AttentionInterface`."""
+    """Returns whether the class uses transformers' `AttentionInterface`."""
     return hasattr(sys.modules[model_class.__module__], "ALL_ATTENTION_FUNCTIONS")
 
 
 def eager_attention_of(module: Any) -> Any:
-    """Return the "eager" attention function of an attention module."""
+    """Returns the "eager" attention function of an attention module."""
     return sys.modules[type(module).__module__].eager_attention_forward
 
 
 def forget_renaming(model: Any, mapping: Mapping[str, str]) -> None:
-    """Make `save_pretrained` write the class's own names instead of `key_mapping`'s (mutated)."""
+    """Make `save_pretrained` write the class's own names instead of `key_mapping`'s (modified)."""
     model._weight_conversions = [
         conversion
         for conversion in model._weight_conversions
@@ -69,7 +69,7 @@ def forget_renaming(model: Any, mapping: Mapping[str, str]) -> None:
 
 
 def forget_gguf(model: Any) -> None:
-    """Remove .gguf quantization marks (mutated), with which `save_pretrained` refuses to run."""
+    """Remove .gguf quantization marks (modified), with which `save_pretrained` refuses to run."""
     for holder, names in (
         (model, ("hf_quantizer", "quantization_method", "is_quantized")),
         (model.config, ("quantization_config",)),
@@ -80,7 +80,7 @@ def forget_gguf(model: Any) -> None:
 
 
 def llama3_frequencies(config: Any) -> Tensor:
-    """Return the rotary frequencies of a config with rope_type llama3, `(head_dim / 2,)`."""
+    """Returns the rotary frequencies of a config with rope_type llama3, `(head_dim / 2,)`."""
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     stretched, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
@@ -96,7 +96,7 @@ _KIND = ("has_gate", "has_bias", "is_transposed", "has_post_expert_norm")
 
 
 def can_pack(module: Any) -> bool:
-    """Return whether 4-bit packing supports the experts: gated, no biases, whole blocks."""
+    """Returns whether 4-bit packing supports the experts: gated, no biases, whole blocks."""
     parameters: dict[str, Any] = getattr(module, "_parameters", {})
     experts = [parameters[name] for name in NAMES if parameters.get(name) is not None]
     if [tensor.dim() for tensor in experts] != [3, 3]:
@@ -107,7 +107,7 @@ def can_pack(module: Any) -> bool:
 
 
 def packable_experts(model: Any) -> Iterator[str]:
-    """Yield the names of the expert tensors of `model` that can be packed in 4 bits."""
+    """Yields the names of the expert tensors of `model` that can be packed in 4-bit."""
     for owner, module in model.named_modules():
         if can_pack(module):
             yield from (f"{owner}.{name}" for name in NAMES)

@@ -40,14 +40,14 @@ class Naming:
         self.names = model.state_dict()
 
     def __call__(self, key: str) -> tuple[str, str | None]:
-        """Return the model's name for `key`, and its converter pattern, if any."""
+        """Returns the model's name for `key`, and its converter pattern, if any."""
         name, pattern = rename_source_key(
             key, self._renamings, self._converters, self._model.base_model_prefix, self.names
         )
         return (key, None) if name not in self.names and key in self.names else (name, pattern)
 
     def tell_model(self) -> None:
-        """Store the conversions that were used in the model, as loading does (mutated)."""
+        """Store the conversions that were used in the model, as loading does (modified)."""
         self._model._weight_conversions = [
             conversion
             for conversion in self._conversions
@@ -58,7 +58,7 @@ class Naming:
 def convert(
     converter: Any, name: str, parts: Iterable[tuple[str, str, Tensor]], model: Any
 ) -> Tensor:
-    """Return the model tensor `name` from (name, pattern, tensor) parts in reading order."""
+    """Returns the model tensor `name` from (name, pattern, tensor) parts in reading order."""
     converter = copy.deepcopy(converter)
     for key, pattern, tensor in parts:
         converter.add_tensor(name, key, pattern, tensor)
@@ -67,12 +67,12 @@ def convert(
 
 
 def forget_conversions(model: Any) -> None:
-    """Make `save_pretrained` use the model's own names (mutated)."""
+    """Make `save_pretrained` use the model's own names (modified)."""
     model._weight_conversions = []
 
 
 def revert(model: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors that `save_pretrained` writes for the model's `tensors`."""
+    """Returns the tensors that `save_pretrained` writes for the model's `tensors`."""
     if not model._weight_conversions:
         return tensors
     return revert_weight_conversion(model, tensors)
@@ -94,7 +94,7 @@ class PlainReader(gguf.GGUFReader):
         self._plain = np.asarray(mapped)
 
     def _get_field_parts(self, orig_offs: int, raw_type: int) -> tuple[int, list[Any], Any, Any]:
-        """Return size, parts, value indices and types of a field, without gguf's recursion."""
+        """Returns size, parts, value indices and types of a field, without gguf's recursion."""
         if raw_type != _ARRAY or self.byte_order != "I":
             return super()._get_field_parts(orig_offs, raw_type)
         kind, count = struct.unpack_from("<IQ", self._plain.data, orig_offs)

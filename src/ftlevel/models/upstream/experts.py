@@ -38,12 +38,12 @@ def count_rows(experts: Tensor, number: int) -> list[int]:
 
 
 def share_evenly(experts: Tensor, number: int) -> list[int]:
-    """Return equal row counts, for tensors without values."""
+    """Returns equal row counts, for tensors without values."""
     return [len(experts) * (i + 1) // number - len(experts) * i // number for i in range(number)]
 
 
 def state_of(module: Any, name: str) -> Any:
-    """Return bitsandbytes' `QuantState` of a packed expert tensor."""
+    """Returns bitsandbytes' `QuantState` of a packed expert tensor."""
     return module.parametrizations[name][0].quant_state
 
 
@@ -54,7 +54,7 @@ def forward(
     top_k_weights: Tensor,
     count: Count = count_rows,
 ) -> Tensor:
-    """Return the output `(tokens, hidden)` of packed experts, as in transformers' own forward.
+    """Returns the output `(tokens, hidden)` of packed experts, as in transformers' own forward.
 
     Args:
         self: module of the experts.
@@ -77,7 +77,7 @@ def forward(
 
 
 def _multiply(module: Any, name: str, rows: Tensor, counts: list[int]) -> Tensor:
-    """Return the product of `rows`, sorted by expert, with each expert's tensor `name`."""
+    """Returns the product of `rows`, sorted by expert, with each expert's tensor `name`."""
     if not hasattr(module, "parametrizations"):  # unpacked tensors without values
         weights = getattr(module, name)
         products = [
@@ -97,7 +97,7 @@ def _multiply(module: Any, name: str, rows: Tensor, counts: list[int]) -> Tensor
 
 
 def _one_by_one(module: Any, name: str) -> Iterator[tuple[Tensor, Any]]:
-    """Yield the packed weight `(out · in / 2, 1)` and the state of each expert."""
+    """Yields the packed weight `(out · in / 2, 1)` and the state of each expert."""
     state = state_of(module, name)
     number, *shape = state.shape
     scales = state.absmax
@@ -110,7 +110,7 @@ def _one_by_one(module: Any, name: str) -> Iterator[tuple[Tensor, Any]]:
 
 
 def use_even_shares(config: Any) -> None:
-    """Assume equal rows per expert for a model without values (`config` is mutated)."""
+    """Assume equal rows per expert for a model without values (`config` is modified)."""
     config._experts_implementation = _EVEN
 
 
@@ -141,7 +141,7 @@ class ExpertsQuantizer(Bnb4BitHfQuantizer):
         self.states: dict[str, Any] = {}
 
     def param_needs_quantization(self, model: Any, param_name: str, **settings: Any) -> bool:
-        """Return whether the tensor belongs to a quantized linear layer or to packable experts."""
+        """Returns whether the tensor belongs to a quantized linear layer or to packable experts."""
         owner, _, name = param_name.rpartition(".")
         if name in NAMES:
             module = model.get_submodule(owner)
@@ -149,15 +149,15 @@ class ExpertsQuantizer(Bnb4BitHfQuantizer):
         return super().param_needs_quantization(model, param_name, **settings)
 
     def is_serializable(self) -> bool:
-        """Return False: packed experts cannot be reloaded."""
+        """Returns False: packed experts cannot be reloaded."""
         return False
 
     def get_quantize_ops(self) -> Any:
-        """Return the operation that packs a tensor."""
+        """Returns the operation that packs a tensor."""
         return _Pack(self, super().get_quantize_ops())
 
     def _process_model_after_weight_loading(self, model: Any, **settings: Any) -> Any:
-        """Switch packed experts to ftlevel's forward (`model` is mutated)."""
+        """Switch packed experts to ftlevel's forward (`model` is modified)."""
         for name, state in self.states.items():
             owner, _, last = name.rpartition(".")
             module = model.get_submodule(owner)
@@ -179,7 +179,7 @@ class _Pack(ConversionOps):
         self.quantizer, self.linears = quantizer, linears
 
     def convert(self, input_dict: dict[str, Any], **settings: Any) -> dict[str, Tensor]:
-        """Return the packed tensors by name."""
+        """Returns the packed tensors by name."""
         config = self.quantizer.quantization_config
         tensors: dict[str, Tensor] = {}
         for name, value in input_dict.items():

@@ -37,7 +37,7 @@ class FakeTensor(Tensor):
 
     @staticmethod
     def __new__(cls, shape_only: Tensor) -> FakeTensor:
-        """Return the fake of a meta tensor."""
+        """Returns the fake of a meta tensor."""
         fake_tensor: FakeTensor = Tensor._make_wrapper_subclass(
             cls,
             shape_only.size(),
@@ -50,7 +50,7 @@ class FakeTensor(Tensor):
         return fake_tensor
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]  # torch's
-        """Return shape and dtype."""
+        """Returns shape and dtype."""
         return f"FakeTensor({tuple(self.shape)}, {self.dtype})"
 
     @classmethod
@@ -93,11 +93,11 @@ class FakeTensor(Tensor):
 
 _Builder = Callable[[Sequence[Tensor]], Tensor]
 _BUILDERS: dict[Any, _Builder] = {}
-"""Cache: operation with shapes, dtypes and other arguments -> function that builds its result."""
+"""Cache: operation with shapes, dtypes and other arguments -> function that builds the result."""
 
 
 def _new_sparse(_: int, __: int, size: Any, indices: Any, values: Any, *___: Any) -> FakeTensor:
-    """Return a fake sparse tensor of `values`; the meta device does not support these."""
+    """Returns a fake sparse tensor of `values`; the meta device does not support these."""
     return _sparse_of(_inner(values), size, indices)
 
 
@@ -122,7 +122,7 @@ def _values_of(sparse: FakeTensor) -> FakeTensor:
 
 
 def _detached(tensor: FakeTensor) -> FakeTensor | None:
-    """Return a detached sparse tensor with its indices; None for other tensors."""
+    """Returns a detached sparse tensor with its indices; None for other tensors."""
     indices = getattr(tensor, "sparse_indices", None)
     return None if indices is None else _sparse_of(tensor.shape_only, tensor.size(), indices)
 
@@ -139,7 +139,7 @@ _CHANGES_SHAPE = {torch.ops.aten.resize_.default, torch.ops.aten.set_.source_Ten
 
 
 def _signature(value: Any, tensors: list[Tensor]) -> Any:
-    """Return the cache key of an argument, and append its tensors to `tensors`."""
+    """Returns the cache key of an argument, and append the tensors to `tensors`."""
     if isinstance(value, Tensor):
         tensors.append(value)
         position = next(at for at, one in enumerate(tensors) if one is value)
@@ -188,7 +188,7 @@ def _shape_of(tensor: Tensor) -> Tensor:
 
 
 def storage_of(tensor: Tensor) -> Any:
-    """Return the storage that `tensor` shares with its views, with its nominal size."""
+    """Returns the storage that `tensor` shares with its views, with its nominal size."""
     source = tensor.shape_only if isinstance(tensor, FakeTensor) else tensor
     return source.untyped_storage()
 
@@ -232,7 +232,7 @@ class OperationWatch(TorchDispatchMode, ABC):  # type: ignore[no-untyped-call]  
 
 
 def _as_positions(indices: Any) -> Iterator[Tensor | None]:
-    """Yield indices, with boolean masks, which have values, converted to positions."""
+    """Yields indices, with boolean masks, which have values, converted to positions."""
     for index in indices:
         if index is not None and index.dtype == torch.bool:
             yield from index.nonzero(as_tuple=True)
@@ -241,7 +241,7 @@ def _as_positions(indices: Any) -> Iterator[Tensor | None]:
 
 
 def fake_parameters(model: torch.nn.Module) -> None:
-    """Replace parameters and buffers of `model` by fakes (mutated); tied ones stay tied."""
+    """Replace parameters and buffers of `model` by fakes (modified); tied ones stay tied."""
     fakes: dict[int, tuple[Any, Any]] = {}
     for module in model.modules():
         for tensors in (module._parameters, module._buffers):
@@ -263,12 +263,12 @@ def _fake(tensor: Tensor) -> Tensor:
 
 
 def new_fake(shape: Any, dtype: torch.dtype) -> Tensor:
-    """Return a fake tensor on the CPU."""
+    """Returns a fake tensor on the CPU."""
     return FakeTensor(torch.empty(tuple(shape), dtype=dtype, device="meta"))
 
 
 def pack_fake(model: torch.nn.Module, dtype: torch.dtype, experts: Any = None) -> set[str]:
-    """Replace weights of bitsandbytes layers in `model` by fake packed ones (mutated).
+    """Replace weights of bitsandbytes layers in `model` by fake packed ones (modified).
 
     `dtype` is the dequantized dtype; `experts` is an `ExpertsConfig` or None. Returns module names.
     """
@@ -298,7 +298,7 @@ def pack_fake(model: torch.nn.Module, dtype: torch.dtype, experts: Any = None) -
 
 
 def _fake_state(shape: tuple[int, ...], kind: str, double: bool, dtype: torch.dtype) -> Any:
-    """Return a fake `QuantState` with blocks of 64, optionally doubly quantized."""
+    """Returns a fake `QuantState` with blocks of 64, optionally doubly quantized."""
     from bitsandbytes.functional import QuantState
 
     blocks = -(-math.prod(shape) // 64)
@@ -314,7 +314,7 @@ def _fake_state(shape: tuple[int, ...], kind: str, double: bool, dtype: torch.dt
 
 
 def _fake_codes(state: Any) -> Any:
-    """Return fake codes, two per byte, as a parameter."""
+    """Returns fake codes, two per byte, as a parameter."""
     shape = (-(-math.prod(state.shape) // 2), 1)
     weight: Any = Params4bit(torch.empty(shape, dtype=torch.uint8, device="meta"))
     weight.quant_state, weight._is_param = state, True
@@ -351,7 +351,7 @@ def _pack_8bit(module: Any) -> None:
 
 
 def packed_tensors(module: Any) -> Iterator[Tensor]:
-    """Yield all tensors of a module's fake packed weights."""
+    """Yields all tensors of a module's fake packed weights."""
     if hasattr(module, "parametrizations"):
         weights = [module.parametrizations[name].original for name in NAMES]
     else:

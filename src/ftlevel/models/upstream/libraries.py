@@ -21,7 +21,7 @@ _BYTES = 1 << 30
 def apply_template(
     turns: Sequence[Any], template: str, **settings: Any
 ) -> tuple[str, list[tuple[int, int]]]:
-    """Return the rendered chat, and assistant spans with `return_assistant_tokens_mask`.
+    """Returns the rendered chat, and assistant spans with `return_assistant_tokens_mask`.
 
     Raises:
         jinja2.TemplateError, ValueError, TypeError: the template rejects the turns.
@@ -43,7 +43,7 @@ def check_template(template: str) -> None:
 
 
 def shared_order() -> Any:
-    """Return accelerate's seeded sampler class, whose row order is the same in all processes."""
+    """Returns accelerate's seeded sampler class, whose row order is the same in all processes."""
     from accelerate.data_loader import SeedableRandomSampler
 
     return SeedableRandomSampler
@@ -63,7 +63,7 @@ def datasets_offline(enabled: bool) -> Iterator[None]:
 
 
 def leave_sharded(trainer: Any) -> None:
-    """Make Trainer (mutated) leave a sharded model unwrapped; call before the first step.
+    """Make Trainer (modified) leave a sharded model unwrapped; call before the first step.
 
     accelerate would otherwise wrap it in DDP, which does not support DTensors. Trainer's own option
     would disable checkpoints, which `training.sharding` writes.
@@ -72,7 +72,7 @@ def leave_sharded(trainer: Any) -> None:
 
 
 def use_one_gpu(arguments: Any) -> None:
-    """Make Trainer use one GPU per process instead of `nn.DataParallel` (mutated)."""
+    """Make Trainer use one GPU per process instead of `nn.DataParallel` (modified)."""
     arguments._n_gpu = min(arguments.n_gpu, 1)  # reading n_gpu initializes _n_gpu
 
 

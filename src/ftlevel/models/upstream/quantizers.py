@@ -30,7 +30,7 @@ def check_environment(stored: Mapping[str, Any], device: str) -> None:
 
 
 def prepare_quantized(model: Any, quantization: Any, *, pre_quantized: bool) -> Any:
-    """Replace linear layers of `model` as transformers does (mutated); return the quantizer."""
+    """Replace linear layers of `model` as transformers does (modified); return the quantizer."""
     from transformers.quantizers.auto import AutoHfQuantizer
 
     quantizer = AutoHfQuantizer.from_config(quantization, pre_quantized=pre_quantized)
@@ -39,7 +39,7 @@ def prepare_quantized(model: Any, quantization: Any, *, pre_quantized: bool) -> 
 
 
 def replaced_linears(model: Any, quantization: Any, *, pre_quantized: bool) -> dict[str, bool]:
-    """Return the layers of `model` (mutated) that bitsandbytes replaces -> whether a Conv1D."""
+    """Returns the layers of `model` (modified) that bitsandbytes replaces -> whether a Conv1D."""
     from transformers.pytorch_utils import Conv1D
 
     prepare_quantized(model, quantization, pre_quantized=pre_quantized)
@@ -51,7 +51,7 @@ def replaced_linears(model: Any, quantization: Any, *, pre_quantized: bool) -> d
 
 
 def quantize_shape(model: Any, quantization: Any) -> None:
-    """Quantize `model` on the meta device, without codes (mutated).
+    """Quantize `model` on the meta device, without codes (modified).
 
     Biases get their loaded dtype, and 4-bit weights become plain parameters, because they cannot be
     copied on the meta device, as DoRA does.
@@ -72,7 +72,7 @@ def quantize_shape(model: Any, quantization: Any) -> None:
 
 
 def torchao_linears(model: Any, quantization: Any) -> list[str]:
-    """Return the linear layers of `model` (mutated) that transformers quantizes with torchao."""
+    """Returns the linear layers of `model` (modified) that transformers quantizes with torchao."""
     quantizer = prepare_quantized(model, quantization, pre_quantized=False)
     return [
         name
@@ -85,7 +85,7 @@ def torchao_linears(model: Any, quantization: Any) -> list[str]:
 def pack_torchao(
     key: str, weight: Tensor, quantization: Any
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Return the stored tensors of the weight `key`, and its entry in the file's metadata."""
+    """Returns the stored tensors of the weight `key`, and its entry in the file's metadata."""
     from torchao.prototype.safetensors.safetensors_support import flatten_tensor_state_dict
     from torchao.quantization import quantize_
 
@@ -97,9 +97,9 @@ def pack_torchao(
 
 
 def keep_trainable_layout(model: torch.nn.Module) -> int:
-    """Keep 4-bit layers trainable on AVX512-BF16 CPUs; return their number (mutated).
+    """Keep 4-bit layers trainable on AVX512-BF16 CPUs; return their number (modified).
 
-    In eval mode without gradients, `bitsandbytes.nn.Linear4bit` repacks its weight into a layout
+    In eval mode without gradients, `bitsandbytes.nn.Linear4bit` repacks the weight into a layout
     without autograd; gradients and merging are then silently wrong. Call after every 4-bit load.
     """
     bnb = sys.modules.get("bitsandbytes")
@@ -112,7 +112,7 @@ def keep_trainable_layout(model: torch.nn.Module) -> int:
 
 
 def cast_unquantized(model: Any, dtype: torch.dtype) -> None:
-    """Cast the unquantized tensors of a bitsandbytes model to `dtype` (mutated).
+    """Cast the unquantized tensors of a bitsandbytes model to `dtype` (modified).
 
     Modules that transformers keeps in float32 are not cast.
     """
@@ -126,14 +126,14 @@ def cast_unquantized(model: Any, dtype: torch.dtype) -> None:
 
 
 def four_bit_values(quant_type: str) -> Tensor:
-    """Return the 16 values of nf4 or fp4, ordered by code."""
+    """Returns the 16 values of nf4 or fp4, ordered by code."""
     from bitsandbytes.functional import get_4bit_type
 
     return get_4bit_type(quant_type, device="cpu")
 
 
 def scales_of(weight: Any) -> Iterator[Tensor]:
-    """Yield the scales of a bitsandbytes weight; with double quantization, some are codes."""
+    """Yields the scales of a bitsandbytes weight; with double quantization, some are codes."""
     state = getattr(weight, "quant_state", None)  # 4 bits
     while state is not None:
         yield state.absmax.detach()
@@ -144,14 +144,14 @@ def scales_of(weight: Any) -> Iterator[Tensor]:
 
 
 def can_train_4bit(linear: Any) -> bool:
-    """Return whether a `Linear4bit` has its compute dtype and its trainable layout."""
+    """Returns whether a `Linear4bit` has its compute dtype and its trainable layout."""
     state = getattr(linear.weight, "quant_state", None)
     packed = getattr(state, "packing_format_for_cpu", False)
     return state is not None and not packed and bool(linear.compute_type_is_set)
 
 
 def can_train_8bit(linear: Any) -> bool:
-    """Return whether a CPU `Linear8bitLt` computes with dequantized weights, and has its scales."""
+    """Returns whether a CPU `Linear8bitLt` computes with dequantized weights and has scales."""
     if linear.weight.device.type != "cpu" or linear.state.has_fp16_weights:
         return False
     if linear.weight.CB is not None:
@@ -160,13 +160,13 @@ def can_train_8bit(linear: Any) -> bool:
 
 
 def dequantize_8bit(linear: Any, dtype: torch.dtype) -> Tensor:
-    """Return the weight `(out, in)`, as in bitsandbytes; call only after `can_train_8bit`."""
+    """Returns the weight `(out, in)`, as in bitsandbytes; call only after `can_train_8bit`."""
     state = linear.state
     return state.CB.to(dtype, copy=True).mul_(state.SCB.unsqueeze(1).mul(1.0 / 127.0))
 
 
 def dequantized(linear: Any) -> Tensor:
-    """Return the float32 weight `(out, in)` of a bitsandbytes layer before its first forward."""
+    """Returns the float32 weight `(out, in)` of a bitsandbytes layer before the first forward."""
     import bitsandbytes.functional as bnb
 
     if (state := getattr(linear.weight, "quant_state", None)) is not None:
@@ -177,7 +177,7 @@ def dequantized(linear: Any) -> Tensor:
 
 
 def carry_quant_states(module: torch.nn.Module, inside: Sequence[torch.nn.Module]) -> None:
-    """Keep quantization states of 4-bit layers in `module` across FSDP2 sharding (mutated).
+    """Keep quantization states of 4-bit layers in `module` across FSDP2 sharding (modified).
 
     FSDP2 gathers weights as plain parameters, but bitsandbytes 0.50 reads the scales from the
     weight, and PEFT checks its class. A forward pre-hook restores both. Layers in `inside` are
@@ -216,7 +216,7 @@ _SCALES = 256  # scales per second-level scale
 class PackedWeight:
     """A stored weight that each process reads and quantizes in part.
 
-    `linear` receives the scales (mutated); `transposed` files have `(in, out)`, as in Conv1D.
+    `linear` receives the scales (modified); `transposed` files have `(in, out)`, as in Conv1D.
     """
 
     def __init__(self, stored: StoredWeight, linear: Any, transposed: bool) -> None:
@@ -226,7 +226,7 @@ class PackedWeight:
         self._scales_packed: bool = linear.weight.compress_statistics
 
     def part(self, like: DTensor) -> DTensor:
-        """Return this process's shard, sharded like `like`; a collective operation."""
+        """Returns this process's shard, sharded like `like`; a collective operation."""
         import bitsandbytes.functional as bnb
 
         start, end = rows_of(like)
@@ -249,14 +249,14 @@ class PackedWeight:
         )
 
     def _numbers(self, first: int, last: int) -> Tensor:
-        """Return the values `first` to `last` (exclusive) of the flattened `(out, in)` weight."""
+        """Returns the values `first` to `last` (exclusive) of the flattened `(out, in)` weight."""
         width = self._shape[1]
         first_row = first // width
         rows = self._stored.rows(first_row, -(-last // width), transposed=self._transposed)
         return rows.flatten()[first - first_row * width : last - first_row * width]
 
     def _state(self, scales: Tensor) -> Any:
-        """Return bitsandbytes' `QuantState` for all `scales`."""
+        """Returns bitsandbytes' `QuantState` for all `scales`."""
         import bitsandbytes.functional as bnb
 
         settings = {
@@ -276,9 +276,9 @@ class PackedWeight:
 def pack_unread(
     model: Any, quantization: Any, unread: MutableMapping[nn.Parameter, Unread]
 ) -> None:
-    """Replace linear layers of a CPU `model` by 4-bit ones that are read later (mutated).
+    """Replace linear layers of a CPU `model` by 4-bit ones that are read later (modified).
 
-    `unread` maps parameters to stored weights (mutated).
+    `unread` maps parameters to stored weights (modified).
     """
     import bitsandbytes
 

@@ -2,7 +2,7 @@
 
 Until a model is sharded, unread weights are memory-mapped file tensors, or expanded NaN if the
 dtype differs, so that accidental use is visible. Distributed checkpoints are safetensors files such
-as shard-00001-model-00001-of-00001; each records its rows, so the number of processes can change.
+as shard-00001-model-00001-of-00001; each records the rows, so the number of processes can change.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class PartsWriter:
             save(parts, storage_writer=writer, process_group=self._group)
 
     def then(self, act: Callable[[], None]) -> None:
-        """Run `act` after all processes finish the writes started before."""
+        """Run `act` after all processes finish the pending writes."""
         before = self._futures[-1]
 
         def follow() -> None:
@@ -107,7 +107,7 @@ def _naming_failures() -> Iterator[None]:
 
 
 def read_parts(tensors: Mapping[str, Tensor], directory: Path) -> None:
-    """Fill `tensors` (mutated) with this process's part of the checkpoint in `directory`."""
+    """Fill `tensors` (modified) with this process's part of the checkpoint in `directory`."""
     reader = HuggingFaceStorageReader(str(directory))
     load(_distinct(tensors), storage_reader=reader)
 
@@ -146,7 +146,7 @@ def merge_shards(directory: Path, out: Path) -> None:
 
 
 def _distinct(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return each tensor once, by its first name."""
+    """Returns each tensor once, by the first name."""
     names: dict[int, str] = {}
     for name, tensor in tensors.items():
         names.setdefault(id(tensor), name)
@@ -156,7 +156,7 @@ def _distinct(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def parts_of_state(
     state: Mapping[int, Mapping[str, Any]],
 ) -> tuple[dict[str, DTensor], dict[int, dict[str, Any]]]:
-    """Return the sharded tensors of an optimizer state by name, and the rest."""
+    """Returns the sharded tensors of an optimizer state by name, and the rest."""
     parts = {
         _OF.format(number=number, name=name): value
         for number, values in state.items()
@@ -173,7 +173,7 @@ def parts_of_state(
 def read_state(
     rest: Mapping[int, Mapping[str, Any]], parameters: list[Tensor], directory: Path
 ) -> dict[int, dict[str, Any]]:
-    """Read the optimizer state from `rest`, ordered `parameters` and the checkpoint."""
+    """Load the optimizer state from `rest`, ordered `parameters` and the checkpoint."""
     stored: Any = HuggingFaceStorageReader(str(directory)).read_metadata()
     state = {number: dict(values) for number, values in rest.items()}
     parts = {}
@@ -192,17 +192,17 @@ def read_state(
 
 
 def local_shard(tensor: Tensor) -> Tensor:
-    """Return the local shard of `tensor`."""
+    """Returns the local shard of `tensor`."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """Return the full tensor; a collective operation."""
+    """Returns the full tensor; a collective operation."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def part_of(all_of_it: Tensor, like: Tensor) -> Tensor:
-    """Return the rows of `all_of_it` that this process has of `like`, of the same shape."""
+    """Returns the rows of `all_of_it` that this process has of `like`, of the same shape."""
     if not isinstance(like, DTensor):
         return all_of_it
     start, end = rows_of(like)
@@ -210,7 +210,7 @@ def part_of(all_of_it: Tensor, like: Tensor) -> Tensor:
 
 
 def rows_of(tensor: DTensor) -> tuple[int, int]:
-    """Return the row range `[start, end)` of this process, split like torch.chunk; may be empty."""
+    """Returns the rows `[start, end)` of this process, split like torch.chunk; may be empty."""
     rows, mesh = tensor.shape[0], tensor.device_mesh
     each, rank = -(-rows // mesh.size()), mesh.get_local_rank()
     return min(rank * each, rows), min((rank + 1) * each, rows)
@@ -229,11 +229,11 @@ class StoredWeight:
         self._placeholder: Tensor | None = None
 
     def __getitem__(self, everything: Any) -> StoredWeight:
-        """Return itself, for the loader's `[...]`."""
+        """Returns itself, for the loader's `[...]`."""
         return self
 
     def to(self, *, device: Any, dtype: torch.dtype) -> Tensor:
-        """Return a placeholder in `dtype`, which is the real tensor if the file has that dtype."""
+        """Returns a placeholder in `dtype`, which is the real tensor if the file has that dtype."""
         del device  # always on the CPU
         placeholder = self._rows(slice(None))
         if placeholder.dtype != dtype:
@@ -242,12 +242,12 @@ class StoredWeight:
         return placeholder
 
     def _rows(self, rows: Any) -> Tensor:
-        """Return `rows`, memory-mapped from the file."""
+        """Returns `rows`, memory-mapped from the file."""
         with safe_open(str(self._path), framework="pt") as file:
             return file.get_slice(self._key)[rows]
 
     def is_in(self, parameter: Tensor) -> bool:
-        """Return whether `parameter` is the placeholder of this weight."""
+        """Returns whether `parameter` is the placeholder of this weight."""
         return (
             self._placeholder is not None and self._placeholder.data_ptr() == parameter.data_ptr()
         )
@@ -258,7 +258,7 @@ class StoredWeight:
         return (self._rows(slice(0)) if self._placeholder is None else self._placeholder).dtype
 
     def whole(self, dtype: torch.dtype) -> Tensor:
-        """Return the full weight, cast as by the loader and then to `dtype`."""
+        """Returns the full weight, cast as by the loader and then to `dtype`."""
         return self._rows(slice(None)).to(self.dtype, copy=True).to(dtype)
 
     def rows(self, first: int, last: int, *, transposed: bool = False) -> Tensor:
@@ -267,7 +267,7 @@ class StoredWeight:
         return (rows.T if transposed else rows).to(self.dtype).contiguous()
 
     def part(self, like: DTensor) -> DTensor:
-        """Return the weight sharded like `like`, reading only this process's rows."""
+        """Returns the weight sharded like `like`, reading only this process's rows."""
         rows = self._rows(slice(*rows_of(like)))
         shard = rows.to(like.device_mesh.device_type, like.dtype, copy=True)
         return DTensor.from_local(
@@ -279,7 +279,7 @@ class Unread(Protocol):
     """An unread weight."""
 
     def part(self, like: DTensor) -> DTensor:
-        """Return the weight sharded like `like`; a collective operation."""
+        """Returns the weight sharded like `like`; a collective operation."""
 
 
 class UnreadWeights:
@@ -344,11 +344,11 @@ class UnreadWeights:
         return model, info
 
     def read(self, model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-        """Yield the names and parameters of `model` that are already read."""
+        """Yields the names and parameters of `model` that are already read."""
         return (pair for pair in model.named_parameters() if pair[1] not in self.weights)
 
     def fill(self, model: nn.Module, base_name: Callable[[str], str]) -> list[str]:
-        """Read the weights that `model` (mutated) trains; return tensors computed without them.
+        """Load the weights that `model` (modified) trains; return tensors computed without them.
 
         `base_name` maps a tensor name in the model to that in the base. Returned tensors are NaN.
         """
@@ -374,7 +374,7 @@ class UnreadWeights:
     def put_aside(
         self, parts: Sequence[nn.Module], keep: Collection[nn.Parameter]
     ) -> Callable[[], None]:
-        """Replace weights of `parts` (mutated) that are not read yet by meta tensors.
+        """Replace weights of `parts` (modified) that are not read yet by meta tensors.
 
         Call it before sharding. Weights in `keep` stay. Returns a function that, after
         sharding, reads only the rows of each weight that belong to this process.
@@ -403,7 +403,7 @@ class UnreadWeights:
 
 
 def _files(directory: Path) -> list[Path]:
-    """Return the checkpoint files in `directory`, as `from_pretrained` finds them."""
+    """Returns the checkpoint files in `directory`, as `from_pretrained` finds them."""
     if (directory / _ONE_FILE).is_file():
         return [directory / _ONE_FILE]
     index = json.loads((directory / _INDEX).read_text(encoding="utf-8"))

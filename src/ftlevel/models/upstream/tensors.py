@@ -23,7 +23,7 @@ version_of = attrgetter("_version")
 
 
 def cast_together(tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    """Return `tensors` in `dtype`; on a GPU they are cast by one kernel."""
+    """Returns `tensors` in `dtype`; on a GPU they are cast by one kernel."""
     if not tensors[0].is_cuda or any(tensor.dtype == dtype for tensor in tensors):
         return [tensor.to(dtype) for tensor in tensors]
     results = [torch.empty_like(tensor, dtype=dtype) for tensor in tensors]
@@ -32,36 +32,36 @@ def cast_together(tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
 
 
 def is_in_backward() -> bool:
-    """Return whether this thread is in a backward pass, including recomputation."""
+    """Returns whether this thread is in a backward pass, including recomputation."""
     return bool(torch._C._current_graph_task_id() >= 0)
 
 
 def order_of(node: Any) -> int:
-    """Return the sequence number of an autograd node, increasing with creation time per thread."""
+    """Returns the sequence number of an autograd node, increasing with creation time per thread."""
     return int(node._sequence_nr())
 
 
 def inner_tensors(tensor: Tensor) -> list[Tensor]:
-    """Return the tensors of a torchao tensor subclass; empty for a plain tensor."""
+    """Returns the tensors of a torchao tensor subclass; empty for a plain tensor."""
     if not hasattr(tensor, "__tensor_flatten__"):
         return []
     return [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]]
 
 
 def direct_tensors(module: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the writable dicts of the parameters and buffers of `module` itself."""
+    """Returns the writable dicts of the parameters and buffers of `module` itself."""
     return module._parameters, module._buffers
 
 
 def copy_module(module: nn.Module) -> nn.Module:
-    """Return a shallow copy of `module` whose children can be replaced."""
+    """Returns a shallow copy of `module` whose children can be replaced."""
     copied = copy.copy(module)
     copied._modules = dict(module._modules)
     return copied
 
 
 def is_watched(module: nn.Module) -> bool:
-    """Return whether `module` has hooks, such as an observer's or offloading's."""
+    """Returns whether `module` has hooks, such as an observer's or offloading's."""
     return bool(
         module._forward_hooks
         or module._forward_pre_hooks
@@ -72,6 +72,6 @@ def is_watched(module: nn.Module) -> bool:
 
 
 def cpu_has(instructions: Literal["amx_tile", "avx512_bf16"]) -> bool:
-    """Return whether torch detects these CPU instructions; False if it cannot tell."""
+    """Returns whether torch detects these CPU instructions; False if it cannot tell."""
     check = getattr(torch.cpu, f"_is_{instructions}_supported", None)
     return check is not None and bool(check())

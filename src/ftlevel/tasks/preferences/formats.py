@@ -87,7 +87,7 @@ class LabeledAnswer:
 
 
 def join_turns(turns: Sequence[Message]) -> str:
-    """Return `turns` as one text, without role names for a single turn."""
+    """Returns `turns` as one text, without role names for a single turn."""
     if len(turns) == 1:
         return turns[0].content
     return "\n".join(f"{turn.role}: {turn.content}" for turn in turns)
@@ -190,7 +190,7 @@ def _with_system(roles: RoleValues, prompt: Turns) -> Turns:
 
 
 def _prompt(roles: RoleValues) -> Turns:
-    """Return the turns before the answers; empty if the answers contain them."""
+    """Returns the turns before the answers; empty if the answers contain them."""
     for role in ("messages", "prompt", "question"):
         if role in roles:
             value = roles.get(role)
@@ -206,7 +206,7 @@ def _prompt(roles: RoleValues) -> Turns:
 
 
 def _answer(roles: RoleValues, role: str, value: object) -> Turns:
-    """Return the turns of an answer: a text, one or more turns, or a conversation."""
+    """Returns the turns of an answer: a text, one or more turns, or a conversation."""
     name = roles.columns.get(role, role)
     if isinstance(value, dict):
         value = [value]
@@ -220,7 +220,7 @@ def _answer(roles: RoleValues, role: str, value: object) -> Turns:
 
 
 def _hh_turns(text: str) -> list[Message]:
-    """Return the turns of a text in HH-RLHF's format; empty for other texts."""
+    """Returns the turns of a text in HH-RLHF's format; empty for other texts."""
     if not text.startswith("\n\nHuman:"):
         return []
     pieces = _HH.split(text)[1:]
@@ -237,7 +237,7 @@ def _hh_turns(text: str) -> list[Message]:
 
 
 def _same(one: Turns, other: Turns) -> bool:
-    """Return whether two prompts are equal apart from a system turn."""
+    """Returns whether two prompts are equal apart from a system turn."""
     contents = [[t.content for t in turns if t.role != "system"] for turns in (one, other)]
     return contents[0] == contents[1]
 
@@ -253,7 +253,7 @@ def _two(roles: RoleValues) -> tuple[object, object]:
 
 
 def _best_and_worst(roles: RoleValues) -> tuple[object, object, tuple[float, ...]]:
-    """Return the best and worst of several answers by rank or score, and their scores."""
+    """Returns the best and worst of several answers by rank or score, and their scores."""
     value, column = roles.get("ranked"), roles.columns["ranked"]
     if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
         raise UnusableRowError(

@@ -57,7 +57,7 @@ class AnswerLikelihoods:
         return self.sums - self.reference
 
     def every_other(self, first: int) -> AnswerLikelihoods:
-        """Return every second answer, starting at index `first`."""
+        """Returns every second answer, starting at index `first`."""
         index = slice(first, None, 2)
         return AnswerLikelihoods(self.sums[index], self.counts[index], self.reference[index])
 
@@ -78,7 +78,7 @@ class PairLossParameters:
 
     @classmethod
     def of(cls, settings: PreferenceConfig, smoothing: float) -> PairLossParameters:
-        """Return the hyperparameters of a configuration."""
+        """Returns the hyperparameters of a configuration."""
         sums = settings.ipo_ratios == "sum"
         return cls(settings.effective_beta, smoothing, settings.margin, sums)
 
@@ -88,19 +88,19 @@ PairLoss = Callable[[AnswerLikelihoods, AnswerLikelihoods, PairLossParameters], 
 
 
 def log_sigmoid(value: Tensor) -> Tensor:
-    """Return log σ."""
+    """Returns log σ."""
     from torch.nn import functional
 
     return functional.logsigmoid(value)
 
 
 def _reward(good: AnswerLikelihoods, bad: AnswerLikelihoods, p: PairLossParameters) -> Tensor:
-    """Return βh."""
+    """Returns βh."""
     return p.beta * (good.ratios - bad.ratios)
 
 
 def _mean_difference(good: AnswerLikelihoods, bad: AnswerLikelihoods) -> Tensor:
-    """Return h̄."""
+    """Returns h̄."""
     return good.ratios / good.counts - bad.ratios / bad.counts
 
 
@@ -122,7 +122,7 @@ def _ipo(good: AnswerLikelihoods, bad: AnswerLikelihoods, p: PairLossParameters)
 
 
 def log_odds(mean: Tensor) -> Tensor:
-    """Return log p/(1 - p) of p = exp(mean), finite up to p = 1.
+    """Returns log p/(1 - p) of p = exp(mean), finite up to p = 1.
 
     log(1 - exp x) is log(-expm1 x) for x near 0 and log1p(-exp x) elsewhere (Mächler, 2012).
     """
@@ -156,7 +156,7 @@ def kto(
     beta: float,
     weights: tuple[float, float],
 ) -> Tensor:
-    """Return the KTO loss of each answer.
+    """Returns the KTO loss of each answer.
 
     `good` and the detached `baseline` z are `(answers,)`; `weights` are λ of desirable and other
     answers.
@@ -171,7 +171,7 @@ def kto(
 
 
 def bradley_terry(good: Tensor, bad: Tensor, margins: Tensor, center: float) -> Tensor:
-    """Return the reward loss of each pair, `(pairs,)`."""
+    """Returns the reward loss of each pair, `(pairs,)`."""
     return center * (good + bad).square() - log_sigmoid(good - bad - margins)
 
 
@@ -181,7 +181,7 @@ _PAIR, _JUDGED = ("chosen", "rejected"), ("desirable", "undesirable")
 
 
 def metric_names(*, paired: bool, referenced: bool) -> tuple[str, ...]:
-    """Return the metric names of paired or single answers, with or without a reference."""
+    """Returns the metric names of paired or single answers, with or without a reference."""
     groups = _PAIR if paired else _JUDGED
     kinds = ("logp", "length", *(("reward", "ref_logp") if referenced else ()))
     names = [f"{kind}_{group}" for kind in kinds for group in groups]
@@ -207,7 +207,7 @@ class PreferenceMeter:
         self._seen.append(torch.stack(columns, dim=1).cpu().double().numpy())
 
     def pool(self, meters: Sequence[PreferenceMeter]) -> PreferenceMeter:
-        """Return a meter of the answers of all `meters`."""
+        """Returns a meter of the answers of all `meters`."""
         pooled = PreferenceMeter(self._objective)
         pooled._seen = [index for meter in meters for index in meter._seen]
         return pooled
@@ -234,7 +234,7 @@ class PreferenceMeter:
         return {name: value for name, value in metrics.items() if not math.isnan(value)}
 
     def _compare(self, good: np.ndarray, bad: np.ndarray) -> dict[str, float]:
-        """Return the metrics of pairs."""
+        """Returns the metrics of pairs."""
         length = (good[:, 2] > bad[:, 2]) + 0.5 * (good[:, 2] == bad[:, 2])
         metrics = {
             "logp_accuracy": _mean(good[:, 1] > bad[:, 1]),
@@ -247,7 +247,7 @@ class PreferenceMeter:
         return metrics
 
     def describe(self, names: Sequence[str]) -> dict[str, Any]:
-        """Return the rewards and log-likelihoods of the answers of an example."""
+        """Returns the rewards and log-likelihoods of the answers of an example."""
         return {name: round(value, 4) for name, value in self.compute(math.nan).items()}
 
 
@@ -281,11 +281,11 @@ class Preferences(LikelihoodObjective):
         return Tokens("perplexity", self.feeds_labels, self.shifted)
 
     def locate(self, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Return where targets are predicted in the flattened `(batch, seq)`, and the targets."""
+        """Returns where targets are predicted in the flattened `(batch, seq)`, and the targets."""
         return self.of_tokens.locate(labels)
 
     def answers(self, each: Tensor, labels: Tensor) -> Tensor:
-        """Return `(answers, 2)`: log-likelihood (weighted in ld-dpo) and number of tokens."""
+        """Returns `(answers, 2)`: log-likelihood (weighted in ld-dpo) and number of tokens."""
         import torch
 
         at, _ = self.locate(labels)
@@ -300,7 +300,7 @@ class Preferences(LikelihoodObjective):
         return torch.stack([zeros.index_add(0, owners, each), counts], dim=1)
 
     def preference_sum(self, answers: Tensor, verdicts: Tensor, *, training: bool) -> Tensor:
-        """Return the loss summed over pairs or answers (a scalar).
+        """Returns the loss summed over pairs or answers (a scalar).
 
         In training with `nll_mean: token` it is `(2,)`: the pair loss and the token loss of the
         preferred answers, which have different divisors.
@@ -331,7 +331,7 @@ class Preferences(LikelihoodObjective):
         return torch.tensor(rows, device=labels.device)
 
     def training_count(self, labels: Tensor, loss: TrainingLoss) -> Tensor:
-        """Return the number of pairs; with `nll_mean: token` `(2,)`, also of preferred tokens."""
+        """Returns the number of pairs; with `nll_mean: token` `(2,)`, also of preferred tokens."""
         import torch
 
         count = self.count(labels)
@@ -341,11 +341,11 @@ class Preferences(LikelihoodObjective):
         return torch.stack([count, preferred.ne(IGNORED).sum()])
 
     def targets(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Return logits and labels of the answers' tokens."""
+        """Returns logits and labels of the answers' tokens."""
         return self.of_tokens.targets(logits, labels)
 
     def loss_sum(self, logits: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
-        """Return the summed negative log-likelihood, used for batches without verdicts."""
+        """Returns the summed negative log-likelihood, used for batches without verdicts."""
         return self.of_tokens.loss_sum(logits, labels, mask)
 
     @property
@@ -399,11 +399,11 @@ class Preferences(LikelihoodObjective):
         return warnings
 
     def meter(self) -> Meter:
-        """Return a `PreferenceMeter`."""
+        """Returns a `PreferenceMeter`."""
         return PreferenceMeter(self)
 
     def rewards(self, answers: Tensor, verdicts: Tensor) -> Tensor:
-        """Return the implicit reward of each answer, `(answers,)`."""
+        """Returns the implicit reward of each answer, `(answers,)`."""
         answered = AnswerLikelihoods(answers[:, 0], answers[:, 1], verdicts[:, 1])
         by_token = self.settings.loss in ("simpo", "orpo", "dpo-norm") or (
             self.settings.loss == "ipo" and self.settings.ipo_ratios == "mean"

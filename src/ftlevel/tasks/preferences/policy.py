@@ -52,7 +52,7 @@ class AnswerTask(BaseTask):
     scored: ClassVar[bool] = False
 
     def configured(self, options: Mapping[str, Any]) -> AnswerTask:
-        """Return the task with the loss of a configuration or model card."""
+        """Returns the task with the loss of a configuration or model card."""
         values = dict(options.get("preference", {}))
         smoothing = values.pop("smoothing", 0.0)
         settings = PreferenceConfig(**values)
@@ -93,11 +93,11 @@ class AnswerTask(BaseTask):
     def read_columns(
         self, format_: Format, table: Table, config: DataConfig
     ) -> tuple[Format, list[Choice]]:
-        """Read the format unchanged."""
+        """Load the format unchanged."""
         return format_, []
 
     def prompt_format(self, format_: Format, kind: str, tokenizer: Any) -> PromptFormat | None:
-        """Return the prompt format for models of `kind`."""
+        """Returns the prompt format for models of `kind`."""
         return choose_format(tokenizer, kind, self.instruction, self.answer_cue)
 
     def encode_as(
@@ -119,19 +119,19 @@ class AnswerTask(BaseTask):
         return encoder.fit_targets(fitted, table) if seq2seq else fitted
 
     def check_rows(self, rows: Sequence[Encoded]) -> Mapping[str, Mask]:
-        """Return pairs with equal answers, and pairs that contradict an earlier one."""
+        """Returns pairs with equal answers, and pairs that contradict a previous one."""
         return check_pairs(rows)
 
     def check_examples(self, examples: Sequence[Any]) -> Sequence[tuple[str, int, str]]:
-        """Return findings about the labels of the whole set."""
+        """Returns findings about the labels of the whole set."""
         return check_answers(examples, self.settings.loss or "dpo")
 
     def facts(self, loaded: LoadedExamples) -> Mapping[str, Any]:
-        """Return the loss and its hyperparameters."""
+        """Returns the loss and its hyperparameters."""
         return {"preference": self.options}
 
     def describe_rows(self, loaded: LoadedExamples, facts: Mapping[str, Any]) -> list[Choice]:
-        """Return the number of targets, and the loss."""
+        """Returns the number of targets, and the loss."""
         values = {name: value for name, value in self.options.items() if name not in _HIDDEN}
         if "beta" in values:
             values["beta"] = self.settings.effective_beta
@@ -153,11 +153,11 @@ class AnswerTask(BaseTask):
         return values | ({"smoothing": self.smoothing} if self.settings.facts.smoothed else {})
 
     def card_options(self, config: DataConfig, facts: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the loss and its hyperparameters."""
+        """Returns the loss and its hyperparameters."""
         return {"preference": facts["preference"]}
 
     def synthetic_row(self, ids: list[int], row: int) -> Encoded:
-        """Return a synthetic row: three quarters of `ids` as prompt, the rest as answers."""
+        """Returns a synthetic row: three quarters of `ids` as prompt, the rest as answers."""
         prompt, reference = len(ids) - max(1, len(ids) // 4), () if self.scored else (0.0, 0.0)
         labels, answer = ([IGNORED] * prompt + ids[prompt:]), ids[: len(ids) - prompt]
         if not self.settings.facts.paired:
@@ -168,7 +168,7 @@ class AnswerTask(BaseTask):
         return replace(pair, reference=reference)
 
     def show_label(self, row: Encoded, names: Sequence[str]) -> str:
-        """Return the token ranges of prompt and answers, or the label."""
+        """Returns the token ranges of prompt and answers, or the label."""
         if isinstance(row, PairRow):
             first = row.prompt + row.chosen
             return (
@@ -189,7 +189,7 @@ class PreferenceTask(AnswerTask, TextTask):
     def card_defaults(
         self, source: ModelSource, model_config: Any, tokenizer: Any, kind: str
     ) -> dict[str, Any]:
-        """Return the defaults without a model card: the prompt format, DPO without a reference."""
+        """Returns the defaults without a model card: the prompt format, DPO without a reference."""
         alone = {"preference": {"loss": "dpo", "reference": "none"}}
         return {**super().card_defaults(source, model_config, tokenizer, kind), "options": alone}
 
@@ -205,7 +205,7 @@ class PreferenceTask(AnswerTask, TextTask):
     def finish_data(
         self, prepared: PreparedData, config: DataConfig, context: EncodingContext
     ) -> PreparedData:
-        """Return `prepared` with contrast answers, if the loss is kto."""
+        """Returns `prepared` with contrast answers, if the loss is kto."""
         if self.settings.loss != "kto":
             return prepared
         max_length, held_out = prepared.max_length, prepared.validation
@@ -218,19 +218,19 @@ class PreferenceTask(AnswerTask, TextTask):
     def evaluation_rows(
         self, rows: Sequence[Encoded], config: DataConfig, context: EncodingContext
     ) -> Sequence[Encoded]:
-        """Return rows with contrast answers, if the loss is kto."""
+        """Returns rows with contrast answers, if the loss is kto."""
         if self.settings.loss != "kto":
             return rows
         return ContrastedRows(rows, max(row.length for row in rows))
 
     def with_reference(self, rows: Sequence[Encoded], reference: Any) -> Sequence[Encoded]:
-        """Return `rows` with reference log-probabilities `(rows, 2)`; None for no reference."""
+        """Returns `rows` with reference log-probabilities `(rows, 2)`; None for no reference."""
         return ReferencedRows(rows, reference)
 
     def show_targets(
         self, row: Encoded, names: Sequence[str], kind: str, decoder: TokenDecoder
     ) -> list[str | None]:
-        """Return the target at each token; the first token of each answer shows its label."""
+        """Returns the target at each token; the first token of each answer shows its label."""
         targets = super().show_targets(row, names, kind, decoder)
         if not isinstance(row, PairRow) or row.is_apart:
             return targets

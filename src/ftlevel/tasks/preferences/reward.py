@@ -57,17 +57,17 @@ class RewardTask(AnswerTask):
         return self.encode_as(encoder, examples, table, scored=True)
 
     def facts(self, loaded: LoadedExamples) -> Mapping[str, Any]:
-        """Return the loss, and `regression` as problem type."""
+        """Returns the loss, and `regression` as problem type."""
         return {**super().facts(loaded), "problem_type": "regression"}
 
     def card_options(self, config: Any, facts: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the loss, and `regression` as problem type."""
+        """Returns the loss, and `regression` as problem type."""
         return {**super().card_options(config, facts), "problem_type": "regression"}
 
     def card_defaults(
         self, source: ModelSource, model_config: Any, tokenizer: Any, kind: str
     ) -> dict[str, Any]:
-        """Return regression options; raises `InputError` if the model has more than one label."""
+        """Returns regression options; raises `InputError` if the model has more than one label."""
         if model_config.num_labels != 1:
             raise InputError(
                 f"a reward model has one score, and this one has {model_config.num_labels} "
@@ -93,14 +93,14 @@ class RewardTask(AnswerTask):
         options: Mapping[str, Any],
         outputs: OutputOptions,
     ) -> dict[str, Column]:
-        """Return one score column."""
+        """Returns one score column."""
         check_options(outputs, "a reward model", "")
         return {"": "number"}
 
     def answer_rows(
         self, model: PromptedModel, questions: Sequence[Any], outputs: OutputOptions
     ) -> list[Prediction]:
-        """Return the score of each answer."""
+        """Returns the score of each answer."""
         if model.prompt_format is None:
             raise TypeError("answers have a prompt format")
         encode = PreferenceEncoder(
@@ -119,7 +119,7 @@ class RewardTask(AnswerTask):
         return model.score(rows, read)
 
     def probe_labels(self, ids: Sequence[int], labels: Sequence[str], options: Any) -> Any:
-        """Return a dummy label."""
+        """Returns a dummy label."""
         return 0
 
     def show_targets(
@@ -130,7 +130,7 @@ class RewardTask(AnswerTask):
         return [None if label == IGNORED else "" for label in labels]
 
     def describe_head(self, labels: Sequence[str]) -> str:
-        """Return a description that differs from those of other heads."""
+        """Returns a description that differs from those of other heads."""
         return "a score"
 
 
@@ -156,7 +156,7 @@ class RewardObjective(Objective):
     )
 
     def split(self, batch: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Any]:
-        """Return the model inputs, and the verdicts if present."""
+        """Returns the model inputs, and the verdicts if present."""
         inputs, labels = super().split(batch)
         return inputs, batch.get("verdicts", labels)
 
@@ -167,13 +167,13 @@ class RewardObjective(Objective):
         return torch.tensor(labels.shape[0] // 2, device=labels.device)
 
     def loss_sum(self, logits: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
-        """Return the summed loss of the pairs."""
+        """Returns the summed loss of the pairs."""
         scores = logits.float().flatten()
         margins = labels[::2, 2].float()
         return bradley_terry(scores[::2], scores[1::2], margins, self.settings.center).sum()
 
     def meter(self) -> Meter:
-        """Return a `ScoreMeter`."""
+        """Returns a `ScoreMeter`."""
         return ScoreMeter()
 
 
@@ -190,7 +190,7 @@ class ScoreMeter:
         self._seen.append(np.concatenate([scores, np.array(lengths, dtype=float)], axis=1))
 
     def pool(self, meters: Sequence[ScoreMeter]) -> ScoreMeter:
-        """Return a meter of the pairs of all `meters`."""
+        """Returns a meter of the pairs of all `meters`."""
         pooled = ScoreMeter()
         pooled._seen = [part for meter in meters for part in meter._seen]
         return pooled
@@ -211,13 +211,13 @@ class ScoreMeter:
         return metrics
 
     def describe(self, names: Sequence[str]) -> dict[str, Any]:
-        """Return the scores of the only pair seen."""
+        """Returns the scores of the only pair seen."""
         good, bad = np.concatenate(self._seen)[0, :2]
         return {"score_chosen": round(float(good), 4), "score_rejected": round(float(bad), 4)}
 
 
 def calibration_error(margins: np.ndarray) -> float:
-    """Return the expected calibration error over ten bins (Guo et al., 2017)."""
+    """Returns the expected calibration error over ten bins (Guo et al., 2017)."""
     confidence = 1 / (1 + np.exp(-np.abs(np.clip(margins, -500, 500))))
     bins = np.minimum(((confidence - 0.5) * 2 * BINS).astype(int), BINS - 1)
     total = 0.0
@@ -231,7 +231,7 @@ def calibration_error(margins: np.ndarray) -> float:
 
 
 def _scored_shape(shape: FormatSpec) -> FormatSpec:
-    """Return a layout of labeled answers without the label."""
+    """Returns a layout of labeled answers without the label."""
     required = {role: names for role, names in shape.required.items() if role != "label"}
     return FormatSpec(
         " + ".join(required), build_scored, required, shape.optional, shape.guessable, shape.inner

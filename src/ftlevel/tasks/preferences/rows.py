@@ -79,7 +79,7 @@ class PairRow(Encoded):
         return self.prompt + max(self.chosen, len(self.input_ids) - self.prompt - self.chosen)
 
     def without(self, count: int) -> Encoded:
-        """Return the row with a prompt shortened by `count` tokens."""
+        """Returns the row with a prompt shortened by `count` tokens."""
         shorter = super().without(count)
         return replace(shorter, prompt=self.prompt - count)  # type: ignore[call-arg]
 
@@ -96,7 +96,7 @@ class ScoredPairRow(PairRow):
 
 @dataclass(frozen=True)
 class LabeledAnswerRow(Encoded):
-    """A labeled answer, and the answer to another prompt that it is contrasted with.
+    """A labeled answer, and the answer to a different prompt that it is contrasted with.
 
     `prompt` is 0 for an encoder-decoder. `reference` has log-likelihoods of the answer and of the
     contrast answer after this prompt; `other` has ids and labels of the latter, concatenated.
@@ -140,7 +140,7 @@ class LabeledAnswerRow(Encoded):
         ]
 
     def without(self, count: int) -> Encoded:
-        """Return the row with a prompt shortened by `count` tokens."""
+        """Returns the row with a prompt shortened by `count` tokens."""
         shorter = super().without(count)
         return replace(shorter, prompt=self.prompt - count)  # type: ignore[call-arg]
 
@@ -158,7 +158,7 @@ class ContrastRow(Encoded):
 
 
 class ContrastedRows(LazySequence[Encoded]):
-    """Labeled answers, each with the answer of the nearest earlier row that has another prompt.
+    """Labeled answers, each with the answer of the nearest previous row that has another prompt.
 
     `rows` are `LabeledAnswerRow` in data order. Contrast answers are truncated to `most` tokens
     per row.
@@ -255,7 +255,7 @@ class PreferenceEncoder:
     referenced: bool
 
     def __call__(self, examples: Sequence[Any]) -> list[Encoded]:
-        """Return one row per pair or answer; raises `RowError` if the prompts of a pair differ."""
+        """Returns one row per pair or answer; raises `RowError` if the prompts of a pair differ."""
         good = self._encode([_chosen_conversation(example) for example in examples])
         if not isinstance(examples[0], PairExample):
             return [
@@ -274,7 +274,7 @@ class PreferenceEncoder:
         return rows
 
     def answers(self, examples: Sequence[LabeledAnswer]) -> list[Encoded]:
-        """Return each prompt with its answer, for scoring."""
+        """Returns each prompt with the answer, for scoring."""
         return self._encode([_chosen_conversation(example) for example in examples])
 
     @property
@@ -320,7 +320,7 @@ class PreferenceEncoder:
 
 
 def _encode_sentence_pair(tokenizer: Any, talk: Conversation) -> Encoded:
-    """Encode the earlier turns and the last turn, each ended by SEP."""
+    """Encode the previous turns and the last turn, each ended by SEP."""
     *earlier, last = talk.messages
     start = list(tokenizer("\n\n".join(turn.content for turn in earlier))["input_ids"])
     end = list(tokenizer(last.content, add_special_tokens=False)["input_ids"])
@@ -358,13 +358,13 @@ def find_answer(row: Encoded, prompt: Sequence[Message], *, encoder: bool = Fals
 
 
 def count_common(one: Encoded, two: Encoded, limit: int) -> int:
-    """Return the length of the common prefix of both rows, at most `limit` tokens."""
+    """Returns the length of the common prefix of both rows, at most `limit` tokens."""
     pairs = zip(one.input_ids[:limit], two.input_ids[:limit], strict=False)
     return next((at for at, (a, b) in enumerate(pairs) if a != b), limit)
 
 
 def _mask_earlier(row: Encoded, start: int) -> Encoded:
-    """Return `row` without the labels of earlier answers."""
+    """Returns `row` without the labels of earlier answers."""
     labels = row.labels if isinstance(row.labels, list) else []
     return replace(row, labels=[IGNORED] * start + labels[start:])
 
@@ -376,7 +376,7 @@ FEWEST = 20
 
 
 def check_pairs(rows: Sequence[Encoded]) -> Mapping[str, Mask]:
-    """Return masks of pairs with equal answers, and of pairs that contradict an earlier one."""
+    """Returns masks of pairs with equal answers, and of pairs that contradict a previous one."""
     import numpy as np
 
     equal, against = np.zeros(len(rows), dtype=bool), np.zeros(len(rows), dtype=bool)
@@ -402,7 +402,7 @@ def _whole(row: PairRow) -> Sequence[Encoded]:
 
 
 def check_answers(examples: Sequence[Any], loss: str) -> Sequence[tuple[str, int, str]]:
-    """Return (check name, number of examples, description) for the whole set."""
+    """Returns (check name, number of examples, description) for the whole set."""
     pairs = [example for example in examples if isinstance(example, PairExample)]
     findings: list[tuple[str, int, str]] = []
     if pairs:
@@ -443,7 +443,7 @@ def _find_length_bias(pairs: Sequence[PairExample]) -> list[tuple[str, int, str]
 
 
 def _repeats_prompt(pair: PairExample) -> bool:
-    """Return whether an answer starts with the whole last turn of the prompt (over two words)."""
+    """Returns whether an answer starts with the whole last turn of the prompt (over two words)."""
     question = pair.prompt[-1].content.strip()
     return len(question.split()) > 2 and any(
         join_turns(answer).strip().startswith(question) for answer in (pair.chosen, pair.rejected)

@@ -86,7 +86,7 @@ def find_memory(speed: SpeedConfig, device: str, processes: Processes) -> int:
 
 
 def fit_micro_batch(run: Run, memory: int) -> Run:
-    """Return the run with the largest micro-batch, in tokens, that fits in `memory` bytes.
+    """Returns the run with the largest micro-batch, in tokens, that fits in `memory` bytes.
 
     On a GPU, automatic checkpointing recomputes blocks if micro-batches would be too small
     otherwise.
@@ -150,7 +150,7 @@ def _shrink(forecast: StepMemory, tokens: int, peak: int, memory: int) -> int:
 
 
 def _max_tokens_to_try(run: Run) -> int:
-    """Return the largest size to try: the default on a CPU, a whole step elsewhere."""
+    """Returns the largest size to try: the default on a CPU, a whole step elsewhere."""
     if run.model.device == "cpu":
         return run.fast.tokens
     return max(run.fast.tokens, run.config.train.rows_per_device_step * run.data.max_length)
@@ -168,7 +168,7 @@ def _explain_too_large(run: Run, peak: int, memory: int) -> str:
 
 
 def _with_tokens(run: Run, tokens: int, memory: int, choice: Choice | None = None) -> Run:
-    """Return the run with `tokens` per micro-batch, also set in its configuration."""
+    """Returns the run with `tokens` per micro-batch, also set in its configuration."""
     sized = run.with_settings("speed", tokens_per_micro_batch=tokens, memory_gib=None)
     choices = [] if choice is None else [choice]
     fast = replace(run.fast, tokens=tokens, memory=memory, choices=[*run.fast.choices, *choices])
@@ -203,7 +203,7 @@ class Alternative:
 class AlternativeContext:
     """Run, device and model of the alternatives.
 
-    `known` caches results (mutated); `check` may raise.
+    `known` caches results (modified); `check` may raise.
     """
 
     config: TrainConfig
@@ -216,7 +216,7 @@ class AlternativeContext:
 
 
 def list_alternatives(limits: AlternativeContext) -> list[Alternative]:
-    """Return alternatives: the run's method and the usual ones, with and without checkpointing."""
+    """Returns alternatives: the run's method and the usual ones, with and without checkpointing."""
     config = limits.config
     current = config.method.kind, config.quant.kind
     others = (setup for setup in _METHODS if setup != _name_setup(current))
@@ -234,7 +234,7 @@ def list_alternatives(limits: AlternativeContext) -> list[Alternative]:
 
 
 def _name_setup(setup: tuple[str, str]) -> tuple[str, str]:
-    """Map LoRA on 4 bits to QLoRA, its name in the table."""
+    """Map LoRA on 4 bits to QLoRA, the name in the table."""
     return ("qlora", "4bit") if setup == ("lora", "4bit") else setup
 
 
@@ -276,7 +276,7 @@ def _try(
     length: int | None,
     limits: AlternativeContext,
 ) -> Alternative | None:
-    """Return a cached or new alternative; None if it cannot be configured or is rejected."""
+    """Returns a cached or new alternative; None if it cannot be configured or is rejected."""
     key = (setup, checkpointing, rows, length)
     limits.check()
     if key not in limits.known:
@@ -320,7 +320,7 @@ def _changed(
     length: int | None,
     config: TrainConfig,
 ) -> TrainConfig | None:
-    """Return the configuration of an alternative; None if it is invalid."""
+    """Returns the configuration of an alternative; None if it is invalid."""
     method, quant = setup
     changes: dict[str, dict[str, Any]] = {
         "train": {

@@ -84,7 +84,7 @@ def estimate_process(run: Run, step: StepMemory) -> int:
 
 
 def _mapped_bytes(run: Run, step: StepMemory) -> int:
-    """Return the bytes of checkpoint pages that stay mapped after quantization."""
+    """Returns the bytes of checkpoint pages that stay mapped after quantization."""
     planned = run.model
     dtype = DTYPES[planned.dtype]
     is_converted = planned.source.gguf_file is None and planned.config.dtype != dtype
@@ -112,7 +112,7 @@ def _loading_bytes(run: Run, step: StepMemory) -> int:
 
 
 def _check_bytes(run: Run) -> int:
-    """Return the bytes of verifying the fast step; 0 if it is not verified."""
+    """Returns the bytes of verifying the fast step; 0 if it is not verified."""
     rows = choose_probe_rows(run.data.train) if run.fast.enabled else []
     if run.config.speed.verify is False or not rows:
         return 0
@@ -180,7 +180,7 @@ class Device:
 
     @classmethod
     def of(cls, kind: str, card: Gpu | None = None, ranks: int = 1) -> Device:
-        """Return `card` as a device, or the device of torch type `kind` on this machine."""
+        """Returns `card` as a device, or the device of torch type `kind` on this machine."""
         if card is not None:
             return cls(kind, card.name, card.memory, ranks)
         name = "memory of this machine" if kind == "cpu" else describe_device(kind)
@@ -253,7 +253,7 @@ class MemoryRequirement:
         return min(peak, self.recomputed_peak or peak) <= self.device.memory
 
     def verdict(self) -> str:
-        """Return a one-line summary."""
+        """Returns a one-line summary."""
         word = "fits" if self.does_fit else "does not fit"
         if self.recomputed_peak is not None:
             recomputed = f"{self.recomputed_peak / 2**30:,.2f} GiB"
@@ -270,7 +270,7 @@ def estimate_requirement(run: Run, device: Device) -> MemoryRequirement:
     """Estimate what `run` needs on `device`.
 
     Raises:
-        ConfigError: as `Device.forecast`, or the base is quantized by another library than
+        ConfigError: as `Device.forecast`, or the base is quantized by a different library than
             bitsandbytes.
     """
     _check_quantization(run)
@@ -317,14 +317,14 @@ class MemoryEstimate:
     reason: str = ""
 
     def choice(self) -> Choice:
-        """Return the line shown at the start of the run."""
+        """Returns the line printed at the start of the run."""
         if self.need is None:
             value = f"not estimated{'' if self.reason else '; run `ftlevel plan`'}"
             return Choice("memory", value, self.reason)
         return Choice("memory", self.need.verdict(), "estimated; details: ftlevel plan")
 
     def compare(self, before: int) -> dict[str, Any]:
-        """Return estimated and measured bytes; `before` is resident memory before loading."""
+        """Returns estimated and measured bytes; `before` is resident memory before loading."""
         if self.need is None:
             return {"peak_bytes": None, "reason": self.reason}
         need, device = self.need, self.need.device.kind

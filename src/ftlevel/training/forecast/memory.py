@@ -89,7 +89,7 @@ class Pruning:
     linears: Sequence[str] = ()
 
     def apply_to(self, fast: FastStep, model: Any) -> None:
-        """Prune the last block of `model` (mutated)."""
+        """Prune the last block of `model` (modified)."""
         if self.linears:
             last = find_blocks(base_model(model))[-1]
             fast.prune(self.needed, [last.get_submodule(name) for name in self.linears])
@@ -126,7 +126,7 @@ def find_pruning(run: Run) -> Pruning:
 
 
 def _shrink(config: Any, layer: int) -> Any:
-    """Return a copy of `config` with one `layer` per stack and a small vocabulary."""
+    """Returns a copy of `config` with one `layer` per stack and a small vocabulary."""
     config = with_layers(config, [layer])
     for owner in (config, config.get_text_config()):
         owner.vocab_size, owner.pad_token_id = _WORDS, 0
@@ -134,7 +134,7 @@ def _shrink(config: Any, layer: int) -> Any:
 
 
 def _with_random_weights(model: Any) -> Any:
-    """Return `model` on the CPU with small, nonzero random weights."""
+    """Returns `model` on the CPU with small, nonzero random weights."""
     generator = torch.Generator().manual_seed(0)
     model = model.to_empty(device="cpu").float()
     with torch.no_grad():
@@ -241,7 +241,7 @@ def _kept_graph_bytes(
 
 
 def highest(peaks: Peaks, tokens: int) -> StepMemory:
-    """Return the estimate for `peaks` of a micro-batch of `tokens` positions."""
+    """Returns the estimate for `peaks` of a micro-batch of `tokens` positions."""
     at = max(peaks, key=lambda moment: sum(peaks[moment].values()))
     sizes = {part: round(size) for part, size in peaks[at].items() if size >= 1}
     in_order = dict(sorted(sizes.items(), key=lambda item: -item[1]))
@@ -268,7 +268,7 @@ class LayerSample:
 
     @classmethod
     def of(cls, run: Run) -> LayerSample:
-        """Return the small models for the model of `run`, or the whole model."""
+        """Returns the small models for the model of `run`, or the whole model."""
         stacks = describe_blocks(run)
         if len({len(stack) for stack in stacks}) != 1:
             return cls((None,), (), sum(map(len, stacks)))
@@ -289,7 +289,7 @@ class LayerSample:
         return dict(sorted(counts.items()))
 
     def extend(self, computed: Sequence[Peaks]) -> dict[str, dict[str, float]]:
-        """Return the peaks of the whole model from the `computed` peaks of the small ones."""
+        """Returns the peaks of the whole model from the `computed` peaks of the small ones."""
         first, *others = computed
         shared = [moment for moment in first if all(moment in other for other in others)]
         return {
@@ -325,7 +325,7 @@ def _by_kind(run: Run, kinds: Sequence[Any]) -> LayerSample | None:
 
 
 def _by_period(kinds: Sequence[Any]) -> LayerSample | None:
-    """Sample two prefixes of the layers, if the kinds of layers repeat with a short period."""
+    """Sample two prefixes of the layers, if the types of layers repeat with a short period."""
     count = len(kinds)
     for first in range(3):
         for period in range(1, 7):
@@ -353,7 +353,7 @@ class _Batch:
     step_tokens: int
 
     def fresh(self) -> dict[str, Any]:
-        """Return a copy of the inputs for a step that removes entries it has used."""
+        """Returns a copy of the inputs for a step that removes entries it has used."""
         parts = self.inputs.get("micro_batches")
         copied = {} if parts is None else {"micro_batches": [dict(part) for part in parts]}
         return {**self.inputs, **copied}
@@ -368,7 +368,7 @@ def _watch(
     pruning: Pruning,
     free: int | None,
 ) -> Peaks:
-    """Return the peaks of a step of `fake_model`, whose weights are registered in `live`."""
+    """Returns the peaks of a step of `fake_model`, whose weights are registered in `live`."""
     cpu_run = replace(run, model=replace(run.model, device="cpu"))
     if fake_model.fast is not None:
         pruning.apply_to(fake_model.fast, fake_model.model)
@@ -378,7 +378,7 @@ def _watch(
         adapted = PreparedModel(fake_model.model, {}, fake_model.fast, {})
         directory = RunDirectory(Path(nowhere))
         trainer = build_trainer(cpu_run, adapted, directory, ResumeState(), Processes())
-    split_queries.cache_clear()  # tensors cached for another depth would not be counted
+    split_queries.cache_clear()  # tensors cached for a different depth would not be counted
     batch_sequences.cache_clear()
     hooks = _follow(live, trainer)
     fake_model.model.train()
@@ -454,7 +454,7 @@ def _create_optimizer_states(live: LiveMemoryTracker, trainer: Any, *, has_gradi
 
 
 def _largest_micro_batch(run: Run, pruning: Pruning) -> _Batch:
-    """Return the micro-batch with the most tokens, of the longest rows and of random steps."""
+    """Returns the micro-batch with the most tokens, of the longest rows and of random steps."""
     train, fast = run.config.train, run.fast
     rows, size = run.data.train, train.per_device_train_batch_size
     if not fast.enabled:
@@ -487,7 +487,7 @@ def _count_positions(batch: Mapping[str, Any]) -> int:
 
 
 def _steps(rows: Sequence[Encoded], size: int, seed: int) -> list[list[Encoded]]:
-    """Return the rows of the step with the longest rows and of randomly drawn steps."""
+    """Returns the rows of the step with the longest rows and of randomly drawn steps."""
     size = min(size, len(rows))
     draw, sample = random.Random(seed), _some(rows)
     sample.sort(key=lambda row: -len(row.input_ids))
@@ -499,7 +499,7 @@ def _steps(rows: Sequence[Encoded], size: int, seed: int) -> list[list[Encoded]]
 
 
 def _some(rows: Sequence[Encoded]) -> list[Encoded]:
-    """Return all rows, or an evenly spaced sample of a large dataset."""
+    """Returns all rows, or an evenly spaced sample of a large dataset."""
     if len(rows) <= _MOST_ROWS:
         return list(rows)
     spacing = len(rows) / _MOST_ROWS

@@ -122,7 +122,7 @@ def targets_in(
 
 
 def _pack(model: Any, compute: Any, quantization: Any) -> set[str]:
-    """Pack quantized weights (mutated) and return module names; float32 experts split evenly."""
+    """Pack quantized weights (modified) and return module names; float32 experts split evenly."""
     packed: set[str] = set()
     if quantization is not None:
         experts = quantization if packs_experts(quantization) else None
@@ -136,8 +136,8 @@ def _pack(model: Any, compute: Any, quantization: Any) -> set[str]:
 
 
 def with_layers(config: Any, layers: Sequence[int] | None) -> Any:
-    """Return a copy of `config` reduced to the given `layers` of each stack; None keeps all."""
-    config = copy.deepcopy(config)  # the fast step sets its attention in it
+    """Returns a copy of `config` reduced to the given `layers` of each stack; None keeps all."""
+    config = copy.deepcopy(config)  # the fast step sets the attention in it
     if layers is None:
         return config
     text = config.get_text_config()
@@ -157,13 +157,13 @@ def with_layers(config: Any, layers: Sequence[int] | None) -> Any:
 
 
 def _set(config: Any, name: str, value: Any) -> None:
-    """Set a field of `config` (mutated), unless it is a computed property."""
+    """Set a field of `config` (modified), unless it is a computed property."""
     with contextlib.suppress(AttributeError):  # a property, as Jamba's layers_block_type
         setattr(config, name, value)
 
 
 def _fill_vectors(model: torch.nn.Module) -> None:
-    """Fill vectors and scalars of `model` with ones (mutated): the fast step runs its norms."""
+    """Fill vectors and scalars of `model` with ones (modified): the fast step runs its norms."""
     filled_by_id: dict[int, tuple[Any, Any]] = {}
     for module in model.modules():
         parameters, _ = direct_tensors(module)
@@ -179,7 +179,7 @@ def _fill_vectors(model: torch.nn.Module) -> None:
 
 
 def describe_blocks(run: Run, layers: Sequence[int] | None = None) -> list[list[Any]]:
-    """Return for each block its parameter shapes, per-layer config entries and adapted modules.
+    """Returns for each block its parameter shapes, per-layer config entries and adapted modules.
 
     Blocks with equal descriptions need equal memory.
     """
@@ -208,7 +208,7 @@ _PAD = 0
 
 
 def synthesize_rows(data: DataConfig, count: int) -> Callable[[BaseTask, str, Any], PreparedData]:
-    """Return a function that creates `count` (≥ 1) random rows of maximum length."""
+    """Returns a function that creates `count` (≥ 1) random rows of maximum length."""
 
     def make(task: BaseTask, kind: str, model_config: Any) -> PreparedData:  # noqa: ARG001
         positions = max_positions(model_config) or LONGEST
@@ -316,7 +316,7 @@ class LiveMemoryTracker(OperationWatch):
         return self._total
 
     def knows(self, tensor: Tensor) -> bool:
-        """Return whether the storage of `tensor` is counted."""
+        """Returns whether the storage of `tensor` is counted."""
         return storage_of(tensor) in self._parts
 
     def hold(self, tensor: Tensor, part: str) -> None:

@@ -66,7 +66,7 @@ class RolloutSize:
 
     @classmethod
     def of(cls, run: Run) -> RolloutSize | None:
-        """Return the largest rollout of `run`; None if this process does not sample."""
+        """Returns the largest rollout of `run`; None if this process does not sample."""
         settings, train = run.config.rl, run.config.train
         if run.config.task != RL_TASK or settings.rollouts is not None:
             return None
@@ -78,7 +78,7 @@ class RolloutSize:
         return cls(rows, max(prompt_lengths(run)), settings.max_completion_length)
 
     def cache_bytes(self, run: Run, rows: int | None = None) -> int:
-        """Return the bytes of keys and values of `rows`, by default of all."""
+        """Returns the bytes of keys and values of `rows`, by default of all."""
         text = run.model.config.get_text_config()
         heads = text.num_attention_heads
         groups = getattr(text, "num_key_value_heads", None) or heads
@@ -89,12 +89,12 @@ class RolloutSize:
 
 
 def prompt_lengths(run: Run) -> Sequence[int]:
-    """Return the number of tokens of each prompt."""
+    """Returns the number of tokens of each prompt."""
     return [len(row.input_ids) for row in run.data.train]
 
 
 def with_completions(run: Run, rows: list[Encoded]) -> list[Encoded]:
-    """Return the rows of a step; in reinforcement learning, completions of maximum length."""
+    """Returns the rows of a step; in reinforcement learning, completions of maximum length."""
     if run.config.task != RL_TASK:
         return rows
     count, tokens = run.config.rl.num_generations, run.config.rl.max_completion_length
@@ -112,7 +112,7 @@ def estimate_sampling_parts(run: Run, size: RolloutSize) -> dict[str, int]:
 
 
 def scoring_models(run: Run) -> list[ModelRef]:
-    """Return the teacher and the reward models, which stay loaded during the run."""
+    """Returns the teacher and the reward models, which stay loaded during the run."""
     if run.config.task != RL_TASK:
         return []
     device, teacher = run.model.device, run.config.distillation.teacher
@@ -262,7 +262,7 @@ class Operations:
 
 
 def count_operations(run: Run, *, recomputes: bool) -> Operations:
-    """Return the FLOPs per token of a training step of `run`."""
+    """Returns the FLOPs per token of a training step of `run`."""
     text, facts = run.model.config.get_text_config(), run.data.facts
     width = getattr(text, "hidden_size", 0) or 0
     layers = getattr(text, "num_hidden_layers", 0) or 0
@@ -375,14 +375,14 @@ def measure_time(run: Run) -> TimeForecast:
 
 
 def _rows_of(run: Run, step: int, size: int) -> list[Any]:
-    """Return the rows of a probe step, spread over the dataset."""
+    """Returns the rows of a probe step, spread over the dataset."""
     rows = run.data.train
     spacing = max(1, len(rows) // (PROBED * size))
     return [rows[(step + PROBED * at) * spacing % len(rows)] for at in range(min(size, len(rows)))]
 
 
 def steps_per_epoch(run: Run) -> int:
-    """Return the optimizer steps per epoch, or of the whole run for streamed rows."""
+    """Returns the optimizer steps per epoch, or of the whole run for streamed rows."""
     if run.data.stream is not None:
         return run.schedule.steps
     return count_steps_per_epoch(run.config.train, len(run.data.train))

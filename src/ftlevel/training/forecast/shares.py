@@ -1,6 +1,6 @@
 """Memory of one rank under FSDP2 or DDP.
 
-FSDP2 shards each tensor along its first dimension: of R rows the first of n ranks stores ⌈R / n⌉,
+FSDP2 shards each tensor along the first dimension: of R rows the first of n ranks stores ⌈R / n⌉,
 and an all-gather moves n · ⌈R / n⌉ (linear layers of `--method full` in compute precision). A block
 is gathered while the previous one computes, so a rank stores
 
@@ -47,7 +47,7 @@ _FLOAT = 4  # bytes: gradients are averaged in float32
 class ShardedTensor:
     """A sharded tensor that occurs `times` times and belongs to a `part` of the estimate.
 
-    `rows` is its first dimension, `size` its bytes, and `sent` its bytes as gathered, maybe
+    `rows` is the first dimension, `size` its bytes, and `sent` its bytes as gathered, maybe
     narrower.
     """
 
@@ -65,7 +65,7 @@ class ShardGroup:
     tensors: tuple[ShardedTensor, ...]
 
     def held(self, ranks: int) -> dict[str, float]:
-        """Return part → bytes stored by the largest of `ranks`."""
+        """Returns part → bytes stored by the largest of `ranks`."""
         sizes: dict[str, float] = {}
         for tensor in self.tensors:
             share = -(-tensor.rows // ranks) / tensor.rows
@@ -73,12 +73,12 @@ class ShardGroup:
         return sizes
 
     def gathered(self, ranks: int) -> float:
-        """Return the bytes of the gathered tensors, including padding."""
+        """Returns the bytes of the gathered tensors, including padding."""
         rows = ((tensor, ranks * -(-tensor.rows // ranks)) for tensor in self.tensors)
         return sum(tensor.times * tensor.sent * count / tensor.rows for tensor, count in rows)
 
     def reduced(self, ranks: int) -> float:
-        """Return the bytes of the unreduced gradients, including padding."""
+        """Returns the bytes of the unreduced gradients, including padding."""
         return ranks * sum(self.held(ranks).values())
 
 
@@ -141,7 +141,7 @@ class ShardedModel:
         return parts
 
     def saved(self, ranks: int) -> dict[str, float]:
-        """Return part → bytes that a rank does not store."""
+        """Returns part → bytes that a rank does not store."""
         sizes: dict[str, float] = {}
         for group in (self.blocks, self.root):
             total, stored = group.held(1), group.held(ranks)
@@ -151,7 +151,7 @@ class ShardedModel:
 
 
 def describe_shares(run: Run) -> ShardedModel:
-    """Return how the planned model is sharded, computed on fake tensors."""
+    """Returns how the planned model is sharded, computed on fake tensors."""
     sample = LayerSample.of(run).sample
     model = build_fake_model(run, None if sample is None else list(sample)).model
     replicated, blocks = replicated_parameters(model), blocks_of(model)
@@ -195,7 +195,7 @@ def _cut(
     narrow: set[torch.nn.Parameter],
     dtype: torch.dtype,
 ) -> ShardGroup:
-    """Return the `parameters` not in `replicated`; those in `narrow` are gathered in `dtype`."""
+    """Returns the `parameters` not in `replicated`; those in `narrow` are gathered in `dtype`."""
     return ShardGroup(
         tuple(
             ShardedTensor(

@@ -1,1 +1,1 @@
-"""Resolution of a run before its weights load. Loads no weights and writes nothing."""
+"""Resolution of a run before the weights load. Loads no weights and writes nothing."""

@@ -46,7 +46,7 @@ def resolve_adapter(config: TrainConfig) -> tuple[TrainConfig, StartingAdapter |
 
     Raises:
         ConfigError: the adapter is missing or cannot be continued, or a flag contradicts it.
-        InputError: its files are damaged, or its base model is missing or differs.
+        InputError: its files are corrupted, or the base model is missing or differs.
     """
     if config.model.adapter is None:
         return config, None, []
@@ -110,7 +110,7 @@ def resolve_adapter(config: TrainConfig) -> tuple[TrainConfig, StartingAdapter |
 def _task_settings(
     values: Mapping[str, Any], directory: Path, options: Mapping[str, Any]
 ) -> dict[str, dict[str, Any]]:
-    """Return the adapter's settings of its task, by section, unless `values` replace them."""
+    """Returns the adapter's settings of its task, by section, unless `values` replace them."""
     if "task" not in values:
         return {}
     result = TASKS[values["task"]].settings_of_adapter(directory, options)
@@ -142,7 +142,7 @@ def _check_kind(name: str, directory: Path, output_dir: Path | None) -> None:
 
 
 def _read_spec(adapter: StartingAdapter, requested: MethodConfig) -> MethodConfig:
-    """Read the method section that rebuilds the adapter, from its recipe and PEFT config."""
+    """Load the method section that rebuilds the adapter, from its recipe and PEFT config."""
     settings, card = adapter.settings, adapter.card
     kind = card.method if card else _kind_of(adapter)
     run = find_run(adapter.directory)
@@ -173,7 +173,7 @@ def _read_spec(adapter: StartingAdapter, requested: MethodConfig) -> MethodConfi
 
 
 def _kind_of(adapter: StartingAdapter) -> str:
-    """Return the method for an adapter written by plain PEFT, or raise ConfigError."""
+    """Returns the method for an adapter written by plain PEFT, or raise ConfigError."""
     peft_type = str(adapter.settings.get("peft_type"))
     for kind, method in METHODS.items():
         if method.merging.peft_types[:1] == (peft_type,) and not method.tuner:
@@ -185,7 +185,7 @@ def _kind_of(adapter: StartingAdapter) -> str:
 
 
 def _saved_modules(adapter: StartingAdapter) -> list[str]:
-    """Return the `modules_to_save` stored in the weights, without names PEFT adds itself."""
+    """Returns the `modules_to_save` stored in the weights, without names PEFT adds itself."""
     tensors, _ = read_header(adapter.directory / ADAPTER_WEIGHTS)
     names = adapter.settings.get("modules_to_save") or []
     return [name for name in names if any(f".{name}." in key for key in tensors)]
@@ -302,7 +302,7 @@ def find_adapter_warnings(adapter: StartingAdapter, run: Run) -> list[str]:
 
 
 def _is_other(name: str, value: Any, built: Mapping[str, Any]) -> bool:
-    """Return whether an adapter setting differs from what would be built."""
+    """Returns whether an adapter setting differs from what would be built."""
     is_initialization = "init" in name or name.endswith("_config")
     if name in _UNCOMPARED_SETTINGS or is_initialization or name.endswith("dropout"):
         return False

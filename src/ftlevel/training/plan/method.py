@@ -40,7 +40,7 @@ class MethodTargets:
     full_modules: list[str] = field(default_factory=list)
 
     def choices(self, target_modules: Any) -> list[Choice]:
-        """Return the lines shown at the start of the run; `target_modules` is `target_modules`."""
+        """Returns the lines shown at the start of the run; `target_modules` is `target_modules`."""
         if not self.modules:
             return []
         names = dict.fromkeys(re.sub(r"^\d+$", "norm", n.rpartition(".")[2]) for n in self.modules)
@@ -56,7 +56,7 @@ class MethodTargets:
 def find_method_targets(
     spec: MethodConfig, meta: Any, model_name: str, quant: str = "none"
 ) -> MethodTargets:
-    """Return what `spec` adapts in the meta model; raise ConfigError for a mismatch."""
+    """Returns what `spec` adapts in the meta model; raises ConfigError for a mismatch."""
     method, tree = METHODS[spec.kind], ModuleTree(meta)
     modules = _modules(spec, method, tree, model_name)
     layers = getattr(spec, "layers_to_transform", None)
@@ -118,7 +118,7 @@ def _embeddings(
 
 
 def _in_layers(modules: Sequence[str], tree: ModuleTree, layers: Sequence[int]) -> list[str]:
-    """Return the modules in the given `layers`; raise ConfigError for missing layers."""
+    """Returns the modules in the given `layers`; raises ConfigError for missing layers."""
     available = {tree.layer(name) for name in modules} - {None}
     missing = [layer for layer in layers if layer not in available]
     if missing:
@@ -178,7 +178,7 @@ def _parameters(requested: str | Sequence[str], tree: ModuleTree, model_name: st
 def resolve_quantization(
     quant: QuantConfig, method: MethodConfig, model_config: Any, source: ModelSource, device: str
 ) -> QuantConfig:
-    """Return the quantization of the base: `quant`, or that of its checkpoint.
+    """Returns the quantization of the base: `quant`, or that of its checkpoint.
 
     Raises:
         ConfigError: the quantization does not match the method, `--quant` or the device.

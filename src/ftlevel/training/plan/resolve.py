@@ -233,7 +233,7 @@ def resolve(
 
 
 def _read_model(config: TrainConfig, task: BaseTask, synthetic: SyntheticBatch) -> _BaseModel:
-    """Read the base's config and tokenizer, and resolve its device, dtype and quantization."""
+    """Load the base's config and tokenizer, and resolve its device, dtype and quantization."""
     model = config.model
     source = synthetic.source or resolve_source(
         model.name_or_path, model.revision, model.trust_remote_code
@@ -268,7 +268,7 @@ def _read_model(config: TrainConfig, task: BaseTask, synthetic: SyntheticBatch) 
 def _resolve_experts(
     quant: QuantConfig, method: MethodConfig, model_config: Any, auto_class: str
 ) -> tuple[QuantConfig, Choice | None]:
-    """Resolve expert quantization; return `quant` and the line that shows it, if any."""
+    """Resolve expert quantization; return `quant` and the message that describes it, if any."""
     if quant.kind == "none" and not quant.experts:
         return quant, None
     meta = build_task_model(model_config, auto_class)
@@ -284,7 +284,7 @@ def _resolve_experts(
 def _plan_model(
     base: _BaseModel, model_config: Any, meta: Any, task: BaseTask, *, continues: bool
 ) -> PlannedModel:
-    """Return the planned model; a run that `continues` an adapter has its heads."""
+    """Returns the planned model; a run that `continues` an adapter has its heads."""
     heads, new_modules = task.find_heads(meta, base.source)
     return PlannedModel(
         source=base.source,
@@ -304,7 +304,7 @@ def _plan_model(
 
 
 def _run_facts(model: PlannedModel, meta: Any, objective: Objective, steps: int) -> RateFacts:
-    """Return the facts that determine default learning rates."""
+    """Returns the facts that determine default learning rates."""
     parameters = [p for head in model.new_heads for p in meta.get_submodule(head).parameters()]
     matrices = sum(parameter.dim() > 1 for parameter in parameters)
     return RateFacts(
@@ -318,14 +318,14 @@ def _run_facts(model: PlannedModel, meta: Any, objective: Objective, steps: int)
 
 
 def _disable_layerdrop(model_config: Any) -> list[Choice]:
-    """Disable LayerDrop in `model_config` (mutated): skipped layers give adapters no gradient."""
+    """Disable LayerDrop in `model_config` (modified): skipped layers give adapters no gradient."""
     names = ("layerdrop", "encoder_layerdrop", "decoder_layerdrop")
     values = {name: getattr(model_config, name, 0.0) for name in names}
     return _set_to_zero(model_config, values, "layers", "none is skipped")
 
 
 def _disable_dropout(model_config: Any) -> list[Choice]:
-    """Disable all dropout in `model_config` (mutated), for models that sample what they learn."""
+    """Disable all dropout in `model_config` (modified), for models that sample what they learn."""
     config = model_config.get_text_config()
     values = {n: v for n, v in config.to_dict().items() if isinstance(v, float) and "drop" in n}
     return _set_to_zero(config, values, "dropout", "off")
@@ -377,7 +377,7 @@ the user's `--map`, which may rename columns for any task."""
 
 
 def infer_task(config: TrainConfig) -> tuple[TrainConfig, str]:
-    """Return `config` with the task inferred from model and columns, and the reason.
+    """Returns `config` with the task inferred from model and columns, and an explanation.
 
     Only encoders without a named task and without built-in data need this; otherwise the reason is
     "".

@@ -1,4 +1,4 @@
-"""A run before its weights are loaded: `Run`, its model and schedule, and the lines for display."""
+"""A run before the weights are loaded: `Run`, its model and schedule, and the lines for display."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from ftlevel.training.plan.method import MethodTargets
 
 @dataclass(frozen=True, kw_only=True)
 class PlannedModel:
-    """The base model before its weights are loaded.
+    """The base model before the weights are loaded.
 
     `kind` is encoder, decoder or encoder-decoder; `config` has labels and padding for the task.
     `heads` are trained in full; `new_heads` are those missing from the checkpoint, randomly
@@ -92,7 +92,7 @@ class AuxiliaryModels:
     guide: ReferenceModel | None = None
 
     def fingerprints(self) -> Mapping[tuple[str, str], str]:
-        """Return (section, field) → fingerprint of each model."""
+        """Returns (section, field) → fingerprint of each model."""
         models = {
             ("preference", "reference"): self.reference,
             ("distillation", "teacher"): self.teacher,
@@ -113,12 +113,12 @@ class StartingAdapter:
 
     @property
     def choice(self) -> Choice:
-        """Line shown at the start of the run."""
+        """Line printed at the start of the run."""
         origin = "by plain PEFT" if self.card is None else f"for {self.card.task}"
         return Choice("adapter", self.name, f"trained {origin}; base and method are its own")
 
     def describe(self) -> dict[str, Any]:
-        """Return the entry for summary.json."""
+        """Returns the entry for summary.json."""
         return {"name": self.name, "fingerprint": self.fingerprint}
 
 
@@ -149,7 +149,7 @@ class Run:
     rewards: Any = None
 
     def with_settings(self, section: str, **values: Any) -> Run:
-        """Return the run with fields of a configuration section replaced, without validation."""
+        """Returns the run with fields of a configuration section replaced, without validation."""
         changed = getattr(self.config, section).model_copy(update=values)
         return replace(self, config=self.config.model_copy(update={section: changed}))
 
@@ -188,7 +188,7 @@ class Run:
 
 
 def model_choice(model: ModelConfig, model_type: str, total: int, source: ModelSource) -> Choice:
-    """Return the line that shows the model."""
+    """Returns the message that describes the model."""
     size = f"{model_type}, {total / 1e6:,.1f} M parameters"
     default = model.name_or_path == DEFAULT_MODEL
     return Choice("model", source.name, size + ("; the built-in model" if default else ""))
@@ -197,7 +197,7 @@ def model_choice(model: ModelConfig, model_type: str, total: int, source: ModelS
 def method_choices(
     method: MethodConfig, quant: QuantConfig, train: TrainerConfig, quantized_already: bool
 ) -> list[Choice]:
-    """Return the lines that show method, quantized base and batch size."""
+    """Returns the lines that show method, quantized base and batch size."""
     choices = []
     choices.append(Choice("method", method.kind, METHODS[method.kind].describe(method)))
     if quant.kind != "none":
@@ -215,12 +215,12 @@ def method_choices(
 
 
 def head_choices(task: BaseTask, heads: list[str]) -> list[Choice]:
-    """Return the line that shows modules trained in full, if any."""
+    """Returns the message that describes modules trained in full, if any."""
     return [Choice("heads", ", ".join(heads), task.heads_reason)] if heads else []
 
 
 def size_choices(run: Run, *, try_method: bool) -> list[Choice]:
-    """Return the lines that show trainable parameters and steps; see `count_trainable`."""
+    """Returns the lines that show trainable parameters and steps; see `count_trainable`."""
     epochs = f"{run.config.train.num_train_epochs:g} epochs"
     reason = "" if run.config.train.max_steps else f"{epochs} of {len(run.data.train):,} rows"
     trainable, total = count_trainable(run, try_method=try_method)

@@ -81,10 +81,10 @@ DEFAULT_READ_OPTIONS = ReadOptions()
 def read_table(
     name: str | Path, on_bad_row: OnBadRow = "error", options: ReadOptions = DEFAULT_READ_OPTIONS
 ) -> Table:
-    """Read the rows of a file, which may be compressed, or of stdin ("-").
+    """Load the rows of a file, which may be compressed, or of stdin ("-").
 
-    If `on_bad_row` is "skip", bad rows are moved to `dropped` instead of raising. Raises
-    `InputError` for a missing, unsupported, damaged or empty file, and for bad rows.
+    If `on_bad_row` is "skip", invalid rows are moved to `dropped` instead of raising. Raises
+    `InputError` for a missing, unsupported, corrupted or empty file, and for invalid rows.
     """
     reader = open_reader(name, options)
     with wrap_read_errors(reader.path, reader.shown):
@@ -146,7 +146,7 @@ def open_stream(name: str | Path, options: ReadOptions = DEFAULT_READ_OPTIONS) -
 
 
 def match_files(pattern: str, format_: str | None = None) -> list[Path]:
-    """Return the files that match a glob pattern (`**` is recursive), sorted; raise if none does.
+    """Returns the files that match a glob pattern (`**` is recursive), sorted; raises if none does.
 
     Unless `format_` is set, files with unsupported suffixes are skipped.
     """
@@ -164,23 +164,23 @@ def match_files(pattern: str, format_: str | None = None) -> list[Path]:
 
 
 def is_pattern(name: str) -> bool:
-    """Return whether `name` is a glob pattern and not the name of an existing file."""
+    """Returns whether `name` is a glob pattern and not the name of an existing file."""
     return any(mark in name for mark in "*?[") and not Path(name).expanduser().exists()
 
 
 def data_files(directory: Path) -> list[str]:
-    """Return the names of the supported files in `directory`."""
+    """Returns the names of the supported files in `directory`."""
     names = (entry.name for entry in directory.iterdir() if entry.is_file())
     return sorted(name for name in names if is_data_file_name(name))
 
 
 def is_data_file_name(name: str) -> bool:
-    """Return whether `name` has a supported suffix."""
+    """Returns whether `name` has a supported suffix."""
     return Path(plain_name(name)).suffix.lower() in READERS
 
 
 def stem_of(name: str) -> str:
-    """Return a file name without the suffixes of its format and compression."""
+    """Returns a file name without the suffixes of its format and compression."""
     return Path(plain_name(name)).stem
 
 

@@ -47,14 +47,14 @@ class _BatchReader(Reader):
 
     @abstractmethod
     def read_schema(self) -> Any:
-        """Read the Arrow schema of the file."""
+        """Load the Arrow schema of the file."""
 
     @abstractmethod
     def groups(self, first: int) -> Iterator[Iterable[Any]]:
-        """Yield the record batches of each group, from group `first`."""
+        """Yields the record batches of each group, from group `first`."""
 
     def read(self, cursor: Cursor | None) -> Iterator[Chunk]:
-        """Yield the chunks after `cursor`."""
+        """Yields the chunks after `cursor`."""
         at = cursor or {self.group_key: 0, "row": 0, "number": 0}
         first, skip, number = (int(at[key]) for key in (self.group_key, "row", "number"))
         with refuse_damaged(self.path, self.format_name):
@@ -77,7 +77,7 @@ class ParquetReader(_BatchReader):
     format_name, group_key = "Parquet", "group"
 
     def read_schema(self) -> Any:
-        """Read the Arrow schema of the file."""
+        """Load the Arrow schema of the file."""
         import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
         # pq.read_table fails on duplicate column names, before they can be checked.
@@ -87,13 +87,13 @@ class ParquetReader(_BatchReader):
         return schema
 
     def groups(self, first: int) -> Iterator[Iterable[Any]]:
-        """Yield the record batches of each row group."""
+        """Yields the record batches of each row group."""
         columns = self.schema.names if self.ignored else None
         for group in range(first, self._count):
             yield self._file.iter_batches(_BATCH, row_groups=[group], columns=columns)
 
     def share(self, chunk: Chunk) -> float | None:
-        """Return the fraction of rows read up to the end of `chunk`."""
+        """Returns the fraction of rows read up to the end of `chunk`."""
         return chunk.cursor["number"] / max(1, self._file.metadata.num_rows)
 
 
@@ -103,11 +103,11 @@ class ArrowReader(_BatchReader):
     format_name, group_key = "Arrow", "batch"
 
     def read_schema(self) -> Any:
-        """Read the Arrow schema of the file."""
+        """Load the Arrow schema of the file."""
         return self._open().schema
 
     def groups(self, first: int) -> Iterator[Iterable[Any]]:
-        """Yield each record batch."""
+        """Yields each record batch."""
         reader = self._open()
         batches = (
             (reader.get_batch(i) for i in range(first, reader.num_record_batches))
@@ -159,10 +159,10 @@ def build_arrow_table(table: Any, source: str) -> Table:
 
 
 def arrow_rows(content: Any, null_keys: Counter[str]) -> list[Row]:
-    """Return the rows of a `pyarrow.Table` or `RecordBatch` as JSON values.
+    """Returns the rows of a `pyarrow.Table` or `RecordBatch` as JSON values.
 
     Arrow fills keys missing from an object in a list with null. Such null keys are dropped and
-    counted by path in `null_keys` (mutated). Maps and columns of the JSON type keep their nulls.
+    counted by path in `null_keys` (modified). Maps and columns of the JSON type keep their nulls.
     """
     rows: list[Row] = content.to_pylist(maps_as_pydicts="lossy")
     return drop_null_keys(rows, content.schema, null_keys, decode=True)
@@ -173,7 +173,7 @@ def drop_null_keys(
 ) -> list[Row]:
     """Drop null keys that Arrow added to `rows`, and return it; count them in `null_keys`.
 
-    Both are mutated. `schema` is Arrow's, or None if unknown. If `decode` is true, columns of the
+    Both are modified. `schema` is Arrow's, or None if unknown. If `decode` is true, columns of the
     JSON type are still text and are parsed.
     """
     types = {} if schema is None else {field.name: field.type for field in schema}
@@ -193,7 +193,7 @@ class _Cleaner:
     decode: bool
 
     def clean(self, value: Any, type_: Any, path: str, *, in_list: bool = False) -> Any:
-        """Return `value` without null keys; `type_` is its Arrow type, or None if unknown."""
+        """Returns `value` without null keys; `type_` is its Arrow type, or None if unknown."""
         if value is None:
             return None
         if _is_json(type_):
@@ -216,7 +216,7 @@ class _Cleaner:
 
 
 def clean_value(value: Any, path: str, null_keys: Counter[str]) -> Any:
-    """Return a value of unknown Arrow type without null keys, see `drop_null_keys`."""
+    """Returns a value of unknown Arrow type without null keys, see `drop_null_keys`."""
     return _Cleaner(null_keys, decode=False).clean(value, None, path)
 
 
@@ -265,7 +265,7 @@ def _features(metadata: dict[bytes, bytes] | None) -> Mapping[str, Any]:
 
 
 def class_names(metadata: dict[bytes, bytes] | None) -> Mapping[str, tuple[str, ...]]:
-    """Return the class names by column that `datasets` stored in the schema metadata."""
+    """Returns the class names by column that `datasets` stored in the schema metadata."""
     return {
         column: tuple(feature["names"])
         for column, feature in _features(metadata).items()

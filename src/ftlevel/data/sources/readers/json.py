@@ -47,7 +47,7 @@ class JsonLinesReader(Reader):
             )
 
     def read(self, cursor: Cursor | None) -> Iterator[Chunk]:
-        """Yield the chunks after `cursor`."""
+        """Yields the chunks after `cursor`."""
         at = cursor or self._begin
         text = TextLines(self.path, **at)
         remaining, before = iter(text), int(at["line"])
@@ -57,7 +57,7 @@ class JsonLinesReader(Reader):
             yield self.chunk(*rows, text.cursor(before))
 
     def collect(self) -> tuple[Table, list[BadRow]]:
-        """Return all rows as a table, and the bad rows; `LineRows` if the file is large."""
+        """Returns all rows as a table, and the invalid rows; `LineRows` if the file is large."""
         if self.path.stat().st_size < lines.LARGE_BYTES:
             return super().collect()
         numbers, offsets, shapes = LineNumbers(), array("q", [self._begin["at"]]), RowShapeCounter()
@@ -102,7 +102,7 @@ def _describe_error(error: ValueError | RecursionError) -> str:
 
 
 def _has_lone_surrogate(text: str, value: object) -> bool:
-    """Return whether `value` has a lone surrogate, which tokenizers cannot encode."""
+    """Returns whether `value` has a lone surrogate, which tokenizers cannot encode."""
     if "\\ud" not in text and "\\uD" not in text:
         return False
     # Fast path: escaped emoji are common, and the search takes a quarter of the time of encoding.
@@ -116,7 +116,7 @@ def _has_lone_surrogate(text: str, value: object) -> bool:
 
 
 def _find_fault(text: str, value: object) -> str:
-    """Return what is wrong with a decoded row, or ""."""
+    """Returns what is wrong with a decoded row, or ""."""
     if type(value) is not dict:
         return f"{json_type_name(value)}, where one object with named columns is expected"
     if not value:
@@ -132,7 +132,7 @@ def _find_fault(text: str, value: object) -> str:
 def read_json_lines(
     text: Iterable[str], before: int = 0
 ) -> tuple[list[Row], list[int], list[BadRow]]:
-    """Read the rows, their lines and the bad rows of JSON Lines; blank lines are skipped.
+    """Load the rows, their lines and the invalid rows of JSON Lines; blank lines are skipped.
 
     `text` must be split at line feeds only, since strings may contain other line separators.
     `before` is the number of lines that precede it.
@@ -215,7 +215,7 @@ def _is_rows(value: object) -> bool:
 
 
 def _read_columns(value: Mapping[str, Any], *, is_json_lines: bool) -> OneObject | None:
-    """Read the rows of a columnar object: lists, objects by index, or columns and data."""
+    """Load the rows of a columnar object: lists, objects by index, or columns and data."""
     note = "a column a key, as pandas writes them; a row is what has one place in all"
     columns = list(value.values())
     if {"columns", "data"} <= value.keys() and isinstance(value["data"], list):
@@ -286,7 +286,7 @@ class JsonReader(Reader):
         check_head(path)
 
     def read(self, cursor: Cursor | None) -> Iterator[Chunk]:
-        """Yield one chunk; nothing follows it."""
+        """Yields one chunk; nothing follows it."""
         if cursor is not None:
             return
         source, text = str(self.path), read_text(self.path)
@@ -330,7 +330,7 @@ class Elements:
 
 
 def read_json_array(text: str, source: str, start: int = 0) -> Elements:
-    """Read the elements of an array of objects; `InputError` if the array is malformed.
+    """Load the elements of an array of objects; `InputError` if the array is malformed.
 
     If `start` is not 0, the array starts there and other text may follow it.
     """
@@ -375,7 +375,7 @@ def _past_space(text: str, at: int) -> int:
 
 
 def _decode_element(text: str, at: int, line: int, source: str) -> tuple[Any, int]:
-    """Return the value at `at`, and the index behind it."""
+    """Returns the value at `at`, and the index behind it."""
     try:
         return DECODER.raw_decode(text, at)
     except (ValueError, RecursionError) as error:

@@ -56,7 +56,7 @@ class CsvReader(Reader):
         check_header(self._header, f"{path}:{line}")
 
     def _read_header(self) -> tuple[list[str], int, Cursor]:
-        """Read the cells of the header, its line number, and the cursor of the first row."""
+        """Load the cells of the header, its line number, and the cursor of the first row."""
         text = TextLines(self.path, universal=True)
         cells = csv.reader(text, delimiter=self.separator, strict=True)
         with _long_cells():
@@ -67,7 +67,7 @@ class CsvReader(Reader):
         return header, cells.line_num, text.cursor(cells.line_num)
 
     def _other_separator(self) -> str:
-        """Return the separator if it differs from the format's own; else ""."""
+        """Returns the separator if it differs from the format's own; else ""."""
         header, rows = self._header, self._sample(self.separator)
         others = [separator for separator in ";\t,|" if separator != self.separator]
         if len(header) == 1:
@@ -82,14 +82,14 @@ class CsvReader(Reader):
         return ""
 
     def _sample(self, separator: str) -> list[list[str]]:
-        """Return the complete rows after the header within the head of the file."""
+        """Returns the complete rows after the header within the head of the file."""
         rows: list[list[str]] = []
         with contextlib.suppress(csv.Error):
             rows += csv.reader(head_lines(self.path), delimiter=separator)
         return [row for row in rows if row][1:]
 
     def read(self, cursor: Cursor | None) -> Iterator[Chunk]:
-        """Yield the chunks after `cursor`."""
+        """Yields the chunks after `cursor`."""
         at = cursor or self._begin
         text = TextLines(self.path, **at, universal=True)
         cells = csv.reader(text, delimiter=self.separator, strict=True)
@@ -124,7 +124,7 @@ class TsvReader(CsvReader):
 
 
 def _describe(error: csv.Error, path: Path, line: int) -> str:
-    """Return the error message for a misplaced quote; later rows cannot be trusted."""
+    """Returns the error message for a misplaced quote; later rows cannot be trusted."""
     if "end of data" in str(error):
         return f'{path}:{line}: a quote (") is opened in this row and never closed. Close it.'
     return (
@@ -149,7 +149,7 @@ def check_header(header: list[str], place: str) -> None:
 
 
 def find_no_header(header: list[str], rows: list[list[str]]) -> str:
-    """Return why the first line looks like a row rather than a header, or ""."""
+    """Returns why the first line looks like a row rather than a header, or ""."""
     rows = [row for row in rows if len(row) == len(header)]
     pandas_names = [str(number) for number in range(len(header))]
     if not rows or len(header) < 2 or header in rows or header == pandas_names:
@@ -180,7 +180,7 @@ def _long_cells() -> Iterator[None]:
         csv.field_size_limit(limit)
 
 
-# Exceptions that openpyxl and its dependencies raise for damaged files.
+# Exceptions that openpyxl and its dependencies raise for corrupted files.
 _DAMAGE = (
     zipfile.BadZipFile,
     zlib.error,
@@ -225,7 +225,7 @@ class ExcelReader(Reader):
         check_header(self._header, f"{path} row {self._begin - 1}")
 
     def read(self, cursor: Cursor | None) -> Iterator[Chunk]:
-        """Yield the chunks after `cursor`."""
+        """Yields the chunks after `cursor`."""
         rows: list[Row] = []
         numbers: list[int] = []
         bad: list[BadRow] = []
@@ -250,7 +250,7 @@ class ExcelReader(Reader):
             yield self.chunk(rows, numbers, bad, {"row": number + 1})
 
     def _rows(self, start: int) -> Iterator[tuple[int, list[tuple[str, bool]]]]:
-        """Yield the number of each non-empty row, with (text, is_error) of each cell."""
+        """Yields the number of each non-empty row, with (text, is_error) of each cell."""
         with _opened(self.path) as book:
             sheet = self._select_sheet(book)
             sheet.reset_dimensions()
@@ -301,7 +301,7 @@ def _opened(path: Path) -> Iterator[Any]:
 
 
 def _format_cell(cell: Any) -> tuple[str, bool]:
-    """Return the text of a cell, and whether it is an error such as #N/A."""
+    """Returns the text of a cell, and whether it is an error such as #N/A."""
     value = cell.value
     if value is None:
         return "", False
@@ -310,7 +310,7 @@ def _format_cell(cell: Any) -> tuple[str, bool]:
 
 
 def format_value(value: Any, number_format: str) -> str:
-    """Return the text of a cell value in its number format."""
+    """Returns the text of a cell value in the number format."""
     if isinstance(value, bool):
         return "TRUE" if value else "FALSE"
     if isinstance(value, (datetime, date, time)):
@@ -324,7 +324,7 @@ def format_value(value: Any, number_format: str) -> str:
 
 
 def _format_date(value: date | time, number_format: str) -> str:
-    """Return a date in its cell's format; ISO unless the format has only days, months and years."""
+    """Returns a date in the cell's format; ISO unless it has only days, months and years."""
     parts = _DATE_PART.findall(number_format)
     codes = [_CODES.get(part.lower(), part) for part in parts]
     is_simple = "".join(parts) == number_format != "mm-dd-yy" and isinstance(value, date)

@@ -38,12 +38,12 @@ class TextLines:
         self._block: list[bytes] = []
 
     def cursor(self, line: int) -> Cursor:
-        """Return the arguments to resume after `line`, which must be the last line read."""
+        """Returns the arguments to resume after `line`, which must be the last line read."""
         size = sum(map(len, self._block[: line - self._line]))
         return {"at": self._at + size, "line": line}
 
     def __iter__(self) -> Iterator[str]:
-        """Yield the lines with their endings; raise `InputError` if one is not UTF-8."""
+        """Yields the lines with their endings; raises `InputError` if one is not UTF-8."""
         return chain.from_iterable(self._blocks())
 
     def _blocks(self) -> Iterator[Iterator[str]]:
@@ -65,12 +65,12 @@ class TextLines:
 
 
 def read_text(path: Path) -> str:
-    """Read a file's text without a byte order mark; raise `InputError` if it is not UTF-8."""
+    """Load a file's text without a byte order mark; raise `InputError` if it is not UTF-8."""
     return _decode(path, path.read_bytes(), 0, 0).removeprefix("\ufeff")
 
 
 def _decode(path: Path, content: bytes, at: int, line: int) -> str:
-    """Return `content` decoded; raise `InputError` naming the first byte that is not UTF-8."""
+    """Returns `content` decoded; raises `InputError` naming the first byte that is not UTF-8."""
     try:
         return content.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -104,7 +104,7 @@ def check_head(path: Path) -> None:
 
 
 def _looks_like_utf16(head: bytes) -> bool:
-    """Return whether every other byte is mostly zero, as in Latin text in UTF-16 without a mark."""
+    """Returns whether every other byte is mostly zero, as in Latin UTF-16 without a mark."""
     return len(head) > 3 and max(head[::2].count(0), head[1::2].count(0)) > 0.4 * len(head)
 
 
@@ -117,7 +117,7 @@ _NAME = re.compile(r"[^\W\d][\w .()/-]{0,39}")
 
 
 def head_lines(path: Path) -> list[str]:
-    """Return the first lines of a file, without the last if it may be incomplete."""
+    """Returns the first lines of a file, without the last if it may be incomplete."""
     with path.open("rb") as file:
         head = file.read(HEAD)
     text = io.StringIO(head.decode("utf-8", "replace").removeprefix("\ufeff"), newline=None)
@@ -152,7 +152,7 @@ def detect_file_format(path: Path, columns: Collection[str]) -> tuple[str, str] 
 
 
 def _is_complete(text: str) -> bool:
-    """Return whether a line is valid JSON, or so long that it may be cut."""
+    """Returns whether a line is valid JSON, or so long that it may be cut."""
     try:
         json.loads(text)
     except (ValueError, RecursionError):
@@ -173,7 +173,7 @@ def _find_table_evidence(lines: list[str], separator: str, columns: Collection[s
 
 
 def looks_like_conll(lines: list[str]) -> bool:
-    """Return whether every line has a word and, in its last column, a tag such as O or B-LOC."""
+    """Returns whether every line has a word and, in the last column, a tag such as O or B-LOC."""
     rows = [line.split() for line in lines if line.strip() and not line.startswith(("#", "-DOCS"))]
     tags = {row[-1] for row in rows}
     return (
@@ -201,7 +201,7 @@ class _BlockReader(Reader):
         """Parse the rows of a block, each with its line; the block begins at line `first`."""
 
     def read(self, cursor: Cursor | None) -> Iterator[Chunk]:
-        """Yield the chunks after `cursor`."""
+        """Yields the chunks after `cursor`."""
         at = cursor or {"at": 0, "line": 0}
         text = TextLines(self.path, **at)
         block: list[str] = []
@@ -267,7 +267,7 @@ class ConllReader(_BlockReader):
         return [cell.strip() for cell in text.split("\t")] if self._tabs else text.split()
 
     def _is_comment(self, cells: list[str], at_start: bool) -> bool:
-        """Return whether the line is a comment; as a word, `#` has the usual width and a tag."""
+        """Returns whether the line is a comment; as a word, `#` has the usual width and a tag."""
         if not cells[0].startswith("#"):
             return False
         is_row = len(cells) == self._width
