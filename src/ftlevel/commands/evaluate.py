@@ -175,7 +175,7 @@ def evaluate(config: EvaluateConfig, *, listener: Listener | None = None) -> Eva
 def _base_of(
     trained: LoadedModel, config: EvaluateConfig, listener: Listener
 ) -> Iterator[LoadedModel | None]:
-    """Yield the base of `trained`: itself without adapter, or loaded beside a fully trained model.
+    """Yields the base of `trained`: itself without adapter, or loaded beside a fully trained model.
 
     None with `--no-base`, with a new head, and if the base is not there.
     """

@@ -259,7 +259,7 @@ def _timing_problems(config: TrainConfig) -> list[str]:
 
 
 def _search_problems(config: TrainConfig) -> list[str]:
-    """Return messages for retrieval sets of other tasks, and with other validation rows."""
+    """Returns messages for retrieval sets of other tasks, and with other validation rows."""
     data = config.data
     files = {"--qrels": data.qrels, "--corpus": data.corpus}
     given = [f"{flag} {path}" for flag, path in files.items() if path is not None]

@@ -37,7 +37,7 @@ TOKENS_AT_ONCE = 4_096
 def embed_texts(
     model: Any, objective: Embeddings, texts: Sequence[Encoded], pad_id: int, device: str
 ) -> torch.Tensor:
-    """Return float32 vectors `(texts, dims)` on the CPU, in order; batches are sorted by length."""
+    """Returns float32 vectors `(texts, dims)` on the CPU; batches are sorted by length."""
     collate = Collator(pad_id)
     order = sorted(range(len(texts)), key=lambda at: -len(texts[at].input_ids))
     result: list[torch.Tensor | None] = [None] * len(texts)
@@ -87,7 +87,7 @@ def score_embeddings(
 
 
 def step_losses(objective: Embeddings, vectors: torch.Tensor, step: StepTexts) -> list[float]:
-    """Return for each row the mean loss of its step, which has as many rows as in training.
+    """Returns for each row the mean loss of its step, which has as many rows as in training.
 
     A last step of one row belongs to the one before, if its loss compares rows.
     """
@@ -118,7 +118,7 @@ class QueryMeter:
         raise TypeError("metrics need the vectors of all documents")
 
     def pool(self, meters: Sequence[QueryMeter]) -> QueryMeter:
-        """Return a meter of the queries of all `meters`."""
+        """Returns a meter of the queries of all `meters`."""
         return QueryMeter([value for meter in meters for value in meter.values])
 
     def compute(self, _: float) -> dict[str, float]:
@@ -128,7 +128,7 @@ class QueryMeter:
         return {name: float(np.mean([value[name] for value in scored])) for name in names}
 
     def describe(self, _: Sequence[str]) -> dict[str, Any]:
-        """Return the metrics of the only query."""
+        """Returns the metrics of the only query."""
         return {**{name: round(v, 4) for name, v in self.values[0].items()}, **self.details}
 
 
@@ -144,7 +144,7 @@ class PairMeter:
         raise TypeError("pairs are scored together")
 
     def pool(self, meters: Sequence[PairMeter]) -> PairMeter:
-        """Return a meter of the pairs of all `meters`."""
+        """Returns a meter of the pairs of all `meters`."""
         return PairMeter(self.kind, [pair for meter in meters for pair in meter.pairs])
 
     def compute(self, _: float) -> dict[str, float]:
@@ -159,7 +159,7 @@ class PairMeter:
         return metrics
 
     def describe(self, _: Sequence[str]) -> dict[str, Any]:
-        """Return the similarity and the label of the only pair."""
+        """Returns the similarity and the label of the only pair."""
         label, scores = self.pairs[0] if self.pairs else (float("nan"), {"": float("nan")})
         return {"similarity": round(scores[""], 4), "true": label}
 
@@ -196,7 +196,7 @@ def build_meters(
 
 
 def _class_meters(spaces: Mapping[str, torch.Tensor], step: StepTexts) -> list[PairMeter]:
-    """Return meters of the pairs of each text with all later ones."""
+    """Returns meters of the pairs of each text with all later ones."""
     meters = [PairMeter("class") for _ in range(len(step))]
     for (i, one), (j, other) in combinations(enumerate(step.texts), 2):
         same = float(step.labels[i] == step.labels[j])
@@ -211,7 +211,7 @@ def _query_meters(
     step: StepTexts,
     searched: Sequence[int],
 ) -> list[QueryMeter]:
-    """Return the metrics of each row's query; rows of one query have the same."""
+    """Returns the metrics of each row's query; rows of one query have the same."""
     documents = sorted(
         {
             document
@@ -249,7 +249,7 @@ def _compare_scores(
     queries: Sequence[int],
     documents: Sequence[int],
 ) -> dict[int, dict[str, Any]]:
-    """Return for each query the scores of its best positive and negative, and the negative."""
+    """Returns for each query the scores of its best positive and negative, and the negative."""
     details: dict[int, dict[str, Any]] = {}
     for start, scores in iterate_scores(vectors[queries], vectors[documents], similarity):
         for query, line in zip(queries[start:], scores, strict=False):

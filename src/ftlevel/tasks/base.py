@@ -323,7 +323,7 @@ class BaseTask(ABC):
     def check_validation(
         self, train: Sequence[Any], validation: Sequence[Any], corpus: Sequence[str] | None
     ) -> Sequence[tuple[str, str, Sequence[int], str]]:
-        """Return (check name, split, row indices, example) for checks of two splits together.
+        """Returns (check name, split, row indices, example) for checks of two splits together.
 
         `corpus` are the documents that validation queries are looked up in, if they are given.
         """
@@ -332,7 +332,7 @@ class BaseTask(ABC):
     def encode_corpus(
         self, encoder: Encoder, documents: Sequence[str]
     ) -> tuple[Sequence[Encoded], Choice]:
-        """Return the encoded documents that queries are looked up in, and the line that shows it.
+        """Returns the encoded documents that queries are looked up in, and the line that shows it.
 
         Raises `ConfigError` for tasks without queries.
         """

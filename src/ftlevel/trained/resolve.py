@@ -416,7 +416,7 @@ def find_base(card: AdapterCard, directory: Path, base: ModelSource | None = Non
 def find_full_base(ref: ModelRef) -> ModelRef | None:
     """Find the base of a model that was trained in full, with its form and tokenizer.
 
-    None if there is none: another method, a new head, or a base that is missing or has changed.
+    None if there is none: a different method, a new head, or a base that is missing or has changed.
     """
     card, path = ref.card, ref.source.path
     if card.method != "full" or card.merge or card.quantized or card.heads or path is None:

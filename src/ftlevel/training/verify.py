@@ -301,13 +301,13 @@ class _Verifier:
         plain = self._plain(rows, dtype)
         if not math.isfinite(plain.loss):
             raise _NotFiniteError
-        other = steps.plain_perturbed(rows, dtype)
-        noise = compare_gradients(other.gradients, plain.gradients)
-        noise_of_loss = abs(other.loss - plain.loss)
+        perturbed = steps.plain_perturbed(rows, dtype)
+        noise = compare_gradients(perturbed.gradients, plain.gradients)
+        noise_of_loss = abs(perturbed.loss - plain.loss)
         if isinstance(objective := steps.trainer.objective, StepObjective):
             noise_of_loss = max(noise_of_loss, FLOAT32_EPSILON * objective.largest_term)
         bounds = Bounds(dtype, noise, noise_of_loss)
-        del other
+        del perturbed
         fast = steps.fast(rows, dtype)
         try:
             difference = _check(bounds, fast, plain)

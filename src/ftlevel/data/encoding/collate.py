@@ -23,12 +23,12 @@ from ftlevel.task import StepTexts
 
 @dataclass(frozen=True)
 class EncodedText(Encoded):
-    """One text; its first `unpooled` tokens, those of its prompt, are left out of pooling."""
+    """One text; the first `unpooled` tokens, those of the prompt, are left out of pooling."""
 
     unpooled: int = field(default=0, metadata={"column": "int"})
 
     def truncated(self, limit: int) -> EncodedText:
-        """Return the text with at most `limit` tokens; the last token, an end, is kept."""
+        """Returns the text with at most `limit` tokens; the last token, an end, is kept."""
         ids = self.input_ids
         if len(ids) <= limit:
             return self
@@ -46,7 +46,7 @@ class EncodedTexts(Encoded):
         sizes: number of tokens of each text.
         teacher_scores: a teacher's score of each document; empty without a teacher.
         prompts: number of tokens of the prompt of each text.
-        words: the texts themselves, for another model; empty if there is none.
+        words: the texts themselves, for a different model; empty if there is none.
         unpooled: number of first tokens of each text that are not pooled; empty if all are.
     """
 
@@ -62,7 +62,7 @@ class EncodedTexts(Encoded):
         return None
 
     def with_teacher(self, scores: tuple[float, ...]) -> EncodedTexts:
-        """Return the row with a teacher's `scores` of its documents."""
+        """Returns the row with a teacher's `scores` of its documents."""
         return replace(self, teacher_scores=scores)
 
     @property
@@ -81,13 +81,13 @@ class EncodedTexts(Encoded):
         return max(self.sizes)
 
     def truncated(self, limit: int) -> Encoded:
-        """Return the row with texts of at most `limit` tokens; the last token, an end, is kept."""
+        """Returns the row with texts of at most `limit` tokens; the last token, an end, is kept."""
         ids = [token for text in self.branches for token in text.truncated(limit).input_ids]
         return replace(self, input_ids=ids, sizes=tuple(min(size, limit) for size in self.sizes))
 
 
 def distinct_texts(rows: Sequence[Any]) -> tuple[list[EncodedText], StepTexts]:
-    """Return the distinct texts of `rows`, in order of appearance, and the rows as their indices.
+    """Returns the distinct texts of `rows`, in order of appearance, and the rows as their indices.
 
     Rows with a negative `row` only fill up a batch and are left out.
     """
@@ -113,7 +113,7 @@ def distinct_texts(rows: Sequence[Any]) -> tuple[list[EncodedText], StepTexts]:
 
 
 def add_texts(texts: list[EncodedText], more: Sequence[EncodedText]) -> list[int]:
-    """Return the indices of `more` in the distinct `texts`; new ones are added (mutated)."""
+    """Returns the indices of `more` in the distinct `texts`; new ones are added (modified)."""
     index_of = {(text.unpooled, *text.input_ids): at for at, text in enumerate(texts)}
     indices = []
     for text in more:
@@ -131,7 +131,7 @@ class Collator:
         self.pad_id = pad_id
 
     def __call__(self, rows: Sequence[Encoded]) -> dict[str, torch.Tensor]:
-        """Return `input_ids` and `attention_mask` `(batch, seq)`, `labels` and optional tensors.
+        """Returns `input_ids` and `attention_mask` `(batch, seq)`, `labels` and optional tensors.
 
         Each branch of a row is one sequence. `labels` is `(batch,)` for one value per row,
         `(batch, n)` for n values, or `(batch, target)` padded with -100 for tokens. `verdicts` is
@@ -165,14 +165,14 @@ class CollatorWithRows(Collator):
     """A `Collator` that also returns the rows, so that an error can name the failing row."""
 
     def __call__(self, rows: Sequence[Encoded]) -> dict[str, Any]:
-        """Return the batch with `rows`; their `contrasts` are a separate batch."""
+        """Returns the batch with `rows`; their `contrasts` are a separate batch."""
         contrasts = [other for row in rows for other in row.contrasts]
         batch: dict[str, Any] = {**super().__call__(rows), "rows": list(rows)}
         return {**batch, "contrasts": [super().__call__(contrasts)]} if contrasts else batch
 
 
 def pad(rows: Sequence[list[int]], value: int, *, left: bool = False) -> torch.Tensor:
-    """Return `rows` as a tensor `(batch, longest)`, padded with `value` on the right or left."""
+    """Returns `rows` as a tensor `(batch, longest)`, padded with `value` on the right or left."""
     longest = max(len(row) for row in rows)
     filled = [
         [value] * (longest - len(row)) + row if left else row + [value] * (longest - len(row))
@@ -201,7 +201,7 @@ def separate_pad_from_eos(tokenizer: Any) -> Choice | None:
 
 
 def ensure_pad_token(tokenizer: Any) -> Choice | None:
-    """Set a padding token on `tokenizer` (mutated) if it has none, and return the log line.
+    """Set a padding token on `tokenizer` (modified) if it has none, and return the log line.
 
     Prefer a reserved token of the vocabulary, so that the embedding does not grow, and fall back to
     EOS. Labels are masked by position, so EOS remains a label.
@@ -241,7 +241,7 @@ class MaskedRows(LazySequence[Encoded]):
         return self._draw(at, self.epoch + 1)
 
     def fixed(self) -> list[Encoded]:
-        """Return all rows with masks that do not depend on the epoch, for evaluation."""
+        """Returns all rows with masks that do not depend on the epoch, for evaluation."""
         return [self._draw(index, _FIXED) for index in range(len(self))]
 
     def count_hidden(self) -> int:

@@ -370,7 +370,7 @@ class Gate:
         corpus: Sequence[str] | None,
         table: Table,
     ) -> list[Finding]:
-        """Return the findings on validation rows, their corpus, and the training rows in it."""
+        """Returns the findings on validation rows, their corpus, and the training rows in it."""
         findings = []
         for check, split, rows, example in self.task.check_validation(train, validation, corpus):
             total = len(train) if split == "train" else len(validation)

@@ -237,9 +237,9 @@ def load_evaluation_rows(
         config, splits = config.model_copy(update={"qrels": None}), replace(splits, corpus=None)
     if config.max_eval_samples is not None:
         table = table.head(config.max_eval_samples)
-    note = ""
+    message = ""
     if not (is_own or is_typed):
-        config, note = _without_absent(config, table, task)
+        config, message = _without_absent(config, table, task)
     convert = open_converter(splits.train if config.qrels else table, config, task)[0]
     convert_training, convert = convert, validation_converter(convert, table)
     labels = LabelSet(tuple(card.labels)) if card.labels else None
@@ -273,7 +273,9 @@ def load_evaluation_rows(
     language = convert.shape.options.get("target_language", "")
     used = convert.shape.description
     source = str(config.qrels or splits.name)
-    return EvaluationRows(table, rows, name, fitted.dropped, language, source, note, used, corpus)
+    return EvaluationRows(
+        table, rows, name, fitted.dropped, language, source, message, used, corpus
+    )
 
 
 def _without_absent(config: DataConfig, table: Table, task: DataTask) -> tuple[DataConfig, str]:
@@ -290,8 +292,8 @@ def _without_absent(config: DataConfig, table: Table, task: DataTask) -> tuple[D
             detected = task.find_format(table.columns, reduced, table.rows[:CHUNK_ROWS])
         except InputError:
             continue
-        note = f"{detected.description}; the training's own --map and --format do not fit these"
-        return reduced, "" if reduced == config else note
+        message = f"{detected.description}; the training's own --map and --format do not fit these"
+        return reduced, "" if reduced == config else message
     return reduced, ""  # errors then refer to the actual columns
 
 

@@ -99,7 +99,7 @@ def convert_splits(
 
 
 def validation_converter(convert: Converter, validation: Table) -> Converter:
-    """Return the converter of validation rows, whose columns are others with `--qrels`."""
+    """Returns the converter of validation rows, whose columns are others with `--qrels`."""
     if convert.config.qrels is None:
         return convert
     plain: dict[str, Any] = {"columns": {}, "format": None, "ignore_columns": ()}
@@ -229,20 +229,20 @@ def read_splits(config: DataConfig, task: DataTask, seed: int) -> DatasetSplits:
 
 
 def _with_judgments(splits: DatasetSplits, qrels: Path, corpus: Path | None) -> DatasetSplits:
-    """Return the splits with the judged queries as validation rows, and the documents."""
-    found = read_retrieval_set(qrels, corpus)
+    """Returns the splits with the judged queries as validation rows, and the documents."""
+    result = read_retrieval_set(qrels, corpus)
     rows = [
-        {"query": query, "pos": [found.documents[at] for at in relevant]}
-        for query, relevant in zip(found.queries, found.relevant, strict=True)
+        {"query": query, "pos": [result.documents[at] for at in relevant]}
+        for query, relevant in zip(result.queries, result.relevant, strict=True)
     ]
     counts = {
-        "documents repeat the text of another one and count once": found.merged,
-        "queries without a relevant document are left out": found.unjudged,
+        "documents repeat the text of another one and count once": result.merged,
+        "queries without a relevant document are left out": result.unjudged,
     }
     notes = [f"{qrels}: {count:,} {what}" for what, count in counts.items() if count]
     table = Table(rows, range(1, len(rows) + 1), str(qrels), "row")
     notes = [*splits.notes, *notes]
-    return replace(splits, validation=table, corpus=found.documents, notes=notes)
+    return replace(splits, validation=table, corpus=result.documents, notes=notes)
 
 
 def _read_one(name: str, config: DataConfig, task: DataTask, split: str | None) -> DatasetSplits:
@@ -260,7 +260,7 @@ def _read_one(name: str, config: DataConfig, task: DataTask, split: str | None) 
 
 
 def prepare_examples(
-    loaded: LoadedExamples,
+    data: LoadedExamples,
     config: DataConfig,
     context: EncodingContext,
     folder: Path | None,
@@ -271,31 +271,31 @@ def prepare_examples(
     Rows are written to `folder`; None stores them in memory. Raises `InputError` if a check fails.
     """
     task, lenient = context.task, context.lenient
-    prompt_format = task.prompt_format(loaded.format, context.kind, context.tokenizer)
+    prompt_format = task.prompt_format(data.format, context.kind, context.tokenizer)
     prompt_format = _with_system(prompt_format, config.system)
     if prompt_format is not None:
-        prompt_format = prompt_format.resolve_separator(loaded.train, context.prompt_version)
-    options = {"labels": loaded.labels, "folder": folder, "progress": progress, "lenient": lenient}
+        prompt_format = prompt_format.resolve_separator(data.train, context.prompt_version)
+    options = {"labels": data.labels, "folder": folder, "progress": progress, "lenient": lenient}
     encoder = context.encoder(config, prompt_format, **options)
-    gate, splits = context.gate(config.gate), loaded.splits
-    fitted = encoder(loaded.train, splits.train)
-    train, findings = gate.check_split("train", fitted, loaded.train, splits.train)
-    findings = [*loaded.findings, *findings]
+    gate, splits = context.gate(config.gate), data.splits
+    fitted = encoder(data.train, splits.train)
+    train, findings = gate.check_split("train", fitted, data.train, splits.train)
+    findings = [*data.findings, *findings]
     validation: Sequence[Encoded] = []
     dropped = split = 0
-    if loaded.validation and splits.validation:
-        held_out = encoder.for_held_out("validation")(loaded.validation, splits.validation)
+    if data.validation and splits.validation:
+        held_out = encoder.for_held_out("validation")(data.validation, splits.validation)
         dropped, split = held_out.dropped, held_out.split
         validation, more = gate.check_held_out(
-            "validation", held_out, loaded.validation, splits.validation, fitted.digests
+            "validation", held_out, data.validation, splits.validation, fitted.digests
         )
         findings += more
         fitted = replace(fitted, max_length=max(fitted.max_length, held_out.max_length))
         findings += gate.check_validation(
-            loaded.train, loaded.validation, splits.corpus, splits.validation
+            data.train, data.validation, splits.corpus, splits.validation
         )
     if splits.test is not None:
-        examples, bad = convert_rows(splits.test, loaded.format)
+        examples, bad = convert_rows(splits.test, data.format)
         unusable = {row.line for row in bad}
         lines = enumerate(splits.test.lines)
         test = splits.test.take(i for i, line in lines if line not in unusable)
@@ -304,14 +304,14 @@ def prepare_examples(
     stops = [explain_stop(finding) for finding in findings if finding.action == "stop"]
     if stops and not lenient:
         raise InputError(stops)
-    facts = _facts(loaded, task, fitted, train, validation) | {
+    facts = _facts(data, task, fitted, train, validation) | {
         "validation_dropped": dropped,
         "validation_split": split,
         "gate": [finding.to_dict() for finding in findings],
     }
     if fitted.stops:  # a preview continues
         facts["stops"] = fitted.stops
-    choices = _choices(loaded, task, fitted, validation, facts)
+    choices = _choices(data, task, fitted, validation, facts)
     corpus: Sequence[Encoded] = []
     if splits.corpus is not None:
         corpus, choice = task.encode_corpus(encoder, splits.corpus)
@@ -364,7 +364,7 @@ _TASK_FACTS = {"problem_type": None, "unanswerable": False, "target_language": "
 
 
 def _facts(
-    loaded: LoadedExamples,
+    data: LoadedExamples,
     task: DataTask,
     fitted: FittedRows,
     train: Sequence[Encoded],
@@ -376,10 +376,10 @@ def _facts(
         for flat in flat_batches(train)
     ]
     tokens, supervised, longest = zip(*sizes, strict=True)
-    held_out = loaded.splits.validation
+    held_out = data.splits.validation
     return {
-        "name": loaded.splits.name,
-        "format": loaded.format.description,
+        "name": data.splits.name,
+        "format": data.format.description,
         "train_rows": len(train),
         "validation_rows": len(validation),
         "tokens": int(sum(tokens)),
@@ -387,21 +387,21 @@ def _facts(
         "longest": int(max(longest)),
         "max_length": fitted.max_length,
         "overlong": fitted.overlong,
-        "dropped": fitted.dropped + removed + len(loaded.splits.train.dropped),
+        "dropped": fitted.dropped + removed + len(data.splits.train.dropped),
         "shortened": fitted.shortened,
         "split": fitted.split,
-        "fingerprint": rows_fingerprint(loaded.splits.train.rows),
+        "fingerprint": rows_fingerprint(data.splits.train.rows),
         "validation_fingerprint": (
             rows_fingerprint(held_out.rows) if held_out is not None else None
         ),
-        "labels": list(loaded.labels.names) if loaded.labels else [],
+        "labels": list(data.labels.names) if data.labels else [],
         **_TASK_FACTS,
-        **task.facts(loaded),
+        **task.facts(data),
     }
 
 
 def _choices(
-    loaded: LoadedExamples,
+    data: LoadedExamples,
     task: DataTask,
     fitted: FittedRows,
     validation: Sequence[Encoded],
@@ -412,13 +412,13 @@ def _choices(
         if validation
         else "no validation rows: --validation-split 0.05 holds some out"
     )
-    name = "stdin" if loaded.splits.name == STDIN else loaded.splits.name
+    name = "stdin" if data.splits.name == STDIN else data.splits.name
     choices = [
         Choice("data", name, f"{facts['train_rows']:,} rows; {held_out}"),
-        Choice("columns", loaded.format.description, loaded.reason),
-        *loaded.choices,
+        Choice("columns", data.format.description, data.reason),
+        *data.choices,
         Choice("max length", f"{fitted.max_length:,} tokens", fitted.reason),
     ]
-    if loaded.labels is not None:
-        choices.append(Choice("labels", f"{len(loaded.labels)}", ", ".join(facts["labels"][:8])))
-    return [*choices, *task.describe_rows(loaded, facts)]
+    if data.labels is not None:
+        choices.append(Choice("labels", f"{len(data.labels)}", ", ".join(facts["labels"][:8])))
+    return [*choices, *task.describe_rows(data, facts)]

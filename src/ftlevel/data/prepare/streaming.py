@@ -132,7 +132,7 @@ class DistinctTextSampler(Sampler[int]):
             yield from [len(self._texts)] * (self._step - len(step))
 
     def _split(self, left: list[int]) -> Iterator[list[int]]:
-        """Yield the steps of the rows `left`, in their order."""
+        """Yields the steps of the rows `left`, in their order."""
         while left:
             taken: set[int] = set()
             chosen: list[int] = []

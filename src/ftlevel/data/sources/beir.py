@@ -35,15 +35,15 @@ class RetrievalSet:
 
 
 def retrieval_files(qrels: Path) -> list[Path]:
-    """Return the files of queries and documents that belong to a file of judgments."""
+    """Returns the files of queries and documents that belong to a file of judgments."""
     place = qrels.parent.parent if qrels.parent.name == "qrels" else qrels.parent
     return [place / "queries.jsonl", place / "corpus.jsonl"]
 
 
 def read_retrieval_set(qrels: Path, corpus: Path | None = None) -> RetrievalSet:
-    """Read the retrieval set of a file of relevance judgments.
+    """Load the retrieval set of a file of relevance judgments.
 
-    Queries are in queries.jsonl of its directory, or of the directory above `qrels/`; so is the
+    Queries are in queries.jsonl of the directory, or of the directory above `qrels/`; so is the
     corpus, unless `corpus` names another file.
 
     Raises:
@@ -98,14 +98,14 @@ def _number(value: Any, place: str, column: str) -> float:
 
 
 def read_corpus(path: Path) -> list[str]:
-    """Read the distinct documents of a file with a column text, and perhaps title."""
+    """Load the distinct documents of a file with a column text, and perhaps title."""
     table = read_table(path)
     _check_text(table.columns, path)
     return list(dict.fromkeys(map(_text, table.rows)))
 
 
 def _read_texts(path: Path) -> dict[str, str]:
-    """Read the text of each id; a title precedes its text."""
+    """Load the text of each id; a title precedes the text."""
     table = read_table(path)
     name = _column(table.columns, _IDS, path)
     _check_text(table.columns, path)
@@ -125,10 +125,10 @@ def _text(row: Mapping[str, Any]) -> str:
 
 
 def _column(columns: Sequence[str], known: Sequence[str], path: Path) -> str:
-    found = next((name for name in known if name in columns), None)
-    if found is None:
+    result = next((name for name in known if name in columns), None)
+    if result is None:
         raise InputError(
             f"{path}: has none of the columns {join_names(known)}. Columns: "
             f"{join_names(map(repr, columns))}."
         )
-    return found
+    return result

@@ -60,7 +60,7 @@ _COARSE_SCORE = 5e-2
 
 
 def read_vectors(out: Path) -> dict[str, Any] | None:
-    """Read the recorded embeddings or scores of the export at `out`; None for other models."""
+    """Load the recorded embeddings or scores of the export at `out`; None for other models."""
     path = served_path(out)
     if not path.is_file():
         return None
@@ -72,7 +72,7 @@ def read_vectors(out: Path) -> dict[str, Any] | None:
 
 
 def _open_client(config: CheckServedConfig) -> tuple[Client, str]:
-    """Return a client of the server at `--url`, and the name of its model."""
+    """Returns a client of the server at `--url`, and the name of its model."""
     client = Client(config.url or "", float(config.timeout))
     listed = client.models()
     return client, config.model or (listed[0] if listed else config.out.stem)
@@ -103,7 +103,7 @@ def _embed_in(config: CheckServedConfig, texts: list[str]) -> list[list[float]]:
 
 
 def check_vectors(config: CheckServedConfig, record: dict[str, Any]) -> dict[str, Any]:
-    """Return the lowest cosine of the embeddings, or the largest difference of scores.
+    """Returns the lowest cosine of the embeddings, or the largest difference of scores.
 
     Raises:
         InputError: the library cannot load the files, or the server returns no embeddings or
@@ -189,7 +189,7 @@ _SHOWN = 300
 def run_library(
     library: str, python: Path | None, base: str, adapters: Sequence[dict[str, Any]], seconds: float
 ) -> dict[str, list[ServerAnswer] | str]:
-    """Return the library's answers by adapter name, or the reason why it cannot load an adapter.
+    """Returns the library's answers by adapter name, or the reason why it cannot load an adapter.
 
     Each adapter has `name`, `place` (empty for the base), `rank_limit` and `prompts`, lists of
     token ids. A `python` of None is the current one.
@@ -214,7 +214,7 @@ def run_library(
 def embed_in_library(
     library: str, python: Path | None, model: Path, texts: Sequence[str], seconds: float
 ) -> list[list[float]]:
-    """Return the library's embeddings of `texts`; arguments and errors as in `run_library`."""
+    """Returns the library's embeddings of `texts`; arguments and errors as in `run_library`."""
     request = {
         "base": str(model.resolve()),
         "texts": list(texts),
@@ -226,20 +226,20 @@ def embed_in_library(
 
 
 def _ask(library: str, python: Path | None, request: dict[str, Any], seconds: float) -> Any:
-    """Return the answer of the library's script to `request`."""
+    """Returns the answer of the library's script to `request`."""
     program = str(python or sys.executable)
     script = Path(__file__).with_name(_SCRIPTS[library])
     with Workspace("asked") as folder:
         question, answer = Path(folder, "asked.json"), Path(folder, "answered.json")
         question.write_text(json.dumps(request), encoding="utf-8")
-        code, reason = _run([program, str(script), str(question), str(answer)], seconds, library)
+        code, error = _run([program, str(script), str(question), str(answer)], seconds, library)
         if code != 0 or not answer.is_file():
-            raise InputError(_why(library, program, code, reason))
+            raise InputError(_why(library, program, code, error))
         return json.loads(answer.read_text(encoding="utf-8"))
 
 
 def _run(command: list[str], seconds: float, library: str) -> tuple[int, str]:
-    """Return exit code and output; kill the process and its children on timeout or interrupt."""
+    """Returns exit code and output; kill the process and its children on timeout or interrupt."""
     try:
         process = subprocess.Popen(
             command,
@@ -274,9 +274,9 @@ def _why(library: str, program: str, code: int, stderr: str) -> str:
                 f"--in {library}: {program} has not {module}. Install {_INSTALL[library]} "
                 "in an environment of its own, and name its Python: --python PATH."
             )
-    errors = [n for n, line in enumerate(lines) if "Error" in line or "error" in line]
+    matches = [n for n, line in enumerate(lines) if "Error" in line or "error" in line]
     # C++ errors end the first line with a colon and continue on the next.
-    stderr = " ".join(lines[errors[-1] if errors else -1 :]) if lines else "it said nothing"
+    stderr = " ".join(lines[matches[-1] if matches else -1 :]) if lines else "it said nothing"
     return f"--in {library} ended with code {code}: {stderr[:_SHOWN]}"
 
 
@@ -344,15 +344,15 @@ def _check_embeddings(
 ) -> CheckServedResult:
     asked = config.inside or config.url
     listener.stage(f"querying {asked}")
-    found = check_vectors(config, record)
-    summary = {"out": str(config.out), "asked": asked, "verdict": TRAINED, **found}
+    result = check_vectors(config, record)
+    summary = {"out": str(config.out), "asked": asked, "verdict": TRAINED, **result}
     summary["seconds"] = round(time.perf_counter() - began, 2)
-    line = (
-        f"{TRAINED}: {found['texts']} scores differ by at most {found['max_difference']:.2g}"
+    message = (
+        f"{TRAINED}: {result['texts']} scores differ by at most {result['max_difference']:.2g}"
         if record["type"] == "scores"
-        else f"{TRAINED}: {found['texts']} embeddings, cosine {found['min_cosine']:.6f} or more"
+        else f"{TRAINED}: {result['texts']} embeddings, cosine {result['min_cosine']:.6f} or more"
     )
-    return CheckServedResult(summary, (line,))
+    return CheckServedResult(summary, (message,))
 
 
 @dataclass(frozen=True)
@@ -378,7 +378,7 @@ def _ask_url(config: CheckServedConfig, served: ServingRecord) -> dict[str, _Row
 
 
 def _name_of(adapter: AdapterRecord, served: ServingRecord, listed: list[str]) -> str:
-    """Return the model name under which the server lists `adapter`, if it can be found."""
+    """Returns the model name under which the server lists `adapter`, if it can be found."""
     if adapter.name in listed or (len(listed) != 1 and served.facts.get("server") != "mlx"):
         return adapter.name
     # mlx-lm loads a model for any other name.
@@ -394,17 +394,17 @@ def _ask_one(
         models = f" It lists {join_names(listed, 4)}: name one by --model." if listed else ""
         raise InputError(f"--url {client.url}: {refused}.{models}") from None
     chat: list[ServerAnswer | None] = []
-    reason = ""
+    error = ""
     for prompt in adapter.prompts:
         if not prompt["messages"]:
-            reason = "it was trained without a chat template"
+            error = "it was trained without a chat template"
         try:
-            asks = prompt["messages"] and not reason
+            asks = prompt["messages"] and not error
             chat.append(client.chat(name, prompt["messages"], extra) if asks else None)
         except RequestRefusedError as refused:
-            reason = str(refused)
+            error = str(refused)
             chat.append(None)
-    return _Rows(completions, chat, "text" if client.by_text else "token ids", reason)
+    return _Rows(completions, chat, "text" if client.by_text else "token ids", error)
 
 
 def _query_library(config: CheckServedConfig, served: ServingRecord) -> dict[str, _Rows]:
@@ -444,10 +444,10 @@ def _query_library(config: CheckServedConfig, served: ServingRecord) -> dict[str
 
 
 def _query_base(config: CheckServedConfig, served: ServingRecord) -> dict[str, list[ServerAnswer]]:
-    """Return the outputs of a quantized base without adapters, by adapter name; may be empty.
+    """Returns the outputs of a quantized base without adapters, by adapter name; may be empty.
 
     llama.cpp rounds activations with such a base; these outputs show by how much. A server is not
-    queried, since its prompt cache could return base outputs for the adapter.
+    queried, since the prompt cache could return base outputs for the adapter.
     """
     base = str(served.facts.get("base"))
     adapters = [a for a in served.adapters if a.prompts and "base" in a.prompts[0]]
@@ -496,7 +496,7 @@ def _judge(adapter: AdapterRecord, rows: _Rows, tolerance: float) -> dict[str, A
 
 
 def _overall(adapters: list[dict[str, Any]]) -> str:
-    """Return the worst verdict; TRAINED only if every adapter differs from its base."""
+    """Returns the worst verdict; TRAINED only if every adapter differs from the base."""
     verdicts = [word for a in adapters for api in ("weights", "chat") for word in a[api]["answers"]]
     for verdict in (ELSE, BASE):
         if verdict in verdicts:

@@ -115,14 +115,14 @@ class Client:
             raise RequestRefusedError(f"embeddings in another form ({error!r})") from None
 
     def rerank(self, model: str, query: str, texts: list[str]) -> list[float]:
-        """Return the score of each text; raise Refused if the server returns none.
+        """Returns the score of each text; raises Refused if the server returns none.
 
         vLLM and llama.cpp read `documents`, text-embeddings-inference `texts` and `raw_scores`.
         """
         body = {"model": model, "query": query, "documents": texts}
-        found = self._ask("/rerank", {**body, "texts": texts, "raw_scores": True}, version="")
+        result = self._ask("/rerank", {**body, "texts": texts, "raw_scores": True}, version="")
         try:
-            rows = found if isinstance(found, list) else found["results"]
+            rows = result if isinstance(result, list) else result["results"]
             scores = {
                 int(row["index"]): float(row.get("score", row.get("relevance_score")))
                 for row in rows

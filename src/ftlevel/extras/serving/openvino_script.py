@@ -60,7 +60,7 @@ def main() -> None:
 
 
 def _embed(converted: Path, model: Path, request: dict[str, Any]) -> list[list[float]]:
-    """Return the embeddings of the texts, with the pooling of the model's own files."""
+    """Returns the embeddings of the texts, with the pooling of the model's own files."""
     import openvino_genai as genai
 
     modes = json.loads((model / "1_Pooling" / "config.json").read_text(encoding="utf-8"))

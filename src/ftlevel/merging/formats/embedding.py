@@ -154,7 +154,7 @@ def write_scores(path: Path, config: ExportConfig, model: LoadedModel, dtype: st
 
 
 def describe_gguf_reranker(config: Any) -> str:
-    """Return why llama.cpp gives other scores than a reranker of `config`."""
+    """Returns why llama.cpp gives other scores than a reranker of `config`."""
     if config.model_type == "bert":
         return (
             "llama.cpp gives every token of BERT the segment of the query, so a document would "

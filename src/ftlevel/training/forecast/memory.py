@@ -225,7 +225,7 @@ def estimate_step_memory(run: Run, memory: int) -> StepMemory:
 def _kept_graph_bytes(
     run: Run, peaks: Mapping[str, Mapping[str, float]], batch: _Batch, memory: int
 ) -> float:
-    """Return the activations of the other micro-batches of a step whose graphs are all kept.
+    """Returns the activations of the other micro-batches of a step whose graphs are all kept.
 
     See `training.whole_step`; 0 if each micro-batch is embedded twice.
     """

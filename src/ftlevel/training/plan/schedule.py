@@ -31,7 +31,7 @@ def count_steps_per_epoch(config: TrainerConfig, rows: int) -> int:
 
 
 def rows_per_epoch(config: TrainConfig, data: PreparedData) -> int:
-    """Return how many rows an epoch trains on.
+    """Returns how many rows an epoch trains on.
 
     Rollouts serve several steps. With one set per step, the last step of each set is filled up.
     """
@@ -60,12 +60,12 @@ class LearningRates:
 
     @property
     def choices(self) -> list[Choice]:
-        """Lines shown at the start; the head has one only if its rate differs."""
+        """Lines printed at the start; the head has one only if its rate differs."""
         differs = self.head is not None and self.head.value != self.base.value
         return [self.base, self.head] if differs and self.head else [self.base]
 
     def schedule(self, steps: int) -> Schedule:
-        """Return the schedule of a run of `steps` optimizer steps."""
+        """Returns the schedule of a run of `steps` optimizer steps."""
         return Schedule(
             steps=steps,
             learning_rate=self.base.value,
@@ -236,7 +236,7 @@ def _check(train: TrainerConfig, task: str, objective: Objective) -> None:
 
 
 def _read_weights(weights: Mapping[str, float], names: Sequence[str]) -> tuple[float, ...]:
-    """Read the weights of `names`, 1 by default; raise ConfigError for unknown names."""
+    """Load the weights of `names`, 1 by default; raise ConfigError for unknown names."""
     unknown = [name for name in weights if name not in names]
     if unknown:
         raise ConfigError(
@@ -285,7 +285,7 @@ def find_bounds(
 
 
 def text_positions(spec: MethodConfig, model_config: Any) -> int | None:
-    """Return the positions that the model leaves for text; None if unlimited.
+    """Returns the positions that the model leaves for text; None if unlimited.
 
     Raises:
         ConfigError: the method's virtual tokens leave no room for text.
