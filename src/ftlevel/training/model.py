@@ -95,7 +95,7 @@ def shard(
         if linears:
             shared.append(FsdpUnit(linears, (), not holds, narrow))
         shared.append(FsdpUnit([block], linears, not holds))
-    # Embeddings, head and final norm belong to the root unit, gathered once per step.
+    # Embeddings, head and final norm belong to the root unit, gathered once per micro-batch.
     for part in [*shared, FsdpUnit([model], blocks, False)]:
         for module in part.modules:
             carry_quant_states(module, part.inside)
