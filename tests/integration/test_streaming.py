@@ -143,7 +143,7 @@ def test_what_is_known_of_the_first_rows_only_is_said(capsys: pytest.CaptureFixt
     assert "row 1" in capsys.readouterr().out
 
 
-LATE = 50  # beyond the first rows, and reached
+LATE = 250  # beyond the first rows, and reached
 
 
 @pytest.mark.slow
@@ -154,7 +154,7 @@ LATE = 50  # beyond the first rows, and reached
          "not valid JSON (Expecting ',' delimiter, column 16)"),
         ('{"prompt": 5, "completion": "b"}',
          "'prompt' is a number (5), but a string in most rows (line 1 for one)"),
-        ('{"prompt": "a"}', "lacks 'completion', which the 40 other rows have (a value may be "
+        ('{"prompt": "a"}', "lacks 'completion', which the 200 other rows have (a value may be "
          "null, the key must be there)"),
         ('{"prompt": "a", "completion": null}', "'completion' is null"),
     ],
@@ -165,11 +165,11 @@ def test_a_bad_row_is_named_when_it_comes(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(streaming, "SAMPLE", 40)
-    lines = [json.dumps(row(i)) for i in range(60)]
+    monkeypatch.setattr(streaming, "SAMPLE", 200)
+    lines = [json.dumps(row(i)) for i in range(300)]
     lines[LATE - 1] = bad
     Path("rows.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    arguments = [*STREAM, "--dataset", "rows.jsonl", "--batch-size", "5", "--max-steps", "12",
+    arguments = [*STREAM, "--dataset", "rows.jsonl", "--batch-size", "25", "--max-steps", "12",
                  "--model", "builtin:tiny-llama"]  # fmt: skip
     assert run(["train", "--quiet", "--output-dir", "run", *arguments]) == 2
     assert capsys.readouterr().err == (
@@ -181,16 +181,13 @@ def test_a_bad_row_is_named_when_it_comes(
 
 
 @pytest.mark.slow
-def test_longer_rows_than_the_first_ones(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(streaming, "SAMPLE", 400)
+def test_longer_rows_than_the_first_ones(capsys: pytest.CaptureFixture[str]) -> None:
     long = {"prompt": "say " + "please " * 60, "completion": "no"}
-    few = [row(i) for i in range(440)] + [long] * 3
-    arguments = [*STREAM, "--batch-size", "40", "--max-steps", "12"]
+    few = [row(i) for i in range(1_100)] + [long] * 3
+    arguments = [*STREAM, "--batch-size", "100", "--max-steps", "12"]
     summary = train(*arguments, "--dataset", write_jsonl(few))
     assert summary["data"]["stream"]["too_long"] == 3
-    many = [row(i) for i in range(440)] + [long] * 30
+    many = [row(i) for i in range(1_100)] + [long] * 30
     assert run(["train", "--quiet", "--output-dir", "many", *arguments, "--dataset",
                 write_jsonl(many)]) == 2  # fmt: skip
     complaint = capsys.readouterr().err
