@@ -128,7 +128,6 @@ def learned(data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path,
             "learning_rate": 1e-3,
             "lr_scheduler_type": "constant",
             "eval_strategy": "no",
-            "eval_on_start": False,
         },
         rows={"validation_file": str(data / "held-out.jsonl")},
     )
@@ -177,6 +176,8 @@ def test_evaluate_repeats_the_gain_on_held_out_prompts(
     assert found["metrics"]["reward"] == pytest.approx(summary["metrics"]["reward"], abs=1e-9)
     assert found["data"]["examples"] == len(HELD_OUT)
     assert found["intervals"]["reward"][0] > found["base_intervals"]["reward"][1]
+    for ours, theirs in (("intervals", "intervals"), ("intervals_before", "base_intervals")):
+        assert summary[ours]["reward"] == pytest.approx(found[theirs]["reward"], abs=1e-6)
     assert {"pass@1", "pass@4"} <= found["metrics"].keys()
 
 
@@ -401,6 +402,37 @@ def test_a_teacher_is_distilled_on_the_students_completions(
     assert repeated["metrics"]["reward"] == pytest.approx(summary["metrics"]["reward"], abs=1e-5)
     assert repeated["intervals"]["reward"][0] > repeated["base_intervals"]["reward"][1]
     assert not {"pass@1", "groups_with_signal"} & repeated["metrics"].keys()
+
+
+def test_a_teacher_with_two_processes_and_on_resume(
+    data: Path, tmp_path: Path, learned: tuple[Path, dict[str, Any]]
+) -> None:
+    teacher, _ = learned
+    own = {"distillation": {"teacher": str(teacher)}}
+    rl = {"reward": [], "num_generations": 2}
+    both = {**PLAIN, "max_steps": 2, "save_steps": 1, "per_device_train_batch_size": 4}
+    train(settings(data, tmp_path / "one", rl, both, **own))
+    two = {**both, "per_device_train_batch_size": 2, "num_processes": 2}
+    config = settings(data, tmp_path / "two", rl, two, **own).model_dump(exclude_unset=True)
+    started = ranks.start(train_in_a_process, [(config,), (config,)])
+    assert ranks.end(started) == [0, 0]
+    with pytest.raises(Interrupted):
+        train(settings(data, tmp_path / "broken", rl, both, **own), callbacks=[Stop(1)])
+    other = {"distillation": {"teacher": "builtin:tiny-llama"}}
+    with pytest.raises(
+        ConfigError, match=r"not the same run: distillation\.teacher was '[0-9a-f]+'"
+    ):
+        train(settings(data, tmp_path / "broken", rl, both, output={"resume": True}, **other))
+    train(settings(data, tmp_path / "broken", rl, both, output={"resume": True}, **own))
+    one = adapter(tmp_path / "one")
+    assert all(torch.equal(adapter(tmp_path / "broken")[name], one[name]) for name in one)
+    two_adapter = adapter(tmp_path / "two")
+    for name, value in one.items():
+        assert torch.allclose(two_adapter[name], value, rtol=0, atol=1e-6), name
+    texts = [(tmp_path / name / "rollouts.jsonl").read_text() for name in ("one", "two", "broken")]
+    first, *others = [[json.loads(line) for line in text.splitlines()] for text in texts]
+    assert [line["row"] for line in first] == [line["row"] for line in others[0]]
+    assert others[1] == first
 
 
 @pytest.mark.parametrize(

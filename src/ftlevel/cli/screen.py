@@ -253,8 +253,10 @@ def _result_lines(summary: Mapping[str, Any]) -> Iterator[str]:
         yield f"  [bold]kept[/bold] {describe_kept_model(summary['best'])}"
     before = summary["metrics_before"]
     for name, value in summary["metrics"].items():
-        first = f"{before[name]:.4f} → " if name in before else ""
-        yield f"  [bold]{_plain(name)}[/bold] {first}{value:.4f}  [dim](validation)[/dim]"
+        first = f"{before[name]:.4f}{_range(summary, name, 'intervals_before')} → "
+        last = f"{value:.4f}{_range(summary, name, 'intervals')}"
+        shown = f"{first if name in before else ''}{last}"
+        yield f"  [bold]{_plain(name)}[/bold] {shown}  [dim](validation)[/dim]"
     frozen = (
         f"{proof['frozen_tensors']:,} frozen tensors unchanged; "
         if (proof["frozen_tensors"])
@@ -281,6 +283,12 @@ def _result_lines(summary: Mapping[str, Any]) -> Iterator[str]:
         yield f"  [bold]uploaded[/bold] {_plain(summary['hub'])}"
     for number, command in enumerate(summary["next"]):
         yield f"  {'    ' if number else '[bold]next[/bold]'} {_plain(command)}"
+
+
+def _range(summary: Mapping[str, Any], name: str, which: str) -> str:
+    """Return a 95 % interval, where that before training is known, too."""
+    ends = summary[which].get(name) if "intervals_before" in summary else None
+    return "" if ends is None else f" ({ends[0]:.4f}–{ends[1]:.4f})"
 
 
 def _has_content(path: Path) -> bool:

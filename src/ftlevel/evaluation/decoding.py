@@ -8,84 +8,30 @@ transformers' `generate` runs a batch until the last row ends, and copies the KV
 token. Here the cache has spare room, and a prefix that all prompts share is computed once.
 `find_decoding_error` verifies on the model that the logits do not change.
 
-`attend` computes attention of one new token per row without repeating grouped keys and values,
-which SDPA with a mask does. All other calls go to SDPA.
+`evaluation.attention` computes attention of one new token per row without repeating grouped keys
+and values, which SDPA with a mask does.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
 
 from ftlevel.data.encoding.collate import pad
 from ftlevel.errors import join_names
+from ftlevel.evaluation.attention import NAME, SharedPrompts, register, using_prompts
 from ftlevel.fast import packed_attention as packed
 from ftlevel.fast.likelihoods import base_model
 from ftlevel.fast.plan import adds_virtual_tokens, find_packing_obstacle
 from ftlevel.models.upstream.architectures import attention_of
 from ftlevel.trained.generation import stop_ids
 from ftlevel.trained.model_ref import LoadedModel
-
-NAME = "ftlevel_one_token"
-"""Name of the attention for `set_attn_implementation`."""
-
-_UNSUPPORTED = ("softcap", "s_aux", "position_bias")
-
-
-def register() -> None:
-    """Register the attention and its mask with transformers."""
-    AttentionInterface.register(NAME, attend)
-    AttentionMaskInterface.register(NAME, sdpa_mask)
-
-
-def attend(
-    module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    **others: Any,
-) -> tuple[torch.Tensor, None]:
-    """Compute attention of one new token per row; all other calls go to SDPA.
-
-    `query` is (batch, heads, new, head_dim), `key` and `value` are (batch, key heads, seq,
-    head_dim). `attention_mask` is (batch, 1, new, seq), True or 0 where visible. `scaling` defaults
-    to 1 / sqrt(head_dim).
-
-    Returns:
-        (batch, new, heads, head_dim), and None for the attention weights.
-    """
-    rows, heads, new, width = query.shape
-    if new != 1 or dropout or any(others.get(name) is not None for name in _UNSUPPORTED):
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout, scaling, **others
-        )
-    scale = width**-0.5 if scaling is None else scaling
-    groups = key.shape[1]
-    scores = torch.matmul(
-        (query * scale).view(rows, groups, heads // groups, width), key.transpose(2, 3)
-    )
-    if attention_mask is not None:
-        mask = attention_mask[..., : key.shape[2]]
-        if mask.dtype == torch.bool:
-            scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
-        else:
-            scores = scores + mask
-    shares = scores.softmax(-1, dtype=torch.float32).to(value.dtype)
-    attended = torch.matmul(shares, value)
-    return attended.reshape(rows, 1, heads, value.shape[-1]), None
-
 
 ROOM = 64
 """Number of positions by which the KV cache grows."""
@@ -195,14 +141,19 @@ class RowDecoder:
         """
         begins = seq + shared - torch.tensor(rows.lengths, device=self._device)[:, None]
         positions = torch.arange(seq, device=self._device)[None]
-        outputs = self._model(
-            input_ids=ids,
-            attention_mask=((positions >= begins) | (positions < shared)).long(),
-            position_ids=(positions - begins + shared).clamp(min=0)[:, -ids.shape[1] :],
-            use_cache=True,
-            logits_to_keep=1,
-            **{self._cache: Cache(layers=rows.layers)},
-        )
+        own = (positions - begins + shared).clamp(min=0)[:, -ids.shape[1] :]
+        before = [block.lengths[owner] for block in rows.prompts for owner in block.owners]
+        with using_prompts(rows.prompts):
+            outputs = self._model(
+                input_ids=ids,
+                attention_mask=((positions >= begins) | (positions < shared)).long(),
+                position_ids=own + torch.tensor(before, device=self._device)[:, None]
+                if before
+                else own,
+                use_cache=True,
+                logits_to_keep=1,
+                **{self._cache: Cache(layers=rows.layers)},
+            )
         rows.scores = outputs.logits[:, -1]
         self._choose(rows)
 
@@ -216,7 +167,8 @@ class Rows:
     """Rows that are generated together.
 
     `numbers` are prompt indices, `lengths` the cached tokens per row (aligned on the right), `last`
-    the next token of each row, and `scores` the logits (rows, vocabulary).
+    the next token of each row, and `scores` its logits (rows, vocabulary). `prompts` precede the
+    cached tokens; either all rows have one or none has.
     """
 
     numbers: list[int]
@@ -224,6 +176,20 @@ class Rows:
     last: list[int]
     layers: Sequence[_RoomyLayer]
     scores: Any = None
+    prompts: Sequence[SharedPrompts] = ()
+
+    def fork(self, count: int) -> Rows:
+        """Return `count` rows of each row, whose cached tokens become their shared prompts."""
+        index = [i for i in range(len(self.numbers)) for _ in range(count)]
+        states = [(layer.keys, layer.values) for layer in self.layers]
+        return Rows(
+            [self.numbers[i] for i in index],
+            [0] * len(index),
+            [self.last[i] for i in index],
+            [_RoomyLayer() for _ in self.layers],
+            self.scores.index_select(0, torch.tensor(index, device=self.scores.device)),
+            (SharedPrompts(states, self.lengths, index),),
+        )
 
 
 class _Texts:
@@ -318,7 +284,7 @@ def common_beginning(prompts: Sequence[list[int]]) -> list[int]:
 
 
 def join(parts: Sequence[tuple[Rows, Sequence[int]]]) -> Rows:
-    """Returns one batch of the rows at the given indices of each part."""
+    """Return one batch of the rows at the given ascending indices of each part."""
     parts = [(rows, chosen) for rows, chosen in parts if chosen]
     if not parts:
         return Rows([], [], [], [])
@@ -326,27 +292,41 @@ def join(parts: Sequence[tuple[Rows, Sequence[int]]]) -> Rows:
     seq = max(lengths)
     layers: list[_RoomyLayer] = []
     for at in range(len(parts[0][0].layers)):
+        layers.append(_RoomyLayer())
+        if not seq:
+            continue
         both = []
         for name in ("keys", "values"):
             states = [getattr(rows.layers[at], name) for rows, _ in parts]
-            first = states[0]
+            first = next(part for part in states if part is not None)
             joined = first.new_zeros(len(lengths), first.shape[1], seq + ROOM, first.shape[3])
             start = 0
             for part, (rows, chosen) in zip(states, parts, strict=True):
                 width = max(rows.lengths[i] for i in chosen)
-                index = torch.tensor(chosen, device=part.device)
-                target = joined[start : start + len(chosen), :, seq - width : seq]
-                target.copy_(part[:, :, part.shape[2] - width :].index_select(0, index))
+                if width:
+                    index = torch.tensor(chosen, device=part.device)
+                    target = joined[start : start + len(chosen), :, seq - width : seq]
+                    target.copy_(part[:, :, part.shape[2] - width :].index_select(0, index))
                 start += len(chosen)
             both.append(joined)
-        layers.append(_RoomyLayer())
         layers[-1].fill(both[0], both[1], seq)
     return Rows(
         [rows.numbers[i] for rows, chosen in parts for i in chosen],
         lengths,
         [rows.last[i] for rows, chosen in parts for i in chosen],
         layers,
+        prompts=[block for rows, chosen in parts for block in _select_prompts(rows, chosen)],
     )
+
+
+def _select_prompts(rows: Rows, chosen: Sequence[int]) -> Iterator[SharedPrompts]:
+    """Yield the shared prompts of the rows at the ascending indices `chosen`."""
+    first = 0
+    for block in rows.prompts:
+        own = [i - first for i in chosen if first <= i < first + len(block.owners)]
+        first += len(block.owners)
+        if own:
+            yield block.select(own)
 
 
 def open_decoder(trained: LoadedModel, prompts: Sequence[list[int]]) -> RowDecoder | Literal[False]:
@@ -386,26 +366,37 @@ def find_cache_obstacle(model: Any, kind: str, method: str) -> str:
 
 
 def find_decoding_error(
-    decoder: RowDecoder, model: Any, prompt: Sequence[int], noise: float
+    decoder: RowDecoder, model: Any, prompt: Sequence[int], noise: float, *, forks: bool = False
 ) -> str:
     """Returns why `decoder` cannot be used with `model`; empty if it can.
 
     A row starts with a shared prefix next to a longer row, is separated from it and joined with a
-    third. The logits must match a plain forward pass up to `noise`, relative to their norm. Call it
-    in eval mode under `torch.no_grad`.
+    third. Its logits must match a plain forward pass up to `noise`, relative to their norm. With
+    `forks`, there are two rows of each from then on. Call it in eval mode under `torch.no_grad`.
     """
     long = [*prompt, *prompt][:_PROMPT]
     short = long[: _PROMPT // 2]
     try:
         rows = decoder.begin([0, 1], [long, short], decoder.begin([0], [short[:-2]]))
-        token = [rows.last[1]]
-        rows = join([(decoder.begin([2], [long[1:]]), [0]), (rows, [1])])
+        token = rows.scores[1].argmax().item()
+        third = decoder.begin([2], [long[1:]])
+        if forks:
+            rows, third = rows.fork(2), third.fork(2)
+            rows.last = [token] * 4
+            rows = join([(third, [1]), (rows, [0, 2, 3])])
+            decoder.step(rows)
+            rows.last = [token] * 4
+            rows = join([(rows, [0, 2, 3])])
+        else:
+            rows = join([(third, [0]), (rows, [1])])
         decoder.step(rows)
-        ids = torch.tensor([[*short, *token]], device=rows.scores.device)
+        ids = torch.tensor(
+            [[*short, token, *([token] if forks else [])]], device=rows.scores.device
+        )
         expected = model(input_ids=ids).logits[0, -1].float()
     except (TypeError, NotImplementedError) as error:
         return str(error)
-    logits = rows.scores[1].float()
+    logits = rows.scores[-1].float()
     if not (logits - expected).norm() < noise * expected.norm():
         return "rows that come and go give other scores than rows alone"
     return ""

@@ -23,19 +23,22 @@ from ftlevel.evaluation.sampling import Completion, Noise, Sampler, SamplingOpti
 from ftlevel.evaluation.scoring import Evaluator
 from ftlevel.evaluation.server import ServerSampler
 from ftlevel.fast.cross_entropy import ChunkedCrossEntropy
+from ftlevel.fast.fused_lora import fused_in_eval
 from ftlevel.fast.likelihoods import base_model, compute_token_likelihoods
 from ftlevel.fast.packing import using_layout
 from ftlevel.models.hardware import autocast, evaluating
 from ftlevel.task import PolicyObjective
 from ftlevel.tasks.base import OutputOptions
 from ftlevel.tasks.preferences.formats import LabeledAnswer
-from ftlevel.tasks.rl.formats import ANSWER
 from ftlevel.tasks.rl.losses import combine_rewards
 from ftlevel.tasks.rl.rewards import Prompt, Rewards
-from ftlevel.tasks.rl.rows import UNKNOWN, CompletionRow, TokenLogps, build_completion_row
+from ftlevel.tasks.rl.rows import ANSWER, UNKNOWN, CompletionRow, TokenLogps, build_completion_row
 from ftlevel.trained.generation import GenerationOptions, stop_ids
 from ftlevel.trained.model_ref import PLAIN, LoadedModel, ModelRef
 from ftlevel.trained.resolve import compute_fingerprint, resolve_model, resolve_reference
+
+HELD_OUT = 1 << 40
+"""Step of the random numbers of evaluations, which are the same before and after training."""
 
 
 @dataclass
@@ -175,7 +178,8 @@ class Rollouts:
                     self._dtype,
                     max(prompts, key=len),
                 )
-            with contextlib.closing(self._open()) as sampler:
+            fused = fused_in_eval() if step < HELD_OUT else contextlib.nullcontext()
+            with contextlib.closing(self._open()) as sampler, fused:
                 return sampler.sample(prompts, numbers, self._options, noise)
 
     def _score(
@@ -265,10 +269,6 @@ def score_rows(
     with autocast(device, dtype):
         logps = compute_token_logps(model, objective, batches)
     return [logps[at] for at in range(len(rows))]
-
-
-HELD_OUT = 1 << 40
-"""Step of the random numbers of evaluations, which are the same before and after training."""
 
 
 _TAIL = 8  # tokens

@@ -34,7 +34,10 @@ from ftlevel.evaluation.decoding import (
     find_decoding_error,
     join,
 )
-from ftlevel.trained.generation import batches, stop_ids
+from ftlevel.trained.generation import batches
+
+PREFILL_TOKENS = 8192
+"""Maximum tokens of prompts that are computed together, with padding; a prompt may be longer."""
 
 _PHI, _FIRST, _SECOND = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 _MASK = 2**64 - 1
@@ -209,9 +212,9 @@ class GroupSampler(RowDecoder):
             active = group.unended(live.numbers)
             free = size - len(active)
             if waiting and (not active or (free >= options.count and free * REFILL >= size)):
-                indices = [
-                    waiting.popleft() for _ in range(min(free // options.count, len(waiting)))
-                ]
+                most = min(free // options.count, len(waiting))
+                fitting = min(most, max(1, PREFILL_TOKENS // len(prompts[waiting[0]])))
+                indices = [waiting.popleft() for _ in range(fitting)]
                 begun = self._begin_groups(indices, prompts, group, options.count, shared)
                 live = join([(live, active), (begun, group.unended(begun.numbers))])
             elif active:
@@ -231,13 +234,10 @@ class GroupSampler(RowDecoder):
         shared: Rows | None,
     ) -> Rows:
         """Prefill prompts once, and return `count` rows of each with their first tokens."""
-        begun = self.begin(indices, [prompts[i] for i in indices], shared)
-        index = [i for i in range(len(indices)) for _ in range(count)]
-        repeated = join([(begun, index)])
-        repeated.numbers = [prompt * count + i for prompt in indices for i in range(count)]
-        scores = begun.scores.index_select(0, torch.tensor(index, device=begun.scores.device))
-        repeated.last = group.draw(repeated.numbers, scores)
-        return repeated
+        rows = self.begin(indices, [prompts[i] for i in indices], shared).fork(count)
+        rows.numbers = [prompt * count + i for prompt in indices for i in range(count)]
+        rows.last = group.draw(rows.numbers, rows.scores)
+        return rows
 
 
 class _Draws(LogitsProcessor):
@@ -316,9 +316,10 @@ def choose_sampler(
 
     if reason := find_cache_obstacle(model, kind, method):
         return generate, reason
-    checked = RowDecoder(model, stop_ids(tokenizer), tokenizer.pad_token_id or 0)
+    checked = GroupSampler(model, tokenizer)
+    noise = 1e-4 if dtype == "float32" else 1e-1
     try:
-        reason = find_decoding_error(checked, model, prompt, 1e-4 if dtype == "float32" else 1e-1)
+        reason = find_decoding_error(checked, model, prompt, noise, forks=True)
     finally:
         checked.close()
     return (generate, reason) if reason else (decode, "")

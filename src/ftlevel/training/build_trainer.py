@@ -38,8 +38,7 @@ from ftlevel.training.plan.run import Run
 from ftlevel.training.plan.schedule import count_steps_per_epoch, rows_per_epoch
 from ftlevel.training.processes import Processes
 from ftlevel.training.resume import ResumeState
-from ftlevel.training.rl.records import RolloutFile
-from ftlevel.training.rl.step import bound_of
+from ftlevel.training.rl.step import RolloutFile, bound_of
 from ftlevel.training.rl.trainer import RepeatedSteps, RlTrainer
 from ftlevel.training.saving import (
     SMALL_CHECKPOINT,

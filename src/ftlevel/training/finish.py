@@ -19,13 +19,14 @@ from ftlevel.artifacts.run_directory import RunDirectory, forget_adapter, mark_e
 from ftlevel.config import IN_MEMORY, MethodConfig, OutputConfig
 from ftlevel.data.prepare.streaming import StreamedRows
 from ftlevel.errors import RunError
-from ftlevel.evaluation.intervals import interval, select_metrics
+from ftlevel.evaluation.intervals import ExampleRecord, interval, select_metrics
 from ftlevel.evaluation.scoring import KEPT, Evaluator, row_lines
 from ftlevel.events import Listener
 from ftlevel.extensions import hooks
 from ftlevel.methods import needs_import
 from ftlevel.models.kinds import write_former_rope
 from ftlevel.models.quantization import stored_quantization
+from ftlevel.task import PolicyObjective
 from ftlevel.trained.adapt import finish_method, save_adapter
 from ftlevel.training.best import PredictionRecorder
 from ftlevel.training.callbacks import Report
@@ -154,9 +155,25 @@ def describe_answers(
     lines = row_lines(
         record, labels, lambda row: f"row {row + 1:,}", base=initial, evaluator=evaluator
     )
+    return list(lines), _intervals(record, evaluator)
+
+
+def _intervals(record: ExampleRecord, evaluator: Evaluator) -> dict[str, list[float]]:
     draws = record.resample(_DRAWS, 0, None, "") if len(record.units) > 1 else {}
     selected = select_metrics(draws, evaluator.metrics)
-    return list(lines), {name: interval(selected[name]) for name in sorted(selected)}
+    return {name: interval(selected[name]) for name in sorted(selected)}
+
+
+def _describe_initial(run: Run, outcome: Outcome) -> dict[str, Any]:
+    """Return 95 % intervals of the metrics of sampled completions before training, if known."""
+    record = outcome.answers.of(0)
+    if (
+        record is None
+        or outcome.evaluator is None
+        or not isinstance(run.objective, PolicyObjective)
+    ):
+        return {}
+    return {"intervals_before": _intervals(record, outcome.evaluator)}
 
 
 def write_results(
@@ -189,6 +206,7 @@ def report_results(
     summary = {
         **summary,
         "intervals": intervals,
+        **_describe_initial(run, outcome),
         **auxiliary_facts,
         "next": next_commands(run, directory),
     }

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import tiny_models
+from ftlevel.evaluation.attention import SharedPrompts
 from ftlevel.evaluation.sampling import (
     Completion,
     GenerateSampler,
@@ -126,6 +127,41 @@ def test_batching_order_and_generate_change_nothing() -> None:
         written = GenerateSampler(model, Words()).sample(PROMPTS, ROWS, OPTIONS, Noise(1, 3))
     assert dict(zip(ROWS, [[c.ids for c in group] for group in written], strict=True)) == found
     assert ids(sample(model, step=4)) != found
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3", "opt"])
+def test_rows_that_end_leave_their_group(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_models.build(family, "causal").eval()
+    free = [completion for group in sample(model).values() for completion in group]
+    stops = tuple(dict.fromkeys(completion.ids[3] for completion in free[::2]))
+    options = SamplingOptions(3, 0.8, 10, stops, most_rows=9)
+    ragged = []
+    attend = SharedPrompts.attend
+
+    def watch(self: SharedPrompts, query: torch.Tensor, layer: int) -> Any:
+        ragged.append(self.slots is not None)
+        return attend(self, query, layer)
+
+    monkeypatch.setattr(SharedPrompts, "attend", watch)
+    found = sample(model, options)
+    assert any(ragged)
+    assert any(len({len(completion.ids) for completion in own}) > 1 for own in found.values())
+    with torch.no_grad():
+        written = GenerateSampler(model, Words()).sample(PROMPTS, ROWS, options, Noise(1, 3))
+    assert dict(zip(ROWS, [[c.ids for c in group] for group in written], strict=True)) == ids(found)
+
+
+def test_the_keys_of_a_prompt_are_there_once_for_its_group() -> None:
+    model = tiny_models.build("llama", "causal").eval()
+    sampler = GroupSampler(model, Words())
+    with torch.no_grad():
+        rows = sampler.begin([0, 1], PROMPTS[:2]).fork(5)
+        rows.last = [7] * 10
+        sampler.step(rows)
+    sampler.close()
+    (prompts,) = rows.prompts
+    assert prompts.states[0][0].shape[0] == 2
+    assert rows.layers[0].keys.shape[::2] == (10, 1)
 
 
 def test_rounding_of_logits_changes_no_token() -> None:

@@ -16,8 +16,8 @@ from ftlevel.data.formats.detect import Format
 from ftlevel.data.sources.table import Row, Table
 from ftlevel.task import Checks, Objective
 from ftlevel.tasks.base import BaseTask
-from ftlevel.tasks.rl.formats import PROMPT_SHAPES, PromptRow, RlPromptEncoder
 from ftlevel.tasks.rl.objective import PolicyGradient
+from ftlevel.tasks.rl.rows import PROMPT_SHAPES, PromptRow, RlPromptEncoder
 from ftlevel.tasks.text import TASKS as TEXT_TASKS
 from ftlevel.tasks.text import TextTask
 

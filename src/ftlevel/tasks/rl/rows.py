@@ -1,12 +1,22 @@
-"""Rows of sampled completions, and the stand-ins with which a run is checked before it samples."""
+"""Rows of prompts with rewards and of sampled completions, and the column layouts of prompts.
+
+All columns of a row reach the reward functions by name; the answer also as `answer`. Stand-ins are
+completions with which a run is checked before it samples.
+"""
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
-from ftlevel.data.encoding.encode import IGNORED, Encoded
+from ftlevel.data.encoding.encode import IGNORED, Encoded, PromptFormat, RowError
+from ftlevel.data.formats.detect import FormatSpec, RoleValues
+from ftlevel.data.formats.examples import Conversation, ExampleParts, build_query_turns
+from ftlevel.errors import InputError
+from ftlevel.tasks.text import encode_query
 
 Signal = tuple[float, float, float, float, float]
 """Advantage, weight, and three log-probabilities: old, of the reference, and of the sampler.
@@ -64,3 +74,153 @@ def stand_in_completions(
         ids = [prompt[(7 * at + 3 * number) % len(prompt)] for at in range(tokens)]
         signal = (1.0 - 2 * (number % 2), 1 / tokens, UNKNOWN, UNKNOWN, UNKNOWN)
         yield build_completion_row(prompt, ids, row, number, [signal] * len(ids))
+
+
+ANSWER = "answer"
+
+
+@dataclass(frozen=True)
+class PromptExample:
+    """A prompt with the columns for its rewards; `is_chat` if the row has a list of messages."""
+
+    query: Conversation
+    columns: Mapping[str, Any]
+    is_chat: bool
+
+    @property
+    def row(self) -> int:
+        """Index in the table."""
+        return self.query.row
+
+    @property
+    def key_text(self) -> str:
+        """Text that identifies the example in duplicate checks."""
+        return f"{self.query.key_text}\0{self.columns.get(ANSWER)}"
+
+    @property
+    def parts(self) -> ExampleParts:
+        """The prompt, and the answer that completions are compared with."""
+        asked = "\n".join(m.content for m in self.query.messages if m.role != "system")
+        before = f"{self.query.key_text}\0{self.query.tools or ''}"
+        return ExampleParts(asked, "", before, str(self.columns.get(ANSWER, "")))
+
+    @property
+    def prompt(self) -> str | list[dict[str, Any]]:
+        """The prompt as reward functions get it: a text, or messages."""
+        if self.is_chat:
+            return [message.to_dict() for message in self.query.messages]
+        return self.query.messages[-1].content
+
+
+@dataclass(frozen=True)
+class PromptRow(Encoded):
+    """An encoded prompt without labels.
+
+    `facts_json` has the prompt and the columns for the reward functions; `most` is the maximum
+    number of tokens of a completion.
+    """
+
+    facts_json: str = field(default="{}", metadata={"column": "text"})
+    most: int = field(default=0, metadata={"column": "int"})
+
+    @property
+    def length(self) -> int:
+        """Tokens of the prompt with the longest possible completion."""
+        return len(self.input_ids) + self.most
+
+    @property
+    def branches(self) -> Sequence[Encoded]:
+        """The prompt with made-up completions, with which a run is checked and estimated."""
+        return [
+            Encoded(row.input_ids, row.labels, row.row)
+            for row in stand_in_completions(self.input_ids, self.row)
+        ]
+
+    @property
+    def signals(self) -> Any:
+        """The signals of the branches."""
+        rows = stand_in_completions(self.input_ids, self.row)
+        return [signal for row in rows for signal in row.values]
+
+    @property
+    def prompt(self) -> str | list[dict[str, Any]]:
+        """The prompt as reward functions get it: a text, or messages."""
+        prompt: str | list[dict[str, Any]] = json.loads(self.facts_json)["prompt"]
+        return prompt
+
+    @property
+    def columns(self) -> dict[str, Any]:
+        """Column → value, for the reward functions."""
+        columns: dict[str, Any] = json.loads(self.facts_json)["columns"]
+        return columns
+
+
+@dataclass(frozen=True)
+class RlPromptEncoder:
+    """Encoder of prompts; it is picklable for worker processes."""
+
+    tokenizer: Any
+    prompt_format: PromptFormat
+    most: int
+
+    def __call__(self, examples: Sequence[PromptExample]) -> list[Encoded]:
+        """Return one row per prompt; raises `RowError` if the chat template rejects it."""
+        return [self._encode(example) for example in examples]
+
+    def _encode(self, example: PromptExample) -> Encoded:
+        try:
+            ids = encode_query(self.tokenizer, self.prompt_format, example.query)
+        except InputError as error:
+            raise RowError(example.row, str(error)) from error
+        facts = {"prompt": example.prompt, "columns": example.columns}
+        text = json.dumps(facts, default=str)
+        return PromptRow(ids, [IGNORED] * len(ids), example.row, {}, text, self.most)
+
+
+_NAMED = ("prompt", "completion", "completion_ids", "messages")
+"""Columns that reward functions get under other names, or not at all."""
+
+
+def build_prompt(roles: RoleValues) -> PromptExample:
+    """Build the prompt of a row, and its columns."""
+    columns = {name: value for name, value in roles.row.items() if name not in _NAMED}
+    if (answer := _answer(roles)) is not None:
+        columns[ANSWER] = answer
+    is_chat = any(isinstance(roles.get(role), list) for role in ("prompt", *_TALKS))
+    return PromptExample(build_query_turns(roles), columns, is_chat)
+
+
+def _answer(roles: RoleValues) -> Any:
+    """Return the answer: its column, or verl's `reward_model.ground_truth`; None without one."""
+    if ANSWER in roles:
+        return roles.get(ANSWER)
+    told = roles.row.get("reward_model")
+    return told.get("ground_truth") if isinstance(told, dict) else None
+
+
+_MORE = {
+    ANSWER: (ANSWER, "solution", "ground_truth", "target"),
+    "system": ("system", "system_prompt"),
+    "tools": ("tools",),
+}
+_TALKS = ("messages", "conversations")
+_TURNS = ("role", "content", "user", "assistant")
+
+PROMPT_SHAPES = (
+    FormatSpec(
+        "prompt",
+        build_prompt,
+        {"prompt": ("prompt", "question", "problem", "query")},
+        _MORE,
+        True,
+        _TURNS,
+    ),
+    FormatSpec("messages", build_prompt, {"messages": _TALKS}, _MORE, False, _TURNS),
+    FormatSpec(
+        "instruction",
+        build_prompt,
+        {"instruction": ("instruction",)},
+        {"input": ("input", "context"), **_MORE},
+        False,
+    ),
+)

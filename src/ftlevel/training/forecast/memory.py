@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ftlevel.artifacts.run_directory import RunDirectory
 from ftlevel.config import QuantConfig
+from ftlevel.config.rl import RL_TASK
 from ftlevel.data.encoding.collate import Collator
 from ftlevel.data.encoding.encode import Encoded
 from ftlevel.fast.blocked_attention import split_queries
@@ -60,6 +61,7 @@ from ftlevel.training.forecast.meta_model import (
     with_layers,
 )
 from ftlevel.training.forecast.seconds import (
+    INITIAL,
     SAMPLING,
     SCORING_MODELS,
     RolloutSize,
@@ -216,6 +218,10 @@ def estimate_step_memory(run: Run, memory: int) -> StepMemory:
     if (size := RolloutSize.of(run)) is not None:
         held = {part: bytes_ for part, bytes_ in peaks[FORWARD].items() if part in _HELD}
         peaks[SAMPLING] = {**held, **estimate_sampling_parts(run, size)}
+    if run.config.task == RL_TASK and run.config.rl.beta:
+        trained = WEIGHTS if trains_base else ADAPTER
+        for parts in peaks.values():
+            parts[INITIAL] = peaks[FORWARD].get(trained, 0)
     if scoring := estimate_scoring_bytes(run):
         for parts in peaks.values():
             parts[SCORING_MODELS] = scoring

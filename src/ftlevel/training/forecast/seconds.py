@@ -10,11 +10,14 @@ N counts the weights in matrix products: blocks, and the head where it is comput
 is attention: L layers of hidden size H over T tokens of a row. GPU figures are from data sheets.
 Of rollouts:
 
-    keys and values = 2 · 2 · layers · key heads · head_dim · rows · (prompt + completion + room)
+    keys and values = 2 · layers · key heads · head_dim · (prompts · (prompt + room)
+                      + 2 · rows · (completion + room))
+    prefill         = tokens · (inner · (4 v + 12) + 4 · hidden · v) + tokens · prompt · (2 + v)
     decoding        = tokens of a completion · (weights + keys and values) / memory bandwidth
 
-The first factor 2 is for keys and values; the second for the copy that is made when rows finish and
-others begin. Completions are assumed to have the maximum length.
+Keys and values of a prompt are there once for its group, and those of completions are copied when
+rows finish and others begin. v is the bytes of an activation; 12 is three float32 tensors of a
+LoRA layer. Completions are assumed to have the maximum length.
 """
 
 from __future__ import annotations
@@ -32,7 +35,7 @@ from ftlevel.data.encoding.store import row_lengths
 from ftlevel.errors import ConfigError, did_you_mean, join_names
 from ftlevel.evaluation.decoding import ROOM
 from ftlevel.evaluation.rollouts import open_rewards
-from ftlevel.evaluation.sampling import SamplingOptions
+from ftlevel.evaluation.sampling import PREFILL_TOKENS, SamplingOptions
 from ftlevel.events import NullListener
 from ftlevel.methods import METHODS
 from ftlevel.models.hardware import DTYPES
@@ -41,15 +44,17 @@ from ftlevel.task import PolicyObjective
 from ftlevel.tasks.rl.rows import stand_in_completions
 from ftlevel.trained.model_ref import ModelRef
 from ftlevel.trained.resolve import resolve_model
-from ftlevel.training.forecast.meta_model import LOGITS
+from ftlevel.training.forecast.meta_model import ACTIVATIONS, LOGITS
 from ftlevel.training.plan.run import Run
 from ftlevel.training.plan.schedule import count_steps_per_epoch
 
 KEYS_AND_VALUES = "keys and values"
 SCORING_MODELS = "teacher and reward models"
 SAMPLING = "sampling"
+INITIAL = "initial weights"
+"""Copy of the trained tensors of step 0, for the KL penalty."""
 
-_LOGITS_COPIES = 5
+_LOGITS_COPIES = 6
 """Float32 tensors of (rows, vocabulary) alive while tokens are drawn."""
 
 _STORED = {"4bit": 0.56, "8bit": 1.02}
@@ -58,8 +63,9 @@ _STORED = {"4bit": 0.56, "8bit": 1.02}
 
 @dataclass(frozen=True)
 class RolloutSize:
-    """Sizes of the largest rollout: rows sampled together, and tokens of each."""
+    """Sizes of the largest rollout: prompts and rows sampled together, and tokens of each."""
 
+    prompts: int
     rows: int
     prompt: int
     completion: int
@@ -74,18 +80,30 @@ class RolloutSize:
         step = train.per_device_train_batch_size * train.gradient_accumulation_steps
         prompts = max(step, held_out, min(settings.check_groups, len(run.data.train)))
         most = max(SamplingOptions.most_rows, settings.num_generations)
-        rows = min(prompts, most // settings.num_generations) * settings.num_generations
-        return cls(rows, max(prompt_lengths(run)), settings.max_completion_length)
+        prompts = min(prompts, most // settings.num_generations)
+        rows = prompts * settings.num_generations
+        longest = max(len(row.input_ids) for row in (*run.data.train, *run.data.validation))
+        return cls(prompts, rows, longest, settings.max_completion_length)
 
-    def cache_bytes(self, run: Run, rows: int | None = None) -> int:
-        """Returns the bytes of keys and values of `rows`, by default of all."""
+    def cache_bytes(self, run: Run, *, copies: int) -> int:
+        """Return the bytes of keys and values, those of completions `copies` times."""
         text = run.model.config.get_text_config()
         heads = text.num_attention_heads
         groups = getattr(text, "num_key_value_heads", None) or heads
         width = getattr(text, "head_dim", None) or text.hidden_size // heads
         token = 2 * text.num_hidden_layers * groups * width * DTYPES[run.model.dtype].itemsize
-        positions = self.prompt + self.completion + ROOM
-        return int(token * positions * (self.rows if rows is None else rows))
+        shared = self.prompts * (self.prompt + ROOM)
+        return int(token * (shared + copies * self.rows * (self.completion + ROOM)))
+
+    def prefill_bytes(self, run: Run) -> int:
+        """Return the bytes of the activations of a layer for the prompts computed together."""
+        text, value = run.model.config.get_text_config(), DTYPES[run.model.dtype].itemsize
+        hidden = text.hidden_size
+        inner = getattr(text, "intermediate_size", None) or 4 * hidden
+        prompts = min(self.prompts, max(1, PREFILL_TOKENS // self.prompt))
+        tokens = prompts * self.prompt
+        own = tokens * (inner * (4 * value + 12) + 4 * hidden * value)
+        return int(own + tokens * self.prompt * (2 + value))
 
 
 def prompt_lengths(run: Run) -> Sequence[int]:
@@ -108,7 +126,8 @@ def with_completions(run: Run, rows: list[Encoded]) -> list[Encoded]:
 def estimate_sampling_parts(run: Run, size: RolloutSize) -> dict[str, int]:
     """Estimate part → bytes that sampling takes beside the weights."""
     logits = 4 * _LOGITS_COPIES * size.rows * run.model.vocabulary
-    return {KEYS_AND_VALUES: 2 * size.cache_bytes(run), LOGITS: logits}
+    cache = size.cache_bytes(run, copies=2)
+    return {KEYS_AND_VALUES: cache, LOGITS: logits, ACTIVATIONS: size.prefill_bytes(run)}
 
 
 def scoring_models(run: Run) -> list[ModelRef]:
@@ -143,9 +162,9 @@ def estimate_sampling_seconds(
     lengths = prompt_lengths(run)
     group, step = run.config.rl.num_generations, run.config.train.per_device_train_batch_size
     step *= run.config.train.gradient_accumulation_steps
-    at_once = min(size.rows, step * group)
-    turns = math.ceil(len(lengths) * group / at_once)
-    cache = size.cache_bytes(run, at_once)
+    size = replace(size, prompts=min(size.prompts, step), rows=min(size.rows, step * group))
+    turns = math.ceil(len(lengths) * group / size.rows)
+    cache = size.cache_bytes(run, copies=1)
     decoding = turns * size.completion * (weights + cache) / bandwidth
     prefill = 2 * run.model.total_parameters * sum(lengths) / flops
     return decoding + prefill

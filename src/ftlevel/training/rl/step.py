@@ -1,14 +1,18 @@
-"""The rollout of an optimizer step: groups of all processes, advantages, and rows to train on."""
+"""The rollout of an optimizer step: groups of all processes, rows to train on, rollouts.jsonl."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from ftlevel.artifacts.files import write_text
+from ftlevel.artifacts.rollouts import read_rollouts
 from ftlevel.config.rl import RlConfig
 from ftlevel.evaluation.rollouts import Group
 from ftlevel.tasks.rl.losses import (
@@ -19,6 +23,7 @@ from ftlevel.tasks.rl.losses import (
 )
 from ftlevel.tasks.rl.objective import loss_parameters
 from ftlevel.tasks.rl.rows import UNKNOWN, CompletionRow, TokenLogps
+from ftlevel.training.processes import Processes
 
 
 @dataclass(frozen=True)
@@ -161,3 +166,40 @@ most on a CPU (scripts/sampler_differences.py); TF32 was not measured."""
 COARSE = 0.15
 """The same in half precision and 8 bits: 0.028 at most there, 0.046 with SmolLM2 in bfloat16. At a
 temperature of 0.7 in place of 1, the difference is 0.88."""
+
+
+MOST_BYTES = 64_000_000
+"""Bytes of rollouts.jsonl up to which all completions of a step are written."""
+LONGEST = 4_000
+"""Characters of a completion that are written."""
+
+
+class RolloutFile:
+    """Appends the groups of all processes to a file, one line per prompt.
+
+    Beyond `MOST_BYTES`, one group per step is written.
+    """
+
+    def __init__(self, path: Path, processes: Processes) -> None:
+        self._path, self._processes = path, processes
+
+    def __call__(self, step: int, groups: Sequence[Group]) -> None:
+        """Write the groups sampled after `step` optimizer steps."""
+        parts = self._processes.exchange([group.to_json() for group in groups])
+        if not self._processes.is_first:
+            return
+        lines = sorted((line for part in parts for line in part), key=lambda line: line["row"])
+        if self._path.exists() and self._path.stat().st_size > MOST_BYTES:
+            lines = lines[:1]
+        with self._path.open("a", encoding="utf-8") as file:
+            for line in lines:
+                for completion in line["completions"]:
+                    completion["text"] = completion["text"][:LONGEST]
+                file.write(json.dumps({"step": step + 1, **line}, ensure_ascii=False) + "\n")
+
+    def rewind(self, step: int) -> None:
+        """Remove the groups of steps after `step`, which will be sampled again."""
+        if self._processes.is_first and self._path.exists():
+            kept = [line for line in read_rollouts(self._path) if line["step"] <= step]
+            text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept)
+            write_text(self._path, text)

@@ -1,0 +1,223 @@
+"""Attention of one new token per row, after prompts that several rows share.
+
+    o = (Σₚ aₚ oₚ) / (Σₚ aₚ),   oₚ = Σₜ exp(sₜ − mₚ) vₜ,   aₚ = exp(mₚ − m),   m = max mₚ
+
+Part p is the row's own tokens or its prompt; s are scores and mₚ their maximum in the part. The
+keys of a prompt are read once for all its rows, as one matrix product (as in Hydragen, 2402.05099,
+and cascade attention), and stored once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+NAME = "ftlevel_one_token"
+"""Name of the attention for `set_attn_implementation`."""
+
+_UNSUPPORTED = ("softcap", "s_aux", "position_bias")
+
+
+def register() -> None:
+    """Register the attention and its mask with transformers."""
+    AttentionInterface.register(NAME, attend)
+    AttentionMaskInterface.register(NAME, sdpa_mask)
+
+
+@dataclass(frozen=True)
+class SharedPrompts:
+    """Cached prompts, each of which precedes the own tokens of some rows.
+
+    `states` has keys and values per layer, (prompts, key heads, seq, head_dim), of which the last
+    `lengths` positions are valid. `owners` is the prompt of each row.
+    """
+
+    states: Sequence[tuple[Tensor, Tensor]]
+    lengths: Sequence[int]
+    owners: Sequence[int]
+
+    def select(self, rows: Sequence[int]) -> SharedPrompts:
+        """Return the same prompts for some of the rows; those of no row are left out."""
+        owners = [self.owners[row] for row in rows]
+        used = sorted(set(owners))
+        states, lengths = self.states, self.lengths
+        if len(used) < len(lengths):
+            lengths = [lengths[prompt] for prompt in used]
+            seq = max(lengths)
+            index = torch.tensor(used, device=states[0][0].device)
+            states = [
+                (
+                    keys[:, :, -seq:].index_select(0, index),
+                    values[:, :, -seq:].index_select(0, index),
+                )
+                for keys, values in states
+            ]
+        order = {prompt: at for at, prompt in enumerate(used)}
+        return SharedPrompts(states, lengths, [order[owner] for owner in owners])
+
+    @cached_property
+    def mask(self) -> Tensor | None:
+        """Invalid positions, (prompts, 1, 1, seq); None if all are valid."""
+        keys = self.states[0][0]
+        seq = keys.shape[2]
+        if min(self.lengths) == seq:
+            return None
+        begins = seq - torch.tensor(self.lengths, device=keys.device)
+        return (torch.arange(seq, device=keys.device) < begins[:, None])[:, None, None]
+
+    @cached_property
+    def width(self) -> int:
+        """Largest number of rows of a prompt."""
+        return max(self.owners.count(prompt) for prompt in range(len(self.lengths)))
+
+    @cached_property
+    def slots(self) -> Tensor | None:
+        """Index of each row in (prompts · width); None if all are used in order."""
+        counts = [0] * len(self.lengths)
+        slots = []
+        for owner in self.owners:
+            slots.append(owner * self.width + counts[owner])
+            counts[owner] += 1
+        if slots == list(range(len(counts) * self.width)):
+            return None
+        return torch.tensor(slots, device=self.states[0][0].device)
+
+    def attend(self, query: Tensor, layer: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Return a part, as `_attend_part` does, of the scaled `query` (rows, key heads, q, d)."""
+        keys, values = self.states[layer]
+        prompts, groups, _, width = keys.shape
+        if self.slots is not None:
+            full = query.new_zeros(prompts * self.width, *query.shape[1:])
+            query = full.index_copy_(0, self.slots, query)
+        heads = query.shape[2]
+        query = query.view(prompts, self.width, groups, heads, width).transpose(1, 2)
+        query = query.reshape(prompts, groups, self.width * heads, width)
+        return tuple(  # type: ignore[return-value]
+            self._to_rows(part, heads) for part in _attend_part(query, keys, values, self.mask)
+        )
+
+    def _to_rows(self, part: Tensor, heads: int) -> Tensor:
+        """Return (rows, key heads, q, n) of `part` (prompts, key heads, width · q, n)."""
+        prompts, groups, _, size = part.shape
+        part = part.view(prompts, groups, self.width, heads, size).transpose(1, 2)
+        part = part.reshape(prompts * self.width, groups, heads, size)
+        return part if self.slots is None else part.index_select(0, self.slots)
+
+
+_PROMPTS: ContextVar[Sequence[SharedPrompts]] = ContextVar("shared_prompts", default=())
+
+
+@contextlib.contextmanager
+def using_prompts(prompts: Sequence[SharedPrompts]) -> Iterator[None]:
+    """Let the rows of a forward pass attend to `prompts`, whose rows follow one another."""
+    token = _PROMPTS.set(prompts)
+    try:
+        yield
+    finally:
+        _PROMPTS.reset(token)
+
+
+def attend(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """Compute attention of one new token per row; all other calls go to SDPA.
+
+    `query` is (batch, heads, new, head_dim), `key` and `value` are (batch, key heads, seq,
+    head_dim). `attention_mask` is (batch, 1, new, seq), True or 0 where visible. `scaling` defaults
+    to 1 / sqrt(head_dim).
+
+    Returns:
+        (batch, new, heads, head_dim), and None for the attention weights.
+
+    Raises:
+        NotImplementedError: the attention cannot have shared prompts.
+    """
+    rows, heads, new, width = query.shape
+    prompts = _PROMPTS.get()
+    if new != 1 or dropout or any(others.get(name) is not None for name in _UNSUPPORTED):
+        if prompts:
+            raise NotImplementedError("its attention cannot share prompts")
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout, scaling, **others
+        )
+    scale = width**-0.5 if scaling is None else scaling
+    groups = key.shape[1]
+    query = (query * scale).view(rows, groups, heads // groups, width)
+    mask = None if attention_mask is None else attention_mask[..., : key.shape[2]]
+    if prompts:
+        attended = _attend_with_prompts(prompts, module, query, key, value, mask)
+    else:
+        scores = torch.matmul(query, key.transpose(2, 3))
+        if mask is not None and mask.dtype == torch.bool:
+            scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+        elif mask is not None:
+            scores = scores + mask
+        shares = scores.softmax(-1, dtype=torch.float32).to(value.dtype)
+        attended = torch.matmul(shares, value)
+    return attended.reshape(rows, 1, heads, value.shape[-1]), None
+
+
+def _attend_with_prompts(
+    prompts: Sequence[SharedPrompts],
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+) -> Tensor:
+    """Return (rows, key heads, q, head_dim) of the own tokens after those of the prompts."""
+    layer = getattr(module, "layer_idx", None)
+    if layer is None:
+        raise NotImplementedError("its attention does not know its layer")
+    if mask is not None and mask.dtype != torch.bool:
+        raise NotImplementedError("its attention adds a bias to scores")
+    own = _attend_part(query, key, value, None if mask is None else ~mask)
+    first = 0
+    parts = []
+    for block in prompts:
+        parts.append(block.attend(query[first : first + len(block.owners)], layer))
+        first += len(block.owners)
+    shared = [torch.cat(each) if len(prompts) > 1 else each[0] for each in zip(*parts, strict=True)]
+    highest = torch.maximum(own[1], shared[1])
+    factors = [(part[1] - highest).exp_() for part in (own, shared)]
+    total = factors[0] * own[2] + factors[1] * shared[2]
+    attended = factors[0] * own[0] + factors[1] * shared[0]
+    return attended.div_(total).to(value.dtype)
+
+
+def _attend_part(
+    query: Tensor, key: Tensor, value: Tensor, hidden: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the values of `query` weighted by exp(s − m), m, and the sum of the weights.
+
+    All have the first three dimensions of `query` and float32 or its dtype; `hidden` is True where
+    a position is invisible.
+    """
+    scores = torch.matmul(query, key.transpose(2, 3))
+    if hidden is not None:
+        scores.masked_fill_(hidden, torch.finfo(scores.dtype).min)
+    scores = scores.float()
+    highest = scores.amax(-1, keepdim=True)
+    weights = scores.sub_(highest).exp_()
+    return (
+        torch.matmul(weights.to(value.dtype), value).float(),
+        highest,
+        weights.sum(-1, keepdim=True),
+    )
