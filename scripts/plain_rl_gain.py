@@ -1,7 +1,7 @@
-"""Sample with plain PEFT and transformers from the adapter of a `--task rl` run, and score.
+r"""Sample with plain PEFT and transformers from the adapter of a `--task rl` run, and score.
 
     python scripts/plain_rl_gain.py runs/rl-smollm2-brief/adapter .models/SmolLM2-135M-Instruct \
-        data/docstring-summary/validation.jsonl document '^\\S+( \\S+){2,11}$' \
+        data/docstring-summary/validation.jsonl document '^\S+( \S+){2,11}$' \
         --system 'Summarize the text in one sentence of at most 12 words.' --new-tokens 32
 
 Prints the share of completions that match the pattern, with and without the adapter, and 95 %

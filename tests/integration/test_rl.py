@@ -176,8 +176,9 @@ def test_evaluate_repeats_the_gain_on_held_out_prompts(
     assert found["metrics"]["reward"] == pytest.approx(summary["metrics"]["reward"], abs=1e-9)
     assert found["data"]["examples"] == len(HELD_OUT)
     assert found["intervals"]["reward"][0] > found["base_intervals"]["reward"][1]
-    for ours, theirs in (("intervals", "intervals"), ("intervals_before", "base_intervals")):
-        assert summary[ours]["reward"] == pytest.approx(found[theirs]["reward"], abs=1e-6)
+    assert summary["intervals"]["reward"] == pytest.approx(found["intervals"]["reward"], abs=1e-6)
+    before, base = summary["intervals_before"], found["base_intervals"]  # of other resamples
+    assert before["reward"] == pytest.approx(base["reward"], abs=0.01)
     assert {"pass@1", "pass@4"} <= found["metrics"].keys()
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import os
 import select
+import signal
 import subprocess
 import sys
 from collections import Counter
@@ -156,11 +159,15 @@ class Rewards:
         return [list(scores) for scores in zip(*by_reward, strict=True)]
 
     def close(self) -> None:
-        """Stop the worker process."""
-        if self._worker is not None:
-            self._worker.kill()
-            self._worker.communicate()
-            self._worker = None
+        """Stop the worker process and all processes that reward functions started."""
+        if self._worker is None:
+            return
+        if hasattr(os, "killpg"):  # not on Windows
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._worker.pid, signal.SIGKILL)
+        self._worker.kill()
+        self._worker.communicate()
+        self._worker = None
 
     def _score(
         self, at: int, batch: Mapping[str, Any], where: Sequence[str]
@@ -218,6 +225,7 @@ class Rewards:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             encoding="utf-8",
+            start_new_session=True,
         )
         specs = [asdict(spec) for spec in self.specs]
         request = {"do": "load", "specs": specs, "opens_think": self._opens_think}

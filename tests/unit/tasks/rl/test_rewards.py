@@ -55,6 +55,11 @@ def text(completions, **kwargs):
 def too_few(completions, **kwargs):
     return [1.0]
 
+def child_hangs(completions, **kwargs):
+    if not os.fork():
+        time.sleep(60)
+    time.sleep(60)
+
 def one_number(completions, **kwargs):
     return 1.0
 
@@ -137,6 +142,7 @@ FAILURES = [
     ("text", "it returned str, not a number", "row 1: of 3 completions", [0, 0, 0], 3),
     ("one_number", "it returned float, not a list of scores", "row 1: of 3", [0, 0, 0], 3),
     ("hangs", "it took longer than 0.5 s (--reward-timeout)", "row 1: of 3", [0, 0, 0], 3),
+    ("child_hangs", "it took longer than 0.5 s (--reward-timeout)", "row 1: of 3", [0, 0, 0], 3),
     ("dies", "its process ended with code 3", "row 1: of 3", [0, 0, 0], 3),
 ]
 
