@@ -35,7 +35,7 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def ftlevel(*arguments: str) -> tuple[str, int]:
-    """Return what a command prints, and the peak of its resident memory in bytes."""
+    """Returns what a command prints, and the peak of its resident memory in bytes."""
     command = [sys.executable, "-m", "ftlevel", *arguments]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None

@@ -286,7 +286,7 @@ def _result_lines(summary: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _range(summary: Mapping[str, Any], name: str, which: str) -> str:
-    """Return a 95 % interval, where that before training is known, too."""
+    """Returns a 95 % interval, where that before training is known, too."""
     ends = summary[which].get(name) if "intervals_before" in summary else None
     return "" if ends is None else f" ({ends[0]:.4f}–{ends[1]:.4f})"
 

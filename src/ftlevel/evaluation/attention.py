@@ -47,7 +47,7 @@ class SharedPrompts:
     owners: Sequence[int]
 
     def select(self, rows: Sequence[int]) -> SharedPrompts:
-        """Return the same prompts for some of the rows; those of no row are left out."""
+        """Returns the same prompts for some of the rows; those of no row are left out."""
         owners = [self.owners[row] for row in rows]
         used = sorted(set(owners))
         states, lengths = self.states, self.lengths
@@ -93,7 +93,7 @@ class SharedPrompts:
         return torch.tensor(slots, device=self.states[0][0].device)
 
     def attend(self, query: Tensor, layer: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Return a part, as `_attend_part` does, of the scaled `query` (rows, key heads, q, d)."""
+        """Returns a part, as `_attend_part` does, of the scaled `query` (rows, key heads, q, d)."""
         keys, values = self.states[layer]
         prompts, groups, _, width = keys.shape
         if self.slots is not None:
@@ -107,7 +107,7 @@ class SharedPrompts:
         )
 
     def _to_rows(self, part: Tensor, heads: int) -> Tensor:
-        """Return (rows, key heads, q, n) of `part` (prompts, key heads, width · q, n)."""
+        """Returns (rows, key heads, q, n) of `part` (prompts, key heads, width · q, n)."""
         prompts, groups, _, size = part.shape
         part = part.view(prompts, groups, self.width, heads, size).transpose(1, 2)
         part = part.reshape(prompts * self.width, groups, heads, size)
@@ -182,7 +182,7 @@ def _attend_with_prompts(
     value: Tensor,
     mask: Tensor | None,
 ) -> Tensor:
-    """Return (rows, key heads, q, head_dim) of the own tokens after those of the prompts."""
+    """Returns (rows, key heads, q, head_dim) of the own tokens after those of the prompts."""
     layer = getattr(module, "layer_idx", None)
     if layer is None:
         raise NotImplementedError("its attention does not know its layer")
@@ -205,7 +205,7 @@ def _attend_with_prompts(
 def _attend_part(
     query: Tensor, key: Tensor, value: Tensor, hidden: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the values of `query` weighted by exp(s − m), m, and the sum of the weights.
+    """Returns the values of `query` weighted by exp(s − m), m, and the sum of the weights.
 
     All have the first three dimensions of `query` and float32 or its dtype; `hidden` is True where
     a position is invisible.

@@ -179,7 +179,7 @@ class Rows:
     prompts: Sequence[SharedPrompts] = ()
 
     def fork(self, count: int) -> Rows:
-        """Return `count` rows of each row, whose cached tokens become their shared prompts."""
+        """Returns `count` rows of each row, whose cached tokens become their shared prompts."""
         index = [i for i in range(len(self.numbers)) for _ in range(count)]
         states = [(layer.keys, layer.values) for layer in self.layers]
         return Rows(
@@ -284,7 +284,7 @@ def common_beginning(prompts: Sequence[list[int]]) -> list[int]:
 
 
 def join(parts: Sequence[tuple[Rows, Sequence[int]]]) -> Rows:
-    """Return one batch of the rows at the given ascending indices of each part."""
+    """Returns one batch of the rows at the given ascending indices of each part."""
     parts = [(rows, chosen) for rows, chosen in parts if chosen]
     if not parts:
         return Rows([], [], [], [])
@@ -320,7 +320,7 @@ def join(parts: Sequence[tuple[Rows, Sequence[int]]]) -> Rows:
 
 
 def _select_prompts(rows: Rows, chosen: Sequence[int]) -> Iterator[SharedPrompts]:
-    """Yield the shared prompts of the rows at the ascending indices `chosen`."""
+    """Yields the shared prompts of the rows at the ascending indices `chosen`."""
     first = 0
     for block in rows.prompts:
         own = [i - first for i in chosen if first <= i < first + len(block.owners)]

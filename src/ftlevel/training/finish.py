@@ -165,7 +165,7 @@ def _intervals(record: ExampleRecord, evaluator: Evaluator) -> dict[str, list[fl
 
 
 def _describe_initial(run: Run, outcome: Outcome) -> dict[str, Any]:
-    """Return 95 % intervals of the metrics of sampled completions before training, if known."""
+    """Returns 95 % intervals of the metrics of sampled completions before training, if known."""
     record = outcome.answers.of(0)
     if (
         record is None

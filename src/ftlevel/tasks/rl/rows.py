@@ -69,7 +69,7 @@ STAND_IN_TOKENS = 8
 def stand_in_completions(
     prompt: list[int], row: int, count: int = STAND_INS, tokens: int = STAND_IN_TOKENS
 ) -> Iterator[CompletionRow]:
-    """Yield made-up completions of `prompt` with opposite advantages."""
+    """Yields made-up completions of `prompt` with opposite advantages."""
     for number in range(count):
         ids = [prompt[(7 * at + 3 * number) % len(prompt)] for at in range(tokens)]
         signal = (1.0 - 2 * (number % 2), 1 / tokens, UNKNOWN, UNKNOWN, UNKNOWN)
@@ -164,7 +164,7 @@ class RlPromptEncoder:
     most: int
 
     def __call__(self, examples: Sequence[PromptExample]) -> list[Encoded]:
-        """Return one row per prompt; raises `RowError` if the chat template rejects it."""
+        """Returns one row per prompt; raises `RowError` if the chat template rejects it."""
         return [self._encode(example) for example in examples]
 
     def _encode(self, example: PromptExample) -> Encoded:
@@ -191,7 +191,7 @@ def build_prompt(roles: RoleValues) -> PromptExample:
 
 
 def _answer(roles: RoleValues) -> Any:
-    """Return the answer: its column, or verl's `reward_model.ground_truth`; None without one."""
+    """Returns the answer: its column, or verl's `reward_model.ground_truth`; None without one."""
     if ANSWER in roles:
         return roles.get(ANSWER)
     told = roles.row.get("reward_model")

@@ -86,7 +86,7 @@ class RolloutSize:
         return cls(prompts, rows, longest, settings.max_completion_length)
 
     def cache_bytes(self, run: Run, *, copies: int) -> int:
-        """Return the bytes of keys and values, those of completions `copies` times."""
+        """Returns the bytes of keys and values, those of completions `copies` times."""
         text = run.model.config.get_text_config()
         heads = text.num_attention_heads
         groups = getattr(text, "num_key_value_heads", None) or heads
@@ -96,7 +96,7 @@ class RolloutSize:
         return int(token * (shared + copies * self.rows * (self.completion + ROOM)))
 
     def prefill_bytes(self, run: Run) -> int:
-        """Return the bytes of the activations of a layer for the prompts computed together."""
+        """Returns the bytes of the activations of a layer for the prompts computed together."""
         text, value = run.model.config.get_text_config(), DTYPES[run.model.dtype].itemsize
         hidden = text.hidden_size
         inner = getattr(text, "intermediate_size", None) or 4 * hidden

@@ -148,14 +148,14 @@ def _mean(values: np.ndarray) -> float:
 
 
 def _spread(rewards: np.ndarray) -> float:
-    """Return the mean standard deviation within groups, (groups, completions)."""
+    """Returns the mean standard deviation within groups, (groups, completions)."""
     groups = [row[~np.isnan(row)] for row in rewards]
     stds = [row.std(ddof=1) for row in groups if len(row) > 1]
     return float(np.mean(stds)) if stds else float("nan")
 
 
 def bound_of(dtype: str, quantization: str) -> float:
-    """Return the mean difference of log-probabilities that rounding explains, in nats."""
+    """Returns the mean difference of log-probabilities that rounding explains, in nats."""
     return COARSE if quantization == "8bit" else ROUNDING.get(dtype, COARSE)
 
 
