@@ -14,6 +14,8 @@ import json
 import os
 import signal
 import sys
+import threading
+import time
 import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -255,8 +257,17 @@ def serve(requests: TextIO, replies: TextIO) -> None:
         replies.flush()
 
 
+def _end_with(parent: int) -> None:
+    """Kill this process and those that it started when the process `parent` has ended."""
+    while os.getppid() == parent:
+        time.sleep(1.0)
+    os.killpg(0, signal.SIGKILL)
+
+
 def main() -> None:
     """Serve on the original stdout; functions print to stderr."""
+    if hasattr(os, "killpg") and os.getpgrp() == os.getpid():  # a signal ends the run only
+        threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     serve(sys.stdin, replies)

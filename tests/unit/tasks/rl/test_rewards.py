@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -168,6 +171,34 @@ def test_a_function_that_fails(
     assert lenient.failures == {f"{file}:{name}": count}
     assert score(lenient) == expected  # also after the worker was stopped
     assert lenient.failures == {f"{file}:{name}": 2 * count}
+
+
+def test_a_killed_run_leaves_no_function_behind(tmp_path: Path) -> None:
+    pid = tmp_path / "pid"
+    (tmp_path / "slow.py").write_text(
+        "import os, time\n"
+        "def slow(completions, **_):\n"
+        f"    open({str(pid)!r}, 'w').write(str(os.getpid()))\n"
+        "    time.sleep(60)\n"
+    )
+    code = (
+        "from ftlevel.config.rl import RlConfig; from ftlevel.tasks.rl.rewards import Rewards\n"
+        f"rewards = Rewards.resolve(RlConfig(reward=[{str(tmp_path / 'slow.py:slow')!r}]))\n"
+        "rewards.score(['a'], ['b'], [[1]], {})"
+    )
+    run = subprocess.Popen([sys.executable, "-c", code])
+    wait_until(lambda: pid.exists() and pid.read_text() != "")
+    run.kill()
+    run.wait()
+    worker = Path(f"/proc/{pid.read_text()}")
+    wait_until(lambda: not worker.exists() or "Z" in (worker / "stat").read_text().split()[2])
+
+
+def wait_until(is_so: Callable[[], bool], seconds: float = 30.0) -> None:
+    end = time.monotonic() + seconds
+    while not is_so():
+        assert time.monotonic() < end
+        time.sleep(0.05)
 
 
 def test_a_wrong_number_of_scores(file: str, resolve: Callable[..., Rewards]) -> None:
