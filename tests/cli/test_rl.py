@@ -65,6 +65,10 @@ SETTINGS = [
     (["--loss", "dappo"], "Did you mean 'dapo'"),
     (["--loss", "dpo"], "'dpo' is not known. Expected one of dapo, grpo, dr_grpo, bnpo, rloo"),
     (["--loss", "cispo", "--epsilon", "0.1"], "--epsilon: --loss cispo does not use it"),
+    (
+        ["--loss", "reinforce++", "--dynamic-sampling", "4"],
+        "--dynamic-sampling 4: --loss reinforce++ compares completions over the whole batch",
+    ),
     (["--loss", "rloo", "--scale-rewards", "batch"], "--scale-rewards: --loss rloo does not use"),
     (["--loss", "reinforce++", "--scale-rewards", "group"], "--loss reinforce++ does not use it"),
     (["--use-bias-correction-kl"], "--use-bias-correction-kl is of --beta, which is 0. Drop it."),

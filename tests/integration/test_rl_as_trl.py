@@ -122,6 +122,15 @@ def test_each_loss_trains(data: Path, tmp_path: Path, loss: str) -> None:
     assert len(log) == 2
 
 
+def test_single_completions_are_compared_over_the_batch(data: Path, tmp_path: Path) -> None:
+    own: dict[str, Any] = {"loss": "reinforce++", "num_generations": 1, "check_groups": 4}
+    adapter, log = run(data, tmp_path / "run", stop=["e"], **own)
+    assert has_changed(adapter)
+    assert "groups_with_signal" not in log[0]
+    with pytest.raises(RunError, match="all 4 sampled completions have the same reward"):
+        run(data, tmp_path / "same", ("one",), stop=["e"], **own)
+
+
 SETTINGS: dict[str, dict[str, Any]] = {
     "beta": {"beta": 0.1},
     "beta-corrected": {"beta": 0.1, "use_bias_correction_kl": True},

@@ -332,6 +332,11 @@ def find_rl_problems(config: Any) -> list[str]:
                 f"{_flag(name)}: --loss {settings.loss} does not use it; {join_names(readers)} do. "
                 "Drop it."
             )
+    if settings.dynamic_sampling and settings.loss == "reinforce++":
+        problems.append(
+            f"--dynamic-sampling {settings.dynamic_sampling}: --loss reinforce++ compares "
+            "completions over the whole batch, so every prompt has a signal. Drop it."
+        )
     if settings.use_bias_correction_kl and not settings.beta:
         problems.append("--use-bias-correction-kl is of --beta, which is 0. Drop it.")
     if settings.rollouts is not None:

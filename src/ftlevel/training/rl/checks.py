@@ -7,11 +7,14 @@ from statistics import fmean
 from typing import Any
 
 import numpy as np
+import torch
 
+from ftlevel.config.rl import RlConfig
 from ftlevel.config.section import Choice
 from ftlevel.errors import RunError
 from ftlevel.evaluation.rollouts import Group, Rollouts
 from ftlevel.events import Listener
+from ftlevel.tasks.rl.losses import GLOBAL, has_spread
 from ftlevel.tasks.rl.objective import reward_names
 from ftlevel.training.rl.step import (
     GroupStatistics,
@@ -55,7 +58,7 @@ def check_before(trainer: FtlevelTrainer, prompts: Sequence[Any], listener: List
     mean = max(part[0] for part in differences)
     listener.choices("reward check", [*describe(metrics, facts, groups), _agreement(mean)])
     check_sampler(mean, max(part[1] for part in differences), trainer.bound, "before training")
-    if problem := find_problem(metrics, facts, settings.max_completion_length):
+    if problem := find_problem(metrics, facts, settings):
         raise RunError(problem)
 
 
@@ -72,7 +75,7 @@ def preview_rollouts(rollouts: Rollouts, prompts: Sequence[Any]) -> list[Choice]
     facts = [compute_statistics(group, settings) for group in groups]
     metrics = compute_metrics(facts, reward_names(settings))
     lines = describe(metrics, facts, groups)
-    problem = find_problem(metrics, facts, settings.max_completion_length)
+    problem = find_problem(metrics, facts, settings)
     return [*lines, *([Choice("would stop the run", problem)] if problem else [])]
 
 
@@ -132,8 +135,11 @@ def describe(
     return lines
 
 
-def find_problem(metrics: dict[str, float], facts: Sequence[GroupStatistics], length: int) -> str:
+def find_problem(
+    metrics: dict[str, float], facts: Sequence[GroupStatistics], settings: RlConfig
+) -> str:
     """Return why a run would learn nothing, with advice; empty if it may learn."""
+    length = settings.max_completion_length
     if metrics["truncated"] > MOST_TRUNCATED:
         return (
             f"{metrics['truncated']:.0%} of the completions are cut at {length:,} tokens before "
@@ -141,7 +147,16 @@ def find_problem(metrics: dict[str, float], facts: Sequence[GroupStatistics], le
             "--max-completion-length, end completions by --stop TEXT, or train on such answers "
             "first (--task text-generation). --check-groups 0 skips this check."
         )
-    if "groups_with_signal" in metrics and not any(map(has_signal, facts)):
+    if settings.loss in GLOBAL:
+        rewards = np.concatenate([group.rewards for group in facts])
+        if not has_spread(torch.from_numpy(rewards)[None])[0]:
+            return (
+                f"all {len(rewards)} sampled completions have the same reward (mean "
+                f"{metrics.get('reward', 0.0):.3f}), so there is no learning signal. Use easier "
+                "prompts, a supervised run first (--adapter RUN), or a reward with steps between 0 "
+                "and 1. --check-groups 0 skips this check."
+            )
+    elif "groups_with_signal" in metrics and not any(map(has_signal, facts)):
         reward = metrics.get("reward", 0.0)
         same = f"all completions of a prompt have the same reward (mean {reward:.3f})"
         return (

@@ -131,7 +131,7 @@ def compute_metrics(
     metrics: dict[str, float] = {"reward": _mean(rewards), "reward_std": _spread(rewards)}
     if len(names) > 1:
         metrics |= {f"reward_{name}": _mean(scores[:, at]) for at, name in enumerate(names)}
-    if scores.shape[1]:  # a teacher gives every token a signal
+    if scores.shape[1] and rewards.shape[1] > 1:  # a teacher gives every token a signal
         spread = has_spread(torch.from_numpy(rewards)).numpy()
         metrics["groups_with_signal"] = float(spread.mean())
     metrics["completion_length"] = float(lengths.mean())
