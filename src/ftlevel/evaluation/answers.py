@@ -33,6 +33,7 @@ from ftlevel.trained.model_ref import LoadedModel
 
 T = TypeVar("T")
 Read = Callable[[Encoded, torch.Tensor], T]
+ReadBatch = Callable[[Sequence[Encoded], torch.Tensor, torch.Tensor], Sequence[T]]
 
 WORTH_ASKING = 64
 """Minimum number of rows for which the checks of the fast step pay off."""
@@ -61,14 +62,28 @@ class RowScorer:
             self._fast = None
 
     def __call__(self, rows: Sequence[Encoded], read: Read[T]) -> list[T]:
-        """Apply `read` to each row and the logits, in order; call it under `torch.no_grad`."""
+        """Apply `read` to each row and its logits, in order; call it under `torch.no_grad`."""
+        return self._apply(
+            rows,
+            lambda chosen: [
+                read(row, logits) for row, logits in zip(chosen, self._forward(chosen), strict=True)
+            ],
+        )
+
+    def read_batches(self, rows: Sequence[Encoded], read: ReadBatch[T]) -> list[T]:
+        """Apply `read` to the rows of each forward pass, their padded states and their mask."""
+        return self._apply(rows, lambda chosen: read(chosen, *self._states(chosen)))
+
+    def _apply(
+        self, rows: Sequence[Encoded], compute: Callable[[list[Encoded]], Sequence[T]]
+    ) -> list[T]:
+        """Return the results of all rows in order; `compute` gets the rows of a forward pass."""
         if self._fast is None and len(rows) >= WORTH_ASKING:
             self._fast = self._speed_up(rows)
         results: list[Any] = [None] * len(rows)
         for part in self._split([len(row.input_ids) for row in rows]):
-            chosen = [rows[i] for i in part]
-            for i, row, logits in zip(part, chosen, self._forward(chosen), strict=True):
-                results[i] = read(row, logits)
+            for i, result in zip(part, compute([rows[i] for i in part]), strict=True):
+                results[i] = result
         return results
 
     def _speed_up(self, rows: Sequence[Encoded]) -> FastStep:
@@ -104,17 +119,30 @@ class RowScorer:
         if batch:
             yield batch
 
-    def _forward(self, rows: Sequence[Encoded]) -> Iterator[torch.Tensor]:
-        """Yields the logits of each row of a forward pass."""
-        trained, objective = self._trained, self._trained.objective
-        batch = self._collate(rows)
+    def _states(self, rows: Sequence[Encoded]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the logits of a forward pass, padded, and the mask of its tokens."""
+        batch, layout = self._batch(rows)
+        with using_layout(layout):
+            return self._trained.logits(batch), batch["attention_mask"]
+
+    def _batch(
+        self, rows: Sequence[Encoded]
+    ) -> tuple[dict[str, torch.Tensor], PackedLayout | None]:
+        """Return the padded batch of `rows`, and the layout in which it is packed."""
+        trained, batch = self._trained, self._collate(rows)
         layout = None
         if self._packs and self._fast is not None:
             layout = PackedLayout.from_mask(batch["attention_mask"])
+            layout = replace(layout, is_for_answers=True)
             if self._fast.plan.needed_tokens is not None:
                 layout = layout.with_needed(self._fast.plan.needed_tokens(batch))
             layout = layout.to(trained.device)
-        batch = {name: value.to(trained.device) for name, value in batch.items()}
+        return {name: value.to(trained.device) for name, value in batch.items()}, layout
+
+    def _forward(self, rows: Sequence[Encoded]) -> Iterator[torch.Tensor]:
+        """Yield the logits of each row of a forward pass."""
+        trained, objective = self._trained, self._trained.objective
+        batch, layout = self._batch(rows)
         with using_layout(layout):
             if isinstance(objective, TokenObjective):
                 yield from self._token_scores(batch, rows)
@@ -319,6 +347,14 @@ class InferenceModel:
         Raises:
             UnansweredError: a row exceeds the model's positions and cannot be truncated.
         """
+        return self._scorer(self._fit_rows(rows), read)
+
+    def score_batches(self, rows: Sequence[Encoded], read: ReadBatch[T]) -> list[T]:
+        """Apply `read` to rows, padded logits and mask of each forward pass; see `score`."""
+        return self._scorer.read_batches(self._fit_rows(rows), read)
+
+    def _fit_rows(self, rows: Sequence[Encoded]) -> Sequence[Encoded]:
+        """Return `rows` truncated to the model's positions."""
         positions = self._positions
         if positions is not None:
             long_rows = [row for row in rows if len(row.input_ids) > positions]
@@ -330,7 +366,7 @@ class InferenceModel:
                 raise UnansweredError(refused)
             self.shortened += len(long_rows)
             rows = [truncate_row(row, positions) for row in rows] if long_rows else rows
-        return self._scorer(rows, read)
+        return rows
 
 
 MOST_SHOWN = 5

@@ -12,6 +12,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -300,8 +301,12 @@ def _by_sequence(
         return attend_varlen(states, layout.segments, options, kernel)
     if states[0].device.type != "cpu":
         return attend_padded(states, layout.segments, options)
-    is_short = all(s.stop - s.start <= MAX_BLOCKED for s in layout.segments)
+    longest = max(s.stop - s.start for s in layout.segments)
+    is_short = longest <= MAX_BLOCKED
     is_tree = any(segment.past for segment in layout.segments)
+    is_plain = not (options.dropout or options.cap) and (options.window or longest) >= longest
+    if layout.is_for_answers and is_plain and not is_tree and not layout.before:
+        return _by_length(layout.segments, states, options)
     # SDPA would use the generator of the process.
     draws_itself = options.dropout > 0 and worker_generator() is not None
     scaling = (options.scale, options.dropout, options.cap)
@@ -319,6 +324,34 @@ def _by_sequence(
             )
     outputs = [_by_sdpa(segment, states, options) for segment in layout.segments]
     return torch.cat(outputs, dim=1).transpose(0, 1).contiguous()
+
+
+def _by_length(
+    segments: Sequence[Segment], states: list[Tensor], options: AttentionOptions
+) -> Tensor:
+    """Return (tokens, heads, head_dim); neighbors of equal length are computed without a mask.
+
+    Rows that are sorted by length have few lengths. In bfloat16 at 15 tokens this takes a third of
+    the time of `ShortAttention`, whose softmax is in float32.
+    """
+    outputs = []
+    for length, group in groupby(segments, lambda segment: segment.stop - segment.start):
+        first, *others = group
+        start, count = first.start, 1 + len(others)
+        query, key, value = (
+            part[:, start : start + count * length].unflatten(1, (count, length)).transpose(0, 1)
+            for part in states
+        )
+        output = functional.scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            is_causal=options.causal,
+            scale=options.scale,
+            enable_gqa=query.shape[1] != key.shape[1],
+        )
+        outputs.append(output.transpose(1, 2).flatten(0, 1))
+    return torch.cat(outputs)
 
 
 def _by_sdpa(segment: Segment, states: list[Tensor], options: AttentionOptions) -> Tensor:

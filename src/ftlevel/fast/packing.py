@@ -57,6 +57,7 @@ class PackedLayout:
         needed: (needed,) ascending row indices of tokens used after the last block; None for all.
         before: tokens of a shared prefix that precede the row in attention only; segments count
             them, `source` and `restore` do not.
+        is_for_answers: whether attention may sum in another order than a training step does.
     """
 
     batch: int
@@ -66,6 +67,7 @@ class PackedLayout:
     segments: tuple[Segment, ...]
     needed: Tensor | None = None
     before: int = 0
+    is_for_answers: bool = False
 
     @classmethod
     def from_mask(cls, mask: Tensor) -> PackedLayout:

@@ -96,6 +96,17 @@ class PromptedModel(Protocol):
             UnansweredError: a row exceeds the model's maximum positions.
         """
 
+    def score_batches(
+        self,
+        rows: Sequence[Encoded],
+        read: Callable[[Sequence[Encoded], Tensor, Tensor], Sequence[T]],
+    ) -> list[T]:
+        """Return the results of `read` for each row, in order; errors as in `score`.
+
+        `read` gets the rows of a forward pass, their logits `(rows, seq, …)`, and their mask
+        `(rows, seq)`, which is 0 for padding.
+        """
+
 
 class TokenDecoder(Protocol):
     """Decoder of single tokens."""

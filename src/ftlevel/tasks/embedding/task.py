@@ -34,7 +34,13 @@ from ftlevel.tasks.base import (
 )
 from ftlevel.tasks.embedding.checks import check_documents, check_validation
 from ftlevel.tasks.embedding.formats import EMBEDDING_SHAPES, QUERY_SHAPES, EmbeddingRow
-from ftlevel.tasks.embedding.objective import EVALUATED_ROWS, METRICS, Embeddings, LabelKind
+from ftlevel.tasks.embedding.objective import (
+    EVALUATED_ROWS,
+    METRICS,
+    Embeddings,
+    LabelKind,
+    without_first,
+)
 from ftlevel.tasks.embedding.rows import TextEncoder, append_end
 
 if TYPE_CHECKING:
@@ -325,16 +331,17 @@ class EmbeddingTask(BaseTask):
         ]
         rows = [Encoded(ids, 0, at) for at, ids in enumerate(encode.ids(texts))]
         sizes = {prompt: encode.prompt_size(prompt) for prompt in set(prompts)}
+        first = [min(sizes[prompts[row.row]], len(row.input_ids) - 1) for row in rows]
         objective = Embeddings(METRICS["ranking"][0], form=form)
 
-        def read(row: Encoded, states: torch.Tensor) -> Prediction:
-            mask = states.new_ones(1, len(states))
-            if not form.include_prompt:
-                mask[:, : min(sizes[prompts[row.row]], len(states) - 1)] = 0
-            vector = objective.embed_states(states[None], mask)[0].cpu().numpy()
-            return Prediction("", columns={"": vector})
+        def read(
+            batch: Sequence[Encoded], states: torch.Tensor, mask: torch.Tensor
+        ) -> list[Prediction]:
+            unpooled = () if form.include_prompt else [first[row.row] for row in batch]
+            vectors = objective.embed_states(states, without_first(mask, unpooled)).cpu().numpy()
+            return [Prediction("", columns={"": vector}) for vector in vectors]
 
-        return model.score(rows, read)
+        return model.score_batches(rows, read)
 
     def probe_labels(self, ids: Sequence[int], labels: Sequence[str], options: Any) -> Any:
         """Return a dummy label."""

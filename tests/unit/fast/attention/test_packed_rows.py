@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -59,13 +60,16 @@ def outputs_and_gradients(model: Any, batch: dict[str, Any]) -> tuple[torch.Tens
     return counted.detach(), torch.cat(gradients)
 
 
-def packed(model: Any, batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+def packed(
+    model: Any, batch: dict[str, Any], *, is_for_answers: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
     base = model.get_base_model()
     attention.register()
     base.set_attn_implementation(attention.NAME)
     blocks = PackedBlocks(find_blocks(base))
     try:
-        with using_layout(PackedLayout.from_mask(batch["attention_mask"])):
+        layout = PackedLayout.from_mask(batch["attention_mask"])
+        with using_layout(replace(layout, is_for_answers=is_for_answers)):
             return outputs_and_gradients(model, batch)
     finally:
         blocks.remove()
@@ -74,6 +78,16 @@ def packed(model: Any, batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tenso
 
 def relative(a: torch.Tensor, b: torch.Tensor) -> float:
     return ((a - b).norm() / b.norm()).item()
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2", "llama", "gemma3_text", "modernbert"])
+def test_answers_by_equal_lengths_equal_padded(family: str) -> None:
+    """With grouped heads, with windows, and of encoders; neighbors of equal length are a batch."""
+    model = build(family, tiny_models.HEADS[family][0])
+    batch = batch_of(model)
+    expected, _ = outputs_and_gradients(model, batch)
+    found, _ = packed(model, batch, is_for_answers=True)
+    assert relative(found, expected) < 1e-5
 
 
 @pytest.mark.parametrize(("family", "head"), CELLS)
