@@ -36,7 +36,7 @@ _MARK = re.compile(r"<!-- (run in CI|run, fails|run|not run: .+) -->")
 _MOST, _LAST = 24, 11  # lines of an output that are shown: all, or the first and so many last
 _WIDTH = 130
 _PASSING = re.compile(r"\s*(\S*\d+%\||· |rows: (kept|prepared)|speed \d)")
-_SPEED = re.compile(r"  [\d,]+ tok/s$")
+_SPEED = re.compile(r"(  [\d,]+ tok/s|, [\d.,]+ rows/s)$")
 """Lines of a terminal's course, of this machine's cache, and of its speed, which is shared."""
 
 
