@@ -5,9 +5,7 @@
 # make test-kernels  the Triton kernels alone, in Triton's interpreter; a part of make test on Linux
 # make demo    install ftlevel from this checkout and fine-tune a small real model with it
 # make matrix  train every method on every family, task and base in tiny models (10 minutes)
-# make suite   run PEFT's own tests on our tuners and on the fused LoRA layers (an hour)
-# make torture kill, damage, fill, fuzz: every row of docs/reliability.md at its full count (hours)
-# make distributed  launchers, methods and --shard by two processes against one (docs/distributed.md)
+# make torture kill, interrupt, damage, fill: every row of docs/reliability.md at its full count (hours)
 # make gpu-sim simulate steps on a card that is not there, and print figures beside their bounds
 # make gpu-kit pack the folder to carry to a GPU without a network, and print what to run there
 # make servers install vLLM, mlx-lm and OpenVINO GenAI, each in an environment of its own (4 GB)
@@ -21,7 +19,6 @@
 #   make test PYTHON=python3.12 PYTEST_FLAGS='-n 8 -m "not slow"'
 #   make demo DEMO_FLAGS='--max-steps 10'
 #   make matrix MATRIX_FLAGS='--families gpt2,t5 --quants none'
-#   make suite SUITE_FLAGS='prefix prompt'
 #   make mutants MUTANTS_FLAGS='data fast'
 #   make torture TORTURE_FLAGS='--only kill disk --share 0.1 --seed 7 --jobs 2'
 #   make test PIP_FLAGS='--no-cache-dir'
@@ -33,7 +30,6 @@ DEMO_FLAGS ?=
 MATRIX_FLAGS ?=
 GPU_SIM_FLAGS ?=
 GPU_KIT_FLAGS ?=
-SUITE_FLAGS ?=
 MUTANTS_FLAGS ?=
 TORTURE_FLAGS ?=
 SERVED_FLAGS ?=
@@ -55,7 +51,7 @@ TEST_BIN := $(TEST_DIR)/venv/bin
 DEMO_BIN := $(DEMO_DIR)/venv/bin
 SOURCES := $(shell find src -name '*.py')
 
-.PHONY: help test test-quick test-kernels demo lint docs docs-commands matrix suite sweeps mutants torture distributed gpu-sim gpu-kit servers served \
+.PHONY: help test test-quick test-kernels demo lint docs docs-commands matrix sweeps mutants torture gpu-sim gpu-kit servers served \
 	clean
 .DELETE_ON_ERROR:
 
@@ -124,16 +120,9 @@ test-kernels: $(TEST_DIR)/triton
 matrix: $(TEST_DIR)/installed
 	$(TEST_BIN)/python scripts/run_matrix.py $(MATRIX_FLAGS)
 
-suite: export OMP_NUM_THREADS ?= 1
-suite: $(TEST_DIR)/installed
-	$(TEST_BIN)/python scripts/peft_suite.py $(SUITE_FLAGS)
-
 torture: export OMP_NUM_THREADS ?= 1
 torture: $(TEST_DIR)/installed
 	$(TEST_BIN)/python scripts/torture.py $(TORTURE_FLAGS)
-
-distributed: $(TEST_DIR)/installed
-	$(TEST_BIN)/python benchmarks/distributed.py
 
 gpu-sim: export OMP_NUM_THREADS ?= 1
 gpu-sim: export PYTHONPATH := src:tests:scripts
@@ -177,5 +166,5 @@ demo: $(DEMO_DIR)/installed
 		--prompt $(PROMPT_1) --prompt $(PROMPT_2)
 
 clean:
-	rm -rf $(TEST_DIR) $(DEMO_DIR) $(SERVERS) $(GPU_KIT) .peft-suite build dist
+	rm -rf $(TEST_DIR) $(DEMO_DIR) $(SERVERS) $(GPU_KIT) build dist
 	rm -rf .docs-run site .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

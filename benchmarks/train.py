@@ -150,10 +150,10 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[argparse.Namespace, dic
             parser.error(f"--peer {name}={python}: expected one of {', '.join(tools.PEERS)} and "
                          "the path of a python.")  # fmt: skip
     if arguments.quick:
-        from ftlevel.models.builtin import model_path
+        from ftlevel.models.sources import builtin_path
 
         arguments.workloads, arguments.steps, arguments.rounds = ["a"], 4, 1
-        arguments.model = arguments.model or model_path("tiny-llama")
+        arguments.model = arguments.model or builtin_path("tiny-llama")
     return arguments, {name: str(Path(path).expanduser()) for name, path in peers.items()}
 
 

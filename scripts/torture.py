@@ -1,4 +1,4 @@
-"""Stress ftlevel with kills, full disks, hostile files and fuzzing, and print one table.
+"""Stress ftlevel with kills, signals, damaged files and full disks, and print one table.
 
     make torture                                  every row at its full count
     python scripts/torture.py --only kill disk    some rows
@@ -9,9 +9,9 @@
 
 Every row draws from the seed that is printed, so that the same command does the same again, but
 for moments that are told by a clock. A row is good if nothing is bad (a traceback, a wrong exit
-code, a run that cannot go on), silent (a wrong result at exit 0), executed (code of a stranger's
-file ran), a hang (20 seconds beyond a run's own time), or outside (a file written outside of the
-run). Exit code 1 where one is not. What is found is written to --log, a line a case.
+code, a run that cannot go on), silent (a wrong result at exit 0), a hang (20 seconds beyond a
+run's own time), or outside (a file written outside of the run). Exit code 1 where one is not.
+What is found is written to --log, a line a case.
 """
 
 from __future__ import annotations
@@ -64,11 +64,8 @@ ENTRIES = (
           "damage:damage_state"),
     Entry("cache", "damaged prepared rows", 100, 0, "damage:damage_cache"),
     Entry("disk", "a full disk", 60, 1, "disk:fill_disk"),
-    Entry("changed", "something changed before --resume", 25, 2, "changed:change_something"),
-    Entry("hostile", "strangers' files", 300, 5, "hostile:read_hostile"),
     Entry("overwrite", "--overwrite of what is not ours, or is in use", 30, 2, "owning:overwrite"),
     Entry("secrets", "tokens in the environment", 6, 1, "owning:look_for_secrets"),
-    Entry("fuzz", "fuzzed files and settings", 250_000, 150, "fuzz:fuzz_everything"),
 )  # fmt: skip
 
 

@@ -14,7 +14,7 @@ import torch
 from training.tools import TEMPLATE
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from ftlevel.models.builtin import model_path
+from ftlevel.models.sources import builtin_path
 
 LLAMA_3_8B: dict[str, Any] = {
     "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
@@ -41,7 +41,7 @@ def write_llama(folder: Path, device: str, *, tiny: bool) -> None:
         return
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    tokenizer = AutoTokenizer.from_pretrained(model_path("tiny-llama"))
+    tokenizer = AutoTokenizer.from_pretrained(builtin_path("tiny-llama"))
     tokenizer.chat_template = TEMPLATE.read_text(encoding="utf-8")
     ids = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id,
            "pad_token_id": tokenizer.pad_token_id}  # fmt: skip

@@ -28,10 +28,8 @@ from pathlib import Path
 
 TOO_LONG = 20.0  # seconds without an end, beyond what a run takes when nothing is done to it
 STEPS = 5  # a step with its checkpoint is a tenth of what a run costs
-GOOD, BAD, SILENT, EXECUTED, HANG, OUTSIDE = (
-    "good", "bad", "silent", "executed", "hang", "outside",
-)  # fmt: skip
-VERDICTS = (GOOD, BAD, SILENT, EXECUTED, HANG, OUTSIDE)
+VERDICTS = ("good", "bad", "silent", "hang", "outside")
+GOOD, BAD, SILENT, HANG, OUTSIDE = VERDICTS
 
 _WORDS = "alpha beta gamma delta one two three four red blue green small large old new".split()
 
