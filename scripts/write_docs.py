@@ -46,8 +46,8 @@ and `SoftPromptConfig` like PEFT's own configs. They are in `ftlevel.methods.bot
   (batch, heads, queries, P + keys). A prompt adds queries and keys.
 - `torch.compile(fullgraph=True)` works, except for P-tuning with an LSTM.
 
-PEFT 0.21.2's own tests pass on them and on the fused LoRA layers (`make suite`, CPU; skipped tests
-concern merging, or models without known positions):
+PEFT 0.21.2's own tests pass on them and on the fused LoRA layers (`scripts/peft_suite.py` of
+commit c9b23cd5, CPU; skipped tests concern merging, or models without known positions):
 
 | | passed | failed | skipped |
 |---|--:|--:|--:|

@@ -17,8 +17,8 @@ import torch
 from torch.nn import functional
 
 from ftlevel.config.embedding import LOSSES
-from ftlevel.data.encoding.collate import Collator, add_texts, distinct_texts
-from ftlevel.data.encoding.encode import Encoded
+from ftlevel.data.encoding.collate import Collator
+from ftlevel.data.encoding.encode import Encoded, add_texts, distinct_texts
 from ftlevel.evaluation.intervals import ExampleRecord
 from ftlevel.task import StepTexts
 from ftlevel.tasks.embedding.objective import METRICS, Embeddings, LabelKind

@@ -21,8 +21,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch.nn import functional
 
 from ftlevel.artifacts.cards import read_card
-from ftlevel.data.encoding.collate import Collator, distinct_texts
-from ftlevel.data.encoding.encode import Encoded
+from ftlevel.data.encoding.collate import Collator
+from ftlevel.data.encoding.encode import Encoded, distinct_texts
 from ftlevel.data.sources.docstrings import read_module, stdlib_modules
 from ftlevel.errors import InputError
 from ftlevel.models.hardware import autocast

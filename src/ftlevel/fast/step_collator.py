@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from ftlevel.data.encoding.collate import Collator, EncodedText, distinct_texts
-from ftlevel.data.encoding.encode import IGNORED, Encoded
+from ftlevel.data.encoding.collate import Collator
+from ftlevel.data.encoding.encode import IGNORED, Encoded, EncodedText, distinct_texts
 from ftlevel.fast.packing import (
     MicroBatches,
     PackedLayout,

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ftlevel.data.encoding.collate import Collator, distinct_texts
-from ftlevel.data.encoding.encode import Encoded
+from ftlevel.data.encoding.collate import Collator
+from ftlevel.data.encoding.encode import Encoded, distinct_texts
 from ftlevel.errors import RunError
 from ftlevel.fast.fused_layers import FusedGlu, FusedNorm
 from ftlevel.fast.likelihoods import base_model, plain_loss, sum_of_ratios, with_baseline

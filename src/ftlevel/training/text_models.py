@@ -15,8 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ftlevel.config.section import Choice
-from ftlevel.data.encoding.collate import EncodedTexts
-from ftlevel.data.encoding.encode import Encoded
+from ftlevel.data.encoding.encode import Encoded, EncodedTexts
 from ftlevel.data.sources.lines import LazySequence
 from ftlevel.errors import InputError
 from ftlevel.evaluation.answers import InferenceModel

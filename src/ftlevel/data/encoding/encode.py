@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
+from itertools import accumulate, pairwise
 from typing import Any, Literal
 
 from ftlevel.artifacts.cards import AdapterCard
@@ -19,6 +20,7 @@ from ftlevel.data.formats.examples import Conversation, LabeledText, PlainText, 
 from ftlevel.data.formats.turns import Message
 from ftlevel.errors import InputError
 from ftlevel.task import IGNORED as IGNORED
+from ftlevel.task import StepTexts
 
 PROMPT_VERSION = 2
 """Version of plain prompts for new runs.
@@ -467,3 +469,106 @@ def _as_pair(example: Any) -> SourceTarget:
         "an encoder–decoder needs a source and a target, and these rows are plain text. Use data "
         "with a prompt and a completion column."
     )
+
+
+@dataclass(frozen=True)
+class EncodedText(Encoded):
+    """One text; the first `unpooled` tokens, those of the prompt, are left out of pooling."""
+
+    unpooled: int = field(default=0, metadata={"column": "int"})
+
+    def truncated(self, limit: int) -> EncodedText:
+        """Returns the text with at most `limit` tokens; the last token, an end, is kept."""
+        ids = self.input_ids
+        if len(ids) <= limit:
+            return self
+        unpooled = min(self.unpooled, limit - 1)
+        return replace(self, input_ids=[*ids[: limit - 1], ids[-1]], unpooled=unpooled)
+
+
+@dataclass(frozen=True)
+class EncodedTexts(Encoded):
+    """A query with its documents, two texts with a score, or a text with a class.
+
+    Attributes:
+        input_ids: tokens of all texts, one after the other.
+        labels: label or score of each document, or the number of the class.
+        sizes: number of tokens of each text.
+        teacher_scores: a teacher's score of each document; empty without a teacher.
+        prompts: number of tokens of the prompt of each text.
+        words: the texts themselves, for a different model; empty if there is none.
+        unpooled: number of first tokens of each text that are not pooled; empty if all are.
+    """
+
+    sizes: tuple[int, ...] = field(default=(), metadata={"column": "ints"})
+    teacher_scores: tuple[float, ...] = field(default=(), metadata={"column": "json"})
+    prompts: tuple[int, ...] = field(default=(), metadata={"column": "ints"})
+    words: tuple[str, ...] = field(default=(), metadata={"column": "json"})
+    unpooled: tuple[int, ...] = field(default=(), metadata={"column": "ints"})
+
+    @property
+    def guide(self) -> Any:
+        """Vector of each text by a guide model, or None."""
+        return None
+
+    def with_teacher(self, scores: tuple[float, ...]) -> EncodedTexts:
+        """Returns the row with a teacher's `scores` of its documents."""
+        return replace(self, teacher_scores=scores)
+
+    @property
+    def branches(self) -> Sequence[EncodedText]:
+        """One sequence per text, with a dummy label."""
+        spans = pairwise(accumulate(self.sizes, initial=0))
+        unpooled = self.unpooled or (0,) * len(self.sizes)
+        return [
+            EncodedText(self.input_ids[a:b], 0, self.row, unpooled=min(skipped, b - a - 1))
+            for (a, b), skipped in zip(spans, unpooled, strict=True)
+        ]
+
+    @property
+    def length(self) -> int:
+        """Number of tokens of the longest text."""
+        return max(self.sizes)
+
+    def truncated(self, limit: int) -> Encoded:
+        """Returns the row with texts of at most `limit` tokens; the last token, an end, is kept."""
+        ids = [token for text in self.branches for token in text.truncated(limit).input_ids]
+        return replace(self, input_ids=ids, sizes=tuple(min(size, limit) for size in self.sizes))
+
+
+def distinct_texts(rows: Sequence[Any]) -> tuple[list[EncodedText], StepTexts]:
+    """Returns the distinct texts of `rows`, in order of appearance, and the rows as their indices.
+
+    Rows with a negative `row` only fill up a batch and are left out.
+    """
+    texts: list[EncodedText] = []
+    index_of: dict[tuple[int, ...], int] = {}
+    indices: list[tuple[int, ...]] = []
+    guide: list[Any] = []
+    real = [row for row in rows if row.row >= 0]
+    for row in real:
+        branches = row.branches
+        keys = [(branch.unpooled, *branch.input_ids) for branch in branches]
+        for at, (key, branch) in enumerate(zip(keys, branches, strict=True)):
+            if key not in index_of:
+                index_of[key] = len(texts)
+                texts.append(branch)
+                if (vectors := row.guide) is not None:
+                    guide.append(vectors[at])
+        indices.append(tuple(map(index_of.__getitem__, keys)))
+    labels = tuple(tuple(row.labels) for row in real)
+    scores = tuple(row.teacher_scores for row in real)
+    step = StepTexts(tuple(indices), labels, scores, guide or None)
+    return texts or list(rows[0].branches[:1]), step
+
+
+def add_texts(texts: list[EncodedText], more: Sequence[EncodedText]) -> list[int]:
+    """Returns the indices of `more` in the distinct `texts`; new ones are added (modified)."""
+    index_of = {(text.unpooled, *text.input_ids): at for at, text in enumerate(texts)}
+    indices = []
+    for text in more:
+        index = index_of.setdefault((text.unpooled, *text.input_ids), len(texts))
+        if index == len(texts):
+            texts.append(text)
+        indices.append(index)
+    return indices

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ftlevel.data.encoding.collate import EncodedText, EncodedTexts
-from ftlevel.data.encoding.encode import Encoded, RowError
+from ftlevel.data.encoding.encode import Encoded, EncodedText, EncodedTexts, RowError
 from ftlevel.tasks.embedding.formats import EmbeddingRow
 
 _BATCH = 1_000  # rows tokenized at once

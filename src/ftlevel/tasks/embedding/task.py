@@ -17,8 +17,7 @@ from ftlevel.artifacts.sentence_transformers import (
 )
 from ftlevel.config.embedding import DEFAULT_LOSSES, LOSSES, EmbeddingConfig
 from ftlevel.config.section import Choice
-from ftlevel.data.encoding.collate import EncodedTexts
-from ftlevel.data.encoding.encode import Encoded
+from ftlevel.data.encoding.encode import Encoded, EncodedTexts
 from ftlevel.data.sources.table import Table
 from ftlevel.errors import ConfigError, InputError, join_names
 from ftlevel.models.sources import ModelSource, find_files

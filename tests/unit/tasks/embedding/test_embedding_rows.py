@@ -10,8 +10,7 @@ import torch
 from transformers import AutoTokenizer
 
 from ftlevel.artifacts.sentence_transformers import EmbeddingFormat
-from ftlevel.data.encoding.collate import EncodedTexts, distinct_texts
-from ftlevel.data.encoding.encode import Encoded
+from ftlevel.data.encoding.encode import Encoded, EncodedTexts, distinct_texts
 from ftlevel.data.prepare.streaming import DistinctTextSampler
 from ftlevel.tasks.embedding.formats import EmbeddingRow
 from ftlevel.tasks.embedding.objective import Embeddings, pool
