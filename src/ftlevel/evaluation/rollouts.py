@@ -23,7 +23,6 @@ from ftlevel.evaluation.sampling import Completion, Noise, Sampler, SamplingOpti
 from ftlevel.evaluation.scoring import Evaluator
 from ftlevel.evaluation.server import ServerSampler
 from ftlevel.fast.cross_entropy import ChunkedCrossEntropy
-from ftlevel.fast.fused_lora import fused_in_eval
 from ftlevel.fast.likelihoods import base_model, compute_token_likelihoods
 from ftlevel.fast.packing import using_layout
 from ftlevel.models.hardware import autocast, evaluating
@@ -178,8 +177,7 @@ class Rollouts:
                     self._dtype,
                     max(prompts, key=len),
                 )
-            fused = fused_in_eval() if step < HELD_OUT else contextlib.nullcontext()
-            with contextlib.closing(self._open()) as sampler, fused:
+            with contextlib.closing(self._open()) as sampler:
                 return sampler.sample(prompts, numbers, self._options, noise)
 
     def _score(

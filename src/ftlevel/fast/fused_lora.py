@@ -14,11 +14,9 @@ linear layer that ends a block is not needed again; it is NaN then, so that a re
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextvars import ContextVar
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import bitsandbytes as bnb
@@ -41,18 +39,6 @@ from ftlevel.models.upstream.tensors import (
     new_shape,
     order_of,
 )
-
-_IN_EVAL: ContextVar[bool] = ContextVar("fused_in_eval", default=False)
-
-
-@contextlib.contextmanager
-def fused_in_eval() -> Iterator[None]:
-    """Compute float layers in eval mode as in training, with fewer operations than PEFT's."""
-    token = _IN_EVAL.set(True)
-    try:
-        yield
-    finally:
-        _IN_EVAL.reset(token)
 
 
 class FusedLoraFunction(torch.autograd.Function):
@@ -155,13 +141,12 @@ def _product(
 
 
 class FusedForward:
-    """Mixin with a LoRA forward that is fused in training and sampling, and PEFT's own otherwise.
+    """Mixin with a LoRA forward that is fused in training, and PEFT's own otherwise.
 
-    `ends_a_block` means that the output is not needed when the block is recomputed. A quantized
-    weight would be dequantized for each sampled token, so only float layers fuse in eval mode.
+    `ends_a_block` means that the output is not needed when the block is recomputed.
     """
 
-    ends_a_block = fuses_in_eval = False
+    ends_a_block = False
 
     def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Returns base output plus update: (…, in) → (…, out)."""
@@ -206,8 +191,7 @@ def _lone_adapter(layer: Any) -> str | None:
     It cannot with variants such as DoRA, a bias of B, a trained base, or hooks (of offloading,
     tensor parallelism, an observer), which expect a call of their module.
     """
-    is_fused = layer.training or (layer.fuses_in_eval and _IN_EVAL.get())
-    if not is_fused or layer.disable_adapters or layer.merged:
+    if not layer.training or layer.disable_adapters or layer.merged:
         return None
     names = [name for name in layer.active_adapters if name in layer.lora_A]
     if len(names) != 1:
@@ -253,8 +237,6 @@ def build_fused_layer(
 
 class FusedLinear(FusedForward, lora.Linear):
     """Fused LoRA of `nn.Linear` and `Conv1D`."""
-
-    fuses_in_eval = True
 
     def _weight(self, dtype: torch.dtype) -> Tensor:
         """Returns W as (out, in)."""
@@ -330,4 +312,4 @@ def _last_layer(added: Any) -> Any:
     return getattr(max(parents, key=order_of, default=None), "layer", None)
 
 
-__all__ = ["fused_in_eval", "register_fused_layers", "skip_unneeded_products"]
+__all__ = ["register_fused_layers", "skip_unneeded_products"]
