@@ -11,7 +11,7 @@ import pytest
 
 import ftlevel
 from ftlevel.cli.app import run
-from ftlevel.models.builtin import model_path
+from ftlevel.models.sources import builtin_path
 
 INSTALLATION = str(Path(ftlevel.__file__).parent)
 MODEL = "builtin:tiny-llama"
@@ -32,7 +32,7 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("tools", {"messages": CHAT, "tools": TOOLS}),
     ):
         Path(f"{name}.jsonl").write_text(f"{json.dumps(row)}\n" * 4)
-    model = transformers.AutoModelForCausalLM.from_pretrained(model_path("tiny-llama"))
+    model = transformers.AutoModelForCausalLM.from_pretrained(builtin_path("tiny-llama"))
     config = peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
     peft.get_peft_model(model, config).save_pretrained("plain")
     shutil.copytree("plain", "classes")

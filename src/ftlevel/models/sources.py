@@ -17,12 +17,15 @@ from urllib.parse import urlparse
 
 from ftlevel.artifacts.files import check_regular
 from ftlevel.errors import InputError, did_you_mean, join_names
-from ftlevel.models import builtin
 from ftlevel.models.untrusted import check_directory
 
 _HUB_ID = re.compile(r"[\w][\w.-]*(/[\w.-]+)?")
 _PROBE_SECONDS = 3.0
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
+MODELS: tuple[str, ...] = ("tiny-llama",)
+"""Models shipped with the package, named `builtin:NAME`, in transformers' format."""
+
+_BUILTIN = Path(__file__).with_name("builtin")
 
 
 @dataclass(frozen=True)
@@ -107,10 +110,10 @@ def resolve_source(
     """
     label = said or f"--model {name}"
     if name.startswith("builtin:"):
-        directory = builtin.model_path(name.removeprefix("builtin:"))
+        directory = builtin_path(name.removeprefix("builtin:"))
         return ModelSource(name, "builtin", str(directory), local_files_only=True, said=said)
     path = Path(name).expanduser()
-    if builtin_name := builtin.name_of(path):  # a path that PEFT wrote into adapter_config.json
+    if builtin_name := name_of_builtin(path):  # a path that PEFT wrote into adapter_config.json
         return resolve_source(builtin_name, said=said.replace(name, builtin_name))
     if path.suffix == ".gguf" and not path.is_dir():
         _check_file(path, label)
@@ -249,3 +252,26 @@ def snapshot(source: ModelSource, extra: Iterable[str] = ()) -> Path:
             local_files_only=source.local_files_only,
         )
     )
+
+
+def name_of_builtin(directory: Path) -> str:
+    """Returns `builtin:NAME` of the built-in model in `directory`, or ""."""
+    root = _BUILTIN.resolve()
+    path = directory.resolve()
+    return f"builtin:{path.name}" if path.parent == root and path.name in MODELS else ""
+
+
+def builtin_path(name: str) -> Path:
+    """Returns the directory of `builtin:name`; raises `InputError` if unknown or incomplete."""
+    if name not in MODELS:
+        raise InputError(
+            f"builtin:{name}: no such model in ftlevel.{did_you_mean(name, MODELS)}"
+            f" Available: {join_names(f'builtin:{model}' for model in MODELS)}."
+        )
+    directory = _BUILTIN.resolve() / name
+    if not (directory / "model.safetensors").is_file():
+        raise InputError(
+            f"builtin:{name}: {directory} has no model.safetensors, so this installation is not"
+            " complete. Install ftlevel again."
+        )
+    return directory

@@ -1,4 +1,336 @@
-"""Rewards of `--task rl` that a worker process computes.
+"""Built-in rewards of `--task rl`, from 0 to 1, which a worker process computes.
 
-Imports nothing of ftlevel, so that the process starts at once.
+Imports nothing of ftlevel, so that the process starts at once. Except for `regex`, `format`,
+`length` and `repetition`, rewards score the text after `</think>`; an unclosed `<think>` is no
+answer.
 """
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from decimal import Decimal, InvalidOperation
+from pathlib import Path
+from typing import Any, Protocol
+
+
+class Spec(Protocol):
+    """Name and argument of a built-in reward."""
+
+    @property
+    def name(self) -> str:
+        """Name, as in `config.rl.REWARDS`."""
+
+    @property
+    def argument(self) -> str:
+        """Text after the colon; "" without one."""
+
+
+Reward = Callable[[str, Sequence[int], Any], float]
+"""(completion, its token ids, value of the answer column or None) → score."""
+MAX_CHARACTERS = 200_000
+"""Maximum length of a completion that is scored; longer ones score 0."""
+
+
+def build_reward(spec: Spec, *, opens_think: bool = False) -> Reward:
+    """Build the built-in reward of `spec`.
+
+    `opens_think`: whether prompts end with `<think>`, so that completions do not begin with it.
+
+    Raises:
+        ValueError: a package is missing, or the JSON schema cannot be used.
+    """
+    value = spec.argument
+    builders: dict[str, Callable[[], Reward]] = {
+        "exact": lambda: lambda text, _, answer: float(_visible(text).strip() == _final(answer)),
+        "contains": lambda: lambda text, _, answer: float(_final(answer) in _visible(text)),
+        "number": lambda: _number_reward(Decimal(value or "0")),
+        "math": _math_reward,
+        "choice": lambda: _choice_reward(split_labels(value)),
+        "regex": lambda: _regex_reward(value),
+        "json": lambda: _json_reward(value),
+        "rouge": lambda: _rouge_reward(value or "rougeL"),
+        "length": lambda: _length_reward(value),
+        "format": lambda: _think_reward(opens_think=opens_think),
+        "repetition": lambda: _repetition_reward(int(value or "3")),
+    }
+    return builders[spec.name]()
+
+
+NEEDS_ANSWER = ("exact", "contains", "number", "math", "choice", "rouge")
+"""Rewards that compare with the answer column."""
+
+
+def check_answer(spec: Spec, answer: Any) -> str:
+    """Returns why `spec` cannot compare with `answer`, or ""."""
+    if spec.name not in NEEDS_ANSWER:
+        return ""
+    if answer is None or isinstance(answer, dict | list):
+        return f"the answer is {_shown(answer)}, and a text or number is expected"
+    final = _final(answer)
+    if not final:
+        return "the answer is empty"
+    if spec.name == "number" and last_number(final) is None:
+        return f"the answer {_shown(answer)} has no number"
+    if spec.name == "choice":
+        labels = split_labels(spec.argument)
+        if _label_of(answer, labels) is None:
+            return f"the answer {_shown(answer)} is not one of {', '.join(labels)}"
+    if spec.name == "math":
+        if _UNSAFE.fullmatch(final):
+            return (
+                f"the answer {_shown(answer)} is a time, a date or a power of ten, which "
+                "math-verify misreads; use --reward exact or number"
+            )
+        if not _parse_math(final, gold=True):
+            return f"the answer {_shown(answer)} is no mathematical expression; use --reward exact"
+    return ""
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}…"
+
+
+def _visible(text: str) -> str:
+    """Returns the text after the last `</think>`; "" if `<think>` is not closed."""
+    before, closed, after = text.rpartition("</think>")
+    if closed:
+        return "" if "<think>" in after else after
+    return "" if "<think>" in before + after else text
+
+
+def _final(answer: Any) -> str:
+    """Returns the answer as text, without GSM8K's solution before `####`."""
+    return str(answer).rpartition("####")[2].strip()
+
+
+_NUMBER = re.compile(r"(?<![\w.])([-−+]?)[$€£]?(\d[\d,]*(?:\.\d+)?(?:[eE][-+]?\d{1,3})?)")
+_MOST_DIGITS = 400
+
+
+def last_number(text: str) -> Decimal | None:
+    """Returns the last number of `text`; commas separate thousands."""
+    result = None
+    for result in _NUMBER.finditer(text):  # noqa: B007 - the last one
+        pass
+    if result is None or len(result[2]) > _MOST_DIGITS:
+        return None
+    try:
+        value = Decimal(result[2].replace(",", ""))
+    except InvalidOperation:
+        return None
+    return -value if result[1] in ("-", "−") else value
+
+
+def _number_reward(tolerance: Decimal) -> Reward:
+    def score(text: str, _: Sequence[int], answer: Any) -> float:
+        got, expected = last_number(_visible(text)), last_number(_final(answer))
+        return float(got is not None and expected is not None and abs(got - expected) <= tolerance)
+
+    return score
+
+
+_UNSAFE = re.compile(r"\d+:\d+(:\d+)?|\d{4}-\d\d?-\d\d?|\d{1,2}/\d{1,2}/\d{2,4}|\d+[eE]\d+")
+"""Times, dates and powers of ten, which math-verify reads as ratios, sums and products."""
+
+
+_WORD = re.compile(r"(?<!\\)\b[^\W\d_]{2,}")
+"""A word, of which LaTeX makes a product of letters."""
+
+
+def _parse_math(text: str, *, gold: bool = False) -> list[Any]:
+    from math_verify import parse  # type: ignore[import-untyped]
+
+    result: list[Any] = parse(text, parsing_timeout=None)
+    if not result and gold and not _WORD.search(text):
+        result = parse(f"${text}$", parsing_timeout=None)
+    return result
+
+
+def _math_reward() -> Reward:
+    try:
+        from math_verify import verify
+    except ImportError:
+        raise ValueError(
+            "math needs the package math-verify, which is not installed. "
+            "Install it: pip install 'ftlevel[math]'"
+        ) from None
+
+    def score(text: str, _: Sequence[int], answer: Any) -> float:
+        gold, got = _parse_math(_final(answer), gold=True), _parse_math(_visible(text))
+        return float(bool(got) and verify(gold, got, timeout_seconds=None))
+
+    return score
+
+
+def split_labels(value: str) -> list[str]:
+    """Returns the labels of `choice`; default A to E."""
+    return [label.strip() for label in value.split(",") if label.strip()] or list("ABCDE")
+
+
+def _label_of(answer: Any, labels: Sequence[str]) -> str | None:
+    """Returns the label that an answer names, by text or by index from 0."""
+    if isinstance(answer, int) and not isinstance(answer, bool):
+        return labels[answer] if 0 <= answer < len(labels) else None
+    final = _final(answer).strip("().").casefold()
+    return next((label for label in labels if label.casefold() == final), None)
+
+
+def _choice_reward(labels: Sequence[str]) -> Reward:
+    letters = all(len(label) == 1 for label in labels)
+    flags = 0 if letters else re.IGNORECASE  # "a" is a word
+    any_of = "|".join(re.escape(label) for label in sorted(labels, key=len, reverse=True))
+    named = re.compile(rf"(?<!\w)(?:{any_of})(?!\w)", flags)
+    announced = re.compile(
+        rf"(?:[Aa]nswer|ANSWER)(?:\s+is)?[\s:*]*\(?(?<!\w)({any_of})(?!\w)"
+        rf"|\\boxed\{{\s*({any_of})\s*\}}",
+        flags,
+    )
+
+    def score(text: str, _: Sequence[int], answer: Any) -> float:
+        visible = _visible(text)
+        result = [one or two for one, two in announced.findall(visible)] or named.findall(visible)
+        expected = _label_of(answer, labels)
+        return float({label.casefold() for label in result} == {(expected or "").casefold()})
+
+    return score
+
+
+def _regex_reward(pattern: str) -> Reward:
+    compiled = re.compile(pattern)
+    return lambda text, _ids, _answer: float(compiled.search(text) is not None)
+
+
+_FENCE = re.compile(r"```(?:json|JSON)?\s*\n(.*?)```", re.DOTALL)
+
+
+def parse_strict_json(text: str) -> Any:
+    """Parse the value of JSON text, alone or in one fenced block.
+
+    Raises:
+        ValueError: invalid, NaN or infinite numbers, duplicate keys, or nested too deeply.
+    """
+    fenced = _FENCE.findall(text)
+    body = fenced[0] if len(fenced) == 1 else text
+
+    def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
+        result = dict(items)
+        if len(result) < len(items):
+            raise ValueError("a key is given twice")
+        return result
+
+    def constant(name: str) -> Any:
+        raise ValueError(f"{name} is not JSON")
+
+    try:
+        return json.loads(body.strip(), object_pairs_hook=pairs, parse_constant=constant)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def _same(one: Any, two: Any) -> bool:
+    """Returns whether two JSON values are equal; 1 equals 1.0 and not true."""
+    if isinstance(one, bool) or isinstance(two, bool):
+        return one is two
+    if isinstance(one, dict) and isinstance(two, dict):
+        return one.keys() == two.keys() and all(_same(one[key], two[key]) for key in one)
+    if isinstance(one, list) and isinstance(two, list):
+        return len(one) == len(two) and all(map(_same, one, two))
+    return (type(one) is type(two) and one == two) or (
+        isinstance(one, int | float) and isinstance(two, int | float) and one == two
+    )
+
+
+def _json_reward(schema_file: str) -> Reward:
+    """Returns 0 if the text is no JSON, or violates the schema; else the share of equal fields."""
+    validator = None
+    if schema_file:
+        try:
+            validator = _validator(parse_strict_json(Path(schema_file).read_text("utf-8")))
+        except OSError as error:
+            raise ValueError(f"json:{schema_file} cannot be read ({error.strerror})") from None
+
+    def score(text: str, _: Sequence[int], answer: Any) -> float:
+        try:
+            got = parse_strict_json(_visible(text))
+        except ValueError:
+            return 0.0
+        if validator is not None and not validator.is_valid(got):
+            return 0.0
+        return 1.0 if answer is None else _equal_share(got, answer)
+
+    return score
+
+
+def _equal_share(got: Any, answer: Any) -> float:
+    """Returns the share of equal fields among those of both objects; 0 or 1 for other values."""
+    if isinstance(answer, str):
+        try:
+            answer = parse_strict_json(answer)
+        except ValueError:
+            return float(got == answer)
+    if not isinstance(answer, dict) or not isinstance(got, dict):
+        return float(_same(got, answer))
+    names = got.keys() | answer.keys()
+    equal = [name in got and name in answer and _same(got[name], answer[name]) for name in names]
+    return sum(equal) / len(equal) if equal else 1.0
+
+
+def _validator(schema: Any) -> Any:
+    try:
+        from jsonschema import SchemaError  # type: ignore[import-untyped]
+        from jsonschema.validators import validator_for  # type: ignore[import-untyped]
+    except ImportError:
+        raise ValueError(
+            "a JSON schema needs the package jsonschema, which is not installed. "
+            "Install it: pip install 'ftlevel[jsonschema]'"
+        ) from None
+    kind = validator_for(schema)
+    try:
+        kind.check_schema(schema)
+    except SchemaError as error:
+        raise ValueError(f"not a JSON schema ({error.message})") from None
+    return kind(schema)
+
+
+def _rouge_reward(name: str) -> Reward:
+    from rouge_score.rouge_scorer import RougeScorer
+
+    scorer = RougeScorer([name], use_stemmer=True)
+    return lambda text, _, answer: scorer.score(_final(answer), _visible(text))[name].fmeasure
+
+
+def _length_reward(argument: str) -> Reward:
+    low, high = map(int, argument.split("-"))
+
+    def score(_text: str, ids: Sequence[int], _answer: Any) -> float:
+        beyond = max(low - len(ids), len(ids) - high, 0)
+        return max(0.0, 1 - beyond / max(high - low, 1))
+
+    return score
+
+
+def _think_reward(*, opens_think: bool) -> Reward:
+    def score(text: str, _ids: Sequence[int], _answer: Any) -> float:
+        whole = f"<think>{text}" if opens_think else text
+        thought, closed, after = whole.partition("</think>")
+        one = whole.count("<think>") == 1 and whole.count("</think>") == 1
+        return float(bool(closed) and one and thought.startswith("<think>") and bool(after.strip()))
+
+    return score
+
+
+def _repetition_reward(size: int) -> Reward:
+    def score(text: str, _ids: Sequence[int], _answer: Any) -> float:
+        tokens = text.split()
+        grams = [tuple(tokens[at : at + size]) for at in range(len(tokens) - size + 1)]
+        return len(set(grams)) / len(grams) if grams else 1.0
+
+    return score
+
+
+def read_answer(columns: Mapping[str, Sequence[Any]], index: int) -> Any:
+    """Load the answer of row `index`, or None."""
+    return columns["answer"][index] if "answer" in columns else None

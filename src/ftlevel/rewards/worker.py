@@ -22,7 +22,7 @@ from pathlib import Path
 from types import FrameType, SimpleNamespace
 from typing import Any, TextIO
 
-from ftlevel.rewards.builtin import MAX_CHARACTERS, build_reward, check_answer, read_answer
+from ftlevel.rewards import MAX_CHARACTERS, build_reward, check_answer, read_answer
 
 SECONDS = 5.0
 """Maximum time of a built-in reward for one completion, which then scores 0."""

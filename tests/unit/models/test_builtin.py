@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ftlevel.data.sources.docstrings import read_docstrings
 from ftlevel.errors import InputError
-from ftlevel.models.builtin import MODELS, model_path
+from ftlevel.models.sources import MODELS, builtin_path
 
 MAX_BYTES = 6_000_000
 CONVERSATION = [
@@ -21,7 +21,7 @@ CONVERSATION = [
 
 @pytest.fixture(scope="module", params=MODELS)
 def path(request):
-    return model_path(request.param)
+    return builtin_path(request.param)
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +49,7 @@ def test_the_files_are_there_and_small(path):
 
 def test_an_unknown_name_is_an_input_error():
     with pytest.raises(InputError, match=r"no such model .* 'tiny-llama'\? .* builtin:tiny-llama"):
-        model_path("tiny-lama")
+        builtin_path("tiny-lama")
 
 
 def test_it_loads_without_a_network(path, monkeypatch):

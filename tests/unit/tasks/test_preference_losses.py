@@ -20,8 +20,8 @@ from ftlevel.fast.step import FastStep
 from ftlevel.fast.step_collator import StepCollator
 from ftlevel.task import TrainingLoss
 from ftlevel.tasks.preferences.objective import Preferences, build_preferences, log_odds
-from ftlevel.tasks.preferences.reward import RewardObjective
 from ftlevel.tasks.preferences.rows import ContrastedRows, ReferencedRows
+from ftlevel.tasks.preferences.task import RewardObjective
 from preference_figures import (
     BASELINE,
     LENGTHS,

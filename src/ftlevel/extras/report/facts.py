@@ -11,7 +11,7 @@ from statistics import fmean
 from typing import Any
 
 from ftlevel.artifacts.files import read_plain
-from ftlevel.artifacts.rollouts import RolloutFacts, summarize_rollouts
+from ftlevel.artifacts.row_sinks import RolloutFacts, summarize_rollouts
 from ftlevel.artifacts.run_directory import ANSWERS, METRICS, ROLLOUTS, SUMMARY
 from ftlevel.errors import InputError
 

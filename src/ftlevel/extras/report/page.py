@@ -17,7 +17,7 @@ from typing import Any
 from ftlevel._version import __version__
 from ftlevel.artifacts.cards import describe_losses, describe_memory
 from ftlevel.artifacts.files import check_absent, write_text
-from ftlevel.artifacts.rollouts import summarize_rollouts
+from ftlevel.artifacts.row_sinks import summarize_rollouts
 from ftlevel.artifacts.run_directory import REPORT, ROLLOUTS, RunDirectory
 from ftlevel.errors import ConfigError
 from ftlevel.extras.report.facts import (

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 from ftlevel.config.rl import RewardSpec, RlConfig
 from ftlevel.errors import ConfigError, RunError, did_you_mean, join_names
-from ftlevel.rewards.builtin import NEEDS_ANSWER
+from ftlevel.rewards import NEEDS_ANSWER
 
 START_SECONDS = 300.0
 """Time limit for starting the worker and importing the files of reward functions."""

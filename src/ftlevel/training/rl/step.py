@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from ftlevel.artifacts.files import write_text
-from ftlevel.artifacts.rollouts import read_rollouts
+from ftlevel.artifacts.row_sinks import read_rollouts
 from ftlevel.config.rl import RlConfig
 from ftlevel.evaluation.rollouts import Group
 from ftlevel.tasks.rl.losses import (

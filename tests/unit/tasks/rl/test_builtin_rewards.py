@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from ftlevel.config.rl import RewardSpec, parse_reward
-from ftlevel.rewards.builtin import build_reward, check_answer
+from ftlevel.rewards import build_reward, check_answer
 
 SCORES: list[tuple[str, str, Any, float]] = [
     ("exact", " 42\n", "42", 1),
