@@ -339,7 +339,9 @@ def _by_length(
         first, *others = group
         start, count = first.start, 1 + len(others)
         query, key, value = (
-            part[:, start : start + count * length].unflatten(1, (count, length)).transpose(0, 1)
+            part[:, start : start + count * length]
+            .view(len(part), count, length, -1)
+            .transpose(0, 1)
             for part in states
         )
         output = functional.scaled_dot_product_attention(
