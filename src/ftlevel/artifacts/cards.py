@@ -255,8 +255,8 @@ def describe_kept_model(best: Mapping[str, Any]) -> str:
         )
     if best["stopped_early"]:
         count = best.get("waited", best["patience"])  # missing in older summaries
-        without = f"{count:,} evaluation{'s' * (count != 1)} without a better one"
-        text += f"; stopped early, after {without}"
+        message = f"{count:,} evaluation{'s' * (count != 1)} without a better one"
+        text += f"; stopped early, after {message}"
     return text
 
 

@@ -123,14 +123,14 @@ class CommaSeparatedFile(_TextFile):
             lines = _Counted(file)
             cells = csv.reader(lines, delimiter=self.separator, strict=True)
             try:
-                header = next(cells, None)
-                if header is None or not lines.is_whole:
+                columns = next(cells, None)
+                if columns is None or not lines.is_whole:
                     return
-                if header != self._header:
-                    raise InputError(describe_columns(existing, header, self._header))
+                if columns != self._header:
+                    raise InputError(describe_columns(existing, columns, self._header))
                 self._ends = lines.bytes
                 for row in cells:
-                    if not lines.is_whole or len(row) != len(header):
+                    if not lines.is_whole or len(row) != len(columns):
                         return
                     self._ends = lines.bytes
                     yield row[:width]

@@ -223,8 +223,8 @@ def _colored(tokens: Sequence[Token], *, whole: bool) -> Text:
 
 
 def _bracketed(tokens: Sequence[Token], *, whole: bool) -> Text:
-    named = sum(bool(token.label) for token in tokens)
-    texts = 0 < named < len(tokens) and all(token.supervised for token in tokens)
+    num_labels = sum(bool(token.label) for token in tokens)
+    texts = 0 < num_labels < len(tokens) and all(token.supervised for token in tokens)
     plain = texts or not any(token.supervised for token in tokens)
     parts = []
     for token in _cut(tokens, whole=whole):

@@ -463,7 +463,6 @@ def _rollouts(trained: LoadedModel, held_out: EvaluationRows, settings: TrainCon
 
 
 def _generates(config: EvaluateConfig, task: BaseTask, settings: TrainConfig) -> bool:
-    """Returns whether generated text is scored."""
     generates = generates_texts(settings.train.predict_with_generate, task)
     return generates or (task.generates_text and config.max_generate_samples is not None)
 

@@ -137,7 +137,6 @@ def _read_rows(config: MineConfig) -> tuple[list[EmbeddingRow], str]:
 
 
 def _read_corpus(config: MineConfig) -> list[str]:
-    """Load the texts of `--corpus`."""
     if config.corpus is None:
         return []
     table = read_table(config.corpus)

@@ -320,9 +320,9 @@ def _answer_all(config: PredictConfig, job: _PredictJob, listener: Listener) -> 
     trained = job.ref.load(job.device)
     for note in trained.notes:
         listener.warn(note)
-    train = job.own.train
+    section = job.own.train
     writing = GenerationOptions(
-        config.max_new_tokens or train.max_new_tokens, **config.decoding(train)
+        config.max_new_tokens or section.max_new_tokens, **config.decoding(section)
     )
     model = InferenceModel(trained, writing, config.batch_size, cuts=_cuts(config, job.own))
     listener.stage("predicting")

@@ -236,5 +236,5 @@ def build_histogram(lengths: Sequence[int]) -> list[Bar]:
     shortest, longest = min(lengths), max(lengths)
     width = max(1, -(-(longest - shortest + 1) // _BARS))
     counts = np.bincount([(length - shortest) // width for length in lengths]).tolist()
-    starts = range(shortest, longest + 1, width)
-    return [Bar(s, min(s + width - 1, longest), c) for s, c in zip(starts, counts, strict=True)]
+    edges = range(shortest, longest + 1, width)
+    return [Bar(s, min(s + width - 1, longest), c) for s, c in zip(edges, counts, strict=True)]

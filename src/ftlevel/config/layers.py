@@ -205,33 +205,33 @@ def _merge(into: dict[str, Any], new: Mapping[str, Any]) -> None:
 def format_errors(
     error: ValidationError,
     origins: Mapping[KeyPath, str] | None,
-    root: type[BaseModel] = TrainConfig,
+    model: type[BaseModel] = TrainConfig,
 ) -> list[str]:
     """Returns a message per pydantic error; `origins` is None for values of a constructor."""
     messages: list[str] = []
     seen: set[KeyPath] = set()
     known = origins or {}
     for detail in error.errors():
-        key, kind = _key_and_method(detail, root)
+        key, kind = _key_and_method(detail, model)
         if detail["type"] == "extra_forbidden" and key not in known:
             key = next((full for full in known if full[: len(key)] == key), key)
         if key and key in seen:  # the other branches of a union of values
             continue
         seen.add(key)
-        origin = _origin(key, known, "" if origins is not None else root.__name__)
+        origin = _origin(key, known, "" if origins is not None else model.__name__)
         if detail["type"] == "value_error" and not key:  # a rule between sections names the flags
             messages += str(detail["ctx"]["error"]).split("\n")
         elif detail["type"] == "extra_forbidden":
-            messages.append(f"{origin}: {_unknown_key(key, kind, root)}")
+            messages.append(f"{origin}: {_unknown_key(key, kind, model)}")
         else:
-            messages.append(f"{origin}: {_bad_value(key, detail, root)}")
+            messages.append(f"{origin}: {_bad_value(key, detail, model)}")
     return list(dict.fromkeys(messages))
 
 
 Section.explain_errors = staticmethod(lambda error, root: format_errors(error, None, root))
 
 
-def _key_and_method(detail: ErrorDetails, root: type[BaseModel]) -> tuple[KeyPath, str | None]:
+def _key_and_method(detail: ErrorDetails, model: type[BaseModel]) -> tuple[KeyPath, str | None]:
     """Returns the key as the user writes it, and the method that would have the field."""
     location = [str(part) for part in detail["loc"]]
     if len(location) > 1 and location[0] in _TAGGED and location[1] in SPECS:
@@ -240,7 +240,7 @@ def _key_and_method(detail: ErrorDetails, root: type[BaseModel]) -> tuple[KeyPat
     if detail["type"] == "union_tag_invalid":
         return (*location, "kind"), None
     if detail["type"] != "extra_forbidden":  # a union of values adds its branch to the location
-        while len(location) > 1 and location[-1] not in _fields_of(tuple(location[:-1]), root):
+        while len(location) > 1 and location[-1] not in _fields_of(tuple(location[:-1]), model):
             location.pop()
     return tuple(location), None
 
@@ -254,7 +254,7 @@ def _origin(key: KeyPath, origins: Mapping[KeyPath, str], constructor: str) -> s
     return f"{constructor}({dotted})" if constructor else dotted
 
 
-def _unknown_key(key: KeyPath, kind: str | None, root: type[BaseModel]) -> str:
+def _unknown_key(key: KeyPath, kind: str | None, model: type[BaseModel]) -> str:
     dotted = ".".join(key)
     if kind is not None:
         owners = [name for name, spec in SPECS.items() if key[1] in spec.model_fields]
@@ -262,10 +262,10 @@ def _unknown_key(key: KeyPath, kind: str | None, root: type[BaseModel]) -> str:
             return f"{dotted!r} belongs to method {join_names(owners)}, and the method is {kind}."
         siblings: Iterable[str] = SPECS[kind].model_fields
     else:
-        siblings = _fields_of(key[:-1], root)
-    if hint := recipe_hint(key[-1], command_of(root)):
+        siblings = _fields_of(key[:-1], model)
+    if hint := recipe_hint(key[-1], command_of(model)):
         return f"unknown key {dotted!r}.{hint}"
-    if kind is None and root is TrainConfig and (elsewhere := _nearest_elsewhere(key)):
+    if kind is None and model is TrainConfig and (elsewhere := _nearest_elsewhere(key)):
         return f"unknown key {dotted!r}. Did you mean {elsewhere!r}?"
     if not siblings:  # the section is not known either
         return f"unknown key {dotted!r}. Sections: {join_names(TrainConfig.model_fields, 20)}."
@@ -329,7 +329,7 @@ _EXPECTED = {
 """Type of a pydantic error → expected value."""
 
 
-def _bad_value(key: KeyPath, detail: ErrorDetails, root: type[BaseModel]) -> str:
+def _bad_value(key: KeyPath, detail: ErrorDetails, model: type[BaseModel]) -> str:
     value, context = detail["input"], detail.get("ctx", {})
     match detail["type"]:
         case "literal_error" | "union_tag_invalid":
@@ -350,9 +350,9 @@ def _bad_value(key: KeyPath, detail: ErrorDetails, root: type[BaseModel]) -> str
                 f"{_shown(value)} cannot be used for {'.'.join(key)}. Expected {_EXPECTED[kind]}."
             )
         case "missing":
-            field = root.model_fields.get(key[-1])
+            field = model.model_fields.get(key[-1])
             return f"it is missing: {field.description if field else 'give a value'}"
-        case "model_type" | "model_attributes_type" if fields := _fields_of(key, root):
+        case "model_type" | "model_attributes_type" if fields := _fields_of(key, model):
             return (
                 f"{'.'.join(key)} is a section and got {_shown(value)}. Set its fields, such as "
                 f"{'.'.join((*key, fields[0]))}."

@@ -119,7 +119,6 @@ class TrainConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _default_quantization(cls, raw: Any) -> Any:
-        """Set 4-bit quantization for `qlora` by default."""
         if not isinstance(raw, dict) or not isinstance(raw.get("method"), dict):
             return raw
         quant, spec = raw.get("quant") or {}, SPECS.get(str(raw["method"].get("kind")))

@@ -93,11 +93,11 @@ def step_losses(objective: Embeddings, vectors: torch.Tensor, step: StepTexts) -
     """
     objective = objective.for_validation(step)
     size, losses = objective.step_rows, list[float]()
-    starts = list(range(0, len(step), size))
+    positions = list(range(0, len(step), size))
     contrasts = LOSSES[objective.settings.loss or ""].contrasts
-    if contrasts and len(starts) > 1 and len(step) - starts[-1] == 1:
-        starts.pop()
-    for start, end in zip(starts, [*starts[1:], len(step)], strict=True):
+    if contrasts and len(positions) > 1 and len(step) - positions[-1] == 1:
+        positions.pop()
+    for start, end in zip(positions, [*positions[1:], len(step)], strict=True):
         loss = objective.step_loss(vectors, step.select(slice(start, end)))
         losses += [float(loss)] * (end - start)
     return losses

@@ -282,7 +282,6 @@ def _split(order: Sequence[int], budget: int, added: AddedCost, multiple: int) -
 
 
 def _fill(order: Sequence[int], budget: int, added: AddedCost) -> MicroBatches:
-    """Returns micro-batches that are filled in `order`."""
     micro_batches: MicroBatches = []
     cost = 0
     for row in order:

@@ -133,7 +133,6 @@ def _quantization(model: Any) -> QuantConfig | None:
 
 
 def _find_source(name: str, config: ModelConfig) -> ModelSource | None:
-    """Find the files from which a model was loaded, or None."""
     try:
         return resolve_source(name, config.revision, config.trust_remote_code) if name else None
     except InputError:
@@ -222,7 +221,6 @@ def _stored_tensors(model: Any, source: ModelSource) -> Iterator[tuple[str, Tens
 
 
 def _quantized_tensors(model: Any, source: ModelSource) -> Iterator[tuple[str, Tensor]]:
-    """Yields the tensors of the files, quantized like `model`."""
     floats = [p.dtype for p in model.parameters() if p.is_floating_point()]
     with silence_loggers():
         fresh = type(model).from_pretrained(

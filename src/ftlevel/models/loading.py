@@ -160,7 +160,6 @@ def check_finite(tensors: Iterable[tuple[str, Any]], label: str) -> None:
 
 
 def _floats(tensor: Any) -> Iterator[Tensor]:
-    """Yields the floating-point tensors that `tensor` consists of."""
     yield from (scales for scales in scales_of(tensor) if scales.dtype in _SUMMED)
     if tensor.dtype in _SUMMED and not inner_tensors(tensor) and not tensor.is_meta:
         yield tensor.detach()

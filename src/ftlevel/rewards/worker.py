@@ -78,10 +78,10 @@ def load_function(path: str, name: str) -> tuple[Callable[..., Any], dict[str, A
 def _signature(function: Callable[..., Any]) -> dict[str, Any]:
     """Returns the columns that a function needs, and the arguments that it takes (None: all)."""
     parameters = inspect.signature(function).parameters.values()
-    named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
-    needs = [p.name for p in named if p.default is p.empty and p.name not in _OWN]
+    keywords = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    needs = [p.name for p in keywords if p.default is p.empty and p.name not in _OWN]
     takes_all = any(p.kind == p.VAR_KEYWORD for p in parameters)
-    return {"needs": needs, "takes": None if takes_all else [p.name for p in named]}
+    return {"needs": needs, "takes": None if takes_all else [p.name for p in keywords]}
 
 
 def _describe(error: BaseException, file: str = "") -> str:

@@ -111,7 +111,6 @@ def _tensor_of(weights: Sequence[float], like: Tensor) -> Tensor | None:
 
 
 def _targets_of(rows: Sequence[Encoded]) -> Iterator[int]:
-    """Yields the class of each target."""
     for row in rows:
         labels: Any = row.labels
         if isinstance(labels, int):
@@ -357,8 +356,8 @@ class DistillationRows(LazySequence[Encoded]):
     `values` `(targets,)` has `outcome_dtype`; row i has `values[starts[i]:starts[i + 1]]`.
     """
 
-    def __init__(self, rows: Sequence[Encoded], values: np.ndarray, starts: Sequence[int]) -> None:
-        self.rows, self._values, self._starts = rows, values, starts
+    def __init__(self, rows: Sequence[Encoded], values: np.ndarray, offsets: Sequence[int]) -> None:
+        self.rows, self._values, self._starts = rows, values, offsets
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -338,7 +338,6 @@ def read_plain_adapter(directory: Path) -> dict[str, Any]:
 
 
 def _resolve_base(name: str, directory: Path, revision: str | None = None) -> ModelSource:
-    """Returns the base that the adapter in `directory` names."""
     return resolve_source(name, revision, said=f"{name} (the base of {directory})")
 
 

@@ -58,37 +58,38 @@ def build_arguments(run: Run, checkpoints: Path) -> Any:
     """Build the `TrainingArguments` of a run, with checkpoints written to `checkpoints`."""
     from transformers import TrainingArguments
 
-    train = run.config.train
-    rows, accumulated = train.per_device_train_batch_size, train.gradient_accumulation_steps
+    section = run.config.train
+    rows, accumulated = section.per_device_train_batch_size, section.gradient_accumulation_steps
     if run.fast.enabled:  # a batch is a whole optimizer step, split by FtlevelTrainer
         rows, accumulated = rows * accumulated, 1
     arguments = TrainingArguments(
         output_dir=str(checkpoints),
-        num_train_epochs=train.num_train_epochs,
-        max_steps=train.max_steps or -1,
+        num_train_epochs=section.num_train_epochs,
+        max_steps=section.max_steps or -1,
         learning_rate=run.schedule.learning_rate,
-        lr_scheduler_type=train.lr_scheduler_type,
-        lr_scheduler_kwargs=dict(train.lr_scheduler_kwargs),
-        warmup_steps=train.warmup_steps,
-        weight_decay=train.weight_decay,
-        adam_beta1=train.adam_beta1,
-        adam_beta2=train.adam_beta2,
-        adam_epsilon=train.adam_epsilon,
-        label_smoothing_factor=train.label_smoothing_factor,
-        neftune_noise_alpha=train.neftune_noise_alpha,
-        max_grad_norm=train.max_grad_norm,
-        optim=train.optim,
-        optim_args=",".join(f"{name}={value}" for name, value in train.optim_args.items()) or None,
+        lr_scheduler_type=section.lr_scheduler_type,
+        lr_scheduler_kwargs=dict(section.lr_scheduler_kwargs),
+        warmup_steps=section.warmup_steps,
+        weight_decay=section.weight_decay,
+        adam_beta1=section.adam_beta1,
+        adam_beta2=section.adam_beta2,
+        adam_epsilon=section.adam_epsilon,
+        label_smoothing_factor=section.label_smoothing_factor,
+        neftune_noise_alpha=section.neftune_noise_alpha,
+        max_grad_norm=section.max_grad_norm,
+        optim=section.optim,
+        optim_args=",".join(f"{name}={value}" for name, value in section.optim_args.items())
+        or None,
         per_device_train_batch_size=rows,
         gradient_accumulation_steps=accumulated,
-        seed=train.seed,
-        data_seed=train.order_seed,
-        **_watching(train, run),
+        seed=section.seed,
+        data_seed=section.order_seed,
+        **_watching(section, run),
         # Callbacks implement `best` and saving by time.
         save_strategy="no"
-        if train.save_strategy == "best"
-        else train.save_strategy or ("steps" if train.save_steps else "no"),
-        save_steps=train.save_steps or 500,
+        if section.save_strategy == "best"
+        else section.save_strategy or ("steps" if section.save_steps else "no"),
+        save_steps=section.save_steps or 500,
         save_total_limit=None,  # WriteManifest rotates checkpoints
         bf16=run.model.dtype == "bfloat16",
         fp16=run.model.dtype == "float16",
@@ -198,8 +199,8 @@ def build_evaluator(
     """
     if not run.data.validation:
         return None
-    train = run.config.train
-    generated = min(train.max_generate_samples, len(run.data.validation))
+    section = run.config.train
+    generated = min(section.max_generate_samples, len(run.data.validation))
     shared: dict[str, Any] = {
         "rows": run.data.validation,
         "tokenizer": run.model.tokenizer,
@@ -207,8 +208,8 @@ def build_evaluator(
         "objective": run.objective,
         "device": run.model.device,
         "dtype": run.model.dtype,
-        "batch_size": eval_batch_size(train),
-        "metrics": train.metrics,
+        "batch_size": eval_batch_size(section),
+        "metrics": section.metrics,
         "corpus": run.data.corpus,
     }
     if is_rl(run):
@@ -216,12 +217,18 @@ def build_evaluator(
             run, model, teacher, server, lambda row: f"validation row {row + 1}"
         )
         return RewardEvaluator(**shared, generated_rows=generated, rollouts=rollouts)
-    generates = generates_texts(train.predict_with_generate, run.task)
+    generates = generates_texts(section.predict_with_generate, run.task)
     return Evaluator(
         **shared,
-        generated_rows=generated if generates and uses_text_metrics(train.metrics, run.task) else 0,
+        generated_rows=generated
+        if generates and uses_text_metrics(section.metrics, run.task)
+        else 0,
         writing=GenerationOptions(
-            train.max_new_tokens, train.num_beams, train.temperature, train.top_p, train.seed
+            section.max_new_tokens,
+            section.num_beams,
+            section.temperature,
+            section.top_p,
+            section.seed,
         ),
         score_texts=run.task.score_texts,
         language=run.data.facts["target_language"],

@@ -341,7 +341,6 @@ class StepReducer:
 
 
 def _has_several_rows(inputs: Mapping[str, Any]) -> bool:
-    """Whether a micro-batch of the step has several rows."""
     return bool(inputs.get("has_parts"))
 
 

@@ -96,7 +96,6 @@ class ShardedTrainer(FtlevelTrainer):
         return contextlib.nullcontext()
 
     def _clip_grad_norm(self, model: Any) -> Tensor | None:
-        """Clip the gradient and return its total norm."""
         norm = super()._clip_grad_norm(model)
         return norm if norm is None else whole(norm)
 

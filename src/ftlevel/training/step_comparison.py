@@ -416,7 +416,6 @@ class Steps:
         return (total[0] / total[1]).clamp(min=0)
 
     def _batches(self, rows: Sequence[Encoded], batch_size: int) -> list[dict[str, Tensor]]:
-        """Returns padded batches of `rows` on the device."""
         collate = Collator(self.pad_id)
         return [self.trainer.on_device(collate(part)) for part in batches(rows, batch_size)]
 
@@ -451,7 +450,6 @@ class Steps:
         return StepResult(float(loss), {n: g / scale for n, g in self._pop_gradients().items()})
 
     def _pop_gradients(self) -> dict[str, Tensor]:
-        """Returns the gradients, and clear them."""
         gradients = {
             name: parameter.grad
             for name, parameter in self.model.named_parameters()

@@ -76,21 +76,21 @@ def precompute_teacher(run: Run, listener: Listener) -> TeacherPredictions | Non
     objective, rows = run.objective, run.data.train
     teacher_vocabulary = load_config(teacher.ref.source).get_text_config().vocab_size
     dtype = outcome_dtype(settings, min(run.model.vocabulary, teacher_vocabulary))
-    starts = np.cumsum([0, *(_count(objective, row) for row in rows)]).tolist()
+    offsets = np.cumsum([0, *(_count(objective, row) for row in rows)]).tolist()
     key = json.dumps([describe_cache_key(teacher, run), settings.kd_temperature, str(dtype)])
-    path, size = cache_path(run.config.data, "teacher", key, rows), starts[-1] * dtype.itemsize
+    path, size = cache_path(run.config.data, "teacher", key, rows), offsets[-1] * dtype.itemsize
     _check_room(path, size)
 
     def fill(into: np.ndarray) -> None:
         with load_auxiliary_model(teacher, run, listener) as (asking, adapted):
-            _fill(asking, adapted, starts, into)
+            _fill(asking, adapted, offsets, into)
 
-    predictions, was_cached = open_or_fill(path, (starts[-1],), dtype, fill)
+    predictions, was_cached = open_or_fill(path, (offsets[-1],), dtype, fill)
     status = "cached" if was_cached else "computed before step 1"
     count = dtype["ids"].shape[0]
     share = float(1 - np.exp(predictions["known"][:, -1]).mean()) if count else 1.0
     tokens = f"the top {count} tokens" if count else "all tokens"
-    details = f"{tokens} at {starts[-1]:,} positions, {share:.1%} of its probability; "
+    details = f"{tokens} at {offsets[-1]:,} positions, {share:.1%} of its probability; "
     details += f"{size / 1e6:,.1f} MB"
     listener.choices("teacher", [Choice("teacher", teacher.name, f"{status}: {details}")])
     facts = {
@@ -98,15 +98,14 @@ def precompute_teacher(run: Run, listener: Listener) -> TeacherPredictions | Non
         "fingerprint": teacher.fingerprint,
         "cached": was_cached,
         "tokens_kept": count or dtype["known"].shape[0],
-        "places": starts[-1],
+        "places": offsets[-1],
         "probability_kept": share,
         "bytes": size,
     }
-    return TeacherPredictions(DistillationRows(rows, predictions, starts), facts)
+    return TeacherPredictions(DistillationRows(rows, predictions, offsets), facts)
 
 
 def _count(objective: TokenObjective, row: Encoded) -> int:
-    """Count predicted targets in `row`."""
     return int(objective.count(torch.tensor([row.labels])))
 
 
@@ -123,22 +122,22 @@ def _check_room(path: Path | None, size: int) -> None:
         )
 
 
-def _fill(run: Run, adapted: PreparedModel, starts: Sequence[int], array: np.ndarray) -> None:
+def _fill(run: Run, adapted: PreparedModel, offsets: Sequence[int], array: np.ndarray) -> None:
     """Write the missing items of `array` (targets,; modified), a few rows at a time."""
     rows, model = run.data.train, adapted.model
     model.eval()
     with torch.no_grad(), autocast(run.model.device, run.model.dtype):
         for start in range(0, len(rows), AT_ONCE):
             chunk = range(start, min(start + AT_ONCE, len(rows)))
-            if not is_missing(array[starts[chunk.start] : starts[chunk.stop]]).any():
+            if not is_missing(array[offsets[chunk.start] : offsets[chunk.stop]]).any():
                 continue
             batch_rows = [rows[i] for i in chunk]
             for indices, log_probs, ids in _predict(run, adapted, batch_rows, array.dtype):
-                counts = [starts[start + i + 1] - starts[start + i] for i in indices]
+                counts = [offsets[start + i + 1] - offsets[start + i] for i in indices]
                 ends = np.cumsum(counts)
                 for i, count, end in zip(indices, counts, ends, strict=True):
                     target, source = (
-                        slice(starts[start + i], starts[start + i + 1]),
+                        slice(offsets[start + i], offsets[start + i + 1]),
                         slice(end - count, end),
                     )
                     array["ids"][target] = ids[source]

@@ -107,7 +107,6 @@ def score_rows(rows: Sequence[Encoded], model: LoadedModel) -> RowsWithOutputs:
 
 
 def _similarities(vectors: Tensor, is_cosine: bool) -> tuple[float, ...]:
-    """Returns the similarities of the first of `vectors` with the others."""
     vectors = functional.normalize(vectors, dim=-1) if is_cosine else vectors
     return tuple((vectors[1:] @ vectors[0]).tolist())
 
@@ -119,7 +118,6 @@ def _words(row: Encoded) -> tuple[str, ...]:
 def _rerank(
     rows: Sequence[Encoded], loaded: LoadedModel, task: RerankingTask
 ) -> list[tuple[float, ...]]:
-    """Returns the logits of the documents of each row."""
     model = InferenceModel(loaded, GenerationOptions(1), None, cuts=True)
     scores: list[tuple[float, ...]] = []
     with model.inference():

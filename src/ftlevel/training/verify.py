@@ -343,7 +343,6 @@ class _Verifier:
         return plain
 
     def _plain(self, rows: Sequence[Encoded], dtype: str) -> StepResult:
-        """Returns the plain step."""
         return self.steps.plain(rows, self.batch_size, dtype)
 
     def _in_float64(

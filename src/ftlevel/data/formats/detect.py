@@ -252,9 +252,9 @@ def detect_format(
             if matched is not None and matched.keys() >= shape.required.keys():
                 unused = _unused(columns, matched)
                 return Format(task, shape.name, shape.build, matched, unused, inner=inner)
-    named = len(selected) < len(shapes)
-    error = InputError if mapping or named else NoFormatError
-    suggestion = _FormatSuggestion(columns, task, selected, mapping, rows, named=named)
+    is_selected = len(selected) < len(shapes)
+    error = InputError if mapping or is_selected else NoFormatError
+    suggestion = _FormatSuggestion(columns, task, selected, mapping, rows, named=is_selected)
     raise error(suggestion.describe(options.aim))
 
 

@@ -132,7 +132,6 @@ def _find_role(name: object, names: Mapping[str, str]) -> str | None:
 
 
 def _parse_turn(item: object, what: str, names: Mapping[str, str]) -> Message | None:
-    """Parse one turn; None for an empty system turn."""
     if type(item) is not dict:
         raise UnusableRowError(
             f"{what} is {json_type_name(item)}, not an object with role and content"

@@ -50,9 +50,9 @@ class Ragged:
 def lay_out(rows: Iterable[Sequence[int]]) -> Ragged:
     """Concatenate `rows`."""
     rows = list(rows)
-    starts = np.cumsum([0, *map(len, rows)], dtype=np.int64)
-    values = np.fromiter(chain.from_iterable(rows), dtype=np.int32, count=int(starts[-1]))
-    return Ragged(values, starts)
+    offsets = np.cumsum([0, *map(len, rows)], dtype=np.int64)
+    values = np.fromiter(chain.from_iterable(rows), dtype=np.int32, count=int(offsets[-1]))
+    return Ragged(values, offsets)
 
 
 def gather(rows: Sequence[Encoded], at: Integers) -> Ragged:
@@ -90,8 +90,8 @@ def examples_in(rows: Sequence[Encoded], keep: Mask, total: int) -> Mask:
 
 
 def _ragged(array: Any) -> Ragged:
-    starts = array.offsets.to_numpy().astype(np.int64)
-    return Ragged(array.values.to_numpy()[starts[0] : starts[-1]], starts - starts[0])
+    offsets = array.offsets.to_numpy().astype(np.int64)
+    return Ragged(array.values.to_numpy()[offsets[0] : offsets[-1]], offsets - offsets[0])
 
 
 @dataclass(frozen=True)

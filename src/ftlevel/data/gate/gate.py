@@ -212,14 +212,14 @@ def find_swapped(digests: Digests) -> Integers:
 
 def _sides(index: WordIndex, start: int, end: int) -> tuple[Integers, NDArray[np.int64], Integers]:
     """Returns bucket, side (0 prompt, 1 answer) and row (from 0) of distinct words."""
-    starts = index.starts[start : end + 1]
-    lengths = np.diff(starts)
+    offsets = index.starts[start : end + 1]
+    lengths = np.diff(offsets)
     row = np.repeat(np.arange(end - start), lengths)
-    at = np.arange(len(row)) - np.repeat(starts[:-1] - starts[0], lengths)
+    at = np.arange(len(row)) - np.repeat(offsets[:-1] - offsets[0], lengths)
     asked = np.repeat(index.digests.records["asked"][start:end].astype(np.int64), lengths)
     side = (at >= asked).astype(np.int64)
     examined = at - side * asked < _WORDS
-    hashes = mix(np.asarray(index.digests.words[starts[0] : starts[-1]])[examined])
+    hashes = mix(np.asarray(index.digests.words[offsets[0] : offsets[-1]])[examined])
     bucket = (hashes & np.uint32(_BUCKETS - 1)).astype(np.int64)
     pairs = distinct((row[examined] * 2 + side[examined]) * _BUCKETS + bucket)
     return pairs % _BUCKETS, pairs // _BUCKETS % 2, pairs // (2 * _BUCKETS)

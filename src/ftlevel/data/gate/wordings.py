@@ -191,17 +191,17 @@ class WordIndex:
     def of(cls, digests: Digests, training: WordIndex | None = None) -> WordIndex:
         """Build the index of `digests`, with the frequencies of `training` if given."""
         records = digests.records
-        starts = np.zeros(len(digests) + 1, dtype=np.int64)
-        np.cumsum(records["asked"].astype(np.int64) + records["answered"], out=starts[1:])
+        offsets = np.zeros(len(digests) + 1, dtype=np.int64)
+        np.cumsum(records["asked"].astype(np.int64) + records["answered"], out=offsets[1:])
         if training is not None:
-            return cls(digests, starts, training.counts, training.limit)
+            return cls(digests, offsets, training.counts, training.limit)
         counts = np.zeros(_BUCKETS, dtype=np.int64)
-        hashes = digests.words[: starts[-1]]
+        hashes = digests.words[: offsets[-1]]
         for start in range(0, len(hashes), _CHUNK_WORDS):
             buckets = _bucket(hashes[start : start + _CHUNK_WORDS])
             counts += np.bincount(buckets, minlength=_BUCKETS)
         limit = _BOILERPLATE * len(digests) if len(digests) >= _MIN_EXAMPLES else np.inf
-        return cls(digests, starts, counts, limit)
+        return cls(digests, offsets, counts, limit)
 
     def __len__(self) -> int:
         return len(self.digests)

@@ -46,12 +46,12 @@ def cache_root() -> Path:
 
 def is_writable() -> bool:
     """Returns whether the cache can be written; a read-only home is not an error."""
-    root = cache_root()
+    folder = cache_root()
     try:
-        root.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
     except OSError:
         return False
-    return os.access(root, os.W_OK | os.X_OK)
+    return os.access(folder, os.W_OK | os.X_OK)
 
 
 def resolve_files(name: str) -> list[Path] | None:
@@ -87,9 +87,9 @@ def open_cache_folder(key: str) -> Iterator[CacheFolder]:
     """
     from filelock import FileLock
 
-    root = cache_root()
-    final, partial = root / key, root / f".{key}.partial"
-    with FileLock(root / f".{key}.lock"):
+    folder = cache_root()
+    final, partial = folder / key, folder / f".{key}.partial"
+    with FileLock(folder / f".{key}.lock"):
         damage = find_damage(final) if final.is_dir() else ""
         if damage is None:
             os.utime(final)
@@ -107,7 +107,7 @@ def open_cache_folder(key: str) -> Iterator[CacheFolder]:
             yield CacheFolder(partial, publish, damage)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
-            remove_unused(root)
+            remove_unused(folder)
 
 
 def remove_unused(root: Path) -> None:

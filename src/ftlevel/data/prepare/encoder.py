@@ -186,7 +186,7 @@ def encode_to_store(
     there is one process. Raises `ValueError` if no example produced a row.
     """
     global _job
-    starts = range(0, len(examples), BATCH)
+    positions = range(0, len(examples), BATCH)
     digests = digests_path(path)
     _job = (encode, examples, context)
     try:
@@ -196,12 +196,12 @@ def encode_to_store(
             if processes > 1 and "fork" in multiprocessing.get_all_start_methods():
                 fork = multiprocessing.get_context("fork")
                 pool = stack.enter_context(fork.Pool(processes, _disable_tokenizer_threads))
-                parts = pool.imap(_encode_batch, starts)
+                parts = pool.imap(_encode_batch, positions)
             else:
-                parts = map(_encode_batch, starts)
+                parts = map(_encode_batch, positions)
 
             def batches() -> Iterator[pa.RecordBatch]:
-                for start, (batch, contents) in zip(starts, parts, strict=True):
+                for start, (batch, contents) in zip(positions, parts, strict=True):
                     progress(min(start + BATCH, len(examples)), len(examples))
                     for file, content in zip(files, contents, strict=True):
                         file.write(content)

@@ -115,28 +115,30 @@ def split_of(module_path: str) -> Split:
 
 def stdlib_modules(split: Split | None = None) -> list[tuple[str, Path]]:
     """Returns (relative path, file) of the modules in `split` (all if None), ordered by hash."""
-    root = stdlib_root()
-    return [(path, root / path) for path, part in _sorted_paths(root) if split in (None, part)]
+    directory = stdlib_root()
+    return [
+        (path, directory / path) for path, part in _sorted_paths(directory) if split in (None, part)
+    ]
 
 
 @lru_cache(maxsize=1)
-def _sorted_paths(root: Path) -> tuple[tuple[str, Split], ...]:
-    """Returns (relative path, split) of all modules below `root`, ordered by hash."""
-    paths = [path.relative_to(root).as_posix() for path in _python_files(root)]
+def _sorted_paths(directory: Path) -> tuple[tuple[str, Split], ...]:
+    """Returns (relative path, split) of all modules below `directory`, ordered by hash."""
+    paths = [path.relative_to(directory).as_posix() for path in _python_files(directory)]
     paths.sort(key=lambda path: hashlib.sha1(path.encode(), usedforsecurity=False).digest())
     return tuple((path, split_of(path)) for path in paths)
 
 
 def stdlib_root() -> Path:
     """Returns the standard library's directory; raises `InputError` if it has no source files."""
-    root = Path(sysconfig.get_path("stdlib"))
-    if not (root / "argparse.py").is_file():
+    directory = Path(sysconfig.get_path("stdlib"))
+    if not (directory / "argparse.py").is_file():
         raise InputError(
-            f"builtin:docstrings reads the source of Python's standard library, and {root} has none"
-            " (this Python was stripped or is packed in a zip). Use a Python that comes with its"
-            " source files, or name a file of your own with --dataset."
+            f"builtin:docstrings reads the source of Python's standard library, and {directory} "
+            "has none (this Python was stripped or is packed in a zip). Use a Python that comes "
+            "with its source files, or name a file of your own with --dataset."
         )
-    return root
+    return directory
 
 
 def read_module(file: Path) -> list[Documented]:
@@ -213,7 +215,7 @@ def _undocumented_source(node: _Function, lines: list[str]) -> str:
 def _cached_rows(
     kind: Kind,
     split: Split,
-    root: Path,  # noqa: ARG001 - part of the key
+    directory: Path,  # noqa: ARG001 - part of the key
 ) -> tuple[list[Row], Iterator[Row]]:
     """Returns the rows built so far in this process, and the iterator that builds the others."""
     return [], _rows(kind, split)

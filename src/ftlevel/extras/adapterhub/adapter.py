@@ -131,7 +131,7 @@ def head_modules(head: HubHead, weights: Mapping[str, Any]) -> list[str]:
 def name_head_weights(head: HubHead, weights: Mapping[str, Any], model: Any) -> dict[str, Any]:
     """Returns the head's weights by their names in `model`; raises InputError for a mismatch."""
     full_names = {_WRAPPED.sub("", name) for name in model.state_dict()}
-    named = {}
+    tensors = {}
     for key, tensor in weights.items():
         name = key
         if head.layers:
@@ -142,8 +142,8 @@ def name_head_weights(head: HubHead, weights: Mapping[str, Any], model: Any) -> 
             raise InputError(
                 f"the head's weight {key} matches no module of {type(model).__name__}."
             )
-        named[matches[0]] = tensor
-    return named
+        tensors[matches[0]] = tensor
+    return tensors
 
 
 def check_language_head(weights: Mapping[str, Any], model: Any) -> None:

@@ -77,11 +77,11 @@ def _read(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     from safetensors.torch import load_file
 
     weights = load_file(str(directory / "adapter_model.safetensors"))
-    named = {key.removeprefix(_PREFIX): tensor for key, tensor in weights.items()}
-    heads = {key for key in named if not any(key.endswith(f".{end}") for end in WEIGHTS)}
+    tensors = {key.removeprefix(_PREFIX): tensor for key, tensor in weights.items()}
+    heads = {key for key in tensors if not any(key.endswith(f".{end}") for end in WEIGHTS)}
     return (
-        {key: tensor for key, tensor in named.items() if key not in heads},
-        {key: named[key] for key in sorted(heads)},
+        {key: tensor for key, tensor in tensors.items() if key not in heads},
+        {key: tensors[key] for key in sorted(heads)},
     )
 
 
@@ -148,13 +148,13 @@ class AdapterHubExport:
         listener.stage("writing the adapter")
         weights, head = _read(self.directory)
         start = self.model.base_model_prefix + "."
-        named = {}
+        tensors_ = {}
         for key, tensor in weights.items():
             ours = next(end for end in WEIGHTS if key.endswith(f".{end}"))
             site = key.removesuffix(f".{ours}")
             before = start if site.startswith(start) else ""
-            named[f"{before}{self.holders[site]}.adapters.{self.name}.{WEIGHTS[ours]}"] = tensor
-        torch.save(named, output / ADAPTER_FILES[1])
+            tensors_[f"{before}{self.holders[site]}.adapters.{self.name}.{WEIGHTS[ours]}"] = tensor
+        torch.save(tensors_, output / ADAPTER_FILES[1])
         write_json(output / CONFIG, {**self._about(), "name": self.name, "config": self.hub_config})
         if head:
             torch.save(head, output / HEAD_FILES[1])

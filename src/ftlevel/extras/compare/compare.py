@@ -366,8 +366,8 @@ def _set_budget(
                 continue
             steps[method] = max(1, int(60 * minutes / seconds))
             write_json(result.path / RESULT, asked)
-        train = config.train.model_copy(update={"max_steps": steps[method]})
-        result.configs[method] = config.with_sections(train=train)
+        section = config.train.model_copy(update={"max_steps": steps[method]})
+        result.configs[method] = config.with_sections(train=section)
 
 
 def _search_all(
@@ -427,7 +427,6 @@ def _train_all(result: Comparison, listener: Listener, prepare: Callable[[], Any
 
 
 def _is_scored(config: TrainConfig, place: Path) -> bool:
-    """Returns whether `place` has scores of the ranking metric."""
     if not place.is_file():
         return False
     name = config.train.metric_for_best_model

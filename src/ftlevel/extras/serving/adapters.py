@@ -348,8 +348,8 @@ class AdaptersExport:
             base_model = entry.in_float32(with_adapter=False).load(device).model
             base = run_prompts(base_model, entry, prompts)
             del base_model
-        loaded = entry.in_float32().load(device)
-        tuned = loaded.model
+        model = entry.in_float32().load(device)
+        tuned = model.model
         trained = run_prompts(tuned, entry, prompts)
         if form is None:
             try:
@@ -365,9 +365,9 @@ class AdaptersExport:
                 refusal = _refusal(entry, self.server, self.config.format, str(error))
                 raise InputError(refusal) from None
         if base is None:
-            with loaded.without_adapter():
+            with model.without_adapter():
                 base = run_prompts(tuned, entry, prompts)
-        del tuned, loaded
+        del tuned, model
         gc.collect()
         return base, trained, form
 

@@ -297,7 +297,7 @@ def _align(ids: list[int], recorded: Answer) -> tuple[Answer, int]:
     llama.cpp omits tokens that end inside a character from its list.
     """
     listed = [index for index in range(len(recorded.ids)) if index not in recorded.partial]
-    without = replace(
+    trimmed = replace(
         recorded,
         ids=[recorded.ids[index] for index in listed],
         logprobs=[recorded.logprobs[index] for index in listed],
@@ -309,7 +309,7 @@ def _align(ids: list[int], recorded: Answer) -> tuple[Answer, int]:
         unequal = (index for index, (one, other) in pairs if one != other)
         return next(unequal, min(len(ids), len(answer.ids)))
 
-    answer = max((recorded, without), key=count_equal)
+    answer = max((recorded, trimmed), key=count_equal)
     return answer, count_equal(answer)
 
 

@@ -377,7 +377,6 @@ def kv_shape(attention: nn.Module) -> tuple[int, int]:
 
 
 def _first(module: nn.Module, names: tuple[str, ...]) -> int | None:
-    """Returns the first attribute in `names` that `module` has."""
     return next((getattr(module, name) for name in names if hasattr(module, name)), None)
 
 

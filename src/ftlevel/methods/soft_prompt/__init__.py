@@ -25,13 +25,13 @@ def find_stacks(model: Any) -> list[str]:
     Returns the innermost module with input embeddings, such as OPT's `model.decoder`.
     """
     prefix = getattr(model, "base_model_prefix", "")
-    root = prefix if prefix and hasattr(model, prefix) else ""
-    for parent in dict.fromkeys((root, "")):
+    prefixed = prefix if prefix and hasattr(model, prefix) else ""
+    for parent in dict.fromkeys((prefixed, "")):
         names = [f"{parent}.{part}".lstrip(".") for part in ("encoder", "decoder")]
         takes_tokens = [name for name in names if _takes_tokens(model, name)]
         if takes_tokens:
             return takes_tokens
-    return [root] if root else []
+    return [prefixed] if prefixed else []
 
 
 def find_prompt_targets(model: Any) -> list[str]:

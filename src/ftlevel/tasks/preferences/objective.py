@@ -234,7 +234,6 @@ class PreferenceMeter:
         return {name: value for name, value in metrics.items() if not math.isnan(value)}
 
     def _compare(self, good: np.ndarray, bad: np.ndarray) -> dict[str, float]:
-        """Returns the metrics of pairs."""
         length = (good[:, 2] > bad[:, 2]) + 0.5 * (good[:, 2] == bad[:, 2])
         metrics = {
             "logp_accuracy": _mean(good[:, 1] > bad[:, 1]),

@@ -74,10 +74,10 @@ class CsvReader(Reader):
             return next((separator for separator in others if separator in header[0]), "")
         if all(len(row) == len(header) for row in rows):
             return ""
-        header_text = self.separator.join(header)
+        text = self.separator.join(header)
         for separator in others:
             widths = {len(row) for row in self._sample(separator)}
-            if separator in header_text and widths == {header_text.count(separator) + 1}:
+            if separator in text and widths == {text.count(separator) + 1}:
                 return separator
         return ""
 

@@ -163,12 +163,12 @@ def _is_complete(text: str) -> bool:
 def _find_table_evidence(lines: list[str], separator: str, columns: Collection[str]) -> str:
     """Find the evidence for a table with this separator, or ""."""
     rows = [row for row in csv.reader(lines, delimiter=separator) if row]
-    header = rows[0] if rows else []
-    if any(cell in columns or cell.lower() in columns for cell in header):
+    names = rows[0] if rows else []
+    if any(cell in columns or cell.lower() in columns for cell in names):
         return "its first line has names of columns"
-    is_regular = len(rows) > 1 and {len(row) for row in rows} == {len(header)}
-    if len(header) > 1 and is_regular and all(map(_NAME.fullmatch, header)):
-        return f"all of its first lines have {len(header)} cells"
+    is_regular = len(rows) > 1 and {len(row) for row in rows} == {len(names)}
+    if len(names) > 1 and is_regular and all(map(_NAME.fullmatch, names)):
+        return f"all of its first lines have {len(names)} cells"
     return ""
 
 
