@@ -44,8 +44,7 @@ def test_it_trains_a_step(tree: Path, tmp_path: Path) -> None:
     )
     StableLmForCausalLM(config).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
-    command = ["train", "--model", "model", "--max-steps", "1", "--max-samples", "16", "--json",
-               "--set", "data.max_eval_samples=8"]  # fmt: skip
+    command = ["train", "--model", "model", "--max-steps", "1", "--max-samples", "16", "--json"]
     told = json.loads(run(tree, *command, "--output-dir", "run", cwd=tmp_path))
     assert told["model"]["type"] == "stablelm"
     assert told["proof"]["frozen_tensors"] > 0

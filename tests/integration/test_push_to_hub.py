@@ -18,8 +18,7 @@ from ftlevel.errors import ConfigError
 
 ME = {"name": "me", "orgs": [{"name": "us"}], "auth": {"accessToken": {"role": "write"}}}
 SHORT = ["--max-samples", "8", "--max-length", "96", "--overlong", "drop", "--quiet",
-         "--max-steps", "1", "--eval-strategy", "no", "--output-dir", "run",
-         "--set", "data.max_eval_samples=8"]  # fmt: skip
+         "--max-steps", "1", "--eval-strategy", "no", "--output-dir", "run"]  # fmt: skip
 
 
 class Made:

@@ -58,7 +58,7 @@ def test_the_method_of_the_page_is_listed_and_refused(
 @pytest.mark.slow
 def test_the_method_of_the_page_trains_and_merges(ftlevel: Callable[..., Any]) -> None:
     summary = ftlevel("train", "--method", "scale", "--max-steps", "2", "--max-samples", "16",
-                      "--set", "data.max_eval_samples=8", "--output-dir", "run")  # fmt: skip
+                      "--output-dir", "run")  # fmt: skip
     shown = {choice["name"]: choice for choice in summary["choices"]}
     assert summary["method"] == "scale"
     default = "default for scale on a decoder of hidden size 192 and 2 steps; "
