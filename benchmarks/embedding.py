@@ -2,14 +2,16 @@
 
     python benchmarks/embedding.py equal --model all-MiniLM-L6-v2
     python benchmarks/embedding.py speed --model all-MiniLM-L6-v2 --pairs pairs.jsonl --batch 64
+    python benchmarks/embedding.py encode --model all-MiniLM-L6-v2 --pairs pairs.jsonl
     python benchmarks/embedding.py rates --model all-MiniLM-L6-v2 --data data --runs runs/rates
 
-The first two need sentence-transformers 6. `equal` compares one step of every loss in float32.
+The first three need sentence-transformers 6. `equal` compares one step of every loss in float32.
 `speed` runs both in turns, in processes of their own, on the same pairs, and counts real tokens by
 seconds of CPU time, which other jobs disturb less than the clock. `st-best` is
-CachedMultipleNegativesRankingLoss in bfloat16. `rates` trains on the sets wordnet-search,
-docstring-search and debian-search (scripts/build_data.py), and scores their test queries. Runs that
-are complete are kept.
+CachedMultipleNegativesRankingLoss in bfloat16. `encode` embeds the texts of the pairs as `ftlevel
+predict` and `SentenceTransformer.encode` do, without loading the model. `rates` trains on the sets
+wordnet-search, docstring-search and debian-search (scripts/build_data.py), and scores their test
+queries. Runs that are complete are kept.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ import resource
 import shutil
 import statistics
 import tempfile
+import time
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -259,6 +262,51 @@ def speed(a: argparse.Namespace) -> None:
     print(markdown(head, table))
 
 
+def encode(a: argparse.Namespace) -> None:
+    """Print texts by second of CPU of both libraries in both precisions, on the same texts."""
+    import torch
+    from sentence_transformers import SentenceTransformer
+
+    from ftlevel.evaluation.answers import InferenceModel
+    from ftlevel.tasks.base import OutputOptions
+    from ftlevel.tasks.embedding.formats import EmbeddingRow
+    from ftlevel.trained.generation import GenerationOptions
+    from ftlevel.trained.resolve import resolve_model
+
+    torch.set_num_threads(1)
+    rows = [json.loads(line) for line in a.pairs.open(encoding="utf-8")]
+    texts = [text for row in rows for text in (row["anchor"], row["positive"])]
+    table = []
+    for dtype in ("float32", "bfloat16"):
+        loaded = resolve_model(a.model, "embedding", device="cpu", dtype=dtype).load("cpu")
+        own = InferenceModel(loaded, GenerationOptions(1), None, cuts=True)
+        queries = [EmbeddingRow("", i, (text,), (0.0,)) for i, text in enumerate(texts)]
+        theirs = SentenceTransformer(
+            a.model, device="cpu", model_kwargs={"dtype": getattr(torch, dtype)}
+        )
+
+        def answer(own: Any = own, queries: Any = queries, task: Any = loaded.task) -> Any:
+            with own.inference():
+                answers = task.answer_rows(own, queries, OutputOptions())
+            return np.stack([row.columns[""] for row in answers])
+
+        def seconds(compute: Any) -> tuple[float, Any]:
+            began = time.process_time()
+            found = compute()
+            return time.process_time() - began, found
+
+        sides = {"ftlevel": answer, "sentence-transformers": partial(theirs.encode, texts)}
+        cases = {name: partial(seconds, side) for name, side in sides.items()}
+        results = alternate(cases, a.turns)
+        (_, ours), (_, others) = (results[name][0] for name in sides)
+        cosine = (ours * others).sum(1) / np.linalg.norm(others.astype(np.float32), axis=1)
+        best = {name: min(spent for spent, _ in found) for name, found in results.items()}
+        rates = [f"{len(texts) / best[name]:,.0f}" for name in sides]
+        ratio = best["sentence-transformers"] / best["ftlevel"]
+        table.append([dtype, *rates, f"{ratio:.2f}", f"{cosine.min():.5f}"])
+    print(markdown(("texts by second of CPU", *sides, "ratio", "lowest cosine"), table))
+
+
 def _interval(scores: Any) -> str:
     """Return `scores`, a value and its bootstrap draws, as the value with its 95 % interval."""
     value, *draws = scores
@@ -292,7 +340,7 @@ def rates(a: argparse.Namespace) -> None:
 def main() -> None:
     """Run the benchmark that the command line names."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=("equal", "speed", "rates"))
+    parser.add_argument("what", choices=("equal", "speed", "encode", "rates"))
     parser.add_argument("--model", required=True)
     parser.add_argument("--pairs", type=Path)
     parser.add_argument("--data", type=Path, default=Path("data"))
@@ -316,7 +364,7 @@ def main() -> None:
         print(json.dumps([statistics.fmean(each), peak]))
         return
     print(describe_machine())
-    {"equal": equal, "speed": speed, "rates": rates}[a.what](a)
+    {"equal": equal, "speed": speed, "encode": encode, "rates": rates}[a.what](a)
 
 
 if __name__ == "__main__":

@@ -333,6 +333,27 @@ def test_a_run_does_not_resume_with_another_teacher(
         train(resumed)
 
 
+@pytest.mark.parametrize("task", ["reranking", "embedding"])
+def test_a_decoder_resumes_although_its_tokenizer_appends_eos(
+    task: str, tiny_model_dir: ModelDir, folder: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    sections = {
+        "task": task,
+        "model": {"name_or_path": str(tiny_model_dir("llama", None)), "device": "cpu"},
+        "data": {"dataset": str(folder / "lists.jsonl"), "validation_split": 0.2},
+        "train": {"max_steps": 2, "save_steps": 1, "save_strategy": "steps"},
+    }
+    train(TrainConfig.model_validate({**sections, "output": {"dir": str(out)}}))
+    weights = (out / "adapter/adapter_model.safetensors").read_bytes()
+    shutil.rmtree(out / "checkpoints/checkpoint-2")
+    shutil.rmtree(out / "adapter")
+    (out / "summary.json").unlink()
+    again = {"dir": str(out), "resume": True}
+    train(TrainConfig.model_validate({**sections, "output": again}))
+    assert (out / "adapter/adapter_model.safetensors").read_bytes() == weights
+
+
 def _same_labels(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{**row, "label": 1} for row in _pairs(rows)]
 

@@ -139,6 +139,7 @@ class BaseTask(ABC):
         finds_ends_by_padding: whether the model locates the last token by its padding token.
         head_like: task with the same head, if the head is not specific to this task.
         separates_padding: whether the padding token must differ from EOS.
+        changes_tokenizer: whether it changes the template of a tokenizer, e.g. to append EOS.
         needs_context: whether a prompt needs a context text.
         uses_dropout: whether training may use dropout.
         synthetic_facts: data facts assumed for synthetic batches.
@@ -168,6 +169,7 @@ class BaseTask(ABC):
     finds_ends_by_padding: ClassVar[bool] = False
     head_like: ClassVar[str] = ""
     separates_padding: ClassVar[bool] = False
+    changes_tokenizer: ClassVar[bool] = False
     needs_context: ClassVar[bool] = False
     uses_dropout: ClassVar[bool] = True
     synthetic_labels: ClassVar[tuple[str, ...]] = ()

@@ -30,6 +30,7 @@ from ftlevel.events import Listener
 from ftlevel.methods import METHODS
 from ftlevel.models.loading import load_tokenizer
 from ftlevel.models.sources import resolve_source
+from ftlevel.tasks import TASKS
 from ftlevel.training.origin import (
     BASE,
     PROMPT,
@@ -71,10 +72,13 @@ def base_facts(run: Run) -> dict[str, Any]:
     return {**facts, "digest": base_digest(path)}
 
 
-def check_same_base(model: ModelConfig, output: OutputConfig, chat_template: str | None) -> None:
+def check_same_base(
+    model: ModelConfig, output: OutputConfig, chat_template: str | None, task: str | None
+) -> None:
     """Raise ConfigError if a resumed run has a different base model or tokenizer.
 
-    Runs before rows are encoded, because a different tokenizer might fail on them.
+    Runs before rows are encoded, because a different tokenizer might fail on them. A tokenizer that
+    `task` changes is compared later, with all settings.
     """
     origin = _stored_origin(output)
     if origin is None or output.dir is None:
@@ -89,7 +93,8 @@ def check_same_base(model: ModelConfig, output: OutputConfig, chat_template: str
             f"({fingerprint[:12]}…). "
             "Use the base it was started on, or start a new run in another --output-dir."
         )
-    if "model.adapter_fingerprint" not in origin:  # an adapter has its own tokenizer
+    is_changed = task in TASKS and TASKS[task].changes_tokenizer
+    if "model.adapter_fingerprint" not in origin and not is_changed:  # an adapter has its own
         tokenizer = load_tokenizer(source)
         set_chat_template(tokenizer, chat_template)
         ensure_pad_token(tokenizer)

@@ -259,7 +259,7 @@ def _resolve(
     if output.push_to_hub is not None:
         repository = {"push_to_hub": find_repository(output.push_to_hub)}
         config = config.model_copy(update={"output": output.model_copy(update=repository)})
-    check_same_base(config.model, output, config.data.chat_template)
+    check_same_base(config.model, output, config.data.chat_template, config.task)
     listener.stage("reading data and model configuration")
     config, adapter, notes = resolve_adapter(config)
     config, task_reason = infer_task(config)

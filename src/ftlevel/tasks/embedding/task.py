@@ -76,6 +76,7 @@ class EmbeddingTask(BaseTask):
     teacher: str | None = None
 
     served_as: ClassVar[str] = "embedding models"
+    changes_tokenizer: ClassVar[bool] = True
     checks: ClassVar[Checks] = Checks()
     synthetic_facts: ClassVar[Mapping[str, Any]] = {}
 
