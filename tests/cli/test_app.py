@@ -14,6 +14,7 @@ from ftlevel.artifacts.run_directory import mark
 from ftlevel.cli.app import commands, run
 from ftlevel.config import SPECS, TrainConfig
 from ftlevel.config.flag import config_of
+from ftlevel.config.methods import MODULES
 
 HEAVY = ("torch", "transformers", "peft", "datasets", "numpy", "accelerate")
 
@@ -135,8 +136,8 @@ def test_every_field_has_a_consumer() -> None:
     ]
     passed = {
         (spec, name)
-        for spec in SPECS.values()
-        if spec.__module__ == "ftlevel.config.methods.lora"
+        for kind, spec in SPECS.items()
+        if MODULES[kind] == "updates"
         for name in PEFT_TYPE_TO_CONFIG_MAPPING[
             spec.model_fields["kind"].default.upper()
         ]().to_dict()
