@@ -253,9 +253,10 @@ def _result_lines(summary: Mapping[str, Any]) -> Iterator[str]:
         yield f"  [bold]kept[/bold] {describe_kept_model(summary['best'])}"
     before = summary["metrics_before"]
     for name, value in summary["metrics"].items():
-        first = f"{before[name]:.4f}{_range(summary, name, 'intervals_before')} → "
-        last = f"{value:.4f}{_range(summary, name, 'intervals')}"
-        shown = f"{first if name in before else ''}{last}"
+        shown = f"{value:.4f}{_range(summary, name, 'intervals')}"
+        if name in before:
+            first = f"{before[name]:.4f}{_range(summary, name, 'intervals_before')}"
+            shown = f"{first} → {shown}"
         yield f"  [bold]{_plain(name)}[/bold] {shown}  [dim](validation)[/dim]"
     frozen = (
         f"{proof['frozen_tensors']:,} frozen tensors unchanged; "

@@ -367,12 +367,12 @@ def open_checkpoint(source: ModelSource, model: Any, key_mapping: Mapping[str, s
     return checkpoint
 
 
-def checkpoint_in_memory(model: Any, tensors: Any) -> Checkpoint:
-    """Returns the weights of the model `tensors`, e.g. from a .gguf file, without copying them.
+def checkpoint_in_memory(model: Any, module: Any) -> Checkpoint:
+    """Returns the weights of the model `module`, e.g. from a .gguf file, without copying them.
 
     `model` is the same class on the meta device; its recorded conversions are removed (modified).
     """
-    state = {name: tensor.detach() for name, tensor in tensors.state_dict().items()}
+    state = {name: tensor.detach() for name, tensor in module.state_dict().items()}
     conversions.forget_conversions(model)
     ties = tied_names(model)
     shared = {name for name in ties if state[name].data_ptr() == state[ties[name]].data_ptr()}
