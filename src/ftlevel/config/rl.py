@@ -194,12 +194,12 @@ class RlConfig(Section):
         0.0, description="Weight of the KL divergence from the initial model."
     )
     epsilon: Epsilon | None = Field(
-        None, description="Lower clipping range of the ratio; default: 0.2 (gspo: 3e-4)."
+        None, description="The ratio is clipped at 1 - epsilon; default: 0.2 (gspo: 3e-4)."
     )
     epsilon_high: Epsilon | None = Field(
         None,
-        description="Upper clipping range of the ratio. Default: epsilon if given, else 0.2 (dapo: "
-        "0.28; gspo: 4e-4). For cispo, the maximum ratio itself; default 5.",
+        description="The ratio is clipped at 1 + epsilon_high. Default: epsilon if given, else 0.2 "
+        "(dapo: 0.28; gspo: 4e-4). For cispo, the maximum ratio itself; default 5.",
     )
     num_iterations: Annotated[int, Field(ge=1, le=100)] = Field(
         1, description="Number of optimizer steps per batch of completions."
