@@ -86,8 +86,9 @@ _HEAD = (
 _RUNNING = """\
 ## Running servers
 
-Started by the command that `export` prints, in float32, with the rslora adapter of the table (and
-patterns, where several adapters are supported); `ftlevel check-served OUT --url URL`, 2026-11-26:
+Each server was started in float32 by the command that `export` prints, with the adapter `rslora` of
+the table above, and `patterns` where a server takes several adapters. `ftlevel check-served OUT
+--url URL` compared it with the run (2026-11-26):
 
 | server | prompts | answers | largest difference of a logprob |
 |---|---|---|--:|
