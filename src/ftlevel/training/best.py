@@ -48,11 +48,11 @@ class Length:
 
 @dataclass(frozen=True, kw_only=True)
 class BestModel:
-    """Selection and use of the best evaluation.
+    """How a run selects its best model and what it does with it.
 
-    `metric` has the prefix `eval_`. `loads` restores the best model at the end, `saves` writes a
-    checkpoint of each new best. Training stops after `patience` evaluations that improve by no more
-    than `threshold`.
+    `metric` has the prefix `eval_`. With `loads`, the best weights are loaded at the end; with
+    `saves`, each new best is saved as a checkpoint. Training stops after `patience` evaluations
+    without an improvement of more than `threshold`.
     """
 
     metric: str
@@ -64,13 +64,13 @@ class BestModel:
     saves: bool
 
     def is_better(self, value: float, than: float, by: float = 0.0) -> bool:
-        """Returns whether `value` is better `than` another by more than `by`; NaN never is."""
+        """Returns whether `value` is better than `than` by more than `by`; False for NaN."""
         gain = value - than if self.greater_is_better else than - value
         return gain > by
 
     @property
     def choice(self) -> Choice:
-        """Line printed at the start of the run."""
+        """The line about the best model that is printed at the start of the run."""
         order = "highest" if self.greater_is_better else "lowest"
         checkpoint = (
             "checkpoint with the" if self.loads else "last checkpoint, not the one with the"
@@ -86,7 +86,7 @@ def resolve_best_model(
     rows: int,
     length: Length,
 ) -> BestModel | None:
-    """Returns how the best model is selected; None if nothing requires a selection.
+    """Returns how to select the best model; None if no setting requires a selection.
 
     `rows` is the number of validation rows.
 
@@ -142,9 +142,9 @@ def _check_rows(train: TrainerConfig, rows: int) -> None:
 
 
 def _choose_metric(train: TrainerConfig, task: BaseTask, objective: Objective) -> tuple[str, str]:
-    """Choose the metric as `eval_NAME`, and an explanation; raise ConfigError if it does not exist.
+    """Choose the metric, as `eval_NAME`, and the reason; raise ConfigError if it does not exist.
 
-    The default is the loss, but tasks that score every row or token use their own first metric: it
+    The default is the loss. Tasks that score every row or token use their own first metric, which
     can improve while the loss rises. ROUGE covers few rows, and perplexity follows the loss.
     """
     requested, selected = train.metric_for_best_model, train.metrics
@@ -183,7 +183,7 @@ def _choose_metric(train: TrainerConfig, task: BaseTask, objective: Objective) -
 
 
 def _evaluations(train: TrainerConfig, length: Length) -> int:
-    """Estimate the number of evaluations; exact only as to whether there is more than one."""
+    """Estimate the number of evaluations; callers only use whether there is more than one."""
     if train.eval_strategy == "no":
         return 1
     if train.eval_strategy != "epoch" and train.eval_steps:
@@ -205,9 +205,9 @@ class Evaluated:
 
 
 class Evaluations:
-    """History of a run's evaluations.
+    """History of a run's evaluations; `waited` counts those since the last improvement.
 
-    `best` is None if no metric was a number; `waited` counts evaluations without improvement.
+    `best` is None while the metric was always NaN.
     """
 
     def __init__(self, plan: BestModel) -> None:
@@ -218,7 +218,7 @@ class Evaluations:
         self.waited = 0
 
     def add(self, step: int, scores: Mapping[str, Any]) -> bool:
-        """Add an evaluation and return whether it is the best; equal values compare by loss.
+        """Add an evaluation; returns whether it is the best so far (ties are decided by the loss).
 
         A missing metric, such as the correlation with a constant, counts as NaN and is never the
         best.
@@ -255,9 +255,9 @@ class Evaluations:
 
 @dataclass(frozen=True, kw_only=True)
 class SelectedModel:
-    """The model of step `step` that a run ends with, and the evaluations that selected it.
+    """The model that a run keeps, of optimizer step `step`, and the evaluations that selected it.
 
-    `waited` counts the evaluations since an improvement larger than the threshold.
+    `waited` counts the evaluations since the last improvement of more than the threshold.
     """
 
     metric: str
@@ -298,11 +298,11 @@ def write_trained(model: Any, directory: Path) -> None:
 
 
 def read_trained(model: Any, directory: Path) -> None:
-    """Load the tensors written by `write_trained` into `model` (modified), bit for bit.
+    """Load the tensors saved by `write_trained` into `model` (modified), bit for bit.
 
-    `Trainer._load_best_model` is not used: it loads a checkpoint with PEFT, which fails for prompt
+    `Trainer._load_best_model` is not used. It loads a checkpoint with PEFT, which fails for prompt
     tuning, prunes AdaLoRA by ranks that the config does not have yet, and ignores ftlevel's float32
-    heads. Names that differ from the trainable parameters' raise ValueError.
+    heads. ValueError if the names differ from those of the trainable parameters.
     """
     stored, _ = read_header(directory / _WEIGHTS)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -317,10 +317,10 @@ def read_trained(model: Any, directory: Path) -> None:
 class BestModelCallback(TrainerCallback):
     """Save the trainable tensors at each evaluation that is the best so far.
 
-    `load_best_model_at_end` is not used: it needs a full checkpoint with optimizer state at each
-    evaluation. The save strategy `best` sets `should_save` to False at all other evaluations, even
-    if the run is interrupted there. `EarlyStoppingCallback` needs the former and loses its count on
-    resume. This callback rebuilds the count from the log.
+    Trainer's `load_best_model_at_end` needs a full checkpoint, with optimizer state, at each
+    evaluation. Its save strategy `best` saves at no other evaluation, even if the run is
+    interrupted there. `EarlyStoppingCallback` needs `load_best_model_at_end` and loses its count on
+    resume; this callback rebuilds the count from the log.
     """
 
     def __init__(
@@ -341,9 +341,9 @@ class BestModelCallback(TrainerCallback):
         self._must_rewrite = False
 
     def resume(self, step: int, past: Sequence[Mapping[str, Any]], *, has_new_length: bool) -> None:
-        """Restore the state at the checkpoint of `step` from the log records `past`.
+        """Restore the evaluations up to the checkpoint of `step` from the log records `past`.
 
-        Best models of later steps are deleted. With `has_new_length`, a run that had stopped early
+        Best models of later steps are deleted. With `has_new_length`, a run that was stopped early
         continues.
         """
         if self._is_first:
@@ -372,7 +372,7 @@ class BestModelCallback(TrainerCallback):
         model: Any = None,
         **_: Any,
     ) -> None:
-        """Rewrite a corrupted best model, and stop a run that had already stopped early."""
+        """On resume, save a corrupted best model again, or stop if training had stopped early."""
         if self._must_rewrite and self._is_first:
             write_best(self.directory, state.global_step, lambda to: self._write(model, to))
         control.should_training_stop |= self._has_ended
@@ -403,10 +403,10 @@ class BestModelCallback(TrainerCallback):
             state.save_state(directory)
 
     def finish(self, model: Any, step: int, max_steps: int) -> SelectedModel | None:
-        """Load the best weights into `model` (modified) and return which model it is now.
+        """Load the best weights into `model` (modified); returns the selected model.
 
-        `step` is the last step made, `max_steps` the planned number. Returns None without a best
-        evaluation.
+        `step` is the last step trained, `max_steps` the planned number. Returns None if no
+        evaluation was the best.
         """
         evaluations, selected = self.evaluations, step
         if evaluations.best is None or evaluations.last is None:
@@ -437,7 +437,7 @@ MOST_ROWS = 10_000  # above this, per-row results are not stored
 
 
 class PredictionRecorder(TrainerCallback):
-    """Record per-row results of evaluations; store those of the first, best and last one.
+    """Record per-row results of evaluations; keep those of step 0, of the best and of the last one.
 
     Must be registered after `BestModelCallback`, which selects the best evaluation.
     """
@@ -449,7 +449,7 @@ class PredictionRecorder(TrainerCallback):
         self._records: dict[int, ExampleRecord] = {}
 
     def begin(self) -> ExampleRecord:
-        """Returns a new record for the next evaluation."""
+        """Returns a new record, to be filled by the next evaluation."""
         self._current = ExampleRecord(self._objective)
         return self._current
 
@@ -461,7 +461,7 @@ class PredictionRecorder(TrainerCallback):
         metrics: Mapping[str, float] | None = None,
         **_: Any,
     ) -> None:
-        """Store the record, and drop all but those of step 0, the best and the current step."""
+        """Store the filled record; drop all but those of step 0, the best and this step."""
         best = self._best.evaluations.best if self._best else None
         steps = {0, state.global_step, best.step if best else None}
         if self._current is not None:
@@ -469,5 +469,5 @@ class PredictionRecorder(TrainerCallback):
         self._records = {step: record for step, record in self._records.items() if step in steps}
 
     def of(self, step: int) -> ExampleRecord | None:
-        """Returns the record of the evaluation at `step`; None if this process has none."""
+        """Returns the results of the evaluation at `step`; None if this process has none."""
         return self._records.get(step)

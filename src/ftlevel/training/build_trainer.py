@@ -111,7 +111,7 @@ def build_arguments(run: Run, checkpoints: Path) -> Any:
 
 
 def _watching(train: TrainerConfig, run: Run) -> dict[str, Any]:
-    """Returns the logging and evaluation arguments, which do not affect training."""
+    """Returns the logging and evaluation settings among the `TrainingArguments`."""
     evaluates = bool(run.data.validation)
     strategy = train.eval_strategy or ("steps" if train.eval_steps else "epoch")
     return {
@@ -128,12 +128,12 @@ def _watching(train: TrainerConfig, run: Run) -> dict[str, Any]:
 
 
 def is_rl(run: Run) -> bool:
-    """Whether the run samples completions that it trains on."""
+    """Whether the run trains on completions that it samples itself (`--task rl`)."""
     return isinstance(run.objective, PolicyObjective)
 
 
 def reports_base(run: Run) -> bool:
-    """Whether the model is evaluated before the first step in any case."""
+    """Whether the model is evaluated before the first step even without `--eval-on-start`."""
     return is_rl(run) or isinstance(run.objective, StepObjective)
 
 
@@ -149,10 +149,10 @@ def build_rollouts(
     server: ServerSampler | None = None,
     where: Callable[[int], str] | None = None,
 ) -> Rollouts:
-    """Build the rollouts of a run of reinforcement learning, with the weights of `model`.
+    """Build the sampler of completions for reinforcement learning, with the weights of `model`.
 
-    `teacher` scores completions in on-policy distillation, `server` samples in place of `model`.
-    `where` returns the location of a row for messages; by default, of a training row.
+    `teacher` scores completions in on-policy distillation; `server` samples instead of `model`.
+    `where` maps a row index to a location for messages; by default, to that of the training row.
     """
     planned = run.model
     return Rollouts(
@@ -172,7 +172,7 @@ def build_rollouts(
 
 
 def _build_server(run: Run, adapted: PreparedModel) -> ServerSampler | None:
-    """Build the sampler of `--rollouts`, if given."""
+    """Build the sampler of the server named by `--rollouts`; None without the flag."""
     if run.config.rl.rollouts is None or not isinstance(run.objective, PolicyObjective):
         return None
     score = partial(
@@ -195,7 +195,7 @@ def build_evaluator(
 ) -> Evaluator | None:
     """Build the evaluator of the validation rows; None if there are none.
 
-    In reinforcement learning, `model` is the one to sample with; see `build_rollouts`.
+    In reinforcement learning, completions are sampled from `model`; see `build_rollouts`.
     """
     if not run.data.validation:
         return None
@@ -244,9 +244,9 @@ def build_trainer(
     processes: Processes,
     teacher: TokenLogps | None = None,
 ) -> FtlevelTrainer:
-    """Build the Trainer of the run, without transformers' printing callbacks.
+    """Build the run's Trainer, without transformers' callbacks that print.
 
-    `teacher` is that of on-policy distillation.
+    `teacher` scores completions in on-policy distillation.
     """
     from transformers import PrinterCallback, ProgressCallback
 
@@ -310,7 +310,7 @@ def _owes_evaluation(resumed: ResumeState, run: Run, arguments: Any) -> bool:
 
 
 def build_optimizer(method: MethodConfig, model: Any, arguments: Any) -> Any:
-    """Build the method's own optimizer; None lets Trainer create one."""
+    """Build the optimizer that the method defines; None to use the one that Trainer creates."""
     return METHODS[method.kind].optimizer(method, model, arguments)
 
 
@@ -333,7 +333,7 @@ class RunCallbacks:
 def rollout_callbacks(
     trainer: FtlevelTrainer, directory: RunDirectory, processes: Processes, checkpoint: Path | None
 ) -> list[Any]:
-    """Let reinforcement learning write its rollouts, and return the callbacks that it needs."""
+    """Let an `RlTrainer` write rollouts.jsonl; returns the callbacks that save its rollouts."""
     if not isinstance(trainer, RlTrainer):
         return []
     trainer.keep = file = RolloutFile(directory.path / ROLLOUTS, processes)
@@ -348,7 +348,7 @@ def restore_progress(
     resumed: ResumeState,
     processes: Processes,
 ) -> None:
-    """Restore `trainer` and `watch` (modified) to the checkpoint, and drop later log records."""
+    """Restore `trainer` and the callbacks `watch` (modified) to the checkpoint to resume from."""
     if resumed.checkpoint is None:
         return
     step = step_of(resumed.checkpoint)
@@ -369,7 +369,7 @@ def add_callbacks(
     checkpoint: Path | None,
     write_files: Callable[[Path], None] | None,
 ) -> RunCallbacks:
-    """Add all callbacks to `trainer` (modified) and return those that are read after training.
+    """Add all callbacks to `trainer` (modified); returns those whose results are read later.
 
     `checkpoint` is the one to resume from; `write_files` is passed to `WriteManifest`.
     """

@@ -38,7 +38,7 @@ class Report(TrainerCallback):
     """Send the progress of a run to the listener, metrics.jsonl and trackers.
 
     Attributes:
-        records: everything that was logged, including before a resume.
+        records: all log records, including those before a resume.
         first_step_at: start of the first step, by `time.perf_counter`.
         first_step_cpu_s: CPU seconds of all threads until then.
         train_s: seconds since the first step, without evaluation and saving.
@@ -92,7 +92,7 @@ class Report(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **_: Any,
     ) -> None:
-        """Write a record: step, epoch, loss, rate, gradient norm, tokens, seconds and memory.
+        """Write a log record: step, epoch, loss, rate, gradient norm, tokens, seconds and memory.
 
         `elapsed_s` includes evaluation and saving, `train_s` does not.
         """
@@ -118,13 +118,13 @@ class Report(TrainerCallback):
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """Exclude the evaluation, or the saving of a checkpoint, from the training time."""
+        """Pause `train_s` after an evaluation or a saved checkpoint, until the next step."""
         self._seen_at = None
 
     on_save = on_evaluate
 
     def _count(self) -> None:
-        """Add the time since the last call to the training time, unless paused."""
+        """Add the time since the last call to `train_s`, unless it is paused."""
         if self._seen_at is not None:
             now = time.perf_counter()
             self.train_s += now - self._seen_at
@@ -135,9 +135,9 @@ class Interrupt(TrainerCallback):
     """Save a checkpoint after the current step and stop, on Ctrl-C, SIGTERM or SIGHUP.
 
     On SIGUSR1, which SLURM sends before the end of a job, training continues after the checkpoint.
-    A second signal ends a single process at once. Several processes ignore it, because launchers
+    A second signal ends a single process at once; several processes ignore it, because launchers
     forward signals that the terminal has already sent. Use as a context manager around training.
-    `exit_code` is 128 + signal number; `has_stopped` is false if the run ended by itself.
+    `exit_code` is 128 + signal number; `has_stopped` is whether a signal ended the run.
     """
 
     _SAVE, _STOP = 1, 2
@@ -196,10 +196,10 @@ class Interrupt(TrainerCallback):
 
 
 class FollowSettings(TrainerCallback):
-    """Use intervals and learning rates of the settings, not those of the checkpoint.
+    """On resume, use the intervals and learning rates of the configuration, not of the checkpoint.
 
-    On resume Trainer restores both. In a run made longer, the next step would use the old
-    schedule's rate, such as 0 at the end of a linear one. Without changes the values are the same.
+    Trainer restores the checkpoint's. If the run was made longer, the next step would use the old
+    schedule's rate, such as 0 at the end of a linear one.
     """
 
     def on_train_begin(
@@ -227,7 +227,7 @@ class FollowSettings(TrainerCallback):
 
 
 class SetEpoch(TrainerCallback):
-    """Set the epoch of the rows and their sampler, also after a resume."""
+    """Tell the rows and their sampler the current epoch, also after a resume."""
 
     def __init__(self, rows: Sequence[Encoded], order: Any) -> None:
         self.rows = rows
@@ -236,7 +236,7 @@ class SetEpoch(TrainerCallback):
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """Set the epoch before Trainer reads the first row."""
+        """Set the epoch of rows and sampler before Trainer reads the first row."""
         if isinstance(self.rows, MaskedRows):
             self.rows.epoch = int(state.epoch or 0)
         if isinstance(self.order, LengthGroupedSampler | DistinctTextSampler):
@@ -260,18 +260,18 @@ class TrackedRun:
     first_step: int = 0
 
     def project_or(self, variable: str) -> str:
-        """Returns the user's project, that of the tracker's environment variable, or `ftlevel`."""
+        """Returns the user's project, else that of the environment variable, else `ftlevel`."""
         return self.project or os.environ.get(variable) or _PROJECT
 
 
 @dataclass(frozen=True)
 class Tracker:
-    """A tracker of the run.
+    """A started experiment tracker.
 
     Attributes:
-        where: location of its data, for the screen.
-        log: called with metrics and their step.
-        close: ends the run in the tracker.
+        where: where its data is stored, for the screen.
+        log: function called with metrics and their step.
+        close: function that ends the run in the tracker.
     """
 
     where: str
@@ -285,7 +285,7 @@ def describe_run(
     directory: RunDirectory,
     past: Sequence[Mapping[str, Any]],
 ) -> TrackedRun:
-    """Returns the description of a run for trackers; `past` are log records before a resume."""
+    """Returns what trackers show of a run; `past` are its log records before a resume."""
     name, first = output.run_name or directory.path.name, past[-1]["step"] if past else 0
     return TrackedRun(directory.path, name, output.tracker_project, values, first)
 
@@ -294,7 +294,7 @@ def describe_run(
 def tracking(
     names: tuple[str, ...], run: TrackedRun, listener: Listener
 ) -> Iterator[list[Callable[[Mapping[str, Any]], None]]]:
-    """Start trackers, yield a function per tracker that logs a record, and close them.
+    """Start trackers; yields one function per tracker that logs a record; closes them afterwards.
 
     Raises RunError if a tracker cannot be started.
     """
@@ -320,7 +320,7 @@ def tracking(
 def _write_to(
     name: str, tracker: Tracker, listener: Listener
 ) -> Callable[[Mapping[str, Any]], None]:
-    """Returns a function that sends records to a tracker until the first failure."""
+    """Returns a function that sends records to `tracker` until the first failure."""
     failed: list[bool] = []
 
     def write(record: Mapping[str, Any]) -> None:
@@ -335,7 +335,7 @@ def _write_to(
 
 @contextlib.contextmanager
 def _or_warn(name: str, listener: Listener) -> Iterator[None]:
-    """Warn if a tracker fails; the run continues, and metrics.jsonl is complete."""
+    """Convert exceptions of a tracker inside the block into a warning; the run continues."""
     try:
         yield
     except Exception as error:  # noqa: BLE001 - a tracker's own, and no reason to lose a run

@@ -49,10 +49,10 @@ _DRAWS = 200  # bootstrap resamples of the validation rows
 
 
 def end_training(trainer: FtlevelTrainer, run: Run, records: Sequence[Mapping[str, Any]]) -> Run:
-    """Remove fast step and optimizer state from `trainer` (modified), evaluate, and return the run.
+    """Free the fast step and optimizer state of `trainer` (modified), and evaluate the final model.
 
-    Skips the evaluation if `records` has one of the last step. The returned run has the row counts
-    of a streamed dataset.
+    The evaluation is skipped if `records` has one at the last step. Returns the run, with the
+    actual row counts if its dataset was streamed.
     """
     if trainer.fast:
         trainer.fast.remove()
@@ -73,10 +73,10 @@ def save(
     start: Any = None,
     weights: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write the adapter or the full model, with tokenizer and card, atomically.
+    """Save the adapter or full model, its tokenizer and card, in `directory` atomically.
 
-    Training-only parts of `adapted` are removed (modified). `start` is a temporary directory with
-    the reference of preference training. `weights` is the gathered state dict of a sharded model.
+    Removes training-only parts of `adapted` (modified). `start` is a temporary directory with the
+    reference of preference training. `weights` is the gathered state dict of a sharded model.
     """
     model, partial = adapted.model, directory.adapter.with_name(".adapter.partial")
     finish_method(model, run.config.method)
@@ -103,9 +103,9 @@ def write_tokenizer_and_card(
     start: Any = None,
     final_directory: Path | None = None,
 ) -> None:
-    """Write tokenizer, card and reference files into the adapter or model in `directory`.
+    """Write tokenizer, card and reference files next to the weights in `directory`.
 
-    A local base path is stored relative to `final_directory`, the final location of the directory.
+    A local base path is stored relative to `final_directory`, to which `directory` is moved later.
     """
     if start is not None:
         shutil.copytree(start.name, directory / KEPT, dirs_exist_ok=True)
@@ -118,7 +118,7 @@ def write_tokenizer_and_card(
 
 
 def next_commands(run: Run, directory: RunDirectory) -> list[str]:
-    """Returns up to three ftlevel commands to run next in the current directory."""
+    """Returns up to three ftlevel commands to suggest after the run, for the current directory."""
     path, data = quote(str(directory.path)), str(run.data.facts["name"])
     generate = generate_command(str(directory.path), run.task.name)
     commands = [generate if data == IN_MEMORY else f"ftlevel evaluate {path}"]
@@ -165,7 +165,7 @@ def _intervals(record: ExampleRecord, evaluator: Evaluator) -> dict[str, list[fl
 
 
 def _describe_initial(run: Run, outcome: Outcome) -> dict[str, Any]:
-    """Returns 95 % intervals of the metrics of sampled completions before training, if known."""
+    """Returns 95 % intervals of an RL run's metrics before training; empty if not known."""
     record = outcome.answers.of(0)
     if (
         record is None
@@ -182,7 +182,7 @@ def write_results(
     summary: Mapping[str, Any],
     lines: Sequence[dict[str, Any]] = (),
 ) -> None:
-    """Write the predictions, the model cards and, as the mark of a finished run, summary.json."""
+    """Write predictions and model cards, then summary.json, which marks the run as finished."""
     directory.write_answers(lines)
     for finish_run in hooks("finish_run"):
         finish_run(directory, summary, lines)
@@ -199,7 +199,7 @@ def report_results(
     listener: Listener,
     auxiliary_facts: Mapping[str, Any],
 ) -> Mapping[str, Any]:
-    """Write and report the results of a run, upload it if configured, and return the summary."""
+    """Write and show the results of a run, and upload it if configured; returns the summary."""
     summary = build_summary(run, outcome)
     step = outcome.selected.step if outcome.selected else summary["steps"]
     lines, intervals = describe_answers(run, outcome.evaluator, outcome.answers, step)
@@ -227,10 +227,10 @@ def report_results(
 def end_run(
     output: OutputConfig, directory: RunDirectory, summary: Mapping[str, Any], listener: Listener
 ) -> None:
-    """Upload the run if configured, and report the end.
+    """Upload the run if configured, then report that it has ended.
 
     Raises:
-        RunError: the upload failed; raised last, because the run itself is complete.
+        RunError: the upload failed; raised after the report, because the run itself is complete.
     """
     failed: RunError | None = None
     if output.push_to_hub is not None:
@@ -249,19 +249,19 @@ def end_run(
 
 @dataclass(frozen=True)
 class StartTime:
-    """Time and CPU seconds of the process, over all threads, when the user started the run."""
+    """When the user started the run, and the CPU seconds of all threads until then."""
 
     at: float
     cpu_s: float
 
     @classmethod
     def now(cls) -> StartTime:
-        """Returns the current time, for a call from Python."""
+        """Returns the current time: the start of a run called from Python."""
         return cls(time.perf_counter(), time.process_time())
 
     @classmethod
     def of_process(cls) -> StartTime:
-        """Returns the creation time of the process, for a command line."""
+        """Returns the creation time of the process: the start of a run from the command line."""
         import psutil
 
         ago = time.time() - psutil.Process().create_time()
@@ -271,7 +271,7 @@ class StartTime:
 def measure_times(
     report: Report, start: StartTime, trained_at: float, tokens: int
 ) -> dict[str, float]:
-    """Measure seconds to the first step, of training and in total, and tokens per second."""
+    """Returns seconds to the first step, of training and in total, and tokens per second."""
     first = report.first_step_at or trained_at
     return {
         "to_first_step_s": round(first - start.at, 3),

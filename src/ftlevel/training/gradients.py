@@ -37,7 +37,7 @@ _LOSSES = "losses.json"  # in a checkpoint
 
 
 class Recovery(TrainerCallback):
-    """Handle a step that is not finite or has a loss spike, and record the action."""
+    """Handle a step with a non-finite value or a loss spike, and record what was done."""
 
     def __init__(
         self,
@@ -72,14 +72,14 @@ class Recovery(TrainerCallback):
         return self.stops and self._factor is None
 
     def agree(self, is_wrong: bool) -> bool:
-        """Returns whether the step failed in any process."""
+        """Returns whether `is_wrong` is true in any process."""
         return self._processes.any(is_wrong)
 
     def decide(self, step: int, problem: str, advice: str, *, in_weights: bool = False) -> None:
         """Skip the step, roll back to a checkpoint, or raise RunError, as configured.
 
-        `problem` and `advice` are sentences of the message. `in_weights` means that the optimizer
-        step was already made, so it cannot be skipped.
+        `problem` and `advice` are sentences of the message. With `in_weights`, the weights are
+        already updated, so the step cannot be skipped.
         """
         action = self._action
         if action == "stop" or (action == "skip" and in_weights):
@@ -158,7 +158,7 @@ class Recovery(TrainerCallback):
 
 
 def select_skipped_steps(notes: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Returns the notes of steps that were skipped or rolled back."""
+    """Returns those of `notes`, the records of a run, about skipped or rolled-back steps."""
     return [note for note in notes if "how" in note]
 
 
@@ -175,11 +175,11 @@ LATEST = 16
 class GradientMonitor(TrainerCallback):
     """Stop if a trainable tensor gets no gradient, or a loss, gradient or weight is not finite.
 
-    Checks every step. With `defers`, results of several steps are read at once, before anything is
-    logged, evaluated or saved, to avoid a GPU synchronization per step. A float16 overflow is
-    expected: the scaler skips the step and halves its scale; only many in a row stop the run.
-    LoRA's A has a zero gradient at first because B is zero. A tensor (in `idle`) whose gradient is
-    still zero after a step with a positive learning rate is reported as not learning.
+    Checks every step. With `defers`, the results of several steps are read together to avoid a GPU
+    synchronization per step, but before anything is logged, evaluated or saved. A float16 overflow
+    is expected: the scaler skips the step and halves its scale. Only many in a row stop the run.
+    LoRA's A has a zero gradient at first because B is zero. Tensors whose gradient is still zero
+    after a step with a positive learning rate are reported, and listed in `idle`.
     """
 
     def __init__(
@@ -313,7 +313,7 @@ class GradientMonitor(TrainerCallback):
             )
 
     def _skip(self, step: int) -> None:
-        """Count a step that the scaler skips, and stop after too many in a row."""
+        """Count a step that the gradient scaler skips; raise RunError after too many in a row."""
         self.skipped += 1
         self._consecutive += 1
         if self._consecutive >= MOST_SKIPPED:
@@ -329,7 +329,7 @@ class GradientMonitor(TrainerCallback):
             )
 
     def _look_for_idle(self, zero: set[str], count: int, optimizer: Any) -> None:
-        """Find tensors with a zero gradient before and after the first real step.
+        """Warn about tensors whose gradient is zero before and after the first weight update.
 
         Steps without any gradient, such as those without a reward signal, do not count.
         """
@@ -368,7 +368,7 @@ def are_finite(tensors: Iterable[Tensor | None]) -> bool:
 
 
 def _largest(tensors: Iterable[Tensor | None]) -> Tensor:
-    """Returns the largest absolute value (a scalar); not finite if any value is not."""
+    """Returns the largest absolute value (a scalar); NaN or infinite if any value is."""
     present = [tensor.detach() for tensor in tensors if tensor is not None]
     return whole(torch.nn.utils.get_total_norm(present, norm_type=math.inf))
 

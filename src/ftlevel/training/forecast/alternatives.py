@@ -53,9 +53,9 @@ _ATTEMPTS = 6
 
 
 def choose_micro_batch(run: Run, processes: Processes, resumed_tokens: int | None) -> Run:
-    """Choose the run with the largest micro-batch that fits, as the first process computes it.
+    """Returns the run with the largest micro-batch that fits, the same in all processes.
 
-    `resumed_tokens` is the micro-batch size in tokens of a resumed run, which is kept.
+    `resumed_tokens` is the micro-batch size, in tokens, that a resumed run keeps.
 
     Raises:
         ConfigError: the run has no micro-batches to size, or a single row does not fit.
@@ -73,7 +73,7 @@ def choose_micro_batch(run: Run, processes: Processes, resumed_tokens: int | Non
 
 
 def find_memory(speed: SpeedConfig, device: str, processes: Processes) -> int:
-    """Find the bytes a process may allocate for tensors in addition to its current ones."""
+    """Returns the bytes that this process may still allocate for tensors."""
     limit = speed.memory_gib
     free = free_memory_bytes(device)
     if device != "cpu":
@@ -88,12 +88,12 @@ def find_memory(speed: SpeedConfig, device: str, processes: Processes) -> int:
 def fit_micro_batch(run: Run, memory: int) -> Run:
     """Returns the run with the largest micro-batch, in tokens, that fits in `memory` bytes.
 
-    On a GPU, automatic checkpointing recomputes blocks if micro-batches would be too small
-    otherwise.
+    On a GPU, automatic checkpointing recomputes blocks if micro-batches would otherwise be too
+    small.
 
     Raises:
-        ConfigError: the model is sharded, the step is plain, or a micro-batch of one row does not
-            fit.
+        ConfigError: the model is sharded, the fast step is off, or a micro-batch of one row does
+            not fit.
     """
     if run.config.train.shard != "none":
         raise ConfigError(
@@ -120,7 +120,7 @@ def fit_micro_batch(run: Run, memory: int) -> Run:
 
 
 class _Found(NamedTuple):
-    """Most tokens that fit (0: none), and the peak bytes of the last estimate."""
+    """Most tokens per micro-batch that fit (0: none), and the last estimate's peak in bytes."""
 
     tokens: int
     peak: int
@@ -143,14 +143,14 @@ def _find(run: Run, memory: int) -> _Found:
 
 
 def _shrink(forecast: StepMemory, tokens: int, peak: int, memory: int) -> int:
-    """Apply the formula; return 0 if the fixed bytes alone exceed the memory."""
+    """Returns the next, smaller size in tokens to try (module docstring); 0 if no size can fit."""
     growing = sum(forecast.parts.get(part, 0) for part in _GROWS)
     free = memory - (peak - growing)
     return min(tokens - 1, int(_SLACK * tokens * free / growing)) if free > 0 and growing else 0
 
 
 def _max_tokens_to_try(run: Run) -> int:
-    """Returns the largest size to try: the default on a CPU, a whole step elsewhere."""
+    """Returns the largest micro-batch to try: the default on a CPU, the whole step elsewhere."""
     if run.model.device == "cpu":
         return run.fast.tokens
     return max(run.fast.tokens, run.config.train.rows_per_device_step * run.data.max_length)
@@ -181,7 +181,7 @@ _METHODS: tuple[tuple[str, str], ...] = (("lora", "none"), ("qlora", "4bit"), ("
 
 @dataclass(frozen=True)
 class Alternative:
-    """A row of the table of alternatives.
+    """One line of the table of alternatives.
 
     Attributes:
         flags: command-line flags of this alternative.
@@ -201,9 +201,9 @@ class Alternative:
 
 @dataclass(frozen=True)
 class AlternativeContext:
-    """Run, device and model of the alternatives.
+    """Run, device and model of all alternatives.
 
-    `known` caches results (modified); `check` may raise.
+    `known` caches computed alternatives (modified); `check` is called before each and may raise.
     """
 
     config: TrainConfig
@@ -216,7 +216,7 @@ class AlternativeContext:
 
 
 def list_alternatives(limits: AlternativeContext) -> list[Alternative]:
-    """Returns alternatives: the run's method and the usual ones, with and without checkpointing."""
+    """Returns the run's method and the usual ones, each with and without checkpointing."""
     config = limits.config
     current = config.method.kind, config.quant.kind
     others = (setup for setup in _METHODS if setup != _name_setup(current))
@@ -234,7 +234,7 @@ def list_alternatives(limits: AlternativeContext) -> list[Alternative]:
 
 
 def _name_setup(setup: tuple[str, str]) -> tuple[str, str]:
-    """Map LoRA on 4 bits to QLoRA, the name in the table."""
+    """Returns the method and quantization as the table lists them: LoRA on 4 bits is QLoRA."""
     return ("qlora", "4bit") if setup == ("lora", "4bit") else setup
 
 
@@ -276,7 +276,7 @@ def _try(
     length: int | None,
     limits: AlternativeContext,
 ) -> Alternative | None:
-    """Returns a cached or new alternative; None if it cannot be configured or is rejected."""
+    """Returns the alternative, computed or cached; None if it is invalid or rejected."""
     key = (setup, checkpointing, rows, length)
     limits.check()
     if key not in limits.known:

@@ -72,7 +72,7 @@ _NARROW = {"bfloat16": 2, "float16": 2}
 
 
 def estimate_process(run: Run, step: StepMemory) -> int:
-    """Estimate the peak resident memory of a CPU run in bytes; `step` is its training step."""
+    """Estimate the peak resident memory of a CPU run in bytes, given that of a training step."""
     libraries = resident_bytes() + LAZY_IMPORT_BYTES
     mapped = _mapped_bytes(run, step)
     return libraries + max(
@@ -112,7 +112,7 @@ def _loading_bytes(run: Run, step: StepMemory) -> int:
 
 
 def _check_bytes(run: Run) -> int:
-    """Returns the bytes of verifying the fast step; 0 if it is not verified."""
+    """Returns the bytes needed to verify the fast step; 0 if it is not verified."""
     rows = choose_probe_rows(run.data.train) if run.fast.enabled else []
     if run.config.speed.verify is False or not rows:
         return 0
@@ -171,7 +171,7 @@ TEMPORARY_PARTS = (
 
 @dataclass(frozen=True)
 class Device:
-    """Device with its memory in bytes, and the number of such `ranks` that train together."""
+    """A device with its memory in bytes; `ranks` such devices train together."""
 
     kind: str
     name: str
@@ -180,14 +180,14 @@ class Device:
 
     @classmethod
     def of(cls, kind: str, card: Gpu | None = None, ranks: int = 1) -> Device:
-        """Returns `card` as a device, or the device of torch type `kind` on this machine."""
+        """Returns the device for the GPU `card`, or this machine's device of torch type `kind`."""
         if card is not None:
             return cls(kind, card.name, card.memory, ranks)
         name = "memory of this machine" if kind == "cpu" else describe_device(kind)
         return cls(kind, name, device_memory(kind))
 
     def forecast(self, run: Run) -> StepMemory:
-        """Estimate the memory of a run; on a GPU with CUDA context and allocator overhead.
+        """Estimate the memory of a run; on a GPU, including CUDA context and allocator overhead.
 
         With several devices, the estimate is for the rank that needs the most.
 
@@ -226,12 +226,12 @@ class MemoryRequirement:
 
     Attributes:
         parts: part → bytes at the peak.
-        at: moment of the peak.
-        device: the device planned for.
+        at: phase of the step in which the peak occurs.
+        device: the device of the estimate.
         tokens: positions in the largest micro-batch.
         recomputed_peak: peak with all blocks recomputed, if checkpointing is automatic and the run
             does not fit without it; None otherwise.
-        process: bytes of the whole process, tensors included; None unless planned for one CPU.
+        process: bytes of the whole process, tensors included; None except for a single CPU process.
     """
 
     parts: dict[str, int]
@@ -248,7 +248,7 @@ class MemoryRequirement:
 
     @property
     def does_fit(self) -> bool:
-        """Whether the run fits, with recomputed blocks where the run enables that itself."""
+        """Whether the run fits, with all blocks recomputed if the run may decide on that."""
         peak = self.process or self.peak
         return min(peak, self.recomputed_peak or peak) <= self.device.memory
 
@@ -267,11 +267,11 @@ class MemoryRequirement:
 
 
 def estimate_requirement(run: Run, device: Device) -> MemoryRequirement:
-    """Estimate what `run` needs on `device`.
+    """Estimate the memory that `run` needs on `device`.
 
     Raises:
-        ConfigError: as `Device.forecast`, or the base is quantized by a different library than
-            bitsandbytes.
+        ConfigError: the step cannot run on meta tensors, or a library other than bitsandbytes
+            quantized the base.
     """
     _check_quantization(run)
     memory = device.forecast(run)
@@ -311,13 +311,13 @@ _HOW = {
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Memory estimate made before training starts; `reason` is why `need` is None."""
+    """Memory estimate made before training; if `need` is None, `reason` says why."""
 
     need: MemoryRequirement | None
     reason: str = ""
 
     def choice(self) -> Choice:
-        """Returns the line printed at the start of the run."""
+        """Returns the line about memory that is printed at the start of the run."""
         if self.need is None:
             value = f"not estimated{'' if self.reason else '; run `ftlevel plan`'}"
             return Choice("memory", value, self.reason)
@@ -350,7 +350,7 @@ class MemoryEstimate:
 
 
 def estimate_memory(run: Run, processes: int) -> MemoryEstimate:
-    """Estimate the memory of a run, if that is quick; `processes` is how many train together."""
+    """Estimate the memory of a run, if that is quick; `processes` is their number."""
     if processes > 1:
         return MemoryEstimate(None, f"{processes} processes; run `ftlevel plan`")
     if run.model.total_parameters < LEAST_PARAMETERS:

@@ -85,20 +85,20 @@ _WORDS = 64
 
 @dataclass(frozen=True)
 class Pruning:
-    """Tokens needed from the last block (None: all), and linear layers computed only for them."""
+    """Tokens the last block must compute (None: all), and its linear layers restricted to them."""
 
     needed: NeededTokens | None = None
     linears: Sequence[str] = ()
 
     def apply_to(self, fast: FastStep, model: Any) -> None:
-        """Prune the last block of `model` (modified)."""
+        """Restrict the last block of `model` (modified) to the needed tokens."""
         if self.linears:
             last = find_blocks(base_model(model))[-1]
             fast.prune(self.needed, [last.get_submodule(name) for name in self.linears])
 
 
 def find_pruning(run: Run) -> Pruning:
-    """Find the pruning of the last block of the planned model."""
+    """Returns which tokens the last block of the planned model must compute."""
     if not (run.fast.enabled and run.fast.packs and run.fast.prunes_last_layer):
         return Pruning()
     last = getattr(run.model.config.get_text_config(), "num_hidden_layers", 1) - 1
@@ -128,7 +128,7 @@ def find_pruning(run: Run) -> Pruning:
 
 
 def _shrink(config: Any, layer: int) -> Any:
-    """Returns a copy of `config` with one `layer` per stack and a small vocabulary."""
+    """Returns `config` with only layer `layer` in each stack and a small vocabulary."""
     config = with_layers(config, [layer])
     for owner in (config, config.get_text_config()):
         owner.vocab_size, owner.pad_token_id = _WORDS, 0
@@ -170,9 +170,9 @@ Peaks = Mapping[str, Mapping[str, float]]
 
 @dataclass(frozen=True)
 class StepMemory:
-    """Memory estimate: bytes by part at the peak, which is at the moment `at`.
+    """Memory estimate of a training step: bytes by part at the peak, in the phase `at`.
 
-    `tokens` is positions in the largest micro-batch; `moments` has the parts at each moment's peak.
+    `tokens` is positions in the largest micro-batch; `moments` maps each phase to its peak by part.
     """
 
     parts: dict[str, int]
@@ -231,7 +231,7 @@ def estimate_step_memory(run: Run, memory: int) -> StepMemory:
 def _kept_graph_bytes(
     run: Run, peaks: Mapping[str, Mapping[str, float]], batch: _Batch, memory: int
 ) -> float:
-    """Returns the activations of the other micro-batches of a step whose graphs are all kept.
+    """Returns the activation bytes of the other micro-batches, if a step keeps all their graphs.
 
     See `training.whole_step`; 0 if each micro-batch is embedded twice.
     """
@@ -247,7 +247,7 @@ def _kept_graph_bytes(
 
 
 def highest(peaks: Peaks, tokens: int) -> StepMemory:
-    """Returns the estimate for `peaks` of a micro-batch of `tokens` positions."""
+    """Returns the estimate at the highest of `peaks`; `tokens` is the size of the micro-batch."""
     at = max(peaks, key=lambda moment: sum(peaks[moment].values()))
     sizes = {part: round(size) for part, size in peaks[at].items() if size >= 1}
     in_order = dict(sorted(sizes.items(), key=lambda item: -item[1]))
@@ -255,17 +255,17 @@ def highest(peaks: Peaks, tokens: int) -> StepMemory:
 
 
 def count_computed_layers(run: Run) -> int:
-    """Count the layers computed to estimate the memory of `run`."""
+    """Returns how many layers must be computed to estimate the memory of `run`."""
     layers = LayerSample.of(run)
     return sum(layers.count if sample is None else len(sample) for sample in layers.tried)
 
 
 @dataclass(frozen=True)
 class LayerSample:
-    """Small models to compute, and the coefficients that extend them to the whole model.
+    """Small models whose peaks are computed, and how the whole model's peak follows from them.
 
-    `tried` has layer indices, None for the whole model; `times` multiplies each model's difference
-    from the first. `count` is layers per stack, or in total if the depths of stacks differ.
+    `tried` has each model's layer indices; None is the whole model. `times` weighs each model's
+    difference from the first. `count` is layers per stack, or in total if stacks differ in depth.
     """
 
     tried: tuple[tuple[int, ...] | None, ...]
@@ -274,7 +274,7 @@ class LayerSample:
 
     @classmethod
     def of(cls, run: Run) -> LayerSample:
-        """Returns the small models for the model of `run`, or the whole model."""
+        """Returns small models for the model of `run`, or the whole model if there are none."""
         stacks = describe_blocks(run)
         if len({len(stack) for stack in stacks}) != 1:
             return cls((None,), (), sum(map(len, stacks)))
@@ -283,7 +283,7 @@ class LayerSample:
 
     @property
     def sample(self) -> dict[int, int] | None:
-        """Layer index → number of similar layers in the model; None for the whole model."""
+        """Layer index → number of layers it represents; None for the whole model."""
         first = self.tried[0]
         if first is None:
             return None
@@ -295,7 +295,7 @@ class LayerSample:
         return dict(sorted(counts.items()))
 
     def extend(self, computed: Sequence[Peaks]) -> dict[str, dict[str, float]]:
-        """Returns the peaks of the whole model from the `computed` peaks of the small ones."""
+        """Returns the peaks of the whole model, given those `computed` for the small models."""
         first, *others = computed
         shared = [moment for moment in first if all(moment in other for other in others)]
         return {
@@ -312,7 +312,7 @@ class LayerSample:
 
 
 def _by_kind(run: Run, kinds: Sequence[Any]) -> LayerSample | None:
-    """Sample first, last and one layer of each kind; None if not smaller or not configurable."""
+    """Sample first, last and one layer per kind; None if that saves nothing or is impossible."""
     last = len(kinds) - 1
     between: list[list[int]] = []
     for at in range(1, last):
@@ -331,7 +331,7 @@ def _by_kind(run: Run, kinds: Sequence[Any]) -> LayerSample | None:
 
 
 def _by_period(kinds: Sequence[Any]) -> LayerSample | None:
-    """Sample two prefixes of the layers, if the types of layers repeat with a short period."""
+    """Sample two lengths of the stack, if the kinds of layers repeat with a short period."""
     count = len(kinds)
     for first in range(3):
         for period in range(1, 7):
@@ -348,8 +348,8 @@ def _by_period(kinds: Sequence[Any]) -> LayerSample | None:
 class _Batch:
     """Inputs of one micro-batch.
 
-    `several`: others left gradients; `at_once`: parallel workers; `step_tokens`: positions of all
-    micro-batches of the step.
+    `several`: whether the step has more micro-batches; `at_once`: parallel workers; `step_tokens`:
+    positions of all micro-batches of the step.
     """
 
     inputs: dict[str, Any]
@@ -359,7 +359,7 @@ class _Batch:
     step_tokens: int
 
     def fresh(self) -> dict[str, Any]:
-        """Returns a copy of the inputs for a step that removes entries it has used."""
+        """Returns a copy of the inputs, because a training step removes entries from its inputs."""
         parts = self.inputs.get("micro_batches")
         copied = {} if parts is None else {"micro_batches": [dict(part) for part in parts]}
         return {**self.inputs, **copied}
@@ -374,7 +374,7 @@ def _watch(
     pruning: Pruning,
     free: int | None,
 ) -> Peaks:
-    """Returns the peaks of a step of `fake_model`, whose weights are registered in `live`."""
+    """Returns the memory peaks of a step of `fake_model`, whose weights `live` already counts."""
     cpu_run = replace(run, model=replace(run.model, device="cpu"))
     if fake_model.fast is not None:
         pruning.apply_to(fake_model.fast, fake_model.model)
@@ -416,7 +416,7 @@ def _track_weights(
 
 
 def _follow(live: LiveMemoryTracker, trainer: Any) -> list[Any]:
-    """Track gradients and the phases of the backward pass in `live`; return hooks to remove."""
+    """Install hooks that track gradients and backward phases in `live`; returns the hooks."""
     model, backward = trainer.model, trainer.accelerator.backward
 
     def begin(*args: Any, **kwargs: Any) -> None:
@@ -460,7 +460,7 @@ def _create_optimizer_states(live: LiveMemoryTracker, trainer: Any, *, has_gradi
 
 
 def _largest_micro_batch(run: Run, pruning: Pruning) -> _Batch:
-    """Returns the micro-batch with the most tokens, of the longest rows and of random steps."""
+    """Returns the micro-batch with the most tokens of a few steps, one with the longest rows."""
     train, fast = run.config.train, run.fast
     rows, size = run.data.train, train.per_device_train_batch_size
     if not fast.enabled:
@@ -493,7 +493,7 @@ def _count_positions(batch: Mapping[str, Any]) -> int:
 
 
 def _steps(rows: Sequence[Encoded], size: int, seed: int) -> list[list[Encoded]]:
-    """Returns the rows of the step with the longest rows and of randomly drawn steps."""
+    """Returns the rows of several steps: one with the longest rows, and randomly drawn ones."""
     size = min(size, len(rows))
     draw, sample = random.Random(seed), _some(rows)
     sample.sort(key=lambda row: -len(row.input_ids))

@@ -70,7 +70,7 @@ _LAYER_NUMBERS = ("mlp_only_layers", "moe_layers", "full_attn_idxs")
 
 @dataclass(frozen=True)
 class FakeModel:
-    """Fake model with method and fast step; `packed` names its quantized linear layers."""
+    """Model on fake tensors with its fast step; `packed` names its quantized linear layers."""
 
     model: Any
     fast: FastStep | None
@@ -78,7 +78,7 @@ class FakeModel:
 
 
 def build_fake_model(run: Run, layers: Sequence[int] | None = None) -> FakeModel:
-    """Build the planned model on fake CPU tensors, with the given `layers` per stack or all."""
+    """Build the planned model on fake CPU tensors, with only `layers` of each stack (None: all)."""
     planned, method = run.model, METHODS[run.config.method.kind]
     compute = DTYPES[planned.dtype]
     cut = with_layers(planned.config, layers)
@@ -107,7 +107,7 @@ def build_fake_model(run: Run, layers: Sequence[int] | None = None) -> FakeModel
 def targets_in(
     model: torch.nn.Module, targets: Sequence[str], layers: Sequence[int] | None
 ) -> list[str]:
-    """Map `targets` of the whole model to their names in `model`, which has only `layers`."""
+    """Returns the names of `targets` in `model`, which has only `layers` of the whole model."""
     tree = ModuleTree(model)
     names = []
     for name in targets:
@@ -122,7 +122,7 @@ def targets_in(
 
 
 def _pack(model: Any, compute: Any, quantization: Any) -> set[str]:
-    """Pack quantized weights (modified) and return module names; float32 experts split evenly."""
+    """Pack quantized weights of `model` (modified) and assume even expert use; returns names."""
     packed: set[str] = set()
     if quantization is not None:
         experts = quantization if packs_experts(quantization) else None
@@ -157,13 +157,13 @@ def with_layers(config: Any, layers: Sequence[int] | None) -> Any:
 
 
 def _set(config: Any, name: str, value: Any) -> None:
-    """Set a field of `config` (modified), unless it is a computed property."""
+    """Set a field of `config` (modified); read-only properties are left alone."""
     with contextlib.suppress(AttributeError):  # a property, as Jamba's layers_block_type
         setattr(config, name, value)
 
 
 def _fill_vectors(model: torch.nn.Module) -> None:
-    """Fill vectors and scalars of `model` with ones (modified): the fast step runs its norms."""
+    """Set vectors and scalars of `model` (modified) to one, since FastStep computes norms."""
     filled_by_id: dict[int, tuple[Any, Any]] = {}
     for module in model.modules():
         parameters, _ = direct_tensors(module)
@@ -179,7 +179,7 @@ def _fill_vectors(model: torch.nn.Module) -> None:
 
 
 def describe_blocks(run: Run, layers: Sequence[int] | None = None) -> list[list[Any]]:
-    """Returns for each block its parameter shapes, per-layer config entries and adapted modules.
+    """Returns, by stack and block, parameter shapes, per-layer config entries and adapted modules.
 
     Blocks with equal descriptions need equal memory.
     """
@@ -248,7 +248,7 @@ def synthesize_rows(data: DataConfig, count: int) -> Callable[[BaseTask, str, An
 
 
 def load_or_stub_tokenizer(source: ModelSource) -> Any:
-    """Load the tokenizer of `source`, or return a stub with padding id 0 if it has none."""
+    """Load the tokenizer of `source`; if it has none, returns a stub with padding id 0."""
     try:
         return load_tokenizer(source)
     except InputError:
@@ -266,9 +266,9 @@ def load_or_stub_tokenizer(source: ModelSource) -> Any:
 def build_synthetic_batch(
     data: DataConfig, source: ModelSource, card: str | None, rows: int, tokenizer: Any = None
 ) -> SyntheticBatch:
-    """Build substitutes for what is not available on this machine.
+    """Build substitutes for what this machine lacks: the GPU `card`, and `rows` rows of data.
 
-    `card` is a GPU name, None for this machine's device; with `rows` = 0 the real data is used.
+    None plans for this machine's device; with `rows` = 0 the real data is used.
     """
     return SyntheticBatch(
         source=source,
@@ -293,9 +293,9 @@ _PART_OF = {FORWARD: ACTIVATIONS, UPDATE: OPTIMIZER}
 class LiveMemoryTracker(OperationWatch):
     """Context manager that counts the bytes of live tensors.
 
-    `vocabulary` is the last dimension of tensors counted as logits (0: none). A new storage belongs
-    to the part of the current `moment`. `peaks` maps each moment to bytes by part at its peak; it
-    is updated only while `is_counting` is true.
+    `vocabulary` is the last dimension of tensors counted as logits (0: none). A new storage is
+    counted in the part of the current phase, `moment`. `peaks` maps each phase to bytes by part at
+    its peak; it is updated only while `is_counting` is true.
     """
 
     def __init__(self, vocabulary: int = 0) -> None:
@@ -343,12 +343,12 @@ class LiveMemoryTracker(OperationWatch):
             self.peaks[self.moment] = Counter({k: v for k, v in self._alive.items() if v})
 
     def on_result(self, tensor: Tensor) -> None:
-        """Count `tensor` if its storage is new."""
+        """Count the storage of an operation's result, unless it is counted already."""
         if not self.knows(tensor):
             self.hold(tensor, self._part_of(tensor))
 
     def on_cast(self, tensor: Tensor, result: Tensor) -> None:
-        """Count `result` as a cast if `tensor` is a weight."""
+        """Count `result`, a cast of `tensor`, as a cast weight if `tensor` is a weight."""
         held = self._parts.get(storage_of(tensor))
         if held == [WEIGHTS] and not self.knows(result):
             self.hold(result, CASTS)

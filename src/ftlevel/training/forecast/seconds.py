@@ -63,7 +63,7 @@ _STORED = {"4bit": 0.56, "8bit": 1.02}
 
 @dataclass(frozen=True)
 class RolloutSize:
-    """Sizes of the largest rollout: prompts and rows sampled together, and tokens of each."""
+    """Size of the largest rollout: prompts and completions sampled together, and tokens of each."""
 
     prompts: int
     rows: int
@@ -86,7 +86,7 @@ class RolloutSize:
         return cls(prompts, rows, longest, settings.max_completion_length)
 
     def cache_bytes(self, run: Run, *, copies: int) -> int:
-        """Returns the bytes of keys and values, those of completions `copies` times."""
+        """Returns the bytes of the KV cache, with completions counted `copies` times."""
         text = run.model.config.get_text_config()
         heads = text.num_attention_heads
         groups = getattr(text, "num_key_value_heads", None) or heads
@@ -96,7 +96,7 @@ class RolloutSize:
         return int(token * (shared + copies * self.rows * (self.completion + ROOM)))
 
     def prefill_bytes(self, run: Run) -> int:
-        """Returns the bytes of the activations of a layer for the prompts computed together."""
+        """Returns the activation bytes of one layer during the prefill of one batch of prompts."""
         text, value = run.model.config.get_text_config(), DTYPES[run.model.dtype].itemsize
         hidden = text.hidden_size
         inner = getattr(text, "intermediate_size", None) or 4 * hidden
@@ -112,7 +112,7 @@ def prompt_lengths(run: Run) -> Sequence[int]:
 
 
 def with_completions(run: Run, rows: list[Encoded]) -> list[Encoded]:
-    """Returns the rows of a step; in reinforcement learning, completions of maximum length."""
+    """Returns `rows`, in reinforcement learning replaced by completions of maximum length."""
     if run.config.task != RL_TASK:
         return rows
     count, tokens = run.config.rl.num_generations, run.config.rl.max_completion_length
@@ -124,7 +124,7 @@ def with_completions(run: Run, rows: list[Encoded]) -> list[Encoded]:
 
 
 def estimate_sampling_parts(run: Run, size: RolloutSize) -> dict[str, int]:
-    """Estimate part → bytes that sampling takes beside the weights."""
+    """Returns part → bytes that sampling needs in addition to the weights."""
     logits = 4 * _LOGITS_COPIES * size.rows * run.model.vocabulary
     cache = size.cache_bytes(run, copies=2)
     return {KEYS_AND_VALUES: cache, LOGITS: logits, ACTIVATIONS: size.prefill_bytes(run)}
@@ -155,9 +155,9 @@ def _weight_bytes(ref: ModelRef, run: Run) -> int:
 def estimate_sampling_seconds(
     run: Run, size: RolloutSize, weights: int, bandwidth: float, flops: float
 ) -> float:
-    """Estimate the seconds to sample for all prompts once, from a roofline.
+    """Estimate the seconds to sample completions for every prompt once, from a roofline.
 
-    `weights` are bytes; `bandwidth` bytes/s and `flops` operations/s, as reached.
+    `weights` are bytes; `bandwidth` (bytes/s) and `flops` (operations/s) are attainable values.
     """
     lengths = prompt_lengths(run)
     group, step = run.config.rl.num_generations, run.config.train.per_device_train_batch_size
@@ -175,7 +175,7 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Gpu:
-    """A GPU: memory in bytes, dense bfloat16 TFLOP/s, GB/s of memory and link; 0 if unknown."""
+    """A GPU: memory in bytes, dense bfloat16 TFLOP/s, memory and link GB/s; 0 if unknown."""
 
     name: str
     memory: int
@@ -238,11 +238,11 @@ PROBED = 5
 
 @dataclass(frozen=True)
 class TimeForecast:
-    """Time estimate, of training steps alone; `how` names its source.
+    """Estimate of training time without evaluation and saving; `how` names the source.
 
     `tokens_per_cpu_s` uses the CPU time of all threads, so other processes do not distort it. In
-    reinforcement learning tokens are those of prompts, and `sampling_share` is the part of the time
-    spent in sampling and rewards.
+    reinforcement learning, tokens are those of prompts; `sampling_share` is the share of the time
+    spent on sampling and rewards.
     """
 
     seconds_per_epoch: float
@@ -254,7 +254,7 @@ class TimeForecast:
 
 @dataclass(frozen=True)
 class Operations:
-    """Mean FLOPs per token in the forward pass; `attention` is included in `blocks`."""
+    """Mean forward FLOPs per token, by part of the model; `blocks` includes `attention`."""
 
     blocks: float
     attention: float
@@ -264,14 +264,14 @@ class Operations:
 
     @property
     def backward(self) -> float:
-        """FLOPs of the backward pass of all blocks, with recomputation."""
+        """FLOPs per token of the backward pass of all blocks, including recomputation."""
         products = self.blocks - self.attention
         back = products * (1 + self.trains_base) + 2 * self.attention
         return back + self.blocks * self.recomputes
 
     @property
     def outside(self) -> float:
-        """FLOPs of the head, forward and backward."""
+        """FLOPs per token of the head, forward and backward."""
         return self.head * (2 + self.trains_base)
 
     @property
@@ -394,14 +394,14 @@ def measure_time(run: Run) -> TimeForecast:
 
 
 def _rows_of(run: Run, step: int, size: int) -> list[Any]:
-    """Returns the rows of a probe step, spread over the dataset."""
+    """Returns `size` training rows for the timed step number `step`, spread over the dataset."""
     rows = run.data.train
     spacing = max(1, len(rows) // (PROBED * size))
     return [rows[(step + PROBED * at) * spacing % len(rows)] for at in range(min(size, len(rows)))]
 
 
 def steps_per_epoch(run: Run) -> int:
-    """Returns the optimizer steps per epoch, or of the whole run for streamed rows."""
+    """Returns the optimizer steps per epoch; for streamed rows, those of the whole run."""
     if run.data.stream is not None:
         return run.schedule.steps
     return count_steps_per_epoch(run.config.train, len(run.data.train))

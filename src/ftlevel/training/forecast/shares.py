@@ -45,10 +45,10 @@ _FLOAT = 4  # bytes: gradients are averaged in float32
 
 @dataclass(frozen=True)
 class ShardedTensor:
-    """A sharded tensor that occurs `times` times and belongs to a `part` of the estimate.
+    """A sharded tensor that occurs `times` times; `part` is its part of the memory estimate.
 
-    `rows` is the first dimension, `size` its bytes, and `sent` its bytes as gathered, maybe
-    narrower.
+    `rows` is its first dimension and `size` its bytes; `sent` is its bytes when gathered, which may
+    be in a narrower dtype.
     """
 
     times: int
@@ -65,7 +65,7 @@ class ShardGroup:
     tensors: tuple[ShardedTensor, ...]
 
     def held(self, ranks: int) -> dict[str, float]:
-        """Returns part → bytes stored by the largest of `ranks`."""
+        """Returns part → bytes stored by the rank that stores the most."""
         sizes: dict[str, float] = {}
         for tensor in self.tensors:
             share = -(-tensor.rows // ranks) / tensor.rows
@@ -105,7 +105,7 @@ class ShardedModel:
     trains_base: bool
 
     def estimate_rank(self, memory: StepMemory, ranks: int, shard: str) -> StepMemory:
-        """Convert an unsharded estimate to the largest of `ranks`; `shard` is `--shard`."""
+        """Convert an unsharded estimate to that of the largest rank; `shard` is `--shard`."""
         return highest(
             {
                 moment: self._at(moment, parts, ranks, shard)
@@ -141,7 +141,7 @@ class ShardedModel:
         return parts
 
     def saved(self, ranks: int) -> dict[str, float]:
-        """Returns part → bytes that a rank does not store."""
+        """Returns part → bytes that a rank saves by sharding."""
         sizes: dict[str, float] = {}
         for group in (self.blocks, self.root):
             total, stored = group.held(1), group.held(ranks)
@@ -195,7 +195,7 @@ def _cut(
     narrow: set[torch.nn.Parameter],
     dtype: torch.dtype,
 ) -> ShardGroup:
-    """Returns the `parameters` not in `replicated`; those in `narrow` are gathered in `dtype`."""
+    """Returns a group of `parameters` without `replicated`; `narrow` ones gather in `dtype`."""
     return ShardGroup(
         tuple(
             ShardedTensor(
