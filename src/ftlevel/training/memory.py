@@ -62,7 +62,7 @@ class Activations:
     states: tuple[float, ...]
 
     def count_recomputed(self, tokens: int, memory: int) -> int:
-        """Returns how many blocks to recompute so that `tokens` fit into `memory` bytes."""
+        """Returns how many blocks to recompute so that `tokens` tokens fit into `memory` bytes."""
         saved = [total - states for total, states in zip(self.stored, self.states, strict=True)]
         remaining = accumulate(saved, lambda rest, more: rest - more, initial=sum(self.stored))
         fits = (count for count, rest in enumerate(remaining) if tokens * rest <= memory)
@@ -72,8 +72,8 @@ class Activations:
 def set_checkpointing(model: Any, run: Run) -> list[Choice]:
     """Recompute as many blocks of `model` (modified) as configured, or as memory requires.
 
-    `model` must have the method and fast step applied. Returns a message for the screen; empty if
-    no block is recomputed.
+    The method and the fast step must be applied to `model`. Returns a message for the screen; empty
+    if no block is recomputed.
     """
     train, base = run.config.train, base_model(model)
     if train.recomputes:
@@ -110,7 +110,7 @@ def recompute_blocks(base: Any, *, offload: bool = False) -> None:
 
 
 def _has_single_switches(base: Any, blocks: Sequence[nn.Module]) -> bool:
-    """Whether each block of `base` has its own `gradient_checkpointing` flag."""
+    """Whether every block of `base` has a `gradient_checkpointing` flag of its own."""
     return bool(
         base.supports_gradient_checkpointing
         and blocks
@@ -125,7 +125,7 @@ def recompute_first(blocks: Sequence[nn.Module], count: int) -> None:
 
 
 def count_activations(model: Any, blocks: Sequence[nn.Module], run: Run) -> Activations:
-    """Returns the activation bytes per token, measured on a forward pass of one row."""
+    """Returns the activation bytes per token, measured in a forward pass of one row."""
     batch, device = _trial(run), run.model.device
     tokens = batch["input_ids"].numel()
     weights = {storage_of(p) for p in model.parameters()}
@@ -164,7 +164,7 @@ def count_activations(model: Any, blocks: Sequence[nn.Module], run: Run) -> Acti
 
 
 def _trial(run: Run) -> dict[str, Any]:
-    """Returns the batch of one row to measure: truncated, or whole for encoder-decoder models."""
+    """Returns a batch of one row for the measurement; truncated, unless an encoder-decoder's."""
     rows = run.data.train[:_SAMPLED_ROWS]
     row = max(rows, key=lambda row: len(row.input_ids))
     if run.model.kind == "encoder-decoder" and isinstance(row.labels, list):
@@ -182,12 +182,12 @@ def _trial(run: Run) -> dict[str, Any]:
 
 @dataclass
 class _BlockTracker:
-    """State of a forward pass.
+    """The block that a forward pass is currently in, and the inputs of blocks.
 
     Attributes:
-        at: index of the block being computed; None between two stacks.
-        least: minimal element count of a tensor with a value per token.
-        states: block index → bytes of the input.
+        at: index of the block being computed; None between encoder and decoder.
+        least: element count above which a tensor has a value per token.
+        states: block index → bytes of the block's input.
     """
 
     at: int | None = None
@@ -219,11 +219,11 @@ def _track_blocks(blocks: Sequence[nn.Module]) -> Iterator[_BlockTracker]:
 
 
 class StepReducer:
-    """Reduce the memory of a trainer's steps after one does not fit.
+    """Reduce the memory of a trainer's steps after one ran out of memory.
 
     Attributes:
-        done: the reductions: step (0 before the first) and new tokens per micro-batch, or
-            `gradient_checkpointing`.
+        done: the reductions made: the step (0 before the first), and the new tokens per micro-batch
+            or `gradient_checkpointing`.
     """
 
     def __init__(self, trainer: Any) -> None:
@@ -238,7 +238,7 @@ class StepReducer:
         return _has_several_rows(inputs) or self._can_checkpoint()
 
     def reduce(self, model: Any, rows: Sequence[Encoded], inputs: Mapping[str, Any]) -> Any:
-        """Clear `model`'s gradients and return the inputs of a failed step in smaller parts."""
+        """Clear gradients; returns the `inputs` of a failed step in smaller micro-batches."""
         model.zero_grad()
         gc.collect()
         if torch.cuda.is_available():
@@ -262,7 +262,7 @@ class StepReducer:
         return trainer.on_device(trainer.data_collator(rows))
 
     def resume(self, notes: Sequence[Mapping[str, Any]]) -> None:
-        """Repeat the reductions in `notes` when a run resumes."""
+        """When a run resumes, repeat the reductions recorded in `notes`."""
         for note in notes:
             if "tokens_per_micro_batch" in note:
                 self._halve()
@@ -275,8 +275,8 @@ class StepReducer:
     def try_longest(self, rows: Sequence[Encoded], dtype: str) -> None:
         """Compute forward and backward of the longest rows, to run out of memory before training.
 
-        Reduces steps until they fit, and raises the library's error if they cannot. Restores random
-        state and token counts, and clears gradients.
+        Reduces steps until these rows fit; if they cannot, the out-of-memory error is raised.
+        Restores random state and token counts, and clears gradients.
         """
         trainer = self._trainer
         if trainer.args.world_size > 1 or trainer.fast is None:
@@ -312,7 +312,7 @@ class StepReducer:
         self._trainer.note(note)
 
     def _halve(self) -> int:
-        """Halve the tokens of a step's micro-batches, and return the new number per worker."""
+        """Halve the tokens per micro-batch; returns the new number of each parallel worker."""
         trainer = self._trainer
         if trainer.fast is None or not isinstance(trainer.data_collator, StepCollator):
             raise TypeError("only a fast step has micro-batches")
@@ -346,7 +346,7 @@ def _has_several_rows(inputs: Mapping[str, Any]) -> bool:
 
 @contextlib.contextmanager
 def explain_out_of_memory(run: Run) -> Iterator[None]:
-    """Convert out-of-memory errors into a RunError that lists options with less memory."""
+    """Inside the block, convert out-of-memory errors into a RunError that lists remedies."""
     try:
         yield
     except Exception as error:
@@ -357,7 +357,7 @@ def explain_out_of_memory(run: Run) -> Iterator[None]:
 
 
 def _advice(run: Run) -> str:
-    """Returns the unused options that reduce memory, least intrusive first."""
+    """Returns a sentence with unused options that reduce memory, least intrusive first."""
     train, rows = run.config.train, run.config.train.per_device_train_batch_size
     options = []
     if rows > 1:

@@ -59,10 +59,10 @@ _MATRIX = 2  # dimensions
 
 @dataclass(frozen=True)
 class FsdpUnit:
-    """Modules that form one FSDP2 unit.
+    """Modules that FSDP2 shards and gathers together.
 
     Attributes:
-        inside: submodules that are units of their own.
+        inside: submodules that form units of their own.
         gathers_again: whether parameters are gathered again for the backward pass.
         precision: dtypes of gathered parameters and of gradient reduction.
     """
@@ -76,12 +76,12 @@ class FsdpUnit:
 def shard(
     model: Any, device: str, *, holds: bool, dtype: torch.dtype, slices: UnreadWeights | None = None
 ) -> None:
-    """Shard `model` (modified) across processes, with this process's part on its device.
+    """Shard `model` (modified) with FSDP2; this process's part is placed on its device.
 
     Tensors that a method adds and trains stay whole in every process; `--method full` shards
-    everything. Parts are freed block by block, so a device stores its part and at most one block.
-    With `holds`, gathered blocks are stored until backward (ZeRO-2), else gathered again (ZeRO-3).
-    `slices` are weights to be read here in part; None if all are loaded.
+    everything. Blocks are sharded one by one, so a device stores its part and at most one whole
+    block. With `holds`, gathered blocks are kept until backward (ZeRO-2), else gathered again
+    (ZeRO-3). Weights in `slices` are read here, only this process's part; None if all are loaded.
     """
     mesh = init_device_mesh(device, (distributed.get_world_size(),))
     replicated = replicated_parameters(model)
@@ -119,10 +119,9 @@ def shard(
 def _reshard_after_inference(model: Any) -> None:
     """Make `model` (modified) reshard its parameters after a forward pass without gradients.
 
-    FSDP2 leaves modules with `reshard_after_forward=False` unsharded until backward. Without a
-    backward pass, a process that reads the state dict alone would reshard, and the next forward
-    pass would not match the other processes'. Generation keeps parameters unsharded until the last
-    token.
+    FSDP2 leaves modules with `reshard_after_forward=False` unsharded until backward. If no backward
+    pass follows and one process reads the state dict, only that process would reshard. Its next
+    forward pass would then not match the others'. `generate` reshards after its last token.
     """
     generate, is_generating = getattr(model, "generate", None), False
 
@@ -149,17 +148,17 @@ def _reshard_after_inference(model: Any) -> None:
 
 
 def replicated_parameters(model: Any) -> set[torch.nn.Parameter]:
-    """Returns the parameters that every process has whole: adapters, frozen norms and biases.
+    """Returns the parameters that every process stores whole: adapters, frozen norms and biases.
 
-    Norms and biases are a ten-thousandth of a model, and the fast step reads them without their
-    modules.
+    Norms and biases are a ten-thousandth of a model, and the fast step reads them directly, without
+    calling their modules.
     """
     small = {p for p in model.parameters() if not p.requires_grad and p.dim() < _MATRIX}
     return small if base_model(model) is model else small | set(trainable_parameters(model))
 
 
 def blocks_of(model: Any) -> list[torch.nn.Module]:
-    """Returns the transformer blocks of `model`, of encoder and decoder."""
+    """Returns the transformer blocks of `model`, those of encoder and decoder in one list."""
     tree = ModuleTree(base_model(model))
     return [block for stack in tree.blocks for block in tree.modules[stack].children()]
 
@@ -169,8 +168,8 @@ def cast_linears(
 ) -> list[Any]:
     """Returns the linear layers of `block` with sharded trainable weights wider than `dtype`.
 
-    Autocast would store a cast copy of each until backward, a full 16-bit model per process. They
-    are gathered in `dtype` instead. Norms and embeddings, which autocast skips, are unchanged.
+    Autocast would keep a cast copy of each until backward: a full 16-bit model per process. Their
+    weights are gathered in `dtype` instead. Norms and embeddings are unchanged, as with autocast.
     """
     return [
         part
@@ -193,9 +192,9 @@ def trainable_parameters(model: Any) -> list[torch.nn.Parameter]:
 
 
 def gather(model: Any, keep: bool) -> Iterator[tuple[str, Tensor]]:
-    """Yields every tensor of the sharded `model` by name, whole and on the CPU.
+    """Yields the name and value of every tensor of the sharded `model`, whole and on the CPU.
 
-    All processes must iterate together; those without `keep` only take part in gathering.
+    All processes must iterate together. In those without `keep`, nothing is yielded.
     """
     seen: dict[int, Tensor] = {}  # preserves tied tensors
     for name, tensor in model.state_dict(keep_vars=True).items():
@@ -207,7 +206,7 @@ def gather(model: Any, keep: bool) -> Iterator[tuple[str, Tensor]]:
 
 
 def apply_fast_step(model: Any, run: Run, listener: Listener) -> FastStep | None:
-    """Apply the fast step to `model` (modified); warn about unsupported parts and skip these."""
+    """Apply the fast step to `model` (modified); unsupported parts are skipped with a warning."""
     if not run.fast.enabled:
         return None
     fast = FastStep(model, run.fast)
@@ -265,7 +264,7 @@ class Digest:
 def digest_tensors(tensors: Iterable[tuple[str, Tensor]]) -> Mapping[str, Digest]:
     """Returns the digest of each tensor by name, with one device synchronization.
 
-    A sharded tensor is digested in this process's part only.
+    Of a sharded tensor, only this process's part is digested.
     """
     local = [(name, local_shard(tensor.detach())) for name, tensor in tensors]
     parts = [(name, tensor, _sum(tensor)) for name, tensor in local]
@@ -290,7 +289,7 @@ def digest(tensor: Tensor) -> Digest:
 
 
 def _sum(tensor: Tensor) -> Tensor:
-    """Returns D (a scalar, int64) on the tensor's device."""
+    """Returns D of one tensor (a scalar, int64), computed on the tensor's device."""
     if parts := inner_tensors(tensor):  # torchao's: several tensors under one name
         return _sum(torch.stack([_sum(part).cpu() for part in parts]))
     data = tensor.contiguous().view(-1).view(torch.uint8)
@@ -302,7 +301,7 @@ def _sum(tensor: Tensor) -> Tensor:
 
 
 def _sum_piece(piece: Tensor, first: int) -> Tensor:
-    """Returns Σ m over the words of `piece` (bytes), the first of which is word `first`."""
+    """Returns Σ m over the words of `piece` (bytes); `first` is the index i of its first word."""
     if len(piece) % 8:
         piece = torch.cat([piece, piece.new_zeros(8 - len(piece) % 8)])
     if piece.storage_offset() % 8:
@@ -320,12 +319,12 @@ def _sum_piece(piece: Tensor, first: int) -> Tensor:
 
 @lru_cache(maxsize=4)
 def _keys(count: int, device: torch.device) -> Tensor:
-    """Returns (i + 1) · φ for the first `count` words."""
+    """Returns (i + 1) · φ for i = 0 … `count` − 1, as int64."""
     return torch.arange(1, count + 1, device=device).mul_(_PHI)
 
 
 def _wrapped(number: int) -> int:
-    """Returns `number` wrapped to a signed 64-bit integer."""
+    """Returns the integer `number` modulo 2⁶⁴, as a signed 64-bit integer."""
     return (number + 2**63) % 2**64 - 2**63
 
 
@@ -340,7 +339,7 @@ class PreparedModel:
         model: the base with the method applied.
         start: initial adapter state that `save_adapter` needs after training.
         fast: the applied fast step, if any.
-        digests: of the base's tensors at load time, by their names in the base.
+        digests: digests of the base's tensors at load time, by their names in the base.
     """
 
     model: Any
@@ -387,7 +386,7 @@ def initialize_adapter(model: Any, run: Run) -> None:
 
 
 def load_sharded(run: Run, listener: Listener) -> Any:
-    """Load the sharded model with the method; each process reads only its own part if possible.
+    """Load and shard the model with the method; if possible, a process reads only its own part.
 
     A corrupted part raises InputError in all processes.
     """
@@ -420,7 +419,7 @@ def load_sharded(run: Run, listener: Listener) -> Any:
 
 
 def find_computed_tensor(model: Any, slices: UnreadWeights) -> str:
-    """Find the name of a tensor computed from weights that are not read yet; empty for none.
+    """Returns the name of a tensor computed from weights that are not read yet; empty for none.
 
     Reads the weights of which the method trains copies (`model` is modified).
     """
@@ -431,7 +430,7 @@ def find_computed_tensor(model: Any, slices: UnreadWeights) -> str:
 
 
 def explain_full_read(run: Run) -> str:
-    """Returns why a process must read the whole base; empty if it can read its own rows."""
+    """Returns why each process must read the whole base; empty if it can read its own part."""
     planned, initialization = run.model, METHODS[run.config.method.kind].initialization
     if stored_quantization(planned.config) is not None:
         return "it is stored quantized, and its scales go with whole weights"
@@ -449,7 +448,7 @@ def explain_full_read(run: Run) -> str:
 
 
 def place_on_host(planned: PlannedModel, slices: UnreadWeights | None) -> PlannedModel:
-    """Returns `planned` with device CPU, unless the base is quantized whole on its device."""
+    """Returns `planned` with device CPU, unless whole weights must be quantized on the device."""
     on_device = planned.quant.kind != "none" and slices is None
     return planned if on_device else replace(planned, device="cpu")
 
@@ -457,8 +456,8 @@ def place_on_host(planned: PlannedModel, slices: UnreadWeights | None) -> Planne
 def load_base(run: Run, slices: UnreadWeights | None = None) -> Any:
     """Load the base model for training; new heads are initialized from the seed.
 
-    Weights in `slices` are registered to be read later (modified); None reads all. Damaged or
-    missing weights raise InputError.
+    Weights are not read yet, but registered in `slices` (modified); with None, they are read.
+    Damaged or missing weights raise InputError.
     """
     from transformers import set_seed
 
@@ -480,7 +479,7 @@ def load_base(run: Run, slices: UnreadWeights | None = None) -> Any:
 
 
 def prepare_start(model: Any, run: Run) -> None:
-    """Run the method's data- or weight-dependent initialization on `model` (modified)."""
+    """Initialize the method from data or base weights, if it needs any (`model` is modified)."""
     size, seed = run.config.train.per_device_train_batch_size, run.config.train.seed
     pad_id, device = run.model.pad_id, run.model.device
     inputs = InitializationInputs(
@@ -495,10 +494,10 @@ def prepare_start(model: Any, run: Run) -> None:
 
 
 class ShuffledBatches:
-    """Collated batches of the rows in one random order; can be iterated repeatedly.
+    """Collated batches of `rows` in a random order that is the same at each iteration.
 
-    Each batch has a boolean mask `supervised` (batch, seq): real tokens and, for generation, those
-    with labels.
+    Each batch has a boolean mask `supervised` (batch, seq). It marks real tokens; in generation
+    tasks, those with labels.
     """
 
     def __init__(

@@ -39,8 +39,8 @@ disk is as fast."""
 class FileDigests:
     """SHA-256 of whole files, computed in a background thread and stored in `file_name`.
 
-    `field` is the origin's field with samples of these files; `description` is their name in
-    messages.
+    `field` is the field of the origin that has samples of the same files; `description` is the
+    files' name in messages.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class FileDigests:
         self._thread: threading.Thread | None = None
 
     def keep(self, checkpoints: Path) -> None:
-        """Start to hash in the background and write into `checkpoints`, unless already written."""
+        """Hash in the background and write into `checkpoints`, unless digests are there."""
         if not self._files or (checkpoints / self.file_name).exists():
             return
 
@@ -65,12 +65,12 @@ class FileDigests:
         self._thread.start()
 
     def wait(self) -> None:
-        """Wait until the digests are written."""
+        """Wait until the background thread has written the digests."""
         if self._thread is not None:
             self._thread.join()
 
     def changes(self, checkpoints: Path) -> dict[str, tuple[str | None, str | None]] | None:
-        """Returns file → (digest at the run's start, digest now) of all changed files.
+        """Returns file → (digest when the run started, digest now) of all changed files.
 
         None if the digests at the start are unknown.
         """
@@ -97,7 +97,7 @@ class FileDigests:
 
 
 def digests_of(run: Run) -> tuple[FileDigests, FileDigests]:
-    """Returns the digests of the base's files and of a stream's files."""
+    """Returns the file digests of the base model, and those of a streamed dataset."""
     source = run.model.source
     base = [] if source.path is None else _weights(source.path)
     rows = _limit_files(_MOST, run.data.stream.files) if run.data.stream else []
@@ -117,7 +117,7 @@ def _weights(path: Path) -> list[Path]:
 
 
 def _limit_files(max_bytes: int, files: Sequence[Path]) -> list[Path]:
-    """Returns the first of `files` with at most `max_bytes` bytes in total."""
+    """Returns the first `files` whose total size is at most `max_bytes`."""
     selected = []
     for file in files:
         max_bytes -= file.stat().st_size
@@ -139,7 +139,7 @@ _IGNORED_FIELDS = set(
 
 
 def describe_model(model: PlannedModel) -> dict[str, Any]:
-    """Returns the fields of the base's config by dotted name, and digests of the tokenizer."""
+    """Returns the config of the base by dotted name, and digests of its tokenizer."""
     flat = dict(
         _flatten(CONFIG.rstrip("."), json.loads(model.config.to_json_string(use_diff=False)))
     )
@@ -149,8 +149,8 @@ def describe_model(model: PlannedModel) -> dict[str, Any]:
 def describe_tokenizer(tokenizer: Any) -> dict[str, str]:
     """Returns digests of a tokenizer and of its chat template.
 
-    Truncation and padding are ignored: some tokenizers, such as MiniLM's, are stored with them,
-    each call sets them anew, and rows are encoded without.
+    Truncation and padding are ignored: some tokenizers, such as MiniLM's, are stored with the
+    settings of their last call. Rows are encoded without either.
     """
     if tokenizer.is_fast:
         backend = json.loads(tokenizer.backend_tokenizer.to_str())
@@ -248,7 +248,7 @@ def describe_all_settings(run: Run, origin: Mapping[str, Any]) -> dict[str, Any]
 
 
 def read_origin(directory: RunDirectory, origin: Mapping[str, Any]) -> dict[str, Any]:
-    """Load the stored origin under current names; missing fields come from `origin`."""
+    """Load the stored origin under current field names; fields it lacks are taken from `origin`."""
     before = read_origin_file(directory)
     if "threads" in origin:  # absent in runs of older versions
         before.setdefault("threads", origin["threads"])
@@ -274,7 +274,7 @@ def read_origin(directory: RunDirectory, origin: Mapping[str, Any]) -> dict[str,
 def check_same_run(
     directory: RunDirectory, before: Mapping[str, Any], origin: Mapping[str, Any]
 ) -> None:
-    """Raise ConfigError with all fields that differ between the origins `before` and `origin`."""
+    """Raise ConfigError with all fields in which the origins `before` and `origin` differ."""
     changed = [key for key in {**before, **origin} if before.get(key) != origin.get(key)]
     if changed:
         differences = join_names(
@@ -305,7 +305,7 @@ def read_origin_file(directory: RunDirectory) -> dict[str, Any]:
 
 
 def _default_of(key: str) -> Any:
-    """Returns the default of a dotted configuration field; None for an unknown field."""
+    """Returns the default of the configuration field `key` (dotted); None for an unknown field."""
     section, _, name = key.partition(".")
     fields = getattr(TrainConfig.model_fields.get(section), "annotation", None)
     field = getattr(fields, "model_fields", {}).get(name)

@@ -40,9 +40,9 @@ _NAMED = ("target_modules", "target_parameters", "layers_to_transform", "modules
 
 
 def resolve_adapter(config: TrainConfig) -> tuple[TrainConfig, StartingAdapter | None, list[str]]:
-    """Apply `--adapter` to `config`; return the new configuration, the adapter, and notes.
+    """Apply `--adapter` to `config`; returns the new configuration, the adapter, and notes.
 
-    A full model, such as a merged one, becomes the base model instead, and no adapter is returned.
+    A full model, such as a merged one, becomes the base model instead, and the adapter is None.
 
     Raises:
         ConfigError: the adapter is missing or cannot be continued, or a flag contradicts it.
@@ -110,7 +110,7 @@ def resolve_adapter(config: TrainConfig) -> tuple[TrainConfig, StartingAdapter |
 def _task_settings(
     values: Mapping[str, Any], directory: Path, options: Mapping[str, Any]
 ) -> dict[str, dict[str, Any]]:
-    """Returns the adapter's settings of its task, by section, unless `values` replace them."""
+    """Returns the adapter's task settings by section; settings in `values` take precedence."""
     if "task" not in values:
         return {}
     result = TASKS[values["task"]].settings_of_adapter(directory, options)
@@ -118,7 +118,7 @@ def _task_settings(
 
 
 def _check_kind(name: str, directory: Path, output_dir: Path | None) -> None:
-    """Reject directories that are not PEFT adapters, and an output directory that contains it."""
+    """Reject directories that are not PEFT adapters, and those inside the output directory."""
     if (reader := find_reader(directory)) is not None:
         raise ConfigError(
             f"--adapter {name} is in {reader.name}'s form, which is read and not trained on. Train "
@@ -142,7 +142,7 @@ def _check_kind(name: str, directory: Path, output_dir: Path | None) -> None:
 
 
 def _read_spec(adapter: StartingAdapter, requested: MethodConfig) -> MethodConfig:
-    """Load the method section that rebuilds the adapter, from its recipe and PEFT config."""
+    """Returns the method configuration that rebuilds `adapter`, from its recipe and config."""
     settings, card = adapter.settings, adapter.card
     kind = card.method if card else _kind_of(adapter)
     run = find_run(adapter.directory)
@@ -173,7 +173,7 @@ def _read_spec(adapter: StartingAdapter, requested: MethodConfig) -> MethodConfi
 
 
 def _kind_of(adapter: StartingAdapter) -> str:
-    """Returns the method for an adapter written by plain PEFT, or raise ConfigError."""
+    """Returns the method of an adapter written by plain PEFT; ConfigError if none matches."""
     peft_type = str(adapter.settings.get("peft_type"))
     for kind, method in METHODS.items():
         if method.merging.peft_types[:1] == (peft_type,) and not method.tuner:
@@ -185,7 +185,7 @@ def _kind_of(adapter: StartingAdapter) -> str:
 
 
 def _saved_modules(adapter: StartingAdapter) -> list[str]:
-    """Returns the `modules_to_save` stored in the weights, without names PEFT adds itself."""
+    """Returns the adapter's `modules_to_save`, without those that PEFT adds itself."""
     tensors, _ = read_header(adapter.directory / ADAPTER_WEIGHTS)
     names = adapter.settings.get("modules_to_save") or []
     return [name for name in names if any(f".{name}." in key for key in tensors)]
@@ -285,7 +285,7 @@ def check_adapter_matches(adapter: StartingAdapter, run: Run) -> None:
 
 
 def find_adapter_warnings(adapter: StartingAdapter, run: Run) -> list[str]:
-    """Find warnings about unnamed classes and prompts that differ from the adapter's."""
+    """Find warnings about unknown class names, or a prompt format that the adapter did not have."""
     labels = run.data.facts["labels"]
     if adapter.card is None and labels and not run.config.data.labels:
         return [
@@ -302,7 +302,7 @@ def find_adapter_warnings(adapter: StartingAdapter, run: Run) -> list[str]:
 
 
 def _is_other(name: str, value: Any, built: Mapping[str, Any]) -> bool:
-    """Returns whether an adapter setting differs from what would be built."""
+    """Returns whether the setting `name` of an adapter differs from the one the run would build."""
     is_initialization = "init" in name or name.endswith("_config")
     if name in _UNCOMPARED_SETTINGS or is_initialization or name.endswith("dropout"):
         return False

@@ -26,11 +26,11 @@ from ftlevel.models.upstream.architectures import packable_experts
 
 @dataclass(frozen=True)
 class MethodTargets:
-    """Modules and tensors a method adapts, by full names.
+    """Full names of the modules and tensors that a method adapts.
 
     `parameters` and `full_modules` are PEFT's `target_parameters` and `modules_to_save`.
-    `fan_in_fan_out` means Conv1D, with `(in, out)` weights. `sizes` maps names of linear layers to
-    `(in, out)`, those of embeddings to the shape of the weight.
+    `fan_in_fan_out` means Conv1D, with `(in, out)` weights. `sizes` maps linear layers to `(in,
+    out)`, and embeddings to the shape of their weight.
     """
 
     modules: list[str]
@@ -40,7 +40,7 @@ class MethodTargets:
     full_modules: list[str] = field(default_factory=list)
 
     def choices(self, target_modules: Any) -> list[Choice]:
-        """Returns the lines shown at the start of the run; `target_modules` is `target_modules`."""
+        """Returns the lines about targets that are printed at the start of the run."""
         if not self.modules:
             return []
         names = dict.fromkeys(re.sub(r"^\d+$", "norm", n.rpartition(".")[2]) for n in self.modules)
@@ -56,7 +56,7 @@ class MethodTargets:
 def find_method_targets(
     spec: MethodConfig, meta: Any, model_name: str, quant: str = "none"
 ) -> MethodTargets:
-    """Returns what `spec` adapts in the meta model; raises ConfigError for a mismatch."""
+    """Returns what `spec` adapts in `meta`, a meta model; ConfigError if that does not exist."""
     method, tree = METHODS[spec.kind], ModuleTree(meta)
     modules = _modules(spec, method, tree, model_name)
     layers = getattr(spec, "layers_to_transform", None)
@@ -96,7 +96,7 @@ def _modules(spec: MethodConfig, method: Method, tree: ModuleTree, model_name: s
 def _embeddings(
     spec: MethodConfig, method: Method, tree: ModuleTree, requested: str | list[str]
 ) -> tuple[list[str], str | list[str]]:
-    """Split `requested` into embedding or output layers and the rest.
+    """Split `requested` into the embedding or output layers among them, and the others.
 
     Raises ConfigError if the method does not support these layers.
     """
@@ -118,7 +118,7 @@ def _embeddings(
 
 
 def _in_layers(modules: Sequence[str], tree: ModuleTree, layers: Sequence[int]) -> list[str]:
-    """Returns the modules in the given `layers`; raises ConfigError for missing layers."""
+    """Returns those of `modules` in the given `layers`; ConfigError for missing layers."""
     available = {tree.layer(name) for name in modules} - {None}
     missing = [layer for layer in layers if layer not in available]
     if missing:
@@ -131,7 +131,7 @@ def _in_layers(modules: Sequence[str], tree: ModuleTree, layers: Sequence[int]) 
 
 
 def _in_full(names: Sequence[str], tree: ModuleTree, model_name: str, quant: str) -> list[str]:
-    """Resolve `modules_to_save` to names that PEFT matches to these modules only."""
+    """Returns `modules_to_save` as names that PEFT matches to the requested modules only."""
     resolved: list[str] = []
     for name in names:
         matches = [full for full in tree.modules if f".{full}".endswith(f".{name}")]
@@ -154,7 +154,7 @@ def _in_full(names: Sequence[str], tree: ModuleTree, model_name: str, quant: str
 
 
 def _parameters(requested: str | Sequence[str], tree: ModuleTree, model_name: str) -> list[str]:
-    """Resolve `target_parameters` to tensor name suffixes; raise ConfigError for unknown ones."""
+    """Returns `target_parameters` as suffixes of tensor names; ConfigError for unknown ones."""
     experts = list(dict.fromkeys(part.pattern.rpartition("}.")[2] for part in tree.experts()))
     if requested == "experts":
         if not experts:
@@ -178,7 +178,7 @@ def _parameters(requested: str | Sequence[str], tree: ModuleTree, model_name: st
 def resolve_quantization(
     quant: QuantConfig, method: MethodConfig, model_config: Any, source: ModelSource, device: str
 ) -> QuantConfig:
-    """Returns the quantization of the base: `quant`, or that of its checkpoint.
+    """Returns the quantization of the base: that of its checkpoint, or else `quant`.
 
     Raises:
         ConfigError: the quantization does not match the method, `--quant` or the device.
@@ -203,7 +203,7 @@ def resolve_quantization(
 def resolve_experts(
     quant: QuantConfig, method: MethodConfig, meta: Any, stored: bool
 ) -> tuple[QuantConfig, str]:
-    """Resolve `experts` in `quant`; also return why experts are not quantized, or "".
+    """Returns `quant` with `experts` resolved, and the reason if experts are not quantized (or "").
 
     `meta` is the base on the meta device; `stored` is whether its checkpoint is quantized.
 
@@ -252,6 +252,6 @@ def check_method(
 
 
 def choose_precision(method: MethodConfig, wish: str, device: str, model_type: str) -> Choice:
-    """Choose the compute precision; raise ConfigError if it is not supported."""
+    """Choose the compute precision, given `--dtype`; raise ConfigError if it is not supported."""
     needed = METHODS[method.kind].initialization.required_dtype(method, wish)
     return needed or choose_dtype(wish, device, method.kind, model_type)

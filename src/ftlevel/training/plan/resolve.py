@@ -83,7 +83,7 @@ from ftlevel.training.plan.schedule import (
 
 @dataclass(frozen=True)
 class _BaseModel:
-    """Base model before rows are read; `choices` are those for tokenizer and experts."""
+    """Base model before rows are read; `choices` are lines on its tokenizer and experts."""
 
     source: ModelSource
     config: Any
@@ -98,7 +98,7 @@ class _BaseModel:
 
 @dataclass(frozen=True)
 class SyntheticBatch:
-    """Substitutes used by an estimate, each None to use the real one.
+    """Substitutes that a memory or time estimate uses; None means the real one.
 
     `tokenizer` needs `eos_token_id`, `pad_token_id` and `chat_template`; `rows` creates rows for a
     task, a model kind and a config. The weights of `source` may be missing; nothing is loaded on
@@ -268,7 +268,7 @@ def _read_model(config: TrainConfig, task: BaseTask, synthetic: SyntheticBatch) 
 def _resolve_experts(
     quant: QuantConfig, method: MethodConfig, model_config: Any, auto_class: str
 ) -> tuple[QuantConfig, Choice | None]:
-    """Resolve expert quantization; return `quant` and the message that describes it, if any."""
+    """Returns `quant` with expert quantization resolved, and the line that describes it, if any."""
     if quant.kind == "none" and not quant.experts:
         return quant, None
     meta = build_task_model(model_config, auto_class)
@@ -284,7 +284,7 @@ def _resolve_experts(
 def _plan_model(
     base: _BaseModel, model_config: Any, meta: Any, task: BaseTask, *, continues: bool
 ) -> PlannedModel:
-    """Returns the planned model; a run that `continues` an adapter has its heads."""
+    """Returns the planned model; with `continues`, the adapter has the heads, so none is new."""
     heads, new_modules = task.find_heads(meta, base.source)
     return PlannedModel(
         source=base.source,
@@ -304,7 +304,7 @@ def _plan_model(
 
 
 def _run_facts(model: PlannedModel, meta: Any, objective: Objective, steps: int) -> RateFacts:
-    """Returns the facts that determine default learning rates."""
+    """Returns the facts about the run from which default learning rates are derived."""
     parameters = [p for head in model.new_heads for p in meta.get_submodule(head).parameters()]
     matrices = sum(parameter.dim() > 1 for parameter in parameters)
     return RateFacts(
@@ -325,14 +325,14 @@ def _disable_layerdrop(model_config: Any) -> list[Choice]:
 
 
 def _disable_dropout(model_config: Any) -> list[Choice]:
-    """Disable all dropout in `model_config` (modified), for models that sample what they learn."""
+    """Disable all dropout in `model_config` (modified), for models trained on their own samples."""
     config = model_config.get_text_config()
     values = {n: v for n, v in config.to_dict().items() if isinstance(v, float) and "drop" in n}
     return _set_to_zero(config, values, "dropout", "off")
 
 
 def _set_to_zero(config: Any, values: Mapping[str, float], name: str, shown: str) -> list[Choice]:
-    """Set the positive `values` of `config` (mutated) to 0, and return the line that shows it."""
+    """Set fields of `config` (mutated) with positive `values` to 0; returns a line about them."""
     positive = {field: value for field, value in values.items() if value and value > 0}
     for field in positive:
         setattr(config, field, 0.0)
@@ -379,8 +379,8 @@ the user's `--map`, which may rename columns for any task."""
 def infer_task(config: TrainConfig) -> tuple[TrainConfig, str]:
     """Returns `config` with the task inferred from model and columns, and an explanation.
 
-    Only encoders without a named task and without built-in data need this; otherwise the reason is
-    "".
+    A task is inferred only for an encoder, if neither a task nor built-in data is named. Otherwise,
+    the explanation is empty.
 
     Raises:
         ConfigError: the task does not match the rest of the configuration.

@@ -38,8 +38,8 @@ class PlannedModel:
     """The base model before the weights are loaded.
 
     `kind` is encoder, decoder or encoder-decoder; `config` has labels and padding for the task.
-    `heads` are trained in full; `new_heads` are those missing from the checkpoint, randomly
-    initialized. `new_modules` may also have missing weights. `unused` modules do not affect the
+    `heads` are trained in full. Those missing from the checkpoint are `new_heads`, randomly
+    initialized. Weights of `new_modules` may be missing too. `unused` modules do not affect the
     loss and stay frozen.
     """
 
@@ -59,7 +59,7 @@ class PlannedModel:
 
     @property
     def family(self) -> str:
-        """Architecture, as in the config's `model_type`."""
+        """The model type: `model_type` of the config."""
         return str(self.config.model_type)
 
     @property
@@ -85,14 +85,14 @@ class Schedule:
 
 @dataclass(frozen=True)
 class AuxiliaryModels:
-    """Auxiliary models that are not trained: the preference reference, the teacher, the guide."""
+    """Models that are used but not trained: preference reference, teacher, guide."""
 
     reference: ReferenceModel | None = None
     teacher: ReferenceModel | None = None
     guide: ReferenceModel | None = None
 
     def fingerprints(self) -> Mapping[tuple[str, str], str]:
-        """Returns (section, field) → fingerprint of each model."""
+        """Returns (configuration section, field) → fingerprint of the model named there."""
         models = {
             ("preference", "reference"): self.reference,
             ("distillation", "teacher"): self.teacher,
@@ -103,7 +103,7 @@ class AuxiliaryModels:
 
 @dataclass(frozen=True)
 class StartingAdapter:
-    """A trained adapter; `card` is None if plain PEFT wrote it, `fingerprint` is a SHA-256."""
+    """Adapter to continue from; `card` is None for plain PEFT's, `fingerprint` is a SHA-256."""
 
     name: str
     directory: Path
@@ -113,7 +113,7 @@ class StartingAdapter:
 
     @property
     def choice(self) -> Choice:
-        """Line printed at the start of the run."""
+        """The line about the adapter that is printed at the start of the run."""
         origin = "by plain PEFT" if self.card is None else f"for {self.card.task}"
         return Choice("adapter", self.name, f"trained {origin}; base and method are its own")
 
@@ -124,12 +124,12 @@ class StartingAdapter:
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """A configuration with everything that is decided from it before weights load.
+    """A configuration and everything that follows from it before weights load.
 
-    `written_base` is the directory of a base that was passed as an object and has no other files.
-    `config.quant` is what the user configured; `model.quant` also has the quantization of the
-    checkpoint. `best` is None if no best model is selected, `adapter` is None for a new adapter,
-    and `auxiliary` is filled in when the run starts.
+    `written_base` is the directory to which a base passed as an object was written. `config.quant`
+    is what the user configured; `model.quant` also has the quantization of the checkpoint. `best`
+    is None if no best model is selected, `adapter` is None for a new adapter, and `auxiliary` is
+    filled in when the run starts.
     """
 
     config: TrainConfig
@@ -170,7 +170,7 @@ class Run:
 
     @property
     def base(self) -> Base:
-        """The model facts a method needs to build its adapter."""
+        """The facts about the base model from which a method builds its adapter."""
         model, targets = self.model, self.targets
         return Base(
             config=model.config,
@@ -188,7 +188,7 @@ class Run:
 
 
 def model_choice(model: ModelConfig, model_type: str, total: int, source: ModelSource) -> Choice:
-    """Returns the message that describes the model."""
+    """Returns the line that describes the model at the start of the run."""
     size = f"{model_type}, {total / 1e6:,.1f} M parameters"
     default = model.name_or_path == DEFAULT_MODEL
     return Choice("model", source.name, size + ("; the built-in model" if default else ""))
@@ -215,7 +215,7 @@ def method_choices(
 
 
 def head_choices(task: BaseTask, heads: list[str]) -> list[Choice]:
-    """Returns the message that describes modules trained in full, if any."""
+    """Returns the line that lists the heads trained in full; empty without heads."""
     return [Choice("heads", ", ".join(heads), task.heads_reason)] if heads else []
 
 
@@ -231,11 +231,11 @@ def size_choices(run: Run, *, try_method: bool) -> list[Choice]:
 
 
 def count_trainable(run: Run, *, try_method: bool = False) -> tuple[int, int]:
-    """Count trainable and of all parameters, without weights.
+    """Returns the number of trainable and of all parameters, without loading weights.
 
-    The method's own formula is used where it exists, since building every adapter module on the
-    meta model takes as long as on the real one. `try_method` builds the modules in any case, for a
-    dry run.
+    The method's own formula is used if there is one, since building every adapter module on the
+    meta device takes as long as a real one. With `try_method`, as in a dry run, the modules are
+    built anyway.
     """
     method, total = run.config.method, run.model.total_parameters
     method_info = METHODS[method.kind]
@@ -249,7 +249,7 @@ def count_trainable(run: Run, *, try_method: bool = False) -> tuple[int, int]:
 
 
 def count_parameters(model: Any) -> tuple[int, int]:
-    """Count trainable and of all parameters of `model`, each counted once.
+    """Returns the number of trainable and of all parameters of `model`; tied ones count once.
 
     The frozen original that PEFT's `ModulesToSaveWrapper` keeps next to its copy is not counted.
     """
@@ -266,6 +266,6 @@ def count_parameters(model: Any) -> tuple[int, int]:
 
 
 def _count(parameter: Any) -> int:
-    """Count the values in `parameter`; 4-bit weights store two per byte."""
+    """Returns the number of values in `parameter`; 4-bit weights store two per byte."""
     is_quantized = type(parameter).__name__ == "Params4bit" or hasattr(parameter, "quant_state")
     return parameter.numel() * (2 if is_quantized else 1)

@@ -25,15 +25,16 @@ from ftlevel.training.plan.run import Schedule
 
 
 def count_steps_per_epoch(config: TrainerConfig, rows: int) -> int:
-    """Count optimizer steps per epoch of `rows` rows."""
+    """Returns the optimizer steps per epoch of `rows` rows."""
     micro_steps = math.ceil(rows / config.per_device_train_batch_size / (config.num_processes or 1))
     return max(math.ceil(micro_steps / config.gradient_accumulation_steps), 1)
 
 
 def rows_per_epoch(config: TrainConfig, data: PreparedData) -> int:
-    """Returns how many rows an epoch trains on.
+    """Returns how many rows an epoch trains on, counting repetitions.
 
-    Rollouts serve several steps. With one set per step, the last step of each set is filled up.
+    A step's rollout may be used for several steps. If rows come in sets, the last step of each set
+    is filled up.
     """
     step, rows = config.train.rows_per_step, len(data.train)
     if data.sets:
@@ -52,7 +53,7 @@ def count_steps(config: TrainerConfig, rows: int) -> int:
 
 @dataclass(frozen=True)
 class LearningRates:
-    """Peak learning rates: `base` for everything but new heads, `default` if the user sets none."""
+    """Peak learning rates: `head` for new heads, `base` for the rest, `default` if not set."""
 
     base: Choice
     default: float
@@ -60,7 +61,7 @@ class LearningRates:
 
     @property
     def choices(self) -> list[Choice]:
-        """Lines printed at the start; the head has one only if its rate differs."""
+        """The lines printed at the start; the head has one only if its rate differs."""
         differs = self.head is not None and self.head.value != self.base.value
         return [self.base, self.head] if differs and self.head else [self.base]
 
@@ -79,8 +80,8 @@ def choose_rates(
 ) -> LearningRates:
     """Choose the peak learning rates: the user's, or the method's defaults for the run.
 
-    A `--learning-rate` also applies to new heads, unless `--head-learning-rate` is set. `share` is
-    the rate of the task as a multiple of the supervised rate, after `papers`.
+    A `--learning-rate` also applies to new heads, unless `--head-learning-rate` is set. The default
+    is multiplied by `share`, a factor of the task that `papers` cites.
     """
     base = head = None
     if train.learning_rate is not None:
@@ -100,7 +101,7 @@ def choose_rates(
 
 
 def find_default_model_warnings(model: ModelConfig, data: DataConfig) -> list[str]:
-    """Find a warning if the user's own data trains the default built-in model."""
+    """Find a warning if the user's own data trains the small built-in model, the default."""
     is_user_data = not data.dataset.startswith("builtin:")
     if not is_user_data or "name_or_path" in model.model_fields_set:
         return []
@@ -112,7 +113,7 @@ def find_default_model_warnings(model: ModelConfig, data: DataConfig) -> list[st
 
 
 def check_schedule(config: TrainerConfig, rate: float, steps: int, validation_rows: int) -> None:
-    """Raise ConfigError for a schedule this run cannot follow; `rate` is the peak."""
+    """Raise ConfigError for schedule options that do not suit this run; `rate` is the peak."""
     name, options, problems = config.lr_scheduler_type, config.lr_scheduler_kwargs, []
     flag = "--lr-scheduler-kwargs"
     for floor in ("min_lr", "lr_end"):
@@ -140,7 +141,7 @@ def check_schedule(config: TrainerConfig, rate: float, steps: int, validation_ro
 def find_warnings(
     config: TrainerConfig, rows: int, validation_rows: int, *, new_head: bool = True
 ) -> list[str]:
-    """Find warnings about settings that have no effect in a run of this length and head."""
+    """Find warnings about settings that have no effect or do not suit the length of the run."""
     steps, warnings = count_steps(config, rows), []
     if config.warmup_steps > max(steps, 1):
         reached = (steps - 1) / int(config.warmup_steps)
@@ -181,9 +182,9 @@ def choose_loss(
     names: Sequence[str],
     rows: Sequence[Encoded],
 ) -> tuple[TrainingLoss, list[Choice]]:
-    """Choose the training loss for the classes or tags `names`, and the lines that show it.
+    """Returns the training loss and the lines that show it; `names` are those of classes or tags.
 
-    `rows` are training rows, used to balance classes.
+    `rows` are the training rows, used to balance classes.
 
     Raises:
         ConfigError: the loss is not available for this objective.
@@ -236,7 +237,7 @@ def _check(train: TrainerConfig, task: str, objective: Objective) -> None:
 
 
 def _read_weights(weights: Mapping[str, float], names: Sequence[str]) -> tuple[float, ...]:
-    """Load the weights of `names`, 1 by default; raise ConfigError for unknown names."""
+    """Returns the weight of each of `names`, 1 by default; ConfigError for unknown names."""
     unknown = [name for name in weights if name not in names]
     if unknown:
         raise ConfigError(
@@ -247,7 +248,7 @@ def _read_weights(weights: Mapping[str, float], names: Sequence[str]) -> tuple[f
 
 
 def _describe(weights: Mapping[str, float]) -> str:
-    """Format weights in a line: all of a few, or the smallest and largest of many."""
+    """Format class weights in a line: all of a few, or the smallest and largest of many."""
     ordered = sorted(weights.items(), key=lambda item: item[1])
     parts = [f"{name} {weight:.3g}" for name, weight in ordered]
     if len(parts) <= _SHOWN:
@@ -267,7 +268,7 @@ def find_bounds(
     device: str,
     dtype: str,
 ) -> LengthBounds:
-    """Find the bounds of a row's length in tokens, by positions and by memory.
+    """Find how long a row may be, in tokens, by the model's positions and by memory.
 
     Raises:
         ConfigError: the method's virtual tokens leave no room for text.
