@@ -6,6 +6,7 @@
 # make demo    install ftlevel from this checkout and fine-tune a small real model with it
 # make matrix  train every method on every family, task and base in tiny models (10 minutes)
 # make torture kill, interrupt, damage, fill: every row of docs/reliability.md at its full count (hours)
+# make distributed  launchers, methods and --shard by two processes against one (docs/distributed.md)
 # make gpu-sim simulate steps on a card that is not there, and print figures beside their bounds
 # make gpu-kit pack the folder to carry to a GPU without a network, and print what to run there
 # make servers install vLLM, mlx-lm and OpenVINO GenAI, each in an environment of its own (4 GB)
@@ -51,7 +52,7 @@ TEST_BIN := $(TEST_DIR)/venv/bin
 DEMO_BIN := $(DEMO_DIR)/venv/bin
 SOURCES := $(shell find src -name '*.py')
 
-.PHONY: help test test-quick test-kernels demo lint docs docs-commands matrix sweeps mutants torture gpu-sim gpu-kit servers served \
+.PHONY: help test test-quick test-kernels demo lint docs docs-commands matrix sweeps mutants torture distributed gpu-sim gpu-kit servers served \
 	clean
 .DELETE_ON_ERROR:
 
@@ -123,6 +124,9 @@ matrix: $(TEST_DIR)/installed
 torture: export OMP_NUM_THREADS ?= 1
 torture: $(TEST_DIR)/installed
 	$(TEST_BIN)/python scripts/torture.py $(TORTURE_FLAGS)
+
+distributed: $(TEST_DIR)/installed
+	$(TEST_BIN)/python benchmarks/distributed.py
 
 gpu-sim: export OMP_NUM_THREADS ?= 1
 gpu-sim: export PYTHONPATH := src:tests:scripts

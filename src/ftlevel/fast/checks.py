@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 from transformers.cache_utils import Cache
 
 from ftlevel.data.encoding.collate import Collator
@@ -35,6 +34,7 @@ from ftlevel.fast.pruning import find_prunable_linears
 from ftlevel.fast.recompute import using_generator
 from ftlevel.models.hardware import autocast, evaluating
 from ftlevel.models.module_tree import find_blocks, linear_size
+from ftlevel.models.upstream.fake import map_leaves
 from ftlevel.task import Objective, TokenObjective
 
 LENGTHS = 16, 12
@@ -216,7 +216,7 @@ def in_float32(blocks: Sequence[nn.Module], device: str) -> Iterator[None]:
             if tensor.is_floating_point() and tensor.dtype != torch.float32:
                 before[tensor] = tensor.data
                 tensor.data = tensor.data.float()
-        return tree_map(_upcast, (args, kwargs))
+        return map_leaves(_upcast, (args, kwargs))
 
     def leave(block: nn.Module, args: Any, output: Any) -> None:  # noqa: ARG001 - a hook
         while before:

@@ -29,6 +29,11 @@ _AT_INDEX = (
 _IDENTITIES = (torch.ops.aten.eye.default, torch.ops.aten.eye.m)
 
 
+def map_leaves(function: Callable[[Any], Any], tree: Any) -> Any:
+    """Apply `function` to the leaves of nested tuples, lists and dicts; returns a new tree."""
+    return tree_map(function, tree)
+
+
 class FakeTensor(Tensor):
     """CPU tensor without values; `shape_only` is its meta tensor."""
 
