@@ -1,8 +1,8 @@
-"""The processes of a run, one per device, as of a launcher.
+"""The processes of a run, one per device, as started by a launcher.
 
 Every process resolves the same run from the same files, which is checked. Only the first process
-prints and writes; all compute each optimizer step together. Processes that stop responding or
-delay the others are reported.
+prints and writes; all compute each optimizer step together. Processes that stop responding or delay
+the others are reported.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Processes:
-    """The number of processes and the rank of this one, from the launcher's environment."""
+    """The number of processes of a run and the rank of this one, from the environment."""
 
     world: World = field(default_factory=World)
 
@@ -96,7 +96,7 @@ class Processes:
             distributed.barrier()
 
     def from_first(self, make: Callable[[], T]) -> T:
-        """Call `make` in the first process and return the result, or raise its error, in all."""
+        """Call `make` in the first process; all return its result, or raise its error."""
         if self.count == 1:
             return make()
         shared: list[Any] = [None, None]
@@ -113,7 +113,7 @@ class Processes:
         return result
 
     def in_all(self, make: Callable[[], T]) -> T:
-        """Call `make` in every process and return the result; an error in one is raised in all."""
+        """Call `make` in every process; returns its result, or raises an error of any in all."""
         if self.count == 1:
             return make()
         result, local_error = None, None
@@ -139,7 +139,7 @@ class Processes:
         return cast("T", result)  # set if no process raised
 
     def exchange(self, value: T) -> list[T]:
-        """Returns the values of all processes, in rank order."""
+        """Returns the `value` of every process, in rank order."""
         if self.count == 1:
             return [value]
         values: list[Any] = [None] * self.count
@@ -174,7 +174,7 @@ class Processes:
             raise error
 
     def any(self, flag: bool) -> bool:
-        """Whether `flag` is set in any process."""
+        """Returns whether `flag` is set in any process."""
         return bool(self.most(int(flag)))
 
     def mean(self, value: float) -> float:
@@ -195,7 +195,7 @@ class Processes:
 
 
 def started_processes() -> Processes:
-    """Returns the processes of a launcher; a single one without a launcher.
+    """Returns the processes that a launcher started; without a launcher, a single one.
 
     Raises:
         ConfigError: the launcher's environment variables are inconsistent.
@@ -204,9 +204,9 @@ def started_processes() -> Processes:
 
 
 def resolve_processes(train: TrainerConfig, processes: Processes, rows_only: bool) -> TrainerConfig:
-    """Returns `train` with the actual number of processes (None for one), or raise ConfigError.
+    """Returns `train` with the number of processes set (None for one), or raise ConfigError.
 
-    With `rows_only` nothing is trained, and one process may stand for any configured number.
+    With `rows_only`, as in a dry run, one process may stand for any configured number.
     """
     requested, count = train.num_processes, processes.count
     by = f" by {processes.world.launcher}" if processes.world.launcher else ""
@@ -255,7 +255,7 @@ class WatchProcesses(TrainerCallback):
         sys.stderr.flush()
 
     def __enter__(self) -> WatchProcesses:
-        """Start the threads if there are several processes."""
+        """Start the heartbeat threads, if there are several processes."""
         if self._world.size > 1:
             threading.Thread(target=self._exchange, daemon=True).start()
         if len(self._watched):
@@ -268,7 +268,7 @@ class WatchProcesses(TrainerCallback):
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """Record the start of a step, whose rows are read."""
+        """Record that this process starts a step; its rows have been read."""
         now = time.monotonic()
         if self._step_start:
             self._steps = [*self._steps[-9:], now - self._step_start]
@@ -277,11 +277,11 @@ class WatchProcesses(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """Stop the heartbeats; the first process continues alone."""
+        """Stop the heartbeats: after training, only the first process continues."""
         self._ended.set()
 
     def _exchange(self) -> None:
-        """Send this process's heartbeat and read those of watched ranks, until the run ends."""
+        """Send this process's heartbeat and read those of watched ranks, until training ends."""
         world, number = self._world, 0
         host = socket.gethostname()
         try:
@@ -312,7 +312,7 @@ class WatchProcesses(TrainerCallback):
                     self._heartbeats[rank] = (self._last_exchange, json.loads(sign))
 
     def _watch(self) -> None:
-        """Report each missing process once, until it recovers."""
+        """Warn about each rank that delays the others, once until it recovers."""
         reported: set[int] = set()
         last = time.monotonic()
         while not self._ended.wait(_EVERY):
@@ -330,7 +330,7 @@ class WatchProcesses(TrainerCallback):
             reported = set(missed)
 
     def _find_missing(self, now: float) -> Iterator[tuple[int, str]]:
-        """Yields the ranks that delay the others, with a message."""
+        """Yields each rank that delays the others at time `now`, with a message."""
         mine = self._step
         is_alone = (
             self._world.rank > 0 and now - self._last_exchange > PATIENCE

@@ -45,12 +45,12 @@ PROBE_SCORES = 8_000_000
 
 @dataclass(frozen=True)
 class Proof:
-    """Result of checking a saved run; differences are maxima over absolute logit differences.
+    """Result of checking a saved run; differences are the largest absolute ones of logits.
 
     Attributes:
-        idle_tensors: tensors with a zero gradient in the first two steps.
-        frozen_tensors: frozen tensors that are bit for bit as loaded.
-        adapter_effect: difference made by training.
+        idle_tensors: number of tensors with a zero gradient in the first two steps.
+        frozen_tensors: number of frozen tensors; all are bit for bit as loaded.
+        adapter_effect: difference between the logits before and after training.
         skipped_steps: steps skipped because float16 overflowed.
     """
 
@@ -65,7 +65,7 @@ class Proof:
 
 @dataclass(frozen=True)
 class Origin:
-    """Digests of the unmodified base's tensors, by their names in it, and a function to load it."""
+    """The base as first loaded: digests of its tensors by name, and a function to load it again."""
 
     digests: Mapping[str, Digest]
     load: Callable[[], Any]
@@ -91,7 +91,7 @@ def prove(
 
 
 def describe_proof(comparison: Found, probe: Probe, gradients: GradientMonitor) -> Proof:
-    """Returns the proof of a saved run from the comparison and the observed gradients."""
+    """Returns the proof of a saved run, given the comparison and the gradients seen in training."""
     return Proof(
         gradients.checked,
         len(gradients.idle),
@@ -102,7 +102,7 @@ def describe_proof(comparison: Found, probe: Probe, gradients: GradientMonitor) 
 
 
 def build_probe(run: Run) -> Probe:
-    """Build the batch and settings on which the trained and the reloaded model are compared."""
+    """Build the batch and settings with which the trained and the reloaded model are compared."""
     planned, rows = run.model, run.data.validation or run.data.train
     batch = probe_batch(rows, planned.pad_id, planned.device, run.objective, planned.vocabulary)
     return Probe(batch, run.objective, planned.device, planned.dtype)
@@ -111,10 +111,10 @@ def build_probe(run: Run) -> Probe:
 def probe_batch(
     rows: Sequence[Encoded], pad_id: int, device: str, objective: Objective, vocabulary: int
 ) -> dict[str, Tensor]:
-    """Returns a batch of rows of medium length, to compare logits on.
+    """Returns a batch of rows of medium length, on which logits are compared.
 
-    For token objectives rows are truncated, so that the logits (`vocabulary` per position) stay
-    below `PROBE_SCORES`.
+    For token objectives, rows are truncated so that the batch has at most `PROBE_SCORES` logits:
+    `vocabulary` per position.
     """
     branches = (branch for row in rows for branch in row.branches)
     by_length = sorted(branches, key=lambda branch: len(branch.input_ids))
@@ -180,15 +180,15 @@ def check_saved(
 
 
 def bound_of(logits: Tensor, probe: Probe) -> float:
-    """Returns the maximal allowed difference between the logits of saved and trained model."""
+    """Returns the largest allowed difference of the saved model's logits from `logits`."""
     return logits.abs().max().item() * (1e-5 if probe.dtype == "float32" else 1e-2)
 
 
 def check_differences(directory: Path, difference: float, effect: float, bound: float) -> None:
     """Raise RunError if `difference` exceeds `bound`, or if the `effect` of training is zero.
 
-    Both are largest absolute differences of logits: saved and trained model, before and after
-    training.
+    Both are largest absolute differences of logits. `difference` is between saved and trained
+    model, `effect` between the model before and after training.
     """
     if not difference <= bound:  # also NaN
         raise RunError(
@@ -210,7 +210,7 @@ _SAVED = "saved"
 
 
 def _compare_on_same_base(trained: Any, directory: Path, probe: Probe) -> Compared | None:
-    """Add the saved adapter next to the trained one; None if PEFT cannot combine them."""
+    """Returns the logits without adapter and with the saved one; None if PEFT cannot add it."""
     name, flags = trained.active_adapter, [p.requires_grad for p in trained.parameters()]
     with trained.disable_adapter():
         before = probe.logits(trained)
@@ -231,7 +231,7 @@ def _compare_on_same_base(trained: Any, directory: Path, probe: Probe) -> Compar
 def _compare_on_fresh_base(
     trained: Any, directory: Path, load_base: Callable[[], Any], probe: Probe
 ) -> Compared:
-    """Load the base again, with `trained` moved off the device meanwhile."""
+    """Returns the logits of a newly loaded base, and those of the saved files on it."""
     with _moved_to_cpu(trained, probe.device):
         fresh = load_base()
         if hasattr(trained, "peft_config"):
@@ -251,7 +251,7 @@ def _compare_on_fresh_base(
 
 @contextlib.contextmanager
 def _moved_to_cpu(model: Any, device: str) -> Iterator[None]:
-    """Move `model` (modified) to host memory inside the block."""
+    """Move `model` (modified) to host memory inside the block, and back to `device` after it."""
     original_device = next(model.parameters()).device
     if device != "cpu":
         model.to("cpu")
@@ -263,7 +263,7 @@ def _moved_to_cpu(model: Any, device: str) -> Iterator[None]:
 
 
 def compare_frozen(trained: Any, expected: Mapping[str, Digest], *, rewritten: bool = False) -> int:
-    """Returns how many frozen tensors of `trained` have the digests of the base.
+    """Returns the number of frozen tensors of `trained`, all of which have the base's digests.
 
     Raises:
         RunError: a tensor changed.

@@ -50,7 +50,7 @@ from ftlevel.training.plan.run import Run
 def read_or_fill(
     data: DataConfig, start: str, rows: Sequence[Encoded], fill: Callable[[np.ndarray], None]
 ) -> tuple[np.ndarray, bool]:
-    """Load the (rows, 2) float32 array written by `fill`, and whether it was fully cached.
+    """Returns the (rows, 2) float32 array that `fill` computes, and whether it was fully cached.
 
     A partly filled file is completed. A file lock ensures that one process computes at a time.
     """
@@ -62,10 +62,10 @@ def read_or_fill(
 def open_or_fill(
     path: Path | None, shape: tuple[int, ...], dtype: Any, fill: Callable[[np.ndarray], None]
 ) -> tuple[np.ndarray, bool]:
-    """Open the array at `path`, completed by `fill`, and whether it was complete before.
+    """Returns the array stored at `path`, completed by `fill`, and whether it was complete before.
 
-    Missing values are NaN. In a structured dtype the first value of the first field marks an item
-    as filled, so `fill` must write it last. Without `path`, the array is in memory.
+    Missing values are NaN. In a structured dtype, the first value of the first field marks an item
+    as filled, so `fill` must write it last. If `path` is None, the array is in memory.
     """
     from filelock import FileLock
 
@@ -84,21 +84,21 @@ def open_or_fill(
 
 
 def unfilled_values(array: np.ndarray) -> np.ndarray:
-    """Returns the part of `array` that is NaN until it is filled."""
+    """Returns a view of the values of `array` that are NaN until filled."""
     names = array.dtype.names
     result: np.ndarray = array[names[0]] if names else array
     return result
 
 
 def is_missing(array: np.ndarray) -> np.ndarray:
-    """Returns a mask of the items of `array` that are not filled yet."""
+    """Returns a boolean mask of the items of `array` that are not filled yet."""
     numbers = unfilled_values(array)
     result: np.ndarray = np.isnan(numbers if array.dtype.names is None else numbers[..., 0])
     return result
 
 
 def cache_path(data: DataConfig, prefix: str, start: str, rows: Sequence[Encoded]) -> Path | None:
-    """Returns the path of the cache file for `rows` and the key `start`; None if caching is off."""
+    """Returns the cache file of the values that `start` and `rows` determine; None if off."""
     if not data.cache or not is_writable():
         return None
     digest = hashlib.sha256(start.encode())
@@ -110,7 +110,7 @@ def cache_path(data: DataConfig, prefix: str, start: str, rows: Sequence[Encoded
 
 
 def _open(path: Path, shape: tuple[int, ...], dtype: Any) -> np.memmap:
-    """Memory-map the file at `path`, or a new one filled with NaN."""
+    """Memory-map the array file at `path`; if there is none, create it filled with NaN."""
     if path.exists():
         with contextlib.suppress(ValueError, OSError):
             array = np.lib.format.open_memmap(path, mode="r+")
@@ -124,7 +124,7 @@ def _open(path: Path, shape: tuple[int, ...], dtype: Any) -> np.memmap:
 
 
 def digest_start(run: Run, adapted: PreparedModel) -> str:
-    """Returns a JSON string of all that determines the initial model's log-probabilities."""
+    """Returns a JSON string that identifies what the initial log-probabilities depend on."""
     model, fast = run.model, adapted.fast.plan if adapted.fast is not None else run.fast
     path = model.source.path
     digest = hashlib.sha256()
@@ -163,8 +163,8 @@ AT_ONCE = 64
 class Reference:
     """Facts of a reference for summary.json, and `start`, a directory with files to save.
 
-    `start` has the initial adapter or the name of a different model; it is None if the adapter has
-    no effect.
+    `start` contains the initial adapter, or the name of a different model. It is None if the
+    initial adapter has no effect.
     """
 
     facts: Mapping[str, Any]
@@ -174,7 +174,7 @@ class Reference:
 def compute_initial_reference(
     run: Run, adapted: PreparedModel, listener: Listener
 ) -> tuple[Run, Reference | None]:
-    """Compute the run with log-probabilities of the initial model, and the reference.
+    """Returns the run with log-probabilities of the initial model in its rows, and the reference.
 
     The reference is None if the objective needs none.
     """
@@ -195,10 +195,10 @@ def needs_reference(run: Run) -> bool:
 def fill_rows(
     run: Run, name: str, key: str, ask: Callable[[], tuple[Run, PreparedModel]], listener: Listener
 ) -> tuple[Run, dict[str, Any]]:
-    """Returns `run` with reference log-probabilities in the rows, and facts for summary.json.
+    """Returns `run` with reference log-probabilities in its rows, and facts for summary.json.
 
-    `key` identifies all that determines the values. `ask` loads the reference model and the run it
-    computes with; it is not called if all values are cached.
+    `key` identifies all that determines the values. `ask` returns the reference model and the run
+    to compute it with; it is called only if values are not cached.
     """
     task: Any = run.task
     train, cached = read_or_fill(run.config.data, key, run.data.train, lambda to: _fill(*ask(), to))
@@ -227,7 +227,7 @@ FIRST_LOSS = 1e-6
 def describe_first_loss(
     reference: Reference, run: Run, records: Sequence[Mapping[str, Any]]
 ) -> tuple[dict[str, Any], list[str]]:
-    """Returns the reference's facts for summary.json, and a note if the first loss deviates."""
+    """Returns the reference's facts for summary.json, and a note on an unexpected first loss."""
     expected, facts = run.objective.first_loss, dict(reference.facts)
     first = next((r["loss"] for r in records if r["step"] == 1 and "loss" in r), None)
     if expected is None or first is None:
@@ -247,8 +247,8 @@ def describe_first_loss(
 def _save_initial_adapter(run: Run, adapted: PreparedModel) -> Any:
     """Returns a temporary directory with the initial adapter; None if it has no effect.
 
-    An adapter that rewrites the base is saved for the original base, where the start has no effect
-    either.
+    If a method rewrites the base, its new adapter is saved for the original base, where it
+    initially has no effect either.
     """
     model = adapted.model
     rewrites = METHODS[run.config.method.kind].initialization.rewrites_base(run.config.method)
@@ -263,7 +263,7 @@ def _save_initial_adapter(run: Run, adapted: PreparedModel) -> Any:
 
 
 def _measure_first_row(run: Run, adapted: PreparedModel, *, off: bool) -> np.ndarray:
-    """Measure the first row's log-probabilities (1, 2), with the adapter enabled or `off`."""
+    """Returns the first row's log-probabilities (1, 2), with the adapter enabled or `off`."""
     row, model = run.data.train[0], adapted.model
     with (
         evaluating(model, run.model.device, run.model.dtype),
@@ -273,7 +273,7 @@ def _measure_first_row(run: Run, adapted: PreparedModel, *, off: bool) -> np.nda
 
 
 def _fill(run: Run, adapted: PreparedModel, array: np.ndarray) -> None:
-    """Write the missing values of `array` (rows, 2; modified), `AT_ONCE` rows at a time."""
+    """Compute the missing values of `array` (rows, 2; modified), `AT_ONCE` rows at a time."""
     rows, model = run.data.train, adapted.model
     with evaluating(model, run.model.device, run.model.dtype):
         for start in range(0, len(rows), AT_ONCE):
@@ -287,7 +287,7 @@ def _fill(run: Run, adapted: PreparedModel, array: np.ndarray) -> None:
 
 
 def _measure(run: Run, adapted: PreparedModel, rows: Sequence[Encoded]) -> np.ndarray:
-    """Returns log-probabilities (rows, 2): both answers of a pair, or answer and contrast."""
+    """Returns the log-probabilities (rows, 2) of both answers, or of answer and KTO contrast."""
     values = np.full((len(rows), 2), np.nan, dtype=np.float32)
     contrasts = [other for row in rows for other in row.contrasts]
     for column, sequences in ((0, rows), (1, contrasts)):
@@ -300,7 +300,7 @@ def _measure(run: Run, adapted: PreparedModel, rows: Sequence[Encoded]) -> np.nd
 def _score(
     run: Run, adapted: PreparedModel, rows: Sequence[Encoded]
 ) -> Iterator[tuple[list[int], Tensor]]:
-    """Yields row indices and their answers' log-probabilities, computed as in a training step."""
+    """Yields row indices and the log-probabilities of their answers, computed as in training."""
     objective = run.objective
     if not rows or not isinstance(objective, LikelihoodObjective):
         return
@@ -312,7 +312,7 @@ def _score(
 def micro_batches(
     run: Run, fast: FastStep | None, rows: Sequence[Encoded]
 ) -> Iterator[tuple[list[int], dict[str, Any]]]:
-    """Yields row indices and their inputs, split as in a training step, in their packed layout."""
+    """Yields the row indices and inputs of each micro-batch, split and packed as in training."""
     pad_id, device = run.model.pad_id, run.model.device
     collate = Collator(pad_id)
     batches: Iterable[tuple[list[int], dict[str, Any]]] = (
@@ -351,7 +351,7 @@ def precompute_reference(run: Run, listener: Listener) -> tuple[Run, Reference |
 
 
 def describe_cache_key(model: ReferenceModel, run: Run) -> dict[str, object]:
-    """Returns all that determines the outputs of `model` for a row."""
+    """Returns all that the outputs of `model` for a row depend on."""
     fast = run.fast
     return {
         "model": model.fingerprint,
@@ -365,7 +365,7 @@ def describe_cache_key(model: ReferenceModel, run: Run) -> dict[str, object]:
 def load_auxiliary_model(
     reference: ReferenceModel, run: Run, listener: Listener
 ) -> Iterator[tuple[Run, PreparedModel]]:
-    """Load `reference` inside the block; yield the run it computes with, and the model."""
+    """Load `reference` inside the block; yields the run to compute it with, and the model."""
     trained = reference.ref.load(run.model.device, run.model.dtype)
     forward = plan_forward(
         trained.model, trained.kind, trained.ref.card.method, run.objective, run.fast.tokens

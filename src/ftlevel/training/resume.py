@@ -54,7 +54,7 @@ WRITTEN_BASE = "base"
 
 
 def store_base(run: Run, directory: RunDirectory, *, is_first: bool) -> tuple[Run, dict[str, Any]]:
-    """Move a base that was written for the run into the directory; return run and base facts."""
+    """Move a base passed as an object into the run directory; returns run and base facts."""
     if run.written_base is not None:
         path = directory.path.resolve() / WRITTEN_BASE
         if is_first and not path.exists():
@@ -65,7 +65,7 @@ def store_base(run: Run, directory: RunDirectory, *, is_first: bool) -> tuple[Ru
 
 
 def base_facts(run: Run) -> dict[str, Any]:
-    """Returns the facts of the base, with a digest of all bytes if it was written for the run."""
+    """Returns the facts of the base; if it was passed as an object, with a digest of all bytes."""
     facts, path = describe_base(run.model.source), run.model.source.path
     if run.written_base is None or path is None:
         return facts
@@ -77,8 +77,7 @@ def check_same_base(
 ) -> None:
     """Raise ConfigError if a resumed run has a different base model or tokenizer.
 
-    Runs before rows are encoded, because a different tokenizer might fail on them. A tokenizer that
-    `task` changes is compared later, with all settings.
+    Called before rows are encoded, because a different tokenizer might fail on them.
     """
     origin = _stored_origin(output)
     if origin is None or output.dir is None:
@@ -105,19 +104,19 @@ def check_same_base(
 
 
 def stored_micro_batch_tokens(output: OutputConfig) -> int | None:
-    """Returns the tokens per micro-batch of the resumed run; None if there are none."""
+    """Returns the tokens per micro-batch of the run to resume; None if it has none."""
     tokens = (_stored_origin(output) or {}).get("speed.tokens_per_micro_batch")
     return tokens if isinstance(tokens, int) else None
 
 
 def stored_prompt_version(output: OutputConfig) -> int | None:
-    """Returns the plain-prompt version of the resumed run; None for a new run."""
+    """Returns the version of the plain prompt format in the run to resume; None for a new run."""
     origin = _stored_origin(output)
     return None if origin is None else int(origin.get(f"data.{PROMPT}", 1))
 
 
 def _stored_origin(output: OutputConfig) -> dict[str, Any] | None:
-    """Returns the origin of the resumed run; None for a new run."""
+    """Returns the origin stored by the run to resume; None for a new run."""
     if not output.resume or output.dir is None:
         return None
     directory = RunDirectory(output.dir)
@@ -164,14 +163,14 @@ _LENGTH_FIELDS = ("train.num_train_epochs", "train.max_steps", "train.early_stop
 
 @dataclass(frozen=True)
 class ResumeState:
-    """State that a run resumes from.
+    """State from which a run resumes.
 
     Attributes:
-        checkpoint: latest complete one; None for a new or finished run.
+        checkpoint: latest complete checkpoint; None for a new or finished run.
         past: log records up to the checkpoint.
         has_new_length: whether the planned number of steps has changed.
         finished: summary.json of a run with nothing left to train.
-        origin: all that must stay the same when the run resumes; see `origin_of`.
+        origin: all values that must stay the same when the run resumes; see `origin_of`.
     """
 
     checkpoint: Path | None = None
@@ -182,7 +181,7 @@ class ResumeState:
     origin: Mapping[str, Any] = field(default_factory=dict)
 
     def missed_evaluation(self, strategy: str, an_epoch: int, steps: int) -> bool:
-        """Whether the run was interrupted between a checkpoint and the evaluation of its epoch."""
+        """Whether the run was interrupted after a checkpoint and before the epoch's evaluation."""
         if self.checkpoint is None or strategy != "epoch":
             return False
         step = step_of(self.checkpoint)
@@ -199,9 +198,9 @@ def has_evaluation(records: Sequence[Mapping[str, Any]], step: int) -> bool:
 
 
 def resolve_resume(run: Run, processes: Processes, listener: Listener) -> ResumeState:
-    """Returns the state that the run resumes from, before weights load; empty for a new run.
+    """Returns the state from which the run resumes, before weights load; empty for a new run.
 
-    Raises ConfigError if the processes or their run differ; see `_resolve_resume`.
+    Raises ConfigError if the processes have different runs, and as `_resolve_resume`.
     """
     origin = origin_of(run, base_facts(run))
     processes.check_same(describe_all_settings(run, origin))
@@ -211,10 +210,10 @@ def resolve_resume(run: Run, processes: Processes, listener: Listener) -> Resume
 
 
 def _resolve_resume(run: Run, origin: Mapping[str, Any], listener: Listener) -> ResumeState:
-    """Returns the state that the run resumes from, in the first process.
+    """Returns the state from which the run resumes; called in the first process only.
 
-    Raises ConfigError if the origin differs, the run is longer than its new length, or is finished
-    without a checkpoint.
+    Raises ConfigError if the origin differs, more steps are trained than the new length has, or the
+    run is finished without a checkpoint.
     """
     if not run.config.output.resume or run.config.output.dir is None:
         return ResumeState()
@@ -253,7 +252,7 @@ def _resolve_resume(run: Run, origin: Mapping[str, Any], listener: Listener) -> 
 
 
 def _check_length(run: Run, before: Mapping[str, Any], trained: int) -> None:
-    """Raise ConfigError if the new length has no effect, is too short, or is unsupported."""
+    """Raise ConfigError if the changed length has no effect, is too short, or is unsupported."""
     flag, train, steps = f"--resume {run.config.output.dir}", run.config.train, run.schedule.steps
     old = {key.rpartition(".")[2]: value for key, value in before.items()}
     rows = rows_per_epoch(run.config, run.data)
@@ -277,7 +276,7 @@ def _check_length(run: Run, before: Mapping[str, Any], trained: int) -> None:
 
 
 def open_or_resume(run: Run, resumed: ResumeState, listener: Listener) -> RunDirectory:
-    """Open the run directory, new or resumed, with configuration and origin rewritten."""
+    """Open the run directory, new or to resume; configuration and origin are written anew."""
     output = run.config.output
     if resumed.checkpoint is not None and output.dir is not None:
         directory = RunDirectory(output.dir)
@@ -314,7 +313,7 @@ def open_or_resume(run: Run, resumed: ResumeState, listener: Listener) -> RunDir
 def _allowed_changes(
     output: OutputConfig, before: Mapping[str, Any], origin: Mapping[str, Any]
 ) -> list[dict[str, Any]]:
-    """Returns the differing fields that `--allow-change` permits; ConfigError for unknown names."""
+    """Returns the differing fields that `--allow-change` names; ConfigError for unknown names."""
     allowed = output.allow_change
     fields = {**before, **origin}
     unknown = [name for name in allowed if name not in fields]
@@ -333,10 +332,10 @@ def _allowed_changes(
 def _changes_of_files(
     output: OutputConfig, directory: RunDirectory, digests: FileDigests, listener: Listener
 ) -> list[dict[str, Any]]:
-    """Returns the files whose bytes changed, if `--allow-change` permits it.
+    """Returns the files whose bytes changed, as a list of changes.
 
     Raises:
-        ConfigError: naming the files, if it does not.
+        ConfigError: files changed and `--allow-change` does not permit it.
     """
     changed = digests.changes(directory.checkpoints)
     if changed is None:
@@ -369,13 +368,13 @@ _CONTENT = {
 
 
 def _has_same_content(key: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
-    """Whether the content that `key` refers to has the same fingerprint in both origins."""
+    """Whether the model or dataset in field `key` has the same fingerprint in both origins."""
     content = _CONTENT.get(key, "")
     return now.get(content) is not None and before.get(content) == now[content]
 
 
 def find_checkpoint(directory: RunDirectory, listener: Listener) -> Path | None:
-    """Find the latest complete checkpoint in `directory`, or None; warn of corrupted newer ones.
+    """Returns the latest complete checkpoint, or None; warns of newer ones that are corrupted.
 
     Raises:
         ConfigError: there is none, and the run is finished.
@@ -399,7 +398,7 @@ def find_checkpoint(directory: RunDirectory, listener: Listener) -> Path | None:
 
 
 def describe_stop(directory: RunDirectory, state: Any) -> str:
-    """Returns the message of a run that was interrupted after a step, with the resume command."""
+    """Returns the message for a run that a signal stopped after a step, with the resume command."""
     is_longer = directory.adapter.exists()
     adapter = "the adapter is of its former end" if is_longer else "there is no adapter yet"
     return (
@@ -410,7 +409,7 @@ def describe_stop(directory: RunDirectory, state: Any) -> str:
 
 
 def describe_end(directory: RunDirectory, train: TrainerConfig, summary: Mapping[str, Any]) -> str:
-    """Returns the message of a finished run, with the flags that extend it."""
+    """Returns the message for a finished run, with the flags that extend it."""
     steps, best = summary["steps"], summary.get("best") or {}
     planned = summary.get("planned_steps", steps)
     length = (
@@ -436,7 +435,7 @@ def describe_end(directory: RunDirectory, train: TrainerConfig, summary: Mapping
 
 @contextlib.contextmanager
 def explain_interrupt(directory: RunDirectory) -> Iterator[None]:
-    """Convert KeyboardInterrupt into Interrupted, with the latest complete checkpoint."""
+    """Convert KeyboardInterrupt into Interrupted, whose message names the latest checkpoint."""
     try:
         yield
     except KeyboardInterrupt:

@@ -35,11 +35,11 @@ _SHOWN = 160  # characters of an example
 
 
 def check_before(trainer: FtlevelTrainer, prompts: Sequence[Any], listener: Listener) -> None:
-    """Sample groups of `prompts` with the initial weights and show them; only for an `RlTrainer`.
+    """Sample groups for some of `prompts` before training and show them; only for `RlTrainer`.
 
     Raises:
-        RunError: no group has a signal, almost all completions are truncated, or sampler and
-            trainer have other log-probabilities.
+        RunError: no group has a signal, almost all completions are truncated, or log-probabilities
+            of sampler and trainer differ.
     """
     if not isinstance(trainer, RlTrainer) or not trainer.settings.check_groups:
         return
@@ -63,13 +63,13 @@ def check_before(trainer: FtlevelTrainer, prompts: Sequence[Any], listener: List
 
 
 def spread(prompts: Sequence[Any], count: int) -> list[Any]:
-    """Return `count` of `prompts`, from all parts of the data."""
+    """Returns `count` of `prompts`, evenly spaced over the data."""
     count = min(count, len(prompts))
     return [prompts[at * len(prompts) // count] for at in range(count)]
 
 
 def preview_rollouts(rollouts: Rollouts, prompts: Sequence[Any]) -> list[Choice]:
-    """Return lines about groups sampled for some of `prompts`, as `check_before` shows them."""
+    """Returns the lines that `check_before` would show, for completions of some of `prompts`."""
     settings = rollouts.settings
     groups = rollouts(BEFORE, spread(prompts, settings.check_groups))
     facts = [compute_statistics(group, settings) for group in groups]
@@ -80,7 +80,7 @@ def preview_rollouts(rollouts: Rollouts, prompts: Sequence[Any]) -> list[Choice]
 
 
 def _compare(trainer: RlTrainer, groups: Sequence[Group]) -> tuple[float, float]:
-    """Return the mean and largest |Δℓ| of sampler and trainer, over all tokens of `groups`."""
+    """Returns mean and maximum over all tokens of |log-probability of sampler − of trainer|."""
     rows = [row for group in groups for row in group.to_rows()]
     sampled = np.array([signal[4] for row in rows for signal in row.values])
     trained = np.array([logp for row in trainer.token_logps(rows) for logp in row])
@@ -97,7 +97,7 @@ def _agreement(mean: float) -> Choice:
 def describe(
     metrics: dict[str, float], facts: Sequence[GroupStatistics], groups: Sequence[Group]
 ) -> list[Choice]:
-    """Return lines with the metrics of sampled groups, and the best and worst completion."""
+    """Returns lines with the metrics of sampled groups, and the best and worst completion."""
     lines = [
         Choice(
             "reward",
@@ -138,7 +138,7 @@ def describe(
 def find_problem(
     metrics: dict[str, float], facts: Sequence[GroupStatistics], settings: RlConfig
 ) -> str:
-    """Return why a run would learn nothing, with advice; empty if it may learn."""
+    """Returns why a run would learn nothing, with advice; empty if nothing was found."""
     length = settings.max_completion_length
     if metrics["truncated"] > MOST_TRUNCATED:
         return (
@@ -178,7 +178,7 @@ RAN_LONGER, COLLAPSED = 0.2, 0.1
 def find_rollout_warnings(records: Sequence[Mapping[str, Any]]) -> list[str]:
     """Find warnings about a reward that rises with length, and about lost entropy.
 
-    `records` are those of the log; other tasks have no rollouts in them.
+    `records` are log records; only those of reinforcement learning have the metrics needed.
     """
     sampled = [record for record in records if "completion_length" in record]
     count = max(1, int(_WINDOW * len(sampled)))

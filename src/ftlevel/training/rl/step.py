@@ -1,4 +1,4 @@
-"""The rollout of an optimizer step: groups of all processes, rows to train on, rollouts.jsonl."""
+"""Rollouts of an optimizer step: groups of all processes, rows to train on, rollouts.jsonl."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ from ftlevel.training.processes import Processes
 
 @dataclass(frozen=True)
 class GroupStatistics:
-    """Values per completion of a group, which all processes exchange.
+    """Statistics of a group, the completions of one prompt; exchanged between processes.
 
-    `lengths` are tokens, `active` those with a loss, `scores` are (completions, functions).
-    `entropy` is the sum over all tokens of the group.
+    `lengths` are tokens per completion, `active` those that have a loss. `scores` has shape
+    (completions, reward functions). `entropy` is the sum over all tokens of the group.
     """
 
     row: int
@@ -44,7 +44,7 @@ class GroupStatistics:
 
 
 def compute_statistics(group: Group, settings: RlConfig) -> GroupStatistics:
-    """Returns the statistics of `group`."""
+    """Returns the statistics of `group` that other processes need."""
     lengths = np.array([len(completion.ids) for completion in group.completions])
     ended = np.array([completion.ended for completion in group.completions])
     active = np.where(ended, lengths, 0) if settings.mask_truncated_completions else lengths
@@ -56,9 +56,9 @@ def compute_statistics(group: Group, settings: RlConfig) -> GroupStatistics:
 
 @dataclass
 class Rollout:
-    """Rows of this process to train on, and metrics of the groups of all processes.
+    """This process's rows to train on, and metrics of the groups of all processes.
 
-    `groups` are those of this process, with the ones that were replaced.
+    `groups` are this process's sampled groups, also those not trained on.
     """
 
     rows: list[CompletionRow]
@@ -74,11 +74,11 @@ def build_training_rows(
     reference: TokenLogps | None,
     exchange: Callable[[Any], list[Any]],
 ) -> list[CompletionRow]:
-    """Build the completions of `groups` to train on, with advantages and weights.
+    """Returns the completions of `groups` as rows to train on, with advantages and weights.
 
     Completions without an advantage are left out if there is neither a KL penalty nor a teacher.
-    `all_groups` has the groups of all processes that count. `old` and `reference` compute
-    log-probabilities where the loss needs them.
+    `all_groups` are the groups of all processes that the step trains on. `old` and `reference`
+    compute log-probabilities if the loss needs them.
     """
     rows = [row for group in groups for row in group.to_rows()]
     teacher_logps = [logps for group in groups for logps in group.teacher_logps or ()]
@@ -115,14 +115,14 @@ def build_training_rows(
 
 
 def has_signal(facts: GroupStatistics) -> bool:
-    """Whether the rewards of a group differ."""
+    """Whether the rewards of a group differ, so that it has a gradient."""
     return bool(has_spread(torch.from_numpy(facts.rewards)[None])[0])
 
 
 def compute_metrics(
     all_groups: Sequence[GroupStatistics], names: Sequence[str]
 ) -> dict[str, float]:
-    """Compute the metrics of all sampled groups, for the log."""
+    """Returns the metrics of all sampled groups, for the log."""
     ordered = sorted(all_groups, key=lambda facts: facts.row)
     rewards = np.stack([facts.rewards for facts in ordered])
     scores = np.concatenate([facts.scores for facts in ordered])
@@ -148,14 +148,14 @@ def _mean(values: np.ndarray) -> float:
 
 
 def _spread(rewards: np.ndarray) -> float:
-    """Returns the mean standard deviation within groups, (groups, completions)."""
+    """Returns the mean over groups of the standard deviation of `rewards` (groups, completions)."""
     groups = [row[~np.isnan(row)] for row in rewards]
     stds = [row.std(ddof=1) for row in groups if len(row) > 1]
     return float(np.mean(stds)) if stds else float("nan")
 
 
 def bound_of(dtype: str, quantization: str) -> float:
-    """Returns the mean difference of log-probabilities that rounding explains, in nats."""
+    """Returns the largest mean difference of log-probabilities (nats) that rounding explains."""
     return COARSE if quantization == "8bit" else ROUNDING.get(dtype, COARSE)
 
 
@@ -177,14 +177,14 @@ LONGEST = 4_000
 class RolloutFile:
     """Appends the groups of all processes to a file, one line per prompt.
 
-    Beyond `MOST_BYTES`, one group per step is written.
+    Once the file exceeds `MOST_BYTES`, only one group per step is written.
     """
 
     def __init__(self, path: Path, processes: Processes) -> None:
         self._path, self._processes = path, processes
 
     def __call__(self, step: int, groups: Sequence[Group]) -> None:
-        """Write the groups sampled after `step` optimizer steps."""
+        """Write the groups that were sampled when `step` optimizer steps had been made."""
         parts = self._processes.exchange([group.to_json() for group in groups])
         if not self._processes.is_first:
             return
@@ -198,7 +198,7 @@ class RolloutFile:
                 file.write(json.dumps({"step": step + 1, **line}, ensure_ascii=False) + "\n")
 
     def rewind(self, step: int) -> None:
-        """Remove the groups of steps after `step`, which will be sampled again."""
+        """Remove the groups sampled after step `step`; a resumed run samples them again."""
         if self._processes.is_first and self._path.exists():
             kept = [line for line in read_rollouts(self._path) if line["step"] <= step]
             text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept)

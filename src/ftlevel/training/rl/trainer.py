@@ -1,7 +1,7 @@
 """Trainer that samples completions with the current weights before each optimizer step.
 
-accelerate reads one batch ahead, so a batch has prompts only. Completions are sampled when the
-step begins, once for `num_iterations` steps.
+accelerate reads one batch ahead, so a batch from the data loader has prompts only. Completions are
+sampled when the step begins, once for `num_iterations` steps.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _BLOCK = "rollout-{rank}.pt"
 
 
 class RepeatedSteps(Sampler[int]):
-    """Order in which every optimizer step of `rows` rows comes `times` times.
+    """Sampler that repeats the `rows` rows of each optimizer step `times` times.
 
     The last step of an epoch is filled with rows of its beginning. Set the epoch of `base`.
     """
@@ -52,7 +52,7 @@ class RepeatedSteps(Sampler[int]):
         return repeated_rows(len(self.base), self._rows, self._times)  # type: ignore[arg-type]
 
     def __iter__(self) -> Iterator[int]:
-        """Yield the row indices of each step, repeated."""
+        """Yields the row indices of each step, repeated."""
         order = list(self.base)
         for begin in range(0, len(order), self._rows):
             step = order[begin : begin + self._rows]
@@ -62,30 +62,30 @@ class RepeatedSteps(Sampler[int]):
 
 
 def repeated_rows(rows: int, step: int, times: int) -> int:
-    """Return the number of rows of an epoch of `RepeatedSteps`."""
+    """Returns the length of an epoch of `RepeatedSteps`, with `step` rows per optimizer step."""
     return rows if times == 1 else -(-rows // step) * step * times
 
 
 def collate_prompts(rows: Sequence[Encoded]) -> dict[str, Any]:
-    """Return the prompts of a step, whose completions do not exist yet."""
+    """Returns a batch of prompts only; the completions are sampled later."""
     return {"prompts": list(rows)}
 
 
 class _StepStatistics:
-    """Sums over the micro-batches of a step, and differences from the sampler."""
+    """Sums of loss statistics over a step's micro-batches, and differences from the sampler."""
 
     def __init__(self) -> None:
         self._parts: list[tuple[torch.Tensor, ...]] = []
 
     def watch(self, loss: PolicyLoss, each: torch.Tensor, signals: torch.Tensor) -> None:
-        """Add a micro-batch; called from parallel workers."""
+        """Add a micro-batch, with log-probabilities `each`; called from parallel workers."""
         is_sampled = ~signals[:, 4].isnan()  # stand-ins were not
         difference = torch.where(is_sampled, each - signals[:, 4], 0.0).abs()
         sums = loss.clipped.float(), loss.kl, difference.sum(), is_sampled.sum().float()
         self._parts.append((*sums, difference.max()))
 
     def take(self) -> tuple[list[float], float]:
-        """Returns the sums of clipped, kl, difference and tokens, and the largest difference."""
+        """Returns and resets sums (clipped, kl, difference, tokens) and the largest difference."""
         parts, self._parts = self._parts, []
         if not parts:
             return [0.0] * 4, 0.0
@@ -97,8 +97,8 @@ class RlTrainer(FtlevelTrainer):
     """Trainer of reinforcement learning.
 
     Attributes:
-        rollouts: samples and scores.
-        keep: receives the step and the groups of this process, for rollouts.jsonl.
+        rollouts: function that samples completions and computes their rewards.
+        keep: function that writes a step's groups of this process to rollouts.jsonl.
         bound: mean difference of log-probabilities of sampler and trainer that stops the run.
     """
 
@@ -126,7 +126,7 @@ class RlTrainer(FtlevelTrainer):
     # ---- batches of prompts
 
     def get_train_dataloader(self) -> Any:
-        """Return batches of prompts."""
+        """Returns batches of prompts without completions."""
         collate, self.data_collator = self.data_collator, collate_prompts
         try:
             return super().get_train_dataloader()
@@ -134,7 +134,7 @@ class RlTrainer(FtlevelTrainer):
             self.data_collator = collate
 
     def prepare_step(self, batches: list[dict[str, Any]], device: torch.device) -> None:
-        """Replace the prompts of a step by completions to train on; mutates `batches`."""
+        """Replace the prompts of a step by completions to train on (`batches` are modified)."""
         if "prompts" not in batches[0]:  # stand-ins of a check
             super().prepare_step(batches, device)
             return
@@ -154,7 +154,7 @@ class RlTrainer(FtlevelTrainer):
         self._in_training = False
 
     def roll_out(self, step: int, prompts: Sequence[Any]) -> Rollout:
-        """Return the rollout of `prompts`, those of this process, with the current weights."""
+        """Returns the rollout for this process's `prompts`, sampled with the current weights."""
         began = time.perf_counter()
         settings, names = self.settings, reward_names(self.settings)
         groups = self._sample(step, prompts)
@@ -189,10 +189,11 @@ class RlTrainer(FtlevelTrainer):
     def _refill(
         self, step: int, groups: Sequence[Group], sampled: Sequence[GroupStatistics]
     ) -> tuple[list[Group], list[GroupStatistics], tuple[list[Group], list[GroupStatistics]]]:
-        """Return groups with a signal: those of the batch, and of further prompts.
+        """Replace groups without a signal by those of further prompts.
 
         Up to `dynamic_sampling` prompts are drawn for all processes together, in an order that
-        depends on the seed and the step. The last item has all groups of further prompts.
+        depends on seed and step. Returns the groups to train on, their statistics in all processes,
+        and both for all groups of further prompts.
         """
         size, budget = len(sampled), self.settings.dynamic_sampling
         taken = {facts.row for facts in sampled}
@@ -219,7 +220,7 @@ class RlTrainer(FtlevelTrainer):
     # ---- log-probabilities
 
     def token_logps(self, rows: Sequence[CompletionRow]) -> list[list[float]]:
-        """Return the log-probabilities of the completions' tokens, computed as in a step."""
+        """Returns the log-probabilities of each row's completion tokens, computed as in a step."""
         head = self.fast.cross_entropy if self.fast is not None else None
         batches = ((indices, self.on_device(batch)) for indices, batch in self._split(rows))
         try:
@@ -230,7 +231,7 @@ class RlTrainer(FtlevelTrainer):
         return [logps[index] for index in range(len(rows))]
 
     def _split(self, rows: Sequence[CompletionRow]) -> Iterator[tuple[list[int], dict[str, Any]]]:
-        """Yield row indices and their batch, split as in a training step."""
+        """Yields the row indices and the batch of each micro-batch, split as in a training step."""
         if isinstance(self.data_collator, StepCollator):
             yield from self.data_collator.split(rows) if rows else ()
         else:
@@ -238,13 +239,13 @@ class RlTrainer(FtlevelTrainer):
             yield from (([index], collate([row])) for index, row in enumerate(rows))
 
     def _reference_logps(self, rows: Sequence[CompletionRow]) -> list[list[float]]:
-        """Return the log-probabilities of the model at step 0."""
+        """Returns the completion tokens' log-probabilities by the model as it was at step 0."""
         with self._initial_weights():
             return self.token_logps(rows)
 
     @contextlib.contextmanager
     def _initial_weights(self) -> Iterator[None]:
-        """Exchange the trained tensors with those of step 0 inside the block."""
+        """Give the trained tensors their values of step 0 inside the block."""
         current = [(p, p.data) for p in self._trainable()]
         try:
             for (parameter, _), start in zip(current, self._start or (), strict=True):
@@ -265,7 +266,7 @@ class RlTrainer(FtlevelTrainer):
         inputs: dict[str, Any],
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor:
-        """Return the loss of the batch; after the last of a step, compare with the sampler."""
+        """Returns the loss of the batch; the last batch of a step completes its metrics."""
         loss = super().training_step(model, inputs, num_items_in_batch)
         if not self.is_alone:
             self._batches_left -= 1
@@ -277,7 +278,7 @@ class RlTrainer(FtlevelTrainer):
         """Complete the metrics of the step.
 
         Raises:
-            RunError: sampler and trainer have other log-probabilities.
+            RunError: log-probabilities of sampler and trainer differ by more than `bound`.
         """
         parts = self.processes.exchange(self.statistics.take())
         clipped, kl, difference, tokens = (sum(part[0][at] for part in parts) for at in range(4))
@@ -303,14 +304,14 @@ class RlTrainer(FtlevelTrainer):
         batches: list[dict[str, Any]],  # noqa: ARG002 - the weights are in the signals
         device: torch.device,
     ) -> torch.Tensor:
-        """Return 1: weights are those of the whole step, of all processes."""
+        """Returns 1: the rows' weights already divide by the count over all processes."""
         return torch.ones((), device=device)
 
     def _sum_over_processes(self, value: torch.Tensor) -> torch.Tensor:
         return value
 
     def log(self, logs: dict[str, float], *arguments: Any, **settings: Any) -> None:
-        """Log Trainer's values of a step with the metrics of its rollout."""
+        """Log Trainer's values of a step together with the metrics of its rollout."""
         if "loss" in logs:
             logs = {**logs, **self._metrics}
         super().log(logs, *arguments, **settings)
@@ -318,7 +319,7 @@ class RlTrainer(FtlevelTrainer):
     # ---- resume
 
     def save_rollout(self, checkpoint: Path) -> None:
-        """Write a rollout that serves further steps into `checkpoint`."""
+        """Write the rollout into `checkpoint` if later steps still train on it."""
         if self._block is None or self.state.global_step % self.settings.num_iterations == 0:
             return
         rows = [(r.input_ids, r.prompt, r.row, r.number, r.values) for r in self._block.rows]
@@ -326,7 +327,7 @@ class RlTrainer(FtlevelTrainer):
         torch.save(state, checkpoint / _BLOCK.format(rank=self.processes.world.rank))
 
     def restore_rollout(self, checkpoint: Path) -> None:
-        """Read the rollout that `save_rollout` wrote, if any."""
+        """Load the rollout that `save_rollout` wrote into `checkpoint`, if any."""
         path = checkpoint / _BLOCK.format(rank=self.processes.world.rank)
         if not path.exists():
             return
@@ -339,14 +340,14 @@ class RlTrainer(FtlevelTrainer):
 
 
 def no_loss(prompt: Any) -> CompletionRow:
-    """Return a row for a process without completions to train on, whose loss is zero."""
+    """Returns a row with zero loss, for a process that has no completions to train on."""
     row = next(iter(stand_in_completions(prompt.input_ids, prompt.row)))
     zero = [(0.0, 0.0, *signal[2:]) for signal in row.values]
     return replace(row, values=tuple(zero))
 
 
 def check_sampler(mean: float, largest: float, bound: float, where: str) -> None:
-    """Raise RunError if log-probabilities of sampler and trainer differ by more than rounding."""
+    """Raise RunError if sampler and trainer disagree on log-probabilities by more than rounding."""
     if mean <= bound:
         return
     raise RunError(
