@@ -33,10 +33,10 @@ KEPT_KEYS = 256
 
 @dataclass(frozen=True)
 class QueryBlock:
-    """Queries and the keys that are visible to at least one of them.
+    """A block of queries, and the keys that at least one of them sees.
 
-    `start` and `stop` are positions in the row; `keys` are ranges of the row in sequence order.
-    `mask` is added to the scores of the last keys: -inf where hidden, None where all are visible.
+    Queries are at [`start`, `stop`) of the packed row; `keys` are ranges of it, in sequence order.
+    `mask` is added to the scores of the last keys (-inf hides a key); None if all are visible.
     """
 
     start: int
@@ -72,7 +72,7 @@ def build_visibility_mask(
 def split_queries(
     segments: tuple[Segment, ...], causal: bool, window: int | None
 ) -> tuple[QueryBlock, ...]:
-    """Split segments into blocks of queries, in row order."""
+    """Split the segments of a packed row into blocks of queries, in row order."""
     return tuple(block for segment in segments for block in _cut(segment, causal, window))
 
 
@@ -99,7 +99,7 @@ def _cut(segment: Segment, causal: bool, window: int | None) -> Sequence[QueryBl
 
 
 def _clip(ranges: Sequence[Range], first: int, last: int) -> tuple[Range, ...]:
-    """Returns the parts of `ranges` with the tokens [first, last) of their sequence."""
+    """Returns the parts of `ranges`, which form a sequence, that have its tokens [first, last)."""
     clipped, position = [], 0
     for start, stop in ranges:
         low, high = max(first - position, 0), min(last - position, stop - start)
@@ -110,7 +110,7 @@ def _clip(ranges: Sequence[Range], first: int, last: int) -> tuple[Range, ...]:
 
 
 class BlockedAttention(torch.autograd.Function):
-    """Attention of a row, block by block.
+    """Attention of a packed row, one block of queries at a time.
 
     Queries are (heads, tokens, head_dim), keys (key heads, tokens, head_dim), values (key heads,
     tokens, value_dim); the output is (tokens, heads, value_dim).
@@ -202,12 +202,12 @@ def _probabilities(scores: Tensor, block: QueryBlock, dtype: torch.dtype) -> Ten
 
 
 def cap_scores(scores: Tensor, cap: float | None) -> Tensor:
-    """Returns cap · tanh(scores / cap), in place; `scores` unchanged without a cap."""
+    """Apply cap · tanh(scores / cap) in place, unless `cap` is None, and return `scores`."""
     return scores if cap is None else scores.div_(cap).tanh_().mul_(cap)
 
 
 def slope_of_cap(capped: Tensor, cap: float, dtype: torch.dtype) -> Tensor:
-    """Returns the derivative of the softcap at `capped`, 1 − (S/c)², in `dtype`."""
+    """Returns the softcap's derivative 1 − (S/c)² in `dtype`, for softcapped scores S."""
     return 1 - (capped / cap).square_().to(dtype)
 
 
@@ -224,7 +224,7 @@ def _rows(states: Tensor, ranges: Sequence[Range]) -> Tensor:
 
 
 def _add(total: Tensor, ranges: Sequence[Range], left: Tensor, right: Tensor) -> None:
-    """Add the product of `left` and `right` to the `ranges` of `total` (modified)."""
+    """Add the product of `left` and `right` to the tokens at `ranges` of `total` (modified)."""
     if len(ranges) == 1:
         total[:, ranges[0][0] : ranges[0][1]].baddbmm_(left, right)
         return
@@ -245,7 +245,7 @@ def _take(states: Tensor, groups: int) -> Tensor:
 
 
 def _put(target: Tensor, states: Tensor, groups: int) -> None:
-    """Write (key heads, heads of a group * queries, head_dim) to (queries, heads, head_dim)."""
+    """Invert `_take`: write `states` in its layout to `target` (queries, heads, head_dim)."""
     count, heads, width = target.shape
     shaped = states.view(groups, heads // groups, count, width).permute(2, 0, 1, 3)
     target.view(count, groups, heads // groups, width).copy_(shaped)

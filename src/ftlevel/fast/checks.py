@@ -1,8 +1,8 @@
-"""Check on short batches that a model gives the same results with the parts of the fast step.
+"""Check on short batches that the parts of the fast step do not change a model's results.
 
 Packed rows must not see each other: convolutions, recurrent states or custom code could leak. The
 last block may skip only tokens that do not affect the loss. The chunked head must give the model's
-logits, including caps and scales that are not read from known config names.
+logits, including softcaps and scales under unknown config names.
 """
 
 from __future__ import annotations
@@ -52,9 +52,9 @@ _MOST_NOISE = 2.0
 
 @dataclass(frozen=True)
 class StepCheck:
-    """Checks on two short test rows; they restore the model's training mode.
+    """Base class of checks on two short test rows; checks restore the model's training mode.
 
-    `last_block` is the last block of `model`. The test rows are the start of the longest of the
+    `last_block` is the last block of `model`. Both test rows are prefixes of the longest of the
     first 100 `rows`.
     """
 
@@ -67,7 +67,7 @@ class StepCheck:
 
     @functools.cached_property
     def pair(self) -> list[Encoded]:
-        """The test rows with the label 0, the longer one first; the other is a prefix of it."""
+        """The two test rows, with label 0; the second is a shorter prefix of the first."""
         branches = (branch for row in self.rows[:100] for branch in row.branches)
         row = max(branches, key=lambda branch: len(branch.input_ids))
         return [_shorten(row, length, 0) for length in LENGTHS]
@@ -91,11 +91,11 @@ class PackingCheck(StepCheck):
         return self._try(self._compare_prefix_tree)
 
     def find_shared_prefix_error(self) -> str:
-        """Returns why a prefix cannot be computed in a previous micro-batch; empty if it can."""
+        """Returns why a prefix cannot be computed before all micro-batches; empty if it can."""
         return self._try(self._compare_shared_prefix)
 
     def uses_global_generator(self) -> bool:
-        """Returns whether a forward pass in training draws from the process's generator."""
+        """Returns whether a forward pass in training mode draws from torch's global generator."""
         batch, training = self.batch_of(self.pair), self.model.training
         layout, before = PackedLayout.from_mask(batch["attention_mask"]), torch.get_rng_state()
         self.model.train()
@@ -169,12 +169,12 @@ class PackingCheck(StepCheck):
     def _differ(
         self, batch: dict[str, Tensor], compute: Callable[[], Tensor], mask: Tensor
     ) -> bool:
-        """Returns whether `compute` gives other states at `mask` than padded rows of `batch`.
+        """Returns whether `compute()` at `mask` differs from the states of the padded `batch`.
 
-        A few states of decoders are a hundred times larger than the others and cancel out in the
-        last blocks. Their rounding in 16-bit precision exceeds every bound on the norm of all
-        states. If it is rounding, the states agree in float32, and usual ones are as near to them
-        as padded ones.
+        In decoders, a few states are a hundred times larger than the others and cancel out in the
+        last blocks. In 16-bit precision, their rounding exceeds every bound on the norm of all
+        states. A difference is mere rounding if the states agree in float32 and the median
+        16-bit errors of `compute` and of the padded batch are similar.
         """
         states, expected = compute(), self._states(batch, None)
         if self.dtype == "float32":
@@ -207,7 +207,7 @@ class PackingCheck(StepCheck):
 
 @contextmanager
 def in_float32(blocks: Sequence[nn.Module], device: str) -> Iterator[None]:
-    """Compute `blocks` in float32, one at a time, with the values of their weights."""
+    """Run each of `blocks` in float32 within the context; its weights are cast while it runs."""
     hooks, before, plain = [], dict[Any, Tensor](), ExitStack()
 
     def enter(block: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
@@ -252,7 +252,7 @@ def relative_difference(values: Tensor, expected: Tensor) -> float:
 
 
 def median_differences(values: Tensor, expected: Tensor, mask: Tensor) -> Tensor:
-    """Returns per row the median over the tokens at `mask` of their relative differences."""
+    """Returns (rows,) the median relative difference of each row's tokens at `mask`."""
     per_token = (values - expected).norm(dim=-1) / expected.norm(dim=-1)
     return torch.stack([own[at].median() for own, at in zip(per_token, mask, strict=True)])
 
@@ -267,10 +267,10 @@ class PruningCheck(StepCheck):
     """Finds the tokens and linear layers for last-layer pruning."""
 
     def __call__(self, objective: Objective) -> tuple[NeededTokens | None, list[nn.Module]]:
-        """Returns the needed tokens, and the linear layers of the last block that may skip others.
+        """Returns a selector of needed tokens, and the linear layers that may skip others.
 
-        Both are empty if every token may be needed or torch cannot compute the gradients. No layers
-        are returned if the block runs twice.
+        The layers are in the last block. The result is (None, []) if every token may be needed or
+        torch cannot compute the gradients. The list is also empty if the block runs twice.
         """
         batch = self.batch_of(self.pair)
         training = self.model.training
@@ -328,7 +328,7 @@ class PruningCheck(StepCheck):
 
     @contextmanager
     def _calls(self) -> Iterator[list[CallArguments]]:
-        """Collect the packed arguments of the last block's calls inside the `with` block."""
+        """Yields a list that collects the packed arguments of calls of the last block."""
         calls: list[CallArguments] = []
 
         def collect(block: nn.Module, args: Any, kwargs: Any) -> None:  # noqa: ARG001 - a hook
@@ -344,7 +344,7 @@ class PruningCheck(StepCheck):
 
 
 def _outermost_linears(module: nn.Module) -> list[nn.Module]:
-    """Returns the linear layers of `module`; an adapted layer counts as one."""
+    """Returns the linear layers of `module`; a layer with adapters counts as one."""
     if linear_size(module) is not None:
         return [module]
     return [linear for child in module.children() for linear in _outermost_linears(child)]
@@ -387,7 +387,7 @@ def find_cross_entropy_error(
 
 
 def _labeled_pair(rows: Sequence[Encoded], objective: TokenObjective) -> list[Encoded]:
-    """Returns the start of the first two rows, with every token as a target."""
+    """Returns short prefixes of the first two rows, in which every token is a target."""
     pair = []
     first = rows[0].branches[0], rows[min(1, len(rows) - 1)].branches[0]
     for row, length in zip(first, LENGTHS, strict=True):

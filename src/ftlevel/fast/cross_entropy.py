@@ -37,7 +37,7 @@ SCORE_BYTES = 14
 
 
 def targets_a_chunk(free: int | None, vocabulary: int) -> int:
-    """Returns the targets per chunk for `free` bytes of GPU memory; None means a CPU."""
+    """Returns the number of targets per chunk for `free` bytes of GPU memory; None on a CPU."""
     if free is None:
         return max(FEWEST, CHUNK_SCORES // vocabulary)
     return max(FEWEST, min(GPU_TARGETS, free // GPU_SHARE // (SCORE_BYTES * vocabulary)))
@@ -71,7 +71,7 @@ def build_logits_transform(model: nn.Module) -> Callable[[Tensor], Tensor]:
 
 
 class _Call(threading.local):
-    """Request and result of a forward pass, per thread."""
+    """Request to the hook on the head (positions and function), and its result; per thread."""
 
     request: tuple[Tensor, Callable[[Tensor], Tensor]] | None = None
     result: Tensor | None = None
@@ -80,11 +80,11 @@ class _Call(threading.local):
 class ChunkedCrossEntropy:
     """Computes a model's head and loss at given positions, inside its forward pass.
 
-    A hook on the head of `model` (modified) computes the result from the head's input and returns
-    one position. Precision, adapters on the head and a trained head are therefore the model's own.
+    A hook on the head of `model` (modified) computes the result from the head's input. It passes
+    one position on. Precision, adapters on the head and a trained head are thus the model's own.
 
     Raises:
-        NotServedError: the model has no language head.
+            UnsupportedModelError: the model has no language head.
     """
 
     def __init__(self, model: nn.Module, kernels: Kernels = NO_KERNELS) -> None:
@@ -102,7 +102,7 @@ class ChunkedCrossEntropy:
         self._hook = head.register_forward_pre_hook(self._take, prepend=True)
 
     def fit_chunks(self, free: int | None) -> None:
-        """Set the chunk size for `free` bytes of GPU memory; None means a CPU."""
+        """Set the number of targets per chunk for `free` bytes of GPU memory; None on a CPU."""
         self._chunk = targets_a_chunk(free, self._vocabulary)
 
     def remove(self) -> None:
@@ -127,7 +127,7 @@ class ChunkedCrossEntropy:
             smoothing: label smoothing ε; only with gradients.
 
         Raises:
-            NotServedError: the model did not call the head.
+                UnsupportedModelError: the model did not call the head.
         """
         if torch.is_grad_enabled():
 
@@ -143,7 +143,7 @@ class ChunkedCrossEntropy:
     ) -> Tensor:
         """Returns the sum of `loss_of` over the chunks (a scalar, float32).
 
-        `loss_of` maps logits (chunk, vocabulary) and the slice of their targets to a scalar.
+        `loss_of` maps logits (chunk, vocabulary) and the chunk's slice of the targets to a scalar.
         `forward`, `at` and exceptions are those of `loss_sum`.
         """
 
@@ -177,7 +177,7 @@ class ChunkedCrossEntropy:
     def _compute(
         self, forward: Callable[[], Any], at: Tensor, compute: Callable[[Tensor], Tensor]
     ) -> Tensor:
-        """Compute `compute` of the head's input (targets, hidden) at `at`."""
+        """Call `forward`; returns `compute` of the head's input (targets, hidden) at `at`."""
         self._call.request, self._call.result = (at, compute), None
         try:
             forward()
@@ -189,7 +189,7 @@ class ChunkedCrossEntropy:
         return result
 
     def _take(self, head: nn.Module, args: tuple[Tensor, ...]) -> Any:  # noqa: ARG002 - a hook
-        """Run the requested computation on the head's input (batch, seq, hidden)."""
+        """Hook on the head: run the requested computation on its input (batch, seq, hidden)."""
         if self._call.request is None:
             return None
         at, compute = self._call.request
@@ -210,7 +210,7 @@ class ChunkedCrossEntropy:
         return [p for p in self._head.parameters() if p.requires_grad]
 
     def _summed(self, states: Tensor, compute: LossAndGradient) -> Tensor:
-        """Returns the loss of all chunks, differentiable."""
+        """Returns the loss summed over all chunks, differentiable."""
         return _SummedLoss.apply(  # type: ignore[no-untyped-call]
             states, compute, self._scores, self._chunk, *self._trained()
         )
@@ -221,7 +221,7 @@ class ChunkedCrossEntropy:
         return self._finish(self._head(states))
 
     def _observe(self, states: Tensor, targets: Tensor, observe: Observe | None) -> Tensor:
-        """Returns the loss of all chunks and call `observe` with each."""
+        """Returns the summed loss; calls `observe` with the logits and targets of each chunk."""
         total = torch.zeros((), device=states.device)
         for chunk, labels in _chunks(states, targets, self._chunk):
             scores = self._scores(chunk)
@@ -247,7 +247,7 @@ class _SummedLoss(torch.autograd.Function):
         size: int,
         *parameters: Tensor,
     ) -> Tensor:
-        """Returns the loss; save the gradients of `states` and of the head's `parameters`."""
+        """Returns the loss; saves the gradients of `states` and of the head's `parameters`."""
         total = torch.zeros((), device=states.device)
         of_states = torch.empty_like(states)
         of_parameters = [torch.zeros_like(p) for p in parameters]
@@ -286,8 +286,8 @@ class _SummedLoss(torch.autograd.Function):
 class _Likelihoods(torch.autograd.Function):
     """Log-likelihood of each target.
 
-    Forward computes the gradients of the states. With a trained head, backward recomputes the
-    logits.
+    Forward already computes the gradients of the states. With a trained head, backward computes
+    them from recomputed logits.
     """
 
     @staticmethod

@@ -1,9 +1,9 @@
 """RMS norms, gated linear units (GLU) and rotary embeddings as fused autograd functions.
 
 Formulas are in `kernels.formulas`; Triton may compute them on an NVIDIA GPU. With frozen weights,
-norms and GLU save x and ρ, or g and u, and attach to their output how it is recomputed
-(`recompute`), so that LoRA layers save none of it. Modules are recognized by their output on random
-input, not by their names.
+norms and GLU save x and ρ, or g and u. They attach to their output how it is recomputed
+(`recompute`), so that LoRA layers need not save it. Modules are recognized by their output on
+random input, not by their names.
 
 Queries and keys are rotated by one kernel per direction, on GPUs that have it. transformers'
 `apply_rotary_pos_emb` is replaced in each modeling module where it computes the formula. The
@@ -61,10 +61,10 @@ class _Norm(torch.autograd.Function):
 
 
 class FusedNorm(nn.Module):
-    """Norm that shares the weight of `norm`: fused in training, else `norm` itself runs.
+    """RMS norm with the weight of `norm`: fused in training, else `norm` itself runs.
 
-    `shift` is added to the weight: 1 in Gemma, else 0. `in_float32` is the precision of its
-    product.
+    `shift` is added to the weight: 1 in Gemma, else 0. `in_float32` is whether the weight is
+    multiplied in float32.
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class FusedNorm(nn.Module):
 
 
 class _Glu(torch.autograd.Function):
-    """An activated gate times another projection."""
+    """Gated linear unit: the activated gate times the up projection."""
 
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor, kind: str, formulas: Formulas) -> Tensor:
@@ -135,7 +135,7 @@ class FusedGlu(nn.Module):
 
 
 class FusedNormGlu:
-    """Replaces the norms and feed-forwards of `model` until `remove`; `count` is their number."""
+    """Replaces `count` norms and gated feed-forwards of `model` by fused ones, until `remove`."""
 
     def __init__(self, model: nn.Module, kernels: Kernels = NO_KERNELS) -> None:
         self._replaced: list[tuple[nn.Module, str, nn.Module]] = []
@@ -157,7 +157,7 @@ class FusedNormGlu:
 
 
 def _fuse(module: nn.Module, cache: dict[Any, Any], kernels: Kernels) -> nn.Module | None:
-    """Returns the replacement of `module`, or None; `cache` caches results per class."""
+    """Returns the fused replacement of `module`, or None; `cache` stores formulas per class."""
     if is_watched(module):
         return None
     if _looks_like_norm(module):
@@ -200,7 +200,7 @@ def _looks_like_norm(module: nn.Module) -> bool:
 
 
 def _find_norm(module: nn.Module) -> tuple[float, bool] | None:
-    """Find the shift and whether it multiplies in float32; None for a different formula."""
+    """Returns `shift` and `in_float32` of the `FusedNorm` equal to `module`; None without one."""
     low = copy.deepcopy(module).to("cpu", torch.bfloat16)
     weight, generator = _weight_of(low), torch.Generator().manual_seed(0)
     x = torch.randn(3, len(weight), generator=generator).to(torch.bfloat16)
@@ -216,7 +216,7 @@ def _find_norm(module: nn.Module) -> tuple[float, bool] | None:
 
 
 def _find_glu(module: nn.Module) -> str | None:
-    """Find the key of `ACTIVATIONS`; None for a different formula."""
+    """Returns the key in `ACTIVATIONS` of the module's activation; None for a different formula."""
     low, generator = copy_module(module), torch.Generator().manual_seed(0)
     for name, (width, inner) in (
         ("gate_proj", (8, 16)),
@@ -236,7 +236,7 @@ def _find_glu(module: nn.Module) -> str | None:
 
 
 def _try(module: nn.Module, x: Tensor) -> Tensor | None:
-    """Returns `module(x)`, or None if it fails or has another shape."""
+    """Returns `module(x)`; None if it fails or its output is not shaped like `x`."""
     try:
         output = module(x)
     except (TypeError, ValueError, RuntimeError):
@@ -249,7 +249,7 @@ NAME = "apply_rotary_pos_emb"
 
 
 class _Rope(torch.autograd.Function):
-    """Rotation that saves only the angles."""
+    """Rotary embedding of queries and keys that saves only cos and sin for backward."""
 
     @staticmethod
     def forward(
@@ -269,7 +269,7 @@ class _Rope(torch.autograd.Function):
 
 
 class FusedRope:
-    """Replaces the rotary embedding functions of `model` until `remove`, and has their `count`."""
+    """Replaces `count` rotary embedding functions that `model` uses, until `remove`."""
 
     def __init__(self, model: nn.Module, kernels: Kernels) -> None:
         self._replaced: list[tuple[ModuleType, Callable[..., Any]]] = []
@@ -290,7 +290,7 @@ class FusedRope:
 
 
 class _Replacement:
-    """Computes the rotation by a kernel, or by `plain` where none is supported."""
+    """Rotary embedding by a kernel, or by the original function `plain` where no kernel applies."""
 
     def __init__(self, plain: Callable[..., Any], kernels: Kernels) -> None:
         self._plain, self._kernels = plain, kernels
@@ -312,7 +312,7 @@ class _Replacement:
 
 
 def _is_usual(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> bool:
-    """Returns whether all dtypes are equal and every element of a head is rotated."""
+    """Returns whether a kernel applies: equal dtypes, and every element of a head is rotated."""
     if not q.dim() == k.dim() == 4 or cos.dim() != 3 or cos.shape != sin.shape:
         return False
     batch, _, tokens, width = q.shape

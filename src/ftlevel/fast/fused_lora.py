@@ -8,8 +8,8 @@ product is added to the update, so the sum is rounded once. Tensors of width r a
 because oneDNN and MKL are up to four times slower with (tokens, r) (docs/performance.md).
 
 The layers are PEFT classes with a different `forward`, so parameters, state dict and merging are
-PEFT's. Where fusion does not apply, PEFT's `forward` runs. With checkpointing, the output of the
-linear layer that ends a block is not needed again; it is NaN then, so that a reader is noticed.
+PEFT's. Where fusion does not apply, PEFT's `forward` runs. When gradient checkpointing recomputes
+a block, the output of its last linear layer is not needed: it is NaN, so that any use of it shows.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ class FusedLoraFunction(torch.autograd.Function):
 
 
 def _scaled(one: Tensor, tensor: Tensor, factor: float) -> Tensor:
-    """Returns `factor` times the matrix product."""
+    """Returns `factor` · (`one` @ `tensor`)."""
     if factor == 1.0:
         return one @ tensor
     product = one.new_empty(one.shape[0], tensor.shape[1])
@@ -127,7 +127,7 @@ def _scaled(one: Tensor, tensor: Tensor, factor: float) -> Tensor:
 def _product(
     one: Tensor, matrix: Tensor, dtype: torch.dtype, *, transposed: bool = False
 ) -> Tensor:
-    """Returns the matrix product, or its transpose, in `dtype`.
+    """Returns `one` @ `matrix` in `dtype`, or its transpose if `transposed`.
 
     NVIDIA GPUs return the float32 sums directly. `addmm` could also scale, but torch 2.8 and 2.13
     differ in their requirements on its arguments.
@@ -143,7 +143,7 @@ def _product(
 class FusedForward:
     """Mixin with a LoRA forward that is fused in training, and PEFT's own otherwise.
 
-    `ends_a_block` means that the output is not needed when the block is recomputed.
+    `ends_a_block` marks a block's last layer, whose output is not needed in recomputation.
     """
 
     ends_a_block = False
@@ -171,7 +171,7 @@ class FusedForward:
         return y.to(result)
 
     def __repr__(self) -> str:
-        """Returns the PEFT representation of the layer."""
+        """Returns the `repr` of the corresponding PEFT layer."""
         return super().__repr__().replace("lora.Fused", "lora.", 1)
 
     def _is_ready(self) -> bool:
@@ -188,8 +188,8 @@ class FusedForward:
 def _lone_adapter(layer: Any) -> str | None:
     """Returns the single active adapter of `layer`, or None if it cannot be fused.
 
-    It cannot with variants such as DoRA, a bias of B, a trained base, or hooks (of offloading,
-    tensor parallelism, an observer), which expect a call of their module.
+    Variants such as DoRA, a bias of B and a trained base cannot be fused. Hooks (of offloading,
+    tensor parallelism, an observer) prevent it, too: they expect a call of their module.
     """
     if not layer.training or layer.disable_adapters or layer.merged:
         return None
@@ -205,9 +205,9 @@ def _lone_adapter(layer: Any) -> str | None:
 
 
 def register_fused_layers(config: LoraConfig) -> None:
-    """Make `config` (modified) build fused layers where possible, and the PEFT elsewhere.
+    """Make `config` (modified) build fused layers where possible, and PEFT's layers elsewhere.
 
-    This uses the PEFT registration of custom modules, which is not saved with the adapter.
+    This uses PEFT's registration of custom modules, which is not saved with the adapter.
     """
     register_lora_layers(config, {nn.Linear: build_fused_layer, Conv1D: build_fused_layer})
 
@@ -283,7 +283,7 @@ class FusedLinear8bitLt(FusedForward, lora.Linear8bitLt):
 
 
 def skip_unneeded_products(blocks: Sequence[nn.Module]) -> None:
-    """Skip the last linear layer of each of `blocks` (modified) when they are recomputed."""
+    """Make the last linear layer of each block (modified) skip its product in recomputation."""
     for block in blocks:
         _find_last_layer(block)
 
@@ -302,7 +302,7 @@ def _find_last_layer(block: nn.Module) -> None:
 
 
 def _last_layer(added: Any) -> Any:
-    """Returns the fused layer whose output is the last summand of `added`, a `grad_fn`."""
+    """Returns the fused layer that computed the last operand of `added`, a sum's `grad_fn`."""
     while added.name() == "ViewBackward0":
         ((added, _),) = added.next_functions
     if added.name() != "AddBackward0":

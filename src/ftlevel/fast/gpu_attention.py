@@ -1,4 +1,4 @@
-"""Attention on a GPU, and the options that all attention of the fast step takes."""
+"""Attention of packed rows on a GPU, and the options of all attention in the fast step."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ WIDEST_HEAD = 256
 
 
 class FlashKernel(Protocol):
-    """A kernel that computes the attention of a whole row on a GPU."""
+    """A GPU kernel that computes the attention of a whole packed row in one call."""
 
     def computes(self, options: AttentionOptions, head_dim: int) -> bool:
         """Returns whether the kernel supports `options` for heads of `head_dim`."""
@@ -88,16 +88,16 @@ class FlashKernel(Protocol):
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, lengths: Lengths, options: AttentionOptions
     ) -> Tensor:
-        """Returns (tokens, heads, head_dim) for contiguous states of that layout."""
+        """Returns the output (tokens, heads, head_dim) for contiguous states of that layout."""
 
 
 @dataclass(frozen=True)
 class VarlenKernel:
-    """Options that torch's `varlen_attn` supports, by its signature.
+    """torch's `varlen_attn`, and which options the installed version supports.
 
-    It is missing in torch 2.8 and 2.9. It has `is_causal` only in 2.10, all but `enable_gqa` in
-    2.11, and all in 2.12, 2.13 and 2.15 (torch/nn/attention/varlen.py). Without `scales` the scale
-    is 1 / sqrt(head_dim); without `groups` keys are repeated for each query head.
+    torch 2.8 and 2.9 lack it. Its only option is `is_causal` in 2.10; 2.11 has all others but
+    `enable_gqa`, and 2.12, 2.13 and 2.15 all (torch/nn/attention/varlen.py). Without `scales` the
+    scale is 1 / sqrt(head_dim); without `groups` keys are repeated for each query head.
     """
 
     windows: bool
@@ -106,7 +106,7 @@ class VarlenKernel:
 
     @classmethod
     def read(cls, function: Callable[..., Any]) -> VarlenKernel:
-        """Load the options that `function` supports."""
+        """Returns the kernel with the options in the signature of `function`."""
         names = inspect.signature(function).parameters
         return cls("window_size" in names, "scale" in names, "enable_gqa" in names)
 
@@ -119,7 +119,7 @@ class VarlenKernel:
     def settings(
         self, causal: bool, window: int | None, scale: float, *, grouped: bool
     ) -> dict[str, Any]:
-        """Returns the keyword arguments of a call."""
+        """Returns the keyword arguments for `varlen_attn`."""
         settings: dict[str, Any] = {"scale": scale} if self.scales else {}
         if self.groups:
             settings["enable_gqa"] = grouped
@@ -130,7 +130,7 @@ class VarlenKernel:
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, lengths: Lengths, options: AttentionOptions
     ) -> Tensor:
-        """Returns (tokens, heads, head_dim), as `FlashKernel.attend`."""
+        """Returns the output (tokens, heads, head_dim), as `FlashKernel.attend`."""
         from torch.nn.attention.varlen import varlen_attn
 
         groups = query.shape[1] // key.shape[1]
@@ -161,14 +161,14 @@ def installed_kernel() -> VarlenKernel | None:
 
 @dataclass(frozen=True)
 class Lengths:
-    """Cumulative lengths of a row's segments, as the kernels expect them.
+    """Cumulative lengths of a packed row's segments, as the kernels expect them.
 
     Attributes:
         queries: (segments + 1,) int32.
-        keys: (segments + 1,) int32, of the gathered keys. Without pasts it must be the object
-            `queries`, by which torch from 2.15 on recognizes that cuDNN gives the same result.
+            keys: (segments + 1,) int32, of the gathered keys. If no segment has a past, it must be
+                the same object as `queries`: torch from 2.15 on needs this to use cuDNN.
         most_queries, most_keys: maximum per segment.
-        source: (keys,) row index of each gathered key; None without pasts.
+            source: (keys,) position in the packed row of each gathered key; None without pasts.
     """
 
     queries: Tensor
@@ -180,7 +180,7 @@ class Lengths:
 
 @lru_cache(maxsize=8)
 def measure(segments: tuple[Segment, ...], device: torch.device) -> Lengths:
-    """Measure the cumulative lengths of `segments` on `device`."""
+    """Returns the cumulative lengths of `segments` on `device`."""
     lengths = [segment.stop - segment.start for segment in segments]
     seen = [segment.position + length for segment, length in zip(segments, lengths, strict=True)]
     queries = send(torch.tensor([0, *lengths]).cumsum(0).int(), device)
@@ -201,7 +201,7 @@ def window_of(causal: bool, window: int | None) -> tuple[int, int]:
 def supports_attention(
     query: Tensor, options: AttentionOptions, kernel: FlashKernel | None = None
 ) -> bool:
-    """Returns whether `kernel`, or torch's, supports `query` (heads, tokens, head_dim) here."""
+    """Returns whether `kernel`, or if None torch's, supports `query` (heads, tokens, head_dim)."""
     if not query.is_cuda or query.dtype not in (torch.bfloat16, torch.float16) or options.dropout:
         return False
     head_dim, kernel = query.shape[-1], kernel or installed_kernel()
@@ -220,7 +220,7 @@ def attend_varlen(
     options: AttentionOptions,
     kernel: FlashKernel | None = None,
 ) -> Tensor:
-    """Returns the attention output (tokens, heads, head_dim); `can_serve` must be true.
+    """Returns the output (tokens, heads, head_dim); `supports_attention` must be true.
 
     `states` are queries (heads, tokens, head_dim), keys and values (key heads, tokens, head_dim).
 
@@ -244,11 +244,11 @@ LengthPair = tuple[int, int]
 
 @dataclass(frozen=True)
 class PaddedBatch:
-    """Segments of similar length, padded.
+    """Segments of similar length, padded to one batch.
 
-    `queries` (count, most queries) and `keys` (count, most keys) are row indices; padding is any
-    token. `mask` (count, 1, most queries, most keys) is True where visible; None if `causal`
-    decides.
+    `queries` (count, most queries) and `keys` (count, most keys) are positions in the packed row,
+    arbitrary for padding. `mask` (count, 1, most queries, most keys) is True where visible; if it
+    is None, `causal` decides.
     """
 
     queries: Tensor
@@ -261,7 +261,7 @@ class PaddedBatch:
 def pad_segments(
     segments: tuple[Segment, ...], causal: bool, window: int | None, device: torch.device
 ) -> tuple[tuple[PaddedBatch, ...], Tensor]:
-    """Returns padded batches on `device`, and (tokens,) the index of each token among them."""
+    """Returns padded batches on `device`, and (tokens,) each token's index among all of them."""
     groups: dict[LengthPair, list[int]] = defaultdict(list)
     for number, segment in enumerate(segments):
         length, seen = _lengths(segment)
@@ -357,7 +357,7 @@ FUNCTION = "flash_attn_varlen_func"
 
 @dataclass(frozen=True)
 class HubKernel:
-    """A kernel from the Hub; `all_keys` is an unlimited window side: None in FA4, else -1."""
+    """A kernel from the Hub; `all_keys` is its value for "no window": None in FA4, else -1."""
 
     function: Callable[..., Any]
     caps: bool
@@ -366,7 +366,7 @@ class HubKernel:
 
     @classmethod
     def read(cls, function: Callable[..., Any]) -> HubKernel:
-        """Load the options that `function` supports, by its signature."""
+        """Returns the kernel `function` with the options in its signature."""
         names = inspect.signature(function).parameters
         windows = "window_size" in names
         all_keys = names["window_size"].default[0] if windows else None
@@ -382,7 +382,7 @@ class HubKernel:
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, lengths: Lengths, options: AttentionOptions
     ) -> Tensor:
-        """Returns (tokens, heads, head_dim), as `FlashKernel.attend`."""
+        """Returns the output (tokens, heads, head_dim), as `FlashKernel.attend`."""
         settings: dict[str, Any] = {"softmax_scale": options.scale, "causal": options.causal}
         if options.cap is not None:
             settings["softcap"] = options.cap
@@ -404,7 +404,7 @@ class HubKernel:
 
 @lru_cache(maxsize=4)
 def fetch_kernel(name: str) -> HubKernel:
-    """Load the Hub kernel `name` OWNER/NAME@VERSION, a number or a revision.
+    """Load the Hub kernel `name`, OWNER/NAME@VERSION; VERSION is a number or a revision.
 
     Raises:
         InputError: `kernels` is not installed, or has no such kernel for this machine.

@@ -38,7 +38,7 @@ def compute_answer_likelihoods(
     objective: LikelihoodObjective,
     batch: Mapping[str, Any],
 ) -> Tensor:
-    """Compute the log-likelihoods of a batch's answers; without a `head`, from all logits."""
+    """Returns log-likelihood and length of each answer, (answers, 2); `head` may be None."""
     each, _ = compute_token_likelihoods(head, model, objective, batch)
     return objective.answers(each, batch["labels"])
 
@@ -50,7 +50,7 @@ def compute_token_likelihoods(
     batch: Mapping[str, Any],
     temperature: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """Compute the log-likelihoods of a batch's targets and their rows, both (targets,).
+    """Returns each target's log-likelihood, and the index of its batch row, both (targets,).
 
     Logits are divided by `temperature`. Without a `head`, all logits are computed.
     """
@@ -71,7 +71,7 @@ def compute_policy_loss(
     objective: PolicyObjective,
     batch: Mapping[str, Any],
 ) -> Tensor:
-    """Compute the summed policy loss of a batch with `signals`, (a scalar)."""
+    """Returns the summed policy loss (a scalar) of a batch that has an entry `signals`."""
     each, owners = compute_token_likelihoods(head, model, objective, batch, objective.temperature)
     return objective.policy_sum(each, owners, len(batch["labels"]), batch["signals"])
 
@@ -79,9 +79,9 @@ def compute_policy_loss(
 def plain_loss(
     model: Any, objective: Objective, batch: dict[str, Tensor], mask: Tensor, loss: TrainingLoss
 ) -> tuple[Tensor, Tensor, Any]:
-    """Returns the summed training loss from all logits of a batch, the labels, and the outputs.
+    """Returns the summed training loss without a chunked head, the labels, and the model outputs.
 
-    The outputs are None for answer likelihoods and distillation.
+    The outputs are None for preferences, policy losses and distillation.
     """
     if isinstance(objective, LikelihoodObjective):
         answers = compute_answer_likelihoods(None, model, objective, batch)
@@ -99,7 +99,7 @@ def plain_loss(
 
 
 def with_baseline(verdicts: Tensor, baseline: Tensor) -> Tensor:
-    """Returns `verdicts` (answers, 3) with a scalar `baseline` to subtract from each reward."""
+    """Returns `verdicts` (answers, 3) with the scalar `baseline` of rewards as last column."""
     return torch.cat([verdicts[:, :2], baseline.expand(len(verdicts), 1)], dim=1)
 
 
@@ -109,7 +109,7 @@ def sum_of_ratios(
     objective: LikelihoodObjective,
     batches: Sequence[dict[str, Any]],
 ) -> Tensor:
-    """Returns the sum and number of log-ratios of policy and reference, as a tensor (2,).
+    """Returns the sum and the number of the answers' log-ratios (policy / reference), shape (2,).
 
     It runs in eval mode without gradients, and restores the training mode.
     """
@@ -174,7 +174,7 @@ def supervised_loss(
 def compute_shared_prefix(
     head: ChunkedCrossEntropy, model: Any, layout: PackedLayout, batch: dict[str, Tensor]
 ) -> SharedPrefix:
-    """Compute the common prefix of a step's rows, a `batch` of one row, without a loss."""
+    """Returns keys and values of the rows' common prefix, which is the only row of `batch`."""
     prefix = SharedPrefix(layout.tokens)
     nowhere = torch.zeros(0, dtype=torch.long, device=batch["input_ids"].device)
     with using_layout(layout), using_prefix(prefix):

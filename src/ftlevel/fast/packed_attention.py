@@ -51,9 +51,9 @@ PADDED = 1.25
 
 @dataclass(frozen=True)
 class Batch:
-    """Consecutive sequences of the row, padded to the longest.
+    """Consecutive sequences of a packed row, padded to the longest.
 
-    `start` and `stop` are positions in the row. `source` (count · longest,) is the token of each
+    They are at [`start`, `stop`) of the row. `source` (count · longest,) is the token of each
     padded position, `positions` (stop - start,) the padded position of each token. `mask` (count
     or 1, 1, longest, longest) is added to the scores; None for no mask.
     """
@@ -76,7 +76,7 @@ def are_short(segments: Sequence[Segment]) -> bool:
 def batch_sequences(
     segments: tuple[Segment, ...], causal: bool, window: int | None
 ) -> tuple[Batch, ...]:
-    """Returns padded batches of short sequences, in row order; arguments as in `visible`."""
+    """Returns padded batches of short sequences in row order; arguments as in `split_queries`."""
     return tuple(_pad(group, causal, window) for group in _group(segments))
 
 
@@ -110,7 +110,7 @@ def _pad(group: Sequence[Segment], causal: bool, window: int | None) -> Batch:
 
 
 class ShortAttention(torch.autograd.Function):
-    """Attention of a row of short sequences; shapes as in `BlockedAttention`."""
+    """Attention of a packed row of short sequences; shapes as in `BlockedAttention`."""
 
     @staticmethod
     def forward(
@@ -248,7 +248,7 @@ def attend(
         (1, tokens, heads, head_dim), and None for the attention weights.
 
     Raises:
-        NotServedError: the model uses an unsupported option.
+            UnsupportedModelError: the model uses an unsupported option.
     """
     layout = current_layout()
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
@@ -296,7 +296,7 @@ def _by_sequence(
     options: AttentionOptions,
     kernel: FlashKernel | None,
 ) -> Tensor:
-    """Returns (tokens, heads, head_dim): by one kernel on a GPU, by blocks or SDPA on a CPU."""
+    """Returns the output (tokens, heads, head_dim): a kernel on a GPU, blocks or SDPA on a CPU."""
     if supports_attention(states[0], options, kernel):
         return attend_varlen(states, layout.segments, options, kernel)
     if states[0].device.type != "cpu":
@@ -329,10 +329,10 @@ def _by_sequence(
 def _by_length(
     segments: Sequence[Segment], states: list[Tensor], options: AttentionOptions
 ) -> Tensor:
-    """Return (tokens, heads, head_dim); neighbors of equal length are computed without a mask.
+    """Returns the output (tokens, heads, head_dim); neighbors of equal length are one batch.
 
-    Rows that are sorted by length have few lengths. In bfloat16 at 15 tokens this takes a third of
-    the time of `ShortAttention`, whose softmax is in float32.
+    Sorted sequences have few distinct lengths. In bfloat16 at 15 tokens this takes a third of the
+    time of `ShortAttention`, whose softmax is in float32.
     """
     outputs = []
     for length, group in groupby(segments, lambda segment: segment.stop - segment.start):
@@ -357,7 +357,7 @@ def _by_length(
 
 
 def _by_sdpa(segment: Segment, states: list[Tensor], options: AttentionOptions) -> Tensor:
-    """Returns (heads, tokens of the segment, head_dim) for a segment without a past."""
+    """Returns the output (heads, tokens, head_dim) of one segment without a past, by SDPA."""
     query, key, value = (part[:, segment.start : segment.stop] for part in states)
     length = key.shape[1]
     plain = options.window is None or options.window > length

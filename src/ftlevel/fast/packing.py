@@ -25,14 +25,14 @@ Range = tuple[int, int]
 
 
 class UnsupportedModelError(NotImplementedError):
-    """A part of the fast step does not support what a model computes."""
+    """Raised if a part of the fast step does not support a model."""
 
 
 @dataclass(frozen=True)
 class Segment:
-    """Consecutive tokens of the row and of a sequence.
+    """Tokens that are consecutive both in the packed row and in their sequence.
 
-    `past` has the ranges of the sequence's previous tokens, in order; empty at the start.
+    They are at [`start`, `stop`) of the row; `past` has the ranges of the sequence before them.
     """
 
     start: int
@@ -47,17 +47,17 @@ class Segment:
 
 @dataclass(frozen=True)
 class PackedLayout:
-    """Positions of a batch's tokens in one row.
+    """Mapping between a padded batch and its packed row.
 
     Attributes:
         batch, seq: shape of the padded batch.
         source: (tokens,) index of each token in the flattened batch.
-        restore: (batch * seq,) row index of each batch position; padding has an arbitrary one.
-        segments: segments of the row, in order.
-        needed: (needed,) ascending row indices of tokens used after the last block; None for all.
-        before: tokens of a shared prefix that precede the row in attention only; segments count
-            them, `source` and `restore` do not.
-        is_for_answers: whether attention may sum in another order than a training step does.
+            restore: (batch * seq,) packed position of each batch position; arbitrary for padding.
+            segments: segments of the packed row, in order.
+            needed: (needed,) packed positions of tokens used after the last block; None for all.
+            before: tokens of a shared prefix that precede the row in attention only; segments count
+                them, `source` and `restore` do not.
+            is_for_answers: whether only outputs matter, so that attention may sum in any order.
     """
 
     batch: int
@@ -71,7 +71,7 @@ class PackedLayout:
 
     @classmethod
     def from_mask(cls, mask: Tensor) -> PackedLayout:
-        """Returns the layout of a batch's rows in order; `mask` (batch, seq) is 1 for a token."""
+        """Returns the layout that packs a batch in order; `mask` (batch, seq) is 0 for padding."""
         flat = mask.flatten() != 0
         restore = (flat.cumsum(0) - 1).clamp(min=0)
         segments, start = [], 0
@@ -96,7 +96,7 @@ class PackedLayout:
         return replace(self, **{n: t.pin_memory() for n, t in pinned.items() if t is not None})
 
     def with_needed(self, at: Tensor) -> PackedLayout:
-        """Returns the layout with the indices `at` of the flattened batch as needed tokens."""
+        """Returns the layout with `at`, indices in the flattened batch, as needed tokens."""
         needed = torch.unique(self.restore.index_select(0, at))
         return replace(self, needed=needed if len(needed) < self.tokens else None)
 
@@ -116,7 +116,7 @@ class PackedLayout:
 
     @cached_property
     def column(self) -> Tensor:
-        """(tokens,) batch column of each token."""
+        """Column of each token in the padded batch, (tokens,)."""
         return self.source % self.seq
 
     def pack(self, states: Tensor) -> Tensor:
@@ -152,7 +152,7 @@ def current_layout() -> PackedLayout | None:
 
 @contextlib.contextmanager
 def using_layout(layout: PackedLayout | None, own_thread: bool = False) -> Iterator[None]:
-    """Set the current layout inside the block, which must include the backward pass.
+    """Set the current layout within the context, which must include the backward pass.
 
     `layout` is None for a padded batch. With `own_thread` it applies to this thread only, for
     parallel workers on a CPU. Otherwise it applies to the process, because the backward pass on a
@@ -180,7 +180,7 @@ MicroBatches = list[list[int]]
 
 
 def split_padded(lengths: Sequence[int], budget: int, multiple: int = 1) -> MicroBatches:
-    """Returns micro-batches that cost rows times longest row, longest first.
+    """Split rows into padded micro-batches of at most `budget` tokens, longest rows first.
 
     `lengths` are tokens per row. A row longer than `budget` tokens gets its own micro-batch. If
     there are enough rows, the number of micro-batches is a multiple of `multiple`.
@@ -190,7 +190,7 @@ def split_padded(lengths: Sequence[int], budget: int, multiple: int = 1) -> Micr
 
 
 def split_packed(lengths: Sequence[int], budget: int, multiple: int = 1) -> MicroBatches:
-    """Returns micro-batches that cost the sum of their tokens, most expensive first.
+    """Split rows into packed micro-batches of at most `budget` tokens, largest first.
 
     Each row, longest first, is added to the shortest micro-batch (Graham, 1969). Arguments are
     those of `split_padded`.
@@ -212,11 +212,11 @@ def split_shared(
     shared: Sequence[int],
     multiple: int = 1,
 ) -> MicroBatches:
-    """Returns micro-batches that count shared tokens once, with their rows in `order`.
+    """Split rows into micro-batches of at most `budget` tokens, counting shared prefixes once.
 
-    Neighbors in `order` share most; `shared` has the tokens that each row shares with the previous
-    one. Where a balanced split is cheaper in its most expensive micro-batch, it is returned
-    instead.
+    Rows stay in `order`, in which neighbors share most. `shared` is the number of tokens that each
+    row shares with the previous one. A split by balanced costs is returned instead if its largest
+    micro-batch is smaller.
     """
     neighbors = _split(
         order, budget, lambda rows, row: lengths[row] - (shared[row] if rows else 0), multiple
@@ -238,7 +238,7 @@ def split_shared(
 def count_shared(
     rows: Sequence[int], lengths: Sequence[int], order: Sequence[int], shared: Sequence[int]
 ) -> int:
-    """Returns the tokens that a micro-batch of `rows`, sorted by `order`, computes."""
+    """Returns the number of tokens that a micro-batch of `rows`, sorted as in `order`, computes."""
     rank = {row: at for at, row in enumerate(order)}
     cost, before = 0, -1
     for row in rows:
@@ -258,7 +258,7 @@ def _round_up(count: int, multiple: int, limit: int) -> int:
 
 
 def _spread(order: Sequence[int], costs: Sequence[int], count: int) -> MicroBatches:
-    """Returns `count` micro-batches; each row is added to the cheapest one."""
+    """Split rows into `count` micro-batches; each row joins the one of lowest total cost so far."""
     micro_batches: MicroBatches = [[] for _ in range(count)]
     totals = [0] * count
     for row in order:
@@ -269,7 +269,7 @@ def _spread(order: Sequence[int], costs: Sequence[int], count: int) -> MicroBatc
 
 
 def _split(order: Sequence[int], budget: int, added: AddedCost, multiple: int) -> MicroBatches:
-    """Returns the fewest micro-batches that budget and multiple allow, as even as possible."""
+    """Split rows into the fewest micro-batches that the arguments allow, as even as possible."""
     count = _round_up(len(_fill(order, budget, added)), multiple, len(order))
     low, high = 1, budget
     while low < high:  # the smallest budget that needs no more micro-batches
@@ -318,7 +318,7 @@ def _enter(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """Pack the arguments of a block; the states of later blocks are already packed."""
+    """Hook: pack the arguments of a block; after the first block, the states are packed already."""
     layout = current_layout()
     if layout is None or layout.is_whole_row:
         return None
@@ -336,7 +336,7 @@ def _leave(
     args: tuple[Any, ...],  # noqa: ARG001 - the signature of a hook
     output: Any,
 ) -> Any:
-    """Pad the states that the last block returns, alone or first in a tuple."""
+    """Hook: pad the states that the last block returns, alone or first in a tuple."""
     layout = current_layout()
     if layout is None or layout.is_whole_row:
         return None

@@ -31,7 +31,7 @@ GAIN = 1.1
 
 
 class ParallelWorkers:
-    """Threads that compute `count` micro-batches at once, sharing torch's `threads`.
+    """Pool of `count` threads, one micro-batch each, that divide torch's `threads` among them.
 
     `is_random` means that the micro-batches draw random values and need a seed.
     """
@@ -51,7 +51,7 @@ class ParallelWorkers:
     def forward(
         self, compute: Callable[[int], Tensor], number: int, seed: int | None = None
     ) -> list[Tensor]:
-        """Returns `compute` of the first `number` integers, with random values as in `backward`."""
+        """Returns [compute(0), …, compute(number - 1)], with random values as in `backward`."""
 
         def run(at: int) -> Tensor:
             with using_generator(None if seed is None else seed + at):
@@ -109,9 +109,9 @@ def _add_all(parameters: Sequence[Tensor], gradients: Sequence[Tensor | None]) -
 
 
 def _add(parameter: Tensor, gradient: Tensor) -> None:
-    """Add as `backward` does, with the strides of the parameter.
+    """Add `gradient` to `parameter.grad`, which gets the strides of the parameter.
 
-    Fused optimizers index both alike; other strides would use another element's gradient.
+    Fused optimizers index both alike; with different strides they would mix up the elements.
     """
     if parameter.grad is None:
         is_alike = gradient.stride() == parameter.stride()
@@ -121,7 +121,7 @@ def _add(parameter: Tensor, gradient: Tensor) -> None:
 
 
 def makespan(costs: Sequence[int], workers: int) -> int:
-    """Returns when the last of `costs` ends, if idle workers start them in order."""
+    """Returns the total time of jobs that take `costs` and that idle workers start in order."""
     busy = [0] * workers
     for cost in costs:
         first = busy.index(min(busy))
@@ -130,5 +130,5 @@ def makespan(costs: Sequence[int], workers: int) -> int:
 
 
 def duration(costs: Sequence[int], workers: int) -> float:
-    """Returns the time for `costs` (tokens), in tokens that all threads compute in it."""
+    """Returns the time of micro-batches of `costs` tokens; its unit is a token on all threads."""
     return sum(costs) if workers == 1 else makespan(costs, workers) * workers / GAIN

@@ -35,7 +35,7 @@ FUNCTIONAL_DROPOUT = ("opt",)
 
 @dataclass(frozen=True)
 class WorkerPlan:
-    """Number of micro-batches at once, what they draw at random, and why it is only one."""
+    """`count` of parallel micro-batches, their `random` draws, and the `reason` if it is 1."""
 
     count: int = 1
     random: str = ""
@@ -45,9 +45,9 @@ class WorkerPlan:
 def plan_workers(
     method: MethodConfig, requested: int | str, meta: Any, device: str, is_ordered: bool
 ) -> WorkerPlan:
-    """Returns how many micro-batches the model `meta` (on the meta device) computes at once.
+    """Returns how many micro-batches the model `meta` (on the meta device) computes in parallel.
 
-    With `is_ordered`, random numbers come from the process's generator, in order.
+    `is_ordered` means that random numbers must be drawn in order from torch's global generator.
     """
     threads = torch.get_num_threads()
     if device != "cpu" or threads == 1 or requested == 1:
@@ -65,7 +65,7 @@ def plan_workers(
 
 
 def _uses_global_generator(meta: Any, random: str, is_ordered: bool) -> str:
-    """Returns what is drawn from the process's generator; empty if nothing."""
+    """Returns what is drawn from torch's global generator; empty if nothing."""
     if not random or not (is_ordered or meta.config.model_type in FUNCTIONAL_DROPOUT):
         return ""
     return f"{random} is drawn at random, in order"
@@ -132,7 +132,7 @@ def kernel_choices(speed: SpeedConfig, device: str, model_type: str) -> list[Cho
 
 
 def kernel_arguments(speed: SpeedConfig, device: str, model_type: str) -> dict[str, Any]:
-    """Returns the arguments for `TrainingArguments`."""
+    """Returns the `TrainingArguments` that enable liger-kernel; empty if it is not used."""
     if not uses_liger(speed, device, model_type):
         return {}
     return {"use_liger_kernel": True, "liger_kernel_config": OWN_LOSS}
@@ -156,7 +156,7 @@ SAMPLED_STEPS = 8
 
 @dataclass(frozen=True)
 class FastPlan:
-    """The parts of the fast step that a run uses.
+    """The parts of the fast step to use, and their settings.
 
     Attributes:
         packs: whether micro-batches have no padding.
@@ -166,7 +166,7 @@ class FastPlan:
         attention_kernel: name of a Hub kernel; empty for torch's.
         needed_tokens: tokens that the last block computes; None for all or before the check.
         shared_prefix: whether the prefix of a step may be computed before parallel micro-batches.
-        memory: bytes for which `tokens` was chosen; 0 if it was not.
+            memory: GPU memory in bytes from which `tokens` was computed; 0 if it was not.
     """
 
     enabled: bool = False
@@ -195,7 +195,7 @@ def plan_fast(
     rows: Sequence[Encoded],
     max_length: int,
 ) -> FastPlan:
-    """Returns the parts that the model `meta` (on the meta device) can use."""
+    """Returns the plan for training the model `meta` (on the meta device) on `rows`."""
     speed = config.speed
     tokens = _tokens_per_micro_batch(speed, config.train, device, max_length)
     # A loss over a whole step needs the rows together, and no other part of the fast step.
@@ -257,7 +257,7 @@ def plan_fast(
 
 
 def plan_forward(model: Any, kind: str, method: str, objective: Objective, tokens: int) -> FastPlan:
-    """Returns the parts for scoring rows with a loaded model, without training."""
+    """Returns the plan for scoring rows with a loaded model, without training."""
     base = base_model(model)
     packs = not (adds_virtual_tokens(model, method) or find_packing_obstacle(base, kind))
     chunked = has_language_head(base, objective)
@@ -292,7 +292,7 @@ def _plan_sharing(
 
 
 def _estimate_shared(train: TrainerConfig, rows: Sequence[Encoded]) -> float:
-    """Estimate the share of a step's tokens that need not be computed, from sampled steps."""
+    """Estimate from sampled steps the fraction of tokens that sharing prefixes saves."""
     size = min(train.rows_per_device_step, len(rows))
     draw = random.Random(train.seed)
     steps = [draw.sample(range(len(rows)), size) for _ in range(SAMPLED_STEPS)]
@@ -366,7 +366,7 @@ def has_language_head(model: Any, objective: Objective | None) -> bool:
 
 
 def uses_fused_layers(method: MethodConfig, speed: SpeedConfig, quant: str, device: str) -> bool:
-    """Returns whether LoRA layers are fused with their base, stored as `quant`."""
+    """Returns whether LoRA layers are fused with base layers that are quantized as `quant`."""
     return _reason_against(method, speed, quant, device) == ""
 
 
@@ -385,7 +385,7 @@ def fused_lora_choices(
 def _reason_against(
     method: MethodConfig, speed: SpeedConfig, quant: str, device: str
 ) -> str | None:
-    """Returns why PEFT layers are used; empty if fused, None without LoRA layers."""
+    """Returns why LoRA layers are not fused; empty if they are, None for methods without them."""
     against = METHODS[method.kind].step.fusing
     if against is None:
         return None

@@ -6,9 +6,9 @@
     ∂L/∂θ = Σₚ ∂Lₚ/∂θ + (Σₚ ∂Lₚ/∂(K, V)) · ∂(K, V)/∂θ   (micro-batches p after a shared prefix)
 
 States of a causal model depend only on previous tokens, so sharing them is exact; the targets of
-every row count. A tree computes a prefix once per micro-batch. A `SharedPrefix` is computed first,
-its keys and values precede those of all micro-batches, and one backward pass follows. (Prompt
-trees: Scaled Cognition, 2025; Prefix Grouper: arXiv 2506.05433.)
+every row count. A tree computes a prefix once per micro-batch. A `SharedPrefix` is computed before
+all micro-batches, which prepend its keys and values; its backward pass runs once, after theirs.
+(Prompt trees: Scaled Cognition, 2025; Prefix Grouper: arXiv 2506.05433.)
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class SharedPrefix:
         self._leaves: dict[nn.Module, tuple[Tensor, Tensor]] | None = None
 
     def close(self) -> None:
-        """Detach the collected keys and values, for use in the other micro-batches."""
+        """Detach the collected keys and values, for use in the step's micro-batches."""
         self._leaves = {
             module: (
                 key.detach().requires_grad_(key.requires_grad),
@@ -47,13 +47,13 @@ class SharedPrefix:
     def join(
         self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Collect keys and values of the prefix, or prepend them to those of another micro-batch.
+        """Collect a layer's keys and values of the prefix; after `close`, prepend them to others.
 
-        `query` is (1, heads, own, head_dim), `key` and `value` are (1, key heads, own, …). Results
-        have `tokens` + own positions once the prefix is closed; its queries are zeros.
+        `query` is (1, heads, own, head_dim), `key` and `value` are (1, key heads, own, …). After
+        `close`, results have `tokens` + own positions; queries of the prefix are zeros.
 
         Raises:
-            NotServedError: an attention layer runs twice, or was not called for the prefix.
+                UnsupportedModelError: a layer runs twice, or was not called for the prefix.
         """
         if self._leaves is None:
             if module in self._made:
@@ -70,11 +70,11 @@ class SharedPrefix:
 
     @property
     def leaves(self) -> list[Tensor]:
-        """Keys and values that receive gradients, in the order of the layers."""
+        """Detached keys and values that receive gradients, in the order of the layers."""
         return [part for _, part in self._with_graph()]
 
     def gradients(self, of_leaves: Gradients, parameters: Sequence[Tensor]) -> Gradients:
-        """Returns the gradients of `parameters` through the prefix, and free its graph."""
+        """Returns the gradients of `parameters` from `of_leaves`; frees the prefix's graph."""
         tensors = [part for part, _ in self._with_graph()]
         pairs = [(m, g) for m, g in zip(tensors, of_leaves, strict=True) if g is not None]
         if not pairs:
@@ -83,7 +83,7 @@ class SharedPrefix:
         return torch.autograd.grad(outputs, parameters, incoming, allow_unused=True)
 
     def _with_graph(self) -> list[tuple[Tensor, Tensor]]:
-        """Returns pairs of a tensor and its leaf, for all that require a gradient."""
+        """Returns (tensor with graph, detached leaf) of keys and values that require a gradient."""
         leaves = self._leaves or {}
         return [
             (tensor, leaf)
@@ -103,7 +103,7 @@ def current_prefix() -> SharedPrefix | None:
 
 @contextlib.contextmanager
 def using_prefix(shared_prefix: SharedPrefix | None) -> Iterator[None]:
-    """Set the current shared prefix inside the block, for this thread."""
+    """Set the current shared prefix of this thread within the context."""
     _own.shared_prefix, before = shared_prefix, current_prefix()
     try:
         yield
@@ -130,9 +130,9 @@ def count_common(one: Tokens, other: Tokens) -> int:
 
 
 def sort_by_prefix(rows: Sequence[Tokens], least: int = MIN_PREFIX) -> tuple[list[int], list[int]]:
-    """Returns the order of rows by their prefixes, and the tokens shared with the previous row.
+    """Returns the sorted row indices, and how many tokens each row shares with the previous one.
 
-    The shared tokens are indexed by row; prefixes shorter than `least` count as 0.
+    The numbers are indexed by row; prefixes shorter than `least` tokens count as 0.
     """
     order = sorted(range(len(rows)), key=lambda row: rows[row])
     shared = [0] * len(rows)
@@ -143,7 +143,7 @@ def sort_by_prefix(rows: Sequence[Tokens], least: int = MIN_PREFIX) -> tuple[lis
 
 
 def shared_fraction(rows: Sequence[Tokens]) -> float:
-    """Returns the share of tokens of `rows` that need not be computed, from 0 to 1."""
+    """Returns the fraction of the tokens of `rows` that sharing prefixes saves."""
     _, shared = sort_by_prefix(rows)
     return sum(shared) / sum(len(row) for row in rows)
 
@@ -151,16 +151,16 @@ def shared_fraction(rows: Sequence[Tokens]) -> float:
 def build_prefix_tree(
     rows: Sequence[Tokens], least: int = MIN_PREFIX, before: int = 0
 ) -> PackedLayout:
-    """Build the layout of `rows`, padded on the right, with shared prefixes once.
+    """Build the layout of `rows`, padded on the right, in which each shared prefix occurs once.
 
-    `rows` are in the order of `sort_by_prefix`. A shared prefix computes the first `before` tokens
-    of all rows; each row has more.
+    `rows` are in the order of `sort_by_prefix`. Their first `before` tokens belong to a
+    `SharedPrefix` and are left out; each row has more.
     """
     return _Tree(rows, least, before).layout()
 
 
 class _Tree:
-    """Builds the segments of a layout, parents first."""
+    """Builds the segments of a prefix tree's layout, parents first."""
 
     def __init__(self, rows: Sequence[Tokens], least: int, before: int) -> None:
         self._rows = rows
@@ -185,7 +185,7 @@ class _Tree:
         )
 
     def _grow(self, rows: range, depth: int, past: tuple[Range, ...]) -> None:
-        """Add the tokens of `rows` beyond their common first `depth` ones."""
+        """Add the tokens of `rows` after their first `depth` tokens, which they share."""
         first = rows.start
         for row in (*rows[1:], rows.stop):
             if row < rows.stop and self._common[row] >= depth + self._least:
@@ -194,7 +194,7 @@ class _Tree:
             first = row
 
     def _add(self, rows: range, depth: int, past: tuple[Range, ...]) -> None:
-        """Add the common tokens of `rows` beyond `depth`, then the rest of each."""
+        """Add the common tokens of `rows` after the first `depth`, then the rest of each row."""
         first = rows.start
         until = min((self._common[row] for row in rows[1:]), default=len(self._rows[first]))
         if until > depth:

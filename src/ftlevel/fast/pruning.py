@@ -63,10 +63,10 @@ def find_prunable_linears(
     layout: PackedLayout,
     candidates: Sequence[nn.Module],
 ) -> list[nn.Module]:
-    """Find the candidates whose output at unneeded tokens does not affect needed ones.
+    """Find the candidates whose output at unneeded tokens does not affect needed tokens.
 
-    `block`, in eval mode, is called with `args` and `kwargs` on `layout`, which must be the current
-    one. It returns states (batch, seq, hidden), alone or first in a tuple.
+    `block` must be in eval mode and `layout` the current layout; `args` and `kwargs` are arguments
+    of `block`. It returns states (batch, seq, hidden), alone or first in a tuple.
     """
     if layout.needed is None:
         raise ValueError("layout.needed is None: expected some of the tokens")

@@ -3,8 +3,8 @@
 LoRA layers save the output of a norm or GLU only for the gradient of A; a `Recomputation` replaces
 these (tokens, width) values by what the norm or GLU saves anyway.
 
-torch's dropout uses the process's generator, so parallel workers would not be reproducible; here
-each micro-batch has a seed. An element uses 16 random bits, torch's 64 (docs/performance.md).
+torch's dropout uses the global generator, so parallel workers would not be reproducible. Here each
+micro-batch has a seed. Dropout draws 16 random bits per element, torch's 64 (docs/performance.md).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def worker_generator() -> torch.Generator | None:
 
 @contextlib.contextmanager
 def using_generator(seed: int | None) -> Iterator[None]:
-    """Use a new generator with `seed` inside the block, in this thread; None uses the process's."""
+    """Use a new generator with `seed` within the context, in this thread; None: the global one."""
     before = _own.generator
     _own.generator = None if seed is None else torch.Generator().manual_seed(seed)
     try:
@@ -48,7 +48,7 @@ _CHANCES = 1 << 16
 def dropout_mask(like: Tensor, p: float) -> Tensor:
     """Returns a mask shaped like `like`, on a CPU: 0 with probability `p`, else 1 / (1 - p).
 
-    It uses the generator of the micro-batch, or else torch's. `p` is rounded to 1/65,536.
+    It uses `worker_generator()`, or torch's global generator. `p` is rounded to 1/65,536.
     """
     count, dropped = like.numel(), min(round(p * _CHANCES), _CHANCES - 1)
     drawn = torch.empty(-(-count // 4), dtype=torch.int64)
@@ -85,7 +85,7 @@ class PerWorkerDropout:
             setattr(parent, name, dropout)
 
     def remove(self) -> None:
-        """Restore the modules, in the mode of their replacements."""
+        """Restore the modules, with the training mode of their replacements."""
         for parent, name, child in self._replaced:
             child.train(getattr(parent, name).training)
             setattr(parent, name, child)
@@ -95,10 +95,10 @@ _NAME = "_ftlevel_recomputation"
 
 
 class Recomputation:
-    """How a tensor is recomputed, shared by the autograd functions that use it.
+    """Recomputation of a tensor, shared by the autograd functions that need it in backward.
 
-    `make` returns the tensor from the saved ones, bit for bit. Users save these through autograd,
-    so that checkpointing and offloading apply to them.
+    `make` computes the tensor bit for bit from other tensors. The functions save those through
+    autograd, so that checkpointing and offloading apply to them.
     """
 
     def __init__(self, make: Callable[..., Tensor]) -> None:
@@ -107,11 +107,11 @@ class Recomputation:
         self._made: Tensor | None = None
 
     def enter(self) -> None:
-        """Register an autograd function that uses the tensor."""
+        """Count one more autograd function that will call `make`."""
         self._users += 1
 
     def make(self, *saved: Tensor) -> Tensor:
-        """Returns the tensor from `saved`; it is cached until the last user has called this."""
+        """Returns the tensor from `saved`; it is cached until every counted function has it."""
         self._users -= 1
         tensor = self._make(*saved) if self._made is None else self._made
         self._made = tensor if self._users > 0 else None
@@ -119,17 +119,17 @@ class Recomputation:
 
 
 def with_recomputation(tensor: Tensor, make: Callable[..., Tensor], *saved: Tensor) -> Tensor:
-    """Returns `tensor` (modified) with its recomputation from `saved` attached."""
+    """Returns `tensor` (modified), to which its recomputation from `saved` is attached."""
     parts = tuple(part.detach() for part in saved)
     setattr(tensor, _NAME, (Recomputation(make), parts, version_of(tensor)))
     return tensor
 
 
 def recomputation_of(tensor: Tensor) -> tuple[Recomputation, tuple[Tensor, ...]] | None:
-    """Returns how `tensor` is recomputed and from which tensors; None if it must be saved.
+    """Returns the recomputation of `tensor` and its input tensors; None if `tensor` must be saved.
 
-    None is also returned for views, copies, tensors of inference mode, and after an in-place
-    change.
+    Views, copies, tensors of inference mode, and tensors that were changed in place must be
+    saved.
     """
     if tensor.is_inference():
         return None

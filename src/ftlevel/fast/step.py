@@ -63,7 +63,7 @@ class FastStep:
             self.workers = ParallelWorkers(plan.workers, torch.get_num_threads(), plan.is_random)
 
     def check(self, rows: Sequence[Encoded], pad_id: int, device: str, dtype: str) -> list[str]:
-        """Remove the parts that fail `PackingCheck`, and return the reasons; arguments as there."""
+        """Disable the parts that fail `PackingCheck`; returns the reasons. Arguments as there."""
         if self._blocks is None:
             return []
         check = PackingCheck(self._model, find_blocks(self._base)[-1], rows, pad_id, device, dtype)
@@ -93,7 +93,7 @@ class FastStep:
     def check_cross_entropy(
         self, objective: Objective, rows: Sequence[Encoded], pad_id: int, device: str, dtype: str
     ) -> str:
-        """Remove chunked cross-entropy if it fails its check, and return the reason; else empty."""
+        """Disable chunked cross-entropy if its check fails; returns why, else empty."""
         if self.cross_entropy is None or not isinstance(objective, TokenObjective):
             return ""
         reason = find_cross_entropy_error(
@@ -109,7 +109,7 @@ class FastStep:
     def prune_last_layer(
         self, objective: Objective, rows: Sequence[Encoded], pad_id: int, device: str, dtype: str
     ) -> None:
-        """Restrict the last block to the tokens that are needed after it, where possible."""
+        """Where possible, make the last block compute only the tokens that are needed after it."""
         if self._blocks is None or not self.plan.prunes_last_layer:
             return
         last = find_blocks(self._base)[-1]
@@ -117,7 +117,7 @@ class FastStep:
         self.prune(needed, linears)
 
     def prune(self, needed: NeededTokens | None, linears: Sequence[nn.Module]) -> None:
-        """Restrict `linears`, if any, to the `needed` tokens."""
+        """Make `linears`, if any, compute only the tokens that `needed` selects."""
         if linears:
             self.plan = replace(self.plan, needed_tokens=needed)
             self._pruning, self.pruned_linears = LastLayerPruning(linears), len(linears)

@@ -34,8 +34,8 @@ a step of SmolLM2 takes 5 % longer than without; with 1,450 and 2,100, a fifth l
 class StepCollator:
     """Collates the rows of an optimizer step into micro-batches with layouts.
 
-    The split depends only on rows and plan, so a resumed run repeats it. Without an `objective`,
-    the loss locates its targets.
+    The split depends only on rows and plan, so a resumed run repeats it. With an `objective`, the
+    targets are located here and not in the loss.
     """
 
     def __init__(self, pad_id: int, plan: FastPlan, objective: Objective | None = None) -> None:
@@ -46,9 +46,9 @@ class StepCollator:
         self._objective = objective if is_located else None
 
     def __call__(self, rows: Sequence[Encoded]) -> dict[str, Any]:
-        """Returns `rows`, their `micro_batches`, `in_parallel` and `has_parts`.
+        """Returns a dict of `rows`, `micro_batches`, `parts`, `in_parallel` and `has_parts`.
 
-        `has_parts` is whether a micro-batch has several rows; `parts` are the row indices of each.
+        `parts` are the row indices of each micro-batch; `has_parts` is whether one has several.
         `shared_prefix`, if any, is the batch and layout of the prefix that the micro-batches
         extend; `contrasts`, if any, are the micro-batches of contrasting rows. A micro-batch is the
         output of `Collator` with its `layout` (None if padded) and, for a language head, its
@@ -80,7 +80,7 @@ class StepCollator:
         ]
 
     def halve(self) -> int:
-        """Halve the maximum tokens of later micro-batches, and return it."""
+        """Halve the maximum number of tokens of later micro-batches; returns the new maximum."""
         self._plan = replace(self._plan, tokens=max(1, self._plan.tokens // 2))
         return self._plan.tokens
 
@@ -89,7 +89,7 @@ class StepCollator:
         self._plan = replace(self._plan, shared_prefix=False)
 
     def _choose_schedule(self, rows: Sequence[Encoded]) -> _Schedule:
-        """Choose the fastest schedule of the step, the first of equals."""
+        """Returns the schedule of the step with the shortest estimated duration."""
         plan, partition = self._plan, _Partition(rows, self._plan)
         schedules = [_Schedule(partition, plan.tokens, 1)]
         if plan.workers > 1:
@@ -127,10 +127,10 @@ class StepCollator:
 
 
 class _Partition:
-    """Split of a step's rows: padded, packed, or as trees.
+    """Way to split a step's rows into micro-batches: padded, packed, or as prefix trees.
 
     `is_tree` means that micro-batches compute shared prefixes once. `prefix` is the number of
-    tokens of every row that a previous micro-batch computes.
+    first tokens, common to all rows, that are computed before all micro-batches.
     """
 
     def __init__(self, rows: Sequence[Encoded], plan: FastPlan) -> None:
@@ -156,7 +156,7 @@ class _Partition:
         return split(self._lengths, budget, multiple)
 
     def find_shared_prefix(self, rows: Sequence[Encoded]) -> int:
-        """Find the length of the common prefix of all `rows` that predicts no target."""
+        """Returns the length of the prefix of all `rows` that predicts no target, or 0."""
         if not self.is_tree or len(rows) < 2:
             return 0
         common = min(self._shared[row] for row in self._order[1:])
@@ -164,7 +164,7 @@ class _Partition:
         return common if common >= MIN_PREFIX else 0
 
     def beyond(self, prefix: int) -> _Partition:
-        """Returns the split without the first `prefix` tokens, which have their own micro-batch."""
+        """Returns the partition after the first `prefix` tokens, which are computed before."""
         partition = copy.copy(self)
         partition.prefix = prefix
         partition._lengths = [length - prefix for length in self._lengths]
@@ -172,7 +172,7 @@ class _Partition:
         return partition
 
     def count_tokens(self, indices: Sequence[int]) -> int:
-        """Count positions that a micro-batch computes."""
+        """Returns the number of positions that a micro-batch of the rows `indices` computes."""
         if self.is_tree:
             return count_shared(indices, self._lengths, self._order, self._shared)
         lengths = [self._lengths[row] for row in indices]
@@ -180,7 +180,7 @@ class _Partition:
 
 
 class _Schedule:
-    """A way to compute a step; `duration` is in the unit of `parallel_workers.duration`."""
+    """Micro-batches and workers of a step; `duration` is that of `parallel_workers`."""
 
     def __init__(self, partition: _Partition, budget: int, workers: int) -> None:
         self.partition = partition
@@ -193,7 +193,7 @@ class _Schedule:
 
 
 def _count_tokens(row: Encoded, *, packs: bool) -> int:
-    """Returns the tokens of the branches of `row`, or their positions in a padded batch."""
+    """Returns the number of tokens of all branches of `row`, with padding unless `packs`."""
     lengths = [len(branch.input_ids) for branch in row.branches]
     return sum(lengths) if packs else max(lengths) * len(lengths)
 
@@ -215,12 +215,12 @@ def _first_needed(row: Encoded) -> int:
 
 
 class TextCollator(StepCollator):
-    """Collates rows whose texts are embedded one by one; each distinct text is there once."""
+    """Collates rows of texts to embed; each distinct text of a step is collated once."""
 
     def __call__(self, rows: Sequence[Encoded]) -> dict[str, Any]:
-        """Returns what `StepCollator` returns for the distinct texts, with `texts` and `parts`.
+        """Returns `StepCollator`'s dict for the distinct texts, with `rows` and `texts`.
 
-        `texts` are the rows as `StepTexts`; `parts` the indices of the texts of each micro-batch.
+        `texts` is a `StepTexts`, the rows as text indices; `parts` has each micro-batch's texts.
         """
         texts, step = distinct_texts(rows)
         return {**super().__call__(texts), "rows": rows, "texts": step}
@@ -228,6 +228,6 @@ class TextCollator(StepCollator):
     def _micro_batch(
         self, rows: Sequence[Encoded], indices: Sequence[int], partition: _Partition
     ) -> dict[str, Any]:
-        """Returns the micro-batch with `unpooled`, the numbers of first tokens to leave out."""
+        """Returns the micro-batch with `unpooled`, each text's number of unpooled first tokens."""
         unpooled = [row.unpooled for i in indices if isinstance(row := rows[i], EncodedText)]
         return {**super()._micro_batch(rows, indices, partition), "unpooled": unpooled}

@@ -1,7 +1,7 @@
 """Triton kernels for NVIDIA GPUs, used where they are verified and faster.
 
-`Kernels` compares each kernel with torch's operations on random values of the run's width and
-precision, forward and backward. Without Triton, or if it cannot compile, torch's operations are
+`Kernels` compares each kernel with torch's operations, forward and backward. It uses random values
+of the model's width and precision. Without Triton, or if it cannot compile, torch's operations are
 used.
 """
 
@@ -46,11 +46,11 @@ class Formulas:
         return _normalize(x32, weight, scale, x.dtype), scale
 
     def renorm(self, x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
-        """Returns y again, bit for bit, from ρ."""
+        """Returns y recomputed from x and ρ (`scale`), bit for bit."""
         return _normalize(x.to(scale.dtype), weight, scale, x.dtype)
 
     def norm_backward(self, gradient: Tensor, x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
-        """Returns ∂L/∂x."""
+        """Returns ∂L/∂x; `gradient` is ∂L/∂y and `scale` is ρ."""
         normed = x.to(scale.dtype) * scale
         of_normed = gradient.to(scale.dtype) * weight.to(scale.dtype)
         along = (of_normed * normed).mean(-1, keepdim=True)
@@ -75,7 +75,7 @@ class Formulas:
         return q * cos + _rotate_half(q) * sin, k * cos + _rotate_half(k) * sin
 
     def cross_entropy(self, scores: Tensor, targets: Tensor, smoothing: float) -> Pair:
-        """Returns the losses, and their gradient, in float32.
+        """Returns the losses and their gradient with respect to `scores`, in float32.
 
         The largest probability p gives the normalizer cheaply: log Σⱼ exp sⱼ = max s − log max p.
         """
@@ -91,7 +91,7 @@ class Formulas:
 
 
 def _rotate_half(x: Tensor) -> Tensor:
-    """Returns J x."""
+    """Returns J x = (−x₂, x₁) for the halves x₁ and x₂ of the last dimension."""
     one, two = x.chunk(2, -1)
     return torch.cat((-two, one), -1)
 
@@ -112,7 +112,7 @@ _LIBRARY: Any = torch.library.Library("ftlevel", "DEF")  # type: ignore[no-untyp
 
 
 def _define(name: str, schema: str, shapes: Callable[..., Any]) -> Callable[..., Any]:
-    """Returns the operator of `programs.NAME`, for a GPU or Triton's interpreter."""
+    """Register `programs.NAME` as a torch operator; `shapes` is its version for meta tensors."""
 
     def compute(*arguments: Any) -> Any:
         from ftlevel.fast.kernels import programs  # Triton is optional
@@ -131,7 +131,7 @@ def _scale_like(x: Tensor) -> Tensor:
 
 
 def _like(*places: int) -> Callable[..., Any]:
-    """Returns a function that creates tensors like the arguments at `places`; -1 is like ρ."""
+    """Returns a function that creates empty tensors like its arguments at `places`; -1 is ρ."""
 
     def make(*arguments: Any) -> Any:
         tensors = [
@@ -174,11 +174,11 @@ class TritonFormulas(Formulas):
         return _norm(x.contiguous(), weight, eps)
 
     def renorm(self, x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
-        """Returns y again, bit for bit, from ρ."""
+        """Returns y recomputed from x and ρ (`scale`), bit for bit."""
         return _renorm(x.contiguous(), weight, scale)
 
     def norm_backward(self, gradient: Tensor, x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
-        """Returns ∂L/∂x."""
+        """Returns ∂L/∂x; `gradient` is ∂L/∂y and `scale` is ρ."""
         return _norm_backward(gradient.contiguous(), x.contiguous(), weight, scale)
 
     def glu(self, kind: str, gate: Tensor, up: Tensor) -> Tensor:
@@ -197,7 +197,7 @@ class TritonFormulas(Formulas):
         return _rope(*(part.contiguous() for part in (q, k, cos, sin)), backward)
 
     def cross_entropy(self, scores: Tensor, targets: Tensor, smoothing: float) -> Pair:
-        """Returns the losses, and their gradient in the dtype of `scores`."""
+        """Returns the losses, and their gradient with respect to `scores`, in its dtype."""
         return _cross_entropy(scores.contiguous(), targets.contiguous(), smoothing)
 
 
@@ -220,12 +220,12 @@ Computation = Callable[[Formulas], Sequence[Tensor]]
 
 @dataclass(frozen=True)
 class Kernels:
-    """Chooses the implementation of each formula; results are cached per process."""
+    """Chooses the implementation of each formula; the choices are cached per process."""
 
     allowed: bool = True
 
     def norm(self, width: int, weight: torch.dtype, dtype: torch.dtype, device: str) -> Formulas:
-        """Returns the implementation of norms; `weight` is the dtype of the weight's product."""
+        """Returns the implementation of norms; the weight is multiplied in the dtype `weight`."""
         serves = width <= WIDEST and self._can_serve(device, dtype)
         return choose_norm(width, weight, dtype, device) if serves else TORCH
 
@@ -253,7 +253,7 @@ NO_KERNELS = Kernels(allowed=False)
 
 @functools.cache
 def choose_norm(width: int, weight: torch.dtype, dtype: torch.dtype, device: str) -> Formulas:
-    """Choose the faster implementation of norms, see `Kernels.norm`."""
+    """Returns the fastest correct implementation of norms; arguments as in `Kernels.norm`."""
     x, gradient = (_draw(seed, (TOKENS, width), dtype, device) for seed in (0, 1))
     w = _draw(2, (width,), torch.float32, device).to(weight)
 
@@ -267,7 +267,7 @@ def choose_norm(width: int, weight: torch.dtype, dtype: torch.dtype, device: str
 
 @functools.cache
 def choose_glu(kind: str, width: int, dtype: torch.dtype, device: str) -> Formulas:
-    """Choose the faster implementation of GLUs, see `Kernels.glu`."""
+    """Returns the fastest correct implementation of GLUs; arguments as in `Kernels.glu`."""
     gate, up, gradient = (_draw(seed, (TOKENS, width), dtype, device) for seed in range(3))
 
     def compute(formulas: Formulas) -> Sequence[Tensor]:
@@ -278,7 +278,7 @@ def choose_glu(kind: str, width: int, dtype: torch.dtype, device: str) -> Formul
 
 @functools.cache
 def choose_rope(heads: tuple[int, int, int], dtype: torch.dtype, device: str) -> Formulas:
-    """Choose the faster implementation of rotary embeddings, see `Kernels.rope`."""
+    """Returns the fastest correct implementation of RoPE; arguments as in `Kernels.rope`."""
     q_heads, k_heads, width = heads
     q = _draw(0, (1, TOKENS, q_heads, width), dtype, device)
     k = _draw(1, (1, TOKENS, k_heads, width), dtype, device)
@@ -296,7 +296,7 @@ def choose_rope(heads: tuple[int, int, int], dtype: torch.dtype, device: str) ->
 
 @functools.cache
 def choose_cross_entropy(vocabulary: int, dtype: torch.dtype, device: str) -> Formulas:
-    """Choose the faster implementation of cross-entropy, see `Kernels.cross_entropy`."""
+    """Returns the fastest correct implementation; arguments as in `Kernels.cross_entropy`."""
     scores = 4 * _draw(0, (TARGETS, vocabulary), dtype, device)
     targets = scores.float().argmax(-1)
     targets[::2] = vocabulary - 1  # a likely token, and the last
@@ -309,7 +309,7 @@ def choose_cross_entropy(vocabulary: int, dtype: torch.dtype, device: str) -> Fo
 
 
 def describe_choices() -> dict[str, bool]:
-    """Returns description → whether kernels are used, for each comparison in this process."""
+    """Returns whether kernels are used, by description of each comparison in this process."""
     return {text: formulas is not TORCH for text, formulas in _choices.items()}
 
 
@@ -324,7 +324,7 @@ def supports_triton(device: str, dtype: torch.dtype) -> bool:
 
 
 def agree(one: Tensor, expected: Tensor) -> bool:
-    """Returns whether two results are equal up to `ROUNDINGS`."""
+    """Returns whether two results are equal up to `ROUNDINGS` rounding errors."""
     bound = ROUNDINGS * torch.finfo(one.dtype).eps
     a, b = one.to(torch.float32), expected.to(torch.float32)
     size = float(a.square().mean().sqrt())
@@ -332,7 +332,7 @@ def agree(one: Tensor, expected: Tensor) -> bool:
 
 
 def _choose_faster(text: str, compute: Computation, device: str) -> Formulas:
-    """Choose the kernels if they match torch's operations and are faster."""
+    """Returns the Triton kernels if they match torch's operations and are faster, else torch's."""
     ours = TritonFormulas()
     _choices[text] = TORCH
     try:

@@ -173,7 +173,7 @@ def norm(x: Tensor, weight: Tensor, eps: float) -> Pair:
 
 
 def renorm(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
-    """Returns y from ρ."""
+    """Returns y recomputed from x and ρ."""
     y = torch.empty_like(x)
     _launch_norm(x, weight, y, scale, 0.0, has_scale=True)
     return y
@@ -199,7 +199,7 @@ def norm_backward(gradient: Tensor, x: Tensor, weight: Tensor, scale: Tensor) ->
 
 
 def _warps(x: Tensor) -> int:
-    """Returns the warps for a row of `x`: about 16 values per thread."""
+    """Returns the number of warps for a row of `x`: about 16 values per thread."""
     return min(16, max(1, triton.next_power_of_2(x.shape[-1]) // 512))
 
 
