@@ -27,11 +27,11 @@ class EmbeddingLossFacts:
     """Properties of an embedding loss.
 
     Attributes:
-        columns: rows that it learns from.
+        columns: kind of rows that it needs.
         reads: fields of `EmbeddingConfig` that it uses, besides those that all losses use.
         scale: default scale of cosine similarities; None if it has none.
         margin: default margin; None if it has none.
-        contrasts: whether the documents of other rows are negatives, so that one row is not enough.
+        contrasts: whether it compares the rows of a step, so that a step needs two or more.
         needs_negatives: whether every row needs a negative.
         needs_teacher: whether it needs scores of a teacher, as columns or from `--teacher`.
     """
@@ -75,7 +75,7 @@ LOSS_ALIASES = {
 
 
 def read_loss(value: Any, aliases: Mapping[str, str]) -> Any:
-    """Load the name of a loss, which may be a different tool's; other values are unchanged."""
+    """Returns ftlevel's name of a loss given under any tool's name; non-strings are unchanged."""
     if not isinstance(value, str):
         return value
     folded = value.lower().replace("_", "").replace("-", "")
@@ -96,7 +96,7 @@ Dims = Annotated[tuple[Annotated[int, Field(ge=1)], ...], BeforeValidator(_read_
 
 
 class EmbeddingConfig(Section):
-    """Loss and form of an embedding model."""
+    """Settings of embedding models: loss, pooling, prompts and sampling."""
 
     loss: (
         Annotated[EmbeddingLossName, BeforeValidator(partial(read_loss, aliases=LOSS_ALIASES))]
@@ -180,7 +180,7 @@ _FLAGS = {
 def find_embedding_problems(
     task: str, settings: EmbeddingConfig, batch: int, teacher: str | None
 ) -> list[str]:
-    """Find a message for each setting without effect, and for a batch that is too small.
+    """Returns an error message per setting without effect, and one if a step has too few rows.
 
     `batch` is the number of rows of an optimizer step.
     """

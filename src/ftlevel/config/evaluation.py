@@ -28,7 +28,7 @@ UnnamedTask = Annotated[
 
 
 class EvaluateConfig(DecodingAsInTraining):
-    """Configuration of an evaluation; None means as in training."""
+    """Configuration of `ftlevel evaluate`; by default, model and data are as in training."""
 
     name: str = Field(min_length=1, description="Run directory, adapter or model to evaluate.")
     dataset: DatasetName | None = Field(
@@ -111,7 +111,7 @@ class EvaluateConfig(DecodingAsInTraining):
 
 
 class GenerateConfig(Decoding):
-    """Configuration of text generation, without the prompts."""
+    """Configuration of `ftlevel generate`, except for the prompts."""
 
     name: str | None = Field(None, description="Run directory, adapter or model.")
     adapters: dict[str, Path] = Field(
@@ -140,7 +140,7 @@ class GenerateConfig(Decoding):
 
 
 class PredictConfig(DecodingAsInTraining):
-    """Configuration of predictions for the rows of a file."""
+    """Configuration of `ftlevel predict`."""
 
     name: str = Field(min_length=1, description="Run directory, adapter or model.")
     dataset: str | None = Field(

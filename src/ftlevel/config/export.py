@@ -1,6 +1,6 @@
 """Configuration of `ftlevel merge`, `quantize` and `export`, and the table of supported servers.
 
-Facts hold for the server version in their row (docs/serving.md). Must not import torch.
+Servers were checked at the version in their row (docs/serving.md). Must not import torch.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _QUANTIZED = ("4bit", "8bit", "quantized", "nf4", "fp4")
 
 
 class MergeConfig(HubSection):
-    """Configuration of a merge."""
+    """Configuration of `ftlevel merge`."""
 
     adapters: list[str] = Field(
         min_length=1, description="Run or adapter to merge; several are combined into one first."
@@ -142,7 +142,7 @@ class MergeConfig(HubSection):
 
 
 class QuantizeConfig(HubSection):
-    """Configuration of a quantized checkpoint."""
+    """Configuration of `ftlevel quantize`."""
 
     model: str = Field(
         min_length=1, description="Model: Hub id, local directory, .gguf file, or builtin:NAME."
@@ -187,13 +187,13 @@ class QuantizeConfig(HubSection):
 
     @property
     def form(self) -> str:
-        """Quantization in a few words."""
+        """Short description of the quantization, such as `4-bit nf4`."""
         own = self.section
         return f"torchao {self.quant.partition('-')[0]} weights" if own is None else own.form
 
     @property
     def section(self) -> QuantConfig | None:
-        """Quantization as a section of a training run; None for torchao types."""
+        """Equivalent `quant` section of a training run; None for torchao types."""
         if self.quant != "4bit" and self.quant != "8bit":
             return None
         return QuantConfig(
@@ -210,9 +210,9 @@ class EmbeddingSupport:
     """How a server computes embeddings.
 
     Attributes:
-        format: format of an embedding model.
-        prompts: whether it applies the prompts of the model, or of the start command.
-        normalizes: whether embeddings have length 1 even if the model does not normalize.
+        format: export format of embedding models for this server.
+        prompts: whether the server itself adds query and document prompts to texts.
+        normalizes: whether returned embeddings have length 1 even if the model does not normalize.
         pooling: supported pooling modes.
     """
 
@@ -227,15 +227,15 @@ class Server:
     """Model server and what it supports.
 
     Attributes:
-        formats: formats it loads, best first.
-        version: version the other facts were checked with.
-        source: how they were checked.
-        ranks: values its maximum LoRA rank can have; empty for any.
+        formats: export formats that it loads, best first.
+        version: server version that the other properties were checked with.
+        source: how the properties were checked, such as `read; not run`.
+        ranks: allowed values of its maximum LoRA rank; empty if any is allowed.
         vocabulary: whether it serves LoRA on embeddings and output layers.
         every_layer: whether a linear layer must be adapted in all blocks or in none.
-        families: model families that work; empty for any.
+        families: model types that work; empty if all do.
         several: whether it serves several adapters at once.
-        merged: what it serves merged: types of models that generate text, classifiers, rerankers.
+        merged: kinds of merged models that it serves: decoder, classifiers, rerankers.
         embeddings: how it serves embedding models; None if it does not.
         own_template: whether it uses the base model's chat template by default.
     """
@@ -319,7 +319,7 @@ else:
 
 
 class ExportConfig(HubSection):
-    """Configuration of an export."""
+    """Configuration of `ftlevel export`."""
 
     model: str = Field(
         min_length=1,
@@ -431,7 +431,7 @@ class ExportConfig(HubSection):
     def for_embeddings(self) -> ExportConfig:
         """Returns the configuration for an embedding model or reranker.
 
-        Without `--format`, it has the format in which the server loads these.
+        Without `--format`, the format is the one in which the server loads such models.
         """
         server = SERVERS.get(self.server or "")
         if server is None or "format" in self.model_fields_set:
@@ -446,12 +446,12 @@ class ExportConfig(HubSection):
 
     @property
     def recorded(self) -> bool:
-        """Whether reference answers are written to a served.json next to the file."""
+        """Whether reference answers are written to FILE.served.json next to the output file."""
         return bool(self.server and self.verify and FORMATS[self.format].suffix)
 
     @property
     def outputs(self) -> tuple[Path, ...]:
-        """Output files, `out` first."""
+        """Paths of all output files, `out` first."""
         format_ = FORMATS[self.format]
         beside = format_.beside + ((".served.json",) if self.recorded else ())
         return (self.out, *(self.out.with_suffix(suffix) for suffix in beside))

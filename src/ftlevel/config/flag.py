@@ -1,4 +1,4 @@
-"""`Flag`, a row of the table of flags, and `FieldMetadata`, metadata of a configuration field."""
+"""`Flag`, a command-line flag, and `FieldMetadata`, type and help of a configuration field."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ class FieldMetadata:
     Attributes:
         type: type on the command line: int, float, bool, Path, list[str], else str.
         choices: allowed values; empty if not enumerable.
-        default: default as printed; empty if off or part of the description.
+        default: default as printed in the help; empty if it is off or in the description.
         example: example of a NAME=VALUE pair, for a field that is a mapping.
-        minimum: smallest value, if the type does not say it.
+        minimum: smallest allowed value, if the field's type does not have it.
     """
 
     description: str
@@ -41,7 +41,7 @@ class FieldMetadata:
 
 
 def describe_field(config: type[BaseModel], path: str) -> FieldMetadata:
-    """Returns the metadata of the field at the dotted `path` of `config`, or raise KeyError.
+    """Returns the metadata of the field at the dotted `path` of `config`; raises KeyError if none.
 
     In a union of sections, such as the methods, choices come from all members that have the field.
     """
@@ -97,7 +97,7 @@ def _value_type(types: list[Any]) -> Any:
 
 
 def _default_of(infos: dict[type[BaseModel], FieldInfo]) -> str:
-    """Returns the default as printed; that of the first section if they differ."""
+    """Returns the default as printed; if the methods differ, the first one's, as `8 with lora`."""
     defaults = [_format_default(info) for info in infos.values()]
     owner = next(iter(infos)).model_fields.get("kind")
     if len(set(defaults)) == 1 or owner is None or owner in infos.values():
@@ -153,12 +153,12 @@ COMPARE, INFERENCE, WRITE = "Comparison", "Inference", "Output"
 
 @dataclass(frozen=True)
 class NoOpValue:
-    """Accepted value that needs no setting, provided a configuration field agrees.
+    """Flag value that is accepted without effect, unless the field at `path` contradicts it.
 
     Attributes:
-        path: field that must agree; empty if nothing can contradict.
-        among: field values that agree; empty for all but those in `unless`.
-        otherwise: advice if the field contradicts.
+        path: dotted path of the field to check; empty for no check.
+        among: field values that do not contradict; empty for all except those in `unless`.
+        otherwise: advice in the error message.
     """
 
     reason: str
@@ -168,7 +168,7 @@ class NoOpValue:
     otherwise: str = "Drop one of them"
 
     def holds(self, value: Any) -> bool:
-        """Returns whether the field value agrees."""
+        """Returns whether the field value does not contradict."""
         return (not self.among or value in self.among) and value not in self.unless
 
 
@@ -181,12 +181,12 @@ A fragment may contain other flags ("4bit --quant-type nf4") or be empty.
 
 @dataclass(frozen=True)
 class Alias:
-    """Alias of a flag from a different tool whose values differ from ftlevel's.
+    """Other tool's name for a flag, with values that differ from ftlevel's.
 
     Attributes:
-        value: value set by this switch.
-        convert: conversion of other values; raises ValueError if there is no counterpart.
-        several: whether it takes several values although the flag takes one.
+        value: value of the flag that this alias stands for, if the alias is a switch.
+        convert: converts values that are not in `values`; raises ValueError if it cannot.
+        several: whether the alias takes several values although the flag takes one.
     """
 
     name: str
@@ -198,12 +198,12 @@ class Alias:
 
 @dataclass(frozen=True)
 class FlagAliases:
-    """Further names and values of a flag, mostly those of other tools.
+    """Other names of a flag and aliases of its values, mostly those of other tools.
 
     Attributes:
-        names: other names.
-        values: aliases of values, under all names.
-        convert: conversion of other values, as in `Alias`.
+        names: other names of the flag.
+        values: aliases of its values, accepted under all names.
+        convert: converts values that are not in `values`, as in `Alias`.
     """
 
     names: Sequence[str | Alias] = ()
@@ -211,7 +211,7 @@ class FlagAliases:
     convert: Callable[[str], str] | None = None
 
     def __or__(self, other: FlagAliases) -> FlagAliases:
-        """Returns both; values and conversion of `self` take precedence."""
+        """Returns the aliases of both; values and conversion of `self` take precedence."""
         return FlagAliases(
             (*self.names, *other.names),
             {**other.values, **self.values},
@@ -224,16 +224,16 @@ class Flag:
     """Flag or argument of one or several commands.
 
     Attributes:
-        path: dotted path of its field; `method.NAME` is a field of any method. Empty if none.
-        names: names as in Typer; an argument's metavar. Default: the field's name.
+        path: dotted path of the field it sets, or empty; `method.NAME` is for any method.
+        names: flag names as in Typer, or an argument's metavar; default: from `path`.
         panel: heading in `--help` and docs/cli.md.
         on: commands that have it.
         several: whether it takes several values, separated by commas or spaces.
         is_repeatable: whether it may be given several times.
-        rest: path of the field for values after the first.
-        dest: parameter name in the command's function, if not that of the flag.
-        by_task: task → path of the field that it sets for this task instead.
-        value: metadata of a flag that sets no field; its `default` is the parameter's.
+        rest: dotted path of a second field, which gets all values but the first.
+        dest: parameter name in the command's function, if it differs from the flag.
+        by_task: task → dotted path of the field set for that task, instead of `path`.
+        value: metadata of a flag without `path`; its `default` is the parameter's.
     """
 
     path: str = ""
@@ -252,7 +252,7 @@ class Flag:
 
     @property
     def alias_names(self) -> list[Alias]:
-        """Aliases of the flag."""
+        """Other names of the flag."""
         return [Alias(n) if isinstance(n, str) else n for n in self.aliases.names]
 
     @property
@@ -262,20 +262,20 @@ class Flag:
 
     @property
     def shown(self) -> str:
-        """Name in error messages."""
+        """Name of the flag in error messages."""
         if self.is_argument:
             return self.names
         return self.names.split()[0].partition("/")[0] if self.names else _flag_of(self.path)
 
     @property
     def parameter(self) -> str:
-        """Parameter name in the command's function."""
+        """Name of the parameter for this flag in the command's function."""
         if self.dest or not self.is_argument:
             return self.dest or self.shown.lstrip("-").replace("-", "_")
         return self.path.replace(".", "_")
 
     def metadata(self, command: str) -> FieldMetadata:
-        """Returns the metadata of the field that it sets, or its own."""
+        """Returns type, default and help: those of the field that the flag sets, or its own."""
         if self.value is not None:
             return self.value
         config = config_of(command)
@@ -294,7 +294,7 @@ class Flag:
         return replace(metadata, type=list[str]) if self.is_repeatable else metadata
 
     def typer_names(self, is_switch: bool) -> list[str]:
-        """Returns the names for Typer."""
+        """Returns the names to declare in Typer, such as `--pack/--no-pack` for a switch."""
         if self.names:
             return self.names.split()
         name = _flag_of(self.path)
@@ -314,7 +314,7 @@ def option(
     minimum: int | None = None,
     **others: Any,
 ) -> Flag:
-    """Returns a flag or argument that sets no field."""
+    """Returns a flag or argument that sets no configuration field."""
     value = FieldMetadata(help, type, default=default, minimum=minimum)
     return Flag(names=names, value=value, **others)
 
@@ -323,7 +323,7 @@ def option(
 class UnsupportedFlag(Flag):
     """Flag of a different tool without a counterpart.
 
-    Values in `aliases` are accepted; `message` is the error for others.
+    Values in `aliases` are accepted; `message` is the error for all other values.
     """
 
     message: str = ""

@@ -1,7 +1,7 @@
-"""Table of flags, from which signatures, help, aliases and docs are generated; data only.
+"""Table of all flags; signatures of commands, help and docs are generated from it.
 
-A flag that sets a field takes help, choices, default and type from it. Extensions add flags, and
-other names and values of train's.
+A flag that sets a configuration field takes help, choices, default and type from the field.
+Extensions can add flags, and aliases for the flags of train.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from ftlevel.extensions import OWN, Command, added_rows, find_extensions, warn_l
 
 
 def read_pairs(flag: str, text: str) -> str:
-    """Convert `a=1,b=2`, or JSON as in transformers, to repeated `flag` settings."""
+    """Convert `a=1,b=2` or a JSON object to arguments that repeat `flag`: `a=1 FLAG b=2`."""
     if not text.lstrip().startswith("{"):
         return f" {flag} ".join(pair.strip() for pair in text.split(",") if pair.strip())
     try:
@@ -44,7 +44,7 @@ def read_pairs(flag: str, text: str) -> str:
 
 
 def _fields(panel: str, on: Sequence[str], paths: str) -> list[Flag]:
-    """Returns a flag for each field of `paths`, with the field's name."""
+    """Returns a flag for each field in `paths`, which is separated by spaces."""
     return [Flag(path, "", panel, on) for path in paths.split()]
 
 
@@ -360,10 +360,10 @@ _GENERAL_FLAGS: tuple[Flag, ...] = (
 
 
 def _extended() -> Iterator[Flag]:
-    """Yields every flag: the core's with the aliases of extensions, and those of extensions.
+    """Yields ftlevel's own flags with the aliases that extensions add, and flags of extensions.
 
     Raises:
-        ConfigError: two packages define one flag of a command.
+        ConfigError: two packages define the same flag of a command.
     """
     flags, aliases = _tables_of_extensions()
     names: dict[tuple[str, str], str] = {}
@@ -384,7 +384,7 @@ def _extended() -> Iterator[Flag]:
 def _tables_of_extensions() -> tuple[
     list[tuple[str, Sequence[Flag]]], dict[str, list[FlagAliases]]
 ]:
-    """Returns (package, flags) of each extension, and dotted field → aliases of all."""
+    """Returns (package, flags) per extension, and dotted field → aliases from all extensions."""
     flags: list[tuple[str, Sequence[Flag]]] = []
     aliases: dict[str, list[FlagAliases]] = {}
     for source, extension in find_extensions():
@@ -404,7 +404,7 @@ FLAGS: tuple[Flag, ...] = tuple(_extended())
 
 
 def _is_of_the_run(path: str) -> bool:
-    """Returns whether the field at `path` is not one of the run's output."""
+    """Returns whether the field at `path` is outside the section `output`."""
     return not path.startswith("output.")
 
 
@@ -434,9 +434,9 @@ def flags_of(command: str, flags: Sequence[Flag] = FLAGS) -> list[Flag]:
 
 
 def recipe_hint(name: str, command: str = "train") -> str:
-    """Returns a hint at the recipe key that flag `name` of `command` sets, or "".
+    """Returns a hint that names the recipe key of the flag `name`, or "" if it has none.
 
-    Aliases with a value include it: `load_in_4bit` gives `quant.kind: 4bit`.
+    If an alias implies a value, the hint has it: `load_in_4bit` gives `quant.kind: 4bit`.
     """
     flag_name = "--" + name.lower().replace("_", "-")
     for flag in FLAGS:

@@ -18,7 +18,7 @@ _Spelling = Literal["stop", "fold", "warn", "ignore"]
 
 @dataclass(frozen=True)
 class Check:
-    """Problem found by a data check, and the start of a sentence that fixes it (or "")."""
+    """Title of a data problem in reports, and advice without the final period, or "" for none."""
 
     title: str
     remedy: str = ""

@@ -31,7 +31,7 @@ _LONGEST_VALUE = 200  # characters, in errors
 
 @dataclass(frozen=True)
 class Layer:
-    """Raw values from one source, and the origin of each as printed to the user."""
+    """Unvalidated values from one source; `origins` has the flag or file:line of each key."""
 
     values: dict[str, Any] = field(default_factory=dict)
     origins: dict[KeyPath, str] = field(default_factory=dict)
@@ -89,7 +89,7 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], dict[KeyPath, str]]:
 
 
 def _walk(mapping: Any, prefix: KeyPath) -> Iterator[tuple[KeyPath, int]]:
-    """Yields each key path in a YAML mapping node, with its line from 1."""
+    """Yields (key path, 1-based line) of every key in a YAML mapping node."""
     for key_node, value_node in mapping.value:
         key = (*prefix, str(key_node.value))
         yield key, key_node.start_mark.line + 1
@@ -98,7 +98,7 @@ def _walk(mapping: Any, prefix: KeyPath) -> Iterator[tuple[KeyPath, int]]:
 
 
 def read_settings(settings: Iterable[str]) -> Layer:
-    """Parse `section.key=value` pairs with YAML values; raise ConfigError if malformed."""
+    """Parse `--set section.key=value` pairs with YAML values; raise ConfigError if malformed."""
     layer = Layer()
     for setting in settings:
         dotted, equals, text = setting.partition("=")
@@ -127,7 +127,7 @@ def put(layer: Layer, key: KeyPath, value: Any, origin: str) -> None:
 def build_config(layers: Iterable[Layer], note: Callable[[str], None] | None = None) -> TrainConfig:
     """Merge `layers`, later ones winning, and validate the result once.
 
-    `note` is called for each old key name. Raises ConfigError with all problems.
+    `note` receives a message per old key name. Raises ConfigError with all problems.
     """
     merged: dict[str, Any] = {}
     origins: dict[KeyPath, str] = {}
@@ -163,9 +163,9 @@ def _normalize_layer(layer: Layer, note: Callable[[str], None] | None) -> Layer:
 def build_section(
     section: type[S], values: Mapping[str, Any], flags: Mapping[str, str] | None = None
 ) -> S:
-    """Validate the flags of a command with one flat section; None means not given.
+    """Build `section` from the flag values of a command; None means not given.
 
-    `flags` maps a field to its flag if the names differ. Raises ConfigError with all problems.
+    `flags` maps field → flag where the names differ. Raises ConfigError with all problems.
     """
     shown = {name: "--" + name.replace("_", "-") for name in section.model_fields}
     shown.update(flags or {})
@@ -207,7 +207,7 @@ def format_errors(
     origins: Mapping[KeyPath, str] | None,
     model: type[BaseModel] = TrainConfig,
 ) -> list[str]:
-    """Returns a message per pydantic error; `origins` is None for values of a constructor."""
+    """Returns a message per pydantic error; `origins` is None if they are constructor arguments."""
     messages: list[str] = []
     seen: set[KeyPath] = set()
     known = origins or {}
@@ -232,7 +232,7 @@ Section.explain_errors = staticmethod(lambda error, root: format_errors(error, N
 
 
 def _key_and_method(detail: ErrorDetails, model: type[BaseModel]) -> tuple[KeyPath, str | None]:
-    """Returns the key as the user writes it, and the method that would have the field."""
+    """Returns the key of an error as in recipes, and the method in whose section it is, or None."""
     location = [str(part) for part in detail["loc"]]
     if len(location) > 1 and location[0] in _TAGGED and location[1] in SPECS:
         inner = location[2:] if detail["type"] == "extra_forbidden" else location[2:3]
@@ -246,7 +246,7 @@ def _key_and_method(detail: ErrorDetails, model: type[BaseModel]) -> tuple[KeyPa
 
 
 def _origin(key: KeyPath, origins: Mapping[KeyPath, str], constructor: str) -> str:
-    """Returns the origin of `key` or its nearest parent, or the constructor's name."""
+    """Returns where `key` or its nearest parent was set, else `constructor(key)` or the key."""
     for end in range(len(key), 0, -1):
         if key[:end] in origins:
             return origins[key[:end]]
@@ -277,7 +277,7 @@ def _unknown_key(key: KeyPath, kind: str | None, model: type[BaseModel]) -> str:
 
 
 def _nearest_elsewhere(key: KeyPath) -> str:
-    """Returns the dotted field that `key` means if its section is wrong or missing."""
+    """Returns the dotted field that a `key` with a wrong or missing section probably means."""
     section, name = key[:-1], key[-1]
     sections = [part for part in TrainConfig.model_fields if _fields_of((part,))]
     if len(section) == 1 and section[0] not in TrainConfig.model_fields:
@@ -301,7 +301,7 @@ _SYNONYMS = {
 
 
 def find_setting(name: str) -> str:
-    """Find the dotted field called `name` in any section or method, or ""."""
+    """Returns the dotted path of a field called `name` in any section or method; empty if none."""
     for section in TrainConfig.model_fields:
         for inner in ((section,), (section, "gate")):
             if name in _fields_of(inner):

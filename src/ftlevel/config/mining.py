@@ -18,7 +18,7 @@ from ftlevel.config.sections import (
 
 
 def _read_range(value: Any) -> Any:
-    """Parse `10-210` as two ranks."""
+    """Parse `10-210` as the first and last rank."""
     if not isinstance(value, str):
         return value
     first, dash, last = value.partition("-")
@@ -31,7 +31,7 @@ Ranks = Annotated[tuple[Positive, Positive], BeforeValidator(_read_range)]
 
 
 class MineConfig(Section):
-    """Configuration of the search for hard negatives."""
+    """Configuration of `ftlevel mine`, the search for hard negatives."""
 
     name: str = Field(
         min_length=1, description="Embedding model that searches: a run, adapter or model."
@@ -84,7 +84,7 @@ class MineConfig(Section):
 
     @property
     def rank_range(self) -> tuple[int, int]:
-        """First and last rank, from 1."""
+        """First and last rank from which negatives are chosen; the best match has rank 1."""
         return self.ranks or (1, 100)
 
     @model_validator(mode="after")

@@ -33,7 +33,7 @@ class Decoding(Section):
 
 
 class DecodingAsInTraining(Section):
-    """Decoding settings whose default is as in training."""
+    """Decoding settings; None means as in training."""
 
     num_beams: Beams | None = Field(None, description=f"{NUM_BEAMS}; default: as in training.")
     temperature: Temperature | None = Field(
@@ -47,9 +47,10 @@ class DecodingAsInTraining(Section):
         return self
 
     def decoding(self, trained: Decoding) -> dict[str, Any]:
-        """Returns the generation arguments; a given strategy replaces that of training.
+        """Returns arguments for `generate`: these settings, else those of training.
 
-        Raises ConfigError if the settings contradict each other.
+        Beam search here turns off sampling of training, and vice versa. Raises ConfigError if the
+        settings contradict each other.
         """
         beams, temperature = self.num_beams, self.temperature
         if beams is None:
@@ -136,7 +137,7 @@ class OutputConfig(Section):
 
 
 class HubSection(Section):
-    """Hub settings of a command that writes a model."""
+    """Base class of configurations whose command can upload the written model to the Hub."""
 
     push_to_hub: str | None = Field(
         None,

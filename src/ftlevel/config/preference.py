@@ -42,8 +42,8 @@ class LossProperties:
         referenced: whether it needs a reference model.
         paired: whether it needs two answers per prompt.
         smoothed: whether it uses `train.label_smoothing_factor`.
-        rate: factor on the default learning rate: at most a tenth of the supervised rate in papers,
-            except for orpo, which includes the supervised loss.
+        rate: factor on the default learning rate. Papers use a tenth of the supervised rate or
+            less, except for orpo, which includes the supervised loss.
     """
 
     beta: float | None
@@ -77,7 +77,7 @@ SMOOTHING = 0.1
 
 
 class PreferenceConfig(Section):
-    """Preference loss and the settings."""
+    """Settings of preference training and of reward models."""
 
     loss: LossName | None = Field(
         None, description="Preference loss; default: dpo. reward trains a reward model."
@@ -119,7 +119,7 @@ class PreferenceConfig(Section):
 
     @property
     def facts(self) -> LossProperties:
-        """Properties of the loss."""
+        """Properties of the selected loss."""
         return LOSSES[self.loss or DEFAULT_LOSS]
 
     @property
@@ -129,25 +129,25 @@ class PreferenceConfig(Section):
 
     @property
     def other_reference(self) -> str | None:
-        """Run, adapter or model used as reference, else None."""
+        """Reference model other than the initial model, else None."""
         is_other = self.is_referenced and self.reference != START
         return self.reference if is_other else None
 
     @property
     def effective_beta(self) -> float:
-        """Effective beta."""
+        """Beta: the setting, or the default of the loss."""
         return self.beta if self.beta is not None else (self.facts.beta or 0.0)
 
     @property
     def margin(self) -> float:
-        """Effective gamma of simpo."""
+        """Target margin (gamma) of simpo: the setting, or half of beta."""
         return self.effective_beta / 2 if self.simpo_gamma is None else self.simpo_gamma
 
 
 def find_preference_problems(
     task: str, settings: PreferenceConfig, smoothing: float, *, streaming: bool
 ) -> list[str]:
-    """Find a message for each preference setting that has no effect."""
+    """Returns an error message for each preference setting without effect or in conflict."""
     defaults = PreferenceConfig()
     fields = PreferenceConfig.model_fields
     values = [name for name in fields if getattr(settings, name) != getattr(defaults, name)]
@@ -195,7 +195,7 @@ def _readers(name: str) -> Sequence[str]:
 
 
 def normalize_loss(raw: dict[str, Any]) -> dict[str, Any]:
-    """Returns the raw configuration with consistent loss and task (reward has its own task)."""
+    """Returns `raw` with the default loss filled in; the loss `reward` sets the task `reward`."""
     task = str(raw.get("task", "")).replace("_", "-")
     section = raw.get("preference") or {}
     if task not in PREFERENCE_TASKS or not isinstance(section, dict):
@@ -207,7 +207,7 @@ def normalize_loss(raw: dict[str, Any]) -> dict[str, Any]:
 
 
 def split_pairs(value: Any) -> Any:
-    """Parse `a=1,b=2` as a mapping; return a text without `=` unchanged."""
+    """Parse `a=1,b=2` as a mapping; return any other value unchanged."""
     if not isinstance(value, str) or "=" not in value:
         return value
     pairs: dict[str, str] = {}
@@ -248,7 +248,7 @@ def _read_names(value: Any) -> Any:
 
 
 def _read_tokens(value: Any) -> Any:
-    """Parse `12,<tool>` as a token id and a token; tokens with commas need a list."""
+    """Parse `12,<tool>` as [12, "<tool>"]; tokens that contain commas must be given as a list."""
     names = _read_names(value)
     if isinstance(value, str):
         return [int(name) if name.isdecimal() else name for name in names]
@@ -332,7 +332,7 @@ class DistillationConfig(Section):
 def find_distillation_problems(
     task: str, settings: DistillationConfig, smoothing: float, *, streaming: bool
 ) -> Sequence[str]:
-    """Find a message for each distillation setting that has no effect."""
+    """Returns an error message for each distillation setting without effect or in conflict."""
     plain, problems = DistillationConfig(), list[str]()
 
     def is_given(name: str) -> bool:

@@ -105,7 +105,7 @@ class YamlError(ValueError):
 
 
 def load_yaml(text: str) -> tuple[Any, Any]:
-    """Load the value of `text` and its YAML node, or (None, None); may raise YamlError."""
+    """Returns the value of `text` and its YAML node; (None, None) if empty. May raise YamlError."""
     import yaml  # lazy: --help needs no YAML
 
     class Loader(yaml.SafeLoader):
@@ -139,7 +139,7 @@ def load_yaml(text: str) -> tuple[Any, Any]:
 
 
 def _count(node: Any, counted: dict[int, int], inside: set[int]) -> int:
-    """Count the values below `node`, aliases expanded; YamlError above the maximum."""
+    """Returns the number of values in `node`, aliases expanded; raises YamlError if too many."""
     if id(node) in counted:
         return counted[id(node)]
     position = node.start_mark.line + 1

@@ -22,9 +22,9 @@ class RerankingLoss:
     """Properties of a reranking loss.
 
     Attributes:
-        listed: whether it needs several documents per query, one of them better than another.
+        listed: whether a query needs several documents, with different labels.
         taught: whether it needs a teacher's scores.
-        reads_teacher: whether it can learn a teacher's scores.
+        reads_teacher: whether it can learn from a teacher's scores.
         bounded: whether labels have to be from 0 to 1.
     """
 
@@ -58,7 +58,7 @@ _ALIASES = {
 
 
 class RerankingConfig(Section):
-    """Loss of a reranker."""
+    """Reranking loss and its settings."""
 
     loss: (
         Annotated[RerankingLossName, BeforeValidator(partial(read_loss, aliases=_ALIASES))] | None
@@ -77,7 +77,7 @@ class RerankingConfig(Section):
 def find_reranking_problems(
     task: str, settings: RerankingConfig, teacher: str | None
 ) -> Sequence[str]:
-    """Find a message for each reranking setting, or `--teacher`, that has no effect."""
+    """Returns an error message for a reranking setting or `--teacher` without effect."""
     values = list_given(settings)
     if task not in RERANKING_TASKS:
         names = join_names(f"--{name.replace('_', '-')}" for name in values)

@@ -23,13 +23,13 @@ _CLIPPED = ("epsilon", "epsilon_high")
 
 @dataclass(frozen=True)
 class RlLossProperties:
-    """Properties of a loss, as in its paper.
+    """Properties of a policy loss; the defaults are those of its paper.
 
     Attributes:
-        scale: divisor of the advantages: standard deviation of the group or of the batch, or none.
+        scale: standard deviation that advantages are divided by: of the group, the batch or none.
         epsilon, epsilon_high: default clipping range. epsilon is None if there is no lower bound
             and `epsilon_high` caps the ratio itself (cispo).
-        reads: fields of `RlConfig` that only some losses use.
+        reads: fields of `RlConfig` that it uses, of those that not all losses use.
     """
 
     scale: Scale = "group"
@@ -140,7 +140,7 @@ def _check_argument(name: str, argument: str, *, values: bool) -> None:
 
 
 def parse_range(text: str) -> tuple[int, int] | None:
-    """Parse the bounds of `MIN-MAX`, or None if `text` is no range."""
+    """Returns the bounds of `MIN-MAX`, or None if `text` is no range."""
     result = re.fullmatch(r"(\d{1,9})-(\d{1,9})", text)
     if result is None or int(result[1]) > int(result[2]):
         return None
@@ -169,7 +169,7 @@ Epsilon = Annotated[float, Field(gt=0, le=100)]
 
 
 class RlConfig(Section):
-    """Reinforcement learning from rewards."""
+    """Settings of reinforcement learning."""
 
     reward: Annotated[Texts, AfterValidator(_check_rewards)] = Field(
         (),
@@ -243,7 +243,7 @@ class RlConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _sequence_ratio_is_gspo(cls, raw: Any) -> Any:
-        """Replace TRL's grpo with sequence ratios by gspo, with the clipping of grpo."""
+        """Convert TRL's grpo with sequence-level ratios to gspo, keeping the clipping of grpo."""
         level = raw.get("importance_sampling_level") if isinstance(raw, dict) else None
         if level is None:
             return raw
@@ -261,22 +261,22 @@ class RlConfig(Section):
 
     @property
     def facts(self) -> RlLossProperties:
-        """Properties of the loss."""
+        """Properties of the selected loss."""
         return RL_LOSSES[self.loss]
 
     @property
     def rewards(self) -> list[RewardSpec]:
-        """Parsed rewards."""
+        """Parsed values of `reward`."""
         return [parse_reward(text) for text in self.reward]
 
     @property
     def scale(self) -> Scale:
-        """Effective divisor of the advantages."""
+        """Standard deviation that advantages are divided by: the setting, or the loss's default."""
         return self.scale_rewards or self.facts.scale
 
     @property
     def clip(self) -> tuple[float | None, float]:
-        """Effective (epsilon, epsilon_high); (None, cap) for cispo."""
+        """Effective (epsilon, epsilon_high); for cispo, (None, maximum ratio)."""
         high = self.epsilon_high
         if self.epsilon is None:
             return self.facts.epsilon, self.facts.epsilon_high if high is None else high
@@ -300,7 +300,7 @@ SAMPLED = "would sample from another distribution than the one that is trained"
 
 
 def find_rl_problems(config: Any) -> list[str]:
-    """Find a message for each setting of a `TrainConfig` that `rl` or its loss cannot use."""
+    """Returns an error message per setting of a `TrainConfig` that `rl` or its loss cannot use."""
     settings, plain = config.rl, RlConfig()
     values = [n for n in RlConfig.model_fields if getattr(settings, n) != getattr(plain, n)]
     if config.task != RL_TASK:

@@ -27,7 +27,7 @@ _FILE_SUFFIXES = (".gguf", ".safetensors", ".bin", ".pt", ".json", ".jsonl", ".y
 
 
 def check_directory_name(path: Path) -> Path:
-    """Returns `path`, or raise ValueError if its suffix is that of a file."""
+    """Returns `path`; raises ValueError if it has the suffix of a file."""
     if path.suffix in _FILE_SUFFIXES:
         raise ValueError(
             f"a directory is written, and {path.name} is the name of a file. Name it "
@@ -95,7 +95,7 @@ class Section(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _reject_booleans(cls, raw: Any) -> Any:
-        """Make booleans text for numeric fields, to reject them (YAML `yes`)."""
+        """Convert booleans in numeric fields (YAML `yes`) to text, which validation rejects."""
         if not isinstance(raw, dict):
             return raw
         wrong = {

@@ -35,16 +35,17 @@ IN_MEMORY = "in memory"
 
 
 class InMemoryDataset(str):
-    """Name of an in-memory dataset, with its `rows`; printed and compared by name alone.
+    """String that stands for in-memory `rows` where the name of a dataset is expected.
 
-    `rows` is a DataFrame, a `datasets.Dataset` or `DatasetDict`, or an iterable of mappings.
+    Its text is `in memory`. `rows` is a DataFrame, `Dataset`, `DatasetDict` or iterable of
+    mappings.
     """
 
     rows: Any
     said: str
 
     def __new__(cls, rows: Any) -> InMemoryDataset:
-        """Create the name of `rows`."""
+        """Create the string and attach `rows`."""
         made = super().__new__(cls, IN_MEMORY)
         made.rows, made.said = rows, "dataset"
         return made
@@ -130,7 +131,7 @@ class QuantConfig(Section):
 
     @property
     def form(self) -> str:
-        """Quantization in a few words."""
+        """Short description of the quantization, such as `4-bit nf4`."""
         if self.kind != "4bit":
             return "8-bit LLM.int8()" if self.kind == "8bit" else "not quantized"
         double = ", double quantization" if self.double_quant else ""
@@ -159,7 +160,7 @@ ColumnMap = Annotated[
 
 
 class DataConfig(Section):
-    """Sources of the examples and their encoding."""
+    """Datasets, and how their rows are read and encoded."""
 
     dataset: DatasetName = Field(
         DEFAULT_DATASET,
@@ -297,7 +298,7 @@ class DataConfig(Section):
 
 
 class SpeedConfig(Section):
-    """Parts of the fast step; each changes speed and memory, not the result."""
+    """Optimizations of the training step (the fast step); they do not change the result."""
 
     fast: bool = Field(
         True, description="Whether to use the fast step; off leaves every part to the libraries."

@@ -1,4 +1,4 @@
-"""Configuration of a training run, and the rules between its sections."""
+"""Configuration of a training run, and checks across its sections."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ SHORTHAND = {
 
 
 def expand_shorthand(section: str, value: Any) -> Any:
-    """Returns the fields of `section` if `value` is its shorthand, else `value`."""
+    """Returns `{kind: lora}` for the shorthand `lora` of a section; other values are unchanged."""
     if section not in SHORTHAND or type(value) is dict or isinstance(value, BaseModel):
         return value
     return {SHORTHAND[section]: value}
@@ -85,7 +85,7 @@ class TrainConfig(Section):
 
     @property
     def task_options(self) -> dict[str, Any]:
-        """Options of `BaseTask.configured`, by section."""
+        """Arguments of `BaseTask.configured`: name → settings."""
         smoothing, teacher = self.train.label_smoothing_factor, self.distillation.teacher
         return {
             "preference": {**self.preference.model_dump(), "smoothing": smoothing},
@@ -97,18 +97,18 @@ class TrainConfig(Section):
 
     @property
     def steps_per_rollout(self) -> int:
-        """Number of optimizer steps on the same rows; 1 without reinforcement learning."""
+        """Number of optimizer steps per batch of sampled completions; 1 except for `--task rl`."""
         return self.rl.num_iterations if self.task == RL_TASK else 1
 
     def with_sections(self, **sections: Any) -> TrainConfig:
-        """Returns a validated copy with other `sections`; may raise ConfigError."""
+        """Returns a validated copy in which `sections` are replaced; may raise ConfigError."""
         values = {name: getattr(self, name) for name in self.model_fields_set}
         return TrainConfig(**{**values, **sections})
 
     @model_validator(mode="before")
     @classmethod
     def _rename_keys(cls, raw: Any) -> Any:
-        """Accept renamed keys from Python with a FutureWarning."""
+        """Accept old names of keys, with a FutureWarning."""
         if not isinstance(raw, dict):
             return raw
         values, lines = rename_keys(raw, {})
@@ -258,7 +258,7 @@ def _timing_problems(config: TrainConfig) -> list[str]:
 
 
 def _search_problems(config: TrainConfig) -> list[str]:
-    """Returns messages for retrieval sets of other tasks, and with other validation rows."""
+    """Returns messages for `--qrels` and `--corpus` with other tasks or other validation rows."""
     data = config.data
     files = {"--qrels": data.qrels, "--corpus": data.corpus}
     given = [f"{flag} {path}" for flag, path in files.items() if path is not None]

@@ -155,7 +155,7 @@ _ADAM = {"adam_beta1": 0.9, "adam_beta2": 0.999, "adam_epsilon": 1e-8}
 
 
 def find_problems(train: Any) -> list[str]:
-    """Find messages for optimizer and schedule settings that would be ignored."""
+    """Returns messages for optimizer and schedule settings that would be ignored."""
     schedule, optim = train.lr_scheduler_type, train.optim
     problems = _settings_problems(
         "--lr-scheduler-kwargs",
@@ -403,17 +403,17 @@ class TrainerConfig(Decoding):
 
     @property
     def order_seed(self) -> int:
-        """Seed of the row order."""
+        """Random seed of the order of training rows."""
         return self.seed if self.data_seed is None else self.data_seed
 
     @property
     def rows_per_device_step(self) -> int:
-        """Rows of an optimizer step in one process."""
+        """Number of rows per optimizer step and process."""
         return self.per_device_train_batch_size * self.gradient_accumulation_steps
 
     @property
     def rows_per_step(self) -> int:
-        """Rows of an optimizer step in all processes."""
+        """Number of rows per optimizer step, over all processes."""
         return self.rows_per_device_step * (self.num_processes or 1)
 
     @property

@@ -11,14 +11,14 @@ from ftlevel.config.sections import QuantConfig, Section
 
 
 class MethodSpec(Section):
-    """Fields of a method; `wants_quant` is the default of `--quant`."""
+    """Settings of a fine-tuning method; `wants_quant` is its default for `--quant`."""
 
     kind: str = ""
     targets_linears: ClassVar[bool] = True
     wants_quant: ClassVar[str] = "none"
 
     def quant_problems(self, quant: QuantConfig) -> list[str]:  # noqa: ARG002 - for those that do
-        """Returns messages if the method cannot train on a base quantized so."""
+        """Returns error messages if the method cannot train on a base quantized with `quant`."""
         return []
 
 

@@ -141,7 +141,7 @@ class LoraSpec(MethodSpec):
         return self
 
     def quant_problems(self, quant: QuantConfig) -> list[str]:
-        """Reject DoRA on 8-bit weights."""
+        """Returns an error message for DoRA on 8-bit weights."""
         if quant.kind != "8bit" or not self.use_dora:
             return []
         return [
@@ -157,7 +157,7 @@ class QloraSpec(LoraSpec):
     wants_quant: ClassVar[str] = "4bit"
 
     def quant_problems(self, quant: QuantConfig) -> list[str]:
-        """Reject a base model that is not quantized."""
+        """Returns an error message if the base model is not quantized."""
         if quant.kind != "none":
             return super().quant_problems(quant)
         return [
@@ -210,7 +210,7 @@ class VeraSpec(MethodSpec):
     """VeRA: W + diag(b) · B · diag(d) · A (Kopiczko et al., 2024, equation 2).
 
     A and B are random, frozen and shared by all layers. They are drawn from `projection_prng_key`
-    and saved with the adapter, which makes it independent of the library's random numbers.
+    and saved with the adapter, so that loading it needs no random numbers.
     """
 
     kind: Literal["vera"] = "vera"
@@ -246,10 +246,10 @@ class OftSpec(MethodSpec):
 
 
 class BoftSpec(MethodSpec):
-    """BOFT: R as a product of sparse rotations (Liu et al., 2024).
+    """BOFT: OFT with R as a product of sparse rotations (Liu et al., 2024).
 
-    One butterfly factor: PEFT has more only with its CUDA extension, and silently uses one
-    otherwise.
+    The product has one butterfly factor. PEFT has more only with its CUDA extension; otherwise it
+    silently uses one.
     """
 
     kind: Literal["boft"] = "boft"
@@ -292,7 +292,7 @@ class LokrSpec(MethodSpec):
 
 
 class MissSpec(MethodSpec):
-    """MiSS: W + D, from one matrix (r, out) per layer; rank at most r (Kang and Yin, 2024)."""
+    """MiSS: W + D with D repeated from one (r, out) matrix, of rank ≤ r (Kang and Yin, 2024)."""
 
     kind: Literal["miss"] = "miss"
     r: Positive = Field(
@@ -347,7 +347,7 @@ class GraloraSpec(MethodSpec):
 class C3aSpec(MethodSpec):
     """C³A: W + C with circulant blocks (Chen et al., 2024, § 3.3).
 
-    C is initialized to zero, and randomly in PEFT.
+    C is initialized to zero; PEFT initializes it randomly.
     """
 
     kind: Literal["c3a"] = "c3a"
@@ -360,7 +360,7 @@ class C3aSpec(MethodSpec):
 class Ia3Spec(MethodSpec):
     """(IA)³: l_k · K, l_v · V and l_ff · γ(W₁x), l learned (Liu et al., 2022, § 3.3).
 
-    A fused query-key-value layer is scaled as a whole; second feed-forward layers at their input.
+    A fused query-key-value layer is scaled as a whole; the second feed-forward layer at its input.
     """
 
     kind: Literal["ia3"] = "ia3"

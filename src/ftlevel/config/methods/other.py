@@ -18,7 +18,7 @@ ON_RESIDUAL = ("seq_bn", "par_bn", "adapter_plus")
 
 
 def default_scaling(placement: str) -> float | str:
-    """Returns the default scale of the adapter's output."""
+    """Returns the default scale of the adapter's output; "channel" means one per channel."""
     if placement == "adapter_plus":
         return "channel"  # Steitz & Roth, 2024, § 3.3
     return PARALLEL_SCALING if placement in ("parallel", "par_bn") else 1.0
@@ -112,7 +112,7 @@ class PrefixSpec(MethodSpec):
 class PromptSpec(MethodSpec):
     """Prompt tuning: learned embeddings before the text (Lester et al., 2021, § 2).
 
-    More than 20 tokens gain little (§ 3.2). Encoders get them after [CLS].
+    More than 20 tokens gain little (§ 3.2). In encoders, the learned embeddings follow [CLS].
     """
 
     kind: Literal["prompt"] = "prompt"
@@ -176,7 +176,7 @@ class FullSpec(MethodSpec):
     )
 
     def quant_problems(self, quant: QuantConfig) -> list[str]:
-        """Reject quantized weights, which cannot be trained."""
+        """Returns an error message if the base is quantized: such weights cannot be trained."""
         if quant.kind == "none":
             return []
         return [
