@@ -304,7 +304,7 @@ def build_trainer(
 
 def _owes_evaluation(resumed: ResumeState, run: Run, arguments: Any) -> bool:
     config, steps = run.config, run.schedule.steps
-    rows = rows_per_epoch(config, run.data)
+    rows = rows_per_epoch(config.train, config.steps_per_rollout, run.data)
     steps_per_epoch = steps if run.data.stream else count_steps_per_epoch(config.train, rows)
     return resumed.missed_evaluation(arguments.eval_strategy, steps_per_epoch, steps)
 

@@ -255,7 +255,7 @@ def _check_length(run: Run, before: Mapping[str, Any], trained: int) -> None:
     """Raise ConfigError if the changed length has no effect, is too short, or is unsupported."""
     flag, train, steps = f"--resume {run.config.output.dir}", run.config.train, run.schedule.steps
     old = {key.rpartition(".")[2]: value for key, value in before.items()}
-    rows = rows_per_epoch(run.config, run.data)
+    rows = rows_per_epoch(run.config.train, run.config.steps_per_rollout, run.data)
     was = count_steps(train.model_copy(update=old), rows)
     if was == steps and "num_train_epochs" in old:
         raise ConfigError(

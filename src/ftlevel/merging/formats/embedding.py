@@ -125,9 +125,11 @@ def embed(
         return embed_texts(model, objective, rows, tokenizer.pad_token_id or 0, device)
 
 
-def write_vectors(path: Path, config: ExportConfig, vectors: torch.Tensor, dtype: str) -> None:
+def write_vectors(
+    path: Path, model: str, server: str | None, vectors: torch.Tensor, dtype: str
+) -> None:
     """Write `TEXTS` with the embeddings that a server must return for them."""
-    facts = {"format": 1, "type": "embeddings", "model": config.model, "server": config.server}
+    facts = {"format": 1, "type": "embeddings", "model": model, "server": server}
     rows = [{"text": t, "vector": v.tolist()} for t, v in zip(TEXTS, vectors, strict=True)]
     write_json(path, {**facts, "dtype": dtype, "texts": rows})
 
@@ -136,7 +138,7 @@ QUERY = TEXTS[4]
 """Query of the documents `TEXTS` whose scores are compared."""
 
 
-def write_scores(path: Path, config: ExportConfig, model: LoadedModel, dtype: str) -> None:
+def write_scores(path: Path, name: str, server: str | None, model: LoadedModel, dtype: str) -> None:
     """Write the logits of `TEXTS` as documents of `QUERY` by a reranker, and its activation."""
     task = model.task
     if not isinstance(task, RerankingTask):
@@ -146,7 +148,7 @@ def write_scores(path: Path, config: ExportConfig, model: LoadedModel, dtype: st
     with inference.inference():
         (scores,) = task.score_documents(inference, [query])
     rows = [{"text": text, "score": score} for text, score in zip(TEXTS, scores, strict=True)]
-    facts = {"format": 1, "type": "scores", "model": config.model, "server": config.server}
+    facts = {"format": 1, "type": "scores", "model": name, "server": server}
     activation = "sigmoid" if task.settings.loss == "bce" else "identity"
     write_json(
         path, {**facts, "dtype": dtype, "activation": activation, "query": QUERY, "texts": rows}
@@ -255,7 +257,8 @@ class GgufEmbeddingExport:
             similarities = torch.nn.functional.cosine_similarity(vectors, expected)
             check = {"texts": len(vectors), "min_cosine": float(similarities.min())}
             if config.recorded:
-                write_vectors(output / config.outputs[2].name, config, vectors, outtype)
+                recorded = output / config.outputs[2].name
+                write_vectors(recorded, config.model, config.server, vectors, outtype)
         return self._summary(outtype, tensors) | {
             "size_bytes": path.stat().st_size,
             "merged": merged.facts,

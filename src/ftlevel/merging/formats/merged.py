@@ -30,15 +30,11 @@ def plan_export(config: ExportConfig, ref: ModelRef) -> MergedExport:
         raise InputError(
             f"{config.model} is a whole model already, and is served as it is. Drop the export."
         )
-    notes = [] if config.server is None else _check(config, ref, SERVERS[config.server])
-    return MergedExport(config, ref, tuple(notes))
-
-
-def _check(config: ExportConfig, ref: ModelRef, server: Server) -> list[str]:
-    """Returns notes; raises InputError if `server` does not serve the merged model."""
-    task = TASKS[ref.task]
+    if config.server is None:
+        return MergedExport(config, ref)
+    task, server = TASKS[ref.task], SERVERS[config.server]
     if (form := task.embedding_format(ref.card.options)) is not None:
-        return check_server(config, form, server)
+        return MergedExport(config, ref, tuple(check_server(config, form, server)))
     kind = model_kind(load_config(ref.source))
     if (kind if task.generates_text else task.served_as) not in server.merged:
         raise InputError(
@@ -46,9 +42,10 @@ def _check(config: ExportConfig, ref: ModelRef, server: Server) -> list[str]:
             f"{server.title} serves {_served(server)}. Keep it with transformers: "
             f"ftlevel merge {quote(config.model)} --out DIR."
         )
+    notes: tuple[str, ...] = ()
     if task.served_as == "rerankers" and server.name == "tei":
-        return [f"{server.title} returns sigmoids of the logits, or the logits with raw_scores"]
-    return []
+        notes = (f"{server.title} returns sigmoids of the logits, or the logits with raw_scores",)
+    return MergedExport(config, ref, notes)
 
 
 def _served(server: Server) -> str:
@@ -134,11 +131,11 @@ class MergedExport:
         merged = replace(ref, source=source, directory=None).load(device)
         path, dtype = output / "served.json", self.ref.card.dtype
         if self._form is None:
-            write_scores(path, self.config, merged, dtype)
+            write_scores(path, self.config.model, self.config.server, merged, dtype)
             return
         end = ref.card.options["embedding"]["end"]
         vectors = embed(merged.model, self._form, merged.tokenizer, end, device)
-        write_vectors(path, self.config, vectors, dtype)
+        write_vectors(path, self.config.model, self.config.server, vectors, dtype)
 
     def _summary(self, merged: Mapping[str, Any] | None) -> dict[str, Any]:
         return {

@@ -174,7 +174,7 @@ def resolve(
     loss, loss_choices = choose_loss(
         train, config.distillation, config.task, objective, data.facts["labels"], data.train
     )
-    epoch_rows = rows_per_epoch(config, data)
+    epoch_rows = rows_per_epoch(config.train, config.steps_per_rollout, data)
     steps = count_steps(train, epoch_rows)
     share, papers = 1.0, ""
     if config.task in PREFERENCE_TASKS:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ftlevel.config import DEFAULT_MODEL, DataConfig, MethodConfig, ModelConfig, TrainConfig
+from ftlevel.config import DEFAULT_MODEL, DataConfig, MethodConfig, ModelConfig
 from ftlevel.config.preference import PREFERENCE_TASKS, TAUGHT_TASKS, DistillationConfig
 from ftlevel.config.section import Choice
 from ftlevel.config.trainer import LEARNING_RATE_ADVICE, PLATEAU, TrainerConfig
@@ -30,18 +30,18 @@ def count_steps_per_epoch(config: TrainerConfig, rows: int) -> int:
     return max(math.ceil(micro_steps / config.gradient_accumulation_steps), 1)
 
 
-def rows_per_epoch(config: TrainConfig, data: PreparedData) -> int:
+def rows_per_epoch(train: TrainerConfig, steps_per_rollout: int, data: PreparedData) -> int:
     """Returns how many rows an epoch trains on, counting repetitions.
 
     A step's rollout may be used for several steps. If rows come in sets, the last step of each set
     is filled up.
     """
-    step, rows = config.train.rows_per_step, len(data.train)
+    step, rows = train.rows_per_step, len(data.train)
     if data.sets:
         return count_places(data.sets, step)
-    if config.steps_per_rollout == 1:
+    if steps_per_rollout == 1:
         return rows
-    return math.ceil(rows / step) * step * config.steps_per_rollout  # the last step is filled
+    return math.ceil(rows / step) * step * steps_per_rollout  # the last step is filled
 
 
 def count_steps(config: TrainerConfig, rows: int) -> int:
