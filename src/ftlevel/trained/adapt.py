@@ -2,8 +2,8 @@
 
 Adapters in the formats of other libraries are read by the `adapter_readers` of extensions. If the
 vocabulary size differs from the base's, PEFT saves the resized embeddings, or only the trained
-rows, with the adapter. The base must be resized to the same size first. New rows that the file
-has no would be random, and are refused.
+rows, with the adapter. The base must be resized to the same size first. New rows that the file does
+not contain would be random, so such adapters are rejected.
 """
 
 from __future__ import annotations
@@ -41,26 +41,26 @@ class ForeignAdapter(Protocol):
         """Modules that are saved with the adapter in full."""
 
     def task(self, wanted: str | None) -> str:
-        """Returns its task, `wanted` if it has none; raises InputError if they differ."""
+        """Returns the adapter's task, `wanted` if it has none; InputError if it is another one."""
 
     def complete(self, card: AdapterCard) -> AdapterCard:
-        """Returns the card of the base with the adapter's labels and options."""
+        """Returns the base's card with the labels and options of the adapter added."""
 
     def convert(self, model: Any) -> tuple[Any, dict[str, Any]]:
-        """Returns its PEFT config, and the weights by PEFT names; does not change `model`.
+        """Returns the PEFT config and the weights by PEFT names; does not change `model`, the base.
 
         Raises InputError if it is corrupted, of a different base, or of an unsupported kind.
         """
 
 
 class AdapterReader(Protocol):
-    """Reader of a format.
+    """Reader of adapters in one format of another library.
 
     Attributes:
         kind: name of the format, as in `Extension.adapter_readers`.
         name: name of the format in messages.
         library: library that writes it, in messages.
-        peft_type: type of all its adapters in PEFT.
+        peft_type: PEFT type that all its adapters are converted to.
     """
 
     kind: str
@@ -81,7 +81,7 @@ def _readers() -> list[AdapterReader]:
 
 
 def find_reader(directory: Path) -> AdapterReader | None:
-    """Find the reader of the adapter in `directory`; None for the PEFT format."""
+    """Returns the reader of the adapter in `directory`; None if it is in PEFT's format."""
     return next((reader for reader in _readers() if reader.recognizes(directory)), None)
 
 
@@ -92,7 +92,7 @@ _PREFIX = "base_model.model."
 def resize_vocabulary(model: Any, directory: Path) -> int | None:
     """Resize the embeddings of `model` (modified) to the vocabulary size of the adapter.
 
-    New rows are NaN until `check_new_rows`. Returns the former number of rows; None if unchanged.
+    Added rows are NaN until `check_new_rows`. Returns the former number of rows; None if unchanged.
     """
     former_rows = _rows(model)
     requested = read_vocabulary_size(model, directory) if former_rows else None
@@ -107,9 +107,9 @@ def resize_vocabulary(model: Any, directory: Path) -> int | None:
 
 
 def check_new_rows(model: Any, former_rows: int | None, directory: Path) -> None:
-    """Raise InputError if embedding rows after the first `former_rows` would be random.
+    """Raise InputError if the adapter lacks embedding rows that `resize_vocabulary` added.
 
-    NaN rows of the base that the adapter replaces become the mean of the former rows (modified).
+    Added rows of the base, which the adapter replaces, change from NaN to the mean of the others.
     """
     import torch
 
@@ -140,7 +140,7 @@ def check_new_rows(model: Any, former_rows: int | None, directory: Path) -> None
 
 
 def find_vocabulary_mismatch(model: Any, directory: Path) -> str | None:
-    """Returns why the adapter cannot share `model` with others; None if vocabulary sizes match."""
+    """Returns why the adapter's vocabulary size does not match that of `model`; None if it does."""
     rows, requested = _rows(model), read_vocabulary_size(model, directory)
     if rows is None or requested in (None, rows):
         return None
@@ -148,7 +148,7 @@ def find_vocabulary_mismatch(model: Any, directory: Path) -> str | None:
 
 
 def read_vocabulary_size(model: Any, directory: Path) -> int | None:
-    """Load the vocabulary size in training; None if the adapter's files do not contain it."""
+    """Returns the vocabulary size in training, from the adapter's files; None if they lack it."""
     names = {id(module): name for name, module in model.named_modules()}
     prefixes = tuple(f"{names[id(layer)]}." for layer in _embeddings(model) if id(layer) in names)
     sizes = [
@@ -165,7 +165,7 @@ def read_vocabulary_size(model: Any, directory: Path) -> int | None:
 
 
 def _rows_of(name: str, shape: list[int]) -> int | None:
-    """Returns the number of rows of a full matrix or of the matrix that a LoRA factor updates."""
+    """Returns the rows of a full matrix, or of the one that LoRA factor `name` is part of."""
     suffix = name.rpartition(".")[2]
     if suffix == "lora_embedding_A":
         return shape[1]
@@ -202,7 +202,7 @@ def _embeddings(model: Any) -> list[Any]:
 
 
 def _plain(layer: Any) -> Any:
-    """Returns the base layer inside an adapter's layer."""
+    """Returns the original layer that the adapter layer `layer` wraps."""
     for name in ("token_adapter", "original_module", "base_layer"):
         inner = getattr(layer, name, None)
         if inner is not None:
@@ -272,7 +272,7 @@ def check_placed(peft_model: Any, method: str, base: Base) -> None:
 
 
 def finish_method(model: Any, method: MethodConfig) -> None:
-    """Remove from the trained `model` what only training needed (modified)."""
+    """Remove those parts of the trained `model` (modified) that only training needed."""
     METHODS[method.kind].finish(model)
 
 
@@ -313,7 +313,7 @@ def load_adapter(base: Any, directory: Path, name: str = "default") -> Any:
     """Load the adapter in `directory` onto `base` (modified), in eval mode with float32 weights.
 
     Raises:
-        InputError: It is corrupted, of unknown type, or of a different base; or weights are missing
+        InputError: it is corrupted, of unknown type, or of a different base; or weights are missing
             or unexpected.
     """
     import peft
@@ -355,7 +355,7 @@ def load_initial_weights(peft_model: Any, directory: Path) -> None:
 
 
 def describe_state(peft_model: Any) -> tuple[set[str], dict[str, tuple[int, ...]]]:
-    """Returns the tensors that the adapter's file must have, and the shapes of all allowed ones."""
+    """Returns the tensor names an adapter file must have, and the shapes of all it may have."""
     import peft
 
     needed, allowed = (
@@ -371,7 +371,7 @@ def _frozen(peft_model: Any) -> Any:
 
 
 def _plain_loader(directory: Path) -> Callable[[Any, Path, str], Any] | None:
-    """Returns ftlevel's loader for an adapter of PEFT's own tuner; None to use PEFT's."""
+    """Returns ftlevel's loader for adapters that plain PEFT trained; None to use PEFT's."""
     import peft
 
     peft_type = read_peft_config(directory)["peft_type"]
@@ -421,7 +421,7 @@ def add_adapter(peft_model: Any, directory: Path, name: str) -> None:
 
 
 def _read_whole(directory: Path) -> dict[str, Any]:
-    """Load the weights of the PEFT file; refuse missing, corrupted, non-finite or unknown ones."""
+    """Read the PEFT weights; InputError if they are missing, corrupted, non-finite or unknown."""
     import peft
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -448,7 +448,7 @@ def _read_whole(directory: Path) -> dict[str, Any]:
 
 
 def _fill_adapter(peft_model: Any, weights: dict[str, Any], directory: Path, name: str) -> None:
-    """Load the weights in float32, and check that none is missing or unknown (modified)."""
+    """Load `weights` into `peft_model` (modified), in float32; InputError if they do not match."""
     import peft
 
     train_in_float32(peft_model)
@@ -480,7 +480,7 @@ def _fill_adapter(peft_model: Any, weights: dict[str, Any], directory: Path, nam
 
 @contextlib.contextmanager
 def _unknown_patterns_ignored() -> Iterator[None]:
-    """Silence the PEFT warning about rank patterns, which misreads AdaLoRA's and its own."""
+    """Silence PEFT's warning about unknown rank patterns, which is wrong for AdaLoRA's."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The following .*_pattern keys", RuntimeWarning)
         yield

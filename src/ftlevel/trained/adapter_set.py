@@ -29,7 +29,7 @@ NO_ADAPTER = "model"
 
 @dataclass(frozen=True)
 class AdapterSet:
-    """A loaded base with adapters by name; a model without adapters is one entry."""
+    """A loaded base with adapters by name; without adapters, the base is the only model."""
 
     models: dict[str, LoadedModel]
     notes: list[str]
@@ -45,7 +45,7 @@ class AdapterSet:
 
     @contextlib.contextmanager
     def active_adapter(self, name: str) -> Iterator[LoadedModel]:
-        """Activate the adapter `name` inside the block; `base` disables all.
+        """Activate the adapter `name` inside the block; the name `base` disables all adapters.
 
         The base uses the prompt format of the first adapter. Raises ConfigError for an unknown
         name.
@@ -72,8 +72,8 @@ def load_adapter_set(config: GenerateConfig) -> AdapterSet:
     """Load the model, run or adapters that `config` names.
 
     Raises:
-        ConfigError: Nothing is named, or two adapters have the same name.
-        InputError: Something does not exist, or the adapters are not compatible.
+        ConfigError: nothing is named, or two adapters have the same name.
+        InputError: something does not exist, or the adapters are not compatible.
     """
     device = choose_device(config.device).value
     base, refs = _resolve_all(config, device)
@@ -110,7 +110,7 @@ def load_adapter_set(config: GenerateConfig) -> AdapterSet:
 def _resolve_all(
     config: GenerateConfig, device: str
 ) -> tuple[ModelRef | None, dict[str, ModelRef]]:
-    """Returns the plain model that was named, and every adapter by name."""
+    """Returns the named model if it has no adapter, and all named adapters by name."""
     base: ModelRef | None = None
     base_name, refs = config.base_model, dict[str, ModelRef]()
     if config.name is not None:
@@ -153,7 +153,7 @@ def _list_adapters(directory: Path) -> dict[str, Path]:
 
 
 def find_adapters(directory: Path) -> dict[str, Path]:
-    """Find the adapters and runs in `directory` by folder name; empty if there are none."""
+    """Returns the adapters and runs directly in `directory`, by folder name; may be empty."""
     return {
         path.name: path
         for path in sorted(directory.iterdir())
@@ -162,7 +162,7 @@ def find_adapters(directory: Path) -> dict[str, Path]:
 
 
 def _check_compatible(refs: dict[str, ModelRef]) -> None:
-    """Refuse adapters that differ in base, quantization or head, and cannot share a model."""
+    """Raise InputError if adapters have different bases, quantizations or heads."""
     first_name, first = next(iter(refs.items()))
     for name, other in refs.items():
         for attribute, one, two in (

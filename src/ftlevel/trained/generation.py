@@ -28,7 +28,7 @@ class GenerationOptions:
         return self.num_beams == 1 and not self.temperature
 
     def arguments(self, tokenizer: Any) -> dict[str, Any]:
-        """Returns the arguments of `generate`; sampling sets torch's global seed."""
+        """Returns the arguments of `generate`; if it samples, also sets torch's global seed."""
         common = {
             "max_new_tokens": self.max_new_tokens,
             "use_cache": True,
@@ -78,7 +78,7 @@ def generate_texts(
 
 
 def stop_ids(tokenizer: Any) -> list[int]:
-    """Returns the ids that end a text: EOS, and the end of a turn in the chat template."""
+    """Returns the ids that end generation: EOS, and the chat template's end of a turn."""
     ends = [tokenizer.eos_token_id]
     if getattr(tokenizer, "chat_template", None):
         ends.append(find_end_of_turn_id(tokenizer))

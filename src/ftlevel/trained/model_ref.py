@@ -1,7 +1,7 @@
-"""The two nouns of every command after training.
+"""The two classes that every command after training uses.
 
-`ModelRef` is what a name refers to, before weights load (`trained.resolve` finds it). `LoadedModel`
-is the same with the weights.
+`ModelRef` describes a model before its weights load (`trained.resolve` finds it). `LoadedModel` is
+the same model with weights.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class ModelRef:
         directory: directory of the adapter; None for a model without one.
         card: training settings, derived from the files if ftlevel did not train it. Its
             quantization is that of the loaded weights.
-        is_ours: whether ftlevel wrote it, with a card.
+        is_ours: whether ftlevel wrote the model, so that it has a card of its own.
     """
 
     source: ModelSource
@@ -70,9 +70,9 @@ class ModelRef:
 
     @property
     def kind(self) -> str:
-        """Kind: run, checkpoint, adapter, model, quantized, hub or gguf.
+        """What it is: run, checkpoint, adapter, model, quantized, hub or gguf.
 
-        An adapter that another library wrote is `peft` or the type of its `AdapterReader`.
+        The kind of an adapter by another library is `peft`, or that of its `AdapterReader`.
         """
         if self.run is not None:
             path = self.directory or Path(self.source.name)
@@ -93,12 +93,12 @@ class ModelRef:
 
     @property
     def base(self) -> str:
-        """Name of the base model, or of a model without an adapter."""
+        """Name of the base model; for a model without an adapter, its own name."""
         return self.source.name
 
     @property
     def quantization(self) -> Mapping[str, Any]:
-        """Quantization of the loaded weights: `kind` and the settings."""
+        """Quantization of the loaded weights: a dict of `kind` and its settings."""
         return self.card.quantization
 
     @property
@@ -108,7 +108,7 @@ class ModelRef:
 
     @property
     def prompt_format(self) -> PromptFormat | None:
-        """Format of the prompts; None without prompts."""
+        """Format of the prompts; None if the task has no prompts."""
         return read_format(self.card)
 
     @property
@@ -120,7 +120,7 @@ class ModelRef:
 
     @property
     def options(self) -> Mapping[str, Any]:
-        """Options of the task; a model merged with its reference has no reference."""
+        """Options of the task; without the reference if the model was merged with it."""
         preference = self.card.options.get("preference")
         if not self._lost_reference or preference is None:
             return self.card.options
@@ -133,7 +133,7 @@ class ModelRef:
 
     @cached_property
     def configured_task(self) -> BaseTask:
-        """The task with its options."""
+        """The task, configured with the options of training."""
         return TASKS[self.task].configured(self.options)
 
     @cached_property
@@ -180,7 +180,7 @@ class ModelRef:
         return "float32" if self.card.dtype == "float16" and device == "cpu" else self.card.dtype
 
     def with_card(self, **changes: Any) -> ModelRef:
-        """Returns a copy with other settings in the card."""
+        """Returns a copy whose card has the settings `changes`."""
         return replace(self, card=replace(self.card, **changes))
 
     def load(
@@ -200,7 +200,7 @@ class ModelRef:
             dequantize: dequantize the base, so that matrix products run in floating point.
 
         Raises:
-            InputError: Files are corrupted or do not belong together, or there is no trained head
+            InputError: files are corrupted or do not belong together, or there is no trained head
                 for the task.
         """
         card, task, source = self.card, self.configured_task, self.source
@@ -248,7 +248,7 @@ class ModelRef:
 
 
 def find_tokenizer(source: ModelSource, directory: Path | None) -> ModelSource:
-    """Returns the adapter's directory if it has a tokenizer, else the base."""
+    """Returns where the tokenizer is: with the adapter if it has one, else with the base."""
     if directory is None or not (directory / "tokenizer_config.json").is_file():
         return source
     return ModelSource(str(directory), "directory", str(directory))
@@ -266,7 +266,7 @@ def _check_trained_head(missing: Sequence[str], heads: Sequence[str], name: str,
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A `ModelRef` with the weights in eval mode and the tokenizer, which pads.
+    """A `ModelRef` with its weights, in eval mode, and a tokenizer with a padding token.
 
     `model` is a PeftModel if there is an adapter, whose name in PEFT is `adapter_name`.
     """
@@ -281,7 +281,7 @@ class LoadedModel:
 
     @property
     def task(self) -> BaseTask:
-        """The task with its options."""
+        """The task, configured with the options of training."""
         return self.ref.configured_task
 
     @property
@@ -296,7 +296,7 @@ class LoadedModel:
 
     @property
     def has_adapter(self) -> bool:
-        """Whether the base can be used by disabling the adapter."""
+        """Whether there is an adapter that can be disabled to use the base."""
         return hasattr(self.model, "peft_config")
 
     @contextlib.contextmanager

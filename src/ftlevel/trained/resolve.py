@@ -1,4 +1,4 @@
-"""Resolve a name to a `ModelRef`: a run, checkpoint, adapter or model. It must not load weights.
+"""Resolve a name to a `ModelRef`: a run, checkpoint, adapter or model. Must not load weights.
 
 Reference and teacher models are identified by a fingerprint.
 """
@@ -112,7 +112,7 @@ def resolve_model(
 
 
 def resolve_stored(ref: ModelRef) -> ModelRef:
-    """Returns `ref` with the quantization of the stored weights in the card."""
+    """Returns `ref` with the quantization in its card replaced by that of the stored weights."""
     stored = None if ref.source.kind == "gguf" else stored_quantization(load_config(ref.source))
     if stored is None:
         return replace(ref, is_stored_quantized=False)
@@ -136,7 +136,7 @@ def _with_dtype(ref: ModelRef, dtype: str, device: str) -> ModelRef:
 
 
 def describe_dtype(ref: ModelRef, dtype: str) -> str:
-    """Returns the source of the compute precision, given the value of `--dtype`."""
+    """Returns where the compute precision comes from, for display; `dtype` is `--dtype`."""
     if dtype != "auto":
         return "--dtype"
     return "as in training" if ref.is_ours else "auto"
@@ -211,9 +211,9 @@ def _resolve_foreign(
 
 
 def find_directory(name: str) -> Path:
-    """Find the directory with the files of `name`, which may not exist; for a run, `adapter`.
+    """Returns the directory with the files of `name`: of a run, its subdirectory `adapter`.
 
-    Raises InputError if the run has not finished.
+    The directory may not exist. Raises InputError if the run has not finished.
     """
     path = Path(name).expanduser()
     inner = path / "adapter"
@@ -223,7 +223,7 @@ def find_directory(name: str) -> Path:
 
 
 def is_model(name: str) -> bool:
-    """Whether `name` is a local or builtin model, not an adapter or a run with one."""
+    """Whether `name` is a local or builtin full model, not an adapter or a run with one."""
     path = find_directory(name)
     if (path / ADAPTER_CONFIG).is_file():
         return False
@@ -232,7 +232,7 @@ def is_model(name: str) -> bool:
 
 
 def card_directory(path: Path) -> Path | None:
-    """Returns the directory with ftlevel.json for `path`; None for a plain model.
+    """Returns the directory, `path` or its `adapter`, that has a card; None for a plain model.
 
     Raises InputError if the run has not finished.
     """
@@ -271,9 +271,9 @@ def _adapter_task(
 ) -> str:
     """Returns the task of an adapter that plain PEFT wrote.
 
-    PEFT has no task type for masked language models and saves the model's class instead.
-    `base_config` decides if `settings`, the adapter_config.json, name neither. Raises InputError if
-    ftlevel has no such task, or `task` differs.
+    `settings` is its adapter_config.json, with a task type or, for masked language models, the
+    class of the model. If it has neither, `base_config` decides. Raises InputError if ftlevel has
+    no such task, or `task` differs.
     """
     peft_type = settings.get("task_type")
     class_name = (settings.get("auto_mapping") or {}).get("base_model_class")
@@ -304,7 +304,7 @@ def _peft_types() -> list[str]:
 
 
 def _count_outputs(directory: Path, meta: Any) -> int:
-    """Count the outputs of the head saved with an adapter; 0 if it has none."""
+    """Returns the number of outputs of the head saved with an adapter; 0 if it has none."""
     tensors, _ = read_header(directory / ADAPTER_WEIGHTS)
     shapes = {f".{name}": tensor.spec.shape for name, tensor in tensors.items()}
     outputs = 0
@@ -349,10 +349,10 @@ def build_default_card(
     directory: Path | None = None,
     settings: Mapping[str, Any] | None = None,
 ) -> AdapterCard:
-    """Build a card for a model, or for an adapter on it, that ftlevel did not train.
+    """Build a card for a model, or an adapter on a model, that ftlevel did not train.
 
-    Prompts are formatted as `train` would. `config` must have as many labels as the head;
-    `settings` is the adapter_config.json, None for a model. A `task` of None leaves the task empty.
+    Prompts are formatted as `train` would. `config` must have as many labels as the head.
+    `settings` is the adapter_config.json, if any. If `task` is None, the card has no task.
     """
     defaults: dict[str, Any] = {}
     if task is not None:
@@ -374,7 +374,7 @@ def build_default_card(
 
 
 def check_whole_adapter(directory: Path) -> None:
-    """Raise InputError for a checkpoint whose adapter does not apply to the unchanged base."""
+    """Raise InputError for a checkpoint whose adapter needs a base rewritten by initialization."""
     run = find_run(directory) if directory.absolute().parent.name == CHECKPOINTS else None
     if run is None or (directory / CARD).is_file() or not (directory / ADAPTER_CONFIG).is_file():
         return
@@ -394,10 +394,10 @@ _WAY_OUT = "If it is elsewhere now, name its place: --model PATH."
 
 
 def find_base(card: AdapterCard, directory: Path, base: ModelSource | None = None) -> ModelSource:
-    """Find the base of the adapter in `directory`, and check the weights.
+    """Returns the base of the adapter in `directory`, after checking its weights.
 
-    `base` is the user's. A local base is looked up relative to the adapter first, so that both may
-    be moved together. Raises InputError if it is missing or has other weights.
+    `base` is the user's choice, if any. A local base is first looked up relative to the adapter, so
+    that both may be moved together. Raises InputError if it is missing or has other weights.
     """
     if base is not None:
         source = base
@@ -413,9 +413,9 @@ def find_base(card: AdapterCard, directory: Path, base: ModelSource | None = Non
 
 
 def find_full_base(ref: ModelRef) -> ModelRef | None:
-    """Find the base of a model that was trained in full, with its form and tokenizer.
+    """Returns the base of a model that `--method full` trained, with its card and tokenizer.
 
-    None if there is none: a different method, a new head, or a base that is missing or has changed.
+    None for a different method, a new head, or a base that is missing or has changed.
     """
     card, path = ref.card, ref.source.path
     if card.method != "full" or card.merge or card.quantized or card.heads or path is None:
@@ -444,7 +444,7 @@ def _find_local(card: AdapterCard, directory: Path) -> ModelSource:
 
 
 def check_base(source: ModelSource, card: AdapterCard, directory: Path) -> None:
-    """Raise InputError if `source` has other weights than the base of training."""
+    """Raise InputError if the weights of `source` are not those of the base in training."""
     expected = card.base.get("fingerprint")
     if source.path is None or expected is None:
         return
@@ -460,7 +460,7 @@ def check_base(source: ModelSource, card: AdapterCard, directory: Path) -> None:
 
 
 def check_cached_base(ref: ModelRef) -> None:
-    """Raise InputError if a base on the Hub has other weights; downloads it if it is not cached."""
+    """Raise InputError if a base on the Hub has other weights than in training; may download it."""
     if ref.source.kind == "hub" and ref.card.base.get("fingerprint") is not None:
         local = local_directory(ref.source)
         source = replace(ref.source, kind="directory", location=str(local))
@@ -473,14 +473,14 @@ NAMED = "model.json"
 
 @dataclass(frozen=True)
 class ReferenceModel:
-    """An auxiliary model; `fingerprint` covers all weights and their quantization."""
+    """An auxiliary model; `fingerprint` identifies all its weights and their quantization."""
 
     name: str
     ref: ModelRef
     fingerprint: str
 
     def write(self, directory: Path, beside: Path) -> None:
-        """Write name and fingerprint into `directory`; a local path also relative to `beside`."""
+        """Write name and fingerprint to `directory`; a local path also relative to `beside`."""
         path = Path(self.name).expanduser()
         local = {"path": relative_path(path, beside)} if path.exists() else {}
         name = str(path.absolute()) if local else self.name
@@ -492,8 +492,8 @@ def resolve_reference(
 ) -> ReferenceModel:
     """Resolve the auxiliary model `name`, and check that it can score the run's rows.
 
-    `kind` and `tokenizer` are those of the model being trained. Raises InputError if it does not
-    exist, generates no text, or has another kind or vocabulary.
+    `flag` names it in messages; `kind` and `tokenizer` are those of the model being trained. Raises
+    InputError if it does not exist, generates no text, or has another kind or vocabulary.
     """
     said = f"{flag} {name}"
     ref = resolve_model(name, device=device, said=said)
@@ -515,9 +515,9 @@ def resolve_reference(
 
 
 def resolve_text_model(flag: str, name: str, device: str, dtype: str) -> ReferenceModel:
-    """Resolve the guide or teacher `name` of texts, whose tokenizer may be any.
+    """Resolve the guide or teacher `name`, which reads texts and so may have any tokenizer.
 
-    Its fingerprint covers pooling, normalization and prompts too. Raises InputError if it does not
+    Its fingerprint also covers pooling, normalization and prompts. Raises InputError if it does not
     exist, or is neither an embedding model nor, as a teacher, a reranker.
     """
     said = f"{flag} {name}"
@@ -540,7 +540,7 @@ def _task_of_texts(ref: ModelRef) -> str:
 
 
 def resolve_recorded_reference(directory: Path, beside: Path, device: str) -> ReferenceModel:
-    """Resolve the model recorded in `directory`; raise InputError if the weights have changed."""
+    """Resolve the model that `write` recorded in `directory`; InputError if its weights changed."""
     recorded = json.loads((directory / NAMED).read_text(encoding="utf-8"))
     name = recorded["name"]
     if recorded.get("path") and (path := resolve_relative(recorded["path"], beside)).exists():
@@ -556,9 +556,9 @@ def resolve_recorded_reference(directory: Path, beside: Path, device: str) -> Re
 
 
 def compute_fingerprint(ref: ModelRef) -> str:
-    """Returns a SHA-256 of every byte of local weights, and of their quantization.
+    """Returns a SHA-256 of all local weights and of their quantization.
 
-    A model on the Hub is identified by name and revision.
+    For a model on the Hub, it is of the name and the revision.
     """
     path, digest = ref.source.path, hashlib.sha256()
     if path is None:

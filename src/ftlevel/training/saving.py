@@ -92,7 +92,7 @@ def _planned_checkpoints(train: TrainerConfig, steps: int) -> int:
 
 @contextlib.contextmanager
 def explain_disk_errors(directory: RunDirectory) -> Iterator[None]:
-    """Convert write errors of torch, safetensors and the OS in `directory` into RunError."""
+    """Inside the block, convert write errors of torch, safetensors and the OS into RunError."""
     try:
         yield
     except Exception as error:
@@ -130,11 +130,11 @@ def _describe_checkpoint(directory: RunDirectory) -> str:
 
 
 class WriteManifest(TrainerCallback):
-    """Write a manifest for each checkpoint, then delete old checkpoints and a replaced run.
+    """Write a manifest for each checkpoint, then delete old checkpoints and an overwritten run.
 
-    `keep` is the number of checkpoints. `write_files` adds the files needed to use a
-    checkpoint; None if unsupported. `when_written` calls its argument once all of a checkpoint is
-    written; None means at once.
+    `keep` is the number of checkpoints to keep. `write_files` adds the files that make a checkpoint
+    usable; None if unsupported. `when_written` calls a function once the checkpoint is fully
+    written; None means it always is.
     """
 
     def __init__(
@@ -189,7 +189,7 @@ extended."""
 
 
 class SaveByClock(TrainerCallback):
-    """Save a checkpoint after `minutes` of training without one, and from then on at the end.
+    """Save a checkpoint after `minutes` without one; once that has happened, also save the end.
 
     The first process's clock decides for all. With `last`, the end is saved in any case.
     """
@@ -209,7 +209,7 @@ class SaveByClock(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """Save if the time is up, or at the end if it was up before."""
+        """Save if the time is up, and at the last step if the end is to be saved."""
         is_time = self._processes.is_first and time.monotonic() - self._since >= self._seconds
         is_time = self._processes.any(is_time)
         self._saves_end |= is_time
@@ -219,7 +219,7 @@ class SaveByClock(TrainerCallback):
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """Save at the end of a run that stops early."""
+        """Save if the run stops early and its end is to be saved."""
         is_early = control.should_training_stop and state.global_step < state.max_steps
         control.should_save |= is_early and self._saves_end
 
@@ -231,7 +231,7 @@ class SaveByClock(TrainerCallback):
 
 
 class SaveStreamState(TrainerCallback):
-    """Write the position of a stream into each checkpoint, before its manifest."""
+    """Write the position in the streamed dataset into each checkpoint, before its manifest."""
 
     def __init__(self, rows: StreamedRows, directory: Path) -> None:
         self.rows = rows
@@ -240,14 +240,14 @@ class SaveStreamState(TrainerCallback):
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """Write the position from the first process, for all."""
+        """Write the position in the first process; it is the same in all."""
         if not state.is_world_process_zero:  # it is the same in each
             return
         self.rows.save(self.directory / f"checkpoint-{state.global_step}", state.global_step)
 
 
 class SaveRollout(TrainerCallback):
-    """Call `save` with each checkpoint, before its manifest, for a rollout of several steps."""
+    """Call `save` with each checkpoint, before its manifest, to write a rollout still in use."""
 
     def __init__(self, save: Callable[[Path], None], directory: Path) -> None:
         self._save = save
@@ -261,7 +261,7 @@ class SaveRollout(TrainerCallback):
 
 
 class WaitForBytes(TrainerCallback):
-    """Delay checkpoints until all file digests are computed in the background."""
+    """Delay checkpoints until the file digests, computed in the background, are written."""
 
     def __init__(self, waits: Iterable[Callable[[], None]]) -> None:
         self._waits = list(waits)
@@ -269,7 +269,7 @@ class WaitForBytes(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """Wait if a checkpoint follows."""
+        """Wait if a checkpoint is about to be saved."""
         if control.should_save:
             for wait in self._waits:
                 wait()

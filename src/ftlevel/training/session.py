@@ -98,7 +98,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TrainInputs:
-    """Python objects passed to `train`; `callbacks` run after ftlevel's own."""
+    """Python objects passed to `train`; `callbacks` are called after ftlevel's own."""
 
     dataset: Any = None
     eval_dataset: Any = None
@@ -109,9 +109,9 @@ class TrainInputs:
 
 @dataclass(frozen=True)
 class BoundInputs:
-    """The configuration with a name or path for every passed object, and lines for the screen.
+    """Configuration with a name or path for every passed object, and lines for the screen.
 
-    `written_base` is the directory that the model was written to; None if it was not.
+    `written_base` is the directory to which a passed model was written; None if it was not.
     """
 
     config: TrainConfig
@@ -121,7 +121,7 @@ class BoundInputs:
 
 
 def bind_inputs(config: TrainConfig, inputs: TrainInputs, stack: ExitStack) -> BoundInputs:
-    """Returns `config` with the objects bound; a written model exists until `stack` closes.
+    """Bind `inputs` to `config`; a passed model is written to a directory until `stack` closes.
 
     Raises ConfigError if an object has the wrong type, or is also set in the configuration.
     """
@@ -146,7 +146,7 @@ def bind_inputs(config: TrainConfig, inputs: TrainInputs, stack: ExitStack) -> B
 
 
 def _own_quant(requested: QuantConfig, quant: QuantConfig) -> QuantConfig:
-    """Returns the quantization of a passed model; the configuration may only repeat it."""
+    """Returns `quant`, that of a passed model; ConfigError if `requested` contradicts it."""
     if requested.kind not in ("none", quant.kind) or (
         requested.kind == quant.kind and requested != quant
     ):
@@ -192,7 +192,7 @@ def _check_callbacks(callbacks: Sequence[TrainerCallback]) -> None:
 
 @dataclass(frozen=True)
 class CommandLine:
-    """Recipe path and process start time of a run started from the command line."""
+    """The recipe's path and the start time of the process, for a run from the command line."""
 
     recipe: Path | None
     start: StartTime
@@ -200,12 +200,12 @@ class CommandLine:
 
 @dataclass(frozen=True)
 class TrainingJob:
-    """A run before the weights load, and what its training needs besides.
+    """A run before the weights load, and everything else that training needs.
 
     Attributes:
-        processes: the processes that train together.
+        processes: all processes of the run.
         memory: the estimate printed at the start.
-        callbacks: the caller's, run after ftlevel's own.
+        callbacks: the caller's callbacks, called after ftlevel's own.
         recipe: path and git state of the recipe; None without one.
     """
 
@@ -221,7 +221,7 @@ class TrainingJob:
 def resolve_job(
     inputs: BoundInputs, command: CommandLine, listener: Listener, *, dry_run: bool
 ) -> TrainingJob:
-    """Resolve and show a run in every process; a failure in one is raised in all.
+    """Resolve and show a run in every process; an error in one is raised in all.
 
     Raises ConfigError for every problem that can be detected without weights.
     """
@@ -252,7 +252,7 @@ def resolve_job(
 def _resolve(
     inputs: BoundInputs, listener: Listener, processes: int, *, try_method: bool
 ) -> tuple[Run, MemoryEstimate]:
-    """Resolve the configuration, check it, and show the choices and all warnings."""
+    """Resolve the configuration, check it, and show its resolved settings and all warnings."""
     config, output = inputs.config, inputs.config.output
     check_output(output.dir, overwrite=output.overwrite, resume=output.resume)
     check_packages(config.model, config.speed, output)
@@ -296,10 +296,10 @@ class TrainingSession:
     Attributes:
         run: the job's run, with the outputs of auxiliary models in the rows.
         base: facts of the base model, for card and summary.
-        comparison: of fast and plain step; None if they were not compared.
-        initial_logits: before training; None unless a whole model is sharded.
+        comparison: result of verifying the fast step; None if it was not verified.
+        initial_logits: logits before training; None unless `--method full` is sharded.
         resident: bytes of the process before the model was loaded.
-        selected: the model that is kept; None before training and without a selection.
+        selected: the selected model; None before training, or if none is selected.
         trained_at: time at which training ended.
     """
 
@@ -320,11 +320,11 @@ class TrainingSession:
 
     @property
     def is_sharded(self) -> bool:
-        """Whether all processes take part in evaluation, saving and verification."""
+        """Whether the model is sharded: all processes then evaluate, save and verify together."""
         return self.run.config.train.shard != "none"
 
     def train(self) -> None:
-        """Train, and keep the best model; raise Interrupted after a signal."""
+        """Train, and load the best model if configured; raise Interrupted after a signal."""
         run, trainer, checkpoint = self.run, self.trainer, self.resumed.checkpoint
         self.job.listener.stage("training")
         with self.callbacks.interrupt, explain_disk_errors(self.directory), matmul_context(run):
@@ -342,7 +342,7 @@ class TrainingSession:
         self.trained_at = time.perf_counter()
 
     def evaluate(self) -> None:
-        """Evaluate the final model, unless the last step was evaluated."""
+        """Evaluate the final model, unless it was already evaluated after the last step."""
         with matmul_context(self.run):
             records: Sequence[Mapping[str, Any]] = self.callbacks.report.records
             if self.is_sharded:
@@ -365,7 +365,7 @@ class TrainingSession:
                 write()
 
     def verify(self) -> Proof:
-        """Compare what was saved with the trained model; raise RunError if they differ."""
+        """Compare the saved files with the trained model; raise RunError if they differ."""
         model, run, directory = self.adapted, self.run, self.directory
         gradients, processes = self.callbacks.gradients, self.job.processes
         with explain_disk_errors(directory):
@@ -375,7 +375,7 @@ class TrainingSession:
             return prove(model, run, directory, gradients)
 
     def report(self, proof: Proof) -> Mapping[str, Any]:
-        """Write and show the results of the run, and return its summary."""
+        """Write and show the results of the run; returns its summary."""
         job, callbacks, trainer = self.job, self.callbacks, self.trainer
         tokens, records = int(trainer.tokens_seen), callbacks.report.records
         comparison = asdict(self.comparison) if self.comparison else None
@@ -402,7 +402,7 @@ class TrainingSession:
 
 
 def open_session(job: TrainingJob, resumed: ResumeState, stack: ExitStack) -> TrainingSession:
-    """Load and adapt the model of `job`, and open its run directory until `stack` closes."""
+    """Load and adapt the model of `job`; its run directory stays locked until `stack` closes."""
     run, listener, processes = job.run, job.listener, job.processes
     resident = resident_bytes()
     run, reference = precompute_reference(with_text_models(run, listener), listener)
@@ -463,7 +463,7 @@ def open_session(job: TrainingJob, resumed: ResumeState, stack: ExitStack) -> Tr
 
 
 def _claim_directory(run: Run, directory: RunDirectory, stack: ExitStack) -> Sequence[FileDigests]:
-    """Lock the run's directory until `stack` closes, and compute missing digests of its inputs."""
+    """Lock the run's directory until `stack` closes, and start to hash the run's input files."""
     stack.enter_context(lock_directory(directory.path))
     stack.enter_context(replace_run(directory.path))
     digests = digests_of(run)
@@ -474,7 +474,7 @@ def _claim_directory(run: Run, directory: RunDirectory, stack: ExitStack) -> Seq
 
 
 def end_finished(job: TrainingJob, directory: RunDirectory, summary: Mapping[str, Any]) -> None:
-    """Report a run that was resumed but had already finished."""
+    """Report that a run to be resumed has already finished."""
     if job.processes.is_first:
         mark_end_once(directory.path)
     message = describe_end(directory, job.run.config.train, summary)

@@ -1,10 +1,10 @@
 """Training of a sharded model: its Trainer, its verification, and unsupported options.
 
-`training.shards` shards the model with FSDP2, block by block. accelerate's FSDP plugin is not used:
+`training.model` shards the model with FSDP2, block by block. accelerate's FSDP plugin is not used:
 it shards trainable tensors together with the base in one precision, and prepares the model again.
 Here the few tensors that a method trains stay whole in every process, so optimizer, clipping,
 checkpoints and the saved adapter are those of a single process. Verification gathers no weights:
-each process compares its part of the base with its digests.
+each process compares the digests of its part of the base.
 """
 
 from __future__ import annotations
@@ -59,9 +59,9 @@ _OPTIMIZER, _SCHEDULER = "optimizer", "scheduler.pt"
 class ShardedTrainer(FtlevelTrainer):
     """Trainer that calls the model equally often in every process and averages gradients.
 
-    Each pass gathers parts of the base, so all processes must take part; one with fewer
-    micro-batches repeats some with zero loss. Gradients of whole tensors are averaged once per
-    step, those of `--method full` by FSDP2. If host memory allows, checkpoint parts are copied
+    Each forward and backward pass gathers parts of the base, so all processes must take part. One
+    with fewer micro-batches repeats some with zero loss. Gradients of whole tensors are averaged
+    once per step, those of `--method full` by FSDP2. If host memory allows, checkpoints are copied
     there and written in the background; the next checkpoint and the end of training wait for it.
     """
 
@@ -73,7 +73,7 @@ class ShardedTrainer(FtlevelTrainer):
         self._whole = [p for p in trainable_parameters(self.model) if not isinstance(p, DTensor)]
 
     def calls_of(self, count: int) -> int:
-        """Returns the largest number of micro-batches of any process."""
+        """Returns the largest number of micro-batches of any process; `count` is this process's."""
         return self.processes.most(count)
 
     def training_step(
@@ -86,13 +86,13 @@ class ShardedTrainer(FtlevelTrainer):
         return loss
 
     def _sync_replicated_trainable_parameters(self, model: Any) -> None:
-        """Broadcast the first process's tensors, without Trainer's averaging of each gradient."""
+        """Broadcast the first process's tensors; `training_step` averages their gradients."""
         del model
         for parameter in self._whole:
             distributed.broadcast(parameter.data, src=0)
 
     def _defer_fsdp_gradient_reduction(self) -> contextlib.AbstractContextManager[None]:
-        """Reduce gradients in every micro-step; an unreduced gradient is as large as the model."""
+        """Do not defer the reduction, since an unreduced gradient is as large as the model."""
         return contextlib.nullcontext()
 
     def _clip_grad_norm(self, model: Any) -> Tensor | None:
@@ -104,7 +104,7 @@ class ShardedTrainer(FtlevelTrainer):
         return whole(norm) if isinstance(norm, Tensor) else norm
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        """Write trainable tensors: whole ones by the first process, else parts by each."""
+        """Write trainable tensors: the first process whole ones, or else each process its parts."""
         if self._whole:
             if self.processes.is_first:
                 super()._save(output_dir, state_dict=state_dict)
@@ -119,7 +119,7 @@ class ShardedTrainer(FtlevelTrainer):
             self.model.config.save_pretrained(directory)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        """Write optimizer and scheduler state in the same way."""
+        """Write the optimizer state as `_save` does the tensors, and the scheduler state."""
         if self._whole:
             super()._save_optimizer_and_scheduler(output_dir)
             return
@@ -133,7 +133,7 @@ class ShardedTrainer(FtlevelTrainer):
             torch.save(self.lr_scheduler.state_dict(), directory / _SCHEDULER)
 
     def _has_room(self, tensors: Mapping[str, Tensor]) -> bool:
-        """Whether half of the free host memory fits copies of all data that its processes write."""
+        """Whether copies of a checkpoint fit in half of the free host memory of every machine."""
         local_bytes = sum(local_shard(tensor).nbytes for tensor in tensors.values())
         local_bytes += sum(
             local_shard(value).nbytes
@@ -151,14 +151,14 @@ class ShardedTrainer(FtlevelTrainer):
             write_parts(tensors, directory)
 
     def when_written(self, act: Callable[[], None]) -> None:
-        """Call `act` when the current checkpoint is written; at once without background writes."""
+        """Call `act` once the current checkpoint is written, possibly in the background."""
         if self._writes_aside:
             self._writer.then(act)
         else:
             act()
 
     def train(self, *arguments: Any, **named: Any) -> Any:
-        """Train as Trainer does, and wait for background writes."""
+        """Train as Trainer does, then wait for checkpoints written in the background."""
         result = super().train(*arguments, **named)
         self._writer.end()
         return result
@@ -189,10 +189,10 @@ def save_sharded(
     processes: Processes,
     save: Callable[[Mapping[str, Tensor] | None], None],
 ) -> None:
-    """Save in the first process; without an adapter, all processes gather the weights first.
+    """Save in the first process; without an adapter, all processes first gather the weights.
 
-    Training-only parts of `adapted` are removed (modified). `save` is called with the gathered
-    state dict, or None for an adapter. Write errors raise RunError in all processes.
+    Removes training-only parts of `adapted` (modified). `save` gets the gathered state dict, or
+    None for an adapter. Write errors raise RunError in all processes.
     """
     weights = None
     if not hasattr(adapted.model, "peft_config"):
@@ -224,7 +224,7 @@ def average(parameters: Sequence[torch.nn.Parameter], count: int) -> None:
 
 
 def probe_untrained(adapted: PreparedModel, run: Run) -> Tensor | None:
-    """Returns the logits before training with `--method full`; None for an adapter.
+    """Returns the logits before training with `--method full`; None if an adapter is trained.
 
     All processes must call it together.
     """
@@ -263,9 +263,9 @@ def prove_sharded(
 
 
 def _reloaded(model: Any, directory: Path, probe: Probe, processes: Processes) -> Tensor:
-    """Returns the logits of `model` with the saved adapter in place of the trained one.
+    """Returns the logits of `model` with the saved adapter loaded in place of the trained one.
 
-    A second adapter would be created from a base that is not whole.
+    A second adapter cannot be added: it would be created from a base that is not whole.
     """
     trained = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
     with torch.no_grad():
@@ -282,9 +282,9 @@ def _reloaded(model: Any, directory: Path, probe: Probe, processes: Processes) -
 
 
 def compare_weights(model: Any, directory: Path) -> float:
-    """Returns the largest difference of this process's part of `model` from the saved model.
+    """Returns the largest difference of this process's part of `model` from the saved weights.
 
-    A tensor that the saved model has no raises RunError.
+    Raises RunError if a tensor was not saved.
     """
     tensors = model.state_dict(keep_vars=True)
     difference, seen = 0.0, set()
@@ -356,7 +356,7 @@ def check_can_shard(run: Run, count: int) -> None:
 
 
 def _problems_of_full(run: Run, flag: str) -> list[str]:
-    """Returns the reasons why `--method full` cannot be sharded."""
+    """Returns the reasons why this run with `--method full` cannot be sharded."""
     problems = []
     if run.model.dtype == "float16":
         problems.append(

@@ -1,6 +1,6 @@
-"""Loss and gradients of an optimizer step, computed plainly and by the Trainer, and their distance.
+"""Loss and gradients of an optimizer step: plain or by the Trainer, and their differences.
 
-The bounds of a correct fast step are multiples of the measured rounding errors of the plain step.
+A correct fast step differs from the plain one by at most a multiple of its rounding errors.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ model."""
 
 @dataclass(frozen=True)
 class GradientDifference:
-    """Sums over the elements of a gradient g and of its reference r; they can be added.
+    """Comparison of a gradient g with a reference r, as sums over elements; sums can be added.
 
     Attributes:
         difference: Σ (g − r)².
@@ -51,7 +51,7 @@ class GradientDifference:
     along: float = 0.0
 
     def __add__(self, other: GradientDifference) -> GradientDifference:
-        """Returns the sums over both."""
+        """Returns the comparison of the elements of both."""
         return GradientDifference(
             self.difference + other.difference,
             self.reference + other.reference,
@@ -67,12 +67,12 @@ class GradientDifference:
 
     @property
     def length(self) -> float:
-        """Relative excess length of g along r, ⟨g, r⟩ / ⟨r, r⟩ − 1, where rounding averages out."""
+        """Relative excess length of g along r, ⟨g, r⟩ / ⟨r, r⟩ − 1: rounding averages out."""
         return self.along / self.reference - 1 if self.reference else 0.0
 
 
 def compare_gradients(gradients: Gradients, reference: Gradients) -> dict[str, GradientDifference]:
-    """Returns the difference of each tensor's gradient from the reference; missing is zero."""
+    """Returns the comparison of each tensor's gradient; a missing gradient counts as zero."""
     differences = {}
     for name in gradients.keys() | reference.keys():
         like = reference.get(name, gradients.get(name))
@@ -86,7 +86,7 @@ def compare_gradients(gradients: Gradients, reference: Gradients) -> dict[str, G
 
 
 def _compare(gradient: Tensor, reference: Tensor) -> GradientDifference:
-    """Returns the sums over two CPU tensors in float64, which MPS does not support."""
+    """Returns the comparison of two tensors, in float64 on the CPU, since MPS has no float64."""
     g, r = gradient.double(), reference.double()
     return GradientDifference(
         float((g - r).square().sum()), float(r.square().sum()), float((g * r).sum())
@@ -94,12 +94,12 @@ def _compare(gradient: Tensor, reference: Tensor) -> GradientDifference:
 
 
 def total(parts: Iterable[GradientDifference]) -> GradientDifference:
-    """Returns the sums over all of `parts`."""
+    """Returns the sum of the comparisons `parts`."""
     return sum(parts, GradientDifference())
 
 
 def kind_of(name: str) -> str:
-    """Returns the part of a tensor's name that is the same in all layers.
+    """Returns the kind of a tensor: the part of its name that is the same in all layers.
 
     `base_model.model.model.layers.3.self_attn.q_proj.lora_A.default.weight` is a `lora_A`.
     """
@@ -114,7 +114,7 @@ def kind_of(name: str) -> str:
 
 
 def by_kind(tensors: Mapping[str, GradientDifference]) -> dict[str, GradientDifference]:
-    """Returns the sums over the tensors of each kind."""
+    """Returns the comparisons of `tensors`, summed by kind."""
     sums: dict[str, GradientDifference] = defaultdict(GradientDifference)
     for name, difference in tensors.items():
         sums[kind_of(name)] += difference
@@ -124,7 +124,7 @@ def by_kind(tensors: Mapping[str, GradientDifference]) -> dict[str, GradientDiff
 def added(
     sums: Mapping[str, GradientDifference], other: Mapping[str, GradientDifference]
 ) -> dict[str, GradientDifference]:
-    """Returns the sums over both mappings, by name."""
+    """Returns the sums of both comparisons of each tensor, by name."""
     return {
         name: sums.get(name, GradientDifference()) + other.get(name, GradientDifference())
         for name in {**sums, **other}
@@ -160,13 +160,13 @@ class StepComparison:
 
     Attributes:
         dtype: compute dtype of the comparison, in addition to the run's own.
-        gradient: largest norm of the gradient difference over all trainable tensors.
-        dropout: the same with dropout, for fused and plain layers; None if not compared.
-        exact: distance of the plain step's gradient from float64, if that decided. `loss` and
+        gradient: largest relative difference of the gradient over all steps.
+        dropout: the same with dropout, between fused and plain layers; None if not compared.
+        exact: distance of the plain gradient from float64, if float64 was needed. `loss` and
             `gradient` are then distances of the fast step from float64.
-        kinks: whether these are of the fast step in float64, which is farther off in float32.
-        rounded: type of tensor → distances of plain and fast gradient in the run's dtype from
-            float32.
+        kinks: whether rounding moved a value over a kink of the activation, so that `loss` and
+            `gradient` compare both steps in float64.
+        rounded: kind of tensor → float32 distances of plain and fast gradient in the run's dtype.
     """
 
     steps: int = 0
@@ -182,10 +182,10 @@ class StepComparison:
 
 @dataclass(frozen=True)
 class Bounds:
-    """Maximal differences of two steps that differ in summation order only.
+    """Largest allowed differences of two steps that differ in summation order only.
 
-    `noise` is the change of each tensor's gradient by a different order, `noise_of_loss` that of
-    the loss in nats.
+    `noise` is the effect of another order on each tensor's gradient, `noise_of_loss` that on the
+    loss in nats.
     """
 
     dtype: str
@@ -211,7 +211,7 @@ class Bounds:
     def check_gradients(
         self, differences: Mapping[str, GradientDifference], what: str = "gradients"
     ) -> float:
-        """Check each tensor and all together, and return the distance of all.
+        """Check each tensor and all together; returns the distance of all.
 
         Raises:
             RunError: a distance exceeds its bound.
@@ -241,7 +241,7 @@ class Bounds:
 class RoundingErrors:
     """Effect of the run's dtype on gradients and losses, as differences from float32.
 
-    `plain` has one item per draw; `losses` maps "plain" and "fast" to relative differences.
+    `plain` has one item per random draw; `losses` maps "plain" and "fast" to relative differences.
     """
 
     plain: list[dict[str, GradientDifference]] = field(
@@ -255,9 +255,9 @@ class RoundingErrors:
         self.losses.setdefault(step, []).append(abs(loss / exact - 1))
 
     def check(self) -> dict[str, tuple[float, float]]:
-        """Returns type of tensor → distances of the plain and the fast step from float32.
+        """Returns kind of tensor → distances of the plain and the fast gradient from float32.
 
-        Raises RunError if the fast step's exceeds the bound from the plain step's rounding.
+        Raises RunError if the fast step is farther off than the plain step's rounding allows.
         """
         draws, fast = [by_kind(tensors) for tensors in self.plain], by_kind(self.fast)
         plain = {kind: max(draw[kind].distance for draw in draws) for kind in fast}
@@ -297,7 +297,7 @@ class RoundingErrors:
 
 
 def norms_of(differences: Mapping[str, GradientDifference]) -> dict[str, float]:
-    """Returns the norm of each tensor's reference, at least 1 % of the kind's mean and the total.
+    """Returns the norm of each reference, at least 1 % of the mean of its kind and of the total.
 
     Rounding errors of tensors with almost no gradient, such as the bias of span logits or the keys
     of saturated attention, are as large as those of other tensors.
@@ -328,7 +328,7 @@ def build_mismatch_error(problem: str, dtype: str) -> RunError:
 
 @dataclass(frozen=True)
 class StepResult:
-    """Mean loss of a step over its targets, in nats, and the gradients by tensor name."""
+    """Mean loss of a step over its targets, in nats, and gradients by tensor name."""
 
     loss: float
     gradients: dict[str, Tensor]
@@ -336,22 +336,22 @@ class StepResult:
 
 @dataclass(frozen=True)
 class Steps:
-    """Compute steps before training; the trainer's token counts are restored."""
+    """Computes plain and fast steps before training; the trainer's token counts are restored."""
 
     trainer: FtlevelTrainer
     pad_id: int
 
     @property
     def model(self) -> Any:
-        """The trained model."""
+        """The model that is trained."""
         return self.trainer.model
 
     def plain_perturbed(self, rows: Sequence[Encoded], dtype: str, draw: int = 0) -> StepResult:
-        """Returns the plain step with different rounding errors, to measure their size.
+        """Returns the plain step with other rounding errors, to measure their size.
 
         Rows and answers are computed one by one in reverse order, and each block's input is
         perturbed by a rounding error. Without that, rows of one length round alike in any order,
-        and errors shared by two answers cancel in the gradient. `draw` selects the errors.
+        and errors shared by two answers cancel in the gradient. `draw` is the random seed.
         """
         alone = len(rows[0].branches) > 1 and not isinstance(self.trainer.objective, StepObjective)
         model = _OneByOne(self.model) if alone else self.model
@@ -389,7 +389,7 @@ class Steps:
     def _plain_whole(
         self, objective: StepObjective, rows: Sequence[Encoded], batch_size: int, dtype: str
     ) -> StepResult:
-        """Returns the step of all texts in padded batches, with the graphs of all in memory."""
+        """Returns the plain step of an objective on all texts; their graphs are all in memory."""
         device = self.trainer.args.device
         _evaluate(self.model)
         self.model.zero_grad()
@@ -405,7 +405,7 @@ class Steps:
         return StepResult(loss.item(), self._pop_gradients())
 
     def _baseline(self, rows: Sequence[Encoded], batch_size: int, dtype: str) -> Tensor | None:
-        """Returns the KTO baseline of a step's rewards (a scalar), or None."""
+        """Returns the KTO baseline of a step's rewards (a scalar); None for other objectives."""
         objective, device = self.trainer.objective, self.trainer.args.device
         contrasts = [other for row in rows for other in row.contrasts]
         if not (isinstance(objective, LikelihoodObjective) and contrasts):
@@ -424,7 +424,7 @@ class Steps:
         return self._by_trainer(rows, dtype, _without_dropout)
 
     def with_dropout(self, rows: Sequence[Encoded], dtype: str, *, fused: bool) -> StepResult:
-        """Returns the step as the Trainer computes it with dropout, in `fused` or plain layers.
+        """Returns the step as the Trainer computes it with dropout, with `fused` or plain layers.
 
         Both use the same dropout masks.
         """
@@ -434,7 +434,7 @@ class Steps:
     def _by_trainer(
         self, rows: Sequence[Encoded], dtype: str, mode: Callable[[Any], None]
     ) -> StepResult:
-        """Returns the result of `training_step`, with `mode` applied before each forward pass."""
+        """Returns the result of `training_step`; `mode` gets the model before each forward pass."""
         trainer, device = self.trainer, self.trainer.args.device
         self.model.zero_grad()
         hook = self.model.register_forward_pre_hook(lambda model, _: mode(model))
@@ -460,7 +460,7 @@ class Steps:
 
 
 class _OneByOne:
-    """Call a model on each row of a batch separately, without padding."""
+    """Wrapper that calls a model on each row of a batch separately, without padding."""
 
     def __init__(self, model: Any) -> None:
         self._model = model
@@ -522,9 +522,9 @@ def _fused_modules(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
 
 
 def _evaluate(model: torch.nn.Module) -> None:
-    """Disable dropout in `model` (modified); 8-bit linear layers compute as in training.
+    """Set `model` (modified) to eval mode, except its 8-bit linear layers.
 
-    In eval mode, bitsandbytes on a CPU rounds their inputs to 8-bit too (`MatMul8bitLt`).
+    In eval mode, bitsandbytes on a CPU also rounds their inputs to 8 bits (`MatMul8bitLt`).
     """
     model.eval()
     for module in model.modules():
@@ -533,11 +533,11 @@ def _evaluate(model: torch.nn.Module) -> None:
 
 
 def _keep_mode(model: torch.nn.Module) -> None:
-    """Leave the model in training mode."""
+    """Do nothing: the model stays in training mode, with dropout."""
 
 
 def _without_dropout(model: torch.nn.Module) -> None:
-    """Disable dropout in `model` (modified); fused modules compute as in training."""
+    """Disable dropout in `model` (modified); fused modules still compute as in training."""
     _evaluate(model)
     for module in _fused_modules(model):
         module.training = True
@@ -553,9 +553,9 @@ def _use_plain_layers(model: torch.nn.Module) -> None:
 def perturb_weights(model: torch.nn.Module) -> Iterator[None]:
     """Perturb the trainable tensors of `model` (modified) inside the block, and restore them.
 
-    LoRA's B and similar tensors start at zero, which makes gradients of preceding tensors zero,
-    correct or not. Zero tensors get noise with standard deviation 0.2 / √(last axis), about a fifth
-    of a LoRA's layer output; others get a twentieth of their own.
+    LoRA's B and similar tensors are zero before training, so the tensors multiplied with them have
+    zero gradients, correct or not. Zero tensors get noise with standard deviation 0.2 / √(last
+    axis), about a fifth of a LoRA's layer output. Others get noise of a twentieth of their own.
     """
     generator = torch.Generator().manual_seed(0)
     trained = [p for p in model.parameters() if p.requires_grad]

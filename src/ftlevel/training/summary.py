@@ -33,7 +33,7 @@ _FAR = 2  # multiple of the default learning rate that is considered too high
 
 
 def dump_config(run: Run) -> str:
-    """Returns config.yaml: the full configuration with all resolved values.
+    """Returns the text of config.yaml: the full configuration with all resolved values.
 
     Output directory and Hub repository are omitted and local paths are absolute, so `ftlevel train
     RUN/config.yaml` starts a new run from any directory.
@@ -48,7 +48,7 @@ def dump_config(run: Run) -> str:
 
 
 def resolved_config(run: Run) -> dict[str, Any]:
-    """Returns the configuration as plain values, with automatic settings resolved."""
+    """Returns the configuration as JSON values, with `auto` replaced by the resolved values."""
     values = run.config.model_dump(mode="json")
     values["model"] |= {"dtype": run.model.dtype, "device": run.model.device}
     if run.data.stream is None:  # later rows of a stream may be longer
@@ -78,7 +78,7 @@ def describe_base(source: ModelSource) -> dict[str, Any]:
 
 
 def _cached_snapshot(source: ModelSource) -> Path | None:
-    """Returns the directory of `source` in the Hub cache, or None."""
+    """Returns the snapshot directory of `source` in the Hub cache; None if it is not there."""
     from huggingface_hub import try_to_load_from_cache
 
     for name in ("model.safetensors", "model.safetensors.index.json"):
@@ -89,7 +89,7 @@ def _cached_snapshot(source: ModelSource) -> Path | None:
 
 
 def with_stream_counts(run: Run, rows: StreamedRows) -> Run:
-    """Returns `run` with the final row counts of a stream in place of the initial estimates."""
+    """Returns `run` with the actual row counts of a streamed dataset instead of estimates."""
     counts = rows.counts
     facts = {
         **run.data.facts,
@@ -103,7 +103,7 @@ def with_stream_counts(run: Run, rows: StreamedRows) -> Run:
 
 
 def build_card(run: Run, base: Mapping[str, Any]) -> AdapterCard:
-    """Build the card that is stored with the adapter."""
+    """Build the card (ftlevel.json) that is stored with the adapter."""
     stored = stored_quantization(run.model.config)
     return AdapterCard(
         method=run.config.method.kind,
@@ -128,16 +128,16 @@ def build_card(run: Run, base: Mapping[str, Any]) -> AdapterCard:
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """Results of a run, in addition to `Run`.
+    """Results of a run that `Run` does not have.
 
     Attributes:
         recipe: source of the settings and the git state there.
         timings: in seconds.
         evaluator: None without validation rows.
-        selected: the selected model; None if evaluations were not compared.
+        selected: the selected model; None if none was selected.
         changes: settings that changed when the run resumed.
-        skipped_steps: skipped steps.
-        plan: memory estimate.
+        skipped_steps: records of steps that were skipped or rolled back.
+        plan: the memory estimate compared with the measured memory.
     """
 
     run: Path
@@ -212,8 +212,8 @@ def _scores(record: Mapping[str, Any]) -> dict[str, float]:
 def describe_losses(losses: Sequence[float]) -> dict[str, Any]:
     """Returns mean and standard deviation of the first and of the last logged losses.
 
-    A window has a tenth of the losses, at least five but no more than half. The standard deviation
-    is None for a window of one.
+    Each is computed over a tenth of the losses, at least five but no more than half. The standard
+    deviation is None for a single loss.
     """
     if not losses:
         return {"loss_first": None, "loss_last": None, "loss_window": 0}
@@ -228,7 +228,7 @@ def describe_losses(losses: Sequence[float]) -> dict[str, Any]:
 
 
 def find_worse_than_before(summary: Mapping[str, Any]) -> list[str]:
-    """Find a warning if no evaluation improved on the untrained model's, where that is known."""
+    """Find a warning if no evaluation was as good as that before training, if there was one."""
     best, initial = summary["best"], summary["metrics_before"]
     name = best["metric"].removeprefix("eval_") if best else ""
     if not best or name not in initial:
@@ -244,10 +244,10 @@ def find_worse_than_before(summary: Mapping[str, Any]) -> list[str]:
 
 
 def find_nothing_learned(summary: Mapping[str, Any], run: Run) -> list[str]:
-    """Find a warning if the loss did not fall; empty for runs too short to judge.
+    """Find a warning if the loss did not fall; none for runs too short to judge.
 
-    Losses of classes, tags and spans must be 2 % below that of guessing by label frequency. Other
-    losses, and weighted ones, must be below the first logged losses.
+    Losses of classes, tags and spans must end 2 % below that of guessing by label frequency. Other
+    losses, and weighted ones, must end below the first logged losses.
     """
     window = summary["loss_window"]
     if window < _WINDOW or isinstance(run.objective, PolicyObjective):  # its loss measures nothing

@@ -54,14 +54,14 @@ from ftlevel.training.reference import (
 
 @dataclass(frozen=True)
 class TeacherPredictions:
-    """Training rows with teacher predictions, and their facts for summary.json."""
+    """Training rows combined with teacher predictions, and facts for summary.json."""
 
     rows: Sequence[Encoded]
     facts: Mapping[str, Any]
 
 
 def precompute_teacher(run: Run, listener: Listener) -> TeacherPredictions | None:
-    """Returns the teacher's predictions for the training rows; None without a teacher.
+    """Returns the training rows with the teacher's predictions; None without such a teacher.
 
     Raises InputError if the disk has no space for them.
     """
@@ -110,7 +110,7 @@ def _count(objective: TokenObjective, row: Encoded) -> int:
 
 
 def _check_room(path: Path | None, size: int) -> None:
-    """Raise InputError if `path` does not exist and `size` bytes exceed the free disk space."""
+    """Raise InputError if the file `path` must be created and the disk lacks `size` bytes."""
     if path is None or path.exists():
         return
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -123,7 +123,7 @@ def _check_room(path: Path | None, size: int) -> None:
 
 
 def _fill(run: Run, adapted: PreparedModel, offsets: Sequence[int], array: np.ndarray) -> None:
-    """Write the missing items of `array` (targets,; modified), a few rows at a time."""
+    """Compute the missing predictions in `array` (modified; one per target), by a few rows."""
     rows, model = run.data.train, adapted.model
     model.eval()
     with torch.no_grad(), autocast(run.model.device, run.model.dtype):
@@ -150,7 +150,7 @@ def _fill(run: Run, adapted: PreparedModel, offsets: Sequence[int], array: np.nd
 def _predict(
     run: Run, adapted: PreparedModel, rows: Sequence[Encoded], dtype: np.dtype
 ) -> Iterator[tuple[list[int], np.ndarray, np.ndarray]]:
-    """Yields row indices and the teacher's predictions at their targets, as fields of `dtype`."""
+    """Yields micro-batches: row indices, and the teacher's log-probabilities and ids at targets."""
     objective, settings, vocabulary = run.objective, run.config.distillation, run.model.vocabulary
     if not isinstance(objective, TokenObjective):
         return
@@ -170,7 +170,7 @@ def _predict(
 def _observe_logits(
     adapted: PreparedModel, objective: TokenObjective, batch: Mapping[str, Tensor], show: Observe
 ) -> None:
-    """Call `show` with the logits at the targets of `batch`, in chunks (targets, vocabulary)."""
+    """Call `show` with chunks of the logits (targets, vocabulary) at the targets of `batch`."""
     inputs, labels = prepare_inputs(adapted.model, objective, batch)
     at, targets = objective.locate(labels)
     if adapted.fast is not None and adapted.fast.cross_entropy is not None:
@@ -182,7 +182,7 @@ def _observe_logits(
 
 
 class TeacherScorer:
-    """Computes the teacher's log-probabilities of sampled completions, packed as in a step.
+    """Computes the teacher's log-probabilities of sampled completions, packed as in training.
 
     The teacher loads at the first call and stays loaded.
     """
@@ -194,7 +194,7 @@ class TeacherScorer:
         self._loaded: tuple[Run, PreparedModel] | None = None
 
     def __call__(self, rows: Sequence[CompletionRow]) -> list[list[float]]:
-        """Returns the log-probabilities of the completions' tokens."""
+        """Returns, for each row, the log-probabilities of the completion's tokens."""
         objective = self._run.objective
         if not rows or not isinstance(objective, PolicyObjective):
             return []
@@ -208,7 +208,7 @@ class TeacherScorer:
 
 
 def build_scorer(run: Run, listener: Listener) -> TeacherScorer | None:
-    """Build the teacher of reinforcement learning; None without one."""
+    """Build the teacher of on-policy distillation, for reinforcement learning; None without one."""
     if run.auxiliary.teacher is None or not isinstance(run.objective, PolicyObjective):
         return None
     return TeacherScorer(run.auxiliary.teacher, run, listener)
@@ -216,9 +216,9 @@ def build_scorer(run: Run, listener: Listener) -> TeacherScorer | None:
 
 @dataclass(frozen=True)
 class AuxiliaryOutputs:
-    """Reference and teacher predictions, each None if not needed.
+    """Outputs of the reference and the teacher model, each None if not needed.
 
-    `scorer` is the teacher of reinforcement learning, which reads completions as they are sampled.
+    `scorer` is the teacher in reinforcement learning, which scores completions as they are sampled.
     """
 
     reference: Reference | None
@@ -227,13 +227,13 @@ class AuxiliaryOutputs:
 
     @property
     def start(self) -> Any:
-        """Temporary directory with the reference's files to save; None for nothing."""
+        """Temporary directory with the reference's files to save; None if there are none."""
         return self.reference.start if self.reference is not None else None
 
     def describe(
         self, run: Run, records: Sequence[Mapping[str, Any]]
     ) -> tuple[dict[str, Any], list[str]]:
-        """Returns sections of summary.json, and notes on why the first loss is not as expected."""
+        """Returns sections of summary.json, and notes that explain an unexpected first loss."""
         facts, notes = dict[str, Any](), list[str]()
         if self.reference is not None:
             facts["reference"], notes = describe_first_loss(self.reference, run, records)

@@ -1,8 +1,8 @@
 """Guide and teacher of embedding models and rerankers, run before the trained model loads.
 
-They read the texts of a row and may have another tokenizer. A guide embeds every text, so that gist
-can find false negatives. A teacher, which is an embedding model or a reranker, scores the documents
-of every query: by similarity, or by its logit without an activation.
+They read the texts of rows, not tokens, so they may have another tokenizer. A guide embeds every
+text, so that the GIST loss can find false negatives. A teacher is an embedding model or a reranker.
+It scores the documents of every query, by similarity or by its logit without an activation.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _WINDOW = 1_000
 
 
 def with_text_models(run: Run, listener: Listener) -> Run:
-    """Returns the run with rows that have the guide's vectors or the teacher's scores."""
+    """Returns the run with the guide's vectors or the teacher's scores added to its rows."""
     if not isinstance(run.objective, Embeddings | Ranking):
         return run
     for flag, model in (("guide", run.auxiliary.guide), ("teacher", run.auxiliary.teacher)):
@@ -57,18 +57,18 @@ def with_text_models(run: Run, listener: Listener) -> Run:
 
 @dataclass(frozen=True)
 class GuidedTexts(EncodedTexts):
-    """Texts with the vector of each by a guide model."""
+    """Encoded texts, with the guide model's vector of each."""
 
     vectors: Any = field(default=None, metadata={"column": "json"})
 
     @property
     def guide(self) -> Any:
-        """Vector of each text by the guide model, or None."""
+        """The guide model's vector of each text, or None."""
         return self.vectors
 
 
 class RowsWithOutputs(LazySequence[Encoded]):
-    """`rows`, each combined with its entry of `outputs` when it is read."""
+    """`rows`, each combined with its item of `outputs` at the time it is read."""
 
     def __init__(
         self,
@@ -86,7 +86,7 @@ class RowsWithOutputs(LazySequence[Encoded]):
 
 
 def embed_rows(rows: Sequence[Encoded], model: LoadedModel) -> RowsWithOutputs:
-    """Returns `rows` with the vectors of their texts by `model`."""
+    """Returns `rows` with the vectors that `model` computes for their texts."""
 
     def combine(row: EncodedTexts, vectors: Tensor) -> Encoded:
         fields = {name: getattr(row, name) for name in row.__dataclass_fields__}
@@ -96,7 +96,7 @@ def embed_rows(rows: Sequence[Encoded], model: LoadedModel) -> RowsWithOutputs:
 
 
 def score_rows(rows: Sequence[Encoded], model: LoadedModel) -> RowsWithOutputs:
-    """Returns `rows` with the scores of their documents by `model`."""
+    """Returns `rows` with the scores that `model` computes for their documents."""
     if isinstance(model.task, RerankingTask):
         scores = _rerank(rows, model, model.task)
     else:
@@ -132,7 +132,7 @@ def _rerank(
 
 
 def _embed_words(rows: Sequence[Encoded], model: LoadedModel) -> list[Tensor]:
-    """Returns the vectors `(texts, dims)` of each row; equal texts are embedded once."""
+    """Returns the vectors `(texts, dims)` of each row's texts; equal texts are embedded once."""
     objective = model.objective
     if not isinstance(objective, Embeddings):
         raise InputError(f"{model.task.name} is not the task of an embedding model.")
@@ -146,7 +146,7 @@ def _embed_words(rows: Sequence[Encoded], model: LoadedModel) -> list[Tensor]:
 
 
 def _embed(model: LoadedModel, objective: Embeddings, texts: Sequence[tuple[str, bool]]) -> Tensor:
-    """Returns the vectors `(texts, dims)` of queries (True) and documents (False)."""
+    """Returns the vectors `(texts, dims)` of (text, whether it is a query) pairs."""
     format_, end = objective.form, model.ref.options["embedding"].get("end")
     prompts = format_.query_prompt, format_.document_prompt
     encode = TextEncoder(model.tokenizer, *prompts, end, include_prompt=format_.include_prompt)

@@ -55,7 +55,7 @@ from ftlevel.training.whole_step import WholeStep
 def rows_and_order(
     run: Run, arguments: Any, processes: Processes
 ) -> tuple[Any, Sampler[int] | None]:
-    """Returns the training rows or stream, and their sampler; None for Trainer's random one."""
+    """Returns the training rows or stream, and their sampler (None: Trainer's random sampler)."""
     if run.data.stream is not None:
         together = arguments.train_batch_size * arguments.world_size
         step, stream = together * arguments.gradient_accumulation_steps, run.data.stream
@@ -71,7 +71,7 @@ def rows_and_order(
 
 
 def row_order(run: Run) -> Sampler[int] | None:
-    """Returns the sampler of the rows, shared by all processes; None for Trainer's random one."""
+    """Returns the row sampler, the same in all processes; None for Trainer's random sampler."""
     train, rows, seed = run.config.train, run.data.train, run.config.train.order_seed
     uses_whole_step = isinstance(run.objective, StepObjective)
     is_distinct = run.config.embedding.batch_sampler == "no_duplicates"
@@ -88,9 +88,9 @@ def row_order(run: Run) -> Sampler[int] | None:
 def shared_loader(
     rows: Any, order: Sampler[int], arguments: Any, collate: Callable[[list[Any]], dict[str, Any]]
 ) -> DataLoader[Any]:
-    """Returns the batches of one of several processes, the same number in each.
+    """Returns the data loader of one of several processes; all have the same number of batches.
 
-    A batch without rows, which only equalizes the number, has `is_padding` set.
+    Missing batches are filled by batches of padding rows, with `is_padding` set.
     """
     share = StepShardSampler(
         order, arguments.train_batch_size, arguments.world_size, arguments.process_index
@@ -116,8 +116,8 @@ class FtlevelTrainer(Trainer):
     Attributes:
         tokens_seen: tokens of the training rows, without padding.
         tokens_computed: positions computed by the blocks, with padding; shared prefixes count once.
-        penalty: model → term that the method adds to the loss, or None. It affects gradients, not
-            the logged loss.
+        penalty: function of the model that the method adds to the loss, or None. It affects
+            gradients, not the logged loss.
         loss: label smoothing, class weights and focal loss, which evaluation does not use.
         head_rate: modules with their own learning rate, and that rate.
         smaller: reduces steps that do not fit into memory, with a message to `warn` and a record to
@@ -170,7 +170,7 @@ class FtlevelTrainer(Trainer):
         self.model_accepts_loss_kwargs = True  # our loss divides by num_items_in_batch
 
     def create_optimizer(self, *arguments: Any, **settings: Any) -> torch.optim.Optimizer:
-        """Create Trainer's or the method's optimizer, with the head learning rate applied."""
+        """Create Trainer's or the method's optimizer, and set the head learning rate."""
         optimizer: torch.optim.Optimizer = super().create_optimizer(*arguments, **settings)
         if self.head_rate is not None:
             set_head_rate(optimizer, self.model, self.head_rate)
@@ -178,13 +178,13 @@ class FtlevelTrainer(Trainer):
 
     @property
     def step_objective(self) -> StepObjective:
-        """The objective, whose loss needs all rows of a step."""
+        """The objective; TypeError unless its loss needs all rows of a step at once."""
         if not isinstance(self.objective, StepObjective):
             raise TypeError("the loss of this objective needs no whole step")
         return self.objective
 
     def forget_optimizer(self) -> None:
-        """Free gradients and optimizer state, which are three times as large as the adapter."""
+        """Free gradients and optimizer state, which take three times the memory of the adapter."""
         self.model.zero_grad(set_to_none=True)
         if self.optimizer is not None:
             self.optimizer.state.clear()
@@ -194,7 +194,7 @@ class FtlevelTrainer(Trainer):
         return self.order or super()._get_train_sampler(train_dataset)
 
     def get_train_dataloader(self) -> Any:
-        """Returns Trainer's batches, or those of this process if there are several."""
+        """Returns Trainer's data loader; with several processes, that of this process."""
         if self.args.world_size == 1:
             return super().get_train_dataloader()
         if self.order is None:
@@ -202,7 +202,7 @@ class FtlevelTrainer(Trainer):
         return shared_loader(self.train_dataset, self.order, self.args, self.data_collator)
 
     def _run_epoch(self, *arguments: Any, **settings: Any) -> None:
-        """Train one epoch, unless all steps were already made when the run was interrupted."""
+        """Train one epoch; does nothing if the resumed run had already made all steps."""
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
         if not self.control.should_training_stop:
@@ -234,7 +234,7 @@ class FtlevelTrainer(Trainer):
         return loss
 
     def take_step_loss(self) -> Tensor:
-        """Returns the loss of the optimizer step so far (a scalar), and reset it."""
+        """Returns and resets the loss that the optimizer step has accumulated (a scalar)."""
         loss, self._step_loss = self._step_loss, None
         if loss is None:
             return torch.zeros(())
@@ -261,7 +261,7 @@ class FtlevelTrainer(Trainer):
     def compute_batch(
         self, model: Any, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
-        """Returns the loss of a batch and accumulates gradients, without counting tokens."""
+        """Returns the loss of a batch and accumulates gradients, but does not count tokens."""
         self._is_padding = bool(inputs.pop("is_padding", False))
         if isinstance(self.objective, StepObjective):
             return self._whole_step(model, inputs)
@@ -290,7 +290,7 @@ class FtlevelTrainer(Trainer):
     def calls_of(self, count: int) -> int:
         """Returns the number of forward passes for a step of `count` micro-batches.
 
-        Additional micro-batches have zero loss; they make the number equal in all processes.
+        When sharded, micro-batches with zero loss make the number equal in all processes.
         """
         return count
 
@@ -302,7 +302,7 @@ class FtlevelTrainer(Trainer):
         beginning: dict[str, Any] | None,
         num_items_in_batch: Tensor | int | None,
     ) -> Tensor:
-        """Returns the loss of micro-batches computed in parallel on a CPU, without loss scaling."""
+        """Returns the loss of micro-batches computed in parallel on a CPU, without scaling it."""
         if not self._in_training:  # model.training does not reflect submodules
             model.train()
             self._in_training = True
@@ -322,7 +322,7 @@ class FtlevelTrainer(Trainer):
         return torch.stack(losses).sum()
 
     def _shared_prefix(self, model: Any, layout: PackedLayout, **batch: Tensor) -> SharedPrefix:
-        """Returns the computed prefix that all rows of a step share."""
+        """Compute the prompt prefix that all rows of a step share; returns its states."""
         if self.fast is None or self.fast.cross_entropy is None:
             raise TypeError("a shared prefix needs the chunked cross-entropy of a language head")
         self.tokens_computed += layout.tokens
@@ -364,14 +364,14 @@ class FtlevelTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def compute_loss_context_manager(self) -> Any:
-        """Compute the autocast context of a forward pass."""
+        """Returns the autocast context of a forward pass."""
         if self._compute_dtype:
             return autocast(self.args.device.type, self._compute_dtype)
         return super().compute_loss_context_manager()
 
     @contextlib.contextmanager
     def standalone_steps(self, dtype: str) -> Iterator[None]:
-        """Let the block compute steps in `dtype` outside of training; then restore token counts."""
+        """Let the block compute steps in `dtype` outside of training; restores token counts."""
         seen, computed = self.tokens_seen.clone(), self.tokens_computed
         self._compute_dtype = dtype
         try:
@@ -382,11 +382,11 @@ class FtlevelTrainer(Trainer):
 
     @property
     def is_alone(self) -> bool:
-        """Whether steps are computed inside `standalone_steps`."""
+        """Whether the current step is computed inside `standalone_steps`."""
         return bool(self._compute_dtype)
 
     def on_device(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Returns a collated batch on the device."""
+        """Returns a collated batch with its tensors moved to the training device."""
         return dict(send_to_device(batch, self.args.device))
 
     @property
@@ -416,10 +416,10 @@ class FtlevelTrainer(Trainer):
         return gathered.sum(0).reshape(value.shape)
 
     def prepare_step(self, batches: list[dict[str, Any]], device: torch.device) -> None:
-        """Compute the KTO baseline of a step before its micro-batches; modifies `batches`.
+        """Compute the KTO baseline of a step before its micro-batches (`batches` are modified).
 
-        It is the mean reward of the contrasting rows over all processes, so it does not depend on
-        how the step is split.
+        The baseline is the mean reward of the contrasting rows over all processes, so it does not
+        depend on how the step is split.
         """
         if not (isinstance(self.objective, LikelihoodObjective) and self.objective.needs_baseline):
             return
@@ -439,7 +439,7 @@ class FtlevelTrainer(Trainer):
         self._in_training = False
 
     def count_targets(self, batches: list[dict[str, Any]], device: torch.device) -> Tensor:
-        """Count the targets of `batches` in this process, or their weight (a scalar)."""
+        """Returns the number of this process's targets in `batches`, or their weight (scalar)."""
         parts = [part for batch in batches for part in batch.get("micro_batches", [batch])]
         counts = [self.objective.training_count(part["labels"], self.loss) for part in parts]
         if not counts:  # same dtype as in other processes
@@ -461,7 +461,7 @@ class FtlevelTrainer(Trainer):
         ignore_keys: list[str] | None = None,  # noqa: ARG002 - nothing is returned but metrics
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        """Returns the evaluator's metrics and logs them, as Trainer does."""
+        """Returns the evaluator's metrics, and logs them as Trainer does."""
         self._in_training = False
         # All processes use the same metrics, so that best model and early stopping agree.
         local_scores = self.evaluator(self.model)

@@ -1,8 +1,8 @@
 """Verify the fast step against the plain step, on a few rows or on whole steps.
 
-In float32 both differ in summation order only, so an error of 0.1 % is visible that bfloat16 would
-hide. The effect of order is measured by comparing two plain steps with different rounding errors.
-In the run's dtype, a correct fast step is no farther from float32 than the plain step.
+In float32 both differ in summation order only, so even an error of 0.1 % shows, which bfloat16
+would hide. The effect of order is measured by comparing two plain steps with different rounding
+errors. In the run's dtype, a correct fast step is no farther from float32 than the plain step.
 """
 
 from __future__ import annotations
@@ -60,9 +60,9 @@ and one in transfer."""
 def cast_to_float32(model: torch.nn.Module) -> Iterator[None]:
     """Convert all half-precision weights of `model` to float32 inside the block (modified).
 
-    Unlike `evaluation.model_pair.in_float32`, which converts a module while it runs, this supports
-    backward passes, threads, and functions that read weights of modules they do not call. Quantized
-    weights are unchanged, but dequantize to float32.
+    `evaluation.model_pair.in_float32` converts a module only while it runs. This function also
+    supports backward passes, threads, and functions that read weights of modules they do not call.
+    Quantized weights are unchanged, but dequantize to float32.
     """
     dtypes = [(*attribute, getattr(*attribute)) for attribute in _dtypes_of_4_bits(model)]
     for owner, name, _ in dtypes:
@@ -88,7 +88,7 @@ def cast_to_float64(model: torch.nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _held_in(dtype: torch.dtype, tensors: list[Tensor]) -> Iterator[None]:
-    """Convert `tensors` to `dtype` inside the block, and restore their values after it."""
+    """Inside the block, store `tensors` in `dtype`; afterwards, restore their original values."""
     originals = [(tensor, tensor.data) for tensor in tensors]
     try:
         for tensor, data in originals:
@@ -102,7 +102,7 @@ def _held_in(dtype: torch.dtype, tensors: list[Tensor]) -> Iterator[None]:
 def fits_in_float32(model: torch.nn.Module, device: str) -> bool:
     """Whether memory allows `model` in float32 and a comparison of its gradients.
 
-    False for a sharded model, because FSDP2 gathers the parts it was created with.
+    False for a sharded model, since FSDP2 can only gather in the dtype that it was sharded in.
     """
     if is_sharded(model):
         return False
@@ -110,7 +110,7 @@ def fits_in_float32(model: torch.nn.Module, device: str) -> bool:
 
 
 def fits_in_float64(model: torch.nn.Module, device: str) -> bool:
-    """Whether `device` supports float64 and has memory for the float32 `model` in it.
+    """Whether `device` supports float64 and has memory for `model` in it; `model` is float32.
 
     False with quantized weights, which cannot be dequantized to float64.
     """
@@ -122,14 +122,14 @@ def fits_in_float64(model: torch.nn.Module, device: str) -> bool:
 
 
 def _fits(model: torch.nn.Module, dtype: torch.dtype, tensors: list[Tensor], device: str) -> bool:
-    """Whether memory allows `tensors` of `model` in `dtype`, and a comparison of gradients."""
+    """Whether memory allows `tensors` of `model` in `dtype`, and copies of all its gradients."""
     wide = sum(tensor.numel() for tensor in tensors)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return dtype.itemsize * (wide + COPIES * trained) < free_memory_bytes(device) // 2
 
 
 def _tensors_of(model: torch.nn.Module, dtypes: tuple[torch.dtype, ...]) -> list[Tensor]:
-    """Returns the parameters and buffers of `dtypes`, without duplicates and quantized ones."""
+    """Returns parameters and buffers whose dtype is in `dtypes`, once each, no quantized ones."""
     tensors: dict[int, Tensor] = {}
     for module in model.modules():
         for own in direct_tensors(module):
@@ -140,7 +140,7 @@ def _tensors_of(model: torch.nn.Module, dtypes: tuple[torch.dtype, ...]) -> list
 
 
 def _dtypes_of_4_bits(model: torch.nn.Module) -> list[tuple[Any, str]]:
-    """Returns (object, attribute) pairs of the dtypes that 4-bit modules compute in."""
+    """Returns the (object, attribute) pairs that store the compute dtype of 4-bit modules."""
     attributes: list[tuple[Any, str]] = []
     for module in model.modules():
         for tensor in direct_tensors(module)[0].values():
@@ -159,7 +159,7 @@ LONGEST = 1_024
 
 
 def choose_probe_rows(rows: Sequence[Encoded]) -> list[Encoded]:
-    """Choose the shortest of the first rows, truncated if possible; empty if all are long."""
+    """Choose the shortest of the first rows, truncated if possible; empty if all are too long."""
     first = [short for row in rows[:LOOKED_AT] if (short := shorten(row, FEW_TOKENS // 2))]
     selected: list[Encoded] = []
     tokens = 0
@@ -172,10 +172,10 @@ def choose_probe_rows(rows: Sequence[Encoded]) -> list[Encoded]:
 
 
 def shorten(row: Encoded, size: int) -> Encoded | None:
-    """Returns `row` with at most `size` tokens, or uncut if short enough; None if it is too long.
+    """Returns `row` cut to `size` tokens if it is longer; None if it cannot be cut and is too long.
 
-    A row with token labels is cut to the context of the last target, one with a number as label to
-    its beginning. Other labels, such as spans, count tokens, so these rows are not cut.
+    A row with token labels keeps the context of its last target, one with a number as label its
+    beginning. Labels such as spans refer to positions, so these rows are not cut.
     """
     length = len(row.input_ids)
     if length <= size:
@@ -207,8 +207,8 @@ STEPS = 3
 def verify_step(run: Run, adapted: PreparedModel, listener: Listener) -> StepComparison | None:
     """Compare fast and plain step before training, and restore the model; None if not compared.
 
-    `speed.verify` selects whole steps (True), nothing (False) or a few rows (None). Raises RunError
-    if the difference exceeds what rounding explains.
+    `speed.verify` selects the rows: whole steps (True), none (False) or a few rows (None). Raises
+    RunError if the difference exceeds what rounding explains.
     """
     full, rows = run.config.speed.verify, run.data.train
     if adapted.fast is None or full is False:
@@ -258,7 +258,7 @@ def verify_step(run: Run, adapted: PreparedModel, listener: Listener) -> StepCom
 
 @dataclass(frozen=True)
 class _Verifier:
-    """Compare steps, and raise RunError if they differ; `dtype` is the run's compute dtype."""
+    """Compares steps, and raises RunError if they differ; `dtype` is the run's compute dtype."""
 
     steps: Steps
     batch_size: int
@@ -268,10 +268,10 @@ class _Verifier:
     def compare(
         self, steps_rows: Sequence[Sequence[Encoded]], *, rounded: bool, rate: float
     ) -> StepComparison:
-        """Returns the differences over the steps with rows `steps_rows`.
+        """Returns the differences over the steps whose rows are `steps_rows`.
 
-        Between two steps the model takes the plain step with learning rate `rate`. With `rounded`,
-        steps in the run's dtype are compared too.
+        After each step, the model is updated by the plain step's gradients with learning rate
+        `rate`. With `rounded`, steps in the run's dtype are compared too.
         """
         model, training = self.steps.model, self.steps.model.training
         device = self.steps.trainer.args.device.type
@@ -348,7 +348,7 @@ class _Verifier:
     def _in_float64(
         self, rows: Sequence[Encoded], dtype: str, step: Callable[..., StepResult]
     ) -> StepResult | None:
-        """Returns the plain or the fast step in float64; None if it cannot be computed."""
+        """Returns the result of `step` in float64; None if it cannot be computed."""
         model, device = self.steps.model, self.steps.trainer.args.device.type
         if dtype != "float32" or not fits_in_float64(model, device):
             return None
@@ -361,7 +361,7 @@ class _Verifier:
     def _round(
         self, rows: Sequence[Encoded], exact: StepResult, sums: RoundingErrors
     ) -> RoundingErrors:
-        """Returns `sums` with the rounding errors of a step in the run's dtype."""
+        """Add the rounding errors of a step in the run's dtype to `sums`, and return it."""
         steps = self.steps
         for draw, summed in enumerate(sums.plain):
             plain = (
@@ -378,13 +378,13 @@ class _Verifier:
 
 
 def _check(bounds: Bounds, step: StepResult, expected: StepResult) -> tuple[float, float]:
-    """Returns the differences of loss and gradients from `expected`; raises if too large."""
+    """Returns the differences of loss and gradients from `expected`; RunError if too large."""
     loss = bounds.check_loss(step.loss, expected.loss)
     return loss, bounds.check_gradients(compare_gradients(step.gradients, expected.gradients))
 
 
 def _take(optimizer: torch.optim.Optimizer, model: torch.nn.Module, step: StepResult) -> None:
-    """Apply the optimizer step for the gradients of `step` to `model` (modified)."""
+    """Make an optimizer step on `model` (modified) with the gradients of `step`."""
     for name, parameter in model.named_parameters():
         if name in step.gradients:
             parameter.grad = step.gradients[name]

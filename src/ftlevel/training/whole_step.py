@@ -52,9 +52,9 @@ class RandomState:
 
 
 class WholeStep:
-    """Computes the optimizer steps of a trainer whose objective is a `StepObjective`.
+    """Computes optimizer steps for a `StepObjective`, whose loss needs the vectors of all texts.
 
-    `grad_cache` is always, never or auto: if activations do not fit.
+    `grad_cache` is whether to embed twice: always, never, or auto (if activations do not fit).
     """
 
     def __init__(self, trainer: Any, grad_cache: str = "auto") -> None:
@@ -65,7 +65,7 @@ class WholeStep:
     def __call__(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         """Returns the mean loss of a step, and accumulates its gradients.
 
-        Without `texts`, as in a trial of its memory, the loss is the sum of all vectors.
+        Without `texts`, as when memory is tried, the loss is the sum of all vectors.
         """
         trainer = self._trainer
         model.train()
@@ -89,7 +89,7 @@ class WholeStep:
         return loss
 
     def keeps_graphs(self, count: int, tokens: int) -> bool:
-        """Whether the graphs of `count` micro-batches with `tokens` in all are kept."""
+        """Whether the graphs of `count` micro-batches, of `tokens` tokens together, are kept."""
         trainer = self._trainer
         if count == 1:
             return True
@@ -103,12 +103,12 @@ class WholeStep:
 
     @property
     def is_measured(self) -> bool:
-        """Whether the activations per token are known, or are not needed."""
+        """Whether the activation bytes per token are measured, or not needed."""
         return self._grad_cache != "auto" or self._bytes_per_token > 0
 
     @contextlib.contextmanager
     def measure(self, tokens: int) -> Iterator[None]:
-        """Measure the activations that a forward pass of `tokens` saves, inside the block."""
+        """Measure the activations that the block's forward pass of `tokens` tokens saves."""
         sizes: dict[Any, int] = {}
         weights = {storage_of(p) for p in self._trainer.model.parameters()}
 
@@ -125,7 +125,7 @@ class WholeStep:
     def _loss(
         self, local_vectors: Sequence[Tensor], parts: Sequence[Sequence[int]], step: StepTexts
     ) -> tuple[Tensor, list[Tensor]]:
-        """Returns the loss, and its gradient by the vectors of each own micro-batch."""
+        """Returns the loss, and its gradients by the vectors of this process's micro-batches."""
         trainer = self._trainer
         order = [index for part in parts for index in part]
         vectors = torch.cat([part.detach().float() for part in local_vectors])
@@ -140,7 +140,7 @@ class WholeStep:
         return loss.detach(), [gradient[torch.tensor(part, device=leaf.device)] for part in parts]
 
     def _gather(self, leaf: Tensor, step: StepTexts) -> tuple[Tensor, StepTexts]:
-        """Returns vectors and rows of all processes; those of others have no gradient."""
+        """Returns vectors and texts of all processes; only this process's have a gradient."""
         processes = self._trainer.processes
         if processes.count == 1:
             return leaf, step
@@ -154,7 +154,7 @@ class WholeStep:
 
 
 class _Forward:
-    """The two passes of a step over its micro-batches, with the same random values."""
+    """The two forward passes of a step over its micro-batches, with the same dropout masks."""
 
     def __init__(
         self, owner: WholeStep, model: Any, parts: Sequence[MicroBatch], *, in_parallel: bool
@@ -201,7 +201,7 @@ class _Forward:
         return vectors[: len(self._parts)]
 
     def backward(self, gradients: Sequence[Tensor]) -> None:
-        """Accumulate the gradients of the parameters, given those of the vectors."""
+        """Accumulate the parameters' gradients, given the `gradients` by the vectors."""
         trainer = self._trainer
         if self._workers is not None:
             trained = [p for p in self._model.parameters() if p.requires_grad]
@@ -228,7 +228,7 @@ class _Forward:
         after.restore(trainer.args.device)
 
     def _share(self, number: int, gradients: Sequence[Tensor]) -> Tensor:
-        """Returns the scalar whose gradients are those of the loss through a micro-batch."""
+        """Returns a scalar whose gradient is that of the loss through micro-batch `number`."""
         vectors = self._kept[number] if self._kept else self._embed(number, keeps=True)
         if number >= len(self._parts):  # it equalizes the number of passes in all processes
             return vectors.sum() * 0
