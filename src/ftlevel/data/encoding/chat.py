@@ -1,9 +1,9 @@
 """Render conversations with the chat template and locate the assistant turns in the text.
 
-A template with `{% generation %}` marks these turns. For other templates, the text before a turn
-and the text up to it must be prefixes of the whole. If the template rewrites previous turns (Qwen3
-removes their reasoning, Mistral moves the system text), a marker around the content locates the
-turn.
+A template with `{% generation %}` marks these turns. For other templates, a turn is the text that
+it adds to the rendered turns before it. If the template rewrites previous turns (Qwen3 removes
+their reasoning, Mistral moves the system text), the turn is located by inserting a marker into its
+content.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class RenderedChat:
     spans: tuple[tuple[int, int], ...]
 
     def is_answer(self, start: int, end: int) -> bool:
-        """Returns whether a token lies in a span, ignoring a space before its word ("▁the")."""
+        """Returns whether the token `start` to `end` is in a span; a leading space is ignored."""
         return any(
             begin < end <= stop and not self.text[start:begin].strip() for begin, stop in self.spans
         )
@@ -57,7 +57,8 @@ def render_chat(
 ) -> RenderedChat:
     """Render `turns` and locate each assistant turn, including the end-of-turn token.
 
-    Raises `InputError` if the template fails, omits a turn or tools, or hides where answers are.
+    Raises `InputError` if the template fails, omits a turn or the tools, or the answers cannot be
+    located.
     """
     ends = list_special_tokens(tokenizer)
     marked = bool(_GENERATION.search(tokenizer.get_chat_template(None, list(tools) or None)))
@@ -118,7 +119,7 @@ class _Chat:
     tools: Sequence[dict[str, Any]]
 
     def find_turn(self, index: int, text: str) -> tuple[int, int]:
-        """Returns the span in the rendered `text` of a turn, including the end-of-turn token.
+        """Returns the span of turn `index` in the rendered `text`, including the end-of-turn token.
 
         The span starts after the generation prompt. It includes a space before the answer.
         """
@@ -147,7 +148,7 @@ class _Chat:
         )
 
     def _find_marker(self, index: int, content: str, text: str) -> int:
-        """Find the position of the marker in `text`; -1 if the marker changes other text."""
+        """Returns the position of the marker in `content`; -1 if it changes the text elsewhere."""
         turn = {**self.turns[index], "content": content}
         turns = [*self.turns[:index], turn, *self.turns[index + 1 :]]
         before, mark, after = render(self.tokenizer, turns, self.tools).partition(_MARK)
@@ -173,7 +174,7 @@ class _Chat:
 
 
 def _with_end(text: str, span: tuple[int, int], ends: Sequence[str]) -> tuple[int, int]:
-    """Strip trailing white space from `span` and include the special token that ends it."""
+    """Returns `span` without trailing white space, with the end-of-turn token (of `ends`)."""
     start, end = span
     stripped = start + len(text[start:end].rstrip())
     if text[start:stripped].endswith(tuple(ends)):
@@ -269,8 +270,9 @@ class TurnLayout:
     """Prefixes and suffixes of the turns: a chat template for programs without Jinja.
 
     Attributes:
-        around: role → text before and after the content; without system if it has no own turn.
-        opening: text before a first turn of a different role, such as a default system prompt.
+        around: role → text before and after the content; without system if the template has no turn
+            for it.
+        opening: text before a conversation without a system turn, such as a default system prompt.
         generation: generation prompt.
     """
 
@@ -288,7 +290,7 @@ class TurnLayout:
 
 
 def find_turn_layout(tokenizer: Any) -> TurnLayout | None:
-    """Infer the layout of the chat template from placeholder contents.
+    """Infer the layout of the chat template by rendering placeholder contents.
 
     Return None unless the layout reproduces the template exactly on other conversations.
     """

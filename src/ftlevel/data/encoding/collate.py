@@ -25,10 +25,10 @@ class Collator:
     def __call__(self, rows: Sequence[Encoded]) -> dict[str, torch.Tensor]:
         """Returns `input_ids` and `attention_mask` `(batch, seq)`, `labels` and optional tensors.
 
-        Each branch of a row is one sequence. `labels` is `(batch,)` for one value per row,
-        `(batch, n)` for n values, or `(batch, target)` padded with -100 for tokens. `verdicts` is
-        `(batch, 3)`. Teacher outputs `known` (float32) and `ids`, and `signals` `(targets, n)`, are
-        concatenated over all targets.
+        Each of `Encoded.branches` is one sequence. `labels` is `(batch,)` for one value per
+        sequence, `(batch, n)` for n values, or `(batch, target)` padded with -100 for tokens.
+        `verdicts` is `(batch, 3)`. The teacher's `known` and `ids`, and `signals`, are concatenated
+        over the target tokens of all rows.
         """
         verdicts = [verdict for row in rows for verdict in row.verdicts]
         teachers = [row.teacher for row in rows if row.teacher is not None]
@@ -57,7 +57,7 @@ class CollatorWithRows(Collator):
     """A `Collator` that also returns the rows, so that an error can name the failing row."""
 
     def __call__(self, rows: Sequence[Encoded]) -> dict[str, Any]:
-        """Returns the batch with `rows`; their `contrasts` are a separate batch."""
+        """Returns the batch with `rows`, and `contrasts`: a batch of `Encoded.contrasts`."""
         contrasts = [other for row in rows for other in row.contrasts]
         batch: dict[str, Any] = {**super().__call__(rows), "rows": list(rows)}
         return {**batch, "contrasts": [super().__call__(contrasts)]} if contrasts else batch
@@ -82,7 +82,7 @@ _RESERVED = tuple(
 
 
 def separate_pad_from_eos(tokenizer: Any) -> Choice | None:
-    """Replace a padding token equal to EOS (mutated), for models that detect the end by padding."""
+    """Set a padding token other than EOS (modified), for models that detect the end by padding."""
     if tokenizer.pad_token_id != tokenizer.eos_token_id:
         return None
     vocabulary = tokenizer.get_vocab()
@@ -112,9 +112,9 @@ _FIXED = 0  # epoch number of the validation rows; training epochs count from 1
 
 
 class MaskedRows(LazySequence[Encoded]):
-    """Rows masked on access; set `epoch` (from 0) before the first row of each epoch is read.
+    """Rows with random masks, drawn on access; set `epoch` (from 0) before each epoch is read.
 
-    `share` is the fraction of tokens that are predicted, at least one per row.
+    `share` is the fraction of tokens to predict, at least one per row.
     """
 
     def __init__(self, rows: Sequence[Encoded], tokenizer: Any, *, share: float, seed: int) -> None:
@@ -137,7 +137,7 @@ class MaskedRows(LazySequence[Encoded]):
         return [self._draw(index, _FIXED) for index in range(len(self))]
 
     def count_hidden(self) -> int:
-        """Count predicted tokens per epoch."""
+        """Returns the number of masked (predicted) tokens per epoch."""
         return sum(
             self._count(int((~np.isin(row.input_ids, self._special)).sum())) for row in self.rows
         )
@@ -165,7 +165,7 @@ class MaskedRows(LazySequence[Encoded]):
 def encode_masked(
     tokenizer: Any, examples: Sequence[PlainText], length: int | None
 ) -> list[Encoded]:
-    """Encode texts; a text of more than `length` tokens becomes several rows."""
+    """Encode texts for masked-language modeling, in rows of at most `length` tokens each."""
     if tokenizer.mask_token_id is None:
         raise InputError(
             f"the tokenizer of {tokenizer.name_or_path} has no mask token, which --task masked-lm "

@@ -41,7 +41,7 @@ class PromptFormat:
         kind: chat template, plain text, or the input of an encoder-decoder.
         answer_cue: end of a plain prompt, such as `Summary:`.
         system: system prompt for conversations without one.
-        separator: text between a plain prompt without a cue and the answer.
+        separator: text between prompt and answer in plain text, if there is no cue.
     """
 
     kind: Literal["chat-template", "plain", "seq2seq"]
@@ -71,7 +71,7 @@ class PromptFormat:
         return f"{self.instruction}\n\n{text}" if self.instruction else text
 
     def plain_prompt(self, text: str, *, has_system: bool = False) -> str:
-        """Returns a plain prompt; `has_system` omits the system prompt."""
+        """Returns `text` as a plain prompt; the system prompt is left out if `has_system`."""
         return self.plain_parts(text, "", has_system=has_system)[0]
 
     def plain_parts(self, source: str, target: str, *, has_system: bool = False) -> tuple[str, str]:
@@ -96,7 +96,7 @@ class PromptFormat:
         """Returns the format with the separator that fits `examples` (all of one type).
 
         The separator is empty if all prompts end or all answers begin with white space, as in TRL;
-        otherwise it is a newline, as always in version 1.
+        otherwise it is a newline. Version 1 uses a newline for all pairs.
         """
         if self.kind != "plain":
             return self
@@ -139,7 +139,7 @@ def read_format(card: AdapterCard) -> PromptFormat | None:
 def encode_prompt(
     tokenizer: Any, prompt_format: PromptFormat, source: str, *, has_system: bool = False
 ) -> list[int]:
-    """Returns the token ids of a prompt as in training; raises `InputError` if there are none."""
+    """Returns the token ids of a prompt as in training; raises `InputError` if it is empty."""
     if prompt_format.kind == "seq2seq":
         return list(tokenizer(prompt_format.user_text(source))["input_ids"])
     if prompt_format.kind == "chat-template":
@@ -191,9 +191,8 @@ class Encoded:
 
     Attributes:
         input_ids: token ids of the row, or of the source for an encoder-decoder.
-        labels: a list of one label per input token, or of the target ids of an encoder-decoder; the
-            class or value of the row; or a tuple of 0.0 or 1.0 per class, or of the first and last
-            token of a span.
+        labels: a list (one label per input token, or an encoder-decoder's target ids), a class or
+            value, or a tuple (0.0 or 1.0 per class, or first and last token of a span).
         row: index of the example in its table.
         extras: additional model inputs by name, such as `token_type_ids`.
     """
@@ -204,7 +203,7 @@ class Encoded:
     extras: dict[str, list[int]] = field(default_factory=dict)
 
     def __init_subclass__(cls) -> None:
-        """Register the subclass; its fields must name a `column` of `store.COLUMNS`."""
+        """Register the subclass; the metadata of its fields need a `column` of `store.COLUMNS`."""
         ROW_TYPES[cls.__name__] = cls
 
     @property
@@ -221,30 +220,31 @@ class Encoded:
 
     @property
     def verdicts(self) -> Sequence[tuple[float, float, float]]:
-        """Per branch: preferred (1.0 or 0.0), reference log-probability, and margin or baseline."""
+        """Per branch: 1.0 if preferred, else 0.0; reference log-probability; margin or baseline."""
         return ()
 
     @property
     def teacher(self) -> Any:
         """Teacher outputs as a structured array, or None.
 
-        `known` is `(targets, outcomes)` log-probabilities; `ids` is `(targets, k)` token ids.
+        `known` `(targets, k + 1)` has log-probabilities of the top tokens `ids` `(targets, k)`, and
+        of all others together. Without `ids`, it covers the whole vocabulary.
         """
         return None
 
     @property
     def signals(self) -> Any:
-        """Values per target for a policy loss, `(targets, n)` over all branches, or None."""
+        """Inputs of a policy loss, `(targets, n)`: n values per target of all branches; or None."""
         return None
 
     @property
     def contrasts(self) -> Sequence[Encoded]:
-        """Sequences evaluated before the step, without a loss."""
+        """Sequences evaluated without gradient, such as the mismatched pairs of KTO."""
         return ()
 
     @property
     def cluster(self) -> bytes | None:
-        """Identity of what intervals resample together, such as a query; None for the example."""
+        """Key of the group that bootstrap intervals resample together, such as a query; or None."""
         return None
 
     @property
@@ -253,7 +253,7 @@ class Encoded:
         return len(self.input_ids)
 
     def truncated(self, limit: int) -> Encoded | None:  # noqa: ARG002 - of subclasses
-        """Returns the row with `limit` tokens at most; None if that depends on the labels."""
+        """Returns the row with at most `limit` tokens; None if `fit_rows` is to cut the prompt."""
         return None
 
     def without(self, count: int) -> Encoded:
@@ -305,7 +305,7 @@ def encode_causal(
 
 
 def _with_inputs(row: Encoded) -> Encoded:
-    """Add the prompts to the labels; tokens after the last answer stay masked."""
+    """Returns the row with prompts as labels too; tokens after the last answer stay masked."""
     labels: Any = row.labels
     last = max((i for i, label in enumerate(labels) if label != IGNORED), default=-1) + 1
     return replace(row, labels=row.input_ids[:last] + labels[last:])
@@ -478,7 +478,7 @@ class EncodedText(Encoded):
     unpooled: int = field(default=0, metadata={"column": "int"})
 
     def truncated(self, limit: int) -> EncodedText:
-        """Returns the text with at most `limit` tokens; the last token, an end, is kept."""
+        """Returns the text with at most `limit` tokens; the last one, EOS or SEP, is kept."""
         ids = self.input_ids
         if len(ids) <= limit:
             return self
@@ -492,12 +492,12 @@ class EncodedTexts(Encoded):
 
     Attributes:
         input_ids: tokens of all texts, one after the other.
-        labels: label or score of each document, or the number of the class.
+        labels: label or score of each document, or the class index.
         sizes: number of tokens of each text.
         teacher_scores: a teacher's score of each document; empty without a teacher.
         prompts: number of tokens of the prompt of each text.
-        words: the texts themselves, for a different model; empty if there is none.
-        unpooled: number of first tokens of each text that are not pooled; empty if all are.
+        words: the texts as strings, for a guide or teacher model; empty if there is none.
+        unpooled: number of leading tokens of each text left out of pooling; empty if none are.
     """
 
     sizes: tuple[int, ...] = field(default=(), metadata={"column": "ints"})
@@ -508,7 +508,7 @@ class EncodedTexts(Encoded):
 
     @property
     def guide(self) -> Any:
-        """Vector of each text by a guide model, or None."""
+        """Embedding of each text by a guide model, or None."""
         return None
 
     def with_teacher(self, scores: tuple[float, ...]) -> EncodedTexts:
@@ -531,13 +531,13 @@ class EncodedTexts(Encoded):
         return max(self.sizes)
 
     def truncated(self, limit: int) -> Encoded:
-        """Returns the row with texts of at most `limit` tokens; the last token, an end, is kept."""
+        """Returns the row, each text cut to `limit` tokens; the last one, EOS or SEP, is kept."""
         ids = [token for text in self.branches for token in text.truncated(limit).input_ids]
         return replace(self, input_ids=ids, sizes=tuple(min(size, limit) for size in self.sizes))
 
 
 def distinct_texts(rows: Sequence[Any]) -> tuple[list[EncodedText], StepTexts]:
-    """Returns the distinct texts of `rows`, in order of appearance, and the rows as their indices.
+    """Returns the distinct texts of `rows`, and for each row the indices of its texts among them.
 
     Rows with a negative `row` only fill up a batch and are left out.
     """
@@ -563,7 +563,7 @@ def distinct_texts(rows: Sequence[Any]) -> tuple[list[EncodedText], StepTexts]:
 
 
 def add_texts(texts: list[EncodedText], more: Sequence[EncodedText]) -> list[int]:
-    """Returns the indices of `more` in the distinct `texts`; new ones are added (modified)."""
+    """Returns the index in `texts` of each text of `more`; new ones are appended (modified)."""
     index_of = {(text.unpooled, *text.input_ids): at for at, text in enumerate(texts)}
     indices = []
     for text in more:

@@ -49,8 +49,8 @@ class FittedRows:
     Attributes:
         long_prompts: indices of examples whose prompt alone exceeds `max_length`.
         lost: indices of examples that were dropped to avoid truncating an answer.
-        overlong: how long rows were handled; error can become drop under "auto".
-        stops: error message of a limit that was relaxed, as in a preview.
+        overlong: how long rows were handled; "error" becomes "drop" if "auto" dropped a few.
+        stops: error that was not raised because a preview drops the rows instead.
     """
 
     rows: Sequence[Encoded]
@@ -181,10 +181,10 @@ def _too_long(
 
 
 def _cut_prompt(row: Encoded, limit: int) -> list[Encoded]:
-    """Drop tokens from the beginning of the prompt; [] if the answer alone is too long.
+    """Returns [row] without the beginning of its prompt; [] if the answer alone is too long.
 
-    The first token is retained, as it may be BOS, but not duplicated. Rows without a prompt lose
-    tokens before the last one, which may be SEP or EOS.
+    The first token is retained, as it may be BOS. Rows without a prompt lose tokens before the last
+    one, which may be SEP or EOS.
     """
     if (truncated := row.truncated(limit)) is not None:
         return [truncated]
@@ -227,9 +227,9 @@ def split_text(row: Encoded, limit: int) -> list[Encoded]:
 def fit_targets(
     rows: Sequence[Encoded], limit: int, overlong: str, where: Callable[[int], str]
 ) -> tuple[Sequence[Encoded], int]:
-    """Drop rows with a target longer than `limit` tokens, and return the number dropped.
+    """Returns the rows with a target of at most `limit` tokens, and the number of rows dropped.
 
-    Raises `InputError` if there are any and `overlong` is not drop.
+    Raises `InputError` if a target is longer and `overlong` is not drop.
     """
     sizes = np.fromiter((_target_length(row) for row in rows), dtype=np.int64, count=len(rows))
     long_rows = np.flatnonzero(sizes > limit)

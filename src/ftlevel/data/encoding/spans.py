@@ -118,7 +118,7 @@ def _with_room(
     where: Callable[[int], str],
     drop: bool,
 ) -> list[Question]:
-    """Returns the questions that leave room for more context than the window overlap."""
+    """Returns the questions that leave room for more than `stride` context tokens in a window."""
     special = tokenizer.num_special_tokens_to_add(pair=True)
     questions = [example.question + separator for example in examples]
     sizes = [len(ids) for ids in tokenizer(questions, add_special_tokens=False)["input_ids"]]
@@ -143,8 +143,8 @@ _BIO = re.compile(r"O|[BI]-.+")
 class TaggedRow(Encoded):
     """A tagged sentence; labels are -100 except at the first token of each word.
 
-    `positions` has the index of that token; None for a word without tokens, such as a control
-    character.
+    `positions` has the index of the first token of each word; None for a word without tokens, such
+    as a control character.
     """
 
     tags: tuple[int, ...] = field(default=(), metadata={"column": "ints"})
@@ -154,7 +154,7 @@ class TaggedRow(Encoded):
 def find_invalid_bio_tags(
     examples: Sequence[TaggedTokens], names: Sequence[str], table: Table
 ) -> list[BadRow]:
-    """Find rows with an I- tag that continues no entity; IOB1 and non-BIO schemes pass."""
+    """Find rows with an I- tag that continues no entity; other schemes, such as IOB1, pass."""
     if not all(_BIO.fullmatch(name) for name in names):
         return []
     invalid: list[BadRow] = []
@@ -197,7 +197,7 @@ def encode_tagged(
 def encode_words(
     tokenizer: Any, sentences: Sequence[Sequence[str]]
 ) -> tuple[list[list[int]], list[dict[str, list[int]]], list[tuple[int | None, ...]]]:
-    """Encode per sentence token ids, `extra_inputs`, and the first token of each word."""
+    """Returns per sentence: token ids, `extra_inputs`, and the index of each word's first token."""
     encoding = tokenizer([" ".join(words) for words in sentences], return_offsets_mapping=True)
     extras = [extra_inputs(encoding, i) for i in range(len(sentences))]
     positions = [
@@ -210,7 +210,7 @@ def encode_words(
 def first_tokens(
     tokens: Sequence[str], offsets: Sequence[tuple[int, int]]
 ) -> tuple[int | None, ...]:
-    """Returns the index of each word's first token; `offsets` are empty for special tokens."""
+    """Returns the index of the first token of each word in `tokens`, from the token `offsets`."""
     starts = list(accumulate((len(word) + 1 for word in tokens[:-1]), initial=0))
     first: list[int | None] = [None] * len(tokens)
     for index, (start, end) in enumerate(offsets):

@@ -44,7 +44,7 @@ _LABEL_TYPES = {
 
 @dataclass(frozen=True)
 class ColumnCodec:
-    """Storage of a row field: Arrow type and conversions; `restore` gets a list or one element."""
+    """How a row field is stored: Arrow type, conversion to it (`store`) and back (`restore`)."""
 
     type: Any
     store: Callable[[Any], Any]
@@ -170,7 +170,7 @@ class RowStore(LazySequence[Encoded]):
 
     @property
     def has_token_labels(self) -> bool:
-        """Whether labels are lists of tokens."""
+        """Whether labels are token ids, one per token."""
         return self._label_type == "tokens"
 
     def lengths(self) -> Any:
@@ -182,7 +182,7 @@ class RowStore(LazySequence[Encoded]):
         return lengths if self.indices is None else lengths[self.indices]
 
     def gather(self, at: Any) -> tuple[Any, Any]:
-        """Returns the concatenated `input_ids` of the rows at `at` (an array), and their offsets.
+        """Returns the concatenated `input_ids` of the rows at `at` (an array), and row offsets.
 
         The mapped file is read as int32 values, without building rows.
         """
@@ -200,7 +200,7 @@ class RowStore(LazySequence[Encoded]):
 
     @cached_property
     def _input_ids(self) -> tuple[Any, Any, Any]:
-        """The file as int32, and per batch the index of its `input_ids` and of their offsets."""
+        """The file as int32, and where `input_ids` and row offsets of each batch begin in it."""
         columns = [batch.column("input_ids") for batch in self._batches]
         buffers = ((c.values.buffers()[1], c.buffers()[1]) for c in columns)
         base = self._bytes.address
@@ -238,7 +238,7 @@ class RowStore(LazySequence[Encoded]):
 
 
 def _as_numpy(array: Any) -> Any:
-    """Returns scalars as an array, lists as values and offsets, and texts unchanged."""
+    """Returns an Arrow array as NumPy: lists as values and offsets; texts stay in Arrow."""
     if pa.types.is_list(array.type):
         return array.values.to_numpy(), array.offsets.to_numpy()
     return array if pa.types.is_string(array.type) else array.to_numpy()
@@ -266,7 +266,7 @@ Change = Callable[[Encoded], list[Encoded]]
 
 
 def map_rows(rows: Sequence[Encoded], change: Change) -> Sequence[Encoded]:
-    """Apply `change` to each row; for a `RowStore`, write the result to a new file."""
+    """Returns the rows that `change` makes of each row; a `RowStore` gives one in a new file."""
     changed = (piece for row in rows for piece in change(row))
     if not isinstance(rows, RowStore):
         return list(changed)

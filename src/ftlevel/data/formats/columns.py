@@ -52,7 +52,7 @@ def column_for_flag(column: str, columns: Sequence[str]) -> str:
 
 
 def source_columns(column: str, columns: Sequence[str]) -> list[str]:
-    """Returns the columns read for `column`, an expression returned by `resolve_column`."""
+    """Returns the columns of the table that `column`, as returned by `resolve_column`, reads."""
     if column in columns:
         return [column]
     parts = column.split("+")
@@ -113,7 +113,10 @@ def format_map_flags(pairs: Mapping[str, str]) -> str:
 
 
 def chosen_roles(names: Mapping[str, str], value: object) -> dict[str, str]:
-    """Returns the column of each role for training on chosen answers of a preference dataset."""
+    """Returns the column of each role to train on the chosen answers of a preference dataset.
+
+    `names` are the columns of the preference roles; `value` is the first chosen answer.
+    """
     if isinstance(value, list):
         users = any(isinstance(t, dict) and t.get("role") == "user" for t in value)
         if users or "prompt" not in names:
@@ -151,7 +154,7 @@ class Language:
 
 
 def find_language(role: str, columns: Mapping[str, str], name: str | None) -> Language | None:
-    """Find the language of a role, from its code or `name`, or from the name of its column."""
+    """Returns the language `name`, or the one that the role's column is called after, or None."""
     if name is not None:
         return parse_language(name)
     key = columns.get(role, "").rpartition(".")[2]

@@ -1,7 +1,8 @@
-"""Find the format of a table, which column has which role in a task, and read values by role.
+"""Detect the format of a table (which column has which role) and read values by role.
 
-A task declares shapes, sets of roles such as "document" and "summary". A format assigns a column to
-each role, by names common in published datasets or by `--map`. `examples` converts the rows.
+A task declares shapes (`FormatSpec`), sets of roles such as "document" and "summary". A `Format`
+assigns a column to each role of a shape, by names common in published datasets or by `--map`. The
+module `examples` converts the rows.
 """
 
 from __future__ import annotations
@@ -38,8 +39,8 @@ class Format:
         build: function that converts a row to an example.
         columns: column by role; "answers.text" is a nested key.
         unused: columns without a role.
-        options: task-specific findings, such as the problem type.
-        inner: names by role within a turn: role and content keys, user and assistant.
+        options: task settings found in the data, such as the problem type.
+        inner: the data's names for the keys `role` and `content`, and for user and assistant.
     """
 
     task: str
@@ -147,7 +148,7 @@ class RoleValues:
 def explain_columns(
     columns: Mapping[str, str], mapping: Mapping[str, str], name: str | None
 ) -> str:
-    """Returns why `columns` are used: the flags that chose them, or their names if these differ."""
+    """Returns how `columns` were chosen: by flags or by name; "" if named like their roles."""
     if mapping or name:
         flags = (("--map", mapping), ("--format", name))
         return "by " + " and ".join(flag for flag, value in flags if value)
@@ -220,7 +221,7 @@ _OTHER_ROLES = {
 
 
 class NoFormatError(InputError):
-    """No shape of a task fits the columns; a different task may fit."""
+    """The columns fit no format of the task; they may fit a different task."""
 
 
 def detect_format(
@@ -324,7 +325,7 @@ def _resolve_mapping(
 def _match(
     shape: FormatSpec, columns: Sequence[str], mapping: Mapping[str, str]
 ) -> dict[str, str] | None:
-    """Returns the column of each role found; None if `shape` has no a role in `mapping`."""
+    """Returns the column of each role found; None if `mapping` has a role that `shape` lacks."""
     if not mapping.keys() <= shape.roles.keys():
         return None
     by_name = {column.lower(): column for column in reversed(columns)}
@@ -342,7 +343,7 @@ def _match(
 
 @dataclass(frozen=True)
 class _FormatSuggestion:
-    """Error message for columns that fit no shape; `named` is true if the user chose the format."""
+    """Error message for columns that fit none of `shapes`; `named`: the user chose the format."""
 
     columns: Sequence[str]
     task: str

@@ -30,8 +30,8 @@ class ExampleParts:
     """The texts of an example for the checks of `gate`.
 
     Attributes:
-        asked: input: prompt, user turns, or the text to classify.
-        answered: target: answer, assistant turns, plain text; "" for a label.
+        asked: the input: prompt, user turns, or the text to classify.
+        answered: the target: answer, assistant turns, plain text; "" for a label.
         before: everything before the last answer; "" if there is nothing.
         last: the last answer, or the label.
         written: whether the model generates `answered` after the input.
@@ -376,7 +376,7 @@ PLAIN_TEXT = FormatSpec("text", build_plain, {"text": ("text", "content")})
 
 
 def build_query_turns(roles: RoleValues) -> Conversation:
-    """Build the conversation to answer, without assistant turns at the end."""
+    """Build the conversation that the model is to answer, without final assistant turns."""
     for role in ("messages", "conversations", "prompt"):
         if role in roles and (role != "prompt" or isinstance(roles.get(role), list)):
             column = roles.columns[role]

@@ -48,7 +48,7 @@ _Label: TypeAlias = tuple[str | int, int]
 def build_label_set(
     examples: Sequence[ClassExample], table: Table, column: str, names: Sequence[str] = ()
 ) -> LabelSet:
-    """Build the classes of the training examples: `names`, declared by the source, or as found.
+    """Build the set of classes: `names`, else declared by the source, else found in `examples`.
 
     Found names are sorted, as numbers if all are digits. `names` are classes from the configuration
     or an adapter. Raises `InputError` for fewer than two classes, integers other than 0, 1, …
@@ -179,7 +179,7 @@ LABEL_NORMALIZERS: dict[str, Callable[[str], str]] = {
 
 @dataclass(frozen=True)
 class LabelVariant:
-    """A spelling `label` of the class `name`, and the indices of the rows."""
+    """A spelling `label` of the class `name`, and the indices of the rows that have it."""
 
     label: str
     name: str
@@ -275,7 +275,7 @@ def _count_common(one: str, name: str) -> int:
 
 @dataclass(frozen=True)
 class LabelNormalizer:
-    """Builder that replaces spelling variants of labels by the names of their classes.
+    """Example builder that replaces spelling variants of labels by the names of their classes.
 
     `names` maps the result of `normalize` to the class name.
     """
@@ -285,7 +285,7 @@ class LabelNormalizer:
     names: Mapping[str, str]
 
     def __call__(self, roles: Any) -> Any:
-        """Returns the example of a row, with replaced labels."""
+        """Returns the example of a row, with class names in place of spelling variants."""
         example = self.build(roles)
         if isinstance(example, LabeledText) and isinstance(example.label, str):
             return replace(example, label=self._name(example.label))
@@ -307,7 +307,7 @@ ProblemType: TypeAlias = Literal[
 def choose_problem_type(
     table: Table, column: str, problem_type: ProblemType | Literal["auto"] = "auto"
 ) -> tuple[ProblemType, str]:
-    """Choose the problem type of a label column, and an explanation.
+    """Returns the problem type of a label column, and the reason.
 
     Lists, also as JSON text in all rows, are multi-label; numbers with a fraction are regression.
     All others are single-label, including integers, which may be meant as quantities.
@@ -376,7 +376,7 @@ def build_spans(roles: RoleValues) -> TaggedTokens:
 
 
 def _read_span(item: object, name: str) -> Span:
-    """Load a span from `{"start", "end", "label"}` or a list of the three."""
+    """Parse a span from `{"start", "end", "label"}` or a list of the three."""
     if isinstance(item, dict):
         if not {"start", "end", "label"} <= item.keys():
             raise UnusableRowError(f"{name} needs start, end and label (keys: {', '.join(item)})")
