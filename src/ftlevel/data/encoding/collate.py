@@ -82,7 +82,10 @@ _RESERVED = tuple(
 
 
 def separate_pad_from_eos(tokenizer: Any) -> Choice | None:
-    """Set a padding token other than EOS (modified), for models that detect the end by padding."""
+    """Set a padding token other than EOS on `tokenizer` (modified), if it has the same for both.
+
+    For models that find the end of a text by its padding. Returns the log line, or None.
+    """
     if tokenizer.pad_token_id != tokenizer.eos_token_id:
         return None
     vocabulary = tokenizer.get_vocab()

@@ -23,8 +23,8 @@ class Finding:
 
     Attributes:
         name: the check, a field of `config.gate`.
-        places: the first few as `file:line`, some with a description.
-        action: stop, drop, fold or warn.
+        places: `file:line` of the first few rows, some with a description.
+        action: stop, drop, fold (merge label variants) or warn.
     """
 
     name: str

@@ -48,7 +48,7 @@ class Ragged:
 
 
 def lay_out(rows: Iterable[Sequence[int]]) -> Ragged:
-    """Concatenate `rows`."""
+    """Concatenate `rows` as a `Ragged`."""
     rows = list(rows)
     offsets = np.cumsum([0, *map(len, rows)], dtype=np.int64)
     values = np.fromiter(chain.from_iterable(rows), dtype=np.int32, count=int(offsets[-1]))
@@ -76,7 +76,7 @@ def rows_of_examples(rows: Sequence[Encoded], examples: Integers) -> Mask:
 
 
 def examples_in(rows: Sequence[Encoded], keep: Mask, total: int) -> Mask:
-    """Returns a mask of `total` examples that have a row in `keep`."""
+    """Returns a mask over `total` examples of those with a row in the mask `keep`."""
     mask = np.zeros(total, dtype=bool)
     if not isinstance(rows, RowStore):
         mask[examples_of(rows, np.flatnonzero(keep))] = True
@@ -99,7 +99,7 @@ class FlatRows:
     """Concatenated encoded rows; rows of one example are adjacent.
 
     Attributes:
-        labels: token labels, of `ids` or of the target; None if labels are per row.
+        labels: labels of `ids`, or an encoder-decoder's target ids; None if labels are per row.
         example: index of the example of each row.
     """
 
@@ -191,7 +191,7 @@ def find_double_bos(flat: FlatRows, bos: int | None) -> Mask:
 
 
 def find_out_of_range(flat: FlatRows, vocabulary: int, *, token_labels: bool) -> Mask:
-    """Flag rows with a token id outside the embedding; `token_labels` includes the labels."""
+    """Flag rows with a token id outside the embedding; with `token_labels`, also in the labels."""
     ids = flat.ids.values
     mask = flat.ids.any((ids >= vocabulary) | (ids < 0))
     if token_labels and flat.labels is not None:

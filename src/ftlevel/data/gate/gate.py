@@ -60,7 +60,7 @@ _NONE = np.zeros(0, dtype=np.int64)
 
 
 def find_repeated(keys: NDArray[Any], selected: Mask | None = None) -> tuple[Integers, Integers]:
-    """Find the indices of repeated keys, and the index of the first occurrence of each.
+    """Returns the indices of keys that occurred before, and of the first occurrence of each.
 
     `selected` masks the keys to compare; None compares all.
     """
@@ -117,7 +117,7 @@ def find_near_duplicates(rows: Sequence[Encoded], skip: Mask) -> tuple[Integers,
 
 @contextmanager
 def _array_on_disk(rows: Sequence[Encoded], shape: tuple[int, ...]) -> Iterator[Hashes]:
-    """Yields an array of zeros; for a `RowStore`, a temporary file next to it."""
+    """Yields an array of zeros; for a `RowStore`, it is mapped from a temporary file."""
     if not isinstance(rows, RowStore) or not len(rows):
         yield np.zeros(shape, dtype=np.uint32)
         return
@@ -167,7 +167,7 @@ _SWAPPED_SHARE = 0.2
 
 
 def find_conflicts(digests: Digests) -> tuple[Integers, Integers]:
-    """Find examples that repeat a prompt with a different answer, and the previous examples."""
+    """Find examples that answer a repeated prompt differently, and the first with that prompt."""
     prompts, answers = digests.records["before"], digests.records["last"]
     again, first = find_repeated(prompts, prompts != 0)
     conflict = answers[again] != answers[first]
@@ -211,7 +211,7 @@ def find_swapped(digests: Digests) -> Integers:
 
 
 def _sides(index: WordIndex, start: int, end: int) -> tuple[Integers, NDArray[np.int64], Integers]:
-    """Returns bucket, side (0 prompt, 1 answer) and row (from 0) of distinct words."""
+    """Returns hash bucket, side (0 prompt, 1 answer) and row (from 0) of each distinct word."""
     offsets = index.starts[start : end + 1]
     lengths = np.diff(offsets)
     row = np.repeat(np.arange(end - start), lengths)
@@ -232,7 +232,7 @@ _NO_ROWS = np.zeros(0, dtype=np.int64)
 
 
 class CheckedTask(Protocol):
-    """What the data checks use of a task; `tasks.base.BaseTask` documents the members."""
+    """What the data checks need of a task; `tasks.base.BaseTask` documents the members."""
 
     # ruff: disable[D102]
     @property
@@ -277,7 +277,7 @@ class SplitReport:
     def report(
         self, check: str, examples: Integers, originals: Integers | None = None
     ) -> Finding | None:
-        """Add the finding of `check` on `examples`, which repeat `originals`; drop no row."""
+        """Add the finding of `check` on `examples` (which repeat any `originals`); drop no row."""
         places = [self.table.where(int(i)) for i in examples[:MAX_SHOWN]]
         if originals is not None:
             firsts = (self.table.where(int(i)) for i in originals[:MAX_SHOWN])
@@ -285,7 +285,7 @@ class SplitReport:
         return self.add(check, len(examples), places)
 
     def flag(self, check: str, examples: Integers, originals: Integers | None = None) -> None:
-        """Add a finding as `report` does, and drop the rows if that is its action."""
+        """Add the finding as `report` does; if its action is drop, drop the rows of `examples`."""
         finding = self.report(check, examples, originals)
         if finding and finding.action == "drop":
             self.keep &= ~rows_of_examples(self.rows, examples)
@@ -370,7 +370,7 @@ class Gate:
         corpus: Sequence[str] | None,
         table: Table,
     ) -> list[Finding]:
-        """Returns the findings on validation rows, their corpus, and the training rows in it."""
+        """Returns findings on validation rows and their corpus, and on training rows in it."""
         findings = []
         for check, split, rows, example in self.task.check_validation(train, validation, corpus):
             total = len(train) if split == "train" else len(validation)
@@ -380,7 +380,7 @@ class Gate:
         return findings
 
     def _check_tokens(self, rows: Sequence[Encoded]) -> dict[str, tuple[Integers, Integers]]:
-        """Run the token checks; return the flagged rows of each, and their examples."""
+        """Run the token checks; return by check the flagged rows and their examples."""
         flagged: dict[str, list[tuple[Integers, Integers]]] = {}
         start = 0
         for flat in flat_batches(rows):
@@ -427,7 +427,7 @@ class Gate:
     def find_leaks(
         self, name: str, digests: Digests, training: Digests, table: Table
     ) -> tuple[Integers, list[Finding]]:
-        """Find examples of a different split to drop because training has them, and the findings.
+        """Returns the examples of split `name` to drop because training has them, and findings.
 
         Findings of the test split only warn, as training does not read it.
         """
@@ -484,7 +484,7 @@ def handle_unusable_rows(
 ) -> tuple[Table, list[Finding]]:
     """Returns `table` without unusable rows, and the findings.
 
-    Raises `InputError` if a row is an error, unless `lenient` drops it, as in a preview.
+    Raises `InputError` if a row may not be dropped; `lenient` allows all, as in a preview.
     """
     findings: list[Finding] = []
     for name in dict.fromkeys(row.finding for row in bad if row.finding):

@@ -48,7 +48,7 @@ Words = NDArray[np.uint32]
 
 
 class _WordHashes(dict[str, int]):
-    """Word → 16 bits of a checksum, and 15 bits for its length and letters.
+    """Dict from a word to its hash: a checksum of 16 bits, and 15 bits for length and letters.
 
     A word with a digit has only checksum bits, so that 1904 and 1905 are different words.
     """
@@ -75,7 +75,7 @@ _hashes = _WordHashes()
 class Digests:
     """Digests of several examples, in memory or on disk.
 
-    `words` are concatenated word hashes; for each example the prompt, then the answer.
+    `words` are concatenated word hashes; for each example those of the prompt, then of the answer.
     """
 
     records: NDArray[Any]
@@ -187,7 +187,7 @@ def partition_keys(
 def hash_grams(
     ids: Ragged, prefix: int, selected: Mask
 ) -> tuple[Hashes, Integers, NDArray[np.int32]]:
-    """Returns hashes of the token 5-grams of the `selected` rows, with offsets and first tokens.
+    """Returns hashes of 5-grams of the `selected` rows, row offsets, and first tokens of 5-grams.
 
     The first `prefix` tokens of each row are ignored.
     """
@@ -213,7 +213,7 @@ def mix(values: Hashes) -> Hashes:
 def find_similar(
     rows: Sequence[Encoded], lengths: Integers, first: Integers, second: Integers, prefix: int
 ) -> Mask:
-    """Find for each pair of `first` and `second` rows whether it is a near duplicate.
+    """Returns for each pair of rows, `first` and `second`, whether they are near duplicates.
 
     Hashes exclude most pairs; the remaining pairs are compared exactly. The first `prefix` tokens
     are ignored, and each row of `first` needs a 5-gram after them.
@@ -230,7 +230,7 @@ def find_similar(
 
 
 def split_by_size(indices: Integers, sizes: Integers, limit: int) -> list[Integers]:
-    """Split `indices` into groups with about `limit` of `sizes` in total."""
+    """Split `indices` into consecutive groups with about `limit` of `sizes` in total."""
     return np.split(indices, np.flatnonzero(np.diff(np.cumsum(sizes) // limit)) + 1)
 
 
@@ -259,7 +259,7 @@ def _may_be_near(rows: Sequence[Encoded], first: Integers, second: Integers, pre
 
 
 def _are_near(row: Encoded, other: Encoded, prefix: int) -> bool:
-    """Returns whether the Jaccard similarity of different examples reaches the threshold."""
+    """Returns whether rows of different examples reach the Jaccard similarity threshold."""
     lengths = sorted(len(r.input_ids) - prefix for r in (row, other))
     if row.row == other.row or not _lengths_match(*lengths):
         return False

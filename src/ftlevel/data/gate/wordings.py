@@ -48,7 +48,7 @@ _BITS = np.array([n.bit_count() for n in range(_LETTER_BITS + 1)], dtype=np.uint
 
 @dataclass(frozen=True)
 class TextBatch:
-    """One text of each of several pairs, as word hashes `(longest, pairs)` and `sizes`.
+    """Texts on one side of several pairs: word hashes `(longest, pairs)`, and word counts.
 
     Entries of `words` after the end of a text are undefined.
     """
@@ -73,7 +73,7 @@ def compute_max_distance(lengths: Any) -> Any:
 
 
 def compute_distances(one: Sides, other: Sides) -> NDArray[np.int64]:
-    """Compute the distance of each pair in half words, or a very large value.
+    """Returns the distance of each pair in half words (typo 1, word 2), or a very large value.
 
     Pairs that differ substantially in both prompt and answer are not duplicates; neither are those
     whose answer of fewer than four words differs by more than a typo.
@@ -121,7 +121,7 @@ def compute_edit_distances(one: TextBatch, other: TextBatch) -> NDArray[np.int64
 
 
 def _edge(i: int, ends: NDArray[np.int64]) -> NDArray[np.int32]:
-    """Returns row i of the distance matrix `(band, pairs)` without matched words."""
+    """Returns row i of the distance matrix, `(band, pairs)`, with only its border computed."""
     j = i + _OFFSETS
     known = (j >= 0) & (j <= ends) if i == 0 else np.broadcast_to(j == 0, (len(j), len(ends)))
     return np.where(known, (i + j) * _WORD, _TOO_FAR).astype(np.int32)
@@ -179,7 +179,7 @@ class WordIndex:
     Attributes:
         starts: `(examples + 1,)` offsets of the words of each example.
         counts: word frequencies, by 20 bits of the hash.
-        limit: frequency from which a word occurs in almost every row and is ignored.
+        limit: frequency from which a word counts as boilerplate and is ignored.
     """
 
     digests: Digests
@@ -221,7 +221,7 @@ class WordIndex:
             start = end
 
     def sides(self, at: Integers) -> Sides:
-        """Returns the words of prompts and answers of the examples at `at`."""
+        """Returns two `TextBatch`: the prompts and the answers of the examples at `at`."""
         asked = self.digests.records["asked"][at].astype(np.int64)
         begins = self.starts[at]
         answered = self.lengths[at] - asked
@@ -263,7 +263,7 @@ def find_near_texts(digests: Digests, skip: Mask) -> tuple[Integers, Integers]:
 
 
 def find_near_leaks(digests: Digests, training: Digests) -> tuple[Integers, Integers]:
-    """Find examples of `digests` that almost repeat one of `training`, and which one."""
+    """Find examples of `digests` that almost repeat one of `training`, and the index of that."""
     if not (len(digests) and len(training)):
         return _NO_ROWS, _NO_ROWS
     trained = WordIndex.of(training)
@@ -291,7 +291,7 @@ def find_near_leaks(digests: Digests, training: Digests) -> tuple[Integers, Inte
 
 
 def _pack_pairs(one: NDArray[np.int32], other: NDArray[np.int32], count: int) -> Integers:
-    """Returns the distinct pairs of two examples as later × `count` + earlier."""
+    """Returns the distinct pairs of examples, each as later index × `count` + earlier index."""
     later, earlier = np.maximum(one, other).astype(np.int64), np.minimum(one, other)
     return distinct((later * count + earlier)[later != earlier])
 
@@ -301,7 +301,7 @@ def _bucket(hashes: Words) -> Integers:
 
 
 def _all_keys(index: WordIndex, selected: Mask) -> tuple[Keys, NDArray[np.int32]]:
-    """Returns pair keys `(examples, 6)`, 0 for none, and the informative words of each example."""
+    """Returns word-pair keys `(examples, 6)`, 0 for none, and counts of informative words."""
     keys = np.zeros((len(index), len(_PAIRS)), dtype=np.uint32)
     informative = np.zeros(len(index), dtype=np.int32)
     for start, end in index.spans():
@@ -408,7 +408,7 @@ def _may_be_near(
 def _count_common(
     index: WordIndex, a: Integers, earlier: WordIndex, b: Integers, *, bigrams: bool
 ) -> Integers:
-    """Count the common words, or of common bigrams, of each pair."""
+    """Returns the number of common words, or bigrams, of each pair of examples `a` and `b`."""
     parts = []
     for side, (source, examples) in enumerate(((index, a), (earlier, b))):
         words, lengths = source.gather(examples)

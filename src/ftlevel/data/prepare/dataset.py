@@ -140,7 +140,7 @@ def prepare_data(config: DataConfig, context: EncodingContext, progress: Progres
 def _prepare(
     config: DataConfig, context: EncodingContext, key: str | None, progress: Progress
 ) -> PreparedData:
-    """Returns the rows from the cache folder of `key`, or prepare them there; None: no cache."""
+    """Returns the rows cached under `key`, or prepares and caches them; no cache without a key."""
 
     def prepare(folder: Path) -> PreparedData:
         data = load_examples(config, context.task, context.seed, lenient=context.lenient)
@@ -169,7 +169,7 @@ def _prepare(
 
 
 def _key(config: DataConfig, context: EncodingContext) -> str | None:
-    """Returns a digest of everything that affects the rows; None if they are not cached."""
+    """Returns the cache key, a digest of all that affects the rows; None if they are not cached."""
     files: list[Path] = []
     names = [config.dataset, *config.also, config.validation_file, config.qrels, config.corpus]
     if config.qrels is not None:

@@ -35,7 +35,7 @@ from ftlevel.errors import InputError
 
 
 class DataTask(CheckedTask, Protocol):
-    """What preparing data uses of a task; `tasks.base.BaseTask` documents the members."""
+    """What data preparation needs of a task; `tasks.base.BaseTask` documents the members."""
 
     # ruff: disable[D102]
     @property
@@ -92,7 +92,7 @@ class DataTask(CheckedTask, Protocol):
 
 @dataclass(frozen=True)
 class EncodingContext:
-    """Everything besides the data section that affects the rows.
+    """Everything that affects the rows, except the configuration's data section.
 
     Attributes:
         vocabulary: number of rows of the embedding.
@@ -139,8 +139,8 @@ class PreparedData:
         table: training rows as read, indexed by `Encoded.row`.
         facts: data section of `summary.json`.
         choices: log lines.
-        corpus: documents that validation queries are looked up in; empty for those of the rows.
-        sets: dataset of each training row, if a step has rows of one dataset; else empty.
+        corpus: documents searched with the validation queries; empty: the documents of the rows.
+        sets: dataset index of each training row, if no step mixes datasets; else empty.
         workspace: temporary directory of uncached rows, deleted with this object.
     """
 
@@ -224,7 +224,7 @@ def _disable_tokenizer_threads() -> None:
 
 
 def _encode_batch(start: int) -> tuple[pa.RecordBatch | None, tuple[bytes, bytes]]:
-    """Encode the rows of the batch at `start`, None without any, and its digests."""
+    """Returns the encoded rows of the batch at `start` (None if it has none), and its digests."""
     if _job is None:
         raise RuntimeError("there is no job")
     encode, examples, context = _job
@@ -328,7 +328,7 @@ class Encoder:
         return replace(fitted, stops=stops)
 
     def _relax(self, function: Callable[[str], T]) -> tuple[T, str]:
-        """Returns the result of `function`, or if lenient, that of dropping rows with the error."""
+        """Returns `function(overlong)`, or if lenient and it fails, `function("drop")` and why."""
         try:
             return function(self.config.overlong), ""
         except InputError as error:
@@ -348,7 +348,7 @@ class Encoder:
         return replace(fitted, rows=rows, dropped=dropped, stops=fitted.stops or stops)
 
     def limit(self, default: int | None) -> int | None:
-        """Returns the maximum row length in tokens from user, model or `default`."""
+        """Returns the maximum row length in tokens: the user's, else the model's or `default`."""
         if isinstance(max_length := self.config.max_length, int):
             self.bounds.check(max_length)
             return max_length

@@ -72,7 +72,7 @@ class RowSource:
 
 
 def open_rows(name: str, options: ReadOptions) -> tuple[RowSource, Reader]:
-    """Open the rows of a file or of all files matching a pattern, and the first reader.
+    """Open the rows of a file or of the files matching a pattern, and the first file's reader.
 
     Raises `InputError` if a file cannot be read, or the columns of two files differ.
     """
@@ -129,7 +129,7 @@ def file_rows(reader: Reader, ignored: Sequence[str] = ()) -> RowSource:
 
 
 def in_memory_rows(rows: Any, ignored: Sequence[str] = ()) -> RowSource:
-    """Returns rows in memory, of a type that `iterate_rows` accepts; `read` works once."""
+    """Returns `rows`, of a type that `iterate_rows` accepts, as a source to read once."""
     rest = iterate_rows(rows, "predict")
     first = list(islice(rest, CHUNK_ROWS))
     if not first:
@@ -192,7 +192,7 @@ class EvaluationRows:
         dropped: number of rows that were too long.
         language: ISO 639-1 code of the target; "" if unknown.
         note: columns used, if they differ from training.
-        corpus: documents that queries are looked up in; empty for those of the rows.
+        corpus: documents searched with the queries; empty: the documents of the rows.
     """
 
     table: Table
@@ -279,7 +279,7 @@ def load_evaluation_rows(
 
 
 def _without_absent(config: DataConfig, table: Table, task: DataTask) -> tuple[DataConfig, str]:
-    """Drop the column mapping and format of training if they do not fit `table`; return a note."""
+    """Returns `config` without column mapping and format if they do not fit `table`; and a note."""
     present = {
         role: column
         for role, column in config.columns.items()

@@ -64,7 +64,7 @@ def load_examples(
     """Load the dataset and convert the rows to examples of `task`.
 
     `seed` selects the validation rows. `lenient` drops and reports rows that would stop the run;
-    others raise `InputError` with `path:line`.
+    otherwise they raise `InputError` with `path:line`.
     """
     return convert_splits(read_splits(config, task, seed), config, task, lenient=lenient)
 
@@ -99,7 +99,7 @@ def convert_splits(
 
 
 def validation_converter(convert: Converter, validation: Table) -> Converter:
-    """Returns the converter of validation rows, whose columns are others with `--qrels`."""
+    """Returns the converter of validation rows: a new one with `--qrels`, for other columns."""
     if convert.config.qrels is None:
         return convert
     plain: dict[str, Any] = {"columns": {}, "format": None, "ignore_columns": ()}
@@ -107,7 +107,7 @@ def validation_converter(convert: Converter, validation: Table) -> Converter:
 
 
 def _check_ignored(splits: DatasetSplits, config: DataConfig) -> None:
-    """Raise `InputError` if no split has a column of `--ignore-columns`."""
+    """Raise `InputError` if a column of `--ignore-columns` is in no split."""
     present = {name for table in splits.tables.values() for name in table.ignored}
     if unknown := [name for name in config.ignore_columns if name not in present]:
         columns = splits.train.columns
@@ -120,7 +120,7 @@ def _check_ignored(splits: DatasetSplits, config: DataConfig) -> None:
 def open_converter(
     table: Table, config: DataConfig, task: DataTask, *, lenient: bool = False
 ) -> tuple[Converter, list[Choice]]:
-    """Open a converter for rows like those of `table`, and log lines."""
+    """Returns a converter of rows with the columns of `table`, and log lines."""
     shape = task.find_format(table.columns, config, table.rows[:CHUNK_ROWS])
     refuse_media_columns(shape.unused, table.rows, table.source)
     shape, choices = task.read_columns(shape, table, config)
@@ -129,7 +129,7 @@ def open_converter(
 
 @dataclass
 class Converter:
-    """Converts tables to examples; `shape` adds label merging to the detected format."""
+    """Converts tables to examples; `shape` is the detected format with label variants merged."""
 
     config: DataConfig
     task: DataTask
@@ -147,7 +147,7 @@ class Converter:
     def __call__(
         self, split: str, table: Table, labels: LabelSet | None
     ) -> tuple[Table, Sequence[Any]]:
-        """Returns the usable rows and their examples."""
+        """Returns the usable rows of `table`, and their examples."""
         examples: Sequence[Any]
         examples, bad = convert_rows(table, self.shape)
         column = self.label_column
@@ -198,7 +198,7 @@ class Converter:
     def drop_inconsistent_labels(
         self, table: Table, examples: Sequence[Any], labels: LabelSet
     ) -> tuple[Table, Sequence[Any]]:
-        """Raise on rows with inconsistent classes, or drop them if configured."""
+        """Returns rows and examples with consistent classes; raises if rows may not be dropped."""
         faults = self.task.find_inconsistent_labels(examples, labels, table)
         if not faults:
             return table, examples
@@ -207,7 +207,7 @@ class Converter:
 
 
 def read_splits(config: DataConfig, task: DataTask, seed: int) -> DatasetSplits:
-    """Load the splits after joining, holding out and sampling as configured."""
+    """Load the datasets, join them, hold out and sample rows, as configured."""
     parts = [_read_one(name, config, task, config.split) for name in (config.dataset, *config.also)]
     splits = parts[0] if len(parts) == 1 else join_splits(parts, config.mix, seed)
     if config.validation_file is not None:
@@ -229,7 +229,7 @@ def read_splits(config: DataConfig, task: DataTask, seed: int) -> DatasetSplits:
 
 
 def _with_judgments(splits: DatasetSplits, qrels: Path, corpus: Path | None) -> DatasetSplits:
-    """Returns the splits with the judged queries as validation rows, and the documents."""
+    """Returns the splits with the judged queries as validation rows, and documents as corpus."""
     result = read_retrieval_set(qrels, corpus)
     rows = [
         {"query": query, "pos": [result.documents[at] for at in relevant]}
@@ -349,7 +349,7 @@ def prepare_examples(
 
 
 def _with_system(prompt_format: PromptFormat | None, system: str | None) -> PromptFormat | None:
-    """Set the system prompt; raise `ConfigError` if the format has no turns."""
+    """Returns the format with a system prompt; raises `ConfigError` if it cannot have one."""
     if not system:
         return prompt_format
     if prompt_format is None or prompt_format.kind == "seq2seq":

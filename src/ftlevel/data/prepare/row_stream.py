@@ -34,7 +34,7 @@ T = TypeVar("T")
 class ShuffleBuffer(Generic[T]):
     """A shuffle buffer of `size` items; 1 preserves the order.
 
-    A row leaves at most `size` positions early; its delay is geometrically distributed with mean
+    An item leaves at most `size` positions early; its delay is geometrically distributed with mean
     `size`.
     """
 
@@ -78,7 +78,7 @@ _MOST_AHEAD = 32  # chunks encoded ahead; further processes take later ones
 
 @dataclass(frozen=True)
 class ChunkEncoder:
-    """Converts a chunk to encoded rows; `may_lose` allows 1 % of rows beyond the maximum length."""
+    """Converts a chunk to encoded rows; with `may_lose`, over 1 % of too long rows are an error."""
 
     config: DataConfig
     shape: Format
@@ -90,7 +90,7 @@ class ChunkEncoder:
     def __call__(self, chunk: Chunk, counts: Counter[str]) -> list[Encoded]:
         """Returns the rows of `chunk`, with their line as `Encoded.row`; updates `counts`.
 
-        Raises `InputError` with `file:line` if a row is an error.
+        Raises `InputError` with `file:line` if a row stops the run.
         """
         table = chunk.table
         counts["read"] += len(chunk.rows) + len(chunk.bad)
@@ -168,7 +168,7 @@ class StreamState:
 
 
 class EncodedChunk(NamedTuple):
-    """Rows and counts of a chunk, or the error of a row that stops the run."""
+    """Encoded rows and counts of a chunk, or the error if one of its rows stops the run."""
 
     rows: list[Encoded]
     counts: Counter[str]
@@ -193,7 +193,7 @@ class StreamSharding:
 
 
 class RowStream:
-    """Endless encoded rows; each pass yields every remaining row once, in a different order.
+    """Endless encoded rows; each pass yields every usable row once, in a different order.
 
     The first `held_out` rows of the source are skipped.
     """
@@ -259,7 +259,7 @@ class RowStream:
         return self
 
     def __next__(self) -> Encoded:
-        """Returns the next row; raises `InputError` if a row is an error or a pass has none."""
+        """Returns the next row; raises `InputError` if a row stops the run or a pass has none."""
         while True:
             while self._waiting:
                 if (row := self._buffer.push(self._waiting.popleft())) is not None:

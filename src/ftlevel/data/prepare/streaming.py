@@ -79,11 +79,12 @@ class LengthGroupedSampler(Sampler[int]):
 class DistinctTextSampler(Sampler[int]):
     """Order rows at random so that no text occurs in two rows of an optimizer step.
 
-    Rows of one step are consecutive. Rows that share a text with all steps left are in the last
-    steps, `repeated` of them. Set `epoch` (from 0) before the first row of an epoch is read.
+    Rows of one step are consecutive. Rows that fit into no step are in the last steps; `repeated`
+    counts them. Set `epoch` (from 0) before the first row of an epoch is read.
 
-    With `sets`, the set of each row, a step has rows of one set. Sets take turns at random, in
-    proportion to their steps, and NOTHING, the index after the last row, fills up a short step.
+    `sets` has the dataset of each row; then a step has rows of one dataset. Datasets take turns at
+    random, in proportion to their steps. NOTHING, the index after the last row, fills up a short
+    step.
 
     Args:
         is_distinct: whether texts are compared; else steps are random.
@@ -132,7 +133,7 @@ class DistinctTextSampler(Sampler[int]):
             yield from [len(self._texts)] * (self._step - len(step))
 
     def _split(self, left: list[int]) -> Iterator[list[int]]:
-        """Yields the steps of the rows `left`, in their order."""
+        """Yields the rows of each step, chosen in order from the rows `left`."""
         while left:
             taken: set[int] = set()
             chosen: list[int] = []
@@ -156,7 +157,7 @@ class DistinctTextSampler(Sampler[int]):
 
 
 def count_places(sets: Sequence[int], step: int) -> int:
-    """Count the places of an epoch with one set per step of `step` rows, given that of each row."""
+    """Returns the rows of an epoch with padding, if each step of `step` rows has one dataset."""
     return sum(math.ceil(size / step) * step for size in Counter(sets).values())
 
 
@@ -262,7 +263,7 @@ def prepare_stream(config: DataConfig, context: EncodingContext) -> PreparedData
 
 
 def _with_room(longest: int, bound: int | None) -> int:
-    """Returns `longest` plus a quarter for later rows, within `bound`."""
+    """Returns `longest` plus a quarter, as later rows may be longer, within `bound`."""
     roomy = longest + longest // 4
     return roomy if bound is None else max(longest, min(roomy, bound))
 
@@ -373,7 +374,7 @@ class StreamedRows:
         return self._step * self._steps
 
     def __getitem__(self, index: int) -> Encoded:
-        """Returns row `index`, skipping rows of others; raises `IndexError` if consumed."""
+        """Returns row `index`; skips other processes' rows; raises `IndexError` if read before."""
         if index < self._next - self._together:
             raise IndexError(f"row {index:,} of a stream was taken; the next is {self._next:,}")
         while index >= self._next:

@@ -23,8 +23,8 @@ _SCORES = ("score", "relevance", "label")
 class RetrievalSet:
     """Queries, distinct documents, and the positions of the documents relevant to each query.
 
-    `merged` is the number of documents whose text another one has, `unjudged` the number of
-    queries that are left out because no document is relevant to them.
+    `merged` is the number of documents that repeat another document's text, `unjudged` the number
+    of queries that are left out because no document is relevant to them.
     """
 
     queries: Sequence[str]
@@ -43,8 +43,8 @@ def retrieval_files(qrels: Path) -> list[Path]:
 def read_retrieval_set(qrels: Path, corpus: Path | None = None) -> RetrievalSet:
     """Load the retrieval set of a file of relevance judgments.
 
-    Queries are in queries.jsonl of the directory, or of the directory above `qrels/`; so is the
-    corpus, unless `corpus` names another file.
+    queries.jsonl and corpus.jsonl are next to the file, or above its directory if that is `qrels/`.
+    `corpus` is used instead of corpus.jsonl.
 
     Raises:
         InputError: a file is missing, or a judgment names an unknown query or document.

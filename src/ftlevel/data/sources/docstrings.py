@@ -71,7 +71,7 @@ _SKIPPED_PREFIXES = ("_sysconfigdata", "config-")
 
 @dataclass(frozen=True)
 class Documented:
-    """A documented object; `source` has no the docstring and is "" for modules and classes."""
+    """A documented object; `source` is without docstring, and "" for modules and classes."""
 
     kind: Literal["module", "class", "function"]
     source: str
@@ -195,7 +195,7 @@ def _scopes(tree: ast.Module) -> Iterator[_Scope]:
 
 
 def _undocumented_source(node: _Function, lines: list[str]) -> str:
-    """Returns a function's dedented source without its docstring, or "" if they share a line."""
+    """Returns a function's dedented source without its docstring, or "" if code shares its line."""
     docstring, end = node.body[0], node.body[0].end_lineno
     if len(node.body) < 2 or end is None or end >= node.body[1].lineno:
         return ""

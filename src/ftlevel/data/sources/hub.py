@@ -276,7 +276,7 @@ def iterate_rows(rows: Any, source: str, null_keys: Counter[str] | None = None) 
 
 
 def _frame_rows(frame: Any, source: str, null_keys: Counter[str]) -> Iterator[Row]:
-    """Yields the rows of a DataFrame; only arrays, which come from Arrow, lose their null keys."""
+    """Yields the rows of a DataFrame; null keys are dropped in arrays only, which Arrow made."""
     names = [str(name) for name in frame.columns]
     check_columns(names, source)
     columns = []

@@ -139,7 +139,7 @@ class _PipeBytes:
         os.set_blocking(self._file, True)
 
     def read(self, size: int) -> bytes:
-        """Load the next bytes; empty at the end."""
+        """Returns the next bytes; empty at the end."""
         content, self._first = self._first or os.read(self._file, size), b""
         if not content:
             os.close(self._file)
@@ -147,7 +147,7 @@ class _PipeBytes:
 
 
 def _copy_rows(get_source: Callable[[], Any], name: str, shown: str) -> Path:
-    """Copy a source to a new file called `name`, decompressed if the first bytes match a format."""
+    """Copy a source to a new file called `name`; decompress it if it begins like a known format."""
     raw = _create_directory() / name
     _write_copy(get_source, raw, shown)
     with raw.open("rb") as file:

@@ -63,9 +63,9 @@ REMOTE_ROWS = 1_000
 
 @dataclass(frozen=True)
 class DatasetSplits:
-    """The tables of a dataset; no run reads `test`, and `notes` are sentences to print.
+    """The tables of a dataset; `test` is not used in training, and `notes` are printed.
 
-    `corpus` are the documents that validation queries are looked up in; None for those of the rows.
+    `corpus` has documents to search with the validation queries; None: the documents of the rows.
     """
 
     train: Table
@@ -114,7 +114,7 @@ def load_splits(
             in memory. An existing path takes precedence; "hf://datasets/ID" is always a Hub id.
         split: training split; default "train".
         subset: configuration of a Hub dataset, sheet of a workbook, or type of built-in rows.
-        on_bad_row: whether invalid rows raise or are dropped, see `readers.files.read_table`.
+        on_bad_row: whether invalid rows raise or are dropped, see `readers.read_table`.
         max_samples: number of rows to keep per split. Text files are still validated completely.
         input_format: format of local files, as a suffix without the dot; None uses their names.
         ignored: columns to drop where present.
@@ -312,7 +312,7 @@ def _load_builtin(dataset: str, split: str | None, options: ReadOptions) -> dict
 
 
 def _check_in_memory(dataset: str) -> InMemoryDataset:
-    """Returns the rows in memory; raises `InputError` if only their name is left."""
+    """Returns the rows in memory; raises `InputError` if `dataset` is only their recorded name."""
     if isinstance(dataset, InMemoryDataset):
         return dataset
     raise InputError(
@@ -339,10 +339,10 @@ def _source_type(dataset: str, path: Path) -> str:
 def _match_training_files(
     dataset: str, source: str, split: str | None, options: ReadOptions
 ) -> Sequence[str | Path]:
-    """Returns a file, or the files that match a pattern, all of them training files.
+    """Returns the training files: `dataset`, or the files that match it if it is a pattern.
 
-    Raises `InputError` if `split` is neither None nor "train", no file matches, or some but not
-    all are named like validation or test data.
+    Raises `InputError` if `split` is neither None nor "train", no file matches, or some but not all
+    are named like validation or test data.
     """
     if split not in (None, "train"):
         description = "a pattern of files" if source == "pattern" else "one file"

@@ -95,7 +95,7 @@ def refuse_media_columns(columns: Sequence[str], rows: Sequence[Row], source: st
 
 
 def describe_media(source: str, columns: Sequence[tuple[str, str]]) -> str:
-    """Returns the error message for media columns, as (column, media type)."""
+    """Returns the error message for media columns, given as (column, media type)."""
     held = " and ".join(f"column {column!r} holds {type_}" for column, type_ in columns)
     names = " ".join(shlex.quote(column) for column, _ in columns)
     return (
@@ -204,7 +204,7 @@ class Chunk:
 
 
 class Stream(Protocol):
-    """A source of chunks."""
+    """A source of chunks of rows."""
 
     @property
     def null_keys(self) -> Counter[str]:

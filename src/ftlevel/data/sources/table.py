@@ -76,7 +76,7 @@ class Table:
         return [name for name in self.rows[0] if name not in self.ignored] if self.rows else []
 
     def without_columns(self, names: Iterable[str]) -> Table:
-        """Returns the table with the existing columns among `names` ignored."""
+        """Returns the table with those columns ignored that exist and are in `names`."""
         present = [name for name in names if name in self.columns]
         return replace(self, ignored=(*self.ignored, *present)) if present else self
 
@@ -335,7 +335,7 @@ def _differing_columns(shape: _Shape, types: Mapping[str, tuple[str, int]]) -> l
 
 @dataclass(frozen=True)
 class RowSchema:
-    """The most common keys and types of the first rows of a stream, in `count` rows.
+    """The most common keys of the first rows of a stream, found in `count` rows, and the types.
 
     `types` maps each column with a value to its type and the line of an example.
     """

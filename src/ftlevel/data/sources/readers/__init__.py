@@ -83,7 +83,7 @@ def read_table(
 ) -> Table:
     """Load the rows of a file, which may be compressed, or of stdin ("-").
 
-    If `on_bad_row` is "skip", invalid rows are moved to `dropped` instead of raising. Raises
+    If `on_bad_row` is "skip", invalid rows are moved to `Table.dropped` instead of raising. Raises
     `InputError` for a missing, unsupported, corrupted or empty file, and for invalid rows.
     """
     reader = open_reader(name, options)

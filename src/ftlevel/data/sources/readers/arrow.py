@@ -51,7 +51,7 @@ class _BatchReader(Reader):
 
     @abstractmethod
     def groups(self, first: int) -> Iterator[Iterable[Any]]:
-        """Yields the record batches of each group, from group `first`."""
+        """Yields the record batches of each group (row group or batch), from number `first`."""
 
     def read(self, cursor: Cursor | None) -> Iterator[Chunk]:
         """Yields the chunks after `cursor`."""
@@ -87,7 +87,7 @@ class ParquetReader(_BatchReader):
         return schema
 
     def groups(self, first: int) -> Iterator[Iterable[Any]]:
-        """Yields the record batches of each row group."""
+        """Yields the record batches of each row group, from number `first`."""
         columns = self.schema.names if self.ignored else None
         for group in range(first, self._count):
             yield self._file.iter_batches(_BATCH, row_groups=[group], columns=columns)
@@ -107,7 +107,7 @@ class ArrowReader(_BatchReader):
         return self._open().schema
 
     def groups(self, first: int) -> Iterator[Iterable[Any]]:
-        """Yields each record batch."""
+        """Yields each record batch as a group, from number `first`."""
         reader = self._open()
         batches = (
             (reader.get_batch(i) for i in range(first, reader.num_record_batches))
@@ -129,7 +129,7 @@ class ArrowReader(_BatchReader):
 
 @contextmanager
 def refuse_damaged(path: Path, format_name: str) -> Iterator[None]:
-    """Convert Arrow exceptions to `InputError`."""
+    """Convert Arrow exceptions in the block to `InputError`."""
     import pyarrow as pa
 
     try:
@@ -171,7 +171,7 @@ def arrow_rows(content: Any, null_keys: Counter[str]) -> list[Row]:
 def drop_null_keys(
     rows: list[Row], schema: Any, null_keys: Counter[str], *, decode: bool = False
 ) -> list[Row]:
-    """Drop null keys that Arrow added to `rows`, and return it; count them in `null_keys`.
+    """Drop null keys that Arrow added to `rows`, return `rows`, and count them in `null_keys`.
 
     Both are modified. `schema` is Arrow's, or None if unknown. If `decode` is true, columns of the
     JSON type are still text and are parsed.

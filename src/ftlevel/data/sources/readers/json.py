@@ -132,7 +132,7 @@ def _find_fault(text: str, value: object) -> str:
 def read_json_lines(
     text: Iterable[str], before: int = 0
 ) -> tuple[list[Row], list[int], list[BadRow]]:
-    """Load the rows, their lines and the invalid rows of JSON Lines; blank lines are skipped.
+    """Returns rows, line numbers and invalid rows of JSON Lines; blank lines are skipped.
 
     `text` must be split at line feeds only, since strings may contain other line separators.
     `before` is the number of lines that precede it.
@@ -171,10 +171,10 @@ _LIST_COLUMNS = {
 
 @dataclass(frozen=True)
 class OneObject:
-    """Interpretation of a file that is a single object.
+    """How to read a file that is a single object.
 
-    If `rows` is None, they are the elements of the list at index `list_at` of the text. If the
-    object has no rows, `note` is "" and `hint` tells how to fix it.
+    If `rows` is None, the rows are the elements of the list at character `list_at` of the text. If
+    the object has no rows, `note` is "" and `hint` tells how to fix it.
     """
 
     rows: list[Row] | None = None
@@ -186,7 +186,7 @@ class OneObject:
 
 
 def open_object(text: str) -> OneObject | None:
-    """Open the interpretation of a text that starts with an object; None if it is JSON Lines."""
+    """Returns how to read a text that starts with an object; None if it is JSON Lines."""
     start = len(text) - len(text.lstrip())
     try:
         value, end = DECODER.raw_decode(text, start)
@@ -215,7 +215,7 @@ def _is_rows(value: object) -> bool:
 
 
 def _read_columns(value: Mapping[str, Any], *, is_json_lines: bool) -> OneObject | None:
-    """Load the rows of a columnar object: lists, objects by index, or columns and data."""
+    """Returns the rows of an object written by column, as pandas does, or None."""
     note = "a column a key, as pandas writes them; a row is what has one place in all"
     columns = list(value.values())
     if {"columns", "data"} <= value.keys() and isinstance(value["data"], list):
@@ -286,7 +286,7 @@ class JsonReader(Reader):
         check_head(path)
 
     def read(self, cursor: Cursor | None) -> Iterator[Chunk]:
-        """Yields one chunk; nothing follows it."""
+        """Yields all rows as one chunk."""
         if cursor is not None:
             return
         source, text = str(self.path), read_text(self.path)
@@ -375,7 +375,7 @@ def _past_space(text: str, at: int) -> int:
 
 
 def _decode_element(text: str, at: int, line: int, source: str) -> tuple[Any, int]:
-    """Returns the value at `at`, and the index behind it."""
+    """Returns the JSON value at `at`, and the index after it."""
     try:
         return DECODER.raw_decode(text, at)
     except (ValueError, RecursionError) as error:

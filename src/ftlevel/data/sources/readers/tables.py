@@ -67,7 +67,7 @@ class CsvReader(Reader):
         return header, cells.line_num, text.cursor(cells.line_num)
 
     def _other_separator(self) -> str:
-        """Returns the separator if it differs from the format's own; else ""."""
+        """Returns the separator that the file seems to use instead of the format's own; else ""."""
         header, rows = self._header, self._sample(self.separator)
         others = [separator for separator in ";\t,|" if separator != self.separator]
         if len(header) == 1:

@@ -38,7 +38,7 @@ class TextLines:
         self._block: list[bytes] = []
 
     def cursor(self, line: int) -> Cursor:
-        """Returns the arguments to resume after `line`, which must be the last line read."""
+        """Returns the arguments of a `TextLines` that resumes after `line`, the last line read."""
         size = sum(map(len, self._block[: line - self._line]))
         return {"at": self._at + size, "line": line}
 
@@ -126,7 +126,7 @@ def head_lines(path: Path) -> list[str]:
 
 
 def detect_file_format(path: Path, columns: Collection[str]) -> tuple[str, str] | None:
-    """Detect the suffix of the format detected from the content, and the reason; None if unclear.
+    """Returns the suffix of the format that the content suggests, and why; None if unclear.
 
     `columns` are names that identify the header of a table. The file must not be empty.
     """
@@ -161,7 +161,7 @@ def _is_complete(text: str) -> bool:
 
 
 def _find_table_evidence(lines: list[str], separator: str, columns: Collection[str]) -> str:
-    """Find the evidence for a table with this separator, or ""."""
+    """Returns why the lines look like a table with this separator, or "" if they do not."""
     rows = [row for row in csv.reader(lines, delimiter=separator) if row]
     names = rows[0] if rows else []
     if any(cell in columns or cell.lower() in columns for cell in names):
@@ -248,7 +248,7 @@ class ConllReader(_BlockReader):
         self._names = ["tokens", *map(str, range(2, self._width)), "tags"][: self._width]
 
     def parse(self, first: int, lines: list[str]) -> list[tuple[int, Row] | BadRow]:
-        """Parse the sentence as a row, or what is wrong with it."""
+        """Returns the sentence as a row, or a `BadRow`."""
         start, words = first, list[list[str]]()
         for number, line in enumerate(lines, first):
             cells = self._cells(line)
@@ -267,7 +267,7 @@ class ConllReader(_BlockReader):
         return [cell.strip() for cell in text.split("\t")] if self._tabs else text.split()
 
     def _is_comment(self, cells: list[str], at_start: bool) -> bool:
-        """Returns whether the line is a comment; as a word, `#` has the usual width and a tag."""
+        """Returns whether a line is a comment; the word `#` has as many columns and a tag."""
         if not cells[0].startswith("#"):
             return False
         is_row = len(cells) == self._width
