@@ -50,7 +50,7 @@ class RunError(FtlevelError):
 
 
 class Interrupted(FtlevelError):
-    """Ctrl-C or a different signal; the message names what was saved."""
+    """Ctrl-C or another signal; the message says what was saved."""
 
     def __init__(self, message: str, exit_code: int = 130) -> None:
         super().__init__(message)

@@ -30,7 +30,7 @@ class Listener:
         """Report the number of encoded examples."""
 
     def answered(self, done: int, share: float | None) -> None:
-        """Report the number of processed rows, and their `share` (0 to 1) if available."""
+        """Report the number of processed rows, and the `share` of the input (0 to 1) if known."""
 
     def warn(self, message: str) -> None:
         """Report a warning that does not change the run."""

@@ -40,10 +40,10 @@ class Command:
     """Command of the command line.
 
     Attributes:
-        function: reference to its function, whose parameters are flags, and `given` for all.
+        function: reference to its function; parameters are flags, and `given` has all of them.
         summary: one line for `ftlevel --help`.
         config: reference to the section whose fields the flags set; empty for none.
-        accepts: given the dotted path of a field, whether the command has train's flag for it.
+        accepts: predicate of a dotted field: whether the command also has train's flag for it.
         is_quiet: whether it has `--quiet`.
     """
 
@@ -56,7 +56,7 @@ class Command:
 
 @dataclass(frozen=True)
 class ExportFormat:
-    """Export format; an empty suffix is a directory.
+    """Export format; the output is a directory if `suffix` is empty.
 
     Attributes:
         module: module that writes it, with `plan_export`.
@@ -140,7 +140,7 @@ def _own() -> list[tuple[str, str]]:
 
 
 def _installed() -> Iterator[tuple[str, str]]:
-    """Yields package with version, and entry point, of other distributions on the path."""
+    """Yields ("NAME VERSION", entry point) of installed packages that extend ftlevel."""
     from importlib.metadata import distributions
 
     seen = set()
@@ -167,7 +167,7 @@ def load(reference: str) -> Any:
 
 
 def resolve_renamed(module: str, names: Mapping[str, str]) -> Callable[[str], Any]:
-    """Returns the `__getattr__` of `module` for old `names`, each with its new reference.
+    """Returns a `__getattr__` for `module`; `names` maps each old name to its new reference.
 
     An old name works with a DeprecationWarning for one release.
     """
@@ -207,10 +207,10 @@ def warn_left_out(source: str, reason: object) -> None:
 
 
 def added(table: str, core: Collection[str] = ()) -> dict[str, tuple[str, Any]]:
-    """Returns name → (package, row) of a table of all extensions; `core` has ftlevel's own names.
+    """Returns name → (package, entry) from `table`, a field of `Extension`, of all extensions.
 
     Raises:
-        ConfigError: two packages define one name.
+        ConfigError: a name is defined twice, or is in `core`, ftlevel's own names.
     """
     rows: dict[str, tuple[str, Any]] = {}
     for source, extension in find_extensions():
@@ -226,12 +226,12 @@ def added(table: str, core: Collection[str] = ()) -> dict[str, tuple[str, Any]]:
 
 
 def added_rows(table: str, core: Collection[str] = ()) -> dict[str, Any]:
-    """Returns the rows of `added` without their packages."""
+    """Returns the entries of `added` without their packages."""
     return {name: row for name, (_, row) in added(table, core).items()}
 
 
 def loaded(table: str, core: Collection[str] = ()) -> dict[str, Any]:
-    """Returns the objects of a table of references; those that cannot be imported are left out."""
+    """Returns the imported objects of a `table` of references; failing imports are left out."""
     objects = {name: try_load(row, source) for name, (source, row) in added(table, core).items()}
     return {name: value for name, value in objects.items() if value is not None}
 

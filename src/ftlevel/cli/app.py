@@ -179,13 +179,13 @@ def run(arguments: list[str]) -> int:
 
 
 def _completed_command() -> list[str]:
-    """Returns the command being completed by a shell, from Typer's variables, if any."""
+    """Returns [command] of the line that a shell completes, by Typer's variables; else []."""
     typed = os.environ.get("COMP_WORDS") or os.environ.get("_TYPER_COMPLETE_ARGS") or ""
     return [word for word in typed.split()[1:] if not word.startswith("-")][:1]
 
 
 def _call(app: typer.Typer, arguments: list[str]) -> Any:
-    """Run the command; KeyboardInterrupt if interrupted while parsing, which Typer hides."""
+    """Run the command; raises KeyboardInterrupt for a Ctrl-C during parsing, which Typer hides."""
     code = app(args=arguments, prog_name="ftlevel", standalone_mode=False, obj=arguments)
     if code == _CTRL_C and received_signal():
         raise KeyboardInterrupt
@@ -197,7 +197,7 @@ def _end_interrupted(arguments: list[str]) -> int:
 
 
 def _end(arguments: list[str], message: str, code: int, topic: str | None = None) -> int:
-    """Print an error to stderr, and to stdout with `--json`; return its exit code."""
+    """Print an error to stderr, and to stdout with `--json`; return `code`."""
     for line in with_topic(message, topic).split("\n"):
         typer.echo(f"ftlevel: {line}", err=True)
     _report_json(arguments, message, code)

@@ -69,7 +69,7 @@ class FtlevelCommand(TyperCommand):
             raise
 
     def _explain(self, error: Any, name: str) -> None:
-        """Add a suggestion for an unknown flag; ConfigError if it is a field for --set."""
+        """Add a suggestion for an unknown flag; ConfigError if only --set can set it."""
         field = find_setting(name.lstrip("-").replace("-", "_")) if self.has_settings else ""
         if field:
             raise ConfigError(f"{name} is no flag, but a field: --set {field}=VALUE.") from None
@@ -99,7 +99,7 @@ class FtlevelCommand(TyperCommand):
                     formatter.write(_entry(name, text, column, formatter.width))
 
     def invoke(self, ctx: Any) -> Any:
-        """Run the command; raise Interrupted on Ctrl-C, which Typer makes a bare exit code."""
+        """Run the command; raise Interrupted on Ctrl-C, which Typer turns into an exit code."""
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:
@@ -145,7 +145,7 @@ def _entry(name: str, text: str, column: int, width: int) -> str:
 
 
 def check_recipe(path: Path, command: str) -> Path:
-    """Returns `path` if it is a recipe, or a run's config.yaml; else raise ConfigError."""
+    """Returns the recipe at `path`, or config.yaml if `path` is a run; else raises ConfigError."""
     if path.suffix in (".yaml", ".yml"):
         return path
     own = path / "config.yaml"
@@ -186,7 +186,7 @@ def add_command(
 ) -> None:
     """Add a command with the flags from the table to `app`.
 
-    Parameters of `function` are the flags it reads itself, and `given` for all of them.
+    `function` has a parameter for each flag that it reads itself, and `given` with all flags.
     """
     rows = flags_of(name, flags)
 
@@ -244,7 +244,7 @@ def _short_choices(metadata: FieldMetadata) -> str | None:
 
 
 def _help_of(metadata: FieldMetadata, row: Flag) -> str:
-    """Returns the help of a flag: description, choices and default if not mentioned in it."""
+    """Returns the help of a flag: description, with choices and default unless it has them."""
     if row.value is not None:
         return metadata.description
     is_shown = _short_choices(metadata) or all(c in metadata.description for c in metadata.choices)
@@ -262,10 +262,10 @@ class CommandInput:
     """Parsed command line of one command.
 
     Attributes:
-        values: parameter → value; None if not given.
+        values: parameter of the function → value; None if not given.
         arguments: whole command line, to start it again.
-        typed: flag → name used by the user.
-        claims: values that must agree with the configuration.
+        typed: canonical flag → name that the user typed.
+        claims: values without effect, which the configuration must not contradict.
     """
 
     command: str
@@ -276,7 +276,7 @@ class CommandInput:
     claims: Sequence[NoOpClaim] = ()
 
     def layer(self, task: str = "") -> Layer:
-        """Returns the configuration layer of the flags that set a field in a run of `task`."""
+        """Returns the values that flags set, as a configuration layer for a run of `task`."""
         layer = Layer()
         for row in self.rows:
             value = self.values[row.parameter]
@@ -287,7 +287,7 @@ class CommandInput:
         return layer
 
     def section(self, section: type[S], **others: Any) -> S:
-        """Validate the flags as one flat `section`; `others` are additional field values."""
+        """Build `section` from the flags; `others` are additional field values."""
         shown = {row.path: row.shown for row in self.rows if row.path}
         config = build_section(section, {**self.layer().values, **others}, shown)
         for line in check_claims(self.claims, config):
@@ -296,7 +296,7 @@ class CommandInput:
 
 
 def _put(layer: Layer, row: Flag, path: str, shown: str, value: Any, example: str) -> None:
-    """Set the field at `path` in `layer` (modified); a mapping has an example of its pairs."""
+    """Set the field at `path` in `layer` (modified); with an `example`, NAME=VALUE pairs."""
     key = tuple(path.split("."))
     if example:
         for pair in (part for values in value for part in _NEXT_PAIR.split(values)):

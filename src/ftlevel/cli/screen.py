@@ -287,13 +287,13 @@ def _result_lines(summary: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _range(summary: Mapping[str, Any], name: str, which: str) -> str:
-    """Returns a 95 % interval, where that before training is known, too."""
+    """Returns a metric's interval as text; empty unless intervals before training are known."""
     ends = summary[which].get(name) if "intervals_before" in summary else None
     return "" if ends is None else f" ({ends[0]:.4f}–{ends[1]:.4f})"
 
 
 def _has_content(path: Path) -> bool:
-    """Returns whether `path` has content; checkpoints/ always contains the run's origin."""
+    """Returns whether `path` exists; checkpoints/ counts only if it contains a checkpoint."""
     return path.exists() and (path.name != "checkpoints" or any(path.glob("checkpoint-*")))
 
 
@@ -309,8 +309,8 @@ def _console(stream: SafeStream) -> Console:
 def open_screen(*, as_json: bool, quiet: bool, aside: bool = False) -> Iterator[Screen]:
     """Create a screen that is closed at the end of the block.
 
-    `as_json` shows the run on stderr, only in a terminal; `aside` on stderr, since stdout has the
-    rows.
+    With `as_json`, it prints to stderr and only in a terminal; with `aside`, to stderr, because
+    stdout gets the predicted rows.
     """
     stream = SafeStream(sys.stderr if as_json or aside else sys.stdout)
     silent = quiet or (as_json and not stream.isatty())

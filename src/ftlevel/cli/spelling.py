@@ -37,16 +37,16 @@ _NEXT_FLAG = re.compile(r"\s+(?=--[a-z])")
 
 @dataclass(frozen=True)
 class FlagSpec:
-    """Interpretation of a flag name and its value.
+    """How to parse one flag name and its value.
 
     Attributes:
         flag: canonical flag; empty if unsupported and only `values` are accepted.
-        off: flag that disables a switch.
+        off: canonical flag that turns the switch off.
         is_switch: whether the canonical flag takes no value.
-        value: value that this name stands for.
+        value: value of the canonical flag that this name stands for; None if it has none.
         is_value_optional: whether the value may be omitted.
         values: aliases of values, in lower case.
-        convert: conversion of other values; for a switch, raises why there is none.
+        convert: converts other values; for a switch, raises an error with the reason.
         is_list: whether the canonical flag is repeated for several values.
     """
 
@@ -66,7 +66,7 @@ class FlagSpec:
 
 @dataclass(frozen=True)
 class NoOpClaim:
-    """Accepted value without effect, to be checked against the configuration."""
+    """Flag value that was accepted without effect, to be checked against the configuration."""
 
     typed: str
     agrees: NoOpValue
@@ -127,7 +127,7 @@ def _canonical_spec(row: Flag, command: str) -> FlagSpec:
 
 
 def _alias_specs(row: Flag, canonical: FlagSpec) -> dict[str, FlagSpec]:
-    """Returns alias → specification, given that of the canonical name of `row`."""
+    """Returns alias → specification, derived from that of the canonical flag of `row`."""
     specs = {}
     for alias in row.alias_names:
         has_value = alias.value is not None
@@ -190,7 +190,7 @@ def resolve_flag_aliases(
 
 
 def check_claims(claims: Sequence[NoOpClaim], config: Any) -> list[str]:
-    """Returns the reason for each claim; raises ConfigError if `config` contradicts one."""
+    """Returns why each value has no effect; raises ConfigError if `config` contradicts one."""
     lines, problems = [], []
     for claim in claims:
         agrees, value = claim.agrees, config
@@ -207,7 +207,7 @@ def check_claims(claims: Sequence[NoOpClaim], config: Any) -> list[str]:
 
 
 def _find(typed: str, specs: Mapping[str, FlagSpec]) -> tuple[str, FlagSpec | None]:
-    """Find the name with dashes and its interpretation; `--no_x` is `--x false`."""
+    """Returns `typed` with dashes, and its FlagSpec or None; `--no-x` is parsed as `--x false`."""
     name = typed.replace("_", "-")
     option = specs.get(name)
     if option is None and name.startswith("--no-"):
@@ -223,7 +223,7 @@ def _find(typed: str, specs: Mapping[str, FlagSpec]) -> tuple[str, FlagSpec | No
 
 
 def _take(queue: list[str], option: FlagSpec) -> list[str] | None:
-    """Remove and return the values of a flag from `queue` (modified); None if one is missing."""
+    """Remove a flag's values from `queue` (modified) and return them; None if one is missing."""
     if option.is_value_optional:
         follows = queue[0] if queue and _is_word(queue[0]) else ""
         is_own = follows.lower() in (*ON, *OFF, *option.values)
@@ -252,7 +252,7 @@ def _is_recipe(text: str) -> bool:
 def _meaning(
     name: str, shown: str, values: Sequence[str], option: FlagSpec
 ) -> list[Setting] | NoOpValue:
-    """Returns the settings that `values` stand for, or the condition that they require."""
+    """Returns the (flag, value) pairs that `values` stand for, or a `NoOpValue` to check."""
     text = ",".join(values)
     word = _truth(text) if option.is_value_optional else text.lower()
     result = option.values.get(word)
@@ -282,7 +282,7 @@ def _meaning(
 
 
 def _switched(option: FlagSpec, word: str) -> list[Setting] | NoOpValue:
-    """Returns the setting of a switch, or a condition if it disables a specific value."""
+    """Returns the setting of a switch, or a `NoOpValue` to check if it turns one value off."""
     if option.value is None:
         return [(option.flag, word)]
     if word == "true":
@@ -310,7 +310,7 @@ def _parts(value: str) -> list[str]:
 
 
 def _pieces(flag: str, text: str) -> Iterator[Setting]:
-    """Yields the settings of a fragment: "4bit --quant-type nf4" after `--quant`."""
+    """Yields (flag, value) pairs of a fragment, as "4bit --quant-type nf4" after `--quant`."""
     for number, piece in enumerate(_NEXT_FLAG.split(f"{flag} {text}".strip())):
         name, _, value = piece.partition(" ")
         if value or (number == 0 and name != flag):
@@ -320,7 +320,7 @@ def _pieces(flag: str, text: str) -> Iterator[Setting]:
 def _check_given_once(
     values: dict[str, tuple[str, str]], flag: str, value: str, name: str, option: FlagSpec
 ) -> None:
-    """Raise ConfigError if two aliases set one field differently; repeats override."""
+    """Raise ConfigError if two aliases set one field differently; a repeated flag overrides."""
     if option.is_list or flag == "--set":
         return
     before, earlier = values.setdefault(flag, (name, value))
@@ -332,7 +332,7 @@ def _check_given_once(
 
 
 def _spell(flag: str, value: str, specs: Mapping[str, FlagSpec], *, joined: bool) -> list[str]:
-    """Returns a setting as arguments for Typer."""
+    """Returns a (flag, value) pair as arguments for Typer."""
     own = specs.get(flag)
     if own is not None and own.is_switch:
         wanted = flag if value == "true" else own.off

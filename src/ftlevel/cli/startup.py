@@ -85,7 +85,7 @@ def protect_exit(code: int) -> None:
 
 
 def _not_lost(unraisable: Any) -> None:
-    """Send the signal again if its interrupt was raised where Python drops it, as in `__del__`."""
+    """Send the signal again if Python dropped its KeyboardInterrupt, as it does in `__del__`."""
     if issubclass(unraisable.exc_type, KeyboardInterrupt) and _received is not None:
         import threading  # lazy: takes 3 ms
 
@@ -114,9 +114,9 @@ ONEDNN_CACHE_SIZE = 128
 
 @contextlib.contextmanager
 def heavy_imports() -> Iterator[None]:
-    """Disable the cycle collector in the block and freeze its objects; signals exit at once.
+    """Disable the cycle collector in the block, then `gc.freeze`; signals exit at once.
 
-    Does nothing to the collector if torch is already imported, since objects may not be ours then.
+    The collector is left alone if torch is already imported: objects may not be ftlevel's.
     """
     if "torch" not in sys.modules:  # libraries read them once
         for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
@@ -135,7 +135,7 @@ def heavy_imports() -> Iterator[None]:
 
 
 def _thaw() -> None:
-    """Unfreeze objects at exit if Triton is loaded, whose binding reports leaks otherwise."""
+    """Undo `gc.freeze` at exit if Triton is loaded: it would report frozen objects as leaks."""
     if "triton" in sys.modules:
         gc.unfreeze()
 

@@ -43,7 +43,7 @@ _TOPIC_OF = {module: topic for topic, modules in TOPICS.items() for module in mo
 
 
 def topic_of_module(name: str) -> str | None:
-    """Returns the topic of a module of ftlevel, or None of another one."""
+    """Returns the topic of an ftlevel module; None for any other module."""
     parts = name.split(".")
     if parts[0] != "ftlevel":
         return None
@@ -54,7 +54,7 @@ def topic_of_module(name: str) -> str | None:
 
 
 def topic_of_error(error: BaseException) -> str | None:
-    """Returns the topic of the module that raised `error`; None of an interrupt."""
+    """Returns the topic of the module that raised `error`; None for an interrupt."""
     if isinstance(error, Interrupted):
         return None
     topic = None

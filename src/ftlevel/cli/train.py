@@ -60,7 +60,7 @@ def _resume_arguments(arguments: Sequence[str]) -> list[str]:
 
 
 def _launch_once(arguments: Sequence[str], count: int, told: list[int]) -> int:
-    """Run the processes to their end; appends forwarded signals to `told`."""
+    """Run `count` processes and return the exit code; forwarded signals are added to `told`."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -98,7 +98,7 @@ def _launch_once(arguments: Sequence[str], count: int, told: list[int]) -> int:
 
 
 def _wait(running: Sequence[subprocess.Popen[bytes]]) -> int:
-    """Returns the exit code of all processes; stop the others when one fails."""
+    """Returns 0 if all processes succeed; if one fails, stops the others and returns its code."""
     while any(process.poll() is None for process in running):
         failed = {rank: code for rank, process in enumerate(running) if (code := process.poll())}
         if failed:

@@ -21,7 +21,7 @@ _MIN_MEMORY, _MIN_DISK = 4 * 2**30, 5 * 2**30  # bytes free
 
 @dataclass(frozen=True)
 class CheckResult:
-    """Result of a check; `note` marks what runs can do without, `bad` what prevents some."""
+    """Result of a check; `note`: an optional part is missing; `bad`: some runs cannot work."""
 
     name: str
     verdict: Verdict
@@ -45,7 +45,7 @@ def to_dict(results: list[CheckResult]) -> dict[str, Any]:
 
 
 def _run(check: Callable[[], Iterator[CheckResult]]) -> list[CheckResult]:
-    """Returns the results of `check`; a failing import becomes a result too."""
+    """Returns the results of `check`; an exception becomes a `bad` result."""
     try:
         return list(check())
     except (ImportError, OSError, RuntimeError, AttributeError) as error:
@@ -61,7 +61,7 @@ def _program() -> Iterator[CheckResult]:
 
 
 def _versions() -> Iterator[CheckResult]:
-    """Yields unmet requirements of ftlevel, or one finding if all are met."""
+    """Yields a result per unmet requirement of ftlevel, or a single one if all are met."""
     from packaging.requirements import Requirement
 
     requirements = [Requirement(line) for line in metadata.requires("ftlevel") or ()]

@@ -57,7 +57,7 @@ from ftlevel.training.plan.schedule import text_positions
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Result of an evaluation; `base` is empty if the base was not scored.
+    """Result of an evaluation; `base` has the metrics of the base model, if it was scored.
 
     `draws` maps each metric to its values over the bootstrap resamples.
     """
@@ -175,9 +175,9 @@ def evaluate(config: EvaluateConfig, *, listener: Listener | None = None) -> Eva
 def _base_of(
     trained: LoadedModel, config: EvaluateConfig, listener: Listener
 ) -> Iterator[LoadedModel | None]:
-    """Yields the base of `trained`: itself without adapter, or loaded beside a fully trained model.
+    """Yields the base model: `trained` with its adapter disabled, or the base of a full fine-tune.
 
-    None with `--no-base`, with a new head, and if the base is not there.
+    Yields None with `--no-base`, if the head is new, and if the base cannot be found.
     """
     full_base = find_full_base(trained.ref) if config.base else None
     if config.base and trained.has_adapter and not trained.ref.card.heads:
@@ -192,7 +192,7 @@ def _base_of(
 
 
 def _evaluate_on_judgments(config: EvaluateConfig, qrels: Path, listener: Listener) -> Evaluation:
-    """Search the corpus of a retrieval set for its queries, and score what is found."""
+    """Retrieve documents for the queries of a retrieval set, and score them by its judgments."""
     for flag, value in (
         ("--dataset", config.dataset),
         ("--against", config.against),
@@ -266,7 +266,7 @@ def _evaluate_on_judgments(config: EvaluateConfig, qrels: Path, listener: Listen
 
 
 def _resolve(config: EvaluateConfig, device: str) -> tuple[ModelRef, ModelRef | None]:
-    """Returns the model to evaluate, with the requested quantization, and that of `--against`."""
+    """Returns the model to evaluate, quantized as requested, and the `--against` model or None."""
     where: Any = {"device": device, "dtype": config.dtype}
     name, task, base = config.name, config.task, config.base_model
     if config.against is None:
@@ -296,7 +296,7 @@ def _requantized(ref: ModelRef, quant: str | None) -> ModelRef:
 def _settings(config: EvaluateConfig, ref: ModelRef) -> tuple[TrainConfig, bool]:
     """Returns data and scoring settings, and whether the rows are the run's own.
 
-    Options override the run's settings. A file that was moved still counts as the run's own.
+    `config` overrides the run's settings. A file that was moved still counts as the run's own.
     """
     changes: dict[str, Any] = {"overlong": "drop"}
     if ref.run is not None:
@@ -375,7 +375,7 @@ def _context(
     *,
     is_compared: bool,
 ) -> EncodingContext:
-    """Returns the encoding context for scoring `trained`, with the seed of training."""
+    """Returns how to encode rows for `trained`; `leader` sets the length limits."""
     tokenizer, positions = trained.tokenizer, text_positions(settings.method, trained.model.config)
     name = leader.card.method
     has_virtual_tokens = (
@@ -429,7 +429,7 @@ def _evaluator(
 
 
 def _rollouts(trained: LoadedModel, held_out: EvaluationRows, settings: TrainConfig) -> Rollouts:
-    """Returns the rollouts of a model of reinforcement learning, with the seed of training."""
+    """Returns the sampler and scorer of completions for a policy, with the seed of training."""
     objective = trained.objective
     if not isinstance(objective, PolicyGradient):
         raise TypeError("only a policy has rewards")
@@ -501,7 +501,7 @@ def _choices(
 def _intervals(
     config: EvaluateConfig, evaluator: Evaluator, record: ExampleRecord, base: ExampleRecord | None
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """Returns resampled metrics and 95 % intervals of metrics and of differences from the base."""
+    """Returns bootstrap values per metric, and 95 % intervals of metrics and of differences."""
     if not config.resamples:
         return {}, {}
     if len(record.units) < 2:
@@ -515,7 +515,7 @@ def _intervals(
 def _compute_intervals(
     draws: Mapping[str, np.ndarray], base: Mapping[str, np.ndarray] | None
 ) -> dict[str, Any]:
-    """Returns 95 % intervals of resampled metrics, and of their differences from the base's."""
+    """Returns 95 % intervals of bootstrap values, and of their differences from the base's."""
     intervals = {"intervals": {name: interval(values) for name, values in draws.items()}}
     if base is not None:
         both = [name for name in draws if name in base]

@@ -46,7 +46,7 @@ class ExportResult:
 def export(
     config: ExportConfig, *, listener: Listener | None = None, dry_run: bool = False
 ) -> ExportResult:
-    """Convert a model to the files of a different program.
+    """Convert a model to files for another program, such as llama.cpp.
 
     Raises:
         ConfigError: a problem that is known before weights are read.
@@ -107,7 +107,7 @@ def _check_outputs(config: ExportConfig) -> None:
 
 
 def _find_several(config: ExportConfig, device: str) -> dict[str, ModelRef]:
-    """Find the adapters in a directory of adapters, by name; empty for a single model."""
+    """Returns name → adapter for a directory of adapters; empty if `config.model` is one model."""
     path = Path(config.model).expanduser()
     if not path.is_dir() or any(
         (path / name).exists() for name in ("config.json", "adapter_config.json", "adapter", CONFIG)
@@ -128,7 +128,7 @@ def _find_several(config: ExportConfig, device: str) -> dict[str, ModelRef]:
 
 
 def _left_out(config: ExportConfig, refs: Mapping[str, ModelRef]) -> list[Path]:
-    """Returns runs and models in a directory of adapters that are not adapters."""
+    """Returns folders in a directory of adapters that are runs or models without an adapter."""
     if not refs:
         return []
     folders = [p for p in sorted(Path(config.model).expanduser().iterdir()) if p.is_dir()]
@@ -137,7 +137,7 @@ def _left_out(config: ExportConfig, refs: Mapping[str, ModelRef]) -> list[Path]:
 
 
 def _merge(config: ExportConfig, ref: ModelRef, directory: Path) -> MergeOutput:
-    """Merge the adapter into `directory`; unverified, onto same weights as in training."""
+    """Merge the adapter, write the model to `directory`, and return how to convert and check it."""
     quantization = ref.quantization.get("kind", "none")
     rounds = config.outtype in GRIDS
     onto = "auto" if quantization == "none" or (config.verify and not rounds) else "dequantized"
@@ -170,7 +170,7 @@ def _merge(config: ExportConfig, ref: ModelRef, directory: Path) -> MergeOutput:
 
 
 def _as_it_is(config: ExportConfig, ref: ModelRef, device: str, _: Path) -> MergeOutput:
-    """Returns the code selection and comparison of a model that needs no merging."""
+    """Returns how to choose quantization codes for a model without adapter, and to compare it."""
     if not _chooses_codes(config):
         return MergeOutput({})
     model = ref.load(device)
@@ -196,7 +196,7 @@ def _chooses_codes(config: ExportConfig) -> bool:
 def _probes(
     config: ExportConfig, inputs: MergeInput
 ) -> tuple[ComparisonProbe, ComparisonProbe | None]:
-    """Returns the comparison rows, and the calibration rows if codes are chosen on them."""
+    """Returns the rows to compare on, and those to calibrate quantization codes on (or None)."""
     chooses = _chooses_codes(config)
     rows = choose_rows(inputs, _ROWS, config.calibration_rows if chooses else 0)
     calibration = inputs.probe(rows.calibration) if rows.calibration else None

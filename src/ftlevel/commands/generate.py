@@ -32,7 +32,7 @@ from ftlevel.trained.model_ref import LoadedModel
 
 @dataclass(frozen=True)
 class GeneratedAnswer:
-    """Output for one prompt; `base` is None if not queried, `tags` are (word, tag) pairs."""
+    """Output for one prompt; `base` is the base model's, or None; `tags` are (word, tag) pairs."""
 
     prompt: str
     text: str
@@ -54,7 +54,7 @@ def generate(
         settings: fields of `GenerateConfig`.
 
     Returns:
-        An `GeneratedAnswer` per prompt and adapter, in order, and notes for the user.
+        A `GeneratedAnswer` per prompt and adapter, in order, and notes for the user.
 
     Raises:
         InputError: a model or a file cannot be loaded.
@@ -130,7 +130,7 @@ def _read_lines(path: Path) -> list[str]:
 def _with_rows(
     request: AnswerRequest, path: Path, task: BaseTask, config: GenerateConfig
 ) -> tuple[AnswerRequest, list[str]]:
-    """Returns `request` with the rows of a file, and the text printed for each."""
+    """Returns `request` extended by the rows of a file, and the text to print for each row."""
     ignored = config.ignore_columns
     source, _ = open_rows(str(path), ReadOptions(ignored=ignored))
     try:
@@ -159,7 +159,7 @@ _SHOWN = ("question", "prompt", "instruction", "messages", "conversations")
 
 
 def build_generation_settings(config: GenerateConfig) -> GenerationOptions:
-    """Build the generation settings."""
+    """Returns the generation options of `config`."""
     return GenerationOptions(
         config.max_new_tokens, config.num_beams, config.temperature, config.top_p, config.seed
     )
@@ -172,11 +172,11 @@ def generate_replies(adapters: AdapterSet, name: str, request: AnswerRequest) ->
 
 
 class Chat:
-    """A conversation with the active adapter, `speaker`.
+    """A conversation with the adapter that `active_adapter` names.
 
     History is part of the prompt only if the model has a chat template and no fixed instruction;
-    other models were trained on single prompts. `forgotten` counts messages dropped to fit the
-    positions.
+    other models were trained on single prompts. `forgotten` counts messages dropped because the
+    prompt was too long.
     """
 
     def __init__(self, config: GenerateConfig) -> None:
@@ -266,7 +266,7 @@ class _Pieces(TextStreamer):
         self._began = False
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:  # noqa: ARG002
-        """Pass on a piece of text, without leading whitespace of the reply."""
+        """Call `on_text` with a piece of text, without leading whitespace of the reply."""
         text = text if self._began else text.lstrip()
         if text:
             self._began = True

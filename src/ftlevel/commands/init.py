@@ -43,7 +43,7 @@ _HALF = 0.5  # most memory for weights; a step needs the rest
 
 @dataclass(frozen=True)
 class SetupQuestion:
-    """A question that fills the field `path`; `check` raises ConfigError for an invalid answer."""
+    """Question for the value of the field `path`; `check` raises ConfigError if it is invalid."""
 
     path: str
     flag: str
@@ -54,7 +54,7 @@ class SetupQuestion:
 
 @dataclass(frozen=True)
 class Draft:
-    """A recipe: file content, configuration, accepted defaults, steps and training command."""
+    """Proposed recipe: text of the file, configuration, proposed values and training command."""
 
     text: str
     config: TrainConfig
@@ -113,7 +113,7 @@ def _is_set(config: TrainConfig, path: str) -> bool:
 
 
 def _resolve(layers: list[Layer], proposed: list[Choice]) -> Run:
-    """Resolve as `train` does; add a validation split if there are no validation rows."""
+    """Resolve the run like `train`; without validation rows, add a split to both (modified)."""
     config = build_config(layers)
     run = resolve(config)
     few = len(run.data.train) < _ENOUGH or config.data.streaming
@@ -125,7 +125,7 @@ def _resolve(layers: list[Layer], proposed: list[Choice]) -> Run:
 
 
 def _propose_dataset(_: TrainConfig) -> Choice:
-    """Returns the only data file here, or the built-in examples; raises InputError for several."""
+    """Returns the only data file in ./, or the built-in examples; raises InputError for several."""
     files = sorted(path.name for path in Path().iterdir() if path.suffix.lower() in _ENDINGS)
     if len(files) > 1:
         raise InputError(
@@ -271,7 +271,7 @@ def _head(config: TrainConfig, command: str, file: Path) -> Iterator[str]:
 
 
 def _notes(run: Run, proposed: list[Choice]) -> Mapping[str, str]:
-    """Returns the comments next to settings: path → text."""
+    """Returns dotted field → comment to print next to its value."""
     choices = {choice.name: choice for choice in run.choices}
     reasons = {choice.name: choice.reason for choice in proposed}
     columns = choices.get("columns")
@@ -317,7 +317,7 @@ def _chosen(run: Run) -> Mapping[str, list[tuple[str, Any, str]]]:
 
 
 def _render(run: Run, proposed: list[Choice]) -> Iterator[str]:
-    """Yields the lines of the recipe; chosen values are commented out."""
+    """Yields the lines of the recipe; values that `train` would choose are commented out."""
     notes, chosen = _notes(run, proposed), _chosen(run)
     values = run.config.model_dump(mode="json", exclude_unset=True)
     for section in sorted(values, key=lambda name: (name not in _ORDER, _ORDER.find(name))):

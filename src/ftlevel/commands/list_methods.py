@@ -1,6 +1,6 @@
 """`list-methods`: methods and their support for a model, a task and a quantization.
 
-Imports neither torch nor transformers, except for the family of a Hub, built-in or GGUF model.
+Imports torch and transformers only to find the family of a Hub, built-in or GGUF model.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ QUANTS: tuple[str, ...] = get_args(QuantConfig.model_fields["kind"].annotation)
 
 @dataclass(frozen=True)
 class MethodRow:
-    """Support of one method; `works` is `in part` if it depends on unspecified arguments."""
+    """Support of one method; `works` is `in part` if that depends on filters not given."""
 
     name: str
     method: str

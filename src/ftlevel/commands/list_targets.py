@@ -36,11 +36,11 @@ class TargetRow:
     Attributes:
         name: value for `--target-modules`, such as `q_proj`.
         pattern: full name with `{i}` for the layer index.
-        block: part of the pattern that is the block; empty outside the blocks.
+        block: start of the pattern that names the block; empty outside the blocks.
         shape: `in -> out`; numbers for a model, symbols for a family.
         count: number of them; None for a family.
         all_linear: whether `all-linear` selects it.
-        default: whether it is a default target.
+        default: whether methods adapt it by default.
         lora_parameters: LoRA parameters of all of them together, at the requested rank.
         only: models of the family that have it; empty if all do.
     """
@@ -67,7 +67,7 @@ class TargetRow:
 
 @dataclass(frozen=True)
 class LoraSize:
-    """Size of LoRA on `all-linear`, of a model or a family's example; float32 bytes."""
+    """LoRA parameters and float32 size on `all-linear`, for the model `of` (a family's example)."""
 
     r: int
     of: str
@@ -81,8 +81,8 @@ class TargetReport:
     """Output of `ftlevel list-targets`; `dataclasses.asdict` gives its JSON.
 
     `heads` lists names for `modules_to_save` by task, or by class for a model. `aliases` are
-    families with the same names. `attention_only` is empty if unknown, and `lora` is None without
-    an example.
+    families with the same module names. `attention_only` is empty if unknown, and `lora` is None
+    without an example.
     """
 
     source: Literal["family", "model"]
@@ -156,7 +156,7 @@ def describe_model(name: str, r: int = 8) -> TargetReport:
     """Describe a directory, a .gguf file, a Hub id or `builtin:NAME`; no weights are read.
 
     Raises:
-        InputError: the model is not targets, or transformers has no class for it.
+        InputError: the model cannot be read, or transformers has no class for it.
     """
     _check_rank(r)
     from huggingface_hub.errors import StrictDataclassError

@@ -40,7 +40,7 @@ from ftlevel.tasks import TASKS
 
 @dataclass(frozen=True)
 class _MergeJob:
-    """Resolved merge; `low` is the output quantization, `calibration` has rows to choose codes."""
+    """Resolved merge: base weights to try (`ways`), output quantization (`low`), and rows."""
 
     config: MergeConfig
     inputs: MergeInput
@@ -172,7 +172,7 @@ def _warn_of_low_bits(served: Agreement, effect: Agreement, listener: Listener) 
 
 
 def score_trained(inputs: MergeInput, probe: ComparisonProbe) -> tuple[RowLogits, Agreement]:
-    """Returns the outputs of the trained model, and their difference from the base's."""
+    """Returns the logits of the trained model, and how they differ from the base model's."""
     model = inputs.ref.load(inputs.device, inputs.dtype)
     trained = probe.score(model.model, inputs.dtype)
     with model.without_adapter():
@@ -180,7 +180,7 @@ def score_trained(inputs: MergeInput, probe: ComparisonProbe) -> tuple[RowLogits
 
 
 def _ways(config: MergeConfig, inputs: MergeInput) -> list[str]:
-    """Returns the base weights to merge onto; several if they must be compared."""
+    """Returns `original`, `dequantized` or both: base weights to merge onto, to be compared."""
     if inputs.quant.kind == "none":
         if config.onto == "dequantized":
             raise ConfigError(
@@ -201,7 +201,7 @@ def _ways(config: MergeConfig, inputs: MergeInput) -> list[str]:
 
 
 def write_onto(config: MergeConfig, inputs: MergeInput, onto: str, directory: Path) -> Candidate:
-    """Write the adapter merged onto the `original` or the `dequantized` weights."""
+    """Merge the adapter onto the `original` or `dequantized` base, and write it to `directory`."""
     directory.mkdir()
     return Candidate(
         onto, directory, *write_merged(directory, inputs, *resolve_rounding(config, inputs, onto))
@@ -211,7 +211,7 @@ def write_onto(config: MergeConfig, inputs: MergeInput, onto: str, directory: Pa
 def resolve_rounding(
     config: MergeConfig, inputs: MergeInput, onto: str
 ) -> tuple[str | None, Callable[[Any], QuantizationRounding] | None]:
-    """Returns the dtype and rounding of the base weights, as `write_merged` expects them."""
+    """Returns the output dtype, and how to round base weights as in training (or None)."""
     dtype: str | None = None if config.dtype == "auto" else config.dtype
     if inputs.source.kind == "gguf":  # GGUF weights have no torch dtype
         dtype = dtype or inputs.dtype
@@ -224,7 +224,7 @@ def resolve_rounding(
 
 
 def _choose(candidates: list[Candidate]) -> tuple[Candidate, str]:
-    """Choose the candidate closest to the trained model, and an explanation."""
+    """Returns the candidate closest to the trained model, and the reason for the choice."""
     if len(candidates) == 1:
         return candidates[0], ""
     ranked = sorted(candidates, key=lambda c: c.trained.distance if c.trained else 0.0)

@@ -33,7 +33,7 @@ WINDOW = 2_048
 
 @dataclass
 class _Counts:
-    """Counts of the rows so far."""
+    """Counts of rows written and rows without negatives, and of negatives and skipped documents."""
 
     written: int = 0
     without: int = 0
@@ -44,7 +44,7 @@ class _Counts:
 def mine(config: MineConfig, *, listener: Listener | None = None) -> Mapping[str, Any]:
     """Write each query with its positives and its hard negatives, and return the counts.
 
-    Rows without any negative in the range are left out.
+    A query without any negative in the range of ranks is left out.
 
     Raises:
         ConfigError: the output exists, or an option does not fit.

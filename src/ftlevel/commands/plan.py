@@ -55,11 +55,11 @@ class PlanOptions:
 
 
 class ClusterEstimate(Protocol):
-    """Estimate for several GPUs, by the hook `forecast_cluster`."""
+    """Estimate for several GPUs, as the hook `forecast_cluster` returns it."""
 
     @property
     def steps(self) -> int | None:
-        """Number of steps of an epoch; None with synthetic rows."""
+        """Number of steps per epoch; None with synthetic rows."""
 
     def time(self) -> TimeForecast | None:
         """Returns the time of an epoch; None with synthetic rows."""
@@ -79,7 +79,7 @@ class RunPlan:
         steps: optimizer steps per epoch; of the whole run for streamed rows.
         tokens: tokens per epoch; 0 with synthetic rows.
         imagined: whether rows are synthetic.
-        longest: tokens per row assumed for `fits`.
+        longest: row length in tokens assumed for the alternatives in `fits`.
         checkpoint_bytes: size of one checkpoint, and of all kept at once.
         time: time per epoch; None if unknown.
         cost: cost of the run, in the currency of the price.
@@ -224,7 +224,7 @@ def _plan(config: TrainConfig, options: PlanOptions) -> tuple[RunPlan, Alternati
 
 
 def _names_no_data(config: TrainConfig) -> bool:
-    """Returns whether a model but no dataset is named: built-in data is not meant then."""
+    """Returns whether a model is given without a dataset, so that rows must be synthetic."""
     names_model = "name_or_path" in config.model.model_fields_set
     return names_model and "dataset" not in config.data.model_fields_set
 
@@ -252,7 +252,7 @@ def _checkpoints(run: Run, parts: Mapping[str, int]) -> tuple[int, int]:
 
 
 def _check_cards(config: TrainConfig, options: PlanOptions, card: Gpu | None) -> None:
-    """Reject several GPUs of unknown speed, and sharding on a single one."""
+    """Reject several GPUs of unknown speed, and sharding on a single GPU."""
     ranks, way = options.nodes * options.gpus_per_node, config.train.shard
     if ranks == 1 and way != "none":
         raise ConfigError(

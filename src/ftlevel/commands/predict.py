@@ -51,7 +51,7 @@ Answers = Mapping[str, str]
 
 @dataclass(frozen=True)
 class Predictions:
-    """Result: rows with answers, None if written elsewhere, and the output of `--json`."""
+    """Result: rows with answers (None if written to a file or stream), and the `--json` summary."""
 
     rows: list[dict[str, Any]] | None
     summary: Mapping[str, Any]
@@ -98,7 +98,7 @@ def predict(
 
 @dataclass(frozen=True)
 class _PredictJob:
-    """A prediction before weights are read; `questions` yields the remaining rows."""
+    """Prepared prediction, before weights are loaded; `questions` yields the remaining rows."""
 
     ref: ModelRef
     device: str
@@ -168,7 +168,7 @@ def _prepare(
 
 
 def _settings(ref: ModelRef) -> TrainConfig:
-    """Returns the run's configuration; without a run, the card's column mapping."""
+    """Returns the run's configuration; without a run, one with the card's column mapping."""
     if ref.run is not None:
         return build_config([read_run(ref.run)])
     return TrainConfig(data={"columns": ref.card.data.get("columns", {})})
@@ -177,7 +177,7 @@ def _settings(ref: ModelRef) -> TrainConfig:
 def _open(
     config: PredictConfig, rows: Any, task: BaseTask, settings: TrainConfig
 ) -> tuple[RowSource, Reader | None]:
-    """Open the rows, with the first ones already read, and their file."""
+    """Open the input; returns its rows, and the reader of the file (None for in-memory rows)."""
     ignored = config.ignore_columns or settings.data.ignore_columns
     if config.dataset is None:
         return in_memory_rows(rows, ignored), None
@@ -192,7 +192,7 @@ def _open(
 def _mapping(
     config: PredictConfig, settings: TrainConfig, task: BaseTask, source: RowSource
 ) -> Mapping[str, str]:
-    """Returns the user's `--map`, or those training columns these rows also have."""
+    """Returns `--map` if given, else the training columns that these rows also have, by role."""
     if config.columns:
         return config.columns
     roles = {role for shape in task.questions for role in shape.roles}
@@ -254,7 +254,7 @@ def _open_sink(config: PredictConfig, columns: RowColumns, stream: IO[str] | Non
 
 
 def _skip_written(questions: Iterator[QueryRow], sink: RowSink, config: PredictConfig) -> int:
-    """Open the output; return the number of rows kept, and advance `questions` past them."""
+    """Open the output; on `--resume`, skip answered `questions` (modified); return their number."""
     if not isinstance(sink, RowFile):
         return 0
     count = 0
@@ -347,7 +347,7 @@ def _answer(
     config: PredictConfig,
     tally: RowCounts,
 ) -> list[Mapping[str, Any]]:
-    """Returns the answer columns per row, empty if skipped; raises for an invalid row."""
+    """Returns the answer columns per row, empty if skipped; may raise InputError for a bad row."""
     answerable = [i for i, row in enumerate(window) if not row.fault]
     faults = {i: row.fault for i, row in enumerate(window) if row.fault}
     if faults and config.on_bad_row == "error":
@@ -365,7 +365,7 @@ def _answer(
 
 
 def _join(row: QueryRow, answer: Mapping[str, Any], job: _PredictJob) -> dict[str, Any]:
-    """Returns a row with the answer columns, null without an answer."""
+    """Returns the input row with the answer columns added; None where there is no answer."""
     existing = [repr(name) for name in job.answers if name in row.row]
     if existing:  # later JSON Lines rows may have new columns
         raise InputError(

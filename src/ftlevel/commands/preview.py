@@ -32,7 +32,7 @@ _BARS = 10  # of the histogram
 
 @dataclass(frozen=True)
 class Token:
-    """A displayed token; `text` is what it adds to the preceding tokens.
+    """A displayed token; `text` is the text that it adds after the preceding tokens.
 
     `supervised` is whether the loss has a target here; `label` is that target, if not the token
     itself.
@@ -87,7 +87,7 @@ class Preview:
 
     @property
     def extent(self) -> str:
-        """What lengths and tokens cover: an epoch, or the first rows of a stream."""
+        """Rows that lengths and tokens cover: an epoch, or the first rows of a stream."""
         is_streamed = "streamed" in self.facts
         return f"the first {self.facts['first_rows']:,} rows" if is_streamed else "an epoch"
 

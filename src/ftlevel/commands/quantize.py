@@ -67,7 +67,7 @@ SUMMARY = "quantization.json"
 
 @dataclass(frozen=True)
 class QuantizeResult:
-    """Result; after a dry run `summary` has expected sizes and `path` is None."""
+    """Result of `quantize`; after a dry run, `summary` has expected sizes and `path` is None."""
 
     summary: Mapping[str, Any]
     path: Path | None
@@ -187,7 +187,7 @@ def _unquantized_dtype(config: QuantizeConfig, model_config: Any) -> tuple[torch
 
 
 def _describe_unquantized(layout: QuantizedLayout) -> str:
-    """Returns the unquantized matrices besides embeddings, norms and heads."""
+    """Returns text on the unquantized matrices besides embeddings, norms and heads."""
     parameters, names = layout.parameters.values(), []
     if experts := {p.name for p in parameters if p.part == "experts"}:
         names.append(f"and {len(experts):,} tensors of experts")
@@ -197,7 +197,7 @@ def _describe_unquantized(layout: QuantizedLayout) -> str:
 
 
 def _experts_note(config: QuantizeConfig, plan: _Plan) -> str:
-    """Returns a note on the size of experts, which transformers cannot quantize."""
+    """Returns a note on the size of MoE experts, which stay unquantized; empty without experts."""
     sizes = predict_bytes(plan.layout)
     if "experts" not in sizes:
         return ""
@@ -223,7 +223,7 @@ def _experts_note(config: QuantizeConfig, plan: _Plan) -> str:
 
 @contextlib.contextmanager
 def _source_files(plan: _Plan) -> Iterator[Path]:
-    """Yields the directory with .safetensors files; a .gguf is converted temporarily."""
+    """Yields a directory with the model as .safetensors; a .gguf is converted temporarily."""
     source = plan.ref.source
     if source.kind != "gguf":
         yield merge_sharded_checkpoint(snapshot(source, COPIED))

@@ -44,7 +44,7 @@ class TrainResult:
     tokenizer: Any
 
     def predict(self, rows: Any, **settings: Any) -> list[dict[str, Any]]:
-        """Returns `rows` with answers of the saved run; `settings` are fields of `PredictConfig`.
+        """Returns `rows` with answers of the model; `settings` are fields of `PredictConfig`.
 
         Raises:
             ConfigError: nothing was trained.
@@ -80,7 +80,7 @@ def train(
         eval_dataset: validation rows, in the same forms.
         model: transformers model without an adapter, instead of `config.model`. It is not modified:
             the weights are reloaded from their source, or saved in the run.
-        tokenizer: tokenizer of `model`, if not the one of the name.
+        tokenizer: tokenizer of `model`; default: the one at the model's name or path.
         callbacks: `transformers.TrainerCallback` instances, called after ftlevel's own.
         dry_run: resolve and check everything; train and write nothing.
         listener: receives progress; by default printed in a notebook, elsewhere only warnings are
