@@ -1,8 +1,8 @@
-"""Interfaces of objectives and meters for the packages that read, encode and train.
+"""Interfaces of objectives and meters, for the packages that load data, encode and train.
 
-Their implementations and the tasks are in `ftlevel.tasks`. Imports nothing heavy. A loss is a sum
-over targets and comes with their count, so the loss of an optimizer step is the mean over the
-targets of all its micro-batches.
+Their implementations and the tasks are in `ftlevel.tasks`. Imports nothing heavy. An objective
+returns the loss summed over targets, and their count. The loss of an optimizer step is thus the
+mean over the targets of all its micro-batches.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ ScoreTexts = Callable[[Sequence[str], Sequence[str], str], dict[str, float]]
 
 @dataclass(frozen=True)
 class Checks:
-    """Data checks for encoded rows: vocabulary, supervision, stop tokens, near duplicates."""
+    """Which data checks apply to encoded rows: token labels, supervision, ends, near duplicates."""
 
     token_labels: bool = False
     supervised: bool = True
@@ -52,7 +52,7 @@ class TrainingLoss:
 
 
 class Meter(Protocol):
-    """Metrics accumulated batch by batch, without storing logits and without the loss."""
+    """Metrics accumulated batch by batch, apart from the loss; logits are not stored."""
 
     def update(self, logits: Tensor, labels: Tensor, rows: Sequence[Any]) -> None:
         """Add a batch of encoded `rows`; logits and labels come from `Objective.targets`."""
@@ -64,7 +64,7 @@ class Meter(Protocol):
         """Returns a new meter that combines all `meters`."""
 
     def describe(self, names: Sequence[str]) -> dict[str, Any]:
-        """Returns prediction and target of the only example; `names` are class or tag names."""
+        """Returns prediction and target of the only example; `names` are its class or tag names."""
 
 
 @dataclass(frozen=True)
@@ -72,14 +72,14 @@ class Objective(ABC):
     """Loss and metrics from model outputs and the labels of a batch.
 
     Attributes:
-        headline: metric printed first.
+        headline: name of the metric printed first.
         feeds_labels: whether the model builds its decoder inputs from the labels.
-        per_row: whether logits are per row, `(batch, ...)`, read from one token.
+        per_row: whether a row has one prediction; logits are `(batch, ...)`.
         per_token: whether every token or word has a class label.
         has_choice: whether targets are categorical, so that KL and top-1 are defined.
         one_of_many: whether a target is one of several classes, so that labels can be smoothed.
         has_classes: whether targets are classes, which can be weighted.
-        metric_names: see `metrics`; empty for the headline alone.
+        metric_names: default of `metrics`; empty for the headline alone.
     """
 
     headline: str
@@ -110,7 +110,7 @@ class Objective(ABC):
         return scores
 
     def targets(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns logits and labels of the supervised targets only."""
+        """Returns logits and labels of the supervised targets only, without ignored ones."""
         return logits, labels
 
     def choices(self, logits: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
@@ -128,7 +128,7 @@ class Objective(ABC):
     def training_sum(
         self, logits: Tensor, labels: Tensor, mask: Tensor, loss: TrainingLoss
     ) -> Tensor:
-        """Returns (1 - ε) L + ε Σ mean(-log softmax), as in transformers' `LabelSmoother`."""
+        """Returns the summed training loss (1 - ε) L + ε Σ mean(-log softmax), as transformers."""
         total, smoothing = self.loss_sum(logits, labels, mask), loss.smoothing
         if not smoothing:
             return total
@@ -146,7 +146,7 @@ class Objective(ABC):
 
     @abstractmethod
     def meter(self) -> Meter:
-        """Returns a new meter, to be updated with the result of `targets`."""
+        """Returns a new meter, whose `update` takes the result of `targets`."""
 
     @property
     def first_loss(self) -> float | None:
@@ -156,32 +156,32 @@ class Objective(ABC):
     def find_warnings(
         self, metrics: Mapping[str, float], before: Mapping[str, float] | None = None
     ) -> list[str]:
-        """Find warnings about misleading metrics; `before` has those before step 1."""
+        """Find warnings about misleading metrics; `before` are the metrics before training."""
         return []
 
     def guess_loss(self, rows: Sequence[Any]) -> float | None:
-        """Returns the loss of a constant predictor with the label frequencies of `rows`."""
+        """Returns the loss of a constant prediction of the label frequencies; None if unknown."""
         return None
 
 
 class TokenObjective(Objective):
-    """Objective of a language head, whose logits are needed at supervised positions only."""
+    """Objective of a language head, which computes logits at supervised positions only."""
 
     one_of_many: ClassVar[bool] = True
 
     @abstractmethod
     def locate(self, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns where targets are predicted in the flattened `(batch, seq)`, and the targets."""
+        """Returns indices into `(batch · seq,)` whose logits predict a target, and the targets."""
 
     @property
     def of_tokens(self) -> TokenObjective:
-        """The objective with one loss per token; by default this one."""
+        """The objective with one loss per token; here, the objective itself."""
         return self
 
 
 @dataclass(frozen=True)
 class StepTexts:
-    """The rows of an optimizer step, as indices into its distinct texts.
+    """The rows of an optimizer step; texts are indices, because rows may share texts.
 
     Attributes:
         texts: per row, the indices of its texts: the query, then the documents.
@@ -199,14 +199,14 @@ class StepTexts:
         return len(self.texts)
 
     def select(self, rows: slice) -> StepTexts:
-        """Returns some of the rows, with the same texts."""
+        """Returns the given rows; indices of texts stay the same."""
         return replace(
             self, texts=self.texts[rows], labels=self.labels[rows], teacher=self.teacher[rows]
         )
 
     @classmethod
     def join(cls, steps: Sequence[StepTexts]) -> StepTexts:
-        """Returns the rows of all `steps`, whose indices already differ."""
+        """Returns the rows of all `steps`, whose text indices must already be disjoint."""
         guides = [vector for step in steps for vector in step.guide or ()]
         return cls(
             tuple(own for step in steps for own in step.texts),
@@ -216,19 +216,19 @@ class StepTexts:
         )
 
     def after(self, count: int) -> StepTexts:
-        """Returns the rows for distinct texts that `count` others precede."""
+        """Returns the rows with all text indices increased by `count`."""
         shifted = tuple(tuple(index + count for index in indices) for indices in self.texts)
         return replace(self, texts=shifted)
 
 
 class StepObjective(Objective):
-    """Objective of one vector per text, whose loss depends on all rows of an optimizer step."""
+    """Objective with one vector per text; its loss depends on all rows of an optimizer step."""
 
     has_choice: ClassVar[bool] = False
 
     @property
     def largest_term(self) -> float:
-        """Size of the terms that cancel in the loss, whose rounding a small loss does not lose."""
+        """Size of the terms that cancel in the loss; its rounding error is proportional to it."""
         return 1.0
 
     def logits(self, outputs: Any) -> Tensor:
@@ -240,7 +240,7 @@ class StepObjective(Objective):
     def embed(self, outputs: Any, mask: Tensor, unpooled: Sequence[int] = ()) -> Tensor:
         """Returns float32 vectors `(texts, dims)`; `mask` `(texts, seq)` is 1 for a token.
 
-        `unpooled` has the number of first tokens of each text that are left out; empty for none.
+        `unpooled` is how many first tokens of each text are not pooled; empty for none.
         """
 
     @abstractmethod
@@ -279,7 +279,7 @@ class DistillationObjective(TokenObjective):
 
 @dataclass(frozen=True)
 class LikelihoodObjective(TokenObjective):
-    """Objective of the log-likelihoods of whole answers, as in preference training.
+    """Objective computed from log-likelihoods of whole answers, as in preference training.
 
     A batch contains `verdicts` `(answers, 3)`; see `Encoded.verdicts`. The answers of a row are
     consecutive in one batch.
@@ -305,7 +305,7 @@ class LikelihoodObjective(TokenObjective):
     def preference_sum(self, answers: Tensor, verdicts: Tensor, *, training: bool) -> Tensor:
         """Returns the summed loss, with one value per divisor of `training_count` if `training`.
 
-        `answers` is the result of `answers`; `verdicts` are `(answers, 3)`.
+        `answers` is what the method `answers` returns; `verdicts` are `(answers, 3)`.
         """
 
 
@@ -313,8 +313,8 @@ class LikelihoodObjective(TokenObjective):
 class PolicyObjective(TokenObjective):
     """Objective of the log-probabilities of sampled tokens, as in reinforcement learning.
 
-    A batch contains `signals` `(targets, n)`; see `Encoded.signals`. They include the divisor of
-    the loss, so that of the objective is 1.
+    A batch contains `signals` `(targets, n)`; see `Encoded.signals`. Their weights already divide
+    the loss, so `training_count` is 1.
 
     Attributes:
         temperature: divisor of the logits.
@@ -326,6 +326,6 @@ class PolicyObjective(TokenObjective):
     def policy_sum(self, each: Tensor, owners: Tensor, count: int, signals: Tensor) -> Tensor:
         """Returns the weighted sum of the loss (a scalar).
 
-        `each` are `(targets,)` float32 log-probabilities in the order of `locate`, and `owners`
-        the indices of their sequences, of which there are `count`.
+        `each` are `(targets,)` float32 log-probabilities in the order of `locate`. `owners` are the
+        indices of the targets' sequences, of which there are `count`.
         """

@@ -77,7 +77,7 @@ class RowScorer:
     def _apply(
         self, rows: Sequence[Encoded], compute: Callable[[list[Encoded]], Sequence[T]]
     ) -> list[T]:
-        """Return the results of all rows in order; `compute` gets the rows of a forward pass."""
+        """Returns the results of all rows in order; `compute` gets the rows of a forward pass."""
         if self._fast is None and len(rows) >= WORTH_ASKING:
             self._fast = self._speed_up(rows)
         results: list[Any] = [None] * len(rows)
@@ -120,7 +120,7 @@ class RowScorer:
             yield batch
 
     def _states(self, rows: Sequence[Encoded]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the logits of a forward pass, padded, and the mask of its tokens."""
+        """Returns the logits of a forward pass, padded, and the mask of its tokens."""
         batch, layout = self._batch(rows)
         with using_layout(layout):
             return self._trained.logits(batch), batch["attention_mask"]
@@ -128,7 +128,7 @@ class RowScorer:
     def _batch(
         self, rows: Sequence[Encoded]
     ) -> tuple[dict[str, torch.Tensor], PackedLayout | None]:
-        """Return the padded batch of `rows`, and the layout in which it is packed."""
+        """Returns the padded batch of `rows`, and the layout in which it is packed."""
         trained, batch = self._trained, self._collate(rows)
         layout = None
         if self._packs and self._fast is not None:
@@ -140,7 +140,7 @@ class RowScorer:
         return {name: value.to(trained.device) for name, value in batch.items()}, layout
 
     def _forward(self, rows: Sequence[Encoded]) -> Iterator[torch.Tensor]:
-        """Yield the logits of each row of a forward pass."""
+        """Yields the logits of each row of a forward pass."""
         trained, objective = self._trained, self._trained.objective
         batch, layout = self._batch(rows)
         with using_layout(layout):
@@ -354,7 +354,7 @@ class InferenceModel:
         return self._scorer.read_batches(self._fit_rows(rows), read)
 
     def _fit_rows(self, rows: Sequence[Encoded]) -> Sequence[Encoded]:
-        """Return `rows` truncated to the model's positions."""
+        """Returns `rows` truncated to the model's positions."""
         positions = self._positions
         if positions is not None:
             long_rows = [row for row in rows if len(row.input_ids) > positions]

@@ -1,8 +1,8 @@
-"""Built-in rewards of `--task rl`, from 0 to 1, which a worker process computes.
+"""Built-in rewards of `--task rl`, from 0 to 1, computed in a worker process.
 
 Imports nothing of ftlevel, so that the process starts at once. Except for `regex`, `format`,
-`length` and `repetition`, rewards score the text after `</think>`; an unclosed `<think>` is no
-answer.
+`length` and `repetition`, rewards score the text after `</think>`; with an unclosed `<think>`, this
+text is empty.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Spec(Protocol):
 
     @property
     def argument(self) -> str:
-        """Text after the colon; "" without one."""
+        """Text after the colon, such as a pattern; "" without one."""
 
 
 Reward = Callable[[str, Sequence[int], Any], float]
@@ -34,7 +34,7 @@ MAX_CHARACTERS = 200_000
 
 
 def build_reward(spec: Spec, *, opens_think: bool = False) -> Reward:
-    """Build the built-in reward of `spec`.
+    """Build the function of the built-in reward `spec`.
 
     `opens_think`: whether prompts end with `<think>`, so that completions do not begin with it.
 
@@ -63,7 +63,7 @@ NEEDS_ANSWER = ("exact", "contains", "number", "math", "choice", "rouge")
 
 
 def check_answer(spec: Spec, answer: Any) -> str:
-    """Returns why `spec` cannot compare with `answer`, or ""."""
+    """Returns why the reward `spec` cannot score against `answer`; "" if it can."""
     if spec.name not in NEEDS_ANSWER:
         return ""
     if answer is None or isinstance(answer, dict | list):
@@ -102,7 +102,7 @@ def _visible(text: str) -> str:
 
 
 def _final(answer: Any) -> str:
-    """Returns the answer as text, without GSM8K's solution before `####`."""
+    """Returns the answer as text; of GSM8K's answers, only what follows `####`."""
     return str(answer).rpartition("####")[2].strip()
 
 
@@ -166,12 +166,12 @@ def _math_reward() -> Reward:
 
 
 def split_labels(value: str) -> list[str]:
-    """Returns the labels of `choice`; default A to E."""
+    """Returns the comma-separated labels of the reward `choice`; A to E by default."""
     return [label.strip() for label in value.split(",") if label.strip()] or list("ABCDE")
 
 
 def _label_of(answer: Any, labels: Sequence[str]) -> str | None:
-    """Returns the label that an answer names, by text or by index from 0."""
+    """Returns the label that an answer means: the same text, or an index from 0; None if none."""
     if isinstance(answer, int) and not isinstance(answer, bool):
         return labels[answer] if 0 <= answer < len(labels) else None
     final = _final(answer).strip("().").casefold()
@@ -231,7 +231,7 @@ def parse_strict_json(text: str) -> Any:
 
 
 def _same(one: Any, two: Any) -> bool:
-    """Returns whether two JSON values are equal; 1 equals 1.0 and not true."""
+    """Returns whether two JSON values are equal; 1 equals 1.0, but not true."""
     if isinstance(one, bool) or isinstance(two, bool):
         return one is two
     if isinstance(one, dict) and isinstance(two, dict):
@@ -244,7 +244,7 @@ def _same(one: Any, two: Any) -> bool:
 
 
 def _json_reward(schema_file: str) -> Reward:
-    """Returns 0 if the text is no JSON, or violates the schema; else the share of equal fields."""
+    """Returns a reward: the share of fields equal to the answer's; 0 for invalid JSON or schema."""
     validator = None
     if schema_file:
         try:
@@ -265,7 +265,7 @@ def _json_reward(schema_file: str) -> Reward:
 
 
 def _equal_share(got: Any, answer: Any) -> float:
-    """Returns the share of equal fields among those of both objects; 0 or 1 for other values."""
+    """Returns the share of equal fields of two objects; 1 or 0 for other JSON values."""
     if isinstance(answer, str):
         try:
             answer = parse_strict_json(answer)
@@ -332,5 +332,5 @@ def _repetition_reward(size: int) -> Reward:
 
 
 def read_answer(columns: Mapping[str, Sequence[Any]], index: int) -> Any:
-    """Load the answer of row `index`, or None."""
+    """Returns the answer of row `index`; None without such a column."""
     return columns["answer"][index] if "answer" in columns else None

@@ -1,4 +1,4 @@
-"""Process that runs reward functions, so that one that hangs or crashes can be stopped.
+"""Worker process for reward functions, so that a function that hangs or crashes can be stopped.
 
 Requests and replies are JSON lines on stdin and stdout; what functions print goes to stderr.
 `python -m ftlevel.rewards.worker` starts it.
@@ -39,7 +39,7 @@ def _raise_slow(_: int, __: FrameType | None) -> None:
 
 
 def load_function(path: str, name: str) -> tuple[Callable[..., Any], dict[str, Any]]:
-    """Import `name` from the file `path`; return it and the columns that it takes.
+    """Import `name` from the file `path`; return it and its signature, as in `_signature`.
 
     Raises:
         ValueError: the file cannot be imported or has no such function.
@@ -76,7 +76,7 @@ def load_function(path: str, name: str) -> tuple[Callable[..., Any], dict[str, A
 
 
 def _signature(function: Callable[..., Any]) -> dict[str, Any]:
-    """Returns the columns that a function needs, and the arguments that it takes (None: all)."""
+    """Returns `needs`, the columns a function requires, and `takes`, its arguments (None: any)."""
     parameters = inspect.signature(function).parameters.values()
     keywords = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
     needs = [p.name for p in keywords if p.default is p.empty and p.name not in _OWN]
@@ -85,7 +85,7 @@ def _signature(function: Callable[..., Any]) -> dict[str, Any]:
 
 
 def _describe(error: BaseException, file: str = "") -> str:
-    """Returns an exception in a line, with the line of `file` that raised it."""
+    """Returns an exception as one line of text, with the line number of `file` that raised it."""
     lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == file]
     if isinstance(error, SyntaxError):
         lines = [error.lineno]
@@ -95,7 +95,7 @@ def _describe(error: BaseException, file: str = "") -> str:
 
 
 class Worker:
-    """Rewards of a run, by index."""
+    """The rewards; requests refer to them by index."""
 
     def __init__(self) -> None:
         self.specs: list[Any] = []
@@ -103,7 +103,7 @@ class Worker:
         self.signatures: list[dict[str, Any]] = []
 
     def load(self, request: Mapping[str, Any]) -> dict[str, Any]:
-        """Load the rewards; return the signatures of functions and the problems."""
+        """Load the rewards; return the functions' signatures and the error messages."""
         problems = []
         for fields in request["specs"]:
             config = SimpleNamespace(**fields)
@@ -122,7 +122,7 @@ class Worker:
         return {"signatures": self.signatures, "problems": problems}
 
     def check(self, request: Mapping[str, Any]) -> dict[str, Any]:
-        """Returns the first answer that a built-in reward cannot use, and why."""
+        """Returns the row and reason of the first answer that a built-in reward cannot use."""
         for spec in self.specs:
             if spec.kind != "builtin":
                 continue
@@ -132,7 +132,7 @@ class Worker:
         return {"row": None, "reason": ""}
 
     def score(self, request: Mapping[str, Any]) -> dict[str, Any]:
-        """Returns the scores of one reward, or what is wrong with it."""
+        """Returns the scores of one reward, or the problem and which completions failed."""
         index, batch = request["reward"], request["batch"]
         if self.specs[index].kind == "builtin":
             share = 0.8 * request["seconds"] / max(len(batch["texts"]), 1)
@@ -155,7 +155,7 @@ class Worker:
         return scores
 
     def _called(self, index: int, batch: Mapping[str, Any]) -> dict[str, Any]:
-        """Returns the scores of a function; if it fails, of which completion."""
+        """Returns the scores of a function; if it fails, also the problem and which completions."""
         scores, problem = self._try(index, batch)
         if not problem:
             return {"scores": scores}
@@ -199,11 +199,11 @@ async def _awaited(result: Any) -> Any:
 
 
 def _ignore(*_: Any, **__: Any) -> None:
-    """Stand for TRL's functions that log columns and metrics."""
+    """Do nothing; passed to functions in place of TRL's `log_extra` and `log_metric`."""
 
 
 def _part(batch: Mapping[str, Any], at: int) -> dict[str, Any]:
-    """Returns completion `at` of a batch."""
+    """Returns the batch with completion `at` only."""
     return {
         **{
             name: [batch[name][at]]
@@ -215,7 +215,7 @@ def _part(batch: Mapping[str, Any], at: int) -> dict[str, Any]:
 
 
 def _checked(result: Any, count: int) -> tuple[list[Any] | None, str]:
-    """Returns the scores as floats or None, or what is wrong with them."""
+    """Returns (scores, "") with each score a float or None, or (None, what is wrong)."""
     if hasattr(result, "tolist"):  # a tensor or an array
         result = result.tolist()
     if not isinstance(result, list | tuple):
@@ -238,13 +238,13 @@ def _checked(result: Any, count: int) -> tuple[list[Any] | None, str]:
 
 
 def _start_timer(seconds: float) -> None:
-    """Start, or with 0 stop, the time limit of a built-in reward."""
+    """Set the time limit of a built-in reward; 0 removes it."""
     if hasattr(signal, "setitimer"):
         signal.setitimer(signal.ITIMER_REAL, seconds)
 
 
 def serve(requests: TextIO, replies: TextIO) -> None:
-    """Answer requests until the input ends."""
+    """Reply to requests until the input ends."""
     if hasattr(signal, "SIGALRM"):
         signal.signal(signal.SIGALRM, _raise_slow)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the run decides
@@ -258,14 +258,14 @@ def serve(requests: TextIO, replies: TextIO) -> None:
 
 
 def _end_with(parent: int) -> None:
-    """Kill this process and those that it started when the process `parent` has ended."""
+    """Wait until the process `parent` has ended; then kill this process and its children."""
     while os.getppid() == parent:
         time.sleep(1.0)
     os.killpg(0, signal.SIGKILL)
 
 
 def main() -> None:
-    """Serve on the original stdout; functions print to stderr."""
+    """Run the worker: replies go to the original stdout; what functions print, to stderr."""
     if hasattr(os, "killpg") and os.getpgrp() == os.getpid():  # a signal ends the run only
         threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     replies = os.fdopen(os.dup(1), "w", encoding="utf-8")

@@ -48,7 +48,7 @@ A ranking is a list of `{"answer": ..., "probability": ...}`, most likely first.
 
 @dataclass(frozen=True)
 class Prediction:
-    """Prediction for one prompt or row; `columns` are those of `BaseTask.answer_columns`.
+    """Prediction for one prompt or row; `columns` are the values of `BaseTask.answer_columns`.
 
     `scores` maps classes or words to probabilities; `tags` has (word, tag) pairs. Both may be
     empty.
@@ -62,9 +62,9 @@ class Prediction:
 
 @dataclass(frozen=True)
 class OutputOptions:
-    """Optional outputs of a prediction; `top_k` is 0 for no ranking.
+    """Optional outputs of a prediction; `top_k` is the length of the ranking, 0 for none.
 
-    `normalize` and `dims` are of embeddings; None is as in the model.
+    `normalize` and `dims` change embeddings; None keeps the model's setting.
     """
 
     probabilities: bool = False
@@ -84,7 +84,7 @@ class PromptedModel(Protocol):
     prompt_format: PromptFormat | None
 
     def write(self, prompts: Sequence[list[int]]) -> list[str]:
-        """Returns the text generated for each prompt; raises `UnansweredError` without room."""
+        """Returns the generated text per prompt; raises `UnansweredError` if one is too long."""
 
     def score(self, rows: Sequence[Encoded], read: Callable[[Encoded, Tensor], T]) -> list[T]:
         """Returns `read(row, logits)` for each row, in order.
@@ -101,10 +101,10 @@ class PromptedModel(Protocol):
         rows: Sequence[Encoded],
         read: Callable[[Sequence[Encoded], Tensor, Tensor], Sequence[T]],
     ) -> list[T]:
-        """Return the results of `read` for each row, in order; errors as in `score`.
+        """Returns the results of `read` for each row, in order; raises as `score` does.
 
-        `read` gets the rows of a forward pass, their logits `(rows, seq, …)`, and their mask
-        `(rows, seq)`, which is 0 for padding.
+        `read` is called per forward pass, with its rows, their logits `(rows, seq, …)`, and the
+        mask `(rows, seq)`, which is 0 for padding.
         """
 
 
@@ -124,7 +124,7 @@ class BaseTask(ABC):
         shapes: supported column layouts; the first that matches is used.
         questions: column layouts of rows without answers, for `ftlevel predict`.
         auto_classes: type of model -> transformers auto class.
-        peft_types: type of model -> PEFT `TaskType`; other kinds use a plain `PeftModel`.
+        peft_types: type of model -> PEFT `TaskType`; other types use a plain `PeftModel`.
         headline: metric printed first, without prefix.
         instruction: text before the source text in prompts; empty for none.
         answer_cue: end of the prompt for models without a chat template.
@@ -136,17 +136,17 @@ class BaseTask(ABC):
         has_new_head: whether the head is newly initialized and fully trained.
         generates_text: whether the model generates text.
         served_as: what servers call a model that generates no text.
-        finds_ends_by_padding: whether the model locates the last token by its padding token.
+        finds_ends_by_padding: whether the model finds a row's last token by the padding after it.
         head_like: task with the same head, if the head is not specific to this task.
         separates_padding: whether the padding token must differ from EOS.
-        changes_tokenizer: whether it changes the template of a tokenizer, e.g. to append EOS.
+        changes_tokenizer: whether the task changes a tokenizer's template, e.g. to append EOS.
         needs_context: whether a prompt needs a context text.
         uses_dropout: whether training may use dropout.
-        synthetic_facts: data facts assumed for synthetic batches.
+        synthetic_facts: facts about the data (as in `facts`) assumed for synthetic batches.
         synthetic_labels: class or tag names assumed for synthetic batches.
         needs_offsets: whether encoding needs the character offsets of tokens.
-        checks: data checks that apply to the rows.
-        split_text: log text for examples that were split into several rows.
+        checks: data checks that apply to the encoded rows.
+        split_text: how the log counts rows beyond one per example, such as more windows.
     """
 
     name: str
@@ -187,7 +187,7 @@ class BaseTask(ABC):
     def for_model(
         self, source: ModelSource, kind: str, width: int, tokenizer: Any, step_rows: int
     ) -> tuple[BaseTask, list[Choice]]:
-        """Returns the task with settings of the model, and the lines that show them.
+        """Returns the task adapted to the model, and the lines that print its settings.
 
         `width` is the hidden size, `step_rows` the rows of an optimizer step. Raises `ConfigError`
         for settings that do not fit the model.
@@ -214,7 +214,7 @@ class BaseTask(ABC):
         return None
 
     def find_heads(self, meta: Any, source: Any) -> tuple[list[str], list[str]]:
-        """Find the fully trained modules of `meta`, and those that a checkpoint may lack."""
+        """Find the modules of `meta` to train in full, and those that a checkpoint may lack."""
         if not self.has_new_head:
             return [], []
         from ftlevel.models.loading import find_new_poolers
@@ -224,7 +224,7 @@ class BaseTask(ABC):
         return heads, heads
 
     def find_unused(self, meta: Any) -> list[str]:
-        """Find the modules of `meta` that do not affect the loss, and are never trained."""
+        """Find the modules of `meta` that do not affect the loss and are never trained."""
         return []
 
     @property
@@ -234,7 +234,7 @@ class BaseTask(ABC):
 
     @abstractmethod
     def build_objective(self, kind: str, facts: Mapping[str, Any]) -> Objective:
-        """Build the objective for a `kind` of model, from data facts or a model card."""
+        """Build the objective for a `kind` of model, from data facts or those in a model card."""
 
     def card_options(self, config: DataConfig, facts: Mapping[str, Any]) -> dict[str, Any]:
         """Returns task options that inference needs."""
@@ -243,46 +243,46 @@ class BaseTask(ABC):
     def settings_of_adapter(
         self, directory: Path, options: Mapping[str, Any]
     ) -> dict[str, dict[str, Any]]:
-        """Returns the settings that training from an adapter takes over, by section.
+        """Returns config section -> settings that a run takes over from the adapter it starts from.
 
-        `options` are those of the card; empty without a card.
+        `options` are those of the model card; empty without a card.
         """
         return {}
 
     def embedding_format(self, options: Mapping[str, Any]) -> EmbeddingFormat | None:
-        """Returns how a model with the `options` of the card pools; None for other models."""
+        """Returns the embedding format in model card `options`; None for other tasks."""
         return None
 
     def write_files(  # noqa: B027 - most tasks write none
         self, directory: Path, model_config: Any, options: Mapping[str, Any]
     ) -> None:
-        """Write files of other libraries beside an adapter or model; `options` are the card's."""
+        """Write other libraries' files beside an adapter or model with model card `options`."""
 
     def card_defaults(
         self, source: ModelSource, model_config: Any, tokenizer: Any, kind: str
     ) -> dict[str, Any]:
-        """Returns `prompt`, `labels` and `options` for a model without a model card."""
+        """Returns defaults of `prompt`, `labels` and `options` for a model without a model card."""
         return {}
 
     def synthetic_row(self, ids: list[int], row: int) -> Encoded:
-        """Returns a synthetic row of tokens `ids` with many targets, for memory estimation."""
+        """Returns a synthetic row of tokens `ids` with many targets, to estimate memory."""
         return Encoded(ids, list(ids), row)
 
     def describe_head(self, labels: Sequence[str]) -> str:
-        """Returns a description that differs between incompatible heads."""
+        """Returns a text that is the same for two models only if their heads are compatible."""
         return f"{self.name} of {', '.join(labels)}" if labels else self.name
 
     # ---- from columns to encoded rows
 
     @property
     def encoding_options(self) -> Mapping[str, Any]:
-        """Options outside the data section that change the encoded rows."""
+        """Options that change the encoded rows and are not in the config's data section."""
         return {}
 
     def find_format(
         self, columns: Sequence[str], config: DataConfig, rows: Sequence[Row] = ()
     ) -> Format:
-        """Find the format of `columns`; if none matches, suggest a task that they fit."""
+        """Find the format of `columns`; if there is none, the error suggests a task that fits."""
         mapping = {**self.column_mapping(columns, config, rows), **config.columns}
         try:
             return detect_format(
@@ -298,13 +298,13 @@ class BaseTask(ABC):
     def column_mapping(
         self, columns: Sequence[str], config: DataConfig, rows: Sequence[Row]
     ) -> Mapping[str, str]:
-        """Returns role -> column from settings other than `--map`."""
+        """Returns role -> column where settings other than `--map` determine the column."""
         return {}
 
     def read_columns(
         self, format_: Format, table: Table, config: DataConfig
     ) -> tuple[Format, list[Choice]]:
-        """Load the format completed from the column values, and log lines about it."""
+        """Returns the format, completed from the values in its columns, and log lines about it."""
         return format_, []
 
     def label_role(self, format_: Format) -> str | None:
@@ -323,36 +323,36 @@ class BaseTask(ABC):
 
     @abstractmethod
     def encode(self, encoder: Encoder, examples: Sequence[Any], table: Table) -> FittedRows:
-        """Encode encoded rows of `examples`; raises `InputError` if one does not fit."""
+        """Encode `examples` as rows; raises `InputError` if one does not fit."""
 
     def check_rows(self, rows: Sequence[Encoded]) -> Mapping[str, Mask]:
         """Returns task-specific data checks: check name -> mask of the failing rows."""
         return {}
 
     def check_examples(self, examples: Sequence[Any]) -> Sequence[tuple[str, int, str]]:
-        """Returns (check name, example count, description) for checks of the whole training set."""
+        """Returns (check name, number of examples, description) for checks of the training set."""
         return ()
 
     def check_validation(
         self, train: Sequence[Any], validation: Sequence[Any], corpus: Sequence[str] | None
     ) -> Sequence[tuple[str, str, Sequence[int], str]]:
-        """Returns (check name, split, row indices, example) for checks of two splits together.
+        """Returns (check name, split, row indices, example) for checks that compare both splits.
 
-        `corpus` are the documents that validation queries are looked up in, if they are given.
+        `corpus` are the documents searched by validation queries; None if not given.
         """
         return ()
 
     def encode_corpus(
         self, encoder: Encoder, documents: Sequence[str]
     ) -> tuple[Sequence[Encoded], Choice]:
-        """Returns the encoded documents that queries are looked up in, and the line that shows it.
+        """Returns the encoded documents that queries search, and the line that prints their number.
 
         Raises `ConfigError` for tasks without queries.
         """
         raise ConfigError(f"--corpus: of --task embedding, and this is {self.name}. Drop it.")
 
     def facts(self, loaded: LoadedExamples) -> Mapping[str, Any]:
-        """Returns task-specific entries of summary.json about the data."""
+        """Returns the task's entries about the data in summary.json."""
         return {}
 
     def describe_rows(self, loaded: LoadedExamples, facts: Mapping[str, Any]) -> list[Choice]:
@@ -364,13 +364,13 @@ class BaseTask(ABC):
     def finish_data(
         self, prepared: PreparedData, config: DataConfig, context: EncodingContext
     ) -> PreparedData:
-        """Returns `prepared` with rows that are completed at access time, such as masked tokens."""
+        """Returns `prepared`, with rows that are completed when read, such as by masking tokens."""
         return prepared
 
     def evaluation_rows(
         self, rows: Sequence[Encoded], config: DataConfig, context: EncodingContext
     ) -> Sequence[Encoded]:
-        """Returns evaluation rows, identical at each access."""
+        """Returns evaluation rows that are identical whenever they are read."""
         return rows
 
     # ---- inference and display
@@ -382,7 +382,7 @@ class BaseTask(ABC):
         name: str | None = None,
         rows: Sequence[Row] = (),
     ) -> Format:
-        """Find the format of `columns` without an answer.
+        """Find the format of `columns` without answers.
 
         `mapping` (role -> column) is from `--map`, `name` from `--format`.
 
@@ -404,7 +404,7 @@ class BaseTask(ABC):
         options: Mapping[str, Any],
         outputs: OutputOptions,
     ) -> dict[str, Column]:
-        """Returns prediction columns: name suffix -> type; "" is the answer itself.
+        """Returns prediction columns: name suffix -> type; the answer itself has the suffix "".
 
         Raises:
             ConfigError: the task does not support an optional output.
@@ -414,7 +414,7 @@ class BaseTask(ABC):
 
     @abstractmethod
     def build_query(self, prompt: str, context: str | None, number: int) -> Any:
-        """Build an example built from `prompt` (and `context`, if `needs_context`)."""
+        """Build an example without an answer from `prompt` (and `context`, if `needs_context`)."""
 
     @abstractmethod
     def answer_rows(
@@ -444,7 +444,7 @@ class BaseTask(ABC):
     def show_targets(
         self, row: Encoded, names: Sequence[str], kind: str, decoder: TokenDecoder
     ) -> list[str | None]:
-        """Returns the target text per token; "" for the token itself, None for no target."""
+        """Returns each token's target as text: "" for the token itself, None without a target."""
         labels, count = row.labels, len(row.input_ids)
         if not isinstance(labels, list) or len(labels) != count:
             return [None] * count
@@ -460,21 +460,21 @@ class BaseTask(ABC):
 
 
 def check_options(outputs: OutputOptions, whose: str, instead: str) -> None:
-    """Raise `ConfigError` for optional outputs in `outputs`; `whose` begins the message."""
+    """Raise `ConfigError` if `outputs` asks for probabilities; the message begins with `whose`."""
     for flag, value in (("--probabilities", outputs.probabilities), ("--top-k", outputs.top_k)):
         if value:
             raise ConfigError(f"{flag}: {whose} has no probabilities. {instead or f'Drop {flag}.'}")
 
 
 def rank(scores: Mapping[str, float], count: int) -> list[dict[str, Any]]:
-    """Returns the `count` most likely entries of `scores` as a ranking."""
+    """Returns the `count` most likely entries of `scores`, best first."""
     best = sorted(scores.items(), key=lambda item: -item[1])[:count]
     return [{"answer": name, "probability": score} for name, score in best]
 
 
 @functools.cache
 def find_tasks() -> dict[str, BaseTask]:
-    """Find all tasks by name, without those of packages that cannot be imported."""
+    """Returns all tasks by name, without those of packages that cannot be imported."""
     tasks: dict[str, BaseTask] = {}
     packages = added("tasks")
     for name in NAMES:

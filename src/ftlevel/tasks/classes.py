@@ -174,7 +174,7 @@ class ClassTask(BaseTask):
     def find_format(
         self, columns: Sequence[str], config: DataConfig, rows: Sequence[Row] = ()
     ) -> Format:
-        """Find the format of `columns`; raise for labels that are character spans."""
+        """Find the format of `columns`; raises `InputError` if the labels are character spans."""
         format_ = super().find_format(columns, config, rows)
         column = format_.columns["label"]
         values = [row.get(column) for row in rows]
@@ -190,7 +190,7 @@ class ClassTask(BaseTask):
     def read_columns(
         self, format_: Format, table: Table, config: DataConfig
     ) -> tuple[Format, list[Choice]]:
-        """Load the format with the problem type, which determines the example builder."""
+        """Returns the format with the problem type, which determines how examples are built."""
         problem, reason = choose_problem_type(table, format_.columns["label"], config.problem_type)
         completed = replace(format_, build=_BUILDERS[problem], options={"problem_type": problem})
         return completed, [Choice("problem", problem, reason)]
@@ -200,7 +200,7 @@ class ClassTask(BaseTask):
         return None if format_.options["problem_type"] == _QUANTITY else "label"
 
     def encode(self, encoder: Encoder, examples: Sequence[Any], table: Table) -> FittedRows:
-        """Encode the encoded texts with class ids or numbers as labels."""
+        """Encode the texts, with class ids or numbers as labels."""
         targets = _Targets(encoder.labels)
 
         def encode(some: Sequence[Any]) -> list[Encoded]:
@@ -209,7 +209,7 @@ class ClassTask(BaseTask):
         return encoder.fit(encoder.collect(encode, examples), table)
 
     def check_examples(self, examples: Sequence[Any]) -> Sequence[tuple[str, int, str]]:
-        """Returns a finding if almost all examples have the same class."""
+        """Returns a warning if almost all examples have the same class."""
         from ftlevel.data.gate.checks import find_majority_class
 
         if not examples or isinstance(examples[0].label, float):
@@ -222,7 +222,7 @@ class ClassTask(BaseTask):
         return {"problem_type": loaded.format.options["problem_type"]}
 
     def describe_rows(self, loaded: LoadedExamples, facts: Mapping[str, Any]) -> list[Choice]:
-        """Returns nothing: the number of targets is the number of rows."""
+        """Returns no lines: the number of targets is the number of rows."""
         return []
 
     def answer_columns(
@@ -232,7 +232,7 @@ class ClassTask(BaseTask):
         options: Mapping[str, Any],
         outputs: OutputOptions,
     ) -> dict[str, Column]:
-        """Returns the answer column, one column per class with probabilities, and `top`."""
+        """Returns the answer column and, if requested, one per class (probabilities) and `top`."""
         problem = options.get("problem_type")
         if problem == _QUANTITY:
             check_options(outputs, "a regression", "")
@@ -245,7 +245,7 @@ class ClassTask(BaseTask):
         return columns
 
     def build_query(self, prompt: str, context: str | None, number: int) -> Any:
-        """Build a text without a label."""
+        """Build a text without a label from `prompt`."""
         return LabeledText(prompt, None, 0, number)
 
     def answer_rows(
@@ -279,7 +279,7 @@ def read_labels(model_config: Any) -> list[str]:
 
 @dataclass(frozen=True)
 class _Targets:
-    """Callable that converts an example to a class id, a multi-hot tuple or a number."""
+    """Callable that returns an example's target: a class id, a multi-hot tuple or a number."""
 
     labels: LabelSet | None
 
@@ -354,7 +354,7 @@ class MultiLabel(Objective):
     metric_names: ClassVar[tuple[str, ...]] = ("micro_f1", "macro_f1", "subset_accuracy")
 
     def choices(self, logits: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
-        """Returns `(batch * classes, 2)` logits: a binary logit z is a choice between 0 and z."""
+        """Returns logits `(batch * classes, 2)`: each binary logit z as the two choices 0 and z."""
         import torch
 
         flat = logits.reshape(-1, 1)
@@ -375,11 +375,11 @@ class MultiLabel(Objective):
     def training_sum(
         self, logits: Tensor, labels: Tensor, mask: Tensor, loss: TrainingLoss
     ) -> Tensor:
-        """Returns the sum over all classes of all rows, with weighted positive terms."""
+        """Returns the sum over all classes of all rows; `loss` may weight the positive terms."""
         return weigh_yes_and_no(logits.float(), labels, loss)
 
     def balance(self, rows: Sequence[Encoded], classes: int) -> tuple[float, ...]:
-        """Returns negative / positive rows per class."""
+        """Returns for each class its number of negative rows divided by that of positive rows."""
         return balance_yes_and_no(row.labels for row in rows if isinstance(row.labels, tuple))
 
     def meter(self) -> Meter:
@@ -401,7 +401,7 @@ class Regression(Objective):
     metric_names: ClassVar[tuple[str, ...]] = ("rmse", "pearson", "spearman")
 
     def count(self, labels: Tensor) -> Tensor:
-        """Count rows; a label of -100.0 is not ignored."""
+        """Count the rows; unlike class ids, a label of -100.0 is not ignored."""
         import torch
 
         return torch.tensor(labels.numel())
@@ -423,7 +423,7 @@ class Regression(Objective):
 
 
 def _layouts(build: ExampleBuilder, label: Mapping[str, tuple[str, ...]]) -> tuple[FormatSpec, ...]:
-    """Returns the column layouts of text pairs and of texts, with the columns of `label`."""
+    """Returns the column layouts of text pairs and of single texts, with the `label` columns."""
     name = " + ".join(("", *label))
     pairs = (
         FormatSpec(

@@ -65,7 +65,7 @@ class ClassObjective(Objective):
         return (focal if weights is None else focal * weights[targets]).sum()
 
     def training_count(self, labels: Tensor, loss: TrainingLoss) -> Tensor:
-        """Returns the sum of the targets' weights."""
+        """Returns the sum of the class weights of the targets."""
         weights = _tensor_of(loss.class_weights, labels)
         return self.count(labels) if weights is None else weights[labels[labels != IGNORED]].sum()
 
@@ -77,12 +77,12 @@ class ClassObjective(Objective):
 
 
 def focus(surprise: Tensor, gamma: float) -> Tensor:
-    """Returns (1 - p)^γ for `surprise` = -log p, clamped because roots have infinite slope at 0."""
+    """Returns the focal factor (1 - p)^γ for `surprise` = -log p; 1 - p is at least 1e-7."""
     return (-(-surprise).expm1()).clamp(min=1e-7) ** gamma
 
 
 def weigh_yes_and_no(logits: Tensor, labels: Tensor, loss: TrainingLoss) -> Tensor:
-    """Returns the summed binary cross entropy of `(rows, classes)`, with positive-term weights."""
+    """Returns the summed binary cross entropy of logits `(rows, classes)`, weighted by `loss`."""
     from torch.nn import functional
 
     weights = _tensor_of(loss.class_weights, logits)
@@ -96,7 +96,7 @@ def weigh_yes_and_no(logits: Tensor, labels: Tensor, loss: TrainingLoss) -> Tens
 
 
 def balance_yes_and_no(answers: Iterable[Sequence[float]]) -> tuple[float, ...]:
-    """Returns negative / positive rows per class; 1 for classes that do not occur."""
+    """Returns the ratio of negative to positive rows per class; 1 for classes that do not occur."""
     columns = list(zip(*answers, strict=True))
     return tuple(
         (len(column) - sum(column)) / sum(column) or 1.0 if any(column) else 1.0
@@ -137,7 +137,7 @@ class PredictionMeter:
         return pooled
 
     def describe(self, names: Sequence[str]) -> dict[str, Any]:
-        """Returns prediction and target of the only example seen, with names from `names`."""
+        """Returns prediction and target of the only example seen; `names` are its class names."""
         return {
             "predicted": _name_values(self.predicted[0], names),
             "true": _name_values(self.true[0], names),
@@ -153,7 +153,7 @@ def _name_values(value: Any, names: Sequence[str]) -> Any:
 
 
 def entropy(answers: Iterable[Hashable]) -> float | None:
-    """Returns the entropy of the answer frequencies in nats, a bound for constant predictions."""
+    """Returns the entropy of the answer frequencies in nats: the best loss of a constant answer."""
     counts = Counter(answers)
     total = counts.total()
     if not total:
@@ -187,7 +187,7 @@ class Tokens(TokenObjective):
         return logits[supervised], labels[supervised]
 
     def locate(self, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns where targets are predicted in the flattened `(batch, seq)`, and the targets."""
+        """Returns indices into `(batch · seq,)` whose logits predict a target, and the targets."""
         from torch.nn import functional
 
         if self.shifted:
@@ -209,7 +209,7 @@ class Tokens(TokenObjective):
 
     @property
     def metrics(self) -> tuple[str, ...]:
-        """Perplexity and accuracy."""
+        """Names of the metrics: perplexity and accuracy."""
         return self.perplexity, self.accuracy
 
     def meter(self) -> Meter:
@@ -218,7 +218,7 @@ class Tokens(TokenObjective):
 
 
 class TokenMeter:
-    """Perplexity and accuracy over supervised tokens; both arguments are metric names."""
+    """Perplexity and accuracy over supervised tokens, under the given metric names."""
 
     def __init__(self, perplexity: str, accuracy: str) -> None:
         self.perplexity = perplexity
@@ -246,7 +246,7 @@ class TokenMeter:
         return pooled
 
     def describe(self, names: Sequence[str]) -> dict[str, Any]:
-        """Returns the number of tokens of an example, and of correct ones."""
+        """Returns the number of supervised tokens seen, and of correctly predicted ones."""
         return {"tokens": self.tokens, "tokens_right": self.right}
 
 
@@ -276,11 +276,11 @@ class DistillationTokens(Tokens, DistillationObjective):
 
 
 def log_outcomes(scores: Tensor, ids: Tensor, outcomes: int) -> Tensor:
-    """Returns log-probabilities of the tokens `ids`, and of all other tokens as a last outcome.
+    """Returns log-probabilities of the tokens `ids`, then of all other tokens as one outcome.
 
     Args:
         scores: `(targets, vocabulary)` logits divided by the temperature, float32.
-        ids: `(targets, k)`; with k = 0, the first `outcomes` tokens are the vocabulary.
+        ids: `(targets, k)`; with k = 0, each of the first `outcomes` tokens is an outcome.
         outcomes: k + 1 if k > 0.
     """
     if not ids.shape[-1]:
@@ -293,7 +293,7 @@ def log_outcomes(scores: Tensor, ids: Tensor, outcomes: int) -> Tensor:
 
 
 def divergence(teacher: Tensor, student: Tensor, settings: DistillationConfig) -> Tensor:
-    """Returns the divergence `(targets,)` of `(targets, outcomes)` log-probabilities."""
+    """Returns the divergence `(targets,)` of log-probabilities `(targets, outcomes)`."""
     import torch
 
     if settings.divergence == "forward-kl":
@@ -307,13 +307,13 @@ def divergence(teacher: Tensor, student: Tensor, settings: DistillationConfig) -
 
 
 def build_distillation(objective: Tokens, settings: DistillationConfig) -> DistillationTokens:
-    """Build `objective` with a distillation loss."""
+    """Returns `objective` with a distillation loss added."""
     values = {f.name: getattr(objective, f.name) for f in fields(objective)}
     return DistillationTokens(**values, settings=settings)
 
 
 def outcome_dtype(settings: DistillationConfig, vocabulary: int) -> Any:
-    """Returns the numpy dtype of the teacher's values for a shared `vocabulary` size."""
+    """Returns the numpy dtype of a teacher's values; student and teacher share `vocabulary` ids."""
     import numpy as np
 
     count = settings.kd_top_k
@@ -323,7 +323,7 @@ def outcome_dtype(settings: DistillationConfig, vocabulary: int) -> Any:
 
 
 def select_top_k(scores: Tensor, settings: DistillationConfig, dtype: Any) -> tuple[Tensor, Tensor]:
-    """Returns the `known` and `ids` to store of teacher logits `(targets, vocabulary)`."""
+    """Returns a teacher's top log-probabilities and their token ids for `(targets, vocabulary)`."""
     tempered = scores.float() / settings.kd_temperature
     count, outcomes = dtype["ids"].shape[0], dtype["known"].shape[0]
     if not count:  # tokens beyond the shared vocabulary are dropped
@@ -335,13 +335,13 @@ def select_top_k(scores: Tensor, settings: DistillationConfig, dtype: Any) -> tu
 
 @dataclass(frozen=True)
 class DistillationRow(Encoded):
-    """Row with teacher values; `taught` is an array of `outcome_dtype`, one per target."""
+    """Row with the teacher's values `taught`, an array of `outcome_dtype` with one per target."""
 
     taught: Any = field(default=None, compare=False, metadata={"column": "json"})
 
     @property
     def branches(self) -> Sequence[Encoded]:
-        """The row without teacher values, which belong to the batch."""
+        """The row as the model's input, without the teacher's values."""
         return [Encoded(self.input_ids, self.labels, self.row, self.extras)]
 
     @property

@@ -64,7 +64,7 @@ class MaskTask(BaseTask):
         return f"the checkpoint has no masked language head: new, {super().heads_reason}"
 
     def encode(self, encoder: Encoder, examples: Sequence[Any], table: Table) -> FittedRows:
-        """Encode the texts in blocks, without masked tokens yet."""
+        """Encode the texts in blocks; tokens are masked later."""
         from ftlevel.data.encoding.collate import encode_masked
         from ftlevel.data.encoding.fit import FittedRows
 
@@ -86,7 +86,7 @@ class MaskTask(BaseTask):
     def finish_data(
         self, prepared: PreparedData, config: DataConfig, context: EncodingContext
     ) -> PreparedData:
-        """Returns training rows whose tokens are masked at access time, anew each epoch."""
+        """Returns training rows whose tokens are masked when read, differently in each epoch."""
         masked = _mask_rows(prepared.train, config, context)
         facts = {**prepared.facts, "supervised": masked.count_hidden()}
         share = f"{facts['supervised']:,} supervised, resampled each epoch"
@@ -99,7 +99,7 @@ class MaskTask(BaseTask):
     def evaluation_rows(
         self, rows: Sequence[Encoded], config: DataConfig, context: EncodingContext
     ) -> Sequence[Encoded]:
-        """Returns rows with the same masked tokens at each access."""
+        """Returns rows with the same masked tokens whenever they are read."""
         return _mask_rows(rows, config, context).fixed()
 
     def answer_columns(
@@ -120,7 +120,7 @@ class MaskTask(BaseTask):
         return columns | ({"top": "rankings"} if outputs.top_k else {})
 
     def build_query(self, prompt: str, context: str | None, number: int) -> Any:
-        """Build a text that should contain a mask."""
+        """Build a text, which should contain a mask token, from `prompt`."""
         return PlainText(prompt, number)
 
     def answer_rows(
@@ -159,7 +159,7 @@ class MaskTask(BaseTask):
         return model.score(rows, read)
 
     def probe_labels(self, ids: Sequence[int], labels: Sequence[str], options: Any) -> Any:
-        """Returns the tokens themselves."""
+        """Returns the token ids as labels."""
         return list(ids)
 
     def show_targets(

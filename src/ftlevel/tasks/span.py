@@ -1,6 +1,6 @@
 """Extractive question answering: windows of a context, best spans, and SQuAD's EM and F1.
 
-Metrics follow the official scripts of SQuAD v1.1 (Rajpurkar et al., 2016) and v2.0 (2018, for
+Metrics are those of the official scripts of SQuAD v1.1 (Rajpurkar et al., 2016) and v2.0 (2018, for
 unanswerable questions).
 """
 
@@ -50,9 +50,9 @@ _PUNCTUATION = frozenset(string.punctuation)
 
 @dataclass
 class BestSpan:
-    """Best span so far over the windows of one question, `[start, end)` of the context.
+    """Best span so far over the windows of one question: characters `[start, end)` of the context.
 
-    `score` is the start plus the end logit; `null` that of "no answer", the minimum over windows.
+    `score` is its start plus end logit; `null` is that of "no answer", the minimum over windows.
     """
 
     text: str = ""
@@ -62,12 +62,12 @@ class BestSpan:
     end: int = 0
 
     def answer(self, *, unanswerable: bool) -> str:
-        """Returns the text, or "" if `unanswerable` and "no answer" has the higher score."""
+        """Returns the text; "" if `unanswerable` and "no answer" has the higher score."""
         return "" if unanswerable and self.null > self.score else self.text
 
 
 def update_span(best_span: BestSpan, scores: Tensor, window: Any) -> None:
-    """Update `best_span` (modified) with a window and the start and end logits `(seq, 2)`."""
+    """Update `best_span` (modified) by a window's start and end logits `scores` `(seq, 2)`."""
     offset = window.context_start
     count = len(window.offsets)
     start = scores[offset : offset + count, 0].float()
@@ -89,7 +89,7 @@ def update_span(best_span: BestSpan, scores: Tensor, window: Any) -> None:
 
 
 def merge_spans(best_span: BestSpan, other: BestSpan) -> None:
-    """Merge `other` into `best_span` (modified)."""
+    """Update `best_span` (modified) with the best span of other windows."""
     if other.score > best_span.score:
         best_span.score, best_span.text = other.score, other.text
         best_span.start, best_span.end = other.start, other.end
@@ -103,12 +103,12 @@ def normalize_answer(text: str) -> str:
 
 
 def exact_match(prediction: str, answers: Sequence[str]) -> float:
-    """Returns 1.0 if the normalized prediction equals one of the answers; no answers means ""."""
+    """Returns 1.0 if the normalized prediction equals an answer, else 0.0; no answers mean ""."""
     return float(any(normalize_answer(prediction) == normalize_answer(a) for a in answers or ("",)))
 
 
 def f1(prediction: str, answers: Sequence[str]) -> float:
-    """Returns the best word F1 with one of the answers; no answers means ""."""
+    """Returns the highest word F1 of the prediction with an answer; no answers mean ""."""
     return max(_f1(prediction, answer) for answer in answers or ("",))
 
 
@@ -142,7 +142,7 @@ class SpanTask(BaseTask):
         return Encoded(ids, (0, min(1, len(ids) - 1)), row)
 
     def build_objective(self, kind: str, facts: Mapping[str, Any]) -> Objective:
-        """Build the cross entropy of the start and end tokens."""
+        """Build the cross entropy of the span's first and last tokens."""
         return Spans(self.headline, unanswerable=facts.get("unanswerable", False))
 
     def card_options(self, config: DataConfig, facts: Mapping[str, Any]) -> dict[str, Any]:
@@ -152,7 +152,7 @@ class SpanTask(BaseTask):
     def card_defaults(
         self, source: ModelSource, model_config: Any, tokenizer: Any, kind: str
     ) -> dict[str, Any]:
-        """Returns default window options."""
+        """Returns the default options for windows."""
         return {"options": {"doc_stride": 128, "unanswerable": False}}
 
     def encode(self, encoder: Encoder, examples: Sequence[Any], table: Table) -> FittedRows:
@@ -182,7 +182,7 @@ class SpanTask(BaseTask):
         )
 
     def check_rows(self, rows: Sequence[Encoded]) -> Mapping[str, Mask]:
-        """Returns the windows of questions whose answer is not fully inside any window."""
+        """Returns a mask of the windows of questions whose answer is not whole in any window."""
         import numpy as np
 
         answered = {row.row for row in rows if row.labels != (0, 0)}
@@ -197,7 +197,7 @@ class SpanTask(BaseTask):
         return {"unanswerable": any(not question.answers for question in loaded.train)}
 
     def describe_rows(self, loaded: LoadedExamples, facts: Mapping[str, Any]) -> list[Choice]:
-        """Returns the number of questions, and of those without an answer."""
+        """Returns lines with the number of questions, and of those without an answer."""
         none = sum(not question.answers for question in loaded.train)
         note = f"{none:,} without an answer" if none else "each has an answer"
         return [Choice("questions", f"{len(loaded.train):,}", note)]
@@ -209,7 +209,7 @@ class SpanTask(BaseTask):
         options: Mapping[str, Any],
         outputs: OutputOptions,
     ) -> dict[str, Column]:
-        """Returns the span, its character range and its score."""
+        """Returns the columns: the span, its character range and its score."""
         check_options(outputs, f"--task {self.name}", "Every span comes with a score.")
         return {"": "text", "start": "whole", "end": "whole", "score": "number"}
 
@@ -234,13 +234,13 @@ class SpanTask(BaseTask):
         return [_read_span(best, unanswerable=model.options["unanswerable"]) for best in spans]
 
     def probe_labels(self, ids: Sequence[int], labels: Sequence[str], options: Any) -> Any:
-        """Returns a span of two tokens."""
+        """Returns the labels of a span of two tokens."""
         return (1, 2)
 
     def show_targets(
         self, row: Encoded, names: Sequence[str], kind: str, decoder: TokenDecoder
     ) -> list[str | None]:
-        """Returns the tokens of the answer."""
+        """Returns "" for the tokens of the answer, else None."""
         first, last = row.labels if isinstance(row.labels, tuple) else (0, 0)
         return ["" if last and first <= i <= last else None for i in range(len(row.input_ids))]
 
@@ -250,7 +250,7 @@ class SpanTask(BaseTask):
 
 
 def _encode_windows(model: PromptedModel, questions: Sequence[Question]) -> list[Encoded]:
-    """Encode the windows of all questions; raises `UnansweredError` if some have no room."""
+    """Encode the windows of all questions; raises `UnansweredError` for too long questions."""
     arguments: dict[str, Any] = {
         "length": model.max_length or DEFAULT_WINDOW_LENGTH,
         "stride": model.options["doc_stride"],
@@ -279,12 +279,12 @@ def _read_span(best: BestSpan, *, unanswerable: bool) -> Prediction:
 
 
 def build_unanswered(roles: RoleValues) -> Question:
-    """Build a question with the context and no answer."""
+    """Build a question and its context without an answer."""
     return Question(roles.text("context"), roles.text("question"), (), roles.index)
 
 
 def _separator(kind: str) -> str:
-    """Returns the separator after a question; decoders have no separator token."""
+    """Returns the text after a question: a newline for decoders, which have no separator token."""
     return "\n" if kind == "decoder" else ""
 
 
@@ -353,7 +353,7 @@ class SpanMeter:
         }
 
     def pool(self, meters: Sequence[SpanMeter]) -> SpanMeter:
-        """Returns a meter of all questions; duplicates count twice."""
+        """Returns a meter of all questions; one that is in two meters counts twice."""
         pooled = SpanMeter(self.unanswerable)
         for meter in meters:
             for row, span in meter.spans.items():

@@ -78,7 +78,7 @@ def name_scheme(sentences: Iterable[Sequence[str]]) -> str:
 
 
 def find_entities(tags: Sequence[str]) -> list[Entity]:
-    """Find the entities of a sentence; I- without an open entity starts one, as in conlleval."""
+    """Find the entities of a sentence; as in conlleval, I- starts one if none is open."""
     entities: list[Entity] = []
     start, previous, previous_type = 0, "O", ""
     for index, name in enumerate([*tags, "O"]):
@@ -134,11 +134,11 @@ class TagTask(BaseTask):
         return {"labels": read_labels(model_config)}
 
     def label_role(self, format_: Format) -> str | None:
-        """Returns `tags`, or `spans`."""
+        """Returns the role of the labels: `tags`, or `spans`."""
         return "tags" if "tags" in format_.columns else "spans"
 
     def describe_rows(self, loaded: LoadedExamples, facts: Mapping[str, Any]) -> list[Choice]:
-        """Returns the number of targets and the tagging scheme."""
+        """Returns lines with the number of targets and the tagging scheme."""
         names = loaded.labels.names if loaded.labels else ()
         choices = super().describe_rows(loaded, facts)
         if not are_entity_tags(names):
@@ -157,7 +157,7 @@ class TagTask(BaseTask):
         return find_invalid_bio_tags(examples, labels.names, table)
 
     def encode(self, encoder: Encoder, examples: Sequence[Any], table: Table) -> FittedRows:
-        """Encode sentences with the tag of each word at the first token."""
+        """Encode sentences; the first token of each word has its tag as label."""
         labels = encoder.labels
         if labels is None:
             raise TypeError("tags have a label set")
@@ -174,7 +174,7 @@ class TagTask(BaseTask):
         name: str | None = None,
         rows: Sequence[Row] = (),
     ) -> Format:
-        """Find the format of `columns`, ignoring `tokens` objects that Prodigy adds."""
+        """Find the format of `columns`, ignoring Prodigy's `tokens` column, which has objects."""
         tokens = next((row["tokens"] for row in rows if row.get("tokens")), None)
         if isinstance(tokens, list) and isinstance(tokens[0], dict) and "tokens" not in mapping:
             columns = [column for column in columns if column != "tokens"]
@@ -187,7 +187,7 @@ class TagTask(BaseTask):
         options: Mapping[str, Any],
         outputs: OutputOptions,
     ) -> dict[str, Column]:
-        """Returns the tags, the words for text rows, and optional probabilities."""
+        """Returns the columns: tags, words if rows are texts, and probabilities if requested."""
         if outputs.top_k:
             check_options(
                 OutputOptions(top_k=outputs.top_k),
@@ -202,7 +202,7 @@ class TagTask(BaseTask):
         return columns
 
     def build_query(self, prompt: str, context: str | None, number: int) -> Any:
-        """Build the words of a text."""
+        """Build an example with the words of the text `prompt`."""
         return _split(prompt, number)
 
     def answer_rows(
@@ -247,7 +247,7 @@ class TagTask(BaseTask):
 
 
 def build_words(roles: RoleValues) -> TaggedTokens:
-    """Build the words of a row without tags, from a list, its JSON, or a text."""
+    """Build an example without tags; the row has a list of words, its JSON, or a text."""
     if "text" in roles:
         return _split(roles.text("text"), roles.index)
     words, column = roles.get("tokens"), repr(roles.columns["tokens"])
@@ -285,7 +285,7 @@ class Tags(ClassObjective):
 
     @property
     def metrics(self) -> tuple[str, ...]:
-        """F1 and accuracy; also precision and recall for entity tags."""
+        """Names of the metrics: F1 and accuracy; for entity tags, also precision and recall."""
         entity_metrics = ("precision", "recall") if are_entity_tags(self.names) else ()
         return (*entity_metrics, "f1", "accuracy")
 
@@ -300,14 +300,14 @@ class Tags(ClassObjective):
 
 
 class TagMeter(PredictionMeter):
-    """Accuracy and entity F1, or macro F1 for other tags; a word without tokens counts as `O`."""
+    """Accuracy, and entity F1 (macro F1 if tags have no scheme); a word without tokens is `O`."""
 
     def __init__(self, names: Sequence[str]) -> None:
         super().__init__()
         self.names = names
 
     def update(self, logits: Tensor, labels: Tensor, rows: Sequence[Any]) -> None:
-        """Add a batch of `TaggedRow`: logits `(batch, seq, tags)`."""
+        """Add a batch of `TaggedRow` with logits `(batch, seq, tags)`."""
         best = logits.argmax(-1).tolist()
         for tags, row in zip(best, rows, strict=True):
             self.true.append([self.names[tag] for tag in row.tags])

@@ -109,7 +109,7 @@ _TURNS = ("role", "content", "user", "assistant")
 
 
 def _dialogues(build: ExampleBuilder, *, answered: bool) -> tuple[FormatSpec, ...]:
-    """Returns the column layouts of prompts, `answered` or not."""
+    """Returns the column layouts of prompts, with their answers if `answered`."""
     prompt: dict[str, tuple[str, ...]] = {"prompt": ("prompt", "question", "query")}
     instruction: dict[str, tuple[str, ...]] = {"instruction": ("instruction",)}
     extra = {"input": ("input", "context")}
@@ -141,7 +141,7 @@ class TextTask(BaseTask):
     def find_format(
         self, columns: Sequence[str], config: DataConfig, rows: Sequence[Row] = ()
     ) -> Format:
-        """Find the format of `columns`; raise for preference data."""
+        """Find the format of `columns`; raises `InputError` for preference data."""
         names = {column.lower(): column for column in columns}
         is_mapped = config.columns or config.format
         if not is_mapped and {"chosen", "rejected"} <= names.keys():
@@ -157,7 +157,7 @@ class TextTask(BaseTask):
     def read_columns(
         self, format_: Format, table: Table, config: DataConfig
     ) -> tuple[Format, list[Choice]]:
-        """Load the format; raise for rows labeled as bad answers."""
+        """Returns the format; raises if rows are labeled as bad answers."""
         column = next((name for name in format_.unused if name.lower() == "label"), None)
         if column is None or config.format or not format_.columns.keys() & _ANSWERS:
             return super().read_columns(format_, table, config)
@@ -174,7 +174,7 @@ class TextTask(BaseTask):
         return super().read_columns(format_, table, config)
 
     def build_objective(self, kind: str, facts: Mapping[str, Any]) -> Objective:
-        """Build the cross entropy of the target's tokens."""
+        """Build the cross entropy of the target text's tokens."""
         return Tokens(self.headline, kind == "encoder-decoder", kind == "decoder")
 
     def card_defaults(
@@ -185,7 +185,7 @@ class TextTask(BaseTask):
         return {"prompt": prompt.to_dict()}
 
     def describe_head(self, labels: Sequence[str]) -> str:
-        """Returns the same text for all text tasks, which share the language head."""
+        """Returns the same text for all text tasks, which use the same language head."""
         return "text"
 
     def prompt_format(self, format_: Format, kind: str, tokenizer: Any) -> PromptFormat | None:
@@ -193,7 +193,7 @@ class TextTask(BaseTask):
         return choose_format(tokenizer, kind, self.instruction, self.answer_cue)
 
     def encode(self, encoder: Encoder, examples: Sequence[Any], table: Table) -> FittedRows:
-        """Encode plain texts, or prompts with answers; by default only answers have a loss."""
+        """Encode plain texts, or prompts with answers; by default, only answers have labels."""
         if encoder.prompt_format is None:
             raise TypeError("a task that writes text has a prompt format")
         seq2seq = encoder.kind == "encoder-decoder"
@@ -210,7 +210,7 @@ class TextTask(BaseTask):
         return encoder.fit_targets(fitted, table) if seq2seq else fitted
 
     def build_query(self, prompt: str, context: str | None, number: int) -> Any:
-        """Build a source without a target."""
+        """Build an example of a source without a target."""
         return SourceTarget(prompt, "", number)
 
     def answer_rows(
@@ -232,13 +232,13 @@ class TextTask(BaseTask):
         return [Prediction(text, columns={"": text}) for text in model.write(prompts)]
 
     def probe_labels(self, ids: Sequence[int], labels: Sequence[str], options: Any) -> Any:
-        """Returns the tokens themselves."""
+        """Returns the token ids as labels."""
         return list(ids)
 
     def show_targets(
         self, row: Encoded, names: Sequence[str], kind: str, decoder: TokenDecoder
     ) -> list[str | None]:
-        """Returns None per token for an encoder-decoder, else the targets as in `BaseTask`."""
+        """Returns each token's target, as `BaseTask` does; all None for an encoder-decoder."""
         if kind == "encoder-decoder":
             return [None] * len(row.input_ids)
         return super().show_targets(row, names, kind, decoder)
@@ -252,12 +252,12 @@ class TextTask(BaseTask):
 
 @dataclass(frozen=True)
 class TranslationTask(TextTask):
-    """Translation; the instruction names the languages if they are known."""
+    """Translation; the prompt's instruction names the languages if they are known."""
 
     def column_mapping(
         self, columns: Sequence[str], config: DataConfig, rows: Sequence[Row]
     ) -> Mapping[str, str]:
-        """Returns the columns of both languages if columns are named by language."""
+        """Returns the columns of source and target if they are named by language, such as `de`."""
         if fits(columns, self.shapes) or config.format is not None:
             return {}
         languages = language_columns(columns, rows)
@@ -268,7 +268,7 @@ class TranslationTask(TextTask):
     def read_columns(
         self, format_: Format, table: Table, config: DataConfig
     ) -> tuple[Format, list[Choice]]:
-        """Load the format with the languages, if available from columns or options."""
+        """Returns the format with the languages that columns or options name, and log lines."""
         format_, choices = super().read_columns(format_, table, config)
         source = find_language("source", format_.columns, config.source_language)
         target = find_language("target", format_.columns, config.target_language)
@@ -287,7 +287,7 @@ class TranslationTask(TextTask):
         return replace(format_, options=options), [*choices, choice]
 
     def prompt_format(self, format_: Format, kind: str, tokenizer: Any) -> PromptFormat | None:
-        """Returns the prompt format; rows with their own prompts get no instruction."""
+        """Returns the prompt format; its instruction is empty if rows have their own prompts."""
         instruction, cue = self.instruction, self.answer_cue
         if "source" not in format_.columns:
             instruction = cue = ""  # the rows have their own instructions
@@ -304,7 +304,7 @@ class TranslationTask(TextTask):
 def encode_query(
     tokenizer: Any, prompt_format: PromptFormat, question: SourceTarget | Conversation
 ) -> list[int]:
-    """Encode the prompt token ids; raises `InputError` if the chat template fails or is missing."""
+    """Encode the prompt as token ids; raises `InputError` without a working chat template."""
     if isinstance(question, SourceTarget):
         return encode_prompt(tokenizer, prompt_format, question.source)
     turns = [message.to_dict() for message in question.messages]

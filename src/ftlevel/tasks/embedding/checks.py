@@ -10,10 +10,10 @@ _SHOWN = 60  # characters of a document
 
 
 def check_documents(rows: Sequence[EmbeddingRow]) -> list[tuple[str, int, str]]:
-    """Return (check name, number of documents, description) for the whole set.
+    """Returns (check name, number of documents, description) for checks of the whole dataset.
 
-    A document that is relevant to its query in one row and irrelevant in another teaches both. Of
-    documents that differ only by case and white space, one is a false negative of the other.
+    A document should not be relevant to a query in one row and irrelevant to it in another. If
+    documents differ only by case and white space, one may be a false negative.
     """
     found = []
     if (contradictions := _find_contradictions(rows))[0]:
@@ -28,10 +28,10 @@ def check_validation(
     validation: Sequence[EmbeddingRow],
     corpus: Sequence[str] | None,
 ) -> list[tuple[str, str, Sequence[int], str]]:
-    """Return (check name, split, row indices, example) for validation rows and their corpus.
+    """Returns (check name, split, row indices, example) for validation rows and their corpus.
 
-    Relevant documents have to be in the corpus. A training positive that is in it was learned as
-    the answer to another query.
+    Relevant documents must be in the corpus. A document in the corpus that is a positive of a
+    training row biases the evaluation: it was learned as the answer to another query.
     """
     if validation[0].kind != "ranking":
         return []
@@ -57,7 +57,7 @@ def _shorten(text: str) -> str:
 
 
 def _find_contradictions(rows: Sequence[EmbeddingRow]) -> tuple[int, str]:
-    """Return the number of contradicting pairs of a query and a document, and the first row."""
+    """Returns the number of (query, document) pairs with both labels, and the first two rows."""
     known: dict[tuple[str, str], tuple[bool, int]] = {}
     pairs: set[tuple[str, str]] = set()
     first = ""
@@ -73,7 +73,7 @@ def _find_contradictions(rows: Sequence[EmbeddingRow]) -> tuple[int, str]:
 
 
 def _find_variants(rows: Sequence[EmbeddingRow]) -> tuple[int, str]:
-    """Return the number of documents that equal another up to case and white space."""
+    """Returns how many documents equal an earlier one up to case and space, and the first rows."""
     known: dict[str, tuple[str, int]] = {}
     variants: set[str] = set()
     first = ""

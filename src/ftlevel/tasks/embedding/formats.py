@@ -35,8 +35,8 @@ class EmbeddingRow:
         documents: positives before negatives, or the second text.
         labels: relevance of each document (0 for a negative), or the score of the pair.
         kind: what `labels` mean: relevance for a ranking, or a similarity score.
-        teacher: a teacher's score of each document; empty without a teacher.
-        prompt: instruction of this row; "" for that of the run.
+        teacher: a teacher model's score of each document; empty without a teacher.
+        prompt: instruction of this row; "" for the configured one.
         group: class of a text without documents.
     """
 
@@ -56,7 +56,7 @@ class EmbeddingRow:
 
     @property
     def negatives(self) -> tuple[str, ...]:
-        """Documents with label 0."""
+        """Documents with a label of 0 or less."""
         return tuple(t for t, label in zip(self.documents, self.labels, strict=True) if label <= 0)
 
     @property
@@ -66,7 +66,7 @@ class EmbeddingRow:
 
     @property
     def parts(self) -> ExampleParts:
-        """The query, and the documents or the class; other rows may have other documents."""
+        """The query, and its documents or class, for duplicate checks."""
         last = "\n".join(self.documents) or self.group
         return ExampleParts(self.query, last, "", last)
 
@@ -74,8 +74,8 @@ class EmbeddingRow:
 def build_pairs(roles: RoleValues) -> EmbeddingRow:
     """Build an anchor with its positives and negatives.
 
-    A label is a teacher's: a list of scores, or the margin of a triplet. Without negatives, it is
-    the score of the pair.
+    With negatives, `label` has a teacher's scores: a list, or the margin of a triplet. Without
+    them, it is the similarity score of the pair.
     """
     good, bad = _texts(roles, "positive"), _texts(roles, "negative")
     for n in range(1, MOST_NEGATIVES + 1):
@@ -180,7 +180,7 @@ def build_document(roles: RoleValues) -> EmbeddingRow:
 
 
 def build_candidates(roles: RoleValues) -> EmbeddingRow:
-    """Build a query with documents to be scored, of kind score for a single one."""
+    """Build a query with a list of documents to be scored; a single document has kind `score`."""
     role = "documents" if "documents" in roles else "document"
     kind: Kind = "ranking" if role == "documents" else "score"
     texts = _texts(roles, role)
@@ -212,7 +212,7 @@ def _has(roles: RoleValues, role: str) -> bool:
 
 
 def _parsed(roles: RoleValues, role: str) -> Any:
-    """Return the value of a role; a cell that holds a list is parsed as JSON."""
+    """Returns the value of a role; a cell that begins with `[` is parsed as JSON."""
     value = roles.get(role)
     if isinstance(value, str) and value.lstrip().startswith("["):
         return parse_json(value, repr(roles.columns[role]))
@@ -220,7 +220,7 @@ def _parsed(roles: RoleValues, role: str) -> Any:
 
 
 def _texts(roles: RoleValues, role: str) -> list[str]:
-    """Return the texts of a role, which holds a text, passages with titles, or a list of them."""
+    """Returns the texts of a role: a text, a passage with a title, or a list of either."""
     if not _has(roles, role):
         return []
     value, name = roles.get(role), repr(roles.columns[role])
@@ -236,7 +236,7 @@ def _texts(roles: RoleValues, role: str) -> list[str]:
 
 
 def _text(value: object, name: str) -> str:
-    """Return a text; a passage is its title and its text, joined by a blank."""
+    """Returns the text of `value`; a passage is its title and text, joined by a space."""
     if not isinstance(value, dict):
         return check_text(value, name)
     title, text = value.get("title"), value.get("text", value.get("contents"))
@@ -246,7 +246,7 @@ def _text(value: object, name: str) -> str:
 
 
 def _numbers(roles: RoleValues, role: str, count: int) -> tuple[float, ...]:
-    """Return the `count` numbers of a role."""
+    """Returns the numbers of a role; raises `UnusableRowError` unless there are `count`."""
     value = _parsed(roles, role) if role in roles else []
     name = roles.columns.get(role, role)
     if not isinstance(value, list):
@@ -269,7 +269,7 @@ def _number(value: object, column: str) -> float:
 
 
 def _conversations(roles: RoleValues, role: str) -> list[str]:
-    """Return the texts of a list of conversations, or of one conversation."""
+    """Returns each conversation of a role as a text; the role has one or a list."""
     if not _has(roles, role):
         return []
     value, name = _parsed(roles, role), roles.columns[role]

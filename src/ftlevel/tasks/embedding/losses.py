@@ -30,7 +30,7 @@ from ftlevel.task import StepTexts
 class LossOptions:
     """Settings of a loss; see `EmbeddingConfig`.
 
-    `hides_repeats` leaves out candidates that are a positive of the query under another row.
+    `hides_repeats` excludes candidates that are a positive of the query in another row.
     """
 
     scale: float = 20.0
@@ -42,14 +42,14 @@ class LossOptions:
 
 
 def similarity(one: torch.Tensor, other: torch.Tensor, options: LossOptions) -> torch.Tensor:
-    """Return the similarities `(n, m)` of vectors `(n, dims)` and `(m, dims)`."""
+    """Returns the similarities `(n, m)` of vectors `(n, dims)` and `(m, dims)`."""
     if options.is_cosine:
         one, other = functional.normalize(one, dim=-1), functional.normalize(other, dim=-1)
     return one @ other.T
 
 
 def _paired(one: torch.Tensor, other: torch.Tensor, options: LossOptions) -> torch.Tensor:
-    """Return the similarity `(n,)` of each pair of vectors `(n, dims)`."""
+    """Returns the similarity `(n,)` of each pair of vectors `(n, dims)`."""
     if options.is_cosine:
         one, other = functional.normalize(one, dim=-1), functional.normalize(other, dim=-1)
     return (one * other).sum(-1)
@@ -60,9 +60,9 @@ class Candidates:
     """Queries of a step, and all its documents.
 
     Attributes:
-        queries: `(n,)` text of each query; a query with several positives is there for each.
-        documents: `(m,)` texts; the first n are the positives of `queries`, the others negatives.
-        hidden: `(n, m)` documents that are a positive of the query in another place.
+        queries: `(n,)` text indices; a query occurs once for each of its positives.
+        documents: `(m,)` text indices: the positives of `queries`, then all negatives.
+        hidden: `(n, m)` mask of documents that are another positive of the query.
     """
 
     queries: torch.Tensor
@@ -71,7 +71,7 @@ class Candidates:
 
     @classmethod
     def of(cls, step: StepTexts, device: torch.device) -> Candidates:
-        """Return the queries and documents of a step."""
+        """Returns the queries and documents of a step."""
         queries: list[int] = []
         good: list[int] = []
         bad: list[int] = []
@@ -93,7 +93,7 @@ class Candidates:
 
 
 def mnrl(vectors: torch.Tensor, step: StepTexts, options: LossOptions) -> torch.Tensor:
-    """Return the InfoNCE loss of queries against all documents of the step."""
+    """Returns the InfoNCE loss of queries against all documents of the step."""
     found = Candidates.of(step, vectors.device)
     scores = similarity(vectors[found.queries], vectors[found.documents], options) * options.scale
     if options.hides_repeats:
@@ -107,7 +107,7 @@ def mnrl(vectors: torch.Tensor, step: StepTexts, options: LossOptions) -> torch.
 
 
 def gist(vectors: torch.Tensor, step: StepTexts, options: LossOptions) -> torch.Tensor:
-    """Return the InfoNCE loss without candidates that the guide finds nearer than the positive."""
+    """Returns the InfoNCE loss without candidates that the guide scores above the positive."""
     found = Candidates.of(step, vectors.device)
     guide = torch.stack([torch.as_tensor(own) for own in step.guide or ()]).to(vectors.device)
     count = len(found.queries)
@@ -136,7 +136,7 @@ def gist(vectors: torch.Tensor, step: StepTexts, options: LossOptions) -> torch.
 
 @dataclass(frozen=True)
 class Pairs:
-    """Pairs of texts, `first` and `second` `(n,)`, with their labels `(n,)`."""
+    """Pairs of texts, as indices `first` and `second` `(n,)`, with their labels `(n,)`."""
 
     first: torch.Tensor
     second: torch.Tensor
@@ -144,7 +144,7 @@ class Pairs:
 
     @classmethod
     def of(cls, step: StepTexts, device: torch.device) -> Pairs:
-        """Return each query with each of its documents; texts with classes, each with each."""
+        """Returns each query with each of its documents; for texts with classes, all pairs."""
         if any(len(texts) == 1 for texts in step.texts):
             return cls._of_classes(step, device)
         pairs = [
@@ -171,23 +171,23 @@ class Pairs:
 
 
 def _rank(scores: torch.Tensor, labels: torch.Tensor, scale: float) -> torch.Tensor:
-    """Return CoSENT's loss of the similarities `scores` `(n,)`."""
+    """Returns CoSENT's loss of the similarities `scores` `(n,)` and their labels `(n,)`."""
     apart = scale * (scores[None, :] - scores[:, None])  # sⱼ − sᵢ
     apart = apart[labels[:, None] > labels[None, :]]
     return torch.cat([apart.new_zeros(1), apart]).logsumexp(0)
 
 
 def cosent(vectors: torch.Tensor, step: StepTexts, options: LossOptions) -> torch.Tensor:
-    """Return the loss of pairs that are ranked otherwise than by their labels."""
+    """Returns CoSENT's loss, which penalizes pairs ranked against the order of their labels."""
     pairs = Pairs.of(step, vectors.device)
     scores = _paired(vectors[pairs.first], vectors[pairs.second], options)
     return _rank(scores, pairs.labels, options.scale)
 
 
 def angle(vectors: torch.Tensor, step: StepTexts, options: LossOptions) -> torch.Tensor:
-    """Return CoSENT's loss of |Re + Im| of the product of z and conjugate w.
+    """Returns CoSENT's loss of the similarities |Re(z w*) + Im(z w*)|.
 
-    z and w are complex vectors; their real and imaginary parts are halves of the normalized ones.
+    Each normalized vector is split in halves: the real and imaginary parts of z or w.
     """
     pairs = Pairs.of(step, vectors.device)
     width = vectors.shape[1] + vectors.shape[1] % 2
@@ -198,14 +198,14 @@ def angle(vectors: torch.Tensor, step: StepTexts, options: LossOptions) -> torch
 
 
 def cosine(vectors: torch.Tensor, step: StepTexts, options: LossOptions) -> torch.Tensor:
-    """Return the mean squared difference of similarities and scores."""
+    """Returns the mean squared difference of similarities and scores."""
     pairs = Pairs.of(step, vectors.device)
     scores = _paired(vectors[pairs.first], vectors[pairs.second], options)
     return functional.mse_loss(scores, pairs.labels)
 
 
 def contrastive(vectors: torch.Tensor, step: StepTexts, options: LossOptions) -> torch.Tensor:
-    """Return the loss of distances, which are to be 0 for label 1 and above the margin for 0."""
+    """Returns the contrastive loss, which wants distance 0 for label 1, above the margin for 0."""
     pairs = Pairs.of(step, vectors.device)
     apart = 1 - _paired(vectors[pairs.first], vectors[pairs.second], options)
     near, far = apart.square(), (options.margin - apart).clamp(min=0).square()
@@ -213,7 +213,7 @@ def contrastive(vectors: torch.Tensor, step: StepTexts, options: LossOptions) ->
 
 
 def triplet(vectors: torch.Tensor, step: StepTexts, options: LossOptions) -> torch.Tensor:
-    """Return the hinge loss of distances to each positive and each negative of a row."""
+    """Returns the hinge loss of distances to each positive and each negative of a row."""
     triplets = [
         (texts[0], texts[1 + good], texts[1 + bad])
         for texts, labels in zip(step.texts, step.labels, strict=True)
@@ -229,7 +229,7 @@ def triplet(vectors: torch.Tensor, step: StepTexts, options: LossOptions) -> tor
 
 
 def _own_scores(vectors: torch.Tensor, step: StepTexts) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Return per row the dot products of its query and documents, and the teacher's scores."""
+    """Returns per row the dot products of its query and documents, and the teacher's scores."""
     found = []
     for texts, teacher in zip(step.texts, step.teacher, strict=True):
         own = torch.tensor(texts, device=vectors.device)
@@ -239,7 +239,7 @@ def _own_scores(vectors: torch.Tensor, step: StepTexts) -> list[tuple[torch.Tens
 
 
 def margin_mse(vectors: torch.Tensor, step: StepTexts, _: LossOptions) -> torch.Tensor:
-    """Return the mean squared error of the margins of a row's first document over the others."""
+    """Returns the mean squared error of margins: a row's first document minus each other one."""
     errors = [
         (scores[0] - scores[1:]) - (teacher[0] - teacher[1:])
         for scores, teacher in _own_scores(vectors, step)
@@ -248,7 +248,7 @@ def margin_mse(vectors: torch.Tensor, step: StepTexts, _: LossOptions) -> torch.
 
 
 def kl(vectors: torch.Tensor, step: StepTexts, options: LossOptions) -> torch.Tensor:
-    """Return the divergence of the model's distribution over own documents from the teacher's."""
+    """Returns the KL divergence from the teacher's distribution over each row's documents."""
     heat = options.temperature
     losses = [
         functional.kl_div(

@@ -1,6 +1,6 @@
-"""Hard negatives: documents that are near a query, and not as near as its positives.
+"""Hard negatives: documents that score high for a query, but below its positives.
 
-A candidate is no positive of the query, in any row, and not the query itself. It is skipped if its
+A candidate is neither a positive of the query in any row nor the query itself. It is skipped if its
 score is above s - m |s|, where s is the score of the row's lowest positive and m the margin: such a
 document is often relevant (NV-Retriever, 2407.15831).
 """
@@ -19,7 +19,7 @@ from ftlevel.tasks.embedding.retrieval import BLOCK_BYTES, iterate_scores
 
 @dataclass(frozen=True)
 class MiningOptions:
-    """Number of negatives, margin, range of ranks (from 1) and their selection."""
+    """Number of negatives per row, margin, and the range of ranks (from 1) to select them from."""
 
     negatives: int = 5
     relative_margin: float = 0.05
@@ -30,9 +30,9 @@ class MiningOptions:
 
 @dataclass(frozen=True)
 class MinedRow:
-    """Negatives of a row as positions in the corpus, best first, and all scores.
+    """Negatives of a row as indices into the corpus, best first, and the scores of both kinds.
 
-    `skipped` is the number of documents above the margin.
+    `skipped` is the number of documents that score above the margin.
     """
 
     negatives: tuple[int, ...]
@@ -42,7 +42,7 @@ class MinedRow:
 
 
 class Corpus:
-    """Distinct documents with their positions, and the positives of each query."""
+    """Distinct documents, their indices (`places`), and the positives of each query."""
 
     def __init__(self, rows: Sequence[EmbeddingRow], documents: Sequence[str] = ()) -> None:
         own = (text for row in rows for text in row.documents)
@@ -56,7 +56,7 @@ class Corpus:
                 known.add(self.places[row.query])
 
     def excluded(self, query: str) -> list[int]:
-        """Return the positions of the query's positives in all rows, and of its own text."""
+        """Returns the indices of the query's positives in all rows, and of the query's own text."""
         return sorted(self._positives[query])
 
 
@@ -70,7 +70,7 @@ def mine(
     similarity: str = "cosine",
     block_bytes: int = BLOCK_BYTES,
 ) -> Iterator[MinedRow]:
-    """Yield the negatives of each row, by exact search in blocks of queries.
+    """Yields the negatives of each row, by exact search in blocks of queries.
 
     Args:
         rows: rows with positives.
@@ -79,7 +79,7 @@ def mine(
         documents: `(documents, dims)` embeddings.
         options: number, margin and range.
         similarity: cosine or dot.
-        block_bytes: memory of the scores that are held at a time.
+        block_bytes: memory of the scores of one block.
     """
     generator = np.random.default_rng(options.seed)
     first, last = options.ranks

@@ -32,7 +32,7 @@ EVALUATED_ROWS = 64
 
 
 def without_first(mask: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
-    """Return `mask` `(texts, seq)` without the first `counts` tokens of each text."""
+    """Returns `mask` `(texts, seq)` with the first `counts` tokens of each text set to 0."""
     if not any(counts):
         return mask
     import torch
@@ -41,7 +41,7 @@ def without_first(mask: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
 
 
 def pool(states: torch.Tensor, mask: torch.Tensor, pooling: str) -> torch.Tensor:
-    """Return one float32 vector per text, `(texts, width)`.
+    """Returns one float32 vector per text, `(texts, width)`.
 
     Args:
         states: `(texts, seq, width)`, possibly after states of virtual tokens, which are skipped.
@@ -66,10 +66,10 @@ class Embeddings(StepObjective):
     """Vectors of texts, and their loss over a whole step.
 
     Attributes:
-        settings: loss and its settings; `loss` is resolved.
+        settings: loss and its settings; `loss` is not None.
         form: pooling, normalization and similarity.
-        kind: what the rows' labels mean.
-        step_rows: rows of an optimizer step, for the loss of validation rows.
+        kind: what the labels of the rows mean.
+        step_rows: rows per optimizer step; the validation loss uses groups of this size.
     """
 
     settings: EmbeddingConfig = field(default_factory=EmbeddingConfig)
@@ -79,16 +79,16 @@ class Embeddings(StepObjective):
 
     @property
     def metrics(self) -> tuple[str, ...]:
-        """Names of the metrics of the rows' kind."""
+        """Names of the metrics for the kind of labels."""
         dims = self.settings.matryoshka_dims
         return (*METRICS[self.kind], *(f"{self.headline}_dim_{count}" for count in dims))
 
     def embed(self, outputs: Any, mask: torch.Tensor, unpooled: Sequence[int] = ()) -> torch.Tensor:
-        """Return the pooled states, with length 1 if the model normalizes."""
+        """Returns the pooled vectors, normalized to length 1 if the model does so."""
         return self.embed_states(self.logits(outputs), without_first(mask, unpooled))
 
     def embed_states(self, states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """Return the vectors of token states `(texts, seq, width)`, as `embed` does."""
+        """Returns the vectors of token states `(texts, seq, width)`, as `embed` does."""
         import torch
         from torch.nn import functional
 
@@ -99,7 +99,7 @@ class Embeddings(StepObjective):
             return functional.normalize(vectors, dim=-1) if self.form.normalize else vectors
 
     def step_loss(self, vectors: torch.Tensor, step: StepTexts) -> torch.Tensor:
-        """Return the mean loss of the rows, summed over the Matryoshka dimensions."""
+        """Returns the mean loss of the rows, summed over the Matryoshka dimensions."""
         import torch
         from torch.nn import functional
 
@@ -118,9 +118,9 @@ class Embeddings(StepObjective):
             return torch.stack(losses).sum()
 
     def for_validation(self, step: StepTexts) -> Embeddings:
-        """Return this objective; with mnrl if a row lacks what the loss needs.
+        """Returns this objective, with mnrl as loss if validation rows lack what its loss needs.
 
-        Guide and teacher embed training rows only, and judged queries have no negatives.
+        Guide and teacher embed training rows only; rows from relevance files have no negatives.
         """
         settings, facts = self.settings, LOSSES[self.settings.loss or ""]
         negatives = all(min(labels) <= 0 for labels in step.labels)
@@ -135,7 +135,7 @@ class Embeddings(StepObjective):
 
     @property
     def largest_term(self) -> float:
-        """Size of the scaled similarities."""
+        """Upper bound of the scaled similarities."""
         return max(self._options.scale, 1.0)
 
     @property

@@ -33,8 +33,8 @@ BLOCK_BYTES = 64 << 20
 class QueryRanks:
     """Ranks of the relevant documents of a query.
 
-    `above` has for each of them the number of documents with a higher score, and `equal` the number
-    with its own score, itself included.
+    For each of them, `above` is the number of documents with a higher score, and `equal` the number
+    with the same score, itself included.
     """
 
     above: np.ndarray
@@ -42,7 +42,7 @@ class QueryRanks:
 
 
 def rank_relevant(scores: np.ndarray, relevant: Sequence[int] | np.ndarray) -> QueryRanks:
-    """Return the ranks of the documents `relevant`, positions in `scores` (documents,)."""
+    """Returns the ranks of the documents at indices `relevant` of `scores` `(documents,)`."""
     own = scores[np.asarray(relevant, dtype=np.int64)]
     order = np.sort(scores)
     upper = np.searchsorted(order, own, side="right")
@@ -50,7 +50,7 @@ def rank_relevant(scores: np.ndarray, relevant: Sequence[int] | np.ndarray) -> Q
 
 
 def score_ranks(ranks: QueryRanks) -> dict[str, float]:
-    """Return the metrics of one query, which has at least one relevant document."""
+    """Returns the metrics of one query, which has at least one relevant document."""
     depth = np.arange(1, DEEPEST + 1)
     gain, precision = np.zeros(DEEPEST), np.zeros(DEEPEST)
     reciprocal, hits = 0.0, 0
@@ -76,7 +76,7 @@ def score_ranks(ranks: QueryRanks) -> dict[str, float]:
 
 
 def _expected_reciprocal(start: int, size: int, found: int, deepest: int) -> float:
-    """Return the expected reciprocal rank of the first of `found` among `size` equal scores."""
+    """Returns the expected reciprocal rank of the first of `found` relevant ones in `size` ties."""
     chance, total = found / size, 0.0
     for place in range(min(size - found + 1, deepest - start)):
         total += chance / (start + place + 1)
@@ -86,7 +86,7 @@ def _expected_reciprocal(start: int, size: int, found: int, deepest: int) -> flo
 
 @dataclass(frozen=True)
 class RetrievalScores:
-    """Metric -> its values (queries,)."""
+    """Metrics of a search: name -> values `(queries,)`."""
 
     values: Mapping[str, np.ndarray]
 
@@ -96,7 +96,7 @@ class RetrievalScores:
         return {name: float(values.mean()) for name, values in self.values.items()}
 
     def resample(self, count: int, seed: int) -> dict[str, np.ndarray]:
-        """Return metric -> means (count,) of bootstrap draws of the queries.
+        """Returns metric -> means (count,) of bootstrap draws of the queries.
 
         The same seed draws the same queries, so that means of two models can be subtracted.
         """
@@ -110,7 +110,7 @@ class RetrievalScores:
 
 
 def score_queries(ranks: Sequence[QueryRanks]) -> RetrievalScores:
-    """Return the metrics of each query that has a relevant document."""
+    """Returns the metrics of each query that has a relevant document."""
     rows = [score_ranks(each) for each in ranks if len(each.above)]
     return RetrievalScores({name: np.array([row[name] for row in rows]) for name in METRICS})
 
@@ -123,14 +123,14 @@ def score_retrieval(
     similarity: str = "cosine",
     block_bytes: int = BLOCK_BYTES,
 ) -> RetrievalScores:
-    """Return the metrics of a search for each of the queries among all documents.
+    """Returns the metrics of a search for each of the queries among all documents.
 
     Args:
         queries: `(queries, dims)` embeddings.
         corpus: `(documents, dims)` embeddings.
-        relevant: for each query, the positions of its relevant documents.
+        relevant: for each query, the corpus indices of its relevant documents.
         similarity: cosine or dot.
-        block_bytes: memory of the scores that are held at a time.
+        block_bytes: memory of the scores of one block of queries.
     """
     ranks: list[QueryRanks] = []
     for start, scores in iterate_scores(queries, corpus, similarity, block_bytes):
@@ -147,7 +147,7 @@ def search(
     similarity: str = "cosine",
     block_bytes: int = BLOCK_BYTES,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return scores and positions, each `(queries, count)`, of the nearest documents, best first.
+    """Returns scores and corpus indices `(queries, count)` of the best documents, best first.
 
     The search is exact; `count` is at most the number of documents.
     """
@@ -167,7 +167,7 @@ def iterate_scores(
     similarity: str = "cosine",
     block_bytes: int = BLOCK_BYTES,
 ) -> Iterator[tuple[int, torch.Tensor]]:
-    """Yield the first query and the float32 scores `(queries, documents)` of each block.
+    """Yields the index of each block's first query, and scores `(queries, documents)` in float32.
 
     A block has at least one query.
     """
@@ -183,14 +183,14 @@ def iterate_scores(
 
 
 def spearman(scores: Sequence[float], labels: Sequence[float]) -> float:
-    """Return the Spearman correlation, with average ranks for equal values."""
+    """Returns the Spearman correlation, with average ranks for equal values."""
     from scipy.stats import spearmanr
 
     return float(spearmanr(scores, labels)[0])
 
 
 def average_precision(scores: Sequence[float], labels: Sequence[float]) -> float:
-    """Return the average precision of labels 0 and 1, with one threshold for equal scores."""
+    """Returns the average precision of labels 0 and 1, with one threshold for equal scores."""
     from sklearn.metrics import average_precision_score
 
     return float(average_precision_score([label > 0 for label in labels], scores))

@@ -19,7 +19,7 @@ class TextEncoder:
 
     Attributes:
         end: id to append to each text that does not end with a special token; None for none.
-        with_words: whether the rows keep their texts.
+        with_words: whether the encoded rows keep their texts.
         include_prompt: whether the tokens of prompts are pooled.
     """
 
@@ -31,7 +31,7 @@ class TextEncoder:
     include_prompt: bool = True
 
     def __call__(self, examples: Sequence[EmbeddingRow]) -> list[Encoded]:
-        """Return one row per example; raises `RowError` for a text without tokens."""
+        """Returns one row per example; raises `RowError` for a text without tokens."""
         rows: list[Encoded] = []
         for start in range(0, len(examples), _BATCH):
             rows += self._encode(examples[start : start + _BATCH])
@@ -71,7 +71,7 @@ class TextEncoder:
         return rows
 
     def ids(self, texts: Sequence[str]) -> list[list[int]]:
-        """Return the token ids of each text, with its end."""
+        """Returns the token ids of each text, with `end` appended."""
         found: list[list[int]] = self.tokenizer(list(texts))["input_ids"]
         if self.end is None:
             return found
@@ -79,7 +79,7 @@ class TextEncoder:
         return [ids if ids and ids[-1] in special else [*ids, self.end] for ids in found]
 
     def documents(self, texts: Sequence[str]) -> list[EncodedText]:
-        """Return the encoded documents, whose `row` is their index."""
+        """Returns the encoded documents; the `row` of each is its index in `texts`."""
         unpooled = 0 if self.include_prompt else self.prompt_size(self.document_prompt)
         found: list[EncodedText] = []
         for start in range(0, len(texts), _BATCH):
@@ -91,7 +91,7 @@ class TextEncoder:
         return found
 
     def prompt_size(self, prompt: str) -> int:
-        """Return the number of tokens of `prompt`, with those before it."""
+        """Returns the number of tokens of `prompt` with special tokens before it, such as BOS."""
         if not prompt:
             return 0
         ids = self.ids([prompt])[0]
@@ -102,10 +102,10 @@ class TextEncoder:
 
 
 def append_end(tokenizer: Any, end: int) -> None:
-    """Make a fast `tokenizer` append the token `end` to each text (mutated).
+    """Make a fast `tokenizer` (modified) append the token `end` to each text.
 
-    Other libraries load it from the model's directory, and pool that token as well. A tokenizer
-    that already adds a special token at the end is left unchanged.
+    Other libraries load it from the model's directory and must pool the same token. A tokenizer
+    that already appends a special token is left unchanged.
     """
     around = tokenizer("a")["input_ids"]
     if not tokenizer.is_fast or around[-1] in set(tokenizer.all_special_ids):
@@ -123,5 +123,5 @@ def append_end(tokenizer: Any, end: int) -> None:
 
 
 def hash_group(group: str) -> int:
-    """Return a number below 2⁵² for a class, the same in every process."""
+    """Returns a number below 2⁴⁴ for a class, the same in every process."""
     return int.from_bytes(hashlib.blake2b(group.encode(), digest_size=6).digest()[:6], "big") >> 4

@@ -66,7 +66,7 @@ _FORM = (
 class EmbeddingTask(BaseTask):
     """Task of a model with one vector per text.
 
-    `form` is that of the model; `settings` and `teacher` are those of the run.
+    `form` is the model's embedding format; `settings` and `teacher` are the configured ones.
     """
 
     settings: EmbeddingConfig = field(default_factory=EmbeddingConfig)
@@ -83,7 +83,7 @@ class EmbeddingTask(BaseTask):
     # ---- the model
 
     def configured(self, options: Mapping[str, Any]) -> EmbeddingTask:
-        """Return the task with the settings of a configuration or of a model card."""
+        """Returns the task with the settings of a configuration or of a model card."""
         known = dict(options.get("embedding", {}))
         if not known:
             return self
@@ -99,7 +99,7 @@ class EmbeddingTask(BaseTask):
     def for_model(
         self, source: ModelSource, kind: str, width: int, tokenizer: Any, step_rows: int
     ) -> tuple[BaseTask, list[Choice]]:
-        """Return the task with the embedding format of the model, and the lines that show it.
+        """Returns the task with the model's embedding format, and the lines that print it.
 
         Raises:
             ConfigError: the model has no EOS, or fewer dimensions than requested.
@@ -123,20 +123,20 @@ class EmbeddingTask(BaseTask):
         return task, _describe_form(form, reason, given)
 
     def prepare_tokenizer(self, tokenizer: Any, kind: str) -> Choice | None:
-        """Append EOS to every text of a model that pools its last token."""
+        """Make the tokenizer (modified) append EOS if the model pools the last token."""
         if self.end is not None:
             append_end(tokenizer, self.end)
         return None
 
     @property
     def max_tokens(self) -> int | None:
-        """Maximum length of the model's embedding format."""
+        """Maximum sequence length in the model's embedding format; None without one."""
         return self.form.max_length
 
     def card_defaults(
         self, source: ModelSource, model_config: Any, tokenizer: Any, kind: str
     ) -> dict[str, Any]:
-        """Return the embedding format of a model that ftlevel did not train."""
+        """Returns the embedding format of a model that ftlevel did not train."""
         form = _read_format(source)
         form = form or EmbeddingFormat("last" if kind == "decoder" else "mean", normalize=True)
         end = _end_of(tokenizer, source.name) if form.pooling == "last" else None
@@ -146,13 +146,13 @@ class EmbeddingTask(BaseTask):
     def settings_of_adapter(
         self, directory: Path, options: Mapping[str, Any]
     ) -> dict[str, dict[str, Any]]:
-        """Return pooling, normalization, similarity and prompts of the adapter."""
+        """Returns pooling, normalization, similarity and prompts of the adapter."""
         known = options.get("embedding", {}).get("form")
         form = EmbeddingFormat(**known) if known else read_embedding_format(directory)
         return {"embedding": {name: getattr(form, name) for name in _FORM}} if form else {}
 
     def embedding_format(self, options: Mapping[str, Any]) -> EmbeddingFormat | None:
-        """Return the embedding format of a card with `options`."""
+        """Returns the embedding format of a card with `options`."""
         return EmbeddingFormat(**options["embedding"]["form"])
 
     def write_files(self, directory: Path, model_config: Any, options: Mapping[str, Any]) -> None:
@@ -164,13 +164,13 @@ class EmbeddingTask(BaseTask):
         write_embedding_format(directory, replace(form, max_length=longest), width_of(model_config))
 
     def find_heads(self, meta: Any, source: Any) -> tuple[list[str], list[str]]:
-        """Find no heads, and the poolers that the checkpoint may lack."""
+        """Returns no modules to train in full, and the poolers that a checkpoint may lack."""
         from ftlevel.models.loading import find_new_poolers
 
         return [], find_new_poolers(meta, source)
 
     def find_unused(self, meta: Any) -> list[str]:
-        """Find the poolers, which follow the states that are pooled here."""
+        """Find the poolers: embeddings are pooled from the states before them."""
         return [
             name
             for name, module in meta.named_modules()
@@ -203,7 +203,7 @@ class EmbeddingTask(BaseTask):
         return self.settings.guide is not None or self.teacher is not None
 
     def encode(self, encoder: Encoder, examples: Sequence[Any], table: Table) -> FittedRows:
-        """Encode the encoded texts of each row; raises `InputError` for unusable rows."""
+        """Encode the texts of each row; raises `InputError` for rows that the loss cannot use."""
         if encoder.split == "train":
             kind = _check_examples(examples)
             loss = self.settings.loss or _default_loss(kind)
@@ -235,7 +235,7 @@ class EmbeddingTask(BaseTask):
     def encode_corpus(
         self, encoder: Encoder, documents: Sequence[str]
     ) -> tuple[Sequence[Encoded], Choice]:
-        """Return the encoded documents, truncated at the maximum length, and their number."""
+        """Returns the encoded documents, cut at the maximum length, and a line with the number."""
         texts = self._text_encoder(encoder).documents(documents)
         limit = encoder.limit(self.form.max_length)
         over = sum(len(text.input_ids) > limit for text in texts) if limit else 0
@@ -246,13 +246,13 @@ class EmbeddingTask(BaseTask):
     def check_validation(
         self, train: Sequence[Any], validation: Sequence[Any], corpus: Sequence[str] | None
     ) -> Sequence[tuple[str, str, Sequence[int], str]]:
-        """Return findings on relevant documents and the corpus."""
+        """Returns the results of `checks.check_validation`."""
         return check_validation(train, validation, corpus)
 
     def finish_data(
         self, prepared: PreparedData, config: DataConfig, context: EncodingContext
     ) -> PreparedData:
-        """Return the rows with the dataset of each, if there are several."""
+        """Returns `prepared`, with the dataset index of each training row if there are several."""
         if not config.also:
             return prepared
         ends = [part.base for part in prepared.table.parts[1:]]
@@ -263,7 +263,7 @@ class EmbeddingTask(BaseTask):
         return replace(prepared, sets=sets, choices=[*prepared.choices, choice])
 
     def facts(self, loaded: LoadedExamples) -> Mapping[str, Any]:
-        """Return the loss, its settings and the embedding format."""
+        """Returns the loss, its settings and the embedding format."""
         kind = _kind_of(loaded.train)
         settings = {**self.settings.model_dump(mode="json"), "teacher": self.teacher}
         settings["loss"] = self.settings.loss or _default_loss(kind)
@@ -278,11 +278,11 @@ class EmbeddingTask(BaseTask):
         }
 
     def card_options(self, config: DataConfig, facts: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the loss, its settings and the embedding format."""
+        """Returns the loss, its settings and the embedding format."""
         return {"embedding": facts["embedding"]}
 
     def describe_rows(self, loaded: LoadedExamples, facts: Mapping[str, Any]) -> list[Choice]:
-        """Return the loss with its reason, and the number of tokens."""
+        """Returns the loss with its reason, and the number of tokens."""
         known = facts["embedding"]
         told = [
             f"{name.replace('_', ' ')} {known[name]}"
@@ -298,7 +298,7 @@ class EmbeddingTask(BaseTask):
     # ---- inference and display
 
     def build_query(self, prompt: str, context: str | None, number: int) -> Any:
-        """Build a text to embed."""
+        """Build a query to embed from `prompt`."""
         return EmbeddingRow(prompt, number)
 
     def answer_columns(
@@ -308,14 +308,14 @@ class EmbeddingTask(BaseTask):
         options: Mapping[str, Any],
         wanted: OutputOptions,
     ) -> dict[str, Column]:
-        """Return one column with the vector."""
+        """Returns one column, which has the vector."""
         check_options(wanted, "an embedding model", "")
         return {"": "embedding"}
 
     def answer_rows(
         self, model: PromptedModel, questions: Sequence[Any], wanted: OutputOptions
     ) -> list[Prediction]:
-        """Return the vector of each query or document, with its prompt before it."""
+        """Returns the vector of each query or document, with its prompt before it."""
         known = self.configured(model.options)
         form = replace(known.form, dims=wanted.dims or known.form.dims)
         if wanted.normalize is not None:
@@ -344,22 +344,22 @@ class EmbeddingTask(BaseTask):
         return model.score_batches(rows, read)
 
     def probe_labels(self, ids: Sequence[int], labels: Sequence[str], options: Any) -> Any:
-        """Return a dummy label."""
+        """Returns a dummy label."""
         return 0
 
     def check_examples(self, examples: Sequence[Any]) -> Sequence[tuple[str, int, str]]:
-        """Return findings about the documents of the whole training set."""
+        """Returns findings about the documents of the whole training set."""
         return check_documents(examples)
 
     def synthetic_row(self, ids: list[int], row: int) -> Encoded:
-        """Return a synthetic pair: a query of an eighth of `ids`, and all as document."""
+        """Returns a synthetic pair: a query of an eighth of `ids`, and all as document."""
         query = ids[: max(1, len(ids) // 8)]
         return EncodedTexts(query + ids, (1.0,), row, {}, (len(query), len(ids)), (), (0, 0))
 
     def show_targets(
         self, row: Encoded, names: Sequence[str], kind: str, decoder: TokenDecoder
     ) -> list[str | None]:
-        """Return "" for tokens that are pooled; the first of each text names it."""
+        """Returns "" for pooled tokens, but for a text's first one "query" or "document N"."""
         if not isinstance(row, EncodedTexts):
             return [None] * len(row.input_ids)
         shown: list[str | None] = []
@@ -374,7 +374,7 @@ class EmbeddingTask(BaseTask):
         return shown
 
     def show_label(self, row: Encoded, names: Sequence[str]) -> str:
-        """Return the token ranges of the texts, with their labels."""
+        """Returns the token ranges of the texts, with their labels."""
         if not isinstance(row, EncodedTexts):
             return ""
         ends, begin, parts = [], 0, []
@@ -392,13 +392,13 @@ _WORDS = {"ranking": "pairs", "score": "scores", "label": "labels", "class": "cl
 
 
 def _read_format(source: ModelSource, replaced: Collection[str] = ()) -> EmbeddingFormat | None:
-    """Read the embedding format of a model; None if it is not a SentenceTransformer."""
+    """Load the embedding format of a model; None if it is not a SentenceTransformer."""
     place = find_files(source, FILES)
     return None if place is None else read_embedding_format(place, replaced)
 
 
 def _end_of(tokenizer: Any, name: str) -> int:
-    """Return the id of EOS; raise `ConfigError` if there is none."""
+    """Returns the id of EOS; raise `ConfigError` if there is none."""
     if tokenizer.eos_token_id is None:
         raise ConfigError(
             f"--pooling last: the tokenizer of {name} has no EOS token, whose state is the "
@@ -408,7 +408,7 @@ def _end_of(tokenizer: Any, name: str) -> int:
 
 
 def _describe_form(form: EmbeddingFormat, reason: str, given: Mapping[str, Any]) -> list[Choice]:
-    """Return the lines that show pooling, similarity and prompts, with their reasons."""
+    """Returns the lines that print pooling, similarity and prompts; `given` were set by flags."""
 
     def why(*names: str) -> str:
         flags = [f"--{name.replace('_', '-')}" for name in names if name in given]
@@ -433,7 +433,7 @@ def _default_loss(kind: LabelKind) -> str:
 
 
 def _kind_of(examples: Sequence[EmbeddingRow]) -> LabelKind:
-    """Return what the labels of `examples` mean; labels of pairs are 0 and 1 only."""
+    """Returns what the labels of `examples` mean; scores that are all 0 or 1 are labels."""
     kind = examples[0].kind
     if kind != "score":
         return kind
@@ -441,7 +441,7 @@ def _kind_of(examples: Sequence[EmbeddingRow]) -> LabelKind:
 
 
 def _check_examples(examples: Sequence[EmbeddingRow]) -> LabelKind:
-    """Return what the labels mean; raise `InputError` for rows that nothing can be learned from."""
+    """Returns what the labels mean; raises `InputError` if they do not differ between rows."""
     kind = _kind_of(examples)
     if any(e.kind != examples[0].kind for e in examples):
         raise InputError("some rows have a score and others do not. Use one layout for all rows.")

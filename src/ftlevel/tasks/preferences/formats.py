@@ -30,7 +30,7 @@ _HH = re.compile(r"\n\n(Human|Assistant): ?")
 
 @dataclass(frozen=True)
 class PairExample:
-    """Two answers to one prompt, each one turn, or several if the conversations diverge earlier.
+    """Two answers to one prompt; each is one turn, or several if the conversations diverge earlier.
 
     `margin` is 0 and `scores` are empty if the data has none.
     """
@@ -50,7 +50,7 @@ class PairExample:
 
     @property
     def parts(self) -> ExampleParts:
-        """Question and preferred answer for duplicate checks, which compare both answers."""
+        """Question, preferred answer, and the rest as context, for duplicate checks."""
         question = "\n".join(t.content for t in self.prompt if t.role in ("user", "tool"))
         context = "\0".join(
             (join_turns(self.prompt), join_turns(self.rejected), str(self.tools or ""))
@@ -61,7 +61,7 @@ class PairExample:
 
 @dataclass(frozen=True)
 class LabeledAnswer:
-    """One answer labeled as desirable or not; `row` is the index of the table row."""
+    """One answer labeled as desirable or not; `row` is its index in the table."""
 
     prompt: Turns
     answer: Turns
@@ -76,7 +76,7 @@ class LabeledAnswer:
 
     @property
     def parts(self) -> ExampleParts:
-        """Question with answer, and label, for duplicate checks."""
+        """Question and answer, with the label as target, for duplicate checks."""
         question = "\n".join(t.content for t in self.prompt if t.role in ("user", "tool"))
         context = "\0".join(
             (join_turns(self.prompt), join_turns(self.answer), str(self.tools or ""))
@@ -87,14 +87,14 @@ class LabeledAnswer:
 
 
 def join_turns(turns: Sequence[Message]) -> str:
-    """Returns `turns` as one text, without role names for a single turn."""
+    """Returns the contents of `turns` as one text, with role names if there are several."""
     if len(turns) == 1:
         return turns[0].content
     return "\n".join(f"{turn.role}: {turn.content}" for turn in turns)
 
 
 def build_pair(roles: RoleValues) -> PairExample:
-    """Build two answers to a prompt, from any of the layouts."""
+    """Build a pair example from a row of any of the layouts."""
     if "ranked" in roles:
         better, worse, scores = _best_and_worst(roles)
     elif "output" in roles:
@@ -138,12 +138,12 @@ def _pair(
 
 
 def build_judged(roles: RoleValues) -> LabeledAnswer:
-    """Build an answer with its label."""
+    """Build an answer with its label, desirable or not."""
     return _judged(roles, _verdict(roles.get("label"), roles.columns["label"]))
 
 
 def build_scored(roles: RoleValues) -> LabeledAnswer:
-    """Build an answer without a label, marked as desirable."""
+    """Build an answer to be scored; it has no label and is marked as desirable."""
     return _judged(roles, True)
 
 
@@ -220,7 +220,7 @@ def _answer(roles: RoleValues, role: str, value: object) -> Turns:
 
 
 def _hh_turns(text: str) -> list[Message]:
-    """Returns the turns of a text in HH-RLHF's format; empty for other texts."""
+    """Returns the turns of a text in HH-RLHF's "Human: … Assistant: …" format; empty for others."""
     if not text.startswith("\n\nHuman:"):
         return []
     pieces = _HH.split(text)[1:]
@@ -237,7 +237,7 @@ def _hh_turns(text: str) -> list[Message]:
 
 
 def _same(one: Turns, other: Turns) -> bool:
-    """Returns whether two prompts are equal apart from a system turn."""
+    """Returns whether two prompts have the same turns, apart from a system turn."""
     contents = [[t.content for t in turns if t.role != "system"] for turns in (one, other)]
     return contents[0] == contents[1]
 

@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 class AnswerLikelihoods:
     """Log-likelihoods of the answers of a batch; float32 tensors `(answers,)`.
 
-    `sums` are log-likelihoods, `counts` tokens, `reference` those of the reference (0 without one).
+    `sums` are the policy's, `reference` the reference's (0 without one); `counts` are tokens.
     """
 
     sums: Tensor
@@ -53,7 +53,7 @@ class AnswerLikelihoods:
 
     @property
     def ratios(self) -> Tensor:
-        """Log-likelihood ratios of policy and reference."""
+        """Log-likelihood ratios r of policy and reference."""
         return self.sums - self.reference
 
     def every_other(self, first: int) -> AnswerLikelihoods:
@@ -69,7 +69,7 @@ class AnswerLikelihoods:
 
 @dataclass(frozen=True)
 class PairLossParameters:
-    """Hyperparameters of the pair losses: β, ε (smoothing), γ of simpo, and the ratios of ipo."""
+    """Pair loss parameters: β, ε (`smoothing`), γ of simpo; whether ipo uses sums of ratios."""
 
     beta: float
     smoothing: float
@@ -78,7 +78,7 @@ class PairLossParameters:
 
     @classmethod
     def of(cls, settings: PreferenceConfig, smoothing: float) -> PairLossParameters:
-        """Returns the hyperparameters of a configuration."""
+        """Returns the hyperparameters in `settings`."""
         sums = settings.ipo_ratios == "sum"
         return cls(settings.effective_beta, smoothing, settings.margin, sums)
 
@@ -95,12 +95,12 @@ def log_sigmoid(value: Tensor) -> Tensor:
 
 
 def _reward(good: AnswerLikelihoods, bad: AnswerLikelihoods, p: PairLossParameters) -> Tensor:
-    """Returns βh."""
+    """Returns βh, the scaled difference of the answers' log-ratios."""
     return p.beta * (good.ratios - bad.ratios)
 
 
 def _mean_difference(good: AnswerLikelihoods, bad: AnswerLikelihoods) -> Tensor:
-    """Returns h̄."""
+    """Returns h̄, the difference of the answers' log-ratios per token."""
     return good.ratios / good.counts - bad.ratios / bad.counts
 
 
@@ -158,8 +158,8 @@ def kto(
 ) -> Tensor:
     """Returns the KTO loss of each answer.
 
-    `good` and the detached `baseline` z are `(answers,)`; `weights` are λ of desirable and other
-    answers.
+    `good` (whether desirable) and `baseline` (z, detached) are `(answers,)`; `weights` are λ of
+    desirable and undesirable answers.
     """
     import torch
 
@@ -171,7 +171,7 @@ def kto(
 
 
 def bradley_terry(good: Tensor, bad: Tensor, margins: Tensor, center: float) -> Tensor:
-    """Returns the reward loss of each pair, `(pairs,)`."""
+    """Returns the reward loss of each pair of scores, `(pairs,)`; `center` is its weight c."""
     return center * (good + bad).square() - log_sigmoid(good - bad - margins)
 
 
@@ -181,7 +181,7 @@ _PAIR, _JUDGED = ("chosen", "rejected"), ("desirable", "undesirable")
 
 
 def metric_names(*, paired: bool, referenced: bool) -> tuple[str, ...]:
-    """Returns the metric names of paired or single answers, with or without a reference."""
+    """Returns the metric names for pairs or single answers, with or without a reference."""
     groups = _PAIR if paired else _JUDGED
     kinds = ("logp", "length", *(("reward", "ref_logp") if referenced else ()))
     names = [f"{kind}_{group}" for kind in kinds for group in groups]
@@ -192,14 +192,14 @@ def metric_names(*, paired: bool, referenced: bool) -> tuple[str, ...]:
 
 
 class PreferenceMeter:
-    """Meter that stores six values per answer; `objective` computes the rewards."""
+    """Meter of answers, which stores six values for each; `objective` computes the rewards."""
 
     def __init__(self, objective: Any) -> None:
         self._objective = objective
         self._seen: list[np.ndarray] = []
 
     def update(self, logits: Tensor, labels: Tensor, rows: Sequence[Any]) -> None:
-        """Add answers: `logits` `(n, 2)` from `Preferences.answers`, `labels` verdicts `(n, 3)`."""
+        """Add answers: `logits` `(n, 2)` from `Preferences.answers`, and verdicts `(n, 3)`."""
         import torch
 
         rewards = self._objective.rewards(logits, labels)
@@ -246,7 +246,7 @@ class PreferenceMeter:
         return metrics
 
     def describe(self, names: Sequence[str]) -> dict[str, Any]:
-        """Returns the rewards and log-likelihoods of the answers of an example."""
+        """Returns the rewards and log-likelihoods of the answers of the only example seen."""
         return {name: round(value, 4) for name, value in self.compute(math.nan).items()}
 
 
@@ -276,15 +276,15 @@ class Preferences(LikelihoodObjective):
 
     @property
     def of_tokens(self) -> TokenObjective:
-        """Cross entropy of the answers' tokens."""
+        """Objective with the cross entropy of the answers' tokens."""
         return Tokens("perplexity", self.feeds_labels, self.shifted)
 
     def locate(self, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns where targets are predicted in the flattened `(batch, seq)`, and the targets."""
+        """Returns indices into `(batch · seq,)` whose logits predict a target, and the targets."""
         return self.of_tokens.locate(labels)
 
     def answers(self, each: Tensor, labels: Tensor) -> Tensor:
-        """Returns `(answers, 2)`: log-likelihood (weighted in ld-dpo) and number of tokens."""
+        """Returns `(answers, 2)`: log-likelihood (weighted for ld-dpo) and number of tokens."""
         import torch
 
         at, _ = self.locate(labels)
@@ -301,7 +301,7 @@ class Preferences(LikelihoodObjective):
     def preference_sum(self, answers: Tensor, verdicts: Tensor, *, training: bool) -> Tensor:
         """Returns the loss summed over pairs or answers (a scalar).
 
-        In training with `nll_mean: token` it is `(2,)`: the pair loss and the token loss of the
+        In training with `nll_mean: token`, returns `(2,)`: the pair loss and the token loss of the
         preferred answers, which have different divisors.
         """
         import torch
@@ -330,7 +330,7 @@ class Preferences(LikelihoodObjective):
         return torch.tensor(rows, device=labels.device)
 
     def training_count(self, labels: Tensor, loss: TrainingLoss) -> Tensor:
-        """Returns the number of pairs; with `nll_mean: token` `(2,)`, also of preferred tokens."""
+        """Returns the number of pairs; with `nll_mean: token`, also of preferred tokens, `(2,)`."""
         import torch
 
         count = self.count(labels)
@@ -344,7 +344,7 @@ class Preferences(LikelihoodObjective):
         return self.of_tokens.targets(logits, labels)
 
     def loss_sum(self, logits: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
-        """Returns the summed negative log-likelihood, used for batches without verdicts."""
+        """Returns the summed token cross entropy, for batches that have no verdicts."""
         return self.of_tokens.loss_sum(logits, labels, mask)
 
     @property
@@ -367,7 +367,7 @@ class Preferences(LikelihoodObjective):
     def find_warnings(
         self, metrics: Mapping[str, float], before: Mapping[str, float] | None = None
     ) -> list[str]:
-        """Find warnings about length bias, and about answers that became less likely."""
+        """Find warnings about length bias, and about answers that training made less likely."""
         warnings = []
         names = _PAIR if self.is_paired else _JUDGED
         start, prefix = (metrics, "ref_logp") if self.needs_reference else (before or {}, "logp")

@@ -1,7 +1,7 @@
 """Encoded rows of preference data, their encoder, and their data checks.
 
 A pair is one row: prompt, preferred and rejected answer concatenated, so that batching never
-separates them. The model receives its two branches.
+separates them. The model receives two sequences (branches): the prompt with each answer.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class PairRow(Encoded):
 
     @property
     def branches(self) -> Sequence[Encoded]:
-        """The prompt with the preferred answer, and with the rejected answer."""
+        """The prompt with the preferred answer, and the prompt with the rejected answer."""
         ids, labels = self.input_ids, _labels(self)
         if self.is_apart:
             parts = labels[: self.chosen], labels[self.chosen :]
@@ -90,16 +90,16 @@ class ScoredPairRow(PairRow):
 
     @property
     def branches(self) -> Sequence[Encoded]:
-        """The branches of a pair, with a dummy label."""
+        """The branches as in a `PairRow`, with a dummy label."""
         return [replace(branch, labels=0) for branch in super().branches]
 
 
 @dataclass(frozen=True)
 class LabeledAnswerRow(Encoded):
-    """A labeled answer, and the answer to a different prompt that it is contrasted with.
+    """A labeled answer, and a contrast answer: one to a different prompt, for the KL term of kto.
 
-    `prompt` is 0 for an encoder-decoder. `reference` has log-likelihoods of the answer and of the
-    contrast answer after this prompt; `other` has ids and labels of the latter, concatenated.
+    `prompt` is the number of tokens, 0 for an encoder-decoder. `reference` has the log-likelihoods
+    of both answers after this prompt; `other` has the contrast answer's ids, then its labels.
     """
 
     prompt: int = field(default=0, metadata={"column": "int"})
@@ -114,12 +114,12 @@ class LabeledAnswerRow(Encoded):
 
     @property
     def verdicts(self) -> Sequence[Verdict]:
-        """(desirable, reference log-likelihood, baseline), with baseline 0 before the step."""
+        """(desirable, reference log-likelihood, baseline); the baseline is set before each step."""
         return ((float(self.desirable), (self.reference or (0.0,))[0], 0.0),)
 
     @property
     def contrasts(self) -> Sequence[Encoded]:
-        """The prompt with a mismatched answer, for the KL term of kto."""
+        """The prompt with the contrast answer."""
         if not self.other:
             return ()
         half = len(self.other) // 2
@@ -147,7 +147,7 @@ class LabeledAnswerRow(Encoded):
 
 @dataclass(frozen=True)
 class ContrastRow(Encoded):
-    """A prompt with the answer to another prompt; `reference` is its reference log-likelihood."""
+    """A prompt with the answer to another prompt; `reference` is that sequence's log-likelihood."""
 
     reference: float = field(default=UNKNOWN, metadata={"column": "json"})
 
@@ -160,8 +160,8 @@ class ContrastRow(Encoded):
 class ContrastedRows(LazySequence[Encoded]):
     """Labeled answers, each with the answer of the nearest previous row that has another prompt.
 
-    `rows` are `LabeledAnswerRow` in data order. Contrast answers are truncated to `most` tokens
-    per row.
+    `rows` are `LabeledAnswerRow` in data order. Contrast answers are truncated so that prompt and
+    answer have at most `max_length` tokens.
     """
 
     def __init__(self, rows: Sequence[Encoded], max_length: int) -> None:
@@ -188,7 +188,7 @@ class ContrastedRows(LazySequence[Encoded]):
 
 
 class ReferencedRows(LazySequence[Encoded]):
-    """Rows with `(rows, 2)` reference log-likelihoods of their two sequences, or None."""
+    """Rows with reference log-likelihoods `(rows, 2)`, one per sequence; None for no reference."""
 
     def __init__(self, rows: Sequence[Encoded], reference: np.ndarray | None) -> None:
         self.rows = rows
@@ -218,7 +218,7 @@ def _labels(row: Encoded) -> list[int]:
 def build_pair_row(
     first: Encoded, second: Encoded, prompt: int, margin: float, *, scored: bool
 ) -> PairRow:
-    """Build the row of two encoded answers with a common prompt of `prompt` tokens."""
+    """Build the row of two encoded sequences with a common prompt of `prompt` tokens."""
     row_class = ScoredPairRow if scored else PairRow
     one, two = _labels(first), _labels(second)
     if not prompt:
@@ -243,8 +243,8 @@ _JOINED = 2
 class PreferenceEncoder:
     """Encoder of preference examples; it is picklable for worker processes.
 
-    An encoder reads prompt and answer as one text. `judged` splits pairs into labeled answers;
-    `scored` is for reward models; `referenced` marks reference values as pending.
+    `judged` splits pairs into labeled answers; `scored` encodes for reward models; `referenced`
+    rows get their reference log-likelihoods later.
     """
 
     tokenizer: Any
@@ -274,12 +274,12 @@ class PreferenceEncoder:
         return rows
 
     def answers(self, examples: Sequence[LabeledAnswer]) -> list[Encoded]:
-        """Returns each prompt with the answer, for scoring."""
+        """Returns the rows of prompt and answer to be scored."""
         return self._encode([_chosen_conversation(example) for example in examples])
 
     @property
     def seq2seq(self) -> bool:
-        """Whether answers are separate from the prompt."""
+        """Whether the model is an encoder-decoder, with answers separate from the prompt."""
         return self.kind == "encoder-decoder"
 
     def _encode(self, talks: Sequence[Conversation]) -> list[Encoded]:
@@ -320,7 +320,7 @@ class PreferenceEncoder:
 
 
 def _encode_sentence_pair(tokenizer: Any, talk: Conversation) -> Encoded:
-    """Encode the previous turns and the last turn, each ended by SEP."""
+    """Encode the earlier turns as one text and the last turn as another, each ended by SEP."""
     *earlier, last = talk.messages
     start = list(tokenizer("\n\n".join(turn.content for turn in earlier))["input_ids"])
     end = list(tokenizer(last.content, add_special_tokens=False)["input_ids"])
@@ -338,7 +338,7 @@ def _rejected_conversation(example: PairExample) -> Conversation:
 
 
 def find_answer(row: Encoded, prompt: Sequence[Message], *, encoder: bool = False) -> int:
-    """Find the position of the first answer token, after the assistant turns of `prompt`.
+    """Find the index of the first token of the answer that follows `prompt`.
 
     Raises:
         RowError: the answer has no token of its own.
@@ -358,13 +358,13 @@ def find_answer(row: Encoded, prompt: Sequence[Message], *, encoder: bool = Fals
 
 
 def count_common(one: Encoded, two: Encoded, limit: int) -> int:
-    """Returns the length of the common prefix of both rows, at most `limit` tokens."""
+    """Returns the length of the rows' common prefix, at most `limit` tokens."""
     pairs = zip(one.input_ids[:limit], two.input_ids[:limit], strict=False)
     return next((at for at, (a, b) in enumerate(pairs) if a != b), limit)
 
 
 def _mask_earlier(row: Encoded, start: int) -> Encoded:
-    """Returns `row` without the labels of earlier answers."""
+    """Returns `row` without labels before the token index `start`."""
     labels = row.labels if isinstance(row.labels, list) else []
     return replace(row, labels=[IGNORED] * start + labels[start:])
 
@@ -376,7 +376,7 @@ FEWEST = 20
 
 
 def check_pairs(rows: Sequence[Encoded]) -> Mapping[str, Mask]:
-    """Returns masks of pairs with equal answers, and of pairs that contradict a previous one."""
+    """Returns masks of pairs with equal answers, and of pairs that reverse an earlier one."""
     import numpy as np
 
     equal, against = np.zeros(len(rows), dtype=bool), np.zeros(len(rows), dtype=bool)
@@ -402,7 +402,7 @@ def _whole(row: PairRow) -> Sequence[Encoded]:
 
 
 def check_answers(examples: Sequence[Any], loss: str) -> Sequence[tuple[str, int, str]]:
-    """Returns (check name, number of examples, description) for the whole set."""
+    """Returns (check name, number of examples, description) for checks of the whole dataset."""
     pairs = [example for example in examples if isinstance(example, PairExample)]
     findings: list[tuple[str, int, str]] = []
     if pairs:
@@ -429,7 +429,7 @@ def check_answers(examples: Sequence[Any], loss: str) -> Sequence[tuple[str, int
 
 
 def _find_length_bias(pairs: Sequence[PairExample]) -> list[tuple[str, int, str]]:
-    """Find a finding if answer length alone predicts the preference."""
+    """Returns a check result if answer length alone predicts the preference."""
     sizes = [(len(join_turns(pair.chosen)), len(join_turns(pair.rejected))) for pair in pairs]
     longer = sum(a > b for a, b in sizes)
     share = (longer + sum(a == b for a, b in sizes) / 2) / len(pairs)
@@ -443,7 +443,7 @@ def _find_length_bias(pairs: Sequence[PairExample]) -> list[tuple[str, int, str]
 
 
 def _repeats_prompt(pair: PairExample) -> bool:
-    """Returns whether an answer starts with the whole last turn of the prompt (over two words)."""
+    """Returns whether an answer repeats the prompt's last turn (over two words) at its start."""
     question = pair.prompt[-1].content.strip()
     return len(question.split()) > 2 and any(
         join_turns(answer).strip().startswith(question) for answer in (pair.chosen, pair.rejected)

@@ -57,7 +57,7 @@ _HIDDEN = ("loss", "reference")
 
 @dataclass(frozen=True)
 class AnswerTask(BaseTask):
-    """Base class of the preference and reward tasks; `scored` ones give each answer a scalar."""
+    """Base class of the preference and reward tasks; `scored`: whether answers get a scalar."""
 
     settings: PreferenceConfig = field(default_factory=PreferenceConfig)
     smoothing: float = 0.0
@@ -75,7 +75,7 @@ class AnswerTask(BaseTask):
 
     @property
     def encoding_options(self) -> Mapping[str, Any]:
-        """Options outside the data section that change the encoded rows."""
+        """Options that change the encoded rows and are not in the config's data section."""
         return {"loss": self.settings.loss, "referenced": self.settings.is_referenced}
 
     def find_format(
@@ -106,7 +106,7 @@ class AnswerTask(BaseTask):
     def read_columns(
         self, format_: Format, table: Table, config: DataConfig
     ) -> tuple[Format, list[Choice]]:
-        """Load the format unchanged."""
+        """Returns the format unchanged."""
         return format_, []
 
     def prompt_format(self, format_: Format, kind: str, tokenizer: Any) -> PromptFormat | None:
@@ -116,7 +116,7 @@ class AnswerTask(BaseTask):
     def encode_as(
         self, encoder: Encoder, examples: Sequence[Any], table: Table, *, scored: bool
     ) -> FittedRows:
-        """Encode encoded pairs or labeled answers."""
+        """Encode pairs or labeled answers; with `scored`, for a reward model."""
         if encoder.prompt_format is None:
             raise TypeError("judged answers have a prompt format")
         settings, seq2seq = self.settings, encoder.kind == "encoder-decoder"
@@ -132,11 +132,11 @@ class AnswerTask(BaseTask):
         return encoder.fit_targets(fitted, table) if seq2seq else fitted
 
     def check_rows(self, rows: Sequence[Encoded]) -> Mapping[str, Mask]:
-        """Returns pairs with equal answers, and pairs that contradict a previous one."""
+        """Returns masks of pairs with equal answers, and of pairs that reverse an earlier one."""
         return check_pairs(rows)
 
     def check_examples(self, examples: Sequence[Any]) -> Sequence[tuple[str, int, str]]:
-        """Returns findings about the labels of the whole set."""
+        """Returns the results of `check_answers` for the whole dataset."""
         return check_answers(examples, self.settings.loss or "dpo")
 
     def facts(self, loaded: LoadedExamples) -> Mapping[str, Any]:
@@ -144,7 +144,7 @@ class AnswerTask(BaseTask):
         return {"preference": self.options}
 
     def describe_rows(self, loaded: LoadedExamples, facts: Mapping[str, Any]) -> list[Choice]:
-        """Returns the number of targets, and the loss."""
+        """Returns lines with the loss and the number of targets."""
         values = {name: value for name, value in self.options.items() if name not in _HIDDEN}
         if "beta" in values:
             values["beta"] = self.settings.effective_beta
@@ -160,7 +160,7 @@ class AnswerTask(BaseTask):
 
     @property
     def options(self) -> dict[str, Any]:
-        """Loss and its hyperparameters, as in a model card."""
+        """Loss and its hyperparameters, as stored in a model card."""
         read = ("loss", *LOSSES[self.settings.loss or "dpo"].reads)
         values = {name: getattr(self.settings, name) for name in read}
         return values | ({"smoothing": self.smoothing} if self.settings.facts.smoothed else {})
@@ -218,7 +218,7 @@ class PreferenceTask(AnswerTask, TextTask):
     def finish_data(
         self, prepared: PreparedData, config: DataConfig, context: EncodingContext
     ) -> PreparedData:
-        """Returns `prepared` with contrast answers, if the loss is kto."""
+        """Returns `prepared`; for the loss kto, each row gets a contrast answer."""
         if self.settings.loss != "kto":
             return prepared
         max_length, held_out = prepared.max_length, prepared.validation
@@ -231,19 +231,19 @@ class PreferenceTask(AnswerTask, TextTask):
     def evaluation_rows(
         self, rows: Sequence[Encoded], config: DataConfig, context: EncodingContext
     ) -> Sequence[Encoded]:
-        """Returns rows with contrast answers, if the loss is kto."""
+        """Returns `rows`; for the loss kto, each gets a contrast answer."""
         if self.settings.loss != "kto":
             return rows
         return ContrastedRows(rows, max(row.length for row in rows))
 
     def with_reference(self, rows: Sequence[Encoded], reference: Any) -> Sequence[Encoded]:
-        """Returns `rows` with reference log-probabilities `(rows, 2)`; None for no reference."""
+        """Returns `rows` with `reference` log-likelihoods `(rows, 2)`; None for no reference."""
         return ReferencedRows(rows, reference)
 
     def show_targets(
         self, row: Encoded, names: Sequence[str], kind: str, decoder: TokenDecoder
     ) -> list[str | None]:
-        """Returns the target at each token; the first token of each answer shows its label."""
+        """Returns each token's target; the first token of an answer shows the answer's label."""
         targets = super().show_targets(row, names, kind, decoder)
         if not isinstance(row, PairRow) or row.is_apart:
             return targets
@@ -275,7 +275,7 @@ class RewardTask(AnswerTask):
     checks: ClassVar[Checks] = Checks(ends=True)
 
     def build_objective(self, kind: str, facts: Mapping[str, Any]) -> Objective:
-        """Build the logistic loss of the score difference of a pair."""
+        """Build the objective with the logistic loss of each pair's score difference."""
         return RewardObjective("accuracy", settings=self._settings(facts))
 
     def _settings(self, facts: Mapping[str, Any]) -> PreferenceConfig:
@@ -322,7 +322,7 @@ class RewardTask(AnswerTask):
         options: Mapping[str, Any],
         outputs: OutputOptions,
     ) -> dict[str, Column]:
-        """Returns one score column."""
+        """Returns one column: the score."""
         check_options(outputs, "a reward model", "")
         return {"": "number"}
 
@@ -354,12 +354,12 @@ class RewardTask(AnswerTask):
     def show_targets(
         self, row: Encoded, names: Sequence[str], kind: str, decoder: Any
     ) -> list[str | None]:
-        """Mark the answers' tokens, which are scored as a whole."""
+        """Returns "" for the tokens of answers, each of which is scored as a whole; else None."""
         labels = row.labels if isinstance(row.labels, list) else []
         return [None if label == IGNORED else "" for label in labels]
 
     def describe_head(self, labels: Sequence[str]) -> str:
-        """Returns a description that differs from those of other heads."""
+        """Returns a text that differs from that of every other kind of head."""
         return "a score"
 
 
@@ -385,7 +385,7 @@ class RewardObjective(Objective):
     )
 
     def split(self, batch: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Any]:
-        """Returns the model inputs, and the verdicts if present."""
+        """Returns the model inputs and, as labels, the verdicts if present."""
         inputs, labels = super().split(batch)
         return inputs, batch.get("verdicts", labels)
 
@@ -413,7 +413,7 @@ class ScoreMeter:
         self._seen: list[np.ndarray] = []
 
     def update(self, logits: Tensor, labels: Tensor, rows: Sequence[Any]) -> None:
-        """Add the scores `(2 · pairs, 1)` of the pairs `rows`."""
+        """Add pairs `rows` with their scores `(2 · pairs, 1)`."""
         scores = logits.cpu().double().flatten().numpy().reshape(-1, 2)
         lengths = [[len(branch.input_ids) for branch in row.branches] for row in rows]
         self._seen.append(np.concatenate([scores, np.array(lengths, dtype=float)], axis=1))
@@ -460,7 +460,7 @@ def calibration_error(margins: np.ndarray) -> float:
 
 
 def _scored_shape(shape: FormatSpec) -> FormatSpec:
-    """Returns a layout of labeled answers without the label."""
+    """Returns the layout `shape` of labeled answers without its label."""
     required = {role: names for role, names in shape.required.items() if role != "label"}
     return FormatSpec(
         " + ".join(required), build_scored, required, shape.optional, shape.guessable, shape.inner

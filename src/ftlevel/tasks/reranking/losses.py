@@ -1,13 +1,13 @@
 """Reranking losses over lists of documents, in float32, summed over their targets.
 
-z are logits, y labels and t a teacher's scores of the documents of a query:
+For the documents of a query, z are logits, y labels and t a teacher's scores:
 
     bce         Σᵢ -w yᵢ log σ(zᵢ) - (1 - yᵢ) log σ(-zᵢ)
     mse         Σᵢ (zᵢ - tᵢ)²
     lce         Σ over yᵢ > 0 of log(exp zᵢ + Σ over yⱼ = 0 of exp zⱼ) - zᵢ        (2101.08751)
     listnet     -Σᵢ softmax(y)ᵢ log softmax(z)ᵢ                      (Cao et al., 2007)
     ranknet     Σ over yᵢ > yⱼ of log₂(1 + exp(zⱼ - zᵢ))             (Burges et al., 2005)
-    lambda      that, weighted by NDCG-Loss2++ with μ = 10           (Wang et al., 2018, eq. 19)
+    lambda      ranknet, weighted by NDCG-Loss2++ with μ = 10        (Wang et al., 2018, eq. 19)
     margin-mse  Σ over yᵢ > 0, yⱼ = 0 of ((zᵢ - zⱼ) - (tᵢ - tⱼ))²    (2010.02666)
 
 The mean of a step divides by all its documents (bce, mse), relevant documents (lce), lists
@@ -30,9 +30,9 @@ MU = 10.0
 
 @dataclass(frozen=True)
 class Lists:
-    """Documents of several queries, padded: `labels`, `teacher` and `mask`, each (lists, most).
+    """Documents of several queries: padded `labels`, `teacher` and `mask`, each `(lists, longest)`.
 
-    `places` are the positions of the documents in the flattened `(lists, most)`.
+    `places` are the indices of the documents in the flattened tensors.
     """
 
     labels: torch.Tensor
@@ -42,9 +42,9 @@ class Lists:
 
     @classmethod
     def from_labels(cls, labels: torch.Tensor) -> Lists:
-        """Return the lists of `labels` (documents, 3): label, teacher's score, size of the list.
+        """Returns the lists of `labels` (documents, 3): label, teacher's score, size of the list.
 
-        The size stands at the first document of a list, and is 0 at others.
+        The first document of a list has the size, the others 0.
         """
         import torch
 
@@ -59,40 +59,40 @@ class Lists:
         return cls(padded[0], padded[1], mask, places)
 
     def pad(self, logits: torch.Tensor) -> torch.Tensor:
-        """Return `logits` (documents,) as float32 (lists, most), with 0 where there is none."""
+        """Returns `logits` (documents,) as float32 (lists, longest), padded with 0."""
         padded = logits.new_zeros(self.mask.numel(), dtype=_float32())
         return padded.index_copy(0, self.places, logits.float().flatten()).view_as(self.mask)
 
     @property
     def pairs(self) -> torch.Tensor:
-        """Where document i is better than document j, (lists, most, most)."""
+        """Mask (lists, longest, longest): document i has a higher label than document j."""
         both = self.mask[:, :, None] & self.mask[:, None, :]
         return both & (self.labels[:, :, None] > self.labels[:, None, :])
 
     @property
     def relevant(self) -> torch.Tensor:
-        """Where a label is above 0, (lists, most)."""
+        """Mask (lists, longest): the label is above 0."""
         return self.mask & (self.labels > 0)
 
     @property
     def irrelevant(self) -> torch.Tensor:
-        """Where a label is 0 or less, (lists, most)."""
+        """Mask (lists, longest): the label is 0 or less."""
         return self.mask & (self.labels <= 0)
 
     @property
     def taught(self) -> torch.Tensor:
-        """Where a teacher's score is known, (lists, most)."""
+        """Mask (lists, longest): the teacher's score is known."""
         return self.mask & ~self.teacher.isnan()
 
     @property
     def margins(self) -> torch.Tensor:
-        """Where document i is relevant and j is not, with teacher's scores, (lists, most, most)."""
+        """Mask (lists, longest, longest): i is relevant, j is not; both have a teacher's score."""
         good, bad = self.relevant & self.taught, self.irrelevant & self.taught
         return good[:, :, None] & bad[:, None, :]
 
 
 def count_targets(loss: str, lists: Lists) -> torch.Tensor:
-    """Return the divisor of the summed loss (a scalar)."""
+    """Returns the number of targets of `loss`, by which its sum is divided (a scalar)."""
     if loss == "bce":
         return lists.mask.sum()
     if loss == "mse":
@@ -107,7 +107,7 @@ def count_targets(loss: str, lists: Lists) -> torch.Tensor:
 
 
 def sum_loss(loss: str, logits: torch.Tensor, lists: Lists, pos_weight: float) -> torch.Tensor:
-    """Return the summed loss of `logits` (documents,), a float32 scalar."""
+    """Returns the summed loss of `logits` (documents,), a float32 scalar."""
     from torch.nn import functional
 
     z, mask = lists.pad(logits), lists.mask
@@ -140,7 +140,7 @@ def _differences(values: torch.Tensor) -> torch.Tensor:
 
 
 def _ndcg_weights(logits: torch.Tensor, lists: Lists) -> torch.Tensor:
-    """Return the weight of each pair, (lists, most, most).
+    """Returns the weight of each pair, (lists, longest, longest).
 
     With ranks r by logit, gains G = (2^y - 1) / maxDCG and discounts D(r) = log₂(1 + r):
     |Gᵢ - Gⱼ| · (μ |1 / D(|rᵢ - rⱼ|) - 1 / D(|rᵢ - rⱼ| + 1)| + |1 / D(rᵢ) - 1 / D(rⱼ)|).

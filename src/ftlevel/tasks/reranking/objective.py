@@ -25,7 +25,7 @@ RANKING_METRICS = ("ndcg@10", "mrr@10", "map")
 
 @dataclass(frozen=True)
 class Ranking(Objective):
-    """Loss of documents in lists: logits `(documents, 1)`, labels `(documents, 3)` of `Lists`.
+    """Loss of lists of documents: logits `(documents, 1)`, labels as in `Lists.from_labels`.
 
     Attributes:
         loss: key of `config.reranking.LOSSES`.
@@ -39,22 +39,22 @@ class Ranking(Objective):
     has_choice: ClassVar[bool] = False
 
     def count(self, labels: torch.Tensor) -> torch.Tensor:
-        """Count the documents, relevant documents, lists or pairs (a scalar)."""
+        """Count the loss's targets: documents, relevant documents, lists or pairs (a scalar)."""
         return count_targets(self.loss, Lists.from_labels(labels))
 
     def loss_sum(
         self, logits: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor
     ) -> torch.Tensor:
-        """Return the summed loss."""
+        """Returns the summed loss."""
         return sum_loss(self.loss, logits, Lists.from_labels(labels), self.pos_weight)
 
     @property
     def metrics(self) -> tuple[str, ...]:
-        """Names of the metrics; those that the labels do not define are left out."""
+        """Names of all metrics; the meter omits those that are undefined for the labels."""
         return (*RANKING_METRICS, "average_precision", "spearman")
 
     def meter(self) -> Meter:
-        """Return a `RankingMeter`."""
+        """Returns a `RankingMeter`."""
         return RankingMeter()
 
 
@@ -67,17 +67,17 @@ class CandidateGroup:
 
 
 class RankingMeter:
-    """Metrics of the documents of each query, and of all pairs.
+    """Ranking metrics of each query, and metrics over all pairs of a query and a document.
 
-    Queries without a relevant and an irrelevant document have no ranking. `average_precision` is
-    of labels 0 and 1, `spearman` of others.
+    Queries need a relevant and an irrelevant document, else they are omitted. All pairs have
+    `average_precision` for labels 0 and 1, `spearman` for others.
     """
 
     def __init__(self) -> None:
         self._groups: dict[Any, CandidateGroup] = {}
 
     def update(self, logits: torch.Tensor, labels: torch.Tensor, rows: Sequence[Any]) -> None:
-        """Add the documents of `rows`: `(documents, 1)` logits, `(documents, 3)` labels."""
+        """Add the documents of `rows`, with logits `(documents, 1)` and labels `(documents, 3)`."""
         scores = logits.detach().cpu().double().flatten().tolist()
         own = labels[:, 0].cpu().tolist()
         at = 0
@@ -89,7 +89,7 @@ class RankingMeter:
             at = end
 
     def pool(self, meters: Sequence[RankingMeter]) -> RankingMeter:
-        """Return a meter of all queries of `meters`, each of which counts on its own."""
+        """Returns a meter of the queries of all `meters`; equal queries are not combined."""
         pooled = RankingMeter()
         pooled._groups = {
             (number, key): group
@@ -99,7 +99,7 @@ class RankingMeter:
         return pooled
 
     def compute(self, loss: float) -> dict[str, float]:
-        """Compute the means over queries, and the metrics of all pairs."""
+        """Compute the means over queries, and the metrics over all pairs."""
         each = [_score(group) for group in self._groups.values()]
         ranked = [one for one in each if one]
         found = (
@@ -117,14 +117,14 @@ class RankingMeter:
         return found
 
     def describe(self, names: Sequence[str]) -> dict[str, Any]:
-        """Return scores and labels of the only query seen."""
+        """Returns scores and labels of the only query seen."""
         group = next(iter(self._groups.values()))
         scores = [round(score, 4) for score in group.scores]
         return {"scores": scores, "labels": group.labels, **_score(group)}
 
 
 def _score(group: CandidateGroup) -> dict[str, float]:
-    """Return the metrics of a query; empty without a relevant and an irrelevant document."""
+    """Returns the metrics of a query; empty unless it has relevant and irrelevant documents."""
     labels = np.array(group.labels)
     relevant = np.flatnonzero(labels > 0)
     if not len(relevant) or len(relevant) == len(labels):
@@ -134,6 +134,6 @@ def _score(group: CandidateGroup) -> dict[str, float]:
 
 
 def options_of(facts: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the loss and its settings from facts of the data or options of a card."""
+    """Returns the loss and its settings from data facts or model card options."""
     known: Mapping[str, Any] = facts.get("reranking") or {}
     return known

@@ -1,4 +1,4 @@
-"""Encoded rows of rerankers: a query, and each of its documents after it.
+"""Encoded rows of rerankers: a query followed by its documents.
 
 The pair is encoded as the tokenizer does it, so that sentence-transformers and servers compute the
 same scores. A decoder's tokenizer joins two texts without anything between them: its template is
@@ -27,7 +27,7 @@ class RankedRow(Encoded):
 
     Attributes:
         query: number of tokens before each document.
-        sizes: number of tokens of each document, with the special tokens after it.
+        sizes: number of tokens of each document, including the special tokens after it.
         relevance: label of each document.
         taught: a teacher's score of each document, or its label; NaN until the teacher has run.
         words: the query and the documents, for a teacher model; empty if there is none.
@@ -40,12 +40,12 @@ class RankedRow(Encoded):
     words: tuple[str, ...] = field(default=(), metadata={"column": "json"})
 
     def with_teacher(self, scores: tuple[float, ...]) -> RankedRow:
-        """Return the row with a teacher's `scores` of its documents."""
+        """Returns the row with a teacher's `scores` of its documents."""
         return replace(self, taught=scores)
 
     @property
     def branches(self) -> Sequence[Encoded]:
-        """The query with each document; labels are those of `losses.Lists`."""
+        """The query with each document; each label is a row of `Lists.from_labels`."""
         found, start = [], self.query
         for at, size in enumerate(self.sizes):
             own = slice(start, start + size)
@@ -66,12 +66,12 @@ class RankedRow(Encoded):
 
     @property
     def cluster(self) -> bytes:
-        """Identity of the query, whose documents may be in several rows."""
+        """Key of the query, because several rows may have documents of one query."""
         return bytes(memoryview(_array(self.input_ids[: self.query])))
 
     @property
     def supervised(self) -> int:
-        """Number of documents."""
+        """Number of targets: the documents."""
         return len(self.sizes)
 
     @property
@@ -80,9 +80,9 @@ class RankedRow(Encoded):
         return self.query + max(self.sizes)
 
     def truncated(self, limit: int) -> RankedRow:
-        """Return the row with documents cut at their end, and the query to half of `limit`.
+        """Returns the row with documents cut at their end, and the query at half of `limit` tokens.
 
-        The last token of a document is kept, and the last two before it: they may be special.
+        A document's last token and the query's last two are kept, because they may be special.
         """
         if self.length <= limit:
             return self
@@ -103,7 +103,7 @@ class RankedRow(Encoded):
 
 
 def _cut(values: list[int], limit: int, kept: int) -> list[int]:
-    """Return at most `limit` values, the last `kept` of them from the end."""
+    """Returns at most `limit` values: the first ones, and the last `kept`."""
     return values if len(values) <= limit else values[: limit - kept] + values[-kept:]
 
 
@@ -114,7 +114,7 @@ def _array(ids: Sequence[int]) -> Any:
 
 
 def prepare_tokenizer(tokenizer: Any, kind: str) -> Choice | None:
-    """Extend the pair template of a decoder's `tokenizer` (mutated), and return the log line.
+    """Extend the pair template of a decoder's `tokenizer` (modified), and return the log line.
 
     Raises:
         InputError: it has no EOS token, or is not a fast tokenizer.
@@ -150,14 +150,14 @@ class PairEncoder:
     """Encoder of queries with their documents; it is picklable for worker processes.
 
     Attributes:
-        has_teacher: whether a model scores the documents later; the rows keep their texts for it.
+        has_teacher: whether rows keep their texts, for a teacher model that scores them later.
     """
 
     tokenizer: Any
     has_teacher: bool = False
 
     def __call__(self, examples: Sequence[EmbeddingRow]) -> list[Encoded]:
-        """Return one row per query."""
+        """Returns one row per query."""
         rows: list[Encoded] = []
         for start in range(0, len(examples), _BATCH):
             rows += self._encode(examples[start : start + _BATCH])
@@ -202,7 +202,7 @@ class PairEncoder:
 
 
 def _join(sequences: Sequence[list[int]], query: int) -> list[int]:
-    """Return the query of the first sequence, and what follows it in each."""
+    """Returns the tokens of the query once, then those that follow it in each sequence."""
     joined = list(sequences[0][:query])
     for values in sequences:
         joined += values[query:]

@@ -45,7 +45,7 @@ IDENTITY = "torch.nn.modules.linear.Identity"
 class RerankingTask(BaseTask):
     """Task of a model with one score per pair of query and document.
 
-    `settings` and `teacher` are those of the run.
+    `settings` and `teacher` are the configured ones.
     """
 
     settings: RerankingConfig = field(default_factory=RerankingConfig)
@@ -63,30 +63,30 @@ class RerankingTask(BaseTask):
     }
 
     def configured(self, options: Mapping[str, Any]) -> RerankingTask:
-        """Return the task with the loss of a configuration or model card."""
+        """Returns the task with the loss of a configuration or model card."""
         known = options_of(options)
         fields = {name: known[name] for name in RerankingConfig.model_fields if name in known}
         return replace(self, settings=RerankingConfig(**fields), teacher=known.get("teacher"))
 
     @property
     def encoding_options(self) -> Mapping[str, Any]:
-        """Options outside the data section that change the facts of the rows."""
+        """Options that change the rows' facts and are not in the config's data section."""
         return {"reranking": {**self.settings.model_dump(), "teacher": self.teacher}}
 
     def prepare_tokenizer(self, tokenizer: Any, kind: str) -> Choice | None:
-        """Extend the pair template of a decoder's tokenizer (mutated)."""
+        """Extend the pair template of a decoder's tokenizer (modified)."""
         return prepare_tokenizer(tokenizer, kind)
 
     def build_objective(self, kind: str, facts: Mapping[str, Any]) -> Objective:
-        """Build the loss over lists of documents."""
+        """Build the objective of the loss in `facts`."""
         known = options_of(facts)
         return Ranking(known["headline"], loss=known["loss"], pos_weight=known["pos_weight"])
 
     def facts(self, loaded: LoadedExamples) -> Mapping[str, Any]:
-        """Return the loss, its settings, and `regression` as problem type.
+        """Returns the loss, its settings, and `regression` as problem type.
 
         Raises:
-            InputError: the labels do not fit the loss, or are all alike.
+            InputError: the labels do not fit the loss, or are all equal.
         """
         return {
             "problem_type": "regression",
@@ -94,7 +94,7 @@ class RerankingTask(BaseTask):
         }
 
     def describe_rows(self, loaded: LoadedExamples, facts: Mapping[str, Any]) -> list[Choice]:
-        """Return the loss with its reason, and the number of documents."""
+        """Returns lines with the loss, the reason for it, and the number of documents."""
         known = options_of(facts)
         reason = "several documents per query" if known["listed"] else "one document per query"
         reason = "" if self.settings.loss else f"{'--teacher; ' if self.teacher else ''}{reason}"
@@ -108,13 +108,13 @@ class RerankingTask(BaseTask):
         return [*lines, counts, Choice("tokens", f"{facts['tokens']:,} an epoch")]
 
     def card_options(self, config: Any, facts: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the loss and its settings, and `regression` as problem type."""
+        """Returns the loss and its settings, and `regression` as problem type."""
         return {"problem_type": "regression", "reranking": dict(facts["reranking"])}
 
     def card_defaults(
         self, source: ModelSource, model_config: Any, tokenizer: Any, kind: str
     ) -> dict[str, Any]:
-        """Return options for a CrossEncoder; raises `InputError` for more than one label."""
+        """Returns options for a cross-encoder; raises `InputError` if it has several labels."""
         if model_config.num_labels != 1:
             raise InputError(
                 f"a reranker has one score, and this model has {model_config.num_labels} classes. "
@@ -151,17 +151,17 @@ class RerankingTask(BaseTask):
         return encoder.fit(encoder.collect(encode, examples), table)
 
     def check_examples(self, examples: Sequence[Any]) -> Sequence[tuple[str, int, str]]:
-        """Return findings about the documents of the whole set."""
+        """Returns the results of the checks of queries and documents."""
         return check_documents(examples)
 
     def synthetic_row(self, ids: list[int], row: int) -> Encoded:
-        """Return a synthetic row: a quarter of `ids` as query, the rest as two documents."""
+        """Returns a synthetic row: a quarter of `ids` as query, the rest as two documents."""
         query = len(ids) // 4
         size = len(ids) - query
         return RankedRow(ids + ids[query:], 0, row, {}, query, (size, size), (1.0, 0.0), (1.0, 0.0))
 
     def show_label(self, row: Encoded, names: Sequence[str]) -> str:
-        """Return the token ranges of the query and its documents, with their labels."""
+        """Returns the token ranges of the query and its documents, with their labels."""
         if not isinstance(row, RankedRow):
             return ""
         shown, start = [f"query: tokens 1-{row.query}"], row.query
@@ -171,11 +171,11 @@ class RerankingTask(BaseTask):
         return ", ".join(shown)
 
     def probe_labels(self, ids: Sequence[int], labels: Sequence[str], options: Any) -> Any:
-        """Return a label, a teacher's score, and the size of a list of one document."""
+        """Returns the labels of one document: relevance, teacher's score, and list size 1."""
         return 0.0, 0.0, 1.0
 
     def describe_head(self, labels: Sequence[str]) -> str:
-        """Return a description that differs from those of other heads."""
+        """Returns a text that differs from that of every other kind of head."""
         return "a relevance score"
 
     # ---- inference
@@ -194,14 +194,14 @@ class RerankingTask(BaseTask):
         options: Mapping[str, Any],
         wanted: OutputOptions,
     ) -> dict[str, Column]:
-        """Return one column: a score, or a list of scores."""
+        """Returns one column: the document's score, or a list of the documents' scores."""
         check_options(wanted, "a reranker", "")
         return {"": "numbers" if "documents" in format_.columns else "number"}
 
     def answer_rows(
         self, model: PromptedModel, questions: Sequence[Any], wanted: OutputOptions
     ) -> list[Prediction]:
-        """Return the scores of each query's documents: probabilities if trained by bce."""
+        """Returns the scores of each query's documents; probabilities if trained with bce."""
         is_bce = options_of(model.options)["loss"] == "bce"
         scores = self.score_documents(model, questions, as_probabilities=is_bce)
         found = []
@@ -214,7 +214,7 @@ class RerankingTask(BaseTask):
     def score_documents(
         self, model: PromptedModel, queries: Sequence[Any], *, as_probabilities: bool = False
     ) -> list[list[float]]:
-        """Return the logits, or their sigmoids, of the documents of each query."""
+        """Returns the logits, or their sigmoids, of each query's documents."""
         rows = [
             Encoded(branch.input_ids, 0, index, branch.extras)
             for index, row in enumerate(PairEncoder(model.tokenizer)(queries))
@@ -232,12 +232,12 @@ class RerankingTask(BaseTask):
 def resolve_loss(
     settings: RerankingConfig, examples: Sequence[EmbeddingRow], teacher: str | None
 ) -> dict[str, Any]:
-    """Return loss, weight of relevant documents and main metric for `examples`.
+    """Returns the loss, its weight of relevant documents and the main metric for `examples`.
 
     `teacher` is the name of a model that will score the documents.
 
     Raises:
-        InputError: the labels do not fit the loss, or are all alike.
+        InputError: the labels do not fit the loss, or are all equal.
     """
     labels = Counter(label for example in examples for label in example.labels)
     contrasts = sum(len(set(example.labels)) > 1 for example in examples)

@@ -43,7 +43,7 @@ _BY_COMPLETION = ("grpo", "gspo", "rloo")
 class PolicyLossParameters:
     """Loss name and its parameters.
 
-    `epsilon_high` is relative to 1, except for cispo, where it is the largest ratio itself.
+    The upper clipping bound of the ratio is 1 + `epsilon_high`; for cispo, `epsilon_high` itself.
     `length` is the maximum number of tokens of a completion. `corrects_kl` multiplies k3 by the
     ratio, as TRL 1.16 does.
     """
@@ -60,7 +60,7 @@ class PolicyLossParameters:
 class PolicyLoss:
     """A loss summed over tokens (a scalar), and the sums of its detached statistics.
 
-    `clipped` is the number of tokens at which clipping zeroes the gradient, `kl` the sum of k3,
+    `clipped` is the number of tokens with zero gradient due to clipping, `kl` the sum of k3,
     both scalars.
     """
 
@@ -70,7 +70,7 @@ class PolicyLoss:
 
 
 def combine_rewards(scores: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """Return the weighted sum of `scores` `(completions, functions)` without missing ones (NaN).
+    """Returns the sum of `scores` `(completions, functions)` by `weights`; missing ones are NaN.
 
     A completion without any score gets NaN.
     """
@@ -81,11 +81,11 @@ def combine_rewards(scores: torch.Tensor, weights: torch.Tensor) -> torch.Tensor
 def compute_advantages(
     rewards: torch.Tensor, lengths: torch.Tensor, loss: str, scale: Scale = "group"
 ) -> torch.Tensor:
-    """Compute the advantages of `rewards`, both `(groups, completions)` in float64.
+    """Compute the advantages of `rewards`; both are `(groups, completions)`, result in float64.
 
     Completions with NaN rewards get 0 and do not count in means. A group of equal rewards gets
-    exactly 0, except for losses in `GLOBAL`. `lengths` are the active tokens of the completions;
-    only reinforce++ uses them.
+    exactly 0, except for losses in `GLOBAL`. `lengths`, used by reinforce++ only, are the
+    unmasked tokens of the completions.
     """
     rewards = rewards.double()
     if loss in GLOBAL:
@@ -104,13 +104,13 @@ def compute_advantages(
 
 
 def has_spread(rewards: torch.Tensor) -> torch.Tensor:
-    """Return which groups have different rewards, (groups,); `rewards` (groups, completions)."""
+    """Returns a mask `(groups,)`: whether a group's `rewards` `(groups, completions)` differ."""
     low = rewards.nan_to_num(nan=torch.inf).amin(-1)
     return rewards.nan_to_num(nan=-torch.inf).amax(-1) > low
 
 
 def _std(rewards: torch.Tensor, known: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
-    """Return the standard deviation per group with n − 1, (groups, 1)."""
+    """Returns the standard deviation per group with n − 1, (groups, 1)."""
     centered = torch.where(known, rewards - rewards.nanmean(-1, keepdim=True), 0.0)
     return (centered.square().sum(-1, keepdim=True) / (count - 1).clamp(min=1)).sqrt()
 
@@ -120,7 +120,7 @@ def _std_of_all(rewards: torch.Tensor) -> torch.Tensor:
 
 
 def _whiten(rewards: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-    """Return rewards whitened over all tokens of the batch; each token has its row's reward."""
+    """Returns rewards whitened over all tokens of the batch; tokens have their completion's."""
     counts = torch.where(rewards.isnan(), 0, lengths).double()
     known = rewards.nan_to_num()
     total = counts.sum()
@@ -131,9 +131,9 @@ def _whiten(rewards: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
 
 
 def completion_weights(lengths: torch.Tensor, parameters: PolicyLossParameters) -> torch.Tensor:
-    """Return the weight of each token of a completion, (completions,) in float64.
+    """Returns the weight that each token of a completion gets, (completions,) in float64.
 
-    `lengths` are the active tokens of all completions of the optimizer step. A completion whose
+    `lengths` are the unmasked tokens of all completions of an optimizer step. A completion whose
     tokens are masked has length 0; it counts in means over completions, as in TRL.
     """
     lengths = lengths.double()
@@ -153,15 +153,15 @@ def policy_loss(
     weights: torch.Tensor,
     reference: torch.Tensor | None = None,
 ) -> PolicyLoss:
-    """Return the loss summed over tokens, each multiplied by its weight.
+    """Returns the loss summed over tokens, each multiplied by its weight.
 
     Args:
         parameters: loss and clipping.
         each: (tokens,) log-probabilities of the policy, with gradient.
         old: (tokens,) those of the policy that sampled; equal to `each` on the first iteration.
-        owners: (tokens,) index of each token's completion; a completion is not divided.
+        owners: (tokens,) index of each token's completion, all of whose tokens are here.
         advantages: (tokens,); the same for all tokens of a completion, except in distillation.
-        weights: (tokens,), of `completion_weights`.
+        weights: (tokens,), from `completion_weights`.
         reference: (tokens,) log-probabilities of the reference, for a KL penalty. It is only
             measured if `beta` is 0.
     """
@@ -188,7 +188,7 @@ def policy_loss(
 
 
 def _over_completions(log_ratio: torch.Tensor, owners: torch.Tensor, loss: str) -> torch.Tensor:
-    """Return the mean (gspo) or sum (rloo) over each completion, repeated for its tokens."""
+    """Returns for each token the mean (gspo) or sum (rloo) of `log_ratio` over its completion."""
     zeros = torch.zeros_like(log_ratio)  # there are no more completions than tokens
     sums = zeros.index_add(0, owners, log_ratio)
     if loss == "gspo":
@@ -197,7 +197,7 @@ def _over_completions(log_ratio: torch.Tensor, owners: torch.Tensor, loss: str) 
 
 
 def penalize_rewards(rewards: torch.Tensor, log_ratios: torch.Tensor, beta: float) -> torch.Tensor:
-    """Return `rewards` less β Σ (ℓ_old − ℓ_ref), rloo's KL penalty.
+    """Returns `rewards` minus β Σ (ℓ_old − ℓ_ref), the KL penalty of rloo.
 
     `log_ratios` are the sums over the tokens of each completion.
     """

@@ -26,11 +26,11 @@ CORRECT = 1.0
 
 
 def ignore(loss: PolicyLoss, each: torch.Tensor, signals: torch.Tensor) -> None:
-    """Ignore the loss."""
+    """Do nothing with the statistics of a loss."""
 
 
 def loss_parameters(settings: RlConfig) -> PolicyLossParameters:
-    """Return the parameters of the loss of `settings`."""
+    """Returns the parameters of the loss of `settings`."""
     from ftlevel.tasks.rl.losses import PolicyLossParameters
 
     epsilon, high = settings.clip
@@ -46,9 +46,9 @@ def loss_parameters(settings: RlConfig) -> PolicyLossParameters:
 
 @dataclass(frozen=True)
 class PolicyGradient(PolicyObjective):
-    """Policy loss of sampled completions; `watch` receives the statistics of micro-batches.
+    """Policy loss of sampled completions; `watch` is called with each micro-batch's `PolicyLoss`.
 
-    `teacher` is the name of the model that is distilled; None with rewards.
+    `teacher` is the name of the model to distill from; None if rewards are used.
     """
 
     settings: RlConfig = field(default_factory=RlConfig)
@@ -57,27 +57,27 @@ class PolicyGradient(PolicyObjective):
 
     @property
     def of_tokens(self) -> TokenObjective:
-        """Cross entropy of the completions' tokens."""
+        """Objective with the cross entropy of the completions' tokens."""
         return Tokens("perplexity", shifted=True)
 
     def locate(self, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return where targets are predicted in the flattened `(batch, seq)`, and the targets."""
+        """Returns indices into `(batch · seq,)` whose logits predict a target, and the targets."""
         return self.of_tokens.locate(labels)
 
     def targets(
         self, logits: torch.Tensor, labels: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return logits and labels of the completions' tokens."""
+        """Returns logits and labels of the completions' tokens."""
         return self.of_tokens.targets(logits, labels)
 
     def loss_sum(
         self, logits: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor
     ) -> torch.Tensor:
-        """Return the summed negative log-likelihood, used for batches without signals."""
+        """Returns the summed token cross entropy, for batches that have no signals."""
         return self.of_tokens.loss_sum(logits, labels, mask)
 
     def training_count(self, labels: torch.Tensor, loss: TrainingLoss) -> torch.Tensor:
-        """Return 1: the weights in the signals are those of the whole step."""
+        """Returns 1: the signals' weights already divide by the targets of the whole step."""
         import torch
 
         return torch.ones((), device=labels.device)
@@ -85,7 +85,7 @@ class PolicyGradient(PolicyObjective):
     def policy_sum(
         self, each: torch.Tensor, owners: torch.Tensor, count: int, signals: torch.Tensor
     ) -> torch.Tensor:
-        """Return the loss of `signals` (targets, 5), as in `rows.Signal`.
+        """Returns the policy loss (a scalar); `signals` is (targets, 5), one `rows.Signal` each.
 
         With a teacher, the advantage of a token is minus its log-ratio log π_old − log π_teacher,
         an unbiased estimate of the gradient of the reverse KL divergence per token, as in GKD with
@@ -118,13 +118,13 @@ class PolicyGradient(PolicyObjective):
         return RewardMeter.names(self.settings)
 
     def meter(self) -> Meter:
-        """Return a `RewardMeter`."""
+        """Returns a `RewardMeter`."""
         return RewardMeter(self.settings)
 
     def find_warnings(
         self, metrics: Mapping[str, float], before: Mapping[str, float] | None = None
     ) -> list[str]:
-        """Find a warning if completions are mostly truncated."""
+        """Returns a warning if many completions are truncated."""
         share = metrics.get("truncated", 0.0)
         if share <= TRUNCATED_SHARE:
             return []
@@ -148,14 +148,14 @@ class RewardMeter:
 
     @staticmethod
     def names(settings: RlConfig) -> tuple[str, ...]:
-        """Return the names of the metrics: avg@k is `reward`, over k completions."""
+        """Returns the names of the metrics; `reward` is the mean over all completions."""
         functions = [f"reward_{spec}" for spec in reward_names(settings)]
         own = functions if len(functions) > 1 else []
         passes = [f"pass@{k}" for k in pass_counts(settings.num_generations) if functions]
         return ("reward", *own, *passes, "length", "truncated")
 
     def update(self, logits: Any, labels: Any, rows: Sequence[Any]) -> None:
-        """Add a prompt: `logits` (completions, 3 + functions) has reward, length, ended, scores.
+        """Add one prompt: `logits` (completions, 3 + functions) are reward, length, ended, scores.
 
         `labels` are the texts of the completions.
         """
@@ -163,13 +163,13 @@ class RewardMeter:
         self._texts += labels
 
     def pool(self, meters: Sequence[RewardMeter]) -> RewardMeter:
-        """Return a meter of the prompts of all `meters`."""
+        """Returns a meter of the prompts of all `meters`."""
         pooled = RewardMeter(self._settings)
         pooled._seen = [part for meter in meters for part in meter._seen]
         return pooled
 
     def compute(self, loss: float) -> dict[str, float]:
-        """Compute the metrics: means over prompts of means over completions."""
+        """Compute the metrics: each is averaged over a prompt's completions, then over prompts."""
         if not self._seen:
             return {}
         known = [part[~np.isnan(part[:, 0])] for part in self._seen]
@@ -194,13 +194,13 @@ class RewardMeter:
         return {name: value for name, value in found.items() if not math.isnan(value)}
 
     def describe(self, names: Sequence[str]) -> dict[str, Any]:
-        """Return the rewards of a prompt's completions, and the first of these."""
+        """Returns the rewards of the only prompt's completions, and the first completion."""
         rewards = [round(float(value), 4) for part in self._seen for value in part[:, 0]]
         return {"predicted": self._texts[0] if self._texts else "", "rewards": rewards}
 
 
 def reward_names(settings: RlConfig) -> list[str]:
-    """Return the names of the rewards in metrics; of a function without its file."""
+    """Returns the names of the rewards in metrics; functions are named without their file."""
     return [
         spec.argument
         if spec.kind == "function"
@@ -212,12 +212,12 @@ def reward_names(settings: RlConfig) -> list[str]:
 
 
 def pass_counts(completions: int) -> list[int]:
-    """Return the k of pass@k: 1 and half of the completions, which the estimator needs."""
+    """Returns the values of k for pass@k: 1 and half the number of completions."""
     return sorted({1, max(1, completions // 2)})
 
 
 def pass_at_k(completions: int, correct: int, k: int) -> float:
-    """Return 1 − C(n − c, k) / C(n, k), unbiased (Chen et al., 2021, arXiv 2107.03374)."""
+    """Returns pass@k: 1 − C(n − c, k) / C(n, k), unbiased (Chen et al., 2021, 2107.03374)."""
     return 1 - math.comb(completions - correct, k) / math.comb(completions, k)
 
 

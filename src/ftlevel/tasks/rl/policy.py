@@ -39,17 +39,17 @@ class RlTask(TextTask):
     uses_dropout: ClassVar[bool] = False
 
     def configured(self, options: Mapping[str, Any]) -> RlTask:
-        """Return the task with the settings of a configuration or model card."""
+        """Returns the task with the settings of a configuration or model card."""
         settings = RlConfig(**options.get("rl", {}))
         return replace(self, settings=settings, teacher=options.get("teacher"))
 
     @property
     def encoding_options(self) -> Mapping[str, Any]:
-        """Options outside the data section that change the encoded rows."""
+        """Options that change the encoded rows and are not in the config's data section."""
         return {"most": self.settings.max_completion_length}
 
     def build_objective(self, kind: str, facts: Mapping[str, Any]) -> Objective:
-        """Build the policy objective of the settings."""
+        """Build the policy objective."""
         return PolicyGradient(
             self.headline,
             temperature=self.settings.temperature,
@@ -60,14 +60,14 @@ class RlTask(TextTask):
     def card_defaults(
         self, source: ModelSource, model_config: Any, tokenizer: Any, kind: str
     ) -> dict[str, Any]:
-        """Return the default prompt format of `train`, and the settings without a reward."""
+        """Returns the default prompt format of `train`, and RL settings without a reward."""
         return {
             **super().card_defaults(source, model_config, tokenizer, kind),
             "options": {"rl": {}},
         }
 
     def card_options(self, config: DataConfig, facts: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the settings, which held-out prompts are sampled and scored with."""
+        """Returns the settings by which an evaluation samples and scores held-out prompts."""
         places = [_absolute(spec) for spec in self.settings.rewards]
         options = {"rl": {**self.settings.model_dump(mode="json"), "reward": places}}
         if self.teacher is None:
@@ -76,7 +76,7 @@ class RlTask(TextTask):
         return {**options, "teacher": str(path.absolute()) if path.exists() else self.teacher}
 
     def synthetic_row(self, ids: list[int], row: int) -> Encoded:
-        """Return a synthetic prompt that leaves room for a completion."""
+        """Returns a synthetic prompt that leaves room for a completion."""
         room = max(1, len(ids) - self.settings.max_completion_length)
         text = json.dumps({"prompt": "", "columns": {}})
         return PromptRow(ids[:room], [IGNORED] * room, row, {}, text, len(ids) - room)
@@ -84,7 +84,7 @@ class RlTask(TextTask):
     def find_format(
         self, columns: Sequence[str], config: DataConfig, rows: Sequence[Row] = ()
     ) -> Format:
-        """Find the format of `columns`; all others are for the reward functions."""
+        """Find the format of `columns`; the reward functions may use all other columns."""
         return replace(BaseTask.find_format(self, columns, config, rows), unused=())
 
     def read_columns(
@@ -102,7 +102,7 @@ class RlTask(TextTask):
         return encoder.fit(encoder.collect(encode, examples), table)
 
     def describe_rows(self, loaded: LoadedExamples, facts: Mapping[str, Any]) -> list[Choice]:
-        """Return the number of prompt tokens."""
+        """Returns a line with the number of prompt tokens."""
         settings = self.settings
         low, high = settings.clip
         clip = f"ratio at most {high:g}" if low is None else f"clip -{low:g} +{high:g}"
@@ -123,7 +123,7 @@ class RlTask(TextTask):
 
 
 def _absolute(spec: RewardSpec) -> str:
-    """Return a reward as given, with the absolute path of its file."""
+    """Returns a reward as the user wrote it, but with the absolute path of its file."""
     if spec.kind != "function":
         return spec.text
     return f"{Path(spec.name).resolve()}:{spec.argument}={spec.weight:g}"

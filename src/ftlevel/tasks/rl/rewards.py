@@ -1,4 +1,4 @@
-"""Rewards of completions: built-in ones and functions in a worker process, and reward models."""
+"""Rewards of completions: reward models, and functions that run in a worker process."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class RewardModel(Protocol):
     fingerprint: str
 
     def score(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> list[float]:
-        """Return the score of each completion."""
+        """Returns the score of each completion."""
 
 
 OpenModel = Callable[[str], RewardModel]
@@ -43,12 +43,12 @@ class RewardError(RunError):
 
 
 class Rewards:
-    """Rewards of a run.
+    """All rewards of `--task rl`.
 
     Attributes:
-        names: as given, without weights.
+        names: rewards as the user wrote them, without weights.
         weights: one per name.
-        fingerprint: hash of everything that determines the scores, with the source of functions.
+        fingerprint: hash of everything that determines the scores, such as the functions' files.
         failures: name → number of completions that scored 0 because the reward failed.
     """
 
@@ -75,7 +75,7 @@ class Rewards:
     def resolve(
         cls, settings: RlConfig, open_model: OpenModel | None = None, *, opens_think: bool = False
     ) -> Rewards:
-        """Return the rewards of `settings`; imports the files of functions, but loads no weights.
+        """Returns the rewards of `settings`; imports the functions' files, but loads no weights.
 
         `open_model` resolves reward models. `opens_think`: whether prompts end with `<think>`.
 
@@ -114,7 +114,7 @@ class Rewards:
     def check_answers(self, answers: Sequence[Any], where: Callable[[int], str]) -> None:
         """Raise ConfigError for an answer that a built-in reward cannot use.
 
-        `answers` are those of all rows, None without one; `where` returns the place of a row.
+        `answers` has one per row, or None; `where` returns the location of a row by its index.
         """
         found = self._ask({"do": "check", "answers": list(answers)}, START_SECONDS)
         if found is None:
@@ -131,14 +131,14 @@ class Rewards:
         where: Sequence[str] = (),
         step: int = 0,
     ) -> list[list[float | None]]:
-        """Return the scores `[completion][reward]`, without weights; None: it has no part.
+        """Returns unweighted scores `[completion][reward]`; None where a reward does not apply.
 
         Args:
             prompts: a text, or messages, for each completion.
             completions: texts; functions get a list of one message each if the prompt has messages.
             completion_ids: token ids of the completions.
             columns: column → value for each completion.
-            where: place of each completion's prompt, for errors.
+            where: file and line of each completion's prompt, for errors.
             step: optimizer step, for `trainer_state.global_step`.
 
         Raises:
@@ -204,7 +204,7 @@ class Rewards:
         batch: Mapping[str, Any],
         where: Sequence[str],
     ) -> None:
-        """Count the failed completions, or raise `RewardError` for the first."""
+        """Count the completions `failed`, or raise `RewardError` for the first of them."""
         name = self.names[at]
         if self._settings.on_reward_error == "zero":
             self.failures[name] += len(failed)
@@ -218,7 +218,7 @@ class Rewards:
         )
 
     def _start(self) -> list[dict[str, Any]]:
-        """Start the worker and load the rewards; return the signatures of functions."""
+        """Start the worker and load the rewards; return the signatures of their functions."""
         self._reason = ""
         self._worker = subprocess.Popen(
             [sys.executable, "-m", "ftlevel.rewards.worker"],
@@ -239,7 +239,7 @@ class Rewards:
         return signatures
 
     def _ask(self, request: Mapping[str, Any], seconds: float) -> Any:
-        """Return the worker's reply; None, and a stopped worker, if it is late or has ended."""
+        """Returns the worker's reply; None if it is late or has ended, and it is stopped."""
         worker = self._worker
         if worker is None or worker.stdin is None or worker.stdout is None:
             raise RuntimeError("there is no worker")
@@ -271,7 +271,7 @@ def _shown(value: Any) -> str:
 
 
 def _fingerprint(specs: Sequence[RewardSpec], models: Mapping[int, RewardModel]) -> str:
-    """Return the hash of the rewards, the files that they read, and their models."""
+    """Returns a hash of the rewards, the files they read, and their models."""
     digest = hashlib.sha256()
     for at, spec in enumerate(specs):
         digest.update(spec.text.encode())

@@ -1,7 +1,7 @@
 """Rows of prompts with rewards and of sampled completions, and the column layouts of prompts.
 
-All columns of a row reach the reward functions by name; the answer also as `answer`. Stand-ins are
-completions with which a run is checked before it samples.
+Reward functions get all columns of a row by name, and the answer also as `answer`. Stand-ins are
+made-up completions, on which the training step is checked before anything is sampled.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ UNKNOWN = math.nan
 
 @dataclass(frozen=True)
 class CompletionRow(Encoded):
-    """A prompt of `prompt` tokens with a sampled completion; `values` has a signal per token.
+    """A prompt of `prompt` tokens with a sampled completion; `values` has a `Signal` per token.
 
-    `number` is the index of the completion in its group.
+    `number` is the index of the completion among those of its prompt.
     """
 
     prompt: int = 0
@@ -41,7 +41,7 @@ class CompletionRow(Encoded):
 
     @property
     def signals(self) -> Sequence[Signal]:
-        """The signals of the completion's tokens."""
+        """Loss inputs (advantage, weight, …) of the completion's tokens."""
         return self.values
 
     @property
@@ -57,7 +57,7 @@ TokenLogps = Callable[[Sequence[CompletionRow]], list[list[float]]]
 def build_completion_row(
     prompt: list[int], completion: list[int], row: int, number: int, values: Sequence[Signal]
 ) -> CompletionRow:
-    """Build the row of a prompt and a completion, with a signal for each of its tokens."""
+    """Build the row of a prompt and a completion; `values` has a `Signal` for each token of it."""
     labels = [IGNORED] * len(prompt) + completion
     return CompletionRow(prompt + completion, labels, row, {}, len(prompt), number, tuple(values))
 
@@ -81,7 +81,7 @@ ANSWER = "answer"
 
 @dataclass(frozen=True)
 class PromptExample:
-    """A prompt with the columns for its rewards; `is_chat` if the row has a list of messages."""
+    """A prompt and the columns for reward functions; `is_chat`: it is a list of messages."""
 
     query: Conversation
     columns: Mapping[str, Any]
@@ -99,7 +99,7 @@ class PromptExample:
 
     @property
     def parts(self) -> ExampleParts:
-        """The prompt, and the answer that completions are compared with."""
+        """The prompt, and the answer that completions are compared with, for duplicate checks."""
         asked = "\n".join(m.content for m in self.query.messages if m.role != "system")
         before = f"{self.query.key_text}\0{self.query.tools or ''}"
         return ExampleParts(asked, "", before, str(self.columns.get(ANSWER, "")))
@@ -116,7 +116,7 @@ class PromptExample:
 class PromptRow(Encoded):
     """An encoded prompt without labels.
 
-    `facts_json` has the prompt and the columns for the reward functions; `most` is the maximum
+    `facts_json` has the prompt and the columns for reward functions; `most` is the maximum
     number of tokens of a completion.
     """
 
@@ -130,7 +130,7 @@ class PromptRow(Encoded):
 
     @property
     def branches(self) -> Sequence[Encoded]:
-        """The prompt with made-up completions, with which a run is checked and estimated."""
+        """The prompt with made-up completions, for checks and memory estimates before sampling."""
         return [
             Encoded(row.input_ids, row.labels, row.row)
             for row in stand_in_completions(self.input_ids, self.row)
@@ -138,7 +138,7 @@ class PromptRow(Encoded):
 
     @property
     def signals(self) -> Any:
-        """The signals of the branches."""
+        """The signals of the made-up completions' tokens."""
         rows = stand_in_completions(self.input_ids, self.row)
         return [signal for row in rows for signal in row.values]
 
@@ -150,7 +150,7 @@ class PromptRow(Encoded):
 
     @property
     def columns(self) -> dict[str, Any]:
-        """Column → value, for the reward functions."""
+        """Column → value, as passed to the reward functions."""
         columns: dict[str, Any] = json.loads(self.facts_json)["columns"]
         return columns
 
@@ -182,7 +182,7 @@ _NAMED = ("prompt", "completion", "completion_ids", "messages")
 
 
 def build_prompt(roles: RoleValues) -> PromptExample:
-    """Build the prompt of a row, and its columns."""
+    """Build the example of a row: its prompt and columns."""
     columns = {name: value for name, value in roles.row.items() if name not in _NAMED}
     if (answer := _answer(roles)) is not None:
         columns[ANSWER] = answer
