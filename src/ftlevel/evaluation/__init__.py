@@ -1,4 +1,4 @@
 """Evaluation: scoring on rows and texts, confidence intervals, comparison of two models.
 
-May import `trained` and the packages below it. Models are restored after scoring.
+May import `trained` and the packages below it. A scored model is restored to its former state.
 """

@@ -2,7 +2,7 @@
 
 The task defines the computation; this module batches rows. Rows are packed without padding if the
 model passes the checks of the fast step, else padded with rows of similar length. `RowCounts`
-counts the rows that have no answer. It must not train or read files.
+counts the rows that have no answer. The module must not train or read files.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class RowScorer:
             self._fast = None
 
     def __call__(self, rows: Sequence[Encoded], read: Read[T]) -> list[T]:
-        """Apply `read` to each row and its logits, in order; call it under `torch.no_grad`."""
+        """Returns `read(row, logits)` for each row, in order; call it under `torch.no_grad`."""
         return self._apply(
             rows,
             lambda chosen: [
@@ -71,13 +71,13 @@ class RowScorer:
         )
 
     def read_batches(self, rows: Sequence[Encoded], read: ReadBatch[T]) -> list[T]:
-        """Apply `read` to the rows of each forward pass, their padded states and their mask."""
+        """Returns the results of `read(rows, states, mask)`, called per padded forward pass."""
         return self._apply(rows, lambda chosen: read(chosen, *self._states(chosen)))
 
     def _apply(
         self, rows: Sequence[Encoded], compute: Callable[[list[Encoded]], Sequence[T]]
     ) -> list[T]:
-        """Returns the results of all rows in order; `compute` gets the rows of a forward pass."""
+        """Returns the result of each row, in order; `compute` returns those of one forward pass."""
         if self._fast is None and len(rows) >= WORTH_ASKING:
             self._fast = self._speed_up(rows)
         results: list[Any] = [None] * len(rows)
@@ -120,7 +120,7 @@ class RowScorer:
             yield batch
 
     def _states(self, rows: Sequence[Encoded]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns the logits of a forward pass, padded, and the mask of its tokens."""
+        """Returns the padded logits of a forward pass, and the attention mask."""
         batch, layout = self._batch(rows)
         with using_layout(layout):
             return self._trained.logits(batch), batch["attention_mask"]
@@ -128,7 +128,7 @@ class RowScorer:
     def _batch(
         self, rows: Sequence[Encoded]
     ) -> tuple[dict[str, torch.Tensor], PackedLayout | None]:
-        """Returns the padded batch of `rows`, and the layout in which it is packed."""
+        """Returns the padded batch of `rows`, and its packed layout; None if it is not packed."""
         trained, batch = self._trained, self._collate(rows)
         layout = None
         if self._packs and self._fast is not None:
@@ -140,7 +140,7 @@ class RowScorer:
         return {name: value.to(trained.device) for name, value in batch.items()}, layout
 
     def _forward(self, rows: Sequence[Encoded]) -> Iterator[torch.Tensor]:
-        """Yields the logits of each row of a forward pass."""
+        """Yields the logits of each row; one forward pass computes all."""
         trained, objective = self._trained, self._trained.objective
         batch, layout = self._batch(rows)
         with using_layout(layout):
@@ -158,7 +158,7 @@ class RowScorer:
     def _token_scores(
         self, batch: dict[str, torch.Tensor], rows: Sequence[Encoded]
     ) -> Iterator[torch.Tensor]:
-        """Yields the logits (labelled, vocabulary) at the labelled tokens of each row."""
+        """Yields the logits (labelled, vocabulary) at the tokens of each row that have a label."""
         objective = self._trained.objective
         seen: list[torch.Tensor] = []
         head = self._fast.cross_entropy if self._fast is not None else None
@@ -195,7 +195,7 @@ PROMPTS = 8
 
 @dataclass(frozen=True)
 class AnswerRequest:
-    """Prompts and rows to answer; `places` has `file:line` for each of `questions`."""
+    """Prompts and rows to answer; `places` has file and line of each row in `questions`."""
 
     prompts: Sequence[str]
     context: str | None
@@ -206,7 +206,7 @@ class AnswerRequest:
 
 
 def predict_replies(trained: LoadedModel, ask: AnswerRequest) -> list[Prediction]:
-    """Returns the replies to each prompt, then to each row; call it under `torch.no_grad`.
+    """Returns the predictions for all prompts, then all rows; call it under `torch.no_grad`.
 
     Raises:
         ConfigError: the context is missing or unsupported.
@@ -236,7 +236,7 @@ def predict_replies(trained: LoadedModel, ask: AnswerRequest) -> list[Prediction
 
 @dataclass(frozen=True)
 class ReplyBatch:
-    """Replies to questions: None where there is none, with an explanation in `refused` by index."""
+    """Predictions for questions; where one is None, `refused` has the reason by index."""
 
     replies: list[Prediction | None]
     refused: Mapping[int, str]
@@ -245,7 +245,7 @@ class ReplyBatch:
 def predict_rows(
     model: InferenceModel, questions: Sequence[Any], output_options: OutputOptions
 ) -> ReplyBatch:
-    """Answer `questions`; a question that fails does not affect the others."""
+    """Answer `questions`; one that cannot be answered does not affect the others."""
     replies: list[Prediction | None] = [None] * len(questions)
     refused: dict[int, str] = {}
     remaining = list(range(len(questions)))
@@ -264,10 +264,10 @@ def predict_rows(
 
 
 class InferenceModel:
-    """A loaded model as its task uses it; `close` restores the model.
+    """A loaded model with the methods that its task uses; `close` restores the model.
 
-    `cuts` allows long rows to be truncated, counted by `shortened`. A `batch_size` of None limits
-    only the tokens of a forward pass.
+    `cuts` allows long rows to be truncated; `shortened` counts them. `batch_size` is the maximum
+    number of rows of a forward pass; None limits only its tokens.
     """
 
     def __init__(
@@ -322,7 +322,7 @@ class InferenceModel:
         return [str(text).strip() for text in decoded]
 
     def _fit_prompts(self, prompts: Sequence[list[int]]) -> list[list[int]]:
-        """Returns `prompts`; those that are too long lose tokens after their first one."""
+        """Returns `prompts`; too long ones keep their first token and their end, if allowed."""
         if self._positions is None:
             return list(prompts)
         new = 0 if self.kind == "encoder-decoder" else self._writing.max_new_tokens
@@ -342,7 +342,7 @@ class InferenceModel:
         ]
 
     def score(self, rows: Sequence[Encoded], read: Callable[[Encoded, torch.Tensor], T]) -> list[T]:
-        """Apply `read` to each row and the logits and return the results in order.
+        """Returns `read(row, logits)` for each row, in order.
 
         Raises:
             UnansweredError: a row exceeds the model's positions and cannot be truncated.
@@ -350,7 +350,7 @@ class InferenceModel:
         return self._scorer(self._fit_rows(rows), read)
 
     def score_batches(self, rows: Sequence[Encoded], read: ReadBatch[T]) -> list[T]:
-        """Apply `read` to rows, padded logits and mask of each forward pass; see `score`."""
+        """Returns the results of `read(rows, logits, mask)`, called per padded forward pass."""
         return self._scorer.read_batches(self._fit_rows(rows), read)
 
     def _fit_rows(self, rows: Sequence[Encoded]) -> Sequence[Encoded]:
@@ -377,7 +377,7 @@ MOST_SHOWN = 5
 class RowCounts:
     """Counts of the rows processed so far, for messages.
 
-    `kept` rows were in `output` before, `answered` rows were processed since, and `skipped` of
+    `kept` rows were already in `output`, `answered` rows were processed since, and `skipped` of
     these have no answer. `shortened` rows were truncated. `seconds` excludes loading the model.
     """
 
@@ -390,13 +390,13 @@ class RowCounts:
     seconds: float = 0.0
 
     def skip(self, window: Sequence[QueryRow], faults: Mapping[int, str]) -> None:
-        """Count the unanswered rows of `window`; `faults` maps an index in it to the reason."""
+        """Count the unanswered rows of `window`; `faults` maps their indices in it to reasons."""
         self.skipped += len(faults)
         self.shown += [f"{window[i].place}: {faults[i]}" for i in sorted(faults)]
         del self.shown[MOST_SHOWN:]
 
     def describe_bad(self, window: Sequence[QueryRow], faults: Mapping[int, str]) -> list[str]:
-        """Returns error messages for the first unanswered rows, with the options to fix them."""
+        """Returns error messages for the first unanswered rows, with the flags that help."""
         lines = [f"{window[i].place}: {faults[i]}." for i in sorted(faults)]
         others = f" and {len(lines) - MOST_SHOWN:,} more" if len(lines) > MOST_SHOWN else ""
         rows = "It" if len(lines) == 1 else f"These{others}"
@@ -419,7 +419,7 @@ class RowCounts:
         return f"{count:,} rows are in {partial_of(self.output)}: --resume continues with them."
 
     def warnings(self) -> Iterator[str]:
-        """Yields the warnings for the end of the command."""
+        """Yields the warnings to print at the end of the command."""
         if self.skipped:
             more = "; …" if self.skipped > len(self.shown) else ""
             yield (

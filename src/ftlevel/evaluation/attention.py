@@ -2,8 +2,8 @@
 
     o = (Σₚ aₚ oₚ) / (Σₚ aₚ),   oₚ = Σₜ exp(sₜ − mₚ) vₜ,   aₚ = exp(mₚ − m),   m = max mₚ
 
-Part p is the row's own tokens or its prompt; s are scores and mₚ their maximum in the part. The
-keys of a prompt are read once for all its rows, as one matrix product (as in Hydragen, 2402.05099,
+The parts p are a row's own tokens and its prompt; s are scores and mₚ their maximum in a part. The
+keys of a prompt are read once for all its rows, in one matrix product (as in Hydragen, 2402.05099,
 and cascade attention), and stored once.
 """
 
@@ -29,17 +29,17 @@ _UNSUPPORTED = ("softcap", "s_aux", "position_bias")
 
 
 def register() -> None:
-    """Register the attention and its mask with transformers."""
+    """Register this attention and its mask function with transformers."""
     AttentionInterface.register(NAME, attend)
     AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
 @dataclass(frozen=True)
 class SharedPrompts:
-    """Cached prompts, each of which precedes the own tokens of some rows.
+    """Cached prompts; each is the common beginning of some rows.
 
     `states` has keys and values per layer, (prompts, key heads, seq, head_dim), of which the last
-    `lengths` positions are valid. `owners` is the prompt of each row.
+    `lengths` positions are valid. `owners` is the index of each row's prompt.
     """
 
     states: Sequence[tuple[Tensor, Tensor]]
@@ -47,7 +47,7 @@ class SharedPrompts:
     owners: Sequence[int]
 
     def select(self, rows: Sequence[int]) -> SharedPrompts:
-        """Returns the same prompts for some of the rows; those of no row are left out."""
+        """Returns the prompts for the given rows only, without prompts of no row."""
         owners = [self.owners[row] for row in rows]
         used = sorted(set(owners))
         states, lengths = self.states, self.lengths
@@ -67,7 +67,7 @@ class SharedPrompts:
 
     @cached_property
     def mask(self) -> Tensor | None:
-        """Invalid positions, (prompts, 1, 1, seq); None if all are valid."""
+        """Mask of invalid positions, (prompts, 1, 1, seq); None if all are valid."""
         keys = self.states[0][0]
         seq = keys.shape[2]
         if min(self.lengths) == seq:
@@ -77,12 +77,12 @@ class SharedPrompts:
 
     @cached_property
     def width(self) -> int:
-        """Largest number of rows of a prompt."""
+        """Maximum number of rows per prompt."""
         return max(self.owners.count(prompt) for prompt in range(len(self.lengths)))
 
     @cached_property
     def slots(self) -> Tensor | None:
-        """Index of each row in (prompts · width); None if all are used in order."""
+        """Index of each row in (prompts · width); None if each prompt has `width` rows in order."""
         counts = [0] * len(self.lengths)
         slots = []
         for owner in self.owners:
@@ -93,7 +93,7 @@ class SharedPrompts:
         return torch.tensor(slots, device=self.states[0][0].device)
 
     def attend(self, query: Tensor, layer: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns a part, as `_attend_part` does, of the scaled `query` (rows, key heads, q, d)."""
+        """Returns `_attend_part` of the prompts for scaled `query` (rows, key heads, q, d)."""
         keys, values = self.states[layer]
         prompts, groups, _, width = keys.shape
         if self.slots is not None:
@@ -107,7 +107,7 @@ class SharedPrompts:
         )
 
     def _to_rows(self, part: Tensor, heads: int) -> Tensor:
-        """Returns (rows, key heads, q, n) of `part` (prompts, key heads, width · q, n)."""
+        """Returns `part` (prompts, key heads, width · q, n) reshaped to (rows, key heads, q, n)."""
         prompts, groups, _, size = part.shape
         part = part.view(prompts, groups, self.width, heads, size).transpose(1, 2)
         part = part.reshape(prompts * self.width, groups, heads, size)
@@ -119,7 +119,7 @@ _PROMPTS: ContextVar[Sequence[SharedPrompts]] = ContextVar("shared_prompts", def
 
 @contextlib.contextmanager
 def using_prompts(prompts: Sequence[SharedPrompts]) -> Iterator[None]:
-    """Let the rows of a forward pass attend to `prompts`, whose rows follow one another."""
+    """Let forward passes in the block attend to `prompts`; a batch has their rows in order."""
     token = _PROMPTS.set(prompts)
     try:
         yield
@@ -182,7 +182,7 @@ def _attend_with_prompts(
     value: Tensor,
     mask: Tensor | None,
 ) -> Tensor:
-    """Returns (rows, key heads, q, head_dim) of the own tokens after those of the prompts."""
+    """Returns the attention (rows, key heads, q, head_dim) over prompts and own tokens."""
     layer = getattr(module, "layer_idx", None)
     if layer is None:
         raise NotImplementedError("its attention does not know its layer")
@@ -205,10 +205,10 @@ def _attend_with_prompts(
 def _attend_part(
     query: Tensor, key: Tensor, value: Tensor, hidden: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns the values of `query` weighted by exp(s − m), m, and the sum of the weights.
+    """Returns the values of a part summed with weights exp(s − m); m; and the sum of weights.
 
-    All have the first three dimensions of `query` and float32 or its dtype; `hidden` is True where
-    a position is invisible.
+    The results have the first three dimensions of `query`. `hidden` is True where a position is
+    invisible.
     """
     scores = torch.matmul(query, key.transpose(2, 3))
     if hidden is not None:

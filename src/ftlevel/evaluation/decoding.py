@@ -80,7 +80,7 @@ class RowDecoder:
     def __call__(
         self, prompts: Sequence[list[int]], max_new_tokens: int, batch_size: int
     ) -> list[list[int]]:
-        """Returns at most `max_new_tokens` generated ids of each prompt, including the stop id."""
+        """Returns the generated ids of each prompt, at most `max_new_tokens` with the stop id."""
         texts = _Texts(len(prompts), max_new_tokens, self._stops)
         waiting = deque(sorted(range(len(prompts)), key=lambda i: -len(prompts[i])))
         common = common_beginning(prompts)
@@ -108,7 +108,7 @@ class RowDecoder:
     ) -> Rows:
         """Prefill `prompts` and return their rows, with the first new token of each.
 
-        `numbers` are the indices of the prompts. `shared` is a row with the KV cache of a common
+        `numbers` are the indices of the prompts. `shared` has one row, the KV cache of a common
         prefix, which every prompt must extend by at least one token.
         """
         common = shared.lengths[0] if shared else 0
@@ -136,8 +136,8 @@ class RowDecoder:
     def _forward(self, rows: Rows, ids: torch.Tensor, seq: int, shared: int = 0) -> None:
         """Run the model on `ids` (rows, new), after which the cache has `seq` positions.
 
-        The first `shared` positions belong to every row; a row's own tokens are aligned on the
-        right.
+        The first `shared` positions are a prefix of every row; the row's other tokens are aligned
+        on the right.
         """
         begins = seq + shared - torch.tensor(rows.lengths, device=self._device)[:, None]
         positions = torch.arange(seq, device=self._device)[None]
@@ -158,17 +158,17 @@ class RowDecoder:
         self._choose(rows)
 
     def _choose(self, rows: Rows) -> None:
-        """Set the next token of each of `rows` (modified) from the logits."""
+        """Set the next token of each of `rows` (modified) to the argmax of its logits."""
         rows.last = rows.scores.argmax(-1).tolist()
 
 
 @dataclass
 class Rows:
-    """Rows that are generated together.
+    """Batch of rows that are generated together.
 
     `numbers` are prompt indices, `lengths` the cached tokens per row (aligned on the right), `last`
-    the next token of each row, and `scores` its logits (rows, vocabulary). `prompts` precede the
-    cached tokens; either all rows have one or none has.
+    the next token of each row, and `scores` its logits (rows, vocabulary). `prompts` are cached
+    before these tokens; either all rows have one or none has.
     """
 
     numbers: list[int]
@@ -179,7 +179,7 @@ class Rows:
     prompts: Sequence[SharedPrompts] = ()
 
     def fork(self, count: int) -> Rows:
-        """Returns `count` rows of each row, whose cached tokens become their shared prompts."""
+        """Returns `count` copies of each row; they share its cached tokens as their prompt."""
         index = [i for i in range(len(self.numbers)) for _ in range(count)]
         states = [(layer.keys, layer.values) for layer in self.layers]
         return Rows(
@@ -193,7 +193,7 @@ class Rows:
 
 
 class _Texts:
-    """Generated ids per prompt in `made`; a text ends at a stop id or after `most` tokens."""
+    """Generated ids per prompt (`made`); a text ends at a stop id or after `most` tokens."""
 
     def __init__(self, count: int, most: int, stops: frozenset[int]) -> None:
         self.made: list[list[int]] = [[] for _ in range(count)]
@@ -201,7 +201,7 @@ class _Texts:
         self._most, self._stops = most, stops
 
     def take(self, rows: Rows) -> None:
-        """Append the next token of each unfinished row."""
+        """Append the next token of each unfinished row to its text."""
         for number, token in zip(rows.numbers, rows.last, strict=True):
             if number in self._ended:
                 continue
@@ -210,12 +210,12 @@ class _Texts:
                 self._ended.add(number)
 
     def unended(self, rows: Rows) -> list[int]:
-        """Returns the indices of the unfinished rows."""
+        """Returns the indices of the rows whose text is unfinished."""
         return [i for i, number in enumerate(rows.numbers) if number not in self._ended]
 
 
 class _RoomyLayer(DynamicLayer):
-    """Cache layer with spare room, so that appending a token rarely copies keys and values."""
+    """Cache layer with unused positions at its end, so that appending a token rarely copies it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -228,7 +228,7 @@ class _RoomyLayer(DynamicLayer):
         self.keys, self.values = keys[:, :, :length], values[:, :, :length]
 
     def repeat(self, layer: _RoomyLayer, rows: int, length: int) -> None:
-        """Copy the single row of `layer` to each of `rows`, with room for `length` positions."""
+        """Copy the only row of `layer` to each of `rows`, with room for `length` positions."""
         common = layer.get_seq_length()
         copies = []
         for states in (layer.keys, layer.values):
@@ -238,7 +238,7 @@ class _RoomyLayer(DynamicLayer):
         self.fill(copies[0], copies[1], common)
 
     def close_gaps(self, layer: _RoomyLayer, gaps: Sequence[int]) -> None:
-        """Shift the shared prefix of each row by its gap, up to the row's own tokens."""
+        """Move the shared prefix of each row right by its gap, up to the row's other tokens."""
         common = layer.get_seq_length()
         for row, gap in enumerate(gaps):
             if gap:
@@ -265,7 +265,7 @@ class _RoomyLayer(DynamicLayer):
 
 
 def _roomy(states: torch.Tensor, length: int, old: torch.Tensor | None) -> torch.Tensor:
-    """Returns zeros shaped like `states` with room beyond `length`, and `old` at the start."""
+    """Returns zeros with the shape of `states` but more positions than `length`, `old` first."""
     rows, heads, _, width = states.shape
     padded = states.new_zeros(rows, heads, length + ROOM, width)
     if old is not None:
@@ -274,7 +274,7 @@ def _roomy(states: torch.Tensor, length: int, old: torch.Tensor | None) -> torch
 
 
 def common_beginning(prompts: Sequence[list[int]]) -> list[int]:
-    """Returns the longest common prefix of `prompts` that is shorter than each of them."""
+    """Returns the longest common prefix of `prompts`, without the last token of any."""
     if not prompts:
         return []
     first, last = min(prompts), max(prompts)
@@ -284,7 +284,7 @@ def common_beginning(prompts: Sequence[list[int]]) -> list[int]:
 
 
 def join(parts: Sequence[tuple[Rows, Sequence[int]]]) -> Rows:
-    """Returns one batch of the rows at the given ascending indices of each part."""
+    """Returns one batch of rows from several; each part has a batch and ascending row indices."""
     parts = [(rows, chosen) for rows, chosen in parts if chosen]
     if not parts:
         return Rows([], [], [], [])
@@ -330,7 +330,7 @@ def _select_prompts(rows: Rows, chosen: Sequence[int]) -> Iterator[SharedPrompts
 
 
 def open_decoder(trained: LoadedModel, prompts: Sequence[list[int]]) -> RowDecoder | Literal[False]:
-    """Open a decoder that is checked on `prompts`, or False if `generate` must be used."""
+    """Open a decoder, checked on `prompts`; returns False if `generate` must be used."""
     model, tokenizer = trained.model, trained.tokenizer
     if find_decoder_obstacle(model, trained.kind, trained.ref.card.method):
         return False
@@ -343,7 +343,7 @@ def open_decoder(trained: LoadedModel, prompts: Sequence[list[int]]) -> RowDecod
 
 
 def find_decoder_obstacle(model: Any, kind: str, method: str) -> str:
-    """Returns why `generate` must be used; empty if `RowDecoder` may be."""
+    """Returns why `generate` must be used; "" if `RowDecoder` may be used."""
     if reason := find_cache_obstacle(model, kind, method):
         return reason
     settings = base_model(model).generation_config.to_diff_dict()
@@ -352,7 +352,7 @@ def find_decoder_obstacle(model: Any, kind: str, method: str) -> str:
 
 
 def find_cache_obstacle(model: Any, kind: str, method: str) -> str:
-    """Returns why `RowDecoder` cannot compute the logits of `model`; empty if it can."""
+    """Returns why `RowDecoder` cannot compute the logits of `model`; "" if it can."""
     base = base_model(model)
     is_packed = attention_of(base) == packed.NAME
     if not is_packed and (reason := find_packing_obstacle(base, kind)):
@@ -368,11 +368,11 @@ def find_cache_obstacle(model: Any, kind: str, method: str) -> str:
 def find_decoding_error(
     decoder: RowDecoder, model: Any, prompt: Sequence[int], noise: float, *, forks: bool = False
 ) -> str:
-    """Returns why `decoder` cannot be used with `model`; empty if it can.
+    """Returns why `decoder` computes wrong logits with `model`; "" if they are right.
 
     A row starts with a shared prefix next to a longer row, is separated from it and joined with a
     third. Its logits must match a plain forward pass up to `noise`, relative to their norm. With
-    `forks`, there are two rows of each from then on. Call it in eval mode under `torch.no_grad`.
+    `forks`, it is then duplicated. Call it in eval mode under `torch.no_grad`.
     """
     long = [*prompt, *prompt][:_PROMPT]
     short = long[: _PROMPT // 2]

@@ -1,8 +1,7 @@
 """Score an embedding model: the loss of its validation rows, and retrieval or similarity metrics.
 
-Queries are looked up among the distinct documents of all validation rows, or those of a corpus.
-Documents equal in text are one document, and the positives of all rows with one query are relevant
-to it.
+Queries search the distinct documents of all validation rows, or a corpus. The positives of all rows
+with the same query are relevant to it.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ TOKENS_AT_ONCE = 4_096
 def embed_texts(
     model: Any, objective: Embeddings, texts: Sequence[Encoded], pad_id: int, device: str
 ) -> torch.Tensor:
-    """Returns float32 vectors `(texts, dims)` on the CPU; batches are sorted by length."""
+    """Returns float32 vectors `(texts, dims)` on the CPU, in the order of `texts`."""
     collate = Collator(pad_id)
     order = sorted(range(len(texts)), key=lambda at: -len(texts[at].input_ids))
     result: list[torch.Tensor | None] = [None] * len(texts)
@@ -65,9 +64,9 @@ def score_embeddings(
     decode: Callable[[Encoded], str],
     corpus: Sequence[Any] = (),
 ) -> dict[str, float]:
-    """Returns the loss and the metrics of `rows`; `decode` returns the words of a text.
+    """Returns the loss and the metrics of `rows`; `decode` turns an encoded text into a string.
 
-    Queries are looked up in the documents of `corpus`, by default in those of `rows`.
+    Queries search the documents of `corpus`, by default those of `rows`.
     """
     texts, step = distinct_texts(rows)
     searched = add_texts(texts, corpus)
@@ -87,9 +86,9 @@ def score_embeddings(
 
 
 def step_losses(objective: Embeddings, vectors: torch.Tensor, step: StepTexts) -> list[float]:
-    """Returns for each row the mean loss of its step, which has as many rows as in training.
+    """Returns for each row the mean loss of its group, which is as large as a training step.
 
-    A last step of one row belongs to the one before, if its loss compares rows.
+    If the last group is a single row and the loss compares rows, it joins the group before.
     """
     objective = objective.for_validation(step)
     size, losses = objective.step_rows, list[float]()
@@ -107,7 +106,7 @@ def step_losses(objective: Embeddings, vectors: torch.Tensor, step: StepTexts) -
 class QueryMeter:
     """Mean of metrics over queries; `values` has one mapping per query.
 
-    `details` of a single query: scores of its best positive and negative, and that negative.
+    `details`, for one query: scores of its best positive and best negative, and the latter.
     """
 
     values: list[Mapping[str, float]] = field(default_factory=list)
@@ -122,7 +121,7 @@ class QueryMeter:
         return QueryMeter([value for meter in meters for value in meter.values])
 
     def compute(self, _: float) -> dict[str, float]:
-        """Compute the means."""
+        """Compute the mean of each metric."""
         scored = [value for value in self.values if value]
         names = scored[0] if scored else ()
         return {name: float(np.mean([value[name] for value in scored])) for name in names}
@@ -134,7 +133,7 @@ class QueryMeter:
 
 @dataclass
 class PairMeter:
-    """Correlation or average precision of similarities; `pairs` has (label, scores by name)."""
+    """Correlation or average precision of similarities; `pairs` has (label, suffix -> score)."""
 
     kind: LabelKind
     pairs: list[tuple[float, Mapping[str, float]]] = field(default_factory=list)
@@ -148,7 +147,7 @@ class PairMeter:
         return PairMeter(self.kind, [pair for meter in meters for pair in meter.pairs])
 
     def compute(self, _: float) -> dict[str, float]:
-        """Compute the metric by number of dimensions; one of equal values is left out."""
+        """Compute the metric per number of dimensions, if labels and scores are not constant."""
         labels = [label for label, _ in self.pairs]
         compute = spearman if self.kind == "score" else average_precision
         metrics = {}
@@ -171,9 +170,9 @@ def build_meters(
     dims: Sequence[int | None],
     searched: Sequence[int] = (),
 ) -> list[Any]:
-    """Build one meter per row; the headline is also computed with the first `dims` dimensions.
+    """Build one meter per row; the main metric is computed for each number in `dims`, too.
 
-    `searched` are the texts that queries are looked up in, if not the documents of the rows.
+    `searched` are the texts that queries search; empty for the documents of the rows.
     """
     spaces = {"" if count is None else f"_dim_{count}": vectors[:, :count] for count in dims}
     is_cosine = objective.form.similarity == "cosine"
@@ -196,7 +195,7 @@ def build_meters(
 
 
 def _class_meters(spaces: Mapping[str, torch.Tensor], step: StepTexts) -> list[PairMeter]:
-    """Returns meters of the pairs of each text with all later ones."""
+    """Returns a meter per text, of its pairs with all later texts."""
     meters = [PairMeter("class") for _ in range(len(step))]
     for (i, one), (j, other) in combinations(enumerate(step.texts), 2):
         same = float(step.labels[i] == step.labels[j])
@@ -211,7 +210,7 @@ def _query_meters(
     step: StepTexts,
     searched: Sequence[int],
 ) -> list[QueryMeter]:
-    """Returns the metrics of each row's query; rows of one query have the same."""
+    """Returns a meter per row with the metrics of its query, equal for rows with the same query."""
     documents = sorted(
         {
             document
@@ -249,7 +248,7 @@ def _compare_scores(
     queries: Sequence[int],
     documents: Sequence[int],
 ) -> dict[int, dict[str, Any]]:
-    """Returns for each query the scores of its best positive and negative, and the negative."""
+    """Returns each query's scores of its best positive and best negative, and the latter."""
     details: dict[int, dict[str, Any]] = {}
     for start, scores in iterate_scores(vectors[queries], vectors[documents], similarity):
         for query, line in zip(queries[start:], scores, strict=False):

@@ -2,10 +2,10 @@
 
     se² = sd(difference over draws)² + sd(difference over seeds)² / seeds
 
-An example with all of its windows or pieces is one unit. Draws are the same for all models scored
+An example with all of its windows or pieces is drawn as one. Draws are the same for models scored
 on the same rows, so differences are paired. A difference is significant above z · se, where z is
 the normal quantile at 5 % divided by the number of comparisons (Bonferroni). With one seed the
-second term is unknown and left out. The module also validates the metrics that the user names.
+second term is unknown and left out. The module also validates the metrics in `--metrics`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ PERCENTILES = (2.5, 97.5)
 
 @dataclass
 class ExampleStats:
-    """An example: its summed loss, the number of targets, and a meter of it alone."""
+    """Statistics of an example: summed loss, number of targets, and a meter with it alone."""
 
     meter: Meter
     loss: float = 0.0
@@ -47,7 +47,7 @@ class GeneratedText:
 
 
 class ExampleRecord:
-    """Statistics per example, by its index in its table."""
+    """Statistics per example; keys of `units` are row indices in the table."""
 
     def __init__(self, objective: Objective) -> None:
         self.objective = objective
@@ -62,7 +62,7 @@ class ExampleRecord:
         labels: torch.Tensor,
         mask: torch.Tensor,
     ) -> None:
-        """Add every row of a batch to its unit."""
+        """Add each row of a batch to the statistics of its example."""
         objective, start = self.objective, 0
         for row in rows:
             rows_of_example = slice(start, start := start + len(row.branches))
@@ -78,7 +78,7 @@ class ExampleRecord:
                 )
 
     def _units_of(self, row: Encoded) -> list[ExampleStats]:
-        """Returns the example of `row`, and its cluster of several examples if it has one."""
+        """Returns the statistics of the row's example and, if it has one, of its cluster."""
         unit = self.units.setdefault(row.row, ExampleStats(self.objective.meter()))
         if row.cluster is None:
             return [unit]
@@ -91,7 +91,7 @@ class ExampleRecord:
         scores: torch.Tensor,
         targets: torch.Tensor,
     ) -> None:
-        """Add logits (tokens, vocabulary) to the units of the rows in `owners`."""
+        """Add logits (tokens, vocabulary) to the examples; `owners` indexes `rows` per token."""
         losses = functional.cross_entropy(scores.float(), targets, reduction="none")
         for index in sorted(set(owners.tolist())):
             is_of_row, row = owners == index, rows[index]
@@ -103,7 +103,7 @@ class ExampleRecord:
     def add_answers(
         self, rows: Sequence[Encoded], answers: torch.Tensor, verdicts: torch.Tensor
     ) -> None:
-        """Add the whole answers of every row to its unit."""
+        """Add whole answers with their verdicts to the examples of `rows`."""
         objective, width = self.objective, len(answers) // len(rows)
         if not isinstance(objective, LikelihoodObjective):
             raise TypeError("only answers have a log-likelihood")
@@ -121,14 +121,14 @@ class ExampleRecord:
         self.units[row] = ExampleStats(meter, loss, targets)
 
     def add_samples(self, row: Encoded, values: Any, texts: Sequence[str]) -> None:
-        """Add the completions of a prompt, which have no loss."""
+        """Add a prompt's sampled completions, which have no loss; `values` as in `values_of`."""
         unit = self.units.setdefault(row.row, ExampleStats(self.objective.meter()))
         unit.meter.update(values, list(texts), [row])  # type: ignore[arg-type]
 
     def add_texts(
         self, rows: Sequence[Encoded], texts: Sequence[str], references: Sequence[str]
     ) -> None:
-        """Add the generated texts."""
+        """Add the texts generated for `rows`, and the reference texts."""
         for row, text, reference in zip(rows, texts, references, strict=True):
             self.written.append(GeneratedText(row.row, text, reference))
 
@@ -138,7 +138,7 @@ class ExampleRecord:
         """Returns metric → values (count,) over bootstrap draws of the examples or clusters.
 
         The same seed draws the same rows, so values of two models can be subtracted. A metric that
-        is undefined for a draw, such as a correlation of equal values, is left out.
+        is undefined for a draw, such as a correlation of constant values, is omitted.
         """
         units = list(self._clusters.values()) or [self.units[row] for row in sorted(self.units)]
         draws = _draw(count, seed, len(units), lambda picks: self._metrics(units, picks))
@@ -187,9 +187,9 @@ LEVEL = 0.05
 
 @dataclass(frozen=True)
 class MetricRuns:
-    """Values of a metric over the runs of one method, one per seed.
+    """Values of a metric for one method, with one run per seed.
 
-    `draws` is (seeds, draws), the metric on resampled rows; without columns if a draw has no value.
+    `draws` (seeds, draws) is the metric on resampled rows; it is empty if a draw has no value.
     """
 
     values: Sequence[float]
@@ -213,10 +213,10 @@ class MetricRuns:
 
 @dataclass(frozen=True)
 class Difference:
-    """Difference between a method and the best one.
+    """Difference of a metric between a method and the best method.
 
     `interval` is the 95 % interval over resampled rows, `error` the standard error from rows and
-    seeds. `is_noise` is None if there is no test.
+    seeds. `is_noise`: not significant; None if not tested.
     """
 
     value: float
@@ -226,7 +226,7 @@ class Difference:
 
 
 def compute_difference(runs: MetricRuns, best: MetricRuns, comparisons: int) -> Difference:
-    """Compute the difference of `runs` from `best`; `comparisons` is the total (Bonferroni)."""
+    """Compute the difference of `runs` from `best`; `comparisons` of all methods are made."""
     value = runs.mean - best.mean
     if runs.draws.shape != best.draws.shape or not runs.draws.size:
         return Difference(value, None, None, None)
@@ -246,7 +246,7 @@ V = TypeVar("V")
 def check_metrics(
     names: Sequence[str], task: BaseTask, objective: Objective, *, generates: bool, how: str
 ) -> None:
-    """Check the metric names in `names`; `how` is the flag that enables text generation.
+    """Check the names in `--metrics`; `how` is the flag that enables text generation.
 
     Raises:
         ConfigError: a name is unknown, or belongs to generated texts; the message lists valid
@@ -265,12 +265,12 @@ def check_metrics(
 
 
 def uses_text_metrics(names: Sequence[str], task: BaseTask) -> bool:
-    """Returns whether `names` names a metric of generated texts; an empty `names` names all."""
+    """Returns whether `names` has a metric of generated texts; empty `names` mean all metrics."""
     return not names or bool(set(names) & set(task.text_metrics))
 
 
 def generates_texts(predict_with_generate: bool | None, task: BaseTask) -> bool:
-    """Returns whether texts are generated; None is the task's default."""
+    """Returns whether texts are generated; by default (None), the task decides."""
     return (
         task.generates
         if predict_with_generate is None
@@ -279,5 +279,5 @@ def generates_texts(predict_with_generate: bool | None, task: BaseTask) -> bool:
 
 
 def select_metrics(metrics: Mapping[str, V], names: Sequence[str]) -> dict[str, V]:
-    """Returns the loss and the metrics named in `names`; an empty `names` names all."""
+    """Returns the loss and the metrics in `names`; empty `names` mean all metrics."""
     return {name: metrics[name] for name in metrics if not names or name == "loss" or name in names}

@@ -27,7 +27,7 @@ Report = Callable[[int, float | None], None]
 def embed_rows(
     model: InferenceModel, texts: Sequence[EmbeddingRow], report: Report
 ) -> torch.Tensor:
-    """Returns the embeddings of queries and documents, `(texts, dims)` in float32, in order."""
+    """Returns the embeddings of queries or documents, `(texts, dims)` in float32."""
     result: list[np.ndarray] = []
     for start in range(0, len(texts), WINDOW):
         window = [replace(row, row=at) for at, row in enumerate(texts[start : start + WINDOW])]
@@ -38,16 +38,16 @@ def embed_rows(
 
 
 def as_document(text: str) -> EmbeddingRow:
-    """Returns a row whose text gets the document prompt."""
+    """Returns `text` as a row that is embedded with the document prompt."""
     return EmbeddingRow("", 0, (text,), (0.0,))
 
 
 def evaluate_retrieval(
     trained: LoadedModel, data: RetrievalSet, batch_size: int | None, report: Report
 ) -> tuple[RetrievalScores, int]:
-    """Returns the metrics of each query, and the number of texts that were cut.
+    """Returns the metrics of each query, and the number of truncated texts.
 
-    The headline is also computed for each number of Matryoshka dimensions.
+    The main metric is also computed for each number of Matryoshka dimensions.
     """
     task = trained.task
     if not isinstance(task, EmbeddingTask):

@@ -44,9 +44,9 @@ HELD_OUT = 1 << 40
 class Group:
     """The completions of one prompt.
 
-    `scores` is (completions, functions), NaN where a reward has no part; `rewards` is
+    `scores` is (completions, functions), NaN where a reward does not apply; `rewards` is
     (completions,). With a teacher there are no functions: `teacher_logps` are its log-probabilities
-    of the tokens, and the reward is its mean log-ratio per token, minus the reverse KL divergence.
+    of the tokens. The reward is the mean log-ratio per token, an estimate of minus the reverse KL.
     """
 
     row: Any
@@ -57,7 +57,7 @@ class Group:
     teacher_logps: list[list[float]] | None = None
 
     def to_rows(self) -> list[CompletionRow]:
-        """Returns the completions as rows with the sampler's log-probabilities."""
+        """Returns a row per completion, with the sampler's log-probabilities as signals."""
         return [
             build_completion_row(
                 self.row.input_ids,
@@ -70,13 +70,13 @@ class Group:
         ]
 
     def compare(self, teacher_logps: list[list[float]]) -> None:
-        """Set the teacher's log-probabilities and the rewards from them."""
+        """Set the teacher's log-probabilities, and the rewards computed from them."""
         self.teacher_logps = teacher_logps
         pairs = zip(teacher_logps, self.completions, strict=True)
         self.rewards = np.array([np.mean(np.subtract(logps, own.logps)) for logps, own in pairs])
 
     def to_json(self) -> dict[str, Any]:
-        """Returns a description for rollouts.jsonl."""
+        """Returns the group as a line of rollouts.jsonl."""
         return {
             "row": self.row.row,
             "prompt": self.row.prompt,
@@ -97,14 +97,14 @@ class Group:
 
 @dataclass
 class Seconds:
-    """Time spent in sampling, and in rewards or the teacher."""
+    """Seconds spent in sampling, and in rewards or the teacher."""
 
     sampling: float = 0.0
     rewards: float = 0.0
 
 
 class Rollouts:
-    """Samples completions from a model (modified meanwhile) and scores them.
+    """Samples completions from `model` (its attention changes meanwhile) and scores them.
 
     Scores come from `rewards`, token log-probabilities from a `teacher`. `why_generate` is the
     reason why transformers' `generate` samples; empty if ftlevel's own decoder does.
@@ -146,7 +146,7 @@ class Rollouts:
         )
 
     def __call__(self, step: int, rows: Sequence[Any]) -> list[Group]:
-        """Returns a group for each of `rows`; `step` selects the random numbers."""
+        """Returns a `Group` for each prompt row in `rows`; `step` seeds the sampling."""
         began = time.perf_counter()
         sampled = self._sample(step, rows)
         self.seconds.sampling += time.perf_counter() - began
@@ -228,7 +228,7 @@ def compute_token_logps(
 ) -> dict[int, list[float]]:
     """Compute row index → log-probabilities of the completion's tokens, without gradients.
 
-    `batches` are row indices with their collated rows on the model's device.
+    Each of `batches` has row indices, and the collated rows on the model's device.
     """
     logps: dict[int, list[float]] = {}
     training = model.training
@@ -258,7 +258,7 @@ def score_rows(
     device: str,
     dtype: str,
 ) -> list[list[float]]:
-    """Returns the log-probabilities of the completions' tokens, one row at a time."""
+    """Returns the token log-probabilities of each completion; each pass has one row."""
     collate = Collator(pad_id)
     batches = (
         ([at], {name: value.to(device) for name, value in collate([row]).items()})
@@ -281,7 +281,7 @@ def open_rewards(
 ) -> Rewards:
     """Open the rewards of `settings` for the prompts `rows`; loads no weights.
 
-    `where` returns the place of a row of the table.
+    `where` returns file and line of a table row by its index.
 
     Raises:
         ConfigError: a reward does not exist, or the rows lack a column or an answer for it.
@@ -299,7 +299,7 @@ def open_rewards(
 def open_teacher(
     name: str, objective: PolicyObjective, kind: str, tokenizer: Any, device: str, dtype: str
 ) -> TokenLogps:
-    """Open a function that scores completions with the model `name`, which is loaded.
+    """Load the model `name`; returns a function that computes its log-probabilities of completions.
 
     `kind` and `tokenizer` are those of the model that samples.
 
@@ -315,10 +315,10 @@ def open_teacher(
 
 @dataclass(frozen=True)
 class RewardEvaluator(Evaluator):
-    """Evaluator that samples `generated_rows` prompts of `rows`, a group for each.
+    """Evaluator that samples completions for the first `generated_rows` prompts of `rows`.
 
     Attributes:
-        rollouts: samples and scores with the evaluated model.
+        rollouts: samples from the evaluated model and scores the completions.
     """
 
     rollouts: Rollouts | None = None
@@ -328,7 +328,7 @@ class RewardEvaluator(Evaluator):
         model: Any,  # noqa: ARG002 - the rollouts have it
         record: ExampleRecord | None = None,
     ) -> dict[str, float]:
-        """Returns the metrics of the rollouts' model."""
+        """Returns the metrics of the model in `rollouts`; `model` is not used."""
         record = record or self.begin_record()
         if self.rollouts is None or not isinstance(self.objective, PolicyObjective):
             raise TypeError("rewards need rollouts")
@@ -345,7 +345,7 @@ class RewardEvaluator(Evaluator):
 
 
 def values_of(group: Group) -> np.ndarray:
-    """Returns (completions, 3 + functions): reward, length, whether it ended, and the scores."""
+    """Returns an array (completions, 3 + functions): reward, length, whether it ended, scores."""
     lengths = [len(completion.ids) for completion in group.completions]
     ended = [completion.ended for completion in group.completions]
     return np.column_stack([group.rewards, lengths, ended, group.scores])
@@ -356,7 +356,7 @@ REWARD_TASK = "reward"
 
 @dataclass
 class TrainedRewardModel:
-    """A run, adapter or model that scores answers; weights load on the first call.
+    """A run, adapter or model that scores answers; weights are loaded by the first `score`.
 
     Attributes:
         fingerprint: hash of all weights.
@@ -368,7 +368,7 @@ class TrainedRewardModel:
     _loaded: LoadedModel | None = field(default=None, repr=False)
 
     def score(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> list[float]:
-        """Returns the score of each completion; NaN for one that the model cannot read."""
+        """Returns the score of each completion; NaN for one that the model cannot score."""
         if self._loaded is None:
             self._loaded = self.ref.load(self.device)
         questions = [

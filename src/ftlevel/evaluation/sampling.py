@@ -2,8 +2,8 @@
 
     v = argmaxᵥ log p(v) − log Eᵥ,   Eᵥ = −log(1 − h(seed, step, row, completion, position, v))
 
-The Eᵥ are exponential random numbers, so tokens have the probabilities p (the Gumbel-max trick).
-First a block of tokens is drawn in this way and then a token of it, which needs few of them. `h` is
+The Eᵥ are exponential random numbers, so tokens are drawn with probabilities p (Gumbel-max trick).
+First a block of tokens is drawn in this way, then a token in it, which needs fewer numbers. `h` is
 a counter-based hash: a token depends on its row and not on the rows that are computed with it, on
 processes, or on an interruption. Rounding of p matters only if two tokens tie within it; with one
 random number per token it would matter at every boundary of the cumulated probabilities, and one of
@@ -44,7 +44,7 @@ _MASK = 2**64 - 1
 
 
 def _signed(value: int) -> int:
-    """Returns a 64-bit pattern as a signed integer, which torch computes with."""
+    """Returns the signed integer with the same 64 bits, because torch has no unsigned ones."""
     return value - 2**64 if value >= 2**63 else value
 
 
@@ -59,7 +59,7 @@ def _mix(state: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Noise:
-    """Random numbers of a rollout, by row, completion and position."""
+    """Random keys of a rollout for each row, completion and position."""
 
     seed: int
     step: int
@@ -67,7 +67,7 @@ class Noise:
     def __call__(
         self, rows: Sequence[int], completions: Sequence[int], positions: Sequence[int]
     ) -> torch.Tensor:
-        """Returns a key for each token to draw, (n,) in int64."""
+        """Returns the key of each token to draw, (n,) in int64, as `draw` expects it."""
         state = torch.full((len(rows),), _signed(self.seed & _MASK))
         for part in ([self.step] * len(rows), rows, completions, positions):
             state = _mix(state + _signed(_PHI) ^ torch.tensor(part))
@@ -77,7 +77,7 @@ class Noise:
 def exponentials(keys: torch.Tensor, count: int, start: int = 0) -> torch.Tensor:
     """Returns `count` exponential random numbers for each of `keys` (n,), (n, count) in float32.
 
-    `start` is the number of the first one.
+    A key defines a sequence of numbers; `start` is the index of the first one to return.
     """
     counters = torch.arange(start + 1, start + count + 1, device=keys.device) * _signed(_PHI)
     bits = _mix(keys[:, None] + counters)
@@ -87,7 +87,7 @@ def exponentials(keys: torch.Tensor, count: int, start: int = 0) -> torch.Tensor
 
 @dataclass
 class Completion:
-    """Sampled token ids, with the log-probability and the entropy at each, in nats.
+    """Sampled token ids, with the log-probability and the entropy of each token in nats.
 
     Both are at the sampling temperature. `ended` is false for a completion that was truncated.
     """
@@ -100,7 +100,7 @@ class Completion:
 
 @dataclass(frozen=True)
 class SamplingOptions:
-    """Settings of sampling; `stop_texts` end a completion as the ids `stops` do."""
+    """Sampling settings; `count` completions per prompt; `stop_texts` end them like `stops` ids."""
 
     count: int
     temperature: float
@@ -115,7 +115,7 @@ Drawn = tuple[list[int], list[float], list[float]]
 
 
 def draw(scores: torch.Tensor, temperature: float, keys: torch.Tensor) -> Drawn:
-    """Draw a token from each row of logits `scores` (rows, vocabulary); `keys` are (rows,)."""
+    """Draw a token per row of logits `scores` (rows, vocabulary), with random `keys` (rows,)."""
     rows, vocabulary = scores.shape
     keys = keys.to(scores.device)
     logps = (scores.float() / temperature).log_softmax(-1)
@@ -131,7 +131,7 @@ def draw(scores: torch.Tensor, temperature: float, keys: torch.Tensor) -> Drawn:
 
 
 class _Group:
-    """Completions of prompts that are being sampled; a completion is numbered over all groups."""
+    """Completions being sampled for several prompts; numbers count completions over all prompts."""
 
     def __init__(
         self, rows: Sequence[int], options: SamplingOptions, noise: Noise, tokenizer: Any
@@ -144,7 +144,7 @@ class _Group:
         self._tail = max_bytes + 4  # a token has at least one byte
 
     def draw(self, numbers: Sequence[int], scores: torch.Tensor) -> list[int]:
-        """Draw the next token of each completion in `numbers` from `scores`, and record it."""
+        """Draw and append the next token of each completion in `numbers` from logits `scores`."""
         count = self._options.count
         completions = [self.made[number] for number in numbers]
         keys = self._noise(
@@ -173,24 +173,24 @@ class _Group:
         return completion.ended or len(completion.ids) >= self._options.max_new_tokens
 
     def unended(self, numbers: Sequence[int]) -> list[int]:
-        """Returns the indices in `numbers` of completions that continue."""
+        """Returns the indices in `numbers` of completions that are not over."""
         return [i for i, number in enumerate(numbers) if not self.is_over(self.made[number])]
 
     def groups(self) -> list[list[Completion]]:
-        """Returns the completions by prompt."""
+        """Returns the completions of each prompt."""
         count = self._options.count
         return [self.made[at : at + count] for at in range(0, len(self.made), count)]
 
 
 class GroupSampler(RowDecoder):
-    """Samples with continuous batching; replaces the attention of `model` until `close`."""
+    """Sampler with continuous batching; replaces the attention of `model` until `close`."""
 
     def __init__(self, model: Any, tokenizer: Any) -> None:
         super().__init__(model, (), tokenizer.pad_token_id or 0)
         self._tokenizer = tokenizer
 
     def _choose(self, rows: Rows) -> None:
-        """Set dummy tokens, because `sample` draws the next ones."""
+        """Choose no token here; `sample` draws it."""
         rows.last = [0] * len(rows.numbers)
 
     def sample(
@@ -200,7 +200,7 @@ class GroupSampler(RowDecoder):
         options: SamplingOptions,
         noise: Noise,
     ) -> list[list[Completion]]:
-        """Returns `options.count` completions of each prompt, whose row indices are `rows`."""
+        """Returns `options.count` completions per prompt; `rows` are the prompts' row indices."""
         group = _Group(rows, options, noise, self._tokenizer)
         waiting = deque(sorted(range(len(prompts)), key=lambda i: -len(prompts[i])))
         common = common_beginning(prompts)
@@ -233,7 +233,7 @@ class GroupSampler(RowDecoder):
         count: int,
         shared: Rows | None,
     ) -> Rows:
-        """Prefill prompts once, and return `count` rows of each with their first tokens."""
+        """Prefill each prompt once; returns `count` rows of it, each with its first token."""
         rows = self.begin(indices, [prompts[i] for i in indices], shared).fork(count)
         rows.numbers = [prompt * count + i for prompt in indices for i in range(count)]
         rows.last = group.draw(rows.numbers, rows.scores)
@@ -241,7 +241,7 @@ class GroupSampler(RowDecoder):
 
 
 class _Draws(LogitsProcessor):
-    """Processor that draws the next tokens, and leaves them as the only possible ones."""
+    """Logits processor that draws the next token itself, and allows `generate` only that one."""
 
     def __init__(self, group: _Group, numbers: Sequence[int]) -> None:
         self._group, self._numbers = group, numbers
@@ -254,7 +254,7 @@ class _Draws(LogitsProcessor):
 
 
 class GenerateSampler:
-    """Samples with transformers' `generate`, for models that `GroupSampler` does not support."""
+    """Sampler with transformers' `generate`, for models that `GroupSampler` does not support."""
 
     def __init__(self, model: Any, tokenizer: Any) -> None:
         self._model, self._tokenizer = model, tokenizer
@@ -303,7 +303,7 @@ Sampler = GroupSampler | GenerateSampler
 def choose_sampler(
     model: Any, tokenizer: Any, kind: str, method: str, dtype: str, prompt: Sequence[int]
 ) -> tuple[Callable[[], Sampler], str]:
-    """Choose a function that opens a sampler of `model`, and why `generate` is used, if so.
+    """Returns a function that opens a sampler of `model`, and why it uses `generate`, else "".
 
     Call it in eval mode under `torch.no_grad`. `prompt` is used to check the decoder.
     """

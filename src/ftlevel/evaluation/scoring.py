@@ -1,4 +1,4 @@
-"""Score a model on encoded rows, in training and in `evaluate`, and export results per row."""
+"""Score a model on encoded rows, in `train` and in `evaluate`, and return results per row."""
 
 from __future__ import annotations
 
@@ -43,11 +43,11 @@ class Evaluator:
     """Evaluates models on fixed rows.
 
     Attributes:
-        generated_rows: number of first rows to generate texts for; 0 for none.
+        generated_rows: texts are generated for the first rows, this many; 0 for none.
         language: ISO 639-1 code of the texts; "" if unknown.
         metrics: names of the metrics to return besides the loss; empty for all.
-        corpus: documents that queries are looked up in; empty for those of the rows.
-        begin_record: creates the record for a call without one; may return None.
+        corpus: documents that queries search; empty for those of the rows.
+        begin_record: creates a record if a call has none; may return None.
     """
 
     rows: Sequence[Encoded]
@@ -126,7 +126,7 @@ class Evaluator:
         rows: Sequence[Encoded],
         labels: torch.Tensor,
     ) -> Observe:
-        """Returns a callback for the logits and targets of each chunk, in batch order."""
+        """Returns a callback that adds logits and targets, chunk by chunk in batch order."""
         owners = None
         if record is not None and isinstance(self.objective, TokenObjective):
             owners = self.objective.locate(labels)[0] // labels.shape[1]
@@ -147,7 +147,7 @@ class Evaluator:
     def generate(self, model: Any) -> list[str]:
         """Returns the generated texts for the first `generated_rows` rows.
 
-        Sampling restores the random state, which the next training step uses.
+        Sampling restores the random state, so that training is not affected.
         """
         prompts = [self._prompt(row) for row in self._generated()]
         with torch.random.fork_rng(enabled=bool(self.writing.temperature)):
@@ -156,7 +156,7 @@ class Evaluator:
             )
 
     def _prompt(self, row: Encoded) -> list[int]:
-        """Returns the ids before the last answer of `row`."""
+        """Returns the token ids before the last answer of `row`."""
         if self.kind == "encoder-decoder" or not isinstance(row.labels, list):
             return row.input_ids
         return row.input_ids[: self._answer_start(row.labels)]
@@ -182,7 +182,7 @@ class Evaluator:
 
     @staticmethod
     def _answer_start(labels: list[int]) -> int:
-        """Returns the index at which the last run of supervised labels starts."""
+        """Returns the index of the first label of the last answer."""
         end = len(labels)
         while end and labels[end - 1] == IGNORED:
             end -= 1
@@ -221,7 +221,7 @@ def score_answers(
 def compute_likelihoods(evaluator: Evaluator, model: Any) -> np.ndarray:
     """Compute the log-likelihoods of the two sequences of each row, (rows, 2) in float32.
 
-    Batches are those of `score_answers`, so an unchanged model gives the same values, bit for bit.
+    Batches are those of `score_answers`, so that equal weights give bit-identical values.
     """
     rows = evaluator.rows
     likelihoods = np.zeros((len(rows), 2), dtype=np.float32)
@@ -256,7 +256,7 @@ def _contrasts(rows: Sequence[Encoded]) -> list[Encoded]:
 def _measure_baseline(
     evaluator: Evaluator, model: Any, head: ChunkedCrossEntropy | None
 ) -> torch.Tensor | None:
-    """Measure the mean reward of all contrasts (a scalar, at least 0); None if not needed."""
+    """Returns the mean reward of all contrast answers (a scalar, at least 0), or None if unused."""
     objective = _objective_of(evaluator)
     if not objective.needs_baseline:
         return None
@@ -299,8 +299,8 @@ def row_lines(
 ) -> Iterator[dict[str, Any]]:
     """Yields the results of each example as a dictionary, in row order.
 
-    `location_of` returns the source of a row by its index. `base` adds the results of a different
-    model on the same rows, and `evaluator` the texts of the rows.
+    `location_of` returns file and line of a row by its index. `base` adds another model's results
+    for the same rows, and `evaluator` the texts of the rows.
     """
     texts = {} if evaluator is None else texts_of(evaluator)
     written = {item.row: item for item in record.written}
@@ -323,7 +323,7 @@ def row_lines(
 
 
 def texts_of(evaluator: Evaluator) -> dict[int, dict[str, str]]:
-    """Returns row index → input and reference texts, truncated to `_LONGEST` characters."""
+    """Returns row index → name → text, such as input and reference, of at most `_LONGEST`."""
     writes = isinstance(evaluator.objective, TokenObjective) and evaluator.kind != "encoder"
     texts_by_row: dict[int, dict[str, str]] = {}
     for row in evaluator.rows:
@@ -352,7 +352,7 @@ KEPT = "reference"
 
 
 def needs_reference(evaluator: Evaluator) -> bool:
-    """Returns whether the objective compares rows with a reference."""
+    """Returns whether the objective needs reference log-probabilities."""
     objective = evaluator.objective
     return isinstance(objective, LikelihoodObjective) and objective.needs_reference
 

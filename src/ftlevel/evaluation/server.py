@@ -1,7 +1,7 @@
 """Sample completions with a vLLM server that loads the current adapter before each rollout.
 
-The server reads the adapter from a directory of this machine. Each version has a new name, and is
-probed: the log-probabilities of a completion must be those of the current weights. Otherwise the
+The server reads the adapter from a directory of this machine. Each version gets a new name and is
+checked: the log-probabilities of a completion must be those of the current weights. Otherwise the
 run would train on the completions of other weights.
 """
 
@@ -70,10 +70,10 @@ def check_server(settings: RlConfig) -> None:
 
 
 class ServerSampler:
-    """Samples with the server of `--rollouts`, as `GroupSampler` does locally.
+    """Sampler that uses the server of `--rollouts` in place of `GroupSampler`.
 
-    `token_logps` computes log-probabilities with the current weights of `model`. Random numbers are
-    the server's, from a seed per prompt.
+    `token_logps` computes log-probabilities with the current weights of `model`. The server draws
+    the random numbers, from a seed per prompt.
     """
 
     def __init__(
@@ -122,7 +122,7 @@ class ServerSampler:
         return f"{Path(self._workspace.name).parent.name}-{self._version}"
 
     def _update(self, prompt: list[int], options: SamplingOptions) -> None:
-        """Load the current adapter into the server unless it has it, and probe it."""
+        """Load the current adapter into the server unless already there, and check it."""
         trained = [p.detach() for p in self._model.parameters() if p.requires_grad]
         if self._loaded and all(map(torch.equal, trained, self._loaded)):
             return
@@ -142,7 +142,7 @@ class ServerSampler:
     ) -> None:
         """Raise RunError unless the server has the current weights.
 
-        If they are near the weights `before`, the answer must be nearer to the current ones.
+        Its log-probabilities must also not be much nearer to those of the weights `before`.
         """
         answer = self._complete(prompt, self._version, options, PROBE_TOKENS)
         row = build_completion_row(prompt, answer.ids, 0, 0, [])
@@ -171,7 +171,7 @@ class ServerSampler:
     def _complete(
         self, prompt: list[int], seed: int, options: SamplingOptions, probe: int = 0
     ) -> Any:
-        """Returns the completions of a prompt; of a `probe`, one completion of so many tokens."""
+        """Returns a prompt's completions, or, if `probe` > 0, one completion of `probe` tokens."""
         body = {
             "model": self._name,
             "prompt": prompt,
@@ -209,12 +209,12 @@ def _read_choice(choice: Mapping[str, Any]) -> Completion:
 
 
 def _difference(answer: Completion, logps: Sequence[float]) -> float:
-    """Returns the mean |Δℓ| of the server's log-probabilities and `logps`."""
+    """Returns the mean absolute difference of the server's log-probabilities from `logps`."""
     return float(np.abs(np.subtract(answer.logps, logps)).mean())
 
 
 def _request(url: str, path: str, body: Mapping[str, Any] | None, seconds: float) -> Any:
-    """Returns the answer: an object, or a text that is not JSON.
+    """Returns the server's response: parsed JSON, or the text if it is not JSON.
 
     Raises:
         OSError: no server answers.

@@ -1,6 +1,6 @@
-"""Compare a model with a reference: KL divergence, top-1 agreement, loss and logits of both.
+"""Compare a model with a reference model: KL divergence, top-1 agreement, loss and logits.
 
-On rows, logits are compared at each supervised target; on text, at each position. A model without a
+On encoded rows, logits are compared at each target; on text, at each position. A model without a
 language head is compared by hidden states. At most `MOST_TARGETS` logits are stored, a quarter of a
 gigabyte for a vocabulary of 128,000. `in_float32` runs a model in float32 on low-precision weights,
 to isolate rounding errors.
@@ -48,7 +48,7 @@ HIDDEN_STATES = "hidden states (the model has no language head)"
 
 @dataclass(frozen=True)
 class Text:
-    """A text and the name."""
+    """A text with a name."""
 
     content: str
     name: str
@@ -57,8 +57,8 @@ class Text:
 def read_eval_text(path: Path | None, tokens: int) -> Text:
     """Load the text to compare on: a file, or docstrings of Python's standard library.
 
-    Without a `path`, modules that no built-in training row comes from give enough text for
-    `tokens`.
+    Without a `path`, there are enough docstrings for `tokens`, of modules that built-in training
+    rows do not use.
 
     Raises:
         InputError: the file cannot be read or is empty.
@@ -100,7 +100,7 @@ def _end(tokenizer: Any) -> int | None:
 
 @dataclass(frozen=True)
 class WindowOutputs:
-    """Outputs in a window, (positions, size) in float32, and the true tokens."""
+    """A model's outputs in a window, (positions, size) in float32, and the target tokens."""
 
     values: torch.Tensor
     labels: torch.Tensor
@@ -125,7 +125,7 @@ def compute_window_outputs(
 def _build_inputs(
     ids: torch.Tensor, auto_class: str, tokenizer: Any, number: int
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor | slice, torch.Tensor]:
-    """Returns inputs of a window, the output positions to compare, and the true tokens there."""
+    """Returns model inputs, output positions to compare, and the target tokens there."""
     if auto_class == "AutoModelForCausalLM":
         return {"input_ids": ids}, slice(0, -1), ids[0, 1:]
     if auto_class == "AutoModelForSeq2SeqLM":
@@ -163,14 +163,14 @@ class RowLogits:
     has_choice: bool = True
 
     def first(self, batches: int) -> RowLogits:
-        """Returns the logits of the first batches only; the loss stays the same."""
+        """Returns only the logits of the first `batches`; the loss stays that of all."""
         logits = self.logits[:batches]
         return replace(self, logits=logits, targets=sum(map(len, logits)))
 
 
 @dataclass(frozen=True)
 class ComparisonProbe:
-    """Encoded rows and the objective to compare models with."""
+    """Encoded rows on which models are compared, and the objective."""
 
     rows: Sequence[Encoded]
     objective: Objective
@@ -261,7 +261,7 @@ def compare_rows(reference: RowLogits, outputs: RowLogits) -> Agreement:
 def compare_text(
     source: Iterable[WindowOutputs], changed: Iterable[WindowOutputs], auto_class: str
 ) -> dict[str, Any]:
-    """Returns the differences between two models on the same windows.
+    """Returns the differences between the outputs of two models in the same windows.
 
     KL is the mean of KL(source ‖ changed) over the positions in nats, with its standard error;
     top-1 agreement is the share of equal argmaxes. Non-finite outputs give NaN.
@@ -301,16 +301,16 @@ def compare_text(
 
 
 def _count_same_choice(first: torch.Tensor, second: torch.Tensor) -> int:
-    """Count the targets with the same argmax in both (targets, choices)."""
+    """Count the targets at which two logit tensors (targets, choices) have the same argmax."""
     return int((first.argmax(-1) == second.argmax(-1)).sum())
 
 
 def resolve_pair(
     name: str, against: str, task: str | None, base: str | None, *, device: str, dtype: str
 ) -> tuple[ModelRef, ModelRef]:
-    """Resolve the model to evaluate and the one to compare it with.
+    """Resolve the model `name` to evaluate, and the model `against` to compare it with.
 
-    A plain model has no task, so it gets the task of the other one.
+    A plain model has no task, so it gets the other model's.
 
     Raises:
         InputError: a model is missing, or the two cannot be compared.
@@ -356,7 +356,7 @@ def resolve_pair(
 
 
 def choose_leader(ref: ModelRef, other: ModelRef | None) -> ModelRef:
-    """Returns the model that defines the evaluation rows: a run, or else one with a model card."""
+    """Returns the model whose settings define the evaluation rows: a run, else one with a card."""
     both = [ref] if other is None else [ref, other]
     runs = [each for each in both if each.run is not None]
     return [*runs, *(each for each in both if each.card.method != PLAIN), ref][0]
@@ -364,7 +364,7 @@ def choose_leader(ref: ModelRef, other: ModelRef | None) -> ModelRef:
 
 @dataclass(frozen=True)
 class ModelOutputs:
-    """Outputs of a model on the rows and on the windows of the text."""
+    """Outputs of a model on the rows and on the text windows."""
 
     scores: RowLogits
     text: list[WindowOutputs]
@@ -380,7 +380,7 @@ class ComparisonInputs:
     text: str
 
     def outputs_of(self, trained: LoadedModel) -> ModelOutputs:
-        """Returns the outputs of `trained` in its own compute precision."""
+        """Returns the outputs of `trained` in its compute precision."""
         tokenizer = trained.tokenizer
         probe = ComparisonProbe(
             self.rows, trained.objective, tokenizer.pad_token_id or 0, trained.device
@@ -429,10 +429,10 @@ _TOKENS = "trainable_tokens_delta"  # attribute of the PEFT layer of trainable t
 def in_float32(
     model: torch.nn.Module, unrounded: Callable[[str], torch.Tensor | None] = lambda _: None
 ) -> Iterator[None]:
-    """Run `model` in float32 inside the block, on its own weights.
+    """Run `model` in float32 inside the block, with its low-precision weights.
 
-    The weights of each module are cast only while it runs, so memory grows by one module.
-    `unrounded` maps a parameter name to a replacement tensor, or None.
+    The weights of each module are cast only while it runs, so one module needs extra memory.
+    `unrounded` maps a parameter name to a tensor to use instead, or None.
     """
     stored: dict[torch.nn.Module, list[dict[str, Any]]] = defaultdict(list)
     paths = {module: path for path, module in model.named_modules()}
@@ -467,7 +467,7 @@ def in_float32(
 
 
 def _read_by(module: torch.nn.Module) -> tuple[torch.nn.Module, ...]:
-    """Load the modules whose weights `module` reads; the PEFT token layer reads the base layer."""
+    """Returns the modules whose weights `module` reads; PEFT's token layer also reads its base."""
     if isinstance(module, BaseTunerLayer) and _TOKENS in module.adapter_layer_names:
         return module, module.get_base_layer()
     return (module,)

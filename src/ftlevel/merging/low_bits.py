@@ -1,8 +1,8 @@
 """Quantize a merged model to 4-bit or 8-bit, or its matrices to a .gguf type.
 
 H = E[x xᵀ] over the inputs x of a linear layer on sample rows. `weights.codes` uses H to choose
-codes that preserve the layer's outputs. Plain rounding to the grid of a quantized run would drop
-the update, which is far smaller than half a step. Such a run is therefore merged into the weights
+codes that preserve the layer's outputs. If a quantized run is rounded to its own grid, the update
+is lost, because it is far smaller than half a step. Such a run is therefore merged into the weights
 before quantization and corrected from there.
 """
 
@@ -46,8 +46,8 @@ _BATCH = 4
 class InputMoments:
     """H = E[x xᵀ] of the inputs of linear layers, computed on first access.
 
-    `sizes` maps layers to their number of inputs, in the order of access. Several passes over the
-    rows bound memory, because each H is (in, in).
+    `sizes` maps layers, in the order of access, to their input size. The rows are passed several
+    times, each time for some layers, to bound memory: each H is (in, in).
     """
 
     model: Any
@@ -66,7 +66,7 @@ class InputMoments:
         return self._held[name]
 
     def _group(self, first: str) -> list[str]:
-        """Returns `first` and the layers after it whose moments fit into `MOST_BYTES` together."""
+        """Returns `first` and the next layers whose moments together fit into `MOST_BYTES`."""
         names, size = list(self.sizes), 0
         group: list[str] = []
         for name in names[names.index(first) :]:
@@ -95,7 +95,7 @@ class InputMoments:
 
 @dataclass
 class _Sums:
-    """Σ x xᵀ per linear layer; layers that receive the same tensor share one slot."""
+    """Σ x xᵀ per linear layer; layers with the same input tensor share one sum."""
 
     slots: dict[str, str] = field(default_factory=dict)
     means: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -127,7 +127,7 @@ class _Sums:
         self._counts[name] = self._counts.get(name, 0) + len(rows)
 
     def finish(self) -> None:
-        """Divide each sum by the number of rows."""
+        """Divide each sum by its number of inputs x."""
         for name, total in self.means.items():
             total /= max(self._counts[name], 1)
 
@@ -139,8 +139,8 @@ _TOLERANCE = 1e-4
 class QuantizedMerge:
     """A merged model that was written in 4-bit or 8-bit.
 
-    `linears` is the number of quantized weights. `sums` maps each layer to a checksum that is
-    compared after reloading: W @ s of the weight W and a fixed sign vector s, shape (out,).
+    `linears` is the number of quantized weights. `sums` maps each layer to a checksum `(out,)` that
+    is compared after reloading: W @ s for the weight W and a fixed vector s of signs.
     """
 
     linears: int
@@ -149,7 +149,7 @@ class QuantizedMerge:
 
 
 class Weights(Protocol):
-    """Weights of a model that is being written, such as `TensorMerger`."""
+    """Source of the weights of a model that is being written, such as `TensorMerger`."""
 
     def adapts(self, name: str) -> bool:
         """Whether training changed the tensor `name`."""
@@ -158,20 +158,20 @@ class Weights(Protocol):
         """Returns the tensor `name` before rounding; None if the model does not have it."""
 
     def base(self, name: str) -> torch.Tensor:
-        """Returns the tensor `name` before merging, as it was in training."""
+        """Returns the tensor `name` before merging, dequantized as in training."""
 
 
 @dataclass
 class CodeChooser:
-    """Choose the codes of each linear layer.
+    """Callable that chooses the quantization codes of each linear layer.
 
     Attributes:
-        target: source of the weights as trained.
-        origin: source of the weights before quantization with the update added.
-        turned: linear layer → whether the weight is (in, out), as in Conv1D.
+        target: weights as trained, whose outputs the codes preserve.
+        origin: weights that the codes are first rounded from.
+        turned: linear layer → whether its weight is (in, out), as in Conv1D.
         dtype: precision in which the weights were loaded before they were quantized.
         moments: input moments; None rounds each weight to the nearest code.
-        fits_scales: whether to choose the scales by the moments too.
+        fits_scales: whether the scales are chosen by the moments, too.
         sums: see `QuantizedMerge` (modified).
     """
 
@@ -187,11 +187,11 @@ class CodeChooser:
     def __call__(
         self, linear: str, written: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Returns codes and scales of a layer; None if its size is no multiple of the block."""
+        """Returns codes and scales of a layer; None if the block size does not divide its size."""
         return self.choose(linear) if self.grid.fits(written.shape) else None
 
     def choose(self, linear: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """Choose codes and scales of a linear layer whose size is a multiple of the block."""
+        """Returns codes and scales of a linear layer whose size is a multiple of the block size."""
         origin = self._turn(self.origin.unrounded(f"{linear}.weight"), linear)
         if not self.target.adapts(f"{linear}.weight"):
             origin = origin.to(self.dtype).float()  # precision before quantization in training
@@ -216,7 +216,7 @@ class CodeChooser:
 
 
 def resolve_quantization(config: MergeConfig, inputs: MergeInput) -> QuantConfig | None:
-    """Returns the quantization to write; None for floating point.
+    """Returns the quantization of the written model; None for floating point.
 
     Raises InputError if the model has no layer that can be quantized.
     """
@@ -254,7 +254,7 @@ def quantize_merged(
 ) -> tuple[Candidate, QuantizedMerge]:
     """Quantize the merged model into a new directory, and delete the directory of `merged`.
 
-    Codes are chosen by the layers' outputs on `rows`; without rows each weight is rounded. The
+    Codes are chosen to preserve the layers' outputs on `rows`; None rounds each weight. The
     listener receives the number of finished tensors. Raises RunError if no layer is quantized.
     """
     directory = merged.directory.with_name(".low-bits")
@@ -302,7 +302,7 @@ def compare_quantized(
     probe: ComparisonProbe,
     trained: RowLogits,
 ) -> Agreement:
-    """Reload the quantized model and compare the logits with those of the model as trained.
+    """Reload the quantized model and compare its logits with `trained`, those of the trained model.
 
     Raises RunError if bitsandbytes dequantizes to weights other than the chosen ones.
     """
@@ -323,20 +323,20 @@ def _check_read_back(model: Any, merge: QuantizedMerge) -> None:
 
 
 def _signs(count: int) -> torch.Tensor:
-    """Returns `count` fixed random signs, which give a checksum of a matrix without storing it."""
+    """Returns `count` fixed random signs, with which a matrix is multiplied for its checksum."""
     generator = torch.Generator().manual_seed(0)
     return torch.randint(0, 2, (count,), generator=generator).float() * 2 - 1
 
 
 @dataclass
 class GgufCodes:
-    """Choose codes and cache them, one byte per weight, to compare the written file with them."""
+    """Chooses codes and caches them, so that the written file can be compared with them."""
 
     chooser: CodeChooser
     _made: dict[str, QuantizedMatrix] = field(default_factory=dict)
 
     def __call__(self, source: str) -> QuantizedMatrix:
-        """Returns the codes of the weight named `source`, (out, in)."""
+        """Returns codes and scales of the weight `source`, (out, in)."""
         if source not in self._made:
             codes, scales = self.chooser.choose(source.removesuffix(".weight"))
             self._made[source] = QuantizedMatrix(codes.to(torch.uint8), scales.view(len(codes), -1))
@@ -345,12 +345,12 @@ class GgufCodes:
 
 @dataclass(frozen=True)
 class WeightsAsLoaded:
-    """The weights of a loaded model that is written without a merge, for `CodeChooser`."""
+    """Weights of a loaded model without an adapter, as a source for `CodeChooser`."""
 
     model: Any
 
     def adapts(self, name: str) -> bool:  # noqa: ARG002
-        """Returns True: the weights are used as loaded."""
+        """Returns True, so that the weights are used as loaded."""
         return True
 
     def unrounded(self, name: str) -> torch.Tensor | None:
@@ -365,7 +365,7 @@ class WeightsAsLoaded:
 def choose_gguf_codes(
     model: Any, weights: Weights, rows: ComparisonProbe, dtype: str, outtype: str
 ) -> Callable[[str], QuantizedMatrix]:
-    """Choose a function that chooses the codes of the linear layers of `model` for a .gguf type.
+    """Returns a function: weight name → codes in the .gguf type `outtype`, chosen on `rows`.
 
     `weights` are those as trained; `outtype` is a key of `GRIDS`. Rounding starts from the trained
     weights, because the grid of a quantized run is not that of the file.

@@ -43,7 +43,7 @@ _TOKEN_TYPES = "token_type_ids"
 
 @dataclass(frozen=True)
 class MergeInput:
-    """An adapter that can be merged, before any weights are loaded.
+    """Inputs of a merge before weights are loaded; `ref` names adapter and base.
 
     `dtype` is the compute precision in which models are compared.
     """
@@ -54,12 +54,12 @@ class MergeInput:
 
     @property
     def source(self) -> ModelSource:
-        """The base."""
+        """The base model."""
         return self.ref.source
 
     @property
     def card(self) -> AdapterCard:
-        """Training settings."""
+        """Model card of the adapter, with its training settings."""
         return self.ref.card
 
     @property
@@ -74,7 +74,7 @@ class MergeInput:
 
     @functools.cached_property
     def ignores_token_types(self) -> bool:
-        """Whether the adapter was trained without `token_type_ids`.
+        """Whether the model did not receive `token_type_ids` in training.
 
         PEFT 0.21's class for question answering does not pass them to the model. A model that was
         trained in full has no adapter.
@@ -84,7 +84,7 @@ class MergeInput:
         return bool(_read_config(self.ref.directory).get("task_type") == "QUESTION_ANS")
 
     def probe(self, rows: Sequence[Encoded]) -> ComparisonProbe:
-        """Returns `rows` with the objective to compare models on."""
+        """Returns `rows` with the objective, on which models are compared."""
         pad_id = self.tokenizer.pad_token_id or 0
         return ComparisonProbe(rows, self.ref.objective, pad_id, self.device)
 
@@ -116,17 +116,17 @@ def find_adapter(name: str) -> Path:
 
 
 def _read_config(directory: Path) -> dict[str, Any]:
-    """Load the adapter's PEFT config, or a stand-in for one in a different format."""
+    """Load the adapter's PEFT config; adapters of other formats get a minimal one."""
     if (reader := find_reader(directory)) is not None:
         return {"peft_type": reader.peft_type}
     return read_peft_config(directory)
 
 
 def resolve_merge_input(config: MergeConfig) -> MergeInput:
-    """Resolve the first adapter of `config` and the base; load no weights.
+    """Resolve the first adapter of `config` and its base; load no weights.
 
     Raises:
-        InputError: It cannot be merged, or the base is missing or has different weights.
+        InputError: the adapter cannot be merged, or the base is missing or has different weights.
     """
     find_adapter(config.adapters[0])
     device = choose_device(config.device).value
@@ -148,9 +148,9 @@ def resolve_merge_input(config: MergeConfig) -> MergeInput:
 
 @dataclass(frozen=True)
 class CheckRows:
-    """Rows to compare models on, and calibration rows to choose codes on.
+    """Rows to compare models on, and calibration rows to choose quantization codes on.
 
-    The two are disjoint if there are enough rows. `choices` are lines for the console.
+    The two are disjoint if there are enough rows. `choices` are lines to print.
     """
 
     compared: list[Encoded]
@@ -159,7 +159,7 @@ class CheckRows:
 
 
 def choose_rows(inputs: MergeInput, count: int, calibration: int = 0) -> CheckRows:
-    """Choose at most `count` rows to compare models on, and `calibration` to choose codes on."""
+    """Choose up to `count` rows to compare models on, and `calibration` rows for choosing codes."""
     if inputs.ref.run is None:
         return _made_up(inputs, count, calibration, "the adapter has no run")
     try:
@@ -210,9 +210,9 @@ def _prepare_rows(inputs: MergeInput, data: DataConfig, seed: int) -> PreparedDa
 
 
 def _made_up(inputs: MergeInput, count: int, calibration: int, reason: str) -> CheckRows:
-    """Returns rows of random tokens, or windows of text if codes must be chosen.
+    """Returns rows of random tokens, or windows of text if `calibration` rows are needed.
 
-    Random tokens do not show which inputs the layers receive.
+    The inputs of layers on random tokens are not typical, so codes cannot be chosen on them.
     """
     if calibration:
         tokens = (count + calibration) * _MADE_UP_LENGTH

@@ -42,12 +42,12 @@ _SINGLE = "model.safetensors"
 
 @dataclass(frozen=True)
 class MergedFiles:
-    """Summary of the files of a merged model.
+    """Summary of a merged model's files.
 
     Attributes:
         merged: number of base tensors that the adapter was merged into.
-        unchanged: number of merged tensors whose update is below their rounding.
-        untied: whether the output layer no longer shares the weight with the embedding.
+        unchanged: number of these that are equal to the base's after rounding.
+        untied: whether the output layer no longer shares the embedding's weight.
         unused: tensors of the base's checkpoint that the model does not use.
     """
 
@@ -65,11 +65,11 @@ class TensorMerger:
     """Compute each tensor of the merged model from the base and the adapter.
 
     Attributes:
-        shapes: tensor of the model → its shape, in the model's order.
-        ties: tensor of the model → the tensor that it shares.
+        shapes: tensor name in the model → shape, in the model's order.
+        ties: tensor name in the model → name of the tensor that it is tied to.
         dtype: requested dtype of the weights; None keeps the base's.
         rounding: quantizes and dequantizes weights as in training; None keeps them as stored.
-        unchanged: tensors merged so far whose values did not change.
+        unchanged: names of the tensors merged so far that are equal to the base's.
     """
 
     checkpoint: Checkpoint
@@ -90,7 +90,7 @@ class TensorMerger:
         return TensorSpec(self._dtype_of(name), self.shapes[name])
 
     def value(self, name: str) -> torch.Tensor:
-        """Returns the merged tensor `name` as it is written."""
+        """Returns the merged tensor `name`, rounded to the dtype in which it is written."""
         return self._merged(name).to(self._dtype_of(name))
 
     def unrounded(self, name: str) -> torch.Tensor | None:
@@ -98,7 +98,7 @@ class TensorMerger:
         return self._merged(name) if name in self.shapes else None
 
     def base(self, name: str) -> torch.Tensor:
-        """Returns the tensor `name` before merging, as it was in training."""
+        """Returns the tensor `name` before merging, dequantized as in training."""
         return self._read(name)
 
     def loses_in(self, dtype: torch.dtype) -> bool:
@@ -139,14 +139,14 @@ class TensorMerger:
         return self._fit_rows(name, value) if value.shape != self.shapes[name] else value
 
     def _fit_rows(self, name: str, value: torch.Tensor) -> torch.Tensor:
-        """Returns `value` with one row per token; new rows are NaN, or zero for a bias."""
+        """Returns `value` resized to one row per token; new rows are NaN, or 0 for a bias."""
         rows = self.shapes[name][0]
         fill = float("nan") if value.dim() > 1 else 0.0
         new = value.new_full((max(rows - len(value), 0), *value.shape[1:]), fill)
         return torch.cat([value, new])[:rows]
 
     def check_whole(self, heads: list[str], base: str) -> None:
-        """Raise InputError if the base has no tensors that the adapter does not contain.
+        """Raise InputError if a tensor of the model is neither in the base nor in the adapter.
 
         A missing bias of a new head in `heads` is allowed: it is zero.
         """
@@ -175,7 +175,7 @@ class TensorMerger:
         return not self.adapts(name) and not rounds and same
 
     def _merge(self, unit: str) -> dict[str, torch.Tensor]:
-        """Merge a module in float32 and round once.
+        """Merge the module `unit` in float32; its tensors are rounded once, later.
 
         In bfloat16 most of a small update would be below the rounding and lost.
         """
@@ -215,7 +215,7 @@ class TensorMerger:
 def open_merger(
     inputs: MergeInput, dtype: str | None, rounding: Callable[[Any], QuantizationRounding] | None
 ) -> TensorMerger:
-    """Open the merger of `inputs`; raise InputError if a tensor does not belong to the model."""
+    """Open a merger of base and adapter; raise InputError if a tensor is not of the model."""
     ref = inputs.ref
     model = build_task_model(ref.model_config, ref.auto_class)
     resize_vocabulary(model, ref.adapter_directory)
@@ -242,13 +242,13 @@ def write_merged(
 ) -> tuple[MergedFiles, TensorMerger]:
     """Write the base of `inputs`, merged with its adapter, into the empty `directory`.
 
-    Returns a summary and the merger, which can compute the tensors again. A `dtype` of None keeps
+    Returns a summary and the merger, which can compute the tensors again. If `dtype` is None, it is
     the base's. `rounding` maps a meta model to the rounding of the weights in training; None merges
     into the base as stored.
 
     Raises:
-        InputError: A tensor of the adapter or of the base does not belong to the model.
-        RunError: The merge changes nothing.
+        InputError: a tensor of the adapter or of the base does not belong to the model.
+        RunError: the merge changes nothing.
     """
     merger = open_merger(inputs, dtype, rounding)
     checkpoint, model = merger.checkpoint, merger.checkpoint.model
@@ -278,7 +278,7 @@ def write_merged(
 
 
 def _open(inputs: MergeInput, model: Any) -> Checkpoint:
-    """Open the base's files; load a .gguf base into memory in float32."""
+    """Open the checkpoint of the base; a .gguf base is loaded into memory in float32."""
     if inputs.source.kind == "gguf":
         loaded, _ = load_model(
             inputs.source,
@@ -293,7 +293,7 @@ def _open(inputs: MergeInput, model: Any) -> Checkpoint:
 
 
 def _are_untied(merger: TensorMerger, ties: Mapping[str, str]) -> bool:
-    """Whether tensors that the base shares differ after the merge.
+    """Whether tensors that are tied in the base differ after the merge.
 
     PEFT applies an update of the embedding to the lookup only, not to a tied output layer.
     """
@@ -305,7 +305,7 @@ def _are_untied(merger: TensorMerger, ties: Mapping[str, str]) -> bool:
 
 
 def _plan_files(merger: TensorMerger, names: list[str]) -> dict[str, list[TensorPart]]:
-    """Returns the files to write: those of the base, with new tensors in the last one."""
+    """Returns file name → tensors, as in the base; new tensors are in the last file."""
     shards: dict[str, list[TensorPart]] = defaultdict(list)
     checkpoint, new = merger.checkpoint, []
     for name in names:
@@ -321,7 +321,7 @@ def _plan_files(merger: TensorMerger, names: list[str]) -> dict[str, list[Tensor
 
 
 def _parts(merger: TensorMerger, name: str) -> list[TensorPart]:
-    """Returns the parts of the tensor `name`, copied from the base where possible."""
+    """Returns what to write for the tensor `name`, copied from the base's files where possible."""
     model = merger.checkpoint.model
     saved = convert_for_saving(model, name, merger.spec(name).meta())
     specs = {key: spec_of(tensor) for key, tensor in saved.items()}
@@ -372,7 +372,7 @@ def _leave_out_token_types(directory: Path, names: Sequence[str]) -> None:
 
 
 def write_tokenizer(directory: Path, tokens: ModelSource) -> None:
-    """Copy the tokenizer's files; for a .gguf base, save the tokenizer."""
+    """Copy the tokenizer's files into `directory`; for a .gguf base, save the loaded tokenizer."""
     if tokens.kind == "gguf":
         load_tokenizer(tokens).save_pretrained(directory)
         return

@@ -1,6 +1,6 @@
 """Combine several LoRA adapters of one base into one LoRA, which is then merged like any other.
 
-With `cat`, B·A = Σ wᵢ sᵢ Bᵢ Aᵢ exactly, from the concatenated A and B matrices. Other strategies
+With `cat`, A and B matrices are concatenated, and B·A = Σ wᵢ sᵢ Bᵢ Aᵢ exactly. Other strategies
 call PEFT's `add_weighted_adapter`, which reads only A and B, so the base is allocated but never
 loaded.
 """
@@ -117,7 +117,7 @@ def mix_with_peft(
 ) -> None:
     """Combine the adapters with PEFT's `add_weighted_adapter` and write the result to `out`.
 
-    Modifies `model`, whose weights are not read. A `density` of None means 0.5. PEFT raises
+    `model` is modified, but its weights are not read. A `density` of None means 0.5. PEFT raises
     ValueError for adapters that the strategy cannot combine.
     """
     import torch
@@ -146,9 +146,9 @@ def mix_with_peft(
 def mix(
     config: MergeConfig, inputs: MergeInput, stack: contextlib.ExitStack
 ) -> tuple[MergeInput, list[Choice]]:
-    """Returns inputs whose adapter combines all adapters of `config`, and lines for the console.
+    """Returns merge inputs with an adapter that combines those of `config`, and lines to print.
 
-    A single adapter with weight 1 is returned unchanged. The result is deleted when `stack` closes.
+    For one adapter of weight 1, `inputs` are returned. The new adapter is deleted with `stack`.
     Raises InputError if an adapter cannot be mixed or was trained on a different base.
     """
     weights = config.weights or [1.0] * len(config.adapters)
@@ -186,7 +186,7 @@ def mix(
 
 
 def _check_same_base(inputs: MergeInput, name: str, directory: Path) -> None:
-    """Refuse an adapter that was trained on other weights than the first one."""
+    """Raise InputError if an adapter was trained on other base weights than the first one."""
     if not (directory / CARD).is_file():
         return
     base, first_base = read_card(directory).base, inputs.card.base

@@ -1,8 +1,8 @@
 """The normal form of an adapter: plain LoRA on the unchanged base, W + B·A with scale 1.
 
-It comes from the method's algebra on the adapter's file; `serving.adapters` probes loaded layers
-for other methods. Adapters of PEFT types that ftlevel does not train are converted or refused here
-too.
+It is computed from the adapter's file by a formula of the PEFT method. For other methods,
+`serving.adapters` probes the loaded layers. Adapters of PEFT types that ftlevel does not train are
+converted or refused here, too.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ NO_WEIGHTS = (
 
 
 def tokens_as_lora(file: AdapterFile) -> dict[str, Factors]:
-    """Returns the trained rows of an embedding, and of a tied output layer, as LoRA factors."""
+    """Returns trained token rows of the embedding (and of a tied output layer) as LoRA factors."""
     return token_rows(file, "trainable_tokens_delta", file.config["token_indices"])
 
 
@@ -85,10 +85,10 @@ class NormalForm:
     """Plain LoRA on the unchanged base.
 
     Attributes:
-        factors: module → its update in float64; all have the same rank.
-        kept: tensor name in the base → tensor of a module that was trained in full.
-        said: notes for the user about the conversion.
-        way: source of the factors, for the user.
+        factors: module → LoRA matrices A and B of its update, float64; all have the same rank.
+        kept: tensor name → tensor of a module that was trained in full.
+        said: notes to print about the conversion.
+        way: where the factors come from, as printed.
     """
 
     factors: dict[str, Factors]
@@ -98,17 +98,17 @@ class NormalForm:
 
     @property
     def rank(self) -> int:
-        """Rank of every update; also its alpha."""
+        """Rank of every update; LoRA's alpha equals it."""
         return next(iter(self.factors.values())).rank
 
     @property
     def whole_modules(self) -> list[str]:
-        """Modules that were trained in full."""
+        """Names of the modules that were trained in full."""
         return sorted({name.rpartition(".")[0] for name in self.kept})
 
     @property
     def in_vocabulary(self) -> list[str]:
-        """Adapted embeddings and output layers."""
+        """Names of adapted embeddings and output layers."""
         return sorted(
             name
             for name, update in self.factors.items()
@@ -170,7 +170,7 @@ def open_base(source: ModelSource, config: Any, auto_class: str) -> BaseWeights:
 
 
 def plain_form_of(config: Mapping[str, Any]) -> PlainForm:
-    """Returns how such an adapter becomes plain LoRA; raises InputError if it cannot."""
+    """Returns how an adapter of this type becomes plain LoRA; raises InputError if it cannot."""
     peft_type = str(config.get("peft_type"))
     form = PLAIN_FORMS.get(peft_type, PlainForm())
     if form.never:
@@ -181,7 +181,7 @@ def plain_form_of(config: Mapping[str, Any]) -> PlainForm:
 def compute_normal_form(
     directory: Path, config: Mapping[str, Any], base: BaseWeights, limit: int
 ) -> NormalForm | None:
-    """Compute the normal form by the method's algebra; None if the loaded layers must be probed.
+    """Compute the normal form from the adapter's file; None if the loaded layers must be probed.
 
     Raises InputError if there is no normal form, or its rank is above `limit`.
     """
@@ -194,9 +194,9 @@ def compute_normal_form(
 
 
 def read_file(directory: Path, config: Mapping[str, Any], base: BaseWeights) -> AdapterFile:
-    """Load the adapter's tensors by their names in the base, without copies of base tensors.
+    """Load the adapter's tensors, without copies of base tensors; names are those of the base.
 
-    Raises InputError if the vocabulary size or a base tensor differs from the base.
+    Raises InputError if the vocabulary size or a copied tensor differs from the base.
     """
     from safetensors.torch import load_file
 
@@ -230,7 +230,7 @@ def trained_on_text(model: Any) -> bool:
 
 
 def is_whole(name: str, config: Mapping[str, Any]) -> bool:
-    """Whether the tensor `name` is of a module in `modules_to_save`, by the PEFT suffix match."""
+    """Whether the tensor `name` is in a module of `modules_to_save`, by PEFT's suffix match."""
     saved = tuple(config.get("modules_to_save") or ())
     parts = name.split(".")
     return any(".".join(parts[:count]).endswith(saved) for count in range(1, len(parts)))
@@ -242,8 +242,8 @@ def build_normal_form(
     """Build the normal form of `factors` and of the remaining tensors of `file`.
 
     Raises:
-        InputError: A remaining tensor has no place in plain LoRA, there is no update, or a rank
-            is above `limit`.
+        InputError: plain LoRA cannot have a remaining tensor, there is no update, or a rank is
+            above `limit`.
     """
     unsupported = [name for name in file.tensors if not is_whole(name, file.config)]
     if unsupported:
@@ -272,7 +272,7 @@ def build_normal_form(
 
 
 class Named(Protocol):
-    """Names that are written next to the tensors."""
+    """Source of the metadata that is written with the tensors."""
 
     @property
     def peft_config(self) -> dict[str, Any]:
@@ -284,7 +284,7 @@ class Named(Protocol):
 
 
 def write_normal(directory: Path, form: NormalForm, entry: Named) -> None:
-    """Write `form` into the directory `directory` in the PEFT format, in float32."""
+    """Write `form` into `directory` in the PEFT format, in float32; `entry` has the metadata."""
     from safetensors.torch import save_file
 
     tensors = {f"{PREFIX}{name}": tensor.contiguous() for name, tensor in form.kept.items()}
@@ -315,7 +315,7 @@ def write_normal(directory: Path, form: NormalForm, entry: Named) -> None:
 
 
 def read_normal(directory: Path, form: NormalForm) -> NormalForm:
-    """Load the files in `directory`; the modules are those of `form`."""
+    """Load the form that `write_normal` wrote into `directory`; `form` names its modules."""
     from safetensors.torch import load_file
 
     tensors = load_file(str(directory / WEIGHTS))

@@ -1,6 +1,6 @@
 """Check a merge: compare the merged weights before rounding, and then the written files.
 
-Rounding to bfloat16 moves logits by more than an error may, such as a missing module or a scale of
+Rounding to bfloat16 can change logits more than an error such as a missing module or a scale of
 1.02. The merged model is therefore compared in float32, before rounding, with the base and its
 adapter. Each tensor of the reloaded files must equal the merged tensor after rounding.
 """
@@ -35,9 +35,9 @@ _ROWS = 8
 
 @dataclass(frozen=True)
 class Candidate:
-    """A merged model in a temporary directory, with the logits and its distance from training.
+    """A merged model in a temporary directory, with its logits and difference from training.
 
-    `onto` is `original` or `dequantized`; the measurements are None until `measure`.
+    `onto` is `original` or `dequantized`; `scores` and `trained` are None until `measure`.
     """
 
     onto: str
@@ -50,12 +50,12 @@ class Candidate:
 
 @dataclass(frozen=True)
 class MergeCheck:
-    """Measurements of a correct merge.
+    """Differences that were measured for a correct merge.
 
     Attributes:
-        agreement: distance of the written model from the base with the adapter.
-        before_rounding: the same in float32, for the weights before rounding.
-        rounding: distance of the written model from the weights before rounding, if any.
+        agreement: between the written model and the base with the adapter.
+        before_rounding: the same, in float32 and for the weights before rounding.
+        rounding: between the written model and its weights before rounding; None if in float32.
     """
 
     agreement: Agreement
@@ -83,9 +83,9 @@ def load_merged(directory: Path, inputs: MergeInput) -> Any:
 def measure(
     candidate: Candidate, inputs: MergeInput, probe: ComparisonProbe, trained: RowLogits
 ) -> Candidate:
-    """Reload `candidate`, and return it with the logits and its distance from the trained model.
+    """Reload `candidate`; return it with its logits and its difference from the trained model.
 
-    Raises RunError if a tensor differs from the merged one.
+    Raises RunError if a reloaded tensor differs from the merged one.
     """
     model = load_merged(candidate.directory, inputs)
     _check_files(model, candidate.merger)
@@ -94,7 +94,7 @@ def measure(
 
 
 def check(candidate: Candidate, inputs: MergeInput, probe: ComparisonProbe) -> MergeCheck:
-    """Compare a merge with base and adapter; raise RunError if they differ beyond `BOUND`."""
+    """Compare a merge with base and adapter; raise RunError if they differ by more than `BOUND`."""
     if candidate.scores is None or candidate.trained is None:
         raise ValueError("what is checked was measured before")
     agreement = candidate.trained
@@ -118,7 +118,7 @@ def check(candidate: Candidate, inputs: MergeInput, probe: ComparisonProbe) -> M
 
 
 def _check_files(model: Any, merger: TensorMerger) -> None:
-    """Raise RunError if parameters of the reloaded `model` are not the rounded merged tensors."""
+    """Raise RunError if a parameter of the reloaded `model` is not the rounded merged tensor."""
     for name, weight in model.named_parameters():
         if name in merger.shapes:
             merged = merger.value(name).to(weight.dtype)
@@ -138,10 +138,10 @@ def _load_reference(candidate: Candidate, inputs: MergeInput) -> Any:
 def _compare_before_rounding(
     candidate: Candidate, inputs: MergeInput, probe: ComparisonProbe
 ) -> tuple[Agreement, RowLogits]:
-    """Compare the unrounded merge with base and adapter in float32; return the logits too.
+    """Compare the unrounded merge with base and adapter in float32; also returns its logits.
 
-    Weights in their stored dtype are widened one module at a time, without additional memory.
-    Others are loaded in float32, so that none is rounded.
+    Weights in their stored dtype are cast one module at a time, to save memory. If loading them in
+    the compute dtype rounds them, they are loaded in float32.
     """
     merger = candidate.merger
     if candidate.onto == "original" and merger.loses_in(DTYPES[inputs.dtype]):

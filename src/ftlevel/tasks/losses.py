@@ -335,7 +335,7 @@ def select_top_k(scores: Tensor, settings: DistillationConfig, dtype: Any) -> tu
 
 @dataclass(frozen=True)
 class DistillationRow(Encoded):
-    """Row with the teacher's values `taught`, an array of `outcome_dtype` with one per target."""
+    """Row with the teacher's values `taught`: an `outcome_dtype` array with one item per target."""
 
     taught: Any = field(default=None, compare=False, metadata={"column": "json"})
 

@@ -1,4 +1,4 @@
-"""Interface of export formats: modules with `plan_export`, registered in `config.export`."""
+"""Interface of export formats; each module of a format defines `plan_export`."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ ChooseCodes = Callable[[str], QuantizedMatrix]
 
 @dataclass(frozen=True)
 class MergeOutput:
-    """Result of merging the exported adapter; its `summary` is empty if nothing is merged.
+    """Result of merging the exported adapter; its `summary` is empty if there was no adapter.
 
-    `choose` selects codes; None rounds. `beside_run` compares the reloaded model with the run.
+    `choose` selects quantization codes; None rounds. `beside_run` compares a model with the run.
     """
 
     summary: Mapping[str, Any]
@@ -37,18 +37,18 @@ class MergeOutput:
 
     @property
     def facts(self) -> dict[str, Any] | None:
-        """Facts of the merge for the summary; None if nothing was merged."""
+        """Entries about the merge in the summary; None if nothing was merged."""
         keys = ("onto", "verified", "agreement")
         return {key: self.summary[key] for key in keys} if self.summary else None
 
 
 class ServerSupport(Protocol):
-    """What the serving extra adds to the export of a whole model with `--for`."""
+    """Functions of the serving extra for `export --for` with a whole model."""
 
     def start_commands(self, server: str, out: Path, form: EmbeddingFormat | None) -> list[str]:
         """Returns the commands that serve the exported model at `out`.
 
-        `form` is that of an embedding model, else None.
+        `form` is the format of an embedding model, else None.
         """
 
     def record(
@@ -60,20 +60,20 @@ class ServerSupport(Protocol):
         source: ModelSource,
         device: str,
     ) -> None:
-        """Write reference answers of the exported model at `source` to `path`.
+        """Write reference answers of the exported model to `path`; `source` has its weights.
 
         `out` is the path of the export; `facts` are its model, server, file_format and dtype.
         """
 
     def readme(self, summary: Mapping[str, Any]) -> list[str]:
-        """Returns Markdown on serving and checking the export that `summary` describes."""
+        """Returns Markdown text on serving and checking the export; `summary` describes it."""
 
     def check_command(self, summary: Mapping[str, Any]) -> str:
-        """Returns the command that checks a server of the export."""
+        """Returns the command that checks a server of the export described by `summary`."""
 
 
 def server_support() -> ServerSupport:
-    """Returns the support for `--for`; raises ConfigError if no extension has it."""
+    """Returns the support for `--for`; raises ConfigError if no installed extension has it."""
     for build in hooks("serve_whole"):
         support: ServerSupport = build()
         return support
@@ -95,7 +95,7 @@ A model without an adapter stays where it is.
 def merge_first(
     ref: ModelRef, output: Path, listener: Listener, merge: MergeAdapter
 ) -> tuple[MergeOutput, ModelSource]:
-    """Merge the adapter of `ref`, if any, below `output`, and return the model to export."""
+    """Merge the adapter of `ref`, if any, into `output`, and return the model to export."""
     directory = output / "merged"
     if ref.directory is None:
         return merge(directory), ref.source
@@ -105,16 +105,16 @@ def merge_first(
 
 
 class Export(Protocol):
-    """A planned export, before weights are read; `notes` are sentences without a full stop."""
+    """A planned export, whose weights are not read yet; `notes` are sentences without a period."""
 
     @property
     def notes(self) -> Sequence[str]: ...  # noqa: D102 - as above
 
     def choices(self, device: Choice) -> Iterable[Choice]:
-        """Returns the lines for the console."""
+        """Returns the lines to print before the export."""
 
     def dry_run(self) -> dict[str, Any]:
-        """Returns the summary of the planned export."""
+        """Returns the summary of the export as far as it is known without weights."""
 
     def write(
         self, output: Path, device: str, listener: Listener, merge: MergeAdapter
@@ -125,7 +125,7 @@ class Export(Protocol):
         """
 
     def describe(self, summary: Mapping[str, Any]) -> Iterable[str]:
-        """Returns the lines of the result."""
+        """Returns the lines to print after the export, from its `summary`."""
 
 
 def plan_export(config: ExportConfig, ref: ModelRef | Mapping[str, ModelRef]) -> Export:

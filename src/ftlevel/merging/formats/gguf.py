@@ -93,12 +93,12 @@ class FileCheck:
     """Result of reading the file back.
 
     Attributes:
-        file: distance of the file from the model with weights rounded by torch.
-        model: distance of the file from the unrounded model.
-        run: distance of the file from the run as trained; None if not measured.
-        own_settings: settings that transformers' reader skips; the model's own are used.
+        file: difference between the file and the model with weights rounded by torch.
+        model: difference between the file and the unrounded model.
+        run: difference between the file and the run as trained; None if not measured.
+        own_settings: names of settings that transformers does not read from the file.
         texts: number of texts with identical tokens.
-        splitting: whether transformers can read the file's pre-tokenizer.
+        splitting: whether transformers reads the file's pre-tokenizer.
     """
 
     file: Agreement
@@ -111,7 +111,7 @@ class FileCheck:
 
 @dataclass(frozen=True)
 class Original:
-    """The exported model, the device, and the number of text tokens to compare."""
+    """The exported model, the device, and `tokens`, the number of text tokens to compare on."""
 
     source: ModelSource
     config: Any
@@ -133,7 +133,7 @@ def check_file(
     original: Original,
     beside_run: Callable[[Any], Agreement] | None = None,
 ) -> FileCheck:
-    """Compare the file at `path` with the original and, by `beside_run`, with the run.
+    """Compare the file at `path` with the original, and with the run by calling `beside_run`.
 
     Raises RunError if logits or tokens differ from those of the original.
     """
@@ -165,7 +165,7 @@ def check_file(
 
 
 def _probe(original: Original) -> ComparisonProbe:
-    """Returns windows of text on which to compare both models."""
+    """Returns text windows on which both models are compared."""
     text = read_eval_text(None, original.tokens)
     length = min(_WINDOW, max_positions(original.config) or _WINDOW)
     rows = [
@@ -181,7 +181,7 @@ def _probe(original: Original) -> ComparisonProbe:
 def _ask_original(
     probe: ComparisonProbe, outtype: str, tensors: Sequence[GGUFTensor], original: Original
 ) -> tuple[RowLogits, RowLogits]:
-    """Returns the original's logits, and the logits with weights rounded as in the file."""
+    """Returns the original's logits with its own weights, and with those rounded as in the file."""
     # Scaled block values are not representable in 16-bit precision, so they need float32.
     dtype = torch.float32 if outtype in GRIDS else original.dtype
     model, _ = load_model(
@@ -200,10 +200,10 @@ def _ask_original(
 
 
 def readable_config(config: Any, original: Any) -> tuple[Any, list[str]]:
-    """Returns the config for reading the file, and the settings copied from `original`.
+    """Returns the config to load the file with, and the settings copied to it from `original`.
 
-    transformers' .gguf reader skips some that llama.cpp reads, such as RoPE scaling and Qwen3's
-    head width.
+    transformers' .gguf reader skips some settings that llama.cpp reads, such as RoPE scaling and
+    Qwen3's head width.
     """
     have, expected = config.to_dict(), original.to_dict()
     differing = {
@@ -227,10 +227,10 @@ def _same(first: Any, second: Any) -> bool:
 
 
 def check_tokens(tokenizer: Any, original: Any, vocabulary: Vocabulary) -> int:
-    """Compare both tokenizers on `PROBES` and special tokens; return the number of texts.
+    """Compare both tokenizers on `PROBES` and special tokens; return the number of texts compared.
 
-    If transformers cannot read the file's pre-tokenizer, `tokenizer` gets the original one
-    (modified). Raises RunError if a text has different tokens.
+    If transformers cannot read the file's pre-tokenizer, `tokenizer` (modified) gets the original
+    one. Raises RunError if a text has different tokens.
     """
     backend, reference = tokenizer.backend_tokenizer, original.backend_tokenizer
     if vocabulary.pre not in READ_BY_TRANSFORMERS:
@@ -295,11 +295,11 @@ class GgufExport:
 
     @property
     def notes(self) -> list[str]:
-        """Notes for the user, as sentences without a full stop."""
+        """Notes for the user, as sentences without a period."""
         return list(self.vocabulary.notes)
 
     def choices(self, device: Choice) -> Iterator[Choice]:
-        """Yields the lines for the console."""
+        """Yields the lines to print before the export."""
         config, ref = self.config, self.ref
         architecture = FAMILIES[self.model_config.model_type].architecture
         merges = ref.directory is not None
@@ -333,7 +333,7 @@ class GgufExport:
     def write(
         self, output: Path, device: str, listener: Listener, merge: MergeAdapter
     ) -> dict[str, Any]:
-        """Write both files into `output` and compare; return the summary."""
+        """Write the .gguf file and its Modelfile into `output`, check them, return the summary."""
         config, model_config, vocabulary = self.config, self.model_config, self.vocabulary
         merged, source = merge_first(self.ref, output, listener, merge)
         if self.ref.directory is not None:
@@ -406,7 +406,7 @@ class GgufExport:
 
     @staticmethod
     def describe(summary: Mapping[str, Any]) -> Iterator[str]:
-        """Yields the lines of the result."""
+        """Yields the lines to print after the export."""
         size = f"{summary['tensor_bytes'] / 2**20:,.1f} MiB"
         count = f"{summary['tensors']:,} tensors"
         yield f"{summary['architecture']}: {count}, {summary['outtype']}, {size}"

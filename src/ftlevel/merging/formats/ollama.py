@@ -26,7 +26,7 @@ def chat_template(
 
     `turns` maps roles to the texts before and after their content; `opening` precedes a first turn
     that is not the system's; `generation` follows the last turn. `start` is text that the tokenizer
-    prepends (BOS), which the first turn must omit.
+    prepends (BOS), so the template omits it from the first turn.
     """
     cases = []
     for role in _ROLES:
@@ -55,7 +55,7 @@ def chat_template(
 
 
 def _but_first(text: str, start: str) -> str:
-    """Returns the literal `text`, without `start` in the first turn."""
+    """Returns a template for `text` that omits the prefix `start` in the first turn."""
     if not start or not text.startswith(start):
         return literal(text)
     remainder = literal(text.removeprefix(start))
@@ -72,7 +72,7 @@ def write_modelfile(
 ) -> str:
     """Returns the Modelfile of a .gguf file in the same directory.
 
-    A `template` of None lets Ollama use the one in the file. `system` is the default system turn.
+    If `template` is None, Ollama uses the one in the file. `system` is the default system turn.
     """
     lines = [f"# {line}" for comment in comments for line in comment.split("\n")]
     lines.append(f"FROM ./{gguf}")
@@ -90,7 +90,7 @@ _MARK = "\u2042prompt\u2042"
 
 @dataclass(frozen=True)
 class Prompting:
-    """Prompt template and stops of a Modelfile; a `template` of None is left to Ollama."""
+    """Prompt template and stop texts for a Modelfile; with `template` None, Ollama chooses it."""
 
     kind: Literal["chat template", "prompt of training", "plain", "left to Ollama"]
     reason: str
@@ -101,7 +101,7 @@ class Prompting:
 
 
 def find_prompting(tokenizer: Any, card: AdapterCard, vocabulary: Vocabulary) -> Prompting:
-    """Find the prompt template and stops for a model with this tokenizer and card."""
+    """Find the prompt template and stop texts for the model of `tokenizer` and `card`."""
     stops = list(dict.fromkeys(_stops(tokenizer)))
     prompt = read_format(card) or PromptFormat("plain")
     if prompt.kind == "chat-template":
@@ -152,7 +152,7 @@ def _of_chat(
 
 
 def _instructed(layout: TurnLayout, instruction: str) -> TurnLayout:
-    """Returns the layout with `instruction` before the content of each user turn."""
+    """Returns `layout` with `instruction` before the content of each user turn."""
     before, after = layout.around[USER]
     around = {**layout.around, USER: (f"{before}{instruction}\n\n", after)}
     return TurnLayout(around, layout.opening, layout.generation)

@@ -190,7 +190,7 @@ class EmbeddingTask(BaseTask):
 
     @property
     def encoding_options(self) -> Mapping[str, Any]:
-        """Options outside the data section that change the encoded rows."""
+        """Options that change the encoded rows and are not in the config's data section."""
         return {
             "form": asdict(self.form),
             "end": self.end,
