@@ -274,7 +274,7 @@ def _roomy(states: torch.Tensor, length: int, old: torch.Tensor | None) -> torch
 
 
 def common_beginning(prompts: Sequence[list[int]]) -> list[int]:
-    """Returns the longest common prefix of `prompts`, without the last token of any."""
+    """Returns the longest common prefix of `prompts` that is shorter than each of them."""
     if not prompts:
         return []
     first, last = min(prompts), max(prompts)

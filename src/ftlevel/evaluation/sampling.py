@@ -190,7 +190,7 @@ class GroupSampler(RowDecoder):
         self._tokenizer = tokenizer
 
     def _choose(self, rows: Rows) -> None:
-        """Choose no token here; `sample` draws it."""
+        """Set dummy tokens, because `sample` draws the next ones."""
         rows.last = [0] * len(rows.numbers)
 
     def sample(

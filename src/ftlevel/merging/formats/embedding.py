@@ -1,7 +1,7 @@
-"""Embedding models and rerankers for servers: what they compute otherwise, references, GGUF.
+"""Export embedding models and rerankers for servers: check support, write references and GGUF.
 
-The file names the pooling. llama.cpp normalizes every embedding and applies no prompts. The file is
-read back with the gguf package: the tensors must equal those of the model rounded by torch, and the
+A .gguf file names the pooling. llama.cpp normalizes every embedding and applies no prompts. The
+file is read back with the gguf package: its tensors must equal the model's, rounded by torch. The
 embeddings of the rounded model are compared with the model's.
 """
 
@@ -61,7 +61,7 @@ TEXTS = (
 
 
 def check_server(config: ExportConfig, form: EmbeddingFormat, server: Server) -> list[str]:
-    """Returns notes on an embedding model that `server` computes as it was trained.
+    """Returns notes if `server` computes the same embeddings as the model.
 
     Raises:
         InputError: the server would return other embeddings.
@@ -128,7 +128,7 @@ def embed(
 def write_vectors(
     path: Path, model: str, server: str | None, vectors: torch.Tensor, dtype: str
 ) -> None:
-    """Write `TEXTS` with the embeddings that a server must return for them."""
+    """Write the sample texts `TEXTS` with the embeddings that a server must return for them."""
     facts = {"format": 1, "type": "embeddings", "model": model, "server": server}
     rows = [{"text": t, "vector": v.tolist()} for t, v in zip(TEXTS, vectors, strict=True)]
     write_json(path, {**facts, "dtype": dtype, "texts": rows})
@@ -139,7 +139,7 @@ QUERY = TEXTS[4]
 
 
 def write_scores(path: Path, name: str, server: str | None, model: LoadedModel, dtype: str) -> None:
-    """Write the logits of `TEXTS` as documents of `QUERY` by a reranker, and its activation."""
+    """Write the logits of a reranker for `QUERY` with `TEXTS` as documents, and its activation."""
     task = model.task
     if not isinstance(task, RerankingTask):
         raise TypeError(f"{task.name} gives no scores")
@@ -156,7 +156,7 @@ def write_scores(path: Path, name: str, server: str | None, model: LoadedModel, 
 
 
 def describe_gguf_reranker(config: Any) -> str:
-    """Returns why llama.cpp gives other scores than a reranker of `config`."""
+    """Returns why llama.cpp does not compute the scores of a reranker of `config`."""
     if config.model_type == "bert":
         return (
             "llama.cpp gives every token of BERT the segment of the query, so a document would "
@@ -192,7 +192,7 @@ def plan_export(config: ExportConfig, ref: ModelRef, form: EmbeddingFormat) -> G
 
 @dataclass(frozen=True)
 class GgufEmbeddingExport:
-    """Planned .gguf export of an embedding model; `end` is the token it appends to texts."""
+    """Planned .gguf export of an embedding model; `end` is the token appended to texts, if any."""
 
     config: ExportConfig
     ref: ModelRef
@@ -204,7 +204,7 @@ class GgufEmbeddingExport:
     notes: Sequence[str]
 
     def choices(self, device: Choice) -> Iterator[Choice]:
-        """Yields the lines for the console."""
+        """Yields the lines to print before the export."""
         config, form = self.config, self.form
         merges = self.ref.directory is not None
         method = self.ref.card.method
@@ -228,7 +228,7 @@ class GgufEmbeddingExport:
     def write(
         self, output: Path, device: str, listener: Listener, merge: MergeAdapter
     ) -> dict[str, Any]:
-        """Write the file and its Modelfile into `output`, and compare; return the summary."""
+        """Write the .gguf file and its Modelfile into `output`, check them, return the summary."""
         config, model_config, vocabulary = self.config, self.model_config, self.vocabulary
         merged, source = merge_first(self.ref, output, listener, merge)
         if self.ref.directory is not None:
@@ -267,7 +267,7 @@ class GgufEmbeddingExport:
         }
 
     def _open(self, source: ModelSource, model_config: Any) -> tuple[Any, list[str]]:
-        """Open the checkpoint, and the modules that embeddings do not depend on."""
+        """Open the checkpoint of `source`; also returns the modules that embeddings do not use."""
         model = build_task_model(model_config, _CLASS)
         unused = TASKS[self.ref.task].find_unused(model)
         return open_checkpoint(source, model, rename_prefix(model_config, _CLASS)), unused
@@ -305,7 +305,7 @@ class GgufEmbeddingExport:
 
     @staticmethod
     def describe(summary: Mapping[str, Any]) -> Iterator[str]:
-        """Yields the lines of the result."""
+        """Yields the lines to print after the export."""
         size = f"{summary['tensor_bytes'] / 2**20:,.1f} MiB"
         count = f"{summary['tensors']:,} tensors"
         yield (
@@ -330,7 +330,7 @@ class GgufEmbeddingExport:
 
 
 def _check_tensors(path: Path, tensors: Sequence[GGUFTensor], model: Any) -> None:
-    """Raise RunError if a tensor of the file differs from the weight in `model`, rounded."""
+    """Raise RunError if a tensor of the file differs from the rounded weight in `model`."""
     stored = {tensor.name: tensor for tensor in GGUFReader(path).tensors}
     for tensor in tensors:
         own = stored[tensor.name]

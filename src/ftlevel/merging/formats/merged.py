@@ -25,7 +25,7 @@ from ftlevel.trained.model_ref import ModelRef
 
 
 def plan_export(config: ExportConfig, ref: ModelRef) -> MergedExport:
-    """Plan the export; raise InputError without an adapter or for a model that is not served."""
+    """Plan the export; raise InputError without an adapter or if the server lacks the model."""
     if ref.directory is None:
         raise InputError(
             f"{config.model} is a whole model already, and is served as it is. Drop the export."
@@ -76,7 +76,7 @@ class MergedExport:
         return self._form is not None or TASKS[self.ref.task].served_as == "rerankers"
 
     def choices(self, device: Choice) -> Iterator[Choice]:
-        """Yields the lines for the console."""
+        """Yields the lines to print before the export."""
         yield Choice("adapter", self.config.model, f"{self.ref.card.method}, merged")
         yield Choice("base", self.ref.base)
         yield Choice("out", self.config.out)
@@ -125,7 +125,7 @@ class MergedExport:
         return summary
 
     def _record(self, output: Path, device: str) -> None:
-        """Write embeddings or scores of the merged model at `output`, computed in float32."""
+        """Write float32 reference embeddings or scores of the merged model to `output`."""
         source = ModelSource(str(output), "directory", str(output), local_files_only=True)
         ref = self.ref.with_card(method="full", quantization={"kind": "none"}, dtype="float32")
         merged = replace(ref, source=source, directory=None).load(device)
@@ -153,7 +153,7 @@ class MergedExport:
 
     @staticmethod
     def describe(summary: Mapping[str, Any]) -> Iterator[str]:
-        """Yields the lines of the result."""
+        """Yields the lines to print after the export."""
         if summary.get("dry_run"):
             yield "dry run: everything was checked, nothing was written."
         else:
