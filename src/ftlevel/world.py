@@ -220,7 +220,7 @@ def first_node(nodes: str) -> str:
 
 
 def _check_accelerate(environment: Mapping[str, str]) -> None:
-    """Raise ConfigError for each setting of `accelerate launch` in `environment`."""
+    """Raise ConfigError that lists the settings of `accelerate launch` in `environment`, if any."""
     problems = []
     for name, (flag, ours) in _OF_ACCELERATE.items():
         values = environment.get(name, "")

@@ -86,7 +86,7 @@ def read_card(directory: Path) -> AdapterCard:
 
 
 def _with_prompt_version(card: AdapterCard, directory: Path) -> AdapterCard:
-    """Returns the card with prompt version 1 and its separator, if it has no prompt version.
+    """Returns the card; one without a prompt version gets version 1 and the separator it used.
 
     Version 1 put a newline between prompt and answer, except with a cue or in plain texts.
     """
@@ -167,7 +167,7 @@ def _front_matter(
 
 
 def base_license(base: Mapping[str, Any]) -> dict[str, str]:
-    """Returns the license fields in the model card of `base`, if the card is on this disk."""
+    """Returns the license fields in the model card of `base`, if that card is available locally."""
     import yaml
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.repocard import metadata_load
@@ -236,7 +236,7 @@ def describe_memory(summary: Mapping[str, Any]) -> str:
 
 
 def describe_kept_model(best: Mapping[str, Any]) -> str:
-    """Describe which checkpoint a run has kept and why, from `best` in summary.json."""
+    """Returns which checkpoint a run kept and why, as text; `best` is a part of summary.json."""
     name, ends = best["metric"], best["last_step"]
     order = "highest" if best["greater_is_better"] else "lowest"
     step, value = best["kept_step"], f"{name} {best['best']:.4f}"
@@ -261,7 +261,7 @@ def describe_kept_model(best: Mapping[str, Any]) -> str:
 
 
 def write_readme(summary: Mapping[str, Any], needs_import: str = "") -> str:
-    """Returns the model card of a run from summary.json and the module to import for PEFT."""
+    """Returns the text of a run's README; `needs_import` is a module to import before PEFT."""
     metrics = summary.get("metrics", {})
     is_full = summary["method"] == "full"
     lines = [
@@ -334,7 +334,7 @@ _PEFT_CLASSES = {
 
 
 def _named_labels(summary: Mapping[str, Any], needs_import: str) -> list[str]:
-    """Returns Python code that loads the adapter with the labels, which PEFT does not save."""
+    """Returns README lines: Python code that loads the adapter with its label names."""
     loader = _PEFT_CLASSES[summary["task"]]
     return [
         "PEFT does not save label names with an adapter. Without them, the base is loaded with "
@@ -374,7 +374,7 @@ def _python_use(module: str) -> list[str]:
 
 
 def write_quantized_readme(name: str, summary: Mapping[str, Any], task: str | None = None) -> str:
-    """Returns the model card of a quantized model, from quantization.json.
+    """Returns the model card of a quantized model, from quantization.json (`summary`).
 
     `task` is the value of `--task`; None for a source that ftlevel did not train.
     """
@@ -467,7 +467,7 @@ def write_merge_readme(summary: Mapping[str, Any], task: str) -> str:
 
 
 def describe_difference(agreement: Mapping[str, Any]) -> str:
-    """Format an `Agreement`: mean logit difference, KL divergence and top-1 agreement."""
+    """Returns an `Agreement` as text: mean logit difference, KL divergence and top-1 agreement."""
     text = f"{agreement['mean_difference']:.2g} on average"
     return (
         text

@@ -56,7 +56,7 @@ def _read_manifest(checkpoint: Path) -> dict[str, tuple[int, str]] | None:
 
 
 def find_damage(checkpoint: Path) -> str | None:
-    """Find the first mismatch with the manifest or non-finite tensor; None if there is none."""
+    """Returns the first mismatch with the manifest or non-finite tensor as text; None if intact."""
     if not (checkpoint / MANIFEST).is_file():
         return "it was not finished (no manifest)"
     files = _read_manifest(checkpoint)
@@ -79,7 +79,7 @@ def find_damage(checkpoint: Path) -> str | None:
 
 
 def find_not_finite(path: Path) -> str | None:
-    """Find the name of a tensor with NaN or infinity in a .safetensors file, if any."""
+    """Find the name of the first tensor with NaN or infinity in a .safetensors file, or None."""
     import torch
     from safetensors import safe_open
 
@@ -140,7 +140,7 @@ def best_of(directory: Path, step: int) -> Path:
 
 
 def write_best(directory: Path, step: int, write: Callable[[Path], None]) -> None:
-    """Write the best model of `step` atomically by calling `write`, and delete those not needed."""
+    """Write the best model of `step` atomically by calling `write`; delete those it supersedes."""
     partial, target = directory / ".best.partial", best_of(directory, step)
     if target.exists() and not (target / MANIFEST).is_file():  # not written by ftlevel
         target.rename(target.with_name(f"{target.name}-kept"))
@@ -155,7 +155,7 @@ def write_best(directory: Path, step: int, write: Callable[[Path], None]) -> Non
 
 
 def rotate_best(directory: Path) -> None:
-    """Delete best models that are neither the latest nor the latest up to some checkpoint."""
+    """Delete best models, except the latest, and the latest up to the step of each checkpoint."""
     best_models = _numbered_best(directory)
     steps = [step_of(checkpoint) for checkpoint in numbered(directory)]
     needed = {_newest(best_models, step) for step in steps} | set(best_models[-1:])
@@ -165,7 +165,7 @@ def rotate_best(directory: Path) -> None:
 
 
 def delete_best_after(directory: Path, step: int) -> None:
-    """Delete the best models after `step`, from which the run resumes."""
+    """Delete the best models after `step`, where the run resumes."""
     for path in _numbered_best(directory):
         if step_of(path) > step:
             shutil.rmtree(path)

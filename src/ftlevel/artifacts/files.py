@@ -148,7 +148,7 @@ def check_file_free(flag: str, path: Path, *, overwrite: bool) -> None:
 
 @contextlib.contextmanager
 def atomic_files(*paths: Path) -> Iterator[Path]:
-    """Yields a temporary directory; moves its files named as in `paths` when the block ends.
+    """Yields a temporary directory; when the block ends, its files are moved to `paths` by name.
 
     Each file is flushed and renamed, so it is absent, unchanged or complete. The temporary
     directory is deleted, also after an error.
@@ -198,7 +198,7 @@ def base_fingerprint(path: Path) -> str:
 
 
 def base_digest(path: Path) -> str:
-    """Returns a SHA-256 of every byte of the .safetensors files; samples miss small changes."""
+    """Returns a SHA-256 of every byte of the .safetensors files, to detect small changes."""
     digest = hashlib.sha256()
     for file in sorted(path.glob("*.safetensors")):
         digest.update(f"{file.name} {file_fingerprint(file)}\n".encode())

@@ -64,13 +64,13 @@ def _with_owner(name: str, user: dict[str, Any], flag: str) -> str:
 
 @dataclass(frozen=True)
 class Upload:
-    """Target of an upload; none without `name`. `private` applies only to a new repository."""
+    """Target repository of an upload, if there is a `name`; `private` is for a new one only."""
 
     name: str | None
     private: bool
 
     def send(self, paths: Sequence[Path], summary: dict[str, Any]) -> None:
-        """Upload a directory, or files of one, and store the URL in `summary["hub"]` (modified).
+        """Upload a directory, or files in one, and store the URL in `summary["hub"]` (modified).
 
         Raises RunError if the upload fails; the local files are complete.
         """

@@ -126,7 +126,7 @@ def _candidates(path: str, relative: Mapping[str, str], directory: Path) -> list
 def _with_places(
     values: Mapping[str, Any], change: Callable[[str, str], str], *, every: bool = False
 ) -> dict[str, Any]:
-    """Returns `values` with each local path, or with `every` each path, changed by `change`."""
+    """Returns `values` with `change` applied to local paths; with `every`, to Hub names too."""
     changed = {k: dict(v) if isinstance(v, Mapping) else v for k, v in values.items()}
 
     def new(field: str, value: Any) -> Any:

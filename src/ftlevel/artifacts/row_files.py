@@ -276,7 +276,7 @@ class ParquetFile(RowFile):
             self._sink = None
 
     def finish(self) -> None:
-        """Convert the stream to Parquet and move it to the path."""
+        """Convert the stream to the Parquet file at `path`."""
         import pyarrow as pa
         import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
@@ -358,7 +358,7 @@ class NumpyFile(RowFile):
         self._width, self._rows, self._skipped = 0, 0, 0
 
     def read_back(self) -> Iterator[Any]:
-        """Yields None for each complete row."""
+        """Yields None for each complete row, as rows cannot be identified."""
         import numpy as np
 
         if (existing := self.existing) is None or not existing.stat().st_size:
@@ -371,7 +371,7 @@ class NumpyFile(RowFile):
             yield None
 
     def as_written(self, row: Row) -> Any:  # noqa: ARG002 - input columns are not written
-        """Returns None."""
+        """Returns None, which is what `read_back` yields."""
         return None
 
     def open(self, keep: int) -> None:
@@ -427,7 +427,7 @@ class NumpyFile(RowFile):
             self._file = None
 
     def finish(self) -> None:
-        """Write the number of rows, and move the file to the path."""
+        """Write the number of rows into the header, and rename the file to `path`."""
         self._write_header(self._rows)
         super().finish()
 

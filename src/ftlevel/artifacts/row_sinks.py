@@ -1,4 +1,4 @@
-"""Sinks for rows with their answers (file, pipe or list), and rollouts.jsonl of a run.
+"""Write predicted rows to a file, pipe or list; read the rollouts.jsonl of a run.
 
 rollouts.jsonl has one line per sampled prompt, with its completions and their rewards.
 """
@@ -37,9 +37,10 @@ class ShownCompletion:
 
 @dataclass(frozen=True)
 class RolloutFacts:
-    """Completions of the first and the last step, best and worst, and reward by length.
+    """Best and worst completions of the first and the last step, and the reward by length.
 
-    `lengths` are minimum and maximum tokens, completions, and their mean reward, in the last step.
+    `lengths` has for each range of lengths in the last step: minimum and maximum tokens, number of
+    completions, and mean reward.
     """
 
     shown: list[ShownCompletion]
@@ -67,7 +68,7 @@ def summarize_rollouts(path: Path) -> RolloutFacts | None:
 
 
 def _completions(lines: Sequence[Mapping[str, Any]], step: int, name: str) -> list[ShownCompletion]:
-    """Returns the scored completions of a step."""
+    """Returns the scored completions of a step, with `which` set to `name`."""
     return [
         ShownCompletion(
             name,
@@ -86,7 +87,7 @@ def _completions(lines: Sequence[Mapping[str, Any]], step: int, name: str) -> li
 
 
 def _ends(completions: Sequence[ShownCompletion]) -> list[ShownCompletion]:
-    """Returns the best and the worst completion, with that in `which`."""
+    """Returns the best and the worst completion, with "best" and "worst" added to `which`."""
     if not completions:
         return []
     ordered = sorted(completions, key=lambda completion: completion.reward)
@@ -160,7 +161,7 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class RowColumns:
-    """Columns of a row file: `names` of the input, and added `answers` → type as in `Column`.
+    """Columns of a row file: `names` of the input; `answers`: predicted column → type (`Column`).
 
     `schema` is the Arrow schema of `names` if the source declares one.
     """
@@ -236,7 +237,7 @@ class RowFile(ABC):
 
     @property
     def existing(self) -> Path | None:
-        """The partial file of an interrupted process, or the complete file, if any."""
+        """The partial file of an interrupted process, else the complete file, else None."""
         return next((path for path in (self.partial, self.path) if path.is_file()), None)
 
     @abstractmethod
@@ -267,7 +268,7 @@ class RowFile(ABC):
         self.partial.unlink(missing_ok=True)
 
     def finish(self) -> None:
-        """Flush the file and rename it to the path."""
+        """Flush the partial file and rename it to `path`."""
         self.close()
         with self.partial.open("rb") as file:
             os.fsync(file.fileno())
@@ -280,7 +281,7 @@ def partial_of(path: Path) -> Path:
 
 
 def describe_columns(path: Path, columns: Sequence[str], expected: Sequence[str] = ()) -> str:
-    """Returns the message for other columns; without `expected`, `columns` are missing."""
+    """Returns the error for wrong `columns` in a resumed file, or missing ones if not `expected`."""
     if not expected:
         return f"--resume: {path} has rows without {join_names(columns)}. Choose another --output."
     return (

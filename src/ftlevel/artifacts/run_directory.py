@@ -52,13 +52,13 @@ def mark(directory: Path) -> None:
 
 
 def mark_end(directory: Path) -> None:
-    """Record the files of a finished run; files found later are of other origin."""
+    """Record the files of a finished run; files found later do not belong to the run."""
     run = (_read_marker(directory) or {}).get("run", uuid.uuid4().hex)
     write_json(directory / MARKER, {"run": run, "files": sorted(_files(directory))})
 
 
 def mark_resumed(directory: Path) -> None:
-    """Record that a finished run resumes: only the adapter's files stay listed."""
+    """Record that a finished run resumes: only the adapter's files stay recorded as its own."""
     marker = _read_marker(directory)
     if marker and (files := marker.pop("files", None)) is not None:
         marker["adapter"] = [name for name in files if name.startswith(f"{ADAPTER}/")]
@@ -66,7 +66,7 @@ def mark_resumed(directory: Path) -> None:
 
 
 def mark_end_once(directory: Path) -> None:
-    """Record the files of a finished run, if a kill prevented that."""
+    """Record the files of a finished run, unless that was done before a kill."""
     if "files" not in (_read_marker(directory) or {}):
         mark_end(directory)
 
@@ -104,7 +104,7 @@ def check_replaceable(directory: Path) -> None:
 
 
 def forget_adapter(directory: Path) -> None:
-    """Delete the adapter of a previous end of the run; other files in it are kept."""
+    """Delete the adapter that the run saved when it last ended; files added to it are kept."""
     move_foreign_files(directory, f"{ADAPTER}/")
     adapter = directory / ADAPTER
     if adapter.is_symlink():
@@ -114,10 +114,10 @@ def forget_adapter(directory: Path) -> None:
 
 
 def set_aside(directory: Path) -> list[str]:
-    """Move the files of the run in `directory` aside; return a line for each file of other origin.
+    """Move the files of the run in `directory` aside; return messages on other files in it.
 
-    This may be repeated after a kill: a new run without results is deleted, and the run before it
-    stays aside.
+    If a kill interrupted the previous overwrite, the new run without results is deleted, and the
+    run that was already set aside stays there.
     """
     aside = directory / _ASIDE
     before, marker = _read_marker(aside), _read_marker(directory)
@@ -139,7 +139,7 @@ def set_aside(directory: Path) -> list[str]:
 
 @contextlib.contextmanager
 def replace_run(directory: Path) -> Iterator[None]:
-    """Delete the run that was set aside when the block ends.
+    """When the block ends, delete the run that was set aside.
 
     If the block fails before the new run's first checkpoint, restore the old run instead.
     """
@@ -174,7 +174,7 @@ def _put_back(directory: Path) -> None:
 
 
 def move_foreign_files(directory: Path, under: str = "") -> list[str]:
-    """Move other files in the run's directories to `kept`; return a message for each.
+    """Move files that are not the run's from its directories to `kept`; return messages.
 
     After a finished run these are files added later; after an interrupted run, files that it does
     not write among its checkpoints. `under` limits the search to one directory.
@@ -206,7 +206,7 @@ def move_foreign_files(directory: Path, under: str = "") -> list[str]:
 
 
 def _files(directory: Path) -> set[str]:
-    """Returns the relative POSIX paths of all files and links below the run's own names."""
+    """Returns the relative POSIX paths of all files and links under the names in `OWN`."""
     roots = [directory / name for name in OWN]
     return {
         path.relative_to(directory).as_posix()
@@ -217,7 +217,7 @@ def _files(directory: Path) -> set[str]:
 
 
 def _entries_of_run(directory: Path) -> list[Path]:
-    """Returns the run's own entries in `directory`, complete or partial, without the marker."""
+    """Returns the entries of `directory` named in `OWN`, complete or partial; not the marker."""
     names = {*OWN, *(f".{name}.partial" for name in OWN)}
     return [path for path in directory.iterdir() if path.name in names]
 
@@ -371,7 +371,7 @@ class RunDirectory:
                 file.write(json.dumps({"step": step, **change}, default=str) + "\n")
 
     def read_changes(self) -> list[dict[str, Any]]:
-        """Read settings that the user changed during the run."""
+        """Load the settings that changed when the run was resumed."""
         return read_objects(self.checkpoints / _CHANGES)
 
     def note(self, note: Mapping[str, Any]) -> None:
@@ -403,7 +403,7 @@ class RunDirectory:
     def rewind_log(self, step: int) -> list[dict[str, Any]]:
         """Remove records after `step` from metrics.jsonl, and return the remaining ones.
 
-        An incomplete last line is removed too; other lines stay.
+        An incomplete last line is removed too; lines without a step stay.
         """
         lines, records = self._log_until(step)
         if (path := self.path / METRICS).is_file():
@@ -486,7 +486,7 @@ def _check_kind(directory: Path, overwrite: bool, resume: bool) -> None:
 def open_run(
     directory: Path | None, name: str, *, overwrite: bool, resume: bool = False
 ) -> tuple[RunDirectory, list[str]]:
-    """Create the run directory; return it with a message for each file of other origin in it.
+    """Create the run directory; return it with messages on other files in it.
 
     Without `directory`, the first free runs/NAME-N is used. `overwrite` sets an existing run aside;
     `resume` restarts a run that was killed before the first result. Raises ConfigError if it cannot

@@ -1,6 +1,6 @@
 """Configuration files of sentence-transformers: pooling, normalization, prompts and similarity.
 
-Both forms are read: that of sentence-transformers 3 to 5 and that of 6. The first is written, since
+The formats of sentence-transformers 3 to 5 and of 6 are read. The older one is written, since
 text-embeddings-inference, vLLM, llama.cpp and all versions of sentence-transformers read it.
 """
 
@@ -80,7 +80,8 @@ class CrossEncoderFormat:
     Attributes:
         activation: dotted path of a module of `torch.nn`.
         max_length: maximum number of tokens of a pair; None for the tokenizer's.
-        pad_token_id: padding token, at which a decoder's text ends; None if the config has one.
+        pad_token_id: padding token, by which a decoder finds the last token; None if the config has
+            one.
     """
 
     activation: str = "torch.nn.modules.linear.Identity"
@@ -166,7 +167,7 @@ def _read_pooling(path: Path, *, is_replaced: bool) -> tuple[str, bool]:
 
 
 def _read_length(directory: Path) -> int | None:
-    """Load the maximum length; version 6 leaves it to the tokenizer."""
+    """Load the maximum length; None if only the tokenizer has it, as in version 6."""
     for name in (LENGTHS, *_OTHER_LENGTHS):
         length = _read_json(directory / name).get("max_seq_length")
         if length is not None:
@@ -247,7 +248,7 @@ def write_cross_encoder_format(directory: Path, form: CrossEncoderFormat) -> lis
 
 
 def find_task(directory: Path) -> str | None:
-    """Find the task of a directory of sentence-transformers; None for another one."""
+    """Returns "embedding" or "reranking" for a sentence-transformers directory; None for others."""
     if not (directory / MODULES).is_file():
         return None
     is_reranker = _read_json(directory / SETTINGS).get("model_type") == "CrossEncoder"
@@ -262,7 +263,7 @@ def _modules(entries: list[tuple[str, str]]) -> list[dict[str, Any]]:
 
 
 def _read_json(path: Path, kind: type = dict) -> Any:
-    """Load the content of a JSON file; empty if there is none."""
+    """Load the content of a JSON file; an empty `kind` if the file does not exist."""
     if not path.is_file():
         return kind()
     try:

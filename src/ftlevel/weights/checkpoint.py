@@ -1,9 +1,9 @@
 """Read and write safetensors files one tensor at a time, under the model's parameter names.
 
 Format (safetensors README): eight bytes with the header's length, a JSON header with dtype, shape
-and offsets of every tensor, and the data. Writing needs memory for one `Part`;
+and offsets of every tensor, and the data. Writing needs memory for one `TensorPart`;
 `safetensors.torch.save_file` needs all tensors. A checkpoint may use other names (prefixes, older
-versions) and split tensors (experts of a mixture). The conversions, and those back, are those of
+versions) and split tensors (experts of a mixture). The conversions in both directions are those of
 transformers. Tensors are read on demand; the model stays on the meta device.
 """
 
@@ -139,7 +139,7 @@ def read_header(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
 
 
 def _entries(header: Any) -> dict[str, Any]:
-    """Returns `header` if it is valid, or raise TypeError."""
+    """Returns `header` if it is valid; raises TypeError otherwise."""
 
     def is_size(value: Any) -> bool:
         return isinstance(value, int) and 0 <= value < 1 << 63
@@ -267,8 +267,8 @@ TOKENIZER_FILES = tuple(
 class TensorGroup:
     """Stored tensors that form one tensor of the model.
 
-    `keys` are in transformers' reading order, each with its pattern of `converter` in `patterns`.
-    Without a converter, a single tensor is used unchanged.
+    `keys` are in transformers' reading order, and `patterns` has the pattern of `converter` that
+    each matches. Without a converter, a single tensor is used unchanged.
     """
 
     keys: list[str]
@@ -284,7 +284,7 @@ class Checkpoint:
         stored: checkpoint name → tensor; in memory for a .gguf file.
         groups: model name → stored tensors.
         model: the model on the meta device.
-        ties: model name → name of the tensor that it shares, if only that one is stored.
+        ties: name of a tied tensor that is not stored → name of the tensor that is.
         unused: checkpoint names that the model does not use.
     """
 
@@ -368,7 +368,7 @@ def open_checkpoint(source: ModelSource, model: Any, key_mapping: Mapping[str, s
 
 
 def checkpoint_in_memory(model: Any, module: Any) -> Checkpoint:
-    """Returns the weights of the model `module`, e.g. from a .gguf file, without copying them.
+    """Returns a `Checkpoint` of the weights of the loaded model `module`, without copying them.
 
     `model` is the same class on the meta device; its recorded conversions are removed (modified).
     """
@@ -399,14 +399,14 @@ def local_directory(source: ModelSource) -> Path:
 
 
 def convert_for_saving(model: Any, name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Returns what `save_pretrained` writes for the tensor `name`; several for a fused mixture."""
+    """Returns what `save_pretrained` writes for tensor `name`: several for fused experts."""
     return conversions.revert(model, {name: tensor})
 
 
 def _translate(
     stored: Mapping[str, Any], naming: conversions.Naming
 ) -> tuple[dict[str, TensorGroup], list[str]]:
-    """Group stored names by the model's names, as transformers does when it loads."""
+    """Returns the stored tensors by model tensor, as transformers loads them, and unused names."""
     groups: dict[str, TensorGroup] = {}
     unused = []
     for key in conversions.in_reading_order(stored):
@@ -423,7 +423,7 @@ def _translate(
 
 
 def _tie(checkpoint: Checkpoint) -> None:
-    """Record tied tensors of which the checkpoint stores one (modified)."""
+    """Record in `checkpoint` (modified) which tied tensors are stored under another name."""
     ties = tied_names(checkpoint.model)
     for target, source in ties.items():
         if target in checkpoint.groups and source not in checkpoint.groups:

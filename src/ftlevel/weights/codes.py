@@ -44,7 +44,7 @@ class QuantizationGrid:
     Attributes:
         values: ascending values of the codes, for a scale of 1.
         block: weights per scale, in row order; 0 for a whole row.
-        stored: scales → scales as they are read back.
+        stored: function from scales to the scales read back from a file, such as rounded ones.
     """
 
     values: torch.Tensor
@@ -106,7 +106,7 @@ def choose_codes(
     """Choose codes that approximate the output of `weight`, above all the part due to `change`.
 
     `weight` (float32), its trained part `change` and the initial `codes` are (out, in); `moment` is
-    H (in, in). `scales` are those that are read back.
+    H (in, in). `scales` are as read back from the file.
     """
     written, goal, moment = find_directions(change, moment), weight, shrunk(moment)
     for _ in range(SWEEPS):

@@ -25,9 +25,9 @@ _GEMMA_PATTERN = 6  # every sixth layer has full attention
 class GgufFamily:
     """How one `model_type` of transformers is written.
 
-    `rotary` has the supported rope types, none for learned positions. `interleaved` means that
-    rotary pairs are adjacent, `shifted_norms` that norms are 1 + weight. `fixed` maps settings
-    without a key to the value that llama.cpp assumes.
+    `rotary` has the supported rope types; it is empty for learned positions. `interleaved` means
+    that rotary pairs are adjacent, `shifted_norms` that norms are 1 + weight. `fixed` maps settings
+    without a GGUF key to the value that llama.cpp assumes.
     """
 
     architecture: str
@@ -116,8 +116,8 @@ def build_metadata(config: Any) -> Metadata:
 def context_limit(config: Any) -> tuple[int, int | None]:
     """Returns the context length for the file, and the sliding window that limits it, or None.
 
-    Of these families llama.cpp has sliding windows for Gemma only; the others are limited to the
-    window, within which it has no effect.
+    Of `FAMILIES`, llama.cpp has sliding windows for Gemma only. For others the context is limited
+    to the window, so that the window has no effect.
     """
     if config.model_type == "gpt2":
         return config.n_positions, None
@@ -132,7 +132,7 @@ def context_limit(config: Any) -> tuple[int, int | None]:
 
 
 def extra_tensors(config: Any) -> dict[str, torch.Tensor]:
-    """Returns the divisors of scaled rotary frequencies, (rotary width / 2,) in float32."""
+    """Returns by name the divisors of scaled rotary frequencies, (rotary width / 2,), float32."""
     if not FAMILIES[config.model_type].rotary:
         return {}
     rope = _rope(config)

@@ -1,4 +1,4 @@
-"""Write a .gguf file: its keys, then the tensors, one in memory at a time.
+"""Write a .gguf file: metadata keys, then the tensors, with one in memory at a time.
 
     q8_0   x ≈ d · q,  q = -127 … 127,  d = max |x| / 127
     q5_0   x ≈ d · q,  q = -16 … 15,    d = -(the x that is farthest from 0) / 16
@@ -44,7 +44,7 @@ def _half(scales: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class _SignedGrid(QuantizationGrid):
-    """A grid with an asymmetric range; the sign of a scale turns its block to the longer side."""
+    """A grid with an asymmetric range; signed scales put the largest weight on the longer side."""
 
     def scales_of(self, weight: torch.Tensor) -> torch.Tensor:
         """Returns the scale of each block; its largest weight gets the value farthest from 0."""
@@ -132,8 +132,8 @@ class GGUFTensor:
     """A tensor of the file.
 
     `source` is the name in the model, if any; `shape` is the reverse of the file's order. `read`
-    returns the file's layout. `codes` returns chosen codes in the order of the model's rows, which
-    `arrange` reorders for the file; None rounds.
+    returns the tensor in the layout of the file. `codes` returns chosen codes in the order of the
+    model's rows, which `arrange` reorders for the file; if it is None, the weights are rounded.
     """
 
     name: str
@@ -153,7 +153,7 @@ class GGUFTensor:
 
 
 def own_outtype(checkpoint: Checkpoint) -> str:
-    """Returns the type of the checkpoint's input embedding."""
+    """Returns the file type for the dtype of the checkpoint's input embedding."""
     name = next(
         name
         for name, parameter in checkpoint.model.named_parameters()
@@ -171,11 +171,11 @@ def plan_tensors(
 ) -> list[GGUFTensor]:
     """Returns the tensors of the file in order, without reading them.
 
-    `choose` maps the name of a weight to its codes (out, in); None rounds. Modules in `unused` are
-    left out.
+    `choose` maps the name of a weight to its codes (out, in); if None, weights are rounded. Modules
+    in `unused` are left out.
 
     Raises:
-        InputError: the architecture has no place for a tensor, or the checkpoint has no one.
+        InputError: llama.cpp has no place for a tensor, or the checkpoint lacks one.
     """
     names = name_map(config)
     planned, unsupported, missing = [], [], []
@@ -247,7 +247,7 @@ def write_gguf(
     tensors: Sequence[GGUFTensor],
     step: Callable[[int], None],
 ) -> None:
-    """Write the file, or none; `step` is called with the number of tensors written.
+    """Write the file, or delete it after an error; `step` gets the number of tensors written.
 
     Raises:
         RunError: a value is too large for float16.
@@ -273,7 +273,7 @@ def write_gguf(
 
 
 def file_keys(outtype: str) -> dict[str, Any]:
-    """Returns the metadata keys for the type of most tensors."""
+    """Returns the metadata keys for `outtype`, the type of most tensors in the file."""
     keys: dict[str, Any] = {"general.file_type": int(OUTTYPES[outtype][1])}
     if outtype in GRIDS:
         keys["general.quantization_version"] = _QUANTIZATION_VERSION
@@ -283,7 +283,7 @@ def file_keys(outtype: str) -> dict[str, Any]:
 def round_to(tensor: torch.Tensor, outtype: str) -> torch.Tensor:
     """Returns `tensor` rounded to `outtype`, in float32.
 
-    It does not use the gguf package, so that it can check the file.
+    It does not use the gguf package, so that it can verify the file.
     """
     tensor = tensor.float()
     if outtype == "f32":

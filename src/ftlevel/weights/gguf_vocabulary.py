@@ -28,7 +28,7 @@ READ_BY_TRANSFORMERS = ("gpt-2", "llama-bpe", "qwen2")
 
 @dataclass(frozen=True)
 class PreTokenizer:
-    """A pre-tokenizer with a name in llama.cpp.
+    """A pre-tokenizer that llama.cpp has a name for.
 
     `steps` are those of tokenizer.json without irrelevant keys, `whole_words` is its
     `ignore_merges`. `normalizers` are the allowed ones; llama.cpp skips NFC.
@@ -100,7 +100,7 @@ class Vocabulary:
 def read_vocabulary(tokenizer: Any, size: int, end: int | None = None) -> Vocabulary:
     """Load the metadata of `tokenizer` for a model with `size` embeddings.
 
-    `end` is the token that it adds to each text; None for EOS.
+    `end` is the id of the token that the tokenizer adds after each text; None for EOS.
 
     Raises:
         InputError: llama.cpp does not support the tokenizer, or it has more tokens than the model.
@@ -144,7 +144,7 @@ def read_vocabulary(tokenizer: Any, size: int, end: int | None = None) -> Vocabu
 def _read_wordpiece(tokenizer: Any, described: Mapping[str, Any], size: int) -> Vocabulary:
     """Load the metadata of a WordPiece tokenizer; raises InputError for one that is not BERT's.
 
-    llama.cpp marks the begin of a word where WordPiece marks its continuation.
+    llama.cpp marks the beginning of a word where WordPiece marks its continuation.
     """
     model, normalizer = described["model"], described["normalizer"] or {}
     lowercase = bool(normalizer.get("lowercase"))
@@ -339,10 +339,10 @@ def _normalizers(normalizer: Mapping[str, Any] | None) -> list[Mapping[str, Any]
 
 
 def _scores(model: Mapping[str, Any], tokens: Sequence[str], types: Sequence[int]) -> list[float]:
-    """Returns the score of each token, minus the rank of the first merge.
+    """Returns the score of each token: minus the rank of the first merge that forms it.
 
     llama.cpp joins neighbors whose text is a token, highest score first. This equals the merges
-    only if they include every split of a token, one after another; else InputError is raised.
+    only if every split of a token is a merge and these are consecutive; else InputError is raised.
     """
     rank: dict[str, int] = {}
     last = ""

@@ -1,8 +1,8 @@
 """Quantize a checkpoint with bitsandbytes or torchao, one tensor in memory at a time.
 
-The tensors equal those that `save_pretrained` writes for a model quantized by transformers that
-never ran. `ShardWriter` is for tensors that become known one at a time; `checkpoint` writes those
-with dtypes and shapes known beforehand.
+The tensors equal those that `save_pretrained` writes for a model that transformers quantized and
+that never ran. `ShardWriter` is for tensors that become known one at a time; `checkpoint` writes
+those with dtypes and shapes known beforehand.
 """
 
 from __future__ import annotations
@@ -101,8 +101,8 @@ def build_layout(
 def resolve_layout(layout: QuantizedLayout, keys: Iterable[str]) -> QuantizedLayout:
     """Returns `layout` for a checkpoint with these `keys`.
 
-    A linear layer whose weight is assembled from several stored tensors is not quantized, and the
-    name is added to the config.
+    A linear layer whose weight is assembled from several stored tensors is not quantized; its name
+    is added to the modules that the config skips.
     """
     listed = [layout.naming(key) for key in keys]
     whole = {name for name, pattern in listed if pattern is None}
@@ -156,7 +156,7 @@ def find_skipped_modules(config: Any, auto_class: str) -> list[str]:
 
 
 def _find_quantized(meta: Any, quantization: Any) -> dict[str, bool]:
-    """Find the linear layers that transformers would replace (`meta` is modified)."""
+    """Returns the linear layers of `meta` (modified) that transformers quantizes → is a Conv1D."""
     if is_torchao(quantization):
         return dict.fromkeys(torchao_linears(meta, quantization), False)  # none is a Conv1D
     return replaced_linears(meta, quantization, pre_quantized=True)
@@ -187,7 +187,7 @@ def _parameters(meta: Any, tree: ModuleTree, linears: dict[str, bool]) -> Iterat
 
 
 def predict_bytes(layout: QuantizedLayout) -> dict[str, tuple[int, int]]:
-    """Returns part → (bytes before, bytes after), computed from shapes."""
+    """Returns part of the model → (bytes before, bytes after), computed from shapes."""
     sizes = {part: [0, 0] for part in PARTS}
     for parameter in layout.parameters.values():
         count = math.prod(parameter.shape)
@@ -307,9 +307,9 @@ def write_quantized(
     step: Callable[[int], None],
     choose: Choose | None = None,
 ) -> tuple[QuantizedLayout, QuantizationSizes]:
-    """Write the model in `directory` quantized to `out`; return the resolved layout and sizes.
+    """Quantize the model in `directory` and write it to `out`; return resolved layout and sizes.
 
-    `choose` applies to bitsandbytes only.
+    `choose` returns the codes of a weight, for bitsandbytes only.
 
     Raises:
         InputError: a weight to quantize is missing, or a file is corrupted.
@@ -348,7 +348,7 @@ def _quantize_shards(
     step: Callable[[int], None],
     choose: Choose | None,
 ) -> QuantizationSizes:
-    """Write quantized shards to the directory `out`, under their own names.
+    """Write quantized shards to the directory `out`, under the names of the source files.
 
     Raises:
         InputError: a file is corrupted, or a weight has a dtype that cannot be quantized.

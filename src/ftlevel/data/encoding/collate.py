@@ -82,7 +82,7 @@ _RESERVED = tuple(
 
 
 def separate_pad_from_eos(tokenizer: Any) -> Choice | None:
-    """Set a padding token other than EOS on `tokenizer` (modified), if it has the same for both.
+    """Replace the padding token of `tokenizer` (modified) if it is EOS.
 
     For models that find the end of a text by its padding. Returns the log line, or None.
     """

@@ -277,7 +277,7 @@ class SplitReport:
     def report(
         self, check: str, examples: Integers, originals: Integers | None = None
     ) -> Finding | None:
-        """Add the finding of `check` on `examples` (which repeat any `originals`); drop no row."""
+        """Add the finding of `check` on `examples`, repeats of `originals` if any; drop no row."""
         places = [self.table.where(int(i)) for i in examples[:MAX_SHOWN]]
         if originals is not None:
             firsts = (self.table.where(int(i)) for i in originals[:MAX_SHOWN])

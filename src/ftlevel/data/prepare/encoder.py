@@ -348,7 +348,7 @@ class Encoder:
         return replace(fitted, rows=rows, dropped=dropped, stops=fitted.stops or stops)
 
     def limit(self, default: int | None) -> int | None:
-        """Returns the maximum row length in tokens: the user's, else the model's or `default`."""
+        """Returns the maximum row length: the user's, or the lower of model's and `default`."""
         if isinstance(max_length := self.config.max_length, int):
             self.bounds.check(max_length)
             return max_length

@@ -78,7 +78,7 @@ _MOST_AHEAD = 32  # chunks encoded ahead; further processes take later ones
 
 @dataclass(frozen=True)
 class ChunkEncoder:
-    """Converts a chunk to encoded rows; with `may_lose`, over 1 % of too long rows are an error."""
+    """Converts a chunk to encoded rows; if `may_lose`, it is an error if over 1 % are too long."""
 
     config: DataConfig
     shape: Format

@@ -157,7 +157,7 @@ class DistinctTextSampler(Sampler[int]):
 
 
 def count_places(sets: Sequence[int], step: int) -> int:
-    """Returns the rows of an epoch with padding, if each step of `step` rows has one dataset."""
+    """Returns the number of rows of an epoch, padded so that no step of `step` rows mixes sets."""
     return sum(math.ceil(size / step) * step for size in Counter(sets).values())
 
 
