@@ -121,7 +121,8 @@ def _make(partial: Path) -> None:
 def atomic_directory(path: Path) -> Iterator[Path]:
     """Yields a temporary directory that is renamed to `path` when the block ends.
 
-    Its files are flushed first, so `path` is absent or complete. After an error it is deleted.
+    Its files are flushed first, so `path` is absent or complete. After an error the temporary
+    directory is deleted.
     """
     partial = path.with_name(f".{path.name}.partial")
     if partial.exists():  # left by a killed process

@@ -17,8 +17,7 @@ from ftlevel.errors import ConfigError, RunError
 def find_repository(name: str) -> str:
     """Find the full name of the repository `name`, after checking that the user may write to it.
 
-    Raises:
-        ConfigError: The name is invalid, nobody is logged in, or the Hub does not respond.
+    Raises ConfigError if the name is invalid, nobody is logged in, or the Hub does not respond.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError

@@ -95,9 +95,7 @@ def read_embedding_format(
     """Load the embedding format of a directory; None if it is not a SentenceTransformer.
 
     A pooling or similarity that is not supported is read as the default if it is in `replaced`.
-
-    Raises:
-        InputError: the directory has a module, pooling or similarity that is not supported.
+    Raises InputError for other modules, poolings and similarities that are not supported.
     """
     if not (directory / MODULES).is_file():
         return None
@@ -178,10 +176,7 @@ def _read_length(directory: Path) -> int | None:
 def write_embedding_format(directory: Path, form: EmbeddingFormat, hidden_size: int) -> list[str]:
     """Write the files that make a model or an adapter a SentenceTransformer; return their names.
 
-    Args:
-        directory: of the model's or the adapter's own files.
-        form: pooling, normalization, prompts, similarity and length.
-        hidden_size: width of the token states.
+    `directory` has the files of the model or adapter; `hidden_size` is the width of token states.
     """
     modules = [("", "Transformer"), (_POOLING_DIRECTORY, "Pooling")]
     if form.normalize:

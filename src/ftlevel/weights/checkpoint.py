@@ -109,8 +109,7 @@ class StoredTensor:
 def read_header(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
     """Load the tensors of a safetensors file by name, and its metadata.
 
-    Raises:
-        InputError: the file is truncated, or has an unsupported dtype.
+    Raises InputError if the file is truncated, or has an unsupported dtype.
     """
     try:
         with path.open("rb") as file:
@@ -234,8 +233,7 @@ def write_index(directory: Path, weight_map: Mapping[str, str], size: int) -> No
 def weight_files(directory: Path) -> list[Path]:
     """Returns the weight files of a checkpoint that transformers loads, sorted.
 
-    Raises:
-        InputError: there are none, or one that the index names is missing.
+    Raises InputError if there are none, or one that the index names is missing.
     """
     single = directory / "model.safetensors"
     index = directory / "model.safetensors.index.json"
@@ -351,10 +349,8 @@ def open_checkpoint(source: ModelSource, model: Any, key_mapping: Mapping[str, s
     """Open the weights of `source` for `model`, which is on the meta device.
 
     A Hub model is downloaded if needed. The conversions are recorded on `model` (modified) as by
-    `from_pretrained`; `key_mapping` comes from `rename_prefix`.
-
-    Raises:
-        InputError: weight files are missing or corrupted.
+    `from_pretrained`; `key_mapping` comes from `rename_prefix`. Raises InputError if weight files
+    are missing or corrupted.
     """
     stored: dict[str, StoredTensor | torch.Tensor] = {}
     for path in weight_files(local_directory(source)):
@@ -370,7 +366,8 @@ def open_checkpoint(source: ModelSource, model: Any, key_mapping: Mapping[str, s
 def checkpoint_in_memory(model: Any, module: Any) -> Checkpoint:
     """Returns a `Checkpoint` of the weights of the loaded model `module`, without copying them.
 
-    `model` is the same class on the meta device; its recorded conversions are removed (modified).
+    `model` (modified) is of the same class, on the meta device; its recorded conversions are
+    removed.
     """
     state = {name: tensor.detach() for name, tensor in module.state_dict().items()}
     conversions.forget_conversions(model)

@@ -172,10 +172,8 @@ def plan_tensors(
     """Returns the tensors of the file in order, without reading them.
 
     `choose` maps the name of a weight to its codes (out, in); if None, weights are rounded. Modules
-    in `unused` are left out.
-
-    Raises:
-        InputError: llama.cpp has no place for a tensor, or the checkpoint lacks one.
+    in `unused` are left out. Raises InputError if llama.cpp has no place for a tensor, or the
+    checkpoint lacks one.
     """
     names = name_map(config)
     planned, unsupported, missing = [], [], []
@@ -249,8 +247,7 @@ def write_gguf(
 ) -> None:
     """Write the file, or delete it after an error; `step` gets the number of tensors written.
 
-    Raises:
-        RunError: a value is too large for float16.
+    Raises RunError if a value is too large for float16.
     """
     writer = GGUFWriter(path, metadata["general.architecture"])
     try:

@@ -100,10 +100,8 @@ class Vocabulary:
 def read_vocabulary(tokenizer: Any, size: int, end: int | None = None) -> Vocabulary:
     """Load the metadata of `tokenizer` for a model with `size` embeddings.
 
-    `end` is the id of the token that the tokenizer adds after each text; None for EOS.
-
-    Raises:
-        InputError: llama.cpp does not support the tokenizer, or it has more tokens than the model.
+    `end` is the id of the token that the tokenizer adds after each text; None for EOS. Raises
+    InputError if llama.cpp does not support the tokenizer, or it has more tokens than the model.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:

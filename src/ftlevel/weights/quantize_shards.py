@@ -309,10 +309,8 @@ def write_quantized(
 ) -> tuple[QuantizedLayout, QuantizationSizes]:
     """Quantize the model in `directory` and write it to `out`; return resolved layout and sizes.
 
-    `choose` returns the codes of a weight, for bitsandbytes only.
-
-    Raises:
-        InputError: a weight to quantize is missing, or a file is corrupted.
+    `choose` returns the codes of a weight, for bitsandbytes only. Raises InputError if a weight to
+    quantize is missing, or a file is corrupted.
     """
     shards = {shard: read_header(shard)[0] for shard in weight_files(directory)}
     keys = [key for entries in shards.values() for key in entries]
@@ -350,8 +348,7 @@ def _quantize_shards(
 ) -> QuantizationSizes:
     """Write quantized shards to the directory `out`, under the names of the source files.
 
-    Raises:
-        InputError: a file is corrupted, or a weight has a dtype that cannot be quantized.
+    Raises InputError if a file is corrupted, or a weight has a dtype that cannot be quantized.
     """
     done, written = 0, QuantizationSizes()
     weight_map: dict[str, str] = {}

@@ -82,10 +82,7 @@ _RESERVED = tuple(
 
 
 def separate_pad_from_eos(tokenizer: Any) -> Choice | None:
-    """Replace the padding token of `tokenizer` (modified) if it is EOS.
-
-    For models that find the end of a text by its padding. Returns the log line, or None.
-    """
+    """Replace the padding token of `tokenizer` (modified) if it is EOS; return the log line."""
     if tokenizer.pad_token_id != tokenizer.eos_token_id:
         return None
     vocabulary = tokenizer.get_vocab()

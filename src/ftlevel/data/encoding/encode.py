@@ -563,7 +563,7 @@ def distinct_texts(rows: Sequence[Any]) -> tuple[list[EncodedText], StepTexts]:
 
 
 def add_texts(texts: list[EncodedText], more: Sequence[EncodedText]) -> list[int]:
-    """Returns the index in `texts` of each text of `more`; new ones are appended (modified)."""
+    """Returns the index in `texts` (modified) of each text of `more`; new ones are appended."""
     index_of = {(text.unpooled, *text.input_ids): at for at, text in enumerate(texts)}
     indices = []
     for text in more:

@@ -455,7 +455,7 @@ class Gate:
 def _find_near(
     rows: Sequence[Encoded], digests: Digests, repeated: Integers
 ) -> tuple[Integers, Integers]:
-    """Find near duplicates by tokens or words, except `repeated`, and the previous examples."""
+    """Find near duplicates by tokens or words, except `repeated`, and the previous ones."""
     near, first = find_near_duplicates(rows, rows_of_examples(rows, repeated))
     compared = digests.first(MAX_COMPARED)
     skip = np.zeros(len(digests), dtype=bool)

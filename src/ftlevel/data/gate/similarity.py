@@ -240,7 +240,7 @@ def _lengths_match(shorter: Any, longer: Any) -> Any:
 
 
 def _may_be_near(rows: Sequence[Encoded], first: Integers, second: Integers, prefix: int) -> Mask:
-    """Returns for each pair whether the 49-bit hashes of their 5-grams are similar enough.
+    """Returns for each pair whether its sets of 5-grams, as 49-bit hashes, are similar enough.
 
     Expect one false match of two 5-grams in 10^12 pairs of short rows.
     """

@@ -361,7 +361,7 @@ _RECENT = 8  # steps: the data loader reads a batch or two ahead
 class StreamedRows:
     """Rows of a streamed run, to be read in order; a step has `step` rows over all processes.
 
-    All processes read `together` rows from the stream at once, and each uses its own.
+    Each process reads all rows of the stream, `together` at a time, and uses its own.
     """
 
     def __init__(self, stream: RowStream, step: int, steps: int, together: int = 1) -> None:

@@ -44,10 +44,8 @@ def read_retrieval_set(qrels: Path, corpus: Path | None = None) -> RetrievalSet:
     """Load the retrieval set of a file of relevance judgments.
 
     queries.jsonl and corpus.jsonl are next to the file, or above its directory if that is `qrels/`.
-    `corpus` is used instead of corpus.jsonl.
-
-    Raises:
-        InputError: a file is missing, or a judgment names an unknown query or document.
+    `corpus` is used instead of corpus.jsonl. Raises `InputError` if a file is missing, or a
+    judgment names an unknown query or document.
     """
     table = read_table(qrels)
     asked, own_corpus = retrieval_files(qrels)

@@ -213,7 +213,7 @@ def load_memory_tables(
 ) -> dict[str, Table]:
     """Load rows passed from Python as tables by split; rows without splits become "train".
 
-    An iterator in `data.rows` is replaced by a list of the first `options.limit` rows (modified).
+    An iterator in `data.rows` (modified) is replaced by a list of its first `options.limit` rows.
     Raises `InputError` for an unsupported type, and for no rows or invalid rows.
     """
     if isinstance(data.rows, Iterator):
@@ -258,8 +258,8 @@ def _to_table(rows: Any, source: str, on_bad_row: OnBadRow, options: ReadOptions
 def iterate_rows(rows: Any, source: str, null_keys: Counter[str] | None = None) -> Iterator[Row]:
     """Yields the rows of a DataFrame, Arrow table, `datasets` object or iterable of mappings.
 
-    Values become JSON values, and missing values of a DataFrame None. `null_keys` counts the null
-    keys dropped per path (modified). Raises `InputError` if `rows` is of a different type.
+    Values become JSON values, and missing values of a DataFrame None. `null_keys` (modified) counts
+    the null keys dropped, by path. Raises `InputError` if `rows` is of a different type.
     """
     null_keys = Counter() if null_keys is None else null_keys
     if hasattr(rows, "iloc") and hasattr(rows, "columns"):

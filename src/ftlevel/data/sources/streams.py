@@ -259,7 +259,7 @@ class Reader(ABC):
         return Chunk(rows, lines, bad, self.shown, self.unit, cursor, self.text_cells)
 
     def collect(self) -> tuple[Table, list[BadRow]]:
-        """Returns all rows as a table, and the bad rows, including those that differ from most."""
+        """Returns all rows as a table, and the bad rows: invalid, or with unusual keys or types."""
         rows: list[Row] = []
         lines: list[int] = []
         bad: list[BadRow] = []
