@@ -165,7 +165,7 @@ def read_vocabulary_size(model: Any, directory: Path) -> int | None:
 
 
 def _rows_of(name: str, shape: list[int]) -> int | None:
-    """Returns the rows of a full matrix, or of the one that LoRA factor `name` is part of."""
+    """Returns the row count of matrix `name`, or of the matrix that LoRA factor `name` updates."""
     suffix = name.rpartition(".")[2]
     if suffix == "lora_embedding_A":
         return shape[1]
@@ -371,7 +371,7 @@ def _frozen(peft_model: Any) -> Any:
 
 
 def _plain_loader(directory: Path) -> Callable[[Any, Path, str], Any] | None:
-    """Returns ftlevel's loader for adapters that plain PEFT trained; None to use PEFT's."""
+    """Returns ftlevel's loader for the adapter's PEFT type, if any; None to use PEFT's."""
     import peft
 
     peft_type = read_peft_config(directory)["peft_type"]
@@ -488,7 +488,7 @@ def _unknown_patterns_ignored() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _ranks_applied(config: Any) -> Iterator[None]:
-    """Hide the config's rank pattern inside the block, so that AdaLoRA does not prune twice."""
+    """Hide the rank pattern of `config` in the `with` block, so that AdaLoRA prunes only once."""
     pattern = getattr(config, "rank_pattern", None)
     if pattern:
         config.rank_pattern = None

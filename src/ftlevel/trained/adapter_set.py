@@ -36,7 +36,7 @@ class AdapterSet:
 
     @property
     def has_base(self) -> bool:
-        """Whether the adapters can be disabled."""
+        """Whether the adapters can be disabled to use the base."""
         return self._first.has_adapter
 
     @property
@@ -45,7 +45,7 @@ class AdapterSet:
 
     @contextlib.contextmanager
     def active_adapter(self, name: str) -> Iterator[LoadedModel]:
-        """Activate the adapter `name` inside the block; the name `base` disables all adapters.
+        """Activate the adapter `name` inside the `with` block; the name `base` disables all.
 
         The base uses the prompt format of the first adapter. Raises ConfigError for an unknown
         name.

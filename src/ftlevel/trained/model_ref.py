@@ -88,7 +88,7 @@ class ModelRef:
 
     @property
     def task(self) -> str:
-        """Value of `--task`."""
+        """Name of the task, as for `--task`."""
         return self.card.task
 
     @property
@@ -301,13 +301,13 @@ class LoadedModel:
 
     @contextlib.contextmanager
     def without_adapter(self) -> Iterator[None]:
-        """Disable the adapter inside the block, so that the model is the base."""
+        """Disable the adapter inside the `with` block, so that the model is the base."""
         with self.model.disable_adapter():
             yield
 
     @contextlib.contextmanager
     def inference(self) -> Iterator[None]:
-        """Disable gradients and use the compute precision inside the block."""
+        """Disable gradients and use the compute precision inside the `with` block."""
         with torch.no_grad(), autocast(self.device, self.dtype):
             yield
 

@@ -77,8 +77,8 @@ def resolve_model(
         needs_task: whether a model without a card must have a task and a tokenizer.
 
     Raises:
-        ConfigError: The device or model type does not support `dtype`.
-        InputError: It does not exist, the base has other weights, it was trained for a different
+        ConfigError: the device or model type does not support `dtype`.
+        InputError: it does not exist, the base has other weights, it was trained for a different
             task, or an argument does not apply to it.
     """
     if isinstance(base, str):

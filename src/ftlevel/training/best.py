@@ -449,7 +449,7 @@ class PredictionRecorder(TrainerCallback):
         self._records: dict[int, ExampleRecord] = {}
 
     def begin(self) -> ExampleRecord:
-        """Returns a new record, to be filled by the next evaluation."""
+        """Returns an empty record, to be filled with per-row results by the next evaluation."""
         self._current = ExampleRecord(self._objective)
         return self._current
 
@@ -461,7 +461,7 @@ class PredictionRecorder(TrainerCallback):
         metrics: Mapping[str, float] | None = None,
         **_: Any,
     ) -> None:
-        """Store the filled record; drop all but those of step 0, the best and this step."""
+        """Store this evaluation's record; drop all but those of step 0, the best and this step."""
         best = self._best.evaluations.best if self._best else None
         steps = {0, state.global_step, best.step if best else None}
         if self._current is not None:

@@ -2,7 +2,7 @@
 
 Trackers are TensorBoard, Weights & Biases, MLflow and Trackio. Files are written to the run
 directory. Nothing leaves the machine unless the user has logged in to a tracker or set its
-environment variables. Run name, project and settings are ftlevel's and contain no token.
+environment variables. ftlevel passes run name, project and configuration, which contain no token.
 """
 
 from __future__ import annotations
@@ -182,7 +182,7 @@ class Interrupt(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> TrainerControl:
-        """Save, and stop, if any process received a signal before the last step."""
+        """If any process received a signal, save a checkpoint, and stop unless it was SIGUSR1."""
         # Use the agreed value, not later signals, so that all stop after the same step.
         action = self._processes.most(self._action)
         if action and state.global_step < state.max_steps:
@@ -335,7 +335,7 @@ def _write_to(
 
 @contextlib.contextmanager
 def _or_warn(name: str, listener: Listener) -> Iterator[None]:
-    """Convert exceptions of a tracker inside the block into a warning; the run continues."""
+    """Convert a tracker's exceptions in the `with` block into a warning; the run continues."""
     try:
         yield
     except Exception as error:  # noqa: BLE001 - a tracker's own, and no reason to lose a run

@@ -1,8 +1,8 @@
 """Stop or recover a run with missing, non-finite or unusual gradients, losses or weights.
 
-A step that is not finite, or whose loss spikes, stops the run, is skipped, or rolls weights and
-optimizer back to the latest complete checkpoint, as in PaLM's training (Chowdhery et al., 2022,
-§ 5.1). The schedule and the order of rows continue unchanged.
+A step with a non-finite value or a loss spike stops the run, is skipped, or rolls weights and
+optimizer back to the latest complete checkpoint, as in PaLM's training (Chowdhery et al., 2022, §
+5.1). The schedule and the order of rows continue unchanged.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class Recovery(TrainerCallback):
 
     @property
     def only_stops(self) -> bool:
-        """Whether no step is ever skipped, so that checks may be deferred by some steps."""
+        """Whether a failed step always ends the run, so that checks may come some steps late."""
         return self.stops and self._factor is None
 
     def agree(self, is_wrong: bool) -> bool:

@@ -186,7 +186,7 @@ class _BlockTracker:
 
     Attributes:
         at: index of the block being computed; None between encoder and decoder.
-        least: element count above which a tensor has a value per token.
+        least: positions in the batch; tensors with fewer elements are not counted.
         states: block index → bytes of the block's input.
     """
 
@@ -346,7 +346,7 @@ def _has_several_rows(inputs: Mapping[str, Any]) -> bool:
 
 @contextlib.contextmanager
 def explain_out_of_memory(run: Run) -> Iterator[None]:
-    """Inside the block, convert out-of-memory errors into a RunError that lists remedies."""
+    """Convert out-of-memory errors in the `with` block into a RunError that lists remedies."""
     try:
         yield
     except Exception as error:

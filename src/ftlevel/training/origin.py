@@ -1,7 +1,7 @@
 """Compare a resumed run with its origin: configuration, base model, data and versions.
 
-The origin of a run is stored among its checkpoints. It has samples of the files; `FileDigests`
-hashes all bytes, in the background of a new run and before the first step of a resumed one.
+The origin of a run is stored with its checkpoints. Its fingerprints cover samples of files;
+`FileDigests` hashes all bytes, in the background of a new run and before a resumed one trains.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ disk is as fast."""
 class FileDigests:
     """SHA-256 of whole files, computed in a background thread and stored in `file_name`.
 
-    `field` is the field of the origin that has samples of the same files; `description` is the
-    files' name in messages.
+    `field` is the origin's field with the fingerprint of these files; `description` is their name
+    in messages.
     """
 
     def __init__(

@@ -113,7 +113,7 @@ class Processes:
         return result
 
     def in_all(self, make: Callable[[], T]) -> T:
-        """Call `make` in every process; returns its result, or raises an error of any in all."""
+        """Call `make` in every process; returns its result. If one fails, all raise an error."""
         if self.count == 1:
             return make()
         result, local_error = None, None

@@ -251,7 +251,7 @@ def _compare_on_fresh_base(
 
 @contextlib.contextmanager
 def _moved_to_cpu(model: Any, device: str) -> Iterator[None]:
-    """Move `model` (modified) to host memory inside the block, and back to `device` after it."""
+    """Move `model` (modified) to host memory inside the `with` block, then back to `device`."""
     original_device = next(model.parameters()).device
     if device != "cpu":
         model.to("cpu")

@@ -2,8 +2,8 @@
 
 The reference is the initial model, with any adapter that training continues from, without dropout.
 The base without an adapter would be a different model if a method rewrites it (PiSSA, OLoRA,
-LoftQ). Values are computed on the packed rows of the fast step and cached under a digest of all
-inputs, so no second model is loaded. With `--reference`, a different model computes them before the
+LoftQ). The model to be trained computes the values itself, on the fast step's packed rows. They are
+cached under a digest of all inputs. With `--reference`, a different model computes them before the
 run's weights load, and is freed afterwards.
 """
 
@@ -98,7 +98,7 @@ def is_missing(array: np.ndarray) -> np.ndarray:
 
 
 def cache_path(data: DataConfig, prefix: str, start: str, rows: Sequence[Encoded]) -> Path | None:
-    """Returns the cache file of the values that `start` and `rows` determine; None if off."""
+    """Returns the cache file named by a digest of `start` and `rows`; None if caching is off."""
     if not data.cache or not is_writable():
         return None
     digest = hashlib.sha256(start.encode())
@@ -365,7 +365,7 @@ def describe_cache_key(model: ReferenceModel, run: Run) -> dict[str, object]:
 def load_auxiliary_model(
     reference: ReferenceModel, run: Run, listener: Listener
 ) -> Iterator[tuple[Run, PreparedModel]]:
-    """Load `reference` inside the block; yields the run to compute it with, and the model."""
+    """Load `reference` for a `with` block; yields the run to compute it with, and the model."""
     trained = reference.ref.load(run.model.device, run.model.dtype)
     forward = plan_forward(
         trained.model, trained.kind, trained.ref.card.method, run.objective, run.fast.tokens

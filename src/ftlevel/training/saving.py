@@ -92,7 +92,7 @@ def _planned_checkpoints(train: TrainerConfig, steps: int) -> int:
 
 @contextlib.contextmanager
 def explain_disk_errors(directory: RunDirectory) -> Iterator[None]:
-    """Inside the block, convert write errors of torch, safetensors and the OS into RunError."""
+    """Convert write errors of torch, safetensors and the OS in the `with` block into RunError."""
     try:
         yield
     except Exception as error:
@@ -189,7 +189,7 @@ extended."""
 
 
 class SaveByClock(TrainerCallback):
-    """Save a checkpoint after `minutes` without one; once that has happened, also save the end.
+    """Save a checkpoint after `minutes` without one; if that has happened, save the end too.
 
     The first process's clock decides for all. With `last`, the end is saved in any case.
     """

@@ -79,7 +79,7 @@ class ShardedTrainer(FtlevelTrainer):
     def training_step(
         self, model: Any, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
-        """Returns the loss of the batch; average gradients after the last batch of a step."""
+        """Returns the loss of the batch; after the last batch of a step, averages the gradients."""
         loss = super().training_step(model, inputs, num_items_in_batch)
         if self.accelerator.sync_gradients:
             average(self._whole, self.processes.count)

@@ -551,7 +551,7 @@ def _use_plain_layers(model: torch.nn.Module) -> None:
 
 @contextlib.contextmanager
 def perturb_weights(model: torch.nn.Module) -> Iterator[None]:
-    """Perturb the trainable tensors of `model` (modified) inside the block, and restore them.
+    """Perturb trainable tensors of `model` (modified) inside the `with` block, then restore them.
 
     LoRA's B and similar tensors are zero before training, so the tensors multiplied with them have
     zero gradients, correct or not. Zero tensors get noise with standard deviation 0.2 / √(last

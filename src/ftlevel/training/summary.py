@@ -131,7 +131,7 @@ class Outcome:
     """Results of a run that `Run` does not have.
 
     Attributes:
-        recipe: source of the settings and the git state there.
+        recipe: path and git state of the recipe; None without one.
         timings: in seconds.
         evaluator: None without validation rows.
         selected: the selected model; None if none was selected.

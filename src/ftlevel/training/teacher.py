@@ -1,8 +1,8 @@
 """Precompute teacher predictions before the trained model loads.
 
-Teacher predictions are cached on disk, either of the top tokens or of all; a training step reads
-those of the rows. Auxiliary models are located before any weights load; `text_models` runs those
-that read texts.
+Predictions for the top tokens, or for all, are cached on disk; a training step reads those of its
+rows. Auxiliary models are located before any weights load; `text_models` runs those that read
+texts.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class TeacherPredictions:
 
 
 def precompute_teacher(run: Run, listener: Listener) -> TeacherPredictions | None:
-    """Returns the training rows with the teacher's predictions; None without such a teacher.
+    """Returns the training rows with the teacher's predictions; None if none are needed.
 
     Raises InputError if the disk has no space for them.
     """
@@ -123,7 +123,7 @@ def _check_room(path: Path | None, size: int) -> None:
 
 
 def _fill(run: Run, adapted: PreparedModel, offsets: Sequence[int], array: np.ndarray) -> None:
-    """Compute the missing predictions in `array` (modified; one per target), by a few rows."""
+    """Compute missing predictions in `array` (modified), one per target, a few rows at a time."""
     rows, model = run.data.train, adapted.model
     model.eval()
     with torch.no_grad(), autocast(run.model.device, run.model.dtype):

@@ -371,7 +371,7 @@ class FtlevelTrainer(Trainer):
 
     @contextlib.contextmanager
     def standalone_steps(self, dtype: str) -> Iterator[None]:
-        """Let the block compute steps in `dtype` outside of training; restores token counts."""
+        """Allow steps in `dtype` outside of training in a `with` block; restores token counts."""
         seen, computed = self.tokens_seen.clone(), self.tokens_computed
         self._compute_dtype = dtype
         try:

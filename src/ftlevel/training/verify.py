@@ -58,7 +58,7 @@ and one in transfer."""
 
 @contextlib.contextmanager
 def cast_to_float32(model: torch.nn.Module) -> Iterator[None]:
-    """Convert all half-precision weights of `model` to float32 inside the block (modified).
+    """Convert all half-precision weights of `model` (modified) to float32 inside the `with` block.
 
     `evaluation.model_pair.in_float32` converts a module only while it runs. This function also
     supports backward passes, threads, and functions that read weights of modules they do not call.
@@ -77,7 +77,7 @@ def cast_to_float32(model: torch.nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def cast_to_float64(model: torch.nn.Module) -> Iterator[None]:
-    """Convert all float32 weights of `model` to float64 inside the block (modified).
+    """Convert all float32 weights of `model` (modified) to float64 inside the `with` block.
 
     Operations that transformers always computes in float32, such as a norm's mean of squares, stay
     in float32.
@@ -88,7 +88,7 @@ def cast_to_float64(model: torch.nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _held_in(dtype: torch.dtype, tensors: list[Tensor]) -> Iterator[None]:
-    """Inside the block, store `tensors` in `dtype`; afterwards, restore their original values."""
+    """Store `tensors` in `dtype` inside the `with` block, and restore their values after it."""
     originals = [(tensor, tensor.data) for tensor in tensors]
     try:
         for tensor, data in originals:

@@ -3,9 +3,9 @@
     e = f(x; θ) without a graph → L(e), g = ∂L/∂e → by micro-batch, ∂(Σ e·g)/∂θ with a graph
 
 Each micro-batch is embedded twice, with the same dropout (GradCache: arXiv:2101.06983), so memory
-holds the activations of one. If the activations of all micro-batches fit, their graphs are kept and
+holds the activations of one micro-batch. If the activations of all fit, their graphs are kept and
 nothing is embedded twice. Gradients are added in the same order, so both give the same bits. Every
-process computes the loss of all vectors, and the gradients of its own.
+process computes the loss of all vectors, but only the gradients of its own.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ class WholeStep:
 
     @contextlib.contextmanager
     def measure(self, tokens: int) -> Iterator[None]:
-        """Measure the activations that the block's forward pass of `tokens` tokens saves."""
+        """Measure the activations that a forward pass of `tokens` in the `with` block saves."""
         sizes: dict[Any, int] = {}
         weights = {storage_of(p) for p in self._trainer.model.parameters()}
 
@@ -125,7 +125,7 @@ class WholeStep:
     def _loss(
         self, local_vectors: Sequence[Tensor], parts: Sequence[Sequence[int]], step: StepTexts
     ) -> tuple[Tensor, list[Tensor]]:
-        """Returns the loss, and its gradients by the vectors of this process's micro-batches."""
+        """Returns the loss, and its gradient by the vectors of each local micro-batch."""
         trainer = self._trainer
         order = [index for part in parts for index in part]
         vectors = torch.cat([part.detach().float() for part in local_vectors])
@@ -201,7 +201,7 @@ class _Forward:
         return vectors[: len(self._parts)]
 
     def backward(self, gradients: Sequence[Tensor]) -> None:
-        """Accumulate the parameters' gradients, given the `gradients` by the vectors."""
+        """Accumulate the parameters' gradients, given `gradients` with respect to the vectors."""
         trainer = self._trainer
         if self._workers is not None:
             trained = [p for p in self._model.parameters() if p.requires_grad]

@@ -3,9 +3,9 @@
     T' = ⌊T · (M − fixed) / moving⌋
     most rows = (memory − fixed) / (activations and workspace per row)
 
-T tokens need `moving` bytes that grow with T and `fixed` bytes that do not; M is the memory.
-Attention grows faster, so results are estimated again until they fit. Loss and gradient of a step
-change only in summation order. The second formula is for rows of maximum length.
+T tokens need `moving` bytes that grow with T and `fixed` bytes that do not; T' tokens fit in M
+bytes. Attention grows faster, so results are estimated again until they fit. Loss and gradient of a
+step change only in summation order. The second formula is for rows of maximum length.
 """
 
 from __future__ import annotations

@@ -248,12 +248,12 @@ class MemoryRequirement:
 
     @property
     def does_fit(self) -> bool:
-        """Whether the run fits, with all blocks recomputed if the run may decide on that."""
+        """Whether the run fits, possibly with recomputed blocks if checkpointing is automatic."""
         peak = self.process or self.peak
         return min(peak, self.recomputed_peak or peak) <= self.device.memory
 
     def verdict(self) -> str:
-        """Returns a one-line summary."""
+        """Returns a line: whether the run fits, the peak, its phase, and the available memory."""
         word = "fits" if self.does_fit else "does not fit"
         if self.recomputed_peak is not None:
             recomputed = f"{self.recomputed_peak / 2**30:,.2f} GiB"
@@ -350,7 +350,7 @@ class MemoryEstimate:
 
 
 def estimate_memory(run: Run, processes: int) -> MemoryEstimate:
-    """Estimate the memory of a run, if that is quick; `processes` is their number."""
+    """Estimate the memory of a run; `need` is None if that is slow or `processes` exceeds 1."""
     if processes > 1:
         return MemoryEstimate(None, f"{processes} processes; run `ftlevel plan`")
     if run.model.total_parameters < LEAST_PARAMETERS:

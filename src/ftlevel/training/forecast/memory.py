@@ -1,10 +1,10 @@
-"""Peak memory of a training step on fake tensors, by part and moment.
+"""Peak memory of a training step on fake tensors, by part and phase (`moment`).
 
     peak = peak(first, last) + Σ n_k · (peak(first, k, last) − peak(first, last))
 
-Layers of kind k add alike, so small models with one layer per kind give the peak of all n_k layers,
-for each moment separately. Parallel workers are assumed to peak together, an upper bound. Pruning
-of the last block depends on values, so it is found on a one-block model with random weights.
+Each of the n_k layers of kind k adds the same, so small models with one layer per kind give the
+peak of all layers, in each phase. Parallel workers are assumed to peak together, an upper bound.
+Pruning of the last block depends on values, so it is found on one block with random weights.
 """
 
 from __future__ import annotations

@@ -122,7 +122,7 @@ def targets_in(
 
 
 def _pack(model: Any, compute: Any, quantization: Any) -> set[str]:
-    """Pack quantized weights of `model` (modified) and assume even expert use; returns names."""
+    """Pack the quantized weights of `model` (modified); returns the names of their modules."""
     packed: set[str] = set()
     if quantization is not None:
         experts = quantization if packs_experts(quantization) else None
@@ -268,7 +268,7 @@ def build_synthetic_batch(
 ) -> SyntheticBatch:
     """Build substitutes for what this machine lacks: the GPU `card`, and `rows` rows of data.
 
-    None plans for this machine's device; with `rows` = 0 the real data is used.
+    With `card` None, this machine's device is used; with `rows` = 0, the real data.
     """
     return SyntheticBatch(
         source=source,

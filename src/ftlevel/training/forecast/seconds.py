@@ -4,20 +4,20 @@ The time is estimated by a roofline for a named GPU, or from a few real steps on
 
     FLOPs per token = 2 N · (1 forward + 1 for inputs + 1 for trained weights + 1 recomputed)
                       + 4 L H T · (1 forward + 2 backward + 1 recomputed), halved if causal
-    seconds         = tokens · FLOPs / (SHARE · dense peak)
+    seconds         = tokens · FLOPs / (PEAK_FRACTION · dense peak)
 
 N counts the weights in matrix products: blocks, and the head where it is computed. The second term
-is attention: L layers of hidden size H over T tokens of a row. GPU figures are from data sheets.
-Of rollouts:
+is attention: L layers of hidden size H over T tokens of a row. GPU figures are from data sheets. Of
+rollouts:
 
     keys and values = 2 · layers · key heads · head_dim · (prompts · (prompt + room)
                       + 2 · rows · (completion + room))
     prefill         = tokens · (inner · (4 v + 12) + 4 · hidden · v) + tokens · prompt · (2 + v)
     decoding        = tokens of a completion · (weights + keys and values) / memory bandwidth
 
-Keys and values of a prompt are there once for its group, and those of completions are copied when
-rows finish and others begin. v is the bytes of an activation; 12 is three float32 tensors of a
-LoRA layer. Completions are assumed to have the maximum length.
+A group shares the keys and values of its prompt; those of completions are copied when rows finish
+and others begin. v is the bytes of an activation, inner the MLP's width, room spare positions; 12
+is three float32 tensors of a LoRA layer. Completions are assumed to have maximum length.
 """
 
 from __future__ import annotations
@@ -313,7 +313,7 @@ def estimate_time(run: Run, card: Gpu) -> TimeForecast | None:
 
 
 def _estimate_rl_time(run: Run, card: Gpu, size: RolloutSize, operations: float) -> TimeForecast:
-    """Estimate sampling and training, with completions of the maximum length."""
+    """Estimate the time of sampling and training, with completions of the maximum length."""
     flops = PEAK_FRACTION * card.tflops * 1e12
     prompts = sum(prompt_lengths(run))
     completions = len(run.data.train) * run.config.rl.num_generations * size.completion

@@ -1,6 +1,6 @@
 """Configuration of a run that continues an adapter: base, method, quantization, task and labels.
 
-Contradicting flags are rejected before weights load, as are adapters that the run would not build.
+Contradicting flags, and adapters that the run would build differently, are rejected first.
 """
 
 from __future__ import annotations
@@ -185,7 +185,7 @@ def _kind_of(adapter: StartingAdapter) -> str:
 
 
 def _saved_modules(adapter: StartingAdapter) -> list[str]:
-    """Returns the adapter's `modules_to_save`, without those that PEFT adds itself."""
+    """Returns those of the adapter's `modules_to_save` whose weights are in its file."""
     tensors, _ = read_header(adapter.directory / ADAPTER_WEIGHTS)
     names = adapter.settings.get("modules_to_save") or []
     return [name for name in names if any(f".{name}." in key for key in tensors)]

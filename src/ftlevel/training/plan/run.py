@@ -118,7 +118,7 @@ class StartingAdapter:
         return Choice("adapter", self.name, f"trained {origin}; base and method are its own")
 
     def describe(self) -> dict[str, Any]:
-        """Returns the entry for summary.json."""
+        """Returns the adapter's entry in summary.json."""
         return {"name": self.name, "fingerprint": self.fingerprint}
 
 

@@ -53,7 +53,7 @@ def count_steps(config: TrainerConfig, rows: int) -> int:
 
 @dataclass(frozen=True)
 class LearningRates:
-    """Peak learning rates: `head` for new heads, `base` for the rest, `default` if not set."""
+    """Peak learning rates of new heads (`head`) and the rest (`base`; `default` without flags)."""
 
     base: Choice
     default: float

@@ -1,4 +1,4 @@
-"""Check before training that rewards have a signal and that sampler and trainer agree."""
+"""Check before training that rewards differ, and that sampler and trainer agree."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ _SHOWN = 160  # characters of an example
 
 
 def check_before(trainer: FtlevelTrainer, prompts: Sequence[Any], listener: Listener) -> None:
-    """Sample groups for some of `prompts` before training and show them; only for `RlTrainer`.
+    """Sample completions of some `prompts` before training and show them; only for `RlTrainer`.
 
     Raises:
-        RunError: no group has a signal, almost all completions are truncated, or log-probabilities
-            of sampler and trainer differ.
+        RunError: no prompt's completions differ in reward, almost all are truncated, or
+            log-probabilities of sampler and trainer differ.
     """
     if not isinstance(trainer, RlTrainer) or not trainer.settings.check_groups:
         return

@@ -245,7 +245,7 @@ class RlTrainer(FtlevelTrainer):
 
     @contextlib.contextmanager
     def _initial_weights(self) -> Iterator[None]:
-        """Give the trained tensors their values of step 0 inside the block."""
+        """Give the trained tensors their values of step 0 inside the `with` block."""
         current = [(p, p.data) for p in self._trainable()]
         try:
             for (parameter, _), start in zip(current, self._start or (), strict=True):
