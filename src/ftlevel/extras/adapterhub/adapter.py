@@ -98,7 +98,7 @@ def _labels(config: Mapping[str, Any]) -> list[str]:
 
 
 def _layers(family: str, kind: str, config: Mapping[str, Any]) -> dict[str, str]:
-    """Returns layer of a flex head → module; raises InputError if transformers' head differs."""
+    """Returns layer of a flex head → module of transformers' head; InputError if they differ."""
     count, pooled = config.get("layers"), bool(config.get("use_pooler"))
     if kind == "question_answering" and count == 1:
         return {"1": "qa_outputs"}
@@ -121,7 +121,7 @@ def _layers(family: str, kind: str, config: Mapping[str, Any]) -> dict[str, str]
 
 
 def head_modules(head: HubHead, weights: Mapping[str, Any]) -> list[str]:
-    """Returns the fully trained modules of the head; empty for a language head."""
+    """Returns the names of the modules that form the head; empty for a language head."""
     if head.task in ("", "masked-lm"):
         return []
     names = head.layers.values() or weights
@@ -172,7 +172,7 @@ _HOLDER = re.compile(r"(.*)\.(?:adapters|\w+_text_(?:task|lang)_adapters)\.([^.]
 
 @dataclass(frozen=True)
 class HubAdapter:
-    """An AdapterHub directory without the adapter's weights; `settings` is adapter_config.json."""
+    """Adapter in AdapterHub's format, before its weights are loaded; `settings` is its config."""
 
     directory: Path
     settings: dict[str, Any]
@@ -206,9 +206,9 @@ class HubAdapter:
         return replace(card, labels=self.head.labels or card.labels, options=options)
 
     def convert(self, model: Any) -> tuple[Any, dict[str, Any]]:
-        """Returns the adapter's PEFT config, and the weights by PEFT names; reads `model`.
+        """Returns the adapter's PEFT config for `model`, and its weights by their PEFT names.
 
-        Raises InputError if it is corrupted, of a different base, or of an unsupported kind.
+        Raises InputError if corrupted, of a different base, or of an unsupported kind.
         """
         from ftlevel.methods.bottleneck import site_pattern, sites_of
         from ftlevel.methods.bottleneck.layer import BottleneckConfig
@@ -288,7 +288,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 def _name_weights(
     weights: Mapping[str, Any], holders: Mapping[str, str], config: Any
 ) -> dict[str, Any]:
-    """Returns AdapterHub's weights by PEFT names; refuse missing and unknown ones."""
+    """Returns the weights by their PEFT names; raises InputError for missing or unknown ones."""
     groups: dict[str, dict[str, Any]] = {}
     unknown = []
     for key, tensor in weights.items():

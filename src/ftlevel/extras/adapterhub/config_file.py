@@ -48,7 +48,7 @@ _OLD_ACTIVATIONS = {"gelu": "gelu_new", "gelu_orig": "gelu"}
 
 @dataclass(frozen=True)
 class Holders:
-    """Modules of AdapterHub's adapters, relative to a block; "" is the block itself."""
+    """Paths of the modules, within a block, that have AdapterHub's adapters; "" is the block."""
 
     attention: tuple[str, ...]
     feed_forward: str
@@ -68,7 +68,7 @@ HOLDERS: dict[str, Holders] = {
 
 
 def read_config(settings: Mapping[str, Any], model_config: Any) -> dict[str, Any]:
-    """Load the fields of `BottleneckConfig` equivalent to an AdapterHub adapter.
+    """Returns the fields of `BottleneckConfig` that are equivalent to an AdapterHub adapter.
 
     `settings` is AdapterHub's adapter_config.json.
 
@@ -151,7 +151,7 @@ def _placement(config: Mapping[str, Any], sites: Sites) -> str:
 def _targets(
     config: Mapping[str, Any], position: str, sites: Sites, model_config: Any
 ) -> tuple[str | None, str | None]:
-    """Returns regular expressions of adapted and excluded modules; None for all or none."""
+    """Returns regular expressions of adapted modules (None: all) and of excluded ones (or None)."""
     self_attention, *cross = sites.attention
     modules = [self_attention] * bool(config["mh_adapter"]) + cross * bool(config["cross_adapter"])
     modules += [sites.feed_forward] * bool(config["output_adapter"])
@@ -162,7 +162,7 @@ def _targets(
 
 
 def _left_out(layers: list[int], model_config: Any) -> str | None:
-    """Returns a regular expression of excluded blocks, numbered through encoder and decoder."""
+    """Returns a regular expression of excluded blocks; decoder indices follow the encoder's."""
     if not layers:
         return None
     if model_config.model_type == "albert" or not all(isinstance(i, int) for i in layers):
@@ -205,7 +205,7 @@ def _scaling(value: Any) -> float | str:
 
 
 def write_config(peft_config: Mapping[str, Any], model_config: Any) -> dict[str, Any]:
-    """Returns AdapterHub's `config` of an adapter at all positions of its placement.
+    """Returns AdapterHub's `config` for an adapter that is at all positions of its placement.
 
     `peft_config` is the adapter_config.json of ftlevel.
 

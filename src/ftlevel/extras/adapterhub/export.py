@@ -58,7 +58,7 @@ def plan_export(config: ExportConfig, ref: ModelRef) -> AdapterHubExport:
 
 
 def _whole_holders(directory: Path, placement: str, model: Any) -> dict[str, str]:
-    """Returns the AdapterHub module of each adapter; refuse adapters at other positions."""
+    """Returns module → AdapterHub module; InputError if adapters are not at `placement`."""
     sites = sites_of(model.config)
     pattern = re.compile(site_pattern(sites, placement)) if sites else None
     expected = {n for n, _ in model.named_modules() if pattern and pattern.fullmatch(n)}

@@ -33,7 +33,7 @@ HOP, NETWORK_HOP = 3.4e-6, 9.6e-6
 
 @dataclass(frozen=True)
 class Network:
-    """Machines with `cards` GPUs each.
+    """`nodes` machines with `cards` GPUs each.
 
     `link` is GB/s (10⁹ bytes) each way from a GPU to others of its machine; `gbps` is Gbit/s (10⁹
     bits) each way per GPU to other machines.
@@ -242,7 +242,7 @@ def forecast_cluster(
 
 
 def _sent(shares: ShardedModel, ranks: int, way: str) -> dict[str, Any]:
-    """Returns the communication fields of `Work`, in bytes."""
+    """Returns the communication fields of `Work`, in bytes; `way` is the value of `--shard`."""
     if way == "none":
         base = shares.blocks.reduced(1) + shares.root.reduced(1)
         return {"everywhere": base if shares.trains_base else shares.trained}

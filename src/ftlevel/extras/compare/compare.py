@@ -210,7 +210,7 @@ def _plain(config: TrainConfig) -> dict[str, Any]:
 def _start_or_resume(
     config: TrainConfig, wishes: ComparisonOptions, path: Path
 ) -> tuple[ComparisonOptions, dict[str, Any]]:
-    """Returns options and request, merged with the stored ones when resuming."""
+    """Returns options and the record of the request; on `--resume`, merged with the stored one."""
     budget = {"steps": wishes.steps, "minutes": wishes.minutes}
     now = _plain(config)
     asked: dict[str, Any] = {
@@ -285,7 +285,7 @@ def _start_or_resume(
 
 
 def _without_metric(asked: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the configuration values without the ranking metric."""
+    """Returns the configuration values without `metric_for_best_model`, which may change."""
     section = {k: v for k, v in asked.get("train", {}).items() if k != "metric_for_best_model"}
     return {**asked, "train": section}
 
@@ -321,7 +321,7 @@ def _check_methods(config: TrainConfig, result: Comparison, listener: Listener) 
 
 
 def _method_fields(word: str) -> dict[str, Any]:
-    """Returns the method section for `word`; raises ConfigError for an unknown method."""
+    """Returns the method section for a method name or alias; raises ConfigError if unknown."""
     fields: dict[str, Any] = resolve_aliases({"method": {"kind": word}})[0]["method"]
     if fields["kind"] not in SPECS:
         names = (*SPECS, *METHOD_ALIASES)
@@ -335,7 +335,7 @@ def _method_fields(word: str) -> dict[str, Any]:
 def _with_method(
     config: TrainConfig, fields: Mapping[str, Any], wishes: ComparisonOptions
 ) -> TrainConfig:
-    """Returns `config` with a different method, keeping the settings that method also has."""
+    """Returns `config` with the method in `fields`; settings that this method has are kept."""
     values = _plain(config)
     settings, known = values.get("method", {}), SPECS[str(fields["kind"])].model_fields
     if (

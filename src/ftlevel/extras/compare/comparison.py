@@ -42,8 +42,8 @@ class ComparisonOptions:
         steps: optimizer steps per run; None uses the run's epochs.
         minutes: training time per run; None sets no time limit.
         seeds: runs per method.
-        max_memory: most memory of the winner, in GiB.
-        max_minutes: longest run of the winner.
+        max_memory: maximum peak memory of the winner, in GiB.
+        max_minutes: maximum time of a run of the winner.
         search: hyperparameters to search for each method.
         trials: trials per search; None uses ten.
         study: database URL of the searches; None uses a file in the directory.
@@ -78,7 +78,7 @@ class Comparison:
 
 
 def ranking_metric(train: TrainerConfig, task: str, headline: str) -> str:
-    """Returns the requested metric, else the task's main metric, or the loss if it is undefined."""
+    """Returns the requested metric, else the task's main one, or loss if that is not computed."""
     if train.metric_for_best_model is not None:
         return train.metric_for_best_model.removeprefix("eval_")
     generates = generates_texts(train.predict_with_generate, TASKS[task])
@@ -130,7 +130,7 @@ def summarize(result: Comparison, asked: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _row(method: str, runs: list[dict[str, Any]], scores: MetricRuns) -> dict[str, Any]:
-    """Returns the figures of a method: means over seeds, but the maximum of memory."""
+    """Returns the table row of a method: means over seeds, but the maximum of memory."""
     summaries = [run["summary"] for run in runs]
     times = [summary["timings"] for summary in summaries]
     adapter = runs[0]["run"] / ADAPTER
@@ -247,7 +247,7 @@ def draw_pictures(found: Comparison, result: Mapping[str, Any]) -> list[str]:
 def _scatter(
     axes: Axes, rows: Sequence[Mapping[str, Any]], costs: Sequence[float], cost: str, name: str
 ) -> None:
-    """Plot each method's metric with its 95 % interval over rows, against a cost."""
+    """Plot each method's metric, with its 95 % bootstrap interval, against a cost such as time."""
     for row, at in zip(rows, costs, strict=True):
         value, ends = row["metric"], row["interval"]
         bars = None if ends is None else [[max(0.0, value - ends[0])], [max(0.0, ends[1] - value)]]

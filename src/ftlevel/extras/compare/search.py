@@ -193,7 +193,7 @@ class _Enough(Exception):
 
 
 def check_search(names: tuple[str, ...], storage: str | None) -> list[str]:
-    """Returns the problems of the requested settings and storage."""
+    """Returns error messages for hyperparameter `names` and the `storage` URL."""
     problems = [
         f"--search: {name!r} is no setting that is searched. Expected some of "
         f"{join_names(SETTINGS)}."
@@ -217,7 +217,7 @@ def check_search(names: tuple[str, ...], storage: str | None) -> list[str]:
 def plan_study(
     word: str, config: TrainConfig, asked: Mapping[str, Any], facts: Mapping[str, Any], path: Path
 ) -> Study | None:
-    """Returns the study of the method `word`; None if it has none of the settings.
+    """Returns the study of the method `word`; None if it has none of the hyperparameters.
 
     `asked` is the comparison's request, `facts` the dry run's summary, `path` the output directory.
     """
@@ -318,7 +318,7 @@ def _describe(result: optuna.Study, study: Study) -> dict[str, Any]:
 
 
 def _try_one(study: Study, config: TrainConfig, path: Path) -> None:
-    """Run one trial; of two processes that start the last one, the later withdraws."""
+    """Run one trial; if two processes start the last trial, the later one withdraws."""
     result = study.load()
 
     def run(trial: optuna.Trial) -> float:

@@ -175,7 +175,7 @@ def build_job(config: TrainConfig, arguments: Sequence[str], cluster: Cluster) -
 
 
 def _option(text: str, problems: list[str]) -> tuple[str, str]:
-    """Parse a `--job-option`; append a message to `problems` if it is invalid."""
+    """Parse a `--job-option` as (name, value); append a message to `problems` if it is invalid."""
     name, _, value = text.partition("=")
     if not re.fullmatch(r"[A-Za-z][A-Za-z-]*", name) or "\n" in value:
         problems.append(f"--job-option {text!r}: expected NAME or NAME=VALUE, as partition=gpu.")

@@ -313,14 +313,14 @@ def read_percent(text: str) -> str:
 
 
 def read_share(text: str) -> str:
-    """Load a fraction unchanged; raise ValueError from 1 on."""
+    """Returns a fraction unchanged; raises ValueError if it is 1 or more."""
     if _number(text) >= 1:
         raise ValueError("a share is below 1, as in 0.1; a number of rows cannot be given")
     return text
 
 
 def read_ratio(text: str) -> str:
-    """Load a fraction of the steps unchanged; raise ValueError from 1 on."""
+    """Returns a fraction of the steps unchanged; raises ValueError if it is 1 or more."""
     if _number(text) >= 1:
         raise ValueError("a ratio is below 1; --warmup-steps N takes a number of steps")
     return text
@@ -333,7 +333,7 @@ def read_lowest_share(text: str) -> str:
 
 
 def read_once_an_epoch(text: str) -> str:
-    """Convert once per epoch to `epoch`; raise ValueError for other frequencies."""
+    """Returns `epoch` for once per epoch; raises ValueError for other frequencies."""
     if _number(text) == 1:
         return "epoch"
     raise ValueError(
@@ -485,7 +485,7 @@ COLUMNS = tuple(
 
 
 def _also(names: str, *others: Alias, values: ValueAliases | None = None) -> FlagAliases:
-    """Returns the aliases `names`, separated by spaces, and `others`."""
+    """Returns `FlagAliases` with the space-separated `names` and `others`."""
     return FlagAliases((*names.split(), *others), values or {})
 
 
@@ -691,7 +691,7 @@ _KEYS = {
 
 
 def detect_tool(values: Mapping[str, Any]) -> str:
-    """Detect the tool that has these top-level keys, or "" for an ftlevel recipe."""
+    """Returns the tool that has these top-level keys, or "" for an ftlevel recipe."""
     if "actor_rollout_ref" in values:
         return VERL
     if any(isinstance(values.get(key), Mapping) for key in ("model", "data", "train", "method")):

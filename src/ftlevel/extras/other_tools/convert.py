@@ -32,7 +32,7 @@ _NO_COUNTERPART = "no equivalent in ftlevel"
 def convert(file: Path) -> list[str]:
     """Print the configuration of a different tool as a recipe, with comments on keys left out.
 
-    Returns the known tools, and prints nothing, if the file is of none of them.
+    If the file is of no known tool, prints nothing and returns the known tools.
     """
     import yaml
 
@@ -60,7 +60,7 @@ def convert(file: Path) -> list[str]:
 
 
 def _sort_keys(values: dict[str, Any]) -> tuple[dict[str, list[str]], dict[str, str]]:
-    """Returns the flags of each key with an equivalent here, and why other keys have none."""
+    """Returns key → flags for keys with an equivalent, and key → reason for all others."""
     specs = build_flag_specs("train", FLAGS)
     typed: dict[str, list[str]] = {}
     lost: dict[str, str] = {}
@@ -85,7 +85,7 @@ def _reason(error: ConfigError) -> str:
 
 
 def _resolve(typed: dict[str, list[str]], lost: dict[str, str]) -> TrainConfig:
-    """Returns the configuration of the keys; moves keys that cause errors to `lost` (modified)."""
+    """Returns the configuration of `typed`; keys that cause errors move to `lost` (modified)."""
     configs: list[TrainConfig] = []
 
     def command(given: CommandInput) -> None:

@@ -1,6 +1,6 @@
-"""Reinforcement learning by TRL, Unsloth, ms-swift and verl, with their meaning kept.
+"""Convert RL settings of TRL, Unsloth, ms-swift and verl without changing their meaning.
 
-Their defaults of a loss differ from its paper's, and their batch counts completions.
+Their defaults of a loss differ from its paper's, and their batch sizes count completions.
 """
 
 from __future__ import annotations
@@ -151,7 +151,7 @@ def complete_flags(task: str, values: dict[str, Any], typed: Mapping[str, str]) 
 
 
 def _batch(values: dict[str, Any], rl: Mapping[str, Any], tool: str) -> list[str]:
-    """Convert a batch of completions to prompts."""
+    """Convert the batch size in `values` (modified) from completions to prompts; return notes."""
     train = values.setdefault("train", {})
     size = train.get("per_device_train_batch_size", 8)
     steps = train.get("gradient_accumulation_steps", 1)

@@ -31,8 +31,8 @@ class RetrievalFacts:
     """Scores of validation queries.
 
     Attributes:
-        series: headings of the counted scores.
-        bands: lower bound, upper bound, and number of scores of each series.
+        series: names of the counted groups of scores, such as positives.
+        bands: histogram bars: lower bound, upper bound, and a count per series.
         worst: queries with the lowest nDCG@10, then with the closest negative.
         total: number of queries.
     """
@@ -44,7 +44,7 @@ class RetrievalFacts:
 
     @property
     def largest(self) -> int:
-        """Largest number of scores in a band."""
+        """Largest count in `bands`."""
         return max(count for _, _, counts in self.bands for count in counts)
 
 
@@ -94,7 +94,7 @@ def _bands(series: Sequence[Sequence[float]]) -> list[tuple[float, float, list[i
 
 
 def list_dimensions(summary: Mapping[str, Any]) -> list[tuple[str, float, float | None]]:
-    """Returns nDCG@10 by number of Matryoshka dimensions: dimensions, value, value before."""
+    """Returns (dimensions, nDCG@10, nDCG@10 before training) of each Matryoshka size."""
     before = summary.get("metrics_before", {})
     return [
         (name.rpartition("_")[2], value, before.get(name))
@@ -116,7 +116,7 @@ class Answers:
         counts: true class → predicted class → count; empty if the answers are not classes.
         per_class: class, precision, recall, F1 and count.
         unit: counted unit: rows, or tagged words.
-        lengths: for texts: minimum and maximum words of the true answer, rows, mean loss.
+        lengths: for texts, per decile: minimum and maximum words, rows, mean loss.
         worst: rows with the highest loss, or wrong rows if there is no loss.
     """
 
@@ -177,7 +177,7 @@ def _answer(row: Mapping[str, Any]) -> str | None:
 
 
 def _pairs(true: Any, predicted: Any) -> tuple[str, list[tuple[str, str]]]:
-    """Returns the unit, or an empty string, and pairs of true and predicted classes of a row."""
+    """Returns what is counted (`rows`, `words` or ""), and the row's (true, predicted) classes."""
     if isinstance(true, str) and isinstance(predicted, str):
         return "rows", [(true, predicted)]
     if isinstance(true, list) and isinstance(predicted, list) and len(true) == len(predicted):

@@ -364,7 +364,7 @@ def _texts(row: Mapping[str, Any]) -> list[tuple[str, Any]]:
 
 
 def _figures(row: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Yields the numeric fields of a row, the loss first, with their values before training."""
+    """Yields numeric values of a prediction, the loss first, with those before training."""
     for name in sorted(row, key=lambda name: name != "loss"):
         value, before = row[name], row.get(f"base_{name}")
         if name in ("row", *_TEXTS) or name.startswith("base_"):
@@ -424,7 +424,7 @@ def _results(runs: Sequence[ReportedRun]) -> Iterator[Row]:
 
 
 def _facts(runs: Sequence[ReportedRun]) -> Iterator[Row]:
-    """Yields what was trained, on what."""
+    """Yields table rows on the training: task, model, method, steps and date."""
     yield _row(runs, "task", lambda s: str(s.get("task", "")))
     yield _row(runs, "model", lambda s: str(s.get("model", {}).get("name", "")))
     yield _row(runs, "method", lambda s: str(s.get("method", "")))

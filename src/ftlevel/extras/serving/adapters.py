@@ -1,4 +1,4 @@
-"""Export adapters as plain LoRA: convert to normal form, write, read back, and compare logits.
+"""Export adapters as plain LoRA ("normal form"), read the files back, and compare logits.
 
 The probe converts any linear method: the adapted layer must compute x (W + Δ)ᵀ + b. In float64 it
 receives zeros, the identity and random rows, and the base layer's output is subtracted. If the
@@ -73,9 +73,9 @@ _NOISE, _SMALLEST = 2e-7, 1e-6
 def probe_normal_form(
     tuned: Any, directory: Any, config: Any, base: BaseWeights, limit: int
 ) -> NormalForm:
-    """Returns the normal form of the adapter on `tuned`, a model in eval mode and in float32.
+    """Returns the adapter on `tuned`, a float32 model in eval mode, as plain LoRA.
 
-    Raises InputError if a layer is not a product with a matrix, or its rank is above `limit`.
+    Raises InputError if an adapted layer is not linear, or its rank is above `limit`.
     """
     file = read_file(directory, config, base)
     file.tensors = {name: tensor for name, tensor in file.tensors.items() if is_whole(name, config)}
@@ -100,7 +100,7 @@ def _layers(tuned: Any) -> list[tuple[str, Any]]:
 
 
 def _change(layer: Any, name: str, base: BaseWeights) -> tuple[torch.Tensor, float]:
-    """Returns the adapter's update of the weight, (out, in), and the weight's norm."""
+    """Returns the adapter's update of the weight `name`, (out, in), and the norm of the weight."""
     base_layer = layer.get_base_layer()
     if not isinstance(base_layer, torch.nn.Linear) and type(base_layer).__name__ != "Conv1D":
         raise InputError(f"{name} is no linear but a {type(base_layer).__name__}. Merge it")
@@ -148,12 +148,12 @@ TEMPLATE = "chat_template.jinja"
 
 
 class Writer(Protocol):
-    """Write and read normal forms in one format; servers load `file`, or the directory if empty."""
+    """Write and read plain LoRA in one format; servers load `file`, or if empty the directory."""
 
     file: str
 
     def check(self, entry: ServedModel) -> None:
-        """Refuse an adapter that the format cannot represent, by the base's config alone."""
+        """Raise InputError if the format cannot represent the adapter; loads no base weights."""
 
     def write(self, output: Path, form: NormalForm, entry: ServedModel) -> None:
         """Write the adapter into the directory `output`."""
@@ -167,10 +167,10 @@ class AdapterCheck:
     """Measurements of one written adapter.
 
     Attributes:
-        difference: largest difference of a logit from the run.
+        difference: largest difference of a logit from the trained model.
         scale: largest logit.
         effect: largest change of a logit by the adapter.
-        quantized: KL divergence from the run on its quantized base; None for the same base.
+        quantized: KL divergence from the model on its quantized base; None without one.
     """
 
     difference: float
@@ -262,8 +262,8 @@ def _check_together(entries: Sequence[ServedModel], server: Server | None) -> No
 class AdaptersExport:
     """Planned export of adapters, before weights of the base are loaded.
 
-    Loaded layers are probed if a value of `forms` is None. A `server` of None writes the format
-    only.
+    If a value of `forms` is None, it is computed from the loaded layers. `server` is None if only a
+    format was requested.
     """
 
     config: ExportConfig
@@ -342,7 +342,7 @@ class AdaptersExport:
     def _ask_trained(
         self, entry: ServedModel, prompts: list[Prompt], form: NormalForm | None, device: str
     ) -> tuple[PromptOutputs | None, PromptOutputs, NormalForm]:
-        """Returns outputs of base and run, and the normal form, probed if `form` is None."""
+        """Returns outputs of base and trained model, and the normal form, computed if not given."""
         base = None
         if entry.answers:
             base_model = entry.in_float32(with_adapter=False).load(device).model
@@ -380,7 +380,7 @@ class AdaptersExport:
         base: PromptOutputs | None,
         device: str,
     ) -> AdapterCheck:
-        """Load what was read back with PEFT; raise RunError if the logits differ from the run's."""
+        """Apply `form`, as read back, with PEFT; raise RunError if logits differ from `trained`."""
         from peft import PeftModel
 
         base_model, _ = load_model(

@@ -1,7 +1,7 @@
 """`check-served`: query a server with recorded prompts and verify that it applies the adapter.
 
-A library instead of a server runs in a script, with the Python of an environment that has it, with
-a timeout. Embeddings and scores are compared with those recorded when the files were exported.
+With `--in`, a library runs in a script instead of a server, with its own Python and a timeout.
+Embeddings and scores are compared with those recorded when the files were exported.
 """
 
 from __future__ import annotations
@@ -226,7 +226,7 @@ def embed_in_library(
 
 
 def _ask(library: str, python: Path | None, request: dict[str, Any], seconds: float) -> Any:
-    """Returns the answer of the library's script to `request`."""
+    """Run the library's script on `request` and return its answer."""
     program = str(python or sys.executable)
     script = Path(__file__).with_name(_SCRIPTS[library])
     with Workspace("asked") as folder:
@@ -496,7 +496,7 @@ def _judge(adapter: AdapterRecord, rows: _Rows, tolerance: float) -> dict[str, A
 
 
 def _overall(adapters: list[dict[str, Any]]) -> str:
-    """Returns the worst verdict; TRAINED only if every adapter differs from the base."""
+    """Returns the worst verdict; TRAINED only if each adapter has answers unlike the base's."""
     verdicts = [word for a in adapters for api in ("weights", "chat") for word in a[api]["answers"]]
     for verdict in (ELSE, BASE):
         if verdict in verdicts:

@@ -64,7 +64,7 @@ class Client:
     ) -> ServerAnswer:
         """Returns the completion of `prompt`, sent as token ids or, if necessary, as text.
 
-        Raises Refused if the server accepts no form of the request.
+        Raises RequestRefusedError if the server accepts no form of the request.
         """
         forms = list(_ways(prompt))
         error = ""
@@ -93,7 +93,7 @@ class Client:
     def chat(
         self, model: str, messages: list[dict[str, str]], extra: Mapping[str, Any]
     ) -> ServerAnswer:
-        """Returns the answer to `messages`; raises Refused if the server has no chat endpoint."""
+        """Returns the answer to `messages`; RequestRefusedError if there is no chat endpoint."""
         body = {
             "model": model,
             "messages": messages,
@@ -106,7 +106,7 @@ class Client:
         return _parse_response(self._ask("/chat/completions", body))
 
     def embed(self, model: str, texts: list[str]) -> list[list[float]]:
-        """Returns the embedding of each text; raises Refused if the server returns none."""
+        """Returns the embedding of each text; RequestRefusedError if the server returns none."""
         result = self._ask("/embeddings", {"model": model, "input": texts})
         try:
             rows = sorted(result["data"], key=lambda row: int(row["index"]))
@@ -115,7 +115,7 @@ class Client:
             raise RequestRefusedError(f"embeddings in another form ({error!r})") from None
 
     def rerank(self, model: str, query: str, texts: list[str]) -> list[float]:
-        """Returns the score of each text; raises Refused if the server returns none.
+        """Returns the score of each text; RequestRefusedError if the server returns none.
 
         vLLM and llama.cpp read `documents`, text-embeddings-inference `texts` and `raw_scores`.
         """
@@ -168,7 +168,7 @@ def _ways(prompt: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def _parse_response(response: Any) -> ServerAnswer:
-    """Parse a response of any of the servers; raise Refused if its form is unknown."""
+    """Parse a response of any server; raise RequestRefusedError if its form is unknown."""
     try:
         choice = response["choices"][0]
         text = choice["text"] if "text" in choice else choice["message"]["content"]
@@ -221,9 +221,9 @@ def widen_tolerance(
 ) -> float:
     """Returns the allowed difference of log-probabilities: at least twice the server's base error.
 
-    A quantized base rounds activations equally with and without an adapter, so the answers without
-    it (`answers`, recorded as `base`) show the effect. An error above that of the coarsest type
-    means a different model, and `tolerance` is returned unchanged.
+    A quantized base rounds activations equally with and without an adapter, so its answers without
+    one (`answers`) differ from the recorded `base` by this effect. An error above that of the
+    coarsest type means a different model, and `tolerance` is returned unchanged.
     """
     difference = max(_distance(one, recorded) for one, recorded in zip(answers, base, strict=True))
     return max(tolerance, 2 * difference) if difference <= _COARSEST else tolerance
@@ -232,8 +232,7 @@ def widen_tolerance(
 def _distance(answer: ServerAnswer, recorded: Answer) -> float:
     """Returns the largest difference of a log-probability between `answer` and `recorded`.
 
-    At the first different token, rounding has moved two log-probabilities by the margin between
-    them.
+    At the first different token, half the margin between the two likeliest tokens counts.
     """
     if answer.ids is None or answer.logprobs is None:
         return 0.0
@@ -278,7 +277,7 @@ def _compare_answer(
 
 
 def _part_rightly(answer: ServerAnswer, recorded: Answer, common: int, tolerance: float) -> bool:
-    """Whether the answers match after `common` tokens, up to the effects of rounding."""
+    """Returns whether the answers differ after `common` tokens at most by rounding."""
     if common == len(recorded.ids):
         return True
     if common == len(answer.ids or ()):  # servers omit the end-of-sequence token

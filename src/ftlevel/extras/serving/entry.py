@@ -82,7 +82,7 @@ def check_signs(server: Server, names: Sequence[str], out: Path) -> None:
 
 
 def _pair(server: Server, adapter: ServedAdapter) -> str:
-    """Returns NAME=PATH, or JSON if one of them contains a separator."""
+    """Returns NAME=PATH for a command, or JSON if the name or the path contains a separator."""
     pair = f"{adapter.name}={adapter.place}"
     if (pair.count("=") == 1 and "," not in pair) or server.name not in ("vllm", "sglang"):
         return pair
@@ -221,7 +221,7 @@ class ServedModel:
 
     @property
     def answers(self) -> bool:
-        """Whether the model continues a prompt, as servers require."""
+        """Whether the model generates text by continuing a prompt."""
         return self.ref.model_kind == "decoder" and self.ref.configured_task.generates_text
 
     @property
@@ -275,7 +275,7 @@ class ServedModel:
         return prompts
 
     def in_float32(self, *, with_adapter: bool = True) -> ModelRef:
-        """Returns the reference in float32, on a base that is not quantized on loading."""
+        """Returns the model to load in float32, with a base that is not quantized on loading."""
         ref = self.ref.with_card(dtype="float32")
         if not ref.is_stored_quantized:
             ref = ref.with_card(quantization={"kind": "none"})
@@ -293,7 +293,7 @@ def _named(entry: ServedModel) -> str:
 
 
 def open_entry(name: str, ref: ModelRef, server: Server | None) -> ServedModel:
-    """Open the entry of `ref`; raise InputError if it is not an adapter that PEFT can load."""
+    """Returns `ref` as a `ServedModel`; raises InputError if it is no adapter PEFT can load."""
     if ref.directory is None:
         fact = f"{name} is a full model without an adapter"
         if server is not None and "merged" in server.formats and ref.source.kind != "gguf":
@@ -360,9 +360,9 @@ def whole_format(server: Server | None) -> str:
 
 
 def check_form(form: Any, entry: ServedModel, server: Server | None) -> Any:
-    """Returns the normal form, with zero updates if `server` needs every layer adapted.
+    """Returns `form`, with zero updates added if `server` needs every layer adapted.
 
-    Raises InputError, with the alternative, if the server would not serve it as trained.
+    Raises InputError, with the alternative, if the server would not serve `form` as trained.
     """
     if server is None:
         return form

@@ -73,7 +73,7 @@ class PromptOutputs:
 
 
 def run_prompts(model: Any, entry: ServedModel, prompts: Sequence[Prompt]) -> PromptOutputs:
-    """Run `model`, in eval mode, on all prompts."""
+    """Returns the outputs of `model`, in eval mode, for all prompts."""
     device = next(model.parameters()).device
     logits, answers = [], []
     with torch.no_grad():
@@ -167,7 +167,7 @@ def record(
     prompts: Sequence[Prompt],
     outputs_of: Mapping[str, PromptOutputs | None],
 ) -> AdapterRecord:
-    """Returns the prompts with the answers in `outputs_of`, keyed by `trained` and maybe `base`."""
+    """Returns `prompts` with their answers; `outputs_of` has keys `trained` and maybe `base`."""
     rows = []
     for index, prompt in enumerate(prompts):
         answers = {
@@ -234,7 +234,7 @@ def read_served(out: Path) -> ServingRecord:
 
 
 def start_of(server: str, out: Path, form: EmbeddingFormat | None = None) -> list[str]:
-    """Returns the commands that serve the whole model at `out`, an embedding model if `form`."""
+    """Returns commands that serve the full model at `out`; `form` is that of an embedding model."""
     if form is not None:
         return build_embedding_commands(SERVERS[server], out, out.stem, form)
     return build_model_commands(SERVERS[server], out, out.stem)
@@ -266,7 +266,7 @@ def record_whole(
 
 
 class ServedWhole:
-    """Serving of an exported whole model; see `ServerSupport`."""
+    """Functions for serving an exported full model; see `ServerSupport`."""
 
     start_commands = staticmethod(start_of)
     record = staticmethod(record_whole)

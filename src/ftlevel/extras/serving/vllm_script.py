@@ -60,7 +60,7 @@ def main() -> None:
 
 
 def _embed(asked: dict[str, Any]) -> list[list[float]]:
-    """Returns the embeddings of the texts, of at most the length that the model has."""
+    """Returns the embeddings of the texts, which must fit into the model's positions."""
     from vllm import LLM
 
     model = LLM(
