@@ -79,17 +79,17 @@ RULES: tuple[Rule, ...] = tuple(
 
 
 def rows_of(config: MethodSpec) -> list[MethodFacts]:
-    """Returns the rows that match `config`: the method and its variants."""
+    """Returns the support-table rows that match `config`: its method and the variants it uses."""
     return [row for row in FACTS.values() if row.matches(config)]
 
 
 def find_refusal(cell: Cell) -> Rule | None:
-    """Find the first rule that covers all of `cell`, or None."""
+    """Returns the first rule by which every combination in `cell` is unsupported, or None."""
     return next((rule for rule in RULES if rule.covers(cell)), None)
 
 
 def find_limits(cell: Cell) -> list[Rule]:
-    """Find the rules that apply to part of `cell`."""
+    """Returns the rules by which some combinations in `cell` are unsupported."""
     return [rule for rule in RULES if rule.touches(cell)]
 
 
@@ -110,7 +110,7 @@ def explain(rule: Rule, row: MethodFacts, cell: Cell) -> str:
 
 
 def find_problems(config: MethodSpec, base: Cell) -> list[str]:
-    """Find one error message per unsupported row of `config`; the row of `base` is ignored."""
+    """Returns an error message per unsupported variant in `config`; `base.row` is ignored."""
     problems = []
     for row in rows_of(config):
         cell = replace(base, row=row.name)

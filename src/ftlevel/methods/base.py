@@ -23,9 +23,9 @@ from ftlevel.methods.rates import Rates
 class Base:
     """Base model to which a method is applied.
 
-    `targets` are the shortest suffixes that PEFT matches; `heads` are fully trained; `parameters`
-    are adapted tensors outside linear layers, such as fused experts. `unused` modules do not affect
-    the loss. `task_type` is None for masked LMs.
+    `targets` are adapted modules, by the shortest suffixes that PEFT matches. `heads` are fully
+    trained. `parameters` are adapted tensors outside linear layers, such as fused experts. `unused`
+    modules do not affect the loss. `task_type` is None for masked LMs.
     """
 
     config: Any
@@ -51,7 +51,7 @@ class Base:
 
 @dataclass(frozen=True)
 class QuantizedCheckpoint:
-    """Base model whose checkpoint is quantized; `kind` is `none` for other libraries' formats."""
+    """Base model with a quantized checkpoint; `kind` is `none` if not quantized by bitsandbytes."""
 
     name: str
     form: str
@@ -77,7 +77,7 @@ class Initialization:
     """Initialization of an adapter; by default PEFT's, which leaves the base unchanged."""
 
     def required_dtype(self, spec: Any, dtype: str) -> Choice | None:
-        """Returns the dtype that `spec` needs, or None; may raise `ConfigError` for `dtype`."""
+        """Returns the dtype that `spec` needs, or None; raises `ConfigError` if `dtype` differs."""
         return None
 
     def rewrites_base(self, spec: Any) -> bool:
@@ -98,9 +98,9 @@ class Initialization:
     def as_saved(
         self, model: Any, initial: dict[str, Any]
     ) -> AbstractContextManager[dict[str, Any] | None]:
-        """Returns a context manager of the state dict to save for the unchanged base.
+        """Returns a context manager that yields the state dict to save for the original base.
 
-        `initial` comes from `copy`. None saves the trained `model` as it is.
+        `initial` is the result of `copy`. If it yields None, `model` is saved as it is.
         """
         return nullcontext()
 
@@ -112,9 +112,9 @@ class Merging:
     Attributes:
         peft_types: `peft_type` values in adapter_config.json, including PEFT's own tuners.
         into_weights: whether merging is possible at all.
-        why_not: adapter_config.json -> reason and fix if this adapter cannot be merged, or None.
+            why_not: adapter_config.json -> why this adapter cannot be merged, with a fix, or None.
         prepare: removes training-only settings from a `PeftConfig` (modified) before injection.
-        restore: sets values that the file has no on the injected adapter (modified).
+            restore: sets values of the injected adapter (modified) that are not saved in its file.
         plain_form: conversion to a plain LoRA of the unchanged base, for inference servers.
     """
 
@@ -128,10 +128,10 @@ class Merging:
 
 @dataclass(frozen=True)
 class StepSupport:
-    """Support for the fast training step; each function returns a reason against it, or "".
+    """Support for parts of the fast step; each function returns why one is unsupported, or "".
 
-    `fusing` is None for methods other than LoRA; `workers` names state that concurrent passes
-    share.
+    `fusing` is None for methods other than LoRA; `workers` (parallel micro-batches) names state
+    that they would share.
     """
 
     fusing: Callable[[Any], str] | None = None
@@ -167,7 +167,7 @@ class Method:
         step: support for the fast training step.
         merging: how adapters are merged.
         plain_loaders: PEFT type -> loader (base, directory, adapter name) of PEFT's own adapters.
-        continued_as: method that continues training of its adapters, if another.
+            continued_as: method with which training of its adapters continues, if a different one.
         why_not_continued: reason if neither adapters nor runs can be trained further.
         changes_shape: whether tensors change their shape during training.
         page: Markdown text for docs/methods.md.
@@ -208,13 +208,13 @@ class Method:
         return ", ".join(f"{name} {value}" for name, value in values.items() if value is not None)
 
     def refuse(self, spec: Any, config: Any, kind: str, task: str, quant: str) -> str | None:
-        """Returns why a model is unsupported and what to do, to follow `--method NAME: `."""
+        """Returns why a model is unsupported and what to do, without `--method NAME: `, or None."""
         return None
 
     def refuse_quantized(self, spec: Any, base: QuantizedCheckpoint) -> str | None:
         """Returns why a quantized checkpoint is unsupported, as a complete message, or None.
 
-        On weights quantized by a different library than bitsandbytes, PEFT has plain LoRA only.
+        On weights quantized by other libraries than bitsandbytes, PEFT supports only plain LoRA.
         """
         if base.kind != "none":
             return None
@@ -228,7 +228,7 @@ class Method:
         return None
 
     def find_targets(self, spec: Any, model: Any) -> list[str]:
-        """Returns the sorted full names of adapted modules, if `target_modules` is not set."""
+        """Returns the sorted full names of the modules to adapt if `target_modules` is not set."""
         return []
 
     def check(self, spec: Any, sizes: Mapping[str, tuple[int, int]]) -> None:
@@ -239,7 +239,7 @@ class Method:
         return None
 
     def positions(self, spec: Any) -> int:
-        """Returns the number of model positions that virtual tokens use."""
+        """Returns how many positions of the model are used by virtual tokens."""
         return 0
 
     def trains_base(self, spec: Any) -> bool:
@@ -253,13 +253,13 @@ class Method:
         return None
 
     def unfreeze(self, spec: Any, base: Base, model: Any) -> None:
-        """Set `requires_grad` of a frozen model (modified), if there is no adapter."""
+        """Without an adapter, unfreeze the trained weights of the frozen `model` (modified)."""
 
     def prepare(self, model: Any) -> None:
-        """Change the model with the method applied (modified) before training."""
+        """Change `model` (modified), to which the method has been applied, before training."""
 
     def optimizer(self, spec: Any, model: Any, arguments: Any) -> Any:
-        """Returns the optimizer, or None for the Trainer's; `arguments` are the settings."""
+        """Returns the optimizer, or None for the Trainer's; `arguments` are `TrainingArguments`."""
         return None
 
     def callbacks(self, spec: Any, checkpoints: Path, writes: bool) -> list[Any]:
@@ -283,7 +283,7 @@ def as_int(number: float) -> int | float:
 
 
 def shortest_names(targets: Iterable[str], names: Iterable[str]) -> set[str]:
-    """Returns the shortest suffixes that PEFT matches to exactly `targets` among `names`.
+    """Returns the shortest suffixes by which PEFT selects exactly `targets` among `names`.
 
     Other programs expect `q_proj` instead of full names in adapter_config.json.
     """

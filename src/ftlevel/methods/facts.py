@@ -1,7 +1,7 @@
-"""Rows and rules of the support table, which each method module declares.
+"""Rows and rules of the support table: which methods work with which models and tasks.
 
-A row is a method or a variant of one, such as DoRA. `ftlevel.methods` collects rows and
-rules. Does not import torch.
+A row is a method or a variant of one, such as DoRA. Each method module declares its rows and
+rules, and `ftlevel.methods` collects them. Does not import torch.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ class MethodFacts:
         name: name of the row.
         kind: value of `--method`.
         flags: command-line flags that select it.
-        trains: what is trained.
-        merges: how it is merged; empty if it cannot be.
-        paper: reference.
+            trains: what is trained.
+            merges: how adapters are merged; empty if they cannot be.
+            paper: reference.
         llama_7b: trainable parameters on Llama-2-7B by default.
         fields: spec fields, by dotted name, that define the variant.
         also: other methods with the same variant.
@@ -40,7 +40,7 @@ class MethodFacts:
     also: tuple[str, ...] = ()
 
     def matches(self, section: Section) -> bool:
-        """Returns whether `section` belongs to this row."""
+        """Returns whether the method settings `section` select this row."""
         values = {"kind": (self.kind, *self.also), **self.fields}
         return all(_is_of(getattr(section, name, None), value) for name, value in values.items())
 
@@ -48,7 +48,7 @@ class MethodFacts:
 def single_row(
     kind: str, trains: str, merges: str, paper: str, llama_7b: int
 ) -> tuple[MethodFacts]:
-    """Returns the only row of a method without variants."""
+    """Returns the facts of a method without variants: a table of one row."""
     return (MethodFacts(kind, kind, f"--method {kind}", trains, merges, paper, llama_7b),)
 
 
@@ -73,9 +73,10 @@ def rows(*names: str) -> frozenset[str]:
 
 @dataclass(frozen=True)
 class Rule:
-    """Unsupported cells of the table; an empty field matches all values.
+    """A set of unsupported cells of the support table; an empty field matches all values.
 
-    `why` is a clause after a colon, `instead` a sentence. `experts` None matches all bases.
+    `why` is a clause after a colon, `instead` a sentence. `experts` is whether the base has
+    experts (None: both).
     """
 
     rows: frozenset[str]
@@ -88,11 +89,11 @@ class Rule:
     experts: bool | None = None
 
     def covers(self, cell: Cell) -> bool:
-        """Returns whether the rule applies to all of `cell`."""
+        """Returns whether the rule applies to every combination in `cell`."""
         return self._applies(cell, to_part=False)
 
     def touches(self, cell: Cell) -> bool:
-        """Returns whether the rule applies to part of `cell`."""
+        """Returns whether the rule applies to some combination in `cell`."""
         return self._applies(cell, to_part=True)
 
     def _applies(self, cell: Cell, *, to_part: bool) -> bool:
@@ -124,7 +125,7 @@ class Rule:
 
 @dataclass(frozen=True)
 class Cell:
-    """A row combined with a base model and a task; None matches all values."""
+    """A row of the support table with a base model and a task; None stands for all values."""
 
     row: str = ""
     family: str | None = None

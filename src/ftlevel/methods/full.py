@@ -61,7 +61,7 @@ class Full(Method):
     step = StepSupport(workers=lambda _: "full would hold a gradient for every weight and pass")
 
     def rates(self, spec: FullSpec) -> Rates:
-        """Returns the rates; BERT base in 3,000 steps gets its paper's 2e-5."""
+        """Returns the rates, chosen so that BERT base in 3,000 steps gets its paper's 2e-5."""
         if spec.freeze_base:
             source = "a hundredth for wide features"
             return Rates(narrow=1e-1, wide=1e-3, source=source, is_heads=True)
@@ -81,7 +81,7 @@ class Full(Method):
         return not spec.freeze_base
 
     def unfreeze(self, spec: FullSpec, base: Base, model: Any) -> None:
-        """Unfreeze all of `model` but unused modules, or only its heads (modified)."""
+        """Unfreeze `model` (modified) except unused modules, or only its heads."""
         model.requires_grad_(not spec.freeze_base)
         for name in base.unused:
             model.get_submodule(name).requires_grad_(False)

@@ -60,15 +60,15 @@ def why_not_mergeable(config: Mapping[str, Any]) -> str | None:
 class Skeleton:
     """An adapter on a base model on the meta device.
 
-    `units` maps base modules to the adapter layers that wrap them; `supplied` maps other base
-    tensors, such as biases, to their trained values.
+    `units` maps names of base modules to the adapter layers that wrap them; `supplied` maps names
+    of other base tensors, such as biases, to their trained values.
     """
 
     units: dict[str, Any]
     supplied: dict[str, Any]
 
     def unit_of(self, name: str) -> str | None:
-        """Returns the module in `units` that contains the base tensor `name`, or None."""
+        """Returns the key of `units` whose module contains the base tensor `name`, or None."""
         module = name
         while module:
             module = module.rpartition(".")[0]
@@ -77,7 +77,7 @@ class Skeleton:
         return None
 
     def merge(self, path: str, read_base: Callable[[str], Any]) -> dict[str, Any]:
-        """Returns the merged tensors of the module `path`, by base tensor name.
+        """Returns the merged tensors of the module `path` in `units`, by base tensor name.
 
         `read_base` returns a base tensor by name; it must be writable and in the output dtype.
 
@@ -99,10 +99,10 @@ class Skeleton:
 
 
 def build_skeleton(model: Any, directory: Path) -> Skeleton:
-    """Inject the adapter of `directory` into `model`, which is on the meta device (modified).
+    """Inject the adapter in `directory` into `model` (modified), which is on the meta device.
 
     Raises:
-        InputError: tensors of the file are missing or do not fit the base.
+        InputError: tensors of the adapter are missing or do not fit the base.
     """
     from peft import PeftConfig, get_peft_model
     from safetensors.torch import load_file
@@ -130,7 +130,7 @@ def build_skeleton(model: Any, directory: Path) -> Skeleton:
 
 
 def _load(adapted: Any, tensors: dict[str, Any], directory: Path) -> None:
-    """Load every tensor of the file in float32, each exactly once (modified)."""
+    """Set the adapter tensors of `adapted` (modified) to all `tensors` of the file, in float32."""
     import torch
 
     from ftlevel.models.upstream.tensors import direct_tensors
@@ -160,7 +160,7 @@ def _load(adapted: Any, tensors: dict[str, Any], directory: Path) -> None:
 
 
 def _promised(adapted: Any, *, with_embeddings: bool) -> dict[str, Any]:
-    """Returns the adapter's tensors in the modules by their names in the file."""
+    """Returns the tensors of `adapted` that an adapter file contains, by their names in it."""
     from peft import get_peft_model_state_dict
 
     return get_peft_model_state_dict(
@@ -171,7 +171,7 @@ def _promised(adapted: Any, *, with_embeddings: bool) -> dict[str, Any]:
 
 
 def _find_units(base: Any) -> Iterator[tuple[str, Any]]:
-    """Yields the outermost adapter layers, in the order of `merge_and_unload`."""
+    """Yields name and module of the outermost adapter layers, in `merge_and_unload`'s order."""
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils import AuxiliaryTrainingWrapper
 

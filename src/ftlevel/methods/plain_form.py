@@ -74,7 +74,7 @@ class AdapterFile:
         return [key.removesuffix(f".{end}") for key in self.tensors if key.endswith(f".{end}")]
 
     def take(self, name: str, *ends: str) -> list[Any]:
-        """Remove and return tensors of module `name` in float64; raises `InputError` if missing."""
+        """Remove and return tensors `ends` of module `name` in float64; `InputError` if missing."""
         missing = [end for end in ends if f"{name}.{end}" not in self.tensors]
         if missing:
             raise InputError(f"its file has no {name}.{missing[0]}. Is the copy incomplete?")
@@ -87,9 +87,9 @@ AsLora = Callable[[AdapterFile], dict[str, Factors]]
 
 @dataclass(frozen=True)
 class PlainForm:
-    """Conversion to plain LoRA, from the file (`algebra`) or the loaded layers (None).
+    """Conversion to plain LoRA: `algebra` computes it from the file; None uses loaded layers.
 
-    `never` is the reason why no low-rank LoRA is equivalent; empty if one may be.
+    `never` is the reason why no low-rank LoRA is equivalent; empty if one can be.
     """
 
     algebra: AsLora | None = None
@@ -213,7 +213,7 @@ def _ranks(updates: dict[str, Factors]) -> str:
 
 
 def _with_start(file: AdapterFile, name: str, update: Factors) -> Factors:
-    """Returns the update of the unchanged weight, minus PEFT's A₀ and B₀, recomputed here."""
+    """Returns the update of the original weight: `update` − s · B₀ · A₀, recomputed here."""
     import torch
 
     weight = file.read_base(f"{name}.weight").float()
@@ -226,7 +226,7 @@ def _with_start(file: AdapterFile, name: str, update: Factors) -> Factors:
 
 
 def _start_of(weight: Any, config: Any, rank: int, scale: float) -> Factors:
-    """Returns the factors that PEFT subtracts from `weight` `(out, in)` at initialization."""
+    """Returns A₀ and s · B₀, whose product PEFT subtracts from `weight` `(out, in)` initially."""
     import torch
     from peft import LoraConfig, get_peft_model
 

@@ -59,7 +59,7 @@ class RateFacts:
 
 
 def _between(value: int, low: int, high: int) -> float:
-    """Returns the position of log `value` between log `low` and logs `high`, from 0 to 1."""
+    """Returns where log `value` is between log `low` (0) and log `high` (1), clipped."""
     return min(max(math.log(max(value, 1) / low) / math.log(high / low), 0.0), 1.0)
 
 
@@ -73,7 +73,7 @@ class Rates:
         source: source of `wide`.
         kinds: type of model -> rate measured with its pretrained language head.
         tokens: rate measured with a target per token; None uses `TOKEN_HEAD`.
-        is_heads: whether only heads are trained, so that there is one rate.
+            is_heads: whether only heads are trained; a target per token does not change their rate.
     """
 
     narrow: float
@@ -89,14 +89,14 @@ class Rates:
         return float(f"{narrow * (self.wide / narrow) ** run.size:.0e}")
 
     def measured(self, run: RateFacts) -> float:
-        """Returns the rate for this head and type of model at small size."""
+        """Returns the rate measured on small models for the head and model type of `run`."""
         rate = self.narrow if run.new_head else self.kinds.get(run.kind, self.narrow)
         if run.token_head and not self.is_heads:
             return min(rate * TOKEN_HEAD, 1.0) if self.tokens is None else self.tokens
         return rate
 
     def choose(self, label: str, run: RateFacts, name: str = "learning rate") -> Choice:
-        """Choose the rate and an explanation; `label` names the trained part, such as `lora`."""
+        """Returns the rate with an explanation; `label` names the trained part, such as `lora`."""
         narrow = self.measured(run)
         if run.size == 0:
             message = "measured"
@@ -119,7 +119,7 @@ DEEP_HEAD = Rates(narrow=5e-3, wide=1e-4, source=HEAD.source, is_heads=True)
 
 
 def choose_head_rate(run: RateFacts) -> Choice:
-    """Choose the rate of a new head and an explanation."""
+    """Returns the rate of a new head, with an explanation."""
     rates, label = (DEEP_HEAD, "a deep head") if run.deep_head else (HEAD, "a linear head")
     return rates.choose(label, run, "head learning rate")
 

@@ -35,7 +35,7 @@ class PrecisionLayer:
                 yield from [member] if isinstance(member, nn.Parameter) else member.parameters()
 
     def cast_to_base(self, adapter_name: str) -> None:
-        """Cast one adapter to the floating-point dtype of the base, if it has one (modified)."""
+        """Cast one adapter (modified) to the floating-point dtype of the base, if it has one."""
         like = first_float(self.get_base_layer())
         if like is not None:
             for parameter in self.tensors_of(adapter_name):
@@ -44,7 +44,7 @@ class PrecisionLayer:
     def _move_adapter_to_device_of_base_layer(
         self, adapter_name: str, device: torch.device | None = None
     ) -> None:
-        """Move one adapter to the device of the base without a cast (modified)."""
+        """Move one adapter (modified) to `device`, by default the base's, without a cast."""
         like = first_float(self.get_base_layer())
         target = device or (None if like is None else like.device)
         for parameter in self.tensors_of(adapter_name):
@@ -53,13 +53,13 @@ class PrecisionLayer:
 
 
 class PrecisionTuner:
-    """Mixin for tuners of these layers; must precede `BaseTuner`."""
+    """Mixin for tuners of `PrecisionLayer`; must precede `BaseTuner`."""
 
     model: Any
     tuner_layer_cls: type[PrecisionLayer]
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        """Keep an adapter in float32, or cast it to the dtype of the base (modified)."""
+        """Cast an adapter (modified) to the base's dtype; with autocast, keep it in float32."""
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)  # type: ignore[misc]
         if not autocast_adapter_dtype:
             for layer in self.model.modules():

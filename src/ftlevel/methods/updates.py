@@ -28,9 +28,9 @@ class LinearUpdate(Method):
     Attributes:
         config_class: name of the PEFT config class.
         passes_fan_in: whether that class has `fan_in_fan_out`.
-        fixed: its fields that no spec has.
-        block_size: spec field that must divide the inputs of every layer; empty for none.
-        divides_outputs: whether it must divide the outputs too.
+            fixed: values of its fields that no spec has.
+            block_size: spec field that must divide the inputs of every layer; empty for none.
+            divides_outputs: whether the block size must divide the outputs, too.
         adds_in_place: whether PEFT layers add to the base layer's output in place.
     """
 
@@ -61,7 +61,7 @@ class LinearUpdate(Method):
         self.adds_in_place = adds_in_place
 
     def check(self, spec: Any, sizes: Mapping[str, tuple[int, int]]) -> None:
-        """Raise `ConfigError` if the block size does not divide a layer; some of PEFT's adjust."""
+        """Raise `ConfigError` if the block size does not divide a layer; PEFT would adjust it."""
         if self.block_size:
             size = getattr(spec, self.block_size)
             check_divides(self.block_size, size, sizes, outputs=self.divides_outputs)
@@ -79,7 +79,7 @@ class LinearUpdate(Method):
         return getattr(peft, self.config_class)(**base.shared, **kwargs, **self.fixed)
 
     def prepare(self, model: Any) -> None:
-        """Make layers that add in place add to a copy (modified)."""
+        """Make layers (modified) that add in place add to a copy of the base's output."""
         if self.adds_in_place:
             copy_base_outputs(model)
 
@@ -96,7 +96,7 @@ LINEARS_ONLY = Rule(
 def check_divides(
     field: str, size: int, sizes: Mapping[str, tuple[int, int]], *, outputs: bool = False
 ) -> None:
-    """Raise `ConfigError` if `size` does not divide the (in, out) in `sizes`; out if `outputs`."""
+    """Raise `ConfigError` if `size` does not divide all inputs (and outputs, if `outputs`)."""
     sides = {name: pair if outputs else pair[:1] for name, pair in sizes.items()}
     misfits = {name: width for name, pair in sides.items() for width in pair if width % size}
     if not misfits:
@@ -129,7 +129,7 @@ _FEED_FORWARD = re.compile(
 
 
 def is_feed_forward(name: str) -> bool:
-    """Returns whether `name`, full or shortened, is a second feed-forward layer."""
+    """Returns whether `name`, full or shortened, is the second linear layer of a feed-forward."""
     return _FEED_FORWARD.search(name) is not None
 
 
@@ -262,7 +262,7 @@ _LYCORIS_RULES = (
 
 
 def miss_as_lora(file: AdapterFile) -> dict[str, Factors]:
-    """Returns MiSS as LoRA, where A sums every r-th input; raises `InputError` for `bat`."""
+    """Returns MiSS as LoRA, where A sums every r-th input; raises `InputError` for init "bat"."""
     import torch
 
     start = file.config.get("init_weights")
@@ -297,7 +297,7 @@ class Miss(LinearUpdate):
 
 
 def _set_mask(config: Any) -> None:
-    """Make `config` (modified) skip random masks for meta weights."""
+    """Make `config` (modified) use a mask function that draws nothing for meta weights."""
     config.mask_fn = draw_shira_mask
 
 

@@ -58,7 +58,7 @@ FACTS = {
 
 
 def add_peft_type(name: str) -> Any:
-    """Returns the member `name` of `peft.utils.PeftType`, added like a declared one if missing."""
+    """Returns the member `name` of `peft.utils.PeftType`, which is added if missing."""
     from peft import PeftType
 
     if name in PeftType.__members__:
@@ -91,7 +91,7 @@ def pattern_of(patterns: Iterable[str], module: str) -> str:
 
 
 def merge_layer(layer: Any) -> Any:
-    """Returns the module that replaces a merged layer; raises `RuntimeError` if PEFT fails."""
+    """Merge a PEFT layer and return the resulting module; raises `RuntimeError` if PEFT fails."""
     if hasattr(layer, "unload_and_optionally_merge_module"):
         return layer.unload_and_optionally_merge_module(
             merge=True, safe_merge=False, adapter_names=None
@@ -106,7 +106,7 @@ def shira_indices(module: Any) -> dict[str, Any]:
 
 
 def draw_shira_mask(base_layer: Any, r: int, **settings: Any) -> Any:
-    """Draw the PEFT mask of the weights that SHiRA trains, `(out, in)`.
+    """Draw the mask `(out, in)` of the weights that SHiRA trains, as PEFT does.
 
     For meta weights, return a mask with the same number of ones; the indices come from the file.
     """
@@ -141,7 +141,7 @@ def freeze_ranks(model: Any) -> None:
 
 
 def restore_ranks(adapted: Any, config: Any) -> None:
-    """Set AdaLoRA's `ranknum`, which is not saved, to `init_r` (modified)."""
+    """Set AdaLoRA's `ranknum` in `adapted` (modified), which is not saved, to `init_r`."""
     import torch
 
     for module in adapted.modules():
@@ -151,13 +151,13 @@ def restore_ranks(adapted: Any, config: Any) -> None:
 
 
 def importance_scores(model: Any) -> dict[str, dict[str, Any]]:
-    """Returns AdaLoRA's importance scores by kind and parameter name; these are the live dicts."""
+    """Returns PEFT's own dicts of AdaLoRA's importance scores, by kind and parameter name."""
     allocator = model.base_model.rankallocator
     return {kind: getattr(allocator, kind) for kind in ("ipt", "exp_avg_ipt", "exp_avg_unc")}
 
 
 def register_lora_layers(config: Any, layers: dict[type, Callable[..., Any]]) -> None:
-    """Register custom LoRA layers in a `LoraConfig` (modified); None falls back to PEFT."""
+    """Register builders of LoRA layers in `config` (modified); None from one means PEFT's layer."""
     config._register_custom_module(layers)
 
 

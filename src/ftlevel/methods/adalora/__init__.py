@@ -23,7 +23,7 @@ from ftlevel.methods.upstream import freeze_ranks, restore_ranks
 
 
 def as_lora(file: AdapterFile) -> dict[str, Factors]:
-    """Returns the update of every module; raises `InputError` if biases were trained."""
+    """Returns the plain-LoRA update of each module; raises `InputError` if biases were trained."""
     config = file.config
     if config.get("bias", "none") != "none":
         raise InputError("bias is set: biases of the base were trained. Merge it")
@@ -45,7 +45,7 @@ _TINIT, _TFINAL = 0.1, 0.3
 
 
 def _reset_ranks(config: Any) -> None:
-    """Reset rank pattern and initialization in `config` (mutated); the file has the final ranks."""
+    """Reset rank pattern and initialization in `config` (modified) for a saved adapter."""
     config.rank_pattern = None
     config.init_lora_weights = True
 
@@ -104,7 +104,7 @@ class AdaLora(Method):
         )
 
     def prepare(self, model: Any) -> None:
-        """Freeze `ranknum` (modified), which PEFT leaves trainable."""
+        """Freeze `ranknum` in `model` (modified); PEFT leaves it trainable."""
         freeze_ranks(model)
 
     def callbacks(self, spec: AdaloraSpec, checkpoints: Path, writes: bool) -> list[Any]:
@@ -127,7 +127,7 @@ class AdaLora(Method):
         return model.peft_config["default"].orth_reg_weight * torch.stack(norms).mean()
 
     def finish(self, model: Any) -> None:
-        """Remove pruned ranks (modified), to round as the saved adapter does."""
+        """Remove pruned ranks from `model` (modified), to round like the saved adapter."""
         import torch
 
         for name, alive in (model.peft_config["default"].rank_pattern or {}).items():

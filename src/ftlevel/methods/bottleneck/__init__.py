@@ -116,7 +116,7 @@ SITES: dict[str, Sites] = {
 
 
 def sites_of(config: Any) -> Sites | None:
-    """Returns the positions for a transformers config, or None if unknown."""
+    """Returns the adapter positions for a transformers config; None if they are unknown."""
     model_type = getattr(config, "model_type", None)
     if model_type not in SITES and hasattr(config, "get_text_config"):
         model_type = config.get_text_config().model_type
@@ -142,7 +142,7 @@ def why_no_residual(config: Any, placement: str) -> str | None:
 
 
 def site_pattern(sites: Sites, placement: str) -> str:
-    """Returns a regular expression for the full names of the positions.
+    """Returns a regular expression for the full names of the modules at the positions.
 
     A list of names would not do: PEFT matches suffixes, and `output.dense` would also match BERT's
     `attention.output.dense`.
@@ -154,7 +154,7 @@ def site_pattern(sites: Sites, placement: str) -> str:
 
 
 def block_of(sites: Sites | None, site: str) -> str | None:
-    """Returns the prefix of the block whose feed-forward ends at `site`, with a dot, or None."""
+    """Returns the name of the block whose feed-forward ends at `site`, plus a dot, or None."""
     for end in (sites.feed_forward, sites.norm) if sites else ():
         block = site.removesuffix(end)
         if (
@@ -167,7 +167,7 @@ def block_of(sites: Sites | None, site: str) -> str | None:
 
 
 def find_input(sites: Sites | None, site: str, names: Iterable[str]) -> str | None:
-    """Find the module that receives the input of the feed-forward ending at `site`, or None."""
+    """Find the module whose input is that of the feed-forward ending at `site`, or None."""
     block = block_of(sites, site)
     if sites is None or block is None:
         return None
@@ -243,7 +243,7 @@ class Bottleneck(Method):
     page = PAGE
 
     def rates(self, spec: AdapterSpec) -> Rates:
-        """Returns the rates: double for one adapter per block, a third for scaling above 1."""
+        """Returns the rates: doubled for placement pfeiffer, a third for a scaling above 1."""
         scaling = default_scaling(spec.placement) if spec.scaling is None else spec.scaling
         if isinstance(scaling, float) and scaling > 1:
             return Rates(narrow=1e-3, wide=1e-4, source="a third of Houlsby et al., section 3.2")
@@ -262,12 +262,12 @@ class Bottleneck(Method):
         return f"{spec.placement}, {width}, {spec.non_linearity}, scaling {factor}{dropout}"
 
     def refuse(self, spec: AdapterSpec, config: Any, *_: str) -> str | None:
-        """Returns why a model does not support the placement and which it does, or None."""
+        """Returns why the placement is unsupported and which placements are supported, or None."""
         reason = why_no_residual(config, spec.placement)
         return f"{reason}. Use placement houlsby, pfeiffer or parallel." if reason else None
 
     def find_targets(self, spec: AdapterSpec, model: Any) -> list[str]:
-        """Returns the sorted names of adapted modules; raises `InputError` if unknown."""
+        """Returns the sorted names of the modules to adapt; raises `InputError` if unknown."""
         sites = sites_of(model.config)
         if sites is None:
             raise InputError(

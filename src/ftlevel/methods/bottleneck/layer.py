@@ -108,14 +108,14 @@ class AdapterSettings:
 
     @property
     def listens(self) -> Listens | None:
-        """The captured input that the adapter needs, or None."""
+        """Which input the adapter needs from a hook; None if it reads the module's output."""
         if self.reads == "output":
             return None
         return "input" if self.reads == "input" else "residual"
 
 
 class BottleneckLayer(UnmergeableLayer, PrecisionLayer, nn.Module, BaseTunerLayer):
-    """A module with its adapters, by adapter name.
+    """A module of the base with its adapters, by adapter name.
 
     The two linear layers are in separate `ModuleDict`s because PEFT replaces adapter names in
     state-dict keys only in the last two positions. The module is a linear layer of any library,
@@ -178,10 +178,10 @@ class BottleneckLayer(UnmergeableLayer, PrecisionLayer, nn.Module, BaseTunerLaye
             self.bottleneck_scale[adapter_name] = nn.Parameter(ones)
 
     def listen_to(self, source: nn.Module, kind: Listens) -> None:
-        """Capture the input of `source` as `kind` for the adapters.
+        """Register a hook that stores the input of `source` as `kind` for the adapters.
 
-        `source` must run before the module in every forward pass; with gradient checkpointing both
-        are recomputed.
+        `source` must run before `base_layer` in every forward pass; with gradient checkpointing
+        both are recomputed.
         """
         if kind not in self._taps:
             hook = functools.partial(_remember, self, kind)
@@ -199,7 +199,7 @@ class BottleneckLayer(UnmergeableLayer, PrecisionLayer, nn.Module, BaseTunerLaye
         self._taps, self._listens, self._norm = {}, [], []
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Delete an adapter and the hooks it alone needs."""
+        """Delete an adapter and the hooks that only it needs."""
         super().delete_adapter(adapter_name)
         needed = {setting.listens for setting in self.settings.values()}
         for kind in [kind for kind in self._taps if kind not in needed]:
@@ -268,7 +268,7 @@ def _dtype(module: nn.Module) -> torch.dtype:
 def _remember(
     layer: BottleneckLayer, kind: Listens, _source: nn.Module, args: tuple[Any, ...]
 ) -> None:
-    """Store the input of a module until `layer` runs, if an active adapter needs it."""
+    """Hook: store the input of a module until `layer` runs, if an active adapter needs it."""
     if any(layer.settings[name].listens == kind for name in layer.running()):
         layer._tapped[kind] = args[0]
 
@@ -322,7 +322,7 @@ class BottleneckModel(UnmergeableTuner, PrecisionTuner, BaseTuner):
             self._replace_module(parent, target_name, layer, target)
 
     def _connect(self, layer: BottleneckLayer, placement: str, site: str) -> Reads:
-        """Connect `layer` to the residual if needed (modified); return what adapters read."""
+        """Connect `layer` (modified) to the residual if needed; returns what adapters read."""
         reads = READS.get(placement, "output")
         if reads not in ("residual", "sum"):
             return reads

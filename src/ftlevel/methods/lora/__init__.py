@@ -33,7 +33,7 @@ _LLAMA_7B = 19_988_480
 def _variant(
     name: str, flags: str, trains: str, paper: str, kwargs: dict[str, Any], count: int = _LLAMA_7B
 ) -> MethodFacts:
-    """Returns the row of a LoRA variant, which QLoRA also supports."""
+    """Returns the support-table row of a variant of LoRA and QLoRA."""
     return MethodFacts(
         name, "lora", f"--method lora {flags}", trains, MERGES, paper, count, kwargs, ("qlora",)
     )
@@ -161,10 +161,10 @@ ADAPTER = "default"
 
 
 class LoraInitialization(Initialization):
-    """Initializations of `init_lora_weights`."""
+    """The initializations of PEFT's `init_lora_weights`."""
 
     def required_dtype(self, spec: LoraSpec, dtype: str) -> Choice | None:
-        """Returns float32 for PiSSA and OLoRA; raises `ConfigError` if `dtype` is a different."""
+        """Returns float32 for PiSSA and OLoRA; raises `ConfigError` if `dtype` differs."""
         if not self.rewrites_base(spec):
             return None
         init = spec.init_lora_weights
@@ -186,7 +186,7 @@ class LoraInitialization(Initialization):
         return spec.model_copy(update={"init_lora_weights": "default"})
 
     def initialize(self, model: Any, spec: LoraSpec, inputs: InitializationInputs) -> None:
-        """Initialize LoRA from training rows (eva) or from float weights (loftq) (modified)."""
+        """Initialize LoRA (modified): eva from training rows, loftq from float weights."""
         if spec.init_lora_weights == "loftq":
             from ftlevel.methods.lora.initialization import start_from_residual
 
@@ -209,7 +209,7 @@ class LoraInitialization(Initialization):
 
     @contextlib.contextmanager
     def as_saved(self, model: Any, initial: dict[str, Any]) -> Iterator[dict[str, Any] | None]:
-        """Yields the update as plain LoRA; within the block, `model` has the matching config."""
+        """Yields the LoRA of rank 2r on the original base; `model` has its config meanwhile."""
         if not initial:
             yield None
             return
@@ -228,7 +228,7 @@ class LoraInitialization(Initialization):
 
 
 def _doubled(config: Any) -> Any:
-    """Returns the config with twice the rank, the same scale, and default initialization."""
+    """Returns a copy of `config` with twice the rank, the same scale and default initialization."""
     config = copy.deepcopy(config)
     # The scale is alpha / r, or alpha / sqrt(r) with rsLoRA.
     factor = math.sqrt(2) if config.use_rslora else 2
@@ -268,7 +268,7 @@ def why_not_mergeable(config: Mapping[str, Any]) -> str | None:
 
 
 def reset_initialization(config: Any) -> None:
-    """Reset the initialization in `config` (modified), which a trained adapter ignores."""
+    """Reset the initialization in `config` (modified); it does not affect a trained adapter."""
     config.init_lora_weights = True
 
 
@@ -400,9 +400,9 @@ class Lora(Method):
         )
 
     def optimizer(self, spec: LoraSpec, model: Any, arguments: Any) -> Any:
-        """Returns LoRA+'s optimizer if `lora_plus_ratio` is set.
+        """Returns LoRA+'s optimizer if `lora_plus_ratio` is set, else None.
 
-        As in PEFT, B and all vectors, such as biases of heads, get that multiple of A's rate.
+        As in PEFT, B and all vectors, such as biases of heads, get A's rate times the ratio.
         """
         if spec.lora_plus_ratio is None:
             return None

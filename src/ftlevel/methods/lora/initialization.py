@@ -20,7 +20,7 @@ from ftlevel.models.hardware import autocast
 
 @torch.no_grad()
 def start_from_residual(model: Any, weight_of: Callable[[str], Tensor]) -> None:
-    """Set A and B of every LoRA on a 4-bit linear layer of `model`, a fresh `PeftModel` (modified).
+    """LoftQ: set A and B of the LoRAs on 4-bit layers of `model`, a fresh `PeftModel` (modified).
 
     `weight_of` returns the unquantized weight `(out, in)` of a layer. Afterwards the config has the
     default initialization, so that loading the adapter does not repeat it.
@@ -43,7 +43,7 @@ def start_from_residual(model: Any, weight_of: Callable[[str], Tensor]) -> None:
 
 
 def factor(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Returns A `(rank, in)` and B `(out, rank)`, the best low-rank fit of `matrix` `(out, in)`.
+    """Returns A `(rank, in)` and B `(out, rank)`; B @ A is the best fit to `matrix` `(out, in)`.
 
     Uses eigenvectors of the smaller Gram matrix in float64, about ten times faster than an SVD.
     """
@@ -59,7 +59,7 @@ def factor(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 
 def start_from_data(model: Any, batches: Any, device: str, dtype: str) -> None:
-    """Set A, ranks and scales of every LoRA of `model` (modified) from its inputs on `batches`.
+    """EVA: set A, rank and scale of each LoRA in `model` (modified) from layer inputs on `batches`.
 
     Afterwards the config has the default initialization, so loading does not repeat it.
     """
@@ -85,5 +85,5 @@ def _forward(model: Any, batch: dict[str, Tensor]) -> Any:
 
 
 def _supervised_positions(batch: dict[str, Tensor], _: Any) -> Tensor:
-    """Returns `(n, 2)` positions of supervised tokens."""
+    """Returns `(n, 2)` row and position of each supervised token."""
     return batch["supervised"].nonzero()

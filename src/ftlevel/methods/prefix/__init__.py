@@ -1,6 +1,6 @@
 """Prefix tuning: builds `PrefixKvConfig` for a tuner of ftlevel.
 
-the PEFT prefix tuning uses the key-value cache, which classification heads, encoders and gradient
+PEFT's prefix tuning uses the key-value cache, which classification heads, encoders and gradient
 checkpointing lack. The submodules import peft and are imported only when needed.
 """
 
@@ -114,7 +114,7 @@ class PrefixTuning(Method):
         return f"{spec.num_virtual_tokens} keys and values in front of every attention{projection}"
 
     def refuse(self, spec: PrefixSpec, config: Any, *_: str) -> str | None:
-        """Returns why the model does not support prefixes and what does, or None."""
+        """Returns why the model does not support prefixes and which methods it does, or None."""
         reason = why_no_prefix(config)
         return f"{reason}. Use --method prompt, or --method lora." if reason else None
 
@@ -134,7 +134,7 @@ class PrefixTuning(Method):
         )
 
     def finish(self, model: Any) -> None:
-        """Replace the MLP of a trained prefix by the output (modified)."""
+        """Replace the MLP of the trained prefix in `model` (modified) by its output."""
         model.base_model.fold(model.active_adapter)
 
 

@@ -387,7 +387,7 @@ class PrefixModel(VirtualTokenTuner):
     """Prefix-tuning tuner for all attention modules of a model.
 
     It switches the model to ftlevel's attention functions, which call the original implementation:
-    "eager" returns weights including the prefix, "sdpa" none. `unload` restores the original.
+    "eager" returns attention weights with the prefix, "sdpa" none. `unload` restores the original.
     """
 
     prefix: str = "prefix_kv_"

@@ -1,6 +1,6 @@
 """Prompt tuning and P-tuning: builds `SoftPromptConfig` for a tuner of ftlevel.
 
-the PEFT tuner lengthens the sequence that heads, pooling and `generate` see; this one hides the
+PEFT's tuner lengthens the sequence that heads, pooling and `generate` see; this one hides the
 prompt from them. `load_peft_prompt` loads prompts trained with PEFT, whose files contain only the
 embeddings. The submodules import peft and are imported only when needed.
 """
@@ -20,7 +20,7 @@ from ftlevel.methods.rates import Rates
 
 
 def find_stacks(model: Any) -> list[str]:
-    """Find the name of the stack below the head, or those of encoder and decoder.
+    """Find the name of the layer stack below the head, or the names of encoder and decoder.
 
     Returns the innermost module with input embeddings, such as OPT's `model.decoder`.
     """
@@ -37,7 +37,7 @@ def find_stacks(model: Any) -> list[str]:
 def find_prompt_targets(model: Any) -> list[str]:
     """Find the full names of the stacks of `model` that get a prompt.
 
-    A model without a head is named by its `ModuleList`, as PEFT cannot target the whole model.
+    In a model without a head this is the `ModuleList`, as PEFT cannot target the whole model.
     """
     lists = (n for n, part in model.named_modules() if type(part).__name__ == "ModuleList")
     return find_stacks(model) or [*lists][:1]
@@ -103,7 +103,7 @@ class SoftPrompt(Method):
     step = VIRTUAL_TOKEN_STEP
 
     def refuse(self, spec: Any, config: Any, *_: str) -> str | None:
-        """Returns why the model does not support soft prompts and what does, or None."""
+        """Returns why the model does not support soft prompts and which method it does, or None."""
         if config.model_type not in _READ_IDS_IN_LAYERS:
             return None
         return (
@@ -200,7 +200,7 @@ class PTuning(SoftPrompt):
         )
 
     def finish(self, model: Any) -> None:
-        """Replace the encoder of a trained prompt by the output (modified)."""
+        """Replace the encoder of the trained prompt in `model` (modified) by its output."""
         model.base_model.fold(model.active_adapter)
 
 

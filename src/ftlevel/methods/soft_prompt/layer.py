@@ -35,7 +35,7 @@ class PromptPosition:
     def find(
         cls, attention_mask: Tensor | None, rows: Tensor, length: int, tokens_before: int
     ) -> PromptPosition:
-        """Find the layout of a batch, where `tokens_before` tokens precede the prompt.
+        """Find the positions in a batch: after left padding and `tokens_before` tokens.
 
         `attention_mask` is `(batch, seq)`, or None without padding; `rows` gives batch size and
         device.
@@ -61,15 +61,15 @@ class PromptPosition:
         return _pick(states, index + self.length * (index >= self.start[:, None]))
 
     def extend_mask(self, attention_mask: Tensor) -> Tensor:
-        """Returns the mask `(batch, seq)` with ones for the prompt."""
+        """Returns the mask with ones inserted for the prompt, `(batch, seq + P)`."""
         return self.insert(attention_mask, attention_mask.new_ones(len(self.start), self.length))
 
     def extend_types(self, token_type_ids: Tensor) -> Tensor:
-        """Returns the token types `(batch, seq)` with type 0 for the prompt."""
+        """Returns the token types with type 0 inserted for the prompt, `(batch, seq + P)`."""
         return self.insert(token_type_ids, token_type_ids.new_zeros(len(self.start), self.length))
 
     def extend_positions(self, position_ids: Tensor) -> Tensor:
-        """Returns positions `(batch or 1, seq)` with the prompt's, and later ones shifted."""
+        """Returns `position_ids` with the prompt's positions inserted and later ones shifted."""
         position_ids = position_ids.expand(len(self.start), -1)
         index = torch.arange(position_ids.shape[1], device=position_ids.device)
         at = self.start.clamp(max=position_ids.shape[1] - 1)[:, None]
@@ -142,7 +142,7 @@ class PromptSettings:
 
 
 class SoftPromptLayer(VirtualTokenLayer):
-    """Concatenated prompts of the active adapters, registered inside `stack` with forward hooks."""
+    """Prompts by adapter name; hooks on `stack` insert those of active adapters, concatenated."""
 
     adapter_layer_names = (
         "soft_prompt_embedding",
@@ -229,7 +229,7 @@ class SoftPromptLayer(VirtualTokenLayer):
         return self.soft_prompt_out[name](states) if name in self.soft_prompt_out else states
 
     def fold(self, name: str) -> None:
-        """Replace the encoder of one adapter by the output."""
+        """Replace the encoder of one adapter by its output."""
         if name not in self.soft_prompt_out:
             return
         self.soft_prompt_embedding[name] = nn.Parameter(self.compute(name).detach().float())
@@ -249,7 +249,7 @@ class SoftPromptLayer(VirtualTokenLayer):
         return [name for name in self.active_adapters if name in self.settings]
 
     def before(self, stack: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Returns the stack's arguments for the longer sequence, or None.
+        """Hook: returns the stack's arguments with the prompts inserted; None without prompts.
 
         Raises:
             ValueError: the attention mask is not `(batch, seq)`.
@@ -270,7 +270,7 @@ class SoftPromptLayer(VirtualTokenLayer):
         return (), call
 
     def after(self, _stack: Any, _args: tuple[Any, ...], output: Any) -> Any:
-        """Returns the output of the stack without the prompt's positions."""
+        """Returns the output of the stack without the positions of the prompt."""
         layout, self._layout = self._layout, None
         return output if layout is None else _take_out(layout, output)
 
@@ -284,7 +284,7 @@ class SoftPromptLayer(VirtualTokenLayer):
         return PromptPosition.find(mask, rows, length, self.settings[names[0]].tokens_before)
 
     def _put_in(self, names: list[str], stack: Any, call: dict[str, Any]) -> PromptPosition:
-        """Insert the prompts into the arguments of a call (modified)."""
+        """Insert the prompts `names` into arguments `call` (modified); returns the position."""
         embedded = call.get("inputs_embeds")
         if embedded is None:
             embedded = stack.get_input_embeddings()(call["input_ids"])
@@ -302,7 +302,7 @@ class SoftPromptLayer(VirtualTokenLayer):
         return layout
 
     def _continue(self, names: list[str], call: dict[str, Any]) -> None:
-        """Extend mask and positions of a call whose cache contains the prompt (modified)."""
+        """Extend mask and positions of `call` (modified), whose cache contains the prompts."""
         mask = call.get("attention_mask")
         if mask is not None:
             call["attention_mask"] = self._find_layout(names, mask, mask).extend_mask(mask)
@@ -312,7 +312,7 @@ class SoftPromptLayer(VirtualTokenLayer):
             )
 
     def _extend_encoder_mask(self, names: list[str], call: dict[str, Any]) -> None:
-        """Extend the decoder's encoder mask by the prompt (modified)."""
+        """Extend the encoder's mask in the decoder's arguments `call` (modified) by the prompts."""
         mask = call.get("encoder_attention_mask")
         if mask is not None:
             call["encoder_attention_mask"] = self._find_layout(names, mask, mask).extend_mask(mask)
@@ -404,7 +404,7 @@ class SoftPromptModel(VirtualTokenTuner):
 
     @torch.no_grad()
     def fold(self, adapter_name: str = "default") -> None:
-        """Replace the encoder of a prompt by the output (in place)."""
+        """Replace the encoder of a prompt by its output (in place)."""
         for layer in self.layers():
             training = layer.training
             layer.eval()  # no dropout between the layers of an LSTM
