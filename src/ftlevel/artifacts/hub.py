@@ -63,7 +63,7 @@ def _with_owner(name: str, user: dict[str, Any], flag: str) -> str:
 
 @dataclass(frozen=True)
 class Upload:
-    """Target repository of an upload, if there is a `name`; `private` is for a new one only."""
+    """Target of an upload: repository `name` (None: no upload); `private` if it is created."""
 
     name: str | None
     private: bool

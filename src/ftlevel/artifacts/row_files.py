@@ -74,7 +74,7 @@ class JsonLinesFile(_TextFile):
     is_table = False
 
     def read_back(self) -> Iterator[Any]:
-        """Yields the objects of complete lines, without the answer columns."""
+        """Yields the objects of complete lines, without the predicted columns."""
         existing = self.existing
         if existing is None:
             return
@@ -114,7 +114,7 @@ class CommaSeparatedFile(_TextFile):
         self._put(self._lines([self._header]))
 
     def read_back(self) -> Iterator[Any]:
-        """Yields the cells of complete rows, without the answer columns."""
+        """Yields the cells of complete rows, without the predicted columns."""
         existing = self.existing
         if existing is None:
             return
@@ -140,7 +140,7 @@ class CommaSeparatedFile(_TextFile):
                 csv.field_size_limit(limit)
 
     def as_written(self, row: Row) -> Any:
-        """Returns the cells of a row, without the answer columns."""
+        """Returns the cells of a row, without the predicted columns."""
         return [to_cell(row.get(name)) for name in self.columns.names]
 
     def write(self, rows: Sequence[Row]) -> None:
@@ -203,7 +203,7 @@ class ParquetFile(RowFile):
         return schema
 
     def read_back(self) -> Iterator[Any]:
-        """Yields the values of complete batches, without the answer columns."""
+        """Yields the values of complete batches, without the predicted columns."""
         existing = self.existing
         names = self.columns.names
         for batch in _batches(existing) if existing is not None else ():
@@ -326,7 +326,7 @@ _ANSWER = {"answer": "string", "probability": "float64"}
 
 
 def _arrow_field(name: str, kind: str, width: int) -> Any:
-    """Returns the field of a prediction column; `width` is that of an embedding, -1 if unknown."""
+    """Returns the field of a predicted column; `width` is that of an embedding, -1 if unknown."""
     import pyarrow as pa
 
     ranking = pa.list_(pa.struct([(key, pa.type_for_alias(t)) for key, t in _ANSWER.items()]))

@@ -177,7 +177,7 @@ class RowSink(Protocol):
     is_table: ClassVar[bool]
 
     def write(self, rows: Sequence[Row]) -> None:
-        """Write rows, each with the answer columns."""
+        """Write rows, each with its predicted columns."""
 
     def finish(self) -> None:
         """Complete the output."""
@@ -246,7 +246,7 @@ class RowFile(ABC):
 
     @abstractmethod
     def as_written(self, row: Row) -> Any:
-        """Returns the form in which `read_back` yields a row, without the answer columns."""
+        """Returns the form in which `read_back` yields a row, without the predicted columns."""
 
     # ---- writing
 
@@ -256,7 +256,7 @@ class RowFile(ABC):
 
     @abstractmethod
     def write(self, rows: Sequence[Row]) -> None:
-        """Write rows with their answer columns to disk."""
+        """Write rows with their predicted columns to disk."""
 
     @abstractmethod
     def close(self) -> None:

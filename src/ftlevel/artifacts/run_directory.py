@@ -66,7 +66,7 @@ def mark_resumed(directory: Path) -> None:
 
 
 def mark_end_once(directory: Path) -> None:
-    """Record the files of a finished run, unless that was done before a kill."""
+    """Record the files of a finished run if they are not recorded yet, as after a kill."""
     if "files" not in (_read_marker(directory) or {}):
         mark_end(directory)
 
@@ -176,8 +176,8 @@ def _put_back(directory: Path) -> None:
 def move_foreign_files(directory: Path, under: str = "") -> list[str]:
     """Move files that are not the run's from its directories to `kept`; return messages.
 
-    After a finished run these are files added later; after an interrupted run, files that it does
-    not write among its checkpoints. `under` limits the search to one directory.
+    After a finished run these are files added later; after an interrupted run, files among its
+    checkpoints that it did not write. `under` limits the search to one directory.
     """
     marker = _read_marker(directory) or {}
 

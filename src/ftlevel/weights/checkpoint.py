@@ -211,7 +211,7 @@ def _write_part(file: BinaryIO, part: TensorPart) -> None:
 
 
 def write_files(directory: Path, shards: Mapping[str, Sequence[TensorPart]]) -> int:
-    """Write shards (file name → parts), with an index for several; return their tensor bytes."""
+    """Write shards (file name → parts), with an index if several; return the bytes of tensors."""
     total, where = 0, {}
     for name, parts in shards.items():
         write_file(directory / name, parts)
@@ -366,8 +366,7 @@ def open_checkpoint(source: ModelSource, model: Any, key_mapping: Mapping[str, s
 def checkpoint_in_memory(model: Any, module: Any) -> Checkpoint:
     """Returns a `Checkpoint` of the weights of the loaded model `module`, without copying them.
 
-    `model` (modified) is of the same class, on the meta device; its recorded conversions are
-    removed.
+    `model` (modified) is the same model on the meta device; its recorded conversions are removed.
     """
     state = {name: tensor.detach() for name, tensor in module.state_dict().items()}
     conversions.forget_conversions(model)

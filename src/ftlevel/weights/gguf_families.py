@@ -23,7 +23,7 @@ _GEMMA_PATTERN = 6  # every sixth layer has full attention
 
 @dataclass(frozen=True)
 class GgufFamily:
-    """How one `model_type` of transformers is written.
+    """How a model of one `model_type` of transformers is written to a .gguf file.
 
     `rotary` has the supported rope types; it is empty for learned positions. `interleaved` means
     that rotary pairs are adjacent, `shifted_norms` that norms are 1 + weight. `fixed` maps settings

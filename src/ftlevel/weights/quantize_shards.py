@@ -1,8 +1,8 @@
 """Quantize a checkpoint with bitsandbytes or torchao, one tensor in memory at a time.
 
 The tensors equal those that `save_pretrained` writes for a model that transformers quantized and
-that never ran. `ShardWriter` is for tensors that become known one at a time; `checkpoint` writes
-those with dtypes and shapes known beforehand.
+that never ran. `ShardWriter` is for tensors that become known one at a time; `weights.checkpoint`
+writes tensors with dtypes and shapes known beforehand.
 """
 
 from __future__ import annotations
@@ -57,8 +57,8 @@ class QuantizedLayout:
     """Quantization of each tensor of a model.
 
     `linears` maps quantized modules to whether they are a Conv1D, whose weight is transposed.
-    `config` includes the modules to skip. Modules with a name part in `in_float32` stay in float32,
-    other floating-point tensors are in `dtype`.
+    `config` includes the modules to skip. Modules with a name part in `in_float32` stay in float32;
+    other floating-point tensors that are not quantized get `dtype`.
     """
 
     linears: dict[str, bool]
@@ -156,7 +156,7 @@ def find_skipped_modules(config: Any, auto_class: str) -> list[str]:
 
 
 def _find_quantized(meta: Any, quantization: Any) -> dict[str, bool]:
-    """Returns the linear layers of `meta` (modified) that transformers quantizes → is a Conv1D."""
+    """Returns the linear layers of `meta` (modified) that are quantized: name → is a Conv1D."""
     if is_torchao(quantization):
         return dict.fromkeys(torchao_linears(meta, quantization), False)  # none is a Conv1D
     return replaced_linears(meta, quantization, pre_quantized=True)
@@ -187,7 +187,7 @@ def _parameters(meta: Any, tree: ModuleTree, linears: dict[str, bool]) -> Iterat
 
 
 def predict_bytes(layout: QuantizedLayout) -> dict[str, tuple[int, int]]:
-    """Returns part of the model → (bytes before, bytes after), computed from shapes."""
+    """Returns by part of the model the bytes before and after, computed from shapes."""
     sizes = {part: [0, 0] for part in PARTS}
     for parameter in layout.parameters.values():
         count = math.prod(parameter.shape)

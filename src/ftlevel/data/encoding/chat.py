@@ -148,7 +148,7 @@ class _Chat:
         )
 
     def _find_marker(self, index: int, content: str, text: str) -> int:
-        """Returns the position of the marker in `content`; -1 if it changes the text elsewhere."""
+        """Returns the marker's position if turn `index` has `content`; -1 if other text changes."""
         turn = {**self.turns[index], "content": content}
         turns = [*self.turns[:index], turn, *self.turns[index + 1 :]]
         before, mark, after = render(self.tokenizer, turns, self.tools).partition(_MARK)
@@ -174,7 +174,7 @@ class _Chat:
 
 
 def _with_end(text: str, span: tuple[int, int], ends: Sequence[str]) -> tuple[int, int]:
-    """Returns `span` without trailing white space, with the end-of-turn token (of `ends`)."""
+    """Returns `span`, shortened or extended so that it ends with one of the tokens `ends`."""
     start, end = span
     stripped = start + len(text[start:end].rstrip())
     if text[start:stripped].endswith(tuple(ends)):

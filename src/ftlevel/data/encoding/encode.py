@@ -38,7 +38,7 @@ class PromptFormat:
     """Format of prompts.
 
     Attributes:
-        kind: chat template, plain text, or the input of an encoder-decoder.
+        kind: "chat-template", "plain", or "seq2seq" for an encoder-decoder.
         answer_cue: end of a plain prompt, such as `Summary:`.
         system: system prompt for conversations without one.
         separator: text between prompt and answer in plain text, if there is no cue.

@@ -33,7 +33,7 @@ class Window(Encoded):
 
     Attributes:
         answers: reference answers, each with the start character in `context`.
-        context_start: index of the first context token in the window.
+        context_start: index of the first context token in `input_ids`.
         offsets: character offsets in `context` of each context token.
     """
 

@@ -76,7 +76,7 @@ def rows_of_examples(rows: Sequence[Encoded], examples: Integers) -> Mask:
 
 
 def examples_in(rows: Sequence[Encoded], keep: Mask, total: int) -> Mask:
-    """Returns a mask over `total` examples of those with a row in the mask `keep`."""
+    """Returns a mask of those of `total` examples that have a row selected by `keep`."""
     mask = np.zeros(total, dtype=bool)
     if not isinstance(rows, RowStore):
         mask[examples_of(rows, np.flatnonzero(keep))] = True

@@ -370,7 +370,7 @@ class Gate:
         corpus: Sequence[str] | None,
         table: Table,
     ) -> list[Finding]:
-        """Returns findings on validation rows and their corpus, and on training rows in it."""
+        """Returns findings on validation rows, their corpus, and training rows in the corpus."""
         findings = []
         for check, split, rows, example in self.task.check_validation(train, validation, corpus):
             total = len(train) if split == "train" else len(validation)

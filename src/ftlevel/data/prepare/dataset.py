@@ -68,7 +68,7 @@ def resolve_files(name: str) -> list[Path] | None:
 
 @dataclass(frozen=True)
 class CacheFolder:
-    """Cache folder of a key.
+    """Folder of one cache key.
 
     `publish` moves a written folder into the cache; None if the cache has the rows. `damage`
     describes corrupted cached rows.

@@ -194,7 +194,7 @@ class RowsWithPadding(Dataset[Encoded]):
         return len(self._rows) + 1
 
     def __getitem__(self, index: int) -> Encoded:
-        """Returns a row."""
+        """Returns the row at `index`, or NOTHING after the last row."""
         if index < len(self._rows):
             return self._rows[index]
         return replace(self._rows[0], row=-1)

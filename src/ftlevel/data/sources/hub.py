@@ -276,7 +276,7 @@ def iterate_rows(rows: Any, source: str, null_keys: Counter[str] | None = None) 
 
 
 def _frame_rows(frame: Any, source: str, null_keys: Counter[str]) -> Iterator[Row]:
-    """Yields the rows of a DataFrame; null keys are dropped in arrays only, which Arrow made."""
+    """Yields the rows of a DataFrame, without the null keys that Arrow adds inside of arrays."""
     names = [str(name) for name in frame.columns]
     check_columns(names, source)
     columns = []

@@ -383,7 +383,7 @@ def _read_files(
 def _choose_files(
     path: Path, dataset: str, split: str | None
 ) -> tuple[dict[str, list[Path]], str, list[str]]:
-    """Choose the files of a directory by split, the name of the training split, and notes.
+    """Returns the files of a directory by split, the name of the training split, and notes.
 
     Raises `InputError` if there is no training file, or two files belong to the same split.
     """
