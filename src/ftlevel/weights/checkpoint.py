@@ -319,7 +319,7 @@ class Checkpoint:
         return tensor.path.name if isinstance(tensor, StoredTensor) else None
 
     def _group(self, name: str) -> TensorGroup:
-        """Returns the stored tensors of `name`, or raise InputError if there are none."""
+        """Returns the stored tensors of `name`, or raises InputError if there are none."""
         group = self.groups.get(self.ties.get(name, name))
         if group is None:
             raise InputError(

@@ -278,10 +278,8 @@ def encode_causal(
 ) -> list[Encoded]:
     """Encode plain texts, pairs or conversations (all of one type) for a decoder.
 
-    `with_inputs` adds the prompts to the labels.
-
-    Raises `InputError` without an EOS token, for several turns without a chat template, and for a
-    system prompt with plain texts.
+    `with_inputs` adds the prompts to the labels. Raises `InputError` without an EOS token, for
+    several turns without a chat template, and for a system prompt with plain texts.
     """
     if tokenizer.eos_token_id is None:
         raise InputError(

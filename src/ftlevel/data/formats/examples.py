@@ -55,7 +55,7 @@ def get_example_parts(example: Any) -> ExampleParts:
 
 @dataclass(frozen=True)
 class Conversation:
-    """Turns of a conversation and the tools that the assistant can call; `row` is a table index."""
+    """Turns of a conversation and tools that the assistant can call; `row` is its table index."""
 
     messages: tuple[Message, ...]
     row: int
@@ -85,7 +85,7 @@ class Conversation:
 
 @dataclass(frozen=True)
 class PlainText:
-    """A text to continue; `row` is the table index."""
+    """A text to continue; `row` is its index in the table."""
 
     text: str
     row: int
@@ -98,7 +98,7 @@ class PlainText:
 
 @dataclass(frozen=True)
 class SourceTarget:
-    """A source text and its target; `row` is the table index."""
+    """A source text and its target; `row` is its index in the table."""
 
     source: str
     target: str
@@ -117,7 +117,7 @@ class SourceTarget:
 
 @dataclass(frozen=True)
 class LabeledText:
-    """One or two texts with a class, several classes or a quantity; `row` is the table index."""
+    """One or two texts with a class, several classes or a quantity; `row` is its table index."""
 
     text: str
     text_pair: str | None
@@ -145,7 +145,7 @@ class LabeledText:
 
 @dataclass(frozen=True)
 class TaggedTokens:
-    """Words with one tag each; `row` is the table index."""
+    """Words with one tag each; `row` is its index in the table."""
 
     tokens: tuple[str, ...]
     tags: tuple[str | int, ...]
@@ -197,7 +197,7 @@ class Example(Protocol):
 
     @property
     def row(self) -> int:
-        """Index in the table."""
+        """Index of the example in the table."""
 
     @property
     def key_text(self) -> str:
@@ -213,7 +213,7 @@ class ClassExample(Example, Protocol):
 
 
 def build_conversation(roles: RoleValues) -> Conversation:
-    """Build the conversation of a row."""
+    """Build the `Conversation` of the current row."""
     tools = parse_tools(roles.get("tools"), roles.columns["tools"]) if "tools" in roles else ()
     return Conversation(tuple(_with_system(_turns(roles), roles)), roles.index, tools)
 
@@ -245,7 +245,7 @@ def _prompt_text(roles: RoleValues) -> str:
 
 
 def build_pair(roles: RoleValues) -> SourceTarget:
-    """Build a source and a target; a conversation must have one question and one answer."""
+    """Build a `SourceTarget`; a conversation must have one question and one answer."""
     for source, target in (("document", "summary"), ("source", "target")):
         if source in roles:
             return SourceTarget(roles.text(source), roles.text(target), roles.index)
@@ -258,22 +258,22 @@ def build_pair(roles: RoleValues) -> SourceTarget:
 
 
 def build_plain(roles: RoleValues) -> PlainText:
-    """Build the text of a row."""
+    """Build the `PlainText` of the current row."""
     return PlainText(roles.text("text"), roles.index)
 
 
 def build_labeled_text(roles: RoleValues) -> LabeledText:
-    """Build a text with one class."""
+    """Build the `LabeledText` of the current row, with one class."""
     return _labeled(roles, _class(roles))
 
 
 def build_multi_label_text(roles: RoleValues) -> LabeledText:
-    """Build a text with its classes."""
+    """Build the `LabeledText` of the current row, with a tuple of classes."""
     return _labeled(roles, _classes(roles))
 
 
 def build_regression_text(roles: RoleValues) -> LabeledText:
-    """Build a text with a quantity."""
+    """Build the `LabeledText` of the current row, with a quantity."""
     return _labeled(roles, _quantity(roles))
 
 
@@ -334,7 +334,7 @@ def _name(label: object, what: str) -> str | int:
 
 
 def build_tagged(roles: RoleValues) -> TaggedTokens:
-    """Build words with their tags."""
+    """Build the `TaggedTokens` of the current row."""
     tokens, tags = roles.get("tokens"), roles.get("tags")
     for role, value in (("tokens", tokens), ("tags", tags)):
         if type(value) is not list:
@@ -352,7 +352,7 @@ def build_tagged(roles: RoleValues) -> TaggedTokens:
 
 
 def build_question(roles: RoleValues) -> Question:
-    """Build a question with the context and answers."""
+    """Build the `Question` of the current row."""
     context, question, answers = (
         roles.text("context"),
         roles.text("question"),
@@ -393,7 +393,7 @@ def build_query_turns(roles: RoleValues) -> Conversation:
 
 
 def build_source(roles: RoleValues) -> SourceTarget:
-    """Build a source with an empty target, for generation."""
+    """Build a `SourceTarget` with an empty target, for generation."""
     for role in ("document", "source"):
         if role in roles:
             return SourceTarget(roles.text(role), "", roles.index)

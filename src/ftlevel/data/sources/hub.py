@@ -259,7 +259,7 @@ def iterate_rows(rows: Any, source: str, null_keys: Counter[str] | None = None) 
     """Yields the rows of a DataFrame, Arrow table, `datasets` object or iterable of mappings.
 
     Values become JSON values, and missing values of a DataFrame None. `null_keys` (modified) counts
-    the null keys dropped, by path. Raises `InputError` if `rows` is of a different type.
+    the dropped keys with value null, by path. Raises `InputError` if `rows` is of a different type.
     """
     null_keys = Counter() if null_keys is None else null_keys
     if hasattr(rows, "iloc") and hasattr(rows, "columns"):

@@ -208,7 +208,7 @@ class Stream(Protocol):
 
     @property
     def null_keys(self) -> Counter[str]:
-        """Number of null keys dropped so far, by path."""
+        """Number of keys with value null that were dropped so far, by path."""
 
     def chunks(self, cursor: Cursor | None = None) -> Iterator[Chunk]:
         """Yields the chunks after `cursor`; None starts at the beginning."""
@@ -222,7 +222,7 @@ class Reader(ABC):
         uniform: whether the format guarantees the same keys and types in all rows.
         text_cells: whether lists and objects can occur only as JSON text.
         printed: file name in messages; `path` may be a decompressed copy.
-        null_keys: number of null keys dropped so far, by path.
+        null_keys: number of keys with value null that were dropped so far, by path.
         ignored: columns of the schema that are not read.
     """
 
@@ -299,7 +299,7 @@ def wrap_read_errors(path: Path, shown: str = "") -> Iterator[None]:
 
 
 def describe_null_keys(null_keys: Counter[str], source: str) -> list[str]:
-    """Returns a note on the dropped null keys; empty if there are none."""
+    """Returns a note on the dropped keys with value null; empty if there are none."""
     if not null_keys:
         return []
     inner_first = sorted(null_keys, key=lambda path: (-path.count("."), path))
@@ -318,7 +318,7 @@ class ChainedStream:
 
     @property
     def null_keys(self) -> Counter[str]:
-        """Number of null keys dropped in all streams, by path."""
+        """Number of keys with value null that were dropped in all streams, by path."""
         return sum((stream.null_keys for stream in self._streams), Counter())
 
     def chunks(self, cursor: Cursor | None = None) -> Iterator[Chunk]:

@@ -90,7 +90,7 @@ class Table:
         return f"{table.source}:{line}" if table.unit == "line" else f"{table.source} row {line}"
 
     def has_text_cells(self, index: int) -> bool:
-        """Returns `text_cells` of the part that the row at `index` belongs to."""
+        """Returns whether lists and objects in the row at `index` can occur only as JSON text."""
         return self._part_of(self.lines[index])[0].text_cells if self.parts else self.text_cells
 
     def _part_of(self, line: int) -> tuple[Table, int]:

@@ -187,7 +187,7 @@ def drop_null_keys(
 
 @dataclass(frozen=True)
 class _Cleaner:
-    """Drops null keys, see `drop_null_keys`."""
+    """Drops keys with value null, see `drop_null_keys`."""
 
     null_keys: Counter[str]
     decode: bool

@@ -152,7 +152,7 @@ def detect_file_format(path: Path, columns: Collection[str]) -> tuple[str, str] 
 
 
 def _is_complete(text: str) -> bool:
-    """Returns whether a line is valid JSON, or so long that it may be cut."""
+    """Returns whether a line is valid JSON, or so long that it may have been cut off."""
     try:
         json.loads(text)
     except (ValueError, RecursionError):
