@@ -84,7 +84,7 @@ class ChunkedCrossEntropy:
     one position on. Precision, adapters on the head and a trained head are thus the model's own.
 
     Raises:
-            UnsupportedModelError: the model has no language head.
+        UnsupportedModelError: the model has no language head.
     """
 
     def __init__(self, model: nn.Module, kernels: Kernels = NO_KERNELS) -> None:
@@ -127,7 +127,7 @@ class ChunkedCrossEntropy:
             smoothing: label smoothing ε; only with gradients.
 
         Raises:
-                UnsupportedModelError: the model did not call the head.
+            UnsupportedModelError: the model did not call the head.
         """
         if torch.is_grad_enabled():
 

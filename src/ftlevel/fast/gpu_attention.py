@@ -165,10 +165,10 @@ class Lengths:
 
     Attributes:
         queries: (segments + 1,) int32.
-            keys: (segments + 1,) int32, of the gathered keys. If no segment has a past, it must be
-                the same object as `queries`: torch from 2.15 on needs this to use cuDNN.
+        keys: (segments + 1,) int32, of the gathered keys. If no segment has a past, it must be
+            the same object as `queries`: torch from 2.15 on needs this to use cuDNN.
         most_queries, most_keys: maximum per segment.
-            source: (keys,) position in the packed row of each gathered key; None without pasts.
+        source: (keys,) position in the packed row of each gathered key; None without pasts.
     """
 
     queries: Tensor

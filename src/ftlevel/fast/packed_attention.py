@@ -248,7 +248,7 @@ def attend(
         (1, tokens, heads, head_dim), and None for the attention weights.
 
     Raises:
-            UnsupportedModelError: the model uses an unsupported option.
+        UnsupportedModelError: the model uses an unsupported option.
     """
     layout = current_layout()
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)

@@ -52,12 +52,12 @@ class PackedLayout:
     Attributes:
         batch, seq: shape of the padded batch.
         source: (tokens,) index of each token in the flattened batch.
-            restore: (batch * seq,) packed position of each batch position; arbitrary for padding.
-            segments: segments of the packed row, in order.
-            needed: (needed,) packed positions of tokens used after the last block; None for all.
-            before: tokens of a shared prefix that precede the row in attention only; segments count
-                them, `source` and `restore` do not.
-            is_for_answers: whether only outputs matter, so that attention may sum in any order.
+        restore: (batch * seq,) packed position of each batch position; arbitrary for padding.
+        segments: segments of the packed row, in order.
+        needed: (needed,) packed positions of tokens used after the last block; None for all.
+        before: tokens of a shared prefix that precede the row in attention only; segments count
+            them, `source` and `restore` do not.
+        is_for_answers: whether only outputs matter, so that attention may sum in any order.
     """
 
     batch: int

@@ -53,7 +53,7 @@ class SharedPrefix:
         `close`, results have `tokens` + own positions; queries of the prefix are zeros.
 
         Raises:
-                UnsupportedModelError: a layer runs twice, or was not called for the prefix.
+            UnsupportedModelError: a layer runs twice, or was not called for the prefix.
         """
         if self._leaves is None:
             if module in self._made:

@@ -112,9 +112,9 @@ class Merging:
     Attributes:
         peft_types: `peft_type` values in adapter_config.json, including PEFT's own tuners.
         into_weights: whether merging is possible at all.
-            why_not: adapter_config.json -> why this adapter cannot be merged, with a fix, or None.
+        why_not: adapter_config.json -> why this adapter cannot be merged, with a fix, or None.
         prepare: removes training-only settings from a `PeftConfig` (modified) before injection.
-            restore: sets values of the injected adapter (modified) that are not saved in its file.
+        restore: sets values of the injected adapter (modified) that are not saved in its file.
         plain_form: conversion to a plain LoRA of the unchanged base, for inference servers.
     """
 
@@ -167,7 +167,7 @@ class Method:
         step: support for the fast training step.
         merging: how adapters are merged.
         plain_loaders: PEFT type -> loader (base, directory, adapter name) of PEFT's own adapters.
-            continued_as: method with which training of its adapters continues, if a different one.
+        continued_as: method with which training of its adapters continues, if a different one.
         why_not_continued: reason if neither adapters nor runs can be trained further.
         changes_shape: whether tensors change their shape during training.
         page: Markdown text for docs/methods.md.

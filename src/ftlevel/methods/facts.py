@@ -21,9 +21,9 @@ class MethodFacts:
         name: name of the row.
         kind: value of `--method`.
         flags: command-line flags that select it.
-            trains: what is trained.
-            merges: how adapters are merged; empty if they cannot be.
-            paper: reference.
+        trains: what is trained.
+        merges: how adapters are merged; empty if they cannot be.
+        paper: reference.
         llama_7b: trainable parameters on Llama-2-7B by default.
         fields: spec fields, by dotted name, that define the variant.
         also: other methods with the same variant.

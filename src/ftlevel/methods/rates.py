@@ -73,7 +73,7 @@ class Rates:
         source: source of `wide`.
         kinds: type of model -> rate measured with its pretrained language head.
         tokens: rate measured with a target per token; None uses `TOKEN_HEAD`.
-            is_heads: whether only heads are trained; a target per token does not change their rate.
+        is_heads: whether only heads are trained; a target per token does not change their rate.
     """
 
     narrow: float

@@ -28,9 +28,9 @@ class LinearUpdate(Method):
     Attributes:
         config_class: name of the PEFT config class.
         passes_fan_in: whether that class has `fan_in_fan_out`.
-            fixed: values of its fields that no spec has.
-            block_size: spec field that must divide the inputs of every layer; empty for none.
-            divides_outputs: whether the block size must divide the outputs, too.
+        fixed: values of its fields that no spec has.
+        block_size: spec field that must divide the inputs of every layer; empty for none.
+        divides_outputs: whether the block size must divide the outputs, too.
         adds_in_place: whether PEFT layers add to the base layer's output in place.
     """
 

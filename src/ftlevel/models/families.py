@@ -1,9 +1,9 @@
 """Table of known model families, in families.json.
 
 Imports neither torch nor transformers, so that `ftlevel list-targets llama` is fast. A test
-compares each entry with transformers' modules. A family with `like` has that family's values of
-all keys but `aliases`, `example` and `note`. `path`, `linears`, `experts`, `norms` and `role` are
-those of its only stack.
+compares each entry with transformers' modules. An entry with `like` copies that family's values of
+all keys but `aliases`, `example` and `note`. In an entry, `path`, `linears`, `experts`, `norms` and
+`role` describe its only stack.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
 class Dims:
     """Sizes of a released model; `kv_heads` 0 means `heads`, `head_dim` 0 `hidden / heads`.
 
-    `layers` counts those of the only stack, or of the encoder.
+    `layers` is the number of layers of the only stack, or of the encoder.
     """
 
     hidden: int
@@ -64,9 +64,9 @@ WIDTHS: dict[str, Callable[[Dims], int]] = {
 
 @dataclass(frozen=True)
 class BlockLinear:
-    """A linear layer of a block; widths are keys of `WIDTHS`, `path` is relative to the block.
+    """A linear layer of a block; `fan_in` and `fan_out` are keys of `WIDTHS`.
 
-    `only` names the variants of the family that have it; empty for all.
+    `path` is relative to the block. `only` is the variant of the family that has it; empty for all.
     """
 
     path: str
@@ -90,8 +90,8 @@ class BlockLinear:
 class Stack:
     """Repeated blocks; `path` has `{i}` for the layer index.
 
-    `experts` are tensors with all experts of a block, for PEFT's `target_parameters`.
-    `role` is the size that counts the blocks; `shared` is one block for all layers.
+    `experts` are tensors with all experts of a block, for PEFT's `target_parameters`. `role` says
+    how many blocks there are: `layers`, `decoder_layers`, or one shared by all layers.
     """
 
     path: str

@@ -35,7 +35,7 @@ _MEMBERSHIP, _CGROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 
 
 def choose_threads() -> Choice:
-    """Set torch's threads to one per usable physical core unless set; return the choice."""
+    """Set torch's threads to one per usable physical core, unless set; returns the choice."""
     if os.environ.get("OMP_NUM_THREADS"):
         return Choice("threads", torch.get_num_threads(), "OMP_NUM_THREADS")
     allowed = allowed_cpus()
@@ -58,7 +58,7 @@ def allowed_cpus() -> list[int]:
 
 
 def count_cores(cpus: list[int], topology: Path = _TOPOLOGY) -> int:
-    """Count the physical cores of the logical `cpus`; all of them if unknown."""
+    """Count the physical cores of the logical CPUs `cpus`; the number of `cpus` if unknown."""
     siblings = set()
     for cpu in cpus:
         try:
@@ -69,7 +69,7 @@ def count_cores(cpus: list[int], topology: Path = _TOPOLOGY) -> int:
 
 
 def read_quota(membership: Path = _MEMBERSHIP, root: Path = _CGROUPS) -> float | None:
-    """Load the CPU quota of this process's control groups, in CPUs, or None."""
+    """Returns the lowest CPU quota of this process's control groups, in CPUs, or None."""
     quotas = [quota for group in control_groups(membership, root) if (quota := _quota(group))]
     return min(quotas, default=None)
 
@@ -79,7 +79,7 @@ def control_groups(
 ) -> Iterator[Path]:
     """Yields the control-group directories from this process's group up to the root.
 
-    In a container the path may be the host's and not exist; the root is then its own group.
+    In a container the path may be the host's and not exist; the container's group is then `root`.
     """
     try:
         lines = membership.read_text().splitlines()
@@ -124,7 +124,7 @@ class MemorySettings:
 
 
 def longest_in_memory(config: Any, settings: MemorySettings, memory: int) -> int | None:
-    """Returns an upper bound of tokens per row for `memory` bytes, or None."""
+    """Returns an upper bound of the tokens per row that fit into `memory` bytes, or None."""
     text = config.get_text_config()
     hidden, layers = getattr(text, "hidden_size", 0), getattr(text, "num_hidden_layers", 0)
     if not (isinstance(hidden, int) and isinstance(layers, int) and hidden and layers):
@@ -140,7 +140,7 @@ def longest_in_memory(config: Any, settings: MemorySettings, memory: int) -> int
 
 
 def device_memory(device: str) -> int:
-    """Returns the total memory in bytes of the GPU, or of what this process may use."""
+    """Returns the total memory in bytes: of the GPU, or the RAM that this process may use."""
     if device == "cuda":
         return int(torch.cuda.get_device_properties(0).total_memory)
     import psutil
@@ -151,7 +151,7 @@ def device_memory(device: str) -> int:
 
 
 def release_freed_memory() -> None:
-    """Returns freed pages of glibc's heap, below malloc's mmap threshold, to the system."""
+    """Give freed pages of glibc's heap (of blocks below malloc's mmap threshold) to the system."""
     if sys.platform.startswith("linux"):
         libc = ctypes.CDLL(None)
         if hasattr(libc, "malloc_trim"):
@@ -280,7 +280,7 @@ def autocast(device: str, dtype: str) -> torch.autocast:
 
 @contextlib.contextmanager
 def evaluating(model: Any, device: str, dtype: str) -> Iterator[None]:
-    """Compute in eval mode, without gradients and in autocast; then restore the training mode."""
+    """Within the context, use eval mode, no gradients, and autocast; restores the training mode."""
     training = model.training
     model.eval()
     try:
@@ -298,7 +298,7 @@ def uses_tf32(enabled: bool | None, device: str, dtype: str) -> bool:
 
 
 def choose_tf32(tf32: bool | None, device: str, dtype: str) -> list[Choice]:
-    """Choose log lines about TF32; raises `ConfigError` if the device does not support it."""
+    """Returns log lines about TF32; raises `ConfigError` if the device does not support it."""
     if uses_tf32(tf32, device, dtype):
         message = "auto: an Ampere GPU or later; --no-tf32 is exact" if tf32 is None else ""
         return [Choice("float32 products", "in TF32 while training", message)]
@@ -314,7 +314,7 @@ def choose_tf32(tf32: bool | None, device: str, dtype: str) -> list[Choice]:
 
 @contextlib.contextmanager
 def using_tf32(enabled: bool) -> Iterator[None]:
-    """Enable TF32 within the block if `enabled`; no effect on a CPU."""
+    """Enable TF32 within the context if `enabled`; no effect on a CPU."""
     before = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = before or enabled
     try:
@@ -331,7 +331,7 @@ def send(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def peak_memory_bytes(device: str) -> int:
-    """Returns peak memory: allocated on the GPU, or resident in this process."""
+    """Returns peak memory in bytes: allocated on the GPU, or resident in this process."""
     if device == "cuda":
         return int(torch.cuda.max_memory_allocated())
     import resource
@@ -345,24 +345,24 @@ def peak_memory_bytes(device: str) -> int:
 
 
 def reserved_memory_bytes() -> int:
-    """Returns the peak GPU memory reserved by torch's allocator."""
+    """Returns the peak GPU memory that torch's allocator reserved, in bytes."""
     return int(torch.cuda.max_memory_reserved())
 
 
 def resident_bytes() -> int:
-    """Returns the resident memory of this process."""
+    """Returns the resident memory of this process in bytes."""
     import psutil
 
     return int(psutil.Process().memory_info().rss)
 
 
 def current_memory_bytes(device: str) -> int:
-    """Returns current memory: reserved on the GPU, or resident in this process."""
+    """Returns current memory in bytes: reserved on the GPU, or resident in this process."""
     return int(torch.cuda.memory_reserved()) if device == "cuda" else resident_bytes()
 
 
 def free_memory_bytes(device: str) -> int:
-    """Returns free memory: of the GPU, or of what this process may use."""
+    """Returns free memory in bytes: of the GPU, or the RAM that this process may use."""
     if device == "cuda":
         return int(torch.cuda.mem_get_info()[0])
     try:

@@ -1,7 +1,7 @@
 """Training of a model and tokenizer passed as Python objects.
 
-A run loads the base from files several times. A model identical to the files of the name is loaded
-from there; any other is saved first. The objects passed in are not changed.
+A run loads the base from files several times. A model identical to the files of its name is loaded
+from these files; any other model is saved first. The objects passed in are not changed.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _OF_NO_WEIGHT = tuple(
 
 @dataclass(frozen=True)
 class PlacedModel:
-    """Files of a model passed as an object; `directory` is None if the name has the same."""
+    """Files of a model passed as an object; `directory` is None if files of `name` are equal."""
 
     name: str
     directory: Path | None
@@ -45,12 +45,12 @@ class PlacedModel:
 
 
 def place_model(model: Any, tokenizer: Any, config: ModelConfig, folder: Path) -> PlacedModel:
-    """Returns the files of `model`, saving it into `folder` if necessary.
+    """Returns files with the weights of `model`, which is saved into `folder` if necessary.
 
     Args:
         model: transformers model; None for the one that `config` names.
         tokenizer: the tokenizer; None uses that of the model's name.
-        config: the model section.
+        config: the section `model` of the configuration.
         folder: an empty directory.
 
     Raises:
@@ -140,7 +140,7 @@ def _find_source(name: str, config: ModelConfig) -> ModelSource | None:
 
 
 def _with_tokenizer(source: ModelSource, tokenizer: Any, folder: Path) -> PlacedModel:
-    """Returns `source`, copied into `folder` with `tokenizer` if that differs from its own."""
+    """Returns `source`, or a copy in `folder` with `tokenizer` if that differs from its own."""
     if tokenizer is None or _facts(tokenizer) == _facts(load_tokenizer(source)):
         return PlacedModel(
             source.name,
@@ -209,7 +209,7 @@ def _config_facts(config: Any) -> dict[str, Any]:
 
 
 def _stored_tensors(model: Any, source: ModelSource) -> Iterator[tuple[str, Tensor]]:
-    """Yields the tensors of the files under the model's names for them."""
+    """Yields (name in `model`, tensor) of the tensors in the files of `source`."""
     state, prefix = model.state_dict(), f"{model.base_model_prefix}."
     for path in sorted(snapshot(source).glob("*.safetensors")):
         with safe_open(str(path), framework="pt") as file:

@@ -1,4 +1,4 @@
-"""Architecture kind, auto class and maximum positions of a config, and legacy rotary settings.
+"""Architecture kind, auto class and maximum positions of a config, and old rotary settings.
 
 transformers 5 writes only `rope_parameters`; programs that read `rope_theta` would silently use
 10,000. transformers 5 accepts files with both.
@@ -17,7 +17,7 @@ ModelKind = Literal["encoder", "decoder", "encoder-decoder"]
 
 
 def model_kind(config: Any) -> ModelKind:
-    """Returns the type of architecture; types with a masked-LM head (BERT) are encoders."""
+    """Returns the kind of architecture; model types with a masked-LM head (BERT) are encoders."""
     if config.is_encoder_decoder:
         return "encoder-decoder"
     if has_masked_lm(config.model_type):
@@ -44,8 +44,8 @@ TASK_CLASSES = (
 def checkpoint_class(config: Any) -> str:
     """Returns the auto class with which a checkpoint was saved, from its `architectures`.
 
-    Without `architectures`, as for .gguf files, decoders and encoder-decoders are language models;
-    anything unknown is `AutoModel`.
+    Without `architectures`, as in .gguf files, decoders and encoder-decoders get a language-model
+    class, and other models `AutoModel`.
     """
     if not config.architectures:
         usual = {"decoder": "AutoModelForCausalLM", "encoder-decoder": "AutoModelForSeq2SeqLM"}
@@ -107,7 +107,7 @@ def write_former_rope(directory: Path) -> None:
 
 
 def former_rope(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the RoPE keys of transformers 4 for a config with `rope_parameters`."""
+    """Returns the RoPE keys of transformers 4 for a config; empty without `rope_parameters`."""
     rope, kind = config.get("rope_parameters") or {}, config.get("model_type", "")
     if kind in _BY_LAYER:
         layers = [rope[name] for name in ("full_attention", "sliding_attention")]
@@ -124,7 +124,7 @@ def former_rope(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _scaling(rope: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns `rope_scaling` for scaled rotary embeddings."""
+    """Returns the key `rope_scaling` for scaled rotary embeddings; empty for unscaled ones."""
     if rope["rope_type"] == "default":
         return {}
     excluded = ("rope_theta", "partial_rotary_factor")

@@ -1,7 +1,7 @@
 """Load config, tokenizer, meta model and weights of a model source, and check the loaded weights.
 
 Shapes, missing and unexpected keys, dtypes and finite values are checked. Raises errors where
-transformers only warns or trains with a wrong model. Decides nothing.
+transformers only warns or trains with a wrong model.
 """
 
 from __future__ import annotations
@@ -50,10 +50,10 @@ Mismatch = tuple[str, tuple[int, ...], tuple[int, ...]]
 
 
 def check_shapes(model: Any, mismatched: Iterable[Mismatch], label: str) -> list[str]:
-    """Returns head parameters with another shape in the checkpoint, which are newly initialized.
+    """Returns the head parameters in `mismatched`, which are newly initialized.
 
     Raises:
-        InputError: a weight outside the heads has another shape.
+        InputError: a weight outside the heads has a different shape in the checkpoint.
     """
     heads = tuple(f"{head}." for head in find_heads(model))
     rows = sorted(mismatched)
@@ -73,7 +73,7 @@ def _by(shape: Iterable[int]) -> str:
 
 
 def check_unexpected(model: nn.Module, unread: Iterable[str], label: str) -> None:
-    """Raise `InputError` if config.json omits layers or biases of the unexpected keys `unread`."""
+    """Raise `InputError` if `unread` keys belong to layers or biases missing in config.json."""
     lengths = {
         name: len(module)
         for name, module in model.named_modules()
@@ -101,7 +101,7 @@ def check_unexpected(model: nn.Module, unread: Iterable[str], label: str) -> Non
 
 
 def _find(values: Mapping[str, Any], name: str) -> Any:
-    """Find the value for `name`, with or without a model prefix."""
+    """Returns the value whose key equals `name`, with or without a model prefix, or None."""
     if name in values:
         return values[name]
     if not name:
@@ -166,7 +166,7 @@ def _floats(tensor: Any) -> Iterator[Tensor]:
 
 
 def check_missing(missing: list[str], allowed: list[str], label: str) -> None:
-    """Raise `InputError` if weights outside the modules `allowed` are missing."""
+    """Raise `InputError` if any of the `missing` weights is outside the modules `allowed`."""
     forbidden = [key for key in missing if not any(_inside(key, module) for module in allowed)]
     if forbidden:
         raise InputError(
@@ -186,7 +186,7 @@ _UNREADABLE = (OSError, json.JSONDecodeError, struct.error, SafetensorError)
 
 @contextlib.contextmanager
 def _naming_damage(source: ModelSource) -> Iterator[None]:
-    """Convert exceptions for corrupted files in the block to `InputError` with the model's name."""
+    """Within the context, convert exceptions for corrupted files to `InputError`."""
     try:
         with reading(source.label):
             yield
@@ -199,7 +199,7 @@ def _naming_damage(source: ModelSource) -> Iterator[None]:
 
 @contextlib.contextmanager
 def silence_loggers() -> Iterator[None]:
-    """Suppress warnings and progress bars of libraries within the block."""
+    """Suppress warnings and progress bars of libraries within the context."""
     level = transformers.logging.get_verbosity()
     bars = transformers.utils.logging.is_progress_bar_enabled()
     noisy = [
@@ -268,7 +268,7 @@ def _why_not(error: Exception) -> str:
 
 
 def label_overrides(names: Sequence[str]) -> dict[str, Any]:
-    """Returns overrides of `load_config` for the class or tag names."""
+    """Returns the `overrides` of `load_config` for class or tag `names`."""
     return {
         "num_labels": len(names),
         "id2label": dict(enumerate(names)),
@@ -334,7 +334,7 @@ def load_model(
     Weights that `slices` can read later are neither read nor checked.
 
     Returns:
-        The model, and the randomly initialized parameters that the checkpoint has no;
+        The model, and the randomly initialized parameters that are not in the checkpoint;
         `check_missing` checks which are allowed.
 
     Raises:
@@ -387,7 +387,7 @@ def load_model(
 def _read(
     source: ModelSource, auto_class: str, slices: UnreadWeights | None, **arguments: Any
 ) -> tuple[Any, dict[str, Any]]:
-    """Load the result of `from_pretrained` with `output_loading_info`."""
+    """Returns model and loading info, as `from_pretrained` does with `output_loading_info`."""
     arguments["output_loading_info"] = True
     arguments["ignore_mismatched_sizes"] = True  # checked by check_shapes
     with _naming_damage(source), silence_loggers(), quick_headers():
@@ -409,7 +409,7 @@ def _read(
 def _load_gguf_quantized(
     source: ModelSource, config: Any, auto_class: str, *, dtype: torch.dtype, **settings: Any
 ) -> tuple[Any, list[str]]:
-    """Load a .gguf file in `dtype`, save it, and reload it quantized."""
+    """Load a .gguf file in `dtype`, save it, and load the saved model with quantization."""
     with Workspace("gguf") as folder:
         model, missing = load_model(source, config, auto_class, dtype=dtype, device="cpu")
         model.save_pretrained(folder, max_shard_size="2GB")
@@ -421,8 +421,8 @@ def _load_gguf_quantized(
 def keep_heads(quantization: Any, config: Any, auto_class: str) -> Any:
     """Returns a copy of `quantization` that excludes all heads and unpackable linear layers.
 
-    By default transformers excludes only a tied output; with a list it excludes only that, and
-    BERT's `cls.predictions.decoder` would no longer be tied.
+    By default transformers excludes a tied output layer. With a list of exclusions it quantizes
+    that, too, and BERT's `cls.predictions.decoder` would no longer be tied.
     """
     copied = copy.copy(quantization)
     meta = build_task_model(config, auto_class)
@@ -434,7 +434,7 @@ def keep_heads(quantization: Any, config: Any, auto_class: str) -> Any:
 def _keep_new_heads(
     stored: dict[str, Any], source: ModelSource, config: Any, auto_class: str, dtype: torch.dtype
 ) -> Any:
-    """Returns the config of a bitsandbytes checkpoint with unquantized heads."""
+    """Returns the config that excludes heads which a bitsandbytes checkpoint has unquantized."""
     if as_quant_config(stored) is None:
         return config
     quantized = [name for name in _stored_dtypes(source) if name.endswith((".absmax", ".SCB"))]
@@ -453,7 +453,7 @@ def _keep_new_heads(
 
 
 def rename_prefix(config: Any, auto_class: str) -> dict[str, str]:
-    """Returns the `key_mapping` that fits a checkpoint to the class of a task; may be empty.
+    """Returns the `key_mapping` from checkpoint names to those of `auto_class`; may be empty.
 
     In transformers 5.24 the question-answering classes of Llama and Qwen name their base
     `transformer`, while checkpoints use `model`.
@@ -472,7 +472,7 @@ def _prefix(entry: Any) -> str:
 
 
 def find_new_poolers(meta: torch.nn.Module, source: ModelSource) -> list[str]:
-    """Find poolers that the checkpoint has no, which are trained like heads; may be empty."""
+    """Find poolers that are not in the checkpoint and are trained like heads; may be empty."""
     stored_names = _stored_dtypes(source)
     if not stored_names:
         return []

@@ -51,8 +51,9 @@ _INDEX_LETTERS = "ijklmn"
 class LinearModule:
     """A linear layer; `pattern` has letters for layer indices, `model.layers.{i}.mlp.up_proj`.
 
-    `location` is `other` outside blocks and heads (BERT's pooler), `kernel` if read past its
-    module, so it cannot be adapted, and `aside` if not used in every forward pass.
+    `location` is `other` outside blocks and heads (BERT's pooler). It is `kernel` if the model
+    reads the weight without calling the module, so that no adapter is possible, and `aside` if not
+    used in every forward pass.
     """
 
     name: str
@@ -148,7 +149,7 @@ class ModuleTree:
         return name
 
     def pattern(self, name: str) -> str:
-        """Returns `name` with letters for the indices of layers and of equal modules."""
+        """Returns `name` with `{i}`, `{j}`, … for the indices of layers and of equal modules."""
         parts, letters = name.split("."), iter(_INDEX_LETTERS)
         for position, part in enumerate(parts):
             holder = ".".join(name.split(".")[:position])
@@ -238,7 +239,7 @@ def find_blocks(model: nn.Module) -> list[nn.Module]:
 
 
 def find_unpackable(model: nn.Module) -> list[str]:
-    """Find linear layers not to quantize: their weights are accessed past the module."""
+    """Find linear layers not to quantize: the model accesses their weights without calling them."""
     kind = str(getattr(model.config, "model_type", ""))
     ends = (*_READ_BY_KERNELS.get(kind, ()), *_WRITTEN_TO.get(kind, ()))
     return (
@@ -261,7 +262,7 @@ def find_heads(model: nn.Module) -> list[str]:
 
 
 def find_new_language_head(model: nn.Module) -> tuple[list[str], list[str]]:
-    """Find the modules to train of a masked-LM head that the checkpoint has no, and the heads.
+    """Find the modules of a masked-LM head that are not in the checkpoint, and all heads.
 
     If `architectures` names no masked LM, all but the tied output embedding is new, such as BERT's
     transform. Both lists are empty for a pretrained head.

@@ -43,15 +43,15 @@ def build_quantization_config(quant: QuantConfig, dtype: torch.dtype, heads: lis
 
 
 def packs_experts(quantization: Any) -> bool:
-    """Returns whether a quantization config also packs experts."""
+    """Returns whether a quantization config also packs experts in 4-bit."""
     return type(quantization).__name__ == "ExpertsConfig"  # by name, without importing its module
 
 
 @dataclass(frozen=True)
 class QuantizationRounding:
-    """Quantization followed by dequantization of the tensors `names`.
+    """Quantizes and dequantizes the tensors `names`, so that they are rounded as in training.
 
-    `transposed` ones are stored as `(in, out)`, as in Conv1D. `dtype` is the dtype before
+    Tensors in `transposed` are stored as `(in, out)`, as in Conv1D. `dtype` is the dtype before
     quantization.
     """
 
@@ -61,7 +61,7 @@ class QuantizationRounding:
     dtype: torch.dtype
 
     def __call__(self, name: str, weight: Tensor) -> Tensor:
-        """Returns `weight` after quantization and dequantization."""
+        """Returns `weight` in `dtype`, quantized and dequantized if `name` is in `names`."""
         if not weight.is_floating_point():
             return weight
         weight = weight.to(self.dtype)
@@ -159,7 +159,7 @@ def quantization_name(stored: dict[str, Any]) -> str:
 
 
 def as_quant_config(stored: dict[str, Any]) -> QuantConfig | None:
-    """Returns the equivalent config section of a bitsandbytes checkpoint; None for others."""
+    """Returns the equivalent `--quant` settings of a bitsandbytes checkpoint; None for others."""
     if stored.get("load_in_8bit"):
         return QuantConfig(kind="8bit")
     if stored.get("load_in_4bit"):
@@ -172,7 +172,7 @@ def as_quant_config(stored: dict[str, Any]) -> QuantConfig | None:
 
 
 def quantization_facts(stored: dict[str, Any]) -> dict[str, Any]:
-    """Returns the model card entry of a stored quantization: `kind`, and 4-bit settings."""
+    """Returns a stored quantization as a model-card entry: `kind`, and settings for 4-bit."""
     quant = as_quant_config(stored)
     if quant is None:
         return {"kind": quantization_name(stored)}
@@ -180,7 +180,7 @@ def quantization_facts(stored: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_quantization(facts: Mapping[str, Any]) -> QuantConfig:
-    """Load the quantization to apply while loading; other libraries' kinds are stored instead."""
+    """Returns a model card's quantization as settings; `none` if the checkpoint itself has it."""
     return QuantConfig.model_validate(facts) if _is_applied(facts) else QuantConfig()
 
 
@@ -194,7 +194,7 @@ def _is_applied(facts: Mapping[str, Any]) -> bool:
 
 
 def check_loadable(stored: dict[str, Any], label: str, device: str) -> None:
-    """Raise `InputError` if transformers cannot load this quantized checkpoint here."""
+    """Raise `InputError` if a quantized checkpoint cannot be loaded on this machine."""
     method = quantization_name(stored)
     try:
         target = f"cuda:{torch.cuda.current_device()}" if device == "cuda" else device
@@ -219,7 +219,7 @@ def match_quantization(
 ) -> QuantConfig:
     """Returns the quantization of the base: the requested one, or that of the checkpoint.
 
-    `stored` is None for a plain model; `label` names the model in errors.
+    `stored` is None for an unquantized model; `label` names the model in errors.
 
     Raises:
         InputError: the checkpoint is quantized differently, or cannot be loaded here.

@@ -32,8 +32,8 @@ _BUILTIN = Path(__file__).with_name("builtin")
 class ModelSource:
     """An existing model and the arguments to load it with transformers.
 
-    `location` is a directory or Hub id; `gguf_file` a file inside it. `said` is the name in errors;
-    empty for `--model NAME`.
+    `location` is a directory or Hub id; `gguf_file` a file inside it. `said` is the model's name in
+    errors; if empty, this is `--model NAME`.
     """
 
     name: str
@@ -71,9 +71,9 @@ class ModelSource:
 
 
 def find_files(source: ModelSource, patterns: Sequence[str]) -> Path | None:
-    """Find a directory with the small files of `source` that match `patterns`.
+    """Returns a directory with the files of `source` that match `patterns`, or None.
 
-    Those of a Hub model are downloaded, or taken from the cache offline; None if there are none.
+    Those of a Hub model are downloaded, or offline taken from the cache.
     """
     if source.kind != "hub":
         return source.path if source.path is not None and source.path.is_dir() else None
@@ -103,7 +103,7 @@ def resolve_source(
 ) -> ModelSource:
     """Returns the model source for `name`: Hub id, directory, .gguf file or builtin:NAME.
 
-    `said` replaces `--model NAME` in errors. With `needs_weights=False`, a config is enough.
+    `said` replaces `--model NAME` in errors. With `needs_weights=False`, config.json is enough.
 
     Raises:
         InputError: no such model can be reached; the message lists alternatives.
@@ -188,7 +188,7 @@ def _check_directory(path: Path, label: str, needs_weights: bool) -> None:
 
 
 def _check_looks_like_hub_id(name: str, path: Path, label: str) -> None:
-    """Raise if `name` can only be a path, which does not exist."""
+    """Raise `InputError` if the missing path `name` cannot be a Hub id."""
     is_run = path.parts[:1] == ("runs",)  # output directory of runs, not an organization
     if _HUB_ID.fullmatch(name) and not name.startswith((".", "/", "~")) and not is_run:
         return
@@ -202,7 +202,7 @@ def _check_looks_like_hub_id(name: str, path: Path, label: str) -> None:
 
 
 def _check_reachable(name: str, revision: str | None, label: str) -> bool:
-    """Returns whether to stay offline for the Hub id `name`; raises if it is not available."""
+    """Returns whether to load the Hub id `name` from the cache only; raises if unavailable."""
     from huggingface_hub import constants, try_to_load_from_cache
 
     cached = isinstance(
@@ -225,7 +225,7 @@ def _check_reachable(name: str, revision: str | None, label: str) -> bool:
 
 
 def is_reachable(endpoint: str) -> bool:
-    """Returns whether the host accepts a connection within seconds; True behind a proxy."""
+    """Returns whether the host of a URL accepts a connection in time; True behind a proxy."""
     if any(os.environ.get(key) for key in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY")):
         return True
     address = urlparse(endpoint)
@@ -238,7 +238,7 @@ def is_reachable(endpoint: str) -> bool:
 
 
 def snapshot(source: ModelSource, extra: Iterable[str] = ()) -> Path:
-    """Returns the directory of `source`, downloading config, weights and `extra` if needed."""
+    """Returns the directory of `source`; config, weights and `extra` are downloaded if needed."""
     if source.kind != "hub":
         return Path(source.location)
     from huggingface_hub import snapshot_download

@@ -77,7 +77,7 @@ class ModuleKind:
 
 @dataclass(frozen=True)
 class ModelTargets:
-    """Adaptable modules of one model; `linears` has those in blocks first."""
+    """Modules of one model that can be adapted; `linears` has those in blocks first."""
 
     model_type: str
     class_name: str
@@ -96,8 +96,8 @@ class ModelTargets:
 def build_meta_model(config: Any) -> nn.Module:
     """Build the model of a config on the meta device.
 
-    Uses the checkpoint's own class if available, else the language model of its kind, else the
-    base.
+    Uses the first known class in `architectures`, else a language model of the model type, else
+    the base model.
     """
     import transformers
 
@@ -262,7 +262,7 @@ class _Picker:
         return sorted(picked)
 
     def _adaptable(self, matches: Sequence[str]) -> list[str]:
-        """Returns the linear layers in blocks among the modules; if none, the other layers."""
+        """Returns the linear layers in blocks among `matches`; if none, the other linear layers."""
         linears = [self.linears[full] for full in matches if full in self.linears]
         inside = [part.name for part in linears if part.location == "block"]
         return inside or [

@@ -62,7 +62,7 @@ _AT_LEAST_ONE = tuple(
 
 
 def check_directory(path: Path, label: str) -> None:
-    """Raise `InputError` for irregular files, outside references or absurd sizes in a directory."""
+    """Raise `InputError` for special files, outside references or absurd sizes in a directory."""
     check_regular(path.iterdir(), label)
     for index in path.glob(_INDEX):
         _check_index(index, label)
@@ -72,7 +72,7 @@ def check_directory(path: Path, label: str) -> None:
 
 
 def check_config(config: Mapping[str, Any], label: str) -> None:
-    """Raise `InputError` for absurd sizes or remote kernels in a config, before it is built."""
+    """Raise `InputError` for absurd sizes or Hub kernels in a config, before it is built."""
     check_sizes(config, label)
     _check_kernels(config, label)
     names = config.get("architectures") or []
@@ -84,7 +84,7 @@ def check_config(config: Mapping[str, Any], label: str) -> None:
 
 
 def _check_kernels(config: Mapping[str, Any], label: str) -> None:
-    """Raise if the config or a part of it names a Hub kernel."""
+    """Raise if the config or a nested config names a Hub kernel."""
     for name, value in config.items():
         if name in _IMPLEMENTATIONS:
             for kernel in value.values() if isinstance(value, Mapping) else [value]:
@@ -154,13 +154,13 @@ _SIZES = Path("/proc/self/statm")  # in pages; the sixth field is data and stack
 
 @functools.lru_cache(maxsize=1)
 def _sizes_of(_process: int) -> io.FileIO | None:
-    """Returns the open file of this process's memory sizes; it is read for each row."""
+    """Returns the open /proc file of this process's memory sizes, or None; cached per process."""
     return io.FileIO(_SIZES) if _SIZES.exists() else None
 
 
 @contextmanager
 def limit_memory(size: int) -> Iterator[None]:
-    """Limit additional memory in the block to `size` bytes, beyond which it raises `MemoryError`.
+    """Limit additional memory to `size` bytes within the context; more raises `MemoryError`.
 
     Linux only; no effect elsewhere.
     """
@@ -182,7 +182,7 @@ def limit_memory(size: int) -> Iterator[None]:
 
 @contextmanager
 def limit_time(seconds: float) -> Iterator[None]:
-    """Raise `TimeoutError` in the block after `seconds`; main thread and POSIX only."""
+    """Raise `TimeoutError` within the context after `seconds`; main thread and POSIX only."""
     if not hasattr(signal, "setitimer") or (
         threading.current_thread() is not threading.main_thread()
     ):
@@ -227,7 +227,7 @@ def check_patterns(directory: Path, settings: Mapping[str, Any], base: Any) -> N
 
 
 def _patterns(settings: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
-    """Yields the field, the expression as written, and as PEFT 0.21 uses it."""
+    """Yields (field, regular expression as written, expression that PEFT 0.21 makes of it)."""
     for field in _WHOLE:
         if isinstance(text := settings.get(field), str):
             yield field, text, text

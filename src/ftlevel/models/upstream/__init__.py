@@ -1,8 +1,8 @@
 """Internals of other libraries that ftlevel uses, and the source files where they are defined.
 
 Private names of transformers, torch, accelerate, bitsandbytes, datasets and torchao are used only
-in this package; the PEFT are in `methods/upstream.py`. Each has an entry in `FACTS` and a test in
-tests/unit/models/test_upstream.py. This module imports none of the libraries.
+in this package; those of PEFT are in `methods/upstream.py`. Each has an entry in `FACTS` and a test
+in tests/unit/models/test_upstream.py. This module imports none of the libraries.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ tied_names = attrgetter("all_tied_weights_keys")
 
 
 def model_classes(auto_class: str) -> Mapping[type, Any]:
-    """Returns config class -> model class of `auto_class`; Funnel has a tuple."""
+    """Returns the mapping of `auto_class` from config class to model class (for Funnel a tuple)."""
     import transformers
 
     return getattr(transformers, auto_class)._model_mapping
@@ -35,7 +35,7 @@ def has_masked_lm(model_type: str) -> bool:
 
 
 def modules_in_float32(model: Any, dtype: torch.dtype) -> frozenset[str]:
-    """Returns name parts of the modules that stay in float32 when `model` is loaded in `dtype`."""
+    """Returns the name parts of modules that stay in float32 if `model` is loaded in `dtype`."""
     if dtype == torch.float32:
         return frozenset()
     names = set(model._keep_in_fp32_modules_strict or ())
@@ -60,7 +60,7 @@ def eager_attention_of(module: Any) -> Any:
 
 
 def forget_renaming(model: Any, mapping: Mapping[str, str]) -> None:
-    """Make `save_pretrained` write the class's own names instead of `key_mapping`'s (modified)."""
+    """Make `save_pretrained` of `model` (modified) ignore `key_mapping` and use its own names."""
     model._weight_conversions = [
         conversion
         for conversion in model._weight_conversions
@@ -69,7 +69,7 @@ def forget_renaming(model: Any, mapping: Mapping[str, str]) -> None:
 
 
 def forget_gguf(model: Any) -> None:
-    """Remove .gguf quantization marks (modified), with which `save_pretrained` refuses to run."""
+    """Remove .gguf attributes from `model` (modified), with which `save_pretrained` fails."""
     for holder, names in (
         (model, ("hf_quantizer", "quantization_method", "is_quantized")),
         (model.config, ("quantization_config",)),
@@ -96,7 +96,7 @@ _KIND = ("has_gate", "has_bias", "is_transposed", "has_post_expert_norm")
 
 
 def can_pack(module: Any) -> bool:
-    """Returns whether 4-bit packing supports the experts: gated, no biases, whole blocks."""
+    """Returns whether 4-bit packing supports an experts module: gated, no biases, whole blocks."""
     parameters: dict[str, Any] = getattr(module, "_parameters", {})
     experts = [parameters[name] for name in NAMES if parameters.get(name) is not None]
     if [tensor.dim() for tensor in experts] != [3, 3]:

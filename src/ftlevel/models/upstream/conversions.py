@@ -29,7 +29,7 @@ in_reading_order = partial(sorted, key=dot_natural_key)
 
 
 class Naming:
-    """Mapping of checkpoint names to those of a meta model, as in `from_pretrained`."""
+    """Mapping of tensor names in a checkpoint to those of a meta model, as in `from_pretrained`."""
 
     def __init__(self, model: Any, key_mapping: Mapping[str, str] | None = None) -> None:
         self._model, self._mapping = model, dict(key_mapping or {})
@@ -40,14 +40,14 @@ class Naming:
         self.names = model.state_dict()
 
     def __call__(self, key: str) -> tuple[str, str | None]:
-        """Returns the model's name for `key`, and its converter pattern, if any."""
+        """Returns the model's name for the checkpoint `key`, and its converter pattern or None."""
         name, pattern = rename_source_key(
             key, self._renamings, self._converters, self._model.base_model_prefix, self.names
         )
         return (key, None) if name not in self.names and key in self.names else (name, pattern)
 
     def tell_model(self) -> None:
-        """Store the conversions that were used in the model, as loading does (modified)."""
+        """Store the used conversions in the model (modified), as `from_pretrained` does."""
         self._model._weight_conversions = [
             conversion
             for conversion in self._conversions
@@ -58,7 +58,7 @@ class Naming:
 def convert(
     converter: Any, name: str, parts: Iterable[tuple[str, str, Tensor]], model: Any
 ) -> Tensor:
-    """Returns the model tensor `name` from (name, pattern, tensor) parts in reading order."""
+    """Returns the model's tensor `name`, converted from (key, pattern, tensor) `parts` in order."""
     converter = copy.deepcopy(converter)
     for key, pattern, tensor in parts:
         converter.add_tensor(name, key, pattern, tensor)
@@ -67,12 +67,12 @@ def convert(
 
 
 def forget_conversions(model: Any) -> None:
-    """Make `save_pretrained` use the model's own names (modified)."""
+    """Make `save_pretrained` of `model` (modified) write the model's own names."""
     model._weight_conversions = []
 
 
 def revert(model: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Returns the tensors that `save_pretrained` writes for the model's `tensors`."""
+    """Returns `tensors` of the model as `save_pretrained` writes them: in the checkpoint's form."""
     if not model._weight_conversions:
         return tensors
     return revert_weight_conversion(model, tensors)
@@ -82,7 +82,7 @@ _STRING, _ARRAY = gguf.GGUFValueType.STRING, gguf.GGUFValueType.ARRAY
 
 
 class PlainReader(gguf.GGUFReader):
-    """GGUF reader that slices a plain array; slicing a memory map is ten times slower."""
+    """GGUF reader that slices a plain NumPy array; slicing a memory map is ten times slower."""
 
     @property
     def data(self) -> Any:
@@ -120,7 +120,7 @@ _load_checkpoint = upstream.load_gguf_checkpoint
 
 @functools.lru_cache(maxsize=4)
 def _load_gguf_config(path: str, modified_ns: int, size: int) -> dict[str, Any]:  # noqa: ARG001
-    """Load the config of a .gguf header; the cache key has modification time and size."""
+    """Load the config from a .gguf header; cached by path, modification time and size."""
     return _load_checkpoint(path, return_tensors=False)["config"]
 
 
@@ -135,7 +135,7 @@ def _load_gguf_checkpoint(path: str, return_tensors: bool = False, **settings: A
 
 @contextlib.contextmanager
 def quick_headers() -> Iterator[None]:
-    """Make transformers read .gguf files with `PlainReader` within the block or function.
+    """Make transformers read .gguf files with `PlainReader` within the context.
 
     A vocabulary of 49,000 takes 0.2 s instead of 3.3 s; config and tokenizer share one parse.
     """

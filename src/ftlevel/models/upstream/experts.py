@@ -33,7 +33,7 @@ Count = Callable[[Tensor, int], list[int]]
 
 
 def count_rows(experts: Tensor, number: int) -> list[int]:
-    """Count rows per expert; synchronizes with the device."""
+    """Returns the number of rows per expert; synchronizes with the device."""
     return torch.bincount(experts, minlength=number).tolist()
 
 
@@ -77,7 +77,7 @@ def forward(
 
 
 def _multiply(module: Any, name: str, rows: Tensor, counts: list[int]) -> Tensor:
-    """Returns the product of `rows`, sorted by expert, with each expert's tensor `name`."""
+    """Returns the product of `rows`, sorted by expert, with the weight `name` of their expert."""
     if not hasattr(module, "parametrizations"):  # unpacked tensors without values
         weights = getattr(module, name)
         products = [
@@ -97,7 +97,7 @@ def _multiply(module: Any, name: str, rows: Tensor, counts: list[int]) -> Tensor
 
 
 def _one_by_one(module: Any, name: str) -> Iterator[tuple[Tensor, Any]]:
-    """Yields the packed weight `(out · in / 2, 1)` and the state of each expert."""
+    """Yields each expert's packed weight `(out · in / 2, 1)` and `QuantState`."""
     state = state_of(module, name)
     number, *shape = state.shape
     scales = state.absmax
@@ -110,7 +110,7 @@ def _one_by_one(module: Any, name: str) -> Iterator[tuple[Tensor, Any]]:
 
 
 def use_even_shares(config: Any) -> None:
-    """Assume equal rows per expert for a model without values (`config` is modified)."""
+    """Make a model without values assume equal rows per expert (`config` is modified)."""
     config._experts_implementation = _EVEN
 
 
@@ -123,7 +123,7 @@ METHOD = "bitsandbytes_with_experts"
 
 @register_quantization_config(METHOD)
 class ExpertsConfig(BitsAndBytesConfig):
-    """Config of 4-bit linear layers and experts."""
+    """Config of a 4-bit quantization of linear layers and experts."""
 
     def __init__(self, **settings: Any) -> None:
         """Accept the settings of `BitsAndBytesConfig`."""
@@ -133,7 +133,7 @@ class ExpertsConfig(BitsAndBytesConfig):
 
 @register_quantizer(METHOD)
 class ExpertsQuantizer(Bnb4BitHfQuantizer):
-    """4-bit quantizer that also packs experts; `states` has the `QuantState` of each."""
+    """4-bit quantizer that also packs experts; `states` has the `QuantState` of each by name."""
 
     def __init__(self, quantization_config: Any, **settings: Any) -> None:
         """Accept the config and transformers' other settings."""
@@ -141,7 +141,7 @@ class ExpertsQuantizer(Bnb4BitHfQuantizer):
         self.states: dict[str, Any] = {}
 
     def param_needs_quantization(self, model: Any, param_name: str, **settings: Any) -> bool:
-        """Returns whether the tensor belongs to a quantized linear layer or to packable experts."""
+        """Returns whether the tensor is of a linear layer to quantize or of packable experts."""
         owner, _, name = param_name.rpartition(".")
         if name in NAMES:
             module = model.get_submodule(owner)

@@ -42,7 +42,7 @@ class FakeTensor(Tensor):
 
     @staticmethod
     def __new__(cls, shape_only: Tensor) -> FakeTensor:
-        """Returns the fake of a meta tensor."""
+        """Returns the fake tensor for a meta tensor."""
         fake_tensor: FakeTensor = Tensor._make_wrapper_subclass(
             cls,
             shape_only.size(),
@@ -62,7 +62,7 @@ class FakeTensor(Tensor):
     def __torch_dispatch__(  # type: ignore[override]  # torch declares what it is without one
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        """Compute the result shapes of `func`, or reuse those of an equivalent operation."""
+        """Returns fake results of `func`; shapes are computed on meta tensors, or cached."""
         if func in _OF_SPARSE and (result := _OF_SPARSE[func](*args)) is not None:
             return result
         settings = {k: "meta" if k == "device" else v for k, v in (kwargs or {}).items()}
@@ -144,7 +144,7 @@ _CHANGES_SHAPE = {torch.ops.aten.resize_.default, torch.ops.aten.set_.source_Ten
 
 
 def _signature(value: Any, tensors: list[Tensor]) -> Any:
-    """Returns the cache key of an argument, and append the tensors to `tensors`."""
+    """Returns the cache key of an argument; its tensors are appended to `tensors`."""
     if isinstance(value, Tensor):
         tensors.append(value)
         position = next(at for at, one in enumerate(tensors) if one is value)
@@ -170,7 +170,7 @@ def _find(value: Tensor, among: Sequence[Tensor]) -> int | None:
 
 
 def _find_builder(result: Tensor, inner: Sequence[Tensor]) -> _Builder | None:
-    """Find a function that rebuilds `result` from `inner` (meta tensors), or None."""
+    """Returns a function that rebuilds `result` from equal inputs to `inner` (meta), or None."""
     at = _find(result, inner)
     if at is not None:  # modified in place
         return lambda given: given[at]
@@ -199,7 +199,7 @@ def storage_of(tensor: Tensor) -> Any:
 
 
 class Params4bit(FakeTensor):
-    """Fake packed weights; PEFT checks for this class name."""
+    """Fake packed weights, with the class name of bitsandbytes', which PEFT checks."""
 
 
 class OperationWatch(TorchDispatchMode, ABC):  # type: ignore[no-untyped-call]  # torch's
@@ -213,10 +213,10 @@ class OperationWatch(TorchDispatchMode, ABC):  # type: ignore[no-untyped-call]  
 
     @abstractmethod
     def on_result(self, tensor: Tensor) -> None:
-        """Handle a result: a new tensor, a view, or a modified tensor."""
+        """Called for each result: a new tensor, a view, or a modified tensor."""
 
     def on_cast(self, tensor: Tensor, result: Tensor) -> None:
-        """Handle `result`, a cast of `tensor`, before `on_result`."""
+        """Called before `on_result` if `result` is a cast of `tensor`."""
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -237,7 +237,7 @@ class OperationWatch(TorchDispatchMode, ABC):  # type: ignore[no-untyped-call]  
 
 
 def _as_positions(indices: Any) -> Iterator[Tensor | None]:
-    """Yields indices, with boolean masks, which have values, converted to positions."""
+    """Yields indices, with boolean masks converted to positions; masks have values."""
     for index in indices:
         if index is not None and index.dtype == torch.bool:
             yield from index.nonzero(as_tuple=True)
@@ -319,7 +319,7 @@ def _fake_state(shape: tuple[int, ...], kind: str, double: bool, dtype: torch.dt
 
 
 def _fake_codes(state: Any) -> Any:
-    """Returns fake codes, two per byte, as a parameter."""
+    """Returns a fake parameter for 4-bit codes, two per byte."""
     shape = (-(-math.prod(state.shape) // 2), 1)
     weight: Any = Params4bit(torch.empty(shape, dtype=torch.uint8, device="meta"))
     weight.quant_state, weight._is_param = state, True

@@ -21,7 +21,7 @@ _BYTES = 1 << 30
 def apply_template(
     turns: Sequence[Any], template: str, **settings: Any
 ) -> tuple[str, list[tuple[int, int]]]:
-    """Returns the rendered chat, and assistant spans with `return_assistant_tokens_mask`.
+    """Returns the rendered chat, and spans of assistant text if `return_assistant_tokens_mask`.
 
     Raises:
         jinja2.TemplateError, ValueError, TypeError: the template rejects the turns.
@@ -51,7 +51,7 @@ def shared_order() -> Any:
 
 @contextmanager
 def datasets_offline(enabled: bool) -> Iterator[None]:
-    """Set `datasets` offline within the block if `enabled`, to avoid long retries."""
+    """Set `datasets` offline within the context if `enabled`, to avoid long retries."""
     from datasets import config
 
     before = config.HF_HUB_OFFLINE

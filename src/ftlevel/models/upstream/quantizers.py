@@ -1,8 +1,8 @@
 """Internals of the bitsandbytes and torchao quantization of linear layers.
 
-bitsandbytes takes a second to import, so it is imported only if used. `PackedWeight` quantizes only
-the rows of its process: parts aligned to blocks of 64 have the same codes as in the whole weight.
-The scales of all blocks are gathered once.
+bitsandbytes takes a second to import, so it is imported only if used. In `PackedWeight` each
+process quantizes only its rows: parts aligned to blocks of 64 have the same codes as in the whole
+weight. The scales of all blocks are gathered once.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ftlevel.models.upstream.shards import StoredWeight, Unread, rows_of
 
 
 def check_environment(stored: Mapping[str, Any], device: str) -> None:
-    """Raise transformers' error if weights quantized as `stored` cannot be loaded at `device`."""
+    """Raise transformers' error if weights quantized as `stored` cannot be loaded on `device`."""
     from transformers.quantizers.auto import AutoHfQuantizer
 
     quantizer = AutoHfQuantizer.from_config(dict(stored), pre_quantized=True)
@@ -30,7 +30,7 @@ def check_environment(stored: Mapping[str, Any], device: str) -> None:
 
 
 def prepare_quantized(model: Any, quantization: Any, *, pre_quantized: bool) -> Any:
-    """Replace linear layers of `model` as transformers does (modified); return the quantizer."""
+    """Replace layers of `model` (modified) as transformers does; returns the quantizer."""
     from transformers.quantizers.auto import AutoHfQuantizer
 
     quantizer = AutoHfQuantizer.from_config(quantization, pre_quantized=pre_quantized)
@@ -39,7 +39,7 @@ def prepare_quantized(model: Any, quantization: Any, *, pre_quantized: bool) -> 
 
 
 def replaced_linears(model: Any, quantization: Any, *, pre_quantized: bool) -> dict[str, bool]:
-    """Returns the layers of `model` (modified) that bitsandbytes replaces -> whether a Conv1D."""
+    """Replace layers of `model` (modified) by bitsandbytes'; returns name -> was a Conv1D."""
     from transformers.pytorch_utils import Conv1D
 
     prepare_quantized(model, quantization, pre_quantized=pre_quantized)
@@ -51,10 +51,10 @@ def replaced_linears(model: Any, quantization: Any, *, pre_quantized: bool) -> d
 
 
 def quantize_shape(model: Any, quantization: Any) -> None:
-    """Quantize `model` on the meta device, without codes (modified).
+    """Quantize `model` (modified) on the meta device: bitsandbytes layers without codes.
 
-    Biases get their loaded dtype, and 4-bit weights become plain parameters, because they cannot be
-    copied on the meta device, as DoRA does.
+    Biases keep their dtype. 4-bit weights become plain parameters, because DoRA copies them, which
+    `Params4bit` does not support on the meta device.
     """
     dtypes = {name: bias.dtype for name, bias in model.named_parameters() if name.endswith("bias")}
     quantizer = prepare_quantized(model, quantization, pre_quantized=False)
@@ -85,7 +85,7 @@ def torchao_linears(model: Any, quantization: Any) -> list[str]:
 def pack_torchao(
     key: str, weight: Tensor, quantization: Any
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Returns the stored tensors of the weight `key`, and its entry in the file's metadata."""
+    """Returns the quantized `weight` as tensors to store, and the metadata entry of `key`."""
     from torchao.prototype.safetensors.safetensors_support import flatten_tensor_state_dict
     from torchao.quantization import quantize_
 
@@ -97,7 +97,7 @@ def pack_torchao(
 
 
 def keep_trainable_layout(model: torch.nn.Module) -> int:
-    """Keep 4-bit layers trainable on AVX512-BF16 CPUs; return their number (modified).
+    """Keep 4-bit layers of `model` (modified) trainable on AVX512-BF16 CPUs; returns their number.
 
     In eval mode without gradients, `bitsandbytes.nn.Linear4bit` repacks the weight into a layout
     without autograd; gradients and merging are then silently wrong. Call after every 4-bit load.
@@ -133,7 +133,7 @@ def four_bit_values(quant_type: str) -> Tensor:
 
 
 def scales_of(weight: Any) -> Iterator[Tensor]:
-    """Yields the scales of a bitsandbytes weight; with double quantization, some are codes."""
+    """Yields the scales of a bitsandbytes weight; with double quantization, first as codes."""
     state = getattr(weight, "quant_state", None)  # 4 bits
     while state is not None:
         yield state.absmax.detach()
@@ -177,7 +177,7 @@ def dequantized(linear: Any) -> Tensor:
 
 
 def carry_quant_states(module: torch.nn.Module, inside: Sequence[torch.nn.Module]) -> None:
-    """Keep quantization states of 4-bit layers in `module` across FSDP2 sharding (modified).
+    """Keep quantization states of 4-bit layers in `module` (modified) through FSDP2 sharding.
 
     FSDP2 gathers weights as plain parameters, but bitsandbytes 0.50 reads the scales from the
     weight, and PEFT checks its class. A forward pre-hook restores both. Layers in `inside` are
@@ -214,9 +214,9 @@ _SCALES = 256  # scales per second-level scale
 
 
 class PackedWeight:
-    """A stored weight that each process reads and quantizes in part.
+    """A stored weight of which each process reads and quantizes only its shard.
 
-    `linear` receives the scales (modified); `transposed` files have `(in, out)`, as in Conv1D.
+    `linear` (modified) gets the scales. `transposed` means stored as `(in, out)`, as in Conv1D.
     """
 
     def __init__(self, stored: StoredWeight, linear: Any, transposed: bool) -> None:
@@ -276,9 +276,9 @@ class PackedWeight:
 def pack_unread(
     model: Any, quantization: Any, unread: MutableMapping[nn.Parameter, Unread]
 ) -> None:
-    """Replace linear layers of a CPU `model` by 4-bit ones that are read later (modified).
+    """Replace linear layers of a CPU `model` (modified) by 4-bit ones that are read later.
 
-    `unread` maps parameters to stored weights (modified).
+    `unread` (modified) maps parameters to stored weights.
     """
     import bitsandbytes
 

@@ -1,8 +1,9 @@
 """Sharded reading and writing of weights, checkpoints and optimizer state.
 
-Until a model is sharded, unread weights are memory-mapped file tensors, or expanded NaN if the
-dtype differs, so that accidental use is visible. Distributed checkpoints are safetensors files such
-as shard-00001-model-00001-of-00001; each records the rows, so the number of processes can change.
+Until a model is sharded, unread weights are memory-mapped file tensors. If the dtype differs they
+are expanded NaN, so that accidental use is visible. Distributed checkpoints are safetensors files
+such as shard-00001-model-00001-of-00001. Each records its rows, so the number of processes can
+change.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ _MOST_BYTES = 2 << 30
 
 
 class PartsWriter:
-    """Asynchronous writer of distributed checkpoints; all processes call it in step.
+    """Asynchronous writer of distributed checkpoints; all processes must make the same calls.
 
     Tensors are copied to CPU memory before writing. The writer thread has its own process group, so
     its messages do not mix with those of training steps.
@@ -97,7 +98,7 @@ def write_parts(tensors: Mapping[str, Tensor], directory: Path) -> None:
 
 @contextlib.contextmanager
 def _naming_failures() -> Iterator[None]:
-    """Re-raise a process's write error in all processes."""
+    """Convert a distributed checkpoint error to the write error of the process that failed."""
     try:
         yield
     except CheckpointException as failed:
@@ -146,7 +147,7 @@ def merge_shards(directory: Path, out: Path) -> None:
 
 
 def _distinct(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Returns each tensor once, by the first name."""
+    """Returns each distinct tensor once, under its first name."""
     names: dict[int, str] = {}
     for name, tensor in tensors.items():
         names.setdefault(id(tensor), name)
@@ -156,7 +157,7 @@ def _distinct(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def parts_of_state(
     state: Mapping[int, Mapping[str, Any]],
 ) -> tuple[dict[str, DTensor], dict[int, dict[str, Any]]]:
-    """Returns the sharded tensors of an optimizer state by name, and the rest."""
+    """Returns the sharded tensors of an optimizer state by name, and the state without them."""
     parts = {
         _OF.format(number=number, name=name): value
         for number, values in state.items()
@@ -173,7 +174,7 @@ def parts_of_state(
 def read_state(
     rest: Mapping[int, Mapping[str, Any]], parameters: list[Tensor], directory: Path
 ) -> dict[int, dict[str, Any]]:
-    """Load the optimizer state from `rest`, ordered `parameters` and the checkpoint."""
+    """Returns the optimizer state: `rest` plus sharded tensors loaded from `directory`."""
     stored: Any = HuggingFaceStorageReader(str(directory)).read_metadata()
     state = {number: dict(values) for number, values in rest.items()}
     parts = {}
@@ -202,7 +203,7 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def part_of(all_of_it: Tensor, like: Tensor) -> Tensor:
-    """Returns the rows of `all_of_it` that this process has of `like`, of the same shape."""
+    """Returns the rows of a full tensor that are in this process's shard of `like`."""
     if not isinstance(like, DTensor):
         return all_of_it
     start, end = rows_of(like)
@@ -210,7 +211,7 @@ def part_of(all_of_it: Tensor, like: Tensor) -> Tensor:
 
 
 def rows_of(tensor: DTensor) -> tuple[int, int]:
-    """Returns the rows `[start, end)` of this process, split like torch.chunk; may be empty."""
+    """Returns the rows `[start, end)` of `tensor` on this process, split like torch.chunk."""
     rows, mesh = tensor.shape[0], tensor.device_mesh
     each, rank = -(-rows // mesh.size()), mesh.get_local_rank()
     return min(rank * each, rows), min((rank + 1) * each, rows)
@@ -222,14 +223,14 @@ _FLOATS = ("F64", "F32", "F16", "BF16")  # safetensors dtype names
 
 
 class StoredWeight:
-    """A weight in a safetensors file that is read on demand."""
+    """A weight in a safetensors file that is read on demand; transformers loads a placeholder."""
 
     def __init__(self, path: Path, key: str) -> None:
         self._path, self._key = path, key
         self._placeholder: Tensor | None = None
 
     def __getitem__(self, everything: Any) -> StoredWeight:
-        """Returns itself, for the loader's `[...]`."""
+        """Returns itself, because transformers' loader indexes weights with `[...]`."""
         return self
 
     def to(self, *, device: Any, dtype: torch.dtype) -> Tensor:
@@ -254,11 +255,11 @@ class StoredWeight:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Dtype to which the loader casts the weight."""
+        """Dtype to which transformers' loader casts the weight."""
         return (self._rows(slice(0)) if self._placeholder is None else self._placeholder).dtype
 
     def whole(self, dtype: torch.dtype) -> Tensor:
-        """Returns the full weight, cast as by the loader and then to `dtype`."""
+        """Returns the full weight, cast as by transformers' loader and then to `dtype`."""
         return self._rows(slice(None)).to(self.dtype, copy=True).to(dtype)
 
     def rows(self, first: int, last: int, *, transposed: bool = False) -> Tensor:
@@ -276,14 +277,14 @@ class StoredWeight:
 
 
 class Unread(Protocol):
-    """An unread weight."""
+    """A weight that is not read yet."""
 
     def part(self, like: DTensor) -> DTensor:
         """Returns the weight sharded like `like`; a collective operation."""
 
 
 class UnreadWeights:
-    """Unread weights of a base model, by parameter.
+    """Weights of a base model that are not read yet, by parameter.
 
     `converted` names model tensors that were read in full, as they combine several stored tensors.
     """
@@ -301,7 +302,7 @@ class UnreadWeights:
         key_mapping: Mapping[str, str] | None = None,
         **arguments: Any,
     ) -> tuple[Any, dict[str, Any]]:
-        """Load the result of `from_pretrained` with unread weights; `meta` is the meta model."""
+        """Returns what `from_pretrained` returns, with unread weights; `meta` is the meta model."""
         naming = Naming(meta, key_mapping)
         tensors = {name for name, _ in meta.named_parameters(remove_duplicate=False)}
         state_dict, unread = dict[str, Any](), dict[str, StoredWeight]()
@@ -344,13 +345,14 @@ class UnreadWeights:
         return model, info
 
     def read(self, model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-        """Yields the names and parameters of `model` that are already read."""
+        """Yields (name, parameter) of the parameters of `model` that are already read."""
         return (pair for pair in model.named_parameters() if pair[1] not in self.weights)
 
     def fill(self, model: nn.Module, base_name: Callable[[str], str]) -> list[str]:
-        """Load the weights that `model` (modified) trains; return tensors computed without them.
+        """Load the unread weights that `model` (modified) trains; returns names of NaN tensors.
 
-        `base_name` maps a tensor name in the model to that in the base. Returned tensors are NaN.
+        They were computed from unread weights. `base_name` maps a name in `model` to its name
+        in the base.
         """
         bases = {
             base_name(name): stored
@@ -374,10 +376,10 @@ class UnreadWeights:
     def put_aside(
         self, parts: Sequence[nn.Module], keep: Collection[nn.Parameter]
     ) -> Callable[[], None]:
-        """Replace weights of `parts` (modified) that are not read yet by meta tensors.
+        """Replace the unread weights of `parts` (modified) by meta tensors, except those in `keep`.
 
-        Call it before sharding. Weights in `keep` stay. Returns a function that, after
-        sharding, reads only the rows of each weight that belong to this process.
+        Call it before sharding. It returns a function that, after sharding, reads only the rows
+        of each weight that belong to this process.
         """
         waiting: list[tuple[dict[str, Any], str, Unread]] = []
         shapes: dict[nn.Parameter, nn.Parameter] = {}  # tied tensors stay tied

@@ -37,7 +37,7 @@ def is_in_backward() -> bool:
 
 
 def order_of(node: Any) -> int:
-    """Returns the sequence number of an autograd node, increasing with creation time per thread."""
+    """Returns the sequence number of an autograd node; later nodes of a thread have larger ones."""
     return int(node._sequence_nr())
 
 
@@ -49,7 +49,7 @@ def inner_tensors(tensor: Tensor) -> list[Tensor]:
 
 
 def direct_tensors(module: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Returns the writable dicts of the parameters and buffers of `module` itself."""
+    """Returns the dicts of parameters and buffers of `module` itself; changing them changes it."""
     return module._parameters, module._buffers
 
 
@@ -72,6 +72,6 @@ def is_watched(module: nn.Module) -> bool:
 
 
 def cpu_has(instructions: Literal["amx_tile", "avx512_bf16"]) -> bool:
-    """Returns whether torch detects these CPU instructions; False if it cannot tell."""
+    """Returns whether the CPU has these `instructions`; False if torch cannot tell."""
     check = getattr(torch.cpu, f"_is_{instructions}_supported", None)
     return check is not None and bool(check())
