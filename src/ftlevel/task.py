@@ -324,7 +324,7 @@ class PolicyObjective(TokenObjective):
 
     @abstractmethod
     def policy_sum(self, each: Tensor, owners: Tensor, count: int, signals: Tensor) -> Tensor:
-        """Returns the weighted sum of the loss (a scalar).
+        """Returns the policy loss, a weighted sum over the targets (a scalar).
 
         `each` are `(targets,)` float32 log-probabilities in the order of `locate`. `owners` are the
         indices of the targets' sequences, of which there are `count`.

@@ -158,7 +158,7 @@ class RowScorer:
     def _token_scores(
         self, batch: dict[str, torch.Tensor], rows: Sequence[Encoded]
     ) -> Iterator[torch.Tensor]:
-        """Yields the logits (labelled, vocabulary) at the tokens of each row that have a label."""
+        """Yields the logits (labeled tokens, vocabulary) of each row."""
         objective = self._trained.objective
         seen: list[torch.Tensor] = []
         head = self._fast.cross_entropy if self._fast is not None else None
@@ -245,7 +245,7 @@ class ReplyBatch:
 def predict_rows(
     model: InferenceModel, questions: Sequence[Any], output_options: OutputOptions
 ) -> ReplyBatch:
-    """Answer `questions`; one that cannot be answered does not affect the others."""
+    """Returns predictions for `questions`; one that cannot be answered does not affect others."""
     replies: list[Prediction | None] = [None] * len(questions)
     refused: dict[int, str] = {}
     remaining = list(range(len(questions)))
@@ -322,7 +322,7 @@ class InferenceModel:
         return [str(text).strip() for text in decoded]
 
     def _fit_prompts(self, prompts: Sequence[list[int]]) -> list[list[int]]:
-        """Returns `prompts`; too long ones keep their first token and their end, if allowed."""
+        """Returns `prompts`; if allowed, long ones are cut to their first token and their end."""
         if self._positions is None:
             return list(prompts)
         new = 0 if self.kind == "encoder-decoder" else self._writing.max_new_tokens

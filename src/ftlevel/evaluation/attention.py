@@ -47,7 +47,7 @@ class SharedPrompts:
     owners: Sequence[int]
 
     def select(self, rows: Sequence[int]) -> SharedPrompts:
-        """Returns the prompts for the given rows only, without prompts of no row."""
+        """Returns the prompts of the given rows only."""
         owners = [self.owners[row] for row in rows]
         used = sorted(set(owners))
         states, lengths = self.states, self.lengths
@@ -205,7 +205,7 @@ def _attend_with_prompts(
 def _attend_part(
     query: Tensor, key: Tensor, value: Tensor, hidden: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns the values of a part summed with weights exp(s − m); m; and the sum of weights.
+    """Returns the sum of values weighted by exp(s − m), the maximum m, and the sum of weights.
 
     The results have the first three dimensions of `query`. `hidden` is True where a position is
     invisible.

@@ -372,7 +372,7 @@ def find_decoding_error(
 
     A row starts with a shared prefix next to a longer row, is separated from it and joined with a
     third. Its logits must match a plain forward pass up to `noise`, relative to their norm. With
-    `forks`, it is then duplicated. Call it in eval mode under `torch.no_grad`.
+    `forks`, the rows are also duplicated. Call it in eval mode under `torch.no_grad`.
     """
     long = [*prompt, *prompt][:_PROMPT]
     short = long[: _PROMPT // 2]

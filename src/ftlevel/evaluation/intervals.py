@@ -30,7 +30,7 @@ PERCENTILES = (2.5, 97.5)
 
 @dataclass
 class ExampleStats:
-    """Statistics of an example: summed loss, number of targets, and a meter with it alone."""
+    """Statistics of an example: summed loss, number of targets, and a meter of it alone."""
 
     meter: Meter
     loss: float = 0.0
@@ -216,7 +216,7 @@ class Difference:
     """Difference of a metric between a method and the best method.
 
     `interval` is the 95 % interval over resampled rows, `error` the standard error from rows and
-    seeds. `is_noise`: not significant; None if not tested.
+    seeds. `is_noise`: whether it is not significant; None if not tested.
     """
 
     value: float
@@ -226,7 +226,7 @@ class Difference:
 
 
 def compute_difference(runs: MetricRuns, best: MetricRuns, comparisons: int) -> Difference:
-    """Compute the difference of `runs` from `best`; `comparisons` of all methods are made."""
+    """Compute the difference of `runs` from `best`, one of `comparisons` (for Bonferroni)."""
     value = runs.mean - best.mean
     if runs.draws.shape != best.draws.shape or not runs.draws.size:
         return Difference(value, None, None, None)

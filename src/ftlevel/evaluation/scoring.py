@@ -323,7 +323,7 @@ def row_lines(
 
 
 def texts_of(evaluator: Evaluator) -> dict[int, dict[str, str]]:
-    """Returns row index → name → text, such as input and reference, of at most `_LONGEST`."""
+    """Returns row index → texts by name (`input`, …), each of at most `_LONGEST` characters."""
     writes = isinstance(evaluator.objective, TokenObjective) and evaluator.kind != "encoder"
     texts_by_row: dict[int, dict[str, str]] = {}
     for row in evaluator.rows:

@@ -2,8 +2,8 @@
 
 H = E[x xᵀ] over the inputs x of a linear layer on sample rows. `weights.codes` uses H to choose
 codes that preserve the layer's outputs. If a quantized run is rounded to its own grid, the update
-is lost, because it is far smaller than half a step. Such a run is therefore merged into the weights
-before quantization and corrected from there.
+is lost, because it is far smaller than half a step. Codes are therefore first rounded from the
+update merged into the weights before quantization.
 """
 
 from __future__ import annotations
@@ -139,8 +139,8 @@ _TOLERANCE = 1e-4
 class QuantizedMerge:
     """A merged model that was written in 4-bit or 8-bit.
 
-    `linears` is the number of quantized weights. `sums` maps each layer to a checksum `(out,)` that
-    is compared after reloading: W @ s for the weight W and a fixed vector s of signs.
+    `linears` is the number of quantized weights. `sums` maps each layer to a checksum `(out,)` to
+    compare after reloading: W @ s for the weight W and fixed random signs s.
     """
 
     linears: int
@@ -172,7 +172,7 @@ class CodeChooser:
         dtype: precision in which the weights were loaded before they were quantized.
         moments: input moments; None rounds each weight to the nearest code.
         fits_scales: whether the scales are chosen by the moments, too.
-        sums: see `QuantizedMerge` (modified).
+        sums: checksums as in `QuantizedMerge`; each call adds one.
     """
 
     target: Weights

@@ -175,7 +175,7 @@ class TensorMerger:
         return not self.adapts(name) and not rounds and same
 
     def _merge(self, unit: str) -> dict[str, torch.Tensor]:
-        """Merge the module `unit` in float32; its tensors are rounded once, later.
+        """Merge the module `unit` in float32; its tensors are rounded once, when they are written.
 
         In bfloat16 most of a small update would be below the rounding and lost.
         """
@@ -305,7 +305,7 @@ def _are_untied(merger: TensorMerger, ties: Mapping[str, str]) -> bool:
 
 
 def _plan_files(merger: TensorMerger, names: list[str]) -> dict[str, list[TensorPart]]:
-    """Returns file name → tensors, as in the base; new tensors are in the last file."""
+    """Returns file name → tensors to write, as in the base; new tensors are in the last file."""
     shards: dict[str, list[TensorPart]] = defaultdict(list)
     checkpoint, new = merger.checkpoint, []
     for name in names:

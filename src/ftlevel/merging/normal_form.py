@@ -315,7 +315,7 @@ def write_normal(directory: Path, form: NormalForm, entry: Named) -> None:
 
 
 def read_normal(directory: Path, form: NormalForm) -> NormalForm:
-    """Load the form that `write_normal` wrote into `directory`; `form` names its modules."""
+    """Load the normal form written into `directory` by `write_normal`; `form` names its modules."""
     from safetensors.torch import load_file
 
     tensors = load_file(str(directory / WEIGHTS))

@@ -35,9 +35,9 @@ _ROWS = 8
 
 @dataclass(frozen=True)
 class Candidate:
-    """A merged model in a temporary directory, with its logits and difference from training.
+    """A merged model in a temporary directory; `trained` is its difference from the trained model.
 
-    `onto` is `original` or `dequantized`; `scores` and `trained` are None until `measure`.
+    `onto` is `original` or `dequantized`; `scores` (logits) and `trained` are None until `measure`.
     """
 
     onto: str
@@ -55,7 +55,7 @@ class MergeCheck:
     Attributes:
         agreement: between the written model and the base with the adapter.
         before_rounding: the same, in float32 and for the weights before rounding.
-        rounding: between the written model and its weights before rounding; None if in float32.
+        rounding: between the written model and the unrounded one; None if all is in float32.
     """
 
     agreement: Agreement

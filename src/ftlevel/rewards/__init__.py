@@ -210,7 +210,7 @@ def parse_strict_json(text: str) -> Any:
     """Parse the value of JSON text, alone or in one fenced block.
 
     Raises:
-        ValueError: invalid, NaN or infinite numbers, duplicate keys, or nested too deeply.
+        ValueError: the JSON is invalid or nested too deeply, or has NaN, infinity or equal keys.
     """
     fenced = _FENCE.findall(text)
     body = fenced[0] if len(fenced) == 1 else text
@@ -244,7 +244,7 @@ def _same(one: Any, two: Any) -> bool:
 
 
 def _json_reward(schema_file: str) -> Reward:
-    """Returns a reward: the share of fields equal to the answer's; 0 for invalid JSON or schema."""
+    """Returns a reward: the share of fields equal to the answer's, or 0 for invalid JSON."""
     validator = None
     if schema_file:
         try:

@@ -171,7 +171,7 @@ class Worker:
         }
 
     def _try(self, index: int, batch: Mapping[str, Any]) -> tuple[list[Any] | None, str]:
-        """Returns (scores, "") or (None, problem)."""
+        """Call a function; returns (scores, "") or (None, problem)."""
         spec, takes = self.specs[index], self.signatures[index]["takes"]
         state = SimpleNamespace(global_step=batch.get("step", 0))
         values = {

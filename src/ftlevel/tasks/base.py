@@ -74,7 +74,7 @@ class OutputOptions:
 
 
 class PromptedModel(Protocol):
-    """A model ready for inference, with the prompt format and `card_options` of its training."""
+    """A model ready for inference, with the settings of its model card."""
 
     tokenizer: Any
     kind: str
@@ -90,7 +90,7 @@ class PromptedModel(Protocol):
         """Returns `read(row, logits)` for each row, in order.
 
         The logits are `(...)` per row or `(seq, ...)` per token; for language heads they are
-        `(labelled, vocabulary)`. They are freed after `read` returns.
+        `(labeled tokens, vocabulary)`. They are freed after `read` returns.
 
         Raises:
             UnansweredError: a row exceeds the model's maximum positions.
@@ -125,7 +125,7 @@ class BaseTask(ABC):
         questions: column layouts of rows without answers, for `ftlevel predict`.
         auto_classes: type of model -> transformers auto class.
         peft_types: type of model -> PEFT `TaskType`; other types use a plain `PeftModel`.
-        headline: metric printed first, without prefix.
+        headline: name of the main metric, without `eval_`; it is printed first.
         instruction: text before the source text in prompts; empty for none.
         answer_cue: end of the prompt for models without a chat template.
         generates: whether generated text is evaluated by default.
@@ -146,7 +146,7 @@ class BaseTask(ABC):
         synthetic_labels: class or tag names assumed for synthetic batches.
         needs_offsets: whether encoding needs the character offsets of tokens.
         checks: data checks that apply to the encoded rows.
-        split_text: how the log counts rows beyond one per example, such as more windows.
+        split_text: name, in the log, of the number of extra rows from examples that were split.
     """
 
     name: str
@@ -187,7 +187,7 @@ class BaseTask(ABC):
     def for_model(
         self, source: ModelSource, kind: str, width: int, tokenizer: Any, step_rows: int
     ) -> tuple[BaseTask, list[Choice]]:
-        """Returns the task adapted to the model, and the lines that print its settings.
+        """Returns the task adapted to the model, and log lines about its settings.
 
         `width` is the hidden size, `step_rows` the rows of an optimizer step. Raises `ConfigError`
         for settings that do not fit the model.
@@ -206,7 +206,7 @@ class BaseTask(ABC):
 
     @property
     def max_tokens(self) -> int | None:
-        """Maximum tokens of a sequence, if lower than the model's positions."""
+        """Maximum tokens of a sequence; None if only the model's positions limit it."""
         return None
 
     def prepare_tokenizer(self, tokenizer: Any, kind: str) -> Choice | None:
@@ -326,17 +326,17 @@ class BaseTask(ABC):
         """Encode `examples` as rows; raises `InputError` if one does not fit."""
 
     def check_rows(self, rows: Sequence[Encoded]) -> Mapping[str, Mask]:
-        """Returns task-specific data checks: check name -> mask of the failing rows."""
+        """Returns task-specific data checks of encoded rows: check name -> mask of failing rows."""
         return {}
 
     def check_examples(self, examples: Sequence[Any]) -> Sequence[tuple[str, int, str]]:
-        """Returns (check name, number of examples, description) for checks of the training set."""
+        """Returns (check name, number of examples, description) per failed check of `examples`."""
         return ()
 
     def check_validation(
         self, train: Sequence[Any], validation: Sequence[Any], corpus: Sequence[str] | None
     ) -> Sequence[tuple[str, str, Sequence[int], str]]:
-        """Returns (check name, split, row indices, example) for checks that compare both splits.
+        """Returns (check name, split, row indices, example) per failed check of both splits.
 
         `corpus` are the documents searched by validation queries; None if not given.
         """
@@ -345,7 +345,7 @@ class BaseTask(ABC):
     def encode_corpus(
         self, encoder: Encoder, documents: Sequence[str]
     ) -> tuple[Sequence[Encoded], Choice]:
-        """Returns the encoded documents that queries search, and the line that prints their number.
+        """Returns the encoded documents that queries search, and a log line with their number.
 
         Raises `ConfigError` for tasks without queries.
         """

@@ -232,7 +232,7 @@ class ClassTask(BaseTask):
         options: Mapping[str, Any],
         outputs: OutputOptions,
     ) -> dict[str, Column]:
-        """Returns the answer column and, if requested, one per class (probabilities) and `top`."""
+        """Returns the columns: answer and, if requested, class probabilities and ranking `top`."""
         problem = options.get("problem_type")
         if problem == _QUANTITY:
             check_options(outputs, "a regression", "")
@@ -245,7 +245,7 @@ class ClassTask(BaseTask):
         return columns
 
     def build_query(self, prompt: str, context: str | None, number: int) -> Any:
-        """Build a text without a label from `prompt`."""
+        """Build an example of the text `prompt` without a label."""
         return LabeledText(prompt, None, 0, number)
 
     def answer_rows(
@@ -256,7 +256,7 @@ class ClassTask(BaseTask):
         return model.score(rows, lambda _, logits: _read_label(model, logits.float(), outputs))
 
     def probe_labels(self, ids: Sequence[int], labels: Sequence[str], options: Any) -> Any:
-        """Returns class 0, no class, or 0.0, by problem type."""
+        """Returns a dummy label: class 0, no class (multi-label) or 0.0 (regression)."""
         problem = options.get("problem_type")
         if problem == _SEVERAL:
             return (0.0,) * len(labels)
@@ -296,7 +296,7 @@ class _Targets:
 
 
 def build_text(roles: RoleValues) -> LabeledText:
-    """Build a text or text pair without a label."""
+    """Build an example of a text or text pair without a label."""
     pair = roles.text("text_pair") if "text_pair" in roles else None
     return LabeledText(roles.text("text"), pair, 0, roles.index)
 
@@ -361,7 +361,7 @@ class MultiLabel(Objective):
         return torch.cat([torch.zeros_like(flat), flat], dim=1)
 
     def count(self, labels: Tensor) -> Tensor:
-        """Returns rows times classes."""
+        """Count the targets: rows times classes."""
         import torch
 
         return torch.tensor(labels.numel())

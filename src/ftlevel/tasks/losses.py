@@ -313,7 +313,7 @@ def build_distillation(objective: Tokens, settings: DistillationConfig) -> Disti
 
 
 def outcome_dtype(settings: DistillationConfig, vocabulary: int) -> Any:
-    """Returns the numpy dtype of a teacher's values; student and teacher share `vocabulary` ids."""
+    """Returns the numpy dtype of a teacher's values per target; `vocabulary` is the shared size."""
     import numpy as np
 
     count = settings.kd_top_k
@@ -323,7 +323,7 @@ def outcome_dtype(settings: DistillationConfig, vocabulary: int) -> Any:
 
 
 def select_top_k(scores: Tensor, settings: DistillationConfig, dtype: Any) -> tuple[Tensor, Tensor]:
-    """Returns a teacher's top log-probabilities and their token ids for `(targets, vocabulary)`."""
+    """Returns top-k log-probabilities and ids of a teacher's logits `(targets, vocabulary)`."""
     tempered = scores.float() / settings.kd_temperature
     count, outcomes = dtype["ids"].shape[0], dtype["known"].shape[0]
     if not count:  # tokens beyond the shared vocabulary are dropped
@@ -353,7 +353,7 @@ class DistillationRow(Encoded):
 class DistillationRows(LazySequence[Encoded]):
     """Rows with their teacher values.
 
-    `values` `(targets,)` has `outcome_dtype`; row i has `values[starts[i]:starts[i + 1]]`.
+    `values` `(targets,)` has `outcome_dtype`; row i has `values[offsets[i]:offsets[i + 1]]`.
     """
 
     def __init__(self, rows: Sequence[Encoded], values: np.ndarray, offsets: Sequence[int]) -> None:

@@ -53,7 +53,7 @@ class MaskTask(BaseTask):
         return Tokens(self.headline, perplexity="pseudo_perplexity", accuracy="masked_accuracy")
 
     def find_heads(self, meta: Any, source: Any) -> tuple[list[str], list[str]]:
-        """Find the language head if the checkpoint has none."""
+        """Find the language head to train in full, if the checkpoint lacks it."""
         from ftlevel.models.module_tree import find_new_language_head
 
         return find_new_language_head(meta)
@@ -109,7 +109,7 @@ class MaskTask(BaseTask):
         options: Mapping[str, Any],
         outputs: OutputOptions,
     ) -> dict[str, Column]:
-        """Returns the filled text, the predicted words, and `top`."""
+        """Returns the columns: filled text, predicted words and, if requested, rankings `top`."""
         if outputs.probabilities:
             check_options(
                 OutputOptions(probabilities=True),
@@ -120,7 +120,7 @@ class MaskTask(BaseTask):
         return columns | ({"top": "rankings"} if outputs.top_k else {})
 
     def build_query(self, prompt: str, context: str | None, number: int) -> Any:
-        """Build a text, which should contain a mask token, from `prompt`."""
+        """Build an example of the text `prompt`, which should contain a mask token."""
         return PlainText(prompt, number)
 
     def answer_rows(

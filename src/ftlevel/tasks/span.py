@@ -279,7 +279,7 @@ def _read_span(best: BestSpan, *, unanswerable: bool) -> Prediction:
 
 
 def build_unanswered(roles: RoleValues) -> Question:
-    """Build a question and its context without an answer."""
+    """Build an example of a question and its context, without an answer."""
     return Question(roles.text("context"), roles.text("question"), (), roles.index)
 
 

@@ -247,7 +247,7 @@ class TagTask(BaseTask):
 
 
 def build_words(roles: RoleValues) -> TaggedTokens:
-    """Build an example without tags; the row has a list of words, its JSON, or a text."""
+    """Build an example without tags, from a list of words, its JSON, or a text."""
     if "text" in roles:
         return _split(roles.text("text"), roles.index)
     words, column = roles.get("tokens"), repr(roles.columns["tokens"])

@@ -210,7 +210,7 @@ class TextTask(BaseTask):
         return encoder.fit_targets(fitted, table) if seq2seq else fitted
 
     def build_query(self, prompt: str, context: str | None, number: int) -> Any:
-        """Build an example of a source without a target."""
+        """Build an example of a source text without a target."""
         return SourceTarget(prompt, "", number)
 
     def answer_rows(

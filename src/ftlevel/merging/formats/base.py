@@ -131,7 +131,7 @@ class Export(Protocol):
 def plan_export(config: ExportConfig, ref: ModelRef | Mapping[str, ModelRef]) -> Export:
     """Plan the export; raise InputError if the format of `config` cannot represent the model.
 
-    `ref` is a run, adapter or model, or adapters by name for a format with `several`.
+    `ref` is a run, adapter or model; formats with `several` also take adapters by name.
     """
     module = importlib.import_module(FORMATS[config.format].module)
     plan: Export = module.plan_export(config, ref)

@@ -10,7 +10,7 @@ _SHOWN = 60  # characters of a document
 
 
 def check_documents(rows: Sequence[EmbeddingRow]) -> list[tuple[str, int, str]]:
-    """Returns (check name, number of documents, description) for checks of the whole dataset.
+    """Returns (check name, number of documents, description) per failed check of the dataset.
 
     A document should not be relevant to a query in one row and irrelevant to it in another. If
     documents differ only by case and white space, one may be a false negative.
@@ -28,7 +28,7 @@ def check_validation(
     validation: Sequence[EmbeddingRow],
     corpus: Sequence[str] | None,
 ) -> list[tuple[str, str, Sequence[int], str]]:
-    """Returns (check name, split, row indices, example) for validation rows and their corpus.
+    """Returns (check name, split, row indices, example) per failed check of the validation rows.
 
     Relevant documents must be in the corpus. A document in the corpus that is a positive of a
     training row biases the evaluation: it was learned as the answer to another query.
@@ -57,7 +57,7 @@ def _shorten(text: str) -> str:
 
 
 def _find_contradictions(rows: Sequence[EmbeddingRow]) -> tuple[int, str]:
-    """Returns the number of (query, document) pairs with both labels, and the first two rows."""
+    """Returns the number of (query, document) pairs labeled both ways, and an example."""
     known: dict[tuple[str, str], tuple[bool, int]] = {}
     pairs: set[tuple[str, str]] = set()
     first = ""
@@ -73,7 +73,7 @@ def _find_contradictions(rows: Sequence[EmbeddingRow]) -> tuple[int, str]:
 
 
 def _find_variants(rows: Sequence[EmbeddingRow]) -> tuple[int, str]:
-    """Returns how many documents equal an earlier one up to case and space, and the first rows."""
+    """Returns the number of documents that repeat another up to case and space, and an example."""
     known: dict[str, tuple[str, int]] = {}
     variants: set[str] = set()
     first = ""

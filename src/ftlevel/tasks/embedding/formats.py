@@ -34,7 +34,7 @@ class EmbeddingRow:
         row: index in the table.
         documents: positives before negatives, or the second text.
         labels: relevance of each document (0 for a negative), or the score of the pair.
-        kind: what `labels` mean: relevance for a ranking, or a similarity score.
+        kind: what the row has: `ranking` (relevance), `score` (similarity) or `class`.
         teacher: a teacher model's score of each document; empty without a teacher.
         prompt: instruction of this row; "" for the configured one.
         group: class of a text without documents.
@@ -72,7 +72,7 @@ class EmbeddingRow:
 
 
 def build_pairs(roles: RoleValues) -> EmbeddingRow:
-    """Build an anchor with its positives and negatives.
+    """Build an example of an anchor with its positives and negatives.
 
     With negatives, `label` has a teacher's scores: a list, or the margin of a triplet. Without
     them, it is the similarity score of the pair.
@@ -100,7 +100,7 @@ def build_pairs(roles: RoleValues) -> EmbeddingRow:
 
 
 def build_scored(roles: RoleValues) -> EmbeddingRow:
-    """Build two texts with a score, or a query with a document and its label."""
+    """Build an example of two texts with a score, or a query with a document and its label."""
     second = "sentence2" if "sentence2" in roles else "document"
     first = "sentence1" if "sentence1" in roles else "query"
     score = _number(roles.get("score"), roles.columns["score"])
@@ -109,7 +109,7 @@ def build_scored(roles: RoleValues) -> EmbeddingRow:
 
 
 def build_listed(roles: RoleValues) -> EmbeddingRow:
-    """Build a query with a list of documents, the best first, and their labels."""
+    """Build an example of a query, its documents and their labels, best document first."""
     texts = _texts(roles, "documents")
     labels = _numbers(roles, "labels", len(texts))
     teacher = _numbers(roles, "teacher", len(texts)) if "teacher" in roles else ()
@@ -125,7 +125,7 @@ def build_listed(roles: RoleValues) -> EmbeddingRow:
 
 
 def build_flag(roles: RoleValues) -> EmbeddingRow:
-    """Build a row of FlagEmbedding: query, pos, neg, and scores of a teacher."""
+    """Build an example from FlagEmbedding's columns: query, pos, neg, and scores of a teacher."""
     good, bad = _texts(roles, "pos"), _texts(roles, "neg")
     if not good:
         raise UnusableRowError(f"{roles.columns['pos']!r} holds no text", "empty_text")
@@ -136,7 +136,7 @@ def build_flag(roles: RoleValues) -> EmbeddingRow:
 
 
 def build_tevatron(roles: RoleValues) -> EmbeddingRow:
-    """Build a row of tevatron, whose passages have a title and a text."""
+    """Build an example from tevatron's columns, where passages have a title and a text."""
     good, bad = _texts(roles, "positive_passages"), _texts(roles, "negative_passages")
     if not good:
         raise UnusableRowError("has no positive passage", "empty_text")
@@ -144,7 +144,7 @@ def build_tevatron(roles: RoleValues) -> EmbeddingRow:
 
 
 def build_messages(roles: RoleValues) -> EmbeddingRow:
-    """Build a row of ms-swift: a conversation as query, and conversations as documents."""
+    """Build an example from ms-swift's columns, where query and documents are conversations."""
     query = _conversation(_parsed(roles, "messages"), roles.columns["messages"])
     good, bad = (
         _conversations(roles, "positive_messages"),
@@ -159,7 +159,7 @@ def build_messages(roles: RoleValues) -> EmbeddingRow:
 
 
 def build_grouped(roles: RoleValues) -> EmbeddingRow:
-    """Build a text with its class."""
+    """Build an example of a text with its class."""
     value = roles.get("label")
     if value is None or isinstance(value, list | dict | float):
         raise UnusableRowError(
@@ -169,18 +169,18 @@ def build_grouped(roles: RoleValues) -> EmbeddingRow:
 
 
 def build_query(roles: RoleValues) -> EmbeddingRow:
-    """Build a query to be embedded."""
+    """Build a query to embed, as an example without documents."""
     return EmbeddingRow(roles.text("query"), roles.index)
 
 
 def build_document(roles: RoleValues) -> EmbeddingRow:
-    """Build a document to be embedded, with its title if it has one."""
+    """Build a document to embed, with its title if it has one."""
     title, text = roles.text_or_empty("title"), roles.text("text")
     return EmbeddingRow("", roles.index, (f"{title} {text}" if title else text,), (0.0,))
 
 
 def build_candidates(roles: RoleValues) -> EmbeddingRow:
-    """Build a query with a list of documents to be scored; a single document has kind `score`."""
+    """Build an example of a query with documents to score; a single document has kind `score`."""
     role = "documents" if "documents" in roles else "document"
     kind: Kind = "ranking" if role == "documents" else "score"
     texts = _texts(roles, role)

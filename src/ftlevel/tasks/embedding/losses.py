@@ -3,8 +3,8 @@
 q, d   vectors of queries and documents; s = cosine or dot product; τ = 1 / scale
 
 mnrl         mean over i of −s(qᵢ,dᵢ)/τ + log Σⱼ exp s(qᵢ,dⱼ)/τ   (arXiv:1807.03748, 1705.00652)
-gist         mnrl with queries and positives as candidates, without those that a guide finds
-             nearer than dᵢ (arXiv:2402.16829)
+gist         mnrl with queries and positives as candidates, without those that a guide model
+             scores above dᵢ (arXiv:2402.16829)
 cosent       log(1 + Σ over yᵢ > yⱼ of exp(scale · (sⱼ − sᵢ)))  (Su, 2022)
 angle        cosent of the similarity of angles (arXiv:2309.12871)
 cosine       mean of (s − y)²
@@ -205,7 +205,7 @@ def cosine(vectors: torch.Tensor, step: StepTexts, options: LossOptions) -> torc
 
 
 def contrastive(vectors: torch.Tensor, step: StepTexts, options: LossOptions) -> torch.Tensor:
-    """Returns the contrastive loss, which wants distance 0 for label 1, above the margin for 0."""
+    """Returns the contrastive loss: distances should be 0 for label 1, ≥ margin for label 0."""
     pairs = Pairs.of(step, vectors.device)
     apart = 1 - _paired(vectors[pairs.first], vectors[pairs.second], options)
     near, far = apart.square(), (options.margin - apart).clamp(min=0).square()
@@ -213,7 +213,7 @@ def contrastive(vectors: torch.Tensor, step: StepTexts, options: LossOptions) ->
 
 
 def triplet(vectors: torch.Tensor, step: StepTexts, options: LossOptions) -> torch.Tensor:
-    """Returns the hinge loss of distances to each positive and each negative of a row."""
+    """Returns the triplet loss of all pairs of a positive and a negative in each row."""
     triplets = [
         (texts[0], texts[1 + good], texts[1 + bad])
         for texts, labels in zip(step.texts, step.labels, strict=True)

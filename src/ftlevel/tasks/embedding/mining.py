@@ -1,8 +1,8 @@
 """Hard negatives: documents that score high for a query, but below its positives.
 
 A candidate is neither a positive of the query in any row nor the query itself. It is skipped if its
-score is above s - m |s|, where s is the score of the row's lowest positive and m the margin: such a
-document is often relevant (NV-Retriever, 2407.15831).
+score is above s - m |s|, because such a document is often relevant (NV-Retriever, 2407.15831). Here
+s is the score of the row's lowest positive and m the margin.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class MiningOptions:
 
 @dataclass(frozen=True)
 class MinedRow:
-    """Negatives of a row as indices into the corpus, best first, and the scores of both kinds.
+    """Negatives of a row as corpus indices, best first, with scores of positives and negatives.
 
     `skipped` is the number of documents that score above the margin.
     """
@@ -70,7 +70,7 @@ def mine(
     similarity: str = "cosine",
     block_bytes: int = BLOCK_BYTES,
 ) -> Iterator[MinedRow]:
-    """Yields the negatives of each row, by exact search in blocks of queries.
+    """Yields the mined negatives of each row; the search is exact, in blocks of queries.
 
     Args:
         rows: rows with positives.

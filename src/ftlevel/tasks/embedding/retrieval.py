@@ -2,8 +2,8 @@
 
 Definitions are those of sentence-transformers' evaluators: binary gains, discount
 1 / log2(rank + 1), MAP@k over min(k, relevant documents); queries without relevant documents are
-left out. Documents of equal score are in random order, and a metric is its expected value over
-these orders (McSherry and Najork, 2008), so that it does not depend on the order or the names of
+left out. Documents of equal score are in random order. A metric is its expected value over
+these orders (McSherry and Najork, 2008), so it does not depend on the order or the names of
 the documents. With s documents above a group of g equal scores, r of them relevant, and H relevant
 ones above:
 

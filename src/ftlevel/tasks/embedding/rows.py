@@ -123,5 +123,5 @@ def append_end(tokenizer: Any, end: int) -> None:
 
 
 def hash_group(group: str) -> int:
-    """Returns a number below 2⁴⁴ for a class, the same in every process."""
+    """Returns a hash of a class name below 2⁴⁴, the same in every process."""
     return int.from_bytes(hashlib.blake2b(group.encode(), digest_size=6).digest()[:6], "big") >> 4

@@ -99,7 +99,7 @@ class EmbeddingTask(BaseTask):
     def for_model(
         self, source: ModelSource, kind: str, width: int, tokenizer: Any, step_rows: int
     ) -> tuple[BaseTask, list[Choice]]:
-        """Returns the task with the model's embedding format, and the lines that print it.
+        """Returns the task with the model's embedding format, and log lines about it.
 
         Raises:
             ConfigError: the model has no EOS, or fewer dimensions than requested.
@@ -170,7 +170,7 @@ class EmbeddingTask(BaseTask):
         return [], find_new_poolers(meta, source)
 
     def find_unused(self, meta: Any) -> list[str]:
-        """Find the poolers: embeddings are pooled from the states before them."""
+        """Find the pooler modules of transformers, which embeddings do not use."""
         return [
             name
             for name, module in meta.named_modules()
@@ -235,7 +235,7 @@ class EmbeddingTask(BaseTask):
     def encode_corpus(
         self, encoder: Encoder, documents: Sequence[str]
     ) -> tuple[Sequence[Encoded], Choice]:
-        """Returns the encoded documents, cut at the maximum length, and a line with the number."""
+        """Returns the documents encoded and truncated, and a log line with their number."""
         texts = self._text_encoder(encoder).documents(documents)
         limit = encoder.limit(self.form.max_length)
         over = sum(len(text.input_ids) > limit for text in texts) if limit else 0
@@ -246,7 +246,7 @@ class EmbeddingTask(BaseTask):
     def check_validation(
         self, train: Sequence[Any], validation: Sequence[Any], corpus: Sequence[str] | None
     ) -> Sequence[tuple[str, str, Sequence[int], str]]:
-        """Returns the results of `checks.check_validation`."""
+        """Returns (check name, split, row indices, example) per failed check."""
         return check_validation(train, validation, corpus)
 
     def finish_data(
@@ -348,11 +348,11 @@ class EmbeddingTask(BaseTask):
         return 0
 
     def check_examples(self, examples: Sequence[Any]) -> Sequence[tuple[str, int, str]]:
-        """Returns findings about the documents of the whole training set."""
+        """Returns (check name, number of documents, description) per failed check."""
         return check_documents(examples)
 
     def synthetic_row(self, ids: list[int], row: int) -> Encoded:
-        """Returns a synthetic pair: a query of an eighth of `ids`, and all as document."""
+        """Returns a synthetic pair: a query with an eighth of `ids`, a document with all."""
         query = ids[: max(1, len(ids) // 8)]
         return EncodedTexts(query + ids, (1.0,), row, {}, (len(query), len(ids)), (), (0, 0))
 
@@ -408,7 +408,7 @@ def _end_of(tokenizer: Any, name: str) -> int:
 
 
 def _describe_form(form: EmbeddingFormat, reason: str, given: Mapping[str, Any]) -> list[Choice]:
-    """Returns the lines that print pooling, similarity and prompts; `given` were set by flags."""
+    """Returns log lines about pooling, similarity and prompts; `given` were set by flags."""
 
     def why(*names: str) -> str:
         flags = [f"--{name.replace('_', '-')}" for name in names if name in given]

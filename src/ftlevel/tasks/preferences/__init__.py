@@ -1,5 +1,5 @@
 """Preference training and reward models.
 
-`formats` reads rows, `rows` encodes them, `objective` has the losses, and `policy` and `reward`
-define the two tasks.
+`formats` has the column layouts, `rows` encodes examples, `objective` has the losses, and `task`
+defines the two tasks.
 """

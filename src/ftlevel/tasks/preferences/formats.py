@@ -138,12 +138,12 @@ def _pair(
 
 
 def build_judged(roles: RoleValues) -> LabeledAnswer:
-    """Build an answer with its label, desirable or not."""
+    """Build an example of an answer labeled as desirable or not."""
     return _judged(roles, _verdict(roles.get("label"), roles.columns["label"]))
 
 
 def build_scored(roles: RoleValues) -> LabeledAnswer:
-    """Build an answer to be scored; it has no label and is marked as desirable."""
+    """Build an example of an answer to score; it has no label and is marked as desirable."""
     return _judged(roles, True)
 
 

@@ -88,7 +88,7 @@ PairLoss = Callable[[AnswerLikelihoods, AnswerLikelihoods, PairLossParameters], 
 
 
 def log_sigmoid(value: Tensor) -> Tensor:
-    """Returns log σ."""
+    """Returns log σ(`value`), where σ is the sigmoid."""
     from torch.nn import functional
 
     return functional.logsigmoid(value)

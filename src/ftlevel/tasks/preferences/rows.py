@@ -67,7 +67,7 @@ class PairRow(Encoded):
 
     @property
     def verdicts(self) -> Sequence[Verdict]:
-        """(preferred, reference log-likelihood, margin) of both answers, preferred first."""
+        """Per answer: (1.0 if preferred else 0.0, reference log-likelihood, margin)."""
         first, second = self.reference or (0.0, 0.0)
         return (1.0, first, self.margin), (0.0, second, self.margin)
 
@@ -114,7 +114,7 @@ class LabeledAnswerRow(Encoded):
 
     @property
     def verdicts(self) -> Sequence[Verdict]:
-        """(desirable, reference log-likelihood, baseline); the baseline is set before each step."""
+        """(1.0 if desirable else 0.0, reference log-likelihood, 0.0 in place of the baseline)."""
         return ((float(self.desirable), (self.reference or (0.0,))[0], 0.0),)
 
     @property
@@ -147,7 +147,7 @@ class LabeledAnswerRow(Encoded):
 
 @dataclass(frozen=True)
 class ContrastRow(Encoded):
-    """A prompt with the answer to another prompt; `reference` is that sequence's log-likelihood."""
+    """A prompt with the answer to another prompt; `reference` is the reference's log-likelihood."""
 
     reference: float = field(default=UNKNOWN, metadata={"column": "json"})
 
@@ -218,7 +218,7 @@ def _labels(row: Encoded) -> list[int]:
 def build_pair_row(
     first: Encoded, second: Encoded, prompt: int, margin: float, *, scored: bool
 ) -> PairRow:
-    """Build the row of two encoded sequences with a common prompt of `prompt` tokens."""
+    """Build the row of two sequences, each of which is the same prompt with another answer."""
     row_class = ScoredPairRow if scored else PairRow
     one, two = _labels(first), _labels(second)
     if not prompt:
@@ -402,7 +402,7 @@ def _whole(row: PairRow) -> Sequence[Encoded]:
 
 
 def check_answers(examples: Sequence[Any], loss: str) -> Sequence[tuple[str, int, str]]:
-    """Returns (check name, number of examples, description) for checks of the whole dataset."""
+    """Returns (check name, number of examples, description) per failed check of the dataset."""
     pairs = [example for example in examples if isinstance(example, PairExample)]
     findings: list[tuple[str, int, str]] = []
     if pairs:

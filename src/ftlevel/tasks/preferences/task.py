@@ -136,7 +136,7 @@ class AnswerTask(BaseTask):
         return check_pairs(rows)
 
     def check_examples(self, examples: Sequence[Any]) -> Sequence[tuple[str, int, str]]:
-        """Returns the results of `check_answers` for the whole dataset."""
+        """Returns (check name, number of examples, description) per failed check of the dataset."""
         return check_answers(examples, self.settings.loss or "dpo")
 
     def facts(self, loaded: LoadedExamples) -> Mapping[str, Any]:
@@ -197,7 +197,7 @@ class AnswerTask(BaseTask):
 
 @dataclass(frozen=True)
 class PreferenceTask(AnswerTask, TextTask):
-    """Task of a policy model, which generates text."""
+    """Task of training a text-generating model on preferences, e.g. with DPO."""
 
     def card_defaults(
         self, source: ModelSource, model_config: Any, tokenizer: Any, kind: str

@@ -11,7 +11,7 @@ For the documents of a query, z are logits, y labels and t a teacher's scores:
     margin-mse  Σ over yᵢ > 0, yⱼ = 0 of ((zᵢ - zⱼ) - (tᵢ - tⱼ))²    (2010.02666)
 
 The mean of a step divides by all its documents (bce, mse), relevant documents (lce), lists
-(listnet) or pairs, so that no loss depends on the cut into micro-batches. Documents without a
+(listnet) or pairs. Thus no loss depends on the division into micro-batches. Documents without a
 teacher's score, which is NaN, are not targets of mse and margin-mse.
 """
 

@@ -1,7 +1,7 @@
 """Encoded rows of rerankers: a query followed by its documents.
 
 The pair is encoded as the tokenizer does it, so that sentence-transformers and servers compute the
-same scores. A decoder's tokenizer joins two texts without anything between them: its template is
+same scores. A decoder's tokenizer joins two texts without a separator. Its template is therefore
 extended by a newline after the query and EOS after the document, and saved with the model.
 """
 

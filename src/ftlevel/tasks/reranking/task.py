@@ -151,7 +151,7 @@ class RerankingTask(BaseTask):
         return encoder.fit(encoder.collect(encode, examples), table)
 
     def check_examples(self, examples: Sequence[Any]) -> Sequence[tuple[str, int, str]]:
-        """Returns the results of the checks of queries and documents."""
+        """Returns (check name, number of documents, description) per failed check."""
         return check_documents(examples)
 
     def synthetic_row(self, ids: list[int], row: int) -> Encoded:

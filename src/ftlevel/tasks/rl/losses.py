@@ -4,11 +4,11 @@
     ρᵢₜ = exp(ℓᵢₜ − ℓ_oldᵢₜ),   k3 = exp(ℓ_ref − ℓ) − (ℓ_ref − ℓ) − 1
 
 `wᵢ` are computed over all completions of an optimizer step, so the sum does not depend on how the
-step is split. Completions without a reward have NaN.
+step is split. A completion that no function scores has the reward NaN.
 
 | loss | ratio | wᵢ |
 |---|---|---|
-| dapo (2503.14476), bnpo | token | 1 / active tokens |
+| dapo (2503.14476), bnpo | token | 1 / unmasked tokens of the step |
 | grpo (2402.03300) | token | 1 / (completions · own tokens) |
 | dr_grpo (2503.20783) | token | 1 / (completions · maximum length) |
 | gspo (2507.18071) | exp of the mean over tokens | as grpo |
@@ -70,7 +70,7 @@ class PolicyLoss:
 
 
 def combine_rewards(scores: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """Returns the sum of `scores` `(completions, functions)` by `weights`; missing ones are NaN.
+    """Returns the weighted sum of `scores` `(completions, functions)`, without NaN scores.
 
     A completion without any score gets NaN.
     """
@@ -81,7 +81,7 @@ def combine_rewards(scores: torch.Tensor, weights: torch.Tensor) -> torch.Tensor
 def compute_advantages(
     rewards: torch.Tensor, lengths: torch.Tensor, loss: str, scale: Scale = "group"
 ) -> torch.Tensor:
-    """Compute the advantages of `rewards`; both are `(groups, completions)`, result in float64.
+    """Returns float64 advantages of `rewards`; both are `(groups, completions)`.
 
     Completions with NaN rewards get 0 and do not count in means. A group of equal rewards gets
     exactly 0, except for losses in `GLOBAL`. `lengths`, used by reinforce++ only, are the
@@ -120,7 +120,7 @@ def _std_of_all(rewards: torch.Tensor) -> torch.Tensor:
 
 
 def _whiten(rewards: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-    """Returns rewards whitened over all tokens of the batch; tokens have their completion's."""
+    """Returns rewards whitened over all tokens, each of which has its completion's reward."""
     counts = torch.where(rewards.isnan(), 0, lengths).double()
     known = rewards.nan_to_num()
     total = counts.sum()
@@ -162,8 +162,8 @@ def policy_loss(
         owners: (tokens,) index of each token's completion, all of whose tokens are here.
         advantages: (tokens,); the same for all tokens of a completion, except in distillation.
         weights: (tokens,), from `completion_weights`.
-        reference: (tokens,) log-probabilities of the reference, for a KL penalty. It is only
-            measured if `beta` is 0.
+        reference: (tokens,) log-probabilities of the reference, for a KL penalty. If `beta` is
+            0, the KL is measured, without a penalty.
     """
     advantages, weights = advantages.to(each.dtype), weights.to(each.dtype)
     log_ratio = each - old

@@ -85,10 +85,10 @@ class PolicyGradient(PolicyObjective):
     def policy_sum(
         self, each: torch.Tensor, owners: torch.Tensor, count: int, signals: torch.Tensor
     ) -> torch.Tensor:
-        """Returns the policy loss (a scalar); `signals` is (targets, 5), one `rows.Signal` each.
+        """Returns the policy loss (a scalar); `signals` is (targets, 5), one `Signal` per target.
 
-        With a teacher, the advantage of a token is minus its log-ratio log π_old − log π_teacher,
-        an unbiased estimate of the gradient of the reverse KL divergence per token, as in GKD with
+        With a teacher, the advantage of a token is minus its log-ratio log π_old − log π_teacher.
+        This gives an unbiased estimate of the gradient of the reverse KL per token, as in GKD with
         λ = 1 (2306.13649) and in Thinking Machines' On-Policy Distillation (2025).
         """
         import torch

@@ -90,7 +90,7 @@ class RlTask(TextTask):
     def read_columns(
         self, format_: Format, table: Table, config: DataConfig
     ) -> tuple[Format, list[Choice]]:
-        """Read the format unchanged."""
+        """Returns the format unchanged."""
         return format_, []
 
     def encode(self, encoder: Encoder, examples: Sequence[Any], table: Table) -> FittedRows:

@@ -69,7 +69,7 @@ STAND_IN_TOKENS = 8
 def stand_in_completions(
     prompt: list[int], row: int, count: int = STAND_INS, tokens: int = STAND_IN_TOKENS
 ) -> Iterator[CompletionRow]:
-    """Yields made-up completions of `prompt` with opposite advantages."""
+    """Yields made-up completions of `prompt` with advantages of alternating sign."""
     for number in range(count):
         ids = [prompt[(7 * at + 3 * number) % len(prompt)] for at in range(tokens)]
         signal = (1.0 - 2 * (number % 2), 1 / tokens, UNKNOWN, UNKNOWN, UNKNOWN)
@@ -81,7 +81,7 @@ ANSWER = "answer"
 
 @dataclass(frozen=True)
 class PromptExample:
-    """A prompt and the columns for reward functions; `is_chat`: it is a list of messages."""
+    """A prompt and the columns for reward functions; `is_chat`: the prompt has messages."""
 
     query: Conversation
     columns: Mapping[str, Any]
