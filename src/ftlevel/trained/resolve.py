@@ -558,7 +558,7 @@ def resolve_recorded_reference(directory: Path, beside: Path, device: str) -> Re
 def compute_fingerprint(ref: ModelRef) -> str:
     """Returns a SHA-256 of all local weights and of their quantization.
 
-    For a model on the Hub, it is of the name and the revision.
+    For a model on the Hub, name and revision take the place of the weights.
     """
     path, digest = ref.source.path, hashlib.sha256()
     if path is None:

@@ -197,7 +197,7 @@ _WEIGHTS = "trained.safetensors"
 
 @dataclass(frozen=True)
 class Evaluated:
-    """Metric value and loss of the evaluation at a step."""
+    """Metric value and loss of the evaluation at optimizer step `step`."""
 
     step: int
     value: float
@@ -405,8 +405,7 @@ class BestModelCallback(TrainerCallback):
     def finish(self, model: Any, step: int, max_steps: int) -> SelectedModel | None:
         """Load the best weights into `model` (modified); returns the selected model.
 
-        `step` is the last step trained, `max_steps` the planned number. Returns None if no
-        evaluation was the best.
+        `step` is the last step, `max_steps` the planned number. None if the metric was always NaN.
         """
         evaluations, selected = self.evaluations, step
         if evaluations.best is None or evaluations.last is None:

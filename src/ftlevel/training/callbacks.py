@@ -343,7 +343,7 @@ def _or_warn(name: str, listener: Listener) -> Iterator[None]:
 
 
 def name_metrics(record: Mapping[str, Any]) -> dict[str, float]:
-    """Returns the numeric values of a record under transformers' names, such as `train/loss`."""
+    """Returns the numeric values of a log record under transformers' names, e.g. `train/loss`."""
     numbers = {k: v for k, v in record.items() if isinstance(v, int | float) and k != "step"}
     return {
         f"eval/{k.removeprefix('eval_')}" if k.startswith("eval_") else f"train/{k}": v

@@ -143,7 +143,7 @@ def _is_mergeable(run: Run, directory: RunDirectory) -> bool:
 def describe_answers(
     run: Run, evaluator: Evaluator | None, answers: PredictionRecorder, step: int
 ) -> tuple[list[dict[str, Any]], dict[str, list[float]]]:
-    """Returns per-row predictions at `step` and 95 % intervals of the metrics.
+    """Returns predictions per validation row at `step`, and 95 % intervals of the metrics.
 
     Metrics of generated text have no intervals; `ftlevel evaluate` computes these.
     """

@@ -63,7 +63,7 @@ class Recovery(TrainerCallback):
 
     @property
     def stops(self) -> bool:
-        """Whether a non-finite step ends the run."""
+        """Whether a step with non-finite values ends the run."""
         return self._action == "stop"
 
     @property

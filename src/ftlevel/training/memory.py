@@ -72,8 +72,8 @@ class Activations:
 def set_checkpointing(model: Any, run: Run) -> list[Choice]:
     """Recompute as many blocks of `model` (modified) as configured, or as memory requires.
 
-    The method and the fast step must be applied to `model`. Returns a message for the screen; empty
-    if no block is recomputed.
+    Method and fast step must be applied to `model`. Returns a message for the screen; empty if no
+    block is recomputed.
     """
     train, base = run.config.train, base_model(model)
     if train.recomputes:

@@ -479,7 +479,7 @@ def load_base(run: Run, slices: UnreadWeights | None = None) -> Any:
 
 
 def prepare_start(model: Any, run: Run) -> None:
-    """Initialize the method from data or base weights, if it needs any (`model` is modified)."""
+    """Run the method's initialization of `model` (modified), which may use data and weights."""
     size, seed = run.config.train.per_device_train_batch_size, run.config.train.seed
     pad_id, device = run.model.pad_id, run.model.device
     inputs = InitializationInputs(

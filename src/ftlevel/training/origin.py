@@ -248,7 +248,7 @@ def describe_all_settings(run: Run, origin: Mapping[str, Any]) -> dict[str, Any]
 
 
 def read_origin(directory: RunDirectory, origin: Mapping[str, Any]) -> dict[str, Any]:
-    """Load the stored origin under current field names; fields it lacks are taken from `origin`."""
+    """Load the stored origin under current field names; newer fields get their defaults."""
     before = read_origin_file(directory)
     if "threads" in origin:  # absent in runs of older versions
         before.setdefault("threads", origin["threads"])

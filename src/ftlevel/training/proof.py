@@ -263,7 +263,7 @@ def _moved_to_cpu(model: Any, device: str) -> Iterator[None]:
 
 
 def compare_frozen(trained: Any, expected: Mapping[str, Digest], *, rewritten: bool = False) -> int:
-    """Returns the number of frozen tensors of `trained`, all of which have the base's digests.
+    """Check that the frozen tensors of `trained` have the base's digests; returns their number.
 
     Raises:
         RunError: a tensor changed.

@@ -187,7 +187,7 @@ def compute_initial_reference(
 
 
 def needs_reference(run: Run) -> bool:
-    """Whether the objective of a run needs reference log-probabilities."""
+    """Whether the run's objective needs log-probabilities of a reference model."""
     objective = run.objective
     return isinstance(objective, LikelihoodObjective) and objective.needs_reference
 

@@ -151,7 +151,7 @@ class ShardedTrainer(FtlevelTrainer):
             write_parts(tensors, directory)
 
     def when_written(self, act: Callable[[], None]) -> None:
-        """Call `act` once the current checkpoint is written, possibly in the background."""
+        """Call `act` once the current checkpoint is written, at once or in the background."""
         if self._writes_aside:
             self._writer.then(act)
         else:

@@ -166,7 +166,8 @@ class StepComparison:
             `gradient` are then distances of the fast step from float64.
         kinks: whether rounding moved a value over a kink of the activation, so that `loss` and
             `gradient` compare both steps in float64.
-        rounded: kind of tensor → float32 distances of plain and fast gradient in the run's dtype.
+        rounded: kind of tensor → distances of the plain and the fast gradient, both in the run's
+            dtype, from float32.
     """
 
     steps: int = 0
@@ -211,7 +212,7 @@ class Bounds:
     def check_gradients(
         self, differences: Mapping[str, GradientDifference], what: str = "gradients"
     ) -> float:
-        """Check each tensor and all together; returns the distance of all.
+        """Check each tensor's difference and that of all together; returns the latter's distance.
 
         Raises:
             RunError: a distance exceeds its bound.
@@ -328,7 +329,7 @@ def build_mismatch_error(problem: str, dtype: str) -> RunError:
 
 @dataclass(frozen=True)
 class StepResult:
-    """Mean loss of a step over its targets, in nats, and gradients by tensor name."""
+    """Result of a step: mean loss over its targets, in nats, and gradients by tensor name."""
 
     loss: float
     gradients: dict[str, Tensor]
@@ -347,7 +348,7 @@ class Steps:
         return self.trainer.model
 
     def plain_perturbed(self, rows: Sequence[Encoded], dtype: str, draw: int = 0) -> StepResult:
-        """Returns the plain step with other rounding errors, to measure their size.
+        """Returns the plain step's result with other rounding errors, to measure their size.
 
         Rows and answers are computed one by one in reverse order, and each block's input is
         perturbed by a rounding error. Without that, rows of one length round alike in any order,
@@ -359,7 +360,7 @@ class Steps:
             return self._plain(model, rows[::-1], 1, dtype)
 
     def plain(self, rows: Sequence[Encoded], batch_size: int, dtype: str) -> StepResult:
-        """Returns the step as transformers and PEFT compute it: padded batches, no dropout."""
+        """Returns loss and gradients as transformers and PEFT compute them: padded, no dropout."""
         return self._plain(self.model, rows, batch_size, dtype)
 
     def _plain(
@@ -389,7 +390,7 @@ class Steps:
     def _plain_whole(
         self, objective: StepObjective, rows: Sequence[Encoded], batch_size: int, dtype: str
     ) -> StepResult:
-        """Returns the plain step of an objective on all texts; their graphs are all in memory."""
+        """Returns the plain step's result if its loss needs all texts; all graphs are kept."""
         device = self.trainer.args.device
         _evaluate(self.model)
         self.model.zero_grad()
@@ -420,11 +421,11 @@ class Steps:
         return [self.trainer.on_device(collate(part)) for part in batches(rows, batch_size)]
 
     def fast(self, rows: Sequence[Encoded], dtype: str) -> StepResult:
-        """Returns the step as the Trainer computes it, with fused layers and without dropout."""
+        """Returns the result of the Trainer's step, with fused layers and without dropout."""
         return self._by_trainer(rows, dtype, _without_dropout)
 
     def with_dropout(self, rows: Sequence[Encoded], dtype: str, *, fused: bool) -> StepResult:
-        """Returns the step as the Trainer computes it with dropout, with `fused` or plain layers.
+        """Returns the result of the Trainer's step with dropout, with `fused` or plain layers.
 
         Both use the same dropout masks.
         """

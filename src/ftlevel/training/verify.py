@@ -102,7 +102,7 @@ def _held_in(dtype: torch.dtype, tensors: list[Tensor]) -> Iterator[None]:
 def fits_in_float32(model: torch.nn.Module, device: str) -> bool:
     """Whether memory allows `model` in float32 and a comparison of its gradients.
 
-    False for a sharded model, since FSDP2 can only gather in the dtype that it was sharded in.
+    False for a sharded model: FSDP2 gathers the parts it was created with, not converted ones.
     """
     if is_sharded(model):
         return False
@@ -296,7 +296,7 @@ class _Verifier:
         return replace(verified, rounded=rounding.check())
 
     def _compare(self, rows: Sequence[Encoded], verified: StepComparison) -> StepResult:
-        """Returns the plain step, and records the fast step's difference in `verified`."""
+        """Returns the plain step's result; records the fast step's difference in `verified`."""
         steps, dtype = self.steps, verified.dtype
         plain = self._plain(rows, dtype)
         if not math.isfinite(plain.loss):

@@ -331,7 +331,7 @@ def _by_kind(run: Run, kinds: Sequence[Any]) -> LayerSample | None:
 
 
 def _by_period(kinds: Sequence[Any]) -> LayerSample | None:
-    """Sample two lengths of the stack, if the kinds of layers repeat with a short period."""
+    """Sample the first layers, with and without one more period, if kinds of layers repeat."""
     count = len(kinds)
     for first in range(3):
         for period in range(1, 7):

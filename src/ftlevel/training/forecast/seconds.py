@@ -112,7 +112,7 @@ def prompt_lengths(run: Run) -> Sequence[int]:
 
 
 def with_completions(run: Run, rows: list[Encoded]) -> list[Encoded]:
-    """Returns `rows`, in reinforcement learning replaced by completions of maximum length."""
+    """Returns `rows`; in reinforcement learning, completions of maximum length for them."""
     if run.config.task != RL_TASK:
         return rows
     count, tokens = run.config.rl.num_generations, run.config.rl.max_completion_length

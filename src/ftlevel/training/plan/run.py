@@ -103,7 +103,7 @@ class AuxiliaryModels:
 
 @dataclass(frozen=True)
 class StartingAdapter:
-    """Adapter to continue from; `card` is None for plain PEFT's, `fingerprint` is a SHA-256."""
+    """Adapter to continue from; `card` is None if plain PEFT wrote it, `fingerprint` a SHA-256."""
 
     name: str
     directory: Path

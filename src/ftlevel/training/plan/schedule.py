@@ -101,7 +101,7 @@ def choose_rates(
 
 
 def find_default_model_warnings(model: ModelConfig, data: DataConfig) -> list[str]:
-    """Find a warning if the user's own data trains the small built-in model, the default."""
+    """Find a warning if the small built-in model, the default, is trained on the user's data."""
     is_user_data = not data.dataset.startswith("builtin:")
     if not is_user_data or "name_or_path" in model.model_fields_set:
         return []

@@ -77,7 +77,7 @@ def build_training_rows(
     """Returns the completions of `groups` as rows to train on, with advantages and weights.
 
     Completions without an advantage are left out if there is neither a KL penalty nor a teacher.
-    `all_groups` are the groups of all processes that the step trains on. `old` and `reference`
+    `all_groups` are the groups that the step trains on in all processes. `old` and `reference`
     compute log-probabilities if the loss needs them.
     """
     rows = [row for group in groups for row in group.to_rows()]
@@ -175,7 +175,7 @@ LONGEST = 4_000
 
 
 class RolloutFile:
-    """Appends the groups of all processes to a file, one line per prompt.
+    """Appends the completion groups of all processes to a file, one line per prompt.
 
     Once the file exceeds `MOST_BYTES`, only one group per step is written.
     """

@@ -42,7 +42,7 @@ _BLOCK = "rollout-{rank}.pt"
 class RepeatedSteps(Sampler[int]):
     """Sampler that repeats the `rows` rows of each optimizer step `times` times.
 
-    The last step of an epoch is filled with rows of its beginning. Set the epoch of `base`.
+    The last step of an epoch is filled with rows of its beginning. `base` must know the epoch.
     """
 
     def __init__(self, base: Sampler[int], rows: int, times: int) -> None:
@@ -72,7 +72,7 @@ def collate_prompts(rows: Sequence[Encoded]) -> dict[str, Any]:
 
 
 class _StepStatistics:
-    """Sums of loss statistics over a step's micro-batches, and differences from the sampler."""
+    """Sums of a step's loss statistics, and its log-probability differences from the sampler."""
 
     def __init__(self) -> None:
         self._parts: list[tuple[torch.Tensor, ...]] = []
@@ -99,7 +99,7 @@ class RlTrainer(FtlevelTrainer):
     Attributes:
         rollouts: function that samples completions and computes their rewards.
         keep: function that writes a step's groups of this process to rollouts.jsonl.
-        bound: mean difference of log-probabilities of sampler and trainer that stops the run.
+        bound: mean log-probability difference of sampler and trainer above which the run stops.
     """
 
     objective: PolicyGradient
@@ -182,7 +182,7 @@ class RlTrainer(FtlevelTrainer):
         return self.processes.in_all(lambda: self.rollouts(step, prompts))
 
     def _exchange(self, groups: Sequence[Group]) -> list[GroupStatistics]:
-        """Returns the statistics of the groups of all processes."""
+        """Returns the statistics of the groups of all processes, given those of this one."""
         statistics = [compute_statistics(group, self.settings) for group in groups]
         return [group for part in self.processes.exchange(statistics) for group in part]
 
