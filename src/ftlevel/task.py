@@ -305,7 +305,7 @@ class LikelihoodObjective(TokenObjective):
     def preference_sum(self, answers: Tensor, verdicts: Tensor, *, training: bool) -> Tensor:
         """Returns the summed loss, with one value per divisor of `training_count` if `training`.
 
-        `answers` is what the method `answers` returns; `verdicts` are `(answers, 3)`.
+        `answers` is the result of the method `answers`; `verdicts` are `(answers, 3)`.
         """
 
 

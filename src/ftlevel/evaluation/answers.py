@@ -77,7 +77,7 @@ class RowScorer:
     def _apply(
         self, rows: Sequence[Encoded], compute: Callable[[list[Encoded]], Sequence[T]]
     ) -> list[T]:
-        """Returns the result of each row, in order; `compute` returns those of one forward pass."""
+        """Returns one result per row, in order; `compute` returns those of a forward pass."""
         if self._fast is None and len(rows) >= WORTH_ASKING:
             self._fast = self._speed_up(rows)
         results: list[Any] = [None] * len(rows)

@@ -106,7 +106,7 @@ def step_losses(objective: Embeddings, vectors: torch.Tensor, step: StepTexts) -
 class QueryMeter:
     """Mean of metrics over queries; `values` has one mapping per query.
 
-    `details`, for one query: scores of its best positive and best negative, and the latter.
+    `details`, for one query: scores of its best positive and negative, and that negative.
     """
 
     values: list[Mapping[str, float]] = field(default_factory=list)
@@ -248,7 +248,7 @@ def _compare_scores(
     queries: Sequence[int],
     documents: Sequence[int],
 ) -> dict[int, dict[str, Any]]:
-    """Returns each query's scores of its best positive and best negative, and the latter."""
+    """Returns per query the scores of its best positive and negative, and that negative."""
     details: dict[int, dict[str, Any]] = {}
     for start, scores in iterate_scores(vectors[queries], vectors[documents], similarity):
         for query, line in zip(queries[start:], scores, strict=False):

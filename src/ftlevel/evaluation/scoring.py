@@ -358,7 +358,7 @@ def needs_reference(evaluator: Evaluator) -> bool:
 
 
 def with_reference(evaluator: Evaluator, trained: LoadedModel) -> Evaluator:
-    """Returns `evaluator` with reference log-probabilities in the rows, if these are needed."""
+    """Returns `evaluator` with reference log-probabilities in the rows, if it needs them."""
     if not needs_reference(evaluator):
         return evaluator
     task: Any = trained.task

@@ -135,7 +135,7 @@ class BaseTask(ABC):
         builtin_subset: subset of `builtin:docstrings` to read; empty for all.
         has_new_head: whether the head is newly initialized and fully trained.
         generates_text: whether the model generates text.
-        served_as: what servers call a model that generates no text.
+        served_as: kind of model, as servers name it, if it generates no text.
         finds_ends_by_padding: whether the model finds a row's last token by the padding after it.
         head_like: task with the same head, if the head is not specific to this task.
         separates_padding: whether the padding token must differ from EOS.

@@ -239,7 +239,7 @@ def _own_scores(vectors: torch.Tensor, step: StepTexts) -> list[tuple[torch.Tens
 
 
 def margin_mse(vectors: torch.Tensor, step: StepTexts, _: LossOptions) -> torch.Tensor:
-    """Returns the mean squared error of margins: a row's first document minus each other one."""
+    """Returns the mean squared error of score margins between a row's first and other documents."""
     errors = [
         (scores[0] - scores[1:]) - (teacher[0] - teacher[1:])
         for scores, teacher in _own_scores(vectors, step)

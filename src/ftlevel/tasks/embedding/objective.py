@@ -68,7 +68,7 @@ class Embeddings(StepObjective):
     Attributes:
         settings: loss and its settings; `loss` is not None.
         form: pooling, normalization and similarity.
-        kind: what the labels of the rows mean.
+        kind: kind of the rows' labels: ranking, score, label (0 or 1) or class.
         step_rows: rows per optimizer step; the validation loss uses groups of this size.
     """
 

@@ -433,7 +433,7 @@ def _default_loss(kind: LabelKind) -> str:
 
 
 def _kind_of(examples: Sequence[EmbeddingRow]) -> LabelKind:
-    """Returns what the labels of `examples` mean; scores that are all 0 or 1 are labels."""
+    """Returns the kind of the labels of `examples`: `label` for scores that are all 0 or 1."""
     kind = examples[0].kind
     if kind != "score":
         return kind
@@ -441,7 +441,7 @@ def _kind_of(examples: Sequence[EmbeddingRow]) -> LabelKind:
 
 
 def _check_examples(examples: Sequence[EmbeddingRow]) -> LabelKind:
-    """Returns what the labels mean; raises `InputError` if they do not differ between rows."""
+    """Returns the kind of the labels; raises `InputError` if they do not differ between rows."""
     kind = _kind_of(examples)
     if any(e.kind != examples[0].kind for e in examples):
         raise InputError("some rows have a score and others do not. Use one layout for all rows.")

@@ -158,7 +158,7 @@ def policy_loss(
     Args:
         parameters: loss and clipping.
         each: (tokens,) log-probabilities of the policy, with gradient.
-        old: (tokens,) those of the policy that sampled; equal to `each` on the first iteration.
+        old: (tokens,) the same of the policy that sampled; equals `each` on the first iteration.
         owners: (tokens,) index of each token's completion, all of whose tokens are here.
         advantages: (tokens,); the same for all tokens of a completion, except in distillation.
         weights: (tokens,), from `completion_weights`.
