@@ -104,8 +104,8 @@ class EmbeddingConfig(Section):
     ) = Field(None, description="Embedding loss; default: mnrl for pairs, cosent for scores.")
     scale: Annotated[float, Field(gt=0, le=10_000)] | None = Field(
         None,
-        description="Factor of similarities in the loss, 1 / temperature; default: 20 (1 for dot "
-        "products, 100 for gist).",
+        description="Multiplier of similarities in the loss (1 / temperature); default: 20 (1 for"
+        " dot products, 100 for gist).",
     )
     symmetric: bool = Field(
         False, description="Whether mnrl also compares each document with all queries."
@@ -140,12 +140,14 @@ class EmbeddingConfig(Section):
     )
     include_prompt: bool | None = Field(
         None,
-        description="Whether prompts are pooled; default: that of the model, else yes.",
+        description="Whether the tokens of prompts are pooled too; default: as in the model, else"
+        " yes.",
     )
     matryoshka_dims: Dims = Field(
         (),
-        description="Numbers of leading dimensions to train as embeddings of their own, e.g. "
-        "384,256,128,64.",
+        description="Embedding sizes to train, each the first dimensions of the full vector, e.g."
+        " 384,256,128,64. The full size is among them only if listed; default: only "
+        "the full size.",
     )
     matryoshka_weights: Annotated[
         tuple[Annotated[float, Field(gt=0)], ...], BeforeValidator(_read_dims)
@@ -156,8 +158,9 @@ class EmbeddingConfig(Section):
     )
     grad_cache: Literal["auto", "always", "never"] = Field(
         "auto",
-        description="Whether to embed the texts of a step twice, which needs the memory of one "
-        "micro-batch only; auto: if the activations of all do not fit. The result is the same.",
+        description="Whether to embed the texts of a step twice (GradCache), so that memory holds"
+        " the activations of one micro-batch only; auto: if those of all texts do not"
+        " fit. The result is the same.",
     )
 
 

@@ -65,19 +65,21 @@ class EvaluateConfig(DecodingAsInTraining):
     against: str | None = Field(
         None,
         min_length=1,
-        description="Run, adapter or model to compare with: KL and top-1 agreement. Measured on"
-        " the same rows and on general text.",
+        description="Run, adapter or model to compare with, by KL divergence and top-1 agreement."
+        " Both are measured on the same rows and on general text.",
     )
     eval_text: Path | None = Field(
         None, description="Text file for --against; default: Python library documentation."
     )
-    eval_tokens: Positive = Field(1024, description="Number of tokens to read from the text.")
+    eval_tokens: Positive = Field(1024, description="Number of tokens of --eval-text to use.")
     max_eval_samples: Positive | None = Field(
         None, description="Maximum number of rows to evaluate; the first N are used."
     )
     batch_size: Positive | None = Field(None, description="Batch size; default: as in training.")
     max_generate_samples: Positive | None = Field(
-        None, description="Number of rows to generate for ROUGE or BLEU; default: as in training."
+        None,
+        description="Number of rows to generate text for, for ROUGE or BLEU; default: as in "
+        "training.",
     )
     max_new_tokens: Positive | None = Field(
         None, description="Maximum number of generated tokens; default: as in training."

@@ -157,7 +157,8 @@ class QuantizeConfig(HubSection):
         "nf4", description="4-bit data type; nf4 is more accurate (QLoRA, section 3)."
     )
     double_quant: bool = Field(
-        False, description="Whether to quantize the 4-bit scales too; saves about 0.4 bit a weight."
+        False,
+        description="Whether to quantize the 4-bit scales too; saves about 0.4 bit per weight.",
     )
     dtype: Dtype = Field(
         "auto", description="Data type of non-quantized tensors; auto: that of the model."
@@ -169,7 +170,7 @@ class QuantizeConfig(HubSection):
     eval_text: Path | None = Field(
         None, description="Text file for the comparison; default: Python library documentation."
     )
-    eval_tokens: Positive = Field(2048, description="Number of tokens to read from the text.")
+    eval_tokens: Positive = Field(2048, description="Number of tokens of --eval-text to use.")
     device: DeviceName = Field(
         "auto", description="Device for the comparison; quantization runs on the CPU."
     )
@@ -354,8 +355,8 @@ class ExportConfig(HubSection):
     )
     client_prompts: bool = Field(
         False,
-        description="Whether clients put the prompts of an embedding model before texts, for "
-        "servers that apply none.",
+        description="Whether clients add the prompts of an embedding model to texts. Required for"
+        " servers that do not add them.",
     )
     max_rank: Positive = Field(
         64, description="Maximum rank of plain LoRA; above it, merging is suggested."
@@ -366,7 +367,9 @@ class ExportConfig(HubSection):
         description="Whether to read the output back and compare it with the model. With --for,"
         " adapters also get reference answers for ftlevel check-served.",
     )
-    verify_tokens: Positive = Field(512, description="Number of text tokens to compare.")
+    verify_tokens: Positive = Field(
+        512, description="Number of tokens of text to compare outputs on."
+    )
     base_model: MovedBase = None
     device: DeviceName = Field("auto", description="Device for the comparison.")
 

@@ -54,7 +54,7 @@ COMMAND_FLAGS: tuple[Flag, ...] = (
     # preview
     option("--row", "Row number to show, from 1; repeatable.",
            panel=WRITE, on=("preview",), type=list[int], metavar="N", minimum=1),
-    option("--html", "Self-contained page; no network needed.",
+    option("--html", "HTML page to write; self-contained, needs no network.",
            panel=WRITE, on=("preview",), type=Path, metavar="FILE"),
     # plan
     option("--gpu", "Target GPU (h100, a100, l4, rtx4090, …) or its memory, e.g. 24GB.",

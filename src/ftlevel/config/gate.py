@@ -98,7 +98,8 @@ class GateConfig(Section):
     swapped_roles: Annotated[
         _Any, Check("prompt and answer look swapped", "See whether they are")
     ] = Field(
-        "warn", description="Prompt and answer that look swapped, by the words of the other rows."
+        "warn",
+        description="Prompt and answer that look swapped, judging by the words of other rows.",
     )
     lost_characters: Annotated[
         _Any, Check("NUL or U+FFFD in a text", "Read the source in its own encoding")

@@ -95,8 +95,8 @@ class PreferenceConfig(Section):
     )
     nll_mean: Literal["answer", "token"] = Field(
         "answer",
-        description="Reduction of that loss: mean over answers, or over tokens as in TRL. "
-        "Evaluation averages over answers.",
+        description="Reduction of the supervised loss in rpo and cpo: mean over answers, or over "
+        "tokens as in TRL. Evaluation averages over answers.",
     )
     ld_alpha: Annotated[float, Field(ge=0, le=1)] = Field(
         0.5, description="Weight of the tokens beyond the shorter answer's length in ld-dpo."
@@ -109,12 +109,14 @@ class PreferenceConfig(Section):
     desirable_weight: Weight = Field(1.0, description="Weight of desirable answers in kto.")
     undesirable_weight: Weight = Field(1.0, description="Weight of undesirable answers in kto.")
     center: Annotated[float, Field(ge=0, le=100)] = Field(
-        0.0, description="Weight of the squared sum of a pair's rewards, which centers rewards."
+        0.0,
+        description="Weight of a penalty on the squared sum of a pair's rewards, which centers "
+        "them at 0.",
     )
     reference: Annotated[str, Field(min_length=1)] = Field(
         START,
-        description="Reference model: start (the initial model), none, or another model. The "
-        "latter is a run, adapter or model with the same tokenizer.",
+        description="Reference model: start (the initial model), none, or a run, adapter or model"
+        " with the same tokenizer.",
     )
 
     @property
@@ -308,8 +310,8 @@ class DistillationConfig(Section):
     )
     divergence: Divergence = Field(
         "forward-kl",
-        description="Divergence between teacher and model predictions. KL(teacher, model), "
-        "KL(model, teacher), or generalized Jensen–Shannon divergence.",
+        description="Divergence to minimize. forward-kl: KL(teacher, model); reverse-kl: "
+        "KL(model, teacher); jsd: generalized Jensen–Shannon divergence.",
     )
     jsd_beta: Annotated[float, Field(gt=0, lt=1)] = Field(
         0.5, description="Weight of the teacher in the mixture distribution of jsd."

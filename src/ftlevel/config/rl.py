@@ -173,13 +173,15 @@ class RlConfig(Section):
 
     reward: Annotated[Texts, AfterValidator(_check_rewards)] = Field(
         (),
-        description="Reward of a completion; repeatable, NAME=WEIGHT. Built in: "
+        description="Reward of a completion; repeatable, with a weight as NAME=WEIGHT. Built in: "
         + ", ".join(
             name + (f":{form}" if form and form[0] != "[" else "") for name, form in REWARDS.items()
         )
         + "; or FILE.py:FUNCTION as in TRL, or the RUN of a reward model.",
     )
-    loss: RlLossName = Field("dapo", description="Policy loss; its paper's clipping and scaling.")
+    loss: RlLossName = Field(
+        "dapo", description="Policy loss, with the clipping and advantage scaling of its paper."
+    )
     num_generations: Annotated[int, Field(ge=1, le=1024)] = Field(
         8, description="Number of completions sampled per prompt (group size)."
     )
@@ -194,12 +196,15 @@ class RlConfig(Section):
         0.0, description="Weight of the KL divergence from the initial model."
     )
     epsilon: Epsilon | None = Field(
-        None, description="The ratio is clipped at 1 - epsilon; default: 0.2 (gspo: 3e-4)."
+        None,
+        description="Clipping of the probability ratio from below, at 1 - epsilon; default: 0.2 "
+        "(gspo: 3e-4).",
     )
     epsilon_high: Epsilon | None = Field(
         None,
-        description="The ratio is clipped at 1 + epsilon_high. Default: epsilon if given, else 0.2 "
-        "(dapo: 0.28; gspo: 4e-4). For cispo, the maximum ratio itself; default 5.",
+        description="Clipping of the probability ratio from above, at 1 + epsilon_high. Default: "
+        "epsilon if given, else 0.2 (dapo: 0.28; gspo: 4e-4). For cispo, the maximum "
+        "ratio itself; default: 5.",
     )
     num_iterations: Annotated[int, Field(ge=1, le=100)] = Field(
         1, description="Number of optimizer steps per batch of completions."
@@ -210,7 +215,7 @@ class RlConfig(Section):
         "none).",
     )
     importance_sampling_level: None = Field(
-        None, description="As in TRL: sequence makes grpo gspo; token is the default."
+        None, description="As in TRL: sequence turns grpo into gspo; token is the default."
     )
     use_bias_correction_kl: bool = Field(
         False,

@@ -114,7 +114,8 @@ class QuantConfig(Section):
         "nf4", description="4-bit data type; nf4 is more accurate (QLoRA, section 3)."
     )
     double_quant: bool = Field(
-        False, description="Whether to quantize the 4-bit scales too; saves about 0.4 bit a weight."
+        False,
+        description="Whether to quantize the 4-bit scales too; saves about 0.4 bit per weight.",
     )
     experts: bool | None = Field(
         None,
@@ -227,7 +228,7 @@ class DataConfig(Section):
     )
     corpus: Path | None = Field(
         None,
-        description="Texts that validation queries are looked up in. Default: those of the "
+        description="Documents that validation queries are searched in. Default: those of the "
         "validation rows, or corpus.jsonl beside --qrels.",
     )
     validation_split: Share | None = Field(
@@ -259,17 +260,21 @@ class DataConfig(Section):
         "auto", description="Type of the classification labels; auto: inferred from the data."
     )
     labels: tuple[str, ...] = Field(
-        (), description="Class or tag names in the order of the head; default: from the data."
+        (),
+        description="Class or tag names in the order of the head's outputs; default: from the "
+        "data.",
     )
     source_language: str | None = Field(
         None,
         min_length=2,
-        description="Source language for translation; default: the column's code.",
+        description="Source language for translation; default: the language that the column is "
+        "named after.",
     )
     target_language: str | None = Field(
         None,
         min_length=2,
-        description="Target language for translation; default: the column's code.",
+        description="Target language for translation; default: the language that the column is "
+        "named after.",
     )
     doc_stride: int = Field(
         128, ge=0, description="Overlap in tokens between windows of a long context (SQuAD)."
@@ -301,7 +306,9 @@ class SpeedConfig(Section):
     """Optimizations of the training step (the fast step); they do not change the result."""
 
     fast: bool = Field(
-        True, description="Whether to use the fast step; off leaves every part to the libraries."
+        True,
+        description="Whether to use ftlevel's optimized training step (the fast step); off uses "
+        "only transformers' and PEFT's code.",
     )
     pack: bool = Field(
         True,
@@ -338,8 +345,8 @@ class SpeedConfig(Section):
     )
     share_prefixes: Literal["auto", "always", "never"] = Field(
         "auto",
-        description="Computation of a common prefix once for several rows of a step. auto: if "
-        "it saves 5 % of the tokens and there is no dropout.",
+        description="Whether to compute a prefix that several rows of a step share only once. "
+        "auto: if it saves 5 % of the tokens and there is no dropout.",
     )
     liger_kernel: bool = Field(
         False,
@@ -365,7 +372,7 @@ class SpeedConfig(Section):
     )
     verify: bool | None = Field(
         None,
-        description="Whether to compare the first steps with the plain step. Compares loss and "
-        "gradients in float32 and in the run's precision, with and without dropout."
-        " Default: a few rows in float32; off: no comparison.",
+        description="Whether to compare the first steps with transformers' and PEFT's own code. "
+        "Compares loss and gradients in float32 and in the run's precision, with and "
+        "without dropout. Default: a few rows in float32; off: no comparison.",
     )

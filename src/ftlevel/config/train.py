@@ -70,7 +70,7 @@ class TrainConfig(Section):
         default_factory=RlConfig, description="Reinforcement learning from rewards."
     )
     embedding: EmbeddingConfig = Field(
-        default_factory=EmbeddingConfig, description="Loss and form of an embedding model."
+        default_factory=EmbeddingConfig, description="Settings of an embedding model."
     )
     reranking: RerankingConfig = Field(
         default_factory=RerankingConfig, description="Loss of a reranker."

@@ -276,8 +276,8 @@ class TrainerConfig(Decoding):
     )
     neftune_noise_alpha: Annotated[float, Field(gt=0)] | None = Field(
         None,
-        description="NEFTune noise added to the embeddings in training. Requires the plain step"
-        " (Jain et al., 2023).",
+        description="Scale of the NEFTune noise added to embeddings in training (Jain et al., "
+        "2023). It turns off the fast step.",
     )
     optim: Optimizer = Field(
         "adamw_torch_fused", description="Optimizer, by its name in transformers."
@@ -397,7 +397,7 @@ class TrainerConfig(Decoding):
         None, description="Whether to generate text for ROUGE; default: depends on the task."
     )
     max_generate_samples: Positive = Field(
-        32, description="Number of validation rows to generate for metrics."
+        32, description="Number of validation rows to generate text for, for metrics."
     )
     max_new_tokens: Positive = Field(64, description="Maximum number of generated tokens.")
 

@@ -232,7 +232,7 @@ class OftSpec(MethodSpec):
         32, ge=2, description="Size of a rotated block; must divide every layer's input size."
     )
     module_dropout: Share = Field(
-        0.0, description="Dropout probability of blocks, which stay unrotated."
+        0.0, description="Dropout probability of a block; a dropped block is not rotated."
     )
     block_share: bool = Field(
         False, description="Whether all blocks of a layer share one rotation."
@@ -257,7 +257,7 @@ class BoftSpec(MethodSpec):
         4, ge=2, description="Size of a rotated block; must divide every layer's input size."
     )
     boft_dropout: Share = Field(
-        0.0, description="Dropout probability of blocks, which stay unrotated."
+        0.0, description="Dropout probability of a block; a dropped block is not rotated."
     )
     target_modules: TargetModules = "all-linear"
 
@@ -296,7 +296,9 @@ class MissSpec(MethodSpec):
 
     kind: Literal["miss"] = "miss"
     r: Positive = Field(
-        64, description="Number of repeated columns; at most the input size of a layer."
+        64,
+        description="Number of rows of the trained matrix (r, out); at most the input size of a "
+        "layer.",
     )
     miss_dropout: Share = Field(0.0, description="Dropout probability of the adapter's input.")
     target_modules: TargetModules = "all-linear"

@@ -40,9 +40,9 @@ class CheckServedConfig(Section):
     tolerance: float | None = Field(
         None,
         gt=0,
-        description="Maximum logprob difference; default: 0.02 in float32, 0.1 in 16 bits. Of an "
-        "embedding model, maximum 1 - cosine; default: 0.001. Of a reranker, maximum difference of "
-        "scores.",
+        description="Maximum difference of a log-probability; default: 0.02 in float32, 0.1 in 16"
+        " bits. For an embedding model, maximum of 1 - cosine similarity; default: "
+        "0.001. For a reranker, maximum difference of scores.",
     )
 
     @field_validator("url")
