@@ -145,7 +145,7 @@ def describe_dtype(ref: ModelRef, dtype: str) -> str:
 def _resolve_ours(
     directory: Path, said: str, task: str | None, base: ModelSource | None
 ) -> ModelRef:
-    """Returns the reference to a run, checkpoint, adapter or model with a card."""
+    """Returns the `ModelRef` of a run, checkpoint, adapter or model with a card."""
     card, run = read_card(directory), find_run(directory)
     if task not in (None, card.task):
         raise InputError(f"{said} was trained for {card.task}, not for {task}. Drop --task.")
@@ -158,7 +158,7 @@ def _resolve_ours(
 def _resolve_model(
     name: str, device: str, task: str | None, said: str, revision: str | None, needs_task: bool
 ) -> ModelRef:
-    """Returns the reference to a model without a card."""
+    """Returns the `ModelRef` of a model without a card."""
     source = resolve_source(name, revision, said=said)
     check_revision(source, revision)
     config = load_config(source)
@@ -173,7 +173,7 @@ def _resolve_model(
 def _resolve_peft(
     directory: Path, device: str, task: str | None, base: ModelSource | None, trusts: bool
 ) -> ModelRef:
-    """Returns the reference to an adapter that plain PEFT wrote."""
+    """Returns the `ModelRef` of an adapter that plain PEFT wrote."""
     settings = read_plain_adapter(directory)
     name = settings.get("base_model_name_or_path")
     if base is None and not (name and isinstance(name, str)):
@@ -198,7 +198,7 @@ def _resolve_peft(
 def _resolve_foreign(
     directory: Path, reader: AdapterReader, device: str, task: str | None, base: ModelSource | None
 ) -> ModelRef:
-    """Returns the reference to an adapter in a different library's format."""
+    """Returns the `ModelRef` of an adapter in a different library's format."""
     adapter = reader.read(directory)
     definition = TASKS[adapter.task(task)]
     source = base or _resolve_base(adapter.base, directory)

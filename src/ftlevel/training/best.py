@@ -343,8 +343,7 @@ class BestModelCallback(TrainerCallback):
     def resume(self, step: int, past: Sequence[Mapping[str, Any]], *, has_new_length: bool) -> None:
         """Restore the evaluations up to the checkpoint of `step` from the log records `past`.
 
-        Best models of later steps are deleted. With `has_new_length`, a run that was stopped early
-        continues.
+        Best models of later steps are deleted. With `has_new_length`, a stopped run continues.
         """
         if self._is_first:
             delete_best_after(self.directory, step)

@@ -73,7 +73,7 @@ def save(
     start: Any = None,
     weights: Mapping[str, Any] | None = None,
 ) -> None:
-    """Save the adapter or full model, its tokenizer and card, in `directory` atomically.
+    """Save the adapter or full model, its tokenizer and card, atomically.
 
     Removes training-only parts of `adapted` (modified). `start` is a temporary directory with the
     reference of preference training. `weights` is the gathered state dict of a sharded model.

@@ -280,7 +280,7 @@ class GradientMonitor(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """Read deferred checks before logging, evaluation and saving, or every `LATEST` steps."""
+        """Read deferred checks before logging, evaluation and saving, and every `LATEST` steps."""
         waits = control.should_log or control.should_evaluate or control.should_save
         if waits or control.should_training_stop or state.global_step % LATEST == 0:
             self._check_deferred(state)

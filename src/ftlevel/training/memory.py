@@ -197,7 +197,7 @@ class _BlockTracker:
 
 @contextlib.contextmanager
 def _track_blocks(blocks: Sequence[nn.Module]) -> Iterator[_BlockTracker]:
-    """Yields an object that tracks which of `blocks` is being computed."""
+    """Yields a tracker that knows which of `blocks` is being computed."""
     tracker = _BlockTracker()
     indices = {block: at for at, block in enumerate(blocks)}
 

@@ -254,7 +254,7 @@ _GPU_WORDS = 1 << 23
 
 @dataclass(frozen=True)
 class Digest:
-    """Data type, shape and digest D of a tensor."""
+    """Data type, shape and 64-bit digest D of a tensor."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -289,7 +289,7 @@ def digest(tensor: Tensor) -> Digest:
 
 
 def _sum(tensor: Tensor) -> Tensor:
-    """Returns D of one tensor (a scalar, int64), computed on the tensor's device."""
+    """Returns the digest D (a scalar, int64) of one tensor, computed on the tensor's device."""
     if parts := inner_tensors(tensor):  # torchao's: several tensors under one name
         return _sum(torch.stack([_sum(part).cpu() for part in parts]))
     data = tensor.contiguous().view(-1).view(torch.uint8)

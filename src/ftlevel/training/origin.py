@@ -149,8 +149,8 @@ def describe_model(model: PlannedModel) -> dict[str, Any]:
 def describe_tokenizer(tokenizer: Any) -> dict[str, str]:
     """Returns digests of a tokenizer and of its chat template.
 
-    Truncation and padding are ignored: some tokenizers, such as MiniLM's, are stored with the
-    settings of their last call. Rows are encoded without either.
+    Truncation and padding are ignored: some tokenizer files, such as MiniLM's, contain them, but
+    each call sets them anew, and rows are encoded without.
     """
     if tokenizer.is_fast:
         backend = json.loads(tokenizer.backend_tokenizer.to_str())

@@ -233,8 +233,8 @@ class WatchProcesses(TrainerCallback):
     """Send a heartbeat every two seconds, and report processes whose heartbeat is missing.
 
     Heartbeats use the process group's store, which needs no collective call. Rank 0 watches the
-    others; rank 1 watches rank 0, which may host the store. Each process is reported once until it
-    recovers. Use as a context manager around training.
+    others; rank 1 watches rank 0, which may host the store. A missing process is reported once, and
+    again if it recovers and is missed anew. Use as a context manager around training.
     """
 
     def __init__(self, processes: Processes, warn: Callable[[str], None]) -> None:
@@ -312,7 +312,7 @@ class WatchProcesses(TrainerCallback):
                     self._heartbeats[rank] = (self._last_exchange, json.loads(sign))
 
     def _watch(self) -> None:
-        """Warn about each rank that delays the others, once until it recovers."""
+        """Warn about ranks that delay the others; about each one once, unless it recovers."""
         reported: set[int] = set()
         last = time.monotonic()
         while not self._ended.wait(_EVERY):

@@ -200,7 +200,7 @@ def has_evaluation(records: Sequence[Mapping[str, Any]], step: int) -> bool:
 def resolve_resume(run: Run, processes: Processes, listener: Listener) -> ResumeState:
     """Returns the state from which the run resumes, before weights load; empty for a new run.
 
-    Raises ConfigError if the processes have different runs, and as `_resolve_resume`.
+    Raises ConfigError if the processes' runs differ, or for the reasons of `_resolve_resume`.
     """
     origin = origin_of(run, base_facts(run))
     processes.check_same(describe_all_settings(run, origin))

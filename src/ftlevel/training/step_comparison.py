@@ -51,7 +51,7 @@ class GradientDifference:
     along: float = 0.0
 
     def __add__(self, other: GradientDifference) -> GradientDifference:
-        """Returns the comparison of the elements of both."""
+        """Returns the sums over the elements of both comparisons."""
         return GradientDifference(
             self.difference + other.difference,
             self.reference + other.reference,
@@ -252,7 +252,7 @@ class RoundingErrors:
     losses: dict[str, list[float]] = field(default_factory=dict)
 
     def add_loss(self, step: str, loss: float, exact: float) -> None:
-        """Record the relative difference of a step's loss from float32."""
+        """Record the relative difference of the loss of `step`, "plain" or "fast", from float32."""
         self.losses.setdefault(step, []).append(abs(loss / exact - 1))
 
     def check(self) -> dict[str, tuple[float, float]]:

@@ -132,8 +132,8 @@ class Outcome:
 
     Attributes:
         recipe: path and git state of the recipe; None without one.
-        timings: in seconds.
-        evaluator: None without validation rows.
+        timings: durations in seconds.
+        evaluator: evaluator of the validation rows; None if there are none.
         selected: the selected model; None if none was selected.
         changes: settings that changed when the run resumed.
         skipped_steps: records of steps that were skipped or rolled back.

@@ -197,7 +197,7 @@ def shorten(row: Encoded, size: int) -> Encoded | None:
 
 
 class _NotFiniteError(Exception):
-    """The plain step's loss is not finite."""
+    """Raised if the plain step's loss is not finite."""
 
 
 STEPS = 3

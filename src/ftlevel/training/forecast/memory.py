@@ -348,8 +348,8 @@ def _by_period(kinds: Sequence[Any]) -> LayerSample | None:
 class _Batch:
     """Inputs of one micro-batch.
 
-    `several`: whether the step has more micro-batches; `at_once`: parallel workers; `step_tokens`:
-    positions of all micro-batches of the step.
+    `several`: whether the step has other micro-batches; `at_once`: number of parallel workers;
+    `step_tokens`: positions of all micro-batches of the step.
     """
 
     inputs: dict[str, Any]

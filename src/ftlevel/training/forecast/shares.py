@@ -151,7 +151,7 @@ class ShardedModel:
 
 
 def describe_shares(run: Run) -> ShardedModel:
-    """Returns how the planned model is sharded, computed on fake tensors."""
+    """Returns the sharded tensors of the planned model, computed on fake tensors."""
     sample = LayerSample.of(run).sample
     model = build_fake_model(run, None if sample is None else list(sample)).model
     replicated, blocks = replicated_parameters(model), blocks_of(model)

@@ -149,7 +149,7 @@ class Run:
     rewards: Any = None
 
     def with_settings(self, section: str, **values: Any) -> Run:
-        """Returns the run with fields of a configuration section replaced, without validation."""
+        """Returns the run with fields of configuration section `section` replaced, unvalidated."""
         changed = getattr(self.config, section).model_copy(update=values)
         return replace(self, config=self.config.model_copy(update={section: changed}))
 

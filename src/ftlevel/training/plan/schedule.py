@@ -45,7 +45,7 @@ def rows_per_epoch(train: TrainerConfig, steps_per_rollout: int, data: PreparedD
 
 
 def count_steps(config: TrainerConfig, rows: int) -> int:
-    """Count optimizer steps of a run on `rows` rows."""
+    """Returns the optimizer steps of a run on `rows` rows."""
     return config.max_steps or math.ceil(
         config.num_train_epochs * count_steps_per_epoch(config, rows)
     )
