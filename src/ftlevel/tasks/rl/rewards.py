@@ -100,7 +100,7 @@ class Rewards:
             for name in ["answer"] if is_compared else needs:
                 if name not in there:
                     advice = (
-                        "Name it: --map answer=COLUMN."
+                        "Name it: --map answer=COLUMN, e.g. answer=completion."
                         if name == "answer"
                         else ("Add the column, or give the argument a default.")
                     )

@@ -242,7 +242,7 @@ def test_columns(file: str, resolve: Callable[..., Rewards]) -> None:
         f"--reward {file}:level_of needs a column 'level', and the rows have levle. Did you mean "
         "'levle'? Add the column, or give the argument a default.",
         "--reward exact needs a column 'answer', and the rows have levle. Name it: --map "
-        "answer=COLUMN.",
+        "answer=COLUMN, e.g. answer=completion.",
     ]
 
 
