@@ -57,7 +57,7 @@ def build_visibility_mask(
     """Build a boolean mask (queries, keys) of the visible keys; None if all are visible.
 
     `position` and `first_key` are positions of the first query and key in their sequence. A query
-    sees fewer than `window` tokens to each side, itself included.
+    sees keys at a distance below `window`.
     """
     distance = (position + torch.arange(queries))[:, None] - (first_key + torch.arange(keys))
     seen = torch.ones(queries, keys, dtype=torch.bool)

@@ -80,7 +80,7 @@ class StepCheck:
 
 
 class PackingCheck(StepCheck):
-    """Checks packed rows on a model with packed blocks."""
+    """Checks that a model with packed blocks computes packed rows as it computes padded rows."""
 
     def find_leak(self) -> str:
         """Returns why rows cannot be packed; empty if they can."""

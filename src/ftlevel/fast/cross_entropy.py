@@ -37,7 +37,7 @@ SCORE_BYTES = 14
 
 
 def targets_a_chunk(free: int | None, vocabulary: int) -> int:
-    """Returns the number of targets per chunk for `free` bytes of GPU memory; None on a CPU."""
+    """Returns the number of targets per chunk; `free` is free GPU memory in bytes (CPU: None)."""
     if free is None:
         return max(FEWEST, CHUNK_SCORES // vocabulary)
     return max(FEWEST, min(GPU_TARGETS, free // GPU_SHARE // (SCORE_BYTES * vocabulary)))
@@ -80,8 +80,8 @@ class _Call(threading.local):
 class ChunkedCrossEntropy:
     """Computes a model's head and loss at given positions, inside its forward pass.
 
-    A hook on the head of `model` (modified) computes the result from the head's input. It passes
-    one position on. Precision, adapters on the head and a trained head are thus the model's own.
+    A hook on the head of `model` (modified) computes the result from the head's input; the head
+    itself then gets one position. Precision, adapters and a trained head are the model's own.
 
     Raises:
         UnsupportedModelError: the model has no language head.
@@ -102,7 +102,7 @@ class ChunkedCrossEntropy:
         self._hook = head.register_forward_pre_hook(self._take, prepend=True)
 
     def fit_chunks(self, free: int | None) -> None:
-        """Set the number of targets per chunk for `free` bytes of GPU memory; None on a CPU."""
+        """Set the number of targets per chunk; `free` is free GPU memory in bytes (CPU: None)."""
         self._chunk = targets_a_chunk(free, self._vocabulary)
 
     def remove(self) -> None:

@@ -1,6 +1,6 @@
 """RMS norms, gated linear units (GLU) and rotary embeddings as fused autograd functions.
 
-Formulas are in `kernels.formulas`; Triton may compute them on an NVIDIA GPU. With frozen weights,
+Formulas are in `kernels.Formulas`; Triton may compute them on an NVIDIA GPU. With frozen weights,
 norms and GLU save x and ρ, or g and u. They attach to their output how it is recomputed
 (`recompute`), so that LoRA layers need not save it. Modules are recognized by their output on
 random input, not by their names.
@@ -326,7 +326,7 @@ def _is_usual(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> bool:
 
 
 def computes_rope(function: Any) -> bool:
-    """Returns whether `function` computes the formula, bit for bit in bfloat16."""
+    """Returns whether `function` equals `Formulas.rope`, bit for bit in bfloat16."""
     if isinstance(function, _Replacement):
         return False  # of a different fast step
     generator = torch.Generator().manual_seed(0)

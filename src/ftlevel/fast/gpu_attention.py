@@ -64,8 +64,7 @@ def attend_capped(
 class AttentionOptions:
     """Options of an attention layer.
 
-    A token sees fewer than `window` tokens to each side, itself included. `cap` is the softcap of
-    the scores (Gemma 2).
+    A token sees keys at a distance below `window`. `cap` is the softcap of the scores (Gemma 2).
     """
 
     causal: bool = True
@@ -88,7 +87,7 @@ class FlashKernel(Protocol):
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, lengths: Lengths, options: AttentionOptions
     ) -> Tensor:
-        """Returns the output (tokens, heads, head_dim) for contiguous states of that layout."""
+        """Returns the output (tokens, heads, head_dim) for contiguous tensors of that layout."""
 
 
 @dataclass(frozen=True)
@@ -151,7 +150,7 @@ class VarlenKernel:
 
 @lru_cache(maxsize=1)
 def installed_kernel() -> VarlenKernel | None:
-    """Returns the options of the installed torch's kernel; None without a kernel."""
+    """Returns the installed torch's `varlen_attn` as a `VarlenKernel`; None if it is missing."""
     if importlib.util.find_spec("torch.nn.attention.varlen") is None:
         return None
     from torch.nn.attention.varlen import varlen_attn
@@ -261,7 +260,7 @@ class PaddedBatch:
 def pad_segments(
     segments: tuple[Segment, ...], causal: bool, window: int | None, device: torch.device
 ) -> tuple[tuple[PaddedBatch, ...], Tensor]:
-    """Returns padded batches on `device`, and (tokens,) each token's index among all of them."""
+    """Returns padded batches, and (tokens,) each token's index in their concatenation."""
     groups: dict[LengthPair, list[int]] = defaultdict(list)
     for number, segment in enumerate(segments):
         length, seen = _lengths(segment)

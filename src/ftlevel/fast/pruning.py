@@ -36,7 +36,7 @@ def _select_positions(
     linear: nn.Module,  # noqa: ARG001 - the signature of a hook
     args: tuple[Any, ...],
 ) -> tuple[Any, ...] | None:
-    """Returns the arguments with the needed tokens of the input (…, tokens, in)."""
+    """Hook: returns the arguments with only the needed tokens of the input (…, tokens, in)."""
     layout = current_layout()
     if layout is None or layout.needed is None or args[0].shape[-2] != layout.tokens:
         return None
@@ -48,7 +48,7 @@ def _restore_positions(
     args: tuple[Any, ...],  # noqa: ARG001 - the signature of a hook
     output: Tensor,
 ) -> Tensor | None:
-    """Returns the output (…, tokens, out), zero for unneeded tokens."""
+    """Hook: returns the output for all tokens (…, tokens, out), zero for unneeded ones."""
     layout = current_layout()
     if layout is None or layout.needed is None or output.shape[-2] != len(layout.needed):
         return None

@@ -180,7 +180,7 @@ class _Partition:
 
 
 class _Schedule:
-    """Micro-batches and workers of a step; `duration` is that of `parallel_workers`."""
+    """Micro-batches and workers of a step; `duration` is from `parallel_workers.duration`."""
 
     def __init__(self, partition: _Partition, budget: int, workers: int) -> None:
         self.partition = partition

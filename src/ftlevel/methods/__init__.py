@@ -1,8 +1,8 @@
-"""PEFT methods; `ftlevel.config.methods` has the module of each spec.
+"""PEFT methods; `ftlevel.config.methods.MODULES` maps each method to its module here.
 
-Each module defines `METHODS`: name -> `Method`. This module collects the support table, `merging`
-the PEFT types. May import models, but no data or training code; importing this package does not
-import torch.
+Each module defines `METHODS`: name -> `Method`. This module collects the support table; `merging`
+maps PEFT types to methods. May import models, but no data or training code; importing this package
+does not import torch.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ TUNERS = "ftlevel.adapters"
 
 
 class _Methods(dict[str, Method]):
-    """Methods by name; a `ConfigError` names the package whose method cannot be imported."""
+    """Methods by name; a method whose extension package cannot be imported raises `ConfigError`."""
 
     def __missing__(self, name: str) -> NoReturn:
         if name not in _ADDED:

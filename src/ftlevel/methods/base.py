@@ -130,8 +130,7 @@ class Merging:
 class StepSupport:
     """Support for parts of the fast step; each function returns why one is unsupported, or "".
 
-    `fusing` is None for methods other than LoRA; `workers` (parallel micro-batches) names state
-    that they would share.
+    `fusing` is None for methods other than LoRA; `workers` is for parallel micro-batches.
     """
 
     fusing: Callable[[Any], str] | None = None
@@ -208,7 +207,7 @@ class Method:
         return ", ".join(f"{name} {value}" for name, value in values.items() if value is not None)
 
     def refuse(self, spec: Any, config: Any, kind: str, task: str, quant: str) -> str | None:
-        """Returns why a model is unsupported and what to do, without `--method NAME: `, or None."""
+        """Returns why a model is unsupported, with a fix, or None; follows `--method NAME: `."""
         return None
 
     def refuse_quantized(self, spec: Any, base: QuantizedCheckpoint) -> str | None:

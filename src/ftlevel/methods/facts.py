@@ -75,8 +75,7 @@ def rows(*names: str) -> frozenset[str]:
 class Rule:
     """A set of unsupported cells of the support table; an empty field matches all values.
 
-    `why` is a clause after a colon, `instead` a sentence. `experts` is whether the base has
-    experts (None: both).
+    `why` is a clause after a colon, `instead` a sentence. `experts` None matches all bases.
     """
 
     rows: frozenset[str]

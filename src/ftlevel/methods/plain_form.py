@@ -89,7 +89,7 @@ AsLora = Callable[[AdapterFile], dict[str, Factors]]
 class PlainForm:
     """Conversion to plain LoRA: `algebra` computes it from the file; None uses loaded layers.
 
-    `never` is the reason why no low-rank LoRA is equivalent; empty if one can be.
+    `never` is the reason why no low-rank LoRA is equivalent; empty if one may exist.
     """
 
     algebra: AsLora | None = None

@@ -23,7 +23,7 @@ from ftlevel.methods.upstream import copy_base_outputs, draw_shira_mask
 class LinearUpdate(Method):
     """Method of PEFT that changes every linear layer and merges exactly.
 
-    Its PEFT type is the name in capitals; its spec has the names of PEFT fields.
+    Its PEFT type is its name in capitals; the fields of its spec are named as in PEFT.
 
     Attributes:
         config_class: name of the PEFT config class.
@@ -61,7 +61,7 @@ class LinearUpdate(Method):
         self.adds_in_place = adds_in_place
 
     def check(self, spec: Any, sizes: Mapping[str, tuple[int, int]]) -> None:
-        """Raise `ConfigError` if the block size does not divide a layer; PEFT would adjust it."""
+        """Raise `ConfigError` if the block size does not divide a layer; PEFT may change it."""
         if self.block_size:
             size = getattr(spec, self.block_size)
             check_divides(self.block_size, size, sizes, outputs=self.divides_outputs)
@@ -211,7 +211,7 @@ def loha_as_lora(file: AdapterFile) -> dict[str, Factors]:
 
 
 def lokr_as_lora(file: AdapterFile) -> dict[str, Factors]:
-    """Returns s · W₁ ⊗ W₂ of each module as Kronecker products of the factors."""
+    """Returns s · W₁ ⊗ W₂ of each module as B · A, each the Kronecker product of the factors'."""
     import torch
 
     names = {key.rpartition(".lokr_")[0] for key in file.tensors if ".lokr_w" in key}

@@ -108,7 +108,7 @@ def shira_indices(module: Any) -> dict[str, Any]:
 def draw_shira_mask(base_layer: Any, r: int, **settings: Any) -> Any:
     """Draw the mask `(out, in)` of the weights that SHiRA trains, as PEFT does.
 
-    For meta weights, return a mask with the same number of ones; the indices come from the file.
+    For meta weights, only the number of ones is right; the indices come from the adapter file.
     """
     import torch
     from peft.tuners.shira.mask_functions import random_mask
@@ -157,7 +157,7 @@ def importance_scores(model: Any) -> dict[str, dict[str, Any]]:
 
 
 def register_lora_layers(config: Any, layers: dict[type, Callable[..., Any]]) -> None:
-    """Register builders of LoRA layers in `config` (modified); None from one means PEFT's layer."""
+    """Register LoRA layer builders in `config` (modified); one may return None for PEFT's."""
     config._register_custom_module(layers)
 
 

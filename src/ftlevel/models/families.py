@@ -223,12 +223,12 @@ def find_family(name: str) -> Family:
 
 
 def lora_parameters(fan_in: int, fan_out: int, r: int) -> int:
-    """Returns the LoRA parameters of one linear layer: A is `(r, in)`, B is `(out, r)`."""
+    """Returns the number of LoRA parameters of a linear layer: A is `(r, in)`, B is `(out, r)`."""
     return r * (fan_in + fan_out)
 
 
 def example_lora_parameters(family: Family, r: int) -> int:
-    """Returns the LoRA parameters of the family's example; raises `ValueError` if it has none."""
+    """Returns the number of LoRA parameters of the family's `example`; `ValueError` without one."""
     if family.example is None:
         raise ValueError(f"{family.name} has no example")
     dims, variants = family.example.dims, family.example.variants

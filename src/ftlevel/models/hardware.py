@@ -218,8 +218,8 @@ def choose_dtype(dtype: str, device: str, method: str, model_type: str) -> Choic
     """Choose the name of the compute dtype; trained weights are always in float32.
 
     Raises:
-        ConfigError: float16 on a CPU or for T5, whose activations overflow; half precision for
-            DeBERTa (1), whose attention mask overflows.
+        ConfigError: float16 on a CPU or for T5, whose activations overflow; 16-bit types for
+            DeBERTa (v1), whose attention mask overflows.
     """
     if model_type == "deberta":  # transformers 5.24 masks with float32's minimum
         if dtype in ("auto", "float32"):

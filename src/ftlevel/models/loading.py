@@ -303,7 +303,7 @@ def _holds_tokenizer(directory: Path) -> bool:
 
 
 def build_task_model(config: Any, auto_class: str) -> Any:
-    """Build the model on the meta device; raises `InputError` if the class does not support it."""
+    """Build the `auto_class` model of `config` on the meta device; `InputError` if unsupported."""
     try:
         with torch.device("meta"), silence_loggers():
             return getattr(transformers, auto_class).from_config(config)
@@ -419,7 +419,7 @@ def _load_gguf_quantized(
 
 
 def keep_heads(quantization: Any, config: Any, auto_class: str) -> Any:
-    """Returns a copy of `quantization` that excludes all heads and unpackable linear layers.
+    """Returns a copy of `quantization` that excludes all heads and layers of `find_unpackable`.
 
     By default transformers excludes a tied output layer. With a list of exclusions it quantizes
     that, too, and BERT's `cls.predictions.decoder` would no longer be tied.
@@ -434,7 +434,7 @@ def keep_heads(quantization: Any, config: Any, auto_class: str) -> Any:
 def _keep_new_heads(
     stored: dict[str, Any], source: ModelSource, config: Any, auto_class: str, dtype: torch.dtype
 ) -> Any:
-    """Returns the config that excludes heads which a bitsandbytes checkpoint has unquantized."""
+    """Returns the config with heads excluded that the bitsandbytes checkpoint did not quantize."""
     if as_quant_config(stored) is None:
         return config
     quantized = [name for name in _stored_dtypes(source) if name.endswith((".absmax", ".SCB"))]
@@ -486,7 +486,7 @@ def find_new_poolers(meta: torch.nn.Module, source: ModelSource) -> list[str]:
 
 
 def find_new_heads(meta: torch.nn.Module, source: ModelSource, heads: list[str]) -> list[str]:
-    """Find the heads missing from the checkpoint; all of them if unknown."""
+    """Find the `heads` that are not in the checkpoint; all of them if its contents are unknown."""
     stored_names = _stored_dtypes(source)
 
     def is_stored(head: str) -> bool:

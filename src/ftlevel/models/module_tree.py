@@ -49,11 +49,10 @@ _INDEX_LETTERS = "ijklmn"
 
 @dataclass(frozen=True)
 class LinearModule:
-    """A linear layer; `pattern` has letters for layer indices, `model.layers.{i}.mlp.up_proj`.
+    """A linear layer; `pattern` is its name without layer index: `model.layers.{i}.mlp.up_proj`.
 
-    `location` is `other` outside blocks and heads (BERT's pooler). It is `kernel` if the model
-    reads the weight without calling the module, so that no adapter is possible, and `aside` if not
-    used in every forward pass.
+    `location` is `other` outside blocks and heads (BERT's pooler), `kernel` if the model reads the
+    weight without calling the module (no adapter possible), and `aside` if not always used.
     """
 
     name: str

@@ -22,7 +22,7 @@ from ftlevel.models.upstream.quantizers import check_environment, replaced_linea
 
 
 def build_quantization_config(quant: QuantConfig, dtype: torch.dtype, heads: list[str]) -> Any:
-    """Build the `BitsAndBytesConfig` for `quant`, excluding the trained `heads`, or None."""
+    """Build the `BitsAndBytesConfig` for `quant` without trained `heads`; None for kind `none`."""
     if quant.kind == "none":
         return None
     from transformers import BitsAndBytesConfig

@@ -44,7 +44,7 @@ class LinearKind:
         return self.location == "block"
 
     def lora_parameters(self, r: int) -> int:
-        """Returns the LoRA parameters of rank `r` for all of them."""
+        """Returns the number of LoRA parameters of rank `r` for all of them."""
         return self.count * lora_parameters(self.in_features, self.out_features, r)
 
 
@@ -60,7 +60,7 @@ class ExpertKind:
     count: int
 
     def lora_parameters(self, r: int) -> int:
-        """Returns the LoRA parameters of rank `r` with `target_parameters`."""
+        """Returns the number of LoRA parameters of rank `r` with PEFT's `target_parameters`."""
         count = lora_parameters(self.in_features, self.out_features, r)
         return self.count * self.experts * count
 
@@ -89,7 +89,7 @@ class ModelTargets:
     total_parameters: int
 
     def lora_parameters(self, r: int) -> int:
-        """Returns the trainable parameters of LoRA of rank `r` on `all-linear`."""
+        """Returns the number of parameters of LoRA of rank `r` on `all-linear`."""
         return sum(kind.lora_parameters(r) for kind in self.linears if kind.all_linear)
 
 

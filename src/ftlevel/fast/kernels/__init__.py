@@ -40,7 +40,7 @@ class Formulas:
     """
 
     def norm(self, x: Tensor, weight: Tensor, eps: float) -> Pair:
-        """Returns y and ρ."""
+        """Returns the normalized y (…, hidden), and ρ (…, 1)."""
         x32 = x.to(torch.promote_types(x.dtype, torch.float32))
         scale = x32.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
         return _normalize(x32, weight, scale, x.dtype), scale
@@ -57,18 +57,18 @@ class Formulas:
         return of_normed.sub_(normed.mul_(along)).mul_(scale).to(x.dtype)
 
     def glu(self, kind: str, gate: Tensor, up: Tensor) -> Tensor:
-        """Returns y; `kind` is a key of `ACTIVATIONS`."""
+        """Returns y = a(gate) ∘ up; `kind` is a key of `ACTIVATIONS`."""
         return ACTIVATIONS[kind][0](gate).mul_(up)
 
     def glu_backward(self, kind: str, gradient: Tensor, gate: Tensor, up: Tensor) -> Pair:
-        """Returns ∂L/∂g and ∂L/∂u."""
+        """Returns the gradients of `gate` and `up`; `gradient` is that of y."""
         activate, of_gate = ACTIVATIONS[kind]
         return of_gate(gradient * up, gate), activate(gate).mul_(gradient)
 
     def rope(
         self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, backward: bool = False
     ) -> Pair:
-        """Returns q′ and k′, or with `backward` the gradients of q and k from theirs."""
+        """Returns the rotated q and k; with `backward`, the gradients of q and k from those."""
         cos, sin = cos.unsqueeze(2), sin.unsqueeze(2)
         if backward:
             return q * cos - _rotate_half(q * sin), k * cos - _rotate_half(k * sin)
@@ -170,7 +170,7 @@ class TritonFormulas(Formulas):
     """The formulas with one Triton kernel each; views are made contiguous."""
 
     def norm(self, x: Tensor, weight: Tensor, eps: float) -> Pair:
-        """Returns y and ρ."""
+        """Returns the normalized y (…, hidden), and ρ (…, 1)."""
         return _norm(x.contiguous(), weight, eps)
 
     def renorm(self, x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
@@ -182,18 +182,18 @@ class TritonFormulas(Formulas):
         return _norm_backward(gradient.contiguous(), x.contiguous(), weight, scale)
 
     def glu(self, kind: str, gate: Tensor, up: Tensor) -> Tensor:
-        """Returns y."""
+        """Returns y = a(gate) ∘ up."""
         return _glu(kind, gate.contiguous(), up.contiguous())
 
     def glu_backward(self, kind: str, gradient: Tensor, gate: Tensor, up: Tensor) -> Pair:
-        """Returns ∂L/∂g and ∂L/∂u."""
+        """Returns the gradients of `gate` and `up`; `gradient` is that of y."""
         parts = (part.contiguous() for part in (gradient, gate, up))
         return _glu_backward(kind, *parts)
 
     def rope(
         self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, backward: bool = False
     ) -> Pair:
-        """Returns q′ and k′, or with `backward` the gradients of q and k from theirs."""
+        """Returns the rotated q and k; with `backward`, the gradients of q and k from those."""
         return _rope(*(part.contiguous() for part in (q, k, cos, sin)), backward)
 
     def cross_entropy(self, scores: Tensor, targets: Tensor, smoothing: float) -> Pair:
@@ -309,7 +309,7 @@ def choose_cross_entropy(vocabulary: int, dtype: torch.dtype, device: str) -> Fo
 
 
 def describe_choices() -> dict[str, bool]:
-    """Returns whether kernels are used, by description of each comparison in this process."""
+    """Returns description -> whether kernels are used, per comparison made in this process."""
     return {text: formulas is not TORCH for text, formulas in _choices.items()}
 
 

@@ -1,4 +1,4 @@
-"""Triton kernels of `kernels.formulas`; import only where Triton is installed.
+"""Triton kernels of `kernels.Formulas`; import only where Triton is installed.
 
 A program computes a row of a norm, a block of a GLU, a row of logits (read twice), or a token with
 all its heads for RoPE. Arithmetic is in float32, rounded where torch's operations would store a
@@ -165,7 +165,7 @@ def _glu_backward(
 
 
 def norm(x: Tensor, weight: Tensor, eps: float) -> Pair:
-    """Returns y and ρ for contiguous x (…, hidden)."""
+    """Returns the normalized y and ρ for contiguous x (…, hidden)."""
     y = torch.empty_like(x)
     scale = x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
     _launch_norm(x, weight, y, scale, eps, has_scale=False)
@@ -204,7 +204,7 @@ def _warps(x: Tensor) -> int:
 
 
 def glu(kind: str, gate: Tensor, up: Tensor) -> Tensor:
-    """Returns y for contiguous tensors of one shape."""
+    """Returns a(gate) ∘ up for contiguous tensors of one shape."""
     y = torch.empty_like(gate)
     blocks = (triton.cdiv(gate.numel(), BLOCK),)
     _glu[blocks](gate, up, y, gate.numel(), KIND=KINDS[kind], SIZE=BLOCK)
@@ -212,7 +212,7 @@ def glu(kind: str, gate: Tensor, up: Tensor) -> Tensor:
 
 
 def glu_backward(kind: str, gradient: Tensor, gate: Tensor, up: Tensor) -> Pair:
-    """Returns ∂L/∂g and ∂L/∂u for contiguous tensors of one shape."""
+    """Returns the gradients of `gate` and `up`, for contiguous tensors of one shape."""
     of_gate, of_up = torch.empty_like(gate), torch.empty_like(up)
     _glu_backward[(triton.cdiv(gate.numel(), BLOCK),)](
         gradient, gate, up, of_gate, of_up, gate.numel(), KIND=KINDS[kind], SIZE=BLOCK
@@ -262,7 +262,7 @@ def _rope(
 
 
 def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, backward: bool) -> Pair:
-    """Returns q′ and k′, or with `backward` the gradients of q and k, for contiguous tensors."""
+    """Returns the rotated contiguous q and k; with `backward`, the gradients of q and k."""
     of_q, of_k = torch.empty_like(q), torch.empty_like(k)
     batch, tokens, heads, width = q.shape
     size = triton.next_power_of_2

@@ -66,7 +66,7 @@ class Allocation(TrainerCallback):
         self.save_state(directory)
 
     def save_state(self, directory: Path) -> None:
-        """Write the ranks, which are needed to save the model later."""
+        """Write the ranks, which are needed to save the adapter after training."""
         (directory / RANKS).write_text(json.dumps(self.ranks), encoding="utf-8")
 
     def load_state(self, directory: Path, model: Any) -> None:

@@ -154,7 +154,7 @@ def site_pattern(sites: Sites, placement: str) -> str:
 
 
 def block_of(sites: Sites | None, site: str) -> str | None:
-    """Returns the name of the block whose feed-forward ends at `site`, plus a dot, or None."""
+    """Returns the name of the block whose feed-forward ends at module `site`, plus ".", or None."""
     for end in (sites.feed_forward, sites.norm) if sites else ():
         block = site.removesuffix(end)
         if (
@@ -167,7 +167,7 @@ def block_of(sites: Sites | None, site: str) -> str | None:
 
 
 def find_input(sites: Sites | None, site: str, names: Iterable[str]) -> str | None:
-    """Find the module whose input is that of the feed-forward ending at `site`, or None."""
+    """Find the module whose input is that of the feed-forward ending at module `site`, or None."""
     block = block_of(sites, site)
     if sites is None or block is None:
         return None
@@ -267,7 +267,7 @@ class Bottleneck(Method):
         return f"{reason}. Use placement houlsby, pfeiffer or parallel." if reason else None
 
     def find_targets(self, spec: AdapterSpec, model: Any) -> list[str]:
-        """Returns the sorted names of the modules to adapt; raises `InputError` if unknown."""
+        """Returns the sorted names of the modules to adapt; `InputError` for unknown models."""
         sites = sites_of(model.config)
         if sites is None:
             raise InputError(

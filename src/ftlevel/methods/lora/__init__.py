@@ -178,7 +178,7 @@ class LoraInitialization(Initialization):
         return Choice("dtype", "float32", reason)
 
     def rewrites_base(self, spec: LoraSpec) -> bool:
-        """Returns whether it is PiSSA or OLoRA."""
+        """Returns whether the initialization is PiSSA or OLoRA, which change the base weights."""
         return spec.init_lora_weights in BASE_MODIFYING_INITS
 
     def without_weights(self, spec: LoraSpec) -> LoraSpec:
@@ -209,7 +209,7 @@ class LoraInitialization(Initialization):
 
     @contextlib.contextmanager
     def as_saved(self, model: Any, initial: dict[str, Any]) -> Iterator[dict[str, Any] | None]:
-        """Yields the LoRA of rank 2r on the original base; `model` has its config meanwhile."""
+        """Yields the state dict as LoRA of rank 2r on the original base; `model` has its config."""
         if not initial:
             yield None
             return

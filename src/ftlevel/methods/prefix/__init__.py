@@ -99,8 +99,8 @@ class PrefixTuning(Method):
     def rates(self, spec: PrefixSpec) -> Rates:
         """Returns the rates: P-tuning v2's, or lower ones for a projected prefix.
 
-        The MLP's tanh saturates at 3e-3 with one or two targets per row, at 1e-2 with one per
-        token.
+        The MLP's tanh saturates at a rate of 3e-3 with one or two targets per row, and of 1e-2
+        with one per token.
         """
         if spec.prefix_projection:
             kinds = {"decoder": 1e-3, "encoder-decoder": 3e-3}
@@ -114,7 +114,7 @@ class PrefixTuning(Method):
         return f"{spec.num_virtual_tokens} keys and values in front of every attention{projection}"
 
     def refuse(self, spec: PrefixSpec, config: Any, *_: str) -> str | None:
-        """Returns why the model does not support prefixes and which methods it does, or None."""
+        """Returns why the model does not support prefixes and which methods to use, or None."""
         reason = why_no_prefix(config)
         return f"{reason}. Use --method prompt, or --method lora." if reason else None
 

@@ -22,7 +22,7 @@ from ftlevel.methods.rates import Rates
 def find_stacks(model: Any) -> list[str]:
     """Find the name of the layer stack below the head, or the names of encoder and decoder.
 
-    Returns the innermost module with input embeddings, such as OPT's `model.decoder`.
+    Each is the innermost module with input embeddings, such as OPT's `model.decoder`.
     """
     prefix = getattr(model, "base_model_prefix", "")
     prefixed = prefix if prefix and hasattr(model, prefix) else ""
@@ -103,7 +103,7 @@ class SoftPrompt(Method):
     step = VIRTUAL_TOKEN_STEP
 
     def refuse(self, spec: Any, config: Any, *_: str) -> str | None:
-        """Returns why the model does not support soft prompts and which method it does, or None."""
+        """Returns why the model does not support soft prompts and which method to use, or None."""
         if config.model_type not in _READ_IDS_IN_LAYERS:
             return None
         return (

@@ -125,7 +125,7 @@ def _load_gguf_config(path: str, modified_ns: int, size: int) -> dict[str, Any]:
 
 
 def _load_gguf_checkpoint(path: str, return_tensors: bool = False, **settings: Any) -> Any:
-    """Replace transformers' function; without tensors, return the cached config only."""
+    """Replacement for transformers' function; without tensors, returns only the config, cached."""
     if return_tensors:
         return _load_checkpoint(path, return_tensors=True, **settings)
     stat = Path(path).stat()

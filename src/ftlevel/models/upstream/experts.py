@@ -38,7 +38,7 @@ def count_rows(experts: Tensor, number: int) -> list[int]:
 
 
 def share_evenly(experts: Tensor, number: int) -> list[int]:
-    """Returns equal row counts, for tensors without values."""
+    """Returns equal numbers of rows per expert, for tensors without values."""
     return [len(experts) * (i + 1) // number - len(experts) * i // number for i in range(number)]
 
 

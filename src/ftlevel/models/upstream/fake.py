@@ -170,7 +170,7 @@ def _find(value: Tensor, among: Sequence[Tensor]) -> int | None:
 
 
 def _find_builder(result: Tensor, inner: Sequence[Tensor]) -> _Builder | None:
-    """Returns a function that rebuilds `result` from equal inputs to `inner` (meta), or None."""
+    """Returns a function that rebuilds `result` from inputs like `inner` (meta), or None."""
     at = _find(result, inner)
     if at is not None:  # modified in place
         return lambda given: given[at]
@@ -246,7 +246,7 @@ def _as_positions(indices: Any) -> Iterator[Tensor | None]:
 
 
 def fake_parameters(model: torch.nn.Module) -> None:
-    """Replace parameters and buffers of `model` by fakes (modified); tied ones stay tied."""
+    """Replace parameters and buffers of `model` (modified) by fakes; tied ones stay tied."""
     fakes: dict[int, tuple[Any, Any]] = {}
     for module in model.modules():
         for tensors in (module._parameters, module._buffers):
@@ -273,7 +273,7 @@ def new_fake(shape: Any, dtype: torch.dtype) -> Tensor:
 
 
 def pack_fake(model: torch.nn.Module, dtype: torch.dtype, experts: Any = None) -> set[str]:
-    """Replace weights of bitsandbytes layers in `model` by fake packed ones (modified).
+    """Replace weights of bitsandbytes layers in `model` (modified) by fake packed ones.
 
     `dtype` is the dequantized dtype; `experts` is an `ExpertsConfig` or None. Returns module names.
     """

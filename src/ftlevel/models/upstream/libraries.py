@@ -72,7 +72,7 @@ def leave_sharded(trainer: Any) -> None:
 
 
 def use_one_gpu(arguments: Any) -> None:
-    """Make Trainer use one GPU per process instead of `nn.DataParallel` (modified)."""
+    """Set one GPU per process in `arguments` (modified), to prevent `nn.DataParallel`."""
     arguments._n_gpu = min(arguments.n_gpu, 1)  # reading n_gpu initializes _n_gpu
 
 
@@ -81,7 +81,7 @@ LOWEST = {"torch": "2.8", "transformers": "5.24", "peft": "0.21", "accelerate": 
 
 
 def find_old_libraries() -> list[str]:
-    """Find an error message for each missing or outdated library."""
+    """Returns an error message for each missing or outdated library."""
     problems = []
     for name, lowest in LOWEST.items():
         try:

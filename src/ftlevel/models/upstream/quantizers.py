@@ -112,7 +112,7 @@ def keep_trainable_layout(model: torch.nn.Module) -> int:
 
 
 def cast_unquantized(model: Any, dtype: torch.dtype) -> None:
-    """Cast the unquantized tensors of a bitsandbytes model to `dtype` (modified).
+    """Cast the unquantized tensors of a bitsandbytes `model` (modified) to `dtype`.
 
     Modules that transformers keeps in float32 are not cast.
     """
@@ -133,7 +133,7 @@ def four_bit_values(quant_type: str) -> Tensor:
 
 
 def scales_of(weight: Any) -> Iterator[Tensor]:
-    """Yields the scales of a bitsandbytes weight; with double quantization, first as codes."""
+    """Yields the scales of a bitsandbytes weight; with double quantization, first their codes."""
     state = getattr(weight, "quant_state", None)  # 4 bits
     while state is not None:
         yield state.absmax.detach()

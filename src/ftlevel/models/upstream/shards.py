@@ -1,9 +1,8 @@
 """Sharded reading and writing of weights, checkpoints and optimizer state.
 
-Until a model is sharded, unread weights are memory-mapped file tensors. If the dtype differs they
-are expanded NaN, so that accidental use is visible. Distributed checkpoints are safetensors files
-such as shard-00001-model-00001-of-00001. Each records its rows, so the number of processes can
-change.
+Until a model is sharded, unread weights are memory-mapped file tensors, or expanded NaN if the
+dtype differs, so that accidental use is visible. Distributed checkpoints are safetensors files like
+shard-00001-model-00001-of-00001. Each records its rows, so the number of processes can change.
 """
 
 from __future__ import annotations
@@ -349,10 +348,9 @@ class UnreadWeights:
         return (pair for pair in model.named_parameters() if pair[1] not in self.weights)
 
     def fill(self, model: nn.Module, base_name: Callable[[str], str]) -> list[str]:
-        """Load the unread weights that `model` (modified) trains; returns names of NaN tensors.
+        """Load the unread weights that `model` (modified) trains; returns other NaN tensors.
 
-        They were computed from unread weights. `base_name` maps a name in `model` to its name
-        in the base.
+        Those were computed from unread weights. `base_name` maps names in `model` to the base's.
         """
         bases = {
             base_name(name): stored
