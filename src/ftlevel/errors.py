@@ -59,7 +59,7 @@ class Interrupted(FtlevelError):
 
 @contextlib.contextmanager
 def reading(name: str) -> Iterator[None]:
-    """Add a note with `name` to unexpected errors in the block, for the message of the CLI."""
+    """Context manager that adds a note with `name` to unexpected errors, for the CLI's message."""
     try:
         yield
     except FtlevelError:

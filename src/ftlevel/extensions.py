@@ -121,7 +121,7 @@ _NOUNS = {
 
 @functools.cache
 def find_extensions() -> tuple[tuple[str, Extension], ...]:
-    """Find the extensions, ftlevel's own first, each with the package that it comes from."""
+    """Returns (package, extension) of all extensions, ftlevel's own first."""
     extensions = []
     for source, reference in (*_own(), *_installed()):
         if (extension := try_load(reference, source)) is None:
@@ -198,7 +198,7 @@ def try_load(reference: str, source: str) -> Any:
 
 
 def warn_left_out(source: str, reason: object) -> None:
-    """Warn that something of the package `source` is not available."""
+    """Warn that a part of the package `source` is not available."""
     if not prints_errors():
         return
     kind = f"{type(reason).__name__}: " if isinstance(reason, Exception) else ""

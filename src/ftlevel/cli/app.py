@@ -179,7 +179,7 @@ def run(arguments: list[str]) -> int:
 
 
 def _completed_command() -> list[str]:
-    """Returns [command] of the line that a shell completes, by Typer's variables; else []."""
+    """Returns the command on the line that a shell is completing, as a list; empty if none."""
     typed = os.environ.get("COMP_WORDS") or os.environ.get("_TYPER_COMPLETE_ARGS") or ""
     return [word for word in typed.split()[1:] if not word.startswith("-")][:1]
 

@@ -113,7 +113,7 @@ def _default_cell(row: TargetRow, notes: dict[str, int]) -> str:
 
 
 def _fact_lines(label: str, text: str, width: int) -> str:
-    """Wrap a fact after its label; keeps line breaks."""
+    """Wrap `text` after its label to `width` columns; line breaks in it are kept."""
     indent = " " * 12
     lines = [
         wrapped

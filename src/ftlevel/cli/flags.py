@@ -244,7 +244,7 @@ def _short_choices(metadata: FieldMetadata) -> str | None:
 
 
 def _help_of(metadata: FieldMetadata, row: Flag) -> str:
-    """Returns the help of a flag: description, with choices and default unless it has them."""
+    """Returns the help of a flag: its description, plus choices and default if not in there."""
     if row.value is not None:
         return metadata.description
     is_shown = _short_choices(metadata) or all(c in metadata.description for c in metadata.choices)
@@ -296,7 +296,7 @@ class CommandInput:
 
 
 def _put(layer: Layer, row: Flag, path: str, shown: str, value: Any, example: str) -> None:
-    """Set the field at `path` in `layer` (modified); with an `example`, NAME=VALUE pairs."""
+    """Set the field at `path` in `layer` (modified); with `example`, from NAME=VALUE pairs."""
     key = tuple(path.split("."))
     if example:
         for pair in (part for values in value for part in _NEXT_PAIR.split(values)):

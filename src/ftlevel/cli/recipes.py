@@ -81,7 +81,7 @@ def _local_recipes() -> list[Path]:
 
 
 def _is_recipe(path: Path) -> bool:
-    """Returns whether a YAML file has a section of ftlevel's."""
+    """Returns whether a YAML file has a top-level key of ftlevel's recipes."""
     try:
         return not TrainConfig.model_fields.keys().isdisjoint(read_yaml(path)[0])
     except (ConfigError, OSError):

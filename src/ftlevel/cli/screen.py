@@ -309,8 +309,8 @@ def _console(stream: SafeStream) -> Console:
 def open_screen(*, as_json: bool, quiet: bool, aside: bool = False) -> Iterator[Screen]:
     """Create a screen that is closed at the end of the block.
 
-    With `as_json`, it prints to stderr and only in a terminal; with `aside`, to stderr, because
-    stdout gets the predicted rows.
+    With `as_json`, the screen prints to stderr, only in a terminal. With `aside`, it prints to
+    stderr because stdout gets the predicted rows.
     """
     stream = SafeStream(sys.stderr if as_json or aside else sys.stdout)
     silent = quiet or (as_json and not stream.isatty())

@@ -13,7 +13,7 @@ from ftlevel.config.flags import flags_of
 from ftlevel.errors import ConfigError
 
 ON, OFF = ("true", "1", "yes", "on", "y", "t"), ("false", "0", "no", "off", "n", "f", "none")
-"""What a switch may be given, in small letters."""
+"""Lowercase values that turn a switch on or off."""
 
 _THOUSANDS = re.compile(r"(\d+(?:\.\d+)?)([km])", re.IGNORECASE)
 _FACTORS = {"k": (1024, 1000), "m": (1024**2, 1000**2)}
@@ -85,7 +85,7 @@ class RewrittenArguments:
 
 
 def build_flag_specs(command: str, flags: Sequence[Flag]) -> dict[str, FlagSpec]:
-    """Build every flag name that `command` accepts, with its interpretation."""
+    """Returns name → `FlagSpec` for every flag that `command` accepts, and for every alias."""
     specs: dict[str, FlagSpec] = {}
     for row in flags_of(command, flags):
         if row.is_argument:
@@ -345,7 +345,7 @@ _RUNS = ("*/.ftlevel.json", "runs/*/.ftlevel.json")  # marker file of a run dire
 
 
 def completer(row: Flag, metadata: FieldMetadata) -> Callable[[str], list[str]]:
-    """Returns a function that completes the values of `row`; nothing for free-form values."""
+    """Returns a shell completion function for a flag's values; free-form values get none."""
 
     def complete(incomplete: str) -> list[str]:
         return sorted(v for v in _completions(row, metadata) if v.startswith(incomplete))

@@ -32,7 +32,7 @@ _last_words: Callable[[], int] | None = None
 def install_signal_handlers(last_words: Callable[[], int]) -> None:
     """Handle SIGTERM and SIGHUP like Ctrl-C; ignore SIGUSR1, which is for training runs.
 
-    `last_words` prints that nothing was saved and returns the exit code.
+    `last_words` is called on a signal; it prints that nothing was saved and returns the exit code.
     """
     global _last_words
     _last_words = last_words
@@ -181,7 +181,7 @@ NOISY = ("torchao", "torch.utils._pytree")
 
 
 def silence_loggers() -> None:
-    """Silence the import messages of libraries."""
+    """Silence the messages that libraries log when they are imported."""
     for name in NOISY:
         logging.getLogger(name).setLevel(logging.ERROR)
 

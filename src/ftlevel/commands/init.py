@@ -113,7 +113,7 @@ def _is_set(config: TrainConfig, path: str) -> bool:
 
 
 def _resolve(layers: list[Layer], proposed: list[Choice]) -> Run:
-    """Resolve the run like `train`; without validation rows, add a split to both (modified)."""
+    """Resolve the run like `train`; without validation rows, add a split to `layers` (modified)."""
     config = build_config(layers)
     run = resolve(config)
     few = len(run.data.train) < _ENOUGH or config.data.streaming

@@ -61,7 +61,7 @@ class TargetRow:
 
     @property
     def path(self) -> str:
-        """Name within the block."""
+        """Module name within the block."""
         return self.pattern.removeprefix(f"{self.block}.") if self.block else self.pattern
 
 

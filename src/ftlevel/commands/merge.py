@@ -40,7 +40,7 @@ from ftlevel.tasks import TASKS
 
 @dataclass(frozen=True)
 class _MergeJob:
-    """Resolved merge: base weights to try (`ways`), output quantization (`low`), and rows."""
+    """Resolved merge: base weights to try (`ways`), output quantization (`low`), rows to use."""
 
     config: MergeConfig
     inputs: MergeInput
@@ -59,7 +59,7 @@ class MergeResult:
 
 
 def merge(config: MergeConfig, *, listener: Listener | None = None) -> MergeResult:
-    """Merge one adapter or a mixture of several into the base, and write a plain model.
+    """Merge one adapter or a mixture of several into the base, and write a full model.
 
     Nothing is left at the output path unless every check passes.
 

@@ -62,10 +62,10 @@ class ClusterEstimate(Protocol):
         """Number of steps per epoch; None with synthetic rows."""
 
     def time(self) -> TimeForecast | None:
-        """Returns the time of an epoch; None with synthetic rows."""
+        """Returns the estimated time of an epoch; None with synthetic rows."""
 
     def lines(self) -> Iterator[str]:
-        """Yields the lines for the screen."""
+        """Yields the estimate as lines of text for the terminal."""
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the values for `--json`."""
@@ -230,7 +230,7 @@ def _names_no_data(config: TrainConfig) -> bool:
 
 
 def _replace(config: TrainConfig, section: str, **fields: Any) -> TrainConfig:
-    """Returns a copy with other `fields` of `section`, which are not validated."""
+    """Returns a copy of `config` with `fields` of `section` replaced, without validation."""
     values = getattr(config, section).model_copy(update=fields)
     return config.model_copy(update={section: values})
 

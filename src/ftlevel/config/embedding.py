@@ -19,7 +19,7 @@ EmbeddingLossName = Literal[
 Pooling = Literal["mean", "cls", "last", "max"]
 Similarity = Literal["cosine", "dot"]
 Columns = Literal["pairs", "scores"]
-"""What a row has: a query with documents, or two texts with a score or a label."""
+"""Content of a row: a query with documents, or two texts with a score or a label."""
 
 
 @dataclass(frozen=True)

@@ -240,7 +240,7 @@ def _scalar(text: str) -> Scalar:
 
 
 Scalars = Annotated[dict[str, Scalar], BeforeValidator(_read_scalars)]
-"""Arguments of a library object, by its own names."""
+"""Arguments of an optimizer or schedule, under their names in the library."""
 
 
 def _read_names(value: Any) -> Any:

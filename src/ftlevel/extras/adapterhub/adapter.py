@@ -186,7 +186,7 @@ class HubAdapter:
 
     @property
     def heads(self) -> list[str]:
-        """Modules that are saved with the adapter in full."""
+        """Names of the fully trained modules that are saved with the adapter: those of the head."""
         return head_modules(self.head, self.head_weights) if self.head else []
 
     def task(self, wanted: str | None) -> str:
@@ -245,7 +245,7 @@ def is_adapterhub(directory: Path) -> bool:
 
 
 def read_hub_adapter(directory: Path) -> HubAdapter:
-    """Load configuration and head in `directory`; raise InputError if invalid or without a base."""
+    """Load configuration and head in `directory`; InputError if invalid or no base is named."""
     settings = _read_json(directory / CONFIG)
     if not isinstance(settings.get("model_name"), str) or not settings["model_name"]:
         raise InputError(

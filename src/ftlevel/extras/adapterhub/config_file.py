@@ -187,7 +187,7 @@ def _reduction_factor(value: Any) -> float:
 
 
 def _activation(name: Any, *, old: bool) -> str:
-    """Returns transformers' name of an activation; `old` names are adapter-transformers'."""
+    """Returns transformers' name of an activation; `old`: named as in adapter-transformers."""
     from transformers.activations import ACT2FN
 
     activation = str(name).lower()

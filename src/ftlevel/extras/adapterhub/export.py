@@ -124,7 +124,7 @@ class AdapterHubExport:
         return notes
 
     def choices(self, device: Choice) -> Iterator[Choice]:  # noqa: ARG002 - a format's signature
-        """Yields the lines for the console."""
+        """Yields the settings to print before the export."""
         yield Choice("adapter", self.config.model, f"{len(self.holders):,} positions")
         yield Choice("base", str(self.card.base["name"]), type(self.model).__name__)
         yield Choice("name", self.name, "as load_adapter returns it")
@@ -207,7 +207,7 @@ class AdapterHubExport:
         }
 
     def describe(self, summary: Mapping[str, Any]) -> Iterator[str]:
-        """Yields the lines of the result."""
+        """Yields lines of text that describe the finished export."""
         if summary.get("dry_run"):
             yield "nothing was written (--dry-run)"
             return

@@ -165,14 +165,14 @@ class ClusterForecast:
         return None if self.steps is None else self.steps * self.step.seconds
 
     def time(self) -> TimeForecast | None:
-        """Returns the time of an epoch; None with synthetic rows."""
+        """Returns the estimated time of an epoch; None with synthetic rows."""
         if self.seconds_per_epoch is None:
             return None
         how = f"a roofline and rings on {self.network.ranks:,} cards, not measured"
         return TimeForecast(self.seconds_per_epoch, self.tokens_per_s, how)
 
     def lines(self) -> Iterator[str]:
-        """Yields the lines for the screen."""
+        """Yields the estimate as lines of text for the terminal."""
         network, step = self.network, self.step
         yield (
             f"{network.nodes:,} × {network.cards} cards, of which this is one: a step takes "
@@ -213,8 +213,8 @@ def forecast_cluster(
 ) -> ClusterForecast:
     """Estimate step time, traffic and throughput of `run` on the machines of `options`.
 
-    The memory estimate `need` sets micro-batch size and recomputation. `card` must have a known
-    speed.
+    The memory estimate `need` determines micro-batch size and recomputation. `card` must have a
+    known speed.
     """
     network = Network(options.nodes, options.gpus_per_node, card.link, options.interconnect_gbps)
     shares = describe_shares(run)

@@ -210,7 +210,7 @@ def _plain(config: TrainConfig) -> dict[str, Any]:
 def _start_or_resume(
     config: TrainConfig, wishes: ComparisonOptions, path: Path
 ) -> tuple[ComparisonOptions, dict[str, Any]]:
-    """Returns options and the record of the request; on `--resume`, merged with the stored one."""
+    """Returns the options and the settings to store; `--resume` merges in those stored before."""
     budget = {"steps": wishes.steps, "minutes": wishes.minutes}
     now = _plain(config)
     asked: dict[str, Any] = {
@@ -285,7 +285,7 @@ def _start_or_resume(
 
 
 def _without_metric(asked: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the configuration values without `metric_for_best_model`, which may change."""
+    """Returns the configuration without `metric_for_best_model`, which `--resume` may change."""
     section = {k: v for k, v in asked.get("train", {}).items() if k != "metric_for_best_model"}
     return {**asked, "train": section}
 

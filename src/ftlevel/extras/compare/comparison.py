@@ -64,8 +64,8 @@ class ComparisonOptions:
 class Comparison:
     """State of a comparison; dictionaries are keyed by method.
 
-    `left_out` has reasons, `scored` results of runs in order of seeds, `dry` dry-run summaries,
-    and `searched` results of hyperparameter searches.
+    `left_out`: why a method is not compared; `scored`: results of runs, by seed; `dry`: dry-run
+    summaries; `searched`: results of hyperparameter searches.
     """
 
     path: Path

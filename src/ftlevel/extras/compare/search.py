@@ -111,7 +111,7 @@ def _describe_end(code: int | None) -> str:
 def _child(
     sender: Connection, prepare: Callable[[], Any], work: Callable[..., Any], arguments: Any
 ) -> None:
-    """Send ("done", result), ("failed", message) or ("interrupted", message)."""
+    """Run `work`; send ("done", result), ("failed", message) or ("interrupted", message)."""
     if hasattr(os, "setsid"):  # Ctrl-C reaches the parent alone, which passes it on
         os.setsid()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -153,7 +153,7 @@ _MOST = {"dropout": 0.2, "weight-decay": 0.1}
 
 @dataclass(frozen=True)
 class Study:
-    """Hyperparameter search for one method, stored under a `name` derived from the request.
+    """Hyperparameter search for one method, stored under a `name` derived from its settings.
 
     `fields` maps settings to configuration fields; `rate` is the default learning rate.
     """
@@ -219,7 +219,7 @@ def plan_study(
 ) -> Study | None:
     """Returns the study of the method `word`; None if it has none of the hyperparameters.
 
-    `asked` is the comparison's request, `facts` the dry run's summary, `path` the output directory.
+    `asked`: settings of the comparison; `facts`: dry-run summary; `path`: output directory.
     """
     own = SPECS[config.method.kind].model_fields
     fields = {
@@ -276,7 +276,7 @@ def search(
 
 
 def _fail_the_silent(result: optuna.Study) -> None:
-    """Fail trials whose process sends no heartbeat."""
+    """Mark trials as failed if their process has stopped sending heartbeats."""
     import optuna
 
     with warnings.catch_warnings():
@@ -285,7 +285,7 @@ def _fail_the_silent(result: optuna.Study) -> None:
 
 
 def _describe(result: optuna.Study, study: Study) -> dict[str, Any]:
-    """Returns the best values of a study and its trials, in order."""
+    """Returns the best hyperparameters of a study, and all its trials in order."""
     trials = [
         t
         for t in result.get_trials(deepcopy=False)
@@ -359,7 +359,7 @@ def _objective(trial: optuna.Trial, study: Study, config: TrainConfig, path: Pat
 
 
 def _draw(trial: optuna.Trial, name: str, rate: float) -> float:
-    """Sample the setting `name`; learning rates are sampled around `rate`."""
+    """Sample a value of the setting `name`; learning rates are sampled around `rate`."""
     if name == _RATE:
         low, high = rate / _RATE_FACTOR, rate * _RATE_FACTOR
         return trial.suggest_float(name, low, high, log=True)

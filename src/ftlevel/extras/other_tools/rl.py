@@ -112,7 +112,7 @@ def complete_flags(task: str, values: dict[str, Any], typed: Mapping[str, str]) 
     """Complete the flags of a different tool with its defaults; return a message for each.
 
     Args:
-        task: the run's; only `rl` is completed.
+        task: task of the run; flags are completed only for `rl`.
         values: section → fields set by flags; `rl` and `train` are changed.
         typed: flag → name that the user typed.
 

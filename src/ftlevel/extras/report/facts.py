@@ -1,4 +1,4 @@
-"""Read the files of a run, count its answers, and summarize the scored queries of retrieval."""
+"""Read the files of a run; compute statistics of its predictions and retrieval scores."""
 
 from __future__ import annotations
 

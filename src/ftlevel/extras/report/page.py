@@ -89,7 +89,7 @@ def _figure(value: float) -> str:
 
 
 def data_findings(summary: Summary) -> Iterator[str]:
-    """Yields what the data checks found, and what happened to rows that did not fit."""
+    """Yields what the data checks found, and what happened to rows that were too long."""
     data = summary.get("data", {})
     for result in data.get("gate") or ():
         places = ", ".join(result.get("places", ()))
@@ -455,7 +455,7 @@ def _gib(size: Any) -> str:
 def write_run_page(
     run: RunDirectory, summary: Mapping[str, Any], lines: Sequence[dict[str, Any]]
 ) -> None:
-    """Write the page of a run at the end; `lines` are its predictions for validation rows."""
+    """Write the page when a run ends; `lines` are its predictions for validation rows."""
     queries = summarize_retrieval(lines)
     answers = summarize_answers(iter(lines)) if lines and queries is None else None
     records = run.read_log(summary["steps"])

@@ -1,8 +1,8 @@
 """Export adapters as plain LoRA ("normal form"), read the files back, and compare logits.
 
-The probe converts any linear method: the adapted layer must compute x (W + Δ)ᵀ + b. In float64 it
-receives zeros, the identity and random rows, and the base layer's output is subtracted. If the
-outputs for zeros and random rows agree with the Δ from the identity, Δ is factored by SVD.
+`probe_normal_form` converts any linear method: the adapted layer must compute x (W + Δ)ᵀ + b. In
+float64 it receives zeros, the identity and random rows, and the base layer's output is subtracted.
+If the outputs for zeros and random rows agree with the Δ from the identity, Δ is factored by SVD.
 """
 
 from __future__ import annotations
@@ -168,7 +168,7 @@ class AdapterCheck:
 
     Attributes:
         difference: largest difference of a logit from the trained model.
-        scale: largest logit.
+        scale: largest absolute logit.
         effect: largest change of a logit by the adapter.
         quantized: KL divergence from the model on its quantized base; None without one.
     """
@@ -274,7 +274,7 @@ class AdaptersExport:
     writer: Writer
 
     def choices(self, device: Choice) -> Iterator[Choice]:
-        """Yields the lines for the console."""
+        """Yields the settings to print before the export."""
         for entry in self.entries:
             form = self.forms[entry.name]
             reason = "known when its layers are computed" if form is None else f"rank {form.rank}"
@@ -291,7 +291,7 @@ class AdaptersExport:
         return self._summary(self.forms, {}, verified=False)
 
     def write(self, output: Path, device: str, listener: Listener, merge: Any) -> dict[str, Any]:  # noqa: ARG002 - nothing is merged
-        """Write every adapter into `output` and compare; return the summary."""
+        """Write every adapter into `output`, compare it with the run; return the summary."""
         forms: dict[str, NormalForm | None] = {}
         checks: dict[str, AdapterCheck] = {}
         records: list[AdapterRecord] = []
@@ -468,7 +468,7 @@ class AdaptersExport:
         }
 
     def describe(self, summary: Mapping[str, Any]) -> Iterator[str]:
-        """Yields the lines of the result."""
+        """Yields lines of text that describe the finished export."""
         for adapter in summary["adapters"]:
             rank = adapter["rank"]
             size = f"rank {rank}, {adapter['modules']:,} modules" if rank else "rank not known yet"

@@ -60,7 +60,7 @@ _COARSE_SCORE = 5e-2
 
 
 def read_vectors(out: Path) -> dict[str, Any] | None:
-    """Load the recorded embeddings or scores of the export at `out`; None for other models."""
+    """Load the recorded embeddings or scores of the export at `out`; None if it has neither."""
     path = served_path(out)
     if not path.is_file():
         return None
@@ -357,7 +357,7 @@ def _check_embeddings(
 
 @dataclass(frozen=True)
 class _Rows:
-    """Outputs for one adapter; `how` is the prompt form, `no_chat` why chat was not queried."""
+    """Outputs for one adapter; `how`: form of the prompts; `no_chat`: why chat was not queried."""
 
     plain: list[ServerAnswer]
     chat: list[ServerAnswer | None]
@@ -378,7 +378,7 @@ def _ask_url(config: CheckServedConfig, served: ServingRecord) -> dict[str, _Row
 
 
 def _name_of(adapter: AdapterRecord, served: ServingRecord, listed: list[str]) -> str:
-    """Returns the model name under which the server lists `adapter`, if it can be found."""
+    """Returns the name under which the server lists `adapter`, else a name that it may accept."""
     if adapter.name in listed or (len(listed) != 1 and served.facts.get("server") != "mlx"):
         return adapter.name
     # mlx-lm loads a model for any other name.

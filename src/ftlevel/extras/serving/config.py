@@ -11,7 +11,7 @@ from ftlevel.config.sections import Positive, Section
 
 
 class CheckServedConfig(Section):
-    """Configuration of a server check."""
+    """Configuration of `ftlevel check-served`."""
 
     out: Path = Field(
         description="Output of ftlevel export; its served.json has the reference answers."

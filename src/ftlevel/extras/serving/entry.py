@@ -23,7 +23,7 @@ from ftlevel.trained.model_ref import ModelRef
 
 @dataclass(frozen=True)
 class ServedAdapter:
-    """One of the served adapters; `template` is its chat template file if it has its own."""
+    """Adapter in a start command; `template` is its own chat template file, if it has one."""
 
     name: str
     place: Path
@@ -250,7 +250,7 @@ class ServedModel:
 
     @property
     def added_tokens(self) -> list[str]:
-        """Tokens of the adapter's tokenizer that the base's tokenizer has no."""
+        """Tokens of the adapter's tokenizer that the base's tokenizer lacks."""
         return sorted(set(self.tokenizer.get_vocab()) - set(self.base_tokenizer.get_vocab()))
 
     @property

@@ -33,7 +33,7 @@ class GgufWriter:
     file: str = _FILE
 
     def check(self, entry: ServedModel) -> None:
-        """Refuse a base that llama.cpp computes differently from transformers."""
+        """Raise InputError if llama.cpp computes the base differently from transformers."""
         if problems := find_problems(entry.ref.model_config):
             raise InputError(f"for llama.cpp, {problems[0]}")
 
@@ -57,7 +57,7 @@ class GgufWriter:
         writer.close()
 
     def read(self, directory: Path, form: NormalForm, entry: ServedModel) -> NormalForm:
-        """Load the file back with llama.cpp's scale and row order."""
+        """Load the file back, with llama.cpp's scale and row order applied."""
         reader = GGUFReader(str(directory / _FILE))
         tensors = {tensor.name: torch.from_numpy(tensor.data.copy()) for tensor in reader.tensors}
         alpha = reader.get_field("adapter.lora.alpha").contents()

@@ -2,7 +2,7 @@
 
 mlx-lm adapts the modules `keys` of the last `num_layers` layers, and modules outside the layers by
 full name (`mlx_lm.tuner.utils.linear_to_lora_layers`, 0.32.2). It silently keeps the initial values
-of modules that the file has no, so every layer gets the same modules.
+of modules that the file lacks, so every layer gets the same modules.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class MlxWriter:
     file: str = ""
 
     def check(self, entry: ServedModel) -> None:
-        """Refuse a model type whose module names in mlx-lm are unknown."""
+        """Raise InputError for a model type whose module names in mlx-lm are unknown."""
         supported, family = SERVERS["mlx"].families, entry.ref.model_config.model_type
         if family not in supported:
             raise InputError(
