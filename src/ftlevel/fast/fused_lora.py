@@ -272,7 +272,7 @@ class FusedLinear4bit(FusedForward, lora.Linear4bit):
 class FusedLinear8bitLt(FusedForward, lora.Linear8bitLt):
     """Fused LoRA of `bitsandbytes.nn.Linear8bitLt`, on a CPU.
 
-    On a GPU bitsandbytes multiplies in int8, so the PEFT forward runs.
+    On a GPU bitsandbytes multiplies in int8, so PEFT's forward runs.
     """
 
     def _is_ready(self) -> bool:

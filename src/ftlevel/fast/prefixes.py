@@ -47,7 +47,7 @@ class SharedPrefix:
     def join(
         self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Collect a layer's keys and values of the prefix; after `close`, prepend them to others.
+        """Collect the prefix's keys and values; after `close`, prepend them to `key` and `value`.
 
         `query` is (1, heads, own, head_dim), `key` and `value` are (1, key heads, own, …). After
         `close`, results have `tokens` + own positions; queries of the prefix are zeros.

@@ -85,7 +85,7 @@ class Initialization:
         return False
 
     def without_weights(self, spec: Any) -> Any:
-        """Returns `spec` with the PEFT default initialization, for models on the meta device."""
+        """Returns `spec` with PEFT's default initialization, for models on the meta device."""
         return spec
 
     def initialize(self, model: Any, spec: Any, inputs: InitializationInputs) -> None:

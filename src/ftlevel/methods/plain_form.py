@@ -20,7 +20,7 @@ from ftlevel.config.methods.lora import BASE_MODIFYING_INITS
 from ftlevel.errors import InputError, join_names
 
 PREFIX = "base_model.model."
-"""the PEFT prefix of module names in the base."""
+"""PEFT's prefix of module names in the base."""
 OUTPUT_LAYERS = ("lm_head", "embed_out")
 """Name suffixes of output layers."""
 

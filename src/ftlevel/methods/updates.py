@@ -67,7 +67,7 @@ class LinearUpdate(Method):
             check_divides(self.block_size, size, sizes, outputs=self.divides_outputs)
 
     def build(self, spec: MethodSpec, base: Base) -> Any:
-        """Returns the PEFT config with all fields of `spec`."""
+        """Returns the method's `PeftConfig` with all fields of `spec`."""
         import peft
 
         kwargs = {name: getattr(spec, name) for name in type(spec).model_fields}
@@ -324,7 +324,7 @@ class Shira(LinearUpdate):
 def gralora_as_lora(file: AdapterFile) -> dict[str, Factors]:
     """Returns the LoRAs of all blocks of each module as one product, of rank k · r.
 
-    In the PEFT file A is `(k, in / k, r)`, where the j-th r / k columns belong to output block j;
+    In PEFT's file A is `(k, in / k, r)`, where the j-th r / k columns belong to output block j;
     B is `(k, r, out / k)`.
     """
     import torch

@@ -49,10 +49,10 @@ def packs_experts(quantization: Any) -> bool:
 
 @dataclass(frozen=True)
 class QuantizationRounding:
-    """Quantizes and dequantizes the tensors `names`, so that they are rounded as in training.
+    """Quantizes and dequantizes tensors, which rounds them as in the quantized base.
 
-    Tensors in `transposed` are stored as `(in, out)`, as in Conv1D. `dtype` is the dtype before
-    quantization.
+    Only tensors in `names` are rounded. Those in `transposed` are stored as `(in, out)`, as in
+    Conv1D. `dtype` is the dtype before quantization.
     """
 
     names: frozenset[str]

@@ -366,7 +366,7 @@ class BottleneckModel(UnmergeableTuner, PrecisionTuner, BaseTuner):
     def _replace_module(
         self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module
     ) -> None:
-        """Set `new_module` on `parent`; the PEFT version requires `child.weight`."""
+        """Set `new_module` on `parent`; PEFT's own function requires `child.weight`."""
         if isinstance(child, BottleneckLayer) and new_module is not child:
             child.stop_listening()
         setattr(parent, child_name, new_module)

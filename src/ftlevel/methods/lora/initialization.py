@@ -4,7 +4,7 @@
     EVA:    A = top directions of the layer's inputs         Paischer et al., 2024
 
 LoftQ uses the truncated SVD of the residual, with singular values split evenly between A and B;
-the PEFT routine needs CUDA and omits the scale s. EVA distributes ranks by explained variance.
+PEFT's routine needs CUDA and omits the scale s. EVA distributes ranks by explained variance.
 """
 
 from __future__ import annotations

@@ -432,7 +432,7 @@ class PrefixModel(VirtualTokenTuner):
     def _replace_module(
         self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module
     ) -> None:
-        """Set `new_module` on `parent`; the PEFT version requires a weight."""
+        """Set `new_module` on `parent`; PEFT's own function requires a weight."""
         setattr(parent, child_name, new_module)
 
     def _fill(self, layer: PrefixLayer, adapter_name: str, config: PrefixKvConfig) -> None:

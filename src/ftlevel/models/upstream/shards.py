@@ -97,7 +97,7 @@ def write_parts(tensors: Mapping[str, Tensor], directory: Path) -> None:
 
 @contextlib.contextmanager
 def _naming_failures() -> Iterator[None]:
-    """Convert a distributed checkpoint error to the write error of the process that failed."""
+    """Within the context, raise the write error of whichever process failed."""
     try:
         yield
     except CheckpointException as failed:
