@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 
 class FtlevelError(Exception):
-    """Base class of errors meant for the user; `is_reported` if another process prints it."""
+    """Base class of errors for the user; `is_reported` means that another process prints it."""
 
     exit_code = 1
     is_reported = False

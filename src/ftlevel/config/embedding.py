@@ -27,7 +27,7 @@ class EmbeddingLossFacts:
     """Properties of an embedding loss.
 
     Attributes:
-        columns: kind of rows that it needs.
+        columns: kind of rows that it needs, as in `Columns`.
         reads: fields of `EmbeddingConfig` that it uses, besides those that all losses use.
         scale: default scale of cosine similarities; None if it has none.
         margin: default margin; None if it has none.

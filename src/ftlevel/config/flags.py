@@ -44,7 +44,7 @@ def read_pairs(flag: str, text: str) -> str:
 
 
 def _fields(panel: str, on: Sequence[str], paths: str) -> list[Flag]:
-    """Returns a flag for each field in `paths`, which is separated by spaces."""
+    """Returns a flag for each dotted path in the space-separated `paths`."""
     return [Flag(path, "", panel, on) for path in paths.split()]
 
 

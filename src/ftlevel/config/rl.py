@@ -26,7 +26,7 @@ class RlLossProperties:
     """Properties of a policy loss; the defaults are those of its paper.
 
     Attributes:
-        scale: standard deviation that advantages are divided by: of the group, the batch or none.
+        scale: standard deviation that advantages are divided by: group, batch or none.
         epsilon, epsilon_high: default clipping range. epsilon is None if there is no lower bound
             and `epsilon_high` caps the ratio itself (cispo).
         reads: fields of `RlConfig` that it uses, of those that not all losses use.

@@ -37,8 +37,7 @@ IN_MEMORY = "in memory"
 class InMemoryDataset(str):
     """String that stands for in-memory `rows` where the name of a dataset is expected.
 
-    Its text is `in memory`. `rows` is a DataFrame, `Dataset`, `DatasetDict` or iterable of
-    mappings.
+    `rows` is a DataFrame, `Dataset`, `DatasetDict` or iterable of mappings.
     """
 
     rows: Any
@@ -251,8 +250,10 @@ class DataConfig(Section):
     )
     overlong: Literal["error", "drop", "truncate", "truncate-prompt", "split"] = Field(
         "error",
-        description="Action for rows longer than max_length. truncate cuts the end of texts to "
-        "embed, truncate-prompt the beginning of prompts. Answers are never truncated silently.",
+        description="Action for rows longer than max_length. split cuts plain text into several "
+        "rows; truncate cuts the end of texts to embed; truncate-prompt cuts the beginning of "
+        "prompts, or the end of texts to classify and documents to rerank. Answers are never "
+        "truncated silently.",
     )
     problem_type: Literal[
         "auto", "single_label_classification", "multi_label_classification", "regression"

@@ -304,7 +304,7 @@ def _best_problems(train: TrainerConfig) -> list[str]:
 
 
 def _stream_problems(config: TrainConfig) -> list[str]:
-    """Returns messages for settings that need a known number of rows."""
+    """Returns messages for settings that conflict with `--streaming`, or need it."""
     data, train = config.data, config.train
     if not data.streaming:
         belongs = "belongs to --streaming. Drop it, or add --streaming."

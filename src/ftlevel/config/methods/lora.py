@@ -224,7 +224,7 @@ class VeraSpec(MethodSpec):
 class OftSpec(MethodSpec):
     """OFT: W · R, with R block-diagonal and orthogonal (Qiu et al., 2023).
 
-    R is a Cayley transform, by default by the Neumann series of OFTv2 (Qiu et al., 2025).
+    R is a Cayley transform, by default approximated as in OFTv2 (Qiu et al., 2025).
     """
 
     kind: Literal["oft"] = "oft"
