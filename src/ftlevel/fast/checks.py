@@ -207,7 +207,7 @@ class PackingCheck(StepCheck):
 
 @contextmanager
 def in_float32(blocks: Sequence[nn.Module], device: str) -> Iterator[None]:
-    """Run each of `blocks` in float32 within the context; its weights are cast while it runs."""
+    """Run each of `blocks` in float32 in the `with` block; its weights are cast while it runs."""
     hooks, before, plain = [], dict[Any, Tensor](), ExitStack()
 
     def enter(block: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:

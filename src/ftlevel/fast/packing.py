@@ -152,7 +152,7 @@ def current_layout() -> PackedLayout | None:
 
 @contextlib.contextmanager
 def using_layout(layout: PackedLayout | None, own_thread: bool = False) -> Iterator[None]:
-    """Set the current layout within the context, which must include the backward pass.
+    """Set the current layout inside the `with` block, which must include the backward pass.
 
     `layout` is None for a padded batch. With `own_thread` it applies to this thread only, for
     parallel workers on a CPU. Otherwise it applies to the process, because the backward pass on a

@@ -103,7 +103,7 @@ def current_prefix() -> SharedPrefix | None:
 
 @contextlib.contextmanager
 def using_prefix(shared_prefix: SharedPrefix | None) -> Iterator[None]:
-    """Set the current shared prefix of this thread within the context."""
+    """Set the current shared prefix of this thread inside the `with` block."""
     _own.shared_prefix, before = shared_prefix, current_prefix()
     try:
         yield

@@ -33,7 +33,7 @@ def worker_generator() -> torch.Generator | None:
 
 @contextlib.contextmanager
 def using_generator(seed: int | None) -> Iterator[None]:
-    """Use a new generator with `seed` within the context, in this thread; None: the global one."""
+    """Use a new generator with `seed` in this thread's `with` block; None: the global generator."""
     before = _own.generator
     _own.generator = None if seed is None else torch.Generator().manual_seed(seed)
     try:

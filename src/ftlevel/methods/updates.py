@@ -79,7 +79,7 @@ class LinearUpdate(Method):
         return getattr(peft, self.config_class)(**base.shared, **kwargs, **self.fixed)
 
     def prepare(self, model: Any) -> None:
-        """Make layers (modified) that add in place add to a copy of the base's output."""
+        """Make layers (modified) copy the base's output if they would add to it in place."""
         if self.adds_in_place:
             copy_base_outputs(model)
 
@@ -96,7 +96,7 @@ LINEARS_ONLY = Rule(
 def check_divides(
     field: str, size: int, sizes: Mapping[str, tuple[int, int]], *, outputs: bool = False
 ) -> None:
-    """Raise `ConfigError` if `size` does not divide all inputs (and outputs, if `outputs`)."""
+    """Raise `ConfigError` unless `size` divides all inputs (if `outputs`, all outputs too)."""
     sides = {name: pair if outputs else pair[:1] for name, pair in sizes.items()}
     misfits = {name: width for name, pair in sides.items() for width in pair if width % size}
     if not misfits:
@@ -211,7 +211,7 @@ def loha_as_lora(file: AdapterFile) -> dict[str, Factors]:
 
 
 def lokr_as_lora(file: AdapterFile) -> dict[str, Factors]:
-    """Returns s · W₁ ⊗ W₂ of each module as B · A, each the Kronecker product of the factors'."""
+    """Returns s · W₁ ⊗ W₂ = s · (B₁ ⊗ B₂) · (A₁ ⊗ A₂) of each module, where Wᵢ = Bᵢ · Aᵢ."""
     import torch
 
     names = {key.rpartition(".lokr_")[0] for key in file.tensors if ".lokr_w" in key}

@@ -280,7 +280,7 @@ def autocast(device: str, dtype: str) -> torch.autocast:
 
 @contextlib.contextmanager
 def evaluating(model: Any, device: str, dtype: str) -> Iterator[None]:
-    """Within the context, use eval mode, no gradients, and autocast; restores the training mode."""
+    """Use eval mode, no gradients and autocast in the `with` block; restores the training mode."""
     training = model.training
     model.eval()
     try:
@@ -314,7 +314,7 @@ def choose_tf32(tf32: bool | None, device: str, dtype: str) -> list[Choice]:
 
 @contextlib.contextmanager
 def using_tf32(enabled: bool) -> Iterator[None]:
-    """Enable TF32 within the context if `enabled`; no effect on a CPU."""
+    """Enable TF32 inside the `with` block if `enabled`; no effect on a CPU."""
     before = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = before or enabled
     try:

@@ -186,7 +186,7 @@ _UNREADABLE = (OSError, json.JSONDecodeError, struct.error, SafetensorError)
 
 @contextlib.contextmanager
 def _naming_damage(source: ModelSource) -> Iterator[None]:
-    """Within the context, convert exceptions for corrupted files to `InputError`."""
+    """Convert exceptions for corrupted files in the `with` block to `InputError`."""
     try:
         with reading(source.label):
             yield
@@ -199,7 +199,7 @@ def _naming_damage(source: ModelSource) -> Iterator[None]:
 
 @contextlib.contextmanager
 def silence_loggers() -> Iterator[None]:
-    """Suppress warnings and progress bars of libraries within the context."""
+    """Suppress warnings and progress bars of libraries inside the `with` block."""
     level = transformers.logging.get_verbosity()
     bars = transformers.utils.logging.is_progress_bar_enabled()
     noisy = [

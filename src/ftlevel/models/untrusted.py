@@ -160,7 +160,7 @@ def _sizes_of(_process: int) -> io.FileIO | None:
 
 @contextmanager
 def limit_memory(size: int) -> Iterator[None]:
-    """Limit additional memory to `size` bytes within the context; more raises `MemoryError`.
+    """Raise `MemoryError` if the `with` block needs more than `size` bytes of additional memory.
 
     Linux only; no effect elsewhere.
     """
@@ -182,7 +182,7 @@ def limit_memory(size: int) -> Iterator[None]:
 
 @contextmanager
 def limit_time(seconds: float) -> Iterator[None]:
-    """Raise `TimeoutError` within the context after `seconds`; main thread and POSIX only."""
+    """Raise `TimeoutError` in the `with` block after `seconds`; main thread and POSIX only."""
     if not hasattr(signal, "setitimer") or (
         threading.current_thread() is not threading.main_thread()
     ):
@@ -207,7 +207,7 @@ _ENDS = ("rank_pattern", "alpha_pattern")
 
 
 def check_patterns(directory: Path, settings: Mapping[str, Any], base: Any) -> None:
-    """Raise `InputError` for invalid or endless regular expressions in adapter_config.json."""
+    """Raise `InputError` for invalid or slow regular expressions in adapter_config.json."""
     path = directory / "adapter_config.json"
     names = [name for name, _ in base.named_modules()]
     for field, written, pattern in _patterns(settings):

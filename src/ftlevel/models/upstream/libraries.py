@@ -51,7 +51,7 @@ def shared_order() -> Any:
 
 @contextmanager
 def datasets_offline(enabled: bool) -> Iterator[None]:
-    """Set `datasets` offline within the context if `enabled`, to avoid long retries."""
+    """If `enabled`, set `datasets` offline inside the `with` block, to avoid long retries."""
     from datasets import config
 
     before = config.HF_HUB_OFFLINE

@@ -97,7 +97,7 @@ def write_parts(tensors: Mapping[str, Tensor], directory: Path) -> None:
 
 @contextlib.contextmanager
 def _naming_failures() -> Iterator[None]:
-    """Within the context, raise the write error of whichever process failed."""
+    """If a process fails to write in the `with` block, raise its error in all processes."""
     try:
         yield
     except CheckpointException as failed:
