@@ -189,7 +189,7 @@ class PackingCheck(StepCheck):
         return not (errors < _MOST_NOISE * usual).all()
 
     def _states(self, batch: dict[str, Tensor], layout: PackedLayout | None) -> Tensor:
-        """Returns the output of the last block (batch, seq, hidden) in float32."""
+        """Returns the last block's output (batch, seq, hidden) with `layout`, in float32."""
         outputs: list[Tensor] = []
 
         def collect(block: nn.Module, args: Any, output: Any) -> None:  # noqa: ARG001 - a hook

@@ -356,7 +356,7 @@ FUNCTION = "flash_attn_varlen_func"
 
 @dataclass(frozen=True)
 class HubKernel:
-    """A kernel from the Hub; `all_keys` is its value for "no window": None in FA4, else -1."""
+    """A Hub kernel; `all_keys` is its window size for "unlimited": None in FA4, else -1."""
 
     function: Callable[..., Any]
     caps: bool

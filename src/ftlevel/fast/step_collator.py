@@ -164,7 +164,7 @@ class _Partition:
         return common if common >= MIN_PREFIX else 0
 
     def beyond(self, prefix: int) -> _Partition:
-        """Returns the partition after the first `prefix` tokens, which are computed before."""
+        """Returns the partition of the tokens after `prefix` tokens, which are computed before."""
         partition = copy.copy(self)
         partition.prefix = prefix
         partition._lengths = [length - prefix for length in self._lengths]

@@ -264,7 +264,7 @@ class Method:
     def callbacks(self, spec: Any, checkpoints: Path, writes: bool) -> list[Any]:
         """Returns callbacks, one of which may be a `HasState`.
 
-        `checkpoints` is their directory; `writes` is whether this process writes them.
+        `checkpoints` is the directory of checkpoints; `writes` is whether this process writes them.
         """
         return []
 

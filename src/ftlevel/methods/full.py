@@ -81,7 +81,7 @@ class Full(Method):
         return not spec.freeze_base
 
     def unfreeze(self, spec: FullSpec, base: Base, model: Any) -> None:
-        """Unfreeze `model` (modified) except unused modules, or only its heads."""
+        """Unfreeze `model` (modified) except unused modules; with `freeze_base`, only its heads."""
         model.requires_grad_(not spec.freeze_base)
         for name in base.unused:
             model.get_submodule(name).requires_grad_(False)

@@ -62,7 +62,7 @@ _AT_LEAST_ONE = tuple(
 
 
 def check_directory(path: Path, label: str) -> None:
-    """Raise `InputError` for special files, outside references or absurd sizes in a directory."""
+    """Raise `InputError` if a directory has special files, outside references or absurd sizes."""
     check_regular(path.iterdir(), label)
     for index in path.glob(_INDEX):
         _check_index(index, label)

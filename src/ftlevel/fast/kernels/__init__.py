@@ -34,7 +34,7 @@ ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Backward]] = {
 
 
 class Formulas:
-    """The formulas in torch's operations, for any device.
+    """Formulas of norms, GLU, RoPE and cross-entropy in torch's operations, for any device.
 
     Norm: y = w · x · ρ with ρ = 1/√(mean(x²) + ε). GLU: y = a(g) · u for gate g and up u.
     """

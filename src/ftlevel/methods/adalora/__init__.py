@@ -45,7 +45,7 @@ _TINIT, _TFINAL = 0.1, 0.3
 
 
 def _reset_ranks(config: Any) -> None:
-    """Reset rank pattern and initialization in `config` (modified) for a saved adapter."""
+    """Reset rank pattern and initialization in `config` (modified); saved ranks are final."""
     config.rank_pattern = None
     config.init_lora_weights = True
 

@@ -209,7 +209,7 @@ class LoraInitialization(Initialization):
 
     @contextlib.contextmanager
     def as_saved(self, model: Any, initial: dict[str, Any]) -> Iterator[dict[str, Any] | None]:
-        """Yields the state dict as LoRA of rank 2r on the original base; `model` has its config."""
+        """Yields the state dict of an equal rank-2r LoRA on the original base, or None."""
         if not initial:
             yield None
             return

@@ -35,7 +35,7 @@ def find_stacks(model: Any) -> list[str]:
 
 
 def find_prompt_targets(model: Any) -> list[str]:
-    """Find the full names of the stacks of `model` that get a prompt.
+    """Find the full names of the layer stacks of `model` that get a prompt.
 
     In a model without a head this is the `ModuleList`, as PEFT cannot target the whole model.
     """

@@ -327,7 +327,7 @@ def _fake_codes(state: Any) -> Any:
 
 
 def _pack_experts(module: Any, dtype: torch.dtype, config: Any) -> None:
-    """Pack both expert tensors, with equal rows per expert."""
+    """Fake the packing of both expert tensors of `module` (modified), equal rows per expert."""
     from bitsandbytes.nn.parametrize import Bnb4bitParametrization
     from torch.nn.utils.parametrize import register_parametrization
 

@@ -348,7 +348,7 @@ class UnreadWeights:
         return (pair for pair in model.named_parameters() if pair[1] not in self.weights)
 
     def fill(self, model: nn.Module, base_name: Callable[[str], str]) -> list[str]:
-        """Load the unread weights that `model` (modified) trains; returns other NaN tensors.
+        """Load the unread weights that `model` (modified) trains; returns names of NaN tensors.
 
         Those were computed from unread weights. `base_name` maps names in `model` to the base's.
         """
