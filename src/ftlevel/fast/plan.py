@@ -166,7 +166,7 @@ class FastPlan:
         attention_kernel: name of a Hub kernel; empty for torch's.
         needed_tokens: tokens that the last block computes; None for all or before the check.
         shared_prefix: whether the prefix of a step may be computed before parallel micro-batches.
-        memory: GPU memory in bytes from which `tokens` was computed; 0 if it was not.
+        memory: device memory in bytes for which `tokens` was computed; 0 if it was not.
     """
 
     enabled: bool = False
