@@ -324,7 +324,7 @@ class StepReducer:
         base: Any = base_model(self._trainer.model)
         supports = getattr(base, "supports_gradient_checkpointing", False)
         fast = self._trainer.fast
-        # Parallel workers draw dropout from their own generator, which recomputation has no.
+        # Parallel workers draw dropout from their own generator, which recomputation lacks.
         is_random = fast is not None and fast.plan.workers > 1 and fast.plan.is_random
         blocks = chain(*find_stacks(base))
         are_all = all(getattr(block, "gradient_checkpointing", False) for block in blocks)

@@ -60,7 +60,7 @@ and one in transfer."""
 def cast_to_float32(model: torch.nn.Module) -> Iterator[None]:
     """Convert all half-precision weights of `model` (modified) to float32 inside the `with` block.
 
-    `evaluation.model_pair.in_float32` converts a module only while it runs. This function also
+    `evaluation.two_models.in_float32` converts a module only while it runs. This function also
     supports backward passes, threads, and functions that read weights of modules they do not call.
     Quantized weights are unchanged, but dequantize to float32.
     """

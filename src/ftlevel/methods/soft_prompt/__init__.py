@@ -92,7 +92,7 @@ def load_peft_prompt(base: Any, directory: Path, name: str) -> Any:
     return adapted.requires_grad_(False).eval()
 
 
-# These models add per-layer embeddings of token ids, which a prompt has no.
+# These models add per-layer embeddings of token ids, and a prompt has no ids.
 _READ_IDS_IN_LAYERS = frozenset({"gemma3n", "gemma3n_text", "gemma4", "gemma4_text"})
 
 
