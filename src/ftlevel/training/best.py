@@ -40,7 +40,7 @@ LOWER_IS_BETTER = ("loss", "perplexity", "rmse", "mse", "mae", "error")
 
 @dataclass(frozen=True)
 class Length:
-    """Length of a run in optimizer steps and epochs; a stream counts as one epoch."""
+    """Length of a run in optimizer steps and epochs; a streamed dataset is one epoch."""
 
     steps: int
     epochs: float
@@ -48,11 +48,11 @@ class Length:
 
 @dataclass(frozen=True, kw_only=True)
 class BestModel:
-    """How a run selects its best model and what it does with it.
+    """How a run selects its best model, and whether it saves or loads that model.
 
     `metric` has the prefix `eval_`. With `loads`, the best weights are loaded at the end; with
-    `saves`, each new best is saved as a checkpoint. Training stops after `patience` evaluations
-    without an improvement of more than `threshold`.
+    `saves`, each new best model is saved as a checkpoint. Training stops after `patience`
+    evaluations without an improvement of more than `threshold`.
     """
 
     metric: str
@@ -144,8 +144,8 @@ def _check_rows(train: TrainerConfig, rows: int) -> None:
 def _choose_metric(train: TrainerConfig, task: BaseTask, objective: Objective) -> tuple[str, str]:
     """Choose the metric, as `eval_NAME`, and the reason; raise ConfigError if it does not exist.
 
-    The default is the loss. Tasks that score every row or token use their own first metric, which
-    can improve while the loss rises. ROUGE covers few rows, and perplexity follows the loss.
+    The default is the task's main metric, which can improve while the loss rises. It is the loss if
+    the main metric is perplexity, or needs generated text and so covers few rows.
     """
     requested, selected = train.metric_for_best_model, train.metrics
     generates = generates_texts(train.predict_with_generate, task) and uses_text_metrics(
@@ -300,9 +300,9 @@ def write_trained(model: Any, directory: Path) -> None:
 def read_trained(model: Any, directory: Path) -> None:
     """Load the tensors saved by `write_trained` into `model` (modified), bit for bit.
 
-    `Trainer._load_best_model` is not used. It loads a checkpoint with PEFT, which fails for prompt
-    tuning, prunes AdaLoRA by ranks that the config does not have yet, and ignores ftlevel's float32
-    heads. ValueError if the names differ from those of the trainable parameters.
+    `Trainer._load_best_model` is not used: PEFT's loader fails for prompt tuning and for AdaLoRA,
+    whose pruned ranks are not in the config yet, and ignores ftlevel's float32 heads. Raises
+    ValueError if the names differ from those of the trainable parameters.
     """
     stored, _ = read_header(directory / _WEIGHTS)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -343,7 +343,7 @@ class BestModelCallback(TrainerCallback):
     def resume(self, step: int, past: Sequence[Mapping[str, Any]], *, has_new_length: bool) -> None:
         """Restore the evaluations up to the checkpoint of `step` from the log records `past`.
 
-        Best models of later steps are deleted. With `has_new_length`, a stopped run continues.
+        Deletes best models of later steps. With `has_new_length`, early stopping is canceled.
         """
         if self._is_first:
             delete_best_after(self.directory, step)
@@ -371,7 +371,7 @@ class BestModelCallback(TrainerCallback):
         model: Any = None,
         **_: Any,
     ) -> None:
-        """On resume, save a corrupted best model again, or stop if training had stopped early."""
+        """On resume, rewrite a corrupted best model; stop if the run had stopped early."""
         if self._must_rewrite and self._is_first:
             write_best(self.directory, state.global_step, lambda to: self._write(model, to))
         control.should_training_stop |= self._has_ended
@@ -385,7 +385,7 @@ class BestModelCallback(TrainerCallback):
         model: Any = None,
         **_: Any,
     ) -> None:
-        """Record the evaluation, save the model if it is the best, and stop if patience is over."""
+        """Record the evaluation, save the best model, and stop if `patience` is exhausted."""
         if state.global_step == 0:  # the model is untrained
             return
         if self.evaluations.add(state.global_step, metrics or {}):
@@ -435,7 +435,7 @@ MOST_ROWS = 10_000  # above this, per-row results are not stored
 
 
 class PredictionRecorder(TrainerCallback):
-    """Record per-row results of evaluations; keep those of step 0, of the best and of the last one.
+    """Record per-row results; keep those of the evaluation at step 0, the best and the last one.
 
     Must be registered after `BestModelCallback`, which selects the best evaluation.
     """
@@ -467,5 +467,5 @@ class PredictionRecorder(TrainerCallback):
         self._records = {step: record for step, record in self._records.items() if step in steps}
 
     def of(self, step: int) -> ExampleRecord | None:
-        """Returns the results of the evaluation at `step`; None if this process has none."""
+        """Returns the results of the evaluation at `step`; None if this process stored none."""
         return self._records.get(step)

@@ -152,7 +152,7 @@ def build_rollouts(
     """Build the sampler of completions for reinforcement learning, with the weights of `model`.
 
     `teacher` scores completions in on-policy distillation; `server` samples instead of `model`.
-    `where` maps a row index to a location for messages; by default, to that of the training row.
+    `where` returns a row's location for messages, by default that of a training row.
     """
     planned = run.model
     return Rollouts(
@@ -348,7 +348,7 @@ def restore_progress(
     resumed: ResumeState,
     processes: Processes,
 ) -> None:
-    """Restore `trainer` and the callbacks `watch` (modified) to the checkpoint to resume from."""
+    """Restore the progress of `trainer` and the callbacks `watch` (modified) from a checkpoint."""
     if resumed.checkpoint is None:
         return
     step = step_of(resumed.checkpoint)

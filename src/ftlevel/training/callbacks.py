@@ -40,7 +40,7 @@ class Report(TrainerCallback):
     Attributes:
         records: all log records, including those before a resume.
         first_step_at: start of the first step, by `time.perf_counter`.
-        first_step_cpu_s: CPU seconds of all threads until then.
+        first_step_cpu_s: CPU seconds of all threads until the first step.
         train_s: seconds since the first step, without evaluation and saving.
     """
 
@@ -198,8 +198,8 @@ class Interrupt(TrainerCallback):
 class FollowSettings(TrainerCallback):
     """On resume, use the intervals and learning rates of the configuration, not of the checkpoint.
 
-    Trainer restores the checkpoint's. If the run was made longer, the next step would use the old
-    schedule's rate, such as 0 at the end of a linear one.
+    Trainer restores those of the checkpoint. If the run was extended, its next step would use the
+    learning rate of the old schedule, such as 0 at the end of linear decay.
     """
 
     def on_train_begin(
@@ -269,7 +269,7 @@ class Tracker:
     """A started experiment tracker.
 
     Attributes:
-        where: where its data is stored, for the screen.
+        where: location of the tracker's data, to show to the user.
         log: function called with metrics and their step.
         close: function that ends the run in the tracker.
     """
@@ -285,7 +285,7 @@ def describe_run(
     directory: RunDirectory,
     past: Sequence[Mapping[str, Any]],
 ) -> TrackedRun:
-    """Returns what trackers show of a run; `past` are its log records before a resume."""
+    """Returns the description of a run for trackers; `past` are its log records before a resume."""
     name, first = output.run_name or directory.path.name, past[-1]["step"] if past else 0
     return TrackedRun(directory.path, name, output.tracker_project, values, first)
 

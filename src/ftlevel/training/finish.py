@@ -145,7 +145,7 @@ def describe_answers(
 ) -> tuple[list[dict[str, Any]], dict[str, list[float]]]:
     """Returns predictions per validation row at `step`, and 95 % intervals of the metrics.
 
-    Metrics of generated text have no intervals; `ftlevel evaluate` computes these.
+    Metrics of generated text get intervals only from `ftlevel evaluate`.
     """
     record = answers.of(step)
     if record is None or evaluator is None:
@@ -165,7 +165,7 @@ def _intervals(record: ExampleRecord, evaluator: Evaluator) -> dict[str, list[fl
 
 
 def _describe_initial(run: Run, outcome: Outcome) -> dict[str, Any]:
-    """Returns 95 % intervals of an RL run's metrics before training; empty if not known."""
+    """Returns 95 % intervals of an RL run's metrics before training; empty for other runs."""
     record = outcome.answers.of(0)
     if (
         record is None
@@ -249,7 +249,7 @@ def end_run(
 
 @dataclass(frozen=True)
 class StartTime:
-    """When the user started the run, and the CPU seconds of all threads until then."""
+    """Time at which the user started the run, and CPU seconds of all threads up to that time."""
 
     at: float
     cpu_s: float
@@ -271,7 +271,7 @@ class StartTime:
 def measure_times(
     report: Report, start: StartTime, trained_at: float, tokens: int
 ) -> dict[str, float]:
-    """Returns seconds to the first step, of training and in total, and tokens per second."""
+    """Returns seconds until the first step, in training and in total; and tokens per second."""
     first = report.first_step_at or trained_at
     return {
         "to_first_step_s": round(first - start.at, 3),

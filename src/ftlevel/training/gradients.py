@@ -68,7 +68,7 @@ class Recovery(TrainerCallback):
 
     @property
     def only_stops(self) -> bool:
-        """Whether a failed step always ends the run, so that checks may come some steps late."""
+        """Whether every failed step ends the run; checks may then come some steps late."""
         return self.stops and self._factor is None
 
     def agree(self, is_wrong: bool) -> bool:
@@ -158,7 +158,7 @@ class Recovery(TrainerCallback):
 
 
 def select_skipped_steps(notes: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Returns those of `notes`, the records of a run, about skipped or rolled-back steps."""
+    """Returns the records in `notes` that are about skipped or rolled-back steps."""
     return [note for note in notes if "how" in note]
 
 
@@ -177,9 +177,9 @@ class GradientMonitor(TrainerCallback):
 
     Checks every step. With `defers`, the results of several steps are read together to avoid a GPU
     synchronization per step, but before anything is logged, evaluated or saved. A float16 overflow
-    is expected: the scaler skips the step and halves its scale. Only many in a row stop the run.
-    LoRA's A has a zero gradient at first because B is zero. Tensors whose gradient is still zero
-    after a step with a positive learning rate are reported, and listed in `idle`.
+    is expected: the scaler skips the step and halves its scale. Only many overflows in a row stop
+    the run. LoRA's A has a zero gradient at first because B is zero. Tensors whose gradient is
+    still zero after a step with a positive learning rate are reported, and listed in `idle`.
     """
 
     def __init__(

@@ -8,7 +8,7 @@ is measured on a forward pass with method and fast step applied. The first block
 because their activations live longest; in an encoder-decoder model these are the encoder's.
 
 If a step runs out of memory, micro-batches are halved, then gradient checkpointing is enabled. The
-rows of a step stay the same; only the order of sums and dropout masks change. transformers'
+rows of a step stay the same; only dropout masks and the order of summation change. transformers'
 `auto_find_batch_size` instead changes the batch size and restarts with partly trained weights.
 """
 
@@ -164,7 +164,7 @@ def count_activations(model: Any, blocks: Sequence[nn.Module], run: Run) -> Acti
 
 
 def _trial(run: Run) -> dict[str, Any]:
-    """Returns a batch of one row for the measurement; truncated, unless an encoder-decoder's."""
+    """Returns a batch of one row, to measure activations; not truncated for encoder-decoders."""
     rows = run.data.train[:_SAMPLED_ROWS]
     row = max(rows, key=lambda row: len(row.input_ids))
     if run.model.kind == "encoder-decoder" and isinstance(row.labels, list):
@@ -312,7 +312,7 @@ class StepReducer:
         self._trainer.note(note)
 
     def _halve(self) -> int:
-        """Halve the tokens per micro-batch; returns the new number of each parallel worker."""
+        """Halve the tokens per micro-batch; returns the new number of tokens per worker."""
         trainer = self._trainer
         if trainer.fast is None or not isinstance(trainer.data_collator, StepCollator):
             raise TypeError("only a fast step has micro-batches")

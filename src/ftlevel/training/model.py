@@ -81,7 +81,7 @@ def shard(
     Tensors that a method adds and trains stay whole in every process; `--method full` shards
     everything. Blocks are sharded one by one, so a device stores its part and at most one whole
     block. With `holds`, gathered blocks are kept until backward (ZeRO-2), else gathered again
-    (ZeRO-3). Weights in `slices` are read here, only this process's part; None if all are loaded.
+    (ZeRO-3). Each process reads its part of the weights in `slices`; None if all are loaded.
     """
     mesh = init_device_mesh(device, (distributed.get_world_size(),))
     replicated = replicated_parameters(model)
@@ -421,7 +421,7 @@ def load_sharded(run: Run, listener: Listener) -> Any:
 def find_computed_tensor(model: Any, slices: UnreadWeights) -> str:
     """Returns the name of a tensor computed from weights that are not read yet; empty for none.
 
-    Reads the weights of which the method trains copies (`model` is modified).
+    Also reads those weights of `model` (modified) of which the method trains copies.
     """
     if not hasattr(model, "peft_config"):
         return ""

@@ -51,7 +51,7 @@ class FileDigests:
         self._thread: threading.Thread | None = None
 
     def keep(self, checkpoints: Path) -> None:
-        """Hash in the background and write into `checkpoints`, unless digests are there."""
+        """Hash the files in the background and write the digests into `checkpoints`, if absent."""
         if not self._files or (checkpoints / self.file_name).exists():
             return
 
@@ -70,9 +70,9 @@ class FileDigests:
             self._thread.join()
 
     def changes(self, checkpoints: Path) -> dict[str, tuple[str | None, str | None]] | None:
-        """Returns file → (digest when the run started, digest now) of all changed files.
+        """Returns changed files: file → (digest when the run started, digest now).
 
-        None if the digests at the start are unknown.
+        Returns None if the digests at the start are unknown.
         """
         if not self._files:
             return {}
@@ -149,8 +149,8 @@ def describe_model(model: PlannedModel) -> dict[str, Any]:
 def describe_tokenizer(tokenizer: Any) -> dict[str, str]:
     """Returns digests of a tokenizer and of its chat template.
 
-    Truncation and padding are ignored: some tokenizer files, such as MiniLM's, contain them, but
-    each call sets them anew, and rows are encoded without.
+    Settings of truncation and padding are ignored: some tokenizer files, such as MiniLM's, contain
+    them, but each call of the tokenizer replaces them.
     """
     if tokenizer.is_fast:
         backend = json.loads(tokenizer.backend_tokenizer.to_str())
@@ -248,7 +248,7 @@ def describe_all_settings(run: Run, origin: Mapping[str, Any]) -> dict[str, Any]
 
 
 def read_origin(directory: RunDirectory, origin: Mapping[str, Any]) -> dict[str, Any]:
-    """Load the stored origin under current field names; newer fields get their defaults."""
+    """Load the stored origin under current field names; fields that it lacks get their defaults."""
     before = read_origin_file(directory)
     if "threads" in origin:  # absent in runs of older versions
         before.setdefault("threads", origin["threads"])

@@ -3,9 +3,9 @@
     T' = ⌊T · (M − fixed) / moving⌋
     most rows = (memory − fixed) / (activations and workspace per row)
 
-T tokens need `moving` bytes that grow with T and `fixed` bytes that do not; T' tokens fit in M
-bytes. Attention grows faster, so results are estimated again until they fit. Loss and gradient of a
-step change only in summation order. The second formula is for rows of maximum length.
+A micro-batch of T tokens needs `fixed` bytes plus `moving` bytes, which grow with T; T' fit in M
+bytes. Attention's memory grows faster than T, so T' is corrected until it fits. The size changes
+only the summation order in a step. The second formula is for rows of maximum length.
 """
 
 from __future__ import annotations
@@ -203,7 +203,7 @@ class Alternative:
 class AlternativeContext:
     """Run, device and model of all alternatives.
 
-    `known` caches computed alternatives (modified); `check` is called before each and may raise.
+    `known` caches computed alternatives (modified); `check`, called before each, may raise.
     """
 
     config: TrainConfig
@@ -216,7 +216,7 @@ class AlternativeContext:
 
 
 def list_alternatives(limits: AlternativeContext) -> list[Alternative]:
-    """Returns the run's method and the usual ones, each with and without checkpointing."""
+    """Returns alternatives: the run's and common methods, each with and without checkpointing."""
     config = limits.config
     current = config.method.kind, config.quant.kind
     others = (setup for setup in _METHODS if setup != _name_setup(current))

@@ -350,7 +350,7 @@ class MemoryEstimate:
 
 
 def estimate_memory(run: Run, processes: int) -> MemoryEstimate:
-    """Estimate the memory of a run; `need` is None if that is slow or `processes` exceeds 1."""
+    """Estimate the memory of a run; `need` is None if that is slow, or with several processes."""
     if processes > 1:
         return MemoryEstimate(None, f"{processes} processes; run `ftlevel plan`")
     if run.model.total_parameters < LEAST_PARAMETERS:

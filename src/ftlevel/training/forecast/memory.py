@@ -85,7 +85,7 @@ _WORDS = 64
 
 @dataclass(frozen=True)
 class Pruning:
-    """Tokens the last block must compute (None: all), and its linear layers restricted to them."""
+    """Tokens needed from the last block (None: all), and linear layers that compute only these."""
 
     needed: NeededTokens | None = None
     linears: Sequence[str] = ()
@@ -189,8 +189,8 @@ class StepMemory:
 def estimate_step_memory(run: Run, memory: int) -> StepMemory:
     """Estimate the peak of live tensor bytes in a training step of `run`.
 
-    `memory` is bytes available to tensors; on a GPU the free part sets the chunk size of the
-    logits.
+    `memory` is bytes available to tensors. On a GPU, logits are computed in chunks whose size
+    depends on the free part.
     """
     layers = LayerSample.of(run)
     pruning = find_pruning(run)
@@ -233,7 +233,7 @@ def _kept_graph_bytes(
 ) -> float:
     """Returns the activation bytes of the other micro-batches, if a step keeps all their graphs.
 
-    See `training.whole_step`; 0 if each micro-batch is embedded twice.
+    Returns 0 if each micro-batch is embedded twice instead; see `training.whole_step`.
     """
     cache = run.config.embedding.grad_cache
     several = (run.config.train.num_processes or 1) > 1
@@ -247,7 +247,7 @@ def _kept_graph_bytes(
 
 
 def highest(peaks: Peaks, tokens: int) -> StepMemory:
-    """Returns the estimate at the highest of `peaks`; `tokens` is the size of the micro-batch."""
+    """Returns the estimate of the phase with the highest peak; `tokens` is the micro-batch size."""
     at = max(peaks, key=lambda moment: sum(peaks[moment].values()))
     sizes = {part: round(size) for part, size in peaks[at].items() if size >= 1}
     in_order = dict(sorted(sizes.items(), key=lambda item: -item[1]))
@@ -312,7 +312,7 @@ class LayerSample:
 
 
 def _by_kind(run: Run, kinds: Sequence[Any]) -> LayerSample | None:
-    """Sample first, last and one layer per kind; None if that saves nothing or is impossible."""
+    """Sample first, last and one layer per kind; None if that is slower or impossible."""
     last = len(kinds) - 1
     between: list[list[int]] = []
     for at in range(1, last):
@@ -331,7 +331,7 @@ def _by_kind(run: Run, kinds: Sequence[Any]) -> LayerSample | None:
 
 
 def _by_period(kinds: Sequence[Any]) -> LayerSample | None:
-    """Sample the first layers, with and without one more period, if kinds of layers repeat."""
+    """Sample one period of layers and two, if the kinds of layers repeat."""
     count = len(kinds)
     for first in range(3):
         for period in range(1, 7):
@@ -374,7 +374,7 @@ def _watch(
     pruning: Pruning,
     free: int | None,
 ) -> Peaks:
-    """Returns the memory peaks of a step of `fake_model`, whose weights `live` already counts."""
+    """Returns the peaks of a step of `fake_model`, whose weights are already counted in `live`."""
     cpu_run = replace(run, model=replace(run.model, device="cpu"))
     if fake_model.fast is not None:
         pruning.apply_to(fake_model.fast, fake_model.model)
@@ -460,7 +460,7 @@ def _create_optimizer_states(live: LiveMemoryTracker, trainer: Any, *, has_gradi
 
 
 def _largest_micro_batch(run: Run, pruning: Pruning) -> _Batch:
-    """Returns the micro-batch with the most tokens of a few steps, one with the longest rows."""
+    """Returns the largest micro-batch of a few steps, among them one with the longest rows."""
     train, fast = run.config.train, run.fast
     rows, size = run.data.train, train.per_device_train_batch_size
     if not fast.enabled:

@@ -7,8 +7,8 @@ The time is estimated by a roofline for a named GPU, or from a few real steps on
     seconds         = tokens · FLOPs / (PEAK_FRACTION · dense peak)
 
 N counts the weights in matrix products: blocks, and the head where it is computed. The second term
-is attention: L layers of hidden size H over T tokens of a row. GPU figures are from data sheets. Of
-rollouts:
+is attention: L layers of hidden size H over T tokens of a row. GPU figures are from data sheets.
+For rollouts:
 
     keys and values = 2 · layers · key heads · head_dim · (prompts · (prompt + room)
                       + 2 · rows · (completion + room))
@@ -238,7 +238,7 @@ PROBED = 5
 
 @dataclass(frozen=True)
 class TimeForecast:
-    """Estimate of training time without evaluation and saving; `how` names the source.
+    """Estimated training time without evaluation and saving; `how` describes the method.
 
     `tokens_per_cpu_s` uses the CPU time of all threads, so other processes do not distort it. In
     reinforcement learning, tokens are those of prompts; `sampling_share` is the share of the time

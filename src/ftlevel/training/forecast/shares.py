@@ -1,7 +1,7 @@
 """Memory of one rank under FSDP2 or DDP.
 
-FSDP2 shards each tensor along the first dimension: of R rows the first of n ranks stores ⌈R / n⌉,
-and an all-gather moves n · ⌈R / n⌉ (linear layers of `--method full` in compute precision). A block
+FSDP2 shards each tensor along the first dimension. Of R rows, the first of n ranks stores ⌈R / n⌉;
+an all-gather moves n · ⌈R / n⌉, in compute precision for linear layers of `--method full`. A block
 is gathered while the previous one computes, so a rank stores
 
     shards    its part of every sharded tensor, and all tensors that are not sharded
@@ -195,7 +195,7 @@ def _cut(
     narrow: set[torch.nn.Parameter],
     dtype: torch.dtype,
 ) -> ShardGroup:
-    """Returns a group of `parameters` without `replicated`; `narrow` ones gather in `dtype`."""
+    """Returns a group of `parameters` not in `replicated`; `narrow` ones gather in `dtype`."""
     return ShardGroup(
         tuple(
             ShardedTensor(

@@ -98,7 +98,7 @@ class _BaseModel:
 
 @dataclass(frozen=True)
 class SyntheticBatch:
-    """Substitutes that a memory or time estimate uses; None means the real one.
+    """Substitutes for model, device, tokenizer and rows in an estimate; None means the real one.
 
     `tokenizer` needs `eos_token_id`, `pad_token_id` and `chat_template`; `rows` creates rows for a
     task, a model kind and a config. The weights of `source` may be missing; nothing is loaded on
@@ -427,7 +427,7 @@ def check_packages(model: ModelConfig, speed: SpeedConfig, output: OutputConfig)
 
     Raises:
         ConfigError: a library, package or device is missing.
-        InputError: as `fetch_kernel` does.
+        InputError: the attention kernel cannot be loaded.
     """
     problems = find_old_libraries()
     for tracker in output.report_to:

@@ -33,8 +33,8 @@ def count_steps_per_epoch(config: TrainerConfig, rows: int) -> int:
 def rows_per_epoch(train: TrainerConfig, steps_per_rollout: int, data: PreparedData) -> int:
     """Returns how many rows an epoch trains on, counting repetitions.
 
-    A step's rollout may be used for several steps. If rows come in sets, the last step of each set
-    is filled up.
+    If a rollout is used for several steps, its rows count once per step. Then, or if rows come in
+    sets, an incomplete last step counts as a whole one.
     """
     step, rows = train.rows_per_step, len(data.train)
     if data.sets:
@@ -53,7 +53,7 @@ def count_steps(config: TrainerConfig, rows: int) -> int:
 
 @dataclass(frozen=True)
 class LearningRates:
-    """Peak learning rates of new heads (`head`) and the rest (`base`; `default` without flags)."""
+    """Peak learning rates: `head` for new heads, else `base`; `default` is `base` without flags."""
 
     base: Choice
     default: float
@@ -61,7 +61,7 @@ class LearningRates:
 
     @property
     def choices(self) -> list[Choice]:
-        """The lines printed at the start; the head has one only if its rate differs."""
+        """The lines printed at the start; one for new heads only if their rate differs."""
         differs = self.head is not None and self.head.value != self.base.value
         return [self.base, self.head] if differs and self.head else [self.base]
 
@@ -80,8 +80,8 @@ def choose_rates(
 ) -> LearningRates:
     """Choose the peak learning rates: the user's, or the method's defaults for the run.
 
-    A `--learning-rate` also applies to new heads, unless `--head-learning-rate` is set. The default
-    is multiplied by `share`, a factor of the task that `papers` cites.
+    A `--learning-rate` also applies to new heads, unless `--head-learning-rate` is set. Defaults
+    are multiplied by `share`, which depends on the task; `papers` names its source.
     """
     base = head = None
     if train.learning_rate is not None:
@@ -268,7 +268,7 @@ def find_bounds(
     device: str,
     dtype: str,
 ) -> LengthBounds:
-    """Find how long a row may be, in tokens, by the model's positions and by memory.
+    """Returns the maximum tokens of a row: as the model's positions allow, and as memory allows.
 
     Raises:
         ConfigError: the method's virtual tokens leave no room for text.
