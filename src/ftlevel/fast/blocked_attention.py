@@ -46,7 +46,7 @@ class QueryBlock:
 
     @property
     def width(self) -> int:
-        """Number of keys."""
+        """Number of keys in `keys`."""
         return sum(stop - start for start, stop in self.keys)
 
 
@@ -54,10 +54,10 @@ class QueryBlock:
 def build_visibility_mask(
     position: int, queries: int, first_key: int, keys: int, causal: bool, window: int | None
 ) -> Tensor | None:
-    """Build a boolean mask (queries, keys) of the visible keys; None if all are visible.
+    """Build a boolean mask (queries, keys), True for visible keys; None if all are visible.
 
-    `position` and `first_key` are positions of the first query and key in their sequence. A query
-    sees keys at a distance below `window`.
+    `position` and `first_key` are where the first query and the first key are in their sequence. A
+    query sees keys at a distance below `window`.
     """
     distance = (position + torch.arange(queries))[:, None] - (first_key + torch.arange(keys))
     seen = torch.ones(queries, keys, dtype=torch.bool)
@@ -99,7 +99,7 @@ def _cut(segment: Segment, causal: bool, window: int | None) -> Sequence[QueryBl
 
 
 def _clip(ranges: Sequence[Range], first: int, last: int) -> tuple[Range, ...]:
-    """Returns the parts of `ranges`, which form a sequence, that have its tokens [first, last)."""
+    """Returns the parts of `ranges` with tokens [first, last) of the sequence that they form."""
     clipped, position = [], 0
     for start, stop in ranges:
         low, high = max(first - position, 0), min(last - position, stop - start)
@@ -245,7 +245,7 @@ def _take(states: Tensor, groups: int) -> Tensor:
 
 
 def _put(target: Tensor, states: Tensor, groups: int) -> None:
-    """Invert `_take`: write `states` in its layout to `target` (queries, heads, head_dim)."""
+    """Write `states`, shaped as `_take` returns them, to `target` (queries, heads, head_dim)."""
     count, heads, width = target.shape
     shaped = states.view(groups, heads // groups, count, width).permute(2, 0, 1, 3)
     target.view(count, groups, heads // groups, width).copy_(shaped)

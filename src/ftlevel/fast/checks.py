@@ -80,7 +80,7 @@ class StepCheck:
 
 
 class PackingCheck(StepCheck):
-    """Checks that a model with packed blocks computes packed rows as it computes padded rows."""
+    """Checks that a model with packed blocks gives the same results for packed and padded rows."""
 
     def find_leak(self) -> str:
         """Returns why rows cannot be packed; empty if they can."""
@@ -169,12 +169,12 @@ class PackingCheck(StepCheck):
     def _differ(
         self, batch: dict[str, Tensor], compute: Callable[[], Tensor], mask: Tensor
     ) -> bool:
-        """Returns whether `compute()` at `mask` differs from the states of the padded `batch`.
+        """Returns whether `compute()` differs from the states of the padded `batch` where `mask`.
 
-        In decoders, a few states are a hundred times larger than the others and cancel out in the
-        last blocks. In 16-bit precision, their rounding exceeds every bound on the norm of all
-        states. A difference is mere rounding if the states agree in float32 and the median
-        16-bit errors of `compute` and of the padded batch are similar.
+        In decoders, a few states are a hundred times larger than all others and cancel out in the
+        last blocks. In 16-bit precision, their rounding errors alone would exceed any tolerance. A
+        difference is mere rounding if the states agree in float32 and the median 16-bit errors of
+        `compute` and of the padded batch are similar.
         """
         states, expected = compute(), self._states(batch, None)
         if self.dtype == "float32":
@@ -207,7 +207,7 @@ class PackingCheck(StepCheck):
 
 @contextmanager
 def in_float32(blocks: Sequence[nn.Module], device: str) -> Iterator[None]:
-    """Run each of `blocks` in float32 in the `with` block; its weights are cast while it runs."""
+    """Run `blocks` in float32 inside the `with` block; a block is cast only while it runs."""
     hooks, before, plain = [], dict[Any, Tensor](), ExitStack()
 
     def enter(block: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
@@ -267,10 +267,10 @@ class PruningCheck(StepCheck):
     """Finds the tokens and linear layers for last-layer pruning."""
 
     def __call__(self, objective: Objective) -> tuple[NeededTokens | None, list[nn.Module]]:
-        """Returns a selector of needed tokens, and the linear layers that may skip others.
+        """Returns a selector of needed tokens, and linear layers that may skip all other tokens.
 
-        The layers are in the last block. The result is (None, []) if every token may be needed or
-        torch cannot compute the gradients. The list is also empty if the block runs twice.
+        They are in the last block. The result is (None, []) if every token may be needed or torch
+        cannot compute the gradients. The list is also empty if the block runs twice.
         """
         batch = self.batch_of(self.pair)
         training = self.model.training
@@ -328,7 +328,7 @@ class PruningCheck(StepCheck):
 
     @contextmanager
     def _calls(self) -> Iterator[list[CallArguments]]:
-        """Yields a list that collects the packed arguments of calls of the last block."""
+        """Yields a list to which each call of the last block appends its packed arguments."""
         calls: list[CallArguments] = []
 
         def collect(block: nn.Module, args: Any, kwargs: Any) -> None:  # noqa: ARG001 - a hook

@@ -3,7 +3,7 @@
     L = Σᵢ −log softmax(f(zᵢ))[yᵢ],  z = head(h)    ∂L/∂f(zᵢ) = softmax(f(zᵢ)) − onehot(yᵢ)
 
 The head runs only at positions that predict a target, so memory does not grow with vocabulary times
-sequence length. Objectives of `likelihoods` get one log-likelihood per token, each with a gradient.
+sequence length. `likelihoods` returns one differentiable log-likelihood per target instead.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def build_logits_transform(model: nn.Module) -> Callable[[Tensor], Tensor]:
 
 
 class _Call(threading.local):
-    """Request to the hook on the head (positions and function), and its result; per thread."""
+    """A thread's request to the hook on the head (positions and function), and the result."""
 
     request: tuple[Tensor, Callable[[Tensor], Tensor]] | None = None
     result: Tensor | None = None
@@ -80,8 +80,8 @@ class _Call(threading.local):
 class ChunkedCrossEntropy:
     """Computes a model's head and loss at given positions, inside its forward pass.
 
-    A hook on the head of `model` (modified) computes the result from the head's input; the head
-    itself then gets one position. Precision, adapters and a trained head are the model's own.
+    A hook on the head of `model` (modified) computes the result from the head's input; afterwards
+    the head runs on one position only. Precision, adapters and head weights are the model's own.
 
     Raises:
         UnsupportedModelError: the model has no language head.
@@ -121,7 +121,7 @@ class ChunkedCrossEntropy:
 
         Args:
             forward: calls the model on a batch.
-            at: (targets,) indices in the flattened (batch, seq) of the positions that predict them.
+            at: (targets,) flat indices into (batch, seq) of the positions that predict them.
             targets: (targets,) token ids.
             observe: receives the logits and targets of each chunk; only without gradients.
             smoothing: label smoothing ε; only with gradients.

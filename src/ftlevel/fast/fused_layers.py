@@ -1,12 +1,12 @@
 """RMS norms, gated linear units (GLU) and rotary embeddings as fused autograd functions.
 
 Formulas are in `kernels.Formulas`; Triton may compute them on an NVIDIA GPU. With frozen weights,
-norms and GLU save x and ρ, or g and u. They attach to their output how it is recomputed
-(`recompute`), so that LoRA layers need not save it. Modules are recognized by their output on
+norms save x and ρ for backward, and GLU saves g and u. Their outputs can be recomputed from these
+(`recompute`), so that LoRA layers need not save them. Modules are recognized by their output on
 random input, not by their names.
 
-Queries and keys are rotated by one kernel per direction, on GPUs that have it. transformers'
-`apply_rotary_pos_emb` is replaced in each modeling module where it computes the formula. The
+Where a GPU supports it, one kernel rotates queries and keys in forward, and one in backward. It
+replaces `apply_rotary_pos_emb` in each transformers module where that computes the formula. The
 original runs for all arguments that the kernel does not support.
 """
 
@@ -63,8 +63,8 @@ class _Norm(torch.autograd.Function):
 class FusedNorm(nn.Module):
     """RMS norm with the weight of `norm`: fused in training, else `norm` itself runs.
 
-    `shift` is added to the weight: 1 in Gemma, else 0. `in_float32` is whether the weight is
-    multiplied in float32.
+    `shift` is added to the weight: 1 in Gemma, else 0. With `in_float32`, the product with the
+    weight is in float32.
     """
 
     def __init__(
@@ -157,7 +157,7 @@ class FusedNormGlu:
 
 
 def _fuse(module: nn.Module, cache: dict[Any, Any], kernels: Kernels) -> nn.Module | None:
-    """Returns the fused replacement of `module`, or None; `cache` stores formulas per class."""
+    """Returns the fused replacement of `module`, or None; `cache` has the formula of each class."""
     if is_watched(module):
         return None
     if _looks_like_norm(module):
@@ -312,7 +312,7 @@ class _Replacement:
 
 
 def _is_usual(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> bool:
-    """Returns whether a kernel applies: equal dtypes, and every element of a head is rotated."""
+    """Returns whether a kernel applies: the dtypes are equal and whole heads are rotated."""
     if not q.dim() == k.dim() == 4 or cos.dim() != 3 or cos.shape != sin.shape:
         return False
     batch, _, tokens, width = q.shape

@@ -60,9 +60,9 @@ class FusedLoraFunction(torch.autograd.Function):
         """Returns y (…, out) in the dtype of `x` (…, in), which is the compute dtype.
 
         `dropped` is dropout(x), or None without dropout. `weight` returns W (out, in); it is called
-        once in forward and once in backward, so that a dequantized weight is not stored.
-        `recomputation` replaces saving x. If `layer` ends a block that is being recomputed, y is
-        NaN.
+        once in forward and once in backward, so that a dequantized weight is not stored. With
+        `recomputation`, x is recomputed in backward instead of saved. If `layer` ends a block that
+        is being recomputed, y is NaN.
         """
         rows = x.reshape(-1, x.shape[-1])
         source = rows if dropped is None else dropped.reshape(rows.shape)
@@ -175,7 +175,7 @@ class FusedForward:
         return super().__repr__().replace("lora.Fused", "lora.", 1)
 
     def _is_ready(self) -> bool:
-        """Returns whether the base's weight can be read."""
+        """Returns whether the weight of the base layer can be read."""
         return True
 
     def _dtypes(self, x: Tensor) -> tuple[torch.dtype, torch.dtype]:
@@ -188,8 +188,8 @@ class FusedForward:
 def _lone_adapter(layer: Any) -> str | None:
     """Returns the single active adapter of `layer`, or None if it cannot be fused.
 
-    Variants such as DoRA, a bias of B and a trained base cannot be fused. Hooks (of offloading,
-    tensor parallelism, an observer) prevent it, too: they expect a call of their module.
+    Variants such as DoRA, a bias of B and a trained base cannot be fused. Hooks on the layer (of
+    offloading, tensor parallelism, an observer) also prevent fusion, which would not call them.
     """
     if not layer.training or layer.disable_adapters or layer.merged:
         return None
@@ -302,7 +302,7 @@ def _find_last_layer(block: nn.Module) -> None:
 
 
 def _last_layer(added: Any) -> Any:
-    """Returns the fused layer that computed the last operand of `added`, a sum's `grad_fn`."""
+    """Returns the fused layer that computed the last operand of a sum with the grad_fn `added`."""
     while added.name() == "ViewBackward0":
         ((added, _),) = added.next_functions
     if added.name() != "AddBackward0":

@@ -94,9 +94,9 @@ class FlashKernel(Protocol):
 class VarlenKernel:
     """torch's `varlen_attn`, and which options the installed version supports.
 
-    torch 2.8 and 2.9 lack it. Its only option is `is_causal` in 2.10; 2.11 has all others but
-    `enable_gqa`, and 2.12, 2.13 and 2.15 all (torch/nn/attention/varlen.py). Without `scales` the
-    scale is 1 / sqrt(head_dim); without `groups` keys are repeated for each query head.
+    torch 2.8 and 2.9 do not have it. Options: only `is_causal` in 2.10, all but `enable_gqa` in
+    2.11, all in 2.12, 2.13 and 2.15 (torch/nn/attention/varlen.py). Without `scales` the scale is 1
+    / sqrt(head_dim); without `groups` keys are repeated for each query head.
     """
 
     windows: bool
@@ -200,7 +200,7 @@ def window_of(causal: bool, window: int | None) -> tuple[int, int]:
 def supports_attention(
     query: Tensor, options: AttentionOptions, kernel: FlashKernel | None = None
 ) -> bool:
-    """Returns whether `kernel`, or if None torch's, supports `query` (heads, tokens, head_dim)."""
+    """Returns whether `kernel` (None: torch's) supports `query` (heads, tokens, head_dim)."""
     if not query.is_cuda or query.dtype not in (torch.bfloat16, torch.float16) or options.dropout:
         return False
     head_dim, kernel = query.shape[-1], kernel or installed_kernel()
@@ -260,7 +260,7 @@ class PaddedBatch:
 def pad_segments(
     segments: tuple[Segment, ...], causal: bool, window: int | None, device: torch.device
 ) -> tuple[tuple[PaddedBatch, ...], Tensor]:
-    """Returns padded batches, and (tokens,) each token's index in their concatenation."""
+    """Returns padded batches, and (tokens,) the index of each token in all batches concatenated."""
     groups: dict[LengthPair, list[int]] = defaultdict(list)
     for number, segment in enumerate(segments):
         length, seen = _lengths(segment)

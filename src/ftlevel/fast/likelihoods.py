@@ -1,7 +1,6 @@
 """Losses computed with the language head on supervised tokens only.
 
-Covers log-likelihoods of whole answers, training losses, and which tokens the loss needs after the
-last block.
+Also selects the tokens that the loss needs after the last block.
 """
 
 from __future__ import annotations
@@ -71,7 +70,7 @@ def compute_policy_loss(
     objective: PolicyObjective,
     batch: Mapping[str, Any],
 ) -> Tensor:
-    """Returns the summed policy loss (a scalar) of a batch that has an entry `signals`."""
+    """Returns the summed policy loss (a scalar); `batch` has `signals`, one `Signal` per target."""
     each, owners = compute_token_likelihoods(head, model, objective, batch, objective.temperature)
     return objective.policy_sum(each, owners, len(batch["labels"]), batch["signals"])
 
@@ -81,7 +80,7 @@ def plain_loss(
 ) -> tuple[Tensor, Tensor, Any]:
     """Returns the summed training loss without a chunked head, the labels, and the model outputs.
 
-    The outputs are None for preferences, policy losses and distillation.
+    The model outputs are None for preference, policy and distillation losses.
     """
     if isinstance(objective, LikelihoodObjective):
         answers = compute_answer_likelihoods(None, model, objective, batch)
@@ -99,7 +98,7 @@ def plain_loss(
 
 
 def with_baseline(verdicts: Tensor, baseline: Tensor) -> Tensor:
-    """Returns `verdicts` (answers, 3) with the scalar `baseline` of rewards as last column."""
+    """Returns `verdicts` (answers, 3) with the last column replaced by the scalar `baseline`."""
     return torch.cat([verdicts[:, :2], baseline.expand(len(verdicts), 1)], dim=1)
 
 
@@ -174,7 +173,7 @@ def supervised_loss(
 def compute_shared_prefix(
     head: ChunkedCrossEntropy, model: Any, layout: PackedLayout, batch: dict[str, Tensor]
 ) -> SharedPrefix:
-    """Returns keys and values of the rows' common prefix, which is the only row of `batch`."""
+    """Returns keys and values of a prefix that all rows share; it is the only row of `batch`."""
     prefix = SharedPrefix(layout.tokens)
     nowhere = torch.zeros(0, dtype=torch.long, device=batch["input_ids"].device)
     with using_layout(layout), using_prefix(prefix):

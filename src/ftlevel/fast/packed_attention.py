@@ -1,9 +1,9 @@
 """Attention in which each packed sequence sees only itself, for `AttentionInterface`.
 
-Without a current layout it computes SDPA with SDPA's masks, e.g. in generation. Sequences of up to
-64 tokens are padded and computed in one batched product per group. The formulas are those of
-`blocked_attention`, where 20 tokens cost as many operations as 128. In bfloat16 this takes half the
-time of blocks at 20 to 32 tokens, four fifths at 64, and is no faster from 100 on.
+Without a current layout (e.g. in generation) it is SDPA with SDPA's masks. Sequences of up to 64
+tokens are padded and computed in batches, with the formulas of `blocked_attention`, which needs as
+many operations for 20 tokens as for 128. In bfloat16, batches take half the time of blocks at 20 to
+32 tokens and four fifths at 64; from 100 tokens on they are no faster.
 """
 
 from __future__ import annotations
@@ -53,9 +53,9 @@ PADDED = 1.25
 class Batch:
     """Consecutive sequences of a packed row, padded to the longest.
 
-    They are at [`start`, `stop`) of the row. `source` (count · longest,) is the token of each
-    padded position, `positions` (stop - start,) the padded position of each token. `mask` (count
-    or 1, 1, longest, longest) is added to the scores; None for no mask.
+    They are at [`start`, `stop`) of the row. `source` (count · longest,) has the token index of
+    each padded position, `positions` (stop - start,) the padded position of each token. `mask`
+    (count or 1, 1, longest, longest) is added to the scores; None for no mask.
     """
 
     start: int
@@ -183,7 +183,7 @@ def _take(states: Tensor, batch: Batch, groups: int) -> Tensor:
 
 
 def _take_zeros(states: Tensor, batch: Batch, groups: int) -> Tensor:
-    """Reshape as `_take` with zeros for padding, which must not contribute to a gradient."""
+    """Reshape as `_take`, with zeros for padding, so that it does not contribute to gradients."""
     padded = states.new_zeros(batch.count * batch.longest, *states.shape[1:])
     padded.index_copy_(0, batch.positions, states[batch.start : batch.stop])
     return _split(padded, batch, groups)
@@ -331,8 +331,8 @@ def _by_length(
 ) -> Tensor:
     """Returns the output (tokens, heads, head_dim); neighbors of equal length are one batch.
 
-    Sorted sequences have few distinct lengths. In bfloat16 at 15 tokens this takes a third of the
-    time of `ShortAttention`, whose softmax is in float32.
+    If the row is sorted by length, there are few batches. In bfloat16 at 15 tokens this takes a
+    third of the time of `ShortAttention`, whose softmax is in float32.
     """
     outputs = []
     for length, group in groupby(segments, lambda segment: segment.stop - segment.start):

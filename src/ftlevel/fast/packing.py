@@ -4,8 +4,8 @@
             b₀ b₁ ·  ·
 
 Hooks pack the input of a model's blocks; embeddings, positions, heads and pooling use the padded
-batch. The gradient of a step is the same for every split. Micro-batches are as even as possible,
-and their number is a multiple of the parallel workers.
+batch. The gradient of a step does not depend on the split. Micro-batches are as even as possible,
+and their number is a multiple of the number of parallel workers.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class PackedLayout:
         needed: (needed,) packed positions of tokens used after the last block; None for all.
         before: tokens of a shared prefix that precede the row in attention only; segments count
             them, `source` and `restore` do not.
-        is_for_answers: whether only outputs matter, so that attention may sum in any order.
+        is_for_answers: whether the row is for inference, so that attention may sum in any order.
     """
 
     batch: int
@@ -131,7 +131,7 @@ class PackedLayout:
         return flat.view(self.batch, self.seq, *states.shape[2:])
 
     def pack_inputs(self, value: Any) -> Any:
-        """Returns a block's argument with all per-token tensors packed, e.g. rotary embeddings."""
+        """Returns an argument of a block with its per-token tensors packed, e.g. rotary cos."""
         if isinstance(value, Tensor):
             is_per_token = value.dim() > 1 and value.shape[1] == self.seq
             return self.pack(value) if is_per_token and value.shape[0] in (1, self.batch) else value
@@ -214,9 +214,9 @@ def split_shared(
 ) -> MicroBatches:
     """Split rows into micro-batches of at most `budget` tokens, counting shared prefixes once.
 
-    Rows stay in `order`, in which neighbors share most. `shared` is the number of tokens that each
-    row shares with the previous one. A split by balanced costs is returned instead if its largest
-    micro-batch is smaller.
+    `order` sorts rows so that neighbors share long prefixes; `shared` is the number of tokens that
+    each row shares with the previous one. Consecutive rows form micro-batches, unless a split that
+    only balances the costs has a smaller largest micro-batch.
     """
     neighbors = _split(
         order, budget, lambda rows, row: lengths[row] - (shared[row] if rows else 0), multiple
@@ -269,7 +269,7 @@ def _spread(order: Sequence[int], costs: Sequence[int], count: int) -> MicroBatc
 
 
 def _split(order: Sequence[int], budget: int, added: AddedCost, multiple: int) -> MicroBatches:
-    """Split rows into the fewest micro-batches that the arguments allow, as even as possible."""
+    """Split rows evenly into few micro-batches; `added` is what a row adds to the tokens of one."""
     count = _round_up(len(_fill(order, budget, added)), multiple, len(order))
     low, high = 1, budget
     while low < high:  # the smallest budget that needs no more micro-batches

@@ -1,7 +1,7 @@
 """Compute the micro-batches of a step in parallel on a CPU, one worker thread each.
 
 A micro-batch has thousands of small operations, at which all threads would wait for each other.
-Gradients are added in the order of the micro-batches, so results are deterministic. The computation
+Gradients are added in the order of the micro-batches, so results are deterministic. A forward pass
 must not write to the model, and must draw from the worker's generator (`fast.recompute`).
 """
 
@@ -69,8 +69,8 @@ class ParallelWorkers:
     ) -> list[Tensor]:
         """Add the gradients of all micro-batches to `parameters` (modified), in order.
 
-        Gradients through `shared_prefix` are added last; its graph is freed. `compute` maps a batch
-        to its scalar loss and runs in the threads; its exceptions are raised here.
+        Gradients through `shared_prefix` are added last, and the prefix's graph is freed. `compute`
+        maps a batch to its scalar loss and runs in the threads; its exceptions are raised here.
 
         Returns:
             The detached losses.
@@ -111,7 +111,7 @@ def _add_all(parameters: Sequence[Tensor], gradients: Sequence[Tensor | None]) -
 def _add(parameter: Tensor, gradient: Tensor) -> None:
     """Add `gradient` to `parameter.grad`, which gets the strides of the parameter.
 
-    Fused optimizers index both alike; with different strides they would mix up the elements.
+    Fused optimizers use the same offset into both, so different strides would mix up elements.
     """
     if parameter.grad is None:
         is_alike = gradient.stride() == parameter.stride()
@@ -130,5 +130,5 @@ def makespan(costs: Sequence[int], workers: int) -> int:
 
 
 def duration(costs: Sequence[int], workers: int) -> float:
-    """Returns the time of micro-batches of `costs` tokens; its unit is a token on all threads."""
+    """Returns the time of micro-batches of `costs` tokens; unit: one token on all threads."""
     return sum(costs) if workers == 1 else makespan(costs, workers) * workers / GAIN

@@ -35,7 +35,7 @@ FUNCTIONAL_DROPOUT = ("opt",)
 
 @dataclass(frozen=True)
 class WorkerPlan:
-    """`count` of parallel micro-batches, their `random` draws, and the `reason` if it is 1."""
+    """`count` of parallel micro-batches, why it is 1 (`reason`), and what they draw (`random`)."""
 
     count: int = 1
     random: str = ""
@@ -45,7 +45,7 @@ class WorkerPlan:
 def plan_workers(
     method: MethodConfig, requested: int | str, meta: Any, device: str, is_ordered: bool
 ) -> WorkerPlan:
-    """Returns how many micro-batches the model `meta` (on the meta device) computes in parallel.
+    """Returns how many micro-batches to compute in parallel; `meta` is the model on meta device.
 
     `is_ordered` means that random numbers must be drawn in order from torch's global generator.
     """
@@ -65,7 +65,7 @@ def plan_workers(
 
 
 def _uses_global_generator(meta: Any, random: str, is_ordered: bool) -> str:
-    """Returns what is drawn from torch's global generator; empty if nothing."""
+    """Returns what a forward pass draws from torch's global generator; empty if nothing."""
     if not random or not (is_ordered or meta.config.model_type in FUNCTIONAL_DROPOUT):
         return ""
     return f"{random} is drawn at random, in order"
@@ -114,7 +114,7 @@ OWN_LOSS = {"cross_entropy": False, "fused_linear_cross_entropy": False}
 
 
 def uses_liger(speed: SpeedConfig, device: str, model_type: str) -> bool:
-    """Returns whether liger-kernel is installed, enabled and supports the model."""
+    """Returns whether liger-kernel is installed, is enabled and supports the model."""
     return (
         device == "cuda"
         and speed.fast
@@ -161,11 +161,11 @@ class FastPlan:
     Attributes:
         packs: whether micro-batches have no padding.
         chunked_cross_entropy: whether the language head runs on supervised tokens only.
-        tokens: maximum tokens of all micro-batches that are computed at once.
+        tokens: maximum total tokens of the micro-batches that are computed in parallel.
         prefix_tree: whether prefixes shared in a micro-batch are computed once.
         attention_kernel: name of a Hub kernel; empty for torch's.
         needed_tokens: tokens that the last block computes; None for all or before the check.
-        shared_prefix: whether the prefix of a step may be computed before parallel micro-batches.
+        shared_prefix: whether the rows' common prefix may be computed before the micro-batches.
         memory: device memory in bytes for which `tokens` was computed; 0 if it was not.
     """
 
@@ -274,7 +274,7 @@ def adds_virtual_tokens(model: Any, method: str) -> bool:
 def _plan_sharing(
     method: MethodConfig, train: TrainerConfig, meta: Any, rows: Sequence[Encoded], is_forced: bool
 ) -> tuple[bool, list[Choice]]:
-    """Returns whether prefixes are shared, and the lines for display."""
+    """Returns whether rows share the computation of prefixes, and the lines for display."""
     if any(row.extras for row in rows[:1]):
         return False, []
     saved = _estimate_shared(train, rows)
@@ -292,7 +292,7 @@ def _plan_sharing(
 
 
 def _estimate_shared(train: TrainerConfig, rows: Sequence[Encoded]) -> float:
-    """Estimate from sampled steps the fraction of tokens that sharing prefixes saves."""
+    """Estimate the fraction of tokens saved if prefixes are computed once, from sampled steps."""
     size = min(train.rows_per_device_step, len(rows))
     draw = random.Random(train.seed)
     steps = [draw.sample(range(len(rows)), size) for _ in range(SAMPLED_STEPS)]

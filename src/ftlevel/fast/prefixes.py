@@ -5,10 +5,10 @@
 
     ∂L/∂θ = Σₚ ∂Lₚ/∂θ + (Σₚ ∂Lₚ/∂(K, V)) · ∂(K, V)/∂θ   (micro-batches p after a shared prefix)
 
-States of a causal model depend only on previous tokens, so sharing them is exact; the targets of
-every row count. A tree computes a prefix once per micro-batch. A `SharedPrefix` is computed before
-all micro-batches, which prepend its keys and values; its backward pass runs once, after theirs.
-(Prompt trees: Scaled Cognition, 2025; Prefix Grouper: arXiv 2506.05433.)
+States of a causal model depend only on previous tokens, so sharing them is exact; the loss still
+counts the targets of every row. A tree computes a prefix once per micro-batch. A `SharedPrefix` is
+computed before all micro-batches, which prepend its keys and values; its backward pass runs once,
+after theirs. (Prompt trees: Scaled Cognition, 2025; Prefix Grouper: arXiv 2506.05433.)
 """
 
 from __future__ import annotations
@@ -143,7 +143,7 @@ def sort_by_prefix(rows: Sequence[Tokens], least: int = MIN_PREFIX) -> tuple[lis
 
 
 def shared_fraction(rows: Sequence[Tokens]) -> float:
-    """Returns the fraction of the tokens of `rows` that sharing prefixes saves."""
+    """Returns the fraction of the tokens of `rows` saved if shared prefixes are computed once."""
     _, shared = sort_by_prefix(rows)
     return sum(shared) / sum(len(row) for row in rows)
 

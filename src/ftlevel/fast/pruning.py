@@ -113,7 +113,7 @@ def _with_gradient(
 
 
 def _is_of_needed(gradient: Tensor, layout: PackedLayout) -> bool:
-    """Returns whether the gradient (…, tokens, width) is nonzero for needed tokens only."""
+    """Returns whether `gradient` (…, tokens, width) is zero for all unneeded tokens."""
     if layout.needed is None or gradient.dim() < 2 or gradient.shape[-2] != layout.tokens:
         return False
     per_token = gradient.abs().amax(-1).reshape(-1, layout.tokens).amax(0)

@@ -1,7 +1,7 @@
 """Recomputation of saved activations, and dropout with a generator per worker.
 
-LoRA layers save the output of a norm or GLU only for the gradient of A; a `Recomputation` replaces
-these (tokens, width) values by what the norm or GLU saves anyway.
+LoRA layers save their input, the output of a norm or GLU, only for the gradient of A. With a
+`Recomputation` they compute it again from the tensors that the norm or GLU saves anyway.
 
 torch's dropout uses the global generator, so parallel workers would not be reproducible. Here each
 micro-batch has a seed. Dropout draws 16 random bits per element, torch's 64 (docs/performance.md).
@@ -33,7 +33,7 @@ def worker_generator() -> torch.Generator | None:
 
 @contextlib.contextmanager
 def using_generator(seed: int | None) -> Iterator[None]:
-    """Use a new generator with `seed` in this thread's `with` block; None: the global generator."""
+    """Use a new generator with `seed` in this thread inside the `with` block; None: the global."""
     before = _own.generator
     _own.generator = None if seed is None else torch.Generator().manual_seed(seed)
     try:
@@ -97,8 +97,8 @@ _NAME = "_ftlevel_recomputation"
 class Recomputation:
     """Recomputation of a tensor, shared by the autograd functions that need it in backward.
 
-    `make` computes the tensor bit for bit from other tensors. The functions save those through
-    autograd, so that checkpointing and offloading apply to them.
+    `make` computes the tensor bit for bit from other tensors. The autograd functions save these
+    other tensors, so that checkpointing and offloading apply to them.
     """
 
     def __init__(self, make: Callable[..., Tensor]) -> None:
@@ -107,11 +107,11 @@ class Recomputation:
         self._made: Tensor | None = None
 
     def enter(self) -> None:
-        """Count one more autograd function that will call `make`."""
+        """Register an autograd function that will call `make` in its backward."""
         self._users += 1
 
     def make(self, *saved: Tensor) -> Tensor:
-        """Returns the tensor from `saved`; it is cached until every counted function has it."""
+        """Compute the tensor from `saved`; cached until every registered function has it."""
         self._users -= 1
         tensor = self._make(*saved) if self._made is None else self._made
         self._made = tensor if self._users > 0 else None
@@ -119,7 +119,7 @@ class Recomputation:
 
 
 def with_recomputation(tensor: Tensor, make: Callable[..., Tensor], *saved: Tensor) -> Tensor:
-    """Returns `tensor` (modified), to which its recomputation from `saved` is attached."""
+    """Attach to `tensor` (modified, returned) that backward can compute it by `make(*saved)`."""
     parts = tuple(part.detach() for part in saved)
     setattr(tensor, _NAME, (Recomputation(make), parts, version_of(tensor)))
     return tensor

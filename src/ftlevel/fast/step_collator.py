@@ -48,11 +48,11 @@ class StepCollator:
     def __call__(self, rows: Sequence[Encoded]) -> dict[str, Any]:
         """Returns a dict of `rows`, `micro_batches`, `parts`, `in_parallel` and `has_parts`.
 
-        `parts` are the row indices of each micro-batch; `has_parts` is whether one has several.
-        `shared_prefix`, if any, is the batch and layout of the prefix that the micro-batches
-        extend; `contrasts`, if any, are the micro-batches of contrasting rows. A micro-batch is the
-        output of `Collator` with its `layout` (None if padded) and, for a language head, its
-        `located` targets.
+        `parts` are the row indices of each micro-batch; `has_parts` is whether some micro-batch has
+        several rows. `shared_prefix`, if any, has batch and layout of the rows' common prefix;
+        `contrasts`, if any, are micro-batches of contrasting rows. A micro-batch is the output of
+        `Collator` with its `layout` (None if padded) and, for a language head, its `located`
+        targets.
         """
         schedule = self._choose_schedule(rows)
         partition = schedule.partition
@@ -127,7 +127,7 @@ class StepCollator:
 
 
 class _Partition:
-    """Way to split a step's rows into micro-batches: padded, packed, or as prefix trees.
+    """How the rows of a step are split into micro-batches: padded, packed, or as prefix trees.
 
     `is_tree` means that micro-batches compute shared prefixes once. `prefix` is the number of
     first tokens, common to all rows, that are computed before all micro-batches.
@@ -164,7 +164,7 @@ class _Partition:
         return common if common >= MIN_PREFIX else 0
 
     def beyond(self, prefix: int) -> _Partition:
-        """Returns the partition of the tokens after `prefix` tokens, which are computed before."""
+        """Returns a partition without the first `prefix` tokens, which are computed separately."""
         partition = copy.copy(self)
         partition.prefix = prefix
         partition._lengths = [length - prefix for length in self._lengths]
@@ -193,13 +193,13 @@ class _Schedule:
 
 
 def _count_tokens(row: Encoded, *, packs: bool) -> int:
-    """Returns the number of tokens of all branches of `row`, with padding unless `packs`."""
+    """Returns the number of tokens in all branches of `row`, including padding unless `packs`."""
     lengths = [len(branch.input_ids) for branch in row.branches]
     return sum(lengths) if packs else max(lengths) * len(lengths)
 
 
 def _count_shared(row: Encoded) -> int:
-    """Returns how many tokens the shared prefixes of the branches of `row` save."""
+    """Returns how many tokens are saved if prefixes shared by branches of `row` count once."""
     branches = row.branches
     common = [count_common(a.input_ids, b.input_ids) for a, b in pairwise(branches)]
     return sum(shared for shared in common if shared >= MIN_PREFIX)
@@ -220,7 +220,7 @@ class TextCollator(StepCollator):
     def __call__(self, rows: Sequence[Encoded]) -> dict[str, Any]:
         """Returns `StepCollator`'s dict for the distinct texts, with `rows` and `texts`.
 
-        `texts` is a `StepTexts`, the rows as text indices; `parts` has each micro-batch's texts.
+        `texts` is a `StepTexts`: each row as text indices; `parts` has text instead of row indices.
         """
         texts, step = distinct_texts(rows)
         return {**super().__call__(texts), "rows": rows, "texts": step}

@@ -110,7 +110,7 @@ def explain(rule: Rule, row: MethodFacts, cell: Cell) -> str:
 
 
 def find_problems(config: MethodSpec, base: Cell) -> list[str]:
-    """Returns an error message per unsupported variant in `config`; `base.row` is ignored."""
+    """Returns an error message per variant in `config` that `base` does not support."""
     problems = []
     for row in rows_of(config):
         cell = replace(base, row=row.name)
@@ -121,7 +121,7 @@ def find_problems(config: MethodSpec, base: Cell) -> list[str]:
 
 
 def check_supported(config: MethodSpec, base: Cell) -> None:
-    """Raise `ConfigError`, with reasons and alternatives, if `base` does not support the method."""
+    """Raise `ConfigError`, with reasons and alternatives, if the method does not support `base`."""
     problems = find_problems(config, base)
     if problems:
         raise ConfigError(problems)

@@ -23,9 +23,9 @@ from ftlevel.methods.rates import Rates
 class Base:
     """Base model to which a method is applied.
 
-    `targets` are adapted modules, by the shortest suffixes that PEFT matches. `heads` are fully
-    trained. `parameters` are adapted tensors outside linear layers, such as fused experts. `unused`
-    modules do not affect the loss. `task_type` is None for masked LMs.
+    `targets` are names of adapted modules, shortened to suffixes that PEFT matches. `heads` are
+    fully trained. `parameters` are adapted tensors outside linear layers, such as fused experts.
+    `unused` modules do not affect the loss. `task_type` is None for masked LMs.
     """
 
     config: Any
@@ -41,7 +41,7 @@ class Base:
 
     @property
     def shared(self) -> dict[str, Any]:
-        """Arguments common to the PEFT configs of all methods that adapt modules."""
+        """Arguments that the PEFT configs of all methods have in common, if they adapt modules."""
         return {
             "task_type": self.task_type,
             "target_modules": self.targets,
@@ -62,9 +62,9 @@ class QuantizedCheckpoint:
 class InitializationInputs:
     """Inputs of data- or weight-dependent initializations, computed on demand.
 
-    `batches` returns a re-iterable of batches with a mask `supervised` `(batch, seq)`.
-    `float_weights` returns a function from the name of a linear layer to its unquantized weight
-    `(out, in)` on the CPU.
+    `batches` returns batches with a mask `supervised` `(batch, seq)`; they can be iterated again.
+    `float_weights` returns a function that loads a linear layer's unquantized weight `(out, in)` by
+    name, on the CPU.
     """
 
     batches: Callable[[], Any]
@@ -92,7 +92,7 @@ class Initialization:
         """Initialize the adapter of `model` (modified)."""
 
     def copy(self, model: Any) -> dict[str, Any]:
-        """Returns the tensors of the untrained model, by name, that `as_saved` needs."""
+        """Returns tensors of the untrained model, by name, to pass to `as_saved` after training."""
         return {}
 
     def as_saved(
@@ -100,7 +100,7 @@ class Initialization:
     ) -> AbstractContextManager[dict[str, Any] | None]:
         """Returns a context manager that yields the state dict to save for the original base.
 
-        `initial` is the result of `copy`. If it yields None, `model` is saved as it is.
+        `initial` is the result of `copy`. If the context yields None, `model` is saved unchanged.
         """
         return nullcontext()
 
@@ -128,9 +128,9 @@ class Merging:
 
 @dataclass(frozen=True)
 class StepSupport:
-    """Support for parts of the fast step; each function returns why one is unsupported, or "".
+    """Support for the fast step: each function returns why one part is unsupported, or "".
 
-    `fusing` is None for methods other than LoRA; `workers` is for parallel micro-batches.
+    `fusing` is for fused layers (None for methods other than LoRA), `workers` for parallel batches.
     """
 
     fusing: Callable[[Any], str] | None = None
@@ -151,9 +151,9 @@ class HasState(Protocol):
 
 
 class Method:
-    """A PEFT method; a subclass sets `facts` and `rate`, and overrides what differs.
+    """A PEFT method; a subclass sets `facts` and `rate`, and overrides defaults that do not fit.
 
-    It overrides `build`, or, if the model's own weights are trained, `unfreeze`.
+    Each overrides `build`, or, if the model's own weights are trained, `unfreeze`.
 
     `spec` is always the method's section of the configuration.
 
@@ -166,7 +166,7 @@ class Method:
         step: support for the fast training step.
         merging: how adapters are merged.
         plain_loaders: PEFT type -> loader (base, directory, adapter name) of PEFT's own adapters.
-        continued_as: method with which training of its adapters continues, if a different one.
+        continued_as: method that continues training of its adapters, if not itself.
         why_not_continued: reason if neither adapters nor runs can be trained further.
         changes_shape: whether tensors change their shape during training.
         page: Markdown text for docs/methods.md.
@@ -238,7 +238,7 @@ class Method:
         return None
 
     def positions(self, spec: Any) -> int:
-        """Returns how many positions of the model are used by virtual tokens."""
+        """Returns how many of the model's positions are taken by virtual tokens."""
         return 0
 
     def trains_base(self, spec: Any) -> bool:

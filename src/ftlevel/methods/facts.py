@@ -20,13 +20,13 @@ class MethodFacts:
     Attributes:
         name: name of the row.
         kind: value of `--method`.
-        flags: command-line flags that select it.
+        flags: command-line flags that select the variant.
         trains: what is trained.
         merges: how adapters are merged; empty if they cannot be.
         paper: reference.
         llama_7b: trainable parameters on Llama-2-7B by default.
         fields: spec fields, by dotted name, that define the variant.
-        also: other methods with the same variant.
+        also: other values of `--method` that have this variant.
     """
 
     name: str
@@ -75,7 +75,7 @@ def rows(*names: str) -> frozenset[str]:
 class Rule:
     """A set of unsupported cells of the support table; an empty field matches all values.
 
-    `why` is a clause after a colon, `instead` a sentence. `experts` None matches all bases.
+    `why` is a clause with the reason, `instead` a sentence with an alternative.
     """
 
     rows: frozenset[str]

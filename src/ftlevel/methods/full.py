@@ -61,7 +61,7 @@ class Full(Method):
     step = StepSupport(workers=lambda _: "full would hold a gradient for every weight and pass")
 
     def rates(self, spec: FullSpec) -> Rates:
-        """Returns the rates, chosen so that BERT base in 3,000 steps gets its paper's 2e-5."""
+        """Returns the rates, chosen so that BERT base in 3,000 steps gets 2e-5, as in its paper."""
         if spec.freeze_base:
             source = "a hundredth for wide features"
             return Rates(narrow=1e-1, wide=1e-3, source=source, is_heads=True)

@@ -58,7 +58,7 @@ def why_not_mergeable(config: Mapping[str, Any]) -> str | None:
 
 @dataclass(frozen=True)
 class Skeleton:
-    """An adapter on a base model on the meta device.
+    """An adapter with its weights, on a base model on the meta device.
 
     `units` maps names of base modules to the adapter layers that wrap them; `supplied` maps names
     of other base tensors, such as biases, to their trained values.
@@ -130,7 +130,7 @@ def build_skeleton(model: Any, directory: Path) -> Skeleton:
 
 
 def _load(adapted: Any, tensors: dict[str, Any], directory: Path) -> None:
-    """Set the adapter tensors of `adapted` (modified) to all `tensors` of the file, in float32."""
+    """Load all `tensors` of an adapter file into `adapted` (modified), in float32."""
     import torch
 
     from ftlevel.models.upstream.tensors import direct_tensors
@@ -199,7 +199,7 @@ def _replaces(layer: Any) -> bool:
 
 
 def _fill(base: Any, path: str, read_base: Callable[[str], Any]) -> None:
-    """Load base weights into the remaining meta tensors of `base` (modified)."""
+    """Load base weights into the tensors of `base` (modified) that are still on the meta device."""
     import torch
 
     from ftlevel.models.upstream.tensors import direct_tensors
@@ -215,7 +215,7 @@ def _fill(base: Any, path: str, read_base: Callable[[str], Any]) -> None:
 
 
 def _check_filled(units: dict[str, Any], directory: Path) -> None:
-    """Raise if adapter tensors are neither in the file nor in the base."""
+    """Raise if adapter tensors in `units` got no values from the file or the base."""
     empty = []
     for path, layer in units.items():
         base_ids = {id(tensor) for tensor in _base_of(layer).parameters()}

@@ -4,7 +4,7 @@
 
 With PiSSA or OLoRA the base is W − s · B₀A₀, so the update of W is s · (BA − B₀A₀), of rank 2r. A
 trained embedding row is a one-hot row in A and the row's change in B; a tied output layer gets the
-transpose. Other methods convert theirs in their own modules.
+transpose. Other methods are converted in their own modules.
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ class AdapterFile:
     """A saved adapter during conversion.
 
     Attributes:
-        config: its adapter_config.json.
-        tensors: name -> tensor; converted tensors are removed, so the rest is unsupported.
+        config: the content of adapter_config.json.
+        tensors: name -> tensor; converted ones are removed, so any left at the end are unsupported.
         read_base: returns a base tensor by name.
         tied: embedding name -> output layers that share the weight.
         said: notes for the user about the conversion.
@@ -87,7 +87,7 @@ AsLora = Callable[[AdapterFile], dict[str, Factors]]
 
 @dataclass(frozen=True)
 class PlainForm:
-    """Conversion to plain LoRA: `algebra` computes it from the file; None uses loaded layers.
+    """Conversion to plain LoRA by `algebra` from the file; if None, from the layers of a model.
 
     `never` is the reason why no low-rank LoRA is equivalent; empty if one may exist.
     """
@@ -213,7 +213,7 @@ def _ranks(updates: dict[str, Factors]) -> str:
 
 
 def _with_start(file: AdapterFile, name: str, update: Factors) -> Factors:
-    """Returns the update of the original weight: `update` − s · B₀ · A₀, recomputed here."""
+    """Returns the update of the original weight: `update` − s · B₀ · A₀; recomputes A₀ and B₀."""
     import torch
 
     weight = file.read_base(f"{name}.weight").float()
@@ -226,7 +226,7 @@ def _with_start(file: AdapterFile, name: str, update: Factors) -> Factors:
 
 
 def _start_of(weight: Any, config: Any, rank: int, scale: float) -> Factors:
-    """Returns A₀ and s · B₀, whose product PEFT subtracts from `weight` `(out, in)` initially."""
+    """Returns A₀ and s · B₀; initialization subtracts their product from `weight` `(out, in)`."""
     import torch
     from peft import LoraConfig, get_peft_model
 

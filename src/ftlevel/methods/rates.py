@@ -3,9 +3,9 @@
     rate = narrow · (wide / narrow)^t,  t = ½ ln(width / 384) / ln(4096 / 384)
                                           + ½ ln(steps / 100) / ln(3000 / 100),
 
-with both halves between 0 and ½, rounded to one digit. `narrow` is measured on small models in
-short runs (docs/defaults.md); `wide` is from papers, for large models and thousands of
-steps. The rates themselves are in the method modules. Does not import torch.
+with both terms of t clipped to [0, ½] and the rate rounded to one digit. `narrow` is measured on
+small models in short runs (docs/defaults.md); `wide` is from papers, for large models and thousands
+of steps. The method modules have the values. Does not import torch.
 """
 
 from __future__ import annotations
@@ -137,8 +137,8 @@ def set_head_rate(
 ) -> None:
     """Move the heads' parameters into parameter groups with their rate (`optimizer` is modified).
 
-    Must run before the scheduler is created. Other options of a group, such as weight decay, are
-    copied. Idempotent.
+    Must run before the scheduler is created. New groups copy all other options, such as weight
+    decay. Idempotent.
     """
     inside = {
         id(parameter)

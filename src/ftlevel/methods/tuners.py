@@ -14,7 +14,7 @@ from ftlevel.methods.base import VIRTUAL_TOKENS, UnmergeableLayer, UnmergeableTu
 
 
 def use_sets(config: Any) -> None:
-    """Convert lists of module names in `config` (modified) to sets, which PEFT compares."""
+    """Convert lists of module names in `config` (modified) to sets, as PEFT expects them."""
     for name in ("target_modules", "exclude_modules"):
         if isinstance(value := getattr(config, name), list):
             setattr(config, name, set(value))

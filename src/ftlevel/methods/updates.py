@@ -27,8 +27,8 @@ class LinearUpdate(Method):
 
     Attributes:
         config_class: name of the PEFT config class.
-        passes_fan_in: whether that class has `fan_in_fan_out`.
-        fixed: values of its fields that no spec has.
+        passes_fan_in: whether the PEFT config class has `fan_in_fan_out`.
+        fixed: values of PEFT config fields that the spec does not have.
         block_size: spec field that must divide the inputs of every layer; empty for none.
         divides_outputs: whether the block size must divide the outputs, too.
         adds_in_place: whether PEFT layers add to the base layer's output in place.
@@ -227,7 +227,7 @@ def lokr_as_lora(file: AdapterFile) -> dict[str, Factors]:
 
 
 def _sides(file: AdapterFile, name: str, factor: str) -> tuple[Any, Any]:
-    """Returns B and A of one Kronecker factor; for an undecomposed factor one is the identity."""
+    """Returns B and A of one Kronecker factor; if it is not decomposed, one is the identity."""
     import torch
 
     if f"{name}.{factor}" not in file.tensors:
@@ -297,7 +297,7 @@ class Miss(LinearUpdate):
 
 
 def _set_mask(config: Any) -> None:
-    """Make `config` (modified) use a mask function that draws nothing for meta weights."""
+    """Make `config` (modified) use `draw_shira_mask`, which also supports meta weights."""
     config.mask_fn = draw_shira_mask
 
 
@@ -324,8 +324,8 @@ class Shira(LinearUpdate):
 def gralora_as_lora(file: AdapterFile) -> dict[str, Factors]:
     """Returns the LoRAs of all blocks of each module as one product, of rank k · r.
 
-    In PEFT's file A is `(k, in / k, r)`, where the j-th r / k columns belong to output block j;
-    B is `(k, r, out / k)`.
+    In PEFT's file A is `(k, in / k, r)`: each output block has r / k consecutive columns. B is `(k,
+    r, out / k)`.
     """
     import torch
 

@@ -101,14 +101,14 @@ def merge_layer(layer: Any) -> Any:
 
 
 def shira_indices(module: Any) -> dict[str, Any]:
-    """Returns SHiRA's trained indices by adapter name, which are saved but are not buffers."""
+    """Returns the indices of weights that SHiRA trains, by adapter name; they are not buffers."""
     return getattr(module, "shira_indices", {})
 
 
 def draw_shira_mask(base_layer: Any, r: int, **settings: Any) -> Any:
     """Draw the mask `(out, in)` of the weights that SHiRA trains, as PEFT does.
 
-    For meta weights, only the number of ones is right; the indices come from the adapter file.
+    For meta weights, only the number of ones is right; indices come later, from the adapter file.
     """
     import torch
     from peft.tuners.shira.mask_functions import random_mask
@@ -157,7 +157,7 @@ def importance_scores(model: Any) -> dict[str, dict[str, Any]]:
 
 
 def register_lora_layers(config: Any, layers: dict[type, Callable[..., Any]]) -> None:
-    """Register LoRA layer builders in `config` (modified); one may return None for PEFT's."""
+    """Register LoRA layer builders in `config` (modified); if one returns None, PEFT builds."""
     config._register_custom_module(layers)
 
 

@@ -2,8 +2,8 @@
 
 Imports neither torch nor transformers, so that `ftlevel list-targets llama` is fast. A test
 compares each entry with transformers' modules. An entry with `like` copies that family's values of
-all keys but `aliases`, `example` and `note`. In an entry, `path`, `linears`, `experts`, `norms` and
-`role` describe its only stack.
+all keys but `aliases`, `example` and `note`. The keys `path`, `linears`, `experts`, `norms` and
+`role` describe a family with one stack.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
 class Dims:
     """Sizes of a released model; `kv_heads` 0 means `heads`, `head_dim` 0 `hidden / heads`.
 
-    `layers` is the number of layers of the only stack, or of the encoder.
+    `layers` is the number of layers; of the encoder if there are two stacks.
     """
 
     hidden: int
@@ -90,8 +90,8 @@ class BlockLinear:
 class Stack:
     """Repeated blocks; `path` has `{i}` for the layer index.
 
-    `experts` are tensors with all experts of a block, for PEFT's `target_parameters`. `role` says
-    how many blocks there are: `layers`, `decoder_layers`, or one shared by all layers.
+    `experts` are tensors with all experts of a block, for PEFT's `target_parameters`. The number of
+    blocks depends on `role`: `Dims.layers`, `Dims.decoder_layers`, or one shared block.
     """
 
     path: str
@@ -116,7 +116,7 @@ class Family:
 
     Attributes:
         name: the `model_type`.
-        attention_only: shortest names that select only the attention's linear layers.
+        attention_only: shortest names that select the attention's linear layers and nothing else.
         heads: task -> modules on top of the base model, as in `modules_to_save`.
         outer_norms: full names of norms outside blocks and heads.
         aliases: models or model types with the same modules.

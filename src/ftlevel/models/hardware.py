@@ -5,9 +5,9 @@
     kept     ≥ layers · (4 · hidden + 2 · inner), or with gradient checkpointing
                layers · hidden + 4 · hidden + 2 · inner
 
-bounds the longest row L that can fit, with weights of w bytes, activations of v bytes, and gradient
-plus two Adam moments in float32. Every term is a lower bound: longer rows never fit; shorter ones
-may still need a smaller batch.
+bounds the longest row L that can fit: weights have w bytes, activations v bytes; gradient and two
+Adam moments are in float32. As every term is a lower bound, longer rows never fit; shorter rows may
+still need a smaller batch.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ _TRAINED_BYTES = 12  # gradient and two Adam moments in float32
 
 @dataclass(frozen=True)
 class MemorySettings:
-    """Memory settings: bytes per base `weight` (0.5 for 4 bits) and per activation `value`."""
+    """Bytes per base `weight` (0.5 for 4 bits) and per activation `value`, and what is trained."""
 
     weight: float
     value: int
@@ -151,7 +151,7 @@ def device_memory(device: str) -> int:
 
 
 def release_freed_memory() -> None:
-    """Give freed pages of glibc's heap (of blocks below malloc's mmap threshold) to the system."""
+    """Return freed pages of glibc's heap to the system (`malloc_trim`)."""
     if sys.platform.startswith("linux"):
         libc = ctypes.CDLL(None)
         if hasattr(libc, "malloc_trim"):
@@ -324,7 +324,7 @@ def using_tf32(enabled: bool) -> Iterator[None]:
 
 
 def send(tensor: Tensor, device: torch.device) -> Tensor:
-    """Move a CPU tensor to `device` without synchronizing a GPU, by pinned memory."""
+    """Copy a CPU tensor to `device` through pinned memory, without synchronizing with a GPU."""
     if device.type != "cuda":
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)

@@ -68,14 +68,14 @@ class Formulas:
     def rope(
         self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, backward: bool = False
     ) -> Pair:
-        """Returns the rotated q and k; with `backward`, the gradients of q and k from those."""
+        """Returns q and k rotated; with `backward`, rotated back, to map output gradients."""
         cos, sin = cos.unsqueeze(2), sin.unsqueeze(2)
         if backward:
             return q * cos - _rotate_half(q * sin), k * cos - _rotate_half(k * sin)
         return q * cos + _rotate_half(q) * sin, k * cos + _rotate_half(k) * sin
 
     def cross_entropy(self, scores: Tensor, targets: Tensor, smoothing: float) -> Pair:
-        """Returns the losses and their gradient with respect to `scores`, in float32.
+        """Returns the loss per target, and its gradient with respect to `scores`, in float32.
 
         The largest probability p gives the normalizer cheaply: log Σⱼ exp sⱼ = max s − log max p.
         """
@@ -131,7 +131,7 @@ def _scale_like(x: Tensor) -> Tensor:
 
 
 def _like(*places: int) -> Callable[..., Any]:
-    """Returns a function that creates empty tensors like its arguments at `places`; -1 is ρ."""
+    """Returns a function that creates empty tensors like its arguments `places`; -1: like ρ."""
 
     def make(*arguments: Any) -> Any:
         tensors = [
@@ -193,11 +193,11 @@ class TritonFormulas(Formulas):
     def rope(
         self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, backward: bool = False
     ) -> Pair:
-        """Returns the rotated q and k; with `backward`, the gradients of q and k from those."""
+        """Returns q and k rotated; with `backward`, rotated back, to map output gradients."""
         return _rope(*(part.contiguous() for part in (q, k, cos, sin)), backward)
 
     def cross_entropy(self, scores: Tensor, targets: Tensor, smoothing: float) -> Pair:
-        """Returns the losses, and their gradient with respect to `scores`, in its dtype."""
+        """Returns the loss per target, and its gradient in the dtype of `scores`."""
         return _cross_entropy(scores.contiguous(), targets.contiguous(), smoothing)
 
 
@@ -309,7 +309,7 @@ def choose_cross_entropy(vocabulary: int, dtype: torch.dtype, device: str) -> Fo
 
 
 def describe_choices() -> dict[str, bool]:
-    """Returns description -> whether kernels are used, per comparison made in this process."""
+    """Returns description -> whether the kernel is used, for each formula tried in this process."""
     return {text: formulas is not TORCH for text, formulas in _choices.items()}
 
 

@@ -1,7 +1,7 @@
 """Triton kernels of `kernels.Formulas`; import only where Triton is installed.
 
-A program computes a row of a norm, a block of a GLU, a row of logits (read twice), or a token with
-all its heads for RoPE. Arithmetic is in float32, rounded where torch's operations would store a
+A Triton program computes a row of a norm, a block of a GLU, a row of logits (read twice), or RoPE
+of a token in all heads. Arithmetic is in float32, rounded where torch's operations would store a
 tensor.
 """
 
@@ -55,7 +55,7 @@ def _cross_entropy(
 
 
 def cross_entropy(scores: Tensor, targets: Tensor, smoothing: float) -> Pair:
-    """Returns the losses (targets,) in float32, and the gradient, for contiguous logits."""
+    """Returns the losses (targets,) in float32, and their gradient, for contiguous logits."""
     losses = scores.new_empty(len(scores), dtype=torch.float32)
     gradient = torch.empty_like(scores)
     vocabulary = scores.shape[-1]
@@ -262,7 +262,7 @@ def _rope(
 
 
 def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, backward: bool) -> Pair:
-    """Returns the rotated contiguous q and k; with `backward`, the gradients of q and k."""
+    """Returns contiguous q and k rotated; with `backward`, rotated back, to map gradients."""
     of_q, of_k = torch.empty_like(q), torch.empty_like(k)
     batch, tokens, heads, width = q.shape
     size = triton.next_power_of_2

@@ -3,8 +3,8 @@
     R(P, Q) = ‖PᵀP − I‖ + ‖QQᵀ − I‖                  Zhang et al., 2023, equation 4
     ΔW = B · diag(E) · A · alpha / (init_r + 1e-5)
 
-The penalty is averaged over matrices, as in `peft.AdaLoraModel.forward`. As in PEFT, the divisor is
-the initial rank even after pruning, and a non-positive alpha means that rank.
+The penalty is averaged over matrices, as in `peft.AdaLoraModel.forward`. As in PEFT, ΔW is divided
+by the initial rank even after pruning, and a non-positive alpha means that rank.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ _TINIT, _TFINAL = 0.1, 0.3
 
 
 def _reset_ranks(config: Any) -> None:
-    """Reset rank pattern and initialization in `config` (modified); saved ranks are final."""
+    """Reset rank pattern and initialization in `config` (modified): saved tensors are pruned."""
     config.rank_pattern = None
     config.init_lora_weights = True
 

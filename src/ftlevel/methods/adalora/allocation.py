@@ -19,7 +19,7 @@ class Allocation(TrainerCallback):
 
     PEFT stores ranks in the config and then saves truncated tensors, which no longer fit the
     optimizer state. So ranks stay out of the config until training ends; checkpoints have full
-    tensors plus importance scores. Add it before the callback that certifies checkpoints.
+    tensors plus importance scores. Add this callback before the one that certifies checkpoints.
     """
 
     def __init__(self, checkpoints: Path, *, writes: bool = True) -> None:

@@ -52,11 +52,11 @@ class Sites:
     Attributes:
         attention: last linear layers of the attention modules.
         feed_forward: last linear layer of the feed-forward, or the whole feed-forward.
-        inputs: candidates for the linear layer that receives the feed-forward's input; empty if
-            `feed_forward` is the whole.
+        inputs: candidates for the feed-forward's first linear layer; empty if `feed_forward` is the
+            whole.
         residual: module whose input is the residual; empty if output and residual are not simply
             added.
-        norm: layer norm of their sum; empty in pre-norm models.
+        norm: layer norm of the sum of output and residual; empty in pre-norm models.
     """
 
     attention: tuple[str, ...]
@@ -142,9 +142,9 @@ def why_no_residual(config: Any, placement: str) -> str | None:
 
 
 def site_pattern(sites: Sites, placement: str) -> str:
-    """Returns a regular expression for the full names of the modules at the positions.
+    """Returns a regular expression for the full names of the modules to adapt for `placement`.
 
-    A list of names would not do: PEFT matches suffixes, and `output.dense` would also match BERT's
+    PEFT matches listed names as suffixes, and `output.dense` would also match BERT's
     `attention.output.dense`.
     """
     attention = sites.attention if placement == "houlsby" else ()
@@ -167,7 +167,7 @@ def block_of(sites: Sites | None, site: str) -> str | None:
 
 
 def find_input(sites: Sites | None, site: str, names: Iterable[str]) -> str | None:
-    """Find the module whose input is that of the feed-forward ending at module `site`, or None."""
+    """Find, in `names`, the first layer of the feed-forward that ends at module `site`, or None."""
     block = block_of(sites, site)
     if sites is None or block is None:
         return None
@@ -243,7 +243,7 @@ class Bottleneck(Method):
     page = PAGE
 
     def rates(self, spec: AdapterSpec) -> Rates:
-        """Returns the rates: doubled for placement pfeiffer, a third for a scaling above 1."""
+        """Returns the rates: doubled for placement pfeiffer, divided by 3 for a scaling above 1."""
         scaling = default_scaling(spec.placement) if spec.scaling is None else spec.scaling
         if isinstance(scaling, float) and scaling > 1:
             return Rates(narrow=1e-3, wide=1e-4, source="a third of Houlsby et al., section 3.2")

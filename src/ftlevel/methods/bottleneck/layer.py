@@ -46,14 +46,14 @@ class BottleneckConfig(PeftConfig):
         placement: houlsby, pfeiffer, seq_bn, parallel, par_bn or adapter_plus.
         bottleneck_dim: bottleneck width; None uses `reduction_factor`.
         reduction_factor: hidden size / bottleneck width.
-        non_linearity: activation name in transformers.
+        non_linearity: activation function, as named in transformers.
         adapter_dropout: dropout on the bottleneck activations.
         scaling: factor of the adapter's output, `learned`, or `channel`; None is 4 for parallel
             and par_bn, channel for adapter_plus and 1 otherwise.
         target_modules: names or one regular expression; None uses the family's positions.
         exclude_modules: excluded names or one regular expression.
         modules_to_save: modules that are fully trained and saved.
-        init_weights: initialize as the identity; False also randomizes up, for tests.
+        init_weights: initialize adapters to change nothing; False randomizes up, too, for tests.
     """
 
     placement: str = field(default="houlsby")
@@ -178,7 +178,7 @@ class BottleneckLayer(UnmergeableLayer, PrecisionLayer, nn.Module, BaseTunerLaye
             self.bottleneck_scale[adapter_name] = nn.Parameter(ones)
 
     def listen_to(self, source: nn.Module, kind: Listens) -> None:
-        """Register a hook that stores the input of `source` as `kind` for the adapters.
+        """Register a hook that stores the input of `source` for adapters that read `kind`.
 
         `source` must run before `base_layer` in every forward pass; with gradient checkpointing
         both are recomputed.
@@ -343,7 +343,7 @@ class BottleneckModel(UnmergeableTuner, PrecisionTuner, BaseTuner):
         return reads
 
     def _input_of(self, site: str) -> nn.Module | None:
-        """Returns the linear layer that receives the input of the feed-forward ending at `site`."""
+        """Returns the first linear layer of the feed-forward that ends at `site`."""
         modules: dict[str, Any] = dict(self.model.named_modules())
         name = find_input(sites_of(getattr(self.model, "config", None)), site, modules)
         if name is None:

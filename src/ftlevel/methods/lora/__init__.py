@@ -209,7 +209,7 @@ class LoraInitialization(Initialization):
 
     @contextlib.contextmanager
     def as_saved(self, model: Any, initial: dict[str, Any]) -> Iterator[dict[str, Any] | None]:
-        """Yields the state dict of an equal rank-2r LoRA on the original base, or None."""
+        """Yields the state dict of an equivalent LoRA of rank 2r on the original base, or None."""
         if not initial:
             yield None
             return
@@ -268,7 +268,7 @@ def why_not_mergeable(config: Mapping[str, Any]) -> str | None:
 
 
 def reset_initialization(config: Any) -> None:
-    """Reset the initialization in `config` (modified); it does not affect a trained adapter."""
+    """Reset the initialization in `config` (modified), which only matters before training."""
     config.init_lora_weights = True
 
 
@@ -295,7 +295,7 @@ class Lora(Method):
     )
 
     def rates(self, spec: LoraSpec) -> Rates:
-        """Returns the rates, lower for variants that change weights faster at the same rate."""
+        """Returns the rates: lower for variants whose weights change faster at the same rate."""
         share = 1.0
         if spec.lora_plus_ratio:  # B has this multiple of the rate, so A needs less
             share /= math.sqrt(spec.lora_plus_ratio)

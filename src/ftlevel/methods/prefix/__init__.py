@@ -99,8 +99,8 @@ class PrefixTuning(Method):
     def rates(self, spec: PrefixSpec) -> Rates:
         """Returns the rates: P-tuning v2's, or lower ones for a projected prefix.
 
-        The MLP's tanh saturates at a rate of 3e-3 with one or two targets per row, and of 1e-2
-        with one per token.
+        The tanh in the MLP saturates at a rate of 3e-3 with one or two targets per row, and at 1e-2
+        with one target per token.
         """
         if spec.prefix_projection:
             kinds = {"decoder": 1e-3, "encoder-decoder": 3e-3}

@@ -386,8 +386,8 @@ _OURS = {ours: own for own, ours in WITH_PREFIX.items()}
 class PrefixModel(VirtualTokenTuner):
     """Prefix-tuning tuner for all attention modules of a model.
 
-    It switches the model to ftlevel's attention functions, which call the original implementation:
-    "eager" returns attention weights with the prefix, "sdpa" none. `unload` restores the original.
+    It switches the model to ftlevel's attention functions, which call the model's implementation:
+    "eager" returns attention weights with the prefix, "sdpa" none. `unload` switches back.
     """
 
     prefix: str = "prefix_kv_"

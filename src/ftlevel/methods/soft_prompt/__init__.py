@@ -1,7 +1,7 @@
 """Prompt tuning and P-tuning: builds `SoftPromptConfig` for a tuner of ftlevel.
 
-PEFT's tuner lengthens the sequence that heads, pooling and `generate` see; this one hides the
-prompt from them. `load_peft_prompt` loads prompts trained with PEFT, whose files contain only the
+With PEFT's tuner, heads, pooling and `generate` see a longer sequence; this tuner hides the prompt
+from them. `load_peft_prompt` loads prompts trained with PEFT, whose files contain only the
 embeddings. The submodules import peft and are imported only when needed.
 """
 
@@ -37,7 +37,7 @@ def find_stacks(model: Any) -> list[str]:
 def find_prompt_targets(model: Any) -> list[str]:
     """Find the full names of the layer stacks of `model` that get a prompt.
 
-    In a model without a head this is the `ModuleList`, as PEFT cannot target the whole model.
+    In a model without a head it is the `ModuleList`, because PEFT cannot target the whole model.
     """
     lists = (n for n, part in model.named_modules() if type(part).__name__ == "ModuleList")
     return find_stacks(model) or [*lists][:1]

@@ -183,7 +183,7 @@ class SoftPromptLayer(VirtualTokenLayer):
     def add_prompt(
         self, adapter_name: str, config: SoftPromptConfig, stack: Any, role: Role
     ) -> None:
-        """Add a prompt; a decoder only stores the settings of its encoder's prompt."""
+        """Add a prompt to `stack`; a decoder only stores the settings of the encoder's prompt."""
         self.role = role
         self.settings[adapter_name] = PromptSettings(
             config.num_virtual_tokens, config.tokens_before
@@ -284,7 +284,7 @@ class SoftPromptLayer(VirtualTokenLayer):
         return PromptPosition.find(mask, rows, length, self.settings[names[0]].tokens_before)
 
     def _put_in(self, names: list[str], stack: Any, call: dict[str, Any]) -> PromptPosition:
-        """Insert the prompts `names` into arguments `call` (modified); returns the position."""
+        """Insert prompts `names` into the arguments `call` (modified); returns where they are."""
         embedded = call.get("inputs_embeds")
         if embedded is None:
             embedded = stack.get_input_embeddings()(call["input_ids"])
