@@ -18,7 +18,7 @@ _LOOPBACK = "127.0.0.1"
 
 @dataclass(frozen=True)
 class Launcher:
-    """Launcher and the names of its environment variables, empty if it has none."""
+    """A launcher and the names of its environment variables; "" for variables it does not set."""
 
     name: str
     rank: str

@@ -1,8 +1,8 @@
 """Resolve the local files of a run after it has been moved.
 
 config.yaml contains absolute paths; places.json contains paths relative to the run directory, so
-that a folder with run, model and data can be moved. The first existing path is used; of two base
-models, the one with the run's weights.
+that a folder with run, model and data can be moved. The first existing path is used. If both paths
+of the base model exist, the one with the run's weights is used.
 """
 
 from __future__ import annotations

@@ -93,7 +93,7 @@ class JsonLinesFile(_TextFile):
                 yield {k: v for k, v in row.items() if k not in self.columns.answers}
 
     def as_written(self, row: Row) -> Any:
-        """Returns the row after a round trip through JSON."""
+        """Returns the row as `read_back` yields it, by a round trip through JSON."""
         return json.loads(to_json(row))
 
     def write(self, rows: Sequence[Row]) -> None:

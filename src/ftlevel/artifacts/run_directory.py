@@ -58,7 +58,7 @@ def mark_end(directory: Path) -> None:
 
 
 def mark_resumed(directory: Path) -> None:
-    """Record that a finished run resumes: only the adapter's files stay recorded as its own."""
+    """Record that a finished run resumes: of its files, only the adapter's stay recorded."""
     marker = _read_marker(directory)
     if marker and (files := marker.pop("files", None)) is not None:
         marker["adapter"] = [name for name in files if name.startswith(f"{ADAPTER}/")]
@@ -116,8 +116,8 @@ def forget_adapter(directory: Path) -> None:
 def set_aside(directory: Path) -> list[str]:
     """Move the files of the run in `directory` aside; return messages on other files in it.
 
-    If a kill interrupted the previous overwrite, the new run without results is deleted, and the
-    run that was already set aside stays there.
+    If a previous overwrite was killed, the old run is aside already. Then the new run is deleted if
+    it has no results.
     """
     aside = directory / _ASIDE
     before, marker = _read_marker(aside), _read_marker(directory)
@@ -174,10 +174,10 @@ def _put_back(directory: Path) -> None:
 
 
 def move_foreign_files(directory: Path, under: str = "") -> list[str]:
-    """Move files that are not the run's from its directories to `kept`; return messages.
+    """Move files that the run did not write from its directories to `kept`; return messages.
 
-    After a finished run these are files added later; after an interrupted run, files among its
-    checkpoints that it did not write. `under` limits the search to one directory.
+    For a finished run, these are files added later; for an interrupted run, unknown files among its
+    checkpoints. `under` limits the search to one directory.
     """
     marker = _read_marker(directory) or {}
 

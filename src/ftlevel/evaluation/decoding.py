@@ -238,7 +238,7 @@ class _RoomyLayer(DynamicLayer):
         self.fill(copies[0], copies[1], common)
 
     def close_gaps(self, layer: _RoomyLayer, gaps: Sequence[int]) -> None:
-        """Move the shared prefix of each row right by its gap, up to the row's other tokens."""
+        """Move each row's shared prefix, a copy of `layer`, right by `gap` to its other tokens."""
         common = layer.get_seq_length()
         for row, gap in enumerate(gaps):
             if gap:
@@ -284,7 +284,7 @@ def common_beginning(prompts: Sequence[list[int]]) -> list[int]:
 
 
 def join(parts: Sequence[tuple[Rows, Sequence[int]]]) -> Rows:
-    """Returns one batch of rows from several; each part has a batch and ascending row indices."""
+    """Returns one batch; each part is a batch and the ascending indices of its rows to include."""
     parts = [(rows, chosen) for rows, chosen in parts if chosen]
     if not parts:
         return Rows([], [], [], [])

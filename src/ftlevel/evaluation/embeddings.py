@@ -106,7 +106,7 @@ def step_losses(objective: Embeddings, vectors: torch.Tensor, step: StepTexts) -
 class QueryMeter:
     """Mean of metrics over queries; `values` has one mapping per query.
 
-    `details`, for one query: scores of its best positive and negative, and that negative.
+    `details` of a single query are the scores of its best positive and negative, and that negative.
     """
 
     values: list[Mapping[str, float]] = field(default_factory=list)
@@ -127,7 +127,7 @@ class QueryMeter:
         return {name: float(np.mean([value[name] for value in scored])) for name in names}
 
     def describe(self, _: Sequence[str]) -> dict[str, Any]:
-        """Returns the metrics of the only query."""
+        """Returns the metrics of the query of one row's meter, and `details`."""
         return {**{name: round(v, 4) for name, v in self.values[0].items()}, **self.details}
 
 
@@ -158,7 +158,7 @@ class PairMeter:
         return metrics
 
     def describe(self, _: Sequence[str]) -> dict[str, Any]:
-        """Returns the similarity and the label of the only pair."""
+        """Returns the similarity and the label of the first pair."""
         label, scores = self.pairs[0] if self.pairs else (float("nan"), {"": float("nan")})
         return {"similarity": round(scores[""], 4), "true": label}
 
@@ -195,7 +195,7 @@ def build_meters(
 
 
 def _class_meters(spaces: Mapping[str, torch.Tensor], step: StepTexts) -> list[PairMeter]:
-    """Returns a meter per text, of its pairs with all later texts."""
+    """Returns a meter per text, with its pairs with later texts; `spaces` maps suffix → vectors."""
     meters = [PairMeter("class") for _ in range(len(step))]
     for (i, one), (j, other) in combinations(enumerate(step.texts), 2):
         same = float(step.labels[i] == step.labels[j])
@@ -210,7 +210,7 @@ def _query_meters(
     step: StepTexts,
     searched: Sequence[int],
 ) -> list[QueryMeter]:
-    """Returns a meter per row with the metrics of its query, equal for rows with the same query."""
+    """Returns a meter per row with the metrics of its query; rows of one query have equal ones."""
     documents = sorted(
         {
             document

@@ -30,7 +30,7 @@ PERCENTILES = (2.5, 97.5)
 
 @dataclass
 class ExampleStats:
-    """Statistics of an example: summed loss, number of targets, and a meter of it alone."""
+    """Statistics of an example: summed loss, number of targets, and a meter of this one only."""
 
     meter: Meter
     loss: float = 0.0
@@ -103,7 +103,7 @@ class ExampleRecord:
     def add_answers(
         self, rows: Sequence[Encoded], answers: torch.Tensor, verdicts: torch.Tensor
     ) -> None:
-        """Add whole answers with their verdicts to the examples of `rows`."""
+        """Add log-likelihoods `answers` and `verdicts`, as in `Encoded`, to examples of `rows`."""
         objective, width = self.objective, len(answers) // len(rows)
         if not isinstance(objective, LikelihoodObjective):
             raise TypeError("only answers have a log-likelihood")

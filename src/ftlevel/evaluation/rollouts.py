@@ -226,9 +226,9 @@ def compute_token_logps(
     batches: Iterable[tuple[Sequence[int], Mapping[str, Any]]],
     head: ChunkedCrossEntropy | None = None,
 ) -> dict[int, list[float]]:
-    """Compute row index → log-probabilities of the completion's tokens, without gradients.
+    """Returns row index → log-probabilities of the completion's tokens, without gradients.
 
-    Each of `batches` has row indices, and the collated rows on the model's device.
+    Each of `batches` is a list of row indices, and these rows collated on the model's device.
     """
     logps: dict[int, list[float]] = {}
     training = model.training
@@ -258,7 +258,7 @@ def score_rows(
     device: str,
     dtype: str,
 ) -> list[list[float]]:
-    """Returns the token log-probabilities of each completion; each pass has one row."""
+    """Returns the token log-probabilities of each completion, with one row per forward pass."""
     collate = Collator(pad_id)
     batches = (
         ([at], {name: value.to(device) for name, value in collate([row]).items()})

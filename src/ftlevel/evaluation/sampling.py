@@ -303,7 +303,7 @@ Sampler = GroupSampler | GenerateSampler
 def choose_sampler(
     model: Any, tokenizer: Any, kind: str, method: str, dtype: str, prompt: Sequence[int]
 ) -> tuple[Callable[[], Sampler], str]:
-    """Returns a function that opens a sampler of `model`, and why it uses `generate`, else "".
+    """Returns a function that opens a sampler of `model`, and why it uses `generate`, or "".
 
     Call it in eval mode under `torch.no_grad`. `prompt` is used to check the decoder.
     """

@@ -43,7 +43,7 @@ class Evaluator:
     """Evaluates models on fixed rows.
 
     Attributes:
-        generated_rows: texts are generated for the first rows, this many; 0 for none.
+        generated_rows: number of rows, from the first, for which texts are generated.
         language: ISO 639-1 code of the texts; "" if unknown.
         metrics: names of the metrics to return besides the loss; empty for all.
         corpus: documents that queries search; empty for those of the rows.
@@ -126,7 +126,7 @@ class Evaluator:
         rows: Sequence[Encoded],
         labels: torch.Tensor,
     ) -> Observe:
-        """Returns a callback that adds logits and targets, chunk by chunk in batch order."""
+        """Returns a callback that adds chunks of logits and targets to `meter` and `record`."""
         owners = None
         if record is not None and isinstance(self.objective, TokenObjective):
             owners = self.objective.locate(labels)[0] // labels.shape[1]
@@ -256,7 +256,7 @@ def _contrasts(rows: Sequence[Encoded]) -> list[Encoded]:
 def _measure_baseline(
     evaluator: Evaluator, model: Any, head: ChunkedCrossEntropy | None
 ) -> torch.Tensor | None:
-    """Returns the mean reward of all contrast answers (a scalar, at least 0), or None if unused."""
+    """Returns the baseline, the mean reward of all contrasts but at least 0; None if unused."""
     objective = _objective_of(evaluator)
     if not objective.needs_baseline:
         return None

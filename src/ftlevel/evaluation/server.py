@@ -142,7 +142,7 @@ class ServerSampler:
     ) -> None:
         """Raise RunError unless the server has the current weights.
 
-        Its log-probabilities must also not be much nearer to those of the weights `before`.
+        Its log-probabilities must be close to theirs, and not much closer to those of `before`.
         """
         answer = self._complete(prompt, self._version, options, PROBE_TOKENS)
         row = build_completion_row(prompt, answer.ids, 0, 0, [])

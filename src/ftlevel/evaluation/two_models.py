@@ -57,8 +57,8 @@ class Text:
 def read_eval_text(path: Path | None, tokens: int) -> Text:
     """Load the text to compare on: a file, or docstrings of Python's standard library.
 
-    Without a `path`, there are enough docstrings for `tokens`, of modules that built-in training
-    rows do not use.
+    Without a `path`, docstrings of about `tokens` tokens are read. Their modules are not in the
+    built-in training rows.
 
     Raises:
         InputError: the file cannot be read or is empty.
@@ -467,7 +467,7 @@ def in_float32(
 
 
 def _read_by(module: torch.nn.Module) -> tuple[torch.nn.Module, ...]:
-    """Returns the modules whose weights `module` reads; PEFT's token layer also reads its base."""
+    """Returns the modules whose weights `module` reads: also the base, for PEFT's token layer."""
     if isinstance(module, BaseTunerLayer) and _TOKENS in module.adapter_layer_names:
         return module, module.get_base_layer()
     return (module,)

@@ -345,7 +345,7 @@ class GgufCodes:
 
 @dataclass(frozen=True)
 class WeightsAsLoaded:
-    """Weights of a loaded model without an adapter, as a source for `CodeChooser`."""
+    """Source of weights for `CodeChooser`: those of a loaded model that has no adapter."""
 
     model: Any
 

@@ -242,9 +242,9 @@ def write_merged(
 ) -> tuple[MergedFiles, TensorMerger]:
     """Write the base of `inputs`, merged with its adapter, into the empty `directory`.
 
-    Returns a summary and the merger, which can compute the tensors again. If `dtype` is None, it is
-    the base's. `rounding` maps a meta model to the rounding of the weights in training; None merges
-    into the base as stored.
+    Returns a summary and the merger, which can compute the tensors again. A `dtype` of None is the
+    base's. `rounding` takes the model on the meta device and returns how its weights were quantized
+    in training; None merges into the base as stored.
 
     Raises:
         InputError: a tensor of the adapter or of the base does not belong to the model.

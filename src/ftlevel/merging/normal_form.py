@@ -116,7 +116,7 @@ class NormalForm:
         )
 
     def on_every_layer(self, model: Any) -> NormalForm:
-        """Returns a copy with zero updates for layers of `model` named like an adapted one."""
+        """Returns a copy with zero updates for other layers with the name of an adapted one."""
         import torch
 
         suffixes = {name.rpartition(".")[2] for name in self.factors}
@@ -272,7 +272,7 @@ def build_normal_form(
 
 
 class Named(Protocol):
-    """Source of the metadata that is written with the tensors."""
+    """Metadata of an adapter, which `write_normal` writes with the tensors."""
 
     @property
     def peft_config(self) -> dict[str, Any]:

@@ -37,7 +37,8 @@ _ROWS = 8
 class Candidate:
     """A merged model in a temporary directory; `trained` is its difference from the trained model.
 
-    `onto` is `original` or `dequantized`; `scores` (logits) and `trained` are None until `measure`.
+    `onto` is the base: `original` or `dequantized`. `scores` (logits) and `trained` are None before
+    `measure`.
     """
 
     onto: str
@@ -54,7 +55,7 @@ class MergeCheck:
 
     Attributes:
         agreement: between the written model and the base with the adapter.
-        before_rounding: the same, in float32 and for the weights before rounding.
+        before_rounding: the same comparison in float32, with the weights before rounding.
         rounding: between the written model and the unrounded one; None if all is in float32.
     """
 

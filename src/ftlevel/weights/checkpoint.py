@@ -211,7 +211,7 @@ def _write_part(file: BinaryIO, part: TensorPart) -> None:
 
 
 def write_files(directory: Path, shards: Mapping[str, Sequence[TensorPart]]) -> int:
-    """Write shards (file name → parts), with an index if several; return the bytes of tensors."""
+    """Write shards (file name → parts), with an index if several; return their tensors' bytes."""
     total, where = 0, {}
     for name, parts in shards.items():
         write_file(directory / name, parts)
@@ -395,14 +395,14 @@ def local_directory(source: ModelSource) -> Path:
 
 
 def convert_for_saving(model: Any, name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Returns what `save_pretrained` writes for tensor `name`: several for fused experts."""
+    """Returns the tensors that `save_pretrained` writes for `name`: several for fused experts."""
     return conversions.revert(model, {name: tensor})
 
 
 def _translate(
     stored: Mapping[str, Any], naming: conversions.Naming
 ) -> tuple[dict[str, TensorGroup], list[str]]:
-    """Returns the stored tensors by model tensor, as transformers loads them, and unused names."""
+    """Group stored tensors by model tensor as transformers does; also returns unused names."""
     groups: dict[str, TensorGroup] = {}
     unused = []
     for key in conversions.in_reading_order(stored):

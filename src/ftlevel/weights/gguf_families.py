@@ -116,8 +116,8 @@ def build_metadata(config: Any) -> Metadata:
 def context_limit(config: Any) -> tuple[int, int | None]:
     """Returns the context length for the file, and the sliding window that limits it, or None.
 
-    Of `FAMILIES`, llama.cpp has sliding windows for Gemma only. For others the context is limited
-    to the window, so that the window has no effect.
+    In `FAMILIES`, llama.cpp supports sliding windows for Gemma only. For other models, the context
+    is as long as the window, so that the window has no effect.
     """
     if config.model_type == "gpt2":
         return config.n_positions, None

@@ -187,7 +187,7 @@ def _parameters(meta: Any, tree: ModuleTree, linears: dict[str, bool]) -> Iterat
 
 
 def predict_bytes(layout: QuantizedLayout) -> dict[str, tuple[int, int]]:
-    """Returns by part of the model the bytes before and after, computed from shapes."""
+    """Returns part of the model → bytes before and after quantization, computed from shapes."""
     sizes = {part: [0, 0] for part in PARTS}
     for parameter in layout.parameters.values():
         count = math.prod(parameter.shape)

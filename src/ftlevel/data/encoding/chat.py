@@ -1,9 +1,9 @@
 """Render conversations with the chat template and locate the assistant turns in the text.
 
-A template with `{% generation %}` marks these turns. For other templates, a turn is the text that
-it adds to the rendered turns before it. If the template rewrites previous turns (Qwen3 removes
-their reasoning, Mistral moves the system text), the turn is located by inserting a marker into its
-content.
+A template with `{% generation %}` marks these turns. With other templates, a turn is located by
+rendering the conversation up to it, with and without it, and comparing the texts. If the template
+rewrites previous turns (Qwen3 removes their reasoning, Mistral moves the system text), a marker is
+inserted into the turn's content instead.
 """
 
 from __future__ import annotations
@@ -148,7 +148,7 @@ class _Chat:
         )
 
     def _find_marker(self, index: int, content: str, text: str) -> int:
-        """Returns the marker's position if turn `index` has `content`; -1 if other text changes."""
+        """Render turn `index` as `content`; return the marker's offset; -1 if more text changes."""
         turn = {**self.turns[index], "content": content}
         turns = [*self.turns[:index], turn, *self.turns[index + 1 :]]
         before, mark, after = render(self.tokenizer, turns, self.tools).partition(_MARK)
@@ -174,7 +174,7 @@ class _Chat:
 
 
 def _with_end(text: str, span: tuple[int, int], ends: Sequence[str]) -> tuple[int, int]:
-    """Returns `span`, shortened or extended so that it ends with one of the tokens `ends`."""
+    """Returns `span`, shortened or extended to end with one of the end-of-turn tokens `ends`."""
     start, end = span
     stripped = start + len(text[start:end].rstrip())
     if text[start:stripped].endswith(tuple(ends)):
@@ -270,8 +270,8 @@ class TurnLayout:
     """Prefixes and suffixes of the turns: a chat template for programs without Jinja.
 
     Attributes:
-        around: role → text before and after the content; without system if the template has no turn
-            for it.
+        around: role → text before and after the content; no "system" if the template lacks that
+            turn.
         opening: text before a conversation without a system turn, such as a default system prompt.
         generation: generation prompt.
     """

@@ -25,10 +25,10 @@ class Collator:
     def __call__(self, rows: Sequence[Encoded]) -> dict[str, torch.Tensor]:
         """Returns `input_ids` and `attention_mask` `(batch, seq)`, `labels` and optional tensors.
 
-        Each of `Encoded.branches` is one sequence. `labels` is `(batch,)` for one value per
-        sequence, `(batch, n)` for n values, or `(batch, target)` padded with -100 for tokens.
-        `verdicts` is `(batch, 3)`. The teacher's `known` and `ids`, and `signals`, are concatenated
-        over the target tokens of all rows.
+        Each branch of a row (`Encoded.branches`) is one sequence of the batch. `labels` is
+        `(batch,)` for one value per sequence, `(batch, n)` for n values, or `(batch, target)` for
+        tokens, padded with -100. `verdicts` is `(batch, 3)`. `known` and `ids` (of a teacher) and
+        `signals` have one entry per target token.
         """
         verdicts = [verdict for row in rows for verdict in row.verdicts]
         teachers = [row.teacher for row in rows if row.teacher is not None]

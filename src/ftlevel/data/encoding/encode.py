@@ -71,7 +71,7 @@ class PromptFormat:
         return f"{self.instruction}\n\n{text}" if self.instruction else text
 
     def plain_prompt(self, text: str, *, has_system: bool = False) -> str:
-        """Returns `text` as a plain prompt; the system prompt is left out if `has_system`."""
+        """Returns `text` as a plain prompt; `has_system`: `text` has its own system prompt."""
         return self.plain_parts(text, "", has_system=has_system)[0]
 
     def plain_parts(self, source: str, target: str, *, has_system: bool = False) -> tuple[str, str]:
@@ -203,7 +203,7 @@ class Encoded:
     extras: dict[str, list[int]] = field(default_factory=dict)
 
     def __init_subclass__(cls) -> None:
-        """Register the subclass; the metadata of its fields need a `column` of `store.COLUMNS`."""
+        """Register the subclass; metadata of fields must have a `column` of `store.COLUMNS`."""
         ROW_TYPES[cls.__name__] = cls
 
     @property
@@ -253,7 +253,7 @@ class Encoded:
         return len(self.input_ids)
 
     def truncated(self, limit: int) -> Encoded | None:  # noqa: ARG002 - of subclasses
-        """Returns the row with at most `limit` tokens; None if `fit_rows` is to cut the prompt."""
+        """Returns the row with at most `limit` tokens; None if `fit_rows` must cut the prompt."""
         return None
 
     def without(self, count: int) -> Encoded:
@@ -409,7 +409,7 @@ def _render_example(tokenizer: Any, example: Any, prompt_format: PromptFormat) -
 def _encode_completions(
     tokenizer: Any, examples: Sequence[Any], prompt_format: PromptFormat
 ) -> list[Encoded]:
-    """Tokenize prompts as generation does, and answers as the rest of the full text."""
+    """Encode prompts as generation does; answers are the full text's tokens after the prompt's."""
     pairs = [_as_pair(example) for example in examples]
     texts = []
     for pair, example in zip(pairs, examples, strict=True):

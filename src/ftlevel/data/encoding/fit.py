@@ -49,7 +49,7 @@ class FittedRows:
     Attributes:
         long_prompts: indices of examples whose prompt alone exceeds `max_length`.
         lost: indices of examples that were dropped to avoid truncating an answer.
-        overlong: how long rows were handled; "error" becomes "drop" if "auto" dropped a few.
+        overlong: action on rows that were too long; "drop" also if "auto" dropped a few.
         stops: error that was not raised because a preview drops the rows instead.
     """
 

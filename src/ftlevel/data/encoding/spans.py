@@ -210,7 +210,10 @@ def encode_words(
 def first_tokens(
     tokens: Sequence[str], offsets: Sequence[tuple[int, int]]
 ) -> tuple[int | None, ...]:
-    """Returns the index of the first token of each word in `tokens`, from the token `offsets`."""
+    """Returns the index of the first token of each word.
+
+    `tokens` are the words; `offsets` are the characters of each model token in the joined words.
+    """
     starts = list(accumulate((len(word) + 1 for word in tokens[:-1]), initial=0))
     first: list[int | None] = [None] * len(tokens)
     for index, (start, end) in enumerate(offsets):

@@ -266,7 +266,7 @@ Change = Callable[[Encoded], list[Encoded]]
 
 
 def map_rows(rows: Sequence[Encoded], change: Change) -> Sequence[Encoded]:
-    """Returns the rows that `change` makes of each row; a `RowStore` gives one in a new file."""
+    """Replace each row by the rows `change(row)`; a `RowStore` becomes one in a new file."""
     changed = (piece for row in rows for piece in change(row))
     if not isinstance(rows, RowStore):
         return list(changed)

@@ -113,7 +113,7 @@ def format_map_flags(pairs: Mapping[str, str]) -> str:
 
 
 def chosen_roles(names: Mapping[str, str], value: object) -> dict[str, str]:
-    """Returns the column of each role to train on the chosen answers of a preference dataset.
+    """Returns a column for each role, to train on the chosen answers of a preference dataset.
 
     `names` are the columns of the preference roles; `value` is the first chosen answer.
     """
@@ -154,7 +154,7 @@ class Language:
 
 
 def find_language(role: str, columns: Mapping[str, str], name: str | None) -> Language | None:
-    """Returns the language `name`, or the one that the role's column is called after, or None."""
+    """Returns the language `name`; without a name, the one named by the role's column, or None."""
     if name is not None:
         return parse_language(name)
     key = columns.get(role, "").rpartition(".")[2]

@@ -40,7 +40,7 @@ class Format:
         columns: column by role; "answers.text" is a nested key.
         unused: columns without a role.
         options: task settings found in the data, such as the problem type.
-        inner: the data's names for the keys `role` and `content`, and for user and assistant.
+        inner: names in the data for the keys `role` and `content`, and for user and assistant.
     """
 
     task: str
@@ -87,8 +87,8 @@ class RoleValues:
     def get(self, role: str) -> Any:
         """Returns the value of `role`; None if the format has no column for it.
 
-        JSON text is parsed for roles of lists or objects and, in CSV cells, for roles that may hold
-        turns.
+        JSON text is parsed if the role is a list or object. In CSV cells it is also parsed if the
+        role may be turns.
         """
         column = self.columns.get(role)
         if column is None:
@@ -148,7 +148,7 @@ class RoleValues:
 def explain_columns(
     columns: Mapping[str, str], mapping: Mapping[str, str], name: str | None
 ) -> str:
-    """Returns how `columns` were chosen: by flags or by name; "" if named like their roles."""
+    """Returns how `columns` were chosen, by flags or names; "" if the names equal the roles."""
     if mapping or name:
         flags = (("--map", mapping), ("--format", name))
         return "by " + " and ".join(flag for flag, value in flags if value)
@@ -159,8 +159,8 @@ def explain_columns(
 class FormatOptions:
     """The user's choice of columns.
 
-    `mapping` is the column by role (`--map`), `name` the format (`--format`), and `aim` the verb
-    for error messages.
+    `mapping` is the column by role (`--map`), `name` the format (`--format`). `aim` is a verb for
+    error messages, such as "learn".
     """
 
     mapping: Mapping[str, str] = field(default_factory=dict)
@@ -343,7 +343,7 @@ def _match(
 
 @dataclass(frozen=True)
 class _FormatSuggestion:
-    """Error message for columns that fit none of `shapes`; `named`: the user chose the format."""
+    """Builds the error for columns that fit none of `shapes`; `named`: the user named a format."""
 
     columns: Sequence[str]
     task: str

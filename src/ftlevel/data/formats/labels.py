@@ -189,9 +189,10 @@ class LabelVariant:
 def find_variants(
     examples: Sequence[ClassExample], check: str, names: Iterable[str] = ()
 ) -> list[LabelVariant]:
-    """Find labels that are variants of another label under `check`, a key of `LABEL_NORMALIZERS`.
+    """Find labels that are spelling variants of another label.
 
-    `names` are the known classes. Without any, the most frequent spelling is the name.
+    `check` is the kind of variant, a check of `gate`. `names` are the known classes; without any,
+    the most frequent spelling is the name.
     """
     if check == "label_typo":
         return find_typos(examples, names)
@@ -309,8 +310,8 @@ def choose_problem_type(
 ) -> tuple[ProblemType, str]:
     """Returns the problem type of a label column, and the reason.
 
-    Lists, also as JSON text in all rows, are multi-label; numbers with a fraction are regression.
-    All others are single-label, including integers, which may be meant as quantities.
+    Lists (or, in all rows, JSON text of lists) are multi-label; numbers with a fraction are
+    regression. All others are single-label, including integers, which may be meant as quantities.
     """
     if problem_type != "auto":
         return problem_type, ""

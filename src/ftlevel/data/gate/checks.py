@@ -76,7 +76,7 @@ def rows_of_examples(rows: Sequence[Encoded], examples: Integers) -> Mask:
 
 
 def examples_in(rows: Sequence[Encoded], keep: Mask, total: int) -> Mask:
-    """Returns a mask of those of `total` examples that have a row selected by `keep`."""
+    """Returns a mask of the `total` examples: true if `keep` selects a row of the example."""
     mask = np.zeros(total, dtype=bool)
     if not isinstance(rows, RowStore):
         mask[examples_of(rows, np.flatnonzero(keep))] = True
@@ -302,7 +302,7 @@ def has_special_token(parts: ExampleParts, context: TextCheckContext) -> bool:
 
 
 def answer_repeats_prompt(parts: ExampleParts, _: TextCheckContext) -> bool:
-    """Returns whether the answer repeats the prompt; texts under three words may do so."""
+    """Returns whether the answer repeats the prompt; False for answers of one or two words."""
     if not parts.written:
         return False
     asked, answered = parts.asked, parts.answered

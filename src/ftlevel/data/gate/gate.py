@@ -167,7 +167,7 @@ _SWAPPED_SHARE = 0.2
 
 
 def find_conflicts(digests: Digests) -> tuple[Integers, Integers]:
-    """Find examples that answer a repeated prompt differently, and the first with that prompt."""
+    """Find examples that answer a previous prompt differently, and the first with that prompt."""
     prompts, answers = digests.records["before"], digests.records["last"]
     again, first = find_repeated(prompts, prompts != 0)
     conflict = answers[again] != answers[first]
@@ -277,7 +277,7 @@ class SplitReport:
     def report(
         self, check: str, examples: Integers, originals: Integers | None = None
     ) -> Finding | None:
-        """Add the finding of `check` on `examples`, repeats of `originals` if any; drop no row."""
+        """Add a finding on `examples`, which repeat `originals` if these are given; drop no row."""
         places = [self.table.where(int(i)) for i in examples[:MAX_SHOWN]]
         if originals is not None:
             firsts = (self.table.where(int(i)) for i in originals[:MAX_SHOWN])
@@ -455,7 +455,7 @@ class Gate:
 def _find_near(
     rows: Sequence[Encoded], digests: Digests, repeated: Integers
 ) -> tuple[Integers, Integers]:
-    """Find near duplicates by tokens or words, except `repeated`, and the previous ones."""
+    """Find near duplicates of previous examples, except `repeated`, and what each one repeats."""
     near, first = find_near_duplicates(rows, rows_of_examples(rows, repeated))
     compared = digests.first(MAX_COMPARED)
     skip = np.zeros(len(digests), dtype=bool)

@@ -263,7 +263,7 @@ def find_near_texts(digests: Digests, skip: Mask) -> tuple[Integers, Integers]:
 
 
 def find_near_leaks(digests: Digests, training: Digests) -> tuple[Integers, Integers]:
-    """Find examples of `digests` that almost repeat one of `training`, and the index of that."""
+    """Find examples of `digests` that almost repeat one of `training`, and its index."""
     if not (len(digests) and len(training)):
         return _NO_ROWS, _NO_ROWS
     trained = WordIndex.of(training)

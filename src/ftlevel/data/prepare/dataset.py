@@ -70,8 +70,8 @@ def resolve_files(name: str) -> list[Path] | None:
 class CacheFolder:
     """Folder of one cache key.
 
-    `publish` moves a written folder into the cache; None if the cache has the rows. `damage`
-    describes corrupted cached rows.
+    `publish` moves a new folder into the cache; it is None if the cache already has the rows.
+    `damage` describes corrupted cached rows.
     """
 
     path: Path
@@ -212,7 +212,7 @@ def _tokenizer_digest(tokenizer: Any) -> str:
 
 
 def _render_question(tokenizer: Any) -> str:
-    """Returns a rendered question, as some templates include the current date."""
+    """Returns a rendered question for the cache key, as some templates include the date."""
     try:
         return render(tokenizer, [{"role": "user", "content": "?"}], generation_prompt=True)
     except InputError as error:

@@ -96,7 +96,7 @@ class EncodingContext:
 
     Attributes:
         vocabulary: number of rows of the embedding.
-        bounds: bounds on the row length, without positions that the method reserves.
+        bounds: bounds on the row length, after subtracting the method's virtual tokens.
         lenient: drop and report rows that would stop the run, as in a preview.
     """
 
@@ -112,7 +112,7 @@ class EncodingContext:
     def encoder(
         self, config: DataConfig, prompt_format: PromptFormat | None, **options: Any
     ) -> Encoder:
-        """Returns an encoder; `options` are further fields of `Encoder`."""
+        """Returns an encoder with the settings of this context; `options` are its other fields."""
         return Encoder(
             self.task, self.kind, self.tokenizer, config, self.bounds, prompt_format, **options
         )
@@ -328,7 +328,7 @@ class Encoder:
         return replace(fitted, stops=stops)
 
     def _relax(self, function: Callable[[str], T]) -> tuple[T, str]:
-        """Returns `function(overlong)`, or if lenient and it fails, `function("drop")` and why."""
+        """Returns `function(overlong)`; if lenient, on failure `function("drop")` and the error."""
         try:
             return function(self.config.overlong), ""
         except InputError as error:
@@ -348,7 +348,7 @@ class Encoder:
         return replace(fitted, rows=rows, dropped=dropped, stops=fitted.stops or stops)
 
     def limit(self, default: int | None) -> int | None:
-        """Returns the maximum row length: the user's, or the lower of model's and `default`."""
+        """Returns the maximum row length: the user's, else the lower of `default` and `bounds`."""
         if isinstance(max_length := self.config.max_length, int):
             self.bounds.check(max_length)
             return max_length

@@ -44,8 +44,8 @@ BUILTIN_ROWS = 192
 class LoadedExamples:
     """Examples of all splits, before tokenization.
 
-    `choices` are log lines about the columns, `findings` concern rows without usable content, and
-    `reason` says why the columns have this format.
+    `choices` are log lines about the columns, `findings` are about rows without usable content.
+    `reason` says why `format` was chosen.
     """
 
     splits: DatasetSplits
@@ -99,7 +99,7 @@ def convert_splits(
 
 
 def validation_converter(convert: Converter, validation: Table) -> Converter:
-    """Returns the converter of validation rows; with `--qrels`, a new one for their own columns."""
+    """Returns the converter of validation rows: `convert`, or a new one for those of `--qrels`."""
     if convert.config.qrels is None:
         return convert
     plain: dict[str, Any] = {"columns": {}, "format": None, "ignore_columns": ()}

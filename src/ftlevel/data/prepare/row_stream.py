@@ -78,7 +78,7 @@ _MOST_AHEAD = 32  # chunks encoded ahead; further processes take later ones
 
 @dataclass(frozen=True)
 class ChunkEncoder:
-    """Converts a chunk to encoded rows; if `may_lose`, it is an error if over 1 % are too long."""
+    """Converts a chunk to encoded rows; without `may_lose`, `check_loss` never raises."""
 
     config: DataConfig
     shape: Format
@@ -150,8 +150,8 @@ class StreamState:
     Attributes:
         passes: number of completed passes over the source.
         cursor: position of the next chunk; None at the beginning of a pass.
-        skip: number of held-out rows after the cursor.
-        kept: whether the pass has produced a row.
+        skip: number of held-out rows that are still to be skipped after the cursor.
+        kept: whether the current pass has produced a row.
         waiting: encoded rows that are not in the buffer yet.
         buffered: encoded rows in the shuffle buffer.
         draws: state of the random generator.

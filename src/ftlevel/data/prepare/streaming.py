@@ -79,15 +79,15 @@ class LengthGroupedSampler(Sampler[int]):
 class DistinctTextSampler(Sampler[int]):
     """Order rows at random so that no text occurs in two rows of an optimizer step.
 
-    Rows of one step are consecutive. Rows that fit into no step are in the last steps; `repeated`
+    The rows of a step are consecutive. Rows that fit into no step are in the last steps; `repeated`
     counts them. Set `epoch` (from 0) before the first row of an epoch is read.
 
-    `sets` has the dataset of each row; then a step has rows of one dataset. Datasets take turns at
-    random, in proportion to their steps. NOTHING, the index after the last row, fills up a short
-    step.
+    If `sets` has the dataset of each row, all rows of a step are from one dataset. Datasets are
+    chosen at random, in proportion to their steps. Short steps end with NOTHING, the index after
+    the last row.
 
     Args:
-        is_distinct: whether texts are compared; else steps are random.
+        is_distinct: whether texts are compared; otherwise the order is only random.
     """
 
     def __init__(
@@ -157,7 +157,7 @@ class DistinctTextSampler(Sampler[int]):
 
 
 def count_places(sets: Sequence[int], step: int) -> int:
-    """Returns the number of rows of an epoch, padded so that no step of `step` rows mixes sets."""
+    """Returns the rows per epoch with each dataset of `sets` padded to whole steps of `step`."""
     return sum(math.ceil(size / step) * step for size in Counter(sets).values())
 
 
@@ -361,7 +361,7 @@ _RECENT = 8  # steps: the data loader reads a batch or two ahead
 class StreamedRows:
     """Rows of a streamed run, to be read in order; a step has `step` rows over all processes.
 
-    Each process reads all rows of the stream, `together` at a time, and uses its own.
+    Each process reads every row of the stream, in groups of `together`, and returns only its own.
     """
 
     def __init__(self, stream: RowStream, step: int, steps: int, together: int = 1) -> None:

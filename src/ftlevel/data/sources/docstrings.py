@@ -71,7 +71,7 @@ _SKIPPED_PREFIXES = ("_sysconfigdata", "config-")
 
 @dataclass(frozen=True)
 class Documented:
-    """A documented object; `source` is without docstring, and "" for modules and classes."""
+    """A documented object; `source` leaves out the docstring; it is "" for modules and classes."""
 
     kind: Literal["module", "class", "function"]
     source: str
@@ -217,7 +217,7 @@ def _cached_rows(
     split: Split,
     directory: Path,  # noqa: ARG001 - part of the key
 ) -> tuple[list[Row], Iterator[Row]]:
-    """Returns the rows built so far in this process, and the iterator that builds the others."""
+    """Returns the rows built so far in this process, and an iterator that builds the next ones."""
     return [], _rows(kind, split)
 
 

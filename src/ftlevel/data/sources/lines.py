@@ -308,7 +308,7 @@ class LineRows(LazySequence[Row]):
         return row
 
     def _end(self, start: int) -> int:
-        """Load the line that starts at byte `start` into the block; return the end offset."""
+        """Returns the end offset of the line at byte `start`, after reading its block if needed."""
         end = self._block.find(b"\n", start - self._at) if start >= self._at else -1
         size = _BLOCK
         while end < 0:

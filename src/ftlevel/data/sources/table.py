@@ -335,9 +335,10 @@ def _differing_columns(shape: _Shape, types: Mapping[str, tuple[str, int]]) -> l
 
 @dataclass(frozen=True)
 class RowSchema:
-    """The most common keys of the first rows of a stream, found in `count` rows, and the types.
+    """Keys that most of the first rows of a stream have, and their types.
 
-    `types` maps each column with a value to its type and the line of an example.
+    `types` maps each column with a value to its type and the line of an example; `count` is the
+    number of first rows with these keys and types.
     """
 
     columns: tuple[str, ...]

@@ -28,7 +28,8 @@ ChooseCodes = Callable[[str], QuantizedMatrix]
 class MergeOutput:
     """Result of merging the exported adapter; its `summary` is empty if there was no adapter.
 
-    `choose` selects quantization codes; None rounds. `beside_run` compares a model with the run.
+    `choose` returns a weight's quantization codes; if it is None, weights are rounded. `beside_run`
+    returns the difference of a model from the run.
     """
 
     summary: Mapping[str, Any]

@@ -171,10 +171,10 @@ def arrow_rows(content: Any, null_keys: Counter[str]) -> list[Row]:
 def drop_null_keys(
     rows: list[Row], schema: Any, null_keys: Counter[str], *, decode: bool = False
 ) -> list[Row]:
-    """Drop null keys that Arrow added to `rows`, return `rows`, and count them in `null_keys`.
+    """Drop null keys that Arrow added to `rows` (modified), count them, and return `rows`.
 
-    Both are modified. `schema` is Arrow's, or None if unknown. If `decode` is true, columns of the
-    JSON type are still text and are parsed.
+    `null_keys` (modified) has the counts by path. `schema` is Arrow's, or None if unknown. If
+    `decode` is true, columns of the JSON type are still text and are parsed.
     """
     types = {} if schema is None else {field.name: field.type for field in schema}
     cleaner = _Cleaner(null_keys, decode)

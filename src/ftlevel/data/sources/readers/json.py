@@ -171,7 +171,7 @@ _LIST_COLUMNS = {
 
 @dataclass(frozen=True)
 class OneObject:
-    """How to read a file that is a single object.
+    """How to read the rows of a JSON file that is a single object.
 
     If `rows` is None, the rows are the elements of the list at character `list_at` of the text. If
     the object has no rows, `note` is "" and `hint` tells how to fix it.

@@ -27,7 +27,7 @@ _BOM = b"\xef\xbb\xbf"
 
 
 class TextLines:
-    """Lines of a UTF-8 file from byte `at`, which `line` lines precede; skips a byte order mark.
+    """Lines of a UTF-8 file from byte `at`, after the first `line` lines; skips a byte order mark.
 
     If `universal` is true, a carriage return alone ends a line, as in CSV.
     """
