@@ -344,8 +344,7 @@ class InferenceModel:
     def score(self, rows: Sequence[Encoded], read: Callable[[Encoded, torch.Tensor], T]) -> list[T]:
         """Returns `read(row, logits)` for each row, in order.
 
-        Raises:
-            UnansweredError: a row exceeds the model's positions and cannot be truncated.
+        Raises UnansweredError if a row exceeds the model's positions and cannot be truncated.
         """
         return self._scorer(self._fit_rows(rows), read)
 

@@ -93,7 +93,7 @@ class SharedPrompts:
         return torch.tensor(slots, device=self.states[0][0].device)
 
     def attend(self, query: Tensor, layer: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns `_attend_part` of the prompts for scaled `query` (rows, key heads, q, d)."""
+        """Returns `_attend_part` for each row's prompt; `query` (rows, key heads, q, d) scaled."""
         keys, values = self.states[layer]
         prompts, groups, _, width = keys.shape
         if self.slots is not None:
@@ -143,11 +143,8 @@ def attend(
     head_dim). `attention_mask` is (batch, 1, new, seq), True or 0 where visible. `scaling` defaults
     to 1 / sqrt(head_dim).
 
-    Returns:
-        (batch, new, heads, head_dim), and None for the attention weights.
-
-    Raises:
-        NotImplementedError: the attention cannot have shared prompts.
+    Returns (batch, new, heads, head_dim), and None for the attention weights. Raises
+    NotImplementedError if the attention cannot have shared prompts.
     """
     rows, heads, new, width = query.shape
     prompts = _PROMPTS.get()

@@ -265,7 +265,7 @@ class _RoomyLayer(DynamicLayer):
 
 
 def _roomy(states: torch.Tensor, length: int, old: torch.Tensor | None) -> torch.Tensor:
-    """Returns zeros with the shape of `states` but more positions than `length`, `old` first."""
+    """Returns zeros shaped like `states` with more than `length` positions; `old` is copied in."""
     rows, heads, _, width = states.shape
     padded = states.new_zeros(rows, heads, length + ROOM, width)
     if old is not None:

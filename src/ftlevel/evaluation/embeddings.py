@@ -113,7 +113,7 @@ class QueryMeter:
     details: Mapping[str, Any] = field(default_factory=dict)
 
     def update(self, *_: Any) -> None:
-        """Raise `TypeError`: metrics need all documents."""
+        """Raise `TypeError`: the metrics of a query need all documents, not one batch."""
         raise TypeError("metrics need the vectors of all documents")
 
     def pool(self, meters: Sequence[QueryMeter]) -> QueryMeter:
@@ -139,7 +139,7 @@ class PairMeter:
     pairs: list[tuple[float, Mapping[str, float]]] = field(default_factory=list)
 
     def update(self, *_: Any) -> None:
-        """Raise `TypeError`: pairs are given when the meter is created."""
+        """Raise `TypeError`: all pairs are passed to the constructor instead."""
         raise TypeError("pairs are scored together")
 
     def pool(self, meters: Sequence[PairMeter]) -> PairMeter:

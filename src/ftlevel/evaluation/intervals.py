@@ -248,9 +248,8 @@ def check_metrics(
 ) -> None:
     """Check the names in `--metrics`; `how` is the flag that enables text generation.
 
-    Raises:
-        ConfigError: a name is unknown, or belongs to generated texts; the message lists valid
-            names.
+    Raises ConfigError with the valid names if a name is unknown, or belongs to generated texts and
+    `generates` is false.
     """
     valid = ("loss", *objective.metrics, *(task.text_metrics if generates else ()))
     for name in names:

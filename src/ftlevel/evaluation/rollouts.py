@@ -281,10 +281,8 @@ def open_rewards(
 ) -> Rewards:
     """Open the rewards of `settings` for the prompts `rows`; loads no weights.
 
-    `where` returns file and line of a table row by its index.
-
-    Raises:
-        ConfigError: a reward does not exist, or the rows lack a column or an answer for it.
+    `where` returns file and line of a table row by its index. Raises ConfigError if a reward does
+    not exist, or the rows lack a column or an answer for it.
     """
     end = str(tokenizer.decode(rows[0].input_ids[-_TAIL:])).rstrip()
     rewards = Rewards.resolve(
@@ -299,12 +297,10 @@ def open_rewards(
 def open_teacher(
     name: str, objective: PolicyObjective, kind: str, tokenizer: Any, device: str, dtype: str
 ) -> TokenLogps:
-    """Load the model `name`; returns a function that computes its log-probabilities of completions.
+    """Load the teacher `name`; returns a function that computes its log-probabilities.
 
-    `kind` and `tokenizer` are those of the model that samples.
-
-    Raises:
-        InputError: the teacher does not exist, or has another tokenizer.
+    The function's argument is a list of completions. `kind` and `tokenizer` are those of the model
+    that samples. Raises InputError if the teacher does not exist, or has another tokenizer.
     """
     reference = resolve_reference("--teacher", name, kind, tokenizer, device)
     model = reference.ref.load(device, dtype).model
@@ -384,8 +380,7 @@ class TrainedRewardModel:
 def open_reward_model(name: str, device: str) -> TrainedRewardModel:
     """Resolve the reward model `name` without loading weights.
 
-    Raises:
-        InputError: it does not exist, or was trained for a different task.
+    Raises InputError if it does not exist, or was trained for a different task.
     """
     said = f"--reward {name}"
     try:

@@ -102,8 +102,7 @@ class ServerSampler:
     ) -> list[list[Completion]]:
         """Returns `options.count` completions of each prompt, sampled with the current weights.
 
-        Raises:
-            RunError: the server fails, or has other weights.
+        Raises RunError if the server fails or has other weights.
         """
         try:
             self._update(prompts[0], options)
@@ -216,9 +215,7 @@ def _difference(answer: Completion, logps: Sequence[float]) -> float:
 def _request(url: str, path: str, body: Mapping[str, Any] | None, seconds: float) -> Any:
     """Returns the server's response: parsed JSON, or the text if it is not JSON.
 
-    Raises:
-        OSError: no server answers.
-        _RefusedError: it answers with an error.
+    Raises OSError if no server answers, and _RefusedError if it answers with an error.
     """
     data = None if body is None else json.dumps(body).encode()
     request = urllib.request.Request(

@@ -58,10 +58,7 @@ def read_eval_text(path: Path | None, tokens: int) -> Text:
     """Load the text to compare on: a file, or docstrings of Python's standard library.
 
     Without a `path`, docstrings of about `tokens` tokens are read. Their modules are not in the
-    built-in training rows.
-
-    Raises:
-        InputError: the file cannot be read or is empty.
+    built-in training rows. Raises InputError if the file cannot be read or is empty.
     """
     if path is not None:
         try:
@@ -310,10 +307,8 @@ def resolve_pair(
 ) -> tuple[ModelRef, ModelRef]:
     """Resolve the model `name` to evaluate, and the model `against` to compare it with.
 
-    A plain model has no task, so it gets the other model's.
-
-    Raises:
-        InputError: a model is missing, or the two cannot be compared.
+    A plain model has no task, so it gets the other model's. Raises InputError if a model is
+    missing, or the two cannot be compared.
     """
     directories = [card_directory(Path(each).expanduser()) for each in (name, against)]
     card, other_card = (read_card(path) if path is not None else None for path in directories)
@@ -406,8 +401,7 @@ def build_comparison_inputs(
 ) -> ComparisonInputs:
     """Build the inputs for comparing `trained` with its reference.
 
-    Raises:
-        InputError: the text cannot be read, or has fewer than two tokens.
+    Raises InputError if the text cannot be read, or has fewer than two tokens.
     """
     auto_class = trained.ref.auto_class
     if auto_class not in PREDICTS:

@@ -125,8 +125,7 @@ def _read_config(directory: Path) -> dict[str, Any]:
 def resolve_merge_input(config: MergeConfig) -> MergeInput:
     """Resolve the first adapter of `config` and its base; load no weights.
 
-    Raises:
-        InputError: the adapter cannot be merged, or the base is missing or has different weights.
+    Raises InputError if the adapter cannot be merged, or the base is missing or has other weights.
     """
     find_adapter(config.adapters[0])
     device = choose_device(config.device).value

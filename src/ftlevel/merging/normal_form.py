@@ -241,9 +241,8 @@ def build_normal_form(
 ) -> NormalForm:
     """Build the normal form of `factors` and of the remaining tensors of `file`.
 
-    Raises:
-        InputError: plain LoRA cannot have a remaining tensor, there is no update, or a rank is
-            above `limit`.
+    Raises InputError if a remaining tensor does not fit plain LoRA, a rank is above `limit`, or
+    nothing changes the base.
     """
     unsupported = [name for name in file.tensors if not is_whole(name, file.config)]
     if unsupported:

@@ -35,7 +35,10 @@ class RenderedChat:
     spans: tuple[tuple[int, int], ...]
 
     def is_answer(self, start: int, end: int) -> bool:
-        """Returns whether the token `start` to `end` is in a span; a leading space is ignored."""
+        """Returns whether the token at characters `start` to `end` is in one of `spans`.
+
+        A leading space of the token is ignored.
+        """
         return any(
             begin < end <= stop and not self.text[start:begin].strip() for begin, stop in self.spans
         )

@@ -57,7 +57,7 @@ class CollatorWithRows(Collator):
     """A `Collator` that also returns the rows, so that an error can name the failing row."""
 
     def __call__(self, rows: Sequence[Encoded]) -> dict[str, Any]:
-        """Returns the batch with `rows`, and `contrasts`: a batch of `Encoded.contrasts`."""
+        """Returns the batch, with `rows` and `contrasts` (a batch of the rows' `contrasts`)."""
         contrasts = [other for row in rows for other in row.contrasts]
         batch: dict[str, Any] = {**super().__call__(rows), "rows": list(rows)}
         return {**batch, "contrasts": [super().__call__(contrasts)]} if contrasts else batch

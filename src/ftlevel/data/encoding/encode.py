@@ -96,7 +96,7 @@ class PromptFormat:
         """Returns the format with the separator that fits `examples` (all of one type).
 
         The separator is empty if all prompts end or all answers begin with white space, as in TRL;
-        otherwise it is a newline. Version 1 uses a newline for all pairs.
+        otherwise it is a newline. Prompt version 1 always uses a newline for pairs.
         """
         if self.kind != "plain":
             return self
@@ -220,7 +220,7 @@ class Encoded:
 
     @property
     def verdicts(self) -> Sequence[tuple[float, float, float]]:
-        """Per branch: 1.0 if preferred, else 0.0; reference log-probability; margin or baseline."""
+        """Per branch: 1.0 if preferred else 0.0; reference log-probability; margin or baseline."""
         return ()
 
     @property
@@ -234,7 +234,7 @@ class Encoded:
 
     @property
     def signals(self) -> Any:
-        """Inputs of a policy loss, `(targets, n)`: n values per target of all branches; or None."""
+        """Inputs of a policy loss (advantage, weight, …), `(targets, n)` over branches; or None."""
         return None
 
     @property

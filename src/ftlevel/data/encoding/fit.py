@@ -105,7 +105,7 @@ def fit_rows(
 
 
 def check_not_empty(fitted: FittedRows, rows: Sequence[Encoded]) -> None:
-    """Raise `InputError` if no row is left."""
+    """Raise `InputError` if the length limit left no row."""
     if not len(fitted.rows):
         raise InputError(
             f"no row is left within --max-length {fitted.max_length:,}: the shortest has "

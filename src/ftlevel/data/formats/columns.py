@@ -52,7 +52,7 @@ def column_for_flag(column: str, columns: Sequence[str]) -> str:
 
 
 def source_columns(column: str, columns: Sequence[str]) -> list[str]:
-    """Returns the columns of the table that `column`, as returned by `resolve_column`, reads."""
+    """Returns the table's columns that `column` reads: for `a+b` from `resolve_column`, a and b."""
     if column in columns:
         return [column]
     parts = column.split("+")

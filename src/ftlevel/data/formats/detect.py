@@ -108,7 +108,7 @@ class RoleValues:
         return parse_turn_list(value) if is_cell else value
 
     def _join(self, column: str) -> str:
-        """Returns the texts of columns joined by a plus, without those that are null or blank."""
+        """Returns the joined texts of the columns of `column` (`a+b`), without blank ones."""
         texts = []
         for name in column.split("+"):
             value = self._lookup(name)

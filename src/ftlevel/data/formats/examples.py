@@ -48,7 +48,7 @@ class ExampleParts:
 
 
 def get_example_parts(example: Any) -> ExampleParts:
-    """Returns the parts of an example; by default, all of the text is the target."""
+    """Returns `example.parts`; if the example has none, all of its text is the target."""
     parts = getattr(example, "parts", None)
     return parts if isinstance(parts, ExampleParts) else ExampleParts("", example.key_text, "", "")
 

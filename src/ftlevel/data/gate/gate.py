@@ -211,7 +211,10 @@ def find_swapped(digests: Digests) -> Integers:
 
 
 def _sides(index: WordIndex, start: int, end: int) -> tuple[Integers, NDArray[np.int64], Integers]:
-    """Returns hash bucket, side (0 prompt, 1 answer) and row (from 0) of each distinct word."""
+    """Returns hash bucket, side (0 prompt, 1 answer) and row of each row's distinct words.
+
+    The rows are the examples from `start` to `end`, numbered from 0.
+    """
     offsets = index.starts[start : end + 1]
     lengths = np.diff(offsets)
     row = np.repeat(np.arange(end - start), lengths)
@@ -320,7 +323,7 @@ class Gate:
         return rows, split.findings
 
     def check_rows(self, name: str, fitted: FittedRows, total: int, table: Table) -> SplitReport:
-        """Run the checks of single rows of a split with `total` examples."""
+        """Run the checks that read one row at a time; the split has `total` examples."""
         split = SplitReport(name, fitted.rows, table, total, self.policy)
         present = split.present()
         for check, rows in (("long_prompt", fitted.long_prompts), ("answer_cut", fitted.lost)):

@@ -187,7 +187,7 @@ def partition_keys(
 def hash_grams(
     ids: Ragged, prefix: int, selected: Mask
 ) -> tuple[Hashes, Integers, NDArray[np.int32]]:
-    """Returns hashes of 5-grams of the `selected` rows, row offsets, and first tokens of 5-grams.
+    """Returns hashes of 5-grams of the `selected` rows, row offsets, and each 5-gram's first token.
 
     The first `prefix` tokens of each row are ignored.
     """
@@ -230,7 +230,7 @@ def find_similar(
 
 
 def split_by_size(indices: Integers, sizes: Integers, limit: int) -> list[Integers]:
-    """Split `indices` into consecutive groups with about `limit` of `sizes` in total."""
+    """Split `indices` into consecutive groups whose `sizes` sum to about `limit`."""
     return np.split(indices, np.flatnonzero(np.diff(np.cumsum(sizes) // limit)) + 1)
 
 

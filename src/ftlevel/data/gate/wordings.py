@@ -73,10 +73,10 @@ def compute_max_distance(lengths: Any) -> Any:
 
 
 def compute_distances(one: Sides, other: Sides) -> NDArray[np.int64]:
-    """Returns the distance of each pair in half words (typo 1, word 2), or a very large value.
+    """Returns the distance of each pair in half words (typo 1, word 2).
 
-    Pairs that differ substantially in both prompt and answer are not duplicates; neither are those
-    whose answer of fewer than four words differs by more than a typo.
+    The distance is very large for pairs that are not duplicates: they differ substantially in both
+    prompt and answer, or have an answer of fewer than four words that differs by more than a typo.
     """
     asked = compute_edit_distances(one[0], other[0])
     answered = np.full(len(asked), _TOO_FAR, dtype=np.int64)
@@ -212,7 +212,7 @@ class WordIndex:
         return np.diff(self.starts)
 
     def spans(self) -> Iterator[tuple[int, int]]:
-        """Yields ranges of examples with about `_GROUP_WORDS` words in total."""
+        """Yields ranges of examples; each range has about `_GROUP_WORDS` words."""
         start = 0
         while start < len(self):
             end = int(np.searchsorted(self.starts, self.starts[start] + _GROUP_WORDS, "right")) - 1
@@ -301,7 +301,7 @@ def _bucket(hashes: Words) -> Integers:
 
 
 def _all_keys(index: WordIndex, selected: Mask) -> tuple[Keys, NDArray[np.int32]]:
-    """Returns word-pair keys `(examples, 6)`, 0 for none, and counts of informative words."""
+    """Returns word-pair keys, `(examples, 6)` padded with 0, and counts of informative words."""
     keys = np.zeros((len(index), len(_PAIRS)), dtype=np.uint32)
     informative = np.zeros(len(index), dtype=np.int32)
     for start, end in index.spans():

@@ -224,7 +224,7 @@ def _disable_tokenizer_threads() -> None:
 
 
 def _encode_batch(start: int) -> tuple[pa.RecordBatch | None, tuple[bytes, bytes]]:
-    """Returns the encoded rows of the batch at `start` (None if it has none), and its digests."""
+    """Returns the encoded rows of the batch at `start` (None if there are none), and digests."""
     if _job is None:
         raise RuntimeError("there is no job")
     encode, examples, context = _job

@@ -72,9 +72,10 @@ class RowSource:
 
 
 def open_rows(name: str, options: ReadOptions) -> tuple[RowSource, Reader]:
-    """Open the rows of a file or of the files matching a pattern, and the first file's reader.
+    """Open the rows of a file, or of all files that match a pattern; also returns a reader.
 
-    Raises `InputError` if a file cannot be read, or the columns of two files differ.
+    The reader is that of the first file. Raises `InputError` if a file cannot be read, or the
+    columns of two files differ.
     """
     names = match_files(name, options.format) if is_pattern(name) else [name]
     readers = [open_reader(each, options) for each in names]

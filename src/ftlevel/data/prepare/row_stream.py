@@ -215,7 +215,7 @@ class RowStream:
         self._begin_pass()
 
     def divide(self, sharding: StreamSharding) -> None:
-        """Encode only the chunks of this process from now on."""
+        """From now on, encode only some chunks, and exchange the rows with other processes."""
         self._sharding, self._next_rank = sharding, 0
 
     @property

@@ -320,5 +320,5 @@ class LineRows(LazySequence[Row]):
         return self._at + end
 
     def take(self, indices: Iterable[int]) -> LineRows:
-        """Returns the rows at `indices`; each takes eight bytes of memory."""
+        """Returns the rows at `indices`, decoded on access; each takes eight bytes of memory."""
         return LineRows(self.path, array("q", (self.lines[i] for i in indices)), self.offsets)

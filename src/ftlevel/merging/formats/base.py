@@ -132,7 +132,8 @@ class Export(Protocol):
 def plan_export(config: ExportConfig, ref: ModelRef | Mapping[str, ModelRef]) -> Export:
     """Plan the export; raise InputError if the format of `config` cannot represent the model.
 
-    `ref` is a run, adapter or model; formats with `several` also take adapters by name.
+    `ref` is a run, adapter or model. For an `ExportFormat` with `several`, it may be adapters by
+    name.
     """
     module = importlib.import_module(FORMATS[config.format].module)
     plan: Export = module.plan_export(config, ref)

@@ -61,10 +61,9 @@ TEXTS = (
 
 
 def check_server(config: ExportConfig, form: EmbeddingFormat, server: Server) -> list[str]:
-    """Returns notes if `server` computes the same embeddings as the model.
+    """Check that `server` computes the same embeddings as the model; return notes to print.
 
-    Raises:
-        InputError: the server would return other embeddings.
+    Raises InputError if the server would return other embeddings.
     """
     support, name = server.embeddings, config.model
     if support is None:
