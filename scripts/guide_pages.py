@@ -75,10 +75,13 @@ def _settings(kind: str) -> str:
 
 def _rates(kind: str) -> str:
     rates = METHODS[kind].rates(SPECS[kind]())
-    kinds = "".join(f", {name} {rate:g}" for name, rate in rates.kinds.items())
+    kinds = ", ".join(
+        f"{name}s {rate:g}" for name, rate in rates.kinds.items() if rate != rates.narrow
+    )
     return (
-        f"{rates.narrow:g}{kinds} for small models and short runs; {rates.wide:g} for large models "
-        f"and long runs ({rates.source}; [the rule](../defaults.md))"
+        f"{rates.narrow:g}{f' ({kinds})' if kinds else ''} for small models and short runs; "
+        f"{rates.wide:g} for large models and long runs ({rates.source}; [the rule]"
+        "(../defaults.md))"
     )
 
 

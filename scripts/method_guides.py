@@ -66,29 +66,29 @@ GUIDES: dict[str, Guide] = {
         beside=LINEARS, mark="A B",
     ),
     "adalora": Guide(
-        "LoRA as P Λ Q with orthogonal P and Q. During training, the least important entries of"
-        " Λ are pruned, so that rank is allocated where it is needed.",
+        "The update of a linear layer is P Λ Q with orthogonal P and Q and diagonal Λ. The least "
+        "important entries of Λ are pruned during training, so ranks differ between layers.",
         "When trained parameters are limited and the run has some hundred steps. For short "
         "runs, LoRA is as good and simpler.",
-        "`init_r`, `target_r`; `tinit` and `tfinal` (steps before and after pruning) with --set"
-        " method.…",
+        "`init_r`, `target_r`; `tinit` and `tfinal` (steps before and after pruning), all by "
+        "`--set method.NAME=…`.",
         beside=LINEARS, mark="P Λ Q",
     ),
     "ia3": Guide(
         "One trained scaling factor for each feature of keys, values and the inner feed-forward"
         " layer. It is the smallest adapter that can be merged.",
-        "When the adapter must be tiny, or there are few rows. It cannot learn what is far from"
-        " the base.",
+        "When the adapter must be tiny, or there are few rows. It cannot learn tasks far from "
+        "what the base can do.",
         "`--learning-rate`: at least ten times LoRA's.",
         scaled=("k", "v", "up"), mark="×",
     ),
     "vera": Guide(
-        "LoRA with random, frozen A and B that all layers share. Two vectors per linear layer, "
-        "which scale them, are trained.",
+        "LoRA with random, frozen A and B that all layers share. Only two vectors per linear "
+        "layer are trained; they scale the outputs of A and B.",
         "When many adapters must be stored: each takes about ten kilobytes. The random matrices"
         " are regenerated from a seed.",
-        "`method.r` (256 by default; it costs little because it is not trained), then the "
-        "learning rate.",
+        "`method.r` (256 by default; a large rank costs little, because A and B are not "
+        "trained), then the learning rate.",
         beside=LINEARS, mark="d b",
     ),
     "oft": Guide(
@@ -99,8 +99,8 @@ GUIDES: dict[str, Guide] = {
         rotated=LINEARS, mark="R",
     ),
     "boft": Guide(
-        "A rotation as in OFT, composed of small blocks in butterfly order.",
-        "As OFT, with a third of its parameters.",
+        "A rotation of the input as in OFT, composed of small blocks in butterfly order.",
+        "In the same cases as OFT, with a third of its parameters.",
         "`boft_block_size` (4).",
         rotated=LINEARS, mark="R",
     ),
@@ -114,23 +114,23 @@ GUIDES: dict[str, Guide] = {
     "lokr": Guide(
         "The update of every linear layer is a Kronecker product of a small and a low-rank "
         "matrix.",
-        "When adapters must be small but cover every linear layer: a tenth of LoRA's "
+        "When adapters must be small but cover every linear layer. It has a tenth of LoRA's "
         "parameters.",
         "`method.decompose_factor` (-1: as square as possible), `method.r`.",
         beside=LINEARS, mark="C⊗AB",
     ),
     "miss": Guide(
-        "The inputs of every linear layer are summed in shards to r values, and one trained "
-        "matrix maps them to the outputs.",
-        "As LoRA, with half of its parameters at the same rank. Exported to servers as plain "
-        "LoRA.",
-        "`method.r` (64), at most the input width of a layer; then the learning rate, which is "
-        "close to its limit: MiniLM reached 0.89 on eight classes at 3e-4 and 0.24 at 1e-3.",
+        "The input features of every linear layer are summed in r groups. One trained matrix "
+        "maps the r sums to the outputs.",
+        "In the same cases as LoRA, with half of its parameters at the same rank. Exported to "
+        "servers as plain LoRA.",
+        "`method.r` (64), at most the input width of a layer; then the learning rate, whose "
+        "default is close to the limit: MiniLM reached 0.89 on eight classes at 3e-4 and 0.24 at 1e-3.",
         beside=LINEARS, mark="D",
     ),
     "shira": Guide(
-        "A few weights of every linear layer, selected at random, are trained directly; as many"
-        " as LoRA of rank r has.",
+        "A few weights of every linear layer, selected at random, are trained directly. Their "
+        "number is that of LoRA's parameters at rank r.",
         "When several adapters will be merged into one base, because few of their weights "
         "overlap. Merging is exact. Servers load it only merged.",
         "`method.r` (32) sets the number of weights, `random_seed` the selection.",
@@ -160,13 +160,13 @@ GUIDES: dict[str, Guide] = {
         beside=LINEARS, mark="⟳",
     ),
     "adapter": Guide(
-        "A small network (down-projection, nonlinearity, up-projection) inside every block: "
+        "A small network (down-projection, nonlinearity, up-projection) is added to each block: "
         "after attention and feed-forward (`houlsby`), after the feed-forward only (`seq_bn`, "
         "`pfeiffer`), or parallel to it (`parallel`, `par_bn`, `adapter_plus`).",
-        "When several tasks share one base and adapters are switched, or for compatibility with"
+        "When you switch between adapters on one base, or for compatibility with"
         " AdapterHub. It cannot be merged, so it adds inference time. See [what each placement "
         "computes](../methods.md#adapter).",
-        "`--set method.placement=parallel` was the best of the six here; `reduction_factor` "
+        "`--set method.placement=parallel` was the best of six in our tests; `reduction_factor` "
         "sets the width.",
         inside=("o", "down"), mark="adapter",
     ),
@@ -180,25 +180,26 @@ GUIDES: dict[str, Guide] = {
         keys=True, mark="P",
     ),
     "prompt": Guide(
-        "Trained embeddings (20 by default) are prepended to the input. It has the fewest "
-        "parameters of all methods.",
+        "Trained embeddings (20 by default) are prepended to the input. This method has the "
+        "fewest parameters of all.",
         "With large models: in its paper it equals full fine-tuning from some billion "
         "parameters on. Small models learn slowly.",
-        "`--set method.num_virtual_tokens=20`; `prompt_tuning_init` initializes them from the "
-        "vocabulary or a text.",
+        "`--set method.num_virtual_tokens=20`; `prompt_tuning_init` initializes the embeddings "
+        "from the vocabulary or a text.",
         tokens=True, mark="P",
     ),
     "p-tuning": Guide(
-        "Trained embeddings prepended to the input, produced by a small network during "
-        "training; only its output is saved.",
-        "When prompt tuning is unstable. It was the weakest method here on a small encoder.",
+        "Trained embeddings are prepended to the input. During training, a small network "
+        "produces them; only its output is saved.",
+        "When prompt tuning is unstable. It was the weakest method in our tests on a small "
+        "encoder.",
         "`encoder_reparameterization_type` (MLP or LSTM), `num_virtual_tokens`.",
         tokens=True, mark="P",
     ),
     "ln-tuning": Guide(
         "Only the weights and biases of the norms are trained.",
         "As a cheap baseline, and together with a new head. It can be merged and needs the "
-        "least memory of the methods that reach every layer.",
+        "least memory of the methods that change every layer.",
         "The learning rate.",
         whole=("norm 1", "norm 2"), mark="",
     ),

@@ -22,7 +22,7 @@ This page is for users who choose a PEFT method. Start with **LoRA** at ftlevel'
 |---|---|
 | no special need | [lora](guide/lora.md): it can be merged, and every server loads it |
 | a base that does not fit into memory (`ftlevel plan`) | [qlora](guide/qlora.md) |
-| a small model, and memory for three copies of it | [full](guide/full.md): best on small encoders |
+| a small model, and memory for three more copies (gradients, optimizer) | [full](guide/full.md): best on small encoders |
 | thousands of adapters, or adapters of some kilobytes | [ia3](guide/ia3.md), [vera](guide/vera.md) |
 | adapters that are never merged | [adapter](guide/adapter.md), [prefix](guide/prefix.md) |
 | a cheap baseline | [ln-tuning](guide/ln-tuning.md), or the head alone: `--method full --set method.freeze_base=true` |
@@ -39,7 +39,7 @@ ftlevel compare --methods lora,full,adapter,ia3 --model MODEL --dataset ROWS --b
 
 _HOW = """
 Every method has its default settings and learning rate, and the same model, rows, seeds and steps. "95 % over rows" is a bootstrap interval over held-out rows.
-"± seeds" is the spread over seeds. "more than noise" is a paired test of the difference to the best ([compare](compare.md)). These are few steps: small differences may not persist.
+"± seeds" is the spread over seeds. "more than noise" shows whether the difference to the best is significant in a paired test ([compare](compare.md)). These are few steps: small differences may not persist.
 The page is generated from `docs/compared` by `python scripts/write_docs.py which-method`.
 """
 
@@ -70,8 +70,8 @@ Source: `method_comparison/MetaMathQA/results` of huggingface/peft at commit 5d6
 - The learning rate matters more than the method: prompt tuning reaches 0.343 or 0.057, IA³ 0.455 or 0.311. ftlevel chooses a rate for each method, model and number of steps ([defaults](defaults.md)).
 - This is one task, one model and one seed.
 
-Published claims, none of which was repeated here: LoRA equals full fine-tuning on GLUE and E2E (Hu et al., 2021, arXiv:2106.09685). LoRA on all linear layers of a 4-bit base equals 16 bits (Dettmers et al., 2023, arXiv:2305.14314).
-With many rows of code and mathematics, full fine-tuning stays ahead of LoRA and forgets more (Biderman et al., 2024, arXiv:2405.09673).
+Published claims, none of which was repeated here: LoRA equals full fine-tuning on GLUE and E2E (Hu et al., 2021, arXiv:2106.09685). LoRA on all linear layers of a 4-bit base equals 16-bit fine-tuning (Dettmers et al., 2023, arXiv:2305.14314).
+On many rows of code and mathematics, full fine-tuning is better than LoRA but forgets more (Biderman et al., 2024, arXiv:2405.09673).
 """
 
 

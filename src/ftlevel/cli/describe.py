@@ -178,7 +178,7 @@ _COLORS = {"yes": "green", "in part": "yellow", "no": "red"}
 def list_methods(model: str | None, task: str | None, quant: str | None, as_json: bool) -> None:
     """List the methods and what they can be combined with.
 
-    A method marked "in part" lists what ftlevel train rejects. --model, --task and --quant filter.
+    For methods marked "in part", rejected combinations follow. --model, --task, --quant filter.
     """
     from ftlevel.commands.list_methods import list_methods as describe_methods
 

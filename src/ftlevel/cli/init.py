@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 def init(given: CommandInput, *, file: Path, yes: bool, as_json: bool) -> None:
     """Create a commented recipe from five questions.
 
-    Asks for data, task, model, method and epochs unless given by flags of train. Proposals come
+    Asks for data, task, model, method and epochs unless given by flags of train. Suggestions come
     from the data; --yes accepts them. The recipe is validated before it is written, and no file is
     overwritten.
     """

@@ -252,8 +252,8 @@ def preview(
 ) -> None:
     """Show encoded rows and problems in the data.
 
-    Reads the data exactly as train does, with the same flags, but loads no weights, except for
-    --task rl, where it samples and scores completions as train does before the first step.
+    Accepts the flags of train and reads the data as train does, without loading weights. Only
+    --task rl loads the model, and samples and scores completions as before the first step.
     Supervised tokens are green in a terminal and in [brackets] in a pipe. Statistics and data
     checks follow.
     """

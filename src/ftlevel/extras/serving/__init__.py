@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 def check_served(given: CommandInput, *, as_json: bool, quiet: bool) -> None:
     """Check that a server returns the trained adapter's outputs.
 
-    Each answer is the trained model's, the base model's, or neither. Sends about a dozen requests,
-    to --url only; --in uses no network.
+    Reports whether each answer is that of the trained model, the base model or neither. Sends about
+    a dozen requests, to --url only; --in uses no network.
     """
     import json
 
