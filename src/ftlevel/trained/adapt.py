@@ -1,9 +1,9 @@
 """Apply a PEFT method to a loaded model, and save and load adapters.
 
-Adapters in the formats of other libraries are read by the `adapter_readers` of extensions. If the
-vocabulary size differs from the base's, PEFT saves the resized embeddings, or only the trained
-rows, with the adapter. The base must be resized to the same size first. New rows that the file does
-not contain would be random, so such adapters are rejected.
+Adapters in the formats of other libraries are read by the `adapter_readers` of extensions. If
+training resized the vocabulary, PEFT saves the resized embeddings, or only the trained rows, with
+the adapter. The base must be resized before it is loaded. An adapter is rejected if its file lacks
+new rows, because they would be random.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class ForeignAdapter(Protocol):
         """Modules that are saved with the adapter in full."""
 
     def task(self, wanted: str | None) -> str:
-        """Returns the adapter's task, `wanted` if it has none; InputError if it is another one."""
+        """Returns the adapter's task, or `wanted` if it has none; InputError if they differ."""
 
     def complete(self, card: AdapterCard) -> AdapterCard:
         """Returns the base's card with the labels and options of the adapter added."""
@@ -49,7 +49,7 @@ class ForeignAdapter(Protocol):
     def convert(self, model: Any) -> tuple[Any, dict[str, Any]]:
         """Returns the PEFT config and the weights by PEFT names; does not change `model`, the base.
 
-        Raises InputError if it is corrupted, of a different base, or of an unsupported kind.
+        Raises InputError if the adapter is corrupted, of a different base, or not supported.
         """
 
 
@@ -313,8 +313,8 @@ def load_adapter(base: Any, directory: Path, name: str = "default") -> Any:
     """Load the adapter in `directory` onto `base` (modified), in eval mode with float32 weights.
 
     Raises:
-        InputError: it is corrupted, of unknown type, or of a different base; or weights are missing
-            or unexpected.
+        InputError: the adapter is corrupted, of unknown type, or of a different base; or weights
+            are missing or unexpected.
     """
     import peft
 
@@ -349,7 +349,7 @@ def load_adapter(base: Any, directory: Path, name: str = "default") -> Any:
 def load_initial_weights(peft_model: Any, directory: Path) -> None:
     """Load the weights in `directory` into the untrained adapter of `peft_model` (modified).
 
-    Raises InputError if they are corrupted or do not match the adapter.
+    Raises InputError if the weights are corrupted or do not match the adapter.
     """
     _fill_adapter(peft_model, _read_whole(directory), directory, "default")
 
@@ -390,7 +390,7 @@ def _plain_loader(directory: Path) -> Callable[[Any, Path, str], Any] | None:
 def add_adapter(peft_model: Any, directory: Path, name: str) -> None:
     """Load another adapter into `peft_model` (modified) without activating it.
 
-    Raises InputError if it is incomplete or not compatible with the others.
+    Raises InputError if it is incomplete or not compatible with those already loaded.
     """
     config: Any = None
     if (reader := find_reader(directory)) is not None:
@@ -488,7 +488,7 @@ def _unknown_patterns_ignored() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _ranks_applied(config: Any) -> Iterator[None]:
-    """Hide the rank pattern of `config` in the `with` block, so that AdaLoRA prunes only once."""
+    """Hide AdaLoRA's rank pattern in the `with` block, so that PEFT does not prune again."""
     pattern = getattr(config, "rank_pattern", None)
     if pattern:
         config.rank_pattern = None

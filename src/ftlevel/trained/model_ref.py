@@ -70,7 +70,7 @@ class ModelRef:
 
     @property
     def kind(self) -> str:
-        """What it is: run, checkpoint, adapter, model, quantized, hub or gguf.
+        """Kind of the model: run, checkpoint, adapter, model, quantized, hub or gguf.
 
         The kind of an adapter by another library is `peft`, or that of its `AdapterReader`.
         """
@@ -120,7 +120,7 @@ class ModelRef:
 
     @property
     def options(self) -> Mapping[str, Any]:
-        """Options of the task; without the reference if the model was merged with it."""
+        """Options of the task; a merged model has no preference reference."""
         preference = self.card.options.get("preference")
         if not self._lost_reference or preference is None:
             return self.card.options

@@ -78,8 +78,8 @@ def resolve_model(
 
     Raises:
         ConfigError: the device or model type does not support `dtype`.
-        InputError: it does not exist, the base has other weights, it was trained for a different
-            task, or an argument does not apply to it.
+        InputError: the model does not exist or is of a different task, its base has other weights,
+            or an argument does not apply.
     """
     if isinstance(base, str):
         base = resolve_source(base, said=f"--model {base}")
@@ -211,7 +211,7 @@ def _resolve_foreign(
 
 
 def find_directory(name: str) -> Path:
-    """Returns the directory with the files of `name`: of a run, its subdirectory `adapter`.
+    """Returns the directory with the files of `name`; for a run, its subdirectory `adapter`.
 
     The directory may not exist. Raises InputError if the run has not finished.
     """
@@ -271,9 +271,9 @@ def _adapter_task(
 ) -> str:
     """Returns the task of an adapter that plain PEFT wrote.
 
-    `settings` is its adapter_config.json, with a task type or, for masked language models, the
-    class of the model. If it has neither, `base_config` decides. Raises InputError if ftlevel has
-    no such task, or `task` differs.
+    `settings` is its adapter_config.json, which may name a task type or, for masked language
+    models, the model class; otherwise, `base_config` decides. Raises InputError if ftlevel has no
+    such task, or `task` differs.
     """
     peft_type = settings.get("task_type")
     class_name = (settings.get("auto_mapping") or {}).get("base_model_class")
@@ -397,7 +397,7 @@ def find_base(card: AdapterCard, directory: Path, base: ModelSource | None = Non
     """Returns the base of the adapter in `directory`, after checking its weights.
 
     `base` is the user's choice, if any. A local base is first looked up relative to the adapter, so
-    that both may be moved together. Raises InputError if it is missing or has other weights.
+    that both may be moved together. Raises InputError if the base is missing or has other weights.
     """
     if base is not None:
         source = base
@@ -413,7 +413,7 @@ def find_base(card: AdapterCard, directory: Path, base: ModelSource | None = Non
 
 
 def find_full_base(ref: ModelRef) -> ModelRef | None:
-    """Returns the base of a model that `--method full` trained, with its card and tokenizer.
+    """Returns `ref` with its base in place of the weights that `--method full` trained.
 
     None for a different method, a new head, or a base that is missing or has changed.
     """

@@ -68,7 +68,7 @@ class Processes:
             ) from None
 
     def take_device(self, device: str) -> None:
-        """Select the GPU with this process's local rank.
+        """Select the GPU whose index is the local rank of this process.
 
         Raises:
             ConfigError: there are too few GPUs, or the device supports one process only.
@@ -204,7 +204,7 @@ def started_processes() -> Processes:
 
 
 def resolve_processes(train: TrainerConfig, processes: Processes, rows_only: bool) -> TrainerConfig:
-    """Returns `train` with the number of processes set (None for one), or raise ConfigError.
+    """Returns `train` with the number of processes (None for one); ConfigError if flags differ.
 
     With `rows_only`, as in a dry run, one process may stand for any configured number.
     """
@@ -312,7 +312,7 @@ class WatchProcesses(TrainerCallback):
                     self._heartbeats[rank] = (self._last_exchange, json.loads(sign))
 
     def _watch(self) -> None:
-        """Warn about ranks that delay the others; about each one once, unless it recovers."""
+        """Warn about each rank that delays the others, once until it recovers."""
         reported: set[int] = set()
         last = time.monotonic()
         while not self._ended.wait(_EVERY):

@@ -1,9 +1,8 @@
 """Reload the saved adapter onto the same base, and check that it equals the trained model.
 
 The base is not loaded a second time, because the device may have no room for it. Digests show that
-its frozen tensors are unchanged, and the saved adapter is added next to the trained one. If the
-base itself changed (rewritten by the initialization, or trained), a fresh copy replaces the model
-on the device.
+the base's frozen tensors are unchanged, and the saved adapter is added next to the trained one. If
+initialization or training changed the base, a newly loaded base replaces the model on the device.
 """
 
 from __future__ import annotations

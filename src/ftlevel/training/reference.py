@@ -1,10 +1,10 @@
 """Reference log-probabilities for preference training, computed once before step 1 and cached.
 
 The reference is the initial model, with any adapter that training continues from, without dropout.
-The base without an adapter would be a different model if a method rewrites it (PiSSA, OLoRA,
-LoftQ). The model to be trained computes the values itself, on the fast step's packed rows. They are
-cached under a digest of all inputs. With `--reference`, a different model computes them before the
-run's weights load, and is freed afterwards.
+It is not the base with the adapter disabled, because PiSSA, OLoRA and LoftQ rewrite the base. The
+model to be trained computes the values itself, on the fast step's packed rows. They are cached
+under a digest of all inputs. With `--reference`, a different model computes them before the run's
+weights load, and is freed afterwards.
 """
 
 from __future__ import annotations
@@ -197,8 +197,8 @@ def fill_rows(
 ) -> tuple[Run, dict[str, Any]]:
     """Returns `run` with reference log-probabilities in its rows, and facts for summary.json.
 
-    `key` identifies all that determines the values. `ask` returns the reference model and the run
-    to compute it with; it is called only if values are not cached.
+    `key` identifies all that determines the values. `ask` returns the reference model, and the run
+    with which its outputs are computed; it is called only if values are not cached.
     """
     task: Any = run.task
     train, cached = read_or_fill(run.config.data, key, run.data.train, lambda to: _fill(*ask(), to))
@@ -287,7 +287,7 @@ def _fill(run: Run, adapted: PreparedModel, array: np.ndarray) -> None:
 
 
 def _measure(run: Run, adapted: PreparedModel, rows: Sequence[Encoded]) -> np.ndarray:
-    """Returns the log-probabilities (rows, 2) of both answers, or of answer and KTO contrast."""
+    """Returns log-probabilities (rows, 2) of both answers, or of an answer and its KTO contrast."""
     values = np.full((len(rows), 2), np.nan, dtype=np.float32)
     contrasts = [other for row in rows for other in row.contrasts]
     for column, sequences in ((0, rows), (1, contrasts)):

@@ -132,9 +132,9 @@ def _describe_checkpoint(directory: RunDirectory) -> str:
 class WriteManifest(TrainerCallback):
     """Write a manifest for each checkpoint, then delete old checkpoints and an overwritten run.
 
-    `keep` is the number of checkpoints to keep. `write_files` adds the files that make a checkpoint
-    usable; None if unsupported. `when_written` calls a function once the checkpoint is fully
-    written; None means it always is.
+    `keep` is the number of checkpoints to keep. `write_files` adds the files with which a
+    checkpoint can be used like a run; None if unsupported. `when_written` calls a function once the
+    checkpoint is fully written; None means it always is.
     """
 
     def __init__(
@@ -209,7 +209,7 @@ class SaveByClock(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """Save if the time is up, and at the last step if the end is to be saved."""
+        """Save if the time is up, or if this is the last step and must be saved."""
         is_time = self._processes.is_first and time.monotonic() - self._since >= self._seconds
         is_time = self._processes.any(is_time)
         self._saves_end |= is_time
@@ -219,7 +219,7 @@ class SaveByClock(TrainerCallback):
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """Save if the run stops early and its end is to be saved."""
+        """Save if training stops early and its last step must be saved."""
         is_early = control.should_training_stop and state.global_step < state.max_steps
         control.should_save |= is_early and self._saves_end
 
@@ -261,7 +261,7 @@ class SaveRollout(TrainerCallback):
 
 
 class WaitForBytes(TrainerCallback):
-    """Delay checkpoints until the file digests, computed in the background, are written."""
+    """Before a checkpoint is saved, wait until the digests of the run's input files are written."""
 
     def __init__(self, waits: Iterable[Callable[[], None]]) -> None:
         self._waits = list(waits)

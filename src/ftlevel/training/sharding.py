@@ -59,10 +59,10 @@ _OPTIMIZER, _SCHEDULER = "optimizer", "scheduler.pt"
 class ShardedTrainer(FtlevelTrainer):
     """Trainer that calls the model equally often in every process and averages gradients.
 
-    Each forward and backward pass gathers parts of the base, so all processes must take part. One
-    with fewer micro-batches repeats some with zero loss. Gradients of whole tensors are averaged
-    once per step, those of `--method full` by FSDP2. If host memory allows, checkpoints are copied
-    there and written in the background; the next checkpoint and the end of training wait for it.
+    Each forward and backward pass gathers parts of the base, so all processes take part. Those with
+    fewer micro-batches repeat some with zero loss. Gradients of whole tensors are averaged once per
+    step, those of `--method full` by FSDP2. If host memory allows, checkpoints are copied there and
+    written in the background; the next checkpoint and the end of training wait for it.
     """
 
     def __init__(self, **arguments: Any):

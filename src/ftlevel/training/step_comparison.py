@@ -67,7 +67,7 @@ class GradientDifference:
 
     @property
     def length(self) -> float:
-        """Relative excess length of g along r, ⟨g, r⟩ / ⟨r, r⟩ − 1: rounding averages out."""
+        """Relative excess length of g along r, ⟨g, r⟩ / ⟨r, r⟩ − 1; rounding errors average out."""
         return self.along / self.reference - 1 if self.reference else 0.0
 
 
@@ -185,8 +185,8 @@ class StepComparison:
 class Bounds:
     """Largest allowed differences of two steps that differ in summation order only.
 
-    `noise` is the effect of another order on each tensor's gradient, `noise_of_loss` that on the
-    loss in nats.
+    `noise` is the difference that another order causes in each tensor's gradient, `noise_of_loss`
+    that in the loss, in nats.
     """
 
     dtype: str
@@ -212,7 +212,7 @@ class Bounds:
     def check_gradients(
         self, differences: Mapping[str, GradientDifference], what: str = "gradients"
     ) -> float:
-        """Check each tensor's difference and that of all together; returns the latter's distance.
+        """Check the difference of each tensor and of all together; returns the distance of all.
 
         Raises:
             RunError: a distance exceeds its bound.
@@ -435,7 +435,7 @@ class Steps:
     def _by_trainer(
         self, rows: Sequence[Encoded], dtype: str, mode: Callable[[Any], None]
     ) -> StepResult:
-        """Returns the result of `training_step`; `mode` gets the model before each forward pass."""
+        """Returns the result of `training_step`; `mode(model)` runs before each forward pass."""
         trainer, device = self.trainer, self.trainer.args.device
         self.model.zero_grad()
         hook = self.model.register_forward_pre_hook(lambda model, _: mode(model))
@@ -556,7 +556,8 @@ def perturb_weights(model: torch.nn.Module) -> Iterator[None]:
 
     LoRA's B and similar tensors are zero before training, so the tensors multiplied with them have
     zero gradients, correct or not. Zero tensors get noise with standard deviation 0.2 / √(last
-    axis), about a fifth of a LoRA's layer output. Others get noise of a twentieth of their own.
+    axis): a LoRA's update is then a fifth of its layer's output. Others get noise of a twentieth of
+    their standard deviation.
     """
     generator = torch.Generator().manual_seed(0)
     trained = [p for p in model.parameters() if p.requires_grad]

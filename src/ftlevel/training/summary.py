@@ -128,7 +128,7 @@ def build_card(run: Run, base: Mapping[str, Any]) -> AdapterCard:
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """Results of a run that `Run` does not have.
+    """Results of training, which `Run` does not contain.
 
     Attributes:
         recipe: path and git state of the recipe; None without one.
@@ -228,7 +228,7 @@ def describe_losses(losses: Sequence[float]) -> dict[str, Any]:
 
 
 def find_worse_than_before(summary: Mapping[str, Any]) -> list[str]:
-    """Find a warning if no evaluation was as good as that before training, if there was one."""
+    """Find a warning if the evaluation before training, if any, is better than all later ones."""
     best, initial = summary["best"], summary["metrics_before"]
     name = best["metric"].removeprefix("eval_") if best else ""
     if not best or name not in initial:

@@ -1,8 +1,8 @@
 """Guide and teacher of embedding models and rerankers, run before the trained model loads.
 
 They read the texts of rows, not tokens, so they may have another tokenizer. A guide embeds every
-text, so that the GIST loss can find false negatives. A teacher is an embedding model or a reranker.
-It scores the documents of every query, by similarity or by its logit without an activation.
+text, so that the GIST loss can find false negatives. A teacher scores every query's documents: an
+embedding model by similarity, a reranker by its logit.
 """
 
 from __future__ import annotations

@@ -302,7 +302,7 @@ class FtlevelTrainer(Trainer):
         beginning: dict[str, Any] | None,
         num_items_in_batch: Tensor | int | None,
     ) -> Tensor:
-        """Returns the loss of micro-batches computed in parallel on a CPU, without scaling it."""
+        """Backpropagate micro-batches in parallel on a CPU; returns their loss, without scaling."""
         if not self._in_training:  # model.training does not reflect submodules
             model.train()
             self._in_training = True

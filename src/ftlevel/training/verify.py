@@ -174,8 +174,8 @@ def choose_probe_rows(rows: Sequence[Encoded]) -> list[Encoded]:
 def shorten(row: Encoded, size: int) -> Encoded | None:
     """Returns `row` cut to `size` tokens if it is longer; None if it cannot be cut and is too long.
 
-    A row with token labels keeps the context of its last target, one with a number as label its
-    beginning. Labels such as spans refer to positions, so these rows are not cut.
+    With token labels, the tokens up to the last target are kept; with a number as label, the first
+    tokens. Rows are not cut if labels refer to positions, as spans do.
     """
     length = len(row.input_ids)
     if length <= size:

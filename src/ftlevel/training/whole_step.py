@@ -89,7 +89,7 @@ class WholeStep:
         return loss
 
     def keeps_graphs(self, count: int, tokens: int) -> bool:
-        """Whether the graphs of `count` micro-batches, of `tokens` tokens together, are kept."""
+        """Whether the graphs of all `count` micro-batches, with `tokens` in total, are kept."""
         trainer = self._trainer
         if count == 1:
             return True
@@ -108,7 +108,7 @@ class WholeStep:
 
     @contextlib.contextmanager
     def measure(self, tokens: int) -> Iterator[None]:
-        """Measure the activations that a forward pass of `tokens` in the `with` block saves."""
+        """Measure what a forward pass of `tokens` in the `with` block saves for backward."""
         sizes: dict[Any, int] = {}
         weights = {storage_of(p) for p in self._trainer.model.parameters()}
 
@@ -125,7 +125,7 @@ class WholeStep:
     def _loss(
         self, local_vectors: Sequence[Tensor], parts: Sequence[Sequence[int]], step: StepTexts
     ) -> tuple[Tensor, list[Tensor]]:
-        """Returns the loss, and its gradient by the vectors of each local micro-batch."""
+        """Returns the loss, and its gradient with respect to each local micro-batch's vectors."""
         trainer = self._trainer
         order = [index for part in parts for index in part]
         vectors = torch.cat([part.detach().float() for part in local_vectors])
@@ -228,7 +228,7 @@ class _Forward:
         after.restore(trainer.args.device)
 
     def _share(self, number: int, gradients: Sequence[Tensor]) -> Tensor:
-        """Returns a scalar whose gradient is that of the loss through micro-batch `number`."""
+        """Returns a scalar; its gradient is what micro-batch `number` adds to that of the loss."""
         vectors = self._kept[number] if self._kept else self._embed(number, keeps=True)
         if number >= len(self._parts):  # it equalizes the number of passes in all processes
             return vectors.sum() * 0

@@ -30,7 +30,7 @@ from ftlevel.training.processes import Processes
 class GroupStatistics:
     """Statistics of a group, the completions of one prompt; exchanged between processes.
 
-    `lengths` are tokens per completion, `active` those that have a loss. `scores` has shape
+    `lengths` are tokens per completion, `active` are tokens with a loss. `scores` has shape
     (completions, reward functions). `entropy` is the sum over all tokens of the group.
     """
 
@@ -58,7 +58,7 @@ def compute_statistics(group: Group, settings: RlConfig) -> GroupStatistics:
 class Rollout:
     """This process's rows to train on, and metrics of the groups of all processes.
 
-    `groups` are this process's sampled groups, also those not trained on.
+    `groups` are all groups that this process sampled, even if not trained on.
     """
 
     rows: list[CompletionRow]

@@ -42,7 +42,7 @@ _BLOCK = "rollout-{rank}.pt"
 class RepeatedSteps(Sampler[int]):
     """Sampler that repeats the `rows` rows of each optimizer step `times` times.
 
-    The last step of an epoch is filled with rows of its beginning. `base` must know the epoch.
+    The last step of an epoch is filled with the epoch's first rows. `base` is the order of rows.
     """
 
     def __init__(self, base: Sampler[int], rows: int, times: int) -> None:
@@ -72,7 +72,7 @@ def collate_prompts(rows: Sequence[Encoded]) -> dict[str, Any]:
 
 
 class _StepStatistics:
-    """Sums of a step's loss statistics, and its log-probability differences from the sampler."""
+    """Sums of a step's loss statistics, and differences of log-probabilities from the sampler's."""
 
     def __init__(self) -> None:
         self._parts: list[tuple[torch.Tensor, ...]] = []
@@ -192,8 +192,8 @@ class RlTrainer(FtlevelTrainer):
         """Replace groups without a signal by those of further prompts.
 
         Up to `dynamic_sampling` prompts are drawn for all processes together, in an order that
-        depends on seed and step. Returns the groups to train on, their statistics in all processes,
-        and both for all groups of further prompts.
+        depends on seed and step. Returns this process's groups to train on and the statistics of
+        those of all processes; then both for the groups of further prompts.
         """
         size, budget = len(sampled), self.settings.dynamic_sampling
         taken = {facts.row for facts in sampled}
