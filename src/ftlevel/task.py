@@ -24,7 +24,7 @@ ScoreTexts = Callable[[Sequence[str], Sequence[str], str], dict[str, float]]
 
 @dataclass(frozen=True)
 class Checks:
-    """Which data checks apply to encoded rows: token labels, supervision, ends, near duplicates."""
+    """Which checks encoded rows get: token labels, supervised targets, ends, near duplicates."""
 
     token_labels: bool = False
     supervised: bool = True
@@ -160,7 +160,7 @@ class Objective(ABC):
         return []
 
     def guess_loss(self, rows: Sequence[Any]) -> float | None:
-        """Returns the loss of a constant prediction of the label frequencies; None if unknown."""
+        """Returns the loss of always predicting the label frequencies; None if unknown."""
         return None
 
 
@@ -228,7 +228,7 @@ class StepObjective(Objective):
 
     @property
     def largest_term(self) -> float:
-        """Size of the terms that cancel in the loss; its rounding error is proportional to it."""
+        """Largest terms that cancel in the loss; its rounding error is proportional to them."""
         return 1.0
 
     def logits(self, outputs: Any) -> Tensor:
@@ -240,7 +240,7 @@ class StepObjective(Objective):
     def embed(self, outputs: Any, mask: Tensor, unpooled: Sequence[int] = ()) -> Tensor:
         """Returns float32 vectors `(texts, dims)`; `mask` `(texts, seq)` is 1 for a token.
 
-        `unpooled` is how many first tokens of each text are not pooled; empty for none.
+        `unpooled` has the number of first tokens of each text that are not pooled; empty for none.
         """
 
     @abstractmethod
@@ -303,7 +303,7 @@ class LikelihoodObjective(TokenObjective):
 
     @abstractmethod
     def preference_sum(self, answers: Tensor, verdicts: Tensor, *, training: bool) -> Tensor:
-        """Returns the summed loss, with one value per divisor of `training_count` if `training`.
+        """Returns the summed loss; in `training`, with one value per divisor of `training_count`.
 
         `answers` is the result of the method `answers`; `verdicts` are `(answers, 3)`.
         """
@@ -326,6 +326,6 @@ class PolicyObjective(TokenObjective):
     def policy_sum(self, each: Tensor, owners: Tensor, count: int, signals: Tensor) -> Tensor:
         """Returns the policy loss, a weighted sum over the targets (a scalar).
 
-        `each` are `(targets,)` float32 log-probabilities in the order of `locate`. `owners` are the
-        indices of the targets' sequences, of which there are `count`.
+        `each` are `(targets,)` float32 log-probabilities in the order of `locate`. `owners` has the
+        index of each target's sequence, below `count`. `signals` are those of the batch.
         """

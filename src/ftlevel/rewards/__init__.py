@@ -102,7 +102,7 @@ def _visible(text: str) -> str:
 
 
 def _final(answer: Any) -> str:
-    """Returns the answer as text; of GSM8K's answers, only what follows `####`."""
+    """Returns the answer as text; for GSM8K's answers, only what follows `####`."""
     return str(answer).rpartition("####")[2].strip()
 
 
@@ -171,7 +171,7 @@ def split_labels(value: str) -> list[str]:
 
 
 def _label_of(answer: Any, labels: Sequence[str]) -> str | None:
-    """Returns the label that an answer means: the same text, or an index from 0; None if none."""
+    """Returns the label that has the answer as text or as index (from 0); None if there is none."""
     if isinstance(answer, int) and not isinstance(answer, bool):
         return labels[answer] if 0 <= answer < len(labels) else None
     final = _final(answer).strip("().").casefold()

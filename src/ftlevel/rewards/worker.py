@@ -215,7 +215,7 @@ def _part(batch: Mapping[str, Any], at: int) -> dict[str, Any]:
 
 
 def _checked(result: Any, count: int) -> tuple[list[Any] | None, str]:
-    """Returns (scores, "") with each score a float or None, or (None, what is wrong)."""
+    """Returns (scores, "") if `result` has `count` numbers or None; else (None, the problem)."""
     if hasattr(result, "tolist"):  # a tensor or an array
         result = result.tolist()
     if not isinstance(result, list | tuple):

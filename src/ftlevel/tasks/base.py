@@ -336,7 +336,7 @@ class BaseTask(ABC):
     def check_validation(
         self, train: Sequence[Any], validation: Sequence[Any], corpus: Sequence[str] | None
     ) -> Sequence[tuple[str, str, Sequence[int], str]]:
-        """Returns (check name, split, row indices, example) per failed check of both splits.
+        """Returns (check name, split, row indices, example) per failed check of the splits.
 
         `corpus` are the documents searched by validation queries; None if not given.
         """
@@ -444,7 +444,7 @@ class BaseTask(ABC):
     def show_targets(
         self, row: Encoded, names: Sequence[str], kind: str, decoder: TokenDecoder
     ) -> list[str | None]:
-        """Returns each token's target as text: "" for the token itself, None without a target."""
+        """Returns each token's target as text: "" if it is the token, None without a target."""
         labels, count = row.labels, len(row.input_ids)
         if not isinstance(labels, list) or len(labels) != count:
             return [None] * count

@@ -52,7 +52,7 @@ _PUNCTUATION = frozenset(string.punctuation)
 class BestSpan:
     """Best span so far over the windows of one question: characters `[start, end)` of the context.
 
-    `score` is its start plus end logit; `null` is that of "no answer", the minimum over windows.
+    `score` is the sum of start and end logit; `null` is the lowest score of "no answer".
     """
 
     text: str = ""
@@ -108,7 +108,7 @@ def exact_match(prediction: str, answers: Sequence[str]) -> float:
 
 
 def f1(prediction: str, answers: Sequence[str]) -> float:
-    """Returns the highest word F1 of the prediction with an answer; no answers mean ""."""
+    """Returns the highest word F1 of the prediction with an answer; `answers` may be empty."""
     return max(_f1(prediction, answer) for answer in answers or ("",))
 
 

@@ -223,7 +223,7 @@ def find_directory(name: str) -> Path:
 
 
 def is_model(name: str) -> bool:
-    """Whether `name` is a local or builtin full model, not an adapter or a run with one."""
+    """Whether `name` is a local or builtin full model, not an adapter or a run with an adapter."""
     path = find_directory(name)
     if (path / ADAPTER_CONFIG).is_file():
         return False

@@ -135,7 +135,7 @@ class Interrupt(TrainerCallback):
     """Save a checkpoint after the current step and stop, on Ctrl-C, SIGTERM or SIGHUP.
 
     On SIGUSR1, which SLURM sends before the end of a job, training continues after the checkpoint.
-    A second signal ends a single process at once; several processes ignore it, because launchers
+    A second signal ends a run of one process at once. Runs of several ignore it, because launchers
     forward signals that the terminal has already sent. Use as a context manager around training.
     `exit_code` is 128 + signal number; `has_stopped` is whether a signal ended the run.
     """

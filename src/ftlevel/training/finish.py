@@ -118,7 +118,7 @@ def write_tokenizer_and_card(
 
 
 def next_commands(run: Run, directory: RunDirectory) -> list[str]:
-    """Returns up to three ftlevel commands to suggest after the run, for the current directory."""
+    """Returns up to three ftlevel commands to suggest after the run."""
     path, data = quote(str(directory.path)), str(run.data.facts["name"])
     generate = generate_command(str(directory.path), run.task.name)
     commands = [generate if data == IN_MEMORY else f"ftlevel evaluate {path}"]

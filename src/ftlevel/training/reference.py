@@ -365,7 +365,7 @@ def describe_cache_key(model: ReferenceModel, run: Run) -> dict[str, object]:
 def load_auxiliary_model(
     reference: ReferenceModel, run: Run, listener: Listener
 ) -> Iterator[tuple[Run, PreparedModel]]:
-    """Load `reference` for a `with` block; yields the run to compute it with, and the model."""
+    """Load `reference` in a `with` block; yields a run to compute its outputs, and the model."""
     trained = reference.ref.load(run.model.device, run.model.dtype)
     forward = plan_forward(
         trained.model, trained.kind, trained.ref.card.method, run.objective, run.fast.tokens

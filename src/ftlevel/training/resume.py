@@ -276,7 +276,7 @@ def _check_length(run: Run, before: Mapping[str, Any], trained: int) -> None:
 
 
 def open_or_resume(run: Run, resumed: ResumeState, listener: Listener) -> RunDirectory:
-    """Open the run directory, new or to resume; configuration and origin are written anew."""
+    """Create the run directory, or open it to resume; write its configuration and origin."""
     output = run.config.output
     if resumed.checkpoint is not None and output.dir is not None:
         directory = RunDirectory(output.dir)

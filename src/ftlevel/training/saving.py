@@ -189,9 +189,9 @@ extended."""
 
 
 class SaveByClock(TrainerCallback):
-    """Save a checkpoint after `minutes` without one; if that has happened, save the end too.
+    """Save a checkpoint `minutes` after the last one; if that happens, also save the last step.
 
-    The first process's clock decides for all. With `last`, the end is saved in any case.
+    The first process's clock decides for all. With `last`, the last step is saved in any case.
     """
 
     def __init__(self, minutes: float, processes: Processes, *, last: bool = False) -> None:

@@ -104,7 +104,7 @@ class ShardedTrainer(FtlevelTrainer):
         return whole(norm) if isinstance(norm, Tensor) else norm
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        """Write trainable tensors: the first process whole ones, or else each process its parts."""
+        """Write trainable tensors: whole ones in the first process, sharded ones in each."""
         if self._whole:
             if self.processes.is_first:
                 super()._save(output_dir, state_dict=state_dict)

@@ -439,7 +439,7 @@ class FtlevelTrainer(Trainer):
         self._in_training = False
 
     def count_targets(self, batches: list[dict[str, Any]], device: torch.device) -> Tensor:
-        """Returns the number of this process's targets in `batches`, or their weight (scalar)."""
+        """Returns the number or total weight of this process's targets in `batches` (a scalar)."""
         parts = [part for batch in batches for part in batch.get("micro_batches", [batch])]
         counts = [self.objective.training_count(part["labels"], self.loss) for part in parts]
         if not counts:  # same dtype as in other processes

@@ -5,7 +5,7 @@
 Each micro-batch is embedded twice, with the same dropout (GradCache: arXiv:2101.06983), so memory
 holds the activations of one micro-batch. If the activations of all fit, their graphs are kept and
 nothing is embedded twice. Gradients are added in the same order, so both give the same bits. Every
-process computes the loss of all vectors, but only the gradients of its own.
+process computes the loss of all vectors, but only its own vectors' gradients.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from ftlevel.tasks.embedding.retrieval import BLOCK_BYTES, iterate_scores
 
 @dataclass(frozen=True)
 class MiningOptions:
-    """Number of negatives per row, margin, and the range of ranks (from 1) to select them from."""
+    """Number of negatives per row, margin, and range of ranks (from 1) for the negatives."""
 
     negatives: int = 5
     relative_margin: float = 0.05

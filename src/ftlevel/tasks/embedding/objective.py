@@ -63,7 +63,7 @@ def pool(states: torch.Tensor, mask: torch.Tensor, pooling: str) -> torch.Tensor
 
 @dataclass(frozen=True)
 class Embeddings(StepObjective):
-    """Objective of embedding models: pools token states to vectors; the loss is of a whole step.
+    """Objective of embedding models: pools token states to vectors; one loss per optimizer step.
 
     Attributes:
         settings: loss and its settings; `loss` is not None.

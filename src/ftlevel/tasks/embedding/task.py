@@ -359,7 +359,7 @@ class EmbeddingTask(BaseTask):
     def show_targets(
         self, row: Encoded, names: Sequence[str], kind: str, decoder: TokenDecoder
     ) -> list[str | None]:
-        """Returns "" for pooled tokens, but for a text's first one "query" or "document N"."""
+        """Returns "query" or "document N" at each text's first pooled token, "" at other ones."""
         if not isinstance(row, EncodedTexts):
             return [None] * len(row.input_ids)
         shown: list[str | None] = []

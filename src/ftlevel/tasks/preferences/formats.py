@@ -1,7 +1,7 @@
 """Column layouts of preference data, and the examples built from them.
 
-A prompt is a column of its own or the common start of both answers. It is split off by turns, or at
-the last "Assistant:" of HH-RLHF texts, never by common characters.
+A prompt has its own column, or both answers begin with it. Then it is split off by turns, or at the
+last "Assistant:" of HH-RLHF texts, never by common characters.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _HH = re.compile(r"\n\n(Human|Assistant): ?")
 
 @dataclass(frozen=True)
 class PairExample:
-    """Two answers to one prompt; each is one turn, or several if the conversations diverge earlier.
+    """Two answers to one prompt, of several turns each if the conversations diverge early.
 
     `margin` is 0 and `scores` are empty if the data has none.
     """
@@ -50,7 +50,7 @@ class PairExample:
 
     @property
     def parts(self) -> ExampleParts:
-        """Question, preferred answer, and the rest as context, for duplicate checks."""
+        """Question, preferred answer, and (as context) prompt and rejected answer, to compare."""
         question = "\n".join(t.content for t in self.prompt if t.role in ("user", "tool"))
         context = "\0".join(
             (join_turns(self.prompt), join_turns(self.rejected), str(self.tools or ""))

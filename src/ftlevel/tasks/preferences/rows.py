@@ -274,7 +274,7 @@ class PreferenceEncoder:
         return rows
 
     def answers(self, examples: Sequence[LabeledAnswer]) -> list[Encoded]:
-        """Returns the rows of prompt and answer to be scored."""
+        """Returns one row of prompt and answer per example, for a reward model to score."""
         return self._encode([_chosen_conversation(example) for example in examples])
 
     @property

@@ -57,7 +57,7 @@ _HIDDEN = ("loss", "reference")
 
 @dataclass(frozen=True)
 class AnswerTask(BaseTask):
-    """Base class of the preference and reward tasks; `scored`: whether answers get a scalar."""
+    """Base class of the preference and reward tasks; `scored`: whether it trains reward models."""
 
     settings: PreferenceConfig = field(default_factory=PreferenceConfig)
     smoothing: float = 0.0

@@ -158,12 +158,12 @@ def policy_loss(
     Args:
         parameters: loss and clipping.
         each: (tokens,) log-probabilities of the policy, with gradient.
-        old: (tokens,) the same of the policy that sampled; equals `each` on the first iteration.
+        old: (tokens,) log-probabilities of the sampling policy; the first time equal to `each`.
         owners: (tokens,) index of each token's completion, all of whose tokens are here.
         advantages: (tokens,); the same for all tokens of a completion, except in distillation.
         weights: (tokens,), from `completion_weights`.
-        reference: (tokens,) log-probabilities of the reference, for a KL penalty. If `beta` is
-            0, the KL is measured, without a penalty.
+        reference: (tokens,) log-probabilities of the reference, for a KL penalty. If `beta` is 0,
+            the KL is only measured.
     """
     advantages, weights = advantages.to(each.dtype), weights.to(each.dtype)
     log_ratio = each - old

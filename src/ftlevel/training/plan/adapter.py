@@ -285,7 +285,7 @@ def check_adapter_matches(adapter: StartingAdapter, run: Run) -> None:
 
 
 def find_adapter_warnings(adapter: StartingAdapter, run: Run) -> list[str]:
-    """Find warnings about unknown class names, or a prompt format that the adapter did not have."""
+    """Find warnings about unknown class names, or a prompt format unlike the adapter's."""
     labels = run.data.facts["labels"]
     if adapter.card is None and labels and not run.config.data.labels:
         return [

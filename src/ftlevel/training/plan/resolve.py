@@ -332,7 +332,7 @@ def _disable_dropout(model_config: Any) -> list[Choice]:
 
 
 def _set_to_zero(config: Any, values: Mapping[str, float], name: str, shown: str) -> list[Choice]:
-    """Set fields with positive `values` to 0 in `config` (modified); returns a line about it."""
+    """Set fields of `config` (modified) with positive `values` to 0; returns a line about them."""
     positive = {field: value for field, value in values.items() if value and value > 0}
     for field in positive:
         setattr(config, field, 0.0)
