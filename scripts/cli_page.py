@@ -24,13 +24,13 @@ _HEAD = """\
 This page lists all commands; each has a page with its flags. It is generated from the table of
 flags, `src/ftlevel/config/flags.py`, by `python scripts/write_docs.py cli`.
 
-Underscores are read as dashes. Second names are other tools' names of a flag. A field can be set by
-its flag, by `--set field=value` or in a recipe; flags override `--set`, which overrides the recipe.
+Underscores in flags work like dashes. Many flags also accept the name that another tool uses. A field
+can be set by its flag, by `--set field=value` or in a recipe, in this order of precedence.
 `ftlevel train --schema` lists all fields.
 
-`--json` prints one JSON object and nothing else, `--quiet` errors only, and `--traceback` the
-traceback of an error; nearly every command has them. Messages end with a code such as `[rows]`, the
-name of a section of [troubleshooting](troubleshooting.md).
+Nearly every command has `--json` (prints one JSON object and nothing else), `--quiet` (prints errors
+only) and `--traceback` (prints the traceback of an error). Messages end with a code such as `[rows]`:
+a section of [troubleshooting](troubleshooting.md).
 
 | command | |
 |---|---|"""
