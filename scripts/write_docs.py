@@ -37,17 +37,18 @@ FROM_PYTHON = """\
 
 After `import ftlevel.adapters`, PEFT's functions (`get_peft_model`, `add_adapter`,
 `from_pretrained`, `inject_adapter_in_model` and so on) accept `BottleneckConfig`, `PrefixKvConfig`
-and `SoftPromptConfig` like PEFT's own configs. They are in `ftlevel.methods.bottleneck.layer`,
-`prefix.config` and `soft_prompt.config`. Differences:
+and `SoftPromptConfig` like PEFT's own configs. Import them from `ftlevel.methods.bottleneck.layer`, `….prefix.config`
+and `….soft_prompt.config`. Differences from PEFT's methods:
 
-- None of them can be merged: `merge_and_unload` raises NotImplementedError.
-- A prefix or a prompt changes the output from the start; a bottleneck begins as the identity.
-- `output_attentions=True` needs `attn_implementation="eager"`. A prefix adds keys: weights are
-  (batch, heads, queries, P + keys). A prompt adds queries and keys.
+- They cannot be merged: `merge_and_unload` raises NotImplementedError.
+- A new prefix or prompt changes the model's output; a new bottleneck does not.
+- `output_attentions=True` needs `attn_implementation="eager"`. With a prefix of P positions,
+  attention weights are (batch, heads, queries, P + keys). A prompt adds both queries and keys.
 - `torch.compile(fullgraph=True)` works, except for P-tuning with an LSTM.
 
-PEFT 0.21.2's own tests pass on them and on the fused LoRA layers (`scripts/peft_suite.py` of
-commit c9b23cd5, CPU; skipped tests concern merging, or models without known positions):
+PEFT 0.21.2's own tests pass with these methods and with fused LoRA layers
+(`scripts/peft_suite.py` of commit c9b23cd5, CPU). Skipped tests concern merging, or models in
+which ftlevel does not know where to add the method:
 
 | | passed | failed | skipped |
 |---|--:|--:|--:|
@@ -68,13 +69,14 @@ def methods_page() -> str:
         "This page lists what each method trains, its defaults, and which combinations work. It is "
         "generated from",
         "the table that `ftlevel train` uses to refuse unsupported combinations; `ftlevel "
-        "list-methods` shows it for",
+        "list-methods` shows it for a",
         "model, task or quantization. Every supported combination is trained, saved and reloaded "
         "on a tiny model by `make matrix`.",
         "",
         "## What each trains",
         "",
-        "Shares are of the 6.7 billion parameters of Llama-2-7B, with default settings.",
+        "The column \"7B Llama\" is the share of trained parameters for Llama-2-7B with default "
+        "settings.",
         "",
         "| method | flags | trains | 7B Llama | mergeable | paper |",
         "|---|---|---|---:|---|---|",
@@ -83,7 +85,7 @@ def methods_page() -> str:
         "## Defaults",
         "",
         "The page of each [method](guide/index.md) lists its settings and default learning rate; "
-        "[defaults](defaults.md) explains the rates. The schedule decays linearly to zero. Without "
+        "[defaults](defaults.md) explains the rates. Learning rates decay linearly to zero. Without "
         "`--target-modules`, low-rank and orthogonal methods adapt all linear layers of blocks.",
         "",
         *_pages(),
@@ -92,18 +94,20 @@ def methods_page() -> str:
         "`--target-modules q_proj,embed_tokens,lm_head` adds LoRA to the embedding and the output "
         "layer, too.",
         "`--modules-to-save embed_tokens,lm_head` trains them in full.",
-        "`--trainable-token-indices '<tool>,17'` trains single rows of the embedding, given as "
-        "text or id. Layers that",
-        "share weights are trained separately unless `method.ensure_weight_tying=true`. To add a "
-        "token, call",
-        "`resize_token_embeddings` of transformers, save model and tokenizer, and train that.",
+        "`--trainable-token-indices '<tool>,17'` trains the embeddings of single tokens, given as "
+        "text or id. Tied",
+        "layers are trained separately unless `method.ensure_weight_tying=true`. To add a token, "
+        "call",
+        "`resize_token_embeddings` of transformers, save model and tokenizer, and train the "
+        "saved model.",
         "",
         "Plain PEFT adapters on embeddings, heads and resized vocabularies can be used; see "
         "[merge](merge.md).",
         "",
         "## Families and quantized bases",
         "",
-        "`yes`: on all bases; `f`: float base; `4`: `--quant 4bit`; `8`: `--quant 8bit`.",
+        "`yes`: works on all bases; `f`: on float bases; `4`: with `--quant 4bit`; `8`: with "
+        "`--quant 8bit`.",
         "",
         *_family_table(rows),
         "",
@@ -111,7 +115,7 @@ def methods_page() -> str:
         "",
         *_task_table(),
         "",
-        "The page of each [method](guide/index.md) has the reasons, and what to use instead.",
+        "The page of each [method](guide/index.md) explains each `no`, and what to use instead.",
         "",
         *FROM_PYTHON.splitlines(),
     ]

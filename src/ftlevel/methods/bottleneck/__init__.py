@@ -190,22 +190,23 @@ _ROWS = (
      "h", "`double_seq_bn`, formerly `houlsby`; with `cross_adapter` in an encoder-decoder"),
     ("`seq_bn`", "Pfeiffer et al., 2021, arXiv:2005.00247, appendix A.1", "h", "LN(h + r)", "h + r",
      "`seq_bn`, formerly `pfeiffer`"),
-    ("`pfeiffer`", "the same place, read as Houlsby et al. read it", "h", "h", "h",
+    ("`pfeiffer`", "the same, but reads h as Houlsby et al. do", "h", "h", "h",
      "`double_seq_bn` with `mh_adapter=False`"),
     ("`par_bn`", "He et al., 2022, arXiv:2110.04366, section 3.3; s = 4", "h", "r", "r",
      "`par_bn`, formerly `parallel`; `scaled_par_bn` with `method.scaling=learned`"),
-    ("`parallel`", "the same, read as the feed-forward itself reads; s = 4", "h", "x = r", "x",
+    ("`parallel`", "the same, but reads the feed-forward's input; s = 4", "h", "x = r", "x",
      "`par_bn` in post-norm models, else none"),
-    ("`adapter_plus`", "Steitz & Roth, 2024, arXiv:2406.06820; s is learned, one a channel",
+    ("`adapter_plus`", "Steitz & Roth, 2024, arXiv:2406.06820; s is learned per channel",
      "the block's output y", "y = LN(h + r)", "y = h + r",
      "`AdapterPlusConfig` with `stochastic_depth=0`"),
 )  # fmt: skip
 
 _MORE = """
 `seq_bn`, `par_bn` and `adapter_plus` need a residual to which only the feed-forward is added.
-GPT-J, GPT-NeoX, Phi, Falcon, Gemma 2 and 3, OLMo 2 and Granite therefore support only the other
-three. All begin as the identity. In training, the model's own dropout comes after the adapter, and
-`adapter_dropout` is on the bottleneck; in AdapterHub, dropout comes before it, and on the output.
+GPT-J, GPT-NeoX, Phi, Falcon, Gemma 2 and 3, OLMo 2 and Granite therefore support only `houlsby`,
+`pfeiffer` and `parallel`. A new adapter does not change the output. The model's own dropout comes
+after the adapter, and `adapter_dropout` is applied in the bottleneck; in AdapterHub, the model's
+dropout comes before the adapter, and adapter dropout is applied to the adapter's output.
 [Export](export.md#adapterhub) converts adapters to AdapterHub's format and back."""
 
 PAGE = "\n".join([_INTRODUCTION, *(f"| {' | '.join(row)} |" for row in _ROWS), _MORE])

@@ -60,9 +60,9 @@ def why_no_prefix(config: Any) -> str | None:
 ENCODER_WIDTH = 512  # Li & Liang, 2021, § 4.3
 
 PAGE = """\
-A prefix has no position. AdapterHub's flat prefixes with the same values give the same logits,
-except in T5 and mT5, where AdapterHub counts the prefix as the first keys. AdapterHub's prefix
-files are refused."""
+Prefix keys have no position. AdapterHub's flat prefixes with the same values give the same logits,
+except in T5 and mT5, where AdapterHub numbers the prefix as the first positions. AdapterHub's
+prefix files cannot be loaded."""
 
 
 class PrefixTuning(Method):
