@@ -24,12 +24,12 @@ _HEAD = """\
 This page lists all commands; each has a page with its flags. It is generated from the table of
 flags, `src/ftlevel/config/flags.py`, by `python scripts/write_docs.py cli`.
 
-Underscores in flags work like dashes. Many flags also accept the name that another tool uses. A field
-can be set by its flag, by `--set field=value` or in a recipe, in this order of precedence.
-`ftlevel train --schema` lists all fields.
+Underscores in flags work like dashes. Many flags also accept another tool's name for the same
+setting. A field can be set by its flag, by `--set field=value` or in a recipe, in this order of
+precedence. `ftlevel train --schema` lists all fields.
 
-Nearly every command has `--json` (prints one JSON object and nothing else), `--quiet` (prints errors
-only) and `--traceback` (prints the traceback of an error). Messages end with a code such as `[rows]`:
+Nearly every command has `--json` (prints one JSON object and nothing else), `--quiet` (prints only
+errors) and `--traceback` (prints an error's traceback). Messages end with a code such as `[rows]`:
 a section of [troubleshooting](troubleshooting.md).
 
 | command | |

@@ -37,8 +37,8 @@ FROM_PYTHON = """\
 
 After `import ftlevel.adapters`, PEFT's functions (`get_peft_model`, `add_adapter`,
 `from_pretrained`, `inject_adapter_in_model` and so on) accept `BottleneckConfig`, `PrefixKvConfig`
-and `SoftPromptConfig` like PEFT's own configs. Import them from `ftlevel.methods.bottleneck.layer`, `….prefix.config`
-and `….soft_prompt.config`. Differences from PEFT's methods:
+and `SoftPromptConfig` like PEFT's own configs. Import them from `ftlevel.methods`:
+`bottleneck.layer`, `prefix.config` and `soft_prompt.config`. Differences from PEFT's methods:
 
 - They cannot be merged: `merge_and_unload` raises NotImplementedError.
 - A new prefix or prompt changes the model's output; a new bottleneck does not.
@@ -85,7 +85,7 @@ def methods_page() -> str:
         "## Defaults",
         "",
         "The page of each [method](guide/index.md) lists its settings and default learning rate; "
-        "[defaults](defaults.md) explains the rates. Learning rates decay linearly to zero. Without "
+        "[defaults](defaults.md) explains the rates. Rates decay linearly to zero. Without "
         "`--target-modules`, low-rank and orthogonal methods adapt all linear layers of blocks.",
         "",
         *_pages(),
