@@ -75,7 +75,7 @@ def methods_page() -> str:
         "",
         "## What each trains",
         "",
-        "The column \"7B Llama\" is the share of trained parameters for Llama-2-7B with default "
+        'The column "7B Llama" is the share of trained parameters for Llama-2-7B with default '
         "settings.",
         "",
         "| method | flags | trains | 7B Llama | mergeable | paper |",
