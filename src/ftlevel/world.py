@@ -117,7 +117,7 @@ def is_follower() -> bool:
 
 
 def prints_errors() -> bool:
-    """Returns whether this process prints errors before rendezvous: local rank 0 does."""
+    """Returns whether this process prints errors before rendezvous: true for local rank 0."""
     launcher = find_launcher()
     return launcher is None or os.environ.get(launcher.local_rank, "0") == "0"
 

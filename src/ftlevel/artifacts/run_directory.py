@@ -58,7 +58,7 @@ def mark_end(directory: Path) -> None:
 
 
 def mark_resumed(directory: Path) -> None:
-    """Record that a finished run resumes: of its files, only the adapter's stay recorded."""
+    """Record that a finished run resumes: of its files, only the adapter's stay in the record."""
     marker = _read_marker(directory)
     if marker and (files := marker.pop("files", None)) is not None:
         marker["adapter"] = [name for name in files if name.startswith(f"{ADAPTER}/")]

@@ -69,7 +69,7 @@ class EmbeddingFormat:
 
     @property
     def all_prompts(self) -> dict[str, str]:
-        """Prompts by name, with those of queries and documents."""
+        """All prompts by name, including those of queries and documents."""
         return {**self.prompts, "query": self.query_prompt, "document": self.document_prompt}
 
 

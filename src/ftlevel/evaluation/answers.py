@@ -236,7 +236,7 @@ def predict_replies(trained: LoadedModel, ask: AnswerRequest) -> list[Prediction
 
 @dataclass(frozen=True)
 class ReplyBatch:
-    """Predictions for questions; where one is None, `refused` has the reason by index."""
+    """Predictions, one per question or None; `refused` has the reason for None by index."""
 
     replies: list[Prediction | None]
     refused: Mapping[int, str]

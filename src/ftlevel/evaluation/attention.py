@@ -82,7 +82,7 @@ class SharedPrompts:
 
     @cached_property
     def slots(self) -> Tensor | None:
-        """Index of each row in (prompts · width); None if each prompt has `width` rows in order."""
+        """Index of each row among (prompts · width) slots; None if all are used in order."""
         counts = [0] * len(self.lengths)
         slots = []
         for owner in self.owners:
@@ -93,7 +93,7 @@ class SharedPrompts:
         return torch.tensor(slots, device=self.states[0][0].device)
 
     def attend(self, query: Tensor, layer: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns `_attend_part` for each row's prompt; `query` (rows, key heads, q, d) scaled."""
+        """Returns `_attend_part` for each row's prompt; `query`: scaled (rows, key heads, q, d)."""
         keys, values = self.states[layer]
         prompts, groups, _, width = keys.shape
         if self.slots is not None:
@@ -119,7 +119,7 @@ _PROMPTS: ContextVar[Sequence[SharedPrompts]] = ContextVar("shared_prompts", def
 
 @contextlib.contextmanager
 def using_prompts(prompts: Sequence[SharedPrompts]) -> Iterator[None]:
-    """Let forward passes in the block attend to `prompts`; a batch has their rows in order."""
+    """Let forward passes in the block attend to `prompts`; batch rows must be in their order."""
     token = _PROMPTS.set(prompts)
     try:
         yield
@@ -202,7 +202,7 @@ def _attend_with_prompts(
 def _attend_part(
     query: Tensor, key: Tensor, value: Tensor, hidden: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns the sum of values weighted by exp(s − m), the maximum m, and the sum of weights.
+    """Returns the values' sum weighted by exp(s − m), m = max s, and the sum of these weights.
 
     The results have the first three dimensions of `query`. `hidden` is True where a position is
     invisible.

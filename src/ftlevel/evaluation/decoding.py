@@ -238,7 +238,7 @@ class _RoomyLayer(DynamicLayer):
         self.fill(copies[0], copies[1], common)
 
     def close_gaps(self, layer: _RoomyLayer, gaps: Sequence[int]) -> None:
-        """Move each row's shared prefix, a copy of `layer`, right by `gap` to its other tokens."""
+        """Copy `layer`, the shared prefix, into each row, shifted right by the row's gap."""
         common = layer.get_seq_length()
         for row, gap in enumerate(gaps):
             if gap:
@@ -284,7 +284,7 @@ def common_beginning(prompts: Sequence[list[int]]) -> list[int]:
 
 
 def join(parts: Sequence[tuple[Rows, Sequence[int]]]) -> Rows:
-    """Returns one batch; each part is a batch and the ascending indices of its rows to include."""
+    """Returns one batch from `parts`: pairs of a batch and ascending indices of rows to take."""
     parts = [(rows, chosen) for rows, chosen in parts if chosen]
     if not parts:
         return Rows([], [], [], [])
@@ -370,9 +370,9 @@ def find_decoding_error(
 ) -> str:
     """Returns why `decoder` computes wrong logits with `model`; "" if they are right.
 
-    A row starts with a shared prefix next to a longer row, is separated from it and joined with a
-    third. Its logits must match a plain forward pass up to `noise`, relative to their norm. With
-    `forks`, the rows are also duplicated. Call it in eval mode under `torch.no_grad`.
+    The check decodes a row with a shared prefix next to a longer row, separates the two, and joins
+    the first with a third. Its logits must match a plain forward pass up to `noise`, relative to
+    their norm. With `forks`, rows are also duplicated. Call it in eval mode under `torch.no_grad`.
     """
     long = [*prompt, *prompt][:_PROMPT]
     short = long[: _PROMPT // 2]

@@ -133,7 +133,7 @@ class QueryMeter:
 
 @dataclass
 class PairMeter:
-    """Correlation or average precision of similarities; `pairs` has (label, suffix -> score)."""
+    """Correlation or average precision of similarities; `pairs`: (label, metric suffix → score)."""
 
     kind: LabelKind
     pairs: list[tuple[float, Mapping[str, float]]] = field(default_factory=list)

@@ -30,7 +30,7 @@ PERCENTILES = (2.5, 97.5)
 
 @dataclass
 class ExampleStats:
-    """Statistics of an example: summed loss, number of targets, and a meter of this one only."""
+    """Statistics of an example: summed loss, number of targets, and its own meter of metrics."""
 
     meter: Meter
     loss: float = 0.0
@@ -226,7 +226,7 @@ class Difference:
 
 
 def compute_difference(runs: MetricRuns, best: MetricRuns, comparisons: int) -> Difference:
-    """Compute the difference of `runs` from `best`, one of `comparisons` (for Bonferroni)."""
+    """Compute the difference of `runs` from `best`; `comparisons` is a count, for Bonferroni."""
     value = runs.mean - best.mean
     if runs.draws.shape != best.draws.shape or not runs.draws.size:
         return Difference(value, None, None, None)

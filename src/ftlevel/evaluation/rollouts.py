@@ -297,10 +297,10 @@ def open_rewards(
 def open_teacher(
     name: str, objective: PolicyObjective, kind: str, tokenizer: Any, device: str, dtype: str
 ) -> TokenLogps:
-    """Load the teacher `name`; returns a function that computes its log-probabilities.
+    """Load the teacher `name`; returns a function from completions to its log-probabilities.
 
-    The function's argument is a list of completions. `kind` and `tokenizer` are those of the model
-    that samples. Raises InputError if the teacher does not exist, or has another tokenizer.
+    `kind` and `tokenizer` are those of the model that samples. Raises InputError if the teacher
+    does not exist, or has another tokenizer.
     """
     reference = resolve_reference("--teacher", name, kind, tokenizer, device)
     model = reference.ref.load(device, dtype).model

@@ -100,7 +100,7 @@ class Completion:
 
 @dataclass(frozen=True)
 class SamplingOptions:
-    """Sampling settings; `count` completions per prompt; `stop_texts` end them like `stops` ids."""
+    """Sampling settings: `count` completions per prompt; `stops` ids or `stop_texts` end them."""
 
     count: int
     temperature: float
@@ -131,7 +131,7 @@ def draw(scores: torch.Tensor, temperature: float, keys: torch.Tensor) -> Drawn:
 
 
 class _Group:
-    """Completions being sampled for several prompts; numbers count completions over all prompts."""
+    """Completions being sampled for several prompts, numbered over all prompts."""
 
     def __init__(
         self, rows: Sequence[int], options: SamplingOptions, noise: Noise, tokenizer: Any
@@ -233,7 +233,7 @@ class GroupSampler(RowDecoder):
         count: int,
         shared: Rows | None,
     ) -> Rows:
-        """Prefill each prompt once; returns `count` rows of it, each with its first token."""
+        """Prefill each prompt once; returns `count` rows per prompt with a first token each."""
         rows = self.begin(indices, [prompts[i] for i in indices], shared).fork(count)
         rows.numbers = [prompt * count + i for prompt in indices for i in range(count)]
         rows.last = group.draw(rows.numbers, rows.scores)

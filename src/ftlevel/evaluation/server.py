@@ -141,7 +141,8 @@ class ServerSampler:
     ) -> None:
         """Raise RunError unless the server has the current weights.
 
-        Its log-probabilities must be close to theirs, and not much closer to those of `before`.
+        Its log-probabilities must be close to those of the current weights, and not much closer to
+        those of the former weights, `before`.
         """
         answer = self._complete(prompt, self._version, options, PROBE_TOKENS)
         row = build_completion_row(prompt, answer.ids, 0, 0, [])

@@ -84,7 +84,7 @@ class MergeInput:
         return bool(_read_config(self.ref.directory).get("task_type") == "QUESTION_ANS")
 
     def probe(self, rows: Sequence[Encoded]) -> ComparisonProbe:
-        """Returns `rows` with the objective, on which models are compared."""
+        """Returns a probe that compares models on `rows`."""
         pad_id = self.tokenizer.pad_token_id or 0
         return ComparisonProbe(rows, self.ref.objective, pad_id, self.device)
 

@@ -240,7 +240,7 @@ def _special(tokenizer: Any) -> dict[str, int]:
 
 
 def _flags(tokenizer: Any, special: Mapping[str, int]) -> dict[str, bool]:
-    """Returns whether the tokenizer adds BOS and EOS, by encoding a text."""
+    """Returns the flags for adding BOS and EOS, found by encoding a text."""
     ids = tokenizer("a")["input_ids"]
     plain = tokenizer("a", add_special_tokens=False)["input_ids"]
     bos, eos = special.get("bos"), special.get("eos")

@@ -220,10 +220,10 @@ _ALIGNMENT = 8
 
 
 class ShardWriter:
-    """Writes a .safetensors file in one pass: the data, then the header before it.
+    """Writes a .safetensors file in one pass: data first, then the header into space before it.
 
-    Tensors whose size is no multiple of 8 bytes are written last, so that all are aligned.
-    `header_bytes` are reserved for the header; see `header_bound`.
+    `header_bytes` are reserved for the header; see `header_bound`. Tensors whose size is no
+    multiple of 8 bytes are written last, so that all are aligned.
     """
 
     def __init__(self, path: Path, header_bytes: int) -> None:

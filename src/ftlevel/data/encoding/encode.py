@@ -71,7 +71,7 @@ class PromptFormat:
         return f"{self.instruction}\n\n{text}" if self.instruction else text
 
     def plain_prompt(self, text: str, *, has_system: bool = False) -> str:
-        """Returns `text` as a plain prompt; `has_system`: `text` has its own system prompt."""
+        """Returns `text` as a plain prompt, preceded by the system prompt unless `has_system`."""
         return self.plain_parts(text, "", has_system=has_system)[0]
 
     def plain_parts(self, source: str, target: str, *, has_system: bool = False) -> tuple[str, str]:
@@ -228,7 +228,7 @@ class Encoded:
         """Teacher outputs as a structured array, or None.
 
         `known` `(targets, k + 1)` has log-probabilities of the top tokens `ids` `(targets, k)`, and
-        of all others together. Without `ids`, it covers the whole vocabulary.
+        last that of all other tokens together. Without `ids`, it covers the whole vocabulary.
         """
         return None
 
@@ -561,7 +561,7 @@ def distinct_texts(rows: Sequence[Any]) -> tuple[list[EncodedText], StepTexts]:
 
 
 def add_texts(texts: list[EncodedText], more: Sequence[EncodedText]) -> list[int]:
-    """Returns the index in `texts` (modified) of each text of `more`; new ones are appended."""
+    """Add each text of `more` that `texts` (modified) lacks; returns the indices of all in it."""
     index_of = {(text.unpooled, *text.input_ids): at for at, text in enumerate(texts)}
     indices = []
     for text in more:

@@ -77,9 +77,9 @@ def fit_rows(
     """Apply the length limit to `rows`.
 
     `max_length` is the limit in tokens; "auto" is the longest row, within `bounds`. `overlong` is
-    error, drop, truncate-prompt or split; with "auto", error drops up to 1 % of the rows. `where`
-    maps the index of an example to `file:line`. Raises `InputError` if `max_length` exceeds the
-    model's positions, or rows are too long under error.
+    error, drop, truncate-prompt or split. With "auto", error only raises if over 1 % of the rows
+    are too long, else these are dropped. `where` maps the index of an example to `file:line`.
+    Raises `InputError` also if `max_length` exceeds the model's positions.
     """
     lengths = row_lengths(rows)
     longest = int(lengths.max())

@@ -128,7 +128,7 @@ def rows_to_batches(rows: Iterable[Encoded]) -> Iterator[pa.RecordBatch]:
 
 
 class RowStore(LazySequence[Encoded]):
-    """Rows in a file written by `write_store`, which must stay in place.
+    """Rows in a file from `write_store`; the file must stay in place.
 
     `indices` selects rows; None selects all.
     """

@@ -325,7 +325,7 @@ def _resolve_mapping(
 def _match(
     shape: FormatSpec, columns: Sequence[str], mapping: Mapping[str, str]
 ) -> dict[str, str] | None:
-    """Returns the column of each role found; None if `mapping` has a role that `shape` lacks."""
+    """Returns role → column, as found; None if `mapping` has a role that `shape` lacks."""
     if not mapping.keys() <= shape.roles.keys():
         return None
     by_name = {column.lower(): column for column in reversed(columns)}

@@ -191,7 +191,7 @@ def find_variants(
 ) -> list[LabelVariant]:
     """Find labels that are spelling variants of another label.
 
-    `check` is the kind of variant, a check of `gate`. `names` are the known classes; without any,
+    `check` is the kind of variant, such as label_typo. `names` are the known classes; without any,
     the most frequent spelling is the name.
     """
     if check == "label_typo":

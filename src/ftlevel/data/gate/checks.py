@@ -56,14 +56,14 @@ def lay_out(rows: Iterable[Sequence[int]]) -> Ragged:
 
 
 def gather(rows: Sequence[Encoded], at: Integers) -> Ragged:
-    """Returns the token ids of the rows at `at`."""
+    """Returns the token ids of the rows whose indices are `at`."""
     if isinstance(rows, RowStore):
         return Ragged(*rows.gather(at))
     return lay_out(rows[i].input_ids for i in at.tolist())
 
 
 def examples_of(rows: Sequence[Encoded], at: Integers) -> Integers:
-    """Returns the example index of each row at `at`."""
+    """Returns the example index of each row whose index is in `at`."""
     return np.fromiter((rows[i].row for i in at.tolist()), dtype=np.int64, count=len(at))
 
 

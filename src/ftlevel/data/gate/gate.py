@@ -88,7 +88,7 @@ def _repeated(keys: NDArray[Any], selected: Mask | None) -> Iterator[tuple[Integ
 
 
 def find_near_duplicates(rows: Sequence[Encoded], skip: Mask) -> tuple[Integers, Integers]:
-    """Find near duplicates of previous rows, and the previous row of each.
+    """Find near duplicates of previous rows, and the row that each one repeats.
 
     A prefix common to all rows, such as a system prompt, is ignored. `skip` marks known duplicates.
     """
@@ -167,7 +167,7 @@ _SWAPPED_SHARE = 0.2
 
 
 def find_conflicts(digests: Digests) -> tuple[Integers, Integers]:
-    """Find examples that answer a previous prompt differently, and the first with that prompt."""
+    """Find examples whose prompt occurred before with another answer, and its first occurrence."""
     prompts, answers = digests.records["before"], digests.records["last"]
     again, first = find_repeated(prompts, prompts != 0)
     conflict = answers[again] != answers[first]
@@ -189,7 +189,7 @@ def find_swapped(digests: Digests) -> Integers:
     """Find examples whose prompt and answer appear to be swapped.
 
     A naive Bayes model compares the words of each row with those of all other prompts and answers.
-    It is used only if it separates both sides by a median of 10 nats.
+    It is used only if it separates prompts from answers by a median of 10 nats.
     """
     index = WordIndex.of(digests)
     vectors = np.zeros((2, _BUCKETS))
@@ -412,7 +412,7 @@ class Gate:
             split.flag("near_duplicates", *_select(present, *near))
 
     def _check_answers(self, split: SplitReport, digests: Digests) -> None:
-        """Compare prompts with answers: conflicts, swapped roles, and one answer to all."""
+        """Add findings on conflicting answers, swapped roles, and one answer to most prompts."""
         policy, present = self.policy, split.present()
         if policy.conflicting_answers != "ignore":
             conflicts = _select(present, *find_conflicts(digests))

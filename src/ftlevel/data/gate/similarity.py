@@ -213,7 +213,7 @@ def mix(values: Hashes) -> Hashes:
 def find_similar(
     rows: Sequence[Encoded], lengths: Integers, first: Integers, second: Integers, prefix: int
 ) -> Mask:
-    """Returns for each pair of rows, `first` and `second`, whether they are near duplicates.
+    """Returns whether rows are near duplicates, for each pair of indices in `first` and `second`.
 
     Hashes exclude most pairs; the remaining pairs are compared exactly. The first `prefix` tokens
     are ignored, and each row of `first` needs a 5-gram after them.

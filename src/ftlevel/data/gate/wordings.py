@@ -241,7 +241,7 @@ class WordIndex:
 
 
 def find_near_texts(digests: Digests, skip: Mask) -> tuple[Integers, Integers]:
-    """Find near duplicates of previous examples, and the previous example of each.
+    """Find near duplicates of previous examples, and the example that each one repeats.
 
     `skip` marks known duplicates.
     """
@@ -373,7 +373,7 @@ def _find_first(
 def _are_near(
     index: WordIndex, a: Integers, earlier: WordIndex, b: Integers, limits: Integers
 ) -> Mask:
-    """Returns for each pair of examples whether it differs by at most `limits` half words."""
+    """Returns whether examples `a` and `b`, in pairs, differ by at most `limits` half words."""
     near = _may_be_near(index, a, earlier, b, limits)
     records, others = index.digests.records[a], earlier.digests.records[b]
     near &= ~((records["marks"] & ONE_CLASS != 0) & (records["last"] != others["last"]))

@@ -139,7 +139,7 @@ class PreparedData:
         table: training rows as read, indexed by `Encoded.row`.
         facts: data section of `summary.json`.
         choices: log lines.
-        corpus: documents searched with the validation queries; empty: the documents of the rows.
+        corpus: documents that validation queries search; if empty, those of the rows.
         sets: dataset index of each training row, if no step mixes datasets; else empty.
         workspace: temporary directory of uncached rows, deleted with this object.
     """

@@ -193,7 +193,7 @@ class EvaluationRows:
         dropped: number of rows that were too long.
         language: ISO 639-1 code of the target; "" if unknown.
         note: columns used, if they differ from training.
-        corpus: documents searched with the queries; empty: the documents of the rows.
+        corpus: documents that queries search; if empty, those of the rows.
     """
 
     table: Table

@@ -374,7 +374,7 @@ class StreamedRows:
         return self._step * self._steps
 
     def __getitem__(self, index: int) -> Encoded:
-        """Returns row `index`; skips other processes' rows; raises `IndexError` if read before."""
+        """Returns row `index`, skipping rows of other processes; `IndexError` if already read."""
         if index < self._next - self._together:
             raise IndexError(f"row {index:,} of a stream was taken; the next is {self._next:,}")
         while index >= self._next:

@@ -71,7 +71,7 @@ _SKIPPED_PREFIXES = ("_sysconfigdata", "config-")
 
 @dataclass(frozen=True)
 class Documented:
-    """A documented object; `source` leaves out the docstring; it is "" for modules and classes."""
+    """A documented object; `source` omits the docstring, and is "" for modules and classes."""
 
     kind: Literal["module", "class", "function"]
     source: str

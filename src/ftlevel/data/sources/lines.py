@@ -268,8 +268,8 @@ class LineNumbers(LazySequence[int]):
 class LineRows(LazySequence[Row]):
     """Rows of a JSON Lines file, decoded on access; the file must not change meanwhile.
 
-    `lines` are the 1-based lines of the rows, which must be valid. `offsets` are the byte offsets
-    of lines 1, 65, 129 and so on.
+    `lines` are the 1-based line numbers of the rows; other lines are ignored. `offsets` are the
+    byte offsets of lines 1, 65, 129 and so on.
     """
 
     def __init__(self, path: Path, lines: Sequence[int], offsets: Sequence[int]) -> None:

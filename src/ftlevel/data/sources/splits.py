@@ -65,7 +65,7 @@ REMOTE_ROWS = 1_000
 class DatasetSplits:
     """The tables of a dataset; `test` is not used in training, and `notes` are printed.
 
-    `corpus` has documents to search with the validation queries; None: the documents of the rows.
+    `corpus` has the documents that validation queries search; None: those of the rows.
     """
 
     train: Table
@@ -312,7 +312,7 @@ def _load_builtin(dataset: str, split: str | None, options: ReadOptions) -> dict
 
 
 def _check_in_memory(dataset: str) -> InMemoryDataset:
-    """Returns the rows in memory; raises `InputError` if `dataset` is only their recorded name."""
+    """Returns `dataset`; raises `InputError` if it is the recorded name of rows in memory."""
     if isinstance(dataset, InMemoryDataset):
         return dataset
     raise InputError(

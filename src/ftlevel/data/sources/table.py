@@ -76,7 +76,7 @@ class Table:
         return [name for name in self.rows[0] if name not in self.ignored] if self.rows else []
 
     def without_columns(self, names: Iterable[str]) -> Table:
-        """Returns the table with those columns ignored that exist and are in `names`."""
+        """Returns the table with its columns in `names` ignored; other names have no effect."""
         present = [name for name in names if name in self.columns]
         return replace(self, ignored=(*self.ignored, *present)) if present else self
 

@@ -155,7 +155,7 @@ def write_scores(path: Path, name: str, server: str | None, model: LoadedModel, 
 
 
 def describe_gguf_reranker(config: Any) -> str:
-    """Returns why llama.cpp does not compute the scores of a reranker of `config`."""
+    """Returns why llama.cpp cannot compute a reranker's scores, depending on `config`."""
     if config.model_type == "bert":
         return (
             "llama.cpp gives every token of BERT the segment of the query, so a document would "

@@ -267,7 +267,7 @@ class ConllReader(_BlockReader):
         return [cell.strip() for cell in text.split("\t")] if self._tabs else text.split()
 
     def _is_comment(self, cells: list[str], at_start: bool) -> bool:
-        """Returns whether a line is a comment, and not the word `#`, by its columns and its tag."""
+        """Returns whether a line is a comment rather than the word `#` with a tag."""
         if not cells[0].startswith("#"):
             return False
         is_row = len(cells) == self._width
