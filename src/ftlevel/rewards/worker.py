@@ -85,7 +85,7 @@ def _signature(function: Callable[..., Any]) -> dict[str, Any]:
 
 
 def _describe(error: BaseException, file: str = "") -> str:
-    """Returns an exception as one line of text, with the line number of `file` that raised it."""
+    """Returns an exception as one line of text, with the line of `file` that raised it."""
     lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == file]
     if isinstance(error, SyntaxError):
         lines = [error.lineno]

@@ -84,7 +84,7 @@ class PromptedModel(Protocol):
     prompt_format: PromptFormat | None
 
     def write(self, prompts: Sequence[list[int]]) -> list[str]:
-        """Returns the generated text per prompt; raises `UnansweredError` if one is too long."""
+        """Returns the generated text per prompt; raises `UnansweredError` for a too long prompt."""
 
     def score(self, rows: Sequence[Encoded], read: Callable[[Encoded, Tensor], T]) -> list[T]:
         """Returns `read(row, logits)` for each row, in order.
@@ -136,7 +136,7 @@ class BaseTask(ABC):
         has_new_head: whether the head is newly initialized and fully trained.
         generates_text: whether the model generates text.
         served_as: kind of model, as servers name it, if it generates no text.
-        finds_ends_by_padding: whether the model finds a row's last token by the padding after it.
+        finds_ends_by_padding: whether the model locates a row's last token by its padding.
         head_like: task with the same head, if the head is not specific to this task.
         separates_padding: whether the padding token must differ from EOS.
         changes_tokenizer: whether the task changes a tokenizer's template, e.g. to append EOS.
@@ -234,7 +234,7 @@ class BaseTask(ABC):
 
     @abstractmethod
     def build_objective(self, kind: str, facts: Mapping[str, Any]) -> Objective:
-        """Build the objective for a `kind` of model, from data facts or those in a model card."""
+        """Build the objective for a `kind` of model, from facts of the data or of a model card."""
 
     def card_options(self, config: DataConfig, facts: Mapping[str, Any]) -> dict[str, Any]:
         """Returns task options that inference needs."""
@@ -323,7 +323,7 @@ class BaseTask(ABC):
 
     @abstractmethod
     def encode(self, encoder: Encoder, examples: Sequence[Any], table: Table) -> FittedRows:
-        """Encode `examples` as rows; raises `InputError` if one does not fit."""
+        """Encode `examples` as rows; raises `InputError` if an example does not fit."""
 
     def check_rows(self, rows: Sequence[Encoded]) -> Mapping[str, Mask]:
         """Returns task-specific data checks of encoded rows: check name -> mask of failing rows."""

@@ -107,7 +107,7 @@ class RegressionMeter(PredictionMeter):
         self.true += labels.tolist()
 
     def compute(self, loss: float) -> dict[str, float]:
-        """Compute the three metrics; correlations are omitted if one side is constant."""
+        """Compute the metrics; correlations are omitted if predictions or labels are constant."""
         from scipy.stats import pearsonr, spearmanr
 
         scores = {"rmse": math.sqrt(loss)}
@@ -379,7 +379,7 @@ class MultiLabel(Objective):
         return weigh_yes_and_no(logits.float(), labels, loss)
 
     def balance(self, rows: Sequence[Encoded], classes: int) -> tuple[float, ...]:
-        """Returns for each class its number of negative rows divided by that of positive rows."""
+        """Returns for each class the ratio of rows without it to rows with it."""
         return balance_yes_and_no(row.labels for row in rows if isinstance(row.labels, tuple))
 
     def meter(self) -> Meter:

@@ -103,12 +103,12 @@ def normalize_answer(text: str) -> str:
 
 
 def exact_match(prediction: str, answers: Sequence[str]) -> float:
-    """Returns 1.0 if the normalized prediction equals an answer, else 0.0; no answers mean ""."""
+    """Returns 1.0 if the normalized prediction equals an answer (without answers: ""), else 0.0."""
     return float(any(normalize_answer(prediction) == normalize_answer(a) for a in answers or ("",)))
 
 
 def f1(prediction: str, answers: Sequence[str]) -> float:
-    """Returns the highest word F1 of the prediction with an answer; `answers` may be empty."""
+    """Returns the highest word F1 of the prediction with an answer (without answers: "")."""
     return max(_f1(prediction, answer) for answer in answers or ("",))
 
 
@@ -353,7 +353,7 @@ class SpanMeter:
         }
 
     def pool(self, meters: Sequence[SpanMeter]) -> SpanMeter:
-        """Returns a meter of all questions; one that is in two meters counts twice."""
+        """Returns a meter of the questions of all `meters`; repeated questions count repeatedly."""
         pooled = SpanMeter(self.unanswerable)
         for meter in meters:
             for row, span in meter.spans.items():

@@ -78,7 +78,7 @@ def name_scheme(sentences: Iterable[Sequence[str]]) -> str:
 
 
 def find_entities(tags: Sequence[str]) -> list[Entity]:
-    """Find the entities of a sentence; as in conlleval, I- starts one if none is open."""
+    """Find the entities of a sentence; as in conlleval, I- begins an entity if none is open."""
     entities: list[Entity] = []
     start, previous, previous_type = 0, "O", ""
     for index, name in enumerate([*tags, "O"]):

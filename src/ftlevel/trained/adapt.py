@@ -272,7 +272,7 @@ def check_placed(peft_model: Any, method: str, base: Base) -> None:
 
 
 def finish_method(model: Any, method: MethodConfig) -> None:
-    """Remove those parts of the trained `model` (modified) that only training needed."""
+    """Remove the parts of the trained `model` (modified) that only training needs."""
     METHODS[method.kind].finish(model)
 
 
@@ -355,7 +355,7 @@ def load_initial_weights(peft_model: Any, directory: Path) -> None:
 
 
 def describe_state(peft_model: Any) -> tuple[set[str], dict[str, tuple[int, ...]]]:
-    """Returns the tensor names an adapter file must have, and the shapes of all it may have."""
+    """Returns the tensor names that an adapter file must have, and name → shape of all allowed."""
     import peft
 
     needed, allowed = (

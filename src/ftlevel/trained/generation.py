@@ -28,7 +28,7 @@ class GenerationOptions:
         return self.num_beams == 1 and not self.temperature
 
     def arguments(self, tokenizer: Any) -> dict[str, Any]:
-        """Returns the arguments of `generate`; if it samples, also sets torch's global seed."""
+        """Returns the arguments of `generate`; with sampling, also sets torch's global seed."""
         common = {
             "max_new_tokens": self.max_new_tokens,
             "use_cache": True,

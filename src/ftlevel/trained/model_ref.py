@@ -57,7 +57,7 @@ class ModelRef:
         directory: directory of the adapter; None for a model without one.
         card: training settings, derived from the files if ftlevel did not train it. Its
             quantization is that of the loaded weights.
-        is_ours: whether ftlevel wrote the model, so that it has a card of its own.
+        is_ours: whether ftlevel wrote the model, so that it has a model card.
     """
 
     source: ModelSource
@@ -248,7 +248,7 @@ class ModelRef:
 
 
 def find_tokenizer(source: ModelSource, directory: Path | None) -> ModelSource:
-    """Returns where the tokenizer is: with the adapter if it has one, else with the base."""
+    """Returns where the tokenizer is: in the adapter's `directory` if present, else at the base."""
     if directory is None or not (directory / "tokenizer_config.json").is_file():
         return source
     return ModelSource(str(directory), "directory", str(directory))

@@ -112,7 +112,7 @@ def resolve_model(
 
 
 def resolve_stored(ref: ModelRef) -> ModelRef:
-    """Returns `ref` with the quantization in its card replaced by that of the stored weights."""
+    """Returns `ref` with the quantization of the stored weights in its card."""
     stored = None if ref.source.kind == "gguf" else stored_quantization(load_config(ref.source))
     if stored is None:
         return replace(ref, is_stored_quantized=False)
@@ -319,7 +319,7 @@ def _count_outputs(directory: Path, meta: Any) -> int:
 def read_plain_adapter(directory: Path) -> dict[str, Any]:
     """Returns the adapter_config.json of an adapter that PEFT wrote.
 
-    Raises InputError if it is invalid, or the weights are missing.
+    Raises InputError if the file is invalid or the weights are missing.
     """
     path = directory / ADAPTER_CONFIG
     check_regular(directory.iterdir(), str(directory))
@@ -460,7 +460,7 @@ def check_base(source: ModelSource, card: AdapterCard, directory: Path) -> None:
 
 
 def check_cached_base(ref: ModelRef) -> None:
-    """Raise InputError if a base on the Hub has other weights than in training; may download it."""
+    """Raise InputError if the weights of a base on the Hub changed after training; may download."""
     if ref.source.kind == "hub" and ref.card.base.get("fingerprint") is not None:
         local = local_directory(ref.source)
         source = replace(ref.source, kind="directory", location=str(local))
@@ -493,7 +493,7 @@ def resolve_reference(
     """Resolve the auxiliary model `name`, and check that it can score the run's rows.
 
     `flag` names it in messages; `kind` and `tokenizer` are those of the model being trained. Raises
-    InputError if it does not exist, generates no text, or has another kind or vocabulary.
+    InputError if the model does not exist, generates no text, or differs in kind or vocabulary.
     """
     said = f"{flag} {name}"
     ref = resolve_model(name, device=device, said=said)

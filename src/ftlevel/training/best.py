@@ -459,7 +459,7 @@ class PredictionRecorder(TrainerCallback):
         metrics: Mapping[str, float] | None = None,
         **_: Any,
     ) -> None:
-        """Store this evaluation's record; drop all but those of step 0, the best and this step."""
+        """Store the record of this evaluation; of earlier ones, keep only step 0 and the best."""
         best = self._best.evaluations.best if self._best else None
         steps = {0, state.global_step, best.step if best else None}
         if self._current is not None:

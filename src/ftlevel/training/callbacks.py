@@ -124,7 +124,7 @@ class Report(TrainerCallback):
     on_save = on_evaluate
 
     def _count(self) -> None:
-        """Add the time since the last call to `train_s`, unless it is paused."""
+        """Add to `train_s` the time since the previous call, unless the clock is paused."""
         if self._seen_at is not None:
             now = time.perf_counter()
             self.train_s += now - self._seen_at
@@ -227,7 +227,7 @@ class FollowSettings(TrainerCallback):
 
 
 class SetEpoch(TrainerCallback):
-    """Tell the rows and their sampler the current epoch, also after a resume."""
+    """Set the current epoch of the training rows and their sampler, also after a resume."""
 
     def __init__(self, rows: Sequence[Encoded], order: Any) -> None:
         self.rows = rows

@@ -430,7 +430,7 @@ def find_computed_tensor(model: Any, slices: UnreadWeights) -> str:
 
 
 def explain_full_read(run: Run) -> str:
-    """Returns why each process must read the whole base; empty if it can read its own part."""
+    """Returns why each process must read the whole base; empty if its own part is enough."""
     planned, initialization = run.model, METHODS[run.config.method.kind].initialization
     if stored_quantization(planned.config) is not None:
         return "it is stored quantized, and its scales go with whole weights"
@@ -496,8 +496,8 @@ def prepare_start(model: Any, run: Run) -> None:
 class ShuffledBatches:
     """Collated batches of `rows` in a random order that is the same at each iteration.
 
-    Each batch has a boolean mask `supervised` (batch, seq). It marks real tokens; in generation
-    tasks, those with labels.
+    Each batch has a boolean mask `supervised` (batch, seq). It marks all tokens but padding; in
+    generation tasks, only tokens with labels.
     """
 
     def __init__(

@@ -97,7 +97,7 @@ class FileDigests:
 
 
 def digests_of(run: Run) -> tuple[FileDigests, FileDigests]:
-    """Returns the file digests of the base model, and those of a streamed dataset."""
+    """Returns the `FileDigests` of the base model and of a streamed dataset."""
     source = run.model.source
     base = [] if source.path is None else _weights(source.path)
     rows = _limit_files(_MOST, run.data.stream.files) if run.data.stream else []

@@ -31,7 +31,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Processes:
-    """The number of processes of a run and the rank of this one, from the environment."""
+    """Number of processes of a run and rank of the current process, from the environment."""
 
     world: World = field(default_factory=World)
 
@@ -234,7 +234,7 @@ class WatchProcesses(TrainerCallback):
 
     Heartbeats use the process group's store, which needs no collective call. Rank 0 watches the
     others; rank 1 watches rank 0, which may host the store. A missing process is reported once, and
-    again if it recovers and is missed anew. Use as a context manager around training.
+    again if it recovers and then goes missing. Use as a context manager around training.
     """
 
     def __init__(self, processes: Processes, warn: Callable[[str], None]) -> None:
@@ -281,7 +281,7 @@ class WatchProcesses(TrainerCallback):
         self._ended.set()
 
     def _exchange(self) -> None:
-        """Send this process's heartbeat and read those of watched ranks, until training ends."""
+        """Send own heartbeats and read those of watched ranks, until training ends."""
         world, number = self._world, 0
         host = socket.gethostname()
         try:
@@ -330,7 +330,7 @@ class WatchProcesses(TrainerCallback):
             reported = set(missed)
 
     def _find_missing(self, now: float) -> Iterator[tuple[int, str]]:
-        """Yields each rank that delays the others at time `now`, with a message."""
+        """Yields (rank, message) for each rank that delays the others at time `now`."""
         mine = self._step
         is_alone = (
             self._world.rank > 0 and now - self._last_exchange > PATIENCE

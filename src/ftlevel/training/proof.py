@@ -44,7 +44,7 @@ PROBE_SCORES = 8_000_000
 
 @dataclass(frozen=True)
 class Proof:
-    """Result of checking a saved run; differences are the largest absolute ones of logits.
+    """Result of checking a saved run; differences of logits are maximum absolute ones.
 
     Attributes:
         idle_tensors: number of tensors with a zero gradient in the first two steps.
@@ -209,7 +209,7 @@ _SAVED = "saved"
 
 
 def _compare_on_same_base(trained: Any, directory: Path, probe: Probe) -> Compared | None:
-    """Returns the logits without adapter and with the saved one; None if PEFT cannot add it."""
+    """Returns the logits without adapter and with the saved adapter; None if PEFT cannot add it."""
     name, flags = trained.active_adapter, [p.requires_grad for p in trained.parameters()]
     with trained.disable_adapter():
         before = probe.logits(trained)
@@ -230,7 +230,7 @@ def _compare_on_same_base(trained: Any, directory: Path, probe: Probe) -> Compar
 def _compare_on_fresh_base(
     trained: Any, directory: Path, load_base: Callable[[], Any], probe: Probe
 ) -> Compared:
-    """Returns the logits of a newly loaded base, and those of the saved files on it."""
+    """Returns the logits of a newly loaded base, without and with the saved files applied."""
     with _moved_to_cpu(trained, probe.device):
         fresh = load_base()
         if hasattr(trained, "peft_config"):

@@ -50,7 +50,7 @@ from ftlevel.training.plan.run import Run
 def read_or_fill(
     data: DataConfig, start: str, rows: Sequence[Encoded], fill: Callable[[np.ndarray], None]
 ) -> tuple[np.ndarray, bool]:
-    """Returns the (rows, 2) float32 array that `fill` computes, and whether it was fully cached.
+    """Returns the (rows, 2) float32 array that `fill` computes, and whether it came from the cache.
 
     A partly filled file is completed. A file lock ensures that one process computes at a time.
     """
@@ -247,8 +247,8 @@ def describe_first_loss(
 def _save_initial_adapter(run: Run, adapted: PreparedModel) -> Any:
     """Returns a temporary directory with the initial adapter; None if it has no effect.
 
-    If a method rewrites the base, its new adapter is saved for the original base, where it
-    initially has no effect either.
+    Also None if the method rewrites the base: a saved new adapter has no effect on the original
+    base.
     """
     model = adapted.model
     rewrites = METHODS[run.config.method.kind].initialization.rewrites_base(run.config.method)

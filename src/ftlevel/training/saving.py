@@ -134,7 +134,7 @@ class WriteManifest(TrainerCallback):
 
     `keep` is the number of checkpoints to keep. `write_files` adds the files with which a
     checkpoint can be used like a run; None if unsupported. `when_written` calls a function once the
-    checkpoint is fully written; None means it always is.
+    checkpoint is fully written; None: it is written at once.
     """
 
     def __init__(

@@ -146,7 +146,7 @@ def bind_inputs(config: TrainConfig, inputs: TrainInputs, stack: ExitStack) -> B
 
 
 def _own_quant(requested: QuantConfig, quant: QuantConfig) -> QuantConfig:
-    """Returns `quant`, that of a passed model; ConfigError if `requested` contradicts it."""
+    """Returns `quant`, of a passed model; ConfigError if the `requested` one contradicts it."""
     if requested.kind not in ("none", quant.kind) or (
         requested.kind == quant.kind and requested != quant
     ):

@@ -265,7 +265,7 @@ def prove_sharded(
 def _reloaded(model: Any, directory: Path, probe: Probe, processes: Processes) -> Tensor:
     """Returns the logits of `model` with the saved adapter loaded in place of the trained one.
 
-    A second adapter cannot be added: it would be created from a base that is not whole.
+    A second adapter cannot be added: PEFT would create it from this process's part of the base.
     """
     trained = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
     with torch.no_grad():

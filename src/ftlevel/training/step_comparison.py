@@ -197,7 +197,7 @@ class Bounds:
         """Returns the relative difference of `loss` from `expected`.
 
         Raises:
-            RunError: it exceeds the bound.
+            RunError: the difference exceeds its bound.
         """
         difference, tolerance = abs(loss - expected), LEAST.get(self.dtype, LEAST_NARROW)[0]
         bound = tolerance * abs(expected) + ORDER * self.noise_of_loss
@@ -298,7 +298,7 @@ class RoundingErrors:
 
 
 def norms_of(differences: Mapping[str, GradientDifference]) -> dict[str, float]:
-    """Returns the norm of each reference, at least 1 % of the mean of its kind and of the total.
+    """Returns reference norms, at least 1 % of the mean norm of a kind and of the total norm.
 
     Rounding errors of tensors with almost no gradient, such as the bias of span logits or the keys
     of saturated attention, are as large as those of other tensors.

@@ -68,7 +68,7 @@ class GuidedTexts(EncodedTexts):
 
 
 class RowsWithOutputs(LazySequence[Encoded]):
-    """`rows`, each combined with its item of `outputs` at the time it is read."""
+    """`rows` with their `outputs`; each row is combined with its output when it is read."""
 
     def __init__(
         self,

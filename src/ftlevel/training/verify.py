@@ -88,7 +88,7 @@ def cast_to_float64(model: torch.nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _held_in(dtype: torch.dtype, tensors: list[Tensor]) -> Iterator[None]:
-    """Store `tensors` in `dtype` inside the `with` block, and restore their values after it."""
+    """Convert `tensors` to `dtype` inside the `with` block, and restore their values afterwards."""
     originals = [(tensor, tensor.data) for tensor in tensors]
     try:
         for tensor, data in originals:
@@ -129,7 +129,7 @@ def _fits(model: torch.nn.Module, dtype: torch.dtype, tensors: list[Tensor], dev
 
 
 def _tensors_of(model: torch.nn.Module, dtypes: tuple[torch.dtype, ...]) -> list[Tensor]:
-    """Returns parameters and buffers whose dtype is in `dtypes`, once each, no quantized ones."""
+    """Returns the unquantized parameters and buffers with a dtype in `dtypes`, each once."""
     tensors: dict[int, Tensor] = {}
     for module in model.modules():
         for own in direct_tensors(module):

@@ -57,7 +57,7 @@ def _shorten(text: str) -> str:
 
 
 def _find_contradictions(rows: Sequence[EmbeddingRow]) -> tuple[int, str]:
-    """Returns the number of (query, document) pairs labeled both ways, and an example."""
+    """Returns the number of (query, document) pairs with contradicting labels, and an example."""
     known: dict[tuple[str, str], tuple[bool, int]] = {}
     pairs: set[tuple[str, str]] = set()
     first = ""

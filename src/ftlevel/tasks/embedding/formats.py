@@ -269,7 +269,7 @@ def _number(value: object, column: str) -> float:
 
 
 def _conversations(roles: RoleValues, role: str) -> list[str]:
-    """Returns each conversation of a role as a text; the role has one or a list."""
+    """Returns a list of texts: the conversation or conversations of a role, each as one text."""
     if not _has(roles, role):
         return []
     value, name = _parsed(roles, role), roles.columns[role]

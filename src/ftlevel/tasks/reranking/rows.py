@@ -29,7 +29,7 @@ class RankedRow(Encoded):
         query: number of tokens before each document.
         sizes: number of tokens of each document, including the special tokens after it.
         relevance: label of each document.
-        taught: a teacher's score of each document, or its label; NaN until the teacher has run.
+        taught: teacher's score of each document, else its label; NaN until the teacher has run.
         words: the query and the documents, for a teacher model; empty if there is none.
     """
 
@@ -202,7 +202,7 @@ class PairEncoder:
 
 
 def _join(sequences: Sequence[list[int]], query: int) -> list[int]:
-    """Returns the tokens of the query once, then those that follow it in each sequence."""
+    """Returns the query's tokens once, then the tokens after the query of each sequence."""
     joined = list(sequences[0][:query])
     for values in sequences:
         joined += values[query:]

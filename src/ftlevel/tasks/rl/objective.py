@@ -85,7 +85,7 @@ class PolicyGradient(PolicyObjective):
     def policy_sum(
         self, each: torch.Tensor, owners: torch.Tensor, count: int, signals: torch.Tensor
     ) -> torch.Tensor:
-        """Returns the policy loss (a scalar); `signals` is (targets, 5), one `Signal` per target.
+        """Returns the policy loss (a scalar); `signals` `(targets, 5)` has a `Signal` per target.
 
         With a teacher, the advantage of a token is minus its log-ratio log π_old − log π_teacher.
         This gives an unbiased estimate of the gradient of the reverse KL per token, as in GKD with

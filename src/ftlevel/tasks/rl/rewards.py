@@ -239,7 +239,7 @@ class Rewards:
         return signatures
 
     def _ask(self, request: Mapping[str, Any], seconds: float) -> Any:
-        """Returns the worker's reply; if it is late or has ended, stops it and returns None."""
+        """Returns the worker's reply; None if the worker is late, which stops it, or has ended."""
         worker = self._worker
         if worker is None or worker.stdin is None or worker.stdout is None:
             raise RuntimeError("there is no worker")

@@ -1,4 +1,4 @@
 """Estimates of memory, time and communication before weights are loaded; writes nothing.
 
-May import the rest of training, which must not import this package.
+May import all modules of `training`; these must not import this package.
 """

@@ -4,7 +4,7 @@
 
 Each of the n_k layers of kind k adds the same, so small models with one layer per kind give the
 peak of all layers, in each phase. Parallel workers are assumed to peak together, an upper bound.
-Pruning of the last block depends on values, so it is found on one block with random weights.
+What can be pruned in the last block depends on values, so one block with random weights is run.
 """
 
 from __future__ import annotations

@@ -96,9 +96,9 @@ def _modules(spec: MethodConfig, method: Method, tree: ModuleTree, model_name: s
 def _embeddings(
     spec: MethodConfig, method: Method, tree: ModuleTree, requested: str | list[str]
 ) -> tuple[list[str], str | list[str]]:
-    """Split `requested` into the embedding or output layers among them, and the others.
+    """Split `requested` into embedding or output layers and all other modules.
 
-    Raises ConfigError if the method does not support these layers.
+    Raises ConfigError if the method does not support embedding or output layers.
     """
     error = method.refuse_embeddings(spec)
     if isinstance(requested, str) or error is None:
@@ -118,7 +118,7 @@ def _embeddings(
 
 
 def _in_layers(modules: Sequence[str], tree: ModuleTree, layers: Sequence[int]) -> list[str]:
-    """Returns those of `modules` in the given `layers`; ConfigError for missing layers."""
+    """Returns the `modules` that belong to `layers`; ConfigError for missing layers."""
     available = {tree.layer(name) for name in modules} - {None}
     missing = [layer for layer in layers if layer not in available]
     if missing:

@@ -124,7 +124,7 @@ class StartingAdapter:
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """A configuration and everything that follows from it before weights load.
+    """A configuration, and all that is derived from it before the weights are loaded.
 
     `written_base` is the directory to which a base passed as an object was written. `config.quant`
     is what the user configured; `model.quant` also has the quantization of the checkpoint. `best`
@@ -170,7 +170,7 @@ class Run:
 
     @property
     def base(self) -> Base:
-        """The facts about the base model from which a method builds its adapter."""
+        """Facts about the base model, from which a method builds its adapter."""
         model, targets = self.model, self.targets
         return Base(
             config=model.config,
@@ -233,9 +233,8 @@ def size_choices(run: Run, *, try_method: bool) -> list[Choice]:
 def count_trainable(run: Run, *, try_method: bool = False) -> tuple[int, int]:
     """Returns the number of trainable and of all parameters, without loading weights.
 
-    The method's own formula is used if there is one, since building every adapter module on the
-    meta device takes as long as a real one. With `try_method`, as in a dry run, the modules are
-    built anyway.
+    The method's own formula is used if there is one, since building all adapter modules is slow
+    even on the meta device. With `try_method`, as in a dry run, the modules are built anyway.
     """
     method, total = run.config.method, run.model.total_parameters
     method_info = METHODS[method.kind]

@@ -182,7 +182,7 @@ def choose_loss(
     names: Sequence[str],
     rows: Sequence[Encoded],
 ) -> tuple[TrainingLoss, list[Choice]]:
-    """Returns the training loss and the lines that show it; `names` are those of classes or tags.
+    """Returns the training loss, and lines that show it; `names` are class or tag names.
 
     `rows` are the training rows, used to balance classes.
 
