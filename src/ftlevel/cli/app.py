@@ -100,7 +100,7 @@ def build_app(
 
 
 def _placeholder() -> None:
-    """Placeholder for a command that this process does not run."""
+    """Placeholder for the function of a command that this process does not run."""
 
 
 def _version(value: bool) -> None:
@@ -179,13 +179,13 @@ def run(arguments: list[str]) -> int:
 
 
 def _completed_command() -> list[str]:
-    """Returns the command on the line that a shell is completing, as a list; empty if none."""
+    """Returns the command in a line that a shell is completing, as a list; empty if none."""
     typed = os.environ.get("COMP_WORDS") or os.environ.get("_TYPER_COMPLETE_ARGS") or ""
     return [word for word in typed.split()[1:] if not word.startswith("-")][:1]
 
 
 def _call(app: typer.Typer, arguments: list[str]) -> Any:
-    """Run the command; raises KeyboardInterrupt for a Ctrl-C during parsing, which Typer hides."""
+    """Run the command; raises KeyboardInterrupt for Ctrl-C during parsing, unlike Typer."""
     code = app(args=arguments, prog_name="ftlevel", standalone_mode=False, obj=arguments)
     if code == _CTRL_C and received_signal():
         raise KeyboardInterrupt
@@ -197,7 +197,7 @@ def _end_interrupted(arguments: list[str]) -> int:
 
 
 def _end(arguments: list[str], message: str, code: int, topic: str | None = None) -> int:
-    """Print an error to stderr, and to stdout with `--json`; return `code`."""
+    """Print an error to stderr, and with `--json` also to stdout as JSON; return `code`."""
     for line in with_topic(message, topic).split("\n"):
         typer.echo(f"ftlevel: {line}", err=True)
     _report_json(arguments, message, code)
@@ -230,7 +230,7 @@ def _describe_unexpected(error: Exception) -> tuple[str, int]:
 
 
 def _is_from_ctrl_c(error: BaseException | None) -> bool:
-    """Returns whether `error` was caused by Ctrl-C; transformers' imports replace it."""
+    """Returns whether Ctrl-C caused `error`; transformers' imports turn it into other errors."""
     while error is not None:
         if isinstance(error, KeyboardInterrupt):
             return True

@@ -37,7 +37,7 @@ def list_targets(model: str, lora_r: int, as_json: bool) -> None:
 
 
 def _print_targets(report: TargetReport) -> None:
-    """Print table and facts without rich, whose import takes a third of the time."""
+    """Print table and facts; avoids rich, whose import takes a third of the command's time."""
     width = max(_NARROWEST, shutil.get_terminal_size().columns)
     typer.secho(_headline(report), bold=True)
     typer.echo()
@@ -148,7 +148,7 @@ def _facts(report: TargetReport) -> list[tuple[str, str]]:
 
 
 def _by_holder(patterns: Sequence[str]) -> str:
-    """Returns one line of names per block: `model.layers.{i}: input_layernorm, ...`."""
+    """Group full names by parent: `model.layers.{i}: input_layernorm, ...`, one line each."""
     from ftlevel.commands.list_targets import split_pattern
 
     lines: dict[str, list[str]] = {}

@@ -21,9 +21,8 @@ def evaluate(
 ) -> None:
     """Evaluate a run, an adapter or a model.
 
-    Reports the task's metrics. A run is evaluated on its own validation rows by default and
-    reproduces the metrics of training.
-    Bootstrap intervals are 95 %.
+    Reports the task's metrics with 95 % bootstrap intervals. By default, a run is evaluated on its
+    own validation rows, which reproduces the metrics of training.
     """
     config = given.section(EvaluateConfig, task=normalize_task(task) if task else None)
     from ftlevel.cli.screen import open_screen
@@ -99,7 +98,7 @@ def predict(given: CommandInput, *, task: str | None, as_json: bool, quiet: bool
 
     Rows are encoded as in training, need no labels, and keep their order and columns. A prediction
     is a class, classes, a number, tags, a span or a text, depending on the task. Without --output,
-    JSONL goes to stdout.
+    rows are printed to stdout as JSONL.
     """
     config = given.section(PredictConfig, task=normalize_task(task) if task else None)
     if as_json and config.output is None:
@@ -134,8 +133,8 @@ def mine(given: CommandInput, *, as_json: bool, quiet: bool) -> None:
     """Add hard negatives to queries with positives.
 
     An embedding model searches the documents of all rows, and of --corpus, for those nearest to
-    each query. The output has columns query, pos and neg, and is data for --task embedding and
-    --task reranking.
+    each query. The output has columns query, pos and neg, for --task embedding and --task
+    reranking.
     """
     config = given.section(MineConfig)
     from ftlevel.cli.screen import open_screen

@@ -69,7 +69,7 @@ class FtlevelCommand(TyperCommand):
             raise
 
     def _explain(self, error: Any, name: str) -> None:
-        """Add a suggestion for an unknown flag; ConfigError if only --set can set it."""
+        """Add a suggestion for an unknown flag; raises ConfigError if it needs --set instead."""
         field = find_setting(name.lstrip("-").replace("-", "_")) if self.has_settings else ""
         if field:
             raise ConfigError(f"{name} is no flag, but a field: --set {field}=VALUE.") from None
@@ -107,7 +107,7 @@ class FtlevelCommand(TyperCommand):
 
 
 def _name_value(error: Any, done: RewrittenArguments) -> None:
-    """Raise a ConfigError that quotes the invalid value of a flag; Typer's message omits it."""
+    """Raise a ConfigError that quotes a flag's invalid value, which Typer's message omits."""
     parameter = getattr(error, "param", None)
     names = getattr(parameter, "opts", None) or []
     parts = [part for argument in done.arguments for part in argument.split("=", 1)]
@@ -125,7 +125,7 @@ def _name_value(error: Any, done: RewrittenArguments) -> None:
 
 
 def _common_panels(panels: dict[str, list[Any]]) -> dict[str, list[Any]]:
-    """Returns the panels of `--help`: arguments, common options, and a pointer to the others."""
+    """Returns the panels of `--help`: arguments, common options, and the titles of all others."""
     shown = {title: panels[title] for title in ("Arguments", DAILY) if title in panels}
     hidden = {title: records for title, records in panels.items() if title not in shown}
     others = [record for records in hidden.values() for record in records]
@@ -186,7 +186,7 @@ def add_command(
 ) -> None:
     """Add a command with the flags from the table to `app`.
 
-    `function` has a parameter for each flag that it reads itself, and `given` with all flags.
+    `function` has a parameter for each flag that it reads itself; all flags are in `given`.
     """
     rows = flags_of(name, flags)
 
@@ -244,7 +244,7 @@ def _short_choices(metadata: FieldMetadata) -> str | None:
 
 
 def _help_of(metadata: FieldMetadata, row: Flag) -> str:
-    """Returns the help of a flag: its description, plus choices and default if not in there."""
+    """Returns the help of a flag: description, choices and default, without repetition."""
     if row.value is not None:
         return metadata.description
     is_shown = _short_choices(metadata) or all(c in metadata.description for c in metadata.choices)
@@ -265,7 +265,7 @@ class CommandInput:
         values: parameter of the function → value; None if not given.
         arguments: whole command line, to start it again.
         typed: canonical flag → name that the user typed.
-        claims: values without effect, which the configuration must not contradict.
+        claims: flag values without effect, which the configuration must not contradict.
     """
 
     command: str
@@ -296,7 +296,7 @@ class CommandInput:
 
 
 def _put(layer: Layer, row: Flag, path: str, shown: str, value: Any, example: str) -> None:
-    """Set the field at `path` in `layer` (modified); with `example`, from NAME=VALUE pairs."""
+    """Set the field at `path` in `layer` (modified); with `example`, to NAME=VALUE pairs."""
     key = tuple(path.split("."))
     if example:
         for pair in (part for values in value for part in _NEXT_PAIR.split(values)):

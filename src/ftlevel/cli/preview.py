@@ -198,7 +198,7 @@ def _row_parts(row: ShownRow, *, whole: bool, color: bool) -> Iterator[Text]:
 
 
 def _cut(tokens: Sequence[Token], *, whole: bool) -> Iterable[Token | int]:
-    """Returns the tokens to show; an int is the number of tokens left out at its position."""
+    """Returns the tokens to show; an int stands for that number of tokens left out there."""
     surplus = len(tokens) - _MAX_TOKENS
     if whole or surplus <= 0:
         return tokens
@@ -361,9 +361,9 @@ def plan(
 ) -> None:
     """Estimate memory and time of a run before it starts.
 
-    Accepts the flags of train and runs its step on meta tensors. With --model but no --dataset,
-    uses synthetic rows of --max-length and reads only the model's config. Exits with 0 even if it
-    does not fit.
+    Accepts the flags of train and runs a training step on meta tensors. With --model but no
+    --dataset, uses synthetic rows of --max-length and reads only the model's config. Exits with 0
+    even if the run does not fit.
     """
     config, _ = read_config(given)
     from ftlevel.cli.screen import open_screen

@@ -63,7 +63,7 @@ _BAR, _ROOM_FOR_BAR, _ROOM_FOR_FIGURES = 20, 80, 60  # columns of the terminal
 
 
 class Screen(Listener):
-    """Shows a run on a console; `quiet` shows only warnings, which go to `errors`."""
+    """Shows a run on a console; `quiet` prints only warnings, on the console `errors`."""
 
     def __init__(self, console: Console, *, quiet: bool, errors: Console | None = None) -> None:
         self.console = console
@@ -287,7 +287,7 @@ def _result_lines(summary: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _range(summary: Mapping[str, Any], name: str, which: str) -> str:
-    """Returns a metric's interval as text; empty unless intervals before training are known."""
+    """Returns a metric's interval as text; empty without intervals from before training."""
     ends = summary[which].get(name) if "intervals_before" in summary else None
     return "" if ends is None else f" ({ends[0]:.4f}–{ends[1]:.4f})"
 

@@ -45,9 +45,9 @@ class FlagSpec:
         is_switch: whether the canonical flag takes no value.
         value: value of the canonical flag that this name stands for; None if it has none.
         is_value_optional: whether the value may be omitted.
-        values: aliases of values, in lower case.
+        values: alias of a value, in lower case -> what it stands for.
         convert: converts other values; for a switch, raises an error with the reason.
-        is_list: whether the canonical flag is repeated for several values.
+        several: whether the canonical flag is repeated for several values.
     """
 
     flag: str
@@ -223,7 +223,7 @@ def _find(typed: str, specs: Mapping[str, FlagSpec]) -> tuple[str, FlagSpec | No
 
 
 def _take(queue: list[str], option: FlagSpec) -> list[str] | None:
-    """Remove a flag's values from `queue` (modified) and return them; None if one is missing."""
+    """Remove the flag's values from `queue` (modified), return them; None if a value is missing."""
     if option.is_value_optional:
         follows = queue[0] if queue and _is_word(queue[0]) else ""
         is_own = follows.lower() in (*ON, *OFF, *option.values)
@@ -252,7 +252,7 @@ def _is_recipe(text: str) -> bool:
 def _meaning(
     name: str, shown: str, values: Sequence[str], option: FlagSpec
 ) -> list[Setting] | NoOpValue:
-    """Returns the (flag, value) pairs that `values` stand for, or a `NoOpValue` to check."""
+    """Returns the (flag, value) pairs that `values` stand for, or a value without effect."""
     text = ",".join(values)
     word = _truth(text) if option.is_value_optional else text.lower()
     result = option.values.get(word)
@@ -282,7 +282,7 @@ def _meaning(
 
 
 def _switched(option: FlagSpec, word: str) -> list[Setting] | NoOpValue:
-    """Returns the setting of a switch, or a `NoOpValue` to check if it turns one value off."""
+    """Returns (flag, value) of a switch; `NoOpValue` if `word` turns off one value of the flag."""
     if option.value is None:
         return [(option.flag, word)]
     if word == "true":
@@ -310,7 +310,7 @@ def _parts(value: str) -> list[str]:
 
 
 def _pieces(flag: str, text: str) -> Iterator[Setting]:
-    """Yields (flag, value) pairs of a fragment, as "4bit --quant-type nf4" after `--quant`."""
+    """Yields (flag, value) pairs of a text after `flag`, as "4bit --quant-type nf4"."""
     for number, piece in enumerate(_NEXT_FLAG.split(f"{flag} {text}".strip())):
         name, _, value = piece.partition(" ")
         if value or (number == 0 and name != flag):
@@ -320,7 +320,7 @@ def _pieces(flag: str, text: str) -> Iterator[Setting]:
 def _check_given_once(
     values: dict[str, tuple[str, str]], flag: str, value: str, name: str, option: FlagSpec
 ) -> None:
-    """Raise ConfigError if two aliases set one field differently; a repeated flag overrides."""
+    """Raise ConfigError if two aliases set one field differently; a flag may be repeated."""
     if option.is_list or flag == "--set":
         return
     before, earlier = values.setdefault(flag, (name, value))

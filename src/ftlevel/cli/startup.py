@@ -1,9 +1,9 @@
 """Process setup for the import of torch: signals, garbage collector, malloc, loggers.
 
 The cycle collector is disabled for imports: scanning half a million permanent objects takes a fifth
-of the time to the first step. oneDNN caches code for 1,024 shapes by default, 0.4 MB each, and rows
-of text rarely repeat a shape. glibc gives every thread its own heap: with two shared heaps, SmolLM2
-needs a sixth less memory; with one, threads wait for its lock (docs/performance.md).
+of the time to the first step. oneDNN's cache is limited, as its default of 1,024 shapes takes 0.4
+MB each and shapes rarely repeat. glibc gives every thread its own heap: with two shared heaps,
+SmolLM2 needs a sixth less memory; with one, threads wait for its lock (docs/performance.md).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _last_words: Callable[[], int] | None = None
 def install_signal_handlers(last_words: Callable[[], int]) -> None:
     """Handle SIGTERM and SIGHUP like Ctrl-C; ignore SIGUSR1, which is for training runs.
 
-    `last_words` is called on a signal; it prints that nothing was saved and returns the exit code.
+    `last_words`, called on a signal, prints that nothing was saved and returns the exit code.
     """
     global _last_words
     _last_words = last_words
@@ -61,7 +61,7 @@ def exit_on_signal() -> Iterator[None]:
 
 
 def received_signal() -> bool:
-    """Returns whether an ending signal was received, even if a library swallowed it."""
+    """Returns whether SIGINT, SIGTERM or SIGHUP was received, even if a library swallowed it."""
     return _received is not None
 
 
@@ -71,7 +71,7 @@ def exit_code() -> int:
 
 
 def protect_exit(code: int) -> None:
-    """Ignore the first signal at exit, which would break cleanup; a second exits with `code`."""
+    """Ignore one signal during exit, which would break cleanup; a second one exits with `code`."""
     seen: list[int] = []
 
     def end(number: int, _: FrameType | None) -> None:

@@ -36,9 +36,9 @@ _RESUME, _REPLACES = "--resume", ("--overwrite", "--overwrite-output-dir")
 def launch(arguments: Sequence[str], count: int, restarts: int = 0) -> int:
     """Run `ftlevel arguments` in `count` processes; return the exit code of the first that failed.
 
-    The others are then stopped; all end with this process (on Linux). A run that fails with exit
-    code 1 restarts up to `restarts` times with `--resume`; bad input (2) and signals do not restart
-    it.
+    All other processes are then stopped; all end with this process (on Linux). A run that fails
+    with exit code 1 restarts up to `restarts` times with `--resume`; bad input (2) and signals do
+    not restart it.
     """
     told: list[int] = []
     while True:

@@ -21,7 +21,7 @@ _MIN_MEMORY, _MIN_DISK = 4 * 2**30, 5 * 2**30  # bytes free
 
 @dataclass(frozen=True)
 class CheckResult:
-    """Result of a check; `note`: an optional part is missing; `bad`: some runs cannot work."""
+    """Result of a check: `note` if an optional part is missing, `bad` if some runs will fail."""
 
     name: str
     verdict: Verdict

@@ -177,7 +177,7 @@ def _base_of(
 ) -> Iterator[LoadedModel | None]:
     """Yields the base model: `trained` with its adapter disabled, or the base of a full fine-tune.
 
-    Yields None with `--no-base`, if the head is new, and if the base cannot be found.
+    Yields None with `--no-base`, if the head is newly initialized, or if the base cannot be found.
     """
     full_base = find_full_base(trained.ref) if config.base else None
     if config.base and trained.has_adapter and not trained.ref.card.heads:
@@ -192,7 +192,7 @@ def _base_of(
 
 
 def _evaluate_on_judgments(config: EvaluateConfig, qrels: Path, listener: Listener) -> Evaluation:
-    """Retrieve documents for the queries of a retrieval set, and score them by its judgments."""
+    """Retrieve documents for the queries of a retrieval set, and score them with `qrels`."""
     for flag, value in (
         ("--dataset", config.dataset),
         ("--against", config.against),
@@ -294,9 +294,9 @@ def _requantized(ref: ModelRef, quant: str | None) -> ModelRef:
 
 
 def _settings(config: EvaluateConfig, ref: ModelRef) -> tuple[TrainConfig, bool]:
-    """Returns data and scoring settings, and whether the rows are the run's own.
+    """Returns data and scoring settings, and whether the rows are those of the run.
 
-    `config` overrides the run's settings. A file that was moved still counts as the run's own.
+    `config` overrides the run's settings. The run's data file may have been moved.
     """
     changes: dict[str, Any] = {"overlong": "drop"}
     if ref.run is not None:
@@ -375,7 +375,7 @@ def _context(
     *,
     is_compared: bool,
 ) -> EncodingContext:
-    """Returns how to encode rows for `trained`; `leader` sets the length limits."""
+    """Returns how to encode rows for `trained`; length limits are from the card of `leader`."""
     tokenizer, positions = trained.tokenizer, text_positions(settings.method, trained.model.config)
     name = leader.card.method
     has_virtual_tokens = (

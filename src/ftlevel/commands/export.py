@@ -128,7 +128,7 @@ def _find_several(config: ExportConfig, device: str) -> dict[str, ModelRef]:
 
 
 def _left_out(config: ExportConfig, refs: Mapping[str, ModelRef]) -> list[Path]:
-    """Returns folders in a directory of adapters that are runs or models without an adapter."""
+    """Returns the subdirectories of a directory of adapters that have a model but no adapter."""
     if not refs:
         return []
     folders = [p for p in sorted(Path(config.model).expanduser().iterdir()) if p.is_dir()]
@@ -170,7 +170,7 @@ def _merge(config: ExportConfig, ref: ModelRef, directory: Path) -> MergeOutput:
 
 
 def _as_it_is(config: ExportConfig, ref: ModelRef, device: str, _: Path) -> MergeOutput:
-    """Returns how to choose quantization codes for a model without adapter, and to compare it."""
+    """Returns how to quantize a model without adapter, and how to compare the result with it."""
     if not _chooses_codes(config):
         return MergeOutput({})
     model = ref.load(device)
@@ -196,7 +196,7 @@ def _chooses_codes(config: ExportConfig) -> bool:
 def _probes(
     config: ExportConfig, inputs: MergeInput
 ) -> tuple[ComparisonProbe, ComparisonProbe | None]:
-    """Returns the rows to compare on, and those to calibrate quantization codes on (or None)."""
+    """Returns rows to compare logits on, and rows to calibrate quantization codes on (or None)."""
     chooses = _chooses_codes(config)
     rows = choose_rows(inputs, _ROWS, config.calibration_rows if chooses else 0)
     calibration = inputs.probe(rows.calibration) if rows.calibration else None

@@ -58,8 +58,8 @@ def generate(
 
     Raises:
         InputError: a model or a file cannot be loaded.
-        ConfigError: `compare_base` without an adapter, a question without context, or no mask to
-            fill.
+        ConfigError: `compare_base` without an adapter, a question without context, or a prompt
+            without [MASK].
     """
     return generate_answers(
         build_section(GenerateConfig, {"name": name, **settings}), list(prompts)
@@ -130,7 +130,7 @@ def _read_lines(path: Path) -> list[str]:
 def _with_rows(
     request: AnswerRequest, path: Path, task: BaseTask, config: GenerateConfig
 ) -> tuple[AnswerRequest, list[str]]:
-    """Returns `request` extended by the rows of a file, and the text to print for each row."""
+    """Returns `request` extended by the rows of the file `path`, and the text to print for each."""
     ignored = config.ignore_columns
     source, _ = open_rows(str(path), ReadOptions(ignored=ignored))
     try:
@@ -174,9 +174,9 @@ def generate_replies(adapters: AdapterSet, name: str, request: AnswerRequest) ->
 class Chat:
     """A conversation with the adapter that `active_adapter` names.
 
-    History is part of the prompt only if the model has a chat template and no fixed instruction;
-    other models were trained on single prompts. `forgotten` counts messages dropped because the
-    prompt was too long.
+    Earlier messages are part of the prompt only if the model has a chat template and no fixed
+    instruction; other models were trained on single prompts. `forgotten` counts messages dropped
+    because the prompt was too long.
     """
 
     def __init__(self, config: GenerateConfig) -> None:

@@ -25,7 +25,7 @@ QUANTS: tuple[str, ...] = get_args(QuantConfig.model_fields["kind"].annotation)
 
 @dataclass(frozen=True)
 class MethodRow:
-    """Support of one method; `works` is `in part` if that depends on filters not given."""
+    """Support of one method; `works` is `in part` if it depends on a filter that is not set."""
 
     name: str
     method: str

@@ -38,11 +38,11 @@ class TargetRow:
         pattern: full name with `{i}` for the layer index.
         block: start of the pattern that names the block; empty outside the blocks.
         shape: `in -> out`; numbers for a model, symbols for a family.
-        count: number of them; None for a family.
+        count: number of such layers; None for a family.
         all_linear: whether `all-linear` selects it.
         default: whether methods adapt it by default.
         lora_parameters: LoRA parameters of all of them together, at the requested rank.
-        only: models of the family that have it; empty if all do.
+        only: variant of the family that has them; empty if all do.
     """
 
     name: str
@@ -80,9 +80,9 @@ class LoraSize:
 class TargetReport:
     """Output of `ftlevel list-targets`; `dataclasses.asdict` gives its JSON.
 
-    `heads` lists names for `modules_to_save` by task, or by class for a model. `aliases` are
-    families with the same module names. `attention_only` is empty if unknown, and `lora` is None
-    without an example.
+    `heads` lists names for `modules_to_save`: by task for a family, by class for a model. `aliases`
+    are families with the same module names. `attention_only` is empty if unknown, and `lora` is
+    None without an example.
     """
 
     source: Literal["family", "model"]

@@ -40,7 +40,7 @@ from ftlevel.tasks import TASKS
 
 @dataclass(frozen=True)
 class _MergeJob:
-    """Resolved merge: base weights to try (`ways`), output quantization (`low`), rows to use."""
+    """Merge to run: base weights to try (`ways`), output quantization (`low`), and rows."""
 
     config: MergeConfig
     inputs: MergeInput
@@ -172,7 +172,7 @@ def _warn_of_low_bits(served: Agreement, effect: Agreement, listener: Listener) 
 
 
 def score_trained(inputs: MergeInput, probe: ComparisonProbe) -> tuple[RowLogits, Agreement]:
-    """Returns the logits of the trained model, and how they differ from the base model's."""
+    """Returns the logits of the trained model, and their difference from the base model's."""
     model = inputs.ref.load(inputs.device, inputs.dtype)
     trained = probe.score(model.model, inputs.dtype)
     with model.without_adapter():
@@ -180,7 +180,7 @@ def score_trained(inputs: MergeInput, probe: ComparisonProbe) -> tuple[RowLogits
 
 
 def _ways(config: MergeConfig, inputs: MergeInput) -> list[str]:
-    """Returns `original`, `dequantized` or both: base weights to merge onto, to be compared."""
+    """Returns the base weights to merge onto: `original`, `dequantized`, or both, to compare."""
     if inputs.quant.kind == "none":
         if config.onto == "dequantized":
             raise ConfigError(

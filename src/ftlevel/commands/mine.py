@@ -33,7 +33,7 @@ WINDOW = 2_048
 
 @dataclass
 class _Counts:
-    """Counts of rows written and rows without negatives, and of negatives and skipped documents."""
+    """Counts of rows written, rows without negatives, negatives, and skipped documents."""
 
     written: int = 0
     without: int = 0

@@ -76,10 +76,10 @@ class RunPlan:
     """Requirements of a run.
 
     Attributes:
-        steps: optimizer steps per epoch; of the whole run for streamed rows.
+        steps: optimizer steps per epoch, or with streamed rows, of the whole run.
         tokens: tokens per epoch; 0 with synthetic rows.
         imagined: whether rows are synthetic.
-        longest: row length in tokens assumed for the alternatives in `fits`.
+        longest: row length in tokens for which the alternatives in `fits` are estimated.
         checkpoint_bytes: size of one checkpoint, and of all kept at once.
         time: time per epoch; None if unknown.
         cost: cost of the run, in the currency of the price.
@@ -252,7 +252,7 @@ def _checkpoints(run: Run, parts: Mapping[str, int]) -> tuple[int, int]:
 
 
 def _check_cards(config: TrainConfig, options: PlanOptions, card: Gpu | None) -> None:
-    """Reject several GPUs of unknown speed, and sharding on a single GPU."""
+    """Raise ConfigError for several GPUs of unknown speed, and for sharding on one GPU."""
     ranks, way = options.nodes * options.gpus_per_node, config.train.shard
     if ranks == 1 and way != "none":
         raise ConfigError(

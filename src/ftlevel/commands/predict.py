@@ -98,7 +98,7 @@ def predict(
 
 @dataclass(frozen=True)
 class _PredictJob:
-    """Prepared prediction, before weights are loaded; `questions` yields the remaining rows."""
+    """Prepared prediction, before weights are loaded; `questions` yields the unanswered rows."""
 
     ref: ModelRef
     device: str
@@ -168,7 +168,7 @@ def _prepare(
 
 
 def _settings(ref: ModelRef) -> TrainConfig:
-    """Returns the run's configuration; without a run, one with the card's column mapping."""
+    """Returns the run's configuration; without a run, a default one with the card's columns."""
     if ref.run is not None:
         return build_config([read_run(ref.run)])
     return TrainConfig(data={"columns": ref.card.data.get("columns", {})})
@@ -177,7 +177,7 @@ def _settings(ref: ModelRef) -> TrainConfig:
 def _open(
     config: PredictConfig, rows: Any, task: BaseTask, settings: TrainConfig
 ) -> tuple[RowSource, Reader | None]:
-    """Open the input; returns its rows, and the reader of the file (None for in-memory rows)."""
+    """Open the input; returns its rows, and the file reader (None for in-memory rows)."""
     ignored = config.ignore_columns or settings.data.ignore_columns
     if config.dataset is None:
         return in_memory_rows(rows, ignored), None
@@ -192,7 +192,7 @@ def _open(
 def _mapping(
     config: PredictConfig, settings: TrainConfig, task: BaseTask, source: RowSource
 ) -> Mapping[str, str]:
-    """Returns `--map` if given, else the training columns that these rows also have, by role."""
+    """Returns role -> column: `--map` if given, else the training columns that the rows have."""
     if config.columns:
         return config.columns
     roles = {role for shape in task.questions for role in shape.roles}
@@ -240,7 +240,7 @@ def _check_embedding_options(
 
 
 def _let_go(sink: RowSink, tally: RowCounts) -> None:
-    """Close an unfinished output file; discard it if it has no rows."""
+    """Close the output file after an error; delete it if it has no rows."""
     if isinstance(sink, RowFile) and not (tally.kept or tally.answered):
         sink.discard()
     else:
@@ -254,7 +254,7 @@ def _open_sink(config: PredictConfig, columns: RowColumns, stream: IO[str] | Non
 
 
 def _skip_written(questions: Iterator[QueryRow], sink: RowSink, config: PredictConfig) -> int:
-    """Open the output; on `--resume`, skip answered `questions` (modified); return their number."""
+    """Open the output; with `--resume`, skip answered `questions` (modified) and count them."""
     if not isinstance(sink, RowFile):
         return 0
     count = 0

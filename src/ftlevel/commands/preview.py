@@ -34,8 +34,8 @@ _BARS = 10  # of the histogram
 class Token:
     """A displayed token; `text` is the text that it adds after the preceding tokens.
 
-    `supervised` is whether the loss has a target here; `label` is that target, if not the token
-    itself.
+    `supervised` is whether the token is a target of the loss; `label` is the target if it is not
+    the token itself.
     """
 
     id: int
@@ -87,7 +87,7 @@ class Preview:
 
     @property
     def extent(self) -> str:
-        """Rows that lengths and tokens cover: an epoch, or the first rows of a stream."""
+        """Which rows the counts cover: `an epoch`, or `the first 1,000 rows` of a stream."""
         is_streamed = "streamed" in self.facts
         return f"the first {self.facts['first_rows']:,} rows" if is_streamed else "an epoch"
 
@@ -213,7 +213,7 @@ class PieceDecoder:
         self._anchor = tokenizer("a", add_special_tokens=False)["input_ids"][-1:]
 
     def decode_tokens(self, ids: Sequence[int]) -> list[str]:
-        """Returns the text of each id; a multi-byte character is assigned to the last byte."""
+        """Returns the text of each id; a character split over ids belongs to the last of them."""
         before = self._decode(self._anchor)
         texts, pending = [], []
         for id_ in ids:

@@ -71,7 +71,7 @@ def train(
 ) -> TrainResult:
     """Fine-tune as `config` specifies, and write a run directory.
 
-    In-memory rows and models are processed like files.
+    Rows and models passed as objects are processed like files.
 
     Args:
         config: configuration of the run.

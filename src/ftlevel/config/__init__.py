@@ -1,4 +1,4 @@
-"""Frozen pydantic configuration sections, built from recipe and flags; never imports torch."""
+"""Frozen pydantic configuration sections, built from recipe and flags. Does not import torch."""
 
 from ftlevel.config.evaluation import EvaluateConfig, GenerateConfig, PredictConfig
 from ftlevel.config.export import ExportConfig, MergeConfig, QuantizeConfig

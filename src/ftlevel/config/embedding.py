@@ -27,11 +27,11 @@ class EmbeddingLossFacts:
     """Properties of an embedding loss.
 
     Attributes:
-        columns: kind of rows that it needs, as in `Columns`.
-        reads: fields of `EmbeddingConfig` that it uses, besides those that all losses use.
+        columns: kind of rows that the loss needs, as in `Columns`.
+        reads: fields of `EmbeddingConfig` that this loss uses, besides those that all losses use.
         scale: default scale of cosine similarities; None if it has none.
         margin: default margin; None if it has none.
-        contrasts: whether it compares the rows of a step, so that a step needs two or more.
+        contrasts: whether it compares the rows of a step, so that a step needs two or more rows.
         needs_negatives: whether every row needs a negative.
         needs_teacher: whether it needs scores of a teacher, as columns or from `--teacher`.
     """
@@ -75,7 +75,7 @@ LOSS_ALIASES = {
 
 
 def read_loss(value: Any, aliases: Mapping[str, str]) -> Any:
-    """Returns ftlevel's name of a loss given under any tool's name; non-strings are unchanged."""
+    """Returns ftlevel's name of the loss `value`, a name in any tool; keeps other types."""
     if not isinstance(value, str):
         return value
     folded = value.lower().replace("_", "").replace("-", "")
@@ -183,7 +183,7 @@ _FLAGS = {
 def find_embedding_problems(
     task: str, settings: EmbeddingConfig, batch: int, teacher: str | None
 ) -> list[str]:
-    """Returns an error message per setting without effect, and one if a step has too few rows.
+    """Returns a message per setting without effect, and one if an optimizer step has too few rows.
 
     `batch` is the number of rows of an optimizer step.
     """

@@ -231,9 +231,9 @@ class Server:
         formats: export formats that it loads, best first.
         version: server version that the other properties were checked with.
         source: how the properties were checked, such as `read; not run`.
-        ranks: allowed values of its maximum LoRA rank; empty if any is allowed.
-        vocabulary: whether it serves LoRA on embeddings and output layers.
-        every_layer: whether a linear layer must be adapted in all blocks or in none.
+        ranks: values that its option for the maximum LoRA rank allows; empty if any.
+        vocabulary: whether it serves LoRA on embeddings and on the output layer.
+        every_layer: whether each kind of linear layer must be adapted in all blocks or in none.
         families: model types that work; empty if all do.
         several: whether it serves several adapters at once.
         merged: kinds of merged models that it serves: decoder, classifiers, rerankers.
@@ -376,7 +376,7 @@ class ExportConfig(HubSection):
     @model_validator(mode="before")
     @classmethod
     def _format_of_file(cls, raw: Any) -> Any:
-        """Select gguf if `out` is named FILE.gguf and the server loads such a file."""
+        """Set the format gguf if `out` is named FILE.gguf and the server loads such a file."""
         server = SERVERS.get(str(raw.get("server")))
         is_file = Path(str(raw.get("out", ""))).suffix == FORMATS["gguf"].suffix
         if server and "gguf" in server.formats and is_file and raw.get("format") in (None, "auto"):

@@ -25,9 +25,9 @@ class FieldMetadata:
     Attributes:
         type: type on the command line: int, float, bool, Path, list[str], else str.
         choices: allowed values; empty if not enumerable.
-        default: default as printed in the help; empty if it is off or in the description.
+        default: default as printed in the help; empty if it is off or the description has it.
         example: example of a NAME=VALUE pair, for a field that is a mapping.
-        minimum: smallest allowed value, if the field's type does not have it.
+        minimum: smallest allowed value, if the field's type does not state it.
     """
 
     description: str
@@ -41,7 +41,7 @@ class FieldMetadata:
 
 
 def describe_field(config: type[BaseModel], path: str) -> FieldMetadata:
-    """Returns the metadata of the field at the dotted `path` of `config`; raises KeyError if none.
+    """Returns the metadata of the field at the dotted `path` in `config`; may raise KeyError.
 
     In a union of sections, such as the methods, choices come from all members that have the field.
     """
@@ -80,7 +80,7 @@ def _is_section(annotation: Any) -> bool:
 
 
 def _alternatives(annotation: Any) -> list[Any]:
-    """Returns the member types of `annotation`: unions and Annotated unwrapped, no None."""
+    """Returns the types in `annotation`, with unions and Annotated unwrapped, except None."""
     if get_origin(annotation) is Annotated:
         return _alternatives(get_args(annotation)[0])
     if get_origin(annotation) in (Union, UnionType):
@@ -97,7 +97,7 @@ def _value_type(types: list[Any]) -> Any:
 
 
 def _default_of(infos: dict[type[BaseModel], FieldInfo]) -> str:
-    """Returns the default as printed; if the methods differ, the first one's, as `8 with lora`."""
+    """Returns the default as printed; if it depends on the method, as `8 with lora`."""
     defaults = [_format_default(info) for info in infos.values()]
     owner = next(iter(infos)).model_fields.get("kind")
     if len(set(defaults)) == 1 or owner is None or owner in infos.values():
@@ -153,12 +153,12 @@ COMPARE, INFERENCE, WRITE = "Comparison", "Inference", "Output"
 
 @dataclass(frozen=True)
 class NoOpValue:
-    """Flag value that is accepted without effect, unless the field at `path` contradicts it.
+    """Flag value without effect; an error only if the field at `path` contradicts it.
 
     Attributes:
         path: dotted path of the field to check; empty for no check.
-        among: field values that do not contradict; empty for all except those in `unless`.
-        otherwise: advice in the error message.
+        among: field values that agree with it; empty for all except those in `unless`.
+        otherwise: advice in the error message for a contradiction.
     """
 
     reason: str
@@ -168,7 +168,7 @@ class NoOpValue:
     otherwise: str = "Drop one of them"
 
     def holds(self, value: Any) -> bool:
-        """Returns whether the field value does not contradict."""
+        """Returns whether the field's `value` agrees with this flag value."""
         return (not self.among or value in self.among) and value not in self.unless
 
 
@@ -202,7 +202,7 @@ class FlagAliases:
 
     Attributes:
         names: other names of the flag.
-        values: aliases of its values, accepted under all names.
+        values: aliases of its values, accepted with all names of the flag.
         convert: converts values that are not in `values`, as in `Alias`.
     """
 
@@ -230,8 +230,8 @@ class Flag:
         on: commands that have it.
         several: whether it takes several values, separated by commas or spaces.
         is_repeatable: whether it may be given several times.
-        rest: dotted path of a second field, which gets all values but the first.
-        dest: parameter name in the command's function, if it differs from the flag.
+        rest: dotted path of a second field, which is set to all values but the first.
+        dest: parameter name in the command's function, if it differs from the flag's name.
         by_task: task → dotted path of the field set for that task, instead of `path`.
         value: metadata of a flag without `path`; its `default` is the parameter's.
     """

@@ -436,7 +436,7 @@ def flags_of(command: str, flags: Sequence[Flag] = FLAGS) -> list[Flag]:
 def recipe_hint(name: str, command: str = "train") -> str:
     """Returns a hint that names the recipe key of the flag `name`, or "" if it has none.
 
-    If an alias implies a value, the hint has it: `load_in_4bit` gives `quant.kind: 4bit`.
+    For an alias that implies a value, it has the value: `load_in_4bit` gives `quant.kind: 4bit`.
     """
     flag_name = "--" + name.lower().replace("_", "-")
     for flag in FLAGS:

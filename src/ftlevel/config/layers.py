@@ -31,7 +31,7 @@ _LONGEST_VALUE = 200  # characters, in errors
 
 @dataclass(frozen=True)
 class Layer:
-    """Unvalidated values from one source; `origins` has the flag or file:line of each key."""
+    """Unvalidated values from one source; `origins` has the flag, or file:line, of each key."""
 
     values: dict[str, Any] = field(default_factory=dict)
     origins: dict[KeyPath, str] = field(default_factory=dict)
@@ -207,7 +207,7 @@ def format_errors(
     origins: Mapping[KeyPath, str] | None,
     model: type[BaseModel] = TrainConfig,
 ) -> list[str]:
-    """Returns a message per pydantic error; `origins` is None if they are constructor arguments."""
+    """Returns a message per pydantic error; `origins` is None for constructor arguments."""
     messages: list[str] = []
     seen: set[KeyPath] = set()
     known = origins or {}
@@ -232,7 +232,7 @@ Section.explain_errors = staticmethod(lambda error, root: format_errors(error, N
 
 
 def _key_and_method(detail: ErrorDetails, model: type[BaseModel]) -> tuple[KeyPath, str | None]:
-    """Returns the key of an error as in recipes, and the method in whose section it is, or None."""
+    """Returns the recipe key of an error, and its method if it is a method's setting, else None."""
     location = [str(part) for part in detail["loc"]]
     if len(location) > 1 and location[0] in _TAGGED and location[1] in SPECS:
         inner = location[2:] if detail["type"] == "extra_forbidden" else location[2:3]
@@ -277,7 +277,7 @@ def _unknown_key(key: KeyPath, kind: str | None, model: type[BaseModel]) -> str:
 
 
 def _nearest_elsewhere(key: KeyPath) -> str:
-    """Returns the dotted field that a `key` with a wrong or missing section probably means."""
+    """Returns the dotted field probably meant by a `key` with a wrong or missing section."""
     section, name = key[:-1], key[-1]
     sections = [part for part in TrainConfig.model_fields if _fields_of((part,))]
     if len(section) == 1 and section[0] not in TrainConfig.model_fields:

@@ -84,7 +84,7 @@ class MineConfig(Section):
 
     @property
     def rank_range(self) -> tuple[int, int]:
-        """First and last rank from which negatives are chosen; the best match has rank 1."""
+        """First and last rank of matches to choose negatives from; the best match has rank 1."""
         return self.ranks or (1, 100)
 
     @model_validator(mode="after")

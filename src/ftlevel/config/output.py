@@ -47,10 +47,10 @@ class DecodingAsInTraining(Section):
         return self
 
     def decoding(self, trained: Decoding) -> dict[str, Any]:
-        """Returns arguments for `generate`: these settings, else those of training.
+        """Returns arguments for `generate`: these settings; where None, those of training.
 
-        Beam search here turns off sampling of training, and vice versa. Raises ConfigError if the
-        settings contradict each other.
+        Beam search in these settings turns off sampling set for training, and vice versa. Raises
+        ConfigError if the settings contradict each other.
         """
         beams, temperature = self.num_beams, self.temperature
         if beams is None:

@@ -42,8 +42,8 @@ class LossProperties:
         referenced: whether it needs a reference model.
         paired: whether it needs two answers per prompt.
         smoothed: whether it uses `train.label_smoothing_factor`.
-        rate: factor on the default learning rate. Papers use a tenth of the supervised rate or
-            less, except for orpo, which includes the supervised loss.
+        rate: factor on the default learning rate. Papers use a tenth of the rate for supervised
+            fine-tuning or less, except for orpo, which includes the supervised loss.
     """
 
     beta: float | None

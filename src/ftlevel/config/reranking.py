@@ -22,9 +22,9 @@ class RerankingLoss:
     """Properties of a reranking loss.
 
     Attributes:
-        listed: whether a query needs several documents, with different labels.
-        taught: whether it needs a teacher's scores.
-        reads_teacher: whether it can learn from a teacher's scores.
+        listed: whether a query needs several documents, not all with the same label.
+        taught: whether the loss needs a teacher's scores.
+        reads_teacher: whether the loss can use a teacher's scores instead of labels.
         bounded: whether labels have to be from 0 to 1.
     """
 

@@ -29,7 +29,7 @@ class RlLossProperties:
         scale: standard deviation that advantages are divided by: group, batch or none.
         epsilon, epsilon_high: default clipping range. epsilon is None if there is no lower bound
             and `epsilon_high` caps the ratio itself (cispo).
-        reads: fields of `RlConfig` that it uses, of those that not all losses use.
+        reads: fields of `RlConfig` that this loss uses and not every loss uses.
     """
 
     scale: Scale = "group"

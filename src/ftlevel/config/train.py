@@ -258,7 +258,7 @@ def _timing_problems(config: TrainConfig) -> list[str]:
 
 
 def _search_problems(config: TrainConfig) -> list[str]:
-    """Returns messages for `--qrels` and `--corpus` with other tasks or other validation rows."""
+    """Returns messages for `--qrels` or `--corpus` with a wrong task or other validation rows."""
     data = config.data
     files = {"--qrels": data.qrels, "--corpus": data.corpus}
     given = [f"{flag} {path}" for flag, path in files.items() if path is not None]
@@ -354,7 +354,7 @@ def _stream_problems(config: TrainConfig) -> list[str]:
 
 
 def _pipe_problems(config: TrainConfig) -> list[str]:
-    """Returns messages for settings that cannot read stdin or a pipe."""
+    """Returns messages for settings that do not work with data from stdin or a pipe."""
     data, problems = config.data, []
     if (config.train.num_processes or 1) > 1:
         names = (data.dataset, *data.also, data.validation_file or "")

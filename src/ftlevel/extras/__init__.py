@@ -1,5 +1,5 @@
 """Optional parts of ftlevel, registered through entry points; the core never imports them.
 
-Each subpackage defines `EXTENSION`; see `ftlevel.extensions`. An extra may import the core, and the
-extras that it builds on.
+Each subpackage defines `EXTENSION`; see `ftlevel.extensions`. An extra may import the core, and
+other extras that it builds on.
 """

@@ -194,7 +194,7 @@ class _Tree:
             first = row
 
     def _add(self, rows: range, depth: int, past: tuple[Range, ...]) -> None:
-        """Add the common tokens of `rows` after the first `depth`, then the rest of each row."""
+        """Add the tokens after `depth` that `rows` have in common, then each row's other tokens."""
         first = rows.start
         until = min((self._common[row] for row in rows[1:]), default=len(self._rows[first]))
         if until > depth:

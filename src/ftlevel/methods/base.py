@@ -207,7 +207,7 @@ class Method:
         return ", ".join(f"{name} {value}" for name, value in values.items() if value is not None)
 
     def refuse(self, spec: Any, config: Any, kind: str, task: str, quant: str) -> str | None:
-        """Returns why a model is unsupported, with a fix, or None; follows `--method NAME: `."""
+        """Returns why a model is unsupported and a fix (text after `--method NAME: `), or None."""
         return None
 
     def refuse_quantized(self, spec: Any, base: QuantizedCheckpoint) -> str | None:
@@ -223,7 +223,7 @@ class Method:
         )
 
     def refuse_embeddings(self, spec: Any) -> str | None:
-        """Returns why `spec` cannot adapt embeddings; "" if it can, None if no spec can."""
+        """Returns why `spec` cannot adapt embeddings: "" if it can, None if no `spec` ever can."""
         return None
 
     def find_targets(self, spec: Any, model: Any) -> list[str]:

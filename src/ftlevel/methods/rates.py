@@ -46,7 +46,7 @@ class RateFacts:
     token_head: bool = False
 
     def __str__(self) -> str:
-        """In words: `an encoder of hidden size 384 with a new head for tokens and 100 steps`."""
+        """Such as `an encoder of hidden size 384 with a new head for tokens and 100 steps`."""
         head = " with a new head" if self.new_head else ""
         head += " for tokens" if self.token_head else ""
         model = f"{_ARTICLES[self.kind]} {self.kind} of hidden size {self.width:,}{head}"

@@ -61,7 +61,7 @@ class LinearUpdate(Method):
         self.adds_in_place = adds_in_place
 
     def check(self, spec: Any, sizes: Mapping[str, tuple[int, int]]) -> None:
-        """Raise `ConfigError` if the block size does not divide a layer; PEFT may change it."""
+        """Raise `ConfigError` if the block size does not divide a layer; PEFT may adjust it."""
         if self.block_size:
             size = getattr(spec, self.block_size)
             check_divides(self.block_size, size, sizes, outputs=self.divides_outputs)

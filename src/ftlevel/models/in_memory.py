@@ -1,7 +1,7 @@
 """Training of a model and tokenizer passed as Python objects.
 
-A run loads the base from files several times. A model identical to the files of its name is loaded
-from these files; any other model is saved first. The objects passed in are not changed.
+A run loads the base from files several times. If a model equals the files that its `name_or_path`
+names, these are loaded; any other model is saved first. The objects passed in are not changed.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _OF_NO_WEIGHT = tuple(
 
 @dataclass(frozen=True)
 class PlacedModel:
-    """Files of a model passed as an object; `directory` is None if `name` has equal files."""
+    """Files of a model passed as an object; `directory` is None if those of `name` are equal."""
 
     name: str
     directory: Path | None
@@ -140,7 +140,7 @@ def _find_source(name: str, config: ModelConfig) -> ModelSource | None:
 
 
 def _with_tokenizer(source: ModelSource, tokenizer: Any, folder: Path) -> PlacedModel:
-    """Returns `source`, or a copy in `folder` with `tokenizer` if that differs from its own."""
+    """Returns `source`, or if its tokenizer differs, a copy in `folder` with `tokenizer`."""
     if tokenizer is None or _facts(tokenizer) == _facts(load_tokenizer(source)):
         return PlacedModel(
             source.name,
@@ -177,7 +177,7 @@ def _short_name(name: str) -> str:
 
 
 def _facts(tokenizer: Any) -> tuple[Any, ...]:
-    """Returns everything that affects tokenization; padding is excluded."""
+    """Returns everything that affects tokenization except padding, to compare tokenizers."""
     vocabulary: Any = tokenizer.get_vocab()
     if tokenizer.is_fast:
         vocabulary = json.loads(tokenizer.backend_tokenizer.to_str())

@@ -73,7 +73,7 @@ def _by(shape: Iterable[int]) -> str:
 
 
 def check_unexpected(model: nn.Module, unread: Iterable[str], label: str) -> None:
-    """Raise `InputError` if `unread` keys belong to layers or biases missing in config.json."""
+    """Raise `InputError` if `unread` keys are of layers or biases that the config does not have."""
     lengths = {
         name: len(module)
         for name, module in model.named_modules()
@@ -117,7 +117,7 @@ def _find(values: Mapping[str, Any], name: str) -> Any:
 
 
 def check_stored_dtypes(stored: Mapping[str, str], label: str) -> None:
-    """Raise `InputError` if an unquantized checkpoint has integer weights, which lack a scale."""
+    """Raise `InputError` for integer weights in an unquantized checkpoint: they have no scale."""
     quantized = {
         name: dtype
         for name, dtype in stored.items()
@@ -331,7 +331,7 @@ def load_model(
 ) -> tuple[Any, list[str]]:
     """Load the weights of `source` into a model in eval mode.
 
-    Weights that `slices` can read later are neither read nor checked.
+    Weights that `slices` reads later, in parts, are neither read nor checked here.
 
     Returns:
         The model, and the randomly initialized parameters that are not in the checkpoint;
@@ -387,7 +387,7 @@ def load_model(
 def _read(
     source: ModelSource, auto_class: str, slices: UnreadWeights | None, **arguments: Any
 ) -> tuple[Any, dict[str, Any]]:
-    """Returns model and loading info, as `from_pretrained` does with `output_loading_info`."""
+    """Returns the model and loading info, like `from_pretrained` with `output_loading_info`."""
     arguments["output_loading_info"] = True
     arguments["ignore_mismatched_sizes"] = True  # checked by check_shapes
     with _naming_damage(source), silence_loggers(), quick_headers():
@@ -421,8 +421,8 @@ def _load_gguf_quantized(
 def keep_heads(quantization: Any, config: Any, auto_class: str) -> Any:
     """Returns a copy of `quantization` that excludes all heads and layers of `find_unpackable`.
 
-    By default transformers excludes a tied output layer. With a list of exclusions it quantizes
-    that, too, and BERT's `cls.predictions.decoder` would no longer be tied.
+    By default transformers excludes a tied output layer. With a list of exclusions it quantizes the
+    tied layer, too, and BERT's `cls.predictions.decoder` would no longer be tied.
     """
     copied = copy.copy(quantization)
     meta = build_task_model(config, auto_class)
@@ -434,7 +434,7 @@ def keep_heads(quantization: Any, config: Any, auto_class: str) -> Any:
 def _keep_new_heads(
     stored: dict[str, Any], source: ModelSource, config: Any, auto_class: str, dtype: torch.dtype
 ) -> Any:
-    """Returns the config with heads excluded that the bitsandbytes checkpoint did not quantize."""
+    """Returns the config, excluding heads that the bitsandbytes checkpoint did not quantize."""
     if as_quant_config(stored) is None:
         return config
     quantized = [name for name in _stored_dtypes(source) if name.endswith((".absmax", ".SCB"))]
@@ -472,7 +472,7 @@ def _prefix(entry: Any) -> str:
 
 
 def find_new_poolers(meta: torch.nn.Module, source: ModelSource) -> list[str]:
-    """Find poolers that are not in the checkpoint and are trained like heads; may be empty."""
+    """Find poolers that are not in the checkpoint, so they are trained like heads; may be empty."""
     stored_names = _stored_dtypes(source)
     if not stored_names:
         return []

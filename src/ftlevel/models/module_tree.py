@@ -52,7 +52,7 @@ class LinearModule:
     """A linear layer; `pattern` is its name without layer index: `model.layers.{i}.mlp.up_proj`.
 
     `location` is `other` outside blocks and heads (BERT's pooler), `kernel` if the model reads the
-    weight without calling the module (no adapter possible), and `aside` if not always used.
+    weight without calling the module (no adapter possible), `aside` if some inputs do not use it.
     """
 
     name: str
@@ -65,7 +65,7 @@ class LinearModule:
 
 @dataclass(frozen=True)
 class ExpertParameter:
-    """A tensor `(experts, ·, ·)` with one linear layer of every expert of a block."""
+    """A tensor `(experts, ·, ·)` with the same linear layer of every expert in a block."""
 
     name: str
     pattern: str
@@ -148,7 +148,7 @@ class ModuleTree:
         return name
 
     def pattern(self, name: str) -> str:
-        """Returns `name` with `{i}`, `{j}`, … for the indices of layers and of equal modules."""
+        """Returns `name` with `{i}`, `{j}`, … for the indices of layers and of repeated modules."""
         parts, letters = name.split("."), iter(_INDEX_LETTERS)
         for position, part in enumerate(parts):
             holder = ".".join(name.split(".")[:position])
@@ -238,7 +238,7 @@ def find_blocks(model: nn.Module) -> list[nn.Module]:
 
 
 def find_unpackable(model: nn.Module) -> list[str]:
-    """Find linear layers not to quantize: the model accesses their weights without calling them."""
+    """Find linear layers not to quantize, because the model reads their weights directly."""
     kind = str(getattr(model.config, "model_type", ""))
     ends = (*_READ_BY_KERNELS.get(kind, ()), *_WRITTEN_TO.get(kind, ()))
     return (
@@ -261,7 +261,7 @@ def find_heads(model: nn.Module) -> list[str]:
 
 
 def find_new_language_head(model: nn.Module) -> tuple[list[str], list[str]]:
-    """Find the modules of a masked-LM head that are not in the checkpoint, and all heads.
+    """Find the modules of a masked-LM head that are not in the checkpoint, and all head modules.
 
     If `architectures` names no masked LM, all but the tied output embedding is new, such as BERT's
     transform. Both lists are empty for a pretrained head.

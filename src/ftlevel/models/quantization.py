@@ -22,7 +22,7 @@ from ftlevel.models.upstream.quantizers import check_environment, replaced_linea
 
 
 def build_quantization_config(quant: QuantConfig, dtype: torch.dtype, heads: list[str]) -> Any:
-    """Build the `BitsAndBytesConfig` for `quant` without trained `heads`; None for kind `none`."""
+    """Build the `BitsAndBytesConfig` for `quant`, which excludes `heads`; None for kind `none`."""
     if quant.kind == "none":
         return None
     from transformers import BitsAndBytesConfig
@@ -49,7 +49,7 @@ def packs_experts(quantization: Any) -> bool:
 
 @dataclass(frozen=True)
 class QuantizationRounding:
-    """Quantizes and dequantizes tensors, which rounds them as in the quantized base.
+    """Quantizes and dequantizes tensors: the result has the rounding of the quantized base.
 
     Only tensors in `names` are rounded. Those in `transposed` are stored as `(in, out)`, as in
     Conv1D. `dtype` is the dtype before quantization.

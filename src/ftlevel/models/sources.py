@@ -33,7 +33,7 @@ class ModelSource:
     """An existing model and the arguments to load it with transformers.
 
     `location` is a directory or Hub id; `gguf_file` a file inside it. `said` is the model's name in
-    errors; if empty, this is `--model NAME`.
+    errors; empty means `--model NAME`.
     """
 
     name: str
@@ -73,7 +73,7 @@ class ModelSource:
 def find_files(source: ModelSource, patterns: Sequence[str]) -> Path | None:
     """Returns a directory with the files of `source` that match `patterns`, or None.
 
-    Those of a Hub model are downloaded, or offline taken from the cache.
+    Files of a Hub model are downloaded, or offline taken from the cache.
     """
     if source.kind != "hub":
         return source.path if source.path is not None and source.path.is_dir() else None

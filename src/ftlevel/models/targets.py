@@ -40,11 +40,11 @@ class LinearKind:
 
     @property
     def all_linear(self) -> bool:
-        """Whether `all-linear`, the default of low-rank methods, selects it."""
+        """Whether `all-linear`, the default of low-rank methods, selects these layers."""
         return self.location == "block"
 
     def lora_parameters(self, r: int) -> int:
-        """Returns the number of LoRA parameters of rank `r` for all of them."""
+        """Returns the number of LoRA parameters of rank `r` for all these layers."""
         return self.count * lora_parameters(self.in_features, self.out_features, r)
 
 

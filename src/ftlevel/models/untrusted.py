@@ -154,7 +154,7 @@ _SIZES = Path("/proc/self/statm")  # in pages; the sixth field is data and stack
 
 @functools.lru_cache(maxsize=1)
 def _sizes_of(_process: int) -> io.FileIO | None:
-    """Returns the open /proc file of this process's memory sizes, or None; cached per process."""
+    """Returns the open file /proc/self/statm with this process's memory, or None; cached."""
     return io.FileIO(_SIZES) if _SIZES.exists() else None
 
 

@@ -248,8 +248,8 @@ class OftSpec(MethodSpec):
 class BoftSpec(MethodSpec):
     """BOFT: OFT with R as a product of sparse rotations (Liu et al., 2024).
 
-    The product has one butterfly factor. PEFT has more only with its CUDA extension; otherwise it
-    silently uses one.
+    The product has one butterfly factor. PEFT supports more only with its CUDA extension; without
+    it, PEFT silently uses one.
     """
 
     kind: Literal["boft"] = "boft"
@@ -362,7 +362,7 @@ class C3aSpec(MethodSpec):
 class Ia3Spec(MethodSpec):
     """(IA)³: l_k · K, l_v · V and l_ff · γ(W₁x), l learned (Liu et al., 2022, § 3.3).
 
-    A fused query-key-value layer is scaled as a whole; the second feed-forward layer at its input.
+    The second feed-forward layer is scaled at its input; a fused query-key-value layer as a whole.
     """
 
     kind: Literal["ia3"] = "ia3"

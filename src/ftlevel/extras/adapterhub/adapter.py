@@ -1,7 +1,7 @@
 """Read adapters and heads of AdapterHub's `adapters` library, and convert them to the PEFT format.
 
-A head is that of a transformers class ("static") or a stack of layers ("flex"). Flex heads are read
-only if they compute the same as transformers' head of the family.
+A head is that of a transformers class ("static") or AdapterHub's own stack of layers ("flex"). Flex
+heads are read only if they compute the same as transformers' head for that model type.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def _labels(config: Mapping[str, Any]) -> list[str]:
 
 
 def _layers(family: str, kind: str, config: Mapping[str, Any]) -> dict[str, str]:
-    """Returns layer of a flex head → module of transformers' head; InputError if they differ."""
+    """Returns flex layer → module of transformers' head; raises InputError if the heads differ."""
     count, pooled = config.get("layers"), bool(config.get("use_pooler"))
     if kind == "question_answering" and count == 1:
         return {"1": "qa_outputs"}
@@ -186,11 +186,11 @@ class HubAdapter:
 
     @property
     def heads(self) -> list[str]:
-        """Names of the fully trained modules that are saved with the adapter: those of the head."""
+        """Names of fully trained modules saved with the adapter; they form the head."""
         return head_modules(self.head, self.head_weights) if self.head else []
 
     def task(self, wanted: str | None) -> str:
-        """Returns the task of the head, else `wanted`; raises InputError if they differ."""
+        """Returns the head's task, or `wanted` if unknown; raises InputError if they differ."""
         own = self.head.task if self.head else ""
         if own and wanted not in (None, own):
             raise InputError(
@@ -208,7 +208,7 @@ class HubAdapter:
     def convert(self, model: Any) -> tuple[Any, dict[str, Any]]:
         """Returns the adapter's PEFT config for `model`, and its weights by their PEFT names.
 
-        Raises InputError if corrupted, of a different base, or of an unsupported kind.
+        Raises InputError if the adapter is corrupted, unsupported, or for a different base.
         """
         from ftlevel.methods.bottleneck import site_pattern, sites_of
         from ftlevel.methods.bottleneck.layer import BottleneckConfig
@@ -320,7 +320,7 @@ def _name_weights(
 
 
 def _read_weights(directory: Path, names: tuple[str, str]) -> dict[str, Any]:
-    """Load the first existing file of `names` on the CPU; refuse anything but finite tensors."""
+    """Load the first existing file of `names` on the CPU; tensors must be finite."""
     import torch
     from safetensors import SafetensorError
     from safetensors.torch import load_file

@@ -1,8 +1,8 @@
 """Conversion of bottleneck adapters from and to AdapterHub's format.
 
 Based on `adapters` 1.3.0: configuration/adapter_config.py (`BnConfig`), methods/bottleneck.py,
-methods/modeling.py, models/*/mixin_*.py. tests/unit/trained/test_adapterhub.py compares
-with figures of that package.
+methods/modeling.py, models/*/mixin_*.py. tests/unit/trained/test_adapterhub.py compares with
+outputs of that package.
 """
 
 from __future__ import annotations
@@ -151,7 +151,7 @@ def _placement(config: Mapping[str, Any], sites: Sites) -> str:
 def _targets(
     config: Mapping[str, Any], position: str, sites: Sites, model_config: Any
 ) -> tuple[str | None, str | None]:
-    """Returns regular expressions of adapted modules (None: all) and of excluded ones (or None)."""
+    """Returns regular expressions for adapted modules (None: all) and excluded ones (or None)."""
     self_attention, *cross = sites.attention
     modules = [self_attention] * bool(config["mh_adapter"]) + cross * bool(config["cross_adapter"])
     modules += [sites.feed_forward] * bool(config["output_adapter"])
@@ -187,7 +187,7 @@ def _reduction_factor(value: Any) -> float:
 
 
 def _activation(name: Any, *, old: bool) -> str:
-    """Returns transformers' name of an activation; `old`: named as in adapter-transformers."""
+    """Returns transformers' name of an activation; `old`: `name` is from adapter-transformers."""
     from transformers.activations import ACT2FN
 
     activation = str(name).lower()

@@ -9,7 +9,7 @@
 
 NCCL is assumed to build as many rings as a machine has network cards; the hop latencies are NCCL's
 own (ring, simple protocol: src/graph/tuning.cc). g gathers a block while the previous one computes,
-r reduces the gradients of the following one. Overlap is assumed to slow no computation.
+r reduces the gradients of the following one. Overlap is assumed not to slow computation.
 """
 
 from __future__ import annotations
@@ -71,13 +71,13 @@ class Work:
 
     Attributes:
         backward: seconds per block, including recomputation.
-        outside: seconds per micro-batch outside the blocks, forward and backward.
+        outside: seconds per micro-batch outside the blocks (embeddings, head), both passes.
         block: bytes gathered per block; 0 where each GPU has the whole model.
         root: bytes gathered outside the blocks, once per micro-batch.
         again: whether blocks are gathered again for the backward pass.
         reduced: gradient bytes reduced per block in every micro-batch.
         reduced_root: gradient bytes reduced outside the blocks in every micro-batch.
-        everywhere: gradient bytes in the all-reduce at the end of the step.
+        everywhere: gradient bytes in the all-reduce over all GPUs at the end of the step.
     """
 
     micro_batches: int
@@ -242,7 +242,7 @@ def forecast_cluster(
 
 
 def _sent(shares: ShardedModel, ranks: int, way: str) -> dict[str, Any]:
-    """Returns the communication fields of `Work`, in bytes; `way` is the value of `--shard`."""
+    """Returns the fields of `Work` on communication, in bytes; `way` is the value of `--shard`."""
     if way == "none":
         base = shares.blocks.reduced(1) + shares.root.reduced(1)
         return {"everywhere": base if shares.trains_base else shares.trained}

@@ -100,8 +100,8 @@ def _mib(size: int) -> str:
 def compare(given: CommandInput, *, as_json: bool, quiet: bool) -> None:
     """Compare several methods on the same data and budget.
 
-    Accepts the flags of train except --method. Each method trains in its own process; a setting
-    applies to the methods that have it. --resume keeps completed runs and resumes interrupted ones.
+    Accepts the flags of train except --method. Each method trains in its own process; a method
+    setting applies to all methods that have it. --resume skips completed runs.
     """
     config, _ = read_config(given)
     from ftlevel.cli.screen import open_screen

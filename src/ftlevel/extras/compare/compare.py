@@ -210,7 +210,7 @@ def _plain(config: TrainConfig) -> dict[str, Any]:
 def _start_or_resume(
     config: TrainConfig, wishes: ComparisonOptions, path: Path
 ) -> tuple[ComparisonOptions, dict[str, Any]]:
-    """Returns the options and the settings to store; `--resume` merges in those stored before."""
+    """Returns options and settings to store; `--resume` merges them with those stored before."""
     budget = {"steps": wishes.steps, "minutes": wishes.minutes}
     now = _plain(config)
     asked: dict[str, Any] = {
@@ -285,13 +285,13 @@ def _start_or_resume(
 
 
 def _without_metric(asked: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the configuration without `metric_for_best_model`, which `--resume` may change."""
+    """Returns the settings without `metric_for_best_model`, which may change on `--resume`."""
     section = {k: v for k, v in asked.get("train", {}).items() if k != "metric_for_best_model"}
     return {**asked, "train": section}
 
 
 def _check_methods(config: TrainConfig, result: Comparison, listener: Listener) -> None:
-    """Resolve the run of each method like `train`, which also caches the encoded rows."""
+    """Resolve the run of each method like `train`; this also caches the encoded rows."""
     values = set(_plain(config).get("method", {})) - {"kind"}
     for word in dict.fromkeys(result.wishes.methods):
         fields = _method_fields(word)
@@ -335,7 +335,7 @@ def _method_fields(word: str) -> dict[str, Any]:
 def _with_method(
     config: TrainConfig, fields: Mapping[str, Any], wishes: ComparisonOptions
 ) -> TrainConfig:
-    """Returns `config` with the method in `fields`; settings that this method has are kept."""
+    """Returns `config` with the method `fields`; keeps the method settings that it also has."""
     values = _plain(config)
     settings, known = values.get("method", {}), SPECS[str(fields["kind"])].model_fields
     if (
@@ -351,7 +351,7 @@ def _with_method(
 def _set_budget(
     result: Comparison, asked: dict[str, Any], listener: Listener, prepare: Callable[[], Any]
 ) -> None:
-    """Convert minutes to steps, once per method, so that the schedule ends within the budget."""
+    """Convert the budget in minutes to steps per method, so that learning-rate schedules end."""
     minutes, steps = result.wishes.minutes, asked["asked"]["planned_steps"]
     if minutes is None:
         return
@@ -435,7 +435,7 @@ def _is_scored(config: TrainConfig, place: Path) -> bool:
 
 
 def _of_run(config: TrainConfig, run: Path, seed: int) -> TrainConfig:
-    """Returns the configuration of one run, which resumes if the directory is not empty."""
+    """Returns the configuration of one run; it resumes the run if the directory is not empty."""
     has_begun = run.is_dir() and any(run.iterdir())
     output = config.output.model_copy(
         update={"dir": run, "resume": has_begun, "allow_change": (_METRIC,) * has_begun}

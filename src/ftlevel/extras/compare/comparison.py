@@ -45,7 +45,7 @@ class ComparisonOptions:
         max_memory: maximum peak memory of the winner, in GiB.
         max_minutes: maximum time of a run of the winner.
         search: hyperparameters to search for each method.
-        trials: trials per search; None uses ten.
+        trials: trials per search; None means ten.
         study: database URL of the searches; None uses a file in the directory.
     """
 
@@ -78,7 +78,7 @@ class Comparison:
 
 
 def ranking_metric(train: TrainerConfig, task: str, headline: str) -> str:
-    """Returns the requested metric, else the task's main one, or loss if that is not computed."""
+    """Returns the requested metric, else the task's main metric, or loss if it is not computed."""
     if train.metric_for_best_model is not None:
         return train.metric_for_best_model.removeprefix("eval_")
     generates = generates_texts(train.predict_with_generate, TASKS[task])

@@ -153,7 +153,7 @@ _MOST = {"dropout": 0.2, "weight-decay": 0.1}
 
 @dataclass(frozen=True)
 class Study:
-    """Hyperparameter search for one method, stored under a `name` derived from its settings.
+    """Hyperparameter search for one method, stored under a `name` derived from the settings.
 
     `fields` maps settings to configuration fields; `rate` is the default learning rate.
     """
@@ -276,7 +276,7 @@ def search(
 
 
 def _fail_the_silent(result: optuna.Study) -> None:
-    """Mark trials as failed if their process has stopped sending heartbeats."""
+    """Mark trials as failed whose processes have stopped sending heartbeats."""
     import optuna
 
     with warnings.catch_warnings():
@@ -318,7 +318,7 @@ def _describe(result: optuna.Study, study: Study) -> dict[str, Any]:
 
 
 def _try_one(study: Study, config: TrainConfig, path: Path) -> None:
-    """Run one trial; if two processes start the last trial, the later one withdraws."""
+    """Run one trial; if two processes start the last one, the later process withdraws."""
     result = study.load()
 
     def run(trial: optuna.Trial) -> float:
@@ -380,7 +380,7 @@ def with_values(config: TrainConfig, values: Mapping[str, Any]) -> TrainConfig:
 
 
 class _PruningCallback(TrainerCallback):
-    """Evaluate nine times, report to the study, and prune the trial if it falls behind."""
+    """Evaluates nine times, reports to the study, and stops the trial if the study prunes it."""
 
     def __init__(self, trial: optuna.Trial, metric_name: str) -> None:
         self._trial = trial

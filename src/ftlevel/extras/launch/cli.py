@@ -183,7 +183,7 @@ def _option(text: str, problems: list[str]) -> tuple[str, str]:
 
 
 def train_arguments(arguments: Sequence[str]) -> list[str]:
-    """Returns the `ftlevel train` command line for that of `ftlevel launch`."""
+    """Convert the command line of `ftlevel launch` to that of `ftlevel train`."""
     args: list[str] = []
     is_value = False
     for argument in arguments:

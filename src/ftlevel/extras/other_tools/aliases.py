@@ -1,7 +1,7 @@
 """Flags and values of other training tools, in terms of ftlevel's command line.
 
-`UNSUPPORTED_FLAGS` have no counterpart: values that agree with what ftlevel does are accepted.
-Converters raise ValueError if there is no counterpart.
+`UNSUPPORTED_FLAGS` have no counterpart; only values that describe what ftlevel does anyway are
+accepted. Converters raise ValueError for values without a counterpart.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ _OTHER_METHOD = "this method is not available; see ftlevel list-methods. Drop it
 
 
 def _drawn(path: str) -> NoOpValue:
-    """Returns the condition for `--do-sample true`: a temperature above 0."""
+    """Returns `--do-sample true` as a value to check: the temperature at `path` must be above 0."""
     return NoOpValue(
         "tokens are drawn at --temperature",
         path,

@@ -32,7 +32,7 @@ _NO_COUNTERPART = "no equivalent in ftlevel"
 def convert(file: Path) -> list[str]:
     """Print the configuration of a different tool as a recipe, with comments on keys left out.
 
-    If the file is of no known tool, prints nothing and returns the known tools.
+    If the file belongs to no known tool, prints nothing and returns the known tools.
     """
     import yaml
 
@@ -85,7 +85,7 @@ def _reason(error: ConfigError) -> str:
 
 
 def _resolve(typed: dict[str, list[str]], lost: dict[str, str]) -> TrainConfig:
-    """Returns the configuration of `typed`; keys that cause errors move to `lost` (modified)."""
+    """Returns the configuration of flags `typed`; keys with errors move to `lost` (modified)."""
     configs: list[TrainConfig] = []
 
     def command(given: CommandInput) -> None:

@@ -1,6 +1,6 @@
 """Convert RL settings of TRL, Unsloth, ms-swift and verl without changing their meaning.
 
-Their defaults of a loss differ from its paper's, and their batch sizes count completions.
+Their defaults for a loss differ from its paper, and their batch sizes count completions.
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ class RetrievalFacts:
     Attributes:
         series: names of the counted groups of scores, such as positives.
         bands: histogram bars: lower bound, upper bound, and a count per series.
-        worst: queries with the lowest nDCG@10, then with the closest negative.
+        worst: queries with the lowest nDCG@10; ties are sorted by the closest negative.
         total: number of queries.
     """
 
@@ -49,7 +49,7 @@ class RetrievalFacts:
 
 
 def summarize_retrieval(rows: Iterable[dict[str, Any]]) -> RetrievalFacts | None:
-    """Returns the facts of `rows` with scores of positives and negatives, or None."""
+    """Returns facts of the `rows` that have scores of positives and negatives; None without any."""
     scored = [row | scores for row in rows if (scores := _query_scores(row))]
     if not scored:
         return None
@@ -68,7 +68,7 @@ def summarize_retrieval(rows: Iterable[dict[str, Any]]) -> RetrievalFacts | None
 
 
 def _query_scores(row: Mapping[str, Any]) -> dict[str, float]:
-    """Returns the best scores of a row's positives and negatives, with those before training."""
+    """Returns the best scores of a row's positives and negatives, and these before training."""
     result: dict[str, float] = {}
     for base in ("", "base_"):
         names = [f"{base}positive_score", f"{base}negative_score"]
@@ -116,7 +116,7 @@ class Answers:
         counts: true class → predicted class → count; empty if the answers are not classes.
         per_class: class, precision, recall, F1 and count.
         unit: counted unit: rows, or tagged words.
-        lengths: for texts, per decile: minimum and maximum words, rows, mean loss.
+        lengths: for texts, per decile of length: minimum and maximum words, rows, mean loss.
         worst: rows with the highest loss, or wrong rows if there is no loss.
     """
 
@@ -177,7 +177,7 @@ def _answer(row: Mapping[str, Any]) -> str | None:
 
 
 def _pairs(true: Any, predicted: Any) -> tuple[str, list[tuple[str, str]]]:
-    """Returns what is counted (`rows`, `words` or ""), and the row's (true, predicted) classes."""
+    """Returns the counted unit (`rows`, `words` or ""), and the row's (true, predicted) classes."""
     if isinstance(true, str) and isinstance(predicted, str):
         return "rows", [(true, predicted)]
     if isinstance(true, list) and isinstance(predicted, list) and len(true) == len(predicted):

@@ -216,7 +216,7 @@ def draw_charts(runs: Sequence[ReportedRun]) -> Iterator[Chart]:
 
 
 def _points(records: Sequence[Mapping[str, Any]], key: str) -> Iterator[Point]:
-    """Yields finite (step, value) pairs; without a `key`, tokens per second between records."""
+    """Yields finite (step, value) pairs; `key` None: tokens per second between records."""
     before: Mapping[str, Any] | None = None
     for record in records:
         step = record.get("step")
@@ -240,7 +240,7 @@ def _speed(before: Mapping[str, Any] | None, record: Mapping[str, Any]) -> float
 
 
 def thin(points: list[Point]) -> list[Point]:
-    """Returns about `MOST_POINTS` points: the first, lowest and highest of each interval."""
+    """Returns about `MOST_POINTS` points: of each interval, the first, lowest and highest."""
     if len(points) <= MOST_POINTS:
         return points
     stretch = math.ceil(len(points) / (MOST_POINTS // 3))
@@ -364,7 +364,7 @@ def _texts(row: Mapping[str, Any]) -> list[tuple[str, Any]]:
 
 
 def _figures(row: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Yields numeric values of a prediction, the loss first, with those before training."""
+    """Yields the numeric values of a prediction, loss first, and their values before training."""
     for name in sorted(row, key=lambda name: name != "loss"):
         value, before = row[name], row.get(f"base_{name}")
         if name in ("row", *_TEXTS) or name.startswith("base_"):

@@ -1,8 +1,8 @@
 """Export adapters as plain LoRA ("normal form"), read the files back, and compare logits.
 
 `probe_normal_form` converts any linear method: the adapted layer must compute x (W + Δ)ᵀ + b. In
-float64 it receives zeros, the identity and random rows, and the base layer's output is subtracted.
-If the outputs for zeros and random rows agree with the Δ from the identity, Δ is factored by SVD.
+float64 its inputs are zeros, the identity and random rows; the base layer's output is subtracted.
+The identity gives Δ. If the other outputs agree with Δ, it is factored by SVD.
 """
 
 from __future__ import annotations
@@ -148,7 +148,7 @@ TEMPLATE = "chat_template.jinja"
 
 
 class Writer(Protocol):
-    """Write and read plain LoRA in one format; servers load `file`, or if empty the directory."""
+    """Writes and reads plain LoRA in one format; servers load `file`; if empty, the directory."""
 
     file: str
 
@@ -159,7 +159,7 @@ class Writer(Protocol):
         """Write the adapter into the directory `output`."""
 
     def read(self, output: Path, form: NormalForm, _entry: ServedModel) -> NormalForm:
-        """Load the written file back; use `form` only for what the file cannot represent."""
+        """Load the written file; from `form`, use only settings that the file does not have."""
 
 
 @dataclass(frozen=True)
@@ -169,8 +169,8 @@ class AdapterCheck:
     Attributes:
         difference: largest difference of a logit from the trained model.
         scale: largest absolute logit.
-        effect: largest change of a logit by the adapter.
-        quantized: KL divergence from the model on its quantized base; None without one.
+        effect: largest change of a logit due to the adapter.
+        quantized: KL divergence from the trained model on its quantized base, or None.
     """
 
     difference: float
@@ -216,7 +216,7 @@ def plan_adapters(
 
 
 def _refusal(entry: ServedModel, server: Server | None, format_: str, reason: str) -> str:
-    """Returns an error message that names the adapter, and how to merge it if it can be merged."""
+    """Returns an error message with the adapter's name, `reason`, and how to merge, if possible."""
     peft_config = entry.peft_config
     purpose = f"for {server.title}" if server else f"as {format_}"
     reason = f"{entry.name} cannot be written {purpose}: {reason.rstrip('.')}"
@@ -342,7 +342,7 @@ class AdaptersExport:
     def _ask_trained(
         self, entry: ServedModel, prompts: list[Prompt], form: NormalForm | None, device: str
     ) -> tuple[PromptOutputs | None, PromptOutputs, NormalForm]:
-        """Returns outputs of base and trained model, and the normal form, computed if not given."""
+        """Returns outputs of base and trained model, and `form`, which is computed if None."""
         base = None
         if entry.answers:
             base_model = entry.in_float32(with_adapter=False).load(device).model

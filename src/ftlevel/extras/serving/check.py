@@ -1,6 +1,6 @@
 """`check-served`: query a server with recorded prompts and verify that it applies the adapter.
 
-With `--in`, a library runs in a script instead of a server, with its own Python and a timeout.
+With `--in`, a script runs a library instead of a server, with its own Python and a timeout.
 Embeddings and scores are compared with those recorded when the files were exported.
 """
 
@@ -189,7 +189,7 @@ _SHOWN = 300
 def run_library(
     library: str, python: Path | None, base: str, adapters: Sequence[dict[str, Any]], seconds: float
 ) -> dict[str, list[ServerAnswer] | str]:
-    """Returns the library's answers by adapter name, or the reason why it cannot load an adapter.
+    """Returns the library's answers by adapter name; if it cannot load an adapter, the reason.
 
     Each adapter has `name`, `place` (empty for the base), `rank_limit` and `prompts`, lists of
     token ids. A `python` of None is the current one.
@@ -357,7 +357,7 @@ def _check_embeddings(
 
 @dataclass(frozen=True)
 class _Rows:
-    """Outputs for one adapter; `how`: form of the prompts; `no_chat`: why chat was not queried."""
+    """Outputs for one adapter; `how`: how prompts were sent; `no_chat`: why there is no chat."""
 
     plain: list[ServerAnswer]
     chat: list[ServerAnswer | None]
@@ -378,7 +378,7 @@ def _ask_url(config: CheckServedConfig, served: ServingRecord) -> dict[str, _Row
 
 
 def _name_of(adapter: AdapterRecord, served: ServingRecord, listed: list[str]) -> str:
-    """Returns the name under which the server lists `adapter`, else a name that it may accept."""
+    """Returns the server's name for `adapter`, or if it is not listed, a name that may work."""
     if adapter.name in listed or (len(listed) != 1 and served.facts.get("server") != "mlx"):
         return adapter.name
     # mlx-lm loads a model for any other name.
@@ -446,8 +446,8 @@ def _query_library(config: CheckServedConfig, served: ServingRecord) -> dict[str
 def _query_base(config: CheckServedConfig, served: ServingRecord) -> dict[str, list[ServerAnswer]]:
     """Returns the outputs of a quantized base without adapters, by adapter name; may be empty.
 
-    llama.cpp rounds activations with such a base; these outputs show by how much. A server is not
-    queried, since the prompt cache could return base outputs for the adapter.
+    llama.cpp rounds activations with such a base; these outputs show by how much. They come from
+    the library, as a server's prompt cache could return base outputs for the adapter later.
     """
     base = str(served.facts.get("base"))
     adapters = [a for a in served.adapters if a.prompts and "base" in a.prompts[0]]

@@ -200,10 +200,10 @@ _LARGEST_OF = {
 
 @dataclass(frozen=True)
 class Verdict:
-    """Judgment of one answer, over the first `tokens` tokens.
+    """Verdict on one answer, from its first `tokens` tokens.
 
     `difference` is the largest difference of a log-probability from the trained model's; None if
-    none was compared.
+    the server returns no log-probabilities.
     """
 
     word: str
@@ -219,11 +219,11 @@ def tolerance_of(dtype: str) -> float:
 def widen_tolerance(
     tolerance: float, answers: Sequence[ServerAnswer], base: Sequence[Answer]
 ) -> float:
-    """Returns the allowed difference of log-probabilities: at least twice the server's base error.
+    """Returns the allowed difference of log-probabilities: at least twice the error on the base.
 
-    A quantized base rounds activations equally with and without an adapter, so its answers without
-    one (`answers`) differ from the recorded `base` by this effect. An error above that of the
-    coarsest type means a different model, and `tolerance` is returned unchanged.
+    A quantized base rounds activations equally with and without an adapter. The server's base
+    outputs (`answers`) differ from the recorded `base` by this rounding. If they differ by more
+    than with the coarsest type, the model is a different one; `tolerance` is returned unchanged.
     """
     difference = max(_distance(one, recorded) for one, recorded in zip(answers, base, strict=True))
     return max(tolerance, 2 * difference) if difference <= _COARSEST else tolerance
@@ -232,7 +232,7 @@ def widen_tolerance(
 def _distance(answer: ServerAnswer, recorded: Answer) -> float:
     """Returns the largest difference of a log-probability between `answer` and `recorded`.
 
-    At the first different token, half the margin between the two likeliest tokens counts.
+    At the first different token, the difference is half the margin of the two likeliest tokens.
     """
     if answer.ids is None or answer.logprobs is None:
         return 0.0
@@ -277,7 +277,7 @@ def _compare_answer(
 
 
 def _part_rightly(answer: ServerAnswer, recorded: Answer, common: int, tolerance: float) -> bool:
-    """Returns whether the answers differ after `common` tokens at most by rounding."""
+    """Returns whether rounding can explain that the answers differ after `common` tokens."""
     if common == len(recorded.ids):
         return True
     if common == len(answer.ids or ()):  # servers omit the end-of-sequence token

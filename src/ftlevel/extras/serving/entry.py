@@ -1,4 +1,4 @@
-"""One adapter to be served: the base, its prompts, start commands for servers, and its README."""
+"""One adapter to be served: its base, prompts, start commands for servers, and README."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class ServedAdapter:
 
 
 def rank_limit(server: Server, rank: int) -> int:
-    """Returns the smallest rank limit that `server` supports and that is at least `rank`."""
+    """Returns the smallest value of the server's rank limit that is at least `rank`."""
     return next((limit for limit in server.ranks if limit >= rank), rank)
 
 
@@ -82,7 +82,7 @@ def check_signs(server: Server, names: Sequence[str], out: Path) -> None:
 
 
 def _pair(server: Server, adapter: ServedAdapter) -> str:
-    """Returns NAME=PATH for a command, or JSON if the name or the path contains a separator."""
+    """Returns NAME=PATH for a command, or JSON if name or path contain a separator of `server`."""
     pair = f"{adapter.name}={adapter.place}"
     if (pair.count("=") == 1 and "," not in pair) or server.name not in ("vllm", "sglang"):
         return pair
@@ -312,7 +312,7 @@ def open_entry(name: str, ref: ModelRef, server: Server | None) -> ServedModel:
 def check_for(entry: ServedModel, server: Server | None) -> list[str]:
     """Raise InputError if `server` would not serve the adapter as trained; return notes.
 
-    Only the card and the base's config are checked. The error states the alternative.
+    Reads only the model card and the config of the base. The error states an alternative.
     """
     notes = []
     quantization, is_stored = (
@@ -362,7 +362,7 @@ def whole_format(server: Server | None) -> str:
 def check_form(form: Any, entry: ServedModel, server: Server | None) -> Any:
     """Returns `form`, with zero updates added if `server` needs every layer adapted.
 
-    Raises InputError, with the alternative, if the server would not serve `form` as trained.
+    Raises InputError, with an alternative, if the server would not serve `form` as trained.
     """
     if server is None:
         return form

@@ -1,8 +1,8 @@
 """Export plain LoRA for mlx-lm: transposed matrices with scale 1.
 
 mlx-lm adapts the modules `keys` of the last `num_layers` layers, and modules outside the layers by
-full name (`mlx_lm.tuner.utils.linear_to_lora_layers`, 0.32.2). It silently keeps the initial values
-of modules that the file lacks, so every layer gets the same modules.
+full name (`mlx_lm.tuner.utils.linear_to_lora_layers`, 0.32.2). Modules that the file lacks silently
+keep initial values, so every layer gets the same modules.
 """
 
 from __future__ import annotations

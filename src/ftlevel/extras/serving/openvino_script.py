@@ -96,8 +96,8 @@ def _answers(pipeline: Any, own: Any, prompts: list[list[int]], count: int) -> l
     """Returns the answers with the adapter `own`, or of the base if it is None.
 
     `generate` returns one log-probability per answer, so each token is generated again from its
-    prefix. `add_request` returns them per token, but uses the adapters of the last `generate`
-    (2026.4.1).
+    prefix. `add_request` returns log-probabilities per token, but uses the adapters of the last
+    call of `generate` (2026.4.1).
     """
     answers = _generate(pipeline, own, prompts, count)
     before = [

@@ -66,7 +66,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class PromptOutputs:
-    """Outputs of one model for all prompts: logits of the head's shape, and greedy answers."""
+    """Outputs of one model for all prompts: logits (or class scores), and greedy answers."""
 
     logits: list[torch.Tensor]
     answers: list[Answer]
@@ -151,7 +151,7 @@ _FORMAT = 1
 class AdapterRecord:
     """Recorded prompts and answers of one adapter; `rank` is None for a whole model.
 
-    `place` is relative to served.json. Each prompt has the answers `trained` and maybe `base`.
+    `place` is a path relative to served.json. Prompts have the answers `trained` and maybe `base`.
     """
 
     name: str
@@ -167,7 +167,7 @@ def record(
     prompts: Sequence[Prompt],
     outputs_of: Mapping[str, PromptOutputs | None],
 ) -> AdapterRecord:
-    """Returns `prompts` with their answers; `outputs_of` has keys `trained` and maybe `base`."""
+    """Returns `prompts` with answers; `outputs_of` has the key `trained` and optionally `base`."""
     rows = []
     for index, prompt in enumerate(prompts):
         answers = {
@@ -234,7 +234,7 @@ def read_served(out: Path) -> ServingRecord:
 
 
 def start_of(server: str, out: Path, form: EmbeddingFormat | None = None) -> list[str]:
-    """Returns commands that serve the full model at `out`; `form` is that of an embedding model."""
+    """Returns commands that serve the full model at `out`; `form` is only for embedding models."""
     if form is not None:
         return build_embedding_commands(SERVERS[server], out, out.stem, form)
     return build_model_commands(SERVERS[server], out, out.stem)

@@ -127,7 +127,7 @@ class AdaLora(Method):
         return model.peft_config["default"].orth_reg_weight * torch.stack(norms).mean()
 
     def finish(self, model: Any) -> None:
-        """Remove pruned ranks from `model` (modified), to compute like the saved adapter."""
+        """Remove pruned ranks from `model` (modified): it then computes like the saved adapter."""
         import torch
 
         for name, alive in (model.peft_config["default"].rank_pattern or {}).items():

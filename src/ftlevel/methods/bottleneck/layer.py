@@ -322,7 +322,7 @@ class BottleneckModel(UnmergeableTuner, PrecisionTuner, BaseTuner):
             self._replace_module(parent, target_name, layer, target)
 
     def _connect(self, layer: BottleneckLayer, placement: str, site: str) -> Reads:
-        """Connect `layer` (modified) to the residual if needed; returns what adapters read."""
+        """Connect `layer` (modified) to the residual if needed; returns its adapters' input."""
         reads = READS.get(placement, "output")
         if reads not in ("residual", "sum"):
             return reads

@@ -302,7 +302,7 @@ class SoftPromptLayer(VirtualTokenLayer):
         return layout
 
     def _continue(self, names: list[str], call: dict[str, Any]) -> None:
-        """Extend mask and positions of `call` (modified), whose cache contains the prompts."""
+        """Extend mask and positions in arguments `call` (modified); the cache has the prompts."""
         mask = call.get("attention_mask")
         if mask is not None:
             call["attention_mask"] = self._find_layout(names, mask, mask).extend_mask(mask)

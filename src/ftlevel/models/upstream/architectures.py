@@ -35,7 +35,7 @@ def has_masked_lm(model_type: str) -> bool:
 
 
 def modules_in_float32(model: Any, dtype: torch.dtype) -> frozenset[str]:
-    """Returns the name parts of modules that stay in float32 if `model` is loaded in `dtype`."""
+    """Returns parts of names; modules with them stay in float32 if `model` is loaded in `dtype`."""
     if dtype == torch.float32:
         return frozenset()
     names = set(model._keep_in_fp32_modules_strict or ())
@@ -60,7 +60,7 @@ def eager_attention_of(module: Any) -> Any:
 
 
 def forget_renaming(model: Any, mapping: Mapping[str, str]) -> None:
-    """Make `save_pretrained` of `model` (modified) ignore `key_mapping` and use its own names."""
+    """Make `save_pretrained` of `model` (modified) use the model's names, not `key_mapping`."""
     model._weight_conversions = [
         conversion
         for conversion in model._weight_conversions

@@ -40,14 +40,14 @@ class Naming:
         self.names = model.state_dict()
 
     def __call__(self, key: str) -> tuple[str, str | None]:
-        """Returns the model's name for the checkpoint `key`, and its converter pattern or None."""
+        """Returns the model's name for checkpoint `key`, and its converter's pattern or None."""
         name, pattern = rename_source_key(
             key, self._renamings, self._converters, self._model.base_model_prefix, self.names
         )
         return (key, None) if name not in self.names and key in self.names else (name, pattern)
 
     def tell_model(self) -> None:
-        """Store the used conversions in the model (modified), as `from_pretrained` does."""
+        """Store the applied conversions in the model (modified), as `from_pretrained` does."""
         self._model._weight_conversions = [
             conversion
             for conversion in self._conversions
@@ -94,7 +94,7 @@ class PlainReader(gguf.GGUFReader):
         self._plain = np.asarray(mapped)
 
     def _get_field_parts(self, orig_offs: int, raw_type: int) -> tuple[int, list[Any], Any, Any]:
-        """Returns size, parts, value indices and types of a field, without gguf's recursion."""
+        """Returns size, parts, value indices and types of a field; loops where gguf recurses."""
         if raw_type != _ARRAY or self.byte_order != "I":
             return super()._get_field_parts(orig_offs, raw_type)
         kind, count = struct.unpack_from("<IQ", self._plain.data, orig_offs)

@@ -1,6 +1,6 @@
 """4-bit experts: a forward that dequantizes one expert at a time, and transformers' quantizer.
 
-The default parametrization dequantizes all experts of a block together and autograd keeps them
+transformers' parametrization dequantizes all experts of a block together, and autograd keeps them
 until the backward pass. Checkpoints are never stored in this form.
 """
 
@@ -38,7 +38,7 @@ def count_rows(experts: Tensor, number: int) -> list[int]:
 
 
 def share_evenly(experts: Tensor, number: int) -> list[int]:
-    """Returns equal numbers of rows per expert, for tensors without values."""
+    """Returns rows per expert, as equal as possible, for fake tensors (without values)."""
     return [len(experts) * (i + 1) // number - len(experts) * i // number for i in range(number)]
 
 
@@ -110,7 +110,7 @@ def _one_by_one(module: Any, name: str) -> Iterator[tuple[Tensor, Any]]:
 
 
 def use_even_shares(config: Any) -> None:
-    """Make a model without values assume equal rows per expert (`config` is modified)."""
+    """Make a model of `config` (modified) assume equal rows per expert, for fake tensors."""
     config._experts_implementation = _EVEN
 
 
@@ -133,7 +133,7 @@ class ExpertsConfig(BitsAndBytesConfig):
 
 @register_quantizer(METHOD)
 class ExpertsQuantizer(Bnb4BitHfQuantizer):
-    """4-bit quantizer that also packs experts; `states` has the `QuantState` of each by name."""
+    """4-bit quantizer that also packs experts; `states` maps tensor names to `QuantState`s."""
 
     def __init__(self, quantization_config: Any, **settings: Any) -> None:
         """Accept the config and transformers' other settings."""

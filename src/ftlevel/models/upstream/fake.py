@@ -1,8 +1,8 @@
 """Tensors without values on a nominal CPU device, and hooks into tensor operations.
 
-torch's `FakeTensorMode` is ten times slower, for checks that only compilers need. These tensors
-report the CPU, so autocast and SDPA behave as there, and compute shapes on the meta device.
-Operations on ordinary tensors are executed, so masks and labels have values.
+torch's `FakeTensorMode` is ten times slower, as it does checks that only compilers need. These
+tensors report the CPU as device, so autocast and SDPA behave as on a CPU; shapes are computed on
+the meta device. Operations on ordinary tensors are executed, so masks and labels have values.
 """
 
 from __future__ import annotations
@@ -127,7 +127,7 @@ def _values_of(sparse: FakeTensor) -> FakeTensor:
 
 
 def _detached(tensor: FakeTensor) -> FakeTensor | None:
-    """Returns a detached sparse tensor with its indices; None for other tensors."""
+    """Returns a detached `tensor` with its indices if it is sparse, else None."""
     indices = getattr(tensor, "sparse_indices", None)
     return None if indices is None else _sparse_of(tensor.shape_only, tensor.size(), indices)
 
@@ -170,7 +170,7 @@ def _find(value: Tensor, among: Sequence[Tensor]) -> int | None:
 
 
 def _find_builder(result: Tensor, inner: Sequence[Tensor]) -> _Builder | None:
-    """Returns a function that rebuilds `result` from inputs like `inner` (meta), or None."""
+    """Returns a function that builds a result like `result` from inputs like `inner`, or None."""
     at = _find(result, inner)
     if at is not None:  # modified in place
         return lambda given: given[at]
@@ -199,7 +199,7 @@ def storage_of(tensor: Tensor) -> Any:
 
 
 class Params4bit(FakeTensor):
-    """Fake packed weights, with the class name of bitsandbytes', which PEFT checks."""
+    """Fake packed weights; named like bitsandbytes' class because PEFT checks the name."""
 
 
 class OperationWatch(TorchDispatchMode, ABC):  # type: ignore[no-untyped-call]  # torch's
@@ -237,7 +237,7 @@ class OperationWatch(TorchDispatchMode, ABC):  # type: ignore[no-untyped-call]  
 
 
 def _as_positions(indices: Any) -> Iterator[Tensor | None]:
-    """Yields indices, with boolean masks converted to positions; masks have values."""
+    """Yields indices, with boolean masks (which have values) converted to positions."""
     for index in indices:
         if index is not None and index.dtype == torch.bool:
             yield from index.nonzero(as_tuple=True)
@@ -327,7 +327,7 @@ def _fake_codes(state: Any) -> Any:
 
 
 def _pack_experts(module: Any, dtype: torch.dtype, config: Any) -> None:
-    """Fake the packing of both expert tensors of `module` (modified), equal rows per expert."""
+    """Replace both expert tensors of `module` (modified) by fake packed ones."""
     from bitsandbytes.nn.parametrize import Bnb4bitParametrization
     from torch.nn.utils.parametrize import register_parametrization
 

@@ -1,8 +1,8 @@
 """Internals of the bitsandbytes and torchao quantization of linear layers.
 
-bitsandbytes takes a second to import, so it is imported only if used. In `PackedWeight` each
-process quantizes only its rows: parts aligned to blocks of 64 have the same codes as in the whole
-weight. The scales of all blocks are gathered once.
+bitsandbytes takes a second to import, so it is imported only if used. With `PackedWeight` each
+process quantizes only its own rows: parts aligned to blocks of 64 have the same codes as in the
+whole weight. The scales of all blocks are gathered once.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def prepare_quantized(model: Any, quantization: Any, *, pre_quantized: bool) -> 
 
 
 def replaced_linears(model: Any, quantization: Any, *, pre_quantized: bool) -> dict[str, bool]:
-    """Replace layers of `model` (modified) by bitsandbytes'; returns name -> was a Conv1D."""
+    """Replace layers of `model` (modified) by bitsandbytes'; returns name -> whether a Conv1D."""
     from transformers.pytorch_utils import Conv1D
 
     prepare_quantized(model, quantization, pre_quantized=pre_quantized)
@@ -99,8 +99,8 @@ def pack_torchao(
 def keep_trainable_layout(model: torch.nn.Module) -> int:
     """Keep 4-bit layers of `model` (modified) trainable on AVX512-BF16 CPUs; returns their number.
 
-    In eval mode without gradients, `bitsandbytes.nn.Linear4bit` repacks the weight into a layout
-    without autograd; gradients and merging are then silently wrong. Call after every 4-bit load.
+    In eval mode without gradients, `bitsandbytes.nn.Linear4bit` repacks the weight for inference;
+    gradients and merging are then silently wrong. Call after every 4-bit load.
     """
     bnb = sys.modules.get("bitsandbytes")
     if bnb is None:
@@ -180,8 +180,8 @@ def carry_quant_states(module: torch.nn.Module, inside: Sequence[torch.nn.Module
     """Keep quantization states of 4-bit layers in `module` (modified) through FSDP2 sharding.
 
     FSDP2 gathers weights as plain parameters, but bitsandbytes 0.50 reads the scales from the
-    weight, and PEFT checks its class. A forward pre-hook restores both. Layers in `inside` are
-    excluded.
+    weight, and PEFT checks the weight's class. A forward pre-hook restores scales and class. Layers
+    in `inside` are excluded.
     """
     bnb = sys.modules.get("bitsandbytes")
     if bnb is None:
@@ -216,7 +216,7 @@ _SCALES = 256  # scales per second-level scale
 class PackedWeight:
     """A stored weight of which each process reads and quantizes only its shard.
 
-    `linear` (modified) gets the scales. `transposed` means stored as `(in, out)`, as in Conv1D.
+    `linear` (modified) gets the scales. `transposed`: the weight is stored as `(in, out)` (Conv1D).
     """
 
     def __init__(self, stored: StoredWeight, linear: Any, transposed: bool) -> None:
@@ -256,7 +256,7 @@ class PackedWeight:
         return rows.flatten()[first - first_row * width : last - first_row * width]
 
     def _state(self, scales: Tensor) -> Any:
-        """Returns bitsandbytes' `QuantState` for all `scales`."""
+        """Returns bitsandbytes' `QuantState` of the whole weight, which has these `scales`."""
         import bitsandbytes.functional as bnb
 
         settings = {

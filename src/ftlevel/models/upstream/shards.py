@@ -67,7 +67,7 @@ class PartsWriter:
             save(parts, storage_writer=writer, process_group=self._group)
 
     def then(self, act: Callable[[], None]) -> None:
-        """Run `act` after all processes finish the pending writes."""
+        """Run `act` once all processes have finished the pending writes."""
         before = self._futures[-1]
 
         def follow() -> None:
@@ -97,7 +97,7 @@ def write_parts(tensors: Mapping[str, Tensor], directory: Path) -> None:
 
 @contextlib.contextmanager
 def _naming_failures() -> Iterator[None]:
-    """If a process fails to write in the `with` block, raise its error in all processes."""
+    """If one process fails to write in the `with` block, raise the same error in all processes."""
     try:
         yield
     except CheckpointException as failed:
@@ -156,7 +156,7 @@ def _distinct(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def parts_of_state(
     state: Mapping[int, Mapping[str, Any]],
 ) -> tuple[dict[str, DTensor], dict[int, dict[str, Any]]]:
-    """Returns the sharded tensors of an optimizer state by name, and the state without them."""
+    """Returns the sharded tensors of an optimizer state by name, and the state without these."""
     parts = {
         _OF.format(number=number, name=name): value
         for number, values in state.items()
@@ -285,7 +285,7 @@ class Unread(Protocol):
 class UnreadWeights:
     """Weights of a base model that are not read yet, by parameter.
 
-    `converted` names model tensors that were read in full, as they combine several stored tensors.
+    `converted` names tensors that were read in full, because they combine several stored tensors.
     """
 
     def __init__(self) -> None:
@@ -348,9 +348,9 @@ class UnreadWeights:
         return (pair for pair in model.named_parameters() if pair[1] not in self.weights)
 
     def fill(self, model: nn.Module, base_name: Callable[[str], str]) -> list[str]:
-        """Load the unread weights that `model` (modified) trains; returns names of NaN tensors.
+        """Load unread weights that `model` (modified) trains; returns names of tensors still NaN.
 
-        Those were computed from unread weights. `base_name` maps names in `model` to the base's.
+        NaN ones were computed from unread weights. `base_name` maps names in `model` to the base's.
         """
         bases = {
             base_name(name): stored
@@ -376,8 +376,8 @@ class UnreadWeights:
     ) -> Callable[[], None]:
         """Replace the unread weights of `parts` (modified) by meta tensors, except those in `keep`.
 
-        Call it before sharding. It returns a function that, after sharding, reads only the rows
-        of each weight that belong to this process.
+        Call it before sharding. It returns a function to call after sharding, which reads only this
+        process's rows of each weight.
         """
         waiting: list[tuple[dict[str, Any], str, Unread]] = []
         shapes: dict[nn.Parameter, nn.Parameter] = {}  # tied tensors stay tied

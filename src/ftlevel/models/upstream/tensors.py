@@ -49,7 +49,7 @@ def inner_tensors(tensor: Tensor) -> list[Tensor]:
 
 
 def direct_tensors(module: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Returns the dicts of parameters and buffers of `module` itself; changing them changes it."""
+    """Returns the module's dicts of its direct parameters and buffers, not copies of them."""
     return module._parameters, module._buffers
 
 
