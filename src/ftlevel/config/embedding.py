@@ -154,13 +154,14 @@ class EmbeddingConfig(Section):
     ] = Field((), description="Weights of the losses of matryoshka_dims; default: 1 each.")
     batch_sampler: Literal["no_duplicates", "batch_sampler"] = Field(
         "no_duplicates",
-        description="Sampling of the rows of a step; no_duplicates: no text occurs twice in it.",
+        description="Sampling of the rows of a step; no_duplicates: no text occurs twice in a "
+        "step.",
     )
     grad_cache: Literal["auto", "always", "never"] = Field(
         "auto",
-        description="Whether to embed the texts of a step twice (GradCache), so that memory holds"
-        " the activations of one micro-batch only; auto: if those of all texts do not"
-        " fit. The result is the same.",
+        description="Whether to embed the texts of a step twice (GradCache), so that memory holds "
+        "the activations of one micro-batch only; auto: if the activations of all texts do not "
+        "fit. Results are the same.",
     )
 
 

@@ -34,9 +34,9 @@ class MergeConfig(HubSection):
     )
     onto: Literal["auto", "original", "dequantized"] = Field(
         "auto",
-        description="Base weights that a quantized run is merged into. dequantized: the weights"
-        " used in training; original: the weights before quantization; auto: the "
-        "closer one to the trained model, by measurement.",
+        description="Base weights that a quantized run is merged into. dequantized: the weights "
+        "used in training; original: the weights before quantization; auto: the one measured to "
+        "be closer to the trained model.",
     )
     base_model: MovedBase = None
     dtype: Dtype = Field(
@@ -70,11 +70,11 @@ class MergeConfig(HubSection):
     )
     strategy: Strategy = Field(
         "cat",
-        description="Method that combines several adapters. cat: exact weighted sum of the updates "
-        "(ranks add up); svd: that sum truncated to the largest rank; linear: A and B averaged "
-        "separately, which is not the sum of the updates; ties, dare-linear, dare-ties, "
-        "magnitude-prune: linear after pruning small (ties, magnitude) or random (dare) entries; "
-        "ties also drops entries of opposite sign.",
+        description="Method that combines several adapters. cat: exact weighted sum of the "
+        "updates (ranks add up); svd: that sum truncated to the adapters' largest rank; linear: A "
+        "and B averaged separately, which is not the sum of the updates; ties, dare-linear, "
+        "dare-ties, magnitude-prune: linear after pruning small (ties, magnitude) or random "
+        "(dare) entries; ties also drops entries of opposite sign.",
     )
     density: Annotated[float, Field(gt=0, le=1)] | None = Field(
         None,

@@ -49,13 +49,12 @@ class MineConfig(Section):
     relative_margin: Annotated[float, Field(ge=0, le=1)] = Field(
         0.05,
         description="Minimum distance of negatives below the lowest-scored positive, as a share "
-        "of that score. Documents closer to it, or above it, are probably relevant and are "
-        "skipped.",
+        "of that score. Documents with higher scores are skipped as probably relevant.",
     )
     ranks: Ranks | None = Field(
         None,
-        description="Ranks that negatives are taken from, counted without skipped documents; "
-        "default: 1-100.",
+        description="Ranks to choose negatives from, not counting skipped documents; default: "
+        "1-100.",
     )
     sampling: Literal["top", "random"] = Field(
         "top", description="Selection of negatives in the range: the first ones, or at random."

@@ -317,7 +317,8 @@ class DistillationConfig(Section):
         0.5, description="Weight of the teacher in the mixture distribution of jsd."
     )
     kd_ratio: Annotated[float, Field(gt=0, le=1)] = Field(
-        0.5, description="Weight of the divergence in the loss; the rest is cross-entropy."
+        0.5,
+        description="Weight of the divergence in the loss; cross-entropy has weight 1 - kd_ratio.",
     )
     kd_temperature: Annotated[float, Field(ge=0.01, le=100)] = Field(
         1.0,

@@ -187,7 +187,7 @@ class RlConfig(Section):
     )
     max_completion_length: Positive = Field(512, description="Maximum completion length in tokens.")
     temperature: Annotated[float, Field(gt=0, le=10)] = Field(
-        1.0, description="Sampling temperature; log-probabilities use it too."
+        1.0, description="Sampling temperature; the loss divides logits by it, too."
     )
     top_p: Annotated[float, Field(gt=0, le=1)] = Field(
         1.0, description="Nucleus sampling; must be 1, so that the trained distribution is sampled."

@@ -227,8 +227,8 @@ class DataConfig(Section):
     )
     corpus: Path | None = Field(
         None,
-        description="Documents that validation queries are searched in. Default: those of the "
-        "validation rows, or corpus.jsonl beside --qrels.",
+        description="Documents to search for validation queries. Default: those of the validation "
+        "rows, or corpus.jsonl beside --qrels.",
     )
     validation_split: Share | None = Field(
         None, description="Fraction of training rows held out if there are no validation rows."
@@ -241,9 +241,9 @@ class DataConfig(Section):
     )
     max_length: Positive | Literal["auto"] = Field(
         "auto",
-        description="Maximum row length in tokens; auto: chosen from data and memory. auto is "
-        "the longest row, or the limit of the model's positions and the memory, if "
-        "that drops at most 1 % of the rows.",
+        description="Maximum row length in tokens; auto: chosen from data and memory. auto is the "
+        "length of the longest row, up to what positions and memory allow. At most 1 % of the "
+        "rows may be longer; they are dropped.",
     )
     max_target_length: Positive = Field(
         256, description="Maximum target length in tokens, for encoder-decoder models."
@@ -321,7 +321,7 @@ class SpeedConfig(Section):
     prune_last_layer: bool = Field(
         True,
         description="Whether to compute the last block only for tokens the head needs. Other "
-        "tokens get only what attention needs.",
+        "tokens get only keys and values.",
     )
     fused_lora: bool = Field(
         True,
@@ -330,13 +330,13 @@ class SpeedConfig(Section):
     )
     fused_norm_glu: bool = Field(
         True,
-        description="Whether to fuse norms and gated linear units of frozen weights. Each is "
+        description="Whether to fuse norms and gated linear units of frozen weights. Each becomes "
         "one autograd function, which saves less for the backward pass.",
     )
     triton_kernels: bool = Field(
         True,
         description="Whether to use Triton kernels on an NVIDIA GPU. They compute fused norms and "
-        "GLUs, rotary embeddings and the loss, where results are equal and faster.",
+        "GLUs, rotary embeddings and the loss, where that is faster with equal results.",
     )
     attention_kernel: Annotated[str, Field(pattern=r"^[\w.-]+/[\w.-]+@[\w.-]+$")] | None = Field(
         None,
@@ -346,8 +346,8 @@ class SpeedConfig(Section):
     )
     share_prefixes: Literal["auto", "always", "never"] = Field(
         "auto",
-        description="Whether to compute a prefix that several rows of a step share only once. "
-        "auto: if it saves 5 % of the tokens and there is no dropout.",
+        description="Whether to compute a prefix only once if several rows of a step share it. "
+        "auto: if that saves 5 % of the tokens and there is no dropout.",
     )
     liger_kernel: bool = Field(
         False,
@@ -358,8 +358,8 @@ class SpeedConfig(Section):
         "auto",
         description="Maximum number of tokens per micro-batch, which bounds the memory. auto: "
         "per_device_train_batch_size rows of max_length (on a CPU at most 2,048 tokens, an eighth "
-        "more with shared prefixes); memory: as many as the estimate fits into free memory "
-        "(--auto-micro-batch). The rows of a step do not change.",
+        "more with shared prefixes); memory: as many as are estimated to fit into free memory "
+        "(--auto-micro-batch). Rows per optimizer step do not change.",
     )
     memory_gib: Annotated[float, Field(gt=0)] | None = Field(
         None,

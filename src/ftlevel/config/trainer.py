@@ -230,8 +230,8 @@ class TrainerConfig(Decoding):
     )
     head_learning_rate: Annotated[float, Field(gt=0, le=1)] | None = Field(
         None,
-        description="Peak learning rate of a new head. Default: learning_rate if given, else a "
-        "rate of its own.",
+        description="Peak learning rate of a new head. Default: learning_rate if given, else "
+        "chosen for the head.",
     )
     lr_scheduler_type: Schedule = Field(
         "linear", description="Learning-rate schedule after warm-up."
@@ -256,8 +256,8 @@ class TrainerConfig(Decoding):
     on_nonfinite: Literal["stop", "skip", "rollback"] = Field(
         "stop",
         description="Action when loss or gradient is NaN: stop, skip or rollback. Also for "
-        "infinite values. skip ignores the step; rollback also restores the newest "
-        "checkpoint's weights and skips the steps since.",
+        "infinite values. skip ignores the step; rollback also restores the newest checkpoint's "
+        "weights and does not repeat the steps since.",
     )
     spike_factor: Annotated[float, Field(gt=1)] | None = Field(
         None,
@@ -296,14 +296,14 @@ class TrainerConfig(Decoding):
     )
     num_processes: Positive | None = Field(
         None,
-        description="Number of processes, one per device. Each trains on "
-        "per_device_train_batch_size rows; default: one, or as started by torchrun.",
+        description="Number of processes, one per device. Each has micro-batches of "
+        "per_device_train_batch_size rows. Default: one, or as started by torchrun.",
     )
     shard: Literal["none", "grads", "full"] = Field(
         "none",
-        description="Shard the model across processes with FSDP2, for models that do not fit on"
-        " one device. full gathers each block in forward and backward; grads keeps "
-        "it gathered between them.",
+        description="Shard the model across processes with FSDP2, for models that do not fit on "
+        "one device. full gathers each block in forward and backward; grads keeps each block "
+        "gathered between forward and backward.",
     )
     max_restarts: Annotated[int, Field(ge=0, le=1000)] = Field(
         0,
@@ -386,8 +386,8 @@ class TrainerConfig(Decoding):
     save_minutes: float = Field(
         10.0,
         ge=0,
-        description="Minutes without a checkpoint after which one is saved; 0 disables it. A run "
-        "in which that happens also saves one at the end.",
+        description="Maximum minutes between checkpoints; 0: no maximum. If this saves one, "
+        "another is saved at the end.",
     )
     save_total_limit: Positive = Field(2, description="Maximum number of checkpoints to keep.")
     metrics: FewNames = Field(

@@ -48,8 +48,8 @@ class LoraSpec(MethodSpec):
     target_modules: TargetModules = "all-linear"
     target_parameters: Literal["experts"] | list[str] | None = Field(
         None,
-        description="Parameters to adapt besides linear layers: experts, or names. Example: "
-        "mlp.experts.down_proj.",
+        description="Parameters to adapt besides linear layers: experts (all of them), or names "
+        "such as mlp.experts.down_proj.",
     )
     layers_to_transform: list[Annotated[int, Field(ge=0)]] | None = Field(
         None, description="Indices of the layers to adapt, from 0; default: all."

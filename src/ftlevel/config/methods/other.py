@@ -171,8 +171,7 @@ class FullSpec(MethodSpec):
     targets_linears: ClassVar[bool] = False
     freeze_base: bool = Field(
         False,
-        description="Whether to train the new head only (linear probing). For tasks with their "
-        "own head.",
+        description="Whether to train only the new head (linear probing); for tasks with a head.",
     )
 
     def quant_problems(self, quant: QuantConfig) -> list[str]:
