@@ -58,7 +58,7 @@ class Meter(Protocol):
         """Add a batch of encoded `rows`; logits and labels come from `Objective.targets`."""
 
     def compute(self, loss: float) -> dict[str, float]:
-        """Compute the metrics other than the loss; `loss` is the mean over all targets."""
+        """Compute all metrics but the loss; `loss`, the mean over all targets, may be used."""
 
     def pool(self, meters: Sequence[Any]) -> Meter:
         """Returns a new meter that combines all `meters`."""
@@ -171,7 +171,7 @@ class TokenObjective(Objective):
 
     @abstractmethod
     def locate(self, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns indices into `(batch · seq,)` whose logits predict a target, and the targets."""
+        """Returns indices of the flattened positions that predict a target, and these targets."""
 
     @property
     def of_tokens(self) -> TokenObjective:

@@ -95,7 +95,7 @@ def _describe(error: BaseException, file: str = "") -> str:
 
 
 class Worker:
-    """The rewards; requests refer to them by index."""
+    """Loads rewards and handles requests, which refer to a reward by its index."""
 
     def __init__(self) -> None:
         self.specs: list[Any] = []
@@ -155,7 +155,7 @@ class Worker:
         return scores
 
     def _called(self, index: int, batch: Mapping[str, Any]) -> dict[str, Any]:
-        """Returns the scores of a function; if it fails, also the problem and which completions."""
+        """Returns the scores of a function; if it fails, also the problem and the failures."""
         scores, problem = self._try(index, batch)
         if not problem:
             return {"scores": scores}

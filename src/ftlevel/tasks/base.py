@@ -420,7 +420,7 @@ class BaseTask(ABC):
     def answer_rows(
         self, model: PromptedModel, questions: Sequence[Any], outputs: OutputOptions
     ) -> list[Prediction]:
-        """Returns one prediction per question, with `questions[i].row` = i.
+        """Returns one prediction per question; `questions[i].row` must be i.
 
         Raises:
             UnansweredError: some questions cannot be answered.

@@ -187,7 +187,7 @@ class Tokens(TokenObjective):
         return logits[supervised], labels[supervised]
 
     def locate(self, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns indices into `(batch · seq,)` whose logits predict a target, and the targets."""
+        """Returns indices of the flattened positions that predict a target, and these targets."""
         from torch.nn import functional
 
         if self.shifted:
@@ -263,7 +263,7 @@ class DistillationTokens(Tokens, DistillationObjective):
     def distillation_sum(
         self, scores: Tensor, targets: Tensor, known: Tensor, ids: Tensor
     ) -> Tensor:
-        """Returns the loss summed over targets (a scalar)."""
+        """Returns the loss summed over targets (a scalar); see the base class for arguments."""
         from torch.nn import functional
 
         settings, temperature = self.settings, self.settings.kd_temperature

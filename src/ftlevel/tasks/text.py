@@ -157,7 +157,7 @@ class TextTask(BaseTask):
     def read_columns(
         self, format_: Format, table: Table, config: DataConfig
     ) -> tuple[Format, list[Choice]]:
-        """Returns the format; raises if rows are labeled as bad answers."""
+        """Returns the format; raises `InputError` if rows are labeled as bad answers."""
         column = next((name for name in format_.unused if name.lower() == "label"), None)
         if column is None or config.format or not format_.columns.keys() & _ANSWERS:
             return super().read_columns(format_, table, config)
@@ -304,7 +304,7 @@ class TranslationTask(TextTask):
 def encode_query(
     tokenizer: Any, prompt_format: PromptFormat, question: SourceTarget | Conversation
 ) -> list[int]:
-    """Encode the prompt as token ids; raises `InputError` without a working chat template."""
+    """Encode the prompt of `question`; raises `InputError` without a working chat template."""
     if isinstance(question, SourceTarget):
         return encode_prompt(tokenizer, prompt_format, question.source)
     turns = [message.to_dict() for message in question.messages]

@@ -111,7 +111,7 @@ def build_arguments(run: Run, checkpoints: Path) -> Any:
 
 
 def _watching(train: TrainerConfig, run: Run) -> dict[str, Any]:
-    """Returns the logging and evaluation settings among the `TrainingArguments`."""
+    """Returns those arguments of `TrainingArguments` that configure logging and evaluation."""
     evaluates = bool(run.data.validation)
     strategy = train.eval_strategy or ("steps" if train.eval_steps else "epoch")
     return {
@@ -333,7 +333,7 @@ class RunCallbacks:
 def rollout_callbacks(
     trainer: FtlevelTrainer, directory: RunDirectory, processes: Processes, checkpoint: Path | None
 ) -> list[Any]:
-    """Let an `RlTrainer` write rollouts.jsonl; returns the callbacks that save its rollouts."""
+    """Let an `RlTrainer` write rollouts.jsonl; returns callbacks that save its rollouts."""
     if not isinstance(trainer, RlTrainer):
         return []
     trainer.keep = file = RolloutFile(directory.path / ROLLOUTS, processes)

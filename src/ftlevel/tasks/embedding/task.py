@@ -252,7 +252,7 @@ class EmbeddingTask(BaseTask):
     def finish_data(
         self, prepared: PreparedData, config: DataConfig, context: EncodingContext
     ) -> PreparedData:
-        """Returns `prepared`, with the dataset index of each training row if there are several."""
+        """Returns `prepared`; with several datasets, training rows have their dataset's index."""
         if not config.also:
             return prepared
         ends = [part.base for part in prepared.table.parts[1:]]

@@ -280,7 +280,7 @@ class Preferences(LikelihoodObjective):
         return Tokens("perplexity", self.feeds_labels, self.shifted)
 
     def locate(self, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns indices into `(batch · seq,)` whose logits predict a target, and the targets."""
+        """Returns indices of the flattened positions that predict a target, and these targets."""
         return self.of_tokens.locate(labels)
 
     def answers(self, each: Tensor, labels: Tensor) -> Tensor:

@@ -376,7 +376,7 @@ FEWEST = 20
 
 
 def check_pairs(rows: Sequence[Encoded]) -> Mapping[str, Mask]:
-    """Returns masks of pairs with equal answers, and of pairs that reverse an earlier one."""
+    """Returns masks of pairs with equal answers, and of pairs with an earlier pair's, swapped."""
     import numpy as np
 
     equal, against = np.zeros(len(rows), dtype=bool), np.zeros(len(rows), dtype=bool)

@@ -132,7 +132,7 @@ class AnswerTask(BaseTask):
         return encoder.fit_targets(fitted, table) if seq2seq else fitted
 
     def check_rows(self, rows: Sequence[Encoded]) -> Mapping[str, Mask]:
-        """Returns masks of pairs with equal answers, and of pairs that reverse an earlier one."""
+        """Returns masks of pairs with equal answers, and of pairs that swap an earlier one."""
         return check_pairs(rows)
 
     def check_examples(self, examples: Sequence[Any]) -> Sequence[tuple[str, int, str]]:

@@ -61,7 +61,7 @@ class PolicyGradient(PolicyObjective):
         return Tokens("perplexity", shifted=True)
 
     def locate(self, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns indices into `(batch · seq,)` whose logits predict a target, and the targets."""
+        """Returns indices of the flattened positions that predict a target, and these targets."""
         return self.of_tokens.locate(labels)
 
     def targets(
@@ -217,7 +217,7 @@ def pass_counts(completions: int) -> list[int]:
 
 
 def pass_at_k(completions: int, correct: int, k: int) -> float:
-    """Returns pass@k: 1 − C(n − c, k) / C(n, k), unbiased (Chen et al., 2021, 2107.03374)."""
+    """Returns pass@k, 1 − C(n − c, k) / C(n, k): n completions, c of them correct (2107.03374)."""
     return 1 - math.comb(completions - correct, k) / math.comb(completions, k)
 
 

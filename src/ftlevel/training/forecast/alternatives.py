@@ -168,7 +168,7 @@ def _explain_too_large(run: Run, peak: int, memory: int) -> str:
 
 
 def _with_tokens(run: Run, tokens: int, memory: int, choice: Choice | None = None) -> Run:
-    """Returns the run with `tokens` per micro-batch, also set in its configuration."""
+    """Returns the run with `tokens` per micro-batch in its configuration and its fast step."""
     sized = run.with_settings("speed", tokens_per_micro_batch=tokens, memory_gib=None)
     choices = [] if choice is None else [choice]
     fast = replace(run.fast, tokens=tokens, memory=memory, choices=[*run.fast.choices, *choices])
@@ -276,7 +276,7 @@ def _try(
     length: int | None,
     limits: AlternativeContext,
 ) -> Alternative | None:
-    """Returns the alternative, computed or cached; None if it is invalid or rejected."""
+    """Returns the alternative with these settings, computed or cached; None if it is invalid."""
     key = (setup, checkpointing, rows, length)
     limits.check()
     if key not in limits.known:

@@ -446,7 +446,7 @@ def _follow(live: LiveMemoryTracker, trainer: Any) -> list[Any]:
 
 
 def _create_optimizer_states(live: LiveMemoryTracker, trainer: Any, *, has_gradients: bool) -> None:
-    """Create optimizer states, which exist from the second step on, without counting peaks."""
+    """Create the optimizer states, which exist from step 2 on; peaks are not counted here."""
     live.is_counting, live.moment = False, UPDATE
     optimizer = trainer.create_optimizer()
     for group in optimizer.param_groups:

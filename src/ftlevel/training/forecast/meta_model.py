@@ -157,7 +157,7 @@ def with_layers(config: Any, layers: Sequence[int] | None) -> Any:
 
 
 def _set(config: Any, name: str, value: Any) -> None:
-    """Set a field of `config` (modified); read-only properties are left alone."""
+    """Set the field `name` of `config` (modified); read-only properties are left alone."""
     with contextlib.suppress(AttributeError):  # a property, as Jamba's layers_block_type
         setattr(config, name, value)
 

@@ -56,7 +56,7 @@ class MethodTargets:
 def find_method_targets(
     spec: MethodConfig, meta: Any, model_name: str, quant: str = "none"
 ) -> MethodTargets:
-    """Returns what `spec` adapts in `meta`, a meta model; ConfigError if that does not exist."""
+    """Returns the targets of `spec` in `meta`, a meta model; ConfigError if they do not exist."""
     method, tree = METHODS[spec.kind], ModuleTree(meta)
     modules = _modules(spec, method, tree, model_name)
     layers = getattr(spec, "layers_to_transform", None)

@@ -284,7 +284,7 @@ def _resolve_experts(
 def _plan_model(
     base: _BaseModel, model_config: Any, meta: Any, task: BaseTask, *, continues: bool
 ) -> PlannedModel:
-    """Returns the planned model; with `continues`, the adapter has the heads, so none is new."""
+    """Returns the planned model; with `continues`, no head is new: the adapter has all heads."""
     heads, new_modules = task.find_heads(meta, base.source)
     return PlannedModel(
         source=base.source,

@@ -1,4 +1,4 @@
-"""A run before the weights are loaded: `Run`, its model and schedule, and the lines for display."""
+"""A run before the weights are loaded: `Run`, its model, schedule and lines for display."""
 
 from __future__ import annotations
 

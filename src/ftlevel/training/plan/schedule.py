@@ -237,7 +237,7 @@ def _check(train: TrainerConfig, task: str, objective: Objective) -> None:
 
 
 def _read_weights(weights: Mapping[str, float], names: Sequence[str]) -> tuple[float, ...]:
-    """Returns the weight of each of `names`, 1 by default; ConfigError for unknown names."""
+    """Returns the weight of each name in `names`, 1 by default; ConfigError for unknown ones."""
     unknown = [name for name in weights if name not in names]
     if unknown:
         raise ConfigError(

@@ -266,7 +266,7 @@ class RlTrainer(FtlevelTrainer):
         inputs: dict[str, Any],
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor:
-        """Returns the loss of the batch; the last batch of a step completes its metrics."""
+        """Returns the loss of the batch; after the last one, completes the step's metrics."""
         loss = super().training_step(model, inputs, num_items_in_batch)
         if not self.is_alone:
             self._batches_left -= 1
@@ -347,7 +347,7 @@ def no_loss(prompt: Any) -> CompletionRow:
 
 
 def check_sampler(mean: float, largest: float, bound: float, where: str) -> None:
-    """Raise RunError if sampler and trainer disagree on log-probabilities by more than rounding."""
+    """Raise RunError if log-probabilities of sampler and trainer differ by more than `bound`."""
     if mean <= bound:
         return
     raise RunError(
