@@ -40,7 +40,6 @@ ftlevel compare --methods lora,full,adapter,ia3 --model MODEL --dataset ROWS --b
 _HOW = """
 Every method has its default settings and learning rate, and the same model, rows, seeds and steps. "95 % over rows" is a bootstrap interval over held-out rows.
 "± seeds" is the spread over seeds. "more than noise" shows whether the difference to the best is significant in a paired test ([compare](compare.md)). These are few steps: small differences may not persist.
-The page is generated from `docs/compared` by `python scripts/write_docs.py which-method`.
 """
 
 _FIELD = """
