@@ -395,7 +395,7 @@ class RowCounts:
         del self.shown[MOST_SHOWN:]
 
     def describe_bad(self, window: Sequence[QueryRow], faults: Mapping[int, str]) -> list[str]:
-        """Returns error messages for the first unanswered rows, with the flags that help."""
+        """Returns error messages for the first unanswered rows; arguments are those of `skip`."""
         lines = [f"{window[i].place}: {faults[i]}." for i in sorted(faults)]
         others = f" and {len(lines) - MOST_SHOWN:,} more" if len(lines) > MOST_SHOWN else ""
         rows = "It" if len(lines) == 1 else f"These{others}"

@@ -8,8 +8,8 @@ transformers' `generate` runs a batch until the last row ends, and copies the KV
 token. Here the cache has spare room, and a prefix that all prompts share is computed once.
 `find_decoding_error` verifies on the model that the logits do not change.
 
-`evaluation.attention` computes attention of one new token per row without repeating grouped keys
-and values, which SDPA with a mask does.
+SDPA with a mask repeats grouped keys and values; `evaluation.attention` computes the attention of
+one new token per row without these copies.
 """
 
 from __future__ import annotations
@@ -252,7 +252,7 @@ class _RoomyLayer(DynamicLayer):
         *args: Any,  # noqa: ARG002 - the signature is transformers'
         **kwargs: Any,  # noqa: ARG002
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Append the states of new tokens and return those of all tokens."""
+        """Append the keys and values of new tokens, and return those of all tokens."""
         before = self.get_seq_length()
         after = before + key_states.shape[-2]
         if self._whole is None or after > self._whole[0].shape[-2]:

@@ -4,11 +4,10 @@
 
 The Eᵥ are exponential random numbers, so tokens are drawn with probabilities p (Gumbel-max trick).
 First a block of tokens is drawn in this way, then a token in it, which needs fewer numbers. `h` is
-a counter-based hash. A token depends on its row, and not on the rows that are computed with it, on
-processes, or on an interruption. Rounding of p matters only if two tokens tie within it; with one
-random number per token it would matter at every boundary of the cumulated probabilities, and one of
-320 tokens changed in a test. Each prompt is computed once for its group, and the common beginning
-of all prompts once.
+a counter-based hash. So a token depends only on its row, not on batching, on the number of
+processes, or on interruptions. Rounding errors of p change a token only if two tokens are nearly
+tied. Sampling by cumulated probabilities is more sensitive: one of 320 tokens changed in a test.
+Each prompt is computed once for its group, and the common beginning of all prompts once.
 """
 
 from __future__ import annotations

@@ -297,7 +297,7 @@ def row_lines(
     base: ExampleRecord | None = None,
     evaluator: Evaluator | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """Yields the results of each example as a dictionary, in row order.
+    """Yields the results of each example in `record` as a dictionary, in row order.
 
     `location_of` returns file and line of a row by its index. `base` adds another model's results
     for the same rows, and `evaluator` the texts of the rows.

@@ -50,7 +50,7 @@ def find_mixing_problem(config: dict[str, Any]) -> str | None:
 
 
 def concatenate_adapters(directories: Sequence[Path], weights: Sequence[float], out: Path) -> None:
-    """Write the LoRA whose update is Σ wᵢ · sᵢ · Bᵢ · Aᵢ, where sᵢ is the scale of adapter i.
+    """Write the LoRA with the update Σ wᵢ · sᵢ · Bᵢ · Aᵢ: weights wᵢ, scales sᵢ of the adapters.
 
     A stacks wᵢ·sᵢ·Aᵢ by rows, B concatenates Bᵢ by columns. The rank is the sum of the ranks; the
     scale is 1.

@@ -95,7 +95,7 @@ def measure(
 
 
 def check(candidate: Candidate, inputs: MergeInput, probe: ComparisonProbe) -> MergeCheck:
-    """Compare a merge with base and adapter; raise RunError if they differ by more than `BOUND`."""
+    """Compare `candidate` with base and adapter; raise RunError if they differ by over `BOUND`."""
     if candidate.scores is None or candidate.trained is None:
         raise ValueError("what is checked was measured before")
     agreement = candidate.trained

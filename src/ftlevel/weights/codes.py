@@ -56,7 +56,7 @@ class QuantizationGrid:
         return self._blocks(weight).abs().amax(-1) / self.values.abs().max()
 
     def fitted_scales(self, weight: torch.Tensor, moment: torch.Tensor) -> torch.Tensor:
-        """Returns the scale of each block with the least error, weighted by the diagonal of H."""
+        """Returns the scale of each block with the least error, weighted by `moment`'s diagonal."""
         largest, counts = self.scales_of(weight), moment.diagonal()
         best, least = largest, torch.full_like(largest, torch.inf)
         for factor in _FACTORS:
@@ -158,12 +158,12 @@ def _not_zero(scales: torch.Tensor) -> torch.Tensor:
 
 
 def shrunk(moment: torch.Tensor) -> torch.Tensor:
-    """Returns H with its off-diagonal reduced by `SHRINKAGE`."""
+    """Returns `moment` (H) with its off-diagonal reduced by `SHRINKAGE`."""
     return (1 - SHRINKAGE) * moment + torch.diag(SHRINKAGE * moment.diagonal())
 
 
 def damped(moment: torch.Tensor) -> torch.Tensor:
-    """Returns H with a share of its mean diagonal added, so that it is invertible."""
+    """Returns `moment` (H) with a share of its mean diagonal added, so that it is invertible."""
     share = DAMPING * moment.diagonal().mean().clamp(min=1e-30)
     return moment + share * torch.eye(len(moment))
 

@@ -79,7 +79,7 @@ class QuantizedMatrix:
         return grid.value(self.codes.long(), grid.stored(self.scales.reshape(-1)))
 
     def pack(self, outtype: str) -> Any:
-        """Returns the bytes as a numpy array, (rows, bytes per row)."""
+        """Returns the bytes in the layout of `outtype`, a numpy array (rows, bytes per row)."""
         rows = len(self.codes)
         d = self.scales.reshape(rows, -1, 1).half().view(torch.uint8)
         blocks = self.codes.reshape(rows, -1, BLOCK)

@@ -257,7 +257,10 @@ def _flags(tokenizer: Any, special: Mapping[str, int]) -> dict[str, bool]:
 
 
 def _find_splitting(described: Mapping[str, Any]) -> str:
-    """Find llama.cpp's name of the pre-tokenizer, or raise InputError if there is none."""
+    """Find llama.cpp's name of the pre-tokenizer in `described`, the content of tokenizer.json.
+
+    Raises InputError if there is none.
+    """
     model, steps = described["model"], _steps(described["pre_tokenizer"])
     normalizer = described["normalizer"] and described["normalizer"]["type"]
     for name, splittings in PRE_TOKENIZERS.items():
@@ -298,7 +301,7 @@ def _notes(added: Mapping[int, Mapping[str, Any]]) -> list[str]:
 
 
 def _space_prefix(described: Mapping[str, Any]) -> tuple[bool, list[str]]:
-    """Returns whether a space is added before a text, and notes on llama.cpp's differences."""
+    """Returns whether a space is added before a text, and notes on differences of llama.cpp."""
     steps, normalizers = _steps(described["pre_tokenizer"]), _normalizers(described["normalizer"])
     replace = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
     prepend = {"type": "Prepend", "prepend": SPACE}

@@ -1,8 +1,8 @@
 """Quantize a checkpoint with bitsandbytes or torchao, one tensor in memory at a time.
 
-The tensors equal those that `save_pretrained` writes for a model that transformers quantized and
-that never ran. `ShardWriter` is for tensors that become known one at a time; `weights.checkpoint`
-writes tensors with dtypes and shapes known beforehand.
+The tensors equal those that `save_pretrained` writes for a model that transformers quantized,
+before its first forward pass. `ShardWriter` is for tensors that become known one at a time;
+`weights.checkpoint` writes tensors with dtypes and shapes known beforehand.
 """
 
 from __future__ import annotations

@@ -208,7 +208,7 @@ class Encoded:
 
     @property
     def supervised(self) -> int:
-        """Number of labels that contribute to the loss."""
+        """Number of tokens or labels that contribute to the loss."""
         if isinstance(self.labels, int | float):
             return 1
         return sum(label != IGNORED for label in self.labels)
@@ -349,7 +349,7 @@ def split_batches(examples: Sequence[Any]) -> Iterator[Sequence[Any]]:
 
 
 def extra_inputs(encoding: Any, index: int) -> dict[str, list[int]]:
-    """Returns the model inputs of row `index` besides the tokens, such as `token_type_ids`."""
+    """Returns the inputs of row `index` in `encoding` besides the tokens, as `token_type_ids`."""
     return {name: encoding[name][index] for name in encoding if name not in _NO_EXTRAS}
 
 

@@ -108,7 +108,7 @@ def _is_possible(role: str, value: Any) -> bool:
 
 
 def format_map_flags(pairs: Mapping[str, str]) -> str:
-    """Returns `--map` flags for the shell, quoted where necessary."""
+    """Returns `pairs` (role → column) as `--map` flags, quoted for the shell where necessary."""
     return " ".join(f"--map {shlex.quote(f'{role}={column}')}" for role, column in pairs.items())
 
 

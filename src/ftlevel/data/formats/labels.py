@@ -32,7 +32,7 @@ class LabelSet:
         return len(self.names)
 
     def id_of(self, label: str | int) -> int:
-        """Returns the id of a class; raises `KeyError` if it does not exist."""
+        """Returns the id of the class `label`; raises `KeyError` if it does not exist."""
         if label not in self:
             raise KeyError(label)
         return self.names.index(label) if isinstance(label, str) else label

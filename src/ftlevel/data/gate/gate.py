@@ -305,7 +305,7 @@ class Gate:
     def check_split(
         self, name: str, fitted: FittedRows, examples: Sequence[Any], table: Table
     ) -> tuple[Sequence[Encoded], list[Finding]]:
-        """Returns the remaining rows of a split, and the findings.
+        """Returns the rows of `fitted` that the checks leave, and the findings.
 
         `Encoded.row` indexes `examples`. Duplicates and answers are checked only if `name` is
         train. Raises `InputError` if no row remains.
@@ -485,7 +485,7 @@ def special_token_ids(tokenizer: Any) -> frozenset[int]:
 def handle_unusable_rows(
     table: Table, bad: Sequence[BadRow], config: DataConfig, split: str, *, lenient: bool
 ) -> tuple[Table, list[Finding]]:
-    """Returns `table` without unusable rows, and the findings.
+    """Returns `table` without the unusable rows `bad`, and the findings.
 
     Raises `InputError` if a row may not be dropped; `lenient` allows all, as in a preview.
     """

@@ -235,7 +235,7 @@ def split_by_size(indices: Integers, sizes: Integers, limit: int) -> list[Intege
 
 
 def _lengths_match(shorter: Any, longer: Any) -> Any:
-    """Returns whether rows of these lengths can reach the similarity threshold."""
+    """Returns whether rows of `shorter` and `longer` tokens can reach the similarity threshold."""
     return shorter >= SIMILARITY * longer - GRAM
 
 
@@ -259,7 +259,7 @@ def _may_be_near(rows: Sequence[Encoded], first: Integers, second: Integers, pre
 
 
 def _are_near(row: Encoded, other: Encoded, prefix: int) -> bool:
-    """Returns whether rows of different examples reach the Jaccard similarity threshold."""
+    """Returns whether two rows, after `prefix`, reach the Jaccard similarity threshold."""
     lengths = sorted(len(r.input_ids) - prefix for r in (row, other))
     if row.row == other.row or not _lengths_match(*lengths):
         return False

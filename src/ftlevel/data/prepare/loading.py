@@ -229,7 +229,7 @@ def read_splits(config: DataConfig, task: DataTask, seed: int) -> DatasetSplits:
 
 
 def _with_judgments(splits: DatasetSplits, qrels: Path, corpus: Path | None) -> DatasetSplits:
-    """Returns the splits with the judged queries as validation rows, and documents as corpus."""
+    """Returns `splits` with the queries of `qrels` as validation rows, and documents as corpus."""
     result = read_retrieval_set(qrels, corpus)
     rows = [
         {"query": query, "pos": [result.documents[at] for at in relevant]}

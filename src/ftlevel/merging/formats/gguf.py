@@ -165,7 +165,7 @@ def check_file(
 
 
 def _probe(original: Original) -> ComparisonProbe:
-    """Returns text windows on which both models are compared."""
+    """Returns the text windows on which the file is compared with `original`."""
     text = read_eval_text(None, original.tokens)
     length = min(_WINDOW, max_positions(original.config) or _WINDOW)
     rows = [

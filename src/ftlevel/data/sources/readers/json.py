@@ -215,7 +215,7 @@ def _is_rows(value: object) -> bool:
 
 
 def _read_columns(value: Mapping[str, Any], *, is_json_lines: bool) -> OneObject | None:
-    """Returns the rows of an object written by column, as pandas does, or None."""
+    """Returns the rows of `value` if it is an object of columns, as pandas writes it; else None."""
     note = "a column a key, as pandas writes them; a row is what has one place in all"
     columns = list(value.values())
     if {"columns", "data"} <= value.keys() and isinstance(value["data"], list):

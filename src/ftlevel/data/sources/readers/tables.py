@@ -250,7 +250,7 @@ class ExcelReader(Reader):
             yield self.chunk(rows, numbers, bad, {"row": number + 1})
 
     def _rows(self, start: int) -> Iterator[tuple[int, list[tuple[str, bool]]]]:
-        """Yields the number of each non-empty row, with (text, is_error) of each cell."""
+        """Yields the number of each non-empty row from `start`, and (text, is_error) per cell."""
         with _opened(self.path) as book:
             sheet = self._select_sheet(book)
             sheet.reset_dimensions()
