@@ -109,7 +109,7 @@ def resize_vocabulary(model: Any, directory: Path) -> int | None:
 def check_new_rows(model: Any, former_rows: int | None, directory: Path) -> None:
     """Raise InputError if the adapter lacks embedding rows that `resize_vocabulary` added.
 
-    Added rows of the base, which the adapter replaces, change from NaN to the mean of the others.
+    In the base, added rows are replaced by the adapter; they change from NaN to the mean row.
     """
     import torch
 
@@ -249,8 +249,8 @@ def apply_method(model: Any, method: MethodConfig, base: Base, *, fused: bool = 
 def check_placed(peft_model: Any, method: str, base: Base) -> None:
     """Raise ConfigError if PEFT did not adapt all requested modules.
 
-    For families with fused experts in transformers 5, PEFT 0.21 takes names such as `gate_proj` for
-    the experts, even if a dense layer or shared expert is meant.
+    For families with fused experts in transformers 5, PEFT 0.21 applies names such as `gate_proj`
+    to the experts, even if a dense layer or shared expert was requested.
     """
     import peft
 

@@ -73,7 +73,7 @@ def load_adapter_set(config: GenerateConfig) -> AdapterSet:
 
     Raises:
         ConfigError: nothing is named, or two adapters have the same name.
-        InputError: something does not exist, or the adapters are not compatible.
+        InputError: a model or adapter does not exist, or the adapters are not compatible.
     """
     device = choose_device(config.device).value
     base, refs = _resolve_all(config, device)

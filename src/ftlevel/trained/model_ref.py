@@ -72,7 +72,7 @@ class ModelRef:
     def kind(self) -> str:
         """Kind of the model: run, checkpoint, adapter, model, quantized, hub or gguf.
 
-        The kind of an adapter by another library is `peft`, or that of its `AdapterReader`.
+        An adapter of another library has the kind `peft`, or that of its `AdapterReader`.
         """
         if self.run is not None:
             path = self.directory or Path(self.source.name)

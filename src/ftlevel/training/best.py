@@ -318,8 +318,8 @@ class BestModelCallback(TrainerCallback):
     """Save the trainable tensors at each evaluation that is the best so far.
 
     Trainer's `load_best_model_at_end` needs a full checkpoint, with optimizer state, at each
-    evaluation. Its save strategy `best` saves at no other evaluation, even if the run is
-    interrupted there. `EarlyStoppingCallback` needs `load_best_model_at_end` and loses its count on
+    evaluation. Its save strategy `best` saves no other checkpoints from which an interrupted run
+    could resume. `EarlyStoppingCallback` needs `load_best_model_at_end` and loses its count on
     resume; this callback rebuilds the count from the log.
     """
 

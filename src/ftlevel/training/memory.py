@@ -219,7 +219,7 @@ def _track_blocks(blocks: Sequence[nn.Module]) -> Iterator[_BlockTracker]:
 
 
 class StepReducer:
-    """Reduce the memory of a trainer's steps after one ran out of memory.
+    """Reduce the memory of a trainer's steps after a step ran out of memory.
 
     Attributes:
         done: the reductions made: the step (0 before the first), and the new tokens per micro-batch

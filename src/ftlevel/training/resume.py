@@ -377,7 +377,7 @@ def find_checkpoint(directory: RunDirectory, listener: Listener) -> Path | None:
     """Returns the latest complete checkpoint, or None; warns of newer ones that are corrupted.
 
     Raises:
-        ConfigError: there is none, and the run is finished.
+        ConfigError: the run is finished and has no complete checkpoint.
     """
     newest, rejected = checkpoints.find_newest_intact(directory.checkpoints)
     for line in rejected:

@@ -159,9 +159,9 @@ class StepComparison:
     """Differences between fast and plain step, relative to the plain step.
 
     Attributes:
-        dtype: compute dtype of the comparison, in addition to the run's own.
+        dtype: dtype in which the steps were compared, besides the run's own.
         gradient: largest relative difference of the gradient over all steps.
-        dropout: the same with dropout, between fused and plain layers; None if not compared.
+        dropout: that of fused and plain layers, both with dropout; None if not compared.
         exact: distance of the plain gradient from float64, if float64 was needed. `loss` and
             `gradient` are then distances of the fast step from float64.
         kinks: whether rounding moved a value over a kink of the activation, so that `loss` and

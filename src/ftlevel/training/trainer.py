@@ -110,8 +110,8 @@ class FtlevelTrainer(Trainer):
     divided by their number in all micro-batches. T5, BART and the classification models of
     transformers 5.24 average within a micro-batch and ignore `num_items_in_batch`.
 
-    With a fast step, a Trainer batch has all rows of an optimizer step and is split into
-    micro-batches here. Row order, steps, schedule and resume are Trainer's.
+    With a fast step, a Trainer batch has all rows of an optimizer step, and this class splits it
+    into micro-batches. Row order, steps, schedule and resume are those of Trainer.
 
     Attributes:
         tokens_seen: tokens of the training rows, without padding.

@@ -65,7 +65,7 @@ class WholeStep:
     def __call__(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         """Returns the mean loss of a step, and accumulates its gradients.
 
-        Without `texts`, as when memory is tried, the loss is the sum of all vectors.
+        If `inputs` has no `texts`, as in a memory test, the loss is the sum of all vectors.
         """
         trainer = self._trainer
         model.train()

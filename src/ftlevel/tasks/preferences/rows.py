@@ -338,7 +338,7 @@ def _rejected_conversation(example: PairExample) -> Conversation:
 
 
 def find_answer(row: Encoded, prompt: Sequence[Message], *, encoder: bool = False) -> int:
-    """Find the index of the first token of the answer that follows `prompt`.
+    """Find the index in `row` of the first token of the answer, which follows `prompt`.
 
     Raises:
         RowError: the answer has no token of its own.
@@ -376,7 +376,7 @@ FEWEST = 20
 
 
 def check_pairs(rows: Sequence[Encoded]) -> Mapping[str, Mask]:
-    """Returns masks of pairs with equal answers, and of pairs with an earlier pair's, swapped."""
+    """Returns masks of pairs with equal answers, and of pairs that swap an earlier one."""
     import numpy as np
 
     equal, against = np.zeros(len(rows), dtype=bool), np.zeros(len(rows), dtype=bool)

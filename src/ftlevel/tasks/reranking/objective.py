@@ -69,8 +69,8 @@ class CandidateGroup:
 class RankingMeter:
     """Ranking metrics of each query, and metrics over all pairs of a query and a document.
 
-    Queries need a relevant and an irrelevant document, else they are omitted. All pairs have
-    `average_precision` for labels 0 and 1, `spearman` for others.
+    Queries without both a relevant and an irrelevant document are omitted. The metric over all
+    pairs is `average_precision` for labels 0 and 1, else `spearman`.
     """
 
     def __init__(self) -> None:

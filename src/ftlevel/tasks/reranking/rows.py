@@ -117,7 +117,7 @@ def prepare_tokenizer(tokenizer: Any, kind: str) -> Choice | None:
     """Extend the pair template of a decoder's `tokenizer` (modified), and return the log line.
 
     Raises:
-        InputError: it has no EOS token, or is not a fast tokenizer.
+        InputError: the tokenizer has no EOS token, or is not a fast tokenizer.
     """
     if kind != "decoder":
         return None

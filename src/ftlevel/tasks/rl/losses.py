@@ -158,7 +158,7 @@ def policy_loss(
     Args:
         parameters: loss and clipping.
         each: (tokens,) log-probabilities of the policy, with gradient.
-        old: (tokens,) log-probabilities of the sampling policy; the first time equal to `each`.
+        old: (tokens,) log-probabilities of the sampling policy; `each` on the first iteration.
         owners: (tokens,) index of each token's completion, all of whose tokens are here.
         advantages: (tokens,); the same for all tokens of a completion, except in distillation.
         weights: (tokens,), from `completion_weights`.

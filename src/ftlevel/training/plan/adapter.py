@@ -46,7 +46,7 @@ def resolve_adapter(config: TrainConfig) -> tuple[TrainConfig, StartingAdapter |
 
     Raises:
         ConfigError: the adapter is missing or cannot be continued, or a flag contradicts it.
-        InputError: its files are corrupted, or the base model is missing or differs.
+        InputError: the adapter's files are corrupted, or the base model is missing or differs.
     """
     if config.model.adapter is None:
         return config, None, []

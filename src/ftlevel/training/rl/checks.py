@@ -178,7 +178,7 @@ RAN_LONGER, COLLAPSED = 0.2, 0.1
 def find_rollout_warnings(records: Sequence[Mapping[str, Any]]) -> list[str]:
     """Find warnings about a reward that rises with length, and about lost entropy.
 
-    `records` are log records; they have these metrics only in reinforcement learning.
+    Only the log `records` of reinforcement learning have the metrics that this needs.
     """
     sampled = [record for record in records if "completion_length" in record]
     count = max(1, int(_WINDOW * len(sampled)))

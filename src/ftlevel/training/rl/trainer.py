@@ -42,7 +42,7 @@ _BLOCK = "rollout-{rank}.pt"
 class RepeatedSteps(Sampler[int]):
     """Sampler that repeats the `rows` rows of each optimizer step `times` times.
 
-    The last step of an epoch is filled with the epoch's first rows. `base` is the order of rows.
+    The last step of an epoch is filled with the epoch's first rows. `base` yields the rows.
     """
 
     def __init__(self, base: Sampler[int], rows: int, times: int) -> None:
