@@ -368,7 +368,7 @@ METHODS: dict[str, Method] = {
     ),
     "oft": LinearUpdate(
         "oft",
-        "a rotation of every linear's input",
+        "a rotation of the input of every linear layer",
         "Qiu et al., 2023, arXiv:2306.07280; 2025, arXiv:2506.19847",
         17_649_664,
         Rates(narrow=1e-3, wide=3e-4, source="not measured", kinds={"decoder": 3e-4}),
@@ -381,7 +381,7 @@ METHODS: dict[str, Method] = {
     ),
     "boft": LinearUpdate(
         "boft",
-        "a rotation of every linear's input, in small blocks",
+        "a rotation of the input of every linear layer, in small blocks",
         "Liu et al., 2024, arXiv:2311.06243",
         5_914_624,
         Rates(narrow=1e-2, wide=4e-4, source="not measured", kinds={"decoder": 3e-3}),
@@ -429,7 +429,7 @@ METHODS: dict[str, Method] = {
     ),
     "shira": Shira(
         "shira",
-        "a few weights of every linear, drawn at random",
+        "a few weights of every linear layer, drawn at random",
         "Bhardwaj et al., 2024, arXiv:2406.13175",
         79_953_920,
         Rates(narrow=1e-3, wide=3e-4, source="PEFT's method comparison"),
