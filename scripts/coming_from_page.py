@@ -19,13 +19,13 @@ from cli.spellings import SPELLINGS, Spelled
 _HEAD = """\
 # Coming from another tool
 
-This page is for users of other tools: it lists the flags of their examples, and what they do here.
-Dashes and underscores are equal. The page is generated from `tests/cli/test_spellings.py` by
+This page is for users of other tools. It lists flags from their examples, and their effect in
+ftlevel. Dashes and underscores are equal. The page is generated from `tests/cli/spellings.py` by
 `python scripts/write_docs.py coming-from`.
 
-A spelling sets fields, asks for what is done anyway, or is refused with a reason. Of
-{count} spellings, {accepted} are accepted. The tables leave out {same} that only rename a flag,
-such as `--lora_rank 16`: [ftlevel train](commands/train.md) lists them as second names.
+A flag sets fields, is accepted without effect, or is refused with a reason. Of {count} flags with
+values, {accepted} are accepted. The tables leave out {same} flags that only have another name,
+such as `--lora_rank 16`: [ftlevel train](commands/train.md) lists these names.
 
 Configuration files of Axolotl, LLaMA-Factory, ms-swift, TRL and verl are converted, with a note on
 each key without a counterpart:
@@ -46,7 +46,7 @@ def coming_from_page() -> str:
 def _tables() -> Iterator[str]:
     shown: set[tuple[str, str]] = set()
     for tool in dict.fromkeys(row.tool for row in SPELLINGS):
-        yield from ("", f"## {tool}", "", "| typed | here |", "|---|---|")
+        yield from ("", f"## {tool}", "", "| flag | in ftlevel |", "|---|---|")
         for row in SPELLINGS:
             if row.tool != tool or _is_rename(row) or row.agrees:
                 continue
@@ -57,7 +57,10 @@ def _tables() -> Iterator[str]:
         agreeing = dict.fromkeys(row.typed for row in SPELLINGS if row.tool == tool and row.agrees)
         if agreeing:
             names = ", ".join(f"`{typed}`" for typed in agreeing)
-            yield from ("", f"Accepted, as ftlevel does so anyway: {names}.")
+            yield from (
+                "",
+                f"Accepted without effect, because ftlevel always works this way: {names}.",
+            )
 
 
 def _is_rename(row: Spelled) -> bool:
@@ -73,7 +76,7 @@ def _here(row: Spelled) -> str:
     """Return what comes of a row; of one that is refused, the line that says so."""
     if row.sets:
         fields = ", ".join(f"`{path}: {_shown(value)}`" for path, value in row.sets.items())
-        return fields + (f" (beside `{row.beside}`)" if row.beside else "")
+        return fields + (f" (with `{row.beside}`)" if row.beside else "")
     try:
         _program()(args=["train", *shlex.split(row.typed), "--dry-run"], standalone_mode=False)
     except ConfigError as error:

@@ -105,10 +105,10 @@ SPELLINGS: list[Spelled] = [
     *_answers(
         TRANSFORMERS, "run_classification.py",
         ("--test_file test.csv", "ftlevel evaluate RUN --dataset TEST"),
-        ("--metric_name accuracy", "a task is scored by its own metrics"),
+        ("--metric_name accuracy", "all metrics of the task are shown"),
         ("--cache_dir cache", "HF_HOME"),
         ("--token hf_x", "hf auth login"),
-        ("--tokenizer_name bert-base-cased", "the tokenizer and its tokens are the model's own"),
+        ("--tokenizer_name bert-base-cased", "the model's tokenizer is used unchanged"),
         ("--validation_split_name dev", "--validation-file names others"),
     ),
     *_sets(
@@ -141,9 +141,9 @@ SPELLINGS: list[Spelled] = [
             beside="--max_steps 5"),
     *_answers(
         TRANSFORMERS, "run_clm.py",
-        ("--config_overrides n_embd=1024", "it is read from the model's config.json. Edit that "
-                                           "file, and drop the flag."),
-        ("--model_type gpt2", "it is read from the model's config. Drop it."),
+        ("--config_overrides n_embd=1024", "read from the model's config.json. Edit it, "
+                                           "and drop the flag."),
+        ("--model_type gpt2", "read from the model's config. Drop it."),
     ),
     Spelled(TRANSFORMERS, "run_mlm.py", "--mlm_probability 0.2", {"data.mlm_probability": 0.2}),
     *_agrees(TRANSFORMERS, "run_mlm.py", ("--line_by_line", "each row is a text of its own")),
@@ -217,10 +217,10 @@ SPELLINGS: list[Spelled] = [
     *_answers(
         TRANSFORMERS, "TrainingArguments",
         ("--push_to_hub", "Name the repository: --push-to-hub NAME"),
-        ("--hub_strategy every_save", "once, when the run is done"),
+        ("--hub_strategy every_save", "once, at the end of the run"),
         ("--deepspeed ds.json", "--num-processes N"),
         ("--fsdp full_shard", "--num-processes N"),
-        ("--torch_compile", "compiled steps are not offered"),
+        ("--torch_compile", "torch.compile is not supported"),
         ("--auto_find_batch_size", "--auto-micro-batch keeps it"),
     ),
     *_sets(
@@ -251,7 +251,7 @@ SPELLINGS: list[Spelled] = [
         PEFT, "sft/run_peft.sh",
         ("--use_reentrant True", "without reentrant autograd"),
         ("--hub_private_repo True", "Add --push-to-hub NAME, or drop it"),
-        ("--bnb_4bit_quant_storage_dtype bfloat16", "to split a model over GPUs"),
+        ("--bnb_4bit_quant_storage_dtype bfloat16", "always stored as bytes"),
     ),
     *_sets(
         PEFT, "dora_finetuning.py",
@@ -265,7 +265,7 @@ SPELLINGS: list[Spelled] = [
         ("--eval_step 10", "train.eval_steps", 10),
         ("--save_step 100", "train.save_steps", 100),
     ),
-    *_answers(PEFT, "dora_finetuning.py", ("--val_set_size 500", "a share is below 1")),
+    *_answers(PEFT, "dora_finetuning.py", ("--val_set_size 500", "expected a fraction below 1")),
     *_sets(
         PEFT, "loftq_finetuning",
         ("--bits 4", "quant.kind", "4bit"),
@@ -316,7 +316,7 @@ SPELLINGS: list[Spelled] = [
     ),
     *_answers(
         TRL, "trl sft",
-        ("--eos_token '<|im_end|>'", "the tokenizer and its tokens are the model's own"),
+        ("--eos_token '<|im_end|>'", "the model's tokenizer is used unchanged"),
         ("--config sft_config.yaml", "ftlevel recipes convert"),
         ("--dataset_test_split test", "--validation-file names others"),
         ("--reward_weights 1.0 0.2", "Write --reward NAME=WEIGHT"),
@@ -552,7 +552,7 @@ SPELLINGS: list[Spelled] = [
     *_answers(
         AXOLOTL, "config reference",
         ("--wandb-entity me", "environment variable"),
-        ("--report-to all", "all is whatever is installed"),
+        ("--report-to all", "all depends on what is installed"),
     ),
     *_sets(
         AXOLOTL, "config reference",

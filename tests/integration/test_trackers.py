@@ -131,7 +131,7 @@ def test_a_tracker_that_fails_is_told_no_more(
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (["--report-to", "all"], "all is whatever is installed. Name the trackers"),
+        (["--report-to", "all"], "all depends on what is installed. Name the trackers"),
         (["--report-to", "tensorboard,comet"], "'comet' is not known. Expected one of"),
         (
             ["--tracker-project", "x"],

@@ -83,7 +83,9 @@ def _split_trackers(value: Any) -> Any:
         value = [name for name in re.split(r"[\s,]+", value.strip().lower()) if name]
     if isinstance(value, list | tuple):
         if "all" in value:
-            raise ValueError("all is whatever is installed. Name the trackers: wandb,tensorboard")
+            raise ValueError(
+                "all depends on what is installed. Name the trackers: wandb,tensorboard"
+            )
         if value == ["none"]:
             return ()
         return tuple(dict.fromkeys(value))
@@ -151,6 +153,6 @@ class HubSection(Section):
     def _check_repository(self) -> HubSection:
         if self.hub_private and self.push_to_hub is None:
             raise ValueError(
-                "--hub-private is of --push-to-hub. Add --push-to-hub NAME, or drop it."
+                "--hub-private requires --push-to-hub. Add --push-to-hub NAME, or drop it."
             )
         return self

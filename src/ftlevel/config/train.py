@@ -247,7 +247,7 @@ def _timing_problems(config: TrainConfig) -> list[str]:
             f"(or another), or drop it."
         )
     if output.hub_private and output.push_to_hub is None:
-        problems.append("--hub-private is of --push-to-hub. Add --push-to-hub NAME, or drop it.")
+        problems.append("--hub-private requires --push-to-hub. Add --push-to-hub NAME, or drop it.")
     problems += _search_problems(config)
     if config.data.validation_file is not None and config.data.validation_split:
         problems.append(

@@ -54,12 +54,12 @@ _STAGES = {
         ("rm", "reward"),
     )
 } | {"grpo": "--task rl", "rloo": "--task rl --loss rloo"}
-_TRACKER = "the tracker reads it from its environment variable. Set that, and drop the flag."
+_TRACKER = "the tracker reads this from an environment variable. Set that, and drop the flag."
 _HUB = (
-    "--push-to-hub NAME uploads what was trained, once, when the run is done. Use that, or "
+    "--push-to-hub NAME uploads the adapter once, at the end of the run. Use that, or "
     "`hf upload` for anything else."
 )
-_TOKEN = "the token is the one of `hf auth login`. Log in, and drop the flag."
+_TOKEN = "the token of `hf auth login` is used. Log in, and drop the flag."
 _LAUNCH = (
     "use --num-processes N for several GPUs, and --shard full for a model that does not fit on "
     "one. Drop it."
@@ -68,7 +68,7 @@ _LONG_ROWS = (
     "each row is computed by one device: torch's context parallel attention takes no packed rows. "
     "Long rows fit with --gradient-checkpointing, --offload-activations and --shard full. Drop it."
 )
-_TOKENIZER = "the tokenizer and its tokens are the model's own, and stay so. Drop it."
+_TOKENIZER = "the model's tokenizer is used unchanged. Drop it."
 _OTHER_METHOD = "this method is not available; see ftlevel list-methods. Drop it."
 
 
@@ -90,8 +90,8 @@ UNSUPPORTED_FLAGS: tuple[UnsupportedFlag, ...] = (
     # Flags that agree with what ftlevel does.
     *_flags("--do-train", "ftlevel evaluate scores without training.",
             {"true": NoOpValue("ftlevel train trains")}),
-    *_flags("--do-predict", "ftlevel evaluate RUN --dataset TEST scores other rows afterwards.",
-            {"false": NoOpValue("a run looks at no test rows")}),
+    *_flags("--do-predict", "use ftlevel evaluate RUN --dataset TEST after training.",
+            {"false": NoOpValue("a run does not use test rows")}),
     *_flags("--use-peft --use-peft-lora --use-lora", "--method full trains all weights. Use that.",
             {"true": NoOpValue("an adapter is trained", "method.kind",
                             ("lora", "qlora", "adalora", "ia3", "vera", "oft", "boft", "loha",
@@ -111,8 +111,8 @@ UNSUPPORTED_FLAGS: tuple[UnsupportedFlag, ...] = (
     *_flags("--packing --sample-packing --neat-packing --padding-free", "expected true or false.",
             {"true": _PACKED, "false": "--set speed.pack=false"}),
     *_flags("--eval-packing --eval-sample-packing", "expected true or false.",
-            {"true": NoOpValue("rows to score are not padded to a length either"),
-             "false": NoOpValue("each row is scored by itself")}),
+            {"true": NoOpValue("validation rows are not padded to a fixed length"),
+             "false": NoOpValue("each row is evaluated separately")}),
     *_flags("--remove-unused-columns", "columns that a task does not use are named, not removed.",
             {"false": NoOpValue("columns that are not used are only named")}),
     *_flags("--completion-only-loss --assistant-only-loss --train-on-completions --mask-prompt "
@@ -122,7 +122,7 @@ UNSUPPORTED_FLAGS: tuple[UnsupportedFlag, ...] = (
             {"false": NoOpValue("all answers of a conversation are supervised")}),
     *_flags("--use-chat-template", "a row of turns is written by the model's chat template.",
             {"true": NoOpValue("rows of turns are written by the model's chat template")}),
-    *_flags("--use-fast-tokenizer", "only tokenizers that know the place of a token can be used.",
+    *_flags("--use-fast-tokenizer", "only fast tokenizers (with character offsets) are supported.",
             {"true": NoOpValue("the fast tokenizer is used if available")}),
     *_flags("--line-by-line", "--overlong split cuts long texts. Drop it.",
             {"true": NoOpValue("each row is a text of its own"), "false": "--overlong split"}),
@@ -206,29 +206,29 @@ UNSUPPORTED_FLAGS: tuple[UnsupportedFlag, ...] = (
     *_flags("--tokenizer-name --tokenizer-type --config-name --resize-vocab --add-tokens "
             "--special-tokens --eos-token --pad-token --split-special-tokens --eot-tokens "
             "--processor-type --tokenizer-use-mistral-common", _TOKENIZER),
-    *_flags("--model-type", "it is read from the model's config. Drop it."),
+    *_flags("--model-type", "the model type is read from the model's config. Drop it."),
     *_flags("--config-overrides --model-init-kwargs --rope-scaling",
-            "it is read from the model's config.json. Edit that file, and drop the flag."),
+            "these values are read from the model's config.json. Edit it, and drop the flag."),
     *_flags("--cache-dir", "set the environment variable HF_HOME, and drop the flag."),
     *_flags("--dataset-dir --dataset-prepared-path --tokenized-path",
             "name the file itself: --dataset FILE. Encoded rows are cached automatically."),
     *_flags("--dataset-test-split --validation-split-name",
-            "the validation rows are the split called validation, valid, val or dev; "
-            "--validation-file names others."),
+            "validation rows are the split validation, valid, val or dev; --validation-file names "
+            "others."),
     *_flags("--test-file --max-predict-samples",
-            "ftlevel evaluate RUN --dataset TEST scores other rows afterwards. Drop it."),
+            "use ftlevel evaluate RUN --dataset TEST after training. Drop it."),
     *_flags("--num-labels", "the classes are counted in the data. Drop it."),
     *_flags("--source-prefix",
             "each task has its own instruction, also used by generate. Drop it; add text for "
             "every source to the data."),
-    *_flags("--metric-name", "a task is scored by its own metrics, which are all shown; --metrics "
-            "names some, and --metric-for-best-model the one that picks the model that is kept."),
+    *_flags("--metric-name", "all metrics of the task are shown; --metrics selects some, and "
+            "--metric-for-best-model the one for choosing the best checkpoint."),
     *_flags("--stride",
-            "--overlong split cuts a long text into rows, which do not overlap. Use that."),
-    *_flags("--loftq-config", "--init loftq --quant 4bit starts so. Use that."),
+            "long texts are split without overlap by --overlong split. Use that."),
+    *_flags("--loftq-config", "LoftQ is enabled by --init loftq --quant 4bit. Use that."),
     *_flags("--pissa-iter", "--init pissa_niter_16 is the fast form. Use that."),
     *_flags("--pissa-convert --convert-pissa-to-lora",
-            "an adapter is always saved for the untouched base. Drop it."),
+            "the adapter is always saved for the untouched base. Drop it."),
     *_flags("--loraplus-lr-embedding", "embeddings are not adapted. Drop it."),
     *_flags("--rank-dropout --module-dropout", "use --lora-dropout instead."),
     *_flags("--use-galore --use-apollo --use-badam --use-adam-mini --use-muon --use-llama-pro "
@@ -241,9 +241,9 @@ UNSUPPORTED_FLAGS: tuple[UnsupportedFlag, ...] = (
                            "use_reentrant=false"),
                           NoOpValue("activations are recomputed without reentrant autograd"))),
     *_flags("--torch-compile --torch-compile-backend --torch-compile-mode",
-            "compiled steps are not offered; the fast step is on. Drop it."),
+            "torch.compile is not supported; the fast step is on. Drop it."),
     *_flags("--auto-find-batch-size",
-            "it would change the batch size. --auto-micro-batch keeps it. Use that."),
+            "this would change the batch size. --auto-micro-batch keeps it. Use that."),
     *_flags("--full-determinism", "the same --seed gives the same adapter on a CPU. Drop it."),
     *_flags("--log-level --verbosity", "--quiet prints errors only. Use that.",
             {**dict.fromkeys(("passive", "info", "warning"),
@@ -254,7 +254,7 @@ UNSUPPORTED_FLAGS: tuple[UnsupportedFlag, ...] = (
                                "only"),
              "false": NoOpValue("progress is shown")}),
     *_flags("--bnb-4bit-quant-storage --bnb-4bit-quant-storage-dtype",
-            "it serves to split a model over GPUs, which is not done. Drop it.",
+            "4-bit weights are always stored as bytes. Drop it.",
             {"uint8": NoOpValue("4-bit weights are stored as bytes")}),
     *_flags("--use-dft-loss --enable-dft-loss --use-eaft-loss",
             "the loss is cross-entropy over the answers' tokens. Drop it."),
@@ -282,7 +282,7 @@ UNSUPPORTED_FLAGS: tuple[UnsupportedFlag, ...] = (
     *_flags("--mix-strategy", "--mix sets the share of each dataset. Use that."),
     *_flags("--model-author", "not supported. Drop it."),
     *_flags("--save-gguf --save-method --quantization --save-path",
-            "ftlevel export RUN writes a .gguf and ftlevel merge RUN a model, when it is done."),
+            "after training, ftlevel export RUN writes a .gguf, and ftlevel merge RUN a model."),
     *_flags("--freeze-vision-tower --freeze-vit --image-max-pixels --video-max-pixels",
             "only text models are supported. Drop it."),
     *_flags("--use-vllm --vllm-mode --vllm-gpu-memory-utilization",
@@ -290,11 +290,11 @@ UNSUPPORTED_FLAGS: tuple[UnsupportedFlag, ...] = (
             "Drop it.",
             {"false": NoOpValue("the model is sampled here")}),
     *_flags("--use-hf", "models and data come from the Hugging Face Hub. Drop it."),
-    *_flags("--config", "ftlevel train FILE reads a recipe, and ftlevel recipes convert FILE one "
-            "of Axolotl, LLaMA-Factory, TRL or ms-swift."),
-    *_flags("--merge-lora", "ftlevel merge RUN does it when the run is done. Drop it."),
+    *_flags("--config", "ftlevel train FILE reads a recipe; ftlevel recipes convert FILE converts "
+            "files of Axolotl, LLaMA-Factory, TRL or ms-swift."),
+    *_flags("--merge-lora", "use ftlevel merge RUN after training. Drop it."),
     *_flags("--include-num-input-tokens-seen",
-            "summary.json counts the tokens of a run in any case. Drop it.",
+            "the tokens of a run are always counted in summary.json. Drop it.",
             dict.fromkeys(("", "true", "all", "non_padding"),
                           NoOpValue("summary.json counts the tokens of a run"))),
 )  # fmt: skip
@@ -315,7 +315,7 @@ def read_percent(text: str) -> str:
 def read_share(text: str) -> str:
     """Returns a fraction unchanged; raises ValueError if it is 1 or more."""
     if _number(text) >= 1:
-        raise ValueError("a share is below 1, as in 0.1; a number of rows cannot be given")
+        raise ValueError("expected a fraction below 1, as in 0.1; not a number of rows")
     return text
 
 
@@ -337,8 +337,8 @@ def read_once_an_epoch(text: str) -> str:
     if _number(text) == 1:
         return "epoch"
     raise ValueError(
-        f"{text} times in each of E epochs is every 1/({text} × E) of the run: give that share to "
-        "--eval-steps or --save-steps, as in --eval-steps 0.25"
+        f"expected 1; for {text} times per epoch in E epochs, set --eval-steps or --save-steps to "
+        f"the fraction 1/({text} × E), as in --eval-steps 0.25"
     )
 
 
@@ -367,7 +367,7 @@ def read_glue(text: str) -> str:
     if name in GLUE:
         return f"nyu-mll/glue --subset {name} --task text-classification"
     if name in ("ner", "pos"):
-        raise ValueError(f"it is a task: --task {name}")
+        raise ValueError(f"{name} is a task: use --task {name}")
     raise ValueError(f"expected one of GLUE's: {', '.join(GLUE)}. Else --dataset names the data")
 
 
