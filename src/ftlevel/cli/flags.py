@@ -287,7 +287,7 @@ class CommandInput:
         return layer
 
     def section(self, section: type[S], **others: Any) -> S:
-        """Build `section` from the flags; `others` are additional field values."""
+        """Build the configuration `section` from the flags and from additional values `others`."""
         shown = {row.path: row.shown for row in self.rows if row.path}
         config = build_section(section, {**self.layer().values, **others}, shown)
         for line in check_claims(self.claims, config):

@@ -207,7 +207,7 @@ def check_claims(claims: Sequence[NoOpClaim], config: Any) -> list[str]:
 
 
 def _find(typed: str, specs: Mapping[str, FlagSpec]) -> tuple[str, FlagSpec | None]:
-    """Returns `typed` with dashes, and its FlagSpec or None; `--no-x` is parsed as `--x false`."""
+    """Returns flag `typed` with dashes, and its FlagSpec or None; `--no-x` means `--x false`."""
     name = typed.replace("_", "-")
     option = specs.get(name)
     if option is None and name.startswith("--no-"):

@@ -1,6 +1,6 @@
 """Topics of messages: the section of docs/troubleshooting.md that explains an error or warning.
 
-A message has the topic of the module that raises it, so no message names its own.
+The module that raises a message determines its topic, so messages need not name one.
 """
 
 from __future__ import annotations

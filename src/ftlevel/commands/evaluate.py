@@ -501,7 +501,7 @@ def _choices(
 def _intervals(
     config: EvaluateConfig, evaluator: Evaluator, record: ExampleRecord, base: ExampleRecord | None
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """Returns bootstrap values per metric, and 95 % intervals, also of differences to the base."""
+    """Returns bootstrap values per metric, and 95 % intervals, also for changes from the base."""
     if not config.resamples:
         return {}, {}
     if len(record.units) < 2:

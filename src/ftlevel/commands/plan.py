@@ -243,7 +243,7 @@ def _cost(config: TrainConfig, time: TimeForecast | None, options: PlanOptions) 
 
 
 def _checkpoints(run: Run, parts: Mapping[str, int]) -> tuple[int, int]:
-    """Returns the bytes of one checkpoint with optimizer, and of those kept at once."""
+    """Returns the bytes of one checkpoint with optimizer, and of all checkpoints kept at once."""
     trained, _ = count_trainable(run)
     one = 4 * trained + parts.get(OPTIMIZER, 0)
     limit = run.config.train.save_total_limit or 1

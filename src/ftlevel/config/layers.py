@@ -246,7 +246,7 @@ def _key_and_method(detail: ErrorDetails, model: type[BaseModel]) -> tuple[KeyPa
 
 
 def _origin(key: KeyPath, origins: Mapping[KeyPath, str], constructor: str) -> str:
-    """Returns where `key` or its nearest parent was set, else `constructor(key)` or the key."""
+    """Returns where `key` or its nearest parent was set; if unknown, `key` itself in text."""
     for end in range(len(key), 0, -1):
         if key[:end] in origins:
             return origins[key[:end]]

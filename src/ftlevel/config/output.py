@@ -110,7 +110,7 @@ class OutputConfig(Section):
     )
     allow_change: tuple[str, ...] = Field(
         (),
-        description="Field that may change on --resume, as named in the error message. Changes "
+        description="Field that may change on --resume, named as in the error message. Changes "
         "are recorded in summary.json. Repeatable.",
     )
     run_name: str | None = Field(

@@ -139,7 +139,7 @@ def load_yaml(text: str) -> tuple[Any, Any]:
 
 
 def _count(node: Any, counted: dict[int, int], inside: set[int]) -> int:
-    """Returns the number of values in `node`, aliases expanded; raises YamlError if too many."""
+    """Count the values in `node` with YAML aliases expanded; raises YamlError if too many."""
     if id(node) in counted:
         return counted[id(node)]
     position = node.start_mark.line + 1

@@ -215,7 +215,8 @@ class RlConfig(Section):
         "none).",
     )
     importance_sampling_level: None = Field(
-        None, description="As in TRL: sequence turns grpo into gspo; token is the default."
+        None,
+        description="Level of the probability ratio, as in TRL; sequence turns grpo into gspo.",
     )
     use_bias_correction_kl: bool = Field(
         False,

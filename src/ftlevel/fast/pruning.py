@@ -66,7 +66,7 @@ def find_prunable_linears(
     """Find the candidates whose output at unneeded tokens does not affect needed tokens.
 
     `block` must be in eval mode and `layout` the current layout; `args` and `kwargs` are arguments
-    of `block`. It returns states (batch, seq, hidden), alone or first in a tuple.
+    of `block`, which returns states (batch, seq, hidden), alone or first in a tuple.
     """
     if layout.needed is None:
         raise ValueError("layout.needed is None: expected some of the tokens")

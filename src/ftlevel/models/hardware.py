@@ -58,7 +58,7 @@ def allowed_cpus() -> list[int]:
 
 
 def count_cores(cpus: list[int], topology: Path = _TOPOLOGY) -> int:
-    """Count the physical cores of the logical CPUs `cpus`; the number of `cpus` if unknown."""
+    """Count the physical cores of logical `cpus` by sysfs (`topology`); if unknown, the `cpus`."""
     siblings = set()
     for cpu in cpus:
         try:
@@ -79,7 +79,7 @@ def control_groups(
 ) -> Iterator[Path]:
     """Yields the control-group directories from this process's group up to the root.
 
-    In a container the path may be the host's and not exist; the container's group is then `root`.
+    In a container, `membership` may name a path of the host; the container's group is then `root`.
     """
     try:
         lines = membership.read_text().splitlines()

@@ -152,7 +152,7 @@ class BottleneckLayer(UnmergeableLayer, PrecisionLayer, nn.Module, BaseTunerLaye
         """Add an adapter in float32 on the module's device, initialized as the identity.
 
         The up-projection is zero, as in He et al. (2022); Houlsby et al. use N(0, 0.01²) for both.
-        `widths` are the last dimensions of the adapter's input and output.
+        `reads` is the kind of the adapter's input; `widths` are the widths of input and output.
         """
         width_in, width_out = widths
         width = config.bottleneck_dim or max(1, int(width_out // config.reduction_factor))

@@ -144,7 +144,7 @@ _CHANGES_SHAPE = {torch.ops.aten.resize_.default, torch.ops.aten.set_.source_Ten
 
 
 def _signature(value: Any, tensors: list[Tensor]) -> Any:
-    """Returns the cache key of an argument; its tensors are appended to `tensors`."""
+    """Returns the cache key of an argument `value`; appends the tensors in it to `tensors`."""
     if isinstance(value, Tensor):
         tensors.append(value)
         position = next(at for at, one in enumerate(tensors) if one is value)
