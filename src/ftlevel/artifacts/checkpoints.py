@@ -140,7 +140,7 @@ def best_of(directory: Path, step: int) -> Path:
 
 
 def write_best(directory: Path, step: int, write: Callable[[Path], None]) -> None:
-    """Write the best model of `step` atomically by calling `write`; delete those it supersedes."""
+    """Write the best model of `step` atomically by calling `write`; then call `rotate_best`."""
     partial, target = directory / ".best.partial", best_of(directory, step)
     if target.exists() and not (target / MANIFEST).is_file():  # not written by ftlevel
         target.rename(target.with_name(f"{target.name}-kept"))

@@ -281,7 +281,7 @@ def partial_of(path: Path) -> Path:
 
 
 def describe_columns(path: Path, columns: Sequence[str], expected: Sequence[str] = ()) -> str:
-    """Returns the error for a resumed file: `columns` differ from `expected`, or are missing."""
+    """Returns the error for a resumed file whose `columns` are not `expected`, or are missing."""
     if not expected:
         return f"--resume: {path} has rows without {join_names(columns)}. Choose another --output."
     return (

@@ -72,7 +72,7 @@ def mark_end_once(directory: Path) -> None:
 
 
 def is_free(directory: Path) -> bool:
-    """Whether `directory` contains nothing, except for an incomplete marker."""
+    """Whether `directory` is empty, apart from an incomplete marker."""
     return all(path.name == f".{MARKER}.partial" for path in directory.iterdir())
 
 
@@ -217,7 +217,7 @@ def _files(directory: Path) -> set[str]:
 
 
 def _entries_of_run(directory: Path) -> list[Path]:
-    """Returns the entries of `directory` named in `OWN`, complete or partial; not the marker."""
+    """Returns the entries of `directory` named in `OWN`, also partial ones, without the marker."""
     names = {*OWN, *(f".{name}.partial" for name in OWN)}
     return [path for path in directory.iterdir() if path.name in names]
 

@@ -140,7 +140,7 @@ class RowScorer:
         return {name: value.to(trained.device) for name, value in batch.items()}, layout
 
     def _forward(self, rows: Sequence[Encoded]) -> Iterator[torch.Tensor]:
-        """Yields the logits of each row; one forward pass computes all."""
+        """Yields the logits of each row, computed in one forward pass."""
         trained, objective = self._trained, self._trained.objective
         batch, layout = self._batch(rows)
         with using_layout(layout):
@@ -236,7 +236,7 @@ def predict_replies(trained: LoadedModel, ask: AnswerRequest) -> list[Prediction
 
 @dataclass(frozen=True)
 class ReplyBatch:
-    """Predictions, one per question or None; `refused` has the reason for None by index."""
+    """Predictions per question; for one without, `refused` maps its index to the reason."""
 
     replies: list[Prediction | None]
     refused: Mapping[int, str]
@@ -245,7 +245,7 @@ class ReplyBatch:
 def predict_rows(
     model: InferenceModel, questions: Sequence[Any], output_options: OutputOptions
 ) -> ReplyBatch:
-    """Returns predictions for `questions`; one that cannot be answered does not affect others."""
+    """Returns predictions for `questions`; a question that cannot be answered affects no other."""
     replies: list[Prediction | None] = [None] * len(questions)
     refused: dict[int, str] = {}
     remaining = list(range(len(questions)))

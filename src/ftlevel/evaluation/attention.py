@@ -119,7 +119,7 @@ _PROMPTS: ContextVar[Sequence[SharedPrompts]] = ContextVar("shared_prompts", def
 
 @contextlib.contextmanager
 def using_prompts(prompts: Sequence[SharedPrompts]) -> Iterator[None]:
-    """Let forward passes in the block attend to `prompts`; batch rows must be in their order."""
+    """Let forward passes in the block attend to `prompts`, whose rows are those of the batch."""
     token = _PROMPTS.set(prompts)
     try:
         yield

@@ -343,7 +343,7 @@ def open_decoder(trained: LoadedModel, prompts: Sequence[list[int]]) -> RowDecod
 
 
 def find_decoder_obstacle(model: Any, kind: str, method: str) -> str:
-    """Returns why `generate` must be used; "" if `RowDecoder` may be used."""
+    """Returns why `RowDecoder` cannot be used instead of `generate`; "" if it can."""
     if reason := find_cache_obstacle(model, kind, method):
         return reason
     settings = base_model(model).generation_config.to_diff_dict()

@@ -195,7 +195,7 @@ def build_meters(
 
 
 def _class_meters(spaces: Mapping[str, torch.Tensor], step: StepTexts) -> list[PairMeter]:
-    """Returns a meter per text, with its pairs with later texts; `spaces` maps suffix → vectors."""
+    """Returns a meter per text, of its pairs with later texts; `spaces` maps suffix → vectors."""
     meters = [PairMeter("class") for _ in range(len(step))]
     for (i, one), (j, other) in combinations(enumerate(step.texts), 2):
         same = float(step.labels[i] == step.labels[j])

@@ -226,7 +226,7 @@ class Difference:
 
 
 def compute_difference(runs: MetricRuns, best: MetricRuns, comparisons: int) -> Difference:
-    """Compute the difference of `runs` from `best`; `comparisons` is a count, for Bonferroni."""
+    """Compute the difference of `runs` from `best`; Bonferroni divides by `comparisons`."""
     value = runs.mean - best.mean
     if runs.draws.shape != best.draws.shape or not runs.draws.size:
         return Difference(value, None, None, None)

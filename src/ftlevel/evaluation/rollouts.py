@@ -70,7 +70,7 @@ class Group:
         ]
 
     def compare(self, teacher_logps: list[list[float]]) -> None:
-        """Set the teacher's log-probabilities, and the rewards computed from them."""
+        """Set `teacher_logps`, and compute the rewards from them."""
         self.teacher_logps = teacher_logps
         pairs = zip(teacher_logps, self.completions, strict=True)
         self.rewards = np.array([np.mean(np.subtract(logps, own.logps)) for logps, own in pairs])

@@ -256,7 +256,7 @@ def _contrasts(rows: Sequence[Encoded]) -> list[Encoded]:
 def _measure_baseline(
     evaluator: Evaluator, model: Any, head: ChunkedCrossEntropy | None
 ) -> torch.Tensor | None:
-    """Returns the objective's baseline, the mean reward of contrasts or 0; None if unused."""
+    """Returns the baseline: the mean reward of contrasts, at least 0; None if unused."""
     objective = _objective_of(evaluator)
     if not objective.needs_baseline:
         return None

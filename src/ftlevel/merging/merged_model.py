@@ -215,7 +215,7 @@ class TensorMerger:
 def open_merger(
     inputs: MergeInput, dtype: str | None, rounding: Callable[[Any], QuantizationRounding] | None
 ) -> TensorMerger:
-    """Open a merger of base and adapter; raise InputError if the model lacks a tensor's place."""
+    """Open a merger of base and adapter; raise InputError for tensors that the model lacks."""
     ref = inputs.ref
     model = build_task_model(ref.model_config, ref.auto_class)
     resize_vocabulary(model, ref.adapter_directory)

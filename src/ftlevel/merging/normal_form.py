@@ -116,7 +116,7 @@ class NormalForm:
         )
 
     def on_every_layer(self, model: Any) -> NormalForm:
-        """Returns a copy with zero updates for other layers with the name of an adapted one."""
+        """Returns a copy plus zero updates for layers of `model` named like an adapted one."""
         import torch
 
         suffixes = {name.rpartition(".")[2] for name in self.factors}

@@ -211,7 +211,7 @@ def _write_part(file: BinaryIO, part: TensorPart) -> None:
 
 
 def write_files(directory: Path, shards: Mapping[str, Sequence[TensorPart]]) -> int:
-    """Write shards (file name → parts), with an index if several; return their tensors' bytes."""
+    """Write shards (file name → parts), with an index if several; return the size in bytes."""
     total, where = 0, {}
     for name, parts in shards.items():
         write_file(directory / name, parts)

@@ -222,7 +222,7 @@ _ALIGNMENT = 8
 class ShardWriter:
     """Writes a .safetensors file in one pass: data first, then the header into space before it.
 
-    `header_bytes` are reserved for the header; see `header_bound`. Tensors whose size is no
+    `header_bytes` are reserved for the header; see `header_bound`. Tensors whose size is not a
     multiple of 8 bytes are written last, so that all are aligned.
     """
 

@@ -273,8 +273,7 @@ class TurnLayout:
     """Prefixes and suffixes of the turns: a chat template for programs without Jinja.
 
     Attributes:
-        around: role → text before and after the content; no "system" if the template lacks that
-            turn.
+        around: role → text before and after the content; has no "system" if the template has none.
         opening: text before a conversation without a system turn, such as a default system prompt.
         generation: generation prompt.
     """

@@ -349,7 +349,7 @@ def split_batches(examples: Sequence[Any]) -> Iterator[Sequence[Any]]:
 
 
 def extra_inputs(encoding: Any, index: int) -> dict[str, list[int]]:
-    """Returns the inputs of row `index` in `encoding` besides the tokens, as `token_type_ids`."""
+    """Returns the model inputs of row `index` besides the tokens, such as `token_type_ids`."""
     return {name: encoding[name][index] for name in encoding if name not in _NO_EXTRAS}
 
 

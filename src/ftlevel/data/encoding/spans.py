@@ -154,7 +154,7 @@ class TaggedRow(Encoded):
 def find_invalid_bio_tags(
     examples: Sequence[TaggedTokens], names: Sequence[str], table: Table
 ) -> list[BadRow]:
-    """Find rows with an I- tag that continues no entity; other schemes, such as IOB1, pass."""
+    """Find rows with an I- tag that continues no entity; tags of other schemes (IOB1) pass."""
     if not all(_BIO.fullmatch(name) for name in names):
         return []
     invalid: list[BadRow] = []

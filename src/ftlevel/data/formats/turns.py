@@ -179,7 +179,7 @@ def _parse_turn(item: object, what: str, names: Mapping[str, str]) -> Message | 
 
 
 def _refuse_parts(parts: Sequence[Any], what: str) -> NoReturn:
-    """Raise `UnusableRowError` for a content that is a list of parts, as in multimodal data."""
+    """Raise `UnusableRowError`, as the content is a list of parts, as in multimodal data."""
     types = [part.get("type", next(iter(part), "")) for part in parts if isinstance(part, dict)]
     type_name = next((type_ for type_ in types if type_ != "text"), None)
     if type_name is None:

@@ -55,7 +55,7 @@ class Finding:
 def build_finding(
     name: str, split: str, count: int, total: int, places: Sequence[str], policy: GateConfig
 ) -> Finding | None:
-    """Build a `Finding` with the action of `policy`; None if `count` is 0 or the action ignore."""
+    """Build a `Finding` with `policy`'s action; None if `count` is 0 or the action is ignore."""
     action: Action = getattr(policy, name)
     if not count or action == "ignore":
         return None

@@ -430,7 +430,7 @@ class Gate:
     def find_leaks(
         self, name: str, digests: Digests, training: Digests, table: Table
     ) -> tuple[Integers, list[Finding]]:
-        """Returns the examples of split `name` to drop because training has them, and findings.
+        """Returns the examples of split `name` to drop, as training has them, and the findings.
 
         Findings of the test split only warn, as training does not read it.
         """

@@ -337,7 +337,7 @@ class Encoder:
             return function("drop"), str(error)
 
     def fit_targets(self, fitted: FittedRows, table: Table) -> FittedRows:
-        """Apply the target length limit of an encoder-decoder."""
+        """Apply the length limit to the targets of an encoder-decoder."""
         limit = self.config.max_target_length
         (rows, dropped), stops = self._relax(
             lambda overlong: fit_targets(fitted.rows, limit, overlong, table.where)
