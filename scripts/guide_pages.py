@@ -44,7 +44,7 @@ def _page(kind: str) -> str:
     lines = [f"# {kind}", ""]
     if guide:
         lines += [f"![Where {kind} sits in a transformer's block]({kind}.svg)", ""]
-        lines += [guide.idea, "", f"**When.** {guide.take}", ""]
+        lines += [guide.idea, "", f"**Use it** {guide.take[0].lower()}{guide.take[1:]}", ""]
         lines += [f"**Main settings.** {guide.turn}", ""]
     lines += [
         "<!-- not run: tests/integration/test_methods.py trains every method -->",
@@ -59,7 +59,7 @@ def _page(kind: str) -> str:
         f"| merges into the base | {row.merges or 'no'} |",
         f"| published | {row.paper} |",
         f"| settings | {_settings(kind)} |",
-        f"| learning rate without `--learning-rate` | {_rates(kind)} |",
+        f"| [default learning rate](../defaults.md) | {_rates(kind)} |",
         "",
         *_forms(kind),
         *_limits(kind),
@@ -80,8 +80,7 @@ def _rates(kind: str) -> str:
     )
     return (
         f"{rates.narrow:g}{f' ({kinds})' if kinds else ''} for small models and short runs; "
-        f"{rates.wide:g} for large models and long runs ({rates.source}; [the rule]"
-        "(../defaults.md))"
+        f"{rates.wide:g} for large models and long runs ({rates.source})"
     )
 
 

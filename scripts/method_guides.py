@@ -47,7 +47,7 @@ GUIDES: dict[str, Guide] = {
         "Two low-rank matrices are added to every linear layer W: the output is W x + (alpha / "
         "r) · B A x. B is zero at first, so training starts from the base. After merging, B A "
         "is part of W and costs nothing.",
-        "First choice for any task. LoRA has the most variants and server support, and the "
+        "As the first choice for any task. LoRA has the most variants and server support, and the "
         "fastest step here. Variants are switches: `--dora`, `--rslora`, `--lora-plus-ratio`, "
         "`--init pissa|olora|eva|loftq`.",
         "`--learning-rate` first, then `--lora-r` (8 to 64; with `--rslora` 32 or more), then "
@@ -122,10 +122,11 @@ GUIDES: dict[str, Guide] = {
     "miss": Guide(
         "The input features of every linear layer are summed in r groups. One trained matrix "
         "maps the r sums to the outputs.",
-        "In the same cases as LoRA, with half of its parameters at the same rank. Exported to "
-        "servers as plain LoRA.",
+        "In the same cases as LoRA, with half of its parameters at the same rank. `export` "
+        "writes it as plain LoRA.",
         "`method.r` (64), at most the input width of a layer; then the learning rate, whose "
-        "default is close to the limit: MiniLM reached 0.89 on eight classes at 3e-4 and 0.24 at 1e-3.",
+        "default is close to the limit: MiniLM reached an accuracy of 0.89 on eight classes at "
+        "3e-4 and 0.24 at 1e-3.",
         beside=LINEARS, mark="D",
     ),
     "shira": Guide(
@@ -146,7 +147,7 @@ GUIDES: dict[str, Guide] = {
     ),
     "gralora": Guide(
         "Every weight is divided into k by k blocks, each with its own LoRA of rank r / k.",
-        "When a higher LoRA rank does not help. Exported to servers as plain LoRA of rank k r.",
+        "When a higher LoRA rank does not help. `export` writes it as plain LoRA of rank k r.",
         "`method.gralora_k` (2) must divide the rank and both sides of every linear layer; "
         "`method.r` (32).",
         beside=LINEARS, mark="k² A B",
