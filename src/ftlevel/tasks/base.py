@@ -460,7 +460,7 @@ class BaseTask(ABC):
 
 
 def check_options(outputs: OutputOptions, whose: str, instead: str) -> None:
-    """Raise `ConfigError` if `outputs` asks for probabilities; the message begins with `whose`."""
+    """Raise `ConfigError` if `outputs` asks for probabilities, which `whose` (a text) lacks."""
     for flag, value in (("--probabilities", outputs.probabilities), ("--top-k", outputs.top_k)):
         if value:
             raise ConfigError(f"{flag}: {whose} has no probabilities. {instead or f'Drop {flag}.'}")

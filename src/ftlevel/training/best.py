@@ -220,8 +220,7 @@ class Evaluations:
     def add(self, step: int, scores: Mapping[str, Any]) -> bool:
         """Add an evaluation; returns whether it is the best so far (ties are decided by the loss).
 
-        A missing metric, such as the correlation with a constant, counts as NaN and is never the
-        best.
+        A missing metric, such as a correlation with a constant, counts as NaN, never the best.
         """
         value = float(scores.get(self.plan.metric, math.nan))
         loss = float(scores.get("eval_loss", math.nan))

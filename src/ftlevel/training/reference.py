@@ -247,8 +247,7 @@ def describe_first_loss(
 def _save_initial_adapter(run: Run, adapted: PreparedModel) -> Any:
     """Returns a temporary directory with the initial adapter; None if it has no effect.
 
-    Also None if the method rewrites the base: a saved new adapter has no effect on the original
-    base.
+    Also None for a new adapter on a rewritten base: on the original base, it has no effect.
     """
     model = adapted.model
     rewrites = METHODS[run.config.method.kind].initialization.rewrites_base(run.config.method)

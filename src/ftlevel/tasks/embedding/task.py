@@ -408,7 +408,7 @@ def _end_of(tokenizer: Any, name: str) -> int:
 
 
 def _describe_form(form: EmbeddingFormat, reason: str, given: Mapping[str, Any]) -> list[Choice]:
-    """Returns log lines about pooling, similarity and prompts; `given` were set by flags."""
+    """Returns log lines about pooling, similarity and prompts; flags have set those in `given`."""
 
     def why(*names: str) -> str:
         flags = [f"--{name.replace('_', '-')}" for name in names if name in given]

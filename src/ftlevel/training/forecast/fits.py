@@ -5,12 +5,14 @@
 is the resident memory of a CPU run:
 
 - libraries: Python, its packages, tokenizer and rows, measured in this process, plus
-`LAZY_IMPORT_BYTES`; - loading: the weights, and the checkpoint pages they are converted from; -
-check: the plain step in float32 on a few rows that verifies the fast step: 16-bit weights next to
-float32 ones, the gradients of both steps and the initial values of the trained parameters; -
-training: the tensors of a step, free heap blocks up to `MAX_FREE_HEAP_BYTES`, and two copies of the
-language head's weight; - proof: logits of the trained and of the reloaded model on a few rows; -
-with quantized weights: pages of the unquantized checkpoint, which stay mapped.
+  `LAZY_IMPORT_BYTES`;
+- loading: the weights, and the checkpoint pages they are converted from;
+- check: the plain step in float32 on a few rows that verifies the fast step: 16-bit weights next to
+  float32 ones, the gradients of both steps and the initial values of the trained parameters;
+- training: the tensors of a step, free heap blocks up to `MAX_FREE_HEAP_BYTES`, and two copies of
+  the language head's weight;
+- proof: logits of the trained and of the reloaded model on a few rows;
+- with quantized weights: pages of the unquantized checkpoint, which stay mapped.
 
 Two terms are assumptions, not findings: that a step needs two copies of the head's weight, and that
 the 128 MiB cap of `MAX_FREE_HEAP_BYTES` explains the free heap blocks. With them, 13 settings of

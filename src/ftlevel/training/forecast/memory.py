@@ -189,8 +189,7 @@ class StepMemory:
 def estimate_step_memory(run: Run, memory: int) -> StepMemory:
     """Estimate the peak of live tensor bytes in a training step of `run`.
 
-    `memory` is bytes available to tensors. On a GPU, logits are computed in chunks whose size
-    depends on the free part.
+    `memory` is bytes available to tensors. On a GPU, it limits the chunk size of the logits.
     """
     layers = LayerSample.of(run)
     pruning = find_pruning(run)

@@ -176,7 +176,7 @@ RAN_LONGER, COLLAPSED = 0.2, 0.1
 
 
 def find_rollout_warnings(records: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Find warnings about a reward that rises with length, and about lost entropy.
+    """Find warnings about a reward that rises with length, and about falling entropy.
 
     Only the log `records` of reinforcement learning have the metrics that this needs.
     """
