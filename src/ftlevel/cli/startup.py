@@ -50,7 +50,7 @@ def install_signal_handlers(last_words: Callable[[], int]) -> None:
 def exit_on_signal() -> Iterator[None]:
     """Exit immediately on a signal inside the block, where nothing has been written yet.
 
-    Libraries' imports lose KeyboardInterrupt; transformers turns it into ModuleNotFoundError.
+    Imports of libraries lose KeyboardInterrupt: transformers turns it into ModuleNotFoundError.
     """
     global _ends_at_once
     before, _ends_at_once = _ends_at_once, True

@@ -75,7 +75,7 @@ LOSS_ALIASES = {
 
 
 def read_loss(value: Any, aliases: Mapping[str, str]) -> Any:
-    """Returns ftlevel's name of the loss `value`, a name in any tool; keeps other types."""
+    """Returns ftlevel's name for a loss name of any tool; non-text `value` is unchanged."""
     if not isinstance(value, str):
         return value
     folded = value.lower().replace("_", "").replace("-", "")

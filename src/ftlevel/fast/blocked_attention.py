@@ -33,7 +33,7 @@ KEPT_KEYS = 256
 
 @dataclass(frozen=True)
 class QueryBlock:
-    """A block of queries, and the keys that at least one of them sees.
+    """A block of queries, and the keys that at least one of these queries sees.
 
     Queries are at [`start`, `stop`) of the packed row; `keys` are ranges of it, in sequence order.
     `mask` is added to the scores of the last keys (-inf hides a key); None if all are visible.

@@ -169,7 +169,7 @@ class PackingCheck(StepCheck):
     def _differ(
         self, batch: dict[str, Tensor], compute: Callable[[], Tensor], mask: Tensor
     ) -> bool:
-        """Returns whether `compute()` differs from the states of the padded `batch` where `mask`.
+        """Returns whether `compute()` differs, at `mask`, from the states of the padded `batch`.
 
         In decoders, a few states are a hundred times larger than all others and cancel out in the
         last blocks. In 16-bit precision, their rounding errors alone would exceed any tolerance. A
@@ -240,7 +240,7 @@ def _upcast(value: Any) -> Any:
 
 
 def _shorten(row: Encoded, size: int, labels: Any) -> Encoded:
-    """Returns the first `size` tokens of `row` with `labels`."""
+    """Returns `row` cut to its first `size` tokens, with `labels`."""
     extras = {name: values[:size] for name, values in row.extras.items()}
     return replace(row, input_ids=row.input_ids[:size], labels=labels, extras=extras)
 
@@ -267,10 +267,10 @@ class PruningCheck(StepCheck):
     """Finds the tokens and linear layers for last-layer pruning."""
 
     def __call__(self, objective: Objective) -> tuple[NeededTokens | None, list[nn.Module]]:
-        """Returns a selector of needed tokens, and linear layers that may skip all other tokens.
+        """Returns a function that selects the needed tokens, and layers that may skip all others.
 
-        They are in the last block. The result is (None, []) if every token may be needed or torch
-        cannot compute the gradients. The list is also empty if the block runs twice.
+        The layers are in the last block. The result is (None, []) if every token may be needed or
+        torch cannot compute the gradients. The list is also empty if the block runs twice.
         """
         batch = self.batch_of(self.pair)
         training = self.model.training

@@ -177,7 +177,7 @@ class ChunkedCrossEntropy:
     def _compute(
         self, forward: Callable[[], Any], at: Tensor, compute: Callable[[Tensor], Tensor]
     ) -> Tensor:
-        """Call `forward`; returns `compute` of the head's input (targets, hidden) at `at`."""
+        """Run `forward`; returns `compute` of the head's input at `at`, (targets, hidden)."""
         self._call.request, self._call.result = (at, compute), None
         try:
             forward()
@@ -236,7 +236,7 @@ def _chunks(states: Tensor, targets: Tensor, size: int) -> Iterator[tuple[Tensor
 
 
 class _SummedLoss(torch.autograd.Function):
-    """Loss summed over targets; forward computes the gradients of each chunk."""
+    """Loss summed over targets; its forward also computes the gradients, chunk by chunk."""
 
     @staticmethod
     def forward(

@@ -2,7 +2,7 @@
 
 Formulas are in `kernels.Formulas`; Triton may compute them on an NVIDIA GPU. With frozen weights,
 norms save x and ρ for backward, and GLU saves g and u. Their outputs can be recomputed from these
-(`recompute`), so that LoRA layers need not save them. Modules are recognized by their output on
+(`recompute`), so that LoRA layers need not save them. Modules are recognized by their output for
 random input, not by their names.
 
 Where a GPU supports it, one kernel rotates queries and keys in forward, and one in backward. It

@@ -173,7 +173,7 @@ def supervised_loss(
 def compute_shared_prefix(
     head: ChunkedCrossEntropy, model: Any, layout: PackedLayout, batch: dict[str, Tensor]
 ) -> SharedPrefix:
-    """Returns keys and values of a prefix that all rows share; it is the only row of `batch`."""
+    """Returns keys and values of a prefix that all rows share; `batch` has only the prefix."""
     prefix = SharedPrefix(layout.tokens)
     nowhere = torch.zeros(0, dtype=torch.long, device=batch["input_ids"].device)
     with using_layout(layout), using_prefix(prefix):

@@ -131,7 +131,7 @@ class PackedLayout:
         return flat.view(self.batch, self.seq, *states.shape[2:])
 
     def pack_inputs(self, value: Any) -> Any:
-        """Returns an argument of a block with its per-token tensors packed, e.g. rotary cos."""
+        """Returns a block's argument `value` with the per-token tensors in it packed."""
         if isinstance(value, Tensor):
             is_per_token = value.dim() > 1 and value.shape[1] == self.seq
             return self.pack(value) if is_per_token and value.shape[0] in (1, self.batch) else value
@@ -269,7 +269,7 @@ def _spread(order: Sequence[int], costs: Sequence[int], count: int) -> MicroBatc
 
 
 def _split(order: Sequence[int], budget: int, added: AddedCost, multiple: int) -> MicroBatches:
-    """Split rows evenly into few micro-batches; `added` is what a row adds to the tokens of one."""
+    """Split rows evenly into few micro-batches; `added` counts the tokens that a row adds."""
     count = _round_up(len(_fill(order, budget, added)), multiple, len(order))
     low, high = 1, budget
     while low < high:  # the smallest budget that needs no more micro-batches

@@ -121,7 +121,7 @@ def _add(parameter: Tensor, gradient: Tensor) -> None:
 
 
 def makespan(costs: Sequence[int], workers: int) -> int:
-    """Returns the total time of jobs that take `costs` and that idle workers start in order."""
+    """Returns the total time if idle workers start jobs of duration `costs` in order."""
     busy = [0] * workers
     for cost in costs:
         first = busy.index(min(busy))

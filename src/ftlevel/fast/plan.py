@@ -385,7 +385,7 @@ def fused_lora_choices(
 def _reason_against(
     method: MethodConfig, speed: SpeedConfig, quant: str, device: str
 ) -> str | None:
-    """Returns why LoRA layers are not fused; empty if they are, None for methods without them."""
+    """Returns why LoRA layers are not fused; empty if they are, None for other methods."""
     against = METHODS[method.kind].step.fusing
     if against is None:
         return None

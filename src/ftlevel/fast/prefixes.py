@@ -132,7 +132,7 @@ def count_common(one: Tokens, other: Tokens) -> int:
 def sort_by_prefix(rows: Sequence[Tokens], least: int = MIN_PREFIX) -> tuple[list[int], list[int]]:
     """Returns the sorted row indices, and how many tokens each row shares with the previous one.
 
-    The numbers are indexed by row; prefixes shorter than `least` tokens count as 0.
+    These numbers are indexed by row; prefixes shorter than `least` tokens count as 0.
     """
     order = sorted(range(len(rows)), key=lambda row: rows[row])
     shared = [0] * len(rows)

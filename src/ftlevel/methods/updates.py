@@ -168,7 +168,7 @@ class Ia3(Method):
 
 
 def vera_as_lora(file: AdapterFile) -> dict[str, Factors]:
-    """Returns diag(b) · B · diag(d) · A per module; raises `InputError` without shared A and B."""
+    """Returns diag(b) · B · diag(d) · A per module; raises `InputError` if A and B are missing."""
     if not {"base_model.vera_A", "base_model.vera_B"} <= set(file.tensors):
         raise InputError(
             "its shared matrices are not in its file (save_projection was off). Load it with PEFT "

@@ -157,7 +157,7 @@ def importance_scores(model: Any) -> dict[str, dict[str, Any]]:
 
 
 def register_lora_layers(config: Any, layers: dict[type, Callable[..., Any]]) -> None:
-    """Register LoRA layer builders in `config` (modified); if one returns None, PEFT builds."""
+    """Register builders of LoRA layers in `config` (modified); for None, PEFT builds its own."""
     config._register_custom_module(layers)
 
 

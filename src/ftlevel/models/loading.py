@@ -50,7 +50,7 @@ Mismatch = tuple[str, tuple[int, ...], tuple[int, ...]]
 
 
 def check_shapes(model: Any, mismatched: Iterable[Mismatch], label: str) -> list[str]:
-    """Returns the head parameters in `mismatched`, which are newly initialized.
+    """Returns the head parameters among the `mismatched` weights; they are newly initialized.
 
     Raises:
         InputError: a weight outside the heads has a different shape in the checkpoint.

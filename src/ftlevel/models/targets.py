@@ -185,7 +185,7 @@ def resolve_targets(
     Args:
         model: model, quantized or not, or on the meta device; not a PEFT model.
         targets: `all-linear`, `auto`, one regex, comma-separated names, or a list of names.
-        model_name: name of the model in messages; its own name by default.
+        model_name: name of the model in messages; default: `name_or_path` of its config.
 
     Raises:
         InputError: a name or the regex matches no adaptable module.

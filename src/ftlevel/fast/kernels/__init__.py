@@ -68,7 +68,7 @@ class Formulas:
     def rope(
         self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, backward: bool = False
     ) -> Pair:
-        """Returns q and k rotated; with `backward`, rotated back, to map output gradients."""
+        """Returns q and k rotated; with `backward`, rotates gradients of the outputs back."""
         cos, sin = cos.unsqueeze(2), sin.unsqueeze(2)
         if backward:
             return q * cos - _rotate_half(q * sin), k * cos - _rotate_half(k * sin)
@@ -131,7 +131,7 @@ def _scale_like(x: Tensor) -> Tensor:
 
 
 def _like(*places: int) -> Callable[..., Any]:
-    """Returns a function that creates empty tensors like its arguments `places`; -1: like ρ."""
+    """Returns a function that makes empty tensors like its arguments at `places`; -1: like ρ."""
 
     def make(*arguments: Any) -> Any:
         tensors = [
@@ -193,7 +193,7 @@ class TritonFormulas(Formulas):
     def rope(
         self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, backward: bool = False
     ) -> Pair:
-        """Returns q and k rotated; with `backward`, rotated back, to map output gradients."""
+        """Returns q and k rotated; with `backward`, rotates gradients of the outputs back."""
         return _rope(*(part.contiguous() for part in (q, k, cos, sin)), backward)
 
     def cross_entropy(self, scores: Tensor, targets: Tensor, smoothing: float) -> Pair:

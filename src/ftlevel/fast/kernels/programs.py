@@ -262,7 +262,7 @@ def _rope(
 
 
 def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, backward: bool) -> Pair:
-    """Returns contiguous q and k rotated; with `backward`, rotated back, to map gradients."""
+    """Returns contiguous q and k rotated; with `backward`, rotates their gradients back."""
     of_q, of_k = torch.empty_like(q), torch.empty_like(k)
     batch, tokens, heads, width = q.shape
     size = triton.next_power_of_2

@@ -231,7 +231,7 @@ class BottleneckLayer(UnmergeableLayer, PrecisionLayer, nn.Module, BaseTunerLaye
     def _source(
         self, setting: AdapterSettings, hidden: Tensor, tapped: dict[Listens, Tensor]
     ) -> Tensor:
-        """Returns the adapter's input, `(..., width_in)`."""
+        """Returns the adapter's input `(..., width_in)`: `hidden`, a hooked input, or the sum."""
         if setting.listens is None:
             return hidden
         if setting.listens not in tapped:
