@@ -371,7 +371,7 @@ class NumpyFile(RowFile):
             yield None
 
     def as_written(self, row: Row) -> Any:  # noqa: ARG002 - input columns are not written
-        """Returns None, which is what `read_back` yields."""
+        """Returns None, as `read_back` does for every row."""
         return None
 
     def open(self, keep: int) -> None:

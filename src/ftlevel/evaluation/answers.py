@@ -77,7 +77,7 @@ class RowScorer:
     def _apply(
         self, rows: Sequence[Encoded], compute: Callable[[list[Encoded]], Sequence[T]]
     ) -> list[T]:
-        """Returns one result per row, in order; `compute` returns those of a forward pass."""
+        """Returns one result per row, in order; `compute` returns those of one forward pass."""
         if self._fast is None and len(rows) >= WORTH_ASKING:
             self._fast = self._speed_up(rows)
         results: list[Any] = [None] * len(rows)
@@ -158,7 +158,7 @@ class RowScorer:
     def _token_scores(
         self, batch: dict[str, torch.Tensor], rows: Sequence[Encoded]
     ) -> Iterator[torch.Tensor]:
-        """Yields the logits (labeled tokens, vocabulary) of each row."""
+        """Yields for each row the logits at its labels, (labeled tokens, vocabulary)."""
         objective = self._trained.objective
         seen: list[torch.Tensor] = []
         head = self._fast.cross_entropy if self._fast is not None else None

@@ -216,7 +216,7 @@ class Difference:
     """Difference of a metric between a method and the best method.
 
     `interval` is the 95 % interval over resampled rows, `error` the standard error from rows and
-    seeds. `is_noise`: whether it is not significant; None if not tested.
+    seeds. `is_noise` says whether the difference is not significant; None if not tested.
     """
 
     value: float

@@ -1,9 +1,9 @@
 """Quantize a merged model to 4-bit or 8-bit, or its matrices to a .gguf type.
 
 H = E[x xᵀ] over the inputs x of a linear layer on sample rows. `weights.codes` uses H to choose
-codes that preserve the layer's outputs. If a quantized run is rounded to its own grid, the update
-is lost, because it is far smaller than half a step. Codes are therefore first rounded from the
-update merged into the weights before quantization.
+codes that preserve the layer's outputs. If a quantized base plus the update were rounded to the
+base's own grid, the update would be lost, as it is far smaller than half a step. Therefore codes
+are first rounded from the update merged into the base's weights before quantization.
 """
 
 from __future__ import annotations

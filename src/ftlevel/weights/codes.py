@@ -4,14 +4,14 @@
 
 A weight w is stored as q = s · v, with the scale s of its block and one of a few values v. Rounding
 to the nearest q can undo a small update; here the output error is minimized (GPTQ,
-https://arxiv.org/abs/2210.17323, section 3). With the other columns fixed, it is least at q_j + (e
-H)_j / H_jj, and the nearest value is chosen (coordinate descent, QuantEase,
+https://arxiv.org/abs/2210.17323, section 3). With other columns fixed, the error is least at q_j +
+(e H)_j / H_jj, and the nearest value is chosen (coordinate descent, QuantEase,
 https://arxiv.org/abs/2309.01885). After each sweep, the error that remains in the output directions
 of the update is added to the target.
 
 In 4 bits, a block of 64 weights has the scale s = max |w| and the code nearest to each w / s
-(QLoRA, https://arxiv.org/abs/2305.14314, section 3). bitsandbytes 0.50 searches it by bisection on
-a CPU; counting the midpoints below w / s takes less than half the time, with the same bytes.
+(QLoRA, https://arxiv.org/abs/2305.14314, section 3). bitsandbytes 0.50 uses a bisection on a
+CPU; counting the midpoints below w / s takes less than half the time, with the same bytes.
 """
 
 from __future__ import annotations

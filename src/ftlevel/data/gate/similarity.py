@@ -240,9 +240,9 @@ def _lengths_match(shorter: Any, longer: Any) -> Any:
 
 
 def _may_be_near(rows: Sequence[Encoded], first: Integers, second: Integers, prefix: int) -> Mask:
-    """Returns for each pair whether its sets of 5-grams, as 49-bit hashes, are similar enough.
+    """Returns for each pair of rows whether their sets of 5-gram hashes are similar enough.
 
-    Expect one false match of two 5-grams in 10^12 pairs of short rows.
+    A hash has 49 bits: expect one false match of two 5-grams in 10^12 pairs of short rows.
     """
     count = len(first)
     ids = gather(rows, np.concatenate((first, second)))
