@@ -204,7 +204,7 @@ def started_processes() -> Processes:
 
 
 def resolve_processes(train: TrainerConfig, processes: Processes, rows_only: bool) -> TrainerConfig:
-    """Returns `train` with the number of processes (None for one); ConfigError if flags differ.
+    """Returns `train` with the number of processes (None for one); ConfigError if set otherwise.
 
     With `rows_only`, as in a dry run, one process may stand for any configured number.
     """

@@ -241,8 +241,8 @@ def _name_setup(setup: tuple[str, str]) -> tuple[str, str]:
 def find_cheapest(limits: AlternativeContext) -> Alternative | None:
     """Find the least costly change that makes the run fit; None if none does.
 
-    Changes are tried by their cost: fewer rows per micro-batch, checkpointing (a third slower),
-    4-bit weights (less precise), shorter rows (lost data).
+    Changes are tried by their cost: fewer rows per micro-batch, checkpointing (a third of the speed
+    is lost), 4-bit weights (less precise), shorter rows (lost data).
     """
     config = limits.config
     train, current = config.train, (config.method.kind, config.quant.kind)

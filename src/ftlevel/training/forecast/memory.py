@@ -330,7 +330,7 @@ def _by_kind(run: Run, kinds: Sequence[Any]) -> LayerSample | None:
 
 
 def _by_period(kinds: Sequence[Any]) -> LayerSample | None:
-    """Sample one period of layers and two, if the kinds of layers repeat."""
+    """Sample the first layers with one and with two periods, if the kinds of layers repeat."""
     count = len(kinds)
     for first in range(3):
         for period in range(1, 7):
