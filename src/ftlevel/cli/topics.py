@@ -64,5 +64,5 @@ def topic_of_error(error: BaseException) -> str | None:
 
 
 def with_topic(message: str, topic: str | None) -> str:
-    """Returns `message` followed by its topic, as mypy prints its codes."""
+    """Returns `message` followed by `topic` in brackets, as mypy prints error codes."""
     return f"{message}  [{topic}]" if topic else message

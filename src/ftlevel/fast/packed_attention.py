@@ -196,7 +196,7 @@ def _split(padded: Tensor, batch: Batch, groups: int) -> Tensor:
 
 
 def _put(states: Tensor, batch: Batch, groups: int) -> Tensor:
-    """Invert `_take`: return (tokens, heads, head_dim)."""
+    """Reshape the result of `_take` back to (tokens, heads, head_dim)."""
     width = states.shape[-1]
     shaped = states.view(batch.count, groups, -1, batch.longest, width).permute(0, 3, 1, 2, 4)
     return shaped.reshape(batch.count * batch.longest, -1, width).index_select(0, batch.positions)

@@ -36,7 +36,7 @@ _OF_NO_WEIGHT = tuple(
 
 @dataclass(frozen=True)
 class PlacedModel:
-    """Files of a model passed as an object; `directory` is None if those of `name` are equal."""
+    """Files of a model passed as an object; `directory` is None if `name` has the same files."""
 
     name: str
     directory: Path | None

@@ -101,7 +101,7 @@ def check_unexpected(model: nn.Module, unread: Iterable[str], label: str) -> Non
 
 
 def _find(values: Mapping[str, Any], name: str) -> Any:
-    """Returns the value whose key equals `name` up to a module prefix of either; or None."""
+    """Returns the value whose key is `name`, or differs only by a module prefix; or None."""
     if name in values:
         return values[name]
     if not name:

@@ -313,14 +313,14 @@ def read_percent(text: str) -> str:
 
 
 def read_share(text: str) -> str:
-    """Returns a fraction unchanged; raises ValueError if it is 1 or more."""
+    """Returns a fraction of the rows unchanged; raises ValueError for a number of rows."""
     if _number(text) >= 1:
         raise ValueError("expected a fraction below 1, as in 0.1; not a number of rows")
     return text
 
 
 def read_ratio(text: str) -> str:
-    """Returns a fraction of the steps unchanged; raises ValueError if it is 1 or more."""
+    """Returns a fraction of the steps unchanged; raises ValueError for a number of steps."""
     if _number(text) >= 1:
         raise ValueError("a ratio is below 1; --warmup-steps N takes a number of steps")
     return text

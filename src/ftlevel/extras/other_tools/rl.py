@@ -76,7 +76,7 @@ _VERL_LOSSES = {
 
 
 def convert_verl(values: Mapping[str, Any]) -> Iterator[tuple[str, list[str]]]:
-    """Yields the keys of a verl configuration and their arguments (empty without counterpart)."""
+    """Yields each key of a verl configuration, and its command-line arguments (empty if none)."""
     keys = dict(_flatten(values, ""))
     yield "task", ["--task", "rl"]
     yield "reward_model", ["--reward", "number"]
