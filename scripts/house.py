@@ -195,13 +195,13 @@ def sizes() -> list[Figure]:
 def figures() -> list[Figure]:
     """Return what a feature touches: the table of docs/architecture.md."""
     additions = [
-        Figure(f"files touched by {name}", before, bound, len(addition.touched))
+        Figure(f"files changed for {name}", before, bound, len(addition.touched))
         for name, (before, bound, addition) in ADDITIONS.items()
     ]
     return [
         *additions,
-        Figure("crossings between rooms of a data row", "~10", 4, crossings()),
-        Figure("files opened to follow `--lora-r` to the layer", "11", 11, files_of_lora_r()),
+        Figure("package boundaries that a data row crosses", "~10", 4, crossings()),
+        Figure("files to read to follow `--lora-r` to the layer", "11", 11, files_of_lora_r()),
     ]
 
 

@@ -47,8 +47,7 @@ and `SoftPromptConfig` like PEFT's own configs. Import them from `ftlevel.method
 - `torch.compile(fullgraph=True)` works, except for P-tuning with an LSTM.
 
 PEFT 0.21.2's own tests pass with these methods and with fused LoRA layers
-(`scripts/peft_suite.py` of commit c9b23cd5, CPU). Skipped tests concern merging, or models in
-which ftlevel does not know where to add the method:
+(`scripts/peft_suite.py` of commit c9b23cd5, CPU). Skipped tests need merging or other models:
 
 | | passed | failed | skipped |
 |---|--:|--:|--:|
@@ -67,16 +66,13 @@ def methods_page() -> str:
         "# Methods",
         "",
         "This page lists what each method trains, its defaults, and which combinations work. It is "
-        "generated from",
-        "the table that `ftlevel train` uses to refuse unsupported combinations; `ftlevel "
-        "list-methods` shows it for a",
-        "model, task or quantization. Every supported combination is trained, saved and reloaded "
-        "on a tiny model by `make matrix`.",
+        "generated from the table that `ftlevel train` uses to refuse unsupported combinations; "
+        "`ftlevel list-methods` shows it for a model, task or quantization. Every supported "
+        "combination is trained, saved and reloaded on a tiny model by `make matrix`.",
         "",
         "## What each trains",
         "",
-        'The column "7B Llama" is the share of trained parameters for Llama-2-7B with default '
-        "settings.",
+        "`7B Llama` is the share of trained parameters for Llama-2-7B with default settings.",
         "",
         "| method | flags | trains | 7B Llama | mergeable | paper |",
         "|---|---|---|---:|---|---|",
@@ -92,22 +88,18 @@ def methods_page() -> str:
         "## Embeddings and heads",
         "",
         "`--target-modules q_proj,embed_tokens,lm_head` adds LoRA to the embedding and the output "
-        "layer, too.",
-        "`--modules-to-save embed_tokens,lm_head` trains them in full.",
+        "layer, too. `--modules-to-save embed_tokens,lm_head` trains them in full. "
         "`--trainable-token-indices '<tool>,17'` trains the embeddings of single tokens, given as "
-        "text or id. Tied",
-        "layers are trained separately unless `method.ensure_weight_tying=true`. To add a token, "
-        "call",
-        "`resize_token_embeddings` of transformers, save model and tokenizer, and train the "
-        "saved model.",
+        "text or id. Tied layers are trained separately unless `method.ensure_weight_tying=true`. "
+        "To add a token, call `resize_token_embeddings` of transformers, save model and "
+        "tokenizer, and train the saved model.",
         "",
         "Plain PEFT adapters on embeddings, heads and resized vocabularies can be used; see "
         "[merge](merge.md).",
         "",
         "## Families and quantized bases",
         "",
-        "`yes`: works on all bases; `f`: on float bases; `4`: with `--quant 4bit`; `8`: with "
-        "`--quant 8bit`.",
+        "`yes`: on all bases; `f`: on float bases; `4`: with `--quant 4bit`; `8`: `--quant 8bit`.",
         "",
         *_family_table(rows),
         "",

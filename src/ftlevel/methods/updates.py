@@ -138,7 +138,7 @@ class Ia3(Method):
 
     facts = single_row(
         "ia3",
-        "a factor for each key, value and inner feature",
+        "a factor for each key, value and feed-forward feature",
         MERGES,
         "Liu et al., 2022, arXiv:2205.05638",
         614_400,
@@ -381,7 +381,7 @@ METHODS: dict[str, Method] = {
     ),
     "boft": LinearUpdate(
         "boft",
-        "a rotation of the input of every linear layer, in small blocks",
+        "a rotation of the input of every linear layer, in butterfly factors",
         "Liu et al., 2024, arXiv:2311.06243",
         5_914_624,
         Rates(narrow=1e-2, wide=4e-4, source="not measured", kinds={"decoder": 3e-3}),
@@ -394,7 +394,7 @@ METHODS: dict[str, Method] = {
     ),
     "loha": LinearUpdate(
         "loha",
-        "a product of two low-rank updates",
+        "an elementwise product of two low-rank updates",
         "Hyeon-Woo et al., 2022, arXiv:2108.06098",
         39_976_960,
         Rates(narrow=1e-2, wide=1e-3, source="not measured"),
@@ -414,7 +414,7 @@ METHODS: dict[str, Method] = {
     ),
     "miss": Miss(
         "miss",
-        "one matrix per linear layer, for summed inputs",
+        "one matrix per linear layer, applied to sums of inputs",
         "Kang and Yin, 2024, arXiv:2409.15371",
         87_031_808,
         Rates(
@@ -429,7 +429,7 @@ METHODS: dict[str, Method] = {
     ),
     "shira": Shira(
         "shira",
-        "a few weights of every linear layer, drawn at random",
+        "a few randomly chosen weights of every linear layer",
         "Bhardwaj et al., 2024, arXiv:2406.13175",
         79_953_920,
         Rates(narrow=1e-3, wide=3e-4, source="PEFT's method comparison"),
@@ -440,7 +440,7 @@ METHODS: dict[str, Method] = {
     ),
     "hira": LinearUpdate(
         "hira",
-        "a low-rank factor of every weight",
+        "a low-rank matrix multiplied elementwise with each weight",
         "Huang et al., 2025, ICLR (openreview TwJrTz9cRS)",
         79_953_920,
         Rates(narrow=1e-2, wide=4.5e-3, source="PEFT's method comparison"),
@@ -450,7 +450,7 @@ METHODS: dict[str, Method] = {
     ),
     "gralora": LinearUpdate(
         "gralora",
-        "LoRA on each of the blocks of every weight",
+        "LoRA on each block of each weight",
         "Jung et al., 2025, arXiv:2505.20355",
         79_953_920,
         Rates(narrow=1e-3, wide=2e-4, source="PEFT's method comparison"),

@@ -55,7 +55,7 @@ class AdaLora(Method):
 
     facts = single_row(
         "adalora",
-        "LoRA, its rank pruned by importance",
+        "LoRA with ranks pruned by importance",
         MERGES,
         "Zhang et al., 2023, arXiv:2303.10512",
         29_985_408,

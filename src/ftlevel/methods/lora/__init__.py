@@ -87,7 +87,7 @@ FACTS = (
     ),
     _variant(
         "experts", "--set method.target_parameters=experts",
-        "LoRA, and the same on every expert of a mixture", "PEFT", {"target_parameters": ...},
+        "LoRA, also on each expert of a mixture", "PEFT", {"target_parameters": ...},
     ),
 )  # fmt: skip
 
