@@ -313,8 +313,8 @@ class LikelihoodObjective(TokenObjective):
 class PolicyObjective(TokenObjective):
     """Objective of the log-probabilities of sampled tokens, as in reinforcement learning.
 
-    A batch contains `signals` `(targets, n)`; see `Encoded.signals`. Their weights already divide
-    the loss, so `training_count` is 1.
+    A batch contains `signals` `(targets, n)`; see `Encoded.signals`. They include a weight of each
+    target that already normalizes the loss, so `training_count` is 1.
 
     Attributes:
         temperature: divisor of the logits.

@@ -326,7 +326,7 @@ _ANSWER = {"answer": "string", "probability": "float64"}
 
 
 def _arrow_field(name: str, kind: str, width: int) -> Any:
-    """Returns the field of a predicted column; `width` is that of an embedding, -1 if unknown."""
+    """Returns the Arrow field of a column of type `kind`; `width`: of embeddings, -1 if unknown."""
     import pyarrow as pa
 
     ranking = pa.list_(pa.struct([(key, pa.type_for_alias(t)) for key, t in _ANSWER.items()]))

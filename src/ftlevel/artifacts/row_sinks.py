@@ -53,7 +53,7 @@ def read_rollouts(path: Path) -> list[dict[str, Any]]:
 
 
 def summarize_rollouts(path: Path) -> RolloutFacts | None:
-    """Returns a report's facts on a rollouts.jsonl; None if it has no scored completions."""
+    """Returns what a report shows of a rollouts.jsonl; None if it has no scored completions."""
     lines = read_rollouts(path)
     steps = sorted({line["step"] for line in lines})
     if not steps:

@@ -37,7 +37,7 @@ def list_targets(model: str, lora_r: int, as_json: bool) -> None:
 
 
 def _print_targets(report: TargetReport) -> None:
-    """Print table and facts; avoids rich, whose import takes a third of the command's time."""
+    """Print the report; avoids rich, whose import takes a third of the command's time."""
     width = max(_NARROWEST, shutil.get_terminal_size().columns)
     typer.secho(_headline(report), bold=True)
     typer.echo()

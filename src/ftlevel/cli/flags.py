@@ -82,7 +82,7 @@ class FtlevelCommand(TyperCommand):
         return "--set" in self.specs
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
-        """Write one section per panel, without importing rich, which is slow."""
+        """Write one section per panel, without the slow import of rich."""
         panels: dict[str, list[Any]] = {}
         parameters: list[Any] = self.get_params(ctx)
         for parameter in parameters:
@@ -107,7 +107,7 @@ class FtlevelCommand(TyperCommand):
 
 
 def _name_value(error: Any, done: RewrittenArguments) -> None:
-    """Raise a ConfigError that quotes a flag's invalid value, which Typer's message omits."""
+    """Raise a ConfigError that quotes the invalid value in `done`, which Typer's message omits."""
     parameter = getattr(error, "param", None)
     names = getattr(parameter, "opts", None) or []
     parts = [part for argument in done.arguments for part in argument.split("=", 1)]
@@ -296,7 +296,10 @@ class CommandInput:
 
 
 def _put(layer: Layer, row: Flag, path: str, shown: str, value: Any, example: str) -> None:
-    """Set the field at `path` in `layer` (modified); with `example`, to NAME=VALUE pairs."""
+    """Set the field at `path` in `layer` (modified); `shown` is the flag as typed.
+
+    With `example`, an example of a value, the values are NAME=VALUE pairs.
+    """
     key = tuple(path.split("."))
     if example:
         for pair in (part for values in value for part in _NEXT_PAIR.split(values)):

@@ -287,7 +287,7 @@ def _result_lines(summary: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _range(summary: Mapping[str, Any], name: str, which: str) -> str:
-    """Returns a metric's interval as text; empty without intervals from before training."""
+    """Returns a metric's interval in `summary[which]` as text; empty without `intervals_before`."""
     ends = summary[which].get(name) if "intervals_before" in summary else None
     return "" if ends is None else f" ({ends[0]:.4f}–{ends[1]:.4f})"
 

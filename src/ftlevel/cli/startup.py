@@ -71,7 +71,10 @@ def exit_code() -> int:
 
 
 def protect_exit(code: int) -> None:
-    """Ignore one signal during exit, which would break cleanup; a second one exits with `code`."""
+    """During exit, ignore the first signal, because it would interrupt cleanup.
+
+    The second one exits with `code`.
+    """
     seen: list[int] = []
 
     def end(number: int, _: FrameType | None) -> None:

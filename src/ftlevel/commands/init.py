@@ -67,7 +67,7 @@ def draft(layers: list[Layer], file: Path, answer: Callable[[SetupQuestion, Choi
     """Returns the recipe for the given layers and answers; nothing is written.
 
     Args:
-        layers: values of `--set` and flags; answers are appended (modified).
+        layers: values of `--set` and flags (modified): answers are appended.
         file: path of the recipe.
         answer: called with each open question and its proposal; `check_answer` validates the
             result.

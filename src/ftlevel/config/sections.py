@@ -373,7 +373,8 @@ class SpeedConfig(Section):
     )
     verify: bool | None = Field(
         None,
-        description="Whether to compare the first steps with transformers' and PEFT's own code. "
-        "Compares loss and gradients in float32 and in the run's precision, with and "
-        "without dropout. Default: a few rows in float32; off: no comparison.",
+        description="Compare loss and gradients of the first three steps with transformers' and "
+        "PEFT's own code, in float32 and in the run's precision, with and without dropout. "
+        "Default: compare only a few rows, in float32 (on a GPU also in the run's precision); "
+        "off: no comparison.",
     )

@@ -86,7 +86,7 @@ def score_embeddings(
 
 
 def step_losses(objective: Embeddings, vectors: torch.Tensor, step: StepTexts) -> list[float]:
-    """Returns for each row the mean loss of its group, which is as large as a training step.
+    """Returns for each row the mean loss of its group; a group is as large as a training step.
 
     If the last group is a single row and the loss compares rows, it joins the group before.
     """

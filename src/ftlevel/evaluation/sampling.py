@@ -3,7 +3,7 @@
     v = argmaxᵥ log p(v) − log Eᵥ,   Eᵥ = −log(1 − h(seed, step, row, completion, position, v))
 
 The Eᵥ are exponential random numbers, so tokens are drawn with probabilities p (Gumbel-max trick).
-First a block of tokens is drawn in this way, then a token in it, which needs fewer numbers. `h` is
+First a block of tokens is drawn in this way, then a token in it; this needs fewer numbers. `h` is
 a counter-based hash. So a token depends only on its row, not on batching, on the number of
 processes, or on interruptions. Rounding errors of p change a token only if two tokens are nearly
 tied. Sampling by cumulated probabilities is more sensitive: one of 320 tokens changed in a test.

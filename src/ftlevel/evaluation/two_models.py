@@ -351,7 +351,7 @@ def resolve_pair(
 
 
 def choose_leader(ref: ModelRef, other: ModelRef | None) -> ModelRef:
-    """Returns the model whose settings define the evaluation rows: a run, else one with a card."""
+    """Returns the model that defines the evaluation rows: a run, else one with card, else `ref`."""
     both = [ref] if other is None else [ref, other]
     runs = [each for each in both if each.run is not None]
     return [*runs, *(each for each in both if each.card.method != PLAIN), ref][0]

@@ -193,7 +193,7 @@ def _scores(
 
 
 def _probabilities(scores: Tensor, block: QueryBlock, dtype: torch.dtype) -> Tensor:
-    """Returns the softmax of the masked `scores` (modified) in `dtype`."""
+    """Returns the softmax of `scores` in `dtype`; masks `scores` in place."""
     if block.mask is not None:
         count = block.stop - block.start
         last = scores.view(len(scores), -1, count, block.width)[..., -block.mask.shape[1] :]

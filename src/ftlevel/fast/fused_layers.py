@@ -98,7 +98,7 @@ class _Glu(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor, kind: str, formulas: Formulas) -> Tensor:
-        """Returns a(gate) ∘ up; all are (…, intermediate)."""
+        """Returns a(gate) ∘ up; all are (…, intermediate). `kind` names the activation a."""
         ctx.save_for_backward(gate, up)
         ctx.kind, ctx.formulas = kind, formulas
         return formulas.glu(kind, gate, up)

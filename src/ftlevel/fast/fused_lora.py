@@ -57,7 +57,7 @@ class FusedLoraFunction(torch.autograd.Function):
         recomputation: tuple[Recomputation, tuple[Tensor, ...]] | None = None,
         layer: Any = None,
     ) -> Tensor:
-        """Returns y (…, out) in the dtype of `x` (…, in), which is the compute dtype.
+        """Returns y (…, out) in the compute dtype, that of `x` (…, in).
 
         `dropped` is dropout(x), or None without dropout. `weight` returns W (out, in); it is called
         once in forward and once in backward, so that a dequantized weight is not stored. With
@@ -189,7 +189,7 @@ def _lone_adapter(layer: Any) -> str | None:
     """Returns the single active adapter of `layer`, or None if it cannot be fused.
 
     Variants such as DoRA, a bias of B and a trained base cannot be fused. Hooks on the layer (of
-    offloading, tensor parallelism, an observer) also prevent fusion, which would not call them.
+    offloading, tensor parallelism, an observer) also prevent fusion: it would skip them.
     """
     if not layer.training or layer.disable_adapters or layer.merged:
         return None
@@ -283,7 +283,7 @@ class FusedLinear8bitLt(FusedForward, lora.Linear8bitLt):
 
 
 def skip_unneeded_products(blocks: Sequence[nn.Module]) -> None:
-    """Make the last linear layer of each block (modified) skip its product in recomputation."""
+    """Make the last linear layer of each of `blocks` (modified) skip its product if recomputed."""
     for block in blocks:
         _find_last_layer(block)
 

@@ -171,7 +171,7 @@ def _scores(query: Tensor, key: Tensor, scale: float, cap: float | None) -> Tens
 
 
 def _probabilities(scores: Tensor, batch: Batch, dtype: torch.dtype) -> Tensor:
-    """Returns the softmax of the masked `scores` (modified) in `dtype`."""
+    """Returns the softmax of `scores` in `dtype`; masks `scores` in place."""
     if batch.mask is not None:
         scores.view(batch.count, -1, batch.longest, batch.longest).add_(batch.mask)
     return scores.softmax(-1).to(dtype)

@@ -51,7 +51,7 @@ class PackedLayout:
 
     Attributes:
         batch, seq: shape of the padded batch.
-        source: (tokens,) index of each token in the flattened batch.
+        source: (tokens,) index of each token in the flattened padded batch.
         restore: (batch * seq,) packed position of each batch position; arbitrary for padding.
         segments: segments of the packed row, in order.
         needed: (needed,) packed positions of tokens used after the last block; None for all.
@@ -96,7 +96,7 @@ class PackedLayout:
         return replace(self, **{n: t.pin_memory() for n, t in pinned.items() if t is not None})
 
     def with_needed(self, at: Tensor) -> PackedLayout:
-        """Returns the layout with `at`, indices in the flattened batch, as needed tokens."""
+        """Returns the layout with `at`, indices in the flattened padded batch, as needed tokens."""
         needed = torch.unique(self.restore.index_select(0, at))
         return replace(self, needed=needed if len(needed) < self.tokens else None)
 

@@ -119,7 +119,7 @@ class Recomputation:
 
 
 def with_recomputation(tensor: Tensor, make: Callable[..., Tensor], *saved: Tensor) -> Tensor:
-    """Attach to `tensor` (modified, returned) that backward can compute it by `make(*saved)`."""
+    """Mark `tensor` (modified) as recomputable in backward by `make(*saved)`, and return it."""
     parts = tuple(part.detach() for part in saved)
     setattr(tensor, _NAME, (Recomputation(make), parts, version_of(tensor)))
     return tensor

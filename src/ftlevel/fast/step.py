@@ -63,7 +63,7 @@ class FastStep:
             self.workers = ParallelWorkers(plan.workers, torch.get_num_threads(), plan.is_random)
 
     def check(self, rows: Sequence[Encoded], pad_id: int, device: str, dtype: str) -> list[str]:
-        """Disable the parts that fail `PackingCheck`, which has the same arguments; returns why."""
+        """Disable the parts that fail `PackingCheck` (same arguments); returns the reasons."""
         if self._blocks is None:
             return []
         check = PackingCheck(self._model, find_blocks(self._base)[-1], rows, pad_id, device, dtype)

@@ -141,7 +141,7 @@ class StepSupport:
 
 @runtime_checkable
 class HasState(Protocol):
-    """Method callback with state outside the model's tensors."""
+    """Trainer callback of a method, with state to save that is not in the model's tensors."""
 
     def save_state(self, directory: Path) -> None:
         """Save the state in `directory`."""

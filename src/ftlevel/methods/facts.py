@@ -48,7 +48,7 @@ class MethodFacts:
 def single_row(
     kind: str, trains: str, merges: str, paper: str, llama_7b: int
 ) -> tuple[MethodFacts]:
-    """Returns the facts of a method without variants: a table of one row."""
+    """Returns the support table of a method without variants: one row."""
     return (MethodFacts(kind, kind, f"--method {kind}", trains, merges, paper, llama_7b),)
 
 

@@ -99,7 +99,7 @@ class Skeleton:
 
 
 def build_skeleton(model: Any, directory: Path) -> Skeleton:
-    """Inject the adapter in `directory` into `model` (modified), which is on the meta device.
+    """Inject the adapter in `directory` into `model` (modified), a model on the meta device.
 
     Raises:
         InputError: tensors of the adapter are missing or do not fit the base.

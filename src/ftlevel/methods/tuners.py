@@ -35,7 +35,7 @@ class PrecisionLayer:
                 yield from [member] if isinstance(member, nn.Parameter) else member.parameters()
 
     def cast_to_base(self, adapter_name: str) -> None:
-        """Cast one adapter (modified) to the floating-point dtype of the base, if it has one."""
+        """Cast an adapter (modified) to the base's floating-point dtype, if the base has one."""
         like = first_float(self.get_base_layer())
         if like is not None:
             for parameter in self.tensors_of(adapter_name):

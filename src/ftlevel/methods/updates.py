@@ -79,7 +79,7 @@ class LinearUpdate(Method):
         return getattr(peft, self.config_class)(**base.shared, **kwargs, **self.fixed)
 
     def prepare(self, model: Any) -> None:
-        """Make layers (modified) copy the base's output if they would add to it in place."""
+        """Make layers of `model` (modified) copy the base's output before adding to it in place."""
         if self.adds_in_place:
             copy_base_outputs(model)
 

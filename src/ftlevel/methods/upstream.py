@@ -58,7 +58,7 @@ FACTS = {
 
 
 def add_peft_type(name: str) -> Any:
-    """Returns the member `name` of `peft.utils.PeftType`, which is added if missing."""
+    """Returns the member `name` of `peft.utils.PeftType`; adds it if missing."""
     from peft import PeftType
 
     if name in PeftType.__members__:
@@ -119,7 +119,7 @@ def draw_shira_mask(base_layer: Any, r: int, **settings: Any) -> Any:
 
 
 def copy_base_outputs(model: Any) -> None:
-    """Make GraLoRA and C³A layers (modified) add to a copy of the base layer's output.
+    """Make GraLoRA and C³A layers of `model` (modified) add to a copy of the base layer's output.
 
     PEFT 0.21 adds in place, which autograd rejects for quantized layers with a bias.
     """
@@ -141,7 +141,7 @@ def freeze_ranks(model: Any) -> None:
 
 
 def restore_ranks(adapted: Any, config: Any) -> None:
-    """Set AdaLoRA's `ranknum` in `adapted` (modified), which is not saved, to `init_r`."""
+    """Set AdaLoRA's `ranknum`, which is not saved, to `init_r` in `adapted` (modified)."""
     import torch
 
     for module in adapted.modules():

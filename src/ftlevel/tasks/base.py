@@ -444,7 +444,10 @@ class BaseTask(ABC):
     def show_targets(
         self, row: Encoded, names: Sequence[str], kind: str, decoder: TokenDecoder
     ) -> list[str | None]:
-        """Returns each token's target as text: "" if it is the token, None without a target."""
+        """Returns each token's target as text: "" if it is the token, None without a target.
+
+        `names` are class or tag names, `kind` is that of the model.
+        """
         labels, count = row.labels, len(row.input_ids)
         if not isinstance(labels, list) or len(labels) != count:
             return [None] * count

@@ -362,7 +362,7 @@ class SpanMeter:
         return pooled
 
     def describe(self, names: Sequence[str]) -> dict[str, Any]:
-        """Returns the predicted span of the only question seen, and its answers."""
+        """Returns the predicted span and the reference answers of the only question seen."""
         ((row, span),) = self.spans.items()
         predicted = span.answer(unanswerable=self.unanswerable)
         return {"predicted": predicted, "true": self.answers[row]}

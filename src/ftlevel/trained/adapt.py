@@ -277,7 +277,7 @@ def finish_method(model: Any, method: MethodConfig) -> None:
 
 
 def train_in_float32(model: Any) -> None:
-    """Convert every trainable parameter of `model` to float32 (modified).
+    """Convert every trainable parameter of `model` (modified) to float32.
 
     In bfloat16, rounding would lose most of AdamW's small updates.
     """

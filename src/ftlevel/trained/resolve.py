@@ -145,7 +145,7 @@ def describe_dtype(ref: ModelRef, dtype: str) -> str:
 def _resolve_ours(
     directory: Path, said: str, task: str | None, base: ModelSource | None
 ) -> ModelRef:
-    """Returns the `ModelRef` of a run, checkpoint, adapter or model with a card."""
+    """Returns the `ModelRef` of a directory with a card; arguments as in `resolve_model`."""
     card, run = read_card(directory), find_run(directory)
     if task not in (None, card.task):
         raise InputError(f"{said} was trained for {card.task}, not for {task}. Drop --task.")
@@ -158,7 +158,7 @@ def _resolve_ours(
 def _resolve_model(
     name: str, device: str, task: str | None, said: str, revision: str | None, needs_task: bool
 ) -> ModelRef:
-    """Returns the `ModelRef` of a model without a card."""
+    """Returns the `ModelRef` of a model without a card; arguments as in `resolve_model`."""
     source = resolve_source(name, revision, said=said)
     check_revision(source, revision)
     config = load_config(source)
@@ -249,7 +249,7 @@ def card_directory(path: Path) -> Path | None:
 
 
 def _task_of_model(config: Any, said: str) -> str:
-    """Returns the task of a model that ftlevel did not train, from its saved architecture."""
+    """Returns the task of a model that ftlevel did not train, by architecture; `said` names it."""
     tasks = _tasks_of_class(checkpoint_class(config))
     if tasks:
         return tasks[0]
@@ -473,7 +473,10 @@ NAMED = "model.json"
 
 @dataclass(frozen=True)
 class ReferenceModel:
-    """An auxiliary model; `fingerprint` identifies all its weights and their quantization."""
+    """A model that a run reads but does not train: a reference, teacher or guide.
+
+    `fingerprint` identifies its weights, with those of an adapter, and their quantization.
+    """
 
     name: str
     ref: ModelRef
@@ -540,7 +543,10 @@ def _task_of_texts(ref: ModelRef) -> str:
 
 
 def resolve_recorded_reference(directory: Path, beside: Path, device: str) -> ReferenceModel:
-    """Resolve the model that `write` recorded in `directory`; InputError if its weights changed."""
+    """Resolve the model that `write` recorded in `directory`; InputError if its weights changed.
+
+    `beside` is the directory that a relative path is resolved from.
+    """
     recorded = json.loads((directory / NAMED).read_text(encoding="utf-8"))
     name = recorded["name"]
     if recorded.get("path") and (path := resolve_relative(recorded["path"], beside)).exists():

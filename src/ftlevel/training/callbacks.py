@@ -294,7 +294,7 @@ def describe_run(
 def tracking(
     names: tuple[str, ...], run: TrackedRun, listener: Listener
 ) -> Iterator[list[Callable[[Mapping[str, Any]], None]]]:
-    """Start trackers; yields one function per tracker that logs a record; closes them afterwards.
+    """Start trackers `names`; yields a function per tracker that logs a record; then closes them.
 
     Raises RunError if a tracker cannot be started.
     """

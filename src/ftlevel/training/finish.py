@@ -105,7 +105,8 @@ def write_tokenizer_and_card(
 ) -> None:
     """Write tokenizer, card and reference files next to the weights in `directory`.
 
-    A local base path is stored relative to `final_directory`, to which `directory` is moved later.
+    `start` is a temporary directory with the files of the reference, or None. A local base path is
+    stored relative to `final_directory`, to which `directory` is moved later.
     """
     if start is not None:
         shutil.copytree(start.name, directory / KEPT, dirs_exist_ok=True)

@@ -479,7 +479,7 @@ def load_base(run: Run, slices: UnreadWeights | None = None) -> Any:
 
 
 def prepare_start(model: Any, run: Run) -> None:
-    """Run the method's initialization of `model` (modified), which may use data and weights."""
+    """Run the method's initialization, which may use data and weights, on `model` (modified)."""
     size, seed = run.config.train.per_device_train_batch_size, run.config.train.seed
     pad_id, device = run.model.pad_id, run.model.device
     inputs = InitializationInputs(

@@ -52,7 +52,8 @@ def read_or_fill(
 ) -> tuple[np.ndarray, bool]:
     """Returns the (rows, 2) float32 array that `fill` computes, and whether it came from the cache.
 
-    A partly filled file is completed. A file lock ensures that one process computes at a time.
+    `start` identifies the reference in the cache key. A partly filled file is completed. A file
+    lock ensures that one process computes at a time.
     """
     path = cache_path(data, "reference", start, rows)
     array, was_cached = open_or_fill(path, (len(rows), 2), np.dtype(np.float32), fill)
@@ -195,7 +196,7 @@ def needs_reference(run: Run) -> bool:
 def fill_rows(
     run: Run, name: str, key: str, ask: Callable[[], tuple[Run, PreparedModel]], listener: Listener
 ) -> tuple[Run, dict[str, Any]]:
-    """Returns `run` with reference log-probabilities in its rows, and facts for summary.json.
+    """Returns `run` with reference log-probabilities in its rows, and their entry in summary.json.
 
     `key` identifies all that determines the values. `ask` returns the reference model, and the run
     with which its outputs are computed; it is called only if values are not cached.
@@ -227,7 +228,10 @@ FIRST_LOSS = 1e-6
 def describe_first_loss(
     reference: Reference, run: Run, records: Sequence[Mapping[str, Any]]
 ) -> tuple[dict[str, Any], list[str]]:
-    """Returns the reference's facts for summary.json, and a note on an unexpected first loss."""
+    """Returns what summary.json records about the reference, and notes on the first loss.
+
+    The notes are empty if the first loss is as expected.
+    """
     expected, facts = run.objective.first_loss, dict(reference.facts)
     first = next((r["loss"] for r in records if r["step"] == 1 and "loss" in r), None)
     if expected is None or first is None:

@@ -54,7 +54,7 @@ WRITTEN_BASE = "base"
 
 
 def store_base(run: Run, directory: RunDirectory, *, is_first: bool) -> tuple[Run, dict[str, Any]]:
-    """Move a base passed as an object into the run directory; returns run and base facts."""
+    """Move a base passed as an object into the run directory; returns the run and `base_facts`."""
     if run.written_base is not None:
         path = directory.path.resolve() / WRITTEN_BASE
         if is_first and not path.exists():
@@ -65,7 +65,10 @@ def store_base(run: Run, directory: RunDirectory, *, is_first: bool) -> tuple[Ru
 
 
 def base_facts(run: Run) -> dict[str, Any]:
-    """Returns the facts of the base; if it was passed as an object, with a digest of all bytes."""
+    """Returns what identifies the base model: name, kind, revision and fingerprint.
+
+    For a base passed as an object, also a digest of all its weights.
+    """
     facts, path = describe_base(run.model.source), run.model.source.path
     if run.written_base is None or path is None:
         return facts
@@ -252,7 +255,10 @@ def _resolve_resume(run: Run, origin: Mapping[str, Any], listener: Listener) -> 
 
 
 def _check_length(run: Run, before: Mapping[str, Any], trained: int) -> None:
-    """Raise ConfigError if the changed length has no effect, is too short, or is unsupported."""
+    """Raise ConfigError if the changed length has no effect, is too short, or is unsupported.
+
+    `before` has the former length settings; `trained` is the number of steps done.
+    """
     flag, train, steps = f"--resume {run.config.output.dir}", run.config.train, run.schedule.steps
     old = {key.rpartition(".")[2]: value for key, value in before.items()}
     rows = rows_per_epoch(run.config.train, run.config.steps_per_rollout, run.data)
@@ -368,7 +374,7 @@ _CONTENT = {
 
 
 def _has_same_content(key: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
-    """Whether the model or dataset in field `key` has the same fingerprint in both origins."""
+    """Whether the model or dataset of `key` has the same fingerprint in `before` and `now`."""
     content = _CONTENT.get(key, "")
     return now.get(content) is not None and before.get(content) == now[content]
 

@@ -295,7 +295,7 @@ class TrainingSession:
 
     Attributes:
         run: the job's run, with the outputs of auxiliary models in the rows.
-        base: facts of the base model, for card and summary.
+        base: what card and summary record about the base model, from `base_facts`.
         comparison: result of verifying the fast step; None if it was not verified.
         initial_logits: logits before training; None unless `--method full` is sharded.
         resident: bytes of the process before the model was loaded.

@@ -54,7 +54,7 @@ from ftlevel.training.reference import (
 
 @dataclass(frozen=True)
 class TeacherPredictions:
-    """Training rows with the teacher's predictions added, and facts for summary.json."""
+    """Training rows with the teacher's predictions; `facts` is their entry in summary.json."""
 
     rows: Sequence[Encoded]
     facts: Mapping[str, Any]

@@ -229,7 +229,8 @@ def fit_targets(
 ) -> tuple[Sequence[Encoded], int]:
     """Returns the rows with a target of at most `limit` tokens, and the number of rows dropped.
 
-    Raises `InputError` if a target is longer and `overlong` is not drop.
+    Raises `InputError` if a target is longer and `overlong` is not drop; `where` returns the place
+    of a row, for the message.
     """
     sizes = np.fromiter((_target_length(row) for row in rows), dtype=np.int64, count=len(rows))
     long_rows = np.flatnonzero(sizes > limit)

@@ -57,8 +57,8 @@ def encode_questions(
 
     `length` and `stride`, the overlap of consecutive windows, are in tokens. `separator` follows
     the question, for tokenizers without a separator token. `drop` drops questions that leave no
-    room for their context, instead of raising. Returns the windows, and the number of questions
-    dropped.
+    room for their context, instead of raising; `where` returns the place of a row, for the error.
+    Returns the windows, and the number of questions dropped.
     """
     fitting = list(_with_room(tokenizer, examples, length, stride, separator, where, drop))
     windows: list[Encoded] = []
@@ -154,7 +154,7 @@ class TaggedRow(Encoded):
 def find_invalid_bio_tags(
     examples: Sequence[TaggedTokens], names: Sequence[str], table: Table
 ) -> list[BadRow]:
-    """Find rows with an I- tag that continues no entity; tags of other schemes (IOB1) pass."""
+    """Find rows with an I- tag that continues no entity; other schemes (IOB1) in `names` pass."""
     if not all(_BIO.fullmatch(name) for name in names):
         return []
     invalid: list[BadRow] = []

@@ -65,7 +65,10 @@ class UnusableRowError(Exception):
 
 
 def check_text(value: object, what: str) -> str:
-    """Returns `value`; raises `UnusableRowError` if it is not a string, is blank or is too long."""
+    """Returns `value`; raises `UnusableRowError` if it is no string, blank or too long.
+
+    `what` names the value in the message.
+    """
     if value is None:
         raise UnusableRowError(f"{what} is null", "null_content")
     if type(value) is not str:
@@ -124,7 +127,7 @@ def _find_keys(item: Mapping[str, Any], names: Mapping[str, str]) -> tuple[str, 
 
 
 def _find_role(name: object, names: Mapping[str, str]) -> str | None:
-    """Find the normalized role called `name`; None if unknown."""
+    """Find the role called `name`, or None; `names` maps normalized roles to the data's names."""
     if not isinstance(name, str):
         return None
     renamed = next((role for role in ("user", "assistant") if names.get(role) == name), None)
@@ -179,7 +182,7 @@ def _parse_turn(item: object, what: str, names: Mapping[str, str]) -> Message | 
 
 
 def _refuse_parts(parts: Sequence[Any], what: str) -> NoReturn:
-    """Raise `UnusableRowError`, as the content is a list of parts, as in multimodal data."""
+    """Raise `UnusableRowError`: `what` is a list of parts, as in multimodal data."""
     types = [part.get("type", next(iter(part), "")) for part in parts if isinstance(part, dict)]
     type_name = next((type_ for type_ in types if type_ != "text"), None)
     if type_name is None:
@@ -202,7 +205,7 @@ def _parse_call(call: object, what: str) -> dict[str, Any]:
 
 
 def parse_json(text: str, what: str) -> Any:
-    """Parse the value of a JSON text; raise `UnusableRowError` if it is invalid."""
+    """Parse the JSON `text`, called `what` in errors; raise `UnusableRowError` if it is invalid."""
     try:
         return json.loads(text)
     except ValueError as error:

@@ -240,7 +240,9 @@ def _lengths_match(shorter: Any, longer: Any) -> Any:
 
 
 def _may_be_near(rows: Sequence[Encoded], first: Integers, second: Integers, prefix: int) -> Mask:
-    """Returns for each pair of rows whether their sets of 5-gram hashes are similar enough.
+    """Returns for each pair of rows whether their 5-grams after `prefix` tokens are similar enough.
+
+    `first` and `second` are the row indices of the pairs.
 
     A hash has 49 bits: expect one false match of two 5-grams in 10^12 pairs of short rows.
     """
@@ -259,7 +261,7 @@ def _may_be_near(rows: Sequence[Encoded], first: Integers, second: Integers, pre
 
 
 def _are_near(row: Encoded, other: Encoded, prefix: int) -> bool:
-    """Returns whether two rows, after `prefix`, reach the Jaccard similarity threshold."""
+    """Returns whether two rows, after `prefix` tokens, reach the Jaccard similarity threshold."""
     lengths = sorted(len(r.input_ids) - prefix for r in (row, other))
     if row.row == other.row or not _lengths_match(*lengths):
         return False

@@ -135,7 +135,7 @@ def _next_row(
     earlier: NDArray[np.int32],
     ends: NDArray[np.int64],
 ) -> NDArray[np.int32]:
-    """Compute row i of the distance matrix from the two previous rows."""
+    """Compute row i of the distance matrix from rows i − 1 (`before`) and i − 2 (`earlier`)."""
     word, others = a[i - 1], b[i - 1 : i + 2 * _BAND]
     step = np.where(word == others, 0, np.where(is_typo(word, others), _TYPO, _WORD))
     row = before + step.astype(np.int32)
@@ -291,7 +291,7 @@ def find_near_leaks(digests: Digests, training: Digests) -> tuple[Integers, Inte
 
 
 def _pack_pairs(one: NDArray[np.int32], other: NDArray[np.int32], count: int) -> Integers:
-    """Returns the distinct pairs of examples, each as later index × `count` + earlier index."""
+    """Returns the distinct pairs of examples, each as later × `count` (of examples) + earlier."""
     later, earlier = np.maximum(one, other).astype(np.int64), np.minimum(one, other)
     return distinct((later * count + earlier)[later != earlier])
 

@@ -1,6 +1,6 @@
 """Prepare the rows of a run, or load them from the cache of prepared rows.
 
-Each cache key has a folder under the user's cache directory, which is complete or absent.
+Each cache key has a folder, complete or absent, under the user's cache directory.
 """
 
 from __future__ import annotations

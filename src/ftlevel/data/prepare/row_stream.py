@@ -117,7 +117,7 @@ class ChunkEncoder:
         return [replace(row, row=table.lines[row.row]) for row in rows]
 
     def _without(self, table: Table, bad: list[BadRow], counts: Counter[str]) -> Table:
-        """Returns `table` without the rows in `bad`; raises if one may not be dropped."""
+        """Returns `table` without `bad` rows, added to `counts` (modified); raises if one stops."""
         gate, skips = self.config.gate, self.config.on_bad_row == "skip"
         stops = [
             row

@@ -322,7 +322,7 @@ def _fingerprint(source: StreamSource, rows: Any) -> str:
 
 
 def _choices(prepared: PreparedData, config: DataConfig, length: int) -> list[Choice]:
-    """Returns the log lines, which must say that only the first rows are known."""
+    """Returns the log lines; they must say that only the first rows are known."""
     first = f"the first {prepared.facts['train_rows']:,} rows"
     validation = (
         f"{len(prepared.validation):,} for validation"

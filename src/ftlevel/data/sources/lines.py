@@ -147,7 +147,10 @@ class _PipeBytes:
 
 
 def _copy_rows(get_source: Callable[[], Any], name: str, shown: str) -> Path:
-    """Copy a source to a new file called `name`; decompress it if it begins like a known format."""
+    """Copy a source to a new file called `name`; decompress it if it begins like a known format.
+
+    `shown` is the name of the source in errors.
+    """
     raw = _create_directory() / name
     _write_copy(get_source, raw, shown)
     with raw.open("rb") as file:
@@ -185,7 +188,7 @@ def _workspace() -> Workspace:
 
 
 def _write_copy(get_source: Callable[[], Any], copy: Path, shown: str) -> None:
-    """Copy a source to `copy`; raise `InputError` if it is truncated or the disk is full."""
+    """Copy the source `shown` to `copy`; raise `InputError` if it is truncated or the disk full."""
     with copy.open("wb") as file:
         try:
             shutil.copyfileobj(get_source(), file, 1 << 20)

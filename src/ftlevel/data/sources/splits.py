@@ -413,7 +413,7 @@ def _choose_files(
 
 
 def _are_shards(names: list[str]) -> bool:
-    """Returns whether there are several files and none is named like a split."""
+    """Returns whether `names` are several files, none of them named like a split."""
     stems = [stem_of(name).lower() for name in names]
     is_named = not _SPLIT_OF.keys().isdisjoint(stems) or closest_matches("train", stems)
     return len(names) > 1 and not is_named

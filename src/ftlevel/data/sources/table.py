@@ -52,7 +52,7 @@ class Table:
         dropped: invalid rows removed by `on_bad_row="skip"`, in order of line.
         label_names: class names by column, where the source declares them.
         parts: the tables it was joined from, by increasing base.
-        text_cells: whether lists and objects can occur only as JSON text.
+        text_cells: whether cells are text only, as in CSV; lists and objects are then JSON text.
         ignored: columns excluded by the user; rows may still contain them.
     """
 
@@ -90,7 +90,10 @@ class Table:
         return f"{table.source}:{line}" if table.unit == "line" else f"{table.source} row {line}"
 
     def has_text_cells(self, index: int) -> bool:
-        """Returns whether lists and objects in the row at `index` can occur only as JSON text."""
+        """Returns whether the row at `index` is of a format with text cells only, such as CSV.
+
+        Its lists and objects are then JSON text.
+        """
         return self._part_of(self.lines[index])[0].text_cells if self.parts else self.text_cells
 
     def _part_of(self, line: int) -> tuple[Table, int]:

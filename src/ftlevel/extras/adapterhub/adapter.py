@@ -147,7 +147,7 @@ def name_head_weights(head: HubHead, weights: Mapping[str, Any], model: Any) -> 
 
 
 def check_language_head(weights: Mapping[str, Any], model: Any) -> None:
-    """Raise InputError if a language head differs from the base's, which is used instead."""
+    """Raise InputError if a language head differs from that of the base, which replaces it."""
     import torch
 
     output = model.get_output_embeddings()

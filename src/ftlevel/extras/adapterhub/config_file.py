@@ -254,7 +254,7 @@ def _factor_of(peft_config: Mapping[str, Any], hidden: int) -> float:
 
 
 def holders_of(names: Iterator[str], model: Any) -> dict[str, str]:
-    """Returns adapted module name -> AdapterHub module path; raises `InputError` if unknown."""
+    """Returns each adapted module of `names` -> its path in AdapterHub; `InputError` if unknown."""
     sites, holders = _known_sites(model.config), HOLDERS[model.config.model_type]
     prefix = f"{model.base_model_prefix}."
     paths = {}

@@ -285,7 +285,7 @@ def _start_or_resume(
 
 
 def _without_metric(asked: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the settings without `metric_for_best_model`, which may change on `--resume`."""
+    """Returns settings `asked` without `metric_for_best_model`, which may change on `--resume`."""
     section = {k: v for k, v in asked.get("train", {}).items() if k != "metric_for_best_model"}
     return {**asked, "train": section}
 
@@ -321,7 +321,7 @@ def _check_methods(config: TrainConfig, result: Comparison, listener: Listener) 
 
 
 def _method_fields(word: str) -> dict[str, Any]:
-    """Returns the method section for a method name or alias; raises ConfigError if unknown."""
+    """Returns the method section for `word`, a name or alias; raises ConfigError if unknown."""
     fields: dict[str, Any] = resolve_aliases({"method": {"kind": word}})[0]["method"]
     if fields["kind"] not in SPECS:
         names = (*SPECS, *METHOD_ALIASES)
@@ -351,7 +351,10 @@ def _with_method(
 def _set_budget(
     result: Comparison, asked: dict[str, Any], listener: Listener, prepare: Callable[[], Any]
 ) -> None:
-    """Convert the budget in minutes to steps per method, so that learning-rate schedules end."""
+    """Convert the budget in minutes to steps per method, so that learning-rate schedules end.
+
+    The steps are recorded in `asked` (modified) and in the result file.
+    """
     minutes, steps = result.wishes.minutes, asked["asked"]["planned_steps"]
     if minutes is None:
         return
@@ -373,7 +376,7 @@ def _set_budget(
 def _search_all(
     result: Comparison, asked: dict[str, Any], listener: Listener, prepare: Callable[[], Any]
 ) -> None:
-    """Set the best hyperparameters of each method, if a search is requested."""
+    """Set the best hyperparameters of each method, if `asked` (modified) requests a search."""
     done = asked["asked"]["searched"]
     for method, config in list(result.configs.items()):
         if method not in done:

@@ -49,7 +49,7 @@ class RetrievalFacts:
 
 
 def summarize_retrieval(rows: Iterable[dict[str, Any]]) -> RetrievalFacts | None:
-    """Returns facts of the `rows` that have scores of positives and negatives; None without any."""
+    """Returns what a report shows of the `rows` with scores of documents; None without any."""
     scored = [row | scores for row in rows if (scores := _query_scores(row))]
     if not scored:
         return None

@@ -93,7 +93,7 @@ def _write_openvino(model: Path, directory: Path, kind: str) -> Path:
 
 
 def _answers(pipeline: Any, own: Any, prompts: list[list[int]], count: int) -> list[dict[str, Any]]:
-    """Returns the answers with the adapter `own`, or of the base if it is None.
+    """Returns answers of up to `count` tokens with the adapter `own`; None is the base.
 
     `generate` returns one log-probability per answer, so each token is generated again from its
     prefix. `add_request` returns log-probabilities per token, but uses the adapters of the last
@@ -120,7 +120,7 @@ def _answers(pipeline: Any, own: Any, prompts: list[list[int]], count: int) -> l
 def _generate(
     pipeline: Any, own: Any, prompts: list[list[int]], count: int
 ) -> list[tuple[list[int], float]]:
-    """Returns greedy tokens and the log-probability of the answer for each prompt."""
+    """Returns, for each prompt, up to `count` greedy tokens and their log-probability."""
     import numpy
     import openvino
     import openvino_genai as genai

@@ -167,7 +167,7 @@ def record(
     prompts: Sequence[Prompt],
     outputs_of: Mapping[str, PromptOutputs | None],
 ) -> AdapterRecord:
-    """Returns `prompts` with answers; `outputs_of` has the key `trained` and optionally `base`."""
+    """Returns a record of `prompts` with answers; `outputs_of` has `trained` and maybe `base`."""
     rows = []
     for index, prompt in enumerate(prompts):
         answers = {

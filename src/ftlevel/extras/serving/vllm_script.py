@@ -60,7 +60,7 @@ def main() -> None:
 
 
 def _embed(asked: dict[str, Any]) -> list[list[float]]:
-    """Returns the embeddings of the texts, which must fit into the model's positions."""
+    """Returns the embeddings of the texts in `asked`; each must fit into the model's positions."""
     from vllm import LLM
 
     model = LLM(

@@ -182,7 +182,7 @@ class TritonFormulas(Formulas):
         return _norm_backward(gradient.contiguous(), x.contiguous(), weight, scale)
 
     def glu(self, kind: str, gate: Tensor, up: Tensor) -> Tensor:
-        """Returns y = a(gate) ∘ up."""
+        """Returns y = a(gate) ∘ up; `kind` is a key of `ACTIVATIONS`."""
         return _glu(kind, gate.contiguous(), up.contiguous())
 
     def glu_backward(self, kind: str, gradient: Tensor, gate: Tensor, up: Tensor) -> Pair:

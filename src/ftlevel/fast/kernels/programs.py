@@ -204,7 +204,7 @@ def _warps(x: Tensor) -> int:
 
 
 def glu(kind: str, gate: Tensor, up: Tensor) -> Tensor:
-    """Returns a(gate) ∘ up for contiguous tensors of one shape."""
+    """Returns a(gate) ∘ up for contiguous tensors of one shape; `kind` is a key of `KINDS`."""
     y = torch.empty_like(gate)
     blocks = (triton.cdiv(gate.numel(), BLOCK),)
     _glu[blocks](gate, up, y, gate.numel(), KIND=KINDS[kind], SIZE=BLOCK)

@@ -154,7 +154,7 @@ def site_pattern(sites: Sites, placement: str) -> str:
 
 
 def block_of(sites: Sites | None, site: str) -> str | None:
-    """Returns the name of the block whose feed-forward ends at module `site`, plus ".", or None."""
+    """Returns the name, plus ".", of the block of `site`, a feed-forward's last module; or None."""
     for end in (sites.feed_forward, sites.norm) if sites else ():
         block = site.removesuffix(end)
         if (
@@ -167,7 +167,10 @@ def block_of(sites: Sites | None, site: str) -> str | None:
 
 
 def find_input(sites: Sites | None, site: str, names: Iterable[str]) -> str | None:
-    """Find, in `names`, the first layer of the feed-forward that ends at module `site`, or None."""
+    """Returns the first linear layer of the feed-forward whose last module is `site`.
+
+    None if `site` is not such a module, or the layer is not in `names`.
+    """
     block = block_of(sites, site)
     if sites is None or block is None:
         return None

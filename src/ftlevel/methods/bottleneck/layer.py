@@ -268,7 +268,7 @@ def _dtype(module: nn.Module) -> torch.dtype:
 def _remember(
     layer: BottleneckLayer, kind: Listens, _source: nn.Module, args: tuple[Any, ...]
 ) -> None:
-    """Hook: store the input of a module until `layer` runs, if an active adapter needs it."""
+    """Hook: store a module's input as `kind` until `layer` runs, if an active adapter needs it."""
     if any(layer.settings[name].listens == kind for name in layer.running()):
         layer._tapped[kind] = args[0]
 

@@ -33,7 +33,7 @@ _LLAMA_7B = 19_988_480
 def _variant(
     name: str, flags: str, trains: str, paper: str, kwargs: dict[str, Any], count: int = _LLAMA_7B
 ) -> MethodFacts:
-    """Returns the support-table row of a variant of LoRA and QLoRA."""
+    """Returns the support-table row of a LoRA variant; `count`: parameters on Llama-2-7B."""
     return MethodFacts(
         name, "lora", f"--method lora {flags}", trains, MERGES, paper, count, kwargs, ("qlora",)
     )
@@ -186,7 +186,7 @@ class LoraInitialization(Initialization):
         return spec.model_copy(update={"init_lora_weights": "default"})
 
     def initialize(self, model: Any, spec: LoraSpec, inputs: InitializationInputs) -> None:
-        """Initialize LoRA (modified): eva from training rows, loftq from float weights."""
+        """Initialize LoRA in `model` (modified): eva from rows, loftq from float weights."""
         if spec.init_lora_weights == "loftq":
             from ftlevel.methods.lora.initialization import start_from_residual
 
@@ -268,7 +268,7 @@ def why_not_mergeable(config: Mapping[str, Any]) -> str | None:
 
 
 def reset_initialization(config: Any) -> None:
-    """Reset the initialization in `config` (modified), which only matters before training."""
+    """Reset the initialization, which only matters before training, in `config` (modified)."""
     config.init_lora_weights = True
 
 

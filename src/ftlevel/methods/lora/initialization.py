@@ -20,7 +20,7 @@ from ftlevel.models.hardware import autocast
 
 @torch.no_grad()
 def start_from_residual(model: Any, weight_of: Callable[[str], Tensor]) -> None:
-    """LoftQ: set A and B of the LoRAs on 4-bit layers of `model`, a fresh `PeftModel` (modified).
+    """LoftQ: set A and B of the LoRAs on 4-bit layers of `model` (modified), a fresh `PeftModel`.
 
     `weight_of` returns the unquantized weight `(out, in)` of a layer. Afterwards the config has the
     default initialization, so that loading the adapter does not repeat it.

@@ -69,7 +69,7 @@ def forget_renaming(model: Any, mapping: Mapping[str, str]) -> None:
 
 
 def forget_gguf(model: Any) -> None:
-    """Remove .gguf attributes from `model` (modified), with which `save_pretrained` fails."""
+    """Remove .gguf attributes, with which `save_pretrained` fails, from `model` (modified)."""
     for holder, names in (
         (model, ("hf_quantizer", "quantization_method", "is_quantized")),
         (model.config, ("quantization_config",)),

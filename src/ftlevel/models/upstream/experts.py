@@ -77,7 +77,7 @@ def forward(
 
 
 def _multiply(module: Any, name: str, rows: Tensor, counts: list[int]) -> Tensor:
-    """Returns the product of `rows`, sorted by expert, with the weight `name` of their expert."""
+    """Returns `rows`, sorted by expert (`counts` each), times the weight `name` of their expert."""
     if not hasattr(module, "parametrizations"):  # unpacked tensors without values
         weights = getattr(module, name)
         products = [

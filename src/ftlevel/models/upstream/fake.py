@@ -303,7 +303,7 @@ def pack_fake(model: torch.nn.Module, dtype: torch.dtype, experts: Any = None) -
 
 
 def _fake_state(shape: tuple[int, ...], kind: str, double: bool, dtype: torch.dtype) -> Any:
-    """Returns a fake `QuantState` with blocks of 64, optionally doubly quantized."""
+    """Returns a fake `QuantState` of 4-bit type `kind`, blocks of 64; `double`: scales, too."""
     from bitsandbytes.functional import QuantState
 
     blocks = -(-math.prod(shape) // 64)

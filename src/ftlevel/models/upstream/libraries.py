@@ -63,7 +63,7 @@ def datasets_offline(enabled: bool) -> Iterator[None]:
 
 
 def leave_sharded(trainer: Any) -> None:
-    """Make Trainer (modified) leave a sharded model unwrapped; call before the first step.
+    """Make `trainer` (modified) leave a sharded model unwrapped; call before the first step.
 
     accelerate would otherwise wrap it in DDP, which does not support DTensors. Trainer's own option
     would disable checkpoints, which `training.sharding` writes.

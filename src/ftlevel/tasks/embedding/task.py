@@ -123,7 +123,7 @@ class EmbeddingTask(BaseTask):
         return task, _describe_form(form, reason, given)
 
     def prepare_tokenizer(self, tokenizer: Any, kind: str) -> Choice | None:
-        """Make the tokenizer (modified) append EOS if the model pools the last token."""
+        """Make `tokenizer` (modified) append EOS if the model pools the last token."""
         if self.end is not None:
             append_end(tokenizer, self.end)
         return None
@@ -308,7 +308,7 @@ class EmbeddingTask(BaseTask):
         options: Mapping[str, Any],
         wanted: OutputOptions,
     ) -> dict[str, Column]:
-        """Returns one column, which has the vector."""
+        """Returns the only answer column: the vector."""
         check_options(wanted, "an embedding model", "")
         return {"": "embedding"}
 

@@ -70,11 +70,11 @@ class RerankingTask(BaseTask):
 
     @property
     def encoding_options(self) -> Mapping[str, Any]:
-        """Options that change the rows' facts and are not in the config's data section."""
+        """Options that change the encoded rows and are not in the config's data section."""
         return {"reranking": {**self.settings.model_dump(), "teacher": self.teacher}}
 
     def prepare_tokenizer(self, tokenizer: Any, kind: str) -> Choice | None:
-        """Extend the pair template of a decoder's tokenizer (modified)."""
+        """Extend the pair template of a decoder's `tokenizer` (modified)."""
         return prepare_tokenizer(tokenizer, kind)
 
     def build_objective(self, kind: str, facts: Mapping[str, Any]) -> Objective:

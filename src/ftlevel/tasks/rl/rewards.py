@@ -204,7 +204,7 @@ class Rewards:
         batch: Mapping[str, Any],
         where: Sequence[str],
     ) -> None:
-        """Count the completions `failed`, or raise `RewardError` for the first of them."""
+        """Count the `failed` completions of reward `at`, or raise `RewardError` for the first."""
         name = self.names[at]
         if self._settings.on_reward_error == "zero":
             self.failures[name] += len(failed)

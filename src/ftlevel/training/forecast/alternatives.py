@@ -203,7 +203,7 @@ class Alternative:
 class AlternativeContext:
     """Run, device and model of all alternatives.
 
-    `known` caches computed alternatives (modified); `check`, called before each, may raise.
+    `known` (modified) caches computed alternatives; `check`, called before each, may raise.
     """
 
     config: TrainConfig

@@ -84,15 +84,15 @@ class ShardGroup:
 
 @dataclass(frozen=True)
 class ShardedModel:
-    """Sharded tensors of a model.
+    """Shape and size of a model's sharded tensors.
 
     Attributes:
-        block: tensors of the largest block.
-        blocks: tensors of all blocks.
+        block: tensors of the largest block, as `ShardedTensor`s.
+        blocks: those of all blocks.
         count: number of blocks.
-        root: tensors outside the blocks: embeddings, head and others.
+        root: those outside the blocks: embeddings, head and others.
         root_casts: bytes of autocast copies of `root`; sharded blocks need none.
-        trained: gradient bytes (float32) of trained parameters in the model.
+        trained: bytes of the float32 gradients of all trained parameters, sharded or not.
         trains_base: whether the sharded tensors are trained.
     """
 

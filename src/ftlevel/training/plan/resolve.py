@@ -304,7 +304,7 @@ def _plan_model(
 
 
 def _run_facts(model: PlannedModel, meta: Any, objective: Objective, steps: int) -> RateFacts:
-    """Returns the facts about the run from which default learning rates are derived."""
+    """Returns the properties of the run from which default learning rates are derived."""
     parameters = [p for head in model.new_heads for p in meta.get_submodule(head).parameters()]
     matrices = sum(parameter.dim() > 1 for parameter in parameters)
     return RateFacts(
@@ -332,7 +332,10 @@ def _disable_dropout(model_config: Any) -> list[Choice]:
 
 
 def _set_to_zero(config: Any, values: Mapping[str, float], name: str, shown: str) -> list[Choice]:
-    """Set fields of `config` (modified) with positive `values` to 0; returns a line about them."""
+    """Set the fields of `config` (modified) to 0 whose former value, in `values`, is positive.
+
+    Returns a log line, the value `shown` under `name`; empty if no field was changed.
+    """
     positive = {field: value for field, value in values.items() if value and value > 0}
     for field in positive:
         setattr(config, field, 0.0)

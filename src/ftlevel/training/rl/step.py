@@ -122,7 +122,7 @@ def has_signal(facts: GroupStatistics) -> bool:
 def compute_metrics(
     all_groups: Sequence[GroupStatistics], names: Sequence[str]
 ) -> dict[str, float]:
-    """Returns the metrics of all sampled groups, for the log."""
+    """Returns the metrics of all sampled groups, for the log; `names` are those of the rewards."""
     ordered = sorted(all_groups, key=lambda facts: facts.row)
     rewards = np.stack([facts.rewards for facts in ordered])
     scores = np.concatenate([facts.scores for facts in ordered])

@@ -62,7 +62,7 @@ class RepeatedSteps(Sampler[int]):
 
 
 def repeated_rows(rows: int, step: int, times: int) -> int:
-    """Returns the length of an epoch of `RepeatedSteps`, with `step` rows per optimizer step."""
+    """Returns the rows of an epoch whose steps, of `step` rows, are repeated `times` times."""
     return rows if times == 1 else -(-rows // step) * step * times
 
 
@@ -347,7 +347,10 @@ def no_loss(prompt: Any) -> CompletionRow:
 
 
 def check_sampler(mean: float, largest: float, bound: float, where: str) -> None:
-    """Raise RunError if log-probabilities of sampler and trainer differ by more than `bound`."""
+    """Raise RunError if log-probabilities of sampler and trainer differ by more than `bound`.
+
+    `mean` and `largest` are their differences in nats; `where` begins the message.
+    """
     if mean <= bound:
         return
     raise RunError(

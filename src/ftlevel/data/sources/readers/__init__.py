@@ -185,7 +185,7 @@ def stem_of(name: str) -> str:
 
 
 def _detect_format(path: Path, shown: str, options: ReadOptions) -> tuple[type[Reader], str]:
-    """Detect the reader class of a file; also returns a note if the content determined it."""
+    """Detect the reader of a file (`shown` in errors); also returns a note if content decided."""
     if options.format is not None:
         return READERS[f".{options.format}"], ""
     suffix = path.suffix.lower()

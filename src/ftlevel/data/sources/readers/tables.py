@@ -134,7 +134,7 @@ def _describe(error: csv.Error, path: Path, line: int) -> str:
 
 
 def check_header(header: list[str], place: str) -> None:
-    """Raise `InputError` if the header has empty or duplicate names."""
+    """Raise `InputError` if the header, located at `place`, has empty or duplicate names."""
     repeated = sorted({name for name in header if header.count(name) > 1 and name})
     if repeated:
         raise InputError(

@@ -70,7 +70,10 @@ def read_text(path: Path) -> str:
 
 
 def _decode(path: Path, content: bytes, at: int, line: int) -> str:
-    """Returns `content` decoded; raises `InputError` naming the first byte that is not UTF-8."""
+    """Returns `content` decoded; raises `InputError` naming the first byte that is not UTF-8.
+
+    `at` is the offset of `content` in the file, `line` the number of lines before it.
+    """
     try:
         return content.decode("utf-8")
     except UnicodeDecodeError as error:
