@@ -198,7 +198,7 @@ def try_load(reference: str, source: str) -> Any:
 
 
 def warn_left_out(source: str, reason: object) -> None:
-    """Warn that a part of the package `source` is not available."""
+    """Warn that a part of the package `source` is not available, for `reason`."""
     if not prints_errors():
         return
     kind = f"{type(reason).__name__}: " if isinstance(reason, Exception) else ""

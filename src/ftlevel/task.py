@@ -78,7 +78,7 @@ class Objective(ABC):
         per_token: whether every token or word has a class label.
         has_choice: whether targets are categorical, so that KL and top-1 are defined.
         one_of_many: whether a target is one of several classes, so that labels can be smoothed.
-        has_classes: whether targets are classes, which can be weighted.
+        has_classes: whether targets are classes, so that these can be weighted.
         metric_names: default of `metrics`; empty for the headline alone.
     """
 

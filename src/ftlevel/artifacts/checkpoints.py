@@ -155,7 +155,7 @@ def write_best(directory: Path, step: int, write: Callable[[Path], None]) -> Non
 
 
 def rotate_best(directory: Path) -> None:
-    """Keep the latest best model, and the latest up to each checkpoint; delete the others."""
+    """Keep the latest best model, and the best model as of each checkpoint; delete the others."""
     best_models = _numbered_best(directory)
     steps = [step_of(checkpoint) for checkpoint in numbered(directory)]
     needed = {_newest(best_models, step) for step in steps} | set(best_models[-1:])

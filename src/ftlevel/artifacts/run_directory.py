@@ -114,7 +114,7 @@ def forget_adapter(directory: Path) -> None:
 
 
 def set_aside(directory: Path) -> list[str]:
-    """Move the files of the run in `directory` aside; return messages on other files in it.
+    """Move the files of the run in `directory` aside; return messages on other files there.
 
     If a previous overwrite was killed, the old run is aside already. Then the new run is deleted if
     it has no results.

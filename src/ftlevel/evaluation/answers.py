@@ -389,7 +389,7 @@ class RowCounts:
     seconds: float = 0.0
 
     def skip(self, window: Sequence[QueryRow], faults: Mapping[int, str]) -> None:
-        """Count the unanswered rows of `window`; `faults` maps their indices in it to reasons."""
+        """Count the unanswered rows; `faults` maps their indices in `window` to reasons."""
         self.skipped += len(faults)
         self.shown += [f"{window[i].place}: {faults[i]}" for i in sorted(faults)]
         del self.shown[MOST_SHOWN:]

@@ -122,7 +122,10 @@ def compute_window_outputs(
 def _build_inputs(
     ids: torch.Tensor, auto_class: str, tokenizer: Any, number: int
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor | slice, torch.Tensor]:
-    """Returns model inputs for `ids`, output positions to compare, and the target tokens there."""
+    """Returns model inputs for `ids`, output positions to compare, and the target tokens there.
+
+    For a masked language model, `number` is the seed of the masked positions.
+    """
     if auto_class == "AutoModelForCausalLM":
         return {"input_ids": ids}, slice(0, -1), ids[0, 1:]
     if auto_class == "AutoModelForSeq2SeqLM":

@@ -209,9 +209,10 @@ def _prepare_rows(inputs: MergeInput, data: DataConfig, seed: int) -> PreparedDa
 
 
 def _made_up(inputs: MergeInput, count: int, calibration: int, reason: str) -> CheckRows:
-    """Returns rows of random tokens, or windows of text if `calibration` rows are needed.
+    """Returns `count` rows of random tokens, or of text if `calibration` rows are needed, too.
 
     The inputs of layers on random tokens are not typical, so codes cannot be chosen on them.
+    `reason`, why there are no data rows, is for the log.
     """
     if calibration:
         tokens = (count + calibration) * _MADE_UP_LENGTH

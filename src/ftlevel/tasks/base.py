@@ -414,7 +414,7 @@ class BaseTask(ABC):
 
     @abstractmethod
     def build_query(self, prompt: str, context: str | None, number: int) -> Any:
-        """Build an example without an answer from `prompt` (and `context`, if `needs_context`)."""
+        """Build example `number` from `prompt` and, if needed, `context`; it has no answer."""
 
     @abstractmethod
     def answer_rows(
@@ -463,7 +463,10 @@ class BaseTask(ABC):
 
 
 def check_options(outputs: OutputOptions, whose: str, instead: str) -> None:
-    """Raise `ConfigError` if `outputs` asks for probabilities, which `whose` (a text) lacks."""
+    """Raise `ConfigError` if `outputs` asks for probabilities, which `whose` (a text) lacks.
+
+    `instead` is the advice of the message; empty for "Drop …".
+    """
     for flag, value in (("--probabilities", outputs.probabilities), ("--top-k", outputs.top_k)):
         if value:
             raise ConfigError(f"{flag}: {whose} has no probabilities. {instead or f'Drop {flag}.'}")

@@ -174,7 +174,7 @@ class TagTask(BaseTask):
         name: str | None = None,
         rows: Sequence[Row] = (),
     ) -> Format:
-        """Find the format of `columns`, ignoring Prodigy's `tokens` column, which has objects."""
+        """Find the format of `columns`, ignoring Prodigy's `tokens` column of objects."""
         tokens = next((row["tokens"] for row in rows if row.get("tokens")), None)
         if isinstance(tokens, list) and isinstance(tokens[0], dict) and "tokens" not in mapping:
             columns = [column for column in columns if column != "tokens"]

@@ -480,7 +480,7 @@ def _fill_adapter(peft_model: Any, weights: dict[str, Any], directory: Path, nam
 
 @contextlib.contextmanager
 def _unknown_patterns_ignored() -> Iterator[None]:
-    """Silence PEFT's warning about unknown rank patterns, which is wrong for AdaLoRA's."""
+    """Silence PEFT's warning about unknown rank patterns; it is wrong for AdaLoRA's."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The following .*_pattern keys", RuntimeWarning)
         yield

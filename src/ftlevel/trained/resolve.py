@@ -173,7 +173,7 @@ def _resolve_model(
 def _resolve_peft(
     directory: Path, device: str, task: str | None, base: ModelSource | None, trusts: bool
 ) -> ModelRef:
-    """Returns the `ModelRef` of an adapter that plain PEFT wrote."""
+    """Returns the `ModelRef` of an adapter of plain PEFT; `trusts` allows the base its own code."""
     settings = read_plain_adapter(directory)
     name = settings.get("base_model_name_or_path")
     if base is None and not (name and isinstance(name, str)):

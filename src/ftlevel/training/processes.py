@@ -1,6 +1,6 @@
 """The processes of a run, one per device, as started by a launcher.
 
-Every process resolves the same run from the same files, which is checked. Only the first process
+Every process resolves the same run from the same files; this is checked. Only the first process
 prints and writes; all compute each optimizer step together. Processes that stop responding or delay
 the others are reported.
 """

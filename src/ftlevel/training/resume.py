@@ -319,7 +319,10 @@ def open_or_resume(run: Run, resumed: ResumeState, listener: Listener) -> RunDir
 def _allowed_changes(
     output: OutputConfig, before: Mapping[str, Any], origin: Mapping[str, Any]
 ) -> list[dict[str, Any]]:
-    """Returns the differing fields that `--allow-change` names; ConfigError for unknown names."""
+    """Returns the differing fields that `--allow-change` names; ConfigError for unknown names.
+
+    `before` is the origin of the resumed run, `origin` the current one.
+    """
     allowed = output.allow_change
     fields = {**before, **origin}
     unknown = [name for name in allowed if name not in fields]

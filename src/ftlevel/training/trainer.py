@@ -400,7 +400,7 @@ class FtlevelTrainer(Trainer):
     ) -> Tensor | int | None:
         """Returns the number of targets of an optimizer step, over all processes.
 
-        Trainer counts labels other than -100, which is wrong for spans, regression and multi-label
+        Trainer counts labels other than -100; this is wrong for spans, regression and multi-label
         rows.
         """
         if not batch_samples:

@@ -346,7 +346,7 @@ class Checkpoint:
 
 
 def open_checkpoint(source: ModelSource, model: Any, key_mapping: Mapping[str, str]) -> Checkpoint:
-    """Open the weights of `source` for `model`, which is on the meta device.
+    """Open the weights of `source` for `model`, a model on the meta device.
 
     A Hub model is downloaded if needed. The conversions are recorded on `model` (modified) as by
     `from_pretrained`; `key_mapping` comes from `rename_prefix`. Raises InputError if weight files

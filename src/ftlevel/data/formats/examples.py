@@ -325,7 +325,7 @@ def _quantity(roles: RoleValues) -> float:
 
 
 def _name(label: object, what: str) -> str | int:
-    """Returns the name or number `label` of a class; booleans become "true" and "false"."""
+    """Returns the class name or number `label`, called `what` in errors; booleans become text."""
     if type(label) is bool:
         return "true" if label else "false"
     if type(label) is int:

@@ -117,7 +117,10 @@ class ChunkEncoder:
         return [replace(row, row=table.lines[row.row]) for row in rows]
 
     def _without(self, table: Table, bad: list[BadRow], counts: Counter[str]) -> Table:
-        """Returns `table` without `bad` rows, added to `counts` (modified); raises if one stops."""
+        """Returns `table` without the rows `bad`; adds these to `counts` (modified).
+
+        Raises `InputError` if a row may not be dropped.
+        """
         gate, skips = self.config.gate, self.config.on_bad_row == "skip"
         stops = [
             row

@@ -214,7 +214,7 @@ _KINDS = ("png", "svg")
 
 
 def draw_pictures(found: Comparison, result: Mapping[str, Any]) -> list[str]:
-    """Draw plots of `result`, the `--json` output; returns paths, empty without matplotlib."""
+    """Draw plots of `found`, whose `--json` output is `result`; returns paths, if any."""
     if not find_spec("matplotlib"):
         return []
     from matplotlib.figure import Figure

@@ -151,7 +151,10 @@ def complete_flags(task: str, values: dict[str, Any], typed: Mapping[str, str]) 
 
 
 def _batch(values: dict[str, Any], rl: Mapping[str, Any], tool: str) -> list[str]:
-    """Convert `values` (modified): batch size of `tool` in completions to prompts; return notes."""
+    """Convert the batch size in `values` (modified) from completions to prompts.
+
+    Returns notes, in which `tool` is named.
+    """
     train = values.setdefault("train", {})
     size = train.get("per_device_train_batch_size", 8)
     steps = train.get("gradient_accumulation_steps", 1)

@@ -49,7 +49,7 @@ class RetrievalFacts:
 
 
 def summarize_retrieval(rows: Iterable[dict[str, Any]]) -> RetrievalFacts | None:
-    """Returns what a report shows of the `rows` with scores of documents; None without any."""
+    """Returns what a report shows of rows with scores of positives and negatives, or None."""
     scored = [row | scores for row in rows if (scores := _query_scores(row))]
     if not scored:
         return None
@@ -68,7 +68,7 @@ def summarize_retrieval(rows: Iterable[dict[str, Any]]) -> RetrievalFacts | None
 
 
 def _query_scores(row: Mapping[str, Any]) -> dict[str, float]:
-    """Returns the best scores of a row's positives and negatives, and these before training."""
+    """Returns the best scores of a row's positives and negatives, and those before training."""
     result: dict[str, float] = {}
     for base in ("", "base_"):
         names = [f"{base}positive_score", f"{base}negative_score"]

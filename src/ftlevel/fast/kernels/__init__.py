@@ -267,7 +267,7 @@ def choose_norm(width: int, weight: torch.dtype, dtype: torch.dtype, device: str
 
 @functools.cache
 def choose_glu(kind: str, width: int, dtype: torch.dtype, device: str) -> Formulas:
-    """Returns the fastest correct implementation of GLUs; arguments as in `Kernels.glu`."""
+    """Returns the fastest correct implementation of GLUs; see `Kernels.glu` for arguments."""
     gate, up, gradient = (_draw(seed, (TOKENS, width), dtype, device) for seed in range(3))
 
     def compute(formulas: Formulas) -> Sequence[Tensor]:

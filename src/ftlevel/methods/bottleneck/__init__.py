@@ -154,7 +154,10 @@ def site_pattern(sites: Sites, placement: str) -> str:
 
 
 def block_of(sites: Sites | None, site: str) -> str | None:
-    """Returns the name, plus ".", of the block of `site`, a feed-forward's last module; or None."""
+    """Returns the name of the block whose feed-forward, or norm after it, ends at `site`, or None.
+
+    The name includes a final ".".
+    """
     for end in (sites.feed_forward, sites.norm) if sites else ():
         block = site.removesuffix(end)
         if (
@@ -167,9 +170,9 @@ def block_of(sites: Sites | None, site: str) -> str | None:
 
 
 def find_input(sites: Sites | None, site: str, names: Iterable[str]) -> str | None:
-    """Returns the first linear layer of the feed-forward whose last module is `site`.
+    """Returns the first linear layer of the feed-forward whose last layer, or norm, is `site`.
 
-    None if `site` is not such a module, or the layer is not in `names`.
+    None if `site` is no such module, or the first layer is not in `names`.
     """
     block = block_of(sites, site)
     if sites is None or block is None:

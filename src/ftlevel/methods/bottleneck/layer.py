@@ -343,7 +343,7 @@ class BottleneckModel(UnmergeableTuner, PrecisionTuner, BaseTuner):
         return reads
 
     def _input_of(self, site: str) -> nn.Module | None:
-        """Returns the first linear layer of the feed-forward that ends at `site`."""
+        """Returns the module that `find_input` names for `site`, or None."""
         modules: dict[str, Any] = dict(self.model.named_modules())
         name = find_input(sites_of(getattr(self.model, "config", None)), site, modules)
         if name is None:

@@ -186,7 +186,7 @@ class LoraInitialization(Initialization):
         return spec.model_copy(update={"init_lora_weights": "default"})
 
     def initialize(self, model: Any, spec: LoraSpec, inputs: InitializationInputs) -> None:
-        """Initialize LoRA in `model` (modified): eva from rows, loftq from float weights."""
+        """Initialize LoRA of `model` (modified): eva from data rows, loftq from float weights."""
         if spec.init_lora_weights == "loftq":
             from ftlevel.methods.lora.initialization import start_from_residual
 

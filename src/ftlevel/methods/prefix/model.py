@@ -133,7 +133,7 @@ def attend_eagerly(
 
 
 def _behind(prefix: Prefix, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns keys and values with the prefix prepended in every row."""
+    """Returns `key` and `value` with those of `prefix` prepended in every row."""
     key, value = (
         torch.cat([extra.to(states.dtype).expand(len(states), -1, -1, -1), states], dim=2)
         for extra, states in zip(prefix, (key, value), strict=True)

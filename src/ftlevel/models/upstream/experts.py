@@ -38,7 +38,7 @@ def count_rows(experts: Tensor, number: int) -> list[int]:
 
 
 def share_evenly(experts: Tensor, number: int) -> list[int]:
-    """Returns rows per expert, as equal as possible, for fake tensors (without values)."""
+    """Returns rows of each of `number` experts, as equal as possible; `experts` has no values."""
     return [len(experts) * (i + 1) // number - len(experts) * i // number for i in range(number)]
 
 

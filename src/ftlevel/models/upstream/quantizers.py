@@ -256,7 +256,7 @@ class PackedWeight:
         return rows.flatten()[first - first_row * width : last - first_row * width]
 
     def _state(self, scales: Tensor) -> Any:
-        """Returns bitsandbytes' `QuantState` of the whole weight, which has these `scales`."""
+        """Returns bitsandbytes' `QuantState` of the whole weight, with these `scales`."""
         import bitsandbytes.functional as bnb
 
         settings = {

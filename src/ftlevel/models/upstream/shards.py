@@ -233,7 +233,7 @@ class StoredWeight:
         return self
 
     def to(self, *, device: Any, dtype: torch.dtype) -> Tensor:
-        """Returns a placeholder in `dtype`, which is the real tensor if the file has that dtype."""
+        """Returns a placeholder in `dtype`, or the real tensor if the file has that dtype."""
         del device  # always on the CPU
         placeholder = self._rows(slice(None))
         if placeholder.dtype != dtype:

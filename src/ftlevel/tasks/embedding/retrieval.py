@@ -50,7 +50,7 @@ def rank_relevant(scores: np.ndarray, relevant: Sequence[int] | np.ndarray) -> Q
 
 
 def score_ranks(ranks: QueryRanks) -> dict[str, float]:
-    """Returns the metrics of one query, which has at least one relevant document."""
+    """Returns the metrics of one query with at least one relevant document."""
     depth = np.arange(1, DEEPEST + 1)
     gain, precision = np.zeros(DEEPEST), np.zeros(DEEPEST)
     reciprocal, hits = 0.0, 0

@@ -302,7 +302,7 @@ class Preferences(LikelihoodObjective):
         """Returns the loss summed over pairs or answers (a scalar).
 
         In training with `nll_mean: token`, returns `(2,)`: the pair loss and the token loss of the
-        preferred answers, which have different divisors.
+        preferred answers; the two losses have different divisors.
         """
         import torch
 

@@ -110,7 +110,7 @@ def has_spread(rewards: torch.Tensor) -> torch.Tensor:
 
 
 def _std(rewards: torch.Tensor, known: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
-    """Returns the standard deviation per group with n − 1, (groups, 1)."""
+    """Returns the standard deviation with n − 1 of the `known` rewards per group, (groups, 1)."""
     centered = torch.where(known, rewards - rewards.nanmean(-1, keepdim=True), 0.0)
     return (centered.square().sum(-1, keepdim=True) / (count - 1).clamp(min=1)).sqrt()
 

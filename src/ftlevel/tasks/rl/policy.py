@@ -94,7 +94,7 @@ class RlTask(TextTask):
         return format_, []
 
     def encode(self, encoder: Encoder, examples: Sequence[Any], table: Table) -> FittedRows:
-        """Encode prompts, which have no targets; completions are sampled in training."""
+        """Encode prompts without targets; completions are sampled in training."""
         if encoder.prompt_format is None:
             raise TypeError("prompts have a format")
         most = self.settings.max_completion_length

@@ -57,7 +57,7 @@ TokenLogps = Callable[[Sequence[CompletionRow]], list[list[float]]]
 def build_completion_row(
     prompt: list[int], completion: list[int], row: int, number: int, values: Sequence[Signal]
 ) -> CompletionRow:
-    """Build the row of a prompt and a completion; `values` has a `Signal` for each token of it."""
+    """Build the row of completion `number` of a prompt; `values` has a `Signal` for each token."""
     labels = [IGNORED] * len(prompt) + completion
     return CompletionRow(prompt + completion, labels, row, {}, len(prompt), number, tuple(values))
 

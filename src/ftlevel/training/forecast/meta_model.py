@@ -107,7 +107,7 @@ def build_fake_model(run: Run, layers: Sequence[int] | None = None) -> FakeModel
 def targets_in(
     model: torch.nn.Module, targets: Sequence[str], layers: Sequence[int] | None
 ) -> list[str]:
-    """Returns the names of `targets` in `model`, which has only `layers`, numbered from 0."""
+    """Returns the names of `targets` in `model`, a copy with only `layers`, renumbered from 0."""
     tree = ModuleTree(model)
     names = []
     for name in targets:

@@ -78,7 +78,7 @@ class _StepStatistics:
         self._parts: list[tuple[torch.Tensor, ...]] = []
 
     def watch(self, loss: PolicyLoss, each: torch.Tensor, signals: torch.Tensor) -> None:
-        """Add a micro-batch, with log-probabilities `each`; called from parallel workers."""
+        """Add a micro-batch: its loss, log-probabilities and signals; parallel workers call it."""
         is_sampled = ~signals[:, 4].isnan()  # stand-ins were not
         difference = torch.where(is_sampled, each - signals[:, 4], 0.0).abs()
         sums = loss.clipped.float(), loss.kl, difference.sum(), is_sampled.sum().float()
