@@ -296,10 +296,7 @@ class CommandInput:
 
 
 def _put(layer: Layer, row: Flag, path: str, shown: str, value: Any, example: str) -> None:
-    """Set the field at `path` in `layer` (modified); `shown` is the flag as typed.
-
-    With `example`, an example of a value, the values are NAME=VALUE pairs.
-    """
+    """Set field `path` in `layer` (modified), from flag `shown`; `example`: to NAME=VALUE pairs."""
     key = tuple(path.split("."))
     if example:
         for pair in (part for values in value for part in _NEXT_PAIR.split(values)):

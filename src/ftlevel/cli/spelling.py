@@ -252,10 +252,7 @@ def _is_recipe(text: str) -> bool:
 def _meaning(
     name: str, shown: str, values: Sequence[str], option: FlagSpec
 ) -> list[Setting] | NoOpValue:
-    """Returns the (flag, value) pairs that `values` stand for, or a value without effect.
-
-    `name` is the flag as typed; `shown` is the flag with its values, for messages.
-    """
+    """Returns the (flag, value) pairs that `values` stand for; `shown` is how they were typed."""
     text = ",".join(values)
     word = _truth(text) if option.is_value_optional else text.lower()
     result = option.values.get(word)

@@ -71,10 +71,7 @@ def exit_code() -> int:
 
 
 def protect_exit(code: int) -> None:
-    """During exit, ignore the first signal, because it would interrupt cleanup.
-
-    The second one exits with `code`.
-    """
+    """During exit, ignore the first signal, to finish cleanup; the second exits with `code`."""
     seen: list[int] = []
 
     def end(number: int, _: FrameType | None) -> None:

@@ -122,10 +122,7 @@ def compute_window_outputs(
 def _build_inputs(
     ids: torch.Tensor, auto_class: str, tokenizer: Any, number: int
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor | slice, torch.Tensor]:
-    """Returns model inputs for `ids`, output positions to compare, and the target tokens there.
-
-    For a masked language model, `number` is the seed of the masked positions.
-    """
+    """Returns inputs, positions to compare, and targets there; `number` is the seed of masks."""
     if auto_class == "AutoModelForCausalLM":
         return {"input_ids": ids}, slice(0, -1), ids[0, 1:]
     if auto_class == "AutoModelForSeq2SeqLM":

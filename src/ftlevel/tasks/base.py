@@ -463,10 +463,7 @@ class BaseTask(ABC):
 
 
 def check_options(outputs: OutputOptions, whose: str, instead: str) -> None:
-    """Raise `ConfigError` if `outputs` asks for probabilities, which `whose` (a text) lacks.
-
-    `instead` is the advice of the message; empty for "Drop …".
-    """
+    """Raise `ConfigError` if `outputs` asks for probabilities, which `whose` (a text) lacks."""
     for flag, value in (("--probabilities", outputs.probabilities), ("--top-k", outputs.top_k)):
         if value:
             raise ConfigError(f"{flag}: {whose} has no probabilities. {instead or f'Drop {flag}.'}")

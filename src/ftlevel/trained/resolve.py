@@ -473,10 +473,7 @@ NAMED = "model.json"
 
 @dataclass(frozen=True)
 class ReferenceModel:
-    """A model that a run reads but does not train: a reference, teacher or guide.
-
-    `fingerprint` identifies its weights, with those of an adapter, and their quantization.
-    """
+    """A reference, teacher or guide; `fingerprint` identifies its weights and quantization."""
 
     name: str
     ref: ModelRef
@@ -543,10 +540,7 @@ def _task_of_texts(ref: ModelRef) -> str:
 
 
 def resolve_recorded_reference(directory: Path, beside: Path, device: str) -> ReferenceModel:
-    """Resolve the model that `write` recorded in `directory`; InputError if its weights changed.
-
-    `beside` is the directory that a relative path is resolved from.
-    """
+    """Resolve the model that `write` recorded in `directory`; InputError if its weights changed."""
     recorded = json.loads((directory / NAMED).read_text(encoding="utf-8"))
     name = recorded["name"]
     if recorded.get("path") and (path := resolve_relative(recorded["path"], beside)).exists():

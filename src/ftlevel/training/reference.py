@@ -228,10 +228,7 @@ FIRST_LOSS = 1e-6
 def describe_first_loss(
     reference: Reference, run: Run, records: Sequence[Mapping[str, Any]]
 ) -> tuple[dict[str, Any], list[str]]:
-    """Returns what summary.json records about the reference, and notes on the first loss.
-
-    The notes are empty if the first loss is as expected.
-    """
+    """Returns what summary.json records about the reference; notes on an unexpected first loss."""
     expected, facts = run.objective.first_loss, dict(reference.facts)
     first = next((r["loss"] for r in records if r["step"] == 1 and "loss" in r), None)
     if expected is None or first is None:

@@ -65,10 +65,7 @@ def store_base(run: Run, directory: RunDirectory, *, is_first: bool) -> tuple[Ru
 
 
 def base_facts(run: Run) -> dict[str, Any]:
-    """Returns what identifies the base model: name, kind, revision and fingerprint.
-
-    For a base passed as an object, also a digest of all its weights.
-    """
+    """Returns name, kind, revision and fingerprint of the base; a digest if passed as an object."""
     facts, path = describe_base(run.model.source), run.model.source.path
     if run.written_base is None or path is None:
         return facts
@@ -255,10 +252,7 @@ def _resolve_resume(run: Run, origin: Mapping[str, Any], listener: Listener) -> 
 
 
 def _check_length(run: Run, before: Mapping[str, Any], trained: int) -> None:
-    """Raise ConfigError if the changed length has no effect, is too short, or is unsupported.
-
-    `before` has the former length settings; `trained` is the number of steps done.
-    """
+    """Raise ConfigError if the changed length has no effect, is too short, or is unsupported."""
     flag, train, steps = f"--resume {run.config.output.dir}", run.config.train, run.schedule.steps
     old = {key.rpartition(".")[2]: value for key, value in before.items()}
     rows = rows_per_epoch(run.config.train, run.config.steps_per_rollout, run.data)
@@ -319,10 +313,7 @@ def open_or_resume(run: Run, resumed: ResumeState, listener: Listener) -> RunDir
 def _allowed_changes(
     output: OutputConfig, before: Mapping[str, Any], origin: Mapping[str, Any]
 ) -> list[dict[str, Any]]:
-    """Returns the differing fields that `--allow-change` names; ConfigError for unknown names.
-
-    `before` is the origin of the resumed run, `origin` the current one.
-    """
+    """Returns the fields that differ and `--allow-change` names; ConfigError for unknown names."""
     allowed = output.allow_change
     fields = {**before, **origin}
     unknown = [name for name in allowed if name not in fields]

@@ -214,8 +214,6 @@ class Bounds:
     ) -> float:
         """Check the difference of each tensor and of all together; returns the distance of all.
 
-        `what` names the tensors in errors.
-
         Raises:
             RunError: a distance exceeds its bound.
         """

@@ -389,10 +389,7 @@ def _quantize_shards(
 def _convert(
     key: str, name: str, tensor: torch.Tensor, layout: QuantizedLayout, choose: Choose | None
 ) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Returns the tensors and metadata to store for one tensor of the checkpoint.
-
-    `key` is its name in the file, `name` that in the model.
-    """
+    """Returns tensors and metadata to store for tensor `key` of the file, `name` in the model."""
     noted = is_torchao(layout.config)
     if layout.part_of(name) != QUANTIZED:
         kept = {key: tensor.to(layout.kept_dtype(name, tensor.dtype))}

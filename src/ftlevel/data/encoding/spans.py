@@ -118,10 +118,7 @@ def _with_room(
     where: Callable[[int], str],
     drop: bool,
 ) -> list[Question]:
-    """Returns the questions that leave room for more than `stride` context tokens in a window.
-
-    Arguments and errors are those of `encode_questions`.
-    """
+    """Returns the questions that leave room for more than `stride` context tokens in a window."""
     special = tokenizer.num_special_tokens_to_add(pair=True)
     questions = [example.question + separator for example in examples]
     sizes = [len(ids) for ids in tokenizer(questions, add_special_tokens=False)["input_ids"]]

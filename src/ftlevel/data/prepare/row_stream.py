@@ -117,10 +117,7 @@ class ChunkEncoder:
         return [replace(row, row=table.lines[row.row]) for row in rows]
 
     def _without(self, table: Table, bad: list[BadRow], counts: Counter[str]) -> Table:
-        """Returns `table` without the rows `bad`; adds these to `counts` (modified).
-
-        Raises `InputError` if a row may not be dropped.
-        """
+        """Returns `table` without the rows `bad`, counted in `counts` (modified); may raise."""
         gate, skips = self.config.gate, self.config.on_bad_row == "skip"
         stops = [
             row

@@ -147,10 +147,7 @@ class _PipeBytes:
 
 
 def _copy_rows(get_source: Callable[[], Any], name: str, shown: str) -> Path:
-    """Copy a source to a new file called `name`; decompress it if it begins like a known format.
-
-    `shown` is the name of the source in errors.
-    """
+    """Copy the source `shown` to a new file `name`; decompress it if it is in a known format."""
     raw = _create_directory() / name
     _write_copy(get_source, raw, shown)
     with raw.open("rb") as file:

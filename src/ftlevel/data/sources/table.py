@@ -90,10 +90,7 @@ class Table:
         return f"{table.source}:{line}" if table.unit == "line" else f"{table.source} row {line}"
 
     def has_text_cells(self, index: int) -> bool:
-        """Returns whether the row at `index` is of a format with text cells only, such as CSV.
-
-        Its lists and objects are then JSON text.
-        """
+        """Returns whether lists and objects in the row at `index` are JSON text, as in CSV."""
         return self._part_of(self.lines[index])[0].text_cells if self.parts else self.text_cells
 
     def _part_of(self, line: int) -> tuple[Table, int]:

@@ -351,10 +351,7 @@ def _with_method(
 def _set_budget(
     result: Comparison, asked: dict[str, Any], listener: Listener, prepare: Callable[[], Any]
 ) -> None:
-    """Convert the budget in minutes to steps per method, so that learning-rate schedules end.
-
-    The steps are recorded in `asked` (modified) and in the result file.
-    """
+    """Convert the budget in minutes to steps per method; records them in `asked` (modified)."""
     minutes, steps = result.wishes.minutes, asked["asked"]["planned_steps"]
     if minutes is None:
         return

@@ -151,10 +151,7 @@ def complete_flags(task: str, values: dict[str, Any], typed: Mapping[str, str]) 
 
 
 def _batch(values: dict[str, Any], rl: Mapping[str, Any], tool: str) -> list[str]:
-    """Convert the batch size in `values` (modified) from completions to prompts.
-
-    Returns notes, in which `tool` is named.
-    """
+    """Convert the batch size in `values` (modified) from completions to prompts; return notes."""
     train = values.setdefault("train", {})
     size = train.get("per_device_train_batch_size", 8)
     steps = train.get("gradient_accumulation_steps", 1)

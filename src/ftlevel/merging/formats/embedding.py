@@ -115,10 +115,7 @@ def _describe(prompts: dict[str, str]) -> str:
 def embed(
     model: Any, form: EmbeddingFormat, tokenizer: Any, end: int | None, device: str
 ) -> torch.Tensor:
-    """Returns the embeddings of `TEXTS` without prompts, `(texts, dims)` in float32.
-
-    `end` is as in `TextEncoder`.
-    """
+    """Returns the embeddings of `TEXTS` without prompts, `(texts, dims)` in float32."""
     ids = TextEncoder(tokenizer, "", "", end).ids(TEXTS)
     longest = form.max_length or len(max(ids, key=len))
     rows = [Encoded(part[:longest], 0, at) for at, part in enumerate(ids)]

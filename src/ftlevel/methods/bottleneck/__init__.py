@@ -154,10 +154,7 @@ def site_pattern(sites: Sites, placement: str) -> str:
 
 
 def block_of(sites: Sites | None, site: str) -> str | None:
-    """Returns the name of the block whose feed-forward, or norm after it, ends at `site`, or None.
-
-    The name includes a final ".".
-    """
+    """Returns the name, and ".", of the block whose feed-forward or norm is at `site`, or None."""
     for end in (sites.feed_forward, sites.norm) if sites else ():
         block = site.removesuffix(end)
         if (
@@ -170,10 +167,7 @@ def block_of(sites: Sites | None, site: str) -> str | None:
 
 
 def find_input(sites: Sites | None, site: str, names: Iterable[str]) -> str | None:
-    """Returns the first linear layer of the feed-forward whose last layer, or norm, is `site`.
-
-    None if `site` is no such module, or the first layer is not in `names`.
-    """
+    """Returns the first layer, in `names`, of the feed-forward that ends with `site`, or None."""
     block = block_of(sites, site)
     if sites is None or block is None:
         return None

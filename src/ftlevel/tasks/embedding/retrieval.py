@@ -76,10 +76,7 @@ def score_ranks(ranks: QueryRanks) -> dict[str, float]:
 
 
 def _expected_reciprocal(start: int, size: int, found: int, deepest: int) -> float:
-    """Returns the expected reciprocal rank of the first of `found` relevant documents in a tie.
-
-    `start` documents rank above the `size` tied ones; ranks after `deepest` count as 0.
-    """
+    """Returns the expected reciprocal rank of the first of `found` relevant documents in a tie."""
     chance, total = found / size, 0.0
     for place in range(min(size - found + 1, deepest - start)):
         total += chance / (start + place + 1)

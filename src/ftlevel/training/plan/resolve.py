@@ -332,10 +332,7 @@ def _disable_dropout(model_config: Any) -> list[Choice]:
 
 
 def _set_to_zero(config: Any, values: Mapping[str, float], name: str, shown: str) -> list[Choice]:
-    """Set the fields of `config` (modified) to 0 whose former value, in `values`, is positive.
-
-    Returns a log line, the value `shown` under `name`; empty if no field was changed.
-    """
+    """Set fields of `config` (modified) that are positive in `values` to 0; returns log lines."""
     positive = {field: value for field, value in values.items() if value and value > 0}
     for field in positive:
         setattr(config, field, 0.0)

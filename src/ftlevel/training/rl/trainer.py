@@ -347,10 +347,7 @@ def no_loss(prompt: Any) -> CompletionRow:
 
 
 def check_sampler(mean: float, largest: float, bound: float, where: str) -> None:
-    """Raise RunError if log-probabilities of sampler and trainer differ by more than `bound`.
-
-    `mean` and `largest` are their differences in nats; `where` begins the message.
-    """
+    """Raise RunError if log-probabilities of sampler and trainer differ by more than `bound`."""
     if mean <= bound:
         return
     raise RunError(

@@ -70,10 +70,7 @@ def read_text(path: Path) -> str:
 
 
 def _decode(path: Path, content: bytes, at: int, line: int) -> str:
-    """Returns `content` decoded; raises `InputError` naming the first byte that is not UTF-8.
-
-    `at` is the offset of `content` in the file, `line` the number of lines before it.
-    """
+    """Decode `content`, at offset `at` and after `line` lines; `InputError` if it is not UTF-8."""
     try:
         return content.decode("utf-8")
     except UnicodeDecodeError as error:
