@@ -57,7 +57,7 @@ def jsonl(rows: list[Any]) -> str:
     ("name", "content", "arguments", "said"),
     [
         ("tickets.csv", TICKETS, CLASSES,
-         "text from 'Body', label from 'Category'; not used: 'Ticket ID', 'Subject' (by their"),
+         "text from 'Body', label from 'Category'; not used: 'Ticket ID', 'Subject' (found by"),
         ("tickets.csv", TICKETS, [*CLASSES, "--map", "text=subject+body"],
          "text from 'Subject+Body', label from 'Category'; not used: 'Ticket ID' (by --map)"),
         ("tickets.csv", TICKETS.replace(",", ";"), CLASSES, "its header is separated by ';'"),

@@ -92,12 +92,13 @@ def test_the_micro_batch_is_the_largest_that_fits(
 
 def test_rollouts_take_keys_and_values(big: Path, capsys: pytest.CaptureFixture[str]) -> None:
     asked = ("--model", big, "--gpu", "80GB", "--max-length", 1024, "--brief", "--json",
-             "--per-device-train-batch-size", 4, "--task", "rl", "--reward", "exact",
-             "--max-completion-length", 512, "--num-generations", 8)  # fmt: skip
+             "--per-device-train-batch-size", 1, "--task", "rl", "--reward", "exact",
+             "--gradient-checkpointing", "--max-completion-length", 960, "--num-generations", 8)  # fmt: skip
     found = json.loads(plan(capsys, *asked))
-    token, rows = 2 * 32 * 8 * 128 * 2, 8 * 8  # bytes of a token; groups of the check
+    token, prompts, rows = 2 * 32 * 8 * 128 * 2, 2, 16  # bytes of a token; sampled at once
     assert found["at"] == "sampling"
-    assert found["parts"]["keys and values"] == 2 * token * rows * (1024 + 64)
+    tokens = prompts * (64 + 64) + 2 * rows * (960 + 64)  # a prompt is cached once
+    assert found["parts"]["keys and values"] == token * tokens
     on_server = json.loads(plan(capsys, *asked, "--rollouts", "http://127.0.0.1:9"))
     assert "keys and values" not in on_server["parts"]
     assert on_server["peak_bytes"] < found["peak_bytes"]

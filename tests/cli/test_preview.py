@@ -108,7 +108,8 @@ def test_an_answer_in_its_context(
     windows = out.split("row 3 (")[1:]
     assert len(windows) > 1
     assert "no answer in this window" in out
-    assert {learned(window).strip() for window in windows} - {""} == {"module 2"}
+    answered = [window for window in windows if "no answer in this window" not in window]
+    assert {learned(window).strip() for window in answered} == {"module 2"}
 
 
 def test_json_is_what_the_trainer_is_given(

@@ -119,7 +119,7 @@ def test_a_family_without_a_place_for_a_prefix_is_refused_before_its_weights_loa
     said = " ".join(capsys.readouterr().err.split())
     assert "--method prefix" in said
     assert "bloom" in said
-    assert "computes its attention itself" in said
+    assert "computes attention without transformers' AttentionInterface" in said
     assert "Use --method prompt" in said
     assert not Path("run").exists()
 
