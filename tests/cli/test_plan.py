@@ -93,7 +93,8 @@ def test_the_micro_batch_is_the_largest_that_fits(
 def test_rollouts_take_keys_and_values(big: Path, capsys: pytest.CaptureFixture[str]) -> None:
     asked = ("--model", big, "--gpu", "80GB", "--max-length", 1024, "--brief", "--json",
              "--per-device-train-batch-size", 1, "--task", "rl", "--reward", "exact",
-             "--gradient-checkpointing", "--max-completion-length", 960, "--num-generations", 8)  # fmt: skip
+             "--gradient-checkpointing", "--max-completion-length", 960,
+             "--num-generations", 8)  # fmt: skip
     found = json.loads(plan(capsys, *asked))
     token, prompts, rows = 2 * 32 * 8 * 128 * 2, 2, 16  # bytes of a token; sampled at once
     assert found["at"] == "sampling"

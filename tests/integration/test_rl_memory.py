@@ -7,12 +7,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-
 _PEAK = """
 import atexit, pathlib, sys
 from ftlevel.cli.app import run
-status = pathlib.Path("/proc/self/status")
-atexit.register(lambda: print(status.read_text().partition("VmHWM:")[2].split()[0], file=sys.stderr))
+def report():
+    status = pathlib.Path("/proc/self/status").read_text()
+    print(status.partition("VmHWM:")[2].split()[0], file=sys.stderr)
+atexit.register(report)
 sys.exit(run(sys.argv[1:]))
 """  # the children of a large process report its size as their ru_maxrss
 

@@ -45,7 +45,7 @@ _CORE: dict[str, tuple[str, str]] = {
         ("mine", "evaluate:mine", "Add hard negatives to queries with positives."),
         ("generate", "generate:generate", "Generate answers to prompts, or chat in the terminal."),
         ("merge", "export:merge", "Merge an adapter into the base model and write a full model."),
-        ("quantize", "export:quantize", "Quantize a model to 4-bit or 8-bit and measure its quality."),
+        ("quantize", "export:quantize", "Quantize a model to 4 or 8 bits and measure the quality."),
         ("export", "export:export", "Export a run, an adapter or a model for a server."),
         ("recipes", "recipes:recipes", "List, show, copy or convert recipes."),
         (

@@ -98,7 +98,7 @@ def _merge_lines(summary: Mapping[str, Any]) -> Iterator[str]:
 def quantize(
     given: CommandInput, *, out: str | None, dry_run: bool, as_json: bool, quiet: bool
 ) -> None:
-    """Quantize a model to 4-bit or 8-bit and measure its quality.
+    """Quantize a model to 4 or 8 bits and measure the quality.
 
     Embeddings, norms and heads are not quantized. The result loads in transformers and in ftlevel
     train (LoRA), generate and evaluate. Tensors are processed one at a time, so the model may
