@@ -227,7 +227,7 @@ class DataConfig(Section):
     )
     corpus: Path | None = Field(
         None,
-        description="Documents to search for validation queries. Default: those of the validation "
+        description="Corpus that validation queries are searched in. Default: texts of the validation "
         "rows, or corpus.jsonl beside --qrels.",
     )
     validation_split: Share | None = Field(
