@@ -227,8 +227,8 @@ class DataConfig(Section):
     )
     corpus: Path | None = Field(
         None,
-        description="Corpus that validation queries are searched in. Default: texts of the validation "
-        "rows, or corpus.jsonl beside --qrels.",
+        description="Corpus that validation queries are searched in. Default: texts of the "
+        "validation rows, or corpus.jsonl beside --qrels.",
     )
     validation_split: Share | None = Field(
         None, description="Fraction of training rows held out if there are no validation rows."
@@ -252,8 +252,8 @@ class DataConfig(Section):
         "error",
         description="Action for rows longer than max_length. split cuts plain text into several "
         "rows; truncate cuts the end of texts to embed; truncate-prompt cuts the beginning of "
-        "prompts, or the end of texts to classify and documents to rerank. Answers are never "
-        "truncated silently.",
+        "prompts, or the end of texts to classify or to rerank. Answers are never truncated "
+        "silently.",
     )
     problem_type: Literal[
         "auto", "single_label_classification", "multi_label_classification", "regression"
