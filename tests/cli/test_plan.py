@@ -90,6 +90,13 @@ def test_the_micro_batch_is_the_largest_that_fits(
     assert not json.loads(plan(capsys, *asked, *more))["fits_in_memory"]
 
 
+def test_a_method_with_a_penalty_and_without_the_fast_step(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    asked = ("--method", "adalora", "--max-steps", 40, "--no-fast", "--brief", "--json")
+    assert json.loads(plan(capsys, *asked))["peak_bytes"] > 0
+
+
 def test_rollouts_take_keys_and_values(big: Path, capsys: pytest.CaptureFixture[str]) -> None:
     asked = ("--model", big, "--gpu", "80GB", "--max-length", 1024, "--brief", "--json",
              "--per-device-train-batch-size", 1, "--task", "rl", "--reward", "exact",

@@ -167,6 +167,7 @@ class FtlevelTrainer(Trainer):
         self._operations_per_token = 0
         self._in_training = False
         self._compute_dtype = ""  # empty: autocast as prepared by accelerate
+        self.current_gradient_accumulation_steps = 1  # of a step outside of training
         self.model_accepts_loss_kwargs = True  # our loss divides by num_items_in_batch
 
     def create_optimizer(self, *arguments: Any, **settings: Any) -> torch.optim.Optimizer:
