@@ -22,6 +22,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from ftlevel.fast.packing import UnsupportedModelError
+
 NAME = "ftlevel_one_token"
 """Name of the attention for `set_attn_implementation`."""
 
@@ -144,13 +146,13 @@ def attend(
     to 1 / sqrt(head_dim).
 
     Returns (batch, new, heads, head_dim), and None for the attention weights. Raises
-    NotImplementedError if the attention cannot have shared prompts.
+    UnsupportedModelError if the attention cannot have shared prompts.
     """
     rows, heads, new, width = query.shape
     prompts = _PROMPTS.get()
     if new != 1 or dropout or any(others.get(name) is not None for name in _UNSUPPORTED):
         if prompts:
-            raise NotImplementedError("its attention cannot share prompts")
+            raise UnsupportedModelError("its attention cannot share prompts")
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout, scaling, **others
         )
@@ -182,9 +184,9 @@ def _attend_with_prompts(
     """Returns the attention (rows, key heads, q, head_dim) over prompts and own tokens."""
     layer = getattr(module, "layer_idx", None)
     if layer is None:
-        raise NotImplementedError("its attention does not know its layer")
+        raise UnsupportedModelError("its attention does not know its layer")
     if mask is not None and mask.dtype != torch.bool:
-        raise NotImplementedError("its attention adds a bias to scores")
+        raise UnsupportedModelError("its attention adds a bias to scores")
     own = _attend_part(query, key, value, None if mask is None else ~mask)
     first = 0
     parts = []

@@ -187,18 +187,21 @@ def test_a_killed_run_leaves_no_function_behind(tmp_path: Path) -> None:
         "rewards.score(['a'], ['b'], [[1]], {})"
     )
     run = subprocess.Popen([sys.executable, "-c", code])
-    wait_until(lambda: pid.exists() and pid.read_text() != "")
+    assert holds_soon(lambda: pid.exists() and pid.read_text() != "")
     run.kill()
     run.wait()
     worker = Path(f"/proc/{pid.read_text()}")
-    wait_until(lambda: not worker.exists() or "Z" in (worker / "stat").read_text().split()[2])
+    assert holds_soon(
+        lambda: not worker.exists() or "Z" in (worker / "stat").read_text().split()[2]
+    )
 
 
-def wait_until(is_so: Callable[[], bool], seconds: float = 30.0) -> None:
+def holds_soon(condition: Callable[[], bool], seconds: float = 30.0) -> bool:
+    """Returns whether `condition` becomes true within `seconds`."""
     end = time.monotonic() + seconds
-    while not is_so():
-        assert time.monotonic() < end
+    while not condition() and time.monotonic() < end:
         time.sleep(0.05)
+    return condition()
 
 
 def test_a_wrong_number_of_scores(file: str, resolve: Callable[..., Rewards]) -> None:
