@@ -241,7 +241,7 @@ class SafeStream(io.TextIOBase):
             return
         try:
             getattr(self._stream, method)(*arguments)
-        except UnicodeEncodeError:  # the terminal's encoding has no a character
+        except UnicodeEncodeError:  # the terminal's encoding lacks a character
             replaced = arguments[0].encode(self.encoding, "replace").decode(self.encoding)
             self._stream.write(replaced)
         except OSError as error:

@@ -290,10 +290,10 @@ def _chosen(run: Run) -> Mapping[str, list[tuple[str, Any, str]]]:
     """Returns the values `train` would choose: section → (name, value, reason)."""
     reasons = {choice.name: choice.reason for choice in run.choices}
     train, schedule = run.config.train, run.schedule
-    values_ = [("learning_rate", schedule.learning_rate, reasons.get("learning rate", ""))]
+    rates = [("learning_rate", schedule.learning_rate, reasons.get("learning rate", ""))]
     if schedule.head_learning_rate is not None:
         message = "defaults to learning_rate if that is set"
-        values_.append(("head_learning_rate", schedule.head_learning_rate, message))
+        rates.append(("head_learning_rate", schedule.head_learning_rate, message))
     chosen = {
         "method": [
             (name, getattr(run.config.method, name), "")
@@ -302,7 +302,7 @@ def _chosen(run: Run) -> Mapping[str, list[tuple[str, Any, str]]]:
         ],
         "data": [("max_length", run.data.max_length, reasons.get("max length", ""))],
         "train": [
-            *((name, float(f"{rate:.3g}"), message) for name, rate, message in values_),
+            *((name, float(f"{rate:.3g}"), message) for name, rate, message in rates),
             ("per_device_train_batch_size", train.per_device_train_batch_size, ""),
             ("gradient_accumulation_steps", train.gradient_accumulation_steps, ""),
             ("seed", train.seed, ""),
@@ -321,12 +321,12 @@ def _render(run: Run, proposed: list[Choice]) -> Iterator[str]:
     notes, chosen = _notes(run, proposed), _chosen(run)
     values = run.config.model_dump(mode="json", exclude_unset=True)
     for section in sorted(values, key=lambda name: (name not in _ORDER, _ORDER.find(name))):
-        values_ = values[section]
-        if not isinstance(values_, dict):
-            yield _line(section, values_, notes.get(section, ""))
+        fields = values[section]
+        if not isinstance(fields, dict):
+            yield _line(section, fields, notes.get(section, ""))
             continue
         yield f"{section}:"
-        for name, value in values_.items():
+        for name, value in fields.items():
             yield "  " + _line(name, value, notes.get(f"{section}.{name}", ""))
         for name, value, reason in chosen.get(section, []):
             yield "  # " + _line(name, value, reason)

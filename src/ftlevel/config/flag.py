@@ -283,13 +283,13 @@ class Flag:
             raise ValueError(f"{self.shown}: the command {command} has no configuration")
         metadata = describe_field(config, self.path)
         for task, path in self.by_task.items():
-            metadata_ = describe_field(config, path)
-            default = f" (default: {metadata_.default})" if metadata_.default else ""
+            other = describe_field(config, path)
+            default = f" (default: {other.default})" if other.default else ""
             metadata = replace(
                 metadata,
                 description=f"{metadata.description} With --task {task}{default}: "
-                f"{metadata_.description[:1].lower()}{metadata_.description[1:]}",
-                choices=tuple(dict.fromkeys((*metadata.choices, *metadata_.choices))),
+                f"{other.description[:1].lower()}{other.description[1:]}",
+                choices=tuple(dict.fromkeys((*metadata.choices, *other.choices))),
             )
         return replace(metadata, type=list[str]) if self.is_repeatable else metadata
 

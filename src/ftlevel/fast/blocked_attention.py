@@ -186,9 +186,9 @@ def _scores(
 
     In bfloat16 the result would have three times the error, and be no faster to compute.
     """
-    dtype_ = torch.promote_types(query.dtype, torch.float32)
-    queries = _queries(query, block, len(key)).to(dtype_)
-    keys = _rows(key, block.keys).to(dtype_)
+    compute_dtype = torch.promote_types(query.dtype, torch.float32)
+    queries = _queries(query, block, len(key)).to(compute_dtype)
+    keys = _rows(key, block.keys).to(compute_dtype)
     return cap_scores(torch.bmm(queries, keys.transpose(1, 2)).mul_(scale), cap)
 
 

@@ -219,11 +219,11 @@ def _made_up(inputs: MergeInput, count: int, calibration: int, reason: str) -> C
         text = read_eval_text(None, tokens)
         windows = cut_windows(inputs.tokenizer, text.content, tokens, _MADE_UP_LENGTH)
         rows = _rows_of(inputs, windows)
-        count_ = len(rows) * count // max(count + calibration, 1)
-        description = f"{count_} and {len(rows) - count_} rows of {text.name}"
+        compared = len(rows) * count // max(count + calibration, 1)
+        description = f"{compared} and {len(rows) - compared} rows of {text.name}"
         return CheckRows(
-            rows[:count_],
-            rows[count_:],
+            rows[:compared],
+            rows[compared:],
             [Choice("compared, and codes chosen, on", description, reason)],
         )
     rng = random.Random(0)

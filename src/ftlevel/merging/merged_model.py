@@ -228,8 +228,8 @@ def open_merger(
     shapes = {name: tuple(t.shape) for name, t in model.state_dict().items() if name not in ignored}
     heads = find_heads(model) if inputs.card.heads else []
     skeleton = build_skeleton(model, inputs.ref.adapter_directory)
-    dtype_ = DTYPES[dtype] if dtype else None
-    merger = TensorMerger(checkpoint, skeleton, shapes, ties, dtype_, rounds)
+    torch_dtype = DTYPES[dtype] if dtype else None
+    merger = TensorMerger(checkpoint, skeleton, shapes, ties, torch_dtype, rounds)
     merger.check_whole(heads, inputs.source.name)
     return merger
 

@@ -145,7 +145,7 @@ class ModelRef:
             overrides.setdefault("num_labels", 1)
         config = load_config(self.source, **overrides)
         task = self.configured_task
-        has_none = getattr(config, "pad_token_id", None) is None  # CodeGen's has no the field
+        has_none = getattr(config, "pad_token_id", None) is None  # CodeGen's config lacks the field
         if task.separates_padding or (has_none and task.finds_ends_by_padding):
             config.pad_token_id = self.load_tokenizer().pad_token_id
         return config

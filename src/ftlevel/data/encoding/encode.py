@@ -475,6 +475,11 @@ class EncodedText(Encoded):
 
     unpooled: int = field(default=0, metadata={"column": "int"})
 
+    @property
+    def key(self) -> tuple[int, ...]:
+        """What texts with equal vectors have in common: the tokens, and which are pooled."""
+        return (self.unpooled, *self.input_ids)
+
     def truncated(self, limit: int) -> EncodedText:
         """Returns the text with at most `limit` tokens; the last one, EOS or SEP, is kept."""
         ids = self.input_ids
@@ -546,7 +551,7 @@ def distinct_texts(rows: Sequence[Any]) -> tuple[list[EncodedText], StepTexts]:
     real = [row for row in rows if row.row >= 0]
     for row in real:
         branches = row.branches
-        keys = [(branch.unpooled, *branch.input_ids) for branch in branches]
+        keys = [branch.key for branch in branches]
         for at, (key, branch) in enumerate(zip(keys, branches, strict=True)):
             if key not in index_of:
                 index_of[key] = len(texts)
@@ -562,10 +567,10 @@ def distinct_texts(rows: Sequence[Any]) -> tuple[list[EncodedText], StepTexts]:
 
 def add_texts(texts: list[EncodedText], more: Sequence[EncodedText]) -> list[int]:
     """Add each text of `more` that `texts` (modified) lacks; returns the indices of all in it."""
-    index_of = {(text.unpooled, *text.input_ids): at for at, text in enumerate(texts)}
+    index_of = {text.key: at for at, text in enumerate(texts)}
     indices = []
     for text in more:
-        index = index_of.setdefault((text.unpooled, *text.input_ids), len(texts))
+        index = index_of.setdefault(text.key, len(texts))
         if index == len(texts):
             texts.append(text)
         indices.append(index)

@@ -356,18 +356,18 @@ class _FormatSuggestion:
     def describe(self, aim: str) -> str:
         """Returns the message, with the `--map` flags for the closest shape."""
         listing = f"Columns: {join_names(map(quote, self.columns))}."
-        names_ = join_names(dict.fromkeys(shape.name for shape in self.shapes))
+        formats = join_names(dict.fromkeys(shape.name for shape in self.shapes))
         suggestions = list(filter(None, map(self._suggest, self.shapes)))
         if not suggestions:
             flags = format_map_flags(self.mapping)
-            return f"{flags}: no format of --task {self.task} has all of these. Formats: {names_}."
+            return f"{flags}: no format of --task {self.task} has all of these. Formats: {formats}."
         flags = min(suggestions, key=lambda suggestion: suggestion[0])[1]
         media = [quote(name) for name in self.columns if is_media_column(name)]
         if media and "=COLUMN" in flags:
             listing = f"{listing} {join_names(media)} contains no text."
         return (
             f"--task {self.task}: the columns do not say what to {aim}. {listing} "
-            f"Expected one of: {names_}. Map the columns: {flags}."
+            f"Expected one of: {formats}. Map the columns: {flags}."
         )
 
     def _suggest(self, shape: FormatSpec) -> tuple[tuple[int, int, int], str] | None:

@@ -148,13 +148,13 @@ class AdapterHubExport:
         listener.stage("writing the adapter")
         weights, head = _read(self.directory)
         start = self.model.base_model_prefix + "."
-        tensors_ = {}
+        exported = {}
         for key, tensor in weights.items():
             ours = next(end for end in WEIGHTS if key.endswith(f".{end}"))
             site = key.removesuffix(f".{ours}")
             before = start if site.startswith(start) else ""
-            tensors_[f"{before}{self.holders[site]}.adapters.{self.name}.{WEIGHTS[ours]}"] = tensor
-        torch.save(tensors_, output / ADAPTER_FILES[1])
+            exported[f"{before}{self.holders[site]}.adapters.{self.name}.{WEIGHTS[ours]}"] = tensor
+        torch.save(exported, output / ADAPTER_FILES[1])
         write_json(output / CONFIG, {**self._about(), "name": self.name, "config": self.hub_config})
         if head:
             torch.save(head, output / HEAD_FILES[1])

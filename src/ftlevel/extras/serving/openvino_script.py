@@ -65,11 +65,10 @@ def _embed(converted: Path, model: Path, request: dict[str, Any]) -> list[list[f
 
     modes = json.loads((model / "1_Pooling" / "config.json").read_text(encoding="utf-8"))
     config = genai.TextEmbeddingPipeline.Config()
-    for name in ("CLS", "MEAN", "LAST_TOKEN"):
-        key = {"CLS": "cls_token", "MEAN": "mean_tokens", "LAST_TOKEN": "lasttoken"}[name]
+    for name, key in (("CLS", "cls_token"), ("MEAN", "mean_tokens"), ("LAST_TOKEN", "lasttoken")):
         if modes.get(f"pooling_mode_{key}"):
             config.pooling_type = getattr(genai.TextEmbeddingPipeline.PoolingType, name)
-    config.normalize = (model / "modules.json").read_text(encoding="utf-8").find("Normalize") >= 0
+    config.normalize = "Normalize" in (model / "modules.json").read_text(encoding="utf-8")
     pipeline = genai.TextEmbeddingPipeline(
         str(converted), "CPU", config, **{"INFERENCE_PRECISION_HINT": "f32"}
     )
