@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from ftlevel.data.encoding.encode import Encoded
 from ftlevel.data.formats.detect import Format, FormatSpec, RoleValues
 from ftlevel.data.sources.table import Table
-from ftlevel.task import Meter, Objective
+from ftlevel.objectives import Meter, Objective
 from ftlevel.tasks.base import BaseTask, Column, OutputOptions, Prediction, PromptedModel
 from ftlevel.tasks.losses import PredictionMeter
 

@@ -25,7 +25,7 @@ from ftlevel.fast.packing import PackedLayout
 from ftlevel.fast.step import FastStep
 from ftlevel.fast.step_collator import StepCollator
 from ftlevel.models.hardware import send
-from ftlevel.task import Objective
+from ftlevel.objectives import Objective
 from ftlevel.training.build_trainer import build_arguments
 from ftlevel.training.gradients import GradientMonitor, Recovery
 from ftlevel.training.processes import Processes

@@ -25,7 +25,7 @@ from ftlevel.commands.preview import preview
 from ftlevel.commands.train import train
 from ftlevel.config import EvaluateConfig, MergeConfig, ModelConfig, PredictConfig, TrainConfig
 from ftlevel.errors import ConfigError, FtlevelError
-from ftlevel.task import StepTexts
+from ftlevel.objectives import StepTexts
 from ftlevel.tasks.embedding.losses import STEP_LOSSES, LossOptions
 
 ModelDir = Callable[..., Path]

@@ -19,7 +19,7 @@ from ftlevel.errors import ConfigError, join_names
 from ftlevel.evaluation.rollouts import open_rewards, open_teacher
 from ftlevel.events import NullListener
 from ftlevel.models.loading import silence_loggers
-from ftlevel.task import PolicyObjective
+from ftlevel.objectives import PolicyObjective
 from ftlevel.training.build_trainer import build_rollouts
 from ftlevel.training.model import load_adapted
 from ftlevel.training.plan.adapter import resolve_adapter

@@ -26,7 +26,7 @@ from ftlevel.fast.packing import PackedLayout, using_layout
 from ftlevel.fast.plan import plan_forward
 from ftlevel.fast.step import FastStep
 from ftlevel.models.kinds import max_positions
-from ftlevel.task import TokenObjective
+from ftlevel.objectives import TokenObjective
 from ftlevel.tasks.base import OutputOptions, Prediction
 from ftlevel.trained.generation import GenerationOptions
 from ftlevel.trained.model_ref import LoadedModel

@@ -19,7 +19,7 @@ from ftlevel.config.embedding import LOSSES
 from ftlevel.data.encoding.collate import Collator
 from ftlevel.data.encoding.encode import Encoded, add_texts, distinct_texts
 from ftlevel.evaluation.intervals import ExampleRecord
-from ftlevel.task import StepTexts
+from ftlevel.objectives import StepTexts
 from ftlevel.tasks.embedding.objective import METRICS, Embeddings, LabelKind
 from ftlevel.tasks.embedding.retrieval import (
     average_precision,

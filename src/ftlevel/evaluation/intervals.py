@@ -22,7 +22,7 @@ from torch.nn import functional
 
 from ftlevel.data.encoding.encode import Encoded
 from ftlevel.errors import ConfigError, did_you_mean, join_names
-from ftlevel.task import LikelihoodObjective, Meter, Objective, ScoreTexts
+from ftlevel.objectives import LikelihoodObjective, Meter, Objective, ScoreTexts
 from ftlevel.tasks.base import BaseTask
 
 PERCENTILES = (2.5, 97.5)

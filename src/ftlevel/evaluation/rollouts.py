@@ -26,7 +26,7 @@ from ftlevel.fast.cross_entropy import ChunkedCrossEntropy
 from ftlevel.fast.likelihoods import base_model, compute_token_likelihoods
 from ftlevel.fast.packing import using_layout
 from ftlevel.models.hardware import autocast, evaluating
-from ftlevel.task import PolicyObjective
+from ftlevel.objectives import PolicyObjective
 from ftlevel.tasks.base import OutputOptions
 from ftlevel.tasks.preferences.formats import LabeledAnswer
 from ftlevel.tasks.rl.losses import combine_rewards

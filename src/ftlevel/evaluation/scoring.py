@@ -24,7 +24,7 @@ from ftlevel.fast.likelihoods import (
 )
 from ftlevel.fast.step import chunked_cross_entropy
 from ftlevel.models.hardware import evaluating
-from ftlevel.task import (
+from ftlevel.objectives import (
     LikelihoodObjective,
     Meter,
     Objective,

@@ -28,7 +28,7 @@ from ftlevel.errors import InputError
 from ftlevel.models.hardware import autocast
 from ftlevel.models.kinds import max_positions
 from ftlevel.models.upstream.tensors import direct_tensors
-from ftlevel.task import Objective, StepObjective, TokenObjective
+from ftlevel.objectives import Objective, StepObjective, TokenObjective
 from ftlevel.trained.generation import batches
 from ftlevel.trained.model_ref import PLAIN, LoadedModel, ModelRef
 from ftlevel.trained.resolve import card_directory, resolve_model

@@ -35,7 +35,7 @@ from ftlevel.fast.recompute import using_generator
 from ftlevel.models.hardware import autocast, evaluating
 from ftlevel.models.module_tree import find_blocks, linear_size
 from ftlevel.models.upstream.fake import map_leaves
-from ftlevel.task import Objective, TokenObjective
+from ftlevel.objectives import Objective, TokenObjective
 
 LENGTHS = 16, 12
 """Tokens of the two test rows."""

@@ -16,7 +16,7 @@ from torch.nn import functional
 from ftlevel.fast.cross_entropy import ChunkedCrossEntropy, Observe
 from ftlevel.fast.packing import PackedLayout, using_layout
 from ftlevel.fast.prefixes import SharedPrefix, using_prefix
-from ftlevel.task import (
+from ftlevel.objectives import (
     DistillationObjective,
     LikelihoodObjective,
     Objective,

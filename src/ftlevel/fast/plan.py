@@ -26,7 +26,7 @@ from ftlevel.methods import METHODS
 from ftlevel.models.families import lookup_family
 from ftlevel.models.module_tree import find_blocks
 from ftlevel.models.upstream.architectures import attention_of, is_stateful
-from ftlevel.task import Objective, StepObjective, TokenObjective
+from ftlevel.objectives import Objective, StepObjective, TokenObjective
 from ftlevel.world import has_peers
 
 FUNCTIONAL_DROPOUT = ("opt",)

@@ -28,7 +28,7 @@ from ftlevel.fast.pruning import LastLayerPruning
 from ftlevel.fast.recompute import PerWorkerDropout
 from ftlevel.models.module_tree import find_blocks
 from ftlevel.models.upstream.architectures import attention_of
-from ftlevel.task import Objective, TokenObjective
+from ftlevel.objectives import Objective, TokenObjective
 
 
 class FastStep:

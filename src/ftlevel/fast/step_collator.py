@@ -23,7 +23,7 @@ from ftlevel.fast.packing import (
 from ftlevel.fast.parallel_workers import duration
 from ftlevel.fast.plan import WORTH_SHARING, FastPlan
 from ftlevel.fast.prefixes import MIN_PREFIX, build_prefix_tree, count_common, sort_by_prefix
-from ftlevel.task import Objective, TokenObjective
+from ftlevel.objectives import Objective, TokenObjective
 
 OVERHEAD_TOKENS = 250
 """Cost of a shared prefix's own micro-batch beyond the tokens. With 342 tokens and 1,776 after it,

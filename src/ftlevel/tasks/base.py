@@ -26,7 +26,7 @@ from ftlevel.data.sources.table import BadRow, Row, Table
 from ftlevel.errors import ConfigError, InputError, join_names, with_article
 from ftlevel.extensions import added, warn_left_out
 from ftlevel.models.sources import ModelSource
-from ftlevel.task import Checks, Objective, ScoreTexts
+from ftlevel.objectives import Checks, Objective, ScoreTexts
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -23,7 +23,7 @@ from ftlevel.data.formats.examples import (
 from ftlevel.data.formats.labels import LabelSet, choose_problem_type
 from ftlevel.data.sources.table import Row, Table
 from ftlevel.errors import InputError, join_names
-from ftlevel.task import Meter, Objective, TrainingLoss
+from ftlevel.objectives import Meter, Objective, TrainingLoss
 from ftlevel.tasks.base import (
     BaseTask,
     Column,

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 from ftlevel.config.preference import DistillationConfig
 from ftlevel.data.encoding.encode import Encoded
 from ftlevel.data.sources.lines import LazySequence
-from ftlevel.task import (
+from ftlevel.objectives import (
     IGNORED,
     DistillationObjective,
     Meter,

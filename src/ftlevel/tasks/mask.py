@@ -13,7 +13,7 @@ from ftlevel.data.formats.detect import Format
 from ftlevel.data.formats.examples import PLAIN_TEXT, PlainText
 from ftlevel.data.sources.table import Table
 from ftlevel.errors import InputError, UnansweredError
-from ftlevel.task import Checks, Objective
+from ftlevel.objectives import Checks, Objective
 from ftlevel.tasks.base import (
     BaseTask,
     Column,

@@ -23,7 +23,7 @@ from ftlevel.data.formats.detect import Format, FormatSpec, RoleValues
 from ftlevel.data.formats.examples import Question, build_question
 from ftlevel.data.sources.table import Table
 from ftlevel.errors import InputError, UnansweredError
-from ftlevel.task import Checks, Meter, Objective
+from ftlevel.objectives import Checks, Meter, Objective
 from ftlevel.tasks.base import (
     BaseTask,
     Column,

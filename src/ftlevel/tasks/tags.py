@@ -19,7 +19,7 @@ from ftlevel.data.formats.examples import TaggedTokens, build_tagged
 from ftlevel.data.formats.labels import LabelSet, build_spans, split_words
 from ftlevel.data.formats.turns import UnusableRowError, check_text
 from ftlevel.data.sources.table import BadRow, Row, Table
-from ftlevel.task import Meter, Objective
+from ftlevel.objectives import Meter, Objective
 from ftlevel.tasks.base import (
     BaseTask,
     Column,

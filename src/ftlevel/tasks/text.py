@@ -42,7 +42,7 @@ from ftlevel.data.formats.examples import (
 )
 from ftlevel.data.sources.table import Row, Table
 from ftlevel.errors import ConfigError, InputError, UnansweredError
-from ftlevel.task import Checks, Objective
+from ftlevel.objectives import Checks, Objective
 from ftlevel.tasks.base import BaseTask, OutputOptions, Prediction, PromptedModel, TokenDecoder
 from ftlevel.tasks.losses import Tokens
 

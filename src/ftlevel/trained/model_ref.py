@@ -39,7 +39,7 @@ from ftlevel.models.quantization import (
     stored_quantization,
 )
 from ftlevel.models.sources import ModelSource
-from ftlevel.task import Objective
+from ftlevel.objectives import Objective
 from ftlevel.tasks import TASKS, BaseTask
 from ftlevel.trained.adapt import find_reader, load_adapter
 from ftlevel.trained.generation import GenerationOptions, generate_texts

@@ -29,7 +29,7 @@ from ftlevel.evaluation.intervals import (
 from ftlevel.events import Listener
 from ftlevel.methods import METHODS
 from ftlevel.methods.base import HasState
-from ftlevel.task import Objective
+from ftlevel.objectives import Objective
 from ftlevel.tasks import BaseTask
 from ftlevel.training.processes import Processes
 from ftlevel.weights.checkpoint import TensorPart, read_header, spec_of, write_file

@@ -27,7 +27,7 @@ from ftlevel.methods.base import HasState
 from ftlevel.methods.rates import HeadRate
 from ftlevel.models.hardware import current_memory_bytes, uses_tf32, using_tf32
 from ftlevel.models.upstream.libraries import use_one_gpu
-from ftlevel.task import PolicyObjective, StepObjective
+from ftlevel.objectives import PolicyObjective, StepObjective
 from ftlevel.tasks.rl.rows import TokenLogps
 from ftlevel.trained.generation import GenerationOptions
 from ftlevel.training.best import MOST_ROWS, BestModelCallback, PredictionRecorder

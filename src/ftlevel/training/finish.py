@@ -26,7 +26,7 @@ from ftlevel.extensions import hooks
 from ftlevel.methods import needs_import
 from ftlevel.models.kinds import write_former_rope
 from ftlevel.models.quantization import stored_quantization
-from ftlevel.task import PolicyObjective
+from ftlevel.objectives import PolicyObjective
 from ftlevel.trained.adapt import finish_method, save_adapter
 from ftlevel.training.best import PredictionRecorder
 from ftlevel.training.callbacks import Report

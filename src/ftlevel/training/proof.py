@@ -23,7 +23,7 @@ from ftlevel.errors import InputError, RunError, join_names
 from ftlevel.methods import METHODS
 from ftlevel.models.hardware import evaluating
 from ftlevel.models.upstream.shards import local_shard
-from ftlevel.task import Objective, TokenObjective
+from ftlevel.objectives import Objective, TokenObjective
 from ftlevel.trained.adapt import add_adapter, load_adapter
 from ftlevel.training.gradients import GradientMonitor
 from ftlevel.training.model import (

@@ -39,7 +39,7 @@ from ftlevel.fast.step_collator import StepCollator
 from ftlevel.methods import METHODS
 from ftlevel.models.hardware import evaluating
 from ftlevel.models.upstream.tensors import inner_tensors
-from ftlevel.task import LikelihoodObjective
+from ftlevel.objectives import LikelihoodObjective
 from ftlevel.trained.adapt import save_adapter
 from ftlevel.trained.resolve import ReferenceModel
 from ftlevel.training.build_trainer import build_evaluator

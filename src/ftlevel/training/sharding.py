@@ -36,7 +36,7 @@ from ftlevel.models.upstream.shards import (
     whole,
     write_parts,
 )
-from ftlevel.task import LikelihoodObjective, PolicyObjective, StepObjective
+from ftlevel.objectives import LikelihoodObjective, PolicyObjective, StepObjective
 from ftlevel.trained.adapt import finish_method, load_initial_weights
 from ftlevel.training.gradients import GradientMonitor
 from ftlevel.training.model import PreparedModel, gather, trainable_parameters

@@ -25,7 +25,7 @@ from ftlevel.fast.fused_layers import FusedGlu, FusedNorm
 from ftlevel.fast.likelihoods import base_model, plain_loss, sum_of_ratios, with_baseline
 from ftlevel.models.hardware import autocast
 from ftlevel.models.module_tree import find_stacks
-from ftlevel.task import LikelihoodObjective, StepObjective
+from ftlevel.objectives import LikelihoodObjective, StepObjective
 from ftlevel.trained.generation import batches
 from ftlevel.training.trainer import FtlevelTrainer
 

@@ -27,7 +27,7 @@ from ftlevel.fast.cross_entropy import Observe
 from ftlevel.fast.likelihoods import prepare_inputs
 from ftlevel.models.hardware import autocast
 from ftlevel.models.loading import load_config
-from ftlevel.task import PolicyObjective, TokenObjective
+from ftlevel.objectives import PolicyObjective, TokenObjective
 from ftlevel.tasks.embedding.objective import Embeddings
 from ftlevel.tasks.losses import DistillationRows, outcome_dtype, select_top_k
 from ftlevel.tasks.reranking.objective import Ranking

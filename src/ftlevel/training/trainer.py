@@ -39,7 +39,7 @@ from ftlevel.fast.step import FastStep
 from ftlevel.methods.rates import HeadRate, set_head_rate
 from ftlevel.models.hardware import autocast
 from ftlevel.models.upstream.libraries import shared_order
-from ftlevel.task import (
+from ftlevel.objectives import (
     LikelihoodObjective,
     Objective,
     PolicyObjective,

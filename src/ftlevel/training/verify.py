@@ -28,7 +28,7 @@ from ftlevel.fast.plan import find_randomness
 from ftlevel.methods import METHODS
 from ftlevel.models.hardware import free_memory_bytes
 from ftlevel.models.upstream.tensors import direct_tensors, inner_tensors
-from ftlevel.task import StepObjective
+from ftlevel.objectives import StepObjective
 from ftlevel.trained.generation import batches
 from ftlevel.training.build_trainer import build_trainer
 from ftlevel.training.model import PreparedModel, is_sharded

@@ -22,7 +22,7 @@ from ftlevel.fast.packing import PackedLayout, using_layout
 from ftlevel.fast.recompute import using_generator
 from ftlevel.models.hardware import free_memory_bytes
 from ftlevel.models.upstream.fake import storage_of
-from ftlevel.task import StepTexts
+from ftlevel.objectives import StepTexts
 
 GRAPHS_SHARE = 0.5
 """Share of the free memory that the activations of a step may take."""

@@ -26,7 +26,7 @@ from ftlevel.fast.recompute import GeneratorDropout, using_generator
 from ftlevel.fast.step import FastStep
 from ftlevel.fast.step_collator import StepCollator
 from ftlevel.methods import METHODS, Base
-from ftlevel.task import Objective
+from ftlevel.objectives import Objective
 from ftlevel.tasks.classes import Classes
 from ftlevel.tasks.losses import Tokens
 from ftlevel.tasks.span import Spans

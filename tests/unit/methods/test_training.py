@@ -15,7 +15,7 @@ from ftlevel.config import SPECS, TrainConfig
 from ftlevel.methods import METHODS, Base
 from ftlevel.methods.adalora.allocation import Allocation
 from ftlevel.models.module_tree import find_heads
-from ftlevel.task import TrainingLoss
+from ftlevel.objectives import TrainingLoss
 from ftlevel.tasks import TASKS
 from ftlevel.trained.adapt import apply_method, copy_start, load_adapter, save_adapter
 from ftlevel.training.build_trainer import build_optimizer

@@ -11,7 +11,7 @@ from sklearn.utils.class_weight import compute_class_weight
 from torch import nn
 
 from ftlevel.data.encoding.encode import Encoded
-from ftlevel.task import Objective, TrainingLoss
+from ftlevel.objectives import Objective, TrainingLoss
 from ftlevel.tasks import TASKS
 
 WEIGHTS = (0.25, 3.0, 1.5)

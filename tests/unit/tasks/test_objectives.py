@@ -10,7 +10,7 @@ import torch
 
 import tiny_models
 from ftlevel.data.encoding.encode import Encoded
-from ftlevel.task import Objective, TrainingLoss
+from ftlevel.objectives import Objective, TrainingLoss
 from ftlevel.tasks import TASKS
 from ftlevel.tasks.span import Spans
 

@@ -18,7 +18,7 @@ from ftlevel.fast.packing import using_layout
 from ftlevel.fast.plan import FastPlan
 from ftlevel.fast.step import FastStep
 from ftlevel.fast.step_collator import StepCollator
-from ftlevel.task import TrainingLoss
+from ftlevel.objectives import TrainingLoss
 from ftlevel.tasks.preferences.objective import Preferences, build_preferences, log_odds
 from ftlevel.tasks.preferences.rows import ContrastedRows, ReferencedRows
 from ftlevel.tasks.preferences.task import RewardObjective

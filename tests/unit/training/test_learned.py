@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from ftlevel.data.encoding.encode import Encoded
-from ftlevel.task import TrainingLoss
+from ftlevel.objectives import TrainingLoss
 from ftlevel.tasks import TASKS
-from ftlevel.training.summary import describe_losses, find_nothing_learned
+from ftlevel.training.summary import find_nothing_learned, summarize_losses
 
 CLASSES = [Encoded([1, 2], label, 0) for label in (0, 1)] * 4  # guessing gives ln 2 = 0.693
 TEXT = [Encoded([1, 2], [1, 2], 0)] * 8
@@ -25,7 +25,7 @@ def said(
         data=SimpleNamespace(train=rows),
         schedule=SimpleNamespace(learning_rate=rate, default_learning_rate=2e-4),
     )
-    return find_nothing_learned(describe_losses(losses), plan)
+    return find_nothing_learned(summarize_losses(losses), plan)
 
 
 @pytest.mark.parametrize(

@@ -19,8 +19,8 @@ from ftlevel.data.encoding.chat import RenderedChat, Turn, render, render_chat
 from ftlevel.data.formats.examples import Conversation, LabeledText, PlainText, SourceTarget
 from ftlevel.data.formats.turns import Message
 from ftlevel.errors import InputError
-from ftlevel.task import IGNORED as IGNORED
-from ftlevel.task import StepTexts
+from ftlevel.objectives import IGNORED as IGNORED
+from ftlevel.objectives import StepTexts
 
 PROMPT_VERSION = 2
 """Version of plain prompts for new runs.

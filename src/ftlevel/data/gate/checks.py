@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from ftlevel.data.encoding.encode import IGNORED, Encoded
 from ftlevel.data.encoding.store import RowStore
 from ftlevel.data.formats.examples import ExampleParts
-from ftlevel.task import Checks
+from ftlevel.objectives import Checks
 
 _ROWS = 4_096
 Integers = NDArray[np.int64]

@@ -51,7 +51,7 @@ from ftlevel.data.gate.similarity import (
 from ftlevel.data.gate.wordings import WordIndex
 from ftlevel.data.sources.table import BadRow, Table, handle_bad_rows
 from ftlevel.errors import InputError
-from ftlevel.task import Checks
+from ftlevel.objectives import Checks
 
 _BANDS, _DEPTH = 6, 4
 _PART_KEYS = 1 << 17  # keys sorted together

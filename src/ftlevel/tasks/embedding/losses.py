@@ -23,7 +23,7 @@ from itertools import combinations
 import torch
 from torch.nn import functional
 
-from ftlevel.task import StepTexts
+from ftlevel.objectives import StepTexts
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ftlevel.artifacts.sentence_transformers import EmbeddingFormat
 from ftlevel.config.embedding import LOSSES, EmbeddingConfig
-from ftlevel.task import StepObjective, StepTexts
+from ftlevel.objectives import StepObjective, StepTexts
 from ftlevel.tasks.embedding.retrieval import METRICS as RETRIEVAL
 
 if TYPE_CHECKING:

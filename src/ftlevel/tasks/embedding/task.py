@@ -21,7 +21,7 @@ from ftlevel.data.encoding.encode import Encoded, EncodedTexts
 from ftlevel.data.sources.table import Table
 from ftlevel.errors import ConfigError, InputError, join_names
 from ftlevel.models.sources import ModelSource, find_files
-from ftlevel.task import Checks, Objective
+from ftlevel.objectives import Checks, Objective
 from ftlevel.tasks.base import (
     BaseTask,
     Column,

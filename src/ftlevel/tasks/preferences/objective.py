@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ftlevel.config.preference import PreferenceConfig
-from ftlevel.task import IGNORED, LikelihoodObjective, Meter, TokenObjective, TrainingLoss
+from ftlevel.objectives import IGNORED, LikelihoodObjective, Meter, TokenObjective, TrainingLoss
 from ftlevel.tasks.losses import Tokens
 
 if TYPE_CHECKING:

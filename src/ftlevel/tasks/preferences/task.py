@@ -16,7 +16,7 @@ from ftlevel.data.encoding.encode import IGNORED, Encoded, PromptFormat, choose_
 from ftlevel.data.formats.detect import Format, FormatSpec, fits
 from ftlevel.data.sources.table import Row, Table
 from ftlevel.errors import InputError
-from ftlevel.task import Checks, Meter, Objective
+from ftlevel.objectives import Checks, Meter, Objective
 from ftlevel.tasks.base import (
     BaseTask,
     Column,

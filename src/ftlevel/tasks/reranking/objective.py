@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from ftlevel.task import Meter, Objective
+from ftlevel.objectives import Meter, Objective
 from ftlevel.tasks.embedding.retrieval import (
     average_precision,
     rank_relevant,

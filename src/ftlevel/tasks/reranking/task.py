@@ -15,7 +15,7 @@ from ftlevel.data.encoding.encode import Encoded
 from ftlevel.data.formats.detect import Format
 from ftlevel.data.sources.table import Table
 from ftlevel.errors import InputError
-from ftlevel.task import Objective
+from ftlevel.objectives import Objective
 from ftlevel.tasks.base import (
     BaseTask,
     Column,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ftlevel.config.rl import RlConfig
-from ftlevel.task import Meter, PolicyObjective, TokenObjective, TrainingLoss
+from ftlevel.objectives import Meter, PolicyObjective, TokenObjective, TrainingLoss
 from ftlevel.tasks.losses import Tokens
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from ftlevel.config.section import Choice
 from ftlevel.data.encoding.encode import IGNORED, Encoded
 from ftlevel.data.formats.detect import Format
 from ftlevel.data.sources.table import Row, Table
-from ftlevel.task import Checks, Objective
+from ftlevel.objectives import Checks, Objective
 from ftlevel.tasks.base import BaseTask
 from ftlevel.tasks.rl.objective import PolicyGradient
 from ftlevel.tasks.rl.rows import PROMPT_SHAPES, PromptRow, RlPromptEncoder

@@ -36,7 +36,7 @@ from ftlevel.methods import METHODS
 from ftlevel.models.loading import build_task_model
 from ftlevel.models.module_tree import ModuleTree, find_blocks
 from ftlevel.models.upstream.fake import packed_tensors
-from ftlevel.task import StepObjective
+from ftlevel.objectives import StepObjective
 from ftlevel.trained.adapt import apply_method
 from ftlevel.training.build_trainer import build_trainer
 from ftlevel.training.forecast.meta_model import (

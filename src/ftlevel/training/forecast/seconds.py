@@ -40,7 +40,7 @@ from ftlevel.events import NullListener
 from ftlevel.methods import METHODS
 from ftlevel.models.hardware import DTYPES
 from ftlevel.models.loading import build_task_model
-from ftlevel.task import PolicyObjective
+from ftlevel.objectives import PolicyObjective
 from ftlevel.tasks.rl.rows import stand_in_completions
 from ftlevel.trained.model_ref import ModelRef
 from ftlevel.trained.resolve import resolve_model

@@ -50,7 +50,7 @@ from ftlevel.models.module_tree import ModuleTree
 from ftlevel.models.quantization import quantization_name, stored_quantization
 from ftlevel.models.sources import ModelSource, check_revision, resolve_source
 from ftlevel.models.upstream.libraries import find_old_libraries
-from ftlevel.task import Objective, PolicyObjective
+from ftlevel.objectives import Objective, PolicyObjective
 from ftlevel.tasks import TASKS, BaseTask
 from ftlevel.tasks.losses import Tokens, build_distillation
 from ftlevel.training.best import Length, resolve_best_model

@@ -25,7 +25,7 @@ from ftlevel.fast.plan import FastPlan
 from ftlevel.methods import METHODS, Base
 from ftlevel.models.loading import build_task_model
 from ftlevel.models.sources import ModelSource
-from ftlevel.task import Objective, TrainingLoss
+from ftlevel.objectives import Objective, TrainingLoss
 from ftlevel.tasks import BaseTask
 from ftlevel.trained.adapt import apply_method
 from ftlevel.trained.resolve import ReferenceModel

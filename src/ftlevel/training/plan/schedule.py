@@ -20,7 +20,7 @@ from ftlevel.methods import METHODS
 from ftlevel.methods.rates import RateFacts, choose_head_rate
 from ftlevel.models.hardware import DTYPES, MemorySettings, device_memory, longest_in_memory
 from ftlevel.models.kinds import max_positions
-from ftlevel.task import Objective, TrainingLoss
+from ftlevel.objectives import Objective, TrainingLoss
 from ftlevel.training.plan.run import Schedule
 
 

@@ -17,7 +17,7 @@ from ftlevel.fast.pruning import LastLayerPruning, find_prunable_linears
 from ftlevel.fast.step import FastStep
 from ftlevel.fast.step_collator import StepCollator
 from ftlevel.models.module_tree import find_blocks
-from ftlevel.task import IGNORED, Objective
+from ftlevel.objectives import IGNORED, Objective
 from ftlevel.tasks.classes import Classes
 from ftlevel.tasks.losses import Tokens
 from ftlevel.tasks.span import Spans

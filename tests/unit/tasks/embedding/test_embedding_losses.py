@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ftlevel.config.embedding import LOSSES, EmbeddingConfig
-from ftlevel.task import StepTexts
+from ftlevel.objectives import StepTexts
 from ftlevel.tasks.embedding.losses import STEP_LOSSES, LossOptions
 from ftlevel.tasks.embedding.objective import Embeddings
 
