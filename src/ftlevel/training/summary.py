@@ -21,7 +21,7 @@ from ftlevel.methods import needs_import
 from ftlevel.models.hardware import peak_memory_bytes
 from ftlevel.models.quantization import quantization_facts, stored_quantization
 from ftlevel.models.sources import ModelSource
-from ftlevel.task import PolicyObjective
+from ftlevel.objectives import PolicyObjective
 from ftlevel.training.best import PredictionRecorder, SelectedModel
 from ftlevel.training.plan.run import Run, count_parameters
 from ftlevel.training.proof import Proof
@@ -180,7 +180,7 @@ def build_summary(run: Run, outcome: Outcome) -> dict[str, Any]:
         "data": {**run.data.facts, "generated_rows": generated},
         "steps": records[-1]["step"] if records else 0,
         "planned_steps": run.schedule.steps,
-        **describe_losses([record["loss"] for record in records if "loss" in record]),
+        **summarize_losses([record["loss"] for record in records if "loss" in record]),
         "metrics_before": _scores(first),
         "metrics": _scores(selected),
         "metrics_last": _scores(last),
@@ -209,7 +209,7 @@ def _scores(record: Mapping[str, Any]) -> dict[str, float]:
     return {k.removeprefix("eval_"): v for k, v in record.items() if k.startswith("eval_")}
 
 
-def describe_losses(losses: Sequence[float]) -> dict[str, Any]:
+def summarize_losses(losses: Sequence[float]) -> dict[str, Any]:
     """Returns mean and standard deviation of the first and of the last logged losses.
 
     Each is computed over a tenth of the losses, at least five but no more than half. The standard

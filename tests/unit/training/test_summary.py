@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from ftlevel.artifacts.files import base_fingerprint
 from ftlevel.models.sources import ModelSource
 from ftlevel.training.plan.run import count_parameters
-from ftlevel.training.summary import describe_base, describe_losses
+from ftlevel.training.summary import describe_base, summarize_losses
 
 OLD, NEW = "0123456789abcdef" * 2 + "01234567", "fedcba9876543210" * 2 + "fedcba98"
 
@@ -59,7 +59,7 @@ def test_a_directory_has_no_revision(snapshots: Path) -> None:
 )
 def test_first_and_last_loss_are_means_of_a_window(count: int, window: int) -> None:
     losses = [float(count - number) for number in range(count)]
-    found = describe_losses(losses)
+    found = summarize_losses(losses)
     assert found["loss_window"] == window
     assert found["loss_first"] == sum(losses[:window]) / window
     assert found["loss_last"] == sum(losses[-window:]) / window
@@ -69,7 +69,7 @@ def test_first_and_last_loss_are_means_of_a_window(count: int, window: int) -> N
 
 
 def test_no_loss_has_no_mean() -> None:
-    assert describe_losses([]) == {"loss_first": None, "loss_last": None, "loss_window": 0}
+    assert summarize_losses([]) == {"loss_first": None, "loss_last": None, "loss_window": 0}
 
 
 def test_a_head_that_is_trained_in_full_counts_once() -> None:
