@@ -229,10 +229,13 @@ def describe_memory(summary: Mapping[str, Any]) -> str:
     plan = summary.get("plan", {})
     if not plan.get("peak_bytes"):
         return ""
-    planned, measured = plan["peak_bytes"], plan["measured_bytes"]
+    planned, measured, what = plan["peak_bytes"], plan["measured_bytes"], plan["measured"]
+    if plan.get("process_bytes"):
+        planned, measured = plan["process_bytes"], plan["measured_process_bytes"]
+        what = "whole process; evaluation is not planned"
     text = f"{planned / 2**30:,.2f} GiB planned, {measured / 2**30:,.2f} GiB measured"
     off = f"{plan['off']:+.1%}; " if plan["off"] is not None else ""
-    return f"{text} ({off}{plan['measured']})"
+    return f"{text} ({off}{what})"
 
 
 def describe_kept_model(best: Mapping[str, Any]) -> str:
