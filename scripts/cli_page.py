@@ -65,8 +65,8 @@ def _command(name: str, flags: Sequence[Flag]) -> Iterator[str]:
         rows = [row for row in rows if row not in of_train]
         yield from (
             "",
-            f"It accepts {len(of_train)} flags of [ftlevel train](train.md), all but those for "
-            "output and logging. Additional flags:",
+            f"`ftlevel {name}` accepts {len(of_train)} of the {len(flags_of_train)} flags of "
+            "[ftlevel train](train.md) (`--help-all` lists them), and these:",
         )
     for panel in dict.fromkeys(row.panel for row in rows):
         yield from ("", f"## {panel or 'Arguments'}", "")

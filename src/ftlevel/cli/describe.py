@@ -178,7 +178,8 @@ _COLORS = {"yes": "green", "in part": "yellow", "no": "red"}
 def list_methods(model: str | None, task: str | None, quant: str | None, as_json: bool) -> None:
     """List the methods and what they can be combined with.
 
-    For methods marked "in part", rejected combinations follow. --model, --task, --quant filter.
+    Methods marked "in part" are followed by their unsupported combinations. --model, --task and
+    --quant filter the list.
     """
     from ftlevel.commands.list_methods import list_methods as describe_methods
 

@@ -30,8 +30,8 @@ def generate(
     """Generate answers to prompts, or chat in the terminal.
 
     Prompts use the run's own template; decoding is greedy unless --temperature is given. The answer
-    depends on the task: text, class, classes above 0.5, number, tagged words, words for each
-    [MASK], or the answer span in --context.
+    depends on the task: text, a class, classes with a probability above 0.5, a number, tagged
+    words, words for each [MASK], or the answer span in --context.
     """
     config = _read_config(given)
     if chat:

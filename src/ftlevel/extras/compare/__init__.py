@@ -31,10 +31,15 @@ def _flags() -> list[Flag]:
             metavar="M",
         ),
         count("--seeds", "Number of seeds per method, starting at --seed.", default=1, metavar="K"),
-        own("--max-memory", "Memory limit for the best method, in GiB.", type=float, metavar="GIB"),
+        own(
+            "--max-memory",
+            "Memory limit in GiB; methods that need more cannot be the best.",
+            type=float,
+            metavar="GIB",
+        ),
         own(
             "--max-minutes",
-            "Time limit for a run of the best method, in minutes.",
+            "Time limit per run in minutes; slower methods cannot be the best.",
             type=float,
             metavar="M",
         ),
