@@ -47,7 +47,13 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "kl": {"temperature": 0.5},
 }
 EPOCHS = {"wordnet-search": 3, "docstring-search": 2, "debian-search": 2}
-RATES = {"lora": (3e-4, 1e-3, 3e-3), "full": (3e-5, 1e-4, 3e-4)}
+RATES = {
+    "lora": (3e-4, 1e-3, 3e-3),
+    "full": (3e-5, 1e-4, 3e-4),
+    "ia3": (1e-2, 3e-2, 9e-2),
+    "adapter": (1e-3, 3e-3, 9e-3),
+    "prefix": (1.7e-2, 5e-2, 1.5e-1),
+}
 """A third of the default learning rate, the default, and three times it."""
 
 
@@ -323,11 +329,11 @@ def rates(a: argparse.Namespace) -> None:
         return np.array([found.metrics["ndcg@10"], *found.draws["ndcg@10"]])
 
     rows = []
-    for name, epochs in EPOCHS.items():
-        data = a.data / name
+    for name in a.sets.split(","):
+        data, epochs = a.data / name, EPOCHS[name]
         base = score(a.model, task="embedding", dataset=str(data))
         rows.append([name, "before", _interval(base), ""])
-        for method, rate in ((m, rate) for m, tried in RATES.items() for rate in tried):
+        for method, rate in ((m, rate) for m in a.methods.split(",") for rate in RATES[m]):
             run = a.runs / f"{name}-{method}-{rate:g}"
             train = {"num_train_epochs": epochs, "per_device_train_batch_size": 64}
             if not (run / "summary.json").exists():
@@ -345,6 +351,8 @@ def main() -> None:
     parser.add_argument("--pairs", type=Path)
     parser.add_argument("--data", type=Path, default=Path("data"))
     parser.add_argument("--runs", type=Path, default=Path("runs/rates"))
+    parser.add_argument("--sets", default=",".join(EPOCHS), help="of rates")
+    parser.add_argument("--methods", default="lora,full", help="of rates: " + ", ".join(RATES))
     parser.add_argument("--method", choices=("lora", "full"), default="lora")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--grad-cache", default="auto")

@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from scipy.stats import bootstrap
 from transformers import AutoModel, AutoTokenizer
 
 import ranks
@@ -524,8 +527,8 @@ def beir(pairs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def _search_by_hand(model: Path, beir: Path, *, both: bool = True) -> dict[str, float]:
-    """Return nDCG@10 and MRR@10 of a search one query at a time.
+def _queries_by_hand(model: Path, beir: Path, *, both: bool = True) -> dict[str, np.ndarray]:
+    """Return nDCG@10 and MRR@10 of each query of a search one query at a time.
 
     Without `both`, only the second of its documents is relevant to a query.
     """
@@ -541,7 +544,49 @@ def _search_by_hand(model: Path, beir: Path, *, both: bool = True) -> dict[str, 
         found = sum(1 / math.log2(rank + 1) for rank in ranks if rank <= 10)
         gains.append(found / (1 + 1 / math.log2(3) if both else 1))
         reciprocals.append(1 / min(ranks) if min(ranks) <= 10 else 0)
-    return {"ndcg@10": sum(gains) / 8, "mrr@10": sum(reciprocals) / 8}
+    return {"ndcg@10": np.array(gains), "mrr@10": np.array(reciprocals)}
+
+
+def _search_by_hand(model: Path, beir: Path, *, both: bool = True) -> dict[str, float]:
+    values = _queries_by_hand(model, beir, both=both)
+    return {name: float(each.mean()) for name, each in values.items()}
+
+
+@pytest.mark.parametrize("rows", ["qrels", "dataset"])
+def test_two_models_are_compared_query_by_query(
+    rows: str,
+    pairs: Path,
+    beir: Path,
+    tiny_model_dir: ModelDir,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Each is searched with its own tokens and pooling; intervals are scipy's, of paired draws."""
+    models = tiny_model_dir("bert", "mlm"), tiny_model_dir("roberta", "mlm")
+    source = (
+        ["--qrels", str(beir / "qrels/dev.tsv")]
+        if rows == "qrels"
+        else ["--dataset", str(pairs / "validation.jsonl"), "--corpus", str(beir / "corpus.jsonl")]
+    )
+    command = ["evaluate", str(models[0]), "--task", "embedding", "--against", str(models[1]),
+               *source, "--resamples", "9999", "--dtype", "float32", "--device", "cpu"]  # fmt: skip
+    assert run([*command, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["against"]
+    values = [_queries_by_hand(m, beir, both=rows == "qrels") for m in models]
+    for name, other in values[1].items():
+        own = values[0][name]
+        assert found["metrics"][name] == pytest.approx(other.mean(), abs=1e-6)
+        assert (own - other).std() > 0.01
+        expected = bootstrap(
+            (own, other), _mean_difference, paired=True, method="percentile", n_resamples=9_999
+        ).confidence_interval
+        width = expected.high - expected.low
+        assert found["difference_intervals"][name] == pytest.approx(expected, abs=0.05 * width)
+    assert run([*command, "--resamples", "100"]) == 0
+    assert re.search(r"ndcg@10 .* of .*roberta.*difference [+-]0", capsys.readouterr().out)
+
+
+def _mean_difference(own: np.ndarray, other: np.ndarray, axis: int = 0) -> np.ndarray:
+    return own.mean(axis) - other.mean(axis)
 
 
 def test_training_searches_the_corpus_of_a_retrieval_set(

@@ -57,17 +57,24 @@ def table_lines(summary: Mapping[str, Any]) -> Iterator[str]:
             text += f"   change {value - base[name]:+.4f}{_range(change, signed=True)}"
         yield text
     if "against" in summary:
-        yield from _against_lines(summary["against"])
+        yield from _against_lines(summary["against"], summary["metrics"])
     if "resamples" in summary:
         yield f"  [95 % intervals: {summary['resamples']:,} resamples of the examples]"
 
 
-def _against_lines(against: Mapping[str, Any]) -> Iterator[str]:
-    rows, name = against["rows"], against["name"]
-    yield f"  beside {name}"
+def _against_lines(against: Mapping[str, Any], metrics: Mapping[str, float]) -> Iterator[str]:
+    name = against["name"]
+    yield f"  compared with {name}"
     width = max((len(metric) for metric in against["metrics"]), default=0)
     for metric, value in against["metrics"].items():
-        yield f"    {metric:<{width}} {_figure(value)} of {name}"
+        known = _range(against.get("intervals", {}).get(metric))
+        text = f"    {metric:<{width}} {_figure(value)}{known} of {name}"
+        if change := against.get("difference_intervals", {}).get(metric):
+            text += f"   difference {metrics[metric] - value:+.4f}{_range(change, signed=True)}"
+        yield text
+    rows = against.get("rows")
+    if rows is None:
+        return
     figures = [f"logits differ by {rows['mean_difference']:.3g} on average"]
     if rows["kl"] is not None:
         figures = [f"KL {rows['kl']:.4f} nats", f"same first choice {rows['top1']:.1%}", *figures]

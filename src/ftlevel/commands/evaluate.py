@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -40,13 +40,19 @@ from ftlevel.evaluation.intervals import (
 from ftlevel.evaluation.retrieval import evaluate_retrieval
 from ftlevel.evaluation.rollouts import RewardEvaluator, Rollouts, open_rewards, open_teacher
 from ftlevel.evaluation.scoring import Evaluator, needs_reference, row_lines, with_reference
-from ftlevel.evaluation.two_models import build_comparison_inputs, choose_leader, resolve_pair
+from ftlevel.evaluation.two_models import (
+    build_comparison_inputs,
+    choose_leader,
+    have_same_inputs,
+    resolve_pair,
+)
 from ftlevel.events import Listener, NullListener
 from ftlevel.methods import METHODS
 from ftlevel.models.hardware import choose_device
 from ftlevel.models.loading import silence_loggers
 from ftlevel.models.quantization import quantization_form
 from ftlevel.tasks import TASKS, BaseTask
+from ftlevel.tasks.embedding.objective import Embeddings
 from ftlevel.tasks.rl.objective import PolicyGradient
 from ftlevel.trained.generation import GenerationOptions
 from ftlevel.trained.model_ref import LoadedModel, ModelRef
@@ -91,25 +97,22 @@ def evaluate(config: EvaluateConfig, *, listener: Listener | None = None) -> Eva
         listener.stage("loading the model")
         trained = ref.load(device.value)
         listener.stage("reading the data")
-        held_out = load_evaluation_rows(
-            settings.data,
-            leader.card,
-            config.split,
-            _context(config, trained, leader, settings, is_compared=other is not None),
-            is_own=is_own,
-            is_typed=bool(config.columns),
-        )
-        listener.choices("evaluate", _choices(config, trained, held_out, device))
-        for note in trained.notes:
-            listener.warn(note)
-        if held_out.is_training:
-            listener.warn(f"these are {held_out.split}; they say little of other rows.")
-        if held_out.dropped:
-            dropped = "1 row is" if held_out.dropped == 1 else f"{held_out.dropped:,} rows are"
-            listener.warn(
-                f"{dropped} too long and not scored; the numbers are of the other "
-                f"{len(held_out.rows):,}."
+
+        def encode(model: LoadedModel) -> EvaluationRows:
+            context = _context(config, model, leader, settings, is_compared=other is not None)
+            return load_evaluation_rows(
+                settings.data,
+                leader.card,
+                config.split,
+                context,
+                is_own=is_own,
+                is_typed=bool(config.columns),
             )
+
+        held_out = encode(trained)
+        listener.choices("evaluate", _choices(config, trained, held_out, device))
+        for warning in [*trained.notes, *_find_warnings(held_out)]:
+            listener.warn(warning)
         evaluator = _evaluator(config, trained, held_out, settings)
         if needs_reference(evaluator):
             listener.stage("running the reference model")
@@ -119,12 +122,8 @@ def evaluate(config: EvaluateConfig, *, listener: Listener | None = None) -> Eva
         metrics = evaluator(trained.model, record)
         for remark in trained.objective.find_warnings(metrics):
             listener.warn(remark)
-        base, base_record = {}, None
-        with _base_of(trained, config, listener) as original:
-            if original is not None:
-                base_record = ExampleRecord(trained.objective)
-                base = evaluator(original.model, base_record)
-        against = None
+        base, base_record = _evaluate_base(config, trained, evaluator, listener)
+        against, other_record = {}, None
         if other is not None:
             listener.stage(f"evaluating {config.name} and {config.against} on the same rows")
             inputs = build_comparison_inputs(
@@ -133,15 +132,14 @@ def evaluate(config: EvaluateConfig, *, listener: Listener | None = None) -> Eva
             outputs = inputs.outputs_of(trained)
             trained = replace(trained, model=None)  # frees memory for the other model
             reference = other.load(device.value)
-            score = replace(evaluator, generated_rows=0, dtype=reference.dtype)
-            against = {
-                "name": config.against,
-                "metrics": score(reference.model),
-                **inputs.compare(inputs.outputs_of(reference), outputs),
-            }
+            metrics_of_other, other_record = _evaluate_other(evaluator, reference, encode)
+            against = {"name": config.against, "metrics": metrics_of_other}
+            if have_same_inputs(ref, other):
+                against |= inputs.compare(inputs.outputs_of(reference), outputs)
         if config.resamples:
             listener.stage("computing confidence intervals")
         draws, intervals = _intervals(config, evaluator, record, base_record)
+        against |= _intervals_of_other(config, record, draws, other_record)
     summary = {
         "name": config.name,
         "task": trained.task.name,
@@ -160,7 +158,7 @@ def evaluate(config: EvaluateConfig, *, listener: Listener | None = None) -> Eva
         "dtype": trained.dtype,
         "metrics": metrics,
         "base": base,
-        **({} if against is None else {"against": against}),
+        **({"against": against} if against else {}),
         **intervals,
     }
     if config.predictions is not None:
@@ -169,6 +167,42 @@ def evaluate(config: EvaluateConfig, *, listener: Listener | None = None) -> Eva
         )
         write_rows(config.predictions, list(lines))
     return Evaluation(metrics, base, summary, draws)
+
+
+def _find_warnings(held_out: EvaluationRows) -> Iterator[str]:
+    if held_out.is_training:
+        yield f"these are {held_out.split}; they say little of other rows."
+    if held_out.dropped:
+        dropped = "1 row is" if held_out.dropped == 1 else f"{held_out.dropped:,} rows are"
+        yield (
+            f"{dropped} too long and not scored; the numbers are of the other "
+            f"{len(held_out.rows):,}."
+        )
+
+
+def _evaluate_base(
+    config: EvaluateConfig, trained: LoadedModel, evaluator: Evaluator, listener: Listener
+) -> tuple[dict[str, float], ExampleRecord | None]:
+    """Returns the metrics of the base model, and its record; empty and None without a base."""
+    with _base_of(trained, config, listener) as base:
+        if base is None:
+            return {}, None
+        record = ExampleRecord(trained.objective)
+        return evaluator(base.model, record), record
+
+
+def _evaluate_other(
+    evaluator: Evaluator, other: LoadedModel, encode: Callable[[LoadedModel], EvaluationRows]
+) -> tuple[dict[str, float], ExampleRecord]:
+    """Returns metrics and record of `other`; it embeds with its own prompts, tokens and pooling."""
+    evaluator = replace(evaluator, generated_rows=0, dtype=other.dtype)
+    objective, form = evaluator.objective, other.task.embedding_format(other.ref.options)
+    if form is not None and isinstance(objective, Embeddings):
+        own, objective = encode(other), replace(objective, form=form)
+        rows = {"rows": own.rows, "corpus": own.corpus, "tokenizer": other.tokenizer}
+        evaluator = replace(evaluator, objective=objective, **rows)
+    record = ExampleRecord(objective)
+    return evaluator(other.model, record), record
 
 
 @contextlib.contextmanager
@@ -193,18 +227,14 @@ def _base_of(
 
 def _evaluate_on_judgments(config: EvaluateConfig, qrels: Path, listener: Listener) -> Evaluation:
     """Retrieve documents for the queries of a retrieval set, and score them with `qrels`."""
-    for flag, value in (
-        ("--dataset", config.dataset),
-        ("--against", config.against),
-        ("--predictions", config.predictions),
-    ):
+    for flag, value in (("--dataset", config.dataset), ("--predictions", config.predictions)):
         if value is not None:
             raise ConfigError(f"{flag} cannot be used with --qrels. Drop one of them.")
     with silence_loggers():
         device = choose_device(config.device)
         listener.stage("reading the retrieval dataset")
         data = read_retrieval_set(qrels, config.corpus)
-        ref, _ = _resolve(config, device.value)
+        ref, other = _resolve(config, device.value)
         if ref.task != "embedding":
             raise ConfigError(
                 f"--qrels: {config.name} is of --task {ref.task}, and a search needs an "
@@ -238,12 +268,22 @@ def _evaluate_on_judgments(config: EvaluateConfig, qrels: Path, listener: Listen
         with _base_of(trained, config, listener) as original:
             if original is not None:
                 base, _ = evaluate_retrieval(original, data, config.batch_size, listener.answered)
+        against, other_scores = {}, None
+        if other is not None:
+            listener.stage(f"evaluating {config.against}")
+            reference = other.load(device.value)
+            other_scores, _ = evaluate_retrieval(
+                reference, data, config.batch_size, listener.answered
+            )
+            against = {"name": config.against, "metrics": other_scores.means}
     draws: dict[str, np.ndarray] = {}
     intervals: dict[str, Any] = {}
     if config.resamples:
-        draws = scores.resample(config.resamples, config.seed)
-        base_draws = base.resample(config.resamples, config.seed) if base is not None else None
-        intervals = _compute_intervals(draws, base_draws)
+        resampling = config.resamples, config.seed
+        draws = scores.resample(*resampling)
+        intervals = _compute_intervals(draws, base.resample(*resampling) if base else None)
+        if other_scores is not None:
+            against |= _paired_intervals(draws, other_scores.resample(*resampling))
     summary = {
         "name": config.name,
         "task": ref.task,
@@ -259,6 +299,7 @@ def _evaluate_on_judgments(config: EvaluateConfig, qrels: Path, listener: Listen
         "dtype": trained.dtype,
         "metrics": scores.means,
         "base": base.means if base is not None else {},
+        **({"against": against} if against else {}),
         "resamples": config.resamples,
         **intervals,
     }
@@ -524,3 +565,26 @@ def _compute_intervals(
             name: interval(np.subtract(draws[name], base[name])) for name in both
         }
     return intervals
+
+
+def _intervals_of_other(
+    config: EvaluateConfig,
+    record: ExampleRecord,
+    draws: Mapping[str, np.ndarray],
+    other: ExampleRecord | None,
+) -> dict[str, Any]:
+    """Returns 95 % intervals of the other model, unless it was scored on other rows."""
+    if not draws or other is None or other.units.keys() != record.units.keys():
+        return {}
+    return _paired_intervals(draws, other.resample(config.resamples, config.seed, None, ""))
+
+
+def _paired_intervals(
+    draws: Mapping[str, np.ndarray], other: Mapping[str, np.ndarray]
+) -> dict[str, Any]:
+    """Returns 95 % intervals of the other model's metrics, and of the differences from them."""
+    found = _compute_intervals(draws, other)
+    return {
+        "intervals": found["base_intervals"],
+        "difference_intervals": found["difference_intervals"],
+    }

@@ -21,12 +21,13 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch.nn import functional
 
 from ftlevel.artifacts.cards import read_card
+from ftlevel.artifacts.sentence_transformers import EmbeddingFormat
 from ftlevel.data.encoding.collate import Collator
 from ftlevel.data.encoding.encode import Encoded, distinct_texts
 from ftlevel.data.sources.docstrings import read_module, stdlib_modules
 from ftlevel.errors import InputError
 from ftlevel.models.hardware import autocast
-from ftlevel.models.kinds import max_positions
+from ftlevel.models.kinds import max_positions, width_of
 from ftlevel.models.upstream.tensors import direct_tensors
 from ftlevel.objectives import Objective, StepObjective, TokenObjective
 from ftlevel.trained.generation import batches
@@ -337,7 +338,7 @@ def resolve_pair(
             f"--against {against} is for {other.task}, and {name} for {ref.task}. Choose a model "
             "for the same task."
         )
-    if ref.load_tokenizer().get_vocab() != other.load_tokenizer().get_vocab():
+    if _embedding_format(ref) is None and not _share_vocabulary(ref, other):
         raise InputError(
             f"--against {against}: its tokenizer differs from that of {name}, "
             "so their predictions cannot be compared token by token. Name a relative of it."
@@ -348,6 +349,24 @@ def resolve_pair(
             f"those of {name} are {', '.join(ref.labels)}. Name one with the same."
         )
     return ref, other
+
+
+def have_same_inputs(ref: ModelRef, other: ModelRef) -> bool:
+    """Returns whether the two read the same tokens and, if they embed, pool them alike.
+
+    If not, their metrics can be compared, but not their outputs.
+    """
+    forms = _embedding_format(ref), _embedding_format(other)
+    same_width = forms[0] is None or width_of(ref.model_config) == width_of(other.model_config)
+    return forms[0] == forms[1] and same_width and _share_vocabulary(ref, other)
+
+
+def _embedding_format(ref: ModelRef) -> EmbeddingFormat | None:
+    return ref.configured_task.embedding_format(ref.options)
+
+
+def _share_vocabulary(ref: ModelRef, other: ModelRef) -> bool:
+    return bool(ref.load_tokenizer().get_vocab() == other.load_tokenizer().get_vocab())
 
 
 def choose_leader(ref: ModelRef, other: ModelRef | None) -> ModelRef:
