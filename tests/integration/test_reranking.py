@@ -398,3 +398,23 @@ def test_bad_input_is_one_line_before_weights_load(
     assert run(command) == 2
     lines = capsys.readouterr().err.strip().splitlines()
     assert words in lines[-1]
+
+
+def test_a_reranker_that_answers_yes_or_no_is_refused(
+    tiny_model_dir: ModelDir, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A decoder without a head for pairs; training would replace the score that it has."""
+    data = _write(tmp_path / "rows.jsonl", _rows(4))
+    model = tmp_path / "model"
+    shutil.copytree(tiny_model_dir("llama"), model)
+    own = ["--task", "reranking", "--dataset", str(data)]
+    assert run(["predict", str(model), *own]) == 2
+    assert "LlamaForCausalLM, which has no head" in capsys.readouterr().err.splitlines()[-1]
+    modules = ["base.modules.transformer.Transformer", "cross_encoder.modules.LogitScore"]
+    entries = [
+        {"idx": i, "type": f"sentence_transformers.{name}"} for i, name in enumerate(modules)
+    ]
+    (model / "modules.json").write_text(json.dumps(entries))
+    train_it = ["train", "--model", str(model), *own, "--output-dir", str(tmp_path / "run")]
+    assert run(train_it) == 2
+    assert "scores documents by the logits of two tokens" in capsys.readouterr().err

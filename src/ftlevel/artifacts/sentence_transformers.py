@@ -250,6 +250,14 @@ def find_task(directory: Path) -> str | None:
     return "reranking" if is_reranker else "embedding"
 
 
+def scores_by_tokens(directory: Path) -> bool:
+    """Returns whether it is a CrossEncoder whose score is the logit of a token."""
+    return any(
+        str(entry.get("type", "")).endswith(".LogitScore")
+        for entry in _read_json(directory / MODULES, list)
+    )
+
+
 def _modules(entries: list[tuple[str, str]]) -> list[dict[str, Any]]:
     return [
         {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}

@@ -8,13 +8,19 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from ftlevel.artifacts.sentence_transformers import CrossEncoderFormat, write_cross_encoder_format
+from ftlevel.artifacts.sentence_transformers import (
+    FILES,
+    CrossEncoderFormat,
+    scores_by_tokens,
+    write_cross_encoder_format,
+)
 from ftlevel.config.reranking import LOSSES, RerankingConfig
 from ftlevel.config.section import Choice
 from ftlevel.data.encoding.encode import Encoded
 from ftlevel.data.formats.detect import Format
 from ftlevel.data.sources.table import Table
-from ftlevel.errors import InputError
+from ftlevel.errors import ConfigError, InputError
+from ftlevel.models.sources import ModelSource, find_files
 from ftlevel.objectives import Objective
 from ftlevel.tasks.base import (
     BaseTask,
@@ -35,7 +41,6 @@ if TYPE_CHECKING:
     from ftlevel.data.encoding.fit import FittedRows
     from ftlevel.data.prepare.encoder import Encoder
     from ftlevel.data.prepare.loading import LoadedExamples
-    from ftlevel.models.sources import ModelSource
 
 SIGMOID = "torch.nn.modules.activation.Sigmoid"
 IDENTITY = "torch.nn.modules.linear.Identity"
@@ -67,6 +72,19 @@ class RerankingTask(BaseTask):
         known = options_of(options)
         fields = {name: known[name] for name in RerankingConfig.model_fields if name in known}
         return replace(self, settings=RerankingConfig(**fields), teacher=known.get("teacher"))
+
+    def for_model(
+        self, source: ModelSource, kind: str, width: int, tokenizer: Any, step_rows: int
+    ) -> tuple[BaseTask, list[Choice]]:
+        """Returns the task itself; raises `ConfigError` for a reranker that scores by tokens."""
+        directory = find_files(source, FILES)
+        if directory is not None and scores_by_tokens(directory):
+            raise ConfigError(
+                f"{source.name} scores documents by the logits of two tokens, such as yes and no, "
+                "and --task reranking trains a head with one score. Name its base model, or a "
+                "copy that was converted to ForSequenceClassification."
+            )
+        return self, []
 
     @property
     def encoding_options(self) -> Mapping[str, Any]:
@@ -114,8 +132,19 @@ class RerankingTask(BaseTask):
     def card_defaults(
         self, source: ModelSource, model_config: Any, tokenizer: Any, kind: str
     ) -> dict[str, Any]:
-        """Returns options for a cross-encoder; raises `InputError` if it has several labels."""
+        """Returns options for a cross-encoder.
+
+        Raises:
+            InputError: the model has no head for pairs, or one with several labels.
+        """
         if model_config.num_labels != 1:
+            name = (getattr(model_config, "architectures", None) or [""])[0]
+            if name and not name.endswith("ForSequenceClassification"):
+                raise InputError(
+                    f"{source.name} is a {name}, which has no head that scores documents. Train "
+                    "one with ftlevel train --task reranking. Rerankers that answer with the "
+                    "tokens yes and no are not supported."
+                )
             raise InputError(
                 f"a reranker has one score, and this model has {model_config.num_labels} classes. "
                 "Name another, or --task text-classification."
@@ -244,9 +273,11 @@ def resolve_loss(
     usual = ("margin-mse", "mse") if teacher else ("lce", "bce")
     loss = settings.loss or usual[0 if contrasts else 1]
     if len(labels) == 1 and not (teacher and loss == "mse"):
+        relevant = next(iter(labels)) > 0
+        advice = "Add negatives with ftlevel mine." if relevant else "Label relevant ones with 1."
         raise InputError(
             f"all documents have label {next(iter(labels)):g}, and a reranker needs relevant and "
-            f"irrelevant documents. Add negatives with ftlevel mine."
+            f"irrelevant documents. {advice}"
         )
     facts = LOSSES[loss]
     if facts.listed and contrasts < len(examples):
