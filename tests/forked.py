@@ -2,13 +2,15 @@
 
 A process has its own arguments, environment, directory, streams, signals and exit code, as
 `python -m ftlevel` has, and starts in 0.1 s instead of 5 s. The ranks that it starts for
-`--num-processes` are forked, too. Tests of the start itself need a real interpreter.
+`--num-processes` are forked, too, and so are the children that multiprocessing starts. Tests of the
+start itself need a real interpreter.
 """
 
 from __future__ import annotations
 
 import atexit
 import json
+import multiprocessing
 import os
 import pickle
 import runpy
@@ -26,6 +28,7 @@ from typing import IO, Any, NoReturn
 
 HANDLED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 _PROGRAM = [sys.executable, "-m", "ftlevel"]
+_FORKS = multiprocessing.get_context("fork")
 _processes: list[subprocess.Popen[bytes]] = []
 _servers: dict[str, socket.socket] = {}
 
@@ -230,7 +233,7 @@ def _serve_forks(connection: socket.socket) -> None:
                 own = request["env"].get("PYTHONPATH", "").split(os.pathsep)
                 sys.path[:] = [*filter(None, own), *request["path"]]
                 _end_after(partial(_call, request["call"]), request["env"])
-            _become(request["arguments"], request["env"])
+            become(request["arguments"], request["env"])
         for descriptor in given:
             os.close(descriptor)
         running.add(pid)
@@ -242,9 +245,10 @@ def _call(pickled: str) -> None:
     raise SystemExit(work(*arguments))
 
 
-def _become(arguments: Sequence[str], environment: Mapping[str, str]) -> NoReturn:
+def become(arguments: Sequence[str], environment: Mapping[str, str]) -> NoReturn:
     """Be the program from now on."""
     subprocess.Popen = _ForkedRank  # type: ignore[misc]
+    multiprocessing.get_context = lambda _=None: _FORKS  # type: ignore[assignment]
     sys.argv = ["ftlevel", *arguments]
     _end_after(
         lambda: runpy.run_module("ftlevel", run_name="__main__", alter_sys=True), environment
@@ -289,7 +293,7 @@ class _ForkedRank(subprocess.Popen):  # type: ignore[type-arg]
         if self.pid == 0:
             if preexec_fn is not None:
                 preexec_fn()
-            _become(args[3:], os.environ.copy() if env is None else env)
+            become(args[3:], os.environ.copy() if env is None else env)
         self._child_created = True
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import typer
+from typer.main import get_command
 
 import write_docs
 from cli.spellings import SPELLINGS, Spelled
@@ -25,13 +26,13 @@ _FOUND: list[TrainConfig] = []
 
 
 @cache
-def _program() -> typer.Typer:
+def _program() -> Any:
     def command(given: CommandInput) -> None:
         _FOUND.append(read_config(given)[0])
 
     app = typer.Typer(add_completion=False, rich_markup_mode=None)
     add_command(app, "train", command, FLAGS)
-    return app
+    return get_command(app)
 
 
 def resolve(arguments: Sequence[str]) -> TrainConfig:

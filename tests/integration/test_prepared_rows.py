@@ -14,6 +14,7 @@ import pytest
 import task_data
 from ftlevel.commands.preview import preview
 from ftlevel.config import TrainConfig
+from ftlevel.data.encoding import encode, store
 from ftlevel.data.encoding.store import (
     RowStore,
     map_rows,
@@ -21,13 +22,13 @@ from ftlevel.data.encoding.store import (
     select_rows,
     write_store,
 )
-from ftlevel.data.prepare import dataset
+from ftlevel.data.prepare import dataset, encoder
 from ftlevel.data.sources import lines
 from ftlevel.errors import InputError
 from ftlevel.training.plan.resolve import resolve
 
 ModelDir = Callable[..., Path]
-ROWS = 1_200
+ROWS = 120
 TASKS = {
     "tags": ("token-classification", "bert", "mlm", {}),
     "span": ("question-answering", "bert", "mlm", {"max_length": 48, "doc_stride": 12}),
@@ -43,6 +44,10 @@ TASKS = {
 def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(dataset, "SMALL_BYTES", 0)
+    monkeypatch.setattr(dataset, "MIN_CACHED_ROWS", 100)
+    for batches in (encoder, encode, store):  # so that these few rows are several of each
+        name = "BATCH" if batches is encoder else "_BATCH"
+        monkeypatch.setattr(batches, name, 50)
 
 
 def plan_of(model: Path, data: Path, task: str = "text-generation", **options: Any) -> Any:
@@ -78,7 +83,7 @@ def test_rows_in_a_file_are_those_of_a_list(
     name: str, tmp_path: Path, tiny_model_dir: ModelDir, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     task, family, head, options = TASKS[name]
-    data = task_data.write(tmp_path / "data", name, rows=ROWS if name != "span" else 1_000)
+    data = task_data.write(tmp_path / "data", name, rows=ROWS)
     model = tiny_model_dir(family, head)
     monkeypatch.setattr(lines, "LARGE_BYTES", 0)
     first = plan_of(model, data, task, **options).data
@@ -99,7 +104,7 @@ def test_rows_in_a_file_are_those_of_a_list(
 
 
 def test_two_processes_give_the_rows_of_one(tmp_path: Path, tiny_model_dir: ModelDir) -> None:
-    data, model = write_talk(tmp_path / "x.jsonl", 3_500), tiny_model_dir("qwen2")
+    data, model = write_talk(tmp_path / "x.jsonl", 175), tiny_model_dir("qwen2")
     one = plan_of(model, data, cache=False).data
     two = plan_of(model, data, cache=False, num_proc=2).data
     assert isinstance(two.train, RowStore)
@@ -112,10 +117,10 @@ def test_an_error_in_another_process_names_its_row(
 ) -> None:
     data = tmp_path / "x.jsonl"
     turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
-    rows = [{"messages": turns} for _ in range(2_500)]
-    rows[2_200] = {"messages": turns * 2}
+    rows = [{"messages": turns} for _ in range(125)]
+    rows[110] = {"messages": turns * 2}
     data.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
-    with pytest.raises(InputError, match=r"x\.jsonl:2201: is a conversation of 4 messages"):
+    with pytest.raises(InputError, match=r"x\.jsonl:111: is a conversation of 4 messages"):
         plan_of(tiny_model_dir("llama", chat=False), data, num_proc=2)
     assert folders() == []
 
@@ -197,16 +202,16 @@ def test_a_preview_keeps_the_splits_apart(tmp_path: Path, tiny_model_dir: ModelD
 
 def test_a_store_behaves_like_a_list(tmp_path: Path, tiny_model_dir: ModelDir) -> None:
     rows = list(plan_of(tiny_model_dir("qwen2"), write_talk(tmp_path / "x.jsonl")).data.train)
-    store = write_store(tmp_path / "rows.arrow", rows_to_batches(rows))
-    assert store[-1] == rows[-1]
-    assert store[3:9:2] == rows[3:9:2]
+    stored = write_store(tmp_path / "rows.arrow", rows_to_batches(rows))
+    assert stored[-1] == rows[-1]
+    assert stored[3:9:2] == rows[3:9:2]
     with pytest.raises(IndexError):
-        store[ROWS]
-    some = select_rows(select_rows(store, np.arange(5, 1_100)), np.array([0, 900]))
-    assert [row.row for row in some] == [5, 905]
-    doubled = map_rows(store, lambda row: [row, row] if row.row == 2 else [row])
+        stored[ROWS]
+    some = select_rows(select_rows(stored, np.arange(5, 110)), np.array([0, 90]))
+    assert [row.row for row in some] == [5, 95]
+    doubled = map_rows(stored, lambda row: [row, row] if row.row == 2 else [row])
     assert [row.row for row in doubled[:5]] == [0, 1, 2, 2, 3]
-    assert len(map_rows(store, lambda row: [])) == 0
+    assert len(map_rows(stored, lambda row: [])) == 0
 
 
 def test_a_cache_that_cannot_be_written_stops_nothing(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -14,8 +15,14 @@ import pytest
 from forked import Forked
 
 pytestmark = pytest.mark.slow
-LONG = ["--max-samples", "16", "--set", "data.max_eval_samples=8", "--batch-size", "4",
-        "--logging-steps", "1"]  # fmt: skip
+ModelDir = Callable[..., Path]
+LONG = ["--dataset", "rows.jsonl", "--batch-size", "4", "--logging-steps", "1"]
+
+
+@pytest.fixture(autouse=True)
+def rows(tmp_path: Path) -> None:
+    lines = (f'{{"prompt": "what is {i}", "completion": "it is {i * i}"}}\n' for i in range(24))
+    (tmp_path / "rows.jsonl").write_text("".join(lines))
 
 
 def as_in_a_terminal() -> None:
@@ -31,11 +38,11 @@ def start(tmp_path: Path, *arguments: str) -> subprocess.Popen[str]:
     )  # fmt: skip
 
 
-def begin(tmp_path: Path, steps: int = 40) -> Forked:
+def begin(tmp_path: Path, model: Path, steps: int = 4000) -> Forked:
     """Start a run in a process that has all imports."""
     return Forked(
-        ["train", *LONG, "--max-steps", str(steps), "--output-dir", "run"], cwd=tmp_path,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        ["train", *LONG, "--model", str(model), "--max-steps", str(steps), "--output-dir", "run"],
+        cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
 
 
@@ -52,8 +59,10 @@ def lines(path: Path) -> int:
 
 
 @pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGHUP", 129)])
-def test_a_run_is_ended_after_its_step(tmp_path: Path, name: str, code: int) -> None:
-    process = begin(tmp_path)
+def test_a_run_is_ended_after_its_step(
+    tmp_path: Path, tiny_model_dir: ModelDir, name: str, code: int
+) -> None:
+    process = begin(tmp_path, tiny_model_dir("llama"))
     wait_until(process, lambda: lines(tmp_path / "run/metrics.jsonl") >= 3)
     process.send_signal(getattr(signal, name))
     _, error = process.communicate(timeout=120)
@@ -62,8 +71,10 @@ def test_a_run_is_ended_after_its_step(tmp_path: Path, name: str, code: int) -> 
     assert len(list((tmp_path / "run/checkpoints").glob("checkpoint-*/manifest.json"))) == 1
 
 
-def test_the_second_signal_ends_a_run_at_once_with_its_own_code(tmp_path: Path) -> None:
-    process = begin(tmp_path)
+def test_the_second_signal_ends_a_run_at_once_with_its_own_code(
+    tmp_path: Path, tiny_model_dir: ModelDir
+) -> None:
+    process = begin(tmp_path, tiny_model_dir("llama"))
     wait_until(process, lambda: lines(tmp_path / "run/metrics.jsonl") >= 3)
     process.send_signal(signal.SIGTERM)
     process.send_signal(signal.SIGTERM)
@@ -75,15 +86,17 @@ def test_the_second_signal_ends_a_run_at_once_with_its_own_code(tmp_path: Path) 
     assert "interrupted" in error
 
 
-def test_a_warning_makes_a_checkpoint_and_the_run_goes_on(tmp_path: Path) -> None:
-    process = begin(tmp_path, steps=15)
+def test_a_warning_makes_a_checkpoint_and_the_run_goes_on(
+    tmp_path: Path, tiny_model_dir: ModelDir
+) -> None:
+    process = begin(tmp_path, tiny_model_dir("llama"), steps=100)
     wait_until(process, lambda: lines(tmp_path / "run/metrics.jsonl") >= 3)
     process.send_signal(signal.SIGUSR1)
     process.communicate(timeout=240)
     assert process.returncode == 0
     manifests = (tmp_path / "run/checkpoints").glob("checkpoint-*/manifest.json")
     warned, end = sorted(int(path.parent.name.split("-")[1]) for path in manifests)
-    assert 3 <= warned < end == 15
+    assert 3 <= warned < end == 100
 
 
 MOMENTS = {
@@ -92,8 +105,15 @@ MOMENTS = {
 }
 
 
-@pytest.mark.parametrize("moment", MOMENTS)
-@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGINT", 130)])
+@pytest.mark.parametrize(
+    ("name", "code", "moment"),
+    [
+        ("SIGTERM", 143, "a lazy import"),
+        ("SIGINT", 130, "the rows"),
+        pytest.param("SIGTERM", 143, "the rows", marks=pytest.mark.sweep),
+        pytest.param("SIGINT", 130, "a lazy import", marks=pytest.mark.sweep),
+    ],
+)
 def test_a_command_that_has_written_nothing_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, code: int, moment: str
 ) -> None:
@@ -103,7 +123,6 @@ def test_a_command_that_has_written_nothing_says_so(
     an interrupt that has passed an exec() of text, and ends `python -m` by a signal for it.
     """
     event, place, ending = MOMENTS[moment]
-    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n' * 8)
     (tmp_path / "sitecustomize.py").write_text(
         f"""
 import os, signal, sys
@@ -116,7 +135,7 @@ sys.addaudithook(watch)
 """
     )
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    process = start(tmp_path, "train", *LONG, "--dataset", "rows.jsonl", "--output-dir", "run")
+    process = start(tmp_path, "train", *LONG, "--output-dir", "run")
     _, error = process.communicate(timeout=120)
     assert process.returncode == code
     assert error.splitlines()[-1] == "ftlevel: interrupted; nothing was saved."
@@ -182,25 +201,29 @@ app._call = call
     assert ended.stderr == "ftlevel: interrupted; nothing was saved.\n"
 
 
-def test_answers_that_are_in_place_are_named(tmp_path: Path) -> None:
+def stop_at_flush(arguments: list[str]) -> None:
+    """Be the program, which gets a signal when its answers are in place."""
+    from ftlevel.artifacts import files
+    from ftlevel.cli import app
+
+    flush = files.flush
+
+    def stopping(path: Path) -> None:
+        flush(path)
+        if path.is_dir():
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    files.flush = stopping
+    sys.argv = ["ftlevel", *arguments]
+    app.main()
+
+
+def test_answers_that_are_in_place_are_named(tmp_path: Path, tiny_model_dir: ModelDir) -> None:
     (tmp_path / "prompts.txt").write_text("say a word\n")
-    script = """import os, signal, sys
-from ftlevel.artifacts import files
-from ftlevel.cli import app
-flush = files.flush
-def stopping(path):
-    flush(path)
-    if path.is_dir():
-        os.kill(os.getpid(), signal.SIGTERM)
-files.flush = stopping
-app.main()
-"""
-    arguments = ["generate", "builtin:tiny-llama", "--prompts", "prompts.txt", "--out",
+    arguments = ["generate", str(tiny_model_dir("llama")), "--prompts", "prompts.txt", "--out",
                  "answers.jsonl", "--max-new-tokens", "2"]  # fmt: skip
-    ended = subprocess.run(
-        [sys.executable, "-c", script, *arguments], cwd=tmp_path, text=True, timeout=120,
-        capture_output=True, preexec_fn=as_in_a_terminal, check=False,
-    )  # fmt: skip
-    assert ended.returncode == 143, ended.stderr
-    assert "answers.jsonl was written before that, and is whole." in ended.stderr
+    process = Forked(call=(stop_at_flush, (arguments,)), cwd=tmp_path, stderr=subprocess.PIPE)
+    _, error = process.communicate(timeout=120)
+    assert process.returncode == 143, error
+    assert "answers.jsonl was written before that, and is whole." in error
     assert len((tmp_path / "answers.jsonl").read_text().splitlines()) == 1
