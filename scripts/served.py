@@ -257,7 +257,7 @@ def made(base: Path, folder: Path, name: str) -> Path:
     return place if place.is_dir() else make_adapter(base, place, case.settings, loud=case.loud)
 
 
-def write_rows(rows: list[list[str]]) -> None:
+def save_rows(rows: list[list[str]]) -> None:
     """Write the table: rows of what was not asked stay as they were."""
     kept: list[list[str]] = []
     if CSV.is_file():
@@ -303,7 +303,7 @@ def main() -> int:
             print(" | ".join(row), flush=True)
         print(f"{server}: {time.perf_counter() - began:.0f} s", flush=True)
     if arguments.write:
-        write_rows(rows)
+        save_rows(rows)
     if arguments.folder is None:
         shutil.rmtree(folder)
     silently = [row for row in rows if row[3] == "normal form" and row[4] in ("WRONG", "base")]

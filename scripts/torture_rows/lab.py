@@ -250,7 +250,7 @@ def _run_main(arguments: Sequence[str], before: Callable[[], None] | None = None
         os._exit(code)
 
 
-def write_rows(path: Path, rows: int = 64, seed: int = 0) -> None:
+def save_rows(path: Path, rows: int = 64, seed: int = 0) -> None:
     """Write examples of prompts and completions."""
     draw = random.Random(seed)
 
@@ -344,7 +344,7 @@ def begin(root: Path) -> Path:
     first.root.mkdir(parents=True)
     with contextlib.redirect_stderr(io.StringIO()):
         save_tiny(first.base, "qwen2", chat=True)
-    write_rows(first.rows)
+    save_rows(first.rows)
     run = first.folder()
     with _at_home(first.root):
         warm_up(first, [first.training(run)])

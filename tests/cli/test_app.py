@@ -210,7 +210,7 @@ def test_ctrl_c_is_said_wherever_it_comes(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(engine, "resolve", press)
-    monkeypatch.setattr("ftlevel.artifacts.files._in_place", [])  # what other tests wrote
+    monkeypatch.setattr("ftlevel.artifacts.files._outputs", [])  # what other tests wrote
     assert run(["train", *(["--json"] if as_json else [])]) == 130
     shown = capsys.readouterr()
     assert shown.err == "ftlevel: interrupted; nothing was saved.\n"

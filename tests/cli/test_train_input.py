@@ -17,7 +17,7 @@ ROWS = [{"prompt": f"say {i}", "completion": f"it is {i}"} for i in range(8)]
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Return an empty working directory with a data file in it, and no way to load weights."""
     monkeypatch.chdir(tmp_path)
-    write_rows(tmp_path / "rows.jsonl", ROWS)
+    save_rows(tmp_path / "rows.jsonl", ROWS)
     import ftlevel.training.model as engine
 
     def refuse(*_: object, **__: object) -> None:
@@ -27,7 +27,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def write_rows(path: Path, rows: list[dict[str, object]]) -> None:
+def save_rows(path: Path, rows: list[dict[str, object]]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
@@ -114,7 +114,7 @@ def test_bad_files_are_named_by_line(
 def test_too_few_labels(
     folder: Path, tiny_model_dir: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    write_rows(folder / "one.jsonl", [{"text": "a b", "label": "x"}, {"text": "c", "label": "x"}])
+    save_rows(folder / "one.jsonl", [{"text": "a b", "label": "x"}, {"text": "c", "label": "x"}])
     found = refused(
         ["--dataset", "one.jsonl", "--task", "text-classification", "--model",
          str(tiny_model_dir("bert"))],
@@ -155,7 +155,7 @@ def test_no_layer_is_skipped(
 def test_positions_bound_the_length_and_the_remedy_is_named(
     folder: Path, tiny_model_dir: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    write_rows(folder / "long.jsonl", [{"text": "word " * 2000}])
+    save_rows(folder / "long.jsonl", [{"text": "word " * 2000}])
     found = refused(["--dataset", "long.jsonl", "--model", str(tiny_model_dir("gpt2"))], capsys)
     assert "1 of 1 rows are longer than" in found
     assert "--overlong drop" in found

@@ -19,7 +19,7 @@ from scipy.stats import bootstrap
 from transformers import AutoModel, AutoTokenizer
 
 import ranks
-from ftlevel.artifacts.sentence_transformers import EmbeddingFormat, write_embedding_format
+from ftlevel.artifacts.sentence_transformers import EmbeddingFormat, save_embedding_format
 from ftlevel.cli.app import run
 from ftlevel.commands.evaluate import evaluate
 from ftlevel.commands.merge import merge
@@ -460,7 +460,7 @@ def test_prompts_that_are_not_pooled(pairs: Path, tiny_model_dir: ModelDir, tmp_
     model = tmp_path / "model"
     shutil.copytree(tiny_model_dir("bert", "mlm", **_NO_DROPOUT), model)
     form = EmbeddingFormat("mean", True, query_prompt="the old house: ", include_prompt=False)
-    write_embedding_format(model, form, 64)
+    save_embedding_format(model, form, 64)
     rows = [json.loads(line) for line in (pairs / "train.jsonl").open(encoding="utf-8")][:8]
     data = _write(tmp_path / "rows.jsonl", rows)
     first = train(_config(model, data, tmp_path / "run", train={"max_steps": 1})).summary
@@ -500,7 +500,7 @@ def test_a_run_does_not_resume_with_another_guide_or_teacher(
     (out / "summary.json").unlink()
     shutil.rmtree(out / "adapter")
     again = {"dir": out, "resume": True}
-    write_embedding_format(other, EmbeddingFormat("cls", normalize=True), 64)
+    save_embedding_format(other, EmbeddingFormat("cls", normalize=True), 64)
     with pytest.raises(ConfigError, match=f"{flag} was"):
         train(_config(model, triplets, out, train=saving, output=again, **more))
     for path in (other / "modules.json", other / "config_sentence_transformers.json"):

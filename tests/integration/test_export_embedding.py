@@ -16,7 +16,7 @@ import xllamacpp
 from torch.nn import functional
 
 from export_cases import exportable
-from ftlevel.artifacts.sentence_transformers import EmbeddingFormat, write_embedding_format
+from ftlevel.artifacts.sentence_transformers import EmbeddingFormat, save_embedding_format
 from ftlevel.cli.app import run
 from ftlevel.commands.export import export
 from ftlevel.config import ExportConfig
@@ -35,7 +35,7 @@ def in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def embedding_model(source: Path, **form: Any) -> Path:
     """Return a copy of a tiny model as a SentenceTransformer directory."""
     copy = shutil.copytree(source, Path("model").absolute())
-    write_embedding_format(copy, EmbeddingFormat(**{"normalize": True, **form}), 64)
+    save_embedding_format(copy, EmbeddingFormat(**{"normalize": True, **form}), 64)
     return copy
 
 

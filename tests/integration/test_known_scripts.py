@@ -25,7 +25,7 @@ ftlevel train --method qlora --model_name_or_path meta-llama/Llama-2-7b-hf --dat
 """
 
 
-def write_rows(folder: Path, train: list[dict[str, object]], test: list[dict[str, object]]) -> None:
+def save_rows(folder: Path, train: list[dict[str, object]], test: list[dict[str, object]]) -> None:
     folder.mkdir(parents=True)
     for name, rows in (("train", train), ("test", test)):
         lines = "".join(json.dumps(row) + "\n" for row in rows)
@@ -71,7 +71,7 @@ def test_a_directory_stands_for_a_hub_name(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     shutil.copytree(tiny_model_dir(family), tmp_path / model)
-    write_rows(tmp_path / dataset, rows(24), rows(4))
+    save_rows(tmp_path / dataset, rows(24), rows(4))
     assert run([*shlex.split(command)[1:], "--quiet"]) == 0
     (made,) = (tmp_path / "runs").iterdir()
     summary = json.loads((made / "summary.json").read_text())

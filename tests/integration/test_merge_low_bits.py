@@ -14,7 +14,7 @@ from peft import PeftModel
 
 from export_cases import export_to
 from ftlevel import MergeConfig, merge
-from ftlevel.artifacts.cards import read_card
+from ftlevel.artifacts.cards import load_card
 from ftlevel.cli.app import run
 from ftlevel.errors import RunError
 from ftlevel.weights import quantize_shards
@@ -98,7 +98,7 @@ def test_every_pair_keeps_what_was_trained(
     most = 1e-4 if (base, quant) == ("4-bit", "8bit") else 0.1
     assert found["served"]["kl"] < most * found["effect"]["kl"]
     assert found["quantization"]["double_quant"] == (base == "4-bit" and quant == "4bit")
-    assert read_card(tmp_path / "m").quantization["kind"] == quant
+    assert load_card(tmp_path / "m").quantization["kind"] == quant
     # Without ftlevel it is the model in floating point, nearly, and not its base.
     onto = "auto" if base in ("float", "gguf") else "dequantized"
     whole = merge(

@@ -11,7 +11,7 @@ import pytest
 
 from export_cases import export_to
 from ftlevel import MergeConfig, merge
-from ftlevel.artifacts.cards import read_card
+from ftlevel.artifacts.cards import load_card
 from ftlevel.cli.app import run
 from ftlevel.commands.quantize import quantize
 from ftlevel.config import QuantizeConfig
@@ -56,7 +56,7 @@ def runs(
 
 
 def describe(source: Path) -> str:
-    kind = read_card(source / "adapter").quantization["kind"]
+    kind = load_card(source / "adapter").quantization["kind"]
     return "floating point" if kind == "none" else "quantized"
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import task_data
-from ftlevel.artifacts.cards import read_card
+from ftlevel.artifacts.cards import load_card
 from ftlevel.cli.app import run
 from ftlevel.data.encoding.encode import encode_prompt, read_format
 from ftlevel.trained.resolve import resolve_model
@@ -51,7 +51,7 @@ def train(*arguments: str, model: Path | None = None, epochs: int = 1) -> int:
 
 
 def version(folder: str) -> int:
-    form = read_format(read_card(Path(folder)))
+    form = read_format(load_card(Path(folder)))
     assert form is not None
     return form.version
 

@@ -12,7 +12,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import LocalTokenNotFoundError
 
 from export_cases import exportable
-from ftlevel.artifacts.hub import find_repository
+from ftlevel.artifacts.hub import get_repo_id
 from ftlevel.cli.app import run
 from ftlevel.errors import ConfigError
 
@@ -131,7 +131,7 @@ def test_what_is_refused_before_weights_are_read(
 ) -> None:
     answer(monkeypatch, "whoami", said, [])
     with pytest.raises(ConfigError) as caught:
-        find_repository(name)
+        get_repo_id(name)
     assert told in str(caught.value)
 
 

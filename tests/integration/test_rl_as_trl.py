@@ -101,10 +101,10 @@ def run(
             output={"dir": out},
         )
     )
-    return load_file(out / "adapter" / "adapter_model.safetensors"), read_log(out)
+    return load_file(out / "adapter" / "adapter_model.safetensors"), load_log(out)
 
 
-def read_log(out: Path) -> list[dict[str, Any]]:
+def load_log(out: Path) -> list[dict[str, Any]]:
     """Return the record of each step of a run."""
     lines = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
     return [record for record in lines if "loss" in record]
@@ -152,7 +152,7 @@ def test_masked_truncated_completions(data: Path, tmp_path: Path) -> None:
     masked: dict[str, Any] = {"mask_truncated_completions": True}
     with pytest.raises(RunError, match="training had no effect"):
         run(data, tmp_path / "all", max_completion_length=2, **masked)
-    log = read_log(tmp_path / "all")
+    log = load_log(tmp_path / "all")
     assert log[0]["truncated"] == 1
     assert log[0]["loss"] == pytest.approx(0)
     adapter, log = run(data, tmp_path / "some", stop=["e"], **masked)

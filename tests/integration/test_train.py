@@ -141,7 +141,7 @@ def test_batch_of_8_and_2_by_4_give_one_loss_curve() -> None:
     assert losses("8", "1", "a") == pytest.approx(losses("2", "4", "b"), rel=1e-5)
 
 
-def write_rows(name: str, rows: list[dict[str, Any]]) -> str:
+def save_rows(name: str, rows: list[dict[str, Any]]) -> str:
     Path(name).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return name
 
@@ -154,7 +154,7 @@ def test_summarization_on_either_kind(
             for w in "abcdefgh"]  # fmt: skip
     summary = train(
         "--task", "summarization", "--model", str(tiny_model_dir(family)),
-        "--dataset", write_rows("rows.jsonl", rows), "--validation-split", "0.25",
+        "--dataset", save_rows("rows.jsonl", rows), "--validation-split", "0.25",
         "--epochs", "2", "--learning-rate", "1e-2", "--set", "train.max_new_tokens=4",
     )  # fmt: skip
     assert set(summary["metrics"]) >= {"loss", "perplexity", "rouge1", "rouge2", "rougeL"}
@@ -182,7 +182,7 @@ def test_classification_trains_saves_and_reloads_its_head(
     rows = [{"text": f"{w} {w} x{i}", "label": w} for i in range(6) for w in ("up", "down", "left")]
     summary = train(
         "--task", "text-classification", "--model", str(tiny_model_dir(family)), "--quant", quant,
-        "--dataset", write_rows("rows.jsonl", rows), "--validation-split", "0.2",
+        "--dataset", save_rows("rows.jsonl", rows), "--validation-split", "0.2",
         "--epochs", "1", "--learning-rate", "1e-2",
     )  # fmt: skip
     assert set(summary["metrics"]) >= {"loss", "accuracy", "f1"}

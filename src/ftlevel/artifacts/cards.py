@@ -1,4 +1,4 @@
-"""Write and read ftlevel.json, the card of an adapter, and write README files for the Hub."""
+"""Model card of an adapter (ftlevel.json), and README files for the Hub."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any
 
 from ftlevel._version import __version__
 from ftlevel.artifacts.files import check_regular, write_json
-from ftlevel.artifacts.run_directory import RunDirectory, find_run
+from ftlevel.artifacts.run_directory import RunDirectory, get_run_dir
 from ftlevel.config import QuantConfig
 from ftlevel.errors import InputError
 
@@ -28,10 +28,10 @@ class AdapterCard:
     """Training settings that are needed to use an adapter, saved as ftlevel.json.
 
     Attributes:
-        base: `name`, `kind`, `revision` and weight `fingerprint` of the base, and for a local
-            one its `path` relative to the card.
+        base: `name`, `kind`, `revision` and weight `fingerprint` of the base model; for a local one
+            also its `path` relative to the card.
         prompt: fields of `PromptFormat`; empty for classification.
-        options: task settings, such as `problem_type`, `doc_stride` and `unanswerable`.
+        options: settings of the task, such as `problem_type`, `doc_stride` and `unanswerable`.
         heads: modules that were trained in full and are saved with the adapter.
         needs_import: module to import before PEFT alone can load the adapter.
         adapter: name and fingerprint of the adapter that training continued; empty for none.
@@ -57,21 +57,21 @@ class AdapterCard:
     merge: Mapping[str, Any] = field(default_factory=dict)
     quantized: Mapping[str, Any] = field(default_factory=dict)
 
-    def write(self, directory: Path) -> None:
-        """Write ftlevel.json into `directory`."""
-        write_json(directory / CARD, {"format": 1, **asdict(self)})
+    def write(self, model_dir: Path) -> None:
+        """Save ftlevel.json in `model_dir`."""
+        write_json(model_dir / CARD, {"format": 1, **asdict(self)})
 
 
-def read_card(directory: Path) -> AdapterCard:
-    """Read ftlevel.json of `directory`; raise InputError if it is missing, invalid or too new."""
-    path = directory / CARD
-    if directory.is_dir():
-        check_regular(directory.iterdir(), str(directory))
+def load_card(model_dir: Path) -> AdapterCard:
+    """Load ftlevel.json from `model_dir`; raise InputError if it is missing, invalid or too new."""
+    path = model_dir / CARD
+    if model_dir.is_dir():
+        check_regular(model_dir.iterdir(), str(model_dir))
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(
-            f"{directory} has no {CARD}, so it is not an adapter of ftlevel."
+            f"{model_dir} has no {CARD}, so it is not an adapter of ftlevel."
         ) from None
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path} is not valid JSON ({error}). Is the copy incomplete?") from None
@@ -80,13 +80,13 @@ def read_card(directory: Path) -> AdapterCard:
     if data.pop("format", None) != 1:
         raise InputError(f"{path} was written by a later ftlevel. Install that version.")
     try:
-        return _with_prompt_version(AdapterCard(**data), directory)
+        return _with_prompt_version(AdapterCard(**data), model_dir)
     except TypeError as error:  # an unknown or a missing field
         raise InputError(f"{path} is not the card of an adapter ({error}).") from None
 
 
-def _with_prompt_version(card: AdapterCard, directory: Path) -> AdapterCard:
-    """Returns the card; one without a prompt version gets version 1 and the separator it used.
+def _with_prompt_version(card: AdapterCard, model_dir: Path) -> AdapterCard:
+    """Returns `card`; a prompt without version gets version 1 and the separator of that version.
 
     Version 1 put a newline between prompt and answer, except with a cue or in plain texts.
     """
@@ -94,8 +94,8 @@ def _with_prompt_version(card: AdapterCard, directory: Path) -> AdapterCard:
         raise TypeError("its prompt is no object")
     if card.prompt.get("kind") != "plain" or "version" in card.prompt:
         return card
-    run = find_run(directory)
-    summary = (run and RunDirectory(run).read_summary()) or {}
+    run = get_run_dir(model_dir)
+    summary = (run and RunDirectory(run).load_summary()) or {}
     is_text = summary.get("data", {}).get("format", "").startswith("text:")
     is_text = is_text or set(card.data.get("columns", ())) == {"text"}
     joined = not card.data or is_text or card.prompt.get("answer_cue")
@@ -112,7 +112,6 @@ def library_versions() -> dict[str, str]:
 
 @cache
 def _installed_version(name: str) -> str:
-    """Returns the version of a library; empty if it is not installed."""
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
@@ -138,7 +137,7 @@ def pipeline_tag(task: str) -> str:
     return _PIPELINE_TAGS.get(task, task)
 
 
-def _front_matter(
+def _format_metadata(
     base: Mapping[str, Any],
     relation: str,
     task: str | None,
@@ -146,11 +145,7 @@ def _front_matter(
     tags: list[str],
     **more: Any,
 ) -> list[str]:
-    """Returns the lines of a model card's metadata.
-
-    A base model that is not on the Hub is left out, since the Hub refuses other names. The license
-    is that of the base model.
-    """
+    """Returns the YAML block of a model card; a base that is not on the Hub is omitted."""
     import yaml  # lazy: list-methods needs none
 
     metadata = {
@@ -167,7 +162,7 @@ def _front_matter(
 
 
 def base_license(base: Mapping[str, Any]) -> dict[str, str]:
-    """Returns the license fields in the model card of `base`, if that card is available locally."""
+    """Returns the license fields of the base model's card; empty if it is not available locally."""
     import yaml
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.repocard import metadata_load
@@ -193,8 +188,8 @@ _LICENSE_FIELDS = ("license", "license_name", "license_link")
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
-def _evaluation(summary: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns `datasets`, `metrics` and `model-index` of a run; the Hub shows them as results."""
+def _result_metadata(summary: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns `datasets`, `metrics` and `model-index` of a run for the Hub's model card."""
     name, metrics = summary["data"]["name"], summary.get("metrics", {})
     is_hub = bool(_HUB_NAME.fullmatch(name)) and not Path(name).exists()
     result = {
@@ -224,8 +219,8 @@ def describe_losses(summary: Mapping[str, Any]) -> str:
     )
 
 
-def describe_memory(summary: Mapping[str, Any]) -> str:
-    """Returns the estimated and the measured memory; empty without an estimate."""
+def format_memory(summary: Mapping[str, Any]) -> str:
+    """Returns the estimated and the measured memory as text; empty without an estimate."""
     plan = summary.get("plan", {})
     if not plan.get("peak_bytes"):
         return ""
@@ -238,43 +233,48 @@ def describe_memory(summary: Mapping[str, Any]) -> str:
     return f"{text} ({off}{what})"
 
 
-def describe_kept_model(best: Mapping[str, Any]) -> str:
-    """Returns which checkpoint a run kept and why, as text; `best` is a part of summary.json."""
-    name, ends = best["metric"], best["last_step"]
+def format_selected_model(best: Mapping[str, Any]) -> str:
+    """Returns as text which checkpoint a run selected, and why.
+
+    `best` is the entry of that name in summary.json.
+    """
+    name, last_step = best["metric"], best["last_step"]
     order = "highest" if best["greater_is_better"] else "lowest"
     step, value = best["kept_step"], f"{name} {best['best']:.4f}"
-    if best["best_step"] == ends:
-        count = best["evaluations"]
-        text = f"step {ends:,}, the last: {value}" + (
-            f", the {order} of {count:,} evaluations" if count > 1 else ""
+    if best["best_step"] == last_step:
+        num_evaluations = best["evaluations"]
+        text = f"step {last_step:,}, the last: {value}" + (
+            f", the {order} of {num_evaluations:,} evaluations" if num_evaluations > 1 else ""
         )
     elif step == best["best_step"]:
         last = f"{best['last']:.4f}" + " with a higher loss" * (best["last"] == best["best"])
-        text = f"step {step:,} of {ends:,}: {value}, the last had {last}"
+        text = f"step {step:,} of {last_step:,}: {value}, the last had {last}"
     else:
         text = (
             f"step {step:,}, the last: {name} {best['last']:.4f}; step {best['best_step']:,} had "
             f"{best['best']:.4f}"
         )
     if best["stopped_early"]:
-        count = best.get("waited", best["patience"])  # missing in older summaries
-        message = f"{count:,} evaluation{'s' * (count != 1)} without a better one"
+        num_evaluations = best.get("waited", best["patience"])  # missing in older summaries
+        message = (
+            f"{num_evaluations:,} evaluation{'s' * (num_evaluations != 1)} without a better one"
+        )
         text += f"; stopped early, after {message}"
     return text
 
 
-def write_readme(summary: Mapping[str, Any], needs_import: str = "") -> str:
-    """Returns the text of a run's README; `needs_import` is a module to import before PEFT."""
+def create_readme(summary: Mapping[str, Any], needs_import: str = "") -> str:
+    """Returns the README of a run; `needs_import` is a module to import before PEFT."""
     metrics = summary.get("metrics", {})
     is_full = summary["method"] == "full"
     lines = [
-        *_front_matter(
+        *_format_metadata(
             summary["model"],
             "finetune" if is_full else "adapter",
             summary["task"],
             "transformers" if is_full else "peft",
             [summary["method"]],
-            **_evaluation(summary),
+            **_result_metadata(summary),
         ),
         f"# {Path(summary['run']).name}",
         "",
@@ -290,15 +290,17 @@ def write_readme(summary: Mapping[str, Any], needs_import: str = "") -> str:
     if expected := summary.get("distillation"):
         lines += [f"Teacher: `{expected['teacher']}`.", ""]
     if metrics:
-        lines += _metrics_table(summary)
+        lines += _format_metrics(summary)
         rows, generated = (summary["data"][key] for key in ("validation_rows", "generated_rows"))
         texts = f"; text metrics on the first {generated:,} of them" if generated else ""
         lines += ["", f"Measured on {rows:,} validation rows{texts}.", ""]
     names = summary["data"]["labels"]
     if names:
-        rest = f" and {len(names) - _SHOWN_LABELS:,} more" if len(names) > _SHOWN_LABELS else ""
-        listed = ", ".join(f"`{name}`" for name in names[:_SHOWN_LABELS])
-        lines += [f"{len(names):,} labels: {listed}{rest}.", ""]
+        remainder = (
+            f" and {len(names) - _SHOWN_LABELS:,} more" if len(names) > _SHOWN_LABELS else ""
+        )
+        shown_labels = ", ".join(f"`{name}`" for name in names[:_SHOWN_LABELS])
+        lines += [f"{len(names):,} labels: {shown_labels}{remainder}.", ""]
     if summary["loss_window"]:
         lines += [f"Training loss {describe_losses(summary)}.", ""]
     if memory := summary.get("speed", {}).get("chosen_for_bytes"):
@@ -307,18 +309,18 @@ def write_readme(summary: Mapping[str, Any], needs_import: str = "") -> str:
     if left_out := summary.get("left_out"):
         lines += [f"Skipped steps (loss not finite, or a spike): {len(left_out):,}."]
         lines += [""]
-    if memory := describe_memory(summary):
+    if memory := format_memory(summary):
         lines += [f"Memory: {memory}.", ""]
     lines += ["## Use", "", "```sh", generate_command(summary["run"], summary["task"]), "```", ""]
     if names and summary["method"] != "full" and summary["model"].get("kind") != "builtin":
-        lines += _named_labels(summary, needs_import)
+        lines += _format_label_code(summary, needs_import)
     elif needs_import:
-        lines += _python_use(needs_import)
+        lines += _format_import_code(needs_import)
     lines += ["`config.yaml` has all settings, `summary.json` all results.", ""]
     return "\n".join(lines)
 
 
-def _metrics_table(summary: Mapping[str, Any]) -> list[str]:
+def _format_metrics(summary: Mapping[str, Any]) -> list[str]:
     metrics, best = summary["metrics"], summary.get("best")
     columns = {"before": summary.get("metrics_before", {}), "after": metrics}
     if best and best["kept_step"] != best["last_step"]:
@@ -327,7 +329,7 @@ def _metrics_table(summary: Mapping[str, Any]) -> list[str]:
     for name in metrics:
         cells = (f"{c[name]:.4f}" if name in c else "–" for c in columns.values())
         lines.append(f"| {name} | {' | '.join(cells)} |")
-    return [*lines, "", f"Selected model: {describe_kept_model(best)}."] if best else lines
+    return [*lines, "", f"Selected model: {format_selected_model(best)}."] if best else lines
 
 
 _PEFT_CLASSES = {
@@ -336,8 +338,7 @@ _PEFT_CLASSES = {
 }
 
 
-def _named_labels(summary: Mapping[str, Any], needs_import: str) -> list[str]:
-    """Returns README lines: Python code that loads the adapter with its label names."""
+def _format_label_code(summary: Mapping[str, Any], needs_import: str) -> list[str]:
     loader = _PEFT_CLASSES[summary["task"]]
     return [
         "PEFT does not save label names with an adapter. Without them, the base is loaded with "
@@ -361,7 +362,7 @@ def _named_labels(summary: Mapping[str, Any], needs_import: str) -> list[str]:
     ]
 
 
-def _python_use(module: str) -> list[str]:
+def _format_import_code(module: str) -> list[str]:
     return [
         "PEFT does not include this adapter type. `ftlevel` commands load it as usual; your own "
         "code needs one import:",
@@ -376,20 +377,20 @@ def _python_use(module: str) -> list[str]:
     ]
 
 
-def write_quantized_readme(name: str, summary: Mapping[str, Any], task: str | None = None) -> str:
-    """Returns the model card of a quantized model, from quantization.json (`summary`).
+def create_quantized_readme(name: str, summary: Mapping[str, Any], task: str | None = None) -> str:
+    """Returns the model card of a quantized model, from the content of quantization.json.
 
     `task` is the value of `--task`; None for a source that ftlevel did not train.
     """
-    source, form = summary["source"]["name"], summary["quantization"]["form"]
-    library = "torchao" if form.startswith("torchao") else "bitsandbytes"
+    source, quantization = summary["source"]["name"], summary["quantization"]["form"]
+    library = "torchao" if quantization.startswith("torchao") else "bitsandbytes"
     lines = [
-        *_front_matter(
+        *_format_metadata(
             summary["source"], "quantized", task, "transformers", [library, "quantized"]
         ),
         f"# {name}",
         "",
-        f"{source}, quantized to {form} by ftlevel {summary['versions']['ftlevel']}: "
+        f"{source}, quantized to {quantization} by ftlevel {summary['versions']['ftlevel']}: "
         f"{summary['quantized_linears']:,} linear layers are quantized; embeddings, norms and "
         f"heads are in {summary['dtype']}.",
         "",
@@ -433,11 +434,11 @@ def write_quantized_readme(name: str, summary: Mapping[str, Any], task: str | No
     return "\n".join([*lines, ""])
 
 
-def write_merge_readme(summary: Mapping[str, Any], task: str) -> str:
-    """Returns the model card of a merged model, from the summary of `merge`."""
+def create_merge_readme(summary: Mapping[str, Any], task: str) -> str:
+    """Returns the model card of a merged model; `summary` is that of `merge`."""
     base = summary["base"]
     lines = [
-        *_front_matter(base, "finetune", task, "transformers", ["merged", summary["method"]]),
+        *_format_metadata(base, "finetune", task, "transformers", ["merged", summary["method"]]),
         f"# {summary['out'].rstrip('/').rpartition('/')[2]}",
         "",
         f"`{base['name']}` with {' and '.join(f'`{name}`' for name in summary['adapters'])} "
@@ -453,7 +454,7 @@ def write_merge_readme(summary: Mapping[str, Any], task: str) -> str:
         ]
     if summary.get("quantization"):
         lines += [
-            *_low_bits_lines(QuantConfig(**summary["quantization"]).form, summary["served"]),
+            *_format_low_bits(QuantConfig(**summary["quantization"]).form, summary["served"]),
             "",
         ]
     if summary["reason"]:
@@ -464,13 +465,13 @@ def write_merge_readme(summary: Mapping[str, Any], task: str) -> str:
             "of them.",
             "",
         ]
-    lines += _check_lines(summary.get("agreement"))
+    lines += _format_check(summary.get("agreement"))
     lines += ["## Use", "", "```sh", generate_command(summary["out"], task), "```", ""]
     return "\n".join(lines)
 
 
-def describe_difference(agreement: Mapping[str, Any]) -> str:
-    """Returns an `Agreement` as text: mean logit difference, KL divergence and top-1 agreement."""
+def format_difference(agreement: Mapping[str, Any]) -> str:
+    """Returns mean logit difference, KL divergence and top-1 agreement of an `Agreement`."""
     text = f"{agreement['mean_difference']:.2g} on average"
     return (
         text
@@ -479,11 +480,13 @@ def describe_difference(agreement: Mapping[str, Any]) -> str:
     )
 
 
-def _low_bits_lines(form: str, served: Mapping[str, Any] | None) -> list[str]:
-    lines = [f"Linear layers are stored in {form}; transformers loads them with bitsandbytes."]
+def _format_low_bits(quantization: str, served: Mapping[str, Any] | None) -> list[str]:
+    lines = [
+        f"Linear layers are stored in {quantization}; transformers loads them with bitsandbytes."
+    ]
     if served is not None:
         lines.append(
-            f"Difference from the trained model: {describe_difference(served)} over "
+            f"Difference from the trained model: {format_difference(served)} over "
             f"{served['targets']:,} targets, loss {served['loss']:.4f} (trained model: "
             f"{served['loss_reference']:.4f}). The table below is for the weights before "
             "quantization."
@@ -491,7 +494,7 @@ def _low_bits_lines(form: str, served: Mapping[str, Any] | None) -> list[str]:
     return lines
 
 
-def _check_lines(agreement: Mapping[str, Any] | None) -> list[str]:
+def _format_check(agreement: Mapping[str, Any] | None) -> list[str]:
     if agreement is None:
         return [
             "**Not verified**: written with `--no-verify`, without a comparison with base model "
@@ -504,7 +507,7 @@ def _check_lines(agreement: Mapping[str, Any] | None) -> list[str]:
         "",
         "| difference | max logit difference | mean | loss | loss before merging |",
         "|---|--:|--:|--:|--:|",
-        f"| {describe_difference(agreement)} | "
+        f"| {format_difference(agreement)} | "
         f"{agreement['max_difference']:.3g} | {agreement['mean_difference']:.2g} | "
         f"{agreement['loss']:.4f} | {agreement['loss_reference']:.4f} |",
         "",

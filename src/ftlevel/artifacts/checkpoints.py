@@ -1,8 +1,7 @@
-"""Certify checkpoints with a manifest that is written last, and find the latest intact one.
+"""Write a manifest into each complete checkpoint, and select the last valid checkpoint.
 
-A checkpoint without a manifest, or with a changed file, is incomplete and must not be resumed from.
-best-N directories contain the weights of the best model; one is kept for each checkpoint that a run
-may resume from.
+A checkpoint without a manifest, or with a changed file, cannot be resumed from. best-N directories
+contain the weights of the best model; one is kept for each checkpoint that a run may resume from.
 """
 
 from __future__ import annotations
@@ -35,11 +34,11 @@ def certify(checkpoint: Path) -> None:
 
 def listed(checkpoint: Path) -> set[str]:
     """Returns the file names in the manifest of `checkpoint`; empty without a manifest."""
-    return set(_read_manifest(checkpoint) or ())
+    return set(_load_manifest(checkpoint) or ())
 
 
-def _read_manifest(checkpoint: Path) -> dict[str, tuple[int, str]] | None:
-    """Read file → size and digest; None if the manifest is missing or invalid."""
+def _load_manifest(checkpoint: Path) -> dict[str, tuple[int, str]] | None:
+    """Returns file → (size, SHA-256); None if the manifest is missing or invalid."""
     try:
         files = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["files"]
         return {name: (int(entry["size"]), entry["sha256"]) for name, entry in files.items()}
@@ -55,11 +54,11 @@ def _read_manifest(checkpoint: Path) -> dict[str, tuple[int, str]] | None:
         return None
 
 
-def find_damage(checkpoint: Path) -> str | None:
-    """Returns the first mismatch with the manifest or non-finite tensor as text; None if intact."""
+def detect_corruption(checkpoint: Path) -> str | None:
+    """Returns the first difference from the manifest or non-finite tensor; None if valid."""
     if not (checkpoint / MANIFEST).is_file():
         return "it was not finished (no manifest)"
-    files = _read_manifest(checkpoint)
+    files = _load_manifest(checkpoint)
     if files is None:
         return "its manifest cannot be read"
     files_on_disk = {str(p.relative_to(checkpoint)) for p in checkpoint.rglob("*") if p.is_file()}
@@ -73,13 +72,13 @@ def find_damage(checkpoint: Path) -> str | None:
             return f"{name} has {size_on_disk:,} bytes, not {size:,}"
         if file_fingerprint(checkpoint / name) != digest:
             return f"{name} has changed since it was written"
-        if name.endswith(".safetensors") and (tensor := find_not_finite(checkpoint / name)):
+        if name.endswith(".safetensors") and (tensor := get_nonfinite_tensor(checkpoint / name)):
             return f"{name} has NaN or infinity in {tensor}"
     return None
 
 
-def find_not_finite(path: Path) -> str | None:
-    """Find the name of the first tensor with NaN or infinity in a .safetensors file, or None."""
+def get_nonfinite_tensor(path: Path) -> str | None:
+    """Returns the name of the first tensor with NaN or infinity in a .safetensors file, or None."""
     import torch
     from safetensors import safe_open
 
@@ -91,38 +90,38 @@ def find_not_finite(path: Path) -> str | None:
     return None
 
 
-def find_newest_intact(directory: Path) -> tuple[Path | None, list[str]]:
-    """Find the latest intact checkpoint, and a message for each newer one that is corrupted."""
+def get_last_valid_checkpoint(root_dir: Path) -> tuple[Path | None, list[str]]:
+    """Returns the last valid checkpoint, and a message for each later, corrupted one."""
     rejected: list[str] = []
-    for checkpoint in reversed(numbered(directory)):
-        damage = find_damage(checkpoint)
-        if damage is None:
+    for checkpoint in reversed(numbered(root_dir)):
+        corruption = detect_corruption(checkpoint)
+        if corruption is None:
             return checkpoint, rejected
-        rejected.append(f"{checkpoint.name}: {damage}")
+        rejected.append(f"{checkpoint.name}: {corruption}")
     return None, rejected
 
 
-def rotate(directory: Path, keep: int) -> None:
-    """Delete all certified checkpoints but the `keep` latest; others are not deleted."""
-    certified = [path for path in numbered(directory) if (path / MANIFEST).is_file()]
+def rotate(root_dir: Path, keep: int) -> None:
+    """Delete all checkpoints that have a manifest, except the last `keep`."""
+    certified = [path for path in numbered(root_dir) if (path / MANIFEST).is_file()]
     for checkpoint in certified[:-keep]:
         shutil.rmtree(checkpoint)
 
 
-def numbered(directory: Path) -> list[Path]:
-    """Returns the checkpoint-N directories of `directory`, sorted by step."""
-    matches = [(p, _NAME.fullmatch(p.name)) for p in directory.glob("checkpoint-*") if p.is_dir()]
+def numbered(root_dir: Path) -> list[Path]:
+    """Returns the checkpoint-N directories in `root_dir`, sorted by step."""
+    matches = [(p, _NAME.fullmatch(p.name)) for p in root_dir.glob("checkpoint-*") if p.is_dir()]
     return [p for p, match in sorted(((p, m) for p, m in matches if m), key=lambda i: int(i[1][1]))]
 
 
 def step_of(checkpoint: Path) -> int:
-    """Returns the step of a checkpoint, from the name."""
+    """Returns the training step of a checkpoint, which is part of its name."""
     return int(checkpoint.name.rpartition("-")[2])
 
 
-def set_aside_newer(directory: Path, checkpoint: Path | None) -> None:
-    """Rename checkpoints newer than `checkpoint` to rejected-N; all of them if it is None."""
-    for newer in numbered(directory):
+def reject_newer(root_dir: Path, checkpoint: Path | None) -> None:
+    """Rename the checkpoints after `checkpoint` to rejected-N; all of them if it is None."""
+    for newer in numbered(root_dir):
         if checkpoint is None or step_of(newer) > step_of(checkpoint):
             name, number = newer.name.replace("checkpoint", "rejected"), 1
             while newer.with_name(name).exists():
@@ -134,55 +133,54 @@ def set_aside_newer(directory: Path, checkpoint: Path | None) -> None:
 _BEST_NAME = re.compile(r"best-(\d+)")
 
 
-def best_of(directory: Path, step: int) -> Path:
-    """Returns the path of the best model at `step`."""
-    return directory / f"best-{step}"
+def best_of(root_dir: Path, step: int) -> Path:
+    """Returns the path of the best model as of `step`."""
+    return root_dir / f"best-{step}"
 
 
-def write_best(directory: Path, step: int, write: Callable[[Path], None]) -> None:
-    """Write the best model of `step` atomically by calling `write`; then call `rotate_best`."""
-    partial, target = directory / ".best.partial", best_of(directory, step)
+def save_best(root_dir: Path, step: int, save: Callable[[Path], None]) -> None:
+    """Save the best model of `step` atomically by calling `save(path)`; then call `rotate_best`."""
+    partial, target = root_dir / ".best.partial", best_of(root_dir, step)
     if target.exists() and not (target / MANIFEST).is_file():  # not written by ftlevel
         target.rename(target.with_name(f"{target.name}-kept"))
     for left in (partial, target):
         if left.exists():
             shutil.rmtree(left)
     partial.mkdir()
-    write(partial)
+    save(partial)
     certify(partial)
     partial.rename(target)
-    rotate_best(directory)
+    rotate_best(root_dir)
 
 
-def rotate_best(directory: Path) -> None:
-    """Keep the latest best model, and the best model as of each checkpoint; delete the others."""
-    best_models = _numbered_best(directory)
-    steps = [step_of(checkpoint) for checkpoint in numbered(directory)]
-    needed = {_newest(best_models, step) for step in steps} | set(best_models[-1:])
+def rotate_best(root_dir: Path) -> None:
+    """Delete best models except the latest one, and the latest one as of each checkpoint."""
+    best_models = _list_best_models(root_dir)
+    steps = [step_of(checkpoint) for checkpoint in numbered(root_dir)]
+    to_keep = {_last_before(best_models, step) for step in steps} | set(best_models[-1:])
     for path in best_models:
-        if path not in needed:
+        if path not in to_keep:
             shutil.rmtree(path)
 
 
-def delete_best_after(directory: Path, step: int) -> None:
-    """Delete the best models after `step`, where the run resumes."""
-    for path in _numbered_best(directory):
+def delete_best_after(root_dir: Path, step: int) -> None:
+    """Delete the best models after `step`, from which the run resumes."""
+    for path in _list_best_models(root_dir):
         if step_of(path) > step:
             shutil.rmtree(path)
 
 
-def forget_unreachable(directory: Path) -> None:
-    """Delete all best models of a finished run that has no checkpoint left."""
-    if not numbered(directory):
-        delete_best_after(directory, 0)
+def delete_unreachable_best(root_dir: Path) -> None:
+    """Delete all best models if the finished run has no checkpoint left."""
+    if not numbered(root_dir):
+        delete_best_after(root_dir, 0)
 
 
-def _newest(best_models: list[Path], step: int) -> Path | None:
+def _last_before(best_models: list[Path], step: int) -> Path | None:
     return next((path for path in reversed(best_models) if step_of(path) <= step), None)
 
 
-def _numbered_best(directory: Path) -> list[Path]:
-    """Returns the certified best-N directories of `directory`, sorted by step."""
-    candidates = [p for p in directory.glob("best-*") if _BEST_NAME.fullmatch(p.name)]
+def _list_best_models(root_dir: Path) -> list[Path]:
+    candidates = [p for p in root_dir.glob("best-*") if _BEST_NAME.fullmatch(p.name)]
     certified = [p for p in candidates if (p / MANIFEST).is_file()]
     return sorted(certified, key=step_of)

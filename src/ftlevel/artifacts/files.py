@@ -1,8 +1,7 @@
 """Write files and directories atomically, check output paths, and compute fingerprints.
 
 A file or directory is absent or complete even if the process is killed. Fingerprints of base models
-sample their weights and do not read all of them. Temporary directories are deleted with their
-process, or later if it was killed.
+sample their weights and do not read all of them.
 """
 
 from __future__ import annotations
@@ -24,16 +23,16 @@ from typing import Any, BinaryIO
 
 from ftlevel.errors import ConfigError, InputError, join_names
 
-_in_place: list[Path] = []
+_outputs: list[Path] = []
 """Outputs that this process has completed."""
 
 
-def describe_interrupt() -> str:
-    """Returns the message for an interrupted command: which outputs are complete, if any."""
-    complete = [path for path in _in_place if path.exists()]
-    if not complete:
+def format_interrupt() -> str:
+    """Returns the message for an interrupted command, which names its complete outputs."""
+    existing = [path for path in _outputs if path.exists()]
+    if not existing:
         return "interrupted; nothing was saved."
-    return f"interrupted; {join_names(map(str, complete))} was written before that, and is whole."
+    return f"interrupted; {join_names(map(str, existing))} was written before that, and is whole."
 
 
 def flush(path: Path) -> None:
@@ -55,7 +54,7 @@ def flush_all(directory: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write `text` atomically: to a temporary file, flushed and renamed."""
+    """Write `text` to `path` atomically: to a temporary file, which is flushed and renamed."""
     partial = path.with_name(f".{path.name}.partial")
     with partial.open("w", encoding="utf-8") as file:
         file.write(text)
@@ -66,12 +65,12 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write `value` as indented JSON, atomically."""
+    """Write `value` to `path` as indented JSON, atomically."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n")
 
 
 def read_plain(path: Path) -> str:
-    """Load the text of a regular file; raise OSError for a pipe, on which reading may block."""
+    """Returns the text of a regular file; raise OSError for a pipe, on which reading may block."""
     if path.exists() and not path.is_file():
         raise OSError(errno.EINVAL, "it is no plain file", str(path))
     return path.read_text(encoding="utf-8")
@@ -90,8 +89,8 @@ def check_regular(paths: Iterable[Path], label: str) -> None:
             )
 
 
-def check_absent(flag: str, path: Path) -> None:
-    """Raise ConfigError if an output exists or cannot be created; an empty directory is allowed."""
+def check_new_output(flag: str, path: Path) -> None:
+    """Raise ConfigError if `path` exists or cannot be created; an empty directory is allowed."""
     if path.is_dir():
         if any(path.iterdir()):
             raise ConfigError(
@@ -133,13 +132,13 @@ def atomic_directory(path: Path) -> Iterator[Path]:
         flush_all(partial)
         partial.rename(path)
         flush(path.absolute().parent)
-        _in_place.append(path)
+        _outputs.append(path)
     finally:
         _remove(partial)
 
 
-def check_file_free(flag: str, path: Path, *, overwrite: bool) -> None:
-    """Raise ConfigError if a file exists, unless `overwrite`, or if it cannot be created."""
+def check_output_file(flag: str, path: Path, *, overwrite: bool) -> None:
+    """Raise ConfigError if the file `path` exists, unless `overwrite`, or cannot be created."""
     if path.is_dir():
         raise ConfigError(f"{flag} {path} is a directory. Name a file in it.")
     if (path.exists() or path.is_symlink()) and not overwrite:
@@ -165,7 +164,7 @@ def atomic_files(*paths: Path) -> Iterator[Path]:
             flush(partial / path.name)
         for path in paths:
             (partial / path.name).replace(path)
-            _in_place.append(path)
+            _outputs.append(path)
         flush(parent)
     finally:
         _remove(partial)
@@ -189,37 +188,37 @@ def base_fingerprint(path: Path) -> str:
     Reads the first, middle and last 4 KiB of each tensor of the .safetensors files; of a .gguf
     file, 4 KiB per MiB. A fine-tuned model differs in almost every tensor.
     """
-    digest = hashlib.sha256()
+    hasher = hashlib.sha256()
     if path.is_file():
-        _sample_file(path, digest)
+        _sample_file(path, hasher)
     else:
         for file in sorted(path.glob("*.safetensors")):
-            _sample_safetensors(file, digest)
-    return digest.hexdigest()
+            _sample_safetensors(file, hasher)
+    return hasher.hexdigest()
 
 
-def base_digest(path: Path) -> str:
-    """Returns a SHA-256 of every byte of the .safetensors files, to detect small changes."""
-    digest = hashlib.sha256()
+def hash_weights(path: Path) -> str:
+    """Returns a SHA-256 of all bytes of the .safetensors files in `path`."""
+    hasher = hashlib.sha256()
     for file in sorted(path.glob("*.safetensors")):
-        digest.update(f"{file.name} {file_fingerprint(file)}\n".encode())
-    return digest.hexdigest()
+        hasher.update(f"{file.name} {file_fingerprint(file)}\n".encode())
+    return hasher.hexdigest()
 
 
-def _sample_safetensors(path: Path, digest: Any) -> None:
+def _sample_safetensors(path: Path, hasher: Any) -> None:
     with path.open("rb") as file:
-        size, header = _read_header(file, path)
+        size, header = _load_header(file, path)
         for name in sorted(key for key in header if key != "__metadata__"):
-            entry = header[name]
-            start, end = entry["data_offsets"]
-            digest.update(f"{name} {entry['dtype']} {entry['shape']}\n".encode())
+            info = header[name]
+            start, end = info["data_offsets"]
+            hasher.update(f"{name} {info['dtype']} {info['shape']}\n".encode())
             for offset in {start, (start + end) // 2, max(start, end - _SAMPLE)}:
                 file.seek(8 + size + offset)
-                digest.update(file.read(min(_SAMPLE, end - offset)))
+                hasher.update(file.read(min(_SAMPLE, end - offset)))
 
 
-def _read_header(file: BinaryIO, path: Path) -> tuple[int, dict[str, Any]]:
-    """Load length and content of a safetensors header; raise InputError if it is invalid."""
+def _load_header(file: BinaryIO, path: Path) -> tuple[int, dict[str, Any]]:
+    """Returns length and content of a safetensors header; raise InputError if it is invalid."""
     try:
         (size,) = struct.unpack("<Q", file.read(8))
         if size > path.stat().st_size:
@@ -245,38 +244,38 @@ def _read_header(file: BinaryIO, path: Path) -> tuple[int, dict[str, Any]]:
     return size, header
 
 
-def _sample_file(path: Path, digest: Any) -> None:
+def _sample_file(path: Path, hasher: Any) -> None:
     size = path.stat().st_size
-    digest.update(str(size).encode())
+    hasher.update(str(size).encode())
     with path.open("rb") as file:
         for offset in range(0, size, 1 << 20):
             file.seek(offset)
-            digest.update(file.read(_SAMPLE))
+            hasher.update(file.read(_SAMPLE))
 
 
 def sampled_fingerprint(path: Path) -> str:
-    """Returns a SHA-256 of the size of a file and of 4 KiB per MiB."""
-    digest = hashlib.sha256()
-    _sample_file(path, digest)
-    return digest.hexdigest()
+    """Returns a SHA-256 of the size of the file `path` and of 4 KiB per MiB."""
+    hasher = hashlib.sha256()
+    _sample_file(path, hasher)
+    return hasher.hexdigest()
 
 
 def rows_fingerprint(rows: Iterable[Mapping[str, Any]]) -> str:
     """Returns a SHA-256 of `rows`, which depends on their order."""
-    digest = hashlib.sha256()
+    hasher = hashlib.sha256()
     for row in rows:
-        digest.update(json.dumps(row, sort_keys=True, ensure_ascii=False, default=str).encode())
-        digest.update(b"\n")
-    return digest.hexdigest()
+        hasher.update(json.dumps(row, sort_keys=True, ensure_ascii=False, default=str).encode())
+        hasher.update(b"\n")
+    return hasher.hexdigest()
 
 
 def file_fingerprint(path: Path) -> str:
     """Returns the SHA-256 of a file."""
-    digest = hashlib.sha256()
+    hasher = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+            hasher.update(block)
+    return hasher.hexdigest()
 
 
 try:
@@ -285,7 +284,7 @@ except ImportError:  # Windows: no locks, no sweep
     fcntl = None  # type: ignore[assignment]
 
 _PREFIX = "ftlevel-"
-_MARKER = ".ftlevel-workspace"
+_LOCK_DIR = ".ftlevel-workspace"
 """Subdirectory locked with flock while the process lives; a directory without it is not ours."""
 
 _MAX_AGE = 24 * 3600
@@ -301,7 +300,7 @@ class Workspace:
     def __init__(self, name: str) -> None:
         self._outer = tempfile.TemporaryDirectory(prefix=f"{_PREFIX}{name}-")
         outer = Path(self._outer.name)
-        (outer / _MARKER).mkdir()
+        (outer / _LOCK_DIR).mkdir()
         descriptor = _lock(outer)
         self._unlock = (
             weakref.finalize(self, os.close, descriptor) if descriptor is not None else None
@@ -327,23 +326,23 @@ def sweep(parent: Path) -> None:
     """Delete this user's old, unlocked workspaces in `parent`."""
     if fcntl is None:
         return
-    for folder in parent.glob(f"{_PREFIX}*"):
+    for path in parent.glob(f"{_PREFIX}*"):
         with contextlib.suppress(OSError):
-            marker = (folder / _MARKER).lstat()
-            is_old = time.time() - marker.st_mtime > _MAX_AGE
-            if not is_old or marker.st_uid != os.getuid() or folder.is_symlink():
+            lock_stat = (path / _LOCK_DIR).lstat()
+            is_old = time.time() - lock_stat.st_mtime > _MAX_AGE
+            if not is_old or lock_stat.st_uid != os.getuid() or path.is_symlink():
                 continue
-            descriptor = _lock(folder)
+            descriptor = _lock(path)
             if descriptor is not None:
-                shutil.rmtree(folder, ignore_errors=True)
+                shutil.rmtree(path, ignore_errors=True)
                 os.close(descriptor)
 
 
-def _lock(folder: Path) -> int | None:
-    """Lock `folder` and return the file descriptor, or None if it cannot be locked."""
+def _lock(path: Path) -> int | None:
+    """Returns the file descriptor of the lock on `path`, or None if it cannot be locked."""
     if fcntl is None:
         return None
-    descriptor = os.open(folder / _MARKER, os.O_RDONLY)
+    descriptor = os.open(path / _LOCK_DIR, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:  # locked by another process, or locks unsupported

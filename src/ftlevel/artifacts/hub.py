@@ -14,8 +14,8 @@ from ftlevel.config.output import HubSection
 from ftlevel.errors import ConfigError, RunError
 
 
-def find_repository(name: str) -> str:
-    """Find the full name of the repository `name`, after checking that the user may write to it.
+def get_repo_id(name: str) -> str:
+    """Returns the full id of the repository `name`, after checking that the user may write to it.
 
     Raises ConfigError if the name is invalid, nobody is logged in, or the Hub does not respond.
     """
@@ -41,10 +41,10 @@ def find_repository(name: str) -> str:
             f"{flag}: the Hub is not reachable ({_first_line(error)}). Nothing was done. Drop "
             f"the flag and upload the result later with hf upload."
         ) from None
-    return _with_owner(name, user, flag)
+    return _add_namespace(name, user, flag)
 
 
-def _with_owner(name: str, user: dict[str, Any], flag: str) -> str:
+def _add_namespace(name: str, user: dict[str, Any], flag: str) -> str:
     token = (user.get("auth") or {}).get("accessToken") or {}
     if token.get("role") == "read":
         raise ConfigError(
@@ -63,41 +63,41 @@ def _with_owner(name: str, user: dict[str, Any], flag: str) -> str:
 
 @dataclass(frozen=True)
 class Upload:
-    """Target of an upload: repository `name` (None: no upload); `private` if it is created."""
+    """Upload to the repository `name` (None: no upload), created as `private` if it is new."""
 
     name: str | None
     private: bool
 
     def send(self, paths: Sequence[Path], summary: dict[str, Any]) -> None:
-        """Upload a directory, or files in one, and store the URL in `summary["hub"]` (modified).
+        """Upload a directory or files in one, and store the URL as `summary["hub"]`.
 
         Raises RunError if the upload fails; the local files are complete.
         """
         if self.name is None:
             return
-        is_one = len(paths) == 1 and paths[0].is_dir()
-        folder = paths[0] if is_one else paths[0].parent
-        files = [] if is_one else [path.name for path in paths]
+        is_dir = len(paths) == 1 and paths[0].is_dir()
+        folder = paths[0] if is_dir else paths[0].parent
+        files = [] if is_dir else [path.name for path in paths]
         summary["hub"] = push(folder, self.name, private=self.private, files=files)
 
 
 def plan_upload(config: HubSection) -> Upload:
-    """Returns the upload that `config` requests; raises ConfigError like `find_repository`."""
+    """Returns the upload that `config` requests; raises ConfigError like `get_repo_id`."""
     name = config.push_to_hub
-    return Upload(None if name is None else find_repository(name), config.hub_private)
+    return Upload(None if name is None else get_repo_id(name), config.hub_private)
 
 
 def push(folder: Path, name: str, *, private: bool, files: Sequence[str] = ()) -> str:
-    """Upload `folder`, or only `files` of it; return the URL. Raise RunError if the Hub refuses."""
+    """Upload `folder`, or only `files` in it; return the URL. Raises RunError if this fails."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError
 
     api = HfApi()
     include = "".join(f" --include {file}" for file in files)
     try:
-        repository = api.create_repo(name, private=private, exist_ok=True)
+        repo_url = api.create_repo(name, private=private, exist_ok=True)
         api.upload_folder(
-            repo_id=repository.repo_id,
+            repo_id=repo_url.repo_id,
             folder_path=folder,
             commit_message="Upload by ftlevel",
             allow_patterns=list(files) or None,
@@ -107,7 +107,7 @@ def push(folder: Path, name: str, *, private: bool, files: Sequence[str] = ()) -
             f"--push-to-hub {name}: the upload failed ({_first_line(error)}). The result is "
             f"complete on this disk. Upload it with: hf upload {name} {folder}{include}"
         ) from None
-    return str(repository)
+    return str(repo_url)
 
 
 def _first_line(error: Exception) -> str:

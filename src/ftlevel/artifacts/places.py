@@ -1,8 +1,8 @@
 """Resolve the local files of a run after it has been moved.
 
 config.yaml contains absolute paths; places.json contains paths relative to the run directory, so
-that a folder with run, model and data can be moved. The first existing path is used. If both paths
-of the base model exist, the one with the run's weights is used.
+that a folder with run, model and data can be moved. The first existing path is used; for the base
+model, the one with the weights of the run.
 """
 
 from __future__ import annotations
@@ -41,107 +41,104 @@ DATA_PATHS = ("data.dataset", "data.also", "data.validation_file", "data.qrels",
 
 def make_paths_absolute(values: Mapping[str, Any]) -> dict[str, Any]:
     """Returns `values` of a configuration with local paths made absolute."""
-    return _with_places(values, lambda _, place: str(Path(place).expanduser().absolute()))
+    return _map_paths(values, lambda _, place: str(Path(place).expanduser().absolute()))
 
 
-def write_relative_paths(directory: RunDirectory, values: Mapping[str, Any]) -> None:
-    """Write places.json: absolute path in config.yaml → path relative to the run."""
+def save_relative_paths(run_dir: RunDirectory, values: Mapping[str, Any]) -> None:
+    """Save places.json: absolute path in config.yaml → path relative to the run."""
     relative_paths: dict[str, str] = {}
 
-    def note(_: str, path: str) -> str:
-        relative_paths[path] = relative_path(Path(path), directory.path)
+    def collect(_: str, path: str) -> str:
+        relative_paths[path] = relative_path(Path(path), run_dir.path)
         return path
 
-    _with_places(make_paths_absolute(values), note)
+    _map_paths(make_paths_absolute(values), collect)
     write_json(
-        directory.path / PLACES,
+        run_dir.path / PLACES,
         {absolute: path for absolute, path in relative_paths.items() if path},
     )
 
 
-def relative_path(path: Path, directory: Path) -> str:
-    """Returns `path` relative to `directory`; empty if there is none, as between drives."""
+def relative_path(path: Path, start: Path) -> str:
+    """Returns `path` relative to `start`; empty if there is none, as between Windows drives."""
     path = path.expanduser().absolute()
     try:
-        return os.path.relpath(path.parent.resolve() / path.name, directory.resolve())
+        return os.path.relpath(path.parent.resolve() / path.name, start.resolve())
     except ValueError:
         return ""
 
 
-def resolve_relative(relative: str, directory: Path) -> Path:
-    """Returns the path that is `relative` to `directory`."""
-    return Path(os.path.normpath(directory.resolve() / relative))
+def resolve_relative(relative: str, start: Path) -> Path:
+    """Returns the path that is `relative` to `start`."""
+    return Path(os.path.normpath(start.resolve() / relative))
 
 
-def read_run(directory: Path) -> Layer:
-    """Load config.yaml of a run, with the current paths of its files.
+def load_run_config(run_dir: Path) -> Layer:
+    """Load config.yaml of a run, with the current paths of its files if they were moved."""
+    layer = read_recipe(run_dir / CONFIG)
+    relative, weights = _load_json(run_dir / PLACES), _load_base_fingerprint(run_dir)
 
-    Missing files keep their recorded path; see `check_paths`. Raises ConfigError if unreadable.
-    """
-    layer = read_recipe(directory / CONFIG)
-    relative, weights = _read_json(directory / PLACES), _weights_of(directory)
-
-    def now(field: str, recorded: str) -> str:
-        existing = [path for path in _candidates(recorded, relative, directory) if _is_there(path)]
+    def get_current_path(field: str, original: str) -> str:
+        existing = [path for path in _candidates(original, relative, run_dir) if _exists(path)]
         if field == "model.name_or_path" and weights is not None and len(existing) > 1:
             existing = [path for path in existing if base_fingerprint(path) == weights] or existing
-        return str(existing[0]) if existing else recorded
+        return str(existing[0]) if existing else original
 
-    return Layer(_with_places(layer.values, now), layer.origins)
+    return Layer(_map_paths(layer.values, get_current_path), layer.origins)
 
 
-def check_paths(directory: Path, values: Mapping[str, Any], names: Sequence[str] = ()) -> None:
+def check_paths(run_dir: Path, values: Mapping[str, Any], names: Sequence[str] = ()) -> None:
     """Raise ConfigError, with a line per file, if files in `values` are missing.
 
-    Only the given dotted `names` are checked; all if empty.
+    Only the fields in `names`, such as `data.dataset`, are checked; all of them if it is empty.
     """
-    relative, problems = _read_json(directory / PLACES), []
+    relative, missing = _load_json(run_dir / PLACES), []
 
-    def look(field: str, recorded: str) -> str:
+    def check(field: str, original: str) -> str:
         if names and field not in names:
-            return recorded
-        if recorded == IN_MEMORY:
-            problems.append(
-                f"{directory} was trained on rows in memory, which are not saved. Pass --dataset "
+            return original
+        if original == IN_MEMORY:
+            missing.append(
+                f"{run_dir} was trained on rows in memory, which are not saved. Pass --dataset "
                 f"FILE, or the same rows in Python."
             )
-        elif recorded in relative and not _is_there(Path(recorded)):
-            tried = [str(path) for path in _candidates(recorded, relative, directory)]
-            problems.append(
-                f"{directory}: {field} is not where it was, and was looked for at "
-                f"{join_names(tried)}. Name its place: {_FIELDS[field]} PATH."
+        elif original in relative and not _exists(Path(original)):
+            candidates = [str(path) for path in _candidates(original, relative, run_dir)]
+            missing.append(
+                f"{run_dir}: {field} is not where it was, and was looked for at "
+                f"{join_names(candidates)}. Name its place: {_FIELDS[field]} PATH."
             )
-        return recorded
+        return original
 
-    _with_places(values, look, every=True)
-    if problems:
-        raise ConfigError(list(dict.fromkeys(problems)))
-
-
-def _candidates(path: str, relative: Mapping[str, str], directory: Path) -> list[Path]:
-    moved = [resolve_relative(relative[path], directory)] if path in relative else []
-    return list(dict.fromkeys([*moved, Path(path)]))
+    _map_paths(values, check, include_hub=True)
+    if missing:
+        raise ConfigError(list(dict.fromkeys(missing)))
 
 
-def _with_places(
-    values: Mapping[str, Any], change: Callable[[str, str], str], *, every: bool = False
+def _candidates(path: str, relative: Mapping[str, str], run_dir: Path) -> list[Path]:
+    new_paths = [resolve_relative(relative[path], run_dir)] if path in relative else []
+    return list(dict.fromkeys([*new_paths, Path(path)]))
+
+
+def _map_paths(
+    values: Mapping[str, Any], function: Callable[[str, str], str], *, include_hub: bool = False
 ) -> dict[str, Any]:
-    """Returns `values` with `change` applied to local paths; with `every`, to Hub names too."""
-    changed = {k: dict(v) if isinstance(v, Mapping) else v for k, v in values.items()}
+    """Returns `values` with `function(field, path)` applied to local paths (and Hub names)."""
+    result = {k: dict(v) if isinstance(v, Mapping) else v for k, v in values.items()}
 
-    def new(field: str, value: Any) -> Any:
+    def map_value(field: str, value: Any) -> Any:
         if isinstance(value, list | tuple):
-            return [new(field, item) for item in value]
-        return change(field, value) if every or _is_path(field, value) else value
+            return [map_value(field, item) for item in value]
+        return function(field, value) if include_hub or _is_path(field, value) else value
 
-    for field, section, name in _parts():
-        fields = changed.get(section)
+    for field, section, name in _split_fields():
+        fields = result.get(section)
         if isinstance(fields, dict) and fields.get(name):
-            fields[name] = new(field, fields[name])
-    return changed
+            fields[name] = map_value(field, fields[name])
+    return result
 
 
-def _parts() -> Iterator[tuple[str, str, str]]:
+def _split_fields() -> Iterator[tuple[str, str, str]]:
     for field in _FIELDS:
         section, _, name = field.partition(".")
         yield field, section, name
@@ -158,15 +155,15 @@ def _is_path(field: str, value: str) -> bool:
         return False  # name of a built-in template
     if field == "preference.reference" and value in (START, NO_REFERENCE):
         return False
-    return path.is_absolute() or _is_there(path)
+    return path.is_absolute() or _exists(path)
 
 
-def _is_there(path: Path) -> bool:
+def _exists(path: Path) -> bool:
     return path.exists() or bool(glob(str(path), recursive=True))  # noqa: PTH207 - as match_files
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    """Load the object in the file; empty if the file does not exist."""
+def _load_json(path: Path) -> dict[str, Any]:
+    """Returns the JSON object in a file; empty if the file does not exist."""
     try:
         content = json.loads(read_plain(path))
     except FileNotFoundError:
@@ -176,6 +173,6 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def _weights_of(directory: Path) -> str | None:
-    """Returns the fingerprint of the weights that the run had at the start; None if unknown."""
-    return _read_json(directory / "checkpoints" / ORIGIN).get("model.fingerprint")
+def _load_base_fingerprint(run_dir: Path) -> str | None:
+    """Returns the fingerprint of the base model when the run started; None if unknown."""
+    return _load_json(run_dir / "checkpoints" / ORIGIN).get("model.fingerprint")

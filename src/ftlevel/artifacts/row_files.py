@@ -15,19 +15,19 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, ClassVar
 
-from ftlevel.artifacts.files import check_file_free
+from ftlevel.artifacts.files import check_output_file
 from ftlevel.artifacts.row_sinks import (
     Row,
     RowColumns,
     RowFile,
-    describe_columns,
+    format_columns_error,
     partial_of,
     to_cell,
     to_json,
 )
 from ftlevel.errors import ConfigError, InputError, join_names
 
-_LONGEST = min(sys.maxsize, 2**31 - 1)  # no limit on the length of cells
+_MAX_CELL_SIZE = min(sys.maxsize, 2**31 - 1)  # no limit on the length of cells
 
 
 class _TextFile(RowFile):
@@ -36,26 +36,26 @@ class _TextFile(RowFile):
     def __init__(self, path: Path, columns: RowColumns) -> None:
         super().__init__(path, columns)
         self._file: IO[str] | None = None
-        self._ends: int = 0  # offset after the last complete row or the header
+        self._end_offset: int = 0  # offset after the last complete row or the header
 
-    def open(self, keep: int) -> None:  # noqa: ARG002 - `read_back` sets `_ends`
+    def open(self, keep: int) -> None:  # noqa: ARG002 - `load_existing` sets `_end_offset`
         """Open the file for appending after the first `keep` rows."""
         existing = self.existing
-        if existing is None or not self._ends:
+        if existing is None or not self._end_offset:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             mode = "x" if existing is None else "w"
             self._file = self.partial.open(mode, encoding="utf-8", newline="")
-            self._begin()
+            self._append_header()
             return
         if existing == self.path:
             self.path.replace(self.partial)
-        os.truncate(self.partial, self._ends)
+        os.truncate(self.partial, self._end_offset)
         self._file = self.partial.open("a", encoding="utf-8", newline="")
 
-    def _begin(self) -> None:
+    def _append_header(self) -> None:
         """Write the text before the first row, if any."""
 
-    def _put(self, text: str) -> None:
+    def _append_text(self, text: str) -> None:
         if self._file is None:
             raise RuntimeError("the file is not open")
         self._file.write(text)
@@ -73,7 +73,7 @@ class JsonLinesFile(_TextFile):
 
     is_table = False
 
-    def read_back(self) -> Iterator[Any]:
+    def load_existing(self) -> Iterator[Any]:
         """Yields the objects of complete lines, without the predicted columns."""
         existing = self.existing
         if existing is None:
@@ -88,17 +88,17 @@ class JsonLinesFile(_TextFile):
                     return
                 missing = [name for name in self.columns.answers if name not in row]
                 if missing:
-                    raise InputError(describe_columns(existing, missing))
-                self._ends += len(line)
+                    raise InputError(format_columns_error(existing, missing))
+                self._end_offset += len(line)
                 yield {k: v for k, v in row.items() if k not in self.columns.answers}
 
-    def as_written(self, row: Row) -> Any:
-        """Returns the row as `read_back` yields it, by a round trip through JSON."""
+    def normalize(self, row: Row) -> Any:
+        """Returns the row after a round trip through JSON, as `load_existing` yields it."""
         return json.loads(to_json(row))
 
     def write(self, rows: Sequence[Row]) -> None:
         """Append one line per row."""
-        self._put("".join(to_json(row) + "\n" for row in rows))
+        self._append_text("".join(to_json(row) + "\n" for row in rows))
 
 
 class CommaSeparatedFile(_TextFile):
@@ -110,42 +110,44 @@ class CommaSeparatedFile(_TextFile):
     def _header(self) -> list[str]:
         return [*self.columns.names, *self.columns.answers]
 
-    def _begin(self) -> None:
-        self._put(self._lines([self._header]))
+    def _append_header(self) -> None:
+        self._append_text(self._lines([self._header]))
 
-    def read_back(self) -> Iterator[Any]:
+    def load_existing(self) -> Iterator[Any]:
         """Yields the cells of complete rows, without the predicted columns."""
         existing = self.existing
         if existing is None:
             return
-        width, limit = len(self.columns.names), csv.field_size_limit(_LONGEST)
+        width, limit = len(self.columns.names), csv.field_size_limit(_MAX_CELL_SIZE)
         with existing.open("rb") as file:
-            lines = _Counted(file)
+            lines = _DecodedFile(file)
             cells = csv.reader(lines, delimiter=self.separator, strict=True)
             try:
                 columns = next(cells, None)
-                if columns is None or not lines.is_whole:
+                if columns is None or not lines.has_newline:
                     return
                 if columns != self._header:
-                    raise InputError(describe_columns(existing, columns, self._header))
-                self._ends = lines.bytes
+                    raise InputError(format_columns_error(existing, columns, self._header))
+                self._end_offset = lines.bytes
                 for row in cells:
-                    if not lines.is_whole or len(row) != len(columns):
+                    if not lines.has_newline or len(row) != len(columns):
                         return
-                    self._ends = lines.bytes
+                    self._end_offset = lines.bytes
                     yield row[:width]
             except (csv.Error, UnicodeDecodeError):
                 return  # truncated inside quotes or a character
             finally:
                 csv.field_size_limit(limit)
 
-    def as_written(self, row: Row) -> Any:
+    def normalize(self, row: Row) -> Any:
         """Returns the cells of a row, without the predicted columns."""
         return [to_cell(row.get(name)) for name in self.columns.names]
 
     def write(self, rows: Sequence[Row]) -> None:
         """Append rows of cells."""
-        self._put(self._lines([to_cell(row.get(name)) for name in self._header] for row in rows))
+        self._append_text(
+            self._lines([to_cell(row.get(name)) for name in self._header] for row in rows)
+        )
 
     def _lines(self, rows: Iterable[Sequence[str]]) -> str:
         text = io.StringIO()
@@ -166,18 +168,18 @@ class TabSeparatedFile(CommaSeparatedFile):
     separator = "\t"
 
 
-class _Counted:
-    """Decoded lines of a file, with the number of bytes read."""
+class _DecodedFile:
+    """Decoded lines of a file; `bytes` is the number of bytes read."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
         self.bytes = 0
-        self.is_whole = False
+        self.has_newline = False
 
     def __iter__(self) -> Iterator[str]:
         for line in self._file:
             self.bytes += len(line)
-            self.is_whole = line.endswith(b"\n")
+            self.has_newline = line.endswith(b"\n")
             yield line.decode("utf-8")
 
 
@@ -193,29 +195,31 @@ class ParquetFile(RowFile):
         self._writer: Any = None
         self._sink: Any = None
         if columns.schema is not None and "embedding" not in columns.answers.values():
-            self._schema = self._with_answers(columns.schema, ())
+            self._schema = self._add_predicted_columns(columns.schema, ())
 
-    def _with_answers(self, schema: Any, rows: Sequence[Row]) -> Any:
-        for name, kind in self.columns.answers.items():
+    def _add_predicted_columns(self, schema: Any, rows: Sequence[Row]) -> Any:
+        for name, column_type in self.columns.answers.items():
             values = [row[name] for row in rows if row.get(name) is not None]
-            width = len(values[0]) if kind == "embedding" and values else -1
-            schema = schema.append(_arrow_field(name, kind, width))
+            width = len(values[0]) if column_type == "embedding" and values else -1
+            schema = schema.append(_arrow_field(name, column_type, width))
         return schema
 
-    def read_back(self) -> Iterator[Any]:
+    def load_existing(self) -> Iterator[Any]:
         """Yields the values of complete batches, without the predicted columns."""
         existing = self.existing
         names = self.columns.names
         for batch in _batches(existing) if existing is not None else ():
             if existing is not None and batch.schema.names != [*names, *self.columns.answers]:
                 raise InputError(
-                    describe_columns(existing, batch.schema.names, [*names, *self.columns.answers])
+                    format_columns_error(
+                        existing, batch.schema.names, [*names, *self.columns.answers]
+                    )
                 )
             self._schema = batch.schema
             for row in batch.select(names).to_pylist(maps_as_pydicts="lossy"):
-                yield self.as_written(row)
+                yield self.normalize(row)
 
-    def as_written(self, row: Row) -> Any:
+    def normalize(self, row: Row) -> Any:
         """Returns the values of a row as text, so that NaN equals itself; null keys are omitted."""
         return [repr(_without_null_keys(row.get(name))) for name in self.columns.names]
 
@@ -237,7 +241,9 @@ class ParquetFile(RowFile):
 
         try:
             if self._schema is None:
-                self._schema = self._with_answers(self.columns.schema or self._infer(rows), rows)
+                self._schema = self._add_predicted_columns(
+                    self.columns.schema or self._infer_schema(rows), rows
+                )
             batch = pa.RecordBatch.from_pylist(list(rows), schema=self._schema)
         except (pa.ArrowException, OverflowError) as error:
             first = str(error).splitlines()[0].rstrip(".")
@@ -247,8 +253,7 @@ class ParquetFile(RowFile):
             ) from None
         self._append(batch)
 
-    def _infer(self, rows: Sequence[Row]) -> Any:
-        """Returns the schema of the input columns of `rows`."""
+    def _infer_schema(self, rows: Sequence[Row]) -> Any:
         import pyarrow as pa
 
         names = self.columns.names
@@ -275,7 +280,7 @@ class ParquetFile(RowFile):
             self._sink.close()
             self._sink = None
 
-    def finish(self) -> None:
+    def finalize(self) -> None:
         """Convert the stream to the Parquet file at `path`."""
         import pyarrow as pa
         import pyarrow.parquet as pq  # type: ignore[import-untyped]
@@ -283,14 +288,14 @@ class ParquetFile(RowFile):
         self.close()
         complete = self.path.with_name(f".{self.path.name}.made")
         with pq.ParquetWriter(complete, self._schema) as writer:
-            waiting: list[Any] = []
+            pending: list[Any] = []
             for batch in _batches(self.partial):
-                waiting.append(batch)
-                if sum(b.num_rows for b in waiting) >= _ROW_GROUP:
-                    writer.write_table(pa.Table.from_batches(waiting))
-                    waiting = []
-            if waiting:
-                writer.write_table(pa.Table.from_batches(waiting))
+                pending.append(batch)
+                if sum(b.num_rows for b in pending) >= _ROW_GROUP:
+                    writer.write_table(pa.Table.from_batches(pending))
+                    pending = []
+            if pending:
+                writer.write_table(pa.Table.from_batches(pending))
         with complete.open("rb") as file:
             os.fsync(file.fileno())
         complete.replace(self.path)
@@ -322,14 +327,16 @@ def _batches(path: Path) -> Iterator[Any]:
             return
 
 
-_ANSWER = {"answer": "string", "probability": "float64"}
+_RANKING_FIELDS = {"answer": "string", "probability": "float64"}
 
 
-def _arrow_field(name: str, kind: str, width: int) -> Any:
-    """Returns the Arrow field of a column of type `kind`; `width`: of embeddings, -1 if unknown."""
+def _arrow_field(name: str, column_type: str, width: int) -> Any:
+    """Returns the Arrow field of a column; `width` is that of embeddings, -1 if unknown."""
     import pyarrow as pa
 
-    ranking = pa.list_(pa.struct([(key, pa.type_for_alias(t)) for key, t in _ANSWER.items()]))
+    ranking = pa.list_(
+        pa.struct([(key, pa.type_for_alias(t)) for key, t in _RANKING_FIELDS.items()])
+    )
     types = {
         "text": pa.string(),
         "texts": pa.list_(pa.string()),
@@ -340,14 +347,13 @@ def _arrow_field(name: str, kind: str, width: int) -> Any:
         "rankings": pa.list_(ranking),
         "embedding": pa.list_(pa.float32(), width),
     }
-    return pa.field(name, types[kind])
+    return pa.field(name, types[column_type])
 
 
 class NumpyFile(RowFile):
-    """A NumPy array of the embeddings, `(rows, dims)` in float32; NaN for rows without one.
+    """A float32 NumPy array of embeddings, `(rows, dims)`; NaN for rows without one.
 
-    Until it is complete, the header declares 0 rows. The array has no columns that identify rows,
-    so when a file is resumed, only the number of rows is checked.
+    Until it is complete, the header declares 0 rows. On resume only the number of rows is checked.
     """
 
     def __init__(self, path: Path, columns: RowColumns) -> None:
@@ -357,7 +363,7 @@ class NumpyFile(RowFile):
         self._file: IO[bytes] | None = None
         self._width, self._rows, self._skipped = 0, 0, 0
 
-    def read_back(self) -> Iterator[Any]:
+    def load_existing(self) -> Iterator[Any]:
         """Yields None for each complete row, as rows cannot be identified."""
         import numpy as np
 
@@ -370,8 +376,8 @@ class NumpyFile(RowFile):
         for _ in range(size // (4 * self._width)):
             yield None
 
-    def as_written(self, row: Row) -> Any:  # noqa: ARG002 - input columns are not written
-        """Returns None, as `read_back` does for every row."""
+    def normalize(self, row: Row) -> Any:  # noqa: ARG002 - input columns are not written
+        """Returns None, as `load_existing` does for every row."""
         return None
 
     def open(self, keep: int) -> None:
@@ -426,10 +432,10 @@ class NumpyFile(RowFile):
             self._file.close()
             self._file = None
 
-    def finish(self) -> None:
+    def finalize(self) -> None:
         """Write the number of rows into the header, and rename the file to `path`."""
         self._write_header(self._rows)
-        super().finish()
+        super().finalize()
 
 
 ROW_FILES: dict[str, type[RowFile]] = {
@@ -457,7 +463,7 @@ def row_file_type(flag: str, path: Path) -> type[RowFile]:
 def check_row_file(flag: str, path: Path, *, resume: bool, overwrite: bool) -> None:
     """Raise ConfigError if `path` cannot be written, or exists without `resume` or `overwrite`."""
     row_file_type(flag, path)
-    check_file_free(flag, path, overwrite=overwrite or resume)
+    check_output_file(flag, path, overwrite=overwrite or resume)
     partial = partial_of(path)
     if partial.exists() and not (resume or overwrite):
         raise ConfigError(
@@ -466,10 +472,10 @@ def check_row_file(flag: str, path: Path, *, resume: bool, overwrite: bool) -> N
         )
 
 
-def write_rows(path: Path, rows: Sequence[Row]) -> None:
-    """Write `rows`, whose keys may differ, atomically to one file."""
+def save_rows(path: Path, rows: Sequence[Row]) -> None:
+    """Save `rows`, whose keys may differ, atomically in one file."""
     names = list(dict.fromkeys(name for row in rows for name in row))
     file = row_file_type("", path)(path, RowColumns(names))
     file.open(0)
     file.write(rows)
-    file.finish()
+    file.finalize()

@@ -15,16 +15,16 @@ from pathlib import Path
 from statistics import fmean
 from typing import IO, Any, ClassVar, Protocol
 
-from ftlevel.artifacts.run_directory import read_objects
+from ftlevel.artifacts.run_directory import load_jsonl
 from ftlevel.errors import join_names
 
-BANDS = 5
-"""Number of length bands in `RolloutFacts.lengths`."""
+NUM_BINS = 5
+"""Number of length bands in `RolloutStats.lengths`."""
 
 
 @dataclass(frozen=True)
-class ShownCompletion:
-    """A completion for the report; `which` says why it is printed."""
+class CompletionSample:
+    """A completion for the report; `which` says why it is shown, e.g. "best, last step"."""
 
     which: str
     step: int
@@ -36,41 +36,45 @@ class ShownCompletion:
 
 
 @dataclass(frozen=True)
-class RolloutFacts:
+class RolloutStats:
     """Best and worst completions of the first and the last step, and the reward by length.
 
-    `lengths` has for each range of lengths in the last step: minimum and maximum tokens, number of
+    `lengths` has for each bin of lengths in the last step: minimum and maximum tokens, number of
     completions, and mean reward.
     """
 
-    shown: list[ShownCompletion]
+    shown: list[CompletionSample]
     lengths: list[tuple[int, int, int, float]]
 
 
-def read_rollouts(path: Path) -> list[dict[str, Any]]:
+def load_rollouts(path: Path) -> list[dict[str, Any]]:
     """Returns the complete lines of a rollouts.jsonl; empty if there is none."""
-    return [record for record in read_objects(path) if isinstance(record.get("step"), int)]
+    return [record for record in load_jsonl(path) if isinstance(record.get("step"), int)]
 
 
-def summarize_rollouts(path: Path) -> RolloutFacts | None:
-    """Returns what a report shows of a rollouts.jsonl; None if it has no scored completions."""
-    lines = read_rollouts(path)
+def summarize_rollouts(path: Path) -> RolloutStats | None:
+    """Returns the statistics of a rollouts.jsonl; None if it has no scored completions."""
+    lines = load_rollouts(path)
     steps = sorted({line["step"] for line in lines})
     if not steps:
         return None
-    ends = dict.fromkeys((steps[0], steps[-1]))
+    first_and_last = dict.fromkeys((steps[0], steps[-1]))
     of_steps = [
         _completions(lines, step, name)
-        for step, name in zip(ends, ("first step", "last step"), strict=False)
+        for step, name in zip(first_and_last, ("first step", "last step"), strict=False)
     ]
-    completions = [completion for of_step in of_steps for completion in _ends(of_step)]
-    return RolloutFacts(completions, _by_length(of_steps[-1])) if completions else None
+    completions = [
+        completion for of_step in of_steps for completion in _select_best_and_worst(of_step)
+    ]
+    return RolloutStats(completions, _by_length(of_steps[-1])) if completions else None
 
 
-def _completions(lines: Sequence[Mapping[str, Any]], step: int, name: str) -> list[ShownCompletion]:
-    """Returns the scored completions of a step, with `which` set to `name`."""
+def _completions(
+    lines: Sequence[Mapping[str, Any]], step: int, name: str
+) -> list[CompletionSample]:
+    """Returns the scored completions of a step; `name` becomes their `which`."""
     return [
-        ShownCompletion(
+        CompletionSample(
             name,
             step,
             _text_of(line["prompt"]),
@@ -86,45 +90,40 @@ def _completions(lines: Sequence[Mapping[str, Any]], step: int, name: str) -> li
     ]
 
 
-def _ends(completions: Sequence[ShownCompletion]) -> list[ShownCompletion]:
-    """Returns the best and the worst completion, with "best" and "worst" added to `which`."""
+def _select_best_and_worst(completions: Sequence[CompletionSample]) -> list[CompletionSample]:
     if not completions:
         return []
     ordered = sorted(completions, key=lambda completion: completion.reward)
-    ends = (("best", ordered[-1]), ("worst", ordered[0]))
-    return [replace(shown, which=f"{name}, {shown.which}") for name, shown in ends]
+    selected = (("best", ordered[-1]), ("worst", ordered[0]))
+    return [replace(shown, which=f"{name}, {shown.which}") for name, shown in selected]
 
 
-def _by_length(completions: Sequence[ShownCompletion]) -> list[tuple[int, int, int, float]]:
+def _by_length(completions: Sequence[CompletionSample]) -> list[tuple[int, int, int, float]]:
     ordered = sorted(completions, key=lambda completion: completion.tokens)
-    if len({completion.tokens for completion in ordered}) < BANDS:
+    if len({completion.tokens for completion in ordered}) < NUM_BINS:
         return []
-    bands = [
-        ordered[len(ordered) * at // BANDS : len(ordered) * (at + 1) // BANDS]
-        for at in range(BANDS)
+    bins = [
+        ordered[len(ordered) * at // NUM_BINS : len(ordered) * (at + 1) // NUM_BINS]
+        for at in range(NUM_BINS)
     ]
     return [
-        (band[0].tokens, band[-1].tokens, len(band), fmean(c.reward for c in band))
-        for band in bands
+        (band[0].tokens, band[-1].tokens, len(band), fmean(c.reward for c in band)) for band in bins
     ]
 
 
 def _text_of(prompt: Any) -> str:
-    """Returns the prompt as text: the last message, if it is a list of messages."""
+    """Returns the prompt as text; of a list of messages, the content of the last one."""
     if isinstance(prompt, list):
         return str(prompt[-1].get("content", "")) if prompt else ""
     return str(prompt)
 
 
 def to_json(row: Mapping[str, Any]) -> str:
-    """Returns a row as a line of JSON; NaN and infinity become null, other types text.
-
-    The values of an array have nine digits, which determine a float32.
-    """
+    """Returns a row as JSON; NaN and infinity become null, arrays have nine digits (a float32)."""
     try:
         return json.dumps(row, ensure_ascii=False, allow_nan=False, default=_as_text)
     except ValueError:
-        return json.dumps(_finite(row), ensure_ascii=False, default=_as_text)
+        return json.dumps(_replace_nonfinite(row), ensure_ascii=False, default=_as_text)
 
 
 def to_cell(value: Any) -> str:
@@ -148,11 +147,11 @@ def _as_text(value: Any) -> Any:
     return value.isoformat() if hasattr(value, "isoformat") else str(value)
 
 
-def _finite(value: Any) -> Any:
+def _replace_nonfinite(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return {key: _finite(part) for key, part in value.items()}
+        return {key: _replace_nonfinite(part) for key, part in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(part) for part in value]
+        return [_replace_nonfinite(part) for part in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -161,9 +160,11 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class RowColumns:
-    """Columns of a row file: `names` of the input; `answers`: predicted column → type (`Column`).
+    """Columns of a row file.
 
-    `schema` is the Arrow schema of `names` if the source declares one.
+    Attributes:
+        answers: predicted column → type, as in `Column`.
+        schema: Arrow schema of the input columns `names`, if the source declares one.
     """
 
     names: Sequence[str]
@@ -172,14 +173,14 @@ class RowColumns:
 
 
 class RowSink(Protocol):
-    """Interface of a sink for rows; `is_table` is true if every row has the same columns."""
+    """Interface of an output of rows; `is_table` is true if all rows must have the same columns."""
 
     is_table: ClassVar[bool]
 
     def write(self, rows: Sequence[Row]) -> None:
         """Write rows, each with its predicted columns."""
 
-    def finish(self) -> None:
+    def finalize(self) -> None:
         """Complete the output."""
 
     def close(self) -> None:
@@ -199,10 +200,10 @@ class LineStream:
         self._stream.write("".join(to_json(row) + "\n" for row in rows))
         self._stream.flush()
 
-    def finish(self) -> None:
+    def finalize(self) -> None:
         """Do nothing; the caller owns the stream."""
 
-    close = finish
+    close = finalize
 
 
 class RowList:
@@ -217,10 +218,10 @@ class RowList:
         """Append copies of the rows."""
         self.rows += [dict(row) for row in rows]
 
-    def finish(self) -> None:
+    def finalize(self) -> None:
         """Do nothing."""
 
-    close = finish
+    close = finalize
 
 
 class RowFile(ABC):
@@ -241,18 +242,18 @@ class RowFile(ABC):
         return next((path for path in (self.partial, self.path) if path.is_file()), None)
 
     @abstractmethod
-    def read_back(self) -> Iterator[Any]:
+    def load_existing(self) -> Iterator[Any]:
         """Yields each complete row already in the file; raises InputError if its columns differ."""
 
     @abstractmethod
-    def as_written(self, row: Row) -> Any:
-        """Returns the form in which `read_back` yields a row, without the predicted columns."""
+    def normalize(self, row: Row) -> Any:
+        """Returns a row without predicted columns, in the format of `load_existing`."""
 
     # ---- writing
 
     @abstractmethod
     def open(self, keep: int) -> None:
-        """Open the file for appending after the first `keep` rows from `read_back`."""
+        """Open the file for appending after the first `keep` rows from `load_existing`."""
 
     @abstractmethod
     def write(self, rows: Sequence[Row]) -> None:
@@ -267,7 +268,7 @@ class RowFile(ABC):
         self.close()
         self.partial.unlink(missing_ok=True)
 
-    def finish(self) -> None:
+    def finalize(self) -> None:
         """Flush the partial file and rename it to `path`."""
         self.close()
         with self.partial.open("rb") as file:
@@ -280,12 +281,15 @@ def partial_of(path: Path) -> Path:
     return path.with_name(f"{path.name}.partial")
 
 
-def describe_columns(path: Path, columns: Sequence[str], expected: Sequence[str] = ()) -> str:
-    """Returns the error for a resumed file whose `columns` are not `expected`, or are missing."""
+def format_columns_error(path: Path, names: Sequence[str], expected: Sequence[str] = ()) -> str:
+    """Returns the error for a resumed file with other columns than `expected`.
+
+    With empty `expected`, `names` are missing columns.
+    """
     if not expected:
-        return f"--resume: {path} has rows without {join_names(columns)}. Choose another --output."
+        return f"--resume: {path} has rows without {join_names(names)}. Choose another --output."
     return (
-        f"--resume: {path} has the columns {join_names(columns)}, and there would be "
+        f"--resume: {path} has the columns {join_names(names)}, and there would be "
         f"{join_names(expected)}. Use the flags of the interrupted command, or choose another "
         f"--output."
     )

@@ -1,9 +1,8 @@
-"""Create, lock, read and write a run directory, and track which of its files belong to the run.
+"""Create, lock, read and write a run directory, and record which of its files belong to the run.
 
-A lock admits one run at a time and ends with the process. Recipes are described with their git
-state. Only files of the run are replaced or deleted: a marker is written first; `--overwrite` moves
-the old run's files aside, deletes them once the new run has a checkpoint or finishes, and restores
-them if it fails earlier.
+A lock admits one run at a time and ends with the process. Only files of the run are replaced or
+deleted: `--overwrite` moves the old run's files to a backup, deletes it once the new run has a
+checkpoint or finishes, and restores it if the new run fails earlier.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ _FILES = (CONFIG, SUMMARY, METRICS, README, REPORT, ANSWERS, ROLLOUTS, "places.j
 OWN = (*_FILES, ADAPTER, CHECKPOINTS, "base", *_TRACKERS)
 """Names of everything that a run writes into the directory, except the marker."""
 
-_ASIDE, _KEPT = ".replaced", "kept"
+_BACKUP, _KEPT = ".replaced", "kept"
 
 _IN_CHECKPOINTS = re.compile(
     r"(origin|base)\.json|(changes|notes)\.jsonl|\.seen-.*|\.[^/]*\.partial(/.*)?|"
@@ -46,208 +45,205 @@ _IN_CHECKPOINTS = re.compile(
 """Files that an interrupted run may have left in its checkpoints directory."""
 
 
-def mark(directory: Path) -> None:
-    """Write the marker of a new run into `directory`."""
-    write_json(directory / MARKER, {"run": uuid.uuid4().hex})
+def create_marker(run_dir: Path) -> None:
+    """Write the marker of a new run into `run_dir`."""
+    write_json(run_dir / MARKER, {"run": uuid.uuid4().hex})
 
 
-def mark_end(directory: Path) -> None:
+def record_files(run_dir: Path) -> None:
     """Record the files of a finished run; files found later do not belong to the run."""
-    run = (_read_marker(directory) or {}).get("run", uuid.uuid4().hex)
-    write_json(directory / MARKER, {"run": run, "files": sorted(_files(directory))})
+    run = (_load_marker(run_dir) or {}).get("run", uuid.uuid4().hex)
+    write_json(run_dir / MARKER, {"run": run, "files": sorted(_files(run_dir))})
 
 
-def mark_resumed(directory: Path) -> None:
-    """Record that a finished run resumes: of its files, only the adapter's stay in the record."""
-    marker = _read_marker(directory)
+def mark_resumed(run_dir: Path) -> None:
+    """Remove the recorded files of a finished run that resumes, except those of its adapter."""
+    marker = _load_marker(run_dir)
     if marker and (files := marker.pop("files", None)) is not None:
         marker["adapter"] = [name for name in files if name.startswith(f"{ADAPTER}/")]
-        write_json(directory / MARKER, marker)
+        write_json(run_dir / MARKER, marker)
 
 
-def mark_end_once(directory: Path) -> None:
-    """Record the files of a finished run if they are not recorded yet, as after a kill."""
-    if "files" not in (_read_marker(directory) or {}):
-        mark_end(directory)
+def record_files_once(run_dir: Path) -> None:
+    """Call `record_files` if it was not called yet, as when the process was killed before."""
+    if "files" not in (_load_marker(run_dir) or {}):
+        record_files(run_dir)
 
 
-def is_free(directory: Path) -> bool:
-    """Whether `directory` is empty, apart from an incomplete marker."""
-    return all(path.name == f".{MARKER}.partial" for path in directory.iterdir())
+def is_empty(run_dir: Path) -> bool:
+    """Whether `run_dir` is empty, apart from an incomplete marker."""
+    return all(path.name == f".{MARKER}.partial" for path in run_dir.iterdir())
 
 
-def is_run(directory: Path) -> bool:
-    """Whether `directory` contains the marker of a run."""
-    return _read_marker(directory) is not None
+def is_run(run_dir: Path) -> bool:
+    """Whether `run_dir` contains the marker of a run."""
+    return _load_marker(run_dir) is not None
 
 
-def check_replaceable(directory: Path) -> None:
-    """Raise ConfigError unless `directory` has a marker.
-
-    Links and home, root and git directories are refused too.
-    """
-    where, error = directory.resolve(), None
-    if directory.is_symlink():
-        error = f"it is a link to {directory.readlink()}"
+def check_replaceable(run_dir: Path) -> None:
+    """Raise ConfigError unless `run_dir` is a run, and no link, home, root or git directory."""
+    where, error = run_dir.resolve(), None
+    if run_dir.is_symlink():
+        error = f"it is a link to {run_dir.readlink()}"
     elif where == where.parent:
         error = "it is the root of the file system"
     elif where == Path.home().resolve():
         error = "it is your home directory"
     elif (where / ".git").exists():
         error = "it is the root of a git work tree"
-    elif not is_run(directory):
+    elif not is_run(run_dir):
         error = f"it is not a run of ftlevel (no {MARKER})"
     if error is not None:
         raise ConfigError(
-            f"--overwrite {directory}: {error}, so it is not deleted. Choose another directory."
+            f"--overwrite {run_dir}: {error}, so it is not deleted. Choose another directory."
         )
 
 
-def forget_adapter(directory: Path) -> None:
-    """Delete the adapter that the run saved when it last ended; files added to it are kept."""
-    move_foreign_files(directory, f"{ADAPTER}/")
-    adapter = directory / ADAPTER
+def delete_adapter(run_dir: Path) -> None:
+    """Delete the adapter saved when the run last ended; files that others added to it are kept."""
+    move_foreign_files(run_dir, f"{ADAPTER}/")
+    adapter = run_dir / ADAPTER
     if adapter.is_symlink():
         adapter.unlink()
     elif adapter.exists():
         shutil.rmtree(adapter)
 
 
-def set_aside(directory: Path) -> list[str]:
-    """Move the files of the run in `directory` aside; return messages on other files there.
+def create_backup(run_dir: Path) -> list[str]:
+    """Move the files of a run to a backup directory; return messages on other files in `run_dir`.
 
-    If a previous overwrite was killed, the old run is aside already. Then the new run is deleted if
-    it has no results.
+    If a previous `--overwrite` was killed, the backup exists already. Then the new run is deleted
+    if it has no results.
     """
-    aside = directory / _ASIDE
-    before, marker = _read_marker(aside), _read_marker(directory)
-    moved = move_foreign_files(directory)
-    is_begun = before is not None and before["run"] != (marker or {}).get("run")
-    if aside.is_dir() and (before is None or (is_begun and _has_result(directory))):
-        shutil.rmtree(aside)
-        is_begun = False
-    if is_begun:  # a new run that was killed
-        _delete_run(directory)
+    backup_dir = run_dir / _BACKUP
+    old_marker, marker = _load_marker(backup_dir), _load_marker(run_dir)
+    moved = move_foreign_files(run_dir)
+    is_partial = old_marker is not None and old_marker["run"] != (marker or {}).get("run")
+    if backup_dir.is_dir() and (old_marker is None or (is_partial and _has_result(run_dir))):
+        shutil.rmtree(backup_dir)
+        is_partial = False
+    if is_partial:  # a new run that was killed
+        _delete_run(run_dir)
     else:
-        aside.mkdir(exist_ok=True)
-        write_json(aside / MARKER, marker)
-        for path in _entries_of_run(directory):
-            path.rename(aside / path.name)
-    stays = {p.name for p in directory.iterdir()} - {MARKER, _ASIDE, _KEPT}
-    return [f"{directory / name} stays" for name in sorted(stays)] + moved
+        backup_dir.mkdir(exist_ok=True)
+        write_json(backup_dir / MARKER, marker)
+        for path in _list_run_files(run_dir):
+            path.rename(backup_dir / path.name)
+    remaining = {p.name for p in run_dir.iterdir()} - {MARKER, _BACKUP, _KEPT}
+    return [f"{run_dir / name} stays" for name in sorted(remaining)] + moved
 
 
 @contextlib.contextmanager
-def replace_run(directory: Path) -> Iterator[None]:
-    """When the block ends, delete the run that was set aside.
+def replace_run(run_dir: Path) -> Iterator[None]:
+    """When the block ends, delete the backup of the old run.
 
     If the block fails before the new run's first checkpoint, restore the old run instead.
     """
     try:
         yield
     except BaseException:
-        if not _has_result(directory):
-            _put_back(directory)
+        if not _has_result(run_dir):
+            _restore_backup(run_dir)
             raise
-        delete_replaced(directory)
+        delete_backup(run_dir)
         raise
-    delete_replaced(directory)
+    delete_backup(run_dir)
 
 
-def delete_replaced(directory: Path) -> None:
-    """Delete the run that was set aside, if there is one."""
-    if (directory / _ASIDE).is_dir():
-        shutil.rmtree(directory / _ASIDE)
+def delete_backup(run_dir: Path) -> None:
+    """Delete the backup of the old run, if there is one."""
+    if (run_dir / _BACKUP).is_dir():
+        shutil.rmtree(run_dir / _BACKUP)
 
 
-def _put_back(directory: Path) -> None:
-    aside = directory / _ASIDE
-    marker = _read_marker(aside)
+def _restore_backup(run_dir: Path) -> None:
+    backup_dir = run_dir / _BACKUP
+    marker = _load_marker(backup_dir)
     if marker is None:
         return
-    _delete_run(directory)
-    write_json(directory / MARKER, marker)  # first, so that a kill leaves one run
-    for path in _entries_of_run(aside):
-        path.rename(directory / path.name)
-    (aside / MARKER).unlink()
-    aside.rmdir()
+    _delete_run(run_dir)
+    write_json(run_dir / MARKER, marker)  # first, so that a kill leaves one run
+    for path in _list_run_files(backup_dir):
+        path.rename(run_dir / path.name)
+    (backup_dir / MARKER).unlink()
+    backup_dir.rmdir()
 
 
-def move_foreign_files(directory: Path, under: str = "") -> list[str]:
+def move_foreign_files(run_dir: Path, under: str = "") -> list[str]:
     """Move files that the run did not write from its directories to `kept`; return messages.
 
     For a finished run, these are files added later; for an interrupted run, unknown files among its
     checkpoints. `under` limits the search to one directory.
     """
-    marker = _read_marker(directory) or {}
+    marker = _load_marker(run_dir) or {}
 
     def belongs_to_run(name: str) -> bool:
         if "files" in marker:
             return name in marker["files"]
         if name.startswith(f"{ADAPTER}/"):
             return name in marker.get("adapter", [name])
-        among = name.removeprefix(f"{CHECKPOINTS}/")
-        if among == name or _IN_CHECKPOINTS.fullmatch(among):
+        relative = name.removeprefix(f"{CHECKPOINTS}/")
+        if relative == name or _IN_CHECKPOINTS.fullmatch(relative):
             return True
-        one, _, file = among.partition("/")
-        return file in checkpoints.listed(directory / CHECKPOINTS / one)
+        one, _, file = relative.partition("/")
+        return file in checkpoints.listed(run_dir / CHECKPOINTS / one)
 
     unknown = [
-        name for name in _files(directory) if name.startswith(under) and not belongs_to_run(name)
+        name for name in _files(run_dir) if name.startswith(under) and not belongs_to_run(name)
     ]
     lines = []
     for name in sorted(unknown):
         if len(Path(name).parts) > 1:
-            to = _free(directory / _KEPT / name)
+            to = _get_unused_path(run_dir / _KEPT / name)
             to.parent.mkdir(parents=True, exist_ok=True)
-            (directory / name).rename(to)
-            lines.append(f"{directory / name} is now {to}")
+            (run_dir / name).rename(to)
+            lines.append(f"{run_dir / name} is now {to}")
     return lines
 
 
-def _files(directory: Path) -> set[str]:
-    """Returns the relative POSIX paths of all files and links under the names in `OWN`."""
-    roots = [directory / name for name in OWN]
+def _files(run_dir: Path) -> set[str]:
+    """Returns the relative POSIX paths of all files and links of the run in `run_dir`."""
+    roots = [run_dir / name for name in OWN]
     return {
-        path.relative_to(directory).as_posix()
+        path.relative_to(run_dir).as_posix()
         for root in roots
         for path in (root, *(() if root.is_symlink() else root.rglob("*")))
         if path.is_file() or path.is_symlink()
     }
 
 
-def _entries_of_run(directory: Path) -> list[Path]:
-    """Returns the entries of `directory` named in `OWN`, also partial ones, without the marker."""
+def _list_run_files(run_dir: Path) -> list[Path]:
+    """Returns the entries of `run_dir` that a run writes, also partial ones, without the marker."""
     names = {*OWN, *(f".{name}.partial" for name in OWN)}
-    return [path for path in directory.iterdir() if path.name in names]
+    return [path for path in run_dir.iterdir() if path.name in names]
 
 
-def _delete_run(directory: Path) -> None:
-    for path in _entries_of_run(directory):
+def _delete_run(run_dir: Path) -> None:
+    for path in _list_run_files(run_dir):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:
             path.unlink()
 
 
-def _free(path: Path) -> Path:
+def _get_unused_path(path: Path) -> Path:
     """Returns `path`, with a number appended if it exists."""
-    number, free = 1, path
-    while free.exists() or free.is_symlink():
+    number, candidate = 1, path
+    while candidate.exists() or candidate.is_symlink():
         number += 1
-        free = path.with_name(f"{path.stem}-{number}{path.suffix}")
-    return free
+        candidate = path.with_name(f"{path.stem}-{number}{path.suffix}")
+    return candidate
 
 
-def _has_result(directory: Path) -> bool:
-    """Whether the run in `directory` has an intact checkpoint or a summary."""
-    intact, _ = checkpoints.find_newest_intact(directory / CHECKPOINTS)
-    return intact is not None or (directory / SUMMARY).is_file()
+def _has_result(run_dir: Path) -> bool:
+    """Whether the run in `run_dir` has an intact checkpoint or a summary."""
+    intact, _ = checkpoints.get_last_valid_checkpoint(run_dir / CHECKPOINTS)
+    return intact is not None or (run_dir / SUMMARY).is_file()
 
 
-def _read_marker(directory: Path) -> dict[str, Any] | None:
+def _load_marker(run_dir: Path) -> dict[str, Any] | None:
     with contextlib.suppress(OSError, ValueError, RecursionError):
-        marker = json.loads(read_plain(directory / MARKER))
+        marker = json.loads(read_plain(run_dir / MARKER))
         if isinstance(marker, dict) and isinstance(marker.get("run"), str):
             return marker
     return None
@@ -260,22 +256,23 @@ except ImportError:  # Windows: no locks
 
 
 @contextlib.contextmanager
-def lock_directory(directory: Path, *, shared: bool = False) -> Iterator[None]:
-    """Lock `directory` (flock) inside the block; raise ConfigError if another process holds it.
+def lock_dir(path: Path, *, shared: bool = False) -> Iterator[None]:
+    """Lock a directory (flock) in the block; raise ConfigError if another process has locked it.
 
-    With `shared`, other processes may share the lock. File systems without locks are not locked. No
-    lock file is created.
+    With `shared`, other processes may share the lock. It has no effect on file systems without
+    locks.
     """
-    descriptor = _open(directory)
+    descriptor = _open(path)
     try:
         if descriptor is not None and fcntl is not None:
             try:
-                kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
-                fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+                operation = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+                fcntl.flock(descriptor, operation | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise ConfigError(
-                    f"--output-dir {directory}: another run is writing to it"
-                    f"{_holder(descriptor)}. Wait until it ends, or choose another directory."
+                    f"--output-dir {path}: another run is writing to it"
+                    f"{_get_lock_process(descriptor)}. Wait until it ends, or choose another "
+                    "directory."
                 ) from None
             except OSError:  # no locks on this file system
                 pass
@@ -285,14 +282,14 @@ def lock_directory(directory: Path, *, shared: bool = False) -> Iterator[None]:
             os.close(descriptor)
 
 
-def check_unclaimed(directory: Path) -> None:
-    """Raise ConfigError if another run writes into `directory`; uses a shared lock."""
-    with lock_directory(directory, shared=True):
+def check_lock(path: Path) -> None:
+    """Raise ConfigError if another run writes to the directory."""
+    with lock_dir(path, shared=True):
         pass
 
 
-def _holder(descriptor: int) -> str:
-    """Returns the process that holds the lock, from /proc/locks; empty if unknown."""
+def _get_lock_process(descriptor: int) -> str:
+    """Returns the process that holds the lock, as text from /proc/locks; empty if unknown."""
     status = os.fstat(descriptor)
     device = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}"
     with contextlib.suppress(OSError):
@@ -303,9 +300,9 @@ def _holder(descriptor: int) -> str:
     return ""
 
 
-def _open(directory: Path) -> int | None:
+def _open(path: Path) -> int | None:
     try:
-        return os.open(directory, os.O_RDONLY)
+        return os.open(path, os.O_RDONLY)
     except OSError:
         return None
 
@@ -315,13 +312,13 @@ ORIGIN = "origin.json"
 _CHANGES, _NOTES = "changes.jsonl", "notes.jsonl"
 
 
-def find_run(directory: Path) -> Path | None:
-    """Find the run directory of an adapter or checkpoint; None if it is not in one."""
-    if directory.name in ("", ".."):
-        directory = directory.resolve()
-    run = directory.parent
-    if directory.absolute().parent.name == CHECKPOINTS:
-        run = run.parent if run.name == CHECKPOINTS else directory.absolute().parent.parent
+def get_run_dir(path: Path) -> Path | None:
+    """Returns the run directory that contains the adapter or checkpoint `path`, or None."""
+    if path.name in ("", ".."):
+        path = path.resolve()
+    run = path.parent
+    if path.absolute().parent.name == CHECKPOINTS:
+        run = run.parent if run.name == CHECKPOINTS else path.absolute().parent.parent
     return run if (run / CONFIG).is_file() else None
 
 
@@ -335,24 +332,24 @@ class RunDirectory:
         self.summary = path / SUMMARY
         self.report = path / REPORT
 
-    def write_config(self, text: str) -> None:
-        """Write config.yaml."""
+    def save_config(self, text: str) -> None:
+        """Save config.yaml."""
         write_text(self.path / CONFIG, text)
 
-    def write_summary(self, summary: Mapping[str, Any]) -> None:
-        """Write summary.json."""
+    def save_summary(self, summary: Mapping[str, Any]) -> None:
+        """Save summary.json."""
         write_json(self.summary, summary)
 
-    def write_answers(self, lines: Sequence[Mapping[str, Any]]) -> None:
-        """Write validation.jsonl, one line per validation row; delete it if there are none."""
+    def save_predictions(self, lines: Sequence[Mapping[str, Any]]) -> None:
+        """Save validation.jsonl, one line per validation row; delete it if there are none."""
         if not lines:  # old answers may be of a different model
             (self.path / ANSWERS).unlink(missing_ok=True)
             return
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
         write_text(self.path / ANSWERS, text)
 
-    def read_summary(self) -> dict[str, Any] | None:
-        """Read summary.json of a finished run with saved weights, or None."""
+    def load_summary(self) -> dict[str, Any] | None:
+        """Load summary.json of a finished run with saved weights; None for other runs."""
         try:
             summary = json.loads(read_plain(self.path / SUMMARY))
         except (OSError, ValueError, RecursionError):
@@ -360,35 +357,35 @@ class RunDirectory:
         has_weights = isinstance(summary, dict) and any(self.adapter.glob("*.safetensors"))
         return summary if has_weights else None
 
-    def write_card(self, text: str) -> None:
-        """Write README.md."""
+    def save_readme(self, text: str) -> None:
+        """Save README.md."""
         write_text(self.path / README, text)
 
-    def write_changes(self, step: int, changes: Sequence[Mapping[str, Any]]) -> None:
-        """Append settings that changed when the run resumed at `step`."""
+    def append_changes(self, step: int, changes: Sequence[Mapping[str, Any]]) -> None:
+        """Record settings that changed when the run resumed at `step`."""
         with (self.checkpoints / _CHANGES).open("a", encoding="utf-8") as file:
             for change in changes:
                 file.write(json.dumps({"step": step, **change}, default=str) + "\n")
 
-    def read_changes(self) -> list[dict[str, Any]]:
+    def load_changes(self) -> list[dict[str, Any]]:
         """Load the settings that changed when the run was resumed."""
-        return read_objects(self.checkpoints / _CHANGES)
+        return load_jsonl(self.checkpoints / _CHANGES)
 
     def note(self, note: Mapping[str, Any]) -> None:
-        """Append an event with its `step`, such as out-of-memory or a skipped step."""
+        """Record an event with its `step`, such as out-of-memory or a skipped step."""
         with (self.checkpoints / _NOTES).open("a", encoding="utf-8") as file:
             file.write(json.dumps(note, default=str) + "\n")
 
-    def rewind_notes(self, step: int) -> None:
-        """Remove events after `step`, which will be repeated."""
+    def truncate_events(self, step: int) -> None:
+        """Remove events after `step`, because these steps are repeated."""
         path = self.checkpoints / _NOTES
         if path.is_file():
-            lines = [json.dumps(note) + "\n" for note in self.read_notes() if note["step"] <= step]
+            lines = [json.dumps(note) + "\n" for note in self.load_events() if note["step"] <= step]
             write_text(path, "".join(lines))
 
-    def read_notes(self) -> list[dict[str, Any]]:
+    def load_events(self) -> list[dict[str, Any]]:
         """Load the events of the run, without incomplete lines."""
-        notes = read_objects(self.checkpoints / _NOTES)
+        notes = load_jsonl(self.checkpoints / _NOTES)
         return [note for note in notes if isinstance(note.get("step"), int)]
 
     def log(self, record: Mapping[str, Any]) -> None:
@@ -396,11 +393,11 @@ class RunDirectory:
         with (self.path / METRICS).open("a", encoding="utf-8") as file:
             file.write(json.dumps(record, default=str) + "\n")
 
-    def read_log(self, step: int) -> list[dict[str, Any]]:
+    def load_log(self, step: int) -> list[dict[str, Any]]:
         """Load the records of metrics.jsonl up to `step`."""
         return self._log_until(step)[1]
 
-    def rewind_log(self, step: int) -> list[dict[str, Any]]:
+    def truncate_log(self, step: int) -> list[dict[str, Any]]:
         """Remove records after `step` from metrics.jsonl, and return the remaining ones.
 
         An incomplete last line is removed too; lines without a step stay.
@@ -431,8 +428,8 @@ class RunDirectory:
         return lines, records
 
 
-def read_objects(path: Path) -> list[dict[str, Any]]:
-    """Load the JSON objects of a file's lines; skip invalid lines."""
+def load_jsonl(path: Path) -> list[dict[str, Any]]:
+    """Returns the JSON objects in the lines of a file; invalid lines are skipped."""
     objects = []
     text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
     for line in text.splitlines():
@@ -443,24 +440,24 @@ def read_objects(path: Path) -> list[dict[str, Any]]:
     return objects
 
 
-def check_output(directory: Path | None, *, overwrite: bool, resume: bool) -> None:
-    """Raise ConfigError if `directory` cannot be written, before anything is loaded.
+def check_output(output_dir: Path | None, *, overwrite: bool, resume: bool) -> None:
+    """Raise ConfigError if `output_dir` cannot be written.
 
     A directory that is not empty needs `overwrite`, or `resume` and a run in it.
     """
-    target = directory or Path("runs") / "x"
-    if directory is not None and directory.exists():
-        if not directory.is_dir():
-            raise ConfigError(f"--output-dir {directory} is a file. Name a directory.")
-        parts = [*directory.iterdir(), *(directory / CHECKPOINTS).glob("*")]
-        check_regular(parts, f"--output-dir {directory}")
-        check_unclaimed(directory)
-        if not is_free(directory):
-            _check_kind(directory, overwrite, resume)
-    elif directory is not None and directory.is_symlink():
+    target = output_dir or Path("runs") / "x"
+    if output_dir is not None and output_dir.exists():
+        if not output_dir.is_dir():
+            raise ConfigError(f"--output-dir {output_dir} is a file. Name a directory.")
+        paths = [*output_dir.iterdir(), *(output_dir / CHECKPOINTS).glob("*")]
+        check_regular(paths, f"--output-dir {output_dir}")
+        check_lock(output_dir)
+        if not is_empty(output_dir):
+            _check_existing(output_dir, overwrite, resume)
+    elif output_dir is not None and output_dir.is_symlink():
         raise ConfigError(
-            f"--output-dir {directory} is a link to {directory.readlink()}, which does not exist. "
-            "Choose another directory."
+            f"--output-dir {output_dir} is a link to {output_dir.readlink()}, which does not "
+            "exist. Choose another directory."
         )
     existing = next(p for p in (target, *target.absolute().parents) if p.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
@@ -469,40 +466,40 @@ def check_output(directory: Path | None, *, overwrite: bool, resume: bool) -> No
         )
 
 
-def _check_kind(directory: Path, overwrite: bool, resume: bool) -> None:
+def _check_existing(output_dir: Path, overwrite: bool, resume: bool) -> None:
     if overwrite:
-        check_replaceable(directory)
+        check_replaceable(output_dir)
     elif not resume:
         raise ConfigError(
-            f"--output-dir {directory} exists and is not empty. Choose another directory, or pass "
+            f"--output-dir {output_dir} exists and is not empty. Choose another directory, or pass "
             "--overwrite to replace it or --resume to resume it."
         )
-    elif not is_run(directory) and not (directory / CONFIG).is_file():
+    elif not is_run(output_dir) and not (output_dir / CONFIG).is_file():
         raise ConfigError(
-            f"--output-dir {directory} is not a run: it contains no {CONFIG}. Drop --resume."
+            f"--output-dir {output_dir} is not a run: it contains no {CONFIG}. Drop --resume."
         )
 
 
 def open_run(
-    directory: Path | None, name: str, *, overwrite: bool, resume: bool = False
+    output_dir: Path | None, name: str, *, overwrite: bool, resume: bool = False
 ) -> tuple[RunDirectory, list[str]]:
     """Create the run directory; return it with messages on other files in it.
 
-    Without `directory`, the first free runs/NAME-N is used. `overwrite` sets an existing run aside;
-    `resume` restarts a run that was killed before the first result. Raises ConfigError if it cannot
-    be created or a different run uses it.
+    Without `output_dir`, it is runs/NAME-N with the first free N. `overwrite` moves an existing run
+    to a backup; `resume` restarts a run that was killed before its first result. Raises ConfigError
+    if it cannot be created or another run uses it.
     """
     moved: list[str] = []
     try:
-        path = directory or _next_free(Path("runs"), name)
+        path = output_dir or _create_numbered_dir(Path("runs"), name)
         path.mkdir(parents=True, exist_ok=True)
-        with lock_directory(path):
-            if overwrite and not is_free(path):
+        with lock_dir(path):
+            if overwrite and not is_empty(path):
                 check_replaceable(path)
-                moved = set_aside(path)
+                moved = create_backup(path)
             elif is_run(path) and not resume:
                 raise FileExistsError
-            mark(path)
+            create_marker(path)
             run = RunDirectory(path)
             run.checkpoints.mkdir(exist_ok=resume)
             for left in (
@@ -514,17 +511,17 @@ def open_run(
                 left.unlink(missing_ok=True)
     except FileExistsError:
         raise ConfigError(
-            f"--output-dir {directory}: another run has started in it. Choose another directory."
+            f"--output-dir {output_dir}: another run has started in it. Choose another directory."
         ) from None
     except OSError as error:
         raise ConfigError(
-            f"--output-dir {directory or 'runs'} cannot be created ({error.strerror}). Choose "
+            f"--output-dir {output_dir or 'runs'} cannot be created ({error.strerror}). Choose "
             "another directory."
         ) from None
     return run, moved
 
 
-def _next_free(parent: Path, name: str) -> Path:
+def _create_numbered_dir(parent: Path, name: str) -> Path:
     """Create and return the first parent/NAME-N that does not exist."""
     parent.mkdir(parents=True, exist_ok=True)
     clean = re.sub(r"[^\w.-]+", "-", name).strip("-")
@@ -538,8 +535,8 @@ def _next_free(parent: Path, name: str) -> Path:
     raise AssertionError("unreachable: the count has no end")
 
 
-def describe_recipe(path: Path) -> dict[str, Any]:
-    """Returns a recipe's path, SHA-256, git commit, and whether it differs from the commit.
+def get_recipe_info(path: Path) -> dict[str, Any]:
+    """Returns path, SHA-256 and git commit of a recipe, and whether it was changed since.
 
     `commit` and `changed` are None if it is not committed. The repository may be untrusted, so `git
     status` must not be used: it runs programs named in the settings (core.fsmonitor, filters).
@@ -548,15 +545,15 @@ def describe_recipe(path: Path) -> dict[str, Any]:
     committed_hash = _git(path, "rev-parse", "--verify", "--end-of-options", f"HEAD:./{path.name}")
     commit = _git(path, "rev-parse", "HEAD") if committed_hash else None
     current_hash = _git(path, "hash-object", "--no-filters", "--", path.name) if commit else None
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    changed = None if commit is None else current_hash != committed_hash
-    return {"path": str(path), "sha256": digest, "commit": commit, "changed": changed}
+    content_hash = hashlib.sha256(path.read_bytes()).hexdigest()
+    is_modified = None if commit is None else current_hash != committed_hash
+    return {"path": str(path), "sha256": content_hash, "commit": commit, "changed": is_modified}
 
 
 def _git(path: Path, *arguments: str) -> str | None:
-    """Returns git's output in the directory of `path`; None if it fails."""
+    """Returns the output of git, run in the directory of `path`; None if it fails."""
     try:
-        done = subprocess.run(
+        result = subprocess.run(
             ["git", "-C", str(path.parent), *arguments],
             capture_output=True,
             text=True,
@@ -565,4 +562,4 @@ def _git(path: Path, *arguments: str) -> str | None:
         )
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return done.stdout.strip() if done.returncode == 0 else None
+    return result.stdout.strip() if result.returncode == 0 else None

@@ -29,7 +29,7 @@ DOCUMENT_PROMPTS = ("document", "passage", "corpus")
 MODULES = "modules.json"
 SETTINGS = "config_sentence_transformers.json"
 LENGTHS = "sentence_bert_config.json"
-_POOLING_DIRECTORY = "1_Pooling"
+_POOLING_DIR = "1_Pooling"
 _OTHER_LENGTHS = tuple(
     f"sentence_{name}_config.json"
     for name in ("roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
@@ -43,7 +43,7 @@ _NEW_POOLING = {"lasttoken": "last"}
 
 @dataclass(frozen=True)
 class EmbeddingFormat:
-    """How a model's token states become an embedding.
+    """Pooling, normalization, prompts and similarity of an embedding model.
 
     Attributes:
         pooling: key of `POOLING_MODES`.
@@ -75,10 +75,10 @@ class EmbeddingFormat:
 
 @dataclass(frozen=True)
 class CrossEncoderFormat:
-    """How a reranker's logit becomes a score.
+    """Activation, length and padding of a reranker.
 
     Attributes:
-        activation: dotted path of a module of `torch.nn`.
+        activation: dotted path of a module of `torch.nn` that converts the logit to a score.
         max_length: maximum number of tokens of a pair; None for the tokenizer's.
         pad_token_id: padding token, by which a decoder finds the last token; None if the config has
             one.
@@ -89,48 +89,48 @@ class CrossEncoderFormat:
     pad_token_id: int | None = None
 
 
-def read_embedding_format(
-    directory: Path, replaced: Collection[str] = ()
+def load_embedding_format(
+    model_dir: Path, replaced: Collection[str] = ()
 ) -> EmbeddingFormat | None:
-    """Load the embedding format of a directory; None if it is not a SentenceTransformer.
+    """Load the embedding format of a model; None if it is not a SentenceTransformer.
 
-    A pooling or similarity that is not supported is read as the default if it is in `replaced`.
-    Raises InputError for other modules, poolings and similarities that are not supported.
+    Raises InputError for modules, poolings and similarities that are not supported. With "pooling"
+    or "similarity" in `replaced`, the default is returned for it.
     """
-    if not (directory / MODULES).is_file():
+    if not (model_dir / MODULES).is_file():
         return None
-    settings = _read_json(directory / SETTINGS)
-    if settings.get("model_type") == "CrossEncoder":
+    config = _load_json(model_dir / SETTINGS)
+    if config.get("model_type") == "CrossEncoder":
         return None
     pooling, include_prompt, normalize = "mean", True, False
-    for entry in _read_json(directory / MODULES, list):
+    for entry in _load_json(model_dir / MODULES, list):
         name = str(entry["type"]).rpartition(".")[2]
         path = str(entry.get("path", ""))
         if name == "Transformer":
             if path not in ("", "."):
                 raise InputError(
-                    f"{directory}: {MODULES} has its transformer in {path}. Load it with "
+                    f"{model_dir}: {MODULES} has its transformer in {path}. Load it with "
                     f"sentence-transformers 6 and save it again."
                 )
         elif name == "Pooling":
-            file = directory / path / "config.json"
-            pooling, include_prompt = _read_pooling(file, is_replaced="pooling" in replaced)
+            file = model_dir / path / "config.json"
+            pooling, include_prompt = _load_pooling(file, is_replaced="pooling" in replaced)
         elif name == "Normalize":
             normalize = True
         else:
             raise InputError(
-                f"{directory}: {MODULES} has a module {name}; supported are Transformer, Pooling "
+                f"{model_dir}: {MODULES} has a module {name}; supported are Transformer, Pooling "
                 "and Normalize. Name a model without it."
             )
-    prompts = {name: text for name, text in (settings.get("prompts") or {}).items() if text}
+    prompts = {name: text for name, text in (config.get("prompts") or {}).items() if text}
     query = next((prompts.pop(name) for name in QUERY_PROMPTS if name in prompts), "")
     document = next((prompts.pop(name) for name in DOCUMENT_PROMPTS if name in prompts), "")
-    similarity = settings.get("similarity_fn_name") or "cosine"
+    similarity = config.get("similarity_fn_name") or "cosine"
     if "similarity" in replaced:
         similarity = "cosine"
     if similarity not in SIMILARITIES:
         raise InputError(
-            f"{directory / SETTINGS}: similarity_fn_name is {similarity!r}; supported are "
+            f"{model_dir / SETTINGS}: similarity_fn_name is {similarity!r}; supported are "
             f"{join_names(SIMILARITIES)}. Pass --similarity."
         )
     return EmbeddingFormat(
@@ -140,15 +140,15 @@ def read_embedding_format(
         query,
         document,
         prompts,
-        _read_length(directory),
-        settings.get("truncate_dim"),
+        _load_max_length(model_dir),
+        config.get("truncate_dim"),
         include_prompt,
     )
 
 
-def _read_pooling(path: Path, *, is_replaced: bool) -> tuple[str, bool]:
-    """Load the pooling mode, and whether prompt tokens are pooled."""
-    config = _read_json(path)
+def _load_pooling(path: Path, *, is_replaced: bool) -> tuple[str, bool]:
+    """Returns the pooling mode, and whether prompt tokens are pooled."""
+    config = _load_json(path)
     modes = config.get("pooling_mode")
     if modes is None:
         names = {**{word: mode for mode, word in POOLING_MODES.items()}}
@@ -164,52 +164,54 @@ def _read_pooling(path: Path, *, is_replaced: bool) -> tuple[str, bool]:
     return modes[0], bool(config.get("include_prompt", True))
 
 
-def _read_length(directory: Path) -> int | None:
-    """Load the maximum length; None if only the tokenizer has it, as in version 6."""
+def _load_max_length(model_dir: Path) -> int | None:
+    """Returns the maximum length; None if only the tokenizer has it, as in version 6."""
     for name in (LENGTHS, *_OTHER_LENGTHS):
-        length = _read_json(directory / name).get("max_seq_length")
+        length = _load_json(model_dir / name).get("max_seq_length")
         if length is not None:
             return int(length)
     return None
 
 
-def write_embedding_format(directory: Path, form: EmbeddingFormat, hidden_size: int) -> list[str]:
-    """Write the files that make a model or an adapter a SentenceTransformer; return their names.
-
-    `directory` has the files of the model or adapter; `hidden_size` is the width of token states.
-    """
-    modules = [("", "Transformer"), (_POOLING_DIRECTORY, "Pooling")]
-    if form.normalize:
+def save_embedding_format(
+    model_dir: Path, embedding_format: EmbeddingFormat, hidden_size: int
+) -> list[str]:
+    """Save the files that make a model or an adapter a SentenceTransformer; return their names."""
+    modules = [("", "Transformer"), (_POOLING_DIR, "Pooling")]
+    if embedding_format.normalize:
         modules.append(("2_Normalize", "Normalize"))
-    settings: dict[str, Any] = {
+    config: dict[str, Any] = {
         "model_type": "SentenceTransformer",
-        "prompts": form.all_prompts,
+        "prompts": embedding_format.all_prompts,
         "default_prompt_name": None,
-        "similarity_fn_name": form.similarity,
+        "similarity_fn_name": embedding_format.similarity,
     }
-    if form.dims is not None:
-        settings["truncate_dim"] = form.dims
+    if embedding_format.dims is not None:
+        config["truncate_dim"] = embedding_format.dims
     modes = (*POOLING_MODES.values(), *_OTHER_POOLING)
     pooling = {
         "word_embedding_dimension": hidden_size,
-        **{f"pooling_mode_{word}": word == POOLING_MODES[form.pooling] for word in modes},
-        "include_prompt": form.include_prompt,
+        **{
+            f"pooling_mode_{word}": word == POOLING_MODES[embedding_format.pooling]
+            for word in modes
+        },
+        "include_prompt": embedding_format.include_prompt,
     }
-    (directory / _POOLING_DIRECTORY).mkdir(exist_ok=True)
+    (model_dir / _POOLING_DIR).mkdir(exist_ok=True)
     files: dict[str, Any] = {
         MODULES: _modules(modules),
-        SETTINGS: settings,
-        f"{_POOLING_DIRECTORY}/config.json": pooling,
+        SETTINGS: config,
+        f"{_POOLING_DIR}/config.json": pooling,
     }
-    if form.max_length is not None:
-        files[LENGTHS] = {"max_seq_length": form.max_length, "do_lower_case": False}
+    if embedding_format.max_length is not None:
+        files[LENGTHS] = {"max_seq_length": embedding_format.max_length, "do_lower_case": False}
     for name, content in files.items():
-        _write_json(directory / name, content)
+        _save_json(model_dir / name, content)
     return list(files)
 
 
-def write_cross_encoder_format(directory: Path, form: CrossEncoderFormat) -> list[str]:
-    """Write the files that make a classifier with one label a CrossEncoder; return their names.
+def save_cross_encoder_format(model_dir: Path, reranker_format: CrossEncoderFormat) -> list[str]:
+    """Save the files that make a classifier with one label a CrossEncoder; return their names.
 
     The activation is in `config_sentence_transformers.json`, and in `config.json` if there is one,
     where vLLM and sentence-transformers 3 to 5 read it.
@@ -218,35 +220,40 @@ def write_cross_encoder_format(directory: Path, form: CrossEncoderFormat) -> lis
         "transformer_task": "sequence-classification",
         "do_lower_case": False,
     }
-    if form.max_length is not None:
-        lengths["max_seq_length"] = form.max_length
-    is_model = (directory / "config.json").is_file()
-    if form.pad_token_id is not None and not is_model:  # an adapter has the base's config
-        lengths["config_kwargs"] = {"pad_token_id": form.pad_token_id}
+    if reranker_format.max_length is not None:
+        lengths["max_seq_length"] = reranker_format.max_length
+    is_model = (model_dir / "config.json").is_file()
+    if (
+        reranker_format.pad_token_id is not None and not is_model
+    ):  # an adapter has the base's config
+        lengths["config_kwargs"] = {"pad_token_id": reranker_format.pad_token_id}
     files: dict[str, Any] = {
         MODULES: _modules([("", "Transformer")]),
         SETTINGS: {
             "model_type": "CrossEncoder",
             "prompts": {},
             "default_prompt_name": None,
-            "activation_fn": form.activation,
+            "activation_fn": reranker_format.activation,
         },
         LENGTHS: lengths,
     }
     if is_model:
-        config = _read_json(directory / "config.json")
-        inner = {**(config.get("sentence_transformers") or {}), "activation_fn": form.activation}
+        config = _load_json(model_dir / "config.json")
+        inner = {
+            **(config.get("sentence_transformers") or {}),
+            "activation_fn": reranker_format.activation,
+        }
         files["config.json"] = {**config, "sentence_transformers": inner}
     for name, content in files.items():
-        _write_json(directory / name, content)
+        _save_json(model_dir / name, content)
     return list(files)
 
 
-def find_task(directory: Path) -> str | None:
+def find_task(model_dir: Path) -> str | None:
     """Returns "embedding" or "reranking" for a sentence-transformers directory; None for others."""
-    if not (directory / MODULES).is_file():
+    if not (model_dir / MODULES).is_file():
         return None
-    is_reranker = _read_json(directory / SETTINGS).get("model_type") == "CrossEncoder"
+    is_reranker = _load_json(model_dir / SETTINGS).get("model_type") == "CrossEncoder"
     return "reranking" if is_reranker else "embedding"
 
 
@@ -265,18 +272,18 @@ def _modules(entries: list[tuple[str, str]]) -> list[dict[str, Any]]:
     ]
 
 
-def _read_json(path: Path, kind: type = dict) -> Any:
-    """Load the content of a JSON file; an empty `kind` if the file does not exist."""
+def _load_json(path: Path, json_type: type = dict) -> Any:
+    """Returns the content of a JSON file; an empty `json_type` if the file does not exist."""
     if not path.is_file():
-        return kind()
+        return json_type()
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise InputError(f"{path}: not valid JSON ({error}). Copy the model again.") from None
-    if not isinstance(content, kind):
-        raise InputError(f"{path}: not valid, it is no {kind.__name__}. Copy the model again.")
+    if not isinstance(content, json_type):
+        raise InputError(f"{path}: not valid, it is no {json_type.__name__}. Copy the model again.")
     return content
 
 
-def _write_json(path: Path, content: Any) -> None:
+def _save_json(path: Path, content: Any) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

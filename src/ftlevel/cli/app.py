@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ftlevel._version import __version__
-from ftlevel.artifacts.files import describe_interrupt
+from ftlevel.artifacts.files import format_interrupt
 from ftlevel.cli.startup import (
     discard,
     exit_code,
@@ -193,7 +193,7 @@ def _call(app: typer.Typer, arguments: list[str]) -> Any:
 
 
 def _end_interrupted(arguments: list[str]) -> int:
-    return _end(arguments, describe_interrupt(), exit_code())
+    return _end(arguments, format_interrupt(), exit_code())
 
 
 def _end(arguments: list[str], message: str, code: int, topic: str | None = None) -> int:
@@ -213,7 +213,7 @@ def _report_json(arguments: list[str], message: str, code: int) -> None:
 def _describe_unexpected(error: Exception) -> tuple[str, int]:
     """Returns the message and exit code of an unexpected error."""
     if received_signal() or _is_from_ctrl_c(error):
-        return describe_interrupt(), exit_code()
+        return format_interrupt(), exit_code()
     if is_out_of_memory(error):
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         return f"out of memory: {reason}. Use a smaller batch or a smaller model.", 1

@@ -8,7 +8,7 @@ from typing import Any
 
 import typer
 
-from ftlevel.artifacts.cards import describe_difference
+from ftlevel.artifacts.cards import format_difference
 from ftlevel.cli.flags import CommandInput
 from ftlevel.cli.startup import heavy_imports
 from ftlevel.config import ExportConfig, MergeConfig, QuantConfig, QuantizeConfig
@@ -81,14 +81,14 @@ def _merge_lines(summary: Mapping[str, Any]) -> Iterator[str]:
     else:
         yield (
             f"verified on {agreement['targets']:,} targets: logits differ by "
-            f"{agreement['max_difference']:.3g} at most, {describe_difference(agreement)}, loss "
+            f"{agreement['max_difference']:.3g} at most, {format_difference(agreement)}, loss "
             f"{agreement['loss']:.4f} (before {agreement['loss_reference']:.4f})"
         )
-        yield f"change by training: {describe_difference(summary['effect'])}"
+        yield f"change by training: {format_difference(summary['effect'])}"
     if (served := summary["served"]) is not None:
         yield (
             f"in {QuantConfig(**summary['quantization']).form}, compared with the run: "
-            f"{describe_difference(served)}, loss {served['loss']:.4f}"
+            f"{format_difference(served)}, loss {served['loss']:.4f}"
         )
     yield f"saved {summary['out']}  ({summary['seconds']:.1f} s)"
     if "hub" in summary:

@@ -13,8 +13,8 @@ from typing import Annotated, Any, ClassVar, TypeVar
 import typer
 from typer.core import TyperCommand
 
-from ftlevel.artifacts.files import describe_interrupt
-from ftlevel.artifacts.places import PLACES, check_paths, read_run
+from ftlevel.artifacts.files import format_interrupt
+from ftlevel.artifacts.places import PLACES, check_paths, load_run_config
 from ftlevel.artifacts.run_directory import CONFIG
 from ftlevel.cli.spelling import (
     FlagSpec,
@@ -103,7 +103,7 @@ class FtlevelCommand(TyperCommand):
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:
-            raise Interrupted(describe_interrupt()) from None
+            raise Interrupted(format_interrupt()) from None
 
 
 def _name_value(error: Any, done: RewrittenArguments) -> None:
@@ -353,7 +353,7 @@ def read_config(
     if path is not None:
         path = check_recipe(path, given.command)
     is_run = path is not None and path.name == CONFIG and (path.parent / PLACES).is_file()
-    layers = [] if path is None else [read_run(path.parent) if is_run else read_recipe(path)]
+    layers = [] if path is None else [load_run_config(path.parent) if is_run else read_recipe(path)]
     layers.append(read_settings(values["settings"] or []))
     tasks = [values["task"], *(layer.values.get("task") for layer in reversed(layers))]
     task = normalize_task(str(next(filter(None, tasks), "")))

@@ -47,13 +47,13 @@ def generate(
     from ftlevel.cli.screen import open_screen
 
     with open_screen(as_json=as_json, quiet=True) as screen:
-        from ftlevel.artifacts.files import atomic_files, check_absent
+        from ftlevel.artifacts.files import atomic_files, check_new_output
 
         with heavy_imports():
             from ftlevel.commands.generate import generate_answers
 
         if out is not None:
-            check_absent("--out", out)
+            check_new_output("--out", out)
         answers, notes = generate_answers(config, prompt or [], prompts)
         for note in notes:
             screen.warn(note)

@@ -19,7 +19,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column, Table
 
 from ftlevel._version import __version__
-from ftlevel.artifacts.cards import describe_kept_model, describe_losses, describe_memory
+from ftlevel.artifacts.cards import describe_losses, format_memory, format_selected_model
 from ftlevel.cli.startup import SafeStream
 from ftlevel.cli.topics import topic_of_module, with_topic
 from ftlevel.config.section import Choice
@@ -250,7 +250,7 @@ def _result_lines(summary: Mapping[str, Any]) -> Iterator[str]:
     if summary["loss_first"] is not None:
         yield f"  [bold]loss[/bold] {describe_losses(summary)}"
     if summary.get("best"):
-        yield f"  [bold]kept[/bold] {describe_kept_model(summary['best'])}"
+        yield f"  [bold]kept[/bold] {format_selected_model(summary['best'])}"
     before = summary["metrics_before"]
     for name, value in summary["metrics"].items():
         shown = f"{value:.4f}{_range(summary, name, 'intervals')}"
@@ -275,7 +275,7 @@ def _result_lines(summary: Mapping[str, Any]) -> Iterator[str]:
         f"{timings['total_s']:.1f} s in all, {timings['to_first_step_s']:.1f} s to the first step; "
         f"peak memory {summary['memory']['peak_bytes'] / 2**30:.2f} GiB"
     )
-    if memory := describe_memory(summary):
+    if memory := format_memory(summary):
         yield f"  [bold]plan[/bold] {memory}"
     run = Path(summary["run"])
     contents = [f"{name} ({what})" for name, what in _CONTENTS if _has_content(run / name)]

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from ftlevel.artifacts.files import check_absent, rows_fingerprint
-from ftlevel.artifacts.places import DATA_PATHS, check_paths, read_run
-from ftlevel.artifacts.row_files import row_file_type, write_rows
+from ftlevel.artifacts.files import check_new_output, rows_fingerprint
+from ftlevel.artifacts.places import DATA_PATHS, check_paths, load_run_config
+from ftlevel.artifacts.row_files import row_file_type, save_rows
 from ftlevel.config import (
     SPECS,
     EvaluateConfig,
@@ -88,7 +88,7 @@ def evaluate(config: EvaluateConfig, *, listener: Listener | None = None) -> Eva
         return _evaluate_on_judgments(config, config.qrels, listener)
     if config.predictions is not None:
         row_file_type("--predictions", config.predictions)
-        check_absent("--predictions", config.predictions)
+        check_new_output("--predictions", config.predictions)
     with silence_loggers():
         device = choose_device(config.device)
         ref, other = _resolve(config, device.value)
@@ -165,7 +165,7 @@ def evaluate(config: EvaluateConfig, *, listener: Listener | None = None) -> Eva
         lines = row_lines(
             record, trained.ref.labels, held_out.table.where, base=base_record, evaluator=evaluator
         )
-        write_rows(config.predictions, list(lines))
+        save_rows(config.predictions, list(lines))
     return Evaluation(metrics, base, summary, draws)
 
 
@@ -341,7 +341,7 @@ def _settings(config: EvaluateConfig, ref: ModelRef) -> tuple[TrainConfig, bool]
     """
     changes: dict[str, Any] = {"overlong": "drop"}
     if ref.run is not None:
-        settings = build_config([read_run(ref.run)])
+        settings = build_config([load_run_config(ref.run)])
         training_name: str | None = settings.data.dataset
         if config.dataset is None:
             check_paths(ref.run, settings.model_dump(mode="json"), DATA_PATHS)

@@ -9,7 +9,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ftlevel.artifacts.files import atomic_directory, atomic_files, check_absent, check_file_free
+from ftlevel.artifacts.files import (
+    atomic_directory,
+    atomic_files,
+    check_new_output,
+    check_output_file,
+)
 from ftlevel.artifacts.hub import plan_upload
 from ftlevel.artifacts.run_directory import CONFIG
 from ftlevel.commands.merge import merge, resolve_rounding, score_trained
@@ -98,12 +103,12 @@ def export(
 def _check_outputs(config: ExportConfig) -> None:
     """Raise ConfigError if an output exists that must not be replaced."""
     if FORMATS[config.format].is_directory:
-        check_absent("--out", config.out)
+        check_new_output("--out", config.out)
         return
     for path in config.outputs:
         kind = path.suffix.removeprefix(".")
         flag = "--out" if path == config.out else f"--out, for its {kind}:"
-        check_file_free(flag, path, overwrite=config.overwrite)
+        check_output_file(flag, path, overwrite=config.overwrite)
 
 
 def _find_several(config: ExportConfig, device: str) -> dict[str, ModelRef]:

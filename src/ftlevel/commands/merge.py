@@ -12,11 +12,11 @@ from typing import Any
 
 from ftlevel.artifacts.cards import (
     AdapterCard,
-    describe_difference,
+    create_merge_readme,
+    format_difference,
     library_versions,
-    write_merge_readme,
 )
-from ftlevel.artifacts.files import atomic_directory, check_absent
+from ftlevel.artifacts.files import atomic_directory, check_new_output
 from ftlevel.artifacts.hub import plan_upload
 from ftlevel.config import MergeConfig, QuantConfig
 from ftlevel.config.section import Choice
@@ -69,7 +69,7 @@ def merge(config: MergeConfig, *, listener: Listener | None = None) -> MergeResu
     """
     listener = listener or NullListener()
     began = time.perf_counter()
-    check_absent("--out", config.output_dir)
+    check_new_output("--out", config.output_dir)
     upload = plan_upload(config)
     with silence_loggers(), contextlib.ExitStack() as stack:
         listener.stage("resolving the adapter and its base")
@@ -233,8 +233,8 @@ def _choose(candidates: list[Candidate]) -> tuple[Candidate, str]:
     if one is None or other is None:
         raise ValueError("candidates are chosen by what was measured of them")
     reason = (
-        f"nearer to the model as trained: {describe_difference(asdict(one))}, against "
-        f"{describe_difference(asdict(other))} {second.onto}; loss {one.loss:.4f} (as trained "
+        f"nearer to the model as trained: {format_difference(asdict(one))}, against "
+        f"{format_difference(asdict(other))} {second.onto}; loss {one.loss:.4f} (as trained "
         f"{one.loss_reference:.4f}), against {other.loss:.4f}"
     )
     return first, reason
@@ -283,5 +283,5 @@ def _write_cards(
     )
     card.write(directory)
     TASKS[card.task].write_files(directory, load_config(inputs.source), card.options)
-    text = write_merge_readme(summary, inputs.card.task)
+    text = create_merge_readme(summary, inputs.card.task)
     (directory / "README.md").write_text(text, encoding="utf-8")

@@ -176,5 +176,5 @@ def _write(
         return counts
     for part in batches(lines, WINDOW):
         file.write(part)
-    file.finish()
+    file.finalize()
     return counts

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import IO, Any
 
-from ftlevel.artifacts.places import read_run
+from ftlevel.artifacts.places import load_run_config
 from ftlevel.artifacts.row_files import check_row_file, row_file_type
 from ftlevel.artifacts.row_sinks import LineStream, RowColumns, RowFile, RowList, RowSink
 from ftlevel.config import PredictConfig, TrainConfig, build_config
@@ -87,7 +87,7 @@ def predict(
         listener.choices("predict", job.choices)
         try:
             _answer_all(config, job, listener)
-            job.sink.finish()
+            job.sink.finalize()
         except KeyboardInterrupt:
             raise Interrupted(job.tally.describe_stop()) from None
     for warning in job.tally.warnings():
@@ -170,7 +170,7 @@ def _prepare(
 def _settings(ref: ModelRef) -> TrainConfig:
     """Returns the run's configuration; without a run, a default one with the card's columns."""
     if ref.run is not None:
-        return build_config([read_run(ref.run)])
+        return build_config([load_run_config(ref.run)])
     return TrainConfig(data={"columns": ref.card.data.get("columns", {})})
 
 
@@ -258,14 +258,14 @@ def _skip_written(questions: Iterator[QueryRow], sink: RowSink, config: PredictC
     if not isinstance(sink, RowFile):
         return 0
     count = 0
-    for written in sink.read_back() if config.resume else ():
+    for written in sink.load_existing() if config.resume else ():
         row = next(questions, None)
         if row is None:
             raise InputError(
                 f"--resume: {sink.existing} has more rows than the {count:,} of --dataset "
                 f"{config.dataset}. Choose another --output."
             )
-        if sink.as_written(row.row) != written:
+        if sink.normalize(row.row) != written:
             raise InputError(
                 f"--resume: row {count + 1:,} of {sink.existing} is not {row.place}. Use the "
                 f"same rows as before, or choose another --output."

@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 
-from ftlevel.artifacts.cards import library_versions, write_quantized_readme
+from ftlevel.artifacts.cards import create_quantized_readme, library_versions
 from ftlevel.artifacts.files import (
     Workspace,
     atomic_directory,
     base_fingerprint,
-    check_absent,
+    check_new_output,
     write_json,
 )
 from ftlevel.artifacts.hub import plan_upload
@@ -99,7 +99,7 @@ def quantize(
         RunError: the quantized model outputs values that are not finite; it is deleted.
     """
     listener = listener or NullListener()
-    check_absent("--out", config.out)
+    check_new_output("--out", config.out)
     upload = plan_upload(config)
     with silence_loggers():
         plan = _resolve(config)
@@ -242,7 +242,7 @@ def _write_cards(
     directory: Path, config: QuantizeConfig, ref: ModelRef, summary: Mapping[str, Any]
 ) -> None:
     """Write README.md, and ftlevel.json if the source has one."""
-    readme = write_quantized_readme(config.out.name, summary, ref.task if ref.is_ours else None)
+    readme = create_quantized_readme(config.out.name, summary, ref.task if ref.is_ours else None)
     (directory / "README.md").write_text(readme, encoding="utf-8")
     if not ref.is_ours:
         return

@@ -20,7 +20,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch.nn import functional
 
-from ftlevel.artifacts.cards import read_card
+from ftlevel.artifacts.cards import load_card
 from ftlevel.artifacts.sentence_transformers import EmbeddingFormat
 from ftlevel.data.encoding.collate import Collator
 from ftlevel.data.encoding.encode import Encoded, distinct_texts
@@ -312,7 +312,7 @@ def resolve_pair(
     missing, or the two cannot be compared.
     """
     directories = [card_directory(Path(each).expanduser()) for each in (name, against)]
-    card, other_card = (read_card(path) if path is not None else None for path in directories)
+    card, other_card = (load_card(path) if path is not None else None for path in directories)
     both = [each for each in (card, other_card) if each is not None]
     plain_task = task or (both[0].task if both else None)
     # A new location of the base is that of both only if they share it.

@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ftlevel.artifacts.cards import CARD, AdapterCard, read_card
-from ftlevel.artifacts.places import DATA_PATHS, check_paths, read_run
+from ftlevel.artifacts.cards import CARD, AdapterCard, load_card
+from ftlevel.artifacts.places import DATA_PATHS, check_paths, load_run_config
 from ftlevel.config import DataConfig, MergeConfig, QuantConfig, build_config
 from ftlevel.config.section import Choice
 from ftlevel.data.encoding.chat import set_chat_template
@@ -93,7 +93,7 @@ def find_adapter(name: str) -> Path:
     """Find the directory of the adapter `name`; raise InputError if it cannot be merged."""
     path = Path(name).expanduser()
     directory = find_directory(name)
-    is_full = (directory / CARD).is_file() and read_card(directory).method == "full"
+    is_full = (directory / CARD).is_file() and load_card(directory).method == "full"
     if is_full or is_model(name):
         raise InputError(
             f"{name} has no adapter to merge: {directory} is a whole model already. Use it as it "
@@ -162,7 +162,7 @@ def choose_rows(inputs: MergeInput, count: int, calibration: int = 0) -> CheckRo
     if inputs.ref.run is None:
         return _made_up(inputs, count, calibration, "the adapter has no run")
     try:
-        settings = build_config([read_run(inputs.ref.run)])
+        settings = build_config([load_run_config(inputs.ref.run)])
         check_paths(inputs.ref.run, settings.model_dump(mode="json"), DATA_PATHS)
         data = _prepare_rows(inputs, settings.data, settings.train.seed)
     except ConfigError as error:

@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ftlevel.artifacts.cards import CARD, read_card
+from ftlevel.artifacts.cards import CARD, load_card
 from ftlevel.artifacts.files import Workspace
 from ftlevel.config import MergeConfig
 from ftlevel.config.section import Choice
@@ -189,7 +189,7 @@ def _check_same_base(inputs: MergeInput, name: str, directory: Path) -> None:
     """Raise InputError if an adapter was trained on other base weights than the first one."""
     if not (directory / CARD).is_file():
         return
-    base, first_base = read_card(directory).base, inputs.card.base
+    base, first_base = load_card(directory).base, inputs.card.base
     if base.get("fingerprint") != first_base.get("fingerprint"):
         raise InputError(
             f"{name} was trained on {base.get('name')} and {inputs.ref.adapter_directory} on "

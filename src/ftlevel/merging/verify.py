@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ftlevel.artifacts.cards import describe_difference
+from ftlevel.artifacts.cards import format_difference
 from ftlevel.errors import RunError
 from ftlevel.evaluation.two_models import (
     Agreement,
@@ -166,6 +166,6 @@ def _refuse_other_than(exact: Agreement) -> None:
         raise RunError(
             f"the merged model is not the base with the adapter: before rounding its logits differ "
             f"by {exact.mean_difference:.3g} on average, and float32 explains "
-            f"{BOUND * exact.scale:.3g} ({describe_difference(asdict(exact))}, "
+            f"{BOUND * exact.scale:.3g} ({format_difference(asdict(exact))}, "
             f"{exact.targets:,} targets). Nothing was saved. Please report this with the command."
         )

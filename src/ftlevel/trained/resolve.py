@@ -14,16 +14,16 @@ from pathlib import Path
 from shlex import quote
 from typing import Any
 
-from ftlevel.artifacts.cards import CARD, AdapterCard, read_card
+from ftlevel.artifacts.cards import CARD, AdapterCard, load_card
 from ftlevel.artifacts.files import (
-    base_digest,
     base_fingerprint,
     check_regular,
     file_fingerprint,
+    hash_weights,
     write_json,
 )
 from ftlevel.artifacts.places import relative_path, resolve_relative
-from ftlevel.artifacts.run_directory import CHECKPOINTS, CONFIG, find_run
+from ftlevel.artifacts.run_directory import CHECKPOINTS, CONFIG, get_run_dir
 from ftlevel.artifacts.sentence_transformers import find_task
 from ftlevel.config.methods.lora import BASE_MODIFYING_INITS
 from ftlevel.data.encoding.collate import ensure_pad_token
@@ -146,7 +146,7 @@ def _resolve_ours(
     directory: Path, said: str, task: str | None, base: ModelSource | None
 ) -> ModelRef:
     """Returns the `ModelRef` of a directory with a card; arguments as in `resolve_model`."""
-    card, run = read_card(directory), find_run(directory)
+    card, run = load_card(directory), get_run_dir(directory)
     if task not in (None, card.task):
         raise InputError(f"{said} was trained for {card.task}, not for {task}. Drop --task.")
     if card.method == "full":
@@ -375,7 +375,7 @@ def build_default_card(
 
 def check_whole_adapter(directory: Path) -> None:
     """Raise InputError for a checkpoint whose adapter needs a base rewritten by initialization."""
-    run = find_run(directory) if directory.absolute().parent.name == CHECKPOINTS else None
+    run = get_run_dir(directory) if directory.absolute().parent.name == CHECKPOINTS else None
     if run is None or (directory / CARD).is_file() or not (directory / ADAPTER_CONFIG).is_file():
         return
     from ftlevel.methods.merging import read_peft_config  # imports PEFT tuners
@@ -450,7 +450,7 @@ def check_base(source: ModelSource, card: AdapterCard, directory: Path) -> None:
         return
     actual = base_fingerprint(source.path)
     if actual == expected and (digest := card.base.get("digest")) and source.path.is_dir():
-        expected, actual = digest, base_digest(source.path)
+        expected, actual = digest, hash_weights(source.path)
     if actual != expected:
         raise InputError(
             f"{directory} was trained on {card.base['name']} with weights {expected[:12]}…, and "
@@ -564,7 +564,7 @@ def compute_fingerprint(ref: ModelRef) -> str:
     if path is None:
         digest.update(f"{ref.base}@{ref.source.revision}".encode())
     else:
-        digest.update((base_digest(path) if path.is_dir() else file_fingerprint(path)).encode())
+        digest.update((hash_weights(path) if path.is_dir() else file_fingerprint(path)).encode())
     for pattern in ("*.safetensors", "*.bin", "adapter_config.json"):
         for file in sorted(ref.directory.glob(pattern)) if ref.directory else []:
             digest.update(f"{file.name} {file_fingerprint(file)}".encode())

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ftlevel.artifacts.checkpoints import best_of, delete_best_after, find_damage, write_best
+from ftlevel.artifacts.checkpoints import best_of, delete_best_after, detect_corruption, save_best
 from ftlevel.config import MethodConfig
 from ftlevel.config.section import Choice
 from ftlevel.config.trainer import TrainerConfig
@@ -352,7 +352,7 @@ class BestModelCallback(TrainerCallback):
         self._has_ended = has_ended and not has_new_length
         if best is None or not self.plan.loads:
             return
-        damage = find_damage(best_of(self.directory, best.step))
+        damage = detect_corruption(best_of(self.directory, best.step))
         if damage and best.step == step:  # the checkpoint has the same weights
             self._must_rewrite = True
         elif damage:
@@ -372,7 +372,7 @@ class BestModelCallback(TrainerCallback):
     ) -> None:
         """On resume, rewrite a corrupted best model; stop if the run had stopped early."""
         if self._must_rewrite and self._is_first:
-            write_best(self.directory, state.global_step, lambda to: self._write(model, to))
+            save_best(self.directory, state.global_step, lambda to: self._write(model, to))
         control.should_training_stop |= self._has_ended
 
     def on_evaluate(
@@ -392,7 +392,7 @@ class BestModelCallback(TrainerCallback):
             # The last model is in memory; write it only with a checkpoint to resume from.
             is_needed = state.global_step < state.max_steps or control.should_save
             if self.plan.loads and self._is_first and is_needed:
-                write_best(self.directory, state.global_step, lambda to: self._write(model, to))
+                save_best(self.directory, state.global_step, lambda to: self._write(model, to))
         control.should_training_stop |= self.evaluations.is_over
 
     def _write(self, model: Any, directory: Path) -> None:
@@ -410,7 +410,7 @@ class BestModelCallback(TrainerCallback):
             return None
         if self.plan.loads and evaluations.best.step != step:
             directory = best_of(self.directory, evaluations.best.step)
-            if damage := find_damage(directory):
+            if damage := detect_corruption(directory):
                 self._listener.warn(f"{directory.name}: {damage}; the last model is kept instead")
             else:
                 read_trained(model, directory)

@@ -353,9 +353,9 @@ def restore_progress(
         return
     step = step_of(resumed.checkpoint)
     if processes.is_first:
-        watch.report.records += directory.rewind_log(step)
-        directory.rewind_notes(step)
-    trainer.smaller.resume([note for note in directory.read_notes() if note["step"] <= step])
+        watch.report.records += directory.truncate_log(step)
+        directory.truncate_events(step)
+    trainer.smaller.resume([note for note in directory.load_events() if note["step"] <= step])
     if watch.best is not None:
         watch.best.resume(step, resumed.past, has_new_length=resumed.has_new_length)
 

@@ -10,12 +10,12 @@ from pathlib import Path
 from shlex import quote
 from typing import Any
 
-from ftlevel.artifacts.cards import generate_command, write_readme
-from ftlevel.artifacts.checkpoints import forget_unreachable
+from ftlevel.artifacts.cards import create_readme, generate_command
+from ftlevel.artifacts.checkpoints import delete_unreachable_best
 from ftlevel.artifacts.files import flush, flush_all
 from ftlevel.artifacts.hub import push
 from ftlevel.artifacts.places import relative_path
-from ftlevel.artifacts.run_directory import RunDirectory, forget_adapter, mark_end
+from ftlevel.artifacts.run_directory import RunDirectory, delete_adapter, record_files
 from ftlevel.config import IN_MEMORY, MethodConfig, OutputConfig
 from ftlevel.data.prepare.streaming import StreamedRows
 from ftlevel.errors import RunError
@@ -90,10 +90,10 @@ def save(
         write_former_rope(partial)
     write_tokenizer_and_card(partial, run, base, start, directory.adapter)
     flush_all(partial)
-    forget_adapter(directory.path)
+    delete_adapter(directory.path)
     partial.rename(directory.adapter)
     flush(directory.path)
-    forget_unreachable(directory.checkpoints)
+    delete_unreachable_best(directory.checkpoints)
 
 
 def write_tokenizer_and_card(
@@ -184,13 +184,13 @@ def write_results(
     lines: Sequence[dict[str, Any]] = (),
 ) -> None:
     """Write predictions and model cards, then summary.json, which marks the run as finished."""
-    directory.write_answers(lines)
+    directory.save_predictions(lines)
     for finish_run in hooks("finish_run"):
         finish_run(directory, summary, lines)
-    directory.write_card(write_readme(summary, needs_import(method)))
+    directory.save_readme(create_readme(summary, needs_import(method)))
     shutil.copyfile(directory.path / "README.md", directory.adapter / "README.md")
-    directory.write_summary(summary)  # marks the run as finished
-    mark_end(directory.path)
+    directory.save_summary(summary)  # marks the run as finished
+    record_files(directory.path)
 
 
 def report_results(
@@ -242,7 +242,7 @@ def end_run(
             failed = error
         else:
             summary = {**summary, "hub": url}
-            directory.write_summary(summary)
+            directory.save_summary(summary)
     listener.end(summary)
     if failed is not None:
         raise failed

@@ -136,7 +136,7 @@ class Recovery(TrainerCallback):
 
     def _newest(self) -> Path | None:
         return self._processes.from_first(
-            lambda: checkpoints.find_newest_intact(self._directory.checkpoints)[0]
+            lambda: checkpoints.get_last_valid_checkpoint(self._directory.checkpoints)[0]
         )
 
     def _rows(self) -> str:

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ftlevel.artifacts.files import Workspace, base_digest, file_fingerprint
+from ftlevel.artifacts.files import Workspace, file_fingerprint, hash_weights
 from ftlevel.config import DataConfig
 from ftlevel.config.section import Choice
 from ftlevel.data.encoding.collate import Collator
@@ -135,7 +135,7 @@ def digest_start(run: Run, adapted: PreparedModel) -> str:
             for part in inner_tensors(tensor) or (tensor,):
                 digest.update(part.detach().float().cpu().numpy().tobytes())
     key_values = {
-        "base": path and (base_digest(path) if path.is_dir() else file_fingerprint(path)),
+        "base": path and (hash_weights(path) if path.is_dir() else file_fingerprint(path)),
         "name": [model.source.name, model.auto_class],
         "start": digest.hexdigest(),
         "method": run.config.method.model_dump(mode="json"),

@@ -17,8 +17,8 @@ from typing import Any
 
 from ftlevel.artifacts import checkpoints
 from ftlevel.artifacts.checkpoints import delete_best_after, step_of
-from ftlevel.artifacts.files import base_digest, write_json
-from ftlevel.artifacts.places import write_relative_paths
+from ftlevel.artifacts.files import hash_weights, write_json
+from ftlevel.artifacts.places import save_relative_paths
 from ftlevel.artifacts.run_directory import ORIGIN, RunDirectory, mark_resumed, open_run
 from ftlevel.config import ModelConfig, OutputConfig
 from ftlevel.config.section import Choice
@@ -69,7 +69,7 @@ def base_facts(run: Run) -> dict[str, Any]:
     facts, path = describe_base(run.model.source), run.model.source.path
     if run.written_base is None or path is None:
         return facts
-    return {**facts, "digest": base_digest(path)}
+    return {**facts, "digest": hash_weights(path)}
 
 
 def check_same_base(
@@ -84,8 +84,13 @@ def check_same_base(
         return
     source = resolve_source(model.name_or_path, model.revision, model.trust_remote_code)
     expected, fingerprint = origin.get(BASE), describe_base(source)["fingerprint"]
-    is_free = BASE in output.allow_change
-    if expected is not None and fingerprint is not None and fingerprint != expected and not is_free:
+    is_empty = BASE in output.allow_change
+    if (
+        expected is not None
+        and fingerprint is not None
+        and fingerprint != expected
+        and not is_empty
+    ):
         raise ConfigError(
             f"--resume {output.dir}: it was started on {origin.get('model.name_or_path')} with "
             f"weights {expected[:12]}…, and {source.label} has other weights "
@@ -233,7 +238,7 @@ def _resolve_resume(run: Run, origin: Mapping[str, Any], listener: Listener) -> 
     check_same_run(directory, {**before, **accepted}, origin)
     for digests in digests_of(run):
         changes += _changes_of_files(run.config.output, directory, digests, listener)
-    summary = directory.read_summary()
+    summary = directory.load_summary()
     was_planned = summary and summary.get("planned_steps", summary["steps"])
     if summary is not None and not lengths and was_planned == steps:
         return ResumeState(finished=summary)
@@ -244,7 +249,7 @@ def _resolve_resume(run: Run, origin: Mapping[str, Any], listener: Listener) -> 
         trained = max(step_of(checkpoint), summary["steps"] if summary else 0)
         _check_length(run, lengths, trained)
     state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-    past = directory.read_log(step_of(checkpoint))
+    past = directory.load_log(step_of(checkpoint))
     has_new_length = state["max_steps"] != steps
     choice = Choice("checkpoint", checkpoint, f"step {step_of(checkpoint):,} of {steps:,}")
     listener.choices("resume", [choice])
@@ -281,12 +286,12 @@ def open_or_resume(run: Run, resumed: ResumeState, listener: Listener) -> RunDir
     if resumed.checkpoint is not None and output.dir is not None:
         directory = RunDirectory(output.dir)
         mark_resumed(directory.path)
-        checkpoints.set_aside_newer(directory.checkpoints, resumed.checkpoint)
+        checkpoints.reject_newer(directory.checkpoints, resumed.checkpoint)
         for change in resumed.changes:
             listener.warn(
                 f"{change['field']} is {change['is']!r} from here on, was {change['was']!r}"
             )
-        directory.write_changes(step_of(resumed.checkpoint), resumed.changes)
+        directory.append_changes(step_of(resumed.checkpoint), resumed.changes)
         for digests in digests_of(run):
             if any(change["field"].startswith(digests.field) for change in resumed.changes):
                 digests.forget(directory.checkpoints)
@@ -294,7 +299,7 @@ def open_or_resume(run: Run, resumed: ResumeState, listener: Listener) -> RunDir
         directory, leftovers = open_run(
             output.dir, run.name, overwrite=output.overwrite, resume=output.resume
         )
-        checkpoints.set_aside_newer(directory.checkpoints, None)
+        checkpoints.reject_newer(directory.checkpoints, None)
         delete_best_after(directory.checkpoints, 0)
         for line in leftovers:
             listener.warn(
@@ -304,8 +309,8 @@ def open_or_resume(run: Run, resumed: ResumeState, listener: Listener) -> RunDir
     if run.written_base is not None:
         path = str(directory.path.absolute() / WRITTEN_BASE)
         stored_run = run.with_settings("model", name_or_path=path)
-    directory.write_config(dump_config(stored_run))
-    write_relative_paths(directory, resolved_config(stored_run))
+    directory.save_config(dump_config(stored_run))
+    save_relative_paths(directory, resolved_config(stored_run))
     write_json(directory.checkpoints / ORIGIN, resumed.origin)
     return directory
 
@@ -379,12 +384,12 @@ def find_checkpoint(directory: RunDirectory, listener: Listener) -> Path | None:
     Raises:
         ConfigError: the run is finished and has no complete checkpoint.
     """
-    newest, rejected = checkpoints.find_newest_intact(directory.checkpoints)
+    newest, rejected = checkpoints.get_last_valid_checkpoint(directory.checkpoints)
     for line in rejected:
         listener.warn(f"{line}; it is not used")
     if newest is not None:
         return newest
-    if directory.read_summary() is not None:
+    if directory.load_summary() is not None:
         raise ConfigError(
             f"--resume {directory.path}: it is finished and has no valid checkpoint. Continue "
             f"from its adapter: --adapter {directory.path} with another --output-dir. Runs with "
@@ -418,7 +423,7 @@ def describe_end(directory: RunDirectory, train: TrainerConfig, summary: Mapping
         else f"--num-train-epochs {2 * train.num_train_epochs:g}"
     )
     early = " (it stopped early)" if best.get("stopped_early") else ""
-    newest, _ = checkpoints.find_newest_intact(directory.checkpoints)
+    newest, _ = checkpoints.get_last_valid_checkpoint(directory.checkpoints)
     advice = (
         f"For a longer run: --resume {length}."
         if newest
@@ -439,7 +444,7 @@ def explain_interrupt(directory: RunDirectory) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        checkpoint, _ = checkpoints.find_newest_intact(directory.checkpoints)
+        checkpoint, _ = checkpoints.get_last_valid_checkpoint(directory.checkpoints)
         message = (
             f"{checkpoint} is kept. {_resume_command(directory)}"
             if checkpoint

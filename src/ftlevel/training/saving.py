@@ -18,7 +18,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from ftlevel.artifacts import checkpoints
 from ftlevel.artifacts.checkpoints import rotate_best
-from ftlevel.artifacts.run_directory import RunDirectory, delete_replaced
+from ftlevel.artifacts.run_directory import RunDirectory, delete_backup
 from ftlevel.config import TrainerConfig
 from ftlevel.data.prepare.streaming import StreamedRows
 from ftlevel.errors import ConfigError, RunError
@@ -120,7 +120,7 @@ def _reason(error: Exception, directory: RunDirectory) -> str | None:
 
 def _describe_checkpoint(directory: RunDirectory) -> str:
     # On resume, newer incomplete checkpoints are renamed with a warning.
-    checkpoint, _ = checkpoints.find_newest_intact(directory.checkpoints)
+    checkpoint, _ = checkpoints.get_last_valid_checkpoint(directory.checkpoints)
     if checkpoint is None:
         return "There is no valid checkpoint. Fix that, and start again with --overwrite."
     return (
@@ -180,7 +180,7 @@ class WriteManifest(TrainerCallback):
         checkpoints.certify(checkpoint)
         checkpoints.rotate(self.directory, self.keep)
         rotate_best(self.directory)
-        delete_replaced(self.directory.parent)
+        delete_backup(self.directory.parent)
 
 
 SMALL_CHECKPOINT = 512_000_000

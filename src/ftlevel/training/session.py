@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from ftlevel.artifacts.files import Workspace
-from ftlevel.artifacts.hub import find_repository
+from ftlevel.artifacts.hub import get_repo_id
 from ftlevel.artifacts.run_directory import (
     RunDirectory,
     check_output,
-    describe_recipe,
-    lock_directory,
-    mark_end_once,
+    get_recipe_info,
+    lock_dir,
+    record_files_once,
     replace_run,
 )
 from ftlevel.config import DataConfig, InMemoryDataset, QuantConfig, TrainConfig
@@ -245,7 +245,7 @@ def resolve_job(
         sized = choose_micro_batch(run, processes, tokens)
         listener.choices("train", sized.choices[len(run.choices) :])
         run = sized
-    recipe = describe_recipe(command.recipe) if command.recipe else None
+    recipe = get_recipe_info(command.recipe) if command.recipe else None
     return TrainingJob(run, processes, memory, listener, inputs.callbacks, recipe, command.start)
 
 
@@ -257,7 +257,7 @@ def _resolve(
     check_output(output.dir, overwrite=output.overwrite, resume=output.resume)
     check_packages(config.model, config.speed, output)
     if output.push_to_hub is not None:
-        repository = {"push_to_hub": find_repository(output.push_to_hub)}
+        repository = {"push_to_hub": get_repo_id(output.push_to_hub)}
         config = config.model_copy(update={"output": output.model_copy(update=repository)})
     check_same_base(config.model, output, config.data.chat_template, config.task)
     listener.stage("reading data and model configuration")
@@ -391,8 +391,8 @@ class TrainingSession:
             answers=callbacks.answers,
             speed=describe_speed(trainer, comparison),
             selected=self.selected,
-            changes=self.directory.read_changes(),
-            skipped_steps=select_skipped_steps(self.directory.read_notes()),
+            changes=self.directory.load_changes(),
+            skipped_steps=select_skipped_steps(self.directory.load_events()),
             plan=job.memory.compare(self.resident),
         )
         facts, notes = self.auxiliary.describe(self.run, records)
@@ -464,7 +464,7 @@ def open_session(job: TrainingJob, resumed: ResumeState, stack: ExitStack) -> Tr
 
 def _claim_directory(run: Run, directory: RunDirectory, stack: ExitStack) -> Sequence[FileDigests]:
     """Lock the run's directory until `stack` closes, and start to hash the run's input files."""
-    stack.enter_context(lock_directory(directory.path))
+    stack.enter_context(lock_dir(directory.path))
     stack.enter_context(replace_run(directory.path))
     digests = digests_of(run)
     for each in digests:
@@ -476,6 +476,6 @@ def _claim_directory(run: Run, directory: RunDirectory, stack: ExitStack) -> Seq
 def end_finished(job: TrainingJob, directory: RunDirectory, summary: Mapping[str, Any]) -> None:
     """Report that a run to be resumed has already finished."""
     if job.processes.is_first:
-        mark_end_once(directory.path)
+        record_files_once(directory.path)
     message = describe_end(directory, job.run.config.train, summary)
     job.listener.end({**summary, "nothing_left": message})

@@ -22,7 +22,7 @@ from typing import Any, BinaryIO
 
 import torch
 
-from ftlevel.artifacts.checkpoints import find_damage
+from ftlevel.artifacts.checkpoints import detect_corruption
 from ftlevel.artifacts.files import Workspace
 from ftlevel.errors import InputError
 from ftlevel.models.sources import ModelSource
@@ -450,7 +450,7 @@ def merge_sharded_checkpoint(directory: Path) -> Path:
 def _together(directory: Path) -> Workspace:
     from ftlevel.models.upstream.shards import merge_shards  # imports torch.distributed
 
-    damage = find_damage(directory)
+    damage = detect_corruption(directory)
     if damage is not None:
         raise InputError(f"{directory} cannot be assembled: {damage}. Use another checkpoint.")
     workspace = Workspace("checkpoint")

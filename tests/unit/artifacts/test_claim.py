@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from ftlevel.artifacts.run_directory import check_output, check_unclaimed, lock_directory, open_run
+from ftlevel.artifacts.run_directory import check_lock, check_output, lock_dir, open_run
 from ftlevel.errors import ConfigError
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from ftlevel.artifacts.run_directory import lock_directory
-with lock_directory(Path(sys.argv[1])):
+from ftlevel.artifacts.run_directory import lock_dir
+with lock_dir(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)
 """
@@ -24,7 +24,7 @@ with lock_directory(Path(sys.argv[1])):
 
 def test_a_directory_is_held_until_its_process_is_killed(tmp_path: Path) -> None:
     run, _ = open_run(tmp_path / "run", "x", overwrite=False)
-    run.write_config("task: text-generation\n")
+    run.save_config("task: text-generation\n")
     process = subprocess.Popen(
         [sys.executable, "-c", HOLD, run.path], stdout=subprocess.PIPE, text=True
     )
@@ -66,13 +66,13 @@ def test_a_directory_that_cannot_be_created_is_named() -> None:
 
 
 def test_what_is_held_is_free_again(tmp_path: Path) -> None:
-    with lock_directory(tmp_path), pytest.raises(ConfigError):
-        check_unclaimed(tmp_path)
-    check_unclaimed(tmp_path)
+    with lock_dir(tmp_path), pytest.raises(ConfigError):
+        check_lock(tmp_path)
+    check_lock(tmp_path)
 
 
 def test_the_processes_of_a_run_may_look_at_once(tmp_path: Path) -> None:
-    with lock_directory(tmp_path, shared=True):  # as another of them does
-        check_unclaimed(tmp_path)
-        with pytest.raises(ConfigError, match="another run is writing"), lock_directory(tmp_path):
+    with lock_dir(tmp_path, shared=True):  # as another of them does
+        check_lock(tmp_path)
+        with pytest.raises(ConfigError, match="another run is writing"), lock_dir(tmp_path):
             pass

@@ -13,8 +13,8 @@ from ftlevel.artifacts.checkpoints import certify
 from ftlevel.artifacts.files import (
     atomic_directory,
     atomic_files,
-    check_absent,
-    describe_interrupt,
+    check_new_output,
+    format_interrupt,
     write_text,
 )
 from ftlevel.errors import ConfigError
@@ -58,10 +58,10 @@ def test_nothing_of_the_users_is_replaced(tmp_path: Path) -> None:
         ("file", "already exists and is not overwritten. Choose another."),
     ):
         with pytest.raises(ConfigError, match=f"--out .*{name} {said}"):
-            check_absent("--out", tmp_path / name)
+            check_new_output("--out", tmp_path / name)
     with pytest.raises(ConfigError, match="cannot be written"):
-        check_absent("--out", tmp_path / "file" / "out")
-    check_absent("--out", tmp_path / "empty")
+        check_new_output("--out", tmp_path / "file" / "out")
+    check_new_output("--out", tmp_path / "empty")
     with atomic_directory(tmp_path / "empty") as place:
         (place / "a").write_text("x")
     assert (tmp_path / "empty" / "a").is_file()
@@ -91,7 +91,7 @@ def test_a_signal_while_it_is_tidied_leaves_nothing(
 ) -> None:
     remove, came = shutil.rmtree, []
     # A process of the command line writes one thing; this one has written what other tests did.
-    monkeypatch.setattr("ftlevel.artifacts.files._in_place", [])
+    monkeypatch.setattr("ftlevel.artifacts.files._outputs", [])
 
     def interrupted(path: Path, **settings: bool) -> None:
         if not came:
@@ -105,7 +105,7 @@ def test_a_signal_while_it_is_tidied_leaves_nothing(
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
     monkeypatch.setattr(shutil, "rmtree", remove)
     a = tmp_path / "a"
-    assert describe_interrupt() == f"interrupted; {a} was written before that, and is whole."
+    assert format_interrupt() == f"interrupted; {a} was written before that, and is whole."
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="names of open files")

@@ -9,7 +9,7 @@ import pytest
 from huggingface_hub import ModelCard
 from huggingface_hub.repocard_data import EvalResult
 
-from ftlevel.artifacts.cards import write_merge_readme, write_quantized_readme, write_readme
+from ftlevel.artifacts.cards import create_merge_readme, create_quantized_readme, create_readme
 from ftlevel.tasks import TASKS
 
 # https://github.com/huggingface/huggingface.js/blob/main/packages/tasks/src/pipelines.ts
@@ -33,7 +33,7 @@ def summary(**changes: Any) -> dict[str, Any]:
 
 
 def test_a_run_on_hub_model_and_data() -> None:
-    card = ModelCard(write_readme(summary()))
+    card = ModelCard(create_readme(summary()))
     assert card.data.base_model == "org/base"
     assert card.data.get("base_model_relation") == "adapter"
     assert card.data.datasets == ["org/rows"]
@@ -52,7 +52,7 @@ def test_a_run_on_hub_model_and_data() -> None:
 
 @pytest.mark.parametrize("task", TASKS)
 def test_every_task_has_a_tag_of_the_hub(task: str) -> None:
-    data = ModelCard(write_readme(summary(task=task))).data
+    data = ModelCard(create_readme(summary(task=task))).data
     assert data.pipeline_tag in PIPELINE_TAGS
     assert data.eval_results is not None
     assert data.eval_results[0].task_type == data.pipeline_tag
@@ -66,22 +66,22 @@ def test_names_that_are_not_on_the_hub_are_left_out(
     (tmp_path / "README.md").write_text("---\nlicense: apache-2.0\n---\n# Base\n")
     local = {"name": str(tmp_path), "kind": "directory"}
     data = {**summary()["data"], "name": "data/rows"}
-    card = ModelCard(write_readme(summary(model=local, data=data, method="full")))
+    card = ModelCard(create_readme(summary(model=local, data=data, method="full")))
     assert card.data.base_model is None
     assert card.data.datasets is None
     assert card.data.library_name == "transformers"
     assert card.data.license == "apache-2.0"
     for name in ("rows: 'a'.csv", "a.jsonl + b.jsonl"):
-        text = write_readme(summary(data={**data, "name": name}))
+        text = create_readme(summary(data={**data, "name": name}))
         assert ModelCard(text).data.eval_results[0].dataset_name == name
 
 
 def test_the_license_is_that_of_the_base() -> None:
     builtin = {"name": "builtin:tiny-llama", "kind": "builtin"}
-    data = ModelCard(write_readme(summary(model=builtin))).data
+    data = ModelCard(create_readme(summary(model=builtin))).data
     assert (data.license, data.license_name) == ("other", "psf-2.0")
     assert data.license_link == "https://docs.python.org/3/license.html"
-    assert ModelCard(write_readme(summary())).data.license is None  # its card is not on this disk
+    assert ModelCard(create_readme(summary())).data.license is None  # its card is not on this disk
 
 
 def test_merged_and_quantized_models() -> None:
@@ -90,13 +90,13 @@ def test_merged_and_quantized_models() -> None:
         "versions": {}, "written": {"dtype": "float32", "untied": False}, "onto": "original",
         "reason": "",
     }  # fmt: skip
-    data = ModelCard(write_merge_readme(merged, "rl")).data
+    data = ModelCard(create_merge_readme(merged, "rl")).data
     assert (data.base_model, data.pipeline_tag) == ("org/base", "text-generation")
     assert data.tags == ["ftlevel", "merged", "lora"]
     quantized = {
         "source": HUB, "quantization": {"form": "nf4"}, "quantized_linears": 2, "dtype": "float32",
         "versions": {"ftlevel": "0.2.0"}, "parts": {}, "bytes": 1, "bytes_before": 2,
     }  # fmt: skip
-    data = ModelCard(write_quantized_readme("small", quantized)).data
+    data = ModelCard(create_quantized_readme("small", quantized)).data
     assert (data.base_model, data.get("base_model_relation")) == ("org/base", "quantized")
     assert data.pipeline_tag is None

@@ -21,11 +21,11 @@ from ftlevel.errors import ConfigError, InputError
 
 def finished_run(path: Path, text: str = "old") -> RunDirectory:
     run, _ = open_run(path, "x", overwrite=False)
-    run.write_config(text)
+    run.save_config(text)
     run.adapter.mkdir()
     (run.adapter / "adapter_model.safetensors").write_text(text)
-    run.write_summary({"of": text})
-    ownership.mark_end(path)
+    run.save_summary({"of": text})
+    ownership.record_files(path)
     return run
 
 
@@ -40,7 +40,7 @@ def names(path: Path) -> list[str]:
 def begin_again(path: Path) -> tuple[RunDirectory, list[str]]:
     check_output(path, overwrite=True, resume=False)
     run, kept = open_run(path, "x", overwrite=True)
-    run.write_config("new")
+    run.save_config("new")
     return run, kept
 
 
@@ -87,7 +87,7 @@ def test_files_of_others_stay_and_are_named(tmp_path: Path) -> None:
     for name in ("notes.txt", "adapter/notes.txt", "checkpoints/checkpoint-1/a"):
         assert any(str(tmp_path / name) in line for line in kept)
     with ownership.replace_run(tmp_path):
-        run.write_summary({"of": "new"})
+        run.save_summary({"of": "new"})
     found = tree(tmp_path)
     assert found["notes.txt"] == "mine"
     assert found["kept/adapter/notes.txt"] == "mine too"
@@ -122,7 +122,7 @@ def test_an_old_run_goes_when_the_new_one_has_a_checkpoint(tmp_path: Path) -> No
 def test_an_old_run_goes_when_only_what_follows_the_new_ones_end_fails(tmp_path: Path) -> None:
     finished_run(tmp_path)
     run, _ = begin_again(tmp_path)
-    run.write_summary({})
+    run.save_summary({})
     with pytest.raises(RuntimeError), ownership.replace_run(tmp_path):
         raise RuntimeError  # an upload, for one
     assert (tmp_path / "config.yaml").read_text() == "new"
@@ -133,7 +133,7 @@ def test_an_old_run_is_kept_through_kills_of_new_ones(tmp_path: Path) -> None:
     finished_run(tmp_path)
     for _ in range(3):
         run, _ = begin_again(tmp_path)  # and is killed
-        run.write_config("broken")
+        run.save_config("broken")
     assert (tmp_path / ".replaced" / "summary.json").is_file()
     with pytest.raises(RuntimeError), ownership.replace_run(tmp_path):
         raise RuntimeError
@@ -185,7 +185,7 @@ def test_every_state_that_a_kill_leaves_can_be_begun_in(
     path = tmp_path / "run"
     path.mkdir()
     if state != "nothing":
-        ownership.mark(path)
+        ownership.create_marker(path)
     if state == "config":
         (path / "checkpoints").mkdir()
         (path / "config.yaml").write_text("cut short")
@@ -195,9 +195,9 @@ def test_every_state_that_a_kill_leaves_can_be_begun_in(
         return
     check_output(path, overwrite=how == "overwrite", resume=how == "resume")
     run, _ = open_run(path, "x", overwrite=how == "overwrite", resume=how == "resume")
-    run.write_config("new")
+    run.save_config("new")
     with ownership.replace_run(path):
-        run.write_summary({})
+        run.save_summary({})
     assert names(path) == [".ftlevel.json", "checkpoints", "config.yaml",
                                         "summary.json"]  # fmt: skip
 
@@ -215,10 +215,10 @@ def test_rotation_leaves_what_no_run_certified(tmp_path: Path) -> None:
 def test_torn_checkpoints_are_set_aside_any_number_of_times(tmp_path: Path) -> None:
     for _ in range(3):
         (tmp_path / "checkpoint-2").mkdir()
-        newest, rejected = checkpoints.find_newest_intact(tmp_path)
+        newest, rejected = checkpoints.get_last_valid_checkpoint(tmp_path)
         assert newest is None
         assert len(rejected) == 1
-        checkpoints.set_aside_newer(tmp_path, newest)
+        checkpoints.reject_newer(tmp_path, newest)
     assert names(tmp_path) == ["rejected-2", "rejected-2-2", "rejected-2-3"]
 
 
@@ -228,7 +228,7 @@ def test_a_checkpoint_with_a_number_that_is_none_is_damaged(tmp_path: Path) -> N
         folder.mkdir()
         save_file({"a": torch.ones(3), "b": torch.tensor([value])}, folder / "x.safetensors")
         checkpoints.certify(folder)
-    newest, rejected = checkpoints.find_newest_intact(tmp_path)
+    newest, rejected = checkpoints.get_last_valid_checkpoint(tmp_path)
     assert newest == tmp_path / "checkpoint-1"
     assert rejected == [f"checkpoint-{n}: x.safetensors has NaN or infinity in b" for n in (3, 2)]
 
@@ -242,28 +242,28 @@ def test_a_checkpoint_with_a_number_that_is_none_is_damaged(tmp_path: Path) -> N
 def test_a_manifest_of_another_shape_is_damage(tmp_path: Path, text: str) -> None:
     (tmp_path / "a").write_text("a")
     checkpoints.certify(tmp_path)
-    assert checkpoints.find_damage(tmp_path) is None
+    assert checkpoints.detect_corruption(tmp_path) is None
     (tmp_path / "manifest.json").write_bytes(text.encode("latin-1"))
-    assert checkpoints.find_damage(tmp_path)
+    assert checkpoints.detect_corruption(tmp_path)
 
 
 def test_what_is_saved_twice_is_whole(tmp_path: Path) -> None:
     for text in ("a", "ab"):
         (tmp_path / "a").write_text(text)
         checkpoints.certify(tmp_path)
-    assert checkpoints.find_damage(tmp_path) is None
+    assert checkpoints.detect_corruption(tmp_path) is None
 
 
 def test_a_run_that_was_killed_at_its_very_end_knows_its_files_later(tmp_path: Path) -> None:
     run, _ = open_run(tmp_path, "x", overwrite=False)
-    run.write_summary({"of": "old"})
-    (tmp_path / f".{ownership.MARKER}.partial").write_text('{"run":')  # a kill in `mark_end`
-    ownership.mark_end_once(tmp_path)
+    run.save_summary({"of": "old"})
+    (tmp_path / f".{ownership.MARKER}.partial").write_text('{"run":')  # a kill in `record_files`
+    ownership.record_files_once(tmp_path)
     assert names(tmp_path) == [".ftlevel.json", "checkpoints", "summary.json"]
     (run.checkpoints / "notes.txt").write_text("mine")
-    ownership.mark_end_once(tmp_path)
+    ownership.record_files_once(tmp_path)
     begin_again(tmp_path)
-    ownership.delete_replaced(tmp_path)
+    ownership.delete_backup(tmp_path)
     assert (tmp_path / "kept/checkpoints/notes.txt").read_text() == "mine"
 
 
@@ -316,13 +316,13 @@ def test_the_adapter_of_a_former_end_goes_without_what_others_put_there(tmp_path
     run = finished_run(tmp_path / "run")
     (run.adapter / "notes.txt").write_text("mine")
     ownership.mark_resumed(run.path)
-    ownership.forget_adapter(run.path)
+    ownership.delete_adapter(run.path)
     assert not run.adapter.exists()
     assert tree(run.path / "kept") == {"adapter/notes.txt": "mine"}
 
 
 def test_what_a_link_in_a_run_leads_to_is_not_touched(tmp_path: Path) -> None:
-    for name, forget in (("adapter", ownership.forget_adapter), ("checkpoints", begin_again)):
+    for name, forget in (("adapter", ownership.delete_adapter), ("checkpoints", begin_again)):
         run, there = finished_run(tmp_path / name), tmp_path / f"{name}-there"
         (run.path / name).rename(there)
         (there / "precious").write_text("mine")
@@ -330,7 +330,7 @@ def test_what_a_link_in_a_run_leads_to_is_not_touched(tmp_path: Path) -> None:
         before = tree(there)
         forget(run.path)
         assert tree(there) == before
-        ownership.delete_replaced(run.path)
+        ownership.delete_backup(run.path)
         assert tree(there) == before
 
 
@@ -343,7 +343,7 @@ def test_best_models_that_no_run_certified_stay(tmp_path: Path) -> None:
         (to / "trained.safetensors").write_text("ours")
 
     for step in (2, 3, 4):
-        checkpoints.write_best(tmp_path, step, write)
+        checkpoints.save_best(tmp_path, step, write)
     checkpoints.delete_best_after(tmp_path, 0)
     assert sorted(tree(tmp_path)) == ["best-1/mine", "best-3-kept/mine", "best-9/mine"]
 
@@ -366,5 +366,5 @@ def test_a_pipe_is_no_plain_file(tmp_path: Path) -> None:
         set_chat_template(SimpleNamespace(chat_template=None), str(tmp_path / "pipe"))
     (tmp_path / "summary.json").symlink_to("pipe")
     (tmp_path / ".ftlevel.json").symlink_to("pipe")
-    assert RunDirectory(tmp_path).read_summary() is None
+    assert RunDirectory(tmp_path).load_summary() is None
     assert not ownership.is_run(tmp_path)

@@ -11,9 +11,9 @@ import yaml
 
 from ftlevel.artifacts.places import (
     check_paths,
+    load_run_config,
     make_paths_absolute,
-    read_run,
-    write_relative_paths,
+    save_relative_paths,
 )
 from ftlevel.artifacts.run_directory import RunDirectory
 from ftlevel.errors import ConfigError
@@ -35,11 +35,11 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def write(run: Path, data: dict[str, Any], model: str = "builtin:tiny-llama") -> None:
     values = {"model": {"name_or_path": model}, "data": data}
     (run / "config.yaml").write_text(yaml.safe_dump(make_paths_absolute(values)))
-    write_relative_paths(RunDirectory(run), values)
+    save_relative_paths(RunDirectory(run), values)
 
 
 def data_of(run: Path) -> dict[str, Any]:
-    found: dict[str, Any] = read_run(run).values["data"]
+    found: dict[str, Any] = load_run_config(run).values["data"]
     return found
 
 
@@ -73,7 +73,7 @@ def test_a_run_moves_alone(project: Path, tmp_path: Path) -> None:
 def test_what_is_nowhere_is_named_with_the_places_and_the_flag(project: Path) -> None:
     run = project / "runs/one"
     (project / "rows.jsonl").unlink()
-    values = read_run(run).values
+    values = load_run_config(run).values
     with pytest.raises(ConfigError) as caught:
         check_paths(run, values)
     assert str(caught.value) == (
@@ -90,7 +90,7 @@ def test_rows_in_memory_are_nowhere(project: Path) -> None:
     write(project / "runs/one", {"dataset": "in memory", "validation_file": "in memory"})
     assert data_of(project / "runs/one")["dataset"] == "in memory"
     with pytest.raises(ConfigError, match="trained on rows in memory, which are not saved"):
-        check_paths(project / "runs/one", read_run(project / "runs/one").values)
+        check_paths(project / "runs/one", load_run_config(project / "runs/one").values)
 
 
 def test_a_template_by_its_name_is_no_path(project: Path) -> None:
@@ -116,9 +116,9 @@ def test_of_two_models_the_one_with_the_weights_is_taken(project: Path, tmp_path
     (run / "checkpoints/origin.json").write_text(json.dumps(origin))
     shutil.copytree(project, tmp_path / "copy")
     copy = tmp_path / "copy/runs/one"
-    assert read_run(copy).values["model"]["name_or_path"] == str(tmp_path / "copy/model")
+    assert load_run_config(copy).values["model"]["name_or_path"] == str(tmp_path / "copy/model")
     save_file({"a": torch.zeros(2)}, tmp_path / "copy/model/model.safetensors")
-    assert read_run(copy).values["model"]["name_or_path"] == str(project / "model")
+    assert load_run_config(copy).values["model"]["name_or_path"] == str(project / "model")
 
 
 def test_a_run_without_places_reads_as_it_did(project: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ftlevel.artifacts.run_directory import describe_recipe
+from ftlevel.artifacts.run_directory import get_recipe_info
 
 
 def git(folder: Path, *arguments: str) -> None:
@@ -20,21 +20,21 @@ def test_git_knows_the_recipe_as_it_is(tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("task: summarization\n")
     git(tmp_path, "init")
-    assert describe_recipe(recipe)["commit"] is None, "it is not tracked yet"
+    assert get_recipe_info(recipe)["commit"] is None, "it is not tracked yet"
     git(tmp_path, "add", "recipe.yaml")
     git(tmp_path, "commit", "-m", "A recipe")
-    found = describe_recipe(recipe)
+    found = get_recipe_info(recipe)
     assert len(found["commit"]) == 40
     assert found["changed"] is False
     recipe.write_text("task: translation\n")
-    assert describe_recipe(recipe)["changed"] is True
+    assert get_recipe_info(recipe)["changed"] is True
 
 
 def test_outside_of_a_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("task: summarization\n")
-    assert describe_recipe(recipe) == {
+    assert get_recipe_info(recipe) == {
         "path": str(recipe),
         "sha256": hashlib.sha256(b"task: summarization\n").hexdigest(),
         "commit": None,
@@ -54,5 +54,5 @@ def test_nothing_runs_that_a_strangers_repository_names(tmp_path: Path) -> None:
     git(tmp_path, "config", "filter.x.clean", f"touch {canary}; cat")
     (tmp_path / ".gitattributes").write_text("* filter=x\n")
     recipe.write_text("task: translation\n")
-    assert describe_recipe(recipe)["changed"] is True
+    assert get_recipe_info(recipe)["changed"] is True
     assert not canary.exists()

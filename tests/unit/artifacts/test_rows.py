@@ -19,7 +19,7 @@ from ftlevel.artifacts.row_files import (
     ParquetFile,
     check_row_file,
     row_file_type,
-    write_rows,
+    save_rows,
 )
 from ftlevel.artifacts.row_sinks import RowColumns, RowFile, partial_of
 from ftlevel.errors import ConfigError, InputError
@@ -66,7 +66,7 @@ def test_what_is_written_is_what_others_read(suffix: str, tmp_path: Path) -> Non
     path = tmp_path / "deep" / f"p{suffix}"
     file = write(path, FULL)
     assert not path.exists()
-    file.finish()
+    file.finalize()
     assert read(path) == FULL
     assert [p.name for p in path.parent.iterdir()] == [path.name]
 
@@ -80,12 +80,12 @@ def test_whatever_is_cut_off_is_gone_on_with(suffix: str, tmp_path: Path) -> Non
         path = tmp_path / f"p{suffix}"
         partial_of(path).write_bytes(content[:size])
         file = begin(path)
-        there = list(file.read_back())
-        assert there == [file.as_written(row) for row in ROWS[: len(there)]]
+        there = list(file.load_existing())
+        assert there == [file.normalize(row) for row in ROWS[: len(there)]]
         file.open(len(there))
         for row in FULL[len(there) :]:
             file.write([row])
-        file.finish()
+        file.finalize()
         assert read(path) == FULL, size
         path.unlink()
     assert len(there) == len(ROWS)
@@ -94,30 +94,30 @@ def test_whatever_is_cut_off_is_gone_on_with(suffix: str, tmp_path: Path) -> Non
 @pytest.mark.parametrize("suffix", SUFFIXES)
 def test_a_whole_file_is_gone_on_with(suffix: str, tmp_path: Path) -> None:
     path = tmp_path / f"p{suffix}"
-    write(path, FULL[:2]).finish()
+    write(path, FULL[:2]).finalize()
     file = begin(path)
-    assert len(list(file.read_back())) == 2
+    assert len(list(file.load_existing())) == 2
     file.open(2)
     file.write(FULL[2:])
-    file.finish()
+    file.finalize()
     assert read(path) == FULL
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
 def test_other_columns_are_refused(suffix: str, tmp_path: Path) -> None:
     path = tmp_path / f"p{suffix}"
-    write_rows(path, [{"id": "1", "prediction": "x"}])
+    save_rows(path, [{"id": "1", "prediction": "x"}])
     with pytest.raises(InputError, match="prediction_score"):
-        list(begin(path).read_back())
+        list(begin(path).load_existing())
 
 
 def test_values_of_json_stand_in_a_table_as_text_that_says_the_same(tmp_path: Path) -> None:
     row = {"whole": 3, "part": 0.1, "yes": True, "none": None, "list": ["ä", 1], "of": {"a": []},
            "day": datetime.date(2026, 1, 2), "sum": decimal.Decimal("1.10")}  # fmt: skip
-    write_rows(tmp_path / "p.csv", [row])
+    save_rows(tmp_path / "p.csv", [row])
     _, cells = list(csv.reader((tmp_path / "p.csv").open(encoding="utf-8")))
     assert cells == ["3", "0.1", "true", "", '["ä", 1]', '{"a": []}', "2026-01-02", "1.10"]
-    write_rows(tmp_path / "p.jsonl", [{**row, "part": float("nan")}])
+    save_rows(tmp_path / "p.jsonl", [{**row, "part": float("nan")}])
     assert json.loads((tmp_path / "p.jsonl").read_text(encoding="utf-8"))["part"] is None
 
 
@@ -139,7 +139,7 @@ def test_types_of_parquet_are_kept(tmp_path: Path) -> None:
     file = row_file_type("--output", path)(path, columns)
     file.open(0)
     file.write([{**row, "prediction": ["ä"]} for row in table.to_pylist()])
-    file.finish()
+    file.finalize()
     found = pq.read_table(path)
     assert found.schema.names == [*table.schema.names, "prediction"]
     for name in table.schema.names:
@@ -185,10 +185,10 @@ def test_parquet_that_is_resumed_knows_a_row_whose_null_keys_were_dropped(tmp_pa
     begun.write([{**row, "answer": "yes"}])
     begun.close()
     resumed = ParquetFile(tmp_path / "x.parquet", columns)
-    [there] = resumed.read_back()
-    assert there == resumed.as_written({**row, "talk": [{"role": "user"}]})
-    assert there != resumed.as_written({**row, "talk": [{"role": "user", "tags": ["a"]}]})
-    assert there != resumed.as_written({**row, "talk": [{"role": "tool"}]})
+    [there] = resumed.load_existing()
+    assert there == resumed.normalize({**row, "talk": [{"role": "user"}]})
+    assert there != resumed.normalize({**row, "talk": [{"role": "user", "tags": ["a"]}]})
+    assert there != resumed.normalize({**row, "talk": [{"role": "tool"}]})
 
 
 VECTORS = np.arange(12, dtype=np.float32).reshape(4, 3) / 7
@@ -205,7 +205,7 @@ def test_embeddings_are_an_array_a_list_of_fixed_size_and_json(tmp_path):
         file.open(0)
         file.write(embedded([0, 1]))
         file.write([{"text": "none", "vector": None}, *embedded([3])])
-        file.finish()
+        file.finalize()
     array = np.load(tmp_path / "a.npy")
     assert (array.dtype, array.shape) == (np.float32, (4, 3))
     assert np.array_equal(array[[0, 1, 3]], VECTORS[[0, 1, 3]])
@@ -229,10 +229,10 @@ def test_embeddings_are_resumed(tmp_path, suffix):
     first.close()  # as if it had been killed
     second = ROW_FILES[suffix](path, EMBEDDED)
     rows = embedded(range(4))
-    assert list(second.read_back()) == [second.as_written(row) for row in rows[:3]]
+    assert list(second.load_existing()) == [second.normalize(row) for row in rows[:3]]
     second.open(3)
     second.write(embedded([3]))
-    second.finish()
+    second.finalize()
     found = (
         np.load(path)
         if suffix == ".npy"

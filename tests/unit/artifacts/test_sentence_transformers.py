@@ -7,9 +7,9 @@ import pytest
 from ftlevel.artifacts.sentence_transformers import (
     CrossEncoderFormat,
     EmbeddingFormat,
-    read_embedding_format,
-    write_cross_encoder_format,
-    write_embedding_format,
+    load_embedding_format,
+    save_cross_encoder_format,
+    save_embedding_format,
 )
 from ftlevel.errors import InputError
 
@@ -82,28 +82,28 @@ def new_form():
 
 
 def test_reads_the_form_of_versions_3_to_5(tmp_path):
-    assert read_embedding_format(write(tmp_path, old_form())) == EmbeddingFormat(
+    assert load_embedding_format(write(tmp_path, old_form())) == EmbeddingFormat(
         "mean", True, "dot", "query: ", "passage: ", {"title": "title: "}, 256
     )
 
 
 def test_reads_the_form_of_version_6(tmp_path):
-    assert read_embedding_format(write(tmp_path, new_form())) == EmbeddingFormat(
+    assert load_embedding_format(write(tmp_path, new_form())) == EmbeddingFormat(
         "last", dims=128, include_prompt=False
     )
 
 
 def test_a_bare_model_and_a_cross_encoder_have_none(tmp_path):
-    assert read_embedding_format(tmp_path) is None
-    write_cross_encoder_format(tmp_path, CrossEncoderFormat())
-    assert read_embedding_format(tmp_path) is None
+    assert load_embedding_format(tmp_path) is None
+    save_cross_encoder_format(tmp_path, CrossEncoderFormat())
+    assert load_embedding_format(tmp_path) is None
 
 
 @pytest.mark.parametrize("pooling", ["mean", "cls", "last", "max"])
 def test_reads_what_it_writes(tmp_path, pooling):
     form = EmbeddingFormat(pooling, True, "dot", "q: ", "d: ", {"x": "y"}, 128, 64, False)
-    names = write_embedding_format(tmp_path, form, 384)
-    assert read_embedding_format(tmp_path) == form
+    names = save_embedding_format(tmp_path, form, 384)
+    assert load_embedding_format(tmp_path) == form
     assert all((tmp_path / name).is_file() for name in names)
     config = json.loads((tmp_path / "1_Pooling/config.json").read_text())
     assert [name for name, on in config.items() if on is True and "mode" in name] == [
@@ -117,7 +117,7 @@ def test_reads_what_it_writes(tmp_path, pooling):
 
 
 def test_writes_what_text_embeddings_inference_requires(tmp_path):
-    write_embedding_format(tmp_path, EmbeddingFormat(max_length=256), 384)
+    save_embedding_format(tmp_path, EmbeddingFormat(max_length=256), 384)
     pooling = json.loads((tmp_path / "1_Pooling/config.json").read_text())
     assert {"pooling_mode_cls_token", "pooling_mode_mean_tokens"} <= pooling.keys()
     assert json.loads((tmp_path / "sentence_bert_config.json").read_text())["max_seq_length"] == 256
@@ -128,7 +128,7 @@ def test_writes_what_text_embeddings_inference_requires(tmp_path):
 def test_a_cross_encoder_keeps_its_config(tmp_path):
     write(tmp_path, {"config.json": {"model_type": "bert"}})
     form = CrossEncoderFormat("torch.nn.modules.activation.Sigmoid", 512)
-    write_cross_encoder_format(tmp_path, form)
+    save_cross_encoder_format(tmp_path, form)
     settings = json.loads((tmp_path / "config_sentence_transformers.json").read_text())
     lengths = json.loads((tmp_path / "sentence_bert_config.json").read_text())
     assert (settings["activation_fn"], lengths["max_seq_length"]) == (form.activation, 512)
@@ -140,7 +140,7 @@ def test_a_cross_encoder_keeps_its_config(tmp_path):
 
 
 def test_an_adapter_names_the_padding_token_that_its_base_lacks(tmp_path):
-    write_cross_encoder_format(tmp_path, CrossEncoderFormat(pad_token_id=3))
+    save_cross_encoder_format(tmp_path, CrossEncoderFormat(pad_token_id=3))
     lengths = json.loads((tmp_path / "sentence_bert_config.json").read_text())
     assert lengths["config_kwargs"] == {"pad_token_id": 3}
 
@@ -159,7 +159,7 @@ def test_an_adapter_names_the_padding_token_that_its_base_lacks(tmp_path):
 def test_refuses_what_it_cannot_train(tmp_path, change, words):
     write(tmp_path, old_form() | change)
     with pytest.raises(InputError, match=words):
-        read_embedding_format(tmp_path)
+        load_embedding_format(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -176,5 +176,5 @@ def test_refuses_what_it_cannot_train(tmp_path, change, words):
 def test_a_flag_replaces_what_is_not_supported(tmp_path, change, flag, default):
     write(tmp_path, old_form() | change)
     with pytest.raises(InputError, match=f"Pass --{flag}"):
-        read_embedding_format(tmp_path)
-    assert getattr(read_embedding_format(tmp_path, replaced=[flag]), flag) == default
+        load_embedding_format(tmp_path)
+    assert getattr(load_embedding_format(tmp_path, replaced=[flag]), flag) == default

@@ -9,7 +9,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from ftlevel.artifacts.cards import describe_difference
+from ftlevel.artifacts.cards import format_difference
 from ftlevel.data.encoding.encode import Encoded
 from ftlevel.evaluation.two_models import (
     MOST_TARGETS,
@@ -41,7 +41,7 @@ def test_scores_that_choose_nothing_are_told_apart_by_their_difference() -> None
     first, second = torch.tensor([[0.5], [1.0]]), torch.tensor([[0.0], [2.0]])
     found = compare_rows(RowLogits([first], 1.0, 2, has_choice=False), RowLogits([second], 1.0, 2))
     assert (found.kl, found.top1, found.distance) == (None, None, 0.75)
-    assert describe_difference(asdict(found)) == "0.75 on average"
+    assert format_difference(asdict(found)) == "0.75 on average"
 
 
 def test_targets_are_the_supervised_ones() -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import transformers
 
-from ftlevel.artifacts.cards import read_card
+from ftlevel.artifacts.cards import load_card
 from ftlevel.config import QuantConfig
 from ftlevel.data.encoding.chat import render
 from ftlevel.errors import InputError
@@ -79,14 +79,14 @@ def test_a_pipe_is_not_waited_for(model: Path, name: str) -> None:
 def test_a_pipe_among_an_adapters_files_is_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "ftlevel.json")
     with pytest.raises(InputError, match=r"ftlevel\.json is a pipe"):
-        read_card(tmp_path)
+        load_card(tmp_path)
 
 
 @pytest.mark.parametrize("text", ["[]", "3", '{"format": 1}', '{"format": 1, "a": 2}', "["])
 def test_a_card_of_another_shape_is_named(tmp_path: Path, text: str) -> None:
     (tmp_path / "ftlevel.json").write_text(text)
     with pytest.raises(InputError, match=r"ftlevel\.json"):
-        read_card(tmp_path)
+        load_card(tmp_path)
 
 
 @pytest.mark.parametrize(

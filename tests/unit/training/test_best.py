@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from ftlevel.artifacts.cards import describe_kept_model
-from ftlevel.artifacts.checkpoints import best_of, delete_best_after, rotate_best, write_best
+from ftlevel.artifacts.cards import format_selected_model
+from ftlevel.artifacts.checkpoints import best_of, delete_best_after, rotate_best, save_best
 from ftlevel.config import TrainConfig
 from ftlevel.errors import ConfigError
 from ftlevel.tasks import TASKS
@@ -54,9 +54,11 @@ def test_a_longer_run_counts_all_evaluations_without_a_better_one() -> None:
     kept = SelectedModel(metric="eval_accuracy", greater_is_better=True, evaluations=seen.count,
                 best=seen.best, last=seen.last, step=1, stopped_early=True, patience=1,
                 waited=seen.waited)  # fmt: skip
-    assert describe_kept_model(kept.describe()).endswith("after 2 evaluations without a better one")
+    assert format_selected_model(kept.describe()).endswith(
+        "after 2 evaluations without a better one"
+    )
     former = {key: value for key, value in kept.describe().items() if key != "waited"}
-    assert describe_kept_model(former).endswith("after 1 evaluation without a better one")
+    assert format_selected_model(former).endswith("after 1 evaluation without a better one")
 
 
 def test_of_equals_the_one_with_the_lower_loss_is_the_best() -> None:
@@ -157,11 +159,11 @@ def test_each_checkpoint_keeps_the_best_of_its_time(tmp_path: Path) -> None:
         return {path.name for path in tmp_path.iterdir()}
 
     for step in (10, 20):
-        write_best(tmp_path, step, fill)
+        save_best(tmp_path, step, fill)
     assert there() == {"best-20"}
     (tmp_path / "checkpoint-25").mkdir()
     for step in (30, 40):
-        write_best(tmp_path, step, fill)
+        save_best(tmp_path, step, fill)
     assert there() == {"best-20", "checkpoint-25", "best-40"}
     assert (best_of(tmp_path, 40) / "manifest.json").is_file()
     (tmp_path / "checkpoint-25").rename(tmp_path / "checkpoint-45")

@@ -38,7 +38,7 @@ def benchmark() -> Any:
     return module
 
 
-def write_rows(path: Path, classes: bool) -> Path:
+def save_rows(path: Path, classes: bool) -> Path:
     words = ["the", "value", "of", "an", "object", "file", "argument"]
     draw = random.Random(0)  # alike and no two the same, so that every step is as full
     rows = [
@@ -54,7 +54,7 @@ def configure(tmp_path: Path, model: Path, method: str, classes: bool, **train: 
         "model": {"name_or_path": str(model), "dtype": "float32"},
         "task": "text-classification" if classes else "text-generation",
         "method": {"kind": method, **({"r": 8} if method == "shira" else {})},
-        "data": {"dataset": str(write_rows(tmp_path / "rows.jsonl", classes)), "cache": False,
+        "data": {"dataset": str(save_rows(tmp_path / "rows.jsonl", classes)), "cache": False,
                  "validation_split": 0},
         "train": {"max_steps": 2, "per_device_train_batch_size": 8, "save_strategy": "no", **train},
         "speed": {"verify": False},

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from ftlevel.artifacts.cards import library_versions
-from ftlevel.artifacts.checkpoints import certify, find_damage
+from ftlevel.artifacts.checkpoints import certify, detect_corruption
 from ftlevel.artifacts.files import Workspace, file_fingerprint
 from ftlevel.config import IN_MEMORY, DataConfig
 from ftlevel.config.section import Choice
@@ -90,7 +90,7 @@ def open_cache_folder(key: str) -> Iterator[CacheFolder]:
     folder = cache_root()
     final, partial = folder / key, folder / f".{key}.partial"
     with FileLock(folder / f".{key}.lock"):
-        damage = find_damage(final) if final.is_dir() else ""
+        damage = detect_corruption(final) if final.is_dir() else ""
         if damage is None:
             os.utime(final)
             yield CacheFolder(final)

@@ -10,9 +10,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ftlevel.artifacts.files import check_absent, write_json, write_text
+from ftlevel.artifacts.files import check_new_output, write_json, write_text
 from ftlevel.artifacts.places import make_paths_absolute
-from ftlevel.artifacts.run_directory import CONFIG, SUMMARY, check_unclaimed
+from ftlevel.artifacts.run_directory import CONFIG, SUMMARY, check_lock
 from ftlevel.commands.evaluate import evaluate
 from ftlevel.commands.plan import PlanOptions, plan
 from ftlevel.commands.train import train
@@ -226,7 +226,7 @@ def _start_or_resume(
     }
     before = path / RESULT
     if not config.output.resume or not before.is_file():
-        check_absent("--output-dir", path)
+        check_new_output("--output-dir", path)
         if not wishes.methods:
             raise ConfigError("--methods is missing. Name some: --methods lora,ia3,full")
         return wishes, {"asked": asked}
@@ -262,7 +262,7 @@ def _start_or_resume(
     if wishes.trials is not None and not searched["searched"]:
         searched["trials"] = wishes.trials
     for run in path.glob("*-seed*"):
-        check_unclaimed(run)
+        check_lock(run)
     asked |= {
         **searched,
         "budget": kept,

@@ -11,7 +11,7 @@ from statistics import fmean
 from typing import Any
 
 from ftlevel.artifacts.files import read_plain
-from ftlevel.artifacts.row_sinks import RolloutFacts, summarize_rollouts
+from ftlevel.artifacts.row_sinks import RolloutStats, summarize_rollouts
 from ftlevel.artifacts.run_directory import ANSWERS, METRICS, ROLLOUTS, SUMMARY
 from ftlevel.errors import InputError
 
@@ -231,7 +231,7 @@ class ReportedRun:
     summary: Mapping[str, Any]
     records: Sequence[Mapping[str, Any]]
     answers: Answers | None = None
-    rollouts: RolloutFacts | None = None
+    rollouts: RolloutStats | None = None
     retrieval: RetrievalFacts | None = None
 
 

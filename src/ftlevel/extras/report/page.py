@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from ftlevel._version import __version__
-from ftlevel.artifacts.cards import describe_losses, describe_memory
-from ftlevel.artifacts.files import check_absent, write_text
+from ftlevel.artifacts.cards import describe_losses, format_memory
+from ftlevel.artifacts.files import check_new_output, write_text
 from ftlevel.artifacts.row_sinks import summarize_rollouts
 from ftlevel.artifacts.run_directory import REPORT, ROLLOUTS, RunDirectory
 from ftlevel.errors import ConfigError
@@ -419,8 +419,8 @@ def _results(runs: Sequence[ReportedRun]) -> Iterator[Row]:
         runs, "speed", lambda s: f"{s.get('timings', {}).get('tokens_per_s', 0):,.0f} tokens/s"
     )
     yield _row(runs, "peak memory", lambda s: _gib(s.get("memory", {}).get("peak_bytes")))
-    if any(describe_memory(run.summary) for run in runs):
-        yield _row(runs, "memory, estimated", describe_memory)
+    if any(format_memory(run.summary) for run in runs):
+        yield _row(runs, "memory, estimated", format_memory)
 
 
 def _facts(runs: Sequence[ReportedRun]) -> Iterator[Row]:
@@ -458,7 +458,7 @@ def write_run_page(
     """Write the page when a run ends; `lines` are its predictions for validation rows."""
     queries = summarize_retrieval(lines)
     answers = summarize_answers(iter(lines)) if lines and queries is None else None
-    records = run.read_log(summary["steps"])
+    records = run.load_log(summary["steps"])
     rollouts = summarize_rollouts(run.path / ROLLOUTS)
     name = run.path.resolve().name
     facts = ReportedRun(name, run.path, summary, records, answers, rollouts, queries)
@@ -485,7 +485,7 @@ def report(
     if out is None and len(runs) > 1:
         raise ConfigError(f"{len(runs)} runs have no common directory. Add --out report.html")
     if out is not None:
-        check_absent("--out", out)
+        check_new_output("--out", out)
     answers: list[Path | None] = [*predictions] or [None for _ in runs]
     result = [read_run_facts(run, rows) for run, rows in zip(runs, answers, strict=True)]
     place = out or runs[0] / REPORT

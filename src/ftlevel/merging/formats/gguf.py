@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ftlevel.artifacts.cards import describe_difference, library_versions
+from ftlevel.artifacts.cards import format_difference, library_versions
 from ftlevel.config import ExportConfig
 from ftlevel.config.section import Choice
 from ftlevel.data.encoding.encode import Encoded
@@ -490,7 +490,7 @@ def _check_lines(check: Mapping[str, Any], summary: Mapping[str, Any]) -> Iterat
     )
     if (run := check["beside_run"]) is not None:
         yield (
-            f"compared with the run, on rows that no code was chosen on: {describe_difference(run)}"
+            f"compared with the run, on rows that no code was chosen on: {format_difference(run)}"
         )
     if check["settings_of_the_model"]:
         names = ", ".join(check["settings_of_the_model"])

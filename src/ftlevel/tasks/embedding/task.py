@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from ftlevel.artifacts.sentence_transformers import (
     FILES,
     EmbeddingFormat,
-    read_embedding_format,
-    write_embedding_format,
+    load_embedding_format,
+    save_embedding_format,
 )
 from ftlevel.config.embedding import DEFAULT_LOSSES, LOSSES, EmbeddingConfig
 from ftlevel.config.section import Choice
@@ -148,7 +148,7 @@ class EmbeddingTask(BaseTask):
     ) -> dict[str, dict[str, Any]]:
         """Returns pooling, normalization, similarity and prompts of the adapter."""
         known = options.get("embedding", {}).get("form")
-        form = EmbeddingFormat(**known) if known else read_embedding_format(directory)
+        form = EmbeddingFormat(**known) if known else load_embedding_format(directory)
         return {"embedding": {name: getattr(form, name) for name in _FORM}} if form else {}
 
     def embedding_format(self, options: Mapping[str, Any]) -> EmbeddingFormat | None:
@@ -161,7 +161,7 @@ class EmbeddingTask(BaseTask):
 
         form = self.embedding_format(options) or EmbeddingFormat()
         longest = form.max_length or max_positions(model_config)
-        write_embedding_format(directory, replace(form, max_length=longest), width_of(model_config))
+        save_embedding_format(directory, replace(form, max_length=longest), width_of(model_config))
 
     def find_heads(self, meta: Any, source: Any) -> tuple[list[str], list[str]]:
         """Returns no modules to train in full, and the poolers that a checkpoint may lack."""
@@ -394,7 +394,7 @@ _WORDS = {"ranking": "pairs", "score": "scores", "label": "labels", "class": "cl
 def _read_format(source: ModelSource, replaced: Collection[str] = ()) -> EmbeddingFormat | None:
     """Load the embedding format of a model; None if it is not a SentenceTransformer."""
     place = find_files(source, FILES)
-    return None if place is None else read_embedding_format(place, replaced)
+    return None if place is None else load_embedding_format(place, replaced)
 
 
 def _end_of(tokenizer: Any, name: str) -> int:

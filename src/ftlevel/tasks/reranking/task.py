@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from ftlevel.artifacts.sentence_transformers import (
     FILES,
     CrossEncoderFormat,
+    save_cross_encoder_format,
     scores_by_tokens,
-    write_cross_encoder_format,
 )
 from ftlevel.config.reranking import LOSSES, RerankingConfig
 from ftlevel.config.section import Choice
@@ -170,7 +170,7 @@ class RerankingTask(BaseTask):
         activation = SIGMOID if is_bce else IDENTITY
         pad_id = getattr(model_config, "pad_token_id", None)
         form = CrossEncoderFormat(activation, max_positions(model_config), pad_id)
-        write_cross_encoder_format(directory, form)
+        save_cross_encoder_format(directory, form)
 
     # ---- rows
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from ftlevel.artifacts.cards import CARD
 from ftlevel.artifacts.files import file_fingerprint
-from ftlevel.artifacts.run_directory import CONFIG, find_run
+from ftlevel.artifacts.run_directory import CONFIG, get_run_dir
 from ftlevel.config import SPECS, Layer, MethodConfig, TrainConfig, build_config, read_recipe
 from ftlevel.config.flags import FLAGS
 from ftlevel.config.rl import RL_TASK
@@ -145,7 +145,7 @@ def _read_spec(adapter: StartingAdapter, requested: MethodConfig) -> MethodConfi
     """Returns the method configuration that rebuilds `adapter`, from its recipe and config."""
     settings, card = adapter.settings, adapter.card
     kind = card.method if card else _kind_of(adapter)
-    run = find_run(adapter.directory)
+    run = get_run_dir(adapter.directory)
     values: dict[str, Any] = {}
     if card is not None and run is not None:
         recipe = read_recipe(run / CONFIG).values.get("method") or {}

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from ftlevel.artifacts.files import write_text
-from ftlevel.artifacts.row_sinks import read_rollouts
+from ftlevel.artifacts.row_sinks import load_rollouts
 from ftlevel.config.rl import RlConfig
 from ftlevel.evaluation.rollouts import Group
 from ftlevel.tasks.rl.losses import (
@@ -200,6 +200,6 @@ class RolloutFile:
     def rewind(self, step: int) -> None:
         """Remove the groups sampled after step `step`; a resumed run samples them again."""
         if self._processes.is_first and self._path.exists():
-            kept = [line for line in read_rollouts(self._path) if line["step"] <= step]
+            kept = [line for line in load_rollouts(self._path) if line["step"] <= step]
             text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept)
             write_text(self._path, text)

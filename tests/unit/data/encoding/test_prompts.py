@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from ftlevel.artifacts.cards import CARD, AdapterCard, read_card
+from ftlevel.artifacts.cards import CARD, AdapterCard, load_card
 from ftlevel.artifacts.run_directory import CONFIG, SUMMARY
 from ftlevel.data.encoding.encode import (
     IGNORED,
@@ -124,7 +124,7 @@ def test_version_1_has_the_space_in_the_prompt() -> None:
 def write_old_card(folder: Path, **fields: Any) -> AdapterCard:
     folder.mkdir(exist_ok=True)
     (folder / CARD).write_text(json.dumps({**OLD_CARD, **fields}))
-    return read_card(folder)
+    return load_card(folder)
 
 
 @pytest.mark.parametrize(

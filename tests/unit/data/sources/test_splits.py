@@ -14,7 +14,7 @@ from ftlevel.data.sources.splits import DatasetSplits, hold_out, limit_rows, loa
 from ftlevel.errors import InputError
 
 
-def write_rows(path: Path, texts: list[str]) -> None:
+def save_rows(path: Path, texts: list[str]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
 
@@ -36,7 +36,7 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_file_is_all_training_rows() -> None:
-    write_rows(Path("a.jsonl"), ["x", "y"])
+    save_rows(Path("a.jsonl"), ["x", "y"])
     splits = load_splits("a.jsonl")
     assert texts_of(splits.train) == ["x", "y"]
     assert (splits.validation, splits.test, splits.notes) == (None, None, [])
@@ -46,7 +46,7 @@ def test_a_file_is_all_training_rows() -> None:
 
 @pytest.mark.parametrize("name", ["validation", "valid", "val", "dev"])
 def test_a_directory_has_a_file_a_split(name: str) -> None:
-    write_rows(Path("d/train.jsonl"), ["a"])
+    save_rows(Path("d/train.jsonl"), ["a"])
     Path(f"d/{name}.csv").write_text("text\nb\n")
     Path("d/test.txt").write_text("c\n")
     Path("d/README.md").write_text("about")
@@ -59,7 +59,7 @@ def test_a_directory_has_a_file_a_split(name: str) -> None:
 
 def test_another_split_of_a_directory_can_be_trained_on() -> None:
     for name in ("train", "extra", "val"):
-        write_rows(Path(f"d/{name}.jsonl"), [name])
+        save_rows(Path(f"d/{name}.jsonl"), [name])
     splits = load_splits("d", split="extra")
     assert (texts_of(splits.train), texts_of(splits.validation)) == (["extra"], ["val"])
     assert splits.notes == ["d: trains on split 'extra' of extra, train, validation"]
@@ -102,14 +102,14 @@ def test_another_split_of_a_directory_can_be_trained_on() -> None:
 )
 def test_unclear_directories_are_refused(files: list[str], split: str | None, message: str) -> None:
     for name in files:
-        write_rows(Path("d") / name, ["x"])
+        save_rows(Path("d") / name, ["x"])
     with pytest.raises(InputError) as caught:
         load_splits("d", split=split)
     assert str(caught.value) == message
 
 
 def test_faults_of_all_files_are_named_at_once() -> None:
-    write_rows(Path("d/train.jsonl"), ["x"])
+    save_rows(Path("d/train.jsonl"), ["x"])
     Path("d/val.jsonl").write_text("oops\n")
     Path("d/test.jsonl").write_text("")
     with pytest.raises(InputError) as caught:
@@ -121,7 +121,7 @@ def test_faults_of_all_files_are_named_at_once() -> None:
 
 
 def test_dropped_rows_are_told() -> None:
-    write_rows(Path("a.jsonl"), ["x", "y"])
+    save_rows(Path("a.jsonl"), ["x", "y"])
     with Path("a.jsonl").open("a") as stream:
         stream.write("oops\n")
     splits = load_splits("a.jsonl", on_bad_row="skip", max_samples=1)
@@ -275,7 +275,7 @@ def test_hub_splits(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def load(count: int) -> DatasetSplits:
-    write_rows(Path("a.jsonl"), [str(n) for n in range(count)])
+    save_rows(Path("a.jsonl"), [str(n) for n in range(count)])
     return load_splits("a.jsonl")
 
 

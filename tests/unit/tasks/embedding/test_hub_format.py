@@ -9,7 +9,7 @@ import huggingface_hub
 import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError
 
-from ftlevel.artifacts.sentence_transformers import FILES, EmbeddingFormat, write_embedding_format
+from ftlevel.artifacts.sentence_transformers import FILES, EmbeddingFormat, save_embedding_format
 from ftlevel.models.sources import ModelSource
 from ftlevel.tasks.embedding.task import TASKS
 from tiny_tokenizers import build_tokenizer
@@ -23,7 +23,7 @@ def _format(source: ModelSource) -> EmbeddingFormat:
 def test_the_small_files_of_a_hub_model_are_downloaded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write_embedding_format(tmp_path, EmbeddingFormat("cls", True, query_prompt="query: "), 64)
+    save_embedding_format(tmp_path, EmbeddingFormat("cls", True, query_prompt="query: "), 64)
     calls: list[dict[str, Any]] = []
 
     def download(repo: str, **arguments: Any) -> str:
