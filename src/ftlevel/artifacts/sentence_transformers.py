@@ -257,11 +257,11 @@ def find_task(model_dir: Path) -> str | None:
     return "reranking" if is_reranker else "embedding"
 
 
-def scores_by_tokens(directory: Path) -> bool:
+def scores_by_tokens(model_dir: Path) -> bool:
     """Returns whether it is a CrossEncoder whose score is the logit of a token."""
     return any(
         str(entry.get("type", "")).endswith(".LogitScore")
-        for entry in _read_json(directory / MODULES, list)
+        for entry in _load_json(model_dir / MODULES, list)
     )
 
 
