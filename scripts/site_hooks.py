@@ -19,6 +19,7 @@ from messages import messages
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 _LINK = re.compile(r"\[([^\]]*)\]\(((?:\.\./)+[^)#\s]*)(?:#[^)\s]*)?\)")
+_EMPTY_HEADER = re.compile(r"<th( [^>]*)?></th>")
 _SHORTEST = 12  # characters of a message that is listed
 _LIST = '<details markdown="1"><summary>Messages</summary>\n\n{}\n\n</details>\n'
 _log = logging.getLogger("mkdocs.hooks")
@@ -57,6 +58,11 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
         return f"{link[1]} (`{path}`)" if str(path) != link[1].strip("`") else f"`{path}`"
 
     return _LINK.sub(name, markdown)
+
+
+def on_page_content(html: str, **_: Any) -> str:
+    """Return a page's HTML with plain cells for headers without text."""
+    return _EMPTY_HEADER.sub(r"<td\1></td>", html)
 
 
 def with_messages(markdown: str) -> str:

@@ -170,7 +170,12 @@ class Evaluator:
         return self._decode(row.input_ids)
 
     def _decode(self, ids: Sequence[int]) -> str:
-        return str(self.tokenizer.decode(ids, skip_special_tokens=True)).strip()
+        """Returns the text of `ids` without special tokens other than masks."""
+        mask = getattr(self.tokenizer, "mask_token_id", None)
+        if mask is None or mask not in ids:
+            return str(self.tokenizer.decode(ids, skip_special_tokens=True)).strip()
+        hidden = {*self.tokenizer.all_special_ids} - {mask}
+        return str(self.tokenizer.decode([i for i in ids if i not in hidden])).strip()
 
     def answer_text(self, row: Encoded) -> str:
         """Returns the decoded last answer of `row`; empty if the labels are not tokens."""

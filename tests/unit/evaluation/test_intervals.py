@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+import tiny_tokenizers
 from ftlevel.data.encoding.encode import Encoded
 from ftlevel.evaluation.intervals import ExampleRecord, interval
 from ftlevel.evaluation.scoring import Evaluator
@@ -57,6 +58,15 @@ def test_the_whole_is_the_pool_of_its_rows() -> None:
     assert whole == pytest.approx({"loss": whole["loss"], **meter.compute(0.0)})
     expected = (3 * math.log1p(math.exp(-2)) + math.log1p(math.exp(2))) / 4
     assert whole["loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_masks_stay_in_the_text_of_a_row_and_other_special_tokens_do_not() -> None:
+    tokenizer = tiny_tokenizers.bert_tokenizer()
+    objective = TASKS["masked-lm"].build_objective("encoder", {})
+    evaluator = Evaluator([], tokenizer, "encoder", objective, "cpu", "float32", 2)
+    ids = tokenizer("the value [MASK] the list")["input_ids"]
+    assert evaluator.text(Encoded(ids, ids, 0)).split("[MASK]")[1].split() == ["the", "list"]
+    assert "[SEP]" not in evaluator.text(Encoded(ids, ids, 0))
 
 
 def test_tokens_that_come_in_chunks_belong_to_their_rows() -> None:

@@ -133,6 +133,12 @@ def test_no_two_ticks_of_a_flat_curve_say_the_same() -> None:
     assert [text for _, text in chart.ticks_y] == ["3.96", "3.965", "3.97", "3.975"]
 
 
+def test_labels_of_small_ticks_fit_left_of_the_axis() -> None:
+    records = [{"step": step, "learning_rate": 1e-3 - step * 2.5e-4} for step in range(5)]
+    (chart,) = draw_charts([replace(facts(count=3), records=records)])
+    assert {"2.5e-4", "7.5e-4", "0.001"} <= {text for _, text in chart.ticks_y}
+
+
 def test_few_points_are_all_there() -> None:
     points = [(float(x), float(x % 7)) for x in range(MOST_POINTS)]
     assert thin(points) == points
@@ -180,9 +186,9 @@ def test_tags_are_counted_word_by_word() -> None:
 
 def test_answers_of_other_kinds_are_shown() -> None:
     pair = {"where": "row 1", "loss": 0.5, "base_loss": 0.75, "input": "which?", "chosen": "this",
-            "rejected": "that", "reward_margin": 1.25}  # fmt: skip
+            "rejected": "that", "reward_margin": 1.25, "tokens": 7, "base_tokens": 7}  # fmt: skip
     page = render_page([facts(answers=summarize_answers(iter([pair])))])
-    assert "row 1, loss 0.75 → 0.5, reward margin 1.25" in page
+    assert "row 1, loss 0.75 → 0.5, reward margin 1.25, tokens 7<" in page
     for text in ("input", "which?", "chosen answer", "this", "rejected answer", "that"):
         assert re.search(f">{re.escape(text)}<", page), text
     assert ">prediction<" not in page

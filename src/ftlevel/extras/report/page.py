@@ -275,13 +275,22 @@ def _chart(
         for number, run, points in having
     ]
     ticks_x = [(place((x, low_y))[0], f"{x:,.0f}") for x in _ticks(low_x, high_x)]
-    ticks_y = [(place((low_x, y))[1], f"{y:.6g}") for y in _ticks(low_y, high_y)]
+    ticks_y = [(place((low_x, y))[1], _label(y)) for y in _ticks(low_y, high_y)]
     return Chart(name, title, unit, lines, ticks_x, ticks_y, (low_x, high_x, low_y, high_y))
 
 
 def _span(values: list[float]) -> tuple[float, float]:
     low, high = min(values), max(values)
     return (low, high) if high > low else (low - (abs(low) or 1) / 2, high + (abs(high) or 1) / 2)
+
+
+def _label(value: float) -> str:
+    """Returns a tick's label, short enough for the left margin: 0.25, 7.5e-4."""
+    text = f"{value:.6g}"
+    if len(text) <= 5 or abs(value) >= 0.01:
+        return text
+    digits, exponent = f"{value:.3e}".split("e")
+    return f"{float(digits):g}e{int(exponent)}"
 
 
 def _ticks(low: float, high: float) -> list[float]:
@@ -370,8 +379,9 @@ def _figures(row: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         if name in ("row", *_TEXTS) or name.startswith("base_"):
             continue
         if isinstance(value, int | float) and not isinstance(value, bool):
-            begun = f"{before:.4g} → " if isinstance(before, int | float) else ""
-            yield name.replace("_", " "), f"{begun}{value:.4g}"
+            begun = f"{before:.4g}" if isinstance(before, int | float) else ""
+            after = f"{value:.4g}"
+            yield name.replace("_", " "), after if begun in ("", after) else f"{begun} → {after}"
 
 
 def _words(value: Any) -> str:
@@ -420,7 +430,7 @@ def _results(runs: Sequence[ReportedRun]) -> Iterator[Row]:
     )
     yield _row(runs, "peak memory", lambda s: _gib(s.get("memory", {}).get("peak_bytes")))
     if any(format_memory(run.summary) for run in runs):
-        yield _row(runs, "memory, estimated", format_memory)
+        yield _row(runs, "memory estimate", format_memory)
 
 
 def _facts(runs: Sequence[ReportedRun]) -> Iterator[Row]:
