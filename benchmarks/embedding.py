@@ -279,7 +279,7 @@ def encode(a: argparse.Namespace) -> None:
     table = []
     for dtype in ("float32", "bfloat16"):
         loaded = resolve_model(a.model, "embedding", device="cpu", dtype=dtype).load("cpu")
-        own = InferenceModel(loaded, GenerationOptions(1), None, cuts=True)
+        own = InferenceModel(loaded, GenerationOptions(1), None, truncate=True)
         queries = [EmbeddingRow("", i, (text,), (0.0,)) for i, text in enumerate(texts)]
         theirs = SentenceTransformer(
             a.model, device="cpu", model_kwargs={"dtype": getattr(torch, dtype)}

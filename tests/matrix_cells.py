@@ -30,7 +30,7 @@ from ftlevel.models.module_tree import find_heads
 from ftlevel.models.quantization import build_quantization_config
 from ftlevel.models.sources import ModelSource
 from ftlevel.tasks import TASKS
-from ftlevel.trained.adapt import apply_method, copy_start, finish_method, save_adapter
+from ftlevel.trained.adapt import apply_method, copy_initial_state, finalize_method, save_adapter
 from ftlevel.training.model import ShuffledBatches, digest_tensors
 from ftlevel.training.plan.method import find_method_targets
 from ftlevel.training.proof import Origin, Probe, check_saved
@@ -247,11 +247,11 @@ def run_cell(cell: TinyCell) -> float:
             "cpu", cell.dtype,
         )  # fmt: skip
         method.initialization.initialize(model, spec, inputs)
-    start = copy_start(model, spec)
+    start = copy_initial_state(model, spec)
     _train(model, batch, spec, cell.dtype, objective if cell.head == RERANK else None)
     with tempfile.TemporaryDirectory(prefix="ftlevel-matrix-") as folder:
         directory = Path(folder)
-        finish_method(model, spec)
+        finalize_method(model, spec)
         if hasattr(model, "peft_config"):
             save_adapter(model, spec, directory, start)
         else:

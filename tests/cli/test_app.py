@@ -241,7 +241,7 @@ def test_an_unexpected_error_names_the_file_being_read(
     def fail(*_: object, **__: object) -> None:
         raise IndexError("pop from empty list")
 
-    monkeypatch.setattr("ftlevel.trained.resolve.find_directory", fail)
+    monkeypatch.setattr("ftlevel.trained.resolve.get_model_dir", fail)
     assert run(["evaluate", str(tmp_path)]) == 1
     assert capsys.readouterr().err == (
         f"ftlevel: IndexError: pop from empty list (while reading {tmp_path}). Unless that file is "

@@ -187,14 +187,14 @@ def test_each_answer_is_that_of_a_plain_loop(
     rows = [{"id": i, **{k: v for k, v in make(i).items() if k not in TARGETS}, "more": [None, 0.5]}
             for i in range(30, 30 + ROWS)]  # fmt: skip
     (tmp_path / "new.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    monkeypatch.setattr(row_scores, "WORTH_ASKING", 2)  # packed, as a large file is
+    monkeypatch.setattr(row_scores, "MIN_FAST_ROWS", 2)  # packed, as a large file is
     monkeypatch.setattr(row_scores, "CPU_TOKENS", 96)
     monkeypatch.setattr(command, "WINDOW", 8)
     packed: list[bool] = []
     forward = row_scores.RowScorer._forward
 
     def look(self: Any, some: Any) -> Any:
-        packed.append(self._packs)
+        packed.append(self._is_packed)
         return forward(self, some)
 
     monkeypatch.setattr(row_scores.RowScorer, "_forward", look)

@@ -32,19 +32,19 @@ from ftlevel.errors import ConfigError, InputError
 from ftlevel.evaluation.intervals import (
     ExampleRecord,
     check_metrics,
-    generates_texts,
     interval,
     select_metrics,
+    should_generate,
     uses_text_metrics,
 )
 from ftlevel.evaluation.retrieval import evaluate_retrieval
 from ftlevel.evaluation.rollouts import RewardEvaluator, Rollouts, open_rewards, open_teacher
-from ftlevel.evaluation.scoring import Evaluator, needs_reference, row_lines, with_reference
+from ftlevel.evaluation.scoring import Evaluator, iterate_results, needs_reference, with_reference
 from ftlevel.evaluation.two_models import (
     build_comparison_inputs,
-    choose_leader,
     have_same_inputs,
     resolve_pair,
+    select_primary,
 )
 from ftlevel.events import Listener, NullListener
 from ftlevel.methods import METHODS
@@ -56,7 +56,7 @@ from ftlevel.tasks.embedding.objective import Embeddings
 from ftlevel.tasks.rl.objective import PolicyGradient
 from ftlevel.trained.generation import GenerationOptions
 from ftlevel.trained.model_ref import LoadedModel, ModelRef
-from ftlevel.trained.resolve import describe_dtype, find_full_base, resolve_model
+from ftlevel.trained.resolve import get_dtype_source, get_original_base, resolve_model
 from ftlevel.training.build_trainer import eval_batch_size
 from ftlevel.training.plan.schedule import text_positions
 
@@ -92,7 +92,7 @@ def evaluate(config: EvaluateConfig, *, listener: Listener | None = None) -> Eva
     with silence_loggers():
         device = choose_device(config.device)
         ref, other = _resolve(config, device.value)
-        leader = choose_leader(ref, other)
+        leader = select_primary(ref, other)
         settings, is_own = _settings(config, leader)
         listener.stage("loading the model")
         trained = ref.load(device.value)
@@ -162,7 +162,7 @@ def evaluate(config: EvaluateConfig, *, listener: Listener | None = None) -> Eva
         **intervals,
     }
     if config.predictions is not None:
-        lines = row_lines(
+        lines = iterate_results(
             record, trained.ref.labels, held_out.table.where, base=base_record, evaluator=evaluator
         )
         save_rows(config.predictions, list(lines))
@@ -213,7 +213,7 @@ def _base_of(
 
     Yields None with `--no-base`, if the head is newly initialized, or if the base cannot be found.
     """
-    full_base = find_full_base(trained.ref) if config.base else None
+    full_base = get_original_base(trained.ref) if config.base else None
     if config.base and trained.has_adapter and not trained.ref.card.heads:
         listener.stage("evaluating the base model")
         with trained.without_adapter():
@@ -247,7 +247,7 @@ def _evaluate_on_judgments(config: EvaluateConfig, qrels: Path, listener: Listen
                 Choice("task", ref.task),
                 Choice("base", ref.base),
                 Choice("retrieval set", str(qrels), sizes),
-                Choice("dtype", ref.card.dtype, describe_dtype(ref, config.dtype)),
+                Choice("dtype", ref.card.dtype, get_dtype_source(ref, config.dtype)),
                 device,
             ],
         )
@@ -321,7 +321,7 @@ def _requantized(ref: ModelRef, quant: str | None) -> ModelRef:
     if quant is None or quant == ref.quantization["kind"]:
         return ref
     trained_form = quantization_form(ref.quantization)
-    if ref.is_stored_quantized:
+    if ref.is_prequantized:
         raise InputError(
             f"--quant {quant}: {ref.source.label} is stored quantized "
             f"({trained_form}), and is scored as it is stored. Drop --quant, or name the "
@@ -498,13 +498,13 @@ def _rollouts(trained: LoadedModel, held_out: EvaluationRows, settings: TrainCon
         method=trained.ref.card.method,
         device=trained.device,
         dtype=trained.dtype,
-        where=held_out.table.where,
+        get_location=held_out.table.where,
         teacher=teacher,
     )
 
 
 def _generates(config: EvaluateConfig, task: BaseTask, settings: TrainConfig) -> bool:
-    generates = generates_texts(settings.train.predict_with_generate, task)
+    generates = should_generate(settings.train.predict_with_generate, task)
     return generates or (task.generates_text and config.max_generate_samples is not None)
 
 
@@ -514,7 +514,7 @@ def _choices(
     ref = trained.ref
     if not config.base:
         base = "not scored"
-    elif find_full_base(ref):
+    elif get_original_base(ref):
         base = f"evaluated for comparison: {ref.card.base['name']}"
     elif not trained.has_adapter:
         base = "there is no adapter to disable"
@@ -534,7 +534,7 @@ def _choices(
         ),
         Choice("columns", held_out.note or held_out.columns, "by --map" if config.columns else ""),
         *(Choice("note", note) for note in held_out.table.notes),
-        Choice("dtype", trained.dtype, describe_dtype(ref, config.dtype)),
+        Choice("dtype", trained.dtype, get_dtype_source(ref, config.dtype)),
         device,
     ]
 

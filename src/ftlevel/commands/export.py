@@ -21,7 +21,7 @@ from ftlevel.commands.merge import merge, resolve_rounding, score_trained
 from ftlevel.config import ExportConfig, MergeConfig
 from ftlevel.config.export import FORMATS
 from ftlevel.errors import ConfigError, join_names
-from ftlevel.evaluation.two_models import Agreement, ComparisonProbe, compare_rows
+from ftlevel.evaluation.two_models import Agreement, ComparisonSet, compare_logits
 from ftlevel.events import Listener, NullListener
 from ftlevel.merging.formats.base import MergeOutput, plan_export
 from ftlevel.merging.low_bits import WeightsAsLoaded, choose_gguf_codes
@@ -30,7 +30,7 @@ from ftlevel.merging.merged_model import open_merger
 from ftlevel.merging.verify import load_merged
 from ftlevel.models.hardware import choose_device
 from ftlevel.models.loading import silence_loggers
-from ftlevel.trained.adapter_set import find_adapters
+from ftlevel.trained.adapter_set import scan_adapters
 from ftlevel.trained.model_ref import ModelRef
 from ftlevel.trained.resolve import resolve_model
 from ftlevel.weights.gguf_file import CHOSEN, GRIDS
@@ -118,7 +118,7 @@ def _find_several(config: ExportConfig, device: str) -> dict[str, ModelRef]:
         (path / name).exists() for name in ("config.json", "adapter_config.json", "adapter", CONFIG)
     ):
         return {}
-    directories = find_adapters(path)
+    directories = scan_adapters(path)
     if directories and not FORMATS[config.format].several:
         several = join_names(name for name, one in FORMATS.items() if one.several)
         raise ConfigError(
@@ -164,7 +164,7 @@ def _merge(config: ExportConfig, ref: ModelRef, directory: Path) -> MergeOutput:
         trained, _ = score_trained(inputs, compared)
 
         def compare_with_run(model: Any) -> Agreement:
-            return compare_rows(trained, compared.score(model, inputs.dtype))
+            return compare_logits(trained, compared.score(model, inputs.dtype))
 
     if calibration is None:
         return MergeOutput(summary, beside_run=compare_with_run)
@@ -190,7 +190,7 @@ def _as_it_is(config: ExportConfig, ref: ModelRef, device: str, _: Path) -> Merg
     if as_trained is None:
         return MergeOutput({}, choose)
     return MergeOutput(
-        {}, choose, lambda read: compare_rows(as_trained, compared.score(read, inputs.dtype))
+        {}, choose, lambda read: compare_logits(as_trained, compared.score(read, inputs.dtype))
     )
 
 
@@ -198,9 +198,7 @@ def _chooses_codes(config: ExportConfig) -> bool:
     return config.outtype in CHOSEN and config.calibration_rows > 0
 
 
-def _probes(
-    config: ExportConfig, inputs: MergeInput
-) -> tuple[ComparisonProbe, ComparisonProbe | None]:
+def _probes(config: ExportConfig, inputs: MergeInput) -> tuple[ComparisonSet, ComparisonSet | None]:
     """Returns rows to compare logits on, and rows to calibrate quantization codes on (or None)."""
     chooses = _chooses_codes(config)
     rows = choose_rows(inputs, _ROWS, config.calibration_rows if chooses else 0)

@@ -21,7 +21,7 @@ from ftlevel.data.sources.readers import READERS, ReadOptions, is_pattern, match
 from ftlevel.data.sources.readers.text import detect_file_format
 from ftlevel.data.sources.streams import refuse_media_columns
 from ftlevel.errors import ConfigError, InputError
-from ftlevel.evaluation.answers import MOST_SHOWN, AnswerRequest, predict_replies
+from ftlevel.evaluation.answers import MAX_SHOWN, AnswerRequest, predict_inputs
 from ftlevel.models.kinds import max_positions
 from ftlevel.models.loading import silence_loggers
 from ftlevel.tasks.base import BaseTask, Prediction
@@ -144,7 +144,7 @@ def _with_rows(
     refuse_media_columns(shape.unused, source.first, str(path))
     rows = list(Prompts(source, shape))
     if faults := [f"{row.place}: {row.fault}. Fix the row." for row in rows if row.fault]:
-        raise InputError(faults[:MOST_SHOWN])
+        raise InputError(faults[:MAX_SHOWN])
     role = next((role for role in _SHOWN if role in shape.columns), next(iter(shape.columns)))
     texts = [to_cell(row.row.get(shape.columns[role])) for row in rows]
     if shape.name == "prompt" and isinstance(rows[0].question, str):
@@ -168,7 +168,7 @@ def build_generation_settings(config: GenerateConfig) -> GenerationOptions:
 def generate_replies(adapters: AdapterSet, name: str, request: AnswerRequest) -> list[Prediction]:
     """Returns the outputs of the adapter `name`, or of the base, for each prompt."""
     with adapters.active_adapter(name) as trained, trained.inference():
-        return predict_replies(trained, request)
+        return predict_inputs(trained, request)
 
 
 class Chat:

@@ -89,7 +89,7 @@ def family_name(model: str) -> str:
         from ftlevel.models.loading import load_config
         from ftlevel.models.sources import resolve_source
 
-        return str(load_config(resolve_source(model, said=model)).model_type)
+        return str(load_config(resolve_source(model, display_name=model)).model_type)
     return model
 
 

@@ -210,10 +210,10 @@ def _load_config(name: str) -> Any:
 
     directory = Path(name).expanduser()
     if not (directory / "config.json").is_file():
-        return load_config(resolve_source(name, said=name))
+        return load_config(resolve_source(name, display_name=name))
     check_directory(directory, name)
     return load_config(
-        ModelSource(name, "directory", str(directory), local_files_only=True, said=name)
+        ModelSource(name, "directory", str(directory), local_files_only=True, display_name=name)
     )
 
 

@@ -21,7 +21,7 @@ from ftlevel.artifacts.hub import plan_upload
 from ftlevel.config import MergeConfig, QuantConfig
 from ftlevel.config.section import Choice
 from ftlevel.errors import ConfigError
-from ftlevel.evaluation.two_models import Agreement, ComparisonProbe, RowLogits, compare_rows
+from ftlevel.evaluation.two_models import Agreement, ComparisonSet, RowLogits, compare_logits
 from ftlevel.events import Listener, NullListener
 from ftlevel.merging.low_bits import compare_quantized, quantize_merged, resolve_quantization
 from ftlevel.merging.merge_input import MergeInput, choose_rows, resolve_merge_input
@@ -46,8 +46,8 @@ class _MergeJob:
     inputs: MergeInput
     ways: list[str]
     low: QuantConfig | None
-    probe: ComparisonProbe | None
-    calibration: ComparisonProbe | None
+    probe: ComparisonSet | None
+    calibration: ComparisonSet | None
 
 
 @dataclass(frozen=True)
@@ -171,12 +171,12 @@ def _warn_of_low_bits(served: Agreement, effect: Agreement, listener: Listener) 
         )
 
 
-def score_trained(inputs: MergeInput, probe: ComparisonProbe) -> tuple[RowLogits, Agreement]:
+def score_trained(inputs: MergeInput, probe: ComparisonSet) -> tuple[RowLogits, Agreement]:
     """Returns the logits of the trained model, and their difference from the base model's."""
     model = inputs.ref.load(inputs.device, inputs.dtype)
     trained = probe.score(model.model, inputs.dtype)
     with model.without_adapter():
-        return trained, compare_rows(trained, probe.score(model.model, inputs.dtype))
+        return trained, compare_logits(trained, probe.score(model.model, inputs.dtype))
 
 
 def _ways(config: MergeConfig, inputs: MergeInput) -> list[str]:

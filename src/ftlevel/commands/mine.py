@@ -24,7 +24,7 @@ from ftlevel.tasks.embedding.formats import QUERY_SHAPES, RANKING_SHAPES, Embedd
 from ftlevel.tasks.embedding.mining import Corpus, MinedRow, MiningOptions
 from ftlevel.tasks.embedding.mining import mine as search
 from ftlevel.trained.generation import GenerationOptions, batches
-from ftlevel.trained.resolve import describe_dtype, resolve_model
+from ftlevel.trained.resolve import get_dtype_source, resolve_model
 
 TASK = "embedding"
 WINDOW = 2_048
@@ -70,7 +70,7 @@ def mine(config: MineConfig, *, listener: Listener | None = None) -> Mapping[str
                 Choice("corpus", f"{len(corpus.texts):,} distinct documents"),
                 Choice("negatives", config.negatives, f"{config.sampling} of ranks {first}-{last}"),
                 Choice("relative margin", f"{config.relative_margin:g}"),
-                Choice("dtype", ref.card.dtype, describe_dtype(ref, config.dtype)),
+                Choice("dtype", ref.card.dtype, get_dtype_source(ref, config.dtype)),
                 device,
                 choose_threads(),
             ],
@@ -78,7 +78,7 @@ def mine(config: MineConfig, *, listener: Listener | None = None) -> Mapping[str
         listener.stage("loading the model")
         began = time.perf_counter()
         trained = ref.load(device.value)
-        model = InferenceModel(trained, GenerationOptions(1), config.batch_size, cuts=True)
+        model = InferenceModel(trained, GenerationOptions(1), config.batch_size, truncate=True)
         listener.stage("embedding")
         documents = map(as_document, corpus.texts)
         with model.inference():

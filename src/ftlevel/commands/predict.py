@@ -37,7 +37,7 @@ from ftlevel.tasks import TASKS, BaseTask
 from ftlevel.tasks.base import OutputOptions
 from ftlevel.trained.generation import GenerationOptions
 from ftlevel.trained.model_ref import ModelRef
-from ftlevel.trained.resolve import describe_dtype, resolve_model
+from ftlevel.trained.resolve import get_dtype_source, resolve_model
 
 WINDOW = 2_048
 """Rows sorted by length together, for tasks that score."""
@@ -89,7 +89,7 @@ def predict(
             _answer_all(config, job, listener)
             job.sink.finalize()
         except KeyboardInterrupt:
-            raise Interrupted(job.tally.describe_stop()) from None
+            raise Interrupted(job.tally.format_stop_message()) from None
     for warning in job.tally.warnings():
         listener.warn(warning)
     collected = job.sink.rows if isinstance(job.sink, RowList) else None
@@ -294,7 +294,7 @@ def _choices(
         Choice("rows", data, "; ".join(file.notes) if file else ""),
         columns,
         Choice("answers", join_names(answers, 6)),
-        Choice("dtype", ref.card.dtype, describe_dtype(ref, config.dtype)),
+        Choice("dtype", ref.card.dtype, get_dtype_source(ref, config.dtype)),
     ]
     if task.generates_text and config.max_new_tokens is None:
         reason = "as in training" if ref.run else "default"
@@ -324,7 +324,7 @@ def _answer_all(config: PredictConfig, job: _PredictJob, listener: Listener) -> 
     writing = GenerationOptions(
         config.max_new_tokens or section.max_new_tokens, **config.decoding(section)
     )
-    model = InferenceModel(trained, writing, config.batch_size, cuts=_cuts(config, job.own))
+    model = InferenceModel(trained, writing, config.batch_size, truncate=_cuts(config, job.own))
     listener.stage("predicting")
     listener.answered(tally.kept, None)
     began = time.perf_counter()
@@ -351,11 +351,11 @@ def _answer(
     answerable = [i for i, row in enumerate(window) if not row.fault]
     faults = {i: row.fault for i, row in enumerate(window) if row.fault}
     if faults and config.on_bad_row == "error":
-        raise InputError(tally.describe_bad(window, faults))
+        raise InputError(tally.format_failures(window, faults))
     answers = predict_rows(model, [window[i].question for i in answerable], output_options)
     faults |= {answerable[number]: error for number, error in answers.refused.items()}
     if faults and config.on_bad_row == "error":
-        raise InputError(tally.describe_bad(window, faults))
+        raise InputError(tally.format_failures(window, faults))
     tally.skip(window, faults)
     columns: list[Mapping[str, Any]] = [{} for _ in window]
     for number, reply in zip(answerable, answers.replies, strict=True):

@@ -32,8 +32,8 @@ from ftlevel.evaluation.two_models import (
     Text,
     compare_text,
     compute_window_outputs,
-    cut_windows,
-    read_eval_text,
+    load_eval_text,
+    split_into_windows,
 )
 from ftlevel.events import Listener, NullListener
 from ftlevel.models.hardware import DTYPES, choose_device
@@ -163,7 +163,7 @@ def _resolve(config: QuantizeConfig) -> _Plan:
             f"quantize."
         )
     tokenizer = ref.load_tokenizer() if config.measure else None
-    text = read_eval_text(config.eval_text, config.eval_tokens) if config.measure else None
+    text = load_eval_text(config.eval_text, config.eval_tokens) if config.measure else None
     choices = [
         Choice("model", ref.base, f"{model_config.model_type}, as {auto_class}"),
         Choice("form", config.form, f"{len(layout.linears):,} linears"),
@@ -272,7 +272,7 @@ def _measure(
         )
         models.append(model.eval())
     length = min(WINDOW, max_positions(plan.model_config) or WINDOW)
-    windows = cut_windows(plan.tokenizer, text.content, config.eval_tokens, length)
+    windows = split_into_windows(plan.tokenizer, text.content, config.eval_tokens, length)
     if not windows:
         raise InputError(f"--eval-text {text.name} has less than two tokens. Name a longer text.")
     began = time.perf_counter()

@@ -1,8 +1,7 @@
 """Generate replies to prompts and compute predictions for rows with a loaded model.
 
 The task defines the computation; this module batches rows. Rows are packed without padding if the
-model passes the checks of the fast step, else padded with rows of similar length. `RowCounts`
-counts the rows that have no answer. The module must not train or read files.
+model passes the checks of the fast step, else padded with rows of similar length.
 """
 
 from __future__ import annotations
@@ -32,10 +31,10 @@ from ftlevel.trained.generation import GenerationOptions
 from ftlevel.trained.model_ref import LoadedModel
 
 T = TypeVar("T")
-Read = Callable[[Encoded, torch.Tensor], T]
-ReadBatch = Callable[[Sequence[Encoded], torch.Tensor, torch.Tensor], Sequence[T]]
+RowFunction = Callable[[Encoded, torch.Tensor], T]
+BatchFunction = Callable[[Sequence[Encoded], torch.Tensor, torch.Tensor], Sequence[T]]
 
-WORTH_ASKING = 64
+MIN_FAST_ROWS = 64
 """Minimum number of rows for which the checks of the fast step pay off."""
 
 CPU_TOKENS, GPU_TOKENS = 1024, 16_384
@@ -61,56 +60,57 @@ class RowScorer:
             self._fast.remove()
             self._fast = None
 
-    def __call__(self, rows: Sequence[Encoded], read: Read[T]) -> list[T]:
-        """Returns `read(row, logits)` for each row, in order; call it under `torch.no_grad`."""
+    def __call__(self, rows: Sequence[Encoded], function: RowFunction[T]) -> list[T]:
+        """Returns `function(row, logits)` for each row, in order; call it under `torch.no_grad`."""
         return self._apply(
             rows,
             lambda chosen: [
-                read(row, logits) for row, logits in zip(chosen, self._forward(chosen), strict=True)
+                function(row, logits)
+                for row, logits in zip(chosen, self._forward(chosen), strict=True)
             ],
         )
 
-    def read_batches(self, rows: Sequence[Encoded], read: ReadBatch[T]) -> list[T]:
-        """Returns the results of `read(rows, states, mask)`, called per padded forward pass."""
-        return self._apply(rows, lambda chosen: read(chosen, *self._states(chosen)))
+    def score_batches(self, rows: Sequence[Encoded], function: BatchFunction[T]) -> list[T]:
+        """Returns the results of `function(rows, logits, mask)`, called per padded forward pass."""
+        return self._apply(rows, lambda chosen: function(chosen, *self._states(chosen)))
 
     def _apply(
         self, rows: Sequence[Encoded], compute: Callable[[list[Encoded]], Sequence[T]]
     ) -> list[T]:
         """Returns one result per row, in order; `compute` returns those of one forward pass."""
-        if self._fast is None and len(rows) >= WORTH_ASKING:
-            self._fast = self._speed_up(rows)
+        if self._fast is None and len(rows) >= MIN_FAST_ROWS:
+            self._fast = self._create_fast_step(rows)
         results: list[Any] = [None] * len(rows)
         for part in self._split([len(row.input_ids) for row in rows]):
             for i, result in zip(part, compute([rows[i] for i in part]), strict=True):
                 results[i] = result
         return results
 
-    def _speed_up(self, rows: Sequence[Encoded]) -> FastStep:
+    def _create_fast_step(self, rows: Sequence[Encoded]) -> FastStep:
         trained = self._trained
         budget = CPU_TOKENS if trained.device == "cpu" else GPU_TOKENS
         plan = plan_forward(
             trained.model, trained.kind, trained.ref.card.method, trained.objective, budget
         )
         fast = FastStep(trained.model, plan)
-        tried = (rows, self._pad_id, trained.device, trained.dtype)
-        fast.check(*tried)
-        fast.check_cross_entropy(trained.objective, *tried)
-        fast.prune_last_layer(trained.objective, *tried)
+        args = (rows, self._pad_id, trained.device, trained.dtype)
+        fast.check(*args)
+        fast.check_cross_entropy(trained.objective, *args)
+        fast.prune_last_layer(trained.objective, *args)
         return fast
 
     @property
-    def _packs(self) -> bool:
+    def _is_packed(self) -> bool:
         return self._fast is not None and self._fast.plan.packs
 
     def _split(self, lengths: Sequence[int]) -> Iterator[list[int]]:
         """Yields the row indices of each forward pass, longest rows first."""
         on_cpu = self._trained.device == "cpu"
-        limit = (CPU_TOKENS if self._packs else PADDED_TOKENS) if on_cpu else GPU_TOKENS
+        limit = (CPU_TOKENS if self._is_packed else PADDED_TOKENS) if on_cpu else GPU_TOKENS
         batch: list[int] = []
         tokens = 0
         for row in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-            size = lengths[row] if self._packs or not batch else lengths[batch[0]]
+            size = lengths[row] if self._is_packed or not batch else lengths[batch[0]]
             if batch and (tokens + size > limit or len(batch) == self._batch_size):
                 yield batch
                 batch, tokens, size = [], 0, lengths[row]
@@ -120,7 +120,7 @@ class RowScorer:
             yield batch
 
     def _states(self, rows: Sequence[Encoded]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns the padded logits of a forward pass, and the attention mask."""
+        """Returns the padded logits of a forward pass, and its attention mask."""
         batch, layout = self._batch(rows)
         with using_layout(layout):
             return self._trained.logits(batch), batch["attention_mask"]
@@ -131,7 +131,7 @@ class RowScorer:
         """Returns the padded batch of `rows`, and its packed layout; None if it is not packed."""
         trained, batch = self._trained, self._collate(rows)
         layout = None
-        if self._packs and self._fast is not None:
+        if self._is_packed and self._fast is not None:
             layout = PackedLayout.from_mask(batch["attention_mask"])
             layout = replace(layout, is_for_answers=True)
             if self._fast.plan.needed_tokens is not None:
@@ -145,7 +145,7 @@ class RowScorer:
         batch, layout = self._batch(rows)
         with using_layout(layout):
             if isinstance(objective, TokenObjective):
-                yield from self._token_scores(batch, rows)
+                yield from self._token_logits(batch, rows)
                 return
             logits = trained.logits(batch)
         if objective.per_row:
@@ -155,10 +155,10 @@ class RowScorer:
         for row, scores in zip(rows, logits, strict=True):
             yield scores[num_virtual : num_virtual + len(row.input_ids)]
 
-    def _token_scores(
+    def _token_logits(
         self, batch: dict[str, torch.Tensor], rows: Sequence[Encoded]
     ) -> Iterator[torch.Tensor]:
-        """Yields for each row the logits at its labels, (labeled tokens, vocabulary)."""
+        """Yields for each row the logits at its labels, `(labeled tokens, vocabulary)`."""
         objective = self._trained.objective
         seen: list[torch.Tensor] = []
         head = self._fast.cross_entropy if self._fast is not None else None
@@ -169,8 +169,8 @@ class RowScorer:
         else:
             _, labels = objective.split(batch)
             seen.append(objective.targets(self._trained.logits(batch), labels)[0])
-        counts = [sum(label != IGNORED for label in _labels(row)) for row in rows]
-        yield from torch.cat(seen).split(counts)  # type: ignore[no-untyped-call]
+        num_targets = [sum(label != IGNORED for label in _labels(row)) for row in rows]
+        yield from torch.cat(seen).split(num_targets)  # type: ignore[no-untyped-call]
 
 
 def truncate_row(row: Encoded, limit: int) -> Encoded:
@@ -181,8 +181,8 @@ def truncate_row(row: Encoded, limit: int) -> Encoded:
     def cut(values: list[int]) -> list[int]:
         return values[: limit - 1] + values[-1:]
 
-    extras = {name: cut(values) for name, values in row.extras.items()}
-    return replace(row, input_ids=cut(row.input_ids), extras=extras)
+    extra_values = {name: cut(values) for name, values in row.extras.items()}
+    return replace(row, input_ids=cut(row.input_ids), extras=extra_values)
 
 
 def _labels(row: Encoded) -> list[int]:
@@ -195,7 +195,7 @@ PROMPTS = 8
 
 @dataclass(frozen=True)
 class AnswerRequest:
-    """Prompts and rows to answer; `places` has file and line of each row in `questions`."""
+    """Prompts and rows to predict; `places` has file and line of each row in `questions`."""
 
     prompts: Sequence[str]
     context: str | None
@@ -205,25 +205,25 @@ class AnswerRequest:
     places: Sequence[str] = ()
 
 
-def predict_replies(trained: LoadedModel, ask: AnswerRequest) -> list[Prediction]:
+def predict_inputs(trained: LoadedModel, request: AnswerRequest) -> list[Prediction]:
     """Returns the predictions for all prompts, then all rows; call it under `torch.no_grad`.
 
     Raises:
         ConfigError: the context is missing or unsupported.
-        InputError: a prompt or row cannot be answered, e.g. it has no mask token or is too long.
+        InputError: a prompt or row has no prediction, e.g. it has no mask token or is too long.
     """
     task = trained.task
-    if ask.prompts and task.needs_context and ask.context is None:
+    if request.prompts and task.needs_context and request.context is None:
         raise ConfigError(f"{task.name} looks for an answer in a text. Add --context TEXT.")
-    if ask.context is not None and not task.needs_context:
+    if request.context is not None and not task.needs_context:
         raise ConfigError(f"--context belongs to question answering, and this is {task.name}.")
-    model = InferenceModel(trained, ask.writing, ask.batch_size)
+    model = InferenceModel(trained, request.writing, request.batch_size)
     try:
-        replies = task.answer(model, ask.prompts, ask.context) if ask.prompts else []
-        rows = predict_rows(model, ask.questions, OutputOptions())
+        replies = task.answer(model, request.prompts, request.context) if request.prompts else []
+        rows = predict_rows(model, request.questions, OutputOptions())
         if rows.refused:
             raise InputError(
-                [f"{ask.places[i]}: {message}." for i, message in rows.refused.items()]
+                [f"{request.places[i]}: {message}." for i, message in rows.refused.items()]
             )
         return [*replies, *(reply for reply in rows.replies if reply is not None)]
     except UnansweredError as error:
@@ -235,8 +235,8 @@ def predict_replies(trained: LoadedModel, ask: AnswerRequest) -> list[Prediction
 
 
 @dataclass(frozen=True)
-class ReplyBatch:
-    """Predictions per question; for one without, `refused` maps its index to the reason."""
+class PredictionBatch:
+    """Prediction of each row; for one without, `refused` maps its index to the reason."""
 
     replies: list[Prediction | None]
     refused: Mapping[int, str]
@@ -244,8 +244,8 @@ class ReplyBatch:
 
 def predict_rows(
     model: InferenceModel, questions: Sequence[Any], output_options: OutputOptions
-) -> ReplyBatch:
-    """Returns predictions for `questions`; a question that cannot be answered affects no other."""
+) -> PredictionBatch:
+    """Returns predictions for `questions`; one without a prediction does not affect the others."""
     replies: list[Prediction | None] = [None] * len(questions)
     refused: dict[int, str] = {}
     remaining = list(range(len(questions)))
@@ -260,14 +260,14 @@ def predict_rows(
         for i, reply in zip(remaining, answers, strict=True):
             replies[i] = reply
         break
-    return ReplyBatch(replies, refused)
+    return PredictionBatch(replies, refused)
 
 
 class InferenceModel:
     """A loaded model with the methods that its task uses; `close` restores the model.
 
-    `cuts` allows long rows to be truncated; `shortened` counts them. `batch_size` is the maximum
-    number of rows of a forward pass; None limits only its tokens.
+    `truncate` allows long rows to be truncated; `shortened` counts them. `batch_size` is the
+    maximum number of rows of a forward pass; None limits only its tokens.
     """
 
     def __init__(
@@ -276,10 +276,10 @@ class InferenceModel:
         writing: GenerationOptions,
         batch_size: int | None,
         *,
-        cuts: bool = False,
+        truncate: bool = False,
     ) -> None:
         self._trained, self._writing = trained, writing
-        self._batch_size, self._cuts = batch_size, cuts
+        self._batch_size, self._truncate = batch_size, truncate
         self._scorer = RowScorer(trained, batch_size)
         self._decoder: RowDecoder | Literal[False] | None = None  # False: unsupported
         limits = (max_positions(trained.model.config), trained.task.max_tokens)
@@ -322,62 +322,64 @@ class InferenceModel:
         return [str(text).strip() for text in decoded]
 
     def _fit_prompts(self, prompts: Sequence[list[int]]) -> list[list[int]]:
-        """Returns `prompts`; if allowed, long ones are cut to their first token and their end."""
+        """Returns `prompts`; too long ones keep their first token and their end, if allowed."""
         if self._positions is None:
             return list(prompts)
         new = 0 if self.kind == "encoder-decoder" else self._writing.max_new_tokens
-        room = self._positions - new
-        long_rows = {i: len(ids) for i, ids in enumerate(prompts) if len(ids) > room}
-        if long_rows and not (self._cuts and room > 1):
-            answer = f" with --max-new-tokens {new:,}" if new else ""
+        max_length = self._positions - new
+        too_long = {i: len(ids) for i, ids in enumerate(prompts) if len(ids) > max_length}
+        if too_long and not (self._truncate and max_length > 1):
+            suffix = f" with --max-new-tokens {new:,}" if new else ""
             raise UnansweredError(
                 {
-                    i: f"has {length:,} tokens, and the model takes {max(room, 0):,}{answer}"
-                    for i, length in long_rows.items()
+                    i: f"has {length:,} tokens, and the model takes {max(max_length, 0):,}{suffix}"
+                    for i, length in too_long.items()
                 }
             )
-        self.shortened += len(long_rows)
+        self.shortened += len(too_long)
         return [
-            ids[:1] + ids[1 - room :] if i in long_rows else ids for i, ids in enumerate(prompts)
+            ids[:1] + ids[1 - max_length :] if i in too_long else ids
+            for i, ids in enumerate(prompts)
         ]
 
-    def score(self, rows: Sequence[Encoded], read: Callable[[Encoded, torch.Tensor], T]) -> list[T]:
-        """Returns `read(row, logits)` for each row, in order.
+    def score(
+        self, rows: Sequence[Encoded], function: Callable[[Encoded, torch.Tensor], T]
+    ) -> list[T]:
+        """Returns `function(row, logits)` for each row, in order.
 
         Raises UnansweredError if a row exceeds the model's positions and cannot be truncated.
         """
-        return self._scorer(self._fit_rows(rows), read)
+        return self._scorer(self._fit_rows(rows), function)
 
-    def score_batches(self, rows: Sequence[Encoded], read: ReadBatch[T]) -> list[T]:
-        """Returns the results of `read(rows, logits, mask)`, called per padded forward pass."""
-        return self._scorer.read_batches(self._fit_rows(rows), read)
+    def score_batches(self, rows: Sequence[Encoded], function: BatchFunction[T]) -> list[T]:
+        """Returns the results of `function(rows, logits, mask)`, called per padded forward pass."""
+        return self._scorer.score_batches(self._fit_rows(rows), function)
 
     def _fit_rows(self, rows: Sequence[Encoded]) -> Sequence[Encoded]:
-        """Returns `rows` truncated to the model's positions."""
         positions = self._positions
         if positions is not None:
-            long_rows = [row for row in rows if len(row.input_ids) > positions]
+            too_long = [row for row in rows if len(row.input_ids) > positions]
             if refused := {
                 row.row: f"has {len(row.input_ids):,} tokens, and the model takes {positions:,}"
-                for row in long_rows
-                if not self._cuts or isinstance(row.labels, list)  # one label per token
+                for row in too_long
+                if not self._truncate or isinstance(row.labels, list)  # one label per token
             }:
                 raise UnansweredError(refused)
-            self.shortened += len(long_rows)
-            rows = [truncate_row(row, positions) for row in rows] if long_rows else rows
+            self.shortened += len(too_long)
+            rows = [truncate_row(row, positions) for row in rows] if too_long else rows
         return rows
 
 
-MOST_SHOWN = 5
+MAX_SHOWN = 5
 """Maximum number of unanswered rows listed in a message; the others are counted."""
 
 
 @dataclass
 class RowCounts:
-    """Counts of the rows processed so far, for messages.
+    """Numbers of rows processed so far, for messages.
 
-    `kept` rows were already in `output`, `answered` rows were processed since, and `skipped` of
-    these have no answer. `shortened` rows were truncated. `seconds` excludes loading the model.
+    `kept` rows were already in `output`; `answered` rows were processed since, and `skipped` of
+    these have no prediction. `shortened` rows were truncated. `seconds` excludes loading the model.
     """
 
     output: Path | None
@@ -389,33 +391,33 @@ class RowCounts:
     seconds: float = 0.0
 
     def skip(self, window: Sequence[QueryRow], faults: Mapping[int, str]) -> None:
-        """Count the unanswered rows; `faults` maps their indices in `window` to reasons."""
+        """Count rows without a prediction; `faults` maps their indices in `window` to reasons."""
         self.skipped += len(faults)
         self.shown += [f"{window[i].place}: {faults[i]}" for i in sorted(faults)]
-        del self.shown[MOST_SHOWN:]
+        del self.shown[MAX_SHOWN:]
 
-    def describe_bad(self, window: Sequence[QueryRow], faults: Mapping[int, str]) -> list[str]:
-        """Returns error messages for the first unanswered rows; arguments are those of `skip`."""
+    def format_failures(self, window: Sequence[QueryRow], faults: Mapping[int, str]) -> list[str]:
+        """Returns error messages for the first rows without a prediction; arguments of `skip`."""
         lines = [f"{window[i].place}: {faults[i]}." for i in sorted(faults)]
-        others = f" and {len(lines) - MOST_SHOWN:,} more" if len(lines) > MOST_SHOWN else ""
-        rows = "It" if len(lines) == 1 else f"These{others}"
-        saved = self._describe_done()
-        lines = lines[:MOST_SHOWN]
+        suffix = f" and {len(lines) - MAX_SHOWN:,} more" if len(lines) > MAX_SHOWN else ""
+        rows = "It" if len(lines) == 1 else f"These{suffix}"
+        progress = self._format_progress()
+        lines = lines[:MAX_SHOWN]
         lines[-1] += (
             f" {rows} cannot be answered. Fix what is wrong, or leave the answer empty by "
-            f"--on-bad-row skip.{' ' if saved else ''}{saved}"
+            f"--on-bad-row skip.{' ' if progress else ''}{progress}"
         )
         return lines
 
-    def describe_stop(self) -> str:
+    def format_stop_message(self) -> str:
         """Returns the message for an interruption by the user."""
-        return f"interrupted; {self._describe_done() or 'nothing was saved.'}"
+        return f"interrupted; {self._format_progress() or 'nothing was saved.'}"
 
-    def _describe_done(self) -> str:
-        count = self.kept + self.answered
-        if self.output is None or not count:
+    def _format_progress(self) -> str:
+        num_rows = self.kept + self.answered
+        if self.output is None or not num_rows:
             return ""
-        return f"{count:,} rows are in {partial_of(self.output)}: --resume continues with them."
+        return f"{num_rows:,} rows are in {partial_of(self.output)}: --resume continues with them."
 
     def warnings(self) -> Iterator[str]:
         """Yields the warnings to print at the end of the command."""

@@ -32,26 +32,26 @@ _UNSUPPORTED = ("softcap", "s_aux", "position_bias")
 
 def register() -> None:
     """Register this attention and its mask function with transformers."""
-    AttentionInterface.register(NAME, attend)
+    AttentionInterface.register(NAME, attention_forward)
     AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
 @dataclass(frozen=True)
 class SharedPrompts:
-    """Cached prompts; each is the common beginning of some rows.
+    """Cached prompts, each shared by the rows that begin with it.
 
-    `states` has keys and values per layer, (prompts, key heads, seq, head_dim), of which the last
-    `lengths` positions are valid. `owners` is the index of each row's prompt.
+    `states` has keys and values per layer, `(prompts, key heads, seq, head_dim)`, of which the last
+    `lengths` positions are valid. `prompt_indices` has the index of each row's prompt.
     """
 
     states: Sequence[tuple[Tensor, Tensor]]
     lengths: Sequence[int]
-    owners: Sequence[int]
+    prompt_indices: Sequence[int]
 
     def select(self, rows: Sequence[int]) -> SharedPrompts:
-        """Returns the prompts of the given rows only."""
-        owners = [self.owners[row] for row in rows]
-        used = sorted(set(owners))
+        """Returns the shared prompts for only `rows`, a list of row indices."""
+        indices = [self.prompt_indices[row] for row in rows]
+        used = sorted(set(indices))
         states, lengths = self.states, self.lengths
         if len(used) < len(lengths):
             lengths = [lengths[prompt] for prompt in used]
@@ -65,7 +65,7 @@ class SharedPrompts:
                 for keys, values in states
             ]
         order = {prompt: at for at, prompt in enumerate(used)}
-        return SharedPrompts(states, lengths, [order[owner] for owner in owners])
+        return SharedPrompts(states, lengths, [order[owner] for owner in indices])
 
     @cached_property
     def mask(self) -> Tensor | None:
@@ -74,28 +74,31 @@ class SharedPrompts:
         seq = keys.shape[2]
         if min(self.lengths) == seq:
             return None
-        begins = seq - torch.tensor(self.lengths, device=keys.device)
-        return (torch.arange(seq, device=keys.device) < begins[:, None])[:, None, None]
+        starts = seq - torch.tensor(self.lengths, device=keys.device)
+        return (torch.arange(seq, device=keys.device) < starts[:, None])[:, None, None]
 
     @cached_property
     def width(self) -> int:
         """Maximum number of rows per prompt."""
-        return max(self.owners.count(prompt) for prompt in range(len(self.lengths)))
+        return max(self.prompt_indices.count(prompt) for prompt in range(len(self.lengths)))
 
     @cached_property
     def slots(self) -> Tensor | None:
         """Index of each row among (prompts · width) slots; None if all are used in order."""
-        counts = [0] * len(self.lengths)
+        num_used = [0] * len(self.lengths)
         slots = []
-        for owner in self.owners:
-            slots.append(owner * self.width + counts[owner])
-            counts[owner] += 1
-        if slots == list(range(len(counts) * self.width)):
+        for owner in self.prompt_indices:
+            slots.append(owner * self.width + num_used[owner])
+            num_used[owner] += 1
+        if slots == list(range(len(num_used) * self.width)):
             return None
         return torch.tensor(slots, device=self.states[0][0].device)
 
-    def attend(self, query: Tensor, layer: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns `_attend_part` for each row's prompt; `query`: scaled (rows, key heads, q, d)."""
+    def attention_forward(self, query: Tensor, layer: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns `_partial_attention` to the prompt of each row.
+
+        `query` is scaled, `(rows, key heads, queries, head_dim)`.
+        """
         keys, values = self.states[layer]
         prompts, groups, _, width = keys.shape
         if self.slots is not None:
@@ -105,11 +108,12 @@ class SharedPrompts:
         query = query.view(prompts, self.width, groups, heads, width).transpose(1, 2)
         query = query.reshape(prompts, groups, self.width * heads, width)
         return tuple(  # type: ignore[return-value]
-            self._to_rows(part, heads) for part in _attend_part(query, keys, values, self.mask)
+            self._to_rows(part, heads)
+            for part in _partial_attention(query, keys, values, self.mask)
         )
 
     def _to_rows(self, part: Tensor, heads: int) -> Tensor:
-        """Returns `part` (prompts, key heads, width · q, n) reshaped to (rows, key heads, q, n)."""
+        """Reshape (prompts, key heads, width · queries, n) to (rows, key heads, queries, n)."""
         prompts, groups, _, size = part.shape
         part = part.view(prompts, groups, self.width, heads, size).transpose(1, 2)
         part = part.reshape(prompts * self.width, groups, heads, size)
@@ -121,7 +125,7 @@ _PROMPTS: ContextVar[Sequence[SharedPrompts]] = ContextVar("shared_prompts", def
 
 @contextlib.contextmanager
 def using_prompts(prompts: Sequence[SharedPrompts]) -> Iterator[None]:
-    """Let forward passes in the block attend to `prompts`, whose rows are those of the batch."""
+    """Let forward passes in the block attend to `prompts`, which have the rows of the batch."""
     token = _PROMPTS.set(prompts)
     try:
         yield
@@ -129,7 +133,7 @@ def using_prompts(prompts: Sequence[SharedPrompts]) -> Iterator[None]:
         _PROMPTS.reset(token)
 
 
-def attend(
+def attention_forward(
     module: torch.nn.Module,
     query: Tensor,
     key: Tensor,
@@ -137,43 +141,41 @@ def attend(
     attention_mask: Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
-    **others: Any,
+    **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Compute attention of one new token per row; all other calls go to SDPA.
 
-    `query` is (batch, heads, new, head_dim), `key` and `value` are (batch, key heads, seq,
-    head_dim). `attention_mask` is (batch, 1, new, seq), True or 0 where visible. `scaling` defaults
-    to 1 / sqrt(head_dim).
-
-    Returns (batch, new, heads, head_dim), and None for the attention weights. Raises
-    UnsupportedModelError if the attention cannot have shared prompts.
+    `query` is `(batch, heads, new, head_dim)`, `key` and `value` are `(batch, key heads, seq,
+    head_dim)`; `attention_mask` is `(batch, 1, new, seq)`, True or 0 where visible. `scaling`
+    defaults to 1 / sqrt(head_dim). Returns `(batch, new, heads, head_dim)`, and None for the
+    attention weights. Raises UnsupportedModelError if the attention cannot have shared prompts.
     """
     rows, heads, new, width = query.shape
     prompts = _PROMPTS.get()
-    if new != 1 or dropout or any(others.get(name) is not None for name in _UNSUPPORTED):
+    if new != 1 or dropout or any(kwargs.get(name) is not None for name in _UNSUPPORTED):
         if prompts:
             raise UnsupportedModelError("its attention cannot share prompts")
         return sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout, scaling, **others
+            module, query, key, value, attention_mask, dropout, scaling, **kwargs
         )
     scale = width**-0.5 if scaling is None else scaling
     groups = key.shape[1]
     query = (query * scale).view(rows, groups, heads // groups, width)
     mask = None if attention_mask is None else attention_mask[..., : key.shape[2]]
     if prompts:
-        attended = _attend_with_prompts(prompts, module, query, key, value, mask)
+        attn_output = _attention_with_prompts(prompts, module, query, key, value, mask)
     else:
         scores = torch.matmul(query, key.transpose(2, 3))
         if mask is not None and mask.dtype == torch.bool:
             scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
         elif mask is not None:
             scores = scores + mask
-        shares = scores.softmax(-1, dtype=torch.float32).to(value.dtype)
-        attended = torch.matmul(shares, value)
-    return attended.reshape(rows, 1, heads, value.shape[-1]), None
+        attn_weights = scores.softmax(-1, dtype=torch.float32).to(value.dtype)
+        attn_output = torch.matmul(attn_weights, value)
+    return attn_output.reshape(rows, 1, heads, value.shape[-1]), None
 
 
-def _attend_with_prompts(
+def _attention_with_prompts(
     prompts: Sequence[SharedPrompts],
     module: Any,
     query: Tensor,
@@ -181,42 +183,46 @@ def _attend_with_prompts(
     value: Tensor,
     mask: Tensor | None,
 ) -> Tensor:
-    """Returns the attention (rows, key heads, q, head_dim) over prompts and own tokens."""
+    """Returns the attention over shared prompts and own tokens, `(rows, key heads, q, width)`."""
     layer = getattr(module, "layer_idx", None)
     if layer is None:
         raise UnsupportedModelError("its attention does not know its layer")
     if mask is not None and mask.dtype != torch.bool:
         raise UnsupportedModelError("its attention adds a bias to scores")
-    own = _attend_part(query, key, value, None if mask is None else ~mask)
+    row_output = _partial_attention(query, key, value, None if mask is None else ~mask)
     first = 0
-    parts = []
+    outputs = []
     for block in prompts:
-        parts.append(block.attend(query[first : first + len(block.owners)], layer))
-        first += len(block.owners)
-    shared = [torch.cat(each) if len(prompts) > 1 else each[0] for each in zip(*parts, strict=True)]
-    highest = torch.maximum(own[1], shared[1])
-    factors = [(part[1] - highest).exp_() for part in (own, shared)]
-    total = factors[0] * own[2] + factors[1] * shared[2]
-    attended = factors[0] * own[0] + factors[1] * shared[0]
-    return attended.div_(total).to(value.dtype)
+        outputs.append(
+            block.attention_forward(query[first : first + len(block.prompt_indices)], layer)
+        )
+        first += len(block.prompt_indices)
+    shared = [
+        torch.cat(each) if len(prompts) > 1 else each[0] for each in zip(*outputs, strict=True)
+    ]
+    max_scores = torch.maximum(row_output[1], shared[1])
+    factors = [(part[1] - max_scores).exp_() for part in (row_output, shared)]
+    total = factors[0] * row_output[2] + factors[1] * shared[2]
+    attn_output = factors[0] * row_output[0] + factors[1] * shared[0]
+    return attn_output.div_(total).to(value.dtype)
 
 
-def _attend_part(
+def _partial_attention(
     query: Tensor, key: Tensor, value: Tensor, hidden: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns the values' sum weighted by exp(s − m), m = max s, and the sum of these weights.
+    """Returns (Σ wₜ vₜ, m, Σ wₜ) with wₜ = exp(sₜ − m) and m = max sₜ over visible tokens.
 
-    The results have the first three dimensions of `query`. `hidden` is True where a position is
-    invisible.
+    The results have the first three dimensions of `query`; `hidden` is True for invisible
+    positions.
     """
     scores = torch.matmul(query, key.transpose(2, 3))
     if hidden is not None:
         scores.masked_fill_(hidden, torch.finfo(scores.dtype).min)
     scores = scores.float()
-    highest = scores.amax(-1, keepdim=True)
-    weights = scores.sub_(highest).exp_()
+    max_scores = scores.amax(-1, keepdim=True)
+    weights = scores.sub_(max_scores).exp_()
     return (
         torch.matmul(weights.to(value.dtype), value).float(),
-        highest,
+        max_scores,
         weights.sum(-1, keepdim=True),
     )

@@ -1,12 +1,12 @@
-"""Greedy decoding with continuous batching: a finished row makes room for the next prompt.
+"""Greedy decoding with continuous batching: a finished row is replaced by the next prompt.
 
     step      1 2 3 4 5 6
     row 1     a a a c c c     c starts after a has ended; rows are padded on the left, and
     row 2     b b b b b b     position ids count from the start of each row
 
 transformers' `generate` runs a batch until the last row ends, and copies the KV cache at every
-token. Here the cache has spare room, and a prefix that all prompts share is computed once.
-`find_decoding_error` verifies on the model that the logits do not change.
+token. Here the cache is allocated ahead, and a prefix that all prompts share is computed once.
+`get_decoder_error` checks on the model that the logits do not change.
 
 SDPA with a mask repeats grouped keys and values; `evaluation.attention` computes the attention of
 one new token per row without these copies.
@@ -33,7 +33,7 @@ from ftlevel.models.upstream.architectures import attention_of
 from ftlevel.trained.generation import stop_ids
 from ftlevel.trained.model_ref import LoadedModel
 
-ROOM = 64
+CACHE_GROWTH = 64
 """Number of positions by which the KV cache grows."""
 
 REFILL = 4
@@ -45,7 +45,7 @@ SHARED = 16
 _PROMPT = 12
 """Length in tokens of the prompt that a model is checked with."""
 
-_HARMLESS = set(
+_IGNORED_KEYS = set(
     """
     bos_token_id eos_token_id pad_token_id transformers_version do_sample temperature top_p
     top_k min_p typical_p max_length max_new_tokens use_cache _from_model_config
@@ -55,20 +55,20 @@ _HARMLESS = set(
 """Settings of generation_config that do not affect greedy decoding."""
 
 
-_NEUTRAL = (None, False, 0, 1)
+_DISABLED_VALUES = (None, False, 0, 1)
 """Values that disable a setting of generation_config: a penalty of 1, an n-gram size of 0."""
 
 
 class RowDecoder:
     """Greedy decoder that replaces the attention of `model` (modified) until `close`."""
 
-    def __init__(self, model: Any, stops: Sequence[int], pad_id: int) -> None:
+    def __init__(self, model: Any, stop_token_ids: Sequence[int], pad_id: int) -> None:
         self._model, self._base = model, base_model(model)
-        self._stops, self._pad_id = frozenset(stops), pad_id
+        self._stop_token_ids, self._pad_id = frozenset(stop_token_ids), pad_id
         self._device = next(model.parameters()).device
         # transformers 5.24 renames the argument, one model type at a time.
-        takes = inspect.signature(self._base.forward).parameters
-        self._cache = "cache" if "cache" in takes else "past_key_values"
+        parameters = inspect.signature(self._base.forward).parameters
+        self._cache = "cache" if "cache" in parameters else "past_key_values"
         self._attention_before = attention_of(self._base)
         register()
         self._base.set_attn_implementation(NAME)
@@ -81,27 +81,27 @@ class RowDecoder:
         self, prompts: Sequence[list[int]], max_new_tokens: int, batch_size: int
     ) -> list[list[int]]:
         """Returns the generated ids of each prompt, at most `max_new_tokens` with the stop id."""
-        texts = _Texts(len(prompts), max_new_tokens, self._stops)
-        waiting = deque(sorted(range(len(prompts)), key=lambda i: -len(prompts[i])))
-        common = common_beginning(prompts)
-        is_shared = len(common) >= SHARED and len(prompts) > 1
-        shared = self.begin([0], [common]) if is_shared else None
+        outputs = _Outputs(len(prompts), max_new_tokens, self._stop_token_ids)
+        pending = deque(sorted(range(len(prompts)), key=lambda i: -len(prompts[i])))
+        prefix = get_shared_prefix(prompts)
+        is_shared = len(prefix) >= SHARED and len(prompts) > 1
+        shared = self.begin([0], [prefix]) if is_shared else None
         rows = Rows([], [], [], [])
         while True:
-            active = texts.unended(rows)
-            free = batch_size - len(active)
-            if waiting and (not active or free * REFILL >= batch_size):
-                chosen = [waiting.popleft() for _ in range(min(free, len(waiting)))]
-                begun = self.begin(chosen, [prompts[i] for i in chosen], shared)
-                texts.take(begun)
-                rows = join([(rows, active), (begun, texts.unended(begun))])
+            active = outputs.get_unfinished(rows)
+            num_free = batch_size - len(active)
+            if pending and (not active or num_free * REFILL >= batch_size):
+                chosen = [pending.popleft() for _ in range(min(num_free, len(pending)))]
+                new = self.begin(chosen, [prompts[i] for i in chosen], shared)
+                outputs.append(new)
+                rows = join([(rows, active), (new, outputs.get_unfinished(new))])
             elif active:
                 if (len(rows.numbers) - len(active)) * REFILL >= len(rows.numbers):
                     rows = join([(rows, active)])
                 self.step(rows)
-                texts.take(rows)
+                outputs.append(rows)
             else:
-                return texts.made
+                return outputs.ids_per_prompt
 
     def begin(
         self, numbers: Sequence[int], prompts: Sequence[list[int]], shared: Rows | None = None
@@ -111,20 +111,20 @@ class RowDecoder:
         `numbers` are the indices of the prompts. `shared` has one row, the KV cache of a common
         prefix, which every prompt must extend by at least one token.
         """
-        common = shared.lengths[0] if shared else 0
-        suffixes = [ids[common:] for ids in prompts]
-        new = max(len(ids) for ids in suffixes)
-        count = self._base.config.get_text_config().num_hidden_layers
-        layers = [_RoomyLayer() for _ in range(count)]
+        prefix_length = shared.lengths[0] if shared else 0
+        new_ids = [ids[prefix_length:] for ids in prompts]
+        new = max(len(ids) for ids in new_ids)
+        num_layers = self._base.config.get_text_config().num_hidden_layers
+        layers = [_BufferedLayer() for _ in range(num_layers)]
         if shared:
             for layer, shared_layer in zip(layers, shared.layers, strict=True):
-                layer.repeat(shared_layer, len(suffixes), common + new)
+                layer.repeat(shared_layer, len(new_ids), prefix_length + new)
         rows = Rows(list(numbers), [len(ids) for ids in prompts], [], layers)
-        ids = pad(suffixes, self._pad_id, left=True).to(self._device)
-        self._forward(rows, ids, common + new, common)
+        ids = pad(new_ids, self._pad_id, left=True).to(self._device)
+        self._forward(rows, ids, prefix_length + new, prefix_length)
         if shared:
             for layer, shared_layer in zip(layers, shared.layers, strict=True):
-                layer.close_gaps(shared_layer, [new - len(ids) for ids in suffixes])
+                layer.shift_prefix(shared_layer, [new - len(ids) for ids in new_ids])
         return rows
 
     def step(self, rows: Rows) -> None:
@@ -139,26 +139,31 @@ class RowDecoder:
         The first `shared` positions are a prefix of every row; the row's other tokens are aligned
         on the right.
         """
-        begins = seq + shared - torch.tensor(rows.lengths, device=self._device)[:, None]
+        starts = seq + shared - torch.tensor(rows.lengths, device=self._device)[:, None]
         positions = torch.arange(seq, device=self._device)[None]
-        own = (positions - begins + shared).clamp(min=0)[:, -ids.shape[1] :]
-        before = [block.lengths[owner] for block in rows.prompts for owner in block.owners]
+        row_positions = (positions - starts + shared).clamp(min=0)[:, -ids.shape[1] :]
+        prompt_lengths = [
+            block.lengths[prompt_index]
+            for block in rows.prompts
+            for prompt_index in block.prompt_indices
+        ]
         with using_prompts(rows.prompts):
             outputs = self._model(
                 input_ids=ids,
-                attention_mask=((positions >= begins) | (positions < shared)).long(),
-                position_ids=own + torch.tensor(before, device=self._device)[:, None]
-                if before
-                else own,
+                attention_mask=((positions >= starts) | (positions < shared)).long(),
+                position_ids=row_positions
+                + torch.tensor(prompt_lengths, device=self._device)[:, None]
+                if prompt_lengths
+                else row_positions,
                 use_cache=True,
                 logits_to_keep=1,
                 **{self._cache: Cache(layers=rows.layers)},
             )
         rows.scores = outputs.logits[:, -1]
-        self._choose(rows)
+        self._choose_tokens(rows)
 
-    def _choose(self, rows: Rows) -> None:
-        """Set the next token of each of `rows` (modified) to the argmax of its logits."""
+    def _choose_tokens(self, rows: Rows) -> None:
+        """Set the next token of each row (modified) to the argmax of its logits."""
         rows.last = rows.scores.argmax(-1).tolist()
 
 
@@ -167,83 +172,88 @@ class Rows:
     """Batch of rows that are generated together.
 
     `numbers` are prompt indices, `lengths` the cached tokens per row (aligned on the right), `last`
-    the next token of each row, and `scores` its logits (rows, vocabulary). `prompts` are cached
-    before these tokens; either all rows have one or none has.
+    the next token of each row, and `scores` its logits `(rows, vocabulary)`. `prompts` are the
+    prompts that rows share; either all rows have one or none has.
     """
 
     numbers: list[int]
     lengths: list[int]
     last: list[int]
-    layers: Sequence[_RoomyLayer]
+    layers: Sequence[_BufferedLayer]
     scores: Any = None
     prompts: Sequence[SharedPrompts] = ()
 
-    def fork(self, count: int) -> Rows:
-        """Returns `count` copies of each row; they share its cached tokens as their prompt."""
-        index = [i for i in range(len(self.numbers)) for _ in range(count)]
+    def fork(self, num_copies: int) -> Rows:
+        """Returns `num_copies` copies of each row; they share its cached tokens as their prompt."""
+        index = [i for i in range(len(self.numbers)) for _ in range(num_copies)]
         states = [(layer.keys, layer.values) for layer in self.layers]
         return Rows(
             [self.numbers[i] for i in index],
             [0] * len(index),
             [self.last[i] for i in index],
-            [_RoomyLayer() for _ in self.layers],
+            [_BufferedLayer() for _ in self.layers],
             self.scores.index_select(0, torch.tensor(index, device=self.scores.device)),
             (SharedPrompts(states, self.lengths, index),),
         )
 
 
-class _Texts:
-    """Generated ids per prompt (`made`); a text ends at a stop id or after `most` tokens."""
+class _Outputs:
+    """Generated ids of each prompt, up to a stop id or `max_new_tokens`."""
 
-    def __init__(self, count: int, most: int, stops: frozenset[int]) -> None:
-        self.made: list[list[int]] = [[] for _ in range(count)]
-        self._ended: set[int] = set()
-        self._most, self._stops = most, stops
+    def __init__(
+        self, num_prompts: int, max_new_tokens: int, stop_token_ids: frozenset[int]
+    ) -> None:
+        self.ids_per_prompt: list[list[int]] = [[] for _ in range(num_prompts)]
+        self._finished: set[int] = set()
+        self._max_new_tokens, self._stop_token_ids = max_new_tokens, stop_token_ids
 
-    def take(self, rows: Rows) -> None:
-        """Append the next token of each unfinished row to its text."""
+    def append(self, rows: Rows) -> None:
+        """Append the next token of each unfinished row to the ids of its prompt."""
         for number, token in zip(rows.numbers, rows.last, strict=True):
-            if number in self._ended:
+            if number in self._finished:
                 continue
-            self.made[number].append(token)
-            if token in self._stops or len(self.made[number]) >= self._most:
-                self._ended.add(number)
+            self.ids_per_prompt[number].append(token)
+            if (
+                token in self._stop_token_ids
+                or len(self.ids_per_prompt[number]) >= self._max_new_tokens
+            ):
+                self._finished.add(number)
 
-    def unended(self, rows: Rows) -> list[int]:
-        """Returns the indices of the rows whose text is unfinished."""
-        return [i for i, number in enumerate(rows.numbers) if number not in self._ended]
+    def get_unfinished(self, rows: Rows) -> list[int]:
+        """Returns the indices in `rows` of the rows that are not finished."""
+        return [i for i, number in enumerate(rows.numbers) if number not in self._finished]
 
 
-class _RoomyLayer(DynamicLayer):
+class _BufferedLayer(DynamicLayer):
     """Cache layer with unused positions at its end, so that appending a token rarely copies it."""
 
     def __init__(self) -> None:
         super().__init__()
-        self._whole: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._buffers: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def fill(self, keys: torch.Tensor, values: torch.Tensor, length: int) -> None:
         """Store `keys` and `values` (rows, heads, positions, head_dim), valid up to `length`."""
-        self._whole = keys, values
+        self._buffers = keys, values
         self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
         self.keys, self.values = keys[:, :, :length], values[:, :, :length]
 
-    def repeat(self, layer: _RoomyLayer, rows: int, length: int) -> None:
-        """Copy the only row of `layer` to each of `rows`, with room for `length` positions."""
-        common = layer.get_seq_length()
-        copies = []
+    def repeat(self, layer: _BufferedLayer, rows: int, length: int) -> None:
+        """Copy the only row of `layer` to each of `rows`, with buffers for `length` positions."""
+        prefix_length = layer.get_seq_length()
+        buffers = []
         for states in (layer.keys, layer.values):
-            copy = states.new_zeros(rows, states.shape[1], length + ROOM, states.shape[3])
-            copy[:, :, :common] = states
-            copies.append(copy)
-        self.fill(copies[0], copies[1], common)
+            copy = states.new_zeros(rows, states.shape[1], length + CACHE_GROWTH, states.shape[3])
+            copy[:, :, :prefix_length] = states
+            buffers.append(copy)
+        self.fill(buffers[0], buffers[1], prefix_length)
 
-    def close_gaps(self, layer: _RoomyLayer, gaps: Sequence[int]) -> None:
-        """Copy `layer`, the shared prefix, into each row, shifted right by the row's gap."""
-        common = layer.get_seq_length()
-        for row, gap in enumerate(gaps):
+    def shift_prefix(self, layer: _BufferedLayer, offsets: Sequence[int]) -> None:
+        """Copy `layer`, the shared prefix, into each row, shifted right by the row's offset."""
+        prefix_length = layer.get_seq_length()
+        for row, gap in enumerate(offsets):
             if gap:
-                self.keys[row, :, gap : gap + common] = layer.keys[0]
-                self.values[row, :, gap : gap + common] = layer.values[0]
+                self.keys[row, :, gap : gap + prefix_length] = layer.keys[0]
+                self.values[row, :, gap : gap + prefix_length] = layer.values[0]
 
     def update(
         self,
@@ -255,25 +265,28 @@ class _RoomyLayer(DynamicLayer):
         """Append the keys and values of new tokens, and return those of all tokens."""
         before = self.get_seq_length()
         after = before + key_states.shape[-2]
-        if self._whole is None or after > self._whole[0].shape[-2]:
+        if self._buffers is None or after > self._buffers[0].shape[-2]:
             old = (self.keys, self.values) if before else (None, None)
-            self._whole = (_roomy(key_states, after, old[0]), _roomy(value_states, after, old[1]))
-        self._whole[0][:, :, before:after] = key_states
-        self._whole[1][:, :, before:after] = value_states
-        self.fill(*self._whole, after)
+            self._buffers = (
+                _allocate(key_states, after, old[0]),
+                _allocate(value_states, after, old[1]),
+            )
+        self._buffers[0][:, :, before:after] = key_states
+        self._buffers[1][:, :, before:after] = value_states
+        self.fill(*self._buffers, after)
         return self.keys, self.values
 
 
-def _roomy(states: torch.Tensor, length: int, old: torch.Tensor | None) -> torch.Tensor:
+def _allocate(states: torch.Tensor, length: int, old: torch.Tensor | None) -> torch.Tensor:
     """Returns zeros shaped like `states` with more than `length` positions; `old` is copied in."""
     rows, heads, _, width = states.shape
-    padded = states.new_zeros(rows, heads, length + ROOM, width)
+    padded = states.new_zeros(rows, heads, length + CACHE_GROWTH, width)
     if old is not None:
         padded[:, :, : old.shape[2]] = old
     return padded
 
 
-def common_beginning(prompts: Sequence[list[int]]) -> list[int]:
+def get_shared_prefix(prompts: Sequence[list[int]]) -> list[int]:
     """Returns the longest common prefix of `prompts` that is shorter than each of them."""
     if not prompts:
         return []
@@ -283,39 +296,41 @@ def common_beginning(prompts: Sequence[list[int]]) -> list[int]:
     return first[: min(length, min(map(len, prompts)) - 1)]
 
 
-def join(parts: Sequence[tuple[Rows, Sequence[int]]]) -> Rows:
-    """Returns one batch from `parts`: pairs of a batch and ascending indices of rows to take."""
-    parts = [(rows, chosen) for rows, chosen in parts if chosen]
-    if not parts:
+def join(batches: Sequence[tuple[Rows, Sequence[int]]]) -> Rows:
+    """Returns one batch from pairs of a batch and the ascending indices of its rows to keep."""
+    batches = [(rows, chosen) for rows, chosen in batches if chosen]
+    if not batches:
         return Rows([], [], [], [])
-    lengths = [rows.lengths[i] for rows, chosen in parts for i in chosen]
+    lengths = [rows.lengths[i] for rows, chosen in batches for i in chosen]
     seq = max(lengths)
-    layers: list[_RoomyLayer] = []
-    for at in range(len(parts[0][0].layers)):
-        layers.append(_RoomyLayer())
+    layers: list[_BufferedLayer] = []
+    for at in range(len(batches[0][0].layers)):
+        layers.append(_BufferedLayer())
         if not seq:
             continue
-        both = []
+        buffers = []
         for name in ("keys", "values"):
-            states = [getattr(rows.layers[at], name) for rows, _ in parts]
+            states = [getattr(rows.layers[at], name) for rows, _ in batches]
             first = next(part for part in states if part is not None)
-            joined = first.new_zeros(len(lengths), first.shape[1], seq + ROOM, first.shape[3])
+            buffer = first.new_zeros(
+                len(lengths), first.shape[1], seq + CACHE_GROWTH, first.shape[3]
+            )
             start = 0
-            for part, (rows, chosen) in zip(states, parts, strict=True):
+            for part, (rows, chosen) in zip(states, batches, strict=True):
                 width = max(rows.lengths[i] for i in chosen)
                 if width:
                     index = torch.tensor(chosen, device=part.device)
-                    target = joined[start : start + len(chosen), :, seq - width : seq]
+                    target = buffer[start : start + len(chosen), :, seq - width : seq]
                     target.copy_(part[:, :, part.shape[2] - width :].index_select(0, index))
                 start += len(chosen)
-            both.append(joined)
-        layers[-1].fill(both[0], both[1], seq)
+            buffers.append(buffer)
+        layers[-1].fill(buffers[0], buffers[1], seq)
     return Rows(
-        [rows.numbers[i] for rows, chosen in parts for i in chosen],
+        [rows.numbers[i] for rows, chosen in batches for i in chosen],
         lengths,
-        [rows.last[i] for rows, chosen in parts for i in chosen],
+        [rows.last[i] for rows, chosen in batches for i in chosen],
         layers,
-        prompts=[block for rows, chosen in parts for block in _select_prompts(rows, chosen)],
+        prompts=[block for rows, chosen in batches for block in _select_prompts(rows, chosen)],
     )
 
 
@@ -323,35 +338,37 @@ def _select_prompts(rows: Rows, chosen: Sequence[int]) -> Iterator[SharedPrompts
     """Yields the shared prompts of the rows at the ascending indices `chosen`."""
     first = 0
     for block in rows.prompts:
-        own = [i - first for i in chosen if first <= i < first + len(block.owners)]
-        first += len(block.owners)
-        if own:
-            yield block.select(own)
+        indices = [i - first for i in chosen if first <= i < first + len(block.prompt_indices)]
+        first += len(block.prompt_indices)
+        if indices:
+            yield block.select(indices)
 
 
 def open_decoder(trained: LoadedModel, prompts: Sequence[list[int]]) -> RowDecoder | Literal[False]:
     """Open a decoder, checked on `prompts`; returns False if `generate` must be used."""
     model, tokenizer = trained.model, trained.tokenizer
-    if find_decoder_obstacle(model, trained.kind, trained.ref.card.method):
+    if get_decoder_limitation(model, trained.kind, trained.ref.card.method):
         return False
     decoder = RowDecoder(model, stop_ids(tokenizer), tokenizer.pad_token_id or 0)
     noise = 1e-4 if trained.dtype == "float32" else 1e-1
-    if find_decoding_error(decoder, model, max(prompts, key=len), noise):
+    if get_decoder_error(decoder, model, max(prompts, key=len), noise):
         decoder.close()
         return False
     return decoder
 
 
-def find_decoder_obstacle(model: Any, kind: str, method: str) -> str:
-    """Returns why `RowDecoder` cannot be used instead of `generate`; "" if it can."""
-    if reason := find_cache_obstacle(model, kind, method):
+def get_decoder_limitation(model: Any, kind: str, method: str) -> str:
+    """Returns why `RowDecoder` cannot replace `generate` for `model`; "" if it can."""
+    if reason := get_cache_limitation(model, kind, method):
         return reason
-    settings = base_model(model).generation_config.to_diff_dict()
-    settings_used = {name for name, value in settings.items() if value not in _NEUTRAL} - _HARMLESS
-    return f"its generation_config has {join_names(sorted(settings_used))}" if settings_used else ""
+    options = base_model(model).generation_config.to_diff_dict()
+    unsupported = {
+        name for name, value in options.items() if value not in _DISABLED_VALUES
+    } - _IGNORED_KEYS
+    return f"its generation_config has {join_names(sorted(unsupported))}" if unsupported else ""
 
 
-def find_cache_obstacle(model: Any, kind: str, method: str) -> str:
+def get_cache_limitation(model: Any, kind: str, method: str) -> str:
     """Returns why `RowDecoder` cannot compute the logits of `model`; "" if it can."""
     base = base_model(model)
     is_packed = attention_of(base) == packed.NAME
@@ -365,14 +382,15 @@ def find_cache_obstacle(model: Any, kind: str, method: str) -> str:
     return ""
 
 
-def find_decoding_error(
+def get_decoder_error(
     decoder: RowDecoder, model: Any, prompt: Sequence[int], noise: float, *, forks: bool = False
 ) -> str:
     """Returns why `decoder` computes wrong logits with `model`; "" if they are right.
 
     The check decodes a row with a shared prefix next to a longer row, separates the two, and joins
-    the first with a third. Its logits must match a plain forward pass up to `noise`, relative to
-    their norm. With `forks`, rows are also duplicated. Call it in eval mode under `torch.no_grad`.
+    the first with a third. Its logits must match an ordinary forward pass up to `noise`, relative
+    to their norm. With `forks`, rows are also duplicated. Call it in eval mode under
+    `torch.no_grad`.
     """
     long = [*prompt, *prompt][:_PROMPT]
     short = long[: _PROMPT // 2]

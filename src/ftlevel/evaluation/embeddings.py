@@ -28,8 +28,8 @@ from ftlevel.tasks.embedding.retrieval import (
     spearman,
 )
 
-_LONGEST = 2_000  # characters of a recorded text
-TOKENS_AT_ONCE = 4_096
+_MAX_TEXT_LENGTH = 2_000  # characters of a recorded text
+MAX_BATCH_TOKENS = 4_096
 """Positions of a forward pass, unless a text is longer."""
 
 
@@ -42,8 +42,8 @@ def embed_texts(
     result: list[torch.Tensor | None] = [None] * len(texts)
     start = 0
     while start < len(order):
-        longest = len(texts[order[start]].input_ids)
-        indices = order[start : start + max(1, TOKENS_AT_ONCE // longest)]
+        length = len(texts[order[start]].input_ids)
+        indices = order[start : start + max(1, MAX_BATCH_TOKENS // length)]
         batch = {n: v.to(device) for n, v in collate([texts[at] for at in indices]).items()}
         del batch["labels"]
         unpooled = [getattr(texts[at], "unpooled", 0) for at in indices]
@@ -69,32 +69,32 @@ def score_embeddings(
     Queries search the documents of `corpus`, by default those of `rows`.
     """
     texts, step = distinct_texts(rows)
-    searched = add_texts(texts, corpus)
+    candidates = add_texts(texts, corpus)
     vectors = embed_texts(model, objective, texts, pad_id, device)
     losses = step_losses(objective, vectors, step)
     dims = (None, *objective.settings.matryoshka_dims)
     with torch.autocast("cpu", enabled=False):
-        meters = build_meters(objective, vectors, step, dims, searched)
+        meters = create_meters(objective, vectors, step, dims, candidates)
     if record is not None:
         for row, loss, meter in zip(rows, losses, meters, strict=True):
             if "retrieved" in getattr(meter, "details", {}):
                 text = decode(texts[meter.details["retrieved"]])
-                meter.details = {**meter.details, "retrieved": text[:_LONGEST]}
+                meter.details = {**meter.details, "retrieved": text[:_MAX_TEXT_LENGTH]}
             record.add_row(row.row, loss, 1, meter)
     loss = float(np.mean(losses))
     return {"loss": loss, **meters[0].pool(meters).compute(loss)}
 
 
 def step_losses(objective: Embeddings, vectors: torch.Tensor, step: StepTexts) -> list[float]:
-    """Returns for each row the mean loss of its group; a group is as large as a training step.
+    """Returns for each row the mean loss of its group, which has as many rows as a training step.
 
     If the last group is a single row and the loss compares rows, it joins the group before.
     """
     objective = objective.for_validation(step)
     size, losses = objective.step_rows, list[float]()
     positions = list(range(0, len(step), size))
-    contrasts = LOSSES[objective.settings.loss or ""].contrasts
-    if contrasts and len(positions) > 1 and len(step) - positions[-1] == 1:
+    is_contrastive = LOSSES[objective.settings.loss or ""].contrasts
+    if is_contrastive and len(positions) > 1 and len(step) - positions[-1] == 1:
         positions.pop()
     for start, end in zip(positions, [*positions[1:], len(step)], strict=True):
         loss = objective.step_loss(vectors, step.select(slice(start, end)))
@@ -122,12 +122,12 @@ class QueryMeter:
 
     def compute(self, _: float) -> dict[str, float]:
         """Compute the mean of each metric."""
-        scored = [value for value in self.values if value]
-        names = scored[0] if scored else ()
-        return {name: float(np.mean([value[name] for value in scored])) for name in names}
+        non_empty = [value for value in self.values if value]
+        names = non_empty[0] if non_empty else ()
+        return {name: float(np.mean([value[name] for value in non_empty])) for name in names}
 
     def describe(self, _: Sequence[str]) -> dict[str, Any]:
-        """Returns the metrics of the query of one row's meter, and `details`."""
+        """Returns the metrics and details of a single query."""
         return {**{name: round(v, 4) for name, v in self.values[0].items()}, **self.details}
 
 
@@ -163,21 +163,22 @@ class PairMeter:
         return {"similarity": round(scores[""], 4), "true": label}
 
 
-def build_meters(
+def create_meters(
     objective: Embeddings,
     vectors: torch.Tensor,
     step: StepTexts,
     dims: Sequence[int | None],
-    searched: Sequence[int] = (),
+    candidates: Sequence[int] = (),
 ) -> list[Any]:
-    """Build one meter per row; the main metric is computed for each number in `dims`, too.
+    """Create one meter per row; the main metric is computed for each number of `dims`.
 
-    `searched` are the texts that queries search; empty for the documents of the rows.
+    `candidates` are the indices of the texts that queries search; empty for the documents of the
+    rows.
     """
     spaces = {"" if count is None else f"_dim_{count}": vectors[:, :count] for count in dims}
     is_cosine = objective.form.similarity == "cosine"
     if objective.kind == "ranking":
-        return _query_meters(objective.form.similarity, spaces, step, searched)
+        return _query_meters(objective.form.similarity, spaces, step, candidates)
     if is_cosine:
         spaces = {name: functional.normalize(space, dim=-1) for name, space in spaces.items()}
     if objective.kind == "class":
@@ -195,12 +196,12 @@ def build_meters(
 
 
 def _class_meters(spaces: Mapping[str, torch.Tensor], step: StepTexts) -> list[PairMeter]:
-    """Returns a meter per text, of its pairs with later texts; `spaces` maps suffix → vectors."""
+    """Returns a meter per text, with its pairs with later texts; `spaces` maps suffix → vectors."""
     meters = [PairMeter("class") for _ in range(len(step))]
     for (i, one), (j, other) in combinations(enumerate(step.texts), 2):
-        same = float(step.labels[i] == step.labels[j])
+        label = float(step.labels[i] == step.labels[j])
         scores = {name: float(v[one[0]] @ v[other[0]]) for name, v in spaces.items()}
-        meters[i].pairs.append((same, scores))
+        meters[i].pairs.append((label, scores))
     return meters
 
 
@@ -208,7 +209,7 @@ def _query_meters(
     similarity: str,
     spaces: Mapping[str, torch.Tensor],
     step: StepTexts,
-    searched: Sequence[int],
+    candidates: Sequence[int],
 ) -> list[QueryMeter]:
     """Returns a meter per row with the metrics of its query; rows of one query have equal ones."""
     documents = sorted(
@@ -216,32 +217,32 @@ def _query_meters(
             document
             for row_vectors, labels in zip(step.texts, step.labels, strict=True)
             for document, label in zip(row_vectors[1:], labels, strict=True)
-            if label > 0 or not searched
+            if label > 0 or not candidates
         }
-        | set(searched)
+        | set(candidates)
     )
     position = {document: at for at, document in enumerate(documents)}
-    good: dict[int, set[int]] = {}
+    relevant_ids: dict[int, set[int]] = {}
     for (query, *row_vectors), labels in zip(step.texts, step.labels, strict=True):
-        relevant = {position[d] for d, label in zip(row_vectors, labels, strict=True) if label > 0}
-        good.setdefault(query, set()).update(relevant)
-    queries = [query for query, relevant in good.items() if relevant]
-    values: dict[int, dict[str, float]] = {query: {} for query in good}
-    headline = METRICS["ranking"][0]
+        positions = {position[d] for d, label in zip(row_vectors, labels, strict=True) if label > 0}
+        relevant_ids.setdefault(query, set()).update(positions)
+    queries = [query for query, positions in relevant_ids.items() if positions]
+    values: dict[int, dict[str, float]] = {query: {} for query in relevant_ids}
+    main_metric = METRICS["ranking"][0]
     for suffix, space in spaces.items():
-        relevant_of = [sorted(good[query]) for query in queries]
+        relevant_documents = [sorted(relevant_ids[query]) for query in queries]
         meters = score_retrieval(
-            space[queries], space[documents], relevant_of, similarity=similarity
+            space[queries], space[documents], relevant_documents, similarity=similarity
         )
         for name, scores in meters.values.items():
-            if not suffix or name == headline:
+            if not suffix or name == main_metric:
                 for query, value in zip(queries, scores.tolist(), strict=True):
                     values[query][f"{name}{suffix}"] = value
-    details = _compare_scores(similarity, spaces[""], good, queries, documents)
+    details = _score_details(similarity, spaces[""], relevant_ids, queries, documents)
     return [QueryMeter([values[query]], details.get(query, {})) for query, *_ in step.texts]
 
 
-def _compare_scores(
+def _score_details(
     similarity: str,
     vectors: torch.Tensor,
     relevant: Mapping[int, set[int]],

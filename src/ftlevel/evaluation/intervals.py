@@ -2,10 +2,10 @@
 
     se² = sd(difference over draws)² + sd(difference over seeds)² / seeds
 
-An example with all of its windows or pieces is drawn as one. Draws are the same for models scored
-on the same rows, so differences are paired. A difference is significant above z · se, where z is
-the normal quantile at 5 % divided by the number of comparisons (Bonferroni). With one seed the
-second term is unknown and left out. The module also validates the metrics in `--metrics`.
+An example with all of its windows is drawn as one. Draws are the same for models scored on the same
+rows, so differences are paired. A difference is significant above z · se, where z is the normal
+quantile at 5 % divided by the number of comparisons (Bonferroni). With one seed the second term is
+unknown and left out. The module also validates the metrics in `--metrics`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ PERCENTILES = (2.5, 97.5)
 
 @dataclass
 class ExampleStats:
-    """Statistics of an example: summed loss, number of targets, and its own meter of metrics."""
+    """Summed loss, number of targets and meter of an example."""
 
     meter: Meter
     loss: float = 0.0
@@ -69,10 +69,10 @@ class ExampleRecord:
             loss = objective.loss_sum(
                 logits[rows_of_example], labels[rows_of_example], mask[rows_of_example]
             ).item()
-            count = int(objective.count(labels[rows_of_example]))
+            num_targets = int(objective.count(labels[rows_of_example]))
             for unit in self._units_of(row):
                 unit.loss += loss
-                unit.targets += count
+                unit.targets += num_targets
                 unit.meter.update(
                     *objective.targets(logits[rows_of_example], labels[rows_of_example]), [row]
                 )
@@ -87,37 +87,37 @@ class ExampleRecord:
     def add_targets(
         self,
         rows: Sequence[Encoded],
-        owners: torch.Tensor,
+        row_indices: torch.Tensor,
         scores: torch.Tensor,
         targets: torch.Tensor,
     ) -> None:
-        """Add logits (tokens, vocabulary) to the examples; `owners` indexes `rows` per token."""
+        """Add logits `(tokens, vocabulary)` to the examples; `row_indices` has each token's row."""
         losses = functional.cross_entropy(scores.float(), targets, reduction="none")
-        for index in sorted(set(owners.tolist())):
-            is_of_row, row = owners == index, rows[index]
+        for index in sorted(set(row_indices.tolist())):
+            is_of_row, row = row_indices == index, rows[index]
             unit = self.units.setdefault(row.row, ExampleStats(self.objective.meter()))
             unit.loss += losses[is_of_row].sum().item()
             unit.targets += int(is_of_row.sum())
             unit.meter.update(scores[is_of_row], targets[is_of_row], [row])
 
     def add_answers(
-        self, rows: Sequence[Encoded], answers: torch.Tensor, verdicts: torch.Tensor
+        self, rows: Sequence[Encoded], log_probs: torch.Tensor, verdicts: torch.Tensor
     ) -> None:
-        """Add log-likelihoods `answers` and `verdicts`, as in `Encoded`, to examples of `rows`."""
-        objective, width = self.objective, len(answers) // len(rows)
+        """Add log-likelihoods and `verdicts` of sequences, as in `Encoded`, to their examples."""
+        objective, width = self.objective, len(log_probs) // len(rows)
         if not isinstance(objective, LikelihoodObjective):
             raise TypeError("only answers have a log-likelihood")
         for index, row in enumerate(rows):
             of_row = slice(index * width, (index + 1) * width)
             unit = self.units.setdefault(row.row, ExampleStats(objective.meter()))
             unit.loss += objective.preference_sum(
-                answers[of_row], verdicts[of_row], training=False
+                log_probs[of_row], verdicts[of_row], training=False
             ).item()
             unit.targets += 1
-            unit.meter.update(answers[of_row], verdicts[of_row], [row])
+            unit.meter.update(log_probs[of_row], verdicts[of_row], [row])
 
     def add_row(self, row: int, loss: float, targets: int, meter: Meter) -> None:
-        """Add an example with its summed loss, the number of targets and its own metrics."""
+        """Add an example with its summed loss, number of targets and meter."""
         self.units[row] = ExampleStats(meter, loss, targets)
 
     def add_samples(self, row: Encoded, values: Any, texts: Sequence[str]) -> None:
@@ -133,35 +133,40 @@ class ExampleRecord:
             self.written.append(GeneratedText(row.row, text, reference))
 
     def resample(
-        self, count: int, seed: int, score_texts: ScoreTexts | None, language: str
+        self, num_draws: int, seed: int, score_texts: ScoreTexts | None, language: str
     ) -> dict[str, np.ndarray]:
-        """Returns metric → values (count,) over bootstrap draws of the examples or clusters.
+        """Returns metric → values `(num_draws,)` over bootstrap draws of the examples or clusters.
 
         The same seed draws the same rows, so values of two models can be subtracted. A metric that
         is undefined for a draw, such as a correlation of constant values, is omitted.
         """
         units = list(self._clusters.values()) or [self.units[row] for row in sorted(self.units)]
-        draws = _draw(count, seed, len(units), lambda picks: self._metrics(units, picks))
+        draws = _bootstrap(
+            num_draws, seed, len(units), lambda indices: self._metrics(units, indices)
+        )
         if self.written and score_texts is not None:
-            draws |= _draw(
-                count, seed, len(self.written), _text_metrics(self.written, score_texts, language)
+            draws |= _bootstrap(
+                num_draws,
+                seed,
+                len(self.written),
+                _text_metrics(self.written, score_texts, language),
             )
         return draws
 
     @staticmethod
-    def _metrics(units: Sequence[ExampleStats], picks: np.ndarray) -> dict[str, float]:
-        drawn = [units[pick] for pick in picks]
-        targets = sum(unit.targets for unit in drawn)
-        loss = sum(unit.loss for unit in drawn) / targets if targets else float("nan")
-        meter = drawn[0].meter.pool([unit.meter for unit in drawn])
+    def _metrics(units: Sequence[ExampleStats], indices: np.ndarray) -> dict[str, float]:
+        sample = [units[pick] for pick in indices]
+        targets = sum(unit.targets for unit in sample)
+        loss = sum(unit.loss for unit in sample) / targets if targets else float("nan")
+        meter = sample[0].meter.pool([unit.meter for unit in sample])
         return ({"loss": loss} if targets else {}) | meter.compute(loss)
 
 
-def _draw(
-    count: int, seed: int, size: int, measure: Callable[[np.ndarray], Mapping[str, float]]
+def _bootstrap(
+    num_draws: int, seed: int, size: int, function: Callable[[np.ndarray], Mapping[str, float]]
 ) -> dict[str, np.ndarray]:
     generator = np.random.default_rng(seed)
-    rows = [measure(generator.integers(0, size, size)) for _ in range(count)]
+    rows = [function(generator.integers(0, size, size)) for _ in range(num_draws)]
     names = set(rows[0]).intersection(*rows) if rows else set()
     return {name: np.array([row[name] for row in rows]) for name in names}
 
@@ -169,11 +174,11 @@ def _draw(
 def _text_metrics(
     written: Sequence[GeneratedText], score_texts: ScoreTexts, language: str
 ) -> Callable[[np.ndarray], Mapping[str, float]]:
-    def measure(picks: np.ndarray) -> Mapping[str, float]:
-        drawn = [written[pick] for pick in picks]
-        return score_texts([w.text for w in drawn], [w.reference for w in drawn], language)
+    def compute(indices: np.ndarray) -> Mapping[str, float]:
+        sample = [written[pick] for pick in indices]
+        return score_texts([w.text for w in sample], [w.reference for w in sample], language)
 
-    return measure
+    return compute
 
 
 def interval(values: np.ndarray) -> list[float]:
@@ -189,7 +194,7 @@ LEVEL = 0.05
 class MetricRuns:
     """Values of a metric for one method, with one run per seed.
 
-    `draws` (seeds, draws) is the metric on resampled rows; it is empty if a draw has no value.
+    `draws` `(seeds, draws)` is the metric on resampled rows; it is empty if a draw has no value.
     """
 
     values: Sequence[float]
@@ -225,19 +230,19 @@ class Difference:
     is_noise: bool | None
 
 
-def compute_difference(runs: MetricRuns, best: MetricRuns, comparisons: int) -> Difference:
-    """Compute the difference of `runs` from `best`; Bonferroni divides by `comparisons`."""
+def compute_difference(runs: MetricRuns, best: MetricRuns, num_comparisons: int) -> Difference:
+    """Compute the difference of `runs` from `best`; Bonferroni divides by `num_comparisons`."""
     value = runs.mean - best.mean
     if runs.draws.shape != best.draws.shape or not runs.draws.size:
         return Difference(value, None, None, None)
-    drawn = (runs.draws - best.draws).mean(0)
-    variance = float(drawn.var(ddof=1))
+    sample = (runs.draws - best.draws).mean(0)
+    variance = float(sample.var(ddof=1))
     if len(runs.values) > 1:
-        differences = [one - two for one, two in zip(runs.values, best.values, strict=True)]
-        variance += statistics.variance(differences) / len(differences)
+        deltas = [one - two for one, two in zip(runs.values, best.values, strict=True)]
+        variance += statistics.variance(deltas) / len(deltas)
     error = math.sqrt(variance)
-    z = statistics.NormalDist().inv_cdf(1 - LEVEL / 2 / max(comparisons, 1))
-    return Difference(value, interval(drawn), error, abs(value) <= z * error)
+    z = statistics.NormalDist().inv_cdf(1 - LEVEL / 2 / max(num_comparisons, 1))
+    return Difference(value, interval(sample), error, abs(value) <= z * error)
 
 
 V = TypeVar("V")
@@ -246,10 +251,9 @@ V = TypeVar("V")
 def check_metrics(
     names: Sequence[str], task: BaseTask, objective: Objective, *, generates: bool, how: str
 ) -> None:
-    """Check the names in `--metrics`; `how` is the flag that enables text generation.
+    """Raise ConfigError if a name in `--metrics` is unknown, or belongs to texts not generated.
 
-    Raises ConfigError with the valid names if a name is unknown, or belongs to generated texts and
-    `generates` is false.
+    `generates` says whether texts are generated; `how` is the flag that enables it.
     """
     valid = ("loss", *objective.metrics, *(task.text_metrics if generates else ()))
     for name in names:
@@ -268,8 +272,8 @@ def uses_text_metrics(names: Sequence[str], task: BaseTask) -> bool:
     return not names or bool(set(names) & set(task.text_metrics))
 
 
-def generates_texts(predict_with_generate: bool | None, task: BaseTask) -> bool:
-    """Returns whether texts are generated; by default (None), the task decides."""
+def should_generate(predict_with_generate: bool | None, task: BaseTask) -> bool:
+    """Returns whether to generate texts; by default (None), the task decides."""
     return (
         task.generates
         if predict_with_generate is None

@@ -52,7 +52,7 @@ def evaluate_retrieval(
     task = trained.task
     if not isinstance(task, EmbeddingTask):
         raise TypeError("only embedding models search")
-    model = InferenceModel(trained, GenerationOptions(1), batch_size, cuts=True)
+    model = InferenceModel(trained, GenerationOptions(1), batch_size, truncate=True)
     queries = [EmbeddingRow(query, 0) for query in data.queries]
     with model.inference():
         vectors = embed_rows(model, [*queries, *map(as_document, data.documents)], report)

@@ -19,7 +19,7 @@ from ftlevel.data.formats.turns import Message
 from ftlevel.errors import InputError
 from ftlevel.evaluation.answers import InferenceModel, predict_rows
 from ftlevel.evaluation.intervals import ExampleRecord, select_metrics
-from ftlevel.evaluation.sampling import Completion, Noise, Sampler, SamplingOptions, choose_sampler
+from ftlevel.evaluation.sampling import Completion, Noise, Sampler, SamplingOptions, select_sampler
 from ftlevel.evaluation.scoring import Evaluator
 from ftlevel.evaluation.server import ServerSampler
 from ftlevel.fast.cross_entropy import ChunkedCrossEntropy
@@ -36,7 +36,7 @@ from ftlevel.trained.generation import GenerationOptions, stop_ids
 from ftlevel.trained.model_ref import PLAIN, LoadedModel, ModelRef
 from ftlevel.trained.resolve import compute_fingerprint, resolve_model, resolve_reference
 
-HELD_OUT = 1 << 40
+EVAL_STEP = 1 << 40
 """Step of the random numbers of evaluations, which are the same before and after training."""
 
 
@@ -44,9 +44,9 @@ HELD_OUT = 1 << 40
 class Group:
     """The completions of one prompt.
 
-    `scores` is (completions, functions), NaN where a reward does not apply; `rewards` is
-    (completions,). With a teacher there are no functions: `teacher_logps` are its log-probabilities
-    of the tokens. The reward is the mean log-ratio per token, an estimate of minus the reverse KL.
+    `scores` is `(completions, functions)`, NaN where a reward does not apply; `rewards` is
+    `(completions,)`. With a teacher, `teacher_logps` are its log-probabilities of the tokens, and
+    the reward is the mean log-ratio per token, an estimate of minus the reverse KL.
     """
 
     row: Any
@@ -107,14 +107,14 @@ class Rollouts:
     """Samples completions from `model` (its attention changes meanwhile) and scores them.
 
     Scores come from `rewards`, token log-probabilities from a `teacher`. `why_generate` is the
-    reason why transformers' `generate` samples; empty if ftlevel's own decoder does.
+    reason for sampling with transformers' `generate`; empty if ftlevel's own decoder is used.
     """
 
     def __init__(
         self,
         model: Any,
         tokenizer: Any,
-        settings: RlConfig,
+        config: RlConfig,
         rewards: Any,
         seed: int,
         *,
@@ -122,42 +122,42 @@ class Rollouts:
         method: str,
         device: str,
         dtype: str,
-        where: Callable[[int], str] | None = None,
+        get_location: Callable[[int], str] | None = None,
         teacher: TokenLogps | None = None,
         server: ServerSampler | None = None,
     ) -> None:
         self._teacher, self._server = teacher, server
         self._model, self._tokenizer = model, tokenizer
-        self.settings, self.rewards = settings, rewards
-        self._seed, self._where = seed, where
+        self.settings, self.rewards = config, rewards
+        self._seed, self._get_location = seed, get_location
         self._kind, self._method, self._device, self._dtype = kind, method, device, dtype
         self._open: Callable[[], Sampler] | None = None
         self.why_generate = ""
         self.seconds = Seconds()
-        configured = base_model(model).generation_config.eos_token_id
-        ends = configured if isinstance(configured, list) else [configured]
-        stops = [*stop_ids(tokenizer), *(end for end in ends if end is not None)]
+        eos_token_id = base_model(model).generation_config.eos_token_id
+        eos_ids = eos_token_id if isinstance(eos_token_id, list) else [eos_token_id]
+        stop_token_ids = [*stop_ids(tokenizer), *(end for end in eos_ids if end is not None)]
         self._options = SamplingOptions(
-            settings.num_generations,
-            settings.temperature,
-            settings.max_completion_length,
-            tuple(dict.fromkeys(stops)),
-            settings.stop,
+            config.num_generations,
+            config.temperature,
+            config.max_completion_length,
+            tuple(dict.fromkeys(stop_token_ids)),
+            config.stop,
         )
 
     def __call__(self, step: int, rows: Sequence[Any]) -> list[Group]:
         """Returns a `Group` for each prompt row in `rows`; `step` seeds the sampling."""
-        began = time.perf_counter()
+        start_time = time.perf_counter()
         sampled = self._sample(step, rows)
-        self.seconds.sampling += time.perf_counter() - began
-        began = time.perf_counter()
+        self.seconds.sampling += time.perf_counter() - start_time
+        start_time = time.perf_counter()
         groups = self._score(step, rows, sampled)
         if self._teacher is not None:
             completions = [group.to_rows() for group in groups]
             logps = iter(self._teacher([row for rows in completions for row in rows]))
             for group in groups:
                 group.compare([next(logps) for _ in group.completions])
-        self.seconds.rewards += time.perf_counter() - began
+        self.seconds.rewards += time.perf_counter() - start_time
         return groups
 
     def _sample(self, step: int, rows: Sequence[Any]) -> list[list[Completion]]:
@@ -169,7 +169,7 @@ class Rollouts:
             return self._server.sample(prompts, numbers, self._options, noise)
         with evaluating(self._model, self._device, self._dtype):
             if self._open is None:
-                self._open, self.why_generate = choose_sampler(
+                self._open, self.why_generate = select_sampler(
                     self._model,
                     self._tokenizer,
                     self._kind,
@@ -184,24 +184,26 @@ class Rollouts:
         self, step: int, rows: Sequence[Any], sampled: Sequence[Sequence[Completion]]
     ) -> list[Group]:
         flat = [completion for group in sampled for completion in group]
-        owners = [row for row, group in zip(rows, sampled, strict=True) for _ in group]
+        row_of_completion = [row for row, group in zip(rows, sampled, strict=True) for _ in group]
         texts = [self.text(completion) for completion in flat]
-        columns = [row.columns for row in owners]
-        names = list(dict.fromkeys(name for own in columns for name in own))
+        row_columns = [row.columns for row in row_of_completion]
+        names = list(dict.fromkeys(name for own in row_columns for name in own))
         scores: Any = []
         if flat and self.rewards is not None:
             scores = self.rewards.score(
-                [row.prompt for row in owners],
+                [row.prompt for row in row_of_completion],
                 texts,
                 [completion.ids for completion in flat],
-                {name: [own.get(name) for own in columns] for name in names},
-                where=[self._where(row.row) for row in owners] if self._where else (),
+                {name: [own.get(name) for own in row_columns] for name in names},
+                where=[self._get_location(row.row) for row in row_of_completion]
+                if self._get_location
+                else (),
                 step=step,
             )
-        functions = len(self.rewards.names) if self.rewards is not None else 0
+        num_functions = len(self.rewards.names) if self.rewards is not None else 0
         values = np.array(
             [[np.nan if score is None else score for score in own] for own in scores], np.float64
-        ).reshape(len(flat), functions)
+        ).reshape(len(flat), num_functions)
         weights = self.rewards.weights if self.rewards is not None else []
         totals = combine_rewards(
             torch.from_numpy(values), torch.tensor(weights, dtype=torch.float64)
@@ -231,7 +233,7 @@ def compute_token_logps(
     Each of `batches` is a list of row indices, and these rows collated on the model's device.
     """
     logps: dict[int, list[float]] = {}
-    training = model.training
+    was_training = model.training
     model.eval()
     try:
         with torch.no_grad():
@@ -242,11 +244,11 @@ def compute_token_logps(
                     each, owners = compute_token_likelihoods(
                         head, model, objective, inputs, objective.temperature
                     )
-                counts = owners.bincount(minlength=len(indices)).tolist()
-                parts = torch.split(each, counts)
-                logps |= {i: part.tolist() for i, part in zip(indices, parts, strict=True)}
+                lengths = owners.bincount(minlength=len(indices)).tolist()
+                chunks = torch.split(each, lengths)
+                logps |= {i: part.tolist() for i, part in zip(indices, chunks, strict=True)}
     finally:
-        model.train(training)
+        model.train(was_training)
     return logps
 
 
@@ -273,24 +275,24 @@ _TAIL = 8  # tokens
 
 
 def open_rewards(
-    settings: RlConfig,
+    config: RlConfig,
     device: str,
     tokenizer: Any,
     rows: Sequence[Any],
-    where: Callable[[int], str],
+    get_location: Callable[[int], str],
 ) -> Rewards:
-    """Open the rewards of `settings` for the prompts `rows`; loads no weights.
+    """Create the rewards of `config` for the prompts `rows`; loads no weights.
 
-    `where` returns file and line of a table row by its index. Raises ConfigError if a reward does
-    not exist, or the rows lack a column or an answer for it.
+    `get_location` returns file and line of a table row. Raises ConfigError if a reward does not
+    exist, or the rows lack a column or a reference answer for it.
     """
     end = str(tokenizer.decode(rows[0].input_ids[-_TAIL:])).rstrip()
     rewards = Rewards.resolve(
-        settings, partial(open_reward_model, device=device), opens_think=end.endswith("<think>")
+        config, partial(open_reward_model, device=device), opens_think=end.endswith("<think>")
     )
     rewards.check_columns(rows[0].columns)
     answers = [row.columns.get(ANSWER) for row in rows]
-    rewards.check_answers(answers, lambda at: where(rows[at].row))
+    rewards.check_answers(answers, lambda at: get_location(rows[at].row))
     return rewards
 
 
@@ -299,8 +301,8 @@ def open_teacher(
 ) -> TokenLogps:
     """Load the teacher `name`; returns a function from completions to its log-probabilities.
 
-    `kind` and `tokenizer` are those of the model that samples. Raises InputError if the teacher
-    does not exist, or has another tokenizer.
+    `kind` and `tokenizer` are those of the sampled model. Raises InputError if the teacher does not
+    exist, or has another tokenizer.
     """
     reference = resolve_reference("--teacher", name, kind, tokenizer, device)
     model = reference.ref.load(device, dtype).model
@@ -311,7 +313,7 @@ def open_teacher(
 
 @dataclass(frozen=True)
 class RewardEvaluator(Evaluator):
-    """Evaluator that samples completions for the first `generated_rows` prompts of `rows`.
+    """Evaluator that samples completions for the first `generated_rows` prompts.
 
     Attributes:
         rollouts: samples from the evaluated model and scores the completions.
@@ -329,7 +331,7 @@ class RewardEvaluator(Evaluator):
         if self.rollouts is None or not isinstance(self.objective, PolicyObjective):
             raise TypeError("rewards need rollouts")
         meter = self.objective.meter()
-        for group in self.rollouts(HELD_OUT, list(self._generated_prompts())):
+        for group in self.rollouts(EVAL_STEP, list(self._generated_prompts())):
             values: Any = values_of(group)
             meter.update(values, group.texts, [group.row])  # type: ignore[arg-type]
             if record is not None:
@@ -354,8 +356,7 @@ REWARD_TASK = "reward"
 class TrainedRewardModel:
     """A run, adapter or model that scores answers; weights are loaded by the first `score`.
 
-    Attributes:
-        fingerprint: hash of all weights.
+    `fingerprint` is a hash of all weights.
     """
 
     ref: ModelRef
@@ -371,7 +372,7 @@ class TrainedRewardModel:
             LabeledAnswer(_turns(prompt), (Message("assistant", text),), True, row)
             for row, (prompt, text) in enumerate(zip(prompts, completions, strict=True))
         ]
-        model = InferenceModel(self._loaded, GenerationOptions(0), None, cuts=True)
+        model = InferenceModel(self._loaded, GenerationOptions(0), None, truncate=True)
         with model.inference():
             replies = predict_rows(model, questions, OutputOptions()).replies
         return [math.nan if reply is None else float(reply.columns[""]) for reply in replies]
@@ -382,18 +383,18 @@ def open_reward_model(name: str, device: str) -> TrainedRewardModel:
 
     Raises InputError if it does not exist, or was trained for a different task.
     """
-    said = f"--reward {name}"
+    label = f"--reward {name}"
     try:
-        ref = resolve_model(name, device=device, said=said)
+        ref = resolve_model(name, device=device, display_name=label)
     except InputError as error:
         if "/" in name or "no such directory" not in str(error):
             raise
         raise InputError(unknown_reward(name)) from None
     if ref.card.method == PLAIN and ref.card.task == "text-classification":
-        ref = resolve_model(name, REWARD_TASK, device=device, said=said)
+        ref = resolve_model(name, REWARD_TASK, device=device, display_name=label)
     if ref.card.task != REWARD_TASK:
         raise InputError(
-            f"{said} was trained for {ref.card.task}, and a reward model has one score. Name a "
+            f"{label} was trained for {ref.card.task}, and a reward model has one score. Name a "
             "run of --task reward."
         )
     return TrainedRewardModel(ref, device, compute_fingerprint(ref))

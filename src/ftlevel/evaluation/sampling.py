@@ -28,9 +28,9 @@ from ftlevel.evaluation.decoding import (
     SHARED,
     RowDecoder,
     Rows,
-    common_beginning,
-    find_cache_obstacle,
-    find_decoding_error,
+    get_cache_limitation,
+    get_decoder_error,
+    get_shared_prefix,
     join,
 )
 from ftlevel.trained.generation import batches
@@ -58,7 +58,7 @@ def _mix(state: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Noise:
-    """Random keys of a rollout for each row, completion and position."""
+    """Keys of random numbers for each row, completion and position of a rollout."""
 
     seed: int
     step: int
@@ -66,19 +66,19 @@ class Noise:
     def __call__(
         self, rows: Sequence[int], completions: Sequence[int], positions: Sequence[int]
     ) -> torch.Tensor:
-        """Returns the key of each token to draw, (n,) in int64, as `draw` expects it."""
+        """Returns an int64 key per token to draw, `(tokens,)`."""
         state = torch.full((len(rows),), _signed(self.seed & _MASK))
         for part in ([self.step] * len(rows), rows, completions, positions):
             state = _mix(state + _signed(_PHI) ^ torch.tensor(part))
         return state
 
 
-def exponentials(keys: torch.Tensor, count: int, start: int = 0) -> torch.Tensor:
-    """Returns `count` exponential random numbers for each of `keys` (n,), (n, count) in float32.
+def exponentials(keys: torch.Tensor, num_values: int, start: int = 0) -> torch.Tensor:
+    """Returns exponential random numbers `(n, num_values)` in float32 for `keys` `(n,)`.
 
     A key defines a sequence of numbers; `start` is the index of the first one to return.
     """
-    counters = torch.arange(start + 1, start + count + 1, device=keys.device) * _signed(_PHI)
+    counters = torch.arange(start + 1, start + num_values + 1, device=keys.device) * _signed(_PHI)
     bits = _mix(keys[:, None] + counters)
     uniform = ((bits >> 11) & ((1 << 53) - 1)).double() * 2.0**-53
     return uniform.float().neg_().log1p_().neg_().clamp_(min=torch.finfo(torch.float32).tiny)
@@ -99,7 +99,7 @@ class Completion:
 
 @dataclass(frozen=True)
 class SamplingOptions:
-    """Sampling settings: `count` completions per prompt; `stops` ids or `stop_texts` end them."""
+    """Settings of sampling: `count` completions per prompt, which end at a stop id or stop text."""
 
     count: int
     temperature: float
@@ -109,12 +109,12 @@ class SamplingOptions:
     most_rows: int = 128
 
 
-Drawn = tuple[list[int], list[float], list[float]]
+SampledTokens = tuple[list[int], list[float], list[float]]
 """Tokens, their log-probabilities, and the entropies."""
 
 
-def draw(scores: torch.Tensor, temperature: float, keys: torch.Tensor) -> Drawn:
-    """Draw a token per row of logits `scores` (rows, vocabulary), with random `keys` (rows,)."""
+def draw(scores: torch.Tensor, temperature: float, keys: torch.Tensor) -> SampledTokens:
+    """Draw a token per row of logits `(rows, vocabulary)`, with random `keys` `(rows,)`."""
     rows, vocabulary = scores.shape
     keys = keys.to(scores.device)
     logps = (scores.float() / temperature).log_softmax(-1)
@@ -135,7 +135,7 @@ class _Group:
     def __init__(
         self, rows: Sequence[int], options: SamplingOptions, noise: Noise, tokenizer: Any
     ) -> None:
-        self.made = [Completion() for _ in range(len(rows) * options.count)]
+        self.samples = [Completion() for _ in range(len(rows) * options.count)]
         self._rows, self._options = rows, options
         self._noise, self._tokenizer = noise, tokenizer
         self._stops = frozenset(options.stops)
@@ -144,22 +144,22 @@ class _Group:
 
     def draw(self, numbers: Sequence[int], scores: torch.Tensor) -> list[int]:
         """Draw and append the next token of each completion in `numbers` from logits `scores`."""
-        count = self._options.count
-        completions = [self.made[number] for number in numbers]
+        num_generations = self._options.count
+        completions = [self.samples[number] for number in numbers]
         keys = self._noise(
-            [self._rows[number // count] for number in numbers],
-            [number % count for number in numbers],
+            [self._rows[number // num_generations] for number in numbers],
+            [number % num_generations for number in numbers],
             [len(completion.ids) for completion in completions],
         )
-        drawn = draw(scores, self._options.temperature, keys)
-        for completion, token, logp, entropy in zip(completions, *drawn, strict=True):
+        sampled = draw(scores, self._options.temperature, keys)
+        for completion, token, logp, entropy in zip(completions, *sampled, strict=True):
             if self.is_over(completion):
                 continue
             completion.ids.append(token)
             completion.logps.append(logp)
             completion.entropies.append(entropy)
             completion.ended = token in self._stops or self._has_stop_text(completion)
-        return drawn[0]
+        return sampled[0]
 
     def _has_stop_text(self, completion: Completion) -> bool:
         if not self._options.stop_texts:
@@ -171,14 +171,17 @@ class _Group:
         """Whether the completion has ended or has the maximum length."""
         return completion.ended or len(completion.ids) >= self._options.max_new_tokens
 
-    def unended(self, numbers: Sequence[int]) -> list[int]:
-        """Returns the indices in `numbers` of completions that are not over."""
-        return [i for i, number in enumerate(numbers) if not self.is_over(self.made[number])]
+    def get_unfinished(self, numbers: Sequence[int]) -> list[int]:
+        """Returns the indices in `numbers` of unfinished completions."""
+        return [i for i, number in enumerate(numbers) if not self.is_over(self.samples[number])]
 
     def groups(self) -> list[list[Completion]]:
         """Returns the completions of each prompt."""
-        count = self._options.count
-        return [self.made[at : at + count] for at in range(0, len(self.made), count)]
+        num_generations = self._options.count
+        return [
+            self.samples[at : at + num_generations]
+            for at in range(0, len(self.samples), num_generations)
+        ]
 
 
 class GroupSampler(RowDecoder):
@@ -188,7 +191,7 @@ class GroupSampler(RowDecoder):
         super().__init__(model, (), tokenizer.pad_token_id or 0)
         self._tokenizer = tokenizer
 
-    def _choose(self, rows: Rows) -> None:
+    def _choose_tokens(self, rows: Rows) -> None:
         """Set dummy tokens, because `sample` draws the next ones."""
         rows.last = [0] * len(rows.numbers)
 
@@ -201,26 +204,28 @@ class GroupSampler(RowDecoder):
     ) -> list[list[Completion]]:
         """Returns `options.count` completions per prompt; `rows` are the prompts' row indices."""
         group = _Group(rows, options, noise, self._tokenizer)
-        waiting = deque(sorted(range(len(prompts)), key=lambda i: -len(prompts[i])))
-        common = common_beginning(prompts)
-        is_shared = len(common) >= SHARED and len(prompts) > 1
-        shared = self.begin([0], [common]) if is_shared else None
-        live = Rows([], [], [], [])
+        pending = deque(sorted(range(len(prompts)), key=lambda i: -len(prompts[i])))
+        prefix = get_shared_prefix(prompts)
+        is_shared = len(prefix) >= SHARED and len(prompts) > 1
+        shared = self.begin([0], [prefix]) if is_shared else None
+        current = Rows([], [], [], [])
         size = max(options.most_rows, options.count)
         while True:
-            active = group.unended(live.numbers)
-            free = size - len(active)
-            if waiting and (not active or (free >= options.count and free * REFILL >= size)):
-                most = min(free // options.count, len(waiting))
-                fitting = min(most, max(1, PREFILL_TOKENS // len(prompts[waiting[0]])))
-                indices = [waiting.popleft() for _ in range(fitting)]
-                begun = self._begin_groups(indices, prompts, group, options.count, shared)
-                live = join([(live, active), (begun, group.unended(begun.numbers))])
+            active = group.get_unfinished(current.numbers)
+            num_free = size - len(active)
+            if pending and (
+                not active or (num_free >= options.count and num_free * REFILL >= size)
+            ):
+                limit = min(num_free // options.count, len(pending))
+                num_new = min(limit, max(1, PREFILL_TOKENS // len(prompts[pending[0]])))
+                indices = [pending.popleft() for _ in range(num_new)]
+                new = self._begin_groups(indices, prompts, group, options.count, shared)
+                current = join([(current, active), (new, group.get_unfinished(new.numbers))])
             elif active:
-                if (len(live.numbers) - len(active)) * REFILL >= len(live.numbers):
-                    live = join([(live, active)])
-                self.step(live)
-                live.last = group.draw(live.numbers, live.scores)
+                if (len(current.numbers) - len(active)) * REFILL >= len(current.numbers):
+                    current = join([(current, active)])
+                self.step(current)
+                current.last = group.draw(current.numbers, current.scores)
             else:
                 return group.groups()
 
@@ -239,7 +244,7 @@ class GroupSampler(RowDecoder):
         return rows
 
 
-class _Draws(LogitsProcessor):
+class _SamplingProcessor(LogitsProcessor):
     """Logits processor that draws the next token itself, and allows `generate` only that one."""
 
     def __init__(self, group: _Group, numbers: Sequence[int]) -> None:
@@ -273,10 +278,10 @@ class GenerateSampler:
         pad_id = self._tokenizer.pad_token_id or 0
         device = next(self._model.parameters()).device
         order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-        count = options.count
-        for indices in batches(order, max(1, options.most_rows // count)):
-            batch = [prompts[i] for i in indices for _ in range(count)]
-            numbers = [i * count + at for i in indices for at in range(count)]
+        num_generations = options.count
+        for indices in batches(order, max(1, options.most_rows // num_generations)):
+            batch = [prompts[i] for i in indices for _ in range(num_generations)]
+            numbers = [i * num_generations + at for i in indices for at in range(num_generations)]
             self._model.generate(
                 input_ids=pad(batch, pad_id, left=True).to(device),
                 attention_mask=pad([[1] * len(ids) for ids in batch], 0, left=True).to(device),
@@ -291,7 +296,7 @@ class GenerateSampler:
                 top_k=None,
                 pad_token_id=pad_id,
                 eos_token_id=list(options.stops) or None,
-                logits_processor=LogitsProcessorList([_Draws(group, numbers)]),
+                logits_processor=LogitsProcessorList([_SamplingProcessor(group, numbers)]),
             )
         return group.groups()
 
@@ -299,12 +304,12 @@ class GenerateSampler:
 Sampler = GroupSampler | GenerateSampler
 
 
-def choose_sampler(
+def select_sampler(
     model: Any, tokenizer: Any, kind: str, method: str, dtype: str, prompt: Sequence[int]
 ) -> tuple[Callable[[], Sampler], str]:
     """Returns a function that opens a sampler of `model`, and why it uses `generate`, or "".
 
-    Call it in eval mode under `torch.no_grad`. `prompt` is used to check the decoder.
+    Call it in eval mode under `torch.no_grad`. The decoder is checked on `prompt`.
     """
 
     def generate() -> Sampler:
@@ -313,12 +318,12 @@ def choose_sampler(
     def decode() -> Sampler:
         return GroupSampler(model, tokenizer)
 
-    if reason := find_cache_obstacle(model, kind, method):
+    if reason := get_cache_limitation(model, kind, method):
         return generate, reason
-    checked = GroupSampler(model, tokenizer)
+    decoder = GroupSampler(model, tokenizer)
     noise = 1e-4 if dtype == "float32" else 1e-1
     try:
-        reason = find_decoding_error(checked, model, prompt, noise, forks=True)
+        reason = get_decoder_error(decoder, model, prompt, noise, forks=True)
     finally:
-        checked.close()
+        decoder.close()
     return (generate, reason) if reason else (decode, "")

@@ -35,7 +35,7 @@ from ftlevel.objectives import (
 from ftlevel.tasks.embedding.objective import Embeddings
 from ftlevel.trained.generation import GenerationOptions, batches, generate_texts
 from ftlevel.trained.model_ref import LoadedModel
-from ftlevel.trained.resolve import NAMED, card_directory, find_base, resolve_recorded_reference
+from ftlevel.trained.resolve import NAMED, get_card_dir, load_reference, resolve_base
 
 
 @dataclass(frozen=True)
@@ -127,16 +127,16 @@ class Evaluator:
         labels: torch.Tensor,
     ) -> Observe:
         """Returns a callback that adds chunks of logits and targets to `meter` and `record`."""
-        owners = None
+        row_indices = None
         if record is not None and isinstance(self.objective, TokenObjective):
-            owners = self.objective.locate(labels)[0] // labels.shape[1]
+            row_indices = self.objective.locate(labels)[0] // labels.shape[1]
         seen = 0
 
         def observe(scores: torch.Tensor, targets: torch.Tensor) -> None:
             nonlocal seen
             meter.update(scores, targets, rows)
-            if record is not None and owners is not None:
-                record.add_targets(rows, owners[seen : seen + len(targets)], scores, targets)
+            if record is not None and row_indices is not None:
+                record.add_targets(rows, row_indices[seen : seen + len(targets)], scores, targets)
             seen += len(targets)
 
         return observe
@@ -156,7 +156,6 @@ class Evaluator:
             )
 
     def _prompt(self, row: Encoded) -> list[int]:
-        """Returns the token ids before the last answer of `row`."""
         if self.kind == "encoder-decoder" or not isinstance(row.labels, list):
             return row.input_ids
         return row.input_ids[: self._answer_start(row.labels)]
@@ -187,7 +186,6 @@ class Evaluator:
 
     @staticmethod
     def _answer_start(labels: list[int]) -> int:
-        """Returns the index of the first label of the last answer."""
         end = len(labels)
         while end and labels[end - 1] == IGNORED:
             end -= 1
@@ -197,7 +195,7 @@ class Evaluator:
         return start
 
 
-Measured = tuple[list[int], dict[str, torch.Tensor], torch.Tensor]
+ScoredBatch = tuple[list[int], dict[str, torch.Tensor], torch.Tensor]
 """Row indices, their batch, and the log-likelihoods of its answers."""
 
 
@@ -208,35 +206,35 @@ def score_answers(
     objective = _objective_of(evaluator)
     meter, total, count, rows = objective.meter(), 0.0, 0, evaluator.rows
     with _head(evaluator, model) as head:
-        baseline = _measure_baseline(evaluator, model, head)
-        for indices, batch, answers in _measure(evaluator, model, rows, head):
+        baseline = _compute_mean_reward(evaluator, model, head)
+        for indices, batch, log_probs in _score_batches(evaluator, model, rows, head):
             verdicts = batch["verdicts"]
             if baseline is not None:
                 verdicts = with_baseline(verdicts, baseline.to(verdicts.device))
             batch_rows = [rows[i] for i in indices]
-            total += objective.preference_sum(answers, verdicts, training=False).item()
+            total += objective.preference_sum(log_probs, verdicts, training=False).item()
             count += int(objective.count(batch["labels"]))
-            meter.update(answers, verdicts, batch_rows)
+            meter.update(log_probs, verdicts, batch_rows)
             if record is not None:
-                record.add_answers(batch_rows, answers, verdicts)
+                record.add_answers(batch_rows, log_probs, verdicts)
     loss = total / count
     return {"loss": loss, **meter.compute(loss)}
 
 
 def compute_likelihoods(evaluator: Evaluator, model: Any) -> np.ndarray:
-    """Compute the log-likelihoods of the two sequences of each row, (rows, 2) in float32.
+    """Compute the log-likelihoods of the two sequences of each row, `(rows, 2)` in float32.
 
     Batches are those of `score_answers`, so that equal weights give bit-identical values.
     """
     rows = evaluator.rows
-    likelihoods = np.zeros((len(rows), 2), dtype=np.float32)
+    result = np.zeros((len(rows), 2), dtype=np.float32)
     with evaluating(model, evaluator.device, evaluator.dtype), _head(evaluator, model) as head:
-        for indices, _, answers in _measure(evaluator, model, rows, head):
-            sums = answers[:, 0].float().cpu().numpy().reshape(len(indices), -1)
-            likelihoods[indices, : sums.shape[1]] = sums
-        for indices, _, answers in _measure(evaluator, model, _contrasts(rows), head):
-            likelihoods[indices, 1] = answers[:, 0].float().cpu().numpy()
-    return likelihoods
+        for indices, _, log_probs in _score_batches(evaluator, model, rows, head):
+            row_log_probs = log_probs[:, 0].float().cpu().numpy().reshape(len(indices), -1)
+            result[indices, : row_log_probs.shape[1]] = row_log_probs
+        for indices, _, log_probs in _score_batches(evaluator, model, _contrasts(rows), head):
+            result[indices, 1] = log_probs[:, 0].float().cpu().numpy()
+    return result
 
 
 def _objective_of(evaluator: Evaluator) -> LikelihoodObjective:
@@ -248,9 +246,9 @@ def _objective_of(evaluator: Evaluator) -> LikelihoodObjective:
 def _head(evaluator: Evaluator, model: Any) -> Any:
     objective = evaluator.objective if evaluator.chunked_cross_entropy else None
     pad_id = evaluator.tokenizer.pad_token_id or 0
-    long_rows = sorted(evaluator.rows, key=lambda row: -row.length)[:2]
+    longest_rows = sorted(evaluator.rows, key=lambda row: -row.length)[:2]
     return chunked_cross_entropy(
-        model, objective, long_rows, pad_id, evaluator.device, evaluator.dtype
+        model, objective, longest_rows, pad_id, evaluator.device, evaluator.dtype
     )
 
 
@@ -258,10 +256,10 @@ def _contrasts(rows: Sequence[Encoded]) -> list[Encoded]:
     return [other for row in rows for other in row.contrasts]
 
 
-def _measure_baseline(
+def _compute_mean_reward(
     evaluator: Evaluator, model: Any, head: ChunkedCrossEntropy | None
 ) -> torch.Tensor | None:
-    """Returns the baseline: the mean reward of contrasts, at least 0; None if unused."""
+    """Returns the mean reward of mismatched pairs, at least 0; None if the loss needs none."""
     objective = _objective_of(evaluator)
     if not objective.needs_baseline:
         return None
@@ -271,9 +269,9 @@ def _measure_baseline(
     return (total[0] / total[1]).clamp(min=0)
 
 
-def _measure(
+def _score_batches(
     evaluator: Evaluator, model: Any, rows: Sequence[Encoded], head: ChunkedCrossEntropy | None
-) -> Iterator[Measured]:
+) -> Iterator[ScoredBatch]:
     objective = _objective_of(evaluator)
     for indices, batch in _batches(evaluator, rows):
         yield indices, batch, compute_answer_likelihoods(head, model, objective, batch)
@@ -291,10 +289,10 @@ def _batches(
         yield indices, {name: value.to(evaluator.device) for name, value in batch.items()}
 
 
-_LONGEST = 2_000  # characters of a text
+_MAX_TEXT_LENGTH = 2_000  # characters of a text
 
 
-def row_lines(
+def iterate_results(
     record: ExampleRecord,
     labels: Sequence[str],
     location_of: Callable[[int], str],
@@ -308,48 +306,48 @@ def row_lines(
     for the same rows, and `evaluator` the texts of the rows.
     """
     texts = {} if evaluator is None else texts_of(evaluator)
-    written = {item.row: item for item in record.written}
-    base_written = {item.row: item for item in base.written} if base else {}
+    generated = {item.row: item for item in record.written}
+    base_generated = {item.row: item for item in base.written} if base else {}
     for row in sorted(record.units):
         unit = record.units[row]
         line: dict[str, Any] = {"row": row, "where": location_of(row)}
         line["loss"] = unit.loss / unit.targets if unit.targets else None
         line |= {**texts.get(row, {}), **unit.meter.describe(labels)}
-        if row in written:
-            line |= {"predicted": written[row].text, "true": written[row].reference}
+        if row in generated:
+            line |= {"predicted": generated[row].text, "true": generated[row].reference}
         if base is not None and row in base.units:
             base_unit = base.units[row]
             line["base_loss"] = base_unit.loss / base_unit.targets if base_unit.targets else None
-            described = base_unit.meter.describe(labels)
-            line |= {f"base_{key}": value for key, value in described.items() if key != "true"}
-            if row in base_written:
-                line["base_predicted"] = base_written[row].text
+            base_metrics = base_unit.meter.describe(labels)
+            line |= {f"base_{key}": value for key, value in base_metrics.items() if key != "true"}
+            if row in base_generated:
+                line["base_predicted"] = base_generated[row].text
         yield line
 
 
 def texts_of(evaluator: Evaluator) -> dict[int, dict[str, str]]:
-    """Returns row index → texts by name (`input`, …), each of at most `_LONGEST` characters."""
-    writes = isinstance(evaluator.objective, TokenObjective) and evaluator.kind != "encoder"
-    texts_by_row: dict[int, dict[str, str]] = {}
+    """Returns row index → truncated texts by name (`input`, …)."""
+    has_targets = isinstance(evaluator.objective, TokenObjective) and evaluator.kind != "encoder"
+    result: dict[int, dict[str, str]] = {}
     for row in evaluator.rows:
-        if row.row in texts_by_row:  # another window or piece of the same row
+        if row.row in result:  # another window or piece of the same row
             continue
         first, *others = row.branches
         if isinstance(evaluator.objective, StepObjective) and others:
             pair = {"query": evaluator.text(first), "document": evaluator.text(others[0])}
-            texts_by_row[row.row] = {name: text[:_LONGEST] for name, text in pair.items()}
+            result[row.row] = {name: text[:_MAX_TEXT_LENGTH] for name, text in pair.items()}
             continue
-        answered = evaluator.answer_text(first) if writes or others else ""
-        texts = {"input": evaluator.prompt_text(first) if answered else evaluator.text(first)}
+        target = evaluator.answer_text(first) if has_targets or others else ""
+        texts = {"input": evaluator.prompt_text(first) if target else evaluator.text(first)}
         if len(others) == 1:
             base_text = evaluator.answer_text(others[0]) or evaluator.text(others[0])
-            texts = {"chosen": answered or texts["input"], "rejected": base_text} | (
-                {"input": texts["input"]} if answered else {}
+            texts = {"chosen": target or texts["input"], "rejected": base_text} | (
+                {"input": texts["input"]} if target else {}
             )
-        elif answered:
-            texts["true"] = answered
-        texts_by_row[row.row] = {name: text[:_LONGEST] for name, text in texts.items()}
-    return texts_by_row
+        elif target:
+            texts["true"] = target
+        result[row.row] = {name: text[:_MAX_TEXT_LENGTH] for name, text in texts.items()}
+    return result
 
 
 KEPT = "reference"
@@ -367,20 +365,20 @@ def with_reference(evaluator: Evaluator, trained: LoadedModel) -> Evaluator:
     if not needs_reference(evaluator):
         return evaluator
     task: Any = trained.task
-    likelihoods = _reference_likelihoods(evaluator, trained)
-    return replace(evaluator, rows=task.with_reference(evaluator.rows, likelihoods))
+    log_probs = _reference_log_probs(evaluator, trained)
+    return replace(evaluator, rows=task.with_reference(evaluator.rows, log_probs))
 
 
-def _reference_likelihoods(evaluator: Evaluator, trained: LoadedModel) -> np.ndarray:
+def _reference_log_probs(evaluator: Evaluator, trained: LoadedModel) -> np.ndarray:
     ref = trained.ref
-    directory = ref.directory or Path(ref.source.location)
-    if (directory / KEPT / NAMED).is_file():
-        ref = resolve_recorded_reference(directory / KEPT, directory, evaluator.device).ref
-    elif ref.directory is not None and (directory / KEPT).is_dir():
-        ref = replace(ref, directory=directory / KEPT)
+    path = ref.directory or Path(ref.source.location)
+    if (path / KEPT / NAMED).is_file():
+        ref = load_reference(path / KEPT, path, evaluator.device).ref
+    elif ref.directory is not None and (path / KEPT).is_dir():
+        ref = replace(ref, directory=path / KEPT)
     elif trained.has_adapter:
         with trained.without_adapter():
             return compute_likelihoods(evaluator, trained.model)
     else:
-        ref = replace(ref, source=find_base(ref.card, card_directory(directory) or directory))
+        ref = replace(ref, source=resolve_base(ref.card, get_card_dir(path) or path))
     return compute_likelihoods(evaluator, ref.load(evaluator.device, evaluator.dtype).model)

@@ -1,8 +1,7 @@
 """Sample completions with a vLLM server that loads the current adapter before each rollout.
 
 The server reads the adapter from a directory of this machine. Each version gets a new name and is
-checked: the log-probabilities of a completion must be those of the current weights. Otherwise the
-run would train on the completions of other weights.
+checked: the log-probabilities of a completion must be those of the current weights.
 """
 
 from __future__ import annotations
@@ -30,10 +29,10 @@ from ftlevel.trained.adapt import save_adapter
 BOUND = 0.15
 """Mean |Δℓ| between server and trainer by rounding, in nats; 0.044 in bfloat16."""
 
-PROBE_TOKENS = 32
-_AT_ONCE = 64  # requests
-_SECONDS = 600.0
-_MOST = 64 * 2**20  # bytes of a response
+NUM_TEST_TOKENS = 32
+_MAX_REQUESTS = 64  # requests
+_TIMEOUT = 600.0
+_MAX_BYTES = 64 * 2**20  # bytes of a response
 _SEEDS = 2**31
 
 START = (
@@ -43,24 +42,24 @@ START = (
 
 
 class _RefusedError(Exception):
-    """The server answered with an error; `code` is its HTTP status."""
+    """The server returned an error; `code` is its HTTP status."""
 
     def __init__(self, code: int, text: str) -> None:
         super().__init__(text)
         self.code = code
 
 
-def check_server(settings: RlConfig) -> None:
+def check_server(config: RlConfig) -> None:
     """Raise ConfigError if the server of `--rollouts` cannot be used; loads no weights."""
-    url = settings.rollouts
+    url = config.rollouts
     if url is None:
         return
     try:
         _request(url, "/v1/models", None, 10.0)
         _request(url, "/v1/unload_lora_adapter", {"lora_name": "ftlevel-none"}, 10.0)
     except OSError as error:
-        reason = getattr(error, "reason", error)
-        raise ConfigError(f"--rollouts {url}: no server answers ({reason}). {START}.") from None
+        message = getattr(error, "reason", error)
+        raise ConfigError(f"--rollouts {url}: no server answers ({message}). {START}.") from None
     except _RefusedError as error:
         if error.code == 404 and "ftlevel-none" in str(error):
             return
@@ -107,9 +106,9 @@ class ServerSampler:
         try:
             self._update(prompts[0], options)
             keys = noise(rows, [0] * len(rows), [0] * len(rows)).tolist()
-            ask = partial(self._complete, options=options)
-            with ThreadPoolExecutor(min(_AT_ONCE, len(prompts))) as pool:
-                return list(pool.map(ask, prompts, [key % _SEEDS for key in keys]))
+            request = partial(self._complete, options=options)
+            with ThreadPoolExecutor(min(_MAX_REQUESTS, len(prompts))) as pool:
+                return list(pool.map(request, prompts, [key % _SEEDS for key in keys]))
         except (OSError, _RefusedError) as error:
             raise RunError(
                 f"--rollouts {self._url} failed: {getattr(error, 'reason', error)}. Correct it and "
@@ -121,22 +120,22 @@ class ServerSampler:
         return f"{Path(self._workspace.name).parent.name}-{self._version}"
 
     def _update(self, prompt: list[int], options: SamplingOptions) -> None:
-        """Load the current adapter into the server unless already there, and check it."""
+        """Load the adapter into the server if it has changed, and check it."""
         trained = [p.detach() for p in self._model.parameters() if p.requires_grad]
         if self._loaded and all(map(torch.equal, trained, self._loaded)):
             return
         before, former = self._loaded, self._name
         self._version += 1
-        directory = Path(self._workspace.name) / self._name
-        save_adapter(self._model, self._method, directory, self._start)
-        body = {"lora_name": self._name, "lora_path": str(directory)}
-        _request(self._url, "/v1/load_lora_adapter", body, _SECONDS)
+        adapter_dir = Path(self._workspace.name) / self._name
+        save_adapter(self._model, self._method, adapter_dir, self._start)
+        body = {"lora_name": self._name, "lora_path": str(adapter_dir)}
+        _request(self._url, "/v1/load_lora_adapter", body, _TIMEOUT)
         if before:
-            _request(self._url, "/v1/unload_lora_adapter", {"lora_name": former}, _SECONDS)
-        self._probe(prompt, options, before)
+            _request(self._url, "/v1/unload_lora_adapter", {"lora_name": former}, _TIMEOUT)
+        self._check_weights(prompt, options, before)
         self._loaded = [tensor.clone() for tensor in trained]
 
-    def _probe(
+    def _check_weights(
         self, prompt: list[int], options: SamplingOptions, before: Sequence[torch.Tensor]
     ) -> None:
         """Raise RunError unless the server has the current weights.
@@ -144,9 +143,9 @@ class ServerSampler:
         Its log-probabilities must be close to those of the current weights, and not much closer to
         those of the former weights, `before`.
         """
-        answer = self._complete(prompt, self._version, options, PROBE_TOKENS)
-        row = build_completion_row(prompt, answer.ids, 0, 0, [])
-        difference = _difference(answer, self._token_logps([row])[0])
+        output = self._complete(prompt, self._version, options, NUM_TEST_TOKENS)
+        row = build_completion_row(prompt, output.ids, 0, 0, [])
+        difference = _difference(output, self._token_logps([row])[0])
         former = float("inf")
         if before:
             trained = [p for p in self._model.parameters() if p.requires_grad]
@@ -154,29 +153,29 @@ class ServerSampler:
             try:
                 for parameter, value in zip(trained, before, strict=True):
                     parameter.data = value
-                former = _difference(answer, self._token_logps([row])[0])
+                former = _difference(output, self._token_logps([row])[0])
             finally:
                 for parameter, value in zip(trained, current, strict=True):
                     parameter.data = value
         if difference <= BOUND and former >= difference / 2:
             return
-        near = f", and by {former:.2g} from those of the former adapter" if before else ""
+        suffix = f", and by {former:.2g} from those of the former adapter" if before else ""
         raise RunError(
             f"--rollouts {self._url}: the server answers with other weights. Its log-probabilities "
-            f"differ by {difference:.2g} nats a token from those of the trained model{near}; "
+            f"differ by {difference:.2g} nats a token from those of the trained model{suffix}; "
             f"rounding explains {BOUND:g}. The server needs the same base model in the same "
             f"precision, and must load each adapter anew. {START}."
         )
 
     def _complete(
-        self, prompt: list[int], seed: int, options: SamplingOptions, probe: int = 0
+        self, prompt: list[int], seed: int, options: SamplingOptions, num_test_tokens: int = 0
     ) -> Any:
-        """Returns a prompt's completions, or, if `probe` > 0, one completion of `probe` tokens."""
+        """Returns a prompt's completions; with `num_test_tokens`, one completion of that length."""
         body = {
             "model": self._name,
             "prompt": prompt,
-            "n": 1 if probe else options.count,
-            "max_tokens": probe or options.max_new_tokens,
+            "n": 1 if num_test_tokens else options.count,
+            "max_tokens": num_test_tokens or options.max_new_tokens,
             "temperature": options.temperature,
             "top_p": 1.0,
             "top_k": -1,
@@ -187,36 +186,36 @@ class ServerSampler:
             "seed": seed,
             "logprobs": 0,
             "return_token_ids": True,
-            "ignore_eos": bool(probe),
-            "stop_token_ids": [] if probe else list(options.stops),
-            "stop": [] if probe else list(options.stop_texts),
+            "ignore_eos": bool(num_test_tokens),
+            "stop_token_ids": [] if num_test_tokens else list(options.stops),
+            "stop": [] if num_test_tokens else list(options.stop_texts),
         }
-        reply = _request(self._url, "/v1/completions", body, _SECONDS)
+        response = _request(self._url, "/v1/completions", body, _TIMEOUT)
         try:
-            answers = [_read_choice(choice) for choice in reply["choices"]]
+            outputs = [_parse_choice(choice) for choice in response["choices"]]
         except (KeyError, TypeError):
             raise _RefusedError(
                 200, "its answer has no token ids with log-probabilities; vLLM 0.10 or later does"
             ) from None
-        if reply["model"] != self._name:
-            raise _RefusedError(200, f"{reply['model']} answered in place of {self._name}")
-        return answers[0] if probe else answers
+        if response["model"] != self._name:
+            raise _RefusedError(200, f"{response['model']} answered in place of {self._name}")
+        return outputs[0] if num_test_tokens else outputs
 
 
-def _read_choice(choice: Mapping[str, Any]) -> Completion:
+def _parse_choice(choice: Mapping[str, Any]) -> Completion:
     logps = [float(logp) for logp in choice["logprobs"]["token_logprobs"]]
     return Completion(list(choice["token_ids"]), logps, [], choice["finish_reason"] == "stop")
 
 
-def _difference(answer: Completion, logps: Sequence[float]) -> float:
+def _difference(output: Completion, logps: Sequence[float]) -> float:
     """Returns the mean absolute difference of the server's log-probabilities from `logps`."""
-    return float(np.abs(np.subtract(answer.logps, logps)).mean())
+    return float(np.abs(np.subtract(output.logps, logps)).mean())
 
 
-def _request(url: str, path: str, body: Mapping[str, Any] | None, seconds: float) -> Any:
+def _request(url: str, path: str, body: Mapping[str, Any] | None, timeout: float) -> Any:
     """Returns the server's response: parsed JSON, or the text if it is not JSON.
 
-    Raises OSError if no server answers, and _RefusedError if it answers with an error.
+    Raises OSError if there is no response, and _RefusedError for an HTTP error.
     """
     data = None if body is None else json.dumps(body).encode()
     request = urllib.request.Request(
@@ -224,11 +223,11 @@ def _request(url: str, path: str, body: Mapping[str, Any] | None, seconds: float
     )
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
-        with opener.open(request, timeout=seconds) as reply:
-            text = reply.read(_MOST).decode()
+        with opener.open(request, timeout=timeout) as response:
+            text = response.read(_MAX_BYTES).decode()
     except urllib.error.HTTPError as error:
-        said = " ".join(error.read(_MOST).decode(errors="replace").split())[:300]
-        raise _RefusedError(error.code, f"{path}: {error.code} {said or error.reason}") from None
+        message = " ".join(error.read(_MAX_BYTES).decode(errors="replace").split())[:300]
+        raise _RefusedError(error.code, f"{path}: {error.code} {message or error.reason}") from None
     try:
         return json.loads(text)
     except ValueError:

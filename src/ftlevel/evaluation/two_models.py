@@ -1,7 +1,7 @@
 """Compare a model with a reference model: KL divergence, top-1 agreement, loss and logits.
 
 On encoded rows, logits are compared at each target; on text, at each position. A model without a
-language head is compared by hidden states. At most `MOST_TARGETS` logits are stored, a quarter of a
+language head is compared by hidden states. At most `MAX_TARGETS` logits are stored, a quarter of a
 gigabyte for a vocabulary of 128,000. `in_float32` runs a model in float32 on low-precision weights,
 to isolate rounding errors.
 """
@@ -32,12 +32,12 @@ from ftlevel.models.upstream.tensors import direct_tensors
 from ftlevel.objectives import Objective, StepObjective, TokenObjective
 from ftlevel.trained.generation import batches
 from ftlevel.trained.model_ref import PLAIN, LoadedModel, ModelRef
-from ftlevel.trained.resolve import card_directory, resolve_model
+from ftlevel.trained.resolve import get_card_dir, resolve_model
 
 WINDOW = 256  # maximum context in tokens
-_MASKED_SHARE = 0.15
+_MASK_PROBABILITY = 0.15
 _DOCUMENTATION = "documentation of Python's standard library"
-_CHARACTERS_A_TOKEN = 12  # upper bound, so that enough text is read
+_MAX_TOKEN_LENGTH = 12  # upper bound, so that enough text is read
 
 PREDICTS = {
     "AutoModelForCausalLM": "next tokens",
@@ -55,11 +55,11 @@ class Text:
     name: str
 
 
-def read_eval_text(path: Path | None, tokens: int) -> Text:
+def load_eval_text(path: Path | None, tokens: int) -> Text:
     """Load the text to compare on: a file, or docstrings of Python's standard library.
 
-    Without a `path`, docstrings of about `tokens` tokens are read. Their modules are not in the
-    built-in training rows. Raises InputError if the file cannot be read or is empty.
+    Without a `path`, docstrings of about `tokens` tokens are read, which are not in the built-in
+    training rows. Raises InputError if the file cannot be read or is empty.
     """
     if path is not None:
         try:
@@ -69,25 +69,25 @@ def read_eval_text(path: Path | None, tokens: int) -> Text:
         if not content.strip():
             raise InputError(f"--eval-text {path} is empty. Name a text file.")
         return Text(content, str(path))
-    parts, size = [], 0
+    docstrings, size = [], 0
     for _, file in stdlib_modules("test"):
         for item in read_module(file):
-            parts.append(item.docstring)
+            docstrings.append(item.docstring)
             size += len(item.docstring)
-        if size > tokens * _CHARACTERS_A_TOKEN:
+        if size > tokens * _MAX_TOKEN_LENGTH:
             break
-    return Text("\n\n".join(parts), _DOCUMENTATION)
+    return Text("\n\n".join(docstrings), _DOCUMENTATION)
 
 
-def cut_windows(tokenizer: Any, text: str, tokens: int, length: int) -> list[list[int]]:
+def split_into_windows(tokenizer: Any, text: str, tokens: int, length: int) -> list[list[int]]:
     """Split `tokens` tokens of `text` into windows of at most `length`, with special tokens."""
-    around = tokenizer("")["input_ids"]
-    head = around[:-1] if around and around[-1] == _end(tokenizer) else around
-    tail = around[len(head) :]
+    special_ids = tokenizer("")["input_ids"]
+    head = special_ids[:-1] if special_ids and special_ids[-1] == _end(tokenizer) else special_ids
+    tail = special_ids[len(head) :]
     ids = tokenizer(text, add_special_tokens=False)["input_ids"][:tokens]
-    room = length - len(around)
-    parts = [ids[start : start + room] for start in range(0, len(ids), room)]
-    return [[*head, *part, *tail] for part in parts if len(part) > 1]
+    num_tokens = length - len(special_ids)
+    chunks = [ids[start : start + num_tokens] for start in range(0, len(ids), num_tokens)]
+    return [[*head, *part, *tail] for part in chunks if len(part) > 1]
 
 
 def _end(tokenizer: Any) -> int | None:
@@ -134,15 +134,15 @@ def _build_inputs(
         return {"input_ids": ids}, slice(None), ids[0]
     special = torch.tensor(tokenizer.all_special_ids, device=ids.device)
     candidates = (~torch.isin(ids[0], special)).nonzero().flatten()
-    count = max(1, round(len(candidates) * _MASKED_SHARE))
+    num_masked = max(1, round(len(candidates) * _MASK_PROBABILITY))
     order = torch.randperm(len(candidates), generator=torch.Generator().manual_seed(number))
-    positions = candidates[order[:count].to(ids.device)].sort().values
+    positions = candidates[order[:num_masked].to(ids.device)].sort().values
     masked = ids.clone()
     masked[0, positions] = tokenizer.mask_token_id
     return {"input_ids": masked}, positions, ids[0, positions]
 
 
-MOST_TARGETS = 512
+MAX_TARGETS = 512
 _BATCH = 4
 
 
@@ -150,7 +150,7 @@ _BATCH = 4
 class RowLogits:
     """Logits of a model on rows.
 
-    `logits` has a tensor (targets, choices) per batch, in float32 on the CPU. `loss` is the mean
+    `logits` has a tensor `(targets, choices)` per batch, in float32 on the CPU. `loss` is the mean
     per target in nats, or the squared error of a regression. `has_choice` is False where a target
     is not one of several choices: regressions and reward models.
     """
@@ -167,7 +167,7 @@ class RowLogits:
 
 
 @dataclass(frozen=True)
-class ComparisonProbe:
+class ComparisonSet:
     """Encoded rows on which models are compared, and the objective."""
 
     rows: Sequence[Encoded]
@@ -183,8 +183,8 @@ class ComparisonProbe:
             objective = objective.of_tokens
         with torch.no_grad(), autocast(self.device, dtype):
             for rows in batches(self.rows, _BATCH):
-                is_whole = isinstance(objective, StepObjective)
-                texts, step = distinct_texts(rows) if is_whole else (rows, None)
+                is_step = isinstance(objective, StepObjective)
+                texts, step = distinct_texts(rows) if is_step else (rows, None)
                 batch = {name: value.to(self.device) for name, value in collate(texts).items()}
                 (inputs, labels), mask = objective.split(batch), batch["attention_mask"]
                 outputs = model(**inputs)
@@ -198,10 +198,10 @@ class ComparisonProbe:
                     loss += objective.loss_sum(logits, labels, mask).item()
                     total += int(objective.count(labels))
                     scores = objective.choices(logits, labels, mask)
-                scores = scores[: MOST_TARGETS - count].float().cpu()
+                scores = scores[: MAX_TARGETS - count].float().cpu()
                 count += len(scores)
                 all_scores.append(scores)
-                if count == MOST_TARGETS:
+                if count == MAX_TARGETS:
                     break
         return RowLogits(all_scores, loss / max(total, 1), count, self.objective.has_choice)
 
@@ -211,7 +211,7 @@ class Agreement:
     """Differences between a model and a reference.
 
     `scale` is the largest absolute logit of the reference. `kl` is the mean KL(reference ‖ model)
-    in nats, and `top1` the share of targets with the same argmax; both are None without
+    in nats, and `top1` the fraction of targets with the same argmax; both are None without
     `has_choice`.
     """
 
@@ -230,23 +230,23 @@ class Agreement:
         return self.mean_difference if self.kl is None else self.kl
 
 
-def compare_rows(reference: RowLogits, outputs: RowLogits) -> Agreement:
+def compare_logits(reference: RowLogits, outputs: RowLogits) -> Agreement:
     """Returns the differences between `outputs` and `reference` on the same rows."""
-    largest = total = scale = divergence = 0.0
-    num_equal = numbers = 0
+    max_difference = total = scale = divergence = 0.0
+    num_equal = num_values = 0
     for first, second in zip(reference.logits, outputs.logits, strict=True):
         difference = (second - first).abs()
-        largest = max(largest, difference.max().item() if difference.numel() else 0.0)
+        max_difference = max(max_difference, difference.max().item() if difference.numel() else 0.0)
         scale = max(scale, first.abs().max().item() if first.numel() else 0.0)
         total += difference.sum(dtype=torch.float64).item()
-        numbers += difference.numel()
+        num_values += difference.numel()
         p, q = functional.log_softmax(first, -1), functional.log_softmax(second, -1)
         divergence += functional.kl_div(q, p, log_target=True, reduction="sum").item()
-        num_equal += _count_same_choice(first, second)
+        num_equal += _num_equal_choices(first, second)
     targets = max(reference.targets, 1)
     return Agreement(
-        largest,
-        total / max(numbers, 1),
+        max_difference,
+        total / max(num_values, 1),
         scale,
         divergence / targets if reference.has_choice else None,
         num_equal / targets if reference.has_choice else None,
@@ -257,24 +257,24 @@ def compare_rows(reference: RowLogits, outputs: RowLogits) -> Agreement:
 
 
 def compare_text(
-    source: Iterable[WindowOutputs], changed: Iterable[WindowOutputs], auto_class: str
+    source: Iterable[WindowOutputs], other_outputs: Iterable[WindowOutputs], auto_class: str
 ) -> dict[str, Any]:
     """Returns the differences between the outputs of two models in the same windows.
 
-    KL is the mean of KL(source ‖ changed) over the positions in nats, with its standard error;
-    top-1 agreement is the share of equal argmaxes. Non-finite outputs give NaN.
+    KL is the mean of KL(source ‖ other) over the positions in nats, with its standard error; top-1
+    agreement is the fraction of equal argmaxes. Non-finite outputs give NaN.
     """
     result: dict[str, Any] = {"predicts": PREDICTS.get(auto_class, HIDDEN_STATES)}
     divergences, similarities = list[torch.Tensor](), list[torch.Tensor]()
     agreed, losses = 0, [0.0, 0.0]
-    for one, other in zip(source, changed, strict=True):
+    for one, other in zip(source, other_outputs, strict=True):
         pair = one.values, other.values.to(one.values.device)
         if auto_class not in PREDICTS:
             similarities.append(functional.cosine_similarity(*pair, dim=-1).cpu())
             continue
         logps, changed_logps = (values.log_softmax(-1) for values in pair)
         divergences.append((logps.exp() * (logps - changed_logps)).sum(-1).cpu())
-        agreed += _count_same_choice(logps, changed_logps)
+        agreed += _num_equal_choices(logps, changed_logps)
         labels = one.labels.to(logps.device)
         for index, scores in enumerate((logps, changed_logps)):
             losses[index] += float(functional.nll_loss(scores, labels, reduction="sum"))
@@ -287,65 +287,68 @@ def compare_text(
             "cosine_smallest": float(cosine.min()),
         }
     kl = torch.cat(divergences)
-    count = len(kl)
+    num_positions = len(kl)
     return result | {
-        "positions": count,
+        "positions": num_positions,
         "kl": float(kl.mean()),
-        "kl_standard_error": float(kl.std() / math.sqrt(count)) if count > 1 else math.nan,
-        "top1_agreement": agreed / count,
-        "perplexity_source": math.exp(losses[0] / count),
-        "perplexity": math.exp(losses[1] / count),
+        "kl_standard_error": float(kl.std() / math.sqrt(num_positions))
+        if num_positions > 1
+        else math.nan,
+        "top1_agreement": agreed / num_positions,
+        "perplexity_source": math.exp(losses[0] / num_positions),
+        "perplexity": math.exp(losses[1] / num_positions),
     }
 
 
-def _count_same_choice(first: torch.Tensor, second: torch.Tensor) -> int:
-    """Count the targets at which two logit tensors (targets, choices) have the same argmax."""
+def _num_equal_choices(first: torch.Tensor, second: torch.Tensor) -> int:
+    """Returns at how many targets two tensors `(targets, choices)` have the same argmax."""
     return int((first.argmax(-1) == second.argmax(-1)).sum())
 
 
 def resolve_pair(
-    name: str, against: str, task: str | None, base: str | None, *, device: str, dtype: str
+    name: str, other_name: str, task: str | None, base: str | None, *, device: str, dtype: str
 ) -> tuple[ModelRef, ModelRef]:
-    """Resolve the model `name` to evaluate, and the model `against` to compare it with.
+    """Resolve the model `name` to evaluate, and the model `other_name` to compare it with.
 
-    A plain model has no task, so it gets the other model's. Raises InputError if a model is
-    missing, or the two cannot be compared.
+    A model without a task gets the other model's. Raises InputError if a model is missing, or the
+    two cannot be compared.
     """
-    directories = [card_directory(Path(each).expanduser()) for each in (name, against)]
-    card, other_card = (load_card(path) if path is not None else None for path in directories)
-    both = [each for each in (card, other_card) if each is not None]
-    plain_task = task or (both[0].task if both else None)
+    card_dirs = [get_card_dir(Path(each).expanduser()) for each in (name, other_name)]
+    card, other_card = (load_card(path) if path is not None else None for path in card_dirs)
+    cards = [each for each in (card, other_card) if each is not None]
+    default_task = task or (cards[0].task if cards else None)
     # A new location of the base is that of both only if they share it.
-    shares = len(both) == 2 and len({each.base.get("fingerprint") for each in both}) == 1
+    has_same_base = len(cards) == 2 and len({each.base.get("fingerprint") for each in cards}) == 1
     has_reference = card is None and other_card is not None
     ref = resolve_model(
         name,
-        task if card else plain_task,
+        task if card else default_task,
         None if has_reference else base,
         device=device,
         dtype=dtype,
     )
     other = resolve_model(
-        against,
-        task if other_card else plain_task,
-        base if has_reference or shares else None,
+        other_name,
+        task if other_card else default_task,
+        base if has_reference or has_same_base else None,
         device=device,
         dtype=dtype,
-        said=f"--against {against}",
+        display_name=f"--against {other_name}",
     )
     if ref.task != other.task:
         raise InputError(
-            f"--against {against} is for {other.task}, and {name} for {ref.task}. Choose a model "
+            f"--against {other_name} is for {other.task}, and {name} for {ref.task}. Choose a "
+            f"model "
             "for the same task."
         )
     if _embedding_format(ref) is None and not _share_vocabulary(ref, other):
         raise InputError(
-            f"--against {against}: its tokenizer differs from that of {name}, "
+            f"--against {other_name}: its tokenizer differs from that of {name}, "
             "so their predictions cannot be compared token by token. Name a relative of it."
         )
     if ref.labels != other.labels:
         raise InputError(
-            f"--against {against}: its labels are {', '.join(other.labels)}, and "
+            f"--against {other_name}: its labels are {', '.join(other.labels)}, and "
             f"those of {name} are {', '.join(ref.labels)}. Name one with the same."
         )
     return ref, other
@@ -369,11 +372,11 @@ def _share_vocabulary(ref: ModelRef, other: ModelRef) -> bool:
     return bool(ref.load_tokenizer().get_vocab() == other.load_tokenizer().get_vocab())
 
 
-def choose_leader(ref: ModelRef, other: ModelRef | None) -> ModelRef:
+def select_primary(ref: ModelRef, other: ModelRef | None) -> ModelRef:
     """Returns the model that defines the evaluation rows: a run, else one with card, else `ref`."""
-    both = [ref] if other is None else [ref, other]
-    runs = [each for each in both if each.run is not None]
-    return [*runs, *(each for each in both if each.card.method != PLAIN), ref][0]
+    refs = [ref] if other is None else [ref, other]
+    runs = [each for each in refs if each.run is not None]
+    return [*runs, *(each for each in refs if each.card.method != PLAIN), ref][0]
 
 
 @dataclass(frozen=True)
@@ -396,7 +399,7 @@ class ComparisonInputs:
     def outputs_of(self, trained: LoadedModel) -> ModelOutputs:
         """Returns the outputs of `trained` in its compute precision."""
         tokenizer = trained.tokenizer
-        probe = ComparisonProbe(
+        comparison_set = ComparisonSet(
             self.rows, trained.objective, tokenizer.pad_token_id or 0, trained.device
         )
         with trained.inference():
@@ -404,11 +407,11 @@ class ComparisonInputs:
                 trained.model, self.windows, self.auto_class, tokenizer
             )
             text = [WindowOutputs(output.values.cpu(), output.labels.cpu()) for output in outputs]
-        return ModelOutputs(probe.score(trained.model, trained.dtype), text)
+        return ModelOutputs(comparison_set.score(trained.model, trained.dtype), text)
 
     def compare(self, reference: ModelOutputs, outputs: ModelOutputs) -> dict[str, Any]:
         """Returns the differences between `outputs` and `reference`."""
-        rows = asdict(compare_rows(reference.scores, outputs.scores))
+        rows = asdict(compare_logits(reference.scores, outputs.scores))
         if not self.windows:
             return {"rows": rows}
         text = compare_text(reference.text, outputs.text, self.auto_class)
@@ -425,11 +428,11 @@ def build_comparison_inputs(
     auto_class = trained.ref.auto_class
     if auto_class not in PREDICTS:
         return ComparisonInputs(rows, [], auto_class, "")
-    text = read_eval_text(eval_text, eval_tokens)
+    text = load_eval_text(eval_text, eval_tokens)
     length = min(
         WINDOW, trained.ref.card.max_length or WINDOW, max_positions(trained.model.config) or WINDOW
     )
-    windows = cut_windows(trained.tokenizer, text.content, eval_tokens, length)
+    windows = split_into_windows(trained.tokenizer, text.content, eval_tokens, length)
     if not windows:
         raise InputError(f"--eval-text {text.name} has less than two tokens. Name a longer text.")
     return ComparisonInputs(rows, windows, auto_class, text.name)
@@ -440,38 +443,38 @@ _TOKENS = "trainable_tokens_delta"  # attribute of the PEFT layer of trainable t
 
 @contextlib.contextmanager
 def in_float32(
-    model: torch.nn.Module, unrounded: Callable[[str], torch.Tensor | None] = lambda _: None
+    model: torch.nn.Module, get_replacement: Callable[[str], torch.Tensor | None] = lambda _: None
 ) -> Iterator[None]:
     """Run `model` in float32 inside the block, with its low-precision weights.
 
     The weights of each module are cast only while it runs, so one module needs extra memory.
-    `unrounded` maps a parameter name to a tensor to use instead, or None.
+    `get_replacement` maps a parameter name to a tensor to use instead, or None.
     """
-    stored: dict[torch.nn.Module, list[dict[str, Any]]] = defaultdict(list)
+    originals: dict[torch.nn.Module, list[dict[str, Any]]] = defaultdict(list)
     paths = {module: path for path, module in model.named_modules()}
 
-    def widen(module: torch.nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-        for part in _read_by(module):
+    def cast(module: torch.nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        for part in _get_weight_modules(module):
             tensors, _ = direct_tensors(part)
-            stored[part].append(dict(tensors))
-            for name, weight in stored[part][-1].items():
+            originals[part].append(dict(tensors))
+            for name, weight in originals[part][-1].items():
                 if weight is not None and weight.is_floating_point():
-                    replacement = unrounded(f"{paths[part]}.{name}".lstrip("."))
-                    widened = (weight if replacement is None else replacement).to(
+                    replacement = get_replacement(f"{paths[part]}.{name}".lstrip("."))
+                    float32_weight = (weight if replacement is None else replacement).to(
                         weight.device, torch.float32
                     )
-                    tensors[name] = torch.nn.Parameter(widened, requires_grad=False)
-        return tuple(_widened(value) for value in inputs)  # T5 casts the input of wo
+                    tensors[name] = torch.nn.Parameter(float32_weight, requires_grad=False)
+        return tuple(_to_float32(value) for value in inputs)  # T5 casts the input of wo
 
-    def restore(module: torch.nn.Module, _: Any, __: Any) -> None:
-        for part in _read_by(module):
-            direct_tensors(part)[0].update(stored[part].pop())
+    def reset(module: torch.nn.Module, _: Any, __: Any) -> None:
+        for part in _get_weight_modules(module):
+            direct_tensors(part)[0].update(originals[part].pop())
 
     hooks = []
     for module in model.modules():
-        if any(direct_tensors(part)[0] for part in _read_by(module)):
-            hooks.append(module.register_forward_pre_hook(widen))
-            hooks.append(module.register_forward_hook(restore, always_call=True))
+        if any(direct_tensors(part)[0] for part in _get_weight_modules(module)):
+            hooks.append(module.register_forward_pre_hook(cast))
+            hooks.append(module.register_forward_hook(reset, always_call=True))
     try:
         yield
     finally:
@@ -479,12 +482,12 @@ def in_float32(
             hook.remove()
 
 
-def _read_by(module: torch.nn.Module) -> tuple[torch.nn.Module, ...]:
-    """Returns the modules whose weights `module` reads: also the base, for PEFT's token layer."""
+def _get_weight_modules(module: torch.nn.Module) -> tuple[torch.nn.Module, ...]:
+    """Returns the modules whose weights `module` uses: also the base, for PEFT's token layer."""
     if isinstance(module, BaseTunerLayer) and _TOKENS in module.adapter_layer_names:
         return module, module.get_base_layer()
     return (module,)
 
 
-def _widened(value: Any) -> Any:
+def _to_float32(value: Any) -> Any:
     return value.float() if torch.is_tensor(value) and value.is_floating_point() else value

@@ -18,7 +18,7 @@ import torch
 from ftlevel.config import MergeConfig, QuantConfig
 from ftlevel.data.encoding.collate import Collator
 from ftlevel.errors import InputError, RunError
-from ftlevel.evaluation.two_models import Agreement, ComparisonProbe, RowLogits, compare_rows
+from ftlevel.evaluation.two_models import Agreement, ComparisonSet, RowLogits, compare_logits
 from ftlevel.events import Listener
 from ftlevel.merging.merge_input import MergeInput
 from ftlevel.merging.merged_model import open_merger
@@ -51,7 +51,7 @@ class InputMoments:
     """
 
     model: Any
-    probe: ComparisonProbe
+    probe: ComparisonSet
     dtype: str
     sizes: Mapping[str, int]
     passes: int = 0
@@ -249,7 +249,7 @@ def quantize_merged(
     merged: Candidate,
     inputs: MergeInput,
     quant: QuantConfig,
-    rows: ComparisonProbe | None,
+    rows: ComparisonSet | None,
     listener: Listener,
 ) -> tuple[Candidate, QuantizedMerge]:
     """Quantize the merged model into a new directory, and delete the directory of `merged`.
@@ -299,7 +299,7 @@ def compare_quantized(
     rounded: Candidate,
     merge: QuantizedMerge,
     inputs: MergeInput,
-    probe: ComparisonProbe,
+    probe: ComparisonSet,
     trained: RowLogits,
 ) -> Agreement:
     """Reload the quantized model and compare its logits with `trained`, those of the trained model.
@@ -308,7 +308,7 @@ def compare_quantized(
     """
     model = load_merged(rounded.directory, inputs)
     _check_read_back(model, merge)
-    return compare_rows(trained, probe.score(model, inputs.dtype))
+    return compare_logits(trained, probe.score(model, inputs.dtype))
 
 
 def _check_read_back(model: Any, merge: QuantizedMerge) -> None:
@@ -363,7 +363,7 @@ class WeightsAsLoaded:
 
 
 def choose_gguf_codes(
-    model: Any, weights: Weights, rows: ComparisonProbe, dtype: str, outtype: str
+    model: Any, weights: Weights, rows: ComparisonSet, dtype: str, outtype: str
 ) -> Callable[[str], QuantizedMatrix]:
     """Returns a function: weight name → codes in the .gguf type `outtype`, chosen on `rows`.
 

@@ -20,19 +20,19 @@ from ftlevel.data.encoding.fit import LengthBounds
 from ftlevel.data.prepare.dataset import prepare_data
 from ftlevel.data.prepare.encoder import EncodingContext, PreparedData, ignore_progress
 from ftlevel.errors import ConfigError, InputError, join_names
-from ftlevel.evaluation.two_models import ComparisonProbe, cut_windows, read_eval_text
+from ftlevel.evaluation.two_models import ComparisonSet, load_eval_text, split_into_windows
 from ftlevel.methods.merging import read_peft_config, why_not_mergeable
 from ftlevel.models.hardware import DTYPES, choose_device
 from ftlevel.models.kinds import max_positions
 from ftlevel.models.quantization import quantization_name, read_quantization, stored_quantization
 from ftlevel.models.sources import ModelSource
-from ftlevel.trained.adapt import find_reader
+from ftlevel.trained.adapt import get_adapter_reader
 from ftlevel.trained.model_ref import ModelRef
 from ftlevel.trained.resolve import (
     ADAPTER_CONFIG,
+    check_adapter_checkpoint,
     check_cached_base,
-    check_whole_adapter,
-    find_directory,
+    get_model_dir,
     is_model,
     resolve_model,
 )
@@ -83,16 +83,16 @@ class MergeInput:
             return False
         return bool(_read_config(self.ref.directory).get("task_type") == "QUESTION_ANS")
 
-    def probe(self, rows: Sequence[Encoded]) -> ComparisonProbe:
+    def probe(self, rows: Sequence[Encoded]) -> ComparisonSet:
         """Returns a probe that compares models on `rows`."""
         pad_id = self.tokenizer.pad_token_id or 0
-        return ComparisonProbe(rows, self.ref.objective, pad_id, self.device)
+        return ComparisonSet(rows, self.ref.objective, pad_id, self.device)
 
 
 def find_adapter(name: str) -> Path:
     """Find the directory of the adapter `name`; raise InputError if it cannot be merged."""
     path = Path(name).expanduser()
-    directory = find_directory(name)
+    directory = get_model_dir(name)
     is_full = (directory / CARD).is_file() and load_card(directory).method == "full"
     if is_full or is_model(name):
         raise InputError(
@@ -108,7 +108,7 @@ def find_adapter(name: str) -> Path:
             f"(it contains {join_names(files, 6) or 'nothing'})"
             f". Expected a directory with {ADAPTER_CONFIG}."
         )
-    check_whole_adapter(directory)
+    check_adapter_checkpoint(directory)
     error = why_not_mergeable(_read_config(directory))
     if error is not None:
         raise InputError(f"{name} cannot be merged. {error}")
@@ -117,7 +117,7 @@ def find_adapter(name: str) -> Path:
 
 def _read_config(directory: Path) -> dict[str, Any]:
     """Load the adapter's PEFT config; adapters of other formats get a minimal one."""
-    if (reader := find_reader(directory)) is not None:
+    if (reader := get_adapter_reader(directory)) is not None:
         return {"peft_type": reader.peft_type}
     return read_peft_config(directory)
 
@@ -216,8 +216,8 @@ def _made_up(inputs: MergeInput, count: int, calibration: int, reason: str) -> C
     """
     if calibration:
         tokens = (count + calibration) * _MADE_UP_LENGTH
-        text = read_eval_text(None, tokens)
-        windows = cut_windows(inputs.tokenizer, text.content, tokens, _MADE_UP_LENGTH)
+        text = load_eval_text(None, tokens)
+        windows = split_into_windows(inputs.tokenizer, text.content, tokens, _MADE_UP_LENGTH)
         rows = _rows_of(inputs, windows)
         compared = len(rows) * count // max(count + calibration, 1)
         description = f"{compared} and {len(rows) - compared} rows of {text.name}"

@@ -23,7 +23,7 @@ from ftlevel.models.module_tree import find_heads
 from ftlevel.models.quantization import QuantizationRounding
 from ftlevel.models.sources import ModelSource
 from ftlevel.models.upstream.architectures import tied_names, unsaved_names
-from ftlevel.trained.adapt import resize_vocabulary
+from ftlevel.trained.adapt import resize_embeddings
 from ftlevel.weights.checkpoint import (
     TOKENIZER_FILES,
     Checkpoint,
@@ -218,7 +218,7 @@ def open_merger(
     """Open a merger of base and adapter; raise InputError for tensors that the model lacks."""
     ref = inputs.ref
     model = build_task_model(ref.model_config, ref.auto_class)
-    resize_vocabulary(model, ref.adapter_directory)
+    resize_embeddings(model, ref.adapter_path)
     rounds = rounding(build_task_model(ref.model_config, ref.auto_class)) if rounding else None
     checkpoint = _open(inputs, model)
     ties = tied_names(model)
@@ -227,7 +227,7 @@ def open_merger(
     ignored |= {n for n in model.state_dict() if n.startswith(unused) and not checkpoint.holds(n)}
     shapes = {name: tuple(t.shape) for name, t in model.state_dict().items() if name not in ignored}
     heads = find_heads(model) if inputs.card.heads else []
-    skeleton = build_skeleton(model, inputs.ref.adapter_directory)
+    skeleton = build_skeleton(model, inputs.ref.adapter_path)
     torch_dtype = DTYPES[dtype] if dtype else None
     merger = TensorMerger(checkpoint, skeleton, shapes, ties, torch_dtype, rounds)
     merger.check_whole(heads, inputs.source.name)

@@ -26,7 +26,7 @@ from ftlevel.merging.merged_model import write_tokenizer
 from ftlevel.methods.merging import WEIGHTS, read_peft_config
 from ftlevel.methods.upstream import pattern_of
 from ftlevel.models.loading import build_task_model
-from ftlevel.trained.adapt import find_vocabulary_mismatch
+from ftlevel.trained.adapt import get_vocab_mismatch
 
 _MIXTURE = "mixture"
 
@@ -162,7 +162,7 @@ def mix(
         _check_same_base(inputs, name, directory)
     base = build_task_model(inputs.ref.model_config, inputs.ref.auto_class)
     for name, directory in zip(config.adapters, directories, strict=True):
-        mismatch = find_vocabulary_mismatch(base, directory)
+        mismatch = get_vocab_mismatch(base, directory)
         if mismatch is not None:
             raise InputError(f"{name} cannot be mixed: {mismatch}. Merge it alone.")
     mixture = Path(stack.enter_context(Workspace("mixture")))
@@ -192,7 +192,7 @@ def _check_same_base(inputs: MergeInput, name: str, directory: Path) -> None:
     base, first_base = load_card(directory).base, inputs.card.base
     if base.get("fingerprint") != first_base.get("fingerprint"):
         raise InputError(
-            f"{name} was trained on {base.get('name')} and {inputs.ref.adapter_directory} on "
+            f"{name} was trained on {base.get('name')} and {inputs.ref.adapter_path} on "
             f"{first_base.get('name')}, whose weights differ. Adapters of different bases cannot "
             "be combined."
         )

@@ -28,7 +28,7 @@ from ftlevel.methods.plain_form import (
 from ftlevel.models.loading import build_task_model, load_model, rename_prefix
 from ftlevel.models.sources import ModelSource
 from ftlevel.models.upstream.architectures import tied_names
-from ftlevel.trained.adapt import read_vocabulary_size
+from ftlevel.trained.adapt import get_adapter_vocab_size
 from ftlevel.weights.checkpoint import Checkpoint, checkpoint_in_memory, open_checkpoint
 
 NO_WEIGHTS = (
@@ -202,7 +202,7 @@ def read_file(directory: Path, config: Mapping[str, Any], base: BaseWeights) -> 
 
     embedding = base.model.get_input_embeddings() if trained_on_text(base.model) else None
     base_rows = None if embedding is None else int(embedding.weight.shape[0])
-    rows = read_vocabulary_size(base.model, directory) if base_rows else None
+    rows = get_adapter_vocab_size(base.model, directory) if base_rows else None
     if rows not in (None, base_rows):
         raise InputError(
             f"it was trained with {rows:,} tokens and its base has {base_rows:,}, and no server "

@@ -17,9 +17,9 @@ from ftlevel.artifacts.cards import format_difference
 from ftlevel.errors import RunError
 from ftlevel.evaluation.two_models import (
     Agreement,
-    ComparisonProbe,
+    ComparisonSet,
     RowLogits,
-    compare_rows,
+    compare_logits,
     in_float32,
 )
 from ftlevel.merging.merge_input import MergeInput
@@ -82,7 +82,7 @@ def load_merged(directory: Path, inputs: MergeInput) -> Any:
 
 
 def measure(
-    candidate: Candidate, inputs: MergeInput, probe: ComparisonProbe, trained: RowLogits
+    candidate: Candidate, inputs: MergeInput, probe: ComparisonSet, trained: RowLogits
 ) -> Candidate:
     """Reload `candidate`; return it with its logits and its difference from the trained model.
 
@@ -91,10 +91,10 @@ def measure(
     model = load_merged(candidate.directory, inputs)
     _check_files(model, candidate.merger)
     outputs = probe.score(model, inputs.dtype)
-    return replace(candidate, scores=outputs, trained=compare_rows(trained, outputs))
+    return replace(candidate, scores=outputs, trained=compare_logits(trained, outputs))
 
 
-def check(candidate: Candidate, inputs: MergeInput, probe: ComparisonProbe) -> MergeCheck:
+def check(candidate: Candidate, inputs: MergeInput, probe: ComparisonSet) -> MergeCheck:
     """Compare `candidate` with base and adapter; raise RunError if they differ by over `BOUND`."""
     if candidate.scores is None or candidate.trained is None:
         raise ValueError("what is checked was measured before")
@@ -104,7 +104,7 @@ def check(candidate: Candidate, inputs: MergeInput, probe: ComparisonProbe) -> M
     is_original = inputs.quant.kind != "none" and candidate.onto == "original"
     if is_original or inputs.quant.kind == "8bit":
         reference = probe.score(_load_reference(candidate, inputs), inputs.dtype)
-        agreement = compare_rows(reference, candidate.scores)
+        agreement = compare_logits(reference, candidate.scores)
     if inputs.dtype == candidate.written.dtype == "float32":  # nothing was rounded
         _refuse_other_than(agreement)
         return MergeCheck(agreement, agreement, None)
@@ -114,7 +114,7 @@ def check(candidate: Candidate, inputs: MergeInput, probe: ComparisonProbe) -> M
         wide = replace(inputs, dtype="float32")  # a layer may cast its inputs down too
         exact, unrounded = _compare_before_rounding(candidate, wide, few_rows)
     _refuse_other_than(exact)
-    rounding = compare_rows(unrounded, candidate.scores.first(len(unrounded.logits)))
+    rounding = compare_logits(unrounded, candidate.scores.first(len(unrounded.logits)))
     return MergeCheck(agreement, exact, rounding)
 
 
@@ -137,7 +137,7 @@ def _load_reference(candidate: Candidate, inputs: MergeInput) -> Any:
 
 
 def _compare_before_rounding(
-    candidate: Candidate, inputs: MergeInput, probe: ComparisonProbe
+    candidate: Candidate, inputs: MergeInput, probe: ComparisonSet
 ) -> tuple[Agreement, RowLogits]:
     """Compare the unrounded merge with base and adapter in float32; also returns its logits.
 
@@ -154,7 +154,7 @@ def _compare_before_rounding(
     model = load_merged(candidate.directory, inputs)
     with in_float32(model, merger.unrounded):
         outputs = probe.score(model, "float32")
-    return compare_rows(expected, outputs), outputs
+    return compare_logits(expected, outputs), outputs
 
 
 def _is_right(exact: Agreement) -> bool:

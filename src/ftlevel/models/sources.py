@@ -32,8 +32,8 @@ _BUILTIN = Path(__file__).with_name("builtin")
 class ModelSource:
     """An existing model and the arguments to load it with transformers.
 
-    `location` is a directory or Hub id; `gguf_file` a file inside it. `said` is the model's name in
-    errors; empty means `--model NAME`.
+    `location` is a directory or Hub id; `gguf_file` a file inside it. `display_name` is the model's
+    name in errors; empty means `--model NAME`.
     """
 
     name: str
@@ -43,12 +43,12 @@ class ModelSource:
     revision: str | None = None
     local_files_only: bool = False
     trust_remote_code: bool = False
-    said: str = ""
+    display_name: str = ""
 
     @property
     def label(self) -> str:
         """Name of the model in errors."""
-        return self.said or f"--model {self.name}"
+        return self.display_name or f"--model {self.name}"
 
     def arguments(self) -> dict[str, Any]:
         """Returns the keyword arguments for `from_pretrained` of config, tokenizer and model."""
@@ -97,28 +97,36 @@ def resolve_source(
     name: str,
     revision: str | None = None,
     trust_remote_code: bool = False,
-    said: str = "",
+    display_name: str = "",
     *,
     needs_weights: bool = True,
 ) -> ModelSource:
     """Returns the model source for `name`: Hub id, directory, .gguf file or builtin:NAME.
 
-    `said` replaces `--model NAME` in errors. With `needs_weights=False`, config.json is enough.
+    `display_name` replaces `--model NAME` in errors. With `needs_weights=False`, config.json is
+    enough.
 
     Raises:
         InputError: no such model can be reached; the message lists alternatives.
     """
-    label = said or f"--model {name}"
+    label = display_name or f"--model {name}"
     if name.startswith("builtin:"):
         directory = builtin_path(name.removeprefix("builtin:"))
-        return ModelSource(name, "builtin", str(directory), local_files_only=True, said=said)
+        return ModelSource(
+            name, "builtin", str(directory), local_files_only=True, display_name=display_name
+        )
     path = Path(name).expanduser()
     if builtin_name := name_of_builtin(path):  # a path that PEFT wrote into adapter_config.json
-        return resolve_source(builtin_name, said=said.replace(name, builtin_name))
+        return resolve_source(builtin_name, display_name=display_name.replace(name, builtin_name))
     if path.suffix == ".gguf" and not path.is_dir():
         _check_file(path, label)
         return ModelSource(
-            name, "gguf", str(path.parent), path.name, local_files_only=True, said=said
+            name,
+            "gguf",
+            str(path.parent),
+            path.name,
+            local_files_only=True,
+            display_name=display_name,
         )
     if path.is_dir():
         _check_directory(path, label, needs_weights)
@@ -128,7 +136,7 @@ def resolve_source(
             str(path),
             local_files_only=True,
             trust_remote_code=trust_remote_code,
-            said=said,
+            display_name=display_name,
         )
     if path.exists():
         check_regular([path], label)
@@ -137,7 +145,7 @@ def resolve_source(
         )
     _check_looks_like_hub_id(name, path, label)
     offline = _check_reachable(name, revision, label)
-    return ModelSource(name, "hub", name, None, revision, offline, trust_remote_code, said)
+    return ModelSource(name, "hub", name, None, revision, offline, trust_remote_code, display_name)
 
 
 def check_revision(source: ModelSource, revision: str | None) -> None:

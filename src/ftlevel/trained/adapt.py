@@ -1,9 +1,9 @@
 """Apply a PEFT method to a loaded model, and save and load adapters.
 
-Adapters in the formats of other libraries are read by the `adapter_readers` of extensions. If
-training resized the vocabulary, PEFT saves the resized embeddings, or only the trained rows, with
-the adapter. The base must be resized before it is loaded. An adapter is rejected if its file lacks
-new rows, because they would be random.
+Adapters in other formats than PEFT's are loaded by the `adapter_readers` of extensions. If training
+resized the vocabulary, PEFT saves the resized embeddings, or only the trained rows, with the
+adapter. The base must be resized before it is loaded. An adapter is rejected if its file lacks new
+rows, because they would be random.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class ForeignAdapter(Protocol):
         """Returns the base's card with the labels and options of the adapter added."""
 
     def convert(self, model: Any) -> tuple[Any, dict[str, Any]]:
-        """Returns the PEFT config and the weights by PEFT names; does not change `model`, the base.
+        """Returns the PEFT config and the weights by PEFT names for the base `model`.
 
         Raises InputError if the adapter is corrupted, of a different base, or not supported.
         """
@@ -68,10 +68,10 @@ class AdapterReader(Protocol):
     library: str
     peft_type: str
 
-    def recognizes(self, directory: Path) -> bool:
-        """Returns whether the adapter in `directory` has this format."""
+    def recognizes(self, adapter_dir: Path) -> bool:
+        """Returns whether the adapter in `adapter_dir` has this format."""
 
-    def read(self, directory: Path) -> ForeignAdapter:
+    def read(self, adapter_dir: Path) -> ForeignAdapter:
         """Load an adapter; raise InputError if it is invalid or names no base."""
 
 
@@ -80,92 +80,95 @@ def _readers() -> list[AdapterReader]:
     return list(loaded("adapter_readers").values())
 
 
-def find_reader(directory: Path) -> AdapterReader | None:
-    """Returns the reader of the adapter in `directory`; None if it is in PEFT's format."""
-    return next((reader for reader in _readers() if reader.recognizes(directory)), None)
+def get_adapter_reader(adapter_dir: Path) -> AdapterReader | None:
+    """Returns the reader of the adapter in `adapter_dir`; None if it is in PEFT's format."""
+    return next((reader for reader in _readers() if reader.recognizes(adapter_dir)), None)
 
 
 WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 
 
-def resize_vocabulary(model: Any, directory: Path) -> int | None:
-    """Resize the embeddings of `model` (modified) to the vocabulary size of the adapter.
+def resize_embeddings(model: Any, adapter_dir: Path) -> int | None:
+    """Resize the embeddings of `model` (modified) to the adapter's vocabulary; return the old size.
 
-    Added rows are NaN until `check_new_rows`. Returns the former number of rows; None if unchanged.
+    Added rows are NaN until `check_new_embeddings`. Returns None if the size does not change.
     """
-    former_rows = _rows(model)
-    requested = read_vocabulary_size(model, directory) if former_rows else None
-    if former_rows is None or requested is None or requested == former_rows:
+    old_vocab_size = _get_vocab_size(model)
+    requested = get_adapter_vocab_size(model, adapter_dir) if old_vocab_size else None
+    if old_vocab_size is None or requested is None or requested == old_vocab_size:
         return None
     model.resize_token_embeddings(requested, mean_resizing=False)
     for layer in _embeddings(model):
-        layer.weight.data[former_rows:] = float("nan")
+        layer.weight.data[old_vocab_size:] = float("nan")
         if getattr(layer, "bias", None) is not None:
-            layer.bias.data[former_rows:] = 0.0
-    return former_rows
+            layer.bias.data[old_vocab_size:] = 0.0
+    return old_vocab_size
 
 
-def check_new_rows(model: Any, former_rows: int | None, directory: Path) -> None:
-    """Raise InputError if the adapter lacks embedding rows that `resize_vocabulary` added.
+def check_new_embeddings(model: Any, old_vocab_size: int | None, adapter_dir: Path) -> None:
+    """Raise InputError if the adapter lacks embedding rows that `resize_embeddings` added.
 
-    In the base, added rows are replaced by the adapter; they change from NaN to the mean row.
+    In the base, the added rows change from NaN to the mean row.
     """
     import torch
 
-    rows = _rows(model)
-    if former_rows is None or rows is None or rows <= former_rows:
+    vocab_size = _get_vocab_size(model)
+    if old_vocab_size is None or vocab_size is None or vocab_size <= old_vocab_size:
         return
     inputs, output = model.get_input_embeddings(), model.get_output_embeddings()
     with torch.no_grad():
         outputs = {
-            "embedding": inputs(torch.arange(former_rows, rows, device=inputs.weight.device))
+            "embedding": inputs(
+                torch.arange(old_vocab_size, vocab_size, device=inputs.weight.device)
+            )
         }
         if output is not None:
             width = output.weight.shape[-1]
             ones = torch.ones(1, width, dtype=output.weight.dtype, device=output.weight.device)
-            outputs["output layer"] = output(ones)[:, former_rows:]
+            outputs["output layer"] = output(ones)[:, old_vocab_size:]
         for layer_name, values in outputs.items():
             if not torch.isfinite(values).all():
                 raise InputError(
-                    f"{directory} was trained with {rows - former_rows:,} more tokens than its "
+                    f"{adapter_dir} was trained with {vocab_size - old_vocab_size:,} more tokens "
+                    f"than its "
                     f"base has, and has no rows of the {layer_name} for them. They would be "
                     f"random. Train again with that layer in modules_to_save."
                 )
         for layer in _embeddings(model):
-            weight = _plain(layer).weight
-            new = weight.data[former_rows:]
+            weight = _unwrap(layer).weight
+            new = weight.data[old_vocab_size:]
             is_unset = torch.isnan(new).any(-1)
-            new[is_unset] = weight.data[:former_rows].float().mean(0).to(weight.dtype)
+            new[is_unset] = weight.data[:old_vocab_size].float().mean(0).to(weight.dtype)
 
 
-def find_vocabulary_mismatch(model: Any, directory: Path) -> str | None:
-    """Returns why the adapter's vocabulary size does not match that of `model`; None if it does."""
-    rows, requested = _rows(model), read_vocabulary_size(model, directory)
-    if rows is None or requested in (None, rows):
+def get_vocab_mismatch(model: Any, adapter_dir: Path) -> str | None:
+    """Returns how the adapter's vocabulary size differs from the model's; None if it is equal."""
+    vocab_size, requested = _get_vocab_size(model), get_adapter_vocab_size(model, adapter_dir)
+    if vocab_size is None or requested in (None, vocab_size):
         return None
-    return f"it was trained with {requested:,} tokens, and here are {rows:,}"
+    return f"it was trained with {requested:,} tokens, and here are {vocab_size:,}"
 
 
-def read_vocabulary_size(model: Any, directory: Path) -> int | None:
-    """Returns the vocabulary size in training, from the adapter's files; None if they lack it."""
+def get_adapter_vocab_size(model: Any, adapter_dir: Path) -> int | None:
+    """Returns the vocabulary size in training; None if the adapter's files do not contain it."""
     names = {id(module): name for name, module in model.named_modules()}
     prefixes = tuple(f"{names[id(layer)]}." for layer in _embeddings(model) if id(layer) in names)
     sizes = [
         rows
-        for name, shape in _shapes(directory / WEIGHTS).items()
+        for name, shape in _shapes(adapter_dir / WEIGHTS).items()
         if name.removeprefix(_PREFIX).startswith(prefixes)
-        and (rows := _rows_of(name, shape)) is not None
+        and (rows := _get_num_embeddings(name, shape)) is not None
     ]
     if sizes:
         return max(sizes)
-    highest = max(_trained_indices(directory), default=-1) + 1
-    base_rows = _rows(model) or 0
-    return highest if highest > base_rows else None
+    num_trained = max(_trained_indices(adapter_dir), default=-1) + 1
+    base_rows = _get_vocab_size(model) or 0
+    return num_trained if num_trained > base_rows else None
 
 
-def _rows_of(name: str, shape: list[int]) -> int | None:
-    """Returns the row count of matrix `name`, or of the matrix that LoRA factor `name` updates."""
+def _get_num_embeddings(name: str, shape: list[int]) -> int | None:
+    """Returns the rows of the matrix `name`, or of the matrix that LoRA factor `name` updates."""
     suffix = name.rpartition(".")[2]
     if suffix == "lora_embedding_A":
         return shape[1]
@@ -174,8 +177,8 @@ def _rows_of(name: str, shape: list[int]) -> int | None:
     return shape[0]
 
 
-def _trained_indices(directory: Path) -> Iterator[int]:
-    config = read_peft_config(directory)
+def _trained_indices(adapter_dir: Path) -> Iterator[int]:
+    config = read_peft_config(adapter_dir)
     for key in ("trainable_token_indices", "token_indices"):
         value = config.get(key) or []
         for indices in value.values() if isinstance(value, Mapping) else [value]:
@@ -189,7 +192,7 @@ def _shapes(path: Path) -> dict[str, list[int]]:
         return {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
 
 
-def _rows(model: Any) -> int | None:
+def _get_vocab_size(model: Any) -> int | None:
     get = getattr(model, "get_input_embeddings", None)
     layer = get() if get is not None else None
     weight = getattr(layer, "weight", None)
@@ -201,12 +204,11 @@ def _embeddings(model: Any) -> list[Any]:
     return [layer for layer in layers if layer is not None]
 
 
-def _plain(layer: Any) -> Any:
-    """Returns the original layer that the adapter layer `layer` wraps."""
+def _unwrap(layer: Any) -> Any:
     for name in ("token_adapter", "original_module", "base_layer"):
         inner = getattr(layer, name, None)
         if inner is not None:
-            return _plain(inner)
+            return _unwrap(inner)
     return layer
 
 
@@ -218,19 +220,19 @@ def apply_method(model: Any, method: MethodConfig, base: Base, *, fused: bool = 
     """
     import peft
 
-    definition = METHODS[method.kind]
-    if not definition.is_adapter:
-        definition.unfreeze(method, base, model)
+    peft_method = METHODS[method.kind]
+    if not peft_method.is_adapter:
+        peft_method.unfreeze(method, base, model)
         return model
     is_meta = next(model.parameters()).is_meta
-    targets = compact_targets(model, base.targets)
-    config = definition.build(method, replace(base, targets=targets))
+    targets = get_shortest_targets(model, base.targets)
+    config = peft_method.build(method, replace(base, targets=targets))
     if fused:
         from ftlevel.fast.fused_lora import register_fused_layers  # imports bitsandbytes
 
         register_fused_layers(config)
     try:
-        with _unknown_patterns_ignored():
+        with _ignore_pattern_warnings():
             peft_model = peft.get_peft_model(model, config, low_cpu_mem_usage=is_meta)
     except (ValueError, TypeError, NotImplementedError) as error:
         if "Target module" not in str(error):
@@ -240,13 +242,13 @@ def apply_method(model: Any, method: MethodConfig, base: Base, *, fused: bool = 
             f"({' '.join(str(error).split())[:120]} …). Name others by --target-modules, or use "
             "another --method."
         ) from error
-    check_placed(peft_model, method.kind, base)
-    definition.prepare(peft_model)
+    check_targeted_modules(peft_model, method.kind, base)
+    peft_method.prepare(peft_model)
     train_in_float32(peft_model)
     return peft_model
 
 
-def check_placed(peft_model: Any, method: str, base: Base) -> None:
+def check_targeted_modules(peft_model: Any, method: str, base: Base) -> None:
     """Raise ConfigError if PEFT did not adapt all requested modules.
 
     For families with fused experts in transformers 5, PEFT 0.21 applies names such as `gate_proj`
@@ -257,22 +259,22 @@ def check_placed(peft_model: Any, method: str, base: Base) -> None:
     targeted = getattr(peft_model.base_model, "targeted_module_names", None)
     if not base.targets or targeted is None:
         return
-    parts = [name.split(".") for name in targeted]
-    suffixes = {".".join(names[at:]) for names in parts for at in range(len(names))}
-    missing = sorted(set(base.targets) - suffixes)
+    split_names = [name.split(".") for name in targeted]
+    targeted_names = {".".join(names[at:]) for names in split_names for at in range(len(names))}
+    missing = sorted(set(base.targets) - targeted_names)
     if missing:
         names = sorted({name.rpartition(".")[2] for name in missing})
-        others = sorted({name.rpartition(".")[2] for name in base.targets} - set(names))
+        remaining = sorted({name.rpartition(".")[2] for name in base.targets} - set(names))
         raise ConfigError(
             f"--method {method} on {base.config.model_type}: PEFT {peft.__version__} takes "
             f"{join_names(names)} for the experts' tensors, and {len(missing):,} linears of that "
             f"name, such as {missing[0]}, would stay as they are. Use --target-modules "
-            f"{','.join(others)}."
+            f"{','.join(remaining)}."
         )
 
 
-def finish_method(model: Any, method: MethodConfig) -> None:
-    """Remove the parts of the trained `model` (modified) that only training needs."""
+def finalize_method(model: Any, method: MethodConfig) -> None:
+    """Remove the modules of the trained `model` (modified) that only training needs."""
     METHODS[method.kind].finish(model)
 
 
@@ -286,83 +288,79 @@ def train_in_float32(model: Any) -> None:
             parameter.data = parameter.data.float()
 
 
-def compact_targets(model: torch.nn.Module, targets: Sequence[str]) -> list[str]:
+def get_shortest_targets(model: torch.nn.Module, targets: Sequence[str]) -> list[str]:
     """Returns the shortest names that the PEFT suffix match resolves to exactly `targets`."""
     return sorted(shortest_names(targets, (name for name, _ in model.named_modules())))
 
 
-def copy_start(model: Any, method: MethodConfig) -> dict[str, Any]:
+def copy_initial_state(model: Any, method: MethodConfig) -> dict[str, Any]:
     """Returns the initial state of `model` that `save_adapter` needs; may be empty."""
     return METHODS[method.kind].initialization.copy(model)
 
 
 def save_adapter(
-    model: Any, method: MethodConfig, directory: Path, initial_state: dict[str, Any]
+    model: Any, method: MethodConfig, adapter_dir: Path, initial_state: dict[str, Any]
 ) -> None:
-    """Save the adapter for use on the unchanged base.
-
-    `initial_state` is the result of `copy_start`.
-    """
+    """Save the adapter, for use on the unchanged base, after `copy_initial_state`."""
     with METHODS[method.kind].initialization.as_saved(model, initial_state) as state:
         # "auto" would query the Hub to find out whether the vocabulary was resized.
-        more = {} if state is None else {"state_dict": state}
-        model.save_pretrained(str(directory), save_embedding_layers=False, **more)
+        kwargs = {} if state is None else {"state_dict": state}
+        model.save_pretrained(str(adapter_dir), save_embedding_layers=False, **kwargs)
 
 
-def load_adapter(base: Any, directory: Path, name: str = "default") -> Any:
-    """Load the adapter in `directory` onto `base` (modified), in eval mode with float32 weights.
+def load_adapter(base: Any, adapter_dir: Path, name: str = "default") -> Any:
+    """Load an adapter onto `base` (modified), in eval mode with float32 weights.
 
-    Raises:
-        InputError: the adapter is corrupted, of unknown type, or of a different base; or weights
-            are missing or unexpected.
+    Raises InputError if the adapter is corrupted, of unknown type, or of a different base; or
+    weights are missing or unexpected.
     """
     import peft
 
     ensure_registered()
-    if (reader := find_reader(directory)) is not None:
-        config, weights = reader.read(directory).convert(base)
+    if (reader := get_adapter_reader(adapter_dir)) is not None:
+        config, weights = reader.read(adapter_dir).convert(base)
         peft_model = peft.get_peft_model(base, config, adapter_name=name)
-        _fill_adapter(peft_model, weights, directory, name)
+        _set_weights(peft_model, weights, adapter_dir, name)
         return _frozen(peft_model)
-    weights = _read_whole(directory)
-    if (put_on := _plain_loader(directory)) is not None:
-        return put_on(base, directory, name)
-    check_patterns(directory, read_peft_config(directory), base)
-    former_rows = resize_vocabulary(base, directory)
+    weights = _load_weights(adapter_dir)
+    if (put_on := _get_custom_loader(adapter_dir)) is not None:
+        return put_on(base, adapter_dir, name)
+    check_patterns(adapter_dir, read_peft_config(adapter_dir), base)
+    old_vocab_size = resize_embeddings(base, adapter_dir)
     # Load as trainable: PEFT then marks the adapter's parameters, and AdaLoRA requires it.
     try:
-        with _unknown_patterns_ignored():
+        with _ignore_pattern_warnings():
             peft_model = peft.PeftModel.from_pretrained(
-                base, str(directory), adapter_name=name, is_trainable=True
+                base, str(adapter_dir), adapter_name=name, is_trainable=True
             )
     except (*FROM_READERS, RuntimeError) as error:  # modules or shapes differ
-        reason = " ".join(str(error).split())
+        message = " ".join(str(error).split())
         raise InputError(
-            f"{directory} does not fit its base model, {base.config.model_type} "
-            f"({reason[:200]}). Name the base that it was trained on."
+            f"{adapter_dir} does not fit its base model, {base.config.model_type} "
+            f"({message[:200]}). Name the base that it was trained on."
         ) from error
-    _fill_adapter(peft_model, weights, directory, name)
-    check_new_rows(peft_model.get_base_model(), former_rows, directory)
+    _set_weights(peft_model, weights, adapter_dir, name)
+    check_new_embeddings(peft_model.get_base_model(), old_vocab_size, adapter_dir)
     return _frozen(peft_model)
 
 
-def load_initial_weights(peft_model: Any, directory: Path) -> None:
-    """Load the weights in `directory` into the untrained adapter of `peft_model` (modified).
+def load_initial_weights(peft_model: Any, adapter_dir: Path) -> None:
+    """Load the weights in `adapter_dir` into the untrained adapter of `peft_model` (modified).
 
     Raises InputError if the weights are corrupted or do not match the adapter.
     """
-    _fill_adapter(peft_model, _read_whole(directory), directory, "default")
+    _set_weights(peft_model, _load_weights(adapter_dir), adapter_dir, "default")
 
 
-def describe_state(peft_model: Any) -> tuple[set[str], dict[str, tuple[int, ...]]]:
+def get_expected_tensors(peft_model: Any) -> tuple[set[str], dict[str, tuple[int, ...]]]:
     """Returns the tensor names that an adapter file must have, and name → shape of all allowed."""
     import peft
 
-    needed, allowed = (
+    required, allowed = (
         peft.get_peft_model_state_dict(peft_model, save_embedding_layers=with_embeddings)
         for with_embeddings in (False, True)
     )
-    return set(needed), {name: tuple(tensor.shape) for name, tensor in allowed.items()}
+    return set(required), {name: tuple(tensor.shape) for name, tensor in allowed.items()}
 
 
 def _frozen(peft_model: Any) -> Any:
@@ -370,73 +368,74 @@ def _frozen(peft_model: Any) -> Any:
     return peft_model.eval()
 
 
-def _plain_loader(directory: Path) -> Callable[[Any, Path, str], Any] | None:
-    """Returns ftlevel's loader for the adapter's PEFT type, if any; None to use PEFT's."""
+def _get_custom_loader(adapter_dir: Path) -> Callable[[Any, Path, str], Any] | None:
+    """Returns ftlevel's loader for the adapter's PEFT type; None to use PEFT's."""
     import peft
 
-    peft_type = read_peft_config(directory)["peft_type"]
+    peft_type = read_peft_config(adapter_dir)["peft_type"]
     for method in METHODS.values():
         if peft_type in method.plain_loaders:
             return method.plain_loaders[peft_type]
     if issubclass(peft.PEFT_TYPE_TO_CONFIG_MAPPING[peft_type], peft.PromptLearningConfig):
         raise InputError(
-            f"{directory} is an adapter of type {peft_type}, which PEFT {peft.__version__} "
+            f"{adapter_dir} is an adapter of type {peft_type}, which PEFT {peft.__version__} "
             f"applies at every generation step with transformers 5. Train one with --method "
             f"prefix or prompt."
         )
     return None
 
 
-def add_adapter(peft_model: Any, directory: Path, name: str) -> None:
+def add_adapter(peft_model: Any, adapter_dir: Path, name: str) -> None:
     """Load another adapter into `peft_model` (modified) without activating it.
 
     Raises InputError if it is incomplete or not compatible with those already loaded.
     """
     config: Any = None
-    if (reader := find_reader(directory)) is not None:
-        config, weights = reader.read(directory).convert(peft_model.get_base_model())
+    if (reader := get_adapter_reader(adapter_dir)) is not None:
+        config, weights = reader.read(adapter_dir).convert(peft_model.get_base_model())
     else:
-        weights = _read_whole(directory)
-        check_patterns(directory, read_peft_config(directory), peft_model.get_base_model())
-        problem = find_vocabulary_mismatch(peft_model.get_base_model(), directory)
-        if problem is None and _plain_loader(directory) is not None:
+        weights = _load_weights(adapter_dir)
+        check_patterns(adapter_dir, read_peft_config(adapter_dir), peft_model.get_base_model())
+        problem = get_vocab_mismatch(peft_model.get_base_model(), adapter_dir)
+        if problem is None and _get_custom_loader(adapter_dir) is not None:
             problem = "a prompt that plain PEFT trained is read alone"
         if problem is not None:
             raise InputError(
-                f"{directory} cannot be loaded together with the others: {problem}. Use it alone."
+                f"{adapter_dir} cannot be loaded together with the others: {problem}. Use it alone."
             )
-    with _unknown_patterns_ignored():
+    with _ignore_pattern_warnings():
         try:
             if config is not None:
                 peft_model.add_adapter(name, config)
             else:
-                peft_model.load_adapter(str(directory), adapter_name=name, is_trainable=True)
+                peft_model.load_adapter(str(adapter_dir), adapter_name=name, is_trainable=True)
         except FROM_READERS as error:
-            reason = " ".join(str(error).split())
+            message = " ".join(str(error).split())
             raise InputError(
-                f"{directory} cannot be loaded together with the others: {reason}"
+                f"{adapter_dir} cannot be loaded together with the others: {message}"
             ) from None
-    _fill_adapter(peft_model, weights, directory, name)
+    _set_weights(peft_model, weights, adapter_dir, name)
     _frozen(peft_model)
 
 
-def _read_whole(directory: Path) -> dict[str, Any]:
-    """Read the PEFT weights; InputError if they are missing, corrupted, non-finite or unknown."""
+def _load_weights(adapter_dir: Path) -> dict[str, Any]:
+    """Load the PEFT weights; InputError if they are missing, corrupted, non-finite or unknown."""
     import peft
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    peft_type = read_peft_config(directory)["peft_type"]
+    peft_type = read_peft_config(adapter_dir)["peft_type"]
     if peft_type not in peft.PEFT_TYPE_TO_CONFIG_MAPPING:
         raise InputError(
-            f"{directory} is an adapter of type {peft_type!r}, which PEFT {peft.__version__} does "
+            f"{adapter_dir} is an adapter of type {peft_type!r}, which PEFT {peft.__version__} "
+            f"does "
             f"not support.{did_you_mean(peft_type, peft.PEFT_TYPE_TO_CONFIG_MAPPING)} It may need "
             f"a newer PEFT."
         )
-    path = directory / "adapter_model.safetensors"
+    path = adapter_dir / "adapter_model.safetensors"
     if not path.is_file():
         raise InputError(
-            f"{directory} contains no adapter_model.safetensors. Save the adapter again with "
+            f"{adapter_dir} contains no adapter_model.safetensors. Save the adapter again with "
             f"PEFT's save_pretrained."
         )
     try:
@@ -447,18 +446,18 @@ def _read_whole(directory: Path) -> dict[str, Any]:
     return dict(weights)
 
 
-def _fill_adapter(peft_model: Any, weights: dict[str, Any], directory: Path, name: str) -> None:
-    """Load `weights` into `peft_model` (modified), in float32; InputError if they do not match."""
+def _set_weights(peft_model: Any, weights: dict[str, Any], adapter_dir: Path, name: str) -> None:
+    """Set the weights of an adapter of `peft_model` in float32; InputError if they do not match."""
     import peft
 
     train_in_float32(peft_model)
     # PEFT casts a head to the base's precision, so the float32 weights are loaded again.
-    with _ranks_applied(peft_model.peft_config[name]):
+    with _without_rank_pattern(peft_model.peft_config[name]):
         try:
             peft.set_peft_model_state_dict(peft_model, weights, adapter_name=name)
         except RuntimeError as error:  # shapes differ
-            reason = " ".join(str(error).split())[:200]
-            raise InputError(f"{directory} does not fit its base model: {reason}") from None
+            message = " ".join(str(error).split())[:200]
+            raise InputError(f"{adapter_dir} does not fit its base model: {message}") from None
     expected, allowed = (
         set(
             peft.get_peft_model_state_dict(
@@ -470,16 +469,17 @@ def _fill_adapter(peft_model: Any, weights: dict[str, Any], directory: Path, nam
     names = set(weights)
     missing, unknown = expected - names, names - expected - allowed
     if missing or unknown:
-        differing = sorted(missing | unknown)
+        mismatched = sorted(missing | unknown)
         raise InputError(
-            f"{directory}: {len(missing):,} weights of the adapter are missing and "
-            f"{len(unknown):,} are unknown, such as {differing[0]}. The adapter does not belong to "
+            f"{adapter_dir}: {len(missing):,} weights of the adapter are missing and "
+            f"{len(unknown):,} are unknown, such as {mismatched[0]}. The adapter does not belong "
+            f"to "
             "this base model."
         )
 
 
 @contextlib.contextmanager
-def _unknown_patterns_ignored() -> Iterator[None]:
+def _ignore_pattern_warnings() -> Iterator[None]:
     """Silence PEFT's warning about unknown rank patterns; it is wrong for AdaLoRA's."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The following .*_pattern keys", RuntimeWarning)
@@ -487,7 +487,7 @@ def _unknown_patterns_ignored() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _ranks_applied(config: Any) -> Iterator[None]:
+def _without_rank_pattern(config: Any) -> Iterator[None]:
     """Hide AdaLoRA's rank pattern in the `with` block, so that PEFT does not prune again."""
     pattern = getattr(config, "rank_pattern", None)
     if pattern:

@@ -18,7 +18,7 @@ from ftlevel.trained.resolve import (
     check_base,
     is_model,
     resolve_model,
-    resolve_stored,
+    with_quantization,
 )
 
 BASE = "base"
@@ -94,14 +94,14 @@ def load_adapter_set(config: GenerateConfig) -> AdapterSet:
     refs = {name: refs[name] for name in config.chosen or refs}
     if base is not None:
         for name, ref in refs.items():
-            check_base(base.source, ref.card, ref.adapter_directory)
-            refs[name] = resolve_stored(replace(ref, source=base.source))
+            check_base(base.source, ref.card, ref.adapter_path)
+            refs[name] = with_quantization(replace(ref, source=base.source))
     _check_compatible(refs)
     (first, ref), *others = refs.items()
     trained = ref.load(device, adapter_name="adapter0")  # PEFT names contain no dot
     models = {first: trained}
     for number, (name, other) in enumerate(others, 1):
-        add_adapter(trained.model, other.adapter_directory, f"adapter{number}")
+        add_adapter(trained.model, other.adapter_path, f"adapter{number}")
         models[name] = replace(trained, ref=other, adapter_name=f"adapter{number}")
     notes = [note for _, other in others for note in other.notes]
     return AdapterSet(models, [*trained.notes, *notes])
@@ -121,19 +121,24 @@ def _resolve_all(
             base, base_name = ref, ref.base
         else:
             refs[(ref.run or ref.directory).resolve().name] = ref
-    directories = dict(config.adapters)
-    listed = _list_adapters(config.adapters_dir) if config.adapters_dir is not None else {}
-    for name in (*refs, *listed):
-        if name in directories or (name in refs and name in listed):
+    adapter_dirs = dict(config.adapters)
+    found = _list_adapters(config.adapters_dir) if config.adapters_dir is not None else {}
+    for name in (*refs, *found):
+        if name in adapter_dirs or (name in refs and name in found):
             raise ConfigError(f"two adapters are called {name!r}. Name one otherwise.")
-    for name, directory in (directories | listed).items():
+    for name, directory in (adapter_dirs | found).items():
         if name == BASE:
             raise ConfigError(f"--adapter {name}=…: the base is called so. Choose another name.")
         flag = f"--adapter {name}={directory}"
         adapter: ModelRef | None = None
         if not is_model(str(directory)):
             adapter = resolve_model(
-                str(directory), config.task, base_name, device=device, dtype=config.dtype, said=flag
+                str(directory),
+                config.task,
+                base_name,
+                device=device,
+                dtype=config.dtype,
+                display_name=flag,
             )
         if adapter is None or adapter.directory is None:
             raise InputError(f"{flag} is no adapter but a model. Name a run or an adapter.")
@@ -141,22 +146,22 @@ def _resolve_all(
     return base, refs
 
 
-def _list_adapters(directory: Path) -> dict[str, Path]:
-    if not directory.is_dir():
-        raise InputError(f"--adapters-dir {directory} is no directory.")
-    if not (adapters := find_adapters(directory)):
+def _list_adapters(adapters_dir: Path) -> dict[str, Path]:
+    if not adapters_dir.is_dir():
+        raise InputError(f"--adapters-dir {adapters_dir} is no directory.")
+    if not (adapters := scan_adapters(adapters_dir)):
         raise InputError(
-            f"--adapters-dir {directory} contains no adapter: no directory in it has "
+            f"--adapters-dir {adapters_dir} contains no adapter: no directory in it has "
             f"{ADAPTER_CONFIG}."
         )
     return adapters
 
 
-def find_adapters(directory: Path) -> dict[str, Path]:
-    """Returns the adapters and runs directly in `directory`, by folder name; may be empty."""
+def scan_adapters(adapters_dir: Path) -> dict[str, Path]:
+    """Returns the adapters and runs directly in `adapters_dir`, by folder name; may be empty."""
     return {
         path.name: path
-        for path in sorted(directory.iterdir())
+        for path in sorted(adapters_dir.iterdir())
         if (path / ADAPTER_CONFIG).is_file() or (path / "adapter" / ADAPTER_CONFIG).is_file()
     }
 

@@ -29,18 +29,18 @@ class GenerationOptions:
 
     def arguments(self, tokenizer: Any) -> dict[str, Any]:
         """Returns the arguments of `generate`; with sampling, also sets torch's global seed."""
-        common = {
+        kwargs = {
             "max_new_tokens": self.max_new_tokens,
             "use_cache": True,
             "pad_token_id": tokenizer.pad_token_id or 0,
             "eos_token_id": stop_ids(tokenizer),
         }
         if not self.temperature:
-            return common | {"do_sample": False, "num_beams": self.num_beams}
+            return kwargs | {"do_sample": False, "num_beams": self.num_beams}
         torch.manual_seed(self.seed)
         # transformers' default of 50 for top_k is switched off.
-        drawn = {"temperature": self.temperature, "top_p": self.top_p, "top_k": 0}
-        return common | {"do_sample": True} | drawn
+        sampling_kwargs = {"temperature": self.temperature, "top_p": self.top_p, "top_k": 0}
+        return kwargs | {"do_sample": True} | sampling_kwargs
 
 
 def batches(rows: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
@@ -55,31 +55,33 @@ def generate_texts(
     prompts: Sequence[list[int]],
     device: str,
     batch_size: int,
-    writing: GenerationOptions,
+    options: GenerationOptions,
 ) -> list[str]:
     """Returns the generated text for each prompt, in order and without special tokens.
 
-    Prompts are batched by length. Decoders are padded on the left. Encoder-decoders are padded on
-    the right, because padding on the left would shift the positions of models such as BART.
+    Prompts are batched by length. Decoders are padded on the left, encoder-decoders on the right,
+    since left padding would shift the positions of models such as BART.
     """
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    texts = [""] * len(prompts)
+    outputs = [""] * len(prompts)
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     encoder_decoder = model.config.is_encoder_decoder
     left = not encoder_decoder
     for indices in batches(order, batch_size):
         ids = pad([prompts[i] for i in indices], pad_id, left=left).to(device)
         mask = pad([[1] * len(prompts[i]) for i in indices], 0, left=left).to(device)
-        written = model.generate(input_ids=ids, attention_mask=mask, **writing.arguments(tokenizer))
-        answers = written if encoder_decoder else written[:, ids.shape[1] :]
-        for i, answer in zip(indices, answers, strict=True):
-            texts[i] = str(tokenizer.decode(answer, skip_special_tokens=True)).strip()
-    return texts
+        generated = model.generate(
+            input_ids=ids, attention_mask=mask, **options.arguments(tokenizer)
+        )
+        completions = generated if encoder_decoder else generated[:, ids.shape[1] :]
+        for i, answer in zip(indices, completions, strict=True):
+            outputs[i] = str(tokenizer.decode(answer, skip_special_tokens=True)).strip()
+    return outputs
 
 
 def stop_ids(tokenizer: Any) -> list[int]:
     """Returns the ids that end generation: EOS, and the chat template's end of a turn."""
-    ends = [tokenizer.eos_token_id]
+    token_ids = [tokenizer.eos_token_id]
     if getattr(tokenizer, "chat_template", None):
-        ends.append(find_end_of_turn_id(tokenizer))
-    return list(dict.fromkeys(i for i in ends if i is not None))
+        token_ids.append(find_end_of_turn_id(tokenizer))
+    return list(dict.fromkeys(i for i in token_ids if i is not None))

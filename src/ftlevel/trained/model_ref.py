@@ -1,8 +1,4 @@
-"""The two classes that every command after training uses.
-
-`ModelRef` describes a model before its weights load (`trained.resolve` finds it). `LoadedModel` is
-the same model with weights.
-"""
+"""`ModelRef` describes a model before its weights load; `LoadedModel` is the model with weights."""
 
 from __future__ import annotations
 
@@ -41,7 +37,7 @@ from ftlevel.models.quantization import (
 from ftlevel.models.sources import ModelSource
 from ftlevel.objectives import Objective
 from ftlevel.tasks import TASKS, BaseTask
-from ftlevel.trained.adapt import find_reader, load_adapter
+from ftlevel.trained.adapt import get_adapter_reader, load_adapter
 from ftlevel.trained.generation import GenerationOptions, generate_texts
 
 PLAIN = "none"
@@ -65,26 +61,26 @@ class ModelRef:
     card: AdapterCard
     run: Path | None = None
     notes: list[str] = field(default_factory=list)
-    is_stored_quantized: bool = False
+    is_prequantized: bool = False
     is_ours: bool = True
 
     @property
     def kind(self) -> str:
-        """Kind of the model: run, checkpoint, adapter, model, quantized, hub or gguf.
+        """Type of the model: run, checkpoint, adapter, model, quantized, hub or gguf.
 
-        An adapter of another library has the kind `peft`, or that of its `AdapterReader`.
+        For an adapter of another library, it is `peft` or the kind of its `AdapterReader`.
         """
         if self.run is not None:
             path = self.directory or Path(self.source.name)
             return "checkpoint" if path.absolute().parent.name == CHECKPOINTS else "run"
         if self.directory is not None and not self.is_ours:
-            reader = find_reader(self.directory)
+            reader = get_adapter_reader(self.directory)
             return reader.kind if reader else "peft"
         if self.directory is not None:
             return "adapter"
         if self.source.kind in ("hub", "gguf"):
             return self.source.kind
-        return "quantized" if self.is_stored_quantized else "model"
+        return "quantized" if self.is_prequantized else "model"
 
     @property
     def task(self) -> str:
@@ -112,7 +108,7 @@ class ModelRef:
         return read_format(self.card)
 
     @property
-    def adapter_directory(self) -> Path:
+    def adapter_path(self) -> Path:
         """Directory of the adapter; raises TypeError for a model without one."""
         if self.directory is None:
             raise TypeError("an adapter has a directory")
@@ -122,12 +118,12 @@ class ModelRef:
     def options(self) -> Mapping[str, Any]:
         """Options of the task; a merged model has no preference reference."""
         preference = self.card.options.get("preference")
-        if not self._lost_reference or preference is None:
+        if not self._has_no_reference or preference is None:
             return self.card.options
         return {**self.card.options, "preference": {**preference, "reference": NO_REFERENCE}}
 
     @property
-    def _lost_reference(self) -> bool:
+    def _has_no_reference(self) -> bool:
         preference = self.card.options.get("preference") or {}
         return bool(self.card.merge) and preference.get("reference", NO_REFERENCE) != NO_REFERENCE
 
@@ -169,7 +165,7 @@ class ModelRef:
     @property
     def tokenizer_source(self) -> ModelSource:
         """Location of the tokenizer."""
-        return find_tokenizer(self.source, self.directory)
+        return get_tokenizer_source(self.source, self.directory)
 
     def load_tokenizer(self) -> Any:
         """Load the tokenizer as saved."""
@@ -193,19 +189,14 @@ class ModelRef:
     ) -> LoadedModel:
         """Load weights, adapter and tokenizer.
 
-        Args:
-            device: torch device type.
-            dtype: compute precision; None uses that of training.
-            adapter_name: the PEFT name of the adapter.
-            dequantize: dequantize the base, so that matrix products run in floating point.
-
-        Raises:
-            InputError: files are corrupted or do not belong together, or there is no trained head
-                for the task.
+        `dtype` is the compute precision, by default that of training; `adapter_name` is the name in
+        PEFT. With `dequantize`, matrix products of a quantized base run in floating point. Raises
+        InputError if files are corrupted or do not belong together, or there is no trained head for
+        the task.
         """
         card, task, source = self.card, self.configured_task, self.source
         config, notes = copy.deepcopy(self.model_config), list(self.notes)
-        if self._lost_reference:
+        if self._has_no_reference:
             notes.append(
                 "the reference model is not available: no rewards are computed, and the loss has "
                 "no reference"
@@ -247,19 +238,20 @@ class ModelRef:
         return LoadedModel(self, model.eval(), tokenizer, device, dtype, notes, adapter_name)
 
 
-def find_tokenizer(source: ModelSource, directory: Path | None) -> ModelSource:
-    """Returns where the tokenizer is: in the adapter's `directory` if present, else at the base."""
-    if directory is None or not (directory / "tokenizer_config.json").is_file():
+def get_tokenizer_source(source: ModelSource, adapter_dir: Path | None) -> ModelSource:
+    """Returns the source of the tokenizer: `adapter_dir` if it has one, else the base `source`."""
+    if adapter_dir is None or not (adapter_dir / "tokenizer_config.json").is_file():
         return source
-    return ModelSource(str(directory), "directory", str(directory))
+    return ModelSource(str(adapter_dir), "directory", str(adapter_dir))
 
 
 def _check_trained_head(missing: Sequence[str], heads: Sequence[str], name: str, task: str) -> None:
     """Raise InputError if a head for `task` would be randomly initialized."""
-    lost = [key for key in missing if any(key.startswith(f"{head}.") for head in heads)]
-    if lost:
+    untrained = [key for key in missing if any(key.startswith(f"{head}.") for head in heads)]
+    if untrained:
         raise InputError(
-            f"{name} has no trained head for --task {task} ({lost[0]} is missing). Name a model or "
+            f"{name} has no trained head for --task {task} ({untrained[0]} is missing). Name a "
+            f"model or "
             f"a run that was trained for it: ftlevel train --task {task} --model {name} …"
         )
 

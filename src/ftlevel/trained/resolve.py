@@ -1,7 +1,4 @@
-"""Resolve a name to a `ModelRef`: a run, checkpoint, adapter or model. Must not load weights.
-
-Reference and teacher models are identified by a fingerprint.
-"""
+"""Resolve a name to a `ModelRef`: a run, checkpoint, adapter or model. Must not load weights."""
 
 from __future__ import annotations
 
@@ -40,8 +37,8 @@ from ftlevel.models.quantization import (
 )
 from ftlevel.models.sources import ModelSource, check_revision, resolve_source
 from ftlevel.tasks import TASKS, BaseTask
-from ftlevel.trained.adapt import AdapterReader, find_reader
-from ftlevel.trained.model_ref import PLAIN, ModelRef, find_tokenizer
+from ftlevel.trained.adapt import AdapterReader, get_adapter_reader
+from ftlevel.trained.model_ref import PLAIN, ModelRef, get_tokenizer_source
 from ftlevel.weights.checkpoint import local_directory, merge_sharded_checkpoint, read_header
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -56,7 +53,7 @@ def resolve_model(
     *,
     device: str,
     dtype: str = "auto",
-    said: str = "",
+    display_name: str = "",
     revision: str | None = None,
     trust_remote_code: bool = False,
     needs_task: bool = True,
@@ -71,7 +68,7 @@ def resolve_model(
         base: new location of an adapter's base model, if it has moved.
         device: torch device type.
         dtype: value of `--dtype`; auto uses that of training.
-        said: name of the model in messages; defaults to `name`.
+        display_name: name of the model in messages; defaults to `name`.
         revision: revision of a model on the Hub.
         trust_remote_code: whether an adapter's base may run its own code.
         needs_task: whether a model without a card must have a task and a tokenizer.
@@ -82,135 +79,161 @@ def resolve_model(
             or an argument does not apply.
     """
     if isinstance(base, str):
-        base = resolve_source(base, said=f"--model {base}")
+        base = resolve_source(base, display_name=f"--model {base}")
     with reading(name):
-        path = find_directory(name)
-        reader = find_reader(path)
+        path = get_model_dir(name)
+        reader = get_adapter_reader(path)
         if (path / CARD).is_file():
-            ref = _resolve_ours(path, said or name, task, base)
+            ref = _resolve_with_card(path, display_name or name, task, base)
         elif reader is not None:
-            ref = _resolve_foreign(path, reader, device, task, base)
+            ref = _resolve_external(path, reader, device, task, base)
         else:
-            check_whole_adapter(path)
+            check_adapter_checkpoint(path)
             if (path / ADAPTER_CONFIG).is_file():
                 ref = _resolve_peft(path, device, task, base, trust_remote_code)
             else:
-                ref = _resolve_model(name, device, task, said or name, revision, needs_task)
+                ref = _resolve_model(name, device, task, display_name or name, revision, needs_task)
     if base is not None and ref.directory is None:
         raise InputError(
-            f"--model {base.name}: it names the base of an adapter, and {said or name} is a whole "
+            f"--model {base.name}: it names the base of an adapter, and {display_name or name} "
+            f"is a whole "
             "model. Drop it."
         )
     if revision is not None and ref.directory is not None:
         raise InputError(
-            f"--revision {revision}: {said or name} is an adapter, and its base is the one that it "
+            f"--revision {revision}: {display_name or name} is an adapter, and its base is the "
+            f"one that it "
             "was trained on. Drop it."
         )
     if trust_remote_code:
         ref = replace(ref, source=replace(ref.source, trust_remote_code=True))
-    return _with_dtype(resolve_stored(ref), dtype, device)
+    return _with_dtype(with_quantization(ref), dtype, device)
 
 
-def resolve_stored(ref: ModelRef) -> ModelRef:
-    """Returns `ref` with the quantization of the stored weights in its card."""
-    stored = None if ref.source.kind == "gguf" else stored_quantization(load_config(ref.source))
-    if stored is None:
-        return replace(ref, is_stored_quantized=False)
-    ref = ref.with_card(quantization=quantization_facts(stored))
-    return replace(ref, is_stored_quantized=True)
+def with_quantization(ref: ModelRef) -> ModelRef:
+    """Returns `ref`; if its weights are stored quantized, its card has that quantization."""
+    config_dict = (
+        None if ref.source.kind == "gguf" else stored_quantization(load_config(ref.source))
+    )
+    if config_dict is None:
+        return replace(ref, is_prequantized=False)
+    ref = ref.with_card(quantization=quantization_facts(config_dict))
+    return replace(ref, is_prequantized=True)
 
 
 def _with_dtype(ref: ModelRef, dtype: str, device: str) -> ModelRef:
     if dtype in ("auto", ref.card.dtype):
         return ref
     config = load_config(ref.source)
-    stored = stored_quantization(config)
-    if stored is not None and as_quant_config(stored) is None:
+    config_dict = stored_quantization(config)
+    if config_dict is not None and as_quant_config(config_dict) is None:
         raise InputError(
             f"--dtype {dtype}: {ref.source.label} is stored quantized "
-            f"({quantization_name(stored)}), and its kernels compute in the type that it was saved "
+            f"({quantization_name(config_dict)}), and its kernels compute in the type that it "
+            f"was saved "
             f"with ({config.dtype}). Drop --dtype, or name the original model."
         )
-    chosen = choose_dtype(dtype, device, ref.card.method, config.model_type).value
-    return ref.with_card(dtype=chosen)
+    compute_dtype = choose_dtype(dtype, device, ref.card.method, config.model_type).value
+    return ref.with_card(dtype=compute_dtype)
 
 
-def describe_dtype(ref: ModelRef, dtype: str) -> str:
+def get_dtype_source(ref: ModelRef, dtype: str) -> str:
     """Returns where the compute precision comes from, for display; `dtype` is `--dtype`."""
     if dtype != "auto":
         return "--dtype"
     return "as in training" if ref.is_ours else "auto"
 
 
-def _resolve_ours(
-    directory: Path, said: str, task: str | None, base: ModelSource | None
+def _resolve_with_card(
+    model_dir: Path, display_name: str, task: str | None, base: ModelSource | None
 ) -> ModelRef:
-    """Returns the `ModelRef` of a directory with a card; arguments as in `resolve_model`."""
-    card, run = load_card(directory), get_run_dir(directory)
+    card, run = load_card(model_dir), get_run_dir(model_dir)
     if task not in (None, card.task):
-        raise InputError(f"{said} was trained for {card.task}, not for {task}. Drop --task.")
+        raise InputError(
+            f"{display_name} was trained for {card.task}, not for {task}. Drop --task."
+        )
     if card.method == "full":
-        source = resolve_source(str(merge_sharded_checkpoint(directory)), said=str(directory))
-        return ModelRef(replace(source, name=str(directory)), None, card, run)
-    return ModelRef(find_base(card, directory, base), directory, card, run)
+        source = resolve_source(
+            str(merge_sharded_checkpoint(model_dir)), display_name=str(model_dir)
+        )
+        return ModelRef(replace(source, name=str(model_dir)), None, card, run)
+    return ModelRef(resolve_base(card, model_dir, base), model_dir, card, run)
 
 
 def _resolve_model(
-    name: str, device: str, task: str | None, said: str, revision: str | None, needs_task: bool
+    name: str,
+    device: str,
+    task: str | None,
+    display_name: str,
+    revision: str | None,
+    needs_task: bool,
 ) -> ModelRef:
-    """Returns the `ModelRef` of a model without a card; arguments as in `resolve_model`."""
-    source = resolve_source(name, revision, said=said)
+    """Returns the `ModelRef` of a model without a card."""
+    source = resolve_source(name, revision, display_name=display_name)
     check_revision(source, revision)
     config = load_config(source)
-    definition = None
+    base_task = None
     if needs_task:
-        task = task or find_task(find_directory(name)) or _task_of_model(config, said)
-        definition = TASKS[task]
-    card = build_default_card(source, config, definition, device)
+        task = task or find_task(get_model_dir(name)) or _task_of_model(config, display_name)
+        base_task = TASKS[task]
+    card = create_default_card(source, config, base_task, device)
     return ModelRef(source, None, card, is_ours=False)
 
 
 def _resolve_peft(
-    directory: Path, device: str, task: str | None, base: ModelSource | None, trusts: bool
+    adapter_dir: Path,
+    device: str,
+    task: str | None,
+    base: ModelSource | None,
+    trust_remote_code: bool,
 ) -> ModelRef:
-    """Returns the `ModelRef` of an adapter of plain PEFT; `trusts` allows the base its own code."""
-    settings = read_plain_adapter(directory)
-    name = settings.get("base_model_name_or_path")
+    """Returns the `ModelRef` of an adapter that PEFT saved without ftlevel."""
+    peft_config = load_peft_adapter_config(adapter_dir)
+    name = peft_config.get("base_model_name_or_path")
     if base is None and not (name and isinstance(name, str)):
         raise InputError(
-            f"{directory / ADAPTER_CONFIG} names no base model. Write it as "
+            f"{adapter_dir / ADAPTER_CONFIG} names no base model. Write it as "
             "base_model_name_or_path."
         )
-    source = base or _resolve_base(str(name), directory, settings.get("revision"))
-    source = replace(source, trust_remote_code=trusts or source.trust_remote_code)
+    source = base or _resolve_base_source(str(name), adapter_dir, peft_config.get("revision"))
+    source = replace(source, trust_remote_code=trust_remote_code or source.trust_remote_code)
     config = load_config(source)
-    definition = TASKS[_adapter_task(directory, settings, config, task)]
-    if definition.has_new_head:
-        auto_class = definition.auto_class(model_kind(config), config.model_type)
-        outputs = _count_outputs(directory, build_task_model(config, auto_class))
+    base_task = TASKS[_adapter_task(adapter_dir, peft_config, config, task)]
+    if base_task.has_new_head:
+        auto_class = base_task.auto_class(model_kind(config), config.model_type)
+        outputs = _count_outputs(adapter_dir, build_task_model(config, auto_class))
         if outputs not in (0, config.num_labels):
             config = load_config(source, num_labels=outputs)
-    card = build_default_card(source, config, definition, device, directory, settings)
-    message = f"{directory} was not created by ftlevel: its base, {source.name}, cannot be verified"
-    return ModelRef(source, directory, card, None, [message], is_ours=False)
-
-
-def _resolve_foreign(
-    directory: Path, reader: AdapterReader, device: str, task: str | None, base: ModelSource | None
-) -> ModelRef:
-    """Returns the `ModelRef` of an adapter in a different library's format."""
-    adapter = reader.read(directory)
-    definition = TASKS[adapter.task(task)]
-    source = base or _resolve_base(adapter.base, directory)
-    settings = {"peft_type": reader.peft_type, "modules_to_save": adapter.heads}
-    card = build_default_card(source, load_config(source), definition, device, directory, settings)
+    card = create_default_card(source, config, base_task, device, adapter_dir, peft_config)
     message = (
-        f"{directory} was created by {reader.library}: its base, {source.name}, cannot be verified"
+        f"{adapter_dir} was not created by ftlevel: its base, {source.name}, cannot be verified"
     )
-    return ModelRef(source, directory, adapter.complete(card), None, [message], is_ours=False)
+    return ModelRef(source, adapter_dir, card, None, [message], is_ours=False)
 
 
-def find_directory(name: str) -> Path:
+def _resolve_external(
+    adapter_dir: Path,
+    reader: AdapterReader,
+    device: str,
+    task: str | None,
+    base: ModelSource | None,
+) -> ModelRef:
+    """Returns the `ModelRef` of an adapter in another library's format."""
+    adapter = reader.read(adapter_dir)
+    base_task = TASKS[adapter.task(task)]
+    source = base or _resolve_base_source(adapter.base, adapter_dir)
+    peft_config = {"peft_type": reader.peft_type, "modules_to_save": adapter.heads}
+    card = create_default_card(
+        source, load_config(source), base_task, device, adapter_dir, peft_config
+    )
+    message = (
+        f"{adapter_dir} was created by {reader.library}: its base, {source.name}, cannot be "
+        "verified"
+    )
+    return ModelRef(source, adapter_dir, adapter.complete(card), None, [message], is_ours=False)
+
+
+def get_model_dir(name: str) -> Path:
     """Returns the directory with the files of `name`; for a run, its subdirectory `adapter`.
 
     The directory may not exist. Raises InputError if the run has not finished.
@@ -218,21 +241,21 @@ def find_directory(name: str) -> Path:
     path = Path(name).expanduser()
     inner = path / "adapter"
     if not (path / ADAPTER_CONFIG).is_file() and (inner / ADAPTER_CONFIG).is_file():
-        path = inner if card_directory(path) is None else path
-    return card_directory(path) or path
+        path = inner if get_card_dir(path) is None else path
+    return get_card_dir(path) or path
 
 
 def is_model(name: str) -> bool:
     """Whether `name` is a local or builtin full model, not an adapter or a run with an adapter."""
-    path = find_directory(name)
+    path = get_model_dir(name)
     if (path / ADAPTER_CONFIG).is_file():
         return False
     is_gguf = path.suffix == ".gguf" and path.is_file()
     return is_gguf or name.startswith("builtin:") or (path / "config.json").is_file()
 
 
-def card_directory(path: Path) -> Path | None:
-    """Returns the directory, `path` or its `adapter`, that has a card; None for a plain model.
+def get_card_dir(path: Path) -> Path | None:
+    """Returns `path` or its subdirectory `adapter`, whichever has a card; None if neither has.
 
     Raises InputError if the run has not finished.
     """
@@ -248,8 +271,8 @@ def card_directory(path: Path) -> Path | None:
     return None
 
 
-def _task_of_model(config: Any, said: str) -> str:
-    """Returns the task of a model that ftlevel did not train, by architecture; `said` names it."""
+def _task_of_model(config: Any, display_name: str) -> str:
+    """Returns the task of a model that ftlevel did not train, by architecture."""
     tasks = _tasks_of_class(checkpoint_class(config))
     if tasks:
         return tasks[0]
@@ -257,7 +280,8 @@ def _task_of_model(config: Any, said: str) -> str:
         return _DEFAULT_TASK
     architecture = join_names(config.architectures or ()) or config.model_type
     raise InputError(
-        f"{said} does not say what it was trained for: its config.json names {architecture}, a "
+        f"{display_name} does not say what it was trained for: its config.json names "
+        f"{architecture}, a "
         "model without a head. Name the task: --task NAME."
     )
 
@@ -267,16 +291,16 @@ def _tasks_of_class(auto_class: str) -> list[str]:
 
 
 def _adapter_task(
-    directory: Path, settings: Mapping[str, Any], base_config: Any, task: str | None = None
+    adapter_dir: Path, peft_config: Mapping[str, Any], base_config: Any, task: str | None = None
 ) -> str:
-    """Returns the task of an adapter that plain PEFT wrote.
+    """Returns the task of an adapter that PEFT saved without ftlevel.
 
-    `settings` is its adapter_config.json, which may name a task type or, for masked language
-    models, the model class; otherwise, `base_config` decides. Raises InputError if ftlevel has no
-    such task, or `task` differs.
+    `peft_config`, its adapter_config.json, may name a task type or, for masked language models, the
+    model class; otherwise, `base_config` decides. Raises InputError if ftlevel has no such task, or
+    `task` differs.
     """
-    peft_type = settings.get("task_type")
-    class_name = (settings.get("auto_mapping") or {}).get("base_model_class")
+    peft_type = peft_config.get("task_type")
+    class_name = (peft_config.get("auto_mapping") or {}).get("base_model_class")
     if peft_type is not None:
         description = f"task_type {peft_type}"
         tasks = [name for name in TASKS if peft_type in TASKS[name].peft_types.values()]
@@ -285,15 +309,16 @@ def _adapter_task(
         config.architectures = [class_name]
         tasks = _tasks_of_class(checkpoint_class(config))
     else:
-        return task or _task_of_model(base_config, str(directory))
+        return task or _task_of_model(base_config, str(adapter_dir))
     if not tasks:
         raise InputError(
-            f"{directory / ADAPTER_CONFIG} has {description}, for which ftlevel has no task. "
+            f"{adapter_dir / ADAPTER_CONFIG} has {description}, for which ftlevel has no task. "
             f"Expected a task_type of {join_names(_peft_types())}, or a masked language model."
         )
     if task not in (None, *tasks):
         raise InputError(
-            f"{directory} was trained for {tasks[0]} ({description} in its {ADAPTER_CONFIG}), not "
+            f"{adapter_dir} was trained for {tasks[0]} ({description} in its {ADAPTER_CONFIG}), "
+            f"not "
             f"for {task}. Drop --task."
         )
     return task or tasks[0]
@@ -303,9 +328,9 @@ def _peft_types() -> list[str]:
     return list(dict.fromkeys(kind for task in TASKS.values() for kind in task.peft_types.values()))
 
 
-def _count_outputs(directory: Path, meta: Any) -> int:
+def _count_outputs(adapter_dir: Path, meta: Any) -> int:
     """Returns the number of outputs of the head saved with an adapter; 0 if it has none."""
-    tensors, _ = read_header(directory / ADAPTER_WEIGHTS)
+    tensors, _ = read_header(adapter_dir / ADAPTER_WEIGHTS)
     shapes = {f".{name}": tensor.spec.shape for name, tensor in tensors.items()}
     outputs = 0
     for head in find_heads(meta):
@@ -316,74 +341,78 @@ def _count_outputs(directory: Path, meta: Any) -> int:
     return outputs
 
 
-def read_plain_adapter(directory: Path) -> dict[str, Any]:
-    """Returns the adapter_config.json of an adapter that PEFT wrote.
+def load_peft_adapter_config(adapter_dir: Path) -> dict[str, Any]:
+    """Load adapter_config.json of an adapter that PEFT saved.
 
     Raises InputError if the file is invalid or the weights are missing.
     """
-    path = directory / ADAPTER_CONFIG
-    check_regular(directory.iterdir(), str(directory))
+    path = adapter_dir / ADAPTER_CONFIG
+    check_regular(adapter_dir.iterdir(), str(adapter_dir))
     try:
-        settings: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        peft_config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path} is not valid JSON ({error}). Is the copy incomplete?") from None
-    if not isinstance(settings, dict):
+    if not isinstance(peft_config, dict):
         raise InputError(f"{path} is no configuration of an adapter. Expected an object.")
-    if not (directory / ADAPTER_WEIGHTS).is_file():
+    if not (adapter_dir / ADAPTER_WEIGHTS).is_file():
         raise InputError(
-            f"{directory} contains no {ADAPTER_WEIGHTS}. Save the adapter again with PEFT's "
+            f"{adapter_dir} contains no {ADAPTER_WEIGHTS}. Save the adapter again with PEFT's "
             f"save_pretrained."
         )
-    return settings
+    return peft_config
 
 
-def _resolve_base(name: str, directory: Path, revision: str | None = None) -> ModelSource:
-    return resolve_source(name, revision, said=f"{name} (the base of {directory})")
+def _resolve_base_source(name: str, adapter_dir: Path, revision: str | None = None) -> ModelSource:
+    return resolve_source(name, revision, display_name=f"{name} (the base of {adapter_dir})")
 
 
-def build_default_card(
+def create_default_card(
     source: ModelSource,
     config: Any,
     task: BaseTask | None,
     device: str,
-    directory: Path | None = None,
-    settings: Mapping[str, Any] | None = None,
+    adapter_dir: Path | None = None,
+    peft_config: Mapping[str, Any] | None = None,
 ) -> AdapterCard:
-    """Build a card for a model, or an adapter on a model, that ftlevel did not train.
+    """Create a card for a model, or an adapter on a model, that ftlevel did not train.
 
     Prompts are formatted as `train` would. `config` must have as many labels as the head.
-    `settings` is the adapter_config.json, if any. If `task` is None, the card has no task.
+    `peft_config` is adapter_config.json, if any. If `task` is None, the card has no task.
     """
     defaults: dict[str, Any] = {}
     if task is not None:
         kind = model_kind(config)
         task.auto_class(kind, config.model_type)  # raises if the model does not support the task
-        tokenizer = load_tokenizer(find_tokenizer(source, directory))
+        tokenizer = load_tokenizer(get_tokenizer_source(source, adapter_dir))
         ensure_pad_token(tokenizer)
         defaults = task.card_defaults(source, config, tokenizer, kind)
     return AdapterCard(
-        method=str(settings["peft_type"]).lower().replace("_", "-") if settings else PLAIN,
+        method=str(peft_config["peft_type"]).lower().replace("_", "-") if peft_config else PLAIN,
         task=task.name if task is not None else "",
         base={"name": source.name, "kind": source.kind, "revision": source.revision},
         quantization={"kind": "none"},
         dtype=choose_dtype("auto", device, "lora", config.model_type).value,
         max_length=max_positions(config) or 0,
         **defaults,
-        heads=list((settings or {}).get("modules_to_save") or ()),
+        heads=list((peft_config or {}).get("modules_to_save") or ()),
     )
 
 
-def check_whole_adapter(directory: Path) -> None:
+def check_adapter_checkpoint(adapter_dir: Path) -> None:
     """Raise InputError for a checkpoint whose adapter needs a base rewritten by initialization."""
-    run = get_run_dir(directory) if directory.absolute().parent.name == CHECKPOINTS else None
-    if run is None or (directory / CARD).is_file() or not (directory / ADAPTER_CONFIG).is_file():
+    run = get_run_dir(adapter_dir) if adapter_dir.absolute().parent.name == CHECKPOINTS else None
+    if (
+        run is None
+        or (adapter_dir / CARD).is_file()
+        or not (adapter_dir / ADAPTER_CONFIG).is_file()
+    ):
         return
     from ftlevel.methods.merging import read_peft_config  # imports PEFT tuners
 
-    init = read_peft_config(directory).get("init_lora_weights")
+    init = read_peft_config(adapter_dir).get("init_lora_weights")
     if init in BASE_MODIFYING_INITS:
         raise InputError(
-            f"{directory} is a checkpoint of a run that began with init_lora_weights={init!r}, "
+            f"{adapter_dir} is a checkpoint of a run that began with init_lora_weights={init!r}, "
             "which changes the base weights until the run ends. Resume it first: ftlevel train "
             f"--output-dir {quote(str(run))} --resume"
         )
@@ -393,8 +422,10 @@ _LOCAL = ("directory", "gguf")
 _WAY_OUT = "If it is elsewhere now, name its place: --model PATH."
 
 
-def find_base(card: AdapterCard, directory: Path, base: ModelSource | None = None) -> ModelSource:
-    """Returns the base of the adapter in `directory`, after checking its weights.
+def resolve_base(
+    card: AdapterCard, adapter_dir: Path, base: ModelSource | None = None
+) -> ModelSource:
+    """Resolve the base of the adapter in `adapter_dir`, and check its weights.
 
     `base` is the user's choice, if any. A local base is first looked up relative to the adapter, so
     that both may be moved together. Raises InputError if the base is missing or has other weights.
@@ -402,17 +433,17 @@ def find_base(card: AdapterCard, directory: Path, base: ModelSource | None = Non
     if base is not None:
         source = base
     elif card.base.get("kind") in _LOCAL:
-        source = _find_local(card, directory)
+        source = _resolve_local_base(card, adapter_dir)
     else:
         try:
-            source = _resolve_base(card.base["name"], directory, card.base.get("revision"))
+            source = _resolve_base_source(card.base["name"], adapter_dir, card.base.get("revision"))
         except InputError as error:
             raise InputError(f"{error} {_WAY_OUT}") from None
-    check_base(source, card, directory)
+    check_base(source, card, adapter_dir)
     return source
 
 
-def find_full_base(ref: ModelRef) -> ModelRef | None:
+def get_original_base(ref: ModelRef) -> ModelRef | None:
     """Returns `ref` with its base in place of the weights that `--method full` trained.
 
     None for a different method, a new head, or a base that is missing or has changed.
@@ -421,29 +452,29 @@ def find_full_base(ref: ModelRef) -> ModelRef | None:
     if card.method != "full" or card.merge or card.quantized or card.heads or path is None:
         return None
     try:
-        source = find_base(card, path)
+        source = resolve_base(card, path)
     except InputError:
         return None
     return replace(ref, source=source, run=None, notes=[])
 
 
-def _find_local(card: AdapterCard, directory: Path) -> ModelSource:
+def _resolve_local_base(card: AdapterCard, adapter_dir: Path) -> ModelSource:
     name, relative = card.base["name"], card.base.get("path")
-    tried = [resolve_relative(relative, directory)] if relative else []
-    tried = list(dict.fromkeys([*tried, Path(name)]))
-    existing = [path for path in tried if path.exists()]
+    candidates = [resolve_relative(relative, adapter_dir)] if relative else []
+    candidates = list(dict.fromkeys([*candidates, Path(name)]))
+    existing = [path for path in candidates if path.exists()]
     if not existing:
         raise InputError(
-            f"the base model of {directory} is not there (looked for at "
-            f"{join_names(map(str, tried))}). Name its place: --model PATH."
+            f"the base model of {adapter_dir} is not there (looked for at "
+            f"{join_names(map(str, candidates))}). Name its place: --model PATH."
         )
     expected = card.base.get("fingerprint")
     if len(existing) > 1:
         existing = [p for p in existing if base_fingerprint(p) == expected] or existing
-    return _resolve_base(str(existing[0]), directory)
+    return _resolve_base_source(str(existing[0]), adapter_dir)
 
 
-def check_base(source: ModelSource, card: AdapterCard, directory: Path) -> None:
+def check_base(source: ModelSource, card: AdapterCard, adapter_dir: Path) -> None:
     """Raise InputError if the weights of `source` are not those of the base in training."""
     expected = card.base.get("fingerprint")
     if source.path is None or expected is None:
@@ -453,7 +484,7 @@ def check_base(source: ModelSource, card: AdapterCard, directory: Path) -> None:
         expected, actual = digest, hash_weights(source.path)
     if actual != expected:
         raise InputError(
-            f"{directory} was trained on {card.base['name']} with weights {expected[:12]}…, and "
+            f"{adapter_dir} was trained on {card.base['name']} with weights {expected[:12]}…, and "
             f"{source.label} has other weights ({actual[:12]}…). On them the adapter would be "
             "wrong silently. Name the base that it was trained on: --model PATH, or train again."
         )
@@ -464,7 +495,7 @@ def check_cached_base(ref: ModelRef) -> None:
     if ref.source.kind == "hub" and ref.card.base.get("fingerprint") is not None:
         local = local_directory(ref.source)
         source = replace(ref.source, kind="directory", location=str(local))
-        check_base(source, ref.card, ref.adapter_directory)
+        check_base(source, ref.card, ref.adapter_path)
 
 
 NAMED = "model.json"
@@ -479,36 +510,37 @@ class ReferenceModel:
     ref: ModelRef
     fingerprint: str
 
-    def write(self, directory: Path, beside: Path) -> None:
-        """Write name and fingerprint to `directory`; a local path also relative to `beside`."""
+    def write(self, record_dir: Path, base_dir: Path) -> None:
+        """Save name and fingerprint in `record_dir`; a local path also relative to `base_dir`."""
         path = Path(self.name).expanduser()
-        local = {"path": relative_path(path, beside)} if path.exists() else {}
+        local = {"path": relative_path(path, base_dir)} if path.exists() else {}
         name = str(path.absolute()) if local else self.name
-        write_json(directory / NAMED, {"name": name, **local, "fingerprint": self.fingerprint})
+        write_json(record_dir / NAMED, {"name": name, **local, "fingerprint": self.fingerprint})
 
 
 def resolve_reference(
     flag: str, name: str, kind: str, tokenizer: Any, device: str
 ) -> ReferenceModel:
-    """Resolve the auxiliary model `name`, and check that it can score the run's rows.
+    """Resolve the reference or teacher `name`, and check that it can score the run's rows.
 
     `flag` names it in messages; `kind` and `tokenizer` are those of the model being trained. Raises
     InputError if the model does not exist, generates no text, or differs in kind or vocabulary.
     """
-    said = f"{flag} {name}"
-    ref = resolve_model(name, device=device, said=said)
+    display_name = f"{flag} {name}"
+    ref = resolve_model(name, device=device, display_name=display_name)
     if not ref.configured_task.generates_text:
         raise InputError(
-            f"{said} was trained for {ref.task}: it writes no text. Name one that does."
+            f"{display_name} was trained for {ref.task}: it writes no text. Name one that does."
         )
     if ref.model_kind != kind:
         raise InputError(
-            f"{said} is {with_article(ref.model_kind)}, and the model that is trained is "
+            f"{display_name} is {with_article(ref.model_kind)}, and the model that is trained is "
             f"{with_article(kind)}. Name {with_article(kind)}."
         )
     if ref.load_tokenizer().get_vocab() != tokenizer.get_vocab():
         raise InputError(
-            f"{said}: its tokenizer differs from that of the model that is trained, so it cannot "
+            f"{display_name}: its tokenizer differs from that of the model that is trained, so "
+            f"it cannot "
             f"be used on the same tokens. Choose a model with the same tokenizer."
         )
     return ReferenceModel(name, ref, compute_fingerprint(ref))
@@ -520,39 +552,44 @@ def resolve_text_model(flag: str, name: str, device: str, dtype: str) -> Referen
     Its fingerprint also covers pooling, normalization and prompts. Raises InputError if it does not
     exist, or is neither an embedding model nor, as a teacher, a reranker.
     """
-    said = f"{flag} {name}"
-    ref = resolve_model(name, device=device, dtype=dtype, said=said, needs_task=False)
-    task = ref.task or find_task(find_directory(name)) or _task_of_texts(ref)
+    display_name = f"{flag} {name}"
+    ref = resolve_model(
+        name, device=device, dtype=dtype, display_name=display_name, needs_task=False
+    )
+    task = ref.task or find_task(get_model_dir(name)) or _task_of_texts(ref)
     allowed = ("embedding",) if flag == "--guide" else ("embedding", "reranking")
     if task not in allowed:
-        raise InputError(f"{said} was trained for {task}. Name a model for {' or '.join(allowed)}.")
+        raise InputError(
+            f"{display_name} was trained for {task}. Name a model for {' or '.join(allowed)}."
+        )
     if not ref.task:
-        ref = resolve_model(name, task, device=device, dtype=dtype, said=said)
-    form = json.dumps([compute_fingerprint(ref), ref.card.options], sort_keys=True, default=str)
-    return ReferenceModel(name, ref, hashlib.sha256(form.encode()).hexdigest())
+        ref = resolve_model(name, task, device=device, dtype=dtype, display_name=display_name)
+    content = json.dumps([compute_fingerprint(ref), ref.card.options], sort_keys=True, default=str)
+    return ReferenceModel(name, ref, hashlib.sha256(content.encode()).hexdigest())
 
 
 def _task_of_texts(ref: ModelRef) -> str:
-    """Returns the task of a plain model: a classifier with one label is a reranker."""
+    """Returns "reranking" for a classifier with one label, else "embedding"."""
     config = load_config(ref.source)
     is_classifier = checkpoint_class(config) == "AutoModelForSequenceClassification"
     return "reranking" if is_classifier and config.num_labels == 1 else "embedding"
 
 
-def resolve_recorded_reference(directory: Path, beside: Path, device: str) -> ReferenceModel:
-    """Resolve the model that `write` recorded in `directory`; InputError if its weights changed."""
-    recorded = json.loads((directory / NAMED).read_text(encoding="utf-8"))
-    name = recorded["name"]
-    if recorded.get("path") and (path := resolve_relative(recorded["path"], beside)).exists():
+def load_reference(record_dir: Path, base_dir: Path, device: str) -> ReferenceModel:
+    """Resolve the model that `ReferenceModel.write` saved; InputError if its weights changed."""
+    record = json.loads((record_dir / NAMED).read_text(encoding="utf-8"))
+    name = record["name"]
+    if record.get("path") and (path := resolve_relative(record["path"], base_dir)).exists():
         name = str(path)
-    said = f"{name} (the reference of {beside})"
-    ref = resolve_model(name, device=device, said=said)
-    if compute_fingerprint(ref) != recorded["fingerprint"]:
+    display_name = f"{name} (the reference of {base_dir})"
+    ref = resolve_model(name, device=device, display_name=display_name)
+    if compute_fingerprint(ref) != record["fingerprint"]:
         raise InputError(
-            f"{said} has other weights than in training, and rewards against it would be others. "
+            f"{display_name} has other weights than in training, and rewards against it would be "
+            f"others. "
             "Put the former ones there, or train again."
         )
-    return ReferenceModel(name, ref, recorded["fingerprint"])
+    return ReferenceModel(name, ref, record["fingerprint"])
 
 
 def compute_fingerprint(ref: ModelRef) -> str:
@@ -560,13 +597,13 @@ def compute_fingerprint(ref: ModelRef) -> str:
 
     For a model on the Hub, name and revision take the place of the weights.
     """
-    path, digest = ref.source.path, hashlib.sha256()
+    path, hasher = ref.source.path, hashlib.sha256()
     if path is None:
-        digest.update(f"{ref.base}@{ref.source.revision}".encode())
+        hasher.update(f"{ref.base}@{ref.source.revision}".encode())
     else:
-        digest.update((hash_weights(path) if path.is_dir() else file_fingerprint(path)).encode())
+        hasher.update((hash_weights(path) if path.is_dir() else file_fingerprint(path)).encode())
     for pattern in ("*.safetensors", "*.bin", "adapter_config.json"):
         for file in sorted(ref.directory.glob(pattern)) if ref.directory else []:
-            digest.update(f"{file.name} {file_fingerprint(file)}".encode())
-    digest.update(json.dumps(ref.quantization, sort_keys=True, default=str).encode())
-    return digest.hexdigest()
+            hasher.update(f"{file.name} {file_fingerprint(file)}".encode())
+    hasher.update(json.dumps(ref.quantization, sort_keys=True, default=str).encode())
+    return hasher.hexdigest()

@@ -22,8 +22,8 @@ from ftlevel.config.trainer import TrainerConfig
 from ftlevel.errors import ConfigError, did_you_mean, join_names
 from ftlevel.evaluation.intervals import (
     ExampleRecord,
-    generates_texts,
     select_metrics,
+    should_generate,
     uses_text_metrics,
 )
 from ftlevel.events import Listener
@@ -148,7 +148,7 @@ def _choose_metric(train: TrainerConfig, task: BaseTask, objective: Objective) -
     the main metric is perplexity, or needs generated text and so covers few rows.
     """
     requested, selected = train.metric_for_best_model, train.metrics
-    generates = generates_texts(train.predict_with_generate, task) and uses_text_metrics(
+    generates = should_generate(train.predict_with_generate, task) and uses_text_metrics(
         selected, task
     )
     computed = ("loss", *objective.metrics, *(task.text_metrics if generates else ()))

@@ -15,7 +15,7 @@ from ftlevel.config import MethodConfig
 from ftlevel.config.trainer import TrainerConfig
 from ftlevel.data.encoding.collate import CollatorWithRows
 from ftlevel.data.prepare.streaming import StreamedRows
-from ftlevel.evaluation.intervals import generates_texts, uses_text_metrics
+from ftlevel.evaluation.intervals import should_generate, uses_text_metrics
 from ftlevel.evaluation.rollouts import RewardEvaluator, Rollouts, score_rows
 from ftlevel.evaluation.scoring import Evaluator
 from ftlevel.evaluation.server import BOUND, ServerSampler
@@ -165,7 +165,7 @@ def build_rollouts(
         method=run.config.method.kind,
         device=planned.device,
         dtype=planned.dtype,
-        where=where or run.data.table.where,
+        get_location=where or run.data.table.where,
         teacher=teacher,
         server=server,
     )
@@ -217,7 +217,7 @@ def build_evaluator(
             run, model, teacher, server, lambda row: f"validation row {row + 1}"
         )
         return RewardEvaluator(**shared, generated_rows=generated, rollouts=rollouts)
-    generates = generates_texts(section.predict_with_generate, run.task)
+    generates = should_generate(section.predict_with_generate, run.task)
     return Evaluator(
         **shared,
         generated_rows=generated

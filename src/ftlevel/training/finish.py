@@ -20,14 +20,14 @@ from ftlevel.config import IN_MEMORY, MethodConfig, OutputConfig
 from ftlevel.data.prepare.streaming import StreamedRows
 from ftlevel.errors import RunError
 from ftlevel.evaluation.intervals import ExampleRecord, interval, select_metrics
-from ftlevel.evaluation.scoring import KEPT, Evaluator, row_lines
+from ftlevel.evaluation.scoring import KEPT, Evaluator, iterate_results
 from ftlevel.events import Listener
 from ftlevel.extensions import hooks
 from ftlevel.methods import needs_import
 from ftlevel.models.kinds import write_former_rope
 from ftlevel.models.quantization import stored_quantization
 from ftlevel.objectives import PolicyObjective
-from ftlevel.trained.adapt import finish_method, save_adapter
+from ftlevel.trained.adapt import finalize_method, save_adapter
 from ftlevel.training.best import PredictionRecorder
 from ftlevel.training.callbacks import Report
 from ftlevel.training.model import PreparedModel
@@ -79,7 +79,7 @@ def save(
     reference of preference training. `weights` is the gathered state dict of a sharded model.
     """
     model, partial = adapted.model, directory.adapter.with_name(".adapter.partial")
-    finish_method(model, run.config.method)
+    finalize_method(model, run.config.method)
     if partial.exists():
         shutil.rmtree(partial)
     if hasattr(model, "peft_config"):
@@ -153,7 +153,7 @@ def describe_answers(
         return [], {}
     initial = answers.of(0) if step else None
     labels = run.data.facts["labels"] or ()
-    lines = row_lines(
+    lines = iterate_results(
         record, labels, lambda row: f"row {row + 1:,}", base=initial, evaluator=evaluator
     )
     return list(lines), _intervals(record, evaluator)

@@ -48,7 +48,12 @@ from ftlevel.models.quantization import build_quantization_config, stored_quanti
 from ftlevel.models.upstream.quantizers import carry_quant_states, scales_of
 from ftlevel.models.upstream.shards import UnreadWeights, local_shard, whole
 from ftlevel.models.upstream.tensors import inner_tensors
-from ftlevel.trained.adapt import apply_method, copy_start, load_initial_weights, train_in_float32
+from ftlevel.trained.adapt import (
+    apply_method,
+    copy_initial_state,
+    load_initial_weights,
+    train_in_float32,
+)
 from ftlevel.training.memory import set_checkpointing, use_expandable_segments
 from ftlevel.training.plan.run import PlannedModel, Run
 from ftlevel.training.processes import started_processes
@@ -367,7 +372,7 @@ def load_adapted(run: Run, listener: Listener) -> PreparedModel:
     fast = apply_fast_step(model, run, listener)
     if choices := set_checkpointing(model, run):
         listener.choices("train", choices)
-    return PreparedModel(model, copy_start(model, run.config.method), fast, digests)
+    return PreparedModel(model, copy_initial_state(model, run.config.method), fast, digests)
 
 
 def apply_run_method(base: Any, run: Run) -> Any:

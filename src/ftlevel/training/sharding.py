@@ -37,7 +37,7 @@ from ftlevel.models.upstream.shards import (
     write_parts,
 )
 from ftlevel.objectives import LikelihoodObjective, PolicyObjective, StepObjective
-from ftlevel.trained.adapt import finish_method, load_initial_weights
+from ftlevel.trained.adapt import finalize_method, load_initial_weights
 from ftlevel.training.gradients import GradientMonitor
 from ftlevel.training.model import PreparedModel, gather, trainable_parameters
 from ftlevel.training.plan.run import Run
@@ -198,7 +198,7 @@ def save_sharded(
     if not hasattr(adapted.model, "peft_config"):
         weights = dict(gather(adapted.model, keep=processes.is_first))
     write = functools.partial(save, weights)
-    finish = functools.partial(finish_method, adapted.model, method)
+    finish = functools.partial(finalize_method, adapted.model, method)
     processes.in_all(write if processes.is_first else finish)
 
 

@@ -118,7 +118,7 @@ def _words(row: Encoded) -> tuple[str, ...]:
 def _rerank(
     rows: Sequence[Encoded], loaded: LoadedModel, task: RerankingTask
 ) -> list[tuple[float, ...]]:
-    model = InferenceModel(loaded, GenerationOptions(1), None, cuts=True)
+    model = InferenceModel(loaded, GenerationOptions(1), None, truncate=True)
     scores: list[tuple[float, ...]] = []
     with model.inference():
         for start in range(0, len(rows), _WINDOW):

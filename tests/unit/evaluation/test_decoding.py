@@ -12,9 +12,9 @@ import tiny_models
 from ftlevel.evaluation import decoding
 from ftlevel.evaluation.decoding import (
     RowDecoder,
-    common_beginning,
-    find_decoder_obstacle,
-    find_decoding_error,
+    get_decoder_error,
+    get_decoder_limitation,
+    get_shared_prefix,
 )
 
 PROMPTS = [[5 + (i * 7 + k * k) % 400 for k in range(3 + (i * 11) % 29)] for i in range(11)]
@@ -38,10 +38,10 @@ def test_each_row_is_what_generate_writes_alone(family: str) -> None:
         stops = [max((c, token) for token, c in counts.items() if c < len(plain))[1]]
         expected = [alone(model, prompt, stops) for prompt in PROMPTS]
         assert len({len(text) for text in expected}) > 1
-        assert find_decoder_obstacle(model, "decoder", "lora") == ""
+        assert get_decoder_limitation(model, "decoder", "lora") == ""
         decoder = RowDecoder(model, stops, 0)
         try:
-            assert find_decoding_error(decoder, model, PROMPTS[2], 1e-4) == ""
+            assert get_decoder_error(decoder, model, PROMPTS[2], 1e-4) == ""
             for size in (1, 3, 16):
                 assert decoder(PROMPTS, MOST, size) == expected, size
         finally:
@@ -56,7 +56,7 @@ def test_what_prompts_begin_with_is_computed_once(
     model = tiny_models.build(family, "causal").eval()
     beginning = [9 + (k * 13) % 300 for k in range(20)]
     prompts = [[*beginning, *prompt] for prompt in PROMPTS]
-    assert common_beginning(prompts) == beginning
+    assert get_shared_prefix(prompts) == beginning
     fed = []
     forward = RowDecoder._forward
 
@@ -84,21 +84,21 @@ def test_what_prompts_begin_with_is_computed_once(
      ([[1, 2, 3], [1, 4]], [1]), ([[2], [1, 2]], [])],
 )  # fmt: skip
 def test_a_prompt_has_a_token_of_its_own(prompts: list[list[int]], common: list[int]) -> None:
-    assert common_beginning(prompts) == common
+    assert get_shared_prefix(prompts) == common
 
 
 def test_what_is_left_to_generate(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert "window" in find_decoder_obstacle(
+    assert "window" in get_decoder_limitation(
         tiny_models.build("gemma3_text", "causal"), "decoder", "none"
     )
-    assert "one stack" in find_decoder_obstacle(
+    assert "one stack" in get_decoder_limitation(
         tiny_models.build("t5", "seq2seq"), "encoder-decoder", "none"
     )
     model = tiny_models.build("llama", "causal").eval()
-    assert "virtual tokens" in find_decoder_obstacle(model, "decoder", "p-tuning")
+    assert "virtual tokens" in get_decoder_limitation(model, "decoder", "p-tuning")
     model.generation_config = GenerationConfig(repetition_penalty=1.1, eos_token_id=2)
     assert (
-        find_decoder_obstacle(model, "decoder", "lora")
+        get_decoder_limitation(model, "decoder", "lora")
         == "its generation_config has repetition_penalty"
     )
 
@@ -116,5 +116,5 @@ def test_a_model_that_mixes_places_is_found_out(monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(decoding, "join", shift)
     with torch.no_grad():
-        assert "other scores" in find_decoding_error(decoder, model, PROMPTS[2], 1e-4)
+        assert "other scores" in get_decoder_error(decoder, model, PROMPTS[2], 1e-4)
     decoder.close()

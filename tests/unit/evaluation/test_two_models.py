@@ -12,10 +12,10 @@ from peft import LoraConfig, get_peft_model
 from ftlevel.artifacts.cards import format_difference
 from ftlevel.data.encoding.encode import Encoded
 from ftlevel.evaluation.two_models import (
-    MOST_TARGETS,
-    ComparisonProbe,
+    MAX_TARGETS,
+    ComparisonSet,
     RowLogits,
-    compare_rows,
+    compare_logits,
     in_float32,
 )
 from ftlevel.tasks.classes import Classes, MultiLabel
@@ -28,7 +28,7 @@ from tiny_models import build, build_batch, compute_logits
 def test_the_figures_are_those_of_their_definitions() -> None:
     first, second = torch.tensor([[1.0, 2.0, 0.0], [4.0, 0.0, 1.0]]), torch.zeros(2, 3)
     second[0, 1] = 2.0
-    found = compare_rows(RowLogits([first], 1.5, 2), RowLogits([second], 1.25, 2))
+    found = compare_logits(RowLogits([first], 1.5, 2), RowLogits([second], 1.25, 2))
     p, q = first.softmax(-1), second.softmax(-1)
     assert found.kl == pytest.approx((p * (p / q).log()).sum(-1).mean().item(), rel=1e-5)
     assert found.top1 == 1.0  # of equal numbers the first is the largest
@@ -39,7 +39,9 @@ def test_the_figures_are_those_of_their_definitions() -> None:
 
 def test_scores_that_choose_nothing_are_told_apart_by_their_difference() -> None:
     first, second = torch.tensor([[0.5], [1.0]]), torch.tensor([[0.0], [2.0]])
-    found = compare_rows(RowLogits([first], 1.0, 2, has_choice=False), RowLogits([second], 1.0, 2))
+    found = compare_logits(
+        RowLogits([first], 1.0, 2, has_choice=False), RowLogits([second], 1.0, 2)
+    )
     assert (found.kl, found.top1, found.distance) == (None, None, 0.75)
     assert format_difference(asdict(found)) == "0.75 on average"
 
@@ -60,9 +62,9 @@ def test_targets_are_the_supervised_ones() -> None:
 
 def test_no_more_targets_are_kept_than_fit() -> None:
     rows = [Encoded(list(range(10, 110)), list(range(10, 110)), i) for i in range(8)]
-    probe = ComparisonProbe(rows, Tokens("x", shifted=True), 0, "cpu")
+    probe = ComparisonSet(rows, Tokens("x", shifted=True), 0, "cpu")
     scores = probe.score(build("llama"), "float32")
-    assert scores.targets == sum(map(len, scores.logits)) == MOST_TARGETS
+    assert scores.targets == sum(map(len, scores.logits)) == MAX_TARGETS
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "bert", "t5", "mixtral"])

@@ -17,7 +17,7 @@ from ftlevel.methods.adalora.allocation import Allocation
 from ftlevel.models.module_tree import find_heads
 from ftlevel.objectives import TrainingLoss
 from ftlevel.tasks import TASKS
-from ftlevel.trained.adapt import apply_method, copy_start, load_adapter, save_adapter
+from ftlevel.trained.adapt import apply_method, copy_initial_state, load_adapter, save_adapter
 from ftlevel.training.build_trainer import build_optimizer
 from ftlevel.training.plan.method import find_method_targets
 
@@ -118,7 +118,7 @@ def test_a_start_inside_the_base_is_saved_for_the_untouched_base(tmp_path, init,
     before = _logits(base)
     assert torch.allclose(_logits(model), before, atol=1e-5)
     spec = SPECS["lora"](init_lora_weights=init)
-    start, optimizer = copy_start(model, spec), optimizer_of(model)
+    start, optimizer = copy_initial_state(model, spec), optimizer_of(model)
     for _ in range(3):
         step(model, optimizer)
     save_adapter(model, spec, tmp_path, start)
@@ -133,7 +133,7 @@ def test_a_start_inside_the_base_is_saved_for_the_untouched_base(tmp_path, init,
 
 def test_a_plain_lora_is_saved_as_it_is(tmp_path):
     _, model = adapted("lora", r=4)
-    assert copy_start(model, SPECS["lora"]()) == {}
+    assert copy_initial_state(model, SPECS["lora"]()) == {}
     save_adapter(model, SPECS["lora"](), tmp_path, {})
     assert {t.shape[0] for n, t in _tensors(tmp_path).items() if "lora_A" in n} == {4}
 

@@ -19,8 +19,8 @@ from ftlevel.config import TrainConfig, TrainerConfig
 from ftlevel.evaluation.intervals import (
     MetricRuns,
     compute_difference,
-    generates_texts,
     select_metrics,
+    should_generate,
 )
 from ftlevel.extras.report.page import report
 from ftlevel.tasks import TASKS
@@ -81,7 +81,7 @@ def ranking_metric(train: TrainerConfig, task: str, headline: str) -> str:
     """Returns the requested metric, else the task's main metric, or loss if it is not computed."""
     if train.metric_for_best_model is not None:
         return train.metric_for_best_model.removeprefix("eval_")
-    generates = generates_texts(train.predict_with_generate, TASKS[task])
+    generates = should_generate(train.predict_with_generate, TASKS[task])
     is_missing = headline in TASKS[task].text_metrics and not generates
     is_missing |= headline not in select_metrics({headline: None}, train.metrics)
     return "loss" if is_missing else headline

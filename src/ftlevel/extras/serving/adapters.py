@@ -205,7 +205,7 @@ def plan_adapters(
             notes += check_for(entry, target)
             writer.check(entry)
             form = compute_normal_form(
-                entry.ref.adapter_directory, entry.peft_config, entry.base, config.max_rank
+                entry.ref.adapter_path, entry.peft_config, entry.base, config.max_rank
             )
             form = form and check_form(form, entry, target)
         except InputError as error:
@@ -355,7 +355,7 @@ class AdaptersExport:
             try:
                 form = probe_normal_form(
                     tuned.cpu(),
-                    entry.ref.adapter_directory,
+                    entry.ref.adapter_path,
                     entry.peft_config,
                     entry.base,
                     self.config.max_rank,
@@ -406,7 +406,7 @@ class AdaptersExport:
         effect = answers.largest_difference(trained, base) if base is not None else 0.0
         quantization = entry.ref.quantization.get("kind", "none")
         quantized = None
-        if quantization != "none" and not entry.ref.is_stored_quantized:
+        if quantization != "none" and not entry.ref.is_prequantized:
             as_trained = entry.ref.load(device).model
             quantized = answers.divergence(run_prompts(as_trained, entry, prompts), outputs)
         return AdapterCheck(difference, scale, effect, quantized)

@@ -17,7 +17,7 @@ from ftlevel.errors import ConfigError, InputError, join_names, with_article
 from ftlevel.merging.normal_form import BaseWeights, open_base
 from ftlevel.methods.merging import read_peft_config
 from ftlevel.models.loading import load_tokenizer
-from ftlevel.trained.adapt import find_reader
+from ftlevel.trained.adapt import get_adapter_reader
 from ftlevel.trained.model_ref import ModelRef
 
 
@@ -217,7 +217,7 @@ class ServedModel:
     @cached_property
     def peft_config(self) -> dict[str, Any]:
         """The adapter's adapter_config.json."""
-        return read_peft_config(self.ref.adapter_directory)
+        return read_peft_config(self.ref.adapter_path)
 
     @property
     def answers(self) -> bool:
@@ -277,7 +277,7 @@ class ServedModel:
     def in_float32(self, *, with_adapter: bool = True) -> ModelRef:
         """Returns the model to load in float32, with a base that is not quantized on loading."""
         ref = self.ref.with_card(dtype="float32")
-        if not ref.is_stored_quantized:
+        if not ref.is_prequantized:
             ref = ref.with_card(quantization={"kind": "none"})
         return ref if with_adapter else replace(ref, directory=None)
 
@@ -289,7 +289,7 @@ def adapter_name(ref: ModelRef) -> str:
 
 
 def _named(entry: ServedModel) -> str:
-    return str(entry.ref.run or entry.ref.adapter_directory)
+    return str(entry.ref.run or entry.ref.adapter_path)
 
 
 def open_entry(name: str, ref: ModelRef, server: Server | None) -> ServedModel:
@@ -304,7 +304,7 @@ def open_entry(name: str, ref: ModelRef, server: Server | None) -> ServedModel:
                 f"{' && '.join(build_model_commands(server, path, path.name))}"
             )
         raise InputError(f"{fact}. For one file name --format gguf.")
-    if (reader := find_reader(ref.directory)) is not None:
+    if (reader := get_adapter_reader(ref.directory)) is not None:
         raise InputError(f"{name} is in {reader.name}'s form, which no server of ours loads.")
     return ServedModel(name, ref)
 
@@ -317,7 +317,7 @@ def check_for(entry: ServedModel, server: Server | None) -> list[str]:
     notes = []
     quantization, is_stored = (
         entry.ref.quantization.get("kind", "none"),
-        entry.ref.is_stored_quantized,
+        entry.ref.is_prequantized,
     )
     if quantization != "none" and not is_stored:
         notes.append(

@@ -24,11 +24,9 @@ class PeftWriter:
         """Write the adapter into the directory `directory`."""
         write_normal(directory, form, entry)
         for pattern in TOKENIZER_FILES:
-            for path in sorted(entry.ref.adapter_directory.glob(pattern)):
-                (directory / path.relative_to(entry.ref.adapter_directory)).parent.mkdir(
-                    exist_ok=True
-                )
-                shutil.copyfile(path, directory / path.relative_to(entry.ref.adapter_directory))
+            for path in sorted(entry.ref.adapter_path.glob(pattern)):
+                (directory / path.relative_to(entry.ref.adapter_path)).parent.mkdir(exist_ok=True)
+                shutil.copyfile(path, directory / path.relative_to(entry.ref.adapter_path))
 
     def read(self, directory: Path, form: NormalForm, _entry: ServedModel) -> NormalForm:
         """Load the files back."""

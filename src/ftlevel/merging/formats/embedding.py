@@ -142,7 +142,7 @@ def write_scores(path: Path, name: str, server: str | None, model: LoadedModel, 
     task = model.task
     if not isinstance(task, RerankingTask):
         raise TypeError(f"{task.name} gives no scores")
-    inference = InferenceModel(model, GenerationOptions(1), None, cuts=True)
+    inference = InferenceModel(model, GenerationOptions(1), None, truncate=True)
     query = EmbeddingRow(QUERY, 0, TEXTS, (0.0,) * len(TEXTS))
     with inference.inference():
         (scores,) = task.score_documents(inference, [query])

@@ -20,12 +20,12 @@ from ftlevel.data.encoding.encode import Encoded
 from ftlevel.errors import InputError, RunError
 from ftlevel.evaluation.two_models import (
     Agreement,
-    ComparisonProbe,
+    ComparisonSet,
     RowLogits,
-    compare_rows,
-    cut_windows,
+    compare_logits,
     in_float32,
-    read_eval_text,
+    load_eval_text,
+    split_into_windows,
 )
 from ftlevel.events import Listener
 from ftlevel.merging.formats import embedding
@@ -152,7 +152,7 @@ def check_file(
         )
     with in_float32(model):
         outputs = probe.score(model, "float32")
-    file = compare_rows(expected, outputs)
+    file = compare_logits(expected, outputs)
     if not file.max_difference <= BOUND * file.scale:
         raise RunError(
             f"the file is not the model: read back by transformers, its logits differ by up to "
@@ -161,25 +161,27 @@ def check_file(
         )
     splitting = vocabulary.pre in READ_BY_TRANSFORMERS
     run = beside_run(model) if beside_run else None
-    return FileCheck(file, compare_rows(reference, outputs), run, copied_settings, texts, splitting)
+    return FileCheck(
+        file, compare_logits(reference, outputs), run, copied_settings, texts, splitting
+    )
 
 
-def _probe(original: Original) -> ComparisonProbe:
+def _probe(original: Original) -> ComparisonSet:
     """Returns the text windows on which the file is compared with `original`."""
-    text = read_eval_text(None, original.tokens)
+    text = load_eval_text(None, original.tokens)
     length = min(_WINDOW, max_positions(original.config) or _WINDOW)
     rows = [
         Encoded(ids, list(ids), index)
         for index, ids in enumerate(
-            cut_windows(original.tokenizer, text.content, original.tokens, length)
+            split_into_windows(original.tokenizer, text.content, original.tokens, length)
         )
     ]
     objective = TASKS["text-generation"].build_objective("decoder", {})
-    return ComparisonProbe(rows, objective, original.tokenizer.pad_token_id or 0, original.device)
+    return ComparisonSet(rows, objective, original.tokenizer.pad_token_id or 0, original.device)
 
 
 def _ask_original(
-    probe: ComparisonProbe, outtype: str, tensors: Sequence[GGUFTensor], original: Original
+    probe: ComparisonSet, outtype: str, tensors: Sequence[GGUFTensor], original: Original
 ) -> tuple[RowLogits, RowLogits]:
     """Returns the original's logits with its own weights, and with those rounded as in the file."""
     # Scaled block values are not representable in 16-bit precision, so they need float32.

@@ -33,7 +33,7 @@ from ftlevel.config.rl import RL_TASK
 from ftlevel.data.encoding.encode import Encoded
 from ftlevel.data.encoding.store import row_lengths
 from ftlevel.errors import ConfigError, did_you_mean, join_names
-from ftlevel.evaluation.decoding import ROOM
+from ftlevel.evaluation.decoding import CACHE_GROWTH
 from ftlevel.evaluation.rollouts import open_rewards
 from ftlevel.evaluation.sampling import PREFILL_TOKENS, SamplingOptions
 from ftlevel.events import NullListener
@@ -92,8 +92,8 @@ class RolloutSize:
         groups = getattr(text, "num_key_value_heads", None) or heads
         width = getattr(text, "head_dim", None) or text.hidden_size // heads
         token = 2 * text.num_hidden_layers * groups * width * DTYPES[run.model.dtype].itemsize
-        shared = self.prompts * (self.prompt + ROOM)
-        return int(token * (shared + copies * self.rows * (self.completion + ROOM)))
+        shared = self.prompts * (self.prompt + CACHE_GROWTH)
+        return int(token * (shared + copies * self.rows * (self.completion + CACHE_GROWTH)))
 
     def prefill_bytes(self, run: Run) -> int:
         """Returns the activation bytes of one layer during the prefill of one batch of prompts."""
@@ -137,7 +137,9 @@ def scoring_models(run: Run) -> list[ModelRef]:
     device, teacher = run.model.device, run.config.distillation.teacher
     names = [("--teacher", teacher)] if teacher else []
     names += [("--reward", spec.name) for spec in run.config.rl.rewards if spec.kind == "model"]
-    return [resolve_model(name, device=device, said=f"{flag} {name}") for flag, name in names]
+    return [
+        resolve_model(name, device=device, display_name=f"{flag} {name}") for flag, name in names
+    ]
 
 
 def estimate_scoring_bytes(run: Run) -> int:

@@ -23,13 +23,18 @@ from ftlevel.models.hardware import choose_device
 from ftlevel.models.loading import build_task_model
 from ftlevel.models.sources import resolve_source
 from ftlevel.tasks import TASKS
-from ftlevel.trained.adapt import apply_method, compact_targets, describe_state, find_reader
+from ftlevel.trained.adapt import (
+    apply_method,
+    get_adapter_reader,
+    get_expected_tensors,
+    get_shortest_targets,
+)
 from ftlevel.trained.resolve import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
-    find_directory,
+    get_model_dir,
     is_model,
-    read_plain_adapter,
+    load_peft_adapter_config,
     resolve_model,
 )
 from ftlevel.training.plan.run import Run, StartingAdapter
@@ -51,7 +56,7 @@ def resolve_adapter(config: TrainConfig) -> tuple[TrainConfig, StartingAdapter |
     if config.model.adapter is None:
         return config, None, []
     name, model = config.model.adapter, config.model
-    directory = find_directory(name)
+    directory = get_model_dir(name)
     if is_model(name):
         if "name_or_path" in config.model.model_fields_set:
             raise ConfigError(
@@ -70,14 +75,14 @@ def resolve_adapter(config: TrainConfig) -> tuple[TrainConfig, StartingAdapter |
         None if (directory / CARD).is_file() else values.get("task"),
         resolve_source(model.name_or_path, model.revision) if is_named else None,
         device=choose_device(model.device).value,
-        said=f"--adapter {name}",
+        display_name=f"--adapter {name}",
         trust_remote_code=model.trust_remote_code,
     )
     card = ref.card if ref.is_ours else None
     adapter = StartingAdapter(
         name,
         directory,
-        read_plain_adapter(directory),
+        load_peft_adapter_config(directory),
         card,
         file_fingerprint(directory / ADAPTER_WEIGHTS),
     )
@@ -97,7 +102,7 @@ def resolve_adapter(config: TrainConfig) -> tuple[TrainConfig, StartingAdapter |
     values |= _task_settings(values, directory, card.options)
     if ref.labels:
         values["data"] = {**values.get("data", {}), "labels": ref.labels}
-    if not ref.is_stored_quantized:
+    if not ref.is_prequantized:
         values["quant"] = dict(ref.quantization)
         if ref.quantization.get("kind") == "4bit":  # packed only if the card says so
             values["quant"].setdefault("experts", False)
@@ -119,7 +124,7 @@ def _task_settings(
 
 def _check_kind(name: str, directory: Path, output_dir: Path | None) -> None:
     """Reject directories that are not PEFT adapters, and those inside the output directory."""
-    if (reader := find_reader(directory)) is not None:
+    if (reader := get_adapter_reader(directory)) is not None:
         raise ConfigError(
             f"--adapter {name} is in {reader.name}'s form, which is read and not trained on. Train "
             "a new adapter with --method adapter."
@@ -261,7 +266,7 @@ def check_adapter_matches(adapter: StartingAdapter, run: Run) -> None:
             f"are "
             f"{problem}. Use other rows, or train a new adapter."
         )
-    compact = replace(run.base, targets=compact_targets(meta, run.base.targets))
+    compact = replace(run.base, targets=get_shortest_targets(meta, run.base.targets))
     built = json.loads(json.dumps(method.build(spec, compact).to_dict(), default=_plain))
     for name, value in adapter.settings.items():
         if _is_other(name, value, built):
@@ -270,7 +275,7 @@ def check_adapter_matches(adapter: StartingAdapter, run: Run) -> None:
                 f"--adapter {adapter.name}: its {name} is {json.dumps(value)}, and in training it "
                 f"would be {expected}. It cannot be continued."
             )
-    needed, shapes = describe_state(apply_method(meta, spec, run.base))
+    needed, shapes = get_expected_tensors(apply_method(meta, spec, run.base))
     stored, _ = read_header(adapter.directory / ADAPTER_WEIGHTS)
     stored_shapes = {name: tensor.spec.shape for name, tensor in stored.items()}
     other = {name for name, shape in stored_shapes.items() if shapes.get(name) != shape}

@@ -32,7 +32,7 @@ from ftlevel.data.prepare.encoder import EncodingContext, PreparedData, Progress
 from ftlevel.data.sources.lines import CHUNK_ROWS
 from ftlevel.data.sources.splits import load_splits
 from ftlevel.errors import ConfigError, InputError
-from ftlevel.evaluation.intervals import check_metrics, generates_texts
+from ftlevel.evaluation.intervals import check_metrics, should_generate
 from ftlevel.evaluation.rollouts import open_rewards
 from ftlevel.fast.gpu_attention import fetch_kernel
 from ftlevel.fast.plan import fused_lora_choices, kernel_choices, plan_fast
@@ -167,7 +167,7 @@ def resolve(
     objective = task.build_objective(base.kind, data.facts)
     if config.distillation.teacher is not None and isinstance(objective, Tokens):
         objective = build_distillation(objective, config.distillation)
-    generates = generates_texts(train.predict_with_generate, task)
+    generates = should_generate(train.predict_with_generate, task)
     check_metrics(
         train.metrics, task, objective, generates=generates, how="--predict-with-generate"
     )
