@@ -13,7 +13,7 @@ from rich.console import Console
 
 from ftlevel.cli.preview import show
 from ftlevel.commands.preview import preview
-from ftlevel.config import build_config, read_recipe
+from ftlevel.config import build_config, load_recipe
 
 ROOT = Path(__file__).resolve().parents[1]
 ROW = 108  # a short one, so that the picture is small
@@ -21,7 +21,7 @@ ROW = 108  # a short one, so that the picture is small
 
 def main() -> None:
     """Write both files."""
-    found = preview(build_config([read_recipe(ROOT / "recipes" / "demo.yaml")]), [ROW])
+    found = preview(build_config([load_recipe(ROOT / "recipes" / "demo.yaml")]), [ROW])
     for colour, name in ((True, "preview.svg"), (False, "preview.txt")):
         console = Console(
             file=io.StringIO(), record=colour, width=100, force_terminal=colour,

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 from ftlevel.config import SPECS
-from ftlevel.methods import FACTS, METHODS, RULES
+from ftlevel.methods import METHOD_INFO, METHODS, RULES
 from method_guides import GUIDES
 
 _HIDDEN = {"kind", "target_modules"}
@@ -30,17 +30,17 @@ def _index() -> str:
         "",
         "| method | trains |",
         "|---|---|",
-        *(f"| [{kind}]({kind}.md) | {FACTS[kind].trains} |" for kind in SPECS),
+        *(f"| [{kind}]({kind}.md) | {METHOD_INFO[kind].trained} |" for kind in SPECS),
     ]
     return "\n".join(lines) + "\n"
 
 
 def _share(parameters: int) -> str:
-    return f"{parameters / FACTS['full'].llama_7b:.3%}" if parameters else "–"
+    return f"{parameters / METHOD_INFO['full'].llama_7b:.3%}" if parameters else "–"
 
 
 def _page(kind: str) -> str:
-    guide, row = GUIDES.get(kind), FACTS[kind]
+    guide, row = GUIDES.get(kind), METHOD_INFO[kind]
     lines = [f"# {kind}", ""]
     if guide:
         lines += [f"![Where {kind} sits in a transformer's block]({kind}.svg)", ""]
@@ -54,10 +54,10 @@ def _page(kind: str) -> str:
         "",
         "| | |",
         "|---|---|",
-        f"| trains | {row.trains} |",
+        f"| trains | {row.trained} |",
         f"| parameters on Llama-2-7B | {row.llama_7b:,} ({_share(row.llama_7b)}) |",
         f"| merges into the base | {row.merges or 'no'} |",
-        f"| published | {row.paper} |",
+        f"| published | {row.reference} |",
         f"| settings | {_settings(kind)} |",
         f"| [default learning rate](../defaults.md) | {_rates(kind)} |",
         "",
@@ -76,31 +76,31 @@ def _settings(kind: str) -> str:
 def _rates(kind: str) -> str:
     rates = METHODS[kind].rates(SPECS[kind]())
     kinds = ", ".join(
-        f"{name}s {rate:g}" for name, rate in rates.kinds.items() if rate != rates.narrow
+        f"{name}s {rate:g}" for name, rate in rates.by_architecture.items() if rate != rates.small
     )
     return (
-        f"{rates.narrow:g}{f' ({kinds})' if kinds else ''} for small models and short runs; "
-        f"{rates.wide:g} for large models and long runs ({rates.source})"
+        f"{rates.small:g}{f' ({kinds})' if kinds else ''} for small models and short runs; "
+        f"{rates.large:g} for large models and long runs ({rates.source})"
     )
 
 
 def _forms(kind: str) -> Iterator[str]:
-    forms = [row for row in FACTS.values() if row.kind == kind and row.name != kind]
+    forms = [row for row in METHOD_INFO.values() if row.method == kind and row.name != kind]
     if not forms:
         return
     yield from ("## Variants", "", "| | flags | trains | published |", "|---|---|---|---|")
     for row in forms:
-        yield f"| {row.name} | `{row.flags}` | {row.trains} | {row.paper} |"
+        yield f"| {row.name} | `{row.flags}` | {row.trained} | {row.reference} |"
     yield ""
 
 
 def _limits(kind: str) -> Iterator[str]:
-    names = {row.name for row in FACTS.values() if row.kind == kind}
+    names = {row.name for row in METHOD_INFO.values() if row.method == kind}
     found = [rule for rule in RULES if rule.rows & names]
     if not found:
         return
     yield from ("## Not supported", "", "| | | reason | alternative |", "|---|---|---|---|")
     for rule in found:
-        who = ", ".join(name for name in FACTS if name in rule.rows & names)
-        yield f"| {who} | {rule.where} | {rule.why} | {rule.instead} |"
+        who = ", ".join(name for name in METHOD_INFO if name in rule.rows & names)
+        yield f"| {who} | {rule.condition} | {rule.why} | {rule.instead} |"
     yield ""

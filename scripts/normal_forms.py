@@ -30,8 +30,8 @@ from ftlevel.config import ExportConfig  # noqa: E402
 from ftlevel.errors import FtlevelError  # noqa: E402
 from ftlevel.merging.normal_form import PLAIN_FORMS  # noqa: E402
 from ftlevel.methods import METHODS  # noqa: E402
-from ftlevel.methods.merging import why_not_mergeable  # noqa: E402
-from ftlevel.methods.plain_form import PlainForm  # noqa: E402
+from ftlevel.methods.lora_conversion import LoraConversion  # noqa: E402
+from ftlevel.methods.merging import get_merge_error  # noqa: E402
 from served_cases import CASES, LINEARS, make_adapter, peft_logits  # noqa: E402
 from tiny_models import save_tiny  # noqa: E402
 
@@ -81,12 +81,12 @@ def _only_type(cls: str) -> dict[str, Any]:
 def measure(base: Path, folder: Path, name: str, kind: str, settings: dict[str, Any]) -> list[str]:
     """Return the row of one method."""
     place = folder / re.sub(r"\W", "-", name)
-    merges = "no" if why_not_mergeable({"peft_type": kind}) else "yes"
+    merges = "no" if get_merge_error({"peft_type": kind}) else "yes"
     try:
         make_adapter(base, place, settings)
     except Exception as error:  # noqa: BLE001 - whatever PEFT refuses a made-up adapter by
-        if never := PLAIN_FORMS.get(kind, PlainForm()).never:
-            return [name, kind, "refused", "", "", "", "", merges, f"{kind} {never}."]
+        if known := PLAIN_FORMS.get(kind, LoraConversion()).error:
+            return [name, kind, "refused", "", "", "", "", merges, f"{kind} {known}."]
         reason = " ".join(str(error).split())[:120]
         return [name, kind, "not made", "", "", "", "", merges, f"{type(error).__name__}: {reason}"]
     try:
@@ -130,9 +130,9 @@ def ours() -> list[list[str]]:
              PEFT_TYPE_TO_CONFIG_MAPPING.items() if cls.__module__.startswith("peft.")}  # fmt: skip
     return [
         [f"ftlevel's {name}", kind, "refused", "", "", "", "", "no",
-         f"{kind} {PLAIN_FORMS[kind].never}."]
+         f"{kind} {PLAIN_FORMS[kind].error}."]
         for name, method in METHODS.items()
-        for kind in method.merging.peft_types
+        for kind in method.merge_info.peft_types
         if kind not in known
     ]  # fmt: skip
 

@@ -18,10 +18,10 @@ from pathlib import Path
 
 from cli_page import cli_page, command_pages
 from coming_from_page import coming_from_page
-from ftlevel.commands.list_methods import QUANTS, task_refusal
+from ftlevel.commands.list_methods import QUANTS, get_task_error
 from ftlevel.config import SPECS
-from ftlevel.methods import FACTS, METHODS, find_refusal
-from ftlevel.methods.facts import Cell, MethodFacts
+from ftlevel.methods import METHOD_INFO, METHODS, get_rule
+from ftlevel.methods.support_table import Cell, MethodInfo
 from ftlevel.models.families import FAMILIES, Family
 from ftlevel.tasks import TASKS
 from guide_pages import guide_pages
@@ -61,7 +61,7 @@ PEFT 0.21.2's own tests pass with these methods and with fused LoRA layers
 
 def methods_page() -> str:
     """Return docs/methods.md."""
-    rows = list(FACTS.values())
+    rows = list(METHOD_INFO.values())
     lines = [
         "# Methods",
         "",
@@ -114,10 +114,10 @@ def methods_page() -> str:
     return "\n".join(lines) + "\n"
 
 
-def _facts_line(row: MethodFacts) -> str:
-    share = f"{row.llama_7b / FACTS['full'].llama_7b:.3%}" if row.llama_7b else "–"
+def _facts_line(row: MethodInfo) -> str:
+    share = f"{row.llama_7b / METHOD_INFO['full'].llama_7b:.3%}" if row.llama_7b else "–"
     merges = row.merges or "no"
-    return f"| {row.name} | `{row.flags}` | {row.trains} | {share} | {merges} | {row.paper} |"
+    return f"| {row.name} | `{row.flags}` | {row.trained} | {share} | {merges} | {row.reference} |"
 
 
 def _pages() -> list[str]:
@@ -125,7 +125,7 @@ def _pages() -> list[str]:
     return [line for kind, page in pages.items() for line in (f"## {kind}", "", page, "")]
 
 
-def _family_table(rows: list[MethodFacts]) -> list[str]:
+def _family_table(rows: list[MethodInfo]) -> list[str]:
     groups: dict[tuple[str, ...], list[str]] = {}
     for family in FAMILIES.values():
         answers = tuple(_quants(row, family) for row in rows)
@@ -137,12 +137,12 @@ def _family_table(rows: list[MethodFacts]) -> list[str]:
     return lines + [f"| {', '.join(f)} | {' | '.join(answers)} |" for answers, f in groups.items()]
 
 
-def _quants(row: MethodFacts, family: Family) -> str:
+def _quants(row: MethodInfo, family: Family) -> str:
     """Return on which bases `row` works for some task of `family`."""
     works = [
         quant
         for quant in QUANTS
-        if find_refusal(
+        if get_rule(
             Cell(row.name, family.name, family.kind, None, quant, bool(family.target_parameters))
         )
         is None
@@ -153,7 +153,7 @@ def _quants(row: MethodFacts, family: Family) -> str:
 def _task_table() -> list[str]:
     groups: dict[tuple[str, ...], list[str]] = {}
     for family in FAMILIES.values():
-        answers = tuple("no" if task_refusal(family, task) else "yes" for task in TASKS)
+        answers = tuple("no" if get_task_error(family, task) else "yes" for task in TASKS)
         groups.setdefault(answers, []).append(family.name)
     lines = ["| families | " + " | ".join(TASKS) + " |", "|---|" + "---|" * len(TASKS)]
     return lines + [f"| {', '.join(f)} | {' | '.join(answers)} |" for answers, f in groups.items()]

@@ -20,9 +20,9 @@ import transformers
 import tiny_models
 from ftlevel.config import SPECS, QuantConfig
 from ftlevel.data.encoding.encode import Encoded
-from ftlevel.methods import FACTS, METHODS, Base, find_problems, find_refusal
+from ftlevel.methods import METHOD_INFO, METHODS, Base, explain_unsupported, get_rule
 from ftlevel.methods.base import InitializationInputs
-from ftlevel.methods.facts import Cell
+from ftlevel.methods.support_table import Cell
 from ftlevel.models.families import FAMILIES
 from ftlevel.models.hardware import DTYPES, autocast
 from ftlevel.models.loading import build_task_model, load_model
@@ -53,7 +53,7 @@ class TinyCell:
     """One cell to run.
 
     Attributes:
-        row: a name of `FACTS`.
+        row: a name of `METHOD_INFO`.
         head: of tiny_models, which `tasks` put on the model.
         dtype: of the base and of its products; the sweep is in float32.
     """
@@ -85,7 +85,7 @@ class TinyCell:
 
 def build_cells() -> list[TinyCell]:
     """Return every cell of the methods, families and tasks that there are."""
-    rows = [facts.name for facts in FACTS.values() if facts.kind in SPECS]
+    rows = [facts.name for facts in METHOD_INFO.values() if facts.method in SPECS]
     return [
         TinyCell(row, family, head, tasks, quant)
         for family in tiny_models.FAMILIES
@@ -134,8 +134,8 @@ def build_objective(cell: TinyCell) -> Any:
 
 def build_spec(row: str) -> Any:
     """Return the spec of a row of the table, small enough for a tiny model."""
-    facts = FACTS[row]
-    spec = SPECS[facts.kind]
+    facts = METHOD_INFO[row]
+    spec = SPECS[facts.method]
     chosen = {"lora_plus_ratio": 16.0, "target_parameters": "experts"}
     fields = {
         name: chosen[name] if value is ... else value[0] if isinstance(value, tuple) else value
@@ -147,8 +147,8 @@ def build_spec(row: str) -> Any:
 
 def expected_refusal(cell: TinyCell) -> str | None:
     """Return the message that the table gives for `cell`, None where it claims yes."""
-    problems = find_problems(build_spec(cell.row), cell.asked)
-    assert bool(problems) == (find_refusal(cell.asked) is not None)
+    problems = explain_unsupported(build_spec(cell.row), cell.asked)
+    assert bool(problems) == (get_rule(cell.asked) is not None)
     return problems[0] if problems else None
 
 
@@ -212,7 +212,7 @@ def describe_base(cell: TinyCell, spec: Any) -> Base:
     adapted = find_method_targets(spec, meta, cell.family, cell.quant)
     return Base(
         config=config,
-        kind=kind,
+        architecture=kind,
         task_type=TASKS[cell.tasks[0]].peft_types.get(kind),
         targets=adapted.modules,
         heads=find_heads(meta) if _headed(cell.head) else [],

@@ -30,9 +30,9 @@ def describe_base(spec: Any, model: Any, head: str) -> Base:
     labelled = head in ("seqcls", "tokcls", "qa")
     return Base(
         config=model.config,
-        kind=model_kind(model.config),
+        architecture=model_kind(model.config),
         task_type=TASK_TYPES[head],
-        targets=METHODS[spec.kind].find_targets(spec, model),
+        targets=METHODS[spec.kind].default_target_modules(spec, model),
         heads=find_heads(model) if labelled else [],
         fan_in_fan_out=False,
         total_steps=2,

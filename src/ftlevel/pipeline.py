@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ftlevel.config import Layer, TrainConfig, build_config, put, read_recipe
+from ftlevel.config import Layer, TrainConfig, build_config, load_recipe, put
 from ftlevel.errors import ConfigError
 
 _ORIGIN = "FineTunePipeLine({})"
@@ -43,7 +43,7 @@ class FineTunePipeLine:
         training_args: Mapping[str, Any] | None = None,
         output_dir: str | Path | None = None,
     ) -> None:
-        layers = [] if args_dir is None else [read_recipe(Path(args_dir))]
+        layers = [] if args_dir is None else [load_recipe(Path(args_dir))]
         values = Layer()
         for key, value, argument in (
             (("task",), task_type, "task_type"),

@@ -21,7 +21,7 @@ from ftlevel.cli.app import build_app, commands, run
 from ftlevel.cli.flags import CommandInput, add_command
 from ftlevel.cli.spelling import FlagSpec, build_flag_specs, resolve_flag_aliases
 from ftlevel.config import EvaluateConfig, Layer, TrainConfig
-from ftlevel.config.flag import Alias, FlagAliases, UnsupportedFlag, config_of, describe_field
+from ftlevel.config.flag import Alias, FlagAliases, UnsupportedFlag, config_of, get_field_metadata
 from ftlevel.config.flags import (
     DAILY,
     DATA,
@@ -112,7 +112,7 @@ def test_an_added_row_is_a_flag_by_all_its_names(
     layer = layer_of(["--model", "x", *typed, "--seed", "3"], (*FLAGS, TOY))
     assert layer.values["data"] == {"validation_rows": value}
     assert layer.values["train"] == {"seed": 3}
-    assert layer.origins["data", "validation_rows"] == shown
+    assert layer.locations["data", "validation_rows"] == shown
     unknown = "No such option|is no flag, but a field: --set data.validation_rows=VALUE"
     with pytest.raises((typer.TyperException, ConfigError), match=unknown):
         layer_of(typed)
@@ -169,9 +169,9 @@ def test_what_a_command_line_sets() -> None:
         "model": {"dtype": "bfloat16"},
         "method": {"kind": "lora"},
     }  # fmt: skip
-    assert layer.origins["data", "columns", "text"] == "--map text"
-    assert layer.origins["model", "dtype"] == "--bf16"
-    assert layer.origins["data", "dataset"] == layer.origins["data", "also"] == "--dataset"
+    assert layer.locations["data", "columns", "text"] == "--map text"
+    assert layer.locations["model", "dtype"] == "--bf16"
+    assert layer.locations["data", "dataset"] == layer.locations["data", "also"] == "--dataset"
 
 
 def test_nothing_given_sets_nothing() -> None:
@@ -297,8 +297,8 @@ def test_every_flag_reaches_a_field_that_is_described(name: str) -> None:
         metadata, config = row.metadata(name), config_of(name)
         assert metadata.description, row
         if row.rest:
-            assert describe_field(config or TrainConfig, row.rest).description
-        if config and row.path and describe_field(config, row.path).type == list[str]:
+            assert get_field_metadata(config or TrainConfig, row.rest).description
+        if config and row.path and get_field_metadata(config, row.path).type == list[str]:
             assert metadata.example, row
             assert row.metavar, row
 
@@ -345,15 +345,15 @@ def test_rows_name_commands_and_flags_that_exist() -> None:
 
 
 def test_metadata_of_a_field() -> None:
-    mapping = describe_field(EvaluateConfig, "columns")
+    mapping = get_field_metadata(EvaluateConfig, "columns")
     assert (mapping.type, mapping.default, mapping.required) == (list[str], "", False)
-    kind = describe_field(TrainConfig, "method.kind")
+    kind = get_field_metadata(TrainConfig, "method.kind")
     assert (kind.default, kind.description) == ("lora", "Fine-tuning method.")
     assert {"lora", "full", "p-tuning"} <= set(kind.choices)
-    assert describe_field(TrainConfig, "data.max_length").choices == ()  # a number, or auto
-    assert describe_field(TrainConfig, "speed.parallel_workers").type is str
-    assert describe_field(TrainConfig, "train.save_total_limit").type is int
-    assert describe_field(EvaluateConfig, "name").required
+    assert get_field_metadata(TrainConfig, "data.max_length").choices == ()  # a number, or auto
+    assert get_field_metadata(TrainConfig, "speed.parallel_workers").type is str
+    assert get_field_metadata(TrainConfig, "train.save_total_limit").type is int
+    assert get_field_metadata(EvaluateConfig, "name").required
 
 
 def test_the_page_is_up_to_date(capsys: pytest.CaptureFixture[str]) -> None:

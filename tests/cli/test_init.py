@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from ftlevel.cli.app import run
-from ftlevel.config import build_config, read_recipe
+from ftlevel.config import build_config, load_recipe
 
 ModelDir = Callable[..., Path]
 WORDS = ("the red fox", "a blue whale", "some green frog", "this old oak")
@@ -49,7 +49,7 @@ def test_it_reads_the_data_and_proposes(
     assert said["task"] == ("text-classification", "the columns are text + label")
     assert (said["method"][0], said["epochs"][0]) == ("lora", "3")
     assert said["validation_split"] == (0.1, "the data has no validation rows")
-    config = build_config([read_recipe(Path("recipe.yaml"))])
+    config = build_config([load_recipe(Path("recipe.yaml"))])
     assert config.model_dump(mode="json", exclude_unset=True) == found["config"]
     assert found["steps"] == 27  # 72 rows, 8 a step, 3 times
     text = Path("recipe.yaml").read_text()
@@ -70,9 +70,9 @@ def test_what_stands_as_a_comment_is_what_train_chooses(
         assert run(["train", name, "--dry-run", "--json"]) == 0
         shown.append(json.loads(capsys.readouterr().out)["config"])
     assert (
-        "max_length" not in build_config([read_recipe(Path("recipe.yaml"))]).data.model_fields_set
+        "max_length" not in build_config([load_recipe(Path("recipe.yaml"))]).data.model_fields_set
     )
-    assert "max_length" in build_config([read_recipe(Path("fixed.yaml"))]).data.model_fields_set
+    assert "max_length" in build_config([load_recipe(Path("fixed.yaml"))]).data.model_fields_set
     for name in ("learning_rate", "head_learning_rate"):
         chosen, given = (config["train"].pop(name) for config in shown)
         assert given == pytest.approx(chosen, rel=5e-3)
@@ -175,6 +175,6 @@ def test_five_questions_in_a_terminal(tiny_model_dir: ModelDir) -> None:
     assert text.count("Rows to learn from") == 2
     assert "What is to be learned [text-classification]" in text
     assert "wrote recipe.yaml. Then: ftlevel train --recipe recipe.yaml" in text
-    config = build_config([read_recipe(Path("recipe.yaml"))])
+    config = build_config([load_recipe(Path("recipe.yaml"))])
     assert (config.data.dataset, config.model.name_or_path) == ("rows.csv", str(model))
     assert (config.method.kind, config.train.num_train_epochs) == ("lora", 2)

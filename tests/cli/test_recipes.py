@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from ftlevel.cli.app import run
-from ftlevel.config import TrainConfig, build_config, read_recipe
+from ftlevel.config import TrainConfig, build_config, load_recipe
 
 OURS = sorted((Path(__file__).resolve().parents[2] / "recipes").glob("*.yaml"))
 AXOLOTL = """
@@ -90,7 +90,7 @@ def convert(text: str, capsys: pytest.CaptureFixture[str]) -> tuple[TrainConfig,
             if line.startswith("# Not taken over: ")]  # fmt: skip
     assert all(f"note: not converted: {line}" in shown.err.splitlines() for line in lost)
     pairs = (line.partition(": ") for line in lost)
-    return build_config([read_recipe(Path("ours.yaml"))]), {key: why for key, _, why in pairs}
+    return build_config([load_recipe(Path("ours.yaml"))]), {key: why for key, _, why in pairs}
 
 
 def test_axolotl(capsys: pytest.CaptureFixture[str]) -> None:

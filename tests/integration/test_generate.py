@@ -345,7 +345,7 @@ def test_a_chat_is_the_template_over_all_that_was_said(talker: Path) -> None:
     pieces: list[str] = []
     first = chat.say("what is 3", pieces.append)
     assert "".join(pieces).strip() == first == texts(talker, ["what is 3"], max_new_tokens=6)[0]
-    assert chat.remembers
+    assert chat.uses_history
     second = chat.say("what is 4", pieces.append)
     trained = resolve_model(str(talker), device="cpu").load("cpu")
     messages = [
@@ -368,7 +368,7 @@ def test_a_chat_is_the_template_over_all_that_was_said(talker: Path) -> None:
     chat.say("what is 3", pieces.append)
     for _ in range(40):  # more than the positions hold
         chat.say("what is 3, and 4, and 5, and 6, and 7, and 8?", pieces.append)
-    assert chat.forgotten > 0
+    assert chat.num_dropped > 0
 
 
 def test_an_answer_that_is_broken_off_leaves_no_question(talker: Path) -> None:
@@ -384,6 +384,6 @@ def test_an_answer_that_is_broken_off_leaves_no_question(talker: Path) -> None:
 
 def test_single_prompts_are_asked_alone(shelf: Path) -> None:
     chat = Chat(GenerateConfig(name=str(shelf / "short"), max_new_tokens=6, device="cpu"))
-    assert not chat.remembers
+    assert not chat.uses_history
     first = chat.say(PROMPTS[1], lambda _: None)
     assert chat.say(PROMPTS[1], lambda _: None) == first

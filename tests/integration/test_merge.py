@@ -156,11 +156,11 @@ def test_a_fault_in_one_layer_is_refused_in_every_precision(
                      "--learning-rate", "2e-2")  # fmt: skip
     right, wrong = Skeleton.merge, merged_wrongly(fault)
 
-    def merge_with_fault(self: Skeleton, path: str, read_base: Callable[[str], Any]) -> Any:
-        merged = right(self, path, read_base)
+    def merge_with_fault(self: Skeleton, path: str, get_base_tensor: Callable[[str], Any]) -> Any:
+        merged = right(self, path, get_base_tensor)
         if path != "model.layers.1.self_attn.q_proj":
             return merged
-        bases = {name: read_base(name) for name in merged}
+        bases = {name: get_base_tensor(name) for name in merged}
         return {name: wrong(bases[name], merged[name] - bases[name]) for name in merged}
 
     monkeypatch.setattr(Skeleton, "merge", merge_with_fault)

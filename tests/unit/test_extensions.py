@@ -145,8 +145,8 @@ def test_a_method_that_cannot_be_imported_is_refused_by_name(
     )
     script = (
         "from ftlevel.config import SPECS\n"
-        "from ftlevel.methods import FACTS, METHODS\n"
-        "assert 'toyeight' in SPECS and 'toyeight' not in METHODS and 'lora' in FACTS\n"
+        "from ftlevel.methods import METHOD_INFO, METHODS\n"
+        "assert 'toyeight' in SPECS and 'toyeight' not in METHODS and 'lora' in METHOD_INFO\n"
         "METHODS['toyeight']\n"
     )
     paths = {"PYTHONPATH": f"{tmp_path}:{ROOT / 'src'}", "PATH": "/usr/bin:/bin"}

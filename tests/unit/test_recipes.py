@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ftlevel.config import SPECS, build_config, read_recipe
+from ftlevel.config import SPECS, build_config, load_recipe
 from ftlevel.tasks import TASKS
 
 RECIPES = sorted((Path(__file__).resolve().parents[2] / "recipes").glob("*.yaml"))
@@ -15,7 +15,7 @@ RECIPES = sorted((Path(__file__).resolve().parents[2] / "recipes").glob("*.yaml"
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_a_recipe_loads_and_its_header_has_a_measured_result(path: Path) -> None:
-    config = build_config([read_recipe(path)])
+    config = build_config([load_recipe(path)])
     assert config.output.dir is None, "a run goes where the user says"
     header = path.read_text(encoding="utf-8").partition("\ntask:")[0]
     assert all(line.startswith("#") for line in header.splitlines())
@@ -27,7 +27,7 @@ def test_a_recipe_loads_and_its_header_has_a_measured_result(path: Path) -> None
 
 
 def test_every_method_and_every_task_has_one() -> None:
-    configs = [build_config([read_recipe(path)]) for path in RECIPES]
+    configs = [build_config([load_recipe(path)]) for path in RECIPES]
     assert {config.method.kind for config in configs} == set(SPECS)
     assert {config.task for config in configs} == set(TASKS)
     assert {config.quant.kind for config in configs} == {"none", "4bit", "8bit"}

@@ -16,7 +16,7 @@ from typing import Any
 
 from ftlevel.artifacts.files import base_fingerprint, read_plain, write_json
 from ftlevel.artifacts.run_directory import CONFIG, ORIGIN, RunDirectory
-from ftlevel.config import IN_MEMORY, Layer, read_recipe
+from ftlevel.config import IN_MEMORY, Layer, load_recipe
 from ftlevel.config.preference import NO_REFERENCE, START
 from ftlevel.errors import ConfigError, join_names
 
@@ -75,7 +75,7 @@ def resolve_relative(relative: str, start: Path) -> Path:
 
 def load_run_config(run_dir: Path) -> Layer:
     """Load config.yaml of a run, with the current paths of its files if they were moved."""
-    layer = read_recipe(run_dir / CONFIG)
+    layer = load_recipe(run_dir / CONFIG)
     relative, weights = _load_json(run_dir / PLACES), _load_base_fingerprint(run_dir)
 
     def get_current_path(field: str, original: str) -> str:
@@ -84,7 +84,7 @@ def load_run_config(run_dir: Path) -> Layer:
             existing = [path for path in existing if base_fingerprint(path) == weights] or existing
         return str(existing[0]) if existing else original
 
-    return Layer(_map_paths(layer.values, get_current_path), layer.origins)
+    return Layer(_map_paths(layer.values, get_current_path), layer.locations)
 
 
 def check_paths(run_dir: Path, values: Mapping[str, Any], names: Sequence[str] = ()) -> None:

@@ -30,13 +30,13 @@ from ftlevel.config import (
     TrainConfig,
     build_config,
     build_section,
+    load_recipe,
+    parse_overrides,
     put,
-    read_recipe,
-    read_settings,
 )
 from ftlevel.config.flag import DAILY, GENERAL, FieldMetadata, Flag
 from ftlevel.config.flags import flags_of
-from ftlevel.config.layers import find_setting
+from ftlevel.config.layers import get_field_path
 from ftlevel.config.reading import normalize_task
 from ftlevel.config.section import Section
 from ftlevel.errors import ConfigError, Interrupted, did_you_mean
@@ -70,7 +70,7 @@ class FtlevelCommand(TyperCommand):
 
     def _explain(self, error: Any, name: str) -> None:
         """Add a suggestion for an unknown flag; raises ConfigError if it needs --set instead."""
-        field = find_setting(name.lstrip("-").replace("-", "_")) if self.has_settings else ""
+        field = get_field_path(name.lstrip("-").replace("-", "_")) if self.has_settings else ""
         if field:
             raise ConfigError(f"{name} is no flag, but a field: --set {field}=VALUE.") from None
         error.message = f"{error.message}.{did_you_mean(name, self.specs)}"
@@ -353,8 +353,8 @@ def read_config(
     if path is not None:
         path = check_recipe(path, given.command)
     is_run = path is not None and path.name == CONFIG and (path.parent / PLACES).is_file()
-    layers = [] if path is None else [load_run_config(path.parent) if is_run else read_recipe(path)]
-    layers.append(read_settings(values["settings"] or []))
+    layers = [] if path is None else [load_run_config(path.parent) if is_run else load_recipe(path)]
+    layers.append(parse_overrides(values["settings"] or []))
     tasks = [values["task"], *(layer.values.get("task") for layer in reversed(layers))]
     task = normalize_task(str(next(filter(None, tasks), "")))
     flags = given.layer(task)

@@ -148,20 +148,20 @@ def talk(config: GenerateConfig) -> None:
 def _greet(chat: Chat) -> None:
     memory = (
         ""
-        if chat.remembers
+        if chat.uses_history
         else "; earlier turns are not kept: the model was trained on single prompts"
     )
     typer.secho(f"{chat.active_adapter} answers{memory}. /help shows the commands.", dim=True)
 
 
 def _answer(chat: Chat, text: str) -> None:
-    before = chat.forgotten
+    before = chat.num_dropped
     try:
         chat.say(text, lambda piece: typer.echo(piece, nl=False))
         typer.echo()
     except KeyboardInterrupt:  # stops the answer, not the conversation
         typer.echo(" …")
-    if chat.forgotten > before:
+    if chat.num_dropped > before:
         typer.secho("(no room: the oldest messages are forgotten)", dim=True)
 
 

@@ -11,7 +11,7 @@ import typer
 
 from ftlevel.cli.flags import CommandInput
 from ftlevel.cli.startup import heavy_imports
-from ftlevel.config import read_settings
+from ftlevel.config import parse_overrides
 from ftlevel.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ def init(given: CommandInput, *, file: Path, yes: bool, as_json: bool) -> None:
     overwritten.
     """
     _check_free(file)
-    layers = [read_settings(given.values["settings"] or []), given.layer()]
+    layers = [parse_overrides(given.values["settings"] or []), given.layer()]
     if not (yes or as_json or sys.stdin.isatty()):
         raise ConfigError(
             "there is no terminal for questions. Add --yes to accept the suggestions, or flags "
@@ -65,7 +65,7 @@ def init(given: CommandInput, *, file: Path, yes: bool, as_json: bool) -> None:
                     "config": drafted.config.model_dump(mode="json", exclude_unset=True),
                     "proposed": [
                         {"name": c.name, "value": c.value, "reason": c.reason}
-                        for c in drafted.proposed
+                        for c in drafted.defaults
                     ],
                     "steps": drafted.steps,
                     "command": drafted.command,
@@ -73,7 +73,7 @@ def init(given: CommandInput, *, file: Path, yes: bool, as_json: bool) -> None:
             )
         )
         return
-    for choice in drafted.proposed if yes else ():
+    for choice in drafted.defaults if yes else ():
         typer.echo(f"{choice.name}: {choice}")
     typer.echo(f"wrote {file}. Then: {drafted.command}")
 

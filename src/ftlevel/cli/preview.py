@@ -290,7 +290,7 @@ def show_plan(plan: RunPlan, console: Console) -> None:
 def show_fits(plan: RunPlan, console: Console) -> None:
     """Print the table of alternatives, if there is one."""
     if plan.fits:
-        title = f"what fits (rows of {plan.longest:,} tokens, all supervised):"
+        title = f"what fits (rows of {plan.max_length:,} tokens, all supervised):"
         console.print(title, markup=False, highlight=False)
         console.print(_plan_table(plan.fits), highlight=False)
 
@@ -313,11 +313,11 @@ def plan_lines(plan: RunPlan) -> Iterator[str]:
             f"  {_PROCESS.ljust(width)} {_mib(plan.need.process):>12}  with Python, its libraries "
             "and the check before the first step"
         )
-    if plan.imagined:
+    if plan.is_synthetic:
         yield "  rows are imagined, all as long as they may be: name a --dataset for your own"
     if plan.cluster is not None:
         yield from plan.cluster.lines()
-    if not plan.imagined:
+    if not plan.is_synthetic:
         yield f"an epoch: {plan.steps:,} steps, {plan.tokens:,} tokens{_time(plan)}"
     one, total = plan.checkpoint_bytes
     yield f"disk: {_mib(one)} a checkpoint, {_mib(total)} for all that are kept"

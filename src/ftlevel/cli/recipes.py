@@ -8,7 +8,7 @@ from pathlib import Path
 import typer
 
 from ftlevel.config import TrainConfig
-from ftlevel.config.layers import read_yaml
+from ftlevel.config.layers import load_yaml_file
 from ftlevel.errors import ConfigError, did_you_mean, join_names
 from ftlevel.extensions import hooks
 
@@ -83,7 +83,7 @@ def _local_recipes() -> list[Path]:
 def _is_recipe(path: Path) -> bool:
     """Returns whether a YAML file has a top-level key of ftlevel's recipes."""
     try:
-        return not TrainConfig.model_fields.keys().isdisjoint(read_yaml(path)[0])
+        return not TrainConfig.model_fields.keys().isdisjoint(load_yaml_file(path)[0])
     except (ConfigError, OSError):
         return False
 
@@ -95,7 +95,7 @@ def _find(file: Path) -> Path:
     if not file.is_file() and not matches:
         hint = did_you_mean(str(file), [path.stem for path in recipes])
         raise ConfigError(f"there is no recipe {file}.{hint} See: ftlevel recipes list")
-    read_yaml(path := file if file.is_file() else matches[0])
+    load_yaml_file(path := file if file.is_file() else matches[0])
     return path
 
 

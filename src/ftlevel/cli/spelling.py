@@ -47,7 +47,7 @@ class FlagSpec:
         is_value_optional: whether the value may be omitted.
         values: alias of a value, in lower case -> what it stands for.
         convert: converts other values; for a switch, raises an error with the reason.
-        several: whether the canonical flag is repeated for several values.
+        multiple: whether the canonical flag is repeated for several values.
     """
 
     flag: str
@@ -58,7 +58,7 @@ class FlagSpec:
     is_value_optional: bool = False
     values: ValueAliases = field(default_factory=dict)
     convert: Callable[[str], str] | None = None
-    several: bool = False
+    multiple: bool = False
     is_list: bool = False
     is_number: bool = False
     message: str = ""
@@ -120,9 +120,9 @@ def _canonical_spec(row: Flag, command: str) -> FlagSpec:
         is_value_optional=is_switch,
         values=row.aliases.values,
         convert=row.aliases.convert,
-        several=row.several,
+        multiple=row.multiple,
         is_list=metadata.type == list[str],
-        is_number=metadata.type in (int, float) or metadata.takes_number,
+        is_number=metadata.type in (int, float) or metadata.is_number,
     )
 
 
@@ -137,7 +137,7 @@ def _alias_specs(row: Flag, canonical: FlagSpec) -> dict[str, FlagSpec]:
             is_value_optional=has_value or canonical.is_switch,
             values=alias.values if has_value else {**canonical.values, **alias.values},
             convert=alias.convert or (None if has_value else canonical.convert),
-            several=(canonical.several or alias.several) and not has_value,
+            multiple=(canonical.multiple or alias.multiple) and not has_value,
             is_number=canonical.is_number and alias.convert is None and not has_value,
         )
     return specs
@@ -196,9 +196,9 @@ def check_claims(claims: Sequence[NoOpClaim], config: Any) -> list[str]:
         agrees, value = claim.agrees, config
         for part in filter(None, agrees.path.split(".")):
             value = getattr(value, part, None)
-        if agrees.path and not agrees.holds(value):
+        if agrees.path and not agrees.accepts(value):
             problems.append(
-                f"{claim.typed} contradicts {agrees.path}, which is {value}. {agrees.otherwise}."
+                f"{claim.typed} contradicts {agrees.path}, which is {value}. {agrees.fix}."
             )
         lines.append(f"{claim.typed}: {agrees.reason or f'{agrees.path} is {value}'}")
     if problems:
@@ -236,7 +236,7 @@ def _take(queue: list[str], option: FlagSpec) -> list[str] | None:
     if may_be_bare and queue[0].startswith("--"):
         return []
     values = [queue.pop(0)]
-    while option.several and queue and _is_word(queue[0]) and not _is_recipe(queue[0]):
+    while option.multiple and queue and _is_word(queue[0]) and not _is_recipe(queue[0]):
         values.append(queue.pop(0))
     return values
 
@@ -276,7 +276,7 @@ def _meaning(
         except ValueError as error:
             raise ConfigError(f"{shown}: {error}.") from None
     parts = values if option.is_list else [text]
-    if option.is_list and option.several:
+    if option.is_list and option.multiple:
         parts = [part for value in values for part in _parts(value)]
     return [(option.flag, part) for part in parts]
 
@@ -288,7 +288,7 @@ def _switched(option: FlagSpec, word: str) -> list[Setting] | NoOpValue:
     if word == "true":
         return [(option.flag, option.value)]
     denied: Any = {"true": True, "false": False}.get(option.value, option.value)
-    return NoOpValue("", option.path, unless=(denied,))
+    return NoOpValue("", option.path, excluded=(denied,))
 
 
 def _truth(text: str) -> str:

@@ -34,7 +34,7 @@ TOPICS = {
     "rewards": "evaluation.server rewards tasks.rl training.rl",
     "merge": "commands.merge merging methods.merging methods.updates",
     "export": "commands.export commands.quantize extras.serving merging.formats "
-    "merging.normal_form methods.plain_form weights",
+    "merging.normal_form methods.lora_conversion weights",
     "reports": "extras.compare extras.report",
 }
 """Topic → modules of ftlevel, with those below them; the longest name that matches decides."""

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from ftlevel._version import __version__
 
-Verdict = Literal["good", "note", "bad"]
+Status = Literal["good", "note", "bad"]
 
 _MIN_MEMORY, _MIN_DISK = 4 * 2**30, 5 * 2**30  # bytes free
 
@@ -24,7 +24,7 @@ class CheckResult:
     """Result of a check: `note` if an optional part is missing, `bad` if some runs will fail."""
 
     name: str
-    verdict: Verdict
+    verdict: Status
     value: str
     advice: str = ""
 
@@ -49,10 +49,10 @@ def _run(check: Callable[[], Iterator[CheckResult]]) -> list[CheckResult]:
     try:
         return list(check())
     except (ImportError, OSError, RuntimeError, AttributeError) as error:
-        reason = " ".join(str(error).split())[:200]
+        message = " ".join(str(error).split())[:200]
         name = check.__name__.strip("_").replace("_", " ")
-        advice = "Reinstall ftlevel in a virtual environment of its own."
-        return [CheckResult(name, "bad", f"{type(error).__name__}: {reason}", advice)]
+        fix = "Reinstall ftlevel in a virtual environment of its own."
+        return [CheckResult(name, "bad", f"{type(error).__name__}: {message}", fix)]
 
 
 def _program() -> Iterator[CheckResult]:
@@ -66,7 +66,7 @@ def _versions() -> Iterator[CheckResult]:
 
     requirements = [Requirement(line) for line in metadata.requires("ftlevel") or ()]
     core = [r for r in requirements if r.marker is None or r.marker.evaluate({"extra": ""})]
-    all_met = True
+    is_complete = True
     for requirement in core:
         name, specifier = requirement.name, requirement.specifier
         try:
@@ -74,10 +74,10 @@ def _versions() -> Iterator[CheckResult]:
         except metadata.PackageNotFoundError:
             version = ""
         if not version or not specifier.contains(version, prereleases=True):
-            all_met = False
+            is_complete = False
             value = f"{version or 'not installed'}; needs {specifier}"
             yield CheckResult(name, "bad", value, f"pip install '{name}{specifier}'")
-    if all_met:
+    if is_complete:
         names = ("torch", "transformers", "peft", "bitsandbytes", "datasets")
         versions = ", ".join(f"{name} {metadata.version(name)}" for name in names)
         yield CheckResult("versions", "good", f"all {len(core)} requirements are met: {versions}")
@@ -89,8 +89,8 @@ def _device() -> Iterator[CheckResult]:
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
             gpu = torch.cuda.get_device_properties(index)
-            free, _ = torch.cuda.mem_get_info(index)
-            size = f"{free / 2**30:.1f} of {gpu.total_memory / 2**30:.1f} GiB free"
+            free_bytes, _ = torch.cuda.mem_get_info(index)
+            size = f"{free_bytes / 2**30:.1f} of {gpu.total_memory / 2**30:.1f} GiB free"
             yield CheckResult(f"GPU {index}", "good", f"{gpu.name}, {size}")
         return
     if torch.backends.mps.is_available():
@@ -99,13 +99,15 @@ def _device() -> Iterator[CheckResult]:
     if shutil.which("nvidia-smi") is None:
         yield CheckResult("GPU", "note", "none; runs use the CPU")
         return
-    built = torch.version.cuda
+    cuda_version = torch.version.cuda
     message = f"torch {torch.__version__} " + (
-        f"is built for CUDA {built}, which the driver does not serve" if built else "is a CPU build"
+        f"is built for CUDA {cuda_version}, which the driver does not serve"
+        if cuda_version
+        else "is a CPU build"
     )
-    advice = "Install the torch that pytorch.org names for this driver."
+    fix = "Install the torch that pytorch.org names for this driver."
     yield CheckResult(
-        "GPU", "bad", f"nvidia-smi is installed, but torch sees no GPU: {message}", advice
+        "GPU", "bad", f"nvidia-smi is installed, but torch sees no GPU: {message}", fix
     )
 
 
@@ -113,9 +115,9 @@ def _precision() -> Iterator[CheckResult]:
     from ftlevel.models.hardware import choose_device, choose_dtype
 
     choice = choose_dtype("auto", str(choose_device("auto").value), "lora", "llama")
-    advice = "" if choice.value == "bfloat16" else "bfloat16 would need half the memory."
-    verdict: Verdict = "good" if choice.value == "bfloat16" else "note"
-    yield CheckResult("precision", verdict, f"{choice.value} ({choice.reason})", advice)
+    fix = "" if choice.value == "bfloat16" else "bfloat16 would need half the memory."
+    status: Status = "good" if choice.value == "bfloat16" else "note"
+    yield CheckResult("precision", status, f"{choice.value} ({choice.reason})", fix)
 
 
 def _four_bit() -> Iterator[CheckResult]:
@@ -128,9 +130,9 @@ def _four_bit() -> Iterator[CheckResult]:
     error = float((dequantize_4bit(codes, state) - weight).abs().mean())
     is_ok = error < 0.2  # NF4: 0.07 standard deviations
     version = metadata.version("bitsandbytes")
-    advice = "" if is_ok else "--quant 4bit would train on garbage: pip install -U bitsandbytes"
+    fix = "" if is_ok else "--quant 4bit would train on garbage: pip install -U bitsandbytes"
     value = f"bitsandbytes {version} on {device}: mean error {error:.3f} of a standard deviation"
-    yield CheckResult("4 bits", "good" if is_ok else "bad", value, advice)
+    yield CheckResult("4 bits", "good" if is_ok else "bad", value, fix)
 
 
 def _attention() -> Iterator[CheckResult]:
@@ -139,33 +141,35 @@ def _attention() -> Iterator[CheckResult]:
     if not torch.cuda.is_available():
         yield CheckResult("attention", "good", "packed rows by blocks and SDPA, on the CPU")
         return
-    installed = [name for name in ("flash_attn", "liger_kernel") if find_spec(name)]
-    advice = "" if "liger_kernel" in installed else "pip install 'ftlevel[gpu]' for fused kernels."
-    value = f"SDPA; extra kernels: {', '.join(installed) or 'none'}"
-    yield CheckResult("attention", "good" if installed else "note", value, advice)
+    kernels = [name for name in ("flash_attn", "liger_kernel") if find_spec(name)]
+    fix = "" if "liger_kernel" in kernels else "pip install 'ftlevel[gpu]' for fused kernels."
+    value = f"SDPA; extra kernels: {', '.join(kernels) or 'none'}"
+    yield CheckResult("attention", "good" if kernels else "note", value, fix)
 
 
 def _threads() -> Iterator[CheckResult]:
     import torch
 
     cores, used = os.cpu_count() or 1, torch.get_num_threads()
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else cores
-    is_ok = used <= usable
-    value = f"{used} of torch, {usable} cores may be used of {cores}"
-    advice = (
-        "" if is_ok else f"More threads than cores slow each other down: OMP_NUM_THREADS={usable}"
+    num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else cores
+    is_ok = used <= num_cores
+    value = f"{used} of torch, {num_cores} cores may be used of {cores}"
+    fix = (
+        ""
+        if is_ok
+        else f"More threads than cores slow each other down: OMP_NUM_THREADS={num_cores}"
     )
-    yield CheckResult("threads", "good" if is_ok else "note", value, advice)
+    yield CheckResult("threads", "good" if is_ok else "note", value, fix)
 
 
 def _memory() -> Iterator[CheckResult]:
     from ftlevel.models.hardware import device_memory, free_memory_bytes
 
-    free, total = free_memory_bytes("cpu"), device_memory("cpu")
-    value = f"{free / 2**30:.1f} GiB free of the {total / 2**30:.1f} that may be used"
-    low = min(free, total) < _MIN_MEMORY
-    advice = "See what fits: ftlevel plan" if low else ""
-    yield CheckResult("memory", "note" if low else "good", value, advice)
+    free_bytes, total = free_memory_bytes("cpu"), device_memory("cpu")
+    value = f"{free_bytes / 2**30:.1f} GiB free of the {total / 2**30:.1f} that may be used"
+    low = min(free_bytes, total) < _MIN_MEMORY
+    fix = "See what fits: ftlevel plan" if low else ""
+    yield CheckResult("memory", "note" if low else "good", value, fix)
 
 
 def _disk() -> Iterator[CheckResult]:
@@ -176,11 +180,11 @@ def _disk() -> Iterator[CheckResult]:
         ("disk of the Hub's cache", Path(constants.HF_HUB_CACHE)),
     ):
         parent = next(p for p in (path, *path.parents) if p.exists())
-        free = shutil.disk_usage(parent).free
-        low = free < _MIN_DISK
-        advice = "Free space, or set HF_HOME to another disk." if low else ""
-        value = f"{free / 2**30:.1f} GiB free at {path}"
-        yield CheckResult(name, "bad" if low else "good", value, advice)
+        free_bytes = shutil.disk_usage(parent).free
+        low = free_bytes < _MIN_DISK
+        fix = "Free space, or set HF_HOME to another disk." if low else ""
+        value = f"{free_bytes / 2**30:.1f} GiB free at {path}"
+        yield CheckResult(name, "bad" if low else "good", value, fix)
 
 
 def _hub() -> Iterator[CheckResult]:
@@ -195,5 +199,5 @@ def _hub() -> Iterator[CheckResult]:
     elif is_reachable(constants.ENDPOINT):
         yield CheckResult("Hub", "good", f"{constants.ENDPOINT} answers")
     else:
-        advice = "Local directories, .gguf files and builtin:tiny-llama work without it."
-        yield CheckResult("Hub", "note", f"{constants.ENDPOINT} does not answer", advice)
+        fix = "Local directories, .gguf files and builtin:tiny-llama work without it."
+        yield CheckResult("Hub", "note", f"{constants.ENDPOINT} does not answer", fix)

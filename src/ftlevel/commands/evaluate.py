@@ -85,43 +85,43 @@ def evaluate(config: EvaluateConfig, *, listener: Listener | None = None) -> Eva
     """
     listener = listener or NullListener()
     if config.qrels is not None:
-        return _evaluate_on_judgments(config, config.qrels, listener)
+        return _evaluate_retrieval(config, config.qrels, listener)
     if config.predictions is not None:
         row_file_type("--predictions", config.predictions)
         check_new_output("--predictions", config.predictions)
     with silence_loggers():
         device = choose_device(config.device)
         ref, other = _resolve(config, device.value)
-        leader = select_primary(ref, other)
-        settings, is_own = _settings(config, leader)
+        config_ref = select_primary(ref, other)
+        run_config, is_own = _get_run_config(config, config_ref)
         listener.stage("loading the model")
         trained = ref.load(device.value)
         listener.stage("reading the data")
 
         def encode(model: LoadedModel) -> EvaluationRows:
-            context = _context(config, model, leader, settings, is_compared=other is not None)
+            context = _context(config, model, config_ref, run_config, is_compared=other is not None)
             return load_evaluation_rows(
-                settings.data,
-                leader.card,
+                run_config.data,
+                config_ref.card,
                 config.split,
                 context,
                 is_own=is_own,
                 is_typed=bool(config.columns),
             )
 
-        held_out = encode(trained)
-        listener.choices("evaluate", _choices(config, trained, held_out, device))
-        for warning in [*trained.notes, *_find_warnings(held_out)]:
+        eval_rows = encode(trained)
+        listener.choices("evaluate", _choices(config, trained, eval_rows, device))
+        for warning in [*trained.notes, *_find_warnings(eval_rows)]:
             listener.warn(warning)
-        evaluator = _evaluator(config, trained, held_out, settings)
+        evaluator = _evaluator(config, trained, eval_rows, run_config)
         if needs_reference(evaluator):
             listener.stage("running the reference model")
             evaluator = with_reference(evaluator, trained)
         listener.stage("evaluating")
         record = ExampleRecord(trained.objective)
         metrics = evaluator(trained.model, record)
-        for remark in trained.objective.find_warnings(metrics):
-            listener.warn(remark)
+        for warning in trained.objective.find_warnings(metrics):
+            listener.warn(warning)
         base, base_record = _evaluate_base(config, trained, evaluator, listener)
         against, other_record = {}, None
         if other is not None:
@@ -145,12 +145,12 @@ def evaluate(config: EvaluateConfig, *, listener: Listener | None = None) -> Eva
         "task": trained.task.name,
         "headline": trained.objective.headline,
         "data": {
-            "name": held_out.source,
-            "split": held_out.split,
-            "training_rows": held_out.is_training,
+            "name": eval_rows.source,
+            "split": eval_rows.split,
+            "training_rows": eval_rows.is_training,
             "examples": len(record.units),
-            "rows": len(held_out.rows),
-            "dropped": held_out.dropped,
+            "rows": len(eval_rows.rows),
+            "dropped": eval_rows.dropped,
             "generated_rows": evaluator.generated_rows,
         },
         "base_model": ref.base,
@@ -163,20 +163,20 @@ def evaluate(config: EvaluateConfig, *, listener: Listener | None = None) -> Eva
     }
     if config.predictions is not None:
         lines = iterate_results(
-            record, trained.ref.labels, held_out.table.where, base=base_record, evaluator=evaluator
+            record, trained.ref.labels, eval_rows.table.where, base=base_record, evaluator=evaluator
         )
         save_rows(config.predictions, list(lines))
     return Evaluation(metrics, base, summary, draws)
 
 
-def _find_warnings(held_out: EvaluationRows) -> Iterator[str]:
-    if held_out.is_training:
-        yield f"these are {held_out.split}; they say little of other rows."
-    if held_out.dropped:
-        dropped = "1 row is" if held_out.dropped == 1 else f"{held_out.dropped:,} rows are"
+def _find_warnings(eval_rows: EvaluationRows) -> Iterator[str]:
+    if eval_rows.is_training:
+        yield f"these are {eval_rows.split}; they say little of other rows."
+    if eval_rows.dropped:
+        dropped = "1 row is" if eval_rows.dropped == 1 else f"{eval_rows.dropped:,} rows are"
         yield (
             f"{dropped} too long and not scored; the numbers are of the other "
-            f"{len(held_out.rows):,}."
+            f"{len(eval_rows.rows):,}."
         )
 
 
@@ -196,10 +196,13 @@ def _evaluate_other(
 ) -> tuple[dict[str, float], ExampleRecord]:
     """Returns metrics and record of `other`; it embeds with its own prompts, tokens and pooling."""
     evaluator = replace(evaluator, generated_rows=0, dtype=other.dtype)
-    objective, form = evaluator.objective, other.task.embedding_format(other.ref.options)
-    if form is not None and isinstance(objective, Embeddings):
-        own, objective = encode(other), replace(objective, form=form)
-        rows = {"rows": own.rows, "corpus": own.corpus, "tokenizer": other.tokenizer}
+    objective, embedding_format = (
+        evaluator.objective,
+        other.task.embedding_format(other.ref.options),
+    )
+    if embedding_format is not None and isinstance(objective, Embeddings):
+        encoded, objective = encode(other), replace(objective, form=embedding_format)
+        rows = {"rows": encoded.rows, "corpus": encoded.corpus, "tokenizer": other.tokenizer}
         evaluator = replace(evaluator, objective=objective, **rows)
     record = ExampleRecord(objective)
     return evaluator(other.model, record), record
@@ -225,7 +228,7 @@ def _base_of(
         yield None
 
 
-def _evaluate_on_judgments(config: EvaluateConfig, qrels: Path, listener: Listener) -> Evaluation:
+def _evaluate_retrieval(config: EvaluateConfig, qrels: Path, listener: Listener) -> Evaluation:
     """Retrieve documents for the queries of a retrieval set, and score them with `qrels`."""
     for flag, value in (("--dataset", config.dataset), ("--predictions", config.predictions)):
         if value is not None:
@@ -308,62 +311,62 @@ def _evaluate_on_judgments(config: EvaluateConfig, qrels: Path, listener: Listen
 
 def _resolve(config: EvaluateConfig, device: str) -> tuple[ModelRef, ModelRef | None]:
     """Returns the model to evaluate, quantized as requested, and the `--against` model or None."""
-    where: Any = {"device": device, "dtype": config.dtype}
+    kwargs: Any = {"device": device, "dtype": config.dtype}
     name, task, base = config.name, config.task, config.base_model
     if config.against is None:
-        return _requantized(resolve_model(name, task, base, **where), config.quant), None
-    ref, other = resolve_pair(name, config.against, task, base, **where)
-    return _requantized(ref, config.quant), other
+        return _set_quantization(resolve_model(name, task, base, **kwargs), config.quant), None
+    ref, other = resolve_pair(name, config.against, task, base, **kwargs)
+    return _set_quantization(ref, config.quant), other
 
 
-def _requantized(ref: ModelRef, quant: str | None) -> ModelRef:
+def _set_quantization(ref: ModelRef, quant: str | None) -> ModelRef:
     """Returns `ref` with the requested quantization, and a note if it differs from training."""
     if quant is None or quant == ref.quantization["kind"]:
         return ref
-    trained_form = quantization_form(ref.quantization)
+    trained_quantization = quantization_form(ref.quantization)
     if ref.is_prequantized:
         raise InputError(
             f"--quant {quant}: {ref.source.label} is stored quantized "
-            f"({trained_form}), and is scored as it is stored. Drop --quant, or name the "
+            f"({trained_quantization}), and is scored as it is stored. Drop --quant, or name the "
             "original model."
         )
     requested = QuantConfig(kind=quant)
     if ref.directory is not None:
-        message = f"the base is {requested.form}; in training it was {trained_form}"
+        message = f"the base is {requested.form}; in training it was {trained_quantization}"
         ref = replace(ref, notes=[*ref.notes, message])
     return ref.with_card(quantization=requested.model_dump())
 
 
-def _settings(config: EvaluateConfig, ref: ModelRef) -> tuple[TrainConfig, bool]:
+def _get_run_config(config: EvaluateConfig, ref: ModelRef) -> tuple[TrainConfig, bool]:
     """Returns data and scoring settings, and whether the rows are those of the run.
 
     `config` overrides the run's settings. The run's data file may have been moved.
     """
-    changes: dict[str, Any] = {"overlong": "drop"}
+    update: dict[str, Any] = {"overlong": "drop"}
     if ref.run is not None:
-        settings = build_config([load_run_config(ref.run)])
-        training_name: str | None = settings.data.dataset
+        run_config = build_config([load_run_config(ref.run)])
+        training_name: str | None = run_config.data.dataset
         if config.dataset is None:
-            check_paths(ref.run, settings.model_dump(mode="json"), DATA_PATHS)
+            check_paths(ref.run, run_config.model_dump(mode="json"), DATA_PATHS)
     else:
-        settings = TrainConfig(data={"columns": ref.card.data.get("columns", {})})
+        run_config = TrainConfig(data={"columns": ref.card.data.get("columns", {})})
         training_name = ref.card.data.get("name")
-        changes["max_length"] = ref.card.max_length or "auto"
+        update["max_length"] = ref.card.max_length or "auto"
         if config.dataset is None:
             if training_name is None:
                 raise ConfigError(f"{config.name} does not record its dataset. Add --dataset FILE.")
-            changes["dataset"] = training_name
+            update["dataset"] = training_name
     is_own = config.dataset is None or _is_same_name(config.dataset, str(training_name))
     if config.dataset is None:
-        if STDIN in (training_name, *settings.data.also):
+        if STDIN in (training_name, *run_config.data.also):
             raise ConfigError(
                 f"{config.name} was trained on rows that came through stdin and are no longer "
                 "available. Name rows with --dataset FILE."
             )
-    elif _is_moved(config.dataset, settings, ref):
-        changes["dataset"], is_own = config.dataset, True
+    elif _is_moved(config.dataset, run_config, ref):
+        update["dataset"], is_own = config.dataset, True
     else:
-        changes |= {
+        update |= {
             "dataset": config.dataset,
             "also": (),
             "mix": None,
@@ -378,14 +381,14 @@ def _settings(config: EvaluateConfig, ref: ModelRef) -> tuple[TrainConfig, bool]
             "max_eval_samples": None,
         }
     if config.corpus is not None:
-        changes["corpus"] = config.corpus
+        update["corpus"] = config.corpus
     if config.columns:
-        changes["columns"] = config.columns
+        update["columns"] = config.columns
     if config.ignore_columns:
-        changes["ignore_columns"] = config.ignore_columns
+        update["ignore_columns"] = config.ignore_columns
     if config.max_eval_samples is not None:
-        changes["max_eval_samples"] = config.max_eval_samples
-    return settings.model_copy(update={"data": settings.data.model_copy(update=changes)}), is_own
+        update["max_eval_samples"] = config.max_eval_samples
+    return run_config.model_copy(update={"data": run_config.data.model_copy(update=update)}), is_own
 
 
 def _is_same_name(dataset: str, name: str) -> bool:
@@ -395,14 +398,14 @@ def _is_same_name(dataset: str, name: str) -> bool:
     return dataset == name or Path(dataset).absolute() == Path(name).absolute()
 
 
-def _is_moved(dataset: str, settings: TrainConfig, ref: ModelRef) -> bool:
+def _is_moved(dataset: str, run_config: TrainConfig, ref: ModelRef) -> bool:
     """Returns whether `dataset` is the run's own file at a new path, by fingerprint."""
-    data = settings.data
+    data = run_config.data
     if ref.run is None or data.streaming or data.also or Path(data.dataset).exists():
         return False
     try:
         moved = data.model_copy(update={"dataset": dataset})
-        splits = read_splits(moved, TASKS[ref.task], settings.train.seed)
+        splits = read_splits(moved, TASKS[ref.task], run_config.train.seed)
     except InputError:
         return False
     return rows_fingerprint(splits.train.rows) == ref.card.data.get("fingerprint")
@@ -411,65 +414,70 @@ def _is_moved(dataset: str, settings: TrainConfig, ref: ModelRef) -> bool:
 def _context(
     config: EvaluateConfig,
     trained: LoadedModel,
-    leader: ModelRef,
-    settings: TrainConfig,
+    config_ref: ModelRef,
+    run_config: TrainConfig,
     *,
     is_compared: bool,
 ) -> EncodingContext:
-    """Returns how to encode rows for `trained`; length limits are from the card of `leader`."""
-    tokenizer, positions = trained.tokenizer, text_positions(settings.method, trained.model.config)
-    name = leader.card.method
+    """Returns how to encode rows for `trained`; length limits are from the card of `config_ref`."""
+    tokenizer, positions = (
+        trained.tokenizer,
+        text_positions(run_config.method, trained.model.config),
+    )
+    name = config_ref.card.method
     has_virtual_tokens = (
-        leader.run is None and name in METHODS and METHODS[name].positions(SPECS[name]())
+        config_ref.run is None and name in METHODS and METHODS[name].positions(SPECS[name]())
     )
     if has_virtual_tokens or is_compared:  # these or the other model limit the text
-        positions = leader.card.max_length or positions
-    elif positions and trained.kind == "decoder" and _generates(config, trained.task, settings):
-        new = config.max_new_tokens or settings.train.max_new_tokens
-        positions = max(leader.card.max_length, positions - new)
-    bounds, seed = LengthBounds(positions), settings.train.seed
+        positions = config_ref.card.max_length or positions
+    elif positions and trained.kind == "decoder" and _generates(config, trained.task, run_config):
+        new = config.max_new_tokens or run_config.train.max_new_tokens
+        positions = max(config_ref.card.max_length, positions - new)
+    bounds, seed = LengthBounds(positions), run_config.train.seed
     return EncodingContext(trained.task, trained.kind, tokenizer, len(tokenizer), bounds, seed)
 
 
 def _evaluator(
-    config: EvaluateConfig, trained: LoadedModel, held_out: EvaluationRows, settings: TrainConfig
+    config: EvaluateConfig, trained: LoadedModel, eval_rows: EvaluationRows, run_config: TrainConfig
 ) -> Evaluator:
-    train, speed = settings.train, settings.speed
+    train, speed = run_config.train, run_config.speed
     task, metrics = trained.task, config.metrics or train.metrics
-    generates = _generates(config, task, settings)
+    generates = _generates(config, task, run_config)
     check_metrics(
         metrics, task, trained.objective, generates=generates, how="--max-generate-samples N"
     )
     evaluator, extra = Evaluator, dict[str, Any]()
     if isinstance(trained.objective, PolicyGradient):
-        evaluator, extra = RewardEvaluator, {"rollouts": _rollouts(trained, held_out, settings)}
-    count = 0
+        evaluator, extra = RewardEvaluator, {"rollouts": _rollouts(trained, eval_rows, run_config)}
+    num_rows = 0
     if extra or (generates and uses_text_metrics(metrics, task)):
-        count = min(config.max_generate_samples or train.max_generate_samples, len(held_out.rows))
+        num_rows = min(
+            config.max_generate_samples or train.max_generate_samples, len(eval_rows.rows)
+        )
     return evaluator(
         **extra,
-        rows=held_out.rows,
+        rows=eval_rows.rows,
         tokenizer=trained.tokenizer,
         kind=trained.kind,
         objective=trained.objective,
         device=trained.device,
         dtype=trained.dtype,
         batch_size=config.batch_size or eval_batch_size(train),
-        generated_rows=count,
+        generated_rows=num_rows,
         writing=GenerationOptions(
             config.max_new_tokens or train.max_new_tokens,
             **config.decoding(train),
             seed=config.seed,
         ),
         score_texts=task.score_texts,
-        language=held_out.language,
+        language=eval_rows.language,
         chunked_cross_entropy=speed.fast and speed.chunked_cross_entropy,
         metrics=metrics,
-        corpus=held_out.corpus,
+        corpus=eval_rows.corpus,
     )
 
 
-def _rollouts(trained: LoadedModel, held_out: EvaluationRows, settings: TrainConfig) -> Rollouts:
+def _rollouts(trained: LoadedModel, eval_rows: EvaluationRows, run_config: TrainConfig) -> Rollouts:
     """Returns the sampler and scorer of completions for a policy, with the seed of training."""
     objective = trained.objective
     if not isinstance(objective, PolicyGradient):
@@ -477,7 +485,7 @@ def _rollouts(trained: LoadedModel, held_out: EvaluationRows, settings: TrainCon
     rl, rewards, teacher = objective.settings, None, None
     if objective.teacher is None:
         rewards = open_rewards(
-            rl, trained.device, trained.tokenizer, held_out.rows, held_out.table.where
+            rl, trained.device, trained.tokenizer, eval_rows.rows, eval_rows.table.where
         )
     else:
         teacher = open_teacher(
@@ -493,23 +501,23 @@ def _rollouts(trained: LoadedModel, held_out: EvaluationRows, settings: TrainCon
         trained.tokenizer,
         rl,
         rewards,
-        settings.train.order_seed,
+        run_config.train.order_seed,
         kind=trained.kind,
         method=trained.ref.card.method,
         device=trained.device,
         dtype=trained.dtype,
-        get_location=held_out.table.where,
+        get_location=eval_rows.table.where,
         teacher=teacher,
     )
 
 
-def _generates(config: EvaluateConfig, task: BaseTask, settings: TrainConfig) -> bool:
-    generates = should_generate(settings.train.predict_with_generate, task)
+def _generates(config: EvaluateConfig, task: BaseTask, run_config: TrainConfig) -> bool:
+    generates = should_generate(run_config.train.predict_with_generate, task)
     return generates or (task.generates_text and config.max_generate_samples is not None)
 
 
 def _choices(
-    config: EvaluateConfig, trained: LoadedModel, held_out: EvaluationRows, device: Choice
+    config: EvaluateConfig, trained: LoadedModel, eval_rows: EvaluationRows, device: Choice
 ) -> list[Choice]:
     ref = trained.ref
     if not config.base:
@@ -523,17 +531,21 @@ def _choices(
         base = f"not scored: without the adapter its {heads} is random"
     else:
         base = "evaluated for comparison, with the adapter disabled"
-    dropped = f"; {held_out.dropped:,} dropped, beyond the max length" if held_out.dropped else ""
-    form = quantization_form(ref.quantization)
+    dropped = f"; {eval_rows.dropped:,} dropped, beyond the max length" if eval_rows.dropped else ""
+    quantization = quantization_form(ref.quantization)
     return [
         Choice("task", trained.task.name),
         Choice("base", ref.base, base),
-        *([Choice("quantization", form)] if ref.quantization["kind"] != "none" else []),
+        *([Choice("quantization", quantization)] if ref.quantization["kind"] != "none" else []),
         Choice(
-            "rows", f"{held_out.source}, {held_out.split}", f"{len(held_out.rows):,} rows{dropped}"
+            "rows",
+            f"{eval_rows.source}, {eval_rows.split}",
+            f"{len(eval_rows.rows):,} rows{dropped}",
         ),
-        Choice("columns", held_out.note or held_out.columns, "by --map" if config.columns else ""),
-        *(Choice("note", note) for note in held_out.table.notes),
+        Choice(
+            "columns", eval_rows.note or eval_rows.columns, "by --map" if config.columns else ""
+        ),
+        *(Choice("note", note) for note in eval_rows.table.notes),
         Choice("dtype", trained.dtype, get_dtype_source(ref, config.dtype)),
         device,
     ]
@@ -547,9 +559,9 @@ def _intervals(
         return {}, {}
     if len(record.units) < 2:
         raise InputError("one example has no interval. Score more rows, or pass --resamples 0.")
-    settings = (config.resamples, config.seed, evaluator.score_texts, evaluator.language)
-    draws = select_metrics(record.resample(*settings), evaluator.metrics)
-    intervals = _compute_intervals(draws, base.resample(*settings) if base is not None else None)
+    resampling = (config.resamples, config.seed, evaluator.score_texts, evaluator.language)
+    draws = select_metrics(record.resample(*resampling), evaluator.metrics)
+    intervals = _compute_intervals(draws, base.resample(*resampling) if base is not None else None)
     return draws, {"resamples": config.resamples, **intervals}
 
 

@@ -25,7 +25,12 @@ from ftlevel.evaluation.two_models import Agreement, ComparisonSet, compare_logi
 from ftlevel.events import Listener, NullListener
 from ftlevel.merging.formats.base import MergeOutput, plan_export
 from ftlevel.merging.low_bits import WeightsAsLoaded, choose_gguf_codes
-from ftlevel.merging.merge_input import MergeInput, choose_rows, find_adapter, resolve_merge_input
+from ftlevel.merging.merge_input import (
+    MergeInput,
+    choose_rows,
+    find_adapter,
+    resolve_merge_input,
+)
 from ftlevel.merging.merged_model import open_merger
 from ftlevel.merging.verify import load_merged
 from ftlevel.models.hardware import choose_device
@@ -59,13 +64,13 @@ def export(
         RunError: the files do not reproduce the model; they are deleted.
     """
     listener = listener or NullListener()
-    began = time.perf_counter()
+    start_time = time.perf_counter()
     _check_outputs(config)
     upload = plan_upload(config)
     with silence_loggers():
         listener.stage("resolving the model")
         device = choose_device(config.device)
-        refs = _find_several(config, device.value)
+        refs = _resolve_adapters(config, device.value)
         if refs:
             ref = next(iter(refs.values()))
         else:
@@ -78,7 +83,7 @@ def export(
             if ref.directory is not None and FORMATS[config.format].merges:
                 find_adapter(config.model)  # raises if it cannot be merged
         is_directory = FORMATS[config.format].is_directory
-        for output in _left_out(config, refs):
+        for output in _paths_without_adapter(config, refs):
             listener.warn(f"{output} contains no adapter and is skipped.")
         plan = plan_export(config, refs or ref)
         listener.choices("export", list(plan.choices(device)))
@@ -92,10 +97,10 @@ def export(
             merge_adapter = (
                 partial(_merge, config, ref)
                 if ref.directory is not None
-                else partial(_as_it_is, config, ref, device.value)
+                else partial(_compare_unmerged, config, ref, device.value)
             )
             summary = plan.write(output, device.value, listener, merge_adapter)
-    summary["seconds"] = round(time.perf_counter() - began, 2)
+    summary["seconds"] = round(time.perf_counter() - start_time, 2)
     upload.send(config.outputs, summary)
     return ExportResult(summary, config.out, tuple(plan.describe(summary)))
 
@@ -106,12 +111,12 @@ def _check_outputs(config: ExportConfig) -> None:
         check_new_output("--out", config.out)
         return
     for path in config.outputs:
-        kind = path.suffix.removeprefix(".")
-        flag = "--out" if path == config.out else f"--out, for its {kind}:"
+        suffix = path.suffix.removeprefix(".")
+        flag = "--out" if path == config.out else f"--out, for its {suffix}:"
         check_output_file(flag, path, overwrite=config.overwrite)
 
 
-def _find_several(config: ExportConfig, device: str) -> dict[str, ModelRef]:
+def _resolve_adapters(config: ExportConfig, device: str) -> dict[str, ModelRef]:
     """Returns name → adapter for a directory of adapters; empty if `config.model` is one model."""
     path = Path(config.model).expanduser()
     if not path.is_dir() or any(
@@ -132,21 +137,23 @@ def _find_several(config: ExportConfig, device: str) -> dict[str, ModelRef]:
     }
 
 
-def _left_out(config: ExportConfig, refs: Mapping[str, ModelRef]) -> list[Path]:
+def _paths_without_adapter(config: ExportConfig, refs: Mapping[str, ModelRef]) -> list[Path]:
     """Returns the subdirectories of a directory of adapters that have a model but no adapter."""
     if not refs:
         return []
-    folders = [p for p in sorted(Path(config.model).expanduser().iterdir()) if p.is_dir()]
+    paths = [p for p in sorted(Path(config.model).expanduser().iterdir()) if p.is_dir()]
     files = (CONFIG, "config.json")
-    return [p for p in folders if p.name not in refs and any((p / m).exists() for m in files)]
+    return [p for p in paths if p.name not in refs and any((p / m).exists() for m in files)]
 
 
 def _merge(config: ExportConfig, ref: ModelRef, directory: Path) -> MergeOutput:
     """Merge the adapter, write the model to `directory`, and return how to convert and check it."""
     quantization = ref.quantization.get("kind", "none")
-    rounds = config.outtype in GRIDS
-    onto = "auto" if quantization == "none" or (config.verify and not rounds) else "dequantized"
-    merging = MergeConfig(
+    is_quantized = config.outtype in GRIDS
+    onto = (
+        "auto" if quantization == "none" or (config.verify and not is_quantized) else "dequantized"
+    )
+    merge_config = MergeConfig(
         adapters=[config.model],
         output_dir=directory,
         verify=config.verify,
@@ -154,10 +161,10 @@ def _merge(config: ExportConfig, ref: ModelRef, directory: Path) -> MergeOutput:
         device=config.device,
         base_model=config.base_model,
     )
-    summary = merge(merging, listener=NullListener()).summary
-    if not rounds:
+    summary = merge(merge_config, listener=NullListener()).summary
+    if not is_quantized:
         return MergeOutput(summary)
-    inputs = resolve_merge_input(merging)
+    inputs = resolve_merge_input(merge_config)
     compared, calibration = _probes(config, inputs)
     compare_with_run = None
     if config.verify:
@@ -168,15 +175,15 @@ def _merge(config: ExportConfig, ref: ModelRef, directory: Path) -> MergeOutput:
 
     if calibration is None:
         return MergeOutput(summary, beside_run=compare_with_run)
-    weights = open_merger(inputs, *resolve_rounding(merging, inputs, summary["onto"]))
+    weights = open_merger(inputs, *resolve_rounding(merge_config, inputs, summary["onto"]))
     model = load_merged(directory, inputs)
     choose = choose_gguf_codes(model, weights, calibration, inputs.dtype, config.outtype)
     return MergeOutput(summary, choose, compare_with_run)
 
 
-def _as_it_is(config: ExportConfig, ref: ModelRef, device: str, _: Path) -> MergeOutput:
+def _compare_unmerged(config: ExportConfig, ref: ModelRef, device: str, _: Path) -> MergeOutput:
     """Returns how to quantize a model without adapter, and how to compare the result with it."""
-    if not _chooses_codes(config):
+    if not _needs_calibration(config):
         return MergeOutput({})
     model = ref.load(device)
     inputs = MergeInput(ref, model.dtype, device)
@@ -194,13 +201,13 @@ def _as_it_is(config: ExportConfig, ref: ModelRef, device: str, _: Path) -> Merg
     )
 
 
-def _chooses_codes(config: ExportConfig) -> bool:
+def _needs_calibration(config: ExportConfig) -> bool:
     return config.outtype in CHOSEN and config.calibration_rows > 0
 
 
 def _probes(config: ExportConfig, inputs: MergeInput) -> tuple[ComparisonSet, ComparisonSet | None]:
     """Returns rows to compare logits on, and rows to calibrate quantization codes on (or None)."""
-    chooses = _chooses_codes(config)
-    rows = choose_rows(inputs, _ROWS, config.calibration_rows if chooses else 0)
+    needs_calibration = _needs_calibration(config)
+    rows = choose_rows(inputs, _ROWS, config.calibration_rows if needs_calibration else 0)
     calibration = inputs.probe(rows.calibration) if rows.calibration else None
     return inputs.probe(rows.compared), calibration

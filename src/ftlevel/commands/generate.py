@@ -31,7 +31,7 @@ from ftlevel.trained.model_ref import LoadedModel
 
 
 @dataclass(frozen=True)
-class GeneratedAnswer:
+class GeneratedText:
     """Output for one prompt; `base` is the base model's, or None; `tags` are (word, tag) pairs."""
 
     prompt: str
@@ -45,7 +45,7 @@ class GeneratedAnswer:
 
 def generate(
     name: str | None, prompts: Sequence[str], **settings: Any
-) -> tuple[list[GeneratedAnswer], list[str]]:
+) -> tuple[list[GeneratedText], list[str]]:
     """Generate outputs of the run, adapter or model `name` for `prompts`.
 
     Args:
@@ -54,7 +54,7 @@ def generate(
         settings: fields of `GenerateConfig`.
 
     Returns:
-        A `GeneratedAnswer` per prompt and adapter, in order, and notes for the user.
+        A `GeneratedText` per prompt and adapter, in order, and notes for the user.
 
     Raises:
         InputError: a model or a file cannot be loaded.
@@ -68,12 +68,12 @@ def generate(
 
 def generate_answers(
     config: GenerateConfig, prompts: Sequence[str], file: Path | None = None
-) -> tuple[list[GeneratedAnswer], list[str]]:
+) -> tuple[list[GeneratedText], list[str]]:
     """Generate outputs for `prompts` and those in `file` (lines or rows); see `generate`."""
     with silence_loggers():
         if file is not None and not _has_rows(file):
             files = match_files(str(file), "txt") if is_pattern(str(file)) else [file]
-            prompts = [*prompts, *(line for each in files for line in _read_lines(each))]
+            prompts = [*prompts, *(line for each in files for line in _load_lines(each))]
             file = None
         adapters = load_adapter_set(config)
         if config.compare_base and not adapters.has_base:
@@ -82,16 +82,18 @@ def generate_answers(
                 "Use the base model itself: ftlevel generate MODEL --prompt …"
             )
         request = AnswerRequest(
-            prompts, config.context, build_generation_settings(config), config.batch_size
+            prompts, config.context, build_generation_options(config), config.batch_size
         )
         if file is not None:
             first = next(iter(adapters.models.values()))
-            request, texts = _with_rows(request, file, first.task, config)
+            request, texts = _add_rows(request, file, first.task, config)
             prompts = [*prompts, *texts]
-        replies = {name: generate_replies(adapters, name, request) for name in adapters.models}
-        base = generate_replies(adapters, BASE, request) if config.compare_base else None
-    answers = [
-        GeneratedAnswer(
+        by_adapter = {
+            name: generate_predictions(adapters, name, request) for name in adapters.models
+        }
+        base = generate_predictions(adapters, BASE, request) if config.compare_base else None
+    outputs = [
+        GeneratedText(
             prompt,
             reply.text,
             base[index].text if base else None,
@@ -101,10 +103,10 @@ def generate_answers(
             adapters.models[name].dtype,
         )
         for index, prompt in enumerate(prompts)
-        for name, predictions in replies.items()
+        for name, predictions in by_adapter.items()
         for reply in (predictions[index],)
     ]
-    return answers, adapters.notes
+    return outputs, adapters.notes
 
 
 def _has_rows(path: Path) -> bool:
@@ -116,7 +118,7 @@ def _has_rows(path: Path) -> bool:
     return suffix in READERS and suffix != ".txt"
 
 
-def _read_lines(path: Path) -> list[str]:
+def _load_lines(path: Path) -> list[str]:
     """Load the nonblank lines of a text file; raise InputError if it cannot be read."""
     try:
         file = decompress(path) if is_compressed(path) else path
@@ -127,7 +129,7 @@ def _read_lines(path: Path) -> list[str]:
     return [line for line in lines if line.strip()]
 
 
-def _with_rows(
+def _add_rows(
     request: AnswerRequest, path: Path, task: BaseTask, config: GenerateConfig
 ) -> tuple[AnswerRequest, list[str]]:
     """Returns `request` extended by the rows of the file `path`, and the text to print for each."""
@@ -145,8 +147,10 @@ def _with_rows(
     rows = list(Prompts(source, shape))
     if faults := [f"{row.place}: {row.fault}. Fix the row." for row in rows if row.fault]:
         raise InputError(faults[:MAX_SHOWN])
-    role = next((role for role in _SHOWN if role in shape.columns), next(iter(shape.columns)))
-    texts = [to_cell(row.row.get(shape.columns[role])) for row in rows]
+    name = next(
+        (name for name in _PROMPT_COLUMNS if name in shape.columns), next(iter(shape.columns))
+    )
+    texts = [to_cell(row.row.get(shape.columns[name])) for row in rows]
     if shape.name == "prompt" and isinstance(rows[0].question, str):
         return replace(request, prompts=[*request.prompts, *texts]), texts
     return replace(
@@ -154,18 +158,20 @@ def _with_rows(
     ), texts
 
 
-_SHOWN = ("question", "prompt", "instruction", "messages", "conversations")
+_PROMPT_COLUMNS = ("question", "prompt", "instruction", "messages", "conversations")
 """Columns printed as the prompt; the first one present is used."""
 
 
-def build_generation_settings(config: GenerateConfig) -> GenerationOptions:
+def build_generation_options(config: GenerateConfig) -> GenerationOptions:
     """Returns the generation options of `config`."""
     return GenerationOptions(
         config.max_new_tokens, config.num_beams, config.temperature, config.top_p, config.seed
     )
 
 
-def generate_replies(adapters: AdapterSet, name: str, request: AnswerRequest) -> list[Prediction]:
+def generate_predictions(
+    adapters: AdapterSet, name: str, request: AnswerRequest
+) -> list[Prediction]:
     """Returns the outputs of the adapter `name`, or of the base, for each prompt."""
     with adapters.active_adapter(name) as trained, trained.inference():
         return predict_inputs(trained, request)
@@ -175,17 +181,17 @@ class Chat:
     """A conversation with the adapter that `active_adapter` names.
 
     Earlier messages are part of the prompt only if the model has a chat template and no fixed
-    instruction; other models were trained on single prompts. `forgotten` counts messages dropped
+    instruction; other models were trained on single prompts. `num_dropped` counts messages dropped
     because the prompt was too long.
     """
 
     def __init__(self, config: GenerateConfig) -> None:
         with silence_loggers():
             self.adapters: AdapterSet = load_adapter_set(config)
-        self.writing = build_generation_settings(config)
+        self.generation = build_generation_options(config)
         self.active_adapter = next(iter(self.adapters.models))
         self.messages: list[Turn] = []
-        self.forgotten = 0
+        self.num_dropped = 0
         for trained in self.adapters.models.values():
             if not trained.task.generates_text:
                 raise ConfigError(
@@ -200,13 +206,13 @@ class Chat:
 
     def reset(self) -> None:
         """Clear the history."""
-        self.messages, self.forgotten = [], 0
+        self.messages, self.num_dropped = [], 0
 
     @property
-    def remembers(self) -> bool:
+    def uses_history(self) -> bool:
         """Whether the history is part of the prompt."""
         with self.adapters.active_adapter(self.active_adapter) as trained:
-            return _remembers(trained)
+            return _uses_history(trained)
 
     def say(self, text: str, on_text: Callable[[str], None]) -> str:
         """Generate and return the reply to `text`; `on_text` receives it in pieces."""
@@ -226,48 +232,60 @@ class Chat:
             trained.inference(),
         ):
             ids = torch.tensor([self._prompt(trained, text)], device=trained.device)
-            written = trained.model.generate(
+            output_ids = trained.model.generate(
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
-                streamer=_Pieces(trained.tokenizer, on_text, is_decoder=trained.kind == "decoder"),
-                **self.writing.arguments(trained.tokenizer),
+                streamer=_CallbackStreamer(
+                    trained.tokenizer, on_text, is_decoder=trained.kind == "decoder"
+                ),
+                **self.generation.arguments(trained.tokenizer),
             )[0]
-        answer = written if trained.kind == "encoder-decoder" else written[ids.shape[1] :]
-        return str(trained.tokenizer.decode(answer, skip_special_tokens=True)).strip()
+        ids = output_ids if trained.kind == "encoder-decoder" else output_ids[ids.shape[1] :]
+        return str(trained.tokenizer.decode(ids, skip_special_tokens=True)).strip()
 
     def _prompt(self, trained: LoadedModel, text: str) -> list[int]:
         """Returns the prompt token ids; the oldest messages are dropped if they do not fit."""
         if trained.ref.prompt_format is None:
             raise TypeError("a model that writes text has a prompt format")
-        if not _remembers(trained):
+        if not _uses_history(trained):
             return encode_prompt(trained.tokenizer, trained.ref.prompt_format, text)
         positions = max_positions(trained.model.config)
-        room = None if positions is None else positions - self.writing.max_new_tokens
+        max_prompt_length = (
+            None if positions is None else positions - self.generation.max_new_tokens
+        )
         while True:
             turns = trained.ref.prompt_format.with_system(self.messages)
             ids = encode_chat_prompt(trained.tokenizer, turns)
-            if room is None or len(ids) <= room or len(self.messages) == 1:
+            if (
+                max_prompt_length is None
+                or len(ids) <= max_prompt_length
+                or len(self.messages) == 1
+            ):
                 return ids
             self.messages = self.messages[2:]  # a question and the answer
-            self.forgotten += 2
+            self.num_dropped += 2
 
 
-def _remembers(trained: LoadedModel) -> bool:
-    form = trained.ref.prompt_format
-    return form is not None and form.kind == "chat-template" and not form.instruction
+def _uses_history(trained: LoadedModel) -> bool:
+    prompt_format = trained.ref.prompt_format
+    return (
+        prompt_format is not None
+        and prompt_format.kind == "chat-template"
+        and not prompt_format.instruction
+    )
 
 
-class _Pieces(TextStreamer):
+class _CallbackStreamer(TextStreamer):
     """Streamer that passes text to a callback."""
 
     def __init__(self, tokenizer: Any, on_text: Callable[[str], None], *, is_decoder: bool) -> None:
         super().__init__(tokenizer, skip_prompt=is_decoder, skip_special_tokens=True)
-        self._hear = on_text
-        self._began = False
+        self._on_text = on_text
+        self._started = False
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:  # noqa: ARG002
         """Call `on_text` with a piece of text, without leading whitespace of the reply."""
-        text = text if self._began else text.lstrip()
+        text = text if self._started else text.lstrip()
         if text:
-            self._began = True
-            self._hear(text)
+            self._started = True
+            self._on_text(text)

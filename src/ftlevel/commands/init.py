@@ -25,16 +25,16 @@ from ftlevel.tasks import TASKS
 from ftlevel.training.plan.resolve import resolve
 from ftlevel.training.plan.run import Run
 
-_ENDINGS = (".csv", ".tsv", ".jsonl", ".parquet", ".xlsx", ".conll")
+_FILE_TYPES = (".csv", ".tsv", ".jsonl", ".parquet", ".xlsx", ".conll")
 _FOR_ENCODERS = ("text-classification", "token-classification", "question-answering", "masked-lm")
-_GUESSED = (*_FOR_ENCODERS[:3], "preference", "summarization", "text-generation")
+_INFERRED = (*_FOR_ENCODERS[:3], "preference", "summarization", "text-generation")
 """Tasks inferred from columns, those with the most required columns first."""
 _REQUIRED_COLUMNS = {"preference": ("chosen", "rejected"), "summarization": ("summary",)}
 """Columns required to infer a task whose format also matches other data."""
 _ENCODER = "sentence-transformers/all-MiniLM-L6-v2"
 _DECODER = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _EPOCHS = 3
-_HELD_OUT = 0.1
+_SPLIT = 0.1
 _ENOUGH = 50  # fewest rows for a validation split
 _ORDER = "task model quant method data train"
 _BYTES = 2  # per 16-bit weight
@@ -48,7 +48,7 @@ class SetupQuestion:
     path: str
     flag: str
     prompt: str
-    propose: Callable[[TrainConfig], Choice]
+    default: Callable[[TrainConfig], Choice]
     check: Callable[[TrainConfig], object]
 
 
@@ -58,7 +58,7 @@ class Draft:
 
     text: str
     config: TrainConfig
-    proposed: list[Choice]
+    defaults: list[Choice]
     steps: int
     command: str
 
@@ -75,22 +75,22 @@ def draft(layers: list[Layer], file: Path, answer: Callable[[SetupQuestion, Choi
     Raises:
         ConfigError: the values do not match, or `train` could not start with them.
     """
-    proposed = []
+    defaults = []
     with silence_loggers():
         for question in QUESTIONS:
             config = build_config(layers)
             if not _is_set(config, question.path):
-                proposal = question.propose(config)
-                value = answer(question, proposal)
+                default = question.default(config)
+                value = answer(question, default)
                 layers.append(_layer(question.path, value, question.flag))
-                if value == proposal.value:
-                    proposed.append(proposal)
+                if value == default.value:
+                    defaults.append(default)
             question.check(build_config(layers))
-        run = _resolve(layers, proposed)
+        run = _resolve(layers, defaults)
     config = run.config
     command = f"ftlevel train --recipe {file} --output-dir runs/{run.name}"
-    text = "\n".join([*_head(config, command, file), *_render(run, proposed)]) + "\n"
-    return Draft(text, config, proposed, run.schedule.steps, command)
+    text = "\n".join([*_head(config, command, file), *_format_lines(run, defaults)]) + "\n"
+    return Draft(text, config, defaults, run.schedule.steps, command)
 
 
 def check_answer(layers: list[Layer], question: SetupQuestion, value: str) -> None:
@@ -99,9 +99,9 @@ def check_answer(layers: list[Layer], question: SetupQuestion, value: str) -> No
         question.check(build_config([*layers, _layer(question.path, value, question.flag)]))
 
 
-def _layer(path: str, value: Any, origin: str) -> Layer:
+def _layer(path: str, value: Any, location: str) -> Layer:
     layer = Layer()
-    put(layer, tuple(path.split(".")), value, origin)
+    put(layer, tuple(path.split(".")), value, location)
     return layer
 
 
@@ -112,21 +112,21 @@ def _is_set(config: TrainConfig, path: str) -> bool:
     return not name or name in getattr(config, section).model_fields_set
 
 
-def _resolve(layers: list[Layer], proposed: list[Choice]) -> Run:
+def _resolve(layers: list[Layer], defaults: list[Choice]) -> Run:
     """Resolve the run like `train`; without validation rows, add a split to `layers` (modified)."""
     config = build_config(layers)
     run = resolve(config)
-    few = len(run.data.train) < _ENOUGH or config.data.streaming
-    if few or run.data.validation or _is_set(config, "data.validation_split"):
+    is_small = len(run.data.train) < _ENOUGH or config.data.streaming
+    if is_small or run.data.validation or _is_set(config, "data.validation_split"):
         return run
-    layers.append(_layer("data.validation_split", _HELD_OUT, "--validation-split"))
-    proposed.append(Choice("validation_split", _HELD_OUT, "the data has no validation rows"))
+    layers.append(_layer("data.validation_split", _SPLIT, "--validation-split"))
+    defaults.append(Choice("validation_split", _SPLIT, "the data has no validation rows"))
     return resolve(build_config(layers))
 
 
-def _propose_dataset(_: TrainConfig) -> Choice:
+def _default_dataset(_: TrainConfig) -> Choice:
     """Returns the only data file in ./, or the built-in examples; raises InputError for several."""
-    files = sorted(path.name for path in Path().iterdir() if path.suffix.lower() in _ENDINGS)
+    files = sorted(path.name for path in Path().iterdir() if path.suffix.lower() in _FILE_TYPES)
     if len(files) > 1:
         raise InputError(
             f"several data files found ({join_names(files, 6)}): choose one with --dataset"
@@ -136,13 +136,13 @@ def _propose_dataset(_: TrainConfig) -> Choice:
     return Choice("dataset", DEFAULT_DATASET, "no file of rows in this directory")
 
 
-def _propose_task(config: TrainConfig) -> Choice:
+def _default_task(config: TrainConfig) -> Choice:
     data = config.data
     if data.dataset.startswith("builtin:"):
         return Choice("task", "summarization", "docstrings have a first line")
     table = _table(config)
     columns = {column.lower() for column in table.columns}
-    for name in _GUESSED:
+    for name in _INFERRED:
         try:
             format_ = TASKS[name].find_format(table.columns, data, table.rows[:CHUNK_ROWS])
         except InputError:
@@ -157,7 +157,7 @@ def _propose_task(config: TrainConfig) -> Choice:
     )
 
 
-def _propose_model(config: TrainConfig) -> Choice:
+def _default_model(config: TrainConfig) -> Choice:
     name, kind = (_ENCODER, "encoder") if config.task in _FOR_ENCODERS else (_DECODER, "decoder")
     if config.data.dataset.startswith("builtin:"):
         return Choice("model", DEFAULT_MODEL, "comes with ftlevel")
@@ -169,7 +169,7 @@ def _propose_model(config: TrainConfig) -> Choice:
     return Choice("model", name, f"a small {kind}")
 
 
-def _propose_method(config: TrainConfig) -> Choice:
+def _default_method(config: TrainConfig) -> Choice:
     """Returns `lora`, or `qlora` if 16-bit weights exceed half of the memory."""
     base = load_config(_source(config))
     shape = build_task_model(base, _auto_class(config, base))
@@ -185,7 +185,7 @@ def _propose_method(config: TrainConfig) -> Choice:
     return Choice("method", "lora", "the one that most others are measured against")
 
 
-def _propose_epochs(_: TrainConfig) -> Choice:
+def _default_epochs(_: TrainConfig) -> Choice:
     return Choice("epochs", str(_EPOCHS), "the best evaluation is kept")
 
 
@@ -231,29 +231,29 @@ QUESTIONS = (
         "data.dataset",
         "--dataset",
         "Rows to learn from: a file, a directory or a Hub id",
-        _propose_dataset,
+        _default_dataset,
         _check_dataset,
     ),
-    SetupQuestion("task", "--task", "What is to be learned", _propose_task, _check_task),
+    SetupQuestion("task", "--task", "What is to be learned", _default_task, _check_task),
     SetupQuestion(
         "model.name_or_path",
         "--model",
         "Model: a directory, a .gguf file or a Hub id",
-        _propose_model,
+        _default_model,
         _check_model,
     ),
     SetupQuestion(
         "method.kind",
         "--method",
         "Method (ftlevel list-methods)",
-        _propose_method,
+        _default_method,
         lambda config: config,
     ),
     SetupQuestion(
         "train.num_train_epochs",
         "--num-train-epochs",
         "Times that the rows are gone through",
-        _propose_epochs,
+        _default_epochs,
         lambda config: config,
     ),
 )
@@ -270,37 +270,37 @@ def _head(config: TrainConfig, command: str, file: Path) -> Iterator[str]:
     yield "# without the # it is yours. All there are: ftlevel train --schema."
 
 
-def _notes(run: Run, proposed: list[Choice]) -> Mapping[str, str]:
+def _field_comments(run: Run, defaults: list[Choice]) -> Mapping[str, str]:
     """Returns dotted field → comment to print next to its value."""
     choices = {choice.name: choice for choice in run.choices}
-    reasons = {choice.name: choice.reason for choice in proposed}
+    sources = {choice.name: choice.reason for choice in defaults}
     columns = choices.get("columns")
     return {
-        "task": reasons.get("task", "") or (str(columns) if columns else ""),
+        "task": sources.get("task", "") or (str(columns) if columns else ""),
         "model.name_or_path": choices["model"].reason,
         "method.kind": choices["method"].reason,
         "data.dataset": choices["data"].reason.partition(";")[0],
-        "data.validation_split": reasons.get("validation_split", ""),
+        "data.validation_split": sources.get("validation_split", ""),
         "train.num_train_epochs": f"{run.schedule.steps:,} steps",
         "quant.kind": str(choices["base"].value) if "base" in choices else "",
     }
 
 
-def _chosen(run: Run) -> Mapping[str, list[tuple[str, Any, str]]]:
+def _resolved_values(run: Run) -> Mapping[str, list[tuple[str, Any, str]]]:
     """Returns the values `train` would choose: section → (name, value, reason)."""
-    reasons = {choice.name: choice.reason for choice in run.choices}
+    sources = {choice.name: choice.reason for choice in run.choices}
     train, schedule = run.config.train, run.schedule
-    rates = [("learning_rate", schedule.learning_rate, reasons.get("learning rate", ""))]
+    rates = [("learning_rate", schedule.learning_rate, sources.get("learning rate", ""))]
     if schedule.head_learning_rate is not None:
         message = "defaults to learning_rate if that is set"
         rates.append(("head_learning_rate", schedule.head_learning_rate, message))
-    chosen = {
+    resolved = {
         "method": [
             (name, getattr(run.config.method, name), "")
             for name in ("r", "lora_alpha", "lora_dropout", "target_modules")
             if getattr(run.config.method, name, None) is not None
         ],
-        "data": [("max_length", run.data.max_length, reasons.get("max length", ""))],
+        "data": [("max_length", run.data.max_length, sources.get("max length", ""))],
         "train": [
             *((name, float(f"{rate:.3g}"), message) for name, rate, message in rates),
             ("per_device_train_batch_size", train.per_device_train_batch_size, ""),
@@ -312,32 +312,32 @@ def _chosen(run: Run) -> Mapping[str, list[tuple[str, Any, str]]]:
         section: [
             line for line in lines if line[0] not in getattr(run.config, section).model_fields_set
         ]
-        for section, lines in chosen.items()
+        for section, lines in resolved.items()
     }
 
 
-def _render(run: Run, proposed: list[Choice]) -> Iterator[str]:
+def _format_lines(run: Run, defaults: list[Choice]) -> Iterator[str]:
     """Yields the lines of the recipe; values that `train` would choose are commented out."""
-    notes, chosen = _notes(run, proposed), _chosen(run)
+    field_comments, resolved = _field_comments(run, defaults), _resolved_values(run)
     values = run.config.model_dump(mode="json", exclude_unset=True)
     for section in sorted(values, key=lambda name: (name not in _ORDER, _ORDER.find(name))):
         fields = values[section]
         if not isinstance(fields, dict):
-            yield _line(section, fields, notes.get(section, ""))
+            yield _line(section, fields, field_comments.get(section, ""))
             continue
         yield f"{section}:"
         for name, value in fields.items():
-            yield "  " + _line(name, value, notes.get(f"{section}.{name}", ""))
-        for name, value, reason in chosen.get(section, []):
+            yield "  " + _line(name, value, field_comments.get(f"{section}.{name}", ""))
+        for name, value, reason in resolved.get(section, []):
             yield "  # " + _line(name, value, reason)
 
 
 def _line(name: str, value: Any, note: str) -> str:
     import yaml
 
-    plain = int(value) if isinstance(value, float) and value.is_integer() else value
+    number = int(value) if isinstance(value, float) and value.is_integer() else value
     if isinstance(value, (dict, list)):
         text = f"{name}: {yaml.safe_dump(value, default_flow_style=True, width=10_000)}"
     else:
-        text = yaml.safe_dump({name: plain}, width=10_000, allow_unicode=True)
+        text = yaml.safe_dump({name: number}, width=10_000, allow_unicode=True)
     return text.rstrip("\n") + (f"  # {' '.join(note.split())}" if note else "")

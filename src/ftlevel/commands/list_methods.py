@@ -14,8 +14,8 @@ from ftlevel.config import SPECS
 from ftlevel.config.sections import QuantConfig
 from ftlevel.config.tasks import TASKS as TASK_NAMES
 from ftlevel.errors import ConfigError, InputError, did_you_mean, join_names
-from ftlevel.methods import FACTS, explain, find_limits, find_refusal
-from ftlevel.methods.facts import Cell, MethodFacts
+from ftlevel.methods import METHOD_INFO, explain, get_possible_rules, get_rule
+from ftlevel.methods.support_table import Cell, MethodInfo
 from ftlevel.models.families import Family, find_family
 from ftlevel.tasks import TASKS
 
@@ -62,7 +62,7 @@ def list_methods(
     quant = _check_name("--quant", quant, QUANTS)
     family = find_family(family_name(model)) if model else None
     rows = tuple(
-        _row(facts, family, task, quant) for facts in FACTS.values() if facts.kind in SPECS
+        _row(info, family, task, quant) for info in METHOD_INFO.values() if info.method in SPECS
     )
     name, kind = (family.name, family.kind) if family else (None, None)
     return MethodReport(model, name, kind, task, quant, rows)
@@ -93,7 +93,7 @@ def family_name(model: str) -> str:
     return model
 
 
-def task_refusal(family: Family, task: str) -> str | None:
+def get_task_error(family: Family, task: str) -> str | None:
     """Returns why no method supports `task` on models of `family`, or None."""
     try:
         TASKS[task].auto_class(family.kind, family.name)
@@ -105,31 +105,29 @@ def task_refusal(family: Family, task: str) -> str | None:
     return None
 
 
-def _row(
-    facts: MethodFacts, family: Family | None, task: str | None, quant: str | None
-) -> MethodRow:
+def _row(info: MethodInfo, family: Family | None, task: str | None, quant: str | None) -> MethodRow:
     name, kind, experts = None, None, None
     if family:
         name, kind, experts = family.name, family.kind, bool(family.target_parameters)
-    cell = Cell(facts.name, name, kind, task, quant, experts)
+    cell = Cell(info.name, name, kind, task, quant, experts)
     works: Answer = "yes"
     reasons: tuple[str, ...] = ()
-    lacks = task_refusal(family, task) if family and task else None
-    rule = find_refusal(cell)
-    if lacks:
-        works, reasons = "no", (lacks,)
+    message = get_task_error(family, task) if family and task else None
+    rule = get_rule(cell)
+    if message:
+        works, reasons = "no", (message,)
     elif rule is not None:
-        works, reasons = "no", (explain(rule, facts, cell),)
-    elif limits := find_limits(cell):
+        works, reasons = "no", (explain(rule, info, cell),)
+    elif limits := get_possible_rules(cell):
         works = "in part"
-        reasons = tuple(f"not {limit.where}: {limit.why}" for limit in limits)
+        reasons = tuple(f"not {limit.condition}: {limit.why}" for limit in limits)
     return MethodRow(
-        facts.name,
-        facts.kind,
-        facts.flags,
+        info.name,
+        info.method,
+        info.flags,
         works,
         reasons,
-        facts.trains,
-        bool(facts.merges),
-        facts.paper,
+        info.trained,
+        bool(info.merges),
+        info.reference,
     )

@@ -169,9 +169,9 @@ def describe_model(name: str, r: int = 8) -> TargetReport:
     try:
         targets = inspect_model(build_meta_model(config))
     except (*FROM_READERS, StrictDataclassError) as error:
-        reason = " ".join(str(error).split())
+        message = " ".join(str(error).split())
         raise InputError(
-            f"{name}: transformers cannot build a model from its configuration: {reason} "
+            f"{name}: transformers cannot build a model from its configuration: {message} "
             "Expected the config.json of a transformers model."
         ) from error
     family = lookup_family(targets.model_type)
@@ -257,8 +257,8 @@ def _model_row(kind: LinearKind | ExpertKind, r: int, type_: str, count: str = "
 
 
 def _model_linear(kind: LinearKind, r: int) -> TargetRow:
-    row, inside = _model_row(kind, r, kind.type), split_pattern(kind.pattern)[1]
-    is_attention = bool(kind.all_linear and _ATTENTION.search(inside))
+    row, path = _model_row(kind, r, kind.type), split_pattern(kind.pattern)[1]
+    is_attention = bool(kind.all_linear and _ATTENTION.search(path))
     return replace(row, attention=is_attention, all_linear=kind.all_linear, default=kind.all_linear)
 
 

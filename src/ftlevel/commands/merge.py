@@ -39,12 +39,12 @@ from ftlevel.tasks import TASKS
 
 
 @dataclass(frozen=True)
-class _MergeJob:
-    """Merge to run: base weights to try (`ways`), output quantization (`low`), and rows."""
+class _PreparedMerge:
+    """Merge to run: base weights to try (`base_weights`), output quantization (`low`), and rows."""
 
     config: MergeConfig
     inputs: MergeInput
-    ways: list[str]
+    base_weights: list[str]
     low: QuantConfig | None
     probe: ComparisonSet | None
     calibration: ComparisonSet | None
@@ -68,7 +68,7 @@ def merge(config: MergeConfig, *, listener: Listener | None = None) -> MergeResu
         RunError: the merge changed nothing, or does not reproduce the trained model.
     """
     listener = listener or NullListener()
-    began = time.perf_counter()
+    start_time = time.perf_counter()
     check_new_output("--out", config.output_dir)
     upload = plan_upload(config)
     with silence_loggers(), contextlib.ExitStack() as stack:
@@ -76,54 +76,56 @@ def merge(config: MergeConfig, *, listener: Listener | None = None) -> MergeResu
         inputs = resolve_merge_input(config)
         if config.dtype == "float32":  # compare with the run in float32
             inputs = replace(inputs, dtype="float32")
-        onto = _ways(config, inputs)
+        onto = _select_base_weights(config, inputs)
         inputs, choices = mix(config, inputs, stack)
         low = resolve_quantization(config, inputs)
-        count = config.rows if config.verify else 0
-        calibrated = config.calibration_rows if low else 0
+        num_rows = config.rows if config.verify else 0
+        num_calibration = config.calibration_rows if low else 0
         probe = calibration = None
-        if count or calibrated:
-            rows = choose_rows(inputs, count, calibrated)
+        if num_rows or num_calibration:
+            rows = choose_rows(inputs, num_rows, num_calibration)
             probe = inputs.probe(rows.compared) if rows.compared else None
             calibration = inputs.probe(rows.calibration) if rows.calibration else None
             choices += rows.choices
-        job = _MergeJob(config, inputs, onto, low, probe, calibration)
-        listener.choices("merge", [*_describe(job), *choices])
+        prepared = _PreparedMerge(config, inputs, onto, low, probe, calibration)
+        listener.choices("merge", [*_list_choices(prepared), *choices])
         output = stack.enter_context(atomic_directory(config.output_dir))
-        summary = _merge(job, output, listener)
-    summary["seconds"] = round(time.perf_counter() - began, 2)
+        summary = _merge(prepared, output, listener)
+    summary["seconds"] = round(time.perf_counter() - start_time, 2)
     upload.send([config.output_dir], summary)
     return MergeResult(summary, config.output_dir)
 
 
-def _merge(job: _MergeJob, output: Path, listener: Listener) -> dict[str, Any]:
+def _merge(prepared: _PreparedMerge, output: Path, listener: Listener) -> dict[str, Any]:
     """Write, verify and document the merged model in `output`."""
-    config, inputs, probe = job.config, job.inputs, job.probe
+    config, inputs, probe = prepared.config, prepared.inputs, prepared.probe
     trained = effect = None
     if probe is not None:
         listener.stage("running the trained model")
         trained, effect = score_trained(inputs, probe)
     candidates = []
-    for onto in job.ways:
+    for onto in prepared.base_weights:
         listener.stage(f"merging into the {onto} weights")
         candidate = write_onto(config, inputs, onto, output / f".{onto}")
         if probe is not None and trained is not None:
             candidate = measure(candidate, inputs, probe, trained)
         candidates.append(candidate)
-    chosen, reason = _choose(candidates)
-    checked = None
+    chosen, message = _choose(candidates)
+    result = None
     if probe is not None:
         listener.stage("comparing the merged model with the trained one")
-        checked = check(chosen, inputs, probe)
-    if checked and effect:
-        _warn_of_loss(checked.agreement, effect, chosen.written.dtype, listener)
+        result = check(chosen, inputs, probe)
+    if result and effect:
+        _warn_of_loss(result.agreement, effect, chosen.written.dtype, listener)
     for candidate in candidates:
         if candidate is not chosen:
             shutil.rmtree(candidate.directory)
     served = None
-    if job.low is not None:
-        listener.stage(f"choosing {job.low.form} codes")
-        chosen, written = quantize_merged(chosen, inputs, job.low, job.calibration, listener)
+    if prepared.low is not None:
+        listener.stage(f"choosing {prepared.low.form} codes")
+        chosen, written = quantize_merged(
+            chosen, inputs, prepared.low, prepared.calibration, listener
+        )
         if probe is not None and trained is not None:
             listener.stage("reloading and measuring")
             served = compare_quantized(chosen, written, inputs, probe, trained)
@@ -138,17 +140,17 @@ def _merge(job: _MergeJob, output: Path, listener: Listener) -> dict[str, Any]:
         "base": {**inputs.card.base, "name": inputs.source.name},
         "out": str(config.output_dir),
         "onto": chosen.onto,
-        "reason": reason,
+        "reason": message,
         "written": asdict(chosen.written),
-        "verified": checked is not None,
-        **(asdict(checked) if checked else {"agreement": None}),
+        "verified": result is not None,
+        **(asdict(result) if result else {"agreement": None}),
         "effect": effect and asdict(effect),
-        "quantization": job.low and job.low.model_dump(),
+        "quantization": prepared.low and prepared.low.model_dump(),
         "served": served and asdict(served),
         "candidates": {c.onto: c.trained and asdict(c.trained) for c in candidates},
         "versions": library_versions(),
     }
-    _write_cards(output, config, inputs, summary, chosen.written.dtype)
+    _save_cards(output, config, inputs, summary, chosen.written.dtype)
     return summary
 
 
@@ -179,7 +181,7 @@ def score_trained(inputs: MergeInput, probe: ComparisonSet) -> tuple[RowLogits, 
         return trained, compare_logits(trained, probe.score(model.model, inputs.dtype))
 
 
-def _ways(config: MergeConfig, inputs: MergeInput) -> list[str]:
+def _select_base_weights(config: MergeConfig, inputs: MergeInput) -> list[str]:
     """Returns the base weights to merge onto: `original`, `dequantized`, or both, to compare."""
     if inputs.quant.kind == "none":
         if config.onto == "dequantized":
@@ -200,11 +202,11 @@ def _ways(config: MergeConfig, inputs: MergeInput) -> list[str]:
     return ["dequantized", "original"]
 
 
-def write_onto(config: MergeConfig, inputs: MergeInput, onto: str, directory: Path) -> Candidate:
-    """Merge the adapter onto the `original` or `dequantized` base, and write it to `directory`."""
-    directory.mkdir()
+def write_onto(config: MergeConfig, inputs: MergeInput, onto: str, path: Path) -> Candidate:
+    """Merge the adapter onto the `original` or `dequantized` base, and write it to `path`."""
+    path.mkdir()
     return Candidate(
-        onto, directory, *write_merged(directory, inputs, *resolve_rounding(config, inputs, onto))
+        onto, path, *write_merged(path, inputs, *resolve_rounding(config, inputs, onto))
     )
 
 
@@ -219,40 +221,40 @@ def resolve_rounding(
         return dtype, None
     compute = DTYPES[inputs.dtype]
     quantization = build_quantization_config(inputs.quant, compute, inputs.card.heads)
-    kept = keep_heads(quantization, inputs.ref.model_config, inputs.ref.auto_class)
-    return dtype or inputs.dtype, lambda model: build_rounding(model, kept, compute)
+    config_without_heads = keep_heads(quantization, inputs.ref.model_config, inputs.ref.auto_class)
+    return dtype or inputs.dtype, lambda model: build_rounding(model, config_without_heads, compute)
 
 
 def _choose(candidates: list[Candidate]) -> tuple[Candidate, str]:
     """Returns the candidate closest to the trained model, and the reason for the choice."""
     if len(candidates) == 1:
         return candidates[0], ""
-    ranked = sorted(candidates, key=lambda c: c.trained.distance if c.trained else 0.0)
-    first, second = ranked[0], ranked[1]
+    by_distance = sorted(candidates, key=lambda c: c.trained.distance if c.trained else 0.0)
+    first, second = by_distance[0], by_distance[1]
     one, other = first.trained, second.trained
     if one is None or other is None:
         raise ValueError("candidates are chosen by what was measured of them")
-    reason = (
+    message = (
         f"nearer to the model as trained: {format_difference(asdict(one))}, against "
         f"{format_difference(asdict(other))} {second.onto}; loss {one.loss:.4f} (as trained "
         f"{one.loss_reference:.4f}), against {other.loss:.4f}"
     )
-    return first, reason
+    return first, message
 
 
-def _describe(job: _MergeJob) -> Iterator[Choice]:
-    config, inputs, onto = job.config, job.inputs, job.ways
+def _list_choices(prepared: _PreparedMerge) -> Iterator[Choice]:
+    config, inputs, onto = prepared.config, prepared.inputs, prepared.base_weights
     yield Choice("adapter", str(inputs.ref.directory), f"{inputs.card.method}, {inputs.ref.task}")
     fingerprint = inputs.card.base.get("fingerprint")
-    proof = "same weights as in training" if fingerprint else "no fingerprint to compare"
-    yield Choice("base", inputs.source.name, proof)
+    fingerprint_note = "same weights as in training" if fingerprint else "no fingerprint to compare"
+    yield Choice("base", inputs.source.name, fingerprint_note)
     if inputs.quant.kind != "none":
-        reason = "auto: both are measured" if len(onto) > 1 else f"--onto {config.onto}"
-        yield Choice("onto", " and ".join(onto), reason)
-    if job.low is not None:
-        rows = job.calibration
+        message = "auto: both are measured" if len(onto) > 1 else f"--onto {config.onto}"
+        yield Choice("onto", " and ".join(onto), message)
+    if prepared.low is not None:
+        rows = prepared.calibration
         by = f"by what layers give on {len(rows.rows)} rows" if rows else "the nearest"
-        yield Choice("written in", job.low.form, f"codes chosen {by}")
+        yield Choice("written in", prepared.low.form, f"codes chosen {by}")
     if inputs.ignores_token_types and "token_type_ids" in inputs.tokenizer.model_input_names:
         yield Choice(
             "token types",
@@ -262,15 +264,15 @@ def _describe(job: _MergeJob) -> Iterator[Choice]:
     yield Choice("out", config.output_dir)
 
 
-def _write_cards(
-    directory: Path, config: MergeConfig, inputs: MergeInput, summary: dict[str, Any], dtype: str
+def _save_cards(
+    path: Path, config: MergeConfig, inputs: MergeInput, summary: dict[str, Any], dtype: str
 ) -> None:
     """Write README.md and ftlevel.json, which records task and prompt format."""
-    facts = {key: summary[key] for key in ("adapters", "onto", "reason", "verified", "agreement")}
+    values = {key: summary[key] for key in ("adapters", "onto", "reason", "verified", "agreement")}
     if len(config.adapters) > 1:
-        facts |= {"weights": config.weights, "strategy": config.strategy}
+        values |= {"weights": config.weights, "strategy": config.strategy}
     if summary["served"]:
-        facts["served"] = summary["served"]
+        values["served"] = summary["served"]
     card: AdapterCard = replace(
         inputs.card,
         method="full",
@@ -278,10 +280,10 @@ def _write_cards(
         dtype=dtype if config.dtype != "auto" else inputs.card.dtype,
         needs_import="",
         versions=library_versions(),
-        merge=facts,
+        merge=values,
         base={key: value for key, value in inputs.card.base.items() if key != "path"},
     )
-    card.write(directory)
-    TASKS[card.task].write_files(directory, load_config(inputs.source), card.options)
+    card.write(path)
+    TASKS[card.task].write_files(path, load_config(inputs.source), card.options)
     text = create_merge_readme(summary, inputs.card.task)
-    (directory / "README.md").write_text(text, encoding="utf-8")
+    (path / "README.md").write_text(text, encoding="utf-8")

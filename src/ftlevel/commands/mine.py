@@ -54,8 +54,8 @@ def mine(config: MineConfig, *, listener: Listener | None = None) -> Mapping[str
     check_row_file("--out", config.output, resume=False, overwrite=config.overwrite)
     with silence_loggers():
         listener.stage("reading the data")
-        rows, described = _read_rows(config)
-        corpus = Corpus(rows, _read_corpus(config))
+        rows, described = _load_rows(config)
+        corpus = Corpus(rows, _load_corpus(config))
         device = choose_device(config.device)
         ref = resolve_model(
             config.name, TASK, config.base_model, device=device.value, dtype=config.dtype
@@ -76,7 +76,7 @@ def mine(config: MineConfig, *, listener: Listener | None = None) -> Mapping[str
             ],
         )
         listener.stage("loading the model")
-        began = time.perf_counter()
+        start_time = time.perf_counter()
         trained = ref.load(device.value)
         model = InferenceModel(trained, GenerationOptions(1), config.batch_size, truncate=True)
         listener.stage("embedding")
@@ -99,7 +99,7 @@ def mine(config: MineConfig, *, listener: Listener | None = None) -> Mapping[str
             rows, corpus, vectors[: len(rows)], vectors[len(rows) :], options,
             similarity=similarity,
         )  # fmt: skip
-        counts = _write(config, corpus, zip(rows, mined, strict=True))
+        counts = _save_rows(config, corpus, zip(rows, mined, strict=True))
     if not counts.written:
         raise InputError(
             f"no row has a negative at ranks {first}-{last} with --relative-margin "
@@ -115,11 +115,11 @@ def mine(config: MineConfig, *, listener: Listener | None = None) -> Mapping[str
         "negatives": counts.negatives,
         "skipped": counts.skipped,
         "shortened": model.shortened,
-        "seconds": time.perf_counter() - began,
+        "seconds": time.perf_counter() - start_time,
     }
 
 
-def _read_rows(config: MineConfig) -> tuple[list[EmbeddingRow], str]:
+def _load_rows(config: MineConfig) -> tuple[list[EmbeddingRow], str]:
     """Load the rows with positives, and a description of their columns."""
     table = read_table(
         config.dataset, options=ReadOptions(config.input_format, ignored=config.ignore_columns)
@@ -136,7 +136,7 @@ def _read_rows(config: MineConfig) -> tuple[list[EmbeddingRow], str]:
     return rows, format_.description
 
 
-def _read_corpus(config: MineConfig) -> list[str]:
+def _load_corpus(config: MineConfig) -> list[str]:
     if config.corpus is None:
         return []
     table = read_table(config.corpus)
@@ -145,7 +145,7 @@ def _read_corpus(config: MineConfig) -> list[str]:
     return [row.documents[0] for row in to_examples(table, format_)]  # type: ignore[attr-defined]
 
 
-def _write(
+def _save_rows(
     config: MineConfig, corpus: Corpus, rows: Iterator[tuple[EmbeddingRow, MinedRow]]
 ) -> _Counts:
     """Write the rows that have a negative, and return the counts."""

@@ -34,7 +34,7 @@ from ftlevel.training.plan.adapter import resolve_adapter
 from ftlevel.training.plan.resolve import infer_task, resolve
 from ftlevel.training.plan.run import Run, count_trainable
 
-_IMAGINED_STEPS = 2
+_SYNTHETIC_STEPS = 2
 
 
 @dataclass(frozen=True)
@@ -78,8 +78,8 @@ class RunPlan:
     Attributes:
         steps: optimizer steps per epoch, or with streamed rows, of the whole run.
         tokens: tokens per epoch; 0 with synthetic rows.
-        imagined: whether rows are synthetic.
-        longest: row length in tokens for which the alternatives in `fits` are estimated.
+        is_synthetic: whether rows are synthetic.
+        max_length: row length in tokens for which the alternatives in `fits` are estimated.
         checkpoint_bytes: size of one checkpoint, and of all kept at once.
         time: time per epoch; None if unknown.
         cost: cost of the run, in the currency of the price.
@@ -90,8 +90,8 @@ class RunPlan:
     need: MemoryRequirement
     steps: int
     tokens: int
-    imagined: bool
-    longest: int
+    is_synthetic: bool
+    max_length: int
     checkpoint_bytes: tuple[int, int]
     time: TimeForecast | None
     cost: float | None
@@ -113,14 +113,14 @@ class RunPlan:
             "fits_in_memory": need.does_fit,
             "recomputed_peak_bytes": need.recomputed_peak,
             "device": need.device.name,
-            "imagined_rows": self.imagined,
+            "imagined_rows": self.is_synthetic,
             "fits": [
                 {"flags": f.flags, "peak_bytes": f.peak, "fits": f.fits, "most_rows": f.most_rows}
                 for f in self.fits
             ],
             "cheapest_change": self.cheapest.flags if self.cheapest else None,
             "cluster": self.cluster.to_dict() if self.cluster else None,
-            "steps_per_epoch": None if self.imagined else self.steps,
+            "steps_per_epoch": None if self.is_synthetic else self.steps,
             "tokens_per_epoch": self.tokens or None,
             "seconds_per_epoch": self.time.seconds_per_epoch if self.time else None,
             "time": asdict(self.time) if self.time else None,
@@ -162,28 +162,28 @@ def plan(
 
 
 def _plan(config: TrainConfig, options: PlanOptions) -> tuple[RunPlan, AlternativeContext]:
-    card = parse_gpu(options.gpu) if options.gpu else None
-    if card and options.probe:
+    gpu = parse_gpu(options.gpu) if options.gpu else None
+    if gpu and options.probe:
         raise ConfigError(
             "--probe runs steps on this machine, and --gpu plans for another GPU. Use one of them."
         )
-    _check_cards(config, options, card)
+    _validate_gpus(config, options, gpu)
     config, adapter, _ = resolve_adapter(config)
-    is_imagined = _names_no_data(config)
-    if is_imagined and options.probe:
+    is_synthetic = _names_no_data(config)
+    if is_synthetic and options.probe:
         raise ConfigError("--probe runs steps on real rows. Name them: --dataset FILE.")
-    config, message = (config, "") if is_imagined else infer_task(config)
-    if card and config.model.dtype == "auto":
-        config = _replace(config, "model", dtype="float16" if card.name == "T4" else "bfloat16")
+    config, message = (config, "") if is_synthetic else infer_task(config)
+    if gpu and config.model.dtype == "auto":
+        config = _replace(config, "model", dtype="float16" if gpu.name == "T4" else "bfloat16")
     model = config.model
     source = resolve_source(
         model.name_or_path, model.revision, model.trust_remote_code, needs_weights=options.probe
     )
-    rows = config.train.rows_per_device_step * _IMAGINED_STEPS if is_imagined else 0
-    synthetic = build_synthetic_batch(config.data, source, card.name if card else None, rows)
+    rows = config.train.rows_per_device_step * _SYNTHETIC_STEPS if is_synthetic else 0
+    synthetic = build_synthetic_batch(config.data, source, gpu.name if gpu else None, rows)
     run = resolve(config, why_task=message, adapter=adapter, synthetic=synthetic)
     ranks = options.nodes * options.gpus_per_node
-    device = Device.of(run.model.device, card, ranks)
+    device = Device.of(run.model.device, gpu, ranks)
     if config.speed.memory_gib is not None:
         memory = min(device.memory, int(config.speed.memory_gib * 2**30))
         device = replace(device, memory=memory)
@@ -191,27 +191,27 @@ def _plan(config: TrainConfig, options: PlanOptions) -> tuple[RunPlan, Alternati
         run = fit_micro_batch(run, device.memory)
     need = estimate_requirement(run, device)
     length = run.data.max_length
-    as_long = config if is_imagined else _replace(config, "data", max_length=length)
+    as_long = config if is_synthetic else _replace(config, "data", max_length=length)
     limits = AlternativeContext(
-        as_long, need.device, card.name if card else None, source, run.model.tokenizer
+        as_long, need.device, gpu.name if gpu else None, source, run.model.tokenizer
     )
     cluster = None
-    if card is not None and need.device.ranks > 1:
-        forecasts = (hook(run, need, card, options) for hook in hooks("forecast_cluster"))
+    if gpu is not None and need.device.ranks > 1:
+        forecasts = (hook(run, need, gpu, options) for hook in hooks("forecast_cluster"))
         cluster = next(forecasts, None)
     time: TimeForecast | None = None
     if cluster is not None:
         time = cluster.time()
     elif options.probe:
         time = measure_time(run)
-    elif card and not is_imagined:
-        time = estimate_time(run, card)
+    elif gpu and not is_synthetic:
+        time = estimate_time(run, gpu)
     result = RunPlan(
         need=need,
         steps=cluster.steps or 0 if cluster else steps_per_epoch(run),
-        tokens=0 if is_imagined else int(run.data.facts["tokens"]),
-        imagined=is_imagined,
-        longest=run.data.max_length,
+        tokens=0 if is_synthetic else int(run.data.facts["tokens"]),
+        is_synthetic=is_synthetic,
+        max_length=run.data.max_length,
         checkpoint_bytes=_checkpoints(run, need.parts),
         time=time,
         cost=_cost(config, time, options),
@@ -251,7 +251,7 @@ def _checkpoints(run: Run, parts: Mapping[str, int]) -> tuple[int, int]:
     return one, one * (limit if run.config.train.save_strategy else min(limit, epochs))
 
 
-def _check_cards(config: TrainConfig, options: PlanOptions, card: Gpu | None) -> None:
+def _validate_gpus(config: TrainConfig, options: PlanOptions, gpu: Gpu | None) -> None:
     """Raise ConfigError for several GPUs of unknown speed, and for sharding on one GPU."""
     ranks, way = options.nodes * options.gpus_per_node, config.train.shard
     if ranks == 1 and way != "none":
@@ -259,7 +259,7 @@ def _check_cards(config: TrainConfig, options: PlanOptions, card: Gpu | None) ->
             f"--shard {way} shards a model across GPUs. Add --nodes N and --gpus-per-node N, "
             f"with --gpu NAME."
         )
-    if ranks > 1 and (card is None or not card.tflops):
+    if ranks > 1 and (gpu is None or not gpu.tflops):
         raise ConfigError(
             f"--nodes {options.nodes} --gpus-per-node {options.gpus_per_node}: the speed of their "
             "cards is not known. Name one: --gpu h100."

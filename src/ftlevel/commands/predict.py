@@ -45,7 +45,7 @@ WINDOW = 2_048
 TEXT_BATCHES = 16
 """Batches per window for tasks that generate text; output is saved after each window."""
 
-Answers = Mapping[str, str]
+OutputColumns = Mapping[str, str]
 """Output column → the task's name for the answer."""
 
 
@@ -79,39 +79,39 @@ def predict(
         Interrupted: Ctrl-C; written rows are kept and can be resumed from.
     """
     listener = listener or NullListener()
-    _check(config, rows)
+    _validate(config, rows)
     with contextlib.ExitStack() as stack:
         stack.enter_context(silence_loggers())
         listener.stage("opening the data")
-        job = _prepare(config, rows, stream, stack)
-        listener.choices("predict", job.choices)
+        prepared = _prepare(config, rows, stream, stack)
+        listener.choices("predict", prepared.choices)
         try:
-            _answer_all(config, job, listener)
-            job.sink.finalize()
+            _predict_all(config, prepared, listener)
+            prepared.sink.finalize()
         except KeyboardInterrupt:
-            raise Interrupted(job.tally.format_stop_message()) from None
-    for warning in job.tally.warnings():
+            raise Interrupted(prepared.progress.format_stop_message()) from None
+    for warning in prepared.progress.warnings():
         listener.warn(warning)
-    collected = job.sink.rows if isinstance(job.sink, RowList) else None
-    return Predictions(collected, _summarize(config, job))
+    collected = prepared.sink.rows if isinstance(prepared.sink, RowList) else None
+    return Predictions(collected, _summarize(config, prepared))
 
 
 @dataclass(frozen=True)
-class _PredictJob:
-    """Prepared prediction, before weights are loaded; `questions` yields the unanswered rows."""
+class _PreparedPrediction:
+    """Prepared prediction, before weights are loaded; `queries` yields the unanswered rows."""
 
     ref: ModelRef
     device: str
-    own: TrainConfig
-    wanted: OutputOptions
-    answers: Answers
-    questions: Iterator[QueryRow]
+    run_config: TrainConfig
+    output_options: OutputOptions
+    answers: OutputColumns
+    queries: Iterator[QueryRow]
     sink: RowSink
-    tally: RowCounts
+    progress: RowCounts
     choices: Sequence[Choice]
 
 
-def _check(config: PredictConfig, rows: Any) -> None:
+def _validate(config: PredictConfig, rows: Any) -> None:
     if (rows is None) == (config.dataset is None):
         raise ConfigError(
             "no rows to predict. Add --dataset FILE, or - for stdin."
@@ -124,50 +124,50 @@ def _check(config: PredictConfig, rows: Any) -> None:
 
 def _prepare(
     config: PredictConfig, rows: Any, stream: IO[str] | None, stack: contextlib.ExitStack
-) -> _PredictJob:
+) -> _PreparedPrediction:
     """Resolve the model, open and check the rows, and skip rows already written."""
     device = choose_device(config.device)
     ref = resolve_model(
         config.name, config.task, config.base_model, device=device.value, dtype=config.dtype
     )
-    task, settings = TASKS[ref.card.task], _settings(ref)
-    source, file = _open(config, rows, task, settings)
-    mapping = _mapping(config, settings, task, source)
+    task, run_config = TASKS[ref.card.task], _get_run_config(ref)
+    source, file = _open(config, rows, task, run_config)
+    mapping = _mapping(config, run_config, task, source)
     shape = task.find_questions(source.leading, mapping, config.format, source.first)
     refuse_media_columns(shape.unused, source.first, file.shown if file else "the rows")
     output_options = OutputOptions(
         config.probabilities, config.top_k or 0, config.normalize, config.dims
     )
     types = task.answer_columns(shape, ref.card.labels, ref.card.options, output_options)
-    _check_embedding_options(config, task, types.values(), ref)
+    _validate_embedding(config, task, types.values(), ref)
     answers = {f"{config.column}_{end}" if end else config.column: end for end in types}
-    _check_new(config, answers, source, file)
+    _validate_column_names(config, answers, source, file)
     added = {name: types[end] for name, end in answers.items()}
     sink = _open_sink(config, RowColumns(source.columns, added, source.schema), stream)
-    questions = iter(Prompts(source, shape, sink.is_table, config.limit))
-    tally = RowCounts(config.output, kept=_skip_written(questions, sink, config))
-    stack.callback(_let_go, sink, tally)
-    reason = (
+    queries = iter(Prompts(source, shape, sink.is_table, config.limit))
+    progress = RowCounts(config.output, kept=_skip_written(queries, sink, config))
+    stack.callback(_close, sink, progress)
+    message = (
         "as in training"
         if mapping and not config.columns
         else explain_columns(shape.columns, config.columns, config.format)
     )
-    columns = Choice("columns", shape.description, reason)
-    choices = _choices(config, ref, settings, columns, answers, file)
-    return _PredictJob(
+    columns = Choice("columns", shape.description, message)
+    choices = _choices(config, ref, run_config, columns, answers, file)
+    return _PreparedPrediction(
         ref,
         device.value,
-        settings,
+        run_config,
         output_options,
         answers,
-        questions,
+        queries,
         sink,
-        tally,
+        progress,
         [*choices, device, choose_threads()],
     )
 
 
-def _settings(ref: ModelRef) -> TrainConfig:
+def _get_run_config(ref: ModelRef) -> TrainConfig:
     """Returns the run's configuration; without a run, a default one with the card's columns."""
     if ref.run is not None:
         return build_config([load_run_config(ref.run)])
@@ -175,22 +175,22 @@ def _settings(ref: ModelRef) -> TrainConfig:
 
 
 def _open(
-    config: PredictConfig, rows: Any, task: BaseTask, settings: TrainConfig
+    config: PredictConfig, rows: Any, task: BaseTask, run_config: TrainConfig
 ) -> tuple[RowSource, Reader | None]:
     """Open the input; returns its rows, and the file reader (None for in-memory rows)."""
-    ignored = config.ignore_columns or settings.data.ignore_columns
+    ignored = config.ignore_columns or run_config.data.ignore_columns
     if config.dataset is None:
         return in_memory_rows(rows, ignored), None
     roles = [names for shape in task.questions for names in shape.roles.values()]
     columns = {name for names in roles for name in names}
-    columns |= {*config.columns.values(), *settings.data.columns.values()}
+    columns |= {*config.columns.values(), *run_config.data.columns.values()}
     return open_rows(
         config.dataset, ReadOptions(config.input_format, config.subset, columns, ignored)
     )
 
 
 def _mapping(
-    config: PredictConfig, settings: TrainConfig, task: BaseTask, source: RowSource
+    config: PredictConfig, run_config: TrainConfig, task: BaseTask, source: RowSource
 ) -> Mapping[str, str]:
     """Returns role -> column: `--map` if given, else the training columns that the rows have."""
     if config.columns:
@@ -198,8 +198,8 @@ def _mapping(
     roles = {role for shape in task.questions for role in shape.roles}
     inner = {role for shape in task.questions for role in shape.inner}
     columns = {
-        **task.column_mapping(source.leading, settings.data, source.first),
-        **settings.data.columns,
+        **task.column_mapping(source.leading, run_config.data, source.first),
+        **run_config.data.columns,
     }
     return {
         role: column
@@ -208,8 +208,8 @@ def _mapping(
     }
 
 
-def _check_new(
-    config: PredictConfig, answers: Answers, source: RowSource, file: Reader | None
+def _validate_column_names(
+    config: PredictConfig, answers: OutputColumns, source: RowSource, file: Reader | None
 ) -> None:
     """Reject answer columns that exist in the rows."""
     existing = [repr(name) for name in answers if name in source.columns]
@@ -221,7 +221,7 @@ def _check_new(
         )
 
 
-def _check_embedding_options(
+def _validate_embedding(
     config: PredictConfig, task: BaseTask, types: Iterable[str], ref: ModelRef
 ) -> None:
     """Raise `ConfigError` for options of embeddings that do not apply, or too many dimensions."""
@@ -239,9 +239,9 @@ def _check_embedding_options(
         )
 
 
-def _let_go(sink: RowSink, tally: RowCounts) -> None:
+def _close(sink: RowSink, progress: RowCounts) -> None:
     """Close the output file after an error; delete it if it has no rows."""
-    if isinstance(sink, RowFile) and not (tally.kept or tally.answered):
+    if isinstance(sink, RowFile) and not (progress.kept or progress.answered):
         sink.discard()
     else:
         sink.close()
@@ -253,34 +253,34 @@ def _open_sink(config: PredictConfig, columns: RowColumns, stream: IO[str] | Non
     return RowList() if stream is None else LineStream(stream)
 
 
-def _skip_written(questions: Iterator[QueryRow], sink: RowSink, config: PredictConfig) -> int:
-    """Open the output; with `--resume`, skip answered `questions` (modified) and count them."""
+def _skip_written(queries: Iterator[QueryRow], sink: RowSink, config: PredictConfig) -> int:
+    """Open the output; with `--resume`, skip answered `queries` (modified) and count them."""
     if not isinstance(sink, RowFile):
         return 0
-    count = 0
-    for written in sink.load_existing() if config.resume else ():
-        row = next(questions, None)
+    num_rows = 0
+    for written_row in sink.load_existing() if config.resume else ():
+        row = next(queries, None)
         if row is None:
             raise InputError(
-                f"--resume: {sink.existing} has more rows than the {count:,} of --dataset "
+                f"--resume: {sink.existing} has more rows than the {num_rows:,} of --dataset "
                 f"{config.dataset}. Choose another --output."
             )
-        if sink.normalize(row.row) != written:
+        if sink.normalize(row.row) != written_row:
             raise InputError(
-                f"--resume: row {count + 1:,} of {sink.existing} is not {row.place}. Use the "
+                f"--resume: row {num_rows + 1:,} of {sink.existing} is not {row.place}. Use the "
                 f"same rows as before, or choose another --output."
             )
-        count += 1
-    sink.open(count)
-    return count
+        num_rows += 1
+    sink.open(num_rows)
+    return num_rows
 
 
 def _choices(
     config: PredictConfig,
     ref: ModelRef,
-    settings: TrainConfig,
+    run_config: TrainConfig,
     columns: Choice,
-    answers: Answers,
+    answers: OutputColumns,
     file: Reader | None,
 ) -> list[Choice]:
     task, quant = TASKS[ref.task], ref.quantization
@@ -297,66 +297,68 @@ def _choices(
         Choice("dtype", ref.card.dtype, get_dtype_source(ref, config.dtype)),
     ]
     if task.generates_text and config.max_new_tokens is None:
-        reason = "as in training" if ref.run else "default"
-        choices.append(Choice("max new tokens", settings.train.max_new_tokens, reason))
-    if _cuts(config, settings) and config.overlong is None:
+        message = "as in training" if ref.run else "default"
+        choices.append(Choice("max new tokens", run_config.train.max_new_tokens, message))
+    if _cuts(config, run_config) and config.overlong is None:
         choices.append(Choice("overlong", "truncate-prompt", "as in training"))
     return choices
 
 
-def _cuts(config: PredictConfig, settings: TrainConfig) -> bool:
-    return (config.overlong or settings.data.overlong) == "truncate-prompt"
+def _cuts(config: PredictConfig, run_config: TrainConfig) -> bool:
+    return (config.overlong or run_config.data.overlong) == "truncate-prompt"
 
 
-def _answer_all(config: PredictConfig, job: _PredictJob, listener: Listener) -> None:
+def _predict_all(config: PredictConfig, prepared: _PreparedPrediction, listener: Listener) -> None:
     """Answer the remaining rows; weights are loaded only if there are any."""
-    tally, task = job.tally, TASKS[job.ref.task]
+    progress, task = prepared.progress, TASKS[prepared.ref.task]
     size = TEXT_BATCHES * (config.batch_size or PROMPTS) if task.generates_text else WINDOW
-    batches = windows(job.questions, size)
+    batches = windows(prepared.queries, size)
     first = next(batches, None)
     if first is None:
         return
     listener.stage("loading the model")
-    trained = job.ref.load(job.device)
+    trained = prepared.ref.load(prepared.device)
     for note in trained.notes:
         listener.warn(note)
-    section = job.own.train
-    writing = GenerationOptions(
+    section = prepared.run_config.train
+    generation = GenerationOptions(
         config.max_new_tokens or section.max_new_tokens, **config.decoding(section)
     )
-    model = InferenceModel(trained, writing, config.batch_size, truncate=_cuts(config, job.own))
+    model = InferenceModel(
+        trained, generation, config.batch_size, truncate=_cuts(config, prepared.run_config)
+    )
     listener.stage("predicting")
-    listener.answered(tally.kept, None)
-    began = time.perf_counter()
+    listener.answered(progress.kept, None)
+    start_time = time.perf_counter()
     with model.inference():
         for window in chain([first], batches):
-            answers = _answer(model, window, job.wanted, config, tally)
-            job.sink.write(
-                [_join(row, answer, job) for row, answer in zip(window, answers, strict=True)]
+            answers = _predict_window(model, window, prepared.output_options, config, progress)
+            prepared.sink.write(
+                [_join(row, answer, prepared) for row, answer in zip(window, answers, strict=True)]
             )
-            tally.answered += len(window)
-            tally.shortened = model.shortened
-            tally.seconds = time.perf_counter() - began
-            listener.answered(tally.kept + tally.answered, window[-1].share)
+            progress.answered += len(window)
+            progress.shortened = model.shortened
+            progress.seconds = time.perf_counter() - start_time
+            listener.answered(progress.kept + progress.answered, window[-1].share)
 
 
-def _answer(
+def _predict_window(
     model: InferenceModel,
     window: Sequence[QueryRow],
     output_options: OutputOptions,
     config: PredictConfig,
-    tally: RowCounts,
+    progress: RowCounts,
 ) -> list[Mapping[str, Any]]:
     """Returns the answer columns per row, empty if skipped; may raise InputError for a bad row."""
     answerable = [i for i, row in enumerate(window) if not row.fault]
     faults = {i: row.fault for i, row in enumerate(window) if row.fault}
     if faults and config.on_bad_row == "error":
-        raise InputError(tally.format_failures(window, faults))
+        raise InputError(progress.format_failures(window, faults))
     answers = predict_rows(model, [window[i].question for i in answerable], output_options)
     faults |= {answerable[number]: error for number, error in answers.refused.items()}
     if faults and config.on_bad_row == "error":
-        raise InputError(tally.format_failures(window, faults))
-    tally.skip(window, faults)
+        raise InputError(progress.format_failures(window, faults))
+    progress.skip(window, faults)
     columns: list[Mapping[str, Any]] = [{} for _ in window]
     for number, reply in zip(answerable, answers.replies, strict=True):
         if reply is not None:
@@ -364,29 +366,31 @@ def _answer(
     return columns
 
 
-def _join(row: QueryRow, answer: Mapping[str, Any], job: _PredictJob) -> dict[str, Any]:
+def _join(
+    row: QueryRow, answer: Mapping[str, Any], prepared: _PreparedPrediction
+) -> dict[str, Any]:
     """Returns the input row with the answer columns added; None where there is no answer."""
-    existing = [repr(name) for name in job.answers if name in row.row]
+    existing = [repr(name) for name in prepared.answers if name in row.row]
     if existing:  # later JSON Lines rows may have new columns
         raise InputError(
             f"{row.place}: has {join_names(existing)} already. Choose another column with --column."
         )
-    return {**row.row, **{name: answer.get(end) for name, end in job.answers.items()}}
+    return {**row.row, **{name: answer.get(end) for name, end in prepared.answers.items()}}
 
 
-def _summarize(config: PredictConfig, job: _PredictJob) -> dict[str, Any]:
-    tally = job.tally
+def _summarize(config: PredictConfig, prepared: _PreparedPrediction) -> dict[str, Any]:
+    progress = prepared.progress
     return {
         "name": config.name,
-        "task": job.ref.task,
-        "dtype": job.ref.compute_dtype(job.device),
+        "task": prepared.ref.task,
+        "dtype": prepared.ref.compute_dtype(prepared.device),
         "dataset": config.dataset,
         "output": None if config.output is None else str(config.output),
-        "columns": list(job.answers),
-        "rows": tally.kept + tally.answered,
-        "kept": tally.kept,
-        "skipped": tally.skipped,
-        "shortened": tally.shortened,
-        "seconds": tally.seconds,
-        "rows_per_s": tally.answered / tally.seconds if tally.answered else 0.0,
+        "columns": list(prepared.answers),
+        "rows": progress.kept + progress.answered,
+        "kept": progress.kept,
+        "skipped": progress.skipped,
+        "shortened": progress.shortened,
+        "seconds": progress.seconds,
+        "rows_per_s": progress.answered / progress.seconds if progress.answered else 0.0,
     }

@@ -117,11 +117,11 @@ def preview(config: TrainConfig, numbers: Sequence[int] = ()) -> Preview:
         config, adapter, _ = resolve_adapter(config)
         config, message = infer_task(config)
         run = resolve(config, lenient=True, why_task=message, adapter=adapter)
-        shown = [_show_row(run, row) for row in _pick(run, numbers)]
+        rows = [_show_row(run, row) for row in _select_rows(run, numbers)]
         rollouts = _sample(run)
     facts = run.data.facts
     return Preview(
-        shown,
+        rows,
         build_histogram(_lengths(run)),
         facts["tokens"],
         facts["supervised"],
@@ -138,8 +138,8 @@ def _sample(run: Run) -> list[Choice]:
 
     Only in reinforcement learning; no other preview loads weights.
     """
-    settings, model = run.config.rl, run.model
-    if not isinstance(run.objective, PolicyObjective) or not settings.check_groups:
+    rl, model = run.config.rl, run.model
+    if not isinstance(run.objective, PolicyObjective) or not rl.check_groups:
         return []
     rows, where = run.data.train, run.data.table.where
     teacher = None
@@ -148,21 +148,21 @@ def _sample(run: Run) -> list[Choice]:
             name, run.objective, model.kind, model.tokenizer, model.device, model.dtype
         )
     else:
-        rewards = open_rewards(settings, model.device, model.tokenizer, rows, where)
+        rewards = open_rewards(rl, model.device, model.tokenizer, rows, where)
         run = replace(run, rewards=rewards)
     adapted = load_adapted(run, NullListener())
     return preview_rollouts(build_rollouts(run, adapted.model, teacher), rows)
 
 
-def _pick(run: Run, numbers: Sequence[int]) -> list[Encoded]:
+def _select_rows(run: Run, numbers: Sequence[int]) -> list[Encoded]:
     rows = run.data.train
     if not numbers:
         lengths = _lengths(run)
         order = sorted(range(len(rows)), key=lengths.__getitem__)
-        ends = dict.fromkeys((order[0], order[len(order) // 2], order[-1]))
-        return [rows[i] for i in ends]
-    plain = rows.rows if isinstance(rows, MaskedRows) else rows
-    there = np.concatenate([flat.example for flat in flat_batches(plain)]) + 1
+        selected = dict.fromkeys((order[0], order[len(order) // 2], order[-1]))
+        return [rows[i] for i in selected]
+    encoded = rows.rows if isinstance(rows, MaskedRows) else rows
+    there = np.concatenate([flat.example for flat in flat_batches(encoded)]) + 1
     missing = [number for number in numbers if number not in there]
     if missing:
         total = len(run.data.table.lines)
@@ -195,8 +195,8 @@ def _show_row(run: Run, row: Encoded) -> ShownRow:
         Token(id_, text, True, id_ in special)
         for id_, text in zip(ids, decoder.decode_tokens(ids), strict=True)
     )
-    place = run.data.table.where(row.row)
-    return ShownRow(row.row + 1, place, tokens, target, run.task.show_label(row, names))
+    location = run.data.table.where(row.row)
+    return ShownRow(row.row + 1, location, tokens, target, run.task.show_label(row, names))
 
 
 class PieceDecoder:
@@ -235,6 +235,6 @@ def build_histogram(lengths: Sequence[int]) -> list[Bar]:
         return []
     shortest, longest = min(lengths), max(lengths)
     width = max(1, -(-(longest - shortest + 1) // _BARS))
-    counts = np.bincount([(length - shortest) // width for length in lengths]).tolist()
+    heights = np.bincount([(length - shortest) // width for length in lengths]).tolist()
     edges = range(shortest, longest + 1, width)
-    return [Bar(s, min(s + width - 1, longest), c) for s, c in zip(edges, counts, strict=True)]
+    return [Bar(s, min(s + width - 1, longest), c) for s, c in zip(edges, heights, strict=True)]

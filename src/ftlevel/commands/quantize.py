@@ -107,16 +107,18 @@ def quantize(
         if note := _experts_note(config, plan):
             listener.warn(note)
         if dry_run:
-            parts = {name: list(sizes) for name, sizes in predict_bytes(plan.layout).items()}
-            summary = _summary(config, plan, parts, len(plan.layout.linears)) | {"dry_run": True}
+            num_bytes = {name: list(pair) for name, pair in predict_bytes(plan.layout).items()}
+            summary = _summary(config, plan, num_bytes, len(plan.layout.linears)) | {
+                "dry_run": True
+            }
             return QuantizeResult(summary, None)
         with atomic_directory(config.out) as partial:
             with _source_files(plan) as directory:
                 listener.stage("quantizing")
                 listener.begin(0)
                 layout, written = write_quantized(directory, partial, plan.layout, listener.step)
-                parts = {name: list(sizes) for name, sizes in written.parts.items()}
-                summary = _summary(config, plan, parts, written.quantized)
+                num_bytes = {name: list(pair) for name, pair in written.parts.items()}
+                summary = _summary(config, plan, num_bytes, written.quantized)
                 summary["bytes_on_disk"] = written.bytes
                 summary["kept_modules"] = get_skipped_modules(layout.config)
                 summary["source"]["fingerprint"] = base_fingerprint(directory)
@@ -126,7 +128,7 @@ def quantize(
                     listener.stage("reloading and measuring")
                     summary["fidelity"] = _measure(config, plan, directory, partial, plan.text)
             write_json(partial / SUMMARY, summary)
-            _write_cards(partial, config, plan.ref, summary)
+            _save_cards(partial, config, plan.ref, summary)
     upload.send([config.out], summary)
     return QuantizeResult(summary, config.out)
 
@@ -142,9 +144,9 @@ def _resolve(config: QuantizeConfig) -> _Plan:
             f"{quote(config.model)} --quant 4bit --out DIR."
         )
     model_config = load_config(ref.source)
-    if (stored := stored_quantization(model_config)) is not None:
+    if (existing := stored_quantization(model_config)) is not None:
         raise ConfigError(
-            f"{config.model} is already quantized ({quantization_name(stored)}). Quantizing it "
+            f"{config.model} is already quantized ({quantization_name(existing)}). Quantizing it "
             f"again would add a second error. Use the original model."
         )
     auto_class = checkpoint_class(model_config)
@@ -180,10 +182,12 @@ def _unquantized_dtype(config: QuantizeConfig, model_config: Any) -> tuple[torch
     """Returns the dtype of unquantized weights and of computation, and an explanation."""
     if config.dtype != "auto":
         return DTYPES[config.dtype], ""
-    stored = getattr(model_config, "dtype", None)
-    if stored is None:
+    existing = getattr(model_config, "dtype", None)
+    if existing is None:
         return torch.float32, "auto: config.json names none"
-    return getattr(torch, stored) if isinstance(stored, str) else stored, "auto: the model's own"
+    return getattr(torch, existing) if isinstance(
+        existing, str
+    ) else existing, "auto: the model's own"
 
 
 def _describe_unquantized(layout: QuantizedLayout) -> str:
@@ -238,7 +242,7 @@ def _source_files(plan: _Plan) -> Iterator[Path]:
         yield Path(temporary)
 
 
-def _write_cards(
+def _save_cards(
     directory: Path, config: QuantizeConfig, ref: ModelRef, summary: Mapping[str, Any]
 ) -> None:
     """Write README.md, and ftlevel.json if the source has one."""
@@ -246,13 +250,13 @@ def _write_cards(
     (directory / "README.md").write_text(readme, encoding="utf-8")
     if not ref.is_ours:
         return
-    stored = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    facts = {key: summary[key] for key in ("source", "fidelity", "ratio") if key in summary}
+    existing = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    values = {key: summary[key] for key in ("source", "fidelity", "ratio") if key in summary}
     ref.with_card(
-        quantization=quantization_facts(stored["quantization_config"]),
+        quantization=quantization_facts(existing["quantization_config"]),
         dtype=ref.card.dtype if config.dtype == "auto" else config.dtype,
         versions=library_versions(),
-        quantized=facts | {"form": config.form},
+        quantized=values | {"form": config.form},
     ).card.write(directory)
 
 
@@ -275,7 +279,7 @@ def _measure(
     windows = split_into_windows(plan.tokenizer, text.content, config.eval_tokens, length)
     if not windows:
         raise InputError(f"--eval-text {text.name} has less than two tokens. Name a longer text.")
-    began = time.perf_counter()
+    start_time = time.perf_counter()
     first, second = (compute_window_outputs(m, windows, auto_class, plan.tokenizer) for m in models)
     scores = compare_text(first, second, auto_class)
     if not math.isfinite(scores.get("kl", scores.get("cosine", math.nan))):
@@ -287,15 +291,15 @@ def _measure(
         "text": text.name,
         "computed_in": str(dtype).removeprefix("torch."),
         **scores,
-        "seconds": round(time.perf_counter() - began, 1),
+        "seconds": round(time.perf_counter() - start_time, 1),
     }
 
 
 def _summary(
-    config: QuantizeConfig, plan: _Plan, parts: dict[str, list[int]], quantized: int
+    config: QuantizeConfig, plan: _Plan, num_bytes: dict[str, list[int]], quantized: int
 ) -> dict[str, Any]:
-    before = sum(sizes[0] for sizes in parts.values())
-    after = sum(sizes[1] for sizes in parts.values())
+    before = sum(pair[0] for pair in num_bytes.values())
+    after = sum(pair[1] for pair in num_bytes.values())
     return {
         "source": {
             "name": plan.ref.base,
@@ -315,11 +319,11 @@ def _summary(
         "dtype": str(plan.layout.dtype).removeprefix("torch."),
         "quantized_linears": quantized,
         "parts": {
-            name: {"bytes_before": sizes[0], "bytes": sizes[1]} for name, sizes in parts.items()
+            name: {"bytes_before": pair[0], "bytes": pair[1]} for name, pair in num_bytes.items()
         },
         "bytes_before": before,
         "bytes": after,
         "ratio": before / after,
-        "quantized_ratio": parts[QUANTIZED][0] / parts[QUANTIZED][1],
+        "quantized_ratio": num_bytes[QUANTIZED][0] / num_bytes[QUANTIZED][1],
         "versions": library_versions(),
     }

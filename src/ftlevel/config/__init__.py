@@ -7,9 +7,9 @@ from ftlevel.config.layers import (
     Layer,
     build_config,
     build_section,
+    load_recipe,
+    parse_overrides,
     put,
-    read_recipe,
-    read_settings,
 )
 from ftlevel.config.methods import SPECS, LoraSpec, MethodConfig, MethodSpec
 from ftlevel.config.output import OutputConfig
@@ -57,10 +57,10 @@ __all__ = [
     "TrainerConfig",
     "build_config",
     "build_section",
+    "load_recipe",
     "normalize_task",
+    "parse_overrides",
     "put",
-    "read_recipe",
-    "read_settings",
 ]
 
 __getattr__ = resolve_renamed(

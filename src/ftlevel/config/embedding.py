@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Any, Literal, get_args
@@ -23,12 +23,12 @@ Columns = Literal["pairs", "scores"]
 
 
 @dataclass(frozen=True)
-class EmbeddingLossFacts:
+class EmbeddingLoss:
     """Properties of an embedding loss.
 
     Attributes:
-        columns: kind of rows that the loss needs, as in `Columns`.
-        reads: fields of `EmbeddingConfig` that this loss uses, besides those that all losses use.
+        columns: content of the rows that the loss needs.
+        parameters: fields of `EmbeddingConfig` that only some losses use, this one included.
         scale: default scale of cosine similarities; None if it has none.
         margin: default margin; None if it has none.
         contrasts: whether it compares the rows of a step, so that a step needs two or more rows.
@@ -37,7 +37,7 @@ class EmbeddingLossFacts:
     """
 
     columns: Columns
-    reads: tuple[str, ...] = ()
+    parameters: tuple[str, ...] = ()
     scale: float | None = None
     margin: float | None = None
     contrasts: bool = False
@@ -45,16 +45,16 @@ class EmbeddingLossFacts:
     needs_teacher: bool = False
 
 
-LOSSES: dict[str, EmbeddingLossFacts] = {
-    "mnrl": EmbeddingLossFacts("pairs", ("scale", "symmetric"), 20.0, contrasts=True),
-    "gist": EmbeddingLossFacts("pairs", ("scale", "guide", "margin"), 100.0, 0.0, contrasts=True),
-    "triplet": EmbeddingLossFacts("pairs", ("margin",), None, 5.0, needs_negatives=True),
-    "margin-mse": EmbeddingLossFacts("pairs", needs_negatives=True, needs_teacher=True),
-    "kl": EmbeddingLossFacts("pairs", ("temperature",), needs_negatives=True, needs_teacher=True),
-    "cosent": EmbeddingLossFacts("scores", ("scale",), 20.0, contrasts=True),
-    "angle": EmbeddingLossFacts("scores", ("scale",), 20.0, contrasts=True),
-    "cosine": EmbeddingLossFacts("scores"),
-    "contrastive": EmbeddingLossFacts("scores", ("margin",), None, 0.5),
+LOSSES: dict[str, EmbeddingLoss] = {
+    "mnrl": EmbeddingLoss("pairs", ("scale", "symmetric"), 20.0, contrasts=True),
+    "gist": EmbeddingLoss("pairs", ("scale", "guide", "margin"), 100.0, 0.0, contrasts=True),
+    "triplet": EmbeddingLoss("pairs", ("margin",), None, 5.0, needs_negatives=True),
+    "margin-mse": EmbeddingLoss("pairs", needs_negatives=True, needs_teacher=True),
+    "kl": EmbeddingLoss("pairs", ("temperature",), needs_negatives=True, needs_teacher=True),
+    "cosent": EmbeddingLoss("scores", ("scale",), 20.0, contrasts=True),
+    "angle": EmbeddingLoss("scores", ("scale",), 20.0, contrasts=True),
+    "cosine": EmbeddingLoss("scores"),
+    "contrastive": EmbeddingLoss("scores", ("margin",), None, 0.5),
 }
 DEFAULT_LOSSES: dict[Columns, str] = {"pairs": "mnrl", "scores": "cosent"}
 LOSS_ALIASES = {
@@ -74,32 +74,34 @@ LOSS_ALIASES = {
 """Lowercase names of other tools, without dashes and underscores."""
 
 
-def read_loss(value: Any, aliases: Mapping[str, str]) -> Any:
+def normalize_loss_name(value: Any, aliases: Mapping[str, str]) -> Any:
     """Returns ftlevel's name for a loss name of any tool; non-text `value` is unchanged."""
     if not isinstance(value, str):
         return value
-    folded = value.lower().replace("_", "").replace("-", "")
-    return aliases.get(folded, value.lower().replace("_", "-"))
+    key = value.lower().replace("_", "").replace("-", "")
+    return aliases.get(key, value.lower().replace("_", "-"))
 
 
-def list_given(settings: Section) -> list[str]:
-    """Returns the names of the settings that differ from their defaults."""
-    plain = type(settings)()
-    return [n for n in type(settings).model_fields if getattr(settings, n) != getattr(plain, n)]
+def changed_fields(config: Section) -> list[str]:
+    """Returns the names of the fields that differ from their defaults."""
+    default = type(config)()
+    return [n for n in type(config).model_fields if getattr(config, n) != getattr(default, n)]
 
 
-def _read_dims(value: Any) -> Any:
+def _split_dims(value: Any) -> Any:
     return value.split(",") if isinstance(value, str) else value
 
 
-Dims = Annotated[tuple[Annotated[int, Field(ge=1)], ...], BeforeValidator(_read_dims)]
+Dims = Annotated[tuple[Annotated[int, Field(ge=1)], ...], BeforeValidator(_split_dims)]
 
 
 class EmbeddingConfig(Section):
     """Settings of embedding models: loss, pooling, prompts and sampling."""
 
     loss: (
-        Annotated[EmbeddingLossName, BeforeValidator(partial(read_loss, aliases=LOSS_ALIASES))]
+        Annotated[
+            EmbeddingLossName, BeforeValidator(partial(normalize_loss_name, aliases=LOSS_ALIASES))
+        ]
         | None
     ) = Field(None, description="Embedding loss; default: mnrl for pairs, cosent for scores.")
     scale: Annotated[float, Field(gt=0, le=10_000)] | None = Field(
@@ -150,7 +152,7 @@ class EmbeddingConfig(Section):
         "the full size.",
     )
     matryoshka_weights: Annotated[
-        tuple[Annotated[float, Field(gt=0)], ...], BeforeValidator(_read_dims)
+        tuple[Annotated[float, Field(gt=0)], ...], BeforeValidator(_split_dims)
     ] = Field((), description="Weights of the losses of matryoshka_dims; default: 1 each.")
     batch_sampler: Literal["no_duplicates", "batch_sampler"] = Field(
         "no_duplicates",
@@ -181,65 +183,60 @@ _FLAGS = {
 }
 
 
-def find_embedding_problems(
-    task: str, settings: EmbeddingConfig, batch: int, teacher: str | None
-) -> list[str]:
-    """Returns a message per setting without effect, and one if an optimizer step has too few rows.
-
-    `batch` is the number of rows of an optimizer step.
-    """
-    values = list_given(settings)
+def validate_embedding(
+    task: str, config: EmbeddingConfig, batch: int, teacher: str | None
+) -> Iterator[str]:
+    """Yields error messages; `batch` is the number of rows of an optimizer step."""
+    values = changed_fields(config)
     if task not in EMBEDDING_TASKS:
-        if not values:
-            return []
-        names = join_names(map(_flag, values))
-        return [f"{names}: of --task embedding, and --task is {task}. Drop it, or change the task."]
-    problems = list(_matryoshka_problems(settings))
-    if settings.loss is not None:
-        problems += _loss_problems(settings, values, teacher)
-    loss = settings.loss or DEFAULT_LOSSES["pairs"]
+        if values:
+            names = join_names(map(_flag, values))
+            yield (
+                f"{names}: of --task embedding, and --task is {task}. Drop it, or change the task."
+            )
+        return
+    yield from _validate_dims(config)
+    if config.loss is not None:
+        yield from _validate_loss(config, values, teacher)
+    loss = config.loss or DEFAULT_LOSSES["pairs"]
     if LOSSES[loss].contrasts and batch == 1:
-        problems.append(
+        yield (
             f"--per-device-train-batch-size 1: --loss {loss} compares the rows of a step, and a "
             "step has one. Use at least 2, or more --gradient-accumulation-steps."
         )
-    return problems
 
 
-def _loss_problems(
-    settings: EmbeddingConfig, values: Sequence[str], teacher: str | None
-) -> list[str]:
-    loss, problems = settings.loss or "", []
+def _validate_loss(
+    config: EmbeddingConfig, values: Sequence[str], teacher: str | None
+) -> Iterator[str]:
+    loss = config.loss or ""
     for name in values:
-        readers = [other for other in get_args(EmbeddingLossName) if name in LOSSES[other].reads]
-        if readers and loss not in readers:
-            do = "does" if len(readers) == 1 else "do"
-            problems.append(
-                f"{_flag(name)}: --loss {loss} does not read it; {join_names(readers)} {do}. "
+        losses = [
+            other for other in get_args(EmbeddingLossName) if name in LOSSES[other].parameters
+        ]
+        if losses and loss not in losses:
+            do = "does" if len(losses) == 1 else "do"
+            yield (
+                f"{_flag(name)}: --loss {loss} does not read it; {join_names(losses)} {do}. "
                 "Drop it."
             )
-    if loss == "gist" and settings.guide is None:
-        problems.append("--loss gist needs a model that finds false negatives. Add --guide MODEL.")
+    if loss == "gist" and config.guide is None:
+        yield "--loss gist needs a model that finds false negatives. Add --guide MODEL."
     if teacher is not None and not LOSSES[loss].needs_teacher:
-        taught = [name for name, facts in LOSSES.items() if facts.needs_teacher]
-        problems.append(
-            f"--teacher: --loss {loss} does not read it; {join_names(taught)} do. Drop it."
-        )
-    return problems
+        losses = [name for name, facts in LOSSES.items() if facts.needs_teacher]
+        yield (f"--teacher: --loss {loss} does not read it; {join_names(losses)} do. Drop it.")
 
 
-def _matryoshka_problems(settings: EmbeddingConfig) -> list[str]:
-    dims, weights = settings.matryoshka_dims, settings.matryoshka_weights
+def _validate_dims(config: EmbeddingConfig) -> Iterator[str]:
+    dims, weights = config.matryoshka_dims, config.matryoshka_weights
     if len(set(dims)) < len(dims):
-        return [
-            f"--matryoshka-dims {','.join(map(str, dims))}: a dimension is listed twice. Drop one."
-        ]
-    if weights and len(weights) != len(dims):
-        return [
+        text = ",".join(map(str, dims))
+        yield f"--matryoshka-dims {text}: a dimension is listed twice. Drop one."
+    elif weights and len(weights) != len(dims):
+        yield (
             f"embedding.matryoshka_weights has {len(weights)} values for {len(dims)} "
             "--matryoshka-dims. Give one for each."
-        ]
-    return []
+        )
 
 
 def _flag(name: str) -> str:

@@ -103,7 +103,7 @@ class EvaluateConfig(DecodingAsInTraining):
     device: RunDevice = "auto"
 
     @model_validator(mode="after")
-    def _check_comparison(self) -> EvaluateConfig:
+    def _validate_comparison(self) -> EvaluateConfig:
         if self.eval_text is not None and self.against is None:
             raise ValueError(
                 f"--eval-text {self.eval_text} is for comparing two models. Add --against MODEL, "
@@ -202,7 +202,7 @@ class PredictConfig(DecodingAsInTraining):
     device: RunDevice = "auto"
 
     @model_validator(mode="after")
-    def _check_output(self) -> PredictConfig:
+    def _validate_output(self) -> PredictConfig:
         if self.resume and self.overwrite:
             raise ValueError("--resume continues and --overwrite starts again. Use one of them.")
         for flag, is_given in (("--resume", self.resume), ("--overwrite", self.overwrite)):

@@ -6,6 +6,7 @@ Servers were checked at the version in their row (docs/serving.md). Must not imp
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from ftlevel.config.output import HubSection
-from ftlevel.config.section import NewDirectory, check_directory_name
+from ftlevel.config.section import NewDirectory, validate_dir_name
 from ftlevel.config.sections import DeviceName, Dtype, MovedBase, Positive, QuantConfig
 from ftlevel.errors import ConfigError
 from ftlevel.extensions import ExportFormat, added_rows
@@ -92,7 +93,7 @@ class MergeConfig(HubSection):
 
     @field_validator("onto", mode="before")
     @classmethod
-    def _check_onto(cls, value: object) -> object:
+    def _validate_onto(cls, value: object) -> object:
         if value in _QUANTIZED:
             raise ValueError(
                 "weights of 4 or 8 bits cannot hold the update: rounding it to their grid erases "
@@ -107,38 +108,36 @@ class MergeConfig(HubSection):
         return value.split(",") if isinstance(value, str) else value
 
     @model_validator(mode="after")
-    def _check_mixture(self) -> MergeConfig:
-        count = len(self.adapters)
-        problems = []
-        if self.weights is not None and len(self.weights) != count:
-            problems.append(
-                f"--weights gives {len(self.weights)} numbers for {count} adapters. Give one each."
+    def _validate_mixture(self) -> MergeConfig:
+        if messages := list(self._list_conflicts()):
+            raise ValueError("\n".join(messages))
+        return self
+
+    def _list_conflicts(self) -> Iterator[str]:
+        num_adapters = len(self.adapters)
+        if self.weights is not None and len(self.weights) != num_adapters:
+            yield (
+                f"--weights gives {len(self.weights)} numbers for {num_adapters} adapters. "
+                "Give one each."
             )
         if self.weights is not None and any(weight == 0 for weight in self.weights):
-            problems.append("--weights has a 0: leave that adapter out.")
-        if count == 1 and self.strategy != "cat":
-            problems.append(
-                f"--strategy {self.strategy} needs several adapters and got one. Drop it."
-            )
+            yield "--weights has a 0: leave that adapter out."
+        if num_adapters == 1 and self.strategy != "cat":
+            yield (f"--strategy {self.strategy} needs several adapters and got one. Drop it.")
         values = {"--quant-type": self.quant_type, "--double-quant": self.double_quant}
         low = [flag for flag, value in values.items() if value is not None]
         if low and self.quant != "4bit":
-            problems.append(
-                f"{low[0]} belongs to --quant 4bit, and --quant is {self.quant}. Drop it."
-            )
+            yield (f"{low[0]} belongs to --quant 4bit, and --quant is {self.quant}. Drop it.")
         if self.quant != "none" and self.onto == "original":
-            problems.append(
+            yield (
                 f"--onto original cannot be used with --quant {self.quant}, which approximates "
                 f"the trained model. Drop --onto."
             )
         if self.density is not None and self.strategy not in _PRUNING:
-            problems.append(
+            yield (
                 f"--density belongs to --strategy {', '.join(_PRUNING)}, and --strategy is "
                 f"{self.strategy}. Drop it."
             )
-        if problems:
-            raise ValueError("\n".join(problems))
-        return self
 
 
 class QuantizeConfig(HubSection):
@@ -176,21 +175,23 @@ class QuantizeConfig(HubSection):
     )
 
     @model_validator(mode="after")
-    def _check_four_bit_settings(self) -> QuantizeConfig:
+    def _validate_four_bit(self) -> QuantizeConfig:
         values = {"--double-quant": self.double_quant, "--quant-type fp4": self.quant_type != "nf4"}
-        wrong = [flag for flag, is_given in values.items() if is_given and self.quant != "4bit"]
-        if wrong:
+        invalid = [flag for flag, is_given in values.items() if is_given and self.quant != "4bit"]
+        if invalid:
             raise ValueError(
-                f"{wrong[0]} belongs to --quant 4bit, and --quant is {self.quant}. "
-                f"Use --quant 4bit, or drop {wrong[0].split()[0]}."
+                f"{invalid[0]} belongs to --quant 4bit, and --quant is {self.quant}. "
+                f"Use --quant 4bit, or drop {invalid[0].split()[0]}."
             )
         return self
 
     @property
     def form(self) -> str:
         """Short description of the quantization, such as `4-bit nf4`."""
-        own = self.section
-        return f"torchao {self.quant.partition('-')[0]} weights" if own is None else own.form
+        section = self.section
+        return (
+            f"torchao {self.quant.partition('-')[0]} weights" if section is None else section.form
+        )
 
     @property
     def section(self) -> QuantConfig | None:
@@ -385,7 +386,7 @@ class ExportConfig(HubSection):
 
     @field_validator("server", "format", mode="before")
     @classmethod
-    def _check_option(cls, value: Any, info: ValidationInfo) -> Any:
+    def _validate_option(cls, value: Any, info: ValidationInfo) -> Any:
         if info.field_name == "server" and value in FORMATS and value not in SERVERS:
             raise ValueError(f"it is a format, and --for names a server. Use --format {value}")
         if info.field_name == "format" and value in SERVERS and value not in FORMATS:
@@ -394,7 +395,7 @@ class ExportConfig(HubSection):
 
     @field_validator("format")
     @classmethod
-    def _check_server(cls, value: str, info: ValidationInfo) -> str:
+    def _validate_server(cls, value: str, info: ValidationInfo) -> str:
         server = SERVERS.get(info.data.get("server") or "")
         if value == "auto":
             return server.formats[0] if server else "gguf"
@@ -407,7 +408,7 @@ class ExportConfig(HubSection):
 
     @field_validator("outtype")
     @classmethod
-    def _check_outtype(cls, value: str, info: ValidationInfo) -> str:
+    def _validate_outtype(cls, value: str, info: ValidationInfo) -> str:
         format_ = info.data.get("format", "gguf")
         if value != "auto" and format_ != "gguf":
             raise ValueError(
@@ -418,12 +419,12 @@ class ExportConfig(HubSection):
 
     @field_validator("out")
     @classmethod
-    def _check_suffix(cls, value: Path, info: ValidationInfo) -> Path:
+    def _validate_suffix(cls, value: Path, info: ValidationInfo) -> Path:
         if "server" not in info.data:  # invalid server; the format depends on it
             return value
         format_ = FORMATS.get(info.data.get("format", ""))
         if format_ is not None and format_.is_directory:
-            return check_directory_name(value)
+            return validate_dir_name(value)
         if format_ is not None and format_.suffix not in ("", value.suffix):
             raise ValueError(
                 f"{value} does not end in {format_.suffix}, by which programs know the format. "
@@ -456,5 +457,5 @@ class ExportConfig(HubSection):
     def outputs(self) -> tuple[Path, ...]:
         """Paths of all output files, `out` first."""
         format_ = FORMATS[self.format]
-        beside = format_.beside + ((".served.json",) if self.recorded else ())
-        return (self.out, *(self.out.with_suffix(suffix) for suffix in beside))
+        suffixes = format_.beside + ((".served.json",) if self.recorded else ())
+        return (self.out, *(self.out.with_suffix(suffix) for suffix in suffixes))

@@ -35,43 +35,42 @@ class FieldMetadata:
     choices: tuple[str, ...] = ()
     default: Any = ""
     required: bool = False
-    takes_number: bool = False
+    is_number: bool = False
     example: str = ""
     minimum: int | None = None
 
 
-def describe_field(config: type[BaseModel], path: str) -> FieldMetadata:
-    """Returns the metadata of the field at the dotted `path` in `config`; may raise KeyError.
+def get_field_metadata(config: type[BaseModel], path: str) -> FieldMetadata:
+    """Returns the metadata of the field at the dotted `path`; raises KeyError if there is none.
 
-    In a union of sections, such as the methods, choices come from all members that have the field.
+    In a union of sections, such as the methods, choices are those of all members with the field.
     """
     *sections, name = path.split(".")
-    holders: list[type[BaseModel]] = [config]
-    above = ""
+    models: list[type[BaseModel]] = [config]
+    parent_description = ""
     for section in sections:
-        info = holders[0].model_fields[section]
-        above = info.description or ""
-        holders = [a for a in _alternatives(info.annotation) if _is_section(a)]
-    infos = {holder: holder.model_fields[name] for holder in holders if name in holder.model_fields}
+        info = models[0].model_fields[section]
+        parent_description = info.description or ""
+        models = [a for a in _union_types(info.annotation) if _is_section(a)]
+    infos = {holder: holder.model_fields[name] for holder in models if name in holder.model_fields}
     if not infos:
         raise KeyError(path)
     first = next(iter(infos.values()))
-    types = [type_ for info in infos.values() for type_ in _alternatives(info.annotation)]
-    is_closed = all(get_origin(type_) is Literal for type_ in types)
-    choices = dict.fromkeys(str(v) for t in types for v in get_args(t)) if is_closed else ()
+    types = [type_ for info in infos.values() for type_ in _union_types(info.annotation)]
+    is_literal = all(get_origin(type_) is Literal for type_ in types)
+    choices = dict.fromkeys(str(v) for t in types for v in get_args(t)) if is_literal else ()
     return FieldMetadata(
-        description=first.description or above,
+        description=first.description or parent_description,
         type=_value_type(types),
         choices=tuple(choices),
         default=_default_of(infos),
         required=first.is_required(),
-        takes_number=bool({int, float} & set(types)),
+        is_number=bool({int, float} & set(types)),
         example=_format_example(first),
     )
 
 
 def _format_example(info: FieldInfo) -> str:
-    """Returns the first example of a mapping as NAME=VALUE."""
     return " ".join(f"{name}={value}" for name, value in (info.examples or [{}])[0].items())
 
 
@@ -79,30 +78,30 @@ def _is_section(annotation: Any) -> bool:
     return isinstance(annotation, type) and issubclass(annotation, BaseModel)
 
 
-def _alternatives(annotation: Any) -> list[Any]:
-    """Returns the types in `annotation`, with unions and Annotated unwrapped, except None."""
+def _union_types(annotation: Any) -> list[Any]:
+    """Returns the types in `annotation` except None, with unions and Annotated unwrapped."""
     if get_origin(annotation) is Annotated:
-        return _alternatives(get_args(annotation)[0])
+        return _union_types(get_args(annotation)[0])
     if get_origin(annotation) in (Union, UnionType):
-        return [type_ for part in get_args(annotation) for type_ in _alternatives(part)]
+        return [type_ for part in get_args(annotation) for type_ in _union_types(part)]
     return [] if annotation is NoneType else [annotation]
 
 
 def _value_type(types: list[Any]) -> Any:
-    origins = {get_origin(type_) or type_ for type_ in types}
-    if origins == {dict}:
+    base_types = {get_origin(type_) or type_ for type_ in types}
+    if base_types == {dict}:
         return list[str]
-    only = origins.pop() if len(origins) == 1 else str
+    only = base_types.pop() if len(base_types) == 1 else str
     return only if only in (int, float, bool) else str
 
 
 def _default_of(infos: dict[type[BaseModel], FieldInfo]) -> str:
-    """Returns the default as printed; if it depends on the method, as `8 with lora`."""
+    """Returns the default as text, such as `8 with lora` if it depends on the method."""
     defaults = [_format_default(info) for info in infos.values()]
-    owner = next(iter(infos)).model_fields.get("kind")
-    if len(set(defaults)) == 1 or owner is None or owner in infos.values():
+    kind_field = next(iter(infos)).model_fields.get("kind")
+    if len(set(defaults)) == 1 or kind_field is None or kind_field in infos.values():
         return defaults[0]
-    return f"{defaults[0]} with {owner.default}" if defaults[0] else ""
+    return f"{defaults[0]} with {kind_field.default}" if defaults[0] else ""
 
 
 def _format_default(info: FieldInfo) -> str:
@@ -127,7 +126,7 @@ CONFIGS: dict[str, type[Section]] = {
     "quantize": QuantizeConfig,
     "export": ExportConfig,
 }
-"""Command → configuration class that the flags set."""
+"""Configuration class that the flags of a command set."""
 
 
 def config_of(command: str) -> type[Section] | None:
@@ -153,47 +152,50 @@ COMPARE, INFERENCE, WRITE = "Comparison", "Inference", "Output"
 
 @dataclass(frozen=True)
 class NoOpValue:
-    """Flag value without effect; an error only if the field at `path` contradicts it.
+    """Flag value without effect, which may contradict another field.
 
     Attributes:
-        path: dotted path of the field to check; empty for no check.
-        among: field values that agree with it; empty for all except those in `unless`.
-        otherwise: advice in the error message for a contradiction.
+        reason: why it has no effect.
+        path: dotted path of that field; empty for none.
+        allowed: values of the field without contradiction; empty for all but `excluded`.
+        excluded: values of the field that contradict the flag.
+        fix: last sentence of the error message.
     """
 
     reason: str
     path: str = ""
-    among: tuple[Any, ...] = ()
-    unless: tuple[Any, ...] = ()
-    otherwise: str = "Drop one of them"
+    allowed: tuple[Any, ...] = ()
+    excluded: tuple[Any, ...] = ()
+    fix: str = "Drop one of them"
 
-    def holds(self, value: Any) -> bool:
-        """Returns whether the field's `value` agrees with this flag value."""
-        return (not self.among or value in self.among) and value not in self.unless
+    def accepts(self, value: Any) -> bool:
+        """Returns whether the field's `value` does not contradict the flag."""
+        return (not self.allowed or value in self.allowed) and value not in self.excluded
 
 
 ValueAliases = Mapping[str, str | NoOpValue]
-"""Lowercase value → command-line fragment that replaces it, or the `NoOpValue` that checks it.
+"""Values, in lower case, and the part of a command line that replaces each, or a `NoOpValue`.
 
-A fragment may contain other flags ("4bit --quant-type nf4") or be empty.
+A replacement may contain other flags ("4bit --quant-type nf4") or be empty.
 """
 
 
 @dataclass(frozen=True)
 class Alias:
-    """Other tool's name for a flag, with values that differ from ftlevel's.
+    """Another tool's name of a flag, whose values differ from ftlevel's.
 
     Attributes:
-        value: value of the flag that this alias stands for, if the alias is a switch.
-        convert: converts values that are not in `values`; raises ValueError if it cannot.
-        several: whether the alias takes several values although the flag takes one.
+        value: value of the flag that the alias sets, if the alias is a switch.
+        values: values of the alias, and what replaces them.
+        convert: converts other values; raises ValueError if it cannot.
+        multiple: whether the alias takes several values although the flag takes one.
     """
 
     name: str
     value: str | None = None
     values: ValueAliases = field(default_factory=dict)
     convert: Callable[[str], str] | None = None
-    several: bool = False
+    multiple: bool = False
 
 
 @dataclass(frozen=True)
@@ -211,7 +213,7 @@ class FlagAliases:
     convert: Callable[[str], str] | None = None
 
     def __or__(self, other: FlagAliases) -> FlagAliases:
-        """Returns the aliases of both; values and conversion of `self` take precedence."""
+        """Returns the aliases of `self`, which take precedence, and of `other`."""
         return FlagAliases(
             (*self.names, *other.names),
             {**other.values, **self.values},
@@ -228,11 +230,11 @@ class Flag:
         names: flag names as in Typer, or an argument's metavar; default: from `path`.
         panel: heading in `--help` and docs/cli.md.
         on: commands that have it.
-        several: whether it takes several values, separated by commas or spaces.
+        multiple: whether it takes several values, separated by commas or spaces.
         is_repeatable: whether it may be given several times.
         rest: dotted path of a second field, which is set to all values but the first.
         dest: parameter name in the command's function, if it differs from the flag's name.
-        by_task: task → dotted path of the field set for that task, instead of `path`.
+        by_task: dotted path of the field that it sets instead of `path`, by task.
         value: metadata of a flag without `path`; its `default` is the parameter's.
     """
 
@@ -243,7 +245,7 @@ class Flag:
     aliases: FlagAliases = field(default_factory=FlagAliases)
     metavar: str | None = None
     required: bool = False
-    several: bool = False
+    multiple: bool = False
     is_repeatable: bool = False
     rest: str = ""
     dest: str = ""
@@ -275,15 +277,15 @@ class Flag:
         return self.path.replace(".", "_")
 
     def metadata(self, command: str) -> FieldMetadata:
-        """Returns type, default and help: those of the field that the flag sets, or its own."""
+        """Returns type, default and help of the flag, which are those of the field that it sets."""
         if self.value is not None:
             return self.value
         config = config_of(command)
         if config is None:
             raise ValueError(f"{self.shown}: the command {command} has no configuration")
-        metadata = describe_field(config, self.path)
+        metadata = get_field_metadata(config, self.path)
         for task, path in self.by_task.items():
-            other = describe_field(config, path)
+            other = get_field_metadata(config, path)
             default = f" (default: {other.default})" if other.default else ""
             metadata = replace(
                 metadata,

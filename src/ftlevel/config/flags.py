@@ -32,8 +32,8 @@ from ftlevel.errors import ConfigError
 from ftlevel.extensions import OWN, Command, added_rows, find_extensions, warn_left_out
 
 
-def read_pairs(flag: str, text: str) -> str:
-    """Convert `a=1,b=2` or a JSON object to arguments that repeat `flag`: `a=1 FLAG b=2`."""
+def convert_pairs(flag: str, text: str) -> str:
+    """Returns `a=1,b=2`, or a JSON object, as arguments that repeat `flag`: `a=1 FLAG b=2`."""
     if not text.lstrip().startswith("{"):
         return f" {flag} ".join(pair.strip() for pair in text.split(",") if pair.strip())
     try:
@@ -44,7 +44,7 @@ def read_pairs(flag: str, text: str) -> str:
 
 
 def _fields(panel: str, on: Sequence[str], paths: str) -> list[Flag]:
-    """Returns a flag for each dotted path in the space-separated `paths`."""
+    """Returns a flag for each of the space-separated dotted `paths`."""
     return [Flag(path, "", panel, on) for path in paths.split()]
 
 
@@ -114,7 +114,7 @@ COMMAND_FLAGS: tuple[Flag, ...] = (
     Flag("subset", "", DATA, ("evaluate", "predict")),
     Flag("columns", "--map", DATA, ("evaluate", "predict", "mine", "generate"),
          metavar="NAME=COLUMN"),
-    Flag("ignore_columns", "", DATA, ("evaluate", "predict", "mine", "generate"), several=True,
+    Flag("ignore_columns", "", DATA, ("evaluate", "predict", "mine", "generate"), multiple=True,
          metavar="COLUMN"),
     Flag("max_eval_samples", "", DATA, ("evaluate",)),
     Flag("base_model", "--model", MODEL,
@@ -124,7 +124,7 @@ COMMAND_FLAGS: tuple[Flag, ...] = (
     Flag("quant", "", MODEL, ("evaluate",)),
     Flag("dtype", "", MODEL, ("evaluate", "predict", "mine", "generate")),
     *_fields(COMPARE, ("evaluate",), "base against"),
-    Flag("metrics", "", INFERENCE, ("evaluate",), several=True),
+    Flag("metrics", "", INFERENCE, ("evaluate",), multiple=True),
     Flag("max_generate_samples", "", INFERENCE, ("evaluate",)),
     *_fields(INFERENCE, ("evaluate", "predict", "generate"),
              "max_new_tokens num_beams temperature top_p"),
@@ -168,7 +168,7 @@ COMMAND_FLAGS: tuple[Flag, ...] = (
 
 _ADDED: Mapping[str, Command] = added_rows("commands")
 _TAKES_RECIPES = ("train", "plan", *(n for n, own in _ADDED.items() if own.accepts))
-_LIKE_TRAIN = ("preview", *_TAKES_RECIPES)
+_TRAIN_COMMANDS = ("preview", *_TAKES_RECIPES)
 _EVERY = (
     *"""
     train preview plan doctor init evaluate predict mine generate merge quantize export
@@ -208,7 +208,7 @@ _RUN_FLAGS: tuple[Flag, ...] = (
            on=("list-targets",), dest="model", required=True),
     # Common options of a run.
     Flag("model.name_or_path", "--model", DAILY, _ROWS),
-    Flag("data.dataset", "--dataset", DAILY, _ROWS, is_repeatable=True, several=True,
+    Flag("data.dataset", "--dataset", DAILY, _ROWS, is_repeatable=True, multiple=True,
          rest="data.also"),
     Flag("task", "--task", DAILY, _ROWS),
     Flag("method.kind", "--method", DAILY),
@@ -224,24 +224,24 @@ _RUN_FLAGS: tuple[Flag, ...] = (
     *_fields(MODEL, _ROWS, "model.revision model.trust_remote_code"),
     *_fields(MODEL, _TRAIN,
              "quant.quant_type quant.double_quant method.lora_alpha method.lora_dropout"),
-    Flag("method.target_modules", "", MODEL, several=True),
-    Flag("method.target_parameters", "", MODEL, several=True),
-    Flag("method.layers_to_transform", "", MODEL, several=True),
+    Flag("method.target_modules", "", MODEL, multiple=True),
+    Flag("method.target_parameters", "", MODEL, multiple=True),
+    Flag("method.layers_to_transform", "", MODEL, multiple=True),
     Flag("method.bias", "", MODEL),
     Flag("method.use_dora", "--dora/--no-dora", MODEL),
     Flag("method.use_rslora", "--rslora/--no-rslora", MODEL),
     Flag("method.init_lora_weights", "--init", MODEL),
-    Flag("method.modules_to_save", "", MODEL, several=True),
-    Flag("method.trainable_token_indices", "", MODEL, several=True),
+    Flag("method.modules_to_save", "", MODEL, multiple=True),
+    Flag("method.trainable_token_indices", "", MODEL, multiple=True),
     Flag("method.lora_plus_ratio", "", MODEL),
     # Data.
     Flag("data.validation_file", "", DATA, _ROWS),
     Flag("data.qrels", "", DATA, _ROWS, metavar="FILE"),
     Flag("data.corpus", "", DATA, _ROWS, metavar="FILE"),
-    Flag("data.mix", "", DATA, _ROWS, several=True),
+    Flag("data.mix", "", DATA, _ROWS, multiple=True),
     *_fields(DATA, _ROWS, "data.input_format data.subset data.split data.format"),
     Flag("data.columns", "--map", DATA, _ROWS, metavar="NAME=COLUMN"),
-    Flag("data.ignore_columns", "", DATA, _ROWS, several=True, metavar="COLUMN"),
+    Flag("data.ignore_columns", "", DATA, _ROWS, multiple=True, metavar="COLUMN"),
     Flag("data.chat_template", "", DATA, _ROWS),
     Flag("data.system", "", DATA, _ROWS, metavar="TEXT"),
     *_fields(DATA, _ROWS,
@@ -253,10 +253,10 @@ _RUN_FLAGS: tuple[Flag, ...] = (
     Flag("train.max_steps", "", HOW, _ROWS),
     *_fields(HOW, _TRAIN, "train.head_learning_rate train.lr_scheduler_type"),
     Flag("train.lr_scheduler_kwargs", "", HOW, metavar="NAME=VALUE",
-         aliases=FlagAliases(convert=partial(read_pairs, "--lr-scheduler-kwargs"))),
+         aliases=FlagAliases(convert=partial(convert_pairs, "--lr-scheduler-kwargs"))),
     *_fields(HOW, _TRAIN, "train.warmup_steps train.optim"),
     Flag("train.optim_args", "", HOW, metavar="NAME=VALUE",
-         aliases=FlagAliases(convert=partial(read_pairs, "--optim-args"))),
+         aliases=FlagAliases(convert=partial(convert_pairs, "--optim-args"))),
     *_fields(HOW, _TRAIN,
              "train.weight_decay train.adam_beta1 train.adam_beta2 train.adam_epsilon "
              "train.max_grad_norm train.on_nonfinite train.spike_factor "
@@ -310,7 +310,7 @@ _RUN_FLAGS: tuple[Flag, ...] = (
              "train.eval_on_start train.load_best_model_at_end train.metric_for_best_model "
              "train.greater_is_better train.early_stopping_patience "
              "train.early_stopping_threshold"),
-    Flag("train.metrics", "", HOW, several=True),
+    Flag("train.metrics", "", HOW, multiple=True),
     Flag("train.predict_with_generate", "", HOW),
     Flag("train.max_new_tokens", "", HOW, by_task={"rl": "rl.max_completion_length"}),
     Flag("train.num_beams", "", HOW),
@@ -318,16 +318,16 @@ _RUN_FLAGS: tuple[Flag, ...] = (
          by_task={"rl": "rl.temperature", "embedding": "embedding.temperature"}),
     Flag("train.top_p", "", HOW, by_task={"rl": "rl.top_p"}),
     # Run.
-    option("--recipe", "Recipe file; flags override it.", panel=RUN, on=_LIKE_TRAIN, type=Path),
+    option("--recipe", "Recipe file; flags override it.", panel=RUN, on=_TRAIN_COMMANDS, type=Path),
     option("--set", "Value of any configuration field; repeatable.",
-           panel=RUN, on=(*_LIKE_TRAIN, "init"), type=list[str], metavar="KEY=VALUE",
+           panel=RUN, on=(*_TRAIN_COMMANDS, "init"), type=list[str], metavar="KEY=VALUE",
            dest="settings"),
     *_fields(RUN, _TRAIN,
              "train.save_strategy train.save_steps train.save_minutes train.save_total_limit "
              "output.overwrite output.resume"),
-    Flag("output.allow_change", "", RUN, is_repeatable=True, several=True, metavar="FIELD"),
+    Flag("output.allow_change", "", RUN, is_repeatable=True, multiple=True, metavar="FIELD"),
     Flag("output.run_name", "", RUN),
-    Flag("output.report_to", "", RUN, several=True),
+    Flag("output.report_to", "", RUN, multiple=True),
     Flag("output.tracker_project", "", RUN),
     Flag("output.push_to_hub", "", RUN, metavar="NAME"),
     Flag("output.hub_private", "", RUN),
@@ -350,7 +350,8 @@ _GENERAL_FLAGS: tuple[Flag, ...] = (
     option("--quiet -q", "Whether to print errors only.", panel=GENERAL, on=_QUIET, type=bool),
     option("--quiet -q", "Whether to print metrics only.",
            panel=GENERAL, on=("evaluate",), type=bool),
-    option("--help-all", "Show all options.", panel=GENERAL, on=(*_LIKE_TRAIN, "init"), type=bool),
+    option("--help-all", "Show all options.", panel=GENERAL, on=(*_TRAIN_COMMANDS, "init"),
+           type=bool),
     option("--quiet -q", "Whether to print warnings and errors only.",
            panel=GENERAL, on=("predict",), type=bool),
     option("--schema", "Whether to print the JSON schema of recipes.", panel=GENERAL, type=bool),
@@ -360,7 +361,7 @@ _GENERAL_FLAGS: tuple[Flag, ...] = (
 
 
 def _extended() -> Iterator[Flag]:
-    """Yields ftlevel's own flags with the aliases that extensions add, and flags of extensions.
+    """Yields ftlevel's flags, with the aliases of extensions, and the flags of extensions.
 
     Raises:
         ConfigError: two packages define the same flag of a command.
@@ -384,7 +385,7 @@ def _extended() -> Iterator[Flag]:
 def _tables_of_extensions() -> tuple[
     list[tuple[str, Sequence[Flag]]], dict[str, list[FlagAliases]]
 ]:
-    """Returns (package, flags) per extension, and dotted field → aliases from all extensions."""
+    """Returns the flags of extensions, with the package, and their aliases by dotted field."""
     flags: list[tuple[str, Sequence[Flag]]] = []
     aliases: dict[str, list[FlagAliases]] = {}
     for source, extension in find_extensions():
@@ -404,7 +405,6 @@ FLAGS: tuple[Flag, ...] = tuple(_extended())
 
 
 def _is_of_the_run(path: str) -> bool:
-    """Returns whether the field at `path` is outside the section `output`."""
     return not path.startswith("output.")
 
 
@@ -413,7 +413,7 @@ _ACCEPTS: dict[str, Callable[[str], bool]] = {
     "init": _is_of_the_run,
     **{name: own.accepts for name, own in _ADDED.items() if own.accepts},
 }
-"""Command → whether it has train's flag for a field."""
+"""Functions that return whether a command accepts train's flag of a field, by command."""
 
 TRAIN_LIKE_COMMANDS = tuple(_ACCEPTS)
 """Commands that accept the flags of train."""
@@ -434,9 +434,9 @@ def flags_of(command: str, flags: Sequence[Flag] = FLAGS) -> list[Flag]:
 
 
 def recipe_hint(name: str, command: str = "train") -> str:
-    """Returns a hint that names the recipe key of the flag `name`, or "" if it has none.
+    """Returns a hint for an unknown key that is the name of a flag, or "".
 
-    For an alias that implies a value, it has the value: `load_in_4bit` gives `quant.kind: 4bit`.
+    The hint is the key of the flag, with the value of an alias: `quant.kind: 4bit`.
     """
     flag_name = "--" + name.lower().replace("_", "-")
     for flag in FLAGS:

@@ -17,7 +17,7 @@ from ftlevel.config.sections import (
 )
 
 
-def _read_range(value: Any) -> Any:
+def _parse_range(value: Any) -> Any:
     """Parse `10-210` as the first and last rank."""
     if not isinstance(value, str):
         return value
@@ -27,7 +27,7 @@ def _read_range(value: Any) -> Any:
     return int(first), int(last)
 
 
-Ranks = Annotated[tuple[Positive, Positive], BeforeValidator(_read_range)]
+Ranks = Annotated[tuple[Positive, Positive], BeforeValidator(_parse_range)]
 
 
 class MineConfig(Section):
@@ -87,7 +87,7 @@ class MineConfig(Section):
         return self.ranks or (1, 100)
 
     @model_validator(mode="after")
-    def _check_ranks(self) -> MineConfig:
+    def _validate_ranks(self) -> MineConfig:
         first, last = self.rank_range
         if last - first + 1 < self.negatives:
             raise ValueError(

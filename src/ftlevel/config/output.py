@@ -27,8 +27,8 @@ class Decoding(Section):
     top_p: TopP = Field(1.0, description=f"{TOP_P}.")
 
     @model_validator(mode="after")
-    def _check_decoding(self) -> Decoding:
-        check_decoding(self.num_beams, self.temperature, self.top_p)
+    def _validate_decoding(self) -> Decoding:
+        validate_decoding(self.num_beams, self.temperature, self.top_p)
         return self
 
 
@@ -42,8 +42,8 @@ class DecodingAsInTraining(Section):
     top_p: TopP | None = Field(None, description=f"{TOP_P}; default: as in training.")
 
     @model_validator(mode="after")
-    def _check_decoding(self) -> DecodingAsInTraining:
-        check_decoding(self.num_beams or 1, self.temperature or 0.0, 1.0)
+    def _validate_decoding(self) -> DecodingAsInTraining:
+        validate_decoding(self.num_beams or 1, self.temperature or 0.0, 1.0)
         return self
 
     def decoding(self, trained: Decoding) -> dict[str, Any]:
@@ -61,13 +61,13 @@ class DecodingAsInTraining(Section):
         if top_p is None:
             top_p = trained.top_p if temperature else 1.0
         try:
-            check_decoding(beams, temperature, top_p)
+            validate_decoding(beams, temperature, top_p)
         except ValueError as error:
             raise ConfigError(str(error)) from None
         return {"num_beams": beams, "temperature": temperature, "top_p": top_p}
 
 
-def check_decoding(num_beams: int, temperature: float, top_p: float) -> None:
+def validate_decoding(num_beams: int, temperature: float, top_p: float) -> None:
     """Raise ValueError for beam search with sampling, or top-p without sampling."""
     if num_beams > 1 and temperature > 0:
         raise ValueError(
@@ -150,7 +150,7 @@ class HubSection(Section):
     hub_private: bool = Field(False, description="Whether to create a private Hub repository.")
 
     @model_validator(mode="after")
-    def _check_repository(self) -> HubSection:
+    def _validate_repository(self) -> HubSection:
         if self.hub_private and self.push_to_hub is None:
             raise ValueError(
                 "--hub-private requires --push-to-hub. Add --push-to-hub NAME, or drop it."

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, get_args
 
@@ -38,8 +38,8 @@ class LossProperties:
     """Properties of a preference loss.
 
     Attributes:
-        reads: fields of `PreferenceConfig` that it uses, besides `loss`.
-        referenced: whether it needs a reference model.
+        parameters: fields of `PreferenceConfig` that it uses, besides `loss`.
+        needs_reference: whether it needs a reference model.
         paired: whether it needs two answers per prompt.
         smoothed: whether it uses `train.label_smoothing_factor`.
         rate: factor on the default learning rate. Papers use a tenth of the rate for supervised
@@ -47,8 +47,8 @@ class LossProperties:
     """
 
     beta: float | None
-    reads: tuple[str, ...] = ("beta", "reference")
-    referenced: bool = True
+    parameters: tuple[str, ...] = ("beta", "reference")
+    needs_reference: bool = True
     paired: bool = True
     smoothed: bool = False
     rate: float = 0.1
@@ -63,13 +63,13 @@ LOSSES: dict[str, LossProperties] = {
     "dpo-norm": LossProperties(5.0),
     "ld-dpo": LossProperties(0.1, ("beta", "reference", "ld_alpha")),
     "rpo": LossProperties(0.1, ("beta", "reference", "sft_weight", "nll_mean")),
-    "simpo": LossProperties(2.0, ("beta", "simpo_gamma"), referenced=False),
-    "cpo": LossProperties(0.1, ("beta", "sft_weight", "nll_mean"), referenced=False),
-    "orpo": LossProperties(0.1, ("beta",), referenced=False, rate=1.0),
+    "simpo": LossProperties(2.0, ("beta", "simpo_gamma"), needs_reference=False),
+    "cpo": LossProperties(0.1, ("beta", "sft_weight", "nll_mean"), needs_reference=False),
+    "orpo": LossProperties(0.1, ("beta",), needs_reference=False, rate=1.0),
     "kto": LossProperties(
         0.1, ("beta", "reference", "desirable_weight", "undesirable_weight"), paired=False
     ),
-    "reward": LossProperties(None, ("center",), referenced=False, rate=1.0),
+    "reward": LossProperties(None, ("center",), needs_reference=False, rate=1.0),
 }
 DEFAULT_LOSS = "dpo"
 SMOOTHING = 0.1
@@ -120,25 +120,25 @@ class PreferenceConfig(Section):
     )
 
     @property
-    def facts(self) -> LossProperties:
+    def loss_properties(self) -> LossProperties:
         """Properties of the selected loss."""
         return LOSSES[self.loss or DEFAULT_LOSS]
 
     @property
-    def is_referenced(self) -> bool:
+    def uses_reference(self) -> bool:
         """Whether log-probabilities of a reference model are needed."""
-        return self.facts.referenced and self.reference != NO_REFERENCE
+        return self.loss_properties.needs_reference and self.reference != NO_REFERENCE
 
     @property
     def other_reference(self) -> str | None:
         """Reference model other than the initial model, else None."""
-        is_other = self.is_referenced and self.reference != START
+        is_other = self.uses_reference and self.reference != START
         return self.reference if is_other else None
 
     @property
     def effective_beta(self) -> float:
         """Beta: the setting, or the default of the loss."""
-        return self.beta if self.beta is not None else (self.facts.beta or 0.0)
+        return self.beta if self.beta is not None else (self.loss_properties.beta or 0.0)
 
     @property
     def margin(self) -> float:
@@ -146,45 +146,44 @@ class PreferenceConfig(Section):
         return self.effective_beta / 2 if self.simpo_gamma is None else self.simpo_gamma
 
 
-def find_preference_problems(
-    task: str, settings: PreferenceConfig, smoothing: float, *, streaming: bool
-) -> list[str]:
-    """Returns an error message for each preference setting without effect or in conflict."""
+def validate_preference(
+    task: str, config: PreferenceConfig, smoothing: float, *, streaming: bool
+) -> Iterator[str]:
+    """Yields an error message for each value without effect or in conflict."""
     defaults = PreferenceConfig()
     fields = PreferenceConfig.model_fields
-    values = [name for name in fields if getattr(settings, name) != getattr(defaults, name)]
+    values = [name for name in fields if getattr(config, name) != getattr(defaults, name)]
     if task not in PREFERENCE_TASKS:
-        if not values:
-            return []
-        names = join_names(_flag("preference", name) for name in values)
-        return [
-            f"{names}: of --task preference, and --task is {task}. Drop it, or change the task."
-        ]
-    loss, problems = settings.loss or DEFAULT_LOSS, []
-    for name in values:
-        if name not in ("loss", *settings.facts.reads):
-            readers = _readers(name)
-            do = "does" if len(readers) == 1 else "do"
-            problems.append(
-                f"{_flag('preference', name)}: --loss {loss} does not read it; "
-                f"{join_names(readers)} {do}. Drop it."
+        if values:
+            names = join_names(_flag("preference", name) for name in values)
+            yield (
+                f"{names}: of --task preference, and --task is {task}. Drop it, or change the task."
             )
-    if smoothing and not settings.facts.smoothed:
-        problems.append(
+        return
+    loss = config.loss or DEFAULT_LOSS
+    for name in values:
+        if name not in ("loss", *config.loss_properties.parameters):
+            losses = _losses_with(name)
+            do = "does" if len(losses) == 1 else "do"
+            yield (
+                f"{_flag('preference', name)}: --loss {loss} does not read it; "
+                f"{join_names(losses)} {do}. Drop it."
+            )
+    if smoothing and not config.loss_properties.smoothed:
+        yield (
             f"--label-smoothing {smoothing:g}: --loss {loss} does not read it; cdpo and "
             "robust do. Drop it."
         )
     if loss == "robust" and smoothing >= 0.5:
-        problems.append(
+        yield (
             f"--label-smoothing {smoothing:g}: --loss robust divides by 1 - 2 times it. Give less "
             "than 0.5."
         )
-    if streaming and settings.is_referenced:
-        problems.append(
+    if streaming and config.uses_reference:
+        yield (
             f"--streaming: --loss {loss} needs the log-probabilities of all answers "
             "before the first step. Use --loss orpo, simpo or cpo, or drop --streaming."
         )
-    return problems
 
 
 def _flag(section: str, name: str) -> str:
@@ -192,8 +191,8 @@ def _flag(section: str, name: str) -> str:
     return f"{section}.{name}" if name in _WITHOUT_FLAG else f"--{name.replace('_', '-')}"
 
 
-def _readers(name: str) -> Sequence[str]:
-    return [loss for loss in get_args(LossName) if name in LOSSES[loss].reads]
+def _losses_with(name: str) -> Sequence[str]:
+    return [loss for loss in get_args(LossName) if name in LOSSES[loss].parameters]
 
 
 def normalize_loss(raw: dict[str, Any]) -> dict[str, Any]:
@@ -224,7 +223,7 @@ def split_pairs(value: Any) -> Any:
 Scalar = bool | int | float | str
 
 
-def _read_scalars(value: Any) -> Any:
+def _parse_scalars(value: Any) -> Any:
     if not isinstance(value := split_pairs(value), dict):
         return value
     return {name: _scalar(v) if isinstance(v, str) else v for name, v in value.items()}
@@ -239,30 +238,30 @@ def _scalar(text: str) -> Scalar:
     return {"true": True, "false": False}.get(text.lower(), text)
 
 
-Scalars = Annotated[dict[str, Scalar], BeforeValidator(_read_scalars)]
+Scalars = Annotated[dict[str, Scalar], BeforeValidator(_parse_scalars)]
 """Arguments of an optimizer or schedule, under their names in the library."""
 
 
-def _read_names(value: Any) -> Any:
+def _split_names(value: Any) -> Any:
     if isinstance(value, str):
         return [name.strip() for name in value.split(",") if name.strip()]
     return value
 
 
-def _read_tokens(value: Any) -> Any:
+def _parse_tokens(value: Any) -> Any:
     """Parse `12,<tool>` as [12, "<tool>"]; tokens that contain commas must be given as a list."""
-    names = _read_names(value)
+    names = _split_names(value)
     if isinstance(value, str):
         return [int(name) if name.isdecimal() else name for name in names]
     return names
 
 
-Names = Annotated[list[str], BeforeValidator(_read_names)]
-FewNames = Annotated[tuple[str, ...], BeforeValidator(_read_names)]
-Tokens = Annotated[list[Annotated[int, Field(ge=0)] | str], BeforeValidator(_read_tokens)]
+Names = Annotated[list[str], BeforeValidator(_split_names)]
+FewNames = Annotated[tuple[str, ...], BeforeValidator(_split_names)]
+Tokens = Annotated[list[Annotated[int, Field(ge=0)] | str], BeforeValidator(_parse_tokens)]
 
 
-def _read_weights(value: Any) -> Any:
+def _parse_weights(value: Any) -> Any:
     """Parse class weights; raise ValueError for a weight that is not positive."""
     value = split_pairs(value)
     if value is None or value == "balanced":
@@ -284,7 +283,7 @@ def _is_positive(weight: Any) -> bool:
 
 ClassWeights = Annotated[
     Literal["balanced"] | dict[str, float] | None,
-    BeforeValidator(_read_weights),
+    BeforeValidator(_parse_weights),
     Field(
         description="Class or tag weights in the training loss: balanced, or NAME=WEIGHT,…. "
         "Classes that are not named have weight 1."
@@ -292,7 +291,7 @@ ClassWeights = Annotated[
 ]
 
 
-TAUGHT_TASKS = ("text-generation", "summarization", "translation")
+DISTILLATION_TASKS = ("text-generation", "summarization", "translation")
 Divergence = Literal["forward-kl", "reverse-kl", "jsd"]
 
 
@@ -332,53 +331,48 @@ class DistillationConfig(Section):
     )
 
 
-def find_distillation_problems(
-    task: str, settings: DistillationConfig, smoothing: float, *, streaming: bool
-) -> Sequence[str]:
-    """Returns an error message for each distillation setting without effect or in conflict."""
-    plain, problems = DistillationConfig(), list[str]()
+def validate_distillation(
+    task: str, config: DistillationConfig, smoothing: float, *, streaming: bool
+) -> Iterator[str]:
+    """Yields an error message for each value without effect or in conflict."""
+    default = DistillationConfig()
 
-    def is_given(name: str) -> bool:
-        value: Any = getattr(settings, name)
-        return bool(value != getattr(plain, name))
+    def is_changed(name: str) -> bool:
+        value: Any = getattr(config, name)
+        return bool(value != getattr(default, name))
 
-    if settings.teacher is None:
-        names = filter(is_given, DistillationConfig.model_fields)
-        return [
-            f"{_flag('distillation', name)} needs --teacher MODEL. Add it, or drop the flag."
-            for name in names
-        ]
+    if config.teacher is None:
+        for name in filter(is_changed, DistillationConfig.model_fields):
+            yield f"{_flag('distillation', name)} needs --teacher MODEL. Add it, or drop the flag."
+        return
     if task == "rl":
-        problems += [
+        yield from (
             f"{_flag('distillation', name)}: --task rl with --teacher minimizes "
             "the reverse KL divergence at --temperature and has no other loss. Drop it."
-            for name in filter(is_given, DistillationConfig.model_fields)
+            for name in filter(is_changed, DistillationConfig.model_fields)
             if name != "teacher"
-        ]
+        )
     elif task in _SCORED_TASKS:
-        problems += [
+        yield from (
             f"{_flag('distillation', name)}: --task {task} learns the scores of --teacher and "
             "does not read it. Drop it."
-            for name in filter(is_given, DistillationConfig.model_fields)
+            for name in filter(is_changed, DistillationConfig.model_fields)
             if name != "teacher"
-        ]
-    elif task not in TAUGHT_TASKS:
-        problems.append(
-            f"--teacher is for tasks that write text ({', '.join(TAUGHT_TASKS)}, rl), embedding "
-            f"and reranking, and --task is {task}. Drop it, or change the task."
         )
-    if is_given("jsd_beta") and settings.divergence != "jsd":
-        problems.append(
-            f"distillation.jsd_beta: --divergence {settings.divergence} does not read it; jsd "
+    elif task not in DISTILLATION_TASKS:
+        yield (
+            f"--teacher is for tasks that write text ({', '.join(DISTILLATION_TASKS)}, rl), "
+            f"embedding and reranking, and --task is {task}. Drop it, or change the task."
+        )
+    if is_changed("jsd_beta") and config.divergence != "jsd":
+        yield (
+            f"distillation.jsd_beta: --divergence {config.divergence} does not read it; jsd "
             "does. Drop it."
         )
     if smoothing:
-        problems.append(
+        yield (
             f"--label-smoothing-factor {smoothing:g} cannot be used with --teacher, which "
             f"defines the target distribution. Drop one of them."
         )
     if streaming:
-        problems.append(
-            "--streaming: a --teacher needs all rows before the first step. Drop one of them."
-        )
-    return problems
+        yield ("--streaming: a --teacher needs all rows before the first step. Drop one of them.")

@@ -54,23 +54,23 @@ _SECTIONS = {"method": METHOD_ALIASES, "quant": QUANT_ALIASES}
 
 
 def normalize_task(name: str) -> str:
-    """Returns the canonical name of a task: with dashes, aliases resolved."""
-    task = _folded(name)
+    """Returns the name of a task with dashes, and aliases resolved."""
+    task = _normalize_name(name)
     return TASK_ALIASES.get(task, task)
 
 
 def resolve_aliases(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Returns `values` (section → keys) with aliases resolved, and a message for each alias used.
+    """Returns the sections `values` with aliases resolved, and a message for each alias.
 
     Explicit fields override those that an alias sets.
     """
     resolved, lines = dict(values), []
     if isinstance(task := resolved.get("task"), str):
         resolved["task"] = normalize_task(task)
-        if resolved["task"] != _folded(task):
+        if resolved["task"] != _normalize_name(task):
             lines.append(f"task {resolved['task']} ({task!r} is an alias)")
         section = resolved.get("rl") or {}
-        if (loss := _folded(task)) in _RL_LOSSES and isinstance(section, Mapping):
+        if (loss := _normalize_name(task)) in _RL_LOSSES and isinstance(section, Mapping):
             resolved["rl"] = {"loss": loss, **section}
     for section, aliases in _SECTIONS.items():
         value = resolved.get(section)
@@ -78,18 +78,18 @@ def resolve_aliases(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str
         kind = fields.get("kind")
         if kind is None or isinstance(kind, bool) or not isinstance(kind, (str, int)):
             continue
-        canonical = aliases.get(_folded(str(kind)))
+        canonical = aliases.get(_normalize_name(str(kind)))
         if canonical is not None:
             resolved[section] = {**canonical, **{k: v for k, v in fields.items() if k != "kind"}}
             settings = ", ".join(f"{section}.{name}={v}" for name, v in canonical.items())
             lines.append(f"{settings} ({kind!r} is an alias)")
         elif isinstance(kind, str):
-            name = _folded(kind)
+            name = _normalize_name(kind)
             resolved[section] = {**fields, "kind": name} if isinstance(value, Mapping) else name
     return resolved, lines
 
 
-def _folded(word: str) -> str:
+def _normalize_name(word: str) -> str:
     return word.strip().lower().replace("_", "-")
 
 
@@ -105,7 +105,7 @@ class YamlError(ValueError):
 
 
 def load_yaml(text: str) -> tuple[Any, Any]:
-    """Returns the value of `text` and its YAML node; (None, None) if empty. May raise YamlError."""
+    """Returns the value of `text` and its YAML node, or (None, None); raises YamlError."""
     import yaml  # lazy: --help needs no YAML
 
     class Loader(yaml.SafeLoader):
@@ -138,26 +138,26 @@ def load_yaml(text: str) -> tuple[Any, Any]:
         raise YamlError(f"a value does not fit its tag ({error})") from None
 
 
-def _count(node: Any, counted: dict[int, int], inside: set[int]) -> int:
-    """Count the values in `node` with YAML aliases expanded; raises YamlError if too many."""
-    if id(node) in counted:
-        return counted[id(node)]
+def _count(node: Any, sizes: dict[int, int], ancestors: set[int]) -> int:
+    """Returns the number of values in `node` with YAML aliases expanded; raises YamlError."""
+    if id(node) in sizes:
+        return sizes[id(node)]
     position = node.start_mark.line + 1
-    if id(node) in inside:
+    if id(node) in ancestors:
         raise YamlError("an alias names what it is in", position)
     if isinstance(node.value, str) and any("\ud800" <= letter <= "\udfff" for letter in node.value):
         raise YamlError("half of a character (\\ud800 to \\udfff) is none", position)
-    inside.add(id(node))
+    ancestors.add(id(node))
     parts = node.value if isinstance(node.value, list) else []
     total = 1 + sum(
-        _count(inner, counted, inside)
+        _count(inner, sizes, ancestors)
         for part in parts
         for inner in (part if isinstance(part, tuple) else (part,))
     )
-    inside.discard(id(node))
+    ancestors.discard(id(node))
     if total > _MAX_VALUES:
         raise YamlError(f"its aliases expand to more than {_MAX_VALUES:,} values", position)
-    counted[id(node)] = total
+    sizes[id(node)] = total
     return total
 
 
@@ -173,24 +173,24 @@ RENAMED = {
 
 
 def rename_keys(
-    values: Mapping[str, Any], origins: Mapping[tuple[str, ...], str]
+    values: Mapping[str, Any], locations: Mapping[tuple[str, ...], str]
 ) -> tuple[dict[str, Any], list[str]]:
-    """Returns `values` (section → keys) with renamed keys, and a message for each old key.
+    """Returns the sections `values` with current names of keys, and a message for each old name.
 
     Raises ValueError if a key is given under both names.
     """
     renamed, lines = dict(values), []
     for old, new in RENAMED.items():
         section, key = old.split(".")
-        own, new_key = renamed.get(section), new.split(".")[1]
-        if not isinstance(own, Mapping) or key not in own:
+        fields, new_key = renamed.get(section), new.split(".")[1]
+        if not isinstance(fields, Mapping) or key not in fields:
             continue
-        origin = origins.get((section, key))
-        prefix = f"{origin}: " if origin else ""
-        if new_key in own:
+        location = locations.get((section, key))
+        prefix = f"{location}: " if location else ""
+        if new_key in fields:
             raise ValueError(
                 f"{prefix}{old!r} is the old name of {new!r}, and both are given. Use {new} only."
             )
-        renamed[section] = {new_key if name == key else name: own[name] for name in own}
+        renamed[section] = {new_key if name == key else name: fields[name] for name in fields}
         lines.append(f"{prefix}{old} is now called {new}; the old name is still accepted.")
     return renamed, lines

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field
 
-from ftlevel.config.embedding import list_given, read_loss
+from ftlevel.config.embedding import changed_fields, normalize_loss_name
 from ftlevel.config.section import Section
 from ftlevel.errors import join_names
 
@@ -22,26 +22,26 @@ class RerankingLoss:
     """Properties of a reranking loss.
 
     Attributes:
-        listed: whether a query needs several documents, not all with the same label.
-        taught: whether the loss needs a teacher's scores.
+        is_listwise: whether a query needs several documents, not all with the same label.
+        needs_teacher: whether the loss needs a teacher's scores.
         reads_teacher: whether the loss can use a teacher's scores instead of labels.
-        bounded: whether labels have to be from 0 to 1.
+        is_bounded: whether labels have to be from 0 to 1.
     """
 
-    listed: bool = True
-    taught: bool = False
+    is_listwise: bool = True
+    needs_teacher: bool = False
     reads_teacher: bool = False
-    bounded: bool = False
+    is_bounded: bool = False
 
 
 LOSSES: dict[str, RerankingLoss] = {
-    "bce": RerankingLoss(listed=False, bounded=True),
+    "bce": RerankingLoss(is_listwise=False, is_bounded=True),
     "lce": RerankingLoss(),
     "listnet": RerankingLoss(),
     "ranknet": RerankingLoss(),
     "lambda": RerankingLoss(),
-    "margin-mse": RerankingLoss(taught=True, reads_teacher=True),
-    "mse": RerankingLoss(listed=False, reads_teacher=True),
+    "margin-mse": RerankingLoss(needs_teacher=True, reads_teacher=True),
+    "mse": RerankingLoss(is_listwise=False, reads_teacher=True),
 }
 _ALIASES = {
     "binarycrossentropyloss": "bce",
@@ -61,7 +61,10 @@ class RerankingConfig(Section):
     """Reranking loss and its settings."""
 
     loss: (
-        Annotated[RerankingLossName, BeforeValidator(partial(read_loss, aliases=_ALIASES))] | None
+        Annotated[
+            RerankingLossName, BeforeValidator(partial(normalize_loss_name, aliases=_ALIASES))
+        ]
+        | None
     ) = Field(
         None,
         description="Reranking loss; default: lce for several documents per query, bce for one; "
@@ -74,23 +77,17 @@ class RerankingConfig(Section):
     )
 
 
-def find_reranking_problems(
-    task: str, settings: RerankingConfig, teacher: str | None
-) -> Sequence[str]:
-    """Returns an error message for a reranking setting or `--teacher` without effect."""
-    values = list_given(settings)
+def validate_reranking(task: str, config: RerankingConfig, teacher: str | None) -> Iterator[str]:
+    """Yields an error message for each value, or `--teacher`, without effect."""
+    values = changed_fields(config)
     if task not in RERANKING_TASKS:
         names = join_names(f"--{name.replace('_', '-')}" for name in values)
-        return [f"{names}: of --task reranking, and --task is {task}. Drop it."] if values else []
-    if teacher is not None and settings.loss and not LOSSES[settings.loss].reads_teacher:
-        readers = join_names(name for name, facts in LOSSES.items() if facts.reads_teacher)
-        return [
-            f"--teacher: --loss {settings.loss} does not read it; {readers} do. Drop one of them."
-        ]
-    if settings.pos_weight is not None and teacher is not None:
-        return [
-            "--pos-weight: --teacher trains by margin-mse or mse, which do not read it. Drop it."
-        ]
-    if settings.pos_weight is not None and settings.loss not in (None, "bce"):
-        return [f"--pos-weight: --loss {settings.loss} does not read it; bce does. Drop it."]
-    return []
+        if values:
+            yield f"{names}: of --task reranking, and --task is {task}. Drop it."
+    elif teacher is not None and config.loss and not LOSSES[config.loss].reads_teacher:
+        losses = join_names(name for name, facts in LOSSES.items() if facts.reads_teacher)
+        yield f"--teacher: --loss {config.loss} does not read it; {losses} do. Drop one of them."
+    elif config.pos_weight is not None and teacher is not None:
+        yield "--pos-weight: --teacher trains by margin-mse or mse, which do not read it. Drop it."
+    elif config.pos_weight is not None and config.loss not in (None, "bce"):
+        yield f"--pos-weight: --loss {config.loss} does not read it; bce does. Drop it."

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, get_args
 
@@ -29,13 +29,13 @@ class RlLossProperties:
         scale: standard deviation that advantages are divided by: group, batch or none.
         epsilon, epsilon_high: default clipping range. epsilon is None if there is no lower bound
             and `epsilon_high` caps the ratio itself (cispo).
-        reads: fields of `RlConfig` that this loss uses and not every loss uses.
+        parameters: fields of `RlConfig` that this loss uses and not every loss uses.
     """
 
     scale: Scale = "group"
     epsilon: float | None = 0.2
     epsilon_high: float = 0.2
-    reads: tuple[str, ...] = (*_CLIPPED, "scale_rewards")
+    parameters: tuple[str, ...] = (*_CLIPPED, "scale_rewards")
 
 
 RL_LOSSES: dict[str, RlLossProperties] = {
@@ -43,12 +43,12 @@ RL_LOSSES: dict[str, RlLossProperties] = {
     "grpo": RlLossProperties(),
     "dr_grpo": RlLossProperties("none"),
     "bnpo": RlLossProperties(),
-    "rloo": RlLossProperties("none", reads=_CLIPPED),
+    "rloo": RlLossProperties("none", parameters=_CLIPPED),
     "gspo": RlLossProperties(epsilon=3e-4, epsilon_high=4e-4),
     "cispo": RlLossProperties(
-        epsilon=None, epsilon_high=5.0, reads=("epsilon_high", "scale_rewards")
+        epsilon=None, epsilon_high=5.0, parameters=("epsilon_high", "scale_rewards")
     ),
-    "reinforce++": RlLossProperties("batch", reads=_CLIPPED),
+    "reinforce++": RlLossProperties("batch", parameters=_CLIPPED),
 }
 """Loss → properties; papers: see `tasks/rl/losses.py`."""
 
@@ -108,35 +108,35 @@ def parse_reward(text: str) -> RewardSpec:
     name, colon, argument = body.partition(":")
     if name not in REWARDS:
         return RewardSpec(text, "model", body, "", weight)
-    _check_argument(name, argument, values=bool(colon))
+    _validate_argument(name, argument, values=bool(colon))
     return RewardSpec(text, "builtin", name, argument, weight)
 
 
-def _check_argument(name: str, argument: str, *, values: bool) -> None:
+def _validate_argument(name: str, argument: str, *, values: bool) -> None:
     """Raise ValueError if `argument` does not fit the built-in reward `name`."""
-    form = REWARDS[name]
-    if (values and not argument) or (not values and form and not form.startswith("[")):
-        raise ValueError(f"{name} has no argument. Write {name}:{form.strip('[]')}")
-    if values and not form:
+    pattern = REWARDS[name]
+    if (values and not argument) or (not values and pattern and not pattern.startswith("[")):
+        raise ValueError(f"{name} has no argument. Write {name}:{pattern.strip('[]')}")
+    if values and not pattern:
         raise ValueError(f"{name} takes no argument, got {argument!r}. Write {name}")
-    problem = ""
+    expected = ""
     if name == "number" and argument and (_number(argument) is None or float(argument) < 0):
-        problem = "a tolerance of 0 or more, as in number:0.01"
+        expected = "a tolerance of 0 or more, as in number:0.01"
     elif name == "length" and parse_range(argument) is None:
-        problem = "a range of tokens, as in length:20-80"
+        expected = "a range of tokens, as in length:20-80"
     elif name == "format" and argument != "think":
-        problem = "format:think. For other forms: regex:PATTERN"
+        expected = "format:think. For other forms: regex:PATTERN"
     elif name == "rouge" and argument not in ("", "rouge1", "rouge2", "rougeL"):
-        problem = "rouge1, rouge2 or rougeL"
+        expected = "rouge1, rouge2 or rougeL"
     elif name == "repetition" and argument and not argument.isdecimal():
-        problem = "a number of words, as in repetition:3"
+        expected = "a number of words, as in repetition:3"
     elif name == "regex":
         try:
             re.compile(argument)
         except (re.error, RecursionError, OverflowError) as error:
-            problem = f"a regular expression; {error}"
-    if problem:
-        raise ValueError(f"{name}:{argument}: expected {problem}")
+            expected = f"a regular expression; {error}"
+    if expected:
+        raise ValueError(f"{name}:{argument}: expected {expected}")
 
 
 def parse_range(text: str) -> tuple[int, int] | None:
@@ -154,28 +154,29 @@ def _number(text: str) -> float | None:
         return None
 
 
-def _read_texts(value: Any) -> Any:
+def _parse_texts(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
-def _check_rewards(value: tuple[str, ...]) -> tuple[str, ...]:
+def _validate_rewards(value: tuple[str, ...]) -> tuple[str, ...]:
     for text in value:
         parse_reward(text)
     return value
 
 
-Texts = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], BeforeValidator(_read_texts)]
+Texts = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], BeforeValidator(_parse_texts)]
 Epsilon = Annotated[float, Field(gt=0, le=100)]
 
 
 class RlConfig(Section):
     """Settings of reinforcement learning."""
 
-    reward: Annotated[Texts, AfterValidator(_check_rewards)] = Field(
+    reward: Annotated[Texts, AfterValidator(_validate_rewards)] = Field(
         (),
         description="Reward of a completion; repeatable, with a weight as NAME=WEIGHT. Built in: "
         + ", ".join(
-            name + (f":{form}" if form and form[0] != "[" else "") for name, form in REWARDS.items()
+            name + (f":{pattern}" if pattern and pattern[0] != "[" else "")
+            for name, pattern in REWARDS.items()
         )
         + "; or FILE.py:FUNCTION as in TRL, or the RUN of a reward model.",
     )
@@ -266,7 +267,7 @@ class RlConfig(Section):
         )
 
     @property
-    def facts(self) -> RlLossProperties:
+    def loss_properties(self) -> RlLossProperties:
         """Properties of the selected loss."""
         return RL_LOSSES[self.loss]
 
@@ -278,18 +279,21 @@ class RlConfig(Section):
     @property
     def scale(self) -> Scale:
         """Standard deviation that advantages are divided by: the setting, or the loss's default."""
-        return self.scale_rewards or self.facts.scale
+        return self.scale_rewards or self.loss_properties.scale
 
     @property
     def clip(self) -> tuple[float | None, float]:
         """Effective (epsilon, epsilon_high); for cispo, (None, maximum ratio)."""
         high = self.epsilon_high
         if self.epsilon is None:
-            return self.facts.epsilon, self.facts.epsilon_high if high is None else high
+            return (
+                self.loss_properties.epsilon,
+                self.loss_properties.epsilon_high if high is None else high,
+            )
         return self.epsilon, self.epsilon if high is None else high
 
 
-_READ_BY_SOME = (*_CLIPPED, "scale_rewards")
+_SOME_LOSSES = (*_CLIPPED, "scale_rewards")
 TOKEN_LOSSES = ("dapo", "grpo", "dr_grpo", "bnpo", "cispo")
 """Losses with one ratio per token, which on-policy distillation can use."""
 _NOT_WITH_TEACHER = {
@@ -305,104 +309,98 @@ _DROPOUT = (
 SAMPLED = "would sample from another distribution than the one that is trained"
 
 
-def find_rl_problems(config: Any) -> list[str]:
-    """Returns an error message per setting of a `TrainConfig` that `rl` or its loss cannot use."""
-    settings, plain = config.rl, RlConfig()
-    values = [n for n in RlConfig.model_fields if getattr(settings, n) != getattr(plain, n)]
+def validate_rl(config: Any) -> Iterator[str]:
+    """Yields an error message for each value of a `TrainConfig` that `--task rl` cannot use."""
+    rl, default = config.rl, RlConfig()
+    values = [n for n in RlConfig.model_fields if getattr(rl, n) != getattr(default, n)]
     if config.task != RL_TASK:
-        names = join_names(map(_flag, values))
-        return (
-            [f"{names}: of --task rl, and --task is {config.task}. Drop it, or change the task."]
-            if values
-            else []
-        )
-    problems = []
+        if values:
+            names = join_names(map(_flag, values))
+            yield (
+                f"{names}: of --task rl, and --task is {config.task}. Drop it, or change the task."
+            )
+        return
     is_distilled = config.distillation.teacher is not None
     if is_distilled:
-        problems += _teacher_problems(settings, values)
-    elif not settings.reward:
-        problems.append(
+        yield from _validate_distillation(rl, values)
+    elif not rl.reward:
+        yield (
             "--task rl has no reward. Add --reward exact, or another built-in one "
             f"({join_names([n for n in REWARDS if n != 'exact'], 20)}), FILE.py:FUNCTION, or the "
             "run of a reward model; or --teacher MODEL."
         )
-    if settings.num_generations == 1 and settings.loss != "reinforce++" and not is_distilled:
-        problems.append(
+    if rl.num_generations == 1 and rl.loss != "reinforce++" and not is_distilled:
+        yield (
             "--num-generations 1: a completion is compared with the others of its prompt. Use 2 or "
             "more."
         )
-    for name in _READ_BY_SOME:
-        if name in values and name not in settings.facts.reads and not is_distilled:
-            readers = [loss for loss in get_args(RlLossName) if name in RL_LOSSES[loss].reads]
-            problems.append(
-                f"{_flag(name)}: --loss {settings.loss} does not use it; {join_names(readers)} do. "
+    for name in _SOME_LOSSES:
+        if name in values and name not in rl.loss_properties.parameters and not is_distilled:
+            losses = [loss for loss in get_args(RlLossName) if name in RL_LOSSES[loss].parameters]
+            yield (
+                f"{_flag(name)}: --loss {rl.loss} does not use it; {join_names(losses)} do. "
                 "Drop it."
             )
-    if settings.dynamic_sampling and settings.loss == "reinforce++":
-        problems.append(
-            f"--dynamic-sampling {settings.dynamic_sampling}: --loss reinforce++ compares "
+    if rl.dynamic_sampling and rl.loss == "reinforce++":
+        yield (
+            f"--dynamic-sampling {rl.dynamic_sampling}: --loss reinforce++ compares "
             "completions over the whole batch, so every prompt has a signal. Drop it."
         )
-    if settings.use_bias_correction_kl and not settings.beta:
-        problems.append("--use-bias-correction-kl is of --beta, which is 0. Drop it.")
-    if settings.rollouts is not None:
-        problems += _server_problems(config)
-    return [*problems, *_sampling_problems(config)]
+    if rl.use_bias_correction_kl and not rl.beta:
+        yield "--use-bias-correction-kl is of --beta, which is 0. Drop it."
+    if rl.rollouts is not None:
+        yield from _validate_sampling_server(config)
+    yield from _validate_sections(config)
 
 
-def _server_problems(config: Any) -> list[str]:
-    """Returns messages for settings that sampling with a server cannot use."""
-    method, problems = config.method, []
+def _validate_sampling_server(config: Any) -> Iterator[str]:
+    """Yields messages for values that sampling with a vLLM server does not support."""
+    method = config.method
     if method.kind != "lora" or getattr(method, "use_dora", False):
         name = "lora with DoRA" if method.kind == "lora" else method.kind
-        problems.append(
+        yield (
             f"--rollouts: a vLLM server loads plain LoRA adapters only, and --method is {name}. "
             "Use --method lora, or drop --rollouts."
         )
     if (config.train.num_processes or 1) > 1:
-        problems.append(
+        yield (
             f"--rollouts with --num-processes {config.train.num_processes}: each process would "
             "load an adapter of its own. Drop one of them."
         )
-    return problems
 
 
-def _teacher_problems(settings: RlConfig, values: Sequence[str]) -> list[str]:
-    """Returns messages for settings that on-policy distillation cannot use."""
-    problems = [
-        f"{_flag(name)}: with --teacher, {reason}. Drop one of them."
-        for name, reason in _NOT_WITH_TEACHER.items()
-        if name in values
-    ]
-    if settings.loss not in TOKEN_LOSSES:
-        problems.append(
-            f"--loss {settings.loss}: with --teacher each token has an advantage of its own, and "
+def _validate_distillation(rl: RlConfig, names: Sequence[str]) -> Iterator[str]:
+    """Yields messages for the fields `names` that on-policy distillation does not support."""
+    yield from (
+        f"{_flag(name)}: with --teacher, {message}. Drop one of them."
+        for name, message in _NOT_WITH_TEACHER.items()
+        if name in names
+    )
+    if rl.loss not in TOKEN_LOSSES:
+        yield (
+            f"--loss {rl.loss}: with --teacher each token has an advantage of its own, and "
             f"this loss has one per completion. Use {join_names(TOKEN_LOSSES)}."
         )
-    return problems
 
 
-def _sampling_problems(config: Any) -> list[str]:
-    """Returns messages for settings of other sections that reinforcement learning cannot use."""
-    train, data, problems = config.train, config.data, []
+def _validate_sections(config: Any) -> Iterator[str]:
+    """Yields messages for values of other sections that reinforcement learning cannot use."""
+    train, data = config.train, config.data
     for name in type(config.method).model_fields:
         value = getattr(config.method, name)
         if name.endswith("dropout") and value:
             flag = "--lora-dropout" if name == "lora_dropout" else f"method.{name}"
-            problems.append(f"{flag} {value:g}: {_DROPOUT}. Drop it.")
+            yield f"{flag} {value:g}: {_DROPOUT}. Drop it."
     if config.rl.top_p < 1:
-        problems.append(f"--top-p {config.rl.top_p:g} {SAMPLED}. Drop it.")
+        yield f"--top-p {config.rl.top_p:g} {SAMPLED}. Drop it."
     if train.neftune_noise_alpha is not None:
-        problems.append(
-            f"--neftune-noise-alpha {train.neftune_noise_alpha:g}: {_DROPOUT}. Drop it."
-        )
+        yield (f"--neftune-noise-alpha {train.neftune_noise_alpha:g}: {_DROPOUT}. Drop it.")
     if train.label_smoothing_factor:
-        problems.append("--label-smoothing-factor: --task rl has no target tokens. Drop it.")
+        yield "--label-smoothing-factor: --task rl has no target tokens. Drop it."
     if data.train_on_inputs:
-        problems.append("--train-on-inputs: --task rl trains on sampled completions only. Drop it.")
+        yield "--train-on-inputs: --task rl trains on sampled completions only. Drop it."
     if data.streaming:
-        problems.append("--streaming cannot be used with --task rl. Drop it.")
-    return problems
+        yield "--streaming cannot be used with --task rl. Drop it."
 
 
 def _flag(name: str) -> str:

@@ -26,7 +26,7 @@ Share = Annotated[float, Field(ge=0.0, lt=1.0)]
 _FILE_SUFFIXES = (".gguf", ".safetensors", ".bin", ".pt", ".json", ".jsonl", ".yaml", ".yml")
 
 
-def check_directory_name(path: Path) -> Path:
+def validate_dir_name(path: Path) -> Path:
     """Returns `path`; raises ValueError if it has the suffix of a file."""
     if path.suffix in _FILE_SUFFIXES:
         raise ValueError(
@@ -36,7 +36,7 @@ def check_directory_name(path: Path) -> Path:
     return path
 
 
-NewDirectory = Annotated[Path, AfterValidator(check_directory_name)]
+NewDirectory = Annotated[Path, AfterValidator(validate_dir_name)]
 """Path of a directory that a command creates."""
 _TEXTS = ("system", "context", "prompt_tuning_init_text")
 """Fields with text for the model; all others may be file names."""
@@ -54,7 +54,7 @@ class Section(BaseModel):
         hide_input_in_errors=True,  # inputs may be rows
     )
     explain_errors: ClassVar[Callable[[ValidationError, type[BaseModel]], list[str]]]
-    """Formats pydantic errors; set by `config/layers.py`, which knows all sections."""
+    """Returns messages for a pydantic error; set by `config/layers.py`."""
 
     def __init__(self, **values: Any) -> None:
         """Validate `values`; raise ConfigError with all problems."""
@@ -69,10 +69,10 @@ class Section(BaseModel):
 
     @field_validator("*")
     @classmethod
-    def _check_null_bytes(cls, value: Any, info: ValidationInfo) -> Any:
-        """Reject null bytes in names, for which the OS raises a bare ValueError."""
-        parts = value if isinstance(value, list | tuple) else (value,)
-        names = [str(part) for part in parts if isinstance(part, str | Path)]
+    def _validate_null_bytes(cls, value: Any, info: ValidationInfo) -> Any:
+        """Raise ValueError for null bytes in names."""
+        values = value if isinstance(value, list | tuple) else (value,)
+        names = [str(item) for item in values if isinstance(item, str | Path)]
         if info.field_name not in _TEXTS and any("\0" in name for name in names):
             raise ValueError("a name cannot contain a null byte. Remove it")
         return value
@@ -80,7 +80,7 @@ class Section(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _convert_paths(cls, raw: Any) -> Any:
-        """Convert `os.PathLike` values to text for fields that take names."""
+        """Convert `os.PathLike` values of text fields to text."""
         if not isinstance(raw, dict):
             return raw
         names = {
@@ -88,7 +88,7 @@ class Section(BaseModel):
             for name, value in raw.items()
             if isinstance(value, os.PathLike)
             and name in cls.model_fields
-            and Path not in set(_parts(cls.model_fields[name].annotation))
+            and Path not in set(_iter_types(cls.model_fields[name].annotation))
         }
         return {**raw, **names}
 
@@ -98,26 +98,26 @@ class Section(BaseModel):
         """Convert booleans in numeric fields (YAML `yes`) to text, which validation rejects."""
         if not isinstance(raw, dict):
             return raw
-        wrong = {
+        invalid = {
             name: str(value).lower()
             for name, value in raw.items()
             if isinstance(value, bool)
             and name in cls.model_fields
-            and bool not in (parts := set(_parts(cls.model_fields[name].annotation)))
+            and bool not in (parts := set(_iter_types(cls.model_fields[name].annotation)))
             and parts & {int, float}
         }
-        return {**raw, **wrong}
+        return {**raw, **invalid}
 
 
-def _parts(annotation: Any) -> Iterator[Any]:
+def _iter_types(annotation: Any) -> Iterator[Any]:
     yield annotation
     for part in get_args(annotation):
-        yield from _parts(part)
+        yield from _iter_types(part)
 
 
 @dataclass(frozen=True)
 class Choice:
-    """Resolved setting with an explanation: `dtype bfloat16 (auto: CPU has avx512_bf16)`."""
+    """Resolved value with its reason, such as `bfloat16 (auto: CPU has avx512_bf16)`."""
 
     name: str
     value: Any

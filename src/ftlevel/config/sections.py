@@ -45,9 +45,9 @@ class InMemoryDataset(str):
 
     def __new__(cls, rows: Any) -> InMemoryDataset:
         """Create the string and attach `rows`."""
-        made = super().__new__(cls, IN_MEMORY)
-        made.rows, made.said = rows, "dataset"
-        return made
+        dataset = super().__new__(cls, IN_MEMORY)
+        dataset.rows, dataset.said = rows, "dataset"
+        return dataset
 
     def __getnewargs__(self) -> Any:
         return (self.rows,)
@@ -64,8 +64,8 @@ def wrap_rows(value: Any) -> Any:
 
 
 def _accept(value: Any, validate: Any) -> Any:
-    named = wrap_rows(value)
-    return named if isinstance(named, InMemoryDataset) else validate(named)
+    dataset = wrap_rows(value)
+    return dataset if isinstance(dataset, InMemoryDataset) else validate(dataset)
 
 
 DatasetName = Annotated[str, WrapValidator(_accept)]
@@ -297,7 +297,7 @@ class DataConfig(Section):
 
     @field_validator("columns")
     @classmethod
-    def _check_columns(cls, value: dict[str, str]) -> dict[str, str]:
+    def _validate_columns(cls, value: dict[str, str]) -> dict[str, str]:
         if any(not key or not column for key, column in value.items()):
             raise ValueError("a column's name is empty")
         return value

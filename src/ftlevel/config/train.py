@@ -3,27 +3,28 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, Field, model_validator
 
-from ftlevel.config.embedding import EMBEDDING_TASKS, EmbeddingConfig, find_embedding_problems
+from ftlevel.config.embedding import EMBEDDING_TASKS, EmbeddingConfig, validate_embedding
 from ftlevel.config.methods import SPECS, LoraSpec, MethodConfig
 from ftlevel.config.output import OutputConfig
 from ftlevel.config.preference import (
     DistillationConfig,
     PreferenceConfig,
-    find_distillation_problems,
-    find_preference_problems,
     normalize_loss,
+    validate_distillation,
+    validate_preference,
 )
 from ftlevel.config.reading import rename_keys, resolve_aliases
-from ftlevel.config.reranking import RerankingConfig, find_reranking_problems
-from ftlevel.config.rl import RL_TASK, RlConfig, find_rl_problems
+from ftlevel.config.reranking import RerankingConfig, validate_reranking
+from ftlevel.config.rl import RL_TASK, RlConfig, validate_rl
 from ftlevel.config.sections import DataConfig, ModelConfig, QuantConfig, Section, SpeedConfig
 from ftlevel.config.tasks import TaskName
-from ftlevel.config.trainer import TrainerConfig, find_problems
+from ftlevel.config.trainer import TrainerConfig, validate_optimizer
 from ftlevel.errors import join_names
 
 SHORTHAND = {
@@ -122,8 +123,13 @@ class TrainConfig(Section):
         if not isinstance(raw, dict) or not isinstance(raw.get("method"), dict):
             return raw
         quant, spec = raw.get("quant") or {}, SPECS.get(str(raw["method"].get("kind")))
-        if spec and spec.wants_quant != "none" and isinstance(quant, dict) and "kind" not in quant:
-            return {**raw, "quant": {**quant, "kind": spec.wants_quant}}
+        if (
+            spec
+            and spec.default_quant != "none"
+            and isinstance(quant, dict)
+            and "kind" not in quant
+        ):
+            return {**raw, "quant": {**quant, "kind": spec.default_quant}}
         return raw
 
     @model_validator(mode="before")
@@ -140,140 +146,136 @@ class TrainConfig(Section):
         return normalize_loss(values)
 
     @model_validator(mode="after")
-    def _check_rules(self) -> TrainConfig:
-        problems = list(_quantization_problems(self)) + list(_other_problems(self))
-        if problems:
-            raise ValueError("\n".join(problems))
+    def _validate_rules(self) -> TrainConfig:
+        if messages := [*_validate_quantization(self), *_validate_sections(self)]:
+            raise ValueError("\n".join(messages))
         return self
 
 
-def _quantization_problems(config: TrainConfig) -> list[str]:
+def _validate_quantization(config: TrainConfig) -> Iterator[str]:
     quant = config.quant
-    problems = config.method.quant_problems(quant)
+    yield from config.method.validate_quant(quant)
     if quant.kind != "4bit":
         for flag, values in (
             ("--double-quant", quant.double_quant),
             ("--quant-type fp4", quant.quant_type != "nf4"),
         ):
             if values:
-                problems.append(
+                yield (
                     f"{flag} belongs to --quant 4bit, and --quant is {quant.kind}. "
                     f"Use --quant 4bit, or drop {flag.split()[0]}."
                 )
-    return problems
 
 
-def _other_problems(config: TrainConfig) -> list[str]:
-    problems = []
+def _validate_sections(config: TrainConfig) -> Iterator[str]:
     if config.model.dtype == "float16" and config.model.device == "cpu":
-        problems.append(
+        yield (
             "--dtype float16 cannot be used on the CPU, which computes it in software and "
             "overflows in training. Use --dtype bfloat16 or float32."
         )
     if config.output.overwrite and config.output.resume:
-        problems.append("--resume keeps a run and --overwrite replaces it. Use one of them.")
+        yield "--resume keeps a run and --overwrite replaces it. Use one of them."
     if config.output.resume and config.output.dir is None:
-        problems.append("--resume needs the run to resume. Add --output-dir RUN.")
+        yield "--resume needs the run to resume. Add --output-dir RUN."
     if config.train.max_restarts and (config.train.num_processes or 1) == 1:
-        problems.append(
+        yield (
             "--max-restarts needs several processes (--num-processes N). To continue a single "
             "process, use --resume."
         )
     elif config.train.max_restarts and config.output.dir is None:
-        problems.append("--max-restarts needs the run to resume. Add --output-dir RUN.")
+        yield "--max-restarts needs the run to resume. Add --output-dir RUN."
     if config.train.on_nonfinite == "rollback" and config.train.save_strategy == "no":
-        problems.append(
+        yield (
             "--on-nonfinite rollback goes back to a checkpoint, and --save-strategy no writes "
             "none. Use --save-steps N, or --on-nonfinite skip."
         )
     if config.speed.memory_gib is not None and config.speed.tokens_per_micro_batch != "memory":
-        problems.append(
+        yield (
             f"speed.memory_gib={config.speed.memory_gib:g} is what --auto-micro-batch fits a "
             "micro-batch into, which is not set. Add it, or drop speed.memory_gib."
         )
-    problems += find_problems(config.train)
+    yield from validate_optimizer(config.train)
     if config.train.focal_gamma and config.train.label_smoothing_factor:
-        problems.append(
+        yield (
             f"--focal-gamma {config.train.focal_gamma:g} and --label-smoothing-factor cannot be "
             f"combined. Use one of them."
         )
-    problems += find_preference_problems(
+    yield from validate_preference(
         config.task,
         config.preference,
         config.train.label_smoothing_factor,
         streaming=config.data.streaming,
     )
-    problems += find_rl_problems(config)
-    problems += find_embedding_problems(
+    yield from validate_rl(config)
+    yield from validate_embedding(
         config.task, config.embedding, config.train.rows_per_step, config.distillation.teacher
     )
-    problems += find_reranking_problems(config.task, config.reranking, config.distillation.teacher)
-    problems += find_distillation_problems(
+    yield from validate_reranking(config.task, config.reranking, config.distillation.teacher)
+    yield from validate_distillation(
         config.task,
         config.distillation,
         config.train.label_smoothing_factor,
         streaming=config.data.streaming,
     )
-    problems += _timing_problems(config)
+    yield from _validate_strategies(config)
     sets, mix = 1 + len(config.data.also), config.data.mix
     if mix is not None and len(mix) != sets:
-        problems.append(
+        yield (
             f"--mix has {len(mix)} share{'s' * (len(mix) != 1)} for {sets} data "
             f"set{'s' * (sets != 1)}. Give one share for each --dataset."
         )
-    return [*problems, *_task_problems(config), *_stream_problems(config), *_pipe_problems(config)]
+    yield from _validate_data(config)
+    yield from _validate_streaming(config)
+    yield from _validate_stdin(config)
 
 
-def _timing_problems(config: TrainConfig) -> list[str]:
-    """Returns messages for evaluation, checkpoint and name settings without effect."""
-    train, output, problems = config.train, config.output, []
+def _validate_strategies(config: TrainConfig) -> Iterator[str]:
+    """Yields messages for values without effect in evaluation, checkpoints and names."""
+    train, output = config.train, config.output
     for name, strategy, steps in (
         ("eval", train.eval_strategy, train.eval_steps),
         ("save", train.save_strategy, train.save_steps),
     ):
         if steps is not None and strategy in ("no", "epoch", "best"):
-            problems.append(
+            yield (
                 f"--{name}-steps {steps:g} is not used by --{name}-strategy {strategy}. "
                 "Drop one of them."
             )
     if output.run_name is not None and output.dir is not None and not output.report_to:
-        problems.append(
+        yield (
             f"--run-name {output.run_name} names the directory under runs/ and the run in a "
             "tracker; --output-dir and --report-to none leave it unused. Drop it."
         )
     if output.tracker_project is not None and not output.report_to:
-        problems.append(
+        yield (
             f"--tracker-project {output.tracker_project} needs a tracker. Add --report-to wandb "
             f"(or another), or drop it."
         )
     if output.hub_private and output.push_to_hub is None:
-        problems.append("--hub-private requires --push-to-hub. Add --push-to-hub NAME, or drop it.")
-    problems += _search_problems(config)
+        yield "--hub-private requires --push-to-hub. Add --push-to-hub NAME, or drop it."
+    yield from _validate_retrieval(config)
     if config.data.validation_file is not None and config.data.validation_split:
-        problems.append(
+        yield (
             "--validation-file and --validation-split both define the validation rows. Use one "
             "of them."
         )
-    return problems + _best_problems(train)
+    yield from _validate_best_model(train)
 
 
-def _search_problems(config: TrainConfig) -> list[str]:
-    """Returns messages for `--qrels` or `--corpus` with a wrong task or other validation rows."""
+def _validate_retrieval(config: TrainConfig) -> Iterator[str]:
+    """Yields a message if `--qrels` or `--corpus` cannot be used."""
     data = config.data
     files = {"--qrels": data.qrels, "--corpus": data.corpus}
-    given = [f"{flag} {path}" for flag, path in files.items() if path is not None]
-    if given and config.task not in EMBEDDING_TASKS:
-        names = join_names(given)
-        return [f"{names}: of --task embedding, and --task is {config.task}. Drop it."]
-    if data.qrels is not None and (data.validation_file or data.validation_split):
+    names = [f"{flag} {path}" for flag, path in files.items() if path is not None]
+    if names and config.task not in EMBEDDING_TASKS:
+        yield f"{join_names(names)}: of --task embedding, and --task is {config.task}. Drop it."
+    elif data.qrels is not None and (data.validation_file or data.validation_split):
         other = "--validation-file" if data.validation_file else "--validation-split"
-        return [f"--qrels and {other} both define the validation rows. Use one of them."]
-    return []
+        yield f"--qrels and {other} both define the validation rows. Use one of them."
 
 
-def _best_problems(train: TrainerConfig) -> list[str]:
-    """Returns messages for best-model settings without effect."""
-    problems = []
+def _validate_best_model(train: TrainerConfig) -> Iterator[str]:
+    """Yields messages for values without effect on the choice of the best model."""
     values = {
         "--early-stopping-patience": train.early_stopping_patience is not None,
         "--load-best-model-at-end": bool(train.load_best_model_at_end),
@@ -281,12 +283,12 @@ def _best_problems(train: TrainerConfig) -> list[str]:
     }
     names = [name for name, is_requested in values.items() if is_requested]
     if names and train.eval_strategy == "no":
-        problems.append(
+        yield (
             f"{names[0]} needs evaluations during training, and --eval-strategy no turns them "
             f"off. Use --eval-strategy epoch or steps."
         )
     if train.early_stopping_threshold and train.early_stopping_patience is None:
-        problems.append(
+        yield (
             f"--early-stopping-threshold {train.early_stopping_threshold:g} needs "
             f"--early-stopping-patience N. Add it."
         )
@@ -296,126 +298,122 @@ def _best_problems(train: TrainerConfig) -> list[str]:
             ("greater-is-better", train.greater_is_better),
         ):
             if value is not None:
-                problems.append(
+                yield (
                     f"--{name} {str(value).lower()} has no effect with "
                     f"--no-load-best-model-at-end. Drop one of them."
                 )
-    return problems
 
 
-def _stream_problems(config: TrainConfig) -> list[str]:
-    """Returns messages for settings that conflict with `--streaming`, or need it."""
+def _validate_streaming(config: TrainConfig) -> Iterator[str]:
+    """Yields messages for values that conflict with `--streaming`, or require it."""
     data, train = config.data, config.train
     if not data.streaming:
-        belongs = "belongs to --streaming. Drop it, or add --streaming."
+        message = "belongs to --streaming. Drop it, or add --streaming."
         values = {
             "data.shuffle_buffer": data.shuffle_buffer != 1_000,
             "data.validation_rows": data.validation_rows is not None,
         }
-        return [f"{name} {belongs}" for name, is_given in values.items() if is_given]
-    problems = []
+        yield from (f"{name} {message}" for name, is_given in values.items() if is_given)
+        return
     if train.max_steps is None:
-        problems.append(
+        yield (
             "--streaming does not know how many rows an epoch has, so it cannot count the steps. "
             "Add --max-steps N."
         )
-    if config.task not in (*_WRITES, RL_TASK):  # which has its own message
-        problems.append(
+    if config.task not in (*_GENERATION_TASKS, RL_TASK):  # which has its own message
+        yield (
             f"--streaming cannot be used with --task {config.task}, which needs all rows for its "
             f"labels, windows or masks. Drop --streaming: rows are memory-mapped in any case."
         )
     if train.data_seed is not None:
-        problems.append(
-            "--data-seed: the rows of a stream are drawn by --seed as they come. Drop it."
-        )
+        yield ("--data-seed: the rows of a stream are drawn by --seed as they come. Drop it.")
     if data.also or data.mix:
-        problems.append("--streaming reads one dataset. Use one --dataset, or drop --streaming.")
+        yield "--streaming reads one dataset. Use one --dataset, or drop --streaming."
     if data.validation_split:
-        problems.append(
+        yield (
             "--validation-split is a share of rows that --streaming cannot count. Use --set "
             "data.validation_rows=N, or a directory with a validation file."
         )
     if data.validation_file is not None:
-        problems.append(
+        yield (
             "--validation-file cannot be used with --streaming. Use --set data.validation_rows=N, "
             "or a directory with a validation file."
         )
     if data.max_samples:
-        problems.append(
+        yield (
             "--max-samples cannot be used with --streaming, which reads only the rows of "
             "--max-steps. Drop one of them."
         )
     if train.train_sampling_strategy != "random":
-        problems.append(
+        yield (
             f"train.train_sampling_strategy={train.train_sampling_strategy} sorts rows that "
             "--streaming has not read yet. Drop it; the fast step packs them without padding."
         )
-    return problems
 
 
-def _pipe_problems(config: TrainConfig) -> list[str]:
-    """Returns messages for settings that do not work with data from stdin or a pipe."""
-    data, problems = config.data, []
+def _validate_stdin(config: TrainConfig) -> Iterator[str]:
+    """Yields messages for values that do not work with data from stdin or a pipe."""
+    data = config.data
     if (config.train.num_processes or 1) > 1:
         names = (data.dataset, *data.also, data.validation_file or "")
-        problems += [
+        yield from [
             f"--num-processes cannot be used with {name}, a pipe, which only one process can "
             "read. Save the rows to a file."
             for name in names
             if Path(name).is_fifo()
         ]
     if data.validation_file == "-":
-        problems.append("--validation-file -: stdin is for --dataset. Name a file.")
+        yield "--validation-file -: stdin is for --dataset. Name a file."
     if "-" not in (data.dataset, *data.also):
-        return problems
+        return
     if config.output.resume:
-        problems.append(
+        yield (
             "--resume cannot be used with --dataset -: the rows of the run came through a pipe and "
             "are no longer available. Save them to a file and train on that."
         )
     if (config.train.num_processes or 1) > 1:
-        problems.append(
+        yield (
             "--num-processes cannot be used with --dataset -, which only one process can read. "
             "Save the rows to a file."
         )
-    return problems
 
 
-_WRITES = ("text-generation", "summarization", "translation", "preference")
+_GENERATION_TASKS = ("text-generation", "summarization", "translation", "preference")
 _NO_PROMPT = ("token-classification", "question-answering", "masked-lm")
 
 
-def _task_problems(config: TrainConfig) -> list[str]:
-    """Returns messages for data settings that the task does not support."""
+def _validate_data(config: TrainConfig) -> Iterator[str]:
+    """Yields messages for values of the data section that the task does not support."""
     task, data = config.task, config.data
-    problems = []
     if data.overlong == "split" and task not in ("text-generation", "masked-lm"):
-        alternative = "drop" if task in _NO_PROMPT else "drop or truncate-prompt"
-        problems.append(
+        allowed = "drop" if task in _NO_PROMPT else "drop or truncate-prompt"
+        yield (
             f"--overlong split cuts plain text into several rows and cannot be used with --task "
-            f"{task}. Use --overlong {alternative}."
+            f"{task}. Use --overlong {allowed}."
         )
     if data.overlong == "truncate-prompt" and task in _NO_PROMPT:
-        problems.append(
+        yield (
             f"--overlong truncate-prompt cannot be used with --task {task}, whose rows have no "
             "prompt. Use --overlong drop."
         )
-    is_cut = task in EMBEDDING_TASKS
-    if data.overlong in ("truncate", "truncate-prompt") and is_cut != (data.overlong == "truncate"):
-        alternative = "truncate" if is_cut else "drop"
+    truncates = task in EMBEDDING_TASKS
+    if data.overlong in ("truncate", "truncate-prompt") and truncates != (
+        data.overlong == "truncate"
+    ):
+        allowed = "truncate" if truncates else "drop"
         if task not in _NO_PROMPT or data.overlong == "truncate":
-            problems.append(
+            yield (
                 f"--overlong {data.overlong} cannot be used with --task {task}. Use --overlong "
-                f"{alternative}."
+                f"{allowed}."
             )
     for flag, values in (("--system", data.system), ("--train-on-inputs", data.train_on_inputs)):
-        if values and task not in (*_WRITES, RL_TASK):
-            problems.append(
+        if values and task not in (*_GENERATION_TASKS, RL_TASK):
+            yield (
                 f"{flag} is for tasks that write text, and --task is {task}. Drop it, or change "
                 "the task."
             )
     if data.train_on_inputs and data.overlong == "truncate-prompt":
-        problems.append(
+        yield (
             "--overlong truncate-prompt cuts prompts, and --train-on-inputs supervises them. Use "
             "--overlong drop, or drop one of them."
         )
@@ -425,8 +423,7 @@ def _task_problems(config: TrainConfig) -> list[str]:
         ("target_language", "translation", data.target_language is not None),
     ):
         if values and task != owner:
-            problems.append(
+            yield (
                 f"data.{name} belongs to --task {owner}, and --task is {task}. Drop it, or change "
                 "the task."
             )
-    return problems

@@ -5,7 +5,7 @@ Arguments that would be ignored raise an error; transformers drops most of them 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -22,7 +22,7 @@ _LOW_RANK = (
     "adamw_8bit to save memory"
 )
 _FUSED_BACKWARD = "it takes its step inside the backward pass, where gradients are not checked"
-_REFUSED = {
+_EXCLUDED = {
     "galore": _LOW_RANK,
     "apollo": _LOW_RANK,
     "lomo": _FUSED_BACKWARD,
@@ -42,7 +42,7 @@ _REFUSED = {
 def _check_optimizer(value: object) -> object:
     """Raise ValueError with an explanation for an unsupported optimizer of transformers."""
     if isinstance(value, str):
-        for start, error in _REFUSED.items():
+        for start, error in _EXCLUDED.items():
             if value.startswith(start):
                 raise ValueError(f"{error}. Use one of --help-all")
     return value
@@ -90,23 +90,21 @@ _FLOOR = ("min_lr", "min_lr_rate")
 
 
 @dataclass(frozen=True)
-class AllowedArguments:
-    """Allowed arguments of an optimizer or schedule; exactly one of `needed` is required."""
+class AllowedKwargs:
+    """Allowed arguments of an optimizer or schedule; exactly one of `required` is required."""
 
     names: tuple[str, ...] = ()
-    needed: tuple[str, ...] = ()
+    required: tuple[str, ...] = ()
 
 
-SCHEDULES: Mapping[str, AllowedArguments] = {
-    "cosine": AllowedArguments(("num_cycles",)),
-    "cosine_with_restarts": AllowedArguments(("num_cycles",)),
-    "cosine_with_min_lr": AllowedArguments(("num_cycles", *_FLOOR), _FLOOR),
-    "cosine_warmup_with_min_lr": AllowedArguments(
-        ("num_cycles", *_FLOOR, "warmup_lr_rate"), _FLOOR
-    ),
-    "polynomial": AllowedArguments(("lr_end", "power")),
-    "inverse_sqrt": AllowedArguments(("timescale",)),
-    "warmup_stable_decay": AllowedArguments(
+SCHEDULES: Mapping[str, AllowedKwargs] = {
+    "cosine": AllowedKwargs(("num_cycles",)),
+    "cosine_with_restarts": AllowedKwargs(("num_cycles",)),
+    "cosine_with_min_lr": AllowedKwargs(("num_cycles", *_FLOOR), _FLOOR),
+    "cosine_warmup_with_min_lr": AllowedKwargs(("num_cycles", *_FLOOR, "warmup_lr_rate"), _FLOOR),
+    "polynomial": AllowedKwargs(("lr_end", "power")),
+    "inverse_sqrt": AllowedKwargs(("timescale",)),
+    "warmup_stable_decay": AllowedKwargs(
         (
             "num_decay_steps",
             "num_stable_steps",
@@ -117,20 +115,20 @@ SCHEDULES: Mapping[str, AllowedArguments] = {
         ),
         ("num_decay_steps",),
     ),
-    PLATEAU: AllowedArguments(
+    PLATEAU: AllowedKwargs(
         ("factor", "patience", "threshold", "threshold_mode", "cooldown", "min_lr", "eps")
     ),
 }
 """Schedule → arguments of its transformers function, except those that the run sets."""
 
-OPTIMIZERS: Mapping[str, AllowedArguments] = {
+OPTIMIZERS: Mapping[str, AllowedKwargs] = {
     **dict.fromkeys(
         ("ademamix", "ademamix_8bit", "paged_ademamix_8bit", "paged_ademamix_32bit"),
-        AllowedArguments(("beta3", "alpha", "t_alpha", "t_beta3")),
+        AllowedKwargs(("beta3", "alpha", "t_alpha", "t_beta3")),
     ),
-    "rmsprop": AllowedArguments(("momentum", "alpha", "eps", "centered")),
-    "adagrad": AllowedArguments(("lr_decay", "eps")),
-    "sgd": AllowedArguments(("momentum", "dampening", "nesterov")),
+    "rmsprop": AllowedKwargs(("momentum", "alpha", "eps", "centered")),
+    "adagrad": AllowedKwargs(("lr_decay", "eps")),
+    "sgd": AllowedKwargs(("momentum", "dampening", "nesterov")),
 }
 """Optimizer → arguments besides --learning-rate, --weight-decay and --adam-*."""
 
@@ -154,59 +152,56 @@ _ALLOWED_VALUES: Mapping[str, tuple[Scalar, ...]] = {
 _ADAM = {"adam_beta1": 0.9, "adam_beta2": 0.999, "adam_epsilon": 1e-8}
 
 
-def find_problems(train: Any) -> list[str]:
-    """Returns messages for optimizer and schedule settings that would be ignored."""
+def validate_optimizer(train: Any) -> Iterator[str]:
+    """Yields messages for values of optimizer and schedule that would be ignored."""
     schedule, optim = train.lr_scheduler_type, train.optim
-    problems = _settings_problems(
+    yield from _validate_kwargs(
         "--lr-scheduler-kwargs",
         f"--lr-scheduler-type {schedule}",
         train.lr_scheduler_kwargs,
-        SCHEDULES.get(schedule, AllowedArguments()),
+        SCHEDULES.get(schedule, AllowedKwargs()),
     )
-    problems += _settings_problems(
+    yield from _validate_kwargs(
         "--optim-args",
         f"--optim {optim}",
         train.optim_args,
-        OPTIMIZERS.get(optim, AllowedArguments()),
+        OPTIMIZERS.get(optim, AllowedKwargs()),
     )
     if train.warmup_steps and schedule in _WITHOUT_WARMUP:
-        problems.append(
+        yield (
             f"--warmup-steps {train.warmup_steps:g}: --lr-scheduler-type {schedule} has no "
             "warm-up. Use constant_with_warmup, or drop --warmup-steps."
         )
-    reads = "adam" in optim or "ademamix" in optim
+    is_adam = "adam" in optim or "ademamix" in optim
     for name, default in _ADAM.items():
         value = getattr(train, name)
-        if value != default and not (reads or ("lion" in optim and name != "adam_epsilon")):
+        if value != default and not (is_adam or ("lion" in optim and name != "adam_epsilon")):
             flag = f"--{name.replace('_', '-')}"
-            problems.append(f"{flag} {value:g} is not read by --optim {optim}. Drop it.")
-    return problems
+            yield f"{flag} {value:g} is not read by --optim {optim}. Drop it."
 
 
-def _settings_problems(
-    flag: str, owner: str, values: Mapping[str, Scalar], settings: AllowedArguments
-) -> list[str]:
-    problems = []
-    if unknown := [name for name in values if name not in settings.names]:
-        has = f"It has {join_names(settings.names)}." if settings.names else "It has none. Drop it."
-        problems.append(f"{flag} {join_names(unknown)}: no setting of {owner}. {has}")
+def _validate_kwargs(
+    flag: str, owner: str, values: Mapping[str, Scalar], allowed_kwargs: AllowedKwargs
+) -> Iterator[str]:
+    if unknown := [name for name in values if name not in allowed_kwargs.names]:
+        names = join_names(allowed_kwargs.names)
+        has = f"It has {names}." if names else "It has none. Drop it."
+        yield f"{flag} {join_names(unknown)}: no setting of {owner}. {has}"
     for name, value in values.items():
         allowed = _ALLOWED_VALUES.get(name, ())
         if allowed and value not in allowed:
-            problems.append(f"{flag} {name}={value}: expected {join_names(map(_shown, allowed))}.")
+            yield f"{flag} {name}={value}: expected {join_names(map(_format_value, allowed))}."
         elif not allowed and (isinstance(value, bool | str) or value < 0):
-            problems.append(f"{flag} {name}={value}: expected a number, 0 or more.")
-    needed = settings.needed
-    if needed and sum(name in values for name in needed) != 1:
-        several = len(needed) > 1
-        problems.append(
-            f"{owner} needs {'one of ' * several}{' or '.join(needed)}: {flag} {needed[-1]}="
-            f"{'0.1' if 'rate' in needed[-1] else '100'}."
+            yield f"{flag} {name}={value}: expected a number, 0 or more."
+    required = allowed_kwargs.required
+    if required and sum(name in values for name in required) != 1:
+        yield (
+            f"{owner} needs {'one of ' * (len(required) > 1)}{' or '.join(required)}: {flag} "
+            f"{required[-1]}={'0.1' if 'rate' in required[-1] else '100'}."
         )
-    return problems
 
 
-def _shown(value: Scalar) -> str:
+def _format_value(value: Scalar) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 

@@ -30,7 +30,7 @@ from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
 from ftlevel.fast.recompute import Recomputation, recomputation_of
-from ftlevel.methods.upstream import is_cut_over_devices, register_lora_layers
+from ftlevel.methods.upstream import is_sharded_linear, register_lora_layers
 from ftlevel.models.upstream.quantizers import can_train_4bit, can_train_8bit, dequantize_8bit
 from ftlevel.models.upstream.tensors import (
     cast_together,
@@ -217,7 +217,7 @@ def build_fused_layer(
 ) -> nn.Module | None:
     """Build a fused layer around `target`, or None if PEFT should build its own."""
     layer: Any = None
-    if isinstance(target, BaseTunerLayer) or is_cut_over_devices(target):
+    if isinstance(target, BaseTunerLayer) or is_sharded_linear(target):
         return None
     if kwargs.get("parameter_name") is not None:  # LoRA of a bare parameter
         return None

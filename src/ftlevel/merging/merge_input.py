@@ -21,7 +21,7 @@ from ftlevel.data.prepare.dataset import prepare_data
 from ftlevel.data.prepare.encoder import EncodingContext, PreparedData, ignore_progress
 from ftlevel.errors import ConfigError, InputError, join_names
 from ftlevel.evaluation.two_models import ComparisonSet, load_eval_text, split_into_windows
-from ftlevel.methods.merging import read_peft_config, why_not_mergeable
+from ftlevel.methods.merging import get_merge_error, load_peft_config
 from ftlevel.models.hardware import DTYPES, choose_device
 from ftlevel.models.kinds import max_positions
 from ftlevel.models.quantization import quantization_name, read_quantization, stored_quantization
@@ -109,7 +109,7 @@ def find_adapter(name: str) -> Path:
             f". Expected a directory with {ADAPTER_CONFIG}."
         )
     check_adapter_checkpoint(directory)
-    error = why_not_mergeable(_read_config(directory))
+    error = get_merge_error(_read_config(directory))
     if error is not None:
         raise InputError(f"{name} cannot be merged. {error}")
     return directory
@@ -119,7 +119,7 @@ def _read_config(directory: Path) -> dict[str, Any]:
     """Load the adapter's PEFT config; adapters of other formats get a minimal one."""
     if (reader := get_adapter_reader(directory)) is not None:
         return {"peft_type": reader.peft_type}
-    return read_peft_config(directory)
+    return load_peft_config(directory)
 
 
 def resolve_merge_input(config: MergeConfig) -> MergeInput:

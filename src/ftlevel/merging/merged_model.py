@@ -83,7 +83,7 @@ class TensorMerger:
 
     def adapts(self, name: str) -> bool:
         """Whether the adapter changes or replaces the tensor `name`."""
-        return name in self.skeleton.supplied or self.skeleton.unit_of(name) is not None
+        return name in self.skeleton.trained or self.skeleton.unit_of(name) is not None
 
     def spec(self, name: str) -> TensorSpec:
         """Returns dtype and shape of the merged tensor `name` without reading it."""
@@ -120,8 +120,8 @@ class TensorMerger:
         return value
 
     def _find_merged(self, name: str) -> torch.Tensor:
-        if name in self.skeleton.supplied:
-            tensor: torch.Tensor = self.skeleton.supplied[name]
+        if name in self.skeleton.trained:
+            tensor: torch.Tensor = self.skeleton.trained[name]
             return tensor
         unit = self.skeleton.unit_of(name)
         if unit is None:

@@ -23,7 +23,7 @@ from ftlevel.config.section import Choice
 from ftlevel.errors import ConfigError, InputError
 from ftlevel.merging.merge_input import MergeInput, find_adapter
 from ftlevel.merging.merged_model import write_tokenizer
-from ftlevel.methods.merging import WEIGHTS, read_peft_config
+from ftlevel.methods.merging import WEIGHTS, load_peft_config
 from ftlevel.methods.upstream import pattern_of
 from ftlevel.models.loading import build_task_model
 from ftlevel.trained.adapt import get_vocab_mismatch
@@ -60,7 +60,7 @@ def concatenate_adapters(directories: Sequence[Path], weights: Sequence[float], 
 
     mixed: dict[str, Any] = {}
     for directory, weight in zip(directories, weights, strict=True):
-        config = read_peft_config(directory)
+        config = load_peft_config(directory)
         for name, tensor in load_file(str(directory / WEIGHTS)).items():
             value = tensor.float()
             is_a = ".lora_A." in name or name.endswith(".lora_embedding_A")
@@ -80,7 +80,7 @@ def concatenate_adapters(directories: Sequence[Path], weights: Sequence[float], 
     rank_pattern = {
         f"^{name}$".replace(".", r"\."): rank for name, rank in ranks.items() if rank != max_rank
     }
-    first = read_peft_config(directories[0])
+    first = load_peft_config(directories[0])
     first |= {
         "r": max_rank,
         "lora_alpha": max_rank,
@@ -156,7 +156,7 @@ def mix(
         return inputs, []
     directories = [find_adapter(name) for name in config.adapters]
     for name, directory in zip(config.adapters, directories, strict=True):
-        reason = find_mixing_problem(read_peft_config(directory))
+        reason = find_mixing_problem(load_peft_config(directory))
         if reason is not None:
             raise InputError(f"{name} cannot be mixed: {reason}.")
         _check_same_base(inputs, name, directory)

@@ -15,16 +15,16 @@ from typing import Any, Protocol
 from ftlevel.artifacts.files import write_json
 from ftlevel.errors import InputError, join_names
 from ftlevel.methods import METHODS
-from ftlevel.methods.merging import WEIGHTS
-from ftlevel.methods.plain_form import (
+from ftlevel.methods.lora_conversion import (
     FULL_RANK,
     OUTPUT_LAYERS,
     PREFIX,
     AdapterFile,
     Factors,
-    PlainForm,
-    token_rows,
+    LoraConversion,
+    convert_token_rows,
 )
+from ftlevel.methods.merging import WEIGHTS
 from ftlevel.models.loading import build_task_model, load_model, rename_prefix
 from ftlevel.models.sources import ModelSource
 from ftlevel.models.upstream.architectures import tied_names
@@ -39,13 +39,13 @@ NO_WEIGHTS = (
 
 def tokens_as_lora(file: AdapterFile) -> dict[str, Factors]:
     """Returns trained token rows of the embedding (and of a tied output layer) as LoRA factors."""
-    return token_rows(file, "trainable_tokens_delta", file.config["token_indices"])
+    return convert_token_rows(file, "trainable_tokens_delta", file.config["token_indices"])
 
 
 _OTHERS = {
-    "TRAINABLE_TOKENS": PlainForm(tokens_as_lora),
-    "OSF": PlainForm(never="trains the weights themselves. Merge it"),
-    "HRA": PlainForm(never=FULL_RANK),
+    "TRAINABLE_TOKENS": LoraConversion(tokens_as_lora),
+    "OSF": LoraConversion(error="trains the weights themselves. Merge it"),
+    "HRA": LoraConversion(error=FULL_RANK),
     **dict.fromkeys(
         (
             "ADAPTION_PROMPT",
@@ -57,22 +57,24 @@ _OTHERS = {
             "PREFIX_TUNING",
             "SHADOW",
         ),
-        PlainForm(never=NO_WEIGHTS),
+        LoraConversion(error=NO_WEIGHTS),
     ),
     **dict.fromkeys(
         ("POLY", "XLORA", "LILY"),
-        PlainForm(
-            never="mixes its matrices by a router that looks at the input, which PEFT alone does"
+        LoraConversion(
+            error="mixes its matrices by a router that looks at the input, which PEFT alone does"
         ),
     ),
 }
 
-PLAIN_FORMS: dict[str, PlainForm] = _OTHERS | {
+PLAIN_FORMS: dict[str, LoraConversion] = _OTHERS | {
     peft_type: (
-        method.merging.plain_form if method.merging.into_weights else PlainForm(never=NO_WEIGHTS)
+        method.merge_info.lora_conversion
+        if method.merge_info.into_weights
+        else LoraConversion(error=NO_WEIGHTS)
     )
     for method in METHODS.values()
-    for peft_type in method.merging.peft_types
+    for peft_type in method.merge_info.peft_types
 }
 """PEFT type → its plain form. For types that are not listed the loaded layers are probed."""
 
@@ -169,12 +171,12 @@ def open_base(source: ModelSource, config: Any, auto_class: str) -> BaseWeights:
     return BaseWeights(model, open_checkpoint(source, model, mapping))
 
 
-def plain_form_of(config: Mapping[str, Any]) -> PlainForm:
+def plain_form_of(config: Mapping[str, Any]) -> LoraConversion:
     """Returns how an adapter of this type becomes plain LoRA; raises InputError if it cannot."""
     peft_type = str(config.get("peft_type"))
-    form = PLAIN_FORMS.get(peft_type, PlainForm())
-    if form.never:
-        raise InputError(f"{peft_type} {form.never}")
+    form = PLAIN_FORMS.get(peft_type, LoraConversion())
+    if form.error:
+        raise InputError(f"{peft_type} {form.error}")
     return form
 
 
@@ -185,7 +187,7 @@ def compute_normal_form(
 
     Raises InputError if there is no normal form, or its rank is above `limit`.
     """
-    algebra = plain_form_of(config).algebra
+    algebra = plain_form_of(config).from_file
     file = read_file(directory, config, base)
     if algebra is None:
         return None
@@ -259,7 +261,7 @@ def build_normal_form(
             f"the update of {name} needs rank {rank:,}, above --max-rank {limit}, which may "
             "be as high as the server goes. Merge it"
         )
-    notes = list(file.said)
+    notes = list(file.notes)
     if len(set(ranks.values())) > 1:
         notes.append(f"ranks {join_names(map(str, sorted(set(ranks.values()))), 6)} → {rank}")
     return NormalForm(

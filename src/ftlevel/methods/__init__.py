@@ -1,8 +1,7 @@
 """PEFT methods; `ftlevel.config.methods.MODULES` maps each method to its module here.
 
-Each module defines `METHODS`: name -> `Method`. This module collects the support table; `merging`
-maps PEFT types to methods. May import models, but no data or training code; importing this package
-does not import torch.
+Each module defines `METHODS`, the methods by name. May import models, but no data or training code;
+importing this package does not import torch.
 """
 
 from __future__ import annotations
@@ -18,14 +17,14 @@ from ftlevel.errors import ConfigError
 from ftlevel.extensions import added, try_load
 from ftlevel.methods.base import Base as Base
 from ftlevel.methods.base import Method as Method
-from ftlevel.methods.facts import Cell, MethodFacts, Rule
+from ftlevel.methods.support_table import Cell, MethodInfo, Rule
 
 TUNERS = "ftlevel.adapters"
 """Module that registers ftlevel's tuners for programs that load adapters with PEFT alone."""
 
 
 class _Methods(dict[str, Method]):
-    """Methods by name; a method whose extension package cannot be imported raises `ConfigError`."""
+    """Methods by name; one whose extension package cannot be imported raises `ConfigError`."""
 
     def __missing__(self, name: str) -> NoReturn:
         if name not in _ADDED:
@@ -63,10 +62,10 @@ def ensure_registered() -> None:
             import_module(method.tuner)
 
 
-FACTS: dict[str, MethodFacts] = {
-    row.name: row for method in METHODS.values() for row in method.facts
+METHOD_INFO: dict[str, MethodInfo] = {
+    row.name: row for method in METHODS.values() for row in method.info
 }
-"""Every row by name, in display order."""
+"""Rows of the support table by name, in display order."""
 
 RULES: tuple[Rule, ...] = tuple(
     dict.fromkeys(
@@ -75,53 +74,47 @@ RULES: tuple[Rule, ...] = tuple(
         for rule in method.rules
     )
 )
-"""All rules, full fine-tuning first; the first rule that covers a cell is the reason."""
+"""All rules, full fine-tuning first; the first that matches a cell says why it is unsupported."""
 
 
-def rows_of(config: MethodSpec) -> list[MethodFacts]:
-    """Returns the support-table rows that match `config`: its method and the variants it uses."""
-    return [row for row in FACTS.values() if row.matches(config)]
+def rows_of(config: MethodSpec) -> list[MethodInfo]:
+    """Returns the rows of the support table for the method and the variants that `config` uses."""
+    return [row for row in METHOD_INFO.values() if row.matches(config)]
 
 
-def find_refusal(cell: Cell) -> Rule | None:
-    """Returns the first rule by which every combination in `cell` is unsupported, or None."""
-    return next((rule for rule in RULES if rule.covers(cell)), None)
+def get_rule(cell: Cell) -> Rule | None:
+    """Returns the first rule by which all combinations in `cell` are unsupported, or None."""
+    return next((rule for rule in RULES if rule.matches(cell)), None)
 
 
-def find_limits(cell: Cell) -> list[Rule]:
+def get_possible_rules(cell: Cell) -> list[Rule]:
     """Returns the rules by which some combinations in `cell` are unsupported."""
-    return [rule for rule in RULES if rule.touches(cell)]
+    return [rule for rule in RULES if rule.may_match(cell)]
 
 
-def explain(rule: Rule, row: MethodFacts, cell: Cell) -> str:
-    """Returns the error message of `rule`: what is unsupported, why, and what to do."""
-    flags = row.flags if not row.fields else row.flags.partition(f"--method {row.kind} ")[2]
-    sides = []
-    if rule.kinds:
-        sides.append(f"{cell.family}, an {cell.kind}")
+def explain(rule: Rule, info: MethodInfo, cell: Cell) -> str:
+    """Returns an error message: that `info` cannot be used in `cell`, why, and what to do."""
+    flags = info.flags if not info.fields else info.flags.partition(f"--method {info.method} ")[2]
+    limits = []
+    if rule.architectures:
+        limits.append(f"{cell.family}, an {cell.architecture}")
     elif rule.families or rule.experts is not None:
-        sides.append(str(cell.family))
+        limits.append(str(cell.family))
     if rule.tasks:
-        sides.append(f"--task {cell.task}")
+        limits.append(f"--task {cell.task}")
     if rule.quants and cell.quant != "none":
-        sides.append(f"--quant {cell.quant}")
-    conditions = f" with {' and '.join(sides)}" if sides else ""
-    return f"{flags} cannot be used{conditions}: {rule.why}. {rule.instead}"
+        limits.append(f"--quant {cell.quant}")
+    condition = f" with {' and '.join(limits)}" if limits else ""
+    return f"{flags} cannot be used{condition}: {rule.why}. {rule.instead}"
 
 
-def find_problems(config: MethodSpec, base: Cell) -> list[str]:
-    """Returns an error message per variant in `config` that `base` does not support."""
-    problems = []
-    for row in rows_of(config):
-        cell = replace(base, row=row.name)
-        rule = find_refusal(cell)
-        if rule is not None:
-            problems.append(explain(rule, row, cell))
-    return problems
+def explain_unsupported(config: MethodSpec, base: Cell) -> list[str]:
+    """Returns an error message for each variant in `config` that `base` does not support."""
+    cells = [(info, replace(base, row=info.name)) for info in rows_of(config)]
+    return [explain(rule, info, cell) for info, cell in cells if (rule := get_rule(cell))]
 
 
 def check_supported(config: MethodSpec, base: Cell) -> None:
-    """Raise `ConfigError`, with reasons and alternatives, if the method does not support `base`."""
-    problems = find_problems(config, base)
-    if problems:
-        raise ConfigError(problems)
+    """Raise `ConfigError` if the method, or a variant that it uses, is unsupported for `base`."""
+    if unsupported := explain_unsupported(config, base):
+        raise ConfigError(unsupported)

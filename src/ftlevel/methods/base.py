@@ -14,22 +14,30 @@ from types import MappingProxyType
 from typing import Any, ClassVar, NoReturn, Protocol, runtime_checkable
 
 from ftlevel.config.section import Choice
-from ftlevel.methods.facts import MethodFacts, Rule
-from ftlevel.methods.plain_form import PlainForm
+from ftlevel.methods.lora_conversion import LoraConversion
 from ftlevel.methods.rates import Rates
+from ftlevel.methods.support_table import MethodInfo, Rule
 
 
 @dataclass(frozen=True)
 class Base:
     """Base model to which a method is applied.
 
-    `targets` are names of adapted modules, shortened to suffixes that PEFT matches. `heads` are
-    fully trained. `parameters` are adapted tensors outside linear layers, such as fused experts.
-    `unused` modules do not affect the loss. `task_type` is None for masked LMs.
+    Attributes:
+        config: transformers config.
+        architecture: `encoder`, `decoder` or `encoder-decoder`.
+        task_type: PEFT task type; None for masked LMs.
+        targets: names of the adapted modules, shortened to suffixes that PEFT matches.
+        heads: names of the modules that are fully trained.
+        fan_in_fan_out: whether the adapted layers are `Conv1D`.
+        total_steps: number of optimizer steps.
+        tokenizer: tokenizer of the model.
+        parameters: names of adapted tensors outside linear layers, such as fused experts.
+        unused: names of modules that do not affect the loss.
     """
 
     config: Any
-    kind: str
+    architecture: str
     task_type: str | None
     targets: list[str]
     heads: list[str]
@@ -41,7 +49,7 @@ class Base:
 
     @property
     def shared(self) -> dict[str, Any]:
-        """Arguments that the PEFT configs of all methods have in common, if they adapt modules."""
+        """Arguments that all PEFT configs with `target_modules` have in common."""
         return {
             "task_type": self.task_type,
             "target_modules": self.targets,
@@ -51,11 +59,11 @@ class Base:
 
 @dataclass(frozen=True)
 class QuantizedCheckpoint:
-    """Base model with a quantized checkpoint; `kind` is `none` if not quantized by bitsandbytes."""
+    """Base model with a quantized checkpoint; `quantization` is that of bitsandbytes, or `none`."""
 
     name: str
-    form: str
-    kind: str
+    format: str
+    quantization: str
 
 
 @dataclass(frozen=True)
@@ -77,7 +85,7 @@ class Initialization:
     """Initialization of an adapter; by default PEFT's, which leaves the base unchanged."""
 
     def required_dtype(self, spec: Any, dtype: str) -> Choice | None:
-        """Returns the dtype that `spec` needs, or None; raises `ConfigError` if `dtype` differs."""
+        """Returns the dtype that `spec` requires, or None; raises `ConfigError` if not `dtype`."""
         return None
 
     def rewrites_base(self, spec: Any) -> bool:
@@ -92,45 +100,49 @@ class Initialization:
         """Initialize the adapter of `model` (modified)."""
 
     def copy(self, model: Any) -> dict[str, Any]:
-        """Returns tensors of the untrained model, by name, to pass to `as_saved` after training."""
+        """Returns copies of the untrained tensors that `as_saved` needs after training, by name."""
         return {}
 
     def as_saved(
         self, model: Any, initial: dict[str, Any]
     ) -> AbstractContextManager[dict[str, Any] | None]:
-        """Returns a context manager that yields the state dict to save for the original base.
+        """Returns a context manager that yields the state dict to save; None saves `model` as is.
 
-        `initial` is the result of `copy`. If the context yields None, `model` is saved unchanged.
+        `initial` is the result of `copy`. The state dict fits the original base.
         """
         return nullcontext()
 
 
 @dataclass(frozen=True)
-class Merging:
+class MergeInfo:
     """How adapters of a method are merged into the base weights.
 
     Attributes:
         peft_types: `peft_type` values in adapter_config.json, including PEFT's own tuners.
-        into_weights: whether merging is possible at all.
-        why_not: adapter_config.json -> why this adapter cannot be merged, with a fix, or None.
+        into_weights: whether adapters can be merged.
+        get_error: adapter_config.json -> why the adapter cannot be merged, or None.
         prepare: removes training-only settings from a `PeftConfig` (modified) before injection.
         restore: sets values of the injected adapter (modified) that are not saved in its file.
-        plain_form: conversion to a plain LoRA of the unchanged base, for inference servers.
+        lora_conversion: conversion to a plain LoRA of the unchanged base, for inference servers.
     """
 
     peft_types: tuple[str, ...] = ()
     into_weights: bool = True
-    why_not: Callable[[Mapping[str, Any]], str | None] = lambda _: None
+    get_error: Callable[[Mapping[str, Any]], str | None] = lambda _: None
     prepare: Callable[[Any], None] = lambda _: None
     restore: Callable[[Any, Any], None] = lambda *_: None
-    plain_form: PlainForm = field(default_factory=PlainForm)
+    lora_conversion: LoraConversion = field(default_factory=LoraConversion)
 
 
 @dataclass(frozen=True)
 class StepSupport:
-    """Support for the fast step: each function returns why one part is unsupported, or "".
+    """Reasons why parts of the fast step do not support a method; each returns "" if it does.
 
-    `fusing` is for fused layers (None for methods other than LoRA), `workers` for parallel batches.
+    Attributes:
+        fusing: fused layers; None for methods other than LoRA.
+        packing: packed rows.
+        workers: micro-batches in parallel threads.
+        pruning: last-layer token pruning.
     """
 
     fusing: Callable[[Any], str] | None = None
@@ -141,52 +153,50 @@ class StepSupport:
 
 @runtime_checkable
 class HasState(Protocol):
-    """Trainer callback of a method, with state to save that is not in the model's tensors."""
+    """Trainer callback of a `Method`, with state that checkpoints save besides the model's."""
 
-    def save_state(self, directory: Path) -> None:
-        """Save the state in `directory`."""
+    def save_state(self, path: Path) -> None:
+        """Save the state in the directory `path`."""
 
-    def load_state(self, directory: Path, model: Any) -> None:
-        """Load the state from `directory` into the trained `model` (modified)."""
+    def load_state(self, path: Path, model: Any) -> None:
+        """Load the state from the directory `path` into the trained `model` (modified)."""
 
 
 class Method:
-    """A PEFT method; a subclass sets `facts` and `rate`, and overrides defaults that do not fit.
+    """A fine-tuning method; subclasses set `info` and `rate` and override defaults that do not fit.
 
-    Each overrides `build`, or, if the model's own weights are trained, `unfreeze`.
-
-    `spec` is always the method's section of the configuration.
+    A subclass overrides `build`, or `unfreeze` if the model's own weights are trained. `spec` is
+    the method's section of the configuration.
 
     Attributes:
-        facts: rows of the support table, in display order.
+        info: rows of the support table, in display order.
         rate: default peak learning rates.
         rules: unsupported cells of the support table.
-        tuner: module that adds a tuner of ftlevel to PEFT when it is imported.
+        tuner: module whose import registers a tuner of ftlevel in PEFT; empty for PEFT's tuners.
         initialization: how the adapter is initialized.
         step: support for the fast training step.
-        merging: how adapters are merged.
-        plain_loaders: PEFT type -> loader (base, directory, adapter name) of PEFT's own adapters.
-        continued_as: method that continues training of its adapters, if not itself.
-        why_not_continued: reason if neither adapters nor runs can be trained further.
+        merge_info: how adapters are merged.
+        peft_loaders: loaders (base, path, adapter name) of adapters of PEFT's tuner, by PEFT type.
+        resume_method: method that trains its saved adapters further, if not itself.
+        resume_error: why neither its adapters nor its runs can be trained further.
         changes_shape: whether tensors change their shape during training.
         page: Markdown text for docs/methods.md.
     """
 
-    facts: tuple[MethodFacts, ...]
+    info: tuple[MethodInfo, ...]
     rate: Rates
     rules: tuple[Rule, ...] = ()
     tuner: str = ""
     initialization: Initialization = Initialization()
     step: StepSupport = StepSupport()
-    merging: Merging = Merging()
-    plain_loaders: Mapping[str, Callable[[Any, Path, str], Any]] = MappingProxyType({})
-    continued_as: str = ""
-    why_not_continued: str = ""
+    merge_info: MergeInfo = MergeInfo()
+    peft_loaders: Mapping[str, Callable[[Any, Path, str], Any]] = MappingProxyType({})
+    resume_method: str = ""
+    resume_error: str = ""
     changes_shape: bool = False
     page: str = ""
 
     def __init__(self) -> None:
-        """Raise TypeError for a method that trains nothing."""
         if not self.is_adapter and type(self).unfreeze is Method.unfreeze:
             raise TypeError(f"{type(self).__name__} defines neither build nor unfreeze")
 
@@ -201,44 +211,46 @@ class Method:
         """Returns the default peak learning rates."""
         return self.rate
 
-    def describe(self, spec: Any) -> str:
-        """Returns the settings of `spec` in one line."""
+    def format_spec(self, spec: Any) -> str:
+        """Returns the values of `spec` in one line of text."""
         values = spec.model_dump(exclude={"kind", "target_modules"})
         return ", ".join(f"{name} {value}" for name, value in values.items() if value is not None)
 
-    def refuse(self, spec: Any, config: Any, kind: str, task: str, quant: str) -> str | None:
-        """Returns why a model is unsupported and a fix (text after `--method NAME: `), or None."""
+    def get_error(
+        self, spec: Any, config: Any, architecture: str, task: str, quant: str
+    ) -> str | None:
+        """Returns why the model is unsupported and what to do, or None."""
         return None
 
-    def refuse_quantized(self, spec: Any, base: QuantizedCheckpoint) -> str | None:
-        """Returns why a quantized checkpoint is unsupported, as a complete message, or None.
+    def get_quantized_error(self, spec: Any, base: QuantizedCheckpoint) -> str | None:
+        """Returns why a quantized checkpoint is unsupported, or None.
 
-        On weights quantized by other libraries than bitsandbytes, PEFT supports only plain LoRA.
+        On weights that other libraries than bitsandbytes quantized, PEFT supports only plain LoRA.
         """
-        if base.kind != "none":
+        if base.quantization != "none":
             return None
         return (
-            f"--model {base.name} is quantized by {base.form}, for which PEFT supports --method "
+            f"--model {base.name} is quantized by {base.format}, for which PEFT supports --method "
             "lora only. Use --method lora, or the original model with --quant 4bit."
         )
 
-    def refuse_embeddings(self, spec: Any) -> str | None:
-        """Returns why `spec` cannot adapt embeddings: "" if it can, None if no `spec` ever can."""
+    def get_embedding_error(self, spec: Any) -> str | None:
+        """Returns why `spec` cannot adapt embeddings, "" if it can; None if the method cannot."""
         return None
 
-    def find_targets(self, spec: Any, model: Any) -> list[str]:
-        """Returns the sorted full names of the modules to adapt if `target_modules` is not set."""
+    def default_target_modules(self, spec: Any, model: Any) -> list[str]:
+        """Returns the full names, sorted, of the modules to adapt if `target_modules` is unset."""
         return []
 
     def check(self, spec: Any, sizes: Mapping[str, tuple[int, int]]) -> None:
-        """Raise `ConfigError` if layer sizes, name -> (in, out), do not fit `spec`."""
+        """Raise `ConfigError` if the adapted layers, name -> (in, out) features, do not fit."""
 
-    def count(self, spec: Any, sizes: Mapping[str, tuple[int, int]]) -> int | None:
-        """Returns the number of trainable parameters; None if only PEFT can tell."""
+    def num_parameters(self, spec: Any, sizes: Mapping[str, tuple[int, int]]) -> int | None:
+        """Returns the number of adapter parameters, or None if it must be counted in the model."""
         return None
 
     def positions(self, spec: Any) -> int:
-        """Returns how many of the model's positions are taken by virtual tokens."""
+        """Returns the number of the model's positions that virtual tokens occupy."""
         return 0
 
     def trains_base(self, spec: Any) -> bool:
@@ -248,23 +260,23 @@ class Method:
     # With a model:
 
     def build(self, spec: Any, base: Base) -> Any:
-        """Returns the `peft.PeftConfig` for `spec` on `base`; None without an adapter."""
+        """Returns the `PeftConfig`; None without an adapter."""
         return None
 
     def unfreeze(self, spec: Any, base: Base, model: Any) -> None:
-        """Without an adapter, unfreeze the trained weights of the frozen `model` (modified)."""
+        """Unfreeze the weights to train in the frozen `model` (modified); without an adapter."""
 
     def prepare(self, model: Any) -> None:
-        """Change `model` (modified), to which the method has been applied, before training."""
+        """Prepare `model` (modified), which has the adapter, for training."""
 
-    def optimizer(self, spec: Any, model: Any, arguments: Any) -> Any:
-        """Returns the optimizer, or None for the Trainer's; `arguments` are `TrainingArguments`."""
+    def optimizer(self, spec: Any, model: Any, args: Any) -> Any:
+        """Returns the optimizer, or None for the Trainer's; `args` are `TrainingArguments`."""
         return None
 
-    def callbacks(self, spec: Any, checkpoints: Path, writes: bool) -> list[Any]:
+    def callbacks(self, spec: Any, checkpoint_dir: Path, should_save: bool) -> list[Any]:
         """Returns callbacks, one of which may be a `HasState`.
 
-        `checkpoints` is the directory of checkpoints; `writes` is whether this process writes them.
+        `checkpoint_dir` contains the checkpoints; `should_save` is whether this process saves them.
         """
         return []
 
@@ -277,19 +289,16 @@ class Method:
 
 
 def as_int(number: float) -> int | float:
-    """Returns an integral number as int, so that ranks are ints and saved configs compare equal."""
+    """Returns an integral `number` as int, as PEFT configs save it."""
     return int(number) if float(number).is_integer() else number
 
 
 def shortest_names(targets: Iterable[str], names: Iterable[str]) -> set[str]:
-    """Returns the shortest suffixes by which PEFT selects exactly `targets` among `names`.
-
-    Other programs expect `q_proj` instead of full names in adapter_config.json.
-    """
-    selected, others = set(targets), set(names)
+    """Returns the shortest suffixes, such as `q_proj`, that select exactly `targets` in `names`."""
+    selected, available = set(targets), set(names)
     for depth in (1, 2, 3):
         short = {".".join(name.split(".")[-depth:]) for name in selected}
-        if {n for n in others if any(n == s or n.endswith(f".{s}") for s in short)} == selected:
+        if {n for n in available if any(n == s or n.endswith(f".{s}") for s in short)} == selected:
             return short
     return selected
 
@@ -310,15 +319,15 @@ VIRTUAL_TOKEN_STEP = StepSupport(
 class UnmergeableLayer:
     """Mixin for layers that cannot be merged; must precede `BaseTunerLayer`."""
 
-    cannot_merge: ClassVar[str]
+    merge_error: ClassVar[str]
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> NoReturn:
         """Raise `NotImplementedError`, as PEFT layers do."""
-        raise NotImplementedError(self.cannot_merge)
+        raise NotImplementedError(self.merge_error)
 
     def unmerge(self) -> NoReturn:
         """Raise `NotImplementedError`, as PEFT layers do."""
-        raise NotImplementedError(self.cannot_merge)
+        raise NotImplementedError(self.merge_error)
 
 
 class UnmergeableTuner:
@@ -327,4 +336,4 @@ class UnmergeableTuner:
     tuner_layer_cls: type[UnmergeableLayer]
 
     def _check_merge_allowed(self) -> NoReturn:
-        raise NotImplementedError(self.tuner_layer_cls.cannot_merge)
+        raise NotImplementedError(self.tuner_layer_cls.merge_error)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from ftlevel.config.methods.other import FullSpec, LnTuningSpec
-from ftlevel.methods.base import Base, Merging, Method, StepSupport
-from ftlevel.methods.facts import MERGES, QUANTIZED, MethodFacts, Rule, rows, single_row
-from ftlevel.methods.plain_form import PlainForm
+from ftlevel.methods.base import Base, MergeInfo, Method, StepSupport
+from ftlevel.methods.lora_conversion import LoraConversion
 from ftlevel.methods.rates import Rates
+from ftlevel.methods.support_table import MERGES, QUANTIZED, MethodInfo, Rule, rows, single_row
 
 _PRETRAINED_HEAD = frozenset(
     {"text-generation", "summarization", "translation", "masked-lm", "preference"}
@@ -19,7 +19,7 @@ _IS_A_MODEL = "is a model already"
 class Full(Method):
     """Full fine-tuning and linear probing, which train the model itself."""
 
-    facts = (
+    info = (
         *single_row(
             "full",
             "every weight",
@@ -27,7 +27,7 @@ class Full(Method):
             "Devlin et al., 2019, arXiv:1810.04805, appendix A.3",
             6_738_415_616,
         ),
-        MethodFacts(
+        MethodInfo(
             "linear-probe",
             "full",
             "--method full --set method.freeze_base=true",
@@ -61,27 +61,29 @@ class Full(Method):
     step = StepSupport(workers=lambda _: "full would hold a gradient for every weight and pass")
 
     def rates(self, spec: FullSpec) -> Rates:
-        """Returns the rates, chosen so that BERT base in 3,000 steps gets 2e-5, as in its paper."""
+        """Returns the rates; BERT base in 3,000 steps gets 2e-5, as in its paper."""
         if spec.freeze_base:
             source = "a hundredth for wide features"
-            return Rates(narrow=1e-1, wide=1e-3, source=source, is_heads=True)
+            return Rates(small=1e-1, large=1e-3, source=source, is_heads=True)
         return Rates(
-            narrow=1e-4,
-            wide=1e-5,
+            small=1e-4,
+            large=1e-5,
             source="by way of BERT's 2e-5, appendix A.3",
-            kinds={"encoder-decoder": 1e-3},  # T5's own rate; it scales weights differently
+            by_architecture={
+                "encoder-decoder": 1e-3
+            },  # T5's own rate; it scales weights differently
         )
 
-    def describe(self, spec: FullSpec) -> str:
-        """Returns what is trained."""
+    def format_spec(self, spec: FullSpec) -> str:
+        """Returns whether all weights or the head is trained, as text."""
         return "the head is trained" if spec.freeze_base else "every weight is trained"
 
     def trains_base(self, spec: FullSpec) -> bool:
-        """Returns whether more than the head is trained."""
+        """Returns whether more than the heads is trained."""
         return not spec.freeze_base
 
     def unfreeze(self, spec: FullSpec, base: Base, model: Any) -> None:
-        """Unfreeze `model` (modified) except unused modules; with `freeze_base`, only its heads."""
+        """Unfreeze all modules in use of `model` (modified), or its heads with `freeze_base`."""
         model.requires_grad_(not spec.freeze_base)
         for name in base.unused:
             model.get_submodule(name).requires_grad_(False)
@@ -92,12 +94,15 @@ class Full(Method):
 class LnTuning(Method):
     """LN-tuning."""
 
-    facts = single_row(
+    info = single_row(
         "ln-tuning", "the norm layers", MERGES, "Zhao et al., 2024, arXiv:2312.11420", 266_240
     )
-    rate = Rates(narrow=5e-3, wide=1e-3, source="not measured", kinds={"encoder-decoder": 1e-2})
-    merging = Merging(
-        ("LN_TUNING",), plain_form=PlainForm(never="trains norms, which are no matrices. Merge it")
+    rate = Rates(
+        small=5e-3, large=1e-3, source="not measured", by_architecture={"encoder-decoder": 1e-2}
+    )
+    merge_info = MergeInfo(
+        ("LN_TUNING",),
+        lora_conversion=LoraConversion(error="trains norms, which are no matrices. Merge it"),
     )
 
     def build(self, spec: LnTuningSpec, base: Base) -> Any:
@@ -106,7 +111,7 @@ class LnTuning(Method):
 
         return LNTuningConfig(**base.shared)
 
-    def find_targets(self, spec: LnTuningSpec, model: Any) -> list[str]:
+    def default_target_modules(self, spec: LnTuningSpec, model: Any) -> list[str]:
         """Returns the full names of all norm layers outside heads, sorted."""
         from ftlevel.models.module_tree import ModuleTree
 

@@ -17,25 +17,25 @@ from typing import Any
 
 from ftlevel.errors import InputError, join_names
 from ftlevel.methods import METHODS, ensure_registered
-from ftlevel.methods.base import Merging
+from ftlevel.methods.base import MergeInfo
 from ftlevel.methods.upstream import merge_layer, shira_indices
 
 WEIGHTS = "adapter_model.safetensors"
 
-BY_PEFT_TYPE: dict[str, Merging] = {
-    peft_type: method.merging
+BY_PEFT_TYPE: dict[str, MergeInfo] = {
+    peft_type: method.merge_info
     for method in METHODS.values()
-    for peft_type in method.merging.peft_types
+    for peft_type in method.merge_info.peft_types
 }
 """PEFT type -> how its adapters are merged."""
 
-MERGED = tuple(name for name, merging in BY_PEFT_TYPE.items() if merging.into_weights)
+MERGED = tuple(name for name, merge_info in BY_PEFT_TYPE.items() if merge_info.into_weights)
 """PEFT types that can be merged."""
 
 
-def read_peft_config(directory: Path) -> dict[str, Any]:
-    """Load the adapter_config.json of `directory`; raises `InputError` if it is invalid."""
-    path = directory / "adapter_config.json"
+def load_peft_config(path: Path) -> dict[str, Any]:
+    """Load the adapter_config.json in the directory `path`; raises `InputError` if invalid."""
+    path = path / "adapter_config.json"
     try:
         config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -45,30 +45,31 @@ def read_peft_config(directory: Path) -> dict[str, Any]:
     return config
 
 
-def why_not_mergeable(config: Mapping[str, Any]) -> str | None:
+def get_merge_error(config: Mapping[str, Any]) -> str | None:
     """Returns why an adapter with `config` cannot be merged and what to do, or None."""
-    kind = str(config.get("peft_type"))
-    if kind not in BY_PEFT_TYPE:
+    peft_type = str(config.get("peft_type"))
+    if peft_type not in BY_PEFT_TYPE:
         return (
-            f"PEFT type {kind} has not been tried. Merged are {join_names(MERGED)}; for others use "
-            "merge_and_unload of PEFT."
+            f"PEFT type {peft_type} has not been tried. Merged are {join_names(MERGED)}; for "
+            "others use merge_and_unload of PEFT."
         )
-    return BY_PEFT_TYPE[kind].why_not(config)
+    return BY_PEFT_TYPE[peft_type].get_error(config)
 
 
 @dataclass(frozen=True)
 class Skeleton:
-    """An adapter with its weights, on a base model on the meta device.
+    """Adapter with its weights, on a base model on the meta device.
 
-    `units` maps names of base modules to the adapter layers that wrap them; `supplied` maps names
-    of other base tensors, such as biases, to their trained values.
+    Attributes:
+        units: adapter layers, by name of the base module that they wrap.
+        trained: trained values of other base tensors, such as biases, by name.
     """
 
     units: dict[str, Any]
-    supplied: dict[str, Any]
+    trained: dict[str, Any]
 
     def unit_of(self, name: str) -> str | None:
-        """Returns the key of `units` whose module contains the base tensor `name`, or None."""
+        """Returns the name of the module in `units` with the base tensor `name`, or None."""
         module = name
         while module:
             module = module.rpartition(".")[0]
@@ -76,10 +77,10 @@ class Skeleton:
                 return module
         return None
 
-    def merge(self, path: str, read_base: Callable[[str], Any]) -> dict[str, Any]:
-        """Returns the merged tensors of the module `path` in `units`, by base tensor name.
+    def merge(self, path: str, get_base_tensor: Callable[[str], Any]) -> dict[str, Any]:
+        """Returns the merged tensors of the module `path` of `units`, by base tensor name.
 
-        `read_base` returns a base tensor by name; it must be writable and in the output dtype.
+        `get_base_tensor` returns a writable base tensor in the output dtype, by name.
 
         Raises:
             InputError: PEFT cannot merge it.
@@ -87,8 +88,8 @@ class Skeleton:
         import torch
 
         layer = copy.deepcopy(self.units[path])
-        if not _replaces(layer):
-            _fill(_base_of(layer), path, read_base)
+        if not _is_full_module(layer):
+            _fill(_base_of(layer), path, get_base_tensor)
         try:
             with torch.no_grad(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
@@ -98,8 +99,8 @@ class Skeleton:
         return {f"{path}.{name}": tensor for name, tensor in merged.state_dict().items()}
 
 
-def build_skeleton(model: Any, directory: Path) -> Skeleton:
-    """Inject the adapter in `directory` into `model` (modified), a model on the meta device.
+def build_skeleton(model: Any, path: Path) -> Skeleton:
+    """Add the adapter in the directory `path` to `model` (modified), which is on the meta device.
 
     Raises:
         InputError: tensors of the adapter are missing or do not fit the base.
@@ -110,48 +111,48 @@ def build_skeleton(model: Any, directory: Path) -> Skeleton:
     ensure_registered()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        config = PeftConfig.from_pretrained(str(directory))
+        config = PeftConfig.from_pretrained(str(path))
         config.inference_mode = True
-        merging = BY_PEFT_TYPE[str(config.peft_type.value)]
-        merging.prepare(config)
-        adapted = get_peft_model(model, config, low_cpu_mem_usage=True)
-        tensors = load_file(str(directory / WEIGHTS))
-        _load(adapted, tensors, directory)
-    merging.restore(adapted, config)
-    base = adapted.get_base_model()
-    units = dict(_find_units(base))
-    supplied = {
+        merge_info = BY_PEFT_TYPE[str(config.peft_type.value)]
+        merge_info.prepare(config)
+        peft_model = get_peft_model(model, config, low_cpu_mem_usage=True)
+        tensors = load_file(str(path / WEIGHTS))
+        _load(peft_model, tensors, path)
+    merge_info.restore(peft_model, config)
+    base = peft_model.get_base_model()
+    units = dict(_iter_units(base))
+    trained = {
         name: parameter
         for name, parameter in base.named_parameters(remove_duplicate=False)
         if not parameter.is_meta and not any(name.startswith(unit + ".") for unit in units)
     }
-    _check_filled(units, directory)
-    return Skeleton(units, supplied)
+    _raise_for_missing(units, path)
+    return Skeleton(units, trained)
 
 
-def _load(adapted: Any, tensors: dict[str, Any], directory: Path) -> None:
-    """Load all `tensors` of an adapter file into `adapted` (modified), in float32."""
+def _load(peft_model: Any, tensors: dict[str, Any], path: Path) -> None:
+    """Load the adapter's `tensors` into `peft_model` (modified), in float32."""
     import torch
 
     from ftlevel.models.upstream.tensors import direct_tensors
 
     locations: dict[int, list[tuple[dict[str, Any], str]]] = {}
-    for module in adapted.modules():
+    for module in peft_model.modules():
         for box in (*direct_tensors(module), shira_indices(module)):
             for name, tensor in box.items():
                 locations.setdefault(id(tensor), []).append((box, name))
-    promised = _promised(adapted, with_embeddings=False)
-    if set(promised) != set(tensors):  # PEFT also saves the base of adapted embeddings
-        with_embeddings = _promised(adapted, with_embeddings=True)
-        promised |= {name: with_embeddings[name] for name in with_embeddings if name in tensors}
-    if set(promised) != set(tensors):
-        missing, unknown = set(promised) - set(tensors), set(tensors) - set(promised)
+    expected = _expected_tensors(peft_model, with_embeddings=False)
+    if set(expected) != set(tensors):  # PEFT also saves the base of adapted embeddings
+        with_embeddings = _expected_tensors(peft_model, with_embeddings=True)
+        expected |= {name: with_embeddings[name] for name in with_embeddings if name in tensors}
+    if set(expected) != set(tensors):
+        missing, unknown = set(expected) - set(tensors), set(tensors) - set(expected)
         raise InputError(
-            f"{directory}: {len(missing):,} weights of the adapter are missing and "
+            f"{path}: {len(missing):,} weights of the adapter are missing and "
             f"{len(unknown):,} match no module of the base model, such as "
             f"{min(missing | unknown)}. The adapter does not belong to this base model."
         )
-    for name, placeholder in promised.items():
+    for name, placeholder in expected.items():
         tensor = tensors[name]
         tensor = tensor.float() if tensor.is_floating_point() else tensor
         for box, key in locations[id(placeholder)]:
@@ -159,47 +160,46 @@ def _load(adapted: Any, tensors: dict[str, Any], directory: Path) -> None:
             box[key] = torch.nn.Parameter(tensor, requires_grad=False) if is_parameter else tensor
 
 
-def _promised(adapted: Any, *, with_embeddings: bool) -> dict[str, Any]:
-    """Returns the tensors of `adapted` that an adapter file contains, by their names in it."""
+def _expected_tensors(peft_model: Any, *, with_embeddings: bool) -> dict[str, Any]:
+    """Returns the tensors that PEFT saves for `peft_model`, by their names in the file."""
     from peft import get_peft_model_state_dict
 
     return get_peft_model_state_dict(
-        adapted,
-        state_dict=adapted.state_dict(keep_vars=True),
+        peft_model,
+        state_dict=peft_model.state_dict(keep_vars=True),
         save_embedding_layers=with_embeddings,
     )
 
 
-def _find_units(base: Any) -> Iterator[tuple[str, Any]]:
-    """Yields name and module of the outermost adapter layers, in `merge_and_unload`'s order."""
+def _iter_units(base: Any) -> Iterator[tuple[str, Any]]:
+    """Yields outermost adapter layers with their names, in the order of `merge_and_unload`."""
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils import AuxiliaryTrainingWrapper
 
-    inside = ""
+    outer = ""
     for name, module in base.named_modules():
-        if inside and name.startswith(inside):
+        if outer and name.startswith(outer):
             continue
         if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
-            inside = name + "."
+            outer = name + "."
             yield name, module
 
 
 def _base_of(layer: Any) -> Any:
-    """Returns the base module inside an adapter layer."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     return layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer.original_module
 
 
-def _replaces(layer: Any) -> bool:
-    """Returns whether `layer` fully replaces the base module, as a fully trained head does."""
+def _is_full_module(layer: Any) -> bool:
+    """Returns whether `layer` is a fully trained copy of its base module, such as a head."""
     from peft.utils import ModulesToSaveWrapper
 
     return isinstance(layer, ModulesToSaveWrapper)
 
 
-def _fill(base: Any, path: str, read_base: Callable[[str], Any]) -> None:
-    """Load base weights into the tensors of `base` (modified) that are still on the meta device."""
+def _fill(base: Any, path: str, get_base_tensor: Callable[[str], Any]) -> None:
+    """Load the base weights that `base` (modified), the module at `path`, has as meta tensors."""
     import torch
 
     from ftlevel.models.upstream.tensors import direct_tensors
@@ -209,13 +209,13 @@ def _fill(base: Any, path: str, read_base: Callable[[str], Any]) -> None:
             for key, tensor in box.items():
                 if tensor is None or not tensor.is_meta:
                     continue
-                value = read_base(".".join(part for part in (path, inner, key) if part))
+                value = get_base_tensor(".".join(part for part in (path, inner, key) if part))
                 is_parameter = isinstance(tensor, torch.nn.Parameter)
                 box[key] = torch.nn.Parameter(value, requires_grad=False) if is_parameter else value
 
 
-def _check_filled(units: dict[str, Any], directory: Path) -> None:
-    """Raise if adapter tensors in `units` got no values from the file or the base."""
+def _raise_for_missing(units: dict[str, Any], adapter_path: Path) -> None:
+    """Raise `InputError` if an adapter tensor in `units` is still on the meta device."""
     empty = []
     for path, layer in units.items():
         base_ids = {id(tensor) for tensor in _base_of(layer).parameters()}
@@ -228,6 +228,6 @@ def _check_filled(units: dict[str, Any], directory: Path) -> None:
         ]
     if empty:
         raise InputError(
-            f"{directory}: {len(empty):,} tensors of the adapter are not in its file, such as "
+            f"{adapter_path}: {len(empty):,} tensors of the adapter are not in its file, such as "
             f"{join_names(empty, 2)}. Merge it with merge_and_unload of PEFT."
         )

@@ -13,7 +13,7 @@ from torch import nn
 from ftlevel.methods.base import VIRTUAL_TOKENS, UnmergeableLayer, UnmergeableTuner, shortest_names
 
 
-def use_sets(config: Any) -> None:
+def convert_to_sets(config: Any) -> None:
     """Convert lists of module names in `config` (modified) to sets, as PEFT expects them."""
     for name in ("target_modules", "exclude_modules"):
         if isinstance(value := getattr(config, name), list):
@@ -21,13 +21,13 @@ def use_sets(config: Any) -> None:
 
 
 class PrecisionLayer:
-    """Mixin that casts and moves adapters; must precede `BaseTunerLayer`."""
+    """Mixin for layers that casts and moves their adapters; must precede `BaseTunerLayer`."""
 
     adapter_layer_names: tuple[str, ...]
     get_base_layer: Callable[[], nn.Module]
 
     def tensors_of(self, adapter_name: str) -> Iterator[nn.Parameter]:
-        """Yields the parameters of one adapter."""
+        """Yields the parameters of an adapter."""
         for group in self.adapter_layer_names:
             members = getattr(self, group)
             if adapter_name in members:
@@ -35,7 +35,7 @@ class PrecisionLayer:
                 yield from [member] if isinstance(member, nn.Parameter) else member.parameters()
 
     def cast_to_base(self, adapter_name: str) -> None:
-        """Cast an adapter (modified) to the base's floating-point dtype, if the base has one."""
+        """Cast the adapter to the floating-point dtype of the base layer, if it has one."""
         like = first_float(self.get_base_layer())
         if like is not None:
             for parameter in self.tensors_of(adapter_name):
@@ -44,7 +44,7 @@ class PrecisionLayer:
     def _move_adapter_to_device_of_base_layer(
         self, adapter_name: str, device: torch.device | None = None
     ) -> None:
-        """Move one adapter (modified) to `device`, by default the base's, without a cast."""
+        """Move the adapter to `device`, by default the base layer's, without a cast."""
         like = first_float(self.get_base_layer())
         target = device or (None if like is None else like.device)
         for parameter in self.tensors_of(adapter_name):
@@ -59,7 +59,7 @@ class PrecisionTuner:
     tuner_layer_cls: type[PrecisionLayer]
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        """Cast an adapter (modified) to the base's dtype; with autocast, keep it in float32."""
+        """Cast the adapter to the base model's dtype, or to float32 with autocast."""
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)  # type: ignore[misc]
         if not autocast_adapter_dtype:
             for layer in self.model.modules():
@@ -75,7 +75,7 @@ def first_float(module: nn.Module) -> nn.Parameter | None:
 class VirtualTokenLayer(UnmergeableLayer, PrecisionLayer, nn.Module, BaseTunerLayer):
     """Virtual tokens of one module, by adapter name."""
 
-    cannot_merge = VIRTUAL_TOKENS
+    merge_error = VIRTUAL_TOKENS
     in_features: int
     out_features: int
 
@@ -93,23 +93,23 @@ class VirtualTokenLayer(UnmergeableLayer, PrecisionLayer, nn.Module, BaseTunerLa
         """Returns the active adapters of this layer."""
         if self.disable_adapters:
             return []
-        present = self._get_available_adapters()
-        return [name for name in self.active_adapters if name in present]
+        available = self._get_available_adapters()
+        return [name for name in self.active_adapters if name in available]
 
 
 class VirtualTokenTuner(UnmergeableTuner, PrecisionTuner, BaseTuner):
-    """Tuner that finds its modules itself; its layers are `VirtualTokenLayer`s."""
+    """Tuner with default target modules, whose layers are `VirtualTokenLayer`s."""
 
     tuner_layer_cls: type[VirtualTokenLayer] = VirtualTokenLayer
     target_module_mapping: ClassVar[dict[str, list[str]]] = {}
 
     @abstractmethod
-    def find_modules(self) -> list[str]:
-        """Find the full names of the modules to wrap."""
+    def default_target_modules(self) -> list[str]:
+        """Returns the full names of the modules to adapt if `target_modules` is unset."""
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
         if peft_config.target_modules is None:
-            modules = self.find_modules()
+            modules = self.default_target_modules()
             if not modules:
                 raise ValueError(
                     f"no module of {model_config.get('model_type')} has a place for "
@@ -120,10 +120,10 @@ class VirtualTokenTuner(UnmergeableTuner, PrecisionTuner, BaseTuner):
         return peft_config
 
     def layers(self) -> list[Any]:
-        """Returns the layers of the tuner, in the model's order."""
+        """Returns the adapter layers in the model's order."""
         return [m for m in self.model.modules() if isinstance(m, self.tuner_layer_cls)]
 
 
 def device_of(module: nn.Module) -> Any:
-    """Returns the device of a module's first parameter."""
+    """Returns the device of `module`."""
     return next(module.parameters()).device

@@ -13,58 +13,66 @@ from typing import Any
 from ftlevel.config.methods.base import MethodSpec
 from ftlevel.config.methods.lora import Ia3Spec, MissSpec, ShiraSpec
 from ftlevel.errors import ConfigError, InputError, join_names
-from ftlevel.methods.base import Base, Merging, Method, as_int
-from ftlevel.methods.facts import CONV1D, MERGES, Rule, rows, single_row
-from ftlevel.methods.plain_form import FULL_RANK, AdapterFile, Factors, PlainForm, by_pattern
+from ftlevel.methods.base import Base, MergeInfo, Method, as_int
+from ftlevel.methods.lora_conversion import (
+    FULL_RANK,
+    AdapterFile,
+    Factors,
+    LoraConversion,
+    by_pattern,
+)
 from ftlevel.methods.rates import Rates
-from ftlevel.methods.upstream import copy_base_outputs, draw_shira_mask
+from ftlevel.methods.support_table import CONV1D, MERGES, Rule, rows, single_row
+from ftlevel.methods.upstream import copy_base_outputs, random_shira_mask
 
 
 class LinearUpdate(Method):
-    """Method of PEFT that changes every linear layer and merges exactly.
+    """PEFT method that adapts every linear layer and merges exactly.
 
-    Its PEFT type is its name in capitals; the fields of its spec are named as in PEFT.
+    The PEFT type is its name in capitals; the fields of its spec are named as in PEFT.
 
     Attributes:
         config_class: name of the PEFT config class.
-        passes_fan_in: whether the PEFT config class has `fan_in_fan_out`.
-        fixed: values of PEFT config fields that the spec does not have.
+        has_fan_in_fan_out: whether the PEFT config class has `fan_in_fan_out`.
+        config_kwargs: values of PEFT config fields that the spec does not have.
         block_size: spec field that must divide the inputs of every layer; empty for none.
-        divides_outputs: whether the block size must divide the outputs, too.
-        adds_in_place: whether PEFT layers add to the base layer's output in place.
+        split_outputs: whether the block size must divide the outputs, too.
+        is_inplace: whether PEFT layers add to the base layer's output in place.
     """
 
     def __init__(
         self,
-        kind: str,
-        trains: str,
-        paper: str,
+        name: str,
+        trained: str,
+        reference: str,
         llama_7b: int,
         rate: Rates,
-        plain_form: PlainForm,
+        lora_conversion: LoraConversion,
         config_class: str,
         *,
         rules: tuple[Rule, ...] = (),
-        passes_fan_in: bool = False,
-        fixed: Mapping[str, Any] | None = None,
+        has_fan_in_fan_out: bool = False,
+        config_kwargs: Mapping[str, Any] | None = None,
         block_size: str = "",
-        divides_outputs: bool = False,
-        adds_in_place: bool = False,
+        split_outputs: bool = False,
+        is_inplace: bool = False,
         merge_prepare: Callable[[Any], None] = lambda _: None,
     ) -> None:
-        self.facts = single_row(kind, trains, MERGES, paper, llama_7b)
+        self.info = single_row(name, trained, MERGES, reference, llama_7b)
         self.rate, self.rules = rate, rules
-        self.merging = Merging((kind.upper(),), prepare=merge_prepare, plain_form=plain_form)
-        self.config_class, self.passes_fan_in = config_class, passes_fan_in
-        self.fixed = fixed or {}
-        self.block_size, self.divides_outputs = block_size, divides_outputs
-        self.adds_in_place = adds_in_place
+        self.merge_info = MergeInfo(
+            (name.upper(),), prepare=merge_prepare, lora_conversion=lora_conversion
+        )
+        self.config_class, self.has_fan_in_fan_out = config_class, has_fan_in_fan_out
+        self.config_kwargs = config_kwargs or {}
+        self.block_size, self.split_outputs = block_size, split_outputs
+        self.is_inplace = is_inplace
 
     def check(self, spec: Any, sizes: Mapping[str, tuple[int, int]]) -> None:
-        """Raise `ConfigError` if the block size does not divide a layer; PEFT may adjust it."""
+        """Raise `ConfigError` if the block size does not divide the features of each layer."""
         if self.block_size:
             size = getattr(spec, self.block_size)
-            check_divides(self.block_size, size, sizes, outputs=self.divides_outputs)
+            check_block_size(self.block_size, size, sizes, outputs=self.split_outputs)
 
     def build(self, spec: MethodSpec, base: Base) -> Any:
         """Returns the method's `PeftConfig` with all fields of `spec`."""
@@ -74,17 +82,17 @@ class LinearUpdate(Method):
         del kwargs["kind"], kwargs["target_modules"]  # the latter, resolved, is in `shared`
         if "alpha" in kwargs:
             kwargs["alpha"] = as_int(kwargs["alpha"])
-        if self.passes_fan_in:
+        if self.has_fan_in_fan_out:
             kwargs["fan_in_fan_out"] = base.fan_in_fan_out
-        return getattr(peft, self.config_class)(**base.shared, **kwargs, **self.fixed)
+        return getattr(peft, self.config_class)(**base.shared, **kwargs, **self.config_kwargs)
 
     def prepare(self, model: Any) -> None:
-        """Make layers of `model` (modified) copy the base's output before adding to it in place."""
-        if self.adds_in_place:
+        """Make in-place layers of `model` (modified) add to a copy of the base layer's output."""
+        if self.is_inplace:
             copy_base_outputs(model)
 
 
-LINEARS_ONLY = Rule(
+_NO_CONV1D = Rule(
     rows("miss", "shira", "c3a"),
     "PEFT does not support its Conv1D layers",
     "Use --method lora, or --quant 4bit, which replaces Conv1D by linear layers.",
@@ -93,26 +101,26 @@ LINEARS_ONLY = Rule(
 )
 
 
-def check_divides(
+def check_block_size(
     field: str, size: int, sizes: Mapping[str, tuple[int, int]], *, outputs: bool = False
 ) -> None:
-    """Raise `ConfigError` unless `size` divides all inputs (if `outputs`, all outputs too)."""
-    sides = {name: pair if outputs else pair[:1] for name, pair in sizes.items()}
-    misfits = {name: width for name, pair in sides.items() for width in pair if width % size}
-    if not misfits:
+    """Raise `ConfigError` unless `size` divides all inputs and, with `outputs`, all outputs."""
+    widths = {name: pair if outputs else pair[:1] for name, pair in sizes.items()}
+    invalid = {name: width for name, pair in widths.items() for width in pair if width % size}
+    if not invalid:
         return
-    name, width = next(iter(misfits.items()))
-    common = math.gcd(*(width for pair in sides.values() for width in pair))
-    fits = [n for n in range(2, min(common, 64) + 1) if common % n == 0]
-    advice = (
-        f"Set method.{field} to one of {join_names(map(str, fits), 8)}."
-        if fits
+    name, width = next(iter(invalid.items()))
+    divisor = math.gcd(*(width for pair in widths.values() for width in pair))
+    sizes_allowed = [n for n in range(2, min(divisor, 64) + 1) if divisor % n == 0]
+    fix = (
+        f"Set method.{field} to one of {join_names(map(str, sizes_allowed), 8)}."
+        if sizes_allowed
         else "Leave out these modules with --target-modules."
     )
     dims = "inputs or outputs" if outputs else "inputs"
     raise ConfigError(
-        f"method.{field} {size} does not divide the {dims} of {len(misfits):,} of {len(sizes):,} "
-        f"linears, such as {name} ({width:,} wide). {advice}"
+        f"method.{field} {size} does not divide the {dims} of {len(invalid):,} of {len(sizes):,} "
+        f"linears, such as {name} ({width:,} wide). {fix}"
     )
 
 
@@ -129,25 +137,25 @@ _FEED_FORWARD = re.compile(
 
 
 def is_feed_forward(name: str) -> bool:
-    """Returns whether `name`, full or shortened, is the second linear layer of a feed-forward."""
+    """Returns whether a module with this name, full or suffix, ends a feed-forward."""
     return _FEED_FORWARD.search(name) is not None
 
 
 class Ia3(Method):
     """(IA)³."""
 
-    facts = single_row(
+    info = single_row(
         "ia3",
         "a factor for each key, value and feed-forward feature",
         MERGES,
         "Liu et al., 2022, arXiv:2205.05638",
         614_400,
     )
-    rate = Rates(narrow=3e-2, wide=3e-3, source="T-Few")
-    merging = Merging(("IA3",), plain_form=PlainForm(never=FULL_RANK))
+    rate = Rates(small=3e-2, large=3e-3, source="T-Few")
+    merge_info = MergeInfo(("IA3",), lora_conversion=LoraConversion(error=FULL_RANK))
 
-    def find_targets(self, spec: Ia3Spec, model: Any) -> list[str]:
-        """Returns key, value and second feed-forward layers in the blocks of `model`, sorted."""
+    def default_target_modules(self, spec: Ia3Spec, model: Any) -> list[str]:
+        """Returns the names, sorted, of key, value and last feed-forward layers in all blocks."""
         return sorted(
             name
             for name, module in model.named_modules()
@@ -168,22 +176,22 @@ class Ia3(Method):
 
 
 def vera_as_lora(file: AdapterFile) -> dict[str, Factors]:
-    """Returns diag(b) · B · diag(d) · A per module; raises `InputError` if A and B are missing."""
+    """Returns the factors of diag(b) · B · diag(d) · A; raises `InputError` without A and B."""
     if not {"base_model.vera_A", "base_model.vera_B"} <= set(file.tensors):
         raise InputError(
             "its shared matrices are not in its file (save_projection was off). Load it with PEFT "
             "and save it with save_projection=True"
         )
     shared_a, shared_b = (file.tensors.pop(f"base_model.vera_{x}").double() for x in "AB")
-    updates = {}
+    factors = {}
     for name in file.names("vera_lambda_b"):
-        d, b = file.take(name, "vera_lambda_d", "vera_lambda_b")
-        base = file.read_base(f"{name}.weight").shape
+        d, b = file.pop(name, "vera_lambda_d", "vera_lambda_b")
+        base = file.get_base_tensor(f"{name}.weight").shape
         width = base[1] if base[0] == len(b) else base[0]  # Conv1D weights are (in, out)
         a = d.unsqueeze(-1) * shared_a[:, :width]
-        updates[name] = Factors(a, b.unsqueeze(-1) * shared_b[: len(b)])
-    file.said.append("VeRA's vectors multiplied into its shared matrices")
-    return updates
+        factors[name] = Factors(a, b.unsqueeze(-1) * shared_b[: len(b)])
+    file.notes.append("VeRA's vectors multiplied into its shared matrices")
+    return factors
 
 
 _ORTHOGONAL_RULES = (
@@ -198,46 +206,46 @@ _ORTHOGONAL_RULES = (
 
 
 def loha_as_lora(file: AdapterFile) -> dict[str, Factors]:
-    """Returns s · (B₁A₁) ∘ (B₂A₂) of each module as one product of rank r²."""
-    updates = {}
+    """Returns the factors, of rank r², of s · (B₁A₁) ∘ (B₂A₂)."""
+    factors = {}
     for name in file.names("hada_w1_a"):
-        parts = file.take(name, "hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
-        b1, a1, b2, a2 = parts
+        names = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
+        b1, a1, b2, a2 = file.pop(name, *names)
         a = (a1.unsqueeze(1) * a2.unsqueeze(0)).reshape(-1, a1.shape[1])
         b = (b1.unsqueeze(2) * b2.unsqueeze(1)).reshape(len(b1), -1)
-        updates[name] = Factors(a, b * _scale(file, name, len(a1)))
-    file.said.append("LoHa's product of two updates multiplied out: rank r²")
-    return updates
+        factors[name] = Factors(a, b * _scale(file, name, len(a1)))
+    file.notes.append("LoHa's product of two updates multiplied out: rank r²")
+    return factors
 
 
 def lokr_as_lora(file: AdapterFile) -> dict[str, Factors]:
-    """Returns s · W₁ ⊗ W₂ = s · (B₁ ⊗ B₂) · (A₁ ⊗ A₂) of each module, where Wᵢ = Bᵢ · Aᵢ."""
+    """Returns the factors s · (B₁ ⊗ B₂) and A₁ ⊗ A₂ of s · W₁ ⊗ W₂, where Wᵢ = Bᵢ · Aᵢ."""
     import torch
 
     names = {key.rpartition(".lokr_")[0] for key in file.tensors if ".lokr_w" in key}
-    updates = {}
+    factors = {}
     for name in sorted(names):
-        (b1, a1), (b2, a2) = (_sides(file, name, f"lokr_w{number}") for number in (1, 2))
+        (b1, a1), (b2, a2) = (_kronecker_factor(file, name, f"lokr_w{number}") for number in (1, 2))
         scale = _scale(
             file, name, by_pattern(file.config.get("rank_pattern"), name, file.config["r"])
         )
-        updates[name] = Factors(torch.kron(a1, a2), torch.kron(b1, b2) * scale)
-    file.said.append("LoKr's Kronecker products multiplied out")
-    return updates
+        factors[name] = Factors(torch.kron(a1, a2), torch.kron(b1, b2) * scale)
+    file.notes.append("LoKr's Kronecker products multiplied out")
+    return factors
 
 
-def _sides(file: AdapterFile, name: str, factor: str) -> tuple[Any, Any]:
-    """Returns B and A of one Kronecker factor; if it is not decomposed, one is the identity."""
+def _kronecker_factor(file: AdapterFile, name: str, factor: str) -> tuple[Any, Any]:
+    """Returns B and A of a Kronecker factor; one is the identity if it is saved undecomposed."""
     import torch
 
     if f"{name}.{factor}" not in file.tensors:
-        b, a = file.take(name, f"{factor}_a", f"{factor}_b")
+        b, a = file.pop(name, f"{factor}_a", f"{factor}_b")
         return b, a
-    (full,) = file.take(name, factor)
-    rows, columns = full.shape
-    if rows <= columns:
-        return torch.eye(rows, dtype=torch.float64), full
-    return full, torch.eye(columns, dtype=torch.float64)
+    (full,) = file.pop(name, factor)
+    num_rows, num_columns = full.shape
+    if num_rows <= num_columns:
+        return torch.eye(num_rows, dtype=torch.float64), full
+    return full, torch.eye(num_columns, dtype=torch.float64)
 
 
 def _scale(file: AdapterFile, name: str, rank: int) -> float:
@@ -262,24 +270,24 @@ _LYCORIS_RULES = (
 
 
 def miss_as_lora(file: AdapterFile) -> dict[str, Factors]:
-    """Returns MiSS as LoRA, where A sums every r-th input; raises `InputError` for init "bat"."""
+    """Returns the factors of MiSS: A sums every r-th input. Raises `InputError` for init "bat"."""
     import torch
 
     start = file.config.get("init_weights")
     if start == "bat":
         raise InputError("its update depends on the base's weight (init_weights bat). Merge it")
-    updates = {}
+    factors = {}
     for name in file.names("miss_block"):
-        (block,) = file.take(name, "miss_block")
-        shape = file.read_base(f"{name}.weight").shape
+        (block,) = file.pop(name, "miss_block")
+        shape = file.get_base_tensor(f"{name}.weight").shape
         if start == "mini":
             block = block.repeat(1, shape[0] // block.shape[1])
         a = torch.zeros(len(block), shape[1], dtype=torch.float64)
-        columns = torch.arange(shape[1])
-        a[columns % len(block), columns] = 1
-        updates[name] = Factors(a, block.T.contiguous())
-    file.said.append("MiSS's blocks written as sums over the input")
-    return updates
+        inputs = torch.arange(shape[1])
+        a[inputs % len(block), inputs] = 1
+        factors[name] = Factors(a, block.T.contiguous())
+    file.notes.append("MiSS's blocks written as sums over the input")
+    return factors
 
 
 class Miss(LinearUpdate):
@@ -287,18 +295,17 @@ class Miss(LinearUpdate):
 
     def check(self, spec: MissSpec, sizes: Mapping[str, tuple[int, int]]) -> None:
         """Raise `ConfigError` if a linear layer has fewer inputs than r."""
-        narrow = {name: fan_in for name, (fan_in, _) in sizes.items() if fan_in < spec.r}
-        if narrow:
-            name, width = min(narrow.items(), key=lambda item: item[1])
+        small = {name: fan_in for name, (fan_in, _) in sizes.items() if fan_in < spec.r}
+        if small:
+            name, width = min(small.items(), key=lambda item: item[1])
             raise ConfigError(
-                f"method.r {spec.r} is more than the inputs of {len(narrow):,} of {len(sizes):,} "
+                f"method.r {spec.r} is more than the inputs of {len(small):,} of {len(sizes):,} "
                 f"linears, such as {name} ({width:,} wide). Set method.r to {width} or less."
             )
 
 
 def _set_mask(config: Any) -> None:
-    """Make `config` (modified) use `draw_shira_mask`, which also supports meta weights."""
-    config.mask_fn = draw_shira_mask
+    config.mask_fn = random_shira_mask
 
 
 class Shira(LinearUpdate):
@@ -306,12 +313,12 @@ class Shira(LinearUpdate):
 
     def check(self, spec: ShiraSpec, sizes: Mapping[str, tuple[int, int]]) -> None:
         """Raise `ConfigError` if a linear layer has too few weights for r."""
-        largest = {name: i * o // (i + o) for name, (i, o) in sizes.items()}
-        small = [name for name, r in largest.items() if r < spec.r]
+        max_ranks = {name: i * o // (i + o) for name, (i, o) in sizes.items()}
+        small = [name for name, r in max_ranks.items() if r < spec.r]
         if small:
             raise ConfigError(
                 f"method.r {spec.r} is larger than {len(small):,} of {len(sizes):,} linear layers "
-                f"allow, such as {small[0]}. Set method.r to {min(largest.values())} or less."
+                f"allow, such as {small[0]}. Set method.r to {min(max_ranks.values())} or less."
             )
 
     def build(self, spec: MethodSpec, base: Base) -> Any:
@@ -322,31 +329,31 @@ class Shira(LinearUpdate):
 
 
 def gralora_as_lora(file: AdapterFile) -> dict[str, Factors]:
-    """Returns the LoRAs of all blocks of each module as one product, of rank k · r.
+    """Returns the factors, of rank k · r, of the LoRAs of all k × k blocks.
 
-    In PEFT's file A is `(k, in / k, r)`: each output block has r / k consecutive columns. B is `(k,
-    r, out / k)`.
+    PEFT saves A as `(k, in / k, r)`, where each output block has r / k consecutive columns, and B
+    as `(k, r, out / k)`.
     """
     import torch
 
     k, r = int(file.config["gralora_k"]), int(file.config["r"])
     scale = file.config["alpha"] / (r + file.config["hybrid_r"])
     diagonal: Any = torch.block_diag  # untyped
-    updates = {}
+    factors = {}
     for name in file.names("gralora_A"):
-        down, up = file.take(name, "gralora_A", "gralora_B")
+        down, up = file.pop(name, "gralora_A", "gralora_B")
         blocks_in = [block.T.reshape(k, r // k, -1) for block in down]  # (output, r / k, in / k)
         a = torch.cat([diagonal(*(block[j] for block in blocks_in)) for j in range(k)])
         b = diagonal(*(block.T for block in up))
         if file.config["hybrid_r"]:
-            general = file.take(name, "gralora_A_general.weight", "gralora_B_general.weight")
+            general = file.pop(name, "gralora_A_general.weight", "gralora_B_general.weight")
             a, b = torch.cat([a, general[0]]), torch.cat([b, general[1]], dim=1)
-        updates[name] = Factors(a, b * scale)
-    file.said.append(f"GraLoRA's {k} × {k} blocks written as one product: rank k · r")
-    return updates
+        factors[name] = Factors(a, b * scale)
+    file.notes.append(f"GraLoRA's {k} × {k} blocks written as one product: rank k · r")
+    return factors
 
 
-_FULL_RANK = PlainForm(never=FULL_RANK)
+_FULL_RANK = LoraConversion(error=FULL_RANK)
 METHODS: dict[str, Method] = {
     "ia3": Ia3(),
     "vera": LinearUpdate(
@@ -355,27 +362,27 @@ METHODS: dict[str, Method] = {
         "Kopiczko et al., 2024, arXiv:2310.11454",
         1_417_216,
         Rates(
-            narrow=5e-2,
-            wide=4e-3,
+            small=5e-2,
+            large=4e-3,
             source="within the paper's range on GLUE",
             tokens=1e-1,
-            kinds={"decoder": 6e-2, "encoder-decoder": 1e-1},
+            by_architecture={"decoder": 6e-2, "encoder-decoder": 1e-1},
         ),
-        PlainForm(vera_as_lora),
+        LoraConversion(vera_as_lora),
         "VeraConfig",
-        fixed={"save_projection": True},
-        passes_fan_in=True,
+        config_kwargs={"save_projection": True},
+        has_fan_in_fan_out=True,
     ),
     "oft": LinearUpdate(
         "oft",
         "a rotation of the input of every linear layer",
         "Qiu et al., 2023, arXiv:2306.07280; 2025, arXiv:2506.19847",
         17_649_664,
-        Rates(narrow=1e-3, wide=3e-4, source="not measured", kinds={"decoder": 3e-4}),
+        Rates(small=1e-3, large=3e-4, source="not measured", by_architecture={"decoder": 3e-4}),
         _FULL_RANK,
         "OFTConfig",
-        fixed={"r": 0},
-        passes_fan_in=True,
+        config_kwargs={"r": 0},
+        has_fan_in_fan_out=True,
         rules=_ORTHOGONAL_RULES,
         block_size="oft_block_size",
     ),
@@ -384,11 +391,11 @@ METHODS: dict[str, Method] = {
         "a rotation of the input of every linear layer, in butterfly factors",
         "Liu et al., 2024, arXiv:2311.06243",
         5_914_624,
-        Rates(narrow=1e-2, wide=4e-4, source="not measured", kinds={"decoder": 3e-3}),
+        Rates(small=1e-2, large=4e-4, source="not measured", by_architecture={"decoder": 3e-3}),
         _FULL_RANK,
         "BOFTConfig",
-        fixed={"boft_n_butterfly_factor": 1},
-        passes_fan_in=True,
+        config_kwargs={"boft_n_butterfly_factor": 1},
+        has_fan_in_fan_out=True,
         rules=_ORTHOGONAL_RULES,
         block_size="boft_block_size",
     ),
@@ -397,8 +404,8 @@ METHODS: dict[str, Method] = {
         "an elementwise product of two low-rank updates",
         "Hyeon-Woo et al., 2022, arXiv:2108.06098",
         39_976_960,
-        Rates(narrow=1e-2, wide=1e-3, source="not measured"),
-        PlainForm(loha_as_lora),
+        Rates(small=1e-2, large=1e-3, source="not measured"),
+        LoraConversion(loha_as_lora),
         "LoHaConfig",
         rules=_LYCORIS_RULES,
     ),
@@ -407,8 +414,8 @@ METHODS: dict[str, Method] = {
         "a Kronecker product as update",
         "Yeh et al., 2024, arXiv:2309.14859",
         1_331_200,
-        Rates(narrow=1e-2, wide=1e-3, source="not measured"),
-        PlainForm(lokr_as_lora),
+        Rates(small=1e-2, large=1e-3, source="not measured"),
+        LoraConversion(lokr_as_lora),
         "LoKrConfig",
         rules=_LYCORIS_RULES,
     ),
@@ -418,24 +425,24 @@ METHODS: dict[str, Method] = {
         "Kang and Yin, 2024, arXiv:2409.15371",
         87_031_808,
         Rates(
-            narrow=3e-4,
-            wide=1e-4,
+            small=3e-4,
+            large=1e-4,
             source="PEFT's method comparison",
-            kinds={"encoder-decoder": 1e-3},
+            by_architecture={"encoder-decoder": 1e-3},
         ),
-        PlainForm(miss_as_lora),
+        LoraConversion(miss_as_lora),
         "MissConfig",
-        rules=(LINEARS_ONLY,),
+        rules=(_NO_CONV1D,),
     ),
     "shira": Shira(
         "shira",
         "a few randomly chosen weights of every linear layer",
         "Bhardwaj et al., 2024, arXiv:2406.13175",
         79_953_920,
-        Rates(narrow=1e-3, wide=3e-4, source="PEFT's method comparison"),
+        Rates(small=1e-3, large=3e-4, source="PEFT's method comparison"),
         _FULL_RANK,
         "ShiraConfig",
-        rules=(LINEARS_ONLY,),
+        rules=(_NO_CONV1D,),
         merge_prepare=_set_mask,
     ),
     "hira": LinearUpdate(
@@ -443,36 +450,36 @@ METHODS: dict[str, Method] = {
         "a low-rank matrix multiplied elementwise with each weight",
         "Huang et al., 2025, ICLR (openreview TwJrTz9cRS)",
         79_953_920,
-        Rates(narrow=1e-2, wide=4.5e-3, source="PEFT's method comparison"),
+        Rates(small=1e-2, large=4.5e-3, source="PEFT's method comparison"),
         _FULL_RANK,
         "HiraConfig",
-        passes_fan_in=True,
+        has_fan_in_fan_out=True,
     ),
     "gralora": LinearUpdate(
         "gralora",
         "LoRA on each block of each weight",
         "Jung et al., 2025, arXiv:2505.20355",
         79_953_920,
-        Rates(narrow=1e-3, wide=2e-4, source="PEFT's method comparison"),
-        PlainForm(gralora_as_lora),
+        Rates(small=1e-3, large=2e-4, source="PEFT's method comparison"),
+        LoraConversion(gralora_as_lora),
         "GraloraConfig",
-        passes_fan_in=True,
+        has_fan_in_fan_out=True,
         block_size="gralora_k",
-        divides_outputs=True,
-        adds_in_place=True,
+        split_outputs=True,
+        is_inplace=True,
     ),
     "c3a": LinearUpdate(
         "c3a",
         "circulant blocks per linear layer",
         "Chen et al., 2024, arXiv:2407.19342",
         101_187_584,
-        Rates(narrow=3e-1, wide=3e-1, source="PEFT's method comparison"),
+        Rates(small=3e-1, large=3e-1, source="PEFT's method comparison"),
         _FULL_RANK,
         "C3AConfig",
-        fixed={"init_weights": True},
-        rules=(LINEARS_ONLY,),
+        config_kwargs={"init_weights": True},
+        rules=(_NO_CONV1D,),
         block_size="block_size",
-        divides_outputs=True,
-        adds_in_place=True,
+        split_outputs=True,
+        is_inplace=True,
     ),
 }

@@ -58,7 +58,7 @@ FACTS = {
 
 
 def add_peft_type(name: str) -> Any:
-    """Returns the member `name` of `peft.utils.PeftType`; adds it if missing."""
+    """Returns the member `name` of PEFT's enumeration `PeftType`; adds it if missing."""
     from peft import PeftType
 
     if name in PeftType.__members__:
@@ -84,7 +84,7 @@ def register_tuner(peft_type: Any, config: type, model: type) -> None:
 
 
 def pattern_of(patterns: Iterable[str], module: str) -> str:
-    """Returns the first of `patterns` that matches the module name, or `module` if none does."""
+    """Returns the first of `patterns` that matches the module name `module`, else `module`."""
     from peft.utils.other import get_pattern_key
 
     return str(get_pattern_key(list(patterns), module))
@@ -101,21 +101,21 @@ def merge_layer(layer: Any) -> Any:
 
 
 def shira_indices(module: Any) -> dict[str, Any]:
-    """Returns the indices of weights that SHiRA trains, by adapter name; they are not buffers."""
+    """Returns the indices of the weights that SHiRA trains, by adapter name."""
     return getattr(module, "shira_indices", {})
 
 
-def draw_shira_mask(base_layer: Any, r: int, **settings: Any) -> Any:
-    """Draw the mask `(out, in)` of the weights that SHiRA trains, as PEFT does.
+def random_shira_mask(base_layer: Any, r: int, **kwargs: Any) -> Any:
+    """Returns a random mask `(out, in)` of the weights that SHiRA trains, as PEFT does.
 
-    For meta weights, only the number of ones is right; indices come later, from the adapter file.
+    For meta weights it is `(1, n)` with the right number of ones; the adapter file has the indices.
     """
     import torch
     from peft.tuners.shira.mask_functions import random_mask
 
     if base_layer.weight.is_meta:
         return torch.ones(1, r * (base_layer.in_features + base_layer.out_features))
-    return random_mask(base_layer, r, **settings)
+    return random_mask(base_layer, r, **kwargs)
 
 
 def copy_base_outputs(model: Any) -> None:
@@ -125,42 +125,42 @@ def copy_base_outputs(model: Any) -> None:
     """
     for module in model.modules():
         if hasattr(module, "gralora_A") or hasattr(module, "c3a_kernel"):
-            module.get_base_layer().register_forward_hook(_copied)
+            module.get_base_layer().register_forward_hook(_clone_output)
 
 
-def _copied(_module: Any, _inputs: Any, output: Any) -> Any:
+def _clone_output(_module: Any, _inputs: Any, output: Any) -> Any:
     return output.clone()
 
 
 def freeze_ranks(model: Any) -> None:
-    """Freeze `ranknum` (in place), which PEFT 0.21 leaves trainable on non-float32 bases."""
+    """Freeze `ranknum` in `model` (modified); PEFT 0.21 trains it unless the base is float32."""
     for name, parameter in model.named_parameters():
         if ".ranknum." in name:
             parameter.requires_grad_(False)
             parameter.data = parameter.data.float()
 
 
-def restore_ranks(adapted: Any, config: Any) -> None:
-    """Set AdaLoRA's `ranknum`, which is not saved, to `init_r` in `adapted` (modified)."""
+def reset_ranks(peft_model: Any, config: Any) -> None:
+    """Set AdaLoRA's `ranknum`, which is not saved, to `init_r` in `peft_model` (modified)."""
     import torch
 
-    for module in adapted.modules():
+    for module in peft_model.modules():
         if hasattr(module, "ranknum"):
             rank = torch.full((1,), float(config.init_r))
             module.ranknum["default"] = torch.nn.Parameter(rank, requires_grad=False)
 
 
 def importance_scores(model: Any) -> dict[str, dict[str, Any]]:
-    """Returns PEFT's own dicts of AdaLoRA's importance scores, by kind and parameter name."""
+    """Returns AdaLoRA's scores, PEFT's own dicts: attribute name -> parameter name -> tensor."""
     allocator = model.base_model.rankallocator
-    return {kind: getattr(allocator, kind) for kind in ("ipt", "exp_avg_ipt", "exp_avg_unc")}
+    return {name: getattr(allocator, name) for name in ("ipt", "exp_avg_ipt", "exp_avg_unc")}
 
 
 def register_lora_layers(config: Any, layers: dict[type, Callable[..., Any]]) -> None:
-    """Register builders of LoRA layers in `config` (modified); for None, PEFT builds its own."""
+    """Set LoRA layer classes by type of base layer in the `LoraConfig` `config` (modified)."""
     config._register_custom_module(layers)
 
 
-def is_cut_over_devices(linear: Any) -> bool:
+def is_sharded_linear(linear: Any) -> bool:
     """Returns whether `linear` is sharded by transformers' tensor parallelism."""
     return hasattr(linear, "_hf_tp_plan")

@@ -24,7 +24,7 @@ from ftlevel.errors import ConfigError, InputError, did_you_mean, join_names
 from ftlevel.extensions import loaded
 from ftlevel.methods import METHODS, Base, ensure_registered
 from ftlevel.methods.base import shortest_names
-from ftlevel.methods.merging import read_peft_config
+from ftlevel.methods.merging import load_peft_config
 from ftlevel.models.loading import check_finite
 from ftlevel.models.untrusted import FROM_READERS, check_patterns
 
@@ -178,7 +178,7 @@ def _get_num_embeddings(name: str, shape: list[int]) -> int | None:
 
 
 def _trained_indices(adapter_dir: Path) -> Iterator[int]:
-    config = read_peft_config(adapter_dir)
+    config = load_peft_config(adapter_dir)
     for key in ("trainable_token_indices", "token_indices"):
         value = config.get(key) or []
         for indices in value.values() if isinstance(value, Mapping) else [value]:
@@ -325,7 +325,7 @@ def load_adapter(base: Any, adapter_dir: Path, name: str = "default") -> Any:
     weights = _load_weights(adapter_dir)
     if (put_on := _get_custom_loader(adapter_dir)) is not None:
         return put_on(base, adapter_dir, name)
-    check_patterns(adapter_dir, read_peft_config(adapter_dir), base)
+    check_patterns(adapter_dir, load_peft_config(adapter_dir), base)
     old_vocab_size = resize_embeddings(base, adapter_dir)
     # Load as trainable: PEFT then marks the adapter's parameters, and AdaLoRA requires it.
     try:
@@ -372,10 +372,10 @@ def _get_custom_loader(adapter_dir: Path) -> Callable[[Any, Path, str], Any] | N
     """Returns ftlevel's loader for the adapter's PEFT type; None to use PEFT's."""
     import peft
 
-    peft_type = read_peft_config(adapter_dir)["peft_type"]
+    peft_type = load_peft_config(adapter_dir)["peft_type"]
     for method in METHODS.values():
-        if peft_type in method.plain_loaders:
-            return method.plain_loaders[peft_type]
+        if peft_type in method.peft_loaders:
+            return method.peft_loaders[peft_type]
     if issubclass(peft.PEFT_TYPE_TO_CONFIG_MAPPING[peft_type], peft.PromptLearningConfig):
         raise InputError(
             f"{adapter_dir} is an adapter of type {peft_type}, which PEFT {peft.__version__} "
@@ -395,7 +395,7 @@ def add_adapter(peft_model: Any, adapter_dir: Path, name: str) -> None:
         config, weights = reader.read(adapter_dir).convert(peft_model.get_base_model())
     else:
         weights = _load_weights(adapter_dir)
-        check_patterns(adapter_dir, read_peft_config(adapter_dir), peft_model.get_base_model())
+        check_patterns(adapter_dir, load_peft_config(adapter_dir), peft_model.get_base_model())
         problem = get_vocab_mismatch(peft_model.get_base_model(), adapter_dir)
         if problem is None and _get_custom_loader(adapter_dir) is not None:
             problem = "a prompt that plain PEFT trained is read alone"
@@ -424,7 +424,7 @@ def _load_weights(adapter_dir: Path) -> dict[str, Any]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    peft_type = read_peft_config(adapter_dir)["peft_type"]
+    peft_type = load_peft_config(adapter_dir)["peft_type"]
     if peft_type not in peft.PEFT_TYPE_TO_CONFIG_MAPPING:
         raise InputError(
             f"{adapter_dir} is an adapter of type {peft_type!r}, which PEFT {peft.__version__} "

@@ -407,9 +407,9 @@ def check_adapter_checkpoint(adapter_dir: Path) -> None:
         or not (adapter_dir / ADAPTER_CONFIG).is_file()
     ):
         return
-    from ftlevel.methods.merging import read_peft_config  # imports PEFT tuners
+    from ftlevel.methods.merging import load_peft_config  # imports PEFT tuners
 
-    init = read_peft_config(adapter_dir).get("init_lora_weights")
+    init = load_peft_config(adapter_dir).get("init_lora_weights")
     if init in BASE_MODIFYING_INITS:
         raise InputError(
             f"{adapter_dir} is a checkpoint of a run that began with init_lora_weights={init!r}, "

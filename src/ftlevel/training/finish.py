@@ -133,12 +133,12 @@ def next_commands(run: Run, directory: RunDirectory) -> list[str]:
 
 
 def _is_mergeable(run: Run, directory: RunDirectory) -> bool:
-    from ftlevel.methods.merging import read_peft_config, why_not_mergeable  # imports PEFT tuners
+    from ftlevel.methods.merging import get_merge_error, load_peft_config  # imports PEFT tuners
 
     if run.model.source.kind != "gguf" and stored_quantization(run.model.config) is not None:
         return False
     is_adapter = (directory.adapter / "adapter_config.json").is_file()
-    return is_adapter and why_not_mergeable(read_peft_config(directory.adapter)) is None
+    return is_adapter and get_merge_error(load_peft_config(directory.adapter)) is None
 
 
 def describe_answers(

@@ -369,7 +369,7 @@ def _advice(run: Run) -> str:
         )
     if not train.recomputes:
         options.append("--gradient-checkpointing")
-    if run.config.quant.kind == "none" and not run.config.method.quant_problems(
+    if run.config.quant.kind == "none" and not run.config.method.validate_quant(
         run.config.quant.model_copy(update={"kind": "4bit"})
     ):
         options.append("--quant 4bit")

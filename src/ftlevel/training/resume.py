@@ -272,7 +272,7 @@ def _check_length(run: Run, before: Mapping[str, Any], trained: int) -> None:
             f"{flag}: {steps:,} steps are fewer than the {trained:,} already trained. Use more, "
             f"or start a new run in another --output-dir."
         )
-    error = METHODS[run.config.method.kind].why_not_continued
+    error = METHODS[run.config.method.kind].resume_error
     if error and was != steps:
         raise ConfigError(
             f"{flag}: --method {run.config.method.kind} cannot train {steps:,} steps in place of "

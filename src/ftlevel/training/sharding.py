@@ -319,7 +319,7 @@ def check_can_shard(run: Run, count: int) -> None:
             f"{flag} cannot be used with a start that is taken out of the base's weights, which "
             f"are sharded when the adapter is saved. Use the default initialization."
         )
-    if info.why_not_continued:
+    if info.resume_error:
         problems.append(
             f"{flag} cannot be used with --method {method.kind} yet: what it saves has other "
             "shapes than what it trains, and is proven on a whole base. Use --method lora."

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ftlevel.config import Layer, TrainConfig, build_config, put, read_recipe, read_settings
+from ftlevel.config import Layer, TrainConfig, build_config, load_recipe, parse_overrides, put
 from ftlevel.config.flags import FLAGS, recipe_hint
 from ftlevel.config.reading import RENAMED
 from ftlevel.errors import ConfigError
@@ -25,10 +25,10 @@ def write(path: Path, text: str) -> Path:
 
 
 def test_flags_win_over_set_over_recipe_over_defaults(tmp_path: Path) -> None:
-    recipe = read_recipe(
+    recipe = load_recipe(
         write(tmp_path / "r.yaml", "method: {kind: lora, r: 2, lora_alpha: 3}\ntrain: {seed: 1}\n")
     )
-    settings = read_settings(["method.r=4", "train.seed=2"])
+    settings = parse_overrides(["method.r=4", "train.seed=2"])
     flags = Layer()
     put(flags, ("train", "seed"), 3, "--seed")
     config = build_config([recipe, settings, flags])
@@ -38,20 +38,20 @@ def test_flags_win_over_set_over_recipe_over_defaults(tmp_path: Path) -> None:
 
 def test_shorthand_of_a_section_is_its_first_field(tmp_path: Path) -> None:
     recipe = write(tmp_path / "r.yaml", "model: gpt2\nmethod: qlora\ndata: rows.jsonl\n")
-    config = build_config([read_recipe(recipe)])
+    config = build_config([load_recipe(recipe)])
     assert config.model.name_or_path == "gpt2"
     assert config.method.kind == "qlora"
     assert config.data.dataset == "rows.jsonl"
 
 
 def test_set_reaches_below_a_shorthand(tmp_path: Path) -> None:
-    recipe = read_recipe(write(tmp_path / "r.yaml", "method: lora\n"))
-    assert build_config([recipe, read_settings(["method.r=5"])]).method.r == 5
+    recipe = load_recipe(write(tmp_path / "r.yaml", "method: lora\n"))
+    assert build_config([recipe, parse_overrides(["method.r=5"])]).method.r == 5
 
 
 def test_qlora_means_four_bits_unless_told_otherwise() -> None:
-    assert build_config([read_settings(["method=qlora"])]).quant.kind == "4bit"
-    assert build_config([read_settings(["method=qlora", "quant=8bit"])]).quant.kind == "8bit"
+    assert build_config([parse_overrides(["method=qlora"])]).quant.kind == "4bit"
+    assert build_config([parse_overrides(["method=qlora", "quant=8bit"])]).quant.kind == "8bit"
 
 
 @pytest.mark.parametrize(
@@ -82,7 +82,7 @@ def test_a_recipe_error_names_file_line_and_the_nearest_right_name(
     path = write(tmp_path / "r.yaml", text)
     owners = ", ".join(name for name, spec in SPECS.items() if "r" in spec.model_fields)
     expected = message.format(path=path, methods=", ".join(SPECS), owners=owners)
-    assert problems(read_recipe(path)) == [expected]
+    assert problems(load_recipe(path)) == [expected]
 
 
 @pytest.mark.parametrize(
@@ -105,25 +105,25 @@ def test_a_recipe_error_names_file_line_and_the_nearest_right_name(
 def test_what_is_no_recipe(tmp_path: Path, text: str, message: str) -> None:
     path = write(tmp_path / "r.yaml", text)
     with pytest.raises(ConfigError) as caught:
-        read_recipe(path)
+        load_recipe(path)
     assert str(caught.value) == message.format(path=path)
 
 
 def test_a_missing_recipe_names_the_nearest_one(tmp_path: Path) -> None:
     write(tmp_path / "demo.yaml", "method: lora\n")
     with pytest.raises(ConfigError, match=r"demmo.yaml does not exist. Did you mean '.*demo.yaml'"):
-        read_recipe(tmp_path / "demmo.yaml")
+        load_recipe(tmp_path / "demmo.yaml")
 
 
 @pytest.mark.parametrize("setting", ["train.seed", "=3", "train.seed=[1"])
 def test_a_setting_that_cannot_be_read(setting: str) -> None:
     with pytest.raises(ConfigError, match=f"--set {setting.split('=')[0]}") as caught:
-        read_settings([setting])
+        parse_overrides([setting])
     assert "[1" not in str(caught.value), "a value may be a secret"
 
 
 def test_all_problems_are_told_at_once() -> None:
-    found = problems(read_settings(["method.r=0", "train.learning_rate=2", "quant=3bit"]))
+    found = problems(parse_overrides(["method.r=0", "train.learning_rate=2", "quant=3bit"]))
     assert found == [
         "--set quant: '3bit' is not known. Expected one of none, 4bit, 8bit. Did you mean '8bit'?",
         "--set method.r: 0 is out of range: method.r must be ≥ 1.",
@@ -145,7 +145,7 @@ def test_all_problems_are_told_at_once() -> None:
 )  # fmt: skip
 def test_numbers_out_of_range_are_refused(setting: str) -> None:
     key = setting.partition("=")[0]
-    assert problems(read_settings([setting]))[0].startswith(f"--set {key}: ")
+    assert problems(parse_overrides([setting]))[0].startswith(f"--set {key}: ")
 
 
 @pytest.mark.parametrize(
@@ -156,9 +156,9 @@ def test_numbers_out_of_range_are_refused(setting: str) -> None:
 )  # fmt: skip
 def test_a_switch_is_no_number(setting: str) -> None:
     """YAML reads `yes` as true, which is 1 to Python."""
-    (found,) = problems(read_settings([setting]))
+    (found,) = problems(parse_overrides([setting]))
     assert found.startswith(f"--set {setting.partition('=')[0]}: ")
-    assert build_config([read_settings(["train.eval_on_start=yes"])]).train.eval_on_start
+    assert build_config([parse_overrides(["train.eval_on_start=yes"])]).train.eval_on_start
 
 
 @pytest.mark.parametrize(
@@ -180,7 +180,7 @@ def test_a_setting_is_named_as_it_was_typed_with_the_nearest_right_one(
     setting: str, message: str
 ) -> None:
     key = setting.partition("=")[0]
-    assert problems(read_settings([setting])) == [f"--set {key}: {message}"]
+    assert problems(parse_overrides([setting])) == [f"--set {key}: {message}"]
 
 
 @pytest.mark.parametrize(
@@ -200,7 +200,7 @@ def test_a_setting_is_named_as_it_was_typed_with_the_nearest_right_one(
     ],
 )
 def test_a_flag_in_a_recipe_names_the_key_that_it_sets(key: str, hint: str) -> None:
-    [problem] = problems(read_settings([f"{key}=1"]))
+    [problem] = problems(parse_overrides([f"{key}=1"]))
     assert problem == f"--set {key}: unknown key {key!r}. {hint}"
 
 
@@ -213,14 +213,14 @@ def test_every_flag_that_sets_a_key_is_known_in_a_recipe() -> None:
 
 
 def test_a_value_for_a_whole_section_is_not_replaced_by_a_flag() -> None:
-    flags = read_settings(["train.max_steps=3"])
+    flags = parse_overrides(["train.max_steps=3"])
     with pytest.raises(ConfigError, match=r"--set train: train is a section and got 4"):
-        build_config([read_settings(["train=4"]), flags])
+        build_config([parse_overrides(["train=4"]), flags])
 
 
 def test_target_modules_are_names_or_one_pattern() -> None:
     def read(value: str) -> object:
-        return build_config([read_settings([f"method.target_modules={value}"])]).method
+        return build_config([parse_overrides([f"method.target_modules={value}"])]).method
 
     assert read("a, b").target_modules == ["a", "b"]
     assert read("q_proj").target_modules == ["q_proj"]
@@ -239,12 +239,12 @@ def test_an_old_name_is_accepted_and_said_once(
     section, key = old.split(".")
     text = f"{section}:\n  {key}: {str(value).lower()}\n"
     said: list[str] = []
-    config = build_config([read_recipe(write(tmp_path / "r.yaml", text))], said.append)
+    config = build_config([load_recipe(write(tmp_path / "r.yaml", text))], said.append)
     assert getattr(config.speed, new.split(".")[1]) == value
     assert said == [
         f"{tmp_path / 'r.yaml'}:2: {old} is now called {new}; the old name is still accepted."
     ]
-    setting = read_settings([f"{old}={value}"])
+    setting = parse_overrides([f"{old}={value}"])
     assert build_config([setting], said.append) == config
     assert said[1].startswith(f"--set {old}: ")
     with pytest.warns(FutureWarning, match=f"{old} is now called {new}"):
@@ -254,7 +254,7 @@ def test_an_old_name_is_accepted_and_said_once(
 def test_a_key_by_both_of_its_names_is_refused() -> None:
     said = "'speed.low_rank' is the old name of 'speed.fused_lora', and both are given. "
     both = ["speed.fused_lora=true", "speed.low_rank=false"]
-    assert problems(read_settings(both)) == [
+    assert problems(parse_overrides(both)) == [
         f"--set speed.low_rank: {said}Use speed.fused_lora only."
     ]
     with pytest.raises(ConfigError, match="is the old name of"):
@@ -262,13 +262,13 @@ def test_a_key_by_both_of_its_names_is_refused() -> None:
 
 
 def test_a_later_layer_wins_whatever_name_it_uses() -> None:
-    old, new = read_settings(["speed.low_rank=false"]), read_settings(["speed.fused_lora=true"])
+    old, new = parse_overrides(["speed.low_rank=false"]), parse_overrides(["speed.fused_lora=true"])
     assert build_config([old, new]).speed.fused_lora
     assert not build_config([new, old]).speed.fused_lora
 
 
 def test_a_bad_value_under_an_old_name_has_its_origin() -> None:
-    (problem,) = problems(read_settings(["speed.passes_at_once=0"]))
+    (problem,) = problems(parse_overrides(["speed.passes_at_once=0"]))
     assert problem.startswith("--set speed.passes_at_once: 0 is out of range: speed.parallel_")
 
 
@@ -285,14 +285,14 @@ BOMB = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
 )  # fmt: skip
 def test_yaml_that_does_harm_is_refused_in_a_line(tmp_path: Path, text: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        read_recipe(write(tmp_path / "r.yaml", text))
+        load_recipe(write(tmp_path / "r.yaml", text))
     assert "r.yaml" in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
 def test_a_date_is_a_text_and_an_alias_what_it_names(tmp_path: Path) -> None:
     text = "data: &d\n  dataset: 2024-13-45\nmodel: {name_or_path: 2024-01-02}\ntrain: {seed: 3}\n"
-    assert read_recipe(write(tmp_path / "r.yaml", text)).values == {
+    assert load_recipe(write(tmp_path / "r.yaml", text)).values == {
         "data": {"dataset": "2024-13-45"}, "model": {"name_or_path": "2024-01-02"},
         "train": {"seed": 3},
     }  # fmt: skip
@@ -301,4 +301,4 @@ def test_a_date_is_a_text_and_an_alias_what_it_names(tmp_path: Path) -> None:
 def test_a_recipe_that_is_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "r.yaml")
     with pytest.raises(ConfigError, match=r"is no file"):
-        read_recipe(tmp_path / "r.yaml")
+        load_recipe(tmp_path / "r.yaml")

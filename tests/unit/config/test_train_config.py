@@ -20,7 +20,7 @@ from ftlevel.config import (
     TrainConfig,
     TrainerConfig,
     build_config,
-    read_settings,
+    parse_overrides,
 )
 from ftlevel.config.flag import CONFIGS
 from ftlevel.errors import ConfigError
@@ -57,7 +57,7 @@ RULES = [
 @pytest.mark.parametrize(("settings", "message"), RULES)
 def test_sections_that_contradict_each_other(settings: list[str], message: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        build_config([read_settings(settings)])
+        build_config([parse_overrides(settings)])
     assert message in caught.value.problems
 
 
@@ -135,7 +135,7 @@ def test_every_constructor_raises_errors_of_ours(section: type[BaseModel]) -> No
 )  # fmt: skip
 def test_a_text_for_a_section_is_its_main_field(section: str, key: str, value: Any) -> None:
     assert getattr(getattr(TrainConfig(**{section: value}), section), key) == value
-    layers = [read_settings([f"{section}={value}"])]
+    layers = [parse_overrides([f"{section}={value}"])]
     assert getattr(getattr(build_config(layers), section), key) == value
 
 
@@ -144,7 +144,7 @@ def test_a_text_for_preference_is_its_loss() -> None:
 
 
 def test_a_dumped_config_is_the_same_config() -> None:
-    config = build_config([read_settings(["method=qlora", "train.seed=7", "data.max_length=9"])])
+    config = build_config([parse_overrides(["method=qlora", "train.seed=7", "data.max_length=9"])])
     assert TrainConfig.model_validate(config.model_dump(mode="json")) == config
 
 

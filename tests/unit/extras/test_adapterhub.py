@@ -14,7 +14,7 @@ from adapterhub_cases import FAMILIES, Case, fill, logits_of
 from ftlevel.errors import InputError
 from ftlevel.extras.adapterhub.adapter import is_adapterhub, read_head, read_hub_adapter
 from ftlevel.extras.adapterhub.config_file import read_config, write_config
-from ftlevel.methods.bottleneck.layer import READS
+from ftlevel.methods.bottleneck.layer import INPUT_TYPES
 from ftlevel.trained.adapt import add_adapter, load_adapter
 
 FIGURES = json.loads(Path(__file__).with_name("adapterhub_figures.json").read_text())["cases"]
@@ -67,8 +67,8 @@ def test_an_adapter_computes_what_it_computed_there(case: dict[str, Any], tmp_pa
 def test_ours_of_the_older_names_are_other_adapters_on_pre_norm_models(
     case: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(READS, "seq_bn", "output")  # what pfeiffer reads
-    monkeypatch.setitem(READS, "par_bn", "input")  # what parallel reads
+    monkeypatch.setitem(INPUT_TYPES, "seq_bn", "output")  # what pfeiffer reads
+    monkeypatch.setitem(INPUT_TYPES, "par_bn", "input")  # what parallel reads
     found = last_logits(load_adapter(base_of(case), write_hub(case, tmp_path)), case)
     assert (found - torch.tensor(case["logits"])).abs().max() > 0.05
 

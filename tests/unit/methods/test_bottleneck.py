@@ -18,7 +18,7 @@ from peft.utils.peft_types import PeftType
 from ftlevel.config.methods.other import ON_RESIDUAL, AdapterSpec
 from ftlevel.errors import ConfigError, InputError
 from ftlevel.methods import METHODS, Base
-from ftlevel.methods.bottleneck import SITES, find_input
+from ftlevel.methods.bottleneck import ADAPTER_POSITIONS, get_input_layer
 from ftlevel.methods.bottleneck.layer import BottleneckLayer
 from ftlevel.models.families import FAMILIES as KNOWN
 from ftlevel.models.module_tree import find_heads
@@ -47,7 +47,7 @@ TASK_TYPES = {
     "tokcls": "TOKEN_CLS",
     "qa": "QUESTION_ANS",
 }
-# Sites of a tiny model: attentions with a Houlsby adapter, and feed-forwards.
+# Adapters of a tiny model: attentions with a Houlsby adapter, and feed-forwards.
 ATTENTIONS = {"albert": 1, "t5": 3 * LAYERS, "mt5": 3 * LAYERS, "bart": 3 * LAYERS}
 FEED_FORWARDS = {"albert": 1, "t5": 2 * LAYERS, "mt5": 2 * LAYERS, "bart": 2 * LAYERS}
 SPARSE = ("mixtral", "qwen3_moe")
@@ -70,7 +70,7 @@ def adapt(model: Any, head: str, **fields: Any) -> Any:
     """Put an adapter on a tiny model, as `ftlevel train` does."""
     spec = AdapterSpec(**{"bottleneck_dim": DIM, **fields})
     heads = find_heads(model) if head in ("seqcls", "tokcls", "qa") else []
-    targets = METHODS["adapter"].find_targets(spec, model)
+    targets = METHODS["adapter"].default_target_modules(spec, model)
     base = Base(model.config, "", TASK_TYPES.get(head), targets, heads, False, 10)
     return apply_method(model, spec, base)
 
@@ -115,14 +115,14 @@ def layers_of(model: Any) -> list[BottleneckLayer]:
 
 def goes_on(family: str, placement: str) -> bool:
     """Whether the family has a position for the placement; the others are refused below."""
-    return placement not in ON_RESIDUAL or bool(SITES[family].residual)
+    return placement not in ON_RESIDUAL or bool(ADAPTER_POSITIONS[family].residual)
 
 
 def expected_taps(family: str, placement: str) -> set[str]:
     """What a layer must listen to; a whole feed-forward is given its input itself."""
     if placement == "parallel":
         return set() if family in SPARSE else {"input"}
-    is_norm = placement == "adapter_plus" and SITES[family].norm
+    is_norm = placement == "adapter_plus" and ADAPTER_POSITIONS[family].norm
     return {"residual"} if placement in ON_RESIDUAL and not is_norm else set()
 
 
@@ -152,7 +152,7 @@ def test_a_family(family: str, head: str, placement: str, tmp_path: Path) -> Non
     model = adapt(base, head, placement=placement)
     layers = layers_of(model)
     assert len(layers) == site_count(family, placement)
-    assert all(set(layer._taps) == expected_taps(family, placement) for layer in layers)
+    assert all(set(layer._hooks) == expected_taps(family, placement) for layer in layers)
     assert torch.equal(compute_logits(model, batch), before), "the identity at the start"
 
     frozen = digest(model)
@@ -160,7 +160,7 @@ def test_a_family(family: str, head: str, placement: str, tmp_path: Path) -> Non
     assert digest(model) == frozen
     after = compute_logits(model, batch)
     assert not torch.equal(after, before)
-    assert all(not layer._tapped for layer in layers), "no activation is kept"
+    assert all(not layer._inputs for layer in layers), "no activation is kept"
 
     if family != "albert":  # transformers cannot checkpoint it
         check_checkpointing(model, batch)
@@ -176,7 +176,7 @@ def check_checkpointing(model: Any, batch: dict[str, torch.Tensor]) -> None:
     assert set(recomputed) == set(plain)
     largest = max(1.0, max(gradient.abs().max().item() for gradient in plain.values()))
     assert max((recomputed[n] - plain[n]).abs().max().item() for n in plain) < 1e-6 * largest
-    assert all(not layer._tapped for layer in layers_of(model))
+    assert all(not layer._inputs for layer in layers_of(model))
 
 
 def check_loading(
@@ -202,7 +202,7 @@ def check_loading(
     assert torch.equal(compute_logits(loaded, batch), after)
     loaded.delete_adapter("default")
     assert torch.equal(compute_logits(loaded, batch), after)
-    assert all(list(layer.settings) == ["other"] for layer in layers_of(loaded))
+    assert all(list(layer.configs) == ["other"] for layer in layers_of(loaded))
 
     with loaded.disable_adapter():
         assert torch.equal(compute_logits(loaded, batch), untouched)
@@ -237,7 +237,7 @@ def test_a_relative(family: str, placement: str) -> None:
     before = compute_logits(base, batch)
     model = adapt(base, "", placement=placement)
     layers = layers_of(model)
-    assert all(set(layer._taps) == expected_taps(family, placement) for layer in layers)
+    assert all(set(layer._hooks) == expected_taps(family, placement) for layer in layers)
     assert torch.equal(compute_logits(model, batch), before)
     assert train(model, batch) == set()
     assert not torch.equal(compute_logits(model, batch), before)
@@ -365,18 +365,18 @@ def test_two_blocks_are_what_the_papers_say(family: str, placement: str, source:
 @pytest.mark.parametrize("placement", ON_RESIDUAL)
 def test_a_family_that_does_not_add_the_residual_alone_is_refused(placement: str) -> None:
     spec = AdapterSpec(placement=placement)
-    refuse = METHODS["adapter"].refuse
+    get_error = METHODS["adapter"].get_error
     for family in ("gptj", "gpt_neox", "falcon", "phi", "gemma2", "olmo2", "granite"):
         config = tiny_config(family)
-        said = refuse(spec, config, "decoder", "text-generation", "none")
+        said = get_error(spec, config, "decoder", "text-generation", "none")
         assert said == (
             f"placement {placement} reads the sum of the feed-forward's output and its residual, "
             f"and {family} does not simply add the two. Use placement houlsby, pfeiffer or "
             "parallel."
         )
-    assert refuse(spec, tiny_config("llama"), "decoder", "text-generation", "none") is None
+    assert get_error(spec, tiny_config("llama"), "decoder", "text-generation", "none") is None
     opt = tiny_config("opt", do_layer_norm_before=False)
-    said = refuse(spec, opt, "decoder", "text-generation", "none")
+    said = get_error(spec, opt, "decoder", "text-generation", "none")
     assert said is not None
     assert "opt with do_layer_norm_before False" in said
 
@@ -414,12 +414,12 @@ def test_adapters_of_different_placements_live_in_one_model(tmp_path: Path) -> N
         model.set_adapter(placement)
         assert torch.equal(compute_logits(model, batch), expected[placement])
     model.delete_adapter("parallel")
-    assert not any("input" in layer._taps for layer in layers_of(model))
+    assert not any("input" in layer._hooks for layer in layers_of(model))
     model.set_adapter("par_bn")
     assert torch.equal(compute_logits(model, batch), expected["par_bn"])
     model.delete_adapter("par_bn")
     model.delete_adapter("seq_bn")
-    assert not any(layer._taps for layer in layers_of(model))
+    assert not any(layer._hooks for layer in layers_of(model))
     model.set_adapter("houlsby")
     assert torch.equal(compute_logits(model, batch), expected["houlsby"])
 
@@ -543,13 +543,13 @@ def test_an_unknown_family_is_refused_with_the_known_ones() -> None:
         config = transformers.PretrainedConfig(model_type="perceptron")
 
     with pytest.raises(InputError, match=r"no positions are known.*llama.*--target-modules"):
-        METHODS["adapter"].find_targets(AdapterSpec(), Unknown())
+        METHODS["adapter"].default_target_modules(AdapterSpec(), Unknown())
 
 
 def test_every_family_that_is_known_has_its_positions() -> None:
-    assert set(SITES) == set(KNOWN)
+    assert set(ADAPTER_POSITIONS) == set(KNOWN)
     for name, family in KNOWN.items():
-        sites = SITES[name]
+        sites = ADAPTER_POSITIONS[name]
         linears = {linear.path: linear for stack in family.stacks for linear in stack.linears}
         paths = {path.removeprefix(f"layer.{i}.") for path in linears for i in range(3)}
         wanted = {*sites.attention, *sites.inputs, *([sites.feed_forward] if sites.inputs else [])}
@@ -560,9 +560,12 @@ def test_every_family_that_is_known_has_its_positions() -> None:
 
 def test_the_input_of_a_feed_forward_is_of_its_own_block() -> None:
     names = ["encoder.layer.1.intermediate.dense", "encoder.layer.11.intermediate.dense"]
-    found = find_input(SITES["bert"], "encoder.layer.11.output.dense", names)
+    found = get_input_layer(ADAPTER_POSITIONS["bert"], "encoder.layer.11.output.dense", names)
     assert found == "encoder.layer.11.intermediate.dense"
-    assert find_input(SITES["bert"], "encoder.layer.11.attention.output.dense", names) is None
+    assert (
+        get_input_layer(ADAPTER_POSITIONS["bert"], "encoder.layer.11.attention.output.dense", names)
+        is None
+    )
 
 
 def test_the_type_is_a_member_like_any_other() -> None:

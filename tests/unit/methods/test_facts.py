@@ -7,7 +7,7 @@ import torch
 import transformers
 
 from ftlevel.config import SPECS
-from ftlevel.methods import FACTS, Base, rows_of
+from ftlevel.methods import METHOD_INFO, Base, rows_of
 from ftlevel.trained.adapt import apply_method
 from ftlevel.training.plan.method import find_method_targets
 
@@ -27,22 +27,22 @@ def count(row: str, layers: int) -> int:
     model = llama_7b(layers)
     if row == "full":
         return sum(p.numel() for p in model.parameters())
-    facts = FACTS[row]
+    facts = METHOD_INFO[row]
     fields = {name: value for name, value in facts.fields.items() if name == "use_dora"}
-    spec = SPECS[facts.kind](**fields)
+    spec = SPECS[facts.method](**fields)
     adapted = find_method_targets(spec, model, "llama")
     base = Base(model.config, "decoder", "CAUSAL_LM", adapted.modules, [], False, 100)
     model = apply_method(model, spec, base)
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
-OWN = [name for name in FACTS if name != "linear-probe"]
+OWN = [name for name in METHOD_INFO if name != "linear-probe"]
 
 
 @pytest.mark.parametrize("row", OWN)
 def test_count_on_llama_7b(row):
     one, two = count(row, 1), count(row, 2)  # every layer adds the same
-    assert FACTS[row].llama_7b == one + (LAYERS - 1) * (two - one)
+    assert METHOD_INFO[row].llama_7b == one + (LAYERS - 1) * (two - one)
 
 
 @pytest.mark.parametrize("kind", SPECS)

@@ -9,9 +9,16 @@ import pytest
 import tiny_models
 from ftlevel.config import SPECS
 from ftlevel.errors import ConfigError
-from ftlevel.methods import FACTS, METHODS, RULES, check_supported, find_limits, find_refusal
+from ftlevel.methods import (
+    METHOD_INFO,
+    METHODS,
+    RULES,
+    check_supported,
+    get_possible_rules,
+    get_rule,
+)
 from ftlevel.methods.base import Method
-from ftlevel.methods.facts import Cell
+from ftlevel.methods.support_table import Cell
 from ftlevel.models.families import FAMILIES
 from matrix_cells import QUANTS, RERANK, TinyCell, build_cells, expected_refusal, run_cell
 from unit.models.meta_models import tiny_config
@@ -69,24 +76,26 @@ def test_an_encoder_decoder_is_named_as_one():
 
 def test_every_rule_is_of_rows_that_there_are_and_refuses_a_cell():
     for rule in RULES:
-        assert rule.rows <= set(FACTS)
-        assert all(rule in find_limits(Cell(row)) for row in rule.rows)
+        assert rule.rows <= set(METHOD_INFO)
+        assert all(rule in get_possible_rules(Cell(row)) for row in rule.rows)
 
 
 def test_an_open_cell_is_refused_only_where_all_of_it_is():
-    assert find_refusal(Cell("oft")) is None
-    assert find_refusal(Cell("oft", "gpt2")) is None  # a quantized one works
-    assert find_refusal(Cell("oft", "gpt2", quant="none")) is not None
-    assert [rule.where for rule in find_limits(Cell("oft"))] == ["with gpt2 and without --quant"]
+    assert get_rule(Cell("oft")) is None
+    assert get_rule(Cell("oft", "gpt2")) is None  # a quantized one works
+    assert get_rule(Cell("oft", "gpt2", quant="none")) is not None
+    assert [rule.condition for rule in get_possible_rules(Cell("oft"))] == [
+        "with gpt2 and without --quant"
+    ]
 
 
 @pytest.mark.parametrize("family", TINY)
 def test_the_table_says_what_the_methods_find_out_themselves(family):
     for kind, method in METHODS.items():
-        if type(method).refuse is not Method.refuse:
+        if type(method).get_error is not Method.get_error:
             cell = Cell(kind, family, FAMILIES[family].kind, None, "none")
-            own = method.refuse(SPECS[kind](), tiny_config(family), "", "", "none")
-            assert bool(own) == (find_refusal(cell) is not None), own
+            own = method.get_error(SPECS[kind](), tiny_config(family), "", "", "none")
+            assert bool(own) == (get_rule(cell) is not None), own
 
 
 def test_lora_is_never_refused():
@@ -108,7 +117,7 @@ def choose_sample() -> list[TinyCell]:
         + [("quant", cell.quant) for cell in claims],
         1,
     )
-    for row, quant in itertools.product(FACTS, QUANTS):
+    for row, quant in itertools.product(METHOD_INFO, QUANTS):
         left[("row", row, quant)] = 1
     sample = []
     for cell in claims:
@@ -127,7 +136,10 @@ SAMPLE = choose_sample()
 
 def test_the_sample_has_everything():
     for values, wanted in (
-        ([cell.row for cell in SAMPLE], [n for n, facts in FACTS.items() if facts.kind in SPECS]),
+        (
+            [cell.row for cell in SAMPLE],
+            [n for n, facts in METHOD_INFO.items() if facts.method in SPECS],
+        ),
         ([cell.family for cell in SAMPLE], tiny_models.FAMILIES),
         ([task for cell in SAMPLE for task in cell.tasks], {t for c in SAMPLE for t in c.tasks}),
     ):
@@ -141,7 +153,7 @@ def test_a_cell_that_claims_yes_trains_and_reloads(cell):
     assert run_cell(cell) > 0
 
 
-@pytest.mark.parametrize("row", [name for name in FACTS if name not in ("pissa", "olora")])
+@pytest.mark.parametrize("row", [name for name in METHOD_INFO if name not in ("pissa", "olora")])
 def test_every_row_on_a_base_in_bfloat16(row):
     family = "mixtral" if row == "experts" else "llama"
     quant = "4bit" if row == "qlora" else "none"

@@ -11,7 +11,7 @@ from torch import nn
 
 from ftlevel.config.methods.other import PrefixSpec
 from ftlevel.methods import METHODS
-from ftlevel.methods.prefix import find_attentions
+from ftlevel.methods.prefix import get_attention_modules
 from ftlevel.methods.prefix import model as attention
 from sampling import sample
 from tiny_models import (
@@ -88,13 +88,13 @@ def test_trains_two_vectors_a_token_and_attention(family: str) -> None:
     config = build_config(family)
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    attentions = len(find_attentions(build(family)))
+    attentions = len(get_attention_modules(build(family)))
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert trained == 2 * 4 * heads * width * attentions
 
 
 def test_attentions_are_found_in_every_block() -> None:
-    found = {family: {n.rpartition(".")[2] for n in find_attentions(build(family))}
+    found = {family: {n.rpartition(".")[2] for n in get_attention_modules(build(family))}
              for family in ("bert", "gpt_neo", "bart", "albert")}  # fmt: skip
     assert found == {"bert": {"self"}, "gpt_neo": {"attention"},
                      "bart": {"self_attn", "encoder_attn"}, "albert": {"attention"}}  # fmt: skip
@@ -148,7 +148,7 @@ def test_attention_is_that_of_the_formula(kind: str, groups: int, queries: int) 
     bias = torch.where(visible, 0.0, -torch.inf).expand(batch, heads, queries, keys)
     if position_bias is not None:
         bias = bias + position_bias
-    output, _ = attention.attend(
+    output, _ = attention.prefix_attention_forward(
         _Attention(is_causal=causal, groups=groups), query, key, value, mask,
         prefix=prefix, position_bias=position_bias, scaling=0.3,
     )  # fmt: skip
@@ -231,8 +231,8 @@ def test_the_mlp_is_shared_and_gone_after_training() -> None:
 
 def test_the_mlp_learns_more_slowly_than_plain_vectors() -> None:
     projected, plain = map(METHODS["prefix"].rates, (PROJECTED, PLAIN))
-    assert projected.narrow < plain.narrow
-    assert projected.wide < plain.wide == 1e-2
+    assert projected.small < plain.small
+    assert projected.large < plain.large == 1e-2
 
 
 def test_merging_is_refused() -> None:
@@ -259,7 +259,7 @@ def test_other_attention_implementations_are_refused() -> None:
 def test_families_that_have_no_place_for_a_prefix_are_refused(model_type: str, reason: str) -> None:
     from transformers import AutoConfig
 
-    answer = METHODS["prefix"].refuse(
+    answer = METHODS["prefix"].get_error(
         PLAIN, AutoConfig.for_model(model_type), "decoder", "", "none"
     )
     assert reason in answer
@@ -268,4 +268,4 @@ def test_families_that_have_no_place_for_a_prefix_are_refused(model_type: str, r
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_families_of_the_table_are_not_refused(family: str) -> None:
-    assert METHODS["prefix"].refuse(PLAIN, build_config(family), "", "", "none") is None
+    assert METHODS["prefix"].get_error(PLAIN, build_config(family), "", "", "none") is None

@@ -9,7 +9,7 @@ import pytest
 
 from ftlevel.config import SPECS
 from ftlevel.methods import METHODS
-from ftlevel.methods.rates import DEEP_HEAD, HEAD, RateFacts, Rates, choose_head_rate
+from ftlevel.methods.rates import DEEP_HEAD, HEAD, RateInputs, Rates, get_head_rate
 
 KINDS = ("encoder", "decoder", "encoder-decoder")
 WIDTHS = (64, 192, 384, 576, 768, 1024, 2048, 4096, 8192)
@@ -32,7 +32,7 @@ def rates_of(kind: str, fields: dict[str, Any]) -> Rates:
 def test_every_method_has_a_rate_for_every_model_and_run(kind: str, fields: dict[str, Any]) -> None:
     rates = rates_of(kind, fields)
     for model, width, head, steps in itertools.product(KINDS, WIDTHS, (True, False), STEPS):
-        assert 1e-6 <= rates.rate(RateFacts(model, width, head, steps)) <= 1
+        assert 1e-6 <= rates.rate(RateInputs(model, width, head, steps)) <= 1
 
 
 HEADS = [pytest.param(rates, id=name) for name, rates in (("head", HEAD), ("deep", DEEP_HEAD))]
@@ -41,7 +41,7 @@ HEADS = [pytest.param(rates, id=name) for name, rates in (("head", HEAD), ("deep
 @pytest.mark.parametrize("rates", [*(rates_of(*form) for form in FORMS), *HEADS])
 def test_more_steps_and_more_width_never_raise_a_rate(rates: Rates) -> None:
     for model in KINDS:
-        table = [[rates.rate(RateFacts(model, w, True, s)) for s in STEPS] for w in WIDTHS]
+        table = [[rates.rate(RateInputs(model, w, True, s)) for s in STEPS] for w in WIDTHS]
         assert all(row == sorted(row, reverse=True) for row in table)
         columns = map(list, zip(*table, strict=True))
         assert all(column == sorted(column, reverse=True) for column in columns)
@@ -53,22 +53,22 @@ def test_a_wide_model_in_a_long_run_gets_the_published_rate(
 ) -> None:
     rates = rates_of(kind, fields)
     for model in KINDS:
-        choice = rates.choose(kind, RateFacts(model, 8192, False, 100_000))
-        assert choice.value == float(f"{rates.wide:.0e}")
+        choice = rates.get_choice(kind, RateInputs(model, 8192, False, 100_000))
+        assert choice.value == float(f"{rates.large:.0e}")
         assert choice.reason.endswith(f"of hidden size 8,192 and 100,000 steps; {rates.source}")
 
 
 def test_between_two_points_a_rate_falls_by_powers_of_width_and_steps() -> None:
-    rates = Rates(narrow=1e-2, wide=1e-4, source="a paper")
+    rates = Rates(small=1e-2, large=1e-4, source="a paper")
     ends = [
-        rates.rate(RateFacts("decoder", *run)) for run in ((384, False, 100), (4096, False, 3000))
+        rates.rate(RateInputs("decoder", *run)) for run in ((384, False, 100), (4096, False, 3000))
     ]
     assert ends == [1e-2, 1e-4]
     halfway = round((384 * 4096) ** 0.5), round((100 * 3000) ** 0.5)
-    assert rates.rate(RateFacts("decoder", halfway[0], False, halfway[1])) == 1e-3
-    assert rates.rate(RateFacts("decoder", 4096, False, 100)) == 1e-3
-    assert rates.rate(RateFacts("decoder", 384, False, 3000)) == 1e-3
-    choice = rates.choose("x", RateFacts("decoder", 4096, False, 100))
+    assert rates.rate(RateInputs("decoder", halfway[0], False, halfway[1])) == 1e-3
+    assert rates.rate(RateInputs("decoder", 4096, False, 100)) == 1e-3
+    assert rates.rate(RateInputs("decoder", 384, False, 3000)) == 1e-3
+    choice = rates.get_choice("x", RateInputs("decoder", 4096, False, 100))
     assert str(choice) == (
         "0.001 (default for x on a decoder of hidden size 4,096 and 100 steps; 0.01 on short runs, "
         "0.0001 on long ones, a paper)"
@@ -76,33 +76,35 @@ def test_between_two_points_a_rate_falls_by_powers_of_width_and_steps() -> None:
 
 
 def test_a_kind_of_model_may_have_a_measurement_of_its_own() -> None:
-    rates = Rates(narrow=1e-2, wide=1e-4, source="a paper", kinds={"encoder-decoder": 1e-1})
-    assert rates.rate(RateFacts("encoder-decoder", 128, False, 100)) == 1e-1
-    assert rates.rate(RateFacts("encoder-decoder", 128, True, 100)) == 1e-2
-    assert rates.rate(RateFacts("encoder-decoder", 4096, False, 3000)) == 1e-4
+    rates = Rates(
+        small=1e-2, large=1e-4, source="a paper", by_architecture={"encoder-decoder": 1e-1}
+    )
+    assert rates.rate(RateInputs("encoder-decoder", 128, False, 100)) == 1e-1
+    assert rates.rate(RateInputs("encoder-decoder", 128, True, 100)) == 1e-2
+    assert rates.rate(RateInputs("encoder-decoder", 4096, False, 3000)) == 1e-4
 
 
 def test_full_training_of_a_bert_gets_its_papers_rate() -> None:
-    assert rates_of("full", {}).rate(RateFacts("encoder", 768, True, 3000)) == 2e-5
+    assert rates_of("full", {}).rate(RateInputs("encoder", 768, True, 3000)) == 2e-5
 
 
 def test_a_deep_head_learns_more_slowly_than_a_linear_one() -> None:
     runs = (
-        RateFacts("encoder", 384, True, 100),
-        RateFacts("encoder", 384, True, 100, deep_head=True),
+        RateInputs("encoder", 384, True, 100),
+        RateInputs("encoder", 384, True, 100, deep_head=True),
     )
-    assert [choose_head_rate(run).value for run in runs] == [2e-2, 5e-3]
+    assert [get_head_rate(run).value for run in runs] == [2e-2, 5e-3]
 
 
 def test_forms_of_lora_that_move_the_weights_further_get_less() -> None:
-    known = RateFacts("encoder", 384, False, 100)
+    known = RateInputs("encoder", 384, False, 100)
     forms = ({}, {"use_dora": True}, {"use_rslora": True}, {"lora_plus_ratio": 16})
     assert [rates_of("lora", form).rate(known) for form in forms] == [1e-3, 1e-3, 1e-3, 3e-4]
 
 
 def test_a_head_with_a_target_for_every_token_bears_more() -> None:
-    row = RateFacts("encoder", 384, True, 60)
-    tokens = RateFacts("encoder", 384, True, 60, token_head=True)
+    row = RateInputs("encoder", 384, True, 60)
+    tokens = RateInputs("encoder", 384, True, 60, token_head=True)
     assert str(tokens) == "an encoder of hidden size 384 with a new head for tokens and 60 steps"
     for kind, expected in (("lora", [1e-3, 3e-3]), ("full", [1e-4, 3e-4]), ("ia3", [3e-2, 9e-2])):
         assert [rates_of(kind, {}).rate(run) for run in (row, tokens)] == expected
@@ -115,7 +117,7 @@ def test_a_head_with_a_target_for_every_token_bears_more() -> None:
     projected = rates_of("prefix", {"prefix_projection": True})
     assert projected.rate(row) < 3e-3, "where it has none of eight classes, with any of three seeds"
     assert projected.rate(tokens) < 9e-3, "likewise of tags"
-    text = RateFacts("decoder", 576, False, 25)
+    text = RateInputs("decoder", 576, False, 25)
     olora = rates_of("lora", {"init_lora_weights": "olora"})
     assert olora.rate(text) < 1e-3, "where SmolLM2 ends at 3.27, and at 3.68 with LoRA's 2e-3"
     assert projected.rate(text) < 3e-3, "where SmolLM2 ends at a loss of 8.9"

@@ -11,7 +11,7 @@ import torch
 from ftlevel.config.methods.other import PromptSpec, PTuningSpec
 from ftlevel.errors import ConfigError
 from ftlevel.methods import METHODS
-from ftlevel.methods.soft_prompt import find_stacks
+from ftlevel.methods.soft_prompt import get_layer_stacks
 from ftlevel.methods.soft_prompt.layer import PromptPosition
 from sampling import sample
 from tiny_models import FAMILIES, FAMILY_HEADS, HEADS, build, build_batch, compute_logits
@@ -85,7 +85,7 @@ def test_a_quantized_base_is_as_good(
 def test_the_stack_that_takes_the_tokens_is_found(
     family: str, head: str, stacks: list[str]
 ) -> None:
-    assert find_stacks(build(family, head)) == stacks
+    assert get_layer_stacks(build(family, head)) == stacks
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3_text", "t5"])
@@ -95,7 +95,7 @@ def test_a_prompt_of_a_texts_embeddings_is_that_text(family: str) -> None:
     head = HEADS[family][0]
     model = adapt(PROMPT, family, head)
     base = build(family, head)
-    stack = base.get_submodule(find_stacks(base)[0])
+    stack = base.get_submodule(get_layer_stacks(base)[0])
     layer = model.base_model.layers()[0]
     with torch.no_grad():
         layer.soft_prompt_embedding["default"].copy_(
@@ -130,12 +130,12 @@ def test_an_encoder_keeps_cls_first() -> None:
 
 def test_the_layout_follows_the_padding_on_the_left() -> None:
     mask = torch.tensor([[1, 1, 1, 0], [0, 0, 1, 1]])
-    layout = PromptPosition.find(mask, mask, 2, 0)
+    layout = PromptPosition.compute(mask, mask, 2, 0)
     states = torch.tensor([[1, 2, 3, 0], [0, 0, 1, 2]])
     prompt = torch.tensor([[8, 9], [8, 9]])
     longer = layout.insert(states, prompt)
     assert longer.tolist() == [[8, 9, 1, 2, 3, 0], [0, 0, 8, 9, 1, 2]]
-    assert torch.equal(layout.take_out(longer), states)
+    assert torch.equal(layout.remove(longer), states)
     assert layout.extend_mask(mask).tolist() == [[1, 1, 1, 1, 1, 0], [0, 0, 1, 1, 1, 1]]
     positions = torch.tensor([[0, 1, 2, 2], [0, 0, 0, 1]])
     assert layout.extend_positions(positions).tolist() == [[0, 1, 2, 3, 4, 4], [0, 0, 0, 1, 2, 3]]
@@ -143,7 +143,7 @@ def test_the_layout_follows_the_padding_on_the_left() -> None:
 
 def test_the_layout_leaves_tokens_before_the_prompt() -> None:
     mask = torch.tensor([[1, 1, 1], [1, 1, 0], [1, 0, 0]])
-    layout = PromptPosition.find(mask, mask, 2, 1)
+    layout = PromptPosition.compute(mask, mask, 2, 1)
     rows = layout.insert(torch.tensor([[1, 2, 3]] * 3), torch.tensor([[8, 9]] * 3))
     assert rows.tolist() == [[1, 8, 9, 2, 3]] * 3
     positions = layout.extend_positions(torch.arange(3)[None])
@@ -205,5 +205,5 @@ def test_models_that_read_ids_in_every_layer_are_refused() -> None:
     from transformers import AutoConfig
 
     config = AutoConfig.for_model("gemma3n_text")
-    assert "reads the ids" in METHODS["prompt"].refuse(PROMPT, config, "decoder", "", "none")
-    assert METHODS["prompt"].refuse(PROMPT, build("llama").config, "decoder", "", "none") is None
+    assert "reads the ids" in METHODS["prompt"].get_error(PROMPT, config, "decoder", "", "none")
+    assert METHODS["prompt"].get_error(PROMPT, build("llama").config, "decoder", "", "none") is None

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from ftlevel.config import SPECS, build_config, read_settings
+from ftlevel.config import SPECS, build_config, parse_overrides
 from ftlevel.errors import ConfigError, FtlevelError
 from ftlevel.methods import METHODS, Base, Method, lora
 from ftlevel.models import targets as model_targets
@@ -90,7 +90,7 @@ def test_config(kind, fields, expected):
 )  # fmt: skip
 def test_fields_that_are_refused(settings, text):
     with pytest.raises(ConfigError) as caught:
-        build_config([read_settings(settings)])
+        build_config([parse_overrides(settings)])
     assert str(caught.value) == text
 
 

@@ -13,7 +13,7 @@ import transformers
 import tiny_models
 from ftlevel.config import SPECS, TrainConfig
 from ftlevel.methods import METHODS, Base
-from ftlevel.methods.adalora.allocation import Allocation
+from ftlevel.methods.adalora.callback import RankPruningCallback
 from ftlevel.models.module_tree import find_heads
 from ftlevel.objectives import TrainingLoss
 from ftlevel.tasks import TASKS
@@ -57,7 +57,7 @@ def optimizer_of(model):
 
 def test_adalora_prunes_to_its_budget_and_saves_only_what_is_left(tmp_path):
     base, model = adapted("adalora", init_r=4, target_r=2, tinit=2, tfinal=3)
-    optimizer, callback = optimizer_of(model), Allocation(tmp_path)
+    optimizer, callback = optimizer_of(model), RankPruningCallback(tmp_path)
     alive = []
     for number in range(10):
         step(model, optimizer, callback, number)

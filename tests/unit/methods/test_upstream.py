@@ -121,7 +121,7 @@ def _() -> None:
     layer = model.base_model.model.model.layers[0].self_attn.q_proj
     assert float(layer.ranknum["default"]) == 6.0
     assert not any("ranknum" in name for name in peft.get_peft_model_state_dict(model))
-    upstream.restore_ranks(model, peft.AdaLoraConfig(init_r=3, total_step=5))
+    upstream.reset_ranks(model, peft.AdaLoraConfig(init_r=3, total_step=5))
     assert float(layer.ranknum["default"]) == 3.0
     ids = torch.arange(3, 9)[None]
     model(input_ids=ids, labels=ids).loss.backward()
@@ -155,9 +155,9 @@ def _() -> None:
 @CANARIES.of("Linear._hf_tp_plan")
 def _() -> None:
     linear: Any = nn.Linear(2, 2)
-    assert not upstream.is_cut_over_devices(linear)
+    assert not upstream.is_sharded_linear(linear)
     linear._hf_tp_plan = "colwise"
-    assert upstream.is_cut_over_devices(linear)
+    assert upstream.is_sharded_linear(linear)
     source = inspect.getsource(lora.layer.LoraLayer)
     assert 'getattr(base_layer, "_hf_tp_plan", None)' in source
 

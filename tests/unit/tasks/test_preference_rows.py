@@ -276,5 +276,5 @@ def test_what_is_odd_about_a_set_is_found(examples: Any, check: str) -> None:
 def test_nothing_is_odd_about_a_good_set() -> None:
     both = _examples(15, "good one", "bad") + _examples(15, "fine", "much worse")
     assert check_answers(both, "dpo") == []
-    assert PreferenceConfig(loss="kto").facts.paired is False
+    assert PreferenceConfig(loss="kto").loss_properties.paired is False
     assert np.isnan(PairRow([1], [1], 0).reference).all()

@@ -71,9 +71,7 @@ for _name, (_source, (_spec, _)) in added("methods", SPECS).items():
     if (_found := try_load(_spec, _source)) is not None:
         SPECS[_name] = _found
 
-BY_TARGETS: list[type[MethodSpec]] = sorted(
-    SPECS.values(), key=lambda spec: not spec.targets_linears
-)
+BY_TARGETS: list[type[MethodSpec]] = sorted(SPECS.values(), key=lambda spec: not spec.all_linear)
 """Specs with target modules first: the order of tables and of the schema."""
 
 if TYPE_CHECKING:

@@ -11,25 +11,25 @@ from ftlevel.config.sections import QuantConfig, Section
 
 
 class MethodSpec(Section):
-    """Settings of a fine-tuning method; `wants_quant` is its default for `--quant`."""
+    """Settings of a fine-tuning method; `default_quant` is its default for `--quant`."""
 
     kind: str = ""
-    targets_linears: ClassVar[bool] = True
-    wants_quant: ClassVar[str] = "none"
+    all_linear: ClassVar[bool] = True
+    default_quant: ClassVar[str] = "none"
 
-    def quant_problems(self, quant: QuantConfig) -> list[str]:  # noqa: ARG002 - for those that do
+    def validate_quant(self, quant: QuantConfig) -> list[str]:  # noqa: ARG002 - for those that do
         """Returns error messages if the method cannot train on a base quantized with `quant`."""
         return []
 
 
-_REGEX_MARKS = re.compile(r"[\\*+?()\[\]{}^$|]")
+_REGEX_CHARS = re.compile(r"[\\*+?()\[\]{}^$|]")
 
 
 def _split_names(value: Any) -> Any:
     """Split `a,b` into names; keep a regular expression as one pattern."""
     if isinstance(value, str):
         value = value.strip()
-        if value == "all-linear" or _REGEX_MARKS.search(value):
+        if value == "all-linear" or _REGEX_CHARS.search(value):
             return value
         value = [name.strip() for name in value.split(",") if name.strip()]
     if value == []:
@@ -37,7 +37,7 @@ def _split_names(value: Any) -> Any:
     return value
 
 
-def _pattern_compiles(value: str | list[str]) -> str | list[str]:
+def _validate_pattern(value: str | list[str]) -> str | list[str]:
     if isinstance(value, str):
         try:
             re.compile(value)
@@ -49,7 +49,7 @@ def _pattern_compiles(value: str | list[str]) -> str | list[str]:
 TargetModules = Annotated[
     str | list[str],
     BeforeValidator(_split_names),
-    AfterValidator(_pattern_compiles),
+    AfterValidator(_validate_pattern),
     Field(
         description="Modules to adapt: comma-separated names, a regular expression, or "
         "all-linear. all-linear adapts every linear layer of the blocks, never a head."

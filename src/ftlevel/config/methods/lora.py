@@ -21,7 +21,7 @@ LoraInit = Literal[
     "loftq",
     "eva",
 ]
-_REFUSED_INITS = {
+_EXCLUDED_INITS = {
     "corda": "it needs statistics of the activations, which ftlevel does not collect",
     "lora_ga": "it needs gradients of the full model, which a quantized or large base cannot give",
 }
@@ -96,22 +96,23 @@ class LoraSpec(MethodSpec):
 
     @field_validator("layers_to_transform", "target_parameters", mode="before")
     @classmethod
-    def _commas_separate(cls, value: object) -> object:
+    def _split_commas(cls, value: object) -> object:
         if isinstance(value, str) and value != "experts":
             return [part.strip() for part in value.split(",") if part.strip()]
         return value
 
     @field_validator("init_lora_weights", mode="before")
     @classmethod
-    def _init_is_offered(cls, value: object) -> object:
-        if isinstance(value, str) and value in _REFUSED_INITS:
+    def _validate_init(cls, value: object) -> object:
+        if isinstance(value, str) and value in _EXCLUDED_INITS:
             raise ValueError(
-                f"{_REFUSED_INITS[value]}. Use pissa on a float base, or default on a quantized one"
+                f"{_EXCLUDED_INITS[value]}. Use pissa on a float base, or default on a quantized "
+                "one"
             )
         return value
 
     @model_validator(mode="after")
-    def _options_agree(self) -> LoraSpec:
+    def _validate_fields(self) -> LoraSpec:
         if self.ensure_weight_tying and not (
             self.modules_to_save or isinstance(self.target_modules, list)
         ):
@@ -140,7 +141,7 @@ class LoraSpec(MethodSpec):
                     )
         return self
 
-    def quant_problems(self, quant: QuantConfig) -> list[str]:
+    def validate_quant(self, quant: QuantConfig) -> list[str]:
         """Returns an error message for DoRA on 8-bit weights."""
         if quant.kind != "8bit" or not self.use_dora:
             return []
@@ -154,12 +155,12 @@ class QloraSpec(LoraSpec):
     """LoRA on a quantized base model (Dettmers et al., 2023); 4 bits by default."""
 
     kind: Literal["qlora"] = "qlora"  # type: ignore[assignment]  # the union is told apart by it
-    wants_quant: ClassVar[str] = "4bit"
+    default_quant: ClassVar[str] = "4bit"
 
-    def quant_problems(self, quant: QuantConfig) -> list[str]:
+    def validate_quant(self, quant: QuantConfig) -> list[str]:
         """Returns an error message if the base model is not quantized."""
         if quant.kind != "none":
-            return super().quant_problems(quant)
+            return super().validate_quant(quant)
         return [
             "--method qlora needs a quantized base, and --quant is none. "
             "Use --quant 4bit or 8bit, or --method lora."
@@ -197,7 +198,7 @@ class AdaloraSpec(MethodSpec):
     )
 
     @model_validator(mode="after")
-    def _ranks_fall(self) -> AdaloraSpec:
+    def _validate_rank(self) -> AdaloraSpec:
         if self.target_r >= self.init_r:
             raise ValueError(
                 f"method.target_r {self.target_r} is not below init_r {self.init_r}, and AdaLoRA "
@@ -337,7 +338,7 @@ class GraloraSpec(MethodSpec):
     target_modules: TargetModules = "all-linear"
 
     @model_validator(mode="after")
-    def _blocks_share_the_rank(self) -> GraloraSpec:
+    def _validate_blocks(self) -> GraloraSpec:
         if self.r % self.gralora_k:
             raise ValueError(
                 f"method.gralora_k {self.gralora_k} does not divide method.r {self.r}, which its "

@@ -33,7 +33,7 @@ class AdapterSpec(MethodSpec):
     """
 
     kind: Literal["adapter"] = "adapter"
-    targets_linears: ClassVar[bool] = False
+    all_linear: ClassVar[bool] = False
     placement: Placement = Field(
         "houlsby",
         description="Position of the adapters in each block. houlsby: after attention and after"
@@ -68,7 +68,7 @@ class AdapterSpec(MethodSpec):
     )
 
     @model_validator(mode="after")
-    def _one_width(self) -> AdapterSpec:
+    def _validate_width(self) -> AdapterSpec:
         if self.reduction_factor is not None and self.bottleneck_dim is not None:
             raise ValueError(
                 f"reduction_factor {self.reduction_factor:g} and bottleneck_dim "
@@ -77,7 +77,7 @@ class AdapterSpec(MethodSpec):
         return self
 
     @model_validator(mode="after")
-    def _own_positions(self) -> AdapterSpec:
+    def _validate_positions(self) -> AdapterSpec:
         if self.target_modules is not None and self.placement in ON_RESIDUAL:
             raise ValueError(
                 f"placement {self.placement} reads the residual of a feed-forward, which is known "
@@ -95,7 +95,7 @@ class PrefixSpec(MethodSpec):
     """
 
     kind: Literal["prefix"] = "prefix"
-    targets_linears: ClassVar[bool] = False
+    all_linear: ClassVar[bool] = False
     num_virtual_tokens: Positive = Field(20, description="Number of virtual tokens.")
     prefix_projection: bool = Field(
         False,
@@ -116,7 +116,7 @@ class PromptSpec(MethodSpec):
     """
 
     kind: Literal["prompt"] = "prompt"
-    targets_linears: ClassVar[bool] = False
+    all_linear: ClassVar[bool] = False
     num_virtual_tokens: Positive = Field(20, description="Number of virtual tokens.")
     prompt_tuning_init: Literal["SAMPLE_VOCAB", "TEXT", "RANDOM"] = Field(
         "SAMPLE_VOCAB",
@@ -128,7 +128,7 @@ class PromptSpec(MethodSpec):
     )
 
     @model_validator(mode="after")
-    def _text_where_it_is_used(self) -> PromptSpec:
+    def _validate_text(self) -> PromptSpec:
         wanted, values = self.prompt_tuning_init == "TEXT", self.prompt_tuning_init_text is not None
         if wanted and not values:
             raise ValueError(
@@ -150,7 +150,7 @@ class PTuningSpec(MethodSpec):
     """
 
     kind: Literal["p-tuning"] = "p-tuning"
-    targets_linears: ClassVar[bool] = False
+    all_linear: ClassVar[bool] = False
     num_virtual_tokens: Positive = Field(20, description="Number of virtual tokens.")
     encoder_reparameterization_type: Literal["MLP", "LSTM"] = Field(
         "MLP", description="Type of the prompt encoder."
@@ -168,13 +168,13 @@ class FullSpec(MethodSpec):
     """Full fine-tuning: train every weight of the model, without an adapter."""
 
     kind: Literal["full"] = "full"
-    targets_linears: ClassVar[bool] = False
+    all_linear: ClassVar[bool] = False
     freeze_base: bool = Field(
         False,
         description="Whether to train only the new head (linear probing); for tasks with a head.",
     )
 
-    def quant_problems(self, quant: QuantConfig) -> list[str]:
+    def validate_quant(self, quant: QuantConfig) -> list[str]:
         """Returns an error message if the base is quantized: such weights cannot be trained."""
         if quant.kind == "none":
             return []
@@ -188,4 +188,4 @@ class LnTuningSpec(MethodSpec):
     """LN-tuning: train the weights and biases of all norm layers (Zhao et al., 2024)."""
 
     kind: Literal["ln-tuning"] = "ln-tuning"
-    targets_linears: ClassVar[bool] = False
+    all_linear: ClassVar[bool] = False

@@ -210,14 +210,16 @@ class HubAdapter:
 
         Raises InputError if the adapter is corrupted, unsupported, or for a different base.
         """
-        from ftlevel.methods.bottleneck import site_pattern, sites_of
+        from ftlevel.methods.bottleneck import get_adapter_positions, target_pattern
         from ftlevel.methods.bottleneck.layer import BottleneckConfig
 
         try:
             fields = read_config(self.settings, model.config)
             config = BottleneckConfig(**fields, modules_to_save=self.heads or None)
-            sites = sites_of(model.config)
-            pattern = fields["target_modules"] or (sites and site_pattern(sites, config.placement))
+            positions = get_adapter_positions(model.config)
+            pattern = fields["target_modules"] or (
+                positions and target_pattern(positions, config.placement)
+            )
             left_out = fields["exclude_modules"] or "(?!)"
             names = (
                 name

@@ -14,7 +14,7 @@ from typing import Any
 
 from ftlevel.config.methods.other import REDUCTION_FACTOR
 from ftlevel.errors import InputError, join_names
-from ftlevel.methods.bottleneck import Sites, block_of, sites_of
+from ftlevel.methods.bottleneck import AdapterPositions, block_of, get_adapter_positions
 
 VERSION = "adapters.1.3.0"
 
@@ -75,7 +75,7 @@ def read_config(settings: Mapping[str, Any], model_config: Any) -> dict[str, Any
     Raises:
         InputError: a setting is not supported; the message names its keys.
     """
-    sites = _known_sites(model_config)
+    positions = _load_positions(model_config)
     values = settings.get("config")
     if not isinstance(values, Mapping) or any(key not in values for key in _REQUIRED):
         raise InputError(
@@ -84,8 +84,8 @@ def read_config(settings: Mapping[str, Any], model_config: Any) -> dict[str, Any
         )
     config = {**_DEFAULTS, **values}
     _check_plain(config)
-    placement = _placement(config, sites)
-    targets, left_out = _targets(config, placement, sites, model_config)
+    placement = _placement(config, positions)
+    targets, left_out = _targets(config, placement, positions, model_config)
     return {
         "placement": placement,
         "reduction_factor": _reduction_factor(config["reduction_factor"]),
@@ -96,14 +96,14 @@ def read_config(settings: Mapping[str, Any], model_config: Any) -> dict[str, Any
     }
 
 
-def _known_sites(model_config: Any) -> Sites:
-    sites = sites_of(model_config)
-    if sites is None or model_config.model_type not in HOLDERS:
+def _load_positions(model_config: Any) -> AdapterPositions:
+    positions = get_adapter_positions(model_config)
+    if positions is None or model_config.model_type not in HOLDERS:
         raise InputError(
             f"the places of AdapterHub's adapters in {model_config.model_type} are not known. "
             f"Families: {', '.join(HOLDERS)}."
         )
-    return sites
+    return positions
 
 
 def _check_plain(config: Mapping[str, Any]) -> None:
@@ -126,7 +126,7 @@ def _check_plain(config: Mapping[str, Any]) -> None:
         raise InputError(f"{'; '.join(problems)}. Use the adapter with adapters itself.")
 
 
-def _placement(config: Mapping[str, Any], sites: Sites) -> str:
+def _placement(config: Mapping[str, Any], positions: AdapterPositions) -> str:
     """Returns the placement that `config` describes; raises `InputError` if there is none."""
     before, after = config["original_ln_before"], config["original_ln_after"]
     residual, attention = config["residual_before_ln"], config["mh_adapter"]
@@ -149,13 +149,13 @@ def _placement(config: Mapping[str, Any], sites: Sites) -> str:
 
 
 def _targets(
-    config: Mapping[str, Any], position: str, sites: Sites, model_config: Any
+    config: Mapping[str, Any], position: str, positions: AdapterPositions, model_config: Any
 ) -> tuple[str | None, str | None]:
     """Returns regular expressions for adapted modules (None: all) and excluded ones (or None)."""
-    self_attention, *cross = sites.attention
+    self_attention, *cross = positions.attention
     modules = [self_attention] * bool(config["mh_adapter"]) + cross * bool(config["cross_adapter"])
-    modules += [sites.feed_forward] * bool(config["output_adapter"])
-    is_whole = position != "houlsby" or len(modules) == len(sites.attention) + 1
+    modules += [positions.feed_forward] * bool(config["output_adapter"])
+    is_whole = position != "houlsby" or len(modules) == len(positions.attention) + 1
     paths = "|".join(map(re.escape, modules))
     targets = None if is_whole else rf"(?:.*\.)?\d+\.(?:{paths})"
     return targets, _left_out(config["leave_out"] or [], model_config)
@@ -212,9 +212,9 @@ def write_config(peft_config: Mapping[str, Any], model_config: Any) -> dict[str,
     Raises:
         InputError: AdapterHub has no such adapter for this model type.
     """
-    sites = _known_sites(model_config)
+    positions = _load_positions(model_config)
     placement = peft_config["placement"]
-    if placement == "parallel" and not sites.norm:
+    if placement == "parallel" and not positions.norm:
         raise InputError(
             f"AdapterHub has no placement parallel in {model_config.model_type}: its parallel "
             "adapter reads the residual before the norm. Train with placement par_bn."
@@ -255,12 +255,12 @@ def _factor_of(peft_config: Mapping[str, Any], hidden: int) -> float:
 
 def holders_of(names: Iterator[str], model: Any) -> dict[str, str]:
     """Returns each adapted module of `names` -> its path in AdapterHub; `InputError` if unknown."""
-    sites, holders = _known_sites(model.config), HOLDERS[model.config.model_type]
+    positions, holders = _load_positions(model.config), HOLDERS[model.config.model_type]
     prefix = f"{model.base_model_prefix}."
     paths = {}
     for name in names:
-        block, holder = block_of(sites, name), holders.feed_forward
-        for path, attention in zip(sites.attention, holders.attention, strict=False):
+        block, holder = block_of(positions, name), holders.feed_forward
+        for path, attention in zip(positions.attention, holders.attention, strict=False):
             if name.endswith(f".{path}"):
                 block, holder = name.removesuffix(path), attention
         if block is None:

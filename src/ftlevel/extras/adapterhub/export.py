@@ -24,8 +24,8 @@ from ftlevel.extras.adapterhub.adapter import (
 )
 from ftlevel.extras.adapterhub.config_file import VERSION, WEIGHTS, holders_of, write_config
 from ftlevel.merging.formats.base import MergeAdapter
-from ftlevel.methods.bottleneck import site_pattern, sites_of
-from ftlevel.methods.merging import read_peft_config
+from ftlevel.methods.bottleneck import get_adapter_positions, target_pattern
+from ftlevel.methods.merging import load_peft_config
 from ftlevel.models.loading import build_task_model
 from ftlevel.trained.model_ref import ModelRef
 
@@ -42,7 +42,7 @@ def plan_export(config: ExportConfig, ref: ModelRef) -> AdapterHubExport:
         )
     if is_adapterhub(directory):
         raise InputError(f"{config.model} is in AdapterHub's form already.")
-    peft_config = read_peft_config(directory)
+    peft_config = load_peft_config(directory)
     if peft_config.get("peft_type") != "BOTTLENECK":
         raise InputError(
             f"{config.model} was trained by --method {ref.card.method}, and --format adapterhub "
@@ -59,8 +59,8 @@ def plan_export(config: ExportConfig, ref: ModelRef) -> AdapterHubExport:
 
 def _whole_holders(directory: Path, placement: str, model: Any) -> dict[str, str]:
     """Returns module → AdapterHub module; InputError if adapters are not at `placement`."""
-    sites = sites_of(model.config)
-    pattern = re.compile(site_pattern(sites, placement)) if sites else None
+    positions = get_adapter_positions(model.config)
+    pattern = re.compile(target_pattern(positions, placement)) if positions else None
     expected = {n for n, _ in model.named_modules() if pattern and pattern.fullmatch(n)}
     ends = ".bottleneck_up.weight"
     result = {key.removesuffix(ends) for key in _read(directory)[0] if key.endswith(ends)}
@@ -109,7 +109,7 @@ class AdapterHubExport:
     @property
     def notes(self) -> list[str]:
         """Notes for the user, as sentences without a full stop."""
-        peft_config = read_peft_config(self.directory)
+        peft_config = load_peft_config(self.directory)
         notes = []
         if peft_config.get("adapter_dropout"):
             notes.append(
@@ -186,7 +186,7 @@ class AdapterHubExport:
         import torch
 
         config, weights = read_hub_adapter(output).convert(self.model)
-        placement = read_peft_config(self.directory)["placement"]
+        placement = load_peft_config(self.directory)["placement"]
         alike = {placement, {"parallel": "par_bn"}.get(placement, placement)}
         if config.placement not in alike or set(weights) != {_PREFIX + name for name in expected}:
             raise RunError(f"{output} was written wrongly; this is a bug. Please report it.")

@@ -15,7 +15,7 @@ def _flags() -> list[Flag]:
     from ftlevel.config.flag import DAILY, option
 
     own = partial(option, on=("compare",), panel=DAILY)
-    names = partial(own, type=list[str], several=True, metavar="NAME,…")
+    names = partial(own, type=list[str], multiple=True, metavar="NAME,…")
     count = partial(own, type=int, minimum=1)
     return [
         names("--methods", "Comma-separated methods to compare, e.g. lora,qlora,ia3,full."),

@@ -339,7 +339,7 @@ def _with_method(
     values = _plain(config)
     settings, known = values.get("method", {}), SPECS[str(fields["kind"])].model_fields
     if (
-        "none" != config.method.wants_quant == config.quant.kind
+        "none" != config.method.default_quant == config.quant.kind
     ):  # quantization implied by the recipe's method
         values.pop("quant", None)
     values["method"] = {k: v for k, v in settings.items() if k in known} | dict(fields)

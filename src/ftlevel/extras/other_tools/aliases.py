@@ -36,13 +36,13 @@ _PACKED = NoOpValue(
     "model supports it; see the line `step`",
     "speed.fast",
     (True,),
-    otherwise="Drop --no-fast, or drop it",
+    fix="Drop --no-fast, or drop it",
 )
 _ANSWERS_ONLY = NoOpValue(
     "the loss covers answers only, if a row has a prompt",
     "data.train_on_inputs",
     (False,),
-    otherwise="Drop --train-on-inputs, or drop it",
+    fix="Drop --train-on-inputs, or drop it",
 )
 _NO_WORKERS = NoOpValue("rows are encoded before the run and batched on demand")
 _NO_REWARDS = "use --task preference, reward or rl. Drop it."
@@ -77,13 +77,13 @@ def _drawn(path: str) -> NoOpValue:
     return NoOpValue(
         "tokens are drawn at --temperature",
         path,
-        unless=(0.0, None),
-        otherwise="Add --temperature 1",
+        excluded=(0.0, None),
+        fix="Add --temperature 1",
     )
 
 
 def _taken(path: str) -> NoOpValue:
-    return NoOpValue("decoding is greedy", path, (0.0, None), otherwise="Drop --temperature")
+    return NoOpValue("decoding is greedy", path, (0.0, None), fix="Drop --temperature")
 
 
 UNSUPPORTED_FLAGS: tuple[UnsupportedFlag, ...] = (
@@ -397,7 +397,7 @@ BF16: ValueAliases = {
         "another precision was requested",
         "model.dtype",
         ("float32", "float16"),
-        otherwise="Add --dtype float32: auto selects bfloat16 if the device supports it",
+        fix="Add --dtype float32: auto selects bfloat16 if the device supports it",
     ),
 }
 BITS = {
@@ -447,7 +447,7 @@ DO_EVAL: ValueAliases = {
     "false": "no",
 }
 TO_PUSH = NoOpValue(
-    "", "output.push_to_hub", unless=(None,), otherwise="Name the repository: --push-to-hub NAME"
+    "", "output.push_to_hub", excluded=(None,), fix="Name the repository: --push-to-hub NAME"
 )
 PUSH: ValueAliases = {
     "": TO_PUSH,
@@ -626,7 +626,7 @@ ALIASES: dict[str, FlagAliases] = {
     "preference.undesirable_weight": _also("--kto-rejected-weight"),
     "rl.reward": _also(
         "--reward-model --reward-model-name-or-path",
-        Alias("--reward-funcs", convert=read_reward_funcs, several=True),
+        Alias("--reward-funcs", convert=read_reward_funcs, multiple=True),
     ),
     "rl.max_completion_length": _also("--response-length"),
     "rl.epsilon": _also("--epsilon-low"),

@@ -14,7 +14,7 @@ from ftlevel.cli.flags import CommandInput, add_command, read_config
 from ftlevel.cli.spelling import build_flag_specs, resolve_flag_aliases
 from ftlevel.config import TrainConfig
 from ftlevel.config.flags import FLAGS
-from ftlevel.config.layers import read_yaml
+from ftlevel.config.layers import load_yaml_file
 from ftlevel.errors import ConfigError
 from ftlevel.extras.other_tools.aliases import (
     AXOLOTL,
@@ -36,7 +36,7 @@ def convert(file: Path) -> list[str]:
     """
     import yaml
 
-    values, _ = read_yaml(file)
+    values, _ = load_yaml_file(file)
     tool = detect_tool(values)
     if not tool:
         return [AXOLOTL, LLAMA_FACTORY, MS_SWIFT, TRL, VERL]

@@ -136,14 +136,14 @@ def complete_flags(task: str, values: dict[str, Any], typed: Mapping[str, str]) 
     if loss is None:
         return lines
     epsilon = rl.get("epsilon", 0.2)
-    if loss.epsilon_high != epsilon and "epsilon_high" in loss.reads:
+    if loss.epsilon_high != epsilon and "epsilon_high" in loss.parameters:
         paper = f"the paper has {loss.epsilon_high:g}"
         if loss.epsilon is None:  # the cap multiplies the gradient
             paper = f"a gradient of at most {epsilon:g} times its size; {paper}"
         keep("epsilon_high", epsilon, paper)
         if loss.epsilon not in (None, epsilon):
             keep("epsilon", epsilon, f"the paper has {loss.epsilon:g}")
-    if loss.scale == "none" and "scale_rewards" in loss.reads:
+    if loss.scale == "none" and "scale_rewards" in loss.parameters:
         keep("scale_rewards", "group", "Dr. GRPO divides by no standard deviation")
     if rl.get("beta") and "use_bias_correction_kl" not in rl and tool == "TRL":
         keep("use_bias_correction_kl", True, "the KL term is multiplied by the ratio")

@@ -57,8 +57,8 @@ from ftlevel.merging.normal_form import (
     read_file,
     write_normal,
 )
-from ftlevel.methods.merging import BY_PEFT_TYPE, why_not_mergeable
-from ftlevel.methods.plain_form import Factors
+from ftlevel.methods.lora_conversion import Factors
+from ftlevel.methods.merging import BY_PEFT_TYPE, get_merge_error
 from ftlevel.models.loading import load_model
 from ftlevel.trained.model_ref import ModelRef
 
@@ -84,7 +84,7 @@ def probe_normal_form(
         for name, layer in _layers(tuned)
         for change, norm in [_change(layer, name, base)]
     }
-    file.said.append("the update of its layers, factored")
+    file.notes.append("the update of its layers, factored")
     return build_normal_form(factors, file, limit, "the probe")
 
 
@@ -223,7 +223,7 @@ def _refusal(entry: ServedModel, server: Server | None, format_: str, reason: st
     if reason.endswith(_MERGE):
         reason = reason.removesuffix(_MERGE)
         peft_type = str(peft_config.get("peft_type"))
-        if why_not_mergeable(peft_config) is None:
+        if get_merge_error(peft_config) is None:
             reason += f"Merge it: --format {whole_format(server)}"
         elif peft_type in BY_PEFT_TYPE:
             reason += "It cannot be merged either: keep it with PEFT or ftlevel"

@@ -15,7 +15,7 @@ from ftlevel.config.export import Server
 from ftlevel.data.encoding.encode import PromptFormat, encode_prompt, read_format
 from ftlevel.errors import ConfigError, InputError, join_names, with_article
 from ftlevel.merging.normal_form import BaseWeights, open_base
-from ftlevel.methods.merging import read_peft_config
+from ftlevel.methods.merging import load_peft_config
 from ftlevel.models.loading import load_tokenizer
 from ftlevel.trained.adapt import get_adapter_reader
 from ftlevel.trained.model_ref import ModelRef
@@ -217,7 +217,7 @@ class ServedModel:
     @cached_property
     def peft_config(self) -> dict[str, Any]:
         """The adapter's adapter_config.json."""
-        return read_peft_config(self.ref.adapter_path)
+        return load_peft_config(self.ref.adapter_path)
 
     @property
     def answers(self) -> bool:

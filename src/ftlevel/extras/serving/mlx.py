@@ -18,7 +18,7 @@ from ftlevel.errors import InputError, join_names
 from ftlevel.extras.serving.adapters import plan_adapters
 from ftlevel.extras.serving.entry import ServedModel
 from ftlevel.merging.normal_form import NormalForm
-from ftlevel.methods.plain_form import Factors
+from ftlevel.methods.lora_conversion import Factors
 
 _LAYER = re.compile(r"model\.layers\.\d+\.(.+)")
 _WEIGHTS = "adapters.safetensors"

@@ -14,12 +14,12 @@ from typing import Any
 
 from ftlevel.config.methods.lora import AdaloraSpec
 from ftlevel.errors import ConfigError, InputError, join_names
-from ftlevel.methods.base import Base, Merging, Method, as_int
-from ftlevel.methods.facts import MERGES, single_row
-from ftlevel.methods.lora import why_not_mergeable
-from ftlevel.methods.plain_form import AdapterFile, Factors, PlainForm
+from ftlevel.methods.base import Base, MergeInfo, Method, as_int
+from ftlevel.methods.lora import get_merge_error
+from ftlevel.methods.lora_conversion import AdapterFile, Factors, LoraConversion
 from ftlevel.methods.rates import Rates
-from ftlevel.methods.upstream import freeze_ranks, restore_ranks
+from ftlevel.methods.support_table import MERGES, single_row
+from ftlevel.methods.upstream import freeze_ranks, reset_ranks
 
 
 def as_lora(file: AdapterFile) -> dict[str, Factors]:
@@ -29,23 +29,23 @@ def as_lora(file: AdapterFile) -> dict[str, Factors]:
         raise InputError("bias is set: biases of the base were trained. Merge it")
     first = config["init_r"]
     scale = (config["lora_alpha"] if config["lora_alpha"] > 0 else first) / (first + 1e-5)
-    updates = {}
+    factors = {}
     for name in file.names("lora_E"):
-        e, a, b = file.take(name, "lora_E", "lora_A", "lora_B")
-        updates[name] = Factors(a * e, b * scale)
-    ranks = sorted({update.rank for update in updates.values()})
-    file.said.append(
+        e, a, b = file.pop(name, "lora_E", "lora_A", "lora_B")
+        factors[name] = Factors(a * e, b * scale)
+    ranks = sorted({update.rank for update in factors.values()})
+    file.notes.append(
         f"singular values and scale {scale:.3g} (AdaLoRA) folded in; ranks left "
         f"{join_names(map(str, ranks), 6)}"
     )
-    return updates
+    return factors
 
 
 _TINIT, _TFINAL = 0.1, 0.3
 
 
 def _reset_ranks(config: Any) -> None:
-    """Reset rank pattern and initialization in `config` (modified): saved tensors are pruned."""
+    """Reset rank pattern and initialization in `config` (modified), as saved ranks are pruned."""
     config.rank_pattern = None
     config.init_lora_weights = True
 
@@ -53,22 +53,22 @@ def _reset_ranks(config: Any) -> None:
 class AdaLora(Method):
     """AdaLoRA."""
 
-    facts = single_row(
+    info = single_row(
         "adalora",
         "LoRA with ranks pruned by importance",
         MERGES,
         "Zhang et al., 2023, arXiv:2303.10512",
         29_985_408,
     )
-    rate = Rates(narrow=1e-2, wide=1e-3, source="within the paper's range on GLUE")
-    why_not_continued = "its ranks are pruned by a schedule over all steps of the run"
+    rate = Rates(small=1e-2, large=1e-3, source="within the paper's range on GLUE")
+    resume_error = "its ranks are pruned by a schedule over all steps of the run"
     changes_shape = True
-    merging = Merging(
+    merge_info = MergeInfo(
         ("ADALORA",),
-        why_not=why_not_mergeable,
+        get_error=get_merge_error,
         prepare=_reset_ranks,
-        restore=restore_ranks,
-        plain_form=PlainForm(as_lora),
+        restore=reset_ranks,
+        lora_conversion=LoraConversion(as_lora),
     )
 
     def build(self, spec: AdaloraSpec, base: Base) -> Any:
@@ -107,11 +107,11 @@ class AdaLora(Method):
         """Freeze `ranknum` in `model` (modified); PEFT leaves it trainable."""
         freeze_ranks(model)
 
-    def callbacks(self, spec: AdaloraSpec, checkpoints: Path, writes: bool) -> list[Any]:
+    def callbacks(self, spec: AdaloraSpec, checkpoint_dir: Path, should_save: bool) -> list[Any]:
         """Returns the callback that prunes ranks and saves them in checkpoints."""
-        from ftlevel.methods.adalora.allocation import Allocation
+        from ftlevel.methods.adalora.callback import RankPruningCallback
 
-        return [Allocation(checkpoints, writes=writes)]
+        return [RankPruningCallback(checkpoint_dir, should_save=should_save)]
 
     def penalty(self, model: Any) -> Any:
         """Returns the weighted orthogonality penalty, a scalar in float32."""
@@ -127,7 +127,7 @@ class AdaLora(Method):
         return model.peft_config["default"].orth_reg_weight * torch.stack(norms).mean()
 
     def finish(self, model: Any) -> None:
-        """Remove pruned ranks from `model` (modified): it then computes like the saved adapter."""
+        """Remove pruned ranks from the matrices of `model` (modified)."""
         import torch
 
         for name, alive in (model.peft_config["default"].rank_pattern or {}).items():

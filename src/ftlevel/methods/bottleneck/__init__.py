@@ -40,23 +40,23 @@ from ftlevel.config.methods.other import (
     default_scaling,
 )
 from ftlevel.errors import InputError
-from ftlevel.methods.base import Base, Merging, Method, StepSupport
-from ftlevel.methods.facts import single_row
+from ftlevel.methods.base import Base, MergeInfo, Method, StepSupport
 from ftlevel.methods.rates import Rates
+from ftlevel.methods.support_table import single_row
 
 
 @dataclass(frozen=True)
-class Sites:
-    """Adapter positions in one block, as paths relative to the block.
+class AdapterPositions:
+    """Names of modules in a transformer block, relative to the block.
 
     Attributes:
         attention: last linear layers of the attention modules.
         feed_forward: last linear layer of the feed-forward, or the whole feed-forward.
-        inputs: candidates for the feed-forward's first linear layer; empty if `feed_forward` is the
-            whole.
-        residual: module whose input is the residual; empty if output and residual are not simply
-            added.
-        norm: layer norm of the sum of output and residual; empty in pre-norm models.
+        inputs: possible first linear layers of the feed-forward; empty if `feed_forward` is all
+            of it.
+        residual: module whose input is the residual of the feed-forward; empty if more than the
+            feed-forward's output is added to the residual, or the output is normalized first.
+        norm: layer norm after that sum; empty in pre-norm models.
     """
 
     attention: tuple[str, ...]
@@ -66,113 +66,122 @@ class Sites:
     norm: str = ""
 
 
-_BERT = Sites(
+_BERT = AdapterPositions(
     ("attention.output.dense",),
     "output.dense",
     ("intermediate.dense",),
     "intermediate",
     "output.LayerNorm",
 )
-_LLAMA = Sites(("self_attn.o_proj",), "mlp.down_proj", ("mlp.up_proj",), "post_attention_layernorm")
-_EXPERTS = Sites(("self_attn.o_proj",), "mlp", residual="post_attention_layernorm")
-_GPT2 = Sites(("attn.c_proj",), "mlp.c_proj", ("mlp.c_fc",), "ln_2")
-_FALCON = Sites(("self_attention.dense",), "mlp.dense_4h_to_h", ("mlp.dense_h_to_4h",))
-_T5 = Sites(
+_LLAMA = AdapterPositions(
+    ("self_attn.o_proj",), "mlp.down_proj", ("mlp.up_proj",), "post_attention_layernorm"
+)
+_EXPERTS = AdapterPositions(("self_attn.o_proj",), "mlp", residual="post_attention_layernorm")
+_GPT2 = AdapterPositions(("attn.c_proj",), "mlp.c_proj", ("mlp.c_fc",), "ln_2")
+_FALCON = AdapterPositions(("self_attention.dense",), "mlp.dense_4h_to_h", ("mlp.dense_h_to_4h",))
+_T5 = AdapterPositions(
     ("SelfAttention.o", "EncDecAttention.o"),
     "DenseReluDense.wo",
     ("DenseReluDense.wi", "DenseReluDense.wi_0"),
     "layer_norm",
 )
 _CROSS = ("self_attn.out_proj", "encoder_attn.out_proj")
-_BART = Sites(_CROSS, "fc2", ("fc1",), "fc1", "final_layer_norm")
-_MBART = Sites(_CROSS, "fc2", ("fc1",), "final_layer_norm")
+_BART = AdapterPositions(_CROSS, "fc2", ("fc1",), "fc1", "final_layer_norm")
+_MBART = AdapterPositions(_CROSS, "fc2", ("fc1",), "final_layer_norm")
 
-SITES: dict[str, Sites] = {
+ADAPTER_POSITIONS: dict[str, AdapterPositions] = {
     **dict.fromkeys(("bert", "roberta", "xlm-roberta", "camembert", "electra"), _BERT),
     "deberta-v2": _BERT,
     "mpnet": replace(_BERT, attention=("attention.attn.o",)),
-    "distilbert": Sites(
+    "distilbert": AdapterPositions(
         ("attention.out_lin",), "ffn.lin2", ("ffn.lin1",), "ffn", "output_layer_norm"
     ),
-    "albert": Sites(("attention.dense",), "ffn_output", ("ffn",), "ffn", "full_layer_layer_norm"),
-    "modernbert": Sites(("attn.Wo",), "mlp.Wo", ("mlp.Wi",), "mlp_norm"),
+    "albert": AdapterPositions(
+        ("attention.dense",), "ffn_output", ("ffn",), "ffn", "full_layer_layer_norm"
+    ),
+    "modernbert": AdapterPositions(("attn.Wo",), "mlp.Wo", ("mlp.Wi",), "mlp_norm"),
     **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "smollm3", "gemma"), _LLAMA),
     **dict.fromkeys(("granite", "olmo2", "gemma2", "gemma3_text"), replace(_LLAMA, residual="")),
     **dict.fromkeys(("mixtral", "qwen3_moe"), _EXPERTS),
     "phi3": replace(_LLAMA, inputs=("mlp.gate_up_proj",)),
-    "phi": Sites(("self_attn.dense",), "mlp.fc2", ("mlp.fc1",)),
+    "phi": AdapterPositions(("self_attn.dense",), "mlp.fc2", ("mlp.fc1",)),
     "starcoder2": replace(_LLAMA, feed_forward="mlp.c_proj", inputs=("mlp.c_fc",)),
     **dict.fromkeys(("gpt2", "gpt_bigcode"), _GPT2),
     "gpt_neo": replace(_GPT2, attention=("attn.attention.out_proj",)),
-    "gptj": Sites(("attn.out_proj",), "mlp.fc_out", ("mlp.fc_in",)),
-    "gpt_neox": Sites(("attention.dense",), "mlp.dense_4h_to_h", ("mlp.dense_h_to_4h",)),
+    "gptj": AdapterPositions(("attn.out_proj",), "mlp.fc_out", ("mlp.fc_in",)),
+    "gpt_neox": AdapterPositions(("attention.dense",), "mlp.dense_4h_to_h", ("mlp.dense_h_to_4h",)),
     "bloom": replace(_FALCON, residual="post_attention_layernorm"),
     "falcon": _FALCON,
-    "opt": Sites(("self_attn.out_proj",), "fc2", ("fc1",), "final_layer_norm"),
+    "opt": AdapterPositions(("self_attn.out_proj",), "fc2", ("fc1",), "final_layer_norm"),
     **dict.fromkeys(("t5", "mt5", "umt5"), _T5),
     **dict.fromkeys(("bart", "marian"), _BART),
     **dict.fromkeys(("mbart", "pegasus", "m2m_100", "blenderbot"), _MBART),
 }
 
 
-def sites_of(config: Any) -> Sites | None:
-    """Returns the adapter positions for a transformers config; None if they are unknown."""
+def get_adapter_positions(config: Any) -> AdapterPositions | None:
+    """Returns the module names for a transformers config; None for unknown model types."""
     model_type = getattr(config, "model_type", None)
-    if model_type not in SITES and hasattr(config, "get_text_config"):
+    if model_type not in ADAPTER_POSITIONS and hasattr(config, "get_text_config"):
         model_type = config.get_text_config().model_type
-    return SITES.get(str(model_type))
+    return ADAPTER_POSITIONS.get(str(model_type))
 
 
-def why_no_residual(config: Any, placement: str) -> str | None:
+def get_placement_error(config: Any, placement: str) -> str | None:
     """Returns why a model with `config` does not support `placement`, or None."""
-    sites = sites_of(config)
-    if placement not in ON_RESIDUAL or sites is None:
+    positions = get_adapter_positions(config)
+    if placement not in ON_RESIDUAL or positions is None:
         return None
-    if not sites.residual:
+    if not positions.residual:
         return (
             f"placement {placement} reads the sum of the feed-forward's output and its residual, "
             f"and {config.model_type} does not simply add the two"
         )
-    plain = {"do_layer_norm_before": True, "apply_residual_connection_post_layernorm": False}
-    for name, value in plain.items():  # OPT-350m, BLOOM
+    defaults = {"do_layer_norm_before": True, "apply_residual_connection_post_layernorm": False}
+    for name, value in defaults.items():  # OPT-350m, BLOOM
         if getattr(config, name, value) != value:
             model = f"a {config.model_type} with {name} {not value}"
             return f"placement {placement} is not known of {model}"
     return None
 
 
-def site_pattern(sites: Sites, placement: str) -> str:
+def target_pattern(positions: AdapterPositions, placement: str) -> str:
     """Returns a regular expression for the full names of the modules to adapt for `placement`.
 
     PEFT matches listed names as suffixes, and `output.dense` would also match BERT's
     `attention.output.dense`.
     """
-    attention = sites.attention if placement == "houlsby" else ()
-    end = (placement == "adapter_plus" and sites.norm) or sites.feed_forward
+    attention = positions.attention if placement == "houlsby" else ()
+    end = (placement == "adapter_plus" and positions.norm) or positions.feed_forward
     paths = "|".join(path.replace(".", r"\.") for path in (*attention, end))
     return rf"(?:.*\.)?\d+\.(?:{paths})"
 
 
-def block_of(sites: Sites | None, site: str) -> str | None:
-    """Returns the name, and ".", of the block whose feed-forward or norm is at `site`, or None."""
-    for end in (sites.feed_forward, sites.norm) if sites else ():
-        block = site.removesuffix(end)
+def block_of(positions: AdapterPositions | None, module_name: str) -> str | None:
+    """Returns the prefix, with ".", of the block with the feed-forward or norm `module_name`."""
+    for end in (positions.feed_forward, positions.norm) if positions else ():
+        block = module_name.removesuffix(end)
         if (
             end
-            and site.endswith(f".{end}")
+            and module_name.endswith(f".{end}")
             and block.removesuffix(".").rpartition(".")[2].isdigit()
         ):
             return block
     return None
 
 
-def find_input(sites: Sites | None, site: str, names: Iterable[str]) -> str | None:
-    """Returns the first layer, in `names`, of the feed-forward that ends with `site`, or None."""
-    block = block_of(sites, site)
-    if sites is None or block is None:
+def get_input_layer(
+    positions: AdapterPositions | None, module_name: str, names: Iterable[str]
+) -> str | None:
+    """Returns the name, in `names`, of the first linear layer of the feed-forward `module_name`.
+
+    None if it is unknown, or `module_name` is no feed-forward.
+    """
+    block = block_of(positions, module_name)
+    if positions is None or block is None:
         return None
     modules = set(names)
-    return next((block + path for path in sites.inputs if block + path in modules), None)
+    return next((block + path for path in positions.inputs if block + path in modules), None)
 
 
 _INTRODUCTION = """\
@@ -212,7 +221,7 @@ dropout comes before the adapter, and adapter dropout is applied to the adapter'
 PAGE = "\n".join([_INTRODUCTION, *(f"| {' | '.join(row)} |" for row in _ROWS), _MORE])
 
 
-CANNOT_MERGE = (
+MERGE_ERROR = (
     "A bottleneck adapter is not linear in the hidden state, so no weight of the base model can "
     "hold it and it cannot be merged. Keep it separate from the base, which costs two small matrix "
     "products a site, or train with a method that merges, such as --method lora."
@@ -222,7 +231,7 @@ CANNOT_MERGE = (
 class Bottleneck(Method):
     """Bottleneck adapters."""
 
-    facts = single_row(
+    info = single_row(
         "adapter",
         "two small layers inside every block",
         "",
@@ -240,20 +249,20 @@ class Bottleneck(Method):
             f"{spec.placement} adapters read the residual" if spec.placement in ON_RESIDUAL else ""
         ),
     )
-    merging = Merging(("BOTTLENECK",), into_weights=False, why_not=lambda _: CANNOT_MERGE)
+    merge_info = MergeInfo(("BOTTLENECK",), into_weights=False, get_error=lambda _: MERGE_ERROR)
     page = PAGE
 
     def rates(self, spec: AdapterSpec) -> Rates:
-        """Returns the rates: doubled for placement pfeiffer, divided by 3 for a scaling above 1."""
+        """Returns the rates, higher for placement pfeiffer and lower for a scaling above 1."""
         scaling = default_scaling(spec.placement) if spec.scaling is None else spec.scaling
         if isinstance(scaling, float) and scaling > 1:
-            return Rates(narrow=1e-3, wide=1e-4, source="a third of Houlsby et al., section 3.2")
+            return Rates(small=1e-3, large=1e-4, source="a third of Houlsby et al., section 3.2")
         narrow = 6e-3 if spec.placement == "pfeiffer" else 3e-3
         source = "Houlsby et al., section 3.2"
-        return Rates(narrow=narrow, wide=3e-4, source=source, kinds={"decoder": 3e-3})
+        return Rates(small=narrow, large=3e-4, source=source, by_architecture={"decoder": 3e-3})
 
-    def describe(self, spec: AdapterSpec) -> str:
-        """Returns placement, width, activation, scaling and dropout."""
+    def format_spec(self, spec: AdapterSpec) -> str:
+        """Returns placement, width, activation, scaling and dropout as text."""
         width = f"reduction {spec.reduction_factor or REDUCTION_FACTOR:g}"
         if spec.bottleneck_dim is not None:
             width = f"bottleneck {spec.bottleneck_dim}"
@@ -262,21 +271,21 @@ class Bottleneck(Method):
         dropout = f", dropout {spec.adapter_dropout:g}" if spec.adapter_dropout else ""
         return f"{spec.placement}, {width}, {spec.non_linearity}, scaling {factor}{dropout}"
 
-    def refuse(self, spec: AdapterSpec, config: Any, *_: str) -> str | None:
-        """Returns why the placement is unsupported and which placements are supported, or None."""
-        reason = why_no_residual(config, spec.placement)
-        return f"{reason}. Use placement houlsby, pfeiffer or parallel." if reason else None
+    def get_error(self, spec: AdapterSpec, config: Any, *_: str) -> str | None:
+        """Returns why the placement is unsupported and which are supported, or None."""
+        message = get_placement_error(config, spec.placement)
+        return f"{message}. Use placement houlsby, pfeiffer or parallel." if message else None
 
-    def find_targets(self, spec: AdapterSpec, model: Any) -> list[str]:
-        """Returns the sorted names of the modules to adapt; `InputError` for unknown models."""
-        sites = sites_of(model.config)
-        if sites is None:
+    def default_target_modules(self, spec: AdapterSpec, model: Any) -> list[str]:
+        """Returns the names of the modules, sorted; raises `InputError` for unknown models."""
+        positions = get_adapter_positions(model.config)
+        if positions is None:
             raise InputError(
                 f"--method adapter: no positions are known for {model.config.model_type!r}. "
-                f"Families: {', '.join(SITES)}. Name the last linears of its sub-layers with "
-                "--target-modules, or use --method lora."
+                f"Families: {', '.join(ADAPTER_POSITIONS)}. Name the last linears of its "
+                "sub-layers with --target-modules, or use --method lora."
             )
-        pattern = re.compile(site_pattern(sites, spec.placement))
+        pattern = re.compile(target_pattern(positions, spec.placement))
         return sorted(name for name, _ in model.named_modules() if pattern.fullmatch(name))
 
     def build(self, spec: AdapterSpec, base: Base) -> Any:

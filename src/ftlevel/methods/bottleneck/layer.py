@@ -24,15 +24,15 @@ from transformers.activations import ACT2FN
 from ftlevel.config.methods.other import REDUCTION_FACTOR, Placement, default_scaling
 from ftlevel.methods.base import UnmergeableLayer, UnmergeableTuner
 from ftlevel.methods.bottleneck import (
-    CANNOT_MERGE,
-    SITES,
+    ADAPTER_POSITIONS,
+    MERGE_ERROR,
     block_of,
-    find_input,
-    site_pattern,
-    sites_of,
-    why_no_residual,
+    get_adapter_positions,
+    get_input_layer,
+    get_placement_error,
+    target_pattern,
 )
-from ftlevel.methods.tuners import PrecisionLayer, PrecisionTuner, use_sets
+from ftlevel.methods.tuners import PrecisionLayer, PrecisionTuner, convert_to_sets
 from ftlevel.methods.upstream import add_peft_type, register_tuner
 
 BOTTLENECK = add_peft_type("BOTTLENECK")
@@ -83,12 +83,12 @@ class BottleneckConfig(PeftConfig):
             self.scaling = default_scaling(self.placement)
         if isinstance(self.scaling, str) and self.scaling not in ("learned", "channel"):
             raise ValueError(f"scaling {self.scaling!r} is not a number, learned or channel.")
-        use_sets(self)
+        convert_to_sets(self)
 
 
-Listens = Literal["input", "residual"]
-Reads = Literal["output", "input", "residual", "sum"]
-READS: dict[str, Reads] = {
+HookedInput = Literal["input", "residual"]
+InputType = Literal["output", "input", "residual", "sum"]
+INPUT_TYPES: dict[str, InputType] = {
     "parallel": "input",
     "par_bn": "residual",
     "seq_bn": "sum",
@@ -98,33 +98,33 @@ READS: dict[str, Reads] = {
 
 
 @dataclass(frozen=True)
-class AdapterSettings:
-    """Non-trainable settings of one adapter: input, activation, dropout and constant scaling."""
+class LayerConfig:
+    """Input, activation, dropout and constant scaling of one adapter in one layer."""
 
-    reads: Reads
+    input_type: InputType
     activation: Callable[[Tensor], Tensor]
     dropout: float
     scaling: float
 
     @property
-    def listens(self) -> Listens | None:
-        """Which input the adapter needs from a hook; None if it reads the module's output."""
-        if self.reads == "output":
+    def hooked_input(self) -> HookedInput | None:
+        """Input that a hook has to store for the adapter; None if it reads the module's output."""
+        if self.input_type == "output":
             return None
-        return "input" if self.reads == "input" else "residual"
+        return "input" if self.input_type == "input" else "residual"
 
 
 class BottleneckLayer(UnmergeableLayer, PrecisionLayer, nn.Module, BaseTunerLayer):
-    """A module of the base with its adapters, by adapter name.
+    """Base module with its adapters, by adapter name.
 
-    The two linear layers are in separate `ModuleDict`s because PEFT replaces adapter names in
-    state-dict keys only in the last two positions. The module is a linear layer of any library,
-    or a feed-forward that returns its hidden states alone or first in a tuple.
+    The base module is a linear layer, or a feed-forward that returns its hidden states alone or
+    first in a tuple. The linear layers of an adapter are in separate `ModuleDict`s because PEFT
+    finds adapter names only at the end of state-dict keys.
     """
 
-    cannot_merge = CANNOT_MERGE
+    merge_error = MERGE_ERROR
     adapter_layer_names = ("bottleneck_down", "bottleneck_up", "bottleneck_scale")
-    other_param_names = ("settings",)
+    other_param_names = ("configs",)
     in_features: int
     out_features: int
     # Methods of PEFT, whose types nn.Module's __getattr__ hides.
@@ -137,22 +137,27 @@ class BottleneckLayer(UnmergeableLayer, PrecisionLayer, nn.Module, BaseTunerLaye
         self.bottleneck_down = nn.ModuleDict()
         self.bottleneck_up = nn.ModuleDict()
         self.bottleneck_scale = nn.ParameterDict()
-        self.settings: dict[str, AdapterSettings] = {}
+        self.configs: dict[str, LayerConfig] = {}
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
-        self._taps: dict[Listens, Any] = {}
-        self._listens: list[Listens] = []  # readable by torch.compile, unlike hooks
-        self._tapped: dict[Listens, Tensor] = {}
+        self._hooks: dict[HookedInput, Any] = {}
+        self._hooked: list[HookedInput] = []  # readable by torch.compile, unlike hooks
+        self._inputs: dict[HookedInput, Tensor] = {}
         # In a list, so that the norm is not registered as a submodule here.
         self._norm: list[nn.Module] = []
 
     def update_layer(
-        self, adapter_name: str, config: BottleneckConfig, *, reads: Reads, widths: tuple[int, int]
+        self,
+        adapter_name: str,
+        config: BottleneckConfig,
+        *,
+        input_type: InputType,
+        widths: tuple[int, int],
     ) -> None:
         """Add an adapter in float32 on the module's device, initialized as the identity.
 
         The up-projection is zero, as in He et al. (2022); Houlsby et al. use N(0, 0.01²) for both.
-        `reads` is the kind of the adapter's input; `widths` are the widths of input and output.
+        `widths` are the widths of the adapter's input and output.
         """
         width_in, width_out = widths
         width = config.bottleneck_dim or max(1, int(width_out // config.reduction_factor))
@@ -167,8 +172,8 @@ class BottleneckLayer(UnmergeableLayer, PrecisionLayer, nn.Module, BaseTunerLaye
             down, up = down.to(weight.device), up.to(weight.device)
         self.bottleneck_down[adapter_name] = down
         self.bottleneck_up[adapter_name] = up
-        self.settings[adapter_name] = AdapterSettings(
-            reads=reads,
+        self.configs[adapter_name] = LayerConfig(
+            input_type=input_type,
             activation=ACT2FN[config.non_linearity],
             dropout=config.adapter_dropout,
             scaling=config.scaling if isinstance(config.scaling, (int, float)) else 1.0,
@@ -177,84 +182,87 @@ class BottleneckLayer(UnmergeableLayer, PrecisionLayer, nn.Module, BaseTunerLaye
             ones = torch.ones(learned, dtype=torch.float32, device=up.weight.device)
             self.bottleneck_scale[adapter_name] = nn.Parameter(ones)
 
-    def listen_to(self, source: nn.Module, kind: Listens) -> None:
-        """Register a hook that stores the input of `source` for adapters that read `kind`.
+    def hook_input(self, source: nn.Module, name: HookedInput) -> None:
+        """Register a hook that stores the input of `source` as `name` for the adapters.
 
         `source` must run before `base_layer` in every forward pass; with gradient checkpointing
         both are recomputed.
         """
-        if kind not in self._taps:
-            hook = functools.partial(_remember, self, kind)
-            self._taps[kind] = source.register_forward_pre_hook(hook)
-            self._listens.append(kind)
+        if name not in self._hooks:
+            hook = functools.partial(_store_input, self, name)
+            self._hooks[name] = source.register_forward_pre_hook(hook)
+            self._hooked.append(name)
 
-    def sum_through(self, norm: nn.Module) -> None:
-        """Normalize the sum of output and residual with `norm` before adapters read it."""
+    def set_norm(self, norm: nn.Module) -> None:
+        """Make adapters read the sum of output and residual after the layer norm `norm`."""
         self._norm = [norm]
 
-    def stop_listening(self) -> None:
+    def remove_hooks(self) -> None:
         """Remove all hooks."""
-        for hook in self._taps.values():
+        for hook in self._hooks.values():
             hook.remove()
-        self._taps, self._listens, self._norm = {}, [], []
+        self._hooks, self._hooked, self._norm = {}, [], []
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter and the hooks that only it needs."""
         super().delete_adapter(adapter_name)
-        needed = {setting.listens for setting in self.settings.values()}
-        for kind in [kind for kind in self._taps if kind not in needed]:
-            self._taps.pop(kind).remove()
-            self._listens.remove(kind)
+        needed_inputs = {config.hooked_input for config in self.configs.values()}
+        for name in [name for name in self._hooks if name not in needed_inputs]:
+            self._hooks.pop(name).remove()
+            self._hooked.remove(name)
 
     def running(self) -> list[str]:
-        """Returns the active adapters of this layer."""
+        """Returns the names of the active adapters of this layer."""
         if self.disable_adapters:
             return []
         active: list[str] = self.active_adapters  # type: ignore[assignment]  # a PEFT property
-        return [name for name in active if name in self.settings]
+        return [name for name in active if name in self.configs]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the module, then its active adapters in sequence; returns `(..., width_out)`."""
-        tapped, self._tapped = self._tapped, {}
+        inputs, self._inputs = self._inputs, {}
         output = self.base_layer(*args, **kwargs)
         running = self.running()
         if not running:
             return output
         hidden = output[0] if isinstance(output, tuple) else output
-        if "input" not in self._listens and args:
-            tapped = {**tapped, "input": args[0]}
+        if "input" not in self._hooked and args:
+            inputs = {**inputs, "input": args[0]}
         for name in running:
-            source = self._source(self.settings[name], hidden, tapped)
-            hidden = hidden + self._adapt(name, source).to(hidden.dtype)
+            source = self._source(self.configs[name], hidden, inputs)
+            hidden = hidden + self._compute_adapter(name, source).to(hidden.dtype)
         return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
     def _source(
-        self, setting: AdapterSettings, hidden: Tensor, tapped: dict[Listens, Tensor]
+        self, config: LayerConfig, hidden: Tensor, inputs: dict[HookedInput, Tensor]
     ) -> Tensor:
-        """Returns the adapter's input `(..., width_in)`: `hidden`, a hooked input, or the sum."""
-        if setting.listens is None:
+        """Returns the adapter's input `(..., width_in)`.
+
+        `hidden` is the module's output, and `inputs` are the stored inputs.
+        """
+        if config.hooked_input is None:
             return hidden
-        if setting.listens not in tapped:
+        if config.hooked_input not in inputs:
             raise RuntimeError(
-                f"an adapter did not see the {setting.listens} of its feed-forward: the model "
+                f"an adapter did not see the {config.hooked_input} of its feed-forward: the model "
                 "computes without calling the module that is given it"
             )
-        source = tapped[setting.listens]
-        if setting.reads != "sum":
+        source = inputs[config.hooked_input]
+        if config.input_type != "sum":
             return source
         total: Tensor = hidden + source
         return self._norm[0](total) if self._norm else total
 
-    def _adapt(self, name: str, source: Tensor) -> Tensor:
+    def _compute_adapter(self, name: str, source: Tensor) -> Tensor:
         """Returns s · up(f(down(source))): `(..., width_in)` -> `(..., width_out)`."""
-        down, up, setting = (
+        down, up, config = (
             self.bottleneck_down[name],
             self.bottleneck_up[name],
-            self.settings[name],
+            self.configs[name],
         )
-        inner = setting.activation(down(self._cast_input_dtype(source, _dtype(down))))
-        inner = nn.functional.dropout(inner, setting.dropout, self.training)
-        output: Tensor = up(inner) * setting.scaling
+        inner = config.activation(down(self._cast_input_dtype(source, _dtype(down))))
+        inner = nn.functional.dropout(inner, config.dropout, self.training)
+        output: Tensor = up(inner) * config.scaling
         return output * self.bottleneck_scale[name] if name in self.bottleneck_scale else output
 
     def __repr__(self) -> str:
@@ -265,12 +273,12 @@ def _dtype(module: nn.Module) -> torch.dtype:
     return next(module.parameters()).dtype
 
 
-def _remember(
-    layer: BottleneckLayer, kind: Listens, _source: nn.Module, args: tuple[Any, ...]
+def _store_input(
+    layer: BottleneckLayer, input_name: HookedInput, _source: nn.Module, args: tuple[Any, ...]
 ) -> None:
-    """Hook: store a module's input as `kind` until `layer` runs, if an active adapter needs it."""
-    if any(layer.settings[name].listens == kind for name in layer.running()):
-        layer._tapped[kind] = args[0]
+    """Forward pre-hook: store a module's input in `layer` if an active adapter reads it."""
+    if any(layer.configs[name].hooked_input == input_name for name in layer.running()):
+        layer._inputs[input_name] = args[0]
 
 
 class BottleneckModel(UnmergeableTuner, PrecisionTuner, BaseTuner):
@@ -282,18 +290,19 @@ class BottleneckModel(UnmergeableTuner, PrecisionTuner, BaseTuner):
     def _prepare_adapter_config(
         self, peft_config: BottleneckConfig, model_config: dict[str, Any]
     ) -> BottleneckConfig:
-        error = why_no_residual(getattr(self.model, "config", None), peft_config.placement)
-        if error:
-            raise ValueError(f"{error}. Use placement houlsby, pfeiffer or parallel.")
+        message = get_placement_error(getattr(self.model, "config", None), peft_config.placement)
+        if message:
+            raise ValueError(f"{message}. Use placement houlsby, pfeiffer or parallel.")
         if peft_config.target_modules is None:
-            sites = sites_of(getattr(self.model, "config", None))
-            if sites is None:
+            positions = get_adapter_positions(getattr(self.model, "config", None))
+            if positions is None:
                 raise ValueError(
                     f"no positions for bottleneck adapters are known for model_type "
-                    f"{model_config.get('model_type')!r}, only for {', '.join(SITES)}. Set "
-                    "target_modules to the last linears of its sub-layers."
+                    f"{model_config.get('model_type')!r}, only for "
+                    f"{', '.join(ADAPTER_POSITIONS)}. Set target_modules to the last linears "
+                    "of its sub-layers."
                 )
-            peft_config.target_modules = site_pattern(sites, peft_config.placement)
+            peft_config.target_modules = target_pattern(positions, peft_config.placement)
         return peft_config
 
     def _create_and_replace(
@@ -309,43 +318,47 @@ class BottleneckModel(UnmergeableTuner, PrecisionTuner, BaseTuner):
         layer = target if isinstance(target, BottleneckLayer) else BottleneckLayer(target)
         width_in, width_out = self._widths(layer.get_base_layer())
         layer.in_features, layer.out_features = width_in, width_out
-        reads = self._connect(layer, peft_config.placement, current_key)
-        if reads == "input":
+        input_type = self._connect(layer, peft_config.placement, current_key)
+        if input_type == "input":
             source = self._input_of(current_key)
             if source is not None:
                 width_in = self._widths(source)[0]
-                layer.listen_to(source, "input")
+                layer.hook_input(source, "input")
         else:
             width_in = width_out
-        layer.update_layer(adapter_name, peft_config, reads=reads, widths=(width_in, width_out))
+        layer.update_layer(
+            adapter_name, peft_config, input_type=input_type, widths=(width_in, width_out)
+        )
         if layer is not target:
             self._replace_module(parent, target_name, layer, target)
 
-    def _connect(self, layer: BottleneckLayer, placement: str, site: str) -> Reads:
-        """Connect `layer` (modified) to the residual if needed; returns its adapters' input."""
-        reads = READS.get(placement, "output")
-        if reads not in ("residual", "sum"):
-            return reads
-        sites = sites_of(getattr(self.model, "config", None))
-        block = block_of(sites, site)
-        if sites is None or block is None:
+    def _connect(self, layer: BottleneckLayer, placement: str, module_name: str) -> InputType:
+        """Returns the type of the adapters' input; hooks the residual of `layer` (modified)."""
+        input_type = INPUT_TYPES.get(placement, "output")
+        if input_type not in ("residual", "sum"):
+            return input_type
+        positions = get_adapter_positions(getattr(self.model, "config", None))
+        block = block_of(positions, module_name)
+        if positions is None or block is None:
             raise ValueError(
-                f"placement {placement} reads the residual of a feed-forward, and {site} is not "
-                "the end of one. Use placement houlsby, pfeiffer or parallel."
+                f"placement {placement} reads the residual of a feed-forward, and {module_name} is "
+                "not the end of one. Use placement houlsby, pfeiffer or parallel."
             )
-        if placement == "adapter_plus" and sites.norm:
+        if placement == "adapter_plus" and positions.norm:
             return "output"  # the site is the norm, so the output is the normalized sum
         modules: dict[str, Any] = dict(self.model.named_modules())
-        layer.listen_to(modules[block + sites.residual], "residual")
-        if sites.norm:
-            norm = modules[block + sites.norm]
-            layer.sum_through(getattr(norm, "base_layer", norm))
-        return reads
+        layer.hook_input(modules[block + positions.residual], "residual")
+        if positions.norm:
+            norm = modules[block + positions.norm]
+            layer.set_norm(getattr(norm, "base_layer", norm))
+        return input_type
 
-    def _input_of(self, site: str) -> nn.Module | None:
-        """Returns the module that `find_input` names for `site`, or None."""
+    def _input_of(self, module_name: str) -> nn.Module | None:
+        """Returns the first linear layer of the feed-forward at `module_name`, or None."""
         modules: dict[str, Any] = dict(self.model.named_modules())
-        name = find_input(sites_of(getattr(self.model, "config", None)), site, modules)
+        name = get_input_layer(
+            get_adapter_positions(getattr(self.model, "config", None)), module_name, modules
+        )
         if name is None:
             return None
         return getattr(modules[name], "base_layer", modules[name])
@@ -368,7 +381,7 @@ class BottleneckModel(UnmergeableTuner, PrecisionTuner, BaseTuner):
     ) -> None:
         """Set `new_module` on `parent`; PEFT's own function requires `child.weight`."""
         if isinstance(child, BottleneckLayer) and new_module is not child:
-            child.stop_listening()
+            child.remove_hooks()
         setattr(parent, child_name, new_module)
 
 

@@ -16,35 +16,48 @@ from ftlevel.methods.base import (
     Base,
     Initialization,
     InitializationInputs,
-    Merging,
+    MergeInfo,
     Method,
     QuantizedCheckpoint,
     StepSupport,
     as_int,
 )
-from ftlevel.methods.facts import CONV1D, MERGES, QUANTIZED, MethodFacts, Rule, rows
-from ftlevel.methods.plain_form import PlainForm, as_lora
+from ftlevel.methods.lora_conversion import LoraConversion, convert_lora
 from ftlevel.methods.rates import Rates
+from ftlevel.methods.support_table import CONV1D, MERGES, QUANTIZED, MethodInfo, Rule, rows
 from ftlevel.models.untrusted import limit_time
 
 _LLAMA_7B = 19_988_480
 
 
 def _variant(
-    name: str, flags: str, trains: str, paper: str, kwargs: dict[str, Any], count: int = _LLAMA_7B
-) -> MethodFacts:
-    """Returns the support-table row of a LoRA variant; `count`: parameters on Llama-2-7B."""
-    return MethodFacts(
-        name, "lora", f"--method lora {flags}", trains, MERGES, paper, count, kwargs, ("qlora",)
+    name: str,
+    flags: str,
+    trains: str,
+    reference: str,
+    kwargs: dict[str, Any],
+    num_parameters: int = _LLAMA_7B,
+) -> MethodInfo:
+    """Returns the row of a LoRA variant; `num_parameters` is that on Llama-2-7B."""
+    return MethodInfo(
+        name,
+        "lora",
+        f"--method lora {flags}",
+        trains,
+        MERGES,
+        reference,
+        num_parameters,
+        kwargs,
+        ("qlora",),
     )
 
 
-FACTS = (
-    MethodFacts(
+_INFO = (
+    MethodInfo(
         "lora", "lora", "--method lora", "two low-rank matrices per linear layer", MERGES,
         "Hu et al., 2021, arXiv:2106.09685", _LLAMA_7B,
     ),
-    MethodFacts(
+    MethodInfo(
         "qlora", "qlora", "--method qlora", "LoRA on a 4- or 8-bit base", MERGES,
         "Dettmers et al., 2023, arXiv:2305.14314", _LLAMA_7B,
     ),
@@ -91,7 +104,7 @@ FACTS = (
     ),
 )  # fmt: skip
 
-RULES = (
+_RULES = (
     Rule(
         rows("qlora"),
         "it is LoRA on a quantized base, and --quant is none",
@@ -140,7 +153,7 @@ RULES = (
         rows("eva"),
         "EVA uses one mask, but encoder and decoder have different inputs",
         "Use --init pissa or default.",
-        kinds=frozenset({"encoder-decoder"}),
+        architectures=frozenset({"encoder-decoder"}),
     ),
     Rule(
         rows("eva"),
@@ -174,8 +187,8 @@ class LoraInitialization(Initialization):
                 "out of the base's weights, what is left is rounded, and the adapter would not be "
                 "what was trained. Use --dtype float32, or --init default."
             )
-        reason = f"auto: {init} takes its initialization out of the weights"
-        return Choice("dtype", "float32", reason)
+        message = f"auto: {init} takes its initialization out of the weights"
+        return Choice("dtype", "float32", message)
 
     def rewrites_base(self, spec: LoraSpec) -> bool:
         """Returns whether the initialization is PiSSA or OLoRA, which change the base weights."""
@@ -186,7 +199,7 @@ class LoraInitialization(Initialization):
         return spec.model_copy(update={"init_lora_weights": "default"})
 
     def initialize(self, model: Any, spec: LoraSpec, inputs: InitializationInputs) -> None:
-        """Initialize LoRA of `model` (modified): eva from data rows, loftq from float weights."""
+        """Initialize LoRA of `model` (modified) with EVA or LoftQ; PEFT does the others."""
         if spec.init_lora_weights == "loftq":
             from ftlevel.methods.lora.initialization import start_from_residual
 
@@ -197,7 +210,7 @@ class LoraInitialization(Initialization):
             start_from_data(model, inputs.batches(), inputs.device, inputs.dtype)
 
     def copy(self, model: Any) -> dict[str, Any]:
-        """Returns A₀ and B₀ by name if initialization changed the base weights."""
+        """Returns copies of A and B by name if their initialization changed the base weights."""
         config = getattr(model, "peft_config", {}).get(ADAPTER)
         if getattr(config, "init_lora_weights", None) not in BASE_MODIFYING_INITS:
             return {}
@@ -220,14 +233,14 @@ class LoraInitialization(Initialization):
             trained, is_a = state[name].cpu(), ".lora_A." in name
             state[name] = torch.cat([trained, value if is_a else -value], dim=0 if is_a else 1)
         config = model.peft_config[ADAPTER]
-        model.peft_config[ADAPTER] = _doubled(config)
+        model.peft_config[ADAPTER] = _with_double_rank(config)
         try:
             yield state
         finally:
             model.peft_config[ADAPTER] = config
 
 
-def _doubled(config: Any) -> Any:
+def _with_double_rank(config: Any) -> Any:
     """Returns a copy of `config` with twice the rank, the same scale and default initialization."""
     config = copy.deepcopy(config)
     # The scale is alpha / r, or alpha / sqrt(r) with rsLoRA.
@@ -240,19 +253,19 @@ def _doubled(config: Any) -> Any:
     return config
 
 
-_SECONDS = 10.0  # timeout; patterns usually match in milliseconds
+_SECONDS = 10.0  # seconds; patterns usually match in milliseconds
 
-_UNMERGEABLE = {
+_CANNOT_MERGE = {
     "layer_replication": "it repeats layers, so it is a different architecture",
     "alora_invocation_tokens": "it acts only after its invocation tokens",
     "arrow_config": "it routes each token among adapters",
     "megatron_config": "it is laid out for Megatron",
     "use_bdlora": "it is laid out in blocks over several devices",
 }
-"""PEFT settings that cannot be merged into a weight, with an explanation."""
+"""Reasons why adapters cannot be merged, by key of adapter_config.json."""
 
 
-def why_not_mergeable(config: Mapping[str, Any]) -> str | None:
+def get_merge_error(config: Mapping[str, Any]) -> str | None:
     """Returns why an adapter with `config` cannot be merged and what to do, or None."""
     init = str(config.get("init_lora_weights"))
     if init.startswith(BASE_MODIFYING_INITS):  # saved by PEFT; ftlevel saves plain LoRA
@@ -261,22 +274,22 @@ def why_not_mergeable(config: Mapping[str, Any]) -> str | None:
             "not in the file. Export it as plain LoRA first, and merge that: ftlevel export "
             "ADAPTER --format peft --out DIR."
         )
-    for key, reason in _UNMERGEABLE.items():
+    for key, message in _CANNOT_MERGE.items():
         if config.get(key):
-            return f"{key} is set: {reason}, and no plain weight can hold that. Keep the adapter."
+            return f"{key} is set: {message}, and no plain weight can hold that. Keep the adapter."
     return None
 
 
 def reset_initialization(config: Any) -> None:
-    """Reset the initialization, which only matters before training, in `config` (modified)."""
+    """Set PEFT's default initialization in `config` (modified)."""
     config.init_lora_weights = True
 
 
 class Lora(Method):
     """LoRA and QLoRA."""
 
-    facts = FACTS
-    rules = RULES
+    info = _INFO
+    rules = _RULES
     initialization = LoraInitialization()
     step = StepSupport(
         fusing=lambda spec: spec.use_dora * "DoRA scales by a norm of the whole weight",
@@ -287,54 +300,54 @@ class Lora(Method):
         ),
     )
 
-    merging = Merging(
+    merge_info = MergeInfo(
         ("LORA",),
-        why_not=why_not_mergeable,
+        get_error=get_merge_error,
         prepare=reset_initialization,
-        plain_form=PlainForm(as_lora),
+        lora_conversion=LoraConversion(convert_lora),
     )
 
     def rates(self, spec: LoraSpec) -> Rates:
-        """Returns the rates: lower for variants whose weights change faster at the same rate."""
-        share = 1.0
+        """Returns the rates, lower for LoRA+, PiSSA and OLoRA."""
+        scale = 1.0
         if spec.lora_plus_ratio:  # B has this multiple of the rate, so A needs less
-            share /= math.sqrt(spec.lora_plus_ratio)
-        kinds = {"decoder": 2e-3, "encoder-decoder": 3e-3}
+            scale /= math.sqrt(spec.lora_plus_ratio)
+        by_architecture = {"decoder": 2e-3, "encoder-decoder": 3e-3}
         if spec.init_lora_weights in (*PISSA, "olora"):
-            share /= 2  # neither A nor B is small initially
-            kinds["decoder"] = 6e-4
+            scale /= 2  # neither A nor B is small initially
+            by_architecture["decoder"] = 6e-4
         return Rates(
-            narrow=1e-3 * share,
-            wide=2e-4 * share,
+            small=1e-3 * scale,
+            large=2e-4 * scale,
             source="QLoRA, table 9",
-            kinds={kind: rate * share for kind, rate in kinds.items()},
+            by_architecture={name: rate * scale for name, rate in by_architecture.items()},
         )
 
-    def describe(self, spec: LoraSpec) -> str:
-        """Returns rank, scale, dropout and variants."""
+    def format_spec(self, spec: LoraSpec) -> str:
+        """Returns rank, alpha, dropout and variants as text."""
         init, ratio = spec.init_lora_weights, spec.lora_plus_ratio
-        variants = {
+        used = {
             "rsLoRA": spec.use_rslora,
             "DoRA": spec.use_dora,
             f"{init} start": init != "default",
             f"LoRA+ with ratio {ratio or 0:g}": ratio is not None,
         }
-        settings = f"r {spec.r}, alpha {spec.lora_alpha:g}, dropout {spec.lora_dropout:g}"
-        return ", ".join([settings, *(name for name, is_used in variants.items() if is_used)])
+        text = f"r {spec.r}, alpha {spec.lora_alpha:g}, dropout {spec.lora_dropout:g}"
+        return ", ".join([text, *(name for name, is_used in used.items() if is_used)])
 
-    def refuse_quantized(self, spec: LoraSpec, base: QuantizedCheckpoint) -> str | None:
-        """Returns why this initialization does not work on a quantized checkpoint, or None."""
-        if base.kind == "none" and spec.init_lora_weights not in ("default", "gaussian"):
-            return super().refuse_quantized(spec, base)
+    def get_quantized_error(self, spec: LoraSpec, base: QuantizedCheckpoint) -> str | None:
+        """Returns why the initialization cannot be used on a quantized checkpoint, or None."""
+        if base.quantization == "none" and spec.init_lora_weights not in ("default", "gaussian"):
+            return super().get_quantized_error(spec, base)
         if spec.init_lora_weights == "loftq":
             return (
                 "--init loftq starts from the quantization error, and --model "
-                f"{base.name} is quantized already ({base.form}). Use the original model with "
+                f"{base.name} is quantized already ({base.format}). Use the original model with "
                 "--quant 4bit, or --init default."
             )
         return None
 
-    def refuse_embeddings(self, spec: LoraSpec) -> str:
+    def get_embedding_error(self, spec: LoraSpec) -> str:
         """Returns why this initialization cannot adapt an embedding, or ""."""
         if spec.init_lora_weights in ("default", "gaussian"):
             return ""
@@ -364,15 +377,15 @@ class Lora(Method):
         if problems:
             raise ConfigError(problems)
 
-    def count(self, spec: LoraSpec, sizes: Mapping[str, tuple[int, int]]) -> int | None:
-        """Returns the sum of r · (in + out), or None if a setting changes the count."""
-        settings = (
+    def num_parameters(self, spec: LoraSpec, sizes: Mapping[str, tuple[int, int]]) -> int | None:
+        """Returns the sum of r · (in + out), or None if `spec` adds or removes parameters."""
+        values = (
             spec.rank_pattern,
             spec.use_dora,
             spec.bias != "none",
             spec.trainable_token_indices,
         )
-        if any(settings):
+        if any(values):
             return None
         return sum(spec.r * (fan_in + fan_out) for fan_in, fan_out in sizes.values())
 
@@ -399,24 +412,24 @@ class Lora(Method):
             fan_in_fan_out=base.fan_in_fan_out,
         )
 
-    def optimizer(self, spec: LoraSpec, model: Any, arguments: Any) -> Any:
-        """Returns LoRA+'s optimizer if `lora_plus_ratio` is set, else None.
+    def optimizer(self, spec: LoraSpec, model: Any, args: Any) -> Any:
+        """Returns PEFT's LoRA+ optimizer, or None without `lora_plus_ratio`.
 
-        As in PEFT, B and all vectors, such as biases of heads, get A's rate times the ratio.
+        B and all vectors, such as biases of heads, get A's rate times the ratio.
         """
         if spec.lora_plus_ratio is None:
             return None
         from peft.optimizers import create_loraplus_optimizer
         from transformers import Trainer
 
-        optimizer_class, settings = Trainer.get_optimizer_cls_and_kwargs(arguments, model)
+        optimizer_class, kwargs = Trainer.get_optimizer_cls_and_kwargs(args, model)
         return create_loraplus_optimizer(
             model,
             optimizer_class,
-            lr=settings.pop("lr"),
+            lr=kwargs.pop("lr"),
             loraplus_lr_ratio=spec.lora_plus_ratio,
-            loraplus_weight_decay=arguments.weight_decay,
-            **settings,
+            loraplus_weight_decay=args.weight_decay,
+            **kwargs,
         )
 
 
@@ -427,11 +440,11 @@ def _token_ids(spec: LoraSpec, base: Base) -> list[int]:
         return []
     size, vocabulary = base.config.get_text_config().vocab_size, base.tokenizer.get_vocab()
     ids = {token: vocabulary.get(token) if isinstance(token, str) else token for token in tokens}
-    unknown = [token for token, index in ids.items() if index not in range(size)]
-    if unknown:
+    invalid = [token for token, index in ids.items() if index not in range(size)]
+    if invalid:
         raise ConfigError(
-            f"--trainable-token-indices: {', '.join(map(repr, unknown))} "
-            f"{'is no token' if len(unknown) == 1 else 'are no tokens'} of the model, which has "
+            f"--trainable-token-indices: {', '.join(map(repr, invalid))} "
+            f"{'is no token' if len(invalid) == 1 else 'are no tokens'} of the model, which has "
             f"{size:,}, from 0. A new token needs a row first: add it to tokenizer and model with "
             "resize_token_embeddings of transformers, save both, and train that model."
         )

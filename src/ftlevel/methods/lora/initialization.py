@@ -20,10 +20,10 @@ from ftlevel.models.hardware import autocast
 
 @torch.no_grad()
 def start_from_residual(model: Any, weight_of: Callable[[str], Tensor]) -> None:
-    """LoftQ: set A and B of the LoRAs on 4-bit layers of `model` (modified), a fresh `PeftModel`.
+    """Initialize LoRA on the 4-bit layers of the `PeftModel` `model` (modified) with LoftQ.
 
-    `weight_of` returns the unquantized weight `(out, in)` of a layer. Afterwards the config has the
-    default initialization, so that loading the adapter does not repeat it.
+    `weight_of` returns the unquantized weight `(out, in)` of a layer by name. Resets the config's
+    initialization, so that loading the adapter does not repeat it.
     """
     import bitsandbytes as bnb
     from peft.tuners.lora import Linear4bit
@@ -59,9 +59,9 @@ def factor(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 
 def start_from_data(model: Any, batches: Any, device: str, dtype: str) -> None:
-    """EVA: set A, rank and scale of each LoRA in `model` (modified) from layer inputs on `batches`.
+    """Initialize A, rank and scale of LoRA in `model` (modified) with EVA, from `batches`.
 
-    Afterwards the config has the default initialization, so loading does not repeat it.
+    Resets the config's initialization, so that loading the adapter does not repeat it.
     """
     from peft import initialize_lora_eva_weights
 
@@ -85,5 +85,5 @@ def _forward(model: Any, batch: dict[str, Tensor]) -> Any:
 
 
 def _supervised_positions(batch: dict[str, Tensor], _: Any) -> Tensor:
-    """Returns `(n, 2)` row and position of each supervised token."""
+    """Returns the row and position of each supervised token, `(n, 2)`."""
     return batch["supervised"].nonzero()

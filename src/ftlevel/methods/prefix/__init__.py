@@ -9,24 +9,26 @@ from __future__ import annotations
 from typing import Any
 
 from ftlevel.config.methods.other import PrefixSpec
-from ftlevel.methods.base import VIRTUAL_TOKEN_STEP, VIRTUAL_TOKENS, Base, Merging, Method
-from ftlevel.methods.facts import Rule, rows, single_row
+from ftlevel.methods.base import VIRTUAL_TOKEN_STEP, VIRTUAL_TOKENS, Base, MergeInfo, Method
 from ftlevel.methods.rates import Rates
+from ftlevel.methods.support_table import Rule, rows, single_row
 
 _WRAPPED = ".base_layer"
 
 
-def find_attentions(model: Any) -> list[str]:
-    """Find the full names of all self- and cross-attention modules of `model`.
+def get_attention_modules(model: Any) -> list[str]:
+    """Returns the full names of all self- and cross-attention modules of `model`.
 
     These are the innermost modules with an attention class name, such as BERT's `attention.self`.
     """
     names = [name for name, part in model.named_modules() if "Attention" in type(part).__name__]
-    innermost = [name for name in names if not any(other.startswith(f"{name}.") for other in names)]
-    return [name.removesuffix(_WRAPPED) for name in innermost]
+    inner_names = [
+        name for name in names if not any(other.startswith(f"{name}.") for other in names)
+    ]
+    return [name.removesuffix(_WRAPPED) for name in inner_names]
 
 
-def why_no_prefix(config: Any) -> str | None:
+def get_prefix_error(config: Any) -> str | None:
     """Returns why a model with `config` does not support prefixes, or None."""
     from transformers import MODEL_MAPPING
 
@@ -68,7 +70,7 @@ prefix files cannot be loaded."""
 class PrefixTuning(Method):
     """Prefix tuning."""
 
-    facts = single_row(
+    info = single_row(
         "prefix",
         "keys and values in every attention",
         "",
@@ -91,36 +93,43 @@ class PrefixTuning(Method):
     )
     tuner = "ftlevel.methods.prefix.model"
     step = VIRTUAL_TOKEN_STEP
-    merging = Merging(
-        ("PREFIX_KV", "PREFIX_TUNING"), into_weights=False, why_not=lambda _: VIRTUAL_TOKENS
+    merge_info = MergeInfo(
+        ("PREFIX_KV", "PREFIX_TUNING"), into_weights=False, get_error=lambda _: VIRTUAL_TOKENS
     )
     page = PAGE
 
     def rates(self, spec: PrefixSpec) -> Rates:
         """Returns the rates: P-tuning v2's, or lower ones for a projected prefix.
 
-        The tanh in the MLP saturates at a rate of 3e-3 with one or two targets per row, and at 1e-2
-        with one target per token.
+        The MLP's tanh saturates at 3e-3 with one or two targets per row, or 1e-2 with many.
         """
         if spec.prefix_projection:
-            kinds = {"decoder": 1e-3, "encoder-decoder": 3e-3}
-            return Rates(narrow=5e-4, wide=1e-4, source="not measured", tokens=3e-3, kinds=kinds)
-        return Rates(narrow=5e-2, wide=1e-2, source="P-tuning v2", kinds={"encoder-decoder": 1e-1})
+            by_architecture = {"decoder": 1e-3, "encoder-decoder": 3e-3}
+            return Rates(
+                small=5e-4,
+                large=1e-4,
+                source="not measured",
+                tokens=3e-3,
+                by_architecture=by_architecture,
+            )
+        return Rates(
+            small=5e-2, large=1e-2, source="P-tuning v2", by_architecture={"encoder-decoder": 1e-1}
+        )
 
-    def describe(self, spec: PrefixSpec) -> str:
-        """Returns length and projection of the prefix."""
+    def format_spec(self, spec: PrefixSpec) -> str:
+        """Returns length and projection of the prefix as text."""
         width = spec.encoder_hidden_size or ENCODER_WIDTH
         projection = f", by an MLP of width {width}" if spec.prefix_projection else ""
         return f"{spec.num_virtual_tokens} keys and values in front of every attention{projection}"
 
-    def refuse(self, spec: PrefixSpec, config: Any, *_: str) -> str | None:
+    def get_error(self, spec: PrefixSpec, config: Any, *_: str) -> str | None:
         """Returns why the model does not support prefixes and which methods to use, or None."""
-        reason = why_no_prefix(config)
-        return f"{reason}. Use --method prompt, or --method lora." if reason else None
+        message = get_prefix_error(config)
+        return f"{message}. Use --method prompt, or --method lora." if message else None
 
-    def find_targets(self, spec: PrefixSpec, model: Any) -> list[str]:
+    def default_target_modules(self, spec: PrefixSpec, model: Any) -> list[str]:
         """Returns the full names of the attention modules of `model`, sorted."""
-        return sorted(find_attentions(model))
+        return sorted(get_attention_modules(model))
 
     def build(self, spec: PrefixSpec, base: Base) -> Any:
         """Returns `PrefixKvConfig`."""

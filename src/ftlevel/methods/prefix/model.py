@@ -23,8 +23,8 @@ from peft import PeftConfig
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ftlevel.methods.prefix import find_attentions, why_no_prefix
-from ftlevel.methods.tuners import VirtualTokenLayer, VirtualTokenTuner, device_of, use_sets
+from ftlevel.methods.prefix import get_attention_modules, get_prefix_error
+from ftlevel.methods.tuners import VirtualTokenLayer, VirtualTokenTuner, convert_to_sets, device_of
 from ftlevel.methods.upstream import add_peft_type, register_tuner
 from ftlevel.models.upstream.architectures import attention_of, eager_attention_of
 
@@ -43,13 +43,13 @@ def register_attention() -> None:
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import eager_mask, sdpa_mask
 
-    AttentionInterface.register(ATTENTION, attend)
+    AttentionInterface.register(ATTENTION, prefix_attention_forward)
     AttentionMaskInterface.register(ATTENTION, sdpa_mask)
-    AttentionInterface.register(EAGER_ATTENTION, attend_eagerly)
+    AttentionInterface.register(EAGER_ATTENTION, eager_prefix_attention_forward)
     AttentionMaskInterface.register(EAGER_ATTENTION, eager_mask)
 
 
-def attend(
+def prefix_attention_forward(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -60,10 +60,10 @@ def attend(
     position_bias: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Compute scaled dot-product attention over `prefix` and the keys.
+    """Returns scaled dot-product attention over `prefix` and the keys.
 
     Args:
-        module: the attention module, for the number of key-value groups.
+        module: attention module, which has the number of key-value groups.
         query: `(batch, heads, queries, head_dim)`, after rotary embedding.
         key: `(batch, kv_heads, keys, head_dim)`, including the cache.
         value: same shape as `key`.
@@ -82,7 +82,7 @@ def attend(
             module, query, key, value, attention_mask, position_bias=position_bias, **kwargs
         )
     length = prefix[0].shape[2]
-    key, value = _behind(prefix, key, value)
+    key, value = _prepend(prefix, key, value)
     is_causal = kwargs.get("is_causal")
     is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     in_front = 0
@@ -103,7 +103,7 @@ def attend(
     return output[:, in_front:], weights
 
 
-def attend_eagerly(
+def eager_prefix_attention_forward(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -114,26 +114,26 @@ def attend_eagerly(
     position_bias: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Compute attention over `prefix` and the keys with the model's own eager function.
+    """Returns attention over `prefix` and the keys by the model's own eager function.
 
-    Arguments are as for `attend`, but `attention_mask` is additive. Returns
-    `(batch, queries, heads, head_dim)` and weights `(batch, heads, queries, P + keys)`.
+    Arguments are as for `prefix_attention_forward`, but `attention_mask` is additive. Shapes are
+    `(batch, queries, heads, head_dim)`, and `(batch, heads, queries, P + keys)` of the weights.
     """
     if prefix is not None:
         length = prefix[0].shape[2]
-        key, value = _behind(prefix, key, value)
+        key, value = _prepend(prefix, key, value)
         if attention_mask is not None:
             attention_mask = functional.pad(attention_mask, (length, 0))
         if position_bias is not None:
             position_bias = functional.pad(position_bias, (length, 0))
     if position_bias is not None:
         kwargs["position_bias"] = position_bias
-    attend_plainly = eager_attention_of(module)
-    return attend_plainly(module, query, key, value, attention_mask, **kwargs)
+    eager_attention = eager_attention_of(module)
+    return eager_attention(module, query, key, value, attention_mask, **kwargs)
 
 
-def _behind(prefix: Prefix, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns `key` and `value` with those of `prefix` prepended in every row."""
+def _prepend(prefix: Prefix, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns `key` and `value` with `prefix` prepended in every row."""
     key, value = (
         torch.cat([extra.to(states.dtype).expand(len(states), -1, -1, -1), states], dim=2)
         for extra, states in zip(prefix, (key, value), strict=True)
@@ -141,7 +141,7 @@ def _behind(prefix: Prefix, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]
     return key, value
 
 
-def attend_gpt_neo(
+def gpt_neo_attention(
     module: Any,
     prefix: Prefix,
     hidden_states: Tensor,
@@ -174,7 +174,7 @@ def attend_gpt_neo(
     return module.resid_dropout(module.out_proj(output)), weights
 
 
-def attend_deberta_v2(
+def deberta_attention(
     module: Any,
     prefix: Prefix,
     hidden_states: Tensor,
@@ -215,14 +215,14 @@ def attend_deberta_v2(
 
 _MODELS = "transformers.models"
 CUSTOM_ATTENTION: dict[str, Callable[..., Any]] = {
-    f"{_MODELS}.gpt_neo.modeling_gpt_neo.GPTNeoSelfAttention": attend_gpt_neo,
-    f"{_MODELS}.deberta_v2.modeling_deberta_v2.DisentangledSelfAttention": attend_deberta_v2,
+    f"{_MODELS}.gpt_neo.modeling_gpt_neo.GPTNeoSelfAttention": gpt_neo_attention,
+    f"{_MODELS}.deberta_v2.modeling_deberta_v2.DisentangledSelfAttention": deberta_attention,
 }
 """Attention classes that do not use `AttentionInterface`, by full class name."""
 
 
 def custom_attention(module: nn.Module) -> Callable[..., Any] | None:
-    """Returns the reimplementation for `module`, or None if it uses `AttentionInterface`."""
+    """Returns the function that replaces the forward of `module`; None if none is needed."""
     return CUSTOM_ATTENTION.get(f"{type(module).__module__}.{type(module).__qualname__}")
 
 
@@ -252,7 +252,7 @@ class PrefixKvConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PREFIX_KV
-        use_sets(self)
+        convert_to_sets(self)
 
 
 INIT_STD = 0.02
@@ -261,7 +261,7 @@ INIT_STD = 0.02
 class PrefixLayer(VirtualTokenLayer):
     """Attention module with the concatenated prefixes of its active adapters.
 
-    Missing attributes are looked up in the attention module `base_layer`.
+    Attributes that it does not have are those of the attention module `base_layer`.
     """
 
     base_layer: Any
@@ -295,14 +295,14 @@ class PrefixLayer(VirtualTokenLayer):
                 raise
             return getattr(super().__getattr__("base_layer"), name)
 
-    def add_plain(self, adapter_name: str, config: PrefixKvConfig) -> None:
+    def add_prefix(self, adapter_name: str, config: PrefixKvConfig) -> None:
         """Add a prefix of randomly initialized keys and values."""
         shape = (config.num_virtual_tokens, self.kv_heads * self.head_dim)
         for parameters in (self.prefix_kv_keys, self.prefix_kv_values):
             states = torch.empty(shape, device=device_of(self.base_layer), dtype=torch.float32)
             parameters[adapter_name] = nn.Parameter(nn.init.normal_(states, std=INIT_STD))
 
-    def add_projected(
+    def add_mlp_prefix(
         self, adapter_name: str, config: PrefixKvConfig, encoder: PrefixLayer | None, hidden: int
     ) -> None:
         """Add a prefix computed by an MLP.
@@ -321,7 +321,7 @@ class PrefixLayer(VirtualTokenLayer):
         )
 
     def compute(self, adapter_name: str) -> tuple[Tensor, Tensor]:
-        """Compute the keys and values of one adapter, each `(P, kv_heads · head_dim)`."""
+        """Returns the keys and values of an adapter, each `(P, kv_heads · head_dim)`."""
         if adapter_name in self.prefix_kv_keys:
             return self.prefix_kv_keys[adapter_name], self.prefix_kv_values[adapter_name]
         encoder = self.encoders[adapter_name]
@@ -331,7 +331,7 @@ class PrefixLayer(VirtualTokenLayer):
         return keys, values
 
     def fold(self, adapter_name: str, keys: Tensor, values: Tensor) -> None:
-        """Replace the MLP of one adapter by the given keys and values."""
+        """Replace the MLP of an adapter by `keys` and `values`."""
         for parameters, states in ((self.prefix_kv_keys, keys), (self.prefix_kv_values, values)):
             parameters[adapter_name] = nn.Parameter(states.detach().float().clone())
         for name in ("prefix_kv_embedding", "prefix_kv_hidden", "prefix_kv_output", "encoders"):
@@ -339,11 +339,11 @@ class PrefixLayer(VirtualTokenLayer):
                 del getattr(self, name)[adapter_name]
 
     def prefix_of(self, names: list[str]) -> Prefix:
-        """Returns the keys and values of `names`, each `(1, kv_heads, ΣP, head_dim)`."""
-        computed = [self.compute(name) for name in names]
+        """Returns keys and values of the adapters `names`, each `(1, kv_heads, ΣP, head_dim)`."""
+        key_values = [self.compute(name) for name in names]
         keys, values = (
             torch.cat(part).view(1, -1, self.kv_heads, self.head_dim).transpose(1, 2)
-            for part in zip(*computed, strict=True)
+            for part in zip(*key_values, strict=True)
         )
         return keys, values
 
@@ -353,14 +353,14 @@ class PrefixLayer(VirtualTokenLayer):
         if not names:
             return self.base_layer(*args, **kwargs)
         prefix = self.prefix_of(names)
-        attend = custom_attention(self.base_layer)
-        if attend is not None:
-            return attend(self.base_layer, prefix, *args, **kwargs)
+        prefix_attention_forward = custom_attention(self.base_layer)
+        if prefix_attention_forward is not None:
+            return prefix_attention_forward(self.base_layer, prefix, *args, **kwargs)
         return self.base_layer(*args, prefix=prefix, **kwargs)
 
 
 def kv_shape(attention: nn.Module) -> tuple[int, int]:
-    """Returns the number of key heads of an attention module, and their width."""
+    """Returns the number of key-value heads of an attention module, and their width."""
     config = getattr(attention, "config", None)
     heads = _first(attention, ("n_heads", "num_heads", "num_attention_heads"))
     if heads is None and config is not None:
@@ -380,36 +380,35 @@ def _first(module: nn.Module, names: tuple[str, ...]) -> int | None:
     return next((getattr(module, name) for name in names if hasattr(module, name)), None)
 
 
-_OURS = {ours: own for own, ours in WITH_PREFIX.items()}
+_WITHOUT_PREFIX = {ours: own for own, ours in WITH_PREFIX.items()}
 
 
 class PrefixModel(VirtualTokenTuner):
-    """Prefix-tuning tuner for all attention modules of a model.
+    """Tuner for prefix tuning of all attention modules of a model.
 
-    It switches the model to ftlevel's attention functions, which call the model's implementation:
-    "eager" returns attention weights with the prefix, "sdpa" none. `unload` switches back.
+    The model uses ftlevel's attention functions until `unload`; only "eager" returns weights.
     """
 
     prefix: str = "prefix_kv_"
     tuner_layer_cls = PrefixLayer
 
-    def find_modules(self) -> list[str]:
-        """Find the full names of all attention modules."""
-        return find_attentions(self.model)
+    def default_target_modules(self) -> list[str]:
+        """Returns the full names of all attention modules."""
+        return get_attention_modules(self.model)
 
     def _pre_injection_hook(self, model: Any, config: PrefixKvConfig, adapter_name: str) -> None:
         """Store the attention implementation; raise `ValueError` if it is unsupported."""
-        error = why_no_prefix(model.config)
-        if error:
-            raise ValueError(f"{error}. Use a method without a prefix, such as LoRA.")
+        message = get_prefix_error(model.config)
+        if message:
+            raise ValueError(f"{message}. Use a method without a prefix, such as LoRA.")
         implementation = attention_of(model)
-        if implementation not in {*WITH_PREFIX, *_OURS}:
+        if implementation not in {*WITH_PREFIX, *_WITHOUT_PREFIX}:
             raise ValueError(
                 f"prefix tuning cannot be used with attn_implementation={implementation!r}, only "
                 f"with {' or '.join(WITH_PREFIX)}. Load the model with 'sdpa'."
             )
         # A config reused from a different model with a prefix names ftlevel's attention.
-        self.attention_before = _OURS.get(implementation, implementation)
+        self.attention_before = _WITHOUT_PREFIX.get(implementation, implementation)
 
     def _create_and_replace(
         self,
@@ -436,17 +435,15 @@ class PrefixModel(VirtualTokenTuner):
         setattr(parent, child_name, new_module)
 
     def _fill(self, layer: PrefixLayer, adapter_name: str, config: PrefixKvConfig) -> None:
-        """Add a prefix to `layer` (modified)."""
         if not config.prefix_projection:
-            layer.add_plain(adapter_name, config)
+            layer.add_prefix(adapter_name, config)
             return
         encoder = next((other for other in self.layers() if adapter_name in other.encoders), None)
         if encoder is not None:
             encoder = encoder.encoders[adapter_name]
-        layer.add_projected(adapter_name, config, encoder, self._width())
+        layer.add_mlp_prefix(adapter_name, config, encoder, self._width())
 
     def _width(self) -> int:
-        """Returns the hidden size of the model."""
         return self.model.config.get_text_config().hidden_size
 
     def inject_adapter(self, *args: Any, **kwargs: Any) -> None:
@@ -460,30 +457,27 @@ class PrefixModel(VirtualTokenTuner):
         """Delete an adapter; after the last one, restore the original attention."""
         super().delete_adapter(adapter_name)
         if not self.peft_config:
-            self._restore_attention()
+            self._reset_attention()
 
     def unload(self) -> nn.Module:
         """Returns the base model with its original attention."""
         model = super().unload()
-        self._restore_attention()
+        self._reset_attention()
         return model
 
-    def _restore_attention(self) -> None:
-        if attention_of(self.model) in _OURS:
+    def _reset_attention(self) -> None:
+        if attention_of(self.model) in _WITHOUT_PREFIX:
             self.model.set_attn_implementation(self.attention_before)
 
     @torch.no_grad()
     def fold(self, adapter_name: str = "default") -> None:
-        """Replace the MLP of an adapter by the keys and values it computes (in place).
-
-        See Li & Liang, 2021, § 4.3.
-        """
+        """Replace the MLP of an adapter by its keys and values, in place."""
         config = self.peft_config[adapter_name]
         if not config.prefix_projection:
             return
         layers = [layer for layer in self.layers() if adapter_name in layer.encoders]
-        computed = [layer.compute(adapter_name) for layer in layers]
-        for layer, (keys, values) in zip(layers, computed, strict=True):
+        key_values = [layer.compute(adapter_name) for layer in layers]
+        for layer, (keys, values) in zip(layers, key_values, strict=True):
             layer.fold(adapter_name, keys, values)
         config.prefix_projection = False
 

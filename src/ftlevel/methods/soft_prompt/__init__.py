@@ -14,13 +14,13 @@ from typing import Any
 
 from ftlevel.config.methods.other import PromptSpec, PTuningSpec
 from ftlevel.errors import InputError
-from ftlevel.methods.base import VIRTUAL_TOKEN_STEP, VIRTUAL_TOKENS, Base, Merging, Method
-from ftlevel.methods.facts import single_row
+from ftlevel.methods.base import VIRTUAL_TOKEN_STEP, VIRTUAL_TOKENS, Base, MergeInfo, Method
 from ftlevel.methods.rates import Rates
+from ftlevel.methods.support_table import single_row
 
 
-def find_stacks(model: Any) -> list[str]:
-    """Find the name of the layer stack below the head, or the names of encoder and decoder.
+def get_layer_stacks(model: Any) -> list[str]:
+    """Returns the name of the model without its head, or the names of its encoder and decoder.
 
     Each is the innermost module with input embeddings, such as OPT's `model.decoder`.
     """
@@ -28,23 +28,22 @@ def find_stacks(model: Any) -> list[str]:
     prefixed = prefix if prefix and hasattr(model, prefix) else ""
     for parent in dict.fromkeys((prefixed, "")):
         names = [f"{parent}.{part}".lstrip(".") for part in ("encoder", "decoder")]
-        takes_tokens = [name for name in names if _takes_tokens(model, name)]
-        if takes_tokens:
-            return takes_tokens
+        with_embeddings = [name for name in names if _has_embeddings(model, name)]
+        if with_embeddings:
+            return with_embeddings
     return [prefixed] if prefixed else []
 
 
-def find_prompt_targets(model: Any) -> list[str]:
-    """Find the full names of the layer stacks of `model` that get a prompt.
+def get_prompt_modules(model: Any) -> list[str]:
+    """Returns the names of the modules of `model` that get a prompt.
 
-    In a model without a head it is the `ModuleList`, because PEFT cannot target the whole model.
+    Without a head, that is the `ModuleList` of layers, because PEFT cannot target the whole model.
     """
     lists = (n for n, part in model.named_modules() if type(part).__name__ == "ModuleList")
-    return find_stacks(model) or [*lists][:1]
+    return get_layer_stacks(model) or [*lists][:1]
 
 
-def _takes_tokens(model: Any, name: str) -> bool:
-    """Returns whether the module has its own input embeddings."""
+def _has_embeddings(model: Any, name: str) -> bool:
     try:
         return hasattr(model.get_submodule(name), "get_input_embeddings")
     except AttributeError:
@@ -55,11 +54,11 @@ TYPES = ("PROMPT_TUNING", "P_TUNING")
 _KEY = "prompt_embeddings"
 
 
-def load_peft_prompt(base: Any, directory: Path, name: str) -> Any:
-    """Load `base` with the PEFT prompt in `directory` as the adapter `name`.
+def load_peft_prompt(base: Any, path: Path, name: str) -> Any:
+    """Returns `base` with the prompt of PEFT's tuner in the directory `path` as adapter `name`.
 
     Raises:
-        InputError: its task is not CAUSAL_LM, or it does not fit this base.
+        InputError: the prompt's task is not CAUSAL_LM, or it does not fit `base`.
     """
     import torch
     from peft import get_peft_model
@@ -67,29 +66,29 @@ def load_peft_prompt(base: Any, directory: Path, name: str) -> Any:
 
     from ftlevel.methods.soft_prompt.layer import SoftPromptConfig
 
-    settings = json.loads((directory / "adapter_config.json").read_text(encoding="utf-8"))
-    if (task := settings.get("task_type")) != "CAUSAL_LM":
+    config_dict = json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))
+    if (task := config_dict.get("task_type")) != "CAUSAL_LM":
         raise InputError(
-            f"{directory} is {settings['peft_type']} of PEFT for {task}, where the head reads "
+            f"{path} is {config_dict['peft_type']} of PEFT for {task}, where the head reads "
             "virtual tokens as well, and here only those of the text. Prompts are read for "
             "CAUSAL_LM. Ask it by PEFT, or train one with --method prompt."
         )
-    prompt = load_file(str(directory / "adapter_model.safetensors")).get(_KEY)
+    prompt = load_file(str(path / "adapter_model.safetensors")).get(_KEY)
     width = base.get_input_embeddings().weight.shape[1]
     if prompt is None or prompt.dim() != 2 or prompt.shape[1] != width:
         shape = "none" if prompt is None else f"{tuple(prompt.shape)}"
         raise InputError(
-            f"{directory} does not fit its base model, {base.config.model_type}: its {_KEY} are "
+            f"{path} does not fit its base model, {base.config.model_type}: its {_KEY} are "
             f"{shape}, expected (tokens, {width}). Name the base that it was trained on."
         )
     config = SoftPromptConfig(
         task_type=task, num_virtual_tokens=len(prompt), random_init=True, inference_mode=True
     )
-    adapted = get_peft_model(base, config, adapter_name=name)
+    peft_model = get_peft_model(base, config, adapter_name=name)
     with torch.no_grad():
-        for layer in adapted.base_model.layers():
+        for layer in peft_model.base_model.layers():
             layer.soft_prompt_embedding[name].copy_(prompt)
-    return adapted.requires_grad_(False).eval()
+    return peft_model.requires_grad_(False).eval()
 
 
 # These models add per-layer embeddings of token ids, and a prompt has no ids.
@@ -97,12 +96,12 @@ _READ_IDS_IN_LAYERS = frozenset({"gemma3n", "gemma3n_text", "gemma4", "gemma4_te
 
 
 class SoftPrompt(Method):
-    """Prompt tuning and P-tuning; subclasses differ in how the prompt is computed."""
+    """Base class of prompt tuning and P-tuning."""
 
     tuner = "ftlevel.methods.soft_prompt.layer"
     step = VIRTUAL_TOKEN_STEP
 
-    def refuse(self, spec: Any, config: Any, *_: str) -> str | None:
+    def get_error(self, spec: Any, config: Any, *_: str) -> str | None:
         """Returns why the model does not support soft prompts and which method to use, or None."""
         if config.model_type not in _READ_IDS_IN_LAYERS:
             return None
@@ -111,9 +110,9 @@ class SoftPrompt(Method):
             "tokens have none. Use --method lora."
         )
 
-    def find_targets(self, spec: Any, model: Any) -> list[str]:
-        """Returns the full names of the layer stacks of `model` that get a prompt, sorted."""
-        return sorted(find_prompt_targets(model))
+    def default_target_modules(self, spec: Any, model: Any) -> list[str]:
+        """Returns the names, sorted, of the modules of `model` that get a prompt."""
+        return sorted(get_prompt_modules(model))
 
     def positions(self, spec: PromptSpec | PTuningSpec) -> int:
         """Returns the length of the prompt."""
@@ -125,7 +124,7 @@ class SoftPrompt(Method):
         return SoftPromptConfig(
             task_type=base.task_type,
             num_virtual_tokens=spec.num_virtual_tokens,
-            tokens_before=1 if base.kind == "encoder" else 0,
+            tokens_before=1 if base.architecture == "encoder" else 0,
             target_modules=base.targets,
             modules_to_save=base.heads or None,
             **fields,
@@ -135,25 +134,25 @@ class SoftPrompt(Method):
 class PromptTuning(SoftPrompt):
     """Prompt tuning."""
 
-    facts = single_row(
+    info = single_row(
         "prompt", "embeddings before the input", "", "Lester et al., 2021, arXiv:2104.08691", 81_920
     )
-    rate = Rates(narrow=1e-1, wide=3e-2, source="not measured", tokens=3e-2)
-    merging = Merging(
+    rate = Rates(small=1e-1, large=3e-2, source="not measured", tokens=3e-2)
+    merge_info = MergeInfo(
         ("SOFT_PROMPT", "PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "CPT"),
         into_weights=False,
-        why_not=lambda _: VIRTUAL_TOKENS,
+        get_error=lambda _: VIRTUAL_TOKENS,
     )
-    plain_loaders = MappingProxyType(dict.fromkeys(TYPES, load_peft_prompt))
+    peft_loaders = MappingProxyType(dict.fromkeys(TYPES, load_peft_prompt))
 
-    def describe(self, spec: PromptSpec) -> str:
-        """Returns length and initialization of the prompt."""
-        initializations = {
+    def format_spec(self, spec: PromptSpec) -> str:
+        """Returns length and initialization of the prompt as text."""
+        names = {
             "SAMPLE_VOCAB": "from the vocabulary",
             "TEXT": "from a text",
             "RANDOM": "random",
         }
-        initial = initializations[spec.prompt_tuning_init]
+        initial = names[spec.prompt_tuning_init]
         return f"{spec.num_virtual_tokens} virtual tokens, {initial} at first"
 
     def build(self, spec: PromptSpec, base: Base) -> Any:
@@ -170,21 +169,23 @@ class PromptTuning(SoftPrompt):
 class PTuning(SoftPrompt):
     """P-tuning."""
 
-    facts = single_row(
+    info = single_row(
         "p-tuning",
         "embeddings before the input, from a small network",
         "",
         "Liu et al., 2021, arXiv:2103.10385",
         50_425_856,
     )
-    rate = Rates(narrow=1e-2, wide=5e-3, source="not measured", kinds={"encoder-decoder": 3e-2})
-    continued_as = "prompt"  # the saved adapter has the embeddings only
-    merging = Merging(
-        ("SOFT_PROMPT", "P_TUNING"), into_weights=False, why_not=lambda _: VIRTUAL_TOKENS
+    rate = Rates(
+        small=1e-2, large=5e-3, source="not measured", by_architecture={"encoder-decoder": 3e-2}
+    )
+    resume_method = "prompt"  # the saved adapter has the embeddings only
+    merge_info = MergeInfo(
+        ("SOFT_PROMPT", "P_TUNING"), into_weights=False, get_error=lambda _: VIRTUAL_TOKENS
     )
 
-    def describe(self, spec: PTuningSpec) -> str:
-        """Returns length and encoder of the prompt."""
+    def format_spec(self, spec: PTuningSpec) -> str:
+        """Returns length and encoder of the prompt as text."""
         encoder = spec.encoder_reparameterization_type
         return f"{spec.num_virtual_tokens} virtual tokens, computed by an {encoder}"
 

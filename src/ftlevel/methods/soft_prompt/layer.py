@@ -1,4 +1,4 @@
-"""Config, batch layout and layer of soft prompts.
+"""Config, layer and tuner of soft prompts.
 
     inputs ← [prompt; embed(tokens)],  outputs ← those at the tokens  Lester et al., 2021, § 2
     MLP:  W₃ relu(W₂ relu(W₁ E)),     LSTM:  W₂ relu(W₁ BiLSTM(E))    Liu et al., 2021, § 3.2
@@ -19,26 +19,26 @@ from peft import PeftConfig
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ftlevel.methods.soft_prompt import find_prompt_targets, find_stacks
-from ftlevel.methods.tuners import VirtualTokenLayer, VirtualTokenTuner, use_sets
+from ftlevel.methods.soft_prompt import get_layer_stacks, get_prompt_modules
+from ftlevel.methods.tuners import VirtualTokenLayer, VirtualTokenTuner, convert_to_sets
 from ftlevel.methods.upstream import add_peft_type, register_tuner
 
 
 @dataclass(frozen=True)
 class PromptPosition:
-    """Position of a prompt of `length` in each row; `start` `(batch,)` is the insertion index."""
+    """Position of a prompt of `length` tokens in each row, from index `start` `(batch,)`."""
 
     start: Tensor
     length: int
 
     @classmethod
-    def find(
+    def compute(
         cls, attention_mask: Tensor | None, rows: Tensor, length: int, tokens_before: int
     ) -> PromptPosition:
-        """Find the positions in a batch: after left padding and `tokens_before` tokens.
+        """Returns the position after left padding and `tokens_before` tokens.
 
-        `attention_mask` is `(batch, seq)`, or None without padding; `rows` gives batch size and
-        device.
+        `attention_mask` is `(batch, seq)`, or None without padding; `rows` is any tensor of the
+        batch, for its size and device.
         """
         if attention_mask is None:
             start = torch.zeros(len(rows), dtype=torch.long, device=rows.device)
@@ -47,18 +47,18 @@ class PromptPosition:
         return cls((first + tokens_before).clamp(max=attention_mask.shape[1]), length)
 
     def insert(self, states: Tensor, prompt: Tensor) -> Tensor:
-        """Insert `prompt` `(batch, P, ...)` into `states` `(batch, seq, ...)`."""
+        """Returns `states` `(batch, seq, ...)` with `prompt` `(batch, P, ...)` inserted."""
         seq = states.shape[1]
         index = torch.arange(seq + self.length, device=states.device)
-        beyond = index - self.start[:, None]
-        source = torch.where(beyond < 0, index, index - self.length)
-        source = torch.where((beyond >= 0) & (beyond < self.length), seq + beyond, source)
-        return _pick(torch.cat([states, prompt], dim=1), source)
+        offset = index - self.start[:, None]
+        source = torch.where(offset < 0, index, index - self.length)
+        source = torch.where((offset >= 0) & (offset < self.length), seq + offset, source)
+        return _gather(torch.cat([states, prompt], dim=1), source)
 
-    def take_out(self, states: Tensor) -> Tensor:
-        """Remove the prompt: `(batch, seq + P, ...)` -> `(batch, seq, ...)`."""
+    def remove(self, states: Tensor) -> Tensor:
+        """Returns `states` `(batch, seq + P, ...)` without the prompt, `(batch, seq, ...)`."""
         index = torch.arange(states.shape[1] - self.length, device=states.device)
-        return _pick(states, index + self.length * (index >= self.start[:, None]))
+        return _gather(states, index + self.length * (index >= self.start[:, None]))
 
     def extend_mask(self, attention_mask: Tensor) -> Tensor:
         """Returns the mask with ones inserted for the prompt, `(batch, seq + P)`."""
@@ -75,11 +75,11 @@ class PromptPosition:
         at = self.start.clamp(max=position_ids.shape[1] - 1)[:, None]
         steps = torch.arange(self.length, device=position_ids.device)
         prompt = position_ids.gather(1, at) + (self.start[:, None] - at) + steps
-        moved = position_ids + self.length * (index >= self.start[:, None])
-        return self.insert(moved, prompt)
+        shifted = position_ids + self.length * (index >= self.start[:, None])
+        return self.insert(shifted, prompt)
 
 
-def _pick(states: Tensor, index: Tensor) -> Tensor:
+def _gather(states: Tensor, index: Tensor) -> Tensor:
     """Returns `states` `(batch, n, ...)` at `index` `(batch, m)` of the second dimension."""
     rows = torch.arange(len(states), device=states.device)[:, None]
     return states[rows, index]
@@ -124,25 +124,25 @@ class SoftPromptConfig(PeftConfig):
         self.peft_type = SOFT_PROMPT
         if self.encoder not in ("none", "MLP", "LSTM"):
             raise ValueError(f"encoder {self.encoder!r} is not one of none, MLP and LSTM.")
-        use_sets(self)
+        convert_to_sets(self)
 
 
 INIT_STD = 0.02
 
-Role = Literal["whole", "encoder", "decoder"]
-"""`whole` hides the prompt; an `encoder` exposes it to the `decoder`, which extends its mask."""
+StackType = Literal["whole", "encoder", "decoder"]
+"""Outputs of `whole` omit the prompt; those of `encoder` keep it, for the `decoder`."""
 
 
 @dataclass(frozen=True)
-class PromptSettings:
-    """Length and position of one prompt."""
+class PromptShape:
+    """Number of tokens of one prompt, and of the text tokens before it."""
 
     length: int
     tokens_before: int
 
 
 class SoftPromptLayer(VirtualTokenLayer):
-    """Prompts by adapter name; hooks on `stack` insert those of active adapters, concatenated."""
+    """Prompts by adapter name; hooks on the module `stack` insert those of the active adapters."""
 
     adapter_layer_names = (
         "soft_prompt_embedding",
@@ -151,7 +151,7 @@ class SoftPromptLayer(VirtualTokenLayer):
         "soft_prompt_mid",
         "soft_prompt_out",
     )
-    other_param_names = ("settings",)
+    other_param_names = ("shapes",)
 
     def __init__(self, stack: Any) -> None:
         super().__init__()
@@ -160,35 +160,33 @@ class SoftPromptLayer(VirtualTokenLayer):
         self.soft_prompt_in = nn.ModuleDict()
         self.soft_prompt_mid = nn.ModuleDict()
         self.soft_prompt_out = nn.ModuleDict()
-        self.settings: dict[str, PromptSettings] = {}
-        self.role: Role = "whole"
+        self.shapes: dict[str, PromptShape] = {}
+        self.stack_type: StackType = "whole"
         self.in_features = self.out_features = stack.get_input_embeddings().weight.shape[1]
-        self.arguments = list(inspect.signature(stack.forward).parameters)
-        self._layout: PromptPosition | None = None
+        self.parameter_names = list(inspect.signature(stack.forward).parameters)
+        self._position: PromptPosition | None = None
         self._stack = [stack]  # in a list, so that the parent is not a submodule
         self._hooks = [
-            stack.register_forward_pre_hook(self.before, with_kwargs=True),
-            stack.register_forward_hook(self.after),
+            stack.register_forward_pre_hook(self.before_forward, with_kwargs=True),
+            stack.register_forward_hook(self.after_forward),
         ]
 
     def get_base_layer(self) -> Any:
-        """Returns the token embedding."""
+        """Returns the token embedding of the stack."""
         return self._stack[0].get_input_embeddings()
 
-    def leave(self) -> None:
+    def remove_hooks(self) -> None:
         """Remove the hooks from the stack."""
         for hook in self._hooks:
             hook.remove()
 
     def add_prompt(
-        self, adapter_name: str, config: SoftPromptConfig, stack: Any, role: Role
+        self, adapter_name: str, config: SoftPromptConfig, stack: Any, stack_type: StackType
     ) -> None:
-        """Add a prompt to `stack`; a decoder only stores the settings of the encoder's prompt."""
-        self.role = role
-        self.settings[adapter_name] = PromptSettings(
-            config.num_virtual_tokens, config.tokens_before
-        )
-        if role == "decoder":
+        """Add a prompt; a decoder only stores the shape of the encoder's prompt."""
+        self.stack_type = stack_type
+        self.shapes[adapter_name] = PromptShape(config.num_virtual_tokens, config.tokens_before)
+        if stack_type == "decoder":
             return
         embedding = stack.get_input_embeddings()
         initial = _initial_prompt(embedding, config).to(torch.float32)
@@ -219,7 +217,7 @@ class SoftPromptLayer(VirtualTokenLayer):
             self.soft_prompt_out[name] = nn.Linear(hidden, width, device=device)
 
     def compute(self, name: str) -> Tensor:
-        """Compute the prompt of one adapter, `(P, embedding)`."""
+        """Returns the prompt of the adapter `name`, `(P, embedding)`."""
         states: Tensor = self.soft_prompt_embedding[name]
         if name in self.soft_prompt_lstm:
             states = self.soft_prompt_lstm[name](states[None])[0][0]
@@ -229,7 +227,7 @@ class SoftPromptLayer(VirtualTokenLayer):
         return self.soft_prompt_out[name](states) if name in self.soft_prompt_out else states
 
     def fold(self, name: str) -> None:
-        """Replace the encoder of one adapter by its output."""
+        """Replace the prompt encoder of the adapter `name` by its output."""
         if name not in self.soft_prompt_out:
             return
         self.soft_prompt_embedding[name] = nn.Parameter(self.compute(name).detach().float())
@@ -243,114 +241,118 @@ class SoftPromptLayer(VirtualTokenLayer):
                 del modules[name]
 
     def running(self) -> list[str]:
-        """Returns the active adapters of this layer."""
+        """Returns the names of the active adapters of this layer."""
         if self.disable_adapters:
             return []
-        return [name for name in self.active_adapters if name in self.settings]
+        return [name for name in self.active_adapters if name in self.shapes]
 
-    def before(self, stack: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Hook: returns the stack's arguments with the prompts inserted; None without prompts.
+    def before_forward(self, stack: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Forward pre-hook: returns the stack's arguments with the prompts, or None without any.
 
         Raises:
             ValueError: the attention mask is not `(batch, seq)`.
         """
-        self._layout = None
+        self._position = None
         names = self.running()
         if not names:
             return None
-        call = {**dict(zip(self.arguments, args, strict=False)), **kwargs}
+        call = {**dict(zip(self.parameter_names, args, strict=False)), **kwargs}
         cache = call.get("cache")
-        if self.role == "decoder":
+        if self.stack_type == "decoder":
             self._extend_encoder_mask(names, call)
         elif cache is not None and int(cache.get_seq_length()) > 0:
-            self._continue(names, call)
+            self._extend_cached(names, call)
         else:
-            layout = self._put_in(names, stack, call)
-            self._layout = None if self.role == "encoder" else layout
+            position = self._insert_prompts(names, stack, call)
+            self._position = None if self.stack_type == "encoder" else position
         return (), call
 
-    def after(self, _stack: Any, _args: tuple[Any, ...], output: Any) -> Any:
-        """Returns the output of the stack without the positions of the prompt."""
-        layout, self._layout = self._layout, None
-        return output if layout is None else _take_out(layout, output)
+    def after_forward(self, _stack: Any, _args: tuple[Any, ...], output: Any) -> Any:
+        """Forward hook: returns the output of the stack without the prompts."""
+        position, self._position = self._position, None
+        return output if position is None else _remove_prompt(position, output)
 
-    def _find_layout(self, names: list[str], mask: Tensor | None, rows: Tensor) -> PromptPosition:
+    def _compute_position(
+        self, names: list[str], mask: Tensor | None, rows: Tensor
+    ) -> PromptPosition:
         if mask is not None and mask.dim() != 2:
             raise ValueError(
                 f"a soft prompt cannot be put into an attention mask of {mask.dim()} dimensions, "
                 "as static caches and packed rows have; give one of (batch, seq)."
             )
-        length = sum(self.settings[name].length for name in names)
-        return PromptPosition.find(mask, rows, length, self.settings[names[0]].tokens_before)
+        length = sum(self.shapes[name].length for name in names)
+        return PromptPosition.compute(mask, rows, length, self.shapes[names[0]].tokens_before)
 
-    def _put_in(self, names: list[str], stack: Any, call: dict[str, Any]) -> PromptPosition:
-        """Insert prompts `names` into the arguments `call` (modified); returns where they are."""
+    def _insert_prompts(self, names: list[str], stack: Any, call: dict[str, Any]) -> PromptPosition:
+        """Insert the prompts `names` into the arguments `call` (modified); returns the position."""
         embedded = call.get("inputs_embeds")
         if embedded is None:
             embedded = stack.get_input_embeddings()(call["input_ids"])
         call["input_ids"] = None
-        layout = self._find_layout(names, call.get("attention_mask"), embedded)
+        position = self._compute_position(names, call.get("attention_mask"), embedded)
         prompt = torch.cat([self.compute(name) for name in names]).to(embedded.dtype)
-        call["inputs_embeds"] = layout.insert(embedded, prompt.expand(len(embedded), -1, -1))
+        call["inputs_embeds"] = position.insert(embedded, prompt.expand(len(embedded), -1, -1))
         for name, extend in (
-            ("attention_mask", layout.extend_mask),
-            ("token_type_ids", layout.extend_types),
-            ("position_ids", layout.extend_positions),
+            ("attention_mask", position.extend_mask),
+            ("token_type_ids", position.extend_types),
+            ("position_ids", position.extend_positions),
         ):
             if call.get(name) is not None:
                 call[name] = extend(call[name])
-        return layout
+        return position
 
-    def _continue(self, names: list[str], call: dict[str, Any]) -> None:
-        """Extend mask and positions in arguments `call` (modified); the cache has the prompts."""
+    def _extend_cached(self, names: list[str], call: dict[str, Any]) -> None:
+        """Extend mask and positions in `call` (modified) by the prompts, which are in the cache."""
         mask = call.get("attention_mask")
         if mask is not None:
-            call["attention_mask"] = self._find_layout(names, mask, mask).extend_mask(mask)
+            call["attention_mask"] = self._compute_position(names, mask, mask).extend_mask(mask)
         if call.get("position_ids") is not None:
             call["position_ids"] = call["position_ids"] + sum(
-                self.settings[name].length for name in names
+                self.shapes[name].length for name in names
             )
 
     def _extend_encoder_mask(self, names: list[str], call: dict[str, Any]) -> None:
-        """Extend the encoder's mask in the decoder's arguments `call` (modified) by the prompts."""
+        """Extend the encoder's mask in the decoder's arguments `call` (modified)."""
         mask = call.get("encoder_attention_mask")
         if mask is not None:
-            call["encoder_attention_mask"] = self._find_layout(names, mask, mask).extend_mask(mask)
+            call["encoder_attention_mask"] = self._compute_position(names, mask, mask).extend_mask(
+                mask
+            )
 
 
-def _take_out(layout: PromptPosition, output: Any) -> Any:
-    """Returns the output of a stack without the prompt's positions."""
+def _remove_prompt(position: PromptPosition, output: Any) -> Any:
+    """Returns the stack's output, a tuple or `ModelOutput`, without the prompt."""
     if isinstance(output, tuple):
-        return (layout.take_out(output[0]), *output[1:])
-    output.last_hidden_state = layout.take_out(output.last_hidden_state)
+        return (position.remove(output[0]), *output[1:])
+    output.last_hidden_state = position.remove(output.last_hidden_state)
     if output.get("hidden_states") is not None:
-        output.hidden_states = tuple(layout.take_out(states) for states in output.hidden_states)
+        output.hidden_states = tuple(position.remove(states) for states in output.hidden_states)
     return output
 
 
 def _initial_prompt(embedding: Any, config: SoftPromptConfig) -> Tensor:
-    """Returns the initial prompt `(P, embedding)`, of tokens (Lester et al., 2021) or random."""
-    count, weight = config.num_virtual_tokens, embedding.weight
+    """Returns the initial prompt `(P, embedding)`: random or embeddings of tokens."""
+    num_tokens, weight = config.num_virtual_tokens, embedding.weight
     if config.encoder != "none":
-        return torch.randn(count, weight.shape[1], device=weight.device)
+        return torch.randn(num_tokens, weight.shape[1], device=weight.device)
     if config.random_init:
-        return torch.randn(count, weight.shape[1], device=weight.device) * INIT_STD
+        return torch.randn(num_tokens, weight.shape[1], device=weight.device) * INIT_STD
     if config.init_token_ids:
-        repeats = -(-count // len(config.init_token_ids))
-        ids = torch.tensor((config.init_token_ids * repeats)[:count])
+        repeats = -(-num_tokens // len(config.init_token_ids))
+        ids = torch.tensor((config.init_token_ids * repeats)[:num_tokens])
     else:
-        ids = torch.randint(weight.shape[0], (count,))
+        ids = torch.randint(weight.shape[0], (num_tokens,))
     with torch.no_grad():  # by calling the module, which may scale embeddings
-        looked_up: Tensor = embedding(ids.to(weight.device)).clone()
-    return looked_up
+        embeddings: Tensor = embedding(ids.to(weight.device)).clone()
+    return embeddings
 
 
 NAME = "soft_prompt"
-"""Attribute name of the layer in its stack."""
+"""Attribute of a stack that has its `SoftPromptLayer`."""
 
 
 class SoftPromptModel(VirtualTokenTuner):
-    """Prompt tuning and P-tuning.
+    """Tuner for prompt tuning and P-tuning.
 
     In an encoder-decoder the prompt is in the encoder, and the decoder attends to its states
     (Lester et al., 2021, § 2).
@@ -359,9 +361,9 @@ class SoftPromptModel(VirtualTokenTuner):
     prefix: str = "soft_prompt_"
     tuner_layer_cls = SoftPromptLayer
 
-    def find_modules(self) -> list[str]:
-        """Find the full names of the layer stack, or of encoder and decoder."""
-        return find_prompt_targets(self.model)
+    def default_target_modules(self) -> list[str]:
+        """Returns the name of the model without its head, or those of encoder and decoder."""
+        return get_prompt_modules(self.model)
 
     def inject_adapter(self, *args: Any, state_dict: Any = None, **kwargs: Any) -> None:
         """Add an adapter; `state_dict` is ignored, as the config determines the targets."""
@@ -388,23 +390,23 @@ class SoftPromptModel(VirtualTokenTuner):
         if not hasattr(target, NAME):
             target.add_module(NAME, SoftPromptLayer(target))
         layer = getattr(target, NAME)
-        stacks = find_stacks(self.model)
-        role: Role = "whole"
+        stacks = get_layer_stacks(self.model)
+        stack_type: StackType = "whole"
         if len(stacks) == 2:
-            role = "decoder" if current_key == stacks[1] else "encoder"
-        layer.add_prompt(adapter_name, peft_config, target, role)
+            stack_type = "decoder" if current_key == stacks[1] else "encoder"
+        layer.add_prompt(adapter_name, peft_config, target, stack_type)
         layer.set_adapter(self.active_adapters, inference_mode=peft_config.inference_mode)
 
     def unload(self) -> nn.Module:
         """Returns the base model without prompts."""
         for stack in [module for module in self.model.modules() if hasattr(module, NAME)]:
-            getattr(stack, NAME).leave()
+            getattr(stack, NAME).remove_hooks()
             delattr(stack, NAME)
         return super().unload()
 
     @torch.no_grad()
     def fold(self, adapter_name: str = "default") -> None:
-        """Replace the encoder of a prompt by its output (in place)."""
+        """Replace the prompt encoder of an adapter by its output, in place."""
         for layer in self.layers():
             training = layer.training
             layer.eval()  # no dropout between the layers of an LSTM

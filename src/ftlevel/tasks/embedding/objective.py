@@ -127,7 +127,7 @@ class Embeddings(StepObjective):
         if (
             (facts.needs_negatives and not negatives)
             or (facts.needs_teacher and not all(step.teacher))
-            or ("guide" in facts.reads and step.guide is None)
+            or ("guide" in facts.parameters and step.guide is None)
         ):
             changes = {"loss": "mnrl", "scale": None, "margin": None}
             return replace(self, settings=settings.model_copy(update=changes))

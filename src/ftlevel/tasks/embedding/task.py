@@ -286,7 +286,7 @@ class EmbeddingTask(BaseTask):
         known = facts["embedding"]
         told = [
             f"{name.replace('_', ' ')} {known[name]}"
-            for name in LOSSES[known["loss"]].reads
+            for name in LOSSES[known["loss"]].parameters
             if known[name] not in (None, False)
         ]
         reason = "" if self.settings.loss else f"default for {_WORDS[known['kind']]}"

@@ -272,7 +272,7 @@ class Preferences(LikelihoodObjective):
     @property
     def is_paired(self) -> bool:
         """Whether answers come in pairs."""
-        return self.settings.facts.paired
+        return self.settings.loss_properties.paired
 
     @property
     def of_tokens(self) -> TokenObjective:
@@ -413,13 +413,13 @@ class Preferences(LikelihoodObjective):
 
 def build_preferences(settings: PreferenceConfig, smoothing: float, kind: str) -> Preferences:
     """Build the preference objective of a model of `kind`."""
-    headline = "reward_accuracy" if settings.is_referenced else "logp_mean_accuracy"
-    if not settings.facts.paired:
-        headline = "reward_margin" if settings.is_referenced else "logp_desirable"
+    headline = "reward_accuracy" if settings.uses_reference else "logp_mean_accuracy"
+    if not settings.loss_properties.paired:
+        headline = "reward_margin" if settings.uses_reference else "logp_desirable"
     return Preferences(
         headline,
         kind == "encoder-decoder",
-        needs_reference=settings.is_referenced,
+        needs_reference=settings.uses_reference,
         needs_baseline=settings.loss == "kto",
         settings=settings,
         smoothing=smoothing,

@@ -69,21 +69,25 @@ class AnswerTask(BaseTask):
         values = dict(options.get("preference", {}))
         smoothing = values.pop("smoothing", 0.0)
         settings = PreferenceConfig(**values)
-        if settings.facts.smoothed and not smoothing:
+        if settings.loss_properties.smoothed and not smoothing:
             smoothing = SMOOTHING
         return replace(self, settings=settings, smoothing=smoothing)
 
     @property
     def encoding_options(self) -> Mapping[str, Any]:
         """Options that change the encoded rows and are not in the config's data section."""
-        return {"loss": self.settings.loss, "referenced": self.settings.is_referenced}
+        return {"loss": self.settings.loss, "referenced": self.settings.uses_reference}
 
     def find_format(
         self, columns: Sequence[str], config: DataConfig, rows: Sequence[Row] = ()
     ) -> Format:
         """Find the format of `columns`; suggest `--loss kto` for single labeled answers."""
         loss, is_mapped = self.settings.loss, config.columns or config.format
-        if self.settings.facts.paired and not is_mapped and not fits(columns, PAIR_SHAPES):
+        if (
+            self.settings.loss_properties.paired
+            and not is_mapped
+            and not fits(columns, PAIR_SHAPES)
+        ):
             if fits(columns, JUDGED_SHAPES):
                 raise InputError(
                     f"--loss {loss} needs pairs of answers, and these rows have one rated answer "
@@ -98,7 +102,7 @@ class AnswerTask(BaseTask):
                 )
         task = (
             self
-            if self.settings.facts.paired
+            if self.settings.loss_properties.paired
             else replace(self, shapes=(*JUDGED_SHAPES, *PAIR_SHAPES))
         )
         return BaseTask.find_format(task, columns, config, rows)
@@ -126,7 +130,7 @@ class AnswerTask(BaseTask):
             encoder.kind,
             settings.loss == "kto",
             scored,
-            settings.is_referenced,
+            settings.uses_reference,
         )
         fitted = encoder.fit(encoder.collect(encode, examples), table)
         return encoder.fit_targets(fitted, table) if seq2seq else fitted
@@ -161,9 +165,11 @@ class AnswerTask(BaseTask):
     @property
     def options(self) -> dict[str, Any]:
         """Loss and its hyperparameters, as stored in a model card."""
-        read = ("loss", *LOSSES[self.settings.loss or "dpo"].reads)
+        read = ("loss", *LOSSES[self.settings.loss or "dpo"].parameters)
         values = {name: getattr(self.settings, name) for name in read}
-        return values | ({"smoothing": self.smoothing} if self.settings.facts.smoothed else {})
+        return values | (
+            {"smoothing": self.smoothing} if self.settings.loss_properties.smoothed else {}
+        )
 
     def card_options(self, config: DataConfig, facts: Mapping[str, Any]) -> dict[str, Any]:
         """Returns the loss and its hyperparameters."""
@@ -173,7 +179,7 @@ class AnswerTask(BaseTask):
         """Returns a synthetic row: three quarters of `ids` as prompt, the rest as answers."""
         prompt, reference = len(ids) - max(1, len(ids) // 4), () if self.scored else (0.0, 0.0)
         labels, answer = ([IGNORED] * prompt + ids[prompt:]), ids[: len(ids) - prompt]
-        if not self.settings.facts.paired:
+        if not self.settings.loss_properties.paired:
             return LabeledAnswerRow(ids, labels, row, {}, prompt, row % 2, reference)
         one = Encoded(ids, labels, row)
         two = Encoded(ids[:prompt] + answer, labels[:prompt] + answer, row)

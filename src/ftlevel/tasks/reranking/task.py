@@ -280,19 +280,19 @@ def resolve_loss(
             f"irrelevant documents. {advice}"
         )
     facts = LOSSES[loss]
-    if facts.listed and contrasts < len(examples):
+    if facts.is_listwise and contrasts < len(examples):
         raise InputError(
             f"--loss {loss} compares the documents of a query, and "
             f"{len(examples) - contrasts:,} of {len(examples):,} rows have no documents of "
             f"different relevance. Use --loss bce, or add a relevant and an irrelevant document "
             f"to each query."
         )
-    if facts.bounded and not all(0 <= label <= 1 for label in labels):
+    if facts.is_bounded and not all(0 <= label <= 1 for label in labels):
         worst = max(labels, key=lambda label: abs(label - 0.5))
         raise InputError(
             f"--loss {loss} needs labels from 0 to 1, found {worst:g}. Use --loss lambda or mse."
         )
-    if facts.taught and not (teacher or all(example.teacher for example in examples)):
+    if facts.needs_teacher and not (teacher or all(example.teacher for example in examples)):
         raise InputError(
             f"--loss {loss} needs teacher scores, and the rows have none. Add --teacher MODEL, or "
             f"a column label with a score for each document, or use --loss lce."

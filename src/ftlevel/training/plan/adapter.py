@@ -14,7 +14,7 @@ from typing import Any
 from ftlevel.artifacts.cards import CARD
 from ftlevel.artifacts.files import file_fingerprint
 from ftlevel.artifacts.run_directory import CONFIG, get_run_dir
-from ftlevel.config import SPECS, Layer, MethodConfig, TrainConfig, build_config, read_recipe
+from ftlevel.config import SPECS, Layer, MethodConfig, TrainConfig, build_config, load_recipe
 from ftlevel.config.flags import FLAGS
 from ftlevel.config.rl import RL_TASK
 from ftlevel.errors import ConfigError, join_names
@@ -153,11 +153,11 @@ def _read_spec(adapter: StartingAdapter, requested: MethodConfig) -> MethodConfi
     run = get_run_dir(adapter.directory)
     values: dict[str, Any] = {}
     if card is not None and run is not None:
-        recipe = read_recipe(run / CONFIG).values.get("method") or {}
+        recipe = load_recipe(run / CONFIG).values.get("method") or {}
         values = dict(recipe) if isinstance(recipe, Mapping) else {}
     if card is None and kind == "lora" and requested.kind == "qlora":
         kind = "qlora"
-    kind = METHODS[kind].continued_as or kind
+    kind = METHODS[kind].resume_method or kind
     fields = SPECS[kind].model_fields
     values = {name: value for name, value in values.items() if name in fields}
     values |= {
@@ -181,7 +181,7 @@ def _kind_of(adapter: StartingAdapter) -> str:
     """Returns the method of an adapter written by plain PEFT; ConfigError if none matches."""
     peft_type = str(adapter.settings.get("peft_type"))
     for kind, method in METHODS.items():
-        if method.merging.peft_types[:1] == (peft_type,) and not method.tuner:
+        if method.merge_info.peft_types[:1] == (peft_type,) and not method.tuner:
             return kind
     raise ConfigError(
         f"--adapter {adapter.name} is of type {peft_type}, which no --method can continue. See "
@@ -198,7 +198,7 @@ def _saved_modules(adapter: StartingAdapter) -> list[str]:
 
 def _check_flags(config: TrainConfig, adapter: StartingAdapter, spec: MethodConfig) -> None:
     """Reject flags that contradict the adapter, and methods that cannot be continued."""
-    if error := METHODS[spec.kind].why_not_continued:
+    if error := METHODS[spec.kind].resume_error:
         raise ConfigError(
             f"--adapter {adapter.name} was trained by --method {spec.kind}, which cannot be "
             f"continued: "

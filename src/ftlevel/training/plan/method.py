@@ -14,7 +14,7 @@ from ftlevel.config.section import Choice
 from ftlevel.errors import ConfigError, did_you_mean, join_names
 from ftlevel.methods import METHODS, Method, check_supported
 from ftlevel.methods.base import QuantizedCheckpoint
-from ftlevel.methods.facts import Cell
+from ftlevel.methods.support_table import Cell
 from ftlevel.models.families import lookup_family
 from ftlevel.models.hardware import choose_dtype
 from ftlevel.models.module_tree import ModuleTree, linear_size
@@ -84,8 +84,8 @@ def _modules(spec: MethodConfig, method: Method, tree: ModuleTree, model_name: s
         embeddings, rest = _embeddings(spec, method, tree, requested)
         names = resolve_targets(tree.model, rest, model_name=model_name) if rest else []
         return sorted({*embeddings, *names})
-    names = method.find_targets(spec, tree.model)
-    if not names and spec.targets_linears:
+    names = method.default_target_modules(spec, tree.model)
+    if not names and spec.all_linear:
         raise ConfigError(
             f"--method {spec.kind} matches no module of {model_name}. Set --target-modules. Try: "
             f"ftlevel list-targets {model_name}"
@@ -100,7 +100,7 @@ def _embeddings(
 
     Raises ConfigError if the method does not support embedding or output layers.
     """
-    error = method.refuse_embeddings(spec)
+    error = method.get_embedding_error(spec)
     if isinstance(requested, str) or error is None:
         return [], requested
     model: Any = tree.model
@@ -195,7 +195,7 @@ def resolve_quantization(
         return quant
     quant = match_quantization(stored, quant, source.label, device)
     base = QuantizedCheckpoint(source.name, form, quant.kind)
-    if error := METHODS[method.kind].refuse_quantized(method, base):
+    if error := METHODS[method.kind].get_quantized_error(method, base):
         raise ConfigError(error)
     return quant
 
@@ -240,7 +240,7 @@ def check_method(
     family, method = lookup_family(model_config.model_type), METHODS[spec.kind]
     experts = bool(family.target_parameters) if family else None
     check_supported(spec, Cell("", model_config.model_type, kind, task, quant.kind, experts))
-    error = method.refuse(spec, model_config, kind, task, quant.kind)
+    error = method.get_error(spec, model_config, kind, task, quant.kind)
     if error is not None:
         raise ConfigError(f"--method {spec.kind}: {error}")
     rolls_back = train.on_nonfinite == "rollback" or train.spike_factor is not None

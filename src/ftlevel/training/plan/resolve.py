@@ -36,7 +36,7 @@ from ftlevel.evaluation.intervals import check_metrics, should_generate
 from ftlevel.evaluation.rollouts import open_rewards
 from ftlevel.fast.gpu_attention import fetch_kernel
 from ftlevel.fast.plan import fused_lora_choices, kernel_choices, plan_fast
-from ftlevel.methods.rates import RateFacts
+from ftlevel.methods.rates import RateInputs
 from ftlevel.models.hardware import choose_device, choose_tf32, choose_threads
 from ftlevel.models.kinds import model_kind, width_of
 from ftlevel.models.loading import (
@@ -178,7 +178,7 @@ def resolve(
     steps = count_steps(train, epoch_rows)
     share, papers = 1.0, ""
     if config.task in PREFERENCE_TASKS:
-        share, papers = config.preference.facts.rate, "DPO"
+        share, papers = config.preference.loss_properties.rate, "DPO"
     elif config.task == RL_TASK:
         share, papers = RL_RATE, "GRPO"
     rates = choose_rates(method, train, _run_facts(model, meta, objective, steps), share, papers)
@@ -303,11 +303,11 @@ def _plan_model(
     )
 
 
-def _run_facts(model: PlannedModel, meta: Any, objective: Objective, steps: int) -> RateFacts:
+def _run_facts(model: PlannedModel, meta: Any, objective: Objective, steps: int) -> RateInputs:
     """Returns the properties of the run from which default learning rates are derived."""
     parameters = [p for head in model.new_heads for p in meta.get_submodule(head).parameters()]
     matrices = sum(parameter.dim() > 1 for parameter in parameters)
-    return RateFacts(
+    return RateInputs(
         model.kind,
         width_of(model.config),
         new_head=matrices > 0,

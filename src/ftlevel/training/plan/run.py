@@ -174,7 +174,7 @@ class Run:
         model, targets = self.model, self.targets
         return Base(
             config=model.config,
-            kind=model.kind,
+            architecture=model.kind,
             task_type=self.task.peft_types.get(model.kind),
             targets=targets.modules,
             # PEFT appends names to this list; an adapter's names may repeat a head.
@@ -199,7 +199,7 @@ def method_choices(
 ) -> list[Choice]:
     """Returns the lines that show method, quantized base and batch size."""
     choices = []
-    choices.append(Choice("method", method.kind, METHODS[method.kind].describe(method)))
+    choices.append(Choice("method", method.kind, METHODS[method.kind].format_spec(method)))
     if quant.kind != "none":
         origin = "quantized in its checkpoint; " if quantized_already else ""
         choices.append(Choice("base", quant.form, f"{origin}heads kept in float"))
@@ -239,7 +239,7 @@ def count_trainable(run: Run, *, try_method: bool = False) -> tuple[int, int]:
     method, total = run.config.method, run.model.total_parameters
     method_info = METHODS[method.kind]
     if not (try_method or run.base.heads or run.targets.parameters):
-        added = method_info.count(method, run.targets.sizes)
+        added = method_info.num_parameters(method, run.targets.sizes)
         if added is not None:
             return added, total + added
     meta = build_task_model(run.model.config, run.model.auto_class)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ftlevel.config import DEFAULT_MODEL, DataConfig, MethodConfig, ModelConfig
-from ftlevel.config.preference import PREFERENCE_TASKS, TAUGHT_TASKS, DistillationConfig
+from ftlevel.config.preference import DISTILLATION_TASKS, PREFERENCE_TASKS, DistillationConfig
 from ftlevel.config.section import Choice
 from ftlevel.config.trainer import LEARNING_RATE_ADVICE, PLATEAU, TrainerConfig
 from ftlevel.data.encoding.encode import Encoded
@@ -17,7 +17,7 @@ from ftlevel.data.prepare.encoder import PreparedData
 from ftlevel.data.prepare.streaming import count_places
 from ftlevel.errors import ConfigError, did_you_mean, join_names
 from ftlevel.methods import METHODS
-from ftlevel.methods.rates import RateFacts, choose_head_rate
+from ftlevel.methods.rates import RateInputs, get_head_rate
 from ftlevel.models.hardware import DTYPES, MemorySettings, device_memory, longest_in_memory
 from ftlevel.models.kinds import max_positions
 from ftlevel.objectives import Objective, TrainingLoss
@@ -76,7 +76,7 @@ class LearningRates:
 
 
 def choose_rates(
-    spec: MethodConfig, train: TrainerConfig, facts: RateFacts, share: float = 1, papers: str = ""
+    spec: MethodConfig, train: TrainerConfig, facts: RateInputs, share: float = 1, papers: str = ""
 ) -> LearningRates:
     """Choose the peak learning rates: the user's, or the method's defaults for the run.
 
@@ -91,12 +91,12 @@ def choose_rates(
     elif base is not None:
         head = Choice("head learning rate", base.value)
     rates = METHODS[spec.kind].rates(spec)
-    default = rates.choose(spec.kind, facts)
+    default = rates.get_choice(spec.kind, facts)
     if share != 1:
         reason = f"{share:g} times the supervised rate, as in the {papers} papers: {default.reason}"
         default = replace(default, value=float(f"{default.value * share:.0e}"), reason=reason)
     base = base or default
-    head = head or (base if rates.is_heads else choose_head_rate(facts))
+    head = head or (base if rates.is_heads else get_head_rate(facts))
     return LearningRates(base, default.value, head if facts.new_head else None)
 
 
@@ -206,7 +206,7 @@ def choose_loss(
         choices.append(
             Choice("class weights", _describe(dict(zip(names, weights, strict=True))), reason)
         )
-    if distillation.teacher is not None and task in TAUGHT_TASKS:
+    if distillation.teacher is not None and task in DISTILLATION_TASKS:
         description = (
             f"{distillation.kd_ratio:g} {distillation.divergence} of {distillation.teacher}"
         )

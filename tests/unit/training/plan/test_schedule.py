@@ -9,7 +9,7 @@ import pytest
 from ftlevel.config import TrainConfig
 from ftlevel.config.trainer import TrainerConfig
 from ftlevel.errors import ConfigError
-from ftlevel.methods.rates import RateFacts
+from ftlevel.methods.rates import RateInputs
 from ftlevel.training.plan.schedule import check_schedule, choose_rates, find_warnings
 
 
@@ -56,10 +56,12 @@ def test_the_share_of_the_peak_is_the_schedules_own() -> None:
     assert f"{schedule.get_last_lr()[0]:.0%} of its peak" in warning
 
 
-NEW_HEAD = RateFacts("encoder", 384, True, 100)
+NEW_HEAD = RateInputs("encoder", 384, True, 100)
 
 
-def rates(known: RateFacts = NEW_HEAD, method: str = "lora", **train: Any) -> list[tuple[str, Any]]:
+def rates(
+    known: RateInputs = NEW_HEAD, method: str = "lora", **train: Any
+) -> list[tuple[str, Any]]:
     config = TrainConfig.model_validate({"method": {"kind": method}, "train": train})
     chosen = choose_rates(config.method, config.train, known)
     schedule = chosen.schedule(known.steps)
@@ -70,7 +72,7 @@ def rates(known: RateFacts = NEW_HEAD, method: str = "lora", **train: Any) -> li
 
 def test_a_new_head_has_a_rate_of_its_own() -> None:
     assert rates() == [("learning rate", 1e-3), ("head learning rate", 2e-2)]
-    assert rates(RateFacts("decoder", 384, False, 100)) == [("learning rate", 2e-3)]
+    assert rates(RateInputs("decoder", 384, False, 100)) == [("learning rate", 2e-3)]
 
 
 def test_the_users_rate_is_that_of_everything() -> None:

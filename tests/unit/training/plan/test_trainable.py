@@ -31,7 +31,7 @@ def test_a_count_is_what_peft_trains(family, fields):
     with torch.device("meta"):
         meta = tiny_models.build(family, HEADS[family])
     found = find_method_targets(spec, meta, family)
-    counted = METHODS["lora"].count(spec, found.sizes)
+    counted = METHODS["lora"].num_parameters(spec, found.sizes)
     base = Base(meta.config, "decoder", None, found.modules, [], found.fan_in_fan_out, 1)
     adapted = apply_method(meta, spec, base)
     assert counted == sum(p.numel() for p in adapted.parameters() if p.requires_grad) > 0
@@ -41,4 +41,4 @@ def test_a_count_is_what_peft_trains(family, fields):
     "fields", [{"use_dora": True}, {"bias": "all"}, {"rank_pattern": {"q_proj": 2}}]
 )
 def test_what_is_no_plain_lora_is_left_to_peft(fields):
-    assert METHODS["lora"].count(SPECS["lora"](**fields), {"q_proj": (64, 64)}) is None
+    assert METHODS["lora"].num_parameters(SPECS["lora"](**fields), {"q_proj": (64, 64)}) is None

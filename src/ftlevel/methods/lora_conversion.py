@@ -27,9 +27,9 @@ OUTPUT_LAYERS = ("lm_head", "embed_out")
 
 @dataclass(frozen=True)
 class Factors:
-    """The update B · A of one module in float64: a `(r, in)`, b `(out, r)`.
+    """Update B · A of a module in float64.
 
-    For an embedding a is `(r, tokens)`.
+    `a` is `(r, in)`, or `(r, tokens)` for an embedding; `b` is `(out, r)`.
     """
 
     a: Any
@@ -38,16 +38,16 @@ class Factors:
 
     @property
     def rank(self) -> int:
-        """The rank r."""
+        """Rank r."""
         return int(self.a.shape[0])
 
     def padded(self, rank: int) -> Factors:
-        """Returns the same update zero-padded to `rank`."""
+        """Returns the update with `a` and `b` zero-padded to `rank`."""
         import torch
 
-        rows = rank - self.rank
-        a = torch.cat([self.a, self.a.new_zeros(rows, self.a.shape[1])])
-        b = torch.cat([self.b, self.b.new_zeros(self.b.shape[0], rows)], dim=1)
+        num_zeros = rank - self.rank
+        a = torch.cat([self.a, self.a.new_zeros(num_zeros, self.a.shape[1])])
+        b = torch.cat([self.b, self.b.new_zeros(self.b.shape[0], num_zeros)], dim=1)
         return Factors(a, b, self.is_embedding)
 
 
@@ -57,24 +57,28 @@ class AdapterFile:
 
     Attributes:
         config: the content of adapter_config.json.
-        tensors: name -> tensor; converted ones are removed, so any left at the end are unsupported.
-        read_base: returns a base tensor by name.
-        tied: embedding name -> output layers that share the weight.
-        said: notes for the user about the conversion.
+        tensors: tensors by name; conversion removes what it uses, and the rest is unsupported.
+        get_base_tensor: returns a tensor of the base model by name.
+        tied: output layers that share the weight of an embedding, by name of the embedding.
+        notes: what the conversion changed, for the user.
     """
 
     config: Mapping[str, Any]
     tensors: dict[str, Any]
-    read_base: Callable[[str], Any]
+    get_base_tensor: Callable[[str], Any]
     tied: Mapping[str, list[str]] = field(default_factory=dict)
-    said: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     def names(self, end: str) -> list[str]:
-        """Returns the modules that have a tensor with suffix `end`."""
+        """Returns the names of the modules that have a tensor with the suffix `end`."""
         return [key.removesuffix(f".{end}") for key in self.tensors if key.endswith(f".{end}")]
 
-    def take(self, name: str, *ends: str) -> list[Any]:
-        """Remove and return tensors `ends` of module `name` in float64; `InputError` if missing."""
+    def pop(self, name: str, *ends: str) -> list[Any]:
+        """Remove and return, in float64, the tensors of module `name` with the suffixes `ends`.
+
+        Raises:
+            InputError: a tensor is missing.
+        """
         missing = [end for end in ends if f"{name}.{end}" not in self.tensors]
         if missing:
             raise InputError(f"its file has no {name}.{missing[0]}. Is the copy incomplete?")
@@ -82,38 +86,40 @@ class AdapterFile:
 
 
 AsLora = Callable[[AdapterFile], dict[str, Factors]]
-"""Converts a saved adapter to updates by module name; raises `InputError` if unsupported."""
+"""Function that converts a saved adapter to `Factors` by module name; raises `InputError`."""
 
 
 @dataclass(frozen=True)
-class PlainForm:
-    """Conversion to plain LoRA by `algebra` from the file; if None, from the layers of a model.
+class LoraConversion:
+    """Conversion of an adapter to plain LoRA.
 
-    `never` is the reason why no low-rank LoRA is equivalent; empty if one may exist.
+    Attributes:
+        from_file: converts the saved tensors; if None, the layers of a loaded model are converted.
+        error: why no low-rank LoRA is equivalent; empty if one may exist.
     """
 
-    algebra: AsLora | None = None
-    never: str = ""
+    from_file: AsLora | None = None
+    error: str = ""
 
 
 FULL_RANK = "changes every weight by a matrix of full rank, which no small A and B hold. Merge it"
 
 
 def by_pattern(patterns: Mapping[str, Any] | None, name: str, default: Any) -> Any:
-    """Returns the value of the first pattern that matches the module `name`, as in PEFT."""
+    """Returns the value of the first pattern that matches module `name`, as PEFT does."""
     for pattern, value in (patterns or {}).items():
         if re.match(rf"(.*\.)?({pattern})$", name):
             return value
     return default
 
 
-def spread(numbers: set[Any]) -> str:
-    """Returns the range of `numbers` as text: `2`, or `0.5 to 5.66`."""
-    low, high = min(numbers), max(numbers)
+def format_range(values: set[Any]) -> str:
+    """Returns the range of `values`, such as `0.5 to 5.66`, or their only value."""
+    low, high = min(values), max(values)
     return f"{low:.3g}" if f"{low:.3g}" == f"{high:.3g}" else f"{low:.3g} to {high:.3g}"
 
 
-_NOT_PLAIN = {
+_NOT_LORA = {
     "use_dora": "DoRA scales each row of the merged weight by a norm of it",
     "lora_bias": "B has a bias",
     "use_qalora": "QA-LoRA pools its input",
@@ -126,7 +132,7 @@ _NOT_PLAIN = {
     "target_parameters": "it adapts tensors of experts, for which plain LoRA has no names",
     "megatron_config": "it is laid out for Megatron",
 }
-_LOST_STARTS = {"corda": "statistics of activations", "lora_ga": "gradients of the base"}
+_UNSAVED_INITS = {"corda": "statistics of activations", "lora_ga": "gradients of the base"}
 _LOFTQ = (
     "it was initialized with LoftQ on the 4-bit rounding of the base, and the difference has full "
     "rank: serve that base, or merge into it"
@@ -134,31 +140,31 @@ _LOFTQ = (
 _TOKENS = "token_adapter.trainable_tokens_delta"
 
 
-def as_lora(file: AdapterFile) -> dict[str, Factors]:
-    """Returns the update of every adapted module; raises `InputError` for other LoRA variants."""
-    _check_form(file)
-    updates = {
+def convert_lora(file: AdapterFile) -> dict[str, Factors]:
+    """Returns the factors of each adapted module; raises `InputError` for other LoRA variants."""
+    _raise_unless_lora(file)
+    factors = {
         name: _fold(file, name, "lora_A.weight", "lora_B.weight")
         for name in file.names("lora_A.weight")
     }
-    updates |= {
+    factors |= {
         name: _fold(file, name, "lora_embedding_A", "lora_embedding_B")
         for name in file.names("lora_embedding_A")
     }
-    _say_scale(file, updates)
+    _note_scale(file, factors)
     start = str(file.config.get("init_lora_weights")).lower()
     if start.startswith(BASE_MODIFYING_INITS):
-        updates = {name: _with_start(file, name, update) for name, update in updates.items()}
+        factors = {
+            name: _relative_to_original(file, name, update) for name, update in factors.items()
+        }
         word = "OLoRA" if start == "olora" else "PiSSA"
-        file.said.append(f"base moved by {word}: rank {_ranks(updates)} on the original")
-    return updates | token_rows(file, _TOKENS, file.config.get("trainable_token_indices"))
+        file.notes.append(f"base moved by {word}: rank {_ranks(factors)} on the original")
+    return factors | convert_token_rows(file, _TOKENS, file.config.get("trainable_token_indices"))
 
 
-def _check_form(file: AdapterFile) -> None:
+def _raise_unless_lora(file: AdapterFile) -> None:
     config = file.config
-    problems = [
-        f"{key} is set: {message}" for key, message in _NOT_PLAIN.items() if config.get(key)
-    ]
+    problems = [f"{key} is set: {message}" for key, message in _NOT_LORA.items() if config.get(key)]
     if config.get("bias", "none") != "none":
         problems.append("bias is set: biases of the base were trained")
     if problems:
@@ -166,9 +172,9 @@ def _check_form(file: AdapterFile) -> None:
     start = str(config.get("init_lora_weights")).lower()
     if start == "loftq":
         raise InputError(_LOFTQ)
-    if start in _LOST_STARTS:
+    if start in _UNSAVED_INITS:
         raise InputError(
-            f"it began by {start} inside the base, from {_LOST_STARTS[start]} that its file does "
+            f"it began by {start} inside the base, from {_UNSAVED_INITS[start]} that its file does "
             "not hold, so PEFT cannot load it either. Save it again with "
             "path_initial_model_for_weight_conversion of save_pretrained"
         )
@@ -181,7 +187,7 @@ def _check_form(file: AdapterFile) -> None:
 
 
 def _fold(file: AdapterFile, name: str, first: str, second: str) -> Factors:
-    a, b = file.take(name, first, second)
+    a, b = file.pop(name, first, second)
     if a.dim() != 2:
         raise InputError(f"{name} is a convolution. Merge it")
     return Factors(a, b * _scale(file, name, len(a)), first == "lora_embedding_A")
@@ -192,9 +198,9 @@ def _scale(file: AdapterFile, name: str, rank: int) -> float:
     return float(alpha) / (math.sqrt(rank) if file.config.get("use_rslora") else rank)
 
 
-def _say_scale(file: AdapterFile, updates: dict[str, Factors]) -> None:
-    scales = {_scale(file, name, update.rank) for name, update in updates.items()}
-    message = [
+def _note_scale(file: AdapterFile, factors: dict[str, Factors]) -> None:
+    scales = {_scale(file, name, update.rank) for name, update in factors.items()}
+    variants = [
         word
         for word, key in (
             ("rsLoRA", "use_rslora"),
@@ -204,35 +210,35 @@ def _say_scale(file: AdapterFile, updates: dict[str, Factors]) -> None:
         if file.config.get(key)
     ]
     if scales and scales != {1.0}:
-        reason = " and ".join(message) or "lora_alpha / r"
-        file.said.append(f"scale {spread(scales)} ({reason}) folded into B")
+        message = " and ".join(variants) or "lora_alpha / r"
+        file.notes.append(f"scale {format_range(scales)} ({message}) folded into B")
 
 
-def _ranks(updates: dict[str, Factors]) -> str:
-    return join_names(map(str, sorted({update.rank for update in updates.values()})), 4)
+def _ranks(factors: dict[str, Factors]) -> str:
+    return join_names(map(str, sorted({update.rank for update in factors.values()})), 4)
 
 
-def _with_start(file: AdapterFile, name: str, update: Factors) -> Factors:
-    """Returns the update of the original weight: `update` − s · B₀ · A₀; recomputes A₀ and B₀."""
+def _relative_to_original(file: AdapterFile, name: str, update: Factors) -> Factors:
+    """Returns `update` − s · B₀A₀, the update of the original weight; recomputes A₀ and B₀."""
     import torch
 
-    weight = file.read_base(f"{name}.weight").float()
+    weight = file.get_base_tensor(f"{name}.weight").float()
     if update.b.shape[0] != weight.shape[0]:  # a Conv1D, (in, out)
         weight = weight.T
-    first = _start_of(weight, file.config, update.rank, _scale(file, name, update.rank))
+    first = _initial_factors(weight, file.config, update.rank, _scale(file, name, update.rank))
     return Factors(
         torch.cat([update.a, first.a]), torch.cat([update.b, -first.b], 1), update.is_embedding
     )
 
 
-def _start_of(weight: Any, config: Any, rank: int, scale: float) -> Factors:
-    """Returns A₀ and s · B₀; initialization subtracts their product from `weight` `(out, in)`."""
+def _initial_factors(weight: Any, config: Any, rank: int, scale: float) -> Factors:
+    """Returns A₀ and s · B₀, whose product PiSSA or OLoRA subtract from `weight` `(out, in)`."""
     import torch
     from peft import LoraConfig, get_peft_model
 
     linear = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     linear.weight = torch.nn.Parameter(weight.clone(), requires_grad=False)
-    settings = LoraConfig(
+    lora_config = LoraConfig(
         r=rank,
         lora_alpha=scale * rank,
         target_modules=["linear"],
@@ -240,52 +246,52 @@ def _start_of(weight: Any, config: Any, rank: int, scale: float) -> Factors:
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = get_peft_model(torch.nn.ModuleDict({"linear": linear}), settings)
+        model = get_peft_model(torch.nn.ModuleDict({"linear": linear}), lora_config)
     layer = model.base_model.model["linear"]
     a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
     return Factors(a.detach().double(), b.detach().double() * scale)
 
 
-def token_rows(file: AdapterFile, end: str, indices: Any) -> dict[str, Factors]:
-    """Returns trained embedding rows as an update of rank one per token.
+def convert_token_rows(file: AdapterFile, end: str, indices: Any) -> dict[str, Factors]:
+    """Returns the update of trained embedding rows, of rank 1 per token, by module name.
 
     Args:
         file: the adapter.
-        end: suffix of the tensors in the file.
-        indices: token ids, or module -> token ids.
+        end: suffix of the names of the trained rows.
+        indices: token ids of all embeddings, or by pattern of module names.
 
     Raises:
-        InputError: token ids repeat or are missing in the config, or are not in the base.
+        InputError: token ids repeat, are missing, or are not in the base model.
     """
     import torch
 
-    updates: dict[str, Factors] = {}
+    factors: dict[str, Factors] = {}
     shared = {head for heads in file.tied.values() for head in heads}
     for name in file.names(end):
         short = indices if isinstance(indices, list) else by_pattern(indices, name, None)
         if not short or len(set(short)) < len(short):
             raise InputError(f"its config names the trained tokens of {name} twice or not at all")
         token_ids = torch.tensor(short)
-        (rows,) = file.take(name, end)
+        (values,) = file.pop(name, end)
         if name in shared:  # handled with its tied embedding
             continue
-        old = file.read_base(f"{name}.weight")
+        old = file.get_base_tensor(f"{name}.weight")
         if int(token_ids.max()) >= len(old):
             raise InputError(f"it has rows of {name} for tokens that its base has not. Merge it")
         positions = torch.zeros(len(token_ids), len(old), dtype=torch.float64)
         positions[torch.arange(len(token_ids)), token_ids] = 1
-        change = rows - old[token_ids].double()
+        delta = values - old[token_ids].double()
         heads = [name] if name.endswith(OUTPUT_LAYERS) else file.tied.get(name, [])
         if name not in heads:
-            updates[name] = Factors(positions, change.T.contiguous(), is_embedding=True)
+            factors[name] = Factors(positions, delta.T.contiguous(), is_embedding=True)
         for head in heads:
-            updates[head] = Factors(change, positions.T.contiguous())
-        also = (
+            factors[head] = Factors(delta, positions.T.contiguous())
+        suffix = (
             f", on {join_names(heads)} too, which shares them"
             if name not in heads and heads
             else ""
         )
-        file.said.append(
-            f"{len(token_ids)} trained rows of {name} written as rank {len(token_ids)}{also}"
+        file.notes.append(
+            f"{len(token_ids)} trained rows of {name} written as rank {len(token_ids)}{suffix}"
         )
-    return updates
+    return factors

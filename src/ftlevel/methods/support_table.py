@@ -14,42 +14,42 @@ from ftlevel.config.sections import Section
 
 
 @dataclass(frozen=True)
-class MethodFacts:
+class MethodInfo:
     """A row of the support table.
 
     Attributes:
         name: name of the row.
-        kind: value of `--method`.
+        method: value of `--method`.
         flags: command-line flags that select the variant.
-        trains: what is trained.
+        trained: what is trained.
         merges: how adapters are merged; empty if they cannot be.
-        paper: reference.
+        reference: paper, or the library that defines it.
         llama_7b: trainable parameters on Llama-2-7B by default.
         fields: spec fields, by dotted name, that define the variant.
-        also: other values of `--method` that have this variant.
+        other_methods: other values of `--method` that have this variant.
     """
 
     name: str
-    kind: str
+    method: str
     flags: str
-    trains: str
+    trained: str
     merges: str
-    paper: str
+    reference: str
     llama_7b: int
     fields: Mapping[str, Any] = field(default_factory=dict)
-    also: tuple[str, ...] = ()
+    other_methods: tuple[str, ...] = ()
 
     def matches(self, section: Section) -> bool:
-        """Returns whether the method settings `section` select this row."""
-        values = {"kind": (self.kind, *self.also), **self.fields}
+        """Returns whether the method's configuration `section` uses this method and variant."""
+        values = {"kind": (self.method, *self.other_methods), **self.fields}
         return all(_is_of(getattr(section, name, None), value) for name, value in values.items())
 
 
 def single_row(
-    kind: str, trains: str, merges: str, paper: str, llama_7b: int
-) -> tuple[MethodFacts]:
-    """Returns the support table of a method without variants: one row."""
-    return (MethodFacts(kind, kind, f"--method {kind}", trains, merges, paper, llama_7b),)
+    method: str, trained: str, merges: str, reference: str, llama_7b: int
+) -> tuple[MethodInfo]:
+    """Returns the row of a method without variants, as a tuple."""
+    return (MethodInfo(method, method, f"--method {method}", trained, merges, reference, llama_7b),)
 
 
 def _is_of(value: Any, expected: Any) -> bool:
@@ -67,7 +67,7 @@ _ANY: frozenset[str] = frozenset()
 
 
 def rows(*names: str) -> frozenset[str]:
-    """Returns row names as a frozenset."""
+    """Returns the names of rows as a frozenset."""
     return frozenset(names)
 
 
@@ -82,44 +82,44 @@ class Rule:
     why: str
     instead: str
     families: frozenset[str] = _ANY
-    kinds: frozenset[str] = _ANY
+    architectures: frozenset[str] = _ANY
     tasks: frozenset[str] = _ANY
     quants: frozenset[str] = _ANY
     experts: bool | None = None
 
-    def covers(self, cell: Cell) -> bool:
+    def matches(self, cell: Cell) -> bool:
         """Returns whether the rule applies to every combination in `cell`."""
-        return self._applies(cell, to_part=False)
+        return self._matches(cell, on_none=False)
 
-    def touches(self, cell: Cell) -> bool:
+    def may_match(self, cell: Cell) -> bool:
         """Returns whether the rule applies to some combination in `cell`."""
-        return self._applies(cell, to_part=True)
+        return self._matches(cell, on_none=True)
 
-    def _applies(self, cell: Cell, *, to_part: bool) -> bool:
-        conditions: tuple[tuple[Any, Collection[Any]], ...] = (
+    def _matches(self, cell: Cell, *, on_none: bool) -> bool:
+        values: tuple[tuple[Any, Collection[Any]], ...] = (
             (cell.family, self.families),
-            (cell.kind, self.kinds),
+            (cell.architecture, self.architectures),
             (cell.task, self.tasks),
             (cell.quant, self.quants),
             (cell.experts, () if self.experts is None else (self.experts,)),
         )
         return cell.row in self.rows and all(
-            not allowed or value in allowed or (to_part and value is None)
-            for value, allowed in conditions
+            not allowed or value in allowed or (on_none and value is None)
+            for value, allowed in values
         )
 
     @property
-    def where(self) -> str:
-        """Describe the conditions other than the method: `with gpt2 and without --quant`."""
-        parts = [f"with {' or '.join(sorted(self.families))}"] * bool(self.families)
-        parts += [f"with {kind}s" for kind in sorted(self.kinds)]
-        parts += ["with a base without experts"] * (self.experts is False)
-        parts += [f"for {', '.join(sorted(self.tasks))}"] * bool(self.tasks)
+    def condition(self) -> str:
+        """The conditions other than the method, such as `with gpt2 and without --quant`."""
+        names = [f"with {' or '.join(sorted(self.families))}"] * bool(self.families)
+        names += [f"with {name}s" for name in sorted(self.architectures)]
+        names += ["with a base without experts"] * (self.experts is False)
+        names += [f"for {', '.join(sorted(self.tasks))}"] * bool(self.tasks)
         if self.quants == {"none"}:
-            parts.append("without --quant")
+            names.append("without --quant")
         elif self.quants:
-            parts.append(f"with --quant {' or '.join(sorted(self.quants))}")
-        return " and ".join(parts)
+            names.append(f"with --quant {' or '.join(sorted(self.quants))}")
+        return " and ".join(names)
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ class Cell:
 
     row: str = ""
     family: str | None = None
-    kind: str | None = None
+    architecture: str | None = None
     task: str | None = None
     quant: str | None = None
     experts: bool | None = None

@@ -14,17 +14,17 @@ from ftlevel.methods.upstream import importance_scores
 FILE, RANKS = "adalora.safetensors", "adalora_ranks.json"
 
 
-class Allocation(TrainerCallback):
-    """Prunes ranks after every optimizer step, while gradients exist.
+class RankPruningCallback(TrainerCallback):
+    """Callback that prunes ranks after every optimizer step, while gradients exist.
 
-    PEFT stores ranks in the config and then saves truncated tensors, which no longer fit the
-    optimizer state. So ranks stay out of the config until training ends; checkpoints have full
-    tensors plus importance scores. Add this callback before the one that certifies checkpoints.
+    With ranks in its config, PEFT saves pruned tensors, which do not fit the optimizer state. The
+    config therefore gets the ranks after training, and checkpoints have full tensors and importance
+    scores. Add this callback before the one that writes manifests of checkpoints.
     """
 
-    def __init__(self, checkpoints: Path, *, writes: bool = True) -> None:
-        self.checkpoints = checkpoints
-        self.writes = writes
+    def __init__(self, checkpoint_dir: Path, *, should_save: bool = True) -> None:
+        self.checkpoint_dir = checkpoint_dir
+        self.should_save = should_save
         self.ranks: dict[str, list[bool]] | None = None
 
     def on_train_begin(
@@ -33,10 +33,10 @@ class Allocation(TrainerCallback):
         """Load scores and ranks from the checkpoint that the run resumes from."""
         if state.global_step == 0:
             return
-        directory = self.checkpoints / f"checkpoint-{state.global_step}"
-        self.ranks = json.loads((directory / RANKS).read_text(encoding="utf-8"))
+        checkpoint_dir = self.checkpoint_dir / f"checkpoint-{state.global_step}"
+        self.ranks = json.loads((checkpoint_dir / RANKS).read_text(encoding="utf-8"))
         scores, device = importance_scores(model), next(model.parameters()).device
-        for key, value in load_file(directory / FILE).items():
+        for key, value in load_file(checkpoint_dir / FILE).items():
             kind, _, name = key.partition("/")
             scores[kind][name] = value.to(device)
 
@@ -53,25 +53,25 @@ class Allocation(TrainerCallback):
     def on_save(
         self, args: Any, state: TrainerState, control: Any, model: Any = None, **_: Any
     ) -> None:
-        """Write scores and ranks into the new checkpoint."""
-        if not self.writes:
+        """Save scores and ranks in the new checkpoint."""
+        if not self.should_save:
             return
-        directory = self.checkpoints / f"checkpoint-{state.global_step}"
+        checkpoint_dir = self.checkpoint_dir / f"checkpoint-{state.global_step}"
         scores = {
             f"{kind}/{name}": value.contiguous().cpu()
             for kind, by_name in importance_scores(model).items()
             for name, value in by_name.items()
         }
-        save_file(scores, directory / FILE)
-        self.save_state(directory)
+        save_file(scores, checkpoint_dir / FILE)
+        self.save_state(checkpoint_dir)
 
-    def save_state(self, directory: Path) -> None:
-        """Write the ranks, which are needed to save the adapter after training."""
-        (directory / RANKS).write_text(json.dumps(self.ranks), encoding="utf-8")
+    def save_state(self, checkpoint_dir: Path) -> None:
+        """Save the ranks, which are needed to save the adapter after training."""
+        (checkpoint_dir / RANKS).write_text(json.dumps(self.ranks), encoding="utf-8")
 
-    def load_state(self, directory: Path, model: Any) -> None:
-        """Load the ranks from `directory` into the config of `model` (modified)."""
-        ranks = json.loads((directory / RANKS).read_text(encoding="utf-8"))
+    def load_state(self, checkpoint_dir: Path, model: Any) -> None:
+        """Load the ranks from `checkpoint_dir` into the config of `model` (modified)."""
+        ranks = json.loads((checkpoint_dir / RANKS).read_text(encoding="utf-8"))
         model.peft_config["default"].rank_pattern = ranks
 
     def on_train_end(
