@@ -29,7 +29,7 @@ such as `--lora_rank 16`: [ftlevel train](commands/train.md) lists these names.
 Configuration files of Axolotl, LLaMA-Factory, ms-swift, TRL and verl are converted, with a note on
 each key without a counterpart:
 
-<!-- not run: tests/cli/test_recipes.py converts files of each tool -->
+<!-- not run: see tests/cli/test_recipes.py -->
 
     ftlevel recipes convert FILE > recipe.yaml"""
 

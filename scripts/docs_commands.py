@@ -33,11 +33,13 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
 _MARK = re.compile(r"<!-- (run in CI|run, fails|run|not run: .+) -->")
-_MOST, _LAST = 20, 10  # lines of an output that are shown: all, or the first and so many last
+_MOST, _LAST = 17, 9  # lines of an output that are shown: all, or the first and so many last
 _WIDTH = 130
-_PASSING = re.compile(r"\s*(\S*\d+%\||· |rows: (kept|prepared)|(speed|plan) \d)")
+_PASSING = re.compile(
+    r"\s*(\S*\d+%\||· |rows: (kept|prepared)|(speed|plan) \d|(next |     )ftlevel )"
+)
 _SPEED = re.compile(r"(  [\d,]+ tok/s|, [\d.,]+ rows/s)$")
-"""Lines of a terminal's course, of this machine's cache, and of its speed and memory."""
+"""Lines of a terminal's course, of this machine's cache, speed and memory, and next commands."""
 
 
 @dataclass(frozen=True)

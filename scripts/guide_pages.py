@@ -47,7 +47,7 @@ def _page(kind: str) -> str:
         lines += [guide.idea, "", f"**Use it** {guide.take[0].lower()}{guide.take[1:]}", ""]
         lines += [f"**Main settings.** {guide.turn}", ""]
     lines += [
-        "<!-- not run: tests/integration/test_methods.py trains every method -->",
+        "<!-- not run: see tests/integration/test_methods.py -->",
         "```sh",
         f"ftlevel train --method {kind} --model MODEL --dataset ROWS",
         "```",

@@ -18,7 +18,7 @@ This page is for users who deploy an adapter in vLLM, SGLang, TGI, llama.cpp, Ol
 OpenVINO GenAI. It shows what each server can load, and how to verify that it returns the trained
 model's outputs.
 
-<!-- not run: names stand for runs of yours; `make served` runs the like -->
+<!-- not run: example names; see `make served` -->
 ```sh
 ftlevel export runs/mine --for vllm --out mine            # plain LoRA and base, verified
 ftlevel export runs/mine --for llama.cpp --out mine-gguf  # adapter.gguf, for llama-server --lora

@@ -29,7 +29,7 @@ This page is for users who choose a PEFT method. Start with **LoRA** at ftlevel'
 
 Then compare the methods on your own rows: results on other data do not predict yours.
 
-<!-- not run: names stand for files of yours; docs/transcript.md runs the like -->
+<!-- not run: example names; see docs/transcript.md -->
 ```sh
 ftlevel compare --methods lora,full,adapter,ia3 --model MODEL --dataset ROWS --budget-minutes 5 --seeds 3 --output-dir compared
 ```
@@ -85,7 +85,7 @@ def _table(found: dict[str, Any]) -> str:
     name = found["headline"]
     lines = [
         "", f"### {found['title']}", "", found["about"], "",
-        "<!-- not run: minutes; its output is docs/compared -->",
+        "<!-- not run: takes minutes; output in docs/compared -->",
         "```sh", found["asked_by"], "```", "",
         f"| method | {name} | 95 % over rows | ± seeds | to the best | more than noise | trained | adapter "
         "| peak MiB |",
