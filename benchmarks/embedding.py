@@ -287,7 +287,7 @@ def encode(a: argparse.Namespace) -> None:
 
         def answer(own: Any = own, queries: Any = queries, task: Any = loaded.task) -> Any:
             with own.inference():
-                answers = task.answer_rows(own, queries, OutputOptions())
+                answers = task.predict(own, queries, OutputOptions())
             return np.stack([row.columns[""] for row in answers])
 
         def seconds(compute: Any) -> tuple[float, Any]:

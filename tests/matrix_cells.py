@@ -126,10 +126,10 @@ def build_batch(cell: TinyCell) -> dict[str, torch.Tensor]:
     return batch
 
 
-def build_objective(cell: TinyCell) -> Any:
+def create_objective(cell: TinyCell) -> Any:
     task = TASKS[cell.tasks[0]]
-    facts = task.synthetic_facts if cell.head == RERANK else {}
-    return task.build_objective(FAMILIES[cell.family].kind, facts)
+    facts = task.synthetic_info if cell.head == RERANK else {}
+    return task.create_objective(FAMILIES[cell.family].kind, facts)
 
 
 def build_spec(row: str) -> Any:
@@ -234,7 +234,7 @@ def run_cell(cell: TinyCell) -> float:
     whole = copy_base(cell)
     digests = digest_tensors(whole.named_parameters())
     model = apply_method(whole, spec, base)
-    batch, objective = build_batch(cell), build_objective(cell)
+    batch, objective = build_batch(cell), create_objective(cell)
     method = METHODS[spec.kind]
     if spec.kind in ("lora", "qlora"):
         rows = [

@@ -18,7 +18,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
 from ftlevel.data.encoding.encode import IGNORED, Encoded
-from ftlevel.tasks.preferences.rows import LabeledAnswerRow, PairRow, build_pair_row
+from ftlevel.tasks.preferences.rows import LabeledAnswerRow, PairRow, create_pair_row
 
 EOS, PAD = 0, 1
 PAIRS = [
@@ -121,7 +121,7 @@ def pair_rows(*, scored: bool = False, margins: bool = False) -> list[PairRow]:
     for index, (prompt, good, bad) in enumerate(PAIRS):
         one, two = encode(prompt, good, index), encode(prompt, bad, index)
         margin = MARGINS[index] if margins else 0.0
-        rows.append(build_pair_row(one, two, len(prompt.encode()), margin, scored=scored))
+        rows.append(create_pair_row(one, two, len(prompt.encode()), margin, scored=scored))
     return rows
 
 

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ftlevel.data.sources.docstrings import read_docstrings
+from ftlevel.data.sources.docstrings import load_docstrings
 
 ROOT = Path(__file__).resolve().parents[2]
 MODELS = Path(os.environ.get("FTLEVEL_MODELS") or ROOT / ".models")
@@ -166,13 +166,13 @@ def read_rows(letter: str) -> Iterator[dict[str, Any]]:
         return _texts()
     return (
         {"messages": [_user(row["prompt"]), _assistant(row["completion"])]}
-        for row in read_docstrings("generation", "train")
+        for row in load_docstrings("generation", "train")
     )
 
 
 def _chats() -> Iterator[dict[str, Any]]:
     """Give conversations of two turns under one system prompt of about 300 tokens."""
-    rows = [r for r in read_docstrings("summarization", "train") if len(r["document"]) <= 240]
+    rows = [r for r in load_docstrings("summarization", "train") if len(r["document"]) <= 240]
     for first, second in zip(rows[::2], rows[1::2], strict=False):
         turns = [
             turn

@@ -99,7 +99,7 @@ class Objective(ABC):
     def split(self, batch: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Any]:
         """Returns the model inputs and the labels of a batch."""
         inputs = dict(batch)
-        for name in ("verdicts", "known", "ids", "signals"):
+        for name in ("preference_labels", "known", "ids", "signals"):
             inputs.pop(name, None)
         labels = inputs["labels"] if self.feeds_labels else inputs.pop("labels")
         return inputs, labels
@@ -153,7 +153,7 @@ class Objective(ABC):
         """Expected loss of the first step; None if unknown."""
         return None
 
-    def find_warnings(
+    def get_warnings(
         self, metrics: Mapping[str, float], before: Mapping[str, float] | None = None
     ) -> list[str]:
         """Find warnings about misleading metrics; `before` are the metrics before training."""
@@ -281,8 +281,8 @@ class DistillationObjective(TokenObjective):
 class LikelihoodObjective(TokenObjective):
     """Objective computed from log-likelihoods of whole answers, as in preference training.
 
-    A batch contains `verdicts` `(answers, 3)`; see `Encoded.verdicts`. The answers of a row are
-    consecutive in one batch.
+    A batch contains `preference_labels` `(answers, 3)`; see `Encoded.preference_labels`. The
+    answers of a row are consecutive in one batch.
 
     Attributes:
         needs_reference: whether the loss uses reference log-probabilities.
@@ -302,10 +302,12 @@ class LikelihoodObjective(TokenObjective):
         """
 
     @abstractmethod
-    def preference_sum(self, answers: Tensor, verdicts: Tensor, *, training: bool) -> Tensor:
+    def preference_sum(
+        self, answers: Tensor, preference_labels: Tensor, *, training: bool
+    ) -> Tensor:
         """Returns the summed loss; in `training`, with one value per divisor of `training_count`.
 
-        `answers` is the result of the method `answers`; `verdicts` are `(answers, 3)`.
+        `answers` is the result of the method `answers`; `preference_labels` are `(answers, 3)`.
         """
 
 

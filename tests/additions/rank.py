@@ -70,7 +70,7 @@ class RankTask(BaseTask):
     has_new_head: ClassVar[bool] = True
     finds_ends_by_padding: ClassVar[bool] = True
 
-    def build_objective(self, kind: str, facts: Mapping[str, Any]) -> Objective:
+    def create_objective(self, kind: str, data_info: Mapping[str, Any]) -> Objective:
         """Return the logistic loss of the difference between the two scores."""
         return Ranking(self.headline)
 
@@ -92,26 +92,26 @@ class RankTask(BaseTask):
 
         return encoder.fit(encoder.collect(encode, examples), table)
 
-    def build_query(self, prompt: str, context: str | None, number: int) -> Any:
+    def create_query(self, prompt: str, context: str | None, number: int) -> Any:
         """Return two texts, which a prompt holds with ||| between them."""
         first, _, second = prompt.partition(_SEPARATOR)
         return Ranked(first, second, "", number)
 
-    def answer_columns(
+    def prediction_columns(
         self,
         format_: Format,
         labels: Sequence[str],
-        options: Mapping[str, Any],
-        wanted: OutputOptions,
+        inference_config: Mapping[str, Any],
+        outputs: OutputOptions,
     ) -> dict[str, Column]:
         """Return which text is better, and how likely that is."""
-        return {"": "text"} | ({"probability": "number"} if wanted.probabilities else {})
+        return {"": "text"} | ({"probability": "number"} if outputs.probabilities else {})
 
-    def answer_rows(
-        self, model: PromptedModel, questions: Sequence[Any], wanted: OutputOptions
+    def predict(
+        self, model: PromptedModel, queries: Sequence[Any], outputs: OutputOptions
     ) -> list[Prediction]:
         """Return which of two texts is better."""
-        pairs = [model.tokenizer([q.first, _SEPARATOR + q.second])["input_ids"] for q in questions]
+        pairs = [model.tokenizer([q.first, _SEPARATOR + q.second])["input_ids"] for q in queries]
         rows = [Encoded(first + second, 0, i) for i, (first, second) in enumerate(pairs)]
 
         def read(row: Encoded, logits: torch.Tensor) -> Prediction:
@@ -121,11 +121,11 @@ class RankTask(BaseTask):
 
         return model.score(rows, read)
 
-    def probe_labels(self, ids: Sequence[int], labels: Sequence[str], options: Any) -> Any:
+    def dummy_labels(self, ids: Sequence[int], labels: Sequence[str], inference_config: Any) -> Any:
         """Return the first one."""
         return 0
 
-    def show_label(self, row: Encoded, names: Sequence[str]) -> str:
+    def decode_label(self, row: Encoded, names: Sequence[str]) -> str:
         """Return which one is better."""
         return f"{names[row.labels]} is better" if isinstance(row.labels, int) else ""
 
@@ -176,7 +176,7 @@ TASKS = (
                 {"first": ("first",), "second": ("second",), "better": ("better",)},
             ),
         ),
-        questions=(
+        query_shapes=(
             FormatSpec(
                 "first + second", build_unranked, {"first": ("first",), "second": ("second",)}
             ),

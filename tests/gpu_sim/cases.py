@@ -66,7 +66,7 @@ def run_cell(cell: TinyCell) -> Found:
     fused = uses_fused_layers(spec, config.speed, cell.quant, "cuda")
     model = apply_method(copy_base(cell), spec, describe_base(cell, spec), fused=fused)
     train_in_float32(model)
-    objective = task.build_objective(kind, {})
+    objective = task.create_objective(kind, {})
     rows = _rows(cell.head)
     base = model.get_base_model() if hasattr(model, "peft_config") else model
     plan = plan_fast(config, base, kind, objective, "cuda", rows, max(LENGTHS))
@@ -240,7 +240,7 @@ def run_fitted(family: str, free: int, rows: int = 16, length: int = 512) -> Fit
         method=LoraSpec(),
         train=TrainerConfig(per_device_train_batch_size=rows),
     )
-    objective = TASKS["summarization"].build_objective("encoder-decoder", {})
+    objective = TASKS["summarization"].create_objective("encoder-decoder", {})
     ids = list(range(5, 5 + length))
     batch = [Encoded([number, *ids[1:]], ids[: length // 2], number) for number in range(rows)]
     plan = plan_fast(config, base, "encoder-decoder", objective, "cuda", batch, length)

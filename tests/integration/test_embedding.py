@@ -29,7 +29,7 @@ from ftlevel.commands.train import train
 from ftlevel.config import EvaluateConfig, MergeConfig, ModelConfig, PredictConfig, TrainConfig
 from ftlevel.errors import ConfigError, FtlevelError
 from ftlevel.objectives import StepTexts
-from ftlevel.tasks.embedding.losses import STEP_LOSSES, LossOptions
+from ftlevel.tasks.embedding.losses import STEP_LOSSES, LossConfig
 
 ModelDir = Callable[..., Path]
 _NAMES = ("cat", "dog", "house", "tree", "river", "stone", "bird", "fish")
@@ -183,7 +183,7 @@ def _train_sets(model: Path, files: list[str], out: Path, batch: int, accumulate
     seen: list[list[float]] = []
     mnrl = STEP_LOSSES["mnrl"]
 
-    def record(vectors: torch.Tensor, step: StepTexts, options: LossOptions) -> torch.Tensor:
+    def record(vectors: torch.Tensor, step: StepTexts, options: LossConfig) -> torch.Tensor:
         seen.append([label for labels in step.labels for label in labels])
         return mnrl(vectors, step, options)
 

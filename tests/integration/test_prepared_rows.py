@@ -97,7 +97,7 @@ def test_rows_in_a_file_are_those_of_a_list(
         assert isinstance(getattr(kept.train, "rows", kept.train), RowStore)
         assert same(kept.train, plain.train)
         assert same(kept.validation, plain.validation)
-        assert kept.facts == json.loads(json.dumps(plain.facts))
+        assert kept.info == json.loads(json.dumps(plain.info))
         assert kept.findings == plain.findings
         assert kept.prompt_format == plain.prompt_format
         assert kept.table.where(3) == plain.table.where(3)

@@ -12,7 +12,7 @@ import pytest
 import task_data
 from ftlevel.artifacts.cards import load_card
 from ftlevel.cli.app import run
-from ftlevel.data.encoding.encode import encode_prompt, read_format
+from ftlevel.data.encoding.encode import encode_prompt, load_prompt_format
 from ftlevel.trained.resolve import resolve_model
 from ftlevel.training.plan import resolve
 
@@ -51,7 +51,7 @@ def train(*arguments: str, model: Path | None = None, epochs: int = 1) -> int:
 
 
 def version(folder: str) -> int:
-    form = read_format(load_card(Path(folder)))
+    form = load_prompt_format(load_card(Path(folder)))
     assert form is not None
     return form.version
 

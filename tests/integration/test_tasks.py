@@ -109,10 +109,10 @@ def test_trains_saves_and_answers(
     assert summary["headline"] in summary["metrics"]
     assert summary["proof"]["reload_difference"] <= 1e-4
     assert summary["proof"]["adapter_effect"] > 1e-3
-    check_answer(name, tmp_path / "run", summary)
+    check_reference(name, tmp_path / "run", summary)
 
 
-def check_answer(name: str, run: Path, summary: Any) -> None:
+def check_reference(name: str, run: Path, summary: Any) -> None:
     """Ask the saved run from scratch."""
     prompt = {"mask": "the [MASK] of a [MASK]", "span": "What is the name?"}.get(
         name.partition("-")[0], "The file of Paris."
@@ -328,4 +328,4 @@ def test_a_whole_model_is_saved_under_its_own_names(
     raw = config.model_dump(mode="json") | {"method": {"kind": "full"}}
     result = train(TrainConfig.model_validate(raw))
     assert result.summary["proof"]["reload_difference"] == 0
-    check_answer("span", tmp_path / "run", result.summary)
+    check_reference("span", tmp_path / "run", result.summary)

@@ -65,7 +65,7 @@ WORDS = {
     ),
     "packed layout": Word(
         (*STEP, "tests/integration"), r"\bLayout\b|\blaid_out\b",
-        ("Layout.of_rows", "with laid_out(layout)"), ("PackedLayout", "TurnLayout"),
+        ("Layout.of_rows", "with laid_out(layout)"), ("PackedLayout", "ChatLayout"),
     ),
     "sequences": Word(
         STEP, r"(?i)(?<![a-z])documents?(?![a-z])",

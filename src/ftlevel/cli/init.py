@@ -34,7 +34,7 @@ def init(given: CommandInput, *, file: Path, yes: bool, as_json: bool) -> None:
             "of train."
         )
     with heavy_imports():
-        from ftlevel.commands.init import check_answer, draft
+        from ftlevel.commands.init import check_reference, draft
 
     def ask(question: SetupQuestion, proposal: Choice) -> str:
         if yes or as_json:
@@ -43,7 +43,7 @@ def init(given: CommandInput, *, file: Path, yes: bool, as_json: bool) -> None:
         while True:
             value: str = typer.prompt(question.prompt, default=str(proposal.value))
             try:
-                check_answer(layers, question, value.strip())
+                check_reference(layers, question, value.strip())
             except ConfigError as error:
                 typer.echo(f"  {error}", err=True)
             else:

@@ -26,7 +26,7 @@ from ftlevel.data.encoding.fit import LengthBounds
 from ftlevel.data.prepare.encoder import EncodingContext
 from ftlevel.data.prepare.inference import EvaluationRows, load_evaluation_rows
 from ftlevel.data.prepare.loading import read_splits
-from ftlevel.data.sources.beir import read_retrieval_set
+from ftlevel.data.sources.beir import load_retrieval_set
 from ftlevel.data.sources.lines import STDIN
 from ftlevel.errors import ConfigError, InputError
 from ftlevel.evaluation.intervals import (
@@ -120,7 +120,7 @@ def evaluate(config: EvaluateConfig, *, listener: Listener | None = None) -> Eva
         listener.stage("evaluating")
         record = ExampleRecord(trained.objective)
         metrics = evaluator(trained.model, record)
-        for warning in trained.objective.find_warnings(metrics):
+        for warning in trained.objective.get_warnings(metrics):
             listener.warn(warning)
         base, base_record = _evaluate_base(config, trained, evaluator, listener)
         against, other_record = {}, None
@@ -236,7 +236,7 @@ def _evaluate_retrieval(config: EvaluateConfig, qrels: Path, listener: Listener)
     with silence_loggers():
         device = choose_device(config.device)
         listener.stage("reading the retrieval dataset")
-        data = read_retrieval_set(qrels, config.corpus)
+        data = load_retrieval_set(qrels, config.corpus)
         ref, other = _resolve(config, device.value)
         if ref.task != "embedding":
             raise ConfigError(

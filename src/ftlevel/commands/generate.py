@@ -136,7 +136,7 @@ def _add_rows(
     ignored = config.ignore_columns
     source, _ = open_rows(str(path), ReadOptions(ignored=ignored))
     try:
-        shape = task.find_questions(source.leading, config.columns, rows=source.first)
+        shape = task.get_query_format(source.leading, config.columns, rows=source.first)
     except NoFormatError:
         if "prompt" not in source.leading:
             raise

@@ -69,7 +69,7 @@ def draft(layers: list[Layer], file: Path, answer: Callable[[SetupQuestion, Choi
     Args:
         layers: values of `--set` and flags (modified): answers are appended.
         file: path of the recipe.
-        answer: called with each open question and its proposal; `check_answer` validates the
+        answer: called with each open question and its proposal; `check_reference` validates the
             result.
 
     Raises:
@@ -93,7 +93,7 @@ def draft(layers: list[Layer], file: Path, answer: Callable[[SetupQuestion, Choi
     return Draft(text, config, defaults, run.schedule.steps, command)
 
 
-def check_answer(layers: list[Layer], question: SetupQuestion, value: str) -> None:
+def check_reference(layers: list[Layer], question: SetupQuestion, value: str) -> None:
     """Raise ConfigError if `value` is not a valid answer given `layers`."""
     with silence_loggers():
         question.check(build_config([*layers, _layer(question.path, value, question.flag)]))
@@ -141,19 +141,20 @@ def _default_task(config: TrainConfig) -> Choice:
     if data.dataset.startswith("builtin:"):
         return Choice("task", "summarization", "docstrings have a first line")
     table = _table(config)
-    columns = {column.lower() for column in table.columns}
+    columns = {column.lower() for column in table.column_names}
     for name in _INFERRED:
         try:
-            format_ = TASKS[name].find_format(table.columns, data, table.rows[:CHUNK_ROWS])
+            format_ = TASKS[name].get_format(table.column_names, data, table.rows[:CHUNK_ROWS])
         except InputError:
             continue
         if columns.issuperset(_REQUIRED_COLUMNS.get(name, ())):
             return Choice("task", name, f"the columns are {format_.name}")
-    names = [column_for_flag(column, table.columns) for column in table.columns]
+    names = [column_for_flag(column, table.column_names) for column in table.column_names]
     raise InputError(
-        f"{data.dataset}: the columns {join_names(map(quote, table.columns))} do not determine a "
-        f"task. Name the task, for example: ftlevel init --dataset {data.dataset} --task "
-        f"text-generation {format_map_flags({'prompt': names[0], 'completion': names[-1]})}"
+        f"{data.dataset}: the columns {join_names(map(quote, table.column_names))} do not "
+        "determine a task. Name the task, for example: "
+        f"ftlevel init --dataset {data.dataset} --task text-generation "
+        f"{format_map_flags({'prompt': names[0], 'completion': names[-1]})}"
     )
 
 
@@ -214,7 +215,7 @@ def _check_dataset(config: TrainConfig) -> None:
 def _check_task(config: TrainConfig) -> None:
     if not config.data.dataset.startswith("builtin:"):
         table = _table(config)
-        TASKS[config.task].find_format(table.columns, config.data, table.rows[:CHUNK_ROWS])
+        TASKS[config.task].get_format(table.column_names, config.data, table.rows[:CHUNK_ROWS])
 
 
 def _check_model(config: TrainConfig) -> None:

@@ -13,7 +13,7 @@ from ftlevel.config.mining import MineConfig
 from ftlevel.config.section import Choice
 from ftlevel.data.formats.detect import FormatOptions, detect_format
 from ftlevel.data.formats.examples import to_examples
-from ftlevel.data.sources.readers import ReadOptions, read_table
+from ftlevel.data.sources.readers import ReadOptions, load_table
 from ftlevel.errors import InputError
 from ftlevel.evaluation.answers import InferenceModel
 from ftlevel.evaluation.retrieval import as_document, embed_rows
@@ -21,7 +21,7 @@ from ftlevel.events import Listener, NullListener
 from ftlevel.models.hardware import choose_device, choose_threads
 from ftlevel.models.loading import silence_loggers
 from ftlevel.tasks.embedding.formats import QUERY_SHAPES, RANKING_SHAPES, EmbeddingRow
-from ftlevel.tasks.embedding.mining import Corpus, MinedRow, MiningOptions
+from ftlevel.tasks.embedding.mining import Corpus, MinedRow, MiningConfig
 from ftlevel.tasks.embedding.mining import mine as search
 from ftlevel.trained.generation import GenerationOptions, batches
 from ftlevel.trained.resolve import get_dtype_source, resolve_model
@@ -87,7 +87,7 @@ def mine(config: MineConfig, *, listener: Listener | None = None) -> Mapping[str
         if model.shortened:
             listener.warn(f"{model.shortened:,} texts exceed the maximum length and are truncated.")
         listener.stage("searching")
-        options = MiningOptions(
+        options = MiningConfig(
             config.negatives,
             config.relative_margin,
             config.rank_range,
@@ -121,11 +121,11 @@ def mine(config: MineConfig, *, listener: Listener | None = None) -> Mapping[str
 
 def _load_rows(config: MineConfig) -> tuple[list[EmbeddingRow], str]:
     """Load the rows with positives, and a description of their columns."""
-    table = read_table(
+    table = load_table(
         config.dataset, options=ReadOptions(config.input_format, ignored=config.ignore_columns)
     )
     options = FormatOptions(config.columns, config.format, aim="mine")
-    format_ = detect_format(table.columns, TASK, RANKING_SHAPES, options, table.rows[:WINDOW])
+    format_ = detect_format(table.column_names, TASK, RANKING_SHAPES, options, table.rows[:WINDOW])
     rows: list[EmbeddingRow] = list(to_examples(table, format_))  # type: ignore[arg-type]
     for row in rows:
         if not row.positives:
@@ -139,9 +139,9 @@ def _load_rows(config: MineConfig) -> tuple[list[EmbeddingRow], str]:
 def _load_corpus(config: MineConfig) -> list[str]:
     if config.corpus is None:
         return []
-    table = read_table(config.corpus)
+    table = load_table(config.corpus)
     shapes = [shape for shape in QUERY_SHAPES if shape.name == "text"]
-    format_ = detect_format(table.columns, TASK, shapes, rows=table.rows[:WINDOW])
+    format_ = detect_format(table.column_names, TASK, shapes, rows=table.rows[:WINDOW])
     return [row.documents[0] for row in to_examples(table, format_)]  # type: ignore[attr-defined]
 
 

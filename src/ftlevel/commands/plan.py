@@ -209,7 +209,7 @@ def _plan(config: TrainConfig, options: PlanOptions) -> tuple[RunPlan, Alternati
     result = RunPlan(
         need=need,
         steps=cluster.steps or 0 if cluster else steps_per_epoch(run),
-        tokens=0 if is_synthetic else int(run.data.facts["tokens"]),
+        tokens=0 if is_synthetic else int(run.data.info["tokens"]),
         is_synthetic=is_synthetic,
         max_length=run.data.max_length,
         checkpoint_bytes=_checkpoints(run, need.parts),

@@ -133,17 +133,17 @@ def _prepare(
     task, run_config = TASKS[ref.card.task], _get_run_config(ref)
     source, file = _open(config, rows, task, run_config)
     mapping = _mapping(config, run_config, task, source)
-    shape = task.find_questions(source.leading, mapping, config.format, source.first)
+    shape = task.get_query_format(source.leading, mapping, config.format, source.first)
     refuse_media_columns(shape.unused, source.first, file.shown if file else "the rows")
     output_options = OutputOptions(
         config.probabilities, config.top_k or 0, config.normalize, config.dims
     )
-    types = task.answer_columns(shape, ref.card.labels, ref.card.options, output_options)
+    types = task.prediction_columns(shape, ref.card.labels, ref.card.options, output_options)
     _validate_embedding(config, task, types.values(), ref)
     answers = {f"{config.column}_{end}" if end else config.column: end for end in types}
     _validate_column_names(config, answers, source, file)
     added = {name: types[end] for name, end in answers.items()}
-    sink = _open_sink(config, RowColumns(source.columns, added, source.schema), stream)
+    sink = _open_sink(config, RowColumns(source.column_names, added, source.schema), stream)
     queries = iter(Prompts(source, shape, sink.is_table, config.limit))
     progress = RowCounts(config.output, kept=_skip_written(queries, sink, config))
     stack.callback(_close, sink, progress)
@@ -181,7 +181,7 @@ def _open(
     ignored = config.ignore_columns or run_config.data.ignore_columns
     if config.dataset is None:
         return in_memory_rows(rows, ignored), None
-    roles = [names for shape in task.questions for names in shape.roles.values()]
+    roles = [names for shape in task.query_shapes for names in shape.roles.values()]
     columns = {name for names in roles for name in names}
     columns |= {*config.columns.values(), *run_config.data.columns.values()}
     return open_rows(
@@ -195,8 +195,8 @@ def _mapping(
     """Returns role -> column: `--map` if given, else the training columns that the rows have."""
     if config.columns:
         return config.columns
-    roles = {role for shape in task.questions for role in shape.roles}
-    inner = {role for shape in task.questions for role in shape.inner}
+    roles = {role for shape in task.query_shapes for role in shape.roles}
+    inner = {role for shape in task.query_shapes for role in shape.inner}
     columns = {
         **task.column_mapping(source.leading, run_config.data, source.first),
         **run_config.data.columns,
@@ -212,7 +212,7 @@ def _validate_column_names(
     config: PredictConfig, answers: OutputColumns, source: RowSource, file: Reader | None
 ) -> None:
     """Reject answer columns that exist in the rows."""
-    existing = [repr(name) for name in answers if name in source.columns]
+    existing = [repr(name) for name in answers if name in source.column_names]
     if existing:
         whose = "the rows have" if file is None else f"{file.shown} has"
         raise ConfigError(

@@ -119,7 +119,7 @@ def preview(config: TrainConfig, numbers: Sequence[int] = ()) -> Preview:
         run = resolve(config, lenient=True, why_task=message, adapter=adapter)
         rows = [_show_row(run, row) for row in _select_rows(run, numbers)]
         rollouts = _sample(run)
-    facts = run.data.facts
+    facts = run.data.info
     return Preview(
         rows,
         build_histogram(_lengths(run)),
@@ -183,20 +183,20 @@ def _lengths(run: Run) -> list[int]:
 def _show_row(run: Run, row: Encoded) -> ShownRow:
     decoder = PieceDecoder(run.model.tokenizer)
     texts = decoder.decode_tokens(row.input_ids)
-    names = run.data.facts["labels"]
-    learned = run.task.show_targets(row, names, run.model.kind, decoder)
+    names = run.data.info["labels"]
+    learned = run.task.decode_targets(row, names, run.model.kind, decoder)
     special = decoder.special
     tokens = tuple(
         Token(id_, text, label is not None, id_ in special, label or "")
         for id_, text, label in zip(row.input_ids, texts, learned, strict=True)
     )
-    ids = run.task.show_answer(row, run.model.kind)
+    ids = run.task.get_decoder_labels(row, run.model.kind)
     target = tuple(
         Token(id_, text, True, id_ in special)
         for id_, text in zip(ids, decoder.decode_tokens(ids), strict=True)
     )
     location = run.data.table.where(row.row)
-    return ShownRow(row.row + 1, location, tokens, target, run.task.show_label(row, names))
+    return ShownRow(row.row + 1, location, tokens, target, run.task.decode_label(row, names))
 
 
 class PieceDecoder:

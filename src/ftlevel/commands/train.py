@@ -138,7 +138,7 @@ def _end_dry_run(job: TrainingJob) -> TrainResult:
     summary = {
         "dry_run": True,
         "steps": run.schedule.steps,
-        "data": run.data.facts,
+        "data": run.data.info,
         "headline": run.objective.headline,
         "targets": run.targets.modules,
         "config": resolved_config(run),

@@ -219,7 +219,9 @@ def predict_inputs(trained: LoadedModel, request: AnswerRequest) -> list[Predict
         raise ConfigError(f"--context belongs to question answering, and this is {task.name}.")
     model = InferenceModel(trained, request.writing, request.batch_size)
     try:
-        replies = task.answer(model, request.prompts, request.context) if request.prompts else []
+        replies = (
+            task.predict_prompts(model, request.prompts, request.context) if request.prompts else []
+        )
         rows = predict_rows(model, request.questions, OutputOptions())
         if rows.refused:
             raise InputError(
@@ -252,7 +254,7 @@ def predict_rows(
     while remaining:
         batch = [replace(questions[i], row=number) for number, i in enumerate(remaining)]
         try:
-            answers = model.task.answer_rows(model, batch, output_options)
+            answers = model.task.predict(model, batch, output_options)
         except UnansweredError as error:
             refused |= {remaining[number]: reason for number, reason in error.reasons.items()}
             remaining = [i for i in remaining if i not in refused]

@@ -65,7 +65,7 @@ class ExampleRecord:
         """Add each row of a batch to the statistics of its example."""
         objective, start = self.objective, 0
         for row in rows:
-            rows_of_example = slice(start, start := start + len(row.branches))
+            rows_of_example = slice(start, start := start + len(row.sequences))
             loss = objective.loss_sum(
                 logits[rows_of_example], labels[rows_of_example], mask[rows_of_example]
             ).item()
@@ -101,9 +101,9 @@ class ExampleRecord:
             unit.meter.update(scores[is_of_row], targets[is_of_row], [row])
 
     def add_answers(
-        self, rows: Sequence[Encoded], log_probs: torch.Tensor, verdicts: torch.Tensor
+        self, rows: Sequence[Encoded], log_probs: torch.Tensor, preference_labels: torch.Tensor
     ) -> None:
-        """Add log-likelihoods and `verdicts` of sequences, as in `Encoded`, to their examples."""
+        """Add log-likelihoods and `Encoded.preference_labels` of `rows`."""
         objective, width = self.objective, len(log_probs) // len(rows)
         if not isinstance(objective, LikelihoodObjective):
             raise TypeError("only answers have a log-likelihood")
@@ -111,10 +111,10 @@ class ExampleRecord:
             of_row = slice(index * width, (index + 1) * width)
             unit = self.units.setdefault(row.row, ExampleStats(objective.meter()))
             unit.loss += objective.preference_sum(
-                log_probs[of_row], verdicts[of_row], training=False
+                log_probs[of_row], preference_labels[of_row], training=False
             ).item()
             unit.targets += 1
-            unit.meter.update(log_probs[of_row], verdicts[of_row], [row])
+            unit.meter.update(log_probs[of_row], preference_labels[of_row], [row])
 
     def add_row(self, row: int, loss: float, targets: int, meter: Meter) -> None:
         """Add an example with its summed loss, number of targets and meter."""

@@ -31,7 +31,7 @@ def embed_rows(
     result: list[np.ndarray] = []
     for start in range(0, len(texts), WINDOW):
         window = [replace(row, row=at) for at, row in enumerate(texts[start : start + WINDOW])]
-        answers = model.task.answer_rows(model, window, OutputOptions())
+        answers = model.task.predict(model, window, OutputOptions())
         result += [answer.columns[""] for answer in answers]
         report(len(result), len(result) / len(texts))
     return torch.from_numpy(np.stack(result))

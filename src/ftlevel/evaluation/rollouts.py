@@ -28,10 +28,10 @@ from ftlevel.fast.packing import using_layout
 from ftlevel.models.hardware import autocast, evaluating
 from ftlevel.objectives import PolicyObjective
 from ftlevel.tasks.base import OutputOptions
-from ftlevel.tasks.preferences.formats import LabeledAnswer
+from ftlevel.tasks.preferences.formats import LabeledCompletion
 from ftlevel.tasks.rl.losses import combine_rewards
 from ftlevel.tasks.rl.rewards import Prompt, Rewards
-from ftlevel.tasks.rl.rows import ANSWER, UNKNOWN, CompletionRow, TokenLogps, build_completion_row
+from ftlevel.tasks.rl.rows import ANSWER, UNKNOWN, CompletionRow, TokenLogps, create_completion_row
 from ftlevel.trained.generation import GenerationOptions, stop_ids
 from ftlevel.trained.model_ref import PLAIN, LoadedModel, ModelRef
 from ftlevel.trained.resolve import compute_fingerprint, resolve_model, resolve_reference
@@ -59,7 +59,7 @@ class Group:
     def to_rows(self) -> list[CompletionRow]:
         """Returns a row per completion, with the sampler's log-probabilities as signals."""
         return [
-            build_completion_row(
+            create_completion_row(
                 self.row.input_ids,
                 completion.ids,
                 self.row.row,
@@ -369,7 +369,7 @@ class TrainedRewardModel:
         if self._loaded is None:
             self._loaded = self.ref.load(self.device)
         questions = [
-            LabeledAnswer(_turns(prompt), (Message("assistant", text),), True, row)
+            LabeledCompletion(_turns(prompt), (Message("assistant", text),), True, row)
             for row, (prompt, text) in enumerate(zip(prompts, completions, strict=True))
         ]
         model = InferenceModel(self._loaded, GenerationOptions(0), None, truncate=True)

@@ -142,7 +142,7 @@ class Evaluator:
         return observe
 
     def _generated(self) -> Sequence[Encoded]:
-        return [row.branches[0] for row in self.rows[: self.generated_rows]]
+        return [row.sequences[0] for row in self.rows[: self.generated_rows]]
 
     def generate(self, model: Any) -> list[str]:
         """Returns the generated texts for the first `generated_rows` rows.
@@ -208,15 +208,17 @@ def score_answers(
     with _head(evaluator, model) as head:
         baseline = _compute_mean_reward(evaluator, model, head)
         for indices, batch, log_probs in _score_batches(evaluator, model, rows, head):
-            verdicts = batch["verdicts"]
+            preference_labels = batch["preference_labels"]
             if baseline is not None:
-                verdicts = with_baseline(verdicts, baseline.to(verdicts.device))
+                preference_labels = with_baseline(
+                    preference_labels, baseline.to(preference_labels.device)
+                )
             batch_rows = [rows[i] for i in indices]
-            total += objective.preference_sum(log_probs, verdicts, training=False).item()
+            total += objective.preference_sum(log_probs, preference_labels, training=False).item()
             count += int(objective.count(batch["labels"]))
-            meter.update(log_probs, verdicts, batch_rows)
+            meter.update(log_probs, preference_labels, batch_rows)
             if record is not None:
-                record.add_answers(batch_rows, log_probs, verdicts)
+                record.add_answers(batch_rows, log_probs, preference_labels)
     loss = total / count
     return {"loss": loss, **meter.compute(loss)}
 
@@ -332,7 +334,7 @@ def texts_of(evaluator: Evaluator) -> dict[int, dict[str, str]]:
     for row in evaluator.rows:
         if row.row in result:  # another window or piece of the same row
             continue
-        first, *others = row.branches
+        first, *others = row.sequences
         if isinstance(evaluator.objective, StepObjective) and others:
             pair = {"query": evaluator.text(first), "document": evaluator.text(others[0])}
             result[row.row] = {name: text[:_MAX_TEXT_LENGTH] for name, text in pair.items()}

@@ -23,7 +23,7 @@ from ftlevel.config import MethodConfig
 from ftlevel.config.rl import RlConfig
 from ftlevel.errors import ConfigError, RunError
 from ftlevel.evaluation.sampling import Completion, Noise, SamplingOptions
-from ftlevel.tasks.rl.rows import TokenLogps, build_completion_row
+from ftlevel.tasks.rl.rows import TokenLogps, create_completion_row
 from ftlevel.trained.adapt import save_adapter
 
 BOUND = 0.15
@@ -144,7 +144,7 @@ class ServerSampler:
         those of the former weights, `before`.
         """
         output = self._complete(prompt, self._version, options, NUM_TEST_TOKENS)
-        row = build_completion_row(prompt, output.ids, 0, 0, [])
+        row = create_completion_row(prompt, output.ids, 0, 0, [])
         difference = _difference(output, self._token_logps([row])[0])
         former = float("inf")
         if before:

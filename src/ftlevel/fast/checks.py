@@ -68,8 +68,8 @@ class StepCheck:
     @functools.cached_property
     def pair(self) -> list[Encoded]:
         """The two test rows, with label 0; the second is a shorter prefix of the first."""
-        branches = (branch for row in self.rows[:100] for branch in row.branches)
-        row = max(branches, key=lambda branch: len(branch.input_ids))
+        sequences = (sequence for row in self.rows[:100] for sequence in row.sequences)
+        row = max(sequences, key=lambda sequence: len(sequence.input_ids))
         return [_shorten(row, length, 0) for length in LENGTHS]
 
     def batch_of(self, rows: Sequence[Encoded]) -> dict[str, Tensor]:
@@ -389,7 +389,7 @@ def find_cross_entropy_error(
 def _labeled_pair(rows: Sequence[Encoded], objective: TokenObjective) -> list[Encoded]:
     """Returns short prefixes of the first two rows, in which every token is a target."""
     pair = []
-    first = rows[0].branches[0], rows[min(1, len(rows) - 1)].branches[0]
+    first = rows[0].sequences[0], rows[min(1, len(rows) - 1)].sequences[0]
     for row, length in zip(first, LENGTHS, strict=True):
         labels = row.input_ids[:length]
         if objective.feeds_labels:

@@ -84,7 +84,7 @@ def plain_loss(
     """
     if isinstance(objective, LikelihoodObjective):
         answers = compute_answer_likelihoods(None, model, objective, batch)
-        total = objective.preference_sum(answers, batch["verdicts"], training=True)
+        total = objective.preference_sum(answers, batch["preference_labels"], training=True)
         return total, batch["labels"], None
     if isinstance(objective, PolicyObjective) and "signals" in batch:
         return compute_policy_loss(None, model, objective, batch), batch["labels"], None
@@ -97,9 +97,9 @@ def plain_loss(
     return objective.training_sum(objective.logits(outputs), labels, mask, loss), labels, outputs
 
 
-def with_baseline(verdicts: Tensor, baseline: Tensor) -> Tensor:
-    """Returns `verdicts` (answers, 3) with the last column replaced by the scalar `baseline`."""
-    return torch.cat([verdicts[:, :2], baseline.expand(len(verdicts), 1)], dim=1)
+def with_baseline(preference_labels: Tensor, baseline: Tensor) -> Tensor:
+    """Returns `preference_labels` (answers, 3) with the scalar `baseline` as last column."""
+    return torch.cat([preference_labels[:, :2], baseline.expand(len(preference_labels), 1)], dim=1)
 
 
 def sum_of_ratios(
@@ -121,7 +121,7 @@ def sum_of_ratios(
                 inputs = {name: value for name, value in batch.items() if name != "layout"}
                 with using_layout(batch.get("layout")):
                     answers = compute_answer_likelihoods(head, model, objective, inputs)
-                ratios = answers[:, 0] - inputs["verdicts"][:, 1]
+                ratios = answers[:, 0] - inputs["preference_labels"][:, 1]
                 total += torch.stack([ratios.sum(), torch.ones_like(ratios).sum()]).cpu()
     finally:
         model.train(training)
@@ -133,7 +133,7 @@ def prepare_inputs(
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Returns the inputs with which `model` computes logits, and the labels."""
     inputs: dict[str, Any] = dict(batch)
-    for name in ("verdicts", "located", "known", "ids", "signals"):
+    for name in ("preference_labels", "located", "known", "ids", "signals"):
         inputs.pop(name, None)
     labels = inputs.pop("labels")
     if objective.feeds_labels:
@@ -153,7 +153,7 @@ def supervised_loss(
     """Returns the summed loss of a batch, with the head computed on its targets only."""
     if isinstance(objective, LikelihoodObjective):
         answers = compute_answer_likelihoods(head, model, objective, batch)
-        return objective.preference_sum(answers, batch["verdicts"], training=True)
+        return objective.preference_sum(answers, batch["preference_labels"], training=True)
     if isinstance(objective, PolicyObjective) and "signals" in batch:
         return compute_policy_loss(head, model, objective, batch)
     if not isinstance(objective, TokenObjective):

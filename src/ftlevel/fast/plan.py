@@ -297,7 +297,7 @@ def _estimate_shared(train: TrainerConfig, rows: Sequence[Encoded]) -> float:
     draw = random.Random(train.seed)
     steps = [draw.sample(range(len(rows)), size) for _ in range(SAMPLED_STEPS)]
     shares = [
-        shared_fraction([branch.input_ids for i in step for branch in rows[i].branches])
+        shared_fraction([sequence.input_ids for i in step for sequence in rows[i].sequences])
         for step in steps
     ]
     return sum(shares) / len(shares)

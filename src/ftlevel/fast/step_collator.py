@@ -115,8 +115,8 @@ class StepCollator:
         if not self._plan.packs:
             layout = None
         elif partition.is_tree:
-            branches = [branch.input_ids for i in indices for branch in rows[i].branches]
-            layout = build_prefix_tree(branches, before=partition.prefix)
+            sequences = [sequence.input_ids for i in indices for sequence in rows[i].sequences]
+            layout = build_prefix_tree(sequences, before=partition.prefix)
         else:
             layout = PackedLayout.from_mask(batch["attention_mask"])
         if layout is not None and self._plan.needed_tokens is not None:
@@ -193,15 +193,15 @@ class _Schedule:
 
 
 def _count_tokens(row: Encoded, *, packs: bool) -> int:
-    """Returns the number of tokens in all branches of `row`, including padding unless `packs`."""
-    lengths = [len(branch.input_ids) for branch in row.branches]
+    """Returns the number of tokens in all sequences of `row`, including padding unless `packs`."""
+    lengths = [len(sequence.input_ids) for sequence in row.sequences]
     return sum(lengths) if packs else max(lengths) * len(lengths)
 
 
 def _count_shared(row: Encoded) -> int:
-    """Returns how many tokens are saved if prefixes shared by branches of `row` count once."""
-    branches = row.branches
-    common = [count_common(a.input_ids, b.input_ids) for a, b in pairwise(branches)]
+    """Returns how many tokens are saved if prefixes shared by sequences of `row` count once."""
+    sequences = row.sequences
+    common = [count_common(a.input_ids, b.input_ids) for a, b in pairwise(sequences)]
     return sum(shared for shared in common if shared >= MIN_PREFIX)
 
 

@@ -15,7 +15,7 @@ from ftlevel.config import DataConfig, MergeConfig, QuantConfig, build_config
 from ftlevel.config.section import Choice
 from ftlevel.data.encoding.chat import set_chat_template
 from ftlevel.data.encoding.collate import ensure_pad_token
-from ftlevel.data.encoding.encode import PROMPT_VERSION, Encoded, read_format
+from ftlevel.data.encoding.encode import PROMPT_VERSION, Encoded, load_prompt_format
 from ftlevel.data.encoding.fit import LengthBounds
 from ftlevel.data.prepare.dataset import prepare_data
 from ftlevel.data.prepare.encoder import EncodingContext, PreparedData, ignore_progress
@@ -175,7 +175,7 @@ def choose_rows(inputs: MergeInput, count: int, calibration: int = 0) -> CheckRo
     rows = validation or samples[:count]
     split = "validation" if data.validation else "training"
     remaining = samples if data.validation else samples[len(rows) :] or samples
-    calibration_rows, name = remaining[:calibration], data.facts["name"]
+    calibration_rows, name = remaining[:calibration], data.info["name"]
     choices = [Choice("compared on", f"{len(rows)} {split} rows", name)] if rows else []
     if calibration_rows:
         choices.append(Choice("codes chosen on", f"{len(calibration_rows)} training rows", name))
@@ -195,7 +195,7 @@ def _prepare_rows(inputs: MergeInput, data: DataConfig, seed: int) -> PreparedDa
     ensure_pad_token(tokenizer)
     vocabulary = inputs.ref.model_config.get_text_config().vocab_size
     bounds = LengthBounds(max_positions(inputs.ref.model_config))
-    prompt = read_format(inputs.card)
+    prompt = load_prompt_format(inputs.card)
     context = EncodingContext(
         inputs.ref.configured_task,
         inputs.ref.model_kind,
@@ -236,6 +236,6 @@ def _made_up(inputs: MergeInput, count: int, calibration: int, reason: str) -> C
 def _rows_of(inputs: MergeInput, rows: Sequence[list[int]]) -> list[Encoded]:
     card = inputs.card
     return [
-        Encoded(ids, inputs.ref.configured_task.probe_labels(ids, card.labels, card.options), index)
+        Encoded(ids, inputs.ref.configured_task.dummy_labels(ids, card.labels, card.options), index)
         for index, ids in enumerate(rows)
     ]

@@ -223,7 +223,7 @@ def open_merger(
     checkpoint = _open(inputs, model)
     ties = tied_names(model)
     ignored = set(unsaved_names(model) or ()) - set(ties)
-    unused = tuple(f"{module}." for module in inputs.ref.configured_task.find_unused(model))
+    unused = tuple(f"{module}." for module in inputs.ref.configured_task.get_unused_modules(model))
     ignored |= {n for n in model.state_dict() if n.startswith(unused) and not checkpoint.holds(n)}
     shapes = {name: tuple(t.shape) for name, t in model.state_dict().items() if name not in ignored}
     heads = find_heads(model) if inputs.card.heads else []

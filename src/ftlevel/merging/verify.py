@@ -74,7 +74,7 @@ def load_merged(directory: Path, inputs: MergeInput) -> Any:
         dtype=DTYPES[inputs.dtype],
         device=inputs.device,
     )
-    unused = tuple(f"{module}." for module in inputs.ref.configured_task.find_unused(model))
+    unused = tuple(f"{module}." for module in inputs.ref.configured_task.get_unused_modules(model))
     missing = [name for name in missing if not name.startswith(unused)]
     if missing:
         raise RunError(f"the merged model lacks {len(missing):,} tensors, such as {missing[0]}.")

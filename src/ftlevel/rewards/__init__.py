@@ -33,18 +33,18 @@ MAX_CHARACTERS = 200_000
 """Maximum length of a completion that is scored; longer ones score 0."""
 
 
-def build_reward(spec: Spec, *, opens_think: bool = False) -> Reward:
-    """Build the function of the built-in reward `spec`.
+def create_reward(spec: Spec, *, opens_think: bool = False) -> Reward:
+    """Returns the function of the built-in reward `spec`.
 
-    `opens_think`: whether prompts end with `<think>`, so that completions do not begin with it.
-
-    Raises:
-        ValueError: a package is missing, or the JSON schema cannot be used.
+    `opens_think`: whether prompts end with `<think>`. Raises `ValueError` for a missing package or
+    an invalid JSON schema.
     """
     value = spec.argument
     builders: dict[str, Callable[[], Reward]] = {
-        "exact": lambda: lambda text, _, answer: float(_visible(text).strip() == _final(answer)),
-        "contains": lambda: lambda text, _, answer: float(_final(answer) in _visible(text)),
+        "exact": lambda: (
+            lambda text, _, reference: float(_visible(text).strip() == _final(reference))
+        ),
+        "contains": lambda: lambda text, _, reference: float(_final(reference) in _visible(text)),
         "number": lambda: _number_reward(Decimal(value or "0")),
         "math": _math_reward,
         "choice": lambda: _choice_reward(split_labels(value)),
@@ -58,33 +58,35 @@ def build_reward(spec: Spec, *, opens_think: bool = False) -> Reward:
     return builders[spec.name]()
 
 
-NEEDS_ANSWER = ("exact", "contains", "number", "math", "choice", "rouge")
+REFERENCE_REWARDS = ("exact", "contains", "number", "math", "choice", "rouge")
 """Rewards that compare with the answer column."""
 
 
-def check_answer(spec: Spec, answer: Any) -> str:
-    """Returns why the reward `spec` cannot score against `answer`; "" if it can."""
-    if spec.name not in NEEDS_ANSWER:
+def check_reference(spec: Spec, reference: Any) -> str:
+    """Returns why the reward `spec` cannot score against `reference`; "" if it can."""
+    if spec.name not in REFERENCE_REWARDS:
         return ""
-    if answer is None or isinstance(answer, dict | list):
-        return f"the answer is {_shown(answer)}, and a text or number is expected"
-    final = _final(answer)
+    if reference is None or isinstance(reference, dict | list):
+        return f"the answer is {_shown(reference)}, and a text or number is expected"
+    final = _final(reference)
     if not final:
         return "the answer is empty"
     if spec.name == "number" and last_number(final) is None:
-        return f"the answer {_shown(answer)} has no number"
+        return f"the answer {_shown(reference)} has no number"
     if spec.name == "choice":
         labels = split_labels(spec.argument)
-        if _label_of(answer, labels) is None:
-            return f"the answer {_shown(answer)} is not one of {', '.join(labels)}"
+        if _label_of(reference, labels) is None:
+            return f"the answer {_shown(reference)} is not one of {', '.join(labels)}"
     if spec.name == "math":
         if _UNSAFE.fullmatch(final):
             return (
-                f"the answer {_shown(answer)} is a time, a date or a power of ten, which "
+                f"the answer {_shown(reference)} is a time, a date or a power of ten, which "
                 "math-verify misreads; use --reward exact or number"
             )
         if not _parse_math(final, gold=True):
-            return f"the answer {_shown(answer)} is no mathematical expression; use --reward exact"
+            return (
+                f"the answer {_shown(reference)} is no mathematical expression; use --reward exact"
+            )
     return ""
 
 
@@ -101,9 +103,9 @@ def _visible(text: str) -> str:
     return "" if "<think>" in before + after else text
 
 
-def _final(answer: Any) -> str:
+def _final(reference: Any) -> str:
     """Returns the answer as text; for GSM8K's answers, only what follows `####`."""
-    return str(answer).rpartition("####")[2].strip()
+    return str(reference).rpartition("####")[2].strip()
 
 
 _NUMBER = re.compile(r"(?<![\w.])([-−+]?)[$€£]?(\d[\d,]*(?:\.\d+)?(?:[eE][-+]?\d{1,3})?)")
@@ -125,8 +127,8 @@ def last_number(text: str) -> Decimal | None:
 
 
 def _number_reward(tolerance: Decimal) -> Reward:
-    def score(text: str, _: Sequence[int], answer: Any) -> float:
-        got, expected = last_number(_visible(text)), last_number(_final(answer))
+    def score(text: str, _: Sequence[int], reference: Any) -> float:
+        got, expected = last_number(_visible(text)), last_number(_final(reference))
         return float(got is not None and expected is not None and abs(got - expected) <= tolerance)
 
     return score
@@ -158,8 +160,8 @@ def _math_reward() -> Reward:
             "Install it: pip install 'ftlevel[math]'"
         ) from None
 
-    def score(text: str, _: Sequence[int], answer: Any) -> float:
-        gold, got = _parse_math(_final(answer), gold=True), _parse_math(_visible(text))
+    def score(text: str, _: Sequence[int], reference: Any) -> float:
+        gold, got = _parse_math(_final(reference), gold=True), _parse_math(_visible(text))
         return float(bool(got) and verify(gold, got, timeout_seconds=None))
 
     return score
@@ -170,11 +172,11 @@ def split_labels(value: str) -> list[str]:
     return [label.strip() for label in value.split(",") if label.strip()] or list("ABCDE")
 
 
-def _label_of(answer: Any, labels: Sequence[str]) -> str | None:
+def _label_of(reference: Any, labels: Sequence[str]) -> str | None:
     """Returns the label that has the answer as text or as index (from 0); None if there is none."""
-    if isinstance(answer, int) and not isinstance(answer, bool):
-        return labels[answer] if 0 <= answer < len(labels) else None
-    final = _final(answer).strip("().").casefold()
+    if isinstance(reference, int) and not isinstance(reference, bool):
+        return labels[reference] if 0 <= reference < len(labels) else None
+    final = _final(reference).strip("().").casefold()
     return next((label for label in labels if label.casefold() == final), None)
 
 
@@ -189,10 +191,10 @@ def _choice_reward(labels: Sequence[str]) -> Reward:
         flags,
     )
 
-    def score(text: str, _: Sequence[int], answer: Any) -> float:
+    def score(text: str, _: Sequence[int], reference: Any) -> float:
         visible = _visible(text)
         result = [one or two for one, two in announced.findall(visible)] or named.findall(visible)
-        expected = _label_of(answer, labels)
+        expected = _label_of(reference, labels)
         return float({label.casefold() for label in result} == {(expected or "").casefold()})
 
     return score
@@ -200,17 +202,17 @@ def _choice_reward(labels: Sequence[str]) -> Reward:
 
 def _regex_reward(pattern: str) -> Reward:
     compiled = re.compile(pattern)
-    return lambda text, _ids, _answer: float(compiled.search(text) is not None)
+    return lambda text, _ids, _reference: float(compiled.search(text) is not None)
 
 
 _FENCE = re.compile(r"```(?:json|JSON)?\s*\n(.*?)```", re.DOTALL)
 
 
 def parse_strict_json(text: str) -> Any:
-    """Parse the value of JSON text, alone or in one fenced block.
+    """Returns the value of JSON text, alone or in one fenced block.
 
-    Raises:
-        ValueError: the JSON is invalid or nested too deeply, or has NaN, infinity or equal keys.
+    Raises `ValueError` for JSON that is invalid or nested too deeply, or has NaN, infinity or equal
+    keys.
     """
     fenced = _FENCE.findall(text)
     body = fenced[0] if len(fenced) == 1 else text
@@ -244,7 +246,7 @@ def _same(one: Any, two: Any) -> bool:
 
 
 def _json_reward(schema_file: str) -> Reward:
-    """Returns a reward: the share of fields equal to the answer's, or 0 for invalid JSON."""
+    """Returns a reward: the ratio of fields equal to the answer's, or 0 for invalid JSON."""
     validator = None
     if schema_file:
         try:
@@ -252,29 +254,30 @@ def _json_reward(schema_file: str) -> Reward:
         except OSError as error:
             raise ValueError(f"json:{schema_file} cannot be read ({error.strerror})") from None
 
-    def score(text: str, _: Sequence[int], answer: Any) -> float:
+    def score(text: str, _: Sequence[int], reference: Any) -> float:
         try:
             got = parse_strict_json(_visible(text))
         except ValueError:
             return 0.0
         if validator is not None and not validator.is_valid(got):
             return 0.0
-        return 1.0 if answer is None else _equal_share(got, answer)
+        return 1.0 if reference is None else _compute_match_ratio(got, reference)
 
     return score
 
 
-def _equal_share(got: Any, answer: Any) -> float:
-    """Returns the share of equal fields of two objects; 1 or 0 for other JSON values."""
-    if isinstance(answer, str):
+def _compute_match_ratio(got: Any, reference: Any) -> float:
+    if isinstance(reference, str):
         try:
-            answer = parse_strict_json(answer)
+            reference = parse_strict_json(reference)
         except ValueError:
-            return float(got == answer)
-    if not isinstance(answer, dict) or not isinstance(got, dict):
-        return float(_same(got, answer))
-    names = got.keys() | answer.keys()
-    equal = [name in got and name in answer and _same(got[name], answer[name]) for name in names]
+            return float(got == reference)
+    if not isinstance(reference, dict) or not isinstance(got, dict):
+        return float(_same(got, reference))
+    names = got.keys() | reference.keys()
+    equal = [
+        name in got and name in reference and _same(got[name], reference[name]) for name in names
+    ]
     return sum(equal) / len(equal) if equal else 1.0
 
 
@@ -299,13 +302,13 @@ def _rouge_reward(name: str) -> Reward:
     from rouge_score.rouge_scorer import RougeScorer
 
     scorer = RougeScorer([name], use_stemmer=True)
-    return lambda text, _, answer: scorer.score(_final(answer), _visible(text))[name].fmeasure
+    return lambda text, _, reference: scorer.score(_final(reference), _visible(text))[name].fmeasure
 
 
 def _length_reward(argument: str) -> Reward:
     low, high = map(int, argument.split("-"))
 
-    def score(_text: str, ids: Sequence[int], _answer: Any) -> float:
+    def score(_text: str, ids: Sequence[int], _reference: Any) -> float:
         beyond = max(low - len(ids), len(ids) - high, 0)
         return max(0.0, 1 - beyond / max(high - low, 1))
 
@@ -313,7 +316,7 @@ def _length_reward(argument: str) -> Reward:
 
 
 def _think_reward(*, opens_think: bool) -> Reward:
-    def score(text: str, _ids: Sequence[int], _answer: Any) -> float:
+    def score(text: str, _ids: Sequence[int], _reference: Any) -> float:
         whole = f"<think>{text}" if opens_think else text
         thought, closed, after = whole.partition("</think>")
         one = whole.count("<think>") == 1 and whole.count("</think>") == 1
@@ -323,7 +326,7 @@ def _think_reward(*, opens_think: bool) -> Reward:
 
 
 def _repetition_reward(size: int) -> Reward:
-    def score(text: str, _ids: Sequence[int], _answer: Any) -> float:
+    def score(text: str, _ids: Sequence[int], _reference: Any) -> float:
         tokens = text.split()
         grams = [tuple(tokens[at : at + size]) for at in range(len(tokens) - size + 1)]
         return len(set(grams)) / len(grams) if grams else 1.0
@@ -331,6 +334,6 @@ def _repetition_reward(size: int) -> Reward:
     return score
 
 
-def read_answer(columns: Mapping[str, Sequence[Any]], index: int) -> Any:
+def get_reference(columns: Mapping[str, Sequence[Any]], index: int) -> Any:
     """Returns the answer of row `index`; None without such a column."""
     return columns["answer"][index] if "answer" in columns else None

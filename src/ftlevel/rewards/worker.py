@@ -22,7 +22,7 @@ from pathlib import Path
 from types import FrameType, SimpleNamespace
 from typing import Any, TextIO
 
-from ftlevel.rewards import MAX_CHARACTERS, build_reward, check_answer, read_answer
+from ftlevel.rewards import MAX_CHARACTERS, check_reference, create_reward, get_reference
 
 SECONDS = 5.0
 """Maximum time of a built-in reward for one completion, which then scores 0."""
@@ -85,7 +85,6 @@ def _signature(function: Callable[..., Any]) -> dict[str, Any]:
 
 
 def _describe(error: BaseException, file: str = "") -> str:
-    """Returns an exception as one line of text, with the line of `file` that raised it."""
     lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == file]
     if isinstance(error, SyntaxError):
         lines = [error.lineno]
@@ -111,7 +110,7 @@ class Worker:
             signature: dict[str, Any] = {"needs": [], "takes": None}
             try:
                 if config.kind == "builtin":
-                    function = build_reward(config, opens_think=request["opens_think"])
+                    function = create_reward(config, opens_think=request["opens_think"])
                 elif config.kind == "function":
                     function, signature = load_function(config.name, config.argument)
             except ValueError as error:
@@ -127,7 +126,7 @@ class Worker:
             if spec.kind != "builtin":
                 continue
             for row, answer in enumerate(request["answers"]):
-                if reason := check_answer(spec, answer):
+                if reason := check_reference(spec, answer):
                     return {"row": row, "reason": f"--reward {spec.text}: {reason}"}
         return {"row": None, "reason": ""}
 
@@ -147,7 +146,7 @@ class Worker:
                 continue
             _start_timer(seconds)
             try:
-                scores.append(float(reward(text, ids, read_answer(batch["columns"], at))))
+                scores.append(float(reward(text, ids, get_reference(batch["columns"], at))))
             except (_SlowError, RecursionError, OverflowError, MemoryError):
                 scores.append(0.0)
             finally:
@@ -199,11 +198,10 @@ async def _awaited(result: Any) -> Any:
 
 
 def _ignore(*_: Any, **__: Any) -> None:
-    """Do nothing; passed to functions in place of TRL's `log_extra` and `log_metric`."""
+    """Do nothing."""
 
 
 def _part(batch: Mapping[str, Any], at: int) -> dict[str, Any]:
-    """Returns the batch with completion `at` only."""
     return {
         **{
             name: [batch[name][at]]
@@ -238,7 +236,6 @@ def _checked(result: Any, count: int) -> tuple[list[Any] | None, str]:
 
 
 def _start_timer(seconds: float) -> None:
-    """Set the time limit of a built-in reward; 0 removes it."""
     if hasattr(signal, "setitimer"):
         signal.setitimer(signal.ITIMER_REAL, seconds)
 

@@ -6,8 +6,8 @@ maps task names to modules.
 
 from __future__ import annotations
 
-from ftlevel.tasks.base import BaseTask, find_tasks
+from ftlevel.tasks.base import BaseTask, load_tasks
 
-TASKS: dict[str, BaseTask] = find_tasks()
+TASKS: dict[str, BaseTask] = load_tasks()
 
 __all__ = ["TASKS", "BaseTask"]

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from ftlevel.data.formats.labels import LabelSet
     from ftlevel.data.gate.checks import Mask
     from ftlevel.data.prepare.encoder import Encoder, EncodingContext, PreparedData
-    from ftlevel.data.prepare.loading import LoadedExamples
+    from ftlevel.data.prepare.loading import LoadedData
 
 T = TypeVar("T")
 Column = Literal["text", "texts", "number", "numbers", "whole", "ranking", "rankings", "embedding"]
@@ -48,7 +48,7 @@ A ranking is a list of `{"answer": ..., "probability": ...}`, most likely first.
 
 @dataclass(frozen=True)
 class Prediction:
-    """Prediction for one prompt or row; `columns` are the values of `BaseTask.answer_columns`.
+    """Prediction for one prompt or row; `columns` are the values of `BaseTask.prediction_columns`.
 
     `scores` maps classes or words to probabilities; `tags` has (word, tag) pairs. Both may be
     empty.
@@ -122,7 +122,7 @@ class BaseTask(ABC):
     Attributes:
         name: value of `--task`.
         shapes: supported column layouts; the first that matches is used.
-        questions: column layouts of rows without answers, for `ftlevel predict`.
+        query_shapes: column layouts of rows without answers, for `ftlevel predict`.
         auto_classes: type of model -> transformers auto class.
         peft_types: type of model -> PEFT `TaskType`; other types use a plain `PeftModel`.
         headline: name of the main metric, without `eval_`; it is printed first.
@@ -142,7 +142,7 @@ class BaseTask(ABC):
         changes_tokenizer: whether the task changes a tokenizer's template, e.g. to append EOS.
         needs_context: whether a prompt needs a context text.
         uses_dropout: whether training may use dropout.
-        synthetic_facts: facts about the data (as in `facts`) assumed for synthetic batches.
+        synthetic_info: result of `data_info` assumed for synthetic batches.
         synthetic_labels: class or tag names assumed for synthetic batches.
         needs_offsets: whether encoding needs the character offsets of tokens.
         checks: data checks that apply to the encoded rows.
@@ -161,7 +161,7 @@ class BaseTask(ABC):
     text_metrics: tuple[str, ...] = ()
     refusals: Mapping[str, str] = field(default_factory=dict)
     builtin_subset: str = ""
-    questions: tuple[FormatSpec, ...] = ()
+    query_shapes: tuple[FormatSpec, ...] = ()
 
     has_new_head: ClassVar[bool] = False
     generates_text: ClassVar[bool] = False
@@ -173,13 +173,13 @@ class BaseTask(ABC):
     needs_context: ClassVar[bool] = False
     uses_dropout: ClassVar[bool] = True
     synthetic_labels: ClassVar[tuple[str, ...]] = ()
-    synthetic_facts: ClassVar[Mapping[str, Any]] = {}
+    synthetic_info: ClassVar[Mapping[str, Any]] = {}
     needs_offsets: ClassVar[bool] = False
     checks: ClassVar[Checks] = Checks()
     split_text: ClassVar[str] = "split into several"
 
-    def configured(self, options: Mapping[str, Any]) -> BaseTask:
-        """Returns the task with the `options` of a configuration or model card."""
+    def configured(self, task_config: Mapping[str, Any]) -> BaseTask:
+        """Returns the task with the `task_config` of a configuration or model card."""
         return self
 
     # ---- the model
@@ -223,40 +223,40 @@ class BaseTask(ABC):
         heads = list(dict.fromkeys([*find_new_poolers(meta, source), *find_heads(meta)]))
         return heads, heads
 
-    def find_unused(self, meta: Any) -> list[str]:
+    def get_unused_modules(self, meta: Any) -> list[str]:
         """Find the modules of `meta` that do not affect the loss and are never trained."""
         return []
 
     @property
-    def heads_reason(self) -> str:
+    def head_message(self) -> str:
         """Log text explaining why the modules of `find_heads` are fully trained."""
         return "trained in full and saved"
 
     @abstractmethod
-    def build_objective(self, kind: str, facts: Mapping[str, Any]) -> Objective:
-        """Build the objective for a `kind` of model, from facts of the data or of a model card."""
+    def create_objective(self, kind: str, data_info: Mapping[str, Any]) -> Objective:
+        """Create the objective; `data_info` is `PreparedData.info` or from a model card."""
 
-    def card_options(self, config: DataConfig, facts: Mapping[str, Any]) -> dict[str, Any]:
-        """Returns task options that inference needs."""
+    def inference_config(self, config: DataConfig, data_info: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns the values that inference needs; they are `options` of the model card."""
         return {}
 
-    def settings_of_adapter(
-        self, directory: Path, options: Mapping[str, Any]
+    def inherited_config(
+        self, directory: Path, inference_config: Mapping[str, Any]
     ) -> dict[str, dict[str, Any]]:
         """Returns config section -> settings that a run takes over from the adapter it starts from.
 
-        `options` are those of the model card; empty without a card.
+        `inference_config` is that of the model card; empty without a card.
         """
         return {}
 
-    def embedding_format(self, options: Mapping[str, Any]) -> EmbeddingFormat | None:
-        """Returns the embedding format in model card `options`; None for other tasks."""
+    def embedding_format(self, inference_config: Mapping[str, Any]) -> EmbeddingFormat | None:
+        """Returns the format of the embeddings; None for other tasks."""
         return None
 
     def write_files(  # noqa: B027 - most tasks write none
-        self, directory: Path, model_config: Any, options: Mapping[str, Any]
+        self, directory: Path, model_config: Any, inference_config: Mapping[str, Any]
     ) -> None:
-        """Write other libraries' files beside an adapter or model with model card `options`."""
+        """Write other libraries' files beside an adapter or model."""
 
     def card_defaults(
         self, source: ModelSource, model_config: Any, tokenizer: Any, kind: str
@@ -268,40 +268,40 @@ class BaseTask(ABC):
         """Returns a synthetic row of tokens `ids` with many targets, to estimate memory."""
         return Encoded(ids, list(ids), row)
 
-    def describe_head(self, labels: Sequence[str]) -> str:
+    def head_signature(self, labels: Sequence[str]) -> str:
         """Returns a text that is the same for two models only if their heads are compatible."""
         return f"{self.name} of {', '.join(labels)}" if labels else self.name
 
     # ---- from columns to encoded rows
 
     @property
-    def encoding_options(self) -> Mapping[str, Any]:
+    def encoding_config(self) -> Mapping[str, Any]:
         """Options that change the encoded rows and are not in the config's data section."""
         return {}
 
-    def find_format(
-        self, columns: Sequence[str], config: DataConfig, rows: Sequence[Row] = ()
+    def get_format(
+        self, column_names: Sequence[str], config: DataConfig, rows: Sequence[Row] = ()
     ) -> Format:
-        """Find the format of `columns`; if there is none, the error suggests a task that fits."""
-        mapping = {**self.column_mapping(columns, config, rows), **config.columns}
+        """Returns the format of a table; if there is none, the error suggests a task that fits."""
+        mapping = {**self.column_mapping(column_names, config, rows), **config.columns}
         try:
             return detect_format(
-                columns, self.name, self.shapes, FormatOptions(mapping, config.format), rows
+                column_names, self.name, self.shapes, FormatOptions(mapping, config.format), rows
             )
         except NoFormatError as error:
-            others = (task for task in find_tasks().values() if task.name != self.name)
-            other = next((task.name for task in others if fits(columns, task.shapes)), None)
+            others = (task for task in load_tasks().values() if task.name != self.name)
+            other = next((task.name for task in others if fits(column_names, task.shapes)), None)
             if other is None:
                 raise
             raise InputError(f"{error} These columns fit --task {other}.") from None
 
     def column_mapping(
-        self, columns: Sequence[str], config: DataConfig, rows: Sequence[Row]
+        self, column_names: Sequence[str], config: DataConfig, rows: Sequence[Row]
     ) -> Mapping[str, str]:
         """Returns role -> column where settings other than `--map` determine the column."""
         return {}
 
-    def read_columns(
+    def update_format(
         self, format_: Format, table: Table, config: DataConfig
     ) -> tuple[Format, list[Choice]]:
         """Returns the format, completed from the values in its columns, and log lines about it."""
@@ -311,7 +311,7 @@ class BaseTask(ABC):
         """Returns the role whose values are class labels, or None."""
         return None
 
-    def find_inconsistent_labels(
+    def get_inconsistent_labels(
         self, examples: Sequence[Any], labels: LabelSet, table: Table
     ) -> list[BadRow]:
         """Find the rows with inconsistent class labels."""
@@ -329,12 +329,15 @@ class BaseTask(ABC):
         """Returns task-specific data checks of encoded rows: check name -> mask of failing rows."""
         return {}
 
-    def check_examples(self, examples: Sequence[Any]) -> Sequence[tuple[str, int, str]]:
-        """Returns (check name, number of examples, description) per failed check of `examples`."""
+    def check_train_set(self, train_set: Sequence[Any]) -> Sequence[tuple[str, int, str]]:
+        """Returns (check name, number of examples, description) per failed check of `train_set`."""
         return ()
 
-    def check_validation(
-        self, train: Sequence[Any], validation: Sequence[Any], corpus: Sequence[str] | None
+    def check_eval_set(
+        self,
+        train_set: Sequence[Any],
+        eval_set: Sequence[Any],
+        corpus: Sequence[str] | None,
     ) -> Sequence[tuple[str, str, Sequence[int], str]]:
         """Returns (check name, split, row indices, example) per failed check of the splits.
 
@@ -351,13 +354,13 @@ class BaseTask(ABC):
         """
         raise ConfigError(f"--corpus: of --task embedding, and this is {self.name}. Drop it.")
 
-    def facts(self, loaded: LoadedExamples) -> Mapping[str, Any]:
+    def data_info(self, loaded: LoadedData) -> Mapping[str, Any]:
         """Returns the task's entries about the data in summary.json."""
         return {}
 
-    def describe_rows(self, loaded: LoadedExamples, facts: Mapping[str, Any]) -> list[Choice]:
+    def describe_rows(self, loaded: LoadedData, data_info: Mapping[str, Any]) -> list[Choice]:
         """Returns log lines with the number of training targets."""
-        tokens, supervised = facts["tokens"], facts["supervised"]
+        tokens, supervised = data_info["tokens"], data_info["supervised"]
         share = f"{supervised:,} supervised, {supervised / tokens:.0%}"
         return [Choice("tokens", f"{tokens:,} an epoch", share)]
 
@@ -375,73 +378,67 @@ class BaseTask(ABC):
 
     # ---- inference and display
 
-    def find_questions(
+    def get_query_format(
         self,
-        columns: Sequence[str],
+        column_names: Sequence[str],
         mapping: Mapping[str, str],
         name: str | None = None,
         rows: Sequence[Row] = (),
     ) -> Format:
-        """Find the format of `columns` without answers.
+        """Returns the format of a table without answers.
 
-        `mapping` (role -> column) is from `--map`, `name` from `--format`.
-
-        Raises:
-            ConfigError: the task supports prompts only.
-            InputError: no layout of `questions` matches.
+        `mapping` (role -> column) is from `--map`, `name` from `--format`. Raises `ConfigError` if
+        the task supports prompts only, `InputError` if no layout of `query_shapes` matches.
         """
-        if not self.questions:
+        if not self.query_shapes:
             raise ConfigError(
                 f"--task {self.name} does not support predict. Use ftlevel generate --prompt."
             )
         format_options = FormatOptions(mapping, name, aim="ask")
-        return detect_format(columns, self.name, self.questions, format_options, rows)
+        return detect_format(column_names, self.name, self.query_shapes, format_options, rows)
 
-    def answer_columns(
+    def prediction_columns(
         self,
         format_: Format,
         labels: Sequence[str],
-        options: Mapping[str, Any],
+        inference_config: Mapping[str, Any],
         outputs: OutputOptions,
     ) -> dict[str, Column]:
         """Returns prediction columns: name suffix -> type; the answer itself has the suffix "".
 
-        Raises:
-            ConfigError: the task does not support an optional output.
+        Raises `ConfigError` if the task does not support an optional output.
         """
         check_options(outputs, f"--task {self.name}", "")
         return {"": "text"}
 
     @abstractmethod
-    def build_query(self, prompt: str, context: str | None, number: int) -> Any:
-        """Build example `number` from `prompt` and, if needed, `context`; it has no answer."""
+    def create_query(self, prompt: str, context: str | None, number: int) -> Any:
+        """Create example `number` from `prompt` and, if needed, `context`; it has no answer."""
 
     @abstractmethod
-    def answer_rows(
-        self, model: PromptedModel, questions: Sequence[Any], outputs: OutputOptions
+    def predict(
+        self, model: PromptedModel, queries: Sequence[Any], outputs: OutputOptions
     ) -> list[Prediction]:
-        """Returns one prediction per question; `questions[i].row` must be i.
+        """Returns one prediction per query; `queries[i].row` must be i.
 
-        Raises:
-            UnansweredError: some questions cannot be answered.
+        Raises `UnansweredError` if some queries cannot be answered.
         """
 
-    def answer(
+    def predict_prompts(
         self, model: PromptedModel, prompts: Sequence[str], context: str | None
     ) -> list[Prediction]:
         """Returns one prediction per prompt; `context` is passed only if `needs_context`.
 
-        Raises:
-            UnansweredError: some prompts cannot be answered.
+        Raises `UnansweredError` if some prompts cannot be answered.
         """
-        questions = [self.build_query(prompt, context, i) for i, prompt in enumerate(prompts)]
-        return self.answer_rows(model, questions, OutputOptions())
+        queries = [self.create_query(prompt, context, i) for i, prompt in enumerate(prompts)]
+        return self.predict(model, queries, OutputOptions())
 
     @abstractmethod
-    def probe_labels(self, ids: Sequence[int], labels: Sequence[str], options: Any) -> Any:
+    def dummy_labels(self, ids: Sequence[int], labels: Sequence[str], inference_config: Any) -> Any:
         """Returns labels for a row of random tokens, in the format of training rows."""
 
-    def show_targets(
+    def decode_targets(
         self, row: Encoded, names: Sequence[str], kind: str, decoder: TokenDecoder
     ) -> list[str | None]:
         """Returns each token's target as text: "" if it is the token, None without a target.
@@ -453,11 +450,11 @@ class BaseTask(ABC):
             return [None] * count
         return [None if label == IGNORED else "" for label in labels]
 
-    def show_answer(self, row: Encoded, kind: str) -> list[int]:
+    def get_decoder_labels(self, row: Encoded, kind: str) -> list[int]:
         """Returns the target ids of an encoder-decoder; empty for other models."""
         return []
 
-    def show_label(self, row: Encoded, names: Sequence[str]) -> str:
+    def decode_label(self, row: Encoded, names: Sequence[str]) -> str:
         """Returns the label of the whole row; "" for token targets."""
         return ""
 
@@ -469,14 +466,14 @@ def check_options(outputs: OutputOptions, whose: str, instead: str) -> None:
             raise ConfigError(f"{flag}: {whose} has no probabilities. {instead or f'Drop {flag}.'}")
 
 
-def rank(scores: Mapping[str, float], count: int) -> list[dict[str, Any]]:
-    """Returns the `count` most likely entries of `scores`, best first."""
-    best = sorted(scores.items(), key=lambda item: -item[1])[:count]
+def rank(scores: Mapping[str, float], top_k: int) -> list[dict[str, Any]]:
+    """Returns the `top_k` most likely entries of `scores`, best first."""
+    best = sorted(scores.items(), key=lambda item: -item[1])[:top_k]
     return [{"answer": name, "probability": score} for name, score in best]
 
 
 @functools.cache
-def find_tasks() -> dict[str, BaseTask]:
+def load_tasks() -> dict[str, BaseTask]:
     """Returns all tasks by name, without those of packages that cannot be imported."""
     tasks: dict[str, BaseTask] = {}
     packages = added("tasks")

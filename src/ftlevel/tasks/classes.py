@@ -16,9 +16,9 @@ from ftlevel.data.encoding.encode import Encoded, encode_labeled
 from ftlevel.data.formats.detect import ExampleBuilder, Format, FormatSpec, RoleValues
 from ftlevel.data.formats.examples import (
     LabeledText,
-    build_labeled_text,
-    build_multi_label_text,
-    build_regression_text,
+    create_labeled_text,
+    create_multi_label_text,
+    create_regression_text,
 )
 from ftlevel.data.formats.labels import LabelSet, choose_problem_type
 from ftlevel.data.sources.table import Row, Table
@@ -36,10 +36,10 @@ from ftlevel.tasks.base import (
 from ftlevel.tasks.losses import (
     ClassObjective,
     PredictionMeter,
-    balance_yes_and_no,
+    compute_pos_weight,
     entropy,
     mean_entropy,
-    weigh_yes_and_no,
+    weighted_binary_cross_entropy,
 )
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 
     from ftlevel.data.encoding.fit import FittedRows
     from ftlevel.data.prepare.encoder import Encoder
-    from ftlevel.data.prepare.loading import LoadedExamples
+    from ftlevel.data.prepare.loading import LoadedData
     from ftlevel.models.sources import ModelSource
 
 
@@ -124,9 +124,9 @@ _SINGLE, _SEVERAL, _QUANTITY = (
     "regression",
 )
 _BUILDERS = {
-    _SINGLE: build_labeled_text,
-    _SEVERAL: build_multi_label_text,
-    _QUANTITY: build_regression_text,
+    _SINGLE: create_labeled_text,
+    _SEVERAL: create_multi_label_text,
+    _QUANTITY: create_regression_text,
 }
 _LABEL = ("label", "labels", "class", "category", "sentiment", "intent", "emotion")
 _TEXT = ("text", "sentence", "content", "review", "body", "comment", "message")
@@ -149,19 +149,16 @@ class ClassTask(BaseTask):
     finds_ends_by_padding: ClassVar[bool] = True
 
     def synthetic_row(self, ids: list[int], row: int) -> Encoded:
-        """Returns a synthetic row of tokens `ids`."""
         return Encoded(ids, row % len(self.synthetic_labels), row)
 
-    def build_objective(self, kind: str, facts: Mapping[str, Any]) -> Objective:
-        """Build the objective of the problem type."""
-        problem = facts.get("problem_type")
+    def create_objective(self, kind: str, data_info: Mapping[str, Any]) -> Objective:
+        problem = data_info.get("problem_type")
         if problem == _SEVERAL:
             return MultiLabel("micro_f1")
         return Regression("pearson") if problem == _QUANTITY else Classes(self.headline)
 
-    def card_options(self, config: DataConfig, facts: Mapping[str, Any]) -> dict[str, Any]:
-        """Returns the problem type, as named in transformers."""
-        return {"problem_type": facts["problem_type"]}
+    def inference_config(self, config: DataConfig, data_info: Mapping[str, Any]) -> dict[str, Any]:
+        return {"problem_type": data_info["problem_type"]}
 
     def card_defaults(
         self, source: ModelSource, model_config: Any, tokenizer: Any, kind: str
@@ -171,11 +168,11 @@ class ClassTask(BaseTask):
         usual = _QUANTITY if len(labels) == 1 else _SINGLE
         return {"labels": labels, "options": {"problem_type": model_config.problem_type or usual}}
 
-    def find_format(
-        self, columns: Sequence[str], config: DataConfig, rows: Sequence[Row] = ()
+    def get_format(
+        self, column_names: Sequence[str], config: DataConfig, rows: Sequence[Row] = ()
     ) -> Format:
-        """Find the format of `columns`; raises `InputError` if the labels are character spans."""
-        format_ = super().find_format(columns, config, rows)
+        """Returns the format of a table; raises `InputError` if the labels are character spans."""
+        format_ = super().get_format(column_names, config, rows)
         column = format_.columns["label"]
         values = [row.get(column) for row in rows]
         spans = next((value for value in values if isinstance(value, list) and value), [None])
@@ -187,7 +184,7 @@ class ClassTask(BaseTask):
             )
         return format_
 
-    def read_columns(
+    def update_format(
         self, format_: Format, table: Table, config: DataConfig
     ) -> tuple[Format, list[Choice]]:
         """Returns the format with the problem type, which determines how examples are built."""
@@ -208,32 +205,31 @@ class ClassTask(BaseTask):
 
         return encoder.fit(encoder.collect(encode, examples), table)
 
-    def check_examples(self, examples: Sequence[Any]) -> Sequence[tuple[str, int, str]]:
+    def check_train_set(self, train_set: Sequence[Any]) -> Sequence[tuple[str, int, str]]:
         """Returns a warning if almost all examples have the same class."""
-        from ftlevel.data.gate.checks import find_majority_class
+        from ftlevel.data.gate.checks import get_majority_class
 
-        if not examples or isinstance(examples[0].label, float):
+        if not train_set or isinstance(train_set[0].label, float):
             return ()
-        largest = find_majority_class(e.label for e in examples)
+        largest = get_majority_class(e.label for e in train_set)
         return () if largest is None else [("one_class", largest[1], f"label {largest[0]!r}")]
 
-    def facts(self, loaded: LoadedExamples) -> Mapping[str, Any]:
-        """Returns the problem type."""
+    def data_info(self, loaded: LoadedData) -> Mapping[str, Any]:
         return {"problem_type": loaded.format.options["problem_type"]}
 
-    def describe_rows(self, loaded: LoadedExamples, facts: Mapping[str, Any]) -> list[Choice]:
+    def describe_rows(self, loaded: LoadedData, data_info: Mapping[str, Any]) -> list[Choice]:
         """Returns no lines: the number of targets is the number of rows."""
         return []
 
-    def answer_columns(
+    def prediction_columns(
         self,
         format_: Format,
         labels: Sequence[str],
-        options: Mapping[str, Any],
+        inference_config: Mapping[str, Any],
         outputs: OutputOptions,
     ) -> dict[str, Column]:
         """Returns the columns: answer and, if requested, class probabilities and ranking `top`."""
-        problem = options.get("problem_type")
+        problem = inference_config.get("problem_type")
         if problem == _QUANTITY:
             check_options(outputs, "a regression", "")
             return {"": "number"}
@@ -244,26 +240,24 @@ class ClassTask(BaseTask):
             columns["top"] = "ranking"
         return columns
 
-    def build_query(self, prompt: str, context: str | None, number: int) -> Any:
-        """Build an example of the text `prompt` without a label."""
+    def create_query(self, prompt: str, context: str | None, number: int) -> Any:
         return LabeledText(prompt, None, 0, number)
 
-    def answer_rows(
-        self, model: PromptedModel, questions: Sequence[Any], outputs: OutputOptions
+    def predict(
+        self, model: PromptedModel, queries: Sequence[Any], outputs: OutputOptions
     ) -> list[Prediction]:
         """Returns the predicted class, classes or number of each text."""
-        rows = encode_labeled(model.tokenizer, questions, lambda _: 0)
-        return model.score(rows, lambda _, logits: _read_label(model, logits.float(), outputs))
+        rows = encode_labeled(model.tokenizer, queries, lambda _: 0)
+        return model.score(rows, lambda _, logits: _parse_label(model, logits.float(), outputs))
 
-    def probe_labels(self, ids: Sequence[int], labels: Sequence[str], options: Any) -> Any:
+    def dummy_labels(self, ids: Sequence[int], labels: Sequence[str], inference_config: Any) -> Any:
         """Returns a dummy label: class 0, no class (multi-label) or 0.0 (regression)."""
-        problem = options.get("problem_type")
+        problem = inference_config.get("problem_type")
         if problem == _SEVERAL:
             return (0.0,) * len(labels)
         return 0.0 if problem == _QUANTITY else 0
 
-    def show_label(self, row: Encoded, names: Sequence[str]) -> str:
-        """Returns the class names or number of the row."""
+    def decode_label(self, row: Encoded, names: Sequence[str]) -> str:
         labels = row.labels
         if isinstance(labels, tuple):
             return (
@@ -273,14 +267,12 @@ class ClassTask(BaseTask):
 
 
 def read_labels(model_config: Any) -> list[str]:
-    """Load the class names of a model config, ordered by id."""
+    """Returns the class names of a model config, ordered by id."""
     return [str(model_config.id2label[index]) for index in sorted(model_config.id2label)]
 
 
 @dataclass(frozen=True)
 class _Targets:
-    """Callable that returns an example's target: a class id, a multi-hot tuple or a number."""
-
     labels: LabelSet | None
 
     def __call__(self, example: LabeledText) -> int | float | tuple[float, ...]:
@@ -295,13 +287,13 @@ class _Targets:
         return self.labels.id_of(label)
 
 
-def build_text(roles: RoleValues) -> LabeledText:
-    """Build an example of a text or text pair without a label."""
-    pair = roles.text("text_pair") if "text_pair" in roles else None
-    return LabeledText(roles.text("text"), pair, 0, roles.index)
+def create_text(values: RoleValues) -> LabeledText:
+    """Create an example of a text or text pair without a label."""
+    pair = values.text("text_pair") if "text_pair" in values else None
+    return LabeledText(values.text("text"), pair, 0, values.index)
 
 
-def _read_label(model: PromptedModel, logits: Tensor, outputs: OutputOptions) -> Prediction:
+def _parse_label(model: PromptedModel, logits: Tensor, outputs: OutputOptions) -> Prediction:
     problem = model.options.get("problem_type")
     if problem == _QUANTITY:
         quantity = float(logits[0])
@@ -337,7 +329,6 @@ class Classes(ClassObjective):
         return functional.cross_entropy(logits.float(), labels, reduction="sum")
 
     def meter(self) -> Meter:
-        """Returns a `ClassMeter`."""
         return ClassMeter()
 
     def guess_loss(self, rows: Sequence[Encoded]) -> float | None:
@@ -376,14 +367,13 @@ class MultiLabel(Objective):
         self, logits: Tensor, labels: Tensor, mask: Tensor, loss: TrainingLoss
     ) -> Tensor:
         """Returns the sum over all classes of all rows; `loss` may weight the positive terms."""
-        return weigh_yes_and_no(logits.float(), labels, loss)
+        return weighted_binary_cross_entropy(logits.float(), labels, loss)
 
     def balance(self, rows: Sequence[Encoded], classes: int) -> tuple[float, ...]:
         """Returns for each class the ratio of rows without it to rows with it."""
-        return balance_yes_and_no(row.labels for row in rows if isinstance(row.labels, tuple))
+        return compute_pos_weight(row.labels for row in rows if isinstance(row.labels, tuple))
 
     def meter(self) -> Meter:
-        """Returns a `MultiLabelMeter`."""
         return MultiLabelMeter()
 
     def guess_loss(self, rows: Sequence[Encoded]) -> float | None:
@@ -413,7 +403,6 @@ class Regression(Objective):
         return functional.mse_loss(logits.float().squeeze(-1), labels, reduction="sum")
 
     def meter(self) -> Meter:
-        """Returns a `RegressionMeter`."""
         return RegressionMeter()
 
     def guess_loss(self, rows: Sequence[Encoded]) -> float | None:
@@ -423,7 +412,6 @@ class Regression(Objective):
 
 
 def _layouts(build: ExampleBuilder, label: Mapping[str, tuple[str, ...]]) -> tuple[FormatSpec, ...]:
-    """Returns the column layouts of text pairs and of single texts, with the `label` columns."""
     name = " + ".join(("", *label))
     pairs = (
         FormatSpec(
@@ -442,8 +430,8 @@ _CLASS = "AutoModelForSequenceClassification"
 TASKS = (
     ClassTask(
         name="text-classification",
-        shapes=_layouts(build_labeled_text, {"label": _LABEL}),
-        questions=_layouts(build_text, {}),
+        shapes=_layouts(create_labeled_text, {"label": _LABEL}),
+        query_shapes=_layouts(create_text, {}),
         auto_classes={"encoder": _CLASS, "decoder": _CLASS, "encoder-decoder": _CLASS},
         peft_types={"encoder": "SEQ_CLS", "decoder": "SEQ_CLS", "encoder-decoder": "SEQ_CLS"},
         headline="accuracy",

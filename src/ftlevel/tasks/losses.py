@@ -60,8 +60,8 @@ class ClassObjective(Objective):
             return functional.cross_entropy(
                 scores, targets, weight=weights, label_smoothing=loss.smoothing, reduction="sum"
             )
-        surprise = functional.cross_entropy(scores, targets, reduction="none")
-        focal = focus(surprise, loss.focal_gamma) * surprise
+        nll = functional.cross_entropy(scores, targets, reduction="none")
+        focal = focal_factor(nll, loss.focal_gamma) * nll
         return (focal if weights is None else focal * weights[targets]).sum()
 
     def training_count(self, labels: Tensor, loss: TrainingLoss) -> Tensor:
@@ -76,12 +76,12 @@ class ClassObjective(Objective):
         return tuple(total / (seen * counts[c]) if counts[c] else 1.0 for c in range(classes))
 
 
-def focus(surprise: Tensor, gamma: float) -> Tensor:
-    """Returns the focal factor (1 - p)^γ for `surprise` = -log p; 1 - p is at least 1e-7."""
-    return (-(-surprise).expm1()).clamp(min=1e-7) ** gamma
+def focal_factor(nll: Tensor, gamma: float) -> Tensor:
+    """Returns the focal factor (1 - p)^γ for `nll` = -log p; 1 - p is at least 1e-7."""
+    return (-(-nll).expm1()).clamp(min=1e-7) ** gamma
 
 
-def weigh_yes_and_no(logits: Tensor, labels: Tensor, loss: TrainingLoss) -> Tensor:
+def weighted_binary_cross_entropy(logits: Tensor, labels: Tensor, loss: TrainingLoss) -> Tensor:
     """Returns the summed binary cross entropy of logits `(rows, classes)`, weighted by `loss`."""
     from torch.nn import functional
 
@@ -90,17 +90,17 @@ def weigh_yes_and_no(logits: Tensor, labels: Tensor, loss: TrainingLoss) -> Tens
         return functional.binary_cross_entropy_with_logits(
             logits, labels, pos_weight=weights, reduction="sum"
         )
-    surprise = functional.binary_cross_entropy_with_logits(logits, labels, reduction="none")
-    focal = focus(surprise, loss.focal_gamma) * surprise
+    nll = functional.binary_cross_entropy_with_logits(logits, labels, reduction="none")
+    focal = focal_factor(nll, loss.focal_gamma) * nll
     return (focal if weights is None else focal * (1 + (weights - 1) * labels)).sum()
 
 
-def balance_yes_and_no(answers: Iterable[Sequence[float]]) -> tuple[float, ...]:
+def compute_pos_weight(labels: Iterable[Sequence[float]]) -> tuple[float, ...]:
     """Returns the ratio of negative to positive rows per class; 1 for classes that do not occur."""
-    columns = list(zip(*answers, strict=True))
+    labels_per_class = list(zip(*labels, strict=True))
     return tuple(
         (len(column) - sum(column)) / sum(column) or 1.0 if any(column) else 1.0
-        for column in columns
+        for column in labels_per_class
     )
 
 
@@ -130,7 +130,6 @@ class PredictionMeter:
         self.true: list[Any] = []
 
     def pool(self: P, meters: Sequence[P]) -> P:
-        """Returns a meter of the rows of all `meters`."""
         pooled = copy.copy(self)
         pooled.predicted = [value for meter in meters for value in meter.predicted]
         pooled.true = [value for meter in meters for value in meter.true]
@@ -153,7 +152,7 @@ def _name_values(value: Any, names: Sequence[str]) -> Any:
 
 
 def entropy(answers: Iterable[Hashable]) -> float | None:
-    """Returns the entropy of the answer frequencies in nats: the best loss of a constant answer."""
+    """Returns the entropy of the label frequencies in nats: the loss of the best constant."""
     counts = Counter(answers)
     total = counts.total()
     if not total:
@@ -161,9 +160,9 @@ def entropy(answers: Iterable[Hashable]) -> float | None:
     return sum(count / total * math.log(total / count) for count in counts.values())
 
 
-def mean_entropy(columns: Iterable[Iterable[Hashable]]) -> float | None:
-    """Returns the mean entropy of the columns; None if all are empty."""
-    values = [value for column in columns if (value := entropy(column)) is not None]
+def mean_entropy(probabilities: Iterable[Iterable[Hashable]]) -> float | None:
+    """Returns the mean entropy of several label sequences; None if all are empty."""
+    values = [value for column in probabilities if (value := entropy(column)) is not None]
     return sum(values) / len(values) if values else None
 
 
@@ -187,7 +186,6 @@ class Tokens(TokenObjective):
         return logits[supervised], labels[supervised]
 
     def locate(self, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns indices of the flattened positions that predict a target, and these targets."""
         from torch.nn import functional
 
         if self.shifted:
@@ -197,7 +195,6 @@ class Tokens(TokenObjective):
         return at, flat[at]
 
     def count(self, labels: Tensor) -> Tensor:
-        """Count the supervised tokens."""
         return super().count(labels[:, 1:] if self.shifted else labels)
 
     def loss_sum(self, logits: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
@@ -209,11 +206,9 @@ class Tokens(TokenObjective):
 
     @property
     def metrics(self) -> tuple[str, ...]:
-        """Names of the metrics: perplexity and accuracy."""
         return self.perplexity, self.accuracy
 
     def meter(self) -> Meter:
-        """Returns a `TokenMeter`."""
         return TokenMeter(self.perplexity, self.accuracy)
 
 
@@ -232,14 +227,12 @@ class TokenMeter:
         self.tokens += labels.numel()
 
     def compute(self, loss: float) -> dict[str, float]:
-        """Compute perplexity and accuracy."""
         return {
             self.perplexity: math.exp(loss) if loss < 700 else math.inf,
             self.accuracy: self.right / self.tokens if self.tokens else math.nan,
         }
 
     def pool(self, meters: Sequence[TokenMeter]) -> TokenMeter:
-        """Returns a meter of the tokens of all `meters`."""
         pooled = TokenMeter(self.perplexity, self.accuracy)
         pooled.tokens = sum(meter.tokens for meter in meters)
         pooled.right = sum(meter.right for meter in meters)
@@ -263,7 +256,7 @@ class DistillationTokens(Tokens, DistillationObjective):
     def distillation_sum(
         self, scores: Tensor, targets: Tensor, known: Tensor, ids: Tensor
     ) -> Tensor:
-        """Returns the loss summed over targets (a scalar); see the base class for arguments."""
+        """Returns the loss summed over targets (a scalar)."""
         from torch.nn import functional
 
         settings, temperature = self.settings, self.settings.kd_temperature
@@ -306,7 +299,9 @@ def divergence(teacher: Tensor, student: Tensor, settings: DistillationConfig) -
     return beta * of_teacher + (1 - beta) * (student.exp() * (student - mixed)).sum(-1)
 
 
-def build_distillation(objective: Tokens, settings: DistillationConfig) -> DistillationTokens:
+def create_distillation_objective(
+    objective: Tokens, settings: DistillationConfig
+) -> DistillationTokens:
     """Returns `objective` with a distillation loss added."""
     values = {f.name: getattr(objective, f.name) for f in fields(objective)}
     return DistillationTokens(**values, settings=settings)
@@ -340,7 +335,7 @@ class DistillationRow(Encoded):
     taught: Any = field(default=None, compare=False, metadata={"column": "json"})
 
     @property
-    def branches(self) -> Sequence[Encoded]:
+    def sequences(self) -> Sequence[Encoded]:
         """The row as the model's input, without the teacher's values."""
         return [Encoded(self.input_ids, self.labels, self.row, self.extras)]
 

@@ -48,8 +48,7 @@ class MaskTask(BaseTask):
         labels = [token if at % 6 == 0 else IGNORED for at, token in enumerate(ids)]
         return Encoded(ids, labels, row)
 
-    def build_objective(self, kind: str, facts: Mapping[str, Any]) -> Objective:
-        """Build the cross entropy of the masked tokens."""
+    def create_objective(self, kind: str, data_info: Mapping[str, Any]) -> Objective:
         return Tokens(self.headline, perplexity="pseudo_perplexity", accuracy="masked_accuracy")
 
     def find_heads(self, meta: Any, source: Any) -> tuple[list[str], list[str]]:
@@ -59,9 +58,9 @@ class MaskTask(BaseTask):
         return find_new_language_head(meta)
 
     @property
-    def heads_reason(self) -> str:
+    def head_message(self) -> str:
         """Log text explaining why the language head is fully trained."""
-        return f"the checkpoint has no masked language head: new, {super().heads_reason}"
+        return f"the checkpoint has no masked language head: new, {super().head_message}"
 
     def encode(self, encoder: Encoder, examples: Sequence[Any], table: Table) -> FittedRows:
         """Encode the texts in blocks; tokens are masked later."""
@@ -88,13 +87,15 @@ class MaskTask(BaseTask):
     ) -> PreparedData:
         """Returns training rows whose tokens are masked when read, differently in each epoch."""
         masked = _mask_rows(prepared.train, config, context)
-        facts = {**prepared.facts, "supervised": masked.count_hidden()}
-        share = f"{facts['supervised']:,} supervised, resampled each epoch"
+        data_info = {**prepared.info, "supervised": masked.count_hidden()}
+        ratio = f"{data_info['supervised']:,} supervised, resampled each epoch"
         choices = [
-            Choice(c.name, c.value, share) if c.name == "tokens" else c for c in prepared.choices
+            Choice(c.name, c.value, ratio) if c.name == "tokens" else c for c in prepared.choices
         ]
-        validation = self.evaluation_rows(prepared.validation, config, context)
-        return replace(prepared, train=masked, validation=validation, facts=facts, choices=choices)
+        eval_rows = self.evaluation_rows(prepared.validation, config, context)
+        return replace(
+            prepared, train=masked, validation=eval_rows, info=data_info, choices=choices
+        )
 
     def evaluation_rows(
         self, rows: Sequence[Encoded], config: DataConfig, context: EncodingContext
@@ -102,11 +103,11 @@ class MaskTask(BaseTask):
         """Returns rows with the same masked tokens whenever they are read."""
         return _mask_rows(rows, config, context).fixed()
 
-    def answer_columns(
+    def prediction_columns(
         self,
         format_: Format,
         labels: Sequence[str],
-        options: Mapping[str, Any],
+        inference_config: Mapping[str, Any],
         outputs: OutputOptions,
     ) -> dict[str, Column]:
         """Returns the columns: filled text, predicted words and, if requested, rankings `top`."""
@@ -119,19 +120,19 @@ class MaskTask(BaseTask):
         columns: dict[str, Column] = {"": "text", "words": "texts"}
         return columns | ({"top": "rankings"} if outputs.top_k else {})
 
-    def build_query(self, prompt: str, context: str | None, number: int) -> Any:
-        """Build an example of the text `prompt`, which should contain a mask token."""
+    def create_query(self, prompt: str, context: str | None, number: int) -> Any:
+        """Create an example of the text `prompt`, which should contain a mask token."""
         return PlainText(prompt, number)
 
-    def answer_rows(
-        self, model: PromptedModel, questions: Sequence[Any], outputs: OutputOptions
+    def predict(
+        self, model: PromptedModel, queries: Sequence[Any], outputs: OutputOptions
     ) -> list[Prediction]:
         """Returns texts with masks filled; raises `UnansweredError` for texts without a mask."""
         tokenizer = model.tokenizer
-        texts = [question.text.replace(_MASK, tokenizer.mask_token) for question in questions]
+        texts = [question.text.replace(_MASK, tokenizer.mask_token) for question in queries]
         missing = {
             i: f"has nothing to predict: no {_MASK} in {question.text[:40]!r}"
-            for i, (text, question) in enumerate(zip(texts, questions, strict=True))
+            for i, (text, question) in enumerate(zip(texts, queries, strict=True))
             if tokenizer.mask_token not in text
         }
         if missing:
@@ -149,20 +150,19 @@ class MaskTask(BaseTask):
             for best in shares.argmax(-1).tolist():
                 words.append(tokenizer.decode([best]).strip())
                 text = text.replace(tokenizer.mask_token, words[-1], 1)
-            top_tokens = _top_words(tokenizer, shares[0], 5)
+            top_tokens = _rank_tokens(tokenizer, shares[0], 5)
             columns: dict[str, Any] = {}
             if outputs.top_k:
-                tops = [_top_words(tokenizer, share, outputs.top_k) for share in shares]
+                tops = [_rank_tokens(tokenizer, share, outputs.top_k) for share in shares]
                 columns["top"] = [rank(top, outputs.top_k) for top in tops]
             return Prediction(text, top_tokens, columns={"": text, "words": words, **columns})
 
         return model.score(rows, read)
 
-    def probe_labels(self, ids: Sequence[int], labels: Sequence[str], options: Any) -> Any:
-        """Returns the token ids as labels."""
+    def dummy_labels(self, ids: Sequence[int], labels: Sequence[str], inference_config: Any) -> Any:
         return list(ids)
 
-    def show_targets(
+    def decode_targets(
         self, row: Encoded, names: Sequence[str], kind: str, decoder: TokenDecoder
     ) -> list[str | None]:
         """Returns the original token at each masked position."""
@@ -173,9 +173,8 @@ class MaskTask(BaseTask):
         ]
 
 
-def _top_words(tokenizer: Any, shares: Tensor, count: int) -> dict[str, float]:
-    """Returns the `count` most likely words with their probabilities."""
-    top = shares.topk(min(count, len(shares)))
+def _rank_tokens(tokenizer: Any, shares: Tensor, top_k: int) -> dict[str, float]:
+    top = shares.topk(min(top_k, len(shares)))
     tokens = tokenizer.convert_ids_to_tokens(top.indices.tolist())
     return dict(zip(tokens, top.values.tolist(), strict=True))
 
@@ -183,14 +182,14 @@ def _top_words(tokenizer: Any, shares: Tensor, count: int) -> dict[str, float]:
 def _mask_rows(rows: Sequence[Encoded], config: DataConfig, context: EncodingContext) -> MaskedRows:
     from ftlevel.data.encoding.collate import MaskedRows
 
-    return MaskedRows(rows, context.tokenizer, share=config.mlm_probability, seed=context.seed)
+    return MaskedRows(rows, context.tokenizer, ratio=config.mlm_probability, seed=context.seed)
 
 
 TASKS = (
     MaskTask(
         name="masked-lm",
         shapes=(PLAIN_TEXT,),
-        questions=(PLAIN_TEXT,),
+        query_shapes=(PLAIN_TEXT,),
         auto_classes={"encoder": "AutoModelForMaskedLM"},
         peft_types={},
         headline="pseudo_perplexity",

@@ -20,7 +20,7 @@ from ftlevel.config.section import Choice
 from ftlevel.data.encoding.encode import Encoded
 from ftlevel.data.encoding.spans import DEFAULT_WINDOW_LENGTH, Window, encode_questions
 from ftlevel.data.formats.detect import Format, FormatSpec, RoleValues
-from ftlevel.data.formats.examples import Question, build_question
+from ftlevel.data.formats.examples import Question, create_question
 from ftlevel.data.sources.table import Table
 from ftlevel.errors import InputError, UnansweredError
 from ftlevel.objectives import Checks, Meter, Objective
@@ -40,11 +40,11 @@ if TYPE_CHECKING:
     from ftlevel.data.encoding.fit import FittedRows
     from ftlevel.data.gate.checks import Mask
     from ftlevel.data.prepare.encoder import Encoder
-    from ftlevel.data.prepare.loading import LoadedExamples
+    from ftlevel.data.prepare.loading import LoadedData
     from ftlevel.models.sources import ModelSource
 
 
-MAX_ANSWER_TOKENS = 30
+MAX_SPAN_TOKENS = 30
 _PUNCTUATION = frozenset(string.punctuation)
 
 
@@ -73,7 +73,7 @@ def update_span(best_span: BestSpan, scores: Tensor, window: Any) -> None:
     start = scores[offset : offset + count, 0].float()
     end = scores[offset : offset + count, 1].float()
     spans = start[:, None] + end[None, :]
-    allowed = spans.new_ones(spans.shape).triu().tril(MAX_ANSWER_TOKENS - 1).bool()
+    allowed = spans.new_ones(spans.shape).triu().tril(MAX_SPAN_TOKENS - 1).bool()
     spans = spans.masked_fill(~allowed, -math.inf)
     best = int(spans.argmax())
     first, last = divmod(best, count)
@@ -138,16 +138,13 @@ class SpanTask(BaseTask):
     split_text: ClassVar[str] = "more windows than questions"
 
     def synthetic_row(self, ids: list[int], row: int) -> Encoded:
-        """Returns a synthetic row of tokens `ids`."""
         return Encoded(ids, (0, min(1, len(ids) - 1)), row)
 
-    def build_objective(self, kind: str, facts: Mapping[str, Any]) -> Objective:
-        """Build the cross entropy of the span's first and last tokens."""
-        return Spans(self.headline, unanswerable=facts.get("unanswerable", False))
+    def create_objective(self, kind: str, data_info: Mapping[str, Any]) -> Objective:
+        return Spans(self.headline, unanswerable=data_info.get("unanswerable", False))
 
-    def card_options(self, config: DataConfig, facts: Mapping[str, Any]) -> dict[str, Any]:
-        """Returns the stride of the windows, and whether questions may have no answer."""
-        return {"doc_stride": config.doc_stride, "unanswerable": facts["unanswerable"]}
+    def inference_config(self, config: DataConfig, data_info: Mapping[str, Any]) -> dict[str, Any]:
+        return {"doc_stride": config.doc_stride, "unanswerable": data_info["unanswerable"]}
 
     def card_defaults(
         self, source: ModelSource, model_config: Any, tokenizer: Any, kind: str
@@ -170,14 +167,14 @@ class SpanTask(BaseTask):
             where=table.where,
             drop=encoder.lenient or config.overlong == "drop",
         )
-        questions = len({window.row for window in windows})
+        queries = len({window.row for window in windows})
         is_set = isinstance(config.max_length, int)
         return FittedRows(
             windows,
             length,
             "" if is_set else "auto: windows as in SQuAD's baselines, within the model's positions",
             dropped=dropped,
-            split=len(windows) - questions,
+            split=len(windows) - queries,
             overlong=config.overlong,
         )
 
@@ -185,44 +182,43 @@ class SpanTask(BaseTask):
         """Returns a mask of the windows of questions whose answer is not whole in any window."""
         import numpy as np
 
-        answered = {row.row for row in rows if row.labels != (0, 0)}
+        has_span = {row.row for row in rows if row.labels != (0, 0)}
         cut = (
-            isinstance(row, Window) and bool(row.answers) and row.row not in answered
+            isinstance(row, Window) and bool(row.answers) and row.row not in has_span
             for row in rows
         )
         return {"answer_cut": np.fromiter(cut, dtype=bool, count=len(rows))}
 
-    def facts(self, loaded: LoadedExamples) -> Mapping[str, Any]:
+    def data_info(self, loaded: LoadedData) -> Mapping[str, Any]:
         """Returns whether some training questions have no answer."""
         return {"unanswerable": any(not question.answers for question in loaded.train)}
 
-    def describe_rows(self, loaded: LoadedExamples, facts: Mapping[str, Any]) -> list[Choice]:
+    def describe_rows(self, loaded: LoadedData, data_info: Mapping[str, Any]) -> list[Choice]:
         """Returns lines with the number of questions, and of those without an answer."""
         none = sum(not question.answers for question in loaded.train)
         note = f"{none:,} without an answer" if none else "each has an answer"
         return [Choice("questions", f"{len(loaded.train):,}", note)]
 
-    def answer_columns(
+    def prediction_columns(
         self,
         format_: Format,
         labels: Sequence[str],
-        options: Mapping[str, Any],
+        inference_config: Mapping[str, Any],
         outputs: OutputOptions,
     ) -> dict[str, Column]:
         """Returns the columns: the span, its character range and its score."""
         check_options(outputs, f"--task {self.name}", "Every span comes with a score.")
         return {"": "text", "start": "whole", "end": "whole", "score": "number"}
 
-    def build_query(self, prompt: str, context: str | None, number: int) -> Any:
-        """Build a question about `context`."""
+    def create_query(self, prompt: str, context: str | None, number: int) -> Any:
         return Question(context or "", prompt, (), number)
 
-    def answer_rows(
-        self, model: PromptedModel, questions: Sequence[Any], outputs: OutputOptions
+    def predict(
+        self, model: PromptedModel, queries: Sequence[Any], outputs: OutputOptions
     ) -> list[Prediction]:
         """Returns the best span for each question, "" for no answer."""
-        windows = _encode_windows(model, questions)
-        spans = [BestSpan() for _ in questions]
+        windows = _encode_windows(model, queries)
+        spans = [BestSpan() for _ in queries]
 
         def read(window: Encoded, logits: Tensor) -> BestSpan:
             best = BestSpan()
@@ -231,26 +227,24 @@ class SpanTask(BaseTask):
 
         for window, best in zip(windows, model.score(windows, read), strict=True):
             merge_spans(spans[window.row], best)
-        return [_read_span(best, unanswerable=model.options["unanswerable"]) for best in spans]
+        return [_parse_span(best, unanswerable=model.options["unanswerable"]) for best in spans]
 
-    def probe_labels(self, ids: Sequence[int], labels: Sequence[str], options: Any) -> Any:
-        """Returns the labels of a span of two tokens."""
+    def dummy_labels(self, ids: Sequence[int], labels: Sequence[str], inference_config: Any) -> Any:
         return (1, 2)
 
-    def show_targets(
+    def decode_targets(
         self, row: Encoded, names: Sequence[str], kind: str, decoder: TokenDecoder
     ) -> list[str | None]:
         """Returns "" for the tokens of the answer, else None."""
         first, last = row.labels if isinstance(row.labels, tuple) else (0, 0)
         return ["" if last and first <= i <= last else None for i in range(len(row.input_ids))]
 
-    def show_label(self, row: Encoded, names: Sequence[str]) -> str:
+    def decode_label(self, row: Encoded, names: Sequence[str]) -> str:
         """Returns a note if this window does not contain the answer."""
         return "" if row.labels != (0, 0) else "no answer in this window"
 
 
-def _encode_windows(model: PromptedModel, questions: Sequence[Question]) -> list[Encoded]:
-    """Encode the windows of all questions; raises `UnansweredError` for too long questions."""
+def _encode_windows(model: PromptedModel, queries: Sequence[Question]) -> list[Encoded]:
     arguments: dict[str, Any] = {
         "length": model.max_length or DEFAULT_WINDOW_LENGTH,
         "stride": model.options["doc_stride"],
@@ -258,19 +252,19 @@ def _encode_windows(model: PromptedModel, questions: Sequence[Question]) -> list
         "where": lambda index: f"question {index + 1}",
     }
     try:
-        windows, dropped = encode_questions(model.tokenizer, questions, drop=True, **arguments)
+        windows, dropped = encode_questions(model.tokenizer, queries, drop=True, **arguments)
     except InputError:  # no question fits
-        windows, dropped = [], len(questions)
+        windows, dropped = [], len(queries)
     if dropped:
         encoded = {window.row for window in windows}
         error = (
             f"the question leaves no room for its context in windows of {model.max_length:,} tokens"
         )
-        raise UnansweredError({q.row: error for q in questions if q.row not in encoded})
+        raise UnansweredError({q.row: error for q in queries if q.row not in encoded})
     return windows
 
 
-def _read_span(best: BestSpan, *, unanswerable: bool) -> Prediction:
+def _parse_span(best: BestSpan, *, unanswerable: bool) -> Prediction:
     text = best.answer(unanswerable=unanswerable)
     start, end = (best.start, best.end) if text else (None, None)
     score = best.score if text else best.null
@@ -278,13 +272,12 @@ def _read_span(best: BestSpan, *, unanswerable: bool) -> Prediction:
     return Prediction(text or NO_ANSWER, columns=columns)
 
 
-def build_unanswered(roles: RoleValues) -> Question:
-    """Build an example of a question and its context, without an answer."""
-    return Question(roles.text("context"), roles.text("question"), (), roles.index)
+def create_unanswered(values: RoleValues) -> Question:
+    """Create an example of a question and its context, without an answer."""
+    return Question(values.text("context"), values.text("question"), (), values.index)
 
 
 def _separator(kind: str) -> str:
-    """Returns the text after a question: a newline for decoders, which have no separator token."""
     return "\n" if kind == "decoder" else ""
 
 
@@ -318,7 +311,6 @@ class Spans(Objective):
         return functional.cross_entropy(scores, labels, reduction="sum")
 
     def meter(self) -> Meter:
-        """Returns a `SpanMeter`."""
         return SpanMeter(self.unanswerable)
 
     def guess_loss(self, rows: Sequence[Encoded]) -> float | None:
@@ -362,7 +354,6 @@ class SpanMeter:
         return pooled
 
     def describe(self, names: Sequence[str]) -> dict[str, Any]:
-        """Returns the predicted span and the reference answers of the only question seen."""
         ((row, span),) = self.spans.items()
         predicted = span.answer(unanswerable=self.unanswerable)
         return {"predicted": predicted, "true": self.answers[row]}
@@ -376,15 +367,15 @@ TASKS = (
         shapes=(
             FormatSpec(
                 "context + question + answers",
-                build_question,
+                create_question,
                 {"context": ("context",), "question": ("question",), "answers": ("answers",)},
                 {"id": ("id",)},
             ),
         ),
-        questions=(
+        query_shapes=(
             FormatSpec(
                 "context + question",
-                build_unanswered,
+                create_unanswered,
                 {"context": ("context",), "question": ("question",)},
             ),
         ),

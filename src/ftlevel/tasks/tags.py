@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from ftlevel.config.section import Choice
 from ftlevel.data.encoding.encode import IGNORED, Encoded
-from ftlevel.data.encoding.spans import encode_tagged, encode_words, find_invalid_bio_tags
+from ftlevel.data.encoding.spans import encode_tagged, encode_words, get_invalid_bio_tags
 from ftlevel.data.formats.detect import Format, FormatSpec, RoleValues
-from ftlevel.data.formats.examples import TaggedTokens, build_tagged
-from ftlevel.data.formats.labels import LabelSet, build_spans, split_words
+from ftlevel.data.formats.examples import TaggedTokens, create_tagged_tokens
+from ftlevel.data.formats.labels import LabelSet, create_tagged_words, split_words
 from ftlevel.data.formats.turns import UnusableRowError, check_text
 from ftlevel.data.sources.table import BadRow, Row, Table
 from ftlevel.objectives import Meter, Objective
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
     from ftlevel.data.encoding.fit import FittedRows
     from ftlevel.data.prepare.encoder import Encoder
-    from ftlevel.data.prepare.loading import LoadedExamples
+    from ftlevel.data.prepare.loading import LoadedData
     from ftlevel.models.sources import ModelSource
 
 
@@ -77,8 +77,8 @@ def name_scheme(sentences: Iterable[Sequence[str]]) -> str:
     return "IOB2" if opens_anew else "IOB1"
 
 
-def find_entities(tags: Sequence[str]) -> list[Entity]:
-    """Find the entities of a sentence; as in conlleval, I- begins an entity if none is open."""
+def extract_entities(tags: Sequence[str]) -> list[Entity]:
+    """Returns the entities of a sentence; as in conlleval, I- begins one if none is open."""
     entities: list[Entity] = []
     start, previous, previous_type = 0, "O", ""
     for index, name in enumerate([*tags, "O"]):
@@ -100,7 +100,7 @@ def score_entities(
     """Returns micro-averaged precision, recall and F1 over entities, between 0 and 1."""
     right = expected = predicted_count = 0
     for tags, guesses in zip(true, predicted, strict=True):
-        entities, guessed = set(find_entities(tags)), set(find_entities(guesses))
+        entities, guessed = set(extract_entities(tags)), set(extract_entities(guesses))
         right += len(entities & guessed)
         expected += len(entities)
         predicted_count += len(guessed)
@@ -120,12 +120,10 @@ class TagTask(BaseTask):
     needs_offsets: ClassVar[bool] = True
 
     def synthetic_row(self, ids: list[int], row: int) -> Encoded:
-        """Returns a synthetic row of tokens `ids`."""
         return Encoded(ids, [0] * len(ids), row)
 
-    def build_objective(self, kind: str, facts: Mapping[str, Any]) -> Objective:
-        """Build the cross entropy of the words' tags."""
-        return Tags(self.headline, names=tuple(facts.get("labels", ())))
+    def create_objective(self, kind: str, data_info: Mapping[str, Any]) -> Objective:
+        return Tags(self.headline, names=tuple(data_info.get("labels", ())))
 
     def card_defaults(
         self, source: ModelSource, model_config: Any, tokenizer: Any, kind: str
@@ -137,10 +135,10 @@ class TagTask(BaseTask):
         """Returns the role of the labels: `tags`, or `spans`."""
         return "tags" if "tags" in format_.columns else "spans"
 
-    def describe_rows(self, loaded: LoadedExamples, facts: Mapping[str, Any]) -> list[Choice]:
+    def describe_rows(self, loaded: LoadedData, data_info: Mapping[str, Any]) -> list[Choice]:
         """Returns lines with the number of targets and the tagging scheme."""
         names = loaded.labels.names if loaded.labels else ()
-        choices = super().describe_rows(loaded, facts)
+        choices = super().describe_rows(loaded, data_info)
         if not are_entity_tags(names):
             return choices
         scheme = name_scheme(
@@ -150,11 +148,11 @@ class TagTask(BaseTask):
         reason = "made of the spans" if "spans" in loaded.format.columns else "as in the data"
         return [*choices, Choice("tags", scheme, reason)]
 
-    def find_inconsistent_labels(
+    def get_inconsistent_labels(
         self, examples: Sequence[Any], labels: LabelSet, table: Table
     ) -> list[BadRow]:
-        """Find the rows with invalid BIO tags."""
-        return find_invalid_bio_tags(examples, labels.names, table)
+        """Returns the rows with invalid BIO tags."""
+        return get_invalid_bio_tags(examples, labels.names, table)
 
     def encode(self, encoder: Encoder, examples: Sequence[Any], table: Table) -> FittedRows:
         """Encode sentences; the first token of each word has its tag as label."""
@@ -167,24 +165,24 @@ class TagTask(BaseTask):
 
         return encoder.fit(encoder.collect(encode, examples), table)
 
-    def find_questions(
+    def get_query_format(
         self,
-        columns: Sequence[str],
+        column_names: Sequence[str],
         mapping: Mapping[str, str],
         name: str | None = None,
         rows: Sequence[Row] = (),
     ) -> Format:
-        """Find the format of `columns`, ignoring Prodigy's `tokens` column of objects."""
+        """Returns the format of a table, ignoring Prodigy's `tokens` column of objects."""
         tokens = next((row["tokens"] for row in rows if row.get("tokens")), None)
         if isinstance(tokens, list) and isinstance(tokens[0], dict) and "tokens" not in mapping:
-            columns = [column for column in columns if column != "tokens"]
-        return super().find_questions(columns, mapping, name, rows)
+            column_names = [column for column in column_names if column != "tokens"]
+        return super().get_query_format(column_names, mapping, name, rows)
 
-    def answer_columns(
+    def prediction_columns(
         self,
         format_: Format,
         labels: Sequence[str],
-        options: Mapping[str, Any],
+        inference_config: Mapping[str, Any],
         outputs: OutputOptions,
     ) -> dict[str, Column]:
         """Returns the columns: tags, words if rows are texts, and probabilities if requested."""
@@ -201,22 +199,21 @@ class TagTask(BaseTask):
             columns["probability"] = "numbers"
         return columns
 
-    def build_query(self, prompt: str, context: str | None, number: int) -> Any:
-        """Build an example with the words of the text `prompt`."""
+    def create_query(self, prompt: str, context: str | None, number: int) -> Any:
         return _split(prompt, number)
 
-    def answer_rows(
-        self, model: PromptedModel, questions: Sequence[Any], outputs: OutputOptions
+    def predict(
+        self, model: PromptedModel, queries: Sequence[Any], outputs: OutputOptions
     ) -> list[Prediction]:
         """Returns the tagged words of each sentence."""
-        ids, extras, positions = encode_words(model.tokenizer, [q.tokens for q in questions])
+        ids, extras, positions = encode_words(model.tokenizer, [q.tokens for q in queries])
         rows = [
             Encoded(tokens, [IGNORED] * len(tokens), i, extra)
             for i, (tokens, extra) in enumerate(zip(ids, extras, strict=True))
         ]
 
         def read(row: Encoded, logits: Tensor) -> Prediction:
-            words, first = questions[row.row].tokens, positions[row.row]
+            words, first = queries[row.row].tokens, positions[row.row]
             best = logits.argmax(-1).tolist()
             tags = ["O" if at is None else model.labels[best[at]] for at in first]
             tagged = [w if tag == "O" else f"{w}/{tag}" for w, tag in zip(words, tags, strict=True)]
@@ -233,30 +230,29 @@ class TagTask(BaseTask):
 
         return model.score(rows, read)
 
-    def probe_labels(self, ids: Sequence[int], labels: Sequence[str], options: Any) -> Any:
-        """Returns tag 0 for each token."""
+    def dummy_labels(self, ids: Sequence[int], labels: Sequence[str], inference_config: Any) -> Any:
         return [0] * len(ids)
 
-    def show_targets(
+    def decode_targets(
         self, row: Encoded, names: Sequence[str], kind: str, decoder: TokenDecoder
     ) -> list[str | None]:
         """Returns the tag at the first token of each word."""
-        targets = super().show_targets(row, names, kind, decoder)
+        targets = super().decode_targets(row, names, kind, decoder)
         labels = row.labels if isinstance(row.labels, list) else []
         return [None if at is None else names[tag] for at, tag in zip(targets, labels, strict=True)]
 
 
-def build_words(roles: RoleValues) -> TaggedTokens:
-    """Build an example without tags, from a list of words, its JSON, or a text."""
-    if "text" in roles:
-        return _split(roles.text("text"), roles.index)
-    words, column = roles.get("tokens"), repr(roles.columns["tokens"])
+def create_words(values: RoleValues) -> TaggedTokens:
+    """Create an example without tags, from a list of words, its JSON, or a text."""
+    if "text" in values:
+        return _split(values.text("text"), values.index)
+    words, column = values.get("tokens"), repr(values.columns["tokens"])
     if type(words) is not list or not words:
         raise UnusableRowError(f"{column} is no list of words, nor the JSON of one")
     return TaggedTokens(
         tuple(check_text(word, f"word {i} of {column}") for i, word in enumerate(words, 1)),
         (),
-        roles.index,
+        values.index,
     )
 
 
@@ -290,7 +286,6 @@ class Tags(ClassObjective):
         return (*entity_metrics, "f1", "accuracy")
 
     def meter(self) -> Meter:
-        """Returns a `TagMeter`."""
         return TagMeter(self.names)
 
     def guess_loss(self, rows: Sequence[Encoded]) -> float | None:
@@ -338,18 +333,18 @@ TASKS = (
         shapes=(
             FormatSpec(
                 "tokens + tags",
-                build_tagged,
+                create_tagged_tokens,
                 {"tokens": ("tokens", "words"), "tags": ("tags", "ner_tags", "pos_tags", "labels")},
             ),
             FormatSpec(
                 "text + spans",
-                build_spans,
+                create_tagged_words,
                 {"text": _TEXT, "spans": ("spans", "entities", "label", "labels")},
             ),
         ),
-        questions=(
-            FormatSpec("tokens", build_words, {"tokens": ("tokens", "words")}),
-            FormatSpec("text", build_words, {"text": _TEXT}),
+        query_shapes=(
+            FormatSpec("tokens", create_words, {"tokens": ("tokens", "words")}),
+            FormatSpec("text", create_words, {"text": _TEXT}),
         ),
         auto_classes={"encoder": _CLASS, "decoder": _CLASS, "encoder-decoder": _CLASS},
         peft_types={"encoder": "TOKEN_CLS", "decoder": "TOKEN_CLS", "encoder-decoder": "TOKEN_CLS"},

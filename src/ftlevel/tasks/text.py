@@ -24,21 +24,21 @@ from ftlevel.data.encoding.encode import (
     encode_seq2seq,
 )
 from ftlevel.data.formats.columns import (
-    chosen_roles,
-    find_language,
     format_map_flags,
-    language_columns,
-    select_language_columns,
+    get_language,
+    get_language_mapping,
+    map_preferred_columns,
+    select_language_mapping,
 )
 from ftlevel.data.formats.detect import ExampleBuilder, Format, FormatSpec, fits
 from ftlevel.data.formats.examples import (
     PLAIN_TEXT,
     Conversation,
     SourceTarget,
-    build_conversation,
-    build_pair,
-    build_query_turns,
-    build_source,
+    create_conversation,
+    create_pair,
+    create_query_conversation,
+    create_source,
 )
 from ftlevel.data.sources.table import Row, Table
 from ftlevel.errors import ConfigError, InputError, UnansweredError
@@ -49,7 +49,7 @@ from ftlevel.tasks.losses import Tokens
 if TYPE_CHECKING:
     from ftlevel.data.encoding.fit import FittedRows
     from ftlevel.data.prepare.encoder import Encoder
-    from ftlevel.data.prepare.loading import LoadedExamples
+    from ftlevel.data.prepare.loading import LoadedData
     from ftlevel.models.sources import ModelSource
 
 
@@ -108,13 +108,12 @@ _MESSAGES = ("messages", "turns", "dialog", "conversation")
 _TURNS = ("role", "content", "user", "assistant")
 
 
-def _dialogues(build: ExampleBuilder, *, answered: bool) -> tuple[FormatSpec, ...]:
-    """Returns the column layouts of prompts, with their answers if `answered`."""
+def _dialogues(build: ExampleBuilder, *, has_target: bool) -> tuple[FormatSpec, ...]:
     prompt: dict[str, tuple[str, ...]] = {"prompt": ("prompt", "question", "query")}
     instruction: dict[str, tuple[str, ...]] = {"instruction": ("instruction",)}
     extra = {"input": ("input", "context")}
     pair, output = "prompt", "instruction"
-    if answered:
+    if has_target:
         pair, output = "prompt + completion", "instruction + output"
         prompt["completion"] = ("completion", "response", "answer")
         instruction["output"] = ("output", "response", "completion")
@@ -138,29 +137,31 @@ class TextTask(BaseTask):
     generates_text: ClassVar[bool] = True
     checks: ClassVar[Checks] = Checks(token_labels=True, ends=True)
 
-    def find_format(
-        self, columns: Sequence[str], config: DataConfig, rows: Sequence[Row] = ()
+    def get_format(
+        self, column_names: Sequence[str], config: DataConfig, rows: Sequence[Row] = ()
     ) -> Format:
-        """Find the format of `columns`; raises `InputError` for preference data."""
-        names = {column.lower(): column for column in columns}
+        """Returns the format of a table; raises `InputError` for preference data."""
+        names = {column.lower(): column for column in column_names}
         is_mapped = config.columns or config.format
         if not is_mapped and {"chosen", "rejected"} <= names.keys():
             chosen = names["chosen"]
-            flags = format_map_flags(chosen_roles(names, rows[0].get(chosen) if rows else None))
+            flags = format_map_flags(
+                map_preferred_columns(names, rows[0].get(chosen) if rows else None)
+            )
             raise InputError(
                 f"columns {chosen!r} and {names['rejected']!r} are for preference training, which "
                 f"--task {self.name} does not support. Use --task preference, or train on the "
                 f"chosen answers only: {flags}."
             )
-        return super().find_format(columns, config, rows)
+        return super().get_format(column_names, config, rows)
 
-    def read_columns(
+    def update_format(
         self, format_: Format, table: Table, config: DataConfig
     ) -> tuple[Format, list[Choice]]:
         """Returns the format; raises `InputError` if rows are labeled as bad answers."""
         column = next((name for name in format_.unused if name.lower() == "label"), None)
         if column is None or config.format or not format_.columns.keys() & _ANSWERS:
-            return super().read_columns(format_, table, config)
+            return super().update_format(format_, table, config)
         verdicts = [str(row[column]).strip().lower() for row in table.rows]
         negatives = [i for i, verdict in enumerate(verdicts) if verdict in ("false", "0")]
         if negatives and set(verdicts) <= {"true", "false", "1", "0"}:
@@ -171,10 +172,9 @@ class TextTask(BaseTask):
                 f"would learn as good ones. Remove these rows, or pass --format "
                 f"{format_.name.replace(' + ', '-')} if {column!r} says something else."
             )
-        return super().read_columns(format_, table, config)
+        return super().update_format(format_, table, config)
 
-    def build_objective(self, kind: str, facts: Mapping[str, Any]) -> Objective:
-        """Build the cross entropy of the target text's tokens."""
+    def create_objective(self, kind: str, data_info: Mapping[str, Any]) -> Objective:
         return Tokens(self.headline, kind == "encoder-decoder", kind == "decoder")
 
     def card_defaults(
@@ -184,12 +184,11 @@ class TextTask(BaseTask):
         prompt = choose_format(tokenizer, kind, self.instruction, self.answer_cue)
         return {"prompt": prompt.to_dict()}
 
-    def describe_head(self, labels: Sequence[str]) -> str:
+    def head_signature(self, labels: Sequence[str]) -> str:
         """Returns the same text for all text tasks, which use the same language head."""
         return "text"
 
     def prompt_format(self, format_: Format, kind: str, tokenizer: Any) -> PromptFormat | None:
-        """Returns the prompt format for models of `kind`."""
         return choose_format(tokenizer, kind, self.instruction, self.answer_cue)
 
     def encode(self, encoder: Encoder, examples: Sequence[Any], table: Table) -> FittedRows:
@@ -209,17 +208,15 @@ class TextTask(BaseTask):
         fitted = encoder.fit(encoder.collect(encode_some, examples), table)
         return encoder.fit_targets(fitted, table) if seq2seq else fitted
 
-    def build_query(self, prompt: str, context: str | None, number: int) -> Any:
-        """Build an example of a source text without a target."""
+    def create_query(self, prompt: str, context: str | None, number: int) -> Any:
         return SourceTarget(prompt, "", number)
 
-    def answer_rows(
-        self, model: PromptedModel, questions: Sequence[Any], outputs: OutputOptions
+    def predict(
+        self, model: PromptedModel, queries: Sequence[Any], outputs: OutputOptions
     ) -> list[Prediction]:
-        """Returns the text generated for each prompt."""
         prompts: list[list[int]] = []
         refused: dict[int, str] = {}
-        for question in questions:
+        for question in queries:
             try:
                 prompt_format = model.prompt_format
                 if prompt_format is None:
@@ -231,20 +228,18 @@ class TextTask(BaseTask):
             raise UnansweredError(refused)
         return [Prediction(text, columns={"": text}) for text in model.write(prompts)]
 
-    def probe_labels(self, ids: Sequence[int], labels: Sequence[str], options: Any) -> Any:
-        """Returns the token ids as labels."""
+    def dummy_labels(self, ids: Sequence[int], labels: Sequence[str], inference_config: Any) -> Any:
         return list(ids)
 
-    def show_targets(
+    def decode_targets(
         self, row: Encoded, names: Sequence[str], kind: str, decoder: TokenDecoder
     ) -> list[str | None]:
         """Returns each token's target, as `BaseTask` does; all None for an encoder-decoder."""
         if kind == "encoder-decoder":
             return [None] * len(row.input_ids)
-        return super().show_targets(row, names, kind, decoder)
+        return super().decode_targets(row, names, kind, decoder)
 
-    def show_answer(self, row: Encoded, kind: str) -> list[int]:
-        """Returns the target ids of an encoder-decoder."""
+    def get_decoder_labels(self, row: Encoded, kind: str) -> list[int]:
         if kind != "encoder-decoder" or not isinstance(row.labels, list):
             return []
         return [label for label in row.labels if label != IGNORED]
@@ -255,23 +250,23 @@ class TranslationTask(TextTask):
     """Translation; the prompt's instruction names the languages if they are known."""
 
     def column_mapping(
-        self, columns: Sequence[str], config: DataConfig, rows: Sequence[Row]
+        self, column_names: Sequence[str], config: DataConfig, rows: Sequence[Row]
     ) -> Mapping[str, str]:
         """Returns the columns of source and target if they are named by language, such as `de`."""
-        if fits(columns, self.shapes) or config.format is not None:
+        if fits(column_names, self.shapes) or config.format is not None:
             return {}
-        languages = language_columns(columns, rows)
-        return select_language_columns(
+        languages = get_language_mapping(column_names, rows)
+        return select_language_mapping(
             languages, config.source_language, config.target_language, config.columns
         )
 
-    def read_columns(
+    def update_format(
         self, format_: Format, table: Table, config: DataConfig
     ) -> tuple[Format, list[Choice]]:
         """Returns the format with the languages that columns or options name, and log lines."""
-        format_, choices = super().read_columns(format_, table, config)
-        source = find_language("source", format_.columns, config.source_language)
-        target = find_language("target", format_.columns, config.target_language)
+        format_, choices = super().update_format(format_, table, config)
+        source = get_language("source", format_.columns, config.source_language)
+        target = get_language("target", format_.columns, config.target_language)
         if not (source and target):
             return format_, [
                 *choices,
@@ -296,7 +291,7 @@ class TranslationTask(TextTask):
             instruction = name_languages(kind, source.name, target.name)
         return choose_format(tokenizer, kind, instruction, cue)
 
-    def facts(self, loaded: LoadedExamples) -> Mapping[str, Any]:
+    def data_info(self, loaded: LoadedData) -> Mapping[str, Any]:
         """Returns the ISO 639-1 code of the target language; "" if unknown."""
         return {"target_language": loaded.format.options.get("target_language", "")}
 
@@ -332,10 +327,10 @@ _NO_ENCODERS = {"encoder": "Use a decoder such as Llama, or T5 or BART."}
 TASKS = (
     TextTask(
         name="text-generation",
-        shapes=(*_dialogues(build_conversation, answered=True), PLAIN_TEXT),
-        questions=(
-            *_dialogues(build_query_turns, answered=False),
-            FormatSpec("text", build_query_turns, {"text": ("text", "content")}),
+        shapes=(*_dialogues(create_conversation, has_target=True), PLAIN_TEXT),
+        query_shapes=(
+            *_dialogues(create_query_conversation, has_target=False),
+            FormatSpec("text", create_query_conversation, {"text": ("text", "content")}),
         ),
         auto_classes=_AUTO,
         peft_types=_PEFT,
@@ -353,14 +348,14 @@ TASKS = (
         shapes=(
             FormatSpec(
                 "document + summary",
-                build_pair,
+                create_pair,
                 {"document": _DOCUMENT, "summary": ("summary", "highlights")},
             ),
-            *_dialogues(build_pair, answered=True),
+            *_dialogues(create_pair, has_target=True),
         ),
-        questions=(
-            FormatSpec("document", build_source, {"document": _DOCUMENT}),
-            *_dialogues(build_source, answered=False),
+        query_shapes=(
+            FormatSpec("document", create_source, {"document": _DOCUMENT}),
+            *_dialogues(create_source, has_target=False),
         ),
         auto_classes=_AUTO,
         peft_types=_PEFT,
@@ -377,13 +372,13 @@ TASKS = (
         name="translation",
         shapes=(
             FormatSpec(
-                "source + target", build_pair, {"source": ("source",), "target": ("target",)}
+                "source + target", create_pair, {"source": ("source",), "target": ("target",)}
             ),
-            *_dialogues(build_pair, answered=True),
+            *_dialogues(create_pair, has_target=True),
         ),
-        questions=(
-            FormatSpec("source", build_source, {"source": ("source",)}),
-            *_dialogues(build_source, answered=False),
+        query_shapes=(
+            FormatSpec("source", create_source, {"source": ("source",)}),
+            *_dialogues(create_source, has_target=False),
         ),
         auto_classes=_AUTO,
         peft_types=_PEFT,

@@ -188,4 +188,4 @@ def _base_identity(ref: ModelRef) -> str:
 
 
 def _head(ref: ModelRef) -> str:
-    return TASKS[ref.task].describe_head(ref.labels)
+    return TASKS[ref.task].head_signature(ref.labels)

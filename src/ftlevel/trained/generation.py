@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ftlevel.data.encoding.chat import find_end_of_turn_id
+from ftlevel.data.encoding.chat import get_end_of_turn_id
 from ftlevel.data.encoding.collate import pad
 
 
@@ -83,5 +83,5 @@ def stop_ids(tokenizer: Any) -> list[int]:
     """Returns the ids that end generation: EOS, and the chat template's end of a turn."""
     token_ids = [tokenizer.eos_token_id]
     if getattr(tokenizer, "chat_template", None):
-        token_ids.append(find_end_of_turn_id(tokenizer))
+        token_ids.append(get_end_of_turn_id(tokenizer))
     return list(dict.fromkeys(i for i in token_ids if i is not None))

@@ -16,7 +16,7 @@ from ftlevel.artifacts.cards import AdapterCard
 from ftlevel.artifacts.run_directory import CHECKPOINTS
 from ftlevel.config.preference import NO_REFERENCE
 from ftlevel.data.encoding.collate import ensure_pad_token, separate_pad_from_eos
-from ftlevel.data.encoding.encode import PromptFormat, read_format
+from ftlevel.data.encoding.encode import PromptFormat, load_prompt_format
 from ftlevel.errors import InputError
 from ftlevel.models.hardware import DTYPES, autocast
 from ftlevel.models.kinds import model_kind
@@ -105,7 +105,7 @@ class ModelRef:
     @property
     def prompt_format(self) -> PromptFormat | None:
         """Format of the prompts; None if the task has no prompts."""
-        return read_format(self.card)
+        return load_prompt_format(self.card)
 
     @property
     def adapter_path(self) -> Path:
@@ -160,7 +160,7 @@ class ModelRef:
     def objective(self) -> Objective:
         """Training objective of the task."""
         labels = {"labels": self.labels, **self.options}
-        return self.configured_task.build_objective(self.model_kind, labels)
+        return self.configured_task.create_objective(self.model_kind, labels)
 
     @property
     def tokenizer_source(self) -> ModelSource:
@@ -230,7 +230,7 @@ class ModelRef:
             _check_trained_head(missing, find_heads(model), source.name, task.name)
         # A new language head has an untrained bias, which stays zero.
         new = [*card.heads, *find_heads(model)] if card.heads and self.directory else []
-        check_missing(missing, [*new, *task.find_unused(model)], source.label)
+        check_missing(missing, [*new, *task.get_unused_modules(model)], source.label)
         if dequantize:
             model = model.dequantize()
         if self.directory is not None:

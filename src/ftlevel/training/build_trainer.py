@@ -231,7 +231,7 @@ def build_evaluator(
             section.seed,
         ),
         score_texts=run.task.score_texts,
-        language=run.data.facts["target_language"],
+        language=run.data.info["target_language"],
         chunked_cross_entropy=run.fast.chunked_cross_entropy,
     )
 

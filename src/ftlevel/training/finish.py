@@ -120,7 +120,7 @@ def write_tokenizer_and_card(
 
 def next_commands(run: Run, directory: RunDirectory) -> list[str]:
     """Returns up to three ftlevel commands to suggest after the run."""
-    path, data = quote(str(directory.path)), str(run.data.facts["name"])
+    path, data = quote(str(directory.path)), str(run.data.info["name"])
     generate = generate_command(str(directory.path), run.task.name)
     commands = [generate if data == IN_MEMORY else f"ftlevel evaluate {path}"]
     predict = f"ftlevel predict {path} --dataset"
@@ -152,7 +152,7 @@ def describe_answers(
     if record is None or evaluator is None:
         return [], {}
     initial = answers.of(0) if step else None
-    labels = run.data.facts["labels"] or ()
+    labels = run.data.info["labels"] or ()
     lines = iterate_results(
         record, labels, lambda row: f"row {row + 1:,}", base=initial, evaluator=evaluator
     )
@@ -213,7 +213,7 @@ def report_results(
     }
     with explain_disk_errors(directory):
         write_results(directory, run.config.method, summary, lines)
-    warnings = run.objective.find_warnings(summary["metrics"], summary["metrics_before"])
+    warnings = run.objective.get_warnings(summary["metrics"], summary["metrics_before"])
     warnings += find_rollout_warnings(outcome.records)
     for warning in [
         *find_nothing_learned(summary, run),

@@ -208,8 +208,8 @@ def origin_of(run: Run, base: Mapping[str, Any]) -> dict[str, Any]:
     values["train"]["head_learning_rate"] = run.schedule.head_learning_rate
     values["model"] |= {"dtype": run.model.dtype, "device": run.model.device}
     values["data"]["max_length"] = run.data.max_length
-    values["data"]["overlong"] = run.data.facts["overlong"]
-    values["data"]["fingerprint"] = run.data.facts["fingerprint"]
+    values["data"]["overlong"] = run.data.info["overlong"]
+    values["data"]["fingerprint"] = run.data.info["fingerprint"]
     if run.data.prompt_format is not None and run.data.prompt_format.kind == "plain":
         values["data"][PROMPT] = run.data.prompt_format.version
     values["model"]["fingerprint"] = base["fingerprint"]
@@ -222,7 +222,7 @@ def origin_of(run: Run, base: Mapping[str, Any]) -> dict[str, Any]:
     if run.rewards is not None:
         values["rl"]["fingerprint"] = run.rewards.fingerprint
     values["model"]["digest"] = base.get("digest")
-    values["data"]["validation_fingerprint"] = run.data.facts.get("validation_fingerprint")
+    values["data"]["validation_fingerprint"] = run.data.info.get("validation_fingerprint")
     if template := values["data"]["chat_template"]:
         values["data"]["chat_template"] = Path(template).name
     values["versions"] = library_versions()

@@ -115,8 +115,8 @@ def probe_batch(
     For token objectives, rows are truncated so that the batch has at most `PROBE_SCORES` logits:
     `vocabulary` per position.
     """
-    branches = (branch for row in rows for branch in row.branches)
-    by_length = sorted(branches, key=lambda branch: len(branch.input_ids))
+    sequences = (sequence for row in rows for sequence in row.sequences)
+    by_length = sorted(sequences, key=lambda sequence: len(sequence.input_ids))
     middle = len(by_length) // 2
     selected = by_length[max(0, middle - PROBE_ROWS // 2) :][:PROBE_ROWS]
     if isinstance(objective, TokenObjective):

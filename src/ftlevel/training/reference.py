@@ -104,7 +104,7 @@ def cache_path(data: DataConfig, prefix: str, start: str, rows: Sequence[Encoded
         return None
     digest = hashlib.sha256(start.encode())
     for row in rows:
-        for part in (*row.branches, *row.contrasts):
+        for part in (*row.sequences, *row.contrasts):
             digest.update(np.array(part.input_ids, np.int32).tobytes() + b"|")
             digest.update(np.array(part.labels, np.int32).tobytes() + b";")
     return cache_root() / f"{prefix}-{digest.hexdigest()[:40]}.npy"

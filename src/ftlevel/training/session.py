@@ -55,7 +55,7 @@ from ftlevel.training.origin import FileDigests, digests_of
 from ftlevel.training.plan.adapter import find_adapter_warnings, resolve_adapter
 from ftlevel.training.plan.resolve import check_packages, infer_task, resolve
 from ftlevel.training.plan.run import Run, size_choices
-from ftlevel.training.plan.schedule import find_default_model_warnings, find_warnings
+from ftlevel.training.plan.schedule import find_default_model_warnings, get_warnings
 from ftlevel.training.processes import (
     Processes,
     WatchProcesses,
@@ -283,7 +283,7 @@ def _resolve(
     for warning in [
         *notes,
         *find_default_model_warnings(config.model, config.data),
-        *find_warnings(config.train, *rows, new_head=bool(run.model.new_heads)),
+        *get_warnings(config.train, *rows, new_head=bool(run.model.new_heads)),
     ]:
         listener.warn(warning)
     return run, memory

@@ -354,7 +354,7 @@ class Steps:
         perturbed by a rounding error. Without that, rows of one length round alike in any order,
         and errors shared by two answers cancel in the gradient. `draw` is the random seed.
         """
-        alone = len(rows[0].branches) > 1 and not isinstance(self.trainer.objective, StepObjective)
+        alone = len(rows[0].sequences) > 1 and not isinstance(self.trainer.objective, StepObjective)
         model = _OneByOne(self.model) if alone else self.model
         with _perturbed_inputs(self.model, draw):
             return self._plain(model, rows[::-1], 1, dtype)
@@ -378,7 +378,9 @@ class Steps:
         count = torch.stack(counts).sum(0)
         for batch in parts:
             if baseline is not None:
-                batch["verdicts"] = with_baseline(batch["verdicts"], baseline.to(device))
+                batch["preference_labels"] = with_baseline(
+                    batch["preference_labels"], baseline.to(device)
+                )
             with autocast(device.type, dtype):
                 mask = batch["attention_mask"]
                 summed, _, _ = plain_loss(model, objective, batch, mask, options)

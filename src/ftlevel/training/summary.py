@@ -53,7 +53,7 @@ def resolved_config(run: Run) -> dict[str, Any]:
     values["model"] |= {"dtype": run.model.dtype, "device": run.model.device}
     if run.data.stream is None:  # later rows of a stream may be longer
         values["data"]["max_length"] = run.data.max_length
-        values["data"]["overlong"] = run.data.facts["overlong"]  # auto may have dropped rows
+        values["data"]["overlong"] = run.data.info["overlong"]  # auto may have dropped rows
     values["train"]["learning_rate"] = run.schedule.learning_rate
     head = run.schedule.head_learning_rate
     differs = head != run.schedule.learning_rate
@@ -91,15 +91,15 @@ def _cached_snapshot(source: ModelSource) -> Path | None:
 def with_stream_counts(run: Run, rows: StreamedRows) -> Run:
     """Returns `run` with the actual row counts of a streamed dataset instead of estimates."""
     counts = rows.counts
-    facts = {
-        **run.data.facts,
+    data_info = {
+        **run.data.info,
         "train_rows": len(rows),
         "dropped": counts.get("dropped", 0),
         "shortened": counts.get("shortened", 0),
         "split": counts.get("split", 0),
         "stream": counts,
     }
-    return replace(run, data=replace(run.data, facts=facts))
+    return replace(run, data=replace(run.data, info=data_info))
 
 
 def build_card(run: Run, base: Mapping[str, Any]) -> AdapterCard:
@@ -113,11 +113,11 @@ def build_card(run: Run, base: Mapping[str, Any]) -> AdapterCard:
         dtype=run.model.dtype,
         max_length=run.data.max_length,
         prompt=run.data.prompt_format.to_dict() if run.data.prompt_format else {},
-        labels=run.data.facts["labels"],
-        options=run.task.card_options(run.config.data, run.data.facts),
+        labels=run.data.info["labels"],
+        options=run.task.inference_config(run.config.data, run.data.info),
         heads=list(run.model.heads),
         data={
-            **{k: run.data.facts[k] for k in ("name", "train_rows", "fingerprint")},
+            **{k: run.data.info[k] for k in ("name", "train_rows", "fingerprint")},
             "columns": run.config.data.columns,
         },
         needs_import=needs_import(run.config.method),
@@ -177,7 +177,7 @@ def build_summary(run: Run, outcome: Outcome) -> dict[str, Any]:
         "trainable_parameters": trainable,
         "total_parameters": total,
         "class_weights": _class_weights(run),
-        "data": {**run.data.facts, "generated_rows": generated},
+        "data": {**run.data.info, "generated_rows": generated},
         "steps": records[-1]["step"] if records else 0,
         "planned_steps": run.schedule.steps,
         **summarize_losses([record["loss"] for record in records if "loss" in record]),
@@ -202,7 +202,7 @@ def build_summary(run: Run, outcome: Outcome) -> dict[str, Any]:
 
 def _class_weights(run: Run) -> dict[str, float]:
     weights = run.loss.class_weights
-    return dict(zip(run.data.facts["labels"], weights, strict=True)) if weights else {}
+    return dict(zip(run.data.info["labels"], weights, strict=True)) if weights else {}
 
 
 def _scores(record: Mapping[str, Any]) -> dict[str, float]:

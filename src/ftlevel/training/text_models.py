@@ -156,7 +156,7 @@ def _embed(model: LoadedModel, objective: Embeddings, texts: Sequence[tuple[str,
         example = EmbeddingRow(text, 0) if is_query else EmbeddingRow("", 0, (text,), (0.0,))
         (row,) = encode([example])
         short = row.truncated(max_length) if max_length else row
-        rows.append((short or row).branches[-1])
+        rows.append((short or row).sequences[-1])
     with model.inference():
         return embed_texts(
             model.model, objective, rows, model.tokenizer.pad_token_id or 0, model.device

@@ -340,7 +340,10 @@ class FtlevelTrainer(Trainer):
         """Compute the micro-batch's share of the optimizer step's mean loss (a scalar)."""
         mask, labels = inputs["attention_mask"], inputs["labels"]
         if self._baseline is not None:
-            inputs = {**inputs, "verdicts": with_baseline(inputs["verdicts"], self._baseline)}
+            inputs = {
+                **inputs,
+                "preference_labels": with_baseline(inputs["preference_labels"], self._baseline),
+            }
         outputs = None
         if self.fast is not None and self.fast.cross_entropy is not None and not return_outputs:
             total = supervised_loss(

@@ -181,7 +181,7 @@ def shorten(row: Encoded, size: int) -> Encoded | None:
     if length <= size:
         return row
     labels = row.labels
-    if len(row.branches) > 1:  # only the prompt is cut
+    if len(row.sequences) > 1:  # only the prompt is cut
         surplus = min(length - size, (prompt_length(row) or 1) - 1)
         return row.without(surplus) if surplus > 0 and length - surplus <= LONGEST else None
     if isinstance(labels, list) and len(labels) == length:

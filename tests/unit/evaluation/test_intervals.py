@@ -14,7 +14,7 @@ from ftlevel.evaluation.intervals import ExampleRecord, interval
 from ftlevel.evaluation.scoring import Evaluator
 from ftlevel.tasks import TASKS
 
-CLASSES = TASKS["text-classification"].build_objective("encoder", {})
+CLASSES = TASKS["text-classification"].create_objective("encoder", {})
 
 
 def record(right: list[bool], confidence: float = 2.0) -> ExampleRecord:
@@ -62,7 +62,7 @@ def test_the_whole_is_the_pool_of_its_rows() -> None:
 
 def test_masks_stay_in_the_text_of_a_row_and_other_special_tokens_do_not() -> None:
     tokenizer = tiny_tokenizers.bert_tokenizer()
-    objective = TASKS["masked-lm"].build_objective("encoder", {})
+    objective = TASKS["masked-lm"].create_objective("encoder", {})
     evaluator = Evaluator([], tokenizer, "encoder", objective, "cpu", "float32", 2)
     ids = tokenizer("the value [MASK] the list")["input_ids"]
     assert evaluator.text(Encoded(ids, ids, 0)).split("[MASK]")[1].split() == ["the", "list"]
@@ -70,7 +70,7 @@ def test_masks_stay_in_the_text_of_a_row_and_other_special_tokens_do_not() -> No
 
 
 def test_tokens_that_come_in_chunks_belong_to_their_rows() -> None:
-    objective = TASKS["text-generation"].build_objective("decoder", {})
+    objective = TASKS["text-generation"].create_objective("decoder", {})
     rows = [Encoded([1, 2, 3], [1, 2, 3], 5), Encoded([4, 5], [4, 5], 6)]
     labels = torch.tensor([[1, 2, 3], [4, 5, -100]])
     evaluator = Evaluator(rows, None, "decoder", objective, "cpu", "float32", 2)

@@ -26,7 +26,7 @@ def model(tiny_model_dir: Callable[..., Path]) -> Any:
 
 
 def ask(model: Any, sizes: dict[str, int], dtype: str = "float32") -> InputMoments:
-    objective = TASKS["text-generation"].build_objective("decoder", {})
+    objective = TASKS["text-generation"].create_objective("decoder", {})
     rows = [Encoded(ids, ids, index) for index, ids in enumerate(ROWS)]
     return InputMoments(model, ComparisonSet(rows, objective, 0, "cpu"), dtype, sizes)
 

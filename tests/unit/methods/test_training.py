@@ -157,7 +157,7 @@ def test_the_penalty_is_in_the_gradient_and_not_in_the_loss():
 
     class Loss(FtlevelTrainer):
         def __init__(self):
-            self.objective = TASKS["text-classification"].build_objective("encoder", {})
+            self.objective = TASKS["text-classification"].create_objective("encoder", {})
             self.fast = None
             self.loss = TrainingLoss()
             self._is_padding = False

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ftlevel.data.sources.docstrings import read_docstrings
+from ftlevel.data.sources.docstrings import load_docstrings
 from ftlevel.errors import InputError
 from ftlevel.models.sources import MODELS, builtin_path
 
@@ -94,7 +94,7 @@ def test_the_tokenizer_gives_every_text_back(tokenizer):
         "x .  y , it 's  ' quoted '",
         "".join(chr(generator.randrange(1, 0xD7FF)) for _ in range(500)),
     ]
-    texts += [row["prompt"] for row in read_docstrings("generation", "validation")]
+    texts += [row["prompt"] for row in load_docstrings("generation", "validation")]
     for text in texts:
         assert tokenizer.decode(tokenizer(text).input_ids) == text
 
@@ -131,7 +131,7 @@ def test_the_template_marks_the_answer_and_its_end(tokenizer):
 
 
 def test_it_predicts_docstrings_of_modules_it_never_read(model, tokenizer):
-    rows = read_docstrings("generation", "validation", limit=32)
+    rows = load_docstrings("generation", "validation", limit=32)
     nats, size = 0.0, 0
     for row in rows:
         ids = torch.tensor([[tokenizer.eos_token_id, *tokenizer(row["completion"]).input_ids]])

@@ -29,7 +29,7 @@ def mean(objective: Objective, logits: Any, labels: Any, loss: TrainingLoss) -> 
 
 def rows_of_classes() -> tuple[Objective, torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(1)
-    objective = TASKS["text-classification"].build_objective("encoder", {})
+    objective = TASKS["text-classification"].create_objective("encoder", {})
     return objective, torch.randn(7, 3, generator=generator), torch.tensor([0, 0, 1, 2, 0, 1, 0])
 
 
@@ -37,7 +37,7 @@ def words() -> tuple[Objective, torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(2)
     labels = torch.randint(0, 3, (6, 5), generator=generator)
     labels[labels.cumsum(1) % 2 == 0] = -100
-    objective = TASKS["token-classification"].build_objective("encoder", {"labels": "abc"})
+    objective = TASKS["token-classification"].create_objective("encoder", {"labels": "abc"})
     return objective, torch.randn(6, 5, 3, generator=generator), labels
 
 
@@ -74,7 +74,7 @@ def test_yes_and_no_of_each_class(gamma: float, weights: tuple[float, ...]) -> N
     generator = torch.Generator().manual_seed(3)
     logits = torch.randn(6, 3, generator=generator)
     labels = torch.randint(0, 2, (6, 3), generator=generator).float()
-    objective = TASKS["text-classification"].build_objective("encoder", SEVERAL)
+    objective = TASKS["text-classification"].create_objective("encoder", SEVERAL)
     of_yes = torch.tensor(weights or (1.0, 1.0, 1.0))
     p = logits.sigmoid()
     yes, no = (1 - p) ** gamma * p.log(), p**gamma * (1 - p).log()
@@ -110,7 +110,7 @@ def test_balanced_weights_are_scikit_learns() -> None:
 
 
 def test_balanced_yes_to_no() -> None:
-    objective = TASKS["text-classification"].build_objective("encoder", SEVERAL)
+    objective = TASKS["text-classification"].create_objective("encoder", SEVERAL)
     answers = [(1.0, 0.0, 1.0), (0.0, 0.0, 1.0), (0.0, 0.0, 1.0), (0.0, 0.0, 1.0)]
     rows = [Encoded([5], answer, 0) for answer in answers]
     assert objective.balance(rows, 3) == (3.0, 1.0, 1.0)

@@ -6,7 +6,7 @@ import pytest
 from seqeval.metrics import f1_score, precision_score, recall_score
 from seqeval.metrics.sequence_labeling import get_entities
 
-from ftlevel.tasks.tags import are_entity_tags, find_entities, name_scheme, score_entities
+from ftlevel.tasks.tags import are_entity_tags, extract_entities, name_scheme, score_entities
 
 
 @pytest.mark.parametrize(
@@ -21,7 +21,7 @@ from ftlevel.tasks.tags import are_entity_tags, find_entities, name_scheme, scor
     ],
 )
 def test_entities_of_a_sentence(tags: str, entities: list[tuple[str, int, int]]) -> None:
-    assert find_entities(tags.split()) == entities
+    assert extract_entities(tags.split()) == entities
 
 
 def test_scores_are_those_of_seqeval() -> None:
@@ -33,7 +33,7 @@ def test_scores_are_those_of_seqeval() -> None:
             return [[drawn.choice(names) for _ in range(length)] for length in range(1, 40)]
 
         true, predicted = draw(), draw()
-        assert [find_entities(tags) for tags in true] == [get_entities(tags) for tags in true]
+        assert [extract_entities(tags) for tags in true] == [get_entities(tags) for tags in true]
         assert score_entities(true, predicted) == pytest.approx(
             {
                 "precision": precision_score(true, predicted),

@@ -50,7 +50,7 @@ def test_mean_is_the_models_own_loss(
 ) -> None:
     model = tiny_models.build(family, head, **config)
     batch = full_batch(family, head)
-    objective = TASKS[task].build_objective(kind, {})
+    objective = TASKS[task].create_objective(kind, {})
     given = dict(batch)
     if head == "qa":
         given["start_positions"], given["end_positions"] = given.pop("labels").unbind(1)
@@ -71,7 +71,7 @@ def test_classification_of_other_problem_types(
 ) -> None:
     model = tiny_models.build("bert", "seqcls", problem_type=problem, num_labels=classes)
     batch = {**full_batch("bert", "seqcls"), "labels": labels}
-    objective = TASKS["text-classification"].build_objective("encoder", {"problem_type": problem})
+    objective = TASKS["text-classification"].create_objective("encoder", {"problem_type": problem})
     with torch.no_grad():
         expected = model(**batch).loss
         assert share_of(objective, model, batch).item() == pytest.approx(expected.item(), rel=1e-5)
@@ -99,7 +99,7 @@ def test_smoothed_labels_are_transformers_own(
 
     model = tiny_models.build(family, head, **config)
     batch = full_batch(family, head)
-    objective = TASKS[task].build_objective(kind, {})
+    objective = TASKS[task].create_objective(kind, {})
     assert objective.one_of_many
     inputs, labels = objective.split(batch)
     with torch.no_grad():
@@ -113,8 +113,8 @@ def test_smoothed_labels_are_transformers_own(
 
 
 def test_labels_that_cannot_be_smoothed() -> None:
-    span = TASKS["question-answering"].build_objective("encoder", {})
-    of_a_number = TASKS["text-classification"].build_objective(
+    span = TASKS["question-answering"].create_objective("encoder", {})
+    of_a_number = TASKS["text-classification"].create_objective(
         "encoder", {"problem_type": "regression"}
     )
     assert not span.one_of_many
@@ -145,14 +145,14 @@ def test_guessing_without_reading(
     task: str, facts: dict[str, Any], rows: list[Encoded], expected: float | None
 ) -> None:
     kind = "decoder" if task == "text-generation" else "encoder"
-    objective = TASKS[task].build_objective(kind, facts)
+    objective = TASKS[task].create_objective(kind, facts)
     found = objective.guess_loss(rows)
     assert found == (expected and pytest.approx(expected))
 
 
 def test_the_frequencies_of_the_labels_lose_as_much_as_is_said() -> None:
     labels = torch.tensor([0, 0, 1, 2, 2, 2])
-    objective = TASKS["text-classification"].build_objective("encoder", {})
+    objective = TASKS["text-classification"].create_objective("encoder", {})
     logits = (labels.bincount() / len(labels)).log().expand(len(labels), 3)
     loss = objective.loss_sum(logits, labels, torch.ones(6, 1)) / objective.count(labels)
     assert objective.guess_loss([_row(int(label)) for label in labels]) == pytest.approx(

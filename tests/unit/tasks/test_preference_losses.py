@@ -19,7 +19,7 @@ from ftlevel.fast.plan import FastPlan
 from ftlevel.fast.step import FastStep
 from ftlevel.fast.step_collator import StepCollator
 from ftlevel.objectives import TrainingLoss
-from ftlevel.tasks.preferences.objective import Preferences, build_preferences, log_odds
+from ftlevel.tasks.preferences.objective import Preferences, create_preference_objective, log_odds
 from ftlevel.tasks.preferences.rows import ContrastedRows, ReferencedRows
 from ftlevel.tasks.preferences.task import RewardObjective
 from preference_figures import (
@@ -51,7 +51,7 @@ def _objective(name: str, beta: float, **more: Any) -> Preferences:
     told = {"loss": name, **TABLE[name][0]} if name in TABLE else {"loss": name}
     settings = PreferenceConfig(**told, beta=beta, **more)
     smoothing = SMOOTHING if LOSSES[settings.loss or ""].smoothed else 0.0
-    return build_preferences(settings, smoothing, "decoder")
+    return create_preference_objective(settings, smoothing, "decoder")
 
 
 def _measure(model: Any, objective: Preferences, rows: Any, plan: FastPlan | None) -> np.ndarray:
@@ -113,11 +113,12 @@ def _step(
             layout = own.pop("layout", None)
             if others:
                 baseline = (total[0] / total[1]).clamp(min=0)
-                own["verdicts"] = with_baseline(own["verdicts"], baseline)
+                own["preference_labels"] = with_baseline(own["preference_labels"], baseline)
             with using_layout(layout):
                 answers = compute_answer_likelihoods(head, model, objective, own)
                 share = (
-                    objective.preference_sum(answers, own["verdicts"], training=True) / count
+                    objective.preference_sum(answers, own["preference_labels"], training=True)
+                    / count
                 ).sum()
                 share.backward()
             found += share.item()
@@ -163,9 +164,11 @@ def test_scores_and_their_loss_are_those_of_plain_torch_and_of_trl(
     layout = part.pop("layout", None)
     try:
         with using_layout(layout):
-            inputs, verdicts = objective.split(part)
+            inputs, preference_labels = objective.split(part)
             logits = objective.logits(model(**inputs))
-            loss = objective.loss_sum(logits, verdicts, part["attention_mask"]) / len(PAIRS)
+            loss = objective.loss_sum(logits, preference_labels, part["attention_mask"]) / len(
+                PAIRS
+            )
             loss.backward()
     finally:
         if fast:
@@ -176,7 +179,7 @@ def test_scores_and_their_loss_are_those_of_plain_torch_and_of_trl(
 
 
 def _known_answers() -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the answers of the four pairs as the model gives them, and their verdicts."""
+    """Return the answers of the four pairs as the model gives them, and their preference_labels."""
     sums, counts = (torch.tensor(part, dtype=torch.float32).flatten() for part in (POLICY, LENGTHS))
     reference = torch.tensor(REFERENCE, dtype=torch.float32).flatten()
     sides = torch.tensor([1.0, 0.0] * len(PAIRS))
@@ -185,11 +188,11 @@ def _known_answers() -> tuple[torch.Tensor, torch.Tensor]:
 
 def test_metrics_are_what_one_would_compute_by_hand() -> None:
     objective = _objective("dpo", 0.1)
-    answers, verdicts = _known_answers()
+    answers, preference_labels = _known_answers()
     meters = [objective.meter() for _ in range(2)]
     for at, meter in enumerate(meters):
         own = slice(4 * at, 4 * at + 4)
-        meter.update(answers[own], verdicts[own], [])
+        meter.update(answers[own], preference_labels[own], [])
     found = meters[0].pool(meters).compute(0.0)
     ratios = POLICY - REFERENCE
     assert found["reward_accuracy"] == np.mean(ratios[:, 0] > ratios[:, 1])
@@ -208,11 +211,11 @@ def test_metrics_are_what_one_would_compute_by_hand() -> None:
 
 def test_answers_that_change_places_change_the_sign_of_the_reward() -> None:
     objective = _objective("dpo", 0.1)
-    answers, verdicts = _known_answers()
+    answers, preference_labels = _known_answers()
     turned = torch.arange(8).view(4, 2).flip(1).flatten()
-    swapped = torch.cat([verdicts[:, :1], verdicts[turned, 1:]], 1)
+    swapped = torch.cat([preference_labels[:, :1], preference_labels[turned, 1:]], 1)
     margins = []
-    for a, v in ((answers, verdicts), (answers[turned], swapped)):
+    for a, v in ((answers, preference_labels), (answers[turned], swapped)):
         meter = objective.meter()
         meter.update(a, v, [])
         margins.append(meter.compute(0.0)["reward_margin"])
@@ -221,12 +224,12 @@ def test_answers_that_change_places_change_the_sign_of_the_reward() -> None:
 
 def test_a_tie_is_no_success_and_is_ln_2() -> None:
     objective = _objective("dpo", 0.1)
-    answers, verdicts = _known_answers()
-    verdicts[:, 1] = answers[:, 0]
+    answers, preference_labels = _known_answers()
+    preference_labels[:, 1] = answers[:, 0]
     meter = objective.meter()
-    meter.update(answers, verdicts, [])
+    meter.update(answers, preference_labels, [])
     assert meter.compute(0.0)["reward_accuracy"] == 0
-    loss = objective.preference_sum(answers, verdicts, training=True) / len(PAIRS)
+    loss = objective.preference_sum(answers, preference_labels, training=True) / len(PAIRS)
     assert loss.item() == pytest.approx(objective.first_loss or 0, abs=1e-7)
 
 
@@ -235,19 +238,19 @@ def test_displacement_and_a_judge_of_length_are_said() -> None:
     fell = {"logp_chosen": -12.0, "ref_logp_chosen": -10.0, "logp_rejected": -40.0,
             "ref_logp_rejected": -11.0, "reward_accuracy": 0.7,
             "length_accuracy": 0.75}  # fmt: skip
-    said = objective.find_warnings(fell)
+    said = objective.get_warnings(fell)
     assert "both kinds of answers are less likely" in said[0]
     assert "no better than preferring the longer answer" in said[1]
-    assert objective.find_warnings({**fell, "logp_chosen": -9.0, "reward_accuracy": 0.9}) == []
+    assert objective.get_warnings({**fell, "logp_chosen": -9.0, "reward_accuracy": 0.9}) == []
 
 
 @pytest.mark.parametrize("loss", ["orpo", "simpo", "cpo", "dpo"])
 def test_without_a_reference_displacement_is_a_fall_since_the_first_evaluation(loss: str) -> None:
     objective = _objective(loss, 0.1, **({"reference": "none"} if loss == "dpo" else {}))
     metrics = {"logp_chosen": -12.0, "logp_rejected": -40.0}
-    assert objective.find_warnings(metrics) == []
-    assert objective.find_warnings(metrics, {"logp_chosen": -13.0, "logp_rejected": -11.0}) == []
-    [warning] = objective.find_warnings(metrics, {"logp_chosen": -10.0, "logp_rejected": -41.0})
+    assert objective.get_warnings(metrics) == []
+    assert objective.get_warnings(metrics, {"logp_chosen": -13.0, "logp_rejected": -11.0}) == []
+    [warning] = objective.get_warnings(metrics, {"logp_chosen": -10.0, "logp_rejected": -41.0})
     assert "the chosen answers are less likely than before training" in warning
     assert "chosen -2.00 nats, rejected +1.00" in warning
 
@@ -256,7 +259,7 @@ def test_displacement_against_another_reference_names_the_reference() -> None:
     objective = _objective("dpo", 0.1, reference="runs/first")
     metrics = {"logp_chosen": -12.0, "ref_logp_chosen": -10.0, "logp_rejected": -40.0,
                "ref_logp_rejected": -11.0}  # fmt: skip
-    [warning] = objective.find_warnings(metrics, {"logp_chosen": -20.0, "logp_rejected": -50.0})
+    [warning] = objective.get_warnings(metrics, {"logp_chosen": -20.0, "logp_rejected": -50.0})
     assert "less likely than with the reference" in warning
 
 

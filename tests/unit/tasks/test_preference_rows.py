@@ -18,15 +18,15 @@ from ftlevel.data.formats.examples import convert_rows
 from ftlevel.data.sources.table import Table
 from ftlevel.errors import InputError
 from ftlevel.tasks import TASKS
-from ftlevel.tasks.preferences.formats import LabeledAnswer, PairExample
+from ftlevel.tasks.preferences.formats import LabeledCompletion, PairExample
 from ftlevel.tasks.preferences.rows import (
     ContrastedRows,
     LabeledAnswerRow,
     PairRow,
     PreferenceEncoder,
-    build_pair_row,
     check_answers,
     check_pairs,
+    create_pair_row,
 )
 
 ModelDir = Callable[..., Path]
@@ -72,7 +72,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 def _read(row: dict[str, Any], loss: str = "dpo") -> Any:
     task = TASKS["preference"].configured({"preference": {"loss": loss}})
     table = Table([row], [1], "rows.jsonl")
-    format_ = task.find_format(list(row), DataConfig(), [row])
+    format_ = task.get_format(list(row), DataConfig(), [row])
     examples, bad = convert_rows(table, format_)
     if bad:
         raise InputError(bad[0].reason)
@@ -123,7 +123,7 @@ JUDGED = {
 @pytest.mark.parametrize("name", JUDGED)
 def test_judged_answers_are_read(name: str) -> None:
     example = _read(JUDGED[name], "kto")
-    assert isinstance(example, LabeledAnswer)
+    assert isinstance(example, LabeledCompletion)
     assert (example.prompt[0].content, example.answer[0].content) == ("q", "a")
     assert example.desirable
 
@@ -173,11 +173,11 @@ def test_answers_are_learned_with_one_end_and_without_the_prompt(
     talk = SHAPES["implicit chat" if chat else "explicit"]
     [row] = encoder([_read(talk)])
     assert isinstance(row, PairRow)
-    good, bad = row.branches
+    good, bad = row.sequences
     assert good.input_ids[: row.prompt] == bad.input_ids[: row.prompt]
     ends = set(encoder.tokenizer.all_special_ids)
-    for branch, said in ((good, "4"), (bad, "5")):
-        labels = [label for label in branch.labels if label != IGNORED]  # type: ignore[union-attr]
+    for sequence, said in ((good, "4"), (bad, "5")):
+        labels = [label for label in sequence.labels if label != IGNORED]  # type: ignore[union-attr]
         assert sum(label in ends for label in labels) == 1
         assert labels[-1] in ends
         assert encoder.tokenizer.decode(labels[:-1]).strip() == said
@@ -206,7 +206,7 @@ def _row(prompt: int, chosen: int, rejected: int) -> PairRow:
     start = list(range(10, 10 + prompt))
     rows = [Encoded(start + [c] * n, [IGNORED] * prompt + [c] * n, 0)
             for c, n in ((3, chosen), (4, rejected))]  # fmt: skip
-    return build_pair_row(*rows, prompt, 0.5, scored=False)
+    return create_pair_row(*rows, prompt, 0.5, scored=False)
 
 
 def test_a_pair_that_is_too_long_is_cut_alike_or_dropped() -> None:
@@ -216,7 +216,7 @@ def test_a_pair_that_is_too_long_is_cut_alike_or_dropped() -> None:
     cut = fit_rows(rows, 10, LengthBounds(), "truncate-prompt", where)
     [first, last] = cut.rows
     assert isinstance(first, PairRow)
-    good, bad = first.branches
+    good, bad = first.sequences
     assert good.input_ids[:4] == bad.input_ids[:4] == [10, 15, 16, 17]
     assert (len(good.input_ids), len(bad.input_ids)) == (7, 10)
     assert (last.length, cut.lost) == (3, (0,))

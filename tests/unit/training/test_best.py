@@ -101,7 +101,7 @@ def test_a_log_gives_the_same_as_the_evaluations() -> None:
 def choose(name: str, facts: dict[str, Any], kind: str, **train: Any) -> BestModel | None:
     task = TASKS[name]
     config = TrainConfig.model_validate({"task": name, "train": train})
-    objective = task.build_objective(kind, facts)
+    objective = task.create_objective(kind, facts)
     return resolve_best_model(config.method, config.train, task, objective, 9, Length(10, 2.0))
 
 

@@ -20,7 +20,7 @@ def said(
     task: str, kind: str, rows: list[Encoded], losses: list[float], rate: float = 2e-4
 ) -> list[str]:
     plan: Any = SimpleNamespace(
-        objective=TASKS[task].build_objective(kind, {}),
+        objective=TASKS[task].create_objective(kind, {}),
         loss=TrainingLoss(),
         data=SimpleNamespace(train=rows),
         schedule=SimpleNamespace(learning_rate=rate, default_learning_rate=2e-4),

@@ -35,10 +35,7 @@ class RenderedChat:
     spans: tuple[tuple[int, int], ...]
 
     def is_answer(self, start: int, end: int) -> bool:
-        """Returns whether the token at characters `start` to `end` is in one of `spans`.
-
-        A leading space of the token is ignored.
-        """
+        """Returns whether the token at characters `start` to `end` is trained on."""
         return any(
             begin < end <= stop and not self.text[start:begin].strip() for begin, stop in self.spans
         )
@@ -60,8 +57,7 @@ def render_chat(
 ) -> RenderedChat:
     """Render `turns` and locate each assistant turn, including the end-of-turn token.
 
-    Raises `InputError` if the template fails, omits a turn or the tools, or the answers cannot be
-    located.
+    Raises `InputError` if the template fails or omits a turn or the tools.
     """
     ends = list_special_tokens(tokenizer)
     marked = bool(_GENERATION.search(tokenizer.get_chat_template(None, list(tools) or None)))
@@ -69,7 +65,7 @@ def render_chat(
     chat = _Chat(tokenizer, turns, tools)
     if not marked:
         answers = [index for index, turn in enumerate(turns) if turn["role"] == "assistant"]
-        spans = [chat.find_turn(index, text) for index in answers]
+        spans = [chat.get_turn(index, text) for index in answers]
     chat.check_complete(text)
     return RenderedChat(text, tuple(_with_end(text, span, ends) for span in spans))
 
@@ -81,8 +77,8 @@ def list_special_tokens(tokenizer: Any) -> tuple[str, ...]:
     return tuple((texts | set(tokenizer.all_special_tokens)) - {tokenizer.bos_token})
 
 
-def find_end_of_turn_id(tokenizer: Any) -> int | None:
-    """Find the id of the token that ends an assistant turn, or None."""
+def get_end_of_turn_id(tokenizer: Any) -> int | None:
+    """Returns the id of the token that ends an assistant turn, or None."""
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     rendered = render_chat(tokenizer, turns)
     answer = rendered.text[slice(*rendered.spans[-1])] if rendered.spans else ""
@@ -121,11 +117,8 @@ class _Chat:
     turns: Sequence[Turn]
     tools: Sequence[dict[str, Any]]
 
-    def find_turn(self, index: int, text: str) -> tuple[int, int]:
-        """Returns the span of turn `index` in the rendered `text`, including the end-of-turn token.
-
-        The span starts after the generation prompt. It includes a space before the answer.
-        """
+    def get_turn(self, index: int, text: str) -> tuple[int, int]:
+        """Returns the characters of turn `index` in `text`, including its end-of-turn token."""
         tokenizer, turns, tools = self.tokenizer, self.turns, self.tools
         before = render(tokenizer, turns[:index], tools, generation_prompt=True) if index else ""
         before = before.removesuffix(" ")
@@ -140,8 +133,8 @@ class _Chat:
             if closing and end >= 0:
                 return len(before), end + len(closing)
         for content in (str(turns[index]["content"]), str(turns[index]["content"]).strip()):
-            start = self._find_marker(index, _MARK + content, text)
-            end = self._find_marker(index, content + _MARK, text)
+            start = self._get_marker(index, _MARK + content, text)
+            end = self._get_marker(index, content + _MARK, text)
             if content and 0 <= start < end:
                 return (len(before) if follows and len(before) <= start else start), end
         raise InputError(
@@ -150,15 +143,13 @@ class _Chat:
             "with --chat-template."
         )
 
-    def _find_marker(self, index: int, content: str, text: str) -> int:
-        """Render turn `index` as `content`; return the marker's offset; -1 if more text changes."""
+    def _get_marker(self, index: int, content: str, text: str) -> int:
         turn = {**self.turns[index], "content": content}
         turns = [*self.turns[:index], turn, *self.turns[index + 1 :]]
         before, mark, after = render(self.tokenizer, turns, self.tools).partition(_MARK)
         return len(before) if mark and before + after == text else -1
 
     def check_complete(self, text: str) -> None:
-        """Raise `InputError` if the template omits a user or system turn, or the tools."""
         name = self.tokenizer.name_or_path
         for number, turn in enumerate(self.turns, 1):
             content = str(turn["content"]).strip()
@@ -177,7 +168,6 @@ class _Chat:
 
 
 def _with_end(text: str, span: tuple[int, int], ends: Sequence[str]) -> tuple[int, int]:
-    """Returns `span`, shortened or extended to end with one of the end-of-turn tokens `ends`."""
     start, end = span
     stripped = start + len(text[start:end].rstrip())
     if text[start:stripped].endswith(tuple(ends)):
@@ -203,8 +193,6 @@ _FOLDER = Path(__file__).parent / "templates"
 
 def set_chat_template(tokenizer: Any, name: str | None) -> Choice | None:
     """Set the chat template of `tokenizer` (modified) to a built-in template or a Jinja file.
-
-    The template is saved with the adapter, so training, evaluation and generation share it.
 
     Raises `InputError` if it does not exist or compile, or needs tokens that are not in the
     vocabulary.
@@ -269,7 +257,7 @@ _TRIALS = (
 
 
 @dataclass(frozen=True)
-class TurnLayout:
+class ChatLayout:
     """Prefixes and suffixes of the turns: a chat template for programs without Jinja.
 
     Attributes:
@@ -291,10 +279,10 @@ class TurnLayout:
         return "".join([*parts, self.generation])
 
 
-def find_turn_layout(tokenizer: Any) -> TurnLayout | None:
-    """Infer the layout of the chat template by rendering placeholder contents.
+def get_chat_layout(tokenizer: Any) -> ChatLayout | None:
+    """Returns the layout of the chat template, inferred by rendering placeholder contents.
 
-    Return None unless the layout reproduces the template exactly on other conversations.
+    None unless the layout reproduces the template exactly on other conversations.
     """
     try:
         layout = _infer_layout(tokenizer)
@@ -311,7 +299,7 @@ def find_turn_layout(tokenizer: Any) -> TurnLayout | None:
     return layout
 
 
-def _infer_layout(tokenizer: Any) -> TurnLayout | None:
+def _infer_layout(tokenizer: Any) -> ChatLayout | None:
     single = _split_at_contents(tokenizer, USER)
     several = _split_at_contents(tokenizer, USER, ASSISTANT, USER)
     if single is None or several is None:
@@ -337,7 +325,7 @@ def _infer_layout(tokenizer: Any) -> TurnLayout | None:
         system = None
     if system is not None and system[1].endswith(user_begin):
         around[SYSTEM] = system[0], system[1].removesuffix(user_begin)
-    return TurnLayout(around, first.removesuffix(user_begin), tail.removeprefix(user_end))
+    return ChatLayout(around, first.removesuffix(user_begin), tail.removeprefix(user_end))
 
 
 def _common_prefix(first: str, second: str) -> str:

@@ -25,15 +25,15 @@ class Collator:
     def __call__(self, rows: Sequence[Encoded]) -> dict[str, torch.Tensor]:
         """Returns `input_ids` and `attention_mask` `(batch, seq)`, `labels` and optional tensors.
 
-        Each branch of a row (`Encoded.branches`) is one sequence of the batch. `labels` is
-        `(batch,)` for one value per sequence, `(batch, n)` for n values, or `(batch, target)` for
-        tokens, padded with -100. `verdicts` is `(batch, 3)`. `known` and `ids` (of a teacher) and
-        `signals` have one entry per target token.
+        The batch has all `sequences` of the rows. `labels` is `(batch,)` for one value per
+        sequence, `(batch, n)` for n values, or `(batch, target)` for tokens, padded with -100.
+        `preference_labels` is `(batch, 3)`. `known` and `ids` (of a teacher) and `signals` have one
+        entry per target token.
         """
-        verdicts = [verdict for row in rows for verdict in row.verdicts]
+        preference_labels = [label for row in rows for label in row.preference_labels]
         teachers = [row.teacher for row in rows if row.teacher is not None]
         signals = [row.signals for row in rows if row.signals is not None]
-        rows = [branch for row in rows for branch in row.branches]
+        rows = [sequence for row in rows for sequence in row.sequences]
         labels: list[Any] = [r.labels for r in rows]
         batch = {
             "input_ids": pad([r.input_ids for r in rows], self.pad_id),
@@ -43,8 +43,8 @@ class Collator:
                 pad(labels, IGNORED) if isinstance(labels[0], list) else torch.tensor(labels)
             ),
         }
-        if verdicts:
-            batch["verdicts"] = torch.tensor(verdicts)
+        if preference_labels:
+            batch["preference_labels"] = torch.tensor(preference_labels)
         if signals:
             batch["signals"] = torch.cat([torch.tensor(s, dtype=torch.float) for s in signals])
         for name, dtype in (("known", torch.float32), ("ids", torch.long)) if teachers else ():
@@ -95,8 +95,7 @@ def separate_pad_from_eos(tokenizer: Any) -> Choice | None:
 def ensure_pad_token(tokenizer: Any) -> Choice | None:
     """Set a padding token on `tokenizer` (modified) if it has none, and return the log line.
 
-    Prefer a reserved token of the vocabulary, so that the embedding does not grow, and fall back to
-    EOS. Labels are masked by position, so EOS remains a label.
+    This is a reserved token of the vocabulary, so that the embedding does not grow, or EOS.
     """
     if tokenizer.pad_token_id is not None:
         return None
@@ -114,12 +113,12 @@ _FIXED = 0  # epoch number of the validation rows; training epochs count from 1
 class MaskedRows(LazySequence[Encoded]):
     """Rows with random masks, drawn on access; set `epoch` (from 0) before each epoch is read.
 
-    `share` is the fraction of tokens to predict, at least one per row.
+    `ratio` is the fraction of tokens to predict, at least one per row.
     """
 
-    def __init__(self, rows: Sequence[Encoded], tokenizer: Any, *, share: float, seed: int) -> None:
+    def __init__(self, rows: Sequence[Encoded], tokenizer: Any, *, ratio: float, seed: int) -> None:
         self.rows = rows
-        self.share = share
+        self.share = ratio
         self.seed = seed
         self.epoch = 0
         self._mask = int(tokenizer.mask_token_id)

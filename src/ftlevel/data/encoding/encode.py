@@ -75,7 +75,7 @@ class PromptFormat:
         return self.plain_parts(text, "", has_system=has_system)[0]
 
     def plain_parts(self, source: str, target: str, *, has_system: bool = False) -> tuple[str, str]:
-        """Returns the prompt and the answer; their concatenation is the text of the row.
+        """Returns prompt and answer, whose concatenation is the text of the row.
 
         A trailing space moves from prompt to answer, unless `target` begins with white space.
         """
@@ -95,8 +95,8 @@ class PromptFormat:
     ) -> PromptFormat:
         """Returns the format with the separator that fits `examples` (all of one type).
 
-        The separator is empty if all prompts end or all answers begin with white space, as in TRL;
-        otherwise it is a newline. Prompt version 1 always uses a newline for pairs.
+        It is empty if all prompts end or all answers begin with white space, as in TRL; otherwise
+        it is a newline. Prompt version 1 always uses a newline for pairs.
         """
         if self.kind != "plain":
             return self
@@ -107,12 +107,12 @@ class PromptFormat:
 def _joins(example: Any, version: int) -> bool:
     if isinstance(example, PlainText) or version == 1:
         return isinstance(example, PlainText)
-    parts = example.parts
-    return bool(parts.asked[-1:].isspace() or parts.answered[:1].isspace())
+    content = example.content
+    return bool(content.input_text[-1:].isspace() or content.target_text[:1].isspace())
 
 
 def choose_format(tokenizer: Any, kind: str, instruction: str, answer_cue: str) -> PromptFormat:
-    """Choose the prompt format for a model of `kind` with `tokenizer`."""
+    """Returns the prompt format for a model of `kind` with `tokenizer`."""
     if kind == "encoder-decoder":
         return PromptFormat("seq2seq", instruction)
     if getattr(tokenizer, "chat_template", None):
@@ -120,11 +120,8 @@ def choose_format(tokenizer: Any, kind: str, instruction: str, answer_cue: str) 
     return PromptFormat("plain", instruction, answer_cue)
 
 
-def read_format(card: AdapterCard) -> PromptFormat | None:
-    """Load the prompt format stored in `card`; None if the model has no prompts.
-
-    Raises `InputError` if a newer version of ftlevel wrote it.
-    """
+def load_prompt_format(card: AdapterCard) -> PromptFormat | None:
+    """Returns the prompt format in `card`, or None; `InputError` for an unknown version."""
     if not card.prompt:
         return None
     names = {field.name for field in fields(PromptFormat)}
@@ -181,7 +178,6 @@ class RowError(InputError):
         self.row, self.reason = row, reason
 
     def __reduce__(self) -> tuple[type[RowError], tuple[int, str]]:
-        """Support pickling between processes."""
         return RowError, (self.row, self.reason)
 
 
@@ -203,7 +199,6 @@ class Encoded:
     extras: dict[str, list[int]] = field(default_factory=dict)
 
     def __init_subclass__(cls) -> None:
-        """Register the subclass; metadata of fields must have a `column` of `store.COLUMNS`."""
         ROW_TYPES[cls.__name__] = cls
 
     @property
@@ -214,13 +209,13 @@ class Encoded:
         return sum(label != IGNORED for label in self.labels)
 
     @property
-    def branches(self) -> Sequence[Encoded]:
-        """Sequences the model processes: the row itself, or one per answer to the prompt."""
+    def sequences(self) -> Sequence[Encoded]:
+        """Sequences that the model processes: the row, or one per answer to its prompt."""
         return (self,)
 
     @property
-    def verdicts(self) -> Sequence[tuple[float, float, float]]:
-        """Per branch: 1.0 if preferred else 0.0; reference log-probability; margin or baseline."""
+    def preference_labels(self) -> Sequence[tuple[float, float, float]]:
+        """Per sequence: 1.0 if preferred; reference log-probability; margin or baseline."""
         return ()
 
     @property
@@ -228,13 +223,13 @@ class Encoded:
         """Teacher outputs as a structured array, or None.
 
         `known` `(targets, k + 1)` has log-probabilities of the top tokens `ids` `(targets, k)`, and
-        last that of all other tokens together. Without `ids`, it covers the whole vocabulary.
+        last that of all others. Without `ids`, it covers the whole vocabulary.
         """
         return None
 
     @property
     def signals(self) -> Any:
-        """Inputs of a policy loss (advantage, weight, …), `(targets, n)` over branches; or None."""
+        """Inputs of a policy loss (advantage, weight, …), `(targets, n)`; or None."""
         return None
 
     @property
@@ -249,20 +244,22 @@ class Encoded:
 
     @property
     def length(self) -> int:
-        """Number of tokens of the longest branch."""
+        """Number of tokens of the longest sequence."""
         return len(self.input_ids)
 
     def truncated(self, limit: int) -> Encoded | None:  # noqa: ARG002 - of subclasses
         """Returns the row with at most `limit` tokens; None if `fit_rows` must cut the prompt."""
         return None
 
-    def without(self, count: int) -> Encoded:
-        """Returns the row without the `count` prompt tokens after the first token."""
+    def without(self, num_tokens: int) -> Encoded:
+        """Returns the row without the `num_tokens` prompt tokens after the first token."""
         ids, labels = self.input_ids, self.labels
         if not isinstance(labels, list):
             raise TypeError("a row without a label for each token has no prompt")
         return replace(
-            self, input_ids=ids[:1] + ids[1 + count :], labels=labels[:1] + labels[1 + count :]
+            self,
+            input_ids=ids[:1] + ids[1 + num_tokens :],
+            labels=labels[:1] + labels[1 + num_tokens :],
         )
 
 
@@ -379,8 +376,8 @@ def _encode_chats(
         [r.text for r in rendered], add_special_tokens=False, return_offsets_mapping=True
     )
     rows = []
-    columns = (encoding["input_ids"], encoding["offset_mapping"])
-    for chat, example, ids, offsets in zip(rendered, examples, *columns, strict=True):
+    fields = (encoding["input_ids"], encoding["offset_mapping"])
+    for chat, example, ids, offsets in zip(rendered, examples, *fields, strict=True):
         labels = [
             token if start < end and chat.is_answer(start, end) else IGNORED
             for token, (start, end) in zip(ids, offsets, strict=True)
@@ -441,7 +438,6 @@ def _encode_answers(
 
 
 def _encode_inside(tokenizer: Any, text: str) -> list[int]:
-    """Tokenize `text` as a continuation, without the space that some tokenizers prepend."""
     head = tokenizer("\n", add_special_tokens=False)["input_ids"]
     ids: list[int] = tokenizer(f"\n{text}", add_special_tokens=False)["input_ids"]
     if ids[: len(head)] == head:
@@ -450,7 +446,6 @@ def _encode_inside(tokenizer: Any, text: str) -> list[int]:
 
 
 def _as_pair(example: Any) -> SourceTarget:
-    """Returns a pair or single-turn conversation as a pair; raises `RowError` for several turns."""
     if isinstance(example, SourceTarget):
         return example
     if isinstance(example, Conversation):
@@ -519,7 +514,7 @@ class EncodedTexts(Encoded):
         return replace(self, teacher_scores=scores)
 
     @property
-    def branches(self) -> Sequence[EncodedText]:
+    def sequences(self) -> Sequence[EncodedText]:
         """One sequence per text, with a dummy label."""
         spans = pairwise(accumulate(self.sizes, initial=0))
         unpooled = self.unpooled or (0,) * len(self.sizes)
@@ -535,14 +530,14 @@ class EncodedTexts(Encoded):
 
     def truncated(self, limit: int) -> Encoded:
         """Returns the row, each text cut to `limit` tokens; the last one, EOS or SEP, is kept."""
-        ids = [token for text in self.branches for token in text.truncated(limit).input_ids]
+        ids = [token for text in self.sequences for token in text.truncated(limit).input_ids]
         return replace(self, input_ids=ids, sizes=tuple(min(size, limit) for size in self.sizes))
 
 
 def distinct_texts(rows: Sequence[Any]) -> tuple[list[EncodedText], StepTexts]:
-    """Returns the distinct texts of `rows`, and for each row the indices of its texts among them.
+    """Returns the distinct texts of `rows`, and the indices of each row's texts among them.
 
-    Rows with a negative `row` only fill up a batch and are left out.
+    Rows with a negative `row`, which only fill up a batch, are left out.
     """
     texts: list[EncodedText] = []
     index_of: dict[tuple[int, ...], int] = {}
@@ -550,23 +545,23 @@ def distinct_texts(rows: Sequence[Any]) -> tuple[list[EncodedText], StepTexts]:
     guide: list[Any] = []
     real = [row for row in rows if row.row >= 0]
     for row in real:
-        branches = row.branches
-        keys = [branch.key for branch in branches]
-        for at, (key, branch) in enumerate(zip(keys, branches, strict=True)):
+        sequences = row.sequences
+        keys = [sequence.key for sequence in sequences]
+        for at, (key, sequence) in enumerate(zip(keys, sequences, strict=True)):
             if key not in index_of:
                 index_of[key] = len(texts)
-                texts.append(branch)
+                texts.append(sequence)
                 if (vectors := row.guide) is not None:
                     guide.append(vectors[at])
         indices.append(tuple(map(index_of.__getitem__, keys)))
     labels = tuple(tuple(row.labels) for row in real)
     scores = tuple(row.teacher_scores for row in real)
     step = StepTexts(tuple(indices), labels, scores, guide or None)
-    return texts or list(rows[0].branches[:1]), step
+    return texts or list(rows[0].sequences[:1]), step
 
 
 def add_texts(texts: list[EncodedText], more: Sequence[EncodedText]) -> list[int]:
-    """Add each text of `more` that `texts` (modified) lacks; returns the indices of all in it."""
+    """Add each text of `more` to `texts` (modified) unless it is there; returns their indices."""
     index_of = {text.key: at for at, text in enumerate(texts)}
     indices = []
     for text in more:

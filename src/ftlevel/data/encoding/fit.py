@@ -15,7 +15,7 @@ from ftlevel.data.encoding.encode import IGNORED, Encoded
 from ftlevel.data.encoding.store import map_rows, row_lengths, select_rows
 from ftlevel.errors import InputError
 
-MAX_DROPPED_SHARE = 0.01
+MAX_DROP_RATIO = 0.01
 """Maximum share of rows that `--max-length auto` may drop because of a bound."""
 
 
@@ -76,10 +76,10 @@ def fit_rows(
 ) -> FittedRows:
     """Apply the length limit to `rows`.
 
-    `max_length` is the limit in tokens; "auto" is the longest row, within `bounds`. `overlong` is
-    error, drop, truncate-prompt or split. With "auto", error only raises if over 1 % of the rows
-    are too long, else these are dropped. `where` maps the index of an example to `file:line`.
-    Raises `InputError` also if `max_length` exceeds the model's positions.
+    `max_length` is in tokens; "auto" is the longest row, within `bounds`. `overlong` is error,
+    drop, truncate-prompt or split. With "auto", error only raises if over 1 % of the rows are too
+    long, else these are dropped. `where` returns the `file:line` of an example. Raises `InputError`
+    also if `max_length` exceeds the model's positions.
     """
     lengths = row_lengths(rows)
     longest = int(lengths.max())
@@ -88,7 +88,7 @@ def fit_rows(
     if not long_rows:
         return FittedRows(rows, limit, reason, overlong=overlong)
     if overlong == "error":
-        if max_length != "auto" or len(long_rows) > MAX_DROPPED_SHARE * len(rows):
+        if max_length != "auto" or len(long_rows) > MAX_DROP_RATIO * len(rows):
             raise InputError(_too_long(long_rows, len(rows), limit, longest, reason, bounds, where))
         overlong = "drop"
         lost = (
@@ -114,7 +114,6 @@ def check_not_empty(fitted: FittedRows, rows: Sequence[Encoded]) -> None:
 
 
 def _resolve_length(max_length: int | str, longest: int, bounds: LengthBounds) -> tuple[int, str]:
-    """Returns the limit in tokens, and an explanation if it was chosen automatically."""
     if isinstance(max_length, int):
         bounds.check(max_length)
         return max_length, ""
@@ -229,8 +228,7 @@ def fit_targets(
 ) -> tuple[Sequence[Encoded], int]:
     """Returns the rows with a target of at most `limit` tokens, and the number of rows dropped.
 
-    Raises `InputError` if a target is longer and `overlong` is not drop; `where` returns the place
-    of a row, for the message.
+    Raises `InputError` if a target is longer and `overlong` is not drop.
     """
     sizes = np.fromiter((_target_length(row) for row in rows), dtype=np.int64, count=len(rows))
     long_rows = np.flatnonzero(sizes > limit)
@@ -247,4 +245,4 @@ def fit_targets(
 
 
 def _target_length(row: Encoded) -> int:
-    return max(len(b.labels) if isinstance(b.labels, list) else 0 for b in row.branches)
+    return max(len(b.labels) if isinstance(b.labels, list) else 0 for b in row.sequences)

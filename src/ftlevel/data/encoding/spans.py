@@ -53,12 +53,11 @@ def encode_questions(
     where: Callable[[int], str],
     drop: bool = False,
 ) -> tuple[list[Encoded], int]:
-    """Encode each question with one or more windows of the context.
+    """Returns each question with one or more windows of the context, and the number dropped.
 
     `length` and `stride`, the overlap of consecutive windows, are in tokens. `separator` follows
-    the question, for tokenizers without a separator token. `drop` drops questions that leave no
-    room for their context, instead of raising; `where` returns the place of a row, for the error.
-    Returns the windows, and the number of questions dropped.
+    the question. Questions that leave no room for their context are dropped if `drop`, else they
+    raise `InputError` with `where(row)`.
     """
     fitting = list(_with_room(tokenizer, examples, length, stride, separator, where, drop))
     windows: list[Encoded] = []
@@ -73,11 +72,11 @@ def encode_questions(
             return_offsets_mapping=True,
         )
         for index, sample in enumerate(encoding["overflow_to_sample_mapping"]):
-            windows.append(_build_window(encoding, index, chunk[sample]))
+            windows.append(_create_window(encoding, index, chunk[sample]))
     return windows, len(examples) - len(fitting)
 
 
-def _build_window(encoding: Any, index: int, example: Question) -> Window:
+def _create_window(encoding: Any, index: int, example: Question) -> Window:
     sequences = encoding.sequence_ids(index)
     first = sequences.index(1)
     last = len(sequences) - 1 - sequences[::-1].index(1)
@@ -85,7 +84,7 @@ def _build_window(encoding: Any, index: int, example: Question) -> Window:
     span = (0, 0)
     if example.answers:
         text, start = example.answers[0]
-        if tokens := find_span(offsets, start, start + len(text)):
+        if tokens := get_span(offsets, start, start + len(text)):
             span = (first + tokens[0], first + tokens[1])
     return Window(
         encoding["input_ids"][index],
@@ -99,8 +98,8 @@ def _build_window(encoding: Any, index: int, example: Question) -> Window:
     )
 
 
-def find_span(offsets: Offsets, start: int, end: int) -> tuple[int, int] | None:
-    """Find the first and last token that cover characters `start` to `end`, or None."""
+def get_span(offsets: Offsets, start: int, end: int) -> tuple[int, int] | None:
+    """Returns the first and last token that cover characters `start` to `end`, or None."""
     first = next((i for i, (_, b) in enumerate(offsets) if b > start), None)
     last = next((i for i in range(len(offsets) - 1, -1, -1) if offsets[i][0] < end), None)
     if first is None or last is None or first > last:
@@ -118,7 +117,6 @@ def _with_room(
     where: Callable[[int], str],
     drop: bool,
 ) -> list[Question]:
-    """Returns the questions that leave room for more than `stride` context tokens in a window."""
     special = tokenizer.num_special_tokens_to_add(pair=True)
     questions = [example.question + separator for example in examples]
     sizes = [len(ids) for ids in tokenizer(questions, add_special_tokens=False)["input_ids"]]
@@ -151,10 +149,10 @@ class TaggedRow(Encoded):
     positions: tuple[int | None, ...] = field(default=(), metadata={"column": "positions"})
 
 
-def find_invalid_bio_tags(
+def get_invalid_bio_tags(
     examples: Sequence[TaggedTokens], names: Sequence[str], table: Table
 ) -> list[BadRow]:
-    """Find rows with an I- tag that continues no entity; other schemes (IOB1) in `names` pass."""
+    """Returns the rows with an I- tag that continues no entity; none for schemes such as IOB1."""
     if not all(_BIO.fullmatch(name) for name in names):
         return []
     invalid: list[BadRow] = []
@@ -212,7 +210,7 @@ def first_tokens(
 ) -> tuple[int | None, ...]:
     """Returns the index of the first token of each word.
 
-    `tokens` are the words; `offsets` are the characters of each model token in the joined words.
+    `offsets` are the characters of each token in the joined words `tokens`.
     """
     starts = list(accumulate((len(word) + 1 for word in tokens[:-1]), initial=0))
     first: list[int | None] = [None] * len(tokens)

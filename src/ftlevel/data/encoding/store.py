@@ -74,7 +74,7 @@ COLUMNS: dict[str, ColumnCodec] = {
 """Value of `column` in the field metadata → its storage."""
 
 
-def _extra_columns(row_type: type[Encoded]) -> list[tuple[str, ColumnCodec]]:
+def _get_extra_fields(row_type: type[Encoded]) -> list[tuple[str, ColumnCodec]]:
     added = fields(row_type)[len(fields(Encoded)) :]
     return [(field.name, COLUMNS[field.metadata["column"]]) for field in added]
 
@@ -90,7 +90,7 @@ def to_batch(rows: Sequence[Encoded]) -> pa.RecordBatch:
     }
     for name in first.extras:
         arrays[f"extra:{name}"] = pa.array([r.extras[name] for r in rows], _INTS)
-    for name, column in _extra_columns(type(first)):
+    for name, column in _get_extra_fields(type(first)):
         arrays[name] = pa.array([column.store(getattr(r, name)) for r in rows], column.type)
     schema = pa.schema(
         [(name, array.type) for name, array in arrays.items()],
@@ -182,10 +182,7 @@ class RowStore(LazySequence[Encoded]):
         return lengths if self.indices is None else lengths[self.indices]
 
     def gather(self, at: Any) -> tuple[Any, Any]:
-        """Returns the concatenated `input_ids` of the rows at `at` (an array), and row offsets.
-
-        The mapped file is read as int32 values, without building rows.
-        """
+        """Returns the concatenated `input_ids` of the rows at `at` (an array), and row offsets."""
         content, values, offsets = self._input_ids
         rows = np.asarray(at) if self.indices is None else self.indices[at]
         batch = np.searchsorted(self._starts, rows, side="right") - 1
@@ -200,9 +197,8 @@ class RowStore(LazySequence[Encoded]):
 
     @cached_property
     def _input_ids(self) -> tuple[Any, Any, Any]:
-        """The file as int32, and where `input_ids` and row offsets of each batch begin in it."""
-        columns = [batch.column("input_ids") for batch in self._batches]
-        buffers = ((c.values.buffers()[1], c.buffers()[1]) for c in columns)
+        arrays = [batch.column("input_ids") for batch in self._batches]
+        buffers = ((c.values.buffers()[1], c.buffers()[1]) for c in arrays)
         base = self._bytes.address
         indices = np.array([[(b.address - base) // 4 for b in pair] for pair in buffers])
         content = np.frombuffer(self._bytes, np.int32, self._bytes.size // 4)
@@ -210,9 +206,9 @@ class RowStore(LazySequence[Encoded]):
 
     def _view(self, batch: int) -> dict[str, Any]:
         if batch not in self._views:
-            columns = self._batches[batch]
-            names = columns.schema.names
-            self._views[batch] = {name: _as_numpy(columns.column(name)) for name in names}
+            record_batch = self._batches[batch]
+            names = record_batch.schema.names
+            self._views[batch] = {name: _as_numpy(record_batch.column(name)) for name in names}
         return self._views[batch]
 
     def _build(self, at: int) -> Encoded:
@@ -231,14 +227,13 @@ class RowStore(LazySequence[Encoded]):
         extras = {n.removeprefix("extra:"): values(n) for n in view if n.startswith("extra:")}
         added = {
             name: column.restore(values(name) if column.type == _INTS else view[name][i])
-            for name, column in _extra_columns(self._row_type)
+            for name, column in _get_extra_fields(self._row_type)
         }
         ids, row = values("input_ids"), int(view["row"][i])
         return self._row_type(ids, labels, row, extras, **added)
 
 
 def _as_numpy(array: Any) -> Any:
-    """Returns an Arrow array as NumPy: lists as values and offsets; texts stay in Arrow."""
     if pa.types.is_list(array.type):
         return array.values.to_numpy(), array.offsets.to_numpy()
     return array if pa.types.is_string(array.type) else array.to_numpy()

@@ -29,39 +29,39 @@ JSON_ROLES = (NON_TEXT_ROLES | {"ranked"}) - {"label", "id"}
 """Roles whose value is a list or an object; a string value is parsed as JSON."""
 
 
-def resolve_column(name: str, columns: Sequence[str]) -> str | None:
+def resolve_column(name: str, column_names: Sequence[str]) -> str | None:
     """Returns the column that `name` refers to, or None.
 
     An existing name takes precedence. Otherwise `answers.text` is a nested key, `2` the second
     column, `Title+Body` two joined columns, and case is ignored.
     """
-    if name in columns or name.partition(".")[0] in columns:
+    if name in column_names or name.partition(".")[0] in column_names:
         return name
-    if name.isdecimal() and 0 < int(name) <= len(columns):
-        return columns[int(name) - 1]
+    if name.isdecimal() and 0 < int(name) <= len(column_names):
+        return column_names[int(name) - 1]
     if "+" in name:
-        parts = [resolve_column(part.strip(), columns) for part in name.split("+")]
+        parts = [resolve_column(part.strip(), column_names) for part in name.split("+")]
         return "+".join(part for part in parts if part) if all(parts) else None
-    return next((column for column in columns if column.lower() == name.lower()), None)
+    return next((column for column in column_names if column.lower() == name.lower()), None)
 
 
-def column_for_flag(column: str, columns: Sequence[str]) -> str:
+def column_for_flag(column: str, column_names: Sequence[str]) -> str:
     """Returns a column as written in a flag: the name, or the number if the name is long."""
-    use_number = column in columns and is_long(column)
-    return str(columns.index(column) + 1) if use_number else column
+    use_number = column in column_names and is_long(column)
+    return str(column_names.index(column) + 1) if use_number else column
 
 
-def source_columns(column: str, columns: Sequence[str]) -> list[str]:
+def source_columns(column: str, column_names: Sequence[str]) -> list[str]:
     """Returns the table's columns that `column` reads: for `a+b` from `resolve_column`, a and b."""
-    if column in columns:
+    if column in column_names:
         return [column]
     parts = column.split("+")
-    return [part if part in columns else part.partition(".")[0] for part in parts]
+    return [part if part in column_names else part.partition(".")[0] for part in parts]
 
 
-def columns_exist(column: str, columns: Sequence[str]) -> bool:
+def columns_exist(column: str, column_names: Sequence[str]) -> bool:
     """Returns whether all columns that `column` refers to exist."""
-    return all(part in columns for part in source_columns(column, columns))
+    return all(part in column_names for part in source_columns(column, column_names))
 
 
 _ID = re.compile(
@@ -81,9 +81,9 @@ def is_media_column(column: str) -> bool:
     return media_of_name(column) is not None or _FILE.fullmatch(column) is not None
 
 
-def rank_columns(columns: Sequence[str], role: str, rows: Sequence[Row]) -> list[str]:
-    """Returns the `columns` whose values are possible for `role`, the most likely first."""
-    usable = [c for c in columns if not is_id(c) and not is_media_column(c)]
+def rank_columns(column_names: Sequence[str], role: str, rows: Sequence[Row]) -> list[str]:
+    """Returns the `column_names` whose values are possible for `role`, the most likely first."""
+    usable = [c for c in column_names if not is_id(c) and not is_media_column(c)]
     if not rows:
         return usable
     values = {c: [row[c] for row in rows if row.get(c) is not None] for c in usable}
@@ -112,8 +112,8 @@ def format_map_flags(pairs: Mapping[str, str]) -> str:
     return " ".join(f"--map {shlex.quote(f'{role}={column}')}" for role, column in pairs.items())
 
 
-def chosen_roles(names: Mapping[str, str], value: object) -> dict[str, str]:
-    """Returns a column for each role, to train on the chosen answers of a preference dataset.
+def map_preferred_columns(names: Mapping[str, str], value: object) -> dict[str, str]:
+    """Returns role → column to train on the chosen answers of a preference dataset.
 
     `names` are the columns of the preference roles; `value` is the first chosen answer.
     """
@@ -153,21 +153,21 @@ class Language:
     code: str
 
 
-def find_language(role: str, columns: Mapping[str, str], name: str | None) -> Language | None:
-    """Returns the language `name`; without a name, the one named by the role's column, or None."""
+def get_language(role: str, column_mapping: Mapping[str, str], name: str | None) -> Language | None:
+    """Returns the language `name`, else the one named by the column of `role`, or None."""
     if name is not None:
         return parse_language(name)
-    key = columns.get(role, "").rpartition(".")[2]
+    key = column_mapping.get(role, "").rpartition(".")[2]
     return _by_code(key) or _by_name(key)
 
 
-def language_columns(columns: Sequence[str], rows: Sequence[Row]) -> dict[str, str]:
-    """Returns the column of each language, by column names or by keys of `translation`.
+def get_language_mapping(column_names: Sequence[str], rows: Sequence[Row]) -> dict[str, str]:
+    """Returns language → column, from column names or the keys of `translation`.
 
     `rows` are a sample, used to list the keys and to distinguish the column `id` from Indonesian.
     """
-    paths = {column: column for column in columns}
-    nested = next((c for c in columns if c.lower() == "translation"), None)
+    paths = {column: column for column in column_names}
+    nested = next((c for c in column_names if c.lower() == "translation"), None)
     value = rows[0].get(nested) if nested is not None and rows else None
     if isinstance(value, dict):
         paths = {key: f"{nested}.{key}" for key in value}
@@ -180,14 +180,13 @@ def language_columns(columns: Sequence[str], rows: Sequence[Row]) -> dict[str, s
     return languages
 
 
-def select_language_columns(
+def select_language_mapping(
     languages: Mapping[str, str], source: str | None, target: str | None, mapping: Mapping[str, str]
 ) -> dict[str, str]:
     """Returns the columns of the roles source and target, selected by language.
 
-    `languages` maps languages to columns; `source` and `target` are languages given by the user.
-    `mapping` maps roles to columns and takes precedence. Raises `InputError` if the direction is
-    ambiguous or a language is missing.
+    `languages` is language → column; `mapping` (role → column) takes precedence. Raises
+    `InputError` if the direction is ambiguous or a language is missing.
     """
     if not languages or {"source", "target"} <= mapping.keys():
         return {}

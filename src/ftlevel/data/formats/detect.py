@@ -87,8 +87,7 @@ class RoleValues:
     def get(self, role: str) -> Any:
         """Returns the value of `role`; None if the format has no column for it.
 
-        JSON text is parsed if the role is a list or object. In CSV cells it is also parsed if the
-        role may be turns.
+        JSON text is parsed for lists, objects and, in CSV cells, conversations.
         """
         column = self.columns.get(role)
         if column is None:
@@ -108,7 +107,6 @@ class RoleValues:
         return parse_turn_list(value) if is_cell else value
 
     def _join(self, column: str) -> str:
-        """Returns the joined texts of the columns of `column` (`a+b`), without blank ones."""
         texts = []
         for name in column.split("+"):
             value = self._lookup(name)
@@ -121,7 +119,6 @@ class RoleValues:
         return JOINER.join(texts)
 
     def _lookup(self, column: str) -> Any:
-        """Returns the value of a column, or of a nested key such as `answers.text`."""
         if column in self.row:
             return self.row[column]
         value: Any = self.row
@@ -146,21 +143,20 @@ class RoleValues:
 
 
 def explain_columns(
-    columns: Mapping[str, str], mapping: Mapping[str, str], name: str | None
+    column_mapping: Mapping[str, str], mapping: Mapping[str, str], name: str | None
 ) -> str:
-    """Returns how `columns` were chosen, by flags or names; "" if the names equal the roles."""
+    """Returns how the columns were chosen, by flags or names; "" if the names equal the roles."""
     if mapping or name:
         flags = (("--map", mapping), ("--format", name))
         return "by " + " and ".join(flag for flag, value in flags if value)
-    return "" if all(role == column for role, column in columns.items()) else "found by name"
+    return "" if all(role == column for role, column in column_mapping.items()) else "found by name"
 
 
 @dataclass(frozen=True)
 class FormatOptions:
-    """The user's choice of columns.
+    """The user's column mapping (role → column) and the `name` of the format.
 
-    `mapping` is the column by role (`--map`), `name` the format (`--format`). `aim` is a verb for
-    error messages, such as "learn".
+    `aim` is a verb for error messages, such as "learn".
     """
 
     mapping: Mapping[str, str] = field(default_factory=dict)
@@ -225,13 +221,13 @@ class NoFormatError(InputError):
 
 
 def detect_format(
-    columns: Sequence[str],
+    column_names: Sequence[str],
     task: str,
     shapes: Sequence[FormatSpec],
     options: FormatOptions | None = None,
     rows: Sequence[Row] = (),
 ) -> Format:
-    """Detect the format of `columns` for a task: the first of `shapes` that matches.
+    """Returns the format of a table: the first of `shapes` that its columns match.
 
     `options` restrict the shapes. `rows` are a sample, used to suggest flags in errors.
 
@@ -244,24 +240,24 @@ def detect_format(
     inner_roles = {role for shape in selected for role in shape.inner}
     inner = {role: name for role, name in options.mapping.items() if role in inner_roles}
     outer = {role: name for role, name in options.mapping.items() if role not in inner_roles}
-    outer = _resolve_mapping(columns, task, selected, outer)
+    outer = _resolve_mapping(column_names, task, selected, outer)
     mapping = {_role(role, selected): column for role, column in outer.items()}
     by_shape = ((s, {_role(role, [s]): c for role, c in outer.items()}) for s in selected)
     for shape, shape_mapping in (*((shape, mapping) for shape in selected), *by_shape):
         if inner.keys() <= set(shape.inner):
-            matched = _match(shape, columns, shape_mapping)
+            matched = _match(shape, column_names, shape_mapping)
             if matched is not None and matched.keys() >= shape.required.keys():
-                unused = _unused(columns, matched)
+                unused = _unused(column_names, matched)
                 return Format(task, shape.name, shape.build, matched, unused, inner=inner)
     is_selected = len(selected) < len(shapes)
     error = InputError if mapping or is_selected else NoFormatError
-    suggestion = _FormatSuggestion(columns, task, selected, mapping, rows, named=is_selected)
+    suggestion = _FormatSuggestion(column_names, task, selected, mapping, rows, named=is_selected)
     raise error(suggestion.describe(options.aim))
 
 
-def _unused(columns: Sequence[str], matched: Mapping[str, str]) -> tuple[str, ...]:
-    used = {name for column in matched.values() for name in source_columns(column, columns)}
-    return tuple(name for name in columns if name not in used)
+def _unused(column_names: Sequence[str], matched: Mapping[str, str]) -> tuple[str, ...]:
+    used = {name for column in matched.values() for name in source_columns(column, column_names)}
+    return tuple(name for name in column_names if name not in used)
 
 
 def _role(name: str, shapes: Sequence[FormatSpec]) -> str:
@@ -271,9 +267,11 @@ def _role(name: str, shapes: Sequence[FormatSpec]) -> str:
     return next((role for role in _OTHER_ROLES.get(name, ()) if role in roles), name)
 
 
-def fits(columns: Sequence[str], shapes: Sequence[FormatSpec]) -> bool:
-    """Returns whether `columns` have all required roles of one of `shapes`."""
-    return any((_match(shape, columns, {}) or {}).keys() >= set(shape.required) for shape in shapes)
+def fits(column_names: Sequence[str], shapes: Sequence[FormatSpec]) -> bool:
+    """Returns whether `column_names` have all required roles of one of `shapes`."""
+    return any(
+        (_match(shape, column_names, {}) or {}).keys() >= set(shape.required) for shape in shapes
+    )
 
 
 def _select_shapes(shapes: Sequence[FormatSpec], name: str, task: str) -> tuple[FormatSpec, ...]:
@@ -291,29 +289,31 @@ def _select_shapes(shapes: Sequence[FormatSpec], name: str, task: str) -> tuple[
 
 
 def _resolve_mapping(
-    columns: Sequence[str], task: str, shapes: Sequence[FormatSpec], mapping: Mapping[str, str]
+    column_names: Sequence[str], task: str, shapes: Sequence[FormatSpec], mapping: Mapping[str, str]
 ) -> dict[str, str]:
-    """Returns `mapping` with resolved columns; raises for an unknown role or a missing column."""
     roles = list(dict.fromkeys(role for shape in shapes for role in shape.roles))
     problems = []
     resolved = {}
     for role, name in mapping.items():
-        column, flag = resolve_column(name, columns), f"--map {role}={name}"
+        column, flag = resolve_column(name, column_names), f"--map {role}={name}"
         if _role(role, shapes) not in roles:
             problems.append(
                 f"{flag}: --task {task} has no {role!r}.{did_you_mean(role, roles)} "
                 f"It has: {join_names(roles)}."
             )
         if column is None:
-            absent = (part for part in name.split("+") if resolve_column(part, columns) is None)
+            absent = (
+                part for part in name.split("+") if resolve_column(part, column_names) is None
+            )
             part, joined = next(absent, name).strip(), name.replace(",", "+")
-            hint = did_you_mean(part, columns)
-            if joined != name and resolve_column(joined, columns) is not None:
+            hint = did_you_mean(part, column_names)
+            if joined != name and resolve_column(joined, column_names) is not None:
                 hint = f" Columns are joined by a plus: --map {role}={joined}."
             problems.append(
-                f"{flag}: no column {part!r}.{hint} Columns: {join_names(map(quote, columns))}."
+                f"{flag}: no column {part!r}.{hint} "
+                f"Columns: {join_names(map(quote, column_names))}."
             )
-        elif role in NON_TEXT_ROLES and len(source_columns(column, columns)) > 1:
+        elif role in NON_TEXT_ROLES and len(source_columns(column, column_names)) > 1:
             problems.append(f"{flag}: only texts can be joined. Name one column.")
         else:
             resolved[role] = column
@@ -323,13 +323,13 @@ def _resolve_mapping(
 
 
 def _match(
-    shape: FormatSpec, columns: Sequence[str], mapping: Mapping[str, str]
+    shape: FormatSpec, column_names: Sequence[str], mapping: Mapping[str, str]
 ) -> dict[str, str] | None:
     """Returns role → column, as found; None if `mapping` has a role that `shape` lacks."""
     if not mapping.keys() <= shape.roles.keys():
         return None
-    by_name = {column.lower(): column for column in reversed(columns)}
-    by_name |= {column: column for column in columns}
+    by_name = {column.lower(): column for column in reversed(column_names)}
+    by_name |= {column: column for column in column_names}
     matched: dict[str, str] = {}
     used = set(mapping.values())
     for role, names in shape.roles.items():
@@ -343,9 +343,7 @@ def _match(
 
 @dataclass(frozen=True)
 class _FormatSuggestion:
-    """Builds the error for columns that fit none of `shapes`; `named`: the user named a format."""
-
-    columns: Sequence[str]
+    column_names: Sequence[str]
     task: str
     shapes: Sequence[FormatSpec]
     mapping: Mapping[str, str]
@@ -354,15 +352,14 @@ class _FormatSuggestion:
     named: bool
 
     def describe(self, aim: str) -> str:
-        """Returns the message, with the `--map` flags for the closest shape."""
-        listing = f"Columns: {join_names(map(quote, self.columns))}."
+        listing = f"Columns: {join_names(map(quote, self.column_names))}."
         formats = join_names(dict.fromkeys(shape.name for shape in self.shapes))
         suggestions = list(filter(None, map(self._suggest, self.shapes)))
         if not suggestions:
             flags = format_map_flags(self.mapping)
             return f"{flags}: no format of --task {self.task} has all of these. Formats: {formats}."
         flags = min(suggestions, key=lambda suggestion: suggestion[0])[1]
-        media = [quote(name) for name in self.columns if is_media_column(name)]
+        media = [quote(name) for name in self.column_names if is_media_column(name)]
         if media and "=COLUMN" in flags:
             listing = f"{listing} {join_names(media)} contains no text."
         return (
@@ -371,14 +368,10 @@ class _FormatSuggestion:
         )
 
     def _suggest(self, shape: FormatSpec) -> tuple[tuple[int, int, int], str] | None:
-        """Returns a sort key (lower is closer) and the flags that would make `shape` fit.
-
-        None if no column matches, unless the user chose the shape or it is guessable.
-        """
-        matched = _match(shape, self.columns, self.mapping)
+        matched = _match(shape, self.column_names, self.mapping)
         if matched is None:
             return None
-        free = list(_unused(self.columns, matched))
+        free = list(_unused(self.column_names, matched))
         missing = [role for role in shape.required if role not in matched]
         guesses: dict[str, str] = {}
         for role in missing:
@@ -399,13 +392,15 @@ class _FormatSuggestion:
             mapping[role] = column or "COLUMN"
         order = [*self.mapping, *(role for role in shape.required if role in mapping)]
         flags = format_map_flags(
-            {role: column_for_flag(mapping[role], self.columns) for role in order}
+            {role: column_for_flag(mapping[role], self.column_names) for role in order}
         )
         return (lacking, -evidence, len(missing) if evidence else 0), flags
 
     def _is_turns(self, shape: FormatSpec) -> bool:
         roles = list(shape.required)
-        return bool(self.rows and shape.inner and rank_columns(self.columns, roles[0], self.rows))
+        return bool(
+            self.rows and shape.inner and rank_columns(self.column_names, roles[0], self.rows)
+        )
 
 
 _FIRST = ("label",)

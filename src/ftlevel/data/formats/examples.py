@@ -17,7 +17,7 @@ from ftlevel.data.formats.turns import (
     UnusableRowError,
     check_text,
     parse_json,
-    parse_tools,
+    parse_tool_list,
     parse_turns,
 )
 from ftlevel.data.sources.lines import LazySequence, LineRows
@@ -26,31 +26,35 @@ from ftlevel.errors import InputError, join_names, quote
 
 
 @dataclass(frozen=True)
-class ExampleParts:
-    """The texts of an example for the checks of `gate`.
+class ExampleContent:
+    """The texts of an example for the data checks.
 
     Attributes:
-        asked: the input: prompt, user turns, or the text to classify.
-        answered: the target: answer, assistant turns, plain text; "" for a label.
+        input_text: prompt, user turns, or the text to classify.
+        target_text: answer, assistant turns or plain text; "" for a label.
         before: everything before the last answer; "" if there is nothing.
         last: the last answer, or the label.
-        written: whether the model generates `answered` after the input.
+        is_generated: whether the model generates `target_text` after the input.
         one_class: whether `last` is a class of the whole text.
     """
 
-    asked: str
-    answered: str
+    input_text: str
+    target_text: str
     before: str
     last: str
-    written: bool = False
+    is_generated: bool = False
     roles: tuple[str, ...] = ()
     one_class: bool = False
 
 
-def get_example_parts(example: Any) -> ExampleParts:
-    """Returns `example.parts`; if the example has none, all of its text is the target."""
-    parts = getattr(example, "parts", None)
-    return parts if isinstance(parts, ExampleParts) else ExampleParts("", example.key_text, "", "")
+def get_content(example: Any) -> ExampleContent:
+    """Returns `example.content`; if the example has none, all of its text is the target."""
+    content = getattr(example, "content", None)
+    return (
+        content
+        if isinstance(content, ExampleContent)
+        else ExampleContent("", example.key_text, "", "")
+    )
 
 
 @dataclass(frozen=True)
@@ -63,22 +67,20 @@ class Conversation:
 
     @property
     def key_text(self) -> str:
-        """Text that identifies the example in duplicate checks."""
         return "\0".join(f"{m.role}\0{m.content}" for m in self.messages)
 
     @property
-    def parts(self) -> ExampleParts:
-        """The user's and the assistant's texts."""
+    def content(self) -> ExampleContent:
         turns, roles = self.messages, tuple(turn.role for turn in self.messages)
         last = len(roles) - 1 - roles[::-1].index("assistant")
         before = [f"{m.role}\0{m.content}\0{m.extra or ''}" for m in turns[:last]]
         has_prompt = not {"system"}.issuperset(roles[:last])
-        return ExampleParts(
+        return ExampleContent(
             "\n".join(m.content for m in turns if m.content and m.role in ("user", "tool")),
             "\n".join(m.content for m in turns if m.content and m.role == "assistant"),
             "\0".join([*before, str(self.tools or "")]) if has_prompt else "",
             f"{turns[last].content}{turns[last].extra or ''}",
-            written=True,
+            is_generated=True,
             roles=roles,
         )
 
@@ -92,7 +94,6 @@ class PlainText:
 
     @property
     def key_text(self) -> str:
-        """Text that identifies the example in duplicate checks."""
         return self.text
 
 
@@ -106,13 +107,11 @@ class SourceTarget:
 
     @property
     def key_text(self) -> str:
-        """Text that identifies the example in duplicate checks."""
         return f"{self.source}\0{self.target}"
 
     @property
-    def parts(self) -> ExampleParts:
-        """The source and the target."""
-        return ExampleParts(self.source, self.target, self.source, self.target, written=True)
+    def content(self) -> ExampleContent:
+        return ExampleContent(self.source, self.target, self.source, self.target, is_generated=True)
 
 
 @dataclass(frozen=True)
@@ -126,14 +125,12 @@ class LabeledText:
 
     @property
     def key_text(self) -> str:
-        """Text that identifies the example in duplicate checks."""
         return f"{self.text}\0{self.text_pair}\0{self.label}"
 
     @property
-    def parts(self) -> ExampleParts:
-        """The texts and the label."""
+    def content(self) -> ExampleContent:
         text = self.text if self.text_pair is None else f"{self.text}\n{self.text_pair}"
-        return ExampleParts(text, "", text, str(self.label), one_class=True)
+        return ExampleContent(text, "", text, str(self.label), one_class=True)
 
     @property
     def classes(self) -> Sequence[str | int]:
@@ -153,18 +150,15 @@ class TaggedTokens:
 
     @property
     def key_text(self) -> str:
-        """Text that identifies the example in duplicate checks."""
         return "\0".join((*self.tokens, *map(str, self.tags)))
 
     @property
-    def parts(self) -> ExampleParts:
-        """The words and the tags."""
+    def content(self) -> ExampleContent:
         text = " ".join(self.tokens)
-        return ExampleParts(text, "", text, " ".join(map(str, self.tags)))
+        return ExampleContent(text, "", text, " ".join(map(str, self.tags)))
 
     @property
     def classes(self) -> Sequence[str | int]:
-        """The distinct tags."""
         return tuple(dict.fromkeys(self.tags))
 
 
@@ -182,14 +176,12 @@ class Question:
 
     @property
     def key_text(self) -> str:
-        """Text that identifies the example in duplicate checks."""
         return f"{self.question}\0{self.context}\0{self.answers}"
 
     @property
-    def parts(self) -> ExampleParts:
-        """The question with the context, and the answers."""
+    def content(self) -> ExampleContent:
         text = f"{self.question}\n{self.context}"
-        return ExampleParts(text, "", text, str(self.answers))
+        return ExampleContent(text, "", text, str(self.answers))
 
 
 class Example(Protocol):
@@ -212,78 +204,78 @@ class ClassExample(Example, Protocol):
         """The distinct classes of the example."""
 
 
-def build_conversation(roles: RoleValues) -> Conversation:
-    """Build the `Conversation` of the current row."""
-    tools = parse_tools(roles.get("tools"), roles.columns["tools"]) if "tools" in roles else ()
-    return Conversation(tuple(_with_system(_turns(roles), roles)), roles.index, tools)
+def create_conversation(values: RoleValues) -> Conversation:
+    """Create the `Conversation` of the current row."""
+    tools = (
+        parse_tool_list(values.get("tools"), values.columns["tools"]) if "tools" in values else ()
+    )
+    return Conversation(tuple(_with_system(_turns(values), values)), values.index, tools)
 
 
-def _with_system(turns: list[Message], roles: RoleValues) -> list[Message]:
-    """Returns `turns`, preceded by the row's system prompt unless they begin with one."""
-    system = roles.text_or_empty("system")
+def _with_system(turns: list[Message], values: RoleValues) -> list[Message]:
+    system = values.text_or_empty("system")
     return [Message("system", system), *turns] if system and turns[0].role != "system" else turns
 
 
-def _turns(roles: RoleValues) -> list[Message]:
-    """Returns the turns of a row in any conversation format, without its system column."""
+def _turns(values: RoleValues) -> list[Message]:
     for role in ("messages", "conversations"):
-        if role in roles:
-            return parse_turns(roles.get(role), roles.columns[role], names=roles.inner)
-    prompt, completion = roles.get("prompt"), roles.get("completion")
+        if role in values:
+            return parse_turns(values.get(role), values.columns[role], names=values.inner)
+    prompt, completion = values.get("prompt"), values.get("completion")
     if isinstance(prompt, list) and isinstance(completion, list):
-        name = f"{roles.columns['prompt']} + {roles.columns['completion']}"
+        name = f"{values.columns['prompt']} + {values.columns['completion']}"
         return parse_turns([*prompt, *completion], name)
-    answer = "output" if "instruction" in roles else "completion"
-    return [Message("user", _prompt_text(roles)), Message("assistant", roles.text(answer))]
+    answer = "output" if "instruction" in values else "completion"
+    return [Message("user", _prompt_text(values)), Message("assistant", values.text(answer))]
 
 
-def _prompt_text(roles: RoleValues) -> str:
-    if "instruction" not in roles:
-        return roles.text("prompt" if "prompt" in roles else "text")
-    texts = (roles.text("instruction"), roles.text_or_empty("input"))
+def _prompt_text(values: RoleValues) -> str:
+    if "instruction" not in values:
+        return values.text("prompt" if "prompt" in values else "text")
+    texts = (values.text("instruction"), values.text_or_empty("input"))
     return "\n\n".join(filter(None, texts))
 
 
-def build_pair(roles: RoleValues) -> SourceTarget:
-    """Build a `SourceTarget`; a conversation must have one question and one answer."""
+def create_pair(values: RoleValues) -> SourceTarget:
+    """Create a `SourceTarget`; a conversation must have one question and one answer."""
     for source, target in (("document", "summary"), ("source", "target")):
-        if source in roles:
-            return SourceTarget(roles.text(source), roles.text(target), roles.index)
-    turns = _with_system(_turns(roles), roles)
+        if source in values:
+            return SourceTarget(values.text(source), values.text(target), values.index)
+    turns = _with_system(_turns(values), values)
     order = [turn.role for turn in turns if turn.role != "system"]
     if order != ["user", "assistant"]:
         raise UnusableRowError(f"has {len(order)} turns, expected one question and one answer")
     source = "\n\n".join(turn.content for turn in turns[:-1])
-    return SourceTarget(source, turns[-1].content, roles.index)
+    return SourceTarget(source, turns[-1].content, values.index)
 
 
-def build_plain(roles: RoleValues) -> PlainText:
-    """Build the `PlainText` of the current row."""
-    return PlainText(roles.text("text"), roles.index)
+def create_plain_text(values: RoleValues) -> PlainText:
+    """Create the `PlainText` of the current row."""
+    return PlainText(values.text("text"), values.index)
 
 
-def build_labeled_text(roles: RoleValues) -> LabeledText:
-    """Build the `LabeledText` of the current row, with one class."""
-    return _labeled(roles, _class(roles))
+def create_labeled_text(values: RoleValues) -> LabeledText:
+    """Create the `LabeledText` of the current row, with one class."""
+    return _labeled(values, _class(values))
 
 
-def build_multi_label_text(roles: RoleValues) -> LabeledText:
-    """Build the `LabeledText` of the current row, with a tuple of classes."""
-    return _labeled(roles, _classes(roles))
+def create_multi_label_text(values: RoleValues) -> LabeledText:
+    """Create the `LabeledText` of the current row, with a tuple of classes."""
+    return _labeled(values, _classes(values))
 
 
-def build_regression_text(roles: RoleValues) -> LabeledText:
-    """Build the `LabeledText` of the current row, with a quantity."""
-    return _labeled(roles, _quantity(roles))
+def create_regression_text(values: RoleValues) -> LabeledText:
+    """Create the `LabeledText` of the current row, with a quantity."""
+    return _labeled(values, _quantity(values))
 
 
-def _labeled(roles: RoleValues, label: str | int | float | tuple[str | int, ...]) -> LabeledText:
-    pair = roles.text("text_pair") if "text_pair" in roles else None
-    return LabeledText(roles.text("text"), pair, label, roles.index)
+def _labeled(values: RoleValues, label: str | int | float | tuple[str | int, ...]) -> LabeledText:
+    pair = values.text("text_pair") if "text_pair" in values else None
+    return LabeledText(values.text("text"), pair, label, values.index)
 
 
-def _class(roles: RoleValues) -> str | int:
-    label, column = roles.get("label"), repr(roles.columns["label"])
+def _class(values: RoleValues) -> str | int:
+    label, column = values.get("label"), repr(values.columns["label"])
     if type(label) in (float, list):  # in all rows, so that dropping the row does not help
         error = (
             f"is a fraction ({label}). Classes are names or whole numbers. To learn a quantity: "
@@ -292,12 +284,12 @@ def _class(roles: RoleValues) -> str | int:
             else "is a list, and with problem_type single_label_classification each row has one "
             "class. For several: --set data.problem_type=multi_label_classification."
         )
-        raise InputError(f"{roles.table.where(roles.index)}: {column} {error}")
+        raise InputError(f"{values.table.where(values.index)}: {column} {error}")
     return _name(label, column)
 
 
-def _classes(roles: RoleValues) -> tuple[str | int, ...]:
-    labels, column = roles.get("label"), repr(roles.columns["label"])
+def _classes(values: RoleValues) -> tuple[str | int, ...]:
+    labels, column = values.get("label"), repr(values.columns["label"])
     if isinstance(labels, str) and labels.lstrip().startswith("["):  # a CSV cell
         labels = parse_json(labels, column)
     if type(labels) is not list:
@@ -311,8 +303,8 @@ def _classes(roles: RoleValues) -> tuple[str | int, ...]:
     return names
 
 
-def _quantity(roles: RoleValues) -> float:
-    value, column = roles.get("label"), repr(roles.columns["label"])
+def _quantity(values: RoleValues) -> float:
+    value, column = values.get("label"), repr(values.columns["label"])
     if type(value) not in (int, float, str):
         raise UnusableRowError(f"{column} is {json_type_name(value)}, not a number")
     try:
@@ -325,7 +317,6 @@ def _quantity(roles: RoleValues) -> float:
 
 
 def _name(label: object, what: str) -> str | int:
-    """Returns the class name or number `label`, called `what` in errors; booleans become text."""
     if type(label) is bool:
         return "true" if label else "false"
     if type(label) is int:
@@ -333,32 +324,32 @@ def _name(label: object, what: str) -> str | int:
     return check_text(label, what)
 
 
-def build_tagged(roles: RoleValues) -> TaggedTokens:
-    """Build the `TaggedTokens` of the current row."""
-    tokens, tags = roles.get("tokens"), roles.get("tags")
+def create_tagged_tokens(values: RoleValues) -> TaggedTokens:
+    """Create the `TaggedTokens` of the current row."""
+    tokens, tags = values.get("tokens"), values.get("tags")
     for role, value in (("tokens", tokens), ("tags", tags)):
         if type(value) is not list:
-            column = roles.columns[role]
+            column = values.columns[role]
             raise UnusableRowError(f"{column!r} is {json_type_name(value)}, not a list")
     if len(tokens) != len(tags):
         raise UnusableRowError(f"has {len(tokens)} tokens, but {len(tags)} tags")
     if not tokens:
-        raise UnusableRowError(f"{roles.columns['tokens']!r} is empty")
+        raise UnusableRowError(f"{values.columns['tokens']!r} is empty")
     for number, (token, tag) in enumerate(zip(tokens, tags, strict=True), 1):
         check_text(token, f"token {number}")
         if type(tag) is not int:
             check_text(tag, f"tag {number}")
-    return TaggedTokens(tuple(tokens), tuple(tags), roles.index)
+    return TaggedTokens(tuple(tokens), tuple(tags), values.index)
 
 
-def build_question(roles: RoleValues) -> Question:
-    """Build the `Question` of the current row."""
+def create_question(values: RoleValues) -> Question:
+    """Create the `Question` of the current row."""
     context, question, answers = (
-        roles.text("context"),
-        roles.text("question"),
-        roles.get("answers"),
+        values.text("context"),
+        values.text("question"),
+        values.get("answers"),
     )
-    column = roles.columns["answers"]
+    column = values.columns["answers"]
     if type(answers) is not dict or not {"text", "answer_start"} <= answers.keys():
         raise UnusableRowError(f"{column!r} lacks 'text' and 'answer_start'")
     texts, starts = answers["text"], answers["answer_start"]
@@ -368,39 +359,41 @@ def build_question(roles: RoleValues) -> Question:
         check_text(text, "an answer")
         if type(start) is not int or context[start : start + len(text)] != text:
             raise UnusableRowError(f"the answer {text[:40]!r} is not at {start} of the context")
-    return Question(context, question, tuple(zip(texts, starts, strict=True)), roles.index)
+    return Question(context, question, tuple(zip(texts, starts, strict=True)), values.index)
 
 
-PLAIN_TEXT = FormatSpec("text", build_plain, {"text": ("text", "content")})
+PLAIN_TEXT = FormatSpec("text", create_plain_text, {"text": ("text", "content")})
 """Shape of a text whose tokens are all targets."""
 
 
-def build_query_turns(roles: RoleValues) -> Conversation:
-    """Build the conversation that the model is to answer, without final assistant turns."""
+def create_query_conversation(values: RoleValues) -> Conversation:
+    """Create the conversation that the model is to answer, without final assistant turns."""
     for role in ("messages", "conversations", "prompt"):
-        if role in roles and (role != "prompt" or isinstance(roles.get(role), list)):
-            column = roles.columns[role]
-            turns = parse_turns(roles.get(role), column, answered=False, names=roles.inner)
+        if role in values and (role != "prompt" or isinstance(values.get(role), list)):
+            column = values.columns[role]
+            turns = parse_turns(values.get(role), column, needs_assistant=False, names=values.inner)
             while turns and turns[-1].role == "assistant":
                 turns.pop()
             break
     else:
-        turns = [Message("user", _prompt_text(roles))]
+        turns = [Message("user", _prompt_text(values))]
     if not turns:
         raise UnusableRowError("contains no turn to answer")
-    tools = parse_tools(roles.get("tools"), roles.columns["tools"]) if "tools" in roles else ()
-    return Conversation(tuple(_with_system(turns, roles)), roles.index, tools)
+    tools = (
+        parse_tool_list(values.get("tools"), values.columns["tools"]) if "tools" in values else ()
+    )
+    return Conversation(tuple(_with_system(turns, values)), values.index, tools)
 
 
-def build_source(roles: RoleValues) -> SourceTarget:
-    """Build a `SourceTarget` with an empty target, for generation."""
+def create_source(values: RoleValues) -> SourceTarget:
+    """Create a `SourceTarget` with an empty target, for generation."""
     for role in ("document", "source"):
-        if role in roles:
-            return SourceTarget(roles.text(role), "", roles.index)
-    turns = build_query_turns(roles).messages
+        if role in values:
+            return SourceTarget(values.text(role), "", values.index)
+    turns = create_query_conversation(values).messages
     if [turn.role for turn in turns if turn.role != "system"] != ["user"]:
         raise UnusableRowError(f"has {len(turns)} turns, where one question is expected")
-    return SourceTarget("\n\n".join(turn.content for turn in turns), "", roles.index)
+    return SourceTarget("\n\n".join(turn.content for turn in turns), "", values.index)
 
 
 class LazyExamples(LazySequence[Example]):
@@ -415,7 +408,6 @@ class LazyExamples(LazySequence[Example]):
         return len(self._table)
 
     def __iter__(self) -> Iterator[Example]:
-        """Yields the examples in order."""
         return map(self._convert, self._table.rows, range(len(self)))
 
     def _item(self, at: int) -> Example:
@@ -440,24 +432,24 @@ def convert_rows(table: Table, format_: Format) -> tuple[Sequence[Example], list
     lacking = [
         quote(column)
         for column in format_.columns.values()
-        if not columns_exist(column, table.columns)
+        if not columns_exist(column, table.column_names)
     ]
     if lacking:
         raise InputError(
             f"{table.source}: has no column {join_names(lacking)}. Columns: "
-            f"{join_names(map(quote, table.columns))}. Use the same columns in every split."
+            f"{join_names(map(quote, table.column_names))}. Use the same columns in every split."
         )
-    roles = RoleValues(format_, table)
+    values = RoleValues(format_, table)
     examples: list[Example] = []
-    bad: list[BadRow] = []
+    errors: list[BadRow] = []
     is_lazy = isinstance(table.rows, LineRows)
     for index, row in enumerate(table.rows):
-        roles.set_row(row, index)
+        values.set_row(row, index)
         try:
-            example = format_.build(roles)
+            example = format_.build(values)
         except UnusableRowError as error:
-            bad.append(BadRow(table.lines[index], str(error), error.finding))
+            errors.append(BadRow(table.lines[index], str(error), error.finding))
         else:
             if not is_lazy:
                 examples.append(example)
-    return (LazyExamples(table, format_) if is_lazy and not bad else examples), bad
+    return (LazyExamples(table, format_) if is_lazy and not errors else examples), errors

@@ -45,14 +45,13 @@ _Label: TypeAlias = tuple[str | int, int]
 """A class of a row, and the row."""
 
 
-def build_label_set(
+def create_label_set(
     examples: Sequence[ClassExample], table: Table, column: str, names: Sequence[str] = ()
 ) -> LabelSet:
-    """Build the set of classes: `names`, else declared by the source, else found in `examples`.
+    """Returns the classes: `names`, else declared by the source, else those of `examples`.
 
-    Found names are sorted, as numbers if all are digits. `names` are classes from the configuration
-    or an adapter. Raises `InputError` for fewer than two classes, integers other than 0, 1, …
-    without a gap, fractions, and unknown labels.
+    `names` are from the configuration or an adapter. Raises `InputError` for fewer than two
+    classes, integers other than 0, 1, … without a gap, fractions, and unknown labels.
     """
     rows = _labels_of(examples)
     counts = Counter(label for label, _ in rows)
@@ -92,10 +91,10 @@ def check_labels(labels: LabelSet, examples: Sequence[ClassExample], table: Tabl
     _check_supported(labels, _labels_of(examples), table, "is not a class of the training rows")
 
 
-def find_invalid_labels(
+def get_invalid_labels(
     labels: LabelSet | None, examples: Sequence[Any], table: Table, column: str
 ) -> list[BadRow]:
-    """Find the rows whose label is negative, undeclared or missing from `labels`.
+    """Returns the rows whose label is negative, undeclared or missing from `labels`.
 
     `labels` are the classes of the training rows; None if `examples` are the training rows.
     """
@@ -106,8 +105,8 @@ def find_invalid_labels(
         is_negative = isinstance(label, int) and label < 0
         if is_negative or (labels is not None and label not in labels):
             location = table.lines[row]
-            bad = BadRow(location, f"label {label!r} is no class", "unknown_label")
-            invalid.setdefault(location, bad)
+            errors = BadRow(location, f"label {label!r} is no class", "unknown_label")
+            invalid.setdefault(location, errors)
     return list(invalid.values())
 
 
@@ -162,7 +161,6 @@ def _check_numbers(numbers: set[int], rows: Sequence[_Label], table: Table, colu
 
 
 def _is_fraction(name: str) -> bool:
-    """Returns whether a label that is text, as in CSV, is a number with a decimal point."""
     try:
         return not name.strip().isdecimal() and "." in name and float(name) is not None
     except ValueError:
@@ -186,16 +184,16 @@ class LabelVariant:
     rows: tuple[int, ...]
 
 
-def find_variants(
+def get_label_variants(
     examples: Sequence[ClassExample], check: str, names: Iterable[str] = ()
 ) -> list[LabelVariant]:
-    """Find labels that are spelling variants of another label.
+    """Returns labels that are spelling variants of another label.
 
-    `check` is the kind of variant, such as label_typo. `names` are the known classes; without any,
-    the most frequent spelling is the name.
+    `check` is a key of `VARIANTS`. `names` are the known classes; without any, the most frequent
+    spelling is the name.
     """
     if check == "label_typo":
-        return find_typos(examples, names)
+        return get_label_typos(examples, names)
     normalize = LABEL_NORMALIZERS[check]
     rows = _rows_of_labels(examples)
     name_of = {normalize(name): name for name in names}
@@ -217,13 +215,14 @@ _TYPO_RATIO = 5  # the correct label has at least this many times the rows of th
 _MIN_LETTERS = 5  # minimum word length; in shorter words, one letter makes another word
 
 
-def find_typos(examples: Sequence[ClassExample], names: Iterable[str] = ()) -> list[LabelVariant]:
-    """Find rare labels that differ by one letter of a long word from a frequent label.
+def get_label_typos(
+    examples: Sequence[ClassExample], names: Iterable[str] = ()
+) -> list[LabelVariant]:
+    """Returns rare labels that differ by one letter of a long word from a frequent label.
 
     The letter is missing, added, replaced or swapped with its neighbor, but not the first of a
-    word. Different characters between words also count; digits do not. `postive` is a typo of
-    `positive`, but `label1` is not of `label2`, nor `B-PERSON` of `I-PERSON`. Known classes
-    (`names`) are never typos.
+    word. Characters between words also count; digits do not: `postive` is a typo of `positive`,
+    `label1` not of `label2`. Known classes (`names`) are never typos.
     """
     rows = _rows_of_labels(examples)
     similar: dict[str, list[str]] = {}
@@ -236,10 +235,10 @@ def find_typos(examples: Sequence[ClassExample], names: Iterable[str] = ()) -> l
     for label, name in sorted(pairs):
         if label in names or label not in rows or not _is_typo(label.casefold(), name.casefold()):
             continue
-        count = len(rows.get(name, ()))
-        is_rare = name in names or len(rows[label]) * _TYPO_RATIO <= count
+        frequency = len(rows.get(name, ()))
+        is_rare = name in names or len(rows[label]) * _TYPO_RATIO <= frequency
         best = corrected.get(label)
-        if is_rare and (best is None or count > len(rows.get(best, ()))):
+        if is_rare and (best is None or frequency > len(rows.get(best, ()))):
             corrected[label] = name
     return [LabelVariant(label, name, tuple(rows[label])) for label, name in corrected.items()]
 
@@ -276,7 +275,7 @@ def _count_common(one: str, name: str) -> int:
 
 @dataclass(frozen=True)
 class LabelNormalizer:
-    """Example builder that replaces spelling variants of labels by the names of their classes.
+    """Converts rows to examples with class names in place of spelling variants.
 
     `names` maps the result of `normalize` to the class name.
     """
@@ -285,9 +284,9 @@ class LabelNormalizer:
     normalize: Callable[[str], str]
     names: Mapping[str, str]
 
-    def __call__(self, roles: Any) -> Any:
-        """Returns the example of a row, with class names in place of spelling variants."""
-        example = self.build(roles)
+    def __call__(self, values: Any) -> Any:
+        """Returns the example of the current row."""
+        example = self.build(values)
         if isinstance(example, LabeledText) and isinstance(example.label, str):
             return replace(example, label=self._name(example.label))
         if isinstance(example, LabeledText) and isinstance(example.label, tuple):
@@ -310,8 +309,8 @@ def choose_problem_type(
 ) -> tuple[ProblemType, str]:
     """Returns the problem type of a label column, and the reason.
 
-    Lists (or, in all rows, JSON text of lists) are multi-label; numbers with a fraction are
-    regression. All others are single-label, including integers, which may be meant as quantities.
+    Lists (or, in all rows, JSON text of lists) are multi-label, numbers with a fraction regression.
+    All others are single-label, including integers, which may be meant as quantities.
     """
     if problem_type != "auto":
         return problem_type, ""
@@ -342,7 +341,6 @@ def _is_json_list(value: Any) -> bool:
 
 
 def _has_quantities(values: Sequence[Any]) -> bool:
-    """Returns whether all values are numbers or numeric text, and one has a fraction."""
     try:
         numbers = [float(value) for value in values if value is not None]
     except (TypeError, ValueError):
@@ -360,12 +358,12 @@ def split_words(text: str) -> list[tuple[int, int]]:
     return [match.span() for match in _WORDS.finditer(text)]
 
 
-def build_spans(roles: RoleValues) -> TaggedTokens:
-    """Build the words of a text with the tags of its spans."""
-    text, column, items = roles.text("text"), repr(roles.columns["spans"]), roles.get("spans")
+def create_tagged_words(values: RoleValues) -> TaggedTokens:
+    """Create the words of a text with the tags of its spans."""
+    text, column, items = values.text("text"), repr(values.columns["spans"]), values.get("spans")
     if type(items) is not list:
         raise UnusableRowError(f"{column} is {json_type_name(items)}, not a list of spans")
-    spans = sorted(_read_span(item, f"span {i} of {column}") for i, item in enumerate(items, 1))
+    spans = sorted(_parse_span(item, f"span {i} of {column}") for i, item in enumerate(items, 1))
     for (_, end, _), (start, *_) in pairwise(spans):
         if start < end:
             raise UnusableRowError(f"two spans of {column} overlap at {start}; a word has one tag")
@@ -373,11 +371,11 @@ def build_spans(roles: RoleValues) -> TaggedTokens:
     tags = ["O"] * len(words)
     for span in spans:
         _tag(tags, words, text, span)
-    return TaggedTokens(tuple(text[a:b] for a, b in words), tuple(tags), roles.index)
+    return TaggedTokens(tuple(text[a:b] for a, b in words), tuple(tags), values.index)
 
 
-def _read_span(item: object, name: str) -> Span:
-    """Parse a span from `{"start", "end", "label"}` or a list of the three."""
+def _parse_span(item: object, name: str) -> Span:
+    """Returns a span from `{"start", "end", "label"}` or a list of the three."""
     if isinstance(item, dict):
         if not {"start", "end", "label"} <= item.keys():
             raise UnusableRowError(f"{name} needs start, end and label (keys: {', '.join(item)})")
@@ -395,7 +393,6 @@ def _read_span(item: object, name: str) -> Span:
 
 
 def _tag(tags: list[str], spans: Sequence[tuple[int, int]], text: str, span: Span) -> None:
-    """Write the tags of a span into `tags`; raise `UnusableRowError` if it cuts a word."""
     begin, end, label = span
     if end > len(text):
         raise UnusableRowError(f"{label!r} goes to {end}, and the text has {len(text)} characters")

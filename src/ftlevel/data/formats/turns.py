@@ -81,12 +81,16 @@ def check_text(value: object, what: str) -> str:
 
 
 def parse_turns(
-    value: object, column: str, *, answered: bool = True, names: Mapping[str, str] | None = None
+    value: object,
+    column: str,
+    *,
+    needs_assistant: bool = True,
+    names: Mapping[str, str] | None = None,
 ) -> list[Message]:
-    """Parse the turns of a list of objects; raise `UnusableRowError` for other values.
+    """Returns the turns of a list of objects; raises `UnusableRowError` for other values.
 
-    `answered` requires an assistant turn. `names` are the data's names of `role`, `content`, `user`
-    and `assistant`.
+    `needs_assistant` requires an assistant turn. `names` are the data's names of `role`, `content`,
+    `user` and `assistant`.
     """
     if type(value) is not list:
         finding = "null_content" if value is None else ""
@@ -98,13 +102,13 @@ def parse_turns(
         for number, item in enumerate(value, 1)
         if (turn := _parse_turn(item, f"turn {number} of {column!r}", names or {})) is not None
     ]
-    if answered and not any(turn.role == "assistant" for turn in turns):
+    if needs_assistant and not any(turn.role == "assistant" for turn in turns):
         raise UnusableRowError(f"{column!r} has no assistant turn", "unsupervised")
     return turns
 
 
-def parse_tools(value: object, column: str) -> tuple[dict[str, Any], ...]:
-    """Parse the tools of a row from a list of objects or its JSON text."""
+def parse_tool_list(value: object, column: str) -> tuple[dict[str, Any], ...]:
+    """Returns the tools of a row from a list of objects or its JSON text."""
     if isinstance(value, str):
         value = parse_json(value, repr(column)) if value.strip() else []
     if value is None:
@@ -116,15 +120,13 @@ def parse_tools(value: object, column: str) -> tuple[dict[str, Any], ...]:
     return tuple(value)
 
 
-def _find_keys(item: Mapping[str, Any], names: Mapping[str, str]) -> tuple[str, str]:
-    """Find the keys of a turn's role and text, from `names` or the usual ones."""
+def _get_keys(item: Mapping[str, Any], names: Mapping[str, str]) -> tuple[str, str]:
     role = next((key for key in _ROLE_KEYS if key in item), "role")
     text = next((key for key in _TEXT_KEYS if key in item), _TEXT_KEYS[role == "from"])
     return names.get("role", role), names.get("content", text)
 
 
-def _find_role(name: object, names: Mapping[str, str]) -> str | None:
-    """Find the role called `name`, or None; `names` maps normalized roles to the data's names."""
+def _get_role(name: object, names: Mapping[str, str]) -> str | None:
     if not isinstance(name, str):
         return None
     renamed = next((role for role in ("user", "assistant") if names.get(role) == name), None)
@@ -136,7 +138,7 @@ def _parse_turn(item: object, what: str, names: Mapping[str, str]) -> Message | 
         raise UnusableRowError(
             f"{what} is {json_type_name(item)}, not an object with role and content"
         )
-    role_key, text_key = _find_keys(item, names)
+    role_key, text_key = _get_keys(item, names)
     calls = item.get("tool_calls")
     for key, part in ((role_key, "role"), (text_key, "content")):
         if key not in item and not (calls and key == text_key):
@@ -152,7 +154,7 @@ def _parse_turn(item: object, what: str, names: Mapping[str, str]) -> Message | 
     if item.get("weight") == 0:
         raise UnusableRowError(f"{what} has weight 0; per-turn weights are not supported")
     name, text = item[role_key], item.get(text_key)
-    role = _find_role(name, names)
+    role = _get_role(name, names)
     if role is None:
         hint = did_you_mean(str(name), _ROLES).strip().lower()
         hint = hint or "known: system, user, assistant, tool, human, gpt"
@@ -179,7 +181,6 @@ def _parse_turn(item: object, what: str, names: Mapping[str, str]) -> Message | 
 
 
 def _refuse_parts(parts: Sequence[Any], what: str) -> NoReturn:
-    """Raise `UnusableRowError`: `what` is a list of parts, as in multimodal data."""
     types = [part.get("type", next(iter(part), "")) for part in parts if isinstance(part, dict)]
     type_name = next((type_ for type_ in types if type_ != "text"), None)
     if type_name is None:
@@ -190,7 +191,6 @@ def _refuse_parts(parts: Sequence[Any], what: str) -> NoReturn:
 
 
 def _parse_call(call: object, what: str) -> dict[str, Any]:
-    """Parse a tool call in OpenAI's format, with its arguments as an object."""
     function = call.get("function", call) if isinstance(call, dict) else None
     if not isinstance(function, dict) or "name" not in function:
         raise UnusableRowError(f"{what} has a tool call without a function and its name")
@@ -202,7 +202,7 @@ def _parse_call(call: object, what: str) -> dict[str, Any]:
 
 
 def parse_json(text: str, what: str) -> Any:
-    """Parse the JSON `text`, called `what` in errors; raise `UnusableRowError` if it is invalid."""
+    """Returns the value of the JSON `text`; `UnusableRowError`, naming `what`, if it is invalid."""
     try:
         return json.loads(text)
     except ValueError as error:
@@ -210,13 +210,12 @@ def parse_json(text: str, what: str) -> Any:
 
 
 def parse_turn_list(text: str) -> Any:
-    """Parse the turns if `text` is JSON of a list of turns; else return `text`."""
+    """Returns the turns if `text` is JSON of a list of turns; else `text`."""
     try:
         turns = json.loads(text)
     except ValueError:
         return text
     is_turns = isinstance(turns, list) and all(
-        isinstance(turn, dict) and _find_role(turn.get(_find_keys(turn, {})[0]), {})
-        for turn in turns
+        isinstance(turn, dict) and _get_role(turn.get(_get_keys(turn, {})[0]), {}) for turn in turns
     )
     return turns if is_turns and turns else text

@@ -40,7 +40,6 @@ class Finding:
         return CHECKS[self.name].title
 
     def __str__(self) -> str:
-        """Returns one line without a final period."""
         places, more = join_names(self.places), self.count - len(self.places)
         if more and self.name not in _WHOLE_SET:
             places += f" and {more:,} more"
@@ -48,14 +47,14 @@ class Finding:
         return f"{self.title}: {self.count:,} of {self.total:,} {self.split} rows{places}"
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns the fields, for `summary.json` and `--json`."""
+        """Returns the fields for `summary.json` and `--json`."""
         return {**asdict(self), "places": list(self.places), "title": self.title}
 
 
-def build_finding(
+def create_finding(
     name: str, split: str, count: int, total: int, places: Sequence[str], policy: GateConfig
 ) -> Finding | None:
-    """Build a `Finding` with `policy`'s action; None if `count` is 0 or the action is ignore."""
+    """Returns the finding with `policy`'s action; None for no row or an ignored check."""
     action: Action = getattr(policy, name)
     if not count or action == "ignore":
         return None

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from ftlevel.data.encoding.encode import IGNORED, Encoded
 from ftlevel.data.encoding.store import RowStore
-from ftlevel.data.formats.examples import ExampleParts
+from ftlevel.data.formats.examples import ExampleContent
 from ftlevel.objectives import Checks
 
 _ROWS = 4_096
@@ -24,7 +24,7 @@ Mask = NDArray[np.bool_]
 
 @dataclass(frozen=True)
 class Ragged:
-    """Integers of several rows: row i is `values[starts[i]:starts[i + 1]]`."""
+    """Integers of several rows; row i is `values[starts[i]:starts[i + 1]]`."""
 
     values: NDArray[np.int32]
     starts: Integers
@@ -38,7 +38,7 @@ class Ragged:
         return np.diff(self.starts)
 
     def count(self, mask: Mask) -> Integers:
-        """Count true values of `mask` in each row."""
+        """Returns the number of true values of `mask` in each row."""
         total = np.concatenate(([0], np.cumsum(mask)))
         return total[self.starts[1:]] - total[self.starts[:-1]]
 
@@ -48,7 +48,7 @@ class Ragged:
 
 
 def lay_out(rows: Iterable[Sequence[int]]) -> Ragged:
-    """Concatenate `rows` as a `Ragged`."""
+    """Returns `rows` as a `Ragged`."""
     rows = list(rows)
     offsets = np.cumsum([0, *map(len, rows)], dtype=np.int64)
     values = np.fromiter(chain.from_iterable(rows), dtype=np.int32, count=int(offsets[-1]))
@@ -62,24 +62,24 @@ def gather(rows: Sequence[Encoded], at: Integers) -> Ragged:
     return lay_out(rows[i].input_ids for i in at.tolist())
 
 
-def examples_of(rows: Sequence[Encoded], at: Integers) -> Integers:
+def get_example_indices(rows: Sequence[Encoded], at: Integers) -> Integers:
     """Returns the example index of each row whose index is in `at`."""
     return np.fromiter((rows[i].row for i in at.tolist()), dtype=np.int64, count=len(at))
 
 
-def rows_of_examples(rows: Sequence[Encoded], examples: Integers) -> Mask:
-    """Returns a mask of the rows that belong to `examples`."""
+def get_row_mask(rows: Sequence[Encoded], examples: Integers) -> Mask:
+    """Returns a mask of the rows that belong to `examples` (indices)."""
     if not len(examples):
         return np.zeros(len(rows), dtype=bool)
     masks = [np.isin(flat.example, examples) for flat in flat_batches(rows)]
     return np.concatenate(masks) if masks else np.zeros(0, dtype=bool)
 
 
-def examples_in(rows: Sequence[Encoded], keep: Mask, total: int) -> Mask:
-    """Returns a mask of the `total` examples: true if `keep` selects a row of the example."""
+def get_example_mask(rows: Sequence[Encoded], keep: Mask, total: int) -> Mask:
+    """Returns a mask of the `total` examples: whether `keep` selects one of its rows."""
     mask = np.zeros(total, dtype=bool)
     if not isinstance(rows, RowStore):
-        mask[examples_of(rows, np.flatnonzero(keep))] = True
+        mask[get_example_indices(rows, np.flatnonzero(keep))] = True
         return mask
     start = 0
     for batch in rows.batches():
@@ -125,7 +125,7 @@ class FlatRows:
 
 
 def flat_batches(rows: Sequence[Encoded]) -> Iterator[FlatRows]:
-    """Yields rows in batches of a few thousand; rows of one example stay together."""
+    """Yields rows in batches of a few thousand, without splitting an example."""
     if isinstance(rows, RowStore):
         for batch in rows.batches():
             labels = _ragged(batch.column("labels")) if rows.has_token_labels else None
@@ -141,7 +141,7 @@ def flat_batches(rows: Sequence[Encoded]) -> Iterator[FlatRows]:
         start = end
 
 
-ONE_CLASS_SHARE = 0.95
+MAJORITY_CLASS_RATIO = 0.95
 _TWO_TOKENS = 3  # with a space between the two tags
 
 
@@ -162,10 +162,11 @@ class TokenCheckContext:
     empty_thinks: tuple[tuple[int, ...], ...] = ()
 
 
-def find_missing_eos(flat: FlatRows, ends: Collection[int]) -> Mask:
-    """Flag rows with an answer that does not end with one of the token ids `ends`.
+def has_missing_eos(flat: FlatRows, ends: Collection[int]) -> Mask:
+    """Returns a mask of rows with an answer that does not end with an id of `ends`.
 
-    An answer is a sequence of supervised tokens. Only the last piece of a split text needs an end.
+    An answer is a run of supervised tokens. If an example was split, only its last row needs an
+    end.
     """
     if flat.labels is None:
         return np.zeros(len(flat.ids), dtype=bool)
@@ -180,8 +181,8 @@ def find_missing_eos(flat: FlatRows, ends: Collection[int]) -> Mask:
     return missing
 
 
-def find_double_bos(flat: FlatRows, bos: int | None) -> Mask:
-    """Flag rows that begin with `bos` twice."""
+def has_double_bos(flat: FlatRows, bos: int | None) -> Mask:
+    """Returns a mask of the rows that begin with `bos` twice."""
     mask = np.zeros(len(flat.ids), dtype=bool)
     if bos is not None:
         pairs = np.flatnonzero(flat.ids.lengths > 1)
@@ -190,8 +191,11 @@ def find_double_bos(flat: FlatRows, bos: int | None) -> Mask:
     return mask
 
 
-def find_out_of_range(flat: FlatRows, vocabulary: int, *, token_labels: bool) -> Mask:
-    """Flag rows with a token id outside the embedding; with `token_labels`, also in the labels."""
+def has_invalid_ids(flat: FlatRows, vocabulary: int, *, token_labels: bool) -> Mask:
+    """Returns a mask of the rows with a token id outside the embedding.
+
+    With `token_labels`, labels are checked as well.
+    """
     ids = flat.ids.values
     mask = flat.ids.any((ids >= vocabulary) | (ids < 0))
     if token_labels and flat.labels is not None:
@@ -200,8 +204,8 @@ def find_out_of_range(flat: FlatRows, vocabulary: int, *, token_labels: bool) ->
     return mask
 
 
-def find_empty_thinks(tokenizer: Any) -> tuple[tuple[int, ...], ...]:
-    """Find the token ids of an empty <think></think> in common spellings."""
+def get_empty_think_ids(tokenizer: Any) -> tuple[tuple[int, ...], ...]:
+    """Returns the token ids of an empty <think></think>, for several kinds of white space."""
     spellings = set()
     for space in ("", " ", "\n", "\n\n"):
         text = f"<think>{space}</think>"
@@ -210,8 +214,8 @@ def find_empty_thinks(tokenizer: Any) -> tuple[tuple[int, ...], ...]:
     return tuple(spellings)
 
 
-def find_empty_think(flat: FlatRows, spellings: Iterable[tuple[int, ...]]) -> Mask:
-    """Flag rows whose labels contain one of `spellings` (token ids)."""
+def has_empty_think(flat: FlatRows, spellings: Iterable[tuple[int, ...]]) -> Mask:
+    """Returns a mask of the rows whose labels contain one of `spellings` (token ids)."""
     if flat.labels is None:
         return np.zeros(len(flat.ids), dtype=bool)
     labels = flat.labels.values
@@ -223,28 +227,28 @@ def find_empty_think(flat: FlatRows, spellings: Iterable[tuple[int, ...]]) -> Ma
     return flat.labels.any(mask)
 
 
-def find_majority_class(labels: Iterable[object]) -> tuple[object, int] | None:
-    """Find the class with at least `ONE_CLASS_SHARE` of `labels` and its count, or None."""
+def get_majority_class(labels: Iterable[object]) -> tuple[object, int] | None:
+    """Returns the class of at least 95 % of the `labels` and its count, or None."""
     counts = Counter(labels)
     for label, count in counts.most_common(1):
-        if count >= ONE_CLASS_SHARE * counts.total():
+        if count >= MAJORITY_CLASS_RATIO * counts.total():
             return label, count
     return None
 
 
 TOKEN_CHECKS: dict[str, Callable[[FlatRows, TokenCheckContext], Mask | None]] = {
-    "double_bos": lambda flat, context: find_double_bos(flat, context.bos),
-    "token_range": lambda flat, context: find_out_of_range(
+    "double_bos": lambda flat, context: has_double_bos(flat, context.bos),
+    "token_range": lambda flat, context: has_invalid_ids(
         flat, context.vocabulary, token_labels=context.checks.token_labels
     ),
     "unsupervised": lambda flat, context: (
         flat.supervised() == 0 if context.checks.supervised else None
     ),
     "missing_eos": lambda flat, context: (
-        find_missing_eos(flat, context.ends) if context.checks.ends and context.ends else None
+        has_missing_eos(flat, context.ends) if context.checks.ends and context.ends else None
     ),
     "empty_think": lambda flat, context: (
-        find_empty_think(flat, context.empty_thinks) if context.checks.ends else None
+        has_empty_think(flat, context.empty_thinks) if context.checks.ends else None
     ),
 }
 """Field of `config.gate` → check that returns a mask of rows; None if it does not apply."""
@@ -273,48 +277,50 @@ class TextCheckContext:
         object.__setattr__(self, "starts", tuple({text[:2] for text in self.special}))
 
 
-def has_invalid_turn_order(parts: ExampleParts, _: TextCheckContext) -> bool:
+def has_invalid_turn_order(content: ExampleContent, _: TextCheckContext) -> bool:
     """Returns whether a conversation starts with the assistant, or does not end with it."""
-    turns = [role for role in parts.roles if role != "system"]
+    turns = [role for role in content.roles if role != "system"]
     return bool(turns) and (turns[0] == "assistant" or turns[-1] != "assistant")
 
 
-def has_lost_characters(parts: ExampleParts, _: TextCheckContext) -> bool:
+def has_lost_characters(content: ExampleContent, _: TextCheckContext) -> bool:
     """Returns whether a text contains NUL or U+FFFD, the replacement character."""
-    return any("\ufffd" in text or "\0" in text for text in (parts.answered, parts.asked))
+    return any(
+        "\ufffd" in text or "\0" in text for text in (content.target_text, content.input_text)
+    )
 
 
-def has_html(parts: ExampleParts, _: TextCheckContext) -> bool:
+def has_html(content: ExampleContent, _: TextCheckContext) -> bool:
     """Returns whether a text contains HTML tags or entities outside of code spans."""
     return any(
         ("<" in text or "&" in text) and _TAG.search(text) and _TAG.search(_CODE.sub("", text))
-        for text in (parts.asked, parts.answered)
+        for text in (content.input_text, content.target_text)
     )
 
 
-def has_special_token(parts: ExampleParts, context: TextCheckContext) -> bool:
+def has_special_token(content: ExampleContent, context: TextCheckContext) -> bool:
     """Returns whether a text contains a special token, which the tokenizer would encode as such."""
-    return parts.written and any(
+    return content.is_generated and any(
         any(start in text for start in context.starts)
         and any(token in text for token in context.special)
-        for text in (parts.asked, parts.answered)
+        for text in (content.input_text, content.target_text)
     )
 
 
-def answer_repeats_prompt(parts: ExampleParts, _: TextCheckContext) -> bool:
+def answer_repeats_prompt(content: ExampleContent, _: TextCheckContext) -> bool:
     """Returns whether the answer repeats the prompt; False for answers of one or two words."""
-    if not parts.written:
+    if not content.is_generated:
         return False
-    asked, answered = parts.asked, parts.answered
-    if abs(len(asked) - len(answered)) > _MAX_WHITE_SPACE:
+    source, target = content.input_text, content.target_text
+    if abs(len(source) - len(target)) > _MAX_WHITE_SPACE:
         return False
-    tokens = answered.casefold().split()
-    return len(tokens) >= _MIN_WORDS and tokens == asked.casefold().split()
+    tokens = target.casefold().split()
+    return len(tokens) >= _MIN_WORDS and tokens == source.casefold().split()
 
 
 _MAX_WHITE_SPACE = 16
 
-TEXT_CHECKS: dict[str, Callable[[ExampleParts, TextCheckContext], bool]] = {
+TEXT_CHECKS: dict[str, Callable[[ExampleContent, TextCheckContext], bool]] = {
     "turn_order": has_invalid_turn_order,
     "lost_characters": has_lost_characters,
     "html": has_html,

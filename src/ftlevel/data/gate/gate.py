@@ -25,7 +25,7 @@ from ftlevel.config.gate import Action
 from ftlevel.data.encoding.encode import Encoded
 from ftlevel.data.encoding.fit import FittedRows
 from ftlevel.data.encoding.store import RowStore, row_lengths, select_rows
-from ftlevel.data.gate import MAX_SHOWN, Finding, build_finding, wordings
+from ftlevel.data.gate import MAX_SHOWN, Finding, create_finding, wordings
 from ftlevel.data.gate.checks import (
     TEXT_CHECKS,
     TOKEN_CHECKS,
@@ -33,18 +33,18 @@ from ftlevel.data.gate.checks import (
     Mask,
     Ragged,
     TokenCheckContext,
-    examples_in,
-    examples_of,
     flat_batches,
-    rows_of_examples,
+    get_example_indices,
+    get_example_mask,
+    get_row_mask,
 )
 from ftlevel.data.gate.similarity import (
     GRAM,
     Digests,
     Hashes,
     distinct,
-    find_similar,
     hash_grams,
+    is_similar,
     mix,
     partition_keys,
 )
@@ -59,8 +59,10 @@ _MAX_PARTS = 64  # limit: each part scans all keys
 _NONE = np.zeros(0, dtype=np.int64)
 
 
-def find_repeated(keys: NDArray[Any], selected: Mask | None = None) -> tuple[Integers, Integers]:
-    """Returns the indices of keys that occurred before, and of the first occurrence of each.
+def get_repeated_keys(
+    keys: NDArray[Any], selected: Mask | None = None
+) -> tuple[Integers, Integers]:
+    """Returns the indices of keys that occurred before, and of their first occurrences.
 
     `selected` masks the keys to compare; None compares all.
     """
@@ -70,8 +72,8 @@ def find_repeated(keys: NDArray[Any], selected: Mask | None = None) -> tuple[Int
     return again[order], first[order]
 
 
-def find_members(keys: NDArray[Any], others: NDArray[Any]) -> Integers:
-    """Find the indices of `keys` that occur in `others`, which may be on disk."""
+def get_common_keys(keys: NDArray[Any], others: NDArray[Any]) -> Integers:
+    """Returns the indices of `keys` that occur in `others`, which may be on disk."""
     mask = np.zeros(len(keys), dtype=bool)
     for start in range(0, len(others), _PART_KEYS):
         mask |= np.isin(keys, others[start : start + _PART_KEYS])
@@ -87,10 +89,10 @@ def _repeated(keys: NDArray[Any], selected: Mask | None) -> Iterator[tuple[Integ
         yield part[again], part[original[again]]
 
 
-def find_near_duplicates(rows: Sequence[Encoded], skip: Mask) -> tuple[Integers, Integers]:
-    """Find near duplicates of previous rows, and the row that each one repeats.
+def get_near_duplicates(rows: Sequence[Encoded], skip: Mask) -> tuple[Integers, Integers]:
+    """Returns the near duplicates of previous rows, and for each the row that it repeats.
 
-    A prefix common to all rows, such as a system prompt, is ignored. `skip` marks known duplicates.
+    A prefix common to all rows, such as a system prompt, is ignored. `skip` masks known duplicates.
     """
     prefix, lengths = _common_prefix(rows), row_lengths(rows)
     selected = ~skip
@@ -106,10 +108,10 @@ def find_near_duplicates(rows: Sequence[Encoded], skip: Mask) -> tuple[Integers,
         for band in keys:
             for again, first in _repeated(band, selected):
                 again, first = again[unmatched[again]], first[unmatched[again]]
-                near = find_similar(rows, lengths, again, first, prefix)
-                unmatched[again[near]] = False
-                duplicates.append(again[near])
-                originals.append(first[near])
+                matches = is_similar(rows, lengths, again, first, prefix)
+                unmatched[again[matches]] = False
+                duplicates.append(again[matches])
+                originals.append(first[matches])
     again = np.concatenate(duplicates)
     order = np.argsort(again)
     return again[order], np.concatenate(originals)[order]
@@ -129,7 +131,6 @@ def _array_on_disk(rows: Sequence[Encoded], shape: tuple[int, ...]) -> Iterator[
 
 
 def _common_prefix(rows: Sequence[Encoded]) -> int:
-    """Returns the number of leading tokens shared by all rows; 0 for a single row."""
     if len(rows) < 2:
         return 0
     first = rows[0].input_ids
@@ -144,7 +145,7 @@ def _common_prefix(rows: Sequence[Encoded]) -> int:
 
 
 def _band_keys(ids: Ragged, prefix: int, selected: Mask) -> Hashes:
-    """Returns MinHash band keys `(rows, bands)` of the `selected` rows."""
+    """Returns the MinHash keys `(rows, bands)` of the `selected` rows, from their 5-grams."""
     generator = np.random.default_rng(0)
     factors = generator.integers(2**31, 2**32, _BANDS * _DEPTH, dtype=np.uint32) | np.uint32(1)
     offsets = generator.integers(0, 2**32, _BANDS * _DEPTH, dtype=np.uint32)
@@ -157,39 +158,39 @@ def _band_keys(ids: Ragged, prefix: int, selected: Mask) -> Hashes:
     return keys
 
 
-ONE_ANSWER_SHARE = 0.95
+MAJORITY_TARGET_RATIO = 0.95
 _MIN_ROWS = 10
 _SAMPLE = 1_000
 _BUCKETS = 1 << 16
 _WORDS = 200  # examined per side
 _MIN_MEDIAN = 10.0  # nats
-_SWAPPED_SHARE = 0.2
+_SWAP_RATIO = 0.2
 
 
-def find_conflicts(digests: Digests) -> tuple[Integers, Integers]:
-    """Find examples whose prompt occurred before with another answer, and its first occurrence."""
+def get_conflicts(digests: Digests) -> tuple[Integers, Integers]:
+    """Returns the examples whose prompt occurred before with another answer, and where first."""
     prompts, answers = digests.records["before"], digests.records["last"]
-    again, first = find_repeated(prompts, prompts != 0)
+    again, first = get_repeated_keys(prompts, prompts != 0)
     conflict = answers[again] != answers[first]
     return again[conflict], first[conflict]
 
 
-def find_one_answer(digests: Digests) -> Integers:
-    """Find examples with the most frequent answer, if at least 95 % share it."""
+def get_majority_target(digests: Digests) -> Integers:
+    """Returns the examples with the most frequent answer; empty if below 95 % of all."""
     records = digests.records
     answers = records["last"]
     if len(answers) < _MIN_ROWS or not records["before"].all():
         return _NONE
     values, counts = np.unique(answers[:: -(-len(answers) // _SAMPLE)], return_counts=True)
     matches = np.flatnonzero(answers == values[np.argmax(counts)])
-    return matches if len(matches) >= ONE_ANSWER_SHARE * len(answers) else matches[:0]
+    return matches if len(matches) >= MAJORITY_TARGET_RATIO * len(answers) else matches[:0]
 
 
-def find_swapped(digests: Digests) -> Integers:
-    """Find examples whose prompt and answer appear to be swapped.
+def get_swapped(digests: Digests) -> Integers:
+    """Returns the examples whose prompt and answer appear to be swapped.
 
-    A naive Bayes model compares the words of each row with those of all other prompts and answers.
-    It is used only if it separates prompts from answers by a median of 10 nats.
+    A naive Bayes model compares the words of each example with those of all other prompts and
+    answers. It is used only if it separates prompts from answers by a median of 10 nats.
     """
     index = WordIndex.of(digests)
     vectors = np.zeros((2, _BUCKETS))
@@ -200,28 +201,30 @@ def find_swapped(digests: Digests) -> Integers:
     score = np.zeros(len(index))
     for start, end in index.spans():
         bucket, side, row = _sides(index, start, end)
-        asked = vectors[0][bucket] - (side == 0)
-        answered = vectors[1][bucket] - (side == 1)
-        for_asked = np.log(asked + 0.5) - np.log(answered + 0.5)
-        weight = np.where(asked + answered > 0, np.where(side == 0, for_asked, -for_asked), 0)
+        prompt_counts = vectors[0][bucket] - (side == 0)
+        answer_counts = vectors[1][bucket] - (side == 1)
+        log_ratio = np.log(prompt_counts + 0.5) - np.log(answer_counts + 0.5)
+        weight = np.where(
+            prompt_counts + answer_counts > 0, np.where(side == 0, log_ratio, -log_ratio), 0
+        )
         score[start:end] = np.bincount(row, weight, minlength=end - start)
     if len(score) < _MIN_ROWS or (median := float(np.median(score))) < _MIN_MEDIAN:
         return _NONE
-    return np.flatnonzero((score < -_SWAPPED_SHARE * median) & (digests.records["before"] != 0))
+    return np.flatnonzero((score < -_SWAP_RATIO * median) & (digests.records["before"] != 0))
 
 
 def _sides(index: WordIndex, start: int, end: int) -> tuple[Integers, NDArray[np.int64], Integers]:
-    """Returns hash bucket, side (0 prompt, 1 answer) and row of each row's distinct words.
+    """Returns one entry per distinct word of the examples from `start` to `end`.
 
-    The rows are the examples from `start` to `end`, numbered from 0.
+    It has the word's hash bucket, 0 for a prompt or 1 for an answer, and the example less `start`.
     """
     offsets = index.starts[start : end + 1]
     lengths = np.diff(offsets)
     row = np.repeat(np.arange(end - start), lengths)
     at = np.arange(len(row)) - np.repeat(offsets[:-1] - offsets[0], lengths)
-    asked = np.repeat(index.digests.records["asked"][start:end].astype(np.int64), lengths)
-    side = (at >= asked).astype(np.int64)
-    examined = at - side * asked < _WORDS
+    prompt_sizes = np.repeat(index.digests.records["asked"][start:end].astype(np.int64), lengths)
+    side = (at >= prompt_sizes).astype(np.int64)
+    examined = at - side * prompt_sizes < _WORDS
     hashes = mix(np.asarray(index.digests.words[offsets[0] : offsets[-1]])[examined])
     bucket = (hashes & np.uint32(_BUCKETS - 1)).astype(np.int64)
     pairs = distinct((row[examined] * 2 + side[examined]) * _BUCKETS + bucket)
@@ -243,9 +246,9 @@ class CheckedTask(Protocol):
 
     def check_rows(self, rows: Sequence[Encoded]) -> Mapping[str, Mask]: ...
 
-    def check_examples(self, examples: Sequence[Any]) -> Sequence[tuple[str, int, str]]: ...
+    def check_train_set(self, examples: Sequence[Any]) -> Sequence[tuple[str, int, str]]: ...
 
-    def check_validation(
+    def check_eval_set(
         self, train: Sequence[Any], validation: Sequence[Any], corpus: Sequence[str] | None
     ) -> Sequence[tuple[str, str, Sequence[int], str]]: ...
 
@@ -268,35 +271,38 @@ class SplitReport:
         self.keep = np.ones(len(self.rows), dtype=bool)
 
     def present(self) -> Mask:
-        """Returns a mask of the examples that have a row to keep."""
-        return examples_in(self.rows, self.keep, self.total)
+        """Returns a mask of the examples with a row to keep."""
+        return get_example_mask(self.rows, self.keep, self.total)
 
-    def add(self, check: str, count: int, places: Sequence[str]) -> Finding | None:
-        """Add the finding of `check` on `count` examples."""
-        finding = build_finding(check, self.name, count, self.total, places, self.policy)
+    def add(self, check: str, num_flagged: int, places: Sequence[str]) -> Finding | None:
+        """Add a finding on `num_flagged` examples, and return it; None if the check is ignored."""
+        finding = create_finding(check, self.name, num_flagged, self.total, places, self.policy)
         self.findings += [finding] if finding else []
         return finding
 
     def report(
-        self, check: str, examples: Integers, originals: Integers | None = None
+        self, check: str, indices: Integers, originals: Integers | None = None
     ) -> Finding | None:
-        """Add a finding on `examples`, which repeat `originals` if these are given; drop no row."""
-        places = [self.table.where(int(i)) for i in examples[:MAX_SHOWN]]
+        """Add a finding on the examples at `indices`, but drop no row.
+
+        `originals` are the examples that they repeat, if any.
+        """
+        places = [self.table.where(int(i)) for i in indices[:MAX_SHOWN]]
         if originals is not None:
             firsts = (self.table.where(int(i)) for i in originals[:MAX_SHOWN])
             places = [f"{a} as {b}" for a, b in zip(places, firsts, strict=True)]
-        return self.add(check, len(examples), places)
+        return self.add(check, len(indices), places)
 
-    def flag(self, check: str, examples: Integers, originals: Integers | None = None) -> None:
-        """Add the finding as `report` does; if its action is drop, drop the rows of `examples`."""
-        finding = self.report(check, examples, originals)
+    def flag(self, check: str, indices: Integers, originals: Integers | None = None) -> None:
+        """Add a finding as `report` does; drop the examples if the action is drop."""
+        finding = self.report(check, indices, originals)
         if finding and finding.action == "drop":
-            self.keep &= ~rows_of_examples(self.rows, examples)
+            self.keep &= ~get_row_mask(self.rows, indices)
 
 
 @dataclass(frozen=True)
 class Gate:
-    """The data checks: `policy` has the action of each, `task` and `context` select them."""
+    """Runs the data checks: `policy` has the action of each, `task` and `context` select them."""
 
     policy: GateConfig
     task: CheckedTask
@@ -307,14 +313,14 @@ class Gate:
     ) -> tuple[Sequence[Encoded], list[Finding]]:
         """Returns the rows of `fitted` that the checks leave, and the findings.
 
-        `Encoded.row` indexes `examples`. Duplicates and answers are checked only if `name` is
-        train. Raises `InputError` if no row remains.
+        Duplicates and answers are checked in the split train only. Raises `InputError` if no row
+        remains.
         """
         split = self.check_rows(name, fitted, len(examples), table)
         if name == "train":
             self._check_duplicates(split, fitted.digests)
             self._check_answers(split, fitted.digests)
-            for check, count, description in self.task.check_examples(examples):
+            for check, count, description in self.task.check_train_set(examples):
                 split.add(check, count, [description])
         rows = fitted.rows
         rows = rows if split.keep.all() else select_rows(rows, np.flatnonzero(split.keep))
@@ -323,13 +329,13 @@ class Gate:
         return rows, split.findings
 
     def check_rows(self, name: str, fitted: FittedRows, total: int, table: Table) -> SplitReport:
-        """Run the checks that read one row at a time; the split has `total` examples."""
+        """Run the checks of single rows; the split has `total` examples."""
         split = SplitReport(name, fitted.rows, table, total, self.policy)
-        present = split.present()
+        active = split.present()
         for check, rows in (("long_prompt", fitted.long_prompts), ("answer_cut", fitted.lost)):
             examples = np.array(rows, dtype=np.int64)
-            split.report(check, examples[present[examples]])
-            finding = split.report(check, examples[~present[examples]])
+            split.report(check, examples[active[examples]])
+            finding = split.report(check, examples[~active[examples]])
             if finding is not None and finding.action == "warn":
                 split.findings[-1] = replace(finding, action="drop")
         for check, (flagged, examples) in self._check_tokens(fitted.rows).items():
@@ -338,11 +344,11 @@ class Gate:
                 split.keep[flagged] = False
         if self.policy.long_prompt == "drop":
             long_prompts = np.array(fitted.long_prompts, dtype=np.int64)
-            split.keep &= ~rows_of_examples(fitted.rows, long_prompts)
-        present = split.present()
+            split.keep &= ~get_row_mask(fitted.rows, long_prompts)
+        active = split.present()
         for check in TEXT_CHECKS:
             marked = fitted.digests.marked(check)
-            split.flag(check, marked[present[marked]])
+            split.flag(check, marked[active[marked]])
         return split
 
     def check_held_out(
@@ -353,20 +359,20 @@ class Gate:
         table: Table,
         training: Digests,
     ) -> tuple[Sequence[Encoded], list[Finding]]:
-        """Apply `find_leaks` and then `check_split` to a held-out split.
+        """Returns the rows and findings as `check_split`, without leaked examples.
 
         `training` are the digests of the training examples.
         """
-        leaked, findings = self.find_leaks(name, fitted.digests, training, table)
+        leaked, findings = self.get_leaks(name, fitted.digests, training, table)
         if len(leaked):
-            keep = np.flatnonzero(~rows_of_examples(fitted.rows, leaked))
+            keep = np.flatnonzero(~get_row_mask(fitted.rows, leaked))
             fitted = replace(fitted, rows=select_rows(fitted.rows, keep))
         if not len(fitted.rows):
             return [], findings
         rows, others = self.check_split(name, fitted, examples, table)
         return rows, [*findings, *others]
 
-    def check_validation(
+    def check_eval_set(
         self,
         train: Sequence[Any],
         validation: Sequence[Any],
@@ -375,15 +381,15 @@ class Gate:
     ) -> list[Finding]:
         """Returns findings on validation rows, their corpus, and training rows in the corpus."""
         findings = []
-        for check, split, rows, example in self.task.check_validation(train, validation, corpus):
+        for check, split, rows, example in self.task.check_eval_set(train, validation, corpus):
             total = len(train) if split == "train" else len(validation)
             place = example if split == "train" else f"{table.where(rows[0])}: {example}"
-            finding = build_finding(check, split, len(rows), total, [place], self.policy)
+            finding = create_finding(check, split, len(rows), total, [place], self.policy)
             findings += [finding] if finding else []
         return findings
 
     def _check_tokens(self, rows: Sequence[Encoded]) -> dict[str, tuple[Integers, Integers]]:
-        """Run the token checks; return by check the flagged rows and their examples."""
+        """Returns per check the rows that the token checks flag, and their examples."""
         flagged: dict[str, list[tuple[Integers, Integers]]] = {}
         start = 0
         for flat in flat_batches(rows):
@@ -395,7 +401,7 @@ class Gate:
             start += len(flat.example)
         for check, mask in self.task.check_rows(rows).items():
             at = np.flatnonzero(mask)
-            flagged[check] = [(at, examples_of(rows, at))]
+            flagged[check] = [(at, get_example_indices(rows, at))]
         joined = {
             check: map(np.concatenate, zip(*parts, strict=True)) for check, parts in flagged.items()
         }
@@ -403,75 +409,74 @@ class Gate:
 
     def _check_duplicates(self, split: SplitReport, digests: Digests) -> None:
         policy, repeated = self.policy, _NO_ROWS
-        present = split.present()
+        active = split.present()
         if not (policy.exact_duplicates == policy.near_duplicates == "ignore"):
-            repeated, first = _select(present, *find_repeated(digests.keys))
+            repeated, first = _select(active, *get_repeated_keys(digests.keys))
             split.flag("exact_duplicates", repeated, first)
         if self.task.checks.near_duplicates and policy.near_duplicates != "ignore":
-            near = _find_near(split.rows, digests, repeated)
-            split.flag("near_duplicates", *_select(present, *near))
+            matches = _get_near_duplicates(split.rows, digests, repeated)
+            split.flag("near_duplicates", *_select(active, *matches))
 
     def _check_answers(self, split: SplitReport, digests: Digests) -> None:
-        """Add findings on conflicting answers, swapped roles, and one answer to most prompts."""
-        policy, present = self.policy, split.present()
+        policy, active = self.policy, split.present()
         if policy.conflicting_answers != "ignore":
-            conflicts = _select(present, *find_conflicts(digests))
+            conflicts = _select(active, *get_conflicts(digests))
             split.flag("conflicting_answers", *conflicts)
         if not self.task.checks.ends:
             return
         if policy.swapped_roles != "ignore":
-            swapped = find_swapped(digests.first(MAX_COMPARED))
-            split.flag("swapped_roles", swapped[present[swapped]])
-        groups = find_one_answer(digests)
+            swapped = get_swapped(digests.first(MAX_COMPARED))
+            split.flag("swapped_roles", swapped[active[swapped]])
+        groups = get_majority_target(digests)
         split.add(
             "one_answer", len(groups), [f"that of {split.table.where(int(i))}" for i in groups[:1]]
         )
 
-    def find_leaks(
+    def get_leaks(
         self, name: str, digests: Digests, training: Digests, table: Table
     ) -> tuple[Integers, list[Finding]]:
-        """Returns the examples of split `name` to drop, as training has them, and the findings.
+        """Returns the examples of a split to drop because training has them, and the findings.
 
-        Findings of the test split only warn, as training does not read it.
+        Training does not read the split test, so its findings only warn.
         """
         policy = self.policy
         split = SplitReport(name, [], table, len(digests), policy)
-        leaked = dropped = _NO_ROWS
+        leaked = excluded = _NO_ROWS
         if not (policy.leaked == policy.near_leaked == "ignore"):
-            leaked = find_members(digests.keys, training.keys)
+            leaked = get_common_keys(digests.keys, training.keys)
             split.report("leaked", leaked)
         if self.task.checks.near_duplicates and policy.near_leaked != "ignore":
-            near, _ = wordings.find_near_leaks(
+            matches, _ = wordings.match_training_texts(
                 digests.first(MAX_COMPARED), training.first(MAX_COMPARED)
             )
-            near = near[~np.isin(near, leaked)]
-            split.report("near_leaked", near)
-            dropped = near if policy.near_leaked == "drop" else dropped
-        dropped = np.union1d(dropped, leaked) if policy.leaked == "drop" else dropped
+            matches = matches[~np.isin(matches, leaked)]
+            split.report("near_leaked", matches)
+            excluded = matches if policy.near_leaked == "drop" else excluded
+        excluded = np.union1d(excluded, leaked) if policy.leaked == "drop" else excluded
         if name == "test":  # training does not read it, so nothing is dropped
-            return dropped, [
+            return excluded, [
                 replace(f, action="warn") if f.action == "drop" else f for f in split.findings
             ]
-        return dropped, split.findings
+        return excluded, split.findings
 
 
-def _find_near(
+def _get_near_duplicates(
     rows: Sequence[Encoded], digests: Digests, repeated: Integers
 ) -> tuple[Integers, Integers]:
-    """Find near duplicates of previous examples, except `repeated`, and what each one repeats."""
-    near, first = find_near_duplicates(rows, rows_of_examples(rows, repeated))
+    """Returns near duplicates by tokens or words, except `repeated`, and their originals."""
+    repeated_indices, first = get_near_duplicates(rows, get_row_mask(rows, repeated))
     compared = digests.first(MAX_COMPARED)
     skip = np.zeros(len(digests), dtype=bool)
     skip[repeated] = True
-    matches = wordings.find_near_texts(compared, skip[: len(compared)])
-    near = np.concatenate((examples_of(rows, near), matches[0]))
-    first = np.concatenate((examples_of(rows, first), matches[1]))
-    near, index = np.unique(near, return_index=True)
-    return near, first[index]
+    matches = wordings.match_texts(compared, skip[: len(compared)])
+    repeated_indices = np.concatenate((get_example_indices(rows, repeated_indices), matches[0]))
+    first = np.concatenate((get_example_indices(rows, first), matches[1]))
+    repeated_indices, index = np.unique(repeated_indices, return_index=True)
+    return repeated_indices, first[index]
 
 
-def _select(present: Mask, repeated: Integers, first: Integers) -> tuple[Integers, Integers]:
-    selected = present[repeated]
+def _select(active: Mask, repeated: Integers, first: Integers) -> tuple[Integers, Integers]:
+    selected = active[repeated]
     return repeated[selected], first[selected]
 
 
@@ -483,19 +488,21 @@ def special_token_ids(tokenizer: Any) -> frozenset[int]:
 
 
 def handle_unusable_rows(
-    table: Table, bad: Sequence[BadRow], config: DataConfig, split: str, *, lenient: bool
+    table: Table, errors: Sequence[BadRow], config: DataConfig, split: str, *, lenient: bool
 ) -> tuple[Table, list[Finding]]:
-    """Returns `table` without the unusable rows `bad`, and the findings.
+    """Returns `table` without the rows in `errors`, and the findings.
 
     Raises `InputError` if a row may not be dropped; `lenient` allows all, as in a preview.
     """
     findings: list[Finding] = []
-    for name in dict.fromkeys(row.finding for row in bad if row.finding):
-        rows = [row for row in bad if row.finding == name]
+    for name in dict.fromkeys(row.finding for row in errors if row.finding):
+        rows = [row for row in errors if row.finding == name]
         places = tuple(f"{table.place(row.line)}: {row.reason}" for row in rows[:MAX_SHOWN])
         action: Action = "drop" if config.on_bad_row == "skip" else getattr(config.gate, name)
         lines = {row.line for row in rows}
         findings.append(Finding(name, split, len(lines), len(table), places, action))
-    dropped = {f.name for f in findings if f.action == "drop" or lenient}
-    handle_bad_rows(table, [row for row in bad if row.finding not in dropped], config.on_bad_row)
-    return handle_bad_rows(table, bad, "skip"), findings
+    excluded = {f.name for f in findings if f.action == "drop" or lenient}
+    handle_bad_rows(
+        table, [row for row in errors if row.finding not in excluded], config.on_bad_row
+    )
+    return handle_bad_rows(table, errors, "skip"), findings

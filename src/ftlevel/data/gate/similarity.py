@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ftlevel.data.encoding.encode import Encoded
-from ftlevel.data.formats.examples import Example, get_example_parts
+from ftlevel.data.formats.examples import Example, get_content
 from ftlevel.data.gate.checks import TEXT_CHECKS, Integers, Mask, Ragged, TextCheckContext, gather
 
 MAX_WORDS = 4_000
@@ -48,7 +48,7 @@ Words = NDArray[np.uint32]
 
 
 class _WordHashes(dict[str, int]):
-    """Dict from a word to its hash: a checksum of 16 bits, and 15 bits for length and letters.
+    """Cache from a word to its 32-bit hash: a checksum of 16 bits, and 15 for length and letters.
 
     A word with a digit has only checksum bits, so that 1904 and 1905 are different words.
     """
@@ -75,7 +75,7 @@ _hashes = _WordHashes()
 class Digests:
     """Digests of several examples, in memory or on disk.
 
-    `words` are concatenated word hashes; for each example those of the prompt, then of the answer.
+    `words` are concatenated word hashes: per example those of the prompt, then of the answer.
     """
 
     records: NDArray[Any]
@@ -88,15 +88,19 @@ class Digests:
         hashes: list[int] = []
         checks = [(1 << number, check) for number, check in enumerate(TEXT_CHECKS.values())]
         for example in examples:
-            parts = get_example_parts(example)
-            asked, answered = parts.asked.casefold(), parts.answered.casefold()
-            prompt_words, answer_words = _words(asked), _words(answered)
-            marks = sum(bit for bit, check in checks if check(parts, context))
-            marks |= int(ONE_CLASS) * parts.one_class
+            content = get_content(example)
+            source, target = content.input_text.casefold(), content.target_text.casefold()
+            prompt_words, answer_words = _words(source), _words(target)
+            marks = sum(bit for bit, check in checks if check(content, context))
+            marks |= int(ONE_CLASS) * content.one_class
             before = last = 0
-            if parts.before:
-                before = _key(asked if parts.before is parts.asked else parts.before.casefold())
-                last = _key(answered if parts.last is parts.answered else parts.last.casefold())
+            if content.before:
+                before = _key(
+                    source if content.before is content.input_text else content.before.casefold()
+                )
+                last = _key(
+                    target if content.last is content.target_text else content.last.casefold()
+                )
                 key = (before * _FACTOR + last) & _ALL_BITS
             else:
                 key = _key(example.key_text.casefold())
@@ -106,7 +110,7 @@ class Digests:
 
     @classmethod
     def at(cls, path: Path) -> Digests:
-        """Memory-map the files written from `to_bytes`."""
+        """Memory-map the two files with the contents of `to_bytes`."""
         words = words_path(path)
         return cls(
             np.memmap(path, _RECORD, "r"),
@@ -114,15 +118,15 @@ class Digests:
         )
 
     def to_bytes(self) -> tuple[bytes, bytes]:
-        """Returns the contents of the two files that `at` maps."""
+        """Returns the contents of the digest file and of the file of word hashes."""
         return self.records.tobytes(), self.words.tobytes()
 
     def __len__(self) -> int:
         return len(self.records)
 
-    def first(self, count: int) -> Digests:
-        """Returns the digests of at most the first `count` examples."""
-        return self if len(self) <= count else Digests(self.records[:count], self.words)
+    def first(self, limit: int) -> Digests:
+        """Returns the digests of the first `limit` examples."""
+        return self if len(self) <= limit else Digests(self.records[:limit], self.words)
 
     @property
     def keys(self) -> NDArray[np.uint64]:
@@ -168,16 +172,16 @@ def distinct(values: NDArray[Any]) -> NDArray[Any]:
 
 
 def partition_keys(
-    keys: NDArray[Any], selected: Mask | None, size: int, count: int
+    keys: NDArray[Any], selected: Mask | None, size: int, num_parts: int
 ) -> Iterator[Integers]:
-    """Yields the positions of the `selected` keys (None: all) in `count` parts.
+    """Yields the positions of the `selected` keys (None: all) in `num_parts` parts.
 
-    Equal keys are in one part. Keys are read `size` at a time, as they may be on disk.
+    Equal keys are in one part. Keys may be on disk and are read `size` at a time.
     """
-    for remainder in range(count):
+    for remainder in range(num_parts):
         positions = []
         for start in range(0, len(keys), size):
-            mask = keys[start : start + size] % count == remainder
+            mask = keys[start : start + size] % num_parts == remainder
             if selected is not None:
                 mask &= selected[start : start + size]
             positions.append(start + np.flatnonzero(mask))
@@ -187,7 +191,7 @@ def partition_keys(
 def hash_grams(
     ids: Ragged, prefix: int, selected: Mask
 ) -> tuple[Hashes, Integers, NDArray[np.int32]]:
-    """Returns hashes of 5-grams of the `selected` rows, row offsets, and each 5-gram's first token.
+    """Returns hashes of the 5-grams of `selected` rows, row offsets, and each 5-gram's position.
 
     The first `prefix` tokens of each row are ignored.
     """
@@ -210,10 +214,10 @@ def mix(values: Hashes) -> Hashes:
     return values ^ (values >> np.uint32(16))
 
 
-def find_similar(
+def is_similar(
     rows: Sequence[Encoded], lengths: Integers, first: Integers, second: Integers, prefix: int
 ) -> Mask:
-    """Returns whether rows are near duplicates, for each pair of indices in `first` and `second`.
+    """Returns whether rows `first[i]` and `second[i]` are near duplicates, for each i.
 
     Hashes exclude most pairs; the remaining pairs are compared exactly. The first `prefix` tokens
     are ignored, and each row of `first` needs a 5-gram after them.
@@ -223,9 +227,9 @@ def find_similar(
     candidates = np.flatnonzero(_lengths_match(sizes.min(axis=0), sizes.max(axis=0)))
     tokens = (sizes.sum(axis=0, dtype=np.int64) + 2 * prefix)[candidates]
     for group in split_by_size(candidates, tokens, _TOKENS):
-        likely = group[_may_be_near(rows, first[group], second[group], prefix)]
+        likely = group[_may_match(rows, first[group], second[group], prefix)]
         for i in likely.tolist():
-            similar[i] = _are_near(rows[int(first[i])], rows[int(second[i])], prefix)
+            similar[i] = _is_match(rows[int(first[i])], rows[int(second[i])], prefix)
     return similar
 
 
@@ -235,16 +239,13 @@ def split_by_size(indices: Integers, sizes: Integers, limit: int) -> list[Intege
 
 
 def _lengths_match(shorter: Any, longer: Any) -> Any:
-    """Returns whether rows of `shorter` and `longer` tokens can reach the similarity threshold."""
     return shorter >= SIMILARITY * longer - GRAM
 
 
-def _may_be_near(rows: Sequence[Encoded], first: Integers, second: Integers, prefix: int) -> Mask:
-    """Returns for each pair of rows whether their 5-grams after `prefix` tokens are similar enough.
+def _may_match(rows: Sequence[Encoded], first: Integers, second: Integers, prefix: int) -> Mask:
+    """Returns for each pair of rows whether their hashed 5-grams are similar enough.
 
-    `first` and `second` are the row indices of the pairs.
-
-    A hash has 49 bits: expect one false match of two 5-grams in 10^12 pairs of short rows.
+    Hashes have 49 bits: expect one false match of two 5-grams in 10^12 pairs of short rows.
     """
     count = len(first)
     ids = gather(rows, np.concatenate((first, second)))
@@ -255,13 +256,13 @@ def _may_be_near(rows: Sequence[Encoded], first: Integers, second: Integers, pre
     gram = (tokens.astype(np.int64) & 0x1FFFF) << 32 | grams
     keys = distinct(pair << 50 | gram << 1 | side)
     pair, gram = keys >> 50, keys >> 1
-    common = np.bincount(pair[1:][gram[1:] == gram[:-1]], minlength=count)
-    likely: Mask = common >= SIMILARITY * (np.bincount(pair, minlength=count) - common)
+    shared = np.bincount(pair[1:][gram[1:] == gram[:-1]], minlength=count)
+    likely: Mask = shared >= SIMILARITY * (np.bincount(pair, minlength=count) - shared)
     return likely
 
 
-def _are_near(row: Encoded, other: Encoded, prefix: int) -> bool:
-    """Returns whether two rows, after `prefix` tokens, reach the Jaccard similarity threshold."""
+def _is_match(row: Encoded, other: Encoded, prefix: int) -> bool:
+    """Returns whether the 5-grams of two rows reach the Jaccard similarity threshold."""
     lengths = sorted(len(r.input_ids) - prefix for r in (row, other))
     if row.row == other.row or not _lengths_match(*lengths):
         return False

@@ -65,34 +65,38 @@ Sides = tuple[TextBatch, TextBatch]
 
 
 def compute_max_distance(lengths: Any) -> Any:
-    """Compute the maximum distance in half words for texts of `lengths` words (an array)."""
-    share = np.minimum(lengths * _WORD // _WORDS_PER_CHANGE, _MAX_DISTANCE)
+    """Returns the maximum distance of near duplicates with `lengths` words, in half words."""
+    ratio = np.minimum(lengths * _WORD // _WORDS_PER_CHANGE, _MAX_DISTANCE)
     return np.where(
-        lengths >= _MIN_WORDS_TO_DIFFER, share, np.where(lengths >= MIN_WORDS, _TYPO, 0)
+        lengths >= _MIN_WORDS_TO_DIFFER, ratio, np.where(lengths >= MIN_WORDS, _TYPO, 0)
     )
 
 
 def compute_distances(one: Sides, other: Sides) -> NDArray[np.int64]:
     """Returns the distance of each pair in half words (typo 1, word 2).
 
-    The distance is very large for pairs that are not duplicates: they differ substantially in both
-    prompt and answer, or have an answer of fewer than four words that differs by more than a typo.
+    It is very large for pairs that are not duplicates: they differ substantially in both prompt and
+    answer, or have an answer of fewer than four words that differs by more than a typo.
     """
-    asked = compute_edit_distances(one[0], other[0])
-    answered = np.full(len(asked), _TOO_FAR, dtype=np.int64)
-    near = np.flatnonzero(asked <= _MAX_DISTANCE)
-    answered[near] = compute_edit_distances(one[1].take(near), other[1].take(near))
+    prompt_distances = compute_edit_distances(one[0], other[0])
+    answer_distances = np.full(len(prompt_distances), _TOO_FAR, dtype=np.int64)
+    matches = np.flatnonzero(prompt_distances <= _MAX_DISTANCE)
+    answer_distances[matches] = compute_edit_distances(one[1].take(matches), other[1].take(matches))
     prompt_sizes, sizes = (np.minimum(a.sizes, b.sizes) for a, b in zip(one, other, strict=True))
-    new_answer = (one[0].sizes > 0) & (answered > _TYPO) & (sizes < MIN_WORDS)
-    both = (asked > 0) & (answered > 0) & (asked + answered > 2 * _TYPO)
-    large = (_WORDS_PER_SIDE * asked > _WORD * prompt_sizes) | (
-        _WORDS_PER_SIDE * answered > _WORD * sizes
+    new_target = (one[0].sizes > 0) & (answer_distances > _TYPO) & (sizes < MIN_WORDS)
+    both = (
+        (prompt_distances > 0)
+        & (answer_distances > 0)
+        & (prompt_distances + answer_distances > 2 * _TYPO)
     )
-    return np.where(new_answer | (both & large), _TOO_FAR, asked + answered)
+    large = (_WORDS_PER_SIDE * prompt_distances > _WORD * prompt_sizes) | (
+        _WORDS_PER_SIDE * answer_distances > _WORD * sizes
+    )
+    return np.where(new_target | (both & large), _TOO_FAR, prompt_distances + answer_distances)
 
 
 def compute_edit_distances(one: TextBatch, other: TextBatch) -> NDArray[np.int64]:
-    """Compute the edit distance of each pair in half words, or `_TOO_FAR` above `_MAX_DISTANCE`.
+    """Returns the edit distance of each pair in half words; `_TOO_FAR` if it is too large.
 
     It is the Damerau-Levenshtein distance (optimal string alignment) over words, in a band.
     """
@@ -135,7 +139,7 @@ def _next_row(
     earlier: NDArray[np.int32],
     ends: NDArray[np.int64],
 ) -> NDArray[np.int32]:
-    """Compute row i of the distance matrix from rows i − 1 (`before`) and i − 2 (`earlier`)."""
+    """Returns row i of the distance matrix from rows i − 1 (`before`) and i − 2 (`earlier`)."""
     word, others = a[i - 1], b[i - 1 : i + 2 * _BAND]
     step = np.where(word == others, 0, np.where(is_typo(word, others), _TYPO, _WORD))
     row = before + step.astype(np.int32)
@@ -189,7 +193,7 @@ class WordIndex:
 
     @classmethod
     def of(cls, digests: Digests, training: WordIndex | None = None) -> WordIndex:
-        """Build the index of `digests`, with the frequencies of `training` if given."""
+        """Returns the index of `digests`, with the word frequencies of `training` if given."""
         records = digests.records
         offsets = np.zeros(len(digests) + 1, dtype=np.int64)
         np.cumsum(records["asked"].astype(np.int64) + records["answered"], out=offsets[1:])
@@ -212,7 +216,7 @@ class WordIndex:
         return np.diff(self.starts)
 
     def spans(self) -> Iterator[tuple[int, int]]:
-        """Yields ranges of examples; each range has about `_GROUP_WORDS` words."""
+        """Yields ranges of examples with about `_GROUP_WORDS` words each."""
         start = 0
         while start < len(self):
             end = int(np.searchsorted(self.starts, self.starts[start] + _GROUP_WORDS, "right")) - 1
@@ -221,11 +225,11 @@ class WordIndex:
             start = end
 
     def sides(self, at: Integers) -> Sides:
-        """Returns two `TextBatch`: the prompts and the answers of the examples at `at`."""
-        asked = self.digests.records["asked"][at].astype(np.int64)
+        """Returns the prompts and the answers of the examples at `at`."""
+        prompt_sizes = self.digests.records["asked"][at].astype(np.int64)
         begins = self.starts[at]
-        answered = self.lengths[at] - asked
-        return self._texts(begins, asked), self._texts(begins + asked, answered)
+        answer_sizes = self.lengths[at] - prompt_sizes
+        return self._texts(begins, prompt_sizes), self._texts(begins + prompt_sizes, answer_sizes)
 
     def _texts(self, begins: Integers, sizes: Integers) -> TextBatch:
         offsets = begins + np.arange(np.max(sizes, initial=0))[:, None]
@@ -240,10 +244,10 @@ class WordIndex:
         return self.digests.words[offsets], lengths
 
 
-def find_near_texts(digests: Digests, skip: Mask) -> tuple[Integers, Integers]:
-    """Find near duplicates of previous examples, and the example that each one repeats.
+def match_texts(digests: Digests, skip: Mask) -> tuple[Integers, Integers]:
+    """Returns the near duplicates of previous examples, and for each the one that it repeats.
 
-    `skip` marks known duplicates.
+    `skip` masks known duplicates.
     """
     index = WordIndex.of(digests)
     keys, informative = _all_keys(index, ~skip)
@@ -262,8 +266,8 @@ def find_near_texts(digests: Digests, skip: Mask) -> tuple[Integers, Integers]:
     return _find_first(index, index, candidates, informative, informative)
 
 
-def find_near_leaks(digests: Digests, training: Digests) -> tuple[Integers, Integers]:
-    """Find examples of `digests` that almost repeat one of `training`, and its index."""
+def match_training_texts(digests: Digests, training: Digests) -> tuple[Integers, Integers]:
+    """Returns the examples that almost repeat one of `training`, and the index of that one."""
     if not (len(digests) and len(training)):
         return _NO_ROWS, _NO_ROWS
     trained = WordIndex.of(training)
@@ -290,10 +294,10 @@ def find_near_leaks(digests: Digests, training: Digests) -> tuple[Integers, Inte
     return _find_first(index, trained, packed, informative, informative_trained)
 
 
-def _pack_pairs(one: NDArray[np.int32], other: NDArray[np.int32], count: int) -> Integers:
-    """Returns the distinct pairs of examples, each as later × `count` (of examples) + earlier."""
+def _pack_pairs(one: NDArray[np.int32], other: NDArray[np.int32], size: int) -> Integers:
+    """Returns the distinct pairs of examples, each as later × `size` + earlier."""
     later, earlier = np.maximum(one, other).astype(np.int64), np.minimum(one, other)
-    return distinct((later * count + earlier)[later != earlier])
+    return distinct((later * size + earlier)[later != earlier])
 
 
 def _bucket(hashes: Words) -> Integers:
@@ -346,7 +350,7 @@ def _find_first(
     informative: NDArray[np.int32],
     informative_earlier: NDArray[np.int32],
 ) -> tuple[Integers, Integers]:
-    """Find examples of `index` that almost repeat one of `earlier`, and the first match of each.
+    """Returns the examples of `index` that almost repeat one of `earlier`, and the first match.
 
     `pairs` has sorted candidates: example of `index` × size of `earlier` + example of `earlier`.
     The last two arguments count informative words per example.
@@ -361,32 +365,32 @@ def _find_first(
         limits = compute_max_distance(np.minimum(informative[a], informative_earlier[b]))
         while len(a):  # compare each example until the first match
             heads = np.diff(a, prepend=-1) != 0
-            near = _are_near(index, a[heads], earlier, b[heads], limits[heads])
-            result.append((a[heads][near], b[heads][near]))
-            rest = ~heads & ~np.isin(a, a[heads][near])
+            matches = _is_match(index, a[heads], earlier, b[heads], limits[heads])
+            result.append((a[heads][matches], b[heads][matches]))
+            rest = ~heads & ~np.isin(a, a[heads][matches])
             a, b, limits = a[rest], b[rest], limits[rest]
     again, first = map(np.concatenate, zip(*result, strict=True))
     order = np.argsort(again)
     return again[order], first[order]
 
 
-def _are_near(
+def _is_match(
     index: WordIndex, a: Integers, earlier: WordIndex, b: Integers, limits: Integers
 ) -> Mask:
-    """Returns whether examples `a` and `b`, in pairs, differ by at most `limits` half words."""
-    near = _may_be_near(index, a, earlier, b, limits)
+    """Returns whether examples `a[i]` and `b[i]` differ by at most `limits[i]` half words."""
+    matches = _may_match(index, a, earlier, b, limits)
     records, others = index.digests.records[a], earlier.digests.records[b]
-    near &= ~((records["marks"] & ONE_CLASS != 0) & (records["last"] != others["last"]))
-    pairs = np.flatnonzero(near)
+    matches &= ~((records["marks"] & ONE_CLASS != 0) & (records["last"] != others["last"]))
+    pairs = np.flatnonzero(matches)
     lengths = index.lengths[a[pairs]]
     order = np.argsort(lengths, kind="stable")
     for group in split_by_size(pairs[order], lengths[order], _GROUP_WORDS):
         distances = compute_distances(index.sides(a[group]), earlier.sides(b[group]))
-        near[group] = distances <= limits[group]
-    return near
+        matches[group] = distances <= limits[group]
+    return matches
 
 
-def _may_be_near(
+def _may_match(
     index: WordIndex, a: Integers, earlier: WordIndex, b: Integers, limits: Integers
 ) -> Mask:
     """Returns for each pair whether enough words, or word bigrams of long texts, are shared.
@@ -394,21 +398,20 @@ def _may_be_near(
     One half word of difference removes at most one common word or two common bigrams.
     """
     sizes = index.lengths[a], earlier.lengths[b]
-    near = (np.abs(sizes[0] - sizes[1]) <= limits) & (limits > 0)
+    matches = (np.abs(sizes[0] - sizes[1]) <= limits) & (limits > 0)
     longer = np.maximum(*sizes)
     for bigrams in (False, True):
-        pairs = np.flatnonzero(near & ((longer >= _LONG_TEXT) == bigrams))
+        pairs = np.flatnonzero(matches & ((longer >= _LONG_TEXT) == bigrams))
         least = longer - (2 * limits + 1 if bigrams else limits)
         for group in split_by_size(pairs, (sizes[0] + sizes[1])[pairs], _GROUP_WORDS):
-            common = _count_common(index, a[group], earlier, b[group], bigrams=bigrams)
-            near[group] = common >= least[group]
-    return near
+            shared = _count_common(index, a[group], earlier, b[group], bigrams=bigrams)
+            matches[group] = shared >= least[group]
+    return matches
 
 
 def _count_common(
     index: WordIndex, a: Integers, earlier: WordIndex, b: Integers, *, bigrams: bool
 ) -> Integers:
-    """Returns the number of common words, or bigrams, of each pair of examples `a` and `b`."""
     parts = []
     for side, (source, examples) in enumerate(((index, a), (earlier, b))):
         words, lengths = source.gather(examples)

@@ -28,7 +28,7 @@ from ftlevel.data.encoding.encode import Encoded, PromptFormat
 from ftlevel.data.encoding.store import RowStore, rows_to_batches, write_store
 from ftlevel.data.gate import Finding
 from ftlevel.data.prepare.encoder import EncodingContext, PreparedData, Progress
-from ftlevel.data.prepare.loading import load_examples, prepare_examples
+from ftlevel.data.prepare.loading import encode_data, load_data
 from ftlevel.data.prepare.streaming import prepare_stream
 from ftlevel.data.sources.beir import retrieval_files
 from ftlevel.data.sources.readers import is_pattern, match_files
@@ -46,12 +46,12 @@ def cache_root() -> Path:
 
 def is_writable() -> bool:
     """Returns whether the cache can be written; a read-only home is not an error."""
-    folder = cache_root()
+    cache_dir = cache_root()
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        cache_dir.mkdir(parents=True, exist_ok=True)
     except OSError:
         return False
-    return os.access(folder, os.W_OK | os.X_OK)
+    return os.access(cache_dir, os.W_OK | os.X_OK)
 
 
 def resolve_files(name: str) -> list[Path] | None:
@@ -67,10 +67,10 @@ def resolve_files(name: str) -> list[Path] | None:
 
 
 @dataclass(frozen=True)
-class CacheFolder:
-    """Folder of one cache key.
+class CacheDir:
+    """Directory of one cache key.
 
-    `publish` moves a new folder into the cache; it is None if the cache already has the rows.
+    `publish` moves a new directory into the cache; it is None if the cache already has the rows.
     `damage` describes corrupted cached rows.
     """
 
@@ -80,20 +80,20 @@ class CacheFolder:
 
 
 @contextmanager
-def open_cache_folder(key: str) -> Iterator[CacheFolder]:
-    """Yields the cache folder of `key` if its checksums match, otherwise an empty one to write to.
+def open_cache_dir(key: str) -> Iterator[CacheDir]:
+    """Yields the cache directory of `key` if its checksums match, else an empty one to write to.
 
-    One process prepares the rows while others with the same key wait for its lock.
+    Other processes with the same key wait for its lock.
     """
     from filelock import FileLock
 
-    folder = cache_root()
-    final, partial = folder / key, folder / f".{key}.partial"
-    with FileLock(folder / f".{key}.lock"):
+    cache_dir = cache_root()
+    final, partial = cache_dir / key, cache_dir / f".{key}.partial"
+    with FileLock(cache_dir / f".{key}.lock"):
         damage = detect_corruption(final) if final.is_dir() else ""
         if damage is None:
             os.utime(final)
-            yield CacheFolder(final)
+            yield CacheDir(final)
             return
         for unusable in (final, partial):
             shutil.rmtree(unusable, ignore_errors=True)
@@ -104,18 +104,20 @@ def open_cache_folder(key: str) -> Iterator[CacheFolder]:
             return partial.replace(final)
 
         try:
-            yield CacheFolder(partial, publish, damage)
+            yield CacheDir(partial, publish, damage)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
-            remove_unused(folder)
+            remove_unused(cache_dir)
 
 
 def remove_unused(root: Path) -> None:
     """Remove folders and files of `root` that were not used for `KEEP_DAYS` days."""
     oldest = time.time() - KEEP_DAYS * 24 * 3600
-    for folder in root.iterdir():
-        if folder.stat().st_mtime < oldest:
-            shutil.rmtree(folder, ignore_errors=True) if folder.is_dir() else folder.unlink()
+    for cache_dir in root.iterdir():
+        if cache_dir.stat().st_mtime < oldest:
+            shutil.rmtree(
+                cache_dir, ignore_errors=True
+            ) if cache_dir.is_dir() else cache_dir.unlink()
 
 
 MIN_CACHED_ROWS = 1_000
@@ -127,7 +129,7 @@ _UNRELATED = ("num_proc", "cache")  # config fields that do not affect rows
 
 
 def prepare_data(config: DataConfig, context: EncodingContext, progress: Progress) -> PreparedData:
-    """Returns the rows of `config`, encoded and checked, from the cache if possible.
+    """Returns the encoded and checked rows of `config`, from the cache if possible.
 
     Raises `InputError` if the data cannot be read, converted or fitted to the length limit.
     """
@@ -140,12 +142,10 @@ def prepare_data(config: DataConfig, context: EncodingContext, progress: Progres
 def _prepare(
     config: DataConfig, context: EncodingContext, key: str | None, progress: Progress
 ) -> PreparedData:
-    """Returns the rows cached under `key`, or prepares and caches them; no cache without a key."""
-
-    def prepare(folder: Path) -> PreparedData:
-        data = load_examples(config, context.task, context.seed, lenient=context.lenient)
+    def prepare(cache_dir: Path) -> PreparedData:
+        data = load_data(config, context.task, context.seed, lenient=context.lenient)
         large = len(data.train) >= MIN_CACHED_ROWS
-        return prepare_examples(data, config, context, folder if large else None, progress)
+        return encode_data(data, config, context, cache_dir if large else None, progress)
 
     if key is None or not is_writable():
         workspace = Workspace("rows")
@@ -154,17 +154,17 @@ def _prepare(
             reason = f"{cache_root()} cannot be written"
             prepared.choices.append(Choice("rows", "not cached", reason))
         return replace(prepared, workspace=workspace)
-    with open_cache_folder(key) as folder:
-        if folder.publish is None:
-            return _load(folder.path, "prepared before")
-        prepared = prepare(folder.path)
+    with open_cache_dir(key) as cache_dir:
+        if cache_dir.publish is None:
+            return _load(cache_dir.path, "prepared before")
+        prepared = prepare(cache_dir.path)
         if len(prepared.train) < MIN_CACHED_ROWS:
             train, validation = list(prepared.train), list(prepared.validation)
             return replace(prepared, train=train, validation=validation)
-        _save(prepared, folder.path)
-        path = folder.publish()
-    if folder.damage:
-        return _load(path, "prepared anew", f"the cache was damaged: {folder.damage}; ")
+        _save(prepared, cache_dir.path)
+        path = cache_dir.publish()
+    if cache_dir.damage:
+        return _load(path, "prepared anew", f"the cache was damaged: {cache_dir.damage}; ")
     return _load(path, "kept for the next run")
 
 
@@ -192,7 +192,7 @@ def _key(config: DataConfig, context: EncodingContext) -> str | None:
             context.task.name,
             context.task.instruction,
             context.task.answer_cue,
-            context.task.encoding_options,
+            context.task.encoding_config,
             context.prompt_version,
         ],
         "model": [context.kind, context.vocabulary, asdict(bounds)],
@@ -212,32 +212,31 @@ def _tokenizer_digest(tokenizer: Any) -> str:
 
 
 def _render_question(tokenizer: Any) -> str:
-    """Returns a rendered question for the cache key, as some templates include the date."""
     try:
         return render(tokenizer, [{"role": "user", "content": "?"}], generation_prompt=True)
     except InputError as error:
         return str(error)
 
 
-def _save(prepared: PreparedData, folder: Path) -> None:
+def _save(prepared: PreparedData, cache_dir: Path) -> None:
     table, prompt = prepared.table, prepared.prompt_format
-    _save_lines(table.lines, folder / "lines.npy")
-    for digests in (*folder.glob("*.digests"), *folder.glob("*.words")):
+    _save_lines(table.lines, cache_dir / "lines.npy")
+    for digests in (*cache_dir.glob("*.digests"), *cache_dir.glob("*.words")):
         digests.unlink()
     content = {
-        "train": _save_rows(prepared.train, folder, "train"),
-        "validation": _save_rows(prepared.validation, folder, "validation"),
-        "corpus": _save_rows(prepared.corpus, folder, "corpus"),
+        "train": _save_rows(prepared.train, cache_dir, "train"),
+        "validation": _save_rows(prepared.validation, cache_dir, "validation"),
+        "corpus": _save_rows(prepared.corpus, cache_dir, "corpus"),
         "prompt_format": prompt.to_dict() if prompt else None,
         "max_length": prepared.max_length,
-        "facts": prepared.facts,
+        "facts": prepared.info,
         "choices": [asdict(choice) for choice in prepared.choices],
         "findings": [asdict(finding) for finding in prepared.findings],
         "source": [table.source, table.unit],
         "parts": [[p.base, p.table.source, p.table.unit] for p in table.parts],
     }
     text = json.dumps(content, ensure_ascii=False, default=str)
-    (folder / "prepared.json").write_text(text, encoding="utf-8")
+    (cache_dir / "prepared.json").write_text(text, encoding="utf-8")
 
 
 def _save_lines(lines: Sequence[int], path: Path) -> None:
@@ -248,38 +247,38 @@ def _save_lines(lines: Sequence[int], path: Path) -> None:
             file.write(np.array(lines[start : start + _LINES], dtype="<i8").tobytes())
 
 
-def _save_rows(rows: Sequence[Encoded], folder: Path, name: str) -> Mapping[str, Any] | None:
+def _save_rows(rows: Sequence[Encoded], cache_dir: Path, name: str) -> Mapping[str, Any] | None:
     if not len(rows):
         return None
     if not isinstance(rows, RowStore):
-        rows = write_store(folder / f"{name}.arrow", rows_to_batches(rows))
+        rows = write_store(cache_dir / f"{name}.arrow", rows_to_batches(rows))
     if rows.indices is not None:
-        np.save(folder / f"{name}.npy", rows.indices)
+        np.save(cache_dir / f"{name}.npy", rows.indices)
     return {"file": rows.path.name, "chosen": rows.indices is not None}
 
 
-def _load(folder: Path, note: str, reason: str = "") -> PreparedData:
-    content = json.loads((folder / "prepared.json").read_text(encoding="utf-8"))
-    lines = np.load(folder / "lines.npy", mmap_mode="r")
+def _load(cache_dir: Path, note: str, reason: str = "") -> PreparedData:
+    content = json.loads((cache_dir / "prepared.json").read_text(encoding="utf-8"))
+    lines = np.load(cache_dir / "lines.npy", mmap_mode="r")
     parts = tuple(Part(base, Table([], [], name, unit)) for base, name, unit in content["parts"])
     source, unit = content["source"]
-    choice = Choice("rows", note, f"{reason}{folder}; --no-cache prepares them again")
+    choice = Choice("rows", note, f"{reason}{cache_dir}; --no-cache prepares them again")
     return PreparedData(
-        _load_rows(folder, "train", content),
-        _load_rows(folder, "validation", content),
+        _load_rows(cache_dir, "train", content),
+        _load_rows(cache_dir, "validation", content),
         PromptFormat(**content["prompt_format"]) if content["prompt_format"] else None,
         content["max_length"],
         Table([], lines, source, unit, parts=parts),
         content["facts"],
         [*(Choice(**fields) for fields in content["choices"]), choice],
         tuple(Finding(**{**f, "places": tuple(f["places"])}) for f in content["findings"]),
-        corpus=_load_rows(folder, "corpus", content),
+        corpus=_load_rows(cache_dir, "corpus", content),
     )
 
 
-def _load_rows(folder: Path, name: str, content: Mapping[str, Any]) -> Sequence[Encoded]:
+def _load_rows(cache_dir: Path, name: str, content: Mapping[str, Any]) -> Sequence[Encoded]:
     entry = content[name]
     if entry is None:
         return []
-    indices = np.load(folder / f"{name}.npy") if entry["chosen"] else None
-    return RowStore(folder / entry["file"], indices)
+    indices = np.load(cache_dir / f"{name}.npy") if entry["chosen"] else None
+    return RowStore(cache_dir / entry["file"], indices)

@@ -27,7 +27,7 @@ from ftlevel.data.encoding.store import RowStore, to_batch, write_store
 from ftlevel.data.formats.detect import Format
 from ftlevel.data.formats.labels import LabelSet
 from ftlevel.data.gate import Finding
-from ftlevel.data.gate.checks import TextCheckContext, TokenCheckContext, find_empty_thinks
+from ftlevel.data.gate.checks import TextCheckContext, TokenCheckContext, get_empty_think_ids
 from ftlevel.data.gate.gate import CheckedTask, Gate, special_token_ids
 from ftlevel.data.gate.similarity import Digests, words_path
 from ftlevel.data.sources.table import BadRow, Row, Table
@@ -51,19 +51,19 @@ class DataTask(CheckedTask, Protocol):
     @property
     def split_text(self) -> str: ...
     @property
-    def encoding_options(self) -> Mapping[str, Any]: ...
+    def encoding_config(self) -> Mapping[str, Any]: ...
 
-    def find_format(
-        self, columns: Sequence[str], config: DataConfig, rows: Sequence[Row] = ()
+    def get_format(
+        self, column_names: Sequence[str], config: DataConfig, rows: Sequence[Row] = ()
     ) -> Format: ...
 
-    def read_columns(
+    def update_format(
         self, format_: Format, table: Table, config: DataConfig
     ) -> tuple[Format, list[Choice]]: ...
 
     def label_role(self, format_: Format) -> str | None: ...
 
-    def find_inconsistent_labels(
+    def get_inconsistent_labels(
         self, examples: Sequence[Any], labels: LabelSet, table: Table
     ) -> list[BadRow]: ...
 
@@ -75,9 +75,9 @@ class DataTask(CheckedTask, Protocol):
         self, encoder: Encoder, documents: Sequence[str]
     ) -> tuple[Sequence[Encoded], Choice]: ...
 
-    def facts(self, loaded: Any) -> Mapping[str, Any]: ...
+    def data_info(self, loaded: Any) -> Mapping[str, Any]: ...
 
-    def describe_rows(self, loaded: Any, facts: Mapping[str, Any]) -> list[Choice]: ...
+    def describe_rows(self, loaded: Any, data_info: Mapping[str, Any]) -> list[Choice]: ...
 
     def finish_data(
         self, prepared: PreparedData, config: DataConfig, context: EncodingContext
@@ -125,7 +125,7 @@ class EncodingContext:
             tokenizer.bos_token_id,
             special_token_ids(tokenizer),
             self.vocabulary,
-            find_empty_thinks(tokenizer),
+            get_empty_think_ids(tokenizer),
         )
         return Gate(policy, self.task, checks)
 
@@ -137,7 +137,7 @@ class PreparedData:
     Attributes:
         train: encoded training rows; for a stream, the first rows only.
         table: training rows as read, indexed by `Encoded.row`.
-        facts: data section of `summary.json`.
+        info: data section of `summary.json`.
         choices: log lines.
         corpus: documents that validation queries search; if empty, those of the rows.
         sets: dataset index of each training row, if no step mixes datasets; else empty.
@@ -149,7 +149,7 @@ class PreparedData:
     prompt_format: PromptFormat | None
     max_length: int
     table: Table
-    facts: dict[str, Any] = field(default_factory=dict)
+    info: dict[str, Any] = field(default_factory=dict)
     choices: list[Choice] = field(default_factory=list)
     findings: tuple[Finding, ...] = ()
     corpus: Sequence[Encoded] = ()
@@ -166,7 +166,7 @@ Progress = Callable[[int, int], None]
 
 
 def ignore_progress(done: int, total: int) -> None:
-    """Ignore progress."""
+    """Do nothing."""
 
 
 _job: tuple[Encode, Sequence[Any], TextCheckContext] | None = None  # inherited by forked processes
@@ -182,8 +182,8 @@ def encode_to_store(
 ) -> RowStore:
     """Encode `examples` in batches and write the rows to `path` in order.
 
-    Digests of the texts are written to `digests_path(path)`. `processes` are forked; without fork
-    there is one process. Raises `ValueError` if no example produced a row.
+    Digests are written to `digests_path(path)`. Uses `processes` where fork exists. Raises
+    `ValueError` if no example produced a row.
     """
     global _job
     positions = range(0, len(examples), BATCH)
@@ -219,12 +219,10 @@ def digests_path(path: Path) -> Path:
 
 
 def _disable_tokenizer_threads() -> None:
-    """Disable parallelism of the tokenizer, whose threads do not survive a fork."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
 def _encode_batch(start: int) -> tuple[pa.RecordBatch | None, tuple[bytes, bytes]]:
-    """Returns the encoded rows of the batch at `start` (None if there are none), and digests."""
     if _job is None:
         raise RuntimeError("there is no job")
     encode, examples, context = _job
@@ -263,10 +261,7 @@ class Encoder:
     ignore_max_length: bool = False
 
     def __call__(self, examples: Sequence[Any], table: Table) -> FittedRows:
-        """Encode `examples` of `table` and apply the length limit.
-
-        Raises `InputError` if this fails, or rows are too long and may not be dropped.
-        """
+        """Encode `examples` of `table` and apply the length limit; `InputError` on failure."""
         if not self.tokenizer.is_fast and self.task.needs_offsets:
             raise InputError(
                 f"the tokenizer of {self.tokenizer.name_or_path} does not provide character "
@@ -279,10 +274,7 @@ class Encoder:
         return replace(fitted, digests=self._digests(examples))
 
     def for_held_out(self, split: str) -> Encoder:
-        """Returns an encoder for a held-out `split`, with labels for answers only.
-
-        Long rows are dropped, or split or truncated if configured.
-        """
+        """Returns an encoder for a held-out `split`; long rows are dropped, split or truncated."""
         overlong = self.config.overlong
         overlong = overlong if overlong in ("split", "truncate") else "drop"
         if self.config.qrels is not None:  # all queries are searched for

@@ -13,14 +13,14 @@ from typing import Any, TypeAlias
 
 from ftlevel.artifacts.cards import AdapterCard
 from ftlevel.config import DataConfig
-from ftlevel.data.encoding.encode import Encoded, read_format
+from ftlevel.data.encoding.encode import Encoded, load_prompt_format
 from ftlevel.data.formats.columns import columns_exist
 from ftlevel.data.formats.detect import Format, RoleValues
 from ftlevel.data.formats.labels import LabelSet
 from ftlevel.data.formats.turns import UnusableRowError
 from ftlevel.data.gate import explain_stop
 from ftlevel.data.prepare.encoder import DataTask, EncodingContext
-from ftlevel.data.prepare.loading import open_converter, read_splits, validation_converter
+from ftlevel.data.prepare.loading import eval_converter, open_converter, read_splits
 from ftlevel.data.sources.hub import iterate_rows
 from ftlevel.data.sources.lines import CHUNK_ROWS
 from ftlevel.data.sources.readers import ReadOptions, is_pattern, match_files, open_reader
@@ -58,13 +58,13 @@ class RowSource:
     """Source of rows.
 
     Attributes:
-        columns: column names, from the schema or the first rows.
+        column_names: column names, from the schema or the first rows.
         leading: columns of the first row, from which the format is detected.
         read: yields the rows from the beginning.
         schema: Arrow schema if the source declares types, else None.
     """
 
-    columns: Sequence[str]
+    column_names: Sequence[str]
     leading: Sequence[str]
     first: Sequence[Row]
     read: Callable[[], Iterator[Item]]
@@ -72,9 +72,9 @@ class RowSource:
 
 
 def open_rows(name: str, options: ReadOptions) -> tuple[RowSource, Reader]:
-    """Open the rows of a file, or of all files that match a pattern; also returns a reader.
+    """Returns the rows of a file, or of all files that match a pattern.
 
-    The reader is that of the first file. Raises `InputError` if a file cannot be read, or the
+    Also returns the reader of the first file. Raises `InputError` if a file cannot be read, or the
     columns of two files differ.
     """
     names = match_files(name, options.format) if is_pattern(name) else [name]
@@ -84,11 +84,11 @@ def open_rows(name: str, options: ReadOptions) -> tuple[RowSource, Reader]:
     if len(sources) == 1:
         return first, readers[0]
     for reader, source in zip(readers, sources, strict=True):
-        if set(source.columns) != set(first.columns):
+        if set(source.column_names) != set(first.column_names):
             raise InputError(
-                f"{reader.shown}: has the columns {join_names(map(quote, source.columns))}, and "
-                f"{readers[0].shown} has {join_names(map(quote, first.columns))}. Files that are "
-                "read together need the same columns."
+                f"{reader.shown}: has the columns {join_names(map(quote, source.column_names))}, "
+                f"and {readers[0].shown} has {join_names(map(quote, first.column_names))}. Files "
+                "that are read together need the same columns."
             )
 
     def read() -> Iterator[Item]:
@@ -112,21 +112,21 @@ def file_rows(reader: Reader, ignored: Sequence[str] = ()) -> RowSource:
             share = reader.share(chunk)
             items: list[tuple[int, Row | None, str]] = [
                 *((line, row, "") for line, row in zip(chunk.lines, chunk.rows, strict=True)),
-                *((bad.line, None, bad.reason) for bad in chunk.bad),
+                *((error.line, None, error.reason) for error in chunk.errors),
             ]
             for line, row, fault in sorted(items, key=lambda item: item[0]):
                 yield row, place(chunk, line), fault, share
 
     chunk = next(reader.chunks(), None)
-    if chunk is None or not (chunk.rows or chunk.bad):
+    if chunk is None or not (chunk.rows or chunk.errors):
         raise InputError(f"{reader.shown}: has 0 rows. Use a file with rows.")
     if not chunk.rows:
-        bad = chunk.bad[0]
-        raise InputError(f"{place(chunk, bad.line)}: {bad.reason}. Fix the file.")
+        error = chunk.errors[0]
+        raise InputError(f"{place(chunk, error.line)}: {error.reason}. Fix the file.")
     declared = reader.schema.names if reader.schema is not None else []
-    columns = declared or list(dict.fromkeys(name for row in chunk.rows for name in row))
+    column_names = declared or list(dict.fromkeys(name for row in chunk.rows for name in row))
     leading = [name for name in chunk.rows[0] if name not in ignored]
-    return RowSource(columns, leading, chunk.rows, read, reader.schema)
+    return RowSource(column_names, leading, chunk.rows, read, reader.schema)
 
 
 def in_memory_rows(rows: Any, ignored: Sequence[str] = ()) -> RowSource:
@@ -140,15 +140,15 @@ def in_memory_rows(rows: Any, ignored: Sequence[str] = ()) -> RowSource:
         for number, row in enumerate(chain(first, rest), 1):
             yield row, f"row {number}", "", None
 
-    columns = list(dict.fromkeys(name for row in first for name in row))
-    return RowSource(columns, [name for name in first[0] if name not in ignored], first, read)
+    column_names = list(dict.fromkeys(name for row in first for name in row))
+    return RowSource(column_names, [name for name in first[0] if name not in ignored], first, read)
 
 
 @dataclass(frozen=True)
 class Prompts:
     """Rows of a source converted to model inputs, at most `limit` of them.
 
-    If `fixed` is true, rows may not have columns that the first rows lack.
+    If `fixed`, rows may not have columns that the first rows lack.
     """
 
     source: RowSource
@@ -157,19 +157,19 @@ class Prompts:
     limit: int | None = None
 
     def __iter__(self) -> Iterator[QueryRow]:
-        columns = dict.fromkeys(self.source.columns)
-        roles = RoleValues(self.shape, Table([], [], ""))
+        column_names = dict.fromkeys(self.source.column_names)
+        values = RoleValues(self.shape, Table([], [], ""))
         for row, place, fault, share in islice(self.source.read(), self.limit):
             question = None
             if row is None:
-                row = dict(columns)
-            elif self.fixed and not row.keys() <= columns.keys():
-                more = join_names(quote(name) for name in row if name not in columns)
+                row = dict(column_names)
+            elif self.fixed and not row.keys() <= column_names.keys():
+                more = join_names(quote(name) for name in row if name not in column_names)
                 fault = f"has {more}, which the first rows lack"
             else:
-                roles.set_row(row, 0)
+                values.set_row(row, 0)
                 try:
-                    question = self.shape.build(roles)
+                    question = self.shape.build(values)
                 except UnusableRowError as error:
                     fault = str(error)
             yield QueryRow(row, place, question, fault, share)
@@ -223,11 +223,11 @@ def load_evaluation_rows(
 ) -> EvaluationRows:
     """Load and encode the rows to evaluate.
 
-    `config` has the dataset to evaluate and the length settings of training. A `split` of None is
-    validation, or all rows if there is one split. `context` has the seed of training, which
-    determines the validation split. `is_own` says that the dataset is the one used in training,
-    `is_typed` that the user, not the training run, chose the column mapping. Raises `InputError` if
-    there are no such rows, or they do not fit the task.
+    `config` has the dataset to evaluate and the length settings of training, `context` the training
+    seed, which determines the validation split. A `split` of None is validation, or all rows if
+    there is one split. `is_own`: the dataset is the one used in training; `is_typed`: the user
+    chose the column mapping. Raises `InputError` if there are no such rows, or they do not fit the
+    task.
     """
     task = context.task
     options = {k: v for k, v in card.options.items() if k in DataConfig.model_fields}
@@ -242,10 +242,10 @@ def load_evaluation_rows(
     if not (is_own or is_typed):
         config, message = _without_absent(config, table, task)
     convert = open_converter(splits.train if config.qrels else table, config, task)[0]
-    convert_training, convert = convert, validation_converter(convert, table)
+    convert_training, convert = convert, eval_converter(convert, table)
     labels = LabelSet(tuple(card.labels)) if card.labels else None
     table, examples = convert.convert_held_out(name, table, labels)
-    prompt = read_format(card)
+    prompt = load_prompt_format(card)
     if prompt is not None and not card.data:  # not trained by ftlevel: infer the separator
         prompt = prompt.resolve_separator(examples, prompt.version)
     # The length limit of training applies only to its own validation rows.
@@ -264,7 +264,7 @@ def load_evaluation_rows(
                 f"{'; '.join(map(str, findings))}. Name other rows with --dataset, or --split "
                 "train."
             )
-    for finding in context.gate(config.gate).check_validation([], examples, splits.corpus, table):
+    for finding in context.gate(config.gate).check_eval_set([], examples, splits.corpus, table):
         if finding.action == "stop":
             raise InputError(explain_stop(finding))
     rows = task.evaluation_rows(rows, config, context)
@@ -280,17 +280,16 @@ def load_evaluation_rows(
 
 
 def _without_absent(config: DataConfig, table: Table, task: DataTask) -> tuple[DataConfig, str]:
-    """Returns `config` without column mapping and format if they do not fit `table`; and a note."""
     present = {
         role: column
         for role, column in config.columns.items()
-        if columns_exist(column, table.columns)
+        if columns_exist(column, table.column_names)
     }
     choices = ((config.columns, config.format), (present, config.format), (present, None))
     for columns, format_ in (*choices, ({}, None)):
         reduced = config.model_copy(update={"columns": columns, "format": format_})
         try:
-            detected = task.find_format(table.columns, reduced, table.rows[:CHUNK_ROWS])
+            detected = task.get_format(table.column_names, reduced, table.rows[:CHUNK_ROWS])
         except InputError:
             continue
         message = f"{detected.description}; the training's own --map and --format do not fit these"

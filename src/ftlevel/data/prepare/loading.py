@@ -20,16 +20,16 @@ from ftlevel.data.formats.labels import (
     LABEL_NORMALIZERS,
     LabelNormalizer,
     LabelSet,
-    build_label_set,
     check_labels,
-    find_invalid_labels,
-    find_variants,
+    create_label_set,
+    get_invalid_labels,
+    get_label_variants,
 )
-from ftlevel.data.gate import Finding, build_finding, explain_stop
+from ftlevel.data.gate import Finding, create_finding, explain_stop
 from ftlevel.data.gate.checks import flat_batches
 from ftlevel.data.gate.gate import handle_unusable_rows
 from ftlevel.data.prepare.encoder import DataTask, EncodingContext, PreparedData, Progress
-from ftlevel.data.sources.beir import read_corpus, read_retrieval_set
+from ftlevel.data.sources.beir import load_corpus, load_retrieval_set
 from ftlevel.data.sources.lines import CHUNK_ROWS, STDIN
 from ftlevel.data.sources.splits import DatasetSplits, hold_out, join_splits, load_splits
 from ftlevel.data.sources.streams import refuse_media_columns
@@ -41,7 +41,7 @@ BUILTIN_ROWS = 192
 
 
 @dataclass(frozen=True)
-class LoadedExamples:
+class LoadedData:
     """Examples of all splits, before tokenization.
 
     `choices` are log lines about the columns, `findings` are about rows without usable content.
@@ -58,21 +58,21 @@ class LoadedExamples:
     reason: str = ""
 
 
-def load_examples(
+def load_data(
     config: DataConfig, task: DataTask, seed: int, *, lenient: bool = False
-) -> LoadedExamples:
+) -> LoadedData:
     """Load the dataset and convert the rows to examples of `task`.
 
-    `seed` selects the validation rows. `lenient` drops and reports rows that would stop the run;
-    otherwise they raise `InputError` with `path:line`.
+    `seed` selects the validation rows. Rows that would stop the run raise `InputError`, or are
+    dropped if `lenient`.
     """
     return convert_splits(read_splits(config, task, seed), config, task, lenient=lenient)
 
 
 def convert_splits(
     splits: DatasetSplits, config: DataConfig, task: DataTask, *, lenient: bool
-) -> LoadedExamples:
-    """Convert the rows of `splits` to examples; arguments as in `load_examples`."""
+) -> LoadedData:
+    """Convert the rows of `splits` to examples; arguments as in `load_data`."""
     _check_ignored(splits, config)
     convert, choices = open_converter(splits.train, config, task, lenient=lenient)
     choices = [*(Choice("note", note) for note in splits.notes), *choices]
@@ -80,40 +80,40 @@ def convert_splits(
     labels = None
     if convert.label_column is not None:
         examples = convert.merge_label_variants("train", train, examples, config.labels)
-        labels = build_label_set(examples, train, convert.label_column, config.labels)
+        labels = create_label_set(examples, train, convert.label_column, config.labels)
         train, examples = convert.drop_inconsistent_labels(train, examples, labels)
-    validation, held_out = splits.validation, None
-    if validation is not None:
-        convert_validation = validation_converter(convert, validation)
-        validation, held_out = convert_validation.convert_held_out("validation", validation, labels)
+    eval_table, held_out = splits.validation, None
+    if eval_table is not None:
+        convert_eval = eval_converter(convert, eval_table)
+        eval_table, held_out = convert_eval.convert_held_out("validation", eval_table, labels)
     elif splits.corpus is not None:
         raise InputError(
             f"--corpus {config.corpus} is for validation queries, and there are none. Add "
             "--validation-split 0.05, or --qrels FILE."
         )
-    splits = replace(splits, train=train, validation=validation)
+    splits = replace(splits, train=train, validation=eval_table)
     reason = explain_columns(convert.shape.columns, config.columns, config.format)
-    return LoadedExamples(
+    return LoadedData(
         splits, convert.shape, examples, held_out, labels, choices, convert.findings, reason
     )
 
 
-def validation_converter(convert: Converter, validation: Table) -> Converter:
+def eval_converter(convert: Converter, eval_table: Table) -> Converter:
     """Returns the converter of validation rows: `convert`, or a new one for those of `--qrels`."""
     if convert.config.qrels is None:
         return convert
     plain: dict[str, Any] = {"columns": {}, "format": None, "ignore_columns": ()}
-    return open_converter(validation, convert.config.model_copy(update=plain), convert.task)[0]
+    return open_converter(eval_table, convert.config.model_copy(update=plain), convert.task)[0]
 
 
 def _check_ignored(splits: DatasetSplits, config: DataConfig) -> None:
-    """Raise `InputError` if a column of `--ignore-columns` is in no split."""
     present = {name for table in splits.tables.values() for name in table.ignored}
     if unknown := [name for name in config.ignore_columns if name not in present]:
-        columns = splits.train.columns
+        column_names = splits.train.column_names
         raise InputError(
-            f"--ignore-columns {unknown[0]}: no such column.{did_you_mean(unknown[0], columns)} "
-            f"Columns: {join_names(map(quote, columns))}."
+            f"--ignore-columns {unknown[0]}: no such column."
+            f"{did_you_mean(unknown[0], column_names)} "
+            f"Columns: {join_names(map(quote, column_names))}."
         )
 
 
@@ -121,9 +121,9 @@ def open_converter(
     table: Table, config: DataConfig, task: DataTask, *, lenient: bool = False
 ) -> tuple[Converter, list[Choice]]:
     """Returns a converter of rows with the columns of `table`, and log lines."""
-    shape = task.find_format(table.columns, config, table.rows[:CHUNK_ROWS])
+    shape = task.get_format(table.column_names, config, table.rows[:CHUNK_ROWS])
     refuse_media_columns(shape.unused, table.rows, table.source)
-    shape, choices = task.read_columns(shape, table, config)
+    shape, choices = task.update_format(shape, table, config)
     return Converter(config, task, shape, shape, lenient), choices
 
 
@@ -152,7 +152,7 @@ class Converter:
         examples, bad = convert_rows(table, self.shape)
         column = self.label_column
         if column is not None and (self.lenient or self.config.gate.unknown_label == "drop"):
-            bad += find_invalid_labels(labels, examples, table, column)
+            bad += get_invalid_labels(labels, examples, table, column)
         if not bad:
             return table, examples
         table, findings = handle_unusable_rows(table, bad, self.config, split, lenient=self.lenient)
@@ -176,15 +176,15 @@ class Converter:
     def merge_label_variants(
         self, split: str, table: Table, examples: Sequence[Any], names: Sequence[str] = ()
     ) -> Sequence[Any]:
-        """Returns `examples` with spelling variants of a label merged.
+        """Returns `examples` with spelling variants replaced by the known `names`.
 
-        `names` are the known classes; if empty, the most frequent spelling is used.
+        Without names, the most frequent spelling is used.
         """
         for check, same in LABEL_NORMALIZERS.items():
-            variants = find_variants(examples, check, names)
+            variants = get_label_variants(examples, check, names)
             rows = sorted({row for variant in variants for row in variant.rows})
             places = [f"{table.where(v.rows[0])}: {v.label!r} is {v.name!r}" for v in variants]
-            finding = build_finding(check, split, len(rows), len(table), places, self.config.gate)
+            finding = create_finding(check, split, len(rows), len(table), places, self.config.gate)
             if finding is None:
                 continue
             self.findings.append(finding)
@@ -199,7 +199,7 @@ class Converter:
         self, table: Table, examples: Sequence[Any], labels: LabelSet
     ) -> tuple[Table, Sequence[Any]]:
         """Returns rows and examples with consistent classes; raises if rows may not be dropped."""
-        faults = self.task.find_inconsistent_labels(examples, labels, table)
+        faults = self.task.get_inconsistent_labels(examples, labels, table)
         if not faults:
             return table, examples
         table = handle_bad_rows(table, faults, self.config.on_bad_row)
@@ -217,20 +217,19 @@ def read_splits(config: DataConfig, task: DataTask, seed: int) -> DatasetSplits:
     if config.qrels is not None:
         splits = _with_judgments(splits, config.qrels, config.corpus)
     elif config.corpus is not None:
-        splits = replace(splits, corpus=read_corpus(config.corpus))
+        splits = replace(splits, corpus=load_corpus(config.corpus))
     if config.validation_split:
         splits = hold_out(splits, config.validation_split, seed)
-    train, validation = splits.train, splits.validation
+    train, eval_table = splits.train, splits.validation
     if config.max_samples:
         train = train.head(config.max_samples)
-    if validation is not None and config.max_eval_samples:
-        validation = validation.head(config.max_eval_samples)
-    return replace(splits, train=train, validation=validation)
+    if eval_table is not None and config.max_eval_samples:
+        eval_table = eval_table.head(config.max_eval_samples)
+    return replace(splits, train=train, validation=eval_table)
 
 
 def _with_judgments(splits: DatasetSplits, qrels: Path, corpus: Path | None) -> DatasetSplits:
-    """Returns `splits` with the queries of `qrels` as validation rows, and documents as corpus."""
-    result = read_retrieval_set(qrels, corpus)
+    result = load_retrieval_set(qrels, corpus)
     rows = [
         {"query": query, "pos": [result.documents[at] for at in relevant]}
         for query, relevant in zip(result.queries, result.relevant, strict=True)
@@ -259,39 +258,39 @@ def _read_one(name: str, config: DataConfig, task: DataTask, split: str | None) 
         )
 
 
-def prepare_examples(
-    data: LoadedExamples,
+def encode_data(
+    data: LoadedData,
     config: DataConfig,
     context: EncodingContext,
-    folder: Path | None,
+    cache_dir: Path | None,
     progress: Progress,
 ) -> PreparedData:
     """Encode the examples, apply the length limit, and run the data checks.
 
-    Rows are written to `folder`; None stores them in memory. Raises `InputError` if a check fails.
+    Rows are written to `cache_dir` if given. Raises `InputError` if a check fails.
     """
     task, lenient = context.task, context.lenient
     prompt_format = task.prompt_format(data.format, context.kind, context.tokenizer)
     prompt_format = _with_system(prompt_format, config.system)
     if prompt_format is not None:
         prompt_format = prompt_format.resolve_separator(data.train, context.prompt_version)
-    options = {"labels": data.labels, "folder": folder, "progress": progress, "lenient": lenient}
+    options = {"labels": data.labels, "folder": cache_dir, "progress": progress, "lenient": lenient}
     encoder = context.encoder(config, prompt_format, **options)
     gate, splits = context.gate(config.gate), data.splits
     fitted = encoder(data.train, splits.train)
     train, findings = gate.check_split("train", fitted, data.train, splits.train)
     findings = [*data.findings, *findings]
-    validation: Sequence[Encoded] = []
-    dropped = split = 0
+    eval_rows: Sequence[Encoded] = []
+    num_dropped = split = 0
     if data.validation and splits.validation:
         held_out = encoder.for_held_out("validation")(data.validation, splits.validation)
-        dropped, split = held_out.dropped, held_out.split
-        validation, more = gate.check_held_out(
+        num_dropped, split = held_out.dropped, held_out.split
+        eval_rows, more = gate.check_held_out(
             "validation", held_out, data.validation, splits.validation, fitted.digests
         )
         findings += more
         fitted = replace(fitted, max_length=max(fitted.max_length, held_out.max_length))
-        findings += gate.check_validation(
+        findings += gate.check_eval_set(
             data.train, data.validation, splits.corpus, splits.validation
         )
     if splits.test is not None:
@@ -300,18 +299,18 @@ def prepare_examples(
         lines = enumerate(splits.test.lines)
         test = splits.test.take(i for i, line in lines if line not in unusable)
         digests = encoder.digest(examples)
-        findings += gate.find_leaks("test", digests, fitted.digests, test)[1]
+        findings += gate.get_leaks("test", digests, fitted.digests, test)[1]
     stops = [explain_stop(finding) for finding in findings if finding.action == "stop"]
     if stops and not lenient:
         raise InputError(stops)
-    facts = _facts(data, task, fitted, train, validation) | {
-        "validation_dropped": dropped,
+    data_info = _data_info(data, task, fitted, train, eval_rows) | {
+        "validation_dropped": num_dropped,
         "validation_split": split,
         "gate": [finding.to_dict() for finding in findings],
     }
     if fitted.stops:  # a preview continues
-        facts["stops"] = fitted.stops
-    choices = _choices(data, task, fitted, validation, facts)
+        data_info["stops"] = fitted.stops
+    choices = _choices(data, task, fitted, eval_rows, data_info)
     corpus: Sequence[Encoded] = []
     if splits.corpus is not None:
         corpus, choice = task.encode_corpus(encoder, splits.corpus)
@@ -323,8 +322,8 @@ def prepare_examples(
                 Choice("system", prompt_format.system, "where a row has none of its own")
             )
     counts = {
-        "dropped": facts["dropped"],
-        "of validation dropped, beyond the max length": dropped,
+        "dropped": data_info["dropped"],
+        "of validation dropped, beyond the max length": num_dropped,
         f"of validation {task.split_text}": split,
         f"shortened at {fitted.shortened_at}": fitted.shortened,
         task.split_text: fitted.split,
@@ -337,11 +336,11 @@ def prepare_examples(
         choices.append(Choice("data check", str(finding), reason))
     return PreparedData(
         train,
-        validation,
+        eval_rows,
         prompt_format,
         fitted.max_length,
         splits.train,
-        facts,
+        data_info,
         choices,
         tuple(findings),
         corpus=corpus,
@@ -349,7 +348,6 @@ def prepare_examples(
 
 
 def _with_system(prompt_format: PromptFormat | None, system: str | None) -> PromptFormat | None:
-    """Returns the format with a system prompt; raises `ConfigError` if it cannot have one."""
     if not system:
         return prompt_format
     if prompt_format is None or prompt_format.kind == "seq2seq":
@@ -359,16 +357,16 @@ def _with_system(prompt_format: PromptFormat | None, system: str | None) -> Prom
 
 _RESULTS = {"drop": "dropped", "warn": "kept", "stop": "stops the run", "fold": "made one"}
 
-_TASK_FACTS = {"problem_type": None, "unanswerable": False, "target_language": ""}
-"""Default values of facts that only some tasks provide."""
+_TASK_INFO = {"problem_type": None, "unanswerable": False, "target_language": ""}
+"""Default values of entries that only some tasks provide."""
 
 
-def _facts(
-    data: LoadedExamples,
+def _data_info(
+    data: LoadedData,
     task: DataTask,
     fitted: FittedRows,
     train: Sequence[Encoded],
-    validation: Sequence[Encoded],
+    eval_rows: Sequence[Encoded],
 ) -> dict[str, Any]:
     removed = len(fitted.rows) - len(train)
     sizes = [
@@ -381,7 +379,7 @@ def _facts(
         "name": data.splits.name,
         "format": data.format.description,
         "train_rows": len(train),
-        "validation_rows": len(validation),
+        "validation_rows": len(eval_rows),
         "tokens": int(sum(tokens)),
         "supervised": int(sum(supervised)),
         "longest": int(max(longest)),
@@ -395,30 +393,30 @@ def _facts(
             rows_fingerprint(held_out.rows) if held_out is not None else None
         ),
         "labels": list(data.labels.names) if data.labels else [],
-        **_TASK_FACTS,
-        **task.facts(data),
+        **_TASK_INFO,
+        **task.data_info(data),
     }
 
 
 def _choices(
-    data: LoadedExamples,
+    data: LoadedData,
     task: DataTask,
     fitted: FittedRows,
-    validation: Sequence[Encoded],
-    facts: Mapping[str, Any],
+    eval_rows: Sequence[Encoded],
+    data_info: Mapping[str, Any],
 ) -> list[Choice]:
     held_out = (
-        f"{len(validation):,} for validation"
-        if validation
+        f"{len(eval_rows):,} for validation"
+        if eval_rows
         else "no validation rows: --validation-split 0.05 holds some out"
     )
     name = "stdin" if data.splits.name == STDIN else data.splits.name
     choices = [
-        Choice("data", name, f"{facts['train_rows']:,} rows; {held_out}"),
+        Choice("data", name, f"{data_info['train_rows']:,} rows; {held_out}"),
         Choice("columns", data.format.description, data.reason),
         *data.choices,
         Choice("max length", f"{fitted.max_length:,} tokens", fitted.reason),
     ]
     if data.labels is not None:
-        choices.append(Choice("labels", f"{len(data.labels)}", ", ".join(facts["labels"][:8])))
-    return [*choices, *task.describe_rows(data, facts)]
+        choices.append(Choice("labels", f"{len(data.labels)}", ", ".join(data_info["labels"][:8])))
+    return [*choices, *task.describe_rows(data, data_info)]

@@ -18,7 +18,7 @@ import numpy as np
 
 from ftlevel.config import DataConfig
 from ftlevel.data.encoding.encode import Encoded
-from ftlevel.data.encoding.fit import MAX_DROPPED_SHARE
+from ftlevel.data.encoding.fit import MAX_DROP_RATIO
 from ftlevel.data.formats.detect import Format
 from ftlevel.data.formats.examples import convert_rows
 from ftlevel.data.gate import explain_stop
@@ -32,11 +32,7 @@ T = TypeVar("T")
 
 
 class ShuffleBuffer(Generic[T]):
-    """A shuffle buffer of `size` items; 1 preserves the order.
-
-    An item leaves at most `size` positions early; its delay is geometrically distributed with mean
-    `size`.
-    """
+    """A shuffle buffer of `size` items; 1 preserves the order."""
 
     def __init__(self, size: int, seed: str) -> None:
         self.items: list[T] = []
@@ -88,14 +84,11 @@ class ChunkEncoder:
     may_lose: bool
 
     def __call__(self, chunk: Chunk, counts: Counter[str]) -> list[Encoded]:
-        """Returns the rows of `chunk`, with their line as `Encoded.row`; updates `counts`.
-
-        Raises `InputError` with `file:line` if a row stops the run.
-        """
+        """Returns the rows of `chunk`, with their line as `Encoded.row`; updates `counts`."""
         table = chunk.table
-        counts["read"] += len(chunk.rows) + len(chunk.bad)
-        bad = [*chunk.bad, *self.schema.find_inconsistent(chunk.rows, chunk.lines)]
-        table = self._without(table, bad, counts)
+        counts["read"] += len(chunk.rows) + len(chunk.errors)
+        errors = [*chunk.errors, *self.schema.get_inconsistent(chunk.rows, chunk.lines)]
+        table = self._without(table, errors, counts)
         if table.rows:
             table = self._without(table, convert_rows(table, self.shape)[1], counts)
         if not table.rows:
@@ -116,18 +109,17 @@ class ChunkEncoder:
         rows = [fitted.rows[i] for i in np.flatnonzero(split.keep).tolist()]
         return [replace(row, row=table.lines[row.row]) for row in rows]
 
-    def _without(self, table: Table, bad: list[BadRow], counts: Counter[str]) -> Table:
-        """Returns `table` without the rows `bad`, counted in `counts` (modified); may raise."""
+    def _without(self, table: Table, errors: list[BadRow], counts: Counter[str]) -> Table:
         gate, skips = self.config.gate, self.config.on_bad_row == "skip"
         stops = [
             row
-            for row in bad
+            for row in errors
             if not skips and not (row.finding and getattr(gate, row.finding) == "drop")
         ]
         if stops:
             raise InputError(describe_bad_rows(table, stops))
-        lines = {row.line for row in bad}
-        for row in bad:
+        lines = {row.line for row in errors}
+        for row in errors:
             counts[f"gate.{row.finding}" if row.finding else "bad"] += 1
         counts["dropped"] += len(lines)
         return table.take(i for i, line in enumerate(table.lines) if line not in lines)
@@ -135,7 +127,7 @@ class ChunkEncoder:
     def check_loss(self, counts: Mapping[str, int]) -> None:
         """Raise `InputError` if over 1 % of the rows exceed a length chosen from the first rows."""
         lost, read = counts.get("too_long", 0), counts.get("read", 0)
-        if self.may_lose and read >= _MIN_ROWS and lost > MAX_DROPPED_SHARE * read:
+        if self.may_lose and read >= _MIN_ROWS and lost > MAX_DROP_RATIO * read:
             raise InputError(
                 f"{lost:,} of the {read:,} rows read so far are longer than "
                 f"{self.encoder.config.max_length:,} tokens, which was enough for the first ones. "
@@ -246,11 +238,11 @@ class RowStream:
         self._buffer.set_draws(state.draws)
         self._counts = Counter(state.counts)
 
-    def _begin_pass(self, number: int = 0, cursor: Cursor | None = None) -> None:
-        self._passes, self._cursor = number, cursor
+    def _begin_pass(self, number: int = 0, state: Cursor | None = None) -> None:
+        self._passes, self._cursor = number, state
         self._skip = self._skip_ahead = self._held_out
         self._ready: deque[_Ready] = deque()
-        self._chunks = self._source.chunks(cursor)
+        self._chunks = self._source.chunks(state)
         self._waiting: deque[Encoded] = deque()
         self._buffer: ShuffleBuffer[Encoded] = ShuffleBuffer(self._size, f"{self._seed}:{number}")
         self._kept = False
@@ -288,7 +280,6 @@ class RowStream:
         return True
 
     def _encode_ahead(self) -> None:
-        """Encode the next chunks, at most one per process."""
         sharding, error = self._sharding, None
         encoded: list[EncodedChunk] = []  # of this process
         cursors: list[tuple[int, Cursor, int]] = []  # rank, cursor, held-out rows after it
@@ -305,9 +296,7 @@ class RowStream:
         except InputError as unreadable:
             error = unreadable  # raised after the preceding chunks
         by_rank = [deque(chunks) for chunks in sharding.exchange(encoded)] if cursors else []
-        self._ready.extend(
-            (by_rank[rank].popleft(), cursor, skip) for rank, cursor, skip in cursors
-        )
+        self._ready.extend((by_rank[rank].popleft(), state, skip) for rank, state, skip in cursors)
         if error is not None:
             failed = EncodedChunk([], Counter(), error)
             self._ready.append((failed, self._cursor, self._skip_ahead))

@@ -26,7 +26,7 @@ from ftlevel.config.section import Choice
 from ftlevel.data.encoding.encode import Encoded
 from ftlevel.data.encoding.store import RowStore, rows_to_batches, write_store
 from ftlevel.data.prepare.encoder import EncodingContext, PreparedData, ignore_progress
-from ftlevel.data.prepare.loading import convert_splits, prepare_examples
+from ftlevel.data.prepare.loading import convert_splits, encode_data
 from ftlevel.data.prepare.row_stream import ChunkEncoder, RowStream, StreamState
 from ftlevel.data.sources.readers import ReadOptions
 from ftlevel.data.sources.splits import DatasetSplits, StreamSource, open_source
@@ -35,7 +35,7 @@ from ftlevel.data.sources.table import (
     BadRow,
     Row,
     RowSchema,
-    find_inconsistent_rows,
+    get_inconsistent_rows,
     handle_bad_rows,
 )
 from ftlevel.errors import ConfigError, InputError
@@ -61,7 +61,6 @@ class LengthGroupedSampler(Sampler[int]):
         return len(self._lengths)
 
     def __iter__(self) -> Iterator[int]:
-        """Yields every row index once; only the last step of the epoch may be short."""
         generator = torch.Generator().manual_seed(self._seed + self.epoch)
         rows = torch.randperm(len(self), generator=generator).tolist()
         steps: list[list[int]] = []
@@ -104,7 +103,7 @@ class DistinctTextSampler(Sampler[int]):
         self._step, self._seed, self._sets = step, seed, sets
         known: dict[tuple[int, ...], int] = {}
         self._texts = [
-            {known.setdefault(tuple(text.input_ids), len(known)) for text in row.branches}
+            {known.setdefault(tuple(text.input_ids), len(known)) for text in row.sequences}
             if is_distinct
             else set()
             for row in rows
@@ -114,7 +113,6 @@ class DistinctTextSampler(Sampler[int]):
         return count_places(self._sets, self._step) if self._sets else len(self._texts)
 
     def __iter__(self) -> Iterator[int]:
-        """Yields every row index once."""
         generator = torch.Generator().manual_seed(self._seed + self.epoch)
         order = torch.randperm(len(self._texts), generator=generator).tolist()
         self.repeated = 0
@@ -169,15 +167,14 @@ class StepShardSampler(Sampler[list[int]]):
     accelerate would repeat rows from the beginning of the epoch.
     """
 
-    def __init__(self, order: Sampler[int], batch: int, count: int, rank: int) -> None:
-        self._order, self._batch, self._count, self._rank = order, batch, count, rank
+    def __init__(self, order: Sampler[int], batch: int, num_samples: int, rank: int) -> None:
+        self._order, self._batch, self._count, self._rank = order, batch, num_samples, rank
 
     def __len__(self) -> int:
         rows = len(self._order)  # type: ignore[arg-type]  # all samplers used here have a length
         return math.ceil(rows / (self._batch * self._count))
 
     def __iter__(self) -> Iterator[list[int]]:
-        """Yields the batches of this process."""
         rows = list(self._order)
         for step in range(len(self)):
             start = (step * self._count + self._rank) * self._batch
@@ -194,7 +191,6 @@ class RowsWithPadding(Dataset[Encoded]):
         return len(self._rows) + 1
 
     def __getitem__(self, index: int) -> Encoded:
-        """Returns the row at `index`, or NOTHING after the last row."""
         if index < len(self._rows):
             return self._rows[index]
         return replace(self._rows[0], row=-1)
@@ -228,8 +224,8 @@ def prepare_stream(config: DataConfig, context: EncodingContext) -> PreparedData
     )
     splits, schema = _read_head(source, config)
     data = convert_splits(splits, config, context.task, lenient=context.lenient)
-    prepared = prepare_examples(data, config, context, None, ignore_progress)
-    length, overlong = prepared.max_length, prepared.facts["overlong"]
+    prepared = encode_data(data, config, context, None, ignore_progress)
+    length, overlong = prepared.max_length, prepared.info["overlong"]
     if config.max_length == "auto":
         length = _with_room(length, context.bounds.tightest[0])
     may_lose = config.max_length == "auto" and overlong == "error"
@@ -248,8 +244,8 @@ def prepare_stream(config: DataConfig, context: EncodingContext) -> PreparedData
         context.seed,
         source.files,
     )
-    facts = {
-        **prepared.facts,
+    data_info = {
+        **prepared.info,
         "streamed": True,
         "first_rows": len(prepared.train),
         "max_length": length,
@@ -259,59 +255,57 @@ def prepare_stream(config: DataConfig, context: EncodingContext) -> PreparedData
     reason = f"{', '.join(partial)} checked in the first rows only"
     checks = Choice("data check", "each row as it comes", reason if partial else "")
     choices = [*_choices(prepared, config, length), checks]
-    return replace(prepared, stream=stream, max_length=length, facts=facts, choices=choices)
+    return replace(prepared, stream=stream, max_length=length, info=data_info, choices=choices)
 
 
 def _with_room(longest: int, bound: int | None) -> int:
-    """Returns `longest` plus a quarter, as later rows may be longer, within `bound`."""
     roomy = longest + longest // 4
     return roomy if bound is None else max(longest, min(roomy, bound))
 
 
 def _read_head(source: StreamSource, config: DataConfig) -> tuple[DatasetSplits, RowSchema]:
-    """Load the held-out rows, the first training rows, and their keys and types."""
-    count = config.validation_rows or 0
-    if count and source.validation is not None:
+    num_samples = config.validation_rows or 0
+    if num_samples and source.validation is not None:
         raise InputError(
-            f"data.validation_rows={count:,}: {config.dataset} has its own validation rows. Drop "
-            "it."
+            f"data.validation_rows={num_samples:,}: {config.dataset} has its own validation rows. "
+            "Drop it."
         )
     rows: list[Row] = []
     lines: list[int] = []
-    bad: list[BadRow] = []
-    total = SAMPLE + count
+    errors: list[BadRow] = []
+    total = SAMPLE + num_samples
     chunk = None
     for chunk in source.train.chunks():
         rows += chunk.rows
         lines += chunk.lines
-        bad += chunk.bad
+        errors += chunk.errors
         if len(rows) >= total:
-            bad = [row for row in bad if row.line <= lines[total - 1]]
+            errors = [row for row in errors if row.line <= lines[total - 1]]
             break
-    if chunk is None or not (rows or bad):
+    if chunk is None or not (rows or errors):
         raise InputError(f"{config.dataset}: has 0 rows. Use a dataset with rows.")
-    if count and len(rows) <= count:
+    if num_samples and len(rows) <= num_samples:
         raise InputError(
-            f"data.validation_rows={count:,} leaves none of the {len(rows):,} rows of "
+            f"data.validation_rows={num_samples:,} leaves none of the {len(rows):,} rows of "
             f"{config.dataset} to train on. Hold out fewer."
         )
     table = replace(
         chunk.table, rows=rows[:total], lines=lines[:total], ignored=source.ignored
     ).without_columns(config.ignore_columns)
-    inconsistent = find_inconsistent_rows(table.rows, table.lines)
+    inconsistent = get_inconsistent_rows(table.rows, table.lines)
     schema = RowSchema.of(table.rows, table.lines)
-    validation = source.validation
-    if count:
-        validation = table.take(range(count))
-        odd = [row for row in inconsistent if row.line in set(validation.lines)]
-        validation = handle_bad_rows(validation, odd, config.on_bad_row)
-    train = table.take(range(count, len(table))) if count else table
-    bad += [row for row in inconsistent if row.line in set(train.lines)]
-    train = handle_bad_rows(train, bad, config.on_bad_row)
+    eval_table = source.validation
+    if num_samples:
+        eval_table = table.take(range(num_samples))
+        odd = [row for row in inconsistent if row.line in set(eval_table.lines)]
+        eval_table = handle_bad_rows(eval_table, odd, config.on_bad_row)
+    train = table.take(range(num_samples, len(table))) if num_samples else table
+    errors += [row for row in inconsistent if row.line in set(train.lines)]
+    train = handle_bad_rows(train, errors, config.on_bad_row)
     notes = [*source.notes, *describe_null_keys(source.train.null_keys, chunk.source)]
-    if count:
-        notes.append(f"validation: the first {count:,} rows, which are not trained on")
-    return DatasetSplits(train, validation, None, config.dataset, notes), schema
+    if num_samples:
+        notes.append(f"validation: the first {num_samples:,} rows, which are not trained on")
+    return DatasetSplits(train, eval_table, None, config.dataset, notes), schema
 
 
 def _fingerprint(source: StreamSource, rows: Any) -> str:
@@ -322,9 +316,8 @@ def _fingerprint(source: StreamSource, rows: Any) -> str:
 
 
 def _choices(prepared: PreparedData, config: DataConfig, length: int) -> list[Choice]:
-    """Returns the log lines; they must say that only the first rows are known."""
-    first = f"the first {prepared.facts['train_rows']:,} rows"
-    validation = (
+    first = f"the first {prepared.info['train_rows']:,} rows"
+    held_out = (
         f"{len(prepared.validation):,} for validation"
         if prepared.validation
         else "no validation rows: --set data.validation_rows=N holds some out"
@@ -338,12 +331,10 @@ def _choices(prepared: PreparedData, config: DataConfig, length: int) -> list[Ch
     for choice in prepared.choices:
         if choice.name == "data":
             lines.append(
-                Choice("data", f"{choice.value}, read as it comes", f"{shuffle}; {validation}")
+                Choice("data", f"{choice.value}, read as it comes", f"{shuffle}; {held_out}")
             )
         elif choice.name == "tokens":
-            lines.append(
-                Choice("tokens", f"{prepared.facts['tokens']:,} in {first}", choice.reason)
-            )
+            lines.append(Choice("tokens", f"{prepared.info['tokens']:,} in {first}", choice.reason))
         elif choice.name == "max length" and config.max_length == "auto":
             reason = f"auto: a quarter more than the longest of {first}, {prepared.max_length:,}"
             if config.overlong == "error":
@@ -383,7 +374,6 @@ class StreamedRows:
         return self._latest[index - self._next]
 
     def _take(self) -> None:
-        """Load the next row, and record the stream state at the start of a step."""
         if self._next % self._step == 0:
             self._states[self._next // self._step] = self._stream.state()
             if len(self._states) > _RECENT:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ftlevel.data.sources.readers import read_table
+from ftlevel.data.sources.readers import load_table
 from ftlevel.errors import InputError, join_names
 
 _IDS = ("_id", "id", "docid", "query-id", "query_id")
@@ -40,14 +40,14 @@ def retrieval_files(qrels: Path) -> list[Path]:
     return [place / "queries.jsonl", place / "corpus.jsonl"]
 
 
-def read_retrieval_set(qrels: Path, corpus: Path | None = None) -> RetrievalSet:
+def load_retrieval_set(qrels: Path, corpus: Path | None = None) -> RetrievalSet:
     """Load the retrieval set of a file of relevance judgments.
 
     queries.jsonl and corpus.jsonl are next to the file, or above its directory if that is `qrels/`.
     `corpus` is used instead of corpus.jsonl. Raises `InputError` if a file is missing, or a
     judgment names an unknown query or document.
     """
-    table = read_table(qrels)
+    table = load_table(qrels)
     asked, own_corpus = retrieval_files(qrels)
     queries = _read_texts(asked)
     corpus = corpus or own_corpus
@@ -56,7 +56,7 @@ def read_retrieval_set(qrels: Path, corpus: Path | None = None) -> RetrievalSet:
     positions = {text: at for at, text in enumerate(texts)}
     relevant: dict[str, set[int]] = {}
     lost: list[str] = []
-    names = [_column(table.columns, known, qrels) for known in (_QUERIES, _DOCUMENTS, _SCORES)]
+    names = [_column(table.column_names, known, qrels) for known in (_QUERIES, _DOCUMENTS, _SCORES)]
     for at, row in enumerate(table.rows):
         query, document, score = (row[name] for name in names)
         if _number(score, table.where(at), names[2]) <= 0:
@@ -95,25 +95,24 @@ def _number(value: Any, place: str, column: str) -> float:
         ) from None
 
 
-def read_corpus(path: Path) -> list[str]:
+def load_corpus(path: Path) -> list[str]:
     """Load the distinct documents of a file with a column text, and perhaps title."""
-    table = read_table(path)
-    _check_text(table.columns, path)
+    table = load_table(path)
+    _check_text(table.column_names, path)
     return list(dict.fromkeys(map(_text, table.rows)))
 
 
 def _read_texts(path: Path) -> dict[str, str]:
-    """Load the text of each id; a title precedes the text."""
-    table = read_table(path)
-    name = _column(table.columns, _IDS, path)
-    _check_text(table.columns, path)
+    table = load_table(path)
+    name = _column(table.column_names, _IDS, path)
+    _check_text(table.column_names, path)
     return {str(row[name]): _text(row) for row in table.rows}
 
 
-def _check_text(columns: Sequence[str], path: Path) -> None:
-    if "text" not in columns:
+def _check_text(column_names: Sequence[str], path: Path) -> None:
+    if "text" not in column_names:
         raise InputError(
-            f"{path}: has no column 'text'. Columns: {join_names(map(repr, columns))}."
+            f"{path}: has no column 'text'. Columns: {join_names(map(repr, column_names))}."
         )
 
 
@@ -122,11 +121,11 @@ def _text(row: Mapping[str, Any]) -> str:
     return f"{title} {text}" if title else str(text)
 
 
-def _column(columns: Sequence[str], known: Sequence[str], path: Path) -> str:
-    result = next((name for name in known if name in columns), None)
+def _column(column_names: Sequence[str], known: Sequence[str], path: Path) -> str:
+    result = next((name for name in known if name in column_names), None)
     if result is None:
         raise InputError(
             f"{path}: has none of the columns {join_names(known)}. Columns: "
-            f"{join_names(map(repr, columns))}."
+            f"{join_names(map(repr, column_names))}."
         )
     return result

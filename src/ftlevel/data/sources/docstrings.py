@@ -34,7 +34,7 @@ SIGNATURE_INSTRUCTION = "Describe this Python function as JSON.\n\n"
 MAX_ROW_CHARACTERS = 1200
 # Minimum and maximum share of the prompt in a row's characters; outside of them, the docstring is
 # too long or too short to explain the code.
-PROMPT_SHARE = (0.3, 0.8)
+PROMPT_RATIO = (0.3, 0.8)
 MIN_DOCSTRING_CHARACTERS = 24
 MAX_SIGNATURE_CHARACTERS = 500
 MIN_DOCUMENT_CHARACTERS = 100
@@ -78,14 +78,14 @@ class Documented:
     docstring: str
 
 
-def read_docstrings(kind: Kind, split: Split, limit: int | None = None) -> list[Row]:
-    """Read up to `limit` rows of one split, in a fixed pseudo-random order.
+def load_docstrings(kind: Kind, split: Split, limit: int | None = None) -> list[Row]:
+    """Returns up to `limit` rows of one split, in a fixed pseudo-random order.
 
-    Modules are parsed only until `limit` is reached. No module and no docstring occurs in two
-    splits. Columns by `kind`: `signatures` has `prompt` (header and summary line) and `completion`
-    (name and parameters as JSON); `generation` has `prompt` (source) and `completion` (docstring);
-    `summarization` has `document` (docstring without its summary line) and `summary`. Raises
-    `InputError` for an unknown `kind` or `split`, and for a Python without source files.
+    No module and no docstring occurs in two splits. Columns by `kind`: `signatures` has `prompt`
+    (header and summary line) and `completion` (name and parameters as JSON); `generation` has
+    `prompt` (source) and `completion` (docstring); `summarization` has `document` (docstring
+    without its summary line) and `summary`. Raises `InputError` for an unknown `kind` or `split`,
+    and for a Python without source files.
     """
     for name, value, choices in (("kind", kind, get_args(Kind)), ("split", split, get_args(Split))):
         if value not in choices:
@@ -123,7 +123,6 @@ def stdlib_modules(split: Split | None = None) -> list[tuple[str, Path]]:
 
 @lru_cache(maxsize=1)
 def _sorted_paths(directory: Path) -> tuple[tuple[str, Split], ...]:
-    """Returns (relative path, split) of all modules below `directory`, ordered by hash."""
     paths = [path.relative_to(directory).as_posix() for path in _python_files(directory)]
     paths.sort(key=lambda path: hashlib.sha1(path.encode(), usedforsecurity=False).digest())
     return tuple((path, split_of(path)) for path in paths)
@@ -217,7 +216,7 @@ def _cached_rows(
     split: Split,
     directory: Path,  # noqa: ARG001 - part of the key
 ) -> tuple[list[Row], Iterator[Row]]:
-    """Returns the rows built so far in this process, and an iterator that builds the next ones."""
+    """Returns the rows created so far in this process, and an iterator over the next ones."""
     return [], _rows(kind, split)
 
 
@@ -281,7 +280,7 @@ def _generation_row(item: Documented) -> Row | None:
         not item.source
         or len(completion) < MIN_DOCSTRING_CHARACTERS
         or total > MAX_ROW_CHARACTERS
-        or not PROMPT_SHARE[0] <= len(prompt) / total <= PROMPT_SHARE[1]
+        or not PROMPT_RATIO[0] <= len(prompt) / total <= PROMPT_RATIO[1]
         or not (prompt.isascii() and completion.isascii())
         or completion in prompt
     ):

@@ -18,27 +18,27 @@ from ftlevel.data.sources.lines import CHUNK_ROWS
 from ftlevel.data.sources.readers import ReadOptions
 from ftlevel.data.sources.readers.arrow import (
     arrow_rows,
-    build_arrow_table,
     check_columns,
     clean_value,
+    create_arrow_table,
     drop_null_keys,
 )
 from ftlevel.data.sources.streams import Chunk, Cursor, describe_null_keys
-from ftlevel.data.sources.table import OnBadRow, Row, Table, find_inconsistent_rows, handle_bad_rows
+from ftlevel.data.sources.table import OnBadRow, Row, Table, get_inconsistent_rows, handle_bad_rows
 from ftlevel.errors import InputError, did_you_mean, join_names
 from ftlevel.models.upstream.libraries import datasets_offline
 
-PROBE_SECONDS = 5.0
+PROBE_TIMEOUT = 5.0
 
 
 def load_hub_tables(
     name: str, split: str | None, options: ReadOptions
 ) -> tuple[dict[str, Table], list[str]]:
-    """Load the splits of a Hub dataset as tables by name, and notes to print.
+    """Returns the splits of a Hub dataset as tables by name, and notes to print.
 
-    If the Hub is unreachable, the cached copy is used. `split` is one split in the syntax of
-    `datasets` ("train[:10%]"); None loads all. Raises `InputError` for an unknown dataset, subset
-    or split, without access, and offline without a cached copy.
+    If the Hub is unreachable, the cached copy is used. `split` may be sliced ("train[:10%]"); None
+    loads all. Raises `InputError` for an unknown dataset, subset or split, without access, and
+    offline without a cached copy.
     """
     reason = _probe(name)
     data = _load_dataset(name, reason, options.subset, split=split)
@@ -73,18 +73,18 @@ def open_saved_streams(directory: Path) -> dict[str, Any]:
 
 
 class IterableStream:
-    """Stream over a `datasets.IterableDataset`, which each call of `chunks` creates with `make`."""
+    """Stream over a `datasets.IterableDataset`, which `make` creates for each call of `chunks`."""
 
     def __init__(self, make: Callable[[], Any], source: str) -> None:
         self._make, self.source = make, source
         self.null_keys: Counter[str] = Counter()
 
-    def chunks(self, cursor: Cursor | None = None) -> Iterator[Chunk]:
-        """Yields the chunks after `cursor`."""
+    def chunks(self, state: Cursor | None = None) -> Iterator[Chunk]:
+        """Yields the chunks after `state`."""
         data, number = self._make(), 0
-        if cursor is not None:
-            data.load_state_dict(cursor["state"])
-            number = int(cursor["number"])
+        if state is not None:
+            data.load_state_dict(state["state"])
+            number = int(state["number"])
         rows: list[Row] = []
 
         def chunk() -> Chunk:
@@ -137,7 +137,7 @@ def is_saved_directory(directory: Path) -> bool:
 
 
 def pick_split(splits: Mapping[str, Any], requested: str | None, source: str) -> str:
-    """Returns the name of the training split; raises `InputError` if it is missing or ambiguous."""
+    """Returns the name of the training split; raises `InputError` if missing or ambiguous."""
     if not splits:
         raise InputError(f"{source}: has no splits. Expected at least one with rows.")
     name = requested or ("train" if "train" in splits or len(splits) > 1 else next(iter(splits)))
@@ -152,12 +152,12 @@ def pick_split(splits: Mapping[str, Any], requested: str | None, source: str) ->
 
 
 def _probe(name: str) -> str:
-    """Returns why the Hub is unreachable, or ""; HTTP errors are left to `load_dataset`."""
+    """Returns why the Hub is unreachable; "" if it is reachable, or replies with an HTTP error."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
     try:
-        HfApi().dataset_info(name, timeout=PROBE_SECONDS)
+        HfApi().dataset_info(name, timeout=PROBE_TIMEOUT)
     except OfflineModeIsEnabled:
         return "offline mode: HF_HUB_OFFLINE is set"
     except (HFValidationError, HfHubHTTPError):
@@ -190,7 +190,7 @@ def _tables_of(splits: Mapping[str, Any], name: str, options: ReadOptions) -> di
 def _dataset_table(data: Any, source: str, options: ReadOptions) -> Table:
     data, left_out = remove_columns(data, options.ignored)
     # The Arrow format applies the index mapping of select, filter and shuffle.
-    table = build_arrow_table(data.with_format("arrow")[: options.limit], source)
+    table = create_arrow_table(data.with_format("arrow")[: options.limit], source)
     names = {
         column: tuple(feature.names)
         for column, feature in data.features.items()
@@ -201,8 +201,8 @@ def _dataset_table(data: Any, source: str, options: ReadOptions) -> Table:
 
 def remove_columns(data: Any, names: Sequence[str]) -> tuple[Any, tuple[str, ...]]:
     """Returns `data` without the columns `names`, and the names that were present."""
-    present = tuple(name for name in names if name in (data.column_names or ()))
-    return (data.remove_columns(list(present)) if present else data), present
+    existing = tuple(name for name in names if name in (data.column_names or ()))
+    return (data.remove_columns(list(existing)) if existing else data), existing
 
 
 _TYPES = "a DataFrame, a datasets.Dataset or DatasetDict, or a list of dicts"
@@ -211,7 +211,7 @@ _TYPES = "a DataFrame, a datasets.Dataset or DatasetDict, or a list of dicts"
 def load_memory_tables(
     data: InMemoryDataset, on_bad_row: OnBadRow, options: ReadOptions
 ) -> dict[str, Table]:
-    """Load rows passed from Python as tables by split; rows without splits become "train".
+    """Returns rows passed from Python as tables by split; rows without splits are "train".
 
     An iterator in `data.rows` (modified) is replaced by a list of its first `options.limit` rows.
     Raises `InputError` for an unsupported type, and for no rows or invalid rows.
@@ -244,15 +244,15 @@ def _to_table(rows: Any, source: str, on_bad_row: OnBadRow, options: ReadOptions
     else:
         null_keys: Counter[str] = Counter()
         values = list(islice(iterate_rows(rows, source, null_keys), options.limit))
-        present = tuple(name for name in options.ignored if values and name in values[0])
-        if present:
-            values = [{k: v for k, v in row.items() if k not in present} for row in values]
+        existing = tuple(name for name in options.ignored if values and name in values[0])
+        if existing:
+            values = [{k: v for k, v in row.items() if k not in existing} for row in values]
         notes = tuple(describe_null_keys(null_keys, source))
         numbers = range(1, len(values) + 1)
-        table = Table(values, numbers, source, unit="row", notes=notes, ignored=present)
+        table = Table(values, numbers, source, unit="row", notes=notes, ignored=existing)
     if not len(table):
         raise InputError(f"{source}: has 0 rows. Give some.")
-    return handle_bad_rows(table, find_inconsistent_rows(table.rows, table.lines), on_bad_row)
+    return handle_bad_rows(table, get_inconsistent_rows(table.rows, table.lines), on_bad_row)
 
 
 def iterate_rows(rows: Any, source: str, null_keys: Counter[str] | None = None) -> Iterator[Row]:
@@ -276,33 +276,32 @@ def iterate_rows(rows: Any, source: str, null_keys: Counter[str] | None = None) 
 
 
 def _frame_rows(frame: Any, source: str, null_keys: Counter[str]) -> Iterator[Row]:
-    """Yields the rows of a DataFrame, without the null keys that Arrow adds inside of arrays."""
+    """Yields the rows of a DataFrame as JSON values, without null keys."""
     names = [str(name) for name in frame.columns]
     check_columns(names, source)
-    columns = []
+    column_names = []
     for number in range(len(names)):
         column = frame.iloc[:, number]
         if hasattr(column.dtype, "pyarrow_dtype"):  # numpy would turn integers to floats
             import pyarrow as pa  # type: ignore[import-untyped]
 
             table = pa.table({names[number]: pa.array(column)})
-            columns.append([row[names[number]] for row in arrow_rows(table, null_keys)])
+            column_names.append([row[names[number]] for row in arrow_rows(table, null_keys)])
             continue
         cells = zip(column.astype(object), column.isna(), strict=True)
         values = [None if is_null else value for value, is_null in cells]
         converted = list(map(_to_json, values))
         if column.dtype == object and any(map(_has_array, values)):
             converted = [
-                clean_value(value, names[number], null_keys)
-                for value in _restore_integers(converted)
+                clean_value(value, names[number], null_keys) for value in _to_integers(converted)
             ]
-        columns.append(converted)
-    for row in zip(*columns, strict=True):
+        column_names.append(converted)
+    for row in zip(*column_names, strict=True):
         yield dict(zip(names, row, strict=True))
 
 
-def _restore_integers(values: list[Any]) -> list[Any]:
-    """Returns a column's cells with integers restored that pandas made floats because of nulls."""
+def _to_integers(values: list[Any]) -> list[Any]:
+    """Returns a column with integers restored that pandas made floats because of nulls."""
     nulls: set[str] = set()
     others: set[str] = set()
 
@@ -338,7 +337,6 @@ def _has_array(value: Any) -> bool:
 
 
 def _check_rows(rows: Any, source: str) -> Iterator[Mapping[str, Any]]:
-    """Yields the elements of `rows`; raises `InputError` for one that is not a mapping."""
     if isinstance(rows, Mapping):
         raise InputError(
             f"{source}: the rows in memory are a dict of {join_names(map(repr, rows))}. "
@@ -358,7 +356,6 @@ def _check_rows(rows: Any, source: str) -> Iterator[Mapping[str, Any]]:
 
 
 def _to_json(value: Any) -> Any:
-    """Returns `value` as a JSON value, with numpy scalars, arrays and tuples converted."""
     if isinstance(value, Mapping):
         return {str(key): _to_json(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

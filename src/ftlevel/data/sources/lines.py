@@ -52,8 +52,7 @@ def plain_name(name: str) -> str:
 def decompress(path: Path) -> Path:
     """Returns a decompressed copy of a file, cached until its size or modification time changes.
 
-    Raises `InputError` if the content is truncated or does not match the suffix, or the disk is
-    full.
+    Raises `InputError` for truncated or wrongly named content, and for a full disk.
     """
     stat = path.stat()
     key = (path, path.suffix.lower(), (stat.st_mtime_ns, stat.st_size))
@@ -115,7 +114,6 @@ _pipes: dict[Path, tuple[object, Path]] = {}  # state after reading, and the cop
 
 
 def _pipe_state(path: Path) -> tuple[int, int, int]:
-    """Returns device, inode and modification time, which identify a pipe."""
     stat = path.stat()
     return stat.st_dev, stat.st_ino, stat.st_mtime_ns
 
@@ -139,7 +137,6 @@ class _PipeBytes:
         os.set_blocking(self._file, True)
 
     def read(self, size: int) -> bytes:
-        """Returns the next bytes; empty at the end."""
         content, self._first = self._first or os.read(self._file, size), b""
         if not content:
             os.close(self._file)
@@ -147,7 +144,6 @@ class _PipeBytes:
 
 
 def _copy_rows(get_source: Callable[[], Any], name: str, shown: str) -> Path:
-    """Copy the source `shown` to a new file `name`; decompress it if it is in a known format."""
     raw = _create_directory() / name
     _write_copy(get_source, raw, shown)
     with raw.open("rb") as file:
@@ -164,7 +160,6 @@ def _copy_rows(get_source: Callable[[], Any], name: str, shown: str) -> Path:
 
 
 def _openers() -> dict[str, Callable[[Path], Any]]:
-    """Returns the open function of each compression suffix."""
     import pyarrow as pa  # type: ignore[import-untyped]
 
     def open_zst(path: Path) -> Any:
@@ -185,7 +180,6 @@ def _workspace() -> Workspace:
 
 
 def _write_copy(get_source: Callable[[], Any], copy: Path, shown: str) -> None:
-    """Copy the source `shown` to `copy`; raise `InputError` if it is truncated or the disk full."""
     with copy.open("wb") as file:
         try:
             shutil.copyfileobj(get_source(), file, 1 << 20)
@@ -268,8 +262,8 @@ class LineNumbers(LazySequence[int]):
 class LineRows(LazySequence[Row]):
     """Rows of a JSON Lines file, decoded on access; the file must not change meanwhile.
 
-    `lines` are the 1-based line numbers of the rows; other lines are ignored. `offsets` are the
-    byte offsets of lines 1, 65, 129 and so on.
+    `lines` are the 1-based line numbers of the rows. `offsets` are the byte offsets of lines 1, 65,
+    129 and so on.
     """
 
     def __init__(self, path: Path, lines: Sequence[int], offsets: Sequence[int]) -> None:
@@ -308,7 +302,6 @@ class LineRows(LazySequence[Row]):
         return row
 
     def _end(self, start: int) -> int:
-        """Returns the end offset of the line at byte `start`, after reading its block if needed."""
         end = self._block.find(b"\n", start - self._at) if start >= self._at else -1
         size = _BLOCK
         while end < 0:
@@ -320,5 +313,5 @@ class LineRows(LazySequence[Row]):
         return self._at + end
 
     def take(self, indices: Iterable[int]) -> LineRows:
-        """Returns the rows at `indices`, decoded on access; each takes eight bytes of memory."""
+        """Returns the rows at `indices`, decoded on access; each needs eight bytes of memory."""
         return LineRows(self.path, array("q", (self.lines[i] for i in indices)), self.offsets)

@@ -17,7 +17,7 @@ from typing import Any, get_args
 import numpy as np
 
 from ftlevel.config import IN_MEMORY, InMemoryDataset
-from ftlevel.data.sources.docstrings import Split, read_docstrings
+from ftlevel.data.sources.docstrings import Split, load_docstrings
 from ftlevel.data.sources.hub import (
     IterableStream,
     is_saved_directory,
@@ -36,9 +36,9 @@ from ftlevel.data.sources.readers import (
     data_files,
     is_data_file_name,
     is_pattern,
+    load_table,
     match_files,
     open_stream,
-    read_table,
     stem_of,
 )
 from ftlevel.data.sources.readers.arrow import refuse_media
@@ -86,8 +86,7 @@ class DatasetSplits:
 class StreamSource:
     """A streamed dataset with its validation rows in memory.
 
-    `files` is empty for a Hub dataset. `notes` are sentences to print. `ignored` are the columns
-    that are present but not read.
+    `files` is empty for a Hub dataset. `ignored` are the existing columns that are not read.
     """
 
     train: Stream
@@ -114,7 +113,7 @@ def load_splits(
             in memory. An existing path takes precedence; "hf://datasets/ID" is always a Hub id.
         split: training split; default "train".
         subset: configuration of a Hub dataset, sheet of a workbook, or type of built-in rows.
-        on_bad_row: whether invalid rows raise or are dropped, see `readers.read_table`.
+        on_bad_row: whether invalid rows raise or are dropped, see `readers.load_table`.
         max_samples: number of rows to keep per split. Text files are still validated completely.
         input_format: format of local files, as a suffix without the dot; None uses their names.
         ignored: columns to drop where present.
@@ -164,8 +163,7 @@ def open_source(
 ) -> StreamSource:
     """Open a dataset for streaming; only its validation rows are read, at most `options.limit`.
 
-    The arguments are those of `load_splits`; `on_bad_row` applies to validation rows. Raises
-    `InputError` if the dataset does not exist or cannot be streamed.
+    Raises `InputError` if the dataset does not exist or cannot be streamed.
     """
     if dataset.startswith("builtin:") or dataset == IN_MEMORY:
         shown = dataset if dataset != IN_MEMORY else "the data set"
@@ -178,20 +176,20 @@ def open_source(
     if source == "saved":
         saved = _open_remote(lambda: open_saved_streams(path), split, dataset, options)
         return replace(saved, files=tuple(sorted(path.rglob("*.arrow"))))
-    validation: Table | None = None
+    eval_table: Table | None = None
     notes: list[str] = []
     if source == "directory":
         groups, train, notes = _choose_files(path, dataset, split)
         files: Sequence[str | Path] = groups[train]
         if train != "validation" and "validation" in groups:
-            validation = read_table(groups["validation"][0], on_bad_row, options)
-            validation = validation if options.limit is None else validation.head(options.limit)
+            eval_table = load_table(groups["validation"][0], on_bad_row, options)
+            eval_table = eval_table if options.limit is None else eval_table.head(options.limit)
     else:
         files = _match_training_files(dataset, source, split, options)
     readers = [open_stream(file, options) for file in files]
     return StreamSource(
         readers[0] if len(readers) == 1 else ChainedStream(readers),
-        validation,
+        eval_table,
         (readers[0].path,) if source == "file" else tuple(map(Path, files)),
         [*notes, *(note for reader in readers for note in reader.notes)],
         readers[0].ignored,
@@ -201,21 +199,20 @@ def open_source(
 def _open_remote(
     load_splits: Callable[[], Mapping[str, Any]], split: str | None, name: str, options: ReadOptions
 ) -> StreamSource:
-    """Open the training stream and validation table of the splits that `load_splits` returns."""
     splits, ignored = load_splits(), options.ignored
     train = pick_split(splits, split, name)
     rows, left_out = remove_columns(splits[train], ignored)
     if rows.features is not None:
         refuse_media(rows.features.arrow_schema, f"{name} ({train})")
     held_out = next((key for key in VALIDATION_NAMES if key in splits and key != train), None)
-    validation = None
+    eval_table = None
     if held_out is not None:
         first = remove_columns(splits[held_out], ignored)[0].take(options.limit or REMOTE_ROWS)
-        validation = IterableStream(lambda: first, f"{name} ({held_out})").collect()
+        eval_table = IterableStream(lambda: first, f"{name} ({held_out})").collect()
     stream = IterableStream(
         lambda: remove_columns(load_splits()[train], ignored)[0], f"{name} ({train})"
     )
-    return StreamSource(stream, validation, ignored=left_out)
+    return StreamSource(stream, eval_table, ignored=left_out)
 
 
 def join_splits(
@@ -223,18 +220,18 @@ def join_splits(
 ) -> DatasetSplits:
     """Returns several datasets as one, with training tables mixed in proportion to `shares`.
 
-    If `shares` is None, all rows are kept. Raises `InputError` if the columns differ, or a dataset
-    would contribute no row.
+    Without `shares`, all rows are kept. Raises `InputError` for different columns or a dataset
+    without rows.
     """
     train, notes = [part.train for part in parts], [note for part in parts for note in part.notes]
     if shares is not None:
         train, mixed = mix_tables(train, shares, seed)
         notes += mixed
-    validation = [part.validation for part in parts if part.validation is not None]
+    eval_table = [part.validation for part in parts if part.validation is not None]
     test = [part.test for part in parts if part.test is not None]
     return DatasetSplits(
         join_tables(train),
-        join_tables(validation) if validation else None,
+        join_tables(eval_table) if eval_table else None,
         join_tables(test) if test else None,
         " + ".join(part.name for part in parts),
         notes,
@@ -252,8 +249,8 @@ def limit_rows(splits: DatasetSplits, max_samples: int | None) -> DatasetSplits:
 def hold_out(splits: DatasetSplits, validation_split: float, seed: int) -> DatasetSplits:
     """Move a random share of the training rows to validation, unless a validation split exists.
 
-    The selection depends only on `seed` and the number of rows. Both parts keep their order. Raises
-    `InputError` if one of them would be empty.
+    The selection depends only on `seed` and the number of rows. Raises `InputError` if a part would
+    be empty.
     """
     if validation_split <= 0:
         return splits
@@ -271,12 +268,12 @@ def hold_out(splits: DatasetSplits, validation_split: float, seed: int) -> Datas
         )
     order = array("q", range(total))
     random.Random(seed).shuffle(order)
-    validation, train = np.sort(order[:count]), np.sort(order[count:])
+    eval_indices, train = np.sort(order[:count]), np.sort(order[count:])
     message = f"validation: {count:,} of {total:,} rows held out of train (seed {seed})"
     return replace(
         splits,
         train=replace(splits.train.take(train), dropped=splits.train.dropped),
-        validation=splits.train.take(validation),
+        validation=splits.train.take(eval_indices),
         notes=[*splits.notes, message],
     )
 
@@ -286,9 +283,9 @@ def _assemble(
 ) -> DatasetSplits:
     """Assign tables to train, validation and test; add a note if `train` is not "train"."""
     messages = [f"{name}: trains on split {train!r} of {join_names(tables)}"] * (train != "train")
-    validation = next((key for key in VALIDATION_NAMES if key in tables and key != train), "")
+    eval_split = next((key for key in VALIDATION_NAMES if key in tables and key != train), "")
     test = None if train == "test" else tables.get("test")
-    return DatasetSplits(tables[train], tables.get(validation), test, name, [*notes, *messages])
+    return DatasetSplits(tables[train], tables.get(eval_split), test, name, [*notes, *messages])
 
 
 def _load_builtin(dataset: str, split: str | None, options: ReadOptions) -> dict[str, Table]:
@@ -303,16 +300,15 @@ def _load_builtin(dataset: str, split: str | None, options: ReadOptions) -> dict
             f"--split {split}: no such split of {dataset}."
             f"{did_you_mean(split, get_args(Split))} Splits: {join_names(get_args(Split))}."
         )
-    kind: Any = options.subset or "generation"  # checked by `read_docstrings`
+    kind: Any = options.subset or "generation"  # checked by `load_docstrings`
     tables = {}
     for part in get_args(Split):
-        rows = read_docstrings(kind, part, limit=options.limit)
+        rows = load_docstrings(kind, part, limit=options.limit)
         tables[part] = Table(rows, range(1, len(rows) + 1), f"{dataset} ({part})", unit="row")
     return tables
 
 
 def _check_in_memory(dataset: str) -> InMemoryDataset:
-    """Returns `dataset`; raises `InputError` if it is the recorded name of rows in memory."""
     if isinstance(dataset, InMemoryDataset):
         return dataset
     raise InputError(
@@ -323,7 +319,6 @@ def _check_in_memory(dataset: str) -> InMemoryDataset:
 
 
 def _source_type(dataset: str, path: Path) -> str:
-    """Returns what a name refers to: hub, saved, directory, pattern or file."""
     if dataset.startswith(HUB_PREFIX):
         return "hub"
     if path.is_dir():
@@ -339,10 +334,10 @@ def _source_type(dataset: str, path: Path) -> str:
 def _match_training_files(
     dataset: str, source: str, split: str | None, options: ReadOptions
 ) -> Sequence[str | Path]:
-    """Returns the training files: `dataset`, or the files that match it if it is a pattern.
+    """Returns the files that `dataset` names, without those named like other splits.
 
-    Raises `InputError` if `split` is neither None nor "train", no file matches, or some but not all
-    are named like validation or test data.
+    Raises `InputError` for another `split` than "train", or if some but not all files are training
+    files.
     """
     if split not in (None, "train"):
         description = "a pattern of files" if source == "pattern" else "one file"
@@ -368,11 +363,10 @@ def _match_training_files(
 def _read_files(
     files: Sequence[str | Path], on_bad_row: OnBadRow, options: ReadOptions
 ) -> list[Table]:
-    """Read several files; raise one `InputError` with the problems of all."""
     tables, problems = [], []
     for file in files:
         try:
-            tables.append(read_table(file, on_bad_row, options))
+            tables.append(load_table(file, on_bad_row, options))
         except InputError as error:
             problems += error.problems
     if problems:
@@ -383,10 +377,7 @@ def _read_files(
 def _choose_files(
     path: Path, dataset: str, split: str | None
 ) -> tuple[dict[str, list[Path]], str, list[str]]:
-    """Returns the files of a directory by split, the name of the training split, and notes.
-
-    Raises `InputError` if there is no training file, or two files belong to the same split.
-    """
+    """Returns the files of a directory by split, the name of the training split, and notes."""
     names = data_files(path)
     if split is None and _are_shards(names):
         message = f"{dataset}: reads all of {join_names(names)} as training rows"
@@ -420,7 +411,6 @@ def _are_shards(names: list[str]) -> bool:
 
 
 def _check_hub_id(dataset: str, path: Path) -> None:
-    """Raise `InputError` if `dataset` looks like a missing local path rather than a Hub id."""
     looks_local = (
         dataset.startswith((".", "/", "~"))
         or "\\" in dataset
@@ -439,7 +429,7 @@ def _check_hub_id(dataset: str, path: Path) -> None:
 def _load_hub(
     dataset: str, split: str | None, options: ReadOptions
 ) -> tuple[dict[str, Table], str, list[str]]:
-    """Load a Hub dataset: tables, training split and notes; a sliced `split` is loaded alone."""
+    """Returns tables, training split and notes; a sliced `split` is loaded alone."""
     sliced = split if split is not None and not split.isidentifier() else None
     try:
         tables, notes = load_hub_tables(dataset, sliced, options)

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol
 
 from ftlevel.data.sources.lines import CHUNK_ROWS
-from ftlevel.data.sources.table import BadRow, Row, Table, find_inconsistent_rows
+from ftlevel.data.sources.table import BadRow, Row, Table, get_inconsistent_rows
 from ftlevel.errors import InputError, did_you_mean, join_names
 
 _SUFFIXES = {
@@ -74,14 +74,14 @@ def media_of_name(column: str) -> str | None:
     return next((k for k, names in _MEDIA_NAMES.items() if names.fullmatch(column)), None)
 
 
-def refuse_media_columns(columns: Sequence[str], rows: Sequence[Row], source: str) -> None:
+def refuse_media_columns(column_names: Sequence[str], rows: Sequence[Row], source: str) -> None:
     """Raise `InputError` for unused columns that hold images, audio or video.
 
-    Either all of the first values are media (file names, URLs or content), or the column is named
-    like media and one of its values may be media.
+    All of the first values are media (file names, URLs or content), or the column is named like
+    media and one of its values may be media.
     """
     media = []
-    for column in columns:
+    for column in column_names:
         named = media_of_name(column)
         values = (row.get(column) for row in (rows if named else rows[:CHUNK_ROWS]))
         first = list(islice((v for v in values if v not in (None, "", [], {})), CHUNK_ROWS))
@@ -94,19 +94,18 @@ def refuse_media_columns(columns: Sequence[str], rows: Sequence[Row], source: st
         raise InputError(describe_media(source, media))
 
 
-def describe_media(source: str, columns: Sequence[tuple[str, str]]) -> str:
+def describe_media(source: str, column_names: Sequence[tuple[str, str]]) -> str:
     """Returns the error message for media columns, given as (column, media type)."""
-    held = " and ".join(f"column {column!r} holds {type_}" for column, type_ in columns)
-    names = " ".join(shlex.quote(column) for column, _ in columns)
+    held = " and ".join(f"column {column!r} holds {type_}" for column, type_ in column_names)
+    names = " ".join(shlex.quote(column) for column, _ in column_names)
     return (
         f"{source}: {held}, and ftlevel trains on text only. To leave "
-        f"{'them' if len(columns) > 1 else 'it'} out and use the other columns: "
+        f"{'them' if len(column_names) > 1 else 'it'} out and use the other columns: "
         f"--ignore-columns {names}."
     )
 
 
 def _media_of_value(value: Any) -> str | None:
-    """Returns the media type of a value: file name, bytes, dict, list or image; else None."""
     if isinstance(value, str):
         return _media_of_text(value)
     if isinstance(value, bytes):
@@ -122,7 +121,6 @@ def _media_of_value(value: Any) -> str | None:
 
 
 def _media_of_text(text: str) -> str | None:
-    """Returns the media type of a path, URL or data URI; None for other text."""
     if text.startswith("data:"):
         return next((k for k in _MEDIA if text[5:].startswith(k.removesuffix("s") + "/")), None)
     if len(text) > _LONGEST_PATH or "\n" in text:
@@ -132,7 +130,6 @@ def _media_of_text(text: str) -> str | None:
 
 
 def _may_be_media(value: Any) -> bool:
-    """Returns whether a value of a column named like media may be a file or its content."""
     if isinstance(value, str):  # a file name, an id or base64
         return _media_of_text(value) is not None or not any(map(str.isspace, value))
     return not isinstance(value, bool | int | float)
@@ -186,12 +183,12 @@ Cursor = Mapping[str, Any]
 class Chunk:
     """Rows of a source with their `lines`, counted in `unit`, and the `cursor` after them.
 
-    `bad` lists the rows that could not be read.
+    `errors` lists the rows that could not be read.
     """
 
     rows: list[Row]
     lines: list[int]
-    bad: list[BadRow]
+    errors: list[BadRow]
     source: str
     unit: Literal["line", "row"]
     cursor: Cursor
@@ -210,8 +207,8 @@ class Stream(Protocol):
     def null_keys(self) -> Counter[str]:
         """Number of keys with value null that were dropped so far, by path."""
 
-    def chunks(self, cursor: Cursor | None = None) -> Iterator[Chunk]:
-        """Yields the chunks after `cursor`; None starts at the beginning."""
+    def chunks(self, state: Cursor | None = None) -> Iterator[Chunk]:
+        """Yields the chunks after `state`; None starts at the beginning."""
 
 
 class Reader(ABC):
@@ -221,7 +218,7 @@ class Reader(ABC):
         in_parts: whether the file can be read in parts, as `--streaming` requires.
         uniform: whether the format guarantees the same keys and types in all rows.
         text_cells: whether lists and objects can occur only as JSON text.
-        printed: file name in messages; `path` may be a decompressed copy.
+        shown: file name in messages; `path` may be a decompressed copy.
         null_keys: number of keys with value null that were dropped so far, by path.
         ignored: columns of the schema that are not read.
     """
@@ -241,34 +238,36 @@ class Reader(ABC):
         self.ignored: tuple[str, ...] = ()
 
     @abstractmethod
-    def read(self, cursor: Cursor | None) -> Iterator[Chunk]:
-        """Yields the chunks after `cursor`; None starts at the beginning."""
+    def read(self, state: Cursor | None) -> Iterator[Chunk]:
+        """Yields the chunks after `state`; None starts at the beginning."""
 
-    def chunks(self, cursor: Cursor | None = None) -> Iterator[Chunk]:
-        """Yields the chunks after `cursor`; raises `InputError` if the file is corrupted."""
+    def chunks(self, state: Cursor | None = None) -> Iterator[Chunk]:
+        """Yields the chunks after `state`; raises `InputError` if the file is corrupted."""
         with wrap_read_errors(self.path, self.shown):
-            yield from self.read(cursor)
+            yield from self.read(state)
 
     def share(self, chunk: Chunk) -> float | None:
         """Returns the fraction of the file read up to the end of `chunk`, or None if unknown."""
         size = self.path.stat().st_size
         return min(1.0, chunk.cursor["at"] / size) if size and "at" in chunk.cursor else None
 
-    def chunk(self, rows: list[Row], lines: list[int], bad: list[BadRow], cursor: Cursor) -> Chunk:
+    def chunk(
+        self, rows: list[Row], lines: list[int], errors: list[BadRow], state: Cursor
+    ) -> Chunk:
         """Returns a chunk of this file."""
-        return Chunk(rows, lines, bad, self.shown, self.unit, cursor, self.text_cells)
+        return Chunk(rows, lines, errors, self.shown, self.unit, state, self.text_cells)
 
     def collect(self) -> tuple[Table, list[BadRow]]:
-        """Returns all rows as a table, and the bad rows: invalid, or with unusual keys or types."""
+        """Returns all rows as a table, and the rows that are invalid or unlike most rows."""
         rows: list[Row] = []
         lines: list[int] = []
-        bad: list[BadRow] = []
+        errors: list[BadRow] = []
         for chunk in self.chunks():
             rows += chunk.rows
             lines += chunk.lines
-            bad += chunk.bad
-        odd = [] if self.uniform else find_inconsistent_rows(rows, lines)
-        return self.table(rows, lines), [*bad, *odd]
+            errors += chunk.errors
+        odd = [] if self.uniform else get_inconsistent_rows(rows, lines)
+        return self.table(rows, lines), [*errors, *odd]
 
     def table(self, rows: Sequence[Row], lines: Sequence[int]) -> Table:
         """Returns a table of rows of this file."""
@@ -321,9 +320,9 @@ class ChainedStream:
         """Number of keys with value null that were dropped in all streams, by path."""
         return sum((stream.null_keys for stream in self._streams), Counter())
 
-    def chunks(self, cursor: Cursor | None = None) -> Iterator[Chunk]:
-        """Yields the chunks after `cursor`."""
-        first, inner = (cursor["stream"], cursor["cursor"]) if cursor else (0, None)
+    def chunks(self, state: Cursor | None = None) -> Iterator[Chunk]:
+        """Yields the chunks after `state`."""
+        first, inner = (state["stream"], state["cursor"]) if state else (0, None)
         for number, stream in enumerate(self._streams[first:], first):
             for result in stream.chunks(inner):
                 yield replace(result, cursor={"stream": number, "cursor": result.cursor})

@@ -71,14 +71,14 @@ class Table:
         return len(self.rows)
 
     @property
-    def columns(self) -> list[str]:
+    def column_names(self) -> list[str]:
         """The column names in the order of the first row, without the ignored ones."""
         return [name for name in self.rows[0] if name not in self.ignored] if self.rows else []
 
     def without_columns(self, names: Iterable[str]) -> Table:
         """Returns the table with its columns in `names` ignored; other names have no effect."""
-        present = [name for name in names if name in self.columns]
-        return replace(self, ignored=(*self.ignored, *present)) if present else self
+        existing = [name for name in names if name in self.column_names]
+        return replace(self, ignored=(*self.ignored, *existing)) if existing else self
 
     def where(self, index: int) -> str:
         """Returns `path:line` (or `name row N`) of the row at `index`."""
@@ -109,11 +109,11 @@ class Table:
         lines = [self.lines[index] for index in indices]
         return replace(self, rows=[self.rows[i] for i in indices], lines=lines, dropped=())
 
-    def head(self, count: int) -> Table:
-        """Returns a table of the first `count` rows."""
-        if len(self) <= count:
+    def head(self, num_rows: int) -> Table:
+        """Returns a table of the first `num_rows` rows."""
+        if len(self) <= num_rows:
             return self
-        return replace(self.take(range(count)), dropped=self.dropped)
+        return replace(self.take(range(num_rows)), dropped=self.dropped)
 
 
 def join_tables(tables: Sequence[Table]) -> Table:
@@ -122,11 +122,11 @@ def join_tables(tables: Sequence[Table]) -> Table:
     if not others:
         return first
     for other in others:
-        if set(other.columns) != set(first.columns):
+        if set(other.column_names) != set(first.column_names):
             raise InputError(
-                f"{other.source}: has the columns {join_names(map(quote, other.columns))}, and "
-                f"{first.source} has {join_names(map(quote, first.columns))}. Data sets that are "
-                "trained on together need the same columns."
+                f"{other.source}: has the columns {join_names(map(quote, other.column_names))}, "
+                f"and {first.source} has {join_names(map(quote, first.column_names))}. Data sets "
+                "that are trained on together need the same columns."
             )
         for column in first.label_names.keys() & other.label_names.keys():
             names, expected = other.label_names[column], first.label_names[column]
@@ -138,7 +138,7 @@ def join_tables(tables: Sequence[Table]) -> Table:
                     f"both."
                 )
     parts, base = [], 0
-    dropped: list[BadRow] = []
+    dropped_rows: list[BadRow] = []
     rows: list[tuple[float, int, int, int]] = []  # relative position, table, row, line
     for number, table in enumerate(tables):
         parts.append(Part(base, table))
@@ -147,7 +147,7 @@ def join_tables(tables: Sequence[Table]) -> Table:
             (position, number, index, base + line)
             for index, (position, line) in enumerate(zip(positions, table.lines, strict=True))
         )
-        dropped += [replace(row, line=base + row.line) for row in table.dropped]
+        dropped_rows += [replace(row, line=base + row.line) for row in table.dropped]
         base += max([*table.lines, *(row.line for row in table.dropped)], default=0)
     rows.sort()
     return Table(
@@ -155,7 +155,7 @@ def join_tables(tables: Sequence[Table]) -> Table:
         [line for *_, line in rows],
         " + ".join(table.source for table in tables),
         first.unit,
-        tuple(dropped),
+        tuple(dropped_rows),
         first.label_names,
         tuple(parts),
         tuple(note for table in tables for note in table.notes),
@@ -169,65 +169,65 @@ def mix_tables(
 ) -> tuple[list[Table], list[str]]:
     """Returns a sample of each table, sized in proportion to `shares`, and a note with the counts.
 
-    The table that is shortest for its share is used completely. Raises `InputError` if a table
-    would contribute no row.
+    The table that is shortest for its share is used completely. Raises `InputError` for a share
+    below one row.
     """
     total = sum(shares)
     size = min(len(table) * total / share for table, share in zip(tables, shares, strict=True))
     counts = [int(size * share / total + 1e-9) for share in shares]
     samples = []
-    for table, count, share in zip(tables, counts, shares, strict=True):
-        if count < 1:
+    for table, num_rows, share in zip(tables, counts, shares, strict=True):
+        if num_rows < 1:
             raise InputError(
                 f"--mix {','.join(f'{s:g}' for s in shares)}: a share of {share:g} leaves no row "
                 f"of {table.source} next to {min(map(len, tables)):,} rows. Raise it."
             )
-        indices = sorted(random.Random(seed).sample(range(len(table)), count))
+        indices = sorted(random.Random(seed).sample(range(len(table)), num_rows))
         samples.append(replace(table.take(indices), dropped=table.dropped))
     used = join_names(
-        f"{count:,} of {len(table):,} rows of {table.source}"
-        for count, table in zip(counts, tables, strict=True)
+        f"{num_rows:,} of {len(table):,} rows of {table.source}"
+        for num_rows, table in zip(counts, tables, strict=True)
     )
     return samples, [f"mixed {' : '.join(f'{share:g}' for share in shares)}: {used}"]
 
 
-def handle_bad_rows(table: Table, bad: Sequence[BadRow], on_bad_row: OnBadRow) -> Table:
-    """Returns `table` without the rows in `bad`, which are added to `dropped`.
+def handle_bad_rows(table: Table, errors: Sequence[BadRow], on_bad_row: OnBadRow) -> Table:
+    """Returns `table` without the rows in `errors`, which are added to `dropped`.
 
-    `bad` may include rows that are not in the table, such as invalid JSON. Raises `InputError` if
-    `on_bad_row` is "error" and there are invalid rows, or if no row remains.
+    `errors` may include rows that are not in the table, such as invalid JSON. Raises `InputError`
+    if `on_bad_row` is "error" and there are invalid rows, or if no row remains.
     """
-    if not bad:
+    if not errors:
         return table
     if on_bad_row == "error":
-        raise InputError(describe_bad_rows(table, bad))
-    lines = {row.line for row in bad}
+        raise InputError(describe_bad_rows(table, errors))
+    lines = {row.line for row in errors}
     valid = table.take(i for i, line in enumerate(table.lines) if line not in lines)
-    dropped = tuple(sorted((*table.dropped, *bad), key=lambda row: row.line))
+    dropped_rows = tuple(sorted((*table.dropped, *errors), key=lambda row: row.line))
     if not valid.rows:
-        first = dropped[0]
+        first = dropped_rows[0]
         raise InputError(
             f"{table.place(first.line)}: {first.reason}. No row is left: --on-bad-row skip would "
             f"drop all {len(lines):,} rows of {table.source}. Fix the file."
         )
-    return replace(valid, dropped=dropped)
+    return replace(valid, dropped=dropped_rows)
 
 
-def describe_bad_rows(table: Table, bad: Sequence[BadRow]) -> list[str]:
+def describe_bad_rows(table: Table, errors: Sequence[BadRow]) -> list[str]:
     """Returns one message per bad row for the first few, then a summary with the count."""
-    ordered = sorted(bad, key=lambda row: row.line)
+    ordered = sorted(errors, key=lambda row: row.line)
     if len(ordered) == 1:
         row = ordered[0]
         return [
             f"{table.place(row.line)}: {row.reason}. "
             f"Fix the {table.unit}, or drop bad rows with --on-bad-row skip."
         ]
-    total = len({*table.lines, *(row.line for row in [*bad, *table.dropped])})
-    count = len({row.line for row in bad})
+    total = len({*table.lines, *(row.line for row in [*errors, *table.dropped])})
+    num_rows = len({row.line for row in errors})
     rest = f" (the first {MAX_SHOWN} are above)" if len(ordered) > MAX_SHOWN else ""
     return [
         *(f"{table.place(row.line)}: {row.reason}." for row in ordered[:MAX_SHOWN]),
-        f"{table.source}: {count:,} of {total:,} rows are bad{rest}. "
+        f"{table.source}: {num_rows:,} of {total:,} rows are bad{rest}. "
         "Fix them, or drop bad rows with --on-bad-row skip.",
     ]
 
@@ -236,14 +236,14 @@ def describe_dropped(table: Table) -> list[str]:
     """Returns a note on the dropped rows; empty if there are none."""
     if not table.dropped:
         return []
-    count = len({row.line for row in table.dropped})
-    total = count + len(table)
+    num_rows = len({row.line for row in table.dropped})
+    total = num_rows + len(table)
     reasons = "; ".join(
         f"{table.place(row.line) if table.parts else f'{table.unit} {row.line}'}: {row.reason}"
         for row in table.dropped[:MAX_SHOWN]
     )
     rest = "; …" if len(table.dropped) > MAX_SHOWN else ""
-    return [f"{table.source}: dropped {count:,} of {total:,} rows ({reasons}{rest})"]
+    return [f"{table.source}: dropped {num_rows:,} of {total:,} rows ({reasons}{rest})"]
 
 
 # int and float are the same type. null has no type and is allowed in any column.
@@ -276,39 +276,40 @@ class RowShapeCounter:
         self._groups.setdefault(_shape_of(row), [0, self._count])[0] += 1
         self._count += 1
 
-    def find_inconsistent(self, rows: Sequence[Row], lines: Sequence[int]) -> list[BadRow]:
-        """Find the counted rows whose keys or types differ from most, in order of line."""
+    def get_inconsistent(self, rows: Sequence[Row], lines: Sequence[int]) -> list[BadRow]:
+        """Returns the counted rows whose keys or types differ from most rows."""
         if len(self._groups) <= 1:
             return []
         sizes: Counter[frozenset[str]] = Counter()
         for shape, (size, _) in self._groups.items():
             sizes[frozenset(shape[0])] += size
-        [(keys, count)] = sizes.most_common(1)  # ties: the first one counted
+        [(keys, num_rows)] = sizes.most_common(1)  # ties: the first one counted
         regular = {s: g for s, g in self._groups.items() if keys == frozenset(s[0])}
-        columns = next(iter(regular))[0]
+        column_names = next(iter(regular))[0]
         types = _most_common_types(regular)
         differing = {
-            shape: _differing_columns(shape, types) if shape in regular else []
-            for shape in self._groups
+            shape: _compare_keys(shape, types) if shape in regular else [] for shape in self._groups
         }
-        bad: list[BadRow] = []
+        errors: list[BadRow] = []
         for index, row in enumerate(rows if any(differing.values()) or len(sizes) > 1 else ()):
             shape = _shape_of(row)
             if shape not in regular:
-                bad.append(BadRow(lines[index], _describe_keys(shape[0], columns, count)))
+                errors.append(
+                    BadRow(lines[index], _describe_keys(shape[0], column_names, num_rows))
+                )
             for key in differing[shape]:
                 type_, first = types[key]
                 reason = _describe_type(key, row[key], type_, lines[first])
-                bad.append(BadRow(lines[index], reason))
-        return sorted(bad, key=lambda row: row.line)
+                errors.append(BadRow(lines[index], reason))
+        return sorted(errors, key=lambda row: row.line)
 
 
-def find_inconsistent_rows(rows: Sequence[Row], lines: Sequence[int]) -> list[BadRow]:
-    """Find the rows whose keys or types differ from those of most rows, in order of line."""
+def get_inconsistent_rows(rows: Sequence[Row], lines: Sequence[int]) -> list[BadRow]:
+    """Returns the rows whose keys or types differ from those of most rows."""
     shapes = RowShapeCounter()
     for row in rows:
         shapes.add(row)
-    return shapes.find_inconsistent(rows, lines)
+    return shapes.get_inconsistent(rows, lines)
 
 
 def _shape_of(row: Row) -> _Shape:
@@ -324,11 +325,11 @@ def _most_common_types(shapes: Mapping[_Shape, Sequence[int]]) -> dict[str, tupl
             if name := _JSON_TYPES.get(type_):
                 counts.setdefault(key, Counter())[name] += size
                 first[key, name] = min(first.get((key, name), start), start)
-    common = {key: count.most_common(1)[0][0] for key, count in counts.items()}
+    common = {key: num_rows.most_common(1)[0][0] for key, num_rows in counts.items()}
     return {key: (name, first[key, name]) for key, name in common.items()}
 
 
-def _differing_columns(shape: _Shape, types: Mapping[str, tuple[str, int]]) -> list[str]:
+def _compare_keys(shape: _Shape, types: Mapping[str, tuple[str, int]]) -> list[str]:
     names = ((key, _JSON_TYPES.get(type_)) for key, type_ in zip(*shape, strict=True))
     return [key for key, name in names if name is not None and name != types[key][0]]
 
@@ -337,58 +338,58 @@ def _differing_columns(shape: _Shape, types: Mapping[str, tuple[str, int]]) -> l
 class RowSchema:
     """Keys that most of the first rows of a stream have, and their types.
 
-    `types` maps each column with a value to its type and the line of an example; `count` is the
-    number of first rows with these keys and types.
+    `types` maps each column to its type and the line of an example. `count` is the number of rows.
     """
 
-    columns: tuple[str, ...]
+    column_names: tuple[str, ...]
     types: dict[str, tuple[str, int]]
     count: int
 
     @classmethod
     def of(cls, rows: Sequence[Row], lines: Sequence[int]) -> RowSchema:
         """Returns the schema of most of `rows`."""
-        bad = {row.line for row in find_inconsistent_rows(rows, lines)}
+        errors = {row.line for row in get_inconsistent_rows(rows, lines)}
         types: dict[str, tuple[str, int]] = {}
-        columns: tuple[str, ...] = ()
+        column_names: tuple[str, ...] = ()
         for row, line in zip(rows, lines, strict=True):
-            if line in bad:
+            if line in errors:
                 continue
-            columns = columns or tuple(row)
+            column_names = column_names or tuple(row)
             for key, value in row.items():
                 if value is not None:
                     types.setdefault(key, (json_type_name(value), line))
-        return cls(columns, types, len(rows) - len(bad))
+        return cls(column_names, types, len(rows) - len(errors))
 
-    def find_inconsistent(self, rows: Sequence[Row], lines: Sequence[int]) -> list[BadRow]:
-        """Find the rows whose keys or types differ from the schema."""
-        bad = []
+    def get_inconsistent(self, rows: Sequence[Row], lines: Sequence[int]) -> list[BadRow]:
+        """Returns the rows whose keys or types differ from the schema."""
+        errors = []
         for row, line in zip(rows, lines, strict=True):
-            if row.keys() != set(self.columns):
-                bad.append(BadRow(line, _describe_keys(tuple(row), self.columns, self.count)))
+            if row.keys() != set(self.column_names):
+                errors.append(
+                    BadRow(line, _describe_keys(tuple(row), self.column_names, self.count))
+                )
                 continue
             for key, value in row.items():
                 type_, first = self.types.get(key, (json_type_name(value), line))
                 if value is not None and json_type_name(value) != type_:
-                    bad.append(BadRow(line, _describe_type(key, value, type_, first)))
+                    errors.append(BadRow(line, _describe_type(key, value, type_, first)))
                     break
-        return bad
+        return errors
 
 
-def _describe_keys(keys: tuple[str, ...], columns: tuple[str, ...], count: int) -> str:
-    """Returns how `keys` differ from the `columns` that `count` other rows have."""
-    missing = [key for key in columns if key not in keys]
-    extra = [key for key in keys if key not in columns]
-    others = f"the {count:,} other rows" if count > 1 else "the other row"
+def _describe_keys(keys: tuple[str, ...], column_names: tuple[str, ...], num_rows: int) -> str:
+    missing = [key for key in column_names if key not in keys]
+    extra = [key for key in keys if key not in column_names]
+    others = f"the {num_rows:,} other rows" if num_rows > 1 else "the other row"
     lacks, has = join_names(map(quote, missing)), join_names(map(quote, extra))
     if missing and extra:
         hint = did_you_mean(extra[0], missing).strip()
         aside = f" ({hint[0].lower()}{hint[1:]})" if hint else ""
         return f"lacks {lacks} and has {has}, unlike {others}{aside}"
     if missing:
-        verb = "have" if count > 1 else "has"
+        verb = "have" if num_rows > 1 else "has"
         return f"lacks {lacks}, which {others} {verb} (a value may be null, the key must be there)"
-    return f"has {has}, which {others} {'lack' if count > 1 else 'lacks'}"
+    return f"has {has}, which {others} {'lack' if num_rows > 1 else 'lacks'}"
 
 
 def _describe_type(key: str, value: object, type_: str, line: int) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 
 from ftlevel.artifacts.sentence_transformers import EmbeddingFormat
 from ftlevel.config.export import Server
-from ftlevel.data.encoding.encode import PromptFormat, encode_prompt, read_format
+from ftlevel.data.encoding.encode import PromptFormat, encode_prompt, load_prompt_format
 from ftlevel.errors import ConfigError, InputError, join_names, with_article
 from ftlevel.merging.normal_form import BaseWeights, open_base
 from ftlevel.methods.merging import load_peft_config
@@ -262,7 +262,7 @@ class ServedModel:
 
     def prompts(self) -> list[Prompt]:
         """Returns the prompts, formatted as in training."""
-        format_ = read_format(self.ref.card) or PromptFormat("plain")
+        format_ = load_prompt_format(self.ref.card) or PromptFormat("plain")
         chats = format_.kind == "chat-template"
         prompts = []
         for text in TEXTS:

@@ -268,7 +268,7 @@ class GgufEmbeddingExport:
     def _open(self, source: ModelSource, model_config: Any) -> tuple[Any, list[str]]:
         """Open the checkpoint of `source`; also returns the modules that embeddings do not use."""
         model = build_task_model(model_config, _CLASS)
-        unused = TASKS[self.ref.task].find_unused(model)
+        unused = TASKS[self.ref.task].get_unused_modules(model)
         return open_checkpoint(source, model, rename_prefix(model_config, _CLASS)), unused
 
     def _metadata(self, model_config: Any, vocabulary: Vocabulary, outtype: str) -> dict[str, Any]:

@@ -176,7 +176,7 @@ def _probe(original: Original) -> ComparisonSet:
             split_into_windows(original.tokenizer, text.content, original.tokens, length)
         )
     ]
-    objective = TASKS["text-generation"].build_objective("decoder", {})
+    objective = TASKS["text-generation"].create_objective("decoder", {})
     return ComparisonSet(rows, objective, original.tokenizer.pad_token_id or 0, original.device)
 
 

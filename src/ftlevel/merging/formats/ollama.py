@@ -11,8 +11,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from ftlevel.artifacts.cards import AdapterCard
-from ftlevel.data.encoding.chat import USER, TurnLayout, find_end_of_turn_id, find_turn_layout
-from ftlevel.data.encoding.encode import PromptFormat, read_format
+from ftlevel.data.encoding.chat import USER, ChatLayout, get_chat_layout, get_end_of_turn_id
+from ftlevel.data.encoding.encode import PromptFormat, load_prompt_format
 from ftlevel.errors import InputError
 from ftlevel.weights.gguf_vocabulary import Vocabulary
 
@@ -103,7 +103,7 @@ class Prompting:
 def find_prompting(tokenizer: Any, card: AdapterCard, vocabulary: Vocabulary) -> Prompting:
     """Find the prompt template and stop texts for the model of `tokenizer` and `card`."""
     stops = list(dict.fromkeys(_stops(tokenizer)))
-    prompt = read_format(card) or PromptFormat("plain")
+    prompt = load_prompt_format(card) or PromptFormat("plain")
     if prompt.kind == "chat-template":
         return replace(_of_chat(tokenizer, prompt, vocabulary, stops), system=prompt.system)
     if card.method == "none":  # not trained by ftlevel: prompts are unknown
@@ -125,7 +125,7 @@ def modelfile(gguf: str, prompting: Prompting) -> str:
 def _of_chat(
     tokenizer: Any, prompt: PromptFormat, vocabulary: Vocabulary, stops: list[str]
 ) -> Prompting:
-    layout = find_turn_layout(tokenizer)
+    layout = get_chat_layout(tokenizer)
     if layout is None:
         return Prompting(
             "left to Ollama",
@@ -151,11 +151,11 @@ def _of_chat(
     return Prompting("chat template", reason, template, stops, comments)
 
 
-def _instructed(layout: TurnLayout, instruction: str) -> TurnLayout:
+def _instructed(layout: ChatLayout, instruction: str) -> ChatLayout:
     """Returns `layout` with `instruction` before the content of each user turn."""
     before, after = layout.around[USER]
     around = {**layout.around, USER: (f"{before}{instruction}\n\n", after)}
-    return TurnLayout(around, layout.opening, layout.generation)
+    return ChatLayout(around, layout.opening, layout.generation)
 
 
 def _stops(tokenizer: Any) -> Iterator[str]:
@@ -163,7 +163,7 @@ def _stops(tokenizer: Any) -> Iterator[str]:
         yield str(tokenizer.eos_token)
     if getattr(tokenizer, "chat_template", None):
         try:
-            end = find_end_of_turn_id(tokenizer)
+            end = get_end_of_turn_id(tokenizer)
         except InputError:  # the template rejects the test turns
             return
         if end is not None:

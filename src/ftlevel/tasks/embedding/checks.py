@@ -12,40 +12,40 @@ _SHOWN = 60  # characters of a document
 def check_documents(rows: Sequence[EmbeddingRow]) -> list[tuple[str, int, str]]:
     """Returns (check name, number of documents, description) per failed check of the dataset.
 
-    A document should not be relevant to a query in one row and irrelevant to it in another. If
-    documents differ only by case and white space, one may be a false negative.
+    A document should not be both relevant and irrelevant to a query. If documents differ only by
+    case and white space, one may be a false negative.
     """
     found = []
-    if (contradictions := _find_contradictions(rows))[0]:
+    if (contradictions := _get_contradictions(rows))[0]:
         found.append(("contradicting_labels", *contradictions))
-    if (variants := _find_variants(rows))[0]:
+    if (variants := _get_variants(rows))[0]:
         found.append(("document_variants", *variants))
     return found
 
 
-def check_validation(
-    train: Sequence[EmbeddingRow],
-    validation: Sequence[EmbeddingRow],
+def check_eval_set(
+    train_set: Sequence[EmbeddingRow],
+    eval_set: Sequence[EmbeddingRow],
     corpus: Sequence[str] | None,
 ) -> list[tuple[str, str, Sequence[int], str]]:
     """Returns (check name, split, row indices, example) per failed check of the validation rows.
 
-    Relevant documents must be in the corpus. A document in the corpus that is a positive of a
-    training row biases the evaluation: it was learned as the answer to another query.
+    Relevant documents must be in the corpus. A document that is a positive of a training row biases
+    the evaluation.
     """
-    if validation[0].kind != "ranking":
+    if eval_set[0].kind != "ranking":
         return []
     found: list[tuple[str, str, Sequence[int], str]] = []
-    documents = {text for row in validation for text in row.documents}
+    documents = {text for row in eval_set for text in row.documents}
     if corpus is not None:
         documents = set(corpus)
         missing = {
-            row.row: text for row in validation for text in row.positives if text not in documents
+            row.row: text for row in eval_set for text in row.positives if text not in documents
         }
         if missing:
             example = next(iter(missing.values()))
             found.append(("missing_positives", "validation", list(missing), _shorten(example)))
-    shared = {row.row: text for row in train for text in row.positives if text in documents}
+    shared = {row.row: text for row in train_set for text in row.positives if text in documents}
     if shared:
         example = next(iter(shared.values()))
         found.append(("trained_documents", "train", list(shared), _shorten(example)))
@@ -56,7 +56,7 @@ def _shorten(text: str) -> str:
     return repr(text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…")
 
 
-def _find_contradictions(rows: Sequence[EmbeddingRow]) -> tuple[int, str]:
+def _get_contradictions(rows: Sequence[EmbeddingRow]) -> tuple[int, str]:
     """Returns the number of (query, document) pairs with contradicting labels, and an example."""
     known: dict[tuple[str, str], tuple[bool, int]] = {}
     pairs: set[tuple[str, str]] = set()
@@ -72,7 +72,7 @@ def _find_contradictions(rows: Sequence[EmbeddingRow]) -> tuple[int, str]:
     return len(pairs), first
 
 
-def _find_variants(rows: Sequence[EmbeddingRow]) -> tuple[int, str]:
+def _get_variants(rows: Sequence[EmbeddingRow]) -> tuple[int, str]:
     """Returns the number of documents that repeat another up to case and space, and an example."""
     known: dict[str, tuple[str, int]] = {}
     variants: set[str] = set()

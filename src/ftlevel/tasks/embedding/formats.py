@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from ftlevel.data.formats.detect import FormatSpec, RoleValues
-from ftlevel.data.formats.examples import ExampleParts
+from ftlevel.data.formats.examples import ExampleContent
 from ftlevel.data.formats.turns import UnusableRowError, check_text, parse_json, parse_turns
 from ftlevel.data.sources.table import json_type_name
 
@@ -61,169 +61,168 @@ class EmbeddingRow:
 
     @property
     def key_text(self) -> str:
-        """Text that identifies the example in duplicate checks."""
         return "\0".join((self.query, *self.documents, *map(str, self.labels), self.group))
 
     @property
-    def parts(self) -> ExampleParts:
+    def content(self) -> ExampleContent:
         """The query, and its documents or class, for duplicate checks."""
         last = "\n".join(self.documents) or self.group
-        return ExampleParts(self.query, last, "", last)
+        return ExampleContent(self.query, last, "", last)
 
 
-def build_pairs(roles: RoleValues) -> EmbeddingRow:
-    """Build an example of an anchor with its positives and negatives.
+def create_pairs(values: RoleValues) -> EmbeddingRow:
+    """Create an example of an anchor with its positives and negatives.
 
-    With negatives, `label` has a teacher's scores: a list, or the margin of a triplet. Without
-    them, it is the similarity score of the pair.
+    `label` is the similarity score of a pair. With negatives, it has a teacher's scores, or the
+    margin of a triplet.
     """
-    good, bad = _texts(roles, "positive"), _texts(roles, "negative")
+    good, bad = _texts(values, "positive"), _texts(values, "negative")
     for n in range(1, MOST_NEGATIVES + 1):
-        bad += _texts(roles, f"negative_{n}")
+        bad += _texts(values, f"negative_{n}")
     if not good:
-        raise UnusableRowError(f"{roles.columns['positive']!r} holds no text", "empty_text")
-    query = roles.text("anchor")
-    if "label" not in roles:
-        return _ranking(roles, query, good, bad)
-    value = _parsed(roles, "label")
+        raise UnusableRowError(f"{values.columns['positive']!r} holds no text", "empty_text")
+    query = values.text("anchor")
+    if "label" not in values:
+        return _ranking(values, query, good, bad)
+    value = _parsed(values, "label")
     if isinstance(value, list):
-        return _ranking(roles, query, good, bad, _numbers(roles, "label", len(good) + len(bad)))
-    number = _number(value, roles.columns["label"])
+        return _ranking(values, query, good, bad, _numbers(values, "label", len(good) + len(bad)))
+    number = _number(value, values.columns["label"])
     if not bad and len(good) == 1:
-        return EmbeddingRow(query, roles.index, tuple(good), (number,), "score")
+        return EmbeddingRow(query, values.index, tuple(good), (number,), "score")
     if (len(good), len(bad)) != (1, 1):
         raise UnusableRowError(
-            f"{roles.columns['label']!r} is one number for {len(good) + len(bad)} documents; "
+            f"{values.columns['label']!r} is one number for {len(good) + len(bad)} documents; "
             "expected is a list with a number for each"
         )
-    return _ranking(roles, query, good, bad, (number, 0.0))
+    return _ranking(values, query, good, bad, (number, 0.0))
 
 
-def build_scored(roles: RoleValues) -> EmbeddingRow:
-    """Build an example of two texts with a score, or a query with a document and its label."""
-    second = "sentence2" if "sentence2" in roles else "document"
-    first = "sentence1" if "sentence1" in roles else "query"
-    score = _number(roles.get("score"), roles.columns["score"])
-    query, document = roles.text(first), roles.text(second)
-    return EmbeddingRow(query, roles.index, (document,), (score,), "score")
+def create_scored(values: RoleValues) -> EmbeddingRow:
+    """Create an example of two texts with a score, or a query with a document and its label."""
+    second = "sentence2" if "sentence2" in values else "document"
+    first = "sentence1" if "sentence1" in values else "query"
+    score = _number(values.get("score"), values.columns["score"])
+    query, document = values.text(first), values.text(second)
+    return EmbeddingRow(query, values.index, (document,), (score,), "score")
 
 
-def build_listed(roles: RoleValues) -> EmbeddingRow:
-    """Build an example of a query, its documents and their labels, best document first."""
-    texts = _texts(roles, "documents")
-    labels = _numbers(roles, "labels", len(texts))
-    teacher = _numbers(roles, "teacher", len(texts)) if "teacher" in roles else ()
+def create_listed(values: RoleValues) -> EmbeddingRow:
+    """Create an example of a query, its documents and their labels, best document first."""
+    texts = _texts(values, "documents")
+    labels = _numbers(values, "labels", len(texts))
+    teacher = _numbers(values, "teacher", len(texts)) if "teacher" in values else ()
     order = sorted(range(len(texts)), key=lambda i: -labels[i])
     return EmbeddingRow(
-        roles.text("query"),
-        roles.index,
+        values.text("query"),
+        values.index,
         tuple(texts[i] for i in order),
         tuple(labels[i] for i in order),
         teacher=tuple(teacher[i] for i in order) if teacher else (),
-        prompt=roles.text_or_empty("prompt"),
+        prompt=values.text_or_empty("prompt"),
     )
 
 
-def build_flag(roles: RoleValues) -> EmbeddingRow:
-    """Build an example from FlagEmbedding's columns: query, pos, neg, and scores of a teacher."""
-    good, bad = _texts(roles, "pos"), _texts(roles, "neg")
+def create_flagged(values: RoleValues) -> EmbeddingRow:
+    """Create an example from FlagEmbedding's columns: query, pos, neg, and scores of a teacher."""
+    good, bad = _texts(values, "pos"), _texts(values, "neg")
     if not good:
-        raise UnusableRowError(f"{roles.columns['pos']!r} holds no text", "empty_text")
+        raise UnusableRowError(f"{values.columns['pos']!r} holds no text", "empty_text")
     scores: tuple[float, ...] = ()
-    if _has(roles, "pos_scores") or _has(roles, "neg_scores"):
-        scores = _numbers(roles, "pos_scores", len(good)) + _numbers(roles, "neg_scores", len(bad))
-    return _ranking(roles, roles.text("query"), good, bad, scores)
+    if _has(values, "pos_scores") or _has(values, "neg_scores"):
+        scores = _numbers(values, "pos_scores", len(good)) + _numbers(
+            values, "neg_scores", len(bad)
+        )
+    return _ranking(values, values.text("query"), good, bad, scores)
 
 
-def build_tevatron(roles: RoleValues) -> EmbeddingRow:
-    """Build an example from tevatron's columns, where passages have a title and a text."""
-    good, bad = _texts(roles, "positive_passages"), _texts(roles, "negative_passages")
+def create_tevatron(values: RoleValues) -> EmbeddingRow:
+    """Create an example from tevatron's columns, where passages have a title and a text."""
+    good, bad = _texts(values, "positive_passages"), _texts(values, "negative_passages")
     if not good:
         raise UnusableRowError("has no positive passage", "empty_text")
-    return _ranking(roles, roles.text("query"), good, bad)
+    return _ranking(values, values.text("query"), good, bad)
 
 
-def build_messages(roles: RoleValues) -> EmbeddingRow:
-    """Build an example from ms-swift's columns, where query and documents are conversations."""
-    query = _conversation(_parsed(roles, "messages"), roles.columns["messages"])
+def create_messages(values: RoleValues) -> EmbeddingRow:
+    """Create an example from ms-swift's columns, where query and documents are conversations."""
+    query = _conversation(_parsed(values, "messages"), values.columns["messages"])
     good, bad = (
-        _conversations(roles, "positive_messages"),
-        _conversations(roles, "negative_messages"),
+        _conversations(values, "positive_messages"),
+        _conversations(values, "negative_messages"),
     )
     if not good:
-        raise UnusableRowError(f"{roles.columns['positive_messages']!r} is empty", "empty_text")
-    if _has(roles, "label") and not bad and len(good) == 1:
-        score = _number(roles.get("label"), roles.columns["label"])
-        return EmbeddingRow(query, roles.index, tuple(good), (score,), "score")
-    return _ranking(roles, query, good, bad)
+        raise UnusableRowError(f"{values.columns['positive_messages']!r} is empty", "empty_text")
+    if _has(values, "label") and not bad and len(good) == 1:
+        score = _number(values.get("label"), values.columns["label"])
+        return EmbeddingRow(query, values.index, tuple(good), (score,), "score")
+    return _ranking(values, query, good, bad)
 
 
-def build_grouped(roles: RoleValues) -> EmbeddingRow:
-    """Build an example of a text with its class."""
-    value = roles.get("label")
+def create_grouped(values: RoleValues) -> EmbeddingRow:
+    """Create an example of a text with its class."""
+    value = values.get("label")
     if value is None or isinstance(value, list | dict | float):
         raise UnusableRowError(
-            f"{roles.columns['label']!r} is {json_type_name(value)}, where a class is expected"
+            f"{values.columns['label']!r} is {json_type_name(value)}, where a class is expected"
         )
-    return EmbeddingRow(roles.text("text"), roles.index, kind="class", group=str(value))
+    return EmbeddingRow(values.text("text"), values.index, kind="class", group=str(value))
 
 
-def build_query(roles: RoleValues) -> EmbeddingRow:
-    """Build a query to embed, as an example without documents."""
-    return EmbeddingRow(roles.text("query"), roles.index)
+def create_query(values: RoleValues) -> EmbeddingRow:
+    """Create a query to embed, as an example without documents."""
+    return EmbeddingRow(values.text("query"), values.index)
 
 
-def build_document(roles: RoleValues) -> EmbeddingRow:
-    """Build a document to embed, with its title if it has one."""
-    title, text = roles.text_or_empty("title"), roles.text("text")
-    return EmbeddingRow("", roles.index, (f"{title} {text}" if title else text,), (0.0,))
+def create_document(values: RoleValues) -> EmbeddingRow:
+    """Create a document to embed, with its title if it has one."""
+    title, text = values.text_or_empty("title"), values.text("text")
+    return EmbeddingRow("", values.index, (f"{title} {text}" if title else text,), (0.0,))
 
 
-def build_candidates(roles: RoleValues) -> EmbeddingRow:
-    """Build an example of a query with documents to score; a single document has kind `score`."""
-    role = "documents" if "documents" in roles else "document"
+def create_candidates(values: RoleValues) -> EmbeddingRow:
+    """Create an example of a query with documents to score; a single document has kind `score`."""
+    role = "documents" if "documents" in values else "document"
     kind: Kind = "ranking" if role == "documents" else "score"
-    texts = _texts(roles, role)
+    texts = _texts(values, role)
     if not texts:
-        raise UnusableRowError(f"{roles.columns[role]!r} holds no text", "empty_text")
-    return EmbeddingRow(roles.text("query"), roles.index, tuple(texts), (0.0,) * len(texts), kind)
+        raise UnusableRowError(f"{values.columns[role]!r} holds no text", "empty_text")
+    return EmbeddingRow(values.text("query"), values.index, tuple(texts), (0.0,) * len(texts), kind)
 
 
 def _ranking(
-    roles: RoleValues,
+    values: RoleValues,
     query: str,
-    good: Sequence[str],
-    bad: Sequence[str],
+    positive: Sequence[str],
+    negative: Sequence[str],
     teacher: tuple[float, ...] = (),
 ) -> EmbeddingRow:
-    labels = (1.0,) * len(good) + (0.0,) * len(bad)
+    labels = (1.0,) * len(positive) + (0.0,) * len(negative)
     return EmbeddingRow(
         query,
-        roles.index,
-        (*good, *bad),
+        values.index,
+        (*positive, *negative),
         labels,
         teacher=teacher,
-        prompt=roles.text_or_empty("prompt"),
+        prompt=values.text_or_empty("prompt"),
     )
 
 
-def _has(roles: RoleValues, role: str) -> bool:
-    return role in roles and roles.get(role) is not None
+def _has(values: RoleValues, role: str) -> bool:
+    return role in values and values.get(role) is not None
 
 
-def _parsed(roles: RoleValues, role: str) -> Any:
-    """Returns the value of a role; a cell that begins with `[` is parsed as JSON."""
-    value = roles.get(role)
+def _parsed(values: RoleValues, role: str) -> Any:
+    value = values.get(role)
     if isinstance(value, str) and value.lstrip().startswith("["):
-        return parse_json(value, repr(roles.columns[role]))
+        return parse_json(value, repr(values.columns[role]))
     return value
 
 
-def _texts(roles: RoleValues, role: str) -> list[str]:
-    """Returns the texts of a role: a text, a passage with a title, or a list of either."""
-    if not _has(roles, role):
+def _texts(values: RoleValues, role: str) -> list[str]:
+    if not _has(values, role):
         return []
-    value, name = roles.get(role), repr(roles.columns[role])
+    value, name = values.get(role), repr(values.columns[role])
     if isinstance(value, str) and value.lstrip().startswith("["):
         with contextlib.suppress(ValueError):  # a text, such as "[1] a reference"
             parsed = json.loads(value)
@@ -245,10 +244,9 @@ def _text(value: object, name: str) -> str:
     return check_text(f"{title} {text}" if title else text, name)
 
 
-def _numbers(roles: RoleValues, role: str, count: int) -> tuple[float, ...]:
-    """Returns the numbers of a role; raises `UnusableRowError` unless there are `count`."""
-    value = _parsed(roles, role) if role in roles else []
-    name = roles.columns.get(role, role)
+def _numbers(values: RoleValues, role: str, count: int) -> tuple[float, ...]:
+    value = _parsed(values, role) if role in values else []
+    name = values.columns.get(role, role)
     if not isinstance(value, list):
         value = [] if value is None else [value]
     if len(value) != count:
@@ -268,11 +266,10 @@ def _number(value: object, column: str) -> float:
     return number
 
 
-def _conversations(roles: RoleValues, role: str) -> list[str]:
-    """Returns a list of texts: the conversation or conversations of a role, each as one text."""
-    if not _has(roles, role):
+def _conversations(values: RoleValues, role: str) -> list[str]:
+    if not _has(values, role):
         return []
-    value, name = _parsed(roles, role), roles.columns[role]
+    value, name = _parsed(values, role), values.columns[role]
     if isinstance(value, list) and value and isinstance(value[0], dict):
         value = [value]
     if not isinstance(value, list):
@@ -283,7 +280,7 @@ def _conversations(roles: RoleValues, role: str) -> list[str]:
 
 
 def _conversation(value: Any, column: str) -> str:
-    turns = parse_turns(value, column, answered=False)
+    turns = parse_turns(value, column, needs_assistant=False)
     return check_text("\n".join(turn.content for turn in turns), repr(column))
 
 
@@ -295,28 +292,28 @@ _PROMPT = {"prompt": ("prompt", "instruction")}
 
 FLAG_SHAPE = FormatSpec(
     "query + pos",
-    build_flag,
+    create_flagged,
     {"query": ("query",), "pos": ("pos",)},
     {"neg": ("neg",), "pos_scores": ("pos_scores",), "neg_scores": ("neg_scores",), **_PROMPT},
     guessable=False,
 )
 TEVATRON_SHAPE = FormatSpec(
     "query + positive_passages",
-    build_tevatron,
+    create_tevatron,
     {"query": ("query",), "positive_passages": ("positive_passages",)},
     {"negative_passages": ("negative_passages",)},
     guessable=False,
 )
 MESSAGES_SHAPE = FormatSpec(
     "messages + positive_messages",
-    build_messages,
+    create_messages,
     {"messages": ("messages",), "positive_messages": ("positive_messages",)},
     {"negative_messages": ("negative_messages",), "label": ("label",)},
     guessable=False,
 )
 LISTED_SHAPE = FormatSpec(
     "query + documents + labels",
-    build_listed,
+    create_listed,
     {
         "query": _QUERY,
         "documents": ("documents", "docs", "passages", "texts"),
@@ -327,7 +324,7 @@ LISTED_SHAPE = FormatSpec(
 )
 SENTENCES_SHAPE = FormatSpec(
     "sentence1 + sentence2 + score",
-    build_scored,
+    create_scored,
     {
         "sentence1": (
             "sentence1",
@@ -352,13 +349,13 @@ SENTENCES_SHAPE = FormatSpec(
 )
 DOCUMENT_SHAPE = FormatSpec(
     "query + document + score",
-    build_scored,
+    create_scored,
     {"query": _QUERY, "document": _DOCUMENT, "score": _SCORE},
     guessable=False,
 )
 PAIRS_SHAPE = FormatSpec(
     "anchor + positive",
-    build_pairs,
+    create_pairs,
     {
         "anchor": ("anchor", "query", "question", "sentence1", "text1"),
         "positive": (
@@ -380,7 +377,7 @@ PAIRS_SHAPE = FormatSpec(
 )
 GROUPED_SHAPE = FormatSpec(
     "text + label",
-    build_grouped,
+    create_grouped,
     {"text": ("text", "sentence", "content"), "label": ("label",)},
     guessable=False,
 )
@@ -397,10 +394,10 @@ RANKING_SHAPES = (
 """Layouts with documents, for embedding models and rerankers."""
 EMBEDDING_SHAPES = (*RANKING_SHAPES, GROUPED_SHAPE)
 QUERY_SHAPES = (
-    FormatSpec("query", build_query, {"query": (*_QUERY, "sentence1")}, guessable=False),
+    FormatSpec("query", create_query, {"query": (*_QUERY, "sentence1")}, guessable=False),
     FormatSpec(
         "text",
-        build_document,
+        create_document,
         {"text": (*_DOCUMENT, "positive", "sentence", "content", "sentence2")},
         {"title": ("title",)},
     ),
@@ -409,13 +406,13 @@ QUERY_SHAPES = (
 CANDIDATE_SHAPES = (
     FormatSpec(
         "query + documents",
-        build_candidates,
+        create_candidates,
         {"query": _QUERY, "documents": ("documents", "docs", "passages", "texts")},
         guessable=False,
     ),
     FormatSpec(
         "query + document",
-        build_candidates,
+        create_candidates,
         {"query": (*_QUERY, "sentence1"), "document": (*_DOCUMENT, "positive", "sentence2")},
     ),
 )

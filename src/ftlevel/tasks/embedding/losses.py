@@ -27,7 +27,7 @@ from ftlevel.objectives import StepTexts
 
 
 @dataclass(frozen=True)
-class LossOptions:
+class LossConfig:
     """Settings of a loss; see `EmbeddingConfig`.
 
     `hides_repeats` excludes candidates that are a positive of the query in another row.
@@ -41,16 +41,15 @@ class LossOptions:
     hides_repeats: bool = True
 
 
-def similarity(one: torch.Tensor, other: torch.Tensor, options: LossOptions) -> torch.Tensor:
+def similarity(one: torch.Tensor, other: torch.Tensor, config: LossConfig) -> torch.Tensor:
     """Returns the similarities `(n, m)` of vectors `(n, dims)` and `(m, dims)`."""
-    if options.is_cosine:
+    if config.is_cosine:
         one, other = functional.normalize(one, dim=-1), functional.normalize(other, dim=-1)
     return one @ other.T
 
 
-def _paired(one: torch.Tensor, other: torch.Tensor, options: LossOptions) -> torch.Tensor:
-    """Returns the similarity `(n,)` of each pair of vectors `(n, dims)`."""
-    if options.is_cosine:
+def _paired(one: torch.Tensor, other: torch.Tensor, config: LossConfig) -> torch.Tensor:
+    if config.is_cosine:
         one, other = functional.normalize(one, dim=-1), functional.normalize(other, dim=-1)
     return (one * other).sum(-1)
 
@@ -73,17 +72,17 @@ class Candidates:
     def of(cls, step: StepTexts, device: torch.device) -> Candidates:
         """Returns the queries and documents of a step."""
         queries: list[int] = []
-        good: list[int] = []
-        bad: list[int] = []
+        positive: list[int] = []
+        negative: list[int] = []
         for (query, *documents), labels in zip(step.texts, step.labels, strict=True):
             for document, label in zip(documents, labels, strict=True):
                 if label > 0:
                     queries.append(query)
-                    good.append(document)
+                    positive.append(document)
                 else:
-                    bad.append(document)
+                    negative.append(document)
         q = torch.tensor(queries, device=device)
-        d = torch.tensor(good + bad, device=device)
+        d = torch.tensor(positive + negative, device=device)
         hidden = d[: len(q), None] == d[None]
         same_query = q[:, None] == q[None]
         if int(same_query.sum()) > len(q):  # else the product would be `hidden`
@@ -92,21 +91,21 @@ class Candidates:
         return cls(q, d, hidden)
 
 
-def mnrl(vectors: torch.Tensor, step: StepTexts, options: LossOptions) -> torch.Tensor:
+def mnrl(vectors: torch.Tensor, step: StepTexts, config: LossConfig) -> torch.Tensor:
     """Returns the InfoNCE loss of queries against all documents of the step."""
     found = Candidates.of(step, vectors.device)
-    scores = similarity(vectors[found.queries], vectors[found.documents], options) * options.scale
-    if options.hides_repeats:
+    scores = similarity(vectors[found.queries], vectors[found.documents], config) * config.scale
+    if config.hides_repeats:
         scores = scores.masked_fill(found.hidden, -torch.inf)
     right = torch.arange(len(scores), device=scores.device)
     loss = functional.cross_entropy(scores, right)
-    if options.symmetric:
+    if config.symmetric:
         back = scores[:, : len(scores)].T
         loss = (loss + functional.cross_entropy(back, right)) / 2
     return loss
 
 
-def gist(vectors: torch.Tensor, step: StepTexts, options: LossOptions) -> torch.Tensor:
+def gist(vectors: torch.Tensor, step: StepTexts, config: LossConfig) -> torch.Tensor:
     """Returns the InfoNCE loss without candidates that the guide scores above the positive."""
     found = Candidates.of(step, vectors.device)
     guide = torch.stack([torch.as_tensor(own) for own in step.guide or ()]).to(vectors.device)
@@ -122,16 +121,16 @@ def gist(vectors: torch.Tensor, step: StepTexts, options: LossOptions) -> torch.
         (positives, positives),
         (queries, negatives),
     )
-    limit = _paired(guide[queries], guide[positives], LossOptions())[:, None] - options.margin
+    limit = _paired(guide[queries], guide[positives], LossConfig())[:, None] - config.margin
     right = torch.arange(count, device=vectors.device)
     parts = []
     for number, (rows, columns) in enumerate(blocks):
-        scores = similarity(vectors[rows], vectors[columns], options)
-        hidden = similarity(guide[rows], guide[columns], LossOptions()) > limit
+        scores = similarity(vectors[rows], vectors[columns], config)
+        hidden = similarity(guide[rows], guide[columns], LossConfig()) > limit
         if number == 0:
             hidden[right, right] = False
         parts.append(scores.masked_fill(hidden, -torch.inf))
-    return functional.cross_entropy(torch.cat(parts, dim=1) * options.scale, right)
+    return functional.cross_entropy(torch.cat(parts, dim=1) * config.scale, right)
 
 
 @dataclass(frozen=True)
@@ -177,14 +176,14 @@ def _rank(scores: torch.Tensor, labels: torch.Tensor, scale: float) -> torch.Ten
     return torch.cat([apart.new_zeros(1), apart]).logsumexp(0)
 
 
-def cosent(vectors: torch.Tensor, step: StepTexts, options: LossOptions) -> torch.Tensor:
+def cosent(vectors: torch.Tensor, step: StepTexts, config: LossConfig) -> torch.Tensor:
     """Returns CoSENT's loss, which penalizes pairs ranked against the order of their labels."""
     pairs = Pairs.of(step, vectors.device)
-    scores = _paired(vectors[pairs.first], vectors[pairs.second], options)
-    return _rank(scores, pairs.labels, options.scale)
+    scores = _paired(vectors[pairs.first], vectors[pairs.second], config)
+    return _rank(scores, pairs.labels, config.scale)
 
 
-def angle(vectors: torch.Tensor, step: StepTexts, options: LossOptions) -> torch.Tensor:
+def angle(vectors: torch.Tensor, step: StepTexts, config: LossConfig) -> torch.Tensor:
     """Returns CoSENT's loss of the similarities |Re(z w*) + Im(z w*)|.
 
     Each normalized vector is split in halves: the real and imaginary parts of z or w.
@@ -194,25 +193,25 @@ def angle(vectors: torch.Tensor, step: StepTexts, options: LossOptions) -> torch
     padded = functional.pad(functional.normalize(vectors, dim=-1), (0, width - vectors.shape[1]))
     half = torch.complex(padded[:, : width // 2].contiguous(), padded[:, width // 2 :].contiguous())
     products = (half[pairs.first] * half[pairs.second].conj()).sum(-1)
-    return _rank((products.real + products.imag).abs(), pairs.labels, options.scale)
+    return _rank((products.real + products.imag).abs(), pairs.labels, config.scale)
 
 
-def cosine(vectors: torch.Tensor, step: StepTexts, options: LossOptions) -> torch.Tensor:
+def cosine(vectors: torch.Tensor, step: StepTexts, config: LossConfig) -> torch.Tensor:
     """Returns the mean squared difference of similarities and scores."""
     pairs = Pairs.of(step, vectors.device)
-    scores = _paired(vectors[pairs.first], vectors[pairs.second], options)
+    scores = _paired(vectors[pairs.first], vectors[pairs.second], config)
     return functional.mse_loss(scores, pairs.labels)
 
 
-def contrastive(vectors: torch.Tensor, step: StepTexts, options: LossOptions) -> torch.Tensor:
+def contrastive(vectors: torch.Tensor, step: StepTexts, config: LossConfig) -> torch.Tensor:
     """Returns the contrastive loss: distances should be 0 for label 1, ≥ margin for label 0."""
     pairs = Pairs.of(step, vectors.device)
-    apart = 1 - _paired(vectors[pairs.first], vectors[pairs.second], options)
-    near, far = apart.square(), (options.margin - apart).clamp(min=0).square()
+    apart = 1 - _paired(vectors[pairs.first], vectors[pairs.second], config)
+    near, far = apart.square(), (config.margin - apart).clamp(min=0).square()
     return (0.5 * (pairs.labels * near + (1 - pairs.labels) * far)).mean()
 
 
-def triplet(vectors: torch.Tensor, step: StepTexts, options: LossOptions) -> torch.Tensor:
+def triplet(vectors: torch.Tensor, step: StepTexts, config: LossConfig) -> torch.Tensor:
     """Returns the triplet loss of all pairs of a positive and a negative in each row."""
     triplets = [
         (texts[0], texts[1 + good], texts[1 + bad])
@@ -225,7 +224,7 @@ def triplet(vectors: torch.Tensor, step: StepTexts, options: LossOptions) -> tor
         vectors[torch.tensor(i, device=vectors.device)] for i in zip(*triplets, strict=True)
     )
     apart = functional.pairwise_distance(query, good) - functional.pairwise_distance(query, bad)
-    return (apart + options.margin).clamp(min=0).mean()
+    return (apart + config.margin).clamp(min=0).mean()
 
 
 def _own_scores(vectors: torch.Tensor, step: StepTexts) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -238,7 +237,7 @@ def _own_scores(vectors: torch.Tensor, step: StepTexts) -> list[tuple[torch.Tens
     return found
 
 
-def margin_mse(vectors: torch.Tensor, step: StepTexts, _: LossOptions) -> torch.Tensor:
+def margin_mse(vectors: torch.Tensor, step: StepTexts, _: LossConfig) -> torch.Tensor:
     """Returns the mean squared error of score margins between a row's first and other documents."""
     errors = [
         (scores[0] - scores[1:]) - (teacher[0] - teacher[1:])
@@ -247,9 +246,9 @@ def margin_mse(vectors: torch.Tensor, step: StepTexts, _: LossOptions) -> torch.
     return torch.cat(errors).square().mean()
 
 
-def kl(vectors: torch.Tensor, step: StepTexts, options: LossOptions) -> torch.Tensor:
+def kl(vectors: torch.Tensor, step: StepTexts, config: LossConfig) -> torch.Tensor:
     """Returns the KL divergence from the teacher's distribution over each row's documents."""
-    heat = options.temperature
+    heat = config.temperature
     losses = [
         functional.kl_div(
             (scores / heat).log_softmax(0), (teacher / heat).softmax(0), reduction="sum"
@@ -259,7 +258,7 @@ def kl(vectors: torch.Tensor, step: StepTexts, options: LossOptions) -> torch.Te
     return torch.stack(losses).mean() * heat**2
 
 
-StepLoss = Callable[[torch.Tensor, StepTexts, LossOptions], torch.Tensor]
+StepLoss = Callable[[torch.Tensor, StepTexts, LossConfig], torch.Tensor]
 STEP_LOSSES: dict[str, StepLoss] = {
     "mnrl": mnrl,
     "gist": gist,

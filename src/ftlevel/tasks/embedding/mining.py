@@ -18,7 +18,7 @@ from ftlevel.tasks.embedding.retrieval import BLOCK_BYTES, iterate_scores
 
 
 @dataclass(frozen=True)
-class MiningOptions:
+class MiningConfig:
     """Number of negatives per row, margin, and range of ranks (from 1) for the negatives."""
 
     negatives: int = 5
@@ -65,7 +65,7 @@ def mine(
     corpus: Corpus,
     queries: torch.Tensor,
     documents: torch.Tensor,
-    options: MiningOptions,
+    config: MiningConfig,
     *,
     similarity: str = "cosine",
     block_bytes: int = BLOCK_BYTES,
@@ -77,27 +77,27 @@ def mine(
         corpus: the documents.
         queries: `(rows, dims)` embeddings.
         documents: `(documents, dims)` embeddings.
-        options: number, margin and range.
+        config: number, margin and range.
         similarity: cosine or dot.
         block_bytes: memory of the scores of one block.
     """
-    generator = np.random.default_rng(options.seed)
-    first, last = options.ranks
+    generator = np.random.default_rng(config.seed)
+    first, last = config.ranks
     for start, block in iterate_scores(queries, documents, similarity, block_bytes):
         for number, scores in enumerate(block):
             row = rows[start + number]
-            good = [corpus.places[text] for text in row.positives]
-            own = scores[good].tolist()
-            limit = min(own) - options.relative_margin * abs(min(own))
+            positives = [corpus.places[text] for text in row.positives]
+            own = scores[positives].tolist()
+            limit = min(own) - config.relative_margin * abs(min(own))
             scores[corpus.excluded(row.query)] = -torch.inf
             above = scores > limit
             scores[above] = -torch.inf
             found = scores.topk(min(last, len(scores)))
             kept = int(torch.isfinite(found.values).sum())
             window = np.arange(first - 1, kept)
-            if options.at_random and len(window) > options.negatives:
-                window = np.sort(generator.choice(window, options.negatives, replace=False))
-            window = window[: options.negatives]
+            if config.at_random and len(window) > config.negatives:
+                window = np.sort(generator.choice(window, config.negatives, replace=False))
+            window = window[: config.negatives]
             yield MinedRow(
                 tuple(found.indices[window].tolist()),
                 tuple(own),

@@ -14,7 +14,7 @@ from ftlevel.tasks.embedding.retrieval import METRICS as RETRIEVAL
 if TYPE_CHECKING:
     import torch
 
-    from ftlevel.tasks.embedding.losses import LossOptions
+    from ftlevel.tasks.embedding.losses import LossConfig
 
 LabelKind = Literal["ranking", "score", "label", "class"]
 """Meaning of labels: relevance of documents, scores of pairs, 0 or 1 of pairs, or classes."""
@@ -79,7 +79,6 @@ class Embeddings(StepObjective):
 
     @property
     def metrics(self) -> tuple[str, ...]:
-        """Names of the metrics for the kind of labels."""
         dims = self.settings.matryoshka_dims
         return (*METRICS[self.kind], *(f"{self.headline}_dim_{count}" for count in dims))
 
@@ -109,25 +108,22 @@ class Embeddings(StepObjective):
         weights = self.settings.matryoshka_weights or (1.0,) * len(dims)
         with torch.autocast(vectors.device.type, enabled=False):
             if not dims:
-                return compute(vectors.float(), step, self._options)
+                return compute(vectors.float(), step, self._loss_config)
             spaces = [functional.normalize(vectors[:, :count].float(), dim=-1) for count in dims]
             losses = [
-                weight * compute(space, step, self._options)
+                weight * compute(space, step, self._loss_config)
                 for space, weight in zip(spaces, weights, strict=True)
             ]
             return torch.stack(losses).sum()
 
     def for_validation(self, step: StepTexts) -> Embeddings:
-        """Returns this objective, with mnrl as loss if validation rows lack what its loss needs.
-
-        Guide and teacher embed training rows only; rows from relevance files have no negatives.
-        """
-        settings, facts = self.settings, LOSSES[self.settings.loss or ""]
+        """Returns this objective, with mnrl as loss if validation rows lack what its loss needs."""
+        settings, spec = self.settings, LOSSES[self.settings.loss or ""]
         negatives = all(min(labels) <= 0 for labels in step.labels)
         if (
-            (facts.needs_negatives and not negatives)
-            or (facts.needs_teacher and not all(step.teacher))
-            or ("guide" in facts.parameters and step.guide is None)
+            (spec.needs_negatives and not negatives)
+            or (spec.needs_teacher and not all(step.teacher))
+            or ("guide" in spec.parameters and step.guide is None)
         ):
             changes = {"loss": "mnrl", "scale": None, "margin": None}
             return replace(self, settings=settings.model_copy(update=changes))
@@ -136,18 +132,18 @@ class Embeddings(StepObjective):
     @property
     def largest_term(self) -> float:
         """Upper bound of the scaled similarities."""
-        return max(self._options.scale, 1.0)
+        return max(self._loss_config.scale, 1.0)
 
     @property
-    def _options(self) -> LossOptions:
-        from ftlevel.tasks.embedding.losses import LossOptions
+    def _loss_config(self) -> LossConfig:
+        from ftlevel.tasks.embedding.losses import LossConfig
 
-        settings, facts = self.settings, LOSSES[self.settings.loss or ""]
+        settings, spec = self.settings, LOSSES[self.settings.loss or ""]
         is_cosine = self.form.similarity == "cosine"
-        usual = (facts.scale or 1.0) if is_cosine else 1.0
-        return LossOptions(
+        usual = (spec.scale or 1.0) if is_cosine else 1.0
+        return LossConfig(
             scale=settings.scale or usual,
-            margin=settings.margin if settings.margin is not None else (facts.margin or 0.0),
+            margin=settings.margin if settings.margin is not None else (spec.margin or 0.0),
             temperature=settings.temperature,
             symmetric=settings.symmetric,
             is_cosine=is_cosine,

@@ -95,14 +95,14 @@ class RetrievalScores:
         """The mean of each metric over queries."""
         return {name: float(values.mean()) for name, values in self.values.items()}
 
-    def resample(self, count: int, seed: int) -> dict[str, np.ndarray]:
-        """Returns metric -> means (count,) of bootstrap draws of the queries.
+    def resample(self, num_samples: int, seed: int) -> dict[str, np.ndarray]:
+        """Returns metric -> means (num_samples,) of bootstrap draws of the queries.
 
         The same seed draws the same queries, so that means of two models can be subtracted.
         """
         size = len(next(iter(self.values.values())))
         generator = np.random.default_rng(seed)
-        picks = [generator.integers(0, size, size) for _ in range(count)]
+        picks = [generator.integers(0, size, size) for _ in range(num_samples)]
         return {
             name: np.array([values[pick].mean() for pick in picks])
             for name, values in self.values.items()
@@ -142,18 +142,15 @@ def score_retrieval(
 def search(
     queries: torch.Tensor,
     corpus: torch.Tensor,
-    count: int,
+    top_k: int,
     *,
     similarity: str = "cosine",
     block_bytes: int = BLOCK_BYTES,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns scores and corpus indices `(queries, count)` of the best documents, best first.
-
-    The search is exact; `count` is at most the number of documents.
-    """
-    count = min(count, len(corpus))
+    """Returns scores and corpus indices `(queries, top_k)` of the best documents, best first."""
+    top_k = min(top_k, len(corpus))
     found = [
-        scores.topk(count) for _, scores in iterate_scores(queries, corpus, similarity, block_bytes)
+        scores.topk(top_k) for _, scores in iterate_scores(queries, corpus, similarity, block_bytes)
     ]
     return (
         np.concatenate([each.values.numpy() for each in found]),
@@ -167,10 +164,7 @@ def iterate_scores(
     similarity: str = "cosine",
     block_bytes: int = BLOCK_BYTES,
 ) -> Iterator[tuple[int, torch.Tensor]]:
-    """Yields the index of each block's first query, and scores `(queries, documents)` in float32.
-
-    A block has at least one query.
-    """
+    """Yields the index of each block's first query, and scores `(queries, documents)`, float32."""
     queries, corpus = queries.float().cpu(), corpus.float().cpu()
     if similarity == "cosine":
         from torch.nn import functional

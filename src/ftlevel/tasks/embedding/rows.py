@@ -104,8 +104,7 @@ class TextEncoder:
 def append_end(tokenizer: Any, end: int) -> None:
     """Make a fast `tokenizer` (modified) append the token `end` to each text.
 
-    Other libraries load the tokenizer from the model's directory and must pool the same token. A
-    tokenizer that already appends a special token is left unchanged.
+    Other libraries pool the same token if they load the tokenizer from the model's directory.
     """
     around = tokenizer("a")["input_ids"]
     if not tokenizer.is_fast or around[-1] in set(tokenizer.all_special_ids):

@@ -31,7 +31,7 @@ from ftlevel.tasks.base import (
     TokenDecoder,
     check_options,
 )
-from ftlevel.tasks.embedding.checks import check_documents, check_validation
+from ftlevel.tasks.embedding.checks import check_documents, check_eval_set
 from ftlevel.tasks.embedding.formats import EMBEDDING_SHAPES, QUERY_SHAPES, EmbeddingRow
 from ftlevel.tasks.embedding.objective import (
     EVALUATED_ROWS,
@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     from ftlevel.data.encoding.fit import FittedRows
     from ftlevel.data.formats.detect import Format
     from ftlevel.data.prepare.encoder import Encoder, EncodingContext, PreparedData
-    from ftlevel.data.prepare.loading import LoadedExamples
+    from ftlevel.data.prepare.loading import LoadedData
 
 _FORM = (
     "pooling",
@@ -78,13 +78,12 @@ class EmbeddingTask(BaseTask):
     served_as: ClassVar[str] = "embedding models"
     changes_tokenizer: ClassVar[bool] = True
     checks: ClassVar[Checks] = Checks()
-    synthetic_facts: ClassVar[Mapping[str, Any]] = {}
+    synthetic_info: ClassVar[Mapping[str, Any]] = {}
 
     # ---- the model
 
-    def configured(self, options: Mapping[str, Any]) -> EmbeddingTask:
-        """Returns the task with the settings of a configuration or of a model card."""
-        known = dict(options.get("embedding", {}))
+    def configured(self, task_config: Mapping[str, Any]) -> EmbeddingTask:
+        known = dict(task_config.get("embedding", {}))
         if not known:
             return self
         form = EmbeddingFormat(**known.pop("form")) if "form" in known else self.form
@@ -101,8 +100,7 @@ class EmbeddingTask(BaseTask):
     ) -> tuple[BaseTask, list[Choice]]:
         """Returns the task with the model's embedding format, and log lines about it.
 
-        Raises:
-            ConfigError: the model has no EOS, or fewer dimensions than requested.
+        Raises `ConfigError` if the model has no EOS, or fewer dimensions than requested.
         """
         given = {n: v for n in _FORM if (v := getattr(self.settings, n)) is not None}
         form, reason = _read_format(source, given), "as in the model's modules.json"
@@ -130,7 +128,6 @@ class EmbeddingTask(BaseTask):
 
     @property
     def max_tokens(self) -> int | None:
-        """Maximum sequence length in the model's embedding format; None without one."""
         return self.form.max_length
 
     def card_defaults(
@@ -143,23 +140,24 @@ class EmbeddingTask(BaseTask):
         known = {"form": asdict(form), "end": end, "loss": DEFAULT_LOSSES["pairs"]}
         return {"options": {"embedding": known}}
 
-    def settings_of_adapter(
-        self, directory: Path, options: Mapping[str, Any]
+    def inherited_config(
+        self, directory: Path, inference_config: Mapping[str, Any]
     ) -> dict[str, dict[str, Any]]:
         """Returns pooling, normalization, similarity and prompts of the adapter."""
-        known = options.get("embedding", {}).get("form")
+        known = inference_config.get("embedding", {}).get("form")
         form = EmbeddingFormat(**known) if known else load_embedding_format(directory)
         return {"embedding": {name: getattr(form, name) for name in _FORM}} if form else {}
 
-    def embedding_format(self, options: Mapping[str, Any]) -> EmbeddingFormat | None:
-        """Returns the embedding format of a card with `options`."""
-        return EmbeddingFormat(**options["embedding"]["form"])
+    def embedding_format(self, inference_config: Mapping[str, Any]) -> EmbeddingFormat | None:
+        return EmbeddingFormat(**inference_config["embedding"]["form"])
 
-    def write_files(self, directory: Path, model_config: Any, options: Mapping[str, Any]) -> None:
+    def write_files(
+        self, directory: Path, model_config: Any, inference_config: Mapping[str, Any]
+    ) -> None:
         """Write the files that make the directory a SentenceTransformer."""
         from ftlevel.models.kinds import max_positions, width_of
 
-        form = self.embedding_format(options) or EmbeddingFormat()
+        form = self.embedding_format(inference_config) or EmbeddingFormat()
         longest = form.max_length or max_positions(model_config)
         save_embedding_format(directory, replace(form, max_length=longest), width_of(model_config))
 
@@ -169,7 +167,7 @@ class EmbeddingTask(BaseTask):
 
         return [], find_new_poolers(meta, source)
 
-    def find_unused(self, meta: Any) -> list[str]:
+    def get_unused_modules(self, meta: Any) -> list[str]:
         """Find the pooler modules of transformers, which embeddings do not use."""
         return [
             name
@@ -177,10 +175,9 @@ class EmbeddingTask(BaseTask):
             if name.rpartition(".")[2] == "pooler" and any(True for _ in module.parameters())
         ]
 
-    def build_objective(self, kind: str, facts: Mapping[str, Any]) -> Objective:
-        """Build the objective of the loss in `facts`."""
-        task = self.configured(facts) if "embedding" in facts else self
-        labels: LabelKind = facts.get("embedding", {}).get("kind", "ranking")
+    def create_objective(self, kind: str, data_info: Mapping[str, Any]) -> Objective:
+        task = self.configured(data_info) if "embedding" in data_info else self
+        labels: LabelKind = data_info.get("embedding", {}).get("kind", "ranking")
         settings = task.settings
         if settings.loss is None:
             settings = settings.model_copy(update={"loss": _default_loss(labels)})
@@ -189,8 +186,7 @@ class EmbeddingTask(BaseTask):
     # ---- from columns to encoded rows
 
     @property
-    def encoding_options(self) -> Mapping[str, Any]:
-        """Options that change the encoded rows and are not in the config's data section."""
+    def encoding_config(self) -> Mapping[str, Any]:
         return {
             "form": asdict(self.form),
             "end": self.end,
@@ -243,11 +239,13 @@ class EmbeddingTask(BaseTask):
         texts = [text.truncated(limit) for text in texts] if limit and over else texts
         return texts, Choice("corpus", f"{len(texts):,} documents", note)
 
-    def check_validation(
-        self, train: Sequence[Any], validation: Sequence[Any], corpus: Sequence[str] | None
+    def check_eval_set(
+        self,
+        train_set: Sequence[Any],
+        eval_set: Sequence[Any],
+        corpus: Sequence[str] | None,
     ) -> Sequence[tuple[str, str, Sequence[int], str]]:
-        """Returns (check name, split, row indices, example) per failed check."""
-        return check_validation(train, validation, corpus)
+        return check_eval_set(train_set, eval_set, corpus)
 
     def finish_data(
         self, prepared: PreparedData, config: DataConfig, context: EncodingContext
@@ -262,8 +260,7 @@ class EmbeddingTask(BaseTask):
         choice = Choice("steps", "of one dataset each", f"in proportion to their {counts} rows")
         return replace(prepared, sets=sets, choices=[*prepared.choices, choice])
 
-    def facts(self, loaded: LoadedExamples) -> Mapping[str, Any]:
-        """Returns the loss, its settings and the embedding format."""
+    def data_info(self, loaded: LoadedData) -> Mapping[str, Any]:
         kind = _kind_of(loaded.train)
         settings = {**self.settings.model_dump(mode="json"), "teacher": self.teacher}
         settings["loss"] = self.settings.loss or _default_loss(kind)
@@ -277,13 +274,12 @@ class EmbeddingTask(BaseTask):
             }
         }
 
-    def card_options(self, config: DataConfig, facts: Mapping[str, Any]) -> dict[str, Any]:
-        """Returns the loss, its settings and the embedding format."""
-        return {"embedding": facts["embedding"]}
+    def inference_config(self, config: DataConfig, data_info: Mapping[str, Any]) -> dict[str, Any]:
+        return {"embedding": data_info["embedding"]}
 
-    def describe_rows(self, loaded: LoadedExamples, facts: Mapping[str, Any]) -> list[Choice]:
+    def describe_rows(self, loaded: LoadedData, data_info: Mapping[str, Any]) -> list[Choice]:
         """Returns the loss with its reason, and the number of tokens."""
-        known = facts["embedding"]
+        known = data_info["embedding"]
         told = [
             f"{name.replace('_', ' ')} {known[name]}"
             for name in LOSSES[known["loss"]].parameters
@@ -292,28 +288,27 @@ class EmbeddingTask(BaseTask):
         reason = "" if self.settings.loss else f"default for {_WORDS[known['kind']]}"
         return [
             Choice("loss", known["loss"], ", ".join([*([reason] if reason else []), *told])),
-            Choice("tokens", f"{facts['tokens']:,} an epoch"),
+            Choice("tokens", f"{data_info['tokens']:,} an epoch"),
         ]
 
     # ---- inference and display
 
-    def build_query(self, prompt: str, context: str | None, number: int) -> Any:
-        """Build a query to embed from `prompt`."""
+    def create_query(self, prompt: str, context: str | None, number: int) -> Any:
         return EmbeddingRow(prompt, number)
 
-    def answer_columns(
+    def prediction_columns(
         self,
         format_: Format,
         labels: Sequence[str],
-        options: Mapping[str, Any],
+        inference_config: Mapping[str, Any],
         wanted: OutputOptions,
     ) -> dict[str, Column]:
         """Returns the only answer column: the vector."""
         check_options(wanted, "an embedding model", "")
         return {"": "embedding"}
 
-    def answer_rows(
-        self, model: PromptedModel, questions: Sequence[Any], wanted: OutputOptions
+    def predict(
+        self, model: PromptedModel, queries: Sequence[Any], wanted: OutputOptions
     ) -> list[Prediction]:
         """Returns the vector of each query or document, with its prompt before it."""
         known = self.configured(model.options)
@@ -322,12 +317,11 @@ class EmbeddingTask(BaseTask):
             form = replace(form, normalize=wanted.normalize)
         encode = TextEncoder(model.tokenizer, "", "", known.end)
         prompts = [
-            form.document_prompt if q.documents else q.prompt or form.query_prompt
-            for q in questions
+            form.document_prompt if q.documents else q.prompt or form.query_prompt for q in queries
         ]
         texts = [
             prompt + (q.documents[0] if q.documents else q.query)
-            for prompt, q in zip(prompts, questions, strict=True)
+            for prompt, q in zip(prompts, queries, strict=True)
         ]
         rows = [Encoded(ids, 0, at) for at, ids in enumerate(encode.ids(texts))]
         sizes = {prompt: encode.prompt_size(prompt) for prompt in set(prompts)}
@@ -343,20 +337,18 @@ class EmbeddingTask(BaseTask):
 
         return model.score_batches(rows, read)
 
-    def probe_labels(self, ids: Sequence[int], labels: Sequence[str], options: Any) -> Any:
-        """Returns a dummy label."""
+    def dummy_labels(self, ids: Sequence[int], labels: Sequence[str], inference_config: Any) -> Any:
         return 0
 
-    def check_examples(self, examples: Sequence[Any]) -> Sequence[tuple[str, int, str]]:
-        """Returns (check name, number of documents, description) per failed check."""
-        return check_documents(examples)
+    def check_train_set(self, train_set: Sequence[Any]) -> Sequence[tuple[str, int, str]]:
+        return check_documents(train_set)
 
     def synthetic_row(self, ids: list[int], row: int) -> Encoded:
         """Returns a synthetic pair: a query with an eighth of `ids`, a document with all."""
         query = ids[: max(1, len(ids) // 8)]
         return EncodedTexts(query + ids, (1.0,), row, {}, (len(query), len(ids)), (), (0, 0))
 
-    def show_targets(
+    def decode_targets(
         self, row: Encoded, names: Sequence[str], kind: str, decoder: TokenDecoder
     ) -> list[str | None]:
         """Returns "query" or "document N" at each text's first pooled token, "" at other ones."""
@@ -373,7 +365,7 @@ class EmbeddingTask(BaseTask):
             shown += own
         return shown
 
-    def show_label(self, row: Encoded, names: Sequence[str]) -> str:
+    def decode_label(self, row: Encoded, names: Sequence[str]) -> str:
         """Returns the token ranges of the texts, with their labels."""
         if not isinstance(row, EncodedTexts):
             return ""
@@ -392,13 +384,11 @@ _WORDS = {"ranking": "pairs", "score": "scores", "label": "labels", "class": "cl
 
 
 def _read_format(source: ModelSource, replaced: Collection[str] = ()) -> EmbeddingFormat | None:
-    """Load the embedding format of a model; None if it is not a SentenceTransformer."""
     place = find_files(source, FILES)
     return None if place is None else load_embedding_format(place, replaced)
 
 
 def _end_of(tokenizer: Any, name: str) -> int:
-    """Returns the id of EOS; raise `ConfigError` if there is none."""
     if tokenizer.eos_token_id is None:
         raise ConfigError(
             f"--pooling last: the tokenizer of {name} has no EOS token, whose state is the "
@@ -408,8 +398,6 @@ def _end_of(tokenizer: Any, name: str) -> int:
 
 
 def _describe_form(form: EmbeddingFormat, reason: str, given: Mapping[str, Any]) -> list[Choice]:
-    """Returns log lines about pooling, similarity and prompts; flags have set those in `given`."""
-
     def why(*names: str) -> str:
         flags = [f"--{name.replace('_', '-')}" for name in names if name in given]
         return join_names(flags) if flags else reason
@@ -433,7 +421,6 @@ def _default_loss(kind: LabelKind) -> str:
 
 
 def _kind_of(examples: Sequence[EmbeddingRow]) -> LabelKind:
-    """Returns the kind of the labels of `examples`: `label` for scores that are all 0 or 1."""
     kind = examples[0].kind
     if kind != "score":
         return kind
@@ -441,7 +428,6 @@ def _kind_of(examples: Sequence[EmbeddingRow]) -> LabelKind:
 
 
 def _check_examples(examples: Sequence[EmbeddingRow]) -> LabelKind:
-    """Returns the kind of the labels; raises `InputError` if they do not differ between rows."""
     kind = _kind_of(examples)
     if any(e.kind != examples[0].kind for e in examples):
         raise InputError("some rows have a score and others do not. Use one layout for all rows.")
@@ -477,27 +463,27 @@ def _check_loss(
     needs_scores: bool,
 ) -> None:
     """Raise `InputError` if `loss` cannot be computed from the rows."""
-    facts = LOSSES[loss]
+    spec = LOSSES[loss]
     wants = "pairs" if kind == "ranking" else "scores"
-    if facts.columns != wants:
+    if spec.columns != wants:
         usable = [name for name, other in LOSSES.items() if other.columns == wants]
         raise InputError(
-            f"--loss {loss} needs {facts.columns}, and these rows have {_WORDS[kind]}. Use "
+            f"--loss {loss} needs {spec.columns}, and these rows have {_WORDS[kind]}. Use "
             f"--loss {join_names(usable, 9)}."
         )
     without = [e.row for e in examples if kind == "ranking" and not e.positives]
-    if without and not facts.needs_teacher:
+    if without and not spec.needs_teacher:
         raise InputError(
             f"{table.where(without[0])}: no document has a label above 0, as in {len(without):,} "
             f"of {len(examples):,} rows; --loss {loss} needs a relevant one. Remove these rows."
         )
-    for example in examples if facts.needs_negatives else ():
+    for example in examples if spec.needs_negatives else ():
         if not example.negatives:
             raise InputError(
                 f"{table.where(example.row)}: --loss {loss} needs a negative in every row. Add a "
                 "column negative, with ftlevel mine for one, or use --loss mnrl."
             )
-    for example in examples if facts.needs_teacher and needs_scores else ():
+    for example in examples if spec.needs_teacher and needs_scores else ():
         if not example.teacher:
             raise InputError(
                 f"{table.where(example.row)}: --loss {loss} needs a teacher's score of every "
@@ -512,6 +498,6 @@ TASKS = (
         auto_classes={"encoder": "AutoModel", "decoder": "AutoModel"},
         peft_types={"encoder": "FEATURE_EXTRACTION", "decoder": "FEATURE_EXTRACTION"},
         headline="ndcg@10",
-        questions=QUERY_SHAPES,
+        query_shapes=QUERY_SHAPES,
     ),
 )

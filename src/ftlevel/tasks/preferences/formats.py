@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from ftlevel.data.formats.detect import FormatSpec, RoleValues
-from ftlevel.data.formats.examples import ExampleParts
+from ftlevel.data.formats.examples import ExampleContent
 from ftlevel.data.formats.turns import (
     Message,
     UnusableRowError,
     check_text,
-    parse_tools,
+    parse_tool_list,
     parse_turns,
 )
 from ftlevel.data.sources.table import json_type_name
@@ -45,22 +45,21 @@ class PairExample:
 
     @property
     def key_text(self) -> str:
-        """Text that identifies the example in duplicate checks."""
         return "\0".join(map(join_turns, (self.prompt, self.chosen, self.rejected)))
 
     @property
-    def parts(self) -> ExampleParts:
+    def content(self) -> ExampleContent:
         """Question, preferred answer, and (as context) prompt and rejected answer, to compare."""
         question = "\n".join(t.content for t in self.prompt if t.role in ("user", "tool"))
         context = "\0".join(
             (join_turns(self.prompt), join_turns(self.rejected), str(self.tools or ""))
         )
-        good = join_turns(self.chosen)
-        return ExampleParts(question, good, context, good, written=True)
+        chosen = join_turns(self.chosen)
+        return ExampleContent(question, chosen, context, chosen, is_generated=True)
 
 
 @dataclass(frozen=True)
-class LabeledAnswer:
+class LabeledCompletion:
     """One answer labeled as desirable or not; `row` is its index in the table."""
 
     prompt: Turns
@@ -71,18 +70,17 @@ class LabeledAnswer:
 
     @property
     def key_text(self) -> str:
-        """Text that identifies the example in duplicate checks."""
         return "\0".join((join_turns(self.prompt), join_turns(self.answer), str(self.desirable)))
 
     @property
-    def parts(self) -> ExampleParts:
+    def content(self) -> ExampleContent:
         """Question and answer, with the label as target, for duplicate checks."""
         question = "\n".join(t.content for t in self.prompt if t.role in ("user", "tool"))
         context = "\0".join(
             (join_turns(self.prompt), join_turns(self.answer), str(self.tools or ""))
         )
-        return ExampleParts(
-            question, join_turns(self.answer), context, str(self.desirable), written=True
+        return ExampleContent(
+            question, join_turns(self.answer), context, str(self.desirable), is_generated=True
         )
 
 
@@ -93,24 +91,24 @@ def join_turns(turns: Sequence[Message]) -> str:
     return "\n".join(f"{turn.role}: {turn.content}" for turn in turns)
 
 
-def build_pair(roles: RoleValues) -> PairExample:
-    """Build a pair example from a row of any of the layouts."""
-    if "ranked" in roles:
-        better, worse, scores = _best_and_worst(roles)
-    elif "output" in roles:
-        (better, worse), scores = _two(roles), ()
+def create_pair(values: RoleValues) -> PairExample:
+    """Create a pair example from a row of any of the layouts."""
+    if "ranked" in values:
+        better, worse, scores = _best_and_worst(values)
+    elif "output" in values:
+        (better, worse), scores = _two(values), ()
     else:
-        better, worse = roles.get("chosen"), roles.get("rejected")
+        better, worse = values.get("chosen"), values.get("rejected")
         scores = tuple(
-            _number(roles, role) for role in ("score_chosen", "score_rejected") if role in roles
+            _number(values, role) for role in ("score_chosen", "score_rejected") if role in values
         )
-    prompt = _prompt(roles)
-    if "chosen" not in roles and "rejected" in roles:  # the last turn is the preferred answer
+    prompt = _prompt(values)
+    if "chosen" not in values and "rejected" in values:  # the last turn is the preferred answer
         if not prompt or prompt[-1].role != "assistant":
             raise UnusableRowError("does not end with an answer of the assistant", "unsupervised")
         prompt, chosen = prompt[:-1], prompt[-1:]
-        return _pair(roles, prompt, chosen, _answer(roles, "rejected", worse), scores)
-    chosen, rejected = _answer(roles, "chosen", better), _answer(roles, "rejected", worse)
+        return _pair(values, prompt, chosen, _answer(values, "rejected", worse), scores)
+    chosen, rejected = _answer(values, "chosen", better), _answer(values, "rejected", worse)
     common = 0
     while common < min(len(chosen), len(rejected)) - 1 and chosen[common] == rejected[common]:
         common += 1
@@ -119,11 +117,11 @@ def build_pair(roles: RoleValues) -> PairExample:
         repeats = shared[-len(prompt) :] == prompt or _same(shared, prompt)
         prompt = max(prompt, shared, key=len) if repeats else (*prompt, *shared)
     chosen, rejected = chosen[common:], rejected[common:]
-    return _pair(roles, prompt, chosen, rejected, scores)
+    return _pair(values, prompt, chosen, rejected, scores)
 
 
 def _pair(
-    roles: RoleValues, prompt: Turns, chosen: Turns, rejected: Turns, scores: tuple[float, ...]
+    values: RoleValues, prompt: Turns, chosen: Turns, rejected: Turns, scores: tuple[float, ...]
 ) -> PairExample:
     for name, answer in (("chosen", chosen), ("rejected", rejected)):
         if not answer or answer[-1].role != "assistant":
@@ -132,34 +130,34 @@ def _pair(
             )
     if not prompt:
         raise UnusableRowError("has no prompt: the two conversations have no turn in common")
-    margin = _number(roles, "margin") if "margin" in roles else 0.0
-    prompt = _with_system(roles, prompt)
-    return PairExample(prompt, chosen, rejected, roles.index, _tools(roles), margin, scores)
+    margin = _number(values, "margin") if "margin" in values else 0.0
+    prompt = _with_system(values, prompt)
+    return PairExample(prompt, chosen, rejected, values.index, _tools(values), margin, scores)
 
 
-def build_judged(roles: RoleValues) -> LabeledAnswer:
-    """Build an example of an answer labeled as desirable or not."""
-    return _judged(roles, _verdict(roles.get("label"), roles.columns["label"]))
+def create_judged(values: RoleValues) -> LabeledCompletion:
+    """Create an example of an answer labeled as desirable or not."""
+    return _judged(values, _verdict(values.get("label"), values.columns["label"]))
 
 
-def build_scored(roles: RoleValues) -> LabeledAnswer:
-    """Build an example of an answer to score; it has no label and is marked as desirable."""
-    return _judged(roles, True)
+def create_scored(values: RoleValues) -> LabeledCompletion:
+    """Create an example of an answer to score; it has no label and is marked as desirable."""
+    return _judged(values, True)
 
 
-def _judged(roles: RoleValues, desirable: bool) -> LabeledAnswer:
-    if "completion" in roles:
-        prompt = _prompt(roles)
-        answer = _answer(roles, "completion", roles.get("completion"))
+def _judged(values: RoleValues, desirable: bool) -> LabeledCompletion:
+    if "completion" in values:
+        prompt = _prompt(values)
+        answer = _answer(values, "completion", values.get("completion"))
     else:
-        prompt = _prompt(roles)
+        prompt = _prompt(values)
         prompt, answer = prompt[:-1], prompt[-1:]
     if not answer or answer[-1].role != "assistant":
         raise UnusableRowError("does not end with an answer of the assistant", "turn_order")
     if not prompt:
         raise UnusableRowError("has no prompt")
-    prompt = _with_system(roles, prompt)
-    return LabeledAnswer(prompt, answer, desirable, roles.index, _tools(roles))
+    prompt = _with_system(values, prompt)
+    return LabeledCompletion(prompt, answer, desirable, values.index, _tools(values))
 
 
 def _verdict(value: object, column: str) -> bool:
@@ -170,51 +168,51 @@ def _verdict(value: object, column: str) -> bool:
     return verdict
 
 
-def _number(roles: RoleValues, role: str) -> float:
-    value = roles.get(role)
+def _number(values: RoleValues, role: str) -> float:
+    value = values.get(role)
     if isinstance(value, str):  # a cell of CSV
         with contextlib.suppress(ValueError):
             value = float(value)
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise UnusableRowError(f"{roles.columns[role]!r} is {value!r}, where a number is expected")
+        raise UnusableRowError(f"{values.columns[role]!r} is {value!r}, where a number is expected")
     return float(value)
 
 
-def _tools(roles: RoleValues) -> tuple[dict[str, Any], ...]:
-    return parse_tools(roles.get("tools"), roles.columns["tools"]) if "tools" in roles else ()
+def _tools(values: RoleValues) -> tuple[dict[str, Any], ...]:
+    return (
+        parse_tool_list(values.get("tools"), values.columns["tools"]) if "tools" in values else ()
+    )
 
 
-def _with_system(roles: RoleValues, prompt: Turns) -> Turns:
-    system = roles.text_or_empty("system") if "system" in roles else ""
+def _with_system(values: RoleValues, prompt: Turns) -> Turns:
+    system = values.text_or_empty("system") if "system" in values else ""
     return (Message("system", system), *prompt) if system and prompt[0].role != "system" else prompt
 
 
-def _prompt(roles: RoleValues) -> Turns:
-    """Returns the turns before the answers; empty if the answers contain them."""
+def _prompt(values: RoleValues) -> Turns:
     for role in ("messages", "prompt", "question"):
-        if role in roles:
-            value = roles.get(role)
+        if role in values:
+            value = values.get(role)
             if isinstance(value, list):
-                column = roles.columns[role]
-                return tuple(parse_turns(value, column, answered=False, names=roles.inner))
-            text = check_text(value, repr(roles.columns[role]))
+                column = values.columns[role]
+                return tuple(parse_turns(value, column, needs_assistant=False, names=values.inner))
+            text = check_text(value, repr(values.columns[role]))
             return tuple(_hh_turns(text)) or (Message("user", text),)
-    if "instruction" in roles:
-        ask, extra = roles.text("instruction"), roles.text_or_empty("input")
+    if "instruction" in values:
+        ask, extra = values.text("instruction"), values.text_or_empty("input")
         return (Message("user", f"{ask}\n\n{extra}" if extra else ask),)
     return ()
 
 
-def _answer(roles: RoleValues, role: str, value: object) -> Turns:
-    """Returns the turns of an answer: a text, one or more turns, or a conversation."""
-    name = roles.columns.get(role, role)
+def _answer(values: RoleValues, role: str, value: object) -> Turns:
+    name = values.columns.get(role, role)
     if isinstance(value, dict):
         value = [value]
     if isinstance(value, list):
-        return tuple(parse_turns(value, name, names=roles.inner))
+        return tuple(parse_turns(value, name, names=values.inner))
     text = check_text(value, repr(name))
     turns = _hh_turns(text)
-    if turns and "prompt" not in roles and "messages" not in roles:
+    if turns and "prompt" not in values and "messages" not in values:
         return tuple(turns)
     return (Message("assistant", text),)
 
@@ -237,24 +235,23 @@ def _hh_turns(text: str) -> list[Message]:
 
 
 def _same(one: Turns, other: Turns) -> bool:
-    """Returns whether two prompts have the same turns, apart from a system turn."""
     contents = [[t.content for t in turns if t.role != "system"] for turns in (one, other)]
     return contents[0] == contents[1]
 
 
-def _two(roles: RoleValues) -> tuple[object, object]:
-    value = roles.get("output")
+def _two(values: RoleValues) -> tuple[object, object]:
+    value = values.get("output")
     if not isinstance(value, list) or len(value) != 2:
         raise UnusableRowError(
-            f"{roles.columns['output']!r} is {json_type_name(value)}, where two answers are "
+            f"{values.columns['output']!r} is {json_type_name(value)}, where two answers are "
             "expected: the preferred one and the other"
         )
     return value[0], value[1]
 
 
-def _best_and_worst(roles: RoleValues) -> tuple[object, object, tuple[float, ...]]:
+def _best_and_worst(values: RoleValues) -> tuple[object, object, tuple[float, ...]]:
     """Returns the best and worst of several answers by rank or score, and their scores."""
-    value, column = roles.get("ranked"), roles.columns["ranked"]
+    value, column = values.get("ranked"), values.columns["ranked"]
     if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
         raise UnusableRowError(
             f"{column!r} is {json_type_name(value)}, where a list of answers is expected"
@@ -291,22 +288,22 @@ _GRADES = {
 _TURNS = ("role", "content", "user", "assistant")
 
 PAIR_SHAPES = (
-    FormatSpec("prompt + chosen + rejected", build_pair,
+    FormatSpec("prompt + chosen + rejected", create_pair,
           {"prompt": _PROMPTS, "chosen": _CHOSEN, "rejected": _REJECTED}, _GRADES, True, _TURNS),
-    FormatSpec("instruction + chosen + rejected", build_pair,
+    FormatSpec("instruction + chosen + rejected", create_pair,
           {"instruction": ("instruction",), "chosen": _CHOSEN, "rejected": _REJECTED},
           {"input": ("input", "context"), **_GRADES}),
-    FormatSpec("messages + chosen + rejected", build_pair,
+    FormatSpec("messages + chosen + rejected", create_pair,
           {"messages": _MESSAGES, "chosen": _CHOSEN, "rejected": _REJECTED}, _GRADES, False,
           _TURNS),
-    FormatSpec("chosen + rejected", build_pair, {"chosen": _CHOSEN, "rejected": _REJECTED}, _GRADES,
-          False, _TURNS),
-    FormatSpec("messages + rejected", build_pair, {"messages": _MESSAGES, "rejected": _REJECTED},
+    FormatSpec("chosen + rejected", create_pair, {"chosen": _CHOSEN, "rejected": _REJECTED},
           _GRADES, False, _TURNS),
-    FormatSpec("prompt + answers", build_pair,
+    FormatSpec("messages + rejected", create_pair, {"messages": _MESSAGES, "rejected": _REJECTED},
+          _GRADES, False, _TURNS),
+    FormatSpec("prompt + answers", create_pair,
           {"prompt": (*_PROMPTS, "instruction"), "ranked": ("answers", "completions")}, _MORE,
           False),
-    FormatSpec("instruction + output", build_pair,
+    FormatSpec("instruction + output", create_pair,
           {"instruction": ("instruction",), "output": ("output",)},
           {"input": ("input",), **_MORE}, False),
 )  # fmt: skip
@@ -314,7 +311,7 @@ _LABEL = ("label", "kto_tag", "desirable")
 JUDGED_SHAPES = (
     FormatSpec(
         "prompt + completion + label",
-        build_judged,
+        create_judged,
         {"prompt": _PROMPTS, "completion": ("completion", "response", "answer"), "label": _LABEL},
         _MORE,
         True,
@@ -322,7 +319,7 @@ JUDGED_SHAPES = (
     ),
     FormatSpec(
         "messages + label",
-        build_judged,
+        create_judged,
         {"messages": _MESSAGES, "label": _LABEL},
         _MORE,
         False,

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class AnswerLikelihoods:
+class SequenceLogps:
     """Log-likelihoods of the answers of a batch; float32 tensors `(answers,)`.
 
     `sums` are the policy's, `reference` the reference's (0 without one); `counts` are tokens.
@@ -56,10 +56,10 @@ class AnswerLikelihoods:
         """Log-likelihood ratios r of policy and reference."""
         return self.sums - self.reference
 
-    def every_other(self, first: int) -> AnswerLikelihoods:
+    def every_other(self, first: int) -> SequenceLogps:
         """Returns every second answer, starting at index `first`."""
         index = slice(first, None, 2)
-        return AnswerLikelihoods(self.sums[index], self.counts[index], self.reference[index])
+        return SequenceLogps(self.sums[index], self.counts[index], self.reference[index])
 
     @property
     def means(self) -> Tensor:
@@ -83,7 +83,7 @@ class PairLossParameters:
         return cls(settings.effective_beta, smoothing, settings.margin, sums)
 
 
-PairLoss = Callable[[AnswerLikelihoods, AnswerLikelihoods, PairLossParameters], "Tensor"]
+PairLoss = Callable[[SequenceLogps, SequenceLogps, PairLossParameters], "Tensor"]
 """(preferred answers, rejected answers, hyperparameters) -> loss of each pair."""
 
 
@@ -94,30 +94,32 @@ def log_sigmoid(value: Tensor) -> Tensor:
     return functional.logsigmoid(value)
 
 
-def _reward(good: AnswerLikelihoods, bad: AnswerLikelihoods, p: PairLossParameters) -> Tensor:
+def _reward(chosen: SequenceLogps, rejected: SequenceLogps, p: PairLossParameters) -> Tensor:
     """Returns βh, the scaled difference of the answers' log-ratios."""
-    return p.beta * (good.ratios - bad.ratios)
+    return p.beta * (chosen.ratios - rejected.ratios)
 
 
-def _mean_difference(good: AnswerLikelihoods, bad: AnswerLikelihoods) -> Tensor:
+def _mean_difference(chosen: SequenceLogps, rejected: SequenceLogps) -> Tensor:
     """Returns h̄, the difference of the answers' log-ratios per token."""
-    return good.ratios / good.counts - bad.ratios / bad.counts
+    return chosen.ratios / chosen.counts - rejected.ratios / rejected.counts
 
 
-def _cdpo(good: AnswerLikelihoods, bad: AnswerLikelihoods, p: PairLossParameters) -> Tensor:
-    reward = _reward(good, bad, p)
+def _cdpo(chosen: SequenceLogps, rejected: SequenceLogps, p: PairLossParameters) -> Tensor:
+    reward = _reward(chosen, rejected, p)
     swapped = p.smoothing * log_sigmoid(-reward)
     return -(1 - p.smoothing) * log_sigmoid(reward) - swapped
 
 
-def _robust(good: AnswerLikelihoods, bad: AnswerLikelihoods, p: PairLossParameters) -> Tensor:
-    reward = _reward(good, bad, p)
+def _robust(chosen: SequenceLogps, rejected: SequenceLogps, p: PairLossParameters) -> Tensor:
+    reward = _reward(chosen, rejected, p)
     swapped = p.smoothing * log_sigmoid(-reward)
     return (swapped - (1 - p.smoothing) * log_sigmoid(reward)) / (1 - 2 * p.smoothing)
 
 
-def _ipo(good: AnswerLikelihoods, bad: AnswerLikelihoods, p: PairLossParameters) -> Tensor:
-    difference = good.ratios - bad.ratios if p.ipo_sums else _mean_difference(good, bad)
+def _ipo(chosen: SequenceLogps, rejected: SequenceLogps, p: PairLossParameters) -> Tensor:
+    difference = (
+        chosen.ratios - rejected.ratios if p.ipo_sums else _mean_difference(chosen, rejected)
+    )
     return (difference - 1 / (2 * p.beta)).square()
 
 
@@ -129,36 +131,42 @@ def log_odds(mean: Tensor) -> Tensor:
     import torch
 
     below = mean.clamp(max=-1e-7)
-    near = torch.log(-torch.expm1(below.clamp(min=-math.log(2))))
-    far = torch.log1p(-torch.exp(below.clamp(max=-math.log(2))))
-    return mean - torch.where(below > -math.log(2), near, far)
+    log_expm1 = torch.log(-torch.expm1(below.clamp(min=-math.log(2))))
+    log1p_exp = torch.log1p(-torch.exp(below.clamp(max=-math.log(2))))
+    return mean - torch.where(below > -math.log(2), log_expm1, log1p_exp)
 
 
 PAIR_LOSSES: dict[str, PairLoss] = {
-    "dpo": lambda good, bad, p: -log_sigmoid(_reward(good, bad, p)),
+    "dpo": lambda chosen, rejected, p: -log_sigmoid(_reward(chosen, rejected, p)),
     "cdpo": _cdpo,
     "robust": _robust,
-    "hinge": lambda good, bad, p: (1 - _reward(good, bad, p)).relu(),
+    "hinge": lambda chosen, rejected, p: (1 - _reward(chosen, rejected, p)).relu(),
     "ipo": _ipo,
-    "dpo-norm": lambda good, bad, p: -log_sigmoid(p.beta * _mean_difference(good, bad)),
-    "simpo": lambda good, bad, p: -log_sigmoid(p.beta * (good.means - bad.means) - p.gamma),
-    "cpo": lambda good, bad, p: -log_sigmoid(p.beta * (good.sums - bad.sums)),
-    "orpo": lambda good, bad, p: -p.beta * log_sigmoid(log_odds(good.means) - log_odds(bad.means)),
+    "dpo-norm": lambda chosen, rejected, p: (
+        -log_sigmoid(p.beta * _mean_difference(chosen, rejected))
+    ),
+    "simpo": lambda chosen, rejected, p: (
+        -log_sigmoid(p.beta * (chosen.means - rejected.means) - p.gamma)
+    ),
+    "cpo": lambda chosen, rejected, p: -log_sigmoid(p.beta * (chosen.sums - rejected.sums)),
+    "orpo": lambda chosen, rejected, p: (
+        -p.beta * log_sigmoid(log_odds(chosen.means) - log_odds(rejected.means))
+    ),
 }
 PAIR_LOSSES["ld-dpo"] = PAIR_LOSSES["dpo"]  # with length-weighted sums
 PAIR_LOSSES["rpo"] = PAIR_LOSSES["dpo"]  # plus the preferred answer's negative log-likelihood
 
 
 def kto(
-    answered: AnswerLikelihoods,
-    good: Tensor,
+    answered: SequenceLogps,
+    labels: Tensor,
     baseline: Tensor,
     beta: float,
     weights: tuple[float, float],
 ) -> Tensor:
     """Returns the KTO loss of each answer.
 
-    `good` (whether desirable) and `baseline` (z, detached) are `(answers,)`; `weights` are λ of
+    `labels` (whether desirable) and `baseline` (z, detached) are `(answers,)`; `weights` are λ of
     desirable and undesirable answers.
     """
     import torch
@@ -166,13 +174,13 @@ def kto(
     above = beta * (answered.ratios - baseline)
     desirable, undesirable = weights
     return torch.where(
-        good, desirable * (1 - torch.sigmoid(above)), undesirable * (1 - torch.sigmoid(-above))
+        labels, desirable * (1 - torch.sigmoid(above)), undesirable * (1 - torch.sigmoid(-above))
     )
 
 
-def bradley_terry(good: Tensor, bad: Tensor, margins: Tensor, center: float) -> Tensor:
+def bradley_terry(chosen: Tensor, rejected: Tensor, margins: Tensor, center: float) -> Tensor:
     """Returns the reward loss of each pair of scores, `(pairs,)`; `center` is its weight c."""
-    return center * (good + bad).square() - log_sigmoid(good - bad - margins)
+    return center * (chosen + rejected).square() - log_sigmoid(chosen - rejected - margins)
 
 
 _COLUMNS = 6
@@ -199,15 +207,14 @@ class PreferenceMeter:
         self._seen: list[np.ndarray] = []
 
     def update(self, logits: Tensor, labels: Tensor, rows: Sequence[Any]) -> None:
-        """Add answers: `logits` `(n, 2)` from `Preferences.answers`, and verdicts `(n, 3)`."""
+        """Add answers: `logits` `(n, 2)` from `Preferences.answers`, `labels` `(n, 3)`."""
         import torch
 
         rewards = self._objective.rewards(logits, labels)
-        columns = [labels[:, 0], logits[:, 0], logits[:, 1], labels[:, 1], rewards, labels[:, 2]]
-        self._seen.append(torch.stack(columns, dim=1).cpu().double().numpy())
+        values = [labels[:, 0], logits[:, 0], logits[:, 1], labels[:, 1], rewards, labels[:, 2]]
+        self._seen.append(torch.stack(values, dim=1).cpu().double().numpy())
 
     def pool(self, meters: Sequence[PreferenceMeter]) -> PreferenceMeter:
-        """Returns a meter of the answers of all `meters`."""
         pooled = PreferenceMeter(self._objective)
         pooled._seen = [index for meter in meters for index in meter._seen]
         return pooled
@@ -215,9 +222,9 @@ class PreferenceMeter:
     def compute(self, loss: float) -> dict[str, float]:
         """Compute the metrics, averaged over answers or pairs."""
         seen = np.concatenate(self._seen) if self._seen else np.zeros((0, _COLUMNS))
-        good = seen[:, 0] > 0
+        chosen = seen[:, 0] > 0
         names = _PAIR if self._objective.is_paired else _JUDGED
-        groups = dict(zip(names, (seen[good], seen[~good]), strict=True))
+        groups = dict(zip(names, (seen[chosen], seen[~chosen]), strict=True))
         metrics: dict[str, float] = {}
         for name, group in groups.items():
             metrics[f"logp_{name}"] = _mean(group[:, 1])
@@ -233,16 +240,18 @@ class PreferenceMeter:
             metrics["kl"] = _mean(seen[:, 5])
         return {name: value for name, value in metrics.items() if not math.isnan(value)}
 
-    def _compare(self, good: np.ndarray, bad: np.ndarray) -> dict[str, float]:
-        length = (good[:, 2] > bad[:, 2]) + 0.5 * (good[:, 2] == bad[:, 2])
+    def _compare(self, chosen: np.ndarray, rejected: np.ndarray) -> dict[str, float]:
+        length = (chosen[:, 2] > rejected[:, 2]) + 0.5 * (chosen[:, 2] == rejected[:, 2])
         metrics = {
-            "logp_accuracy": _mean(good[:, 1] > bad[:, 1]),
-            "logp_mean_accuracy": _mean(good[:, 1] / good[:, 2] > bad[:, 1] / bad[:, 2]),
+            "logp_accuracy": _mean(chosen[:, 1] > rejected[:, 1]),
+            "logp_mean_accuracy": _mean(
+                chosen[:, 1] / chosen[:, 2] > rejected[:, 1] / rejected[:, 2]
+            ),
             "length_accuracy": _mean(length),
         }
         if self._objective.needs_reference:
-            metrics["reward_accuracy"] = _mean(good[:, 4] > bad[:, 4])
-            metrics["reward_margin"] = _mean(good[:, 4] - bad[:, 4])
+            metrics["reward_accuracy"] = _mean(chosen[:, 4] > rejected[:, 4])
+            metrics["reward_margin"] = _mean(chosen[:, 4] - rejected[:, 4])
         return metrics
 
     def describe(self, names: Sequence[str]) -> dict[str, Any]:
@@ -276,11 +285,9 @@ class Preferences(LikelihoodObjective):
 
     @property
     def of_tokens(self) -> TokenObjective:
-        """Objective with the cross entropy of the answers' tokens."""
         return Tokens("perplexity", self.feeds_labels, self.shifted)
 
     def locate(self, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns indices of the flattened positions that predict a target, and these targets."""
         return self.of_tokens.locate(labels)
 
     def answers(self, each: Tensor, labels: Tensor) -> Tensor:
@@ -298,7 +305,9 @@ class Preferences(LikelihoodObjective):
             each = torch.where(position < shorter[owners], each, self.settings.ld_alpha * each)
         return torch.stack([zeros.index_add(0, owners, each), counts], dim=1)
 
-    def preference_sum(self, answers: Tensor, verdicts: Tensor, *, training: bool) -> Tensor:
+    def preference_sum(
+        self, answers: Tensor, preference_labels: Tensor, *, training: bool
+    ) -> Tensor:
         """Returns the loss summed over pairs or answers (a scalar).
 
         In training with `nll_mean: token`, returns `(2,)`: the pair loss and the token loss of the
@@ -307,11 +316,13 @@ class Preferences(LikelihoodObjective):
         import torch
 
         settings = self.settings
-        answered = AnswerLikelihoods(answers[:, 0], answers[:, 1], verdicts[:, 1])
+        answered = SequenceLogps(answers[:, 0], answers[:, 1], preference_labels[:, 1])
         if not self.is_paired:
             weights = settings.desirable_weight, settings.undesirable_weight
-            good = verdicts[:, 0] > 0
-            return kto(answered, good, verdicts[:, 2], settings.effective_beta, weights).sum()
+            is_chosen = preference_labels[:, 0] > 0
+            return kto(
+                answered, is_chosen, preference_labels[:, 2], settings.effective_beta, weights
+            ).sum()
         preferred, rejected = answered.every_other(0), answered.every_other(1)
         loss = PAIR_LOSSES[settings.loss or "dpo"]
         of_pairs = loss(preferred, rejected, PairLossParameters.of(settings, self.smoothing)).sum()
@@ -323,7 +334,6 @@ class Preferences(LikelihoodObjective):
         return of_pairs - weight * preferred.means.sum()
 
     def count(self, labels: Tensor) -> Tensor:
-        """Count the pairs or single answers (a scalar)."""
         import torch
 
         rows = labels.shape[0] // 2 if self.is_paired else labels.shape[0]
@@ -340,16 +350,14 @@ class Preferences(LikelihoodObjective):
         return torch.stack([count, preferred.ne(IGNORED).sum()])
 
     def targets(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns logits and labels of the answers' tokens."""
         return self.of_tokens.targets(logits, labels)
 
     def loss_sum(self, logits: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
-        """Returns the summed token cross entropy, for batches that have no verdicts."""
+        """Returns the summed token cross entropy, for batches that have no preference_labels."""
         return self.of_tokens.loss_sum(logits, labels, mask)
 
     @property
     def metrics(self) -> tuple[str, ...]:
-        """Names of the metrics that the meter computes."""
         return metric_names(paired=self.is_paired, referenced=self.needs_reference)
 
     @property
@@ -364,7 +372,7 @@ class Preferences(LikelihoodObjective):
         }
         return losses.get(self.settings.loss or "dpo")
 
-    def find_warnings(
+    def get_warnings(
         self, metrics: Mapping[str, float], before: Mapping[str, float] | None = None
     ) -> list[str]:
         """Find warnings about length bias, and about answers that training made less likely."""
@@ -398,12 +406,11 @@ class Preferences(LikelihoodObjective):
         return warnings
 
     def meter(self) -> Meter:
-        """Returns a `PreferenceMeter`."""
         return PreferenceMeter(self)
 
-    def rewards(self, answers: Tensor, verdicts: Tensor) -> Tensor:
+    def rewards(self, answers: Tensor, preference_labels: Tensor) -> Tensor:
         """Returns the implicit reward of each answer, `(answers,)`."""
-        answered = AnswerLikelihoods(answers[:, 0], answers[:, 1], verdicts[:, 1])
+        answered = SequenceLogps(answers[:, 0], answers[:, 1], preference_labels[:, 1])
         by_token = self.settings.loss in ("simpo", "orpo", "dpo-norm") or (
             self.settings.loss == "ipo" and self.settings.ipo_ratios == "mean"
         )
@@ -411,8 +418,10 @@ class Preferences(LikelihoodObjective):
         return self.settings.effective_beta * (ratios / answered.counts if by_token else ratios)
 
 
-def build_preferences(settings: PreferenceConfig, smoothing: float, kind: str) -> Preferences:
-    """Build the preference objective of a model of `kind`."""
+def create_preference_objective(
+    settings: PreferenceConfig, smoothing: float, kind: str
+) -> Preferences:
+    """Create the preference objective of a model of `kind`."""
     headline = "reward_accuracy" if settings.uses_reference else "logp_mean_accuracy"
     if not settings.loss_properties.paired:
         headline = "reward_margin" if settings.uses_reference else "logp_desirable"

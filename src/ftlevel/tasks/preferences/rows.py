@@ -1,7 +1,7 @@
 """Encoded rows of preference data, their encoder, and their data checks.
 
 A pair is one row: prompt, preferred and rejected answer concatenated, so that batching never
-separates them. The model receives two sequences (branches): the prompt with each answer.
+separates them. The model receives two sequences: the prompt with each answer.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from ftlevel.data.encoding.encode import (
 from ftlevel.data.formats.examples import Conversation
 from ftlevel.data.formats.turns import Message
 from ftlevel.data.sources.lines import LazySequence
-from ftlevel.tasks.preferences.formats import LabeledAnswer, PairExample, join_turns
+from ftlevel.tasks.preferences.formats import LabeledCompletion, PairExample, join_turns
 
 if TYPE_CHECKING:
     from ftlevel.data.gate.checks import Mask
 
 
-Verdict = tuple[float, float, float]
+PreferenceLabel = tuple[float, float, float]
 UNKNOWN = float("nan")
 """Reference log-probability before it is computed; NaN, so that an accidental use stops the run."""
 
@@ -53,7 +53,7 @@ class PairRow(Encoded):
         return not self.prompt
 
     @property
-    def branches(self) -> Sequence[Encoded]:
+    def sequences(self) -> Sequence[Encoded]:
         """The prompt with the preferred answer, and the prompt with the rejected answer."""
         ids, labels = self.input_ids, _labels(self)
         if self.is_apart:
@@ -66,7 +66,7 @@ class PairRow(Encoded):
         ]
 
     @property
-    def verdicts(self) -> Sequence[Verdict]:
+    def preference_labels(self) -> Sequence[PreferenceLabel]:
         """Per answer: (1.0 if preferred else 0.0, reference log-likelihood, margin)."""
         first, second = self.reference or (0.0, 0.0)
         return (1.0, first, self.margin), (0.0, second, self.margin)
@@ -78,10 +78,9 @@ class PairRow(Encoded):
             return len(self.input_ids)
         return self.prompt + max(self.chosen, len(self.input_ids) - self.prompt - self.chosen)
 
-    def without(self, count: int) -> Encoded:
-        """Returns the row with a prompt shortened by `count` tokens."""
-        shorter = super().without(count)
-        return replace(shorter, prompt=self.prompt - count)  # type: ignore[call-arg]
+    def without(self, num_tokens: int) -> Encoded:
+        shorter = super().without(num_tokens)
+        return replace(shorter, prompt=self.prompt - num_tokens)  # type: ignore[call-arg]
 
 
 @dataclass(frozen=True)
@@ -89,9 +88,9 @@ class ScoredPairRow(PairRow):
     """Two answers to one prompt for a reward model, without token labels."""
 
     @property
-    def branches(self) -> Sequence[Encoded]:
-        """The branches as in a `PairRow`, with a dummy label."""
-        return [replace(branch, labels=0) for branch in super().branches]
+    def sequences(self) -> Sequence[Encoded]:
+        """The sequences as in a `PairRow`, with a dummy label."""
+        return [replace(sequence, labels=0) for sequence in super().sequences]
 
 
 @dataclass(frozen=True)
@@ -108,12 +107,12 @@ class LabeledAnswerRow(Encoded):
     other: tuple[int, ...] = field(default=(), metadata={"column": "ints"})
 
     @property
-    def branches(self) -> Sequence[Encoded]:
+    def sequences(self) -> Sequence[Encoded]:
         """The prompt with the answer."""
         return [Encoded(self.input_ids, self.labels, self.row)]
 
     @property
-    def verdicts(self) -> Sequence[Verdict]:
+    def preference_labels(self) -> Sequence[PreferenceLabel]:
         """(1.0 if desirable else 0.0, reference log-likelihood, 0.0 in place of the baseline)."""
         return ((float(self.desirable), (self.reference or (0.0,))[0], 0.0),)
 
@@ -139,10 +138,9 @@ class LabeledAnswerRow(Encoded):
             self.prompt :
         ]
 
-    def without(self, count: int) -> Encoded:
-        """Returns the row with a prompt shortened by `count` tokens."""
-        shorter = super().without(count)
-        return replace(shorter, prompt=self.prompt - count)  # type: ignore[call-arg]
+    def without(self, num_tokens: int) -> Encoded:
+        shorter = super().without(num_tokens)
+        return replace(shorter, prompt=self.prompt - num_tokens)  # type: ignore[call-arg]
 
 
 @dataclass(frozen=True)
@@ -152,7 +150,7 @@ class ContrastRow(Encoded):
     reference: float = field(default=UNKNOWN, metadata={"column": "json"})
 
     @property
-    def verdicts(self) -> Sequence[Verdict]:
+    def preference_labels(self) -> Sequence[PreferenceLabel]:
         """(0, reference log-likelihood, 0); the answer has no label."""
         return ((0.0, self.reference, 0.0),)
 
@@ -215,10 +213,10 @@ def _labels(row: Encoded) -> list[int]:
     return row.labels
 
 
-def build_pair_row(
+def create_pair_row(
     first: Encoded, second: Encoded, prompt: int, margin: float, *, scored: bool
 ) -> PairRow:
-    """Build the row of two sequences, each of which is the same prompt with another answer."""
+    """Create the row of two sequences, each of which is the same prompt with another answer."""
     row_class = ScoredPairRow if scored else PairRow
     one, two = _labels(first), _labels(second)
     if not prompt:
@@ -256,15 +254,15 @@ class PreferenceEncoder:
 
     def __call__(self, examples: Sequence[Any]) -> list[Encoded]:
         """Returns one row per pair or answer; raises `RowError` if the prompts of a pair differ."""
-        good = self._encode([_chosen_conversation(example) for example in examples])
+        chosen = self._encode([_chosen_conversation(example) for example in examples])
         if not isinstance(examples[0], PairExample):
             return [
                 self._judge(row, example, example.desirable)
-                for row, example in zip(good, examples, strict=True)
+                for row, example in zip(chosen, examples, strict=True)
             ]
-        bad = self._encode([_rejected_conversation(example) for example in examples])
+        rejected = self._encode([_rejected_conversation(example) for example in examples])
         rows: list[Encoded] = []
-        for one, two, example in zip(good, bad, examples, strict=True):
+        for one, two, example in zip(chosen, rejected, examples, strict=True):
             if self.judged:
                 pair = [self._judge(one, example, True), self._judge(two, example, False)]
                 # Alternate, so that answers contrast equally often with good and bad ones.
@@ -273,7 +271,7 @@ class PreferenceEncoder:
                 rows.append(self._pair(one, two, example))
         return rows
 
-    def answers(self, examples: Sequence[LabeledAnswer]) -> list[Encoded]:
+    def answers(self, examples: Sequence[LabeledCompletion]) -> list[Encoded]:
         """Returns one row of prompt and answer per example, for a reward model to score."""
         return self._encode([_chosen_conversation(example) for example in examples])
 
@@ -296,7 +294,7 @@ class PreferenceEncoder:
         prompt = 0
         if not self.seq2seq:
             encoder = self.kind == "encoder"
-            starts = [find_answer(row, example.prompt, encoder=encoder) for row in (one, two)]
+            starts = [get_answer(row, example.prompt, encoder=encoder) for row in (one, two)]
             prompt = count_common(one, two, min(starts))
             if prompt < min(starts) - _JOINED:
                 raise RowError(
@@ -306,13 +304,13 @@ class PreferenceEncoder:
                     f"follows. Choose another with --chat-template.",
                 )
             one, two = (_mask_earlier(row, at) for row, at in zip((one, two), starts, strict=True))
-        row = build_pair_row(one, two, prompt, example.margin, scored=self.scored)
+        row = create_pair_row(one, two, prompt, example.margin, scored=self.scored)
         return replace(row, reference=self._reference)
 
     def _judge(self, row: Encoded, example: Any, desirable: bool) -> Encoded:
         prompt = 0
         if not self.seq2seq:
-            prompt = find_answer(row, example.prompt)
+            prompt = get_answer(row, example.prompt)
             row = _mask_earlier(row, prompt)
         return LabeledAnswerRow(
             row.input_ids, row.labels, row.row, {}, prompt, int(desirable), self._reference
@@ -320,7 +318,6 @@ class PreferenceEncoder:
 
 
 def _encode_sentence_pair(tokenizer: Any, talk: Conversation) -> Encoded:
-    """Encode the earlier turns as one text and the last turn as another, each ended by SEP."""
     *earlier, last = talk.messages
     start = list(tokenizer("\n\n".join(turn.content for turn in earlier))["input_ids"])
     end = list(tokenizer(last.content, add_special_tokens=False)["input_ids"])
@@ -328,7 +325,7 @@ def _encode_sentence_pair(tokenizer: Any, talk: Conversation) -> Encoded:
     return Encoded(start + end, [IGNORED] * len(start) + end, talk.row)
 
 
-def _chosen_conversation(example: PairExample | LabeledAnswer) -> Conversation:
+def _chosen_conversation(example: PairExample | LabeledCompletion) -> Conversation:
     answer = example.chosen if isinstance(example, PairExample) else example.answer
     return Conversation((*example.prompt, *answer), example.row, example.tools)
 
@@ -337,11 +334,10 @@ def _rejected_conversation(example: PairExample) -> Conversation:
     return Conversation((*example.prompt, *example.rejected), example.row, example.tools)
 
 
-def find_answer(row: Encoded, prompt: Sequence[Message], *, encoder: bool = False) -> int:
-    """Find the index in `row` of the first token of the answer, which follows `prompt`.
+def get_answer(row: Encoded, prompt: Sequence[Message], *, encoder: bool = False) -> int:
+    """Returns the index of the first token of the answer in `row`, which follows `prompt`.
 
-    Raises:
-        RowError: the answer has no token of its own.
+    Raises `RowError` if the answer has no token of its own.
     """
     labels = row.labels if isinstance(row.labels, list) else []
     if encoder:
@@ -364,7 +360,6 @@ def count_common(one: Encoded, two: Encoded, limit: int) -> int:
 
 
 def _mask_earlier(row: Encoded, start: int) -> Encoded:
-    """Returns `row` without labels before the token index `start`."""
     labels = row.labels if isinstance(row.labels, list) else []
     return replace(row, labels=[IGNORED] * start + labels[start:])
 
@@ -385,8 +380,8 @@ def check_pairs(rows: Sequence[Encoded]) -> Mapping[str, Mask]:
         if not isinstance(row, PairRow):
             continue
         first, second = (
-            np.array(branch.labels if row.is_apart else branch.input_ids, np.int32).tobytes()
-            for branch in _whole(row)
+            np.array(sequence.labels if row.is_apart else sequence.input_ids, np.int32).tobytes()
+            for sequence in _whole(row)
         )
         if row.is_apart:
             source = np.array(row.input_ids, np.int32).tobytes()
@@ -398,7 +393,7 @@ def check_pairs(rows: Sequence[Encoded]) -> Mapping[str, Mask]:
 
 
 def _whole(row: PairRow) -> Sequence[Encoded]:
-    return PairRow.branches.fget(row)  # type: ignore[attr-defined]  # also for ScoredPairRow
+    return PairRow.sequences.fget(row)  # type: ignore[attr-defined]  # also for ScoredPairRow
 
 
 def check_answers(examples: Sequence[Any], loss: str) -> Sequence[tuple[str, int, str]]:
@@ -406,7 +401,7 @@ def check_answers(examples: Sequence[Any], loss: str) -> Sequence[tuple[str, int
     pairs = [example for example in examples if isinstance(example, PairExample)]
     findings: list[tuple[str, int, str]] = []
     if pairs:
-        findings += _find_length_bias(pairs)
+        findings += _get_length_bias(pairs)
         scored = [pair for pair in pairs if len(pair.scores) > 1]
         worse = [pair for pair in scored if pair.scores[0] <= pair.scores[1]]
         if worse:
@@ -418,28 +413,27 @@ def check_answers(examples: Sequence[Any], loss: str) -> Sequence[tuple[str, int
         if leaks:
             findings.append(("prompt_in_answer", len(leaks), f"row {leaks[0].row + 1}"))
         return findings
-    judged = [example for example in examples if isinstance(example, LabeledAnswer)]
-    good = sum(example.desirable for example in judged)
-    if judged and good in (0, len(judged)):
-        word = "desirable" if good else "undesirable"
+    judged = [example for example in examples if isinstance(example, LabeledCompletion)]
+    num_chosen = sum(example.desirable for example in judged)
+    if judged and num_chosen in (0, len(judged)):
+        word = "desirable" if num_chosen else "undesirable"
         findings.append(
             ("one_verdict", len(judged), f"all are {word}, and --loss {loss} needs both")
         )
     return findings
 
 
-def _find_length_bias(pairs: Sequence[PairExample]) -> list[tuple[str, int, str]]:
-    """Returns a check result if answer length alone predicts the preference."""
+def _get_length_bias(pairs: Sequence[PairExample]) -> list[tuple[str, int, str]]:
     sizes = [(len(join_turns(pair.chosen)), len(join_turns(pair.rejected))) for pair in pairs]
     longer = sum(a > b for a, b in sizes)
     share = (longer + sum(a == b for a, b in sizes) / 2) / len(pairs)
     if len(pairs) < FEWEST or 1 - BIASED < share < BIASED:
         return []
     direction = "longer" if share >= BIASED else "shorter"
-    count = longer if share >= BIASED else len(pairs) - longer
+    num_biased = longer if share >= BIASED else len(pairs) - longer
     accuracy = f"{max(share, 1 - share):.0%}"
     description = f"a judge of length alone, for the {direction} one, would be right in {accuracy}"
-    return [("length_bias", count, description)]
+    return [("length_bias", num_biased, description)]
 
 
 def _repeats_prompt(pair: PairExample) -> bool:

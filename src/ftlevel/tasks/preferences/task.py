@@ -26,17 +26,17 @@ from ftlevel.tasks.base import (
     TokenDecoder,
     check_options,
 )
-from ftlevel.tasks.preferences.formats import JUDGED_SHAPES, PAIR_SHAPES, build_scored
-from ftlevel.tasks.preferences.objective import bradley_terry, build_preferences
+from ftlevel.tasks.preferences.formats import JUDGED_SHAPES, PAIR_SHAPES, create_scored
+from ftlevel.tasks.preferences.objective import bradley_terry, create_preference_objective
 from ftlevel.tasks.preferences.rows import (
     ContrastedRows,
     LabeledAnswerRow,
     PairRow,
     PreferenceEncoder,
     ReferencedRows,
-    build_pair_row,
     check_answers,
     check_pairs,
+    create_pair_row,
 )
 from ftlevel.tasks.text import TASKS as TEXT_TASKS
 from ftlevel.tasks.text import TextTask
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from ftlevel.data.encoding.fit import FittedRows
     from ftlevel.data.gate.checks import Mask
     from ftlevel.data.prepare.encoder import Encoder, EncodingContext, PreparedData
-    from ftlevel.data.prepare.loading import LoadedExamples
+    from ftlevel.data.prepare.loading import LoadedData
     from ftlevel.models.sources import ModelSource
 
 
@@ -56,7 +56,7 @@ _HIDDEN = ("loss", "reference")
 
 
 @dataclass(frozen=True)
-class AnswerTask(BaseTask):
+class PreferenceBaseTask(BaseTask):
     """Base class of the preference and reward tasks; `scored`: whether it trains reward models."""
 
     settings: PreferenceConfig = field(default_factory=PreferenceConfig)
@@ -64,9 +64,8 @@ class AnswerTask(BaseTask):
 
     scored: ClassVar[bool] = False
 
-    def configured(self, options: Mapping[str, Any]) -> AnswerTask:
-        """Returns the task with the loss of a configuration or model card."""
-        values = dict(options.get("preference", {}))
+    def configured(self, task_config: Mapping[str, Any]) -> PreferenceBaseTask:
+        values = dict(task_config.get("preference", {}))
         smoothing = values.pop("smoothing", 0.0)
         settings = PreferenceConfig(**values)
         if settings.loss_properties.smoothed and not smoothing:
@@ -74,26 +73,25 @@ class AnswerTask(BaseTask):
         return replace(self, settings=settings, smoothing=smoothing)
 
     @property
-    def encoding_options(self) -> Mapping[str, Any]:
-        """Options that change the encoded rows and are not in the config's data section."""
+    def encoding_config(self) -> Mapping[str, Any]:
         return {"loss": self.settings.loss, "referenced": self.settings.uses_reference}
 
-    def find_format(
-        self, columns: Sequence[str], config: DataConfig, rows: Sequence[Row] = ()
+    def get_format(
+        self, column_names: Sequence[str], config: DataConfig, rows: Sequence[Row] = ()
     ) -> Format:
-        """Find the format of `columns`; suggest `--loss kto` for single labeled answers."""
+        """Returns the format of a table; suggest `--loss kto` for single labeled answers."""
         loss, is_mapped = self.settings.loss, config.columns or config.format
         if (
             self.settings.loss_properties.paired
             and not is_mapped
-            and not fits(columns, PAIR_SHAPES)
+            and not fits(column_names, PAIR_SHAPES)
         ):
-            if fits(columns, JUDGED_SHAPES):
+            if fits(column_names, JUDGED_SHAPES):
                 raise InputError(
                     f"--loss {loss} needs pairs of answers, and these rows have one rated answer "
                     f"each. Use --loss kto."
                 )
-            half = {"chosen", "rejected"} & {column.lower() for column in columns}
+            half = {"chosen", "rejected"} & {column.lower() for column in column_names}
             if len(half) == 1:
                 present, missing = half.copy().pop(), ({"chosen", "rejected"} - half).pop()
                 raise InputError(
@@ -105,16 +103,14 @@ class AnswerTask(BaseTask):
             if self.settings.loss_properties.paired
             else replace(self, shapes=(*JUDGED_SHAPES, *PAIR_SHAPES))
         )
-        return BaseTask.find_format(task, columns, config, rows)
+        return BaseTask.get_format(task, column_names, config, rows)
 
-    def read_columns(
+    def update_format(
         self, format_: Format, table: Table, config: DataConfig
     ) -> tuple[Format, list[Choice]]:
-        """Returns the format unchanged."""
         return format_, []
 
     def prompt_format(self, format_: Format, kind: str, tokenizer: Any) -> PromptFormat | None:
-        """Returns the prompt format for models of `kind`."""
         return choose_format(tokenizer, kind, self.instruction, self.answer_cue)
 
     def encode_as(
@@ -136,20 +132,17 @@ class AnswerTask(BaseTask):
         return encoder.fit_targets(fitted, table) if seq2seq else fitted
 
     def check_rows(self, rows: Sequence[Encoded]) -> Mapping[str, Mask]:
-        """Returns masks of pairs with equal answers, and of pairs that swap an earlier one."""
         return check_pairs(rows)
 
-    def check_examples(self, examples: Sequence[Any]) -> Sequence[tuple[str, int, str]]:
-        """Returns (check name, number of examples, description) per failed check of the dataset."""
-        return check_answers(examples, self.settings.loss or "dpo")
+    def check_train_set(self, train_set: Sequence[Any]) -> Sequence[tuple[str, int, str]]:
+        return check_answers(train_set, self.settings.loss or "dpo")
 
-    def facts(self, loaded: LoadedExamples) -> Mapping[str, Any]:
-        """Returns the loss and its hyperparameters."""
-        return {"preference": self.options}
+    def data_info(self, loaded: LoadedData) -> Mapping[str, Any]:
+        return {"preference": self.loss_config}
 
-    def describe_rows(self, loaded: LoadedExamples, facts: Mapping[str, Any]) -> list[Choice]:
+    def describe_rows(self, loaded: LoadedData, data_info: Mapping[str, Any]) -> list[Choice]:
         """Returns lines with the loss and the number of targets."""
-        values = {name: value for name, value in self.options.items() if name not in _HIDDEN}
+        values = {name: value for name, value in self.loss_config.items() if name not in _HIDDEN}
         if "beta" in values:
             values["beta"] = self.settings.effective_beta
         if "simpo_gamma" in values:
@@ -160,10 +153,13 @@ class AnswerTask(BaseTask):
             else f"{name.replace('_', ' ')} {value}"
             for name, value in values.items()
         )
-        return [Choice("loss", self.settings.loss, shown), *super().describe_rows(loaded, facts)]
+        return [
+            Choice("loss", self.settings.loss, shown),
+            *super().describe_rows(loaded, data_info),
+        ]
 
     @property
-    def options(self) -> dict[str, Any]:
+    def loss_config(self) -> dict[str, Any]:
         """Loss and its hyperparameters, as stored in a model card."""
         read = ("loss", *LOSSES[self.settings.loss or "dpo"].parameters)
         values = {name: getattr(self.settings, name) for name in read}
@@ -171,9 +167,8 @@ class AnswerTask(BaseTask):
             {"smoothing": self.smoothing} if self.settings.loss_properties.smoothed else {}
         )
 
-    def card_options(self, config: DataConfig, facts: Mapping[str, Any]) -> dict[str, Any]:
-        """Returns the loss and its hyperparameters."""
-        return {"preference": facts["preference"]}
+    def inference_config(self, config: DataConfig, data_info: Mapping[str, Any]) -> dict[str, Any]:
+        return {"preference": data_info["preference"]}
 
     def synthetic_row(self, ids: list[int], row: int) -> Encoded:
         """Returns a synthetic row: three quarters of `ids` as prompt, the rest as answers."""
@@ -183,10 +178,10 @@ class AnswerTask(BaseTask):
             return LabeledAnswerRow(ids, labels, row, {}, prompt, row % 2, reference)
         one = Encoded(ids, labels, row)
         two = Encoded(ids[:prompt] + answer, labels[:prompt] + answer, row)
-        pair = build_pair_row(one, two, prompt, 0.0, scored=self.scored)
+        pair = create_pair_row(one, two, prompt, 0.0, scored=self.scored)
         return replace(pair, reference=reference)
 
-    def show_label(self, row: Encoded, names: Sequence[str]) -> str:
+    def decode_label(self, row: Encoded, names: Sequence[str]) -> str:
         """Returns the token ranges of prompt and answers, or the label."""
         if isinstance(row, PairRow):
             first = row.prompt + row.chosen
@@ -202,7 +197,7 @@ class AnswerTask(BaseTask):
 
 
 @dataclass(frozen=True)
-class PreferenceTask(AnswerTask, TextTask):
+class PreferenceTask(PreferenceBaseTask, TextTask):
     """Task of training a text-generating model on preferences, e.g. with DPO."""
 
     def card_defaults(
@@ -212,13 +207,11 @@ class PreferenceTask(AnswerTask, TextTask):
         alone = {"preference": {"loss": "dpo", "reference": "none"}}
         return {**super().card_defaults(source, model_config, tokenizer, kind), "options": alone}
 
-    def build_objective(self, kind: str, facts: Mapping[str, Any]) -> Objective:
-        """Build the objective of the loss in `facts`."""
-        task = self.configured(facts) if "preference" in facts else self
-        return build_preferences(task.settings, task.smoothing, kind)
+    def create_objective(self, kind: str, data_info: Mapping[str, Any]) -> Objective:
+        task = self.configured(data_info) if "preference" in data_info else self
+        return create_preference_objective(task.settings, task.smoothing, kind)
 
     def encode(self, encoder: Encoder, examples: Sequence[Any], table: Table) -> FittedRows:
-        """Encode prompts with two answers, or with one labeled answer."""
         return self.encode_as(encoder, examples, table, scored=False)
 
     def finish_data(
@@ -246,11 +239,11 @@ class PreferenceTask(AnswerTask, TextTask):
         """Returns `rows` with `reference` log-likelihoods `(rows, 2)`; None for no reference."""
         return ReferencedRows(rows, reference)
 
-    def show_targets(
+    def decode_targets(
         self, row: Encoded, names: Sequence[str], kind: str, decoder: TokenDecoder
     ) -> list[str | None]:
         """Returns each token's target; the first token of an answer shows the answer's label."""
-        targets = super().show_targets(row, names, kind, decoder)
+        targets = super().decode_targets(row, names, kind, decoder)
         if not isinstance(row, PairRow) or row.is_apart:
             return targets
         for start, name in ((row.prompt, "preferred"), (row.prompt + row.chosen, "rejected")):
@@ -269,35 +262,32 @@ BINS = 10
 
 
 @dataclass(frozen=True)
-class RewardTask(AnswerTask):
+class RewardTask(PreferenceBaseTask):
     """Task of a model with one scalar score per answer."""
 
     has_new_head: ClassVar[bool] = True
     finds_ends_by_padding: ClassVar[bool] = True
     scored: ClassVar[bool] = True
-    synthetic_facts: ClassVar[Mapping[str, Any]] = {"problem_type": "regression"}
+    synthetic_info: ClassVar[Mapping[str, Any]] = {"problem_type": "regression"}
     head_like: ClassVar[str] = "text-classification"
     separates_padding: ClassVar[bool] = True
     checks: ClassVar[Checks] = Checks(ends=True)
 
-    def build_objective(self, kind: str, facts: Mapping[str, Any]) -> Objective:
-        """Build the objective with the logistic loss of each pair's score difference."""
-        return RewardObjective("accuracy", settings=self._settings(facts))
+    def create_objective(self, kind: str, data_info: Mapping[str, Any]) -> Objective:
+        """Create the objective with the logistic loss of each pair's score difference."""
+        return RewardObjective("accuracy", settings=self._settings(data_info))
 
-    def _settings(self, facts: Mapping[str, Any]) -> PreferenceConfig:
-        return self.configured(facts).settings if "preference" in facts else self.settings
+    def _settings(self, data_info: Mapping[str, Any]) -> PreferenceConfig:
+        return self.configured(data_info).settings if "preference" in data_info else self.settings
 
     def encode(self, encoder: Encoder, examples: Sequence[Any], table: Table) -> FittedRows:
-        """Encode prompts with two answers."""
         return self.encode_as(encoder, examples, table, scored=True)
 
-    def facts(self, loaded: LoadedExamples) -> Mapping[str, Any]:
-        """Returns the loss, and `regression` as problem type."""
-        return {**super().facts(loaded), "problem_type": "regression"}
+    def data_info(self, loaded: LoadedData) -> Mapping[str, Any]:
+        return {**super().data_info(loaded), "problem_type": "regression"}
 
-    def card_options(self, config: Any, facts: Mapping[str, Any]) -> dict[str, Any]:
-        """Returns the loss, and `regression` as problem type."""
-        return {**super().card_options(config, facts), "problem_type": "regression"}
+    def inference_config(self, config: Any, data_info: Mapping[str, Any]) -> dict[str, Any]:
+        return {**super().inference_config(config, data_info), "problem_type": "regression"}
 
     def card_defaults(
         self, source: ModelSource, model_config: Any, tokenizer: Any, kind: str
@@ -308,34 +298,34 @@ class RewardTask(AnswerTask):
                 f"a reward model has one score, and this one has {model_config.num_labels} "
                 "classes. Choose another, or --task text-classification."
             )
-        prompt_format = self.prompt_format(Format(self.name, "", build_scored, {}), kind, tokenizer)
+        prompt_format = self.prompt_format(
+            Format(self.name, "", create_scored, {}), kind, tokenizer
+        )
         return {
             "prompt": prompt_format.to_dict() if prompt_format else {},
             "options": {"problem_type": "regression", "preference": {"loss": "reward"}},
         }
 
-    def build_query(self, prompt: str, context: str | None, number: int) -> Any:
+    def create_query(self, prompt: str, context: str | None, number: int) -> Any:
         """Raise `InputError`: a prompt without an answer has no score."""
         raise InputError(
             "a reward model scores answers to prompts. Use ftlevel predict with columns prompt "
             "and completion."
         )
 
-    def answer_columns(
+    def prediction_columns(
         self,
         format_: Format,
         labels: Sequence[str],
-        options: Mapping[str, Any],
+        inference_config: Mapping[str, Any],
         outputs: OutputOptions,
     ) -> dict[str, Column]:
-        """Returns one column: the score."""
         check_options(outputs, "a reward model", "")
         return {"": "number"}
 
-    def answer_rows(
-        self, model: PromptedModel, questions: Sequence[Any], outputs: OutputOptions
+    def predict(
+        self, model: PromptedModel, queries: Sequence[Any], outputs: OutputOptions
     ) -> list[Prediction]:
-        """Returns the score of each answer."""
         if model.prompt_format is None:
             raise TypeError("answers have a prompt format")
         encode = PreferenceEncoder(
@@ -343,7 +333,7 @@ class RewardTask(AnswerTask):
         )
         rows = [
             Encoded(row.input_ids, 0, index)
-            for index, question in enumerate(questions)
+            for index, question in enumerate(queries)
             for row in encode.answers([question])
         ]
 
@@ -353,19 +343,17 @@ class RewardTask(AnswerTask):
 
         return model.score(rows, read)
 
-    def probe_labels(self, ids: Sequence[int], labels: Sequence[str], options: Any) -> Any:
-        """Returns a dummy label."""
+    def dummy_labels(self, ids: Sequence[int], labels: Sequence[str], inference_config: Any) -> Any:
         return 0
 
-    def show_targets(
+    def decode_targets(
         self, row: Encoded, names: Sequence[str], kind: str, decoder: Any
     ) -> list[str | None]:
         """Returns "" for the tokens of answers, each of which is scored as a whole; else None."""
         labels = row.labels if isinstance(row.labels, list) else []
         return [None if label == IGNORED else "" for label in labels]
 
-    def describe_head(self, labels: Sequence[str]) -> str:
-        """Returns a text that differs from that of every other kind of head."""
+    def head_signature(self, labels: Sequence[str]) -> str:
         return "a score"
 
 
@@ -373,8 +361,8 @@ class RewardTask(AnswerTask):
 class RewardObjective(Objective):
     """Logistic loss of score differences: logits `(2 · pairs, 1)`, preferred answer first.
 
-    Labels are verdicts `(2 · pairs, 3)`, whose last column is the margin. `settings.center` is the
-    weight of the centering term.
+    Labels are `preference_labels` `(2 · pairs, 3)`, whose last column is the margin.
+    `settings.center` is the weight of the centering term.
     """
 
     settings: PreferenceConfig = field(default_factory=PreferenceConfig)
@@ -391,24 +379,21 @@ class RewardObjective(Objective):
     )
 
     def split(self, batch: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Any]:
-        """Returns the model inputs and, as labels, the verdicts if present."""
+        """Returns the model inputs and, as labels, the preference labels if present."""
         inputs, labels = super().split(batch)
-        return inputs, batch.get("verdicts", labels)
+        return inputs, batch.get("preference_labels", labels)
 
     def count(self, labels: Tensor) -> Tensor:
-        """Count the pairs (a scalar)."""
         import torch
 
         return torch.tensor(labels.shape[0] // 2, device=labels.device)
 
     def loss_sum(self, logits: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
-        """Returns the summed loss of the pairs."""
         scores = logits.float().flatten()
         margins = labels[::2, 2].float()
         return bradley_terry(scores[::2], scores[1::2], margins, self.settings.center).sum()
 
     def meter(self) -> Meter:
-        """Returns a `ScoreMeter`."""
         return ScoreMeter()
 
 
@@ -421,11 +406,10 @@ class ScoreMeter:
     def update(self, logits: Tensor, labels: Tensor, rows: Sequence[Any]) -> None:
         """Add pairs `rows` with their scores `(2 · pairs, 1)`."""
         scores = logits.cpu().double().flatten().numpy().reshape(-1, 2)
-        lengths = [[len(branch.input_ids) for branch in row.branches] for row in rows]
+        lengths = [[len(sequence.input_ids) for sequence in row.sequences] for row in rows]
         self._seen.append(np.concatenate([scores, np.array(lengths, dtype=float)], axis=1))
 
     def pool(self, meters: Sequence[ScoreMeter]) -> ScoreMeter:
-        """Returns a meter of the pairs of all `meters`."""
         pooled = ScoreMeter()
         pooled._seen = [part for meter in meters for part in meter._seen]
         return pooled
@@ -446,7 +430,6 @@ class ScoreMeter:
         return metrics
 
     def describe(self, names: Sequence[str]) -> dict[str, Any]:
-        """Returns the scores of the only pair seen."""
         good, bad = np.concatenate(self._seen)[0, :2]
         return {"score_chosen": round(float(good), 4), "score_rejected": round(float(bad), 4)}
 
@@ -466,10 +449,9 @@ def calibration_error(margins: np.ndarray) -> float:
 
 
 def _scored_shape(shape: FormatSpec) -> FormatSpec:
-    """Returns the layout `shape` of labeled answers without its label."""
     required = {role: names for role, names in shape.required.items() if role != "label"}
     return FormatSpec(
-        " + ".join(required), build_scored, required, shape.optional, shape.guessable, shape.inner
+        " + ".join(required), create_scored, required, shape.optional, shape.guessable, shape.inner
     )
 
 
@@ -477,7 +459,7 @@ _CLASS = "AutoModelForSequenceClassification"
 _BARE: dict[str, Any] = {
     "name": "reward",
     "shapes": PAIR_SHAPES,
-    "questions": tuple(map(_scored_shape, JUDGED_SHAPES)),
+    "query_shapes": tuple(map(_scored_shape, JUDGED_SHAPES)),
     "auto_classes": {"encoder": _CLASS, "decoder": _CLASS},
     "peft_types": {"encoder": "SEQ_CLS", "decoder": "SEQ_CLS"},
     "headline": "accuracy",

@@ -156,8 +156,12 @@ def _ndcg_weights(logits: torch.Tensor, lists: Lists) -> torch.Tensor:
     own = torch.zeros_like(logits).scatter_(1, order, ranks.expand_as(logits))
     inverse = 1 / (1 + own).log2()
     distance = _differences(own).abs()
-    near = distance.clamp(min=1)
-    delta = (1 / (1 + near).log2() - 1 / (2 + near).log2()).abs().masked_fill(distance == 0, 0)
+    distances = distance.clamp(min=1)
+    delta = (
+        (1 / (1 + distances).log2() - 1 / (2 + distances).log2())
+        .abs()
+        .masked_fill(distance == 0, 0)
+    )
     return _differences(gains).abs() * (MU * delta + _differences(inverse).abs())
 
 

@@ -45,7 +45,6 @@ class Ranking(Objective):
     def loss_sum(
         self, logits: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor
     ) -> torch.Tensor:
-        """Returns the summed loss."""
         return sum_loss(self.loss, logits, Lists.from_labels(labels), self.pos_weight)
 
     @property
@@ -54,7 +53,6 @@ class Ranking(Objective):
         return (*RANKING_METRICS, "average_precision", "spearman")
 
     def meter(self) -> Meter:
-        """Returns a `RankingMeter`."""
         return RankingMeter()
 
 
@@ -117,14 +115,12 @@ class RankingMeter:
         return found
 
     def describe(self, names: Sequence[str]) -> dict[str, Any]:
-        """Returns scores and labels of the only query seen."""
         group = next(iter(self._groups.values()))
         scores = [round(score, 4) for score in group.scores]
         return {"scores": scores, "labels": group.labels, **_score(group)}
 
 
 def _score(group: CandidateGroup) -> dict[str, float]:
-    """Returns the metrics of a query; empty unless it has relevant and irrelevant documents."""
     labels = np.array(group.labels)
     relevant = np.flatnonzero(labels > 0)
     if not len(relevant) or len(relevant) == len(labels):
@@ -133,7 +129,7 @@ def _score(group: CandidateGroup) -> dict[str, float]:
     return {name: scores["map@100" if name == "map" else name] for name in RANKING_METRICS}
 
 
-def options_of(facts: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Returns the loss and its settings from data facts or model card options."""
-    known: Mapping[str, Any] = facts.get("reranking") or {}
+def get_loss_config(data_info: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Returns the loss and its settings, as in `summary.json` or a model card."""
+    known: Mapping[str, Any] = data_info.get("reranking") or {}
     return known

@@ -44,7 +44,7 @@ class RankedRow(Encoded):
         return replace(self, taught=scores)
 
     @property
-    def branches(self) -> Sequence[Encoded]:
+    def sequences(self) -> Sequence[Encoded]:
         """The query with each document; each label is a row of `Lists.from_labels`."""
         found, start = [], self.query
         for at, size in enumerate(self.sizes):
@@ -103,7 +103,6 @@ class RankedRow(Encoded):
 
 
 def _cut(values: list[int], limit: int, kept: int) -> list[int]:
-    """Returns at most `limit` values: the first ones, and the last `kept`."""
     return values if len(values) <= limit else values[: limit - kept] + values[-kept:]
 
 
@@ -116,8 +115,7 @@ def _array(ids: Sequence[int]) -> Any:
 def prepare_tokenizer(tokenizer: Any, kind: str) -> Choice | None:
     """Extend the pair template of a decoder's `tokenizer` (modified), and return the log line.
 
-    Raises:
-        InputError: the tokenizer has no EOS token, or is not a fast tokenizer.
+    Raises `InputError` if the tokenizer has no EOS token, or is not a fast tokenizer.
     """
     if kind != "decoder":
         return None
@@ -202,7 +200,6 @@ class PairEncoder:
 
 
 def _join(sequences: Sequence[list[int]], query: int) -> list[int]:
-    """Returns the query's tokens once, then the tokens after the query of each sequence."""
     joined = list(sequences[0][:query])
     for values in sequences:
         joined += values[query:]

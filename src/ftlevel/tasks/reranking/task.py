@@ -32,7 +32,7 @@ from ftlevel.tasks.base import (
 )
 from ftlevel.tasks.embedding.checks import check_documents
 from ftlevel.tasks.embedding.formats import CANDIDATE_SHAPES, RANKING_SHAPES, EmbeddingRow
-from ftlevel.tasks.reranking.objective import Ranking, options_of
+from ftlevel.tasks.reranking.objective import Ranking, get_loss_config
 from ftlevel.tasks.reranking.rows import PairEncoder, RankedRow, prepare_tokenizer
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
     from ftlevel.data.encoding.fit import FittedRows
     from ftlevel.data.prepare.encoder import Encoder
-    from ftlevel.data.prepare.loading import LoadedExamples
+    from ftlevel.data.prepare.loading import LoadedData
 
 SIGMOID = "torch.nn.modules.activation.Sigmoid"
 IDENTITY = "torch.nn.modules.linear.Identity"
@@ -62,14 +62,13 @@ class RerankingTask(BaseTask):
     head_like: ClassVar[str] = "text-classification"
     separates_padding: ClassVar[bool] = True
     changes_tokenizer: ClassVar[bool] = True
-    synthetic_facts: ClassVar[Mapping[str, Any]] = {
+    synthetic_info: ClassVar[Mapping[str, Any]] = {
         "problem_type": "regression",
         "reranking": {"loss": "lce", "pos_weight": 1.0, "headline": "ndcg@10"},
     }
 
-    def configured(self, options: Mapping[str, Any]) -> RerankingTask:
-        """Returns the task with the loss of a configuration or model card."""
-        known = options_of(options)
+    def configured(self, task_config: Mapping[str, Any]) -> RerankingTask:
+        known = get_loss_config(task_config)
         fields = {name: known[name] for name in RerankingConfig.model_fields if name in known}
         return replace(self, settings=RerankingConfig(**fields), teacher=known.get("teacher"))
 
@@ -87,33 +86,27 @@ class RerankingTask(BaseTask):
         return self, []
 
     @property
-    def encoding_options(self) -> Mapping[str, Any]:
-        """Options that change the encoded rows and are not in the config's data section."""
+    def encoding_config(self) -> Mapping[str, Any]:
         return {"reranking": {**self.settings.model_dump(), "teacher": self.teacher}}
 
     def prepare_tokenizer(self, tokenizer: Any, kind: str) -> Choice | None:
         """Extend the pair template of a decoder's `tokenizer` (modified)."""
         return prepare_tokenizer(tokenizer, kind)
 
-    def build_objective(self, kind: str, facts: Mapping[str, Any]) -> Objective:
-        """Build the objective of the loss in `facts`."""
-        known = options_of(facts)
+    def create_objective(self, kind: str, data_info: Mapping[str, Any]) -> Objective:
+        known = get_loss_config(data_info)
         return Ranking(known["headline"], loss=known["loss"], pos_weight=known["pos_weight"])
 
-    def facts(self, loaded: LoadedExamples) -> Mapping[str, Any]:
-        """Returns the loss, its settings, and `regression` as problem type.
-
-        Raises:
-            InputError: the labels do not fit the loss, or are all equal.
-        """
+    def data_info(self, loaded: LoadedData) -> Mapping[str, Any]:
+        """Returns the loss, its settings, and `regression`; `InputError` for unsuitable labels."""
         return {
             "problem_type": "regression",
             "reranking": resolve_loss(self.settings, loaded.train, self.teacher),
         }
 
-    def describe_rows(self, loaded: LoadedExamples, facts: Mapping[str, Any]) -> list[Choice]:
+    def describe_rows(self, loaded: LoadedData, data_info: Mapping[str, Any]) -> list[Choice]:
         """Returns lines with the loss, the reason for it, and the number of documents."""
-        known = options_of(facts)
+        known = get_loss_config(data_info)
         reason = "several documents per query" if known["listed"] else "one document per query"
         reason = "" if self.settings.loss else f"{'--teacher; ' if self.teacher else ''}{reason}"
         lines = [Choice("loss", known["loss"], reason)]
@@ -123,11 +116,10 @@ class RerankingTask(BaseTask):
         documents = sum(len(example.documents) for example in loaded.train)
         queries = len({example.query for example in loaded.train})
         counts = Choice("documents", f"{documents:,}", f"of {queries:,} queries")
-        return [*lines, counts, Choice("tokens", f"{facts['tokens']:,} an epoch")]
+        return [*lines, counts, Choice("tokens", f"{data_info['tokens']:,} an epoch")]
 
-    def card_options(self, config: Any, facts: Mapping[str, Any]) -> dict[str, Any]:
-        """Returns the loss and its settings, and `regression` as problem type."""
-        return {"problem_type": "regression", "reranking": dict(facts["reranking"])}
+    def inference_config(self, config: Any, data_info: Mapping[str, Any]) -> dict[str, Any]:
+        return {"problem_type": "regression", "reranking": dict(data_info["reranking"])}
 
     def card_defaults(
         self, source: ModelSource, model_config: Any, tokenizer: Any, kind: str
@@ -162,11 +154,13 @@ class RerankingTask(BaseTask):
             }
         }
 
-    def write_files(self, directory: Path, model_config: Any, options: Mapping[str, Any]) -> None:
+    def write_files(
+        self, directory: Path, model_config: Any, inference_config: Mapping[str, Any]
+    ) -> None:
         """Write the files that make the directory a CrossEncoder."""
         from ftlevel.models.kinds import max_positions
 
-        is_bce = options_of(options)["loss"] == "bce"
+        is_bce = get_loss_config(inference_config)["loss"] == "bce"
         activation = SIGMOID if is_bce else IDENTITY
         pad_id = getattr(model_config, "pad_token_id", None)
         form = CrossEncoderFormat(activation, max_positions(model_config), pad_id)
@@ -175,13 +169,11 @@ class RerankingTask(BaseTask):
     # ---- rows
 
     def encode(self, encoder: Encoder, examples: Sequence[Any], table: Table) -> FittedRows:
-        """Encode queries with their documents."""
         encode = PairEncoder(encoder.tokenizer, has_teacher=self.teacher is not None)
         return encoder.fit(encoder.collect(encode, examples), table)
 
-    def check_examples(self, examples: Sequence[Any]) -> Sequence[tuple[str, int, str]]:
-        """Returns (check name, number of documents, description) per failed check."""
-        return check_documents(examples)
+    def check_train_set(self, train_set: Sequence[Any]) -> Sequence[tuple[str, int, str]]:
+        return check_documents(train_set)
 
     def synthetic_row(self, ids: list[int], row: int) -> Encoded:
         """Returns a synthetic row: a quarter of `ids` as query, the rest as two documents."""
@@ -189,7 +181,7 @@ class RerankingTask(BaseTask):
         size = len(ids) - query
         return RankedRow(ids + ids[query:], 0, row, {}, query, (size, size), (1.0, 0.0), (1.0, 0.0))
 
-    def show_label(self, row: Encoded, names: Sequence[str]) -> str:
+    def decode_label(self, row: Encoded, names: Sequence[str]) -> str:
         """Returns the token ranges of the query and its documents, with their labels."""
         if not isinstance(row, RankedRow):
             return ""
@@ -199,42 +191,42 @@ class RerankingTask(BaseTask):
             start += size
         return ", ".join(shown)
 
-    def probe_labels(self, ids: Sequence[int], labels: Sequence[str], options: Any) -> Any:
+    def dummy_labels(self, ids: Sequence[int], labels: Sequence[str], inference_config: Any) -> Any:
         """Returns the labels of one document: relevance, teacher's score, and list size 1."""
         return 0.0, 0.0, 1.0
 
-    def describe_head(self, labels: Sequence[str]) -> str:
+    def head_signature(self, labels: Sequence[str]) -> str:
         """Returns a text that differs from that of every other kind of head."""
         return "a relevance score"
 
     # ---- inference
 
-    def build_query(self, prompt: str, context: str | None, number: int) -> Any:
+    def create_query(self, prompt: str, context: str | None, number: int) -> Any:
         """Raise `InputError`: a query without a document has no score."""
         raise InputError(
             "a reranker scores documents for a query. Use ftlevel predict, with columns query and "
             "document."
         )
 
-    def answer_columns(
+    def prediction_columns(
         self,
         format_: Format,
         labels: Sequence[str],
-        options: Mapping[str, Any],
+        inference_config: Mapping[str, Any],
         wanted: OutputOptions,
     ) -> dict[str, Column]:
         """Returns one column: the document's score, or a list of the documents' scores."""
         check_options(wanted, "a reranker", "")
         return {"": "numbers" if "documents" in format_.columns else "number"}
 
-    def answer_rows(
-        self, model: PromptedModel, questions: Sequence[Any], wanted: OutputOptions
+    def predict(
+        self, model: PromptedModel, queries: Sequence[Any], wanted: OutputOptions
     ) -> list[Prediction]:
         """Returns the scores of each query's documents; probabilities if trained with bce."""
-        is_bce = options_of(model.options)["loss"] == "bce"
-        scores = self.score_documents(model, questions, as_probabilities=is_bce)
+        is_bce = get_loss_config(model.options)["loss"] == "bce"
+        scores = self.score_documents(model, queries, as_probabilities=is_bce)
         found = []
-        for question, own in zip(questions, scores, strict=True):
+        for question, own in zip(queries, scores, strict=True):
             value = own[0] if question.kind == "score" else own
             text = ", ".join(f"{score:.4g}" for score in own)
             found.append(Prediction(text, columns={"": value}))
@@ -245,9 +237,9 @@ class RerankingTask(BaseTask):
     ) -> list[list[float]]:
         """Returns the logits, or their sigmoids, of each query's documents."""
         rows = [
-            Encoded(branch.input_ids, 0, index, branch.extras)
+            Encoded(sequence.input_ids, 0, index, sequence.extras)
             for index, row in enumerate(PairEncoder(model.tokenizer)(queries))
-            for branch in row.branches
+            for sequence in row.sequences
         ]
 
         def read(_: Encoded, logits: torch.Tensor) -> float:
@@ -263,10 +255,8 @@ def resolve_loss(
 ) -> dict[str, Any]:
     """Returns the loss, its weight of relevant documents and the main metric for `examples`.
 
-    `teacher` is the name of a model that will score the documents.
-
-    Raises:
-        InputError: the labels do not fit the loss, or are all equal.
+    `teacher` is the name of a model that will score the documents. Raises `InputError` if the
+    labels do not fit the loss, or are all equal.
     """
     labels = Counter(label for example in examples for label in example.labels)
     contrasts = sum(len(set(example.labels)) > 1 for example in examples)
@@ -279,20 +269,20 @@ def resolve_loss(
             f"all documents have label {next(iter(labels)):g}, and a reranker needs relevant and "
             f"irrelevant documents. {advice}"
         )
-    facts = LOSSES[loss]
-    if facts.is_listwise and contrasts < len(examples):
+    spec = LOSSES[loss]
+    if spec.is_listwise and contrasts < len(examples):
         raise InputError(
             f"--loss {loss} compares the documents of a query, and "
             f"{len(examples) - contrasts:,} of {len(examples):,} rows have no documents of "
             f"different relevance. Use --loss bce, or add a relevant and an irrelevant document "
             f"to each query."
         )
-    if facts.is_bounded and not all(0 <= label <= 1 for label in labels):
+    if spec.is_bounded and not all(0 <= label <= 1 for label in labels):
         worst = max(labels, key=lambda label: abs(label - 0.5))
         raise InputError(
             f"--loss {loss} needs labels from 0 to 1, found {worst:g}. Use --loss lambda or mse."
         )
-    if facts.needs_teacher and not (teacher or all(example.teacher for example in examples)):
+    if spec.needs_teacher and not (teacher or all(example.teacher for example in examples)):
         raise InputError(
             f"--loss {loss} needs teacher scores, and the rows have none. Add --teacher MODEL, or "
             f"a column label with a score for each document, or use --loss lce."
@@ -317,7 +307,7 @@ TASKS = (
     RerankingTask(
         name="reranking",
         shapes=RANKING_SHAPES,
-        questions=CANDIDATE_SHAPES,
+        query_shapes=CANDIDATE_SHAPES,
         auto_classes={"encoder": _CLASS, "decoder": _CLASS},
         peft_types={"encoder": "SEQ_CLS", "decoder": "SEQ_CLS"},
         headline="ndcg@10",

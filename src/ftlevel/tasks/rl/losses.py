@@ -60,8 +60,7 @@ class PolicyLossParameters:
 class PolicyLoss:
     """A loss summed over tokens (a scalar), and the sums of its detached statistics.
 
-    `clipped` is the number of tokens with zero gradient due to clipping, `kl` the sum of k3,
-    both scalars.
+    `clipped` is the number of tokens without gradient due to clipping, `kl` the sum of k3.
     """
 
     total: torch.Tensor
@@ -70,10 +69,7 @@ class PolicyLoss:
 
 
 def combine_rewards(scores: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """Returns the weighted sum of `scores` `(completions, functions)`, without NaN scores.
-
-    A completion without any score gets NaN.
-    """
+    """Returns the weighted sum of `scores` `(completions, functions)`, without NaN scores."""
     total = (scores * weights).nansum(-1)
     return torch.where(scores.isnan().all(-1), torch.nan, total)
 
@@ -110,7 +106,6 @@ def has_spread(rewards: torch.Tensor) -> torch.Tensor:
 
 
 def _std(rewards: torch.Tensor, known: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
-    """Returns the standard deviation with n − 1 of the `known` rewards per group, (groups, 1)."""
     centered = torch.where(known, rewards - rewards.nanmean(-1, keepdim=True), 0.0)
     return (centered.square().sum(-1, keepdim=True) / (count - 1).clamp(min=1)).sqrt()
 

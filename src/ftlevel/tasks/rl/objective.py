@@ -57,17 +57,14 @@ class PolicyGradient(PolicyObjective):
 
     @property
     def of_tokens(self) -> TokenObjective:
-        """Objective with the cross entropy of the completions' tokens."""
         return Tokens("perplexity", shifted=True)
 
     def locate(self, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns indices of the flattened positions that predict a target, and these targets."""
         return self.of_tokens.locate(labels)
 
     def targets(
         self, logits: torch.Tensor, labels: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns logits and labels of the completions' tokens."""
         return self.of_tokens.targets(logits, labels)
 
     def loss_sum(
@@ -114,19 +111,17 @@ class PolicyGradient(PolicyObjective):
 
     @property
     def metrics(self) -> tuple[str, ...]:
-        """Names of the metrics of held-out prompts."""
         return RewardMeter.names(self.settings)
 
     def meter(self) -> Meter:
-        """Returns a `RewardMeter`."""
         return RewardMeter(self.settings)
 
-    def find_warnings(
+    def get_warnings(
         self, metrics: Mapping[str, float], before: Mapping[str, float] | None = None
     ) -> list[str]:
         """Returns a warning if many completions are truncated."""
         share = metrics.get("truncated", 0.0)
-        if share <= TRUNCATED_SHARE:
+        if share <= TRUNCATED_RATIO:
             return []
         return [
             f"{share:.0%} of the completions of held-out prompts are cut at "
@@ -135,7 +130,7 @@ class PolicyGradient(PolicyObjective):
         ]
 
 
-TRUNCATED_SHARE = 0.5
+TRUNCATED_RATIO = 0.5
 
 
 class RewardMeter:
@@ -163,7 +158,6 @@ class RewardMeter:
         self._texts += labels
 
     def pool(self, meters: Sequence[RewardMeter]) -> RewardMeter:
-        """Returns a meter of the prompts of all `meters`."""
         pooled = RewardMeter(self._settings)
         pooled._seen = [part for meter in meters for part in meter._seen]
         return pooled
@@ -194,7 +188,6 @@ class RewardMeter:
         return {name: value for name, value in found.items() if not math.isnan(value)}
 
     def describe(self, names: Sequence[str]) -> dict[str, Any]:
-        """Returns the rewards of the only prompt's completions, and the first completion."""
         rewards = [round(float(value), 4) for part in self._seen for value in part[:, 0]]
         return {"predicted": self._texts[0] if self._texts else "", "rewards": rewards}
 

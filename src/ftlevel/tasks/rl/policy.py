@@ -24,7 +24,7 @@ from ftlevel.tasks.text import TextTask
 if TYPE_CHECKING:
     from ftlevel.data.encoding.fit import FittedRows
     from ftlevel.data.prepare.encoder import Encoder
-    from ftlevel.data.prepare.loading import LoadedExamples
+    from ftlevel.data.prepare.loading import LoadedData
     from ftlevel.models.sources import ModelSource
 
 
@@ -38,18 +38,15 @@ class RlTask(TextTask):
     checks: ClassVar[Checks] = Checks(supervised=False)
     uses_dropout: ClassVar[bool] = False
 
-    def configured(self, options: Mapping[str, Any]) -> RlTask:
-        """Returns the task with the settings of a configuration or model card."""
-        settings = RlConfig(**options.get("rl", {}))
-        return replace(self, settings=settings, teacher=options.get("teacher"))
+    def configured(self, task_config: Mapping[str, Any]) -> RlTask:
+        settings = RlConfig(**task_config.get("rl", {}))
+        return replace(self, settings=settings, teacher=task_config.get("teacher"))
 
     @property
-    def encoding_options(self) -> Mapping[str, Any]:
-        """Options that change the encoded rows and are not in the config's data section."""
+    def encoding_config(self) -> Mapping[str, Any]:
         return {"most": self.settings.max_completion_length}
 
-    def build_objective(self, kind: str, facts: Mapping[str, Any]) -> Objective:
-        """Build the policy objective."""
+    def create_objective(self, kind: str, data_info: Mapping[str, Any]) -> Objective:
         return PolicyGradient(
             self.headline,
             temperature=self.settings.temperature,
@@ -66,14 +63,14 @@ class RlTask(TextTask):
             "options": {"rl": {}},
         }
 
-    def card_options(self, config: DataConfig, facts: Mapping[str, Any]) -> dict[str, Any]:
+    def inference_config(self, config: DataConfig, data_info: Mapping[str, Any]) -> dict[str, Any]:
         """Returns the settings by which an evaluation samples and scores held-out prompts."""
         places = [_absolute(spec) for spec in self.settings.rewards]
-        options = {"rl": {**self.settings.model_dump(mode="json"), "reward": places}}
+        values = {"rl": {**self.settings.model_dump(mode="json"), "reward": places}}
         if self.teacher is None:
-            return options
+            return values
         path = Path(self.teacher).expanduser()
-        return {**options, "teacher": str(path.absolute()) if path.exists() else self.teacher}
+        return {**values, "teacher": str(path.absolute()) if path.exists() else self.teacher}
 
     def synthetic_row(self, ids: list[int], row: int) -> Encoded:
         """Returns a synthetic prompt that leaves room for a completion."""
@@ -81,16 +78,15 @@ class RlTask(TextTask):
         text = json.dumps({"prompt": "", "columns": {}})
         return PromptRow(ids[:room], [IGNORED] * room, row, {}, text, len(ids) - room)
 
-    def find_format(
-        self, columns: Sequence[str], config: DataConfig, rows: Sequence[Row] = ()
+    def get_format(
+        self, column_names: Sequence[str], config: DataConfig, rows: Sequence[Row] = ()
     ) -> Format:
-        """Find the format of `columns`; the reward functions may use all other columns."""
-        return replace(BaseTask.find_format(self, columns, config, rows), unused=())
+        """Returns the format of a table; the reward functions may use all other columns."""
+        return replace(BaseTask.get_format(self, column_names, config, rows), unused=())
 
-    def read_columns(
+    def update_format(
         self, format_: Format, table: Table, config: DataConfig
     ) -> tuple[Format, list[Choice]]:
-        """Returns the format unchanged."""
         return format_, []
 
     def encode(self, encoder: Encoder, examples: Sequence[Any], table: Table) -> FittedRows:
@@ -101,7 +97,7 @@ class RlTask(TextTask):
         encode = RlPromptEncoder(encoder.tokenizer, encoder.prompt_format, most)
         return encoder.fit(encoder.collect(encode, examples), table)
 
-    def describe_rows(self, loaded: LoadedExamples, facts: Mapping[str, Any]) -> list[Choice]:
+    def describe_rows(self, loaded: LoadedData, data_info: Mapping[str, Any]) -> list[Choice]:
         """Returns a line with the number of prompt tokens."""
         settings = self.settings
         low, high = settings.clip
@@ -116,14 +112,13 @@ class RlTask(TextTask):
             f"{settings.max_completion_length:,} tokens a prompt"
         )
         return [
-            Choice("tokens", f"{facts['tokens']:,} in prompts"),
+            Choice("tokens", f"{data_info['tokens']:,} in prompts"),
             Choice("loss", settings.loss, ", ".join(parts)),
             Choice("rollouts", sampled, f"temperature {settings.temperature:g}"),
         ]
 
 
 def _absolute(spec: RewardSpec) -> str:
-    """Returns a reward as the user wrote it, but with the absolute path of its file."""
     if spec.kind != "function":
         return spec.text
     return f"{Path(spec.name).resolve()}:{spec.argument}={spec.weight:g}"

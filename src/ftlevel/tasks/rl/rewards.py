@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 from ftlevel.config.rl import RewardSpec, RlConfig
 from ftlevel.errors import ConfigError, RunError, did_you_mean, join_names
-from ftlevel.rewards import NEEDS_ANSWER
+from ftlevel.rewards import REFERENCE_REWARDS
 
 START_SECONDS = 300.0
 """Time limit for starting the worker and importing the files of reward functions."""
@@ -78,9 +78,7 @@ class Rewards:
         """Returns the rewards of `settings`; imports the functions' files, but loads no weights.
 
         `open_model` resolves reward models. `opens_think`: whether prompts end with `<think>`.
-
-        Raises:
-            ConfigError: a reward does not exist or cannot be used.
+        Raises `ConfigError` if a reward does not exist or cannot be used.
         """
         specs = settings.rewards
         models: dict[int, RewardModel] = {}
@@ -92,11 +90,11 @@ class Rewards:
         return cls(settings, specs, models, opens_think=opens_think)
 
     def check_columns(self, columns: Iterable[str]) -> None:
-        """Raise ConfigError if a reward needs a column that the rows do not have."""
+        """Raise `ConfigError` if a reward needs a column that the rows do not have."""
         there = list(columns)
         problems = []
         for spec, needs in zip(self.specs, self._needs, strict=True):
-            is_compared = spec.kind == "builtin" and spec.name in NEEDS_ANSWER
+            is_compared = spec.kind == "builtin" and spec.name in REFERENCE_REWARDS
             for name in ["answer"] if is_compared else needs:
                 if name not in there:
                     advice = (
@@ -112,10 +110,7 @@ class Rewards:
             raise ConfigError(problems)
 
     def check_answers(self, answers: Sequence[Any], where: Callable[[int], str]) -> None:
-        """Raise ConfigError for an answer that a built-in reward cannot use.
-
-        `answers` has one per row, or None; `where` returns the location of a row by its index.
-        """
+        """Raise `ConfigError` for an answer (one per row) that a built-in reward cannot use."""
         found = self._ask({"do": "check", "answers": list(answers)}, START_SECONDS)
         if found is None:
             raise ConfigError("the answers could not be checked: the reward process ended.")
@@ -204,7 +199,6 @@ class Rewards:
         batch: Mapping[str, Any],
         where: Sequence[str],
     ) -> None:
-        """Count the `failed` completions of reward `at`, or raise `RewardError` for the first."""
         name = self.names[at]
         if self._settings.on_reward_error == "zero":
             self.failures[name] += len(failed)
@@ -218,7 +212,6 @@ class Rewards:
         )
 
     def _start(self) -> list[dict[str, Any]]:
-        """Start the worker and load the rewards; return the signatures of their functions."""
         self._reason = ""
         self._worker = subprocess.Popen(
             [sys.executable, "-m", "ftlevel.rewards.worker"],
@@ -271,7 +264,6 @@ def _shown(value: Any) -> str:
 
 
 def _fingerprint(specs: Sequence[RewardSpec], models: Mapping[int, RewardModel]) -> str:
-    """Returns a hash of the rewards, the files they read, and their models."""
     digest = hashlib.sha256()
     for at, spec in enumerate(specs):
         digest.update(spec.text.encode())

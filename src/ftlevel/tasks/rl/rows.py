@@ -14,7 +14,7 @@ from typing import Any
 
 from ftlevel.data.encoding.encode import IGNORED, Encoded, PromptFormat, RowError
 from ftlevel.data.formats.detect import FormatSpec, RoleValues
-from ftlevel.data.formats.examples import Conversation, ExampleParts, build_query_turns
+from ftlevel.data.formats.examples import Conversation, ExampleContent, create_query_conversation
 from ftlevel.errors import InputError
 from ftlevel.tasks.text import encode_query
 
@@ -54,10 +54,10 @@ TokenLogps = Callable[[Sequence[CompletionRow]], list[list[float]]]
 """Rows → log-probabilities of their completions' tokens."""
 
 
-def build_completion_row(
+def create_completion_row(
     prompt: list[int], completion: list[int], row: int, number: int, values: Sequence[Signal]
 ) -> CompletionRow:
-    """Build the row of completion `number` of a prompt; `values` has a `Signal` for each token."""
+    """Create the row of completion `number` of a prompt; `values` has a `Signal` for each token."""
     labels = [IGNORED] * len(prompt) + completion
     return CompletionRow(prompt + completion, labels, row, {}, len(prompt), number, tuple(values))
 
@@ -67,13 +67,13 @@ STAND_IN_TOKENS = 8
 
 
 def stand_in_completions(
-    prompt: list[int], row: int, count: int = STAND_INS, tokens: int = STAND_IN_TOKENS
+    prompt: list[int], row: int, num_completions: int = STAND_INS, tokens: int = STAND_IN_TOKENS
 ) -> Iterator[CompletionRow]:
     """Yields made-up completions of `prompt` with advantages of alternating sign."""
-    for number in range(count):
+    for number in range(num_completions):
         ids = [prompt[(7 * at + 3 * number) % len(prompt)] for at in range(tokens)]
         signal = (1.0 - 2 * (number % 2), 1 / tokens, UNKNOWN, UNKNOWN, UNKNOWN)
-        yield build_completion_row(prompt, ids, row, number, [signal] * len(ids))
+        yield create_completion_row(prompt, ids, row, number, [signal] * len(ids))
 
 
 ANSWER = "answer"
@@ -89,20 +89,18 @@ class PromptExample:
 
     @property
     def row(self) -> int:
-        """Index in the table."""
         return self.query.row
 
     @property
     def key_text(self) -> str:
-        """Text that identifies the example in duplicate checks."""
         return f"{self.query.key_text}\0{self.columns.get(ANSWER)}"
 
     @property
-    def parts(self) -> ExampleParts:
+    def content(self) -> ExampleContent:
         """The prompt, and the answer that completions are compared with, for duplicate checks."""
-        asked = "\n".join(m.content for m in self.query.messages if m.role != "system")
+        input_text = "\n".join(m.content for m in self.query.messages if m.role != "system")
         before = f"{self.query.key_text}\0{self.query.tools or ''}"
-        return ExampleParts(asked, "", before, str(self.columns.get(ANSWER, "")))
+        return ExampleContent(input_text, "", before, str(self.columns.get(ANSWER, "")))
 
     @property
     def prompt(self) -> str | list[dict[str, Any]]:
@@ -129,7 +127,7 @@ class PromptRow(Encoded):
         return len(self.input_ids) + self.most
 
     @property
-    def branches(self) -> Sequence[Encoded]:
+    def sequences(self) -> Sequence[Encoded]:
         """The prompt with made-up completions, for checks and memory estimates before sampling."""
         return [
             Encoded(row.input_ids, row.labels, row.row)
@@ -138,13 +136,11 @@ class PromptRow(Encoded):
 
     @property
     def signals(self) -> Any:
-        """The signals of the made-up completions' tokens."""
         rows = stand_in_completions(self.input_ids, self.row)
         return [signal for row in rows for signal in row.values]
 
     @property
     def prompt(self) -> str | list[dict[str, Any]]:
-        """The prompt as reward functions get it: a text, or messages."""
         prompt: str | list[dict[str, Any]] = json.loads(self.facts_json)["prompt"]
         return prompt
 
@@ -172,8 +168,8 @@ class RlPromptEncoder:
             ids = encode_query(self.tokenizer, self.prompt_format, example.query)
         except InputError as error:
             raise RowError(example.row, str(error)) from error
-        facts = {"prompt": example.prompt, "columns": example.columns}
-        text = json.dumps(facts, default=str)
+        context = {"prompt": example.prompt, "columns": example.columns}
+        text = json.dumps(context, default=str)
         return PromptRow(ids, [IGNORED] * len(ids), example.row, {}, text, self.most)
 
 
@@ -181,20 +177,20 @@ _NAMED = ("prompt", "completion", "completion_ids", "messages")
 """Columns that reward functions get under other names, or not at all."""
 
 
-def build_prompt(roles: RoleValues) -> PromptExample:
-    """Build the example of a row: its prompt and columns."""
-    columns = {name: value for name, value in roles.row.items() if name not in _NAMED}
-    if (answer := _answer(roles)) is not None:
+def create_prompt(values: RoleValues) -> PromptExample:
+    """Create the example of a row: its prompt and columns."""
+    columns = {name: value for name, value in values.row.items() if name not in _NAMED}
+    if (answer := _answer(values)) is not None:
         columns[ANSWER] = answer
-    is_chat = any(isinstance(roles.get(role), list) for role in ("prompt", *_TALKS))
-    return PromptExample(build_query_turns(roles), columns, is_chat)
+    is_chat = any(isinstance(values.get(role), list) for role in ("prompt", *_TALKS))
+    return PromptExample(create_query_conversation(values), columns, is_chat)
 
 
-def _answer(roles: RoleValues) -> Any:
+def _answer(values: RoleValues) -> Any:
     """Returns the answer: its column, or verl's `reward_model.ground_truth`; None without one."""
-    if ANSWER in roles:
-        return roles.get(ANSWER)
-    told = roles.row.get("reward_model")
+    if ANSWER in values:
+        return values.get(ANSWER)
+    told = values.row.get("reward_model")
     return told.get("ground_truth") if isinstance(told, dict) else None
 
 
@@ -209,16 +205,16 @@ _TURNS = ("role", "content", "user", "assistant")
 PROMPT_SHAPES = (
     FormatSpec(
         "prompt",
-        build_prompt,
+        create_prompt,
         {"prompt": ("prompt", "question", "problem", "query")},
         _MORE,
         True,
         _TURNS,
     ),
-    FormatSpec("messages", build_prompt, {"messages": _TALKS}, _MORE, False, _TURNS),
+    FormatSpec("messages", create_prompt, {"messages": _TALKS}, _MORE, False, _TURNS),
     FormatSpec(
         "instruction",
-        build_prompt,
+        create_prompt,
         {"instruction": ("instruction",)},
         {"input": ("input", "context"), **_MORE},
         False,

@@ -230,7 +230,7 @@ def synthesize_rows(data: DataConfig, count: int) -> Callable[[BaseTask, str, An
             "target_language": None,
             "tokens": tokens,
             "supervised": sum(row.supervised for row in rows),
-            **task.synthetic_facts,
+            **task.synthetic_info,
         }
         table = Table(rows=[], lines=[], source="imagined rows", unit="row")
         reason = "no --dataset: all as long as --max-length"

@@ -284,7 +284,7 @@ class Operations:
 
 def count_operations(run: Run, *, recomputes: bool) -> Operations:
     """Returns the FLOPs per token of a training step of `run`."""
-    text, facts = run.model.config.get_text_config(), run.data.facts
+    text, facts = run.model.config.get_text_config(), run.data.info
     width = getattr(text, "hidden_size", 0) or 0
     layers = getattr(text, "num_hidden_layers", 0) or 0
     vocabulary = run.model.vocabulary * width
@@ -305,7 +305,7 @@ def estimate_time(run: Run, card: Gpu) -> TimeForecast | None:
     """Estimate the time on `card`; None if its speed is unknown."""
     if not card.tflops:
         return None
-    tokens = run.data.facts["tokens"]
+    tokens = run.data.info["tokens"]
     operations = count_operations(run, recomputes=run.config.train.recomputes).total
     if (size := RolloutSize.of(run)) is not None:
         return _estimate_rl_time(run, card, size, operations)
@@ -387,7 +387,7 @@ def measure_time(run: Run) -> TimeForecast:
                 tokens += sum(len(row.input_ids) for row in rows)
     speed = tokens / elapsed
     if run.data.stream is None:
-        seconds = run.data.facts["tokens"] / speed
+        seconds = run.data.info["tokens"] / speed
     else:
         seconds = elapsed / (PROBED - 1) * run.schedule.steps
     share = sampling / elapsed if isinstance(trainer, RlTrainer) else None

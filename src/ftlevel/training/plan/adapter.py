@@ -118,7 +118,7 @@ def _task_settings(
     """Returns the adapter's task settings by section; settings in `values` take precedence."""
     if "task" not in values:
         return {}
-    result = TASKS[values["task"]].settings_of_adapter(directory, options)
+    result = TASKS[values["task"]].inherited_config(directory, options)
     return {name: {**settings, **values.get(name, {})} for name, settings in result.items()}
 
 
@@ -259,7 +259,7 @@ def check_adapter_matches(adapter: StartingAdapter, run: Run) -> None:
     """Raise ConfigError if settings or tensors of an adapter differ from those the run builds."""
     method, spec = METHODS[run.config.method.kind], run.config.method
     meta = build_task_model(run.model.config, run.model.auto_class)
-    problem, options = run.data.facts["problem_type"], adapter.card and adapter.card.options
+    problem, options = run.data.info["problem_type"], adapter.card and adapter.card.options
     if options and options.get("problem_type", problem) != problem:
         raise ConfigError(
             f"--adapter {adapter.name} was trained for {options['problem_type']}, and these rows "
@@ -291,7 +291,7 @@ def check_adapter_matches(adapter: StartingAdapter, run: Run) -> None:
 
 def find_adapter_warnings(adapter: StartingAdapter, run: Run) -> list[str]:
     """Find warnings about unknown class names, or a prompt format unlike the adapter's."""
-    labels = run.data.facts["labels"]
+    labels = run.data.info["labels"]
     if adapter.card is None and labels and not run.config.data.labels:
         return [
             f"--adapter {adapter.name} keeps no names of its classes: its head's are taken for "

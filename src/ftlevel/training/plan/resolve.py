@@ -26,7 +26,7 @@ from ftlevel.config.rl import RL_RATE, RL_TASK
 from ftlevel.config.section import Choice
 from ftlevel.data.encoding.chat import set_chat_template
 from ftlevel.data.encoding.collate import ensure_pad_token, separate_pad_from_eos
-from ftlevel.data.encoding.encode import PROMPT_VERSION, read_format
+from ftlevel.data.encoding.encode import PROMPT_VERSION, load_prompt_format
 from ftlevel.data.prepare.dataset import prepare_data
 from ftlevel.data.prepare.encoder import EncodingContext, PreparedData, Progress, ignore_progress
 from ftlevel.data.sources.lines import CHUNK_ROWS
@@ -52,7 +52,7 @@ from ftlevel.models.sources import ModelSource, check_revision, resolve_source
 from ftlevel.models.upstream.libraries import find_old_libraries
 from ftlevel.objectives import Objective, PolicyObjective
 from ftlevel.tasks import TASKS, BaseTask
-from ftlevel.tasks.losses import Tokens, build_distillation
+from ftlevel.tasks.losses import Tokens, create_distillation_objective
 from ftlevel.training.best import Length, resolve_best_model
 from ftlevel.training.plan.adapter import check_adapter_matches
 from ftlevel.training.plan.method import (
@@ -147,7 +147,7 @@ def resolve(
     if synthetic.rows is not None:
         data = synthetic.rows(task, base.kind, base.config)
     else:
-        prompt = read_format(adapter.card) if adapter and adapter.card else None
+        prompt = load_prompt_format(adapter.card) if adapter and adapter.card else None
         version = prompt_version or (prompt.version if prompt else PROMPT_VERSION)
         memory_device = "cpu" if synthetic.device else device
         bounds = find_bounds(method, quant, train, base.config, memory_device, dtype)
@@ -156,7 +156,7 @@ def resolve(
             task, base.kind, base.tokenizer, vocabulary, bounds, train.seed, lenient, version
         )
         data = prepare_data(config.data, context, progress)
-    model_config = _task_config(base.source, data.facts, base.tokenizer, task)
+    model_config = _task_config(base.source, data.info, base.tokenizer, task)
     layers = _disable_layerdrop(model_config)
     if not task.uses_dropout:
         layers += _disable_dropout(model_config)
@@ -164,15 +164,15 @@ def resolve(
     _check_checkpointing(train, meta, device)
     model = _plan_model(base, model_config, meta, task, continues=adapter is not None)
     targets = find_method_targets(method, meta, base.source.name, quant)
-    objective = task.build_objective(base.kind, data.facts)
+    objective = task.create_objective(base.kind, data.info)
     if config.distillation.teacher is not None and isinstance(objective, Tokens):
-        objective = build_distillation(objective, config.distillation)
+        objective = create_distillation_objective(objective, config.distillation)
     generates = should_generate(train.predict_with_generate, task)
     check_metrics(
         train.metrics, task, objective, generates=generates, how="--predict-with-generate"
     )
     loss, loss_choices = choose_loss(
-        train, config.distillation, config.task, objective, data.facts["labels"], data.train
+        train, config.distillation, config.task, objective, data.info["labels"], data.train
     )
     epoch_rows = rows_per_epoch(config.train, config.steps_per_rollout, data)
     steps = count_steps(train, epoch_rows)
@@ -299,7 +299,7 @@ def _plan_model(
         new_modules=new_modules,
         new_heads=[] if continues else find_new_heads(meta, base.source, heads),
         total_parameters=sum(p.numel() for p in meta.parameters()),
-        unused=task.find_unused(meta),
+        unused=task.get_unused_modules(meta),
     )
 
 
@@ -404,7 +404,7 @@ def infer_task(config: TrainConfig) -> tuple[TrainConfig, str]:
     refusals: dict[str, InputError] = {}
     for name, section in ((n, s) for s in (by_name, data) for n in _ENCODER_TASKS):
         try:
-            format_ = TASKS[name].find_format(table.columns, section, table.rows[:CHUNK_ROWS])
+            format_ = TASKS[name].get_format(table.column_names, section, table.rows[:CHUNK_ROWS])
         except InputError as error:
             refusals[name] = error
             continue
@@ -413,7 +413,7 @@ def infer_task(config: TrainConfig) -> tuple[TrainConfig, str]:
         )
         return config.with_sections(task=name), reason
     try:
-        TASKS[config.task].find_format(table.columns, data, table.rows[:CHUNK_ROWS])
+        TASKS[config.task].get_format(table.column_names, data, table.rows[:CHUNK_ROWS])
     except InputError:
         raise InputError(
             f"--model {model.name_or_path} is an encoder, and the columns match none of its "

@@ -216,7 +216,7 @@ def method_choices(
 
 def head_choices(task: BaseTask, heads: list[str]) -> list[Choice]:
     """Returns the line that lists the heads trained in full; empty without heads."""
-    return [Choice("heads", ", ".join(heads), task.heads_reason)] if heads else []
+    return [Choice("heads", ", ".join(heads), task.head_message)] if heads else []
 
 
 def size_choices(run: Run, *, try_method: bool) -> list[Choice]:

@@ -138,7 +138,7 @@ def check_schedule(config: TrainerConfig, rate: float, steps: int, validation_ro
         raise ConfigError(problems)
 
 
-def find_warnings(
+def get_warnings(
     config: TrainerConfig, rows: int, validation_rows: int, *, new_head: bool = True
 ) -> list[str]:
     """Find warnings about settings that have no effect or do not suit the length of the run."""

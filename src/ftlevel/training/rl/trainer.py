@@ -24,7 +24,7 @@ from ftlevel.evaluation.rollouts import Group, Rollouts, compute_token_logps
 from ftlevel.fast.step_collator import StepCollator
 from ftlevel.tasks.rl.losses import PolicyLoss
 from ftlevel.tasks.rl.objective import PolicyGradient, reward_names
-from ftlevel.tasks.rl.rows import CompletionRow, build_completion_row, stand_in_completions
+from ftlevel.tasks.rl.rows import CompletionRow, create_completion_row, stand_in_completions
 from ftlevel.training.rl.step import (
     GroupStatistics,
     Rollout,
@@ -333,7 +333,7 @@ class RlTrainer(FtlevelTrainer):
             return
         state: Mapping[str, Any] = torch.load(path, weights_only=True)
         rows = [
-            build_completion_row(ids[:prompt], ids[prompt:], row, number, values)
+            create_completion_row(ids[:prompt], ids[prompt:], row, number, values)
             for ids, prompt, row, number, values in state["rows"]
         ]
         self._block = Rollout(rows, [], dict(state["metrics"]))

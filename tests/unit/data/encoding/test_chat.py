@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import published_chat_templates as published
 from ftlevel.data.encoding.chat import (
     MARKERS,
-    find_end_of_turn_id,
+    get_end_of_turn_id,
     render,
     render_chat,
     set_chat_template,
@@ -137,7 +137,7 @@ def test_a_template_that_ends_in_a_space(family: str) -> None:
 
 def test_generation_stops_at_the_end_of_a_turn(family: tuple[str, Any]) -> None:
     name, tokenizer = family
-    assert find_end_of_turn_id(tokenizer) == tokenizer.convert_tokens_to_ids(END[name])
+    assert get_end_of_turn_id(tokenizer) == tokenizer.convert_tokens_to_ids(END[name])
 
 
 def test_a_call_of_a_tool_is_learned_and_its_answer_is_not() -> None:

@@ -17,7 +17,7 @@ from ftlevel.data.encoding.fit import (
     fit_rows,
     fit_targets,
 )
-from ftlevel.data.gate.checks import FlatRows, find_missing_eos
+from ftlevel.data.gate.checks import FlatRows, has_missing_eos
 from ftlevel.errors import InputError
 
 EOS = 2
@@ -170,7 +170,7 @@ def test_the_end_of_a_split_text_is_learned_where_it_is_alone() -> None:
     assert [row.input_ids for row in fitted.rows] == [
         [10, 11, 12, 13], [14, 15, 16, 17], [17, EOS]]  # fmt: skip
     assert fitted.rows[-1].labels == [IGNORED, EOS]
-    assert not find_missing_eos(FlatRows.of(fitted.rows), {EOS}).any()
+    assert not has_missing_eos(FlatRows.of(fitted.rows), {EOS}).any()
 
 
 def test_a_pair_is_not_split() -> None:

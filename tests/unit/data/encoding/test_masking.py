@@ -16,7 +16,7 @@ TEXT = "the argument parser reads a module and returns the value of a string obj
 def masked(share: float = 0.15, seed: int = 1, texts: int = 40) -> tuple[MaskedRows, Any]:
     tokenizer = build_tokenizer("bert", None)
     rows = encode_masked(tokenizer, [PlainText(TEXT, i) for i in range(texts)], None)
-    return MaskedRows(rows, tokenizer, share=share, seed=seed), tokenizer
+    return MaskedRows(rows, tokenizer, ratio=share, seed=seed), tokenizer
 
 
 def test_long_texts_become_blocks() -> None:
@@ -72,7 +72,7 @@ def test_shares_are_those_of_bert() -> None:
 def test_a_short_text_has_one_target() -> None:
     tokenizer = build_tokenizer("bert", None)
     rows = MaskedRows(
-        encode_masked(tokenizer, [PlainText("a", 0)], None), tokenizer, share=0.15, seed=0
+        encode_masked(tokenizer, [PlainText("a", 0)], None), tokenizer, ratio=0.15, seed=0
     )
     assert rows[0].supervised == 1
 

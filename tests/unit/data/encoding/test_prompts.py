@@ -16,7 +16,7 @@ from ftlevel.data.encoding.encode import (
     choose_format,
     encode_causal,
     encode_prompt,
-    read_format,
+    load_prompt_format,
 )
 from ftlevel.data.formats.examples import PlainText, SourceTarget
 from ftlevel.errors import InputError
@@ -145,7 +145,7 @@ def test_a_card_without_a_version(
         (tmp_path / SUMMARY).write_text(json.dumps({"data": {"format": shown}}))
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "adapter_model.safetensors").touch()
-    form = read_format(write_old_card(tmp_path / "adapter", **fields))
+    form = load_prompt_format(write_old_card(tmp_path / "adapter", **fields))
     assert form == PromptFormat("plain", separator=separator, version=1)
 
 
@@ -153,14 +153,14 @@ def test_a_card_without_a_version(
 def test_a_format_is_read_as_it_was_written(kind: Any, tmp_path: Path) -> None:
     form = PromptFormat(kind, "Do it.", separator="\n" if kind == "plain" else "")
     assert ("version" in form.to_dict()) == (kind == "plain")
-    assert read_format(write_old_card(tmp_path, prompt=form.to_dict())) == form
+    assert load_prompt_format(write_old_card(tmp_path, prompt=form.to_dict())) == form
 
 
 def test_a_format_of_a_later_version_is_refused(tmp_path: Path) -> None:
     for more in ({"version": 3}, {"version": 2, "suffix": "x"}):
         card = write_old_card(tmp_path, prompt={**OLD_CARD["prompt"], **more})
         with pytest.raises(InputError, match=r"a later ftlevel lays out. Install that version"):
-            read_format(card)
+            load_prompt_format(card)
     with pytest.raises(InputError, match="is not the card of an adapter"):
         write_old_card(tmp_path, prompt=["plain"])
 

@@ -7,11 +7,11 @@ import pytest
 from ftlevel.data.encoding.spans import (
     TaggedRow,
     encode_tagged,
-    find_invalid_bio_tags,
     first_tokens,
+    get_invalid_bio_tags,
 )
 from ftlevel.data.formats.examples import TaggedTokens
-from ftlevel.data.formats.labels import LabelSet, build_label_set
+from ftlevel.data.formats.labels import LabelSet, create_label_set
 from ftlevel.data.sources.table import Table
 from tiny_models import FAMILIES
 from tiny_tokenizers import build_tokenizer
@@ -63,7 +63,7 @@ def test_orphans_are_named() -> None:
     examples, table = tagged(
         ["O", "B-LOC", "I-LOC"], ["I-LOC", "O"], ["O", "O", "I-LOC"], ["B-LOC", "O", "O"]
     )
-    found = find_invalid_bio_tags(examples, NAMES, table)
+    found = get_invalid_bio_tags(examples, NAMES, table)
     assert [(bad.line, bad.reason) for bad in found] == [
         (2, "tag 1, 'I-LOC', begins the row; in BIO an entity begins with 'B-LOC'"),
         (3, "tag 3, 'I-LOC', follows 'O'; in BIO an entity begins with 'B-LOC'"),
@@ -72,7 +72,7 @@ def test_orphans_are_named() -> None:
 
 def test_numbers_are_read_by_name() -> None:
     examples, table = tagged([2, 0, 1], [1, 2])
-    assert [bad.line for bad in find_invalid_bio_tags(examples, NAMES, table)] == [2]
+    assert [bad.line for bad in get_invalid_bio_tags(examples, NAMES, table)] == [2]
 
 
 @pytest.mark.parametrize(
@@ -86,9 +86,9 @@ def test_numbers_are_read_by_name() -> None:
 def test_other_schemes_pass(rows: tuple[list[str], ...]) -> None:
     examples, table = tagged(*rows)
     names = sorted({tag for row in rows for tag in row})
-    assert find_invalid_bio_tags(examples, names, table) == []
+    assert get_invalid_bio_tags(examples, names, table) == []
 
 
 def test_tags_are_classes() -> None:
     examples, table = tagged(["O", "B-LOC", "B-LOC"], ["I-LOC"])
-    assert build_label_set(examples, table, "tags") == LabelSet(NAMES)
+    assert create_label_set(examples, table, "tags") == LabelSet(NAMES)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 import published_chat_templates as published
-from ftlevel.data.encoding.chat import find_turn_layout, render
+from ftlevel.data.encoding.chat import get_chat_layout, render
 from tiny_tokenizers import CHATML, build_tokenizer
 
 LOOP = "{% for message in messages %}"
@@ -47,7 +47,7 @@ def with_template(template: str | None, family: str = "qwen2") -> Any:
     ],
 )
 def test_a_layout_gives_what_the_template_gives(tokenizer: Any, has_system: bool) -> None:
-    layout = find_turn_layout(tokenizer)
+    layout = get_chat_layout(tokenizer)
     assert layout is not None
     assert ("system" in layout.around) is has_system
     for talk in (TALK[:1], TALK, [SYSTEM, *TALK] if has_system else TALK):
@@ -55,7 +55,7 @@ def test_a_layout_gives_what_the_template_gives(tokenizer: Any, has_system: bool
 
 
 def test_a_default_system_text_opens() -> None:
-    layout = find_turn_layout(with_template(DEFAULT_SYSTEM))
+    layout = get_chat_layout(with_template(DEFAULT_SYSTEM))
     assert layout is not None
     assert layout.opening == "<|im_start|>system\nBe kind.<|im_end|>\n"
     assert layout.around["user"] == ("<|im_start|>user\n", "<|im_end|>\n")
@@ -63,7 +63,7 @@ def test_a_default_system_text_opens() -> None:
 
 
 def test_a_token_is_not_cut_where_two_end_alike() -> None:
-    layout = find_turn_layout(published.build("mistral"))  # <s>[INST] and </s>[INST]
+    layout = get_chat_layout(published.build("mistral"))  # <s>[INST] and </s>[INST]
     assert layout is not None
     assert layout.opening == "<s>"
     assert layout.around == {"user": ("[INST] ", "[/INST]"), "assistant": (" ", "</s>")}
@@ -71,4 +71,4 @@ def test_a_token_is_not_cut_where_two_end_alike() -> None:
 
 @pytest.mark.parametrize("template", [COUNTED, SHOUTED])
 def test_what_is_more_than_fixed_texts_has_none(template: str) -> None:
-    assert find_turn_layout(with_template(template)) is None
+    assert get_chat_layout(with_template(template)) is None

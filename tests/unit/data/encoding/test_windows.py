@@ -5,7 +5,7 @@ from itertools import pairwise
 import pytest
 
 from ftlevel.data.encoding.encode import Encoded
-from ftlevel.data.encoding.spans import Window, encode_questions, find_span
+from ftlevel.data.encoding.spans import Window, encode_questions, get_span
 from ftlevel.data.formats.examples import Question
 from ftlevel.errors import InputError
 from tiny_models import FAMILIES
@@ -72,10 +72,10 @@ def test_windows_overlap_and_cover_the_context(family: str) -> None:
 
 def test_spans_by_hand() -> None:
     offsets = ((0, 3), (3, 7), (8, 9))
-    assert find_span(offsets, 4, 7) == (1, 1)  # the token covers the space before its word
-    assert find_span(offsets, 0, 9) == (0, 2)
-    assert find_span(offsets, 8, 10) is None
-    assert find_span(((5, 9),), 2, 7) is None
+    assert get_span(offsets, 4, 7) == (1, 1)  # the token covers the space before its word
+    assert get_span(offsets, 0, 9) == (0, 2)
+    assert get_span(offsets, 8, 10) is None
+    assert get_span(((5, 9),), 2, 7) is None
 
 
 def test_no_answer_points_to_the_first_token() -> None:

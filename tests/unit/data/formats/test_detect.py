@@ -15,12 +15,12 @@ from ftlevel.tasks import TASKS
 
 GENERATION = "messages, conversations, prompt + completion, instruction + output, text"
 BUILDS = {
-    "conversation": examples.build_conversation,
-    "text": examples.build_plain,
-    "pair": examples.build_pair,
-    "labelled": examples.build_labeled_text,
-    "tagged": examples.build_tagged,
-    "question": examples.build_question,
+    "conversation": examples.create_conversation,
+    "text": examples.create_plain_text,
+    "pair": examples.create_pair,
+    "labelled": examples.create_labeled_text,
+    "tagged": examples.create_tagged_tokens,
+    "question": examples.create_question,
 }
 
 
@@ -31,7 +31,7 @@ def detect(
     name: str | None = None,
 ) -> Format:
     """Ask the task what it makes of `columns`, as every command does."""
-    return TASKS[task].find_format(columns, DataConfig(columns=mapping or {}, format=name))
+    return TASKS[task].get_format(columns, DataConfig(columns=mapping or {}, format=name))
 
 
 @pytest.mark.parametrize(
@@ -303,7 +303,7 @@ def test_advice_goes_by_what_rows_hold(
     task: str, rows: list[dict[str, object]], flags: str
 ) -> None:
     with pytest.raises(InputError) as caught:
-        TASKS[task].find_format(list(rows[0]), DataConfig(), rows)
+        TASKS[task].get_format(list(rows[0]), DataConfig(), rows)
     assert flags in str(caught.value)
     assert "ID" not in str(caught.value).partition("Say which is which")[2]
 
@@ -360,7 +360,7 @@ LANGUAGES = [{"translation": {"en": "a", "es": "b"}}]
 def test_languages_are_columns(
     rows: list[dict[str, object]], given: dict[str, object], columns: tuple[str, str]
 ) -> None:
-    found = TASKS["translation"].find_format(list(rows[0]), DataConfig(**given), rows)
+    found = TASKS["translation"].get_format(list(rows[0]), DataConfig(**given), rows)
     assert (found.columns["source"], found.columns["target"]) == columns
 
 
@@ -378,7 +378,7 @@ def test_languages_that_are_not_told(
     columns: list[str], given: dict[str, object], message: str
 ) -> None:
     with pytest.raises(InputError) as caught:
-        TASKS["translation"].find_format(columns, DataConfig(**given))
+        TASKS["translation"].get_format(columns, DataConfig(**given))
     assert message in str(caught.value)
 
 
@@ -394,7 +394,7 @@ def test_languages_that_are_not_told(
 )  # fmt: skip
 def test_of_preferences_the_chosen_can_be_learned(row: dict[str, object], flags: str) -> None:
     with pytest.raises(InputError) as caught:
-        TASKS["text-generation"].find_format(list(row), DataConfig(), [row])
+        TASKS["text-generation"].get_format(list(row), DataConfig(), [row])
     assert str(caught.value).endswith(f"or train on the chosen answers only: {flags}")
 
 
@@ -404,7 +404,7 @@ def test_names_of_columns_that_are_whole_rows_are_cut() -> None:
         "billing and everything else " * 9,
     ]
     with pytest.raises(InputError) as caught:
-        TASKS["text-classification"].find_format(columns, DataConfig())
+        TASKS["text-classification"].get_format(columns, DataConfig())
     message = str(caught.value)
     assert (
         "Columns: 'I ordered it a week ago and it is st…', 'billing and everything else billing …'."
@@ -412,8 +412,8 @@ def test_names_of_columns_that_are_whole_rows_are_cut() -> None:
     )
     assert "--map text=1 --map label=2" in message or "--map text=2 --map label=1" in message
     with pytest.raises(InputError, match=r"Columns: 'I ordered it a week ago and it is st…', "):
-        TASKS["text-classification"].find_format(columns, DataConfig(columns={"text": "none"}))
-    known = TASKS["text-classification"].find_format(
+        TASKS["text-classification"].get_format(columns, DataConfig(columns={"text": "none"}))
+    known = TASKS["text-classification"].get_format(
         columns, DataConfig(columns={"text": "1", "label": "2"})
     )
     assert "text from 'I ordered it a week ago and it is st…'" in known.description

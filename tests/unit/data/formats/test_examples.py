@@ -35,7 +35,9 @@ def table_of(*rows: dict[str, Any]) -> Table:
 
 def convert(task: str, *rows: dict[str, Any], **mapping: str) -> list[Example]:
     table = table_of(*rows)
-    return to_examples(table, TASKS[task].find_format(table.columns, DataConfig(columns=mapping)))
+    return to_examples(
+        table, TASKS[task].get_format(table.column_names, DataConfig(columns=mapping))
+    )
 
 
 def talk(*turns: str) -> Conversation:
@@ -239,7 +241,7 @@ def test_unusable_row(task: str, row: dict[str, Any], reason: str) -> None:
 def test_unusable_rows_are_collected_or_dropped() -> None:
     texts = ["a", None, "", "b", *([""] * 5)]
     table = table_of(*({"text": text} for text in texts))
-    found = TASKS[GEN].find_format(["text"], DataConfig())
+    found = TASKS[GEN].get_format(["text"], DataConfig())
     with pytest.raises(InputError) as caught:
         to_examples(table, found)
     assert caught.value.problems == [
@@ -276,7 +278,7 @@ def test_labels_of_another_problem_type(label: Any, message: str) -> None:
 
 
 def test_a_split_that_lacks_a_column() -> None:
-    found = TASKS[CLS].find_format(["text", "label"], DataConfig())
+    found = TASKS[CLS].get_format(["text", "label"], DataConfig())
     with pytest.raises(InputError) as caught:
         to_examples(table_of({"text": "t", "class": 1}), found)
     assert str(caught.value) == (

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import pytest
 
 from ftlevel.data.formats.examples import LabeledText
-from ftlevel.data.formats.labels import LabelSet, build_label_set, check_labels
+from ftlevel.data.formats.labels import LabelSet, check_labels, create_label_set
 from ftlevel.data.sources.table import Table
 from ftlevel.errors import InputError
 
@@ -36,7 +36,7 @@ def make(labels: Labels, names: tuple[str, ...] = ()) -> tuple[list[LabeledText]
     ],
 )
 def test_names(labels: Labels, declared: tuple[str, ...], names: tuple[str, ...]) -> None:
-    found = build_label_set(*make(labels, declared), "label")
+    found = create_label_set(*make(labels, declared), "label")
     assert found == LabelSet(names)
     assert len(found) == len(names)
 
@@ -94,7 +94,7 @@ def test_ids() -> None:
 )
 def test_refused(labels: Labels, declared: tuple[str, ...], message: str) -> None:
     with pytest.raises(InputError) as caught:
-        build_label_set(*make(labels, declared), "label")
+        create_label_set(*make(labels, declared), "label")
     assert str(caught.value) == message
 
 

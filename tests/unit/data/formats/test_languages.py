@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from ftlevel.data.formats.columns import Language, find_language, parse_language
+from ftlevel.data.formats.columns import Language, get_language, parse_language
 
 GERMAN = Language("German", "de")
 
@@ -22,7 +22,7 @@ GERMAN = Language("German", "de")
     ],
 )
 def test_language_of_a_column(column: str, given: str | None, language: Language | None) -> None:
-    assert find_language("target", {"target": column}, given) == language
+    assert get_language("target", {"target": column}, given) == language
 
 
 def test_codes() -> None:

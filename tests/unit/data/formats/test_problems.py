@@ -6,8 +6,8 @@ import pytest
 
 from ftlevel.config import DataConfig
 from ftlevel.data.formats.detect import Format
-from ftlevel.data.formats.examples import LabeledText, build_labeled_text, to_examples
-from ftlevel.data.formats.labels import build_label_set, check_labels, choose_problem_type
+from ftlevel.data.formats.examples import LabeledText, create_labeled_text, to_examples
+from ftlevel.data.formats.labels import check_labels, choose_problem_type, create_label_set
 from ftlevel.data.sources.table import Table
 from ftlevel.errors import InputError
 from ftlevel.tasks import TASKS
@@ -25,8 +25,8 @@ def table(*labels: Any) -> Table:
 def convert(problem: Any, *labels: Any) -> list[Any]:
     columns = {"text": "text", "label": "label"}
     config = DataConfig(problem_type=problem)
-    shape = Format("text-classification", "", build_labeled_text, columns)
-    shape, _ = TASKS["text-classification"].read_columns(shape, table(*labels), config)
+    shape = Format("text-classification", "", create_labeled_text, columns)
+    shape, _ = TASKS["text-classification"].update_format(shape, table(*labels), config)
     return [e.label for e in to_examples(table(*labels), shape) if isinstance(e, LabeledText)]
 
 
@@ -81,7 +81,7 @@ def test_several_labels() -> None:
 def test_label_set_of_several() -> None:
     rows = table(["b", "a"], [], ["c"])
     examples = [LabeledText("t", None, tuple(row["label"]), i) for i, row in enumerate(rows.rows)]
-    labels = build_label_set(examples, rows, "label")
+    labels = create_label_set(examples, rows, "label")
     assert labels.names == ("a", "b", "c")
     with pytest.raises(InputError, match=r"x.jsonl:1: label 'd' .* is not a class of the training"):
         check_labels(labels, [LabeledText("t", None, ("a", "d"), 0)], rows)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from ftlevel.data.formats.examples import LabeledText, TaggedTokens
-from ftlevel.data.formats.labels import find_typos
+from ftlevel.data.formats.labels import get_label_typos
 
 
 def labelled(*labels: str | tuple[str, ...]) -> list[LabeledText]:
@@ -29,9 +29,9 @@ def labelled(*labels: str | tuple[str, ...]) -> list[LabeledText]:
     ],
 )
 def test_a_slip_in_a_rare_label_is_found(typo: str, name: str) -> None:
-    found = find_typos(labelled(*[name] * 10, typo, *["negative"] * 10, "neutral"))
+    found = get_label_typos(labelled(*[name] * 10, typo, *["negative"] * 10, "neutral"))
     assert [(v.label, v.name, v.rows) for v in found] == [(typo, name, (10,))]
-    assert not find_typos(labelled(*[name] * 4, typo))  # not rare
+    assert not get_label_typos(labelled(*[name] * 4, typo))  # not rare
 
 
 @pytest.mark.parametrize(
@@ -48,16 +48,16 @@ def test_a_slip_in_a_rare_label_is_found(typo: str, name: str) -> None:
 )  # fmt: skip
 def test_labels_that_are_alike_are_no_typos(labels: tuple[str, str]) -> None:
     for rare, often in (labels, labels[::-1]):
-        assert not find_typos(labelled(*[often] * 40, rare))
+        assert not get_label_typos(labelled(*[often] * 40, rare))
 
 
 def test_several_labels_a_row_and_tags_are_looked_at_and_known_names_are_right() -> None:
     some = labelled(*[("positive", "angry")] * 6, ("postive", "angry"))
-    assert [(v.label, v.rows) for v in find_typos(some)] == [("postive", (6,))]
+    assert [(v.label, v.rows) for v in get_label_typos(some)] == [("postive", (6,))]
     words = [TaggedTokens(("Ada", "x"), ("B-PERSON", "O"), i) for i in range(8)]
     words.append(TaggedTokens(("Ada", "x"), ("B-PRESON", "O"), 8))
-    assert [(v.label, v.name) for v in find_typos(words)] == [("B-PRESON", "B-PERSON")]
+    assert [(v.label, v.name) for v in get_label_typos(words)] == [("B-PRESON", "B-PERSON")]
     rare = labelled(*["positive"] * 9, "positives")
-    assert find_typos(rare)
-    assert not find_typos(rare, ("positive", "positives"))
-    assert [v.name for v in find_typos(labelled("postive"), ("positive",))] == ["positive"]
+    assert get_label_typos(rare)
+    assert not get_label_typos(rare, ("positive", "positives"))
+    assert [v.name for v in get_label_typos(labelled("postive"), ("positive",))] == ["positive"]

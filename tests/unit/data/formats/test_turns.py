@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from ftlevel.data.formats.turns import Message, UnusableRowError, parse_tools, parse_turns
+from ftlevel.data.formats.turns import Message, UnusableRowError, parse_tool_list, parse_turns
 
 CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
 CONTENT = "'content' of turn 1 of 'messages'"
@@ -72,10 +72,10 @@ def test_a_bad_turn(turn: dict[str, Any], reason: str, finding: str) -> None:
 
 
 def test_tools_are_a_list_or_the_json_of_one() -> None:
-    assert parse_tools([CALL], "tools") == (CALL,)
-    assert parse_tools('[{"name": "add"}]', "tools") == ({"name": "add"},)
-    assert parse_tools(None, "tools") == parse_tools("", "tools") == ()
+    assert parse_tool_list([CALL], "tools") == (CALL,)
+    assert parse_tool_list('[{"name": "add"}]', "tools") == ({"name": "add"},)
+    assert parse_tool_list(None, "tools") == parse_tool_list("", "tools") == ()
     with pytest.raises(
         UnusableRowError, match="'tools' is a number, where a list of tools is expected"
     ):
-        parse_tools(3, "tools")
+        parse_tool_list(3, "tools")

@@ -17,7 +17,7 @@ TEXT = "In New York, Ada-Lovelace é."
 
 def tagged(row: dict[str, Any]) -> Any:
     table = Table([row], [3], "x.jsonl")
-    shape = TASKS["token-classification"].find_format(table.columns, DataConfig(), table.rows)
+    shape = TASKS["token-classification"].get_format(table.column_names, DataConfig(), table.rows)
     (example,) = to_examples(table, shape)
     return dict(zip(example.tokens, example.tags, strict=True))
 
@@ -46,7 +46,7 @@ def test_no_span_is_a_row_without_entities() -> None:
 def test_rows_without_tags_are_split_the_same_way() -> None:
     row = {"text": TEXT, "tokens": [{"text": "In", "start": 0}]}
     table = Table([row], [1], "x.jsonl")
-    shape = TASKS["token-classification"].find_questions(table.columns, {}, rows=table.rows)
+    shape = TASKS["token-classification"].get_query_format(table.column_names, {}, rows=table.rows)
     (question,) = to_examples(table, shape)
     assert question.tokens == tuple(tagged({"text": TEXT, "entities": []}))
 

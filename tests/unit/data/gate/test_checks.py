@@ -11,7 +11,7 @@ from ftlevel.data.encoding.encode import IGNORED, Encoded
 from ftlevel.data.encoding.spans import Window
 from ftlevel.data.encoding.store import rows_to_batches, write_store
 from ftlevel.data.gate import checks
-from ftlevel.data.gate.checks import FlatRows, examples_in
+from ftlevel.data.gate.checks import FlatRows, get_example_mask
 from ftlevel.tasks import TASKS
 
 _ = IGNORED
@@ -41,9 +41,9 @@ def test_examples_of_the_rows_that_are_kept_in_memory_and_in_a_store(tmp_path: P
     expected[[1, 2, rows[1_500].row, 2_003]] = False
     store = write_store(tmp_path / "rows.arrow", rows_to_batches(rows))
     for some in (rows, store):
-        assert np.array_equal(examples_in(some, keep, 2_004), expected)
+        assert np.array_equal(get_example_mask(some, keep, 2_004), expected)
     some = store.take(np.arange(1, len(rows)))
-    assert np.array_equal(examples_in(some, keep[1:], 2_004), expected)
+    assert np.array_equal(get_example_mask(some, keep[1:], 2_004), expected)
 
 
 def test_unsupervised_rows() -> None:
@@ -66,25 +66,25 @@ def test_unsupervised_rows() -> None:
 def test_every_answer_ends(labels: list[int], wrong: bool) -> None:
     whole = [_, 7, EOS]
     flat = flat_of((whole, whole), (labels, labels), (whole, whole))
-    assert hits(checks.find_missing_eos(flat, {EOS})) == [1] * wrong
+    assert hits(checks.has_missing_eos(flat, {EOS})) == [1] * wrong
 
 
 def test_a_split_text_ends_in_its_last_piece() -> None:
     pieces = [Encoded([7, 8], [7, 8], 0), Encoded([9, EOS], [9, EOS], 0), Encoded([7], [7], 1)]
-    assert hits(checks.find_missing_eos(FlatRows.of(pieces), {EOS})) == [2]
+    assert hits(checks.has_missing_eos(FlatRows.of(pieces), {EOS})) == [2]
 
 
 def test_double_bos() -> None:
     rows = [([BOS, BOS, 5], [_] * 3), ([BOS, 5, BOS], [_] * 3), ([BOS], [_]), ([], [])]
     flat = flat_of(*rows)
-    assert hits(checks.find_double_bos(flat, BOS)) == [0]
-    assert hits(checks.find_double_bos(flat, None)) == []
+    assert hits(checks.has_double_bos(flat, BOS)) == [0]
+    assert hits(checks.has_double_bos(flat, None)) == []
 
 
 def test_ids_beyond_the_embedding() -> None:
     flat = flat_of(([9], [9]), ([10], [_]), ([3], [10]), ([-1], [_]))
-    assert hits(checks.find_out_of_range(flat, 10, token_labels=True)) == [1, 2, 3]
-    assert hits(checks.find_out_of_range(flat, 10, token_labels=False)) == [1, 3]
+    assert hits(checks.has_invalid_ids(flat, 10, token_labels=True)) == [1, 2, 3]
+    assert hits(checks.has_invalid_ids(flat, 10, token_labels=False)) == [1, 3]
 
 
 def test_an_answer_that_lies_in_no_window() -> None:
@@ -100,6 +100,6 @@ def test_an_answer_that_lies_in_no_window() -> None:
 
 
 def test_one_class() -> None:
-    assert checks.find_majority_class(["a"] * 19 + ["b"]) == ("a", 19)
-    assert checks.find_majority_class(["a"] * 18 + ["b", "c"]) is None
-    assert checks.find_majority_class([]) is None
+    assert checks.get_majority_class(["a"] * 19 + ["b"]) == ("a", 19)
+    assert checks.get_majority_class(["a"] * 18 + ["b", "c"]) is None
+    assert checks.get_majority_class([]) is None

@@ -22,8 +22,8 @@ from ftlevel.data.formats.examples import LabeledText, PlainText, SourceTarget
 from ftlevel.data.gate import gate as duplicates
 from ftlevel.data.gate import similarity
 from ftlevel.data.gate.checks import TextCheckContext
-from ftlevel.data.gate.gate import find_members, find_near_duplicates, find_repeated
-from ftlevel.data.gate.similarity import SIMILARITY, Digests, find_similar
+from ftlevel.data.gate.gate import get_common_keys, get_near_duplicates, get_repeated_keys
+from ftlevel.data.gate.similarity import SIMILARITY, Digests, is_similar
 
 
 def example_keys(examples: list[Any]) -> Any:
@@ -35,7 +35,7 @@ def encoded(rows: list[list[int]]) -> list[Encoded]:
 
 
 def near(rows: list[list[int]]) -> list[tuple[int, int]]:
-    found, first = find_near_duplicates(encoded(rows), np.zeros(len(rows), dtype=bool))
+    found, first = get_near_duplicates(encoded(rows), np.zeros(len(rows), dtype=bool))
     return list(zip(found.tolist(), first.tolist(), strict=True))
 
 
@@ -51,7 +51,7 @@ def jaccard(a: list[int], b: list[int]) -> float:
 
 def test_case_and_white_space_make_no_difference() -> None:
     keys = example_keys([PlainText(t, i) for i, t in enumerate(["A b", "a\n B ", "a c", "A b"])])
-    again, first = find_repeated(keys)
+    again, first = get_repeated_keys(keys)
     assert again.tolist() == [1, 3]
     assert first.tolist() == [0, 0]
 
@@ -90,7 +90,7 @@ def test_one_row_alone_and_none() -> None:
 
 def test_known_duplicates_are_skipped() -> None:
     rows = [text(1), text(1), text(2)]
-    found, _ = find_near_duplicates(encoded(rows), np.array([False, True, False]))
+    found, _ = get_near_duplicates(encoded(rows), np.array([False, True, False]))
     assert found.tolist() == []
 
 
@@ -137,12 +137,12 @@ def test_hashes_find_the_pairs_that_full_comparison_finds(tmp_path: Path) -> Non
     expected = [jaccard(rows[a][2:], rows[b][2:]) >= SIMILARITY for a, b in pairs.T.tolist()]
     assert 100 < sum(expected) < 15_000
     for some in (encoded(rows), stored(tmp_path, rows)):
-        assert find_similar(some, row_lengths(some), pairs[0], pairs[1], 2).tolist() == expected
+        assert is_similar(some, row_lengths(some), pairs[0], pairs[1], 2).tolist() == expected
 
 
 def test_one_example_is_no_duplicate_of_itself() -> None:
     rows = [Encoded(text(1), [], 0), Encoded(text(1), [], 0), Encoded(text(2), [], 1)]
-    found, _ = find_near_duplicates(rows, np.zeros(3, dtype=bool))
+    found, _ = get_near_duplicates(rows, np.zeros(3, dtype=bool))
     assert found.tolist() == []
 
 
@@ -151,15 +151,15 @@ def test_parts_on_disk_find_what_is_found_at_once(
 ) -> None:
     rows = relatives(3_000)
     skip = np.arange(len(rows)) % 11 == 0
-    whole = [side.tolist() for side in find_near_duplicates(encoded(rows), skip)]
+    whole = [side.tolist() for side in get_near_duplicates(encoded(rows), skip)]
     assert len(whole[0]) > 100
     keys = np.random.default_rng(1).integers(0, 2_000, 5_000).astype(np.uint64)
-    repeated = [side.tolist() for side in find_repeated(keys)]
+    repeated = [side.tolist() for side in get_repeated_keys(keys)]
     known = np.arange(0, 2_000, 3, dtype=np.uint64)
     monkeypatch.setattr(duplicates, "_PART_KEYS", 100)
     monkeypatch.setattr(similarity, "_TOKENS", 1_000)
-    assert [side.tolist() for side in find_repeated(keys)] == repeated
-    assert find_members(keys, known).tolist() == np.flatnonzero(keys % 3 == 0).tolist()
+    assert [side.tolist() for side in get_repeated_keys(keys)] == repeated
+    assert get_common_keys(keys, known).tolist() == np.flatnonzero(keys % 3 == 0).tolist()
     store = stored(tmp_path, [text(9), *rows])
     for some in (encoded(rows), select_rows(store, np.arange(1, len(store)))):
-        assert [side.tolist() for side in find_near_duplicates(some, skip)] == whole
+        assert [side.tolist() for side in get_near_duplicates(some, skip)] == whole

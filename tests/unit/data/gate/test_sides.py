@@ -6,7 +6,7 @@ import random
 
 from ftlevel.data.formats.examples import LabeledText, SourceTarget
 from ftlevel.data.gate.checks import TextCheckContext
-from ftlevel.data.gate.gate import find_conflicts, find_one_answer, find_swapped
+from ftlevel.data.gate.gate import get_conflicts, get_majority_target, get_swapped
 from ftlevel.data.gate.similarity import Digests
 
 
@@ -21,22 +21,22 @@ def test_one_prompt_with_two_answers() -> None:
         SourceTarget("a b", "X", 2),
         SourceTarget("c", "x", 3),
     ]
-    again, first = find_conflicts(digest(rows))
+    again, first = get_conflicts(digest(rows))
     assert (again.tolist(), first.tolist()) == ([1], [0])
     labelled = [
         LabeledText("a", None, "x", 0),
         LabeledText("a", "b", "y", 1),
         LabeledText("a", None, "y", 2),
     ]
-    assert find_conflicts(digest(labelled))[0].tolist() == [2]
+    assert get_conflicts(digest(labelled))[0].tolist() == [2]
 
 
 def test_one_answer_for_nearly_all() -> None:
     rows = [SourceTarget(f"q {i}", "Yes." if i else "No.", i) for i in range(40)]
-    assert find_one_answer(digest(rows)).tolist() == list(range(1, 40))
+    assert get_majority_target(digest(rows)).tolist() == list(range(1, 40))
     rows[7] = SourceTarget("q", "Never.", 7)
-    assert len(find_one_answer(digest([*rows[:10], *rows[1:9]]))) == 0
-    assert len(find_one_answer(digest(rows[:3]))) == 0
+    assert len(get_majority_target(digest([*rows[:10], *rows[1:9]]))) == 0
+    assert len(get_majority_target(digest(rows[:3]))) == 0
 
 
 QUESTIONS = [
@@ -83,15 +83,15 @@ def pairs(count: int) -> list[SourceTarget]:
 
 def test_prompts_in_the_place_of_answers() -> None:
     rows = pairs(300)
-    assert find_swapped(digest(rows)).tolist() == []
+    assert get_swapped(digest(rows)).tolist() == []
     wrong = list(range(5, 300, 20))
     for i in wrong:
         rows[i] = SourceTarget(rows[i].target, rows[i].source, i)
-    assert find_swapped(digest(rows)).tolist() == wrong
+    assert get_swapped(digest(rows)).tolist() == wrong
 
 
 def test_sides_that_use_the_same_words_are_not_told_apart() -> None:
     generator = random.Random(4)
     texts = [" ".join(generator.choices(TOPICS, k=6)) for _ in range(600)]
     rows = [SourceTarget(texts[i], texts[300 + i], i) for i in range(300)]
-    assert find_swapped(digest(rows)).tolist() == []
+    assert get_swapped(digest(rows)).tolist() == []

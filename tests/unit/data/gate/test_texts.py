@@ -6,11 +6,11 @@ import pytest
 
 from ftlevel.data.formats.examples import (
     Conversation,
-    ExampleParts,
+    ExampleContent,
     LabeledText,
     PlainText,
     SourceTarget,
-    get_example_parts,
+    get_content,
 )
 from ftlevel.data.formats.turns import Message
 from ftlevel.data.gate.checks import TEXT_CHECKS, TextCheckContext
@@ -48,7 +48,7 @@ ASK, SAY = ("user", "What is it?"), ("assistant", "It is a parser.")
     ],
 )
 def test_what_is_wrong_is_named_and_nothing_else(check: str, example: SourceTarget) -> None:
-    found = [name for name, find in TEXT_CHECKS.items() if find(get_example_parts(example), KNOWN)]
+    found = [name for name, find in TEXT_CHECKS.items() if find(get_content(example), KNOWN)]
     assert found == [check]
 
 
@@ -66,9 +66,7 @@ def test_what_is_wrong_is_named_and_nothing_else(check: str, example: SourceTarg
     ],
 )
 def test_what_is_right_is_not_named(example: SourceTarget) -> None:
-    assert [
-        name for name, find in TEXT_CHECKS.items() if find(get_example_parts(example), KNOWN)
-    ] == []
+    assert [name for name, find in TEXT_CHECKS.items() if find(get_content(example), KNOWN)] == []
 
 
 def test_a_digest_holds_the_marks_of_each_example() -> None:
@@ -84,14 +82,16 @@ def test_a_digest_holds_the_marks_of_each_example() -> None:
 
 
 def test_an_example_that_tells_no_parts_is_a_text() -> None:
-    assert get_example_parts(PlainText("a b", 0)) == ExampleParts("", "a b", "", "")
+    assert get_content(PlainText("a b", 0)) == ExampleContent("", "a b", "", "")
 
 
 def test_the_last_answer_is_what_the_rest_asks_for() -> None:
-    parts = talk(("system", "s"), ASK, SAY, ("user", "And this?"), ("assistant", "A lexer.")).parts
+    parts = talk(
+        ("system", "s"), ASK, SAY, ("user", "And this?"), ("assistant", "A lexer.")
+    ).content
     assert parts.last == "A lexer."
-    assert parts.asked == "What is it?\nAnd this?"
-    assert parts.answered == "It is a parser.\nA lexer."
+    assert parts.input_text == "What is it?\nAnd this?"
+    assert parts.target_text == "It is a parser.\nA lexer."
     assert "It is a parser." in parts.before
-    assert "s" not in parts.asked.split()
-    assert talk(("system", "s"), SAY, ASK).parts.before == ""
+    assert "s" not in parts.input_text.split()
+    assert talk(("system", "s"), SAY, ASK).content.before == ""

@@ -17,9 +17,9 @@ from ftlevel.data.gate.similarity import Digests, words_path
 from ftlevel.data.gate.wordings import (
     TextBatch,
     compute_edit_distances,
-    find_near_leaks,
-    find_near_texts,
     is_typo,
+    match_texts,
+    match_training_texts,
 )
 
 SYLLABLES = ["ba", "ke", "lo", "mi", "nu", "ra", "se", "ti", "vo", "za", "chi", "gra", "plo", "sku"]
@@ -31,7 +31,7 @@ def digest(*examples: object) -> Digests:
 
 def near(*examples: object) -> list[tuple[int, int]]:
     digests = digest(*examples)
-    found, first = find_near_texts(digests, np.zeros(len(digests), dtype=bool))
+    found, first = match_texts(digests, np.zeros(len(digests), dtype=bool))
     return list(zip(found.tolist(), first.tolist(), strict=True))
 
 
@@ -137,7 +137,7 @@ def test_known_duplicates_are_skipped() -> None:
     rows = [PlainText(text, i) for i, text in enumerate([*texts(30, 12), texts(30, 12)[3] + " so"])]
     skip = np.zeros(31, dtype=bool)
     skip[30] = True
-    assert find_near_texts(digest(*rows), skip)[0].tolist() == []
+    assert match_texts(digest(*rows), skip)[0].tolist() == []
 
 
 def test_validation_rows_that_are_nearly_training_rows() -> None:
@@ -145,7 +145,7 @@ def test_validation_rows_that_are_nearly_training_rows() -> None:
     generator = random.Random(1)
     held = [PlainText(text, i) for i, text in enumerate(texts(40, 12, 77))]
     held += [PlainText(changed(train[7 * i].text, "other", generator), 40 + i) for i in range(20)]
-    found, which = find_near_leaks(digest(*held), digest(*train))
+    found, which = match_training_texts(digest(*held), digest(*train))
     assert found.tolist() == list(range(40, 60))
     assert which.tolist() == [7 * i for i in range(20)]
 
@@ -154,8 +154,8 @@ def test_a_set_without_words_has_no_near_ones() -> None:
     assert near() == []
     assert near(PlainText("!", 0), PlainText("?", 1)) == []
     nothing = digest()
-    assert find_near_leaks(nothing, digest(PlainText("a b c d", 0)))[0].tolist() == []
-    assert find_near_leaks(digest(PlainText("a b c d", 0)), nothing)[0].tolist() == []
+    assert match_training_texts(nothing, digest(PlainText("a b c d", 0)))[0].tolist() == []
+    assert match_training_texts(digest(PlainText("a b c d", 0)), nothing)[0].tolist() == []
 
 
 def test_parts_and_files_give_what_memory_gives(
@@ -166,14 +166,14 @@ def test_parts_and_files_give_what_memory_gives(
     rows += [changed(rows[i], "slip", generator) for i in range(0, 100)]
     digests = digest(*(PlainText(text, i) for i, text in enumerate(rows)))
     skip = np.zeros(500, dtype=bool)
-    whole = [side.tolist() for side in find_near_texts(digests, skip)]
+    whole = [side.tolist() for side in match_texts(digests, skip)]
     assert len(whole[0]) >= 98
     path = tmp_path / "train.digests"
     path.write_bytes(digests.to_bytes()[0])
     words_path(path).write_bytes(digests.to_bytes()[1])
     monkeypatch.setattr(wordings, "_GROUP_WORDS", 100)
     monkeypatch.setattr(wordings, "_CHUNK_WORDS", 300)
-    assert [side.tolist() for side in find_near_texts(Digests.at(path), skip)] == whole
+    assert [side.tolist() for side in match_texts(Digests.at(path), skip)] == whole
 
 
 def test_many_rows_of_a_kind_take_no_quadratic_step() -> None:
@@ -181,7 +181,7 @@ def test_many_rows_of_a_kind_take_no_quadratic_step() -> None:
             for i in range(20_000)]  # fmt: skip
     digests = digest(*rows)
     began = time.perf_counter()
-    find_near_texts(digests, np.zeros(len(rows), dtype=bool))
+    match_texts(digests, np.zeros(len(rows), dtype=bool))
     assert time.perf_counter() - began < 20
 
 
@@ -212,12 +212,12 @@ def shuffled_rows(count: int) -> list[str]:
 def test_20000_rows_of_a_template_take_three_seconds_at_most(make: Any) -> None:
     digests = digest(*(PlainText(text, i) for i, text in enumerate(make(20_000))))
     began = time.process_time()
-    find_near_texts(digests, np.zeros(len(digests), dtype=bool))
+    match_texts(digests, np.zeros(len(digests), dtype=bool))
     assert time.process_time() - began < 3
     half = int(digests.records["asked"][:10_000].sum() + digests.records["answered"][:10_000].sum())
     known = Digests(digests.records[:10_000], digests.words[:half])
     began = time.process_time()
-    find_near_leaks(Digests(digests.records[10_000:], digests.words[half:]), known)
+    match_training_texts(Digests(digests.records[10_000:], digests.words[half:]), known)
     assert time.process_time() - began < 3
 
 

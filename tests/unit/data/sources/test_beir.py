@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from ftlevel.data.sources.beir import RetrievalSet, read_retrieval_set
+from ftlevel.data.sources.beir import RetrievalSet, load_retrieval_set
 from ftlevel.errors import InputError
 
 
@@ -27,7 +27,7 @@ def layout(tmp_path):
 
 
 def test_equal_documents_are_one_and_unjudged_queries_are_left_out(layout):
-    assert read_retrieval_set(layout) == RetrievalSet(
+    assert load_retrieval_set(layout) == RetrievalSet(
         ["query 0", "query 2"], ["T one", "two", "four"], [[0, 1], [2]], merged=1, unjudged=1
     )
 
@@ -38,22 +38,22 @@ def test_another_corpus_has_to_hold_the_relevant_documents(layout, tmp_path):
     with pytest.raises(
         InputError, match=r"2 relevant judgments refer to a missing query or document.*--corpus"
     ):
-        read_retrieval_set(layout, other)
+        load_retrieval_set(layout, other)
 
 
 def test_judgments_need_their_columns(layout):
     layout.write_text("a\tb\tc\nq0\td1\t1\n")
     with pytest.raises(InputError, match="none of the columns query-id"):
-        read_retrieval_set(layout)
+        load_retrieval_set(layout)
 
 
 def test_a_score_is_a_number(layout):
     layout.write_text("query-id\tcorpus-id\tscore\nq0\td1\tyes\n")
     with pytest.raises(InputError, match="'score' is 'yes', where a number is expected"):
-        read_retrieval_set(layout)
+        load_retrieval_set(layout)
 
 
 def test_judgments_need_a_relevant_document(layout):
     layout.write_text("query-id\tcorpus-id\tscore\nq0\td1\t0\n")
     with pytest.raises(InputError, match="no score is above 0"):
-        read_retrieval_set(layout)
+        load_retrieval_set(layout)

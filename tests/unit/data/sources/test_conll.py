@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from ftlevel.data.sources.readers import read_table
+from ftlevel.data.sources.readers import load_table
 from ftlevel.data.sources.table import Table
 from ftlevel.errors import InputError
 
@@ -26,12 +26,12 @@ Peter NNP B-NP B-PER
 def read(folder: Path, content: str, name: str = "x.conll", on_bad_row: Any = "error") -> Table:
     path = folder / name
     path.write_text(content, encoding="utf-8")
-    return read_table(path, on_bad_row)
+    return load_table(path, on_bad_row)
 
 
 def test_columns_marks_and_comments(tmp_path: Path) -> None:
     table = read(tmp_path, CONLL_2003)
-    assert table.columns == ["tokens", "2", "3", "tags"]
+    assert table.column_names == ["tokens", "2", "3", "tags"]
     assert table.rows[0] == {
         "tokens": ["EU", "rejects"], "2": ["NNP", "VBZ"], "3": ["B-NP", "B-VP"],
         "tags": ["B-ORG", "O"],
@@ -77,7 +77,7 @@ def test_it_is_told_by_its_beginning_and_said(name: str, tmp_path: Path) -> None
     "content", ["I see vitamin B-12\nYes O\n", "a O\nb O\n", "text\ttag\na\tO\n"]
 )
 def test_other_text_is_not_taken_for_it(content: str, tmp_path: Path) -> None:
-    assert "tokens" not in read(tmp_path, content, "x.txt").columns
+    assert "tokens" not in read(tmp_path, content, "x.txt").column_names
 
 
 def test_nothing_is_said_so(tmp_path: Path) -> None:

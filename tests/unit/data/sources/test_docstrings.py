@@ -16,7 +16,7 @@ from ftlevel.data.sources.docstrings import (
     MAX_ROW_CHARACTERS,
     Kind,
     Split,
-    read_docstrings,
+    load_docstrings,
     read_module,
     split_of,
     stdlib_modules,
@@ -35,7 +35,7 @@ COLUMNS = {
 
 @pytest.fixture(scope="module")
 def rows():
-    return {(kind, split): read_docstrings(kind, split) for kind in KINDS for split in SPLITS}
+    return {(kind, split): load_docstrings(kind, split) for kind in KINDS for split in SPLITS}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -107,12 +107,12 @@ def test_split_depends_on_the_path_alone():
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("split", SPLITS)
 def test_limit_gives_a_prefix(rows, kind, split):
-    assert read_docstrings(kind, split, limit=25) == rows[kind, split][:25]
-    assert read_docstrings(kind, split, limit=0) == []
+    assert load_docstrings(kind, split, limit=25) == rows[kind, split][:25]
+    assert load_docstrings(kind, split, limit=0) == []
 
 
 def test_a_prefix_is_spread_over_modules():
-    rows = read_docstrings("generation", "train", limit=400)
+    rows = load_docstrings("generation", "train", limit=400)
     texts = {path: file.read_text() for path, file in stdlib_modules("train")[:150]}
     first_lines = [row["completion"].splitlines()[0] for row in rows]
     homes = {
@@ -135,7 +135,7 @@ def test_a_sample_parses_only_a_part_of_the_library(monkeypatch):
         return read_module(file)
 
     monkeypatch.setattr(docstrings, "read_module", count)
-    assert len(read_docstrings("generation", "train", limit=400)) == 400
+    assert len(load_docstrings("generation", "train", limit=400)) == 400
     # Parsing is all of the time: 0.6 s for this on an idle server core, 1.7 s for everything.
     assert len(parsed) == len(set(parsed)) < len(stdlib_modules()) / 2
 
@@ -156,31 +156,31 @@ def test_only_statements_that_hold_no_others_are_passed_over():
 
 def test_rows_that_were_read_before_are_the_same_and_nobody_elses():
     forget_what_was_read()
-    few = read_docstrings("signatures", "test", limit=3)
-    many = read_docstrings("signatures", "test", limit=9)
+    few = load_docstrings("signatures", "test", limit=3)
+    many = load_docstrings("signatures", "test", limit=9)
     few[0]["prompt"] = "changed"
-    assert read_docstrings("signatures", "test", limit=9) == many
+    assert load_docstrings("signatures", "test", limit=9) == many
     forget_what_was_read()
-    assert read_docstrings("signatures", "test", limit=9) == many
+    assert load_docstrings("signatures", "test", limit=9) == many
 
 
 def test_a_reading_that_was_broken_off_is_begun_anew(monkeypatch):
     forget_what_was_read()
-    whole = read_docstrings("generation", "test", limit=50)
+    whole = load_docstrings("generation", "test", limit=50)
     forget_what_was_read()
     with monkeypatch.context() as patch:
         patch.setattr(docstrings, "_documented", lambda _: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            read_docstrings("generation", "test", limit=50)
-    assert read_docstrings("generation", "test", limit=50) == whole
+            load_docstrings("generation", "test", limit=50)
+    assert load_docstrings("generation", "test", limit=50) == whole
 
 
 def test_rows_do_not_depend_on_what_was_read_before():
     forget_what_was_read()
-    alone = read_docstrings("summarization", "test", limit=20)
+    alone = load_docstrings("summarization", "test", limit=20)
     forget_what_was_read()
     for split in SPLITS:
-        after = read_docstrings("summarization", split, limit=20)
+        after = load_docstrings("summarization", split, limit=20)
     assert after == alone
     assert split == "test"
 
@@ -259,12 +259,12 @@ def test_a_python_without_sources_is_an_input_error(monkeypatch, tmp_path):
 )
 def test_an_unknown_kind_or_split_names_the_known_ones(kind, split, text):
     with pytest.raises(InputError, match=text):
-        read_docstrings(kind, split)
+        load_docstrings(kind, split)
 
 
 def test_reading_needs_no_heavy_import():
     code = (
-        "import sys; from ftlevel.data.sources.docstrings import read_docstrings as read;"
+        "import sys; from ftlevel.data.sources.docstrings import load_docstrings as read;"
         "read('generation', 'validation', 1);"
         "print(sorted({'torch', 'datasets', 'transformers'} & set(sys.modules)))"
     )

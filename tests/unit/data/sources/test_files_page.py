@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from ftlevel.data.sources.lines import PACKED
-from ftlevel.data.sources.readers import READERS, ReadOptions, read_table
+from ftlevel.data.sources.readers import READERS, ReadOptions, load_table
 from ftlevel.errors import InputError
 
 PAGE = (Path(__file__).parents[4] / "docs/data.md").read_text(encoding="utf-8")
@@ -28,8 +28,8 @@ def test_the_table_of_files_is_that_of_the_readers() -> None:
 def test_the_flag_takes_the_endings(tmp_path: Path) -> None:
     path = tmp_path / "rows.log"
     path.write_text('{"text": "a"}\n')
-    assert list(read_table(path, options=ReadOptions("jsonl")).rows) == [{"text": "a"}]
+    assert list(load_table(path, options=ReadOptions("jsonl")).rows) == [{"text": "a"}]
     with pytest.raises(
         InputError, match=r"--input-format jsnl: .* Did you mean 'jsonl'\? Formats:"
     ):
-        read_table(path, options=ReadOptions("jsnl"))
+        load_table(path, options=ReadOptions("jsnl"))

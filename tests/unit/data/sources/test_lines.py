@@ -14,7 +14,7 @@ from ftlevel.config import DataConfig
 from ftlevel.data.formats.examples import LazyExamples, convert_rows
 from ftlevel.data.sources import lines
 from ftlevel.data.sources.lines import LineNumbers, LineRows
-from ftlevel.data.sources.readers import read_table
+from ftlevel.data.sources.readers import load_table
 from ftlevel.errors import InputError
 from ftlevel.tasks import TASKS
 
@@ -41,16 +41,16 @@ BAD = [
 def test_the_same_rows(content: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "x.jsonl"
     path.write_bytes(content)
-    small = read_table(path)
+    small = load_table(path)
     monkeypatch.setattr(lines, "LARGE_BYTES", 0)
-    large = read_table(path)
+    large = load_table(path)
     assert isinstance(large.rows, LineRows)
     assert list(large.rows) == small.rows
     assert list(large.lines) == small.lines
     taken = large.take([1, 0])
     assert [taken.rows[0], taken.rows[1]] == [small.rows[1], small.rows[0]]
     assert taken.where(0) == small.where(1)
-    format_ = TASKS["text-generation"].find_format(small.columns, DataConfig())
+    format_ = TASKS["text-generation"].get_format(small.column_names, DataConfig())
     examples, bad = convert_rows(large, format_)
     assert isinstance(examples, LazyExamples)
     assert (list(examples), bad) == convert_rows(small, format_)
@@ -67,7 +67,7 @@ def test_the_same_complaints(
     for size in (10**9, 0):
         monkeypatch.setattr(lines, "LARGE_BYTES", size)
         try:
-            table = read_table(path, on_bad_row)  # type: ignore[arg-type]
+            table = load_table(path, on_bad_row)  # type: ignore[arg-type]
             outcomes.append((list(table.rows), list(table.lines), table.dropped))
         except InputError as error:
             outcomes.append(str(error))
@@ -78,7 +78,7 @@ def test_rows_in_any_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     path = tmp_path / "x.jsonl"
     path.write_bytes(b"".join((ROW % i) + b"\n" * (i % 3) for i in range(700)))
     monkeypatch.setattr(lines, "LARGE_BYTES", 0)
-    table = read_table(path)
+    table = load_table(path)
     for index in random.Random(0).choices(range(-700, 700), k=2_000):
         assert table.rows[index]["prompt"] == f"caf\u00e9 {index % 700}"
     some = table.take(range(650, 3, -7))
@@ -108,7 +108,7 @@ def test_a_file_that_is_cut_meanwhile_is_named(
     path = tmp_path / "x.jsonl"
     path.write_bytes(b"".join(ROW % i for i in range(5_000)))
     monkeypatch.setattr(lines, "LARGE_BYTES", 0)
-    table = read_table(path)
+    table = load_table(path)
     path.write_bytes(path.read_bytes()[:100_000])
     read = [row["prompt"] for row in table.rows[:2_000]]
     assert read == [f"caf\u00e9 {i}" for i in range(2_000)]
@@ -124,6 +124,6 @@ def test_a_line_may_be_longer_than_what_is_read_at_once(
     rows = [{"prompt": text, "completion": "x"} for text in texts]
     path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     monkeypatch.setattr(lines, "LARGE_BYTES", 0)
-    table = read_table(path)
+    table = load_table(path)
     assert list(table.rows) == rows
     assert [table.rows[i] for i in (6, 0, 4, 2)] == [rows[i] for i in (6, 0, 4, 2)]

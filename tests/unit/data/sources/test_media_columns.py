@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from ftlevel.config import DataConfig, InMemoryDataset
-from ftlevel.data.prepare.loading import load_examples
+from ftlevel.data.prepare.loading import load_data
 from ftlevel.data.sources.readers import ReadOptions
 from ftlevel.data.sources.splits import load_splits, open_source
 from ftlevel.data.sources.streams import refuse_media_columns
@@ -96,16 +96,16 @@ def test_a_column_that_is_left_out_is_not_read(kind: str, image: Any, tmp_path: 
     name = _write(tmp_path, kind, [{"image": image, "text": f"cat {i}"} for i in range(3)])
     task = TASKS["text-generation"]
     with pytest.raises(InputError, match=r"column 'image' holds images.*--ignore-columns image\."):
-        load_examples(DataConfig(dataset=name), task, 0)
+        load_data(DataConfig(dataset=name), task, 0)
     data = DataConfig(dataset=name, ignore_columns=("image",))
-    loaded = load_examples(data, task, 0)
+    loaded = load_data(data, task, 0)
     assert [example.text for example in loaded.train] == ["cat 0", "cat 1", "cat 2"]
     assert loaded.format.description == "text: 'text'"
     if kind != "jsonl":
         assert list(loaded.splits.train.rows[0]) == ["text"]
     wrong = DataConfig(dataset=name, ignore_columns=("image", "imag"))
     with pytest.raises(InputError, match="--ignore-columns imag: no such column"):
-        load_examples(wrong, task, 0)
+        load_data(wrong, task, 0)
 
 
 def test_features_of_datasets_are_refused_in_memory_on_disk_and_as_a_stream(
@@ -126,7 +126,7 @@ def test_features_of_datasets_are_refused_in_memory_on_disk_and_as_a_stream(
         with pytest.raises(InputError, match=f"{both}--ignore-columns photo sound"):
             load_splits(name)
         table = load_splits(name, ignored=("photo", "sound", "none")).train
-        assert table.columns == ["text"]
+        assert table.column_names == ["text"]
         assert table.ignored == ("photo", "sound")
     with pytest.raises(InputError, match=both):
         open_source(str(tmp_path / "saved"))
@@ -152,7 +152,7 @@ def test_messages_with_parts_are_bad_rows_with_the_reason(
     rows = [{"messages": [asked, {"role": "assistant", "content": "a cat"}]}] * 2
     name = _write(tmp_path, "jsonl", rows)
     with pytest.raises(InputError) as caught:
-        load_examples(DataConfig(dataset=name), TASKS["text-generation"], 0)
+        load_data(DataConfig(dataset=name), TASKS["text-generation"], 0)
     assert f"rows.jsonl:1: 'content' of turn 1 of 'messages' {reason}" in caught.value.problems[0]
 
 
@@ -160,6 +160,6 @@ def test_rows_in_memory_lose_the_column_itself() -> None:
     rows = [{"image": object(), "text": f"cat {i}"} for i in range(3)]
     table = load_splits(InMemoryDataset(rows), ignored=("image",)).train
     assert table.rows == [{"text": "cat 0"}, {"text": "cat 1"}, {"text": "cat 2"}]
-    assert (table.columns, table.ignored) == (["text"], ("image",))
+    assert (table.column_names, table.ignored) == (["text"], ("image",))
     with pytest.raises(InputError, match="column 'image' holds images"):
-        load_examples(DataConfig(dataset=InMemoryDataset(rows)), TASKS["text-generation"], 0)
+        load_data(DataConfig(dataset=InMemoryDataset(rows)), TASKS["text-generation"], 0)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from ftlevel.data.sources.readers import read_table
+from ftlevel.data.sources.readers import load_table
 from ftlevel.data.sources.table import Table
 from ftlevel.errors import InputError
 
@@ -23,7 +23,7 @@ SQUAD = {"version": "1.1", "data": [{"title": "T", "paragraphs": [{"context": "I
 def read(folder: Path, content: Any, name: str = "x.json", on_bad_row: Any = "error") -> Table:
     path = folder / name
     path.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
-    return read_table(path, on_bad_row)
+    return load_table(path, on_bad_row)
 
 
 @pytest.mark.parametrize("indent", [None, 1])
@@ -112,7 +112,7 @@ def test_a_table_without_a_header_has_numbered_columns(
     content: str, name: str, why: str, tmp_path: Path
 ) -> None:
     table = read(tmp_path, content, name)
-    assert table.columns == ["1", "2"]
+    assert table.column_names == ["1", "2"]
     assert len(table) == content.count("\n")
     assert table.lines[0] == 1
     assert why in table.notes[-1]
@@ -125,7 +125,7 @@ def test_a_table_without_a_header_has_numbered_columns(
 )  # fmt: skip
 def test_a_header_is_left_one(content: str, tmp_path: Path) -> None:
     table = read(tmp_path, content, "x.csv")
-    assert table.columns == content.partition("\n")[0].split(",")
+    assert table.column_names == content.partition("\n")[0].split(",")
 
 
 def test_semicolons_are_read_and_said(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ import pytest
 
 from ftlevel.data.prepare.dataset import resolve_files
 from ftlevel.data.prepare.inference import file_rows
-from ftlevel.data.sources.readers import ReadOptions, open_reader, open_stream, read_table
+from ftlevel.data.sources.readers import ReadOptions, load_table, open_reader, open_stream
 from ftlevel.data.sources.readers.text import detect_file_format
 from ftlevel.data.sources.splits import load_splits, open_source
 from ftlevel.errors import InputError
@@ -78,7 +78,7 @@ def test_packed_plain_and_piped_are_the_same_rows(
         packed = tmp_path / f"y.{suffix}{end}"
         packed.write_bytes(pack(content))
         assert rows_of(str(packed)) == ROWS
-        table = read_table(packed)
+        table = load_table(packed)
         assert list(table.rows) == ROWS
         assert table.where(149).startswith(str(packed))
     for piped in (content, *(pack(content) for pack in PACKERS.values())):
@@ -90,7 +90,7 @@ def test_packed_plain_and_piped_are_the_same_rows(
 def test_arrow_is_a_table_and_goes_on_from_every_cursor(suffix: str, tmp_path: Path) -> None:
     path = tmp_path / f"x.{suffix}"
     path.write_bytes(content_of(suffix))
-    table = read_table(path)
+    table = load_table(path)
     assert list(table.rows) == ROWS
     assert table.where(149).endswith(" row 150")
     chunks = list(open_stream(path).chunks())
@@ -99,7 +99,7 @@ def test_arrow_is_a_table_and_goes_on_from_every_cursor(suffix: str, tmp_path: P
         assert [c.rows for c in later] == [c.rows for c in chunks[at + 1 :]]
     path.write_bytes(b"ARROW1 and no more")
     with pytest.raises(InputError, match="not a readable Arrow file"):
-        read_table(path)
+        load_table(path)
 
 
 def test_errors_name_what_the_user_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -137,7 +137,7 @@ def test_what_is_cut_or_not_packed_is_one_line(end: str, tmp_path: Path) -> None
     ):
         packed.write_bytes(content)
         with pytest.raises(InputError, match=words) as caught:
-            read_table(packed)
+            load_table(packed)
         assert len(caught.value.problems) == 1
         assert str(caught.value).startswith(f"{packed}: ")
 
@@ -146,7 +146,7 @@ def test_members_behind_one_another_are_all_read(tmp_path: Path) -> None:
     for end, pack in PACKERS.items():
         packed = tmp_path / f"rows.jsonl{end}"
         packed.write_bytes(pack(content_of("jsonl")) + pack(content_of("jsonl")))
-        assert list(read_table(packed).rows) == ROWS + ROWS
+        assert list(load_table(packed).rows) == ROWS + ROWS
 
 
 def test_a_packed_stream_goes_on_from_every_cursor(tmp_path: Path) -> None:
@@ -184,16 +184,16 @@ def test_a_full_disk_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr("shutil.copyfileobj", fill)
     with pytest.raises(InputError, match=r"not enough space to unpack it in .*set TMPDIR"):
-        read_table(packed)
+        load_table(packed)
 
 
 def test_stdin_is_read_once_and_is_no_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.stdin", SimpleNamespace(buffer=io.BytesIO(content_of("jsonl"))))
-    assert list(read_table("-").rows) == list(read_table("-").rows) == ROWS
-    assert read_table("-").where(2) == "stdin:3"
+    assert list(load_table("-").rows) == list(load_table("-").rows) == ROWS
+    assert load_table("-").where(2) == "stdin:3"
     monkeypatch.setattr("sys.stdin", SimpleNamespace(isatty=lambda: True))
     with pytest.raises(InputError, match="stdin is a terminal"):
-        read_table("-")
+        load_table("-")
 
 
 STDIN = {
@@ -269,7 +269,7 @@ def test_a_pipe_with_a_name_is_read_once(name: str, end: str, tmp_path: Path) ->
     thread = _write_later(pipe, PACKERS[end](content) if end else content, wait=0.1)
     assert rows_of(str(pipe)) == ROWS
     thread.join()
-    table = read_table(pipe)
+    table = load_table(pipe)
     assert list(table.rows) == ROWS
     assert table.where(2) == f"{pipe}:3"
     chunks = list(open_stream(pipe).chunks())

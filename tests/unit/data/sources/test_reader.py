@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from ftlevel.data.sources.readers import read_table
+from ftlevel.data.sources.readers import load_table
 from ftlevel.data.sources.table import BadRow, describe_dropped
 from ftlevel.errors import InputError
 
@@ -29,19 +29,19 @@ def test_damaged_parquet_is_refused(tmp_path: Path) -> None:
     with pytest.raises(
         InputError, match=r"x\.parquet: not a readable Parquet file \(.*\)\. Was the "
     ):
-        read_table(path)
+        load_table(path)
 
 
 def test_duplicate_parquet_columns_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "x.parquet"
     pq.write_table(pa.table([pa.array(["a"]), pa.array(["b"])], names=["text", "text"]), path)
     with pytest.raises(InputError, match=r"x\.parquet: has the column 'text' twice\. Rename one\."):
-        read_table(path)
+        load_table(path)
 
 
 def test_every_bad_row_is_skipped_and_counted(tmp_path: Path) -> None:
     content = GOOD * 3 + '{"txt": "a", "n": 1}\n' + '{"text": 5, "n": 1}\n' + "oops\n" + GOOD
-    table = read_table(write(tmp_path, "x.jsonl", content), "skip")
+    table = load_table(write(tmp_path, "x.jsonl", content), "skip")
     assert table.lines == [1, 2, 3, 7]
     assert table.rows == [json.loads(GOOD)] * 4
     assert [row.line for row in table.dropped] == [4, 5, 6]
@@ -52,16 +52,16 @@ def test_every_bad_row_is_skipped_and_counted(tmp_path: Path) -> None:
 
 def test_two_faults_in_one_row_count_once(tmp_path: Path) -> None:
     path = write(tmp_path, "x.jsonl", GOOD * 2 + '{"text": 5, "n": "a"}\n')
-    table = read_table(path, "skip")
+    table = load_table(path, "skip")
     assert describe_dropped(table)[0].startswith(f"{path}: dropped 1 of 3 rows")
     with pytest.raises(InputError, match=r"1 of 3 rows are bad"):
-        read_table(path)
+        load_table(path)
 
 
 def test_skip_refuses_to_drop_everything(tmp_path: Path) -> None:
     path = write(tmp_path, "x.jsonl", "a\nb\n")
     with pytest.raises(InputError) as caught:
-        read_table(path, "skip")
+        load_table(path, "skip")
     assert str(caught.value) == (
         f"{path}:1: not valid JSON (Expecting value, column 1). No row is left: --on-bad-row skip "
         f"would drop all 2 rows of {path}. Fix the file."
@@ -91,7 +91,7 @@ def test_skip_refuses_to_drop_everything(tmp_path: Path) -> None:
 def test_good_files(
     tmp_path: Path, name: str, content: str | bytes, rows: list[Any], lines: list[int]
 ) -> None:
-    table = read_table(write(tmp_path, name, content))
+    table = load_table(write(tmp_path, name, content))
     assert table.rows == rows
     assert table.lines == lines
     assert table.where(0) == f"{tmp_path / name}:{lines[0]}"
@@ -103,7 +103,7 @@ def test_parquet_has_row_numbers_and_class_names(tmp_path: Path) -> None:
     data = pa.table({"text": ["a", "b"], "label": [0, 1]})
     path = tmp_path / "x.parquet"
     pq.write_table(data.replace_schema_metadata({"huggingface": json.dumps(info)}), path)
-    table = read_table(path)
+    table = load_table(path)
     assert table.rows == [{"text": "a", "label": 0}, {"text": "b", "label": 1}]
     assert table.where(1) == f"{path} row 2"
     assert table.label_names == {"label": ("neg", "pos")}
@@ -134,9 +134,9 @@ def test_what_json_dumps_wrote_is_read_back(tmp_path: Path, seed: int) -> None:
     rows = [columns] * 3
     ascii_ = rng.random() < 0.5
     lines = "".join(json.dumps(row, ensure_ascii=ascii_) + "\n" for row in rows)
-    assert read_table(write(tmp_path, "x.jsonl", lines)).rows == rows
+    assert load_table(write(tmp_path, "x.jsonl", lines)).rows == rows
     array = json.dumps(rows, ensure_ascii=ascii_, indent=rng.choice([None, 2]))
-    assert read_table(write(tmp_path, "x.json", array)).rows == rows
+    assert load_table(write(tmp_path, "x.json", array)).rows == rows
 
 
 @pytest.mark.parametrize(
@@ -156,4 +156,4 @@ def test_what_json_dumps_wrote_is_read_back(tmp_path: Path, seed: int) -> None:
 )
 def test_half_surrogates_are_found(tmp_path: Path, text: str, good: bool) -> None:
     path = write(tmp_path, "x.jsonl", f'{{"text": "{text}"}}\n' + GOOD.replace(', "n": 1', ""))
-    assert len(read_table(path, "skip")) == 1 + good
+    assert len(load_table(path, "skip")) == 1 + good

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from ftlevel.data.sources.readers import read_table
+from ftlevel.data.sources.readers import load_table
 from ftlevel.errors import InputError
 
 SKIP = "Fix the line, or drop bad rows with --on-bad-row skip."
@@ -257,7 +257,7 @@ def test_bad_file_is_refused_by_line(
     monkeypatch.chdir(tmp_path)
     write(tmp_path, name, content)
     with pytest.raises(InputError) as caught:
-        read_table(Path(name))
+        load_table(Path(name))
     assert caught.value.problems == ([message] if isinstance(message, str) else message)
 
 
@@ -265,13 +265,13 @@ def test_missing_file_names_what_is_there(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.chdir(tmp_path)
     write(tmp_path, "train.jsonl", GOOD)
     with pytest.raises(InputError) as caught:
-        read_table(Path("trian.jsonl"))
+        load_table(Path("trian.jsonl"))
     assert str(caught.value) == (
         "trian.jsonl: no such file. Did you mean 'train.jsonl'? "
         "In the current directory: train.jsonl."
     )
     with pytest.raises(InputError) as caught:
-        read_table(Path("dta/train.jsonl"))
+        load_table(Path("dta/train.jsonl"))
     assert str(caught.value) == (
         "dta/train.jsonl: no such file, and no directory dta. Check the path."
     )
@@ -282,7 +282,7 @@ def test_directory_as_file_names_its_files(tmp_path: Path, monkeypatch: pytest.M
     Path("data.jsonl").mkdir()
     write(tmp_path / "data.jsonl", "a.csv", "text\na\n")
     with pytest.raises(InputError) as caught:
-        read_table(Path("data.jsonl"))
+        load_table(Path("data.jsonl"))
     assert str(caught.value) == (
         "data.jsonl: is a directory, not a file. Files in it: a.csv. Name one file."
     )

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ftlevel.data.sources.readers import ReadOptions, open_reader, read_table
+from ftlevel.data.sources.readers import ReadOptions, load_table, open_reader
 from ftlevel.errors import InputError
 
 SQUAD = b"""{"data": [{"paragraphs": [{"context": "c", "qas": [{"question": "q", "answers":
@@ -66,7 +66,7 @@ def spoilt(draw: st.DrawFn, content: bytes) -> bytes:
 def assert_read_or_refused(path: Path, how: ReadOptions) -> None:
     for mode in ("error", "skip"):
         try:
-            table = read_table(path, mode, how)  # type: ignore[arg-type]
+            table = load_table(path, mode, how)  # type: ignore[arg-type]
         except InputError as error:
             problems = error.problems
         else:

@@ -159,11 +159,11 @@ def test_saved_data_sets_are_loaded_with_their_class_names() -> None:
 def test_builtin_sets_are_read_by_kind_and_split(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[tuple[str, str, int | None]] = []
 
-    def read_docstrings(kind: str, split: str, limit: int | None = None) -> list[dict[str, str]]:
+    def load_docstrings(kind: str, split: str, limit: int | None = None) -> list[dict[str, str]]:
         calls.append((kind, split, limit))
         return [{"text": f"{split} {n}"} for n in range(3)][:limit]
 
-    monkeypatch.setattr("ftlevel.data.sources.splits.read_docstrings", read_docstrings)
+    monkeypatch.setattr("ftlevel.data.sources.splits.load_docstrings", load_docstrings)
     splits = load_splits("builtin:docstrings", subset="summarization", max_samples=2)
     assert calls == [("summarization", split, 2) for split in ("train", "validation", "test")]
     assert texts_of(splits.train) == ["train 0", "train 1"]

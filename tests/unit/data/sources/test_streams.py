@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from ftlevel.data.sources.hub import IterableStream
-from ftlevel.data.sources.readers import ReadOptions, open_stream, read_table
+from ftlevel.data.sources.readers import ReadOptions, load_table, open_stream
 from ftlevel.data.sources.readers.arrow import ParquetReader
 from ftlevel.data.sources.readers.json import JsonLinesReader
 from ftlevel.data.sources.splits import open_source
@@ -96,7 +96,7 @@ def assert_goes_on_from_every_cursor(stream: Stream) -> None:
 @pytest.mark.parametrize("name", FILES)
 def test_the_rows_are_those_of_the_reader(name: str, tmp_path: Path) -> None:
     path = FILES[name](tmp_path / name)
-    stream, table = open_stream(path), read_table(path)
+    stream, table = open_stream(path), load_table(path)
     found = flat(list(stream.chunks()))
     assert [row for _, row in found] == list(table.rows)
     assert [line for line, _ in found] == list(table.lines)
@@ -191,7 +191,7 @@ def test_bad_lines_keep_their_numbers_after_a_cursor(tmp_path: Path) -> None:
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     stream = open_stream(path)
     cursor = next(stream.chunks()).cursor
-    bad = [row for chunk in stream.chunks(cursor) for row in chunk.bad]
+    bad = [row for chunk in stream.chunks(cursor) for row in chunk.errors]
     assert [(row.line, row.reason) for row in bad] == [
         (150, "not valid JSON (Expecting ':' delimiter, column 9)")
     ]
@@ -263,7 +263,7 @@ SAME: dict[str, tuple[str, bytes, tuple[int, dict[str, str]] | str]] = {
 
 def table_of(path: Path) -> Any:
     try:
-        table = read_table(path, "skip")
+        table = load_table(path, "skip")
     except InputError as error:
         return error.problems
     return list(zip(table.lines, table.rows, strict=True))

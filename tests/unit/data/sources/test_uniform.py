@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from ftlevel.data.sources.table import find_inconsistent_rows
+from ftlevel.data.sources.table import get_inconsistent_rows
 
 
 @pytest.mark.parametrize(
@@ -24,5 +24,5 @@ from ftlevel.data.sources.table import find_inconsistent_rows
     ],
 )
 def test_odd_rows(rows: list[dict[str, Any]], odd_lines: list[int]) -> None:
-    found = find_inconsistent_rows(rows, list(range(1, len(rows) + 1)))
+    found = get_inconsistent_rows(rows, list(range(1, len(rows) + 1)))
     assert [row.line for row in found] == odd_lines

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from ftlevel.data.sources.readers import ReadOptions, open_reader, read_table
+from ftlevel.data.sources.readers import ReadOptions, load_table, open_reader
 from ftlevel.data.sources.readers.tables import format_value
 from ftlevel.errors import InputError
 
@@ -47,7 +47,7 @@ def test_a_value_is_shown(value: Any, form: str, text: str) -> None:
 
 def test_rows_have_the_numbers_of_the_sheet(tmp_path: Path) -> None:
     rows = [[], ["text", "when"], ["a\nb", date(2024, 5, 1)], [], ["c", None]]
-    table = read_table(write(tmp_path / "x.xlsx", *rows))
+    table = load_table(write(tmp_path / "x.xlsx", *rows))
     assert table.rows == [{"text": "a\nb", "when": "2024-05-01"}, {"text": "c", "when": ""}]
     assert table.lines == [3, 5]
     assert table.where(1) == f"{tmp_path}/x.xlsx row 5"
@@ -55,20 +55,20 @@ def test_rows_have_the_numbers_of_the_sheet(tmp_path: Path) -> None:
 
 def test_the_sheet_is_the_first_or_the_one_named(tmp_path: Path) -> None:
     path = write(tmp_path / "x.xlsx", ["text"], ["a"], more="Other")
-    table = read_table(path)
+    table = load_table(path)
     assert table.rows == [{"text": "a"}]
     assert "sheet 'Data', the first of Data, Other; --subset another" in table.notes[0]
-    assert read_table(path, options=ReadOptions(subset="Other")).rows == [
+    assert load_table(path, options=ReadOptions(subset="Other")).rows == [
         {"note": "of the second sheet"}
     ]
     with pytest.raises(InputError, match=r"--subset Othr: .* Did you mean 'Other'\? Sheets: Data"):
-        read_table(path, options=ReadOptions(subset="Othr"))
+        load_table(path, options=ReadOptions(subset="Othr"))
 
 
 def test_faults_are_named_by_row(tmp_path: Path) -> None:
     path = write(tmp_path / "x.xlsx", ["text", "n"], ["a", 1], ["b", "#N/A"], ["c", 1, "more"])
     with pytest.raises(InputError) as caught:
-        read_table(path)
+        load_table(path)
     assert caught.value.problems[:2] == [
         f"{path} row 3: column 2 is the error #N/A.",
         f"{path} row 4: has 3 cells, but the header has 2.",
@@ -78,7 +78,7 @@ def test_faults_are_named_by_row(tmp_path: Path) -> None:
         open_reader(twice)
     empty = write(tmp_path / "z.xlsx")
     with pytest.raises(InputError, match="has 0 rows"):
-        read_table(empty)
+        load_table(empty)
     (tmp_path / "no.xlsx").write_bytes(b"\xd0\xcf\x11\xe0 an encrypted workbook")
     with pytest.raises(InputError, match=r"not a readable \.xlsx file .*password"):
         open_reader(tmp_path / "no.xlsx")

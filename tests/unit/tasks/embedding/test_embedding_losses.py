@@ -9,7 +9,7 @@ import torch
 
 from ftlevel.config.embedding import LOSSES, EmbeddingConfig
 from ftlevel.objectives import StepTexts
-from ftlevel.tasks.embedding.losses import STEP_LOSSES, LossOptions
+from ftlevel.tasks.embedding.losses import STEP_LOSSES, LossConfig
 from ftlevel.tasks.embedding.objective import Embeddings
 
 ROWS, DIMS = 5, 6
@@ -50,7 +50,7 @@ def _info_nce(v: torch.Tensor, step: StepTexts, scale: float) -> float:
 def test_mnrl_contrasts_with_all_documents_of_the_step(negatives: int) -> None:
     step = _pairs(negatives)
     v = _vectors(ROWS * (2 + negatives))
-    found = STEP_LOSSES["mnrl"](v, step, LossOptions(scale=20.0))
+    found = STEP_LOSSES["mnrl"](v, step, LossConfig(scale=20.0))
     assert float(found) == pytest.approx(_info_nce(v, step, 20.0), rel=1e-9)
 
 
@@ -58,13 +58,13 @@ def test_symmetric_mnrl_is_the_mean_of_both_directions() -> None:
     step, v = _pairs(0), _vectors(2 * ROWS)
     turned = StepTexts(tuple((b, a) for a, b in step.texts), step.labels)
     expected = (_info_nce(v, step, 20.0) + _info_nce(v, turned, 20.0)) / 2
-    found = STEP_LOSSES["mnrl"](v, step, LossOptions(symmetric=True))
+    found = STEP_LOSSES["mnrl"](v, step, LossConfig(symmetric=True))
     assert float(found) == pytest.approx(expected, rel=1e-9)
 
 
 def test_equal_vectors_give_the_logarithm_of_the_number_of_documents() -> None:
     v = torch.ones(ROWS * 4, DIMS)
-    assert float(STEP_LOSSES["mnrl"](v, _pairs(2), LossOptions())) == pytest.approx(log(3 * ROWS))
+    assert float(STEP_LOSSES["mnrl"](v, _pairs(2), LossConfig())) == pytest.approx(log(3 * ROWS))
 
 
 def test_a_repeated_pair_costs_ln_2_unless_repeats_are_hidden() -> None:
@@ -73,8 +73,8 @@ def test_a_repeated_pair_costs_ln_2_unless_repeats_are_hidden() -> None:
     once = _pairs(0)
     twice = StepTexts(once.texts * 2, once.labels * 2, once.teacher * 2)
     expected = _info_nce(v, once, 20.0)
-    shown = STEP_LOSSES["mnrl"](v, twice, LossOptions(hides_repeats=False))
-    hidden = STEP_LOSSES["mnrl"](v, twice, LossOptions(hides_repeats=True))
+    shown = STEP_LOSSES["mnrl"](v, twice, LossConfig(hides_repeats=False))
+    hidden = STEP_LOSSES["mnrl"](v, twice, LossConfig(hides_repeats=True))
     assert float(shown) == pytest.approx(expected + log(2), rel=1e-9)
     # Other pairs are still there twice as candidates.
     sums = [
@@ -97,7 +97,7 @@ def test_another_positive_of_a_query_is_no_negative() -> None:
         return log(sums) - 20 * _cosine(v[query], v[positive])
 
     expected = (term(0, 1, [1, 4]) + term(0, 2, [2, 4]) + term(3, 4, [1, 2, 4])) / 3
-    assert float(STEP_LOSSES["mnrl"](v, step, LossOptions())) == pytest.approx(expected, rel=1e-9)
+    assert float(STEP_LOSSES["mnrl"](v, step, LossConfig())) == pytest.approx(expected, rel=1e-9)
 
 
 def test_gist_leaves_out_what_the_guide_finds_nearer() -> None:
@@ -122,7 +122,7 @@ def test_gist_leaves_out_what_the_guide_finds_nearer() -> None:
         sums = sum(exp(100 * _cosine(v[a], v[b])) for a, b in kept)
         total += log(sums) - 100 * _cosine(v[query], v[positive])
     assert 0 < left_out < 10 * ROWS
-    found = STEP_LOSSES["gist"](v, step, LossOptions(scale=100.0))
+    found = STEP_LOSSES["gist"](v, step, LossConfig(scale=100.0))
     assert float(found) == pytest.approx(total / ROWS, rel=1e-6)
 
 
@@ -141,7 +141,7 @@ def test_cosent_compares_all_pairs_of_the_step() -> None:
             if LABELS[i] > LABELS[j]
         )
     )
-    found = STEP_LOSSES["cosent"](v, _scored(LABELS), LossOptions())
+    found = STEP_LOSSES["cosent"](v, _scored(LABELS), LossConfig())
     assert float(found) == pytest.approx(expected, rel=1e-9)
 
 
@@ -159,7 +159,7 @@ def test_angle_is_cosent_of_angles() -> None:
             if LABELS[i] > LABELS[j]
         )
     )
-    found = STEP_LOSSES["angle"](v, _scored(LABELS), LossOptions())
+    found = STEP_LOSSES["angle"](v, _scored(LABELS), LossConfig())
     assert float(found) == pytest.approx(expected, rel=1e-9)
 
 
@@ -167,14 +167,14 @@ def test_cosine_and_contrastive_are_means_over_pairs() -> None:
     v = _vectors(2 * ROWS)
     scores = [_cosine(v[2 * i], v[2 * i + 1]) for i in range(ROWS)]
     expected = sum((s - y) ** 2 for s, y in zip(scores, LABELS, strict=True)) / ROWS
-    found = STEP_LOSSES["cosine"](v.float(), _scored(LABELS), LossOptions())
+    found = STEP_LOSSES["cosine"](v.float(), _scored(LABELS), LossConfig())
     assert float(found) == pytest.approx(expected, rel=1e-5)
     labels = (1.0, 0.0, 0.0, 1.0, 0.0)
     terms = [
         0.5 * (y * (1 - s) ** 2 + (1 - y) * max(0.0, 0.5 - (1 - s)) ** 2)
         for s, y in zip(scores, labels, strict=True)
     ]
-    found = STEP_LOSSES["contrastive"](v, _scored(labels), LossOptions(margin=0.5))
+    found = STEP_LOSSES["contrastive"](v, _scored(labels), LossConfig(margin=0.5))
     assert float(found) == pytest.approx(sum(terms) / ROWS, rel=1e-5)
 
 
@@ -185,7 +185,7 @@ def test_triplet_is_a_hinge_of_distances() -> None:
         for q, p, *negatives in step.texts
         for n in negatives
     ]
-    found = STEP_LOSSES["triplet"](v, step, LossOptions(margin=0.5))
+    found = STEP_LOSSES["triplet"](v, step, LossConfig(margin=0.5))
     assert float(found) == pytest.approx(sum(terms) / len(terms), rel=1e-5)
 
 
@@ -203,9 +203,9 @@ def test_margin_mse_and_kl_follow_the_teacher() -> None:
         p = [exp(t / 2) / sum(exp(u / 2) for u in told) for t in told]
         r = [exp(s / 2) / sum(exp(u / 2) for u in scores) for s in scores]
         divergences.append(sum(a * log(a / b) for a, b in zip(p, r, strict=True)))
-    found = STEP_LOSSES["margin-mse"](v, step, LossOptions())
+    found = STEP_LOSSES["margin-mse"](v, step, LossConfig())
     assert float(found) == pytest.approx(sum(errors) / len(errors), rel=1e-6)
-    found = STEP_LOSSES["kl"](v, step, LossOptions(temperature=2.0))
+    found = STEP_LOSSES["kl"](v, step, LossConfig(temperature=2.0))
     assert float(found) == pytest.approx(4 * sum(divergences) / ROWS, rel=1e-6)
 
 

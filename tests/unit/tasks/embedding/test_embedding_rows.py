@@ -45,9 +45,9 @@ def test_prompts_precede_queries_and_documents() -> None:
     (row,) = encode([EmbeddingRow("the cat", 7, ("a dog", "the end"), (1.0, 0.0))])
     assert isinstance(row, EncodedTexts)
     expected = tokenizer(["the query: the cat", "a text: a dog", "a text: the end"])["input_ids"]
-    assert [text.input_ids for text in row.branches] == expected
+    assert [text.input_ids for text in row.sequences] == expected
     assert (row.labels, row.row) == ((1.0, 0.0), 7)
-    begin = row.branches[0].input_ids[: row.prompts[0]]
+    begin = row.sequences[0].input_ids[: row.prompts[0]]
     assert begin == tokenizer("the query: ")["input_ids"][:-1]
 
 
@@ -71,19 +71,19 @@ def test_a_text_without_its_prompt_is_another_one_than_the_same_tokens() -> None
     """A document that begins with the words of the prompt has all its tokens pooled."""
     encode = TextEncoder(bert_tokenizer(), "the query: ", "", include_prompt=False)
     (row,) = encode([EmbeddingRow("the cat", 0, ("the query: the cat",), (1.0,))])
-    query, document = row.branches
+    query, document = row.sequences
     assert query.input_ids == document.input_ids
     assert (query.unpooled, document.unpooled) == (row.prompts[0], 0)
     assert len(distinct_texts([row])[0]) == 2
     cut = row.truncated(3)  # the prompt alone is longer
-    assert [text.unpooled for text in cut.branches] == [2, 0]
+    assert [text.unpooled for text in cut.sequences] == [2, 0]
 
 
 def test_a_decoder_ends_every_text_once() -> None:
     tokenizer = llama_tokenizer()
     end = tokenizer.eos_token_id
     (row,) = TextEncoder(tokenizer, "", "", end)([EmbeddingRow("the cat", 0, ("a dog",), (1.0,))])
-    for text in row.branches:
+    for text in row.sequences:
         assert text.input_ids[-1] == end
         assert text.input_ids.count(end) == 1
 
@@ -92,7 +92,7 @@ def test_truncation_cuts_each_text_and_keeps_its_end() -> None:
     row = EncodedTexts([1, 2, 3, 9, 1, 9], (1.0,), 0, {}, (4, 2))
     short = row.truncated(3)
     assert short is not None
-    assert [text.input_ids for text in short.branches] == [[1, 2, 9], [1, 9]]
+    assert [text.input_ids for text in short.sequences] == [[1, 2, 9], [1, 9]]
     assert short.length == 3
 
 

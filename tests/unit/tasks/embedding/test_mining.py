@@ -8,7 +8,7 @@ from ftlevel.config import build_section
 from ftlevel.config.mining import MineConfig
 from ftlevel.errors import ConfigError
 from ftlevel.tasks.embedding.formats import EmbeddingRow
-from ftlevel.tasks.embedding.mining import Corpus, MiningOptions, mine
+from ftlevel.tasks.embedding.mining import Corpus, MiningConfig, mine
 
 
 def row(query, *positives):
@@ -34,13 +34,13 @@ def mined(options, rows=ROWS, **others):
 
 
 def test_positives_of_other_rows_and_the_query_itself_are_no_negatives():
-    texts, _ = mined(MiningOptions(9, 0.0))
+    texts, _ = mined(MiningConfig(9, 0.0))
     assert texts[0] == ["d", "e", "f"]  # c is above the positive a, and b is another positive
 
 
 def test_documents_above_the_margin_are_skipped():
     """cos 30 = .866: with a margin of 5 % the limit is .823, and d at cos 31 = .857 is above."""
-    texts, found = mined(MiningOptions(9, 0.05))
+    texts, found = mined(MiningConfig(9, 0.05))
     assert texts[0] == ["e", "f"]
     assert found[0].skipped == 2  # c and d
     assert found[0].positive_scores == pytest.approx([np.cos(np.deg2rad(30))])
@@ -48,14 +48,14 @@ def test_documents_above_the_margin_are_skipped():
 
 
 def test_the_lowest_positive_of_a_row_sets_the_margin():
-    texts, _ = mined(MiningOptions(9, 0.0), [row("q", "c", "e")])
+    texts, _ = mined(MiningConfig(9, 0.0), [row("q", "c", "e")])
     assert texts == [["f"]]
 
 
 def test_a_range_of_ranks_counts_what_is_not_skipped():
-    assert mined(MiningOptions(1, 0.0, (2, 3)))[0][0] == ["e"]
-    assert mined(MiningOptions(5, 0.0, (2, 9)))[0][0] == ["e", "f"]
-    assert mined(MiningOptions(5, 0.0, (7, 9)))[0][0] == []
+    assert mined(MiningConfig(1, 0.0, (2, 3)))[0][0] == ["e"]
+    assert mined(MiningConfig(5, 0.0, (2, 9)))[0][0] == ["e", "f"]
+    assert mined(MiningConfig(5, 0.0, (7, 9)))[0][0] == []
 
 
 def test_a_random_selection_is_repeated_by_its_seed():
@@ -64,7 +64,7 @@ def test_a_random_selection_is_repeated_by_its_seed():
     rows = [row("q", "a")] * 3
     corpus = Corpus(rows, list(many))
     documents = unit(*(ANGLES[text] for text in corpus.texts))
-    options = MiningOptions(4, 0.0, (11, 30), at_random=True, seed=3)
+    options = MiningConfig(4, 0.0, (11, 30), at_random=True, seed=3)
     one, two = (
         [each.negatives for each in mine(rows, corpus, unit(0, 0, 0), documents, options)]
         for _ in range(2)
@@ -76,9 +76,7 @@ def test_a_random_selection_is_repeated_by_its_seed():
 
 @pytest.mark.parametrize("block_bytes", [1, 1 << 20])
 def test_the_block_has_no_effect(block_bytes):
-    assert (
-        mined(MiningOptions(9, 0.0), block_bytes=block_bytes)[0] == mined(MiningOptions(9, 0.0))[0]
-    )
+    assert mined(MiningConfig(9, 0.0), block_bytes=block_bytes)[0] == mined(MiningConfig(9, 0.0))[0]
 
 
 def config(**values):

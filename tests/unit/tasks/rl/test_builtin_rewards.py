@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from ftlevel.config.rl import RewardSpec, parse_reward
-from ftlevel.rewards import build_reward, check_answer
+from ftlevel.rewards import check_reference, create_reward
 
 SCORES: list[tuple[str, str, Any, float]] = [
     ("exact", " 42\n", "42", 1),
@@ -72,7 +72,7 @@ SCORES: list[tuple[str, str, Any, float]] = [
 
 
 def score(text: str, completion: str, answer: Any, ids: int = 4, **options: bool) -> float:
-    return build_reward(parse_reward(text), **options)(completion, range(ids), answer)
+    return create_reward(parse_reward(text), **options)(completion, range(ids), answer)
 
 
 @pytest.mark.parametrize(("reward", "completion", "answer", "expected"), SCORES)
@@ -123,12 +123,12 @@ def test_a_json_schema(tmp_path: Path) -> None:
     ],
 )
 def test_an_answer_that_cannot_be_compared(reward: str, answer: Any, reason: str) -> None:
-    assert reason in check_answer(parse_reward(reward), answer)
+    assert reason in check_reference(parse_reward(reward), answer)
 
 
 def test_answers_that_can_be_compared() -> None:
     for reward, answer in (("number", "#### 1,000"), ("math", r"\frac{1}{2}"), ("choice", "(a)")):
-        assert check_answer(parse_reward(reward), answer) == ""
+        assert check_reference(parse_reward(reward), answer) == ""
 
 
 @pytest.mark.parametrize("text", ["a " * 50_000, "1,1" * 50_000, "{" * 100_000, "A (" * 50_000])

@@ -15,7 +15,7 @@ VOCABULARY = 7
 LENGTHS = (3, 1, 5)
 
 
-def build_objective(loss: str) -> PolicyGradient:
+def create_objective(loss: str) -> PolicyGradient:
     settings = RlConfig(loss=loss, max_completion_length=8)
     return PolicyGradient("reward", settings=settings, teacher="teacher")
 
@@ -29,7 +29,7 @@ def build_signals(weights: torch.Tensor, old: torch.Tensor, teacher: torch.Tenso
 @pytest.mark.parametrize("is_first", [True, False], ids=["first-iteration", "second-iteration"])
 def test_loss_and_gradient(loss: str, is_first: bool) -> None:
     torch.manual_seed(0)
-    objective = build_objective(loss)
+    objective = create_objective(loss)
     parameters = loss_parameters(objective.settings)
     lengths = torch.tensor(LENGTHS)
     owners = torch.arange(len(lengths)).repeat_interleave(lengths)
@@ -67,7 +67,7 @@ def test_loss_and_gradient(loss: str, is_first: bool) -> None:
 
 def test_the_expected_gradient_is_that_of_the_reverse_divergence() -> None:
     torch.manual_seed(0)
-    objective = build_objective("dapo")
+    objective = create_objective("dapo")
     logits = torch.randn(VOCABULARY, dtype=torch.float64, requires_grad=True)
     teacher = torch.randn(VOCABULARY, dtype=torch.float64).log_softmax(-1)
     policy = logits.log_softmax(-1)

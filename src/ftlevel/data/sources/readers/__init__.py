@@ -78,7 +78,7 @@ class ReadOptions:
 DEFAULT_READ_OPTIONS = ReadOptions()
 
 
-def read_table(
+def load_table(
     name: str | Path, on_bad_row: OnBadRow = "error", options: ReadOptions = DEFAULT_READ_OPTIONS
 ) -> Table:
     """Load the rows of a file, which may be compressed, or of stdin ("-").
@@ -185,7 +185,7 @@ def stem_of(name: str) -> str:
 
 
 def _detect_format(path: Path, shown: str, options: ReadOptions) -> tuple[type[Reader], str]:
-    """Detect the reader of a file (`shown` in errors); also returns a note if content decided."""
+    """Returns the reader class of a file; if its content decided, also a note."""
     if options.format is not None:
         return READERS[f".{options.format}"], ""
     suffix = path.suffix.lower()

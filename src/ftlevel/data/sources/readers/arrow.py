@@ -28,9 +28,9 @@ _BATCH = 1 << 10  # rows per Arrow batch
 
 
 class _BatchReader(Reader):
-    """Base of the readers of typed files; the schema makes rows uniform and declares class names.
+    """Base of the readers of Parquet and Arrow files, which declare types and class names.
 
-    A cursor has the index of a record batch or row group, the row in it, and the row number.
+    `Cursor` has the index of a record batch or row group, the row in it, and the row number.
     """
 
     unit = "row"
@@ -47,15 +47,15 @@ class _BatchReader(Reader):
 
     @abstractmethod
     def read_schema(self) -> Any:
-        """Load the Arrow schema of the file."""
+        """Returns the Arrow schema of the file."""
 
     @abstractmethod
     def groups(self, first: int) -> Iterator[Iterable[Any]]:
         """Yields the record batches of each group (row group or batch), from number `first`."""
 
-    def read(self, cursor: Cursor | None) -> Iterator[Chunk]:
-        """Yields the chunks after `cursor`."""
-        at = cursor or {self.group_key: 0, "row": 0, "number": 0}
+    def read(self, state: Cursor | None) -> Iterator[Chunk]:
+        """Yields the chunks after `state`."""
+        at = state or {self.group_key: 0, "row": 0, "number": 0}
         first, skip, number = (int(at[key]) for key in (self.group_key, "row", "number"))
         with refuse_damaged(self.path, self.format_name):
             for group, batches in enumerate(self.groups(first), first):
@@ -77,7 +77,6 @@ class ParquetReader(_BatchReader):
     format_name, group_key = "Parquet", "group"
 
     def read_schema(self) -> Any:
-        """Load the Arrow schema of the file."""
         import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
         # pq.read_table fails on duplicate column names, before they can be checked.
@@ -87,13 +86,11 @@ class ParquetReader(_BatchReader):
         return schema
 
     def groups(self, first: int) -> Iterator[Iterable[Any]]:
-        """Yields the record batches of each row group, from number `first`."""
         columns = self.schema.names if self.ignored else None
         for group in range(first, self._count):
             yield self._file.iter_batches(_BATCH, row_groups=[group], columns=columns)
 
     def share(self, chunk: Chunk) -> float | None:
-        """Returns the fraction of rows read up to the end of `chunk`."""
         return chunk.cursor["number"] / max(1, self._file.metadata.num_rows)
 
 
@@ -103,11 +100,9 @@ class ArrowReader(_BatchReader):
     format_name, group_key = "Arrow", "batch"
 
     def read_schema(self) -> Any:
-        """Load the Arrow schema of the file."""
         return self._open().schema
 
     def groups(self, first: int) -> Iterator[Iterable[Any]]:
-        """Yields each record batch as a group, from number `first`."""
         reader = self._open()
         batches = (
             (reader.get_batch(i) for i in range(first, reader.num_record_batches))
@@ -142,8 +137,8 @@ def refuse_damaged(path: Path, format_name: str) -> Iterator[None]:
         ) from None
 
 
-def build_arrow_table(table: Any, source: str) -> Table:
-    """Build the rows of a `pyarrow.Table` as a table, numbered from 1.
+def create_arrow_table(table: Any, source: str) -> Table:
+    """Returns the rows of a `pyarrow.Table` as a table, numbered from 1.
 
     Raises `InputError` for a table without rows, duplicate column names, or media columns.
     """
@@ -161,8 +156,8 @@ def build_arrow_table(table: Any, source: str) -> Table:
 def arrow_rows(content: Any, null_keys: Counter[str]) -> list[Row]:
     """Returns the rows of a `pyarrow.Table` or `RecordBatch` as JSON values.
 
-    Arrow fills keys missing from an object in a list with null. Such null keys are dropped and
-    counted by path in `null_keys` (modified). Maps and columns of the JSON type keep their nulls.
+    Null keys, with which Arrow fills up the objects of a list, are dropped and counted in
+    `null_keys` (modified). Maps and columns of the JSON type keep their nulls.
     """
     rows: list[Row] = content.to_pylist(maps_as_pydicts="lossy")
     return drop_null_keys(rows, content.schema, null_keys, decode=True)
@@ -171,10 +166,10 @@ def arrow_rows(content: Any, null_keys: Counter[str]) -> list[Row]:
 def drop_null_keys(
     rows: list[Row], schema: Any, null_keys: Counter[str], *, decode: bool = False
 ) -> list[Row]:
-    """Drop null keys that Arrow added to `rows` (modified), count them, and return `rows`.
+    """Remove keys with value null that Arrow added to `rows` (modified), and return `rows`.
 
-    `null_keys` (modified) has the counts by path. `schema` is Arrow's, or None if unknown. If
-    `decode` is true, columns of the JSON type are still text and are parsed.
+    They are counted by path in `null_keys` (modified). `schema` may be None. With `decode`, columns
+    of the JSON type are text and are parsed.
     """
     types = {} if schema is None else {field.name: field.type for field in schema}
     cleaner = _Cleaner(null_keys, decode)
@@ -193,7 +188,6 @@ class _Cleaner:
     decode: bool
 
     def clean(self, value: Any, type_: Any, path: str, *, in_list: bool = False) -> Any:
-        """Returns `value` without null keys; `type_` is its Arrow type, or None if unknown."""
         if value is None:
             return None
         if _is_json(type_):

@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 
 from ftlevel.data.sources import lines
 from ftlevel.data.sources.lines import CHUNK_ROWS, LineNumbers, LineRows, as_row
-from ftlevel.data.sources.readers.text import TextLines, check_head, read_text
+from ftlevel.data.sources.readers.text import TextLines, check_head, load_text
 from ftlevel.data.sources.streams import Chunk, Cursor, Reader
 from ftlevel.data.sources.table import BadRow, Row, RowShapeCounter, Table, json_type_name
 from ftlevel.errors import InputError, join_names
@@ -46,13 +46,12 @@ class JsonLinesReader(Reader):
                 f"Rename it to {path.with_suffix('.json').name}"
             )
 
-    def read(self, cursor: Cursor | None) -> Iterator[Chunk]:
-        """Yields the chunks after `cursor`."""
-        at = cursor or self._begin
+    def read(self, state: Cursor | None) -> Iterator[Chunk]:
+        at = state or self._begin
         text = TextLines(self.path, **at)
         remaining, before = iter(text), int(at["line"])
         while block := list(islice(remaining, CHUNK_ROWS)):
-            rows = read_json_lines(block, before)
+            rows = load_json_lines(block, before)
             before += len(block)
             yield self.chunk(*rows, text.cursor(before))
 
@@ -61,15 +60,15 @@ class JsonLinesReader(Reader):
         if self.path.stat().st_size < lines.LARGE_BYTES:
             return super().collect()
         numbers, offsets, shapes = LineNumbers(), array("q", [self._begin["at"]]), RowShapeCounter()
-        bad: list[BadRow] = []
+        errors: list[BadRow] = []
         for chunk in self.chunks():
             offsets.append(chunk.cursor["at"])
-            bad += chunk.bad
+            errors += chunk.errors
             for row, line in zip(chunk.rows, chunk.lines, strict=True):
                 shapes.add(row)
                 numbers.append(line)
         rows = LineRows(self.path, numbers, offsets)
-        return self.table(rows, numbers), [*bad, *shapes.find_inconsistent(rows, numbers)]
+        return self.table(rows, numbers), [*errors, *shapes.get_inconsistent(rows, numbers)]
 
 
 class _NotStrict(ValueError):
@@ -115,7 +114,7 @@ def _has_lone_surrogate(text: str, value: object) -> bool:
     return False
 
 
-def _find_fault(text: str, value: object) -> str:
+def _get_error(text: str, value: object) -> str:
     """Returns what is wrong with a decoded row, or ""."""
     if type(value) is not dict:
         return f"{json_type_name(value)}, where one object with named columns is expected"
@@ -129,31 +128,30 @@ def _find_fault(text: str, value: object) -> str:
     return ""
 
 
-def read_json_lines(
+def load_json_lines(
     text: Iterable[str], before: int = 0
 ) -> tuple[list[Row], list[int], list[BadRow]]:
     """Returns rows, line numbers and invalid rows of JSON Lines; blank lines are skipped.
 
-    `text` must be split at line feeds only, since strings may contain other line separators.
-    `before` is the number of lines that precede it.
+    `text` must be split at line feeds only. `before` is the number of lines that precede it.
     """
     rows: list[Row] = []
     lines: list[int] = []
-    bad: list[BadRow] = []
+    errors: list[BadRow] = []
     for number, line in enumerate(text, before + 1):
         if line.isspace():
             continue
         try:
             row = as_row(DECODER.decode(line))
-            fault = _find_fault(line, row)
+            fault = _get_error(line, row)
         except (ValueError, RecursionError) as error:
             fault = _describe_error(error) + ("" if line.endswith("\n") else _CUT)
         if fault:
-            bad.append(BadRow(number, fault))
+            errors.append(BadRow(number, fault))
         else:
             rows.append(row)
             lines.append(number)
-    return rows, lines, bad
+    return rows, lines, errors
 
 
 _LIST_COLUMNS = {
@@ -173,13 +171,13 @@ _LIST_COLUMNS = {
 class OneObject:
     """How to read the rows of a JSON file that is a single object.
 
-    If `rows` is None, the rows are the elements of the list at character `list_at` of the text. If
-    the object has no rows, `note` is "" and `hint` tells how to fix it.
+    If `rows` is None, they are the list at character `list_at` of the text. Without rows, `note` is
+    "", and `hint` tells how to fix the file.
     """
 
     rows: list[Row] | None = None
     list_at: int = 0
-    bad: tuple[BadRow, ...] = ()
+    errors: tuple[BadRow, ...] = ()
     note: str = ""
     hint: str = ""
     keys: tuple[str, ...] = ()
@@ -195,7 +193,7 @@ def open_object(text: str) -> OneObject | None:
     if text[end:].strip():
         return None
     is_json_lines = "\n" not in text.strip()
-    if rows := _read_squad(value) or _read_columns(value, is_json_lines=is_json_lines):
+    if rows := _parse_squad(value) or _parse_pandas(value, is_json_lines=is_json_lines):
         return rows
     lists = [key for key, each in value.items() if _is_rows(each)]
     others = [each for key, each in value.items() if key not in lists]
@@ -214,10 +212,10 @@ def _is_rows(value: object) -> bool:
     return isinstance(value, list) and bool(value) and type(value[0]) is dict
 
 
-def _read_columns(value: Mapping[str, Any], *, is_json_lines: bool) -> OneObject | None:
+def _parse_pandas(value: Mapping[str, Any], *, is_json_lines: bool) -> OneObject | None:
     """Returns the rows of `value` if it is an object of columns, as pandas writes it; else None."""
     note = "a column a key, as pandas writes them; a row is what has one place in all"
-    columns = list(value.values())
+    series = list(value.values())
     if {"columns", "data"} <= value.keys() and isinstance(value["data"], list):
         names = value["columns"]
         if isinstance(names, list) and all(
@@ -225,22 +223,22 @@ def _read_columns(value: Mapping[str, Any], *, is_json_lines: bool) -> OneObject
         ):
             rows = [dict(zip(names, row, strict=True)) for row in value["data"]]
             return OneObject(rows, note="columns and data, as pandas writes them")
-    if all(type(column) is dict for column in columns):
-        indices = list(columns[0]) if columns else []
+    if all(type(column) is dict for column in series):
+        indices = list(series[0]) if series else []
         counted = bool(indices) and all(map(str.isdecimal, indices))
-        if counted and all(list(column) == indices for column in columns):
+        if counted and all(list(column) == indices for column in series):
             rows = [{key: value[key][index] for key in value} for index in indices]
             return OneObject(rows, note=note)
-    if len(columns) > 1 and all(type(column) is list for column in columns):
-        counts = {len(column) for column in columns}
+    if len(series) > 1 and all(type(column) is list for column in series):
+        counts = {len(column) for column in series}
         may_be_a_row = is_json_lines and bool(_LIST_COLUMNS & value.keys())
         if len(counts) == 1 and counts != {0} and not may_be_a_row:
-            cells = zip(*columns, strict=True)
+            cells = zip(*series, strict=True)
             return OneObject([dict(zip(value, row, strict=True)) for row in cells], note=note)
     return None
 
 
-def _read_squad(value: Mapping[str, Any]) -> OneObject | None:
+def _parse_squad(value: Mapping[str, Any]) -> OneObject | None:
     articles: Any = value.get("data")
     if not _is_rows(articles) or not all(
         type(article) is dict and type(article.get("paragraphs")) is list for article in articles
@@ -253,7 +251,7 @@ def _read_squad(value: Mapping[str, Any]) -> OneObject | None:
         for question in (paragraph.get("qas", ()) if isinstance(paragraph, dict) else ())
     )
     rows: list[Row] = []
-    bad: list[BadRow] = []
+    errors: list[BadRow] = []
     for number, (article, paragraph, question) in enumerate(questions, 1):
         try:
             answers = [] if question.get("is_impossible") else question["answers"]
@@ -267,10 +265,10 @@ def _read_squad(value: Mapping[str, Any]) -> OneObject | None:
                 },
             }
         except (KeyError, TypeError, AttributeError) as error:
-            bad.append(BadRow(number, f"question {number} lacks {error}"))
+            errors.append(BadRow(number, f"question {number} lacks {error}"))
         else:
             rows.append(row)
-    return OneObject(rows, bad=tuple(bad), note="SQuAD's articles; a row is a question")
+    return OneObject(rows, errors=tuple(errors), note="SQuAD's articles; a row is a question")
 
 
 _SPACE = re.compile(r"[ \t\n\r]*")
@@ -285,17 +283,17 @@ class JsonReader(Reader):
         super().__init__(path)
         check_head(path)
 
-    def read(self, cursor: Cursor | None) -> Iterator[Chunk]:
+    def read(self, state: Cursor | None) -> Iterator[Chunk]:
         """Yields all rows as one chunk."""
-        if cursor is not None:
+        if state is not None:
             return
-        source, text = str(self.path), read_text(self.path)
+        source, text = str(self.path), load_text(self.path)
         start = text.lstrip()[:1]
         one = open_object(text) if start == "{" else None
         if start == "[":
-            elements = read_json_array(text, source)
+            elements = load_json_array(text, source)
         elif one is None:
-            elements = Elements(*read_json_lines(StringIO(text, newline="\n")))
+            elements = Elements(*load_json_lines(StringIO(text, newline="\n")))
         elif one.note:
             elements = self._read_object(text, one)
         else:
@@ -305,7 +303,7 @@ class JsonReader(Reader):
             )
         self.unit = "row" if elements.numbered else "line"
         yield self.chunk(
-            elements.rows, elements.lines, elements.bad, {"at": self.path.stat().st_size}
+            elements.rows, elements.lines, elements.errors, {"at": self.path.stat().st_size}
         )
 
     def _read_object(self, text: str, one: OneObject) -> Elements:
@@ -313,26 +311,26 @@ class JsonReader(Reader):
         if note not in self.notes:
             self.notes.append(note)
         if one.rows is None:
-            return read_json_array(text, str(self.path), one.list_at)
-        bad = {row.line for row in one.bad}
-        numbers = [n for n in range(1, len(one.rows) + len(bad) + 1) if n not in bad]
-        return Elements(one.rows, numbers, list(one.bad), numbered=True)
+            return load_json_array(text, str(self.path), one.list_at)
+        errors = {row.line for row in one.errors}
+        numbers = [n for n in range(1, len(one.rows) + len(errors) + 1) if n not in errors]
+        return Elements(one.rows, numbers, list(one.errors), numbered=True)
 
 
 @dataclass
 class Elements:
-    """Elements of a JSON array; `lines` and `bad` count elements instead of lines if `numbered`."""
+    """Elements of a JSON array; if `numbered`, `lines` and `errors` count elements, not lines."""
 
     rows: list[Row] = field(default_factory=list)
     lines: list[int] = field(default_factory=list)
-    bad: list[BadRow] = field(default_factory=list)
+    errors: list[BadRow] = field(default_factory=list)
     numbered: bool = False
 
 
-def read_json_array(text: str, source: str, start: int = 0) -> Elements:
-    """Load the elements of an array of objects; `InputError` if the array is malformed.
+def load_json_array(text: str, source: str, start: int = 0) -> Elements:
+    """Load the elements of the array of objects at `start` of `text`.
 
-    If `start` is not 0, the array starts there and other text may follow it.
+    Only blanks may follow an array at 0. Raises `InputError` if the array is malformed.
     """
     values: list[tuple[Any, str]] = []  # (value, fault or "")
     lines: list[int] = []
@@ -343,14 +341,14 @@ def read_json_array(text: str, source: str, start: int = 0) -> Elements:
         line, counted = line + text.count("\n", counted, at), at
         value, end = _decode_element(text, at, line, source)
         value = as_row(value)
-        values.append((value, _find_fault(text[at:end], value)))
+        values.append((value, _get_error(text[at:end], value)))
         lines.append(line)
         at = _past_space(text, end)
-        separator = text[at : at + 1]
-        if separator not in (",", "]"):
+        delimiter = text[at : at + 1]
+        if delimiter not in (",", "]"):
             end_position = line + text.count("\n", counted, at)
             _refuse_array(text, source, end_position, "not valid JSON (expecting ',' or ']')")
-        more = separator == ","
+        more = delimiter == ","
         at = _past_space(text, at + 1) if more else at
     end = _past_space(text, at + 1)
     if end < len(text) and not start:
@@ -362,7 +360,7 @@ def read_json_array(text: str, source: str, start: int = 0) -> Elements:
     for number, line, (value, fault) in zip(count(1), lines, values, strict=False):
         position = number if elements.numbered else line
         if fault:
-            elements.bad.append(BadRow(position, fault))
+            elements.errors.append(BadRow(position, fault))
         else:
             elements.rows.append(value)
             elements.lines.append(position)
@@ -375,7 +373,6 @@ def _past_space(text: str, at: int) -> int:
 
 
 def _decode_element(text: str, at: int, line: int, source: str) -> tuple[Any, int]:
-    """Returns the JSON value at `at`, and the index after it."""
     try:
         return DECODER.raw_decode(text, at)
     except (ValueError, RecursionError) as error:

@@ -42,11 +42,11 @@ class CsvReader(Reader):
         super().__init__(path)
         check_head(path)
         self._header, line, self._begin = self._read_header()
-        if other := self._other_separator():
+        if other := self._other_delimiter():
             self.separator = other
             self.notes.append(f"its header is separated by {other!r}, and so are its rows")
             self._header, line, self._begin = self._read_header()
-        if reason := find_no_header(self._header, self._sample(self.separator)):
+        if reason := has_no_header(self._header, self._sample(self.separator)):
             self._header = [str(number) for number in range(1, len(self._header) + 1)]
             self._begin = TextLines(path).cursor(0)
             self.notes.append(
@@ -56,7 +56,6 @@ class CsvReader(Reader):
         check_header(self._header, f"{path}:{line}")
 
     def _read_header(self) -> tuple[list[str], int, Cursor]:
-        """Load the cells of the header, its line number, and the cursor of the first row."""
         text = TextLines(self.path, universal=True)
         cells = csv.reader(text, delimiter=self.separator, strict=True)
         with _long_cells():
@@ -66,31 +65,29 @@ class CsvReader(Reader):
                 raise InputError(_describe(error, self.path, 1)) from None
         return header, cells.line_num, text.cursor(cells.line_num)
 
-    def _other_separator(self) -> str:
-        """Returns the separator that the file seems to use instead of the format's own; else ""."""
+    def _other_delimiter(self) -> str:
+        """Returns the delimiter that the file seems to use instead of the format's own; or ""."""
         header, rows = self._header, self._sample(self.separator)
-        others = [separator for separator in ";\t,|" if separator != self.separator]
+        others = [delimiter for delimiter in ";\t,|" if delimiter != self.separator]
         if len(header) == 1:
-            return next((separator for separator in others if separator in header[0]), "")
+            return next((delimiter for delimiter in others if delimiter in header[0]), "")
         if all(len(row) == len(header) for row in rows):
             return ""
         text = self.separator.join(header)
-        for separator in others:
-            widths = {len(row) for row in self._sample(separator)}
-            if separator in text and widths == {text.count(separator) + 1}:
-                return separator
+        for delimiter in others:
+            widths = {len(row) for row in self._sample(delimiter)}
+            if delimiter in text and widths == {text.count(delimiter) + 1}:
+                return delimiter
         return ""
 
-    def _sample(self, separator: str) -> list[list[str]]:
-        """Returns the complete rows after the header within the head of the file."""
+    def _sample(self, delimiter: str) -> list[list[str]]:
         rows: list[list[str]] = []
         with contextlib.suppress(csv.Error):
-            rows += csv.reader(head_lines(self.path), delimiter=separator)
+            rows += csv.reader(head_lines(self.path), delimiter=delimiter)
         return [row for row in rows if row][1:]
 
-    def read(self, cursor: Cursor | None) -> Iterator[Chunk]:
-        """Yields the chunks after `cursor`."""
-        at = cursor or self._begin
+    def read(self, state: Cursor | None) -> Iterator[Chunk]:
+        at = state or self._begin
         text = TextLines(self.path, **at, universal=True)
         cells = csv.reader(text, delimiter=self.separator, strict=True)
         header, width, before = self._header, len(self._header), int(at["line"])
@@ -98,7 +95,7 @@ class CsvReader(Reader):
         while more:
             rows: list[Row] = []
             lines: list[int] = []
-            bad: list[BadRow] = []
+            errors: list[BadRow] = []
             start = begin
             with _long_cells():
                 try:
@@ -108,13 +105,13 @@ class CsvReader(Reader):
                             lines.append(begin)
                         elif row:
                             reason = f"has {len(row)} cells, but the header has {width}"
-                            bad.append(BadRow(begin, reason))
+                            errors.append(BadRow(begin, reason))
                         begin = before + cells.line_num + 1
                 except csv.Error as error:
                     raise InputError(_describe(error, self.path, begin)) from None
             more = begin > start
-            if rows or bad:
-                yield self.chunk(rows, lines, bad, text.cursor(begin - 1))
+            if rows or errors:
+                yield self.chunk(rows, lines, errors, text.cursor(begin - 1))
 
 
 class TsvReader(CsvReader):
@@ -134,7 +131,7 @@ def _describe(error: csv.Error, path: Path, line: int) -> str:
 
 
 def check_header(header: list[str], place: str) -> None:
-    """Raise `InputError` if the header, located at `place`, has empty or duplicate names."""
+    """Raise `InputError` if a column name is empty or occurs twice; `place` is for messages."""
     repeated = sorted({name for name in header if header.count(name) > 1 and name})
     if repeated:
         raise InputError(
@@ -148,7 +145,7 @@ def check_header(header: list[str], place: str) -> None:
         )
 
 
-def find_no_header(header: list[str], rows: list[list[str]]) -> str:
+def has_no_header(header: list[str], rows: list[list[str]]) -> str:
     """Returns why the first line looks like a row rather than a header, or ""."""
     rows = [row for row in rows if len(row) == len(header)]
     pandas_names = [str(number) for number in range(len(header))]
@@ -224,30 +221,29 @@ class ExcelReader(Reader):
         self._header, self._begin = [text for text, _ in cells], number + 1
         check_header(self._header, f"{path} row {self._begin - 1}")
 
-    def read(self, cursor: Cursor | None) -> Iterator[Chunk]:
-        """Yields the chunks after `cursor`."""
+    def read(self, state: Cursor | None) -> Iterator[Chunk]:
         rows: list[Row] = []
         numbers: list[int] = []
-        bad: list[BadRow] = []
+        errors: list[BadRow] = []
         width = len(self._header)
-        number = start = int(cursor["row"]) if cursor else self._begin
+        number = start = int(state["row"]) if state else self._begin
         for number, cells in self._rows(start):
             texts = [text for text, _ in cells] + [""] * (width - len(cells))
             invalid = [i for i, (_, is_error) in enumerate(cells) if is_error]
             if len(cells) > width:
                 reason = f"has {len(cells)} cells, but the header has {width}"
-                bad.append(BadRow(number, reason))
+                errors.append(BadRow(number, reason))
             elif invalid:
                 reason = f"column {invalid[0] + 1} is the error {texts[invalid[0]]}"
-                bad.append(BadRow(number, reason))
+                errors.append(BadRow(number, reason))
             else:
                 rows.append(dict(zip(self._header, texts, strict=True)))
                 numbers.append(number)
-            if len(rows) + len(bad) >= CHUNK_ROWS:
-                yield self.chunk(rows, numbers, bad, {"row": number + 1})
-                rows, numbers, bad = [], [], []
-        if rows or bad:
-            yield self.chunk(rows, numbers, bad, {"row": number + 1})
+            if len(rows) + len(errors) >= CHUNK_ROWS:
+                yield self.chunk(rows, numbers, errors, {"row": number + 1})
+                rows, numbers, errors = [], [], []
+        if rows or errors:
+            yield self.chunk(rows, numbers, errors, {"row": number + 1})
 
     def _rows(self, start: int) -> Iterator[tuple[int, list[tuple[str, bool]]]]:
         """Yields the number of each non-empty row from `start`, and (text, is_error) per cell."""
@@ -278,7 +274,6 @@ class ExcelReader(Reader):
 
 @contextmanager
 def _opened(path: Path) -> Iterator[Any]:
-    """Open a workbook; convert exceptions to `InputError`."""
     try:
         import openpyxl
     except ImportError:
@@ -301,7 +296,6 @@ def _opened(path: Path) -> Iterator[Any]:
 
 
 def _format_cell(cell: Any) -> tuple[str, bool]:
-    """Returns the text of a cell, and whether it is an error such as #N/A."""
     value = cell.value
     if value is None:
         return "", False

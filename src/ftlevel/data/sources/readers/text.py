@@ -43,7 +43,6 @@ class TextLines:
         return {"at": self._at + size, "line": line}
 
     def __iter__(self) -> Iterator[str]:
-        """Yields the lines with their endings; raises `InputError` if one is not UTF-8."""
         return chain.from_iterable(self._blocks())
 
     def _blocks(self) -> Iterator[Iterator[str]]:
@@ -64,13 +63,12 @@ class TextLines:
                 self._block = []
 
 
-def read_text(path: Path) -> str:
-    """Load a file's text without a byte order mark; raise `InputError` if it is not UTF-8."""
+def load_text(path: Path) -> str:
+    """Returns a file's text without a byte order mark; raises `InputError` if it is not UTF-8."""
     return _decode(path, path.read_bytes(), 0, 0).removeprefix("\ufeff")
 
 
 def _decode(path: Path, content: bytes, at: int, line: int) -> str:
-    """Decode `content`, at offset `at` and after `line` lines; `InputError` if it is not UTF-8."""
     try:
         return content.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -125,10 +123,10 @@ def head_lines(path: Path) -> list[str]:
     return lines[:-1] if len(head) == HEAD and len(lines) > 1 else lines
 
 
-def detect_file_format(path: Path, columns: Collection[str]) -> tuple[str, str] | None:
+def detect_file_format(path: Path, column_names: Collection[str]) -> tuple[str, str] | None:
     """Returns the suffix of the format that the content suggests, and why; None if unclear.
 
-    `columns` are names that identify the header of a table. The file must not be empty.
+    `column_names` are names that identify the header of a table. The file must not be empty.
     """
     with path.open("rb") as file:
         start = file.read(8)
@@ -145,8 +143,8 @@ def detect_file_format(path: Path, columns: Collection[str]) -> tuple[str, str] 
         return ".json", "it begins with a list"
     if looks_like_conll(lines):
         return ".conll", "its lines are words with tags"
-    for separator, suffix in (("\t", ".tsv"), (",", ".csv")):
-        if reason := _find_table_evidence(lines, separator, columns):
+    for delimiter, suffix in (("\t", ".tsv"), (",", ".csv")):
+        if reason := _get_table_evidence(lines, delimiter, column_names):
             return suffix, reason
     return None
 
@@ -160,11 +158,11 @@ def _is_complete(text: str) -> bool:
     return True
 
 
-def _find_table_evidence(lines: list[str], separator: str, columns: Collection[str]) -> str:
-    """Returns why the lines look like a table with this separator, or "" if they do not."""
-    rows = [row for row in csv.reader(lines, delimiter=separator) if row]
+def _get_table_evidence(lines: list[str], delimiter: str, column_names: Collection[str]) -> str:
+    """Returns why the lines look like a table with this delimiter; "" if they do not."""
+    rows = [row for row in csv.reader(lines, delimiter=delimiter) if row]
     names = rows[0] if rows else []
-    if any(cell in columns or cell.lower() in columns for cell in names):
+    if any(cell in column_names or cell.lower() in column_names for cell in names):
         return "its first line has names of columns"
     is_regular = len(rows) > 1 and {len(row) for row in rows} == {len(names)}
     if len(names) > 1 and is_regular and all(map(_NAME.fullmatch, names)):
@@ -200,9 +198,9 @@ class _BlockReader(Reader):
     def parse(self, first: int, lines: list[str]) -> list[tuple[int, Row] | BadRow]:
         """Parse the rows of a block, each with its line; the block begins at line `first`."""
 
-    def read(self, cursor: Cursor | None) -> Iterator[Chunk]:
-        """Yields the chunks after `cursor`."""
-        at = cursor or {"at": 0, "line": 0}
+    def read(self, state: Cursor | None) -> Iterator[Chunk]:
+        """Yields the chunks after `state`."""
+        at = state or {"at": 0, "line": 0}
         text = TextLines(self.path, **at)
         block: list[str] = []
         parsed: list[tuple[int, Row] | BadRow] = []
@@ -210,9 +208,9 @@ class _BlockReader(Reader):
 
         def chunk() -> Chunk:
             rows = [row for row in parsed if not isinstance(row, BadRow)]
-            bad = [row for row in parsed if isinstance(row, BadRow)]
+            errors = [row for row in parsed if isinstance(row, BadRow)]
             lines = [line for line, _ in rows]
-            return self.chunk([row for _, row in rows], lines, bad, text.cursor(number))
+            return self.chunk([row for _, row in rows], lines, errors, text.cursor(number))
 
         for number, line in enumerate(text, before + 1):
             if not line.isspace():
@@ -254,14 +252,14 @@ class ConllReader(_BlockReader):
             cells = self._cells(line)
             if cells[0] == "-DOCSTART-" or self._is_comment(cells, not words):
                 continue
-            if fault := self._find_fault(cells):
+            if fault := self._get_error(cells):
                 return [BadRow(number, fault)]
             start = start if words else number
             words.append(cells)
         if not words:
             return []
-        columns = (list(column) for column in zip(*words, strict=True))
-        return [(start, dict(zip(self._names, columns, strict=True)))]
+        fields = (list(column) for column in zip(*words, strict=True))
+        return [(start, dict(zip(self._names, fields, strict=True)))]
 
     def _cells(self, text: str) -> list[str]:
         return [cell.strip() for cell in text.split("\t")] if self._tabs else text.split()
@@ -273,7 +271,7 @@ class ConllReader(_BlockReader):
         is_row = len(cells) == self._width
         return not is_row or (at_start and self._width > 1 and not _TAG.fullmatch(cells[-1]))
 
-    def _find_fault(self, cells: list[str]) -> str:
+    def _get_error(self, cells: list[str]) -> str:
         if len(cells) != self._width:
             count = f"{len(cells)} column{'s' * (len(cells) != 1)}"
             return f"has {count}, where most lines have {self._width}"
@@ -284,5 +282,4 @@ class ParagraphReader(_BlockReader):
     """Reader of plain text; line breaks within a paragraph are kept."""
 
     def parse(self, first: int, lines: list[str]) -> list[tuple[int, Row] | BadRow]:
-        """Parse the paragraph as a row."""
         return [(first, {"text": "\n".join(line.rstrip("\r\n") for line in lines)})]
