@@ -52,7 +52,7 @@ TEST_BIN := $(TEST_DIR)/venv/bin
 DEMO_BIN := $(DEMO_DIR)/venv/bin
 SOURCES := $(shell find src -name '*.py')
 
-.PHONY: help test test-quick test-kernels demo lint docs docs-commands matrix sweeps mutants torture distributed gpu-sim gpu-kit servers served \
+.PHONY: help test test-quick test-kernels fetch-models demo lint docs docs-commands matrix sweeps mutants torture distributed gpu-sim gpu-kit servers served \
 	clean
 .DELETE_ON_ERROR:
 
@@ -89,6 +89,9 @@ docs-commands: $(TEST_DIR)/installed
 	$(TEST_BIN)/python scripts/docs_commands.py --write --models $(MODELS) $(DOCS_FLAGS)
 	$(TEST_BIN)/python scripts/run_notebook.py
 
+fetch-models: $(TEST_DIR)/installed
+	$(TEST_BIN)/python scripts/fetch_models.py --dir $(MODELS)
+
 # Triton, whose interpreter runs our kernels without a GPU, in a folder of its own: where it is installed,
 # other libraries compute otherwise. There are wheels for Linux.
 $(TEST_DIR)/triton: $(TEST_DIR)/installed
@@ -97,8 +100,7 @@ $(TEST_DIR)/triton: $(TEST_DIR)/installed
 
 # One thread a test process: two of them with two each would starve one another.
 test: export OMP_NUM_THREADS ?= 1
-test: lint docs
-	$(TEST_BIN)/python scripts/fetch_models.py --dir $(MODELS)
+test: lint docs fetch-models
 	FTLEVEL_MODELS=$(abspath $(MODELS)) $(TEST_BIN)/python -m pytest $(PYTEST_FLAGS)
 	[ "$$(uname)" != Linux ] || $(MAKE) test-kernels
 

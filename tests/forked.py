@@ -144,6 +144,20 @@ def run(
     return done
 
 
+def run_slowly(arguments: Sequence[str], seconds: float = 0.1) -> NoReturn:
+    """Be the program, which sleeps in each step, so that a signal finds a tiny run at its work."""
+    from ftlevel.training.callbacks import Report
+
+    report = Report.on_step_end
+
+    def sleep_and_report(self: Any, *given: Any, **named: Any) -> Any:
+        time.sleep(seconds)
+        return report(self, *given, **named)
+
+    Report.on_step_end = sleep_and_report  # type: ignore[method-assign]
+    become(arguments, os.environ.copy())
+
+
 def _stream(given: Any, number: int, ends: list[int]) -> tuple[IO[str] | None, int]:
     """Return the reader of a stream, if it is a pipe, and its descriptor in the process."""
     if given == subprocess.PIPE:

@@ -1,4 +1,7 @@
-"""`compare`: methods side by side, killed and gone on with; what cannot work; what is refused."""
+"""`compare`: methods side by side, killed and gone on with; what cannot work; what is refused.
+
+The runs of a forked comparison are forked, too; of one in this process a fork server starts them.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ import signal
 import statistics
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +19,7 @@ from typing import Any
 import pytest
 import yaml
 
+import forked
 from forked import Forked
 from ftlevel.cli.app import run
 from ftlevel.extras.compare.cli import table_lines
@@ -34,8 +38,11 @@ class Killed:
 
 
 @pytest.fixture(scope="module")
-def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("data")
+def rows(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Callable[..., Path]) -> Path:
+    """Return a folder of rows, beside which lies a tiny model."""
+    path = tmp_path_factory.mktemp("data") / "rows"
+    path.mkdir()
+    (path.parent / "model").symlink_to(tiny_model_dir("llama"))
     for name, these in (("train", range(24)), ("validation", range(100, 116))):
         lines = [{"text": f"what holds of item {at} is {at % 7} of {at % 5}"} for at in these]
         path.joinpath(f"{name}.jsonl").write_text("\n".join(map(json.dumps, lines)))
@@ -44,7 +51,8 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def flags(rows: Path, out: Path, *others: str) -> list[str]:
     return ["compare", "--dataset", str(rows), "--task", "text-generation", "--map", "text=text",
-            "--max-length", "32", "--output-dir", str(out), *others]  # fmt: skip
+            "--max-length", "32", "--model", str(rows.parent / "model"), "--output-dir", str(out),
+            *others]  # fmt: skip
 
 
 def wait_for(done: Any, process: Forked) -> None:
@@ -68,7 +76,7 @@ def killed(rows: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kil
     kept = (path / "lora-seed1" / "summary.json").stat().st_mtime
     assert process.stdout is not None
     process.stdout.read()  # ends when the process of the second run, which has it too, has ended
-    assert run(["compare", "--resume", "--output-dir", str(path), "--quiet"]) == 0
+    forked.run("compare", "--resume", "--output-dir", str(path), "--quiet")
     return Killed(path, kept, json.loads((path / "compare.json").read_text()))
 
 
@@ -133,29 +141,29 @@ def test_what_was_asked_stays(
 
 @pytest.mark.slow
 def test_the_loss_ranks_where_generation_is_off_and_the_metric_may_change(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, rows: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    model = str(rows.parent / "model")
     rows = tmp_path / "rows.jsonl"
     lines = [{"document": f"item {at} of {at % 7}", "summary": f"{at % 5}"} for at in range(24)]
     rows.write_text("\n".join(map(json.dumps, lines)))
     out = tmp_path / "runs"
     asked = ["compare", "--dataset", str(rows), "--task", "summarization", "--validation-split",
              "0.25", "--no-predict-with-generate", "--methods", "lora", "--budget-steps", "2",
-             "--output-dir", str(out), "--json"]  # fmt: skip
+             "--model", model, "--output-dir", str(out), "--json"]  # fmt: skip
     assert run([*asked, "--metric-for-best-model", "rougeL"]) == 2
     assert "It is scored with --predict-with-generate" in capsys.readouterr().err
     assert not out.exists()
-    assert run(asked) == 0
-    found = json.loads(capsys.readouterr().out)
+    found = json.loads(forked.run(*asked).stdout)
     assert found["headline"] == "loss"
     assert "ranked by loss: rougeL is not scored (--predict-with-generate)" in found["notes"]
     trained = (out / "lora-seed42" / "summary.json").stat().st_mtime_ns
 
     again = ["compare", "--resume", "--output-dir", str(out), "--json"]
-    assert run([*again, "--metric-for-best-model", "perplexity"]) == 0
-    assert json.loads(capsys.readouterr().out)["headline"] == "perplexity"
-    assert run([*again, "--metric-for-best-model", "loss"]) == 0
-    assert json.loads(capsys.readouterr().out)["rows"][0]["metric"] == found["rows"][0]["metric"]
+    ranked = json.loads(forked.run(*again, "--metric-for-best-model", "perplexity").stdout)
+    assert ranked["headline"] == "perplexity"
+    ranked = json.loads(forked.run(*again, "--metric-for-best-model", "loss").stdout)
+    assert ranked["rows"][0]["metric"] == found["rows"][0]["metric"]
     assert (out / "lora-seed42" / "summary.json").stat().st_mtime_ns == trained
 
 
@@ -203,7 +211,7 @@ def test_what_is_refused(
 
 @pytest.mark.slow
 def test_two_searches_share_a_study_and_the_winner_has_what_they_found(
-    rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    rows: Path, tmp_path: Path
 ) -> None:
     optuna = pytest.importorskip("optuna")
     pytest.importorskip("matplotlib")
@@ -212,8 +220,7 @@ def test_two_searches_share_a_study_and_the_winner_has_what_they_found(
              "--study", url, "--json")  # fmt: skip
     other = flags(rows, tmp_path / "theirs", *asked)
     process = Forked(other, stdout=subprocess.PIPE)
-    assert run(flags(rows, tmp_path / "ours", *asked)) == 0
-    ours = json.loads(capsys.readouterr().out)
+    ours = json.loads(forked.run(*flags(rows, tmp_path / "ours", *asked)).stdout)
     theirs = json.loads(process.communicate(timeout=WAIT)[0])
     (row,) = ours["rows"]
     searched = row["search"]

@@ -17,19 +17,29 @@ TinyModelDir = Callable[..., Path]
 WORDS = ("argument", "parser", "module", "string", "value", "object", "default", "file")
 
 
+@pytest.fixture(scope="module")
+def kept(tiny_model_dir: TinyModelDir, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a copy of a folder with a model, rows and a run on them, all by relative paths."""
+    folder = tmp_path_factory.mktemp("moved") / "here" / "project"
+    folder.mkdir(parents=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        shutil.copytree(tiny_model_dir("llama", chat=True), "base")
+        rows = [json.dumps({"prompt": f"the {w}", "completion": f"{w} it is"}) for w in WORDS]
+        Path("rows.jsonl").write_text("\n".join(rows))
+        rest = ["--max-steps", "2", "--save-steps", "1", "--validation-split", "0.25", "--quiet"]
+        data = ["--model", "base", "--dataset", "rows.jsonl"]
+        assert run(["train", *data, *rest, "--output-dir", "run"]) == 0
+    return shutil.copytree(folder, folder.parents[1] / "kept")
+
+
 @pytest.fixture
-def project(tiny_model_dir: TinyModelDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Return a folder with a model, rows and a run that was trained on them by relative paths."""
-    folder = tmp_path / "project"
-    folder.mkdir()
-    monkeypatch.chdir(folder)
-    shutil.copytree(tiny_model_dir("llama", chat=True), "base")
-    rows = [json.dumps({"prompt": f"the {w}", "completion": f"{w} it is"}) for w in WORDS]
-    Path("rows.jsonl").write_text("\n".join(rows))
-    rest = ["--max-steps", "2", "--save-steps", "1", "--validation-split", "0.25", "--quiet"]
-    command = ["train", "--model", "base", "--dataset", "rows.jsonl", *rest, "--output-dir", "run"]
-    assert run(command) == 0
-    return folder
+def project(kept: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return that folder as it was trained in, the only one in its directory."""
+    here = kept.with_name("here")
+    shutil.rmtree(here)
+    monkeypatch.chdir(shutil.copytree(kept, here / "project"))
+    return here / "project"
 
 
 def loss(name: str, **settings: str) -> float:
@@ -41,10 +51,10 @@ def weights(directory: Path) -> bytes:
 
 
 def test_all_commands_from_another_directory_and_after_a_move(
-    project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    project: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before, adapter = loss("run"), weights(Path("run"))
-    monkeypatch.chdir(tmp_path)
+    monkeypatch.chdir(project.parent)
     assert loss("project/run") == before
     project.rename("elsewhere")
     assert loss("elsewhere/run") == before

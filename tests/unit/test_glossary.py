@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -118,13 +119,20 @@ WORDS = {
 }  # fmt: skip
 
 
+@cache
+def files_in(where: str) -> list[Path]:
+    path = ROOT / where
+    inside = path.rglob("*") if path.is_dir() else [path]
+    return [p for p in inside if p.suffix in (".py", ".md", ".yaml", ".txt", ".sh")]
+
+
 def files(word: Word) -> list[Path]:
-    found = []
-    for where in word.where:
-        path = ROOT / where
-        inside = path.rglob("*") if path.is_dir() else [path]
-        found += [p for p in inside if p.suffix in (".py", ".md", ".yaml", ".txt", ".sh")]
-    return found
+    return [path for where in word.where for path in files_in(where)]
+
+
+@cache
+def text_of(path: Path) -> str:
+    return re.sub(r"\s+", " ", path.read_text(encoding="utf-8"))  # words stand across lines
 
 
 @pytest.mark.parametrize("name", WORDS)
@@ -134,7 +142,7 @@ def test_an_old_word_is_gone(name: str) -> None:
         inside = path.relative_to(ROOT).as_posix()
         if inside in ITSELF:
             continue
-        text = re.sub(r"\s+", " ", path.read_text(encoding="utf-8"))  # words stand across lines
+        text = text_of(path)
         for match in re.finditer(word.pattern, text):
             is_key = any(old.endswith(match[0].strip("\"':. =")) for old in RENAMED)
             if not (inside in OLD_KEYS and is_key):
