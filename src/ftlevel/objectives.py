@@ -294,11 +294,10 @@ class LikelihoodObjective(TokenObjective):
     needs_baseline: bool = False
 
     @abstractmethod
-    def answers(self, each: Tensor, labels: Tensor) -> Tensor:
+    def answers(self, log_probs: Tensor, labels: Tensor) -> Tensor:
         """Returns `(answers, 2)`: log-likelihood and number of tokens of each answer.
 
-        `each` are `(targets,)` float32 log-likelihoods in the order of `locate`; `labels`
-        `(answers, seq)`.
+        `log_probs` are `(targets,)` in float32, in the order of `locate`; `labels` `(answers, seq)`.
         """
 
     @abstractmethod
@@ -325,9 +324,9 @@ class PolicyObjective(TokenObjective):
     temperature: float = 1.0
 
     @abstractmethod
-    def policy_sum(self, each: Tensor, owners: Tensor, count: int, signals: Tensor) -> Tensor:
+    def policy_sum(self, log_probs: Tensor, owners: Tensor, count: int, signals: Tensor) -> Tensor:
         """Returns the policy loss, a weighted sum over the targets (a scalar).
 
-        `each` are `(targets,)` float32 log-probabilities in the order of `locate`. `owners` has the
-        index of each target's sequence, below `count`. `signals` are those of the batch.
+        `log_probs` are `(targets,)` in float32, in the order of `locate`. `owners` has the index of each
+        target's sequence, below `count`. `signals` are those of the batch.
         """

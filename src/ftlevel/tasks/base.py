@@ -329,13 +329,13 @@ class BaseTask(ABC):
         """Returns task-specific data checks of encoded rows: check name -> mask of failing rows."""
         return {}
 
-    def check_train_set(self, train_set: Sequence[Any]) -> Sequence[tuple[str, int, str]]:
-        """Returns (check name, number of examples, description) per failed check of `train_set`."""
+    def check_training_set(self, training_set: Sequence[Any]) -> Sequence[tuple[str, int, str]]:
+        """Returns (check name, number of examples, description) per failed check."""
         return ()
 
     def check_eval_set(
         self,
-        train_set: Sequence[Any],
+        training_set: Sequence[Any],
         eval_set: Sequence[Any],
         corpus: Sequence[str] | None,
     ) -> Sequence[tuple[str, str, Sequence[int], str]]:

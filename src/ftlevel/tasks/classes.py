@@ -205,13 +205,13 @@ class ClassTask(BaseTask):
 
         return encoder.fit(encoder.collect(encode, examples), table)
 
-    def check_train_set(self, train_set: Sequence[Any]) -> Sequence[tuple[str, int, str]]:
+    def check_training_set(self, training_set: Sequence[Any]) -> Sequence[tuple[str, int, str]]:
         """Returns a warning if almost all examples have the same class."""
         from ftlevel.data.gate.checks import get_majority_class
 
-        if not train_set or isinstance(train_set[0].label, float):
+        if not training_set or isinstance(training_set[0].label, float):
             return ()
-        largest = get_majority_class(e.label for e in train_set)
+        largest = get_majority_class(e.label for e in training_set)
         return () if largest is None else [("one_class", largest[1], f"label {largest[0]!r}")]
 
     def data_info(self, loaded: LoadedData) -> Mapping[str, Any]:

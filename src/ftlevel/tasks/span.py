@@ -257,10 +257,10 @@ def _encode_windows(model: PromptedModel, queries: Sequence[Question]) -> list[E
         windows, dropped = [], len(queries)
     if dropped:
         encoded = {window.row for window in windows}
-        error = (
+        message = (
             f"the question leaves no room for its context in windows of {model.max_length:,} tokens"
         )
-        raise UnansweredError({q.row: error for q in queries if q.row not in encoded})
+        raise UnansweredError({q.row: message for q in queries if q.row not in encoded})
     return windows
 
 

@@ -34,7 +34,7 @@ class RenderedChat:
     text: str
     spans: tuple[tuple[int, int], ...]
 
-    def is_answer(self, start: int, end: int) -> bool:
+    def is_target(self, start: int, end: int) -> bool:
         """Returns whether the token at characters `start` to `end` is trained on."""
         return any(
             begin < end <= stop and not self.text[start:begin].strip() for begin, stop in self.spans

@@ -379,7 +379,7 @@ def _encode_chats(
     fields = (encoding["input_ids"], encoding["offset_mapping"])
     for chat, example, ids, offsets in zip(rendered, examples, *fields, strict=True):
         labels = [
-            token if start < end and chat.is_answer(start, end) else IGNORED
+            token if start < end and chat.is_target(start, end) else IGNORED
             for token, (start, end) in zip(ids, offsets, strict=True)
         ]
         rows.append(Encoded(ids, labels, example.row))

@@ -191,7 +191,7 @@ class FormatSpec:
         return {**self.required, **self.optional}
 
 
-_OTHER_NAMES = {
+_FORMAT_ALIASES = {
     "sharegpt": "conversations",
     "openai": "messages",
     "alpaca": "instruction-output",
@@ -201,7 +201,7 @@ _OTHER_NAMES = {
 """Aliases of formats."""
 
 
-_OTHER_ROLES = {
+_ROLE_ALIASES = {
     "text": ("document", "tokens", "source"),
     "words": ("tokens",),
     "entities": ("spans",),
@@ -264,7 +264,7 @@ def _role(name: str, shapes: Sequence[FormatSpec]) -> str:
     roles = {role for shape in shapes for role in shape.roles}
     if name in roles:
         return name
-    return next((role for role in _OTHER_ROLES.get(name, ()) if role in roles), name)
+    return next((role for role in _ROLE_ALIASES.get(name, ()) if role in roles), name)
 
 
 def fits(column_names: Sequence[str], shapes: Sequence[FormatSpec]) -> bool:
@@ -277,7 +277,7 @@ def fits(column_names: Sequence[str], shapes: Sequence[FormatSpec]) -> bool:
 def _select_shapes(shapes: Sequence[FormatSpec], name: str, task: str) -> tuple[FormatSpec, ...]:
     """Returns the shapes of the format called `name`, such as prompt-completion or squad."""
     slug = name.strip().lower().replace("_", "-")
-    slug = _OTHER_NAMES.get(slug, slug)
+    slug = _FORMAT_ALIASES.get(slug, slug)
     selected = tuple(shape for shape in shapes if shape.slug == slug)
     if not selected:
         names = list(dict.fromkeys(shape.slug for shape in shapes))

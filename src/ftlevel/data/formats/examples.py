@@ -206,10 +206,14 @@ class ClassExample(Example, Protocol):
 
 def create_conversation(values: RoleValues) -> Conversation:
     """Create the `Conversation` of the current row."""
-    tools = (
-        parse_tool_list(values.get("tools"), values.columns["tools"]) if "tools" in values else ()
+    return Conversation(
+        tuple(_with_system(_turns(values), values)), values.index, get_tools(values)
     )
-    return Conversation(tuple(_with_system(_turns(values), values)), values.index, tools)
+
+
+def get_tools(values: RoleValues) -> tuple[dict[str, Any], ...]:
+    """Returns the tools of the current row; empty without such a column."""
+    return parse_tool_list(values.get("tools"), values.columns.get("tools", "tools"))
 
 
 def _with_system(turns: list[Message], values: RoleValues) -> list[Message]:
@@ -225,8 +229,8 @@ def _turns(values: RoleValues) -> list[Message]:
     if isinstance(prompt, list) and isinstance(completion, list):
         name = f"{values.columns['prompt']} + {values.columns['completion']}"
         return parse_turns([*prompt, *completion], name)
-    answer = "output" if "instruction" in values else "completion"
-    return [Message("user", _prompt_text(values)), Message("assistant", values.text(answer))]
+    target = "output" if "instruction" in values else "completion"
+    return [Message("user", _prompt_text(values)), Message("assistant", values.text(target))]
 
 
 def _prompt_text(values: RoleValues) -> str:
@@ -277,14 +281,14 @@ def _labeled(values: RoleValues, label: str | int | float | tuple[str | int, ...
 def _class(values: RoleValues) -> str | int:
     label, column = values.get("label"), repr(values.columns["label"])
     if type(label) in (float, list):  # in all rows, so that dropping the row does not help
-        error = (
+        message = (
             f"is a fraction ({label}). Classes are names or whole numbers. To learn a quantity: "
             "--set data.problem_type=regression."
             if type(label) is float
             else "is a list, and with problem_type single_label_classification each row has one "
             "class. For several: --set data.problem_type=multi_label_classification."
         )
-        raise InputError(f"{values.table.where(values.index)}: {column} {error}")
+        raise InputError(f"{values.table.where(values.index)}: {column} {message}")
     return _name(label, column)
 
 
@@ -379,10 +383,7 @@ def create_query_conversation(values: RoleValues) -> Conversation:
         turns = [Message("user", _prompt_text(values))]
     if not turns:
         raise UnusableRowError("contains no turn to answer")
-    tools = (
-        parse_tool_list(values.get("tools"), values.columns["tools"]) if "tools" in values else ()
-    )
-    return Conversation(tuple(_with_system(turns, values)), values.index, tools)
+    return Conversation(tuple(_with_system(turns, values)), values.index, get_tools(values))
 
 
 def create_source(values: RoleValues) -> SourceTarget:

@@ -64,8 +64,8 @@ def create_label_set(
                 "other classes. Write the names themselves into the rows."
             )
         labels = LabelSet(tuple(names))
-        error = f"is not one of the {len(labels)} classes that data.labels or --adapter has"
-        _check_supported(labels, rows, table, error)
+        message = f"is not one of the {len(labels)} classes that data.labels or --adapter has"
+        _check_supported(labels, rows, table, message)
         return labels
     if declared:
         labels = LabelSet(tuple(declared))
@@ -114,19 +114,19 @@ def _labels_of(examples: Sequence[ClassExample]) -> list[_Label]:
     return [(label, example.row) for example in examples for label in example.classes]
 
 
-def _check_supported(labels: LabelSet, rows: Sequence[_Label], table: Table, error: str) -> None:
+def _check_supported(labels: LabelSet, rows: Sequence[_Label], table: Table, message: str) -> None:
     unsupported = [(label, row) for label, row in rows if label not in labels]
     if not unsupported:
         return
     counts = Counter(label for label, _ in unsupported)
     names = join_names(f"{label!r} ({count:,} rows)" for label, count in counts.most_common())
-    error = error if len(counts) == 1 else error.replace("is n", "are n", 1)
+    message = message if len(counts) == 1 else message.replace("is n", "are n", 1)
     hint = _UNLABELLED if counts.keys() <= {-1, -100} else "Remove these rows, or correct them."
     folded = {name.casefold() for name in labels.names}
     if all(str(label).strip().casefold() in folded for label in counts):
         hint = "They differ by case only: --set data.gate.label_case=fold merges them."
     raise InputError(
-        f"{table.where(unsupported[0][1])}: label {names} {error} ({join_names(labels.names)}). "
+        f"{table.where(unsupported[0][1])}: label {names} {message} ({join_names(labels.names)}). "
         f"{hint}"
     )
 

@@ -172,11 +172,11 @@ def has_missing_eos(flat: FlatRows, ends: Collection[int]) -> Mask:
         return np.zeros(len(flat.ids), dtype=bool)
     labels, starts = flat.labels.values, flat.labels.starts
     supervised = labels != IGNORED
-    answer_ends = supervised.copy()
-    answer_ends[:-1] &= ~supervised[1:]
+    target_ends = supervised.copy()
+    target_ends[:-1] &= ~supervised[1:]
     row_ends = starts[1:][flat.labels.lengths > 0] - 1
-    answer_ends[row_ends] = supervised[row_ends]
-    missing = flat.labels.any(answer_ends & ~np.isin(labels, list(ends)))
+    target_ends[row_ends] = supervised[row_ends]
+    missing = flat.labels.any(target_ends & ~np.isin(labels, list(ends)))
     missing[:-1] &= flat.example[:-1] != flat.example[1:]
     return missing
 
@@ -307,7 +307,7 @@ def has_special_token(content: ExampleContent, context: TextCheckContext) -> boo
     )
 
 
-def answer_repeats_prompt(content: ExampleContent, _: TextCheckContext) -> bool:
+def target_repeats_prompt(content: ExampleContent, _: TextCheckContext) -> bool:
     """Returns whether the answer repeats the prompt; False for answers of one or two words."""
     if not content.is_generated:
         return False
@@ -325,6 +325,6 @@ TEXT_CHECKS: dict[str, Callable[[ExampleContent, TextCheckContext], bool]] = {
     "lost_characters": has_lost_characters,
     "html": has_html,
     "special_token_text": has_special_token,
-    "answer_is_prompt": answer_repeats_prompt,
+    "answer_is_prompt": target_repeats_prompt,
 }
 """Field of `config.gate` → check of one example."""

@@ -202,10 +202,10 @@ def get_swapped(digests: Digests) -> Integers:
     for start, end in index.spans():
         bucket, side, row = _sides(index, start, end)
         prompt_counts = vectors[0][bucket] - (side == 0)
-        answer_counts = vectors[1][bucket] - (side == 1)
-        log_ratio = np.log(prompt_counts + 0.5) - np.log(answer_counts + 0.5)
+        target_counts = vectors[1][bucket] - (side == 1)
+        log_ratio = np.log(prompt_counts + 0.5) - np.log(target_counts + 0.5)
         weight = np.where(
-            prompt_counts + answer_counts > 0, np.where(side == 0, log_ratio, -log_ratio), 0
+            prompt_counts + target_counts > 0, np.where(side == 0, log_ratio, -log_ratio), 0
         )
         score[start:end] = np.bincount(row, weight, minlength=end - start)
     if len(score) < _MIN_ROWS or (median := float(np.median(score))) < _MIN_MEDIAN:
@@ -246,7 +246,7 @@ class CheckedTask(Protocol):
 
     def check_rows(self, rows: Sequence[Encoded]) -> Mapping[str, Mask]: ...
 
-    def check_train_set(self, examples: Sequence[Any]) -> Sequence[tuple[str, int, str]]: ...
+    def check_training_set(self, examples: Sequence[Any]) -> Sequence[tuple[str, int, str]]: ...
 
     def check_eval_set(
         self, train: Sequence[Any], validation: Sequence[Any], corpus: Sequence[str] | None
@@ -320,7 +320,7 @@ class Gate:
         if name == "train":
             self._check_duplicates(split, fitted.digests)
             self._check_answers(split, fitted.digests)
-            for check, count, description in self.task.check_train_set(examples):
+            for check, count, description in self.task.check_training_set(examples):
                 split.add(check, count, [description])
         rows = fitted.rows
         rows = rows if split.keep.all() else select_rows(rows, np.flatnonzero(split.keep))

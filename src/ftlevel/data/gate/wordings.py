@@ -79,20 +79,20 @@ def compute_distances(one: Sides, other: Sides) -> NDArray[np.int64]:
     answer, or have an answer of fewer than four words that differs by more than a typo.
     """
     prompt_distances = compute_edit_distances(one[0], other[0])
-    answer_distances = np.full(len(prompt_distances), _TOO_FAR, dtype=np.int64)
+    target_distances = np.full(len(prompt_distances), _TOO_FAR, dtype=np.int64)
     matches = np.flatnonzero(prompt_distances <= _MAX_DISTANCE)
-    answer_distances[matches] = compute_edit_distances(one[1].take(matches), other[1].take(matches))
+    target_distances[matches] = compute_edit_distances(one[1].take(matches), other[1].take(matches))
     prompt_sizes, sizes = (np.minimum(a.sizes, b.sizes) for a, b in zip(one, other, strict=True))
-    new_target = (one[0].sizes > 0) & (answer_distances > _TYPO) & (sizes < MIN_WORDS)
+    new_target = (one[0].sizes > 0) & (target_distances > _TYPO) & (sizes < MIN_WORDS)
     both = (
         (prompt_distances > 0)
-        & (answer_distances > 0)
-        & (prompt_distances + answer_distances > 2 * _TYPO)
+        & (target_distances > 0)
+        & (prompt_distances + target_distances > 2 * _TYPO)
     )
     large = (_WORDS_PER_SIDE * prompt_distances > _WORD * prompt_sizes) | (
-        _WORDS_PER_SIDE * answer_distances > _WORD * sizes
+        _WORDS_PER_SIDE * target_distances > _WORD * sizes
     )
-    return np.where(new_target | (both & large), _TOO_FAR, prompt_distances + answer_distances)
+    return np.where(new_target | (both & large), _TOO_FAR, prompt_distances + target_distances)
 
 
 def compute_edit_distances(one: TextBatch, other: TextBatch) -> NDArray[np.int64]:
@@ -228,8 +228,8 @@ class WordIndex:
         """Returns the prompts and the answers of the examples at `at`."""
         prompt_sizes = self.digests.records["asked"][at].astype(np.int64)
         begins = self.starts[at]
-        answer_sizes = self.lengths[at] - prompt_sizes
-        return self._texts(begins, prompt_sizes), self._texts(begins + prompt_sizes, answer_sizes)
+        target_sizes = self.lengths[at] - prompt_sizes
+        return self._texts(begins, prompt_sizes), self._texts(begins + prompt_sizes, target_sizes)
 
     def _texts(self, begins: Integers, sizes: Integers) -> TextBatch:
         offsets = begins + np.arange(np.max(sizes, initial=0))[:, None]

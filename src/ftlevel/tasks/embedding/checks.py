@@ -24,7 +24,7 @@ def check_documents(rows: Sequence[EmbeddingRow]) -> list[tuple[str, int, str]]:
 
 
 def check_eval_set(
-    train_set: Sequence[EmbeddingRow],
+    training_set: Sequence[EmbeddingRow],
     eval_set: Sequence[EmbeddingRow],
     corpus: Sequence[str] | None,
 ) -> list[tuple[str, str, Sequence[int], str]]:
@@ -45,7 +45,7 @@ def check_eval_set(
         if missing:
             example = next(iter(missing.values()))
             found.append(("missing_positives", "validation", list(missing), _shorten(example)))
-    shared = {row.row: text for row in train_set for text in row.positives if text in documents}
+    shared = {row.row: text for row in training_set for text in row.positives if text in documents}
     if shared:
         example = next(iter(shared.values()))
         found.append(("trained_documents", "train", list(shared), _shorten(example)))

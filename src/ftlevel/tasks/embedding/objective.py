@@ -118,12 +118,12 @@ class Embeddings(StepObjective):
 
     def for_validation(self, step: StepTexts) -> Embeddings:
         """Returns this objective, with mnrl as loss if validation rows lack what its loss needs."""
-        settings, spec = self.settings, LOSSES[self.settings.loss or ""]
+        settings, properties = self.settings, LOSSES[self.settings.loss or ""]
         negatives = all(min(labels) <= 0 for labels in step.labels)
         if (
-            (spec.needs_negatives and not negatives)
-            or (spec.needs_teacher and not all(step.teacher))
-            or ("guide" in spec.parameters and step.guide is None)
+            (properties.needs_negatives and not negatives)
+            or (properties.needs_teacher and not all(step.teacher))
+            or ("guide" in properties.parameters and step.guide is None)
         ):
             changes = {"loss": "mnrl", "scale": None, "margin": None}
             return replace(self, settings=settings.model_copy(update=changes))
@@ -138,12 +138,12 @@ class Embeddings(StepObjective):
     def _loss_config(self) -> LossConfig:
         from ftlevel.tasks.embedding.losses import LossConfig
 
-        settings, spec = self.settings, LOSSES[self.settings.loss or ""]
+        settings, properties = self.settings, LOSSES[self.settings.loss or ""]
         is_cosine = self.form.similarity == "cosine"
-        usual = (spec.scale or 1.0) if is_cosine else 1.0
+        usual = (properties.scale or 1.0) if is_cosine else 1.0
         return LossConfig(
             scale=settings.scale or usual,
-            margin=settings.margin if settings.margin is not None else (spec.margin or 0.0),
+            margin=settings.margin if settings.margin is not None else (properties.margin or 0.0),
             temperature=settings.temperature,
             symmetric=settings.symmetric,
             is_cosine=is_cosine,

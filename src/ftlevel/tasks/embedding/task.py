@@ -241,11 +241,11 @@ class EmbeddingTask(BaseTask):
 
     def check_eval_set(
         self,
-        train_set: Sequence[Any],
+        training_set: Sequence[Any],
         eval_set: Sequence[Any],
         corpus: Sequence[str] | None,
     ) -> Sequence[tuple[str, str, Sequence[int], str]]:
-        return check_eval_set(train_set, eval_set, corpus)
+        return check_eval_set(training_set, eval_set, corpus)
 
     def finish_data(
         self, prepared: PreparedData, config: DataConfig, context: EncodingContext
@@ -340,8 +340,8 @@ class EmbeddingTask(BaseTask):
     def dummy_labels(self, ids: Sequence[int], labels: Sequence[str], inference_config: Any) -> Any:
         return 0
 
-    def check_train_set(self, train_set: Sequence[Any]) -> Sequence[tuple[str, int, str]]:
-        return check_documents(train_set)
+    def check_training_set(self, training_set: Sequence[Any]) -> Sequence[tuple[str, int, str]]:
+        return check_documents(training_set)
 
     def synthetic_row(self, ids: list[int], row: int) -> Encoded:
         """Returns a synthetic pair: a query with an eighth of `ids`, a document with all."""
@@ -463,27 +463,27 @@ def _check_loss(
     needs_scores: bool,
 ) -> None:
     """Raise `InputError` if `loss` cannot be computed from the rows."""
-    spec = LOSSES[loss]
+    properties = LOSSES[loss]
     wants = "pairs" if kind == "ranking" else "scores"
-    if spec.columns != wants:
+    if properties.columns != wants:
         usable = [name for name, other in LOSSES.items() if other.columns == wants]
         raise InputError(
-            f"--loss {loss} needs {spec.columns}, and these rows have {_WORDS[kind]}. Use "
+            f"--loss {loss} needs {properties.columns}, and these rows have {_WORDS[kind]}. Use "
             f"--loss {join_names(usable, 9)}."
         )
     without = [e.row for e in examples if kind == "ranking" and not e.positives]
-    if without and not spec.needs_teacher:
+    if without and not properties.needs_teacher:
         raise InputError(
             f"{table.where(without[0])}: no document has a label above 0, as in {len(without):,} "
             f"of {len(examples):,} rows; --loss {loss} needs a relevant one. Remove these rows."
         )
-    for example in examples if spec.needs_negatives else ():
+    for example in examples if properties.needs_negatives else ():
         if not example.negatives:
             raise InputError(
                 f"{table.where(example.row)}: --loss {loss} needs a negative in every row. Add a "
                 "column negative, with ftlevel mine for one, or use --loss mnrl."
             )
-    for example in examples if spec.needs_teacher and needs_scores else ():
+    for example in examples if properties.needs_teacher and needs_scores else ():
         if not example.teacher:
             raise InputError(
                 f"{table.where(example.row)}: --loss {loss} needs a teacher's score of every "

@@ -14,12 +14,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from ftlevel.data.formats.detect import FormatSpec, RoleValues
-from ftlevel.data.formats.examples import ExampleContent
+from ftlevel.data.formats.examples import ExampleContent, get_tools
 from ftlevel.data.formats.turns import (
     Message,
     UnusableRowError,
     check_text,
-    parse_tool_list,
     parse_turns,
 )
 from ftlevel.data.sources.table import json_type_name
@@ -132,7 +131,7 @@ def _pair(
         raise UnusableRowError("has no prompt: the two conversations have no turn in common")
     margin = _number(values, "margin") if "margin" in values else 0.0
     prompt = _with_system(values, prompt)
-    return PairExample(prompt, chosen, rejected, values.index, _tools(values), margin, scores)
+    return PairExample(prompt, chosen, rejected, values.index, get_tools(values), margin, scores)
 
 
 def create_judged(values: RoleValues) -> LabeledCompletion:
@@ -157,7 +156,7 @@ def _judged(values: RoleValues, desirable: bool) -> LabeledCompletion:
     if not prompt:
         raise UnusableRowError("has no prompt")
     prompt = _with_system(values, prompt)
-    return LabeledCompletion(prompt, answer, desirable, values.index, _tools(values))
+    return LabeledCompletion(prompt, answer, desirable, values.index, get_tools(values))
 
 
 def _verdict(value: object, column: str) -> bool:
@@ -176,12 +175,6 @@ def _number(values: RoleValues, role: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise UnusableRowError(f"{values.columns[role]!r} is {value!r}, where a number is expected")
     return float(value)
-
-
-def _tools(values: RoleValues) -> tuple[dict[str, Any], ...]:
-    return (
-        parse_tool_list(values.get("tools"), values.columns["tools"]) if "tools" in values else ()
-    )
 
 
 def _with_system(values: RoleValues, prompt: Turns) -> Turns:

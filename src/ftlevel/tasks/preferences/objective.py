@@ -56,7 +56,7 @@ class SequenceLogps:
         """Log-likelihood ratios r of policy and reference."""
         return self.sums - self.reference
 
-    def every_other(self, first: int) -> SequenceLogps:
+    def alternate(self, first: int) -> SequenceLogps:
         """Returns every second answer, starting at index `first`."""
         index = slice(first, None, 2)
         return SequenceLogps(self.sums[index], self.counts[index], self.reference[index])
@@ -290,20 +290,22 @@ class Preferences(LikelihoodObjective):
     def locate(self, labels: Tensor) -> tuple[Tensor, Tensor]:
         return self.of_tokens.locate(labels)
 
-    def answers(self, each: Tensor, labels: Tensor) -> Tensor:
+    def answers(self, log_probs: Tensor, labels: Tensor) -> Tensor:
         """Returns `(answers, 2)`: log-likelihood (weighted for ld-dpo) and number of tokens."""
         import torch
 
         at, _ = self.locate(labels)
         owners = at // labels.shape[1]
-        zeros = torch.zeros(len(labels), device=each.device)
-        counts = zeros.index_add(0, owners, torch.ones_like(each))
+        zeros = torch.zeros(len(labels), device=log_probs.device)
+        counts = zeros.index_add(0, owners, torch.ones_like(log_probs))
         if self.settings.loss == "ld-dpo" and len(labels) > 1:
             starts = counts.cumsum(0) - counts
-            position = torch.arange(len(owners), device=each.device) - starts[owners]
+            position = torch.arange(len(owners), device=log_probs.device) - starts[owners]
             shorter = counts.view(-1, 2).amin(1).repeat_interleave(2)
-            each = torch.where(position < shorter[owners], each, self.settings.ld_alpha * each)
-        return torch.stack([zeros.index_add(0, owners, each), counts], dim=1)
+            log_probs = torch.where(
+                position < shorter[owners], log_probs, self.settings.ld_alpha * log_probs
+            )
+        return torch.stack([zeros.index_add(0, owners, log_probs), counts], dim=1)
 
     def preference_sum(
         self, answers: Tensor, preference_labels: Tensor, *, training: bool
@@ -323,7 +325,7 @@ class Preferences(LikelihoodObjective):
             return kto(
                 answered, is_chosen, preference_labels[:, 2], settings.effective_beta, weights
             ).sum()
-        preferred, rejected = answered.every_other(0), answered.every_other(1)
+        preferred, rejected = answered.alternate(0), answered.alternate(1)
         loss = PAIR_LOSSES[settings.loss or "dpo"]
         of_pairs = loss(preferred, rejected, PairLossParameters.of(settings, self.smoothing)).sum()
         if settings.loss not in WITH_SFT:

@@ -134,8 +134,8 @@ class PreferenceBaseTask(BaseTask):
     def check_rows(self, rows: Sequence[Encoded]) -> Mapping[str, Mask]:
         return check_pairs(rows)
 
-    def check_train_set(self, train_set: Sequence[Any]) -> Sequence[tuple[str, int, str]]:
-        return check_answers(train_set, self.settings.loss or "dpo")
+    def check_training_set(self, training_set: Sequence[Any]) -> Sequence[tuple[str, int, str]]:
+        return check_answers(training_set, self.settings.loss or "dpo")
 
     def data_info(self, loaded: LoadedData) -> Mapping[str, Any]:
         return {"preference": self.loss_config}

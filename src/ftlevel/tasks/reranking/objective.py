@@ -98,8 +98,8 @@ class RankingMeter:
 
     def compute(self, loss: float) -> dict[str, float]:
         """Compute the means over queries, and the metrics over all pairs."""
-        each = [_score(group) for group in self._groups.values()]
-        ranked = [one for one in each if one]
+        metrics = [_score(group) for group in self._groups.values()]
+        ranked = [one for one in metrics if one]
         found = (
             {name: float(np.mean([one[name] for one in ranked])) for name in RANKING_METRICS}
             if (ranked)

@@ -172,8 +172,8 @@ class RerankingTask(BaseTask):
         encode = PairEncoder(encoder.tokenizer, has_teacher=self.teacher is not None)
         return encoder.fit(encoder.collect(encode, examples), table)
 
-    def check_train_set(self, train_set: Sequence[Any]) -> Sequence[tuple[str, int, str]]:
-        return check_documents(train_set)
+    def check_training_set(self, training_set: Sequence[Any]) -> Sequence[tuple[str, int, str]]:
+        return check_documents(training_set)
 
     def synthetic_row(self, ids: list[int], row: int) -> Encoded:
         """Returns a synthetic row: a quarter of `ids` as query, the rest as two documents."""
@@ -269,20 +269,20 @@ def resolve_loss(
             f"all documents have label {next(iter(labels)):g}, and a reranker needs relevant and "
             f"irrelevant documents. {advice}"
         )
-    spec = LOSSES[loss]
-    if spec.is_listwise and contrasts < len(examples):
+    properties = LOSSES[loss]
+    if properties.is_listwise and contrasts < len(examples):
         raise InputError(
             f"--loss {loss} compares the documents of a query, and "
             f"{len(examples) - contrasts:,} of {len(examples):,} rows have no documents of "
             f"different relevance. Use --loss bce, or add a relevant and an irrelevant document "
             f"to each query."
         )
-    if spec.is_bounded and not all(0 <= label <= 1 for label in labels):
+    if properties.is_bounded and not all(0 <= label <= 1 for label in labels):
         worst = max(labels, key=lambda label: abs(label - 0.5))
         raise InputError(
             f"--loss {loss} needs labels from 0 to 1, found {worst:g}. Use --loss lambda or mse."
         )
-    if spec.needs_teacher and not (teacher or all(example.teacher for example in examples)):
+    if properties.needs_teacher and not (teacher or all(example.teacher for example in examples)):
         raise InputError(
             f"--loss {loss} needs teacher scores, and the rows have none. Add --teacher MODEL, or "
             f"a column label with a score for each document, or use --loss lce."

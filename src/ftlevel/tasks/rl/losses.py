@@ -141,7 +141,7 @@ def completion_weights(lengths: torch.Tensor, parameters: PolicyLossParameters) 
 
 def policy_loss(
     parameters: PolicyLossParameters,
-    each: torch.Tensor,
+    log_probs: torch.Tensor,
     old: torch.Tensor,
     owners: torch.Tensor,
     advantages: torch.Tensor,
@@ -152,29 +152,29 @@ def policy_loss(
 
     Args:
         parameters: loss and clipping.
-        each: (tokens,) log-probabilities of the policy, with gradient.
-        old: (tokens,) log-probabilities of the sampling policy; `each` on the first iteration.
+        log_probs: (tokens,) log-probabilities of the policy, with gradient.
+        old: (tokens,) log-probabilities of the sampling policy; `log_probs` on the first iteration.
         owners: (tokens,) index of each token's completion, all of whose tokens are here.
         advantages: (tokens,); the same for all tokens of a completion, except in distillation.
         weights: (tokens,), from `completion_weights`.
         reference: (tokens,) log-probabilities of the reference, for a KL penalty. If `beta` is 0,
             the KL is only measured.
     """
-    advantages, weights = advantages.to(each.dtype), weights.to(each.dtype)
-    log_ratio = each - old
+    advantages, weights = advantages.to(log_probs.dtype), weights.to(log_probs.dtype)
+    log_ratio = log_probs - old
     if parameters.loss in _SEQUENCE:
         log_ratio = _over_completions(log_ratio, owners, parameters.loss)
     ratio = log_ratio.exp()
     if parameters.loss == "cispo":
-        loss = -ratio.detach().clamp(max=parameters.epsilon_high) * advantages * each
+        loss = -ratio.detach().clamp(max=parameters.epsilon_high) * advantages * log_probs
         clipped = (ratio > parameters.epsilon_high) & (advantages > 0)
     else:
         low, high = 1 - parameters.epsilon, 1 + parameters.epsilon_high
         loss = -torch.minimum(ratio * advantages, ratio.clamp(low, high) * advantages)
         clipped = ((ratio < low) & (advantages < 0)) | ((ratio > high) & (advantages > 0))
-    kl = torch.zeros_like(each)
+    kl = torch.zeros_like(log_probs)
     if reference is not None:
-        log_ratio_ref = reference - each
+        log_ratio_ref = reference - log_probs
         kl = log_ratio_ref.expm1() - log_ratio_ref  # exp(x) - 1 is 0 in float32 below 6e-8
         kl = kl * ratio if parameters.corrects_kl else kl
         if parameters.loss != "rloo":  # there the reward is reduced instead

@@ -25,7 +25,7 @@ CORRECT = 1.0
 """Least value of the first reward of a completion that pass@k counts as correct."""
 
 
-def ignore(loss: PolicyLoss, each: torch.Tensor, signals: torch.Tensor) -> None:
+def ignore(loss: PolicyLoss, log_probs: torch.Tensor, signals: torch.Tensor) -> None:
     """Do nothing with the statistics of a loss."""
 
 
@@ -80,7 +80,7 @@ class PolicyGradient(PolicyObjective):
         return torch.ones((), device=labels.device)
 
     def policy_sum(
-        self, each: torch.Tensor, owners: torch.Tensor, count: int, signals: torch.Tensor
+        self, log_probs: torch.Tensor, owners: torch.Tensor, count: int, signals: torch.Tensor
     ) -> torch.Tensor:
         """Returns the policy loss (a scalar); `signals` `(targets, 5)` has a `Signal` per target.
 
@@ -93,20 +93,20 @@ class PolicyGradient(PolicyObjective):
         from ftlevel.tasks.rl.losses import policy_loss
 
         advantages, weights, old, reference, _ = signals.unbind(1)
-        old = torch.where(old.isnan(), each.detach(), old)
+        old = torch.where(old.isnan(), log_probs.detach(), old)
         if self.teacher:  # stand-ins have no log-probability of the teacher
             advantages = torch.where(reference.isnan(), advantages, reference - old)
-        reference = torch.where(reference.isnan(), each.detach(), reference)
+        reference = torch.where(reference.isnan(), log_probs.detach(), reference)
         loss = policy_loss(
             loss_parameters(self.settings),
-            each,
+            log_probs,
             old,
             owners,
             advantages,
             weights,
             reference if self.settings.beta or self.teacher else None,
         )
-        self.watch(loss, each.detach(), signals)
+        self.watch(loss, log_probs.detach(), signals)
         return loss.total
 
     @property

@@ -42,7 +42,7 @@ class CsvReader(Reader):
         super().__init__(path)
         check_head(path)
         self._header, line, self._begin = self._read_header()
-        if other := self._other_delimiter():
+        if other := self._detect_delimiter():
             self.separator = other
             self.notes.append(f"its header is separated by {other!r}, and so are its rows")
             self._header, line, self._begin = self._read_header()
@@ -65,7 +65,7 @@ class CsvReader(Reader):
                 raise InputError(_describe(error, self.path, 1)) from None
         return header, cells.line_num, text.cursor(cells.line_num)
 
-    def _other_delimiter(self) -> str:
+    def _detect_delimiter(self) -> str:
         """Returns the delimiter that the file seems to use instead of the format's own; or ""."""
         header, rows = self._header, self._sample(self.separator)
         others = [delimiter for delimiter in ";\t,|" if delimiter != self.separator]
