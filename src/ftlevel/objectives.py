@@ -297,7 +297,8 @@ class LikelihoodObjective(TokenObjective):
     def answers(self, log_probs: Tensor, labels: Tensor) -> Tensor:
         """Returns `(answers, 2)`: log-likelihood and number of tokens of each answer.
 
-        `log_probs` are `(targets,)` in float32, in the order of `locate`; `labels` `(answers, seq)`.
+        `log_probs` are `(targets,)` in float32, in the order of `locate`; `labels` `(answers,
+        seq)`.
         """
 
     @abstractmethod
@@ -327,6 +328,6 @@ class PolicyObjective(TokenObjective):
     def policy_sum(self, log_probs: Tensor, owners: Tensor, count: int, signals: Tensor) -> Tensor:
         """Returns the policy loss, a weighted sum over the targets (a scalar).
 
-        `log_probs` are `(targets,)` in float32, in the order of `locate`. `owners` has the index of each
-        target's sequence, below `count`. `signals` are those of the batch.
+        `log_probs` are `(targets,)` in float32, in the order of `locate`. `owners` has the index of
+        each target's sequence, below `count`. `signals` are those of the batch.
         """
