@@ -72,16 +72,29 @@ METHODS = {
 }  # fmt: skip
 
 
-ALONE = ("lora", "pissa", "ia3", "prefix", "prompt", "adapter", "vera")
+ALONE = ("lora", "pissa", "prefix")
 """Methods whose adapter directory is also used without its run."""
-OF_PEFT = ("boft", "loha", "lokr", "miss", "shira", "hira", "gralora on 4 bits", "c3a")
+OF_PEFT = (
+    "vera",
+    "oft",
+    "boft",
+    "loha",
+    "lokr",
+    "miss",
+    "shira",
+    "hira",
+    "gralora on 4 bits",
+    "c3a",
+)
 """Methods of which ftlevel has no code that is executed here; others have all there is."""
+BEYOND = (*OF_PEFT, "eva", "projected prefix")
+"""Also methods whose start or projection another one shares."""
 
 
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(n, marks=pytest.mark.sweep if n in OF_PEFT else pytest.mark.slow)
+        pytest.param(n, marks=pytest.mark.sweep if n in BEYOND else pytest.mark.slow)
         for n in METHODS
     ],
 )

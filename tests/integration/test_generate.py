@@ -7,6 +7,7 @@ import csv
 import json
 import shutil
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from ftlevel.errors import ConfigError, InputError
 from ftlevel.extras.serving.entry import ServedModel
 from ftlevel.trained.generation import GenerationOptions, generate_texts
 from ftlevel.trained.resolve import resolve_model
+from sampling import sample
 
 ModelDir = Callable[..., Path]
 
@@ -77,8 +79,10 @@ def texts(name: Path | None, prompts: list[str] = PROMPTS, **settings: Any) -> l
 PREFIX = {"kind": "prefix", "num_virtual_tokens": 3}
 
 
-@pytest.mark.parametrize("method", [{"kind": "lora"}, PREFIX], ids=["lora", "prefix"])
-@pytest.mark.parametrize("family", ["llama", "gpt2", "t5", "bart"])
+@pytest.mark.parametrize(
+    ("family", "method"),
+    sample(list(product(("llama", "gpt2", "t5", "bart"), ({"kind": "lora"}, PREFIX)))),
+)
 def test_a_batch_says_what_each_prompt_says_alone(
     family: str,
     method: dict[str, Any],

@@ -113,7 +113,7 @@ def test_every_pair_keeps_what_was_trained(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("base", ["float", "4-bit", "gguf"])
+@pytest.mark.parametrize("base", [pytest.param("float", marks=pytest.mark.sweep), "4-bit", "gguf"])
 def test_a_gguf_in_4_bits_keeps_what_was_trained(base: str, runs: Runs, tmp_path: Path) -> None:
     source, found = runs(base, "lora"), {}
     for rows in (0, 20):
@@ -134,8 +134,10 @@ def test_a_gguf_in_4_bits_keeps_what_was_trained(base: str, runs: Runs, tmp_path
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "outtype"), [("full", "q4_0"), ("model", "q4_0"),
-                                               ("full", "q5_0")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("kind", "outtype"),
+    [pytest.param("full", "q4_0", marks=pytest.mark.sweep), ("model", "q4_0"), ("full", "q5_0")],
+)
 def test_a_whole_model_in_few_bits_is_nearer_than_rounded(
     kind: str, outtype: str, runs: Runs, tmp_path: Path
 ) -> None:

@@ -25,6 +25,8 @@ Things = Callable[[str], dict[str, Path]]
 COMMANDS = ("evaluate", "predict", "generate", "merge", "export", "train", "quantize")
 _WHOLE = ("merged", "quantized")
 _WRITES = ("CAUSAL_LM", "SEQ_2_SEQ_LM")
+SCORED = ("SEQ_CLS", "CAUSAL_LM", "SEQ_2_SEQ_LM")
+"""Whose scores CI compares."""
 CELLS = [(thing, kind, command) for thing in THINGS for kind in TYPES for command in COMMANDS]
 
 
@@ -156,7 +158,10 @@ def test_a_plain_model_has_the_task_of_its_head(
     assert resolve_model(str(bare), device="cpu").task == "embedding", "a model without a head"
 
 
-@pytest.mark.parametrize("thing", ["run", "peft", "merged", "quantized"])
+@pytest.mark.parametrize(
+    "thing", ["run", *(pytest.param(t, marks=pytest.mark.sweep) for t in ("peft", "merged")),
+              "quantized"],
+)  # fmt: skip
 def test_a_precision_that_the_user_names(
     thing: str, things: Things, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -180,7 +185,9 @@ def test_a_precision_that_the_user_names(
     assert "--dtype float16 cannot be used on the CPU" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("kind", TYPES)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(k, marks=[] if k in SCORED else pytest.mark.sweep) for k in TYPES]
+)
 def test_run_checkpoint_adapter_and_merged_score_alike(
     kind: str, things: Things, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

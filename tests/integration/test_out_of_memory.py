@@ -66,7 +66,7 @@ def small_memory(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     return limit
 
 
-@pytest.mark.parametrize("workers", ["1", "2"])
+@pytest.mark.parametrize("workers", [pytest.param("1", marks=pytest.mark.sweep), "2"])
 def test_the_steps_are_the_same_in_smaller_parts(
     whole: Callable[..., Path], small_memory: Callable[[int], None],
     capsys: pytest.CaptureFixture[str], workers: str,
@@ -108,7 +108,7 @@ def test_what_was_made_smaller_stays_so_when_the_run_goes_on(
     assert done[0] == done[1] != []
 
 
-@pytest.mark.parametrize("workers", ["1", "2"])
+@pytest.mark.parametrize("workers", ["1", pytest.param("2", marks=pytest.mark.sweep)])
 def test_a_row_alone_is_tried_with_checkpointing(
     whole: Callable[..., Path], monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str], workers: str,
@@ -132,7 +132,7 @@ def test_a_row_alone_is_tried_with_checkpointing(
     assert done[-1] == {"step": 0, "gradient_checkpointing": True}
 
 
-@pytest.mark.parametrize("where", [1, 2])
+@pytest.mark.parametrize("where", [1, pytest.param(2, marks=pytest.mark.sweep)])
 def test_memory_that_fails_later_is_met_in_that_step(
     whole: Callable[..., Path], monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str], where: int,

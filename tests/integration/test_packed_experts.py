@@ -34,7 +34,7 @@ def weights(out: str) -> bytes:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("family", [pytest.param("mixtral", marks=pytest.mark.sweep), "qwen3_moe"])
 def test_trained_resumed_merged_and_evaluated(
     family: str, tiny_model_dir: ModelDir, capfd: pytest.CaptureFixture[str]
 ) -> None:

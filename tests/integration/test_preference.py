@@ -33,12 +33,12 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 CELLS = [
     ("llama", None, "dpo", {}),
-    ("llama", None, "ld-dpo", {}),
-    ("qwen2", None, "kto", {}),
+    pytest.param("llama", None, "ld-dpo", {}, marks=pytest.mark.sweep),
+    pytest.param("qwen2", None, "kto", {}, marks=pytest.mark.sweep),
     ("gpt2", None, "orpo", {}),
     ("t5", None, "dpo", {}),
     ("bart", None, "kto", {}),
-    ("llama", None, "reward", {}),
+    pytest.param("llama", None, "reward", {}, marks=pytest.mark.sweep),
     ("bert", "mlm", "reward", {}),
 ]
 
@@ -71,7 +71,9 @@ METHODS = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(
+    "name", ["pissa", pytest.param("adapter", marks=pytest.mark.sweep), "prefix", "full"]
+)
 def test_the_first_loss_is_ln_2_with_every_method(
     name: str, tiny_model_dir: ModelDir, tmp_path: Path
 ) -> None:

@@ -164,7 +164,11 @@ def _shuffle(b: Any) -> Any:
             "returns the base model's outputs: the adapter is not applied. Select the adapter "
             "with --model, and start the server as export printed:",
         ),
-        (_shuffle, r"answers neither as trained nor as the base|returns the base model"),
+        pytest.param(
+            _shuffle,
+            r"answers neither as trained nor as the base|returns the base model",
+            marks=pytest.mark.sweep,
+        ),
     ],
     ids=["scaled by 2", "not applied", "of another run"],
 )

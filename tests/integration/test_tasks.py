@@ -146,9 +146,9 @@ NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
         ("span", "bert", "mlm", NO_DROPOUT),
         ("mask", "bert", "mlm", NO_DROPOUT),
         ("class", "bert", "mlm", NO_DROPOUT),
-        ("multi", "bert", "mlm", NO_DROPOUT),
-        ("regression", "bert", "mlm", NO_DROPOUT),
-        ("pair", "llama", None, {}),
+        pytest.param("multi", "bert", "mlm", NO_DROPOUT, marks=pytest.mark.sweep),
+        pytest.param("regression", "bert", "mlm", NO_DROPOUT, marks=pytest.mark.sweep),
+        pytest.param("pair", "llama", None, {}, marks=pytest.mark.sweep),
         ("pair", "t5", None, {"dropout_rate": 0.0}),
     ],
 )

@@ -77,7 +77,10 @@ def scaled(argument: int, factor: float) -> Callable[..., Any]:
     return staticmethod(wrong)
 
 
-@pytest.mark.parametrize(("argument", "factor"), [(2, -1.0), (2, 0.0), (2, 1.02), (3, 1.02)])
+@pytest.mark.parametrize(
+    ("argument", "factor"),
+    [pytest.param(2, -1.0, marks=pytest.mark.sweep), (2, 0.0), (2, 1.02), (3, 1.02)],
+)
 def test_a_wrong_gradient_of_a_or_b_stops_every_run(
     small_run: Any, monkeypatch: pytest.MonkeyPatch, argument: int, factor: float
 ) -> None:
@@ -305,7 +308,15 @@ def test_float64_decides_where_the_plain_step_is_the_rounded_one(blind_run: Any)
     assert found.gradient < 1e-4
 
 
-@pytest.mark.parametrize(("argument", "factor"), [(2, 1.001), (2, 1.02), (3, 1.001), (3, 0.0)])
+@pytest.mark.parametrize(
+    ("argument", "factor"),
+    [
+        (2, 1.001),
+        pytest.param(2, 1.02, marks=pytest.mark.sweep),
+        (3, 1.001),
+        pytest.param(3, 0.0, marks=pytest.mark.sweep),
+    ],
+)
 def test_a_fault_is_a_fault_in_float64(
     blind_run: Any, monkeypatch: pytest.MonkeyPatch, argument: int, factor: float
 ) -> None:
