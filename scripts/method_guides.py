@@ -52,7 +52,7 @@ GUIDES: dict[str, Guide] = {
         "`--init pissa|olora|eva|loftq`.",
         "`--learning-rate` first, then `--lora-r` (8 to 64; with `--rslora` 32 or more), then "
         "`--target-modules` (all linear layers of the blocks by default). `--lora-alpha` scales"
-        " the update, like the learning rate.",
+        " the update, so a higher value acts like a higher learning rate.",
         beside=LINEARS, mark="A B",
     ),
     "qlora": Guide(
@@ -130,8 +130,8 @@ GUIDES: dict[str, Guide] = {
         beside=LINEARS, mark="D",
     ),
     "shira": Guide(
-        "A few weights of every linear layer, selected at random, are trained directly. Their "
-        "number is that of LoRA's parameters at rank r.",
+        "A few weights of every linear layer, selected at random, are trained directly: as "
+        "many as LoRA has parameters at rank r.",
         "When several adapters will be merged into one base, because few of their weights "
         "overlap. Merging is exact. Servers load it only merged.",
         "`method.r` (32) sets the number of weights, `random_seed` the selection.",
@@ -147,7 +147,7 @@ GUIDES: dict[str, Guide] = {
     ),
     "gralora": Guide(
         "Every weight is divided into k by k blocks, each with its own LoRA of rank r / k.",
-        "When a higher LoRA rank does not help. `export` writes it as plain LoRA of rank k r.",
+        "When a higher LoRA rank does not help. `export` writes it as plain LoRA of rank k · r.",
         "`method.gralora_k` (2) must divide the rank and both sides of every linear layer; "
         "`method.r` (32).",
         beside=LINEARS, mark="k² A B",
