@@ -154,6 +154,14 @@ def test_answers_are_counted() -> None:
     assert f1 == pytest.approx(2 / 3)
     assert answers.worst[0]["loss"] == 3.0
     assert answers.best[0]["loss"] == 0.1
+    assert [row["loss"] for row in answers.best + answers.worst[::-1]] == sorted(
+        row["loss"] for row in rows
+    )
+
+
+def test_answers_without_rows_have_no_section() -> None:
+    completions = summarize_answers(iter([{"row": 0, "reward": 1.0}]))
+    assert 'id="rows"' not in render_page([facts(answers=completions)])
 
 
 def test_texts_have_no_matrix() -> None:

@@ -118,6 +118,7 @@ class Answers:
         unit: counted unit: rows, or tagged words.
         lengths: for texts, per decile of length: minimum and maximum words, rows, mean loss.
         worst: rows with the highest loss, or wrong rows if there is no loss.
+        best: rows with the lowest loss; none of `worst` if there are two rows or more.
     """
 
     classes: list[str] = field(default_factory=list)
@@ -128,6 +129,11 @@ class Answers:
     worst: list[dict[str, Any]] = field(default_factory=list)
     best: list[dict[str, Any]] = field(default_factory=list)
     total: int = 0
+
+    @property
+    def is_shown(self) -> bool:
+        """Whether there is anything to show: classes, lengths or rows."""
+        return bool(self.classes or self.lengths or self.worst)
 
 
 def summarize_answers(rows: Iterator[dict[str, Any]]) -> Answers:
@@ -155,6 +161,7 @@ def summarize_answers(rows: Iterator[dict[str, Any]]) -> Answers:
     classes = [name for name, _ in names.most_common()]
     has_loss = all(isinstance(row.get("loss"), int | float) for row in kept)
     ordered = sorted(kept, key=lambda row: row["loss"]) if has_loss else kept
+    half = len(ordered) // 2
     wrong = [row for row in ordered if "true" in row and row.get("predicted") != row["true"]]
     return Answers(
         classes,
@@ -162,8 +169,8 @@ def summarize_answers(rows: Iterator[dict[str, Any]]) -> Answers:
         [_scores(name, counts, names[name]) for name in classes],
         next(iter(units)) if classes else "rows",
         [] if classes else _lengths(by_length),
-        ordered[: -SHOWN - 1 : -1] if has_loss else wrong[:SHOWN],
-        ordered[:SHOWN] if has_loss else [],
+        ordered[half:][: -SHOWN - 1 : -1] if has_loss else wrong[:SHOWN],
+        ordered[: max(1, half)][:SHOWN] if has_loss else [],
         total,
     )
 

@@ -137,7 +137,7 @@ def checks(summary: Summary) -> Iterator[str]:
 
 MOST_POINTS = 400  # per curve
 WIDTH, HEIGHT = 640, 240
-LEFT, RIGHT, TOP, BOTTOM = 64, 20, 26, 42
+LEFT, RIGHT, TOP, BOTTOM = 64, 20, 34, 42
 
 Point = tuple[float, float]
 
@@ -319,7 +319,7 @@ def render_page(runs: Sequence[ReportedRun]) -> str:
         results=list(_results(runs)),
         facts=list(_facts(runs)),
         charts=[_for_template(chart) for chart in draw_charts(runs)],
-        has_answers=any(run.answers for run in runs),
+        has_answers=any(run.answers and run.answers.is_shown for run in runs),
         width=WIDTH,
         height=HEIGHT,
         left=LEFT,
