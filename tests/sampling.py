@@ -9,6 +9,15 @@ from typing import Any
 import pytest
 
 
+def every(number: int, cells: Sequence[Any]) -> list[Any]:
+    """Return the cells as parameters, all but each `number`-th with the marker `sweep`."""
+    tuples = [cell if isinstance(cell, tuple) else (cell,) for cell in cells]
+    return [
+        pytest.param(*cell, marks=pytest.mark.sweep if at % number else [])
+        for at, cell in enumerate(tuples)
+    ]
+
+
 def sample(cells: Sequence[Sequence[Any]], times: int = 1) -> list[Any]:
     """Return the cells as parameters, all but a fixed sample with the marker `sweep`.
 

@@ -115,7 +115,9 @@ def test_the_figures_are_those_of_both_models_in_memory(
 @pytest.mark.parametrize(
     ("family", "head", "name", "task", "options", "has_text"),
     [
-        ("bert", "mlm", "class", "text-classification", {}, False),
+        pytest.param(
+            "bert", "mlm", "class", "text-classification", {}, False, marks=pytest.mark.sweep
+        ),
         ("bert", "mlm", "regression", "text-classification", {}, False),
         ("bert", "mlm", "mask", "masked-lm", {}, True),
         ("t5", None, "pair", "translation", {"columns": {"source": "en", "target": "de"}}, True),

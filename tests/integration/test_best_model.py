@@ -78,7 +78,7 @@ METHODS = {
 }
 
 
-SAMPLE = ("lora", "full", "p-tuning", "4-bit", "pissa")
+SAMPLE = ("full", "p-tuning", "pissa")
 
 
 @pytest.mark.parametrize(

@@ -251,7 +251,7 @@ def test_a_method_by_the_name_of_axolotl_stays_one(base: Path) -> None:
     assert summary["adapter"] is None
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 def test_real_weights_go_on(minilm: Path) -> None:
     task_data.write(Path("data"), "class")
     short = ["--dataset", "data", "--batch-size", "4", "--dtype", "float32", "--max-steps", "4"]

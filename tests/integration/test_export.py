@@ -268,7 +268,7 @@ def test_killed_at_any_moment_the_file_is_absent_or_whole(model_dir: ModelDir) -
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("outtype", ["auto", "q8_0"])
+@pytest.mark.parametrize("outtype", ["auto", pytest.param("q8_0", marks=pytest.mark.sweep)])
 def test_real_weights_read_back(first_blocks: Path, outtype: str) -> None:
     summary = export_to("x.gguf", first_blocks, outtype=outtype, verify_tokens=128).summary
     check = summary["check"]

@@ -31,10 +31,10 @@ CELLS = [(thing, kind, command) for thing in THINGS for kind in TYPES for comman
 
 
 def in_sample(thing: str, kind: str, command: str) -> bool:
-    """Whether a cell runs in CI: the plain PEFT adapters, and each other pair with one more."""
-    if thing == "peft" and command != "train":
-        return True
+    """Whether a cell runs in CI: half of plain PEFT's adapters, and each other pair with one."""
     numbers = THINGS.index(thing), list(TYPES).index(kind), COMMANDS.index(command)
+    if thing == "peft" and (kind == "SEQ_CLS" or sum(numbers) % 2):
+        return True
     return sum(numbers) % len(TYPES) == 0
 
 

@@ -39,6 +39,7 @@ from ftlevel.commands.train import train
 from ftlevel.config import TrainConfig
 from ftlevel.config.rl import RL_LOSSES
 from ftlevel.errors import RunError
+from sampling import every
 from tiny_models import save_tiny
 
 FUNCTIONS = """
@@ -115,7 +116,7 @@ def has_changed(adapter: dict[str, torch.Tensor]) -> bool:
     return all(bool(value.any()) for name, value in adapter.items() if "lora_B" in name)
 
 
-@pytest.mark.parametrize("loss", RL_LOSSES)
+@pytest.mark.parametrize("loss", every(2, list(RL_LOSSES)))
 def test_each_loss_trains(data: Path, tmp_path: Path, loss: str) -> None:
     adapter, log = run(data, tmp_path / "run", loss=loss)
     assert has_changed(adapter)
@@ -141,7 +142,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("name", every(2, list(SETTINGS)))
 def test_each_setting_trains(data: Path, tmp_path: Path, name: str) -> None:
     adapter, log = run(data, tmp_path / "run", **SETTINGS[name])
     assert has_changed(adapter)

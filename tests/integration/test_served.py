@@ -138,6 +138,7 @@ def test_an_adapter_of_a_quantized_base_is_judged_by_what_rounding_explains(
     assert 0.02 < adapter["weights"]["difference"] <= adapter["tolerance"] < 1
 
 
+@pytest.mark.sweep
 def test_a_server_with_a_quantized_base_is_judged_the_same(
     on_blocks: Path, first_blocks_gguf: Path, smollm2: Path
 ) -> None:

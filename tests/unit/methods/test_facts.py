@@ -39,7 +39,9 @@ def count(row: str, layers: int) -> int:
 OWN = [name for name in METHOD_INFO if name != "linear-probe"]
 
 
-@pytest.mark.parametrize("row", OWN)
+@pytest.mark.parametrize(
+    "row", [pytest.param(r, marks=pytest.mark.sweep if r == "boft" else []) for r in OWN]
+)
 def test_count_on_llama_7b(row):
     one, two = count(row, 1), count(row, 2)  # every layer adds the same
     assert METHOD_INFO[row].llama_7b == one + (LAYERS - 1) * (two - one)
