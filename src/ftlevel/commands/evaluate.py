@@ -482,7 +482,7 @@ def _rollouts(trained: LoadedModel, eval_rows: EvaluationRows, run_config: Train
     objective = trained.objective
     if not isinstance(objective, PolicyGradient):
         raise TypeError("only a policy has rewards")
-    rl, rewards, teacher = objective.settings, None, None
+    rl, rewards, teacher = objective.config, None, None
     if objective.teacher is None:
         rewards = open_rewards(
             rl, trained.device, trained.tokenizer, eval_rows.rows, eval_rows.table.where

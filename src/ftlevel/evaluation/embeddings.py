@@ -72,7 +72,7 @@ def score_embeddings(
     candidates = add_texts(texts, corpus)
     vectors = embed_texts(model, objective, texts, pad_id, device)
     losses = step_losses(objective, vectors, step)
-    dims = (None, *objective.settings.matryoshka_dims)
+    dims = (None, *objective.config.matryoshka_dims)
     with torch.autocast("cpu", enabled=False):
         meters = create_meters(objective, vectors, step, dims, candidates)
     if record is not None:
@@ -93,7 +93,7 @@ def step_losses(objective: Embeddings, vectors: torch.Tensor, step: StepTexts) -
     objective = objective.for_validation(step)
     size, losses = objective.step_rows, list[float]()
     positions = list(range(0, len(step), size))
-    is_contrastive = LOSSES[objective.settings.loss or ""].contrasts
+    is_contrastive = LOSSES[objective.config.loss or ""].contrasts
     if is_contrastive and len(positions) > 1 and len(step) - positions[-1] == 1:
         positions.pop()
     for start, end in zip(positions, [*positions[1:], len(step)], strict=True):

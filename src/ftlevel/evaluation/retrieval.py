@@ -57,7 +57,7 @@ def evaluate_retrieval(
     with model.inference():
         vectors = embed_rows(model, [*queries, *map(as_document, data.documents)], report)
     result: dict[str, np.ndarray] = {}
-    for dims in (None, *task.settings.matryoshka_dims):
+    for dims in (None, *task.config.matryoshka_dims):
         scores = score_retrieval(
             vectors[: len(queries), :dims],
             vectors[len(queries) :, :dims],

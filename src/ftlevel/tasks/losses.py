@@ -249,9 +249,9 @@ MIN_LOG_PROBABILITY = -1e4
 
 @dataclass(frozen=True)
 class DistillationTokens(Tokens, DistillationObjective):
-    """Token cross entropy plus the divergence from a teacher, as `settings` define it."""
+    """Token cross entropy plus the divergence from a teacher, as `config` define it."""
 
-    settings: DistillationConfig = field(default_factory=DistillationConfig)
+    config: DistillationConfig = field(default_factory=DistillationConfig)
 
     def distillation_sum(
         self, scores: Tensor, targets: Tensor, known: Tensor, ids: Tensor
@@ -259,13 +259,13 @@ class DistillationTokens(Tokens, DistillationObjective):
         """Returns the loss summed over targets (a scalar)."""
         from torch.nn import functional
 
-        settings, temperature = self.settings, self.settings.kd_temperature
+        config, temperature = self.config, self.config.kd_temperature
         student = log_outcomes(scores.float() / temperature, ids, known.shape[-1])
-        total = temperature**2 * divergence(known, student, settings).sum()
-        if settings.kd_ratio == 1:
+        total = temperature**2 * divergence(known, student, config).sum()
+        if config.kd_ratio == 1:
             return total
         loss = functional.cross_entropy(scores.float(), targets, reduction="sum")
-        return (1 - settings.kd_ratio) * loss + settings.kd_ratio * total
+        return (1 - config.kd_ratio) * loss + config.kd_ratio * total
 
 
 def log_outcomes(scores: Tensor, ids: Tensor, outcomes: int) -> Tensor:
@@ -285,41 +285,41 @@ def log_outcomes(scores: Tensor, ids: Tensor, outcomes: int) -> Tensor:
     return torch.cat([scores.gather(-1, ids), others], dim=-1) - total
 
 
-def divergence(teacher: Tensor, student: Tensor, settings: DistillationConfig) -> Tensor:
+def divergence(teacher: Tensor, student: Tensor, config: DistillationConfig) -> Tensor:
     """Returns the divergence `(targets,)` of log-probabilities `(targets, outcomes)`."""
     import torch
 
-    if settings.divergence == "forward-kl":
+    if config.divergence == "forward-kl":
         return (teacher.exp() * (teacher - student)).sum(-1)
-    if settings.divergence == "reverse-kl":
+    if config.divergence == "reverse-kl":
         return (student.exp() * (student - teacher)).sum(-1)
-    beta = settings.jsd_beta
+    beta = config.jsd_beta
     mixed = torch.logaddexp(teacher + math.log(beta), student + math.log1p(-beta))
     of_teacher = (teacher.exp() * (teacher - mixed)).sum(-1)
     return beta * of_teacher + (1 - beta) * (student.exp() * (student - mixed)).sum(-1)
 
 
 def create_distillation_objective(
-    objective: Tokens, settings: DistillationConfig
+    objective: Tokens, config: DistillationConfig
 ) -> DistillationTokens:
     """Returns `objective` with a distillation loss added."""
     values = {f.name: getattr(objective, f.name) for f in fields(objective)}
-    return DistillationTokens(**values, settings=settings)
+    return DistillationTokens(**values, config=config)
 
 
-def outcome_dtype(settings: DistillationConfig, vocabulary: int) -> Any:
+def outcome_dtype(config: DistillationConfig, vocabulary: int) -> Any:
     """Returns the numpy dtype of a teacher's values per target; `vocabulary` is the shared size."""
     import numpy as np
 
-    count = settings.kd_top_k
+    count = config.kd_top_k
     if count == "all" or count >= vocabulary - 1:
         return np.dtype([("known", np.float32, (vocabulary,)), ("ids", np.int32, (0,))])
     return np.dtype([("known", np.float32, (count + 1,)), ("ids", np.int32, (count,))])
 
 
-def select_top_k(scores: Tensor, settings: DistillationConfig, dtype: Any) -> tuple[Tensor, Tensor]:
+def select_top_k(scores: Tensor, config: DistillationConfig, dtype: Any) -> tuple[Tensor, Tensor]:
     """Returns top-k log-probabilities and ids of a teacher's logits `(targets, vocabulary)`."""
-    tempered = scores.float() / settings.kd_temperature
+    tempered = scores.float() / config.kd_temperature
     count, outcomes = dtype["ids"].shape[0], dtype["known"].shape[0]
     if not count:  # tokens beyond the shared vocabulary are dropped
         ids = tempered.new_zeros((len(tempered), 0)).long()

@@ -156,7 +156,7 @@ def test_scores_and_their_loss_are_those_of_plain_torch_and_of_trl(
     center, has_margins, expected = REWARDS[name]
     model = build_model(scores=True)
     settings = PreferenceConfig(loss="reward", center=center)
-    objective, rows = RewardObjective("accuracy", settings=settings), pair_rows(
+    objective, rows = RewardObjective("accuracy", config=settings), pair_rows(
         scored=True, margins=has_margins)  # fmt: skip
     fast = FastStep(model, replace(plan, chunked_cross_entropy=False)) if plan else None
     parts = StepCollator(PAD, fast.plan)(rows)["micro_batches"] if fast else [Collator(PAD)(rows)]

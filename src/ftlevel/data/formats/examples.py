@@ -206,9 +206,8 @@ class ClassExample(Example, Protocol):
 
 def create_conversation(values: RoleValues) -> Conversation:
     """Create the `Conversation` of the current row."""
-    return Conversation(
-        tuple(_with_system(_turns(values), values)), values.index, get_tools(values)
-    )
+    tools = get_tools(values)
+    return Conversation(tuple(_with_system(_turns(values), values)), values.index, tools)
 
 
 def get_tools(values: RoleValues) -> tuple[dict[str, Any], ...]:

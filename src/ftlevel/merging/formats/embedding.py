@@ -148,7 +148,7 @@ def write_scores(path: Path, name: str, server: str | None, model: LoadedModel, 
         (scores,) = task.score_documents(inference, [query])
     rows = [{"text": text, "score": score} for text, score in zip(TEXTS, scores, strict=True)]
     facts = {"format": 1, "type": "scores", "model": name, "server": server}
-    activation = "sigmoid" if task.settings.loss == "bce" else "identity"
+    activation = "sigmoid" if task.config.loss == "bce" else "identity"
     write_json(
         path, {**facts, "dtype": dtype, "activation": activation, "query": QUERY, "texts": rows}
     )

@@ -66,20 +66,20 @@ class Embeddings(StepObjective):
     """Objective of embedding models: pools token states to vectors; one loss per optimizer step.
 
     Attributes:
-        settings: loss and its settings; `loss` is not None.
+        config: loss and its settings; `loss` is not None.
         form: pooling, normalization and similarity.
         kind: kind of the rows' labels: ranking, score, label (0 or 1) or class.
         step_rows: rows per optimizer step; the validation loss uses groups of this size.
     """
 
-    settings: EmbeddingConfig = field(default_factory=EmbeddingConfig)
+    config: EmbeddingConfig = field(default_factory=EmbeddingConfig)
     form: EmbeddingFormat = field(default_factory=EmbeddingFormat)
     kind: LabelKind = "ranking"
     step_rows: int = EVALUATED_ROWS
 
     @property
     def metrics(self) -> tuple[str, ...]:
-        dims = self.settings.matryoshka_dims
+        dims = self.config.matryoshka_dims
         return (*METRICS[self.kind], *(f"{self.headline}_dim_{count}" for count in dims))
 
     def embed(self, outputs: Any, mask: torch.Tensor, unpooled: Sequence[int] = ()) -> torch.Tensor:
@@ -104,8 +104,8 @@ class Embeddings(StepObjective):
 
         from ftlevel.tasks.embedding.losses import STEP_LOSSES
 
-        compute, dims = STEP_LOSSES[self.settings.loss or ""], self.settings.matryoshka_dims
-        weights = self.settings.matryoshka_weights or (1.0,) * len(dims)
+        compute, dims = STEP_LOSSES[self.config.loss or ""], self.config.matryoshka_dims
+        weights = self.config.matryoshka_weights or (1.0,) * len(dims)
         with torch.autocast(vectors.device.type, enabled=False):
             if not dims:
                 return compute(vectors.float(), step, self._loss_config)
@@ -118,7 +118,7 @@ class Embeddings(StepObjective):
 
     def for_validation(self, step: StepTexts) -> Embeddings:
         """Returns this objective, with mnrl as loss if validation rows lack what its loss needs."""
-        settings, properties = self.settings, LOSSES[self.settings.loss or ""]
+        config, properties = self.config, LOSSES[self.config.loss or ""]
         negatives = all(min(labels) <= 0 for labels in step.labels)
         if (
             (properties.needs_negatives and not negatives)
@@ -126,7 +126,7 @@ class Embeddings(StepObjective):
             or ("guide" in properties.parameters and step.guide is None)
         ):
             changes = {"loss": "mnrl", "scale": None, "margin": None}
-            return replace(self, settings=settings.model_copy(update=changes))
+            return replace(self, config=config.model_copy(update=changes))
         return self
 
     @property
@@ -138,14 +138,14 @@ class Embeddings(StepObjective):
     def _loss_config(self) -> LossConfig:
         from ftlevel.tasks.embedding.losses import LossConfig
 
-        settings, properties = self.settings, LOSSES[self.settings.loss or ""]
+        config, properties = self.config, LOSSES[self.config.loss or ""]
         is_cosine = self.form.similarity == "cosine"
         usual = (properties.scale or 1.0) if is_cosine else 1.0
         return LossConfig(
-            scale=settings.scale or usual,
-            margin=settings.margin if settings.margin is not None else (properties.margin or 0.0),
-            temperature=settings.temperature,
-            symmetric=settings.symmetric,
+            scale=config.scale or usual,
+            margin=config.margin if config.margin is not None else (properties.margin or 0.0),
+            temperature=config.temperature,
+            symmetric=config.symmetric,
             is_cosine=is_cosine,
-            hides_repeats=settings.batch_sampler == "no_duplicates",
+            hides_repeats=config.batch_sampler == "no_duplicates",
         )

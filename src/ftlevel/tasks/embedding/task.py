@@ -66,10 +66,10 @@ _FORM = (
 class EmbeddingTask(BaseTask):
     """Task of a model with one vector per text.
 
-    `form` is the model's embedding format; `settings` and `teacher` are the configured ones.
+    `form` is the model's embedding format; `config` and `teacher` are the configured ones.
     """
 
-    settings: EmbeddingConfig = field(default_factory=EmbeddingConfig)
+    config: EmbeddingConfig = field(default_factory=EmbeddingConfig)
     form: EmbeddingFormat = field(default_factory=EmbeddingFormat)
     end: int | None = None
     step_rows: int = EVALUATED_ROWS
@@ -90,9 +90,9 @@ class EmbeddingTask(BaseTask):
         step_rows, end = known.pop("step_rows", self.step_rows), known.pop("end", self.end)
         known.pop("kind", None)
         teacher = known.pop("teacher", self.teacher)
-        settings = EmbeddingConfig(**known)
+        config = EmbeddingConfig(**known)
         return replace(
-            self, settings=settings, form=form, end=end, step_rows=step_rows, teacher=teacher
+            self, config=config, form=form, end=end, step_rows=step_rows, teacher=teacher
         )
 
     def for_model(
@@ -102,7 +102,7 @@ class EmbeddingTask(BaseTask):
 
         Raises `ConfigError` if the model has no EOS, or fewer dimensions than requested.
         """
-        given = {n: v for n in _FORM if (v := getattr(self.settings, n)) is not None}
+        given = {n: v for n in _FORM if (v := getattr(self.config, n)) is not None}
         form, reason = _read_format(source, given), "as in the model's modules.json"
         if form is None:
             form = EmbeddingFormat("last" if kind == "decoder" else "mean", normalize=True)
@@ -111,7 +111,7 @@ class EmbeddingTask(BaseTask):
         end = _end_of(tokenizer, source.name) if form.pooling == "last" else None
         if end is not None:
             append_end(tokenizer, end)
-        dims = self.settings.matryoshka_dims
+        dims = self.config.matryoshka_dims
         if dims and max(dims) > (form.dims or width):
             raise ConfigError(
                 f"--matryoshka-dims {max(dims)}: embeddings of {source.name} have "
@@ -178,10 +178,10 @@ class EmbeddingTask(BaseTask):
     def create_objective(self, kind: str, data_info: Mapping[str, Any]) -> Objective:
         task = self.configured(data_info) if "embedding" in data_info else self
         labels: LabelKind = data_info.get("embedding", {}).get("kind", "ranking")
-        settings = task.settings
-        if settings.loss is None:
-            settings = settings.model_copy(update={"loss": _default_loss(labels)})
-        return Embeddings(METRICS[labels][0], False, settings, task.form, labels, task.step_rows)
+        config = task.config
+        if config.loss is None:
+            config = config.model_copy(update={"loss": _default_loss(labels)})
+        return Embeddings(METRICS[labels][0], False, config, task.form, labels, task.step_rows)
 
     # ---- from columns to encoded rows
 
@@ -191,18 +191,18 @@ class EmbeddingTask(BaseTask):
             "form": asdict(self.form),
             "end": self.end,
             "words": self._with_words,
-            "loss": self.settings.loss,
+            "loss": self.config.loss,
         }
 
     @property
     def _with_words(self) -> bool:
-        return self.settings.guide is not None or self.teacher is not None
+        return self.config.guide is not None or self.teacher is not None
 
     def encode(self, encoder: Encoder, examples: Sequence[Any], table: Table) -> FittedRows:
         """Encode the texts of each row; raises `InputError` for rows that the loss cannot use."""
         if encoder.split == "train":
             kind = _check_examples(examples)
-            loss = self.settings.loss or _default_loss(kind)
+            loss = self.config.loss or _default_loss(kind)
             # Scores of a teacher model are computed after the rows are encoded.
             _check_loss(loss, kind, examples, table, needs_scores=self.teacher is None)
             if kind != "ranking" and (encoder.config.corpus or encoder.config.qrels):
@@ -262,10 +262,10 @@ class EmbeddingTask(BaseTask):
 
     def data_info(self, loaded: LoadedData) -> Mapping[str, Any]:
         kind = _kind_of(loaded.train)
-        settings = {**self.settings.model_dump(mode="json"), "teacher": self.teacher}
-        settings["loss"] = self.settings.loss or _default_loss(kind)
+        config = {**self.config.model_dump(mode="json"), "teacher": self.teacher}
+        config["loss"] = self.config.loss or _default_loss(kind)
         return {
-            "embedding": settings
+            "embedding": config
             | {
                 "form": asdict(self.form),
                 "end": self.end,
@@ -285,7 +285,7 @@ class EmbeddingTask(BaseTask):
             for name in LOSSES[known["loss"]].parameters
             if known[name] not in (None, False)
         ]
-        reason = "" if self.settings.loss else f"default for {_WORDS[known['kind']]}"
+        reason = "" if self.config.loss else f"default for {_WORDS[known['kind']]}"
         return [
             Choice("loss", known["loss"], ", ".join([*([reason] if reason else []), *told])),
             Choice("tokens", f"{data_info['tokens']:,} an epoch"),

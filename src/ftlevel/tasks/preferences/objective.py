@@ -77,10 +77,10 @@ class PairLossParameters:
     ipo_sums: bool
 
     @classmethod
-    def of(cls, settings: PreferenceConfig, smoothing: float) -> PairLossParameters:
-        """Returns the hyperparameters in `settings`."""
-        sums = settings.ipo_ratios == "sum"
-        return cls(settings.effective_beta, smoothing, settings.margin, sums)
+    def of(cls, config: PreferenceConfig, smoothing: float) -> PairLossParameters:
+        """Returns the hyperparameters in `config`."""
+        sums = config.ipo_ratios == "sum"
+        return cls(config.effective_beta, smoothing, config.margin, sums)
 
 
 PairLoss = Callable[[SequenceLogps, SequenceLogps, PairLossParameters], "Tensor"]
@@ -274,14 +274,14 @@ class Preferences(LikelihoodObjective):
     `smoothing` is ε, the assumed share of swapped pairs; `shifted` is as in `Tokens`.
     """
 
-    settings: PreferenceConfig = field(default_factory=PreferenceConfig)
+    config: PreferenceConfig = field(default_factory=PreferenceConfig)
     smoothing: float = 0.0
     shifted: bool = True
 
     @property
     def is_paired(self) -> bool:
         """Whether answers come in pairs."""
-        return self.settings.loss_properties.paired
+        return self.config.loss_properties.paired
 
     @property
     def of_tokens(self) -> TokenObjective:
@@ -298,12 +298,12 @@ class Preferences(LikelihoodObjective):
         owners = at // labels.shape[1]
         zeros = torch.zeros(len(labels), device=log_probs.device)
         counts = zeros.index_add(0, owners, torch.ones_like(log_probs))
-        if self.settings.loss == "ld-dpo" and len(labels) > 1:
+        if self.config.loss == "ld-dpo" and len(labels) > 1:
             starts = counts.cumsum(0) - counts
             position = torch.arange(len(owners), device=log_probs.device) - starts[owners]
             shorter = counts.view(-1, 2).amin(1).repeat_interleave(2)
             log_probs = torch.where(
-                position < shorter[owners], log_probs, self.settings.ld_alpha * log_probs
+                position < shorter[owners], log_probs, self.config.ld_alpha * log_probs
             )
         return torch.stack([zeros.index_add(0, owners, log_probs), counts], dim=1)
 
@@ -317,21 +317,21 @@ class Preferences(LikelihoodObjective):
         """
         import torch
 
-        settings = self.settings
+        config = self.config
         answered = SequenceLogps(answers[:, 0], answers[:, 1], preference_labels[:, 1])
         if not self.is_paired:
-            weights = settings.desirable_weight, settings.undesirable_weight
+            weights = config.desirable_weight, config.undesirable_weight
             is_chosen = preference_labels[:, 0] > 0
             return kto(
-                answered, is_chosen, preference_labels[:, 2], settings.effective_beta, weights
+                answered, is_chosen, preference_labels[:, 2], config.effective_beta, weights
             ).sum()
         preferred, rejected = answered.alternate(0), answered.alternate(1)
-        loss = PAIR_LOSSES[settings.loss or "dpo"]
-        of_pairs = loss(preferred, rejected, PairLossParameters.of(settings, self.smoothing)).sum()
-        if settings.loss not in WITH_SFT:
+        loss = PAIR_LOSSES[config.loss or "dpo"]
+        of_pairs = loss(preferred, rejected, PairLossParameters.of(config, self.smoothing)).sum()
+        if config.loss not in WITH_SFT:
             return of_pairs
-        weight = 1.0 if settings.loss == "orpo" else settings.sft_weight
-        if training and settings.nll_mean == "token":
+        weight = 1.0 if config.loss == "orpo" else config.sft_weight
+        if training and config.nll_mean == "token":
             return torch.stack([of_pairs, -weight * preferred.sums.sum()])
         return of_pairs - weight * preferred.means.sum()
 
@@ -346,7 +346,7 @@ class Preferences(LikelihoodObjective):
         import torch
 
         count = self.count(labels)
-        if self.settings.loss not in WITH_SFT or self.settings.nll_mean == "answer":
+        if self.config.loss not in WITH_SFT or self.config.nll_mean == "answer":
             return count
         preferred = labels[::2, 1:] if self.shifted else labels[::2]
         return torch.stack([count, preferred.ne(IGNORED).sum()])
@@ -365,14 +365,14 @@ class Preferences(LikelihoodObjective):
     @property
     def first_loss(self) -> float | None:
         """Loss of a policy equal to the reference, where h = 0."""
-        if not self.needs_reference or self.settings.other_reference is not None:
+        if not self.needs_reference or self.config.other_reference is not None:
             return None
         losses = {
             "hinge": 1.0,
-            "ipo": 1 / (4 * self.settings.effective_beta**2),
+            "ipo": 1 / (4 * self.config.effective_beta**2),
             **dict.fromkeys(("dpo", "cdpo", "robust", "dpo-norm", "ld-dpo"), math.log(2)),
         }
-        return losses.get(self.settings.loss or "dpo")
+        return losses.get(self.config.loss or "dpo")
 
     def get_warnings(
         self, metrics: Mapping[str, float], before: Mapping[str, float] | None = None
@@ -393,7 +393,7 @@ class Preferences(LikelihoodObjective):
             advice = (
                 "a lower rate, a higher --beta or" if self.needs_reference else "a lower rate or"
             )
-            than = "with the reference" if self.settings.other_reference else "before training"
+            than = "with the reference" if self.config.other_reference else "before training"
             warnings.append(
                 f"{both} are less likely than {than} ({names[0]} {changes[0]:+.2f} nats, "
                 f"{names[1]} {changes[1]:+.2f}): the model may generate neither (likelihood "
@@ -413,26 +413,26 @@ class Preferences(LikelihoodObjective):
     def rewards(self, answers: Tensor, preference_labels: Tensor) -> Tensor:
         """Returns the implicit reward of each answer, `(answers,)`."""
         answered = SequenceLogps(answers[:, 0], answers[:, 1], preference_labels[:, 1])
-        by_token = self.settings.loss in ("simpo", "orpo", "dpo-norm") or (
-            self.settings.loss == "ipo" and self.settings.ipo_ratios == "mean"
+        by_token = self.config.loss in ("simpo", "orpo", "dpo-norm") or (
+            self.config.loss == "ipo" and self.config.ipo_ratios == "mean"
         )
         ratios = answered.ratios
-        return self.settings.effective_beta * (ratios / answered.counts if by_token else ratios)
+        return self.config.effective_beta * (ratios / answered.counts if by_token else ratios)
 
 
 def create_preference_objective(
-    settings: PreferenceConfig, smoothing: float, kind: str
+    config: PreferenceConfig, smoothing: float, kind: str
 ) -> Preferences:
     """Create the preference objective of a model of `kind`."""
-    headline = "reward_accuracy" if settings.uses_reference else "logp_mean_accuracy"
-    if not settings.loss_properties.paired:
-        headline = "reward_margin" if settings.uses_reference else "logp_desirable"
+    headline = "reward_accuracy" if config.uses_reference else "logp_mean_accuracy"
+    if not config.loss_properties.paired:
+        headline = "reward_margin" if config.uses_reference else "logp_desirable"
     return Preferences(
         headline,
         kind == "encoder-decoder",
-        needs_reference=settings.uses_reference,
-        needs_baseline=settings.loss == "kto",
-        settings=settings,
+        needs_reference=config.uses_reference,
+        needs_baseline=config.loss == "kto",
+        config=config,
         smoothing=smoothing,
         shifted=kind == "decoder",
     )

@@ -59,7 +59,7 @@ _HIDDEN = ("loss", "reference")
 class PreferenceBaseTask(BaseTask):
     """Base class of the preference and reward tasks; `scored`: whether it trains reward models."""
 
-    settings: PreferenceConfig = field(default_factory=PreferenceConfig)
+    config: PreferenceConfig = field(default_factory=PreferenceConfig)
     smoothing: float = 0.0
 
     scored: ClassVar[bool] = False
@@ -67,22 +67,22 @@ class PreferenceBaseTask(BaseTask):
     def configured(self, task_config: Mapping[str, Any]) -> PreferenceBaseTask:
         values = dict(task_config.get("preference", {}))
         smoothing = values.pop("smoothing", 0.0)
-        settings = PreferenceConfig(**values)
-        if settings.loss_properties.smoothed and not smoothing:
+        config = PreferenceConfig(**values)
+        if config.loss_properties.smoothed and not smoothing:
             smoothing = SMOOTHING
-        return replace(self, settings=settings, smoothing=smoothing)
+        return replace(self, config=config, smoothing=smoothing)
 
     @property
     def encoding_config(self) -> Mapping[str, Any]:
-        return {"loss": self.settings.loss, "referenced": self.settings.uses_reference}
+        return {"loss": self.config.loss, "referenced": self.config.uses_reference}
 
     def get_format(
         self, column_names: Sequence[str], config: DataConfig, rows: Sequence[Row] = ()
     ) -> Format:
         """Returns the format of a table; suggest `--loss kto` for single labeled answers."""
-        loss, is_mapped = self.settings.loss, config.columns or config.format
+        loss, is_mapped = self.config.loss, config.columns or config.format
         if (
-            self.settings.loss_properties.paired
+            self.config.loss_properties.paired
             and not is_mapped
             and not fits(column_names, PAIR_SHAPES)
         ):
@@ -100,7 +100,7 @@ class PreferenceBaseTask(BaseTask):
                 )
         task = (
             self
-            if self.settings.loss_properties.paired
+            if self.config.loss_properties.paired
             else replace(self, shapes=(*JUDGED_SHAPES, *PAIR_SHAPES))
         )
         return BaseTask.get_format(task, column_names, config, rows)
@@ -119,14 +119,14 @@ class PreferenceBaseTask(BaseTask):
         """Encode pairs or labeled answers; with `scored`, for a reward model."""
         if encoder.prompt_format is None:
             raise TypeError("judged answers have a prompt format")
-        settings, seq2seq = self.settings, encoder.kind == "encoder-decoder"
+        config, seq2seq = self.config, encoder.kind == "encoder-decoder"
         encode = PreferenceEncoder(
             encoder.tokenizer,
             encoder.prompt_format,
             encoder.kind,
-            settings.loss == "kto",
+            config.loss == "kto",
             scored,
-            settings.uses_reference,
+            config.uses_reference,
         )
         fitted = encoder.fit(encoder.collect(encode, examples), table)
         return encoder.fit_targets(fitted, table) if seq2seq else fitted
@@ -135,7 +135,7 @@ class PreferenceBaseTask(BaseTask):
         return check_pairs(rows)
 
     def check_training_set(self, training_set: Sequence[Any]) -> Sequence[tuple[str, int, str]]:
-        return check_answers(training_set, self.settings.loss or "dpo")
+        return check_answers(training_set, self.config.loss or "dpo")
 
     def data_info(self, loaded: LoadedData) -> Mapping[str, Any]:
         return {"preference": self.loss_config}
@@ -144,9 +144,9 @@ class PreferenceBaseTask(BaseTask):
         """Returns lines with the loss and the number of targets."""
         values = {name: value for name, value in self.loss_config.items() if name not in _HIDDEN}
         if "beta" in values:
-            values["beta"] = self.settings.effective_beta
+            values["beta"] = self.config.effective_beta
         if "simpo_gamma" in values:
-            values["simpo_gamma"] = self.settings.margin
+            values["simpo_gamma"] = self.config.margin
         shown = ", ".join(
             f"{name.replace('_', ' ')} {value:g}"
             if isinstance(value, float | int)
@@ -154,17 +154,17 @@ class PreferenceBaseTask(BaseTask):
             for name, value in values.items()
         )
         return [
-            Choice("loss", self.settings.loss, shown),
+            Choice("loss", self.config.loss, shown),
             *super().describe_rows(loaded, data_info),
         ]
 
     @property
     def loss_config(self) -> dict[str, Any]:
         """Loss and its hyperparameters, as stored in a model card."""
-        read = ("loss", *LOSSES[self.settings.loss or "dpo"].parameters)
-        values = {name: getattr(self.settings, name) for name in read}
+        read = ("loss", *LOSSES[self.config.loss or "dpo"].parameters)
+        values = {name: getattr(self.config, name) for name in read}
         return values | (
-            {"smoothing": self.smoothing} if self.settings.loss_properties.smoothed else {}
+            {"smoothing": self.smoothing} if self.config.loss_properties.smoothed else {}
         )
 
     def inference_config(self, config: DataConfig, data_info: Mapping[str, Any]) -> dict[str, Any]:
@@ -174,7 +174,7 @@ class PreferenceBaseTask(BaseTask):
         """Returns a synthetic row: three quarters of `ids` as prompt, the rest as answers."""
         prompt, reference = len(ids) - max(1, len(ids) // 4), () if self.scored else (0.0, 0.0)
         labels, answer = ([IGNORED] * prompt + ids[prompt:]), ids[: len(ids) - prompt]
-        if not self.settings.loss_properties.paired:
+        if not self.config.loss_properties.paired:
             return LabeledAnswerRow(ids, labels, row, {}, prompt, row % 2, reference)
         one = Encoded(ids, labels, row)
         two = Encoded(ids[:prompt] + answer, labels[:prompt] + answer, row)
@@ -209,7 +209,7 @@ class PreferenceTask(PreferenceBaseTask, TextTask):
 
     def create_objective(self, kind: str, data_info: Mapping[str, Any]) -> Objective:
         task = self.configured(data_info) if "preference" in data_info else self
-        return create_preference_objective(task.settings, task.smoothing, kind)
+        return create_preference_objective(task.config, task.smoothing, kind)
 
     def encode(self, encoder: Encoder, examples: Sequence[Any], table: Table) -> FittedRows:
         return self.encode_as(encoder, examples, table, scored=False)
@@ -218,7 +218,7 @@ class PreferenceTask(PreferenceBaseTask, TextTask):
         self, prepared: PreparedData, config: DataConfig, context: EncodingContext
     ) -> PreparedData:
         """Returns `prepared`; for the loss kto, each row gets a contrast answer."""
-        if self.settings.loss != "kto":
+        if self.config.loss != "kto":
             return prepared
         max_length, held_out = prepared.max_length, prepared.validation
         return replace(
@@ -231,7 +231,7 @@ class PreferenceTask(PreferenceBaseTask, TextTask):
         self, rows: Sequence[Encoded], config: DataConfig, context: EncodingContext
     ) -> Sequence[Encoded]:
         """Returns `rows`; for the loss kto, each gets a contrast answer."""
-        if self.settings.loss != "kto":
+        if self.config.loss != "kto":
             return rows
         return ContrastedRows(rows, max(row.length for row in rows))
 
@@ -275,10 +275,10 @@ class RewardTask(PreferenceBaseTask):
 
     def create_objective(self, kind: str, data_info: Mapping[str, Any]) -> Objective:
         """Create the objective with the logistic loss of each pair's score difference."""
-        return RewardObjective("accuracy", settings=self._settings(data_info))
+        return RewardObjective("accuracy", config=self._get_config(data_info))
 
-    def _settings(self, data_info: Mapping[str, Any]) -> PreferenceConfig:
-        return self.configured(data_info).settings if "preference" in data_info else self.settings
+    def _get_config(self, data_info: Mapping[str, Any]) -> PreferenceConfig:
+        return self.configured(data_info).config if "preference" in data_info else self.config
 
     def encode(self, encoder: Encoder, examples: Sequence[Any], table: Table) -> FittedRows:
         return self.encode_as(encoder, examples, table, scored=True)
@@ -362,10 +362,10 @@ class RewardObjective(Objective):
     """Logistic loss of score differences: logits `(2 · pairs, 1)`, preferred answer first.
 
     Labels are `preference_labels` `(2 · pairs, 3)`, whose last column is the margin.
-    `settings.center` is the weight of the centering term.
+    `config.center` is the weight of the centering term.
     """
 
-    settings: PreferenceConfig = field(default_factory=PreferenceConfig)
+    config: PreferenceConfig = field(default_factory=PreferenceConfig)
 
     per_row: ClassVar[bool] = True
     has_choice: ClassVar[bool] = False
@@ -391,7 +391,7 @@ class RewardObjective(Objective):
     def loss_sum(self, logits: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
         scores = logits.float().flatten()
         margins = labels[::2, 2].float()
-        return bradley_terry(scores[::2], scores[1::2], margins, self.settings.center).sum()
+        return bradley_terry(scores[::2], scores[1::2], margins, self.config.center).sum()
 
     def meter(self) -> Meter:
         return ScoreMeter()
@@ -463,7 +463,7 @@ _BARE: dict[str, Any] = {
     "auto_classes": {"encoder": _CLASS, "decoder": _CLASS},
     "peft_types": {"encoder": "SEQ_CLS", "decoder": "SEQ_CLS"},
     "headline": "accuracy",
-    "settings": PreferenceConfig(loss="reward"),
+    "config": PreferenceConfig(loss="reward"),
 }
 
 TASKS = (

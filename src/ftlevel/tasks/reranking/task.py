@@ -50,10 +50,10 @@ IDENTITY = "torch.nn.modules.linear.Identity"
 class RerankingTask(BaseTask):
     """Task of a model with one score per pair of query and document.
 
-    `settings` and `teacher` are the configured ones.
+    `config` and `teacher` are the configured ones.
     """
 
-    settings: RerankingConfig = field(default_factory=RerankingConfig)
+    config: RerankingConfig = field(default_factory=RerankingConfig)
     teacher: str | None = None
 
     has_new_head: ClassVar[bool] = True
@@ -70,7 +70,7 @@ class RerankingTask(BaseTask):
     def configured(self, task_config: Mapping[str, Any]) -> RerankingTask:
         known = get_loss_config(task_config)
         fields = {name: known[name] for name in RerankingConfig.model_fields if name in known}
-        return replace(self, settings=RerankingConfig(**fields), teacher=known.get("teacher"))
+        return replace(self, config=RerankingConfig(**fields), teacher=known.get("teacher"))
 
     def for_model(
         self, source: ModelSource, kind: str, width: int, tokenizer: Any, step_rows: int
@@ -87,7 +87,7 @@ class RerankingTask(BaseTask):
 
     @property
     def encoding_config(self) -> Mapping[str, Any]:
-        return {"reranking": {**self.settings.model_dump(), "teacher": self.teacher}}
+        return {"reranking": {**self.config.model_dump(), "teacher": self.teacher}}
 
     def prepare_tokenizer(self, tokenizer: Any, kind: str) -> Choice | None:
         """Extend the pair template of a decoder's `tokenizer` (modified)."""
@@ -101,17 +101,17 @@ class RerankingTask(BaseTask):
         """Returns the loss, its settings, and `regression`; `InputError` for unsuitable labels."""
         return {
             "problem_type": "regression",
-            "reranking": resolve_loss(self.settings, loaded.train, self.teacher),
+            "reranking": resolve_loss(self.config, loaded.train, self.teacher),
         }
 
     def describe_rows(self, loaded: LoadedData, data_info: Mapping[str, Any]) -> list[Choice]:
         """Returns lines with the loss, the reason for it, and the number of documents."""
         known = get_loss_config(data_info)
         reason = "several documents per query" if known["listed"] else "one document per query"
-        reason = "" if self.settings.loss else f"{'--teacher; ' if self.teacher else ''}{reason}"
+        reason = "" if self.config.loss else f"{'--teacher; ' if self.teacher else ''}{reason}"
         lines = [Choice("loss", known["loss"], reason)]
         if known["loss"] == "bce":
-            why = "" if self.settings.pos_weight else "irrelevant documents per relevant one"
+            why = "" if self.config.pos_weight else "irrelevant documents per relevant one"
             lines.append(Choice("positive weight", f"{known['pos_weight']:.3g}", why))
         documents = sum(len(example.documents) for example in loaded.train)
         queries = len({example.query for example in loaded.train})
@@ -251,7 +251,7 @@ class RerankingTask(BaseTask):
 
 
 def resolve_loss(
-    settings: RerankingConfig, examples: Sequence[EmbeddingRow], teacher: str | None
+    config: RerankingConfig, examples: Sequence[EmbeddingRow], teacher: str | None
 ) -> dict[str, Any]:
     """Returns the loss, its weight of relevant documents and the main metric for `examples`.
 
@@ -261,7 +261,7 @@ def resolve_loss(
     labels = Counter(label for example in examples for label in example.labels)
     contrasts = sum(len(set(example.labels)) > 1 for example in examples)
     usual = ("margin-mse", "mse") if teacher else ("lce", "bce")
-    loss = settings.loss or usual[0 if contrasts else 1]
+    loss = config.loss or usual[0 if contrasts else 1]
     if len(labels) == 1 and not (teacher and loss == "mse"):
         relevant = next(iter(labels)) > 0
         advice = "Add negatives with ftlevel mine." if relevant else "Label relevant ones with 1."
@@ -294,7 +294,7 @@ def resolve_loss(
     graded = not labels.keys() <= {0.0, 1.0}
     return {
         "loss": loss,
-        "pos_weight": settings.pos_weight or (balance if loss == "bce" else 1.0),
+        "pos_weight": config.pos_weight or (balance if loss == "bce" else 1.0),
         "headline": "ndcg@10" if ranked else "spearman" if graded else "average_precision",
         "listed": bool(contrasts),
         "teacher": teacher,

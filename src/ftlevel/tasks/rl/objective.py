@@ -29,18 +29,18 @@ def ignore(loss: PolicyLoss, log_probs: torch.Tensor, signals: torch.Tensor) -> 
     """Do nothing with the statistics of a loss."""
 
 
-def loss_parameters(settings: RlConfig) -> PolicyLossParameters:
-    """Returns the parameters of the loss of `settings`."""
+def loss_parameters(config: RlConfig) -> PolicyLossParameters:
+    """Returns the parameters of the loss of `config`."""
     from ftlevel.tasks.rl.losses import PolicyLossParameters
 
-    epsilon, high = settings.clip
+    epsilon, high = config.clip
     return PolicyLossParameters(
-        settings.loss,
+        config.loss,
         0.0 if epsilon is None else epsilon,
         high,
-        settings.beta,
-        settings.max_completion_length,
-        settings.use_bias_correction_kl,
+        config.beta,
+        config.max_completion_length,
+        config.use_bias_correction_kl,
     )
 
 
@@ -51,7 +51,7 @@ class PolicyGradient(PolicyObjective):
     `teacher` is the name of the model to distill from; None if rewards are used.
     """
 
-    settings: RlConfig = field(default_factory=RlConfig)
+    config: RlConfig = field(default_factory=RlConfig)
     teacher: str | None = None
     watch: Watch = field(default=ignore, compare=False)
 
@@ -98,23 +98,23 @@ class PolicyGradient(PolicyObjective):
             advantages = torch.where(reference.isnan(), advantages, reference - old)
         reference = torch.where(reference.isnan(), log_probs.detach(), reference)
         loss = policy_loss(
-            loss_parameters(self.settings),
+            loss_parameters(self.config),
             log_probs,
             old,
             owners,
             advantages,
             weights,
-            reference if self.settings.beta or self.teacher else None,
+            reference if self.config.beta or self.teacher else None,
         )
         self.watch(loss, log_probs.detach(), signals)
         return loss.total
 
     @property
     def metrics(self) -> tuple[str, ...]:
-        return RewardMeter.names(self.settings)
+        return RewardMeter.names(self.config)
 
     def meter(self) -> Meter:
-        return RewardMeter(self.settings)
+        return RewardMeter(self.config)
 
     def get_warnings(
         self, metrics: Mapping[str, float], before: Mapping[str, float] | None = None
@@ -125,7 +125,7 @@ class PolicyGradient(PolicyObjective):
             return []
         return [
             f"{share:.0%} of the completions of held-out prompts are cut at "
-            f"{self.settings.max_completion_length} tokens. Raise --max-completion-length, or "
+            f"{self.config.max_completion_length} tokens. Raise --max-completion-length, or "
             "reward short completions."
         ]
 
@@ -136,17 +136,17 @@ TRUNCATED_RATIO = 0.5
 class RewardMeter:
     """Mean reward, pass@k and lengths over prompts, each with the same number of completions."""
 
-    def __init__(self, settings: RlConfig) -> None:
-        self._settings = settings
+    def __init__(self, config: RlConfig) -> None:
+        self._config = config
         self._seen: list[np.ndarray] = []  # (completions, 3 + functions) per prompt
         self._texts: list[str] = []
 
     @staticmethod
-    def names(settings: RlConfig) -> tuple[str, ...]:
+    def names(config: RlConfig) -> tuple[str, ...]:
         """Returns the names of the metrics; `reward` is the mean over all completions."""
-        functions = [f"reward_{spec}" for spec in reward_names(settings)]
+        functions = [f"reward_{spec}" for spec in reward_names(config)]
         own = functions if len(functions) > 1 else []
-        passes = [f"pass@{k}" for k in pass_counts(settings.num_generations) if functions]
+        passes = [f"pass@{k}" for k in pass_counts(config.num_generations) if functions]
         return ("reward", *own, *passes, "length", "truncated")
 
     def update(self, logits: Any, labels: Any, rows: Sequence[Any]) -> None:
@@ -158,7 +158,7 @@ class RewardMeter:
         self._texts += labels
 
     def pool(self, meters: Sequence[RewardMeter]) -> RewardMeter:
-        pooled = RewardMeter(self._settings)
+        pooled = RewardMeter(self._config)
         pooled._seen = [part for meter in meters for part in meter._seen]
         return pooled
 
@@ -169,13 +169,13 @@ class RewardMeter:
         known = [part[~np.isnan(part[:, 0])] for part in self._seen]
         known = [part for part in known if len(part)]
         found = {"reward": _mean([part[:, 0].mean() for part in known])}
-        functions = reward_names(self._settings)
+        functions = reward_names(self._config)
         if len(functions) > 1:
             for at, name in enumerate(functions):
                 scores = [part[:, 3 + at] for part in self._seen]
                 means = [own[~np.isnan(own)].mean() for own in scores if not np.isnan(own).all()]
                 found[f"reward_{name}"] = _mean(means)
-        for k in pass_counts(self._settings.num_generations):
+        for k in pass_counts(self._config.num_generations):
             passed = [
                 pass_at_k(len(part), int((part[:, 3] >= CORRECT).sum()), k)
                 for part in self._seen
@@ -192,7 +192,7 @@ class RewardMeter:
         return {"predicted": self._texts[0] if self._texts else "", "rewards": rewards}
 
 
-def reward_names(settings: RlConfig) -> list[str]:
+def reward_names(config: RlConfig) -> list[str]:
     """Returns the names of the rewards in metrics; functions are named without their file."""
     return [
         spec.argument
@@ -200,7 +200,7 @@ def reward_names(settings: RlConfig) -> list[str]:
         else f"{spec.name}:{spec.argument}"
         if spec.argument
         else spec.name
-        for spec in settings.rewards
+        for spec in config.rewards
     ]
 
 

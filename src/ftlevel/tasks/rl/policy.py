@@ -32,25 +32,25 @@ if TYPE_CHECKING:
 class RlTask(TextTask):
     """Task of a decoder that learns from rewards of its own completions."""
 
-    settings: RlConfig = field(default_factory=RlConfig)
+    config: RlConfig = field(default_factory=RlConfig)
     teacher: str | None = None
 
     checks: ClassVar[Checks] = Checks(supervised=False)
     uses_dropout: ClassVar[bool] = False
 
     def configured(self, task_config: Mapping[str, Any]) -> RlTask:
-        settings = RlConfig(**task_config.get("rl", {}))
-        return replace(self, settings=settings, teacher=task_config.get("teacher"))
+        config = RlConfig(**task_config.get("rl", {}))
+        return replace(self, config=config, teacher=task_config.get("teacher"))
 
     @property
     def encoding_config(self) -> Mapping[str, Any]:
-        return {"most": self.settings.max_completion_length}
+        return {"most": self.config.max_completion_length}
 
     def create_objective(self, kind: str, data_info: Mapping[str, Any]) -> Objective:
         return PolicyGradient(
             self.headline,
-            temperature=self.settings.temperature,
-            settings=self.settings,
+            temperature=self.config.temperature,
+            config=self.config,
             teacher=self.teacher,
         )
 
@@ -65,8 +65,8 @@ class RlTask(TextTask):
 
     def inference_config(self, config: DataConfig, data_info: Mapping[str, Any]) -> dict[str, Any]:
         """Returns the settings by which an evaluation samples and scores held-out prompts."""
-        places = [_absolute(spec) for spec in self.settings.rewards]
-        values = {"rl": {**self.settings.model_dump(mode="json"), "reward": places}}
+        places = [_absolute(spec) for spec in self.config.rewards]
+        values = {"rl": {**self.config.model_dump(mode="json"), "reward": places}}
         if self.teacher is None:
             return values
         path = Path(self.teacher).expanduser()
@@ -74,7 +74,7 @@ class RlTask(TextTask):
 
     def synthetic_row(self, ids: list[int], row: int) -> Encoded:
         """Returns a synthetic prompt that leaves room for a completion."""
-        room = max(1, len(ids) - self.settings.max_completion_length)
+        room = max(1, len(ids) - self.config.max_completion_length)
         text = json.dumps({"prompt": "", "columns": {}})
         return PromptRow(ids[:room], [IGNORED] * room, row, {}, text, len(ids) - room)
 
@@ -93,28 +93,28 @@ class RlTask(TextTask):
         """Encode prompts without targets; completions are sampled in training."""
         if encoder.prompt_format is None:
             raise TypeError("prompts have a format")
-        most = self.settings.max_completion_length
+        most = self.config.max_completion_length
         encode = RlPromptEncoder(encoder.tokenizer, encoder.prompt_format, most)
         return encoder.fit(encoder.collect(encode, examples), table)
 
     def describe_rows(self, loaded: LoadedData, data_info: Mapping[str, Any]) -> list[Choice]:
         """Returns a line with the number of prompt tokens."""
-        settings = self.settings
-        low, high = settings.clip
+        config = self.config
+        low, high = config.clip
         clip = f"ratio at most {high:g}" if low is None else f"clip -{low:g} +{high:g}"
         if self.teacher:
             parts = [f"reverse KL from {self.teacher}", clip]
         else:
-            parts = [clip, f"advantages over {settings.scale} deviation"]
-        parts += [f"beta {settings.beta:g}"] if settings.beta else []
+            parts = [clip, f"advantages over {config.scale} deviation"]
+        parts += [f"beta {config.beta:g}"] if config.beta else []
         sampled = (
-            f"{settings.num_generations} completions of at most "
-            f"{settings.max_completion_length:,} tokens a prompt"
+            f"{config.num_generations} completions of at most "
+            f"{config.max_completion_length:,} tokens a prompt"
         )
         return [
             Choice("tokens", f"{data_info['tokens']:,} in prompts"),
-            Choice("loss", settings.loss, ", ".join(parts)),
-            Choice("rollouts", sampled, f"temperature {settings.temperature:g}"),
+            Choice("loss", config.loss, ", ".join(parts)),
+            Choice("rollouts", sampled, f"temperature {config.temperature:g}"),
         ]
 
 

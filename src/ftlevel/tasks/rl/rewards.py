@@ -54,7 +54,7 @@ class Rewards:
 
     def __init__(
         self,
-        settings: RlConfig,
+        config: RlConfig,
         specs: Sequence[RewardSpec],
         models: Mapping[int, RewardModel],
         *,
@@ -64,7 +64,7 @@ class Rewards:
         self.names = [_name(spec) for spec in specs]
         self.weights = [spec.weight for spec in specs]
         self.failures: Counter[str] = Counter()
-        self._settings = settings
+        self._config = config
         self._models = dict(models)
         self._opens_think = opens_think
         self._worker: subprocess.Popen[str] | None = None
@@ -73,21 +73,21 @@ class Rewards:
 
     @classmethod
     def resolve(
-        cls, settings: RlConfig, open_model: OpenModel | None = None, *, opens_think: bool = False
+        cls, config: RlConfig, open_model: OpenModel | None = None, *, opens_think: bool = False
     ) -> Rewards:
-        """Returns the rewards of `settings`; imports the functions' files, but loads no weights.
+        """Returns the rewards of `config`; imports the functions' files, but loads no weights.
 
         `open_model` resolves reward models. `opens_think`: whether prompts end with `<think>`.
         Raises `ConfigError` if a reward does not exist or cannot be used.
         """
-        specs = settings.rewards
+        specs = config.rewards
         models: dict[int, RewardModel] = {}
         for at, spec in enumerate(specs):
             if spec.kind == "model":
                 if open_model is None:
                     raise ConfigError(f"--reward {spec.name}: reward models cannot be used here.")
                 models[at] = open_model(spec.name)
-        return cls(settings, specs, models, opens_think=opens_think)
+        return cls(config, specs, models, opens_think=opens_think)
 
     def check_columns(self, columns: Iterable[str]) -> None:
         """Raise `ConfigError` if a reward needs a column that the rows do not have."""
@@ -180,7 +180,7 @@ class Rewards:
         else:
             if self._worker is None:
                 self._start()
-            seconds = self._settings.reward_timeout
+            seconds = self._config.reward_timeout
             request = {"do": "score", "reward": at, "batch": batch, "seconds": seconds}
             reply = self._ask(request, seconds) or {
                 "problem": self._why_no_reply(seconds),
@@ -200,7 +200,7 @@ class Rewards:
         where: Sequence[str],
     ) -> None:
         name = self.names[at]
-        if self._settings.on_reward_error == "zero":
+        if self._config.on_reward_error == "zero":
             self.failures[name] += len(failed)
             return
         first, count = failed[0], len(batch["texts"])

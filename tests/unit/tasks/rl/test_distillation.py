@@ -17,7 +17,7 @@ LENGTHS = (3, 1, 5)
 
 def create_objective(loss: str) -> PolicyGradient:
     settings = RlConfig(loss=loss, max_completion_length=8)
-    return PolicyGradient("reward", settings=settings, teacher="teacher")
+    return PolicyGradient("reward", config=settings, teacher="teacher")
 
 
 def build_signals(weights: torch.Tensor, old: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
@@ -30,7 +30,7 @@ def build_signals(weights: torch.Tensor, old: torch.Tensor, teacher: torch.Tenso
 def test_loss_and_gradient(loss: str, is_first: bool) -> None:
     torch.manual_seed(0)
     objective = create_objective(loss)
-    parameters = loss_parameters(objective.settings)
+    parameters = loss_parameters(objective.config)
     lengths = torch.tensor(LENGTHS)
     owners = torch.arange(len(lengths)).repeat_interleave(lengths)
     logits = torch.randn(len(owners), VOCABULARY, dtype=torch.float64, requires_grad=True)
