@@ -49,8 +49,10 @@ def summarizer(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: ModelDi
 
 
 def test_a_run_is_itself(summarizer: Path) -> None:
-    result = score(summarizer, against=str(summarizer), base=False)
+    result = score(summarizer, against=str(summarizer), base=False, resamples=20)
     found = result.summary["against"]
+    assert found["difference_intervals"]["loss"] == [0, 0]
+    assert found["intervals"]["loss"] == result.summary["intervals"]["loss"]
     assert found["rows"]["kl"] == found["rows"]["max_difference"] == found["text"]["kl"] == 0
     assert found["rows"]["top1"] == found["text"]["top1_agreement"] == 1
     for name in ("loss", "perplexity", "token_accuracy"):
