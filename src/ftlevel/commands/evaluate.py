@@ -201,7 +201,7 @@ def _evaluate_other(
         other.task.embedding_format(other.ref.options),
     )
     if embedding_format is not None and isinstance(objective, Embeddings):
-        encoded, objective = encode(other), replace(objective, form=embedding_format)
+        encoded, objective = encode(other), replace(objective, format=embedding_format)
         rows = {"rows": encoded.rows, "corpus": encoded.corpus, "tokenizer": other.tokenizer}
         evaluator = replace(evaluator, objective=objective, **rows)
     record = ExampleRecord(objective)

@@ -94,7 +94,7 @@ def mine(config: MineConfig, *, listener: Listener | None = None) -> Mapping[str
             config.sampling == "random",
             config.seed,
         )
-        similarity = trained.task.form.similarity  # type: ignore[attr-defined]  # of EmbeddingTask
+        similarity = trained.task.format.similarity  # type: ignore[attr-defined]  # of EmbeddingTask
         mined = search(
             rows, corpus, vectors[: len(rows)], vectors[len(rows) :], options,
             similarity=similarity,

@@ -176,9 +176,9 @@ def create_meters(
     rows.
     """
     spaces = {"" if count is None else f"_dim_{count}": vectors[:, :count] for count in dims}
-    is_cosine = objective.form.similarity == "cosine"
+    is_cosine = objective.format.similarity == "cosine"
     if objective.kind == "ranking":
-        return _query_meters(objective.form.similarity, spaces, step, candidates)
+        return _query_meters(objective.format.similarity, spaces, step, candidates)
     if is_cosine:
         spaces = {name: functional.normalize(space, dim=-1) for name, space in spaces.items()}
     if objective.kind == "class":

@@ -62,7 +62,7 @@ def evaluate_retrieval(
             vectors[: len(queries), :dims],
             vectors[len(queries) :, :dims],
             data.relevant,
-            similarity=task.form.similarity,
+            similarity=task.format.similarity,
         )
         names = METRICS if dims is None else METRICS[:1]
         suffix = "" if dims is None else f"_dim_{dims}"

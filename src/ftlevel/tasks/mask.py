@@ -145,15 +145,15 @@ class MaskTask(BaseTask):
 
         def read(row: Encoded, logits: Tensor) -> Prediction:
             # The embedding may be larger than the vocabulary.
-            shares = logits[:, : len(tokenizer)].float().softmax(-1)
+            probabilities = logits[:, : len(tokenizer)].float().softmax(-1)
             text, words = texts[row.row], []
-            for best in shares.argmax(-1).tolist():
+            for best in probabilities.argmax(-1).tolist():
                 words.append(tokenizer.decode([best]).strip())
                 text = text.replace(tokenizer.mask_token, words[-1], 1)
-            top_tokens = _rank_tokens(tokenizer, shares[0], 5)
+            top_tokens = _rank_tokens(tokenizer, probabilities[0], 5)
             columns: dict[str, Any] = {}
             if outputs.top_k:
-                tops = [_rank_tokens(tokenizer, share, outputs.top_k) for share in shares]
+                tops = [_rank_tokens(tokenizer, share, outputs.top_k) for share in probabilities]
                 columns["top"] = [rank(top, outputs.top_k) for top in tops]
             return Prediction(text, top_tokens, columns={"": text, "words": words, **columns})
 

@@ -101,7 +101,7 @@ def score_rows(rows: Sequence[Encoded], model: LoadedModel) -> RowsWithOutputs:
         scores = _rerank(rows, model, model.task)
     else:
         objective = model.objective
-        is_cosine = isinstance(objective, Embeddings) and objective.form.similarity == "cosine"
+        is_cosine = isinstance(objective, Embeddings) and objective.format.similarity == "cosine"
         scores = [_similarities(own, is_cosine) for own in _embed_words(rows, model)]
     return RowsWithOutputs(rows, scores, lambda row, own: row.with_teacher(own))
 
@@ -147,7 +147,7 @@ def _embed_words(rows: Sequence[Encoded], model: LoadedModel) -> list[Tensor]:
 
 def _embed(model: LoadedModel, objective: Embeddings, texts: Sequence[tuple[str, bool]]) -> Tensor:
     """Returns the vectors `(texts, dims)` of (text, whether it is a query) pairs."""
-    format_, end = objective.form, model.ref.options["embedding"].get("end")
+    format_, end = objective.format, model.ref.options["embedding"].get("end")
     prompts = format_.query_prompt, format_.document_prompt
     encode = TextEncoder(model.tokenizer, *prompts, end, include_prompt=format_.include_prompt)
     max_length = format_.max_length or model.ref.card.max_length

@@ -75,7 +75,7 @@ def _read(row: dict[str, Any], loss: str = "dpo") -> Any:
     format_ = task.get_format(list(row), DataConfig(), [row])
     examples, bad = convert_rows(table, format_)
     if bad:
-        raise InputError(bad[0].reason)
+        raise InputError(bad[0].message)
     return examples[0]
 
 

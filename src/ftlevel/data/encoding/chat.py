@@ -59,7 +59,7 @@ def render_chat(
 
     Raises `InputError` if the template fails or omits a turn or the tools.
     """
-    ends = list_special_tokens(tokenizer)
+    end_tokens = list_special_tokens(tokenizer)
     marked = bool(_GENERATION.search(tokenizer.get_chat_template(None, list(tools) or None)))
     text, spans = _render(tokenizer, turns, tools, marks=marked)
     chat = _Chat(tokenizer, turns, tools)
@@ -67,7 +67,7 @@ def render_chat(
         answers = [index for index, turn in enumerate(turns) if turn["role"] == "assistant"]
         spans = [chat.get_turn(index, text) for index in answers]
     chat.check_complete(text)
-    return RenderedChat(text, tuple(_with_end(text, span, ends) for span in spans))
+    return RenderedChat(text, tuple(_with_end(text, span, end_tokens) for span in spans))
 
 
 def list_special_tokens(tokenizer: Any) -> tuple[str, ...]:
@@ -107,8 +107,8 @@ def _render(
             **tokenizer.special_tokens_map,
         )
     except (TemplateError, TimeoutError, MemoryError, RecursionError, *_PYTHON_ERRORS) as error:
-        reason = str(error) or type(error).__name__
-        raise InputError(f"the chat template refuses these messages: {reason}.") from None
+        message = str(error) or type(error).__name__
+        raise InputError(f"the chat template refuses these messages: {message}.") from None
 
 
 @dataclass(frozen=True)
@@ -167,13 +167,13 @@ class _Chat:
             )
 
 
-def _with_end(text: str, span: tuple[int, int], ends: Sequence[str]) -> tuple[int, int]:
+def _with_end(text: str, span: tuple[int, int], end_tokens: Sequence[str]) -> tuple[int, int]:
     start, end = span
     stripped = start + len(text[start:end].rstrip())
-    if text[start:stripped].endswith(tuple(ends)):
+    if text[start:stripped].endswith(tuple(end_tokens)):
         return start, stripped
     for after in (end, end + (text[end : end + 1] == " ")):  # the answer may end in white space
-        closing = next((token for token in ends if text.startswith(token, after)), None)
+        closing = next((token for token in end_tokens if text.startswith(token, after)), None)
         if closing:
             return start, after + len(closing)
     return span

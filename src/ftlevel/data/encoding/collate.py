@@ -118,7 +118,7 @@ class MaskedRows(LazySequence[Encoded]):
 
     def __init__(self, rows: Sequence[Encoded], tokenizer: Any, *, ratio: float, seed: int) -> None:
         self.rows = rows
-        self.share = ratio
+        self.ratio = ratio
         self.seed = seed
         self.epoch = 0
         self._mask = int(tokenizer.mask_token_id)
@@ -142,7 +142,7 @@ class MaskedRows(LazySequence[Encoded]):
         )
 
     def _count(self, candidates: int) -> int:
-        return max(1, round(self.share * candidates))
+        return max(1, round(self.ratio * candidates))
 
     def _draw(self, index: int, epoch: int) -> Encoded:
         generator = np.random.default_rng((self.seed, epoch, index))

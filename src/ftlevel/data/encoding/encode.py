@@ -171,14 +171,14 @@ ROW_TYPES: dict[str, type[Encoded]] = {}
 
 
 class RowError(InputError):
-    """An example cannot be encoded: its `row` index, and a `reason` that names a fix."""
+    """An example cannot be encoded: its `row` index, and a `message` that names a fix."""
 
-    def __init__(self, row: int, reason: str) -> None:
-        super().__init__(f"row {row + 1} {reason}")
-        self.row, self.reason = row, reason
+    def __init__(self, row: int, message: str) -> None:
+        super().__init__(f"row {row + 1} {message}")
+        self.row, self.message = row, message
 
     def __reduce__(self) -> tuple[type[RowError], tuple[int, str]]:
-        return RowError, (self.row, self.reason)
+        return RowError, (self.row, self.message)
 
 
 @dataclass(frozen=True)
@@ -215,7 +215,7 @@ class Encoded:
 
     @property
     def preference_labels(self) -> Sequence[tuple[float, float, float]]:
-        """Per sequence: 1.0 if preferred; reference log-probability; margin or baseline."""
+        """Per sequence: 1.0 if preferred, else 0.0; reference log-probability; margin."""
         return ()
 
     @property
@@ -472,7 +472,7 @@ class EncodedText(Encoded):
 
     @property
     def key(self) -> tuple[int, ...]:
-        """What texts with equal vectors have in common: the tokens, and which are pooled."""
+        """Key that is equal for texts with equal vectors: the tokens, and which are pooled."""
         return (self.unpooled, *self.input_ids)
 
     def truncated(self, limit: int) -> EncodedText:

@@ -158,18 +158,18 @@ def get_invalid_bio_tags(
     invalid: list[BadRow] = []
     is_bio = False
     for example in examples:
-        before, reason = "O", ""
+        before, message = "O", ""
         for index, tag in enumerate(example.tags):
             name = tag if isinstance(tag, str) else names[tag]
             follows = before != "O" and before[2:] == name[2:]
             is_bio = is_bio or (name.startswith("B-") and not follows)
-            if name.startswith("I-") and not follows and not reason:
+            if name.startswith("I-") and not follows and not message:
                 place = f"follows {before!r}" if index else "begins the row"
-                reason = (
+                message = (
                     f"tag {index + 1}, {name!r}, {place}; in BIO an entity begins with "
                     f"'B-{name[2:]}'"
                 )
-                invalid.append(BadRow(table.lines[example.row], reason))
+                invalid.append(BadRow(table.lines[example.row], message))
             before = name
     return invalid if is_bio else []
 

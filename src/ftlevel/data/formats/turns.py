@@ -59,8 +59,8 @@ class UnusableRowError(Exception):
     `finding` is the field of `config.gate` that decides how to proceed, or "" for other defects.
     """
 
-    def __init__(self, reason: str, finding: str = "") -> None:
-        super().__init__(reason)
+    def __init__(self, message: str, finding: str = "") -> None:
+        super().__init__(message)
         self.finding = finding
 
 

@@ -162,8 +162,8 @@ class TokenCheckContext:
     empty_thinks: tuple[tuple[int, ...], ...] = ()
 
 
-def has_missing_eos(flat: FlatRows, ends: Collection[int]) -> Mask:
-    """Returns a mask of rows with an answer that does not end with an id of `ends`.
+def has_missing_eos(flat: FlatRows, eos_ids: Collection[int]) -> Mask:
+    """Returns a mask of rows with an answer that does not end with an id of `eos_ids`.
 
     An answer is a run of supervised tokens. If an example was split, only its last row needs an
     end.
@@ -176,7 +176,7 @@ def has_missing_eos(flat: FlatRows, ends: Collection[int]) -> Mask:
     target_ends[:-1] &= ~supervised[1:]
     row_ends = starts[1:][flat.labels.lengths > 0] - 1
     target_ends[row_ends] = supervised[row_ends]
-    missing = flat.labels.any(target_ends & ~np.isin(labels, list(ends)))
+    missing = flat.labels.any(target_ends & ~np.isin(labels, list(eos_ids)))
     missing[:-1] &= flat.example[:-1] != flat.example[1:]
     return missing
 

@@ -497,7 +497,7 @@ def handle_unusable_rows(
     findings: list[Finding] = []
     for name in dict.fromkeys(row.finding for row in errors if row.finding):
         rows = [row for row in errors if row.finding == name]
-        places = tuple(f"{table.place(row.line)}: {row.reason}" for row in rows[:MAX_SHOWN])
+        places = tuple(f"{table.place(row.line)}: {row.message}" for row in rows[:MAX_SHOWN])
         action: Action = "drop" if config.on_bad_row == "skip" else getattr(config.gate, name)
         lines = {row.line for row in rows}
         findings.append(Finding(name, split, len(lines), len(table), places, action))

@@ -270,7 +270,7 @@ class Encoder:
         try:
             fitted = self.task.encode(self, examples, table)
         except RowError as error:
-            raise InputError(f"{table.where(error.row)}: {error.reason}") from error
+            raise InputError(f"{table.where(error.row)}: {error.message}") from error
         return replace(fitted, digests=self._digests(examples))
 
     def for_held_out(self, split: str) -> Encoder:

@@ -112,7 +112,7 @@ def file_rows(reader: Reader, ignored: Sequence[str] = ()) -> RowSource:
             share = reader.share(chunk)
             items: list[tuple[int, Row | None, str]] = [
                 *((line, row, "") for line, row in zip(chunk.lines, chunk.rows, strict=True)),
-                *((error.line, None, error.reason) for error in chunk.errors),
+                *((error.line, None, error.message) for error in chunk.errors),
             ]
             for line, row, fault in sorted(items, key=lambda item: item[0]):
                 yield row, place(chunk, line), fault, share
@@ -122,7 +122,7 @@ def file_rows(reader: Reader, ignored: Sequence[str] = ()) -> RowSource:
         raise InputError(f"{reader.shown}: has 0 rows. Use a file with rows.")
     if not chunk.rows:
         error = chunk.errors[0]
-        raise InputError(f"{place(chunk, error.line)}: {error.reason}. Fix the file.")
+        raise InputError(f"{place(chunk, error.line)}: {error.message}. Fix the file.")
     declared = reader.schema.names if reader.schema is not None else []
     column_names = declared or list(dict.fromkeys(name for row in chunk.rows for name in row))
     leading = [name for name in chunk.rows[0] if name not in ignored]

@@ -183,8 +183,10 @@ class Converter:
         for check, same in LABEL_NORMALIZERS.items():
             variants = get_label_variants(examples, check, names)
             rows = sorted({row for variant in variants for row in variant.rows})
-            places = [f"{table.where(v.rows[0])}: {v.label!r} is {v.name!r}" for v in variants]
-            finding = create_finding(check, split, len(rows), len(table), places, self.config.gate)
+            locations = [f"{table.where(v.rows[0])}: {v.label!r} is {v.name!r}" for v in variants]
+            finding = create_finding(
+                check, split, len(rows), len(table), locations, self.config.gate
+            )
             if finding is None:
                 continue
             self.findings.append(finding)

@@ -101,9 +101,9 @@ class DistinctTextSampler(Sampler[int]):
         self.epoch = 0
         self.repeated = 0
         self._step, self._seed, self._sets = step, seed, sets
-        known: dict[tuple[int, ...], int] = {}
+        text_ids: dict[tuple[int, ...], int] = {}
         self._texts = [
-            {known.setdefault(tuple(text.input_ids), len(known)) for text in row.sequences}
+            {text_ids.setdefault(tuple(text.input_ids), len(text_ids)) for text in row.sequences}
             if is_distinct
             else set()
             for row in rows

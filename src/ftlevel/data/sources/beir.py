@@ -56,7 +56,10 @@ def load_retrieval_set(qrels: Path, corpus: Path | None = None) -> RetrievalSet:
     positions = {text: at for at, text in enumerate(texts)}
     relevant: dict[str, set[int]] = {}
     lost: list[str] = []
-    names = [_column(table.column_names, known, qrels) for known in (_QUERIES, _DOCUMENTS, _SCORES)]
+    names = [
+        _column(table.column_names, candidates, qrels)
+        for candidates in (_QUERIES, _DOCUMENTS, _SCORES)
+    ]
     for at, row in enumerate(table.rows):
         query, document, score = (row[name] for name in names)
         if _number(score, table.where(at), names[2]) <= 0:
@@ -75,13 +78,13 @@ def load_retrieval_set(qrels: Path, corpus: Path | None = None) -> RetrievalSet:
         )
     if not relevant:
         raise InputError(f"{qrels}: no score is above 0. Give relevant documents a score of 1.")
-    known = [query for query in queries if query in relevant]
+    judged = [query for query in queries if query in relevant]
     return RetrievalSet(
-        [queries[query] for query in known],
+        [queries[query] for query in judged],
         texts,
-        [sorted(relevant[query]) for query in known],
+        [sorted(relevant[query]) for query in judged],
         len(documents) - len(texts),
-        len(queries) - len(known),
+        len(queries) - len(judged),
     )
 
 
@@ -121,11 +124,11 @@ def _text(row: Mapping[str, Any]) -> str:
     return f"{title} {text}" if title else str(text)
 
 
-def _column(column_names: Sequence[str], known: Sequence[str], path: Path) -> str:
-    result = next((name for name in known if name in column_names), None)
+def _column(column_names: Sequence[str], candidates: Sequence[str], path: Path) -> str:
+    result = next((name for name in candidates if name in column_names), None)
     if result is None:
         raise InputError(
-            f"{path}: has none of the columns {join_names(known)}. Columns: "
+            f"{path}: has none of the columns {join_names(candidates)}. Columns: "
             f"{join_names(map(repr, column_names))}."
         )
     return result

@@ -169,10 +169,10 @@ def _probe(name: str) -> str:
     return ""
 
 
-def _describe_offline(name: str, reason: str) -> str:
+def _describe_offline(name: str, message: str) -> str:
     return (
         f"--dataset {name}: no file or directory here has this name, and the Hugging Face Hub "
-        f"can't be reached ({reason}); no copy is in the cache. Connect once to download it, copy "
+        f"can't be reached ({message}); no copy is in the cache. Connect once to download it, copy "
         "the cache directory of a machine that has it (HF_HOME), name a local file, "
         "or use --dataset builtin:docstrings."
     )

@@ -26,11 +26,11 @@ MAX_SHOWN = 5  # maximum number of invalid rows listed in a message
 class BadRow:
     """A row that cannot be used; `finding` is the field of `config.gate` that covers it, or "".
 
-    `line` is 1-based, or the row number if the source has no lines. `reason` has no final period.
+    `line` is 1-based, or the row number if the source has no lines. `message` has no final period.
     """
 
     line: int
-    reason: str
+    message: str
     finding: str = ""
 
 
@@ -207,7 +207,7 @@ def handle_bad_rows(table: Table, errors: Sequence[BadRow], on_bad_row: OnBadRow
     if not valid.rows:
         first = dropped_rows[0]
         raise InputError(
-            f"{table.place(first.line)}: {first.reason}. No row is left: --on-bad-row skip would "
+            f"{table.place(first.line)}: {first.message}. No row is left: --on-bad-row skip would "
             f"drop all {len(lines):,} rows of {table.source}. Fix the file."
         )
     return replace(valid, dropped=dropped_rows)
@@ -219,14 +219,14 @@ def describe_bad_rows(table: Table, errors: Sequence[BadRow]) -> list[str]:
     if len(ordered) == 1:
         row = ordered[0]
         return [
-            f"{table.place(row.line)}: {row.reason}. "
+            f"{table.place(row.line)}: {row.message}. "
             f"Fix the {table.unit}, or drop bad rows with --on-bad-row skip."
         ]
     total = len({*table.lines, *(row.line for row in [*errors, *table.dropped])})
     num_rows = len({row.line for row in errors})
     rest = f" (the first {MAX_SHOWN} are above)" if len(ordered) > MAX_SHOWN else ""
     return [
-        *(f"{table.place(row.line)}: {row.reason}." for row in ordered[:MAX_SHOWN]),
+        *(f"{table.place(row.line)}: {row.message}." for row in ordered[:MAX_SHOWN]),
         f"{table.source}: {num_rows:,} of {total:,} rows are bad{rest}. "
         "Fix them, or drop bad rows with --on-bad-row skip.",
     ]
@@ -239,7 +239,7 @@ def describe_dropped(table: Table) -> list[str]:
     num_rows = len({row.line for row in table.dropped})
     total = num_rows + len(table)
     reasons = "; ".join(
-        f"{table.place(row.line) if table.parts else f'{table.unit} {row.line}'}: {row.reason}"
+        f"{table.place(row.line) if table.parts else f'{table.unit} {row.line}'}: {row.message}"
         for row in table.dropped[:MAX_SHOWN]
     )
     rest = "; …" if len(table.dropped) > MAX_SHOWN else ""
@@ -299,8 +299,8 @@ class RowShapeCounter:
                 )
             for key in differing[shape]:
                 type_, first = types[key]
-                reason = _describe_type(key, row[key], type_, lines[first])
-                errors.append(BadRow(lines[index], reason))
+                message = _describe_type(key, row[key], type_, lines[first])
+                errors.append(BadRow(lines[index], message))
         return sorted(errors, key=lambda row: row.line)
 
 

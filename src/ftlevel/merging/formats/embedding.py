@@ -119,7 +119,7 @@ def embed(
     ids = TextEncoder(tokenizer, "", "", end).ids(TEXTS)
     longest = form.max_length or len(max(ids, key=len))
     rows = [Encoded(part[:longest], 0, at) for at, part in enumerate(ids)]
-    objective = Embeddings("ndcg@10", form=form)
+    objective = Embeddings("ndcg@10", format=form)
     with torch.no_grad():
         return embed_texts(model, objective, rows, tokenizer.pad_token_id or 0, device)
 

@@ -58,14 +58,14 @@ def _shorten(text: str) -> str:
 
 def _get_contradictions(rows: Sequence[EmbeddingRow]) -> tuple[int, str]:
     """Returns the number of (query, document) pairs with contradicting labels, and an example."""
-    known: dict[tuple[str, str], tuple[bool, int]] = {}
+    seen: dict[tuple[str, str], tuple[bool, int]] = {}
     pairs: set[tuple[str, str]] = set()
     first = ""
     for row in rows:
         if row.kind == "class":
             return 0, ""
         for text, label in zip(row.documents, row.labels, strict=True):
-            is_good, before = known.setdefault((row.query, text), (label > 0, row.row))
+            is_good, before = seen.setdefault((row.query, text), (label > 0, row.row))
             if is_good != (label > 0):
                 first = first or f"rows {before + 1} and {row.row + 1}"
                 pairs.add((row.query, text))
@@ -74,12 +74,12 @@ def _get_contradictions(rows: Sequence[EmbeddingRow]) -> tuple[int, str]:
 
 def _get_variants(rows: Sequence[EmbeddingRow]) -> tuple[int, str]:
     """Returns the number of documents that repeat another up to case and space, and an example."""
-    known: dict[str, tuple[str, int]] = {}
+    seen: dict[str, tuple[str, int]] = {}
     variants: set[str] = set()
     first = ""
     for row in rows:
         for text in row.documents:
-            other, before = known.setdefault(" ".join(text.lower().split()), (text, row.row))
+            other, before = seen.setdefault(" ".join(text.lower().split()), (text, row.row))
             if other != text and text not in variants:
                 first = first or f"rows {before + 1} and {row.row + 1}"
                 variants.add(text)

@@ -231,8 +231,8 @@ def _own_scores(vectors: torch.Tensor, step: StepTexts) -> list[tuple[torch.Tens
     """Returns per row the dot products of its query and documents, and the teacher's scores."""
     found = []
     for texts, teacher in zip(step.texts, step.teacher, strict=True):
-        own = torch.tensor(texts, device=vectors.device)
-        scores = vectors[own[1:]] @ vectors[own[0]]
+        indices = torch.tensor(texts, device=vectors.device)
+        scores = vectors[indices[1:]] @ vectors[indices[0]]
         found.append((scores, torch.tensor(teacher, device=vectors.device, dtype=scores.dtype)))
     return found
 

@@ -50,10 +50,10 @@ class Corpus:
         self.places: Mapping[str, int] = {text: at for at, text in enumerate(self.texts)}
         self._positives: dict[str, set[int]] = {}
         for row in rows:
-            known = self._positives.setdefault(row.query, set())
-            known |= {self.places[text] for text in row.positives}
+            positives = self._positives.setdefault(row.query, set())
+            positives |= {self.places[text] for text in row.positives}
             if row.query in self.places:
-                known.add(self.places[row.query])
+                positives.add(self.places[row.query])
 
     def excluded(self, query: str) -> list[int]:
         """Returns the indices of the query's positives in all rows, and of the query's own text."""

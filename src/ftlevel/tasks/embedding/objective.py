@@ -56,8 +56,8 @@ def pool(states: torch.Tensor, mask: torch.Tensor, pooling: str) -> torch.Tensor
         return torch.einsum("tsw,ts->tw", states, weights) / weights.sum(1, keepdim=True)
     if pooling == "max":
         return states.masked_fill(mask[..., None] == 0, -torch.inf).amax(1)
-    places = torch.arange(mask.shape[1], device=mask.device) * (mask != 0)
-    at = places.argmax(1) if pooling == "last" else (mask != 0).int().argmax(1)
+    positions = torch.arange(mask.shape[1], device=mask.device) * (mask != 0)
+    at = positions.argmax(1) if pooling == "last" else (mask != 0).int().argmax(1)
     return states[torch.arange(len(states), device=states.device), at]
 
 
@@ -67,13 +67,13 @@ class Embeddings(StepObjective):
 
     Attributes:
         config: loss and its settings; `loss` is not None.
-        form: pooling, normalization and similarity.
+        format: pooling, normalization and similarity.
         kind: kind of the rows' labels: ranking, score, label (0 or 1) or class.
         step_rows: rows per optimizer step; the validation loss uses groups of this size.
     """
 
     config: EmbeddingConfig = field(default_factory=EmbeddingConfig)
-    form: EmbeddingFormat = field(default_factory=EmbeddingFormat)
+    format: EmbeddingFormat = field(default_factory=EmbeddingFormat)
     kind: LabelKind = "ranking"
     step_rows: int = EVALUATED_ROWS
 
@@ -92,10 +92,10 @@ class Embeddings(StepObjective):
         from torch.nn import functional
 
         with torch.autocast(states.device.type, enabled=False):
-            vectors = pool(states, mask, self.form.pooling)
-            if self.form.dims is not None:
-                vectors = vectors[:, : self.form.dims]
-            return functional.normalize(vectors, dim=-1) if self.form.normalize else vectors
+            vectors = pool(states, mask, self.format.pooling)
+            if self.format.dims is not None:
+                vectors = vectors[:, : self.format.dims]
+            return functional.normalize(vectors, dim=-1) if self.format.normalize else vectors
 
     def step_loss(self, vectors: torch.Tensor, step: StepTexts) -> torch.Tensor:
         """Returns the mean loss of the rows, summed over the Matryoshka dimensions."""
@@ -139,7 +139,7 @@ class Embeddings(StepObjective):
         from ftlevel.tasks.embedding.losses import LossConfig
 
         config, properties = self.config, LOSSES[self.config.loss or ""]
-        is_cosine = self.form.similarity == "cosine"
+        is_cosine = self.format.similarity == "cosine"
         usual = (properties.scale or 1.0) if is_cosine else 1.0
         return LossConfig(
             scale=config.scale or usual,

@@ -66,11 +66,11 @@ _FORM = (
 class EmbeddingTask(BaseTask):
     """Task of a model with one vector per text.
 
-    `form` is the model's embedding format; `config` and `teacher` are the configured ones.
+    `format` is the model's embedding format; `config` and `teacher` are the configured ones.
     """
 
     config: EmbeddingConfig = field(default_factory=EmbeddingConfig)
-    form: EmbeddingFormat = field(default_factory=EmbeddingFormat)
+    format: EmbeddingFormat = field(default_factory=EmbeddingFormat)
     end: int | None = None
     step_rows: int = EVALUATED_ROWS
     teacher: str | None = None
@@ -83,16 +83,16 @@ class EmbeddingTask(BaseTask):
     # ---- the model
 
     def configured(self, task_config: Mapping[str, Any]) -> EmbeddingTask:
-        known = dict(task_config.get("embedding", {}))
-        if not known:
+        values = dict(task_config.get("embedding", {}))
+        if not values:
             return self
-        form = EmbeddingFormat(**known.pop("form")) if "form" in known else self.form
-        step_rows, end = known.pop("step_rows", self.step_rows), known.pop("end", self.end)
-        known.pop("kind", None)
-        teacher = known.pop("teacher", self.teacher)
-        config = EmbeddingConfig(**known)
+        format_ = EmbeddingFormat(**values.pop("form")) if "form" in values else self.format
+        step_rows, end = values.pop("step_rows", self.step_rows), values.pop("end", self.end)
+        values.pop("kind", None)
+        teacher = values.pop("teacher", self.teacher)
+        config = EmbeddingConfig(**values)
         return replace(
-            self, config=config, form=form, end=end, step_rows=step_rows, teacher=teacher
+            self, config=config, format=format_, end=end, step_rows=step_rows, teacher=teacher
         )
 
     def for_model(
@@ -103,22 +103,22 @@ class EmbeddingTask(BaseTask):
         Raises `ConfigError` if the model has no EOS, or fewer dimensions than requested.
         """
         given = {n: v for n in _FORM if (v := getattr(self.config, n)) is not None}
-        form, reason = _read_format(source, given), "as in the model's modules.json"
-        if form is None:
-            form = EmbeddingFormat("last" if kind == "decoder" else "mean", normalize=True)
+        format_, reason = _read_format(source, given), "as in the model's modules.json"
+        if format_ is None:
+            format_ = EmbeddingFormat("last" if kind == "decoder" else "mean", normalize=True)
             reason = f"default for {'a decoder' if kind == 'decoder' else 'an encoder'}"
-        form = replace(form, **given)
-        end = _end_of(tokenizer, source.name) if form.pooling == "last" else None
+        format_ = replace(format_, **given)
+        end = _end_of(tokenizer, source.name) if format_.pooling == "last" else None
         if end is not None:
             append_end(tokenizer, end)
         dims = self.config.matryoshka_dims
-        if dims and max(dims) > (form.dims or width):
+        if dims and max(dims) > (format_.dims or width):
             raise ConfigError(
                 f"--matryoshka-dims {max(dims)}: embeddings of {source.name} have "
-                f"{form.dims or width} dimensions. Use at most that many."
+                f"{format_.dims or width} dimensions. Use at most that many."
             )
-        task = replace(self, form=form, end=end, step_rows=step_rows)
-        return task, _describe_form(form, reason, given)
+        task = replace(self, format=format_, end=end, step_rows=step_rows)
+        return task, _describe_format(format_, reason, given)
 
     def prepare_tokenizer(self, tokenizer: Any, kind: str) -> Choice | None:
         """Make `tokenizer` (modified) append EOS if the model pools the last token."""
@@ -128,25 +128,27 @@ class EmbeddingTask(BaseTask):
 
     @property
     def max_tokens(self) -> int | None:
-        return self.form.max_length
+        return self.format.max_length
 
     def card_defaults(
         self, source: ModelSource, model_config: Any, tokenizer: Any, kind: str
     ) -> dict[str, Any]:
         """Returns the embedding format of a model that ftlevel did not train."""
-        form = _read_format(source)
-        form = form or EmbeddingFormat("last" if kind == "decoder" else "mean", normalize=True)
-        end = _end_of(tokenizer, source.name) if form.pooling == "last" else None
-        known = {"form": asdict(form), "end": end, "loss": DEFAULT_LOSSES["pairs"]}
-        return {"options": {"embedding": known}}
+        format_ = _read_format(source)
+        format_ = format_ or EmbeddingFormat(
+            "last" if kind == "decoder" else "mean", normalize=True
+        )
+        end = _end_of(tokenizer, source.name) if format_.pooling == "last" else None
+        values = {"form": asdict(format_), "end": end, "loss": DEFAULT_LOSSES["pairs"]}
+        return {"options": {"embedding": values}}
 
     def inherited_config(
         self, directory: Path, inference_config: Mapping[str, Any]
     ) -> dict[str, dict[str, Any]]:
         """Returns pooling, normalization, similarity and prompts of the adapter."""
-        known = inference_config.get("embedding", {}).get("form")
-        form = EmbeddingFormat(**known) if known else load_embedding_format(directory)
-        return {"embedding": {name: getattr(form, name) for name in _FORM}} if form else {}
+        values = inference_config.get("embedding", {}).get("form")
+        format_ = EmbeddingFormat(**values) if values else load_embedding_format(directory)
+        return {"embedding": {name: getattr(format_, name) for name in _FORM}} if format_ else {}
 
     def embedding_format(self, inference_config: Mapping[str, Any]) -> EmbeddingFormat | None:
         return EmbeddingFormat(**inference_config["embedding"]["form"])
@@ -157,9 +159,11 @@ class EmbeddingTask(BaseTask):
         """Write the files that make the directory a SentenceTransformer."""
         from ftlevel.models.kinds import max_positions, width_of
 
-        form = self.embedding_format(inference_config) or EmbeddingFormat()
-        longest = form.max_length or max_positions(model_config)
-        save_embedding_format(directory, replace(form, max_length=longest), width_of(model_config))
+        format_ = self.embedding_format(inference_config) or EmbeddingFormat()
+        longest = format_.max_length or max_positions(model_config)
+        save_embedding_format(
+            directory, replace(format_, max_length=longest), width_of(model_config)
+        )
 
     def find_heads(self, meta: Any, source: Any) -> tuple[list[str], list[str]]:
         """Returns no modules to train in full, and the poolers that a checkpoint may lack."""
@@ -181,14 +185,14 @@ class EmbeddingTask(BaseTask):
         config = task.config
         if config.loss is None:
             config = config.model_copy(update={"loss": _default_loss(labels)})
-        return Embeddings(METRICS[labels][0], False, config, task.form, labels, task.step_rows)
+        return Embeddings(METRICS[labels][0], False, config, task.format, labels, task.step_rows)
 
     # ---- from columns to encoded rows
 
     @property
     def encoding_config(self) -> Mapping[str, Any]:
         return {
-            "form": asdict(self.form),
+            "form": asdict(self.format),
             "end": self.end,
             "words": self._with_words,
             "loss": self.config.loss,
@@ -211,21 +215,21 @@ class EmbeddingTask(BaseTask):
                     "them; ftlevel evaluate RUN --qrels FILE searches with the trained model."
                 )
         encode = self._text_encoder(encoder)
-        longest = self.form.max_length
+        longest = self.format.max_length
         if longest is not None and encoder.config.max_length == "auto":
             positions = min(longest, encoder.bounds.positions or longest)
             encoder = replace(encoder, bounds=replace(encoder.bounds, positions=positions))
         return encoder.fit(encoder.collect(encode, examples), table)
 
     def _text_encoder(self, encoder: Encoder) -> TextEncoder:
-        form = self.form
+        format_ = self.format
         return TextEncoder(
             encoder.tokenizer,
-            form.query_prompt,
-            form.document_prompt,
+            format_.query_prompt,
+            format_.document_prompt,
             self.end,
             self._with_words,
-            form.include_prompt,
+            format_.include_prompt,
         )
 
     def encode_corpus(
@@ -233,7 +237,7 @@ class EmbeddingTask(BaseTask):
     ) -> tuple[Sequence[Encoded], Choice]:
         """Returns the documents encoded and truncated, and a log line with their number."""
         texts = self._text_encoder(encoder).documents(documents)
-        limit = encoder.limit(self.form.max_length)
+        limit = encoder.limit(self.format.max_length)
         over = sum(len(text.input_ids) > limit for text in texts) if limit else 0
         note = f"{over:,} truncated at {limit:,} tokens" if over else ""
         texts = [text.truncated(limit) for text in texts] if limit and over else texts
@@ -267,7 +271,7 @@ class EmbeddingTask(BaseTask):
         return {
             "embedding": config
             | {
-                "form": asdict(self.form),
+                "form": asdict(self.format),
                 "end": self.end,
                 "kind": kind,
                 "step_rows": self.step_rows,
@@ -279,15 +283,15 @@ class EmbeddingTask(BaseTask):
 
     def describe_rows(self, loaded: LoadedData, data_info: Mapping[str, Any]) -> list[Choice]:
         """Returns the loss with its reason, and the number of tokens."""
-        known = data_info["embedding"]
+        values = data_info["embedding"]
         told = [
-            f"{name.replace('_', ' ')} {known[name]}"
-            for name in LOSSES[known["loss"]].parameters
-            if known[name] not in (None, False)
+            f"{name.replace('_', ' ')} {values[name]}"
+            for name in LOSSES[values["loss"]].parameters
+            if values[name] not in (None, False)
         ]
-        reason = "" if self.config.loss else f"default for {_WORDS[known['kind']]}"
+        reason = "" if self.config.loss else f"default for {_WORDS[values['kind']]}"
         return [
-            Choice("loss", known["loss"], ", ".join([*([reason] if reason else []), *told])),
+            Choice("loss", values["loss"], ", ".join([*([reason] if reason else []), *told])),
             Choice("tokens", f"{data_info['tokens']:,} an epoch"),
         ]
 
@@ -311,13 +315,14 @@ class EmbeddingTask(BaseTask):
         self, model: PromptedModel, queries: Sequence[Any], wanted: OutputOptions
     ) -> list[Prediction]:
         """Returns the vector of each query or document, with its prompt before it."""
-        known = self.configured(model.options)
-        form = replace(known.form, dims=wanted.dims or known.form.dims)
+        values = self.configured(model.options)
+        format_ = replace(values.format, dims=wanted.dims or values.format.dims)
         if wanted.normalize is not None:
-            form = replace(form, normalize=wanted.normalize)
-        encode = TextEncoder(model.tokenizer, "", "", known.end)
+            format_ = replace(format_, normalize=wanted.normalize)
+        encode = TextEncoder(model.tokenizer, "", "", values.end)
         prompts = [
-            form.document_prompt if q.documents else q.prompt or form.query_prompt for q in queries
+            format_.document_prompt if q.documents else q.prompt or format_.query_prompt
+            for q in queries
         ]
         texts = [
             prompt + (q.documents[0] if q.documents else q.query)
@@ -326,12 +331,12 @@ class EmbeddingTask(BaseTask):
         rows = [Encoded(ids, 0, at) for at, ids in enumerate(encode.ids(texts))]
         sizes = {prompt: encode.prompt_size(prompt) for prompt in set(prompts)}
         first = [min(sizes[prompts[row.row]], len(row.input_ids) - 1) for row in rows]
-        objective = Embeddings(METRICS["ranking"][0], form=form)
+        objective = Embeddings(METRICS["ranking"][0], format=format_)
 
         def read(
             batch: Sequence[Encoded], states: torch.Tensor, mask: torch.Tensor
         ) -> list[Prediction]:
-            unpooled = () if form.include_prompt else [first[row.row] for row in batch]
+            unpooled = () if format_.include_prompt else [first[row.row] for row in batch]
             vectors = objective.embed_states(states, without_first(mask, unpooled)).cpu().numpy()
             return [Prediction("", columns={"": vector}) for vector in vectors]
 
@@ -356,12 +361,12 @@ class EmbeddingTask(BaseTask):
             return [None] * len(row.input_ids)
         shown: list[str | None] = []
         for number, (size, prompt) in enumerate(zip(row.sizes, row.prompts, strict=True)):
-            first = 0 if self.form.include_prompt else min(prompt, size - 1)
+            first = 0 if self.format.include_prompt else min(prompt, size - 1)
             places = {"cls": (first,), "last": (size - 1,)}
-            pooled = places.get(self.form.pooling, range(first, size))
+            pooled = places.get(self.format.pooling, range(first, size))
             own: list[str | None] = ["" if at in pooled else None for at in range(size)]
             name = "query" if not number else f"document {number}"
-            own[pooled[0]] = f"{name}, prompt" if prompt and self.form.include_prompt else name
+            own[pooled[0]] = f"{name}, prompt" if prompt and self.format.include_prompt else name
             shown += own
         return shown
 
@@ -397,19 +402,21 @@ def _end_of(tokenizer: Any, name: str) -> int:
     return int(tokenizer.eos_token_id)
 
 
-def _describe_form(form: EmbeddingFormat, reason: str, given: Mapping[str, Any]) -> list[Choice]:
+def _describe_format(
+    format_: EmbeddingFormat, reason: str, given: Mapping[str, Any]
+) -> list[Choice]:
     def why(*names: str) -> str:
         flags = [f"--{name.replace('_', '-')}" for name in names if name in given]
         return join_names(flags) if flags else reason
 
-    normalized = "normalized" if form.normalize else "not normalized"
+    normalized = "normalized" if format_.normalize else "not normalized"
     choices = [
-        Choice("pooling", f"{form.pooling}, {normalized}", why("pooling", "normalize")),
-        Choice("similarity", form.similarity, why("similarity")),
+        Choice("pooling", f"{format_.pooling}, {normalized}", why("pooling", "normalize")),
+        Choice("similarity", format_.similarity, why("similarity")),
     ]
-    for name, text in (("query", form.query_prompt), ("document", form.document_prompt)):
+    for name, text in (("query", format_.query_prompt), ("document", format_.document_prompt)):
         if text:
-            told = why(f"{name}_prompt") + ("" if form.include_prompt else "; not pooled")
+            told = why(f"{name}_prompt") + ("" if format_.include_prompt else "; not pooled")
             choices.append(Choice(f"{name} prompt", repr(text), told))
     return choices
 

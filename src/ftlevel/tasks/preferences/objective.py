@@ -377,7 +377,7 @@ class Preferences(LikelihoodObjective):
     def get_warnings(
         self, metrics: Mapping[str, float], before: Mapping[str, float] | None = None
     ) -> list[str]:
-        """Find warnings about length bias, and about answers that training made less likely."""
+        """Returns warnings about length bias, and about answers that became less likely."""
         warnings = []
         names = _PAIR if self.is_paired else _JUDGED
         start, prefix = (metrics, "ref_logp") if self.needs_reference else (before or {}, "logp")

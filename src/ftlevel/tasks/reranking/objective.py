@@ -131,5 +131,5 @@ def _score(group: CandidateGroup) -> dict[str, float]:
 
 def get_loss_config(data_info: Mapping[str, Any]) -> Mapping[str, Any]:
     """Returns the loss and its settings, as in `summary.json` or a model card."""
-    known: Mapping[str, Any] = data_info.get("reranking") or {}
-    return known
+    values: Mapping[str, Any] = data_info.get("reranking") or {}
+    return values

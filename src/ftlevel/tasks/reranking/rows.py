@@ -135,10 +135,12 @@ def prepare_tokenizer(tokenizer: Any, kind: str) -> Choice | None:
     bos = before[:1] == [tokenizer.bos_token_id]
     newline = tokenizer("\n", add_special_tokens=False)["input_ids"][-1]
     start = "bos:0 " if bos else ""
-    known = [("newline", newline), ("eos", tokenizer.eos_token_id)]
-    known += [("bos", tokenizer.bos_token_id)] if bos else []
+    special_tokens = [("newline", newline), ("eos", tokenizer.eos_token_id)]
+    special_tokens += [("bos", tokenizer.bos_token_id)] if bos else []
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
-        single=f"{start}$A:0", pair=f"{start}$A:0 newline:0 $B:1 eos:1", special_tokens=known
+        single=f"{start}$A:0",
+        pair=f"{start}$A:0 newline:0 $B:1 eos:1",
+        special_tokens=special_tokens,
     )
     return Choice("pair", "query, newline, document, EOS", "a decoder's score is read at EOS")
 

@@ -68,9 +68,9 @@ class RerankingTask(BaseTask):
     }
 
     def configured(self, task_config: Mapping[str, Any]) -> RerankingTask:
-        known = get_loss_config(task_config)
-        fields = {name: known[name] for name in RerankingConfig.model_fields if name in known}
-        return replace(self, config=RerankingConfig(**fields), teacher=known.get("teacher"))
+        values = get_loss_config(task_config)
+        fields = {name: values[name] for name in RerankingConfig.model_fields if name in values}
+        return replace(self, config=RerankingConfig(**fields), teacher=values.get("teacher"))
 
     def for_model(
         self, source: ModelSource, kind: str, width: int, tokenizer: Any, step_rows: int
@@ -94,8 +94,8 @@ class RerankingTask(BaseTask):
         return prepare_tokenizer(tokenizer, kind)
 
     def create_objective(self, kind: str, data_info: Mapping[str, Any]) -> Objective:
-        known = get_loss_config(data_info)
-        return Ranking(known["headline"], loss=known["loss"], pos_weight=known["pos_weight"])
+        values = get_loss_config(data_info)
+        return Ranking(values["headline"], loss=values["loss"], pos_weight=values["pos_weight"])
 
     def data_info(self, loaded: LoadedData) -> Mapping[str, Any]:
         """Returns the loss, its settings, and `regression`; `InputError` for unsuitable labels."""
@@ -106,13 +106,13 @@ class RerankingTask(BaseTask):
 
     def describe_rows(self, loaded: LoadedData, data_info: Mapping[str, Any]) -> list[Choice]:
         """Returns lines with the loss, the reason for it, and the number of documents."""
-        known = get_loss_config(data_info)
-        reason = "several documents per query" if known["listed"] else "one document per query"
+        values = get_loss_config(data_info)
+        reason = "several documents per query" if values["listed"] else "one document per query"
         reason = "" if self.config.loss else f"{'--teacher; ' if self.teacher else ''}{reason}"
-        lines = [Choice("loss", known["loss"], reason)]
-        if known["loss"] == "bce":
+        lines = [Choice("loss", values["loss"], reason)]
+        if values["loss"] == "bce":
             why = "" if self.config.pos_weight else "irrelevant documents per relevant one"
-            lines.append(Choice("positive weight", f"{known['pos_weight']:.3g}", why))
+            lines.append(Choice("positive weight", f"{values['pos_weight']:.3g}", why))
         documents = sum(len(example.documents) for example in loaded.train)
         queries = len({example.query for example in loaded.train})
         counts = Choice("documents", f"{documents:,}", f"of {queries:,} queries")
@@ -163,8 +163,8 @@ class RerankingTask(BaseTask):
         is_bce = get_loss_config(inference_config)["loss"] == "bce"
         activation = SIGMOID if is_bce else IDENTITY
         pad_id = getattr(model_config, "pad_token_id", None)
-        form = CrossEncoderFormat(activation, max_positions(model_config), pad_id)
-        save_cross_encoder_format(directory, form)
+        format_ = CrossEncoderFormat(activation, max_positions(model_config), pad_id)
+        save_cross_encoder_format(directory, format_)
 
     # ---- rows
 

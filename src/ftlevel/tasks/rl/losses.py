@@ -86,17 +86,19 @@ def compute_advantages(
     rewards = rewards.double()
     if loss in GLOBAL:
         return _whiten(rewards, lengths)
-    known = ~rewards.isnan()
-    count = known.sum(-1, keepdim=True)
+    is_scored = ~rewards.isnan()
+    count = is_scored.sum(-1, keepdim=True)
     centered = rewards - rewards.nanmean(-1, keepdim=True)
     if loss == "rloo":  # r − mean of the others = G/(G − 1) · (r − mean)
         advantages = centered * count / (count - 1).clamp(min=1)
     elif scale == "none":
         advantages = centered
     else:
-        std = _std(rewards, known, count) if scale == "group" else _std_of_all(rewards[known])
+        std = (
+            _std(rewards, is_scored, count) if scale == "group" else _std_of_all(rewards[is_scored])
+        )
         advantages = centered / (std + STD_EPSILON)
-    return torch.where(known & has_spread(rewards)[:, None], advantages, 0.0)
+    return torch.where(is_scored & has_spread(rewards)[:, None], advantages, 0.0)
 
 
 def has_spread(rewards: torch.Tensor) -> torch.Tensor:
@@ -105,8 +107,8 @@ def has_spread(rewards: torch.Tensor) -> torch.Tensor:
     return rewards.nan_to_num(nan=-torch.inf).amax(-1) > low
 
 
-def _std(rewards: torch.Tensor, known: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
-    centered = torch.where(known, rewards - rewards.nanmean(-1, keepdim=True), 0.0)
+def _std(rewards: torch.Tensor, is_scored: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
+    centered = torch.where(is_scored, rewards - rewards.nanmean(-1, keepdim=True), 0.0)
     return (centered.square().sum(-1, keepdim=True) / (count - 1).clamp(min=1)).sqrt()
 
 
@@ -117,11 +119,11 @@ def _std_of_all(rewards: torch.Tensor) -> torch.Tensor:
 def _whiten(rewards: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
     """Returns rewards whitened over all tokens, each of which has its completion's reward."""
     counts = torch.where(rewards.isnan(), 0, lengths).double()
-    known = rewards.nan_to_num()
+    values = rewards.nan_to_num()
     total = counts.sum()
-    mean = (known * counts).sum() / total
-    variance = ((known - mean).square() * counts).sum() / (total - 1).clamp(min=1)
-    whitened = (known - mean) * (variance + WHITENING_EPSILON).rsqrt()
+    mean = (values * counts).sum() / total
+    variance = ((values - mean).square() * counts).sum() / (total - 1).clamp(min=1)
+    whitened = (values - mean) * (variance + WHITENING_EPSILON).rsqrt()
     return torch.where(rewards.isnan() | (variance == 0), 0.0, whitened)
 
 

@@ -166,9 +166,9 @@ class RewardMeter:
         """Compute the metrics: each is averaged over a prompt's completions, then over prompts."""
         if not self._seen:
             return {}
-        known = [part[~np.isnan(part[:, 0])] for part in self._seen]
-        known = [part for part in known if len(part)]
-        found = {"reward": _mean([part[:, 0].mean() for part in known])}
+        scored = [part[~np.isnan(part[:, 0])] for part in self._seen]
+        scored = [part for part in scored if len(part)]
+        found = {"reward": _mean([part[:, 0].mean() for part in scored])}
         functions = reward_names(self._config)
         if len(functions) > 1:
             for at, name in enumerate(functions):

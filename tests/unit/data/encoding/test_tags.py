@@ -64,7 +64,7 @@ def test_orphans_are_named() -> None:
         ["O", "B-LOC", "I-LOC"], ["I-LOC", "O"], ["O", "O", "I-LOC"], ["B-LOC", "O", "O"]
     )
     found = get_invalid_bio_tags(examples, NAMES, table)
-    assert [(bad.line, bad.reason) for bad in found] == [
+    assert [(bad.line, bad.message) for bad in found] == [
         (2, "tag 1, 'I-LOC', begins the row; in BIO an entity begins with 'B-LOC'"),
         (3, "tag 3, 'I-LOC', follows 'O'; in BIO an entity begins with 'B-LOC'"),
     ]

@@ -58,7 +58,7 @@ def test_squad_is_a_row_a_question(tmp_path: Path) -> None:
         "answers": {"text": ["red"], "answer_start": [6]},
     }  # fmt: skip
     assert table.rows[1]["answers"] == {"text": [], "answer_start": []}
-    assert table.dropped[0].reason == "question 3 lacks 'answers'"
+    assert table.dropped[0].message == "question 3 lacks 'answers'"
 
 
 @pytest.mark.parametrize(

@@ -192,7 +192,7 @@ def test_bad_lines_keep_their_numbers_after_a_cursor(tmp_path: Path) -> None:
     stream = open_stream(path)
     cursor = next(stream.chunks()).cursor
     bad = [row for chunk in stream.chunks(cursor) for row in chunk.errors]
-    assert [(row.line, row.reason) for row in bad] == [
+    assert [(row.line, row.message) for row in bad] == [
         (150, "not valid JSON (Expecting ':' delimiter, column 9)")
     ]
     content = path.read_bytes()

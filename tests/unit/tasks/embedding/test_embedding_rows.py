@@ -58,7 +58,7 @@ def test_tokens_of_prompts_are_left_out_of_pooling(left: bool) -> None:
     for row, length in enumerate(lengths):
         mask[row, slice(5 - length, 5) if left else slice(0, length)] = 1
     form = EmbeddingFormat("mean", include_prompt=False)
-    found = Embeddings("ndcg@10", form=form).embed(
+    found = Embeddings("ndcg@10", format=form).embed(
         SimpleNamespace(last_hidden_state=states), mask, counts
     )
     for row, (count, length) in enumerate(zip(counts, lengths, strict=True)):

@@ -17,7 +17,7 @@ def convert(row, shapes=EMBEDDING_SHAPES):
     table = Table([row], [1], "rows.jsonl")
     found = detect_format(list(row), "embedding", shapes, rows=[row])
     examples, bad = convert_rows(table, found)
-    return found.name, examples, [each.reason for each in bad]
+    return found.name, examples, [each.message for each in bad]
 
 
 def turns(text, role="user"):

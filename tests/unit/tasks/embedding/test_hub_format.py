@@ -17,7 +17,7 @@ from tiny_tokenizers import build_tokenizer
 
 def _format(source: ModelSource) -> EmbeddingFormat:
     task, _ = TASKS[0].for_model(source, "encoder", 64, build_tokenizer("bert"), 8)
-    return task.form  # type: ignore[attr-defined]
+    return task.format  # type: ignore[attr-defined]
 
 
 def test_the_small_files_of_a_hub_model_are_downloaded(

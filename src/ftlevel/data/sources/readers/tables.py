@@ -104,8 +104,8 @@ class CsvReader(Reader):
                             rows.append(dict(zip(header, row, strict=True)))
                             lines.append(begin)
                         elif row:
-                            reason = f"has {len(row)} cells, but the header has {width}"
-                            errors.append(BadRow(begin, reason))
+                            message = f"has {len(row)} cells, but the header has {width}"
+                            errors.append(BadRow(begin, message))
                         begin = before + cells.line_num + 1
                 except csv.Error as error:
                     raise InputError(_describe(error, self.path, begin)) from None
@@ -231,11 +231,11 @@ class ExcelReader(Reader):
             texts = [text for text, _ in cells] + [""] * (width - len(cells))
             invalid = [i for i, (_, is_error) in enumerate(cells) if is_error]
             if len(cells) > width:
-                reason = f"has {len(cells)} cells, but the header has {width}"
-                errors.append(BadRow(number, reason))
+                message = f"has {len(cells)} cells, but the header has {width}"
+                errors.append(BadRow(number, message))
             elif invalid:
-                reason = f"column {invalid[0] + 1} is the error {texts[invalid[0]]}"
-                errors.append(BadRow(number, reason))
+                message = f"column {invalid[0] + 1} is the error {texts[invalid[0]]}"
+                errors.append(BadRow(number, message))
             else:
                 rows.append(dict(zip(self._header, texts, strict=True)))
                 numbers.append(number)
