@@ -57,7 +57,7 @@ from ftlevel.extras.serving.entry import (  # noqa: E402
     rank_limit,
 )
 from ftlevel.extras.serving.recorded import Answer, run_prompts  # noqa: E402
-from ftlevel.models.kinds import write_former_rope  # noqa: E402
+from ftlevel.models.kinds import save_legacy_rope  # noqa: E402
 from ftlevel.trained.resolve import resolve_model  # noqa: E402
 from served_cases import CASES, make_adapter  # noqa: E402
 
@@ -100,7 +100,7 @@ def make_base(model: Path, place: Path) -> Path:
         model, dtype=torch.float32, num_hidden_layers=LAYERS
     )
     cut.save_pretrained(place)
-    write_former_rope(place)
+    save_legacy_rope(place)
     for name in ("tokenizer*", "vocab*", "merges*", "special_tokens*", "chat_template*"):
         for path in model.glob(name):
             shutil.copyfile(path, place / path.name)

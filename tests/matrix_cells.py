@@ -26,7 +26,7 @@ from ftlevel.methods.support_table import Cell
 from ftlevel.models.families import FAMILIES
 from ftlevel.models.hardware import DTYPES, autocast
 from ftlevel.models.loading import build_task_model, load_model
-from ftlevel.models.module_tree import find_heads
+from ftlevel.models.module_tree import get_heads
 from ftlevel.models.quantization import build_quantization_config
 from ftlevel.models.sources import ModelSource
 from ftlevel.tasks import TASKS
@@ -171,7 +171,7 @@ def pristine(family: str, head: str, quant: str, packs: bool = False) -> Any:
             quantization=build_quantization_config(
                 QuantConfig(kind=quant, experts=packs),
                 torch.float32,
-                find_heads(built) if _headed(head) else [],
+                get_heads(built) if _headed(head) else [],
             ),
         )[0]
     finally:
@@ -196,7 +196,7 @@ def fresh(cell: TinyCell) -> Any:
     model = copy_base(cell)
     if _headed(cell.head):
         generator = torch.Generator().manual_seed(99)
-        for name in find_heads(model):
+        for name in get_heads(model):
             for parameter in model.get_submodule(name).parameters():
                 if parameter.is_floating_point():
                     noise = torch.randn(parameter.shape, generator=generator)
@@ -215,7 +215,7 @@ def describe_base(cell: TinyCell, spec: Any) -> Base:
         architecture=kind,
         task_type=TASKS[cell.tasks[0]].peft_types.get(kind),
         targets=adapted.modules,
-        heads=find_heads(meta) if _headed(cell.head) else [],
+        heads=get_heads(meta) if _headed(cell.head) else [],
         fan_in_fan_out=adapted.fan_in_fan_out,
         total_steps=STEPS,
         parameters=adapted.parameters,

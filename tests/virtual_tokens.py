@@ -9,7 +9,7 @@ import torch
 
 from ftlevel.methods import METHODS, Base
 from ftlevel.models.kinds import model_kind
-from ftlevel.models.module_tree import find_heads
+from ftlevel.models.module_tree import get_heads
 from ftlevel.trained.adapt import apply_method, load_adapter
 from tiny_models import FAMILIES, build, build_batch, compute_logits
 
@@ -33,7 +33,7 @@ def describe_base(spec: Any, model: Any, head: str) -> Base:
         architecture=model_kind(model.config),
         task_type=TASK_TYPES[head],
         targets=METHODS[spec.kind].default_target_modules(spec, model),
-        heads=find_heads(model) if labelled else [],
+        heads=get_heads(model) if labelled else [],
         fan_in_fan_out=False,
         total_steps=2,
     )
@@ -80,7 +80,7 @@ def check_whole_life(spec: Any, prefix: str, family: str, head: str, directory: 
     logits = compute_logits(model, inputs)
     model.save_pretrained(str(directory), save_embedding_layers=False)
     other_head = build(family, head, seed=0)
-    for name in find_heads(other_head) if head in ("seqcls", "tokcls", "qa") else []:
+    for name in get_heads(other_head) if head in ("seqcls", "tokcls", "qa") else []:
         for parameter in other_head.get_submodule(name).parameters():
             torch.nn.init.normal_(parameter)  # a fresh head is random: the saved one must come
     loaded = load_adapter(other_head, directory)

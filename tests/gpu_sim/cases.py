@@ -20,7 +20,7 @@ from ftlevel.fast.kernels import TORCH, TritonFormulas
 from ftlevel.fast.plan import plan_fast, uses_fused_layers
 from ftlevel.fast.step import FastStep
 from ftlevel.models.families import FAMILIES
-from ftlevel.models.module_tree import find_stacks
+from ftlevel.models.module_tree import get_stacks
 from ftlevel.tasks import TASKS
 from ftlevel.tasks.losses import Tokens
 from ftlevel.trained.adapt import apply_method, train_in_float32
@@ -254,7 +254,7 @@ def run_fitted(family: str, free: int, rows: int = 16, length: int = 512) -> Fit
     )  # fmt: skip
     with MODE, without_a_cache(model):
         set_checkpointing(model, planned)
-    blocks = [block for stack in find_stacks(base) for block in stack]
+    blocks = [block for stack in get_stacks(base) for block in stack]
     recomputed = sum(bool(getattr(block, "gradient_checkpointing", False)) for block in blocks)
     found = run_step(model, config, objective, fast, batch, family)
     return Fitted(found.kept, recomputed, len(blocks))

@@ -15,7 +15,7 @@ import torch
 import transformers
 
 from export_cases import CASES, NAMES, ModelDir, export_to, exportable, load, logits_of, some_ids
-from ftlevel.merging.formats.gguf import PROBES
+from ftlevel.merging.formats.gguf import TEST_INPUTS
 
 needs_llama_cpp = pytest.mark.skipif(
     importlib.util.find_spec("llama_cpp") is None,
@@ -60,7 +60,7 @@ def test_llama_cpp_computes_the_same(
     bound = 2e-3 if family in ("gpt2", "gemma3_text") else 1e-5
     torch.testing.assert_close(found, wanted, rtol=0, atol=bound)
     tokenizer = transformers.AutoTokenizer.from_pretrained(model)
-    texts = [text for text in PROBES if family == "gemma3_text" or not text.startswith(" ")]
+    texts = [text for text in TEST_INPUTS if family == "gemma3_text" or not text.startswith(" ")]
     for text in [*texts, *(f"a{token}" for token in tokenizer.all_special_tokens)]:
         ours = program.tokenize(text.encode(), add_bos=True, special=True)
         assert ours == tokenizer(text)["input_ids"], text
@@ -73,7 +73,7 @@ def test_llama_cpp_writes_what_transformers_writes_on_real_weights(smollm2: Path
     export_to("x.gguf", smollm2, outtype="f32", verify=False)
     tokenizer = transformers.AutoTokenizer.from_pretrained(smollm2)
     model, program = load(smollm2), llama_cpp("x.gguf", 512)
-    for text in PROBES:
+    for text in TEST_INPUTS:
         assert (
             program.tokenize(text.encode(), add_bos=True, special=True)
             == (tokenizer(text)["input_ids"])

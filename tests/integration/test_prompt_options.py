@@ -15,7 +15,7 @@ from ftlevel.config import DataConfig
 from ftlevel.data.encoding.encode import IGNORED, PromptFormat, encode_causal, encode_prompt
 from ftlevel.data.formats.examples import Conversation, SourceTarget
 from ftlevel.data.formats.turns import Message
-from ftlevel.merging.formats.ollama import write_modelfile
+from ftlevel.merging.formats.ollama import format_modelfile
 from ftlevel.models.loading import load_tokenizer
 from ftlevel.models.sources import resolve_source
 
@@ -118,8 +118,8 @@ def test_the_card_says_so_only_where_there_is_one() -> None:
     assert "system" not in PromptFormat("plain").to_dict()
     assert PromptFormat(**PromptFormat("plain", system="x").to_dict()).system == "x"
     assert DataConfig().system is None
-    assert f'SYSTEM """{SYSTEM}"""' in write_modelfile("m.gguf", None, [], [], SYSTEM)
-    assert "SYSTEM" not in write_modelfile("m.gguf", None, [], [], "")
+    assert f'SYSTEM """{SYSTEM}"""' in format_modelfile("m.gguf", None, [], [], SYSTEM)
+    assert "SYSTEM" not in format_modelfile("m.gguf", None, [], [], "")
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from ftlevel.config import QuantizeConfig
 from ftlevel.errors import ConfigError, InputError
 from ftlevel.events import NullListener
 from ftlevel.models.kinds import checkpoint_class
-from ftlevel.weights.quantize_shards import ShardWriter, find_skipped_modules
+from ftlevel.weights.quantize_shards import ShardWriter, get_modules_to_skip
 
 ModelDir = Callable[..., Path]
 
@@ -89,7 +89,7 @@ def test_writes_what_transformers_saves(
     summary = make(source, tmp_path / "out", form, dtype=dtype)
     config = transformers.AutoConfig.from_pretrained(source)
     name = checkpoint_class(config)
-    kept = find_skipped_modules(config, name)
+    kept = get_modules_to_skip(config, name)
     wish = transformers.BitsAndBytesConfig(**REFERENCE[form], llm_int8_skip_modules=kept)
     model = getattr(transformers, name).from_pretrained(
         source, quantization_config=wish, dtype=getattr(torch, dtype)

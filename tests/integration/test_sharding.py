@@ -181,7 +181,7 @@ def load_own_part(directory: str) -> tuple[Any, dict[str, int]]:
     """Return a sharded model in float32 of which each process read its rows, and bytes taken."""
     from ftlevel.models.loading import load_config, load_model
     from ftlevel.models.sources import resolve_source
-    from ftlevel.models.upstream.shards import UnreadWeights
+    from ftlevel.models.upstream.shards import LazyWeights
     from ftlevel.training.model import shard
 
     def resident(of: str) -> int:
@@ -191,10 +191,10 @@ def load_own_part(directory: str) -> tuple[Any, dict[str, int]]:
     source = resolve_source(directory)
     given = (source, load_config(source), "AutoModelForCausalLM")
     settings: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
-    load_model(*given, **settings, slices=UnreadWeights())  # imports what it needs
+    load_model(*given, **settings, slices=LazyWeights())  # imports what it needs
     before = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
-    slices = UnreadWeights()
+    slices = LazyWeights()
     model, _ = load_model(*given, **settings, slices=slices)
     shard(model, "cpu", holds=False, dtype=torch.float32, slices=slices)
     peak = resident("VmHWM") - before
@@ -273,7 +273,7 @@ def hold_four_bits(folder: Path, kind: str, double: bool) -> None:
     from ftlevel.models.loading import load_config, load_model
     from ftlevel.models.quantization import build_quantization_config
     from ftlevel.models.sources import resolve_source
-    from ftlevel.models.upstream.shards import UnreadWeights
+    from ftlevel.models.upstream.shards import LazyWeights
     from ftlevel.training.model import shard
     from ftlevel.training.processes import started_processes
 
@@ -284,7 +284,7 @@ def hold_four_bits(folder: Path, kind: str, double: bool) -> None:
     quantization = build_quantization_config(four_bits, torch.float32, [])
     settings: Any = {"dtype": torch.bfloat16, "device": "cpu", "quantization": quantization}
     one, _ = load_model(*given, **settings)
-    slices = UnreadWeights()
+    slices = LazyWeights()
     two, _ = load_model(*given, **settings, slices=slices)
     shard(two, "cpu", holds=False, dtype=torch.float32, slices=slices)
     wanted, found = dict(one.named_parameters()), dict(two.named_parameters())
@@ -393,11 +393,11 @@ def go_on(folder: Path, out: Path, resume: bool, room: int | None = None) -> Non
     """Begin a run or go on with it; its host has `room` bytes for copies of what is written."""
     from distributed import settings
 
-    from ftlevel.models.upstream.shards import PartsWriter
+    from ftlevel.models.upstream.shards import AsyncCheckpointWriter
     from ftlevel.training import sharding
 
-    waits, begin = [], PartsWriter.begin
-    PartsWriter.begin = lambda writer: (waits.append(writer), begin(writer))[1]
+    waits, begin = [], AsyncCheckpointWriter.begin
+    AsyncCheckpointWriter.begin = lambda writer: (waits.append(writer), begin(writer))[1]
     if room is not None:
         sharding.free_memory_bytes = lambda _: room
     values = settings(folder, "encoder-decoder", "full", out)  # whose embeddings are tied
@@ -466,7 +466,7 @@ def write(folder: Path, room: int | None, aside: bool = False) -> None:
     import resource
 
     from ftlevel.artifacts.run_directory import RunDirectory
-    from ftlevel.models.upstream.shards import PartsWriter, write_parts
+    from ftlevel.models.upstream.shards import AsyncCheckpointWriter, save_distributed_checkpoint
     from ftlevel.training.saving import explain_disk_errors
 
     tensors = part_of_each()
@@ -474,20 +474,20 @@ def write(folder: Path, room: int | None, aside: bool = False) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (room, resource.RLIM_INFINITY))
     with explain_disk_errors(RunDirectory(folder)):
         if aside:
-            writer = PartsWriter()
+            writer = AsyncCheckpointWriter()
             writer.copy(tensors, folder / "parts")
             writer.begin()
             writer.then((folder / "written").touch)
             writer.end()
         else:
-            write_parts(tensors, folder / "parts")
+            save_distributed_checkpoint(tensors, folder / "parts")
 
 
 def write_slowly(folder: Path) -> None:
     """Change what is being written while it is, of two kinds at once."""
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 
-    from ftlevel.models.upstream.shards import PartsWriter
+    from ftlevel.models.upstream.shards import AsyncCheckpointWriter
 
     tensors, waited = part_of_each(), folder / "parts" / "shard-00001-model-00001-of-00001"
     writes = HuggingFaceStorageWriter.write_data
@@ -498,7 +498,7 @@ def write_slowly(folder: Path) -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(HuggingFaceStorageWriter, "write_data", write_late)
-        writer = PartsWriter()
+        writer = AsyncCheckpointWriter()
         writer.copy(tensors, folder / "parts")
         writer.copy(tensors, folder / "others")
         writer.begin()
@@ -522,12 +522,12 @@ def test_parts_are_written_while_the_run_goes_on(tmp_path: Path) -> None:
 
 
 def read(folder: Path) -> None:
-    from ftlevel.models.upstream.shards import read_parts
+    from ftlevel.models.upstream.shards import load_distributed_checkpoint
 
     expected = part_of_each()
     found = {name: torch.zeros_like(tensor) for name, tensor in expected.items()}
     found["tied"] = found["a"]
-    read_parts(found, folder / "parts")
+    load_distributed_checkpoint(found, folder / "parts")
     for name, tensor in expected.items():
         if not local_shard(found[name]).equal(local_shard(tensor)):
             raise ConfigError(name)

@@ -20,7 +20,7 @@ from ftlevel.commands.train import train
 from ftlevel.config import QuantizeConfig, TrainConfig
 from ftlevel.errors import ConfigError, InputError
 from ftlevel.models.quantization import build_torchao_config
-from ftlevel.weights.quantize_shards import find_skipped_modules
+from ftlevel.weights.quantize_shards import get_modules_to_skip
 
 ModelDir = Callable[..., Path]
 KINDS = ("int8-torchao", "float8-torchao")
@@ -63,7 +63,7 @@ def test_writes_what_transformers_saves(
         head or "", "AutoModelForCausalLM"
     )
     wish = build_torchao_config(kind)
-    wish.modules_to_not_convert = find_skipped_modules(config, name)
+    wish.modules_to_not_convert = get_modules_to_skip(config, name)
     model = getattr(transformers, name).from_pretrained(
         source, quantization_config=wish, dtype=getattr(torch, dtype)
     )

@@ -48,9 +48,9 @@ from ftlevel.evaluation.two_models import (
 )
 from ftlevel.events import Listener, NullListener
 from ftlevel.methods import METHODS
-from ftlevel.models.hardware import choose_device
+from ftlevel.models.hardware import select_device
 from ftlevel.models.loading import silence_loggers
-from ftlevel.models.quantization import quantization_form
+from ftlevel.models.quantization import format_quantization
 from ftlevel.tasks import TASKS, BaseTask
 from ftlevel.tasks.embedding.objective import Embeddings
 from ftlevel.tasks.rl.objective import PolicyGradient
@@ -90,7 +90,7 @@ def evaluate(config: EvaluateConfig, *, listener: Listener | None = None) -> Eva
         row_file_type("--predictions", config.predictions)
         check_new_output("--predictions", config.predictions)
     with silence_loggers():
-        device = choose_device(config.device)
+        device = select_device(config.device)
         ref, other = _resolve(config, device.value)
         config_ref = select_primary(ref, other)
         run_config, is_own = _get_run_config(config, config_ref)
@@ -234,7 +234,7 @@ def _evaluate_retrieval(config: EvaluateConfig, qrels: Path, listener: Listener)
         if value is not None:
             raise ConfigError(f"{flag} cannot be used with --qrels. Drop one of them.")
     with silence_loggers():
-        device = choose_device(config.device)
+        device = select_device(config.device)
         listener.stage("reading the retrieval dataset")
         data = load_retrieval_set(qrels, config.corpus)
         ref, other = _resolve(config, device.value)
@@ -323,7 +323,7 @@ def _set_quantization(ref: ModelRef, quant: str | None) -> ModelRef:
     """Returns `ref` with the requested quantization, and a note if it differs from training."""
     if quant is None or quant == ref.quantization["kind"]:
         return ref
-    trained_quantization = quantization_form(ref.quantization)
+    trained_quantization = format_quantization(ref.quantization)
     if ref.is_prequantized:
         raise InputError(
             f"--quant {quant}: {ref.source.label} is stored quantized "
@@ -532,7 +532,7 @@ def _choices(
     else:
         base = "evaluated for comparison, with the adapter disabled"
     dropped = f"; {eval_rows.dropped:,} dropped, beyond the max length" if eval_rows.dropped else ""
-    quantization = quantization_form(ref.quantization)
+    quantization = format_quantization(ref.quantization)
     return [
         Choice("task", trained.task.name),
         Choice("base", ref.base, base),

@@ -24,21 +24,21 @@ from ftlevel.errors import ConfigError, join_names
 from ftlevel.evaluation.two_models import Agreement, ComparisonSet, compare_logits
 from ftlevel.events import Listener, NullListener
 from ftlevel.merging.formats.base import MergeOutput, plan_export
-from ftlevel.merging.low_bits import WeightsAsLoaded, choose_gguf_codes
+from ftlevel.merging.low_bits import WeightsAsLoaded, select_gguf_codes
 from ftlevel.merging.merge_input import (
     MergeInput,
-    choose_rows,
-    find_adapter,
+    get_adapter_dir,
     resolve_merge_input,
+    select_rows,
 )
 from ftlevel.merging.merged_model import open_merger
 from ftlevel.merging.verify import load_merged
-from ftlevel.models.hardware import choose_device
+from ftlevel.models.hardware import select_device
 from ftlevel.models.loading import silence_loggers
 from ftlevel.trained.adapter_set import scan_adapters
 from ftlevel.trained.model_ref import ModelRef
 from ftlevel.trained.resolve import resolve_model
-from ftlevel.weights.gguf_file import CHOSEN, GRIDS
+from ftlevel.weights.gguf_file import GRIDS, SELECTED_TYPES
 
 _ROWS: int = MergeConfig.model_fields["rows"].default
 """Rows on which the exported file is compared, as for a merge."""
@@ -69,7 +69,7 @@ def export(
     upload = plan_upload(config)
     with silence_loggers():
         listener.stage("resolving the model")
-        device = choose_device(config.device)
+        device = select_device(config.device)
         refs = _resolve_adapters(config, device.value)
         if refs:
             ref = next(iter(refs.values()))
@@ -81,7 +81,7 @@ def export(
                 config = config.for_embeddings()
                 _check_outputs(config)
             if ref.directory is not None and FORMATS[config.format].merges:
-                find_adapter(config.model)  # raises if it cannot be merged
+                get_adapter_dir(config.model)  # raises if it cannot be merged
         is_directory = FORMATS[config.format].is_directory
         for output in _paths_without_adapter(config, refs):
             listener.warn(f"{output} contains no adapter and is skipped.")
@@ -177,7 +177,7 @@ def _merge(config: ExportConfig, ref: ModelRef, directory: Path) -> MergeOutput:
         return MergeOutput(summary, beside_run=compare_with_run)
     weights = open_merger(inputs, *resolve_rounding(merge_config, inputs, summary["onto"]))
     model = load_merged(directory, inputs)
-    choose = choose_gguf_codes(model, weights, calibration, inputs.dtype, config.outtype)
+    choose = select_gguf_codes(model, weights, calibration, inputs.dtype, config.outtype)
     return MergeOutput(summary, choose, compare_with_run)
 
 
@@ -191,7 +191,7 @@ def _compare_unmerged(config: ExportConfig, ref: ModelRef, device: str, _: Path)
     if calibration is None:
         return MergeOutput({})
     as_trained = compared.score(model.model, inputs.dtype) if config.verify else None
-    choose = choose_gguf_codes(
+    choose = select_gguf_codes(
         model.model, WeightsAsLoaded(model.model), calibration, inputs.dtype, config.outtype
     )
     if as_trained is None:
@@ -202,12 +202,12 @@ def _compare_unmerged(config: ExportConfig, ref: ModelRef, device: str, _: Path)
 
 
 def _needs_calibration(config: ExportConfig) -> bool:
-    return config.outtype in CHOSEN and config.calibration_rows > 0
+    return config.outtype in SELECTED_TYPES and config.calibration_rows > 0
 
 
 def _probes(config: ExportConfig, inputs: MergeInput) -> tuple[ComparisonSet, ComparisonSet | None]:
     """Returns rows to compare logits on, and rows to calibrate quantization codes on (or None)."""
     needs_calibration = _needs_calibration(config)
-    rows = choose_rows(inputs, _ROWS, config.calibration_rows if needs_calibration else 0)
-    calibration = inputs.probe(rows.calibration) if rows.calibration else None
-    return inputs.probe(rows.compared), calibration
+    rows = select_rows(inputs, _ROWS, config.calibration_rows if needs_calibration else 0)
+    calibration = inputs.comparison_set(rows.calibration) if rows.calibration else None
+    return inputs.comparison_set(rows.compared), calibration

@@ -17,7 +17,7 @@ from ftlevel.data.formats.columns import column_for_flag, format_map_flags
 from ftlevel.data.sources.lines import CHUNK_ROWS
 from ftlevel.data.sources.splits import load_splits
 from ftlevel.errors import InputError, join_names, quote
-from ftlevel.models.hardware import choose_device, device_memory
+from ftlevel.models.hardware import device_memory, select_device
 from ftlevel.models.kinds import model_kind
 from ftlevel.models.loading import build_task_model, load_config, silence_loggers
 from ftlevel.models.sources import resolve_source
@@ -175,7 +175,7 @@ def _default_method(config: TrainConfig) -> Choice:
     base = load_config(_source(config))
     shape = build_task_model(base, _auto_class(config, base))
     weights = _BYTES * sum(parameter.numel() for parameter in shape.parameters())
-    memory = device_memory(choose_device(config.model.device).value)
+    memory = device_memory(select_device(config.model.device).value)
     if weights > _HALF * memory:
         return Choice(
             "method",

@@ -16,7 +16,7 @@ from ftlevel.config.tasks import TASKS as TASK_NAMES
 from ftlevel.errors import ConfigError, InputError, did_you_mean, join_names
 from ftlevel.methods import METHOD_INFO, explain, get_possible_rules, get_rule
 from ftlevel.methods.support_table import Cell, MethodInfo
-from ftlevel.models.families import Family, find_family
+from ftlevel.models.families import Family, get_family
 from ftlevel.tasks import TASKS
 
 Answer = Literal["yes", "in part", "no"]
@@ -60,7 +60,7 @@ def list_methods(
     """
     task = _check_name("--task", task.replace("_", "-") if task else None, tuple(TASK_NAMES))
     quant = _check_name("--quant", quant, QUANTS)
-    family = find_family(family_name(model)) if model else None
+    family = get_family(family_name(model)) if model else None
     rows = tuple(
         _row(info, family, task, quant) for info in METHOD_INFO.values() if info.method in SPECS
     )

@@ -18,12 +18,12 @@ from ftlevel.models.families import (
     Family,
     Stack,
     example_lora_parameters,
-    find_family,
+    get_family,
     lookup_family,
 )
 
 if TYPE_CHECKING:
-    from ftlevel.models.targets import ExpertKind, LinearKind, ModelTargets
+    from ftlevel.models.targets import ExpertGroup, LinearGroup, ModelTargets
 
 _BLOCK = re.compile(r"(.*\{\w\})\.(.+)")
 _ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
@@ -125,7 +125,7 @@ def is_model(name: str) -> bool:
 def describe_family(name: str, r: int = 8) -> TargetReport:
     """Describe a family without importing torch; raise InputError if it is unknown."""
     _check_rank(r)
-    family = find_family(name)
+    family = get_family(name)
     return TargetReport(
         source="family",
         name=family.name,
@@ -242,7 +242,7 @@ def _family_expert(stack: Stack, expert: BlockLinear) -> TargetRow:
     return TargetRow(name, f"{stack.path}.{expert.path}", stack.path, "experts", shape)
 
 
-def _model_row(kind: LinearKind | ExpertKind, r: int, type_: str, count: str = "") -> TargetRow:
+def _model_row(kind: LinearGroup | ExpertGroup, r: int, type_: str, count: str = "") -> TargetRow:
     return TargetRow(
         kind.name,
         kind.pattern,
@@ -256,7 +256,7 @@ def _model_row(kind: LinearKind | ExpertKind, r: int, type_: str, count: str = "
     )
 
 
-def _model_linear(kind: LinearKind, r: int) -> TargetRow:
+def _model_linear(kind: LinearGroup, r: int) -> TargetRow:
     row, path = _model_row(kind, r, kind.type), split_pattern(kind.pattern)[1]
     is_attention = bool(kind.all_linear and _ATTENTION.search(path))
     return replace(row, attention=is_attention, all_linear=kind.all_linear, default=kind.all_linear)

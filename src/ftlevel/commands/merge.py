@@ -24,8 +24,8 @@ from ftlevel.errors import ConfigError
 from ftlevel.evaluation.two_models import Agreement, ComparisonSet, RowLogits, compare_logits
 from ftlevel.events import Listener, NullListener
 from ftlevel.merging.low_bits import compare_quantized, quantize_merged, resolve_quantization
-from ftlevel.merging.merge_input import MergeInput, choose_rows, resolve_merge_input
-from ftlevel.merging.merged_model import write_merged
+from ftlevel.merging.merge_input import MergeInput, resolve_merge_input, select_rows
+from ftlevel.merging.merged_model import save_merged
 from ftlevel.merging.mixture import mix
 from ftlevel.merging.verify import Candidate, check, measure
 from ftlevel.models.hardware import DTYPES
@@ -33,7 +33,7 @@ from ftlevel.models.loading import keep_heads, load_config, silence_loggers
 from ftlevel.models.quantization import (
     QuantizationRounding,
     build_quantization_config,
-    build_rounding,
+    create_rounding,
 )
 from ftlevel.tasks import TASKS
 
@@ -83,9 +83,9 @@ def merge(config: MergeConfig, *, listener: Listener | None = None) -> MergeResu
         num_calibration = config.calibration_rows if low else 0
         probe = calibration = None
         if num_rows or num_calibration:
-            rows = choose_rows(inputs, num_rows, num_calibration)
-            probe = inputs.probe(rows.compared) if rows.compared else None
-            calibration = inputs.probe(rows.calibration) if rows.calibration else None
+            rows = select_rows(inputs, num_rows, num_calibration)
+            probe = inputs.comparison_set(rows.compared) if rows.compared else None
+            calibration = inputs.comparison_set(rows.calibration) if rows.calibration else None
             choices += rows.choices
         prepared = _PreparedMerge(config, inputs, onto, low, probe, calibration)
         listener.choices("merge", [*_list_choices(prepared), *choices])
@@ -206,7 +206,7 @@ def write_onto(config: MergeConfig, inputs: MergeInput, onto: str, path: Path) -
     """Merge the adapter onto the `original` or `dequantized` base, and write it to `path`."""
     path.mkdir()
     return Candidate(
-        onto, path, *write_merged(path, inputs, *resolve_rounding(config, inputs, onto))
+        onto, path, *save_merged(path, inputs, *resolve_rounding(config, inputs, onto))
     )
 
 
@@ -222,7 +222,9 @@ def resolve_rounding(
     compute = DTYPES[inputs.dtype]
     quantization = build_quantization_config(inputs.quant, compute, inputs.card.heads)
     config_without_heads = keep_heads(quantization, inputs.ref.model_config, inputs.ref.auto_class)
-    return dtype or inputs.dtype, lambda model: build_rounding(model, config_without_heads, compute)
+    return dtype or inputs.dtype, lambda model: create_rounding(
+        model, config_without_heads, compute
+    )
 
 
 def _choose(candidates: list[Candidate]) -> tuple[Candidate, str]:

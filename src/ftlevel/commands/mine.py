@@ -18,7 +18,7 @@ from ftlevel.errors import InputError
 from ftlevel.evaluation.answers import InferenceModel
 from ftlevel.evaluation.retrieval import as_document, embed_rows
 from ftlevel.events import Listener, NullListener
-from ftlevel.models.hardware import choose_device, choose_threads
+from ftlevel.models.hardware import select_device, select_threads
 from ftlevel.models.loading import silence_loggers
 from ftlevel.tasks.embedding.formats import QUERY_SHAPES, RANKING_SHAPES, EmbeddingRow
 from ftlevel.tasks.embedding.mining import Corpus, MinedRow, MiningConfig
@@ -56,7 +56,7 @@ def mine(config: MineConfig, *, listener: Listener | None = None) -> Mapping[str
         listener.stage("reading the data")
         rows, described = _load_rows(config)
         corpus = Corpus(rows, _load_corpus(config))
-        device = choose_device(config.device)
+        device = select_device(config.device)
         ref = resolve_model(
             config.name, TASK, config.base_model, device=device.value, dtype=config.dtype
         )
@@ -72,7 +72,7 @@ def mine(config: MineConfig, *, listener: Listener | None = None) -> Mapping[str
                 Choice("relative margin", f"{config.relative_margin:g}"),
                 Choice("dtype", ref.card.dtype, get_dtype_source(ref, config.dtype)),
                 device,
-                choose_threads(),
+                select_threads(),
             ],
         )
         listener.stage("loading the model")

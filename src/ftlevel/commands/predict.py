@@ -29,10 +29,10 @@ from ftlevel.data.sources.streams import Reader, refuse_media_columns
 from ftlevel.errors import ConfigError, InputError, Interrupted, join_names
 from ftlevel.evaluation.answers import PROMPTS, InferenceModel, RowCounts, predict_rows
 from ftlevel.events import Listener, NullListener
-from ftlevel.models.hardware import choose_device, choose_threads
+from ftlevel.models.hardware import select_device, select_threads
 from ftlevel.models.kinds import width_of
 from ftlevel.models.loading import load_config, silence_loggers
-from ftlevel.models.quantization import quantization_form
+from ftlevel.models.quantization import format_quantization
 from ftlevel.tasks import TASKS, BaseTask
 from ftlevel.tasks.base import OutputOptions
 from ftlevel.trained.generation import GenerationOptions
@@ -126,7 +126,7 @@ def _prepare(
     config: PredictConfig, rows: Any, stream: IO[str] | None, stack: contextlib.ExitStack
 ) -> _PreparedPrediction:
     """Resolve the model, open and check the rows, and skip rows already written."""
-    device = choose_device(config.device)
+    device = select_device(config.device)
     ref = resolve_model(
         config.name, config.task, config.base_model, device=device.value, dtype=config.dtype
     )
@@ -163,7 +163,7 @@ def _prepare(
         queries,
         sink,
         progress,
-        [*choices, device, choose_threads()],
+        [*choices, device, select_threads()],
     )
 
 
@@ -290,7 +290,7 @@ def _choices(
     choices = [
         Choice("task", task.name),
         Choice("base", ref.base),
-        *([Choice("quantization", quantization_form(quant))] if quant["kind"] != "none" else []),
+        *([Choice("quantization", format_quantization(quant))] if quant["kind"] != "none" else []),
         Choice("rows", data, "; ".join(file.notes) if file else ""),
         columns,
         Choice("answers", join_names(answers, 6)),

@@ -36,15 +36,15 @@ from ftlevel.evaluation.two_models import (
     split_into_windows,
 )
 from ftlevel.events import Listener, NullListener
-from ftlevel.models.hardware import DTYPES, choose_device
+from ftlevel.models.hardware import DTYPES, select_device
 from ftlevel.models.kinds import checkpoint_class, max_positions
 from ftlevel.models.loading import build_task_model, load_config, load_model, silence_loggers
 from ftlevel.models.quantization import (
     build_quantization_config,
     build_torchao_config,
-    quantization_facts,
+    get_quantization_config,
+    get_quantization_info,
     quantization_name,
-    stored_quantization,
 )
 from ftlevel.models.sources import ModelSource, snapshot
 from ftlevel.models.upstream.architectures import packable_experts
@@ -59,7 +59,7 @@ from ftlevel.weights.quantize_shards import (
     get_skipped_modules,
     packed_bytes,
     predict_bytes,
-    write_quantized,
+    save_quantized,
 )
 
 SUMMARY = "quantization.json"
@@ -116,7 +116,7 @@ def quantize(
             with _source_files(plan) as directory:
                 listener.stage("quantizing")
                 listener.begin(0)
-                layout, written = write_quantized(directory, partial, plan.layout, listener.step)
+                layout, written = save_quantized(directory, partial, plan.layout, listener.step)
                 num_bytes = {name: list(pair) for name, pair in written.parts.items()}
                 summary = _summary(config, plan, num_bytes, written.quantized)
                 summary["bytes_on_disk"] = written.bytes
@@ -134,7 +134,7 @@ def quantize(
 
 
 def _resolve(config: QuantizeConfig) -> _Plan:
-    device = choose_device(config.device)
+    device = select_device(config.device)
     ref = resolve_model(
         config.model, device=device.value, revision=config.revision, needs_task=False
     )
@@ -144,7 +144,7 @@ def _resolve(config: QuantizeConfig) -> _Plan:
             f"{quote(config.model)} --quant 4bit --out DIR."
         )
     model_config = load_config(ref.source)
-    if (existing := stored_quantization(model_config)) is not None:
+    if (existing := get_quantization_config(model_config)) is not None:
         raise ConfigError(
             f"{config.model} is already quantized ({quantization_name(existing)}). Quantizing it "
             f"again would add a second error. Use the original model."
@@ -253,7 +253,7 @@ def _save_cards(
     existing = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     values = {key: summary[key] for key in ("source", "fidelity", "ratio") if key in summary}
     ref.with_card(
-        quantization=quantization_facts(existing["quantization_config"]),
+        quantization=get_quantization_info(existing["quantization_config"]),
         dtype=ref.card.dtype if config.dtype == "auto" else config.dtype,
         versions=library_versions(),
         quantized=values | {"form": config.form},

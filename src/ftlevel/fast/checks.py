@@ -33,7 +33,7 @@ from ftlevel.fast.prefixes import SharedPrefix, build_prefix_tree, using_prefix
 from ftlevel.fast.pruning import find_prunable_linears
 from ftlevel.fast.recompute import using_generator
 from ftlevel.models.hardware import autocast, evaluating
-from ftlevel.models.module_tree import find_blocks, linear_size
+from ftlevel.models.module_tree import get_blocks, linear_size
 from ftlevel.models.upstream.fake import map_leaves
 from ftlevel.objectives import Objective, TokenObjective
 
@@ -181,7 +181,7 @@ class PackingCheck(StepCheck):
             return not relative_difference(states[mask], expected[mask]) < _EXACT
         if relative_difference(states[mask], expected[mask]) < _ROUNDED:
             return False
-        with in_float32(find_blocks(base_model(self.model)), self.device):
+        with in_float32(get_blocks(base_model(self.model)), self.device):
             exact, reference = compute(), self._states(batch, None)
         if not relative_difference(exact[mask], reference[mask]) < _EXACT:
             return True

@@ -31,7 +31,11 @@ from transformers.pytorch_utils import Conv1D
 
 from ftlevel.fast.recompute import Recomputation, recomputation_of
 from ftlevel.methods.upstream import is_sharded_linear, register_lora_layers
-from ftlevel.models.upstream.quantizers import can_train_4bit, can_train_8bit, dequantize_8bit
+from ftlevel.models.upstream.quantizers import (
+    dequantize_8bit,
+    supports_4bit_training,
+    supports_8bit_training,
+)
 from ftlevel.models.upstream.tensors import (
     cast_together,
     is_in_backward,
@@ -257,7 +261,7 @@ class FusedLinear4bit(FusedForward, lora.Linear4bit):
     """Fused LoRA of `bitsandbytes.nn.Linear4bit`; W is dequantized in forward and in backward."""
 
     def _is_ready(self) -> bool:
-        return can_train_4bit(self.base_layer)
+        return supports_4bit_training(self.base_layer)
 
     def _dtypes(self, x: Tensor) -> tuple[torch.dtype, torch.dtype]:
         """Returns the base's compute dtype, and the dtype of `x` for the output."""
@@ -276,7 +280,7 @@ class FusedLinear8bitLt(FusedForward, lora.Linear8bitLt):
     """
 
     def _is_ready(self) -> bool:
-        return can_train_8bit(self.base_layer)
+        return supports_8bit_training(self.base_layer)
 
     def _weight(self, dtype: torch.dtype) -> Tensor:
         return dequantize_8bit(self.base_layer, dtype)

@@ -24,7 +24,7 @@ from ftlevel.fast.parallel_workers import MAX_WORKERS
 from ftlevel.fast.prefixes import shared_fraction
 from ftlevel.methods import METHODS
 from ftlevel.models.families import lookup_family
-from ftlevel.models.module_tree import find_blocks
+from ftlevel.models.module_tree import get_blocks
 from ftlevel.models.upstream.architectures import attention_of, is_stateful
 from ftlevel.objectives import Objective, StepObjective, TokenObjective
 from ftlevel.world import has_peers
@@ -327,7 +327,7 @@ def _why_padded(method: MethodConfig, attention: str, meta: Any, kind: str) -> s
 def find_packing_obstacle(model: Any, kind: str) -> str:
     """Returns why `model` needs padded rows; empty if it does not."""
     family = model.config.model_type
-    if kind == "encoder-decoder" or not find_blocks(model):
+    if kind == "encoder-decoder" or not get_blocks(model):
         return f"{family} has not one stack of blocks"
     if _carries_a_state(model):
         return f"{family} carries a state from token to token"
@@ -342,7 +342,7 @@ def _carries_a_state(model: Any) -> bool:
     """Returns whether a recurrence or a convolution mixes tokens."""
     return is_stateful(model) or any(
         isinstance(part, torch.nn.Conv1d) and part.kernel_size[0] > 1
-        for block in find_blocks(model)
+        for block in get_blocks(model)
         for part in block.modules()
     )
 

@@ -26,7 +26,7 @@ from ftlevel.fast.parallel_workers import ParallelWorkers
 from ftlevel.fast.plan import FastPlan, has_language_head, set_packed_attention
 from ftlevel.fast.pruning import LastLayerPruning
 from ftlevel.fast.recompute import PerWorkerDropout
-from ftlevel.models.module_tree import find_blocks
+from ftlevel.models.module_tree import get_blocks
 from ftlevel.models.upstream.architectures import attention_of
 from ftlevel.objectives import Objective, TokenObjective
 
@@ -48,7 +48,7 @@ class FastStep:
             hub = plan.attention_kernel and fetch_kernel(plan.attention_kernel)
             if not set_packed_attention(self._base, hub or None):
                 raise TypeError(f"{type(self._base).__name__} did not take {attention.NAME}")
-            self._blocks = PackedBlocks(find_blocks(self._base))
+            self._blocks = PackedBlocks(get_blocks(self._base))
         kernels = Kernels(plan.triton_kernels)
         self.cross_entropy = (
             ChunkedCrossEntropy(self._base, kernels) if plan.chunked_cross_entropy else None
@@ -66,7 +66,7 @@ class FastStep:
         """Disable the parts that fail `PackingCheck` (same arguments); returns the reasons."""
         if self._blocks is None:
             return []
-        check = PackingCheck(self._model, find_blocks(self._base)[-1], rows, pad_id, device, dtype)
+        check = PackingCheck(self._model, get_blocks(self._base)[-1], rows, pad_id, device, dtype)
         reasons = []
         if leak := check.find_leak():
             self.plan = replace(self.plan, packs=False, prefix_tree=False, shared_prefix=False)
@@ -112,7 +112,7 @@ class FastStep:
         """Where possible, make the last block compute only the tokens that are needed after it."""
         if self._blocks is None or not self.plan.prunes_last_layer:
             return
-        last = find_blocks(self._base)[-1]
+        last = get_blocks(self._base)[-1]
         needed, linears = PruningCheck(self._model, last, rows, pad_id, device, dtype)(objective)
         self.prune(needed, linears)
 

@@ -1,6 +1,6 @@
 """Quantize a merged model to 4-bit or 8-bit, or its matrices to a .gguf type.
 
-H = E[x xᵀ] over the inputs x of a linear layer on sample rows. `weights.codes` uses H to choose
+H = E[x xᵀ] over the inputs x of a linear layer on sample rows. `weights.codes` uses H to select
 codes that preserve the layer's outputs. If a quantized base plus the update were rounded to the
 base's own grid, the update would be lost, as it is far smaller than half a step. Therefore codes
 are first rounded from the update merged into the base's weights before quantization.
@@ -29,16 +29,16 @@ from ftlevel.models.quantization import build_quantization_config
 from ftlevel.models.sources import ModelSource
 from ftlevel.models.upstream.quantizers import dequantized
 from ftlevel.trained.generation import batches
-from ftlevel.weights.codes import QuantizationGrid, choose_codes
+from ftlevel.weights.codes import QuantizationGrid, select_codes
 from ftlevel.weights.gguf_file import GRIDS, QuantizedMatrix
 from ftlevel.weights.quantize_shards import (
     QuantizedLayout,
     bitsandbytes_grid,
     build_layout,
-    write_quantized,
+    save_quantized,
 )
 
-MOST_BYTES = 1 << 30
+MAX_BYTES = 1 << 30
 _BATCH = 4
 
 
@@ -51,45 +51,45 @@ class InputMoments:
     """
 
     model: Any
-    probe: ComparisonSet
+    comparison_set: ComparisonSet
     dtype: str
     sizes: Mapping[str, int]
     passes: int = 0
-    _held: dict[str, torch.Tensor | None] = field(default_factory=dict)
+    _cache: dict[str, torch.Tensor | None] = field(default_factory=dict)
 
     def of(self, name: str) -> torch.Tensor | None:
         """Returns H of the linear layer `name`, (in, in) in float32 on the CPU; None if unused."""
-        if name not in self._held:
-            self._held = {}
-            self._held = self._ask(self._group(name))
+        if name not in self._cache:
+            self._cache = {}
+            self._cache = self._compute(self._group(name))
             self.passes += 1
-        return self._held[name]
+        return self._cache[name]
 
     def _group(self, first: str) -> list[str]:
-        """Returns `first` and the next layers whose moments together fit into `MOST_BYTES`."""
+        """Returns `first` and the next layers whose moments together fit into `MAX_BYTES`."""
         names, size = list(self.sizes), 0
         group: list[str] = []
         for name in names[names.index(first) :]:
             size += 4 * self.sizes[name] ** 2
-            if group and size > MOST_BYTES:
+            if group and size > MAX_BYTES:
                 break
             group.append(name)
         return group
 
-    def _ask(self, names: list[str]) -> dict[str, torch.Tensor | None]:
+    def _compute(self, names: list[str]) -> dict[str, torch.Tensor | None]:
         sums = _Sums()
         hooks = [self.model.get_submodule(n).register_forward_pre_hook(sums.hook(n)) for n in names]
-        collate, device = Collator(self.probe.pad_id), self.probe.device
+        collate, device = Collator(self.comparison_set.pad_id), self.comparison_set.device
         try:
             with torch.no_grad(), autocast(device, self.dtype):
-                for rows in batches(self.probe.rows, _BATCH):
+                for rows in batches(self.comparison_set.rows, _BATCH):
                     batch = {name: value.to(device) for name, value in collate(rows).items()}
                     sums.mask = batch["attention_mask"].bool()
-                    self.model(**self.probe.objective.split(batch)[0])
+                    self.model(**self.comparison_set.objective.split(batch)[0])
         finally:
             for hook in hooks:
                 hook.remove()
-        sums.finish()
+        sums.average()
         return {name: sums.means.get(sums.slots.get(name, "")) for name in names}
 
 
@@ -106,7 +106,7 @@ class _Sums:
     def hook(self, name: str) -> Any:
         """Returns a forward pre-hook that adds the inputs of the linear layer `name`."""
 
-        def see(_: Any, inputs: tuple[Any, ...]) -> None:
+        def add_inputs(_: Any, inputs: tuple[Any, ...]) -> None:
             last_inputs, slot = self._last
             if inputs[0] is last_inputs:
                 self.slots[name] = slot
@@ -115,18 +115,18 @@ class _Sums:
             self.slots[name] = name
             self._add(name, inputs[0])
 
-        return see
+        return add_inputs
 
     def _add(self, name: str, inputs: torch.Tensor) -> None:
         mask = self.mask
-        fits = mask is not None and inputs.shape[:2] == mask.shape
-        rows = (inputs[mask] if fits else inputs.reshape(-1, inputs.shape[-1])).float()
+        is_masked = mask is not None and inputs.shape[:2] == mask.shape
+        rows = (inputs[mask] if is_masked else inputs.reshape(-1, inputs.shape[-1])).float()
         with torch.autocast(rows.device.type, enabled=False):  # autocast would round the sums
             total = (rows.T @ rows).cpu()
         self.means[name] = self.means[name].add_(total) if name in self.means else total
         self._counts[name] = self._counts.get(name, 0) + len(rows)
 
-    def finish(self) -> None:
+    def average(self) -> None:
         """Divide each sum by its number of inputs x."""
         for name, total in self.means.items():
             total /= max(self._counts[name], 1)
@@ -137,7 +137,7 @@ _TOLERANCE = 1e-4
 
 @dataclass(frozen=True)
 class QuantizedMerge:
-    """A merged model that was written in 4-bit or 8-bit.
+    """A merged model that was saved in 4-bit or 8-bit.
 
     `linears` is the number of quantized weights. `sums` maps each layer to a checksum `(out,)` to
     compare after reloading: W @ s for the weight W and fixed random signs s.
@@ -162,23 +162,23 @@ class Weights(Protocol):
 
 
 @dataclass
-class CodeChooser:
-    """Callable that chooses the quantization codes of each linear layer.
+class CodeSelector:
+    """Callable that selects the quantization codes of each linear layer.
 
     Attributes:
         target: weights as trained, whose outputs the codes preserve.
         origin: weights that the codes are first rounded from.
-        turned: linear layer → whether its weight is (in, out), as in Conv1D.
+        transposed: linear layer → whether its weight is (in, out), as in Conv1D.
         dtype: precision in which the weights were loaded before they were quantized.
         moments: input moments; None rounds each weight to the nearest code.
-        fits_scales: whether the scales are chosen by the moments, too.
+        fits_scales: whether the scales depend on the moments, too.
         sums: checksums as in `QuantizedMerge`; each call adds one.
     """
 
     target: Weights
     origin: Weights
     grid: QuantizationGrid
-    turned: dict[str, bool]
+    transposed: dict[str, bool]
     dtype: torch.dtype
     moments: InputMoments | None
     fits_scales: bool = False
@@ -188,11 +188,11 @@ class CodeChooser:
         self, linear: str, written: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Returns codes and scales of a layer; None if the block size does not divide its size."""
-        return self.choose(linear) if self.grid.fits(written.shape) else None
+        return self.select(linear) if self.grid.fits(written.shape) else None
 
-    def choose(self, linear: str) -> tuple[torch.Tensor, torch.Tensor]:
+    def select(self, linear: str) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns codes and scales of a linear layer whose size is a multiple of the block size."""
-        origin = self._turn(self.origin.unrounded(f"{linear}.weight"), linear)
+        origin = self._to_out_in(self.origin.unrounded(f"{linear}.weight"), linear)
         if not self.target.adapts(f"{linear}.weight"):
             origin = origin.to(self.dtype).float()  # precision before quantization in training
         moment = self.moments.of(linear) if self.moments else None
@@ -200,19 +200,19 @@ class CodeChooser:
             scales = self.grid.fitted_scales(origin, moment)
         else:
             scales = self.grid.scales_of(origin)
-        stored_scales = self.grid.stored(scales)
+        rounded_scales = self.grid.stored(scales)
         codes = self.grid.nearest(origin, scales)
         if moment is not None:
-            weight = self._turn(self.target.unrounded(f"{linear}.weight"), linear)
-            change = weight - self._turn(self.target.base(f"{linear}.weight"), linear)
-            codes = choose_codes(weight, change, codes, stored_scales, moment, self.grid)
-        self.sums[linear] = self.grid.value(codes, stored_scales) @ _signs(codes.shape[1])
+            weight = self._to_out_in(self.target.unrounded(f"{linear}.weight"), linear)
+            update = weight - self._to_out_in(self.target.base(f"{linear}.weight"), linear)
+            codes = select_codes(weight, update, codes, rounded_scales, moment, self.grid)
+        self.sums[linear] = self.grid.value(codes, rounded_scales) @ _signs(codes.shape[1])
         return codes, scales
 
-    def _turn(self, weight: torch.Tensor | None, linear: str) -> torch.Tensor:
+    def _to_out_in(self, weight: torch.Tensor | None, linear: str) -> torch.Tensor:
         if weight is None:
             raise ValueError(f"{linear} is a linear of the model that was merged")
-        return (weight.T if self.turned[linear] else weight).float().contiguous()
+        return (weight.T if self.transposed[linear] else weight).float().contiguous()
 
 
 def resolve_quantization(config: MergeConfig, inputs: MergeInput) -> QuantConfig | None:
@@ -254,14 +254,14 @@ def quantize_merged(
 ) -> tuple[Candidate, QuantizedMerge]:
     """Quantize the merged model into a new directory, and delete the directory of `merged`.
 
-    Codes are chosen to preserve the layers' outputs on `rows`; None rounds each weight. The
+    Codes are selected to preserve the layers' outputs on `rows`; None rounds each weight. The
     listener receives the number of finished tensors. Raises RunError if no layer is quantized.
     """
-    directory = merged.directory.with_name(".low-bits")
-    directory.mkdir()
+    output_dir = merged.directory.with_name(".low-bits")
+    output_dir.mkdir()
     listener.begin(0)
-    place = str(merged.directory)
-    config = load_config(ModelSource(place, "directory", place, local_files_only=True))
+    merged_dir = str(merged.directory)
+    config = load_config(ModelSource(merged_dir, "directory", merged_dir, local_files_only=True))
     dtype = DTYPES[merged.written.dtype]
     layout = _plan_layout(inputs, config, quant, dtype)
     origin = merged.merger
@@ -274,44 +274,44 @@ def quantize_merged(
     moments = None
     if rows is not None:
         sizes = {
-            name: layout.parameters[f"{name}.weight"].shape[0 if turned else 1]
-            for name, turned in layout.linears.items()
+            name: layout.parameters[f"{name}.weight"].shape[0 if transposed else 1]
+            for name, transposed in layout.linears.items()
         }
         moments = InputMoments(load_merged(merged.directory, inputs), rows, inputs.dtype, sizes)
     grid = bitsandbytes_grid(layout.config)
-    chooser = CodeChooser(
+    selector = CodeSelector(
         merged.merger, origin, grid, layout.linears, DTYPES[inputs.dtype], moments
     )
-    layout, written = write_quantized(merged.directory, directory, layout, listener.step, chooser)
+    layout, written = save_quantized(merged.directory, output_dir, layout, listener.step, selector)
     if not written.quantized:
         raise RunError(f"no linear of the merged {config.model_type} could be quantized.")
     for path in merged.directory.iterdir():
-        if ".safetensors" not in path.name and not (directory / path.name).exists():
-            shutil.move(path, directory / path.name)
+        if ".safetensors" not in path.name and not (output_dir / path.name).exists():
+            shutil.move(path, output_dir / path.name)
     shutil.rmtree(merged.directory)
     rounded = replace(
-        merged, directory=directory, written=replace(merged.written, size_bytes=written.bytes)
+        merged, directory=output_dir, written=replace(merged.written, size_bytes=written.bytes)
     )
-    return rounded, QuantizedMerge(written.quantized, layout, chooser.sums)
+    return rounded, QuantizedMerge(written.quantized, layout, selector.sums)
 
 
 def compare_quantized(
     rounded: Candidate,
     merge: QuantizedMerge,
     inputs: MergeInput,
-    probe: ComparisonSet,
+    comparison_set: ComparisonSet,
     trained: RowLogits,
 ) -> Agreement:
     """Reload the quantized model and compare its logits with `trained`, those of the trained model.
 
-    Raises RunError if bitsandbytes dequantizes to weights other than the chosen ones.
+    Raises RunError if bitsandbytes dequantizes to other weights than the selected ones.
     """
     model = load_merged(rounded.directory, inputs)
-    _check_read_back(model, merge)
-    return compare_logits(trained, probe.score(model, inputs.dtype))
+    _check_reloaded(model, merge)
+    return compare_logits(trained, comparison_set.score(model, inputs.dtype))
 
 
-def _check_read_back(model: Any, merge: QuantizedMerge) -> None:
+def _check_reloaded(model: Any, merge: QuantizedMerge) -> None:
     for name, expected in merge.sums.items():
         weight = dequantized(model.get_submodule(name)).cpu()
         sums = weight @ _signs(weight.shape[1])
@@ -330,22 +330,24 @@ def _signs(count: int) -> torch.Tensor:
 
 @dataclass
 class GgufCodes:
-    """Chooses codes and caches them, so that the written file can be compared with them."""
+    """Selects codes and caches them, so that the saved file can be compared with them."""
 
-    chooser: CodeChooser
-    _made: dict[str, QuantizedMatrix] = field(default_factory=dict)
+    selector: CodeSelector
+    _cached: dict[str, QuantizedMatrix] = field(default_factory=dict)
 
     def __call__(self, source: str) -> QuantizedMatrix:
         """Returns codes and scales of the weight `source`, (out, in)."""
-        if source not in self._made:
-            codes, scales = self.chooser.choose(source.removesuffix(".weight"))
-            self._made[source] = QuantizedMatrix(codes.to(torch.uint8), scales.view(len(codes), -1))
-        return self._made[source]
+        if source not in self._cached:
+            codes, scales = self.selector.select(source.removesuffix(".weight"))
+            self._cached[source] = QuantizedMatrix(
+                codes.to(torch.uint8), scales.view(len(codes), -1)
+            )
+        return self._cached[source]
 
 
 @dataclass(frozen=True)
 class WeightsAsLoaded:
-    """Source of weights for `CodeChooser`: those of a loaded model that has no adapter."""
+    """Source of weights for `CodeSelector`: those of a loaded model that has no adapter."""
 
     model: Any
 
@@ -362,22 +364,22 @@ class WeightsAsLoaded:
         return self.model.get_parameter(name).detach().cpu()
 
 
-def choose_gguf_codes(
+def select_gguf_codes(
     model: Any, weights: Weights, rows: ComparisonSet, dtype: str, outtype: str
 ) -> Callable[[str], QuantizedMatrix]:
-    """Returns a function: weight name → codes in the .gguf type `outtype`, chosen on `rows`.
+    """Returns a function: weight name → codes in the .gguf type `outtype`, selected on `rows`.
 
     `weights` are those as trained; `outtype` is a key of `GRIDS`. Rounding starts from the trained
     weights, because the grid of a quantized run is not that of the file.
     """
-    turned, sizes = {}, {}
+    transposed, sizes = {}, {}
     for name, module in model.named_modules():
         weight = getattr(module, "weight", None)
         if weight is not None and weight.ndim == 2:
-            turned[name] = type(module).__name__ == "Conv1D"
-            sizes[name] = weight.shape[0 if turned[name] else 1]
+            transposed[name] = type(module).__name__ == "Conv1D"
+            sizes[name] = weight.shape[0 if transposed[name] else 1]
     moments = InputMoments(model, rows, dtype, sizes)
     grid = GRIDS[outtype]
     return GgufCodes(
-        CodeChooser(weights, weights, grid, turned, DTYPES[dtype], moments, fits_scales=True)
+        CodeSelector(weights, weights, grid, transposed, DTYPES[dtype], moments, fits_scales=True)
     )

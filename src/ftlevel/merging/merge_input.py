@@ -22,9 +22,9 @@ from ftlevel.data.prepare.encoder import EncodingContext, PreparedData, ignore_p
 from ftlevel.errors import ConfigError, InputError, join_names
 from ftlevel.evaluation.two_models import ComparisonSet, load_eval_text, split_into_windows
 from ftlevel.methods.merging import get_merge_error, load_peft_config
-from ftlevel.models.hardware import DTYPES, choose_device
+from ftlevel.models.hardware import DTYPES, select_device
 from ftlevel.models.kinds import max_positions
-from ftlevel.models.quantization import quantization_name, read_quantization, stored_quantization
+from ftlevel.models.quantization import get_quant_config, get_quantization_config, quantization_name
 from ftlevel.models.sources import ModelSource
 from ftlevel.trained.adapt import get_adapter_reader
 from ftlevel.trained.model_ref import ModelRef
@@ -37,7 +37,7 @@ from ftlevel.trained.resolve import (
     resolve_model,
 )
 
-_MADE_UP_LENGTH = 32
+_ROW_LENGTH = 32
 _TOKEN_TYPES = "token_type_ids"
 
 
@@ -65,7 +65,7 @@ class MergeInput:
     @property
     def quant(self) -> QuantConfig:
         """Quantization of the base in training."""
-        return read_quantization(self.card.quantization)
+        return get_quant_config(self.card.quantization)
 
     @functools.cached_property
     def tokenizer(self) -> Any:
@@ -81,45 +81,45 @@ class MergeInput:
         """
         if self.ref.directory is None:
             return False
-        return bool(_read_config(self.ref.directory).get("task_type") == "QUESTION_ANS")
+        return bool(_load_peft_config(self.ref.directory).get("task_type") == "QUESTION_ANS")
 
-    def probe(self, rows: Sequence[Encoded]) -> ComparisonSet:
-        """Returns a probe that compares models on `rows`."""
+    def comparison_set(self, rows: Sequence[Encoded]) -> ComparisonSet:
+        """Returns the rows and objective on which models are compared."""
         pad_id = self.tokenizer.pad_token_id or 0
         return ComparisonSet(rows, self.ref.objective, pad_id, self.device)
 
 
-def find_adapter(name: str) -> Path:
-    """Find the directory of the adapter `name`; raise InputError if it cannot be merged."""
+def get_adapter_dir(name: str) -> Path:
+    """Returns the directory of the adapter `name`; raise InputError if it cannot be merged."""
     path = Path(name).expanduser()
-    directory = get_model_dir(name)
-    is_full = (directory / CARD).is_file() and load_card(directory).method == "full"
+    adapter_dir = get_model_dir(name)
+    is_full = (adapter_dir / CARD).is_file() and load_card(adapter_dir).method == "full"
     if is_full or is_model(name):
         raise InputError(
-            f"{name} has no adapter to merge: {directory} is a whole model already. Use it as it "
+            f"{name} has no adapter to merge: {adapter_dir} is a whole model already. Use it as it "
             "is, or name a run or an adapter."
         )
     if not path.exists():
         raise InputError(f"{name} does not exist. Expected a run or an adapter directory.")
-    if not (directory / ADAPTER_CONFIG).is_file():
+    if not (adapter_dir / ADAPTER_CONFIG).is_file():
         files = sorted(p.name for p in path.iterdir()) if path.is_dir() else ["a file"]
         raise InputError(
             f"{name} is neither a run nor an adapter "
             f"(it contains {join_names(files, 6) or 'nothing'})"
             f". Expected a directory with {ADAPTER_CONFIG}."
         )
-    check_adapter_checkpoint(directory)
-    error = get_merge_error(_read_config(directory))
+    check_adapter_checkpoint(adapter_dir)
+    error = get_merge_error(_load_peft_config(adapter_dir))
     if error is not None:
         raise InputError(f"{name} cannot be merged. {error}")
-    return directory
+    return adapter_dir
 
 
-def _read_config(directory: Path) -> dict[str, Any]:
-    """Load the adapter's PEFT config; adapters of other formats get a minimal one."""
-    if (reader := get_adapter_reader(directory)) is not None:
+def _load_peft_config(adapter_dir: Path) -> dict[str, Any]:
+    """Returns the adapter's PEFT config; adapters of other formats get a minimal one."""
+    if (reader := get_adapter_reader(adapter_dir)) is not None:
         return {"peft_type": reader.peft_type}
-    return load_peft_config(directory)
+    return load_peft_config(adapter_dir)
 
 
 def resolve_merge_input(config: MergeConfig) -> MergeInput:
@@ -127,17 +127,18 @@ def resolve_merge_input(config: MergeConfig) -> MergeInput:
 
     Raises InputError if the adapter cannot be merged, or the base is missing or has other weights.
     """
-    find_adapter(config.adapters[0])
-    device = choose_device(config.device).value
+    get_adapter_dir(config.adapters[0])
+    device = select_device(config.device).value
     ref = resolve_model(config.adapters[0], base=config.base_model, device=device)
     check_cached_base(ref)
     if not ref.is_ours:
         dtype = str(ref.model_config.dtype or "float32").removeprefix("torch.")
         ref = ref.with_card(dtype=dtype if dtype in DTYPES else "float32")
-    stored = stored_quantization(ref.model_config)
-    if stored is not None and ref.source.kind != "gguf":
+    quantization_config = get_quantization_config(ref.model_config)
+    if quantization_config is not None and ref.source.kind != "gguf":
         raise InputError(
-            f"{ref.base} is stored quantized ({quantization_name(stored)}), and weights of a "
+            f"{ref.base} is stored quantized ({quantization_name(quantization_config)}), and "
+            f"weights of a "
             "few bits cannot hold the update: rounding it to their grid erases most of what was "
             "trained. Keep the adapter separate, or train on the model in floating point with "
             "--quant 4bit and merge that."
@@ -157,17 +158,17 @@ class CheckRows:
     choices: list[Choice]
 
 
-def choose_rows(inputs: MergeInput, count: int, calibration: int = 0) -> CheckRows:
-    """Choose up to `count` rows to compare models on, and `calibration` rows for choosing codes."""
+def select_rows(inputs: MergeInput, count: int, calibration: int = 0) -> CheckRows:
+    """Select up to `count` rows to compare models on, and `calibration` rows to select codes on."""
     if inputs.ref.run is None:
-        return _made_up(inputs, count, calibration, "the adapter has no run")
+        return _create_rows(inputs, count, calibration, "the adapter has no run")
     try:
-        settings = build_config([load_run_config(inputs.ref.run)])
-        check_paths(inputs.ref.run, settings.model_dump(mode="json"), DATA_PATHS)
-        data = _prepare_rows(inputs, settings.data, settings.train.seed)
+        run_config = build_config([load_run_config(inputs.ref.run)])
+        check_paths(inputs.ref.run, run_config.model_dump(mode="json"), DATA_PATHS)
+        data = _prepare_rows(inputs, run_config.data, run_config.train.seed)
     except ConfigError as error:
-        reason = str(error).split("\n")[0]
-        return _made_up(inputs, count, calibration, f"the run's data cannot be read: {reason}")
+        message = str(error).split("\n")[0]
+        return _create_rows(inputs, count, calibration, f"the run's data cannot be read: {message}")
     samples = [data.train[i] for i in range(min(count + calibration, len(data.train)))]
     validation = list(data.validation[:count])
     if inputs.ignores_token_types:
@@ -193,14 +194,14 @@ def _prepare_rows(inputs: MergeInput, data: DataConfig, seed: int) -> PreparedDa
     tokenizer = inputs.tokenizer
     set_chat_template(tokenizer, data.chat_template)
     ensure_pad_token(tokenizer)
-    vocabulary = inputs.ref.model_config.get_text_config().vocab_size
+    vocab_size = inputs.ref.model_config.get_text_config().vocab_size
     bounds = LengthBounds(max_positions(inputs.ref.model_config))
     prompt = load_prompt_format(inputs.card)
     context = EncodingContext(
         inputs.ref.configured_task,
         inputs.ref.model_kind,
         tokenizer,
-        vocabulary,
+        vocab_size,
         bounds,
         seed,
         prompt_version=prompt.version if prompt else PROMPT_VERSION,
@@ -208,32 +209,32 @@ def _prepare_rows(inputs: MergeInput, data: DataConfig, seed: int) -> PreparedDa
     return prepare_data(data, context, ignore_progress)
 
 
-def _made_up(inputs: MergeInput, count: int, calibration: int, reason: str) -> CheckRows:
+def _create_rows(inputs: MergeInput, count: int, calibration: int, message: str) -> CheckRows:
     """Returns `count` rows of random tokens, or of text if `calibration` rows are needed, too.
 
-    The inputs of layers on random tokens are not typical, so codes cannot be chosen on them.
-    `reason`, why there are no data rows, is for the log.
+    The inputs of layers on random tokens are not typical, so codes cannot be selected on them.
+    `message`, why there are no data rows, is for the log.
     """
     if calibration:
-        tokens = (count + calibration) * _MADE_UP_LENGTH
+        tokens = (count + calibration) * _ROW_LENGTH
         text = load_eval_text(None, tokens)
-        windows = split_into_windows(inputs.tokenizer, text.content, tokens, _MADE_UP_LENGTH)
-        rows = _rows_of(inputs, windows)
+        windows = split_into_windows(inputs.tokenizer, text.content, tokens, _ROW_LENGTH)
+        rows = _to_encoded(inputs, windows)
         compared = len(rows) * count // max(count + calibration, 1)
         description = f"{compared} and {len(rows) - compared} rows of {text.name}"
         return CheckRows(
             rows[:compared],
             rows[compared:],
-            [Choice("compared, and codes chosen, on", description, reason)],
+            [Choice("compared, and codes chosen, on", description, message)],
         )
     rng = random.Random(0)
     size = min(len(inputs.tokenizer), inputs.ref.model_config.get_text_config().vocab_size)
-    ids = [[rng.randrange(size) for _ in range(_MADE_UP_LENGTH)] for _ in range(count)]
-    choice = Choice("compared on", f"{count} rows of random tokens", reason)
-    return CheckRows(_rows_of(inputs, ids), [], [choice])
+    ids = [[rng.randrange(size) for _ in range(_ROW_LENGTH)] for _ in range(count)]
+    choice = Choice("compared on", f"{count} rows of random tokens", message)
+    return CheckRows(_to_encoded(inputs, ids), [], [choice])
 
 
-def _rows_of(inputs: MergeInput, rows: Sequence[list[int]]) -> list[Encoded]:
+def _to_encoded(inputs: MergeInput, rows: Sequence[list[int]]) -> list[Encoded]:
     card = inputs.card
     return [
         Encoded(ids, inputs.ref.configured_task.dummy_labels(ids, card.labels, card.options), index)

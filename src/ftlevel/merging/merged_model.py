@@ -1,4 +1,4 @@
-"""Write a merged model tensor by tensor: read, merge and write one before reading the next."""
+"""Write a merged model tensor by tensor: load, merge and write one before loading the next."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from ftlevel.errors import InputError, RunError, join_names
 from ftlevel.merging.merge_input import MergeInput
 from ftlevel.methods.merging import Skeleton, build_skeleton
 from ftlevel.models.hardware import DTYPES
-from ftlevel.models.kinds import write_former_rope
+from ftlevel.models.kinds import save_legacy_rope
 from ftlevel.models.loading import build_task_model, load_model, load_tokenizer, rename_prefix
-from ftlevel.models.module_tree import find_heads
+from ftlevel.models.module_tree import get_heads
 from ftlevel.models.quantization import QuantizationRounding
 from ftlevel.models.sources import ModelSource
 from ftlevel.models.upstream.architectures import tied_names, unsaved_names
@@ -31,7 +31,7 @@ from ftlevel.weights.checkpoint import (
     TensorSpec,
     checkpoint_in_memory,
     convert_for_saving,
-    local_directory,
+    get_local_dir,
     open_checkpoint,
     spec_of,
     write_files,
@@ -103,11 +103,11 @@ class TensorMerger:
 
     def loses_in(self, dtype: torch.dtype) -> bool:
         """Whether loading the base in `dtype` loses precision."""
-        stored = {self.checkpoint.spec(name).dtype for name in self.checkpoint.groups}
-        return any(d.is_floating_point and torch.promote_types(d, dtype) != dtype for d in stored)
+        dtypes = {self.checkpoint.spec(name).dtype for name in self.checkpoint.groups}
+        return any(d.is_floating_point and torch.promote_types(d, dtype) != dtype for d in dtypes)
 
     def _merged(self, name: str) -> torch.Tensor:
-        value = self._find_merged(name)
+        value = self._compute_merged(name)
         has_new_rows = (
             self.checkpoint.holds(name) and self.checkpoint.spec(name).shape != value.shape
         )
@@ -119,7 +119,7 @@ class TensorMerger:
             )
         return value
 
-    def _find_merged(self, name: str) -> torch.Tensor:
+    def _compute_merged(self, name: str) -> torch.Tensor:
         if name in self.skeleton.trained:
             tensor: torch.Tensor = self.skeleton.trained[name]
             return tensor
@@ -131,8 +131,8 @@ class TensorMerger:
         return self._unit[1][name]
 
     def _read(self, name: str) -> torch.Tensor:
-        """Load the base's tensor `name` as stored, or dequantized as in training."""
-        if not self.checkpoint.holds(name):  # bias of a new head, see check_whole
+        """Load the base's tensor `name` as saved, or dequantized as in training."""
+        if not self.checkpoint.holds(name):  # bias of a new head, see check_complete
             return torch.zeros(self.shapes[name], dtype=self._dtype_of(name))
         value = self.checkpoint.read(name)
         value = value if self.rounding is None else self.rounding(name, value)
@@ -140,12 +140,12 @@ class TensorMerger:
 
     def _fit_rows(self, name: str, value: torch.Tensor) -> torch.Tensor:
         """Returns `value` resized to one row per token; new rows are NaN, or 0 for a bias."""
-        rows = self.shapes[name][0]
+        num_rows = self.shapes[name][0]
         fill = float("nan") if value.dim() > 1 else 0.0
-        new = value.new_full((max(rows - len(value), 0), *value.shape[1:]), fill)
-        return torch.cat([value, new])[:rows]
+        new = value.new_full((max(num_rows - len(value), 0), *value.shape[1:]), fill)
+        return torch.cat([value, new])[:num_rows]
 
-    def check_whole(self, heads: list[str], base: str) -> None:
+    def check_complete(self, heads: list[str], base: str) -> None:
         """Raise InputError if a tensor of the model is neither in the base nor in the adapter.
 
         A missing bias of a new head in `heads` is allowed: it is zero.
@@ -166,13 +166,13 @@ class TensorMerger:
 
     def copied(self, name: str) -> bool:
         """Whether the tensor `name` is copied from the base byte for byte."""
-        stored = self.checkpoint.spec(name).dtype
-        rounds = self.rounding is not None and (
+        dtype = self.checkpoint.spec(name).dtype
+        is_rounded = self.rounding is not None and (
             name in self.rounding.names
-            or (stored.is_floating_point and stored != self.rounding.dtype)
+            or (dtype.is_floating_point and dtype != self.rounding.dtype)
         )
-        same = self.checkpoint.spec(name) == self.spec(name)
-        return not self.adapts(name) and not rounds and same
+        is_same_spec = self.checkpoint.spec(name) == self.spec(name)
+        return not self.adapts(name) and not is_rounded and is_same_spec
 
     def _merge(self, unit: str) -> dict[str, torch.Tensor]:
         """Merge the module `unit` in float32; its tensors are rounded once, when they are written.
@@ -194,22 +194,22 @@ class TensorMerger:
 
     def _dtype_of(self, name: str) -> torch.dtype:
         is_stored = self.checkpoint.holds(name)
-        stored = self.checkpoint.spec(name).dtype if is_stored else self.main_dtype
-        if self.dtype is not None and stored.is_floating_point:
+        dtype = self.checkpoint.spec(name).dtype if is_stored else self.main_dtype
+        if self.dtype is not None and dtype.is_floating_point:
             return self.dtype
-        return stored
+        return dtype
 
     @property
     def main_dtype(self) -> torch.dtype:
         """The dtype of most of the model's values."""
         if self.dtype is not None:
             return self.dtype
-        counts: Counter[torch.dtype] = Counter()
+        num_values: Counter[torch.dtype] = Counter()
         for name in self.checkpoint.groups:
-            info = self.checkpoint.spec(name)
-            if info.dtype.is_floating_point:
-                counts[info.dtype] += info.nbytes // info.dtype.itemsize
-        return counts.most_common(1)[0][0]
+            spec = self.checkpoint.spec(name)
+            if spec.dtype.is_floating_point:
+                num_values[spec.dtype] += spec.nbytes // spec.dtype.itemsize
+        return num_values.most_common(1)[0][0]
 
 
 def open_merger(
@@ -219,32 +219,34 @@ def open_merger(
     ref = inputs.ref
     model = build_task_model(ref.model_config, ref.auto_class)
     resize_embeddings(model, ref.adapter_path)
-    rounds = rounding(build_task_model(ref.model_config, ref.auto_class)) if rounding else None
+    rounding_function = (
+        rounding(build_task_model(ref.model_config, ref.auto_class)) if rounding else None
+    )
     checkpoint = _open(inputs, model)
     ties = tied_names(model)
     ignored = set(unsaved_names(model) or ()) - set(ties)
     unused = tuple(f"{module}." for module in inputs.ref.configured_task.get_unused_modules(model))
     ignored |= {n for n in model.state_dict() if n.startswith(unused) and not checkpoint.holds(n)}
     shapes = {name: tuple(t.shape) for name, t in model.state_dict().items() if name not in ignored}
-    heads = find_heads(model) if inputs.card.heads else []
+    heads = get_heads(model) if inputs.card.heads else []
     skeleton = build_skeleton(model, inputs.ref.adapter_path)
     torch_dtype = DTYPES[dtype] if dtype else None
-    merger = TensorMerger(checkpoint, skeleton, shapes, ties, torch_dtype, rounds)
-    merger.check_whole(heads, inputs.source.name)
+    merger = TensorMerger(checkpoint, skeleton, shapes, ties, torch_dtype, rounding_function)
+    merger.check_complete(heads, inputs.source.name)
     return merger
 
 
-def write_merged(
-    directory: Path,
+def save_merged(
+    output_dir: Path,
     inputs: MergeInput,
     dtype: str | None,
     rounding: Callable[[Any], QuantizationRounding] | None,
 ) -> tuple[MergedFiles, TensorMerger]:
-    """Write the base of `inputs`, merged with its adapter, into the empty `directory`.
+    """Save the base of `inputs`, merged with its adapter, in the empty `output_dir`.
 
     Returns a summary and the merger, which can compute the tensors again. A `dtype` of None is the
     base's. `rounding` takes the model on the meta device and returns how its weights were quantized
-    in training; None merges into the base as stored.
+    in training; None merges into the base as saved.
 
     Raises:
         InputError: a tensor of the adapter or of the base does not belong to the model.
@@ -256,7 +258,7 @@ def write_merged(
     untied = _are_untied(merger, ties)
     names = [n for n in shapes if n not in ties or untied or n in checkpoint.groups]
     shards = _plan_files(merger, names)
-    size = write_files(directory, shards)
+    size = write_files(output_dir, shards)
     merged = sum(merger.adapts(name) for name in names)
     if len(merger.unchanged) == merged or merged == 0:
         raise RunError(
@@ -264,8 +266,8 @@ def write_merged(
             f"in {str(merger.main_dtype).removeprefix('torch.')} in every tensor. Use --dtype "
             "float32, or train longer."
         )
-    _write_config(directory, inputs, model, merger.main_dtype, untied=untied)
-    written = MergedFiles(
+    _save_config(output_dir, inputs, model, merger.main_dtype, untied=untied)
+    files = MergedFiles(
         sum(len(part.specs) for parts in shards.values() for part in parts),
         merged,
         len(merger.unchanged),
@@ -274,7 +276,7 @@ def write_merged(
         size,
         str(merger.main_dtype).removeprefix("torch."),
     )
-    return written, merger
+    return files, merger
 
 
 def _open(inputs: MergeInput, model: Any) -> Checkpoint:
@@ -310,9 +312,9 @@ def _plan_files(merger: TensorMerger, names: list[str]) -> dict[str, list[Tensor
     checkpoint, new = merger.checkpoint, []
     for name in names:
         if name in checkpoint.groups:
-            shards[checkpoint.file(name) or _SINGLE] += _parts(merger, name)
+            shards[checkpoint.file(name) or _SINGLE] += _plan_tensor(merger, name)
         else:
-            new += _parts(merger, name)
+            new += _plan_tensor(merger, name)
     files = sorted(shards) or [_SINGLE]
     shards[files[-1]] += new
     if len(files) == 1:
@@ -320,8 +322,8 @@ def _plan_files(merger: TensorMerger, names: list[str]) -> dict[str, list[Tensor
     return {name: shards[name] for name in files}
 
 
-def _parts(merger: TensorMerger, name: str) -> list[TensorPart]:
-    """Returns what to write for the tensor `name`, copied from the base's files where possible."""
+def _plan_tensor(merger: TensorMerger, name: str) -> list[TensorPart]:
+    """Returns the parts to write for the tensor `name`, copied from the base's files if equal."""
     model = merger.checkpoint.model
     saved = convert_for_saving(model, name, merger.spec(name).meta())
     specs = {key: spec_of(tensor) for key, tensor in saved.items()}
@@ -340,45 +342,47 @@ def _copy(key: str, info: TensorSpec, stored: Any) -> TensorPart:
     )
 
 
-def _write_config(
-    directory: Path, inputs: MergeInput, model: Any, dtype: torch.dtype, *, untied: bool
+def _save_config(
+    output_dir: Path, inputs: MergeInput, model: Any, dtype: torch.dtype, *, untied: bool
 ) -> None:
-    """Write config, tokenizer and generation config next to the weights."""
+    """Save config, tokenizer and generation config next to the weights."""
     config = model.config
     config.architectures = [type(model).__name__]
     config.dtype = dtype
     if untied:
         config.tie_word_embeddings = False
         config.get_text_config().tie_word_embeddings = False
-    config.save_pretrained(directory)
-    write_former_rope(directory)
-    write_tokenizer(directory, inputs.ref.tokenizer_source)
+    config.save_pretrained(output_dir)
+    save_legacy_rope(output_dir)
+    copy_tokenizer(output_dir, inputs.ref.tokenizer_source)
     if inputs.ignores_token_types:
-        _leave_out_token_types(directory, inputs.tokenizer.model_input_names)
+        _remove_token_types(output_dir, inputs.tokenizer.model_input_names)
     gguf = inputs.source.kind == "gguf"
-    generation_config = None if gguf else local_directory(inputs.source) / "generation_config.json"
+    generation_config = None if gguf else get_local_dir(inputs.source) / "generation_config.json"
     if generation_config is not None and generation_config.is_file():
-        shutil.copyfile(generation_config, directory / generation_config.name)
+        shutil.copyfile(generation_config, output_dir / generation_config.name)
     elif model.can_generate():
-        model.generation_config.save_pretrained(directory)
+        model.generation_config.save_pretrained(output_dir)
 
 
-def _leave_out_token_types(directory: Path, names: Sequence[str]) -> None:
-    path = directory / "tokenizer_config.json"
+def _remove_token_types(output_dir: Path, names: Sequence[str]) -> None:
+    path = output_dir / "tokenizer_config.json"
     if path.is_file():
-        settings = json.loads(path.read_text(encoding="utf-8"))
-        settings["model_input_names"] = [name for name in names if name != "token_type_ids"]
-        write_json(path, settings)
+        config = json.loads(path.read_text(encoding="utf-8"))
+        config["model_input_names"] = [name for name in names if name != "token_type_ids"]
+        write_json(path, config)
 
 
-def write_tokenizer(directory: Path, tokens: ModelSource) -> None:
-    """Copy the tokenizer's files into `directory`; for a .gguf base, save the loaded tokenizer."""
+def copy_tokenizer(output_dir: Path, tokens: ModelSource) -> None:
+    """Copy the tokenizer's files; for a .gguf base, save the loaded tokenizer."""
     if tokens.kind == "gguf":
-        load_tokenizer(tokens).save_pretrained(directory)
+        load_tokenizer(tokens).save_pretrained(output_dir)
         return
-    folder = local_directory(tokens)
-    for path in sorted({path for pattern in TOKENIZER_FILES for path in folder.glob(pattern)}):
+    tokenizer_dir = get_local_dir(tokens)
+    for path in sorted(
+        {path for pattern in TOKENIZER_FILES for path in tokenizer_dir.glob(pattern)}
+    ):
         if path.is_file():
-            target = directory / path.relative_to(folder)
+            target = output_dir / path.relative_to(tokenizer_dir)
             target.parent.mkdir(exist_ok=True)
             shutil.copyfile(path, target)

@@ -21,8 +21,8 @@ from ftlevel.artifacts.files import Workspace
 from ftlevel.config import MergeConfig
 from ftlevel.config.section import Choice
 from ftlevel.errors import ConfigError, InputError
-from ftlevel.merging.merge_input import MergeInput, find_adapter
-from ftlevel.merging.merged_model import write_tokenizer
+from ftlevel.merging.merge_input import MergeInput, get_adapter_dir
+from ftlevel.merging.merged_model import copy_tokenizer
 from ftlevel.methods.merging import WEIGHTS, load_peft_config
 from ftlevel.methods.upstream import pattern_of
 from ftlevel.models.loading import build_task_model
@@ -31,7 +31,7 @@ from ftlevel.trained.adapt import get_vocab_mismatch
 _MIXTURE = "mixture"
 
 
-def find_mixing_problem(config: dict[str, Any]) -> str | None:
+def get_mixing_error(config: dict[str, Any]) -> str | None:
     """Returns why an adapter with this PEFT config cannot be mixed; None if it can."""
     if config.get("peft_type") != "LORA":
         return f"only LoRA adapters can be mixed, and it is {config.get('peft_type')}"
@@ -49,8 +49,8 @@ def find_mixing_problem(config: dict[str, Any]) -> str | None:
     return None
 
 
-def concatenate_adapters(directories: Sequence[Path], weights: Sequence[float], out: Path) -> None:
-    """Write the LoRA with the update Σ wᵢ · sᵢ · Bᵢ · Aᵢ: weights wᵢ, scales sᵢ of the adapters.
+def concatenate_adapters(adapter_dirs: Sequence[Path], weights: Sequence[float], out: Path) -> None:
+    """Save the LoRA with the update Σ wᵢ · sᵢ · Bᵢ · Aᵢ: weights wᵢ, scales sᵢ of the adapters.
 
     A stacks wᵢ·sᵢ·Aᵢ by rows, B concatenates Bᵢ by columns. The rank is the sum of the ranks; the
     scale is 1.
@@ -59,7 +59,7 @@ def concatenate_adapters(directories: Sequence[Path], weights: Sequence[float], 
     from safetensors.torch import load_file, save_file
 
     mixed: dict[str, Any] = {}
-    for directory, weight in zip(directories, weights, strict=True):
+    for directory, weight in zip(adapter_dirs, weights, strict=True):
         config = load_peft_config(directory)
         for name, tensor in load_file(str(directory / WEIGHTS)).items():
             value = tensor.float()
@@ -80,7 +80,7 @@ def concatenate_adapters(directories: Sequence[Path], weights: Sequence[float], 
     rank_pattern = {
         f"^{name}$".replace(".", r"\."): rank for name, rank in ranks.items() if rank != max_rank
     }
-    first = load_peft_config(directories[0])
+    first = load_peft_config(adapter_dirs[0])
     first |= {
         "r": max_rank,
         "lora_alpha": max_rank,
@@ -109,13 +109,13 @@ def _module_of(name: str) -> str:
 
 def mix_with_peft(
     model: Any,
-    directories: Sequence[Path],
+    adapter_dirs: Sequence[Path],
     weights: Sequence[float],
     out: Path,
     strategy: str,
     density: float | None,
 ) -> None:
-    """Combine the adapters with PEFT's `add_weighted_adapter` and write the result to `out`.
+    """Combine the adapters with PEFT's `add_weighted_adapter` and save the result in `out`.
 
     `model` is modified, but its weights are not read. A `density` of None means 0.5. PEFT raises
     ValueError for adapters that the strategy cannot combine.
@@ -124,11 +124,11 @@ def mix_with_peft(
     from peft import PeftModel
 
     torch.manual_seed(0)  # dare drops values at random
-    names = [f"adapter_{index}" for index in range(len(directories))]
+    names = [f"adapter_{index}" for index in range(len(adapter_dirs))]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        peft_model = PeftModel.from_pretrained(model, str(directories[0]), adapter_name=names[0])
-        for name, directory in zip(names[1:], directories[1:], strict=True):
+        peft_model = PeftModel.from_pretrained(model, str(adapter_dirs[0]), adapter_name=names[0])
+        for name, directory in zip(names[1:], adapter_dirs[1:], strict=True):
             peft_model.load_adapter(str(directory), adapter_name=name)
         options: dict[str, Any] = {}
         if strategy not in ("svd", "linear"):
@@ -154,24 +154,24 @@ def mix(
     weights = config.weights or [1.0] * len(config.adapters)
     if weights == [1.0]:
         return inputs, []
-    directories = [find_adapter(name) for name in config.adapters]
-    for name, directory in zip(config.adapters, directories, strict=True):
-        reason = find_mixing_problem(load_peft_config(directory))
+    adapter_dirs = [get_adapter_dir(name) for name in config.adapters]
+    for name, directory in zip(config.adapters, adapter_dirs, strict=True):
+        reason = get_mixing_error(load_peft_config(directory))
         if reason is not None:
             raise InputError(f"{name} cannot be mixed: {reason}.")
         _check_same_base(inputs, name, directory)
     base = build_task_model(inputs.ref.model_config, inputs.ref.auto_class)
-    for name, directory in zip(config.adapters, directories, strict=True):
+    for name, directory in zip(config.adapters, adapter_dirs, strict=True):
         mismatch = get_vocab_mismatch(base, directory)
         if mismatch is not None:
             raise InputError(f"{name} cannot be mixed: {mismatch}. Merge it alone.")
-    mixture = Path(stack.enter_context(Workspace("mixture")))
+    mixed_dir = Path(stack.enter_context(Workspace("mixture")))
     if config.strategy == "cat":
-        concatenate_adapters(directories, weights, mixture)
+        concatenate_adapters(adapter_dirs, weights, mixed_dir)
     else:
         model = base.to_empty(device="cpu")
         try:
-            mix_with_peft(model, directories, weights, mixture, config.strategy, config.density)
+            mix_with_peft(model, adapter_dirs, weights, mixed_dir, config.strategy, config.density)
         except ValueError as error:
             raise ConfigError(
                 f"--strategy {config.strategy}: {str(error).splitlines()[0].rstrip('.')}. "
@@ -179,17 +179,17 @@ def mix(
             ) from None
     terms = ", ".join(f"{w:g} × {n}" for w, n in zip(weights, config.adapters, strict=True))
     exactness = "the weighted sum, exactly" if config.strategy == "cat" else "not the weighted sum"
-    write_tokenizer(mixture, inputs.ref.tokenizer_source)
-    return replace(inputs, ref=replace(inputs.ref, directory=mixture)), [
+    copy_tokenizer(mixed_dir, inputs.ref.tokenizer_source)
+    return replace(inputs, ref=replace(inputs.ref, directory=mixed_dir)), [
         Choice("mixture", terms, f"--strategy {config.strategy}: {exactness}")
     ]
 
 
-def _check_same_base(inputs: MergeInput, name: str, directory: Path) -> None:
+def _check_same_base(inputs: MergeInput, name: str, adapter_dir: Path) -> None:
     """Raise InputError if an adapter was trained on other base weights than the first one."""
-    if not (directory / CARD).is_file():
+    if not (adapter_dir / CARD).is_file():
         return
-    base, first_base = load_card(directory).base, inputs.card.base
+    base, first_base = load_card(adapter_dir).base, inputs.card.base
     if base.get("fingerprint") != first_base.get("fingerprint"):
         raise InputError(
             f"{name} was trained on {base.get('name')} and {inputs.ref.adapter_path} on "

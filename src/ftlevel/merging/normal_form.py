@@ -1,8 +1,7 @@
 """The normal form of an adapter: plain LoRA on the unchanged base, W + B·A with scale 1.
 
 It is computed from the adapter's file by a formula of the PEFT method. For other methods,
-`serving.adapters` probes the loaded layers. Adapters of PEFT types that ftlevel does not train are
-converted or refused here, too.
+`serving.adapters` probes the loaded layers.
 """
 
 from __future__ import annotations
@@ -121,10 +120,10 @@ class NormalForm:
         """Returns a copy plus zero updates for layers of `model` named like an adapted one."""
         import torch
 
-        suffixes = {name.rpartition(".")[2] for name in self.factors}
+        layer_names = {name.rpartition(".")[2] for name in self.factors}
         zeros: dict[str, Factors] = {}
         for name, module in model.named_modules():
-            if name.rpartition(".")[2] in suffixes and name not in self.factors:
+            if name.rpartition(".")[2] in layer_names and name not in self.factors:
                 weight = getattr(module, "weight", None)
                 if weight is None or weight.dim() != 2:
                     continue
@@ -171,7 +170,7 @@ def open_base(source: ModelSource, config: Any, auto_class: str) -> BaseWeights:
     return BaseWeights(model, open_checkpoint(source, model, mapping))
 
 
-def plain_form_of(config: Mapping[str, Any]) -> LoraConversion:
+def get_plain_form(config: Mapping[str, Any]) -> LoraConversion:
     """Returns how an adapter of this type becomes plain LoRA; raises InputError if it cannot."""
     peft_type = str(config.get("peft_type"))
     form = PLAIN_FORMS.get(peft_type, LoraConversion())
@@ -181,21 +180,23 @@ def plain_form_of(config: Mapping[str, Any]) -> LoraConversion:
 
 
 def compute_normal_form(
-    directory: Path, config: Mapping[str, Any], base: BaseWeights, limit: int
+    adapter_dir: Path, config: Mapping[str, Any], base: BaseWeights, limit: int
 ) -> NormalForm | None:
     """Compute the normal form from the adapter's file; None if the loaded layers must be probed.
 
     Raises InputError if there is no normal form, or its rank is above `limit`.
     """
-    algebra = plain_form_of(config).from_file
-    file = read_file(directory, config, base)
-    if algebra is None:
+    compute_factors = get_plain_form(config).from_file
+    file = load_adapter_file(adapter_dir, config, base)
+    if compute_factors is None:
         return None
-    factors = algebra(file)
+    factors = compute_factors(file)
     return build_normal_form(factors, file, limit, "its file")
 
 
-def read_file(directory: Path, config: Mapping[str, Any], base: BaseWeights) -> AdapterFile:
+def load_adapter_file(
+    adapter_dir: Path, config: Mapping[str, Any], base: BaseWeights
+) -> AdapterFile:
     """Load the adapter's tensors, without copies of base tensors; names are those of the base.
 
     Raises InputError if the vocabulary size or a copied tensor differs from the base.
@@ -203,16 +204,17 @@ def read_file(directory: Path, config: Mapping[str, Any], base: BaseWeights) -> 
     from safetensors.torch import load_file
 
     embedding = base.model.get_input_embeddings() if trained_on_text(base.model) else None
-    base_rows = None if embedding is None else int(embedding.weight.shape[0])
-    rows = get_adapter_vocab_size(base.model, directory) if base_rows else None
-    if rows not in (None, base_rows):
+    base_vocab_size = None if embedding is None else int(embedding.weight.shape[0])
+    vocab_size = get_adapter_vocab_size(base.model, adapter_dir) if base_vocab_size else None
+    if vocab_size not in (None, base_vocab_size):
         raise InputError(
-            f"it was trained with {rows:,} tokens and its base has {base_rows:,}, and no server "
+            f"it was trained with {vocab_size:,} tokens and its base has {base_vocab_size:,}, "
+            f"and no server "
             "adds rows to a base. Merge it"
         )
     tensors = {
         key.removeprefix(PREFIX): tensor
-        for key, tensor in load_file(str(directory / WEIGHTS)).items()
+        for key, tensor in load_file(str(adapter_dir / WEIGHTS)).items()
     }
     for name in [name for name in tensors if _BASE in f".{name}"]:
         weight = base.checkpoint.read(name.replace(_BASE, "."))
@@ -233,15 +235,15 @@ def trained_on_text(model: Any) -> bool:
 
 def is_whole(name: str, config: Mapping[str, Any]) -> bool:
     """Whether the tensor `name` is in a module of `modules_to_save`, by PEFT's suffix match."""
-    saved = tuple(config.get("modules_to_save") or ())
-    parts = name.split(".")
-    return any(".".join(parts[:count]).endswith(saved) for count in range(1, len(parts)))
+    module_names = tuple(config.get("modules_to_save") or ())
+    names = name.split(".")
+    return any(".".join(names[:count]).endswith(module_names) for count in range(1, len(names)))
 
 
 def build_normal_form(
     factors: dict[str, Factors], file: AdapterFile, limit: int, way: str
 ) -> NormalForm:
-    """Build the normal form of `factors` and of the remaining tensors of `file`.
+    """Create the normal form of `factors` and of the remaining tensors of `file`.
 
     Raises InputError if a remaining tensor does not fit plain LoRA, a rank is above `limit`, or
     nothing changes the base.
@@ -273,7 +275,7 @@ def build_normal_form(
 
 
 class Named(Protocol):
-    """Metadata of an adapter, which `write_normal` writes with the tensors."""
+    """Metadata of an adapter, which `save_normal_form` writes with the tensors."""
 
     @property
     def peft_config(self) -> dict[str, Any]:
@@ -284,48 +286,48 @@ class Named(Protocol):
         """Hub id or path of the base."""
 
 
-def write_normal(directory: Path, form: NormalForm, entry: Named) -> None:
-    """Write `form` into `directory` in the PEFT format, in float32; `entry` has the metadata."""
+def save_normal_form(output_dir: Path, normal_form: NormalForm, metadata: Named) -> None:
+    """Save `normal_form` in the PEFT format, in float32."""
     from safetensors.torch import save_file
 
-    tensors = {f"{PREFIX}{name}": tensor.contiguous() for name, tensor in form.kept.items()}
-    for name, update in form.factors.items():
+    tensors = {f"{PREFIX}{name}": tensor.contiguous() for name, tensor in normal_form.kept.items()}
+    for name, update in normal_form.factors.items():
         first, second = _keys(name, update)
         tensors[first], tensors[second] = (
             update.a.float().contiguous(),
             update.b.float().contiguous(),
         )
-    save_file(tensors, str(directory / WEIGHTS), {"format": "pt"})
-    peft_config = entry.peft_config
+    save_file(tensors, str(output_dir / WEIGHTS), {"format": "pt"})
+    peft_config = metadata.peft_config
     config = {key: peft_config.get(key) for key in ("task_type", "revision")} | {
         "peft_type": "LORA",
-        "base_model_name_or_path": entry.base_name,
-        "r": form.rank,
-        "lora_alpha": form.rank,
+        "base_model_name_or_path": metadata.base_name,
+        "r": normal_form.rank,
+        "lora_alpha": normal_form.rank,
         "lora_dropout": 0.0,
         "bias": "none",
-        "target_modules": sorted(form.factors),
-        "modules_to_save": peft_config.get("modules_to_save") if form.kept else None,
+        "target_modules": sorted(normal_form.factors),
+        "modules_to_save": peft_config.get("modules_to_save") if normal_form.kept else None,
         "fan_in_fan_out": bool(peft_config.get("fan_in_fan_out")),
         "init_lora_weights": True,
         "use_rslora": False,
         "use_dora": False,
         "inference_mode": True,
     }
-    write_json(directory / "adapter_config.json", config)
+    write_json(output_dir / "adapter_config.json", config)
 
 
-def read_normal(directory: Path, form: NormalForm) -> NormalForm:
-    """Load the normal form written into `directory` by `write_normal`; `form` names its modules."""
+def load_normal_form(output_dir: Path, normal_form: NormalForm) -> NormalForm:
+    """Load what `save_normal_form` wrote; `normal_form` names its modules."""
     from safetensors.torch import load_file
 
-    tensors = load_file(str(directory / WEIGHTS))
+    tensors = load_file(str(output_dir / WEIGHTS))
     factors = {}
-    for name, update in form.factors.items():
+    for name, update in normal_form.factors.items():
         first, second = _keys(name, update)
         factors[name] = Factors(tensors.pop(first), tensors.pop(second), update.is_embedding)
-    kept = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
-    return replace(form, factors=factors, kept=kept)
+    full_tensors = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
+    return replace(normal_form, factors=factors, kept=full_tensors)
 
 
 def _keys(name: str, update: Factors) -> tuple[str, str]:

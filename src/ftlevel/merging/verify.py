@@ -64,9 +64,9 @@ class MergeCheck:
     rounding: Agreement | None
 
 
-def load_merged(directory: Path, inputs: MergeInput) -> Any:
-    """Load the model in `directory` with transformers, in eval mode."""
-    source = ModelSource(str(directory), "directory", str(directory), local_files_only=True)
+def load_merged(model_dir: Path, inputs: MergeInput) -> Any:
+    """Load the model in `model_dir` with transformers, in eval mode."""
+    source = ModelSource(str(model_dir), "directory", str(model_dir), local_files_only=True)
     model, missing = load_model(
         source,
         load_config(source),
@@ -82,7 +82,7 @@ def load_merged(directory: Path, inputs: MergeInput) -> Any:
 
 
 def measure(
-    candidate: Candidate, inputs: MergeInput, probe: ComparisonSet, trained: RowLogits
+    candidate: Candidate, inputs: MergeInput, comparison_set: ComparisonSet, trained: RowLogits
 ) -> Candidate:
     """Reload `candidate`; return it with its logits and its difference from the trained model.
 
@@ -90,11 +90,11 @@ def measure(
     """
     model = load_merged(candidate.directory, inputs)
     _check_files(model, candidate.merger)
-    outputs = probe.score(model, inputs.dtype)
+    outputs = comparison_set.score(model, inputs.dtype)
     return replace(candidate, scores=outputs, trained=compare_logits(trained, outputs))
 
 
-def check(candidate: Candidate, inputs: MergeInput, probe: ComparisonSet) -> MergeCheck:
+def check(candidate: Candidate, inputs: MergeInput, comparison_set: ComparisonSet) -> MergeCheck:
     """Compare `candidate` with base and adapter; raise RunError if they differ by over `BOUND`."""
     if candidate.scores is None or candidate.trained is None:
         raise ValueError("what is checked was measured before")
@@ -103,17 +103,17 @@ def check(candidate: Candidate, inputs: MergeInput, probe: ComparisonSet) -> Mer
     # activations too, which weights cannot reproduce.
     is_original = inputs.quant.kind != "none" and candidate.onto == "original"
     if is_original or inputs.quant.kind == "8bit":
-        reference = probe.score(_load_reference(candidate, inputs), inputs.dtype)
+        reference = comparison_set.score(_load_reference(candidate, inputs), inputs.dtype)
         agreement = compare_logits(reference, candidate.scores)
     if inputs.dtype == candidate.written.dtype == "float32":  # nothing was rounded
-        _refuse_other_than(agreement)
+        _check_close(agreement)
         return MergeCheck(agreement, agreement, None)
-    few_rows = replace(probe, rows=probe.rows[:_ROWS])
-    exact, unrounded = _compare_before_rounding(candidate, inputs, few_rows)
-    if not _is_right(exact) and inputs.dtype != "float32":
-        wide = replace(inputs, dtype="float32")  # a layer may cast its inputs down too
-        exact, unrounded = _compare_before_rounding(candidate, wide, few_rows)
-    _refuse_other_than(exact)
+    subset = replace(comparison_set, rows=comparison_set.rows[:_ROWS])
+    exact, unrounded = _compare_before_rounding(candidate, inputs, subset)
+    if not _is_close(exact) and inputs.dtype != "float32":
+        float32_inputs = replace(inputs, dtype="float32")  # a layer may cast its inputs down too
+        exact, unrounded = _compare_before_rounding(candidate, float32_inputs, subset)
+    _check_close(exact)
     rounding = compare_logits(unrounded, candidate.scores.first(len(unrounded.logits)))
     return MergeCheck(agreement, exact, rounding)
 
@@ -137,7 +137,7 @@ def _load_reference(candidate: Candidate, inputs: MergeInput) -> Any:
 
 
 def _compare_before_rounding(
-    candidate: Candidate, inputs: MergeInput, probe: ComparisonSet
+    candidate: Candidate, inputs: MergeInput, comparison_set: ComparisonSet
 ) -> tuple[Agreement, RowLogits]:
     """Compare the unrounded merge with base and adapter in float32; also returns its logits.
 
@@ -149,20 +149,20 @@ def _compare_before_rounding(
         inputs = replace(inputs, dtype="float32")
     reference = _load_reference(candidate, inputs)
     with in_float32(reference):
-        expected = probe.score(reference, "float32")
+        expected = comparison_set.score(reference, "float32")
     del reference
     model = load_merged(candidate.directory, inputs)
     with in_float32(model, merger.unrounded):
-        outputs = probe.score(model, "float32")
+        outputs = comparison_set.score(model, "float32")
     return compare_logits(expected, outputs), outputs
 
 
-def _is_right(exact: Agreement) -> bool:
+def _is_close(exact: Agreement) -> bool:
     return exact.mean_difference <= BOUND * exact.scale
 
 
-def _refuse_other_than(exact: Agreement) -> None:
-    if not _is_right(exact):
+def _check_close(exact: Agreement) -> None:
+    if not _is_close(exact):
         raise RunError(
             f"the merged model is not the base with the adapter: before rounding its logits differ "
             f"by {exact.mean_difference:.3g} on average, and float32 explains "

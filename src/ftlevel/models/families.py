@@ -145,12 +145,12 @@ class Family:
         return tuple(expert.path for stack in self.stacks for expert in stack.experts)
 
 
-def _read_families() -> dict[str, Family]:
+def _load_families() -> dict[str, Family]:
     text = Path(__file__).with_suffix(".json").read_text(encoding="utf-8")
     rows: dict[str, dict[str, Any]] = {}
     for name, row in json.loads(text).items():
-        inherited = {k: v for k, v in rows.get(row.get("like"), {}).items() if k not in _SPECIFIC}
-        rows[name] = inherited | row
+        defaults = {k: v for k, v in rows.get(row.get("like"), {}).items() if k not in _SPECIFIC}
+        rows[name] = defaults | row
     return {name: _build_family(name, row) for name, row in rows.items()}
 
 
@@ -158,7 +158,7 @@ _SPECIFIC = ("aliases", "example", "note")
 
 
 def _build_family(name: str, row: Mapping[str, Any]) -> Family:
-    lists = ("attention_only", "embeddings", "outer_norms", "aliases")
+    list_fields = ("attention_only", "embeddings", "outer_norms", "aliases")
     return Family(
         name,
         row["kind"],
@@ -166,29 +166,29 @@ def _build_family(name: str, row: Mapping[str, Any]) -> Family:
         heads={task: tuple(modules) for task, modules in row["heads"].items()},
         example=_build_example(**row["example"]) if "example" in row else None,
         note=row.get("note", ""),
-        **{key: tuple(row.get(key, ())) for key in lists},
+        **{key: tuple(row.get(key, ())) for key in list_fields},
     )
 
 
 def _build_stack(stack: Mapping[str, Any], row: Mapping[str, Any]) -> Stack:
-    linears = []
+    layers = []
     for path, entry in stack["linears"].items():
         widths, only = entry if isinstance(entry, list) else (entry, "")
         fan_in, fan_out = widths.split(" -> ")
-        linears.append(BlockLinear(path, fan_in, fan_out, row.get("linear_type", "Linear"), only))
+        layers.append(BlockLinear(path, fan_in, fan_out, row.get("linear_type", "Linear"), only))
     experts = tuple(
         BlockLinear(path, *widths.split(" -> "))
         for path, widths in stack.get("experts", {}).items()
     )
     role = stack.get("role", "layers")
-    return Stack(stack["path"], tuple(linears), tuple(stack["norms"]), role, experts)
+    return Stack(stack["path"], tuple(layers), tuple(stack["norms"]), role, experts)
 
 
 def _build_example(name: str, variants: tuple[str, ...] = (), **dims: int) -> ReleasedModel:
     return ReleasedModel(name, Dims(**dims), tuple(variants))
 
 
-FAMILIES = _read_families()
+FAMILIES = _load_families()
 """Families by `model_type`."""
 
 
@@ -208,15 +208,15 @@ def lookup_family(name: str) -> Family | None:
     return _INDEX.get(_fold(name))
 
 
-def find_family(name: str) -> Family:
+def get_family(name: str) -> Family:
     """Returns the family `name`; raises `InputError`, which lists similar names, if unknown."""
     family = lookup_family(name)
     if family is not None:
         return family
-    close = closest_matches(_fold(name), _INDEX, count=3)
-    hint = f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
+    similar = closest_matches(_fold(name), _INDEX, count=3)
+    suffix = f" Did you mean {' or '.join(map(repr, similar))}?" if similar else ""
     raise InputError(
-        f"{name!r} is neither a supported family nor a model.{hint} "
+        f"{name!r} is neither a supported family nor a model.{suffix} "
         f"Families: {', '.join(FAMILIES)}. "
         "For a model, use its directory or full id: ftlevel list-targets OWNER/NAME"
     )

@@ -34,15 +34,15 @@ _TOPOLOGY = Path("/sys/devices/system/cpu")
 _MEMBERSHIP, _CGROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 
 
-def choose_threads() -> Choice:
+def select_threads() -> Choice:
     """Set torch's threads to one per usable physical core, unless set; returns the choice."""
     if os.environ.get("OMP_NUM_THREADS"):
         return Choice("threads", torch.get_num_threads(), "OMP_NUM_THREADS")
     allowed = allowed_cpus()
-    cores = count_cores(allowed)
+    cores = get_num_cores(allowed)
     if torch.get_num_threads() not in (cores, len(allowed)):  # torch's defaults
         return Choice("threads", torch.get_num_threads(), "as torch was set")
-    quota = read_quota()
+    quota = get_cpu_quota()
     threads = cores if quota is None else max(1, min(cores, math.floor(quota)))
     torch.set_num_threads(threads)
     if threads < cores:
@@ -57,18 +57,18 @@ def allowed_cpus() -> list[int]:
     return list(range(os.cpu_count() or 1))
 
 
-def count_cores(cpus: list[int], topology: Path = _TOPOLOGY) -> int:
-    """Count the physical cores of logical `cpus` by sysfs (`topology`); if unknown, the `cpus`."""
-    siblings = set()
+def get_num_cores(cpus: list[int], topology: Path = _TOPOLOGY) -> int:
+    """Returns the number of physical cores of the logical `cpus`; if unknown, of the `cpus`."""
+    core_ids = set()
     for cpu in cpus:
         try:
-            siblings.add((topology / f"cpu{cpu}/topology/thread_siblings_list").read_text())
+            core_ids.add((topology / f"cpu{cpu}/topology/thread_siblings_list").read_text())
         except OSError:
             return len(cpus)
-    return len(siblings)
+    return len(core_ids)
 
 
-def read_quota(membership: Path = _MEMBERSHIP, root: Path = _CGROUPS) -> float | None:
+def get_cpu_quota(membership: Path = _MEMBERSHIP, root: Path = _CGROUPS) -> float | None:
     """Returns the lowest CPU quota of this process's control groups, in CPUs, or None."""
     quotas = [quota for group in control_groups(membership, root) if (quota := _quota(group))]
     return min(quotas, default=None)
@@ -123,7 +123,7 @@ class MemorySettings:
     checkpointing: bool = False
 
 
-def longest_in_memory(config: Any, settings: MemorySettings, memory: int) -> int | None:
+def max_length_in_memory(config: Any, settings: MemorySettings, memory: int) -> int | None:
     """Returns an upper bound of the tokens per row that fit into `memory` bytes, or None."""
     text = config.get_text_config()
     hidden, layers = getattr(text, "hidden_size", 0), getattr(text, "num_hidden_layers", 0)
@@ -135,8 +135,8 @@ def longest_in_memory(config: Any, settings: MemorySettings, memory: int) -> int
     block = 4 * hidden + 2 * inner
     activations = layers * hidden + block if settings.checkpointing else layers * block
     weight_bytes = weights * (settings.weight + _TRAINED_BYTES * settings.trained)
-    free = memory - weight_bytes
-    return int(free // (activations * settings.value)) if free > 0 else None
+    available = memory - weight_bytes
+    return int(available // (activations * settings.value)) if available > 0 else None
 
 
 def device_memory(device: str) -> int:
@@ -146,11 +146,14 @@ def device_memory(device: str) -> int:
     import psutil
 
     return min(
-        [int(psutil.virtual_memory().total), *read_limits(control_groups(controller="memory"))]
+        [
+            int(psutil.virtual_memory().total),
+            *get_memory_limits(control_groups(controller="memory")),
+        ]
     )
 
 
-def release_freed_memory() -> None:
+def trim_heap() -> None:
     """Return freed pages of glibc's heap to the system (`malloc_trim`)."""
     if sys.platform.startswith("linux"):
         libc = ctypes.CDLL(None)
@@ -158,8 +161,8 @@ def release_freed_memory() -> None:
             libc.malloc_trim(0)
 
 
-def read_limits(groups: Iterable[Path]) -> Iterator[int]:
-    """Yields the memory limits in bytes of control groups, v2 (memory.max) or v1."""
+def get_memory_limits(groups: Iterable[Path]) -> Iterator[int]:
+    """Yields the memory limits of control groups in bytes, v2 (memory.max) or v1."""
     for group in groups:
         for name in ("memory.max", "memory.limit_in_bytes"):
             try:
@@ -168,8 +171,8 @@ def read_limits(groups: Iterable[Path]) -> Iterator[int]:
                 continue
 
 
-def read_free(groups: Iterable[Path]) -> Iterator[int]:
-    """Yields the free bytes of control groups, v2 or v1; cached files count as free."""
+def get_free_memory(groups: Iterable[Path]) -> Iterator[int]:
+    """Yields the free memory of control groups in bytes, v2 or v1; cached files count as free."""
     for group in groups:
         for limit, used, cached in (
             ("memory.max", "memory.current", "inactive_file"),
@@ -189,20 +192,20 @@ def read_free(groups: Iterable[Path]) -> Iterator[int]:
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def choose_device(requested: str) -> Choice:
-    """Choose the device type for auto, cpu, cuda or mps; raises `ConfigError` if unavailable."""
+def select_device(requested: str) -> Choice:
+    """Select the device type for auto, cpu, cuda or mps; raises `ConfigError` if unavailable."""
     has_cuda, has_mps = torch.cuda.is_available(), torch.backends.mps.is_available()
     if requested == "cuda" and not has_cuda:
         raise ConfigError("--device cuda: torch finds no CUDA device. Use --device cpu.")
     if requested == "mps" and not has_mps:
         raise ConfigError("--device mps: torch finds no MPS device. Use --device cpu.")
     if requested != "auto":
-        return Choice("device", requested, "" if requested == "cpu" else describe_device(requested))
+        return Choice("device", requested, "" if requested == "cpu" else format_device(requested))
     device = "cuda" if has_cuda else "mps" if has_mps else "cpu"
-    return Choice("device", device, f"auto: {describe_device(device)}")
+    return Choice("device", device, f"auto: {format_device(device)}")
 
 
-def describe_device(device: str) -> str:
+def format_device(device: str) -> str:
     """Returns a short description of the device."""
     if device == "cuda":
         name, count = str(torch.cuda.get_device_name()), torch.cuda.device_count()
@@ -214,8 +217,8 @@ def describe_device(device: str) -> str:
     return "no GPU here"
 
 
-def choose_dtype(dtype: str, device: str, method: str, model_type: str) -> Choice:
-    """Choose the name of the compute dtype; trained weights are always in float32.
+def select_dtype(dtype: str, device: str, method: str, model_type: str) -> Choice:
+    """Select the compute dtype by name; trained weights are always in float32.
 
     Raises:
         ConfigError: float16 on a CPU or for T5, whose activations overflow; 16-bit types for
@@ -297,7 +300,7 @@ def uses_tf32(enabled: bool | None, device: str, dtype: str) -> bool:
     return torch.cuda.get_device_capability() >= (8, 0)
 
 
-def choose_tf32(tf32: bool | None, device: str, dtype: str) -> list[Choice]:
+def select_tf32(tf32: bool | None, device: str, dtype: str) -> list[Choice]:
     """Returns log lines about TF32; raises `ConfigError` if the device does not support it."""
     if uses_tf32(tf32, device, dtype):
         message = "auto: an Ampere GPU or later; --no-tf32 is exact" if tf32 is None else ""
@@ -306,7 +309,7 @@ def choose_tf32(tf32: bool | None, device: str, dtype: str) -> list[Choice]:
         return [Choice("float32 products", "in TF32", f"but there are none: dtype is {dtype}")]
     if tf32:
         raise ConfigError(
-            f"--tf32: {describe_device(device)}. TF32 needs an NVIDIA GPU, Ampere or later. Drop "
+            f"--tf32: {format_device(device)}. TF32 needs an NVIDIA GPU, Ampere or later. Drop "
             "--tf32."
         )
     return []
@@ -370,4 +373,4 @@ def free_memory_bytes(device: str) -> int:
     except OSError:  # not Linux
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
     (available,) = (line.split()[1] for line in lines if line.startswith("MemAvailable"))
-    return min([int(available) * 1024, *read_free(control_groups(controller="memory"))])
+    return min([int(available) * 1024, *get_free_memory(control_groups(controller="memory"))])

@@ -22,7 +22,7 @@ from ftlevel.config import ModelConfig, QuantConfig
 from ftlevel.config.section import Choice
 from ftlevel.errors import ConfigError, InputError
 from ftlevel.models.loading import load_config, load_tokenizer, silence_loggers
-from ftlevel.models.quantization import as_quant_config, quantization_name, stored_quantization
+from ftlevel.models.quantization import as_quant_config, get_quantization_config, quantization_name
 from ftlevel.models.sources import ModelSource, resolve_source, snapshot
 
 _OF_NO_WEIGHT = tuple(
@@ -44,17 +44,11 @@ class PlacedModel:
     choice: Choice
 
 
-def place_model(model: Any, tokenizer: Any, config: ModelConfig, folder: Path) -> PlacedModel:
-    """Returns files with the weights of `model`, which is saved into `folder` if necessary.
+def place_model(model: Any, tokenizer: Any, config: ModelConfig, parent_dir: Path) -> PlacedModel:
+    """Returns files with the weights of `model`, saved in the empty `parent_dir` if necessary.
 
-    Args:
-        model: transformers model; None for the one that `config` names.
-        tokenizer: the tokenizer; None uses that of the model's name.
-        config: the section `model` of the configuration.
-        folder: an empty directory.
-
-    Raises:
-        ConfigError: an argument has the wrong type, or the config also names a model.
+    If `model` is None, `config` names the model; if `tokenizer` is None, the model's name gives it.
+    Raises `ConfigError` if an argument has the wrong type, or `config` also names a model.
     """
     if tokenizer is not None and not isinstance(tokenizer, transformers.PreTrainedTokenizerBase):
         raise ConfigError(
@@ -63,26 +57,30 @@ def place_model(model: Any, tokenizer: Any, config: ModelConfig, folder: Path) -
         )
     if model is None:
         source = resolve_source(config.name_or_path, config.revision, config.trust_remote_code)
-        return _with_tokenizer(source, tokenizer, folder)
+        return _with_tokenizer(source, tokenizer, parent_dir)
     _check_model(model, config)
-    stored = _find_source(str(model.name_or_path or ""), config)
+    named_source = _resolve_named_source(str(model.name_or_path or ""), config)
     quant = _quantization(model)
-    if stored is not None and _is_as_stored(model, stored, quant):
-        return replace(_with_tokenizer(stored, tokenizer, folder), quant=quant)
-    if tokenizer is None and stored is None:
+    if named_source is not None and _has_same_weights(model, named_source, quant):
+        return replace(_with_tokenizer(named_source, tokenizer, parent_dir), quant=quant)
+    if tokenizer is None and named_source is None:
         raise ConfigError(
             f"model= was not loaded from files (name {model.name_or_path!r}), so its tokenizer "
             "is unknown. Pass tokenizer=…"
         )
-    directory = folder / _short_name(stored.name if stored else type(model).__name__)
-    model.save_pretrained(directory)
-    if tokenizer is None and stored is not None:
-        tokenizer = load_tokenizer(stored)
-    tokenizer.save_pretrained(directory)
-    content = f"other weights than {stored.name}" if stored else "the weights of no file"
+    model_dir = parent_dir / _short_name(
+        named_source.name if named_source else type(model).__name__
+    )
+    model.save_pretrained(model_dir)
+    if tokenizer is None and named_source is not None:
+        tokenizer = load_tokenizer(named_source)
+    tokenizer.save_pretrained(model_dir)
+    content = (
+        f"other weights than {named_source.name}" if named_source else "the weights of no file"
+    )
     return PlacedModel(
-        str(directory),
-        directory,
+        str(model_dir),
+        model_dir,
         quant,
         Choice(
             "given model",
@@ -93,7 +91,7 @@ def place_model(model: Any, tokenizer: Any, config: ModelConfig, folder: Path) -
 
 
 def _check_model(model: Any, config: ModelConfig) -> None:
-    """Raise if `model` is not a plain transformers model, or if `config` also names a model."""
+    """Raise if `model` has an adapter, is no transformers model, or `config` names another one."""
     from peft import PeftModel
     from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -120,28 +118,31 @@ def _check_model(model: Any, config: ModelConfig) -> None:
 
 
 def _quantization(model: Any) -> QuantConfig | None:
-    stored = stored_quantization(model.config)
-    if stored is None:
+    quantization_config = get_quantization_config(model.config)
+    if quantization_config is None:
         return None
-    quant = as_quant_config(stored)
+    quant = as_quant_config(quantization_config)
     if quant is None:
         raise ConfigError(
-            f"model= is quantized by {quantization_name(stored)}. Of models in memory those of "
+            f"model= is quantized by {quantization_name(quantization_config)}. Of models in "
+            f"memory those of "
             "bitsandbytes can be trained (4 or 8 bits). Name it instead: TrainConfig(model=NAME)."
         )
     return quant
 
 
-def _find_source(name: str, config: ModelConfig) -> ModelSource | None:
+def _resolve_named_source(name: str, config: ModelConfig) -> ModelSource | None:
     try:
         return resolve_source(name, config.revision, config.trust_remote_code) if name else None
     except InputError:
         return None
 
 
-def _with_tokenizer(source: ModelSource, tokenizer: Any, folder: Path) -> PlacedModel:
-    """Returns `source`, or if its tokenizer differs, a copy in `folder` with `tokenizer`."""
-    if tokenizer is None or _facts(tokenizer) == _facts(load_tokenizer(source)):
+def _with_tokenizer(source: ModelSource, tokenizer: Any, parent_dir: Path) -> PlacedModel:
+    """Returns `source`, or if its tokenizer differs, a copy in `parent_dir` with `tokenizer`."""
+    if tokenizer is None or _get_tokenizer_state(tokenizer) == _get_tokenizer_state(
+        load_tokenizer(source)
+    ):
         return PlacedModel(
             source.name,
             None,
@@ -157,12 +158,12 @@ def _with_tokenizer(source: ModelSource, tokenizer: Any, folder: Path) -> Placed
             f"tokenizer= differs from that of {source.name}, and a .gguf file has its own. Drop "
             "it, or use a model directory."
         )
-    directory = folder / _short_name(source.name)
-    shutil.copytree(snapshot(source), directory)
-    tokenizer.save_pretrained(directory)
+    model_dir = parent_dir / _short_name(source.name)
+    shutil.copytree(snapshot(source), model_dir)
+    tokenizer.save_pretrained(model_dir)
     return PlacedModel(
-        str(directory),
-        directory,
+        str(model_dir),
+        model_dir,
         None,
         Choice(
             "given tokenizer",
@@ -176,24 +177,26 @@ def _short_name(name: str) -> str:
     return name.removeprefix("builtin:").rstrip("/").rpartition("/")[2]
 
 
-def _facts(tokenizer: Any) -> tuple[Any, ...]:
-    """Returns everything that affects tokenization except padding, to compare tokenizers."""
-    vocabulary: Any = tokenizer.get_vocab()
+def _get_tokenizer_state(tokenizer: Any) -> tuple[Any, ...]:
+    """Returns everything that affects tokenization except padding, for comparison."""
+    vocab: Any = tokenizer.get_vocab()
     if tokenizer.is_fast:
-        vocabulary = json.loads(tokenizer.backend_tokenizer.to_str())
-        vocabulary = {k: v for k, v in vocabulary.items() if k not in ("padding", "truncation")}
+        vocab = json.loads(tokenizer.backend_tokenizer.to_str())
+        vocab = {k: v for k, v in vocab.items() if k not in ("padding", "truncation")}
     special = {k: str(v) for k, v in tokenizer.special_tokens_map.items() if k != "pad_token"}
-    return vocabulary, special, getattr(tokenizer, "chat_template", None)
+    return vocab, special, getattr(tokenizer, "chat_template", None)
 
 
-def _is_as_stored(model: Any, source: ModelSource, quant: QuantConfig | None) -> bool:
+def _has_same_weights(model: Any, source: ModelSource, quant: QuantConfig | None) -> bool:
     """Returns whether config and all weights of `model` equal those of `source`."""
-    if source.kind == "gguf" or _config_facts(model.config) != _config_facts(load_config(source)):
+    if source.kind == "gguf" or _get_config_dict(model.config) != _get_config_dict(
+        load_config(source)
+    ):
         return False
     state = model.state_dict()
-    stored = _quantized_tensors(model, source) if quant else _stored_tensors(model, source)
+    tensors = _quantized_tensors(model, source) if quant else _load_tensors(model, source)
     pointers: set[int] = set()
-    for name, tensor in stored:
+    for name, tensor in tensors:
         value = state.pop(name, None)
         if value is None:  # stored twice
             return False
@@ -203,32 +206,34 @@ def _is_as_stored(model: Any, source: ModelSource, quant: QuantConfig | None) ->
     return all(tensor.data_ptr() in pointers for tensor in state.values())  # tied weights
 
 
-def _config_facts(config: Any) -> dict[str, Any]:
-    facts = json.loads(json.dumps(config.to_dict(), default=str))
-    return {k: v for k, v in facts.items() if k not in _OF_NO_WEIGHT and not k.startswith("_")}
+def _get_config_dict(config: Any) -> dict[str, Any]:
+    config_dict = json.loads(json.dumps(config.to_dict(), default=str))
+    return {
+        k: v for k, v in config_dict.items() if k not in _OF_NO_WEIGHT and not k.startswith("_")
+    }
 
 
-def _stored_tensors(model: Any, source: ModelSource) -> Iterator[tuple[str, Tensor]]:
+def _load_tensors(model: Any, source: ModelSource) -> Iterator[tuple[str, Tensor]]:
     """Yields (name in `model`, tensor) of the tensors in the files of `source`."""
     state, prefix = model.state_dict(), f"{model.base_model_prefix}."
     for path in sorted(snapshot(source).glob("*.safetensors")):
         with safe_open(str(path), framework="pt") as file:
-            for stored in file.keys():  # noqa: SIM118 - it is no dict
-                names = (stored, prefix + stored, stored.removeprefix(prefix))
+            for key in file.keys():  # noqa: SIM118 - it is no dict
+                names = (key, prefix + key, key.removeprefix(prefix))
                 name = next((name for name in names if name in state), None)
                 if name is not None:
-                    yield name, file.get_tensor(stored)
+                    yield name, file.get_tensor(key)
 
 
 def _quantized_tensors(model: Any, source: ModelSource) -> Iterator[tuple[str, Tensor]]:
-    floats = [p.dtype for p in model.parameters() if p.is_floating_point()]
+    dtypes = [p.dtype for p in model.parameters() if p.is_floating_point()]
     with silence_loggers():
-        fresh = type(model).from_pretrained(
+        reloaded = type(model).from_pretrained(
             source.location,
             **source.arguments(),
             quantization_config=model.config.quantization_config,
-            dtype=floats[0],
+            dtype=dtypes[0],
             device_map={"": str(model.device)},
         )
     state = model.state_dict()
-    yield from ((name, t.cpu()) for name, t in fresh.state_dict().items() if name in state)
+    yield from ((name, t.cpu()) for name, t in reloaded.state_dict().items() if name in state)

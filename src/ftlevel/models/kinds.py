@@ -48,8 +48,8 @@ def checkpoint_class(config: Any) -> str:
     class, and other models `AutoModel`.
     """
     if not config.architectures:
-        usual = {"decoder": "AutoModelForCausalLM", "encoder-decoder": "AutoModelForSeq2SeqLM"}
-        return usual.get(model_kind(config), "AutoModel")
+        defaults = {"decoder": "AutoModelForCausalLM", "encoder-decoder": "AutoModelForSeq2SeqLM"}
+        return defaults.get(model_kind(config), "AutoModel")
 
     def is_class_of(name: str, architecture: str) -> bool:
         mapping = model_classes(name)
@@ -88,7 +88,7 @@ _OFFSET_POSITIONS = {"roberta", "xlm-roberta", "camembert", "mpnet", "longformer
 
 
 _THETA = {"gpt_neox": "rotary_emb_base"}
-_SHARE = {"gpt_neox": "rotary_pct"}
+_PARTIAL_FACTOR = {"gpt_neox": "rotary_pct"}
 _BY_LAYER = {
     "gemma3_text": ("rope_theta", "rope_local_base_freq"),
     "modernbert": ("global_rope_theta", "local_rope_theta"),
@@ -96,31 +96,34 @@ _BY_LAYER = {
 """Model type -> transformers 4's names of the RoPE base of full and of sliding attention."""
 
 
-def write_former_rope(directory: Path) -> None:
-    """Add the RoPE keys of transformers 4 to config.json in `directory`."""
-    path = directory / "config.json"
+def save_legacy_rope(model_dir: Path) -> None:
+    """Add the RoPE keys of transformers 4 to config.json in `model_dir`."""
+    path = model_dir / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     for part in (config, *(value for value in config.values() if isinstance(value, dict))):
-        for key, value in former_rope(part).items():
+        for key, value in legacy_rope(part).items():
             part.setdefault(key, value)
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def former_rope(config: Mapping[str, Any]) -> dict[str, Any]:
+def legacy_rope(config: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the RoPE keys of transformers 4 for a config; empty without `rope_parameters`."""
-    rope, kind = config.get("rope_parameters") or {}, config.get("model_type", "")
-    if kind in _BY_LAYER:
+    rope, model_type = config.get("rope_parameters") or {}, config.get("model_type", "")
+    if model_type in _BY_LAYER:
         layers = [rope[name] for name in ("full_attention", "sliding_attention")]
-        former = {
-            key: layer["rope_theta"] for key, layer in zip(_BY_LAYER[kind], layers, strict=True)
+        result = {
+            key: layer["rope_theta"]
+            for key, layer in zip(_BY_LAYER[model_type], layers, strict=True)
         }
-        return former | (_scaling(layers[0]) if kind == "gemma3_text" else {})
+        return result | (_scaling(layers[0]) if model_type == "gemma3_text" else {})
     if "rope_theta" not in rope:  # none, or one per layer type, new in transformers 5
         return {}
-    former = {_THETA.get(kind, "rope_theta"): rope["rope_theta"]}
+    result = {_THETA.get(model_type, "rope_theta"): rope["rope_theta"]}
     if "partial_rotary_factor" in rope:
-        former[_SHARE.get(kind, "partial_rotary_factor")] = rope["partial_rotary_factor"]
-    return former | _scaling(rope)
+        result[_PARTIAL_FACTOR.get(model_type, "partial_rotary_factor")] = rope[
+            "partial_rotary_factor"
+        ]
+    return result | _scaling(rope)
 
 
 def _scaling(rope: Mapping[str, Any]) -> dict[str, Any]:

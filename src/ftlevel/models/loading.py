@@ -1,7 +1,6 @@
 """Load config, tokenizer, meta model and weights of a model source, and check the loaded weights.
 
-Shapes, missing and unexpected keys, dtypes and finite values are checked. Raises errors where
-transformers only warns or trains with a wrong model.
+Raises errors where transformers only warns or trains with a wrong model.
 """
 
 from __future__ import annotations
@@ -26,8 +25,8 @@ from torch import Tensor, nn
 
 from ftlevel.artifacts.files import Workspace
 from ftlevel.errors import InputError, join_names, reading
-from ftlevel.models.module_tree import find_heads, find_unpackable
-from ftlevel.models.quantization import as_quant_config, stored_quantization
+from ftlevel.models.module_tree import get_heads, get_modules_to_not_convert
+from ftlevel.models.quantization import as_quant_config, get_quantization_config
 from ftlevel.models.sources import ModelSource, snapshot
 from ftlevel.models.untrusted import FROM_READERS, check_config
 from ftlevel.models.upstream.architectures import forget_gguf, forget_renaming, model_classes
@@ -36,14 +35,14 @@ from ftlevel.models.upstream.quantizers import cast_unquantized, keep_trainable_
 from ftlevel.models.upstream.tensors import direct_tensors, inner_tensors
 
 if TYPE_CHECKING:
-    from ftlevel.models.upstream.shards import UnreadWeights
+    from ftlevel.models.upstream.shards import LazyWeights
 
 
 _SUMMED = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
-_LARGEST = 1e10  # the largest weights of published models are below 1e5
+_MAX_WEIGHT = 1e10  # the largest weights of published models are below 1e5
 
-_STORED_FLOATS = ("F64", "F32", "F16", "BF16")  # safetensors dtype names
+_FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")  # safetensors dtype names
 
 Mismatch = tuple[str, tuple[int, ...], tuple[int, ...]]
 """Parameter name, shape in the checkpoint, shape in the model."""
@@ -52,16 +51,15 @@ Mismatch = tuple[str, tuple[int, ...], tuple[int, ...]]
 def check_shapes(model: Any, mismatched: Iterable[Mismatch], label: str) -> list[str]:
     """Returns the head parameters among the `mismatched` weights; they are newly initialized.
 
-    Raises:
-        InputError: a weight outside the heads has a different shape in the checkpoint.
+    Raises `InputError` if a weight outside the heads has a different shape in the checkpoint.
     """
-    heads = tuple(f"{head}." for head in find_heads(model))
+    heads = tuple(f"{head}." for head in get_heads(model))
     rows = sorted(mismatched)
-    wrong = [row for row in rows if not row[0].startswith(heads) or not heads]
-    if wrong:
-        name, stored, expected = wrong[0]
+    invalid = [row for row in rows if not row[0].startswith(heads) or not heads]
+    if invalid:
+        name, stored, expected = invalid[0]
         raise InputError(
-            f"{label}: {len(wrong):,} weights do not have the shape given by its config.json, "
+            f"{label}: {len(invalid):,} weights do not have the shape given by its config.json, "
             f"such as {name}: {_by(stored)} in the checkpoint, {_by(expected)} in the model. Check "
             "that config.json belongs to the weights."
         )
@@ -72,17 +70,17 @@ def _by(shape: Iterable[int]) -> str:
     return " x ".join(map(str, shape)) or "a single number"
 
 
-def check_unexpected(model: nn.Module, unread: Iterable[str], label: str) -> None:
-    """Raise `InputError` if `unread` keys are of layers or biases that the config does not have."""
+def check_unexpected(model: nn.Module, unexpected_keys: Iterable[str], label: str) -> None:
+    """Raise `InputError` for keys of layers or biases that the config does not have."""
     lengths = {
         name: len(module)
         for name, module in model.named_modules()
         if isinstance(module, nn.ModuleList)
     }
-    names = sorted(unread)
+    names = sorted(unexpected_keys)
     for name in names:
         layer = re.match(r"(.+?)\.(\d+)\.", name)
-        length = _find(lengths, layer[1]) if layer else None
+        length = _lookup(lengths, layer[1]) if layer else None
         if layer and length is not None and int(layer[2]) >= length:
             raise InputError(
                 f"{label} has weights of layer {layer[2]} ({name}), and its config.json has "
@@ -92,7 +90,7 @@ def check_unexpected(model: nn.Module, unread: Iterable[str], label: str) -> Non
     modules = dict(model.named_modules())
     for name in names:
         owner, _, part = name.rpartition(".")
-        module = _find(modules, owner)
+        module = _lookup(modules, owner)
         if module is not None and direct_tensors(module)[0].get(part, "none") is None:
             raise InputError(
                 f"{label} has {name}, and its config.json describes a model without it. Check "
@@ -100,7 +98,7 @@ def check_unexpected(model: nn.Module, unread: Iterable[str], label: str) -> Non
             )
 
 
-def _find(values: Mapping[str, Any], name: str) -> Any:
+def _lookup(values: Mapping[str, Any], name: str) -> Any:
     """Returns the value whose key is `name`, or differs only by a module prefix; or None."""
     if name in values:
         return values[name]
@@ -116,12 +114,12 @@ def _find(values: Mapping[str, Any], name: str) -> Any:
     )
 
 
-def check_stored_dtypes(stored: Mapping[str, str], label: str) -> None:
+def check_dtypes(dtypes: Mapping[str, str], label: str) -> None:
     """Raise `InputError` for integer weights in an unquantized checkpoint: they have no scale."""
     quantized = {
         name: dtype
-        for name, dtype in stored.items()
-        if name.endswith((".weight", ".bias")) and dtype not in _STORED_FLOATS
+        for name, dtype in dtypes.items()
+        if name.endswith((".weight", ".bias")) and dtype not in _FLOAT_DTYPES
     }
     if quantized:
         name, dtype = next(iter(quantized.items()))
@@ -134,27 +132,30 @@ def check_stored_dtypes(stored: Mapping[str, str], label: str) -> None:
 
 def check_finite(tensors: Iterable[tuple[str, Any]], label: str) -> None:
     """Raise `InputError` for weights or scales that are NaN, infinite or larger than 1e10."""
-    parts = [(name, part) for name, tensor in tensors for part in _floats(tensor)]
-    if not parts:
+    named_tensors = [(name, part) for name, tensor in tensors for part in _floats(tensor)]
+    if not named_tensors:
         return
     # One pass over each tensor; large or non-finite values make the sum large or non-finite.
     # A sum may also overflow by itself, so suspects are checked again.
-    sums = torch.stack([part.sum().float().cpu() for _, part in parts])
-    is_sound = sums.abs() <= _LARGEST  # False for NaN
-    suspects = [pair for pair, ok in zip(parts, is_sound.tolist(), strict=True) if not ok]
-    largest = {name: float(part.abs().max()) for name, part in suspects if part.numel()}
-    broken = [name for name, value in largest.items() if not math.isfinite(value)]
-    if broken:
+    sums = torch.stack([part.sum().float().cpu() for _, part in named_tensors])
+    is_valid = sums.abs() <= _MAX_WEIGHT  # False for NaN
+    candidates = [pair for pair, ok in zip(named_tensors, is_valid.tolist(), strict=True) if not ok]
+    max_values = {name: float(part.abs().max()) for name, part in candidates if part.numel()}
+    nonfinite = [name for name, value in max_values.items() if not math.isfinite(value)]
+    if nonfinite:
         raise InputError(
-            f"{label} has NaN or infinity in {len(broken):,} of its tensors: "
-            f"{join_names(broken, 3)}. "
+            f"{label} has NaN or infinity in {len(nonfinite):,} of its tensors: "
+            f"{join_names(nonfinite, 3)}. "
             "Download or create it again."
         )
-    absurd = [f"{name} ({value:.2g})" for name, value in largest.items() if value > _LARGEST]
-    if absurd:
+    too_large = [
+        f"{name} ({value:.2g})" for name, value in max_values.items() if value > _MAX_WEIGHT
+    ]
+    if too_large:
         raise InputError(
-            f"{label} has numbers of more than {_LARGEST:.0e} in {len(absurd):,} of its tensors, "
-            f"which is not plausible for trained weights: {join_names(absurd, 3)}. Download or "
+            f"{label} has numbers of more than {_MAX_WEIGHT:.0e} in {len(too_large):,} of its "
+            f"tensors, "
+            f"which is not plausible for trained weights: {join_names(too_large, 3)}. Download or "
             "create it again."
         )
 
@@ -185,7 +186,7 @@ _UNREADABLE = (OSError, json.JSONDecodeError, struct.error, SafetensorError)
 
 
 @contextlib.contextmanager
-def _naming_damage(source: ModelSource) -> Iterator[None]:
+def _convert_read_errors(source: ModelSource) -> Iterator[None]:
     """Convert exceptions for corrupted files in the `with` block to `InputError`."""
     try:
         with reading(source.label):
@@ -249,11 +250,11 @@ def load_config(source: ModelSource, **overrides: Any) -> Any:
             "incomplete?"
         ) from error
     except (*FROM_READERS, StrictDataclassError) as error:
-        raise InputError(f"{source.label}: {_why_not(error)}") from error
+        raise InputError(f"{source.label}: {_explain_error(error)}") from error
 
 
-def _why_not(error: Exception) -> str:
-    """Returns why transformers cannot build the config, with a fix if available."""
+def _explain_error(error: Exception) -> str:
+    """Returns why transformers cannot create the config, with a fix if available."""
     if "trust_remote_code" in str(error):
         return (
             "it needs custom Python code (auto_map in its config.json), which is not run by "
@@ -289,7 +290,7 @@ def load_tokenizer(source: ModelSource) -> Any:
     except Exception as error:
         if not isinstance(error, FROM_READERS) and type(error) is not Exception:  # from Rust
             raise
-        if source.kind == "directory" and not _holds_tokenizer(Path(source.location)):
+        if source.kind == "directory" and not _has_tokenizer(Path(source.location)):
             raise InputError(
                 f"{source.label} has no tokenizer. Expected tokenizer.json in {source.location}: "
                 "copy it there from the model that the weights come from."
@@ -297,9 +298,9 @@ def load_tokenizer(source: ModelSource) -> Any:
         raise InputError(f"{source.label} has no usable tokenizer: {_first_line(error)}") from error
 
 
-def _holds_tokenizer(directory: Path) -> bool:
+def _has_tokenizer(model_dir: Path) -> bool:
     patterns = ("tokenizer*", "vocab*", "merges.txt", "*.model")
-    return any(next(directory.glob(pattern), None) for pattern in patterns)
+    return any(next(model_dir.glob(pattern), None) for pattern in patterns)
 
 
 def build_task_model(config: Any, auto_class: str) -> Any:
@@ -327,18 +328,13 @@ def load_model(
     device: str,
     quantization: Any = None,
     attn_implementation: str = "auto",
-    slices: UnreadWeights | None = None,
+    slices: LazyWeights | None = None,
 ) -> tuple[Any, list[str]]:
     """Load the weights of `source` into a model in eval mode.
 
-    Weights that `slices` reads later, in parts, are neither read nor checked here.
-
-    Returns:
-        The model, and the randomly initialized parameters that are not in the checkpoint;
-        `check_missing` checks which are allowed.
-
-    Raises:
-        InputError: a file is corrupted or does not match the config.
+    Returns the model, and the randomly initialized parameters that are not in the checkpoint;
+    `check_missing` checks which are allowed. Weights that `slices` loads later are neither loaded
+    nor checked. Raises `InputError` if a file is corrupted or does not match the config.
     """
     if source.gguf_file and quantization is not None:
         return _load_gguf_quantized(
@@ -356,23 +352,23 @@ def load_model(
         arguments["key_mapping"] = mapping
     if attn_implementation != "auto":
         arguments["attn_implementation"] = attn_implementation
-    stored = stored_quantization(config)
-    if stored is not None:
-        config = _keep_new_heads(stored, source, config, auto_class, dtype)
+    quantization_config = get_quantization_config(config)
+    if quantization_config is not None:
+        config = _keep_new_heads(quantization_config, source, config, auto_class, dtype)
     elif quantization is not None:
         arguments["quantization_config"] = keep_heads(quantization, config, auto_class)
-    if stored is None:
-        check_stored_dtypes(_stored_dtypes(source), source.label)
-    is_quantized = stored is not None or quantization is not None
+    if quantization_config is None:
+        check_dtypes(_load_tensor_dtypes(source), source.label)
+    is_quantized = quantization_config is not None or quantization is not None
     if is_quantized or (device == "cuda" and not source.gguf_file):
         # Loads shard by shard, so host memory does not grow with the number of GPUs.
         target = f"cuda:{torch.cuda.current_device()}" if device == "cuda" else device
         arguments["device_map"] = {"": target}
-    model, info = _read(source, auto_class, slices, config=config, dtype=dtype, **arguments)
-    redrawn = check_shapes(model, info["mismatched_keys"], source.label)
+    model, info = _load_weights(source, auto_class, slices, config=config, dtype=dtype, **arguments)
+    reinitialized = check_shapes(model, info["mismatched_keys"], source.label)
     check_unexpected(model, info["unexpected_keys"], source.label)
     check_finite(model.named_parameters() if slices is None else slices.read(model), source.label)
-    if stored is not None and as_quant_config(stored) is not None:
+    if quantization_config is not None and as_quant_config(quantization_config) is not None:
         cast_unquantized(model, dtype)
     if mapping:
         forget_renaming(model, mapping)
@@ -381,25 +377,25 @@ def load_model(
     if not is_quantized:
         model.to(device)
     keep_trainable_layout(model)
-    return model, sorted({*info["missing_keys"], *redrawn})
+    return model, sorted({*info["missing_keys"], *reinitialized})
 
 
-def _read(
-    source: ModelSource, auto_class: str, slices: UnreadWeights | None, **arguments: Any
+def _load_weights(
+    source: ModelSource, auto_class: str, slices: LazyWeights | None, **arguments: Any
 ) -> tuple[Any, dict[str, Any]]:
     """Returns the model and loading info, like `from_pretrained` with `output_loading_info`."""
     arguments["output_loading_info"] = True
     arguments["ignore_mismatched_sizes"] = True  # checked by check_shapes
-    with _naming_damage(source), silence_loggers(), quick_headers():
+    with _convert_read_errors(source), silence_loggers(), quick_headers():
         if slices is not None:
             meta = build_task_model(arguments["config"], auto_class)
             quantization = arguments.pop("quantization_config", None)
             arguments.pop("device_map", None)  # nothing is read yet
             model, info = slices.load(meta, snapshot(source), source.location, **arguments)
             if quantization is not None:
-                from ftlevel.models.upstream.quantizers import pack_unread  # imports DTensor
+                from ftlevel.models.upstream.quantizers import pack_lazy  # imports DTensor
 
-                pack_unread(model, quantization, slices.weights)
+                pack_lazy(model, quantization, slices.weights)
             return model, info
         return getattr(transformers, auto_class).from_pretrained(
             source.location, use_safetensors=None if source.gguf_file else True, **arguments
@@ -407,49 +403,55 @@ def _read(
 
 
 def _load_gguf_quantized(
-    source: ModelSource, config: Any, auto_class: str, *, dtype: torch.dtype, **settings: Any
+    source: ModelSource, config: Any, auto_class: str, *, dtype: torch.dtype, **kwargs: Any
 ) -> tuple[Any, list[str]]:
     """Load a .gguf file in `dtype`, save it, and load the saved model with quantization."""
     with Workspace("gguf") as folder:
         model, missing = load_model(source, config, auto_class, dtype=dtype, device="cpu")
         model.save_pretrained(folder, max_shard_size="2GB")
         del model
-        plain = ModelSource(folder, "directory", folder, local_files_only=True)
-        return load_model(plain, config, auto_class, dtype=dtype, **settings)[0], missing
+        saved_source = ModelSource(folder, "directory", folder, local_files_only=True)
+        return load_model(saved_source, config, auto_class, dtype=dtype, **kwargs)[0], missing
 
 
 def keep_heads(quantization: Any, config: Any, auto_class: str) -> Any:
-    """Returns a copy of `quantization` that excludes all heads and layers of `find_unpackable`.
+    """Returns a copy of `quantization` that does not convert heads.
 
     By default transformers excludes a tied output layer. With a list of exclusions it quantizes the
     tied layer, too, and BERT's `cls.predictions.decoder` would no longer be tied.
     """
-    copied = copy.copy(quantization)
+    result = copy.copy(quantization)
     meta = build_task_model(config, auto_class)
-    floats = [*find_heads(meta), *find_unpackable(meta)]
-    copied.llm_int8_skip_modules = sorted({*(quantization.llm_int8_skip_modules or ()), *floats})
-    return copied
+    excluded = [*get_heads(meta), *get_modules_to_not_convert(meta)]
+    result.llm_int8_skip_modules = sorted({*(quantization.llm_int8_skip_modules or ()), *excluded})
+    return result
 
 
 def _keep_new_heads(
-    stored: dict[str, Any], source: ModelSource, config: Any, auto_class: str, dtype: torch.dtype
+    quantization_config: dict[str, Any],
+    source: ModelSource,
+    config: Any,
+    auto_class: str,
+    dtype: torch.dtype,
 ) -> Any:
     """Returns the config, excluding heads that the bitsandbytes checkpoint did not quantize."""
-    if as_quant_config(stored) is None:
+    if as_quant_config(quantization_config) is None:
         return config
-    quantized = [name for name in _stored_dtypes(source) if name.endswith((".absmax", ".SCB"))]
+    quantized = [name for name in _load_tensor_dtypes(source) if name.endswith((".absmax", ".SCB"))]
     heads = [
         head
-        for head in find_heads(build_task_model(config, auto_class))
+        for head in get_heads(build_task_model(config, auto_class))
         if not any(f".{head}." in f".{name}" for name in quantized)
     ]
-    copied = copy.deepcopy(config)
-    copied.quantization_config = {
-        **stored,
-        "llm_int8_skip_modules": sorted({*(stored.get("llm_int8_skip_modules") or ()), *heads}),
+    new_config = copy.deepcopy(config)
+    new_config.quantization_config = {
+        **quantization_config,
+        "llm_int8_skip_modules": sorted(
+            {*(quantization_config.get("llm_int8_skip_modules") or ()), *heads}
+        ),
         "bnb_4bit_compute_dtype": str(dtype).removeprefix("torch."),
     }
-    return copied
+    return new_config
 
 
 def rename_prefix(config: Any, auto_class: str) -> dict[str, str]:
@@ -458,10 +460,12 @@ def rename_prefix(config: Any, auto_class: str) -> dict[str, str]:
     In transformers 5.24 the question-answering classes of Llama and Qwen name their base
     `transformer`, while checkpoints use `model`.
     """
-    families, classes = model_classes("AutoModel"), model_classes(auto_class)
-    if type(config) not in families or type(config) not in classes:
+    base_classes, task_classes = model_classes("AutoModel"), model_classes(auto_class)
+    if type(config) not in base_classes or type(config) not in task_classes:
         return {}
-    base_prefix, task_prefix = (_prefix(mapping[type(config)]) for mapping in (families, classes))
+    base_prefix, task_prefix = (
+        _prefix(mapping[type(config)]) for mapping in (base_classes, task_classes)
+    )
     return {} if task_prefix == base_prefix else {rf"^{base_prefix}\.": f"{task_prefix}."}
 
 
@@ -471,38 +475,38 @@ def _prefix(entry: Any) -> str:
     return str(first.base_model_prefix)
 
 
-def find_new_poolers(meta: torch.nn.Module, source: ModelSource) -> list[str]:
-    """Find poolers that are not in the checkpoint, so they are trained like heads; may be empty."""
-    stored_names = _stored_dtypes(source)
-    if not stored_names:
+def get_new_poolers(meta: torch.nn.Module, source: ModelSource) -> list[str]:
+    """Returns poolers that are not in the checkpoint, so they are trained like heads."""
+    checkpoint_names = _load_tensor_dtypes(source)
+    if not checkpoint_names:
         return []
     return [
         name
         for name, module in meta.named_modules()
         if name.rpartition(".")[2] == "pooler"
         and (parameters := [key for key, _ in module.named_parameters()])
-        and not any(stored.endswith(f"pooler.{parameters[0]}") for stored in stored_names)
+        and not any(stored.endswith(f"pooler.{parameters[0]}") for stored in checkpoint_names)
     ]
 
 
-def find_new_heads(meta: torch.nn.Module, source: ModelSource, heads: list[str]) -> list[str]:
-    """Find the `heads` that are not in the checkpoint; all of them if its contents are unknown."""
-    stored_names = _stored_dtypes(source)
+def get_new_heads(meta: torch.nn.Module, source: ModelSource, heads: list[str]) -> list[str]:
+    """Returns the `heads` that are not in the checkpoint; all of them if it is not on disk."""
+    checkpoint_names = _load_tensor_dtypes(source)
 
-    def is_stored(head: str) -> bool:
+    def is_in_checkpoint(head: str) -> bool:
         parameters = [name for name, _ in meta.get_submodule(head).named_parameters(prefix=head)]
-        return any(stored.endswith(name) for stored in stored_names for name in parameters)
+        return any(stored.endswith(name) for stored in checkpoint_names for name in parameters)
 
-    return [head for head in heads if not is_stored(head)]
+    return [head for head in heads if not is_in_checkpoint(head)]
 
 
-def _stored_dtypes(source: ModelSource) -> dict[str, str]:
+def _load_tensor_dtypes(source: ModelSource) -> dict[str, str]:
     """Returns tensor dtypes by name; empty for .gguf and models not on disk."""
     dtypes: dict[str, str] = {}
     if source.path is None or source.path.is_file():
         return dtypes
     for path in source.path.glob("*.safetensors"):
-        with _naming_damage(source), safe_open(str(path), framework="pt") as file:
+        with _convert_read_errors(source), safe_open(str(path), framework="pt") as file:
             names = file.keys()
             dtypes.update((name, file.get_slice(name).get_dtype()) for name in names)
     return dtypes

@@ -20,7 +20,7 @@ Location = Literal["block", "router", "kernel", "aside", "head", "other"]
 _ROUTERS = frozenset({"gate", "router", "shared_expert_gate"})
 # Mamba's scan reads these weights past their modules, so an adapter would have no effect;
 # PEFT 0.21 refuses `out_proj` for these model types (`_check_lora_target_modules_mamba`).
-_READ_BY_KERNELS = {
+_KERNEL_LAYERS = {
     "falcon_h1": ("out_proj",),
     "falcon_mamba": ("out_proj", "dt_proj"),
     "jamba": ("dt_proj",),
@@ -29,13 +29,13 @@ _READ_BY_KERNELS = {
     "nemotron_h": ("out_proj",),
 }
 # Used only with entity inputs, which no task has, or with global attention.
-_ASIDE = {
+_OPTIONAL_LAYERS = {
     "led": ("query_global", "key_global", "value_global"),
     "longformer": ("query_global", "key_global", "value_global"),
     "luke": ("w2e_query", "e2w_query", "e2e_query"),
 }
 # The forward pass casts or scales these, or reads their dtype, so they are not quantized.
-_WRITTEN_TO = {
+_FULL_PRECISION_LAYERS = {
     "led": (
         "query_global",
     ),  # the output is divided in location, which bitsandbytes does not support
@@ -99,7 +99,7 @@ class ModuleTree:
         self.blocks = [
             name for name in self.modules if name in self.lists and self._is_blocks(name)
         ]
-        self.heads = self._find_heads()
+        self.heads = self._get_heads()
 
     def _is_blocks(self, name: str) -> bool:
         parents = name.split(".")[:-1]
@@ -120,7 +120,7 @@ class ModuleTree:
         """Returns whether the module is a head or part of one."""
         return any(name == head or name.startswith(f"{head}.") for head in self.heads)
 
-    def _find_heads(self) -> list[str]:
+    def _get_heads(self) -> list[str]:
         base = getattr(self.model, "base_model", self.model)
         if base is not self.model:
             candidates = [name for name, part in self.model.named_children() if part is not base]
@@ -149,35 +149,35 @@ class ModuleTree:
 
     def pattern(self, name: str) -> str:
         """Returns `name` with `{i}`, `{j}`, … for the indices of layers and of repeated modules."""
-        parts, letters = name.split("."), iter(_INDEX_LETTERS)
-        for position, part in enumerate(parts):
-            holder = ".".join(name.split(".")[:position])
-            if not part.isdigit() or holder not in self.lists:
+        names, letters = name.split("."), iter(_INDEX_LETTERS)
+        for position, part in enumerate(names):
+            parent = ".".join(name.split(".")[:position])
+            if not part.isdigit() or parent not in self.lists:
                 continue
-            members = {type(member) for member in self.modules[holder].children()}
-            if holder in self.blocks or len(members) == 1:
-                parts[position] = f"{{{next(letters)}}}"
-        return ".".join(parts)
+            types = {type(member) for member in self.modules[parent].children()}
+            if parent in self.blocks or len(types) == 1:
+                names[position] = f"{{{next(letters)}}}"
+        return ".".join(names)
 
-    def _locate(self, name: str) -> Location:
+    def _get_location(self, name: str) -> Location:
         if self.in_heads(name):
             return "head"
         if not self.in_blocks(name):
             return "other"
-        parts = name.split(".")
+        names = name.split(".")
         model_type = getattr(getattr(self.model, "config", None), "model_type", "")
-        if parts[-1] in _READ_BY_KERNELS.get(model_type, ()):
+        if names[-1] in _KERNEL_LAYERS.get(model_type, ()):
             return "kernel"
-        if parts[-1] in _ASIDE.get(model_type, ()):
+        if names[-1] in _OPTIONAL_LAYERS.get(model_type, ()):
             return "aside"
-        return "router" if parts[-1] in _ROUTERS or "router" in parts else "block"
+        return "router" if names[-1] in _ROUTERS or "router" in names else "block"
 
     def linears(self) -> Iterator[LinearModule]:
         """Yields every linear layer, including heads, in the model's order."""
         for name, module in self.modules.items():
             size = linear_size(module)
             if size is not None:
-                yield LinearModule(name, self.pattern(name), *size, self._locate(name))
+                yield LinearModule(name, self.pattern(name), *size, self._get_location(name))
 
     def experts(self) -> Iterator[ExpertParameter]:
         """Yields the 3-D expert tensors in the blocks."""
@@ -221,47 +221,47 @@ class ModuleTree:
         """Yields (pattern, type, rows, width) of the embeddings."""
         for name, module in self.modules.items():
             if isinstance(module, nn.Embedding):
-                kind = type(module).__name__
-                yield self.pattern(name), kind, module.num_embeddings, module.embedding_dim
+                module_type = type(module).__name__
+                yield self.pattern(name), module_type, module.num_embeddings, module.embedding_dim
 
 
-def find_stacks(model: nn.Module) -> list[list[nn.Module]]:
-    """Find the blocks of each stack of a model, encoder before decoder."""
+def get_stacks(model: nn.Module) -> list[list[nn.Module]]:
+    """Returns the blocks of each stack of a model, encoder before decoder."""
     tree = ModuleTree(model)
     return [list(tree.modules[name].children()) for name in tree.blocks]
 
 
-def find_blocks(model: nn.Module) -> list[nn.Module]:
-    """Find the blocks of a model with a single stack, else an empty list."""
-    stacks = find_stacks(model)
+def get_blocks(model: nn.Module) -> list[nn.Module]:
+    """Returns the blocks of a model with a single stack, else an empty list."""
+    stacks = get_stacks(model)
     return stacks[0] if len(stacks) == 1 else []
 
 
-def find_unpackable(model: nn.Module) -> list[str]:
-    """Find linear layers not to quantize, because the model reads their weights directly."""
-    kind = str(getattr(model.config, "model_type", ""))
-    ends = (*_READ_BY_KERNELS.get(kind, ()), *_WRITTEN_TO.get(kind, ()))
+def get_modules_to_not_convert(model: nn.Module) -> list[str]:
+    """Returns the linear layers not to quantize, because the model reads their weights directly."""
+    model_type = str(getattr(model.config, "model_type", ""))
+    suffixes = (*_KERNEL_LAYERS.get(model_type, ()), *_FULL_PRECISION_LAYERS.get(model_type, ()))
     return (
         [
             name
             for name, module in model.named_modules()
-            if isinstance(module, nn.Linear) and name.endswith(tuple(f".{end}" for end in ends))
+            if isinstance(module, nn.Linear) and name.endswith(tuple(f".{end}" for end in suffixes))
         ]
-        if ends
+        if suffixes
         else []
     )
 
 
-def find_heads(model: nn.Module) -> list[str]:
-    """Find the modules on top of the base model, as in PEFT's `modules_to_save`.
+def get_heads(model: nn.Module) -> list[str]:
+    """Returns the modules on top of the base model, as in PEFT's `modules_to_save`.
 
     For example `["pre_classifier", "classifier"]` or `["lm_head"]`; empty for a bare model.
     """
     return ModuleTree(model).heads
 
 
-def find_new_language_head(model: nn.Module) -> tuple[list[str], list[str]]:
-    """Find the modules of a masked-LM head that are not in the checkpoint, and all head modules.
+def get_new_language_head(model: nn.Module) -> tuple[list[str], list[str]]:
+    """Returns the modules of a masked-LM head that are not in the checkpoint, and all head modules.
 
     If `architectures` names no masked LM, all but the tied output embedding is new, such as BERT's
     transform. Both lists are empty for a pretrained head.
@@ -269,15 +269,15 @@ def find_new_language_head(model: nn.Module) -> tuple[list[str], list[str]]:
     config: Any = model.config
     if any(_has_language_head(name, config.model_type) for name in config.architectures or ()):
         return [], []
-    heads = find_heads(model)
+    heads = get_heads(model)
     output = model.get_output_embeddings() if config.tie_word_embeddings else None  # type: ignore[operator]
     modules = dict(model.named_modules())
     new: list[str] = []
     candidates = list(heads)
     while candidates:
         name = candidates.pop(0)
-        parts = list(modules[name].modules())
-        if not any(part is output for part in parts):
+        modules_inside = list(modules[name].modules())
+        if not any(part is output for part in modules_inside):
             new.append(name)
         elif modules[name] is not output:
             children = modules[name].named_children()

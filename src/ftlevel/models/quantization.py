@@ -49,7 +49,7 @@ def packs_experts(quantization: Any) -> bool:
 
 @dataclass(frozen=True)
 class QuantizationRounding:
-    """Quantizes and dequantizes tensors: the result has the rounding of the quantized base.
+    """Quantizes and dequantizes tensors, so that they are rounded like the quantized base.
 
     Only tensors in `names` are rounded. Those in `transposed` are stored as `(in, out)`, as in
     Conv1D. `dtype` is the dtype before quantization.
@@ -86,15 +86,15 @@ class QuantizationRounding:
         return bnb.dequantize_4bit(packed, state).to(self.dtype)
 
 
-def build_rounding(model: Any, quantization: Any, dtype: torch.dtype) -> QuantizationRounding:
-    """Build the rounding that `quantization` applies to the meta model `model` (modified)."""
-    linears = replaced_linears(model, quantization, pre_quantized=False)
+def create_rounding(model: Any, quantization: Any, dtype: torch.dtype) -> QuantizationRounding:
+    """Create the rounding that `quantization` applies to the meta model `model` (modified)."""
+    layers = replaced_linears(model, quantization, pre_quantized=False)
     experts: frozenset[str] = frozenset()
     if packs_experts(quantization):
         experts = frozenset(packable_experts(model))
     return QuantizationRounding(
-        experts | {f"{name}.weight" for name in linears},
-        frozenset(f"{name}.weight" for name, is_conv1d in linears.items() if is_conv1d),
+        experts | {f"{name}.weight" for name in layers},
+        frozenset(f"{name}.weight" for name, is_conv1d in layers.items() if is_conv1d),
         quantization,
         dtype,
     )
@@ -104,22 +104,22 @@ INSTALL = "pip install 'ftlevel[torchao]'"
 _CONFIGS = {"int8-torchao": "Int8WeightOnlyConfig", "float8-torchao": "Float8WeightOnlyConfig"}
 
 
-def build_torchao_config(kind: str) -> Any:
-    """Build the `TorchAoConfig` for `kind`; raises `ConfigError` without torchao."""
+def build_torchao_config(quant_type: str) -> Any:
+    """Build the `TorchAoConfig` for `quant_type`; raises `ConfigError` without torchao."""
     if importlib.util.find_spec("torchao") is None:
         raise ConfigError(
-            f"--quant {kind} is torchao's, which is not installed. Install it: {INSTALL}"
+            f"--quant {quant_type} is torchao's, which is not installed. Install it: {INSTALL}"
         )
     import torchao.quantization
     from transformers import TorchAoConfig
 
-    return TorchAoConfig(quant_type=getattr(torchao.quantization, _CONFIGS[kind])())
+    return TorchAoConfig(quant_type=getattr(torchao.quantization, _CONFIGS[quant_type])())
 
 
-def torchao_kind(stored: dict[str, Any]) -> str | None:
+def get_torchao_type(quantization_config: dict[str, Any]) -> str | None:
     """Returns the `--quant` type of a torchao `quantization_config`, or None."""
-    quant_type = stored.get("quant_type")
-    if stored.get("quant_method") != "torchao" or not isinstance(quant_type, dict):
+    quant_type = quantization_config.get("quant_type")
+    if quantization_config.get("quant_method") != "torchao" or not isinstance(quant_type, dict):
         return None
     name = quant_type.get("default", {}).get("_type")
     return next((kind for kind, config in _CONFIGS.items() if config == name), None)
@@ -140,71 +140,77 @@ def torchao_bytes(shape: tuple[int, ...], quantization: Any) -> int:
     return math.prod(shape) + shape[0] * (5 if name == _CONFIGS["int8-torchao"] else 4)
 
 
-def stored_quantization(config: Any) -> dict[str, Any] | None:
+def get_quantization_config(config: Any) -> dict[str, Any] | None:
     """Returns the `quantization_config` of a model config as a dict, or None."""
-    stored = getattr(config, "quantization_config", None)
-    if stored is None:
+    result = getattr(config, "quantization_config", None)
+    if result is None:
         return None
-    return dict(stored if isinstance(stored, dict) else stored.to_dict())
+    return dict(result if isinstance(result, dict) else result.to_dict())
 
 
-def quantization_name(stored: dict[str, Any]) -> str:
-    """Returns the name of a stored quantization: `4bit nf4`, `8bit`, `int8-torchao`, `gptq`."""
-    if stored.get("load_in_8bit"):
+def quantization_name(quantization_config: dict[str, Any]) -> str:
+    """Returns the name of a quantization: `4bit nf4`, `8bit`, `int8-torchao`, `gptq`."""
+    if quantization_config.get("load_in_8bit"):
         return "8bit"
-    if stored.get("load_in_4bit"):
-        double = " with double quantization" if stored.get("bnb_4bit_use_double_quant") else ""
-        return f"4bit {stored.get('bnb_4bit_quant_type', 'fp4')}{double}"
-    return torchao_kind(stored) or str(stored.get("quant_method", "an unknown method"))
+    if quantization_config.get("load_in_4bit"):
+        double = (
+            " with double quantization"
+            if quantization_config.get("bnb_4bit_use_double_quant")
+            else ""
+        )
+        return f"4bit {quantization_config.get('bnb_4bit_quant_type', 'fp4')}{double}"
+    return get_torchao_type(quantization_config) or str(
+        quantization_config.get("quant_method", "an unknown method")
+    )
 
 
-def as_quant_config(stored: dict[str, Any]) -> QuantConfig | None:
+def as_quant_config(quantization_config: dict[str, Any]) -> QuantConfig | None:
     """Returns the equivalent `--quant` settings of a bitsandbytes checkpoint; None for others."""
-    if stored.get("load_in_8bit"):
+    if quantization_config.get("load_in_8bit"):
         return QuantConfig(kind="8bit")
-    if stored.get("load_in_4bit"):
+    if quantization_config.get("load_in_4bit"):
         return QuantConfig(
             kind="4bit",
-            quant_type=stored.get("bnb_4bit_quant_type", "fp4"),
-            double_quant=bool(stored.get("bnb_4bit_use_double_quant")),
+            quant_type=quantization_config.get("bnb_4bit_quant_type", "fp4"),
+            double_quant=bool(quantization_config.get("bnb_4bit_use_double_quant")),
         )
     return None
 
 
-def quantization_facts(stored: dict[str, Any]) -> dict[str, Any]:
-    """Returns a stored quantization as a model-card entry: `kind`, and settings for 4-bit."""
-    quant = as_quant_config(stored)
+def get_quantization_info(quantization_config: dict[str, Any]) -> dict[str, Any]:
+    """Returns a quantization as a model-card entry: `kind`, and settings for 4-bit."""
+    quant = as_quant_config(quantization_config)
     if quant is None:
-        return {"kind": quantization_name(stored)}
+        return {"kind": quantization_name(quantization_config)}
     return quant.facts
 
 
-def read_quantization(facts: Mapping[str, Any]) -> QuantConfig:
+def get_quant_config(info: Mapping[str, Any]) -> QuantConfig:
     """Returns a model card's quantization as settings; `none` if the checkpoint itself has it."""
-    return QuantConfig.model_validate(facts) if _is_applied(facts) else QuantConfig()
+    return QuantConfig.model_validate(info) if _is_applied(info) else QuantConfig()
 
 
-def quantization_form(facts: Mapping[str, Any]) -> str:
+def format_quantization(info: Mapping[str, Any]) -> str:
     """Returns a short description of a model card's quantization."""
-    return QuantConfig.model_validate(facts).form if _is_applied(facts) else str(facts["kind"])
+    return QuantConfig.model_validate(info).form if _is_applied(info) else str(info["kind"])
 
 
-def _is_applied(facts: Mapping[str, Any]) -> bool:
-    return facts.get("kind", "none") in ("none", "4bit", "8bit")
+def _is_applied(info: Mapping[str, Any]) -> bool:
+    return info.get("kind", "none") in ("none", "4bit", "8bit")
 
 
-def check_loadable(stored: dict[str, Any], label: str, device: str) -> None:
+def check_loadable(quantization_config: dict[str, Any], label: str, device: str) -> None:
     """Raise `InputError` if a quantized checkpoint cannot be loaded on this machine."""
-    method = quantization_name(stored)
+    method = quantization_name(quantization_config)
     try:
         target = f"cuda:{torch.cuda.current_device()}" if device == "cuda" else device
-        check_environment(stored, target)
+        check_environment(quantization_config, target)
     except (ImportError, NotImplementedError, RuntimeError, ValueError, OSError) as error:
-        reason = " ".join(str(error).split())
-        if stored.get("quant_method") == "torchao" and isinstance(error, ImportError):
-            reason = f"torchao is not installed ({INSTALL})."
+        message = " ".join(str(error).split())
+        if quantization_config.get("quant_method") == "torchao" and isinstance(error, ImportError):
+            message = f"torchao is not installed ({INSTALL})."
         raise InputError(
-            f"{label} is quantized by {method}, which cannot be loaded here: {reason} "
+            f"{label} is quantized by {method}, which cannot be loaded here: {message} "
             "Install the package it names, or use the original model with --quant 4bit."
         ) from None
     except (TypeError, AttributeError, LookupError) as error:  # malformed config.json
@@ -215,19 +221,20 @@ def check_loadable(stored: dict[str, Any], label: str, device: str) -> None:
 
 
 def match_quantization(
-    stored: dict[str, Any] | None, config: QuantConfig, label: str, device: str
+    quantization_config: dict[str, Any] | None, config: QuantConfig, label: str, device: str
 ) -> QuantConfig:
     """Returns the quantization of the base: the requested one, or that of the checkpoint.
 
-    `stored` is None for an unquantized model; `label` names the model in errors.
-
-    Raises:
-        InputError: the checkpoint is quantized differently, or cannot be loaded here.
+    `quantization_config` is None for an unquantized model. Raises `InputError` if the checkpoint is
+    quantized differently, or cannot be loaded here.
     """
-    if stored is None:
+    if quantization_config is None:
         return config
-    check_loadable(stored, label, device)
-    stored_quant, method = as_quant_config(stored), quantization_name(stored)
+    check_loadable(quantization_config, label, device)
+    stored_quant, method = (
+        as_quant_config(quantization_config),
+        quantization_name(quantization_config),
+    )
     if config.kind != "none" and (stored_quant is None or stored_quant.kind != config.kind):
         raise InputError(
             f"{label} is already quantized ({method}), and --quant {config.kind} cannot be "

@@ -20,7 +20,7 @@ from ftlevel.errors import InputError, did_you_mean, join_names
 from ftlevel.models.untrusted import check_directory
 
 _HUB_ID = re.compile(r"[\w][\w.-]*(/[\w.-]+)?")
-_PROBE_SECONDS = 3.0
+_TIMEOUT = 3.0
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 MODELS: tuple[str, ...] = ("tiny-llama",)
 """Models shipped with the package, named `builtin:NAME`, in transformers' format."""
@@ -111,9 +111,9 @@ def resolve_source(
     """
     label = display_name or f"--model {name}"
     if name.startswith("builtin:"):
-        directory = builtin_path(name.removeprefix("builtin:"))
+        model_dir = builtin_path(name.removeprefix("builtin:"))
         return ModelSource(
-            name, "builtin", str(directory), local_files_only=True, display_name=display_name
+            name, "builtin", str(model_dir), local_files_only=True, display_name=display_name
         )
     path = Path(name).expanduser()
     if builtin_name := name_of_builtin(path):  # a path that PEFT wrote into adapter_config.json
@@ -161,8 +161,10 @@ def _check_file(path: Path, label: str) -> None:
     if path.exists():
         check_regular([path], label)
     if not path.is_file():
-        others = sorted(str(p) for p in path.parent.glob("*.gguf")) if path.parent.is_dir() else []
-        raise InputError(f"{label} does not exist.{did_you_mean(str(path), others)}")
+        alternatives = (
+            sorted(str(p) for p in path.parent.glob("*.gguf")) if path.parent.is_dir() else []
+        )
+        raise InputError(f"{label} does not exist.{did_you_mean(str(path), alternatives)}")
     with path.open("rb") as file:
         magic = file.read(4)
     if magic != b"GGUF":
@@ -236,10 +238,10 @@ def is_reachable(endpoint: str) -> bool:
     """Returns whether the host of a URL accepts a connection in time; True behind a proxy."""
     if any(os.environ.get(key) for key in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY")):
         return True
-    address = urlparse(endpoint)
-    port = address.port or (443 if address.scheme == "https" else 80)
+    parsed = urlparse(endpoint)
+    port = parsed.port or (443 if parsed.scheme == "https" else 80)
     try:
-        with socket.create_connection((address.hostname or "", port), timeout=_PROBE_SECONDS):
+        with socket.create_connection((parsed.hostname or "", port), timeout=_TIMEOUT):
             return True
     except OSError:
         return False
@@ -262,10 +264,10 @@ def snapshot(source: ModelSource, extra: Iterable[str] = ()) -> Path:
     )
 
 
-def name_of_builtin(directory: Path) -> str:
-    """Returns `builtin:NAME` of the built-in model in `directory`, or ""."""
+def name_of_builtin(model_dir: Path) -> str:
+    """Returns `builtin:NAME` of the built-in model in `model_dir`, or ""."""
     root = _BUILTIN.resolve()
-    path = directory.resolve()
+    path = model_dir.resolve()
     return f"builtin:{path.name}" if path.parent == root and path.name in MODELS else ""
 
 
@@ -276,10 +278,10 @@ def builtin_path(name: str) -> Path:
             f"builtin:{name}: no such model in ftlevel.{did_you_mean(name, MODELS)}"
             f" Available: {join_names(f'builtin:{model}' for model in MODELS)}."
         )
-    directory = _BUILTIN.resolve() / name
-    if not (directory / "model.safetensors").is_file():
+    model_dir = _BUILTIN.resolve() / name
+    if not (model_dir / "model.safetensors").is_file():
         raise InputError(
-            f"builtin:{name}: {directory} has no model.safetensors, so this installation is not"
+            f"builtin:{name}: {model_dir} has no model.safetensors, so this installation is not"
             " complete. Install ftlevel again."
         )
-    return directory
+    return model_dir

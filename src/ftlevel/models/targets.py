@@ -27,7 +27,7 @@ _PLAIN_NAME = re.compile(r"[\w.\-]+(,[\w.\-]+)*")
 
 
 @dataclass(frozen=True)
-class LinearKind:
+class LinearGroup:
     """Linear layers of a model that differ only in their layer index."""
 
     name: str
@@ -49,7 +49,7 @@ class LinearKind:
 
 
 @dataclass(frozen=True)
-class ExpertKind:
+class ExpertGroup:
     """Expert tensors that differ only in their layer index; `count` is the number of layers."""
 
     name: str
@@ -66,7 +66,7 @@ class ExpertKind:
 
 
 @dataclass(frozen=True)
-class ModuleKind:
+class ModuleGroup:
     """Embeddings or norms that differ only in their layer index; `shape` is that of the weight."""
 
     pattern: str
@@ -81,11 +81,11 @@ class ModelTargets:
 
     model_type: str
     class_name: str
-    linears: tuple[LinearKind, ...]
-    experts: tuple[ExpertKind, ...]
+    linears: tuple[LinearGroup, ...]
+    experts: tuple[ExpertGroup, ...]
     heads: tuple[str, ...]
-    norms: tuple[ModuleKind, ...]
-    embeddings: tuple[ModuleKind, ...]
+    norms: tuple[ModuleGroup, ...]
+    embeddings: tuple[ModuleGroup, ...]
     total_parameters: int
 
     def lora_parameters(self, r: int) -> int:
@@ -123,13 +123,13 @@ def build_meta_model(config: Any) -> nn.Module:
 def inspect_model(model: nn.Module) -> ModelTargets:
     """Returns the adaptable modules of `model`, usually on the meta device."""
     tree = ModuleTree(model)
-    linears = Counter(
+    counts = Counter(
         (part.pattern, part.type, part.in_features, part.out_features, part.location)
         for part in tree.linears()
         if part.location != "head"
     )
-    kinds = [
-        LinearKind(
+    groups = [
+        LinearGroup(
             name=pattern.rpartition(".")[2],
             pattern=pattern,
             type=kind,
@@ -138,7 +138,7 @@ def inspect_model(model: nn.Module) -> ModelTargets:
             count=count,
             location=location,
         )
-        for (pattern, kind, fan_in, fan_out, location), count in linears.items()
+        for (pattern, kind, fan_in, fan_out, location), count in counts.items()
     ]
     experts = Counter(
         (part.pattern, part.experts, part.in_features, part.out_features) for part in tree.experts()
@@ -146,18 +146,18 @@ def inspect_model(model: nn.Module) -> ModelTargets:
     return ModelTargets(
         model_type=_model_type(model),
         class_name=type(model).__name__,
-        linears=tuple(sorted(kinds, key=lambda kind: kind.location == "other")),
+        linears=tuple(sorted(groups, key=lambda kind: kind.location == "other")),
         experts=tuple(
-            ExpertKind(pattern.rpartition(".")[2], pattern, number, fan_in, fan_out, count)
+            ExpertGroup(pattern.rpartition(".")[2], pattern, number, fan_in, fan_out, count)
             for (pattern, number, fan_in, fan_out), count in experts.items()
         ),
         heads=tuple(tree.heads),
         norms=tuple(
-            ModuleKind(pattern, kind, (width,), count)
+            ModuleGroup(pattern, kind, (width,), count)
             for (pattern, kind, width), count in Counter(tree.norms()).items()
         ),
         embeddings=tuple(
-            ModuleKind(pattern, kind, (rows, width), count)
+            ModuleGroup(pattern, kind, (rows, width), count)
             for (pattern, kind, rows, width), count in Counter(tree.embeddings()).items()
         ),
         total_parameters=sum(weight.numel() for weight in model.parameters()),
@@ -169,8 +169,8 @@ def parse_targets(text: str) -> str | list[str]:
     text = text.strip()
     if text in (ALL_LINEAR, AUTO):
         return text
-    compact = re.sub(r"\s*,\s*", ",", text)
-    return compact.split(",") if _PLAIN_NAME.fullmatch(compact) else text
+    stripped = re.sub(r"\s*,\s*", ",", text)
+    return stripped.split(",") if _PLAIN_NAME.fullmatch(stripped) else text
 
 
 def resolve_targets(
@@ -180,33 +180,30 @@ def resolve_targets(
 
     A name matches as in PEFT: a module of that name or one that ends in `.name`. Matches in blocks
     take precedence, so `dense` never selects BERT's pooler. A regex must match the full name; heads
-    are excluded.
+    are excluded. Raises `InputError` if a name or the regex matches no adaptable module.
 
     Args:
         model: model, quantized or not, or on the meta device; not a PEFT model.
         targets: `all-linear`, `auto`, one regex, comma-separated names, or a list of names.
         model_name: name of the model in messages; default: `name_or_path` of its config.
-
-    Raises:
-        InputError: a name or the regex matches no adaptable module.
     """
-    picker = _Picker(model, model_name)
+    selector = _Selector(model, model_name)
     if isinstance(targets, str):
         targets = parse_targets(targets)
     elif len(targets) == 1 and targets[0] in (ALL_LINEAR, AUTO):
         targets = targets[0]
     if isinstance(targets, str):
         if targets in (ALL_LINEAR, AUTO):
-            return picker.all_linear()
-        return picker.by_regex(targets)
-    return picker.by_names(targets)
+            return selector.all_linear()
+        return selector.by_regex(targets)
+    return selector.by_names(targets)
 
 
 def _model_type(model: nn.Module) -> str:
     return str(getattr(getattr(model, "config", None), "model_type", type(model).__name__))
 
 
-class _Picker:
+class _Selector:
     """Selects linear layers of one model and builds error messages."""
 
     def __init__(self, model: nn.Module, model_name: str | None) -> None:
@@ -216,25 +213,25 @@ class _Picker:
         self.model_name = model_name or config_name or _model_type(model)
 
     def all_linear(self) -> list[str]:
-        picked = sorted(name for name, part in self.linears.items() if part.location == "block")
-        if not picked:
+        selected = sorted(name for name, part in self.linears.items() if part.location == "block")
+        if not selected:
             raise InputError(f"--target-modules: {self.model_name} has no linear in its blocks.")
-        return picked
+        return selected
 
     def by_names(self, names: Sequence[str]) -> list[str]:
-        picked: set[str] = set()
-        problems: list[str] = []
+        selected: set[str] = set()
+        failures: list[str] = []
         if not names:
-            problems.append(f"--target-modules: no names given. {self._available()}")
+            failures.append(f"--target-modules: no names given. {self._available()}")
         for name in names:
             matches = [full for full in self.tree.modules if f".{full}".endswith(f".{name}")]
-            linears = self._adaptable(matches)
-            picked.update(linears)
-            if not linears:
-                problems.append(self._problem(name, matches))
-        if problems:
-            raise InputError(problems)
-        return sorted(picked)
+            layers = self._adaptable(matches)
+            selected.update(layers)
+            if not layers:
+                failures.append(self._format_error(name, matches))
+        if failures:
+            raise InputError(failures)
+        return sorted(selected)
 
     def by_regex(self, regex: str) -> list[str]:
         try:
@@ -252,51 +249,51 @@ class _Picker:
                 f"--target-modules: {regex!r} takes too long to match ({error}). Avoid nested "
                 "repetitions."
             ) from None
-        picked = [
+        selected = [
             full
             for full in matches
             if full in self.linears and self.linears[full].location not in ("head", "kernel")
         ]
-        if not picked:
-            raise InputError(self._problem(regex, matches, hint=False))
-        return sorted(picked)
+        if not selected:
+            raise InputError(self._format_error(regex, matches, hint=False))
+        return sorted(selected)
 
     def _adaptable(self, matches: Sequence[str]) -> list[str]:
         """Returns the linear layers in blocks among `matches`; if none, the other linear layers."""
-        linears = [self.linears[full] for full in matches if full in self.linears]
-        inside = [part.name for part in linears if part.location == "block"]
-        return inside or [
-            part.name for part in linears if part.location in ("router", "aside", "other")
+        layers = [self.linears[full] for full in matches if full in self.linears]
+        in_blocks = [part.name for part in layers if part.location == "block"]
+        return in_blocks or [
+            part.name for part in layers if part.location in ("router", "aside", "other")
         ]
 
-    def _problem(self, target: str, matches: Sequence[str], *, hint: bool = True) -> str:
+    def _format_error(self, target: str, matches: Sequence[str], *, hint: bool = True) -> str:
         heads = [full for full in matches if self.tree.in_heads(full)]
-        suggestion = ""
+        suffix = ""
         if heads:
-            reason = self._head_reason(heads)
+            message = self._format_head_error(heads)
         elif any(
             full in self.linears and self.linears[full].location == "kernel" for full in matches
         ):
-            reason = (
+            message = (
                 f"is used by the scan of {self.model_name} without calling the module, so an "
                 "adapter on it would have no effect. Drop it."
             )
         elif matches:
-            kinds = sorted({type(self.tree.modules[full]).__name__ for full in matches})
-            reason = f"matches no linear of {self.model_name}, only {join_names(kinds)}."
-            if kinds == ["Embedding"]:
-                reason += " --modules-to-save trains it in full."
+            types = sorted({type(self.tree.modules[full]).__name__ for full in matches})
+            message = f"matches no linear of {self.model_name}, only {join_names(types)}."
+            if types == ["Embedding"]:
+                message += " --modules-to-save trains it in full."
         elif any(f".{part.name}".endswith(f".{target}") for part in self.tree.experts()):
-            reason = (
+            message = (
                 f"is a tensor of experts in {self.model_name}, not a module: PEFT reaches it by "
                 "target_parameters."
             )
         else:
-            suggestion = did_you_mean(target, self._names()) if hint else ""
-            reason = f"matches no module of {self.model_name}."
-        return f"--target-modules: {target!r} {reason} {self._available(suggestion)}"
+            suffix = did_you_mean(target, self._names()) if hint else ""
+            message = f"matches no module of {self.model_name}."
+        return f"--target-modules: {target!r} {message} {self._available(suffix)}"
 
-    def _head_reason(self, heads: Sequence[str]) -> str:
+    def _format_head_error(self, heads: Sequence[str]) -> str:
         get_output = getattr(self.tree.model, "get_output_embeddings", None)
         output = get_output() if get_output is not None else None
         parts = [part for head in self.tree.heads for part in self.tree.modules[head].modules()]

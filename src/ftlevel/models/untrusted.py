@@ -24,9 +24,9 @@ from ftlevel.artifacts.files import check_regular
 from ftlevel.errors import InputError
 
 _INDEX = "*.safetensors.index.json"
-_LARGEST_JSON = 1 << 27  # bytes; an index of 100,000 tensors has 10 MB
+_MAX_JSON_BYTES = 1 << 27  # bytes; an index of 100,000 tensors has 10 MB
 
-_MOST = {
+_MAX_SIZES = {
     name: most
     for names, most in (
         (
@@ -54,7 +54,7 @@ _IMPLEMENTATIONS = tuple(
     for end in ("", "_internal")
 )
 
-_AT_LEAST_ONE = tuple(
+_POSITIVE_SIZES = tuple(
     """
     num_hidden_layers n_layer num_attention_heads n_head hidden_size n_embd d_model vocab_size
     """.split()
@@ -66,9 +66,9 @@ def check_directory(path: Path, label: str) -> None:
     check_regular(path.iterdir(), label)
     for index in path.glob(_INDEX):
         _check_index(index, label)
-    check_config(_read(path / "config.json", label), label)
+    check_config(_load_json(path / "config.json", label), label)
     if (path / "generation_config.json").is_file():
-        _read(path / "generation_config.json", label)
+        _load_json(path / "generation_config.json", label)
 
 
 def check_config(config: Mapping[str, Any], label: str) -> None:
@@ -102,17 +102,17 @@ def check_sizes(config: Mapping[str, Any], label: str) -> None:
     for name, value in config.items():
         if isinstance(value, Mapping):
             check_sizes(value, label)
-        elif isinstance(value, (int, float)) and value > _MOST.get(name, value):
+        elif isinstance(value, (int, float)) and value > _MAX_SIZES.get(name, value):
             raise InputError(
                 f"{label}: {name} in its config is {value:,}; no model has more than "
-                f"{_MOST[name]:,}. The file is damaged or malicious."
+                f"{_MAX_SIZES[name]:,}. The file is damaged or malicious."
             )
-        elif name in _AT_LEAST_ONE and isinstance(value, (int, float)) and value < 1:
+        elif name in _POSITIVE_SIZES and isinstance(value, (int, float)) and value < 1:
             raise InputError(f"{label}: {name} in its config is {value:,}; the least is 1.")
 
 
 def _check_index(index: Path, label: str) -> None:
-    weight_map = _read(index, label).get("weight_map")
+    weight_map = _load_json(index, label).get("weight_map")
     if not isinstance(weight_map, Mapping):
         raise InputError(f"{label}: {index.name} has no weight_map. Is the copy incomplete?")
     for name in weight_map.values():
@@ -129,9 +129,9 @@ def _check_index(index: Path, label: str) -> None:
             )
 
 
-def _read(path: Path, label: str) -> Mapping[str, Any]:
+def _load_json(path: Path, label: str) -> Mapping[str, Any]:
     try:
-        if path.stat().st_size > _LARGEST_JSON:
+        if path.stat().st_size > _MAX_JSON_BYTES:
             raise ValueError(f"it has {path.stat().st_size:,} bytes")
         content = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(content, Mapping):
@@ -201,18 +201,21 @@ def limit_time(seconds: float) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-_SECONDS = 10.0
-_WHOLE = ("target_modules", "exclude_modules")  # a string is a regular expression, a list has names
-_ENDS = ("rank_pattern", "alpha_pattern")
+_TIMEOUT = 10.0
+_REGEX_FIELDS = (
+    "target_modules",
+    "exclude_modules",
+)  # a string is a regular expression, a list has names
+_PATTERN_FIELDS = ("rank_pattern", "alpha_pattern")
 
 
-def check_patterns(directory: Path, settings: Mapping[str, Any], base: Any) -> None:
+def check_patterns(adapter_dir: Path, peft_config: Mapping[str, Any], base: Any) -> None:
     """Raise `InputError` for invalid or slow regular expressions in adapter_config.json."""
-    path = directory / "adapter_config.json"
+    path = adapter_dir / "adapter_config.json"
     names = [name for name, _ in base.named_modules()]
-    for field, written, pattern in _patterns(settings):
+    for field, written, pattern in _patterns(peft_config):
         try:
-            with limit_time(_SECONDS):
+            with limit_time(_TIMEOUT):
                 compiled = re.compile(pattern)
                 for name in names:
                     compiled.fullmatch(name)
@@ -226,13 +229,13 @@ def check_patterns(directory: Path, settings: Mapping[str, Any], base: Any) -> N
             ) from None
 
 
-def _patterns(settings: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
-    """Yields (field, regular expression as written, expression that PEFT 0.21 makes of it)."""
-    for field in _WHOLE:
-        if isinstance(text := settings.get(field), str):
+def _patterns(peft_config: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
+    """Yields (field, original regular expression, expression that PEFT 0.21 makes of it)."""
+    for field in _REGEX_FIELDS:
+        if isinstance(text := peft_config.get(field), str):
             yield field, text, text
-    for field in _ENDS:
-        if isinstance(patterns := settings.get(field), Mapping):
+    for field in _PATTERN_FIELDS:
+        if isinstance(patterns := peft_config.get(field), Mapping):
             yield from ((field, key, rf"(.*\.)?({key})") for key in patterns)
 
 

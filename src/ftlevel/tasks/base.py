@@ -213,14 +213,14 @@ class BaseTask(ABC):
         """Adapt `tokenizer` (modified) to models of `kind`, and return the log line, if any."""
         return None
 
-    def find_heads(self, meta: Any, source: Any) -> tuple[list[str], list[str]]:
+    def get_heads(self, meta: Any, source: Any) -> tuple[list[str], list[str]]:
         """Find the modules of `meta` to train in full, and those that a checkpoint may lack."""
         if not self.has_new_head:
             return [], []
-        from ftlevel.models.loading import find_new_poolers
-        from ftlevel.models.module_tree import find_heads
+        from ftlevel.models.loading import get_new_poolers
+        from ftlevel.models.module_tree import get_heads
 
-        heads = list(dict.fromkeys([*find_new_poolers(meta, source), *find_heads(meta)]))
+        heads = list(dict.fromkeys([*get_new_poolers(meta, source), *get_heads(meta)]))
         return heads, heads
 
     def get_unused_modules(self, meta: Any) -> list[str]:
@@ -229,7 +229,7 @@ class BaseTask(ABC):
 
     @property
     def head_message(self) -> str:
-        """Log text explaining why the modules of `find_heads` are fully trained."""
+        """Log text explaining why the modules of `get_heads` are fully trained."""
         return "trained in full and saved"
 
     @abstractmethod

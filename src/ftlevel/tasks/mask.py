@@ -51,11 +51,11 @@ class MaskTask(BaseTask):
     def create_objective(self, kind: str, data_info: Mapping[str, Any]) -> Objective:
         return Tokens(self.headline, perplexity="pseudo_perplexity", accuracy="masked_accuracy")
 
-    def find_heads(self, meta: Any, source: Any) -> tuple[list[str], list[str]]:
+    def get_heads(self, meta: Any, source: Any) -> tuple[list[str], list[str]]:
         """Find the language head to train in full, if the checkpoint lacks it."""
-        from ftlevel.models.module_tree import find_new_language_head
+        from ftlevel.models.module_tree import get_new_language_head
 
-        return find_new_language_head(meta)
+        return get_new_language_head(meta)
 
     @property
     def head_message(self) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ftlevel.config import GenerateConfig
 from ftlevel.errors import ConfigError, InputError, did_you_mean, join_names
-from ftlevel.models.hardware import choose_device
+from ftlevel.models.hardware import select_device
 from ftlevel.tasks import TASKS
 from ftlevel.trained.adapt import add_adapter
 from ftlevel.trained.model_ref import LoadedModel, ModelRef
@@ -75,7 +75,7 @@ def load_adapter_set(config: GenerateConfig) -> AdapterSet:
         ConfigError: nothing is named, or two adapters have the same name.
         InputError: a model or adapter does not exist, or the adapters are not compatible.
     """
-    device = choose_device(config.device).value
+    device = select_device(config.device).value
     base, refs = _resolve_all(config, device)
     if not refs and base is None:
         raise ConfigError(

@@ -27,12 +27,12 @@ from ftlevel.models.loading import (
     load_model,
     load_tokenizer,
 )
-from ftlevel.models.module_tree import find_heads
+from ftlevel.models.module_tree import get_heads
 from ftlevel.models.quantization import (
     build_quantization_config,
     check_loadable,
-    read_quantization,
-    stored_quantization,
+    get_quant_config,
+    get_quantization_config,
 )
 from ftlevel.models.sources import ModelSource
 from ftlevel.objectives import Objective
@@ -201,7 +201,7 @@ class ModelRef:
                 "the reference model is not available: no rewards are computed, and the loss has "
                 "no reference"
             )
-        if (stored := stored_quantization(config)) is not None:
+        if (stored := get_quantization_config(config)) is not None:
             check_loadable(stored, source.label, device)
         tokenizer = self.load_tokenizer()
         ensure_pad_token(tokenizer)
@@ -223,13 +223,13 @@ class ModelRef:
             dtype=DTYPES["float32" if is_full else dtype],
             device=device,
             quantization=build_quantization_config(
-                read_quantization(card.quantization), DTYPES[dtype], card.heads
+                get_quant_config(card.quantization), DTYPES[dtype], card.heads
             ),
         )
         if card.method == PLAIN and task.has_new_head:
-            _check_trained_head(missing, find_heads(model), source.name, task.name)
+            _check_trained_head(missing, get_heads(model), source.name, task.name)
         # A new language head has an untrained bias, which stays zero.
-        new = [*card.heads, *find_heads(model)] if card.heads and self.directory else []
+        new = [*card.heads, *get_heads(model)] if card.heads and self.directory else []
         check_missing(missing, [*new, *task.get_unused_modules(model)], source.label)
         if dequantize:
             model = model.dequantize()

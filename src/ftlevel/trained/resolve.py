@@ -25,21 +25,21 @@ from ftlevel.artifacts.sentence_transformers import find_task
 from ftlevel.config.methods.lora import BASE_MODIFYING_INITS
 from ftlevel.data.encoding.collate import ensure_pad_token
 from ftlevel.errors import InputError, join_names, reading, with_article
-from ftlevel.models.hardware import choose_dtype
+from ftlevel.models.hardware import select_dtype
 from ftlevel.models.kinds import checkpoint_class, max_positions, model_kind
 from ftlevel.models.loading import build_task_model, load_config, load_tokenizer
-from ftlevel.models.module_tree import find_heads
+from ftlevel.models.module_tree import get_heads
 from ftlevel.models.quantization import (
     as_quant_config,
-    quantization_facts,
+    get_quantization_config,
+    get_quantization_info,
     quantization_name,
-    stored_quantization,
 )
 from ftlevel.models.sources import ModelSource, check_revision, resolve_source
 from ftlevel.tasks import TASKS, BaseTask
 from ftlevel.trained.adapt import AdapterReader, get_adapter_reader
 from ftlevel.trained.model_ref import PLAIN, ModelRef, get_tokenizer_source
-from ftlevel.weights.checkpoint import local_directory, merge_sharded_checkpoint, read_header
+from ftlevel.weights.checkpoint import get_local_dir, load_header, merge_sharded_checkpoint
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -113,11 +113,11 @@ def resolve_model(
 def with_quantization(ref: ModelRef) -> ModelRef:
     """Returns `ref`; if its weights are stored quantized, its card has that quantization."""
     config_dict = (
-        None if ref.source.kind == "gguf" else stored_quantization(load_config(ref.source))
+        None if ref.source.kind == "gguf" else get_quantization_config(load_config(ref.source))
     )
     if config_dict is None:
         return replace(ref, is_prequantized=False)
-    ref = ref.with_card(quantization=quantization_facts(config_dict))
+    ref = ref.with_card(quantization=get_quantization_info(config_dict))
     return replace(ref, is_prequantized=True)
 
 
@@ -125,7 +125,7 @@ def _with_dtype(ref: ModelRef, dtype: str, device: str) -> ModelRef:
     if dtype in ("auto", ref.card.dtype):
         return ref
     config = load_config(ref.source)
-    config_dict = stored_quantization(config)
+    config_dict = get_quantization_config(config)
     if config_dict is not None and as_quant_config(config_dict) is None:
         raise InputError(
             f"--dtype {dtype}: {ref.source.label} is stored quantized "
@@ -133,7 +133,7 @@ def _with_dtype(ref: ModelRef, dtype: str, device: str) -> ModelRef:
             f"was saved "
             f"with ({config.dtype}). Drop --dtype, or name the original model."
         )
-    compute_dtype = choose_dtype(dtype, device, ref.card.method, config.model_type).value
+    compute_dtype = select_dtype(dtype, device, ref.card.method, config.model_type).value
     return ref.with_card(dtype=compute_dtype)
 
 
@@ -330,10 +330,10 @@ def _peft_types() -> list[str]:
 
 def _count_outputs(adapter_dir: Path, meta: Any) -> int:
     """Returns the number of outputs of the head saved with an adapter; 0 if it has none."""
-    tensors, _ = read_header(adapter_dir / ADAPTER_WEIGHTS)
+    tensors, _ = load_header(adapter_dir / ADAPTER_WEIGHTS)
     shapes = {f".{name}": tensor.spec.shape for name, tensor in tensors.items()}
     outputs = 0
-    for head in find_heads(meta):
+    for head in get_heads(meta):
         for name, _ in meta.get_submodule(head).named_parameters(prefix=head):
             matches = [shape for stored, shape in shapes.items() if stored.endswith(f".{name}")]
             if matches and name.endswith("weight"):
@@ -391,7 +391,7 @@ def create_default_card(
         task=task.name if task is not None else "",
         base={"name": source.name, "kind": source.kind, "revision": source.revision},
         quantization={"kind": "none"},
-        dtype=choose_dtype("auto", device, "lora", config.model_type).value,
+        dtype=select_dtype("auto", device, "lora", config.model_type).value,
         max_length=max_positions(config) or 0,
         **defaults,
         heads=list((peft_config or {}).get("modules_to_save") or ()),
@@ -493,7 +493,7 @@ def check_base(source: ModelSource, card: AdapterCard, adapter_dir: Path) -> Non
 def check_cached_base(ref: ModelRef) -> None:
     """Raise InputError if the weights of a base on the Hub changed after training; may download."""
     if ref.source.kind == "hub" and ref.card.base.get("fingerprint") is not None:
-        local = local_directory(ref.source)
+        local = get_local_dir(ref.source)
         source = replace(ref.source, kind="directory", location=str(local))
         check_base(source, ref.card, ref.adapter_path)
 

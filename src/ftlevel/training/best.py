@@ -32,7 +32,7 @@ from ftlevel.methods.base import HasState
 from ftlevel.objectives import Objective
 from ftlevel.tasks import BaseTask
 from ftlevel.training.processes import Processes
-from ftlevel.weights.checkpoint import TensorPart, read_header, spec_of, write_file
+from ftlevel.weights.checkpoint import TensorPart, load_header, spec_of, write_file
 
 LOWER_IS_BETTER = ("loss", "perplexity", "rmse", "mse", "mae", "error")
 """Suffixes of metric names for which lower is better."""
@@ -303,7 +303,7 @@ def read_trained(model: Any, directory: Path) -> None:
     whose pruned ranks are not in the config yet, and ignores ftlevel's float32 heads. Raises
     ValueError if the names differ from those of the trainable parameters.
     """
-    stored, _ = read_header(directory / _WEIGHTS)
+    stored, _ = load_header(directory / _WEIGHTS)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if stored.keys() != trained.keys():
         mismatch = sorted(stored.keys() ^ trained.keys())[0]

@@ -24,8 +24,8 @@ from ftlevel.evaluation.scoring import KEPT, Evaluator, iterate_results
 from ftlevel.events import Listener
 from ftlevel.extensions import hooks
 from ftlevel.methods import needs_import
-from ftlevel.models.kinds import write_former_rope
-from ftlevel.models.quantization import stored_quantization
+from ftlevel.models.kinds import save_legacy_rope
+from ftlevel.models.quantization import get_quantization_config
 from ftlevel.objectives import PolicyObjective
 from ftlevel.trained.adapt import finalize_method, save_adapter
 from ftlevel.training.best import PredictionRecorder
@@ -87,7 +87,7 @@ def save(
         save_adapter(model, run.config.method, partial, adapted.start)
     else:
         model.save_pretrained(str(partial), state_dict=weights)
-        write_former_rope(partial)
+        save_legacy_rope(partial)
     write_tokenizer_and_card(partial, run, base, start, directory.adapter)
     flush_all(partial)
     delete_adapter(directory.path)
@@ -135,7 +135,7 @@ def next_commands(run: Run, directory: RunDirectory) -> list[str]:
 def _is_mergeable(run: Run, directory: RunDirectory) -> bool:
     from ftlevel.methods.merging import get_merge_error, load_peft_config  # imports PEFT tuners
 
-    if run.model.source.kind != "gguf" and stored_quantization(run.model.config) is not None:
+    if run.model.source.kind != "gguf" and get_quantization_config(run.model.config) is not None:
         return False
     is_adapter = (directory.adapter / "adapter_config.json").is_file()
     return is_adapter and get_merge_error(load_peft_config(directory.adapter)) is None

@@ -36,7 +36,7 @@ from ftlevel.fast.fused_lora import skip_unneeded_products
 from ftlevel.fast.likelihoods import base_model
 from ftlevel.fast.step_collator import StepCollator
 from ftlevel.models.hardware import autocast, free_memory_bytes
-from ftlevel.models.module_tree import find_stacks
+from ftlevel.models.module_tree import get_stacks
 from ftlevel.models.upstream.fake import storage_of
 from ftlevel.training.plan.run import Run
 
@@ -80,7 +80,7 @@ def set_checkpointing(model: Any, run: Run) -> list[Choice]:
         recompute_blocks(base, offload=train.offload_activations)
         message = "; what they begin with is in the host's memory" * train.offload_activations
         return [Choice("recomputed blocks", "all", f"as asked{message}")]
-    blocks = list(chain(*find_stacks(base)))
+    blocks = list(chain(*get_stacks(base)))
     if not train.may_recompute(run.model.device) or not _has_single_switches(base, blocks):
         return []
     activations = count_activations(model, blocks, run)
@@ -106,7 +106,7 @@ def recompute_blocks(base: Any, *, offload: bool = False) -> None:
     With `offload`, the inputs of blocks are stored in host memory.
     """
     base.activation_checkpointing_enable({"use_reentrant": False}, offload=offload)
-    skip_unneeded_products(list(chain(*find_stacks(base))))
+    skip_unneeded_products(list(chain(*get_stacks(base))))
 
 
 def _has_single_switches(base: Any, blocks: Sequence[nn.Module]) -> bool:
@@ -326,7 +326,7 @@ class StepReducer:
         fast = self._trainer.fast
         # Parallel workers draw dropout from their own generator, which recomputation lacks.
         is_random = fast is not None and fast.plan.workers > 1 and fast.plan.is_random
-        blocks = chain(*find_stacks(base))
+        blocks = chain(*get_stacks(base))
         are_all = all(getattr(block, "gradient_checkpointing", False) for block in blocks)
         return supports and not are_all and not is_random
 

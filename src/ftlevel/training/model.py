@@ -44,9 +44,9 @@ from ftlevel.methods.base import InitializationInputs
 from ftlevel.models.hardware import DTYPES
 from ftlevel.models.loading import check_finite, check_missing, load_model
 from ftlevel.models.module_tree import ModuleTree
-from ftlevel.models.quantization import build_quantization_config, stored_quantization
+from ftlevel.models.quantization import build_quantization_config, get_quantization_config
 from ftlevel.models.upstream.quantizers import carry_quant_states, scales_of
-from ftlevel.models.upstream.shards import UnreadWeights, local_shard, whole
+from ftlevel.models.upstream.shards import LazyWeights, local_shard, whole
 from ftlevel.models.upstream.tensors import inner_tensors
 from ftlevel.trained.adapt import (
     apply_method,
@@ -79,7 +79,7 @@ class FsdpUnit:
 
 
 def shard(
-    model: Any, device: str, *, holds: bool, dtype: torch.dtype, slices: UnreadWeights | None = None
+    model: Any, device: str, *, holds: bool, dtype: torch.dtype, slices: LazyWeights | None = None
 ) -> None:
     """Shard `model` (modified) with FSDP2; this process's part is placed on its device.
 
@@ -396,7 +396,7 @@ def load_sharded(run: Run, listener: Listener) -> Any:
     A corrupted part raises InputError in all processes.
     """
     reason = explain_full_read(run)
-    slices = None if reason else UnreadWeights()
+    slices = None if reason else LazyWeights()
     local_run = replace(run, model=place_on_host(run.model, slices))
     model = apply_run_method(load_base(local_run, slices), run)
     if slices is not None and (computed := find_computed_tensor(model, slices)):
@@ -423,7 +423,7 @@ def load_sharded(run: Run, listener: Listener) -> Any:
     return model
 
 
-def find_computed_tensor(model: Any, slices: UnreadWeights) -> str:
+def find_computed_tensor(model: Any, slices: LazyWeights) -> str:
     """Returns the name of a tensor computed from weights that are not read yet; empty for none.
 
     Also reads those weights of `model` (modified) of which the method trains copies.
@@ -437,7 +437,7 @@ def find_computed_tensor(model: Any, slices: UnreadWeights) -> str:
 def explain_full_read(run: Run) -> str:
     """Returns why each process must read the whole base; empty if its own part is enough."""
     planned, initialization = run.model, METHODS[run.config.method.kind].initialization
-    if stored_quantization(planned.config) is not None:
+    if get_quantization_config(planned.config) is not None:
         return "it is stored quantized, and its scales go with whole weights"
     if planned.quant.kind != "none" and getattr(run.config.method, "use_dora", False):
         return "DoRA's magnitudes are norms of whole weights"
@@ -452,13 +452,13 @@ def explain_full_read(run: Run) -> str:
     return ""
 
 
-def place_on_host(planned: PlannedModel, slices: UnreadWeights | None) -> PlannedModel:
+def place_on_host(planned: PlannedModel, slices: LazyWeights | None) -> PlannedModel:
     """Returns `planned` with device CPU, unless whole weights must be quantized on the device."""
     on_device = planned.quant.kind != "none" and slices is None
     return planned if on_device else replace(planned, device="cpu")
 
 
-def load_base(run: Run, slices: UnreadWeights | None = None) -> Any:
+def load_base(run: Run, slices: LazyWeights | None = None) -> Any:
     """Load the base model for training; new heads are initialized from the seed.
 
     Weights are not read yet, but registered in `slices` (modified); with None, they are read.

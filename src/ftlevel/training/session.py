@@ -28,7 +28,7 @@ from ftlevel.config.sections import wrap_rows
 from ftlevel.errors import ConfigError, Interrupted
 from ftlevel.evaluation.server import check_server
 from ftlevel.events import Listener
-from ftlevel.models.hardware import release_freed_memory, resident_bytes
+from ftlevel.models.hardware import resident_bytes, trim_heap
 from ftlevel.models.in_memory import place_model
 from ftlevel.training.best import SelectedModel
 from ftlevel.training.build_trainer import (
@@ -348,7 +348,7 @@ class TrainingSession:
             if self.is_sharded:
                 records = self.job.processes.from_first(lambda: records)
             self.run = end_training(self.trainer, self.run, records)
-        release_freed_memory()
+        trim_heap()
 
     def save(self) -> None:
         """Write the adapter or the full model with the tokenizer and card."""
@@ -419,7 +419,7 @@ def open_session(job: TrainingJob, resumed: ResumeState, stack: ExitStack) -> Tr
         lambda: check_disk_space(config.output.dir, config.train, adapted.model, steps)
     )
     comparison = verify_step(run, adapted, listener)
-    release_freed_memory()
+    trim_heap()
     directory = processes.from_first(lambda: open_or_resume(run, resumed, listener))
     check_shared(directory, processes)
     run, base = store_base(run, directory, is_first=processes.is_first)

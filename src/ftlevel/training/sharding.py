@@ -27,14 +27,14 @@ from ftlevel.methods import METHODS
 from ftlevel.models.hardware import free_memory_bytes
 from ftlevel.models.upstream.libraries import leave_sharded
 from ftlevel.models.upstream.shards import (
-    PartsWriter,
+    AsyncCheckpointWriter,
+    load_distributed_checkpoint,
+    load_optimizer_state,
     local_shard,
     part_of,
-    parts_of_state,
-    read_parts,
-    read_state,
+    save_distributed_checkpoint,
+    split_optimizer_state,
     whole,
-    write_parts,
 )
 from ftlevel.objectives import LikelihoodObjective, PolicyObjective, StepObjective
 from ftlevel.trained.adapt import finalize_method, load_initial_weights
@@ -68,7 +68,7 @@ class ShardedTrainer(FtlevelTrainer):
     def __init__(self, **arguments: Any):
         super().__init__(**arguments)
         leave_sharded(self)
-        self._writer = PartsWriter()
+        self._writer = AsyncCheckpointWriter()
         self._writes_aside = False
         self._whole = [p for p in trainable_parameters(self.model) if not isinstance(p, DTensor)]
 
@@ -124,7 +124,7 @@ class ShardedTrainer(FtlevelTrainer):
             super()._save_optimizer_and_scheduler(output_dir)
             return
         state, directory = self.optimizer.state_dict(), Path(output_dir)
-        parts, state["state"] = parts_of_state(state["state"])
+        parts, state["state"] = split_optimizer_state(state["state"])
         self._write_parts(parts, directory / _OPTIMIZER)
         if self._writes_aside:
             self._writer.begin()
@@ -148,7 +148,7 @@ class ShardedTrainer(FtlevelTrainer):
         if self._writes_aside:
             self._writer.copy(tensors, directory)
         else:
-            write_parts(tensors, directory)
+            save_distributed_checkpoint(tensors, directory)
 
     def when_written(self, act: Callable[[], None]) -> None:
         """Call `act` once the current checkpoint is written, at once or in the background."""
@@ -168,7 +168,9 @@ class ShardedTrainer(FtlevelTrainer):
         if self._whole:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
-        read_parts(self.model.state_dict(keep_vars=True), Path(resume_from_checkpoint))
+        load_distributed_checkpoint(
+            self.model.state_dict(keep_vars=True), Path(resume_from_checkpoint)
+        )
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Load this process's part of a checkpoint's optimizer state, and the scheduler."""
@@ -178,7 +180,7 @@ class ShardedTrainer(FtlevelTrainer):
         directory = Path(checkpoint)
         state = torch.load(directory / f"{_OPTIMIZER}.pt", weights_only=True)
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        state["state"] = read_state(state["state"], parameters, directory / _OPTIMIZER)
+        state["state"] = load_optimizer_state(state["state"], parameters, directory / _OPTIMIZER)
         self.optimizer.load_state_dict(state)
         self.lr_scheduler.load_state_dict(torch.load(directory / _SCHEDULER, weights_only=True))
 

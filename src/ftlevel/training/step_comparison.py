@@ -24,7 +24,7 @@ from ftlevel.errors import RunError
 from ftlevel.fast.fused_layers import FusedGlu, FusedNorm
 from ftlevel.fast.likelihoods import base_model, plain_loss, sum_of_ratios, with_baseline
 from ftlevel.models.hardware import autocast
-from ftlevel.models.module_tree import find_stacks
+from ftlevel.models.module_tree import get_stacks
 from ftlevel.objectives import LikelihoodObjective, StepObjective
 from ftlevel.trained.generation import batches
 from ftlevel.training.trainer import FtlevelTrainer
@@ -505,7 +505,7 @@ def _perturbed_inputs(model: Any, draw: int) -> Iterator[None]:
             else (args, {**kwargs, "hidden_states": perturbed})
         )
 
-    blocks = chain(*find_stacks(base_model(model)))
+    blocks = chain(*get_stacks(base_model(model)))
     hooks = [block.register_forward_pre_hook(move, with_kwargs=True) for block in blocks]
     try:
         yield

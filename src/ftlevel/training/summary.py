@@ -19,7 +19,7 @@ from ftlevel.data.prepare.streaming import StreamedRows
 from ftlevel.evaluation.scoring import Evaluator
 from ftlevel.methods import needs_import
 from ftlevel.models.hardware import peak_memory_bytes
-from ftlevel.models.quantization import quantization_facts, stored_quantization
+from ftlevel.models.quantization import get_quantization_config, get_quantization_info
 from ftlevel.models.sources import ModelSource
 from ftlevel.objectives import PolicyObjective
 from ftlevel.training.best import PredictionRecorder, SelectedModel
@@ -104,12 +104,12 @@ def with_stream_counts(run: Run, rows: StreamedRows) -> Run:
 
 def build_card(run: Run, base: Mapping[str, Any]) -> AdapterCard:
     """Build the card (ftlevel.json) that is stored with the adapter."""
-    stored = stored_quantization(run.model.config)
+    stored = get_quantization_config(run.model.config)
     return AdapterCard(
         method=run.config.method.kind,
         task=run.task.name,
         base=base,
-        quantization=run.model.quant.facts if stored is None else quantization_facts(stored),
+        quantization=run.model.quant.facts if stored is None else get_quantization_info(stored),
         dtype=run.model.dtype,
         max_length=run.data.max_length,
         prompt=run.data.prompt_format.to_dict() if run.data.prompt_format else {},

@@ -71,8 +71,8 @@ def spec_of(tensor: torch.Tensor) -> TensorSpec:
 
 
 @dataclass(frozen=True)
-class StoredTensor:
-    """A tensor in a file."""
+class FileTensor:
+    """A tensor in a safetensors file."""
 
     path: Path
     spec: TensorSpec
@@ -106,8 +106,8 @@ class StoredTensor:
                 remaining -= len(block)
 
 
-def read_header(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
-    """Load the tensors of a safetensors file by name, and its metadata.
+def load_header(path: Path) -> tuple[dict[str, FileTensor], dict[str, str]]:
+    """Returns the tensors of a safetensors file by name, and its metadata.
 
     Raises InputError if the file is truncated, or has an unsupported dtype.
     """
@@ -122,23 +122,23 @@ def read_header(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
             f"{path} is not a safetensors file ({error}). Is the copy incomplete?"
         ) from None
     metadata = header.pop("__metadata__", {})
-    stored = {}
+    tensors = {}
     for name, entry in header.items():
         if entry["dtype"] not in DTYPES:
             raise InputError(
                 f"{path}: {name} is of type {entry['dtype']}, which is not a plain number. "
                 f"Expected one of {', '.join(DTYPES)}."
             )
-        info = TensorSpec(DTYPES[entry["dtype"]], tuple(entry["shape"]))
-        stored[name] = StoredTensor(path, info, 8 + size + entry["data_offsets"][0])
-    ends = (8 + size + entry["data_offsets"][1] for entry in header.values())
-    if path.stat().st_size < max(ends, default=0):
+        spec = TensorSpec(DTYPES[entry["dtype"]], tuple(entry["shape"]))
+        tensors[name] = FileTensor(path, spec, 8 + size + entry["data_offsets"][0])
+    end_offsets = (8 + size + entry["data_offsets"][1] for entry in header.values())
+    if path.stat().st_size < max(end_offsets, default=0):
         raise InputError(f"{path} is shorter than its header says. Is the copy incomplete?")
-    return stored, metadata
+    return tensors, metadata
 
 
 def _entries(header: Any) -> dict[str, Any]:
-    """Returns `header` if it is valid; raises TypeError otherwise."""
+    """Returns the header of a safetensors file if it is valid; raises TypeError otherwise."""
 
     def is_size(value: Any) -> bool:
         return isinstance(value, int) and 0 <= value < 1 << 63
@@ -156,9 +156,9 @@ def _entries(header: Any) -> dict[str, Any]:
 
     if not isinstance(header, dict) or not isinstance(header.get("__metadata__", {}), dict):
         raise TypeError("its header is no table of tensors")
-    wrong = [n for n, entry in header.items() if n != "__metadata__" and not is_entry(entry)]
-    if wrong:
-        raise TypeError(f"its header has no type, shape and place of {wrong[0][:80]!r}")
+    invalid = [n for n, entry in header.items() if n != "__metadata__" and not is_entry(entry)]
+    if invalid:
+        raise TypeError(f"its header has no type, shape and place of {invalid[0][:80]!r}")
     return header
 
 
@@ -166,12 +166,12 @@ def _entries(header: Any) -> dict[str, Any]:
 class TensorPart:
     """Tensors that are written together.
 
-    `specs` are in file order. `source` is a stored tensor to copy, or a function that returns the
+    `specs` are in file order. `source` is a file's tensor to copy, or a function that returns the
     tensors by name.
     """
 
     specs: Mapping[str, TensorSpec]
-    source: StoredTensor | Callable[[], Mapping[str, torch.Tensor]]
+    source: FileTensor | Callable[[], Mapping[str, torch.Tensor]]
 
 
 def write_file(path: Path, parts: Sequence[TensorPart]) -> None:
@@ -192,13 +192,13 @@ def write_file(path: Path, parts: Sequence[TensorPart]) -> None:
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for part in parts:
-            _write_part(file, part)
+            _append_part(file, part)
         file.flush()
         os.fsync(file.fileno())
 
 
-def _write_part(file: BinaryIO, part: TensorPart) -> None:
-    if isinstance(part.source, StoredTensor):
+def _append_part(file: BinaryIO, part: TensorPart) -> None:
+    if isinstance(part.source, FileTensor):
         part.source.copy_to(file)
         return
     tensors = part.source()
@@ -210,45 +210,45 @@ def _write_part(file: BinaryIO, part: TensorPart) -> None:
             file.write(tensor.view(-1).view(torch.uint8).numpy().data)
 
 
-def write_files(directory: Path, shards: Mapping[str, Sequence[TensorPart]]) -> int:
-    """Write shards (file name → parts), with an index if several; return the size in bytes."""
-    total, where = 0, {}
+def write_files(output_dir: Path, shards: Mapping[str, Sequence[TensorPart]]) -> int:
+    """Save shards (file name → parts), with an index if several; return the size in bytes."""
+    total, weight_map = 0, {}
     for name, parts in shards.items():
-        write_file(directory / name, parts)
+        write_file(output_dir / name, parts)
         for part in parts:
-            where.update(dict.fromkeys(part.specs, name))
+            weight_map.update(dict.fromkeys(part.specs, name))
             total += sum(spec.nbytes for spec in part.specs.values())
     if len(shards) > 1:
-        write_index(directory, where, total)
+        save_index(output_dir, weight_map, total)
     return total
 
 
-def write_index(directory: Path, weight_map: Mapping[str, str], size: int) -> None:
-    """Write the index of several shards: tensor → file, and the total size in bytes."""
+def save_index(output_dir: Path, weight_map: Mapping[str, str], size: int) -> None:
+    """Save the index of several shards: tensor → file, and the total size in bytes."""
     index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
-    path = directory / "model.safetensors.index.json"
+    path = output_dir / "model.safetensors.index.json"
     path.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def weight_files(directory: Path) -> list[Path]:
+def weight_files(model_dir: Path) -> list[Path]:
     """Returns the weight files of a checkpoint that transformers loads, sorted.
 
     Raises InputError if there are none, or one that the index names is missing.
     """
-    single = directory / "model.safetensors"
-    index = directory / "model.safetensors.index.json"
+    single = model_dir / "model.safetensors"
+    index = model_dir / "model.safetensors.index.json"
     if single.is_file():
         return [single]
     if not index.is_file():
-        raise InputError(f"{directory} has no model.safetensors and no index of shards.")
+        raise InputError(f"{model_dir} has no model.safetensors and no index of shards.")
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     except (ValueError, KeyError, AttributeError) as error:
         raise InputError(f"{index} cannot be read ({error}). Is the copy incomplete?") from None
-    paths = [directory / name for name in names]
+    paths = [model_dir / name for name in names]
     missing = [path.name for path in paths if not path.is_file()]
     if missing:
-        raise InputError(f"{directory} lacks {missing[0]}, which its index names.")
+        raise InputError(f"{model_dir} lacks {missing[0]}, which its index names.")
     return paths
 
 
@@ -263,7 +263,7 @@ TOKENIZER_FILES = tuple(
 
 @dataclass(frozen=True)
 class TensorGroup:
-    """Stored tensors that form one tensor of the model.
+    """Tensors of a checkpoint that form one tensor of the model.
 
     `keys` are in transformers' reading order, and `patterns` has the pattern of `converter` that
     each matches. Without a converter, a single tensor is used unchanged.
@@ -276,50 +276,50 @@ class TensorGroup:
 
 @dataclass
 class Checkpoint:
-    """Weights of a model, read on demand.
+    """Weights of a model, loaded on demand.
 
     Attributes:
         stored: checkpoint name → tensor; in memory for a .gguf file.
-        groups: model name → stored tensors.
+        groups: model name → checkpoint names.
         model: the model on the meta device.
-        ties: name of a tied tensor that is not stored → name of the tensor that is.
+        ties: name of a tied tensor that is not in the checkpoint → name of the tensor that is.
         unused: checkpoint names that the model does not use.
     """
 
-    stored: Mapping[str, StoredTensor | torch.Tensor]
+    stored: Mapping[str, FileTensor | torch.Tensor]
     groups: dict[str, TensorGroup]
     model: Any
     ties: dict[str, str] = field(default_factory=dict)
     unused: list[str] = field(default_factory=list)
 
     def holds(self, name: str) -> bool:
-        """Returns whether the model's tensor `name` can be read."""
+        """Returns whether the checkpoint has the model's tensor `name`."""
         return self.ties.get(name, name) in self.groups
 
     def read(self, name: str) -> torch.Tensor:
-        """Load a copy of the model's tensor `name` in its stored precision."""
+        """Load a copy of the model's tensor `name` in the checkpoint's dtype."""
         group = self._group(name)
         return self._convert(name, group, {key: self._tensor(key) for key in group.keys})
 
     def spec(self, name: str) -> TensorSpec:
-        """Returns dtype and shape of the model's tensor `name` without reading it."""
+        """Returns dtype and shape of the model's tensor `name` without loading it."""
         group = self._group(name)
         specs = {key: self._spec(key).meta() for key in group.keys}
         return spec_of(self._convert(name, group, specs))
 
-    def plain(self, name: str) -> StoredTensor | None:
-        """Returns the stored tensor of `name` if it is used unchanged, else None."""
+    def plain(self, name: str) -> FileTensor | None:
+        """Returns the file's tensor for `name` if it is used unchanged, else None."""
         group = self._group(name)
         tensor = self.stored[group.keys[0]]
-        return tensor if group.converter is None and isinstance(tensor, StoredTensor) else None
+        return tensor if group.converter is None and isinstance(tensor, FileTensor) else None
 
     def file(self, name: str) -> str | None:
         """Returns the name of the file with the first stored tensor of `name`; None in memory."""
         tensor = self.stored[self._group(name).keys[0]]
-        return tensor.path.name if isinstance(tensor, StoredTensor) else None
+        return tensor.path.name if isinstance(tensor, FileTensor) else None
 
     def _group(self, name: str) -> TensorGroup:
-        """Returns the stored tensors of `name`, or raises InputError if there are none."""
+        """Returns the group of `name`; raises InputError if there is none."""
         group = self.groups.get(self.ties.get(name, name))
         if group is None:
             raise InputError(
@@ -330,11 +330,11 @@ class Checkpoint:
 
     def _tensor(self, key: str) -> torch.Tensor:
         tensor = self.stored[key]
-        return tensor.read() if isinstance(tensor, StoredTensor) else tensor.clone()
+        return tensor.read() if isinstance(tensor, FileTensor) else tensor.clone()
 
     def _spec(self, key: str) -> TensorSpec:
         tensor = self.stored[key]
-        return tensor.spec if isinstance(tensor, StoredTensor) else spec_of(tensor)
+        return tensor.spec if isinstance(tensor, FileTensor) else spec_of(tensor)
 
     def _convert(
         self, name: str, group: TensorGroup, tensors: Mapping[str, torch.Tensor]
@@ -352,14 +352,14 @@ def open_checkpoint(source: ModelSource, model: Any, key_mapping: Mapping[str, s
     `from_pretrained`; `key_mapping` comes from `rename_prefix`. Raises InputError if weight files
     are missing or corrupted.
     """
-    stored: dict[str, StoredTensor | torch.Tensor] = {}
-    for path in weight_files(local_directory(source)):
-        stored.update(read_header(path)[0])
-    naming = conversions.Naming(model, key_mapping)
-    groups, unused = _translate(stored, naming)
-    naming.tell_model()
-    checkpoint = Checkpoint(stored, groups, model, unused=unused)
-    _tie(checkpoint)
+    tensors: dict[str, FileTensor | torch.Tensor] = {}
+    for path in weight_files(get_local_dir(source)):
+        tensors.update(load_header(path)[0])
+    key_mapper = conversions.KeyMapper(model, key_mapping)
+    groups, unused = _group_tensors(tensors, key_mapper)
+    key_mapper.record_conversions()
+    checkpoint = Checkpoint(tensors, groups, model, unused=unused)
+    _record_ties(checkpoint)
     return checkpoint
 
 
@@ -374,11 +374,11 @@ def checkpoint_in_memory(model: Any, module: Any) -> Checkpoint:
     shared = {name for name in ties if state[name].data_ptr() == state[ties[name]].data_ptr()}
     groups = {name: TensorGroup([name]) for name in state if name not in shared}
     checkpoint = Checkpoint(state, groups, model)
-    _tie(checkpoint)
+    _record_ties(checkpoint)
     return checkpoint
 
 
-def local_directory(source: ModelSource) -> Path:
+def get_local_dir(source: ModelSource) -> Path:
     """Returns the local directory of `source`; a Hub model is downloaded if needed."""
     if source.path is not None:
         return source.path
@@ -399,27 +399,27 @@ def convert_for_saving(model: Any, name: str, tensor: torch.Tensor) -> dict[str,
     return conversions.revert(model, {name: tensor})
 
 
-def _translate(
-    stored: Mapping[str, Any], naming: conversions.Naming
+def _group_tensors(
+    keys: Mapping[str, Any], key_mapper: conversions.KeyMapper
 ) -> tuple[dict[str, TensorGroup], list[str]]:
-    """Group stored tensors by model tensor as transformers does; also returns unused names."""
+    """Group checkpoint tensors by model tensor as transformers does; also returns unused names."""
     groups: dict[str, TensorGroup] = {}
     unused = []
-    for key in conversions.in_reading_order(stored):
-        name, pattern = naming(key)
-        if name not in naming.names:
+    for key in conversions.in_reading_order(keys):
+        name, pattern = key_mapper(key)
+        if name not in key_mapper.names:
             unused.append(key)
         elif pattern is None:
             groups[name] = TensorGroup([key])
         else:
-            group = groups.setdefault(name, TensorGroup([], naming.converters[pattern]))
+            group = groups.setdefault(name, TensorGroup([], key_mapper.converters[pattern]))
             group.keys.append(key)
             group.patterns.append(pattern)
     return groups, unused
 
 
-def _tie(checkpoint: Checkpoint) -> None:
-    """Record in `checkpoint` (modified) which tied tensors are stored under another name."""
+def _record_ties(checkpoint: Checkpoint) -> None:
+    """Set `ties` of `checkpoint` (modified)."""
     ties = tied_names(checkpoint.model)
     for target, source in ties.items():
         if target in checkpoint.groups and source not in checkpoint.groups:
@@ -435,27 +435,29 @@ _PARTS = "shard-*.safetensors"
 """Shards that the processes of a sharded run write."""
 
 
-def merge_sharded_checkpoint(directory: Path) -> Path:
-    """Returns `directory`, or a temporary directory with the model merged from its shards.
+def merge_sharded_checkpoint(checkpoint_dir: Path) -> Path:
+    """Returns `checkpoint_dir`, or a temporary directory with the model merged from its shards.
 
     The temporary directory exists until the process ends. Raises InputError if a shard is missing
     or corrupted.
     """
-    if not any(directory.glob(_PARTS)):
-        return directory
-    return Path(_together(directory.resolve()).name)
+    if not any(checkpoint_dir.glob(_PARTS)):
+        return checkpoint_dir
+    return Path(_merge_shards_once(checkpoint_dir.resolve()).name)
 
 
 @functools.cache
-def _together(directory: Path) -> Workspace:
+def _merge_shards_once(checkpoint_dir: Path) -> Workspace:
     from ftlevel.models.upstream.shards import merge_shards  # imports torch.distributed
 
-    damage = detect_corruption(directory)
-    if damage is not None:
-        raise InputError(f"{directory} cannot be assembled: {damage}. Use another checkpoint.")
+    corruption = detect_corruption(checkpoint_dir)
+    if corruption is not None:
+        raise InputError(
+            f"{checkpoint_dir} cannot be assembled: {corruption}. Use another checkpoint."
+        )
     workspace = Workspace("checkpoint")
-    merge_shards(directory, Path(workspace.name))
-    for path in directory.iterdir():
+    merge_shards(checkpoint_dir, Path(workspace.name))
+    for path in checkpoint_dir.iterdir():
         if path.is_file() and path.suffix in (".json", ".jinja", ".model", ".txt"):
             shutil.copyfile(path, Path(workspace.name) / path.name)
     return workspace

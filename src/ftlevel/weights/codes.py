@@ -44,7 +44,7 @@ class QuantizationGrid:
     Attributes:
         values: ascending values of the codes, for a scale of 1.
         block: weights per scale, in row order; 0 for a whole row.
-        stored: function from scales to the scales read back from a file, such as rounded ones.
+        stored: function from scales to the scales that a file returns, such as rounded ones.
     """
 
     values: torch.Tensor
@@ -61,8 +61,8 @@ class QuantizationGrid:
         best, least = largest, torch.full_like(largest, torch.inf)
         for factor in _FACTORS:
             scales = self.stored(largest * factor)
-            missing = weight - self.value(self.nearest(weight, scales), scales)
-            error = self._blocks(missing.square() * counts).sum(-1)
+            error_per_weight = weight - self.value(self.nearest(weight, scales), scales)
+            error = self._blocks(error_per_weight.square() * counts).sum(-1)
             best = torch.where(error < least, largest * factor, best)
             least = torch.minimum(error, least)
         return best
@@ -90,40 +90,42 @@ class QuantizationGrid:
     def _midpoints(self) -> torch.Tensor:
         return (self.values[1:] + self.values[:-1]) / 2
 
-    def choose(self, column: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-        """Choose the nearest codes of a `column` of weights with one scale each."""
+    def nearest_column(self, column: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+        """Returns the nearest codes of a `column` of weights with one scale each."""
         return torch.bucketize(column / scales, self._midpoints())
 
 
-def choose_codes(
+def select_codes(
     weight: torch.Tensor,
-    change: torch.Tensor,
+    update: torch.Tensor,
     codes: torch.Tensor,
     scales: torch.Tensor,
     moment: torch.Tensor,
     grid: QuantizationGrid,
 ) -> torch.Tensor:
-    """Choose codes that approximate the output of `weight`, above all the part due to `change`.
+    """Select codes that approximate the output of `weight`, above all the part due to `update`.
 
-    `weight` (float32), its trained part `change` and the initial `codes` are (out, in); `moment` is
+    `weight` (float32), its trained part `update` and the initial `codes` are (out, in); `moment` is
     H (in, in). `scales` are as read back from the file.
     """
-    written, goal, moment = find_directions(change, moment), weight, shrunk(moment)
+    directions, target, moment = compute_directions(update, moment), weight, shrunk(moment)
     for _ in range(SWEEPS):
-        codes = improve_codes(goal, codes, scales, moment, grid)
-        missing = weight - grid.value(codes, scales)
-        goal = goal + written @ (written.T @ missing)
+        codes = improve_codes(target, codes, scales, moment, grid)
+        error = weight - grid.value(codes, scales)
+        target = target + directions @ (directions.T @ error)
     return codes
 
 
-def find_directions(change: torch.Tensor, moment: torch.Tensor) -> torch.Tensor:
-    """Find the output directions (out, k) that `change` affects most, by subspace iteration."""
-    count = min(DIRECTIONS, *change.shape)
-    directions = torch.randn(len(change), count, generator=torch.Generator().manual_seed(0))
-    if not change.any():
+def compute_directions(update: torch.Tensor, moment: torch.Tensor) -> torch.Tensor:
+    """Returns the output directions (out, k) that `update` affects most, by subspace iteration."""
+    num_directions = min(DIRECTIONS, *update.shape)
+    directions = torch.randn(
+        len(update), num_directions, generator=torch.Generator().manual_seed(0)
+    )
+    if not update.any():
         return torch.zeros_like(directions)
     for _ in range(3):
-        directions = torch.linalg.qr(change @ (moment @ (change.T @ directions))).Q
+        directions = torch.linalg.qr(update @ (moment @ (update.T @ directions))).Q
     return directions
 
 
@@ -134,22 +136,22 @@ def improve_codes(
     moment: torch.Tensor,
     grid: QuantizationGrid,
 ) -> torch.Tensor:
-    """Returns `codes` after a sweep that reduces the output error; shapes as in `choose_codes`."""
-    spread = _not_zero(grid.spread(scales, weight.shape))
-    values, codes = grid.values[codes] * spread, codes.clone()
+    """Returns `codes` after a sweep that reduces the output error; shapes as in `select_codes`."""
+    weight_scales = _not_zero(grid.spread(scales, weight.shape))
+    values, codes = grid.values[codes] * weight_scales, codes.clone()
     moment = damped(moment)
-    pull = (weight - values) @ moment
+    gradient = (weight - values) @ moment
     for start in range(0, weight.shape[1], _COLUMNS):
         columns = slice(start, start + _COLUMNS)
-        pulls, block = pull[:, columns].T.contiguous(), moment[columns, columns]
-        value, scale = values[:, columns].T.contiguous(), spread[:, columns].T.contiguous()
-        moved = torch.zeros_like(value)
+        pulls, block = gradient[:, columns].T.contiguous(), moment[columns, columns]
+        value, scale = values[:, columns].T.contiguous(), weight_scales[:, columns].T.contiguous()
+        errors = torch.zeros_like(value)
         for j in range(len(value)):
-            chosen = grid.choose(value[j] + pulls[j] / block[j, j], scale[j])
-            moved[j] = value[j] - grid.values[chosen] * scale[j]
-            codes[:, start + j] = chosen
-            pulls[j + 1 :].addr_(block[j, j + 1 :], moved[j])
-        pull.addmm_(moved.T, moment[columns])
+            column_codes = grid.nearest_column(value[j] + pulls[j] / block[j, j], scale[j])
+            errors[j] = value[j] - grid.values[column_codes] * scale[j]
+            codes[:, start + j] = column_codes
+            pulls[j + 1 :].addr_(block[j, j + 1 :], errors[j])
+        gradient.addmm_(errors.T, moment[columns])
     return codes
 
 
@@ -163,13 +165,13 @@ def shrunk(moment: torch.Tensor) -> torch.Tensor:
 
 
 def damped(moment: torch.Tensor) -> torch.Tensor:
-    """Returns `moment` (H) with a share of its mean diagonal added, so that it is invertible."""
-    share = DAMPING * moment.diagonal().mean().clamp(min=1e-30)
-    return moment + share * torch.eye(len(moment))
+    """Returns `moment` (H) with a fraction of its mean diagonal added, so that it is invertible."""
+    offset = DAMPING * moment.diagonal().mean().clamp(min=1e-30)
+    return moment + offset * torch.eye(len(moment))
 
 
 BLOCK = 64
-_PIECE = 1 << 16
+_CHUNK = 1 << 16
 
 
 def quantize_4bit(
@@ -190,7 +192,7 @@ def quantize_4bit(
 def four_bit_grid(quant_type: str, double_quant: bool) -> QuantizationGrid:
     """Returns the grid of bitsandbytes' 4-bit types."""
 
-    def stored(scales: torch.Tensor) -> torch.Tensor:
+    def round_scales(scales: torch.Tensor) -> torch.Tensor:
         import bitsandbytes.functional as bnb
 
         if not double_quant:
@@ -200,7 +202,7 @@ def four_bit_grid(quant_type: str, double_quant: bool) -> QuantizationGrid:
         read: torch.Tensor = bnb.dequantize_blockwise(codes, state) + offset
         return read
 
-    return QuantizationGrid(four_bit_values(quant_type).sort().values, BLOCK, stored)
+    return QuantizationGrid(four_bit_values(quant_type).sort().values, BLOCK, round_scales)
 
 
 def pack_4bit(
@@ -248,21 +250,21 @@ def _state(
 def _pack(weight: torch.Tensor, code: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns two codes per byte, the first in the upper half, and the scale of each block."""
     order = code.argsort()
-    ascending = code[order]
-    midpoints = ((ascending[:-1] + ascending[1:]) / 2).tolist()
-    is_sorted = torch.equal(order, torch.arange(len(code)))
+    sorted_values = code[order]
+    midpoints = ((sorted_values[:-1] + sorted_values[1:]) / 2).tolist()
+    in_order = torch.equal(order, torch.arange(len(code)))
     output = torch.empty(weight.numel() // 2, dtype=torch.uint8)
     scales = torch.empty(weight.numel() // BLOCK)
-    buffer = torch.empty(min(_PIECE, weight.numel()), dtype=torch.bool)
-    for start in range(0, weight.numel(), _PIECE):
-        piece = weight[start : start + _PIECE].float().view(-1, BLOCK)
-        largest = piece.abs().amax(dim=-1)
-        scaled = (piece * (1.0 / largest.clamp(min=1e-38)).unsqueeze(1)).clamp_(-1, 1).view(-1)
+    buffer = torch.empty(min(_CHUNK, weight.numel()), dtype=torch.bool)
+    for start in range(0, weight.numel(), _CHUNK):
+        chunk = weight[start : start + _CHUNK].float().view(-1, BLOCK)
+        largest = chunk.abs().amax(dim=-1)
+        scaled = (chunk * (1.0 / largest.clamp(min=1e-38)).unsqueeze(1)).clamp_(-1, 1).view(-1)
         index, above = torch.zeros(len(scaled), dtype=torch.uint8), buffer[: len(scaled)]
         for midpoint in midpoints:
             torch.gt(scaled, midpoint, out=above)
             index.add_(above.view(torch.uint8))
-        if not is_sorted:
+        if not in_order:
             index = order[index.int()].to(torch.uint8)
         scales[start // BLOCK : start // BLOCK + len(largest)] = largest
         output[start // 2 : (start + len(index)) // 2] = (index[::2] << 4) | index[1::2]

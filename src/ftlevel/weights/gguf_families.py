@@ -23,7 +23,7 @@ _GEMMA_PATTERN = 6  # every sixth layer has full attention
 
 @dataclass(frozen=True)
 class GgufFamily:
-    """How a model of one `model_type` of transformers is written to a .gguf file.
+    """Differences of a `model_type` of transformers from llama.cpp's architecture.
 
     `rotary` has the supported rope types; it is empty for learned positions. `interleaved` means
     that rotary pairs are adjacent, `shifted_norms` that norms are 1 + weight. `fixed` maps settings
@@ -69,8 +69,8 @@ FAMILIES: dict[str, GgufFamily] = {
 }
 
 
-def find_problems(config: Any) -> list[str]:
-    """Returns why a model of `config` cannot be written, one sentence each; empty if it can."""
+def get_gguf_limitations(config: Any) -> list[str]:
+    """Returns why a model of `config` cannot be saved as GGUF, one sentence each."""
     family = FAMILIES.get(config.model_type)
     if family is None:
         return [
@@ -78,38 +78,38 @@ def find_problems(config: Any) -> list[str]:
             f"{', '.join(FAMILIES)}. llama.cpp's own converter knows more."
         ]
     result = {name: getattr(config, name, value) for name, value in family.fixed.items()}
-    problems = [
+    limitations = [
         f"{name} is {value!r}, and llama.cpp computes {family.architecture} with "
         f"{family.fixed[name]!r}."
         for name, value in result.items()
         if value != family.fixed[name]
     ]
     if (own := _activation(config)) != family.activation:
-        problems.append(
+        limitations.append(
             f"its activation is {own}, and llama.cpp computes {family.architecture} with "
             f"{family.activation}."
         )
-    problems += _rotary_problems(config, family)
+    limitations += _rotary_limitations(config, family)
     if family.architecture == "gemma3":
-        problems += _gemma_problems(config)
+        limitations += _gemma_limitations(config)
     if family.architecture == "phi3" and _head_width(config) * config.num_attention_heads != (
         config.hidden_size
     ):
-        problems.append(
+        limitations.append(
             "the number of heads does not divide the hidden size, which llama.cpp's phi3 requires."
         )
-    return problems
+    return limitations
 
 
 def build_metadata(config: Any) -> Metadata:
-    """Build the metadata keys of the architecture."""
+    """Returns the GGUF metadata of the architecture."""
     family = FAMILIES[config.model_type]
     if family.architecture == "gpt2":
-        keys = _describe_gpt2(config)
+        keys = _gpt2_metadata(config)
     elif family.architecture == "bert":
-        keys = _describe_bert(config)
+        keys = _bert_metadata(config)
     else:
-        keys = _describe_rotary_model(config, family)
+        keys = _rotary_metadata(config, family)
     return {f"{family.architecture}.{key}": value for key, value in keys.items()}
 
 
@@ -143,9 +143,11 @@ def extra_tensors(config: Any) -> dict[str, torch.Tensor]:
         }
     if rope["rope_type"] != "llama3":
         return {}
-    stretched = llama3_frequencies(config)
-    exponents = torch.arange(0, 2 * len(stretched), 2, dtype=torch.float32) / (2 * len(stretched))
-    return {"rope_freqs.weight": 1.0 / (rope["rope_theta"] ** exponents) / stretched}
+    frequencies = llama3_frequencies(config)
+    exponents = torch.arange(0, 2 * len(frequencies), 2, dtype=torch.float32) / (
+        2 * len(frequencies)
+    )
+    return {"rope_freqs.weight": 1.0 / (rope["rope_theta"] ** exponents) / frequencies}
 
 
 def convert(config: Any, name: str, tensor: torch.Tensor, *, is_conv1d: bool) -> torch.Tensor:
@@ -167,11 +169,11 @@ def interleave(tensor: torch.Tensor, heads: int) -> torch.Tensor:
 
     transformers rotates row i with row i + d/2, llama.cpp's llama row 2i with row 2i + 1.
     """
-    halves = tensor.reshape(heads, 2, tensor.shape[0] // heads // 2, *tensor.shape[1:])
-    return halves.transpose(1, 2).reshape(tensor.shape)
+    pairs = tensor.reshape(heads, 2, tensor.shape[0] // heads // 2, *tensor.shape[1:])
+    return pairs.transpose(1, 2).reshape(tensor.shape)
 
 
-def _describe_gpt2(config: Any) -> Metadata:
+def _gpt2_metadata(config: Any) -> Metadata:
     return {
         "context_length": config.n_positions,
         "embedding_length": config.n_embd,
@@ -182,7 +184,7 @@ def _describe_gpt2(config: Any) -> Metadata:
     }
 
 
-def _describe_bert(config: Any) -> Metadata:
+def _bert_metadata(config: Any) -> Metadata:
     return {
         "context_length": config.max_position_embeddings,
         "embedding_length": config.hidden_size,
@@ -194,7 +196,7 @@ def _describe_bert(config: Any) -> Metadata:
     }
 
 
-def _describe_rotary_model(config: Any, family: GgufFamily) -> Metadata:
+def _rotary_metadata(config: Any, family: GgufFamily) -> Metadata:
     rope, width = _rope(config), _head_width(config)
     keys = {
         "context_length": context_limit(config)[0],
@@ -213,7 +215,7 @@ def _describe_rotary_model(config: Any, family: GgufFamily) -> Metadata:
     if rope["rope_type"] == "linear":
         keys |= {"rope.scaling.type": "linear", "rope.scaling.factor": float(rope["factor"])}
     if family.architecture == "phi3":
-        keys |= {"attention.sliding_window": 0} | _describe_longrope(config, rope)
+        keys |= {"attention.sliding_window": 0} | _longrope_metadata(config, rope)
     if family.architecture == "gemma3":
         keys["attention.sliding_window"] = config.sliding_window
         local = float(config.rope_parameters["sliding_attention"]["rope_theta"])
@@ -224,15 +226,15 @@ def _describe_rotary_model(config: Any, family: GgufFamily) -> Metadata:
     return keys
 
 
-def _describe_longrope(config: Any, rope: Mapping[str, Any]) -> Metadata:
+def _longrope_metadata(config: Any, rope: Mapping[str, Any]) -> Metadata:
     original = rope.get("original_max_position_embeddings") or getattr(
         config, "original_max_position_embeddings", config.max_position_embeddings
     )
     keys: Metadata = {"rope.scaling.original_context_length": original}
     if rope["rope_type"] == "longrope":
-        stretch = config.max_position_embeddings / original
-        usual = math.sqrt(1 + math.log(stretch) / math.log(original)) if stretch > 1 else 1.0
-        keys["rope.scaling.attn_factor"] = float(rope.get("attention_factor") or usual)
+        factor = config.max_position_embeddings / original
+        default = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
+        keys["rope.scaling.attn_factor"] = float(rope.get("attention_factor") or default)
     return keys
 
 
@@ -253,7 +255,7 @@ def _activation(config: Any) -> str:
     return "none"
 
 
-def _rotary_problems(config: Any, family: GgufFamily) -> Iterator[str]:
+def _rotary_limitations(config: Any, family: GgufFamily) -> Iterator[str]:
     if not family.rotary:
         return
     rope = _rope(config)
@@ -266,12 +268,12 @@ def _rotary_problems(config: Any, family: GgufFamily) -> Iterator[str]:
         yield "it rotates a part of each head only, and llama.cpp rotates all of it."
 
 
-def _gemma_problems(config: Any) -> Iterator[str]:
-    usual = [
+def _gemma_limitations(config: Any) -> Iterator[str]:
+    layer_types = [
         "sliding_attention" if (index + 1) % _GEMMA_PATTERN else "full_attention"
         for index in range(config.num_hidden_layers)
     ]
-    if list(config.layer_types) != usual:
+    if list(config.layer_types) != layer_types:
         yield (
             "its layers do not alternate five sliding-window layers with one full layer, which "
             "llama.cpp requires."

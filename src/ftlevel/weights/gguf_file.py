@@ -49,8 +49,8 @@ class _SignedGrid(QuantizationGrid):
     def scales_of(self, weight: torch.Tensor) -> torch.Tensor:
         """Returns the scale of each block; its largest weight gets the value farthest from 0."""
         blocks = self._blocks(weight)
-        farthest = blocks.gather(-1, blocks.abs().argmax(-1, keepdim=True)).squeeze(-1)
-        return farthest / self.values[self.values.abs().argmax()]
+        extreme = blocks.gather(-1, blocks.abs().argmax(-1, keepdim=True)).squeeze(-1)
+        return extreme / self.values[self.values.abs().argmax()]
 
 
 GRIDS: dict[str, QuantizationGrid] = {
@@ -58,7 +58,7 @@ GRIDS: dict[str, QuantizationGrid] = {
     "q5_0": _SignedGrid(torch.arange(-16.0, 16.0), BLOCK, _half),
     "q4_0": _SignedGrid(torch.arange(-8.0, 8.0), BLOCK, _half),
 }
-CHOSEN = ("q5_0", "q4_0")
+SELECTED_TYPES = ("q5_0", "q4_0")
 """Types with chosen codes; rounding to q8_0 loses almost nothing."""
 
 
@@ -88,12 +88,12 @@ class QuantizedMatrix:
             return torch.cat([d, q], -1).reshape(rows, -1).numpy()
         # The first half of a block has the low four bits of a byte, the second half the high four.
         low, high = blocks[..., : BLOCK // 2] & 15, blocks[..., BLOCK // 2 :] & 15
-        parts = [d, low | (high << 4)]
+        fields = [d, low | (high << 4)]
         if outtype == "q5_0":  # the fifth bits, eight per byte, lowest first
-            fifth = (blocks >> 4).view(*blocks.shape[:2], -1, 8)
+            high_bits = (blocks >> 4).view(*blocks.shape[:2], -1, 8)
             weights = 2 ** torch.arange(8, dtype=torch.uint8)
-            parts.insert(1, (fifth * weights).sum(-1, dtype=torch.uint8))
-        return torch.cat(parts, -1).reshape(rows, -1).numpy()
+            fields.insert(1, (high_bits * weights).sum(-1, dtype=torch.uint8))
+        return torch.cat(fields, -1).reshape(rows, -1).numpy()
 
 
 def round_to_blocks(weight: torch.Tensor, outtype: str) -> torch.Tensor:
@@ -123,7 +123,7 @@ OUTTYPES = {
     "q4_0": (GGMLQuantizationType.Q4_0, LlamaFileType.MOSTLY_Q4_0),
 }
 
-_STORED = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
+_OUTTYPE_OF_DTYPE = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
 _QUANTIZATION_VERSION = 2
 
 
@@ -132,7 +132,7 @@ class GGUFTensor:
     """A tensor of the file.
 
     `source` is the name in the model, if any; `shape` is the reverse of the file's order. `read`
-    returns the tensor in the layout of the file. `codes` returns chosen codes in the order of the
+    returns the tensor in the layout of the file. `codes` returns selected codes in the order of the
     model's rows, which `arrange` reorders for the file; if it is None, the weights are rounded.
     """
 
@@ -152,28 +152,28 @@ class GGUFTensor:
         return math.prod(self.shape) // per_block * size
 
 
-def own_outtype(checkpoint: Checkpoint) -> str:
+def get_outtype(checkpoint: Checkpoint) -> str:
     """Returns the file type for the dtype of the checkpoint's input embedding."""
     name = next(
         name
         for name, parameter in checkpoint.model.named_parameters()
         if parameter is checkpoint.model.get_input_embeddings().weight
     )
-    return _STORED.get(checkpoint.spec(name).dtype, "f32")
+    return _OUTTYPE_OF_DTYPE.get(checkpoint.spec(name).dtype, "f32")
 
 
 def plan_tensors(
     checkpoint: Checkpoint,
     config: Any,
     outtype: str,
-    choose: Callable[[str], QuantizedMatrix] | None = None,
+    get_codes: Callable[[str], QuantizedMatrix] | None = None,
     unused: Sequence[str] = (),
 ) -> list[GGUFTensor]:
-    """Returns the tensors of the file in order, without reading them.
+    """Returns the tensors of the file in order, without loading them.
 
-    `choose` maps the name of a weight to its codes (out, in); if None, weights are rounded. Modules
-    in `unused` are left out. Raises InputError if llama.cpp has no place for a tensor, or the
-    checkpoint lacks one.
+    `get_codes` maps the name of a weight to its codes (out, in); if None, weights are rounded.
+    Modules in `unused` are left out. Raises InputError if llama.cpp has no name for a tensor, or
+    the checkpoint lacks one.
     """
     names = name_map(config)
     planned, unsupported, missing = [], [], []
@@ -189,8 +189,8 @@ def plan_tensors(
             continue
         tensor = _plan(checkpoint, config, source, name, outtype)
         tensor = replace(tensor, arrange=partial(convert, config, name, is_conv1d=False))
-        if choose is not None and tensor.outtype == outtype:
-            tensor = replace(tensor, codes=partial(choose, source))
+        if get_codes is not None and tensor.outtype == outtype:
+            tensor = replace(tensor, codes=partial(get_codes, source))
         planned.append(tensor)
     if unsupported:
         raise InputError(
@@ -199,10 +199,10 @@ def plan_tensors(
         )
     if missing:
         raise InputError(f"the checkpoint lacks {join_names(missing, 3)}. Is it whole?")
-    extras = extra_tensors(config)
+    extra = extra_tensors(config)
     planned += [
         GGUFTensor(name, None, tuple(value.shape), "f32", False, value.clone)
-        for name, value in extras.items()
+        for name, value in extra.items()
     ]
     return planned
 
@@ -220,7 +220,7 @@ def _plan(checkpoint: Checkpoint, config: Any, source: str, name: str, outtype: 
         outtype = "f32"
     elif outtype in GRIDS and shape[-1] % BLOCK:
         outtype = "f16"
-    elif outtype in CHOSEN and name.startswith(("token_embd", "output.")):
+    elif outtype in SELECTED_TYPES and name.startswith(("token_embd", "output.")):
         outtype = "q8_0"  # like llama.cpp: an error here affects every token
 
     def read() -> torch.Tensor:
@@ -239,13 +239,13 @@ def _architecture(config: Any) -> Any:
     return next(key for key, value in MODEL_ARCH_NAMES.items() if value == name)
 
 
-def write_gguf(
+def save_gguf(
     path: Path,
     metadata: Mapping[str, Any],
     tensors: Sequence[GGUFTensor],
     step: Callable[[int], None],
 ) -> None:
-    """Write the file, or delete it after an error; `step` gets the number of tensors written.
+    """Save the file, or delete it after an error; `step` gets the number of tensors written.
 
     Raises RunError if a value is too large for float16.
     """
@@ -255,7 +255,7 @@ def write_gguf(
             if key != "general.architecture":
                 _add(writer, key, value)
         for tensor in tensors:
-            _announce(writer, tensor)
+            _add_tensor_info(writer, tensor)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
@@ -290,7 +290,7 @@ def round_to(tensor: torch.Tensor, outtype: str) -> torch.Tensor:
     return tensor.to(torch.float16 if outtype == "f16" else torch.bfloat16).float()
 
 
-def weights_as_written(tensors: Sequence[GGUFTensor], model: Any) -> Iterator[tuple[str, Any]]:
+def iterate_rounded_weights(tensors: Sequence[GGUFTensor], model: Any) -> Iterator[tuple[str, Any]]:
     """Yields name and rounded values of each weight of `model` that the file rounds."""
     parameters = dict(model.named_parameters())
     for tensor in tensors:
@@ -319,7 +319,7 @@ def _add(writer: GGUFWriter, key: str, value: Any) -> None:
         writer.add_array(key, value)
 
 
-def _announce(writer: GGUFWriter, tensor: GGUFTensor) -> None:
+def _add_tensor_info(writer: GGUFWriter, tensor: GGUFTensor) -> None:
     type_ = OUTTYPES[tensor.outtype][0]
     if tensor.outtype in ("f32", "f16"):
         dtype = np.dtype(np.float32 if tensor.outtype == "f32" else np.float16)
@@ -334,19 +334,19 @@ def _pack(tensor: GGUFTensor) -> Any:
     """Returns the bytes of a tensor as a numpy array, (rows, …)."""
     if tensor.codes is not None:
         matrix = tensor.codes()
-        both = (tensor.arrange(part) for part in (matrix.codes, matrix.scales))
-        return QuantizedMatrix(*both).pack(tensor.outtype)
+        arranged = (tensor.arrange(part) for part in (matrix.codes, matrix.scales))
+        return QuantizedMatrix(*arranged).pack(tensor.outtype)
     value = tensor.read().detach()
     if tensor.outtype == "f32":
         return value.float().contiguous().numpy()
     if tensor.outtype == "bf16":
         return value.to(torch.bfloat16).contiguous().view(torch.uint8).numpy()
     if tensor.outtype == "f16":
-        narrow = value.to(torch.float16).contiguous()
-        if not torch.isfinite(narrow).all():
+        half = value.to(torch.float16).contiguous()
+        if not torch.isfinite(half).all():
             raise RunError(
                 f"{tensor.source} has values above float16's maximum of 65,504. Nothing was "
                 f"written. Use --outtype bf16 or f32."
             )
-        return narrow.numpy()
+        return half.numpy()
     return quantize(value.float().contiguous().numpy(), OUTTYPES[tensor.outtype][0])

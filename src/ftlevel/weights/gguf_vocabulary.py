@@ -97,8 +97,8 @@ class Vocabulary:
         return keys
 
 
-def read_vocabulary(tokenizer: Any, size: int, end: int | None = None) -> Vocabulary:
-    """Load the metadata of `tokenizer` for a model with `size` embeddings.
+def load_vocab(tokenizer: Any, size: int, end: int | None = None) -> Vocabulary:
+    """Returns the GGUF metadata of `tokenizer` for a model with `size` embeddings.
 
     `end` is the id of the token that the tokenizer adds after each text; None for EOS. Raises
     InputError if llama.cpp does not support the tokenizer, or it has more tokens than the model.
@@ -109,50 +109,47 @@ def read_vocabulary(tokenizer: Any, size: int, end: int | None = None) -> Vocabu
             f"{type(tokenizer).__name__} has no tokenizer.json, which is where its steps are read. "
             "Save it as a fast tokenizer."
         )
-    described: dict[str, Any] = json.loads(backend.to_str())
-    model = described["model"]
+    tokenizer_json: dict[str, Any] = json.loads(backend.to_str())
+    model = tokenizer_json["model"]
     if model["type"] == "WordPiece":
-        return _read_wordpiece(tokenizer, described, size)
+        return _load_wordpiece(tokenizer, tokenizer_json, size)
     if model["type"] != "BPE":
         raise InputError(
             f"its tokenizer is of type {model['type']}, and ftlevel writes BPE and WordPiece."
         )
-    added = {token["id"]: token for token in described["added_tokens"]}
+    added = {token["id"]: token for token in tokenizer_json["added_tokens"]}
     tokens, types = _tokens(tokenizer, model, added, size)
-    notes = _notes(added)
+    notes = _strip_notes(added)
     special = _special(tokenizer) | ({} if end is None else {"eos": end})
     flags = _flags(tokenizer, special)
     merges: list[str] | None = None
     scores: list[float] | None = None
     if model["byte_fallback"]:
         kind, pre = "llama", "default"
-        prefix, extra = _space_prefix(described)
+        prefix, extra = _space_prefix(tokenizer_json)
         flags["add_space_prefix"], notes = prefix, [*notes, *extra]
         scores = _scores(model, tokens, types)
     else:
-        kind, pre = "gpt2", _find_splitting(described)
+        kind, pre = "gpt2", _get_pre_tokenizer_name(tokenizer_json)
         merges = [" ".join(pair) for pair in _pairs(model)]
-        notes += _normalizer_notes(described)
+        notes += _normalizer_notes(tokenizer_json)
     template = tokenizer.chat_template
     if isinstance(template, dict):
         template = template.get("default")
     return Vocabulary(kind, pre, tokens, types, merges, scores, special, flags, template, notes)
 
 
-def _read_wordpiece(tokenizer: Any, described: Mapping[str, Any], size: int) -> Vocabulary:
-    """Load the metadata of a WordPiece tokenizer; raises InputError for one that is not BERT's.
-
-    llama.cpp marks the beginning of a word where WordPiece marks its continuation.
-    """
-    model, normalizer = described["model"], described["normalizer"] or {}
+def _load_wordpiece(tokenizer: Any, tokenizer_json: Mapping[str, Any], size: int) -> Vocabulary:
+    """Returns the metadata of a WordPiece tokenizer; raises InputError if it is not BERT's."""
+    model, normalizer = tokenizer_json["model"], tokenizer_json["normalizer"] or {}
     lowercase = bool(normalizer.get("lowercase"))
-    strips = normalizer.get("strip_accents")
-    strips = lowercase if strips is None else strips
+    strip_accents = normalizer.get("strip_accents")
+    strip_accents = lowercase if strip_accents is None else strip_accents
     ids = tokenizer("a")["input_ids"]
     if (
         normalizer.get("type") != "BertNormalizer"
         or not normalizer["handle_chinese_chars"]
-        or _steps(described["pre_tokenizer"]) != [{"type": "BertPreTokenizer"}]
+        or _steps(tokenizer_json["pre_tokenizer"]) != [{"type": "BertPreTokenizer"}]
         or model["continuing_subword_prefix"] != "##"
         or (ids[0], ids[-1]) != (tokenizer.cls_token_id, tokenizer.sep_token_id)
     ):
@@ -160,7 +157,7 @@ def _read_wordpiece(tokenizer: Any, described: Mapping[str, Any], size: int) -> 
             "its tokenizer is WordPiece, but not with BERT's steps ([CLS] text [SEP], split at "
             "punctuation), which llama.cpp implements. Keep it with transformers."
         )
-    added = {token["id"]: token for token in described["added_tokens"]}
+    added = {token["id"]: token for token in tokenizer_json["added_tokens"]}
     texts = {index: text for text, index in model["vocab"].items()}
     texts |= {index: token["content"] for index, token in added.items()}
     _check_size(texts, size)
@@ -183,11 +180,11 @@ def _read_wordpiece(tokenizer: Any, described: Mapping[str, Any], size: int) -> 
         "padding": tokenizer.pad_token_id,
         "mask": tokenizer.mask_token_id,
     }
-    flags = {"normalizer.lowercase": lowercase, "normalizer.strip_accents": strips}
-    known = {name: index for name, index in special.items() if index is not None}
+    flags = {"normalizer.lowercase": lowercase, "normalizer.strip_accents": strip_accents}
+    special_ids = {name: index for name, index in special.items() if index is not None}
     cased = "versions of llama.cpp before normalizer.lowercase turn all texts into lower case"
     notes = [] if lowercase else [cased]
-    return Vocabulary("bert", "default", tokens, types, None, None, known, flags, None, notes)
+    return Vocabulary("bert", "default", tokens, types, None, None, special_ids, flags, None, notes)
 
 
 def _check_size(texts: Mapping[int, str], size: int) -> None:
@@ -214,18 +211,18 @@ def _tokens(
     tokens, types = [], []
     for index in range(size):
         text = texts.get(index)
-        kind = UNUSED
+        token_type = UNUSED
         if index in added:
-            kind = CONTROL if added[index]["special"] else USER_DEFINED
+            token_type = CONTROL if added[index]["special"] else USER_DEFINED
             if model["byte_fallback"]:
                 # llama.cpp matches these before it replaces spaces.
-                text = text.replace(SPACE, " ") if kind == USER_DEFINED and text else text
-                kind = UNKNOWN if index == tokenizer.unk_token_id else kind
+                text = text.replace(SPACE, " ") if token_type == USER_DEFINED and text else text
+                token_type = UNKNOWN if index == tokenizer.unk_token_id else token_type
         elif text is not None:
             is_byte = model["byte_fallback"] and re.fullmatch(r"<0x[0-9A-F]{2}>", text)
-            kind = BYTE if is_byte else NORMAL
+            token_type = BYTE if is_byte else NORMAL
         tokens.append(f"[PAD{index}]" if text is None else text)
-        types.append(kind)
+        types.append(token_type)
     return tokens, types
 
 
@@ -242,13 +239,13 @@ def _special(tokenizer: Any) -> dict[str, int]:
 def _flags(tokenizer: Any, special: Mapping[str, int]) -> dict[str, bool]:
     """Returns the flags for adding BOS and EOS, found by encoding a text."""
     ids = tokenizer("a")["input_ids"]
-    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
+    plain_ids = tokenizer("a", add_special_tokens=False)["input_ids"]
     bos, eos = special.get("bos"), special.get("eos")
     added = {
-        "add_bos_token": bos is not None and ids[:1] == [bos] and plain[:1] != [bos],
-        "add_eos_token": eos is not None and ids[-1:] == [eos] and plain[-1:] != [eos],
+        "add_bos_token": bos is not None and ids[:1] == [bos] and plain_ids[:1] != [bos],
+        "add_eos_token": eos is not None and ids[-1:] == [eos] and plain_ids[-1:] != [eos],
     }
-    if len(ids) - len(plain) != sum(added.values()):
+    if len(ids) - len(plain_ids) != sum(added.values()):
         raise InputError(
             f"its tokenizer puts {join_names(tokenizer.convert_ids_to_tokens(ids))} for 'a'; a "
             ".gguf file can only say whether a BOS comes before a text and an EOS after it."
@@ -256,13 +253,10 @@ def _flags(tokenizer: Any, special: Mapping[str, int]) -> dict[str, bool]:
     return added
 
 
-def _find_splitting(described: Mapping[str, Any]) -> str:
-    """Find llama.cpp's name of the pre-tokenizer in `described`, the content of tokenizer.json.
-
-    Raises InputError if there is none.
-    """
-    model, steps = described["model"], _steps(described["pre_tokenizer"])
-    normalizer = described["normalizer"] and described["normalizer"]["type"]
+def _get_pre_tokenizer_name(tokenizer_json: Mapping[str, Any]) -> str:
+    """Returns llama.cpp's name of the pre-tokenizer; raises InputError if it has none."""
+    model, steps = tokenizer_json["model"], _steps(tokenizer_json["pre_tokenizer"])
+    normalizer = tokenizer_json["normalizer"] and tokenizer_json["normalizer"]["type"]
     for name, splittings in PRE_TOKENIZERS.items():
         if steps == list(splittings.steps):
             normalizers = splittings.normalizers
@@ -287,22 +281,25 @@ def _steps(pre_tokenizer: Mapping[str, Any] | None) -> list[dict[str, Any]]:
     return [{key: v for key, v in step.items() if key != "trim_offsets"} for step in steps]
 
 
-def _normalizer_notes(described: Mapping[str, Any]) -> list[str]:
-    if described["normalizer"] is None:
+def _normalizer_notes(tokenizer_json: Mapping[str, Any]) -> list[str]:
+    if tokenizer_json["normalizer"] is None:
         return []
     return ["llama.cpp does not compose characters (NFC): write é as one character, not as two"]
 
 
-def _notes(added: Mapping[int, Mapping[str, Any]]) -> list[str]:
-    stripping = [t["content"] for t in added.values() if t["lstrip"] or t["rstrip"]]
-    if not stripping:
+def _strip_notes(added: Mapping[int, Mapping[str, Any]]) -> list[str]:
+    stripped = [t["content"] for t in added.values() if t["lstrip"] or t["rstrip"]]
+    if not stripped:
         return []
-    return [f"llama.cpp keeps spaces around {join_names(stripping, 3)}; the tokenizer drops them"]
+    return [f"llama.cpp keeps spaces around {join_names(stripped, 3)}; the tokenizer drops them"]
 
 
-def _space_prefix(described: Mapping[str, Any]) -> tuple[bool, list[str]]:
+def _space_prefix(tokenizer_json: Mapping[str, Any]) -> tuple[bool, list[str]]:
     """Returns whether a space is added before a text, and notes on differences of llama.cpp."""
-    steps, normalizers = _steps(described["pre_tokenizer"]), _normalizers(described["normalizer"])
+    steps, normalizers = (
+        _steps(tokenizer_json["pre_tokenizer"]),
+        _normalizers(tokenizer_json["normalizer"]),
+    )
     replace = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
     prepend = {"type": "Prepend", "prepend": SPACE}
     gemma = {
@@ -353,23 +350,25 @@ def _scores(model: Mapping[str, Any], tokens: Sequence[str], types: Sequence[int
             raise InputError(_not_sentencepiece(f"the merges of {text!r} are apart"))
         rank.setdefault(text, len(rank))
         last = text
-    have = set(_pairs(model))
-    known = {text for text, kind in zip(tokens, types, strict=True) if kind == NORMAL}
-    lacking = [
+    merges = set(_pairs(model))
+    single_tokens = {text for text, kind in zip(tokens, types, strict=True) if kind == NORMAL}
+    missing = [
         (text[:cut], text[cut:])
-        for text in known
+        for text in single_tokens
         for cut in range(1, len(text))
-        if text[:cut] in known and text[cut:] in known and (text[:cut], text[cut:]) not in have
+        if text[:cut] in single_tokens
+        and text[cut:] in single_tokens
+        and (text[:cut], text[cut:]) not in merges
     ]
-    if lacking:
-        first = " + ".join(map(repr, min(lacking)))
-        raise InputError(_not_sentencepiece(f"{len(lacking):,} are missing, such as {first}"))
-    lowest = float(-len(rank) - 1)
-    return [float(-rank[text]) if text in rank else lowest for text in tokens]
+    if missing:
+        first = " + ".join(map(repr, min(missing)))
+        raise InputError(_not_sentencepiece(f"{len(missing):,} are missing, such as {first}"))
+    minimum = float(-len(rank) - 1)
+    return [float(-rank[text]) if text in rank else minimum for text in tokens]
 
 
-def _not_sentencepiece(reason: str) -> str:
+def _not_sentencepiece(message: str) -> str:
     return (
-        f"its merges are not those of a SentencePiece model ({reason}), and llama.cpp would join "
+        f"its merges are not those of a SentencePiece model ({message}), and llama.cpp would join "
         "tokens otherwise than in training."
     )

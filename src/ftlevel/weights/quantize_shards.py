@@ -22,14 +22,14 @@ import torch
 
 from ftlevel.artifacts.files import write_json
 from ftlevel.errors import InputError, join_names
-from ftlevel.models.kinds import TASK_CLASSES, write_former_rope
+from ftlevel.models.kinds import TASK_CLASSES, save_legacy_rope
 from ftlevel.models.loading import build_task_model
 from ftlevel.models.module_tree import ModuleTree, linear_size
 from ftlevel.models.quantization import PLAIN_NOTE, is_torchao, torchao_bytes
 from ftlevel.models.upstream.architectures import model_classes, modules_in_float32
-from ftlevel.models.upstream.conversions import Naming
+from ftlevel.models.upstream.conversions import KeyMapper
 from ftlevel.models.upstream.quantizers import pack_torchao, replaced_linears, torchao_linears
-from ftlevel.weights.checkpoint import NAMES, StoredTensor, read_header, weight_files, write_index
+from ftlevel.weights.checkpoint import NAMES, FileTensor, load_header, save_index, weight_files
 from ftlevel.weights.codes import QuantizationGrid, four_bit_grid, pack_4bit, quantize_4bit
 
 BLOCK = 64  # weights per 4-bit scale, as in bitsandbytes
@@ -66,7 +66,7 @@ class QuantizedLayout:
     dtype: torch.dtype
     in_float32: frozenset[str]
     parameters: dict[str, Parameter]
-    naming: Naming
+    key_mapper: KeyMapper
 
     def part_of(self, name: str) -> str:
         """Returns the part of the model's tensor `name`, one of `PARTS`."""
@@ -82,80 +82,81 @@ class QuantizedLayout:
 def build_layout(
     config: Any, auto_class: str, quantization: Any, dtype: torch.dtype
 ) -> QuantizedLayout:
-    """Build the layout for a model of `config` and transformers class `auto_class`.
+    """Create the layout for a model of `config` and transformers class `auto_class`.
 
     `quantization` is a `BitsAndBytesConfig` or `TorchAoConfig`, of which the layout has a copy with
     the modules to skip. `dtype` is for unquantized tensors.
     """
     meta = build_task_model(config, auto_class)
-    naming = Naming(meta)
+    key_mapper = KeyMapper(meta)
     tree = ModuleTree(meta)
-    kept = _keeping(quantization, find_skipped_modules(config, auto_class))
-    linears = _find_quantized(build_task_model(config, auto_class), kept)
-    parameters = {p.name: p for p in _parameters(meta, tree, linears)}
+    config_to_skip = _with_modules_to_skip(quantization, get_modules_to_skip(config, auto_class))
+    layers = _get_quantized_linears(build_task_model(config, auto_class), config_to_skip)
+    parameters = {p.name: p for p in _parameters(meta, tree, layers)}
     return QuantizedLayout(
-        linears, kept, dtype, modules_in_float32(meta, dtype), parameters, naming
+        layers, config_to_skip, dtype, modules_in_float32(meta, dtype), parameters, key_mapper
     )
 
 
 def resolve_layout(layout: QuantizedLayout, keys: Iterable[str]) -> QuantizedLayout:
     """Returns `layout` for a checkpoint with these `keys`.
 
-    A linear layer whose weight is assembled from several stored tensors is not quantized; its name
-    is added to the modules that the config skips.
+    Linear layers whose weight is assembled from several tensors are not quantized; the config skips
+    them.
     """
-    listed = [layout.naming(key) for key in keys]
-    whole = {name for name, pattern in listed if pattern is None}
-    missing = [name for name in layout.linears if f"{name}.weight" not in whole]
+    mapped = [layout.key_mapper(key) for key in keys]
+    unconverted = {name for name, pattern in mapped if pattern is None}
+    missing = [name for name in layout.linears if f"{name}.weight" not in unconverted]
     if not missing:
         return layout
-    config = _keeping(layout.config, sorted({*get_skipped_modules(layout.config), *missing}))
+    config = _with_modules_to_skip(
+        layout.config, sorted({*get_skipped_modules(layout.config), *missing})
+    )
     weights = {f"{name}.weight" for name in missing}
     parameters = {
         name: replace(parameter, part="other linears") if name in weights else parameter
         for name, parameter in layout.parameters.items()
     }
-    linears = {name: flip for name, flip in layout.linears.items() if name not in set(missing)}
-    return replace(layout, config=config, linears=linears, parameters=parameters)
+    layers = {name: flip for name, flip in layout.linears.items() if name not in set(missing)}
+    return replace(layout, config=config, linears=layers, parameters=parameters)
 
 
 def get_skipped_modules(quantization: Any) -> list[str]:
     """Returns the modules that `quantization` skips."""
-    named = "modules_to_not_convert" if is_torchao(quantization) else "llm_int8_skip_modules"
-    return list(getattr(quantization, named) or ())
+    attribute = "modules_to_not_convert" if is_torchao(quantization) else "llm_int8_skip_modules"
+    return list(getattr(quantization, attribute) or ())
 
 
-def _keeping(quantization: Any, names: list[str]) -> Any:
-    """Returns a copy of `quantization` that skips `names`."""
-    kept = copy.copy(quantization)
+def _with_modules_to_skip(quantization: Any, names: list[str]) -> Any:
+    result = copy.copy(quantization)
     if is_torchao(quantization):
-        kept.modules_to_not_convert = names
+        result.modules_to_not_convert = names
     else:
-        kept.llm_int8_skip_modules = names
-    return kept
+        result.llm_int8_skip_modules = names
+    return result
 
 
-def find_skipped_modules(config: Any, auto_class: str) -> list[str]:
-    """Find the modules to skip: the heads of every task of the architecture, and BERT's pooler.
+def get_modules_to_skip(config: Any, auto_class: str) -> list[str]:
+    """Returns the heads of every task of the architecture, and BERT's pooler.
 
     Most checkpoints lack a task's head, and transformers would create a quantized layer without
     weights.
     """
-    kept: set[str] = set()
+    names: set[str] = set()
     for name in (auto_class, *TASK_CLASSES):
         if type(config) not in model_classes(name):
             continue
         tree = ModuleTree(build_task_model(config, name))
-        kept |= set(tree.heads)
-        kept |= {
+        names |= set(tree.heads)
+        names |= {
             ".".join(linear.split(".")[-2:])
             for linear, module in tree.modules.items()
             if "pooler" in linear.split(".") and linear_size(module) is not None
         }
-    return sorted(kept)
+    return sorted(names)
 
 
-def _find_quantized(meta: Any, quantization: Any) -> dict[str, bool]:
+def _get_quantized_linears(meta: Any, quantization: Any) -> dict[str, bool]:
     """Returns the linear layers of `meta` (modified) that are quantized: name → is a Conv1D."""
     if is_torchao(quantization):
         return dict.fromkeys(torchao_linears(meta, quantization), False)  # none is a Conv1D
@@ -164,10 +165,10 @@ def _find_quantized(meta: Any, quantization: Any) -> dict[str, bool]:
 
 def _parameters(meta: Any, tree: ModuleTree, linears: dict[str, bool]) -> Iterator[Parameter]:
     experts = {expert.name for expert in tree.experts()}
-    saved = meta.state_dict()
+    state_dict = meta.state_dict()
     tensors = [*meta.named_parameters(), *meta.named_buffers()]
     for name, tensor in tensors:
-        if name not in saved:  # non-persistent buffer
+        if name not in state_dict:  # non-persistent buffer
             continue
         owner, _, last = name.rpartition(".")
         module = tree.modules[owner]
@@ -190,14 +191,14 @@ def predict_bytes(layout: QuantizedLayout) -> dict[str, tuple[int, int]]:
     """Returns part of the model → bytes before and after quantization, computed from shapes."""
     sizes = {part: [0, 0] for part in PARTS}
     for parameter in layout.parameters.values():
-        count = math.prod(parameter.shape)
+        num_values = math.prod(parameter.shape)
         source = torch.float32 if not parameter.is_float else layout.dtype
-        kept = layout.kept_dtype(parameter.name, source)
-        sizes[parameter.part][0] += count * source.itemsize
+        dtype = layout.kept_dtype(parameter.name, source)
+        sizes[parameter.part][0] += num_values * source.itemsize
         sizes[parameter.part][1] += (
             packed_bytes(parameter.shape, layout.config)
             if parameter.part == QUANTIZED
-            else count * kept.itemsize
+            else num_values * dtype.itemsize
         )
     return {part: (before, after) for part, (before, after) in sizes.items() if before}
 
@@ -206,14 +207,14 @@ def packed_bytes(shape: tuple[int, ...], quantization: Any) -> int:
     """Returns the bytes of a quantized weight (out, in), including scales and settings."""
     if is_torchao(quantization):
         return torchao_bytes(shape, quantization)
-    count = math.prod(shape)
+    num_values = math.prod(shape)
     if quantization.load_in_8bit:
-        return count + 4 * shape[0] + 1
-    blocks = math.ceil(count / BLOCK)
+        return num_values + 4 * shape[0] + 1
+    blocks = math.ceil(num_values / BLOCK)
     scales, double = 4 * blocks, bool(quantization.bnb_4bit_use_double_quant)
     if double:
         scales = blocks + 4 * math.ceil(blocks / NESTED_BLOCK) + _NESTED_MAP_BYTES
-    return math.ceil(count / 2) + scales + _MAP_BYTES + _STATE_BYTES[double]
+    return math.ceil(num_values / 2) + scales + _MAP_BYTES + _STATE_BYTES[double]
 
 
 _ALIGNMENT = 8
@@ -231,13 +232,13 @@ class ShardWriter:
         self._reserved = -(-header_bytes // _ALIGNMENT) * _ALIGNMENT
         self._file.seek(8 + self._reserved)
         self._header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        self._waiting: list[tuple[str, torch.Tensor]] = []
+        self._pending: list[tuple[str, torch.Tensor]] = []
         self._offset = 0
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
         """Write `tensor` (any device, any strides) under `name`."""
         if tensor.nbytes % _ALIGNMENT:
-            self._waiting.append((name, tensor))
+            self._pending.append((name, tensor))
         else:
             self._write(name, tensor)
 
@@ -258,7 +259,7 @@ class ShardWriter:
 
     def close(self) -> int:
         """Write the remaining tensors and the header; return the file size in bytes."""
-        for name, tensor in sorted(self._waiting, key=lambda item: -item[1].element_size()):
+        for name, tensor in sorted(self._pending, key=lambda item: -item[1].element_size()):
             self._write(name, tensor)
         header = json.dumps(self._header, separators=(",", ":")).encode()
         if len(header) > self._reserved:
@@ -282,7 +283,7 @@ COPIED = tuple(
     """.split()
 )
 """Patterns of the other files of a checkpoint, which are copied."""
-_MOST_PIECES = 7  # a double-quantized weight: packed, scales, their scales, two maps, settings
+_MAX_TENSORS = 7  # a double-quantized weight: packed, scales, their scales, two maps, settings
 
 
 @dataclass
@@ -294,45 +295,45 @@ class QuantizationSizes:
     bytes: int = 0
 
 
-Choose = Callable[[str, torch.Tensor], tuple[torch.Tensor, torch.Tensor] | None]
+SelectCodes = Callable[[str, torch.Tensor], tuple[torch.Tensor, torch.Tensor] | None]
 """Layer name and weight (out, in) → codes and scales of `bitsandbytes_grid`; None for
 the nearest codes.
 """
 
 
-def write_quantized(
-    directory: Path,
+def save_quantized(
+    model_dir: Path,
     out: Path,
     layout: QuantizedLayout,
     step: Callable[[int], None],
-    choose: Choose | None = None,
+    get_codes: SelectCodes | None = None,
 ) -> tuple[QuantizedLayout, QuantizationSizes]:
-    """Quantize the model in `directory` and write it to `out`; return resolved layout and sizes.
+    """Quantize the model in `model_dir` and save it in `out`; return resolved layout and sizes.
 
-    `choose` returns the codes of a weight, for bitsandbytes only. Raises InputError if a weight to
-    quantize is missing, or a file is corrupted.
+    `get_codes` returns the codes of a weight, for bitsandbytes only. Raises InputError if a weight
+    to quantize is missing, or a file is corrupted.
     """
-    shards = {shard: read_header(shard)[0] for shard in weight_files(directory)}
+    shards = {shard: load_header(shard)[0] for shard in weight_files(model_dir)}
     keys = [key for entries in shards.values() for key in entries]
-    _check_whole(keys, layout)
+    _check_complete(keys, layout)
     layout = resolve_layout(layout, keys)
-    written = _quantize_shards(shards, out, layout, step, choose)
-    stored = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    stored["quantization_config"] = layout.config.to_dict()
-    stored["dtype"] = str(layout.dtype).removeprefix("torch.")
-    stored.pop("torch_dtype", None)
-    write_json(out / "config.json", stored)
-    write_former_rope(out)
+    sizes = _quantize_shards(shards, out, layout, step, get_codes)
+    config = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))
+    config["quantization_config"] = layout.config.to_dict()
+    config["dtype"] = str(layout.dtype).removeprefix("torch.")
+    config.pop("torch_dtype", None)
+    write_json(out / "config.json", config)
+    save_legacy_rope(out)
     for pattern in COPIED:
-        for file in directory.glob(pattern):
+        for file in model_dir.glob(pattern):
             if file.is_file():
                 shutil.copyfile(file, out / file.name)
-    return layout, written
+    return layout, sizes
 
 
-def _check_whole(keys: Iterable[str], layout: QuantizedLayout) -> None:
-    stored = {layout.naming(key)[0] for key in keys}
-    if missing := [name for name in layout.linears if f"{name}.weight" not in stored]:
+def _check_complete(keys: Iterable[str], layout: QuantizedLayout) -> None:
+    names_in_model = {layout.key_mapper(key)[0] for key in keys}
+    if missing := [name for name in layout.linears if f"{name}.weight" not in names_in_model]:
         names = join_names([f"{name}.weight" for name in missing], 3)
         raise InputError(
             f"the checkpoint lacks {len(missing):,} weights of its model: {names}. Is it whole?"
@@ -340,11 +341,11 @@ def _check_whole(keys: Iterable[str], layout: QuantizedLayout) -> None:
 
 
 def _quantize_shards(
-    shards: Mapping[Path, Mapping[str, StoredTensor]],
+    shards: Mapping[Path, Mapping[str, FileTensor]],
     out: Path,
     layout: QuantizedLayout,
     step: Callable[[int], None],
-    choose: Choose | None,
+    get_codes: SelectCodes | None,
 ) -> QuantizationSizes:
     """Write quantized shards to the directory `out`, under the names of the source files.
 
@@ -356,24 +357,24 @@ def _quantize_shards(
     # transformers reads one list of names, from any of the files.
     all_names = json.dumps([key for entries in shards.values() for key in entries])
     for shard, entries in shards.items():
-        parts = {key: layout.part_of(layout.naming(key)[0]) for key in entries}
-        pieces = {
-            key: _MOST_PIECES if part == QUANTIZED else 1 + 2 * has_metadata
-            for key, part in parts.items()
+        part_of_key = {key: layout.part_of(layout.key_mapper(key)[0]) for key in entries}
+        num_tensors = {
+            key: _MAX_TENSORS if part == QUANTIZED else 1 + 2 * has_metadata
+            for key, part in part_of_key.items()
         }
-        size = header_bound(pieces) + 2 * has_metadata * len(all_names)
+        size = header_bound(num_tensors) + 2 * has_metadata * len(all_names)
         writer = ShardWriter(out / shard.name, size)
         metadata: dict[str, str] = {}
         for key, stored in sorted(entries.items(), key=lambda item: item[1].offset):
-            name, sizes = layout.naming(key)[0], written.parts[parts[key]]
-            tensors, notes = _convert(key, name, stored.read(), layout, choose)
+            name, sizes = layout.key_mapper(key)[0], written.parts[part_of_key[key]]
+            tensors, notes = _convert(key, name, stored.read(), layout, get_codes)
             metadata |= notes
             for piece, value in tensors.items():
                 writer.add(piece, value)
                 weight_map[piece] = shard.name
                 sizes[1] += value.nbytes
             sizes[0] += stored.spec.nbytes
-            written.quantized += parts[key] == QUANTIZED
+            written.quantized += part_of_key[key] == QUANTIZED
             done += 1
             step(done)
         if has_metadata:
@@ -382,18 +383,22 @@ def _quantize_shards(
             writer.note(key, text)
         written.bytes += writer.close()
     if len(shards) > 1:
-        write_index(out, weight_map, sum(after for _, after in written.parts.values()))
+        save_index(out, weight_map, sum(after for _, after in written.parts.values()))
     return written
 
 
 def _convert(
-    key: str, name: str, tensor: torch.Tensor, layout: QuantizedLayout, choose: Choose | None
+    key: str,
+    name: str,
+    tensor: torch.Tensor,
+    layout: QuantizedLayout,
+    get_codes: SelectCodes | None,
 ) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Returns tensors and metadata to store for tensor `key` of the file, `name` in the model."""
-    noted = is_torchao(layout.config)
+    """Returns tensors and metadata to save for tensor `key` of the file, `name` in the model."""
+    has_metadata = is_torchao(layout.config)
     if layout.part_of(name) != QUANTIZED:
-        kept = {key: tensor.to(layout.kept_dtype(name, tensor.dtype))}
-        return kept, {key: PLAIN_NOTE} if noted else {}
+        tensors = {key: tensor.to(layout.kept_dtype(name, tensor.dtype))}
+        return tensors, {key: PLAIN_NOTE} if has_metadata else {}
     if not tensor.is_floating_point() or tensor.element_size() < 2:
         raise InputError(
             f"{key} is stored as {tensor.dtype}: the model is already quantized. Use the "
@@ -403,10 +408,10 @@ def _convert(
     linear = name.removesuffix(".weight")
     if layout.linears[linear]:
         weight = weight.T.contiguous()
-    if noted:
+    if has_metadata:
         return pack_torchao(key, weight, layout.config)
     pack = _pack_8bit if layout.config.load_in_8bit else _pack_4bit
-    return pack(key, weight, layout.config, choose and choose(linear, weight)), {}
+    return pack(key, weight, layout.config, get_codes and get_codes(linear, weight)), {}
 
 
 def bitsandbytes_grid(config: Any) -> QuantizationGrid:
@@ -417,10 +422,17 @@ def bitsandbytes_grid(config: Any) -> QuantizationGrid:
 
 
 def _pack_4bit(
-    key: str, weight: torch.Tensor, config: Any, chosen: tuple[torch.Tensor, torch.Tensor] | None
+    key: str,
+    weight: torch.Tensor,
+    config: Any,
+    codes_and_scales: tuple[torch.Tensor, torch.Tensor] | None,
 ) -> dict[str, torch.Tensor]:
-    form = config.bnb_4bit_quant_type, config.bnb_4bit_use_double_quant
-    packed, state = pack_4bit(*chosen, weight, *form) if chosen else quantize_4bit(weight, *form)
+    options = config.bnb_4bit_quant_type, config.bnb_4bit_use_double_quant
+    packed, state = (
+        pack_4bit(*codes_and_scales, weight, *options)
+        if codes_and_scales
+        else quantize_4bit(weight, *options)
+    )
     stats = {f"{key}.{name}": value for name, value in state.as_dict(packed=True).items()}
     return {key: packed, **stats}
 
@@ -429,14 +441,14 @@ def _pack_8bit(
     key: str,
     weight: torch.Tensor,
     config: Any,  # noqa: ARG001 - as _pack_4bit
-    chosen: tuple[torch.Tensor, torch.Tensor] | None,
+    codes_and_scales: tuple[torch.Tensor, torch.Tensor] | None,
 ) -> dict[str, torch.Tensor]:
     from bitsandbytes.functional import int8_vectorwise_quant
 
-    if chosen is None:
+    if codes_and_scales is None:
         output, scales, _ = int8_vectorwise_quant(weight.to(torch.float16))
     else:
-        codes, scales = chosen
+        codes, scales = codes_and_scales
         output = (codes - 127).to(torch.int8)
     module = key.removesuffix("weight")
     row_major = torch.tensor(0, dtype=torch.uint8)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ftlevel.merging.formats.ollama import chat_template, literal, write_modelfile
+from ftlevel.merging.formats.ollama import chat_template, format_modelfile, literal
 
 CHATML = {
     "system": ("<|im_start|>system\n", "<|im_end|>\n"),
@@ -41,7 +41,7 @@ def test_what_is_put_before_the_text_anyway_is_left_out_of_the_first_turn() -> N
 
 
 def test_a_modelfile_names_the_file_beside_it() -> None:
-    text = write_modelfile("m.gguf", "{{ .Prompt }}", ['"', "</s>"], ["one", "two"])
+    text = format_modelfile("m.gguf", "{{ .Prompt }}", ['"', "</s>"], ["one", "two"])
     assert text.splitlines() == [
         "# one",
         "# two",
@@ -50,4 +50,4 @@ def test_a_modelfile_names_the_file_beside_it() -> None:
         'PARAMETER stop "\\""',
         'PARAMETER stop "</s>"',
     ]
-    assert "TEMPLATE" not in write_modelfile("m.gguf", None, [], [])
+    assert "TEMPLATE" not in format_modelfile("m.gguf", None, [], [])

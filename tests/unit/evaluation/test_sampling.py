@@ -136,13 +136,13 @@ def test_rows_that_end_leave_their_group(family: str, monkeypatch: pytest.Monkey
     stops = tuple(dict.fromkeys(completion.ids[3] for completion in free[::2]))
     options = SamplingOptions(3, 0.8, 10, stops, most_rows=9)
     ragged = []
-    attend = SharedPrompts.attend
+    attend = SharedPrompts.attention_forward
 
     def watch(self: SharedPrompts, query: torch.Tensor, layer: int) -> Any:
         ragged.append(self.slots is not None)
         return attend(self, query, layer)
 
-    monkeypatch.setattr(SharedPrompts, "attend", watch)
+    monkeypatch.setattr(SharedPrompts, "attention_forward", watch)
     found = sample(model, options)
     assert any(ragged)
     assert any(len({len(completion.ids) for completion in own}) > 1 for own in found.values())

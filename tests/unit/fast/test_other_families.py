@@ -17,7 +17,7 @@ from ftlevel.fast.fused_lora import FusedLoraFunction
 from ftlevel.fast.plan import FastPlan, plan_fast
 from ftlevel.fast.step import FastStep
 from ftlevel.methods import Base
-from ftlevel.models.hardware import choose_dtype
+from ftlevel.models.hardware import select_dtype
 from ftlevel.models.loading import keep_heads, rename_prefix
 from ftlevel.models.quantization import build_quantization_config
 from ftlevel.models.targets import resolve_targets
@@ -189,9 +189,9 @@ def test_linears_that_cannot_be_packed_stay_as_they_are(family: str) -> None:
 
 
 def test_deberta_computes_in_float32() -> None:
-    assert choose_dtype("auto", "cpu", "lora", "deberta").value == "float32"
+    assert select_dtype("auto", "cpu", "lora", "deberta").value == "float32"
     with pytest.raises(ConfigError, match="--dtype bfloat16 cannot be used with deberta"):
-        choose_dtype("bfloat16", "cpu", "lora", "deberta")
+        select_dtype("bfloat16", "cpu", "lora", "deberta")
 
 
 @pytest.mark.parametrize("lengths", [(5, 30, 12, 12, 3, 21, 8, 17), (90, 150, 300)])

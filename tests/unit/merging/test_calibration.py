@@ -52,7 +52,7 @@ def moment(model: Any, name: str) -> torch.Tensor:
 def test_moments_are_those_of_the_inputs_without_padding(
     model: Any, most: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(low_bits, "MOST_BYTES", most)
+    monkeypatch.setattr(low_bits, "MAX_BYTES", most)
     sizes = sizes_of(model)
     found = ask(model, sizes)
     for name in sizes:

@@ -102,7 +102,7 @@ def test_a_wrong_file_is_found_and_not_kept(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     adapter = make_adapter(base, tmp_path / "adapter", CASES["rslora"].settings)
-    right = adapters_module.write_normal
+    right = adapters_module.save_normal_form
 
     def wrong(place: Path, *arguments: Any) -> None:
         right(place, *arguments)
@@ -111,7 +111,7 @@ def test_a_wrong_file_is_found_and_not_kept(
         first = min(tensors)
         save_file({**tensors, first: tensors[first] * 1.01}, file, {"format": "pt"})
 
-    monkeypatch.setattr(adapters_module, "write_normal", wrong)
+    monkeypatch.setattr(adapters_module, "save_normal_form", wrong)
     with pytest.raises(RunError, match="what was written is not adapter: read back"):
         write(adapter, tmp_path / "out", format="peft")
     assert not (tmp_path / "out").exists()

@@ -21,7 +21,7 @@ from ftlevel.methods import METHODS, Base
 from ftlevel.methods.bottleneck import ADAPTER_POSITIONS, get_input_layer
 from ftlevel.methods.bottleneck.layer import BottleneckLayer
 from ftlevel.models.families import FAMILIES as KNOWN
-from ftlevel.models.module_tree import find_heads
+from ftlevel.models.module_tree import get_heads
 from ftlevel.models.upstream.quantizers import keep_trainable_layout
 from ftlevel.trained.adapt import apply_method, load_adapter
 from sampling import sample
@@ -69,7 +69,7 @@ HEAD_CASES = [
 def adapt(model: Any, head: str, **fields: Any) -> Any:
     """Put an adapter on a tiny model, as `ftlevel train` does."""
     spec = AdapterSpec(**{"bottleneck_dim": DIM, **fields})
-    heads = find_heads(model) if head in ("seqcls", "tokcls", "qa") else []
+    heads = get_heads(model) if head in ("seqcls", "tokcls", "qa") else []
     targets = METHODS["adapter"].default_target_modules(spec, model)
     base = Base(model.config, "", TASK_TYPES.get(head), targets, heads, False, 10)
     return apply_method(model, spec, base)
@@ -497,7 +497,7 @@ def test_a_quantized_base(
     family: str, placement: str, bits: int, tiny_model_dir: Callable[..., Path], tmp_path: Path
 ) -> None:
     head, batch = HEADS[family][0], build_batch(family)
-    keep = find_heads(build(family, head)) or ["lm_head"]
+    keep = get_heads(build(family, head)) or ["lm_head"]
 
     def load() -> Any:
         model = getattr(transformers, AUTO_CLASSES[head]).from_pretrained(

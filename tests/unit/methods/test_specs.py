@@ -11,7 +11,7 @@ from ftlevel.config import SPECS, build_config, parse_overrides
 from ftlevel.errors import ConfigError, FtlevelError
 from ftlevel.methods import METHODS, Base, Method, lora
 from ftlevel.models import targets as model_targets
-from ftlevel.models.module_tree import find_heads
+from ftlevel.models.module_tree import get_heads
 from ftlevel.training.plan.method import find_method_targets
 from unit.models.meta_models import build, has_model
 from unit.models.tiny_configs import TINY
@@ -192,7 +192,7 @@ def test_ia3_finds_keys_values_and_feed_forward_in_every_family(family):
         if family not in ("mixtral", "qwen3_moe"):  # theirs are in tensors
             blocks = {name.rsplit(".", 3)[0] for name in inner}
             assert blocks
-        heads = find_heads(build(family, task, variant))
+        heads = get_heads(build(family, task, variant))
         assert not any(name.startswith(tuple(heads)) for name in found)
 
 

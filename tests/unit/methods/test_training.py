@@ -14,7 +14,7 @@ import tiny_models
 from ftlevel.config import SPECS, TrainConfig
 from ftlevel.methods import METHODS, Base
 from ftlevel.methods.adalora.callback import RankPruningCallback
-from ftlevel.models.module_tree import find_heads
+from ftlevel.models.module_tree import get_heads
 from ftlevel.objectives import TrainingLoss
 from ftlevel.tasks import TASKS
 from ftlevel.trained.adapt import apply_method, copy_initial_state, load_adapter, save_adapter
@@ -35,7 +35,7 @@ def adapted(kind: str, steps: int = 10, family: str = "llama", **fields):
     base = tiny_models.build(family, "seqcls")
     found = find_method_targets(spec, base, family)
     facts = Base(
-        base.config, "decoder", "SEQ_CLS", found.modules, find_heads(base), found.fan_in_fan_out,
+        base.config, "decoder", "SEQ_CLS", found.modules, get_heads(base), found.fan_in_fan_out,
         steps, found.parameters,
     )  # fmt: skip
     return base, apply_method(copy.deepcopy(base), spec, facts)

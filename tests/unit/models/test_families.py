@@ -12,7 +12,7 @@ from ftlevel.models.families import (
     Dims,
     Family,
     example_lora_parameters,
-    find_family,
+    get_family,
     lookup_family,
 )
 from ftlevel.models.module_tree import ModuleTree, linear_size
@@ -233,7 +233,7 @@ def test_no_example_is_an_error_of_ours() -> None:
     ],
 )
 def test_spellings(spelling: str, family: str) -> None:
-    assert find_family(spelling).name == family
+    assert get_family(spelling).name == family
 
 
 def test_no_alias_belongs_to_two_families_or_names_another() -> None:
@@ -248,7 +248,7 @@ def test_no_alias_belongs_to_two_families_or_names_another() -> None:
 def test_unknown_family_names_the_nearest_and_the_list() -> None:
     assert lookup_family("lama") is None
     with pytest.raises(InputError) as caught:
-        find_family("lama")
+        get_family("lama")
     text = str(caught.value)
     assert text.startswith("'lama' is neither a supported family nor a model. Did you mean 'llama'")
     for name in FAMILIES:
@@ -258,7 +258,7 @@ def test_unknown_family_names_the_nearest_and_the_list() -> None:
 
 def test_unknown_family_with_nothing_near() -> None:
     with pytest.raises(InputError, match=r"'zzzzzz' is neither .* nor a model\. Families: llama, "):
-        find_family("zzzzzz")
+        get_family("zzzzzz")
 
 
 def test_tiny_config_is_of_the_family() -> None:

@@ -16,7 +16,7 @@ from ftlevel.cli.app import run
 from ftlevel.config import TrainConfig
 from ftlevel.errors import ConfigError
 from ftlevel.models import loading
-from ftlevel.models.hardware import choose_device, choose_dtype, choose_tf32, uses_tf32, using_tf32
+from ftlevel.models.hardware import select_device, select_dtype, select_tf32, uses_tf32, using_tf32
 from ftlevel.models.sources import resolve_source
 from ftlevel.models.upstream import libraries
 from ftlevel.models.upstream.libraries import use_one_gpu
@@ -46,35 +46,35 @@ def card(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
 def test_a_card_without_bfloat16_computes_in_float16(card: Callable[..., None]) -> None:
     card((7, 5))
-    found = choose_dtype("auto", "cuda", "lora", "llama")
+    found = select_dtype("auto", "cuda", "lora", "llama")
     assert (found.value, found.reason) == (
         "float16", "auto: the GPU has no bfloat16: its fast type is float16"
     )  # fmt: skip
-    assert choose_dtype("auto", "cuda", "full", "llama").reason.endswith("; weights in float32")
+    assert select_dtype("auto", "cuda", "full", "llama").reason.endswith("; weights in float32")
     for family in ("t5", "mt5"):
-        found = choose_dtype("auto", "cuda", "lora", family)
+        found = select_dtype("auto", "cuda", "lora", family)
         assert found.value == "float32"
         assert f"and {family} overflows float16" in found.reason
 
 
 def test_a_card_with_bfloat16_computes_in_it(card: Callable[..., None]) -> None:
     card((8, 0))
-    assert choose_dtype("auto", "cuda", "lora", "llama").value == "bfloat16"
+    assert select_dtype("auto", "cuda", "lora", "llama").value == "bfloat16"
 
 
 def test_tf32_is_for_float32_on_ampere_and_says_so(card: Callable[..., None]) -> None:
     card((8, 6))
-    (choice,) = choose_tf32(None, "cuda", "float32")
+    (choice,) = select_tf32(None, "cuda", "float32")
     assert "Ampere" in choice.reason
     assert uses_tf32(None, "cuda", "float32")
     assert not uses_tf32(False, "cuda", "float32")
-    assert not choose_tf32(False, "cuda", "float32")
-    assert not choose_tf32(None, "cuda", "bfloat16")
+    assert not select_tf32(False, "cuda", "float32")
+    assert not select_tf32(None, "cuda", "bfloat16")
     assert not uses_tf32(True, "cuda", "bfloat16")
     card((7, 5))
-    assert not choose_tf32(None, "cuda", "float32")
+    assert not select_tf32(None, "cuda", "float32")
     with pytest.raises(ConfigError, match=r"--tf32: a card\. TF32 needs .* Ampere"):
-        choose_tf32(True, "cuda", "float32")
+        select_tf32(True, "cuda", "float32")
 
 
 def test_tf32_ends_with_the_training() -> None:
@@ -90,10 +90,10 @@ def test_of_several_cards_one_is_used_and_the_others_are_named(
 ) -> None:
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     card((8, 0), count=4)
-    found = choose_device("auto")
+    found = select_device("auto")
     assert found.reason == "auto: a card, one of 4; --num-processes 4 trains on all of them"
     monkeypatch.setenv("WORLD_SIZE", "4")
-    assert choose_device("auto").reason == "auto: a card"
+    assert select_device("auto").reason == "auto: a card"
 
 
 def test_trainer_wraps_no_model_for_several_cards(tmp_path: Path) -> None:
@@ -152,15 +152,15 @@ def test_weights_go_to_a_card_shard_by_shard(
 def test_the_lowest_releases_are_those_that_pip_asks_for() -> None:
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     asked = dict(re.findall(r'^  "([a-z-]+)>=([\d.]+)"', text, re.MULTILINE))
-    assert {name: asked[name] for name in libraries.LOWEST} == libraries.LOWEST
+    assert {name: asked[name] for name in libraries.MIN_VERSIONS} == libraries.MIN_VERSIONS
 
 
 def test_a_library_that_is_too_old_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert libraries.find_old_libraries() == []
+    assert libraries.get_outdated_libraries() == []
     monkeypatch.setattr(
         libraries, "version", lambda name: {"transformers": "5.17.0"}.get(name, "9")
     )
-    assert libraries.find_old_libraries() == [
+    assert libraries.get_outdated_libraries() == [
         "transformers 5.17.0 is installed, and ftlevel needs transformers 5.24 or later. "
         'pip install --upgrade "transformers>=5.24".'
     ]

@@ -16,7 +16,7 @@ from ftlevel.config import QuantConfig
 from ftlevel.errors import InputError
 from ftlevel.models.loading import (
     build_task_model,
-    find_new_poolers,
+    get_new_poolers,
     label_overrides,
     load_config,
     load_model,
@@ -182,7 +182,7 @@ def test_weights_that_are_cut_short(copied: Callable[..., Path], kind: str, head
     source = resolve_source(str(directory))
     meta = build_task_model(load_config(source), "AutoModel")
     with pytest.raises(InputError, match=r"its weights cannot be read .* cut short\?"):
-        find_new_poolers(meta, source)
+        get_new_poolers(meta, source)
 
 
 @pytest.mark.parametrize("content", [b"GGUF", b"GGUF\x03\0\0\0" + b"\1" + b"\0" * 7])

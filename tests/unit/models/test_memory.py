@@ -8,7 +8,12 @@ import pytest
 import torch
 from transformers import AutoConfig
 
-from ftlevel.models.hardware import MemorySettings, device_memory, longest_in_memory, read_limits
+from ftlevel.models.hardware import (
+    MemorySettings,
+    device_memory,
+    get_memory_limits,
+    max_length_in_memory,
+)
 from tiny_models import CONFIGS, HIDDEN, INNER, LAYERS, build
 
 LLAMA = AutoConfig.for_model(
@@ -28,16 +33,18 @@ BLOCK = 4 * 64 + 2 * 128
     ],
 )
 def test_the_formula(holding: MemorySettings, left: int, tokens: int) -> None:
-    assert longest_in_memory(LLAMA, holding, left + 7 * tokens) == 7
-    assert longest_in_memory(LLAMA, holding, left + 7 * tokens - 1) == 6
-    assert longest_in_memory(LLAMA, holding, left) is None, "weights alone: not a matter of length"
+    assert max_length_in_memory(LLAMA, holding, left + 7 * tokens) == 7
+    assert max_length_in_memory(LLAMA, holding, left + 7 * tokens - 1) == 6
+    assert max_length_in_memory(LLAMA, holding, left) is None, (
+        "weights alone: not a matter of length"
+    )
 
 
 @pytest.mark.parametrize("family", CONFIGS)
 def test_every_family_has_its_sizes(family: str) -> None:
     config = AutoConfig.for_model(family, **CONFIGS[family])
     memory, inner = 10_000_000, HIDDEN if family == "gpt2" else INNER
-    found = longest_in_memory(config, MemorySettings(4, 4), memory)
+    found = max_length_in_memory(config, MemorySettings(4, 4), memory)
     assert found is not None
     assert found < memory // (LAYERS * (4 * HIDDEN + 2 * inner) * 4)
 
@@ -71,5 +78,5 @@ def test_limits_of_a_container(tmp_path: Path) -> None:
     for name, text in (("a", "max"), ("b", "1000"), ("c", "")):
         (tmp_path / name).mkdir()
         (tmp_path / name / "memory.max").write_text(text)
-    assert list(read_limits(tmp_path / name for name in "abcd")) == [1000]
+    assert list(get_memory_limits(tmp_path / name for name in "abcd")) == [1000]
     assert device_memory("cpu") > 2**28

@@ -9,7 +9,7 @@ import torch
 
 import tiny_models
 from ftlevel.models.loading import load_config, load_model, rename_prefix
-from ftlevel.models.module_tree import find_new_language_head
+from ftlevel.models.module_tree import get_new_language_head
 from ftlevel.models.sources import resolve_source
 
 NEW = {
@@ -27,19 +27,19 @@ NEW = {
 def test_language_heads_that_are_new(family: str) -> None:
     model = tiny_models.build(family, "mlm")
     model.config.architectures = ["SomethingModel"]
-    new, heads = find_new_language_head(model)
+    new, heads = get_new_language_head(model)
     assert new == NEW[family]
     output = model.get_output_embeddings()
     assert all(part is not output for name in new for part in model.get_submodule(name).modules())
     assert all(any(f"{name}.".startswith(f"{head}.") for head in heads) for name in new)
     model.config.architectures = [type(model).__name__]
-    assert find_new_language_head(model) == ([], [])
+    assert get_new_language_head(model) == ([], [])
 
 
 def test_the_discriminator_of_electra_is_no_language_head() -> None:
     model = tiny_models.build("electra", "mlm")
     model.config.architectures = ["ElectraForPreTraining"]
-    assert find_new_language_head(model)[0] == NEW["electra"]
+    assert get_new_language_head(model)[0] == NEW["electra"]
 
 
 @pytest.mark.parametrize(

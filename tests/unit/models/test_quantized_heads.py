@@ -8,7 +8,7 @@ import torch
 import tiny_models
 from ftlevel.config import QuantConfig
 from ftlevel.models.loading import load_model
-from ftlevel.models.module_tree import find_heads
+from ftlevel.models.module_tree import get_heads
 from ftlevel.models.quantization import build_quantization_config
 from ftlevel.models.sources import ModelSource
 from sampling import sample
@@ -27,7 +27,7 @@ def test_heads_stay_in_floating_point(family, head, quant, tiny_model_dir):
         device="cpu",
         quantization=build_quantization_config(QuantConfig(kind=quant), torch.float32, []),
     )
-    heads = find_heads(model)
+    heads = get_heads(model)
     assert heads
     for name in heads:
         for parameter in model.get_submodule(name).parameters():

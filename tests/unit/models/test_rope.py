@@ -11,7 +11,7 @@ import torch
 import transformers
 
 from export_cases import GEMMA_LINEAR, LINEAR, LLAMA_3, LONG_ROPE
-from ftlevel.models.kinds import write_former_rope
+from ftlevel.models.kinds import save_legacy_rope
 from tiny_models import build
 
 THETA = {"rope_type": "default", "rope_theta": 500.0}
@@ -46,7 +46,7 @@ def test_both_forms_stand_side_by_side_and_read_the_same(
     model.save_pretrained(tmp_path)
     path = tmp_path / "config.json"
     before, read = json.loads(path.read_text()), transformers.AutoConfig.from_pretrained(tmp_path)
-    write_former_rope(tmp_path)
+    save_legacy_rope(tmp_path)
     after = json.loads(path.read_text())
     added = {key: value for key, value in after.items() if key not in before}
     assert {key: value for key, value in after.items() if key in before} == before

@@ -11,7 +11,7 @@ from transformers import set_seed
 
 from ftlevel.models.loading import load_config, load_model
 from ftlevel.models.sources import resolve_source
-from ftlevel.models.upstream.shards import UnreadWeights
+from ftlevel.models.upstream.shards import LazyWeights
 from tiny_models import AUTO_CLASSES
 
 Make = Callable[..., Path]
@@ -36,7 +36,7 @@ def test_what_is_read_later_is_what_is_read_at_once(
     given = (source, load_config(source), AUTO_CLASSES[head])
     set_seed(3)
     expected, missing = load_model(*given, dtype=dtype, device="cpu")
-    slices = UnreadWeights()
+    slices = LazyWeights()
     set_seed(3)
     model, lacks = load_model(*given, dtype=dtype, device="cpu", slices=slices)
     assert lacks == missing
@@ -66,7 +66,7 @@ def test_what_is_put_together_of_several_tensors_is_read_at_once(tiny_model_dir:
     source = resolve_source(str(tiny_model_dir("mixtral")))
     given = (source, load_config(source), AUTO_CLASSES["causal"])
     expected, _ = load_model(*given, dtype=torch.bfloat16, device="cpu")
-    slices = UnreadWeights()
+    slices = LazyWeights()
     model, _ = load_model(*given, dtype=torch.bfloat16, device="cpu", slices=slices)
     experts = {name for name, _ in model.named_parameters() if ".experts." in name}
     assert set(slices.converted) == experts
@@ -78,7 +78,7 @@ def test_what_is_put_together_of_several_tensors_is_read_at_once(tiny_model_dir:
 
 def test_what_is_computed_of_a_weight_that_is_not_read_is_found(tiny_model_dir: Make) -> None:
     source = resolve_source(str(tiny_model_dir("llama")))
-    slices = UnreadWeights()
+    slices = LazyWeights()
     model, _ = load_model(source, load_config(source), AUTO_CLASSES["causal"],
                           dtype=torch.bfloat16, device="cpu", slices=slices)  # fmt: skip
     for parameter in model.parameters():
@@ -95,7 +95,7 @@ def test_the_files_of_an_index_are_read_like_one(tiny_model_dir: Make, tmp_path:
     whole, _ = load_model(source, *given, dtype=torch.float32, device="cpu")
     whole.save_pretrained(tmp_path, max_shard_size="100KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 2
-    slices = UnreadWeights()
+    slices = LazyWeights()
     model, missing = load_model(resolve_source(str(tmp_path)), *given, dtype=torch.bfloat16,
                                 device="cpu", slices=slices)  # fmt: skip
     assert not missing

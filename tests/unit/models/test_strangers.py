@@ -24,7 +24,7 @@ from ftlevel.models.quantization import match_quantization
 from ftlevel.models.sources import ModelSource, resolve_source
 from ftlevel.models.untrusted import limit_memory, limit_time
 from ftlevel.models.upstream import libraries
-from ftlevel.weights.gguf_file import write_gguf
+from ftlevel.weights.gguf_file import save_gguf
 from tiny_models import build
 
 ModelDir = Callable[..., Path]
@@ -138,7 +138,7 @@ def gguf(path: Path, **keys: Any) -> Path:
                  "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "qwen2",
                  "tokenizer.ggml.tokens": ["a", "b", "ab"], "tokenizer.ggml.token_type": [1, 1, 1],
                  "tokenizer.ggml.merges": ["a b"], "tokenizer.ggml.eos_token_id": 0}  # fmt: skip
-    write_gguf(path, {**described, **keys}, [], print)
+    save_gguf(path, {**described, **keys}, [], print)
     return path
 
 
@@ -258,7 +258,7 @@ def test_a_forked_process_is_measured_itself() -> None:
 def test_an_adapters_regular_expressions_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], field: str
 ) -> None:
-    monkeypatch.setattr(untrusted, "_SECONDS", 0.2)
+    monkeypatch.setattr(untrusted, "_TIMEOUT", 0.2)
     with pytest.raises(InputError, match=rf"adapter_config\.json: {field} has "):
         untrusted.check_patterns(tmp_path, settings, build("llama"))
     untrusted.check_patterns(tmp_path, {"target_modules": ["(", "q_proj"]}, build("llama"))

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
 from ftlevel.errors import InputError
 from ftlevel.models.families import lora_parameters
-from ftlevel.models.module_tree import find_heads
+from ftlevel.models.module_tree import get_heads
 from ftlevel.models.targets import (
     build_meta_model,
     inspect_model,
@@ -154,7 +154,7 @@ def test_unknown_family_has_blocks_too() -> None:
     assert resolve_targets(model, "all-linear") == ["steps.0.mix", "steps.1.mix", "steps.2.mix"]
     (mix,) = inspect_model(model).linears
     assert (mix.pattern, mix.count, mix.lora_parameters(2)) == ("steps.{i}.mix", 3, 72)
-    assert find_heads(model) == ["out"]
+    assert get_heads(model) == ["out"]
 
 
 def test_model_without_blocks_is_refused() -> None:

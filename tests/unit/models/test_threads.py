@@ -27,7 +27,7 @@ def write(path: Path, text: str) -> None:
 def test_hyperthreads_of_a_core_count_once(siblings, cpus, cores, tmp_path):
     for cpu, text in enumerate(siblings):
         write(tmp_path / f"cpu{cpu}/topology/thread_siblings_list", text + "\n")
-    assert hardware.count_cores(cpus, tmp_path) == cores
+    assert hardware.get_num_cores(cpus, tmp_path) == cores
 
 
 @pytest.mark.parametrize(
@@ -47,8 +47,8 @@ def test_the_quota_is_the_narrowest_of_the_groups(membership, files, quota, tmp_
     write(tmp_path / "self", membership)
     for name, text in files.items():
         write(tmp_path / "root" / name, text)
-    assert hardware.read_quota(tmp_path / "self", tmp_path / "root") == quota
-    assert hardware.read_quota(tmp_path / "missing") is None
+    assert hardware.get_cpu_quota(tmp_path / "self", tmp_path / "root") == quota
+    assert hardware.get_cpu_quota(tmp_path / "missing") is None
 
 
 @pytest.mark.parametrize(
@@ -71,8 +71,8 @@ def test_nobody_who_has_chosen_is_overruled(
     monkeypatch.setattr(torch, "get_num_threads", lambda: now[0])
     monkeypatch.setattr(torch, "set_num_threads", lambda n: now.append(n) or now.pop(0))
     monkeypatch.setattr(hardware, "allowed_cpus", lambda: list(range(8)))
-    monkeypatch.setattr(hardware, "count_cores", lambda cpus: len(cpus) // 2)
-    monkeypatch.setattr(hardware, "read_quota", lambda: quota)
-    choice = hardware.choose_threads()
+    monkeypatch.setattr(hardware, "get_num_cores", lambda cpus: len(cpus) // 2)
+    monkeypatch.setattr(hardware, "get_cpu_quota", lambda: quota)
+    choice = hardware.select_threads()
     assert (choice.value, choice.reason) == (chosen, reason)
     assert now == [chosen]

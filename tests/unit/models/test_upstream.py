@@ -31,7 +31,7 @@ from ftlevel.models.upstream import FACTS, architectures, conversions, fake, lib
 from ftlevel.models.upstream import conversions as headers
 from ftlevel.models.upstream import tensors as upstream
 from ftlevel.models.upstream.libraries import leave_sharded
-from ftlevel.models.upstream.shards import UnreadWeights
+from ftlevel.models.upstream.shards import LazyWeights
 from tiny_models import build, build_batch
 from upstream_facts import Canaries, Fact, arguments, check_fact, facts
 
@@ -242,7 +242,7 @@ def _(request: pytest.FixtureRequest) -> None:
     said = directory / "generation_config.json"
     said.write_text(json.dumps({**json.loads(said.read_text()), "top_k": 7}))
     meta = build_task_model(load_config(resolve_source(str(directory))), "AutoModelForCausalLM")
-    slices = UnreadWeights()
+    slices = LazyWeights()
     model, _ = slices.load(
         meta, directory, str(directory), config=meta.config, dtype=torch.float16,
         output_loading_info=True, local_files_only=True,
@@ -293,9 +293,9 @@ def _(_: Any) -> None:
 @CANARIES.of("PreTrainedModel._supports_sdpa", "ALL_ATTENTION_FUNCTIONS")
 def _(_: Any) -> None:
     assert architectures.supports_sdpa(transformers.LlamaModel)
-    assert architectures.asks_for_attention(transformers.LlamaModel)
+    assert architectures.uses_attention_interface(transformers.LlamaModel)
     assert not architectures.supports_sdpa(transformers.DebertaV2Model)
-    assert not architectures.asks_for_attention(transformers.DebertaV2Model)
+    assert not architectures.uses_attention_interface(transformers.DebertaV2Model)
     module = inspect.getmodule(transformers.LlamaModel)
     assert isinstance(vars(module)["ALL_ATTENTION_FUNCTIONS"], transformers.AttentionInterface)
 
@@ -329,13 +329,13 @@ def _(request: pytest.FixtureRequest) -> None:
     export_to(str(folder / "x.gguf"), plain, outtype="q8_0", verify=False)
     read = []
 
-    class Counted(headers.PlainReader):
+    class Counted(headers.FastGGUFReader):
         def __init__(self, path: str) -> None:
             super().__init__(path)
             read.append(self)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(headers, "PlainReader", Counted)
+        patch.setattr(headers, "FastGGUFReader", Counted)
         source = resolve_source(str(folder / "x.gguf"), None, False)
         load_config(source)
         load_tokenizer(source)
@@ -413,7 +413,7 @@ def _(_: Any) -> None:
     assert arguments(WeightConverter.add_tensor) == add
     assert issubclass(WeightConverter, type(WeightRenaming("a", "b")).__base__)
     model = build("mixtral")
-    naming = conversions.Naming(model)
+    naming = conversions.KeyMapper(model)
     expert = "model.layers.0.block_sparse_moe.experts.{}.w2.weight"
     name, pattern = naming(expert.format(0))
     assert name == "model.layers.0.mlp.experts.down_proj"
@@ -522,19 +522,19 @@ def _(_: Any) -> None:
     assert quantizers.keep_trainable_layout(nn.Sequential(linear)) == 1
     assert linear.support_avx512bf16_for_cpu is False
     linear.compute_type_is_set = True
-    assert quantizers.can_train_4bit(linear)
+    assert quantizers.supports_4bit_training(linear)
     linear.weight.quant_state.packing_format_for_cpu = True
-    assert not quantizers.can_train_4bit(linear)
+    assert not quantizers.supports_4bit_training(linear)
 
 
 @CANARIES.of("Linear4bit.compute_type_is_set")
 def _(_: Any) -> None:
     linear = _four_bit()
     quantizers.keep_trainable_layout(linear)
-    assert not quantizers.can_train_4bit(linear)
+    assert not quantizers.supports_4bit_training(linear)
     linear(torch.ones(1, 64, dtype=torch.bfloat16))
     assert linear.compute_dtype == torch.bfloat16
-    assert quantizers.can_train_4bit(linear)
+    assert quantizers.supports_4bit_training(linear)
 
 
 @CANARIES.of("QuantState.state2")
@@ -554,7 +554,7 @@ def _(_: Any) -> None:
     linear = linear.to("cpu")
     (scales,) = quantizers.scales_of(linear.weight)
     assert torch.allclose(scales, plain.weight.abs().amax(1), rtol=1e-2)
-    assert quantizers.can_train_8bit(linear)
+    assert quantizers.supports_8bit_training(linear)
     found = quantizers.dequantize_8bit(linear, torch.float32)
     assert (found - plain.weight).abs().max() <= plain.weight.abs().max() / 127
     x = torch.randn(3, 64)

@@ -77,7 +77,7 @@ def test_a_configuration_of_another_shape(adapter: Path, text: str) -> None:
 
 
 def test_an_expression_that_never_ends(adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(untrusted, "_SECONDS", 0.2)
+    monkeypatch.setattr(untrusted, "_TIMEOUT", 0.2)
     edit_config(adapter, target_modules=r"(\w+\.?)+x")
     with pytest.raises(InputError, match="takes too long to match"):
         load_adapter(tiny_models.build("llama"), adapter)

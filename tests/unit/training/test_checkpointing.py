@@ -15,7 +15,7 @@ from ftlevel.data.encoding.collate import Collator
 from ftlevel.data.encoding.encode import Encoded
 from ftlevel.fast.fused_layers import FusedNormGlu
 from ftlevel.fast.fused_lora import register_fused_layers
-from ftlevel.models.module_tree import find_blocks, find_stacks
+from ftlevel.models.module_tree import get_blocks, get_stacks
 from ftlevel.training import memory as checkpointing
 from ftlevel.training.memory import Activations, StepReducer, count_activations, set_checkpointing
 from live_tensors import LiveTensors
@@ -58,7 +58,7 @@ def held_by(model: Any, tokens: int) -> int:
 
 def test_what_is_counted_is_what_is_held() -> None:
     model = adapted()
-    found = count_activations(model, find_blocks(model.get_base_model()), run_of(64))
+    found = count_activations(model, get_blocks(model.get_base_model()), run_of(64))
     more = (held_by(model, 256) - held_by(model, 128)) / 128  # per token, embeddings and norm too
     assert len(found.stored) == BLOCKS
     assert found.states == (model.config.hidden_size * 4,) * BLOCKS
@@ -70,7 +70,7 @@ def test_blocks_are_recomputed_until_the_rest_fits(
     share: float, expected: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, run = adapted(), run_of(256)
-    blocks = find_blocks(model.get_base_model())
+    blocks = get_blocks(model.get_base_model())
     found = count_activations(model, blocks, run)
     memory = int(share * 256 * sum(found.stored))
     monkeypatch.setattr(
@@ -90,7 +90,7 @@ def test_a_step_is_the_same_however_many_are_recomputed() -> None:
     model, losses = adapted(), []
     ids = torch.arange(40)[None] + 5
     for count in (0, 2, BLOCKS):
-        blocks = find_blocks(model.get_base_model())
+        blocks = get_blocks(model.get_base_model())
         if count:
             set_checkpointing(model, run_of(64, gradient_checkpointing=True))
             checkpointing.recompute_first(blocks, count)
@@ -154,7 +154,7 @@ def batch_of(run: Any, rows: int) -> dict[str, Any]:
 @pytest.mark.parametrize("family", ["t5", "bart"])
 def test_both_stacks_of_an_encoder_decoder_are_counted(family: str) -> None:
     model, run = answered(family)
-    stacks = find_stacks(model.get_base_model())
+    stacks = get_stacks(model.get_base_model())
     found = count_activations(model, [block for stack in stacks for block in stack], run)
 
     def held(rows: int) -> int:
@@ -178,7 +178,7 @@ def test_auto_recomputes_blocks_of_an_encoder_decoder(
     family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, run = answered(family)
-    blocks = [block for stack in find_stacks(model.get_base_model()) for block in stack]
+    blocks = [block for stack in get_stacks(model.get_base_model()) for block in stack]
     found = count_activations(model, blocks, run)
     free = 0.5 * run.fast.tokens * sum(found.stored)
 
@@ -262,7 +262,7 @@ def test_the_last_product_of_a_block_is_not_computed_again(
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
     base = model.get_base_model()
-    blocks = find_stacks(base)[-1]
+    blocks = get_stacks(base)[-1]
     _, expected = of_last_products(model, [])
     checkpointing.recompute_blocks(base)
     taken, found = of_last_products(model, blocks)

@@ -18,7 +18,7 @@ from ftlevel.config.section import Choice
 from ftlevel.data.encoding.encode import Encoded
 from ftlevel.errors import ConfigError
 from ftlevel.fast.plan import FastPlan
-from ftlevel.models.hardware import read_free
+from ftlevel.models.hardware import get_free_memory
 from ftlevel.training.forecast import alternatives
 from ftlevel.training.forecast.alternatives import choose_micro_batch, fit_micro_batch
 from ftlevel.training.forecast.fits import Device
@@ -162,7 +162,7 @@ def test_a_control_group_leaves_what_is_below_its_limit(tmp_path: Path) -> None:
         (tmp_path / group).mkdir()
         for name, text in its.items():
             (tmp_path / group / name).write_text(text)
-    assert list(read_free(tmp_path / group for group in files)) == [450, 0]
+    assert list(get_free_memory(tmp_path / group for group in files)) == [450, 0]
 
 
 @pytest.mark.slow

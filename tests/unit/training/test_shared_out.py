@@ -13,7 +13,7 @@ from ftlevel.config.methods import LoraSpec
 from ftlevel.methods import Base
 from ftlevel.models.loading import load_config, load_model
 from ftlevel.models.sources import resolve_source
-from ftlevel.models.upstream.shards import UnreadWeights
+from ftlevel.models.upstream.shards import LazyWeights
 from ftlevel.trained.adapt import apply_method
 from ftlevel.training.model import find_computed_tensor
 from tiny_models import AUTO_CLASSES
@@ -21,9 +21,7 @@ from tiny_models import AUTO_CLASSES
 Make = Callable[..., Path]
 
 
-def adapted(
-    directory: Path, spec: LoraSpec, dtype: torch.dtype, slices: UnreadWeights | None
-) -> Any:
+def adapted(directory: Path, spec: LoraSpec, dtype: torch.dtype, slices: LazyWeights | None) -> Any:
     source = resolve_source(str(directory))
     config = load_config(source)
     model, _ = load_model(
@@ -41,7 +39,7 @@ def adapted(
 def test_heads_are_read_and_what_cannot_be_computed_is_named(
     tiny_model_dir: Make, use_dora: bool, dtype: torch.dtype
 ) -> None:
-    directory, slices = tiny_model_dir("bert", "seqcls"), UnreadWeights()
+    directory, slices = tiny_model_dir("bert", "seqcls"), LazyWeights()
     spec = LoraSpec(use_dora=use_dora)
     expected = adapted(directory, spec, dtype, None)
     model = adapted(directory, spec, dtype, slices)

@@ -12,8 +12,8 @@ from ftlevel.models.loading import build_task_model, load_config, load_model, re
 from ftlevel.models.sources import resolve_source
 from ftlevel.weights.checkpoint import (
     convert_for_saving,
+    load_header,
     open_checkpoint,
-    read_header,
     spec_of,
     weight_files,
 )
@@ -50,7 +50,7 @@ def test_names_go_back_to_those_of_the_checkpoint(
     saved = {}
     for name in checkpoint.groups:
         saved.update(convert_for_saving(meta, name, checkpoint.read(name)))
-    stored = {k: v for path in weight_files(folder) for k, v in read_header(path)[0].items()}
+    stored = {k: v for path in weight_files(folder) for k, v in load_header(path)[0].items()}
     assert set(saved) == set(stored)
     assert all(torch.equal(saved[name], tensor.read()) for name, tensor in stored.items())
     assert checkpoint.unused == []

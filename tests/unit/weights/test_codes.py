@@ -9,12 +9,12 @@ import torch
 from ftlevel.weights.codes import (
     DAMPING,
     QuantizationGrid,
-    choose_codes,
-    find_directions,
+    compute_directions,
     four_bit_grid,
     improve_codes,
     pack_4bit,
     quantize_4bit,
+    select_codes,
     shrunk,
 )
 from ftlevel.weights.quantize_shards import bitsandbytes_grid
@@ -136,7 +136,7 @@ def test_the_change_arrives_in_the_directions_that_it_writes_to() -> None:
     alone = start
     for _ in range(3):
         alone = improve_codes(base + change, alone, scales, moment, grid)
-    found = choose_codes(base + change, change, start, scales, moment, grid)
+    found = select_codes(base + change, change, start, scales, moment, grid)
     assert lost(found) < 0.5 * lost(alone)
     assert lost(found) < 0.8 * lost(start)
     noise = [
@@ -148,10 +148,10 @@ def test_the_change_arrives_in_the_directions_that_it_writes_to() -> None:
 
 def test_directions_are_the_first_of_what_a_change_does() -> None:
     change, moment = matrix(60, 3) @ matrix(3, 40, 1), moment_of(40)
-    found = find_directions(change, moment)
+    found = compute_directions(change, moment)
     kept = found @ (found.T @ change)
     torch.testing.assert_close(kept, change, rtol=1e-3, atol=1e-3)
-    assert find_directions(0 * change, moment).abs().sum() == 0
+    assert compute_directions(0 * change, moment).abs().sum() == 0
 
 
 def test_codes_that_were_chosen_on_few_inputs_serve_others_of_their_kind() -> None:

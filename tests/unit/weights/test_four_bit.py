@@ -6,7 +6,7 @@ import bitsandbytes.functional as bnb
 import pytest
 import torch
 
-from ftlevel.weights.codes import _PIECE, quantize_4bit
+from ftlevel.weights.codes import _CHUNK, quantize_4bit
 
 
 def draw(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
@@ -34,7 +34,7 @@ def hard() -> torch.Tensor:
     "weight",
     [
         *(draw((96, 64), dtype) for dtype in (torch.bfloat16, torch.float16, torch.float32)),
-        draw((3, _PIECE // 2 + 64), torch.bfloat16),  # pieces that end within a row
+        draw((3, _CHUNK // 2 + 64), torch.bfloat16),  # pieces that end within a row
         draw((5, 13), torch.float32),  # a last block that is short
         draw((64, 64), torch.float32).T,
         hard(),

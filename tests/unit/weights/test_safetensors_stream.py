@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ftlevel.errors import InputError
-from ftlevel.weights.checkpoint import read_header
+from ftlevel.weights.checkpoint import load_header
 from ftlevel.weights.quantize_shards import ShardWriter, header_bound
 
 TENSORS = {
@@ -43,7 +43,7 @@ def test_the_library_reads_what_is_written(tmp_path: Path) -> None:
 def test_what_the_library_writes_is_read(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     save_file({name: tensor.contiguous() for name, tensor in TENSORS.items()}, str(path))
-    stored, _ = read_header(path)
+    stored, _ = load_header(path)
     for name, tensor in TENSORS.items():
         assert torch.equal(stored[name].read(), tensor)
 
@@ -51,7 +51,7 @@ def test_what_the_library_writes_is_read(tmp_path: Path) -> None:
 def test_every_tensor_is_aligned_for_its_type(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     write(path)
-    for name, stored in read_header(path)[0].items():
+    for name, stored in load_header(path)[0].items():
         assert stored.offset % stored.spec.dtype.itemsize == 0, name
 
 
@@ -61,4 +61,4 @@ def test_a_file_that_was_cut_short_is_named(size: int, tmp_path: Path) -> None:
     write(path)
     path.write_bytes(path.read_bytes()[:size])
     with pytest.raises(InputError, match="Is the copy incomplete"):
-        read_header(path)
+        load_header(path)

@@ -15,7 +15,7 @@ from ftlevel.errors import InputError
 from ftlevel.weights.checkpoint import (
     DTYPES,
     TensorPart,
-    read_header,
+    load_header,
     spec_of,
     weight_files,
     write_file,
@@ -50,7 +50,7 @@ def test_tensors_begin_where_they_can_be_mapped(name: str, tmp_path: Path) -> No
 def test_what_safetensors_writes_is_read_and_copied(tmp_path: Path) -> None:
     tensors = draw()
     save_file(tensors, tmp_path / "a.safetensors", metadata={"format": "pt"})
-    stored, metadata = read_header(tmp_path / "a.safetensors")
+    stored, metadata = load_header(tmp_path / "a.safetensors")
     assert metadata == {"format": "pt"}
     for name, tensor in tensors.items():
         read = stored[name].read()
@@ -89,16 +89,16 @@ def test_what_is_no_safetensors_file_is_refused(content: bytes, tmp_path: Path) 
     path = tmp_path / "a.safetensors"
     path.write_bytes(content)
     with pytest.raises(InputError, match="is not a safetensors file"):
-        read_header(path)
+        load_header(path)
 
 
 def test_a_file_that_was_cut_short_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     save_file({"x": torch.rand(1000)}, path)
-    (stored,) = read_header(path)[0].values()
+    (stored,) = load_header(path)[0].values()
     path.write_bytes(path.read_bytes()[:-10])
     with pytest.raises(InputError, match="is shorter than its header says"):
-        read_header(path)
+        load_header(path)
     with pytest.raises(InputError, match="ends before its header says"):
         stored.read()
     with pytest.raises(InputError, match="ends before its header says"):
@@ -118,7 +118,7 @@ def test_a_header_of_another_shape_is_refused(header: object, tmp_path: Path) ->
     text = json.dumps(header).encode()
     (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + b"\0" * 8)
     with pytest.raises(InputError, match="is not a safetensors file"):
-        read_header(tmp_path / "model.safetensors")
+        load_header(tmp_path / "model.safetensors")
 
 
 @pytest.mark.parametrize(

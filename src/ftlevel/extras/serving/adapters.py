@@ -52,10 +52,10 @@ from ftlevel.merging.normal_form import (
     NormalForm,
     build_normal_form,
     compute_normal_form,
+    get_plain_form,
     is_whole,
-    plain_form_of,
-    read_file,
-    write_normal,
+    load_adapter_file,
+    save_normal_form,
 )
 from ftlevel.methods.lora_conversion import Factors
 from ftlevel.methods.merging import BY_PEFT_TYPE, get_merge_error
@@ -77,7 +77,7 @@ def probe_normal_form(
 
     Raises InputError if an adapted layer is not linear, or its rank is above `limit`.
     """
-    file = read_file(directory, config, base)
+    file = load_adapter_file(directory, config, base)
     file.tensors = {name: tensor for name, tensor in file.tensors.items() if is_whole(name, config)}
     factors = {
         name: _factor(change, name, limit, norm)
@@ -201,7 +201,7 @@ def plan_adapters(
     forms: dict[str, NormalForm | None] = {}
     for entry in entries:
         try:
-            plain_form_of(entry.peft_config)
+            get_plain_form(entry.peft_config)
             notes += check_for(entry, target)
             writer.check(entry)
             form = compute_normal_form(
@@ -391,7 +391,7 @@ class AdaptersExport:
             device=device,
         )
         with Workspace("normal") as folder:
-            write_normal(Path(folder), form, entry)
+            save_normal_form(Path(folder), form, entry)
             peft_model = PeftModel.from_pretrained(base_model, folder).eval()
         outputs = run_prompts(peft_model, entry, prompts)
         del peft_model, base_model

@@ -21,7 +21,7 @@ from ftlevel.extras.serving.adapters import plan_adapters
 from ftlevel.extras.serving.entry import ServedModel
 from ftlevel.merging.normal_form import NormalForm
 from ftlevel.methods.lora_conversion import Factors
-from ftlevel.weights.gguf_families import FAMILIES, convert, find_problems
+from ftlevel.weights.gguf_families import FAMILIES, convert, get_gguf_limitations
 from ftlevel.weights.gguf_file import name_map
 
 _FILE = "adapter.gguf"
@@ -34,7 +34,7 @@ class GgufWriter:
 
     def check(self, entry: ServedModel) -> None:
         """Raise InputError if llama.cpp computes the base differently from transformers."""
-        if problems := find_problems(entry.ref.model_config):
+        if problems := get_gguf_limitations(entry.ref.model_config):
             raise InputError(f"for llama.cpp, {problems[0]}")
 
     def write(self, directory: Path, form: NormalForm, entry: ServedModel) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ftlevel.extras.serving.adapters import plan_adapters
 from ftlevel.extras.serving.entry import ServedModel
-from ftlevel.merging.normal_form import NormalForm, read_normal, write_normal
+from ftlevel.merging.normal_form import NormalForm, load_normal_form, save_normal_form
 from ftlevel.weights.checkpoint import TOKENIZER_FILES
 
 
@@ -22,7 +22,7 @@ class PeftWriter:
 
     def write(self, directory: Path, form: NormalForm, entry: ServedModel) -> None:
         """Write the adapter into the directory `directory`."""
-        write_normal(directory, form, entry)
+        save_normal_form(directory, form, entry)
         for pattern in TOKENIZER_FILES:
             for path in sorted(entry.ref.adapter_path.glob(pattern)):
                 (directory / path.relative_to(entry.ref.adapter_path)).parent.mkdir(exist_ok=True)
@@ -30,7 +30,7 @@ class PeftWriter:
 
     def read(self, directory: Path, form: NormalForm, _entry: ServedModel) -> NormalForm:
         """Load the files back."""
-        return read_normal(directory, form)
+        return load_normal_form(directory, form)
 
 
 plan_export = functools.partial(plan_adapters, PeftWriter())

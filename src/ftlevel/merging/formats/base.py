@@ -20,7 +20,7 @@ from ftlevel.models.sources import ModelSource
 from ftlevel.trained.model_ref import ModelRef
 from ftlevel.weights.gguf_file import QuantizedMatrix
 
-ChooseCodes = Callable[[str], QuantizedMatrix]
+CodesFunction = Callable[[str], QuantizedMatrix]
 """Name of a weight of the model → its codes, (out, in)."""
 
 
@@ -33,7 +33,7 @@ class MergeOutput:
     """
 
     summary: Mapping[str, Any]
-    choose: ChooseCodes | None = None
+    choose: CodesFunction | None = None
     beside_run: Callable[[Any], Agreement] | None = None
 
     @property
@@ -46,10 +46,12 @@ class MergeOutput:
 class ServerSupport(Protocol):
     """Functions of the serving extra for `export --for` with a whole model."""
 
-    def start_commands(self, server: str, out: Path, form: EmbeddingFormat | None) -> list[str]:
+    def start_commands(
+        self, server: str, out: Path, embedding_format: EmbeddingFormat | None
+    ) -> list[str]:
         """Returns the commands that serve the exported model at `out`.
 
-        `form` is the format of an embedding model, else None.
+        `embedding_format` is None if it is no embedding model.
         """
 
     def record(
@@ -61,7 +63,7 @@ class ServerSupport(Protocol):
         source: ModelSource,
         device: str,
     ) -> None:
-        """Write reference answers of the exported model to `path`; `source` has its weights.
+        """Save reference outputs of the exported model to `path`; `source` has its weights.
 
         `out` is the path of the export; `facts` are its model, server, file_format and dtype.
         """
@@ -76,14 +78,16 @@ class ServerSupport(Protocol):
 def server_support() -> ServerSupport:
     """Returns the support for `--for`; raises ConfigError if no installed extension has it."""
     for build in hooks("serve_whole"):
-        support: ServerSupport = build()
-        return support
+        result: ServerSupport = build()
+        return result
     raise ConfigError("--for names a server, and no extension for servers is installed. Drop it.")
 
 
-def start_commands(server: str | None, out: Path, form: EmbeddingFormat | None = None) -> list[str]:
+def start_commands(
+    server: str | None, out: Path, embedding_format: EmbeddingFormat | None = None
+) -> list[str]:
     """Returns the commands that serve the whole model at `out`; empty without a server."""
-    return server_support().start_commands(server, out, form) if server else []
+    return server_support().start_commands(server, out, embedding_format) if server else []
 
 
 MergeAdapter = Callable[[Path], MergeOutput]
@@ -97,12 +101,12 @@ def merge_first(
     ref: ModelRef, output: Path, listener: Listener, merge: MergeAdapter
 ) -> tuple[MergeOutput, ModelSource]:
     """Merge the adapter of `ref`, if any, into `output`, and return the model to export."""
-    directory = output / "merged"
+    merged_dir = output / "merged"
     if ref.directory is None:
-        return merge(directory), ref.source
+        return merge(merged_dir), ref.source
     listener.stage("merging the adapter")
-    merged = merge(directory)
-    return merged, ModelSource(str(directory), "directory", str(directory), local_files_only=True)
+    merged = merge(merged_dir)
+    return merged, ModelSource(str(merged_dir), "directory", str(merged_dir), local_files_only=True)
 
 
 class Export(Protocol):

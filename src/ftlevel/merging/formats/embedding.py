@@ -38,16 +38,16 @@ from ftlevel.tasks.reranking.task import RerankingTask
 from ftlevel.trained.generation import GenerationOptions
 from ftlevel.trained.model_ref import LoadedModel, ModelRef
 from ftlevel.weights.checkpoint import open_checkpoint
-from ftlevel.weights.gguf_families import FAMILIES, build_metadata, find_problems
+from ftlevel.weights.gguf_families import FAMILIES, build_metadata, get_gguf_limitations
 from ftlevel.weights.gguf_file import (
     GGUFTensor,
     file_keys,
-    own_outtype,
+    get_outtype,
+    iterate_rounded_weights,
     plan_tensors,
-    weights_as_written,
-    write_gguf,
+    save_gguf,
 )
-from ftlevel.weights.gguf_vocabulary import Vocabulary, read_vocabulary
+from ftlevel.weights.gguf_vocabulary import Vocabulary, load_vocab
 
 TEXTS = (
     "The quick brown fox jumps over the lazy dog. It's here, they'll see; DON'T!",
@@ -60,7 +60,9 @@ TEXTS = (
 """Texts whose embeddings are compared."""
 
 
-def check_server(config: ExportConfig, form: EmbeddingFormat, server: Server) -> list[str]:
+def check_server(
+    config: ExportConfig, embedding_format: EmbeddingFormat, server: Server
+) -> list[str]:
     """Check that `server` computes the same embeddings as the model; return notes to print.
 
     Raises InputError if the server would return other embeddings.
@@ -71,74 +73,82 @@ def check_server(config: ExportConfig, form: EmbeddingFormat, server: Server) ->
             f"{name} is an embedding model, and {server.title} serves none. Merge it and load it "
             "with sentence-transformers: --format merged without --for."
         )
-    problems = []
-    if form.pooling not in support.pooling:
-        problems.append(
-            f"{name} has {form.pooling} pooling, and {server.title} has "
+    limitations = []
+    if embedding_format.pooling not in support.pooling:
+        limitations.append(
+            f"{name} has {embedding_format.pooling} pooling, and {server.title} has "
             f"{join_names(support.pooling)}. Load it with sentence-transformers."
         )
-    if form.dims is not None:
-        problems.append(
-            f"{name} keeps {form.dims} dimensions (truncate_dim), and {server.title} returns all. "
+    if embedding_format.dims is not None:
+        limitations.append(
+            f"{name} keeps {embedding_format.dims} dimensions (truncate_dim), and {server.title} "
+            f"returns all. "
             "Load it with sentence-transformers."
         )
-    if support.normalizes and not form.normalize and form.similarity == "dot":
-        problems.append(
+    if (
+        support.normalizes
+        and not embedding_format.normalize
+        and embedding_format.similarity == "dot"
+    ):
+        limitations.append(
             f"{name} compares embeddings of any length by dot product, and {server.title} "
             "normalizes them. Load it with sentence-transformers."
         )
-    prompts = {name: text for name, text in form.all_prompts.items() if text}
-    if prompts and not form.include_prompt:
-        problems.append(
+    prompts = {name: text for name, text in embedding_format.all_prompts.items() if text}
+    if prompts and not embedding_format.include_prompt:
+        limitations.append(
             f"{name} does not pool its prompts (include_prompt: false), and {server.title} pools "
             "all tokens. Load it with sentence-transformers."
         )
     if prompts and not support.prompts and not config.client_prompts:
-        problems.append(
-            f"{name} was trained with prompts ({_describe(prompts)}), and {server.title} applies "
+        limitations.append(
+            f"{name} was trained with prompts ({_format_prompts(prompts)}), and {server.title} "
+            f"applies "
             "none. Add --client-prompts if your client puts them before its texts."
         )
-    if problems:
-        raise InputError(problems)
+    if limitations:
+        raise InputError(limitations)
     notes = []
     if prompts and not support.prompts:
-        notes.append(f"your client has to put the prompts before its texts: {_describe(prompts)}")
-    if support.normalizes and not form.normalize:
+        notes.append(
+            f"your client has to put the prompts before its texts: {_format_prompts(prompts)}"
+        )
+    if support.normalizes and not embedding_format.normalize:
         notes.append(f"{server.title} normalizes embeddings; cosine similarities stay the same")
     return notes
 
 
-def _describe(prompts: dict[str, str]) -> str:
+def _format_prompts(prompts: dict[str, str]) -> str:
     return join_names([f"{name} {text!r}" for name, text in prompts.items()])
 
 
 def embed(
-    model: Any, form: EmbeddingFormat, tokenizer: Any, end: int | None, device: str
+    model: Any, embedding_format: EmbeddingFormat, tokenizer: Any, end: int | None, device: str
 ) -> torch.Tensor:
     """Returns the embeddings of `TEXTS` without prompts, `(texts, dims)` in float32."""
     ids = TextEncoder(tokenizer, "", "", end).ids(TEXTS)
-    longest = form.max_length or len(max(ids, key=len))
-    rows = [Encoded(part[:longest], 0, at) for at, part in enumerate(ids)]
-    objective = Embeddings("ndcg@10", format=form)
+    max_length = embedding_format.max_length or len(max(ids, key=len))
+    rows = [Encoded(part[:max_length], 0, at) for at, part in enumerate(ids)]
+    objective = Embeddings("ndcg@10", format=embedding_format)
     with torch.no_grad():
         return embed_texts(model, objective, rows, tokenizer.pad_token_id or 0, device)
 
 
-def write_vectors(
+def save_embeddings(
     path: Path, model: str, server: str | None, vectors: torch.Tensor, dtype: str
 ) -> None:
-    """Write the sample texts `TEXTS` with the embeddings that a server must return for them."""
-    facts = {"format": 1, "type": "embeddings", "model": model, "server": server}
+    """Save the texts `TEXTS` with the embeddings that a server must return for them."""
+    header = {"format": 1, "type": "embeddings", "model": model, "server": server}
     rows = [{"text": t, "vector": v.tolist()} for t, v in zip(TEXTS, vectors, strict=True)]
-    write_json(path, {**facts, "dtype": dtype, "texts": rows})
+    write_json(path, {**header, "dtype": dtype, "texts": rows})
 
 
 QUERY = TEXTS[4]
 """Query of the documents `TEXTS` whose scores are compared."""
 
 
-def write_scores(path: Path, name: str, server: str | None, model: LoadedModel, dtype: str) -> None:
-    """Write the logits of a reranker for `QUERY` with `TEXTS` as documents, and its activation."""
+def save_scores(path: Path, name: str, server: str | None, model: LoadedModel, dtype: str) -> None:
+    """Save the logits of a reranker for `QUERY` with `TEXTS` as documents, and its activation."""
     task = model.task
     if not isinstance(task, RerankingTask):
         raise TypeError(f"{task.name} gives no scores")
@@ -147,14 +157,14 @@ def write_scores(path: Path, name: str, server: str | None, model: LoadedModel, 
     with inference.inference():
         (scores,) = task.score_documents(inference, [query])
     rows = [{"text": text, "score": score} for text, score in zip(TEXTS, scores, strict=True)]
-    facts = {"format": 1, "type": "scores", "model": name, "server": server}
+    header = {"format": 1, "type": "scores", "model": name, "server": server}
     activation = "sigmoid" if task.config.loss == "bce" else "identity"
     write_json(
-        path, {**facts, "dtype": dtype, "activation": activation, "query": QUERY, "texts": rows}
+        path, {**header, "dtype": dtype, "activation": activation, "query": QUERY, "texts": rows}
     )
 
 
-def describe_gguf_reranker(config: Any) -> str:
+def get_reranker_limitation(config: Any) -> str:
     """Returns why llama.cpp cannot compute a reranker's scores, depending on `config`."""
     if config.model_type == "bert":
         return (
@@ -171,22 +181,26 @@ POOLING_TYPES = {"mean": 1, "cls": 2, "last": 3}
 _CLASS = "AutoModel"
 
 
-def plan_export(config: ExportConfig, ref: ModelRef, form: EmbeddingFormat) -> GgufEmbeddingExport:
+def plan_export(
+    config: ExportConfig, ref: ModelRef, embedding_format: EmbeddingFormat
+) -> GgufEmbeddingExport:
     """Plan the export; raise InputError if llama.cpp would compute other embeddings."""
-    notes = check_server(config, form, SERVERS[config.server or "llama.cpp"])
+    notes = check_server(config, embedding_format, SERVERS[config.server or "llama.cpp"])
     model_config = load_config(ref.source)
-    if problems := find_problems(model_config):
+    if problems := get_gguf_limitations(model_config):
         raise InputError([f"{config.model} cannot be written as GGUF: {one}" for one in problems])
     tokenizer = ref.load_tokenizer()
     ref.configured_task.prepare_tokenizer(tokenizer, ref.model_kind)
-    end = tokenizer("a")["input_ids"][-1] if form.pooling == "last" else None
+    end = tokenizer("a")["input_ids"][-1] if embedding_format.pooling == "last" else None
     try:
         size = max(model_config.vocab_size, len(tokenizer) if ref.directory else 0)
-        vocabulary = read_vocabulary(tokenizer, size, end)
+        vocabulary = load_vocab(tokenizer, size, end)
     except InputError as error:
         raise InputError(f"{config.model} cannot be written as GGUF: {error}") from None
     notes += vocabulary.notes
-    return GgufEmbeddingExport(config, ref, form, model_config, tokenizer, vocabulary, end, notes)
+    return GgufEmbeddingExport(
+        config, ref, embedding_format, model_config, tokenizer, vocabulary, end, notes
+    )
 
 
 @dataclass(frozen=True)
@@ -204,13 +218,13 @@ class GgufEmbeddingExport:
 
     def choices(self, device: Choice) -> Iterator[Choice]:
         """Yields the lines to print before the export."""
-        config, form = self.config, self.form
+        config, embedding_format = self.config, self.form
         merges = self.ref.directory is not None
         method = self.ref.card.method
         yield Choice("model", config.model, f"{method}, merged first" if merges else "as it is")
         architecture = FAMILIES[self.model_config.model_type].architecture
         yield Choice("architecture", architecture, "an embedding model")
-        yield Choice("pooling", form.pooling, "pooling_type in the file")
+        yield Choice("pooling", embedding_format.pooling, "pooling_type in the file")
         yield Choice("outtype", config.outtype, "the model's own" * (config.outtype == "auto"))
         yield Choice("tokenizer", self.vocabulary.model)
         yield Choice("out", config.out)
@@ -220,44 +234,44 @@ class GgufEmbeddingExport:
     def dry_run(self) -> dict[str, Any]:
         """Returns the summary of the planned export."""
         checkpoint, unused = self._open(self.ref.source, self.model_config)
-        outtype = own_outtype(checkpoint) if self.config.outtype == "auto" else self.config.outtype
+        outtype = get_outtype(checkpoint) if self.config.outtype == "auto" else self.config.outtype
         tensors = plan_tensors(checkpoint, self.model_config, outtype, unused=unused)
         return self._summary(outtype, tensors)
 
     def write(
         self, output: Path, device: str, listener: Listener, merge: MergeAdapter
     ) -> dict[str, Any]:
-        """Write the .gguf file and its Modelfile into `output`, check them, return the summary."""
+        """Save the .gguf file and its Modelfile in `output`, check them, return the summary."""
         config, model_config, vocabulary = self.config, self.model_config, self.vocabulary
         merged, source = merge_first(self.ref, output, listener, merge)
         if self.ref.directory is not None:
             model_config = load_config(source)
-            vocabulary = read_vocabulary(self.tokenizer, model_config.vocab_size, self.end)
+            vocabulary = load_vocab(self.tokenizer, model_config.vocab_size, self.end)
         checkpoint, unused = self._open(source, model_config)
-        outtype = own_outtype(checkpoint) if config.outtype == "auto" else config.outtype
+        outtype = get_outtype(checkpoint) if config.outtype == "auto" else config.outtype
         tensors = plan_tensors(checkpoint, model_config, outtype, merged.choose, unused)
         listener.stage(f"writing {len(tensors):,} tensors")
         listener.begin(len(tensors))
         path = output / config.out.name
-        write_gguf(path, self._metadata(model_config, vocabulary, outtype), tensors, listener.step)
+        save_gguf(path, self._metadata(model_config, vocabulary, outtype), tensors, listener.step)
         modelfile = f"FROM ./{config.out.name}\n"
         (output / config.outputs[1].name).write_text(modelfile, encoding="utf-8")
         check = None
         if config.verify:
             listener.stage("reloading the file and comparing")
             model, _ = load_model(source, model_config, _CLASS, dtype=torch.float32, device=device)
-            ask = (self.form, self.tokenizer, self.end, device)
-            expected = embed(model.eval(), *ask)
+            args = (self.form, self.tokenizer, self.end, device)
+            expected = embed(model.eval(), *args)
             with torch.no_grad():
-                for name, rounded in weights_as_written(tensors, model):
+                for name, rounded in iterate_rounded_weights(tensors, model):
                     model.get_parameter(name).copy_(rounded)
             _check_tensors(path, tensors, model)
-            vectors = embed(model, *ask)
+            vectors = embed(model, *args)
             similarities = torch.nn.functional.cosine_similarity(vectors, expected)
             check = {"texts": len(vectors), "min_cosine": float(similarities.min())}
             if config.recorded:
-                recorded = output / config.outputs[2].name
-                write_vectors(recorded, config.model, config.server, vectors, outtype)
+                record_path = output / config.outputs[2].name
+                save_embeddings(record_path, config.model, config.server, vectors, outtype)
         return self._summary(outtype, tensors) | {
             "size_bytes": path.stat().st_size,
             "merged": merged.facts,
@@ -306,9 +320,9 @@ class GgufEmbeddingExport:
     def describe(summary: Mapping[str, Any]) -> Iterator[str]:
         """Yields the lines to print after the export."""
         size = f"{summary['tensor_bytes'] / 2**20:,.1f} MiB"
-        count = f"{summary['tensors']:,} tensors"
+        num_tensors = f"{summary['tensors']:,} tensors"
         yield (
-            f"{summary['architecture']}, {summary['pooling']} pooling: {count}, "
+            f"{summary['architecture']}, {summary['pooling']} pooling: {num_tensors}, "
             f"{summary['outtype']}, {size}"
         )
         if summary.get("dry_run"):
@@ -330,10 +344,10 @@ class GgufEmbeddingExport:
 
 def _check_tensors(path: Path, tensors: Sequence[GGUFTensor], model: Any) -> None:
     """Raise RunError if a tensor of the file differs from the rounded weight in `model`."""
-    stored = {tensor.name: tensor for tensor in GGUFReader(path).tensors}
+    file_tensors = {tensor.name: tensor for tensor in GGUFReader(path).tensors}
     for tensor in tensors:
-        own = stored[tensor.name]
-        values = dequantize(own.data, own.tensor_type).reshape(tensor.shape)
+        file_tensor = file_tensors[tensor.name]
+        values = dequantize(file_tensor.data, file_tensor.tensor_type).reshape(tensor.shape)
         if tensor.source is None:
             expected = tensor.read()
         else:

@@ -36,7 +36,7 @@ from ftlevel.merging.formats.base import (
     server_support,
     start_commands,
 )
-from ftlevel.merging.formats.ollama import Prompting, find_prompting, modelfile
+from ftlevel.merging.formats.ollama import PromptTemplate, get_prompt_template, modelfile
 from ftlevel.models.kinds import checkpoint_class, max_positions
 from ftlevel.models.loading import (
     build_task_model,
@@ -45,30 +45,35 @@ from ftlevel.models.loading import (
     load_tokenizer,
     rename_prefix,
 )
-from ftlevel.models.quantization import quantization_name, stored_quantization
+from ftlevel.models.quantization import get_quantization_config, quantization_name
 from ftlevel.models.sources import ModelSource
 from ftlevel.tasks import TASKS
 from ftlevel.trained.model_ref import ModelRef
 from ftlevel.weights.checkpoint import open_checkpoint
-from ftlevel.weights.gguf_families import FAMILIES, build_metadata, context_limit, find_problems
+from ftlevel.weights.gguf_families import (
+    FAMILIES,
+    build_metadata,
+    context_limit,
+    get_gguf_limitations,
+)
 from ftlevel.weights.gguf_file import (
-    CHOSEN,
     GRIDS,
+    SELECTED_TYPES,
     GGUFTensor,
     file_keys,
-    own_outtype,
+    get_outtype,
+    iterate_rounded_weights,
     plan_tensors,
-    weights_as_written,
-    write_gguf,
+    save_gguf,
 )
-from ftlevel.weights.gguf_vocabulary import READ_BY_TRANSFORMERS, Vocabulary, read_vocabulary
+from ftlevel.weights.gguf_vocabulary import READ_BY_TRANSFORMERS, Vocabulary, load_vocab
 
 BOUND = 1e-4
 """Allowed difference of logits, as a share of the largest one: float32 sums depend on order."""
 _CLASS = "AutoModelForCausalLM"
 _WINDOW = 128
 _NATIVE = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
-PROBES = (
+TEST_INPUTS = (
     "The quick brown fox jumps over the lazy dog. It's here, they'll see; DON'T!",
     "In 2024, 1,234 of 56789 rows   7 8.90% and 0x1F",
     "def f(x):\n    if x > 10:\n\treturn [i**2 for i in range(x)]\n\n\n# done",
@@ -76,7 +81,7 @@ PROBES = (
     "  two spaces before, and behind  ",
     "\n\nlines\r\n\r\nand\ttabs\t\t.",
 )
-_INERT = set(
+_IGNORED_KEYS = set(
     """
     architectures dtype transformers_version _name_or_path use_cache model_type bos_token_id
     eos_token_id pad_token_id unk_token_id initializer_range id2label label2id problem_type
@@ -140,8 +145,8 @@ def check_file(
     source = ModelSource(str(path), "gguf", str(path.parent), path.name, local_files_only=True)
     texts = check_tokens(load_tokenizer(source), original.tokenizer, vocabulary)
     config, copied_settings = readable_config(load_config(source), original.config)
-    probe = _probe(original)
-    reference, expected = _ask_original(probe, outtype, tensors, original)
+    comparison_set = _create_comparison_set(original)
+    reference, expected = _score_original(comparison_set, outtype, tensors, original)
     # The file stores vectors in a wider dtype than matrices, unless the model itself is narrow.
     is_equal = _NATIVE.get(outtype) == original.dtype
     dtype = original.dtype if is_equal else torch.float32
@@ -151,7 +156,7 @@ def check_file(
             f"the file lacks {missing[0]} and {len(missing) - 1} more. Nothing is saved."
         )
     with in_float32(model):
-        outputs = probe.score(model, "float32")
+        outputs = comparison_set.score(model, "float32")
     file = compare_logits(expected, outputs)
     if not file.max_difference <= BOUND * file.scale:
         raise RunError(
@@ -159,14 +164,14 @@ def check_file(
             f"{file.max_difference:.3g} from those of the model in {outtype} (KL {file.kl:.3g}, "
             f"top-1 {file.top1:.1%}). Nothing was saved. Please report this with the command."
         )
-    splitting = vocabulary.pre in READ_BY_TRANSFORMERS
+    reads_pre_tokenizer = vocabulary.pre in READ_BY_TRANSFORMERS
     run = beside_run(model) if beside_run else None
     return FileCheck(
-        file, compare_logits(reference, outputs), run, copied_settings, texts, splitting
+        file, compare_logits(reference, outputs), run, copied_settings, texts, reads_pre_tokenizer
     )
 
 
-def _probe(original: Original) -> ComparisonSet:
+def _create_comparison_set(original: Original) -> ComparisonSet:
     """Returns the text windows on which the file is compared with `original`."""
     text = load_eval_text(None, original.tokens)
     length = min(_WINDOW, max_positions(original.config) or _WINDOW)
@@ -180,8 +185,8 @@ def _probe(original: Original) -> ComparisonSet:
     return ComparisonSet(rows, objective, original.tokenizer.pad_token_id or 0, original.device)
 
 
-def _ask_original(
-    probe: ComparisonSet, outtype: str, tensors: Sequence[GGUFTensor], original: Original
+def _score_original(
+    comparison_set: ComparisonSet, outtype: str, tensors: Sequence[GGUFTensor], original: Original
 ) -> tuple[RowLogits, RowLogits]:
     """Returns the original's logits with its own weights, and with those rounded as in the file."""
     # Scaled block values are not representable in 16-bit precision, so they need float32.
@@ -190,14 +195,14 @@ def _ask_original(
         original.source, original.config, _CLASS, dtype=dtype, device=original.device
     )
     with in_float32(model):
-        reference = probe.score(model, "float32")
+        reference = comparison_set.score(model, "float32")
         with torch.no_grad():
-            changed = False
-            for name, rounded in weights_as_written(tensors, model):
+            is_rounded = False
+            for name, rounded in iterate_rounded_weights(tensors, model):
                 weight = model.get_parameter(name)
-                changed = changed or not torch.equal(weight.float(), rounded)
+                is_rounded = is_rounded or not torch.equal(weight.float(), rounded)
                 weight.copy_(rounded)
-        expected = probe.score(model, "float32") if changed else reference
+        expected = comparison_set.score(model, "float32") if is_rounded else reference
     return reference, expected
 
 
@@ -207,16 +212,16 @@ def readable_config(config: Any, original: Any) -> tuple[Any, list[str]]:
     transformers' .gguf reader skips some settings that llama.cpp reads, such as RoPE scaling and
     Qwen3's head width.
     """
-    have, expected = config.to_dict(), original.to_dict()
-    differing = {
+    actual, expected = config.to_dict(), original.to_dict()
+    mismatched = {
         key: value
         for key, value in expected.items()
-        if key in have and key not in _INERT and not _same(have[key], value)
+        if key in actual and key not in _IGNORED_KEYS and not _same(actual[key], value)
     }
-    if not differing:
+    if not mismatched:
         return config, []
-    values = {key: value for key, value in have.items() if key not in ("model_type",)}
-    return type(config)(**{**values, **differing}), sorted(differing)
+    values = {key: value for key, value in actual.items() if key not in ("model_type",)}
+    return type(config)(**{**values, **mismatched}), sorted(mismatched)
 
 
 def _same(first: Any, second: Any) -> bool:
@@ -229,7 +234,7 @@ def _same(first: Any, second: Any) -> bool:
 
 
 def check_tokens(tokenizer: Any, original: Any, vocabulary: Vocabulary) -> int:
-    """Compare both tokenizers on `PROBES` and special tokens; return the number of texts compared.
+    """Compare both tokenizers on test texts and special tokens; return the number of texts.
 
     If transformers cannot read the file's pre-tokenizer, `tokenizer` (modified) gets the original
     one. Raises RunError if a text has different tokens.
@@ -240,7 +245,7 @@ def check_tokens(tokenizer: Any, original: Any, vocabulary: Vocabulary) -> int:
     if reference.normalizer is not None or backend.normalizer is not None:
         backend.normalizer = reference.normalizer
     special = [token.content for token in original.added_tokens_decoder.values()]
-    texts = [*PROBES, *(f"a{token}b{token}" for token in special)]
+    texts = [*TEST_INPUTS, *(f"a{token}b{token}" for token in special)]
     for text in texts:
         expected, actual = original(text)["input_ids"], tokenizer(text)["input_ids"]
         if expected != actual:
@@ -261,9 +266,10 @@ def plan_export(config: ExportConfig, ref: ModelRef) -> Export:
     if (form := TASKS[ref.task].embedding_format(ref.card.options)) is not None:
         return embedding.plan_export(config, ref, form)
     if TASKS[ref.task].served_as == "rerankers":
-        reason = embedding.describe_gguf_reranker(ref.model_config)
+        message = embedding.get_reranker_limitation(ref.model_config)
         raise InputError(
-            f"{config.model} is a reranker, and {reason}. Use --for vllm or --for tei, which serve "
+            f"{config.model} is a reranker, and {message}. Use --for vllm or --for tei, which "
+            f"serve "
             "it merged."
         )
     if not TASKS[ref.task].generates_text:
@@ -277,11 +283,11 @@ def plan_export(config: ExportConfig, ref: ModelRef) -> Export:
     try:
         # Merging may add tokens of the adapter's tokenizer; `write` reads the final size.
         size = max(model_config.vocab_size, len(tokenizer) if ref.directory else 0)
-        vocabulary = read_vocabulary(tokenizer, size)
+        vocabulary = load_vocab(tokenizer, size)
     except InputError as error:
         raise InputError(f"{config.model} cannot be written as GGUF: {error}") from None
-    prompting = find_prompting(tokenizer, ref.card, vocabulary)
-    return GgufExport(config, ref, model_config, tokenizer, vocabulary, prompting)
+    prompt_template = get_prompt_template(tokenizer, ref.card, vocabulary)
+    return GgufExport(config, ref, model_config, tokenizer, vocabulary, prompt_template)
 
 
 @dataclass(frozen=True)
@@ -293,7 +299,7 @@ class GgufExport:
     model_config: Any
     tokenizer: Any
     vocabulary: Vocabulary
-    prompting: Prompting
+    prompt_template: PromptTemplate
 
     @property
     def notes(self) -> list[str]:
@@ -311,13 +317,13 @@ class GgufExport:
         yield Choice(
             "architecture", architecture, f"{self.model_config.model_type} in transformers"
         )
-        reason = "the model's own" if config.outtype == "auto" else ""
-        yield Choice("outtype", config.outtype, reason)
+        source = "the model's own" if config.outtype == "auto" else ""
+        yield Choice("outtype", config.outtype, source)
         positions, window = context_limit(self.model_config)
         limit = f"its sliding window; llama.cpp has none for {architecture}" if window else ""
         yield Choice("context", f"{positions:,} tokens", limit)
         yield Choice("tokenizer", self.vocabulary.model, f"splits text like {self.vocabulary.pre}")
-        yield Choice("template", self.prompting.kind, self.prompting.reason)
+        yield Choice("template", self.prompt_template.kind, self.prompt_template.reason)
         yield Choice("out", config.out)
         if config.verify:
             yield device
@@ -328,40 +334,40 @@ class GgufExport:
         tensors: list[GGUFTensor] = []
         if self.ref.source.kind != "gguf":  # a .gguf base has no shapes before it is loaded
             checkpoint = _open(self.ref.source, self.model_config)
-            outtype = own_outtype(checkpoint) if outtype == "auto" else outtype
+            outtype = get_outtype(checkpoint) if outtype == "auto" else outtype
             tensors = plan_tensors(checkpoint, self.model_config, outtype)
         return self._summary(outtype, tensors)
 
     def write(
         self, output: Path, device: str, listener: Listener, merge: MergeAdapter
     ) -> dict[str, Any]:
-        """Write the .gguf file and its Modelfile into `output`, check them, return the summary."""
+        """Save the .gguf file and its Modelfile in `output`, check them, return the summary."""
         config, model_config, vocabulary = self.config, self.model_config, self.vocabulary
         merged, source = merge_first(self.ref, output, listener, merge)
         if self.ref.directory is not None:
             model_config = load_config(source)
-            vocabulary = read_vocabulary(self.tokenizer, model_config.vocab_size)
+            vocabulary = load_vocab(self.tokenizer, model_config.vocab_size)
         checkpoint = _open(source, model_config)
-        outtype = own_outtype(checkpoint) if config.outtype == "auto" else config.outtype
+        outtype = get_outtype(checkpoint) if config.outtype == "auto" else config.outtype
         tensors = plan_tensors(checkpoint, model_config, outtype, merged.choose)
         listener.stage(f"writing {len(tensors):,} tensors")
         listener.begin(len(tensors))
         path = output / config.out.name
         metadata = _metadata(config.out.stem, model_config, vocabulary, outtype)
-        write_gguf(path, metadata, tensors, listener.step)
+        save_gguf(path, metadata, tensors, listener.step)
         check = None
         if config.verify:
             listener.stage("reloading the file and comparing")
             tokens = config.verify_tokens
             original = Original(source, model_config, self.tokenizer, device, tokens)
             check = check_file(path, outtype, tensors, vocabulary, original, merged.beside_run)
-        text = modelfile(config.out.name, self.prompting)
+        text = modelfile(config.out.name, self.prompt_template)
         (output / config.outputs[1].name).write_text(text, encoding="utf-8")
         if config.recorded:
             listener.stage("recording reference outputs")
             # Quantized files are recorded from the file itself; `check_file` measured its distance.
-            recorded_source = _as_source(path) if outtype in CHOSEN else source
-            facts = {
+            recorded_source = _as_source(path) if outtype in SELECTED_TYPES else source
+            header = {
                 "model": config.model,
                 "server": config.server,
                 "file_format": config.format,
@@ -370,7 +376,7 @@ class GgufExport:
             server_support().record(
                 output / config.outputs[2].name,
                 config.out,
-                facts,
+                header,
                 self.ref,
                 recorded_source,
                 device,
@@ -379,7 +385,7 @@ class GgufExport:
             "size_bytes": path.stat().st_size,
             "merged": merged.facts,
             "verified": check is not None,
-            "check": check and _facts(check),
+            "check": check and _check_to_dict(check),
         }
 
     def _summary(self, outtype: str, tensors: list[GGUFTensor]) -> dict[str, Any]:
@@ -398,8 +404,8 @@ class GgufExport:
                 "tokens": len(vocabulary.tokens),
                 "notes": vocabulary.notes,
             },
-            "template": self.prompting.kind,
-            "stops": self.prompting.stops,
+            "template": self.prompt_template.kind,
+            "stops": self.prompt_template.stop_strings,
             "start": start_commands(config.server, config.out),
             "out": str(config.out),
             "modelfile": str(config.outputs[1]),
@@ -410,8 +416,8 @@ class GgufExport:
     def describe(summary: Mapping[str, Any]) -> Iterator[str]:
         """Yields the lines to print after the export."""
         size = f"{summary['tensor_bytes'] / 2**20:,.1f} MiB"
-        count = f"{summary['tensors']:,} tensors"
-        yield f"{summary['architecture']}: {count}, {summary['outtype']}, {size}"
+        num_tensors = f"{summary['tensors']:,} tensors"
+        yield f"{summary['architecture']}: {num_tensors}, {summary['outtype']}, {size}"
         if summary.get("dry_run"):
             yield "dry run: everything was checked, nothing was written."
             return
@@ -423,7 +429,7 @@ class GgufExport:
         if (check := summary["check"]) is None:
             yield "not verified (--no-verify)"
         else:
-            yield from _check_lines(check, summary)
+            yield from _format_check(check, summary)
             if not summary["start"]:
                 yield "no answers are recorded for ftlevel check-served (--for llama.cpp or ollama)"
         yield f"saved {summary['out']} and {summary['modelfile']}  ({summary['seconds']:.1f} s)"
@@ -437,20 +443,20 @@ def _as_source(path: Path) -> ModelSource:
 
 
 def _check_model(name: str, model_config: Any, *, has_adapter: bool) -> None:
-    if (stored := stored_quantization(model_config)) is not None and not has_adapter:
+    if (stored := get_quantization_config(model_config)) is not None and not has_adapter:
         raise InputError(
             f"{name} is stored quantized ({quantization_name(stored)}), and GGUF's kinds of "
             "quantization are others. Export the original model, with --outtype q8_0 if it should "
             "be small."
         )
-    problems = find_problems(model_config)
-    if not problems and checkpoint_class(model_config) != _CLASS:
-        problems = [f"it is a {_saved_as(model_config)}, which does not write text."]
-    if problems:
-        raise InputError([f"{name} cannot be written as GGUF: {error}" for error in problems])
+    limitations = get_gguf_limitations(model_config)
+    if not limitations and checkpoint_class(model_config) != _CLASS:
+        limitations = [f"it is a {_architecture_name(model_config)}, which does not write text."]
+    if limitations:
+        raise InputError([f"{name} cannot be written as GGUF: {error}" for error in limitations])
 
 
-def _saved_as(model_config: Any) -> str:
+def _architecture_name(model_config: Any) -> str:
     return ", ".join(model_config.architectures or ()) or str(model_config.model_type)
 
 
@@ -469,7 +475,7 @@ def _metadata(stem: str, model_config: Any, vocabulary: Vocabulary, outtype: str
     return general | file_keys(outtype) | build_metadata(model_config) | vocabulary.metadata()
 
 
-def _facts(check: FileCheck) -> dict[str, Any]:
+def _check_to_dict(check: FileCheck) -> dict[str, Any]:
     return {
         "beside_rounded": asdict(check.file),
         "beside_model": asdict(check.model),
@@ -480,7 +486,7 @@ def _facts(check: FileCheck) -> dict[str, Any]:
     }
 
 
-def _check_lines(check: Mapping[str, Any], summary: Mapping[str, Any]) -> Iterator[str]:
+def _format_check(check: Mapping[str, Any], summary: Mapping[str, Any]) -> Iterator[str]:
     exact, model = check["beside_rounded"], check["beside_model"]
     yield (
         f"read back: over {exact['targets']:,} tokens, logits differ from the model's in "

@@ -16,7 +16,7 @@ from ftlevel.config.section import Choice
 from ftlevel.errors import InputError, join_names, with_article
 from ftlevel.events import Listener
 from ftlevel.merging.formats.base import MergeAdapter, server_support, start_commands
-from ftlevel.merging.formats.embedding import check_server, embed, write_scores, write_vectors
+from ftlevel.merging.formats.embedding import check_server, embed, save_embeddings, save_scores
 from ftlevel.models.kinds import model_kind
 from ftlevel.models.loading import load_config
 from ftlevel.models.sources import ModelSource
@@ -39,7 +39,7 @@ def plan_export(config: ExportConfig, ref: ModelRef) -> MergedExport:
     if (kind if task.generates_text else task.served_as) not in server.merged:
         raise InputError(
             f"{config.model} was trained for {task.name} on {with_article(kind)}, and "
-            f"{server.title} serves {_served(server)}. Keep it with transformers: "
+            f"{server.title} serves {_format_served_models(server)}. Keep it with transformers: "
             f"ftlevel merge {quote(config.model)} --out DIR."
         )
     notes: tuple[str, ...] = ()
@@ -48,7 +48,7 @@ def plan_export(config: ExportConfig, ref: ModelRef) -> MergedExport:
     return MergedExport(config, ref, notes)
 
 
-def _served(server: Server) -> str:
+def _format_served_models(server: Server) -> str:
     names = [_TEXT.get(name, name) for name in server.merged]
     return join_names([*names, *["embedding models"] * (server.embeddings is not None)])
 
@@ -68,12 +68,12 @@ class MergedExport:
     notes: tuple[str, ...] = ()
 
     @property
-    def _form(self) -> EmbeddingFormat | None:
+    def _embedding_format(self) -> EmbeddingFormat | None:
         return TASKS[self.ref.task].embedding_format(self.ref.card.options)
 
     @property
     def _is_of_texts(self) -> bool:
-        return self._form is not None or TASKS[self.ref.task].served_as == "rerankers"
+        return self._embedding_format is not None or TASKS[self.ref.task].served_as == "rerankers"
 
     def choices(self, device: Choice) -> Iterator[Choice]:
         """Yields the lines to print before the export."""
@@ -89,25 +89,25 @@ class MergedExport:
     def write(
         self, output: Path, device: str, listener: Listener, merge: MergeAdapter
     ) -> dict[str, Any]:
-        """Write the merged model into `output`; return the summary."""
+        """Save the merged model in `output`; return the summary."""
         listener.stage("merging the adapter")
-        directory = output / "merged"
-        merged = merge(directory).summary
-        for path in sorted(directory.iterdir()):
+        merged_dir = output / "merged"
+        merged = merge(merged_dir).summary
+        for path in sorted(merged_dir.iterdir()):
             path.rename(output / path.name)
-        directory.rmdir()
+        merged_dir.rmdir()
         summary = self._summary(merged)
         if self.config.server and self.config.verify and TASKS[self.ref.task].generates_text:
             listener.stage("recording reference outputs")
             source = ModelSource(str(output), "directory", str(output), local_files_only=True)
-            facts = {
+            header = {
                 "model": self.config.model,
                 "server": self.config.server,
                 "file_format": self.config.format,
                 "dtype": merged["written"]["dtype"],
             }
             server_support().record(
-                output / "served.json", self.config.out, facts, self.ref, source, device
+                output / "served.json", self.config.out, header, self.ref, source, device
             )
             summary["recorded"] = True
         if self.config.server and self.config.verify and self._is_of_texts:
@@ -125,17 +125,17 @@ class MergedExport:
         return summary
 
     def _record(self, output: Path, device: str) -> None:
-        """Write float32 reference embeddings or scores of the merged model to `output`."""
+        """Save float32 reference embeddings or scores of the merged model in `output`."""
         source = ModelSource(str(output), "directory", str(output), local_files_only=True)
         ref = self.ref.with_card(method="full", quantization={"kind": "none"}, dtype="float32")
         merged = replace(ref, source=source, directory=None).load(device)
         path, dtype = output / "served.json", self.ref.card.dtype
-        if self._form is None:
-            write_scores(path, self.config.model, self.config.server, merged, dtype)
+        if self._embedding_format is None:
+            save_scores(path, self.config.model, self.config.server, merged, dtype)
             return
         end = ref.card.options["embedding"]["end"]
-        vectors = embed(merged.model, self._form, merged.tokenizer, end, device)
-        write_vectors(path, self.config.model, self.config.server, vectors, dtype)
+        vectors = embed(merged.model, self._embedding_format, merged.tokenizer, end, device)
+        save_embeddings(path, self.config.model, self.config.server, vectors, dtype)
 
     def _summary(self, merged: Mapping[str, Any] | None) -> dict[str, Any]:
         return {
@@ -145,7 +145,7 @@ class MergedExport:
             "server": self.config.server,
             "merged": merged and {key: merged[key] for key in ("onto", "verified", "agreement")},
             "verified": bool(merged and merged["verified"]),
-            "start": start_commands(self.config.server, self.config.out, self._form),
+            "start": start_commands(self.config.server, self.config.out, self._embedding_format),
             "recorded": False,
             "out": str(self.config.out),
             "versions": library_versions(),

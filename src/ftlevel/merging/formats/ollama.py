@@ -28,16 +28,20 @@ def chat_template(
     that is not the system's; `generation` follows the last turn. `start` is text that the tokenizer
     prepends (BOS), so the template omits it from the first turn.
     """
-    cases = []
+    branches = []
     for role in _ROLES:
         if role not in turns:
             continue
         before, after = turns[role]
-        head = _but_first(before, start) if not opening or role == "system" else literal(before)
+        head = (
+            _except_first_turn(before, start)
+            if not opening or role == "system"
+            else literal(before)
+        )
         tail = literal(after)
         if role == "assistant":  # a last answer is continued
             tail = f"{{{{ if not $last }}}}{tail}{{{{ end }}}}"
-        cases.append(f'if eq $turn.Role "{role}" }}}}{head}{{{{ $turn.Content }}}}{tail}')
+        branches.append(f'if eq $turn.Role "{role}" }}}}{head}{{{{ $turn.Content }}}}{tail}')
     opening = literal(opening.removeprefix(start))
     if "system" in turns and opening:
         opening = f'{{{{ if ne $turn.Role "system" }}}}{opening}{{{{ end }}}}'
@@ -47,14 +51,14 @@ def chat_template(
         "{{ $last := eq (len (slice $.Messages $index)) 1 }}"
         + first
         + "{{ "
-        + "{{ else ".join(cases)
+        + "{{ else ".join(branches)
         + "{{ end }}"
         + f'{{{{ if and $last (ne $turn.Role "assistant") }}}}{literal(generation)}{{{{ end }}}}'
         + "{{ end }}"
     )
 
 
-def _but_first(text: str, start: str) -> str:
+def _except_first_turn(text: str, start: str) -> str:
     """Returns a template for `text` that omits the prefix `start` in the first turn."""
     if not start or not text.startswith(start):
         return literal(text)
@@ -67,8 +71,12 @@ def literal(text: str) -> str:
     return text.replace("{{", '{{ "{{" }}').replace('"""', '{{ "\\"\\"\\"" }}')
 
 
-def write_modelfile(
-    gguf: str, template: str | None, stops: Sequence[str], comments: Sequence[str], system: str = ""
+def format_modelfile(
+    gguf: str,
+    template: str | None,
+    stop_strings: Sequence[str],
+    comments: Sequence[str],
+    system: str = "",
 ) -> str:
     """Returns the Modelfile of a .gguf file in the same directory.
 
@@ -80,65 +88,67 @@ def write_modelfile(
         lines.append(f'TEMPLATE """{template}"""')
     if system:
         lines.append(f'SYSTEM """{system}"""')
-    quoted = (stop.replace("\\", "\\\\").replace('"', '\\"') for stop in stops)
+    quoted = (stop.replace("\\", "\\\\").replace('"', '\\"') for stop in stop_strings)
     lines += [f'PARAMETER stop "{stop}"' for stop in quoted]
     return "\n".join(lines) + "\n"
 
 
-_MARK = "\u2042prompt\u2042"
+_PLACEHOLDER = "\u2042prompt\u2042"
 
 
 @dataclass(frozen=True)
-class Prompting:
+class PromptTemplate:
     """Prompt template and stop texts for a Modelfile; with `template` None, Ollama chooses it."""
 
     kind: Literal["chat template", "prompt of training", "plain", "left to Ollama"]
     reason: str
     template: str | None
-    stops: list[str]
+    stop_strings: list[str]
     comments: list[str] = field(default_factory=list)
     system: str = ""
 
 
-def find_prompting(tokenizer: Any, card: AdapterCard, vocabulary: Vocabulary) -> Prompting:
+def get_prompt_template(
+    tokenizer: Any, card: AdapterCard, vocabulary: Vocabulary
+) -> PromptTemplate:
     """Find the prompt template and stop texts for the model of `tokenizer` and `card`."""
-    stops = list(dict.fromkeys(_stops(tokenizer)))
+    stop_strings = list(dict.fromkeys(_stop_strings(tokenizer)))
     prompt = load_prompt_format(card) or PromptFormat("plain")
     if prompt.kind == "chat-template":
-        return replace(_of_chat(tokenizer, prompt, vocabulary, stops), system=prompt.system)
+        return replace(_of_chat(tokenizer, prompt, vocabulary, stop_strings), system=prompt.system)
     if card.method == "none":  # not trained by ftlevel: prompts are unknown
-        return Prompting("plain", "no chat template", "{{ .Prompt }}", stops)
-    before, after = prompt.plain_prompt(_MARK).split(_MARK)
+        return PromptTemplate("plain", "no chat template", "{{ .Prompt }}", stop_strings)
+    before, after = prompt.plain_prompt(_PLACEHOLDER).split(_PLACEHOLDER)
     template = f"{literal(before)}{{{{ .Prompt }}}}{literal(after)}"
-    return Prompting("prompt of training", "", template, stops)
+    return PromptTemplate("prompt of training", "", template, stop_strings)
 
 
-def modelfile(gguf: str, prompting: Prompting) -> str:
+def modelfile(gguf: str, prompt_template: PromptTemplate) -> str:
     """Returns the Modelfile of the .gguf file named `gguf`."""
     name = gguf.removesuffix(".gguf")
     use = f"ollama create {name} -f {name}.Modelfile"
-    comments = [use, *prompting.comments]
-    template, stops = prompting.template, prompting.stops
-    return write_modelfile(gguf, template, stops, comments, prompting.system)
+    comments = [use, *prompt_template.comments]
+    template, stop_strings = prompt_template.template, prompt_template.stop_strings
+    return format_modelfile(gguf, template, stop_strings, comments, prompt_template.system)
 
 
 def _of_chat(
-    tokenizer: Any, prompt: PromptFormat, vocabulary: Vocabulary, stops: list[str]
-) -> Prompting:
+    tokenizer: Any, prompt: PromptFormat, vocabulary: Vocabulary, stop_strings: list[str]
+) -> PromptTemplate:
     layout = get_chat_layout(tokenizer)
     if layout is None:
-        return Prompting(
+        return PromptTemplate(
             "left to Ollama",
             "the chat template is not fixed texts around turns",
             None,
-            stops,
+            stop_strings,
             [
                 "The model's chat template cannot be written as a TEMPLATE:",
                 "Ollama looks at the one in the file, and where it does not know it, at none.",
             ],
         )
     if prompt.instruction:
-        layout = _instructed(layout, prompt.instruction)
+        layout = _with_instruction(layout, prompt.instruction)
     start = tokenizer.bos_token if vocabulary.flags["add_bos_token"] else ""
     generation = layout.generation.removesuffix(
         " "
@@ -147,18 +157,18 @@ def _of_chat(
     comments = []
     if "system" not in layout.around:
         comments = ["The model's chat template has no system turn: SYSTEM is omitted."]
-    reason = "its turns, checked against Jinja"
-    return Prompting("chat template", reason, template, stops, comments)
+    source = "its turns, checked against Jinja"
+    return PromptTemplate("chat template", source, template, stop_strings, comments)
 
 
-def _instructed(layout: ChatLayout, instruction: str) -> ChatLayout:
+def _with_instruction(layout: ChatLayout, instruction: str) -> ChatLayout:
     """Returns `layout` with `instruction` before the content of each user turn."""
     before, after = layout.around[USER]
     around = {**layout.around, USER: (f"{before}{instruction}\n\n", after)}
     return ChatLayout(around, layout.opening, layout.generation)
 
 
-def _stops(tokenizer: Any) -> Iterator[str]:
+def _stop_strings(tokenizer: Any) -> Iterator[str]:
     if tokenizer.eos_token is not None:
         yield str(tokenizer.eos_token)
     if getattr(tokenizer, "chat_template", None):

@@ -33,7 +33,7 @@ def get_prefix_error(config: Any) -> str | None:
     from transformers import MODEL_MAPPING
 
     from ftlevel.methods.prefix.model import CUSTOM_ATTENTION
-    from ftlevel.models.upstream.architectures import asks_for_attention, supports_sdpa
+    from ftlevel.models.upstream.architectures import supports_sdpa, uses_attention_interface
 
     name = config.model_type
     if type(config) not in MODEL_MAPPING:
@@ -44,7 +44,7 @@ def get_prefix_error(config: Any) -> str | None:
     module = architecture.__module__
     if any(name_of_class.startswith(f"{module}.") for name_of_class in CUSTOM_ATTENTION):
         return None
-    if not asks_for_attention(architecture):
+    if not uses_attention_interface(architecture):
         return (
             f"{name} computes attention without transformers' AttentionInterface, so a prefix "
             f"cannot be added"

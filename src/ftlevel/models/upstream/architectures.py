@@ -49,7 +49,7 @@ def is_stateful(model: Any) -> bool:
     return bool(getattr(model, "_is_stateful", False))  # set only in transformers' own classes
 
 
-def asks_for_attention(model_class: Any) -> bool:
+def uses_attention_interface(model_class: Any) -> bool:
     """Returns whether the class uses transformers' `AttentionInterface`."""
     return hasattr(sys.modules[model_class.__module__], "ALL_ATTENTION_FUNCTIONS")
 
@@ -83,8 +83,8 @@ def llama3_frequencies(config: Any) -> Tensor:
     """Returns the rotary frequencies of a config with rope_type llama3, `(head_dim / 2,)`."""
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-    stretched, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
-    return torch.as_tensor(stretched)
+    frequencies, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
+    return torch.as_tensor(frequencies)
 
 
 BLOCK = 64
@@ -92,7 +92,7 @@ BLOCK = 64
 NAMES = ("gate_up_proj", "down_proj")
 """Tensors of a module of experts, `(experts, out, in)`."""
 
-_KIND = ("has_gate", "has_bias", "is_transposed", "has_post_expert_norm")
+_EXPERT_ATTRIBUTES = ("has_gate", "has_bias", "is_transposed", "has_post_expert_norm")
 
 
 def can_pack(module: Any) -> bool:
@@ -101,9 +101,11 @@ def can_pack(module: Any) -> bool:
     experts = [parameters[name] for name in NAMES if parameters.get(name) is not None]
     if [tensor.dim() for tensor in experts] != [3, 3]:
         return False
-    kind = [getattr(module, name, None) for name in _KIND]  # None for a custom forward
-    plain = kind == [True, False, False, False]
-    return plain and all(tensor[0].numel() % BLOCK == 0 for tensor in experts)
+    attributes = [
+        getattr(module, name, None) for name in _EXPERT_ATTRIBUTES
+    ]  # None for a custom forward
+    is_supported = attributes == [True, False, False, False]
+    return is_supported and all(tensor[0].numel() % BLOCK == 0 for tensor in experts)
 
 
 def packable_experts(model: Any) -> Iterator[str]:

@@ -32,13 +32,13 @@ Count = Callable[[Tensor, int], list[int]]
 """(expert of each row, number of experts) -> rows per expert."""
 
 
-def count_rows(experts: Tensor, number: int) -> list[int]:
+def get_rows_per_expert(experts: Tensor, number: int) -> list[int]:
     """Returns the number of rows per expert; synchronizes with the device."""
     return torch.bincount(experts, minlength=number).tolist()
 
 
-def share_evenly(experts: Tensor, number: int) -> list[int]:
-    """Returns rows of each of `number` experts, as equal as possible; `experts` has no values."""
+def split_evenly(experts: Tensor, number: int) -> list[int]:
+    """Returns a number of rows per expert, as equal as possible, if `experts` has no values."""
     return [len(experts) * (i + 1) // number - len(experts) * i // number for i in range(number)]
 
 
@@ -52,16 +52,13 @@ def forward(
     hidden_states: Tensor,
     top_k_index: Tensor,
     top_k_weights: Tensor,
-    count: Count = count_rows,
+    count: Count = get_rows_per_expert,
 ) -> Tensor:
     """Returns the output `(tokens, hidden)` of packed experts, as in transformers' own forward.
 
-    Args:
-        self: module of the experts.
-        hidden_states: `(tokens, hidden)`.
-        top_k_index: `(tokens, k)` experts of each token.
-        top_k_weights: `(tokens, k)` routing weights.
-        count: computes the rows per expert.
+    `self` is the module of the experts, `hidden_states` is `(tokens, hidden)`. `top_k_index` and
+    `top_k_weights` are the experts and routing weights of each token, `(tokens, k)`. `count`
+    computes the rows per expert.
     """
     tokens, k = top_k_index.shape
     experts, order = torch.sort(top_k_index.reshape(-1), stable=True)
@@ -70,30 +67,30 @@ def forward(
     up = _multiply(self, NAMES[0], rows, counts)
     down = _multiply(self, NAMES[1], self._apply_gate(up), counts)
     weighted = down * top_k_weights.reshape(-1)[order].unsqueeze(-1)
-    back = torch.empty_like(order)
-    back[order] = torch.arange(len(order), device=order.device)
-    summed = weighted[back].view(tokens, k, -1).sum(dim=1)
-    return summed.to(hidden_states.dtype)
+    inverse = torch.empty_like(order)
+    inverse[order] = torch.arange(len(order), device=order.device)
+    output = weighted[inverse].view(tokens, k, -1).sum(dim=1)
+    return output.to(hidden_states.dtype)
 
 
 def _multiply(module: Any, name: str, rows: Tensor, counts: list[int]) -> Tensor:
     """Returns `rows`, sorted by expert (`counts` each), times the weight `name` of their expert."""
     if not hasattr(module, "parametrizations"):  # unpacked tensors without values
         weights = getattr(module, name)
-        products = [
+        outputs = [
             torch.nn.functional.linear(part, weight)
             for part, weight in zip(torch.split(rows, counts), weights, strict=True)
         ]
-        return torch.cat(products)
+        return torch.cat(outputs)
     rows = rows.to(state_of(module, name).dtype)
-    products = [
+    outputs = [
         matmul_4bit(part, packed.t(), quant_state=weight)
         for part, (packed, weight) in zip(
             torch.split(rows, counts), _one_by_one(module, name), strict=True
         )
         if len(part)
     ]
-    return torch.cat(products)
+    return torch.cat(outputs)
 
 
 def _one_by_one(module: Any, name: str) -> Iterator[tuple[Tensor, Any]]:
@@ -105,17 +102,17 @@ def _one_by_one(module: Any, name: str) -> Iterator[tuple[Tensor, Any]]:
         scales = bnb.dequantize_blockwise(scales, state.state2) + state.offset
     weight = module.parametrizations[name].original.view(number, -1, 1)
     for index, absmax in enumerate(scales.float().view(number, -1)):
-        settings = (state.code, state.blocksize, state.quant_type, state.dtype)
-        yield weight[index], bnb.QuantState(absmax, torch.Size(shape), *settings)
+        kwargs = (state.code, state.blocksize, state.quant_type, state.dtype)
+        yield weight[index], bnb.QuantState(absmax, torch.Size(shape), *kwargs)
 
 
-def use_even_shares(config: Any) -> None:
+def assume_even_experts(config: Any) -> None:
     """Make a model of `config` (modified) assume equal rows per expert, for fake tensors."""
     config._experts_implementation = _EVEN
 
 
 ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, forward)
-ALL_EXPERTS_FUNCTIONS.register(_EVEN, partial(forward, count=share_evenly))
+ALL_EXPERTS_FUNCTIONS.register(_EVEN, partial(forward, count=split_evenly))
 
 
 METHOD = "bitsandbytes_with_experts"
@@ -125,9 +122,9 @@ METHOD = "bitsandbytes_with_experts"
 class ExpertsConfig(BitsAndBytesConfig):
     """Config of a 4-bit quantization of linear layers and experts."""
 
-    def __init__(self, **settings: Any) -> None:
+    def __init__(self, **kwargs: Any) -> None:
         """Accept the settings of `BitsAndBytesConfig`."""
-        super().__init__(**settings)
+        super().__init__(**kwargs)
         self.quant_method = METHOD
 
 
@@ -135,18 +132,18 @@ class ExpertsConfig(BitsAndBytesConfig):
 class ExpertsQuantizer(Bnb4BitHfQuantizer):
     """4-bit quantizer that also packs experts; `states` maps tensor names to `QuantState`s."""
 
-    def __init__(self, quantization_config: Any, **settings: Any) -> None:
+    def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
         """Accept the config and transformers' other settings."""
-        super().__init__(quantization_config, **settings)
+        super().__init__(quantization_config, **kwargs)
         self.states: dict[str, Any] = {}
 
-    def param_needs_quantization(self, model: Any, param_name: str, **settings: Any) -> bool:
+    def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
         """Returns whether the tensor is of a linear layer to quantize or of packable experts."""
         owner, _, name = param_name.rpartition(".")
         if name in NAMES:
             module = model.get_submodule(owner)
             return param_name in self.states or can_pack(module)
-        return super().param_needs_quantization(model, param_name, **settings)
+        return super().param_needs_quantization(model, param_name, **kwargs)
 
     def is_serializable(self) -> bool:
         """Returns False: packed experts cannot be reloaded."""
@@ -156,7 +153,7 @@ class ExpertsQuantizer(Bnb4BitHfQuantizer):
         """Returns the operation that packs a tensor."""
         return _Pack(self, super().get_quantize_ops())
 
-    def _process_model_after_weight_loading(self, model: Any, **settings: Any) -> Any:
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         """Switch packed experts to ftlevel's forward (`model` is modified)."""
         for name, state in self.states.items():
             owner, _, last = name.rpartition(".")
@@ -169,7 +166,7 @@ class ExpertsQuantizer(Bnb4BitHfQuantizer):
         if self.states:
             model.set_experts_implementation(IMPLEMENTATION)
         model.quantization_method = QuantizationMethod.BITS_AND_BYTES  # checked by other libraries
-        return super()._process_model_after_weight_loading(model, **settings)
+        return super()._process_model_after_weight_loading(model, **kwargs)
 
 
 class _Pack(ConversionOps):
@@ -178,13 +175,13 @@ class _Pack(ConversionOps):
     def __init__(self, quantizer: ExpertsQuantizer, linears: Any) -> None:
         self.quantizer, self.linears = quantizer, linears
 
-    def convert(self, input_dict: dict[str, Any], **settings: Any) -> dict[str, Tensor]:
+    def convert(self, input_dict: dict[str, Any], **kwargs: Any) -> dict[str, Tensor]:
         """Returns the packed tensors by name."""
         config = self.quantizer.quantization_config
         tensors: dict[str, Tensor] = {}
         for name, value in input_dict.items():
             if name.rpartition(".")[2] not in NAMES:
-                tensors |= self.linears.convert({name: value}, **settings)
+                tensors |= self.linears.convert({name: value}, **kwargs)
                 continue
             weight = value[0] if isinstance(value, list) else value
             packed, self.quantizer.states[name] = bnb.quantize_4bit(

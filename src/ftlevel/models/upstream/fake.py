@@ -65,25 +65,25 @@ class FakeTensor(Tensor):
         """Returns fake results of `func`; shapes are computed on meta tensors, or cached."""
         if func in _OF_SPARSE and (result := _OF_SPARSE[func](*args)) is not None:
             return result
-        settings = {k: "meta" if k == "device" else v for k, v in (kwargs or {}).items()}
+        meta_kwargs = {k: "meta" if k == "device" else v for k, v in (kwargs or {}).items()}
         tensors: list[Tensor] = []
         key: Any = None
         try:
-            key = (func, _signature(args, tensors), _signature(tuple(settings.items()), tensors))
+            key = (func, _signature(args, tensors), _signature(tuple(meta_kwargs.items()), tensors))
             build = _BUILDERS.get(key)
         except TypeError:  # an unhashable argument
             build = key = None
         if build is not None:
             return build(tensors)
         inner = [_inner(value) for value in tensors]
-        entered = iter(inner)
+        meta_tensors = iter(inner)
 
         def enter(value: Any) -> Any:
-            return next(entered) if isinstance(value, Tensor) else value
+            return next(meta_tensors) if isinstance(value, Tensor) else value
 
-        result = func(*tree_map(enter, args), **tree_map(enter, settings))
+        result = func(*tree_map(enter, args), **tree_map(enter, meta_kwargs))
         if isinstance(result, Tensor):
-            build_result = _find_builder(result, inner)
+            build_result = _get_builder(result, inner)
             if key is not None and build_result is not None and func not in _CHANGES_SHAPE:
                 _BUILDERS[key] = build_result
 
@@ -165,11 +165,11 @@ def _inner(value: Tensor) -> Tensor:
     return value.shape_only if isinstance(value, FakeTensor) else _shape_of(value)
 
 
-def _find(value: Tensor, among: Sequence[Tensor]) -> int | None:
-    return next((at for at, one in enumerate(among) if one is value), None)
+def _find(value: Tensor, candidates: Sequence[Tensor]) -> int | None:
+    return next((at for at, one in enumerate(candidates) if one is value), None)
 
 
-def _find_builder(result: Tensor, inner: Sequence[Tensor]) -> _Builder | None:
+def _get_builder(result: Tensor, inner: Sequence[Tensor]) -> _Builder | None:
     """Returns a function that builds a result like `result` from inputs like `inner`, or None."""
     at = _find(result, inner)
     if at is not None:  # modified in place
@@ -302,8 +302,8 @@ def pack_fake(model: torch.nn.Module, dtype: torch.dtype, experts: Any = None) -
     return packed
 
 
-def _fake_state(shape: tuple[int, ...], kind: str, double: bool, dtype: torch.dtype) -> Any:
-    """Returns a fake `QuantState` of 4-bit type `kind`, blocks of 64; `double`: scales, too."""
+def _fake_state(shape: tuple[int, ...], quant_type: str, double: bool, dtype: torch.dtype) -> Any:
+    """Returns a fake `QuantState` with blocks of 64; `double` also quantizes the scales."""
     from bitsandbytes.functional import QuantState
 
     blocks = -(-math.prod(shape) // 64)
@@ -315,7 +315,7 @@ def _fake_state(shape: tuple[int, ...], kind: str, double: bool, dtype: torch.dt
         state2 = QuantState(scales, code=code, blocksize=256, dtype=torch.float32)
     absmax = new_fake((blocks,), torch.float32 if state2 is None else torch.uint8)
     codes = new_fake((16,), torch.float32)
-    return QuantState(absmax, torch.Size(shape), codes, 64, kind, dtype, offset, state2)
+    return QuantState(absmax, torch.Size(shape), codes, 64, quant_type, dtype, offset, state2)
 
 
 def _fake_codes(state: Any) -> Any:
@@ -331,7 +331,7 @@ def _pack_experts(module: Any, dtype: torch.dtype, config: Any) -> None:
     from bitsandbytes.nn.parametrize import Bnb4bitParametrization
     from torch.nn.utils.parametrize import register_parametrization
 
-    from ftlevel.models.upstream.experts import use_even_shares
+    from ftlevel.models.upstream.experts import assume_even_experts
 
     for name in NAMES:
         state = _fake_state(
@@ -342,7 +342,7 @@ def _pack_experts(module: Any, dtype: torch.dtype, config: Any) -> None:
         )
         module._parameters[name] = _fake_codes(state)
         register_parametrization(module, name, Bnb4bitParametrization(state), unsafe=True)
-    use_even_shares(module.config)
+    assume_even_experts(module.config)
 
 
 def _pack_8bit(module: Any) -> None:

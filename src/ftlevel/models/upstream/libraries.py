@@ -19,7 +19,7 @@ _BYTES = 1 << 30
 
 
 def apply_template(
-    turns: Sequence[Any], template: str, **settings: Any
+    turns: Sequence[Any], template: str, **kwargs: Any
 ) -> tuple[str, list[tuple[int, int]]]:
     """Returns the rendered chat, and spans of assistant text if `return_assistant_tokens_mask`.
 
@@ -31,7 +31,7 @@ def apply_template(
     from transformers.utils.chat_template_utils import render_jinja_template
 
     with limit_time(_SECONDS), limit_memory(_BYTES):
-        texts, spans = render_jinja_template([list(turns)], chat_template=template, **settings)
+        texts, spans = render_jinja_template([list(turns)], chat_template=template, **kwargs)
     return texts[0], [tuple(span) for span in spans[0]] if spans else []
 
 
@@ -76,22 +76,22 @@ def use_one_gpu(arguments: Any) -> None:
     arguments._n_gpu = min(arguments.n_gpu, 1)  # reading n_gpu initializes _n_gpu
 
 
-LOWEST = {"torch": "2.8", "transformers": "5.24", "peft": "0.21", "accelerate": "1.15"}
+MIN_VERSIONS = {"torch": "2.8", "transformers": "5.24", "peft": "0.21", "accelerate": "1.15"}
 """Library -> minimum version, as in pyproject.toml."""
 
 
-def find_old_libraries() -> list[str]:
+def get_outdated_libraries() -> list[str]:
     """Returns an error message for each missing or outdated library."""
-    problems = []
-    for name, lowest in LOWEST.items():
+    failures = []
+    for name, minimum in MIN_VERSIONS.items():
         try:
             installed = version(name)
         except PackageNotFoundError:
             installed = ""
-        if not installed or Version(installed) < Version(lowest):
+        if not installed or Version(installed) < Version(minimum):
             has = f"{name} {installed} is installed" if installed else f"{name} is not installed"
-            problems.append(
-                f"{has}, and ftlevel needs {name} {lowest} or later. "
-                f'pip install --upgrade "{name}>={lowest}".'
+            failures.append(
+                f"{has}, and ftlevel needs {name} {minimum} or later. "
+                f'pip install --upgrade "{name}>={minimum}".'
             )
-    return problems
+    return failures

@@ -18,14 +18,14 @@ from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
 from ftlevel.models.upstream.architectures import modules_in_float32
-from ftlevel.models.upstream.shards import StoredWeight, Unread, rows_of
+from ftlevel.models.upstream.shards import LazyTensor, LazyWeight, rows_of
 
 
-def check_environment(stored: Mapping[str, Any], device: str) -> None:
-    """Raise transformers' error if weights quantized as `stored` cannot be loaded on `device`."""
+def check_environment(quantization_config: Mapping[str, Any], device: str) -> None:
+    """Raise transformers' error if weights quantized in this way cannot be loaded on `device`."""
     from transformers.quantizers.auto import AutoHfQuantizer
 
-    quantizer = AutoHfQuantizer.from_config(dict(stored), pre_quantized=True)
+    quantizer = AutoHfQuantizer.from_config(dict(quantization_config), pre_quantized=True)
     quantizer.validate_environment(device_map={"": device}, weights_only=True)
 
 
@@ -63,11 +63,16 @@ def quantize_shape(model: Any, quantization: Any) -> None:
         bias = model.get_parameter(name)
         bias.data = bias.data.to(dtype)
     for module in model.modules():
-        kind = getattr(module.weight, "quant_type", None) if hasattr(module, "weight") else None
-        if kind is not None:
-            plain: Any = torch.nn.Parameter(torch.empty_like(module.weight.data), False)
-            plain.quant_type, plain.compress_statistics = kind, module.weight.compress_statistics
-            module.weight = plain
+        quant_type = (
+            getattr(module.weight, "quant_type", None) if hasattr(module, "weight") else None
+        )
+        if quant_type is not None:
+            parameter: Any = torch.nn.Parameter(torch.empty_like(module.weight.data), False)
+            parameter.quant_type, parameter.compress_statistics = (
+                quant_type,
+                module.weight.compress_statistics,
+            )
+            module.weight = parameter
     model.hf_quantizer = quantizer
 
 
@@ -143,14 +148,14 @@ def scales_of(weight: Any) -> Iterator[Tensor]:
         yield scales.detach()
 
 
-def can_train_4bit(linear: Any) -> bool:
+def supports_4bit_training(linear: Any) -> bool:
     """Returns whether a `Linear4bit` has its compute dtype and its trainable layout."""
     state = getattr(linear.weight, "quant_state", None)
     packed = getattr(state, "packing_format_for_cpu", False)
     return state is not None and not packed and bool(linear.compute_type_is_set)
 
 
-def can_train_8bit(linear: Any) -> bool:
+def supports_8bit_training(linear: Any) -> bool:
     """Returns whether a CPU `Linear8bitLt` computes with dequantized weights and has scales."""
     if linear.weight.device.type != "cpu" or linear.state.has_fp16_weights:
         return False
@@ -160,7 +165,7 @@ def can_train_8bit(linear: Any) -> bool:
 
 
 def dequantize_8bit(linear: Any, dtype: torch.dtype) -> Tensor:
-    """Returns the weight `(out, in)`, as in bitsandbytes; call only after `can_train_8bit`."""
+    """Returns the weight `(out, in)`, as in bitsandbytes, if `supports_8bit_training`."""
     state = linear.state
     return state.CB.to(dtype, copy=True).mul_(state.SCB.unsqueeze(1).mul(1.0 / 127.0))
 
@@ -186,27 +191,27 @@ def carry_quant_states(module: torch.nn.Module, inside: Sequence[torch.nn.Module
     bnb = sys.modules.get("bitsandbytes")
     if bnb is None:
         return
-    others = {part for other in inside for part in other.modules()}
-    linears = [
+    excluded = {part for other in inside for part in other.modules()}
+    layers = [
         part
         for part in module.modules()
-        if isinstance(part, bnb.nn.Linear4bit) and part not in others
+        if isinstance(part, bnb.nn.Linear4bit) and part not in excluded
     ]
-    settings = [vars(linear.weight).copy() for linear in linears]
-    for linear in linears:
+    settings = [vars(linear.weight).copy() for linear in layers]
+    for linear in layers:
         if linear.weight.quant_state is not None:  # None if not read yet
             linear.quant_state = linear.weight.quant_state
             linear.weight = torch.nn.Parameter(linear.weight.data, requires_grad=False)
 
-    def hang(*_: Any) -> None:
-        for linear, attributes in zip(linears, settings, strict=True):
+    def restore_states(*_: Any) -> None:
+        for linear, attributes in zip(layers, settings, strict=True):
             if linear.quant_state.absmax.device != linear.weight.device:
                 linear.quant_state.to(linear.weight.device)
             linear.weight.__class__ = bnb.nn.Params4bit
             linear.weight.__dict__ |= {**attributes, "quant_state": linear.quant_state}
 
-    if linears:
-        module.register_forward_pre_hook(hang)
+    if layers:
+        module.register_forward_pre_hook(restore_states)
 
 
 _BLOCK = 64  # values per scale; a byte has two codes
@@ -214,15 +219,15 @@ _SCALES = 256  # scales per second-level scale
 
 
 class PackedWeight:
-    """A stored weight of which each process reads and quantizes only its shard.
+    """A lazily loaded weight of which each process loads and quantizes only its shard.
 
     `linear` (modified) gets the scales. `transposed`: the weight is stored as `(in, out)` (Conv1D).
     """
 
-    def __init__(self, stored: StoredWeight, linear: Any, transposed: bool) -> None:
-        self._stored, self._linear, self._transposed = stored, linear, transposed
+    def __init__(self, lazy_weight: LazyWeight, linear: Any, transposed: bool) -> None:
+        self._lazy_weight, self._linear, self._transposed = lazy_weight, linear, transposed
         self._shape = torch.Size((linear.out_features, linear.in_features))
-        self._kind: str = linear.weight.quant_type
+        self._quant_type: str = linear.weight.quant_type
         self._scales_packed: bool = linear.weight.compress_statistics
 
     def part(self, like: DTensor) -> DTensor:
@@ -236,7 +241,9 @@ class PackedWeight:
         codes = torch.empty(0, 1, dtype=like.dtype, device=scales.device)
         if first < last:
             numbers = self._numbers(first, last).to(scales.device)
-            packed, state = bnb.quantize_4bit(numbers, blocksize=_BLOCK, quant_type=self._kind)
+            packed, state = bnb.quantize_4bit(
+                numbers, blocksize=_BLOCK, quant_type=self._quant_type
+            )
             codes = packed.view(-1, 1)[start - first // 2 : end - first // 2].clone()
             absmax = state.absmax
             if not numbers.isfinite().all():  # some kernels' scales do not propagate it
@@ -252,33 +259,33 @@ class PackedWeight:
         """Returns the values `first` to `last` (exclusive) of the flattened `(out, in)` weight."""
         width = self._shape[1]
         first_row = first // width
-        rows = self._stored.rows(first_row, -(-last // width), transposed=self._transposed)
+        rows = self._lazy_weight.rows(first_row, -(-last // width), transposed=self._transposed)
         return rows.flatten()[first - first_row * width : last - first_row * width]
 
     def _state(self, scales: Tensor) -> Any:
         """Returns bitsandbytes' `QuantState` of the whole weight, with these `scales`."""
         import bitsandbytes.functional as bnb
 
-        settings = {
+        kwargs = {
             "shape": self._shape,
-            "dtype": self._stored.dtype,
+            "dtype": self._lazy_weight.dtype,
             "blocksize": _BLOCK,
-            "code": bnb.get_4bit_type(self._kind, device=scales.device),
-            "quant_type": self._kind,
+            "code": bnb.get_4bit_type(self._quant_type, device=scales.device),
+            "quant_type": self._quant_type,
         }
         if not self._scales_packed:
-            return bnb.QuantState(absmax=scales, **settings)
+            return bnb.QuantState(absmax=scales, **kwargs)
         offset = scales.mean()
         codes, state = bnb.quantize_blockwise(scales - offset, blocksize=_SCALES)
-        return bnb.QuantState(absmax=codes, offset=offset, state2=state, **settings)
+        return bnb.QuantState(absmax=codes, offset=offset, state2=state, **kwargs)
 
 
-def pack_unread(
-    model: Any, quantization: Any, unread: MutableMapping[nn.Parameter, Unread]
+def pack_lazy(
+    model: Any, quantization: Any, lazy_weights: MutableMapping[nn.Parameter, LazyTensor]
 ) -> None:
-    """Replace linear layers of a CPU `model` (modified) by 4-bit ones that are read later.
+    """Replace linear layers of a CPU `model` (modified) by 4-bit ones that are loaded later.
 
-    `unread` (modified) maps parameters to stored weights.
+    `lazy_weights` (modified) maps parameters to weights that are not loaded yet.
     """
     import bitsandbytes
 
@@ -293,21 +300,21 @@ def pack_unread(
             continue
         weight, linear.bias = before[name]
         transposed = issubclass(linear.source_cls, Conv1D)
-        settings = {
+        kwargs = {
             "quant_type": linear.weight.quant_type,
             "module": linear,
             "compress_statistics": linear.weight.compress_statistics,
         }
-        stored = unread.get(weight)
-        if not isinstance(stored, StoredWeight):
+        lazy_weight = lazy_weights.get(weight)
+        if not isinstance(lazy_weight, LazyWeight):
             full = weight.data.T.contiguous() if transposed else weight.data
-            linear.weight = bitsandbytes.nn.Params4bit(full, **settings).to(full.device)
+            linear.weight = bitsandbytes.nn.Params4bit(full, **kwargs).to(full.device)
             continue
         size = -(-linear.in_features * linear.out_features // 2)
         codes = torch.zeros((), dtype=torch.uint8).expand(size, 1)  # takes no memory
-        linear.weight = bitsandbytes.nn.Params4bit(codes, bnb_quantized=True, **settings)
-        unread[linear.weight] = PackedWeight(stored, linear, transposed)
+        linear.weight = bitsandbytes.nn.Params4bit(codes, bnb_quantized=True, **kwargs)
+        lazy_weights[linear.weight] = PackedWeight(lazy_weight, linear, transposed)
     for weight in {weight for weight, _ in before.values()} - set(model.parameters()):
-        unread.pop(weight, None)
+        lazy_weights.pop(weight, None)
     quantizer.postprocess_model(model)
     model.hf_quantizer = quantizer

@@ -29,14 +29,14 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.tensor import DTensor, zeros
 
 from ftlevel.artifacts.files import write_json
-from ftlevel.models.upstream.conversions import Naming
+from ftlevel.models.upstream.conversions import KeyMapper
 from ftlevel.models.upstream.tensors import direct_tensors
 
 _OF = "{number}.{name}"
-_MOST_BYTES = 2 << 30
+_MAX_FILE_BYTES = 2 << 30
 
 
-class PartsWriter:
+class AsyncCheckpointWriter:
     """Asynchronous writer of distributed checkpoints; all processes must make the same calls.
 
     Tensors are copied to CPU memory before writing. The writer thread has its own process group, so
@@ -45,26 +45,26 @@ class PartsWriter:
 
     def __init__(self) -> None:
         self._group: Any = None
-        self._copied: list[tuple[Any, Any]] = []
+        self._staged: list[tuple[Any, Any]] = []
         self._futures: list[Future[None]] = []
         self._thread = ThreadPoolExecutor(1)
 
-    def copy(self, tensors: Mapping[str, Tensor], directory: Path) -> None:
-        """Copy this process's part of `tensors`, to be written to `directory`."""
-        writer: Any = HuggingFaceStorageWriter(str(directory), save_distributed=True)
-        self._copied.append((writer.stage(_distinct(tensors)), writer))
+    def copy(self, tensors: Mapping[str, Tensor], checkpoint_dir: Path) -> None:
+        """Copy this process's shards of `tensors`, to be written to `checkpoint_dir`."""
+        writer: Any = HuggingFaceStorageWriter(str(checkpoint_dir), save_distributed=True)
+        self._staged.append((writer.stage(_distinct(tensors)), writer))
 
     def begin(self) -> None:
         """Start writing the copied tensors."""
         if self._group is None:
             self._group = distributed.new_group(backend="gloo")
-        copied, self._copied = self._copied, []
-        self._futures.append(self._thread.submit(self._write, copied))
+        staged, self._staged = self._staged, []
+        self._futures.append(self._thread.submit(self._write, staged))
 
-    def _write(self, copied: list[tuple[Any, Any]]) -> None:
-        while copied:
-            parts, writer = copied.pop(0)
-            save(parts, storage_writer=writer, process_group=self._group)
+    def _write(self, staged: list[tuple[Any, Any]]) -> None:
+        while staged:
+            tensors, writer = staged.pop(0)
+            save(tensors, storage_writer=writer, process_group=self._group)
 
     def then(self, act: Callable[[], None]) -> None:
         """Run `act` once all processes have finished the pending writes."""
@@ -77,26 +77,25 @@ class PartsWriter:
         self._futures.append(self._thread.submit(follow))
 
     def end(self) -> None:
-        """Wait for all pending writes; raises `OSError` as `write_parts` does."""
+        """Wait for all pending writes; raises `OSError` as `save_distributed_checkpoint` does."""
         futures, self._futures = self._futures, []
-        with _naming_failures():
+        with _share_errors():
             for future in futures:
                 future.result()
 
 
-def write_parts(tensors: Mapping[str, Tensor], directory: Path) -> None:
-    """Write this process's part of `tensors` (collective); tied tensors are written once.
+def save_distributed_checkpoint(tensors: Mapping[str, Tensor], checkpoint_dir: Path) -> None:
+    """Save this process's shards of `tensors` (collective); tied tensors are saved once.
 
-    Raises:
-        OSError: in all processes, if one of them fails to write.
+    If one process fails to write, all of them raise its OSError.
     """
-    writer = HuggingFaceStorageWriter(str(directory), save_distributed=True)
-    with _naming_failures():
+    writer = HuggingFaceStorageWriter(str(checkpoint_dir), save_distributed=True)
+    with _share_errors():
         save(_distinct(tensors), storage_writer=writer)
 
 
 @contextlib.contextmanager
-def _naming_failures() -> Iterator[None]:
+def _share_errors() -> Iterator[None]:
     """If one process fails to write in the `with` block, raise the same error in all processes."""
     try:
         yield
@@ -106,24 +105,24 @@ def _naming_failures() -> Iterator[None]:
         raise error from None
 
 
-def read_parts(tensors: Mapping[str, Tensor], directory: Path) -> None:
-    """Fill `tensors` (modified) with this process's part of the checkpoint in `directory`."""
-    reader = HuggingFaceStorageReader(str(directory))
+def load_distributed_checkpoint(tensors: Mapping[str, Tensor], checkpoint_dir: Path) -> None:
+    """Fill `tensors` (modified) with this process's shards of the checkpoint."""
+    reader = HuggingFaceStorageReader(str(checkpoint_dir))
     load(_distinct(tensors), storage_reader=reader)
 
 
-def merge_shards(directory: Path, out: Path) -> None:
-    """Merge the distributed checkpoint in `directory` to ordinary safetensors in `out`.
+def merge_shards(checkpoint_dir: Path, out: Path) -> None:
+    """Merge a distributed checkpoint to ordinary safetensors files in `out`.
 
     One file of up to 2 GiB, or one larger tensor, is in memory at a time.
     """
-    reader: Any = HuggingFaceStorageReader(str(directory))
+    reader: Any = HuggingFaceStorageReader(str(checkpoint_dir))
     metadata = reader.read_metadata().state_dict_metadata
     files: list[list[str]] = [[]]
     size = 0
     for name, stored in metadata.items():
         tensor_bytes = stored.size.numel() * stored.properties.dtype.itemsize
-        if files[-1] and size + tensor_bytes > _MOST_BYTES:
+        if files[-1] and size + tensor_bytes > _MAX_FILE_BYTES:
             files.append([])
             size = 0
         files[-1].append(name)
@@ -135,7 +134,9 @@ def merge_shards(directory: Path, out: Path) -> None:
         }
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # warns about a single process
-            load(tensors, storage_reader=HuggingFaceStorageReader(str(directory)), no_dist=True)
+            load(
+                tensors, storage_reader=HuggingFaceStorageReader(str(checkpoint_dir)), no_dist=True
+            )
         file = f"model-{index:05d}-of-{len(files):05d}.safetensors"
         if len(files) == 1:
             file = "model.safetensors"
@@ -153,41 +154,41 @@ def _distinct(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensors[name].detach() for name in names.values()}
 
 
-def parts_of_state(
+def split_optimizer_state(
     state: Mapping[int, Mapping[str, Any]],
 ) -> tuple[dict[str, DTensor], dict[int, dict[str, Any]]]:
     """Returns the sharded tensors of an optimizer state by name, and the state without these."""
-    parts = {
+    sharded = {
         _OF.format(number=number, name=name): value
         for number, values in state.items()
         for name, value in values.items()
         if isinstance(value, DTensor)
     }
-    rest = {
+    unsharded = {
         number: {name: v for name, v in values.items() if not isinstance(v, DTensor)}
         for number, values in state.items()
     }
-    return parts, rest
+    return sharded, unsharded
 
 
-def read_state(
-    rest: Mapping[int, Mapping[str, Any]], parameters: list[Tensor], directory: Path
+def load_optimizer_state(
+    unsharded: Mapping[int, Mapping[str, Any]], parameters: list[Tensor], checkpoint_dir: Path
 ) -> dict[int, dict[str, Any]]:
-    """Returns the optimizer state: `rest` plus sharded tensors loaded from `directory`."""
-    stored: Any = HuggingFaceStorageReader(str(directory)).read_metadata()
-    state = {number: dict(values) for number, values in rest.items()}
-    parts = {}
-    for key, metadata in stored.state_dict_metadata.items():
+    """Returns the optimizer state: `unsharded` plus the sharded tensors of a checkpoint."""
+    checkpoint_metadata: Any = HuggingFaceStorageReader(str(checkpoint_dir)).read_metadata()
+    state = {number: dict(values) for number, values in unsharded.items()}
+    sharded = {}
+    for key, metadata in checkpoint_metadata.state_dict_metadata.items():
         number, _, name = key.partition(".")
         like: Any = parameters[int(number)]
-        parts[key] = zeros(
+        sharded[key] = zeros(
             metadata.size,
             dtype=metadata.properties.dtype,
             device_mesh=like.device_mesh,
             placements=like.placements,
         )
-        state.setdefault(int(number), {})[name] = parts[key]
-    read_parts(parts, directory)
+        state.setdefault(int(number), {})[name] = sharded[key]
+    load_distributed_checkpoint(sharded, checkpoint_dir)
     return state
 
 
@@ -201,12 +202,12 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def part_of(all_of_it: Tensor, like: Tensor) -> Tensor:
+def part_of(full_tensor: Tensor, like: Tensor) -> Tensor:
     """Returns the rows of a full tensor that are in this process's shard of `like`."""
     if not isinstance(like, DTensor):
-        return all_of_it
+        return full_tensor
     start, end = rows_of(like)
-    return all_of_it[start:end]
+    return full_tensor[start:end]
 
 
 def rows_of(tensor: DTensor) -> tuple[int, int]:
@@ -218,17 +219,17 @@ def rows_of(tensor: DTensor) -> tuple[int, int]:
 
 _INDEX, _ONE_FILE = "model.safetensors.index.json", "model.safetensors"
 _MATRIX = 2  # dimensions
-_FLOATS = ("F64", "F32", "F16", "BF16")  # safetensors dtype names
+_FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")  # safetensors dtype names
 
 
-class StoredWeight:
-    """A weight in a safetensors file that is read on demand; transformers loads a placeholder."""
+class LazyWeight:
+    """A weight in a safetensors file that is loaded on demand; transformers loads a placeholder."""
 
     def __init__(self, path: Path, key: str) -> None:
         self._path, self._key = path, key
         self._placeholder: Tensor | None = None
 
-    def __getitem__(self, everything: Any) -> StoredWeight:
+    def __getitem__(self, everything: Any) -> LazyWeight:
         """Returns itself, because transformers' loader indexes weights with `[...]`."""
         return self
 
@@ -275,37 +276,37 @@ class StoredWeight:
         )
 
 
-class Unread(Protocol):
-    """A weight that is not read yet."""
+class LazyTensor(Protocol):
+    """A weight that is not loaded yet."""
 
     def part(self, like: DTensor) -> DTensor:
         """Returns the weight sharded like `like`; a collective operation."""
 
 
-class UnreadWeights:
-    """Weights of a base model that are not read yet, by parameter.
+class LazyWeights:
+    """Weights of a base model that are not loaded yet, by parameter.
 
-    `converted` names tensors that were read in full, because they combine several stored tensors.
+    `converted` names tensors that were loaded in full, because they combine several stored tensors.
     """
 
     def __init__(self) -> None:
-        self.weights: dict[nn.Parameter, Unread] = {}
+        self.weights: dict[nn.Parameter, LazyTensor] = {}
         self.converted: list[str] = []
 
     def load(
         self,
         meta: Any,
-        directory: Path,
+        checkpoint_dir: Path,
         location: str,
         revision: str | None = None,
         key_mapping: Mapping[str, str] | None = None,
         **arguments: Any,
     ) -> tuple[Any, dict[str, Any]]:
-        """Returns what `from_pretrained` returns, with unread weights; `meta` is the meta model."""
-        naming = Naming(meta, key_mapping)
+        """Returns what `from_pretrained` returns, with lazy weights; `meta` is the meta model."""
+        naming = KeyMapper(meta, key_mapping)
         tensors = {name for name, _ in meta.named_parameters(remove_duplicate=False)}
-        state_dict, unread = dict[str, Any](), dict[str, StoredWeight]()
-        for path in _files(directory):
+        state_dict, unread = dict[str, Any](), dict[str, LazyWeight]()
+        for path in _files(checkpoint_dir):
             file: Any = safe_open(str(path), framework="pt")
             for key in file.keys():  # noqa: SIM118 - it is no dict
                 name, pattern = naming(key)
@@ -314,8 +315,8 @@ class UnreadWeights:
                     continue
                 if pattern is not None:
                     self.converted.append(name)
-                elif stored.get_dtype() in _FLOATS:
-                    unread[name] = state_dict[key] = StoredWeight(path, key)
+                elif stored.get_dtype() in _FLOAT_DTYPES:
+                    unread[name] = state_dict[key] = LazyWeight(path, key)
         config, model_class = arguments.pop("config"), type(meta)
         if not isinstance(config, model_class.config_class):  # of a multimodal model
             config = config.get_text_config()
@@ -344,20 +345,21 @@ class UnreadWeights:
         return model, info
 
     def read(self, model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-        """Yields (name, parameter) of the parameters of `model` that are already read."""
+        """Yields (name, parameter) of the parameters of `model` that are already loaded."""
         return (pair for pair in model.named_parameters() if pair[1] not in self.weights)
 
     def fill(self, model: nn.Module, base_name: Callable[[str], str]) -> list[str]:
-        """Load unread weights that `model` (modified) trains; returns names of tensors still NaN.
+        """Load the lazy weights that `model` (modified) trains; returns names of tensors still NaN.
 
-        NaN ones were computed from unread weights. `base_name` maps names in `model` to the base's.
+        NaN ones were computed from weights not loaded. `base_name` maps names in `model` to the
+        base's.
         """
         bases = {
             base_name(name): stored
             for name, weight in model.named_parameters()
-            if isinstance(stored := self.weights.get(weight), StoredWeight)
+            if isinstance(stored := self.weights.get(weight), LazyWeight)
         }
-        unreadable = [
+        not_loaded = [
             name
             for name, buffer in model.named_buffers()
             if buffer.is_floating_point() and bool(buffer.isnan().any())
@@ -365,21 +367,21 @@ class UnreadWeights:
         for name, weight in model.named_parameters():
             if weight.requires_grad and bool(weight.detach().isnan().any()):
                 if (stored_weight := bases.get(base_name(name))) is None:
-                    unreadable.append(name)
+                    not_loaded.append(name)
                 else:
                     weight.data = stored_weight.whole(weight.dtype)
                     self.weights.pop(weight, None)
-        return unreadable
+        return not_loaded
 
     def put_aside(
         self, parts: Sequence[nn.Module], keep: Collection[nn.Parameter]
     ) -> Callable[[], None]:
-        """Replace the unread weights of `parts` (modified) by meta tensors, except those in `keep`.
+        """Replace the lazy weights of `parts` (modified) by meta tensors, except those in `keep`.
 
-        Call it before sharding. It returns a function to call after sharding, which reads only this
+        Call it before sharding. It returns a function to call after sharding, which loads only this
         process's rows of each weight.
         """
-        waiting: list[tuple[dict[str, Any], str, Unread]] = []
+        pending: list[tuple[dict[str, Any], str, LazyTensor]] = []
         shapes: dict[nn.Parameter, nn.Parameter] = {}  # tied tensors stay tied
         for module in (inner for part in parts for inner in part.modules()):
             parameters = direct_tensors(module)[0]
@@ -388,23 +390,23 @@ class UnreadWeights:
                     if weight not in shapes:
                         empty = torch.empty(weight.shape, dtype=weight.dtype, device="meta")
                         shapes[weight] = nn.Parameter(empty, weight.requires_grad)
-                    waiting.append((parameters, name, self.weights[weight]))
+                    pending.append((parameters, name, self.weights[weight]))
                     parameters[name] = shapes[weight]
 
         def read() -> None:
-            filled: dict[nn.Parameter, nn.Parameter] = {}
-            for parameters, name, stored in waiting:
+            loaded: dict[nn.Parameter, nn.Parameter] = {}
+            for parameters, name, stored in pending:
                 like = parameters[name]
-                if like not in filled:
-                    filled[like] = nn.Parameter(stored.part(like), like.requires_grad)
-                parameters[name] = filled[like]
+                if like not in loaded:
+                    loaded[like] = nn.Parameter(stored.part(like), like.requires_grad)
+                parameters[name] = loaded[like]
 
         return read
 
 
-def _files(directory: Path) -> list[Path]:
-    """Returns the checkpoint files in `directory`, as `from_pretrained` finds them."""
-    if (directory / _ONE_FILE).is_file():
-        return [directory / _ONE_FILE]
-    index = json.loads((directory / _INDEX).read_text(encoding="utf-8"))
-    return [directory / name for name in sorted(set(index["weight_map"].values()))]
+def _files(checkpoint_dir: Path) -> list[Path]:
+    """Returns the checkpoint files that `from_pretrained` loads."""
+    if (checkpoint_dir / _ONE_FILE).is_file():
+        return [checkpoint_dir / _ONE_FILE]
+    index = json.loads((checkpoint_dir / _INDEX).read_text(encoding="utf-8"))
+    return [checkpoint_dir / name for name in sorted(set(index["weight_map"].values()))]

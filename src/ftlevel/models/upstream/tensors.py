@@ -55,9 +55,9 @@ def direct_tensors(module: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def copy_module(module: nn.Module) -> nn.Module:
     """Returns a shallow copy of `module` whose children can be replaced."""
-    copied = copy.copy(module)
-    copied._modules = dict(module._modules)
-    return copied
+    result = copy.copy(module)
+    result._modules = dict(module._modules)
+    return result
 
 
 def is_watched(module: nn.Module) -> bool:

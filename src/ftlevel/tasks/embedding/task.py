@@ -165,11 +165,11 @@ class EmbeddingTask(BaseTask):
             directory, replace(format_, max_length=longest), width_of(model_config)
         )
 
-    def find_heads(self, meta: Any, source: Any) -> tuple[list[str], list[str]]:
+    def get_heads(self, meta: Any, source: Any) -> tuple[list[str], list[str]]:
         """Returns no modules to train in full, and the poolers that a checkpoint may lack."""
-        from ftlevel.models.loading import find_new_poolers
+        from ftlevel.models.loading import get_new_poolers
 
-        return [], find_new_poolers(meta, source)
+        return [], get_new_poolers(meta, source)
 
     def get_unused_modules(self, meta: Any) -> list[str]:
         """Find the pooler modules of transformers, which embeddings do not use."""

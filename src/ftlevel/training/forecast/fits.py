@@ -29,13 +29,13 @@ from ftlevel.errors import ConfigError, FtlevelError
 from ftlevel.methods import METHODS
 from ftlevel.models.hardware import (
     DTYPES,
-    describe_device,
     device_memory,
+    format_device,
     peak_memory_bytes,
     reserved_memory_bytes,
     resident_bytes,
 )
-from ftlevel.models.quantization import as_quant_config, quantization_name, stored_quantization
+from ftlevel.models.quantization import as_quant_config, get_quantization_config, quantization_name
 from ftlevel.tasks.rl.rows import STAND_IN_TOKENS, STAND_INS
 from ftlevel.training.forecast.memory import StepMemory, count_computed_layers, estimate_step_memory
 from ftlevel.training.forecast.meta_model import (
@@ -183,7 +183,7 @@ class Device:
         """Returns the device for the GPU `card`, or this machine's device of torch type `kind`."""
         if card is not None:
             return cls(kind, card.name, card.memory, ranks)
-        name = "memory of this machine" if kind == "cpu" else describe_device(kind)
+        name = "memory of this machine" if kind == "cpu" else format_device(kind)
         return cls(kind, name, device_memory(kind))
 
     def forecast(self, run: Run) -> StepMemory:
@@ -287,7 +287,7 @@ def estimate_requirement(run: Run, device: Device) -> MemoryRequirement:
 
 def _check_quantization(run: Run) -> None:
     """Reject a checkpoint that a library other than bitsandbytes quantized."""
-    stored = stored_quantization(run.model.config)
+    stored = get_quantization_config(run.model.config)
     if stored is not None and as_quant_config(stored) is None:
         raise ConfigError(
             f"--model {run.model.source.name} is quantized by {quantization_name(stored)}, "

@@ -34,7 +34,7 @@ from ftlevel.fast.step import FastStep
 from ftlevel.fast.step_collator import StepCollator, TextCollator
 from ftlevel.methods import METHODS
 from ftlevel.models.loading import build_task_model
-from ftlevel.models.module_tree import ModuleTree, find_blocks
+from ftlevel.models.module_tree import ModuleTree, get_blocks
 from ftlevel.models.upstream.fake import packed_tensors
 from ftlevel.objectives import StepObjective
 from ftlevel.trained.adapt import apply_method
@@ -93,7 +93,7 @@ class Pruning:
     def apply_to(self, fast: FastStep, model: Any) -> None:
         """Restrict the last block of `model` (modified) to the needed tokens."""
         if self.linears:
-            last = find_blocks(base_model(model))[-1]
+            last = get_blocks(base_model(model))[-1]
             fast.prune(self.needed, [last.get_submodule(name) for name in self.linears])
 
 
@@ -113,7 +113,7 @@ def find_pruning(run: Run) -> Pruning:
     base = replace(base, targets=targets_in(model, base.targets, [last]))
     model = apply_method(model, method.initialization.without_weights(run.config.method), base)
     model = _with_random_weights(model)
-    blocks = find_blocks(base_model(model))
+    blocks = get_blocks(base_model(model))
     if not blocks or not set_packed_attention(base_model(model)):
         return Pruning()
     packed = PackedBlocks(blocks)

@@ -129,9 +129,9 @@ def _pack(model: Any, compute: Any, quantization: Any) -> set[str]:
         packed = pack_fake(model, compute, experts)
     for module in filter(can_pack, model.modules()):
         if any(weight.dtype == torch.float32 for weight in module.parameters()):
-            from ftlevel.models.upstream.experts import use_even_shares
+            from ftlevel.models.upstream.experts import assume_even_experts
 
-            use_even_shares(module.config)
+            assume_even_experts(module.config)
     return packed
 
 

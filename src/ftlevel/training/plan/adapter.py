@@ -19,7 +19,7 @@ from ftlevel.config.flags import FLAGS
 from ftlevel.config.rl import RL_TASK
 from ftlevel.errors import ConfigError, join_names
 from ftlevel.methods import METHODS
-from ftlevel.models.hardware import choose_device
+from ftlevel.models.hardware import select_device
 from ftlevel.models.loading import build_task_model
 from ftlevel.models.sources import resolve_source
 from ftlevel.tasks import TASKS
@@ -38,7 +38,7 @@ from ftlevel.trained.resolve import (
     resolve_model,
 )
 from ftlevel.training.plan.run import Run, StartingAdapter
-from ftlevel.weights.checkpoint import read_header
+from ftlevel.weights.checkpoint import load_header
 
 _NAMED = ("target_modules", "target_parameters", "layers_to_transform", "modules_to_save")
 """Settings taken from the run's recipe: adapter_config.json has expanded module names."""
@@ -74,7 +74,7 @@ def resolve_adapter(config: TrainConfig) -> tuple[TrainConfig, StartingAdapter |
         name,
         None if (directory / CARD).is_file() else values.get("task"),
         resolve_source(model.name_or_path, model.revision) if is_named else None,
-        device=choose_device(model.device).value,
+        device=select_device(model.device).value,
         display_name=f"--adapter {name}",
         trust_remote_code=model.trust_remote_code,
     )
@@ -106,7 +106,7 @@ def resolve_adapter(config: TrainConfig) -> tuple[TrainConfig, StartingAdapter |
         values["quant"] = dict(ref.quantization)
         if ref.quantization.get("kind") == "4bit":  # packed only if the card says so
             values["quant"].setdefault("experts", False)
-    in_half = card.dtype == "float16" and choose_device(model.device).value == "cpu"
+    in_half = card.dtype == "float16" and select_device(model.device).value == "cpu"
     if model.dtype == "auto" and not in_half:
         values["model"]["dtype"] = card.dtype
     return build_config([Layer(values)]), adapter, []
@@ -191,7 +191,7 @@ def _kind_of(adapter: StartingAdapter) -> str:
 
 def _saved_modules(adapter: StartingAdapter) -> list[str]:
     """Returns those of the adapter's `modules_to_save` whose weights are in its file."""
-    tensors, _ = read_header(adapter.directory / ADAPTER_WEIGHTS)
+    tensors, _ = load_header(adapter.directory / ADAPTER_WEIGHTS)
     names = adapter.settings.get("modules_to_save") or []
     return [name for name in names if any(f".{name}." in key for key in tensors)]
 
@@ -276,7 +276,7 @@ def check_adapter_matches(adapter: StartingAdapter, run: Run) -> None:
                 f"would be {expected}. It cannot be continued."
             )
     needed, shapes = get_expected_tensors(apply_method(meta, spec, run.base))
-    stored, _ = read_header(adapter.directory / ADAPTER_WEIGHTS)
+    stored, _ = load_header(adapter.directory / ADAPTER_WEIGHTS)
     stored_shapes = {name: tensor.spec.shape for name, tensor in stored.items()}
     other = {name for name, shape in stored_shapes.items() if shapes.get(name) != shape}
     if mismatched := sorted(other | (needed - stored_shapes.keys())):

@@ -16,9 +16,13 @@ from ftlevel.methods import METHODS, Method, check_supported
 from ftlevel.methods.base import QuantizedCheckpoint
 from ftlevel.methods.support_table import Cell
 from ftlevel.models.families import lookup_family
-from ftlevel.models.hardware import choose_dtype
+from ftlevel.models.hardware import select_dtype
 from ftlevel.models.module_tree import ModuleTree, linear_size
-from ftlevel.models.quantization import match_quantization, quantization_name, stored_quantization
+from ftlevel.models.quantization import (
+    get_quantization_config,
+    match_quantization,
+    quantization_name,
+)
 from ftlevel.models.sources import ModelSource
 from ftlevel.models.targets import resolve_targets
 from ftlevel.models.upstream.architectures import packable_experts
@@ -183,7 +187,7 @@ def resolve_quantization(
     Raises:
         ConfigError: the quantization does not match the method, `--quant` or the device.
     """
-    stored = stored_quantization(model_config)
+    stored = get_quantization_config(model_config)
     form = quant.kind if stored is None else quantization_name(stored)
     if device == "mps" and form != "none":
         raise ConfigError(
@@ -254,4 +258,4 @@ def check_method(
 def choose_precision(method: MethodConfig, wish: str, device: str, model_type: str) -> Choice:
     """Choose the compute precision, given `--dtype`; raise ConfigError if it is not supported."""
     needed = METHODS[method.kind].initialization.required_dtype(method, wish)
-    return needed or choose_dtype(wish, device, method.kind, model_type)
+    return needed or select_dtype(wish, device, method.kind, model_type)

@@ -37,19 +37,19 @@ from ftlevel.evaluation.rollouts import open_rewards
 from ftlevel.fast.gpu_attention import fetch_kernel
 from ftlevel.fast.plan import fused_lora_choices, kernel_choices, plan_fast
 from ftlevel.methods.rates import RateInputs
-from ftlevel.models.hardware import choose_device, choose_tf32, choose_threads
+from ftlevel.models.hardware import select_device, select_tf32, select_threads
 from ftlevel.models.kinds import model_kind, width_of
 from ftlevel.models.loading import (
     build_task_model,
-    find_new_heads,
+    get_new_heads,
     label_overrides,
     load_config,
     load_tokenizer,
 )
 from ftlevel.models.module_tree import ModuleTree
-from ftlevel.models.quantization import quantization_name, stored_quantization
+from ftlevel.models.quantization import get_quantization_config, quantization_name
 from ftlevel.models.sources import ModelSource, check_revision, resolve_source
-from ftlevel.models.upstream.libraries import find_old_libraries
+from ftlevel.models.upstream.libraries import get_outdated_libraries
 from ftlevel.objectives import Objective, PolicyObjective
 from ftlevel.tasks import TASKS, BaseTask
 from ftlevel.tasks.losses import Tokens, create_distillation_objective
@@ -190,7 +190,7 @@ def resolve(
     rewards = None
     if not (lenient or is_estimate) and isinstance(objective, PolicyObjective) and config.rl.reward:
         rewards = open_rewards(config.rl, device, base.tokenizer, data.train, data.table.where)
-    is_quantized = stored_quantization(base.config) is not None
+    is_quantized = get_quantization_config(base.config) is not None
     run = Run(
         config=config,
         task=task,
@@ -211,9 +211,9 @@ def resolve(
             *([adapter.choice] if adapter else []),
             *data.choices,
             base.device,
-            *([choose_threads()] if device == "cpu" else []),
+            *([select_threads()] if device == "cpu" else []),
             base.dtype,
-            *choose_tf32(train.tf32, device, dtype),
+            *select_tf32(train.tf32, device, dtype),
             *method_choices(method, base.quant, train, is_quantized),
             *fused_lora_choices(method, config.speed, quant, device),
             *kernel_choices(config.speed, device, base.config.model_type),
@@ -241,13 +241,13 @@ def _read_model(config: TrainConfig, task: BaseTask, synthetic: SyntheticBatch) 
     check_revision(source, model.revision)
     model_config = load_config(source)
     kind = model_kind(model_config)
-    device = synthetic.device or choose_device(model.device)
+    device = synthetic.device or select_device(model.device)
     method, train = config.method, config.train
     quant = resolve_quantization(config.quant, method, model_config, source, device.value)
     try:
         check_method(method, train, task.name, quant, model_config, kind)
     except ConfigError as error:
-        if (stored := stored_quantization(model_config)) is None:
+        if (stored := get_quantization_config(model_config)) is None:
             raise
         already = f"--model {source.name} is quantized already ({quantization_name(stored)})."
         raise ConfigError([f"{already} {problem}" for problem in error.problems]) from None
@@ -273,7 +273,7 @@ def _resolve_experts(
         return quant, None
     meta = build_task_model(model_config, auto_class)
     quant, reason = resolve_experts(
-        quant, method, meta, stored_quantization(model_config) is not None
+        quant, method, meta, get_quantization_config(model_config) is not None
     )
     if not quant.experts and next(ModuleTree(meta).experts(), None) is None:
         return quant, None
@@ -285,7 +285,7 @@ def _plan_model(
     base: _BaseModel, model_config: Any, meta: Any, task: BaseTask, *, continues: bool
 ) -> PlannedModel:
     """Returns the planned model; with `continues`, no head is new: the adapter has all heads."""
-    heads, new_modules = task.find_heads(meta, base.source)
+    heads, new_modules = task.get_heads(meta, base.source)
     return PlannedModel(
         source=base.source,
         kind=base.kind,
@@ -297,7 +297,7 @@ def _plan_model(
         quant=base.quant,
         heads=heads,
         new_modules=new_modules,
-        new_heads=[] if continues else find_new_heads(meta, base.source, heads),
+        new_heads=[] if continues else get_new_heads(meta, base.source, heads),
         total_parameters=sum(p.numel() for p in meta.parameters()),
         unused=task.get_unused_modules(meta),
     )
@@ -429,7 +429,7 @@ def check_packages(model: ModelConfig, speed: SpeedConfig, output: OutputConfig)
         ConfigError: a library, package or device is missing.
         InputError: the attention kernel cannot be loaded.
     """
-    problems = find_old_libraries()
+    problems = get_outdated_libraries()
     for tracker in output.report_to:
         if not find_spec(tracker):
             problems.append(

@@ -18,7 +18,7 @@ from ftlevel.data.prepare.streaming import count_places
 from ftlevel.errors import ConfigError, did_you_mean, join_names
 from ftlevel.methods import METHODS
 from ftlevel.methods.rates import RateInputs, get_head_rate
-from ftlevel.models.hardware import DTYPES, MemorySettings, device_memory, longest_in_memory
+from ftlevel.models.hardware import DTYPES, MemorySettings, device_memory, max_length_in_memory
 from ftlevel.models.kinds import max_positions
 from ftlevel.objectives import Objective, TrainingLoss
 from ftlevel.training.plan.run import Schedule
@@ -281,7 +281,7 @@ def find_bounds(
         trained=trained,
         checkpointing=train.may_recompute(device),
     )
-    memory = longest_in_memory(model_config, memory_settings, device_memory(device))
+    memory = max_length_in_memory(model_config, memory_settings, device_memory(device))
     return LengthBounds(text_positions(method, model_config), memory)
 
 

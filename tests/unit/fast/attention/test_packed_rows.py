@@ -12,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 import tiny_models
 from ftlevel.fast import packed_attention as attention
 from ftlevel.fast.packing import PackedBlocks, PackedLayout, using_layout
-from ftlevel.models.module_tree import find_blocks
+from ftlevel.models.module_tree import get_blocks
 
 LENGTHS = (7, 40, 3, 19, 19, 1)
 DECODERS = ("gpt2", "gpt_neox", "opt", "llama", "mistral", "qwen2", "qwen3", "gemma3_text", "phi3",
@@ -66,7 +66,7 @@ def packed(
     base = model.get_base_model()
     attention.register()
     base.set_attn_implementation(attention.NAME)
-    blocks = PackedBlocks(find_blocks(base))
+    blocks = PackedBlocks(get_blocks(base))
     try:
         layout = PackedLayout.from_mask(batch["attention_mask"])
         with using_layout(replace(layout, is_for_answers=is_for_answers)):

@@ -16,7 +16,7 @@ from ftlevel.fast.plan import FastPlan
 from ftlevel.fast.pruning import LastLayerPruning, find_prunable_linears
 from ftlevel.fast.step import FastStep
 from ftlevel.fast.step_collator import StepCollator
-from ftlevel.models.module_tree import find_blocks
+from ftlevel.models.module_tree import get_blocks
 from ftlevel.objectives import IGNORED, Objective
 from ftlevel.tasks.classes import Classes
 from ftlevel.tasks.losses import Tokens
@@ -53,7 +53,7 @@ def adapted(family: str, head: str) -> Any:
 
 def linears_of(fast: FastStep) -> set[str]:
     """Return the names, in the last block, of the linears that are pruned."""
-    block = find_blocks(fast._base)[-1]
+    block = get_blocks(fast._base)[-1]
     assert fast._pruning is not None
     hooked = {hook.hooks_dict_ref() and id(hook.hooks_dict_ref()) for hook in fast._pruning._hooks}
     return {
@@ -116,7 +116,7 @@ def test_the_last_block_computes_what_is_needed() -> None:
     (batch,) = StepCollator(0, fast.plan)(ROWS)["micro_batches"]
     layout, seen = batch.pop("layout"), {}
     for name in ("q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"):
-        module = find_blocks(fast._base)[-1].get_submodule(
+        module = get_blocks(fast._base)[-1].get_submodule(
             f"{'mlp' if name in ('up_proj', 'down_proj') else 'self_attn'}.{name}.base_layer"
         )
         module.register_forward_hook(
@@ -133,7 +133,7 @@ def test_the_last_block_computes_what_is_needed() -> None:
     fast.remove()
     assert not any(
         part._forward_pre_hooks or part._forward_hooks
-        for part in find_blocks(fast._base)[-1].modules()
+        for part in get_blocks(fast._base)[-1].modules()
         if "base_layer" in dict(part.named_children())
     )
 

@@ -16,7 +16,7 @@ from ftlevel.config import SPECS
 from ftlevel.fast.fused_lora import FusedForward, FusedLinear, FusedLoraFunction
 from ftlevel.methods import Base
 from ftlevel.models.hardware import autocast
-from ftlevel.models.module_tree import find_heads
+from ftlevel.models.module_tree import get_heads
 from ftlevel.trained.adapt import apply_method
 from ftlevel.training.plan.method import find_method_targets
 from matrix_cells import pristine
@@ -45,7 +45,7 @@ def build(family: str, quant: str = "none", *, fused: bool, dtype: str = "float3
     spec = SPECS["lora"](**{"r": 4, "lora_alpha": 8.0, **fields})
     found = find_method_targets(spec, model, family, quant)
     kind = {"bert": "encoder", "t5": "encoder-decoder"}.get(family, "decoder")
-    heads = find_heads(model) if head == "seqcls" else []
+    heads = get_heads(model) if head == "seqcls" else []
     task = {"causal": "CAUSAL_LM", "seqcls": "SEQ_CLS", "seq2seq": "SEQ_2_SEQ_LM"}[head]
     facts = Base(model.config, kind, task, found.modules, heads, found.fan_in_fan_out, 10)
     model = apply_method(model, spec, facts, fused=fused)

@@ -15,7 +15,7 @@ from ftlevel.weights.gguf_families import (
     context_limit,
     convert,
     extra_tensors,
-    find_problems,
+    get_gguf_limitations,
     interleave,
 )
 from tiny_models import build_config
@@ -36,7 +36,7 @@ GEMMA = {"num_hidden_layers": 6, "layer_types": None}
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_usual_model_of_a_family_is_written(family: str) -> None:
     overrides = GEMMA if family == "gemma3_text" else {}
-    assert find_problems(build_config(family, **overrides)) == []
+    assert get_gguf_limitations(build_config(family, **overrides)) == []
 
 
 @pytest.mark.parametrize(
@@ -58,7 +58,7 @@ def test_the_usual_model_of_a_family_is_written(family: str) -> None:
 def test_what_llama_cpp_would_compute_otherwise_is_refused(
     family: str, overrides: dict[str, Any], message: str
 ) -> None:
-    problems = find_problems(build_config(family, **overrides))
+    problems = get_gguf_limitations(build_config(family, **overrides))
     assert any(message in problem for problem in problems), problems
 
 

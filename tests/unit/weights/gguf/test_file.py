@@ -13,13 +13,13 @@ from gguf.quants import dequantize, quantize
 
 from ftlevel.errors import RunError
 from ftlevel.weights.gguf_file import (
-    CHOSEN,
     GRIDS,
     OUTTYPES,
+    SELECTED_TYPES,
     GGUFTensor,
     QuantizedMatrix,
     round_to,
-    write_gguf,
+    save_gguf,
 )
 
 
@@ -49,7 +49,7 @@ def test_a_file_holds_what_it_was_given(tmp_path: Path, outtype: str) -> None:
     }
     done: list[int] = []
     tensor = planned(weight, outtype)
-    write_gguf(tmp_path / "x.gguf", keys, [tensor], done.append)
+    save_gguf(tmp_path / "x.gguf", keys, [tensor], done.append)
     reader = GGUFReader(tmp_path / "x.gguf")
     assert {key: reader.get_field(key).contents() for key in keys} == keys
     (found,) = reader.tensors
@@ -68,7 +68,7 @@ def test_the_gguf_package_reads_the_codes_that_were_chosen(tmp_path: Path, outty
     chosen = QuantizedMatrix(codes.to(torch.uint8), scales.view(4, 2))
     order = torch.tensor([2, 0, 3, 1])
     tensor = replace(planned(weight, outtype), codes=lambda: chosen, arrange=lambda x: x[order])
-    write_gguf(tmp_path / "x.gguf", {"general.architecture": "llama"}, [tensor], lambda _: None)
+    save_gguf(tmp_path / "x.gguf", {"general.architecture": "llama"}, [tensor], lambda _: None)
     (found,) = GGUFReader(tmp_path / "x.gguf").tensors
     stored = torch.tensor(dequantize(found.data, found.tensor_type)).reshape(4, 64)
     assert torch.equal(stored, chosen.value(outtype)[order])
@@ -90,7 +90,7 @@ def test_scales_that_fit_leave_less_error_of_what_counts(outtype: str) -> None:
 
     whole, fitted = error(grid.scales_of(weight)), error(grid.fitted_scales(weight, moment))
     assert (fitted <= whole).all()
-    if outtype in CHOSEN:  # the fewer the values, the more is won
+    if outtype in SELECTED_TYPES:  # the fewer the values, the more is won
         assert fitted.sum() < {"q5_0": 0.97, "q4_0": 0.9}[outtype] * whole.sum()
     flat = grid.fitted_scales(torch.zeros(2, 32), torch.eye(32))
     assert not flat.any()
@@ -99,5 +99,5 @@ def test_scales_that_fit_leave_less_error_of_what_counts(outtype: str) -> None:
 def test_a_number_beyond_float16_is_refused(tmp_path: Path) -> None:
     tensor = planned(torch.tensor([[1e5, 0.0]]), "f16")
     with pytest.raises(RunError, match=r"up has values above float16.*--outtype bf16"):
-        write_gguf(tmp_path / "x.gguf", {"general.architecture": "llama"}, [tensor], print)
+        save_gguf(tmp_path / "x.gguf", {"general.architecture": "llama"}, [tensor], print)
     assert not (tmp_path / "x.gguf").exists()

@@ -9,7 +9,7 @@ from tokenizers import Regex, normalizers, pre_tokenizers
 
 from ftlevel.errors import InputError
 from ftlevel.weights import gguf_vocabulary as gguf
-from ftlevel.weights.gguf_vocabulary import read_vocabulary
+from ftlevel.weights.gguf_vocabulary import load_vocab
 from tiny_tokenizers import as_sentencepiece, build_tokenizer
 
 SIZE = 704
@@ -47,7 +47,7 @@ def llama_3() -> Any:
     ],
 )
 def test_a_splitting_is_known_by_its_steps(tokenizer: Any, name: str) -> None:
-    vocabulary = read_vocabulary(tokenizer, SIZE)
+    vocabulary = load_vocab(tokenizer, SIZE)
     assert (vocabulary.model, vocabulary.pre) == ("gpt2", name)
     assert vocabulary.scores is None
     assert vocabulary.merges is not None
@@ -58,7 +58,7 @@ def test_a_splitting_is_known_by_its_steps(tokenizer: Any, name: str) -> None:
 
 def test_wordpiece_marks_the_begin_of_words() -> None:
     tokenizer = build_tokenizer("bert")
-    written = read_vocabulary(tokenizer, SIZE)
+    written = load_vocab(tokenizer, SIZE)
     pieces = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
     for piece, token in zip(pieces, written.tokens, strict=False):
         if piece.startswith("##"):
@@ -74,7 +74,7 @@ def test_wordpiece_marks_the_begin_of_words() -> None:
     )
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     with pytest.raises(InputError, match="but not with BERT's steps"):
-        read_vocabulary(tokenizer, SIZE)
+        load_vocab(tokenizer, SIZE)
 
 
 @pytest.mark.parametrize(
@@ -90,25 +90,25 @@ def test_wordpiece_marks_the_begin_of_words() -> None:
 )
 def test_another_tokenizer_is_refused_by_what_it_does(tokenizer: Any, message: str) -> None:
     with pytest.raises(InputError, match=message.replace("{", r"\{").replace("'", '"')):
-        read_vocabulary(tokenizer, SIZE)
+        load_vocab(tokenizer, SIZE)
 
 
 def test_a_normalizer_that_llama_cpp_lacks_is_refused() -> None:
     tokenizer = build_tokenizer("gpt2")
     tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
     with pytest.raises(InputError, match="normalizer Lowercase"):
-        read_vocabulary(tokenizer, SIZE)
+        load_vocab(tokenizer, SIZE)
 
 
 def test_a_tokenizer_beyond_the_embedding_is_refused() -> None:
     with pytest.raises(InputError, match="a token of id 500, and the model's embedding has 500"):
-        read_vocabulary(build_tokenizer("gpt2"), 500)
+        load_vocab(build_tokenizer("gpt2"), 500)
 
 
 def test_tokens_have_their_kinds() -> None:
     tokenizer = as_sentencepiece(build_tokenizer("gemma3_text"))
     tokenizer.add_tokens(["\u2581\u2581x"])  # not special: found before spaces are made visible
-    vocabulary = read_vocabulary(tokenizer, SIZE)
+    vocabulary = load_vocab(tokenizer, SIZE)
     kinds = dict(zip(vocabulary.tokens, vocabulary.types, strict=True))
     assert vocabulary.model == "llama"
     assert kinds["<bos>"] == kinds["<end_of_turn>"] == gguf.CONTROL
@@ -127,7 +127,7 @@ def test_tokens_have_their_kinds() -> None:
 
 def test_scores_fall_in_the_order_of_the_merges() -> None:
     tokenizer = as_sentencepiece(build_tokenizer("llama"))
-    vocabulary = read_vocabulary(tokenizer, SIZE)
+    vocabulary = load_vocab(tokenizer, SIZE)
     assert vocabulary.scores is not None
     model = gguf.json.loads(tokenizer.backend_tokenizer.to_str())["model"]
     order = list(dict.fromkeys("".join(pair) for pair in model["merges"]))
@@ -145,4 +145,4 @@ def test_merges_of_a_token_that_are_apart_are_refused() -> None:
     merges.append(merges.pop(several))
     tokenizer._tokenizer = type(tokenizer.backend_tokenizer).from_str(gguf.json.dumps(described))
     with pytest.raises(InputError, match="are apart"):
-        read_vocabulary(tokenizer, SIZE)
+        load_vocab(tokenizer, SIZE)
