@@ -111,8 +111,13 @@ class Handler(BaseHTTPRequestHandler):
                 self.reply({"model": name, "choices": server.complete(body)})
 
 
-if __name__ == "__main__":
-    served = Server(sys.argv[1], sys.argv[2])
+def serve(model: str, fault: str) -> None:
+    """Serve a model; print the port."""
+    served = Server(model, fault)
     sys.stdout.write(f"{served.server_port}\n")
     sys.stdout.flush()
     served.serve_forever()
+
+
+if __name__ == "__main__":
+    serve(*sys.argv[1:])

@@ -1,15 +1,11 @@
 """Train adapters with plain PEFT, in a process that never imports ftlevel.
 
-    python tests/plain_peft.py BASE-UNTIED BASE-TIED FOLDER
-
 Each case leaves FOLDER/<base>-<case> with the adapter, FOLDER/<…>.pt with the logits of the model
 with it on `some_ids`, and of the model that `merge_and_unload` gives of the base in float32.
 """
 
 from __future__ import annotations
 
-import sys
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -117,8 +113,3 @@ def main(untied: Path, tied: Path, folder: Path) -> None:
         for case, settings in CASES.items():
             if name == "tied" or case not in TIED_ONLY:
                 write_case(base, folder / f"{name}-{case}", settings)
-
-
-if __name__ == "__main__":
-    warnings.simplefilter("ignore")
-    main(*map(Path, sys.argv[1:]))

@@ -10,6 +10,7 @@ import math
 import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -92,6 +93,7 @@ def log_probabilities(model: Any) -> list[torch.Tensor]:
     return found
 
 
+@cache
 def reference_logps() -> list[torch.Tensor]:
     """Return the log-probabilities of the base model, without its adapter."""
     with torch.no_grad():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +25,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def trained(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+def trained(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, tiny_model_dir: Callable[..., Path]
+) -> Any:
     """Return a function that trains `run` in four steps, or restores it, with flags of its own."""
     tmp_path = folder / "now"
     shutil.rmtree(tmp_path, ignore_errors=True)
     tmp_path.mkdir()
     monkeypatch.chdir(tmp_path)
+    model = str(tiny_model_dir("qwen2"))
     (tmp_path / "texts.jsonl").write_text("\n".join(json.dumps({"text": t}) for t in TEXTS))
     (tmp_path / "labels.jsonl").write_text("\n".join(map(json.dumps, LABELS)))
 
@@ -38,7 +42,7 @@ def trained(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         if not flags and task == "text-generation" and kept.exists():
             shutil.copytree(kept, "run")
             return tmp_path / "run"
-        assert run(["train", "--model", "builtin:tiny-llama", "--dataset", data, "--task", task,
+        assert run(["train", "--model", model, "--dataset", data, "--task", task,
                     "--max-steps", "4", "--save-steps", "2", "--learning-rate", "1e-2", "--quiet",
                     "--output-dir", "run", *flags]) == 0  # fmt: skip
         if not flags and task == "text-generation":

@@ -56,11 +56,21 @@ def test_beams_are_those_of_transformers() -> None:
     assert found.text != greedy.text
 
 
+STEPS = ["--eval-strategy", "steps", "--eval-steps", "2", "--set", "method.lora_dropout=0.2"]
+
+
+@pytest.fixture(scope="module")
+def greedy(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """Return the records of a run that writes greedily."""
+    return train(*STEPS, out=str(tmp_path_factory.mktemp("greedy") / "run"))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("way", [["--num-beams", "3"], ["--temperature", "1", "--top-p", "0.9"]])
-def test_how_is_written_changes_no_step(way: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    steps = ["--eval-strategy", "steps", "--eval-steps", "2", "--set", "method.lora_dropout=0.2"]
-    greedy, other = train(*steps, out="greedy"), train(*steps, *way, out="other")
+def test_how_is_written_changes_no_step(
+    way: list[str], greedy: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = train(*STEPS, *way, out="other")
     assert [r["loss"] for r in greedy if "loss" in r] == [r["loss"] for r in other if "loss" in r]
     scores = [[r["eval_rouge1"] for r in some if "eval_loss" in r] for some in (greedy, other)]
     assert scores[0] != scores[1]

@@ -237,7 +237,10 @@ def test_a_dry_run_shows_and_writes_nothing(
 
 
 @pytest.mark.slow
-def test_killed_at_any_moment_the_file_is_absent_or_whole(model_dir: ModelDir) -> None:
+@pytest.mark.parametrize("moments", [4, pytest.param(14, marks=pytest.mark.sweep)])
+def test_killed_at_any_moment_the_file_is_absent_or_whole(
+    model_dir: ModelDir, moments: int
+) -> None:
     model = model_dir("qwen2", num_hidden_layers=6)
 
     def write(name: str) -> None:
@@ -250,7 +253,7 @@ def test_killed_at_any_moment_the_file_is_absent_or_whole(model_dir: ModelDir) -
     write("x.gguf")
     whole = Path("x.gguf").read_bytes()
     fork, rng, found = multiprocessing.get_context("fork"), random.Random(0), []
-    for delay in [0.0, *(rng.uniform(0, 1.3 * seconds) for _ in range(14)), None]:
+    for delay in [0.0, *(rng.uniform(0, 1.3 * seconds) for _ in range(moments)), None]:
         for path in (Path("x.gguf"), Path("x.Modelfile")):
             path.unlink(missing_ok=True)
         process = fork.Process(target=write, args=("x.gguf",))

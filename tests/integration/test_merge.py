@@ -71,8 +71,8 @@ CELLS = [
     ("bert", "token-classification", "tags", "mlm"),
     ("llama", "question-answering", "span", None),  # its class has another prefix
     ("bert", "masked-lm", "mask", "seqcls"),  # a new language head
-    ("roberta", "text-classification", "class", "mlm"),
-    ("bert", "text-classification", "multi", "mlm"),
+    pytest.param("roberta", "text-classification", "class", "mlm", marks=pytest.mark.sweep),
+    pytest.param("bert", "text-classification", "multi", "mlm", marks=pytest.mark.sweep),
     ("gpt2", "text-classification", "regression", None),
     ("t5", "translation", "pair", None),
     ("mixtral", "text-generation", "mask", None),
@@ -142,8 +142,17 @@ def merged_wrongly(fault: str) -> Callable[[torch.Tensor, torch.Tensor], torch.T
     }[fault]
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("fault", ["scaled by 1.02", "left out", "transposed"])
+@pytest.mark.parametrize(
+    ("fault", "dtype"),
+    [
+        ("scaled by 1.02", "bfloat16"),
+        ("left out", "float32"),
+        ("transposed", "bfloat16"),
+        pytest.param("scaled by 1.02", "float32", marks=pytest.mark.sweep),
+        pytest.param("left out", "bfloat16", marks=pytest.mark.sweep),
+        pytest.param("transposed", "float32", marks=pytest.mark.sweep),
+    ],
+)
 def test_a_fault_in_one_layer_is_refused_in_every_precision(
     fault: str,
     dtype: str,
@@ -203,7 +212,12 @@ def test_not_verified_is_written_on_it(trained: Callable[..., Path]) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "flags", [["--double-quant"], ["--quant-type", "fp4"], ["--quant", "8bit"]]
+    "flags",
+    [
+        ["--double-quant"],
+        pytest.param(["--quant-type", "fp4"], marks=pytest.mark.sweep),
+        ["--quant", "8bit"],
+    ],
 )
 def test_a_quantized_run_is_merged_onto_what_it_was_trained_on(
     flags: list[str], trained: Callable[..., Path], capsys: pytest.CaptureFixture[str]
@@ -382,7 +396,10 @@ def test_ranks_that_a_strategy_cannot_mix_are_refused(
 
 
 @pytest.mark.slow
-def test_killed_at_any_moment_the_model_is_absent_or_whole(tiny_model_dir: TinyModelDir) -> None:
+@pytest.mark.parametrize("moments", [6, pytest.param(28, marks=pytest.mark.sweep)])
+def test_killed_at_any_moment_the_model_is_absent_or_whole(
+    tiny_model_dir: TinyModelDir, moments: int
+) -> None:
     base = tiny_model_dir("llama", num_hidden_layers=6)
     adapter = lora_on(base, Path("a"), 4, ["q_proj", "v_proj", "up_proj", "down_proj"])
 
@@ -395,7 +412,8 @@ def test_killed_at_any_moment_the_model_is_absent_or_whole(tiny_model_dir: TinyM
     whole = {p.name: p.read_bytes() for p in Path("whole").glob("*.safetensors")}
     files = {p.name for p in Path("whole").iterdir()}
     fork, rng, found = multiprocessing.get_context("fork"), random.Random(0), []
-    delays = [0.0, *(rng.uniform(0, 1.3 * seconds) for _ in range(28)), None]  # None: to its end
+    between = (rng.uniform(0, 1.3 * seconds) for _ in range(moments))
+    delays = [0.0, *between, None]  # None: to its end
     for delay in delays:
         process = fork.Process(target=merge_to, args=("killed",))
         process.start()

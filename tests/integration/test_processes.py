@@ -260,8 +260,8 @@ def test_a_process_that_stands_still_is_named_while_the_others_wait(
 
 
 @pytest.mark.parametrize(("what", "code", "said"), [
-    ("SIGTERM", 143, "interrupted"), ("SIGINT", 130, "interrupted"),
-    ("a rank", 1, "the process of rank 1 was killed"),
+    pytest.param("SIGTERM", 143, "interrupted", marks=pytest.mark.sweep),
+    ("SIGINT", 130, "interrupted"), ("a rank", 1, "the process of rank 1 was killed"),
 ])  # fmt: skip
 def test_what_ends_before_there_is_a_run_says_so(
     tiny_model_dir: Callable[..., Path], rows: Path, tmp_path: Path, what: str, code: int, said: str
@@ -309,7 +309,10 @@ def test_no_process_outlives_its_launcher(
 
 @pytest.mark.parametrize(
     ("parts", "said"),
-    [("agent", "interrupted"), ("node", "another process of the run has exited")],
+    [
+        pytest.param("agent", "interrupted", marks=pytest.mark.sweep),
+        ("node", "another process of the run has exited"),
+    ],
 )
 def test_a_lost_node_ends_the_others_in_a_line(
     tiny_model_dir: Callable[..., Path], rows: Path, tmp_path: Path, parts: str, said: str

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import completions_server
+from forked import Forked
 from ftlevel.commands.train import train
 from ftlevel.config import TrainConfig
 from ftlevel.errors import ConfigError, RunError
 from tiny_models import save_tiny
 
-SERVER = Path(__file__).parents[1] / "completions_server.py"
 REWARDS = """
 def vowels(completions, **kwargs):
     return [sum(letter in "aeiou" for letter in text) / max(len(text), 1) for text in completions]
@@ -39,11 +39,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def serve() -> Iterator[Serve]:
     """Return what starts a server of a model and returns its address."""
-    started: list[subprocess.Popen[str]] = []
+    started: list[Forked] = []
 
     def start(model: Path, fault: str = "none") -> str:
-        command = [sys.executable, str(SERVER), str(model), fault]
-        started.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
+        call = (completions_server.serve, (str(model), fault))
+        started.append(Forked(call=call, stdout=subprocess.PIPE))
         stdout = started[-1].stdout
         assert stdout is not None
         return f"http://127.0.0.1:{int(stdout.readline())}"
@@ -51,7 +51,7 @@ def serve() -> Iterator[Serve]:
     yield start
     for process in started:
         process.kill()
-        process.communicate()
+        process.wait()
 
 
 def config(folder: Path, out: Path, url: str, **rl: Any) -> TrainConfig:
@@ -80,7 +80,7 @@ def config(folder: Path, out: Path, url: str, **rl: Any) -> TrainConfig:
     )
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("temperature", [pytest.param(1.0, marks=pytest.mark.sweep), 0.7])
 def test_a_run_samples_with_the_server(
     folder: Path, tmp_path: Path, serve: Serve, temperature: float
 ) -> None:

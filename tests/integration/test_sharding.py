@@ -253,7 +253,9 @@ def in_half_precision(folder: Path, out: Path, shard: str, way: str) -> None:
     train(TrainConfig.model_validate(values))
 
 
-@pytest.mark.parametrize("way", ["lora", "full", "full, recomputed"])
+@pytest.mark.parametrize(
+    "way", ["lora", pytest.param("full", marks=pytest.mark.sweep), "full, recomputed"]
+)
 def test_a_shared_model_computes_in_half_precision(
     way: str, prepared: Path, tmp_path: Path
 ) -> None:
@@ -328,7 +330,11 @@ def in_four_bits(folder: Path, out: Path, shard: str, method: dict[str, Any]) ->
 
 
 @pytest.mark.parametrize(
-    "method", [{"kind": "hira"}, {"kind": "lora", "use_dora": True}], ids=["hira", "dora"]
+    "method",
+    [
+        pytest.param({"kind": "hira"}, id="hira", marks=pytest.mark.sweep),
+        pytest.param({"kind": "lora", "use_dora": True}, id="dora"),
+    ],
 )
 def test_a_method_that_computes_with_the_weights_finds_their_parts_in_four_bits(
     prepared: Path, tmp_path: Path, method: dict[str, Any]

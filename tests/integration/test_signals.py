@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from forked import Forked
+from forked import Forked, run_slowly
 
 pytestmark = pytest.mark.slow
 ModelDir = Callable[..., Path]
@@ -40,10 +40,10 @@ def start(tmp_path: Path, *arguments: str) -> subprocess.Popen[str]:
 
 def begin(tmp_path: Path, model: Path, steps: int = 4000) -> Forked:
     """Start a run in a process that has all imports."""
-    return Forked(
-        ["train", *LONG, "--model", str(model), "--max-steps", str(steps), "--output-dir", "run"],
-        cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
+    command = ["train", *LONG, "--model", str(model), "--max-steps", str(steps), "--output-dir",
+               "run"]  # fmt: skip
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return Forked(call=(run_slowly, (command,)), cwd=tmp_path, **pipes)
 
 
 def wait_until(process: Forked, happens: Callable[[], bool]) -> None:
@@ -89,14 +89,14 @@ def test_the_second_signal_ends_a_run_at_once_with_its_own_code(
 def test_a_warning_makes_a_checkpoint_and_the_run_goes_on(
     tmp_path: Path, tiny_model_dir: ModelDir
 ) -> None:
-    process = begin(tmp_path, tiny_model_dir("llama"), steps=100)
+    process = begin(tmp_path, tiny_model_dir("llama"), steps=25)
     wait_until(process, lambda: lines(tmp_path / "run/metrics.jsonl") >= 3)
     process.send_signal(signal.SIGUSR1)
     process.communicate(timeout=240)
     assert process.returncode == 0
     manifests = (tmp_path / "run/checkpoints").glob("checkpoint-*/manifest.json")
     warned, end = sorted(int(path.parent.name.split("-")[1]) for path in manifests)
-    assert 3 <= warned < end == 100
+    assert 3 <= warned < end == 25
 
 
 MOMENTS = {

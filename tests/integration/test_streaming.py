@@ -7,14 +7,15 @@ import json
 import signal
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from forked import Forked
+from forked import Forked, run_slowly
 from ftlevel.cli.app import run
-from ftlevel.data.prepare import streaming
+from ftlevel.data.prepare import row_stream, streaming
 
 ROWS = 240
 STREAM = ["--streaming", "--batch-size", "4", "--lora-dropout", "0.1", "--logging-steps", "1",
@@ -24,6 +25,12 @@ STREAM = ["--streaming", "--batch-size", "4", "--lora-dropout", "0.1", "--loggin
 @pytest.fixture(autouse=True)
 def in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def small(tiny_model_dir: Callable[..., Path]) -> list[str]:
+    """Return `STREAM` with a tiny model."""
+    return [*STREAM, "--model", str(tiny_model_dir("llama"))]
 
 
 def row(i: int) -> dict[str, Any]:
@@ -50,34 +57,36 @@ def outcome(out: str) -> tuple[str, list[tuple[Any, ...]]]:
     return hashlib.sha256(weights).hexdigest(), list(logged.values())
 
 
-@pytest.mark.parametrize("row_number", [1_500, 2_900])
 def test_a_row_between_the_samples_is_not_another_one(
-    row_number: int, capsys: pytest.CaptureFixture[str]
+    small: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = write_jsonl([row(i) for i in range(3_000)])
-    arguments = [*STREAM, "--dataset", data, "--save-strategy", "steps", "--save-steps", "2"]
+    arguments = [*small, "--dataset", data, "--save-strategy", "steps", "--save-steps", "2"]
     train(*arguments, "--max-steps", "4")
     kept = Path("run/checkpoints/rows.json").read_text()
     before = Path(data).read_text()
-    Path(data).write_text(before.replace(f"say {row_number} please", f"say {row_number} plaese"))
     again = ["train", "--quiet", "--output-dir", "run", "--resume", "--max-steps", "6"]
-    assert run(again) == 2
-    said = capsys.readouterr().err
-    assert "not the same run: the bytes of the rows have changed since it started: file 1" in said
-    assert "--allow-change data.fingerprint" in said
+    for number in (1_500, 2_900):
+        Path(data).write_text(before.replace(f"say {number} please", f"say {number} plaese"))
+        assert run(again) == 2
+        said = capsys.readouterr().err
+        message = "the bytes of the rows have changed since it started: file 1"
+        assert f"not the same run: {message}" in said
+        assert "--allow-change data.fingerprint" in said
     assert run([*again, "--allow-change", "data.fingerprint"]) == 0
     assert "data.fingerprint of file 1" in capsys.readouterr().err
     assert Path("run/checkpoints/rows.json").read_text() != kept
 
 
 def test_ctrl_c_and_resuming_give_the_unbroken_run_and_read_nothing_again(
+    small: list[str],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     data = write_jsonl([row(i) for i in range(5_000)])
-    arguments = [*STREAM, "--dataset", data, "--max-steps", "30"]
+    arguments = [*small, "--dataset", data, "--max-steps", "30"]
     train(*arguments, out="whole")
     command = ["train", *arguments, "--output-dir", "broken"]
-    process = Forked(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = Forked(call=(run_slowly, (command,)), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     metrics, deadline = Path("broken/metrics.jsonl"), time.monotonic() + 240
     while not (metrics.exists() and len(metrics.read_text().splitlines()) >= 3):
         assert time.monotonic() < deadline
@@ -102,10 +111,10 @@ def test_ctrl_c_and_resuming_give_the_unbroken_run_and_read_nothing_again(
 
 
 @pytest.mark.slow
-def test_several_passes_and_accumulated_steps_resume() -> None:
+def test_several_passes_and_accumulated_steps_resume(small: list[str]) -> None:
     """36 rows are gone through twice by step 10; the first checkpoint lies in the first pass."""
     data = write_jsonl([row(i) for i in range(40)])
-    arguments = [*STREAM, "--no-fast", "--dataset", data, "--gradient-accumulation-steps", "2",
+    arguments = [*small, "--no-fast", "--dataset", data, "--gradient-accumulation-steps", "2",
                  "--max-steps", "12", "--save-steps", "3", "--set", "data.validation_rows=4",
                  "--set", "train.save_total_limit=9"]  # fmt: skip
     summary = train(*arguments)
@@ -143,51 +152,48 @@ def test_what_is_known_of_the_first_rows_only_is_said(capsys: pytest.CaptureFixt
     assert "row 1" in capsys.readouterr().out
 
 
-LATE = 250  # beyond the first rows, and reached
+LATE = 35  # beyond the first rows, and reached
+BAD = {
+    '{"prompt": "a" "completion": "b"}': "not valid JSON (Expecting ',' delimiter, column 16)",
+    '{"prompt": 5, "completion": "b"}': "'prompt' is a number (5), but a string in most rows "
+    "(line 1 for one)",
+    '{"prompt": "a"}': "lacks 'completion', which the 20 other rows have (a value may be null, the "
+    "key must be there)",
+    '{"prompt": "a", "completion": null}': "'completion' is null",
+}
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("bad", "message"),
-    [
-        ('{"prompt": "a" "completion": "b"}',
-         "not valid JSON (Expecting ',' delimiter, column 16)"),
-        ('{"prompt": 5, "completion": "b"}',
-         "'prompt' is a number (5), but a string in most rows (line 1 for one)"),
-        ('{"prompt": "a"}', "lacks 'completion', which the 200 other rows have (a value may be "
-         "null, the key must be there)"),
-        ('{"prompt": "a", "completion": null}', "'completion' is null"),
-    ],
-)  # fmt: skip
 def test_a_bad_row_is_named_when_it_comes(
-    bad: str,
-    message: str,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    small: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(streaming, "SAMPLE", 20)
+    lines = [json.dumps(row(i)) for i in range(60)]
+    rows = Path("rows.jsonl")
+    arguments = [*small, "--dataset", "rows.jsonl", "--max-steps", "12"]
+    for number, (bad, message) in enumerate(BAD.items()):
+        own = [*lines[: LATE - 1], bad, *lines[LATE:]]
+        rows.write_text("\n".join(own) + "\n", encoding="utf-8")
+        assert run(["train", "--quiet", "--output-dir", f"run{number}", *arguments]) == 2
+        assert capsys.readouterr().err == (
+            f"ftlevel: rows.jsonl:{LATE}: {message}. Fix the line, or drop bad rows with "
+            "--on-bad-row skip.  [rows]\n"
+        )
+    rows.write_text("\n".join([*lines[: LATE - 1], *BAD, *lines[LATE:]]) + "\n", encoding="utf-8")
+    summary = train(*arguments, "--on-bad-row", "skip", out="other")
+    assert summary["data"]["dropped"] == summary["data"]["stream"]["dropped"] == len(BAD)
+
+
+def test_longer_rows_than_the_first_ones(
+    small: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(streaming, "SAMPLE", 200)
-    lines = [json.dumps(row(i)) for i in range(300)]
-    lines[LATE - 1] = bad
-    Path("rows.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    arguments = [*STREAM, "--dataset", "rows.jsonl", "--batch-size", "25", "--max-steps", "12",
-                 "--model", "builtin:tiny-llama"]  # fmt: skip
-    assert run(["train", "--quiet", "--output-dir", "run", *arguments]) == 2
-    assert capsys.readouterr().err == (
-        f"ftlevel: rows.jsonl:{LATE}: {message}. Fix the line, or drop bad rows with --on-bad-row "
-        "skip.  [rows]\n"
-    )
-    summary = train(*arguments, "--on-bad-row", "skip", out="other")
-    assert summary["data"]["dropped"] == summary["data"]["stream"]["dropped"] == 1
-
-
-@pytest.mark.slow
-def test_longer_rows_than_the_first_ones(capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(row_stream, "_MIN_ROWS", 200)
     long = {"prompt": "say " + "please " * 60, "completion": "no"}
-    few = [row(i) for i in range(1_100)] + [long] * 3
-    arguments = [*STREAM, "--batch-size", "100", "--max-steps", "12"]
+    few = [row(i) for i in range(220)] + [long] * 2
+    arguments = [*small, "--batch-size", "20", "--max-steps", "12"]
     summary = train(*arguments, "--dataset", write_jsonl(few))
-    assert summary["data"]["stream"]["too_long"] == 3
-    many = [row(i) for i in range(1_100)] + [long] * 30
+    assert summary["data"]["stream"]["too_long"] == 2
+    many = [row(i) for i in range(220)] + [long] * 6
     assert run(["train", "--quiet", "--output-dir", "many", *arguments, "--dataset",
                 write_jsonl(many)]) == 2  # fmt: skip
     complaint = capsys.readouterr().err

@@ -61,7 +61,8 @@ def test_a_run_in_tensorboard(tmp_path: Path) -> None:
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     arguments = ["--report-to", "tensorboard", "--max-steps", "2", "--logging-steps", "1",
                  "--max-samples", "8", "--max-length", "96", "--overlong", "drop", "--quiet",
-                 "--set", "train.predict_with_generate=false", "--output-dir", "run"]  # fmt: skip
+                 "--set", "train.predict_with_generate=false",
+                 "--set", "data.max_eval_samples=4", "--output-dir", "run"]  # fmt: skip
     assert run(["train", *arguments]) == 0
     files = accumulator.EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
     seen = {(e.step, round(e.value, 5)) for e in files.Scalars("train/loss")}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,14 @@ BLOCKS = [block for page in PAGES for block in blocks_of(page)]
 CALLS = [(block.where, words) for block in BLOCKS for words in block.commands()]
 
 
+@cache
+def parser_of(*names: str) -> Any:
+    return typer.main.get_command(build_app(names))
+
+
 def parse(words: list[str]) -> None:
     """Read a command line as the program would, and run nothing."""
-    app = build_app(words[:1])
-    group: Any = typer.main.get_command(app)
+    group = parser_of(*words[:1])
     if words[:1] and not words[0].startswith("-"):
         assert words[0] in commands(), f"no such command: {words[0]}"
         group.commands[words[0]].make_context(words[0], words[1:], obj=words)

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import plain_peft
+from forked import Forked
 from ftlevel import MergeConfig, merge
 from ftlevel.cli.app import run
 from ftlevel.errors import InputError
@@ -38,15 +36,14 @@ PEFT_IS_WRONG = ("tied-embed", "tied-head", "tied-both", "tied-both-tied", "tied
 
 @pytest.fixture(scope="module")
 def written(tiny_model_dir: TinyModelDir, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder with every case, written in a process of plain PEFT."""
+    """Return a folder with every case, written in a process that has imported plain PEFT alone."""
     folder = tmp_path_factory.mktemp("plain")
     rows = len(build_tokenizer("qwen2"))
     bases = [
         tiny_model_dir("qwen2", vocab_size=rows, tie_word_embeddings=tied) for tied in (False, True)
     ]
-    command = [sys.executable, plain_peft.__file__, *map(str, bases), str(folder)]
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    subprocess.run(command, check=True, capture_output=True, env=environment)
+    process = Forked(call=(plain_peft.main, (*bases, folder)), imported="libraries")
+    assert process.wait() == 0
     return folder
 
 

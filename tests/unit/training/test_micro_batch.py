@@ -172,7 +172,8 @@ def test_a_run_in_less_memory_has_the_same_losses(
     monkeypatch.chdir(tmp_path)
     command = ["train", "--max-samples", "24", "--max-length", "128", "--overlong", "drop",
                "--batch-size", "8", "--max-steps", "4", "--logging-steps", "1", "--save-steps", "2",
-               "--dtype", "float32", "--no-verify-fast"]  # fmt: skip
+               "--dtype", "float32", "--no-verify-fast",
+               "--set", "data.max_eval_samples=8"]  # fmt: skip
 
     def losses(name: str) -> list[float]:
         records = map(json.loads, Path(name, "metrics.jsonl").read_text().splitlines())

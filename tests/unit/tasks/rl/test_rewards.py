@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -12,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from forked import Forked
 from ftlevel.config.rl import RlConfig
 from ftlevel.errors import ConfigError
 from ftlevel.tasks.rl.rewards import RewardError, Rewards
@@ -186,7 +185,7 @@ def test_a_killed_run_leaves_no_function_behind(tmp_path: Path) -> None:
         f"rewards = Rewards.resolve(RlConfig(reward=[{str(tmp_path / 'slow.py:slow')!r}]))\n"
         "rewards.score(['a'], ['b'], [[1]], {})"
     )
-    run = subprocess.Popen([sys.executable, "-c", code])
+    run = Forked(call=(exec, (code, {})))
     assert holds_soon(lambda: pid.exists() and pid.read_text() != "")
     run.kill()
     run.wait()
