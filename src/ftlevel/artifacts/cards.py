@@ -181,10 +181,10 @@ def base_license(base: Mapping[str, Any]) -> dict[str, str]:
         metadata = metadata_load(path) or {}
     except (ValueError, yaml.YAMLError):  # not a model card
         return {}
-    return {key: str(metadata[key]) for key in _LICENSE_FIELDS if key in metadata}
+    return {key: str(metadata[key]) for key in _LICENSE_KEYS if key in metadata}
 
 
-_LICENSE_FIELDS = ("license", "license_name", "license_link")
+_LICENSE_KEYS = ("license", "license_name", "license_link")
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 

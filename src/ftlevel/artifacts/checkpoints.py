@@ -90,10 +90,10 @@ def get_nonfinite_tensor(path: Path) -> str | None:
     return None
 
 
-def get_last_valid_checkpoint(root_dir: Path) -> tuple[Path | None, list[str]]:
+def get_last_valid_checkpoint(parent_dir: Path) -> tuple[Path | None, list[str]]:
     """Returns the last valid checkpoint, and a message for each later, corrupted one."""
     rejected: list[str] = []
-    for checkpoint in reversed(numbered(root_dir)):
+    for checkpoint in reversed(numbered(parent_dir)):
         corruption = detect_corruption(checkpoint)
         if corruption is None:
             return checkpoint, rejected
@@ -101,16 +101,16 @@ def get_last_valid_checkpoint(root_dir: Path) -> tuple[Path | None, list[str]]:
     return None, rejected
 
 
-def rotate(root_dir: Path, keep: int) -> None:
+def rotate(parent_dir: Path, keep: int) -> None:
     """Delete all checkpoints that have a manifest, except the last `keep`."""
-    certified = [path for path in numbered(root_dir) if (path / MANIFEST).is_file()]
+    certified = [path for path in numbered(parent_dir) if (path / MANIFEST).is_file()]
     for checkpoint in certified[:-keep]:
         shutil.rmtree(checkpoint)
 
 
-def numbered(root_dir: Path) -> list[Path]:
-    """Returns the checkpoint-N directories in `root_dir`, sorted by step."""
-    matches = [(p, _NAME.fullmatch(p.name)) for p in root_dir.glob("checkpoint-*") if p.is_dir()]
+def numbered(parent_dir: Path) -> list[Path]:
+    """Returns the checkpoint-N directories in `parent_dir`, sorted by step."""
+    matches = [(p, _NAME.fullmatch(p.name)) for p in parent_dir.glob("checkpoint-*") if p.is_dir()]
     return [p for p, match in sorted(((p, m) for p, m in matches if m), key=lambda i: int(i[1][1]))]
 
 
@@ -119,9 +119,9 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.rpartition("-")[2])
 
 
-def reject_newer(root_dir: Path, checkpoint: Path | None) -> None:
+def reject_newer(parent_dir: Path, checkpoint: Path | None) -> None:
     """Rename the checkpoints after `checkpoint` to rejected-N; all of them if it is None."""
-    for newer in numbered(root_dir):
+    for newer in numbered(parent_dir):
         if checkpoint is None or step_of(newer) > step_of(checkpoint):
             name, number = newer.name.replace("checkpoint", "rejected"), 1
             while newer.with_name(name).exists():
@@ -133,14 +133,14 @@ def reject_newer(root_dir: Path, checkpoint: Path | None) -> None:
 _BEST_NAME = re.compile(r"best-(\d+)")
 
 
-def best_of(root_dir: Path, step: int) -> Path:
+def best_of(parent_dir: Path, step: int) -> Path:
     """Returns the path of the best model as of `step`."""
-    return root_dir / f"best-{step}"
+    return parent_dir / f"best-{step}"
 
 
-def save_best(root_dir: Path, step: int, save: Callable[[Path], None]) -> None:
+def save_best(parent_dir: Path, step: int, save: Callable[[Path], None]) -> None:
     """Save the best model of `step` atomically by calling `save(path)`; then call `rotate_best`."""
-    partial, target = root_dir / ".best.partial", best_of(root_dir, step)
+    partial, target = parent_dir / ".best.partial", best_of(parent_dir, step)
     if target.exists() and not (target / MANIFEST).is_file():  # not written by ftlevel
         target.rename(target.with_name(f"{target.name}-kept"))
     for left in (partial, target):
@@ -150,37 +150,37 @@ def save_best(root_dir: Path, step: int, save: Callable[[Path], None]) -> None:
     save(partial)
     certify(partial)
     partial.rename(target)
-    rotate_best(root_dir)
+    rotate_best(parent_dir)
 
 
-def rotate_best(root_dir: Path) -> None:
+def rotate_best(parent_dir: Path) -> None:
     """Delete best models except the latest one, and the latest one as of each checkpoint."""
-    best_models = _list_best_models(root_dir)
-    steps = [step_of(checkpoint) for checkpoint in numbered(root_dir)]
+    best_models = _list_best_models(parent_dir)
+    steps = [step_of(checkpoint) for checkpoint in numbered(parent_dir)]
     to_keep = {_last_before(best_models, step) for step in steps} | set(best_models[-1:])
     for path in best_models:
         if path not in to_keep:
             shutil.rmtree(path)
 
 
-def delete_best_after(root_dir: Path, step: int) -> None:
+def delete_best_after(parent_dir: Path, step: int) -> None:
     """Delete the best models after `step`, from which the run resumes."""
-    for path in _list_best_models(root_dir):
+    for path in _list_best_models(parent_dir):
         if step_of(path) > step:
             shutil.rmtree(path)
 
 
-def delete_unreachable_best(root_dir: Path) -> None:
+def delete_unreachable_best(parent_dir: Path) -> None:
     """Delete all best models if the finished run has no checkpoint left."""
-    if not numbered(root_dir):
-        delete_best_after(root_dir, 0)
+    if not numbered(parent_dir):
+        delete_best_after(parent_dir, 0)
 
 
 def _last_before(best_models: list[Path], step: int) -> Path | None:
     return next((path for path in reversed(best_models) if step_of(path) <= step), None)
 
 
-def _list_best_models(root_dir: Path) -> list[Path]:
-    candidates = [p for p in root_dir.glob("best-*") if _BEST_NAME.fullmatch(p.name)]
+def _list_best_models(parent_dir: Path) -> list[Path]:
+    candidates = [p for p in parent_dir.glob("best-*") if _BEST_NAME.fullmatch(p.name)]
     certified = [p for p in candidates if (p / MANIFEST).is_file()]
     return sorted(certified, key=step_of)

@@ -103,10 +103,10 @@ def check_paths(run_dir: Path, values: Mapping[str, Any], names: Sequence[str] =
                 f"FILE, or the same rows in Python."
             )
         elif original in relative and not _exists(Path(original)):
-            candidates = [str(path) for path in _candidates(original, relative, run_dir)]
+            paths = [str(path) for path in _candidates(original, relative, run_dir)]
             missing.append(
                 f"{run_dir}: {field} is not where it was, and was looked for at "
-                f"{join_names(candidates)}. Name its place: {_FIELDS[field]} PATH."
+                f"{join_names(paths)}. Name its place: {_FIELDS[field]} PATH."
             )
         return original
 
@@ -131,14 +131,14 @@ def _map_paths(
             return [map_value(field, item) for item in value]
         return function(field, value) if include_hub or _is_path(field, value) else value
 
-    for field, section, name in _split_fields():
+    for field, section, name in _split_keys():
         fields = result.get(section)
         if isinstance(fields, dict) and fields.get(name):
             fields[name] = map_value(field, fields[name])
     return result
 
 
-def _split_fields() -> Iterator[tuple[str, str, str]]:
+def _split_keys() -> Iterator[tuple[str, str, str]]:
     for field in _FIELDS:
         section, _, name = field.partition(".")
         yield field, section, name

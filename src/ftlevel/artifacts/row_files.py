@@ -38,24 +38,24 @@ class _TextFile(RowFile):
         self._file: IO[str] | None = None
         self._end_offset: int = 0  # offset after the last complete row or the header
 
-    def open(self, keep: int) -> None:  # noqa: ARG002 - `load_existing` sets `_end_offset`
+    def open(self, keep: int) -> None:  # noqa: ARG002 - `load_previous` sets `_end_offset`
         """Open the file for appending after the first `keep` rows."""
-        existing = self.existing
-        if existing is None or not self._end_offset:
+        previous = self.existing
+        if previous is None or not self._end_offset:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            mode = "x" if existing is None else "w"
+            mode = "x" if previous is None else "w"
             self._file = self.partial.open(mode, encoding="utf-8", newline="")
-            self._append_header()
+            self._add_header()
             return
-        if existing == self.path:
+        if previous == self.path:
             self.path.replace(self.partial)
         os.truncate(self.partial, self._end_offset)
         self._file = self.partial.open("a", encoding="utf-8", newline="")
 
-    def _append_header(self) -> None:
+    def _add_header(self) -> None:
         """Write the text before the first row, if any."""
 
-    def _append_text(self, text: str) -> None:
+    def _add_text(self, text: str) -> None:
         if self._file is None:
             raise RuntimeError("the file is not open")
         self._file.write(text)
@@ -73,12 +73,12 @@ class JsonLinesFile(_TextFile):
 
     is_table = False
 
-    def load_existing(self) -> Iterator[Any]:
+    def load_previous(self) -> Iterator[Any]:
         """Yields the objects of complete lines, without the predicted columns."""
-        existing = self.existing
-        if existing is None:
+        previous = self.existing
+        if previous is None:
             return
-        with existing.open("rb") as file:
+        with previous.open("rb") as file:
             for line in file:
                 if not line.endswith(b"\n"):
                     return
@@ -88,17 +88,17 @@ class JsonLinesFile(_TextFile):
                     return
                 missing = [name for name in self.columns.answers if name not in row]
                 if missing:
-                    raise InputError(format_columns_error(existing, missing))
+                    raise InputError(format_columns_error(previous, missing))
                 self._end_offset += len(line)
                 yield {k: v for k, v in row.items() if k not in self.columns.answers}
 
     def normalize(self, row: Row) -> Any:
-        """Returns the row after a round trip through JSON, as `load_existing` yields it."""
+        """Returns the row after a round trip through JSON, as `load_previous` yields it."""
         return json.loads(to_json(row))
 
     def write(self, rows: Sequence[Row]) -> None:
         """Append one line per row."""
-        self._append_text("".join(to_json(row) + "\n" for row in rows))
+        self._add_text("".join(to_json(row) + "\n" for row in rows))
 
 
 class CommaSeparatedFile(_TextFile):
@@ -110,16 +110,16 @@ class CommaSeparatedFile(_TextFile):
     def _header(self) -> list[str]:
         return [*self.columns.names, *self.columns.answers]
 
-    def _append_header(self) -> None:
-        self._append_text(self._lines([self._header]))
+    def _add_header(self) -> None:
+        self._add_text(self._lines([self._header]))
 
-    def load_existing(self) -> Iterator[Any]:
+    def load_previous(self) -> Iterator[Any]:
         """Yields the cells of complete rows, without the predicted columns."""
-        existing = self.existing
-        if existing is None:
+        previous = self.existing
+        if previous is None:
             return
         width, limit = len(self.columns.names), csv.field_size_limit(_MAX_CELL_SIZE)
-        with existing.open("rb") as file:
+        with previous.open("rb") as file:
             lines = _DecodedFile(file)
             cells = csv.reader(lines, delimiter=self.separator, strict=True)
             try:
@@ -127,7 +127,7 @@ class CommaSeparatedFile(_TextFile):
                 if columns is None or not lines.has_newline:
                     return
                 if columns != self._header:
-                    raise InputError(format_columns_error(existing, columns, self._header))
+                    raise InputError(format_columns_error(previous, columns, self._header))
                 self._end_offset = lines.bytes
                 for row in cells:
                     if not lines.has_newline or len(row) != len(columns):
@@ -145,7 +145,7 @@ class CommaSeparatedFile(_TextFile):
 
     def write(self, rows: Sequence[Row]) -> None:
         """Append rows of cells."""
-        self._append_text(
+        self._add_text(
             self._lines([to_cell(row.get(name)) for name in self._header] for row in rows)
         )
 
@@ -204,15 +204,15 @@ class ParquetFile(RowFile):
             schema = schema.append(_arrow_field(name, column_type, width))
         return schema
 
-    def load_existing(self) -> Iterator[Any]:
+    def load_previous(self) -> Iterator[Any]:
         """Yields the values of complete batches, without the predicted columns."""
-        existing = self.existing
+        previous = self.existing
         names = self.columns.names
-        for batch in _batches(existing) if existing is not None else ():
-            if existing is not None and batch.schema.names != [*names, *self.columns.answers]:
+        for batch in _batches(previous) if previous is not None else ():
+            if previous is not None and batch.schema.names != [*names, *self.columns.answers]:
                 raise InputError(
                     format_columns_error(
-                        existing, batch.schema.names, [*names, *self.columns.answers]
+                        previous, batch.schema.names, [*names, *self.columns.answers]
                     )
                 )
             self._schema = batch.schema
@@ -225,11 +225,11 @@ class ParquetFile(RowFile):
 
     def open(self, keep: int) -> None:
         """Start a new stream that contains the first `keep` rows."""
-        existing = self.existing
+        previous = self.existing
         self.path.parent.mkdir(parents=True, exist_ok=True)
         new = self.path.with_name(f".{self.partial.name}.new")
         self._sink = new.open("wb")
-        for batch in _batches(existing) if existing is not None and keep else ():
+        for batch in _batches(previous) if previous is not None and keep else ():
             chunk = batch.slice(0, keep)
             keep -= chunk.num_rows
             self._append(chunk)
@@ -327,7 +327,7 @@ def _batches(path: Path) -> Iterator[Any]:
             return
 
 
-_RANKING_FIELDS = {"answer": "string", "probability": "float64"}
+_RANKING_TYPES = {"answer": "string", "probability": "float64"}
 
 
 def _arrow_field(name: str, column_type: str, width: int) -> Any:
@@ -335,7 +335,7 @@ def _arrow_field(name: str, column_type: str, width: int) -> Any:
     import pyarrow as pa
 
     ranking = pa.list_(
-        pa.struct([(key, pa.type_for_alias(t)) for key, t in _RANKING_FIELDS.items()])
+        pa.struct([(key, pa.type_for_alias(t)) for key, t in _RANKING_TYPES.items()])
     )
     types = {
         "text": pa.string(),
@@ -363,31 +363,31 @@ class NumpyFile(RowFile):
         self._file: IO[bytes] | None = None
         self._width, self._rows, self._skipped = 0, 0, 0
 
-    def load_existing(self) -> Iterator[Any]:
+    def load_previous(self) -> Iterator[Any]:
         """Yields None for each complete row, as rows cannot be identified."""
         import numpy as np
 
-        if (existing := self.existing) is None or not existing.stat().st_size:
+        if (previous := self.existing) is None or not previous.stat().st_size:
             return
-        with existing.open("rb") as file:
+        with previous.open("rb") as file:
             np.lib.format.read_magic(file)
             shape = np.lib.format.read_array_header_1_0(file)[0]
-            self._width, size = shape[1], existing.stat().st_size - file.tell()
+            self._width, size = shape[1], previous.stat().st_size - file.tell()
         for _ in range(size // (4 * self._width)):
             yield None
 
     def normalize(self, row: Row) -> Any:  # noqa: ARG002 - input columns are not written
-        """Returns None, as `load_existing` does for every row."""
+        """Returns None, as `load_previous` does for every row."""
         return None
 
     def open(self, keep: int) -> None:
         """Open the file for appending after the first `keep` rows."""
-        existing = self.existing
+        previous = self.existing
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        if existing is None or not keep:
+        if previous is None or not keep:
             self._file = self.partial.open("wb")
             return
-        if existing == self.path:
+        if previous == self.path:
             self.path.replace(self.partial)
         self._file, self._rows = self.partial.open("r+b"), keep
         self._write_header(0)

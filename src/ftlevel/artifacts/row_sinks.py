@@ -242,18 +242,18 @@ class RowFile(ABC):
         return next((path for path in (self.partial, self.path) if path.is_file()), None)
 
     @abstractmethod
-    def load_existing(self) -> Iterator[Any]:
+    def load_previous(self) -> Iterator[Any]:
         """Yields each complete row already in the file; raises InputError if its columns differ."""
 
     @abstractmethod
     def normalize(self, row: Row) -> Any:
-        """Returns a row without predicted columns, in the format of `load_existing`."""
+        """Returns a row without predicted columns, in the format of `load_previous`."""
 
     # ---- writing
 
     @abstractmethod
     def open(self, keep: int) -> None:
-        """Open the file for appending after the first `keep` rows from `load_existing`."""
+        """Open the file for appending after the first `keep` rows from `load_previous`."""
 
     @abstractmethod
     def write(self, rows: Sequence[Row]) -> None:

@@ -506,7 +506,7 @@ def _rollouts(trained: LoadedModel, eval_rows: EvaluationRows, run_config: Train
         method=trained.ref.card.method,
         device=trained.device,
         dtype=trained.dtype,
-        get_location=eval_rows.table.where,
+        get_position=eval_rows.table.where,
         teacher=teacher,
     )
 

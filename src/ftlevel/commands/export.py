@@ -21,7 +21,7 @@ from ftlevel.commands.merge import merge, resolve_rounding, score_trained
 from ftlevel.config import ExportConfig, MergeConfig
 from ftlevel.config.export import FORMATS
 from ftlevel.errors import ConfigError, join_names
-from ftlevel.evaluation.two_models import Agreement, ComparisonSet, compare_logits
+from ftlevel.evaluation.two_models import Agreement, EvalSet, compare_logits
 from ftlevel.events import Listener, NullListener
 from ftlevel.merging.formats.base import MergeOutput, plan_export
 from ftlevel.merging.low_bits import WeightsAsLoaded, select_gguf_codes
@@ -205,9 +205,9 @@ def _needs_calibration(config: ExportConfig) -> bool:
     return config.outtype in SELECTED_TYPES and config.calibration_rows > 0
 
 
-def _probes(config: ExportConfig, inputs: MergeInput) -> tuple[ComparisonSet, ComparisonSet | None]:
+def _probes(config: ExportConfig, inputs: MergeInput) -> tuple[EvalSet, EvalSet | None]:
     """Returns rows to compare logits on, and rows to calibrate quantization codes on (or None)."""
     needs_calibration = _needs_calibration(config)
     rows = select_rows(inputs, _ROWS, config.calibration_rows if needs_calibration else 0)
-    calibration = inputs.comparison_set(rows.calibration) if rows.calibration else None
-    return inputs.comparison_set(rows.compared), calibration
+    calibration = inputs.eval_set(rows.calibration) if rows.calibration else None
+    return inputs.eval_set(rows.compared), calibration

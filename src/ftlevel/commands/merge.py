@@ -21,7 +21,7 @@ from ftlevel.artifacts.hub import plan_upload
 from ftlevel.config import MergeConfig, QuantConfig
 from ftlevel.config.section import Choice
 from ftlevel.errors import ConfigError
-from ftlevel.evaluation.two_models import Agreement, ComparisonSet, RowLogits, compare_logits
+from ftlevel.evaluation.two_models import Agreement, EvalSet, RowLogits, compare_logits
 from ftlevel.events import Listener, NullListener
 from ftlevel.merging.low_bits import compare_quantized, quantize_merged, resolve_quantization
 from ftlevel.merging.merge_input import MergeInput, resolve_merge_input, select_rows
@@ -46,8 +46,8 @@ class _PreparedMerge:
     inputs: MergeInput
     base_weights: list[str]
     low: QuantConfig | None
-    probe: ComparisonSet | None
-    calibration: ComparisonSet | None
+    probe: EvalSet | None
+    calibration: EvalSet | None
 
 
 @dataclass(frozen=True)
@@ -84,8 +84,8 @@ def merge(config: MergeConfig, *, listener: Listener | None = None) -> MergeResu
         probe = calibration = None
         if num_rows or num_calibration:
             rows = select_rows(inputs, num_rows, num_calibration)
-            probe = inputs.comparison_set(rows.compared) if rows.compared else None
-            calibration = inputs.comparison_set(rows.calibration) if rows.calibration else None
+            probe = inputs.eval_set(rows.compared) if rows.compared else None
+            calibration = inputs.eval_set(rows.calibration) if rows.calibration else None
             choices += rows.choices
         prepared = _PreparedMerge(config, inputs, onto, low, probe, calibration)
         listener.choices("merge", [*_list_choices(prepared), *choices])
@@ -173,7 +173,7 @@ def _warn_of_low_bits(served: Agreement, effect: Agreement, listener: Listener) 
         )
 
 
-def score_trained(inputs: MergeInput, probe: ComparisonSet) -> tuple[RowLogits, Agreement]:
+def score_trained(inputs: MergeInput, probe: EvalSet) -> tuple[RowLogits, Agreement]:
     """Returns the logits of the trained model, and their difference from the base model's."""
     model = inputs.ref.load(inputs.device, inputs.dtype)
     trained = probe.score(model.model, inputs.dtype)

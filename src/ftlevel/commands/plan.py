@@ -177,7 +177,7 @@ def _plan(config: TrainConfig, options: PlanOptions) -> tuple[RunPlan, Alternati
         config = _replace(config, "model", dtype="float16" if gpu.name == "T4" else "bfloat16")
     model = config.model
     source = resolve_source(
-        model.name_or_path, model.revision, model.trust_remote_code, needs_weights=options.probe
+        model.name_or_path, model.revision, model.trust_remote_code, require_weights=options.probe
     )
     rows = config.train.rows_per_device_step * _SYNTHETIC_STEPS if is_synthetic else 0
     synthetic = build_synthetic_batch(config.data, source, gpu.name if gpu else None, rows)

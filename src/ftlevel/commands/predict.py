@@ -258,7 +258,7 @@ def _skip_written(queries: Iterator[QueryRow], sink: RowSink, config: PredictCon
     if not isinstance(sink, RowFile):
         return 0
     num_rows = 0
-    for written_row in sink.load_existing() if config.resume else ():
+    for written_row in sink.load_previous() if config.resume else ():
         row = next(queries, None)
         if row is None:
             raise InputError(

@@ -136,7 +136,7 @@ def quantize(
 def _resolve(config: QuantizeConfig) -> _Plan:
     device = select_device(config.device)
     ref = resolve_model(
-        config.model, device=device.value, revision=config.revision, needs_task=False
+        config.model, device=device.value, revision=config.revision, require_task=False
     )
     if ref.directory is not None:
         raise InputError(

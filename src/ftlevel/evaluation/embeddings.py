@@ -69,12 +69,12 @@ def score_embeddings(
     Queries search the documents of `corpus`, by default those of `rows`.
     """
     texts, step = distinct_texts(rows)
-    candidates = add_texts(texts, corpus)
+    search_ids = add_texts(texts, corpus)
     vectors = embed_texts(model, objective, texts, pad_id, device)
     losses = step_losses(objective, vectors, step)
     dims = (None, *objective.config.matryoshka_dims)
     with torch.autocast("cpu", enabled=False):
-        meters = create_meters(objective, vectors, step, dims, candidates)
+        meters = create_meters(objective, vectors, step, dims, search_ids)
     if record is not None:
         for row, loss, meter in zip(rows, losses, meters, strict=True):
             if "retrieved" in getattr(meter, "details", {}):
@@ -168,17 +168,17 @@ def create_meters(
     vectors: torch.Tensor,
     step: StepTexts,
     dims: Sequence[int | None],
-    candidates: Sequence[int] = (),
+    search_ids: Sequence[int] = (),
 ) -> list[Any]:
     """Create one meter per row; the main metric is computed for each number of `dims`.
 
-    `candidates` are the indices of the texts that queries search; empty for the documents of the
+    `search_ids` are the indices of the texts that queries search; empty for the documents of the
     rows.
     """
     spaces = {"" if count is None else f"_dim_{count}": vectors[:, :count] for count in dims}
     is_cosine = objective.format.similarity == "cosine"
     if objective.kind == "ranking":
-        return _query_meters(objective.format.similarity, spaces, step, candidates)
+        return _query_meters(objective.format.similarity, spaces, step, search_ids)
     if is_cosine:
         spaces = {name: functional.normalize(space, dim=-1) for name, space in spaces.items()}
     if objective.kind == "class":
@@ -209,7 +209,7 @@ def _query_meters(
     similarity: str,
     spaces: Mapping[str, torch.Tensor],
     step: StepTexts,
-    candidates: Sequence[int],
+    search_ids: Sequence[int],
 ) -> list[QueryMeter]:
     """Returns a meter per row with the metrics of its query; rows of one query have equal ones."""
     documents = sorted(
@@ -217,9 +217,9 @@ def _query_meters(
             document
             for row_vectors, labels in zip(step.texts, step.labels, strict=True)
             for document, label in zip(row_vectors[1:], labels, strict=True)
-            if label > 0 or not candidates
+            if label > 0 or not search_ids
         }
-        | set(candidates)
+        | set(search_ids)
     )
     position = {document: at for at, document in enumerate(documents)}
     relevant_ids: dict[int, set[int]] = {}

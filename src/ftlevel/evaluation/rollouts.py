@@ -122,14 +122,14 @@ class Rollouts:
         method: str,
         device: str,
         dtype: str,
-        get_location: Callable[[int], str] | None = None,
+        get_position: Callable[[int], str] | None = None,
         teacher: TokenLogps | None = None,
         server: ServerSampler | None = None,
     ) -> None:
         self._teacher, self._server = teacher, server
         self._model, self._tokenizer = model, tokenizer
         self.settings, self.rewards = config, rewards
-        self._seed, self._get_location = seed, get_location
+        self._seed, self._get_position = seed, get_position
         self._kind, self._method, self._device, self._dtype = kind, method, device, dtype
         self._open: Callable[[], Sampler] | None = None
         self.why_generate = ""
@@ -195,8 +195,8 @@ class Rollouts:
                 texts,
                 [completion.ids for completion in flat],
                 {name: [own.get(name) for own in row_columns] for name in names},
-                where=[self._get_location(row.row) for row in row_of_completion]
-                if self._get_location
+                where=[self._get_position(row.row) for row in row_of_completion]
+                if self._get_position
                 else (),
                 step=step,
             )
@@ -279,11 +279,11 @@ def open_rewards(
     device: str,
     tokenizer: Any,
     rows: Sequence[Any],
-    get_location: Callable[[int], str],
+    get_position: Callable[[int], str],
 ) -> Rewards:
     """Create the rewards of `config` for the prompts `rows`; loads no weights.
 
-    `get_location` returns file and line of a table row. Raises ConfigError if a reward does not
+    `get_position` returns file and line of a table row. Raises ConfigError if a reward does not
     exist, or the rows lack a column or a reference answer for it.
     """
     end = str(tokenizer.decode(rows[0].input_ids[-_TAIL:])).rstrip()
@@ -292,7 +292,7 @@ def open_rewards(
     )
     rewards.check_columns(rows[0].columns)
     answers = [row.columns.get(ANSWER) for row in rows]
-    rewards.check_answers(answers, lambda at: get_location(rows[at].row))
+    rewards.check_answers(answers, lambda at: get_position(rows[at].row))
     return rewards
 
 

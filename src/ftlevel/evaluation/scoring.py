@@ -297,14 +297,14 @@ _MAX_TEXT_LENGTH = 2_000  # characters of a text
 def iterate_results(
     record: ExampleRecord,
     labels: Sequence[str],
-    location_of: Callable[[int], str],
+    get_position: Callable[[int], str],
     *,
     base: ExampleRecord | None = None,
     evaluator: Evaluator | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Yields the results of each example in `record` as a dictionary, in row order.
 
-    `location_of` returns file and line of a row by its index. `base` adds another model's results
+    `get_position` returns file and line of a row by its index. `base` adds another model's results
     for the same rows, and `evaluator` the texts of the rows.
     """
     texts = {} if evaluator is None else texts_of(evaluator)
@@ -312,7 +312,7 @@ def iterate_results(
     base_generated = {item.row: item for item in base.written} if base else {}
     for row in sorted(record.units):
         unit = record.units[row]
-        line: dict[str, Any] = {"row": row, "where": location_of(row)}
+        line: dict[str, Any] = {"row": row, "where": get_position(row)}
         line["loss"] = unit.loss / unit.targets if unit.targets else None
         line |= {**texts.get(row, {}), **unit.meter.describe(labels)}
         if row in generated:

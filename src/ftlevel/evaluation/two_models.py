@@ -167,7 +167,7 @@ class RowLogits:
 
 
 @dataclass(frozen=True)
-class ComparisonSet:
+class EvalSet:
     """Encoded rows on which models are compared, and the objective."""
 
     rows: Sequence[Encoded]
@@ -257,7 +257,7 @@ def compare_logits(reference: RowLogits, outputs: RowLogits) -> Agreement:
 
 
 def compare_text(
-    source: Iterable[WindowOutputs], other_outputs: Iterable[WindowOutputs], auto_class: str
+    reference: Iterable[WindowOutputs], other_outputs: Iterable[WindowOutputs], auto_class: str
 ) -> dict[str, Any]:
     """Returns the differences between the outputs of two models in the same windows.
 
@@ -267,7 +267,7 @@ def compare_text(
     result: dict[str, Any] = {"predicts": PREDICTS.get(auto_class, HIDDEN_STATES)}
     divergences, similarities = list[torch.Tensor](), list[torch.Tensor]()
     agreed, losses = 0, [0.0, 0.0]
-    for one, other in zip(source, other_outputs, strict=True):
+    for one, other in zip(reference, other_outputs, strict=True):
         pair = one.values, other.values.to(one.values.device)
         if auto_class not in PREDICTS:
             similarities.append(functional.cosine_similarity(*pair, dim=-1).cpu())
@@ -313,8 +313,8 @@ def resolve_pair(
     A model without a task gets the other model's. Raises InputError if a model is missing, or the
     two cannot be compared.
     """
-    card_dirs = [get_card_dir(Path(each).expanduser()) for each in (name, other_name)]
-    card, other_card = (load_card(path) if path is not None else None for path in card_dirs)
+    card_paths = [get_card_dir(Path(each).expanduser()) for each in (name, other_name)]
+    card, other_card = (load_card(path) if path is not None else None for path in card_paths)
     cards = [each for each in (card, other_card) if each is not None]
     default_task = task or (cards[0].task if cards else None)
     # A new location of the base is that of both only if they share it.
@@ -341,7 +341,7 @@ def resolve_pair(
             f"model "
             "for the same task."
         )
-    if _embedding_format(ref) is None and not _share_vocabulary(ref, other):
+    if _embedding_format(ref) is None and not _have_equal_vocabs(ref, other):
         raise InputError(
             f"--against {other_name}: its tokenizer differs from that of {name}, "
             "so their predictions cannot be compared token by token. Name a relative of it."
@@ -361,14 +361,14 @@ def have_same_inputs(ref: ModelRef, other: ModelRef) -> bool:
     """
     forms = _embedding_format(ref), _embedding_format(other)
     same_width = forms[0] is None or width_of(ref.model_config) == width_of(other.model_config)
-    return forms[0] == forms[1] and same_width and _share_vocabulary(ref, other)
+    return forms[0] == forms[1] and same_width and _have_equal_vocabs(ref, other)
 
 
 def _embedding_format(ref: ModelRef) -> EmbeddingFormat | None:
     return ref.configured_task.embedding_format(ref.options)
 
 
-def _share_vocabulary(ref: ModelRef, other: ModelRef) -> bool:
+def _have_equal_vocabs(ref: ModelRef, other: ModelRef) -> bool:
     return bool(ref.load_tokenizer().get_vocab() == other.load_tokenizer().get_vocab())
 
 
@@ -399,7 +399,7 @@ class ComparisonInputs:
     def outputs_of(self, trained: LoadedModel) -> ModelOutputs:
         """Returns the outputs of `trained` in its compute precision."""
         tokenizer = trained.tokenizer
-        comparison_set = ComparisonSet(
+        eval_set = EvalSet(
             self.rows, trained.objective, tokenizer.pad_token_id or 0, trained.device
         )
         with trained.inference():
@@ -407,7 +407,7 @@ class ComparisonInputs:
                 trained.model, self.windows, self.auto_class, tokenizer
             )
             text = [WindowOutputs(output.values.cpu(), output.labels.cpu()) for output in outputs]
-        return ModelOutputs(comparison_set.score(trained.model, trained.dtype), text)
+        return ModelOutputs(eval_set.score(trained.model, trained.dtype), text)
 
     def compare(self, reference: ModelOutputs, outputs: ModelOutputs) -> dict[str, Any]:
         """Returns the differences between `outputs` and `reference`."""
@@ -460,11 +460,11 @@ def in_float32(
             for name, weight in originals[part][-1].items():
                 if weight is not None and weight.is_floating_point():
                     replacement = get_replacement(f"{paths[part]}.{name}".lstrip("."))
-                    float32_weight = (weight if replacement is None else replacement).to(
+                    cast_weight = (weight if replacement is None else replacement).to(
                         weight.device, torch.float32
                     )
-                    tensors[name] = torch.nn.Parameter(float32_weight, requires_grad=False)
-        return tuple(_to_float32(value) for value in inputs)  # T5 casts the input of wo
+                    tensors[name] = torch.nn.Parameter(cast_weight, requires_grad=False)
+        return tuple(_upcast(value) for value in inputs)  # T5 casts the input of wo
 
     def reset(module: torch.nn.Module, _: Any, __: Any) -> None:
         for part in _get_weight_modules(module):
@@ -489,5 +489,5 @@ def _get_weight_modules(module: torch.nn.Module) -> tuple[torch.nn.Module, ...]:
     return (module,)
 
 
-def _to_float32(value: Any) -> Any:
+def _upcast(value: Any) -> Any:
     return value.float() if torch.is_tensor(value) and value.is_floating_point() else value

@@ -18,7 +18,7 @@ import torch
 from ftlevel.config import MergeConfig, QuantConfig
 from ftlevel.data.encoding.collate import Collator
 from ftlevel.errors import InputError, RunError
-from ftlevel.evaluation.two_models import Agreement, ComparisonSet, RowLogits, compare_logits
+from ftlevel.evaluation.two_models import Agreement, EvalSet, RowLogits, compare_logits
 from ftlevel.events import Listener
 from ftlevel.merging.merge_input import MergeInput
 from ftlevel.merging.merged_model import open_merger
@@ -51,7 +51,7 @@ class InputMoments:
     """
 
     model: Any
-    comparison_set: ComparisonSet
+    eval_set: EvalSet
     dtype: str
     sizes: Mapping[str, int]
     passes: int = 0
@@ -79,13 +79,13 @@ class InputMoments:
     def _compute(self, names: list[str]) -> dict[str, torch.Tensor | None]:
         sums = _Sums()
         hooks = [self.model.get_submodule(n).register_forward_pre_hook(sums.hook(n)) for n in names]
-        collate, device = Collator(self.comparison_set.pad_id), self.comparison_set.device
+        collate, device = Collator(self.eval_set.pad_id), self.eval_set.device
         try:
             with torch.no_grad(), autocast(device, self.dtype):
-                for rows in batches(self.comparison_set.rows, _BATCH):
+                for rows in batches(self.eval_set.rows, _BATCH):
                     batch = {name: value.to(device) for name, value in collate(rows).items()}
                     sums.mask = batch["attention_mask"].bool()
-                    self.model(**self.comparison_set.objective.split(batch)[0])
+                    self.model(**self.eval_set.objective.split(batch)[0])
         finally:
             for hook in hooks:
                 hook.remove()
@@ -249,7 +249,7 @@ def quantize_merged(
     merged: Candidate,
     inputs: MergeInput,
     quant: QuantConfig,
-    rows: ComparisonSet | None,
+    rows: EvalSet | None,
     listener: Listener,
 ) -> tuple[Candidate, QuantizedMerge]:
     """Quantize the merged model into a new directory, and delete the directory of `merged`.
@@ -299,7 +299,7 @@ def compare_quantized(
     rounded: Candidate,
     merge: QuantizedMerge,
     inputs: MergeInput,
-    comparison_set: ComparisonSet,
+    eval_set: EvalSet,
     trained: RowLogits,
 ) -> Agreement:
     """Reload the quantized model and compare its logits with `trained`, those of the trained model.
@@ -308,7 +308,7 @@ def compare_quantized(
     """
     model = load_merged(rounded.directory, inputs)
     _check_reloaded(model, merge)
-    return compare_logits(trained, comparison_set.score(model, inputs.dtype))
+    return compare_logits(trained, eval_set.score(model, inputs.dtype))
 
 
 def _check_reloaded(model: Any, merge: QuantizedMerge) -> None:
@@ -335,14 +335,12 @@ class GgufCodes:
     selector: CodeSelector
     _cached: dict[str, QuantizedMatrix] = field(default_factory=dict)
 
-    def __call__(self, source: str) -> QuantizedMatrix:
-        """Returns codes and scales of the weight `source`, (out, in)."""
-        if source not in self._cached:
-            codes, scales = self.selector.select(source.removesuffix(".weight"))
-            self._cached[source] = QuantizedMatrix(
-                codes.to(torch.uint8), scales.view(len(codes), -1)
-            )
-        return self._cached[source]
+    def __call__(self, name: str) -> QuantizedMatrix:
+        """Returns codes and scales of the weight `name`, (out, in)."""
+        if name not in self._cached:
+            codes, scales = self.selector.select(name.removesuffix(".weight"))
+            self._cached[name] = QuantizedMatrix(codes.to(torch.uint8), scales.view(len(codes), -1))
+        return self._cached[name]
 
 
 @dataclass(frozen=True)
@@ -365,7 +363,7 @@ class WeightsAsLoaded:
 
 
 def select_gguf_codes(
-    model: Any, weights: Weights, rows: ComparisonSet, dtype: str, outtype: str
+    model: Any, weights: Weights, rows: EvalSet, dtype: str, outtype: str
 ) -> Callable[[str], QuantizedMatrix]:
     """Returns a function: weight name → codes in the .gguf type `outtype`, selected on `rows`.
 

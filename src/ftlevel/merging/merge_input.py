@@ -20,7 +20,7 @@ from ftlevel.data.encoding.fit import LengthBounds
 from ftlevel.data.prepare.dataset import prepare_data
 from ftlevel.data.prepare.encoder import EncodingContext, PreparedData, ignore_progress
 from ftlevel.errors import ConfigError, InputError, join_names
-from ftlevel.evaluation.two_models import ComparisonSet, load_eval_text, split_into_windows
+from ftlevel.evaluation.two_models import EvalSet, load_eval_text, split_into_windows
 from ftlevel.methods.merging import get_merge_error, load_peft_config
 from ftlevel.models.hardware import DTYPES, select_device
 from ftlevel.models.kinds import max_positions
@@ -83,10 +83,10 @@ class MergeInput:
             return False
         return bool(_load_peft_config(self.ref.directory).get("task_type") == "QUESTION_ANS")
 
-    def comparison_set(self, rows: Sequence[Encoded]) -> ComparisonSet:
+    def eval_set(self, rows: Sequence[Encoded]) -> EvalSet:
         """Returns the rows and objective on which models are compared."""
         pad_id = self.tokenizer.pad_token_id or 0
-        return ComparisonSet(rows, self.ref.objective, pad_id, self.device)
+        return EvalSet(rows, self.ref.objective, pad_id, self.device)
 
 
 def get_adapter_dir(name: str) -> Path:

@@ -103,8 +103,10 @@ class TensorMerger:
 
     def loses_in(self, dtype: torch.dtype) -> bool:
         """Whether loading the base in `dtype` loses precision."""
-        dtypes = {self.checkpoint.spec(name).dtype for name in self.checkpoint.groups}
-        return any(d.is_floating_point and torch.promote_types(d, dtype) != dtype for d in dtypes)
+        checkpoint_types = {self.checkpoint.spec(name).dtype for name in self.checkpoint.groups}
+        return any(
+            d.is_floating_point and torch.promote_types(d, dtype) != dtype for d in checkpoint_types
+        )
 
     def _merged(self, name: str) -> torch.Tensor:
         value = self._compute_merged(name)
@@ -171,8 +173,8 @@ class TensorMerger:
             name in self.rounding.names
             or (dtype.is_floating_point and dtype != self.rounding.dtype)
         )
-        is_same_spec = self.checkpoint.spec(name) == self.spec(name)
-        return not self.adapts(name) and not is_rounded and is_same_spec
+        is_same = self.checkpoint.spec(name) == self.spec(name)
+        return not self.adapts(name) and not is_rounded and is_same
 
     def _merge(self, unit: str) -> dict[str, torch.Tensor]:
         """Merge the module `unit` in float32; its tensors are rounded once, when they are written.
@@ -206,9 +208,9 @@ class TensorMerger:
             return self.dtype
         num_values: Counter[torch.dtype] = Counter()
         for name in self.checkpoint.groups:
-            spec = self.checkpoint.spec(name)
-            if spec.dtype.is_floating_point:
-                num_values[spec.dtype] += spec.nbytes // spec.dtype.itemsize
+            info = self.checkpoint.spec(name)
+            if info.dtype.is_floating_point:
+                num_values[info.dtype] += info.nbytes // info.dtype.itemsize
         return num_values.most_common(1)[0][0]
 
 

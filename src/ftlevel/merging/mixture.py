@@ -31,7 +31,7 @@ from ftlevel.trained.adapt import get_vocab_mismatch
 _MIXTURE = "mixture"
 
 
-def get_mixing_error(config: dict[str, Any]) -> str | None:
+def get_mixing_conflict(config: dict[str, Any]) -> str | None:
     """Returns why an adapter with this PEFT config cannot be mixed; None if it can."""
     if config.get("peft_type") != "LORA":
         return f"only LoRA adapters can be mixed, and it is {config.get('peft_type')}"
@@ -156,7 +156,7 @@ def mix(
         return inputs, []
     adapter_dirs = [get_adapter_dir(name) for name in config.adapters]
     for name, directory in zip(config.adapters, adapter_dirs, strict=True):
-        reason = get_mixing_error(load_peft_config(directory))
+        reason = get_mixing_conflict(load_peft_config(directory))
         if reason is not None:
             raise InputError(f"{name} cannot be mixed: {reason}.")
         _check_same_base(inputs, name, directory)

@@ -108,7 +108,7 @@ class NormalForm:
         return sorted({name.rpartition(".")[0] for name in self.kept})
 
     @property
-    def in_vocabulary(self) -> list[str]:
+    def vocab_modules(self) -> list[str]:
         """Names of adapted embeddings and output layers."""
         return sorted(
             name

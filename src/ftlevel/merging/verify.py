@@ -17,7 +17,7 @@ from ftlevel.artifacts.cards import format_difference
 from ftlevel.errors import RunError
 from ftlevel.evaluation.two_models import (
     Agreement,
-    ComparisonSet,
+    EvalSet,
     RowLogits,
     compare_logits,
     in_float32,
@@ -82,7 +82,7 @@ def load_merged(model_dir: Path, inputs: MergeInput) -> Any:
 
 
 def measure(
-    candidate: Candidate, inputs: MergeInput, comparison_set: ComparisonSet, trained: RowLogits
+    candidate: Candidate, inputs: MergeInput, eval_set: EvalSet, trained: RowLogits
 ) -> Candidate:
     """Reload `candidate`; return it with its logits and its difference from the trained model.
 
@@ -90,11 +90,11 @@ def measure(
     """
     model = load_merged(candidate.directory, inputs)
     _check_files(model, candidate.merger)
-    outputs = comparison_set.score(model, inputs.dtype)
+    outputs = eval_set.score(model, inputs.dtype)
     return replace(candidate, scores=outputs, trained=compare_logits(trained, outputs))
 
 
-def check(candidate: Candidate, inputs: MergeInput, comparison_set: ComparisonSet) -> MergeCheck:
+def check(candidate: Candidate, inputs: MergeInput, eval_set: EvalSet) -> MergeCheck:
     """Compare `candidate` with base and adapter; raise RunError if they differ by over `BOUND`."""
     if candidate.scores is None or candidate.trained is None:
         raise ValueError("what is checked was measured before")
@@ -103,16 +103,16 @@ def check(candidate: Candidate, inputs: MergeInput, comparison_set: ComparisonSe
     # activations too, which weights cannot reproduce.
     is_original = inputs.quant.kind != "none" and candidate.onto == "original"
     if is_original or inputs.quant.kind == "8bit":
-        reference = comparison_set.score(_load_reference(candidate, inputs), inputs.dtype)
+        reference = eval_set.score(_load_reference(candidate, inputs), inputs.dtype)
         agreement = compare_logits(reference, candidate.scores)
     if inputs.dtype == candidate.written.dtype == "float32":  # nothing was rounded
         _check_close(agreement)
         return MergeCheck(agreement, agreement, None)
-    subset = replace(comparison_set, rows=comparison_set.rows[:_ROWS])
+    subset = replace(eval_set, rows=eval_set.rows[:_ROWS])
     exact, unrounded = _compare_before_rounding(candidate, inputs, subset)
     if not _is_close(exact) and inputs.dtype != "float32":
-        float32_inputs = replace(inputs, dtype="float32")  # a layer may cast its inputs down too
-        exact, unrounded = _compare_before_rounding(candidate, float32_inputs, subset)
+        wide_inputs = replace(inputs, dtype="float32")  # a layer may cast its inputs down too
+        exact, unrounded = _compare_before_rounding(candidate, wide_inputs, subset)
     _check_close(exact)
     rounding = compare_logits(unrounded, candidate.scores.first(len(unrounded.logits)))
     return MergeCheck(agreement, exact, rounding)
@@ -137,7 +137,7 @@ def _load_reference(candidate: Candidate, inputs: MergeInput) -> Any:
 
 
 def _compare_before_rounding(
-    candidate: Candidate, inputs: MergeInput, comparison_set: ComparisonSet
+    candidate: Candidate, inputs: MergeInput, eval_set: EvalSet
 ) -> tuple[Agreement, RowLogits]:
     """Compare the unrounded merge with base and adapter in float32; also returns its logits.
 
@@ -149,11 +149,11 @@ def _compare_before_rounding(
         inputs = replace(inputs, dtype="float32")
     reference = _load_reference(candidate, inputs)
     with in_float32(reference):
-        expected = comparison_set.score(reference, "float32")
+        expected = eval_set.score(reference, "float32")
     del reference
     model = load_merged(candidate.directory, inputs)
     with in_float32(model, merger.unrounded):
-        outputs = comparison_set.score(model, "float32")
+        outputs = eval_set.score(model, "float32")
     return compare_logits(expected, outputs), outputs
 
 

@@ -158,7 +158,7 @@ _SPECIFIC = ("aliases", "example", "note")
 
 
 def _build_family(name: str, row: Mapping[str, Any]) -> Family:
-    list_fields = ("attention_only", "embeddings", "outer_norms", "aliases")
+    list_keys = ("attention_only", "embeddings", "outer_norms", "aliases")
     return Family(
         name,
         row["kind"],
@@ -166,7 +166,7 @@ def _build_family(name: str, row: Mapping[str, Any]) -> Family:
         heads={task: tuple(modules) for task, modules in row["heads"].items()},
         example=_build_example(**row["example"]) if "example" in row else None,
         note=row.get("note", ""),
-        **{key: tuple(row.get(key, ())) for key in list_fields},
+        **{key: tuple(row.get(key, ())) for key in list_keys},
     )
 
 

@@ -59,25 +59,21 @@ def place_model(model: Any, tokenizer: Any, config: ModelConfig, parent_dir: Pat
         source = resolve_source(config.name_or_path, config.revision, config.trust_remote_code)
         return _with_tokenizer(source, tokenizer, parent_dir)
     _check_model(model, config)
-    named_source = _resolve_named_source(str(model.name_or_path or ""), config)
+    named_model = _resolve_name(str(model.name_or_path or ""), config)
     quant = _quantization(model)
-    if named_source is not None and _has_same_weights(model, named_source, quant):
-        return replace(_with_tokenizer(named_source, tokenizer, parent_dir), quant=quant)
-    if tokenizer is None and named_source is None:
+    if named_model is not None and _has_same_weights(model, named_model, quant):
+        return replace(_with_tokenizer(named_model, tokenizer, parent_dir), quant=quant)
+    if tokenizer is None and named_model is None:
         raise ConfigError(
             f"model= was not loaded from files (name {model.name_or_path!r}), so its tokenizer "
             "is unknown. Pass tokenizer=…"
         )
-    model_dir = parent_dir / _short_name(
-        named_source.name if named_source else type(model).__name__
-    )
+    model_dir = parent_dir / _short_name(named_model.name if named_model else type(model).__name__)
     model.save_pretrained(model_dir)
-    if tokenizer is None and named_source is not None:
-        tokenizer = load_tokenizer(named_source)
+    if tokenizer is None and named_model is not None:
+        tokenizer = load_tokenizer(named_model)
     tokenizer.save_pretrained(model_dir)
-    content = (
-        f"other weights than {named_source.name}" if named_source else "the weights of no file"
-    )
+    content = f"other weights than {named_model.name}" if named_model else "the weights of no file"
     return PlacedModel(
         str(model_dir),
         model_dir,
@@ -131,7 +127,7 @@ def _quantization(model: Any) -> QuantConfig | None:
     return quant
 
 
-def _resolve_named_source(name: str, config: ModelConfig) -> ModelSource | None:
+def _resolve_name(name: str, config: ModelConfig) -> ModelSource | None:
     try:
         return resolve_source(name, config.revision, config.trust_remote_code) if name else None
     except InputError:
@@ -226,13 +222,13 @@ def _load_tensors(model: Any, source: ModelSource) -> Iterator[tuple[str, Tensor
 
 
 def _quantized_tensors(model: Any, source: ModelSource) -> Iterator[tuple[str, Tensor]]:
-    dtypes = [p.dtype for p in model.parameters() if p.is_floating_point()]
+    floating = [p.dtype for p in model.parameters() if p.is_floating_point()]
     with silence_loggers():
         reloaded = type(model).from_pretrained(
             source.location,
             **source.arguments(),
             quantization_config=model.config.quantization_config,
-            dtype=dtypes[0],
+            dtype=floating[0],
             device_map={"": str(model.device)},
         )
     state = model.state_dict()

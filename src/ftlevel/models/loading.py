@@ -42,7 +42,7 @@ _SUMMED = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 _MAX_WEIGHT = 1e10  # the largest weights of published models are below 1e5
 
-_FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")  # safetensors dtype names
+_SUPPORTED_DTYPES = ("F64", "F32", "F16", "BF16")  # safetensors dtype names
 
 Mismatch = tuple[str, tuple[int, ...], tuple[int, ...]]
 """Parameter name, shape in the checkpoint, shape in the model."""
@@ -114,12 +114,12 @@ def _lookup(values: Mapping[str, Any], name: str) -> Any:
     )
 
 
-def check_dtypes(dtypes: Mapping[str, str], label: str) -> None:
+def check_dtypes(tensor_types: Mapping[str, str], label: str) -> None:
     """Raise `InputError` for integer weights in an unquantized checkpoint: they have no scale."""
     quantized = {
         name: dtype
-        for name, dtype in dtypes.items()
-        if name.endswith((".weight", ".bias")) and dtype not in _FLOAT_DTYPES
+        for name, dtype in tensor_types.items()
+        if name.endswith((".weight", ".bias")) and dtype not in _SUPPORTED_DTYPES
     }
     if quantized:
         name, dtype = next(iter(quantized.items()))
@@ -139,8 +139,8 @@ def check_finite(tensors: Iterable[tuple[str, Any]], label: str) -> None:
     # A sum may also overflow by itself, so suspects are checked again.
     sums = torch.stack([part.sum().float().cpu() for _, part in named_tensors])
     is_valid = sums.abs() <= _MAX_WEIGHT  # False for NaN
-    candidates = [pair for pair, ok in zip(named_tensors, is_valid.tolist(), strict=True) if not ok]
-    max_values = {name: float(part.abs().max()) for name, part in candidates if part.numel()}
+    flagged = [pair for pair, ok in zip(named_tensors, is_valid.tolist(), strict=True) if not ok]
+    max_values = {name: float(part.abs().max()) for name, part in flagged if part.numel()}
     nonfinite = [name for name, value in max_values.items() if not math.isfinite(value)]
     if nonfinite:
         raise InputError(
@@ -358,7 +358,7 @@ def load_model(
     elif quantization is not None:
         arguments["quantization_config"] = keep_heads(quantization, config, auto_class)
     if quantization_config is None:
-        check_dtypes(_load_tensor_dtypes(source), source.label)
+        check_dtypes(_load_tensor_types(source), source.label)
     is_quantized = quantization_config is not None or quantization is not None
     if is_quantized or (device == "cuda" and not source.gguf_file):
         # Loads shard by shard, so host memory does not grow with the number of GPUs.
@@ -410,8 +410,8 @@ def _load_gguf_quantized(
         model, missing = load_model(source, config, auto_class, dtype=dtype, device="cpu")
         model.save_pretrained(folder, max_shard_size="2GB")
         del model
-        saved_source = ModelSource(folder, "directory", folder, local_files_only=True)
-        return load_model(saved_source, config, auto_class, dtype=dtype, **kwargs)[0], missing
+        saved_model = ModelSource(folder, "directory", folder, local_files_only=True)
+        return load_model(saved_model, config, auto_class, dtype=dtype, **kwargs)[0], missing
 
 
 def keep_heads(quantization: Any, config: Any, auto_class: str) -> Any:
@@ -437,7 +437,7 @@ def _keep_new_heads(
     """Returns the config, excluding heads that the bitsandbytes checkpoint did not quantize."""
     if as_quant_config(quantization_config) is None:
         return config
-    quantized = [name for name in _load_tensor_dtypes(source) if name.endswith((".absmax", ".SCB"))]
+    quantized = [name for name in _load_tensor_types(source) if name.endswith((".absmax", ".SCB"))]
     heads = [
         head
         for head in get_heads(build_task_model(config, auto_class))
@@ -477,7 +477,7 @@ def _prefix(entry: Any) -> str:
 
 def get_new_poolers(meta: torch.nn.Module, source: ModelSource) -> list[str]:
     """Returns poolers that are not in the checkpoint, so they are trained like heads."""
-    checkpoint_names = _load_tensor_dtypes(source)
+    checkpoint_names = _load_tensor_types(source)
     if not checkpoint_names:
         return []
     return [
@@ -491,7 +491,7 @@ def get_new_poolers(meta: torch.nn.Module, source: ModelSource) -> list[str]:
 
 def get_new_heads(meta: torch.nn.Module, source: ModelSource, heads: list[str]) -> list[str]:
     """Returns the `heads` that are not in the checkpoint; all of them if it is not on disk."""
-    checkpoint_names = _load_tensor_dtypes(source)
+    checkpoint_names = _load_tensor_types(source)
 
     def is_in_checkpoint(head: str) -> bool:
         parameters = [name for name, _ in meta.get_submodule(head).named_parameters(prefix=head)]
@@ -500,7 +500,7 @@ def get_new_heads(meta: torch.nn.Module, source: ModelSource, heads: list[str]) 
     return [head for head in heads if not is_in_checkpoint(head)]
 
 
-def _load_tensor_dtypes(source: ModelSource) -> dict[str, str]:
+def _load_tensor_types(source: ModelSource) -> dict[str, str]:
     """Returns tensor dtypes by name; empty for .gguf and models not on disk."""
     dtypes: dict[str, str] = {}
     if source.path is None or source.path.is_file():

@@ -159,7 +159,7 @@ class ModuleTree:
                 names[position] = f"{{{next(letters)}}}"
         return ".".join(names)
 
-    def _get_location(self, name: str) -> Location:
+    def _classify(self, name: str) -> Location:
         if self.in_heads(name):
             return "head"
         if not self.in_blocks(name):
@@ -177,7 +177,7 @@ class ModuleTree:
         for name, module in self.modules.items():
             size = linear_size(module)
             if size is not None:
-                yield LinearModule(name, self.pattern(name), *size, self._get_location(name))
+                yield LinearModule(name, self.pattern(name), *size, self._classify(name))
 
     def experts(self) -> Iterator[ExpertParameter]:
         """Yields the 3-D expert tensors in the blocks."""

@@ -153,12 +153,12 @@ def quantization_name(quantization_config: dict[str, Any]) -> str:
     if quantization_config.get("load_in_8bit"):
         return "8bit"
     if quantization_config.get("load_in_4bit"):
-        double = (
+        suffix = (
             " with double quantization"
             if quantization_config.get("bnb_4bit_use_double_quant")
             else ""
         )
-        return f"4bit {quantization_config.get('bnb_4bit_quant_type', 'fp4')}{double}"
+        return f"4bit {quantization_config.get('bnb_4bit_quant_type', 'fp4')}{suffix}"
     return get_torchao_type(quantization_config) or str(
         quantization_config.get("quant_method", "an unknown method")
     )

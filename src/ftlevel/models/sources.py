@@ -99,7 +99,7 @@ def resolve_source(
     trust_remote_code: bool = False,
     display_name: str = "",
     *,
-    needs_weights: bool = True,
+    require_weights: bool = True,
 ) -> ModelSource:
     """Returns the model source for `name`: Hub id, directory, .gguf file or builtin:NAME.
 
@@ -129,7 +129,7 @@ def resolve_source(
             display_name=display_name,
         )
     if path.is_dir():
-        _check_directory(path, label, needs_weights)
+        _check_directory(path, label, require_weights)
         return ModelSource(
             name,
             "directory",
@@ -174,7 +174,7 @@ def _check_file(path: Path, label: str) -> None:
         )
 
 
-def _check_directory(path: Path, label: str, needs_weights: bool) -> None:
+def _check_directory(path: Path, label: str, require_weights: bool) -> None:
     if not (path / "config.json").is_file():
         content = join_names(sorted(p.name for p in path.iterdir()), 6) or "nothing"
         if any((path / part / "adapter_config.json").is_file() for part in ("", "adapter")):
@@ -187,7 +187,7 @@ def _check_directory(path: Path, label: str, needs_weights: bool) -> None:
             "Expected a directory that save_pretrained wrote."
         )
     check_directory(path, label)
-    if not needs_weights or any(next(path.glob(pattern), None) for pattern in _WEIGHTS):
+    if not require_weights or any(next(path.glob(pattern), None) for pattern in _WEIGHTS):
         return
     old = join_names(sorted(p.name for p in path.glob("*.bin")), 3)
     weights = f"only pickled weights ({old}), which can run code when read" if old else "no weights"

@@ -228,7 +228,7 @@ class _Selector:
             layers = self._adaptable(matches)
             selected.update(layers)
             if not layers:
-                failures.append(self._format_error(name, matches))
+                failures.append(self._format_message(name, matches))
         if failures:
             raise InputError(failures)
         return sorted(selected)
@@ -255,7 +255,7 @@ class _Selector:
             if full in self.linears and self.linears[full].location not in ("head", "kernel")
         ]
         if not selected:
-            raise InputError(self._format_error(regex, matches, hint=False))
+            raise InputError(self._format_message(regex, matches, hint=False))
         return sorted(selected)
 
     def _adaptable(self, matches: Sequence[str]) -> list[str]:
@@ -266,11 +266,11 @@ class _Selector:
             part.name for part in layers if part.location in ("router", "aside", "other")
         ]
 
-    def _format_error(self, target: str, matches: Sequence[str], *, hint: bool = True) -> str:
+    def _format_message(self, target: str, matches: Sequence[str], *, hint: bool = True) -> str:
         heads = [full for full in matches if self.tree.in_heads(full)]
         suffix = ""
         if heads:
-            message = self._format_head_error(heads)
+            message = self._format_head_message(heads)
         elif any(
             full in self.linears and self.linears[full].location == "kernel" for full in matches
         ):
@@ -293,7 +293,7 @@ class _Selector:
             message = f"matches no module of {self.model_name}."
         return f"--target-modules: {target!r} {message} {self._available(suffix)}"
 
-    def _format_head_error(self, heads: Sequence[str]) -> str:
+    def _format_head_message(self, heads: Sequence[str]) -> str:
         get_output = getattr(self.tree.model, "get_output_embeddings", None)
         output = get_output() if get_output is not None else None
         parts = [part for head in self.tree.heads for part in self.tree.modules[head].modules()]

@@ -202,11 +202,11 @@ def limit_time(seconds: float) -> Iterator[None]:
 
 
 _TIMEOUT = 10.0
-_REGEX_FIELDS = (
+_REGEX_KEYS = (
     "target_modules",
     "exclude_modules",
 )  # a string is a regular expression, a list has names
-_PATTERN_FIELDS = ("rank_pattern", "alpha_pattern")
+_PATTERN_KEYS = ("rank_pattern", "alpha_pattern")
 
 
 def check_patterns(adapter_dir: Path, peft_config: Mapping[str, Any], base: Any) -> None:
@@ -231,10 +231,10 @@ def check_patterns(adapter_dir: Path, peft_config: Mapping[str, Any], base: Any)
 
 def _patterns(peft_config: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
     """Yields (field, original regular expression, expression that PEFT 0.21 makes of it)."""
-    for field in _REGEX_FIELDS:
+    for field in _REGEX_KEYS:
         if isinstance(text := peft_config.get(field), str):
             yield field, text, text
-    for field in _PATTERN_FIELDS:
+    for field in _PATTERN_KEYS:
         if isinstance(patterns := peft_config.get(field), Mapping):
             yield from ((field, key, rf"(.*\.)?({key})") for key in patterns)
 

@@ -56,7 +56,7 @@ def resolve_model(
     display_name: str = "",
     revision: str | None = None,
     trust_remote_code: bool = False,
-    needs_task: bool = True,
+    require_task: bool = True,
 ) -> ModelRef:
     """Resolve `name` to a `ModelRef`.
 
@@ -71,7 +71,7 @@ def resolve_model(
         display_name: name of the model in messages; defaults to `name`.
         revision: revision of a model on the Hub.
         trust_remote_code: whether an adapter's base may run its own code.
-        needs_task: whether a model without a card must have a task and a tokenizer.
+        require_task: whether a model without a card must have a task and a tokenizer.
 
     Raises:
         ConfigError: the device or model type does not support `dtype`.
@@ -92,7 +92,9 @@ def resolve_model(
             if (path / ADAPTER_CONFIG).is_file():
                 ref = _resolve_peft(path, device, task, base, trust_remote_code)
             else:
-                ref = _resolve_model(name, device, task, display_name or name, revision, needs_task)
+                ref = _resolve_model(
+                    name, device, task, display_name or name, revision, require_task
+                )
     if base is not None and ref.directory is None:
         raise InputError(
             f"--model {base.name}: it names the base of an adapter, and {display_name or name} "
@@ -166,14 +168,14 @@ def _resolve_model(
     task: str | None,
     display_name: str,
     revision: str | None,
-    needs_task: bool,
+    require_task: bool,
 ) -> ModelRef:
     """Returns the `ModelRef` of a model without a card."""
     source = resolve_source(name, revision, display_name=display_name)
     check_revision(source, revision)
     config = load_config(source)
     base_task = None
-    if needs_task:
+    if require_task:
         task = task or find_task(get_model_dir(name)) or _task_of_model(config, display_name)
         base_task = TASKS[task]
     card = create_default_card(source, config, base_task, device)
@@ -460,13 +462,13 @@ def get_original_base(ref: ModelRef) -> ModelRef | None:
 
 def _resolve_local_base(card: AdapterCard, adapter_dir: Path) -> ModelSource:
     name, relative = card.base["name"], card.base.get("path")
-    candidates = [resolve_relative(relative, adapter_dir)] if relative else []
-    candidates = list(dict.fromkeys([*candidates, Path(name)]))
-    existing = [path for path in candidates if path.exists()]
+    paths = [resolve_relative(relative, adapter_dir)] if relative else []
+    paths = list(dict.fromkeys([*paths, Path(name)]))
+    existing = [path for path in paths if path.exists()]
     if not existing:
         raise InputError(
             f"the base model of {adapter_dir} is not there (looked for at "
-            f"{join_names(map(str, candidates))}). Name its place: --model PATH."
+            f"{join_names(map(str, paths))}). Name its place: --model PATH."
         )
     expected = card.base.get("fingerprint")
     if len(existing) > 1:
@@ -554,7 +556,7 @@ def resolve_text_model(flag: str, name: str, device: str, dtype: str) -> Referen
     """
     display_name = f"{flag} {name}"
     ref = resolve_model(
-        name, device=device, dtype=dtype, display_name=display_name, needs_task=False
+        name, device=device, dtype=dtype, display_name=display_name, require_task=False
     )
     task = ref.task or find_task(get_model_dir(name)) or _task_of_texts(ref)
     allowed = ("embedding",) if flag == "--guide" else ("embedding", "reranking")

@@ -165,7 +165,7 @@ def build_rollouts(
         method=run.config.method.kind,
         device=planned.device,
         dtype=planned.dtype,
-        get_location=where or run.data.table.where,
+        get_position=where or run.data.table.where,
         teacher=teacher,
         server=server,
     )

@@ -129,8 +129,8 @@ def load_header(path: Path) -> tuple[dict[str, FileTensor], dict[str, str]]:
                 f"{path}: {name} is of type {entry['dtype']}, which is not a plain number. "
                 f"Expected one of {', '.join(DTYPES)}."
             )
-        spec = TensorSpec(DTYPES[entry["dtype"]], tuple(entry["shape"]))
-        tensors[name] = FileTensor(path, spec, 8 + size + entry["data_offsets"][0])
+        info = TensorSpec(DTYPES[entry["dtype"]], tuple(entry["shape"]))
+        tensors[name] = FileTensor(path, info, 8 + size + entry["data_offsets"][0])
     end_offsets = (8 + size + entry["data_offsets"][1] for entry in header.values())
     if path.stat().st_size < max(end_offsets, default=0):
         raise InputError(f"{path} is shorter than its header says. Is the copy incomplete?")
@@ -304,7 +304,7 @@ class Checkpoint:
     def spec(self, name: str) -> TensorSpec:
         """Returns dtype and shape of the model's tensor `name` without loading it."""
         group = self._group(name)
-        specs = {key: self._spec(key).meta() for key in group.keys}
+        specs = {key: self._tensor_info(key).meta() for key in group.keys}
         return spec_of(self._convert(name, group, specs))
 
     def plain(self, name: str) -> FileTensor | None:
@@ -332,7 +332,7 @@ class Checkpoint:
         tensor = self.stored[key]
         return tensor.read() if isinstance(tensor, FileTensor) else tensor.clone()
 
-    def _spec(self, key: str) -> TensorSpec:
+    def _tensor_info(self, key: str) -> TensorSpec:
         tensor = self.stored[key]
         return tensor.spec if isinstance(tensor, FileTensor) else spec_of(tensor)
 

@@ -61,8 +61,8 @@ class QuantizationGrid:
         best, least = largest, torch.full_like(largest, torch.inf)
         for factor in _FACTORS:
             scales = self.stored(largest * factor)
-            error_per_weight = weight - self.value(self.nearest(weight, scales), scales)
-            error = self._blocks(error_per_weight.square() * counts).sum(-1)
+            difference = weight - self.value(self.nearest(weight, scales), scales)
+            error = self._blocks(difference.square() * counts).sum(-1)
             best = torch.where(error < least, largest * factor, best)
             least = torch.minimum(error, least)
         return best
@@ -111,8 +111,8 @@ def select_codes(
     directions, target, moment = compute_directions(update, moment), weight, shrunk(moment)
     for _ in range(SWEEPS):
         codes = improve_codes(target, codes, scales, moment, grid)
-        error = weight - grid.value(codes, scales)
-        target = target + directions @ (directions.T @ error)
+        difference = weight - grid.value(codes, scales)
+        target = target + directions @ (directions.T @ difference)
     return codes
 
 

@@ -192,9 +192,9 @@ def predict_bytes(layout: QuantizedLayout) -> dict[str, tuple[int, int]]:
     sizes = {part: [0, 0] for part in PARTS}
     for parameter in layout.parameters.values():
         num_values = math.prod(parameter.shape)
-        source = torch.float32 if not parameter.is_float else layout.dtype
-        dtype = layout.kept_dtype(parameter.name, source)
-        sizes[parameter.part][0] += num_values * source.itemsize
+        original_dtype = torch.float32 if not parameter.is_float else layout.dtype
+        dtype = layout.kept_dtype(parameter.name, original_dtype)
+        sizes[parameter.part][0] += num_values * original_dtype.itemsize
         sizes[parameter.part][1] += (
             packed_bytes(parameter.shape, layout.config)
             if parameter.part == QUANTIZED

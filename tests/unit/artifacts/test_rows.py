@@ -80,7 +80,7 @@ def test_whatever_is_cut_off_is_gone_on_with(suffix: str, tmp_path: Path) -> Non
         path = tmp_path / f"p{suffix}"
         partial_of(path).write_bytes(content[:size])
         file = begin(path)
-        there = list(file.load_existing())
+        there = list(file.load_previous())
         assert there == [file.normalize(row) for row in ROWS[: len(there)]]
         file.open(len(there))
         for row in FULL[len(there) :]:
@@ -96,7 +96,7 @@ def test_a_whole_file_is_gone_on_with(suffix: str, tmp_path: Path) -> None:
     path = tmp_path / f"p{suffix}"
     write(path, FULL[:2]).finalize()
     file = begin(path)
-    assert len(list(file.load_existing())) == 2
+    assert len(list(file.load_previous())) == 2
     file.open(2)
     file.write(FULL[2:])
     file.finalize()
@@ -108,7 +108,7 @@ def test_other_columns_are_refused(suffix: str, tmp_path: Path) -> None:
     path = tmp_path / f"p{suffix}"
     save_rows(path, [{"id": "1", "prediction": "x"}])
     with pytest.raises(InputError, match="prediction_score"):
-        list(begin(path).load_existing())
+        list(begin(path).load_previous())
 
 
 def test_values_of_json_stand_in_a_table_as_text_that_says_the_same(tmp_path: Path) -> None:
@@ -185,7 +185,7 @@ def test_parquet_that_is_resumed_knows_a_row_whose_null_keys_were_dropped(tmp_pa
     begun.write([{**row, "answer": "yes"}])
     begun.close()
     resumed = ParquetFile(tmp_path / "x.parquet", columns)
-    [there] = resumed.load_existing()
+    [there] = resumed.load_previous()
     assert there == resumed.normalize({**row, "talk": [{"role": "user"}]})
     assert there != resumed.normalize({**row, "talk": [{"role": "user", "tags": ["a"]}]})
     assert there != resumed.normalize({**row, "talk": [{"role": "tool"}]})
@@ -229,7 +229,7 @@ def test_embeddings_are_resumed(tmp_path, suffix):
     first.close()  # as if it had been killed
     second = ROW_FILES[suffix](path, EMBEDDED)
     rows = embedded(range(4))
-    assert list(second.load_existing()) == [second.normalize(row) for row in rows[:3]]
+    assert list(second.load_previous()) == [second.normalize(row) for row in rows[:3]]
     second.open(3)
     second.write(embedded([3]))
     second.finalize()

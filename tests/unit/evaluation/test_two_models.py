@@ -13,7 +13,7 @@ from ftlevel.artifacts.cards import format_difference
 from ftlevel.data.encoding.encode import Encoded
 from ftlevel.evaluation.two_models import (
     MAX_TARGETS,
-    ComparisonSet,
+    EvalSet,
     RowLogits,
     compare_logits,
     in_float32,
@@ -62,7 +62,7 @@ def test_targets_are_the_supervised_ones() -> None:
 
 def test_no_more_targets_are_kept_than_fit() -> None:
     rows = [Encoded(list(range(10, 110)), list(range(10, 110)), i) for i in range(8)]
-    probe = ComparisonSet(rows, Tokens("x", shifted=True), 0, "cpu")
+    probe = EvalSet(rows, Tokens("x", shifted=True), 0, "cpu")
     scores = probe.score(build("llama"), "float32")
     assert scores.targets == sum(map(len, scores.logits)) == MAX_TARGETS
 

@@ -11,7 +11,7 @@ import torch
 import transformers
 
 from ftlevel.data.encoding.encode import Encoded
-from ftlevel.evaluation.two_models import ComparisonSet
+from ftlevel.evaluation.two_models import EvalSet
 from ftlevel.merging import low_bits
 from ftlevel.merging.low_bits import InputMoments
 from ftlevel.tasks import TASKS
@@ -28,7 +28,7 @@ def model(tiny_model_dir: Callable[..., Path]) -> Any:
 def ask(model: Any, sizes: dict[str, int], dtype: str = "float32") -> InputMoments:
     objective = TASKS["text-generation"].create_objective("decoder", {})
     rows = [Encoded(ids, ids, index) for index, ids in enumerate(ROWS)]
-    return InputMoments(model, ComparisonSet(rows, objective, 0, "cpu"), dtype, sizes)
+    return InputMoments(model, EvalSet(rows, objective, 0, "cpu"), dtype, sizes)
 
 
 def sizes_of(model: Any) -> dict[str, int]:

@@ -371,7 +371,7 @@ def check_form(form: Any, entry: ServedModel, server: Server | None) -> Any:
             f"{server.title} does not load fully trained modules, here "
             f"{join_names(form.whole_modules, 2)}. Merge it"
         )
-    if not server.vocabulary and (modules := form.in_vocabulary):
+    if not server.vocabulary and (modules := form.vocab_modules):
         raise InputError(
             f"{server.title} does not serve LoRA on {join_names(modules, 3)} as it was trained. "
             "Merge it"

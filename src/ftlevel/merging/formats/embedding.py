@@ -138,9 +138,9 @@ def save_embeddings(
     path: Path, model: str, server: str | None, vectors: torch.Tensor, dtype: str
 ) -> None:
     """Save the texts `TEXTS` with the embeddings that a server must return for them."""
-    header = {"format": 1, "type": "embeddings", "model": model, "server": server}
+    metadata = {"format": 1, "type": "embeddings", "model": model, "server": server}
     rows = [{"text": t, "vector": v.tolist()} for t, v in zip(TEXTS, vectors, strict=True)]
-    write_json(path, {**header, "dtype": dtype, "texts": rows})
+    write_json(path, {**metadata, "dtype": dtype, "texts": rows})
 
 
 QUERY = TEXTS[4]
@@ -157,10 +157,10 @@ def save_scores(path: Path, name: str, server: str | None, model: LoadedModel, d
     with inference.inference():
         (scores,) = task.score_documents(inference, [query])
     rows = [{"text": text, "score": score} for text, score in zip(TEXTS, scores, strict=True)]
-    header = {"format": 1, "type": "scores", "model": name, "server": server}
+    metadata = {"format": 1, "type": "scores", "model": name, "server": server}
     activation = "sigmoid" if task.config.loss == "bce" else "identity"
     write_json(
-        path, {**header, "dtype": dtype, "activation": activation, "query": QUERY, "texts": rows}
+        path, {**metadata, "dtype": dtype, "activation": activation, "query": QUERY, "texts": rows}
     )
 
 
@@ -194,12 +194,12 @@ def plan_export(
     end = tokenizer("a")["input_ids"][-1] if embedding_format.pooling == "last" else None
     try:
         size = max(model_config.vocab_size, len(tokenizer) if ref.directory else 0)
-        vocabulary = load_vocab(tokenizer, size, end)
+        vocab = load_vocab(tokenizer, size, end)
     except InputError as error:
         raise InputError(f"{config.model} cannot be written as GGUF: {error}") from None
-    notes += vocabulary.notes
+    notes += vocab.notes
     return GgufEmbeddingExport(
-        config, ref, embedding_format, model_config, tokenizer, vocabulary, end, notes
+        config, ref, embedding_format, model_config, tokenizer, vocab, end, notes
     )
 
 
@@ -212,7 +212,7 @@ class GgufEmbeddingExport:
     form: EmbeddingFormat
     model_config: Any
     tokenizer: Any
-    vocabulary: Vocabulary
+    vocab: Vocabulary
     end: int | None
     notes: Sequence[str]
 
@@ -226,7 +226,7 @@ class GgufEmbeddingExport:
         yield Choice("architecture", architecture, "an embedding model")
         yield Choice("pooling", embedding_format.pooling, "pooling_type in the file")
         yield Choice("outtype", config.outtype, "the model's own" * (config.outtype == "auto"))
-        yield Choice("tokenizer", self.vocabulary.model)
+        yield Choice("tokenizer", self.vocab.model)
         yield Choice("out", config.out)
         if config.verify:
             yield device
@@ -242,18 +242,18 @@ class GgufEmbeddingExport:
         self, output: Path, device: str, listener: Listener, merge: MergeAdapter
     ) -> dict[str, Any]:
         """Save the .gguf file and its Modelfile in `output`, check them, return the summary."""
-        config, model_config, vocabulary = self.config, self.model_config, self.vocabulary
+        config, model_config, vocab = self.config, self.model_config, self.vocab
         merged, source = merge_first(self.ref, output, listener, merge)
         if self.ref.directory is not None:
             model_config = load_config(source)
-            vocabulary = load_vocab(self.tokenizer, model_config.vocab_size, self.end)
+            vocab = load_vocab(self.tokenizer, model_config.vocab_size, self.end)
         checkpoint, unused = self._open(source, model_config)
         outtype = get_outtype(checkpoint) if config.outtype == "auto" else config.outtype
         tensors = plan_tensors(checkpoint, model_config, outtype, merged.choose, unused)
         listener.stage(f"writing {len(tensors):,} tensors")
         listener.begin(len(tensors))
         path = output / config.out.name
-        save_gguf(path, self._metadata(model_config, vocabulary, outtype), tensors, listener.step)
+        save_gguf(path, self._metadata(model_config, vocab, outtype), tensors, listener.step)
         modelfile = f"FROM ./{config.out.name}\n"
         (output / config.outputs[1].name).write_text(modelfile, encoding="utf-8")
         check = None
@@ -285,13 +285,13 @@ class GgufEmbeddingExport:
         unused = TASKS[self.ref.task].get_unused_modules(model)
         return open_checkpoint(source, model, rename_prefix(model_config, _CLASS)), unused
 
-    def _metadata(self, model_config: Any, vocabulary: Vocabulary, outtype: str) -> dict[str, Any]:
+    def _metadata(self, model_config: Any, vocab: Vocabulary, outtype: str) -> dict[str, Any]:
         architecture = FAMILIES[model_config.model_type].architecture
         names: dict[str, Any] = {
             "general.architecture": architecture,
             "general.name": self.config.out.stem,
         }
-        keys = names | file_keys(outtype) | build_metadata(model_config) | vocabulary.metadata()
+        keys = names | file_keys(outtype) | build_metadata(model_config) | vocab.metadata()
         keys[f"{architecture}.pooling_type"] = POOLING_TYPES[self.form.pooling]
         if architecture == "bert":
             keys["tokenizer.ggml.token_type_count"] = model_config.type_vocab_size

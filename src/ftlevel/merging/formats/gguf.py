@@ -20,7 +20,7 @@ from ftlevel.data.encoding.encode import Encoded
 from ftlevel.errors import InputError, RunError
 from ftlevel.evaluation.two_models import (
     Agreement,
-    ComparisonSet,
+    EvalSet,
     RowLogits,
     compare_logits,
     in_float32,
@@ -134,7 +134,7 @@ def check_file(
     path: Path,
     outtype: str,
     tensors: Sequence[GGUFTensor],
-    vocabulary: Vocabulary,
+    vocab: Vocabulary,
     original: Original,
     beside_run: Callable[[Any], Agreement] | None = None,
 ) -> FileCheck:
@@ -143,10 +143,10 @@ def check_file(
     Raises RunError if logits or tokens differ from those of the original.
     """
     source = ModelSource(str(path), "gguf", str(path.parent), path.name, local_files_only=True)
-    texts = check_tokens(load_tokenizer(source), original.tokenizer, vocabulary)
+    texts = check_tokens(load_tokenizer(source), original.tokenizer, vocab)
     config, copied_settings = readable_config(load_config(source), original.config)
-    comparison_set = _create_comparison_set(original)
-    reference, expected = _score_original(comparison_set, outtype, tensors, original)
+    eval_set = _create_eval_set(original)
+    reference, expected = _score_original(eval_set, outtype, tensors, original)
     # The file stores vectors in a wider dtype than matrices, unless the model itself is narrow.
     is_equal = _NATIVE.get(outtype) == original.dtype
     dtype = original.dtype if is_equal else torch.float32
@@ -156,7 +156,7 @@ def check_file(
             f"the file lacks {missing[0]} and {len(missing) - 1} more. Nothing is saved."
         )
     with in_float32(model):
-        outputs = comparison_set.score(model, "float32")
+        outputs = eval_set.score(model, "float32")
     file = compare_logits(expected, outputs)
     if not file.max_difference <= BOUND * file.scale:
         raise RunError(
@@ -164,14 +164,14 @@ def check_file(
             f"{file.max_difference:.3g} from those of the model in {outtype} (KL {file.kl:.3g}, "
             f"top-1 {file.top1:.1%}). Nothing was saved. Please report this with the command."
         )
-    reads_pre_tokenizer = vocabulary.pre in READ_BY_TRANSFORMERS
+    reads_pre_tokenizer = vocab.pre in READ_BY_TRANSFORMERS
     run = beside_run(model) if beside_run else None
     return FileCheck(
         file, compare_logits(reference, outputs), run, copied_settings, texts, reads_pre_tokenizer
     )
 
 
-def _create_comparison_set(original: Original) -> ComparisonSet:
+def _create_eval_set(original: Original) -> EvalSet:
     """Returns the text windows on which the file is compared with `original`."""
     text = load_eval_text(None, original.tokens)
     length = min(_WINDOW, max_positions(original.config) or _WINDOW)
@@ -182,11 +182,11 @@ def _create_comparison_set(original: Original) -> ComparisonSet:
         )
     ]
     objective = TASKS["text-generation"].create_objective("decoder", {})
-    return ComparisonSet(rows, objective, original.tokenizer.pad_token_id or 0, original.device)
+    return EvalSet(rows, objective, original.tokenizer.pad_token_id or 0, original.device)
 
 
 def _score_original(
-    comparison_set: ComparisonSet, outtype: str, tensors: Sequence[GGUFTensor], original: Original
+    eval_set: EvalSet, outtype: str, tensors: Sequence[GGUFTensor], original: Original
 ) -> tuple[RowLogits, RowLogits]:
     """Returns the original's logits with its own weights, and with those rounded as in the file."""
     # Scaled block values are not representable in 16-bit precision, so they need float32.
@@ -195,14 +195,14 @@ def _score_original(
         original.source, original.config, _CLASS, dtype=dtype, device=original.device
     )
     with in_float32(model):
-        reference = comparison_set.score(model, "float32")
+        reference = eval_set.score(model, "float32")
         with torch.no_grad():
             is_rounded = False
             for name, rounded in iterate_rounded_weights(tensors, model):
                 weight = model.get_parameter(name)
                 is_rounded = is_rounded or not torch.equal(weight.float(), rounded)
                 weight.copy_(rounded)
-        expected = comparison_set.score(model, "float32") if is_rounded else reference
+        expected = eval_set.score(model, "float32") if is_rounded else reference
     return reference, expected
 
 
@@ -233,14 +233,14 @@ def _same(first: Any, second: Any) -> bool:
     return bool(first == second)
 
 
-def check_tokens(tokenizer: Any, original: Any, vocabulary: Vocabulary) -> int:
+def check_tokens(tokenizer: Any, original: Any, vocab: Vocabulary) -> int:
     """Compare both tokenizers on test texts and special tokens; return the number of texts.
 
     If transformers cannot read the file's pre-tokenizer, `tokenizer` (modified) gets the original
     one. Raises RunError if a text has different tokens.
     """
     backend, reference = tokenizer.backend_tokenizer, original.backend_tokenizer
-    if vocabulary.pre not in READ_BY_TRANSFORMERS:
+    if vocab.pre not in READ_BY_TRANSFORMERS:
         backend.pre_tokenizer = reference.pre_tokenizer
     if reference.normalizer is not None or backend.normalizer is not None:
         backend.normalizer = reference.normalizer
@@ -283,11 +283,11 @@ def plan_export(config: ExportConfig, ref: ModelRef) -> Export:
     try:
         # Merging may add tokens of the adapter's tokenizer; `write` reads the final size.
         size = max(model_config.vocab_size, len(tokenizer) if ref.directory else 0)
-        vocabulary = load_vocab(tokenizer, size)
+        vocab = load_vocab(tokenizer, size)
     except InputError as error:
         raise InputError(f"{config.model} cannot be written as GGUF: {error}") from None
-    prompt_template = get_prompt_template(tokenizer, ref.card, vocabulary)
-    return GgufExport(config, ref, model_config, tokenizer, vocabulary, prompt_template)
+    prompt_template = get_prompt_template(tokenizer, ref.card, vocab)
+    return GgufExport(config, ref, model_config, tokenizer, vocab, prompt_template)
 
 
 @dataclass(frozen=True)
@@ -298,13 +298,13 @@ class GgufExport:
     ref: ModelRef
     model_config: Any
     tokenizer: Any
-    vocabulary: Vocabulary
+    vocab: Vocabulary
     prompt_template: PromptTemplate
 
     @property
     def notes(self) -> list[str]:
         """Notes for the user, as sentences without a period."""
-        return list(self.vocabulary.notes)
+        return list(self.vocab.notes)
 
     def choices(self, device: Choice) -> Iterator[Choice]:
         """Yields the lines to print before the export."""
@@ -317,12 +317,12 @@ class GgufExport:
         yield Choice(
             "architecture", architecture, f"{self.model_config.model_type} in transformers"
         )
-        source = "the model's own" if config.outtype == "auto" else ""
-        yield Choice("outtype", config.outtype, source)
+        note = "the model's own" if config.outtype == "auto" else ""
+        yield Choice("outtype", config.outtype, note)
         positions, window = context_limit(self.model_config)
         limit = f"its sliding window; llama.cpp has none for {architecture}" if window else ""
         yield Choice("context", f"{positions:,} tokens", limit)
-        yield Choice("tokenizer", self.vocabulary.model, f"splits text like {self.vocabulary.pre}")
+        yield Choice("tokenizer", self.vocab.model, f"splits text like {self.vocab.pre}")
         yield Choice("template", self.prompt_template.kind, self.prompt_template.reason)
         yield Choice("out", config.out)
         if config.verify:
@@ -342,32 +342,32 @@ class GgufExport:
         self, output: Path, device: str, listener: Listener, merge: MergeAdapter
     ) -> dict[str, Any]:
         """Save the .gguf file and its Modelfile in `output`, check them, return the summary."""
-        config, model_config, vocabulary = self.config, self.model_config, self.vocabulary
+        config, model_config, vocab = self.config, self.model_config, self.vocab
         merged, source = merge_first(self.ref, output, listener, merge)
         if self.ref.directory is not None:
             model_config = load_config(source)
-            vocabulary = load_vocab(self.tokenizer, model_config.vocab_size)
+            vocab = load_vocab(self.tokenizer, model_config.vocab_size)
         checkpoint = _open(source, model_config)
         outtype = get_outtype(checkpoint) if config.outtype == "auto" else config.outtype
         tensors = plan_tensors(checkpoint, model_config, outtype, merged.choose)
         listener.stage(f"writing {len(tensors):,} tensors")
         listener.begin(len(tensors))
         path = output / config.out.name
-        metadata = _metadata(config.out.stem, model_config, vocabulary, outtype)
+        metadata = _metadata(config.out.stem, model_config, vocab, outtype)
         save_gguf(path, metadata, tensors, listener.step)
         check = None
         if config.verify:
             listener.stage("reloading the file and comparing")
             tokens = config.verify_tokens
             original = Original(source, model_config, self.tokenizer, device, tokens)
-            check = check_file(path, outtype, tensors, vocabulary, original, merged.beside_run)
+            check = check_file(path, outtype, tensors, vocab, original, merged.beside_run)
         text = modelfile(config.out.name, self.prompt_template)
         (output / config.outputs[1].name).write_text(text, encoding="utf-8")
         if config.recorded:
             listener.stage("recording reference outputs")
             # Quantized files are recorded from the file itself; `check_file` measured its distance.
-            recorded_source = _as_source(path) if outtype in SELECTED_TYPES else source
-            header = {
+            recorded_model = _as_source(path) if outtype in SELECTED_TYPES else source
+            record_metadata = {
                 "model": config.model,
                 "server": config.server,
                 "file_format": config.format,
@@ -376,9 +376,9 @@ class GgufExport:
             server_support().record(
                 output / config.outputs[2].name,
                 config.out,
-                header,
+                record_metadata,
                 self.ref,
-                recorded_source,
+                recorded_model,
                 device,
             )
         return self._summary(outtype, tensors) | {
@@ -389,7 +389,7 @@ class GgufExport:
         }
 
     def _summary(self, outtype: str, tensors: list[GGUFTensor]) -> dict[str, Any]:
-        config, vocabulary = self.config, self.vocabulary
+        config, vocab = self.config, self.vocab
         return {
             "model": config.model,
             "method": self.ref.card.method,
@@ -399,10 +399,10 @@ class GgufExport:
             "tensors": len(tensors),
             "tensor_bytes": sum(tensor.nbytes for tensor in tensors),
             "tokenizer": {
-                "model": vocabulary.model,
-                "pre": vocabulary.pre,
-                "tokens": len(vocabulary.tokens),
-                "notes": vocabulary.notes,
+                "model": vocab.model,
+                "pre": vocab.pre,
+                "tokens": len(vocab.tokens),
+                "notes": vocab.notes,
             },
             "template": self.prompt_template.kind,
             "stops": self.prompt_template.stop_strings,
@@ -465,14 +465,14 @@ def _open(source: ModelSource, model_config: Any) -> Any:
     return open_checkpoint(source, model, rename_prefix(model_config, _CLASS))
 
 
-def _metadata(stem: str, model_config: Any, vocabulary: Vocabulary, outtype: str) -> dict[str, Any]:
+def _metadata(stem: str, model_config: Any, vocab: Vocabulary, outtype: str) -> dict[str, Any]:
     # transformers maps the name "mistral" to an architecture that GGUF does not have.
     name = "Mistral" if stem == "mistral" else stem
     general = {
         "general.architecture": FAMILIES[model_config.model_type].architecture,
         "general.name": name,
     }
-    return general | file_keys(outtype) | build_metadata(model_config) | vocabulary.metadata()
+    return general | file_keys(outtype) | build_metadata(model_config) | vocab.metadata()
 
 
 def _check_to_dict(check: FileCheck) -> dict[str, Any]:

@@ -100,14 +100,14 @@ class MergedExport:
         if self.config.server and self.config.verify and TASKS[self.ref.task].generates_text:
             listener.stage("recording reference outputs")
             source = ModelSource(str(output), "directory", str(output), local_files_only=True)
-            header = {
+            metadata = {
                 "model": self.config.model,
                 "server": self.config.server,
                 "file_format": self.config.format,
                 "dtype": merged["written"]["dtype"],
             }
             server_support().record(
-                output / "served.json", self.config.out, header, self.ref, source, device
+                output / "served.json", self.config.out, metadata, self.ref, source, device
             )
             summary["recorded"] = True
         if self.config.server and self.config.verify and self._is_of_texts:

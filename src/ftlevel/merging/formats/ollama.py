@@ -108,14 +108,12 @@ class PromptTemplate:
     system: str = ""
 
 
-def get_prompt_template(
-    tokenizer: Any, card: AdapterCard, vocabulary: Vocabulary
-) -> PromptTemplate:
+def get_prompt_template(tokenizer: Any, card: AdapterCard, vocab: Vocabulary) -> PromptTemplate:
     """Find the prompt template and stop texts for the model of `tokenizer` and `card`."""
     stop_strings = list(dict.fromkeys(_stop_strings(tokenizer)))
     prompt = load_prompt_format(card) or PromptFormat("plain")
     if prompt.kind == "chat-template":
-        return replace(_of_chat(tokenizer, prompt, vocabulary, stop_strings), system=prompt.system)
+        return replace(_of_chat(tokenizer, prompt, vocab, stop_strings), system=prompt.system)
     if card.method == "none":  # not trained by ftlevel: prompts are unknown
         return PromptTemplate("plain", "no chat template", "{{ .Prompt }}", stop_strings)
     before, after = prompt.plain_prompt(_PLACEHOLDER).split(_PLACEHOLDER)
@@ -133,7 +131,7 @@ def modelfile(gguf: str, prompt_template: PromptTemplate) -> str:
 
 
 def _of_chat(
-    tokenizer: Any, prompt: PromptFormat, vocabulary: Vocabulary, stop_strings: list[str]
+    tokenizer: Any, prompt: PromptFormat, vocab: Vocabulary, stop_strings: list[str]
 ) -> PromptTemplate:
     layout = get_chat_layout(tokenizer)
     if layout is None:
@@ -149,7 +147,7 @@ def _of_chat(
         )
     if prompt.instruction:
         layout = _with_instruction(layout, prompt.instruction)
-    start = tokenizer.bos_token if vocabulary.flags["add_bos_token"] else ""
+    start = tokenizer.bos_token if vocab.flags["add_bos_token"] else ""
     generation = layout.generation.removesuffix(
         " "
     )  # the answer starts with the space, as in training
@@ -157,8 +155,8 @@ def _of_chat(
     comments = []
     if "system" not in layout.around:
         comments = ["The model's chat template has no system turn: SYSTEM is omitted."]
-    source = "its turns, checked against Jinja"
-    return PromptTemplate("chat template", source, template, stop_strings, comments)
+    note = "its turns, checked against Jinja"
+    return PromptTemplate("chat template", note, template, stop_strings, comments)
 
 
 def _with_instruction(layout: ChatLayout, instruction: str) -> ChatLayout:

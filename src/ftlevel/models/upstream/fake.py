@@ -177,10 +177,10 @@ def _get_builder(result: Tensor, inner: Sequence[Tensor]) -> _Builder | None:
     size, stride, offset = result.size(), result.stride(), result.storage_offset()
     storages = [one.untyped_storage()._cdata for one in inner]
     if result.untyped_storage()._cdata in storages:
-        source = storages.index(result.untyped_storage()._cdata)
-        if result.dtype != inner[source].dtype or storages.count(storages[source]) > 1:
+        index = storages.index(result.untyped_storage()._cdata)
+        if result.dtype != inner[index].dtype or storages.count(storages[index]) > 1:
             return None
-        return lambda given: FakeTensor(_inner(given[source]).as_strided(size, stride, offset))
+        return lambda given: FakeTensor(_inner(given[index]).as_strided(size, stride, offset))
     dtype = result.dtype
     new = torch.empty_strided(size, stride, dtype=dtype, device="meta")
     if offset or new.untyped_storage().nbytes() != result.untyped_storage().nbytes():
@@ -194,8 +194,8 @@ def _shape_of(tensor: Tensor) -> Tensor:
 
 def storage_of(tensor: Tensor) -> Any:
     """Returns the storage that `tensor` shares with its views, with its nominal size."""
-    source = tensor.shape_only if isinstance(tensor, FakeTensor) else tensor
-    return source.untyped_storage()
+    real_tensor = tensor.shape_only if isinstance(tensor, FakeTensor) else tensor
+    return real_tensor.untyped_storage()
 
 
 class Params4bit(FakeTensor):

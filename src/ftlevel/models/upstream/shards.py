@@ -219,7 +219,7 @@ def rows_of(tensor: DTensor) -> tuple[int, int]:
 
 _INDEX, _ONE_FILE = "model.safetensors.index.json", "model.safetensors"
 _MATRIX = 2  # dimensions
-_FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")  # safetensors dtype names
+_SUPPORTED_DTYPES = ("F64", "F32", "F16", "BF16")  # safetensors dtype names
 
 
 class LazyWeight:
@@ -315,7 +315,7 @@ class LazyWeights:
                     continue
                 if pattern is not None:
                     self.converted.append(name)
-                elif stored.get_dtype() in _FLOAT_DTYPES:
+                elif stored.get_dtype() in _SUPPORTED_DTYPES:
                     unread[name] = state_dict[key] = LazyWeight(path, key)
         config, model_class = arguments.pop("config"), type(meta)
         if not isinstance(config, model_class.config_class):  # of a multimodal model
@@ -359,7 +359,7 @@ class LazyWeights:
             for name, weight in model.named_parameters()
             if isinstance(stored := self.weights.get(weight), LazyWeight)
         }
-        not_loaded = [
+        missing = [
             name
             for name, buffer in model.named_buffers()
             if buffer.is_floating_point() and bool(buffer.isnan().any())
@@ -367,11 +367,11 @@ class LazyWeights:
         for name, weight in model.named_parameters():
             if weight.requires_grad and bool(weight.detach().isnan().any()):
                 if (stored_weight := bases.get(base_name(name))) is None:
-                    not_loaded.append(name)
+                    missing.append(name)
                 else:
                     weight.data = stored_weight.whole(weight.dtype)
                     self.weights.pop(weight, None)
-        return not_loaded
+        return missing
 
     def put_aside(
         self, parts: Sequence[nn.Module], keep: Collection[nn.Parameter]
@@ -394,12 +394,12 @@ class LazyWeights:
                     parameters[name] = shapes[weight]
 
         def read() -> None:
-            loaded: dict[nn.Parameter, nn.Parameter] = {}
+            replaced: dict[nn.Parameter, nn.Parameter] = {}
             for parameters, name, stored in pending:
                 like = parameters[name]
-                if like not in loaded:
-                    loaded[like] = nn.Parameter(stored.part(like), like.requires_grad)
-                parameters[name] = loaded[like]
+                if like not in replaced:
+                    replaced[like] = nn.Parameter(stored.part(like), like.requires_grad)
+                parameters[name] = replaced[like]
 
         return read
 
