@@ -1,28 +1,40 @@
-"""TRL's GRPO and RLOO tests (July 2026) that do not depend on its internals, as runs of ftlevel.
+"""TRL's GRPO and RLOO tests that do not depend on its internals, as runs of ftlevel.
 
-| TRL | here |
-|---|---|
-| test_train_loss_types, test_train_sequence_importance_sampling, test_train (RLOO) | each loss |
-| test_train_beta_non_zero, test_train_with_bias_correction_kl | each setting |
-| test_train_multiple_iterations, test_train_scale_rewards | each setting |
-| test_train_num_generations_larger_than_batch_size | each setting: one prompt a step |
-| test_train_with_mask_truncated_completions and …_all_masked | the same |
-| test_train_multiple_reward_funcs, …_with_weights, …_with_None_output | one run, with the metrics |
-| test_reward_metric_reflects_reward_weights | the same run |
-| test_warning_raised_all_rewards_none | all None stops the check before training |
-| test_train_different_reward_model, test_train_multiple_mixed_reward_funcs | the same |
-| test_train_reward_func_conversational | the same |
-| functions: sync and async, column, trainer state, logs | tests/unit/tasks/rl/test_rewards.py |
-| losses and masks in numbers | test_loss_figures.py there, scripts/against_trl_rl.py |
-| PEFT config, PEFT model, evaluation, resume, processes | tests/integration/test_rl.py |
-| test_rewards.py: accuracy, think format, repetition | test_builtin_rewards.py there |
+Compared entry by entry with TRL's files of 24 July 2026 (1.10.0.dev0), because the packages of
+1.16.0 have no tests. RLOO's tests have the same names as GRPO's, except for those marked.
 
-Left out: vision, Liger, environments, tools, rollout_func, chat_template_kwargs, workers,
-pad_to_multiple_of and iterable datasets (there are none here); delta, entropy bonus and filter,
-off-policy masks, sync_ref_model, normalize_then_sum, reward clipping, cosine and overlong rewards
-(not offered); generation kwargs and top-k (refused, tests/cli/test_rl.py); vLLM in the process and
-continuous batching (another sampler; a server is in test_rl_server.py); callbacks on logs and init
-arguments (TRL's own names).
+Mirrored, without `test_train_` in front:
+
+- test_train: each family; loss_types, sequence_importance_sampling, test_train (RLOO): each loss
+- dataset_format, reward_func_standard, reward_func_conversational: texts in all runs; messages
+- with_eval, eval_on_start, test_init_with_eval_dataset, test_evaluate_with_eval_dataset: evaluation
+- multiple_iterations, test_prepare_input_called_with_correct_data: prompts of two iterations
+- beta_non_zero, beta_zero (RLOO), with_bias_correction_kl, scale_rewards,
+  num_generations_larger_than_batch_size: each setting
+- peft_with_gradient_checkpointing: checkpointing; moe_peft_model: LoRA on experts
+- with_mask_truncated_completions, …_all_masked: masked truncated completions
+- multiple_reward_funcs, …_with_None_output, …_with_weights, test_reward_metric_reflects_weights:
+  several rewards; test_warning_raised_all_rewards_none: it stops the check before training
+- different_reward_model, multiple_mixed_reward_funcs, test_single_reward_model_…: a reward model
+- sync_and_async_reward_funcs, reward_func_additional_column, …_accessing_trainer_state,
+  …_with_log_extra, …_with_log_metric: tests/unit/tasks/rl/test_rewards.py
+- peft_config, peft_model, test_init_minimal: tests/integration/test_rl.py
+- with_generation_kwargs, with_iterable_dataset, test_no_reward_source_raises,
+  test_warning_raised_sequence_level_…: refused, tests/cli/test_rl.py
+- vllm_and_peft, vllm_importance_sampling_correction: test_rl_server.py
+- test_rewards.py (accuracy, think format, repetition): tests/unit/tasks/rl/test_builtin_rewards.py
+- losses in numbers: tests/unit/tasks/rl/test_loss_figures.py, scripts/against_trl_rl.py
+
+Left out:
+
+- not offered: entropy filter, bonus and adaptive entropy; off-policy masks; delta clipping; losses
+  sapo, luspo and vespo; sync_ref_model; normalize_then_sum; clipped rewards and normalized
+  advantages (RLOO); num_generations_eval; rollout_func, environments and tool calls;
+  chat_template_kwargs; cosine, reasoning-accuracy and overlong rewards; images
+- parts of TRL: Liger kernels, cast_lm_head_to_fp32, vLLM in the process or with structured outputs,
+  transformers' continuous batching, pad_to_multiple_of, data loader workers, lists of processing
+  classes
+- the same for all tasks and tested there: trust_remote_code, missing data
 """
 
 from __future__ import annotations
@@ -83,13 +95,16 @@ def run(
 ) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
     """Return the adapter and the log of a run of two steps; names of `reward` are functions."""
     named = [one if "/" in one else f"{data}/rewards.py:{one}" for one in reward]
-    size = rl.pop("prompts", 4)
+    size, model = rl.pop("prompts", 4), rl.pop("model", data / "model")
+    method, more = rl.pop("method", {}), rl.pop("train", {})
+    split = rl.pop("validation_split", 0.0)
     settings = {"num_generations": 3, "max_completion_length": 8, "check_groups": 0, **rl}
     train(
         TrainConfig(
             task="rl",
-            model={"name_or_path": str(data / "model"), "dtype": "float32"},
-            data={"dataset": str(data / f"{rows}.jsonl")},
+            model={"name_or_path": str(model), "dtype": "float32"},
+            method=method,
+            data={"dataset": str(data / f"{rows}.jsonl"), "validation_split": split},
             rl={"reward": named, **settings},
             train={
                 "max_steps": 2,
@@ -97,6 +112,7 @@ def run(
                 "per_device_train_batch_size": size,
                 "logging_steps": 1,
                 "save_strategy": "no",
+                **more,
             },
             speed={"verify": False},
             output={"dir": out},
@@ -114,6 +130,32 @@ def load_log(out: Path) -> list[dict[str, Any]]:
 def has_changed(adapter: dict[str, torch.Tensor]) -> bool:
     """Return whether every B of the LoRA, zero before, has changed."""
     return all(bool(value.any()) for name, value in adapter.items() if "lora_B" in name)
+
+
+def read_prompts(out: Path) -> dict[int, list[int]]:
+    """Return step → rows whose completions were sampled, of a run."""
+    groups = [json.loads(line) for line in (out / "rollouts.jsonl").read_text().splitlines()]
+    assert all(len(group["completions"]) == 3 for group in groups)
+    steps = sorted({group["step"] for group in groups})
+    return {step: [group["row"] for group in groups if group["step"] == step] for step in steps}
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gemma3_text"])
+def test_each_family_trains(data: Path, tmp_path: Path, family: str) -> None:
+    model = save_tiny(tmp_path / "model", family)
+    adapter, log = run(data, tmp_path / "run", model=model)
+    assert has_changed(adapter)
+    assert len(log) == 2
+
+
+def test_experts_train_against_the_initial_model(data: Path, tmp_path: Path) -> None:
+    model = save_tiny(tmp_path / "model", "qwen3_moe")
+    experts = {"kind": "lora", "target_parameters": "experts"}
+    adapter, log = run(data, tmp_path / "run", model=model, method=experts, beta=0.1)
+    assert has_changed(adapter)
+    assert any("experts" in name for name in adapter)
+    assert log[0]["kl"] == pytest.approx(0, abs=1e-6)
+    assert log[1]["kl"] > 0
 
 
 @pytest.mark.parametrize("loss", every(2, list(RL_LOSSES)))
@@ -147,6 +189,28 @@ def test_each_setting_trains(data: Path, tmp_path: Path, name: str) -> None:
     adapter, log = run(data, tmp_path / "run", **SETTINGS[name])
     assert has_changed(adapter)
     assert ("kl" in log[0]) == ("beta" in SETTINGS[name])
+
+
+def test_checkpointing_changes_nothing(data: Path, tmp_path: Path) -> None:
+    plain, _ = run(data, tmp_path / "plain")
+    adapter, _ = run(data, tmp_path / "run", train={"gradient_checkpointing": True})
+    torch.testing.assert_close(adapter, plain, rtol=1e-4, atol=1e-6)
+
+
+def test_evaluation_while_training(data: Path, tmp_path: Path) -> None:
+    every = {"eval_strategy": "steps", "eval_steps": 1, "eval_on_start": True}
+    run(data, tmp_path / "run", train=every, prompts=2, validation_split=0.5)
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    rewards = {r["step"]: r["eval_reward"] for r in map(json.loads, lines) if "eval_reward" in r}
+    assert rewards.keys() == {0, 1, 2}
+    assert all(0 <= value <= 1 for value in rewards.values())
+
+
+def test_prompts_of_two_iterations(data: Path, tmp_path: Path) -> None:
+    run(data, tmp_path / "run", num_iterations=2, prompts=2, train={"max_steps": 4})
+    rows = read_prompts(tmp_path / "run")
+    assert rows.keys() == {1, 3}
+    assert sorted(rows[1] + rows[3]) == [0, 1, 2, 3]
 
 
 def test_masked_truncated_completions(data: Path, tmp_path: Path) -> None:
