@@ -7,7 +7,11 @@ Each side runs in a process of its own: ftlevel; TRL in the same precision witho
 (its best); and TRL as shipped (bfloat16 autocast, checkpointing). TRL is in `--peer`, a folder that
 `pip install --no-deps --target FOLDER trl==1.16.0` made. LoRA r 8 on all linear layers, no dropout,
 beta 0. A step is `--prompts` × 8 completions of exactly `--new-tokens` tokens (EOS does not end
-them). Processor seconds of all threads, without the first step; peak memory with the libraries.
+them). Processor seconds of all threads, without the first of several steps; peak memory with the
+libraries.
+
+`--sides sampler,generate,continuous` compares sampling alone: ftlevel's sampler, transformers'
+`generate`, and its continuous batching. `--steps` is then the number of rollouts.
 """
 
 from __future__ import annotations
@@ -26,6 +30,7 @@ from typing import Any
 from measuring import alternate, run_side
 
 SIDES = ("ftlevel", "trl", "trl-shipped")
+SAMPLERS = ("sampler", "generate", "continuous")
 GROUP = 8
 
 
@@ -45,9 +50,10 @@ def main() -> None:
     parser.add_argument("--side", help=argparse.SUPPRESS)
     told = parser.parse_args()
     if told.side:
-        print(json.dumps((_ftlevel if told.side == "ftlevel" else _trl)(told)))
+        measure = _sampling if told.side in SAMPLERS else _trl
+        print(json.dumps((_ftlevel if told.side == "ftlevel" else measure)(told)))
         return
-    paths = {side: "" if side == "ftlevel" else told.peer for side in told.sides.split(",")}
+    paths = {side: told.peer if "trl" in side else "" for side in told.sides.split(",")}
     cases = {side: partial(run_side, "--side", side, path) for side, path in paths.items()}
     found = alternate(cases, told.rounds, warm_ups=0)
     _print(found, told)
@@ -59,19 +65,19 @@ def _print(found: dict[str, list[dict[str, float]]], told: argparse.Namespace) -
     print(
         f"{torch.get_num_threads()} threads, torch {torch.__version__}; "
         f"{told.dtype}, {told.prompts} prompts of {told.prompt_tokens} tokens × {GROUP} "
-        f"completions of {told.new_tokens}, {told.steps - 1} steps, {told.rounds} rounds"
+        f"completions of {told.new_tokens}, {max(told.steps - 1, 1)} steps, {told.rounds} rounds"
     )
     names = ("step_s", "sampling_s", "update_s", "peak_gib")
     middle = {
         side: {name: statistics.median(run[name] for run in runs) for name in names}
         for side, runs in found.items()
     }
-    ours = middle.get("ftlevel")
+    ours = next((middle[side] for side in ("ftlevel", "sampler") if side in middle), None)
     print("| | " + " | ".join(names) + " |\n|---|" + "--:|" * len(names))
     for side, figures in middle.items():
         cells = [
-            f"{figures[name]:.1f}"
-            + (f" ({figures[name] / ours[name]:.2f} ×)" if ours and side != "ftlevel" else "")
+            f"{figures[name]:.3g}"
+            + (f" ({figures[name] / ours[name]:.2f} ×)" if ours and figures is not ours else "")
             for name in names
         ]
         print(f"| {side} | " + " | ".join(cells) + " |")
@@ -116,7 +122,8 @@ class _Clock:
         return Watch()
 
     def figures(self) -> dict[str, float]:
-        step, sampling = (statistics.median(values[1:]) for values in (self.steps, self.sampling))
+        counted = (values[1:] or values for values in (self.steps, self.sampling))
+        step, sampling = map(statistics.median, counted)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
         return {
             "step_s": step,
@@ -229,6 +236,53 @@ def _trl(told: argparse.Namespace) -> dict[str, float]:
         clock.wrap(trainer, "_generate_single_turn")
         trainer.train()
     return clock.figures()
+
+
+def _sampling(told: argparse.Namespace) -> dict[str, float]:
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+    from ftlevel.evaluation.sampling import GroupSampler, Noise, SamplingOptions
+
+    tokenizer = AutoTokenizer.from_pretrained(told.model)
+    model: Any = AutoModelForCausalLM.from_pretrained(told.model, dtype=getattr(torch, told.dtype))
+    adapter = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
+    model = get_peft_model(model, adapter).eval()
+    prompts = [
+        tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True)["input_ids"]
+        for row in _rows(told, tokenizer)
+    ]
+    sampling = dict.fromkeys(("max_new_tokens", "min_new_tokens"), told.new_tokens)
+    settings: Any = {"do_sample": True, "top_k": 0, "pad_token_id": tokenizer.pad_token_id}
+    numbers = list(range(told.prompts))
+
+    def ours(chosen: list[list[int]]) -> None:
+        sampler = GroupSampler(model, tokenizer)
+        sampler.sample(
+            chosen, numbers, SamplingOptions(GROUP, 1.0, told.new_tokens, ()), Noise(0, 0)
+        )
+        sampler.close()
+
+    def generate(chosen: list[list[int]]) -> None:
+        texts = [{"input_ids": ids} for ids in chosen for _ in range(GROUP)]
+        model.generate(**tokenizer.pad(texts, padding_side="left", return_tensors="pt"), **settings)
+
+    def continuous(chosen: list[list[int]]) -> None:
+        config = GenerationConfig(**settings, eos_token_id=-1)
+        model.generate_batch([ids for ids in chosen for _ in range(GROUP)], config, warmup=False)
+
+    sample = {"sampler": ours, "generate": generate, "continuous": continuous}[told.side]
+    settings |= {"max_new_tokens": told.new_tokens} if sample is continuous else sampling
+    seconds = []
+    with torch.no_grad():
+        for at in range(told.steps):
+            began = time.process_time()
+            sample(prompts[at * told.prompts : (at + 1) * told.prompts])
+            seconds.append(time.process_time() - began)
+    step = statistics.median(seconds[1:] or seconds)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return {"step_s": step, "sampling_s": step, "update_s": 0.0, "peak_gib": peak}
 
 
 if __name__ == "__main__":

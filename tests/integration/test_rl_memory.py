@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tiny_models import save_tiny
+
 _PEAK = """
 import atexit, pathlib, sys
 from ftlevel.cli.app import run
@@ -23,6 +25,27 @@ def ftlevel(*arguments: str) -> tuple[str, int]:
     command = [sys.executable, "-c", _PEAK, *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return done.stdout, int(done.stderr.split()[-1]) * 1024
+
+
+def test_the_estimate_of_a_bfloat16_run_is_near_its_peak(tmp_path: Path) -> None:
+    """The shape of recipes/rl-smollm2-brief.yaml with fewer layers, prompts and tokens."""
+    wide = {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9}
+    wide |= {"num_key_value_heads": 3, "num_hidden_layers": 3, "vocab_size": 49_152}
+    model = save_tiny(tmp_path / "model", "llama", **wide)
+    words = " ".join(f"parameter{i} is a number" for i in range(18))
+    rows = ({"prompt": f"Describe f{i}. {words[: 40 + 15 * i]}"} for i in range(24))
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "rewards.py").write_text(
+        "def even(completion_ids, **_):\n"
+        "    return [sum(token % 2 for token in ids) for ids in completion_ids]\n"
+    )
+    arguments = ["--task", "rl", "--reward", f"{tmp_path}/rewards.py:even", "--max-steps", "2"]
+    arguments += ["--model", str(model), "--dataset", str(tmp_path / "rows.jsonl")]
+    arguments += ["--dtype", "bfloat16", "--batch-size", "4", "--check-groups", "0"]
+    arguments += ["--max-completion-length", "8", "--validation-split", "0.5"]
+    _, measured = ftlevel("train", *arguments, "--output-dir", str(tmp_path / "run"))
+    planned = json.loads((tmp_path / "run" / "summary.json").read_text())["plan"]
+    assert 0.85 < planned["process_bytes"] / measured < 1.2, (planned, measured)
 
 
 def test_the_plan_is_near_the_peak(tmp_path: Path) -> None:

@@ -72,9 +72,12 @@ class RowDecoder:
         self._attention_before = attention_of(self._base)
         register()
         self._base.set_attn_implementation(NAME)
+        head = self._base.get_output_embeddings()
+        self._hook = head.register_forward_pre_hook(_make_contiguous)
 
     def close(self) -> None:
         """Restore the model's attention."""
+        self._hook.remove()
         self._base.set_attn_implementation(self._attention_before)
 
     def __call__(
@@ -165,6 +168,15 @@ class RowDecoder:
     def _choose_tokens(self, rows: Rows) -> None:
         """Set the next token of each row (modified) to the argmax of its logits."""
         rows.last = rows.scores.argmax(-1).tolist()
+
+
+def _make_contiguous(head: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[Any, ...]:  # noqa: ARG001 - a hook
+    """Hook on the head: with strided input, such as the last tokens, it copies its weight per row.
+
+    torch computes it as a batched product then, which takes 2.3 s instead of 0.02 s for 8 rows of
+    SmolLM2 in bfloat16, and 432 MiB.
+    """
+    return (args[0].contiguous(), *args[1:])
 
 
 @dataclass

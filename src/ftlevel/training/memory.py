@@ -283,7 +283,7 @@ class StepReducer:
             return
         count = trainer.args.train_batch_size
         order = np.argsort(-row_lengths(rows), kind="stable")[:count]
-        longest = [rows[int(at)] for at in order]
+        longest = trainer.with_targets([rows[int(at)] for at in order])
         model, workers = trainer.model, trainer.fast.plan.workers
         devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
         with torch.random.fork_rng(devices=devices), trainer.standalone_steps(dtype):

@@ -6,7 +6,7 @@ Also selects the training rows and their sampler.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Sampler, SequentialSampler
 from transformers import Trainer
 
+from ftlevel.data.encoding.encode import Encoded
 from ftlevel.data.prepare.row_stream import StreamSharding
 from ftlevel.data.prepare.streaming import (
     DistinctTextSampler,
@@ -388,6 +389,10 @@ class FtlevelTrainer(Trainer):
     def is_alone(self) -> bool:
         """Whether the current step is computed inside `standalone_steps`."""
         return bool(self._compute_dtype)
+
+    def with_targets(self, rows: Sequence[Encoded]) -> list[Encoded]:
+        """Returns the rows that a step on `rows` computes."""
+        return list(rows)
 
     def on_device(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Returns a collated batch with its tensors moved to the training device."""

@@ -118,3 +118,16 @@ def test_a_model_that_mixes_places_is_found_out(monkeypatch: pytest.MonkeyPatch)
     with torch.no_grad():
         assert "other scores" in get_decoder_error(decoder, model, PROMPTS[2], 1e-4)
     decoder.close()
+
+
+def test_the_head_reads_its_weight_once_for_all_prompts() -> None:
+    model = tiny_models.build("llama", "causal").eval()
+    strides = []
+    model.lm_head.register_forward_hook(lambda _, args, __: strides.append(args[0].is_contiguous()))
+    decoder = RowDecoder(model, [2], 0)
+    with torch.no_grad():
+        decoder(PROMPTS[:2], 3, 2)
+    decoder.close()
+    assert len(strides) == 3
+    assert all(strides)
+    assert not model.lm_head._forward_pre_hooks

@@ -22,6 +22,7 @@ from ftlevel.data.encoding.encode import Encoded
 from ftlevel.errors import RunError
 from ftlevel.evaluation.rollouts import Group, Rollouts, compute_token_logps
 from ftlevel.fast.step_collator import StepCollator
+from ftlevel.models.hardware import release_freed_memory
 from ftlevel.tasks.rl.losses import PolicyLoss
 from ftlevel.tasks.rl.objective import PolicyGradient, reward_names
 from ftlevel.tasks.rl.rows import CompletionRow, create_completion_row, stand_in_completions
@@ -153,10 +154,20 @@ class RlTrainer(FtlevelTrainer):
             batch.update(self.on_device(self.data_collator(part or [no_loss(first)])))
         self._in_training = False
 
+    def with_targets(self, rows: Sequence[Encoded]) -> list[Encoded]:
+        """Returns stand-ins for the completions of the prompts `rows`, of maximum length."""
+        count, tokens = self.settings.num_generations, self.settings.max_completion_length
+        return [
+            completion
+            for row in rows
+            for completion in stand_in_completions(row.input_ids, row.row, count, tokens)
+        ]
+
     def roll_out(self, step: int, prompts: Sequence[Any]) -> Rollout:
         """Returns the rollout for this process's `prompts`, sampled with the current weights."""
         began = time.perf_counter()
         settings, names = self.settings, reward_names(self.settings)
+        release_freed_memory()  # holes that activations leave do not fit the sampler's cache
         groups = self._sample(step, prompts)
         sampled = self._exchange(groups)
         used, all_groups = groups, sampled
@@ -176,6 +187,7 @@ class RlTrainer(FtlevelTrainer):
                 used, all_groups, settings, old, reference, self.processes.exchange
             )
         self.keep(step, groups)
+        release_freed_memory()
         return Rollout(rows, groups, metrics)
 
     def _sample(self, step: int, prompts: Sequence[Any]) -> list[Group]:
