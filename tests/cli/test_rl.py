@@ -62,6 +62,10 @@ SETTINGS = [
     (["--label-smoothing", "0.1"], "--label-smoothing-factor: --task rl has no target tokens"),
     (["--train-on-inputs"], "--train-on-inputs: --task rl trains on sampled completions only"),
     (["--streaming", "--max-steps", "2"], "--streaming cannot be used with --task rl. Drop it."),
+    (
+        ["--max-completion-length", "1024"],
+        "--max-completion-length 1,024 leaves no room for a prompt: the model has 1,024 positions",
+    ),
     (["--loss", "dappo"], "Did you mean 'dapo'"),
     (["--loss", "dpo"], "'dpo' is not known. Expected one of dapo, grpo, dr_grpo, bnpo, rloo"),
     (["--loss", "cispo", "--epsilon", "0.1"], "--epsilon: --loss cispo does not use it"),

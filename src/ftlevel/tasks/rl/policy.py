@@ -14,6 +14,7 @@ from ftlevel.config.section import Choice
 from ftlevel.data.encoding.encode import IGNORED, Encoded
 from ftlevel.data.formats.detect import Format
 from ftlevel.data.sources.table import Row, Table
+from ftlevel.errors import InputError
 from ftlevel.objectives import Checks, Objective
 from ftlevel.tasks.base import BaseTask
 from ftlevel.tasks.rl.objective import PolicyGradient
@@ -93,7 +94,12 @@ class RlTask(TextTask):
         """Encode prompts without targets; completions are sampled in training."""
         if encoder.prompt_format is None:
             raise TypeError("prompts have a format")
-        most = self.config.max_completion_length
+        most, positions = self.config.max_completion_length, encoder.bounds.positions
+        if positions is not None and most >= positions:
+            raise InputError(
+                f"--max-completion-length {most:,} leaves no room for a prompt: the model has "
+                f"{positions:,} positions. Use fewer tokens."
+            )
         encode = RlPromptEncoder(encoder.tokenizer, encoder.prompt_format, most)
         return encoder.fit(encoder.collect(encode, examples), table)
 

@@ -149,6 +149,11 @@ def find_problem(
             "--max-completion-length, end completions by --stop TEXT, or train on such answers "
             "first (--task text-generation). --check-groups 0 skips this check."
         )
+    if "reward" not in metrics:
+        return (
+            "no reward applies to any of the sampled completions: all scores are None. Return a "
+            "number for some rows, or add another --reward. --check-groups 0 skips this check."
+        )
     if settings.loss in GLOBAL:
         rewards = np.concatenate([group.rewards for group in facts])
         if not has_spread(torch.from_numpy(rewards)[None])[0]:
