@@ -72,10 +72,11 @@ def methods_page() -> str:
         "",
         "## What each trains",
         "",
-        "`7B Llama` is the share of trained parameters for Llama-2-7B with default settings.",
+        "`7B Llama` is the share of trained parameters for Llama-2-7B with default settings. The "
+        "page of each [method](guide/index.md) has the paper.",
         "",
-        "| method | flags | trains | 7B Llama | mergeable | paper |",
-        "|---|---|---|---:|---|---|",
+        "| method | flags | trains | 7B Llama | mergeable |",
+        "|---|---|---|---:|---|",
         *(_facts_line(row) for row in rows),
         "",
         "## Defaults",
@@ -117,7 +118,7 @@ def methods_page() -> str:
 def _facts_line(row: MethodInfo) -> str:
     share = f"{row.llama_7b / METHOD_INFO['full'].llama_7b:.3%}" if row.llama_7b else "–"
     merges = row.merges or "no"
-    return f"| {row.name} | `{row.flags}` | {row.trained} | {share} | {merges} | {row.reference} |"
+    return f"| {row.name} | `{row.flags}` | {row.trained} | {share} | {merges} |"
 
 
 def _pages() -> list[str]:
