@@ -234,10 +234,7 @@ def format_memory(summary: Mapping[str, Any]) -> str:
 
 
 def format_selected_model(best: Mapping[str, Any]) -> str:
-    """Returns as text which checkpoint a run selected, and why.
-
-    `best` is the entry of that name in summary.json.
-    """
+    """Returns which checkpoint a run selected, and why; `best` is the entry in summary.json."""
     name, last_step = best["metric"], best["last_step"]
     order = "highest" if best["greater_is_better"] else "lowest"
     step, value = best["kept_step"], f"{name} {best['best']:.4f}"
@@ -378,10 +375,7 @@ def _format_import_code(module: str) -> list[str]:
 
 
 def create_quantized_readme(name: str, summary: Mapping[str, Any], task: str | None = None) -> str:
-    """Returns the model card of a quantized model, from the content of quantization.json.
-
-    `task` is the value of `--task`; None for a source that ftlevel did not train.
-    """
+    """Returns the model card of a quantized model; `summary` is quantization.json."""
     source, quantization = summary["source"]["name"], summary["quantization"]["form"]
     library = "torchao" if quantization.startswith("torchao") else "bitsandbytes"
     lines = [

@@ -118,11 +118,7 @@ def _make(partial: Path) -> None:
 
 @contextlib.contextmanager
 def atomic_directory(path: Path) -> Iterator[Path]:
-    """Yields a temporary directory that is renamed to `path` when the block ends.
-
-    Its files are flushed first, so `path` is absent or complete. After an error the temporary
-    directory is deleted.
-    """
+    """Yields a temporary directory that is flushed and renamed to `path` when the block ends."""
     partial = path.with_name(f".{path.name}.partial")
     if partial.exists():  # left by a killed process
         shutil.rmtree(partial)
@@ -148,11 +144,7 @@ def check_output_file(flag: str, path: Path, *, overwrite: bool) -> None:
 
 @contextlib.contextmanager
 def atomic_files(*paths: Path) -> Iterator[Path]:
-    """Yields a temporary directory; when the block ends, its files are moved to `paths` by name.
-
-    Each file is flushed and renamed, so it is absent, unchanged or complete. The temporary
-    directory is deleted, also after an error.
-    """
+    """Yields a temporary directory, whose files are flushed and moved to `paths` at the end."""
     parent = paths[0].absolute().parent
     partial = parent / f".{paths[0].name}.partial"
     if partial.exists():  # left by a killed process
@@ -292,10 +284,7 @@ _MAX_AGE = 24 * 3600
 
 
 class Workspace:
-    """Temporary directory at `name`, deleted at the end of the block or with this object.
-
-    Creating one also deletes directories of processes that were killed.
-    """
+    """Temporary directory at `name`; creating one also deletes those of killed processes."""
 
     def __init__(self, name: str) -> None:
         self._outer = tempfile.TemporaryDirectory(prefix=f"{_PREFIX}{name}-")
@@ -339,7 +328,6 @@ def sweep(parent: Path) -> None:
 
 
 def _lock(path: Path) -> int | None:
-    """Returns the file descriptor of the lock on `path`, or None if it cannot be locked."""
     if fcntl is None:
         return None
     descriptor = os.open(path / _LOCK_DIR, os.O_RDONLY)

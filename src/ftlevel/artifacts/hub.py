@@ -15,10 +15,7 @@ from ftlevel.errors import ConfigError, RunError
 
 
 def get_repo_id(name: str) -> str:
-    """Returns the full id of the repository `name`, after checking that the user may write to it.
-
-    Raises ConfigError if the name is invalid, nobody is logged in, or the Hub does not respond.
-    """
+    """Returns the full repository id; ConfigError if the user cannot write to it now."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
     from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # documented there
@@ -69,10 +66,7 @@ class Upload:
     private: bool
 
     def send(self, paths: Sequence[Path], summary: dict[str, Any]) -> None:
-        """Upload a directory or files in one, and store the URL as `summary["hub"]`.
-
-        Raises RunError if the upload fails; the local files are complete.
-        """
+        """Upload `paths` and store `summary["hub"]`; RunError if this fails."""
         if self.name is None:
             return
         is_dir = len(paths) == 1 and paths[0].is_dir()

@@ -145,7 +145,6 @@ def _split_keys() -> Iterator[tuple[str, str, str]]:
 
 
 def _is_path(field: str, value: str) -> bool:
-    """Whether `value` is a local path: it exists or is absolute."""
     if value == IN_MEMORY or value.startswith(("builtin:", "hf://")):
         return False
     path = Path(value).expanduser()

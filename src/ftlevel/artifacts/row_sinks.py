@@ -72,7 +72,6 @@ def summarize_rollouts(path: Path) -> RolloutStats | None:
 def _completions(
     lines: Sequence[Mapping[str, Any]], step: int, name: str
 ) -> list[CompletionSample]:
-    """Returns the scored completions of a step; `name` becomes their `which`."""
     return [
         CompletionSample(
             name,
@@ -112,7 +111,6 @@ def _by_length(completions: Sequence[CompletionSample]) -> list[tuple[int, int, 
 
 
 def _text_of(prompt: Any) -> str:
-    """Returns the prompt as text; of a list of messages, the content of the last one."""
     if isinstance(prompt, list):
         return str(prompt[-1].get("content", "")) if prompt else ""
     return str(prompt)
@@ -282,10 +280,7 @@ def partial_of(path: Path) -> Path:
 
 
 def format_columns_error(path: Path, names: Sequence[str], expected: Sequence[str] = ()) -> str:
-    """Returns the error for a resumed file with other columns than `expected`.
-
-    With empty `expected`, `names` are missing columns.
-    """
+    """Returns the error for a file with the columns `names`, not `expected` (empty: missing)."""
     if not expected:
         return f"--resume: {path} has rows without {join_names(names)}. Choose another --output."
     return (

@@ -135,10 +135,7 @@ def create_backup(run_dir: Path) -> list[str]:
 
 @contextlib.contextmanager
 def replace_run(run_dir: Path) -> Iterator[None]:
-    """When the block ends, delete the backup of the old run.
-
-    If the block fails before the new run's first checkpoint, restore the old run instead.
-    """
+    """Delete the backup when the block ends, or restore it if there is no checkpoint yet."""
     try:
         yield
     except BaseException:
@@ -213,7 +210,6 @@ def _files(run_dir: Path) -> set[str]:
 
 
 def _list_run_files(run_dir: Path) -> list[Path]:
-    """Returns the entries of `run_dir` that a run writes, also partial ones, without the marker."""
     names = {*OWN, *(f".{name}.partial" for name in OWN)}
     return [path for path in run_dir.iterdir() if path.name in names]
 
@@ -227,7 +223,6 @@ def _delete_run(run_dir: Path) -> None:
 
 
 def _get_unused_path(path: Path) -> Path:
-    """Returns `path`, with a number appended if it exists."""
     number, candidate = 1, path
     while candidate.exists() or candidate.is_symlink():
         number += 1
@@ -236,7 +231,6 @@ def _get_unused_path(path: Path) -> Path:
 
 
 def _has_result(run_dir: Path) -> bool:
-    """Whether the run in `run_dir` has an intact checkpoint or a summary."""
     intact, _ = checkpoints.get_last_valid_checkpoint(run_dir / CHECKPOINTS)
     return intact is not None or (run_dir / SUMMARY).is_file()
 
@@ -398,10 +392,7 @@ class RunDirectory:
         return self._log_until(step)[1]
 
     def truncate_log(self, step: int) -> list[dict[str, Any]]:
-        """Remove records after `step` from metrics.jsonl, and return the remaining ones.
-
-        An incomplete last line is removed too; lines without a step stay.
-        """
+        """Remove records after `step` from metrics.jsonl, and return the remaining ones."""
         lines, records = self._log_until(step)
         if (path := self.path / METRICS).is_file():
             write_text(path, "".join(lines))
@@ -441,9 +432,9 @@ def load_jsonl(path: Path) -> list[dict[str, Any]]:
 
 
 def check_output(output_dir: Path | None, *, overwrite: bool, resume: bool) -> None:
-    """Raise ConfigError if `output_dir` cannot be written.
+    """Raise ConfigError if `output_dir` cannot be written, or is not empty.
 
-    A directory that is not empty needs `overwrite`, or `resume` and a run in it.
+    With `overwrite` it may contain anything that may be replaced, with `resume` a run.
     """
     target = output_dir or Path("runs") / "x"
     if output_dir is not None and output_dir.exists():
@@ -522,7 +513,6 @@ def open_run(
 
 
 def _create_numbered_dir(parent: Path, name: str) -> Path:
-    """Create and return the first parent/NAME-N that does not exist."""
     parent.mkdir(parents=True, exist_ok=True)
     clean = re.sub(r"[^\w.-]+", "-", name).strip("-")
     for number in itertools.count(1):
@@ -551,7 +541,6 @@ def get_recipe_info(path: Path) -> dict[str, Any]:
 
 
 def _git(path: Path, *arguments: str) -> str | None:
-    """Returns the output of git, run in the directory of `path`; None if it fails."""
     try:
         result = subprocess.run(
             ["git", "-C", str(path.parent), *arguments],

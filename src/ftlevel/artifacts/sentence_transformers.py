@@ -47,7 +47,6 @@ class EmbeddingFormat:
 
     Attributes:
         pooling: key of `POOLING_MODES`.
-        normalize: whether embeddings have length 1.
         similarity: member of `SIMILARITIES`.
         query_prompt: text before each query.
         document_prompt: text before each document.
@@ -147,7 +146,6 @@ def load_embedding_format(
 
 
 def _load_pooling(path: Path, *, is_replaced: bool) -> tuple[str, bool]:
-    """Returns the pooling mode, and whether prompt tokens are pooled."""
     config = _load_json(path)
     modes = config.get("pooling_mode")
     if modes is None:

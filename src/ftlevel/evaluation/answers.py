@@ -104,7 +104,6 @@ class RowScorer:
         return self._fast is not None and self._fast.plan.packs
 
     def _split(self, lengths: Sequence[int]) -> Iterator[list[int]]:
-        """Yields the row indices of each forward pass, longest rows first."""
         on_cpu = self._trained.device == "cpu"
         limit = (CPU_TOKENS if self._is_packed else PADDED_TOKENS) if on_cpu else GPU_TOKENS
         batch: list[int] = []
@@ -120,7 +119,6 @@ class RowScorer:
             yield batch
 
     def _states(self, rows: Sequence[Encoded]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns the padded logits of a forward pass, and its attention mask."""
         batch, layout = self._batch(rows)
         with using_layout(layout):
             return self._trained.logits(batch), batch["attention_mask"]
@@ -140,7 +138,6 @@ class RowScorer:
         return {name: value.to(trained.device) for name, value in batch.items()}, layout
 
     def _forward(self, rows: Sequence[Encoded]) -> Iterator[torch.Tensor]:
-        """Yields the logits of each row, computed in one forward pass."""
         trained, objective = self._trained, self._trained.objective
         batch, layout = self._batch(rows)
         with using_layout(layout):
@@ -347,10 +344,7 @@ class InferenceModel:
     def score(
         self, rows: Sequence[Encoded], function: Callable[[Encoded, torch.Tensor], T]
     ) -> list[T]:
-        """Returns `function(row, logits)` for each row, in order.
-
-        Raises UnansweredError if a row exceeds the model's positions and cannot be truncated.
-        """
+        """Returns `function(row, logits)` per row; UnansweredError if a row is too long."""
         return self._scorer(self._fit_rows(rows), function)
 
     def score_batches(self, rows: Sequence[Encoded], function: BatchFunction[T]) -> list[T]:

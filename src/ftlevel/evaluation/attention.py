@@ -95,10 +95,7 @@ class SharedPrompts:
         return torch.tensor(slots, device=self.states[0][0].device)
 
     def attention_forward(self, query: Tensor, layer: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns `_partial_attention` to the prompt of each row.
-
-        `query` is scaled, `(rows, key heads, queries, head_dim)`.
-        """
+        """Returns `_partial_attention` of `query` (rows, key heads, queries, d) to each prompt."""
         keys, values = self.states[layer]
         prompts, groups, _, width = keys.shape
         if self.slots is not None:
@@ -113,7 +110,6 @@ class SharedPrompts:
         )
 
     def _to_rows(self, part: Tensor, heads: int) -> Tensor:
-        """Reshape (prompts, key heads, width · queries, n) to (rows, key heads, queries, n)."""
         prompts, groups, _, size = part.shape
         part = part.view(prompts, groups, self.width, heads, size).transpose(1, 2)
         part = part.reshape(prompts * self.width, groups, heads, size)
@@ -212,8 +208,7 @@ def _partial_attention(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns (Σ wₜ vₜ, m, Σ wₜ) with wₜ = exp(sₜ − m) and m = max sₜ over visible tokens.
 
-    The results have the first three dimensions of `query`; `hidden` is True for invisible
-    positions.
+    `hidden` is True for invisible tokens.
     """
     scores = torch.matmul(query, key.transpose(2, 3))
     if hidden is not None:

@@ -139,8 +139,7 @@ class RowDecoder:
     def _forward(self, rows: Rows, ids: torch.Tensor, seq: int, shared: int = 0) -> None:
         """Run the model on `ids` (rows, new), after which the cache has `seq` positions.
 
-        The first `shared` positions are a prefix of every row; the row's other tokens are aligned
-        on the right.
+        The first `shared` positions are a prefix that all rows share.
         """
         starts = seq + shared - torch.tensor(rows.lengths, device=self._device)[:, None]
         positions = torch.arange(seq, device=self._device)[None]
@@ -166,7 +165,6 @@ class RowDecoder:
         self._choose_tokens(rows)
 
     def _choose_tokens(self, rows: Rows) -> None:
-        """Set the next token of each row (modified) to the argmax of its logits."""
         rows.last = rows.scores.argmax(-1).tolist()
 
 
@@ -347,7 +345,6 @@ def join(batches: Sequence[tuple[Rows, Sequence[int]]]) -> Rows:
 
 
 def _select_prompts(rows: Rows, chosen: Sequence[int]) -> Iterator[SharedPrompts]:
-    """Yields the shared prompts of the rows at the ascending indices `chosen`."""
     first = 0
     for block in rows.prompts:
         indices = [i - first for i in chosen if first <= i < first + len(block.prompt_indices)]

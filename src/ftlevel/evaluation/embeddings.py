@@ -64,10 +64,7 @@ def score_embeddings(
     decode: Callable[[Encoded], str],
     corpus: Sequence[Any] = (),
 ) -> dict[str, float]:
-    """Returns the loss and the metrics of `rows`; `decode` turns an encoded text into a string.
-
-    Queries search the documents of `corpus`, by default those of `rows`.
-    """
+    """Returns loss and metrics of `rows`, whose queries search their documents, or `corpus`."""
     texts, step = distinct_texts(rows)
     search_ids = add_texts(texts, corpus)
     vectors = embed_texts(model, objective, texts, pad_id, device)
@@ -86,10 +83,7 @@ def score_embeddings(
 
 
 def step_losses(objective: Embeddings, vectors: torch.Tensor, step: StepTexts) -> list[float]:
-    """Returns for each row the mean loss of its group, which has as many rows as a training step.
-
-    If the last group is a single row and the loss compares rows, it joins the group before.
-    """
+    """Returns for each row the mean loss of its group, which is as large as a training step."""
     objective = objective.for_validation(step)
     size, losses = objective.step_rows, list[float]()
     positions = list(range(0, len(step), size))
@@ -170,11 +164,7 @@ def create_meters(
     dims: Sequence[int | None],
     search_ids: Sequence[int] = (),
 ) -> list[Any]:
-    """Create one meter per row; the main metric is computed for each number of `dims`.
-
-    `search_ids` are the indices of the texts that queries search; empty for the documents of the
-    rows.
-    """
+    """Create one meter per row; queries search the texts at `search_ids`, by default the rows'."""
     spaces = {"" if count is None else f"_dim_{count}": vectors[:, :count] for count in dims}
     is_cosine = objective.format.similarity == "cosine"
     if objective.kind == "ranking":
@@ -249,7 +239,6 @@ def _score_details(
     queries: Sequence[int],
     documents: Sequence[int],
 ) -> dict[int, dict[str, Any]]:
-    """Returns per query the scores of its best positive and negative, and that negative."""
     details: dict[int, dict[str, Any]] = {}
     for start, scores in iterate_scores(vectors[queries], vectors[documents], similarity):
         for query, line in zip(queries[start:], scores, strict=False):

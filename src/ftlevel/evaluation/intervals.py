@@ -78,7 +78,6 @@ class ExampleRecord:
                 )
 
     def _units_of(self, row: Encoded) -> list[ExampleStats]:
-        """Returns the statistics of the row's example and, if it has one, of its cluster."""
         unit = self.units.setdefault(row.row, ExampleStats(self.objective.meter()))
         if row.cluster is None:
             return [unit]
@@ -192,10 +191,7 @@ LEVEL = 0.05
 
 @dataclass(frozen=True)
 class MetricRuns:
-    """Values of a metric for one method, with one run per seed.
-
-    `draws` `(seeds, draws)` is the metric on resampled rows; it is empty if a draw has no value.
-    """
+    """Values of a metric, one per seed; `draws` (seeds, draws) are those on resampled rows."""
 
     values: Sequence[float]
     draws: np.ndarray
@@ -251,10 +247,7 @@ V = TypeVar("V")
 def check_metrics(
     names: Sequence[str], task: BaseTask, objective: Objective, *, generates: bool, how: str
 ) -> None:
-    """Raise ConfigError if a name in `--metrics` is unknown, or belongs to texts not generated.
-
-    `generates` says whether texts are generated; `how` is the flag that enables it.
-    """
+    """Raise ConfigError for a name in `--metrics` that is unknown, or needs generated texts."""
     valid = ("loss", *objective.metrics, *(task.text_metrics if generates else ()))
     for name in names:
         if name in valid:

@@ -45,10 +45,7 @@ def as_document(text: str) -> EmbeddingRow:
 def evaluate_retrieval(
     trained: LoadedModel, data: RetrievalSet, batch_size: int | None, report: Report
 ) -> tuple[RetrievalScores, int]:
-    """Returns the metrics of each query, and the number of truncated texts.
-
-    The main metric is also computed for each number of Matryoshka dimensions.
-    """
+    """Returns the metrics of each query, and the number of truncated texts."""
     task = trained.task
     if not isinstance(task, EmbeddingTask):
         raise TypeError("only embedding models search")

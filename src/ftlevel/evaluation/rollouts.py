@@ -301,8 +301,7 @@ def open_teacher(
 ) -> TokenLogps:
     """Load the teacher `name`; returns a function from completions to its log-probabilities.
 
-    `kind` and `tokenizer` are those of the sampled model. Raises InputError if the teacher does not
-    exist, or has another tokenizer.
+    Raises InputError if the teacher does not exist, or its tokenizer is not `tokenizer`.
     """
     reference = resolve_reference("--teacher", name, kind, tokenizer, device)
     model = reference.ref.load(device, dtype).model
@@ -313,11 +312,7 @@ def open_teacher(
 
 @dataclass(frozen=True)
 class RewardEvaluator(Evaluator):
-    """Evaluator that samples completions for the first `generated_rows` prompts.
-
-    Attributes:
-        rollouts: samples from the evaluated model and scores the completions.
-    """
+    """Evaluator whose `rollouts` sample for the first `generated_rows` prompts."""
 
     rollouts: Rollouts | None = None
 
@@ -354,10 +349,7 @@ REWARD_TASK = "reward"
 
 @dataclass
 class TrainedRewardModel:
-    """A run, adapter or model that scores answers; weights are loaded by the first `score`.
-
-    `fingerprint` is a hash of all weights.
-    """
+    """A run, adapter or model that scores answers; weights are loaded by the first `score`."""
 
     ref: ModelRef
     device: str
@@ -379,10 +371,7 @@ class TrainedRewardModel:
 
 
 def open_reward_model(name: str, device: str) -> TrainedRewardModel:
-    """Resolve the reward model `name` without loading weights.
-
-    Raises InputError if it does not exist, or was trained for a different task.
-    """
+    """Resolve a reward model; InputError if it does not exist, or is for a different task."""
     label = f"--reward {name}"
     try:
         ref = resolve_model(name, device=device, display_name=label)

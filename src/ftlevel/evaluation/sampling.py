@@ -48,7 +48,6 @@ def _signed(value: int) -> int:
 
 
 def _mix(state: torch.Tensor) -> torch.Tensor:
-    """Returns SplitMix64's output function of `state` (int64, modified)."""
     for shift, factor in ((30, _FIRST), (27, _SECOND), (31, 1)):
         state ^= (state >> shift) & ((1 << (64 - shift)) - 1)
         if factor != 1:
@@ -74,10 +73,7 @@ class Noise:
 
 
 def exponentials(keys: torch.Tensor, num_values: int, start: int = 0) -> torch.Tensor:
-    """Returns exponential random numbers `(n, num_values)` in float32 for `keys` `(n,)`.
-
-    A key defines a sequence of numbers; `start` is the index of the first one to return.
-    """
+    """Returns exponential random numbers `(n, num_values)` of the sequences that `keys` define."""
     counters = torch.arange(start + 1, start + num_values + 1, device=keys.device) * _signed(_PHI)
     bits = _mix(keys[:, None] + counters)
     uniform = ((bits >> 11) & ((1 << 53) - 1)).double() * 2.0**-53
@@ -309,7 +305,7 @@ def select_sampler(
 ) -> tuple[Callable[[], Sampler], str]:
     """Returns a function that opens a sampler of `model`, and why it uses `generate`, or "".
 
-    Call it in eval mode under `torch.no_grad`. The decoder is checked on `prompt`.
+    The decoder is checked on `prompt`; call it in eval mode under `torch.no_grad`.
     """
 
     def generate() -> Sampler:

@@ -47,7 +47,7 @@ class Evaluator:
         language: ISO 639-1 code of the texts; "" if unknown.
         metrics: names of the metrics to return besides the loss; empty for all.
         corpus: documents that queries search; empty for those of the rows.
-        begin_record: creates a record if a call has none; may return None.
+        begin_record: creates a record if a call has none.
     """
 
     rows: Sequence[Encoded]
@@ -145,10 +145,7 @@ class Evaluator:
         return [row.sequences[0] for row in self.rows[: self.generated_rows]]
 
     def generate(self, model: Any) -> list[str]:
-        """Returns the generated texts for the first `generated_rows` rows.
-
-        Sampling restores the random state, so that training is not affected.
-        """
+        """Returns the generated texts for the first `generated_rows` rows."""
         prompts = [self._prompt(row) for row in self._generated()]
         with torch.random.fork_rng(enabled=bool(self.writing.temperature)):
             return generate_texts(
@@ -224,10 +221,7 @@ def score_answers(
 
 
 def compute_likelihoods(evaluator: Evaluator, model: Any) -> np.ndarray:
-    """Compute the log-likelihoods of the two sequences of each row, `(rows, 2)` in float32.
-
-    Batches are those of `score_answers`, so that equal weights give bit-identical values.
-    """
+    """Returns the log-likelihoods of both sequences of each row, `(rows, 2)` in float32."""
     rows = evaluator.rows
     result = np.zeros((len(rows), 2), dtype=np.float32)
     with evaluating(model, evaluator.device, evaluator.dtype), _head(evaluator, model) as head:

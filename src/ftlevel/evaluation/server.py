@@ -99,10 +99,7 @@ class ServerSampler:
         options: SamplingOptions,
         noise: Noise,
     ) -> list[list[Completion]]:
-        """Returns `options.count` completions of each prompt, sampled with the current weights.
-
-        Raises RunError if the server fails or has other weights.
-        """
+        """Returns completions per prompt; RunError if the server fails or has other weights."""
         try:
             self._update(prompts[0], options)
             keys = noise(rows, [0] * len(rows), [0] * len(rows)).tolist()
@@ -138,11 +135,7 @@ class ServerSampler:
     def _check_weights(
         self, prompt: list[int], options: SamplingOptions, before: Sequence[torch.Tensor]
     ) -> None:
-        """Raise RunError unless the server has the current weights.
-
-        Its log-probabilities must be close to those of the current weights, and not much closer to
-        those of the former weights, `before`.
-        """
+        """Raise RunError unless the server's log-probabilities are those of the current weights."""
         output = self._complete(prompt, self._version, options, NUM_TEST_TOKENS)
         row = create_completion_row(prompt, output.ids, 0, 0, [])
         difference = _difference(output, self._token_logps([row])[0])
@@ -208,15 +201,11 @@ def _parse_choice(choice: Mapping[str, Any]) -> Completion:
 
 
 def _difference(output: Completion, logps: Sequence[float]) -> float:
-    """Returns the mean absolute difference of the server's log-probabilities from `logps`."""
     return float(np.abs(np.subtract(output.logps, logps)).mean())
 
 
 def _request(url: str, path: str, body: Mapping[str, Any] | None, timeout: float) -> Any:
-    """Returns the server's response: parsed JSON, or the text if it is not JSON.
-
-    Raises OSError if there is no response, and _RefusedError for an HTTP error.
-    """
+    """Returns parsed JSON or text; OSError without a response, _RefusedError for an HTTP error."""
     data = None if body is None else json.dumps(body).encode()
     request = urllib.request.Request(
         url.rstrip("/") + path, data, {"Content-Type": "application/json"}

@@ -301,7 +301,6 @@ def compare_text(
 
 
 def _num_equal_choices(first: torch.Tensor, second: torch.Tensor) -> int:
-    """Returns at how many targets two tensors `(targets, choices)` have the same argmax."""
     return int((first.argmax(-1) == second.argmax(-1)).sum())
 
 
@@ -355,10 +354,7 @@ def resolve_pair(
 
 
 def have_same_inputs(ref: ModelRef, other: ModelRef) -> bool:
-    """Returns whether the two read the same tokens and, if they embed, pool them alike.
-
-    If not, their metrics can be compared, but not their outputs.
-    """
+    """Returns whether both models read the same tokens and, if they embed, pool them alike."""
     forms = _embedding_format(ref), _embedding_format(other)
     same_width = forms[0] is None or width_of(ref.model_config) == width_of(other.model_config)
     return forms[0] == forms[1] and same_width and _have_equal_vocabs(ref, other)
@@ -421,10 +417,7 @@ class ComparisonInputs:
 def build_comparison_inputs(
     eval_text: Path | None, eval_tokens: int, trained: LoadedModel, rows: Sequence[Encoded]
 ) -> ComparisonInputs:
-    """Build the inputs for comparing `trained` with its reference.
-
-    Raises InputError if the text cannot be read, or has fewer than two tokens.
-    """
+    """Create the inputs of a comparison; InputError if the text is unreadable or too short."""
     auto_class = trained.ref.auto_class
     if auto_class not in PREDICTS:
         return ComparisonInputs(rows, [], auto_class, "")

@@ -216,10 +216,7 @@ class CodeSelector:
 
 
 def resolve_quantization(config: MergeConfig, inputs: MergeInput) -> QuantConfig | None:
-    """Returns the quantization of the written model; None for floating point.
-
-    Raises InputError if the model has no layer that can be quantized.
-    """
+    """Returns the quantization of the saved model, or None; InputError if it has no such layer."""
     if config.quant == "none":
         return None
     base = inputs.quant if inputs.quant.kind == config.quant else QuantConfig(kind=config.quant)
@@ -302,7 +299,7 @@ def compare_quantized(
     eval_set: EvalSet,
     trained: RowLogits,
 ) -> Agreement:
-    """Reload the quantized model and compare its logits with `trained`, those of the trained model.
+    """Reload the quantized model and compare it with `trained`, the logits of the trained model.
 
     Raises RunError if bitsandbytes dequantizes to other weights than the selected ones.
     """

@@ -43,10 +43,7 @@ _TOKEN_TYPES = "token_type_ids"
 
 @dataclass(frozen=True)
 class MergeInput:
-    """Inputs of a merge before weights are loaded; `ref` names adapter and base.
-
-    `dtype` is the compute precision in which models are compared.
-    """
+    """Inputs of a merge before weights load; `dtype` is the precision of comparisons."""
 
     ref: ModelRef
     dtype: str
@@ -74,11 +71,7 @@ class MergeInput:
 
     @functools.cached_property
     def ignores_token_types(self) -> bool:
-        """Whether the model did not receive `token_type_ids` in training.
-
-        PEFT 0.21's class for question answering does not pass them to the model. A model that was
-        trained in full has no adapter.
-        """
+        """Whether training passed no `token_type_ids`, as PEFT 0.21 does for question answering."""
         if self.ref.directory is None:
             return False
         return bool(_load_peft_config(self.ref.directory).get("task_type") == "QUESTION_ANS")
@@ -123,10 +116,7 @@ def _load_peft_config(adapter_dir: Path) -> dict[str, Any]:
 
 
 def resolve_merge_input(config: MergeConfig) -> MergeInput:
-    """Resolve the first adapter of `config` and its base; load no weights.
-
-    Raises InputError if the adapter cannot be merged, or the base is missing or has other weights.
-    """
+    """Resolve adapter and base of a merge; InputError if they cannot be merged or do not fit."""
     get_adapter_dir(config.adapters[0])
     device = select_device(config.device).value
     ref = resolve_model(config.adapters[0], base=config.base_model, device=device)
@@ -148,10 +138,7 @@ def resolve_merge_input(config: MergeConfig) -> MergeInput:
 
 @dataclass(frozen=True)
 class CheckRows:
-    """Rows to compare models on, and calibration rows to choose quantization codes on.
-
-    The two are disjoint if there are enough rows. `choices` are lines to print.
-    """
+    """Rows to compare models on, rows to select codes on, and lines to print."""
 
     compared: list[Encoded]
     calibration: list[Encoded]
@@ -210,11 +197,7 @@ def _prepare_rows(inputs: MergeInput, data: DataConfig, seed: int) -> PreparedDa
 
 
 def _create_rows(inputs: MergeInput, count: int, calibration: int, message: str) -> CheckRows:
-    """Returns `count` rows of random tokens, or of text if `calibration` rows are needed, too.
-
-    The inputs of layers on random tokens are not typical, so codes cannot be selected on them.
-    `message`, why there are no data rows, is for the log.
-    """
+    """Returns rows of random tokens, or of text if there are calibration rows, too."""
     if calibration:
         tokens = (count + calibration) * _ROW_LENGTH
         text = load_eval_text(None, tokens)

@@ -148,10 +148,7 @@ class TensorMerger:
         return torch.cat([value, new])[:num_rows]
 
     def check_complete(self, heads: list[str], base: str) -> None:
-        """Raise InputError if a tensor of the model is neither in the base nor in the adapter.
-
-        A missing bias of a new head in `heads` is allowed: it is zero.
-        """
+        """Raise InputError if base and adapter lack a tensor other than a bias of `heads`."""
         missing = [
             name
             for name in self.shapes
@@ -177,10 +174,7 @@ class TensorMerger:
         return not self.adapts(name) and not is_rounded and is_same
 
     def _merge(self, unit: str) -> dict[str, torch.Tensor]:
-        """Merge the module `unit` in float32; its tensors are rounded once, when they are written.
-
-        In bfloat16 most of a small update would be below the rounding and lost.
-        """
+        """Merge a module in float32, since in bfloat16 most of a small update would be lost."""
         before: dict[str, torch.Tensor] = {}
 
         def read(name: str) -> torch.Tensor:
@@ -246,13 +240,9 @@ def save_merged(
 ) -> tuple[MergedFiles, TensorMerger]:
     """Save the base of `inputs`, merged with its adapter, in the empty `output_dir`.
 
-    Returns a summary and the merger, which can compute the tensors again. A `dtype` of None is the
-    base's. `rounding` takes the model on the meta device and returns how its weights were quantized
-    in training; None merges into the base as saved.
-
-    Raises:
-        InputError: a tensor of the adapter or of the base does not belong to the model.
-        RunError: the merge changes nothing.
+    `dtype` None keeps the base's. `rounding` maps the meta model to the rounding of training; None
+    merges into the base as saved. Raises InputError if tensors do not belong to the model, and
+    RunError if the merge changes nothing.
     """
     merger = open_merger(inputs, dtype, rounding)
     checkpoint, model = merger.checkpoint, merger.checkpoint.model
@@ -297,10 +287,7 @@ def _open(inputs: MergeInput, model: Any) -> Checkpoint:
 
 
 def _are_untied(merger: TensorMerger, ties: Mapping[str, str]) -> bool:
-    """Whether tensors that are tied in the base differ after the merge.
-
-    PEFT applies an update of the embedding to the lookup only, not to a tied output layer.
-    """
+    """Whether tensors that are tied in the base differ after the merge."""
     return any(
         (merger.adapts(target) or merger.adapts(source))
         and not torch.equal(merger.value(target), merger.value(source))
@@ -347,7 +334,6 @@ def _copy(key: str, info: TensorSpec, stored: Any) -> TensorPart:
 def _save_config(
     output_dir: Path, inputs: MergeInput, model: Any, dtype: torch.dtype, *, untied: bool
 ) -> None:
-    """Save config, tokenizer and generation config next to the weights."""
     config = model.config
     config.architectures = [type(model).__name__]
     config.dtype = dtype

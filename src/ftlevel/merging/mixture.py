@@ -186,7 +186,6 @@ def mix(
 
 
 def _check_same_base(inputs: MergeInput, name: str, adapter_dir: Path) -> None:
-    """Raise InputError if an adapter was trained on other base weights than the first one."""
     if not (adapter_dir / CARD).is_file():
         return
     base, first_base = load_card(adapter_dir).base, inputs.card.base

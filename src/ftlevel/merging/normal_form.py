@@ -182,7 +182,7 @@ def get_plain_form(config: Mapping[str, Any]) -> LoraConversion:
 def compute_normal_form(
     adapter_dir: Path, config: Mapping[str, Any], base: BaseWeights, limit: int
 ) -> NormalForm | None:
-    """Compute the normal form from the adapter's file; None if the loaded layers must be probed.
+    """Compute the normal form from the adapter's file; None if its method has no formula.
 
     Raises InputError if there is no normal form, or its rank is above `limit`.
     """
@@ -197,10 +197,7 @@ def compute_normal_form(
 def load_adapter_file(
     adapter_dir: Path, config: Mapping[str, Any], base: BaseWeights
 ) -> AdapterFile:
-    """Load the adapter's tensors, without copies of base tensors; names are those of the base.
-
-    Raises InputError if the vocabulary size or a copied tensor differs from the base.
-    """
+    """Load the adapter's tensors by the base's names; InputError if they do not fit the base."""
     from safetensors.torch import load_file
 
     embedding = base.model.get_input_embeddings() if trained_on_text(base.model) else None
@@ -245,8 +242,7 @@ def build_normal_form(
 ) -> NormalForm:
     """Create the normal form of `factors` and of the remaining tensors of `file`.
 
-    Raises InputError if a remaining tensor does not fit plain LoRA, a rank is above `limit`, or
-    nothing changes the base.
+    Raises InputError if a remaining tensor does not fit plain LoRA or a rank is above `limit`.
     """
     unsupported = [name for name in file.tensors if not is_whole(name, file.config)]
     if unsupported:

@@ -84,10 +84,7 @@ def load_merged(model_dir: Path, inputs: MergeInput) -> Any:
 def measure(
     candidate: Candidate, inputs: MergeInput, eval_set: EvalSet, trained: RowLogits
 ) -> Candidate:
-    """Reload `candidate`; return it with its logits and its difference from the trained model.
-
-    Raises RunError if a reloaded tensor differs from the merged one.
-    """
+    """Reload `candidate` and compare it with the trained model; RunError if tensors differ."""
     model = load_merged(candidate.directory, inputs)
     _check_files(model, candidate.merger)
     outputs = eval_set.score(model, inputs.dtype)
@@ -119,7 +116,6 @@ def check(candidate: Candidate, inputs: MergeInput, eval_set: EvalSet) -> MergeC
 
 
 def _check_files(model: Any, merger: TensorMerger) -> None:
-    """Raise RunError if a parameter of the reloaded `model` is not the rounded merged tensor."""
     for name, weight in model.named_parameters():
         if name in merger.shapes:
             merged = merger.value(name).to(weight.dtype)
@@ -139,11 +135,7 @@ def _load_reference(candidate: Candidate, inputs: MergeInput) -> Any:
 def _compare_before_rounding(
     candidate: Candidate, inputs: MergeInput, eval_set: EvalSet
 ) -> tuple[Agreement, RowLogits]:
-    """Compare the unrounded merge with base and adapter in float32; also returns its logits.
-
-    Weights in their stored dtype are cast one module at a time, to save memory. If loading them in
-    the compute dtype rounds them, they are loaded in float32.
-    """
+    """Compare the unrounded merge with base and adapter in float32; also returns its logits."""
     merger = candidate.merger
     if candidate.onto == "original" and merger.loses_in(DTYPES[inputs.dtype]):
         inputs = replace(inputs, dtype="float32")

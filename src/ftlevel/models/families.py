@@ -26,10 +26,7 @@ _ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class Dims:
-    """Sizes of a released model; `kv_heads` 0 means `heads`, `head_dim` 0 `hidden / heads`.
-
-    `layers` is the number of layers; of the encoder if there are two stacks.
-    """
+    """Sizes of a released model; `kv_heads` 0 means `heads`, `head_dim` 0 `hidden / heads`."""
 
     hidden: int
     ffn: int
@@ -64,9 +61,9 @@ WIDTHS: dict[str, Callable[[Dims], int]] = {
 
 @dataclass(frozen=True)
 class BlockLinear:
-    """A linear layer of a block; `fan_in` and `fan_out` are keys of `WIDTHS`.
+    """A linear layer; `path` is relative to its block, `fan_in` and `fan_out` are keys of `WIDTHS`.
 
-    `path` is relative to the block. `only` is the variant of the family that has it; empty for all.
+    `only` is the variant of the family that has it; empty for all.
     """
 
     path: str

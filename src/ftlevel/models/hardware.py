@@ -77,10 +77,7 @@ def get_cpu_quota(membership: Path = _MEMBERSHIP, root: Path = _CGROUPS) -> floa
 def control_groups(
     membership: Path = _MEMBERSHIP, root: Path = _CGROUPS, controller: str = "cpu"
 ) -> Iterator[Path]:
-    """Yields the control-group directories from this process's group up to the root.
-
-    In a container, `membership` may name a path of the host; the container's group is then `root`.
-    """
+    """Yields the control-group directories from this process's group up to the root."""
     try:
         lines = membership.read_text().splitlines()
     except OSError:
@@ -218,12 +215,7 @@ def format_device(device: str) -> str:
 
 
 def select_dtype(dtype: str, device: str, method: str, model_type: str) -> Choice:
-    """Select the compute dtype by name; trained weights are always in float32.
-
-    Raises:
-        ConfigError: float16 on a CPU or for T5, whose activations overflow; 16-bit types for
-            DeBERTa (v1), whose attention mask overflows.
-    """
+    """Select the compute dtype by name; ConfigError if device or model do not support it."""
     if model_type == "deberta":  # transformers 5.24 masks with float32's minimum
         if dtype in ("auto", "float32"):
             why = "auto: DeBERTa's mask overflows anything shorter" if dtype == "auto" else ""
@@ -274,10 +266,7 @@ def _has_fast_bfloat16(device: str) -> tuple[bool, str]:
 
 
 def autocast(device: str, dtype: str) -> torch.autocast:
-    """Returns the autocast context for `dtype`, in which trained weights stay float32.
-
-    Training, evaluation, generation and adapter verification use it, so that their results agree.
-    """
+    """Returns the autocast context for `dtype`, in which trained weights stay float32."""
     return torch.autocast(device, dtype=DTYPES[dtype], enabled=dtype != "float32")
 
 

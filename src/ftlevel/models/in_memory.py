@@ -184,7 +184,6 @@ def _get_tokenizer_state(tokenizer: Any) -> tuple[Any, ...]:
 
 
 def _has_same_weights(model: Any, source: ModelSource, quant: QuantConfig | None) -> bool:
-    """Returns whether config and all weights of `model` equal those of `source`."""
     if source.kind == "gguf" or _get_config_dict(model.config) != _get_config_dict(
         load_config(source)
     ):

@@ -49,9 +49,9 @@ Mismatch = tuple[str, tuple[int, ...], tuple[int, ...]]
 
 
 def check_shapes(model: Any, mismatched: Iterable[Mismatch], label: str) -> list[str]:
-    """Returns the head parameters among the `mismatched` weights; they are newly initialized.
+    """Returns the head parameters among the `mismatched` weights, which are newly initialized.
 
-    Raises `InputError` if a weight outside the heads has a different shape in the checkpoint.
+    Raises InputError if a weight outside the heads has a different shape in the checkpoint.
     """
     heads = tuple(f"{head}." for head in get_heads(model))
     rows = sorted(mismatched)
@@ -187,7 +187,6 @@ _UNREADABLE = (OSError, json.JSONDecodeError, struct.error, SafetensorError)
 
 @contextlib.contextmanager
 def _convert_read_errors(source: ModelSource) -> Iterator[None]:
-    """Convert exceptions for corrupted files in the `with` block to `InputError`."""
     try:
         with reading(source.label):
             yield

@@ -253,10 +253,7 @@ def get_modules_to_not_convert(model: nn.Module) -> list[str]:
 
 
 def get_heads(model: nn.Module) -> list[str]:
-    """Returns the modules on top of the base model, as in PEFT's `modules_to_save`.
-
-    For example `["pre_classifier", "classifier"]` or `["lm_head"]`; empty for a bare model.
-    """
+    """Returns the modules on top of the base model, such as `["lm_head"]`; may be empty."""
     return ModuleTree(model).heads
 
 

@@ -71,10 +71,7 @@ class ModelSource:
 
 
 def find_files(source: ModelSource, patterns: Sequence[str]) -> Path | None:
-    """Returns a directory with the files of `source` that match `patterns`, or None.
-
-    Files of a Hub model are downloaded, or offline taken from the cache.
-    """
+    """Returns a directory with the files of `source` that match `patterns`, or None."""
     if source.kind != "hub":
         return source.path if source.path is not None and source.path.is_dir() else None
     from huggingface_hub import snapshot_download
@@ -103,11 +100,8 @@ def resolve_source(
 ) -> ModelSource:
     """Returns the model source for `name`: Hub id, directory, .gguf file or builtin:NAME.
 
-    `display_name` replaces `--model NAME` in errors. With `needs_weights=False`, config.json is
-    enough.
-
-    Raises:
-        InputError: no such model can be reached; the message lists alternatives.
+    `display_name` replaces `--model NAME` in errors. With `require_weights=False`, config.json is
+    enough. Raises `InputError` if no such model can be reached.
     """
     label = display_name or f"--model {name}"
     if name.startswith("builtin:"):
@@ -198,7 +192,6 @@ def _check_directory(path: Path, label: str, require_weights: bool) -> None:
 
 
 def _check_looks_like_hub_id(name: str, path: Path, label: str) -> None:
-    """Raise `InputError` if the missing path `name` cannot be a Hub id."""
     is_run = path.parts[:1] == ("runs",)  # output directory of runs, not an organization
     if _HUB_ID.fullmatch(name) and not name.startswith((".", "/", "~")) and not is_run:
         return

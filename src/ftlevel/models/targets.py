@@ -204,8 +204,6 @@ def _model_type(model: nn.Module) -> str:
 
 
 class _Selector:
-    """Selects linear layers of one model and builds error messages."""
-
     def __init__(self, model: nn.Module, model_name: str | None) -> None:
         self.tree = ModuleTree(model)
         self.linears: dict[str, LinearModule] = {part.name: part for part in self.tree.linears()}

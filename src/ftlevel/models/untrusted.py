@@ -84,7 +84,6 @@ def check_config(config: Mapping[str, Any], label: str) -> None:
 
 
 def _check_kernels(config: Mapping[str, Any], label: str) -> None:
-    """Raise if the config or a nested config names a Hub kernel."""
     for name, value in config.items():
         if name in _IMPLEMENTATIONS:
             for kernel in value.values() if isinstance(value, Mapping) else [value]:
@@ -160,10 +159,7 @@ def _sizes_of(_process: int) -> io.FileIO | None:
 
 @contextmanager
 def limit_memory(size: int) -> Iterator[None]:
-    """Raise `MemoryError` if the `with` block needs more than `size` bytes of additional memory.
-
-    Linux only; no effect elsewhere.
-    """
+    """Raise `MemoryError` if the block needs more than `size` bytes of memory; Linux only."""
     sizes = _sizes_of(os.getpid())
     if resource is None or sizes is None:
         yield

@@ -47,10 +47,7 @@ class ForeignAdapter(Protocol):
         """Returns the base's card with the labels and options of the adapter added."""
 
     def convert(self, model: Any) -> tuple[Any, dict[str, Any]]:
-        """Returns the PEFT config and the weights by PEFT names for the base `model`.
-
-        Raises InputError if the adapter is corrupted, of a different base, or not supported.
-        """
+        """Returns PEFT config and weights for the base `model`; InputError if they do not fit."""
 
 
 class AdapterReader(Protocol):
@@ -90,9 +87,9 @@ _PREFIX = "base_model.model."
 
 
 def resize_embeddings(model: Any, adapter_dir: Path) -> int | None:
-    """Resize the embeddings of `model` (modified) to the adapter's vocabulary; return the old size.
+    """Resize the embeddings of `model` (modified) to the adapter's vocabulary size.
 
-    Added rows are NaN until `check_new_embeddings`. Returns None if the size does not change.
+    Added rows are NaN until `check_new_embeddings`. Returns the old size; None if it is unchanged.
     """
     old_vocab_size = _get_vocab_size(model)
     requested = get_adapter_vocab_size(model, adapter_dir) if old_vocab_size else None
@@ -107,7 +104,7 @@ def resize_embeddings(model: Any, adapter_dir: Path) -> int | None:
 
 
 def check_new_embeddings(model: Any, old_vocab_size: int | None, adapter_dir: Path) -> None:
-    """Raise InputError if the adapter lacks embedding rows that `resize_embeddings` added.
+    """Raise InputError if the adapter lacks rows that `resize_embeddings` added.
 
     In the base, the added rows change from NaN to the mean row.
     """
@@ -279,10 +276,7 @@ def finalize_method(model: Any, method: MethodConfig) -> None:
 
 
 def train_in_float32(model: Any) -> None:
-    """Convert every trainable parameter of `model` (modified) to float32.
-
-    In bfloat16, rounding would lose most of AdamW's small updates.
-    """
+    """Convert trainable parameters of `model` (modified) to float32, in which updates are kept."""
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
@@ -309,11 +303,7 @@ def save_adapter(
 
 
 def load_adapter(base: Any, adapter_dir: Path, name: str = "default") -> Any:
-    """Load an adapter onto `base` (modified), in eval mode with float32 weights.
-
-    Raises InputError if the adapter is corrupted, of unknown type, or of a different base; or
-    weights are missing or unexpected.
-    """
+    """Load an adapter onto `base` (modified), in eval mode; InputError if it does not fit."""
     import peft
 
     ensure_registered()
@@ -345,10 +335,7 @@ def load_adapter(base: Any, adapter_dir: Path, name: str = "default") -> Any:
 
 
 def load_initial_weights(peft_model: Any, adapter_dir: Path) -> None:
-    """Load the weights in `adapter_dir` into the untrained adapter of `peft_model` (modified).
-
-    Raises InputError if the weights are corrupted or do not match the adapter.
-    """
+    """Load weights into the untrained adapter of `peft_model`; InputError if they do not fit."""
     _set_weights(peft_model, _load_weights(adapter_dir), adapter_dir, "default")
 
 
@@ -386,10 +373,7 @@ def _get_custom_loader(adapter_dir: Path) -> Callable[[Any, Path, str], Any] | N
 
 
 def add_adapter(peft_model: Any, adapter_dir: Path, name: str) -> None:
-    """Load another adapter into `peft_model` (modified) without activating it.
-
-    Raises InputError if it is incomplete or not compatible with those already loaded.
-    """
+    """Load another adapter, without activating it; InputError if it is not compatible."""
     config: Any = None
     if (reader := get_adapter_reader(adapter_dir)) is not None:
         config, weights = reader.read(adapter_dir).convert(peft_model.get_base_model())
@@ -419,7 +403,6 @@ def add_adapter(peft_model: Any, adapter_dir: Path, name: str) -> None:
 
 
 def _load_weights(adapter_dir: Path) -> dict[str, Any]:
-    """Load the PEFT weights; InputError if they are missing, corrupted, non-finite or unknown."""
     import peft
     from safetensors import SafetensorError
     from safetensors.torch import load_file

@@ -45,11 +45,7 @@ class AdapterSet:
 
     @contextlib.contextmanager
     def active_adapter(self, name: str) -> Iterator[LoadedModel]:
-        """Activate the adapter `name` inside the `with` block; the name `base` disables all.
-
-        The base uses the prompt format of the first adapter. Raises ConfigError for an unknown
-        name.
-        """
+        """Activate the adapter `name` in the `with` block; `base` disables all adapters."""
         if name == BASE:
             if not self.has_base:
                 raise ConfigError("the model has no adapter that could be disabled.")
@@ -71,9 +67,8 @@ class AdapterSet:
 def load_adapter_set(config: GenerateConfig) -> AdapterSet:
     """Load the model, run or adapters that `config` names.
 
-    Raises:
-        ConfigError: nothing is named, or two adapters have the same name.
-        InputError: a model or adapter does not exist, or the adapters are not compatible.
+    Raises ConfigError if nothing is named or two adapters have one name, InputError if one does not
+    exist or fit.
     """
     device = select_device(config.device).value
     base, refs = _resolve_all(config, device)
@@ -167,7 +162,6 @@ def scan_adapters(adapters_dir: Path) -> dict[str, Path]:
 
 
 def _check_compatible(refs: dict[str, ModelRef]) -> None:
-    """Raise InputError if adapters have different bases, quantizations or heads."""
     first_name, first = next(iter(refs.items()))
     for name, other in refs.items():
         for attribute, one, two in (

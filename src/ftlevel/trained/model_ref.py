@@ -66,9 +66,9 @@ class ModelRef:
 
     @property
     def kind(self) -> str:
-        """Type of the model: run, checkpoint, adapter, model, quantized, hub or gguf.
+        """One of run, checkpoint, adapter, model, quantized, hub, gguf; or the type of the adapter.
 
-        For an adapter of another library, it is `peft` or the kind of its `AdapterReader`.
+        It is `peft` for an adapter that only PEFT saved, else the `AdapterReader.kind`.
         """
         if self.run is not None:
             path = self.directory or Path(self.source.name)
@@ -246,7 +246,6 @@ def get_tokenizer_source(source: ModelSource, adapter_dir: Path | None) -> Model
 
 
 def _check_trained_head(missing: Sequence[str], heads: Sequence[str], name: str, task: str) -> None:
-    """Raise InputError if a head for `task` would be randomly initialized."""
     untrained = [key for key in missing if any(key.startswith(f"{head}.") for head in heads)]
     if untrained:
         raise InputError(

@@ -170,7 +170,6 @@ def _resolve_model(
     revision: str | None,
     require_task: bool,
 ) -> ModelRef:
-    """Returns the `ModelRef` of a model without a card."""
     source = resolve_source(name, revision, display_name=display_name)
     check_revision(source, revision)
     config = load_config(source)
@@ -220,7 +219,6 @@ def _resolve_external(
     task: str | None,
     base: ModelSource | None,
 ) -> ModelRef:
-    """Returns the `ModelRef` of an adapter in another library's format."""
     adapter = reader.read(adapter_dir)
     base_task = TASKS[adapter.task(task)]
     source = base or _resolve_base_source(adapter.base, adapter_dir)
@@ -257,10 +255,7 @@ def is_model(name: str) -> bool:
 
 
 def get_card_dir(path: Path) -> Path | None:
-    """Returns `path` or its subdirectory `adapter`, whichever has a card; None if neither has.
-
-    Raises InputError if the run has not finished.
-    """
+    """Returns `path` or its `adapter`, whichever has a card; InputError for unfinished runs."""
     if (path / CARD).is_file():
         return path
     if (path / "adapter" / CARD).is_file():
@@ -344,10 +339,7 @@ def _count_outputs(adapter_dir: Path, meta: Any) -> int:
 
 
 def load_peft_adapter_config(adapter_dir: Path) -> dict[str, Any]:
-    """Load adapter_config.json of an adapter that PEFT saved.
-
-    Raises InputError if the file is invalid or the weights are missing.
-    """
+    """Load adapter_config.json; InputError if it is invalid, or the weights are missing."""
     path = adapter_dir / ADAPTER_CONFIG
     check_regular(adapter_dir.iterdir(), str(adapter_dir))
     try:
@@ -446,10 +438,7 @@ def resolve_base(
 
 
 def get_original_base(ref: ModelRef) -> ModelRef | None:
-    """Returns `ref` with its base in place of the weights that `--method full` trained.
-
-    None for a different method, a new head, or a base that is missing or has changed.
-    """
+    """Returns `ref` with the base that `--method full` started from; None if it is not there."""
     card, path = ref.card, ref.source.path
     if card.method != "full" or card.merge or card.quantized or card.heads or path is None:
         return None
@@ -595,10 +584,7 @@ def load_reference(record_dir: Path, base_dir: Path, device: str) -> ReferenceMo
 
 
 def compute_fingerprint(ref: ModelRef) -> str:
-    """Returns a SHA-256 of all local weights and of their quantization.
-
-    For a model on the Hub, name and revision take the place of the weights.
-    """
+    """Returns a SHA-256 of weights (on the Hub: name and revision) and their quantization."""
     path, hasher = ref.source.path, hashlib.sha256()
     if path is None:
         hasher.update(f"{ref.base}@{ref.source.revision}".encode())

@@ -107,10 +107,7 @@ class FileTensor:
 
 
 def load_header(path: Path) -> tuple[dict[str, FileTensor], dict[str, str]]:
-    """Returns the tensors of a safetensors file by name, and its metadata.
-
-    Raises InputError if the file is truncated, or has an unsupported dtype.
-    """
+    """Returns a safetensors file's tensors by name, and its metadata; InputError if invalid."""
     try:
         with path.open("rb") as file:
             (size,) = struct.unpack("<Q", file.read(8))
@@ -164,10 +161,9 @@ def _entries(header: Any) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class TensorPart:
-    """Tensors that are written together.
+    """Tensors that are written together, in file order.
 
-    `specs` are in file order. `source` is a file's tensor to copy, or a function that returns the
-    tensors by name.
+    `source` is a file's tensor to copy, or a function that returns the tensors by name.
     """
 
     specs: Mapping[str, TensorSpec]
@@ -231,10 +227,7 @@ def save_index(output_dir: Path, weight_map: Mapping[str, str], size: int) -> No
 
 
 def weight_files(model_dir: Path) -> list[Path]:
-    """Returns the weight files of a checkpoint that transformers loads, sorted.
-
-    Raises InputError if there are none, or one that the index names is missing.
-    """
+    """Returns the files that transformers loads, sorted; InputError if one is missing."""
     single = model_dir / "model.safetensors"
     index = model_dir / "model.safetensors.index.json"
     if single.is_file():
@@ -319,7 +312,6 @@ class Checkpoint:
         return tensor.path.name if isinstance(tensor, FileTensor) else None
 
     def _group(self, name: str) -> TensorGroup:
-        """Returns the group of `name`; raises InputError if there is none."""
         group = self.groups.get(self.ties.get(name, name))
         if group is None:
             raise InputError(
@@ -364,10 +356,7 @@ def open_checkpoint(source: ModelSource, model: Any, key_mapping: Mapping[str, s
 
 
 def checkpoint_in_memory(model: Any, module: Any) -> Checkpoint:
-    """Returns a `Checkpoint` of the weights of the loaded model `module`, without copying them.
-
-    `model` (modified) is the same model on the meta device; its recorded conversions are removed.
-    """
+    """Returns a `Checkpoint` of the loaded `module`; `model` is the same on the meta device."""
     state = {name: tensor.detach() for name, tensor in module.state_dict().items()}
     conversions.forget_conversions(model)
     ties = tied_names(model)
@@ -419,7 +408,6 @@ def _group_tensors(
 
 
 def _record_ties(checkpoint: Checkpoint) -> None:
-    """Set `ties` of `checkpoint` (modified)."""
     ties = tied_names(checkpoint.model)
     for target, source in ties.items():
         if target in checkpoint.groups and source not in checkpoint.groups:
@@ -436,11 +424,7 @@ _PARTS = "shard-*.safetensors"
 
 
 def merge_sharded_checkpoint(checkpoint_dir: Path) -> Path:
-    """Returns `checkpoint_dir`, or a temporary directory with the model merged from its shards.
-
-    The temporary directory exists until the process ends. Raises InputError if a shard is missing
-    or corrupted.
-    """
+    """Returns the directory, or a temporary one with the merged shards; InputError if corrupted."""
     if not any(checkpoint_dir.glob(_PARTS)):
         return checkpoint_dir
     return Path(_merge_shards_once(checkpoint_dir.resolve()).name)

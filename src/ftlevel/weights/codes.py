@@ -105,8 +105,7 @@ def select_codes(
 ) -> torch.Tensor:
     """Select codes that approximate the output of `weight`, above all the part due to `update`.
 
-    `weight` (float32), its trained part `update` and the initial `codes` are (out, in); `moment` is
-    H (in, in). `scales` are as read back from the file.
+    All three are (out, in); `moment` is H (in, in). `scales` are as read back from the file.
     """
     directions, target, moment = compute_directions(update, moment), weight, shrunk(moment)
     for _ in range(SWEEPS):

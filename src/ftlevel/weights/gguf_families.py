@@ -165,10 +165,7 @@ def convert(config: Any, name: str, tensor: torch.Tensor, *, is_conv1d: bool) ->
 
 
 def interleave(tensor: torch.Tensor, heads: int) -> torch.Tensor:
-    """Interleave the rows of each head's two rotary halves: 0, d/2, 1, d/2 + 1 and so on.
-
-    transformers rotates row i with row i + d/2, llama.cpp's llama row 2i with row 2i + 1.
-    """
+    """Interleave the rows of each head's two rotary halves: 0, d/2, 1, d/2 + 1 and so on."""
     pairs = tensor.reshape(heads, 2, tensor.shape[0] // heads // 2, *tensor.shape[1:])
     return pairs.transpose(1, 2).reshape(tensor.shape)
 

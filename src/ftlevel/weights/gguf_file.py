@@ -64,11 +64,7 @@ SELECTED_TYPES = ("q5_0", "q4_0")
 
 @dataclass(frozen=True)
 class QuantizedMatrix:
-    """A block-quantized matrix.
-
-    `codes` (rows, columns) are uint8 indices into the grid's values; `scales` (rows, blocks) are
-    not rounded yet.
-    """
+    """A matrix as codes (rows, columns), uint8 indices of the grid, and scales (rows, blocks)."""
 
     codes: torch.Tensor
     scales: torch.Tensor
@@ -97,10 +93,7 @@ class QuantizedMatrix:
 
 
 def round_to_blocks(weight: torch.Tensor, outtype: str) -> torch.Tensor:
-    """Returns `weight` rounded to `outtype` as ggml does, in float32.
-
-    ggml rounds x · (1 / d); x / d would differ for some values. q8_0 rounds halves away from zero.
-    """
+    """Returns `weight` rounded to `outtype` in float32; as in ggml, by x · (1 / d), not x / d."""
     grid = GRIDS[outtype]
     scales = grid.scales_of(weight)
     inverse = torch.where(scales == 0, 0.0, 1 / scales).unsqueeze(-1)
@@ -245,7 +238,7 @@ def save_gguf(
     tensors: Sequence[GGUFTensor],
     step: Callable[[int], None],
 ) -> None:
-    """Save the file, or delete it after an error; `step` gets the number of tensors written.
+    """Save a .gguf file; `step` gets the number of tensors written.
 
     Raises RunError if a value is too large for float16.
     """
@@ -278,10 +271,7 @@ def file_keys(outtype: str) -> dict[str, Any]:
 
 
 def round_to(tensor: torch.Tensor, outtype: str) -> torch.Tensor:
-    """Returns `tensor` rounded to `outtype`, in float32.
-
-    It does not use the gguf package, so that it can verify the file.
-    """
+    """Returns `tensor` rounded to `outtype` without the gguf package, to verify the file."""
     tensor = tensor.float()
     if outtype == "f32":
         return tensor
@@ -306,7 +296,6 @@ def iterate_rounded_weights(tensors: Sequence[GGUFTensor], model: Any) -> Iterat
 
 
 def _add(writer: GGUFWriter, key: str, value: Any) -> None:
-    """Add a key with the type that llama.cpp expects."""
     if isinstance(value, bool):
         writer.add_bool(key, value)
     elif isinstance(value, int):
@@ -331,7 +320,6 @@ def _add_tensor_info(writer: GGUFWriter, tensor: GGUFTensor) -> None:
 
 
 def _pack(tensor: GGUFTensor) -> Any:
-    """Returns the bytes of a tensor as a numpy array, (rows, …)."""
     if tensor.codes is not None:
         matrix = tensor.codes()
         arranged = (tensor.arrange(part) for part in (matrix.codes, matrix.scales))

@@ -204,7 +204,6 @@ def _pairs(model: Mapping[str, Any]) -> list[tuple[str, str]]:
 def _tokens(
     tokenizer: Any, model: Mapping[str, Any], added: Mapping[int, Mapping[str, Any]], size: int
 ) -> tuple[list[str], list[int]]:
-    """Returns text and type of every token, up to the model's `size`."""
     texts = {index: text for text, index in model["vocab"].items()}
     texts |= {index: token["content"] for index, token in added.items()}
     _check_size(texts, size)

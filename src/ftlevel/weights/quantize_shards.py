@@ -99,11 +99,7 @@ def build_layout(
 
 
 def resolve_layout(layout: QuantizedLayout, keys: Iterable[str]) -> QuantizedLayout:
-    """Returns `layout` for a checkpoint with these `keys`.
-
-    Linear layers whose weight is assembled from several tensors are not quantized; the config skips
-    them.
-    """
+    """Returns `layout` without linear layers that are assembled from several tensors of `keys`."""
     mapped = [layout.key_mapper(key) for key in keys]
     unconverted = {name for name, pattern in mapped if pattern is None}
     missing = [name for name in layout.linears if f"{name}.weight" not in unconverted]
@@ -137,11 +133,7 @@ def _with_modules_to_skip(quantization: Any, names: list[str]) -> Any:
 
 
 def get_modules_to_skip(config: Any, auto_class: str) -> list[str]:
-    """Returns the heads of every task of the architecture, and BERT's pooler.
-
-    Most checkpoints lack a task's head, and transformers would create a quantized layer without
-    weights.
-    """
+    """Returns the heads of every task of the architecture, and BERT's pooler."""
     names: set[str] = set()
     for name in (auto_class, *TASK_CLASSES):
         if type(config) not in model_classes(name):
@@ -347,10 +339,6 @@ def _quantize_shards(
     step: Callable[[int], None],
     get_codes: SelectCodes | None,
 ) -> QuantizationSizes:
-    """Write quantized shards to the directory `out`, under the names of the source files.
-
-    Raises InputError if a file is corrupted, or a weight has a dtype that cannot be quantized.
-    """
     done, written = 0, QuantizationSizes()
     weight_map: dict[str, str] = {}
     has_metadata = is_torchao(layout.config)

@@ -49,10 +49,7 @@ class ServerSupport(Protocol):
     def start_commands(
         self, server: str, out: Path, embedding_format: EmbeddingFormat | None
     ) -> list[str]:
-        """Returns the commands that serve the exported model at `out`.
-
-        `embedding_format` is None if it is no embedding model.
-        """
+        """Returns the commands that serve the exported model at `out`."""
 
     def record(
         self,
@@ -124,21 +121,14 @@ class Export(Protocol):
     def write(
         self, output: Path, device: str, listener: Listener, merge: MergeAdapter
     ) -> dict[str, Any]:
-        """Write the files of `ExportConfig.outputs` into `output`; return the summary.
-
-        Raises RunError if the files differ from the model.
-        """
+        """Save the files; return the summary. RunError if the files differ from the model."""
 
     def describe(self, summary: Mapping[str, Any]) -> Iterable[str]:
         """Returns the lines to print after the export, from its `summary`."""
 
 
 def plan_export(config: ExportConfig, ref: ModelRef | Mapping[str, ModelRef]) -> Export:
-    """Plan the export; raise InputError if the format of `config` cannot represent the model.
-
-    `ref` is a run, adapter or model. For an `ExportFormat` with `several`, it may be adapters by
-    name.
-    """
+    """Plan the export of a model or of named adapters; InputError if the format cannot have it."""
     module = importlib.import_module(FORMATS[config.format].module)
     plan: Export = module.plan_export(config, ref)
     return plan

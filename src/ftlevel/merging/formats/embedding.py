@@ -63,10 +63,7 @@ TEXTS = (
 def check_server(
     config: ExportConfig, embedding_format: EmbeddingFormat, server: Server
 ) -> list[str]:
-    """Check that `server` computes the same embeddings as the model; return notes to print.
-
-    Raises InputError if the server would return other embeddings.
-    """
+    """Returns notes to print; InputError if `server` would return other embeddings."""
     support, name = server.embeddings, config.model
     if support is None:
         raise InputError(

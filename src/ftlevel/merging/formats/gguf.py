@@ -138,10 +138,7 @@ def check_file(
     original: Original,
     beside_run: Callable[[Any], Agreement] | None = None,
 ) -> FileCheck:
-    """Compare the file at `path` with the original, and with the run by calling `beside_run`.
-
-    Raises RunError if logits or tokens differ from those of the original.
-    """
+    """Compare the file with the original and the run; RunError if logits or tokens differ."""
     source = ModelSource(str(path), "gguf", str(path.parent), path.name, local_files_only=True)
     texts = check_tokens(load_tokenizer(source), original.tokenizer, vocab)
     config, copied_settings = readable_config(load_config(source), original.config)
@@ -207,11 +204,7 @@ def _score_original(
 
 
 def readable_config(config: Any, original: Any) -> tuple[Any, list[str]]:
-    """Returns the config to load the file with, and the settings copied to it from `original`.
-
-    transformers' .gguf reader skips some settings that llama.cpp reads, such as RoPE scaling and
-    Qwen3's head width.
-    """
+    """Returns the config to load the file with, and the settings copied to it from `original`."""
     actual, expected = config.to_dict(), original.to_dict()
     mismatched = {
         key: value
@@ -234,11 +227,7 @@ def _same(first: Any, second: Any) -> bool:
 
 
 def check_tokens(tokenizer: Any, original: Any, vocab: Vocabulary) -> int:
-    """Compare both tokenizers on test texts and special tokens; return the number of texts.
-
-    If transformers cannot read the file's pre-tokenizer, `tokenizer` (modified) gets the original
-    one. Raises RunError if a text has different tokens.
-    """
+    """Compare both tokenizers; returns the number of texts. RunError if tokens differ."""
     backend, reference = tokenizer.backend_tokenizer, original.backend_tokenizer
     if vocab.pre not in READ_BY_TRANSFORMERS:
         backend.pre_tokenizer = reference.pre_tokenizer

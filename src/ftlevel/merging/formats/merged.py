@@ -125,7 +125,6 @@ class MergedExport:
         return summary
 
     def _record(self, output: Path, device: str) -> None:
-        """Save float32 reference embeddings or scores of the merged model in `output`."""
         source = ModelSource(str(output), "directory", str(output), local_files_only=True)
         ref = self.ref.with_card(method="full", quantization={"kind": "none"}, dtype="float32")
         merged = replace(ref, source=source, directory=None).load(device)

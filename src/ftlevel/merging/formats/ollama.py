@@ -78,10 +78,7 @@ def format_modelfile(
     comments: Sequence[str],
     system: str = "",
 ) -> str:
-    """Returns the Modelfile of a .gguf file in the same directory.
-
-    If `template` is None, Ollama uses the one in the file. `system` is the default system turn.
-    """
+    """Returns a Modelfile; Ollama uses the file's template if `template` is None."""
     lines = [f"# {line}" for comment in comments for line in comment.split("\n")]
     lines.append(f"FROM ./{gguf}")
     if template is not None:
@@ -160,7 +157,6 @@ def _of_chat(
 
 
 def _with_instruction(layout: ChatLayout, instruction: str) -> ChatLayout:
-    """Returns `layout` with `instruction` before the content of each user turn."""
     before, after = layout.around[USER]
     around = {**layout.around, USER: (f"{before}{instruction}\n\n", after)}
     return ChatLayout(around, layout.opening, layout.generation)

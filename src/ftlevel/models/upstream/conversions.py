@@ -120,7 +120,6 @@ _load_checkpoint = upstream.load_gguf_checkpoint
 
 @functools.lru_cache(maxsize=4)
 def _load_gguf_config(path: str, modified_ns: int, size: int) -> dict[str, Any]:  # noqa: ARG001
-    """Load the config from a .gguf header; cached by path, modification time and size."""
     return _load_checkpoint(path, return_tensors=False)["config"]
 
 

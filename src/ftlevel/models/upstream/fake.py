@@ -102,7 +102,6 @@ _BUILDERS: dict[Any, _Builder] = {}
 
 
 def _new_sparse(_: int, __: int, size: Any, indices: Any, values: Any, *___: Any) -> FakeTensor:
-    """Returns a fake sparse tensor of `values`; the meta device does not support these."""
     return _sparse_of(_inner(values), size, indices)
 
 
@@ -273,10 +272,7 @@ def new_fake(shape: Any, dtype: torch.dtype) -> Tensor:
 
 
 def pack_fake(model: torch.nn.Module, dtype: torch.dtype, experts: Any = None) -> set[str]:
-    """Replace weights of bitsandbytes layers in `model` (modified) by fake packed ones.
-
-    `dtype` is the dequantized dtype; `experts` is an `ExpertsConfig` or None. Returns module names.
-    """
+    """Replace bitsandbytes weights in `model` (modified) by fake ones; returns module names."""
     import bitsandbytes as bnb
 
     packed = set()
@@ -319,7 +315,6 @@ def _fake_state(shape: tuple[int, ...], quant_type: str, double: bool, dtype: to
 
 
 def _fake_codes(state: Any) -> Any:
-    """Returns a fake parameter for 4-bit codes, two per byte."""
     shape = (-(-math.prod(state.shape) // 2), 1)
     weight: Any = Params4bit(torch.empty(shape, dtype=torch.uint8, device="meta"))
     weight.quant_state, weight._is_param = state, True
@@ -327,7 +322,6 @@ def _fake_codes(state: Any) -> Any:
 
 
 def _pack_experts(module: Any, dtype: torch.dtype, config: Any) -> None:
-    """Replace both expert tensors of `module` (modified) by fake packed ones."""
     from bitsandbytes.nn.parametrize import Bnb4bitParametrization
     from torch.nn.utils.parametrize import register_parametrization
 
@@ -346,7 +340,6 @@ def _pack_experts(module: Any, dtype: torch.dtype, config: Any) -> None:
 
 
 def _pack_8bit(module: Any) -> None:
-    """Set fake 8-bit weights with one scale per row."""
     shape = (module.out_features, module.in_features)
     weight = torch.nn.Parameter(new_fake(shape, torch.int8), requires_grad=False)
     weight.CB = weight.SCB = None  # type: ignore[attr-defined]

@@ -23,10 +23,8 @@ def apply_template(
 ) -> tuple[str, list[tuple[int, int]]]:
     """Returns the rendered chat, and spans of assistant text if `return_assistant_tokens_mask`.
 
-    Raises:
-        jinja2.TemplateError, ValueError, TypeError: the template rejects the turns.
-        TimeoutError: it takes more than ten seconds.
-        MemoryError: it needs more than a gigabyte (on Linux).
+    Raises TimeoutError after ten seconds, MemoryError above a gigabyte (Linux), and the template's
+    own errors.
     """
     from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -63,11 +61,7 @@ def datasets_offline(enabled: bool) -> Iterator[None]:
 
 
 def leave_sharded(trainer: Any) -> None:
-    """Make `trainer` (modified) leave a sharded model unwrapped; call before the first step.
-
-    accelerate would otherwise wrap it in DDP, which does not support DTensors. Trainer's own option
-    would disable checkpoints, which `training.sharding` writes.
-    """
+    """Make `trainer` (modified) leave a sharded model unwrapped: DDP does not support DTensors."""
     trainer.is_distributed_loading_by_transformers = True
 
 

@@ -117,10 +117,7 @@ def keep_trainable_layout(model: torch.nn.Module) -> int:
 
 
 def cast_unquantized(model: Any, dtype: torch.dtype) -> None:
-    """Cast the unquantized tensors of a bitsandbytes `model` (modified) to `dtype`.
-
-    Modules that transformers keeps in float32 are not cast.
-    """
+    """Cast unquantized tensors of a bitsandbytes `model` (modified), unless kept in float32."""
     float32_names = modules_in_float32(model, dtype)
     packed = sys.modules["bitsandbytes"].nn.Params4bit  # its storage may have a floating dtype
     for name, parameter in model.named_parameters():
@@ -263,7 +260,6 @@ class PackedWeight:
         return rows.flatten()[first - first_row * width : last - first_row * width]
 
     def _state(self, scales: Tensor) -> Any:
-        """Returns bitsandbytes' `QuantState` of the whole weight, with these `scales`."""
         import bitsandbytes.functional as bnb
 
         kwargs = {
@@ -283,10 +279,7 @@ class PackedWeight:
 def pack_lazy(
     model: Any, quantization: Any, lazy_weights: MutableMapping[nn.Parameter, LazyTensor]
 ) -> None:
-    """Replace linear layers of a CPU `model` (modified) by 4-bit ones that are loaded later.
-
-    `lazy_weights` (modified) maps parameters to weights that are not loaded yet.
-    """
+    """Replace linear layers of a CPU `model` (modified) by 4-bit ones that are loaded later."""
     import bitsandbytes
 
     before: dict[str, tuple[Any, Any]] = {

@@ -85,10 +85,7 @@ class AsyncCheckpointWriter:
 
 
 def save_distributed_checkpoint(tensors: Mapping[str, Tensor], checkpoint_dir: Path) -> None:
-    """Save this process's shards of `tensors` (collective); tied tensors are saved once.
-
-    If one process fails to write, all of them raise its OSError.
-    """
+    """Save this process's shards (collective); if one process fails, all raise its OSError."""
     writer = HuggingFaceStorageWriter(str(checkpoint_dir), save_distributed=True)
     with _share_errors():
         save(_distinct(tensors), storage_writer=writer)
@@ -112,10 +109,7 @@ def load_distributed_checkpoint(tensors: Mapping[str, Tensor], checkpoint_dir: P
 
 
 def merge_shards(checkpoint_dir: Path, out: Path) -> None:
-    """Merge a distributed checkpoint to ordinary safetensors files in `out`.
-
-    One file of up to 2 GiB, or one larger tensor, is in memory at a time.
-    """
+    """Merge a distributed checkpoint to ordinary safetensors files in `out`."""
     reader: Any = HuggingFaceStorageReader(str(checkpoint_dir))
     metadata = reader.read_metadata().state_dict_metadata
     files: list[list[str]] = [[]]
@@ -147,7 +141,6 @@ def merge_shards(checkpoint_dir: Path, out: Path) -> None:
 
 
 def _distinct(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Returns each distinct tensor once, under its first name."""
     names: dict[int, str] = {}
     for name, tensor in tensors.items():
         names.setdefault(id(tensor), name)
@@ -243,7 +236,6 @@ class LazyWeight:
         return placeholder
 
     def _rows(self, rows: Any) -> Tensor:
-        """Returns `rows`, memory-mapped from the file."""
         with safe_open(str(self._path), framework="pt") as file:
             return file.get_slice(self._key)[rows]
 
