@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -217,6 +218,21 @@ def test_ctrl_c_is_said_wherever_it_comes(
     if as_json:
         assert json.loads(shown.out) == {"error": "interrupted; nothing was saved.",
                                          "exit_code": 130}  # fmt: skip
+
+
+def test_ctrl_c_while_the_arguments_are_read(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Typer returns 130 for it, and says nothing."""
+
+    def press(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("ftlevel.cli.flags.FtlevelCommand.parse_args", press)
+    monkeypatch.setattr("ftlevel.cli.app.received_signal", lambda: signal.SIGINT)
+    monkeypatch.setattr("ftlevel.artifacts.files._outputs", [])  # what other tests wrote
+    assert run(["train"]) == 130
+    assert capsys.readouterr().err == "ftlevel: interrupted; nothing was saved.\n"
 
 
 def test_ctrl_c_while_the_program_is_imported(
