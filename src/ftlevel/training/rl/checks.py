@@ -14,7 +14,7 @@ from ftlevel.config.section import Choice
 from ftlevel.errors import RunError
 from ftlevel.evaluation.rollouts import Group, Rollouts
 from ftlevel.events import Listener
-from ftlevel.models.hardware import release_freed_memory
+from ftlevel.models.hardware import trim_heap
 from ftlevel.tasks.rl.losses import GLOBAL, has_spread
 from ftlevel.tasks.rl.objective import reward_names
 from ftlevel.training.rl.step import (
@@ -46,7 +46,7 @@ def check_before(trainer: FtlevelTrainer, prompts: Sequence[Any], listener: List
         return
     settings, processes = trainer.settings, trainer.processes
     listener.stage("sampling before training")
-    release_freed_memory()
+    trim_heap()
     local = spread(prompts, settings.check_groups)[processes.world.rank :: processes.count]
     groups = processes.in_all(lambda: trainer.rollouts(BEFORE, local))
     parts = processes.exchange([compute_statistics(group, settings) for group in groups])

@@ -22,7 +22,7 @@ from ftlevel.data.encoding.encode import Encoded
 from ftlevel.errors import RunError
 from ftlevel.evaluation.rollouts import Group, Rollouts, compute_token_logps
 from ftlevel.fast.step_collator import StepCollator
-from ftlevel.models.hardware import release_freed_memory
+from ftlevel.models.hardware import trim_heap
 from ftlevel.tasks.rl.losses import PolicyLoss
 from ftlevel.tasks.rl.objective import PolicyGradient, reward_names
 from ftlevel.tasks.rl.rows import CompletionRow, create_completion_row, stand_in_completions
@@ -167,7 +167,7 @@ class RlTrainer(FtlevelTrainer):
         """Returns the rollout for this process's `prompts`, sampled with the current weights."""
         began = time.perf_counter()
         settings, names = self.settings, reward_names(self.settings)
-        release_freed_memory()  # holes that activations leave do not fit the sampler's cache
+        trim_heap()  # holes that activations leave do not fit the sampler's cache
         groups = self._sample(step, prompts)
         sampled = self._exchange(groups)
         used, all_groups = groups, sampled
@@ -187,7 +187,7 @@ class RlTrainer(FtlevelTrainer):
                 used, all_groups, settings, old, reference, self.processes.exchange
             )
         self.keep(step, groups)
-        release_freed_memory()
+        trim_heap()
         return Rollout(rows, groups, metrics)
 
     def _sample(self, step: int, prompts: Sequence[Any]) -> list[Group]:
