@@ -274,10 +274,8 @@ def _compute_match_ratio(got: Any, reference: Any) -> float:
             return float(got == reference)
     if not isinstance(reference, dict) or not isinstance(got, dict):
         return float(_same(got, reference))
-    names = got.keys() | reference.keys()
-    equal = [
-        name in got and name in reference and _same(got[name], reference[name]) for name in names
-    ]
+    keys = got.keys() | reference.keys()
+    equal = [key in got and key in reference and _same(got[key], reference[key]) for key in keys]
     return sum(equal) / len(equal) if equal else 1.0
 
 

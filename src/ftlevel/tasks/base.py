@@ -334,10 +334,7 @@ class BaseTask(ABC):
         return ()
 
     def check_eval_set(
-        self,
-        training_set: Sequence[Any],
-        eval_set: Sequence[Any],
-        corpus: Sequence[str] | None,
+        self, training_set: Sequence[Any], eval_set: Sequence[Any], corpus: Sequence[str] | None
     ) -> Sequence[tuple[str, str, Sequence[int], str]]:
         """Returns (check name, split, row indices, example) per failed check of the splits.
 

@@ -19,7 +19,7 @@ from ftlevel.fast.plan import FastPlan
 from ftlevel.fast.step import FastStep
 from ftlevel.fast.step_collator import StepCollator
 from ftlevel.objectives import TrainingLoss
-from ftlevel.tasks.preferences.objective import Preferences, create_preference_objective, log_odds
+from ftlevel.tasks.preferences.objective import Preferences, create_preferences, log_odds
 from ftlevel.tasks.preferences.rows import ContrastedRows, ReferencedRows
 from ftlevel.tasks.preferences.task import RewardObjective
 from preference_figures import (
@@ -51,7 +51,7 @@ def _objective(name: str, beta: float, **more: Any) -> Preferences:
     told = {"loss": name, **TABLE[name][0]} if name in TABLE else {"loss": name}
     settings = PreferenceConfig(**told, beta=beta, **more)
     smoothing = SMOOTHING if LOSSES[settings.loss or ""].smoothed else 0.0
-    return create_preference_objective(settings, smoothing, "decoder")
+    return create_preferences(settings, smoothing, "decoder")
 
 
 def _measure(model: Any, objective: Preferences, rows: Any, plan: FastPlan | None) -> np.ndarray:

@@ -201,12 +201,10 @@ def get_swapped(digests: Digests) -> Integers:
     score = np.zeros(len(index))
     for start, end in index.spans():
         bucket, side, row = _sides(index, start, end)
-        prompt_counts = vectors[0][bucket] - (side == 0)
-        target_counts = vectors[1][bucket] - (side == 1)
-        log_ratio = np.log(prompt_counts + 0.5) - np.log(target_counts + 0.5)
-        weight = np.where(
-            prompt_counts + target_counts > 0, np.where(side == 0, log_ratio, -log_ratio), 0
-        )
+        prompts = vectors[0][bucket] - (side == 0)
+        targets = vectors[1][bucket] - (side == 1)
+        log_ratio = np.log(prompts + 0.5) - np.log(targets + 0.5)
+        weight = np.where(prompts + targets > 0, np.where(side == 0, log_ratio, -log_ratio), 0)
         score[start:end] = np.bincount(row, weight, minlength=end - start)
     if len(score) < _MIN_ROWS or (median := float(np.median(score))) < _MIN_MEDIAN:
         return _NONE
@@ -501,8 +499,6 @@ def handle_unusable_rows(
         action: Action = "drop" if config.on_bad_row == "skip" else getattr(config.gate, name)
         lines = {row.line for row in rows}
         findings.append(Finding(name, split, len(lines), len(table), places, action))
-    excluded = {f.name for f in findings if f.action == "drop" or lenient}
-    handle_bad_rows(
-        table, [row for row in errors if row.finding not in excluded], config.on_bad_row
-    )
+    skipped = {f.name for f in findings if f.action == "drop" or lenient}
+    handle_bad_rows(table, [row for row in errors if row.finding not in skipped], config.on_bad_row)
     return handle_bad_rows(table, errors, "skip"), findings

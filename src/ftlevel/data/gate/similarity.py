@@ -95,12 +95,7 @@ class Digests:
             marks |= int(ONE_CLASS) * content.one_class
             before = last = 0
             if content.before:
-                before = _key(
-                    source if content.before is content.input_text else content.before.casefold()
-                )
-                last = _key(
-                    target if content.last is content.target_text else content.last.casefold()
-                )
+                before, last = _key(content.before.casefold()), _key(content.last.casefold())
                 key = (before * _FACTOR + last) & _ALL_BITS
             else:
                 key = _key(example.key_text.casefold())

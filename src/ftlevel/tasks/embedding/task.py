@@ -51,14 +51,7 @@ if TYPE_CHECKING:
     from ftlevel.data.prepare.encoder import Encoder, EncodingContext, PreparedData
     from ftlevel.data.prepare.loading import LoadedData
 
-_FORM = (
-    "pooling",
-    "normalize",
-    "similarity",
-    "query_prompt",
-    "document_prompt",
-    "include_prompt",
-)
+_FORM = ("pooling", "normalize", "similarity", "query_prompt", "document_prompt", "include_prompt")
 """Settings that replace those of the model's format."""
 
 
@@ -244,10 +237,7 @@ class EmbeddingTask(BaseTask):
         return texts, Choice("corpus", f"{len(texts):,} documents", note)
 
     def check_eval_set(
-        self,
-        training_set: Sequence[Any],
-        eval_set: Sequence[Any],
-        corpus: Sequence[str] | None,
+        self, training_set: Sequence[Any], eval_set: Sequence[Any], corpus: Sequence[str] | None
     ) -> Sequence[tuple[str, str, Sequence[int], str]]:
         return check_eval_set(training_set, eval_set, corpus)
 

@@ -15,12 +15,7 @@ from typing import Any
 
 from ftlevel.data.formats.detect import FormatSpec, RoleValues
 from ftlevel.data.formats.examples import ExampleContent, get_tools
-from ftlevel.data.formats.turns import (
-    Message,
-    UnusableRowError,
-    check_text,
-    parse_turns,
-)
+from ftlevel.data.formats.turns import Message, UnusableRowError, check_text, parse_turns
 from ftlevel.data.sources.table import json_type_name
 
 Turns = tuple[Message, ...]

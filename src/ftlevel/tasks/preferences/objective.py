@@ -420,9 +420,7 @@ class Preferences(LikelihoodObjective):
         return self.config.effective_beta * (ratios / answered.counts if by_token else ratios)
 
 
-def create_preference_objective(
-    config: PreferenceConfig, smoothing: float, kind: str
-) -> Preferences:
+def create_preferences(config: PreferenceConfig, smoothing: float, kind: str) -> Preferences:
     """Create the preference objective of a model of `kind`."""
     headline = "reward_accuracy" if config.uses_reference else "logp_mean_accuracy"
     if not config.loss_properties.paired:

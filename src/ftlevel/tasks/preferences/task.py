@@ -27,7 +27,7 @@ from ftlevel.tasks.base import (
     check_options,
 )
 from ftlevel.tasks.preferences.formats import JUDGED_SHAPES, PAIR_SHAPES, create_scored
-from ftlevel.tasks.preferences.objective import bradley_terry, create_preference_objective
+from ftlevel.tasks.preferences.objective import bradley_terry, create_preferences
 from ftlevel.tasks.preferences.rows import (
     ContrastedRows,
     LabeledAnswerRow,
@@ -153,10 +153,7 @@ class PreferenceBaseTask(BaseTask):
             else f"{name.replace('_', ' ')} {value}"
             for name, value in values.items()
         )
-        return [
-            Choice("loss", self.config.loss, shown),
-            *super().describe_rows(loaded, data_info),
-        ]
+        return [Choice("loss", self.config.loss, shown), *super().describe_rows(loaded, data_info)]
 
     @property
     def loss_config(self) -> dict[str, Any]:
@@ -209,7 +206,7 @@ class PreferenceTask(PreferenceBaseTask, TextTask):
 
     def create_objective(self, kind: str, data_info: Mapping[str, Any]) -> Objective:
         task = self.configured(data_info) if "preference" in data_info else self
-        return create_preference_objective(task.config, task.smoothing, kind)
+        return create_preferences(task.config, task.smoothing, kind)
 
     def encode(self, encoder: Encoder, examples: Sequence[Any], table: Table) -> FittedRows:
         return self.encode_as(encoder, examples, table, scored=False)
