@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from ftlevel.artifacts.run_directory import mark
+from ftlevel.artifacts.run_directory import create_marker
 from ftlevel.cli.app import commands, run
 from ftlevel.config import SPECS, TrainConfig
 from ftlevel.config.flag import config_of
@@ -94,7 +94,7 @@ def test_what_a_shell_is_offered(
     (tmp_path / "recipes/mine.yaml").write_text("method: lora\n")
     (tmp_path / "runs/notes").mkdir(parents=True)
     (tmp_path / "runs/tickets").mkdir()
-    mark(tmp_path / "runs/tickets")
+    create_marker(tmp_path / "runs/tickets")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("_FTLEVEL_COMPLETE", "complete_bash")
     monkeypatch.setenv("COMP_WORDS", typed)
