@@ -221,7 +221,7 @@ class ParquetFile(RowFile):
 
     def normalize(self, row: Row) -> Any:
         """Returns the values of a row as text, so that NaN equals itself; null keys are omitted."""
-        return [repr(_without_null_keys(row.get(name))) for name in self.columns.names]
+        return [repr(_drop_null_keys(row.get(name))) for name in self.columns.names]
 
     def open(self, keep: int) -> None:
         """Start a new stream that contains the first `keep` rows."""
@@ -302,11 +302,11 @@ class ParquetFile(RowFile):
         self.partial.unlink()
 
 
-def _without_null_keys(value: Any) -> Any:
+def _drop_null_keys(value: Any) -> Any:
     if isinstance(value, list):
-        return [_without_null_keys(item) for item in value]
+        return [_drop_null_keys(item) for item in value]
     if isinstance(value, dict):
-        pairs = ((key, _without_null_keys(item)) for key, item in value.items())
+        pairs = ((key, _drop_null_keys(item)) for key, item in value.items())
         return {key: item for key, item in sorted(pairs) if item is not None}
     return value
 

@@ -247,7 +247,7 @@ def save_cross_encoder_format(model_dir: Path, reranker_format: CrossEncoderForm
     return list(files)
 
 
-def find_task(model_dir: Path) -> str | None:
+def get_task_type(model_dir: Path) -> str | None:
     """Returns "embedding" or "reranking" for a sentence-transformers directory; None for others."""
     if not (model_dir / MODULES).is_file():
         return None

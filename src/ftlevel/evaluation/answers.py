@@ -310,7 +310,7 @@ class InferenceModel:
 
     def write(self, prompts: Sequence[list[int]]) -> list[str]:
         """Returns the generated text for each prompt."""
-        prompts = self._fit_prompts(prompts)
+        prompts = self._truncate_prompts(prompts)
         trained, size = self._trained, self._batch_size or PROMPTS
         if self._decoder is None and len(prompts) > size and self._writing.is_greedy:
             self._decoder = open_decoder(trained, prompts)
@@ -320,7 +320,7 @@ class InferenceModel:
         decoded = trained.tokenizer.batch_decode(texts, skip_special_tokens=True)
         return [str(text).strip() for text in decoded]
 
-    def _fit_prompts(self, prompts: Sequence[list[int]]) -> list[list[int]]:
+    def _truncate_prompts(self, prompts: Sequence[list[int]]) -> list[list[int]]:
         """Returns `prompts`; too long ones keep their first token and their end, if allowed."""
         if self._positions is None:
             return list(prompts)
@@ -345,13 +345,13 @@ class InferenceModel:
         self, rows: Sequence[Encoded], function: Callable[[Encoded, torch.Tensor], T]
     ) -> list[T]:
         """Returns `function(row, logits)` per row; UnansweredError if a row is too long."""
-        return self._scorer(self._fit_rows(rows), function)
+        return self._scorer(self._truncate_rows(rows), function)
 
     def score_batches(self, rows: Sequence[Encoded], function: BatchFunction[T]) -> list[T]:
         """Returns the results of `function(rows, logits, mask)`, called per padded forward pass."""
-        return self._scorer.score_batches(self._fit_rows(rows), function)
+        return self._scorer.score_batches(self._truncate_rows(rows), function)
 
-    def _fit_rows(self, rows: Sequence[Encoded]) -> Sequence[Encoded]:
+    def _truncate_rows(self, rows: Sequence[Encoded]) -> Sequence[Encoded]:
         positions = self._positions
         if positions is not None:
             too_long = [row for row in rows if len(row.input_ids) > positions]

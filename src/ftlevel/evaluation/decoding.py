@@ -371,10 +371,14 @@ def get_decoder_limitation(model: Any, kind: str, method: str) -> str:
     if reason := get_cache_limitation(model, kind, method):
         return reason
     options = base_model(model).generation_config.to_diff_dict()
-    unsupported = {
+    ignored_options = {
         name for name, value in options.items() if value not in _DISABLED_VALUES
     } - _IGNORED_KEYS
-    return f"its generation_config has {join_names(sorted(unsupported))}" if unsupported else ""
+    return (
+        f"its generation_config has {join_names(sorted(ignored_options))}"
+        if ignored_options
+        else ""
+    )
 
 
 def get_cache_limitation(model: Any, kind: str, method: str) -> str:

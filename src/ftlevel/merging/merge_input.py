@@ -159,7 +159,7 @@ def select_rows(inputs: MergeInput, count: int, calibration: int = 0) -> CheckRo
     samples = [data.train[i] for i in range(min(count + calibration, len(data.train)))]
     validation = list(data.validation[:count])
     if inputs.ignores_token_types:
-        samples, validation = map(_without_token_types, (samples, validation))
+        samples, validation = map(_drop_token_types, (samples, validation))
     rows = validation or samples[:count]
     split = "validation" if data.validation else "training"
     remaining = samples if data.validation else samples[len(rows) :] or samples
@@ -170,7 +170,7 @@ def select_rows(inputs: MergeInput, count: int, calibration: int = 0) -> CheckRo
     return CheckRows(rows, calibration_rows, choices)
 
 
-def _without_token_types(rows: Sequence[Encoded]) -> list[Encoded]:
+def _drop_token_types(rows: Sequence[Encoded]) -> list[Encoded]:
     return [
         replace(row, extras={k: v for k, v in row.extras.items() if k != _TOKEN_TYPES})
         for row in rows

@@ -32,8 +32,8 @@ from ftlevel.weights.checkpoint import (
     checkpoint_in_memory,
     convert_for_saving,
     get_local_dir,
+    get_tensor_info,
     open_checkpoint,
-    spec_of,
     write_files,
 )
 
@@ -85,7 +85,7 @@ class TensorMerger:
         """Whether the adapter changes or replaces the tensor `name`."""
         return name in self.skeleton.trained or self.skeleton.unit_of(name) is not None
 
-    def spec(self, name: str) -> TensorSpec:
+    def tensor_info(self, name: str) -> TensorSpec:
         """Returns dtype and shape of the merged tensor `name` without reading it."""
         return TensorSpec(self._dtype_of(name), self.shapes[name])
 
@@ -138,9 +138,9 @@ class TensorMerger:
             return torch.zeros(self.shapes[name], dtype=self._dtype_of(name))
         value = self.checkpoint.read(name)
         value = value if self.rounding is None else self.rounding(name, value)
-        return self._fit_rows(name, value) if value.shape != self.shapes[name] else value
+        return self._resize_rows(name, value) if value.shape != self.shapes[name] else value
 
-    def _fit_rows(self, name: str, value: torch.Tensor) -> torch.Tensor:
+    def _resize_rows(self, name: str, value: torch.Tensor) -> torch.Tensor:
         """Returns `value` resized to one row per token; new rows are NaN, or 0 for a bias."""
         num_rows = self.shapes[name][0]
         fill = float("nan") if value.dim() > 1 else 0.0
@@ -170,7 +170,7 @@ class TensorMerger:
             name in self.rounding.names
             or (dtype.is_floating_point and dtype != self.rounding.dtype)
         )
-        is_same = self.checkpoint.spec(name) == self.spec(name)
+        is_same = self.checkpoint.spec(name) == self.tensor_info(name)
         return not self.adapts(name) and not is_rounded and is_same
 
     def _merge(self, unit: str) -> dict[str, torch.Tensor]:
@@ -314,8 +314,8 @@ def _plan_files(merger: TensorMerger, names: list[str]) -> dict[str, list[Tensor
 def _plan_tensor(merger: TensorMerger, name: str) -> list[TensorPart]:
     """Returns the parts to write for the tensor `name`, copied from the base's files if equal."""
     model = merger.checkpoint.model
-    saved = convert_for_saving(model, name, merger.spec(name).meta())
-    specs = {key: spec_of(tensor) for key, tensor in saved.items()}
+    saved = convert_for_saving(model, name, merger.tensor_info(name).meta())
+    specs = {key: get_tensor_info(tensor) for key, tensor in saved.items()}
     if merger.checkpoint.holds(name) and merger.copied(name):
         if len(specs) == 1 and (stored := merger.checkpoint.plain(name)) is not None:
             return [TensorPart(specs, stored)]

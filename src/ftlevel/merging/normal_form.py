@@ -186,11 +186,11 @@ def compute_normal_form(
 
     Raises InputError if there is no normal form, or its rank is above `limit`.
     """
-    compute_factors = get_plain_form(config).from_file
+    convert = get_plain_form(config).from_file
     file = load_adapter_file(adapter_dir, config, base)
-    if compute_factors is None:
+    if convert is None:
         return None
-    factors = compute_factors(file)
+    factors = convert(file)
     return build_normal_form(factors, file, limit, "its file")
 
 
@@ -244,10 +244,10 @@ def build_normal_form(
 
     Raises InputError if a remaining tensor does not fit plain LoRA or a rank is above `limit`.
     """
-    unsupported = [name for name in file.tensors if not is_whole(name, file.config)]
-    if unsupported:
+    remaining = [name for name in file.tensors if not is_whole(name, file.config)]
+    if remaining:
         raise InputError(
-            f"its file contains {join_names(unsupported, 2)}, which plain LoRA does not support"
+            f"its file contains {join_names(remaining, 2)}, which plain LoRA does not support"
         )
     if not factors:
         raise InputError("it changes no linear and no embedding")

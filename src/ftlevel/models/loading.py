@@ -132,14 +132,14 @@ def check_dtypes(tensor_types: Mapping[str, str], label: str) -> None:
 
 def check_finite(tensors: Iterable[tuple[str, Any]], label: str) -> None:
     """Raise `InputError` for weights or scales that are NaN, infinite or larger than 1e10."""
-    named_tensors = [(name, part) for name, tensor in tensors for part in _floats(tensor)]
-    if not named_tensors:
+    weights = [(name, part) for name, tensor in tensors for part in _floats(tensor)]
+    if not weights:
         return
     # One pass over each tensor; large or non-finite values make the sum large or non-finite.
     # A sum may also overflow by itself, so suspects are checked again.
-    sums = torch.stack([part.sum().float().cpu() for _, part in named_tensors])
+    sums = torch.stack([part.sum().float().cpu() for _, part in weights])
     is_valid = sums.abs() <= _MAX_WEIGHT  # False for NaN
-    flagged = [pair for pair, ok in zip(named_tensors, is_valid.tolist(), strict=True) if not ok]
+    flagged = [pair for pair, ok in zip(weights, is_valid.tolist(), strict=True) if not ok]
     max_values = {name: float(part.abs().max()) for name, part in flagged if part.numel()}
     nonfinite = [name for name, value in max_values.items() if not math.isfinite(value)]
     if nonfinite:

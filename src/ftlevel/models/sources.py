@@ -70,7 +70,7 @@ class ModelSource:
         return Path(self.location) / self.gguf_file if self.gguf_file else Path(self.location)
 
 
-def find_files(source: ModelSource, patterns: Sequence[str]) -> Path | None:
+def download_files(source: ModelSource, patterns: Sequence[str]) -> Path | None:
     """Returns a directory with the files of `source` that match `patterns`, or None."""
     if source.kind != "hub":
         return source.path if source.path is not None and source.path.is_dir() else None

@@ -435,7 +435,7 @@ def _set_weights(peft_model: Any, weights: dict[str, Any], adapter_dir: Path, na
 
     train_in_float32(peft_model)
     # PEFT casts a head to the base's precision, so the float32 weights are loaded again.
-    with _without_rank_pattern(peft_model.peft_config[name]):
+    with _hide_rank_pattern(peft_model.peft_config[name]):
         try:
             peft.set_peft_model_state_dict(peft_model, weights, adapter_name=name)
         except RuntimeError as error:  # shapes differ
@@ -470,7 +470,7 @@ def _ignore_pattern_warnings() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _without_rank_pattern(config: Any) -> Iterator[None]:
+def _hide_rank_pattern(config: Any) -> Iterator[None]:
     """Hide AdaLoRA's rank pattern in the `with` block, so that PEFT does not prune again."""
     pattern = getattr(config, "rank_pattern", None)
     if pattern:

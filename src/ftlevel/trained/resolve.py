@@ -21,7 +21,7 @@ from ftlevel.artifacts.files import (
 )
 from ftlevel.artifacts.places import relative_path, resolve_relative
 from ftlevel.artifacts.run_directory import CHECKPOINTS, CONFIG, get_run_dir
-from ftlevel.artifacts.sentence_transformers import find_task
+from ftlevel.artifacts.sentence_transformers import get_task_type
 from ftlevel.config.methods.lora import BASE_MODIFYING_INITS
 from ftlevel.data.encoding.collate import ensure_pad_token
 from ftlevel.errors import InputError, join_names, reading, with_article
@@ -175,7 +175,7 @@ def _resolve_model(
     config = load_config(source)
     base_task = None
     if require_task:
-        task = task or find_task(get_model_dir(name)) or _task_of_model(config, display_name)
+        task = task or get_task_type(get_model_dir(name)) or _task_of_model(config, display_name)
         base_task = TASKS[task]
     card = create_default_card(source, config, base_task, device)
     return ModelRef(source, None, card, is_ours=False)
@@ -547,7 +547,7 @@ def resolve_text_model(flag: str, name: str, device: str, dtype: str) -> Referen
     ref = resolve_model(
         name, device=device, dtype=dtype, display_name=display_name, require_task=False
     )
-    task = ref.task or find_task(get_model_dir(name)) or _task_of_texts(ref)
+    task = ref.task or get_task_type(get_model_dir(name)) or _task_of_texts(ref)
     allowed = ("embedding",) if flag == "--guide" else ("embedding", "reranking")
     if task not in allowed:
         raise InputError(

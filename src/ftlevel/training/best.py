@@ -32,7 +32,7 @@ from ftlevel.methods.base import HasState
 from ftlevel.objectives import Objective
 from ftlevel.tasks import BaseTask
 from ftlevel.training.processes import Processes
-from ftlevel.weights.checkpoint import TensorPart, load_header, spec_of, write_file
+from ftlevel.weights.checkpoint import TensorPart, get_tensor_info, load_header, write_file
 
 LOWER_IS_BETTER = ("loss", "perplexity", "rmse", "mse", "mae", "error")
 """Suffixes of metric names for which lower is better."""
@@ -289,7 +289,7 @@ class SelectedModel:
 def write_trained(model: Any, directory: Path) -> None:
     """Write the trainable tensors of `model`, one at a time to avoid a second copy in memory."""
     parts = [
-        TensorPart({name: spec_of(tensor)}, functools.partial(dict, {name: tensor}))
+        TensorPart({name: get_tensor_info(tensor)}, functools.partial(dict, {name: tensor}))
         for name, tensor in model.named_parameters()
         if tensor.requires_grad
     ]

@@ -65,7 +65,7 @@ class TensorSpec:
         return torch.empty(self.shape, dtype=self.dtype, device="meta")
 
 
-def spec_of(tensor: torch.Tensor) -> TensorSpec:
+def get_tensor_info(tensor: torch.Tensor) -> TensorSpec:
     """Returns dtype and shape of `tensor`."""
     return TensorSpec(tensor.dtype, tuple(tensor.shape))
 
@@ -200,8 +200,8 @@ def _append_part(file: BinaryIO, part: TensorPart) -> None:
     tensors = part.source()
     for name, spec in part.specs.items():
         tensor = tensors[name].detach().cpu().contiguous()
-        if spec_of(tensor) != spec:
-            raise ValueError(f"{name} is {spec_of(tensor)} and was announced as {spec}")
+        if get_tensor_info(tensor) != spec:
+            raise ValueError(f"{name} is {get_tensor_info(tensor)} and was announced as {spec}")
         if spec.nbytes:
             file.write(tensor.view(-1).view(torch.uint8).numpy().data)
 
@@ -298,7 +298,7 @@ class Checkpoint:
         """Returns dtype and shape of the model's tensor `name` without loading it."""
         group = self._group(name)
         specs = {key: self._tensor_info(key).meta() for key in group.keys}
-        return spec_of(self._convert(name, group, specs))
+        return get_tensor_info(self._convert(name, group, specs))
 
     def plain(self, name: str) -> FileTensor | None:
         """Returns the file's tensor for `name` if it is used unchanged, else None."""
@@ -326,7 +326,7 @@ class Checkpoint:
 
     def _tensor_info(self, key: str) -> TensorSpec:
         tensor = self.stored[key]
-        return tensor.spec if isinstance(tensor, FileTensor) else spec_of(tensor)
+        return tensor.spec if isinstance(tensor, FileTensor) else get_tensor_info(tensor)
 
     def _convert(
         self, name: str, group: TensorGroup, tensors: Mapping[str, torch.Tensor]

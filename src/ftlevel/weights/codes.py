@@ -34,7 +34,7 @@ SWEEPS = 3
 DIRECTIONS = 16
 """Number of output directions in which the update is preserved."""
 _COLUMNS = 64
-_FACTORS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65)
+_SCALE_STEPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65)
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class QuantizationGrid:
         """Returns the scale of each block with the least error, weighted by `moment`'s diagonal."""
         largest, counts = self.scales_of(weight), moment.diagonal()
         best, least = largest, torch.full_like(largest, torch.inf)
-        for factor in _FACTORS:
+        for factor in _SCALE_STEPS:
             scales = self.stored(largest * factor)
             difference = weight - self.value(self.nearest(weight, scales), scales)
             error = self._blocks(difference.square() * counts).sum(-1)

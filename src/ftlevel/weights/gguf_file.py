@@ -84,12 +84,12 @@ class QuantizedMatrix:
             return torch.cat([d, q], -1).reshape(rows, -1).numpy()
         # The first half of a block has the low four bits of a byte, the second half the high four.
         low, high = blocks[..., : BLOCK // 2] & 15, blocks[..., BLOCK // 2 :] & 15
-        fields = [d, low | (high << 4)]
+        chunks = [d, low | (high << 4)]
         if outtype == "q5_0":  # the fifth bits, eight per byte, lowest first
             high_bits = (blocks >> 4).view(*blocks.shape[:2], -1, 8)
             weights = 2 ** torch.arange(8, dtype=torch.uint8)
-            fields.insert(1, (high_bits * weights).sum(-1, dtype=torch.uint8))
-        return torch.cat(fields, -1).reshape(rows, -1).numpy()
+            chunks.insert(1, (high_bits * weights).sum(-1, dtype=torch.uint8))
+        return torch.cat(chunks, -1).reshape(rows, -1).numpy()
 
 
 def round_to_blocks(weight: torch.Tensor, outtype: str) -> torch.Tensor:

@@ -12,9 +12,9 @@ from ftlevel.models.loading import build_task_model, load_config, load_model, re
 from ftlevel.models.sources import resolve_source
 from ftlevel.weights.checkpoint import (
     convert_for_saving,
+    get_tensor_info,
     load_header,
     open_checkpoint,
-    spec_of,
     weight_files,
 )
 from tiny_models import AUTO_CLASSES, FAMILY_HEADS, HEADS
@@ -36,7 +36,7 @@ def test_names_and_numbers_are_those_of_the_loaded_model(
     assert {n for n in expected if n not in held} == {n for n in missing if n in expected}
     for name in held:
         assert torch.equal(checkpoint.read(name), expected[name]), name
-        assert checkpoint.spec(name) == spec_of(expected[name])
+        assert checkpoint.spec(name) == get_tensor_info(expected[name])
 
 
 @pytest.mark.parametrize("family", ["llama", "bert", "mixtral", "qwen3_moe", "t5"])

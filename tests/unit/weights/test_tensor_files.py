@@ -15,8 +15,8 @@ from ftlevel.errors import InputError
 from ftlevel.weights.checkpoint import (
     DTYPES,
     TensorPart,
+    get_tensor_info,
     load_header,
-    spec_of,
     weight_files,
     write_file,
     write_files,
@@ -29,7 +29,7 @@ def draw() -> dict[str, torch.Tensor]:
 
 
 def part(name: str, tensor: torch.Tensor) -> TensorPart:
-    return TensorPart({name: spec_of(tensor)}, lambda: {name: tensor})
+    return TensorPart({name: get_tensor_info(tensor)}, lambda: {name: tensor})
 
 
 def test_what_is_written_is_what_safetensors_reads(tmp_path: Path) -> None:
@@ -79,7 +79,7 @@ def test_several_files_have_an_index(tmp_path: Path) -> None:
 
 
 def test_a_tensor_that_is_not_what_was_announced_is_an_error(tmp_path: Path) -> None:
-    wrong = TensorPart({"x": spec_of(torch.rand(3))}, lambda: {"x": torch.rand(4)})
+    wrong = TensorPart({"x": get_tensor_info(torch.rand(3))}, lambda: {"x": torch.rand(4)})
     with pytest.raises(ValueError, match="was announced as"):
         write_file(tmp_path / "a.safetensors", [wrong])
 

@@ -143,7 +143,7 @@ def _of_chat(
             ],
         )
     if prompt.instruction:
-        layout = _with_instruction(layout, prompt.instruction)
+        layout = _prepend_to_user_turns(layout, prompt.instruction)
     start = tokenizer.bos_token if vocab.flags["add_bos_token"] else ""
     generation = layout.generation.removesuffix(
         " "
@@ -156,7 +156,7 @@ def _of_chat(
     return PromptTemplate("chat template", note, template, stop_strings, comments)
 
 
-def _with_instruction(layout: ChatLayout, instruction: str) -> ChatLayout:
+def _prepend_to_user_turns(layout: ChatLayout, instruction: str) -> ChatLayout:
     before, after = layout.around[USER]
     around = {**layout.around, USER: (f"{before}{instruction}\n\n", after)}
     return ChatLayout(around, layout.opening, layout.generation)

@@ -90,7 +90,7 @@ class FakeTensor(Tensor):
         def leave(value: Any) -> Any:
             if not isinstance(value, Tensor):
                 return value
-            at = _find(value, inner)
+            at = _index_of(value, inner)
             return FakeTensor(value) if at is None else tensors[at]
 
         return tree_map(leave, result)
@@ -164,13 +164,13 @@ def _inner(value: Tensor) -> Tensor:
     return value.shape_only if isinstance(value, FakeTensor) else _shape_of(value)
 
 
-def _find(value: Tensor, candidates: Sequence[Tensor]) -> int | None:
+def _index_of(value: Tensor, candidates: Sequence[Tensor]) -> int | None:
     return next((at for at, one in enumerate(candidates) if one is value), None)
 
 
 def _get_builder(result: Tensor, inner: Sequence[Tensor]) -> _Builder | None:
     """Returns a function that builds a result like `result` from inputs like `inner`, or None."""
-    at = _find(result, inner)
+    at = _index_of(result, inner)
     if at is not None:  # modified in place
         return lambda given: given[at]
     size, stride, offset = result.size(), result.stride(), result.storage_offset()

@@ -20,7 +20,7 @@ from ftlevel.config.section import Choice
 from ftlevel.data.encoding.encode import Encoded, EncodedTexts
 from ftlevel.data.sources.table import Table
 from ftlevel.errors import ConfigError, InputError, join_names
-from ftlevel.models.sources import ModelSource, find_files
+from ftlevel.models.sources import ModelSource, download_files
 from ftlevel.objectives import Checks, Objective
 from ftlevel.tasks.base import (
     BaseTask,
@@ -379,7 +379,7 @@ _WORDS = {"ranking": "pairs", "score": "scores", "label": "labels", "class": "cl
 
 
 def _read_format(source: ModelSource, replaced: Collection[str] = ()) -> EmbeddingFormat | None:
-    place = find_files(source, FILES)
+    place = download_files(source, FILES)
     return None if place is None else load_embedding_format(place, replaced)
 
 

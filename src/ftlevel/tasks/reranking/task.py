@@ -20,7 +20,7 @@ from ftlevel.data.encoding.encode import Encoded
 from ftlevel.data.formats.detect import Format
 from ftlevel.data.sources.table import Table
 from ftlevel.errors import ConfigError, InputError
-from ftlevel.models.sources import ModelSource, find_files
+from ftlevel.models.sources import ModelSource, download_files
 from ftlevel.objectives import Objective
 from ftlevel.tasks.base import (
     BaseTask,
@@ -76,7 +76,7 @@ class RerankingTask(BaseTask):
         self, source: ModelSource, kind: str, width: int, tokenizer: Any, step_rows: int
     ) -> tuple[BaseTask, list[Choice]]:
         """Returns the task itself; raises `ConfigError` for a reranker that scores by tokens."""
-        directory = find_files(source, FILES)
+        directory = download_files(source, FILES)
         if directory is not None and scores_by_tokens(directory):
             raise ConfigError(
                 f"{source.name} scores documents by the logits of two tokens, such as yes and no, "
