@@ -176,8 +176,8 @@ def share_heaps() -> bool:
     return results == [1] * len(settings)
 
 
-NOISY = ("torchao", "torch.utils._pytree")
-"""Loggers that report missing GPU kernels and deprecations at import."""
+NOISY = ("bitsandbytes.backends.cpu.ops", "torchao", "torch.utils._pytree")
+"""Loggers that report missing optional kernels and deprecations at import."""
 
 
 def silence_loggers() -> None:
