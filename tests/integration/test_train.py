@@ -453,8 +453,7 @@ def test_a_gguf_file_trains_and_a_full_run_of_it_is_a_plain_model(first_blocks_g
     for method in ("lora", "full"):
         summary = train("--model", str(first_blocks_gguf), "--max-samples", "4", "--max-steps", "1",
                         "--set", "data.max_eval_samples=2", "--method", method,
-                        "--max-length", "64", "--overlong", "truncate-prompt",
-                        "--set", "data.subset=generation", "--overwrite")  # fmt: skip
+                        "--overwrite")  # fmt: skip
         assert summary["model"]["kind"] == "gguf"
         assert summary["proof"]["reload_difference"] == 0
         config = yaml.safe_load(Path("run/config.yaml").read_text())
