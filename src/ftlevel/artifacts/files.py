@@ -284,7 +284,7 @@ _MAX_AGE = 24 * 3600
 
 
 class Workspace:
-    """Temporary directory at `name`; creating one also deletes those of killed processes."""
+    """Temporary directory called `name`; creating one also deletes those of killed processes."""
 
     def __init__(self, name: str) -> None:
         self._outer = tempfile.TemporaryDirectory(prefix=f"{_PREFIX}{name}-")

@@ -74,7 +74,7 @@ def resolve_relative(relative: str, start: Path) -> Path:
 
 
 def load_run_config(run_dir: Path) -> Layer:
-    """Load config.yaml of a run, with the current paths of its files if they were moved."""
+    """Load config.yaml of a run; paths of files that were moved with the run are updated."""
     layer = load_recipe(run_dir / CONFIG)
     relative, weights = _load_json(run_dir / PLACES), _load_base_fingerprint(run_dir)
 

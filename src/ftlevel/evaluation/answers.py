@@ -387,7 +387,7 @@ class RowCounts:
     seconds: float = 0.0
 
     def skip(self, window: Sequence[QueryRow], faults: Mapping[int, str]) -> None:
-        """Count rows without a prediction; `faults` maps their indices in `window` to reasons."""
+        """Count rows of `window` without a prediction; `faults` maps their indices to reasons."""
         self.skipped += len(faults)
         self.shown += [f"{window[i].place}: {faults[i]}" for i in sorted(faults)]
         del self.shown[MAX_SHOWN:]

@@ -248,7 +248,7 @@ class _BufferedLayer(DynamicLayer):
         self.keys, self.values = keys[:, :, :length], values[:, :, :length]
 
     def repeat(self, layer: _BufferedLayer, rows: int, length: int) -> None:
-        """Copy the only row of `layer` to each of `rows`, with buffers for `length` positions."""
+        """Copy the only row of `layer` `rows` times, with space for `length` positions in each."""
         prefix_length = layer.get_seq_length()
         buffers = []
         for states in (layer.keys, layer.values):

@@ -64,7 +64,7 @@ def score_embeddings(
     decode: Callable[[Encoded], str],
     corpus: Sequence[Any] = (),
 ) -> dict[str, float]:
-    """Returns loss and metrics of `rows`, whose queries search their documents, or `corpus`."""
+    """Returns loss and metrics of `rows`; queries search `corpus`, or the documents of the rows."""
     texts, step = distinct_texts(rows)
     search_ids = add_texts(texts, corpus)
     vectors = embed_texts(model, objective, texts, pad_id, device)
@@ -111,7 +111,7 @@ class QueryMeter:
         raise TypeError("metrics need the vectors of all documents")
 
     def pool(self, meters: Sequence[QueryMeter]) -> QueryMeter:
-        """Returns a meter of the queries of all `meters`."""
+        """Returns one meter with the queries of all `meters`."""
         return QueryMeter([value for meter in meters for value in meter.values])
 
     def compute(self, _: float) -> dict[str, float]:
@@ -137,7 +137,7 @@ class PairMeter:
         raise TypeError("pairs are scored together")
 
     def pool(self, meters: Sequence[PairMeter]) -> PairMeter:
-        """Returns a meter of the pairs of all `meters`."""
+        """Returns one meter with the pairs of all `meters`."""
         return PairMeter(self.kind, [pair for meter in meters for pair in meter.pairs])
 
     def compute(self, _: float) -> dict[str, float]:
@@ -186,7 +186,7 @@ def create_meters(
 
 
 def _class_meters(spaces: Mapping[str, torch.Tensor], step: StepTexts) -> list[PairMeter]:
-    """Returns a meter per text, with its pairs with later texts; `spaces` maps suffix → vectors."""
+    """Returns a meter per text of its pairs with later texts; `spaces`: metric suffix → vectors."""
     meters = [PairMeter("class") for _ in range(len(step))]
     for (i, one), (j, other) in combinations(enumerate(step.texts), 2):
         label = float(step.labels[i] == step.labels[j])

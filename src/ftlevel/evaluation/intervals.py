@@ -102,7 +102,7 @@ class ExampleRecord:
     def add_answers(
         self, rows: Sequence[Encoded], log_probs: torch.Tensor, preference_labels: torch.Tensor
     ) -> None:
-        """Add log-likelihoods and `Encoded.preference_labels` of `rows`."""
+        """Add the log-likelihoods and preference labels of `rows`, as in `Encoded`."""
         objective, width = self.objective, len(log_probs) // len(rows)
         if not isinstance(objective, LikelihoodObjective):
             raise TypeError("only answers have a log-likelihood")
@@ -191,7 +191,7 @@ LEVEL = 0.05
 
 @dataclass(frozen=True)
 class MetricRuns:
-    """Values of a metric, one per seed; `draws` (seeds, draws) are those on resampled rows."""
+    """Values of a metric, one per seed, and on resampled rows (`draws`, `(seeds, draws)`)."""
 
     values: Sequence[float]
     draws: np.ndarray
@@ -247,7 +247,7 @@ V = TypeVar("V")
 def check_metrics(
     names: Sequence[str], task: BaseTask, objective: Objective, *, generates: bool, how: str
 ) -> None:
-    """Raise ConfigError for a name in `--metrics` that is unknown, or needs generated texts."""
+    """Raise ConfigError for unknown names in `--metrics`, and for those of texts not generated."""
     valid = ("loss", *objective.metrics, *(task.text_metrics if generates else ()))
     for name in names:
         if name in valid:

@@ -312,7 +312,7 @@ def open_teacher(
 
 @dataclass(frozen=True)
 class RewardEvaluator(Evaluator):
-    """Evaluator whose `rollouts` sample for the first `generated_rows` prompts."""
+    """Evaluator that samples completions for the first `generated_rows` prompts with `rollouts`."""
 
     rollouts: Rollouts | None = None
 

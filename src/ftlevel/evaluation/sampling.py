@@ -73,7 +73,10 @@ class Noise:
 
 
 def exponentials(keys: torch.Tensor, num_values: int, start: int = 0) -> torch.Tensor:
-    """Returns exponential random numbers `(n, num_values)` of the sequences that `keys` define."""
+    """Returns exponential random numbers `(n, num_values)` in float32 for `keys` `(n,)`.
+
+    A key defines a sequence of numbers; `start` is the index of the first one to return.
+    """
     counters = torch.arange(start + 1, start + num_values + 1, device=keys.device) * _signed(_PHI)
     bits = _mix(keys[:, None] + counters)
     uniform = ((bits >> 11) & ((1 << 53) - 1)).double() * 2.0**-53
@@ -95,7 +98,7 @@ class Completion:
 
 @dataclass(frozen=True)
 class SamplingOptions:
-    """Settings of sampling: `count` completions per prompt, which end at a stop id or stop text."""
+    """Settings of sampling: `count` completions per prompt, up to a stop id or stop text."""
 
     count: int
     temperature: float

@@ -135,7 +135,10 @@ class ServerSampler:
     def _check_weights(
         self, prompt: list[int], options: SamplingOptions, before: Sequence[torch.Tensor]
     ) -> None:
-        """Raise RunError unless the server's log-probabilities are those of the current weights."""
+        """Raise RunError unless the server has the current weights.
+
+        Its log-probabilities must be close to theirs, and not much closer to those of `before`.
+        """
         output = self._complete(prompt, self._version, options, NUM_TEST_TOKENS)
         row = create_completion_row(prompt, output.ids, 0, 0, [])
         difference = _difference(output, self._token_logps([row])[0])

@@ -66,7 +66,7 @@ class InputMoments:
         return self._cache[name]
 
     def _group(self, first: str) -> list[str]:
-        """Returns `first` and the next layers whose moments together fit into `MAX_BYTES`."""
+        """Returns `first` and the next layers whose H matrices fit into `MAX_BYTES` together."""
         names, size = list(self.sizes), 0
         group: list[str] = []
         for name in names[names.index(first) :]:
@@ -216,7 +216,10 @@ class CodeSelector:
 
 
 def resolve_quantization(config: MergeConfig, inputs: MergeInput) -> QuantConfig | None:
-    """Returns the quantization of the saved model, or None; InputError if it has no such layer."""
+    """Returns the quantization of the saved model; None for floating point.
+
+    Raises InputError if the model has no layer that can be quantized.
+    """
     if config.quant == "none":
         return None
     base = inputs.quant if inputs.quant.kind == config.quant else QuantConfig(kind=config.quant)

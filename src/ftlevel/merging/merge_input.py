@@ -43,7 +43,7 @@ _TOKEN_TYPES = "token_type_ids"
 
 @dataclass(frozen=True)
 class MergeInput:
-    """Inputs of a merge before weights load; `dtype` is the precision of comparisons."""
+    """Inputs of a merge before weights are loaded; models are compared in `dtype`."""
 
     ref: ModelRef
     dtype: str
@@ -77,7 +77,7 @@ class MergeInput:
         return bool(_load_peft_config(self.ref.directory).get("task_type") == "QUESTION_ANS")
 
     def eval_set(self, rows: Sequence[Encoded]) -> EvalSet:
-        """Returns the rows and objective on which models are compared."""
+        """Returns `rows` with what is needed to compare models on them."""
         pad_id = self.tokenizer.pad_token_id or 0
         return EvalSet(rows, self.ref.objective, pad_id, self.device)
 

@@ -271,7 +271,7 @@ def build_normal_form(
 
 
 class Named(Protocol):
-    """Metadata of an adapter, which `save_normal_form` writes with the tensors."""
+    """Metadata of an adapter for `save_normal_form`."""
 
     @property
     def peft_config(self) -> dict[str, Any]:

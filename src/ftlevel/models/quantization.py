@@ -186,7 +186,7 @@ def get_quantization_info(quantization_config: dict[str, Any]) -> dict[str, Any]
 
 
 def get_quant_config(info: Mapping[str, Any]) -> QuantConfig:
-    """Returns a model card's quantization as settings; `none` if the checkpoint itself has it."""
+    """Returns a model card's quantization as a `QuantConfig`; `none` for other quantizations."""
     return QuantConfig.model_validate(info) if _is_applied(info) else QuantConfig()
 
 

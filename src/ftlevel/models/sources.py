@@ -71,7 +71,10 @@ class ModelSource:
 
 
 def download_files(source: ModelSource, patterns: Sequence[str]) -> Path | None:
-    """Returns a directory with the files of `source` that match `patterns`, or None."""
+    """Returns a directory with the files of `source` that match `patterns`, or None.
+
+    Files of a Hub model are downloaded, or offline taken from the cache.
+    """
     if source.kind != "hub":
         return source.path if source.path is not None and source.path.is_dir() else None
     from huggingface_hub import snapshot_download

@@ -584,7 +584,7 @@ def load_reference(record_dir: Path, base_dir: Path, device: str) -> ReferenceMo
 
 
 def compute_fingerprint(ref: ModelRef) -> str:
-    """Returns a SHA-256 of weights (on the Hub: name and revision) and their quantization."""
+    """Returns a SHA-256 of all weights and their quantization; on the Hub, of name and revision."""
     path, hasher = ref.source.path, hashlib.sha256()
     if path is None:
         hasher.update(f"{ref.base}@{ref.source.revision}".encode())

@@ -135,7 +135,7 @@ def load_header(path: Path) -> tuple[dict[str, FileTensor], dict[str, str]]:
 
 
 def _entries(header: Any) -> dict[str, Any]:
-    """Returns the header of a safetensors file if it is valid; raises TypeError otherwise."""
+    """Returns `header` unchanged; raises TypeError if it is not that of a safetensors file."""
 
     def is_size(value: Any) -> bool:
         return isinstance(value, int) and 0 <= value < 1 << 63
@@ -356,7 +356,10 @@ def open_checkpoint(source: ModelSource, model: Any, key_mapping: Mapping[str, s
 
 
 def checkpoint_in_memory(model: Any, module: Any) -> Checkpoint:
-    """Returns a `Checkpoint` of the loaded `module`; `model` is the same on the meta device."""
+    """Returns the weights of the loaded model `module` as a `Checkpoint`, without copying them.
+
+    `model` (modified) is the same model on the meta device.
+    """
     state = {name: tensor.detach() for name, tensor in module.state_dict().items()}
     conversions.forget_conversions(model)
     ties = tied_names(model)

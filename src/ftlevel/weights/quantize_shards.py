@@ -99,7 +99,10 @@ def build_layout(
 
 
 def resolve_layout(layout: QuantizedLayout, keys: Iterable[str]) -> QuantizedLayout:
-    """Returns `layout` without linear layers that are assembled from several tensors of `keys`."""
+    """Returns `layout` for a checkpoint with these `keys`.
+
+    A linear layer whose weight is assembled from several of its tensors is not quantized.
+    """
     mapped = [layout.key_mapper(key) for key in keys]
     unconverted = {name for name, pattern in mapped if pattern is None}
     missing = [name for name in layout.linears if f"{name}.weight" not in unconverted]
@@ -228,7 +231,7 @@ class ShardWriter:
         self._offset = 0
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
-        """Write `tensor` (any device, any strides) under `name`."""
+        """Write `tensor`, on any device and with any strides, under `name`."""
         if tensor.nbytes % _ALIGNMENT:
             self._pending.append((name, tensor))
         else:

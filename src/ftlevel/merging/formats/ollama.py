@@ -78,7 +78,11 @@ def format_modelfile(
     comments: Sequence[str],
     system: str = "",
 ) -> str:
-    """Returns a Modelfile; Ollama uses the file's template if `template` is None."""
+    """Returns the Modelfile of a .gguf file in the same directory.
+
+    If `template` is None, Ollama uses the one in the .gguf file. `system` is the default system
+    turn.
+    """
     lines = [f"# {line}" for comment in comments for line in comment.split("\n")]
     lines.append(f"FROM ./{gguf}")
     if template is not None:

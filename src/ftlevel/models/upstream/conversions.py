@@ -40,7 +40,7 @@ class KeyMapper:
         self.names = model.state_dict()
 
     def __call__(self, key: str) -> tuple[str, str | None]:
-        """Returns the model's name for checkpoint `key`, and its converter's pattern or None."""
+        """Returns the model's name for a checkpoint key, and its converter's pattern or None."""
         name, pattern = rename_source_key(
             key, self._renamings, self._converters, self._model.base_model_prefix, self.names
         )

@@ -299,7 +299,7 @@ def pack_fake(model: torch.nn.Module, dtype: torch.dtype, experts: Any = None) -
 
 
 def _fake_state(shape: tuple[int, ...], quant_type: str, double: bool, dtype: torch.dtype) -> Any:
-    """Returns a fake `QuantState` with blocks of 64; `double` also quantizes the scales."""
+    """Returns a fake `QuantState` with blocks of 64; with `double`, scales are quantized, too."""
     from bitsandbytes.functional import QuantState
 
     blocks = -(-math.prod(shape) // 64)
