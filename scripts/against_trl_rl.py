@@ -36,7 +36,7 @@ from against_trl import build_tokenizer
 BOUND = 1e-5
 
 
-def build_trainer(case: given.Case, folder: str) -> Any:
+def create_trainer(case: given.Case, folder: str) -> Any:
     """Return TRL's trainer of a loss, with the weights of the figures."""
     low, high = given.CLIP[case.loss]
     told: dict[str, Any] = {"epsilon": 0.2 if case.loss == "cispo" else low, "epsilon_high": high}
@@ -109,7 +109,7 @@ def build_batch(case: given.Case) -> dict[str, Any]:
 def measure(case: given.Case) -> list[float]:
     """Return loss, |A| and |B| of one batch by TRL."""
     with tempfile.TemporaryDirectory() as folder:
-        trainer = build_trainer(case, folder)
+        trainer = create_trainer(case, folder)
         trainer.model.train()
         loss = trainer._compute_loss(trainer.model, build_batch(case))
         loss.backward()

@@ -48,7 +48,7 @@ LORA_R = {
     "config/layers.py": "TrainConfig.model_validate(merged)",
     "cli/train.py": "read_config(given)",
     "commands/train.py": "open_session(job",
-    "training/session.py": "load_adapted(run, listener)",
+    "training/session.py": "load_training_model(run, listener)",
     "training/model.py": "apply_method(base, config.method",
     "trained/adapt.py": ".build(method, ",
     "methods/lora/__init__.py": "r=spec.r,",

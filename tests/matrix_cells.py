@@ -31,9 +31,9 @@ from ftlevel.models.quantization import build_quantization_config
 from ftlevel.models.sources import ModelSource
 from ftlevel.tasks import TASKS
 from ftlevel.trained.adapt import apply_method, copy_initial_state, finalize_method, save_adapter
-from ftlevel.training.model import ShuffledBatches, digest_tensors
-from ftlevel.training.plan.method import find_method_targets
-from ftlevel.training.proof import Origin, Probe, check_saved
+from ftlevel.training.model import ShuffledBatches, hash_tensors
+from ftlevel.training.plan.method import resolve_method_targets
+from ftlevel.training.proof import BaseState, CheckInputs, check_saved
 
 QUANTS = ("none", "4bit", "8bit")
 STEPS = 4
@@ -209,7 +209,7 @@ def describe_base(cell: TinyCell, spec: Any) -> Base:
     config = _config(cell)
     meta = build_task_model(config, tiny_models.AUTO_CLASSES[_shape(cell.head)[0]])
     kind = FAMILIES[cell.family].kind
-    adapted = find_method_targets(spec, meta, cell.family, cell.quant)
+    adapted = resolve_method_targets(spec, meta, cell.family, cell.quant)
     return Base(
         config=config,
         architecture=kind,
@@ -232,7 +232,7 @@ def run_cell(cell: TinyCell) -> float:
     spec = build_spec(cell.row)
     base = describe_base(cell, spec)
     whole = copy_base(cell)
-    digests = digest_tensors(whole.named_parameters())
+    digests = hash_tensors(whole.named_parameters())
     model = apply_method(whole, spec, base)
     batch, objective = build_batch(cell), create_objective(cell)
     method = METHODS[spec.kind]
@@ -257,9 +257,9 @@ def run_cell(cell: TinyCell) -> float:
         else:
             model.save_pretrained(directory)
         _, _, effect = check_saved(
-            model, directory, Origin(digests, lambda: fresh(cell)),
-            Probe(_probe(batch), objective, "cpu", cell.dtype),
-            rewritten=method.initialization.rewrites_base(spec),
+            model, directory, BaseState(digests, lambda: fresh(cell)),
+            CheckInputs(_probe(batch), objective, "cpu", cell.dtype),
+            is_base_modified=method.initialization.rewrites_base(spec),
         )  # fmt: skip
     return effect
 

@@ -143,7 +143,7 @@ def plain_advantages(
     return found
 
 
-def plain_loss(case: Case, model: Any) -> torch.Tensor:
+def compute_full_loss(case: Case, model: Any) -> torch.Tensor:
     """Return the loss of all completions as one optimizer step."""
     policy, reference = log_probabilities(model), reference_logps()
     old = old_logps(policy, case)
@@ -184,6 +184,6 @@ def plain_loss(case: Case, model: Any) -> torch.Tensor:
 def figures(case: Case) -> tuple[float, float, float]:
     """Return the loss, and the norms of its gradient over all A and all B of the LoRA."""
     model = build_model().double()
-    loss = plain_loss(case, model)
+    loss = compute_full_loss(case, model)
     loss.backward()  # type: ignore[no-untyped-call]
     return loss.item(), *norms(model)

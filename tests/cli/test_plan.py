@@ -163,7 +163,7 @@ def test_a_run_begins_with_the_verdict_and_ends_beside_it(
     assert "memory: not estimated (a small model: Python and its libraries take more)" in said
     assert json.loads((small / "summary.json").read_text())["plan"]["peak_bytes"] is None
 
-    monkeypatch.setattr("ftlevel.training.forecast.fits.LEAST_PARAMETERS", 0)
+    monkeypatch.setattr("ftlevel.training.forecast.fits.MIN_PARAMETERS", 0)
     assert run(["train", *asked, "--output-dir", str(planned)]) == 0
     first, *_, last = [line for line in capsys.readouterr().out.splitlines() if " planned" in line
                        or "memory: " in line]  # fmt: skip

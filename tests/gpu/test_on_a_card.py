@@ -20,7 +20,7 @@ import torch
 
 from ftlevel.fast import kernels
 from ftlevel.fast.fused_lora import FusedLoraFunction
-from ftlevel.fast.kernels import ACTIVATIONS, TORCH, TritonFormulas
+from ftlevel.fast.kernels import ACTIVATIONS, TORCH, TritonBackend
 
 pytestmark = [pytest.mark.gpu, pytest.mark.slow]
 
@@ -113,13 +113,13 @@ def test_our_kernels_give_the_numbers_of_torchs_operations(dtype: str) -> None:
         pytest.skip("kernels need a card; make test-kernels asks Triton's interpreter")
     precision = getattr(torch, dtype)
     x, gradient, gate = (torch.randn(64, 4096, device=DEVICE).to(precision) for _ in range(3))
-    weight, ours = torch.randn(4096, device=DEVICE), TritonFormulas()
+    weight, ours = torch.randn(4096, device=DEVICE), TritonBackend()
     for w in (weight, weight.to(precision)):
         found, expected = ours.norm(x, w, 1e-6), TORCH.norm(x, w, 1e-6)
-        assert all(map(kernels.agree, expected, found))
+        assert all(map(kernels.are_close, expected, found))
         assert torch.equal(ours.renorm(x, w, found[1]), found[0])
         scale = expected[1]
-        assert kernels.agree(
+        assert kernels.are_close(
             TORCH.norm_backward(gradient, x, w, scale), ours.norm_backward(gradient, x, w, scale)
         )
     turned = [torch.randn(2, 64, heads, 128, device=DEVICE).to(precision) for heads in (32, 8)]
@@ -127,18 +127,18 @@ def test_our_kernels_give_the_numbers_of_torchs_operations(dtype: str) -> None:
     for backward in (False, True):
         pairs = zip(TORCH.rope(*turned, cos, sin, backward=backward),
                     ours.rope(*turned, cos, sin, backward=backward), strict=True)  # fmt: skip
-        assert all(kernels.agree(a, b) for a, b in pairs)
+        assert all(kernels.are_close(a, b) for a, b in pairs)
     scores, targets = 4 * gate, x.argmax(-1)
     for smoothing in (0.0, 0.1):
         (loss, of_scores), found = (way.cross_entropy(scores, targets, smoothing)
                                     for way in (TORCH, ours))  # fmt: skip
-        assert kernels.agree(loss, found[0])
-        assert kernels.agree(of_scores.to(precision), found[1])
+        assert kernels.are_close(loss, found[0])
+        assert kernels.are_close(of_scores.to(precision), found[1])
     for kind in ACTIVATIONS:
-        assert kernels.agree(TORCH.glu(kind, gate, x), ours.glu(kind, gate, x))
+        assert kernels.are_close(TORCH.glu(kind, gate, x), ours.glu(kind, gate, x))
         pairs = zip(TORCH.glu_backward(kind, gradient, gate, x),
                     ours.glu_backward(kind, gradient, gate, x), strict=True)  # fmt: skip
-        assert all(kernels.agree(a, b) for a, b in pairs)
+        assert all(kernels.are_close(a, b) for a, b in pairs)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])

@@ -16,7 +16,7 @@ from ftlevel.data.encoding.encode import IGNORED, Encoded
 from ftlevel.fast import fused_layers as norm_glu
 from ftlevel.fast import kernels
 from ftlevel.fast.fused_lora import register_fused_layers
-from ftlevel.fast.kernels import TORCH, TritonFormulas
+from ftlevel.fast.kernels import TORCH, TritonBackend
 from ftlevel.fast.plan import plan_fast, uses_fused_layers
 from ftlevel.fast.step import FastStep
 from ftlevel.models.families import FAMILIES
@@ -24,7 +24,7 @@ from ftlevel.models.module_tree import get_stacks
 from ftlevel.tasks import TASKS
 from ftlevel.tasks.losses import Tokens
 from ftlevel.trained.adapt import apply_method, train_in_float32
-from ftlevel.training.memory import recompute_blocks, set_checkpointing
+from ftlevel.training.memory import enable_checkpointing, set_checkpointing
 from gpu_sim.simulate import MODE, Found, run_step, to_card, without_a_cache
 from matrix_cells import TinyCell, build_spec, copy_base, describe_base, expected_refusal, heads_of
 
@@ -122,8 +122,8 @@ class Large:
 
 def run_large(case: Large) -> Found:
     """Return what the step asks of the card."""
-    formulas = TritonFormulas() if case.kernels else TORCH
-    for name in ("choose_norm", "choose_glu", "choose_rope", "choose_cross_entropy"):
+    formulas = TritonBackend() if case.kernels else TORCH
+    for name in ("select_norm", "select_glu", "select_rope", "select_cross_entropy"):
         setattr(kernels, name, lambda *_: formulas)
     kernels.supports_triton = lambda *_: True
     shape = transformers.LlamaConfig(**{**LLAMA_8B, "num_hidden_layers": case.layers})
@@ -150,7 +150,7 @@ def run_large(case: Large) -> Found:
     to_card(model)
     fast = FastStep(model, plan)
     if config.train.recomputes:
-        recompute_blocks(base)
+        enable_checkpointing(base)
     return run_step(model, config, objective, fast, rows, "llama")
 
 
@@ -187,8 +187,8 @@ def _with_lora(base: Any) -> Any:
     from peft import LoraConfig, get_peft_model
 
     # OthersSaid of weights, which are not there: what is found for a Llama, and T5's norm.
-    norm_glu._find_norm = lambda _: (0.0, False)
-    norm_glu._find_glu = lambda _: "silu"
+    norm_glu._match_norm = lambda _: (0.0, False)
+    norm_glu._match_glu = lambda _: "silu"
 
     lora = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear")
     register_fused_layers(lora)

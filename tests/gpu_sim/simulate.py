@@ -26,7 +26,7 @@ from ftlevel.fast.step import FastStep
 from ftlevel.fast.step_collator import StepCollator
 from ftlevel.models.hardware import send
 from ftlevel.objectives import Objective
-from ftlevel.training.build_trainer import build_arguments
+from ftlevel.training.build_trainer import create_training_args
 from ftlevel.training.gradients import GradientMonitor, Recovery
 from ftlevel.training.processes import Processes
 from ftlevel.training.trainer import FtlevelTrainer
@@ -91,7 +91,7 @@ def _sent(value: Any) -> Any:
 
 
 gpu.pad_segments = _made_on_the_host(gpu.pad_segments.__wrapped__)
-gpu.measure = _made_on_the_host(gpu.measure.__wrapped__)
+gpu.get_lengths = _made_on_the_host(gpu.get_lengths.__wrapped__)
 
 
 def to_card(model: torch.nn.Module) -> None:
@@ -209,7 +209,7 @@ def run_step(
         model=SimpleNamespace(dtype="bfloat16", device="cuda", family=family),
     )
     with tempfile.TemporaryDirectory() as folder:
-        arguments = build_arguments(run, Path(folder))  # type: ignore[arg-type]
+        arguments = create_training_args(run, Path(folder))  # type: ignore[arg-type]
         with MODE:
             trainer = _Trainer(objective=objective, model=model, args=arguments, fast=fast)
         batch = _as_fake(StepCollator(0, fast.plan, objective)(list(rows)))
@@ -220,9 +220,12 @@ def run_step(
             directory = RunDirectory(Path(folder))
             recovery = Recovery(trainer, config.train, directory, Processes(), NullListener(), None)
             proof = GradientMonitor(
-                NullListener(), trainer.take_step_loss, recovery, defers=recovery.only_stops
+                NullListener(),
+                trainer.take_step_loss,
+                recovery,
+                delays_checks=recovery.is_always_fatal,
             )
-            proof.checked, proof._is_checked = 1, True
+            proof.checked, proof._is_finished = 1, True
             proof._trainable = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
             optimizer = trainer.create_optimizer() if optimize else None
             weights = recorder.live

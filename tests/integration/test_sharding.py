@@ -150,7 +150,7 @@ def infer(folder: Path, holds: bool) -> None:
     model = AutoModelForCausalLM.from_pretrained(folder / "decoder", dtype=torch.float32)
     sharded = {name for name, p in model.named_parameters() if p.dim() > 1}
     model.requires_grad_(False)
-    shard(model, "cpu", holds=holds, dtype=torch.float32)
+    shard(model, "cpu", keeps_unsharded=holds, dtype=torch.float32)
     ids = torch.arange(3, 20)[None]
 
     def forward_under(context: Any) -> None:
@@ -196,7 +196,7 @@ def load_own_part(directory: str) -> tuple[Any, dict[str, int]]:
     Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
     slices = LazyWeights()
     model, _ = load_model(*given, **settings, slices=slices)
-    shard(model, "cpu", holds=False, dtype=torch.float32, slices=slices)
+    shard(model, "cpu", keeps_unsharded=False, dtype=torch.float32, slices=slices)
     peak = resident("VmHWM") - before
     sizes = [(p.nbytes, local_shard(p).nbytes) for p in model.parameters()]
     whole, own = zip(*sizes, strict=True)
@@ -288,7 +288,7 @@ def hold_four_bits(folder: Path, kind: str, double: bool) -> None:
     one, _ = load_model(*given, **settings)
     slices = LazyWeights()
     two, _ = load_model(*given, **settings, slices=slices)
-    shard(two, "cpu", holds=False, dtype=torch.float32, slices=slices)
+    shard(two, "cpu", keeps_unsharded=False, dtype=torch.float32, slices=slices)
     wanted, found = dict(one.named_parameters()), dict(two.named_parameters())
     assert wanted.keys() == found.keys()
     for name, part in found.items():
@@ -367,7 +367,7 @@ def step_in_half_precision(folder: Path, out: Path) -> None:
     shapes = {tuple(p.shape) for p in model.model.layers.parameters() if p.dim() > 1}
     shapes |= {shape[::-1] for shape in shapes}
     if processes.count > 1:
-        shard(model, "cpu", holds=False, dtype=torch.bfloat16)
+        shard(model, "cpu", keeps_unsharded=False, dtype=torch.bfloat16)
     ids = torch.arange(3, 20)[None]
     hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
     with hooks, autocast("cpu", "bfloat16"):
@@ -620,7 +620,7 @@ def come_late(folder: Path, out: Path) -> None:
         begin(self, args, state, *more, **named)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(watch_processes, "PATIENCE", 3.0)
+        patch.setattr(watch_processes, "HEARTBEAT_TIMEOUT", 3.0)
         patch.setattr(watch_processes.WatchProcesses, "on_step_begin", begin_late)
         values = settings(folder, "decoder", "lora", out / "run")
         values["train"] |= {"gradient_accumulation_steps": 1}
@@ -686,7 +686,7 @@ def test_what_cannot_be_shared_is_named_before_weights_load(
 ) -> None:  # fmt: skip
     from distributed import settings
 
-    monkeypatch.setattr("ftlevel.training.session.load_adapted", None)
+    monkeypatch.setattr("ftlevel.training.session.load_training_model", None)
     values = settings(prepared, "decoder", "lora", tmp_path)
     values["train"]["shard"] = "full"
     for section, fields in change.items():

@@ -11,7 +11,7 @@ import pytest
 
 from ftlevel.cli.app import run
 from ftlevel.training import callbacks as trackers
-from ftlevel.training.callbacks import TrackedRun, Tracker, name_metrics, tracking
+from ftlevel.training.callbacks import RunInfo, Tracker, name_metrics, tracking
 
 LOSS, EVALUATION = {"step": 3, "loss": 0.5, "epoch": 1.0}, {"step": 3, "eval_loss": 0.7}
 
@@ -37,7 +37,7 @@ def send(name: str, folder: Path, heard: Heard, **about: Any) -> None:
     """Tell one tracker of a run with two records; the environment is as it was afterwards."""
     before = dict(os.environ)
     told = {"name": "first", "project": "mine", "config": {"train": {"seed": 3}}, **about}
-    with tracking((name,), TrackedRun(folder, **told), heard) as writers:
+    with tracking((name,), RunInfo(folder, **told), heard) as writers:
         for record in (LOSS, EVALUATION):
             for write in writers:
                 write(record)

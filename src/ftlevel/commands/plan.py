@@ -16,12 +16,12 @@ from ftlevel.models.sources import resolve_source
 from ftlevel.training.forecast.alternatives import (
     Alternative,
     AlternativeContext,
-    find_cheapest,
-    fit_micro_batch,
+    fit_batch_size,
+    get_cheapest,
     list_alternatives,
 )
 from ftlevel.training.forecast.fits import Device, MemoryRequirement, estimate_requirement
-from ftlevel.training.forecast.meta_model import OPTIMIZER, build_synthetic_batch
+from ftlevel.training.forecast.meta_model import OPTIMIZER, create_synthetic_batch
 from ftlevel.training.forecast.seconds import (
     Gpu,
     TimeForecast,
@@ -180,7 +180,7 @@ def _plan(config: TrainConfig, options: PlanOptions) -> tuple[RunPlan, Alternati
         model.name_or_path, model.revision, model.trust_remote_code, require_weights=options.probe
     )
     rows = config.train.rows_per_device_step * _SYNTHETIC_STEPS if is_synthetic else 0
-    synthetic = build_synthetic_batch(config.data, source, gpu.name if gpu else None, rows)
+    synthetic = create_synthetic_batch(config.data, source, gpu.name if gpu else None, rows)
     run = resolve(config, why_task=message, adapter=adapter, synthetic=synthetic)
     ranks = options.nodes * options.gpus_per_node
     device = Device.of(run.model.device, gpu, ranks)
@@ -188,7 +188,7 @@ def _plan(config: TrainConfig, options: PlanOptions) -> tuple[RunPlan, Alternati
         memory = min(device.memory, int(config.speed.memory_gib * 2**30))
         device = replace(device, memory=memory)
     if config.speed.tokens_per_micro_batch == "memory":
-        run = fit_micro_batch(run, device.memory)
+        run = fit_batch_size(run, device.memory)
     need = estimate_requirement(run, device)
     length = run.data.max_length
     as_long = config if is_synthetic else _replace(config, "data", max_length=length)
@@ -216,7 +216,7 @@ def _plan(config: TrainConfig, options: PlanOptions) -> tuple[RunPlan, Alternati
         time=time,
         cost=_cost(config, time, options),
         fits=[],
-        cheapest=find_cheapest(limits) if not need.does_fit else None,
+        cheapest=get_cheapest(limits) if not need.does_fit else None,
         cluster=cluster,
         choices=run.choices,
     )

@@ -20,8 +20,8 @@ from ftlevel.evaluation.rollouts import open_rewards, open_teacher
 from ftlevel.events import NullListener
 from ftlevel.models.loading import silence_loggers
 from ftlevel.objectives import PolicyObjective
-from ftlevel.training.build_trainer import build_rollouts
-from ftlevel.training.model import load_adapted
+from ftlevel.training.build_trainer import create_rollouts
+from ftlevel.training.model import load_training_model
 from ftlevel.training.plan.adapter import resolve_adapter
 from ftlevel.training.plan.resolve import infer_task, resolve
 from ftlevel.training.plan.run import Run
@@ -150,8 +150,8 @@ def _sample(run: Run) -> list[Choice]:
     else:
         rewards = open_rewards(rl, model.device, model.tokenizer, rows, where)
         run = replace(run, rewards=rewards)
-    adapted = load_adapted(run, NullListener())
-    return preview_rollouts(build_rollouts(run, adapted.model, teacher), rows)
+    adapted = load_training_model(run, NullListener())
+    return preview_rollouts(create_rollouts(run, adapted.model, teacher), rows)
 
 
 def _select_rows(run: Run, numbers: Sequence[int]) -> list[Encoded]:

@@ -129,7 +129,7 @@ def _train(job: TrainingJob, stack: contextlib.ExitStack) -> TrainResult:
         proof = session.verify()
         if job.processes.is_first:
             summary = session.report(proof)
-    return TrainResult(summary, session.directory.path, session.adapted.model, tokenizer)
+    return TrainResult(summary, session.output_dir.path, session.model.model, tokenizer)
 
 
 def _end_dry_run(job: TrainingJob) -> TrainResult:

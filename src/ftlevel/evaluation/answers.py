@@ -133,7 +133,7 @@ class RowScorer:
             layout = PackedLayout.from_mask(batch["attention_mask"])
             layout = replace(layout, is_for_answers=True)
             if self._fast.plan.needed_tokens is not None:
-                layout = layout.with_needed(self._fast.plan.needed_tokens(batch))
+                layout = layout.with_needed_tokens(self._fast.plan.needed_tokens(batch))
             layout = layout.to(trained.device)
         return {name: value.to(trained.device) for name, value in batch.items()}, layout
 

@@ -28,7 +28,7 @@ from ftlevel.errors import join_names
 from ftlevel.evaluation.attention import NAME, SharedPrompts, register, using_prompts
 from ftlevel.fast import packed_attention as packed
 from ftlevel.fast.likelihoods import base_model
-from ftlevel.fast.plan import adds_virtual_tokens, find_packing_obstacle
+from ftlevel.fast.plan import get_packing_message, has_virtual_tokens
 from ftlevel.models.upstream.architectures import attention_of
 from ftlevel.trained.generation import stop_ids
 from ftlevel.trained.model_ref import LoadedModel
@@ -385,9 +385,9 @@ def get_cache_limitation(model: Any, kind: str, method: str) -> str:
     """Returns why `RowDecoder` cannot compute the logits of `model`; "" if it can."""
     base = base_model(model)
     is_packed = attention_of(base) == packed.NAME
-    if not is_packed and (reason := find_packing_obstacle(base, kind)):
+    if not is_packed and (reason := get_packing_message(base, kind)):
         return reason
-    if adds_virtual_tokens(model, method):
+    if has_virtual_tokens(model, method):
         return "its adapter puts virtual tokens into every row"
     layers = DynamicCache(config=base.config).layers
     if any(type(layer) is not DynamicLayer for layer in layers):

@@ -18,7 +18,7 @@ from ftlevel.evaluation.intervals import ExampleRecord, select_metrics
 from ftlevel.fast.cross_entropy import ChunkedCrossEntropy, Observe
 from ftlevel.fast.likelihoods import (
     compute_answer_likelihoods,
-    sum_of_ratios,
+    sum_log_ratios,
     supervised_loss,
     with_baseline,
 )
@@ -261,7 +261,7 @@ def _compute_mean_reward(
         return None
     contrasts = _contrasts(evaluator.rows)
     batches = (batch for _, batch in _batches(evaluator, contrasts))
-    total = sum_of_ratios(head, model, objective, list(batches))
+    total = sum_log_ratios(head, model, objective, list(batches))
     return (total[0] / total[1]).clamp(min=0)
 
 

@@ -27,7 +27,7 @@ from ftlevel.models.upstream.tensors import softmax_backward
 QUERIES = 128
 """Queries per block; the fastest of 64, 128 and 256 in bfloat16."""
 
-KEPT_KEYS = 256
+MAX_SAVED_KEYS = 256
 """Maximum keys of a block whose probabilities are saved for the backward pass."""
 
 
@@ -35,8 +35,10 @@ KEPT_KEYS = 256
 class QueryBlock:
     """A block of queries, and the keys that at least one of these queries sees.
 
-    Queries are at [`start`, `stop`) of the packed row; `keys` are ranges of it, in sequence order.
-    `mask` is added to the scores of the last keys (-inf hides a key); None if all are visible.
+    Attributes:
+        start, stop: range of the queries in the packed row.
+        keys: ranges of the keys in the packed row, in sequence order.
+        mask: added to the scores of the last keys (-inf hides a key); None if all are visible.
     """
 
     start: int
@@ -51,57 +53,63 @@ class QueryBlock:
 
 
 @lru_cache(maxsize=512)
-def build_visibility_mask(
-    position: int, queries: int, first_key: int, keys: int, causal: bool, window: int | None
+def create_visibility_mask(
+    position: int, num_queries: int, first_key: int, num_keys: int, causal: bool, window: int | None
 ) -> Tensor | None:
-    """Build a boolean mask (queries, keys), True for visible keys; None if all are visible.
+    """Returns a boolean mask (queries, keys), True for visible keys; None if all are visible.
 
     `position` and `first_key` are where the first query and the first key are in their sequence. A
     query sees keys at a distance below `window`.
     """
-    distance = (position + torch.arange(queries))[:, None] - (first_key + torch.arange(keys))
-    seen = torch.ones(queries, keys, dtype=torch.bool)
+    distance = (position + torch.arange(num_queries))[:, None] - (
+        first_key + torch.arange(num_keys)
+    )
+    visible = torch.ones(num_queries, num_keys, dtype=torch.bool)
     if causal:
-        seen &= distance >= 0
+        visible &= distance >= 0
     if window is not None:
-        seen &= distance.abs() < window
-    return None if bool(seen.all()) else seen
+        visible &= distance.abs() < window
+    return None if bool(visible.all()) else visible
 
 
 @lru_cache(maxsize=8)
 def split_queries(
     segments: tuple[Segment, ...], causal: bool, window: int | None
 ) -> tuple[QueryBlock, ...]:
-    """Split the segments of a packed row into blocks of queries, in row order."""
-    return tuple(block for segment in segments for block in _cut(segment, causal, window))
+    """Returns the blocks of queries of a packed row, in row order."""
+    return tuple(block for segment in segments for block in _split_segment(segment, causal, window))
 
 
-def _cut(segment: Segment, causal: bool, window: int | None) -> Sequence[QueryBlock]:
+def _split_segment(segment: Segment, causal: bool, window: int | None) -> Sequence[QueryBlock]:
     blocks = []
-    count_all = segment.stop - segment.start
-    length = segment.position + count_all
-    for offset in range(0, count_all, QUERIES):
-        count = min(QUERIES, count_all - offset)
+    num_tokens = segment.stop - segment.start
+    length = segment.position + num_tokens
+    for offset in range(0, num_tokens, QUERIES):
+        num_queries = min(QUERIES, num_tokens - offset)
         position = segment.position + offset
         first = 0 if window is None else max(0, position - window + 1)
-        last = position + count
+        last = position + num_queries
         if not causal:
             last = length if window is None else min(length, last + window - 1)
         if causal and window is None:  # only the last keys follow some query
-            seen = build_visibility_mask(0, count, 0, count, causal, None)
+            visible = create_visibility_mask(0, num_queries, 0, num_queries, causal, None)
         else:
-            seen = build_visibility_mask(position, count, first, last - first, causal, window)
-        mask = None if seen is None else torch.zeros(seen.shape).masked_fill(~seen, -math.inf)
+            visible = create_visibility_mask(
+                position, num_queries, first, last - first, causal, window
+            )
+        mask = (
+            None if visible is None else torch.zeros(visible.shape).masked_fill(~visible, -math.inf)
+        )
         keys = _clip((*segment.past, (segment.start, segment.stop)), first, last)
         start = segment.start + offset
-        blocks.append(QueryBlock(start, start + count, keys, mask))
+        blocks.append(QueryBlock(start, start + num_queries, keys, mask))
     return blocks
 
 
-def _clip(ranges: Sequence[Range], first: int, last: int) -> tuple[Range, ...]:
-    """Returns the parts of `ranges` with tokens [first, last) of the sequence that they form."""
+def _clip(spans: Sequence[Range], first: int, last: int) -> tuple[Range, ...]:
+    """Returns the parts of `spans` with tokens [first, last) of the sequence that they form."""
     clipped, position = [], 0
-    for start, stop in ranges:
+    for start, stop in spans:
         low, high = max(first - position, 0), min(last - position, stop - start)
         if low < high:
             clipped.append((start + low, start + high))
@@ -139,10 +147,10 @@ class BlockedAttention(torch.autograd.Function):
                 keep = dropout_mask(seen, dropout)
                 seen = probabilities * keep
                 saved.append(keep)
-            if dropout or block.width <= KEPT_KEYS:
+            if dropout or block.width <= MAX_SAVED_KEYS:
                 saved.append(probabilities)
-            attended = torch.bmm(seen, _rows(value, block.keys))
-            _put(output[block.start : block.stop], attended, groups)
+            block_output = torch.bmm(seen, _rows(value, block.keys))
+            _ungroup_heads(output[block.start : block.stop], block_output, groups)
         ctx.save_for_backward(query, key, value, *saved)
         ctx.blocks, ctx.scale, ctx.dropout, ctx.cap = blocks, scale, dropout, cap
         return output
@@ -158,13 +166,13 @@ class BlockedAttention(torch.autograd.Function):
         of_key, of_value = key.new_zeros(key.shape), value.new_zeros(value.shape)
         for block in ctx.blocks:
             keep = next(saved) if ctx.dropout else None
-            is_saved = ctx.dropout or block.width <= KEPT_KEYS
+            is_saved = ctx.dropout or block.width <= MAX_SAVED_KEYS
             slope = None
             if ctx.cap or not is_saved:
                 scores = _scores(query, key, block, ctx.scale, ctx.cap)
                 slope = slope_of_cap(scores, ctx.cap, query.dtype) if ctx.cap else None
             p = next(saved) if is_saved else _probabilities(scores, block, query.dtype)
-            of_output = _take(gradient[block.start : block.stop], groups)
+            of_output = _group_heads(gradient[block.start : block.stop], groups)
             seen = p if keep is None else p * keep
             _add(of_value, block.keys, seen.transpose(1, 2), of_output)
             of_seen = torch.bmm(of_output, _rows(value, block.keys).transpose(1, 2))
@@ -174,7 +182,7 @@ class BlockedAttention(torch.autograd.Function):
             if slope is not None:
                 of_scores.mul_(slope)
             of_block = torch.bmm(of_scores, _rows(key, block.keys))
-            _put(of_query[block.start : block.stop], of_block, groups)
+            _ungroup_heads(of_query[block.start : block.stop], of_block, groups)
             _add(of_key, block.keys, of_scores.transpose(1, 2), _queries(query, block, groups))
         return of_query.transpose(0, 1), of_key, of_value, None, None, None, None
 
@@ -195,8 +203,8 @@ def _scores(
 def _probabilities(scores: Tensor, block: QueryBlock, dtype: torch.dtype) -> Tensor:
     """Returns the softmax of `scores` in `dtype`; masks `scores` in place."""
     if block.mask is not None:
-        count = block.stop - block.start
-        last = scores.view(len(scores), -1, count, block.width)[..., -block.mask.shape[1] :]
+        num_queries = block.stop - block.start
+        last = scores.view(len(scores), -1, num_queries, block.width)[..., -block.mask.shape[1] :]
         last.add_(block.mask)
     return scores.softmax(-1).to(dtype)
 
@@ -216,25 +224,24 @@ def _queries(query: Tensor, block: QueryBlock, groups: int) -> Tensor:
     return query[:, block.start : block.stop].reshape(groups, -1, query.shape[-1])
 
 
-def _rows(states: Tensor, ranges: Sequence[Range]) -> Tensor:
+def _rows(states: Tensor, spans: Sequence[Range]) -> Tensor:
     """Returns the keys or values of a block, (key heads, keys, head_dim)."""
-    if len(ranges) == 1:
-        return states[:, ranges[0][0] : ranges[0][1]]
-    return torch.cat([states[:, start:stop] for start, stop in ranges], dim=1)
+    if len(spans) == 1:
+        return states[:, spans[0][0] : spans[0][1]]
+    return torch.cat([states[:, start:stop] for start, stop in spans], dim=1)
 
 
-def _add(total: Tensor, ranges: Sequence[Range], left: Tensor, right: Tensor) -> None:
-    """Add the product of `left` and `right` to the tokens at `ranges` of `total` (modified)."""
-    if len(ranges) == 1:
-        total[:, ranges[0][0] : ranges[0][1]].baddbmm_(left, right)
+def _add(total: Tensor, spans: Sequence[Range], left: Tensor, right: Tensor) -> None:
+    if len(spans) == 1:
+        total[:, spans[0][0] : spans[0][1]].baddbmm_(left, right)
         return
     product, offset = torch.bmm(left, right), 0
-    for start, stop in ranges:
+    for start, stop in spans:
         total[:, start:stop] += product[:, offset : offset + stop - start]
         offset += stop - start
 
 
-def _take(states: Tensor, groups: int) -> Tensor:
+def _group_heads(states: Tensor, groups: int) -> Tensor:
     """Reshape (queries, heads, head_dim) to (key heads, heads of a group * queries, head_dim)."""
     count, heads, width = states.shape
     return (
@@ -244,8 +251,8 @@ def _take(states: Tensor, groups: int) -> Tensor:
     )
 
 
-def _put(target: Tensor, states: Tensor, groups: int) -> None:
-    """Write `states`, shaped as `_take` returns them, to `target` (queries, heads, head_dim)."""
+def _ungroup_heads(target: Tensor, states: Tensor, groups: int) -> None:
+    """Write `states`, shaped as by `_group_heads`, to `target` (queries, heads, head_dim)."""
     count, heads, width = target.shape
-    shaped = states.view(groups, heads // groups, count, width).permute(2, 0, 1, 3)
-    target.view(count, groups, heads // groups, width).copy_(shaped)
+    ungrouped = states.view(groups, heads // groups, count, width).permute(2, 0, 1, 3)
+    target.view(count, groups, heads // groups, width).copy_(ungrouped)

@@ -22,15 +22,15 @@ from ftlevel.data.encoding.encode import Encoded
 from ftlevel.errors import is_out_of_memory
 from ftlevel.fast.cross_entropy import ChunkedCrossEntropy
 from ftlevel.fast.likelihoods import (
-    NeededTokens,
     PooledTokens,
     SupervisedTokens,
+    TokenSelector,
     base_model,
     supervised_loss,
 )
 from ftlevel.fast.packing import PackedLayout, UnsupportedModelError, using_layout
-from ftlevel.fast.prefixes import SharedPrefix, build_prefix_tree, using_prefix
-from ftlevel.fast.pruning import find_prunable_linears
+from ftlevel.fast.prefixes import SharedPrefix, create_prefix_tree, using_prefix
+from ftlevel.fast.pruning import get_prunable_linears
 from ftlevel.fast.recompute import using_generator
 from ftlevel.models.hardware import autocast, evaluating
 from ftlevel.models.module_tree import get_blocks, linear_size
@@ -46,7 +46,7 @@ PREFIX_LENGTH = 7
 _EXACT, _ROUNDED = 1e-4, 1e-1
 """Maximum relative difference of states in float32, and below."""
 
-_MOST_NOISE = 2.0
+_MAX_NOISE = 2.0
 """Maximum rounding of a usual packed state, relative to that of a padded one."""
 
 
@@ -54,8 +54,7 @@ _MOST_NOISE = 2.0
 class StepCheck:
     """Base class of checks on two short test rows; checks restore the model's training mode.
 
-    `last_block` is the last block of `model`. Both test rows are prefixes of the longest of the
-    first 100 `rows`.
+    The test rows are prefixes of the longest of the first 100 `rows`.
     """
 
     model: Any
@@ -70,7 +69,7 @@ class StepCheck:
         """The two test rows, with label 0; the second is a shorter prefix of the first."""
         sequences = (sequence for row in self.rows[:100] for sequence in row.sequences)
         row = max(sequences, key=lambda sequence: len(sequence.input_ids))
-        return [_shorten(row, length, 0) for length in LENGTHS]
+        return [_truncate(row, length, 0) for length in LENGTHS]
 
     def batch_of(self, rows: Sequence[Encoded]) -> dict[str, Tensor]:
         """Returns the padded batch of `rows` on the device, without labels."""
@@ -82,17 +81,17 @@ class StepCheck:
 class PackingCheck(StepCheck):
     """Checks that a model with packed blocks gives the same results for packed and padded rows."""
 
-    def find_leak(self) -> str:
+    def get_packing_error(self) -> str:
         """Returns why rows cannot be packed; empty if they can."""
-        return self._try(self._compare_packed)
+        return self._run_check(self._compare_packed)
 
-    def find_prefix_tree_error(self) -> str:
+    def get_prefix_tree_error(self) -> str:
         """Returns why a prefix tree cannot be used; empty if it can."""
-        return self._try(self._compare_prefix_tree)
+        return self._run_check(self._compare_prefix_tree)
 
-    def find_shared_prefix_error(self) -> str:
+    def get_shared_prefix_error(self) -> str:
         """Returns why a prefix cannot be computed before all micro-batches; empty if it can."""
-        return self._try(self._compare_shared_prefix)
+        return self._run_check(self._compare_shared_prefix)
 
     def uses_global_generator(self) -> bool:
         """Returns whether a forward pass in training mode draws from torch's global generator."""
@@ -112,7 +111,7 @@ class PackingCheck(StepCheck):
             torch.set_rng_state(before)
             self.model.train(training)
 
-    def _try(self, compare: Callable[[], str]) -> str:
+    def _run_check(self, compare: Callable[[], str]) -> str:
         try:
             with evaluating(self.model, self.device, self.dtype):
                 return compare()
@@ -128,12 +127,12 @@ class PackingCheck(StepCheck):
         batch = self.batch_of(self.pair)
         padded = self.batch_of([replace(first, input_ids=first.input_ids[::-1]), second])
         layout, mask = PackedLayout.from_mask(batch["attention_mask"]), batch["attention_mask"] != 0
-        packed, changed = self._states(batch, layout), self._states(padded, layout)
+        packed, other = self._states(batch, layout), self._states(padded, layout)
         # The second row may differ by the order of sums only when its neighbor changes.
         bound = 1e-5 if self.dtype == "float32" else 1e-2
-        if not relative_difference(changed[1][mask[1]], packed[1][mask[1]]) < bound:
+        if not relative_difference(other[1][mask[1]], packed[1][mask[1]]) < bound:
             return "its rows see each other when they are packed"
-        if self._differ(batch, lambda: self._states(batch, layout), mask):
+        if self._is_different(batch, lambda: self._states(batch, layout), mask):
             return "packed rows give different values than padded ones"
         return ""
 
@@ -141,8 +140,8 @@ class PackingCheck(StepCheck):
         pair = self.pair[::-1]
         batch = self.batch_of(pair)
         mask = batch["attention_mask"] != 0
-        tree = build_prefix_tree([row.input_ids for row in pair], least=1).to(self.device)
-        if self._differ(batch, lambda: self._states(batch, tree), mask):
+        tree = create_prefix_tree([row.input_ids for row in pair], min_length=1).to(self.device)
+        if self._is_different(batch, lambda: self._states(batch, tree), mask):
             return "shared prefixes give different values than rows of their own"
         return ""
 
@@ -157,16 +156,16 @@ class PackingCheck(StepCheck):
                 self._states(first, PackedLayout.from_mask(first["attention_mask"]))
                 prefix.close()
                 ids = [row.input_ids for row in pair]
-                tree = build_prefix_tree(ids, 1, PREFIX_LENGTH).to(self.device)
+                tree = create_prefix_tree(ids, 1, PREFIX_LENGTH).to(self.device)
                 return self._states(batch, tree)
 
         mask = batch["attention_mask"] != 0
         mask[:, :PREFIX_LENGTH] = False
-        if self._differ(batch, compute, mask):
+        if self._is_different(batch, compute, mask):
             return "outputs change after a shared prefix of an earlier micro-batch"
         return ""
 
-    def _differ(
+    def _is_different(
         self, batch: dict[str, Tensor], compute: Callable[[], Tensor], mask: Tensor
     ) -> bool:
         """Returns whether `compute()` differs, at `mask`, from the states of the padded `batch`.
@@ -185,11 +184,10 @@ class PackingCheck(StepCheck):
             exact, reference = compute(), self._states(batch, None)
         if not relative_difference(exact[mask], reference[mask]) < _EXACT:
             return True
-        errors, usual = (median_differences(s, reference, mask) for s in (states, expected))
-        return not (errors < _MOST_NOISE * usual).all()
+        errors, expected_errors = (median_errors(s, reference, mask) for s in (states, expected))
+        return not (errors < _MAX_NOISE * expected_errors).all()
 
     def _states(self, batch: dict[str, Tensor], layout: PackedLayout | None) -> Tensor:
-        """Returns the last block's output (batch, seq, hidden) with `layout`, in float32."""
         outputs: list[Tensor] = []
 
         def collect(block: nn.Module, args: Any, output: Any) -> None:  # noqa: ARG001 - a hook
@@ -208,10 +206,10 @@ class PackingCheck(StepCheck):
 @contextmanager
 def in_float32(blocks: Sequence[nn.Module], device: str) -> Iterator[None]:
     """Run `blocks` in float32 inside the `with` block; a block is cast only while it runs."""
-    hooks, before, plain = [], dict[Any, Tensor](), ExitStack()
+    hooks, before, stack = [], dict[Any, Tensor](), ExitStack()
 
     def enter(block: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
-        plain.enter_context(autocast(device, "float32"))  # what follows the blocks needs autocast
+        stack.enter_context(autocast(device, "float32"))  # what follows the blocks needs autocast
         for tensor in (*block.parameters(), *block.buffers()):
             if tensor.is_floating_point() and tensor.dtype != torch.float32:
                 before[tensor] = tensor.data
@@ -222,7 +220,7 @@ def in_float32(blocks: Sequence[nn.Module], device: str) -> Iterator[None]:
         while before:
             tensor, data = before.popitem()
             tensor.data = data
-        plain.close()
+        stack.close()
 
     for block in blocks:
         hooks.append(block.register_forward_pre_hook(enter, with_kwargs=True, prepend=True))
@@ -239,8 +237,7 @@ def _upcast(value: Any) -> Any:
     return value.float() if is_float else value
 
 
-def _shorten(row: Encoded, size: int, labels: Any) -> Encoded:
-    """Returns `row` cut to its first `size` tokens, with `labels`."""
+def _truncate(row: Encoded, size: int, labels: Any) -> Encoded:
     extras = {name: values[:size] for name, values in row.extras.items()}
     return replace(row, input_ids=row.input_ids[:size], labels=labels, extras=extras)
 
@@ -251,13 +248,13 @@ def relative_difference(values: Tensor, expected: Tensor) -> float:
     return ((values - expected).norm() / expected.norm()).item()
 
 
-def median_differences(values: Tensor, expected: Tensor, mask: Tensor) -> Tensor:
+def median_errors(values: Tensor, expected: Tensor, mask: Tensor) -> Tensor:
     """Returns (rows,) the median relative difference of each row's tokens at `mask`."""
     per_token = (values - expected).norm(dim=-1) / expected.norm(dim=-1)
     return torch.stack([own[at].median() for own, at in zip(per_token, mask, strict=True)])
 
 
-FEWEST = 6
+MIN_TOKENS = 6
 """Minimum tokens of the test rows, so that some lie between the needed ones."""
 
 CallArguments = tuple[tuple[Any, ...], dict[str, Any]]
@@ -266,25 +263,27 @@ CallArguments = tuple[tuple[Any, ...], dict[str, Any]]
 class PruningCheck(StepCheck):
     """Finds the tokens and linear layers for last-layer pruning."""
 
-    def __call__(self, objective: Objective) -> tuple[NeededTokens | None, list[nn.Module]]:
-        """Returns a function that selects the needed tokens, and layers that may skip all others.
+    def __call__(self, objective: Objective) -> tuple[TokenSelector | None, list[nn.Module]]:
+        """Returns a selector of tokens needed after the last block, and layers that skip the rest.
 
-        The layers are in the last block. The result is (None, []) if every token may be needed or
-        torch cannot compute the gradients. The list is also empty if the block runs twice.
+        The result is (None, []) if every token may be needed or torch cannot compute the gradients.
+        The list is also empty if the last block runs twice.
         """
         batch = self.batch_of(self.pair)
         training = self.model.training
         self.model.eval()
         try:
             with autocast(self.device, self.dtype):
-                needed = self._find_needed(objective, batch)
-                return (needed, self._find_linears(batch)) if needed else (None, [])
+                select = self._select_tokens(objective, batch)
+                return (select, self._select_linears(batch)) if select else (None, [])
         except RuntimeError:
             return None, []
         finally:
             self.model.train(training)
 
-    def _find_needed(self, objective: Objective, batch: dict[str, Tensor]) -> NeededTokens | None:
+    def _select_tokens(
+        self, objective: Objective, batch: dict[str, Tensor]
+    ) -> TokenSelector | None:
         if isinstance(objective, TokenObjective):
             return SupervisedTokens(objective)
         if not objective.per_row:
@@ -292,7 +291,6 @@ class PruningCheck(StepCheck):
         outputs: list[Tensor] = []
 
         def cut(block: nn.Module, args: Any, output: Any) -> Any:  # noqa: ARG001 - a hook
-            """Detach the states, so that only their gradient is computed."""
             states = output if isinstance(output, Tensor) else output[0]
             outputs.append(states.detach().requires_grad_())
             states = outputs[-1].clone()
@@ -305,25 +303,24 @@ class PruningCheck(StepCheck):
             (gradient,) = torch.autograd.grad(logits.float().square().sum(), outputs[-1:])
         finally:
             hook.remove()
-        is_needed = gradient.abs().amax(-1).flatten() != 0
-        needed = is_needed.nonzero()[:, 0]
-        ends = [PooledTokens(last=False), PooledTokens(last=True)]
-        return next((end for end in ends if torch.equal(end(batch), needed)), None)
+        has_gradient = gradient.abs().amax(-1).flatten() != 0
+        indices = has_gradient.nonzero()[:, 0]
+        candidates = [PooledTokens(last=False), PooledTokens(last=True)]
+        return next((end for end in candidates if torch.equal(end(batch), indices)), None)
 
-    def _find_linears(self, batch: dict[str, Tensor]) -> list[nn.Module]:
-        """Returns the linear layers of the last block that may skip unneeded tokens."""
+    def _select_linears(self, batch: dict[str, Tensor]) -> list[nn.Module]:
         layout = PackedLayout.from_mask(batch["attention_mask"])
-        if layout.tokens < FEWEST:
+        if layout.tokens < MIN_TOKENS:
             return []
-        needed = torch.tensor([0, layout.tokens - 1])
-        layout = replace(layout, needed=needed).to(self.device)
+        indices = torch.tensor([0, layout.tokens - 1])
+        layout = replace(layout, needed=indices).to(self.device)
         with self._calls() as calls, using_layout(layout), torch.no_grad():
             self.model(**batch)
         if len(calls) != 1:
             return []
         with using_layout(layout):
-            return find_prunable_linears(
-                self.last_block, *calls[0], layout, _outermost_linears(self.last_block)
+            return get_prunable_linears(
+                self.last_block, *calls[0], layout, _get_linears(self.last_block)
             )
 
     @contextmanager
@@ -333,8 +330,8 @@ class PruningCheck(StepCheck):
 
         def collect(block: nn.Module, args: Any, kwargs: Any) -> None:  # noqa: ARG001 - a hook
             positional = [None if isinstance(value, Cache) else value for value in args]
-            keywords = {k: None if isinstance(v, Cache) else v for k, v in kwargs.items()}
-            calls.append((tuple(positional), keywords))  # a cache would append the tokens twice
+            keyword_args = {k: None if isinstance(v, Cache) else v for k, v in kwargs.items()}
+            calls.append((tuple(positional), keyword_args))  # a cache would append the tokens twice
 
         hook = self.last_block.register_forward_pre_hook(collect, with_kwargs=True)
         try:
@@ -343,11 +340,11 @@ class PruningCheck(StepCheck):
             hook.remove()
 
 
-def _outermost_linears(module: nn.Module) -> list[nn.Module]:
+def _get_linears(module: nn.Module) -> list[nn.Module]:
     """Returns the linear layers of `module`; a layer with adapters counts as one."""
     if linear_size(module) is not None:
         return [module]
-    return [linear for child in module.children() for linear in _outermost_linears(child)]
+    return [linear for child in module.children() for linear in _get_linears(child)]
 
 
 NOISE = {"float32": 1e-5}
@@ -356,7 +353,7 @@ NOISE = {"float32": 1e-5}
 COARSE = 1e-2
 
 
-def find_cross_entropy_error(
+def get_cross_entropy_error(
     head: ChunkedCrossEntropy,
     model: Any,
     objective: TokenObjective,
@@ -387,13 +384,12 @@ def find_cross_entropy_error(
 
 
 def _labeled_pair(rows: Sequence[Encoded], objective: TokenObjective) -> list[Encoded]:
-    """Returns short prefixes of the first two rows, in which every token is a target."""
     pair = []
     first = rows[0].sequences[0], rows[min(1, len(rows) - 1)].sequences[0]
     for row, length in zip(first, LENGTHS, strict=True):
         labels = row.input_ids[:length]
         if objective.feeds_labels:
-            stored = row.labels[:length] if isinstance(row.labels, list | tuple) else ()
-            labels = [int(label) for label in stored]
-        pair.append(_shorten(row, length, labels))
+            row_labels = row.labels[:length] if isinstance(row.labels, list | tuple) else ()
+            labels = [int(label) for label in row_labels]
+        pair.append(_truncate(row, length, labels))
     return pair

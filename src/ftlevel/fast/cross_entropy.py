@@ -23,24 +23,26 @@ from ftlevel.models.hardware import free_memory_bytes
 CHUNK_SCORES = 4_000_000
 """Logits per chunk: 24 MB in float32 and bfloat16, which fits in a CPU's last-level cache."""
 
-FEWEST = 64
+MIN_TARGETS = 64
 """Minimum targets per chunk; with fewer, reading the head's weights dominates."""
 
-GPU_TARGETS = 4096
+MAX_GPU_TARGETS = 4096
 """Maximum targets per chunk on a GPU; more are no faster."""
 
-GPU_SHARE = 16
-"""A chunk's logits may use 1 / GPU_SHARE of the free GPU memory."""
+GPU_DIVISOR = 16
+"""A chunk's logits may use 1 / GPU_DIVISOR of the free GPU memory."""
 
 SCORE_BYTES = 14
 """Bytes per logit: half precision, float32, probability, and the gradient in both."""
 
 
-def targets_a_chunk(free: int | None, vocabulary: int) -> int:
-    """Returns the number of targets per chunk; `free` is free GPU memory in bytes (CPU: None)."""
-    if free is None:
-        return max(FEWEST, CHUNK_SCORES // vocabulary)
-    return max(FEWEST, min(GPU_TARGETS, free // GPU_SHARE // (SCORE_BYTES * vocabulary)))
+def targets_per_chunk(free_bytes: int | None, vocab_size: int) -> int:
+    """Returns the number of targets per chunk, given free GPU memory in bytes (CPU: None)."""
+    if free_bytes is None:
+        return max(MIN_TARGETS, CHUNK_SCORES // vocab_size)
+    return max(
+        MIN_TARGETS, min(MAX_GPU_TARGETS, free_bytes // GPU_DIVISOR // (SCORE_BYTES * vocab_size))
+    )
 
 
 Observe = Callable[[Tensor, Tensor], None]
@@ -50,8 +52,8 @@ LossesAndGradient = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """Logits (chunk, vocabulary) and their targets → losses, and the gradient of their sum."""
 
 
-def build_logits_transform(model: nn.Module) -> Callable[[Tensor], Tensor]:
-    """Build the function that `model` applies to the head's output.
+def get_logits_transform(model: nn.Module) -> Callable[[Tensor], Tensor]:
+    """Returns the function that `model` applies to the head's output.
 
     Gemma caps logits, Cohere and Granite scale them, BART adds a constant.
     """
@@ -59,7 +61,7 @@ def build_logits_transform(model: nn.Module) -> Callable[[Tensor], Tensor]:
     cap = getattr(config, "final_logit_softcapping", None)
     scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", 0) or 1)
 
-    def finish(scores: Tensor) -> Tensor:
+    def transform(scores: Tensor) -> Tensor:
         if scale != 1:
             scores = scores * scale
         if cap is not None:
@@ -67,11 +69,11 @@ def build_logits_transform(model: nn.Module) -> Callable[[Tensor], Tensor]:
         bias = getattr(model, "final_logits_bias", None)  # its current value
         return scores if bias is None else scores + bias.to(scores.device)
 
-    return finish
+    return transform
 
 
 class _Call(threading.local):
-    """A thread's request to the hook on the head (positions and function), and the result."""
+    """Positions and function that a thread's hook on the head computes, and the result."""
 
     request: tuple[Tensor, Callable[[Tensor], Tensor]] | None = None
     result: Tensor | None = None
@@ -82,9 +84,7 @@ class ChunkedCrossEntropy:
 
     A hook on the head of `model` (modified) computes the result from the head's input; afterwards
     the head runs on one position only. Precision, adapters and head weights are the model's own.
-
-    Raises:
-        UnsupportedModelError: the model has no language head.
+    Raises UnsupportedModelError if the model has no language head.
     """
 
     def __init__(self, model: nn.Module, kernels: Kernels = NO_KERNELS) -> None:
@@ -93,17 +93,17 @@ class ChunkedCrossEntropy:
         if head is None:
             raise UnsupportedModelError(f"{type(model).__name__} has no language head")
         self._head = head
-        self._finish = build_logits_transform(model)
-        vocabulary = model.config.get_text_config().vocab_size  # type: ignore[operator, union-attr]
-        self._vocabulary = vocabulary
+        self._transform = get_logits_transform(model)
+        vocab_size = model.config.get_text_config().vocab_size  # type: ignore[operator, union-attr]
+        self._vocab_size = vocab_size
         is_gpu = next(head.parameters()).device.type == "cuda"
         self.fit_chunks(free_memory_bytes("cuda") if is_gpu else None)
         self._call = _Call()
-        self._hook = head.register_forward_pre_hook(self._take, prepend=True)
+        self._hook = head.register_forward_pre_hook(self._on_head, prepend=True)
 
-    def fit_chunks(self, free: int | None) -> None:
-        """Set the number of targets per chunk; `free` is free GPU memory in bytes (CPU: None)."""
-        self._chunk = targets_a_chunk(free, self._vocabulary)
+    def fit_chunks(self, free_bytes: int | None) -> None:
+        """Set the number of targets per chunk for free GPU memory in bytes (CPU: None)."""
+        self._chunk = targets_per_chunk(free_bytes, self._vocab_size)
 
     def remove(self) -> None:
         """Remove the hook."""
@@ -120,14 +120,12 @@ class ChunkedCrossEntropy:
         """Returns the summed negative log-likelihood of `targets` in nats (a scalar, float32).
 
         Args:
-            forward: calls the model on a batch.
+            forward: calls the model on a batch; UnsupportedModelError if that does not call the
+                head.
             at: (targets,) flat indices into (batch, seq) of the positions that predict them.
             targets: (targets,) token ids.
             observe: receives the logits and targets of each chunk; only without gradients.
             smoothing: label smoothing ε; only with gradients.
-
-        Raises:
-            UnsupportedModelError: the model did not call the head.
         """
         if torch.is_grad_enabled():
 
@@ -135,8 +133,10 @@ class ChunkedCrossEntropy:
                 losses, gradient = self._losses(scores, targets[chunk], smoothing)
                 return losses.sum(), gradient
 
-            return self._compute(forward, at, lambda states: self._summed(states, compute))
-        return self._compute(forward, at, lambda states: self._observe(states, targets, observe))
+            return self._compute(forward, at, lambda states: self._sum_loss(states, compute))
+        return self._compute(
+            forward, at, lambda states: self._observe_chunks(states, targets, observe)
+        )
 
     def sum_of_losses(
         self, forward: Callable[[], Any], at: Tensor, loss_of: Callable[[Tensor, slice], Tensor]
@@ -144,7 +144,7 @@ class ChunkedCrossEntropy:
         """Returns the sum of `loss_of` over the chunks (a scalar, float32).
 
         `loss_of` maps logits (chunk, vocabulary) and the chunk's slice of the targets to a scalar.
-        `forward`, `at` and exceptions are those of `loss_sum`.
+        Other arguments are those of `loss_sum`.
         """
 
         def compute(scores: Tensor, chunk: slice) -> tuple[Tensor, Tensor]:
@@ -153,14 +153,14 @@ class ChunkedCrossEntropy:
                 loss = loss_of(leaf, chunk)
             return loss.detach(), torch.autograd.grad(loss, leaf)[0]
 
-        return self._compute(forward, at, lambda states: self._summed(states, compute))
+        return self._compute(forward, at, lambda states: self._sum_loss(states, compute))
 
     def likelihoods(
         self, forward: Callable[[], Any], at: Tensor, targets: Tensor, temperature: float = 1.0
     ) -> Tensor:
         """Returns the log-likelihood of each target in nats, (targets,) in float32.
 
-        Logits are divided by `temperature`. Other arguments and exceptions are those of `loss_sum`.
+        Logits are divided by `temperature`. Other arguments are those of `loss_sum`.
         """
 
         def scores_of(states: Tensor) -> Tensor:
@@ -188,8 +188,7 @@ class ChunkedCrossEntropy:
         result, self._call.result = self._call.result, None
         return result
 
-    def _take(self, head: nn.Module, args: tuple[Tensor, ...]) -> Any:  # noqa: ARG002 - a hook
-        """Hook on the head: run the requested computation on its input (batch, seq, hidden)."""
+    def _on_head(self, head: nn.Module, args: tuple[Tensor, ...]) -> Any:  # noqa: ARG002 - a hook
         if self._call.request is None:
             return None
         at, compute = self._call.request
@@ -202,26 +201,23 @@ class ChunkedCrossEntropy:
         self, scores: Tensor, targets: Tensor, smoothing: float = 0.0
     ) -> tuple[Tensor, Tensor]:
         """Returns the losses of logits (targets, vocabulary), and the gradient of their sum."""
-        kind, vocabulary = scores.device.type, scores.shape[-1]
-        formulas = self._kernels.cross_entropy(vocabulary, scores.dtype, kind)
-        return formulas.cross_entropy(scores, targets, smoothing)
+        device, vocab_size = scores.device.type, scores.shape[-1]
+        backend = self._kernels.cross_entropy(vocab_size, scores.dtype, device)
+        return backend.cross_entropy(scores, targets, smoothing)
 
     def _trained(self) -> list[Tensor]:
         return [p for p in self._head.parameters() if p.requires_grad]
 
-    def _summed(self, states: Tensor, compute: LossAndGradient) -> Tensor:
-        """Returns the loss summed over all chunks, differentiable."""
+    def _sum_loss(self, states: Tensor, compute: LossAndGradient) -> Tensor:
         return _SummedLoss.apply(  # type: ignore[no-untyped-call]
             states, compute, self._scores, self._chunk, *self._trained()
         )
 
     def _scores(self, states: Tensor) -> Tensor:
-        """Returns the logits (targets, vocabulary)."""
         # No batch dimension: with one, torch's backward pass copies the head's weight.
-        return self._finish(self._head(states))
+        return self._transform(self._head(states))
 
-    def _observe(self, states: Tensor, targets: Tensor, observe: Observe | None) -> Tensor:
-        """Returns the summed loss; calls `observe` with the logits and targets of each chunk."""
+    def _observe_chunks(self, states: Tensor, targets: Tensor, observe: Observe | None) -> Tensor:
         total = torch.zeros((), device=states.device)
         for chunk, labels in _chunks(states, targets, self._chunk):
             scores = self._scores(chunk)
@@ -247,7 +243,6 @@ class _SummedLoss(torch.autograd.Function):
         size: int,
         *parameters: Tensor,
     ) -> Tensor:
-        """Returns the loss; saves the gradients of `states` and of the head's `parameters`."""
         total = torch.zeros((), device=states.device)
         of_states = torch.empty_like(states)
         of_parameters = [torch.zeros_like(p) for p in parameters]
@@ -272,7 +267,6 @@ class _SummedLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        """Returns the saved gradients times `upstream`."""
         of_states, *of_parameters = ctx.saved_tensors
         return (
             of_states * upstream.to(of_states.dtype),
@@ -284,11 +278,7 @@ class _SummedLoss(torch.autograd.Function):
 
 
 class _Likelihoods(torch.autograd.Function):
-    """Log-likelihood of each target.
-
-    Forward already computes the gradients of the states. With a trained head, backward computes
-    them from recomputed logits.
-    """
+    """Log-likelihood of each target; forward also computes the gradients if the head is frozen."""
 
     @staticmethod
     def forward(
@@ -300,7 +290,6 @@ class _Likelihoods(torch.autograd.Function):
         size: int,
         *parameters: Tensor,
     ) -> Tensor:
-        """Returns the log-likelihoods, (targets,) in float32."""
         likelihoods = torch.empty(len(targets), device=states.device)
         needs_gradient = states.requires_grad and not parameters
         of_states = torch.empty_like(states) if needs_gradient else states
@@ -319,15 +308,18 @@ class _Likelihoods(torch.autograd.Function):
                 )
             start += len(chunk_targets)
         ctx.save_for_backward(of_states, targets, *parameters)
-        kind = states.device.type
+        device = states.device.type
         ctx.scores_of, ctx.losses_of = scores_of, losses_of
         ctx.size, ctx.has_gradient = size, needs_gradient
-        ctx.precision = (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
+        ctx.precision = (
+            device,
+            torch.get_autocast_dtype(device),
+            torch.is_autocast_enabled(device),
+        )
         return likelihoods
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        """Returns the gradients of the states and of the head's parameters."""
         states, targets, *parameters = ctx.saved_tensors
         if ctx.has_gradient:
             return states * upstream[:, None].to(states.dtype), None, None, None, None

@@ -1,9 +1,9 @@
 """RMS norms, gated linear units (GLU) and rotary embeddings as fused autograd functions.
 
-Formulas are in `kernels.Formulas`; Triton may compute them on an NVIDIA GPU. With frozen weights,
-norms save x and ρ for backward, and GLU saves g and u. Their outputs can be recomputed from these
-(`recompute`), so that LoRA layers need not save them. Modules are recognized by their output for
-random input, not by their names.
+Formulas are in `kernels.TorchBackend`; Triton may compute them on an NVIDIA GPU. With frozen
+weights, norms save x and ρ for backward, and GLU saves g and u. Their outputs can be recomputed
+from these (`recompute`), so that LoRA layers need not save them. Modules are recognized by their
+output for random input, not by their names.
 
 Where a GPU supports it, one kernel rotates queries and keys in forward, and one in backward. It
 replaces `apply_rotary_pos_emb` in each transformers module where that computes the formula. The
@@ -23,28 +23,23 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from ftlevel.fast.kernels import ACTIVATIONS, NO_KERNELS, TORCH, Formulas, Kernels, Pair
+from ftlevel.fast.kernels import ACTIVATIONS, NO_KERNELS, TORCH, Kernels, Pair, TorchBackend
 from ftlevel.fast.recompute import with_recomputation
 from ftlevel.models.upstream.tensors import copy_module, is_watched
 
 
 class _Norm(torch.autograd.Function):
-    """RMS norm with a frozen weight."""
+    """RMS norm with a frozen weight; also returns ρ (…, 1), which has no gradient."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, eps: float, formulas: Formulas
+        ctx: Any, x: Tensor, weight: Tensor, eps: float, backend: TorchBackend
     ) -> tuple[Tensor, Tensor]:
-        """Returns y (…, hidden) in the dtype of `x`, and ρ (…, 1), which has no gradient.
-
-        `weight` (hidden,) is in float32 if the product is computed in float32, else in the dtype of
-        `x`.
-        """
-        normed, scale = formulas.norm(x, weight, eps)
+        normed, scale = backend.norm(x, weight, eps)
         ctx.save_for_backward(x, weight, scale)
         ctx.mark_non_differentiable(scale)
         ctx.set_materialize_grads(False)
-        ctx.formulas = formulas
+        ctx.backend = backend
         return normed, scale
 
     @staticmethod
@@ -54,10 +49,9 @@ class _Norm(torch.autograd.Function):
         gradient: Tensor | None,
         of_scale: None,  # noqa: ARG004 - it has none
     ) -> tuple[Tensor | None, ...]:
-        """Returns the gradient of x."""
         if gradient is None:  # y is unused
             return None, None, None, None
-        return ctx.formulas.norm_backward(gradient, *ctx.saved_tensors), None, None, None
+        return ctx.backend.norm_backward(gradient, *ctx.saved_tensors), None, None, None
 
 
 class FusedNorm(nn.Module):
@@ -76,61 +70,61 @@ class FusedNorm(nn.Module):
         self._shift, self._in_float32 = shift, in_float32
         self._eps = _eps_of(norm)
         # In a list it is no submodule: names and state dict stay the same.
-        self._plain = [norm]
+        self._original = [norm]
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns the normalized `x` (…, hidden)."""
         weight: Tensor = self.weight
         is_equal = self._in_float32 or weight.dtype == x.dtype
         if not (self.training and torch.is_grad_enabled() and is_equal) or weight.requires_grad:
-            return self._plain[0](x)
+            return self._original[0](x)
         if self._in_float32:
             weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
         if self._shift:
             weight = weight + self._shift
-        formulas = self._kernels.norm(x.shape[-1], weight.dtype, x.dtype, x.device.type)
-        normed, scale = _Norm.apply(x, weight, self._eps, formulas)  # type: ignore[no-untyped-call]
-        return with_recomputation(normed, formulas.renorm, x, weight, scale)
+        backend = self._kernels.norm(x.shape[-1], weight.dtype, x.dtype, x.device.type)
+        normed, scale = _Norm.apply(x, weight, self._eps, backend)  # type: ignore[no-untyped-call]
+        return with_recomputation(normed, backend.renorm, x, weight, scale)
 
 
 class _Glu(torch.autograd.Function):
     """Gated linear unit: the activated gate times the up projection."""
 
     @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor, kind: str, formulas: Formulas) -> Tensor:
-        """Returns a(gate) ∘ up; all are (…, intermediate). `kind` names the activation a."""
+    def forward(
+        ctx: Any, gate: Tensor, up: Tensor, activation: str, backend: TorchBackend
+    ) -> Tensor:
         ctx.save_for_backward(gate, up)
-        ctx.kind, ctx.formulas = kind, formulas
-        return formulas.glu(kind, gate, up)
+        ctx.activation, ctx.backend = activation, backend
+        return backend.glu(activation, gate, up)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        """Returns the gradients of gate and up."""
-        parts = ctx.formulas.glu_backward(ctx.kind, gradient, *ctx.saved_tensors)
-        return *parts, None, None
+        gradients = ctx.backend.glu_backward(ctx.activation, gradient, *ctx.saved_tensors)
+        return *gradients, None, None
 
 
 class FusedGlu(nn.Module):
-    """Gated feed-forward with the layers of `block`; `kind` is a key of `ACTIVATIONS`."""
+    """Gated feed-forward with the layers of `block`; `activation` is a key of `ACTIVATIONS`."""
 
-    def __init__(self, block: nn.Module, kind: str, kernels: Kernels = NO_KERNELS) -> None:
+    def __init__(self, block: nn.Module, activation: str, kernels: Kernels = NO_KERNELS) -> None:
         super().__init__()
         self._kernels = kernels
         for name, child in block.named_children():
             self.add_module(name, child)
-        self._kind = kind
-        self._plain = [block]
+        self._activation = activation
+        self._original = [block]
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns the feed-forward output of `x` (…, hidden)."""
         if not (self.training and torch.is_grad_enabled()):
-            return self._plain[0](x)
+            return self._original[0](x)
         gate, up = self.get_submodule("gate_proj")(x), self.get_submodule("up_proj")(x)
-        kind, width = self._kind, gate.shape[-1]
-        formulas = self._kernels.glu(kind, width, gate.dtype, gate.device.type)
-        gated = _Glu.apply(gate, up, kind, formulas)  # type: ignore[no-untyped-call]
-        gated = with_recomputation(gated, partial(formulas.glu, kind), gate, up)
+        activation, width = self._activation, gate.shape[-1]
+        backend = self._kernels.glu(activation, width, gate.dtype, gate.device.type)
+        gated = _Glu.apply(gate, up, activation, backend)  # type: ignore[no-untyped-call]
+        gated = with_recomputation(gated, partial(backend.glu, activation), gate, up)
         return self.get_submodule("down_proj")(gated)
 
 
@@ -157,13 +151,13 @@ class FusedNormGlu:
 
 
 def _fuse(module: nn.Module, cache: dict[Any, Any], kernels: Kernels) -> nn.Module | None:
-    """Returns the fused replacement of `module`, or None; `cache` has the formula of each class."""
+    """Returns the fused replacement of `module`, or None; `cache` has the result for each class."""
     if is_watched(module):
         return None
-    if _looks_like_norm(module):
+    if _may_be_norm(module):
         key: Any = (type(module), len(_weight_of(module)), _eps_of(module))
         if key not in cache:
-            cache[key] = _find_norm(module)
+            cache[key] = _match_norm(module)
         if cache[key] is None:
             return None
         shift, in_float32 = cache[key]
@@ -172,7 +166,7 @@ def _fuse(module: nn.Module, cache: dict[Any, Any], kernels: Kernels) -> nn.Modu
     if set(children) == {"gate_proj", "up_proj", "down_proj", "act_fn"}:
         key = (type(module), type(children["act_fn"]))
         if key not in cache:
-            cache[key] = _find_glu(module)
+            cache[key] = _match_glu(module)
         return None if cache[key] is None else FusedGlu(module, cache[key], kernels)
     return None
 
@@ -187,7 +181,7 @@ def _eps_of(module: nn.Module) -> float:
     return float(getattr(module, "eps", 0.0) if eps is None else eps)
 
 
-def _looks_like_norm(module: nn.Module) -> bool:
+def _may_be_norm(module: nn.Module) -> bool:
     """Returns whether `module` has a frozen 1-D weight and an ε, and nothing else."""
     parameters = dict(module.named_parameters())
     return (
@@ -199,14 +193,14 @@ def _looks_like_norm(module: nn.Module) -> bool:
     )
 
 
-def _find_norm(module: nn.Module) -> tuple[float, bool] | None:
+def _match_norm(module: nn.Module) -> tuple[float, bool] | None:
     """Returns `shift` and `in_float32` of the `FusedNorm` equal to `module`; None without one."""
     low = copy.deepcopy(module).to("cpu", torch.bfloat16)
     weight, generator = _weight_of(low), torch.Generator().manual_seed(0)
     x = torch.randn(3, len(weight), generator=generator).to(torch.bfloat16)
     with torch.no_grad():
         weight.copy_(torch.randn(len(weight), generator=generator))
-        expected = _try(low, x)
+        expected = _call(low, x)
     for shift in (0.0, 1.0):
         for in_float32 in (False, True):
             result = FusedNorm(low, shift, in_float32)(x)
@@ -215,7 +209,7 @@ def _find_norm(module: nn.Module) -> tuple[float, bool] | None:
     return None
 
 
-def _find_glu(module: nn.Module) -> str | None:
+def _match_glu(module: nn.Module) -> str | None:
     """Returns the key in `ACTIVATIONS` of the module's activation; None for a different formula."""
     low, generator = copy_module(module), torch.Generator().manual_seed(0)
     for name, (width, inner) in (
@@ -227,7 +221,7 @@ def _find_glu(module: nn.Module) -> str | None:
         linear.weight.copy_(torch.randn(inner, width, generator=generator))
         setattr(low, name, linear)
     x = torch.randn(3, 8, generator=generator)
-    expected = _try(low, x)
+    expected = _call(low, x)
     for kind in ACTIVATIONS:
         result = FusedGlu(low, kind)(x)
         if expected is not None and torch.allclose(result, expected, rtol=1e-6, atol=1e-6):
@@ -235,8 +229,7 @@ def _find_glu(module: nn.Module) -> str | None:
     return None
 
 
-def _try(module: nn.Module, x: Tensor) -> Tensor | None:
-    """Returns `module(x)`; None if it fails or its output is not shaped like `x`."""
+def _call(module: nn.Module, x: Tensor) -> Tensor | None:
     try:
         output = module(x)
     except (TypeError, ValueError, RuntimeError):
@@ -253,19 +246,17 @@ class _Rope(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, formulas: Formulas
+        ctx: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, backend: TorchBackend
     ) -> Pair:
-        """Returns q′ and k′, (batch, tokens, heads, head_dim)."""
         ctx.save_for_backward(cos, sin)
-        ctx.formulas = formulas
-        return formulas.rope(q, k, cos, sin)
+        ctx.backend = backend
+        return backend.rope(q, k, cos, sin)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, of_q: Tensor, of_k: Tensor) -> tuple[Tensor | None, ...]:
-        """Returns the gradients of q and k."""
-        parts = ctx.formulas.rope(of_q, of_k, *ctx.saved_tensors, backward=True)
-        return *parts, None, None, None
+        gradients = ctx.backend.rope(of_q, of_k, *ctx.saved_tensors, backward=True)
+        return *gradients, None, None, None
 
 
 class FusedRope:
@@ -276,43 +267,46 @@ class FusedRope:
         classes = {kind for module in model.modules() for kind in type(module).__mro__}
         modules = {kind.__module__: sys.modules.get(kind.__module__) for kind in classes}
         for _, namespace in sorted(modules.items()):
-            plain = getattr(namespace, NAME, None)
-            if namespace is not None and plain is not None and computes_rope(plain):
-                setattr(namespace, NAME, _Replacement(plain, kernels))
-                self._replaced.append((namespace, plain))
+            function = getattr(namespace, NAME, None)
+            if namespace is not None and function is not None and is_rope(function):
+                setattr(namespace, NAME, _Replacement(function, kernels))
+                self._replaced.append((namespace, function))
         self.count = len(self._replaced)
 
     def remove(self) -> None:
         """Restore the functions."""
-        for module, plain in self._replaced:
-            setattr(module, NAME, plain)
+        for module, function in self._replaced:
+            setattr(module, NAME, function)
         self._replaced.clear()
 
 
 class _Replacement:
-    """Rotary embedding by a kernel, or by the original function `plain` where no kernel applies."""
+    """Rotary embedding by a kernel, or by the original `function` where no kernel applies."""
 
-    def __init__(self, plain: Callable[..., Any], kernels: Kernels) -> None:
-        self._plain, self._kernels = plain, kernels
+    def __init__(self, function: Callable[..., Any], kernels: Kernels) -> None:
+        self._original, self._kernels = function, kernels
 
     def __call__(
         self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *others: Any, **settings: Any
     ) -> Any:
-        """Returns q′ and k′ for q and k (batch, heads, tokens, head_dim)."""
-        formulas: Formulas = TORCH
-        if torch.is_grad_enabled() and not (others or settings) and _is_usual(q, k, cos, sin):
+        backend: TorchBackend = TORCH
+        if (
+            torch.is_grad_enabled()
+            and not (others or settings)
+            and _supports_kernel(q, k, cos, sin)
+        ):
             heads = (q.shape[1], k.shape[1], q.shape[3])
-            formulas = self._kernels.rope(heads, q.dtype, q.device.type)
-        if formulas is TORCH:
-            return self._plain(q, k, cos, sin, *others, **settings)
+            backend = self._kernels.rope(heads, q.dtype, q.device.type)
+        if backend is TORCH:
+            return self._original(q, k, cos, sin, *others, **settings)
         rotated = _Rope.apply(  # type: ignore[no-untyped-call]  # torch's
-            q.transpose(1, 2), k.transpose(1, 2), cos, sin, formulas
+            q.transpose(1, 2), k.transpose(1, 2), cos, sin, backend
         )
         return tuple(part.transpose(1, 2) for part in rotated)
 
 
-def _is_usual(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> bool:
-    """Returns whether a kernel applies: the dtypes are equal and whole heads are rotated."""
+def _supports_kernel(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> bool:
+    """Returns whether the dtypes are equal and whole heads are rotated."""
     if not q.dim() == k.dim() == 4 or cos.dim() != 3 or cos.shape != sin.shape:
         return False
     batch, _, tokens, width = q.shape
@@ -325,8 +319,8 @@ def _is_usual(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> bool:
     )
 
 
-def computes_rope(function: Any) -> bool:
-    """Returns whether `function` equals `Formulas.rope`, bit for bit in bfloat16."""
+def is_rope(function: Any) -> bool:
+    """Returns whether `function` equals `TorchBackend.rope`, bit for bit in bfloat16."""
     if isinstance(function, _Replacement):
         return False  # of a different fast step
     generator = torch.Generator().manual_seed(0)

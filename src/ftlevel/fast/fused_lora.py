@@ -52,7 +52,7 @@ class FusedLoraFunction(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
-        dropped: Tensor | None,
+        x_dropout: Tensor | None,
         a: Tensor,
         b: Tensor,
         bias: Tensor | None,
@@ -63,30 +63,30 @@ class FusedLoraFunction(torch.autograd.Function):
     ) -> Tensor:
         """Returns y (…, out) in the compute dtype, that of `x` (…, in).
 
-        `dropped` is dropout(x), or None without dropout. `weight` returns W (out, in); it is called
-        once in forward and once in backward, so that a dequantized weight is not stored. With
-        `recomputation`, x is recomputed in backward instead of saved. If `layer` ends a block that
-        is being recomputed, y is NaN.
+        `x_dropout` is dropout(x), or None without dropout. `weight` returns W (out, in); it is
+        called once in forward and once in backward, so that a dequantized weight is not stored.
+        With `recomputation`, x is recomputed in backward instead of saved. If `layer` ends a block
+        that is being recomputed, y is NaN.
         """
         rows = x.reshape(-1, x.shape[-1])
-        source = rows if dropped is None else dropped.reshape(rows.shape)
+        source = rows if x_dropout is None else x_dropout.reshape(rows.shape)
         down, up = cast_together([a, b], x.dtype)
         inner = _scaled(down, source.t(), scaling)
-        if layer is not None and layer.ends_a_block and is_in_backward():
+        if layer is not None and layer.is_block_output and is_in_backward():
             y = x.new_full((), torch.nan).expand(len(rows), len(up))
         else:
-            parts = (inner.t(), up.t())
-            y = torch.mm(*parts) if bias is None else torch.addmm(bias.to(x.dtype), *parts)
+            factors = (inner.t(), up.t())
+            y = torch.mm(*factors) if bias is None else torch.addmm(bias.to(x.dtype), *factors)
             y.addmm_(rows, weight().t())
-        saved: tuple[Tensor, ...] = (source,)
+        saved_tensors: tuple[Tensor, ...] = (source,)
         ctx.recomputation = None
-        if recomputation is not None and dropped is None:
-            ctx.recomputation, saved = recomputation
-            ctx.recomputation.enter()
-        ctx.save_for_backward(inner, down, up, *saved)
+        if recomputation is not None and x_dropout is None:
+            ctx.recomputation, saved_tensors = recomputation
+            ctx.recomputation.register()
+        ctx.save_for_backward(inner, down, up, *saved_tensors)
         ctx.weight, ctx.scaling, ctx.shape = weight, scaling, x.shape
         ctx.dtypes = (a.dtype, b.dtype, None if bias is None else bias.dtype)
-        ctx.has_dropout, ctx.layer = dropped is not None, layer
+        ctx.has_dropout, ctx.layer = x_dropout is not None, layer
         # Not a view: in-place changes of a returned view are errors, and Longformer, LED and
         # DeBERTa scale their queries in place.
         return new_shape(y, [*x.shape[:-1], y.shape[-1]])
@@ -99,29 +99,28 @@ class FusedLoraFunction(torch.autograd.Function):
         for_x, for_dropped, for_a, for_b, for_bias = ctx.needs_input_grad[:5]
         dtype_a, dtype_b, dtype_bias = ctx.dtypes
         g = grad.reshape(-1, grad.shape[-1])
-        grad_x = grad_dropped = grad_a = grad_b = grad_bias = None
-        through_a = _scaled(up.t(), g.t(), ctx.scaling)
+        grad_x = grad_dropout = grad_a = grad_b = grad_bias = None
+        grad_inner = _scaled(up.t(), g.t(), ctx.scaling)
         if for_x:
             if ctx.has_dropout:
                 grad_x = g @ ctx.weight()
             else:
-                grad_x = (through_a.t() @ down).addmm_(g, ctx.weight())
+                grad_x = (grad_inner.t() @ down).addmm_(g, ctx.weight())
             grad_x = grad_x.view(ctx.shape)
         if for_dropped:
-            grad_dropped = (through_a.t() @ down).view(ctx.shape)
+            grad_dropout = (grad_inner.t() @ down).view(ctx.shape)
         if for_a:
             source = saved[0] if ctx.recomputation is None else ctx.recomputation.make(*saved)
             source = source.reshape(-1, source.shape[-1])
-            grad_a = _product(through_a, source, dtype_a)
+            grad_a = _product(grad_inner, source, dtype_a)
         if for_b:
             grad_b = _product(inner, g, dtype_b, transposed=True)
         if for_bias:
             grad_bias = g.sum(0, dtype=dtype_bias)
-        return grad_x, grad_dropped, grad_a, grad_b, grad_bias, None, None, None, None
+        return grad_x, grad_dropout, grad_a, grad_b, grad_bias, None, None, None, None
 
 
 def _scaled(one: Tensor, tensor: Tensor, factor: float) -> Tensor:
-    """Returns `factor` · (`one` @ `tensor`)."""
     if factor == 1.0:
         return one @ tensor
     product = one.new_empty(one.shape[0], tensor.shape[1])
@@ -147,18 +146,18 @@ def _product(
 class FusedForward:
     """Mixin with a LoRA forward that is fused in training, and PEFT's own otherwise.
 
-    `ends_a_block` marks a block's last layer, whose output is not needed in recomputation.
+    `is_block_output` marks a block's last layer, whose output is not needed in recomputation.
     """
 
-    ends_a_block = False
+    is_block_output = False
 
     def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Returns base output plus update: (…, in) → (…, out)."""
-        name = None if args or kwargs else _lone_adapter(self)
-        if name is None or not self._is_ready():
+        name = None if args or kwargs else _get_single_adapter(self)
+        if name is None or not self._can_fuse():
             return super().forward(x, *args, **kwargs)  # type: ignore[misc]  # PEFT's
-        compute, result = self._dtypes(x)
-        x = x.to(compute)
+        compute_dtype, output_dtype = self._get_dtypes(x)
+        x = x.to(compute_dtype)
         dropout = self.lora_dropout[name]
         with torch.autocast(x.device.type, enabled=False):
             y = FusedLoraFunction.apply(  # type: ignore[no-untyped-call]  # torch's
@@ -167,29 +166,28 @@ class FusedForward:
                 self.lora_A[name].weight,
                 self.lora_B[name].weight,
                 self.base_layer.bias,
-                functools.partial(self._weight, compute),
+                functools.partial(self._weight, compute_dtype),
                 self.scaling[name],
                 recomputation_of(x),
                 self,
             )
-        return y.to(result)
+        return y.to(output_dtype)
 
     def __repr__(self) -> str:
         """Returns the `repr` of the corresponding PEFT layer."""
         return super().__repr__().replace("lora.Fused", "lora.", 1)
 
-    def _is_ready(self) -> bool:
-        """Returns whether the weight of the base layer can be read."""
+    def _can_fuse(self) -> bool:
         return True
 
-    def _dtypes(self, x: Tensor) -> tuple[torch.dtype, torch.dtype]:
+    def _get_dtypes(self, x: Tensor) -> tuple[torch.dtype, torch.dtype]:
         """Returns the compute and output dtypes of the base: autocast's, or that of `x`."""
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         return dtype, dtype
 
 
-def _lone_adapter(layer: Any) -> str | None:
+def _get_single_adapter(layer: Any) -> str | None:
     """Returns the single active adapter of `layer`, or None if it cannot be fused.
 
     Variants such as DoRA, a bias of B and a trained base cannot be fused. Hooks on the layer (of
@@ -204,22 +202,19 @@ def _lone_adapter(layer: Any) -> str | None:
     base = layer.base_layer
     if name in layer.lora_variant or layer.lora_bias[name] or base.weight.requires_grad:
         return None
-    watched = any(map(is_watched, (base, layer.lora_A[name], layer.lora_B[name])))
-    return None if watched else name
+    has_hooks = any(map(is_watched, (base, layer.lora_A[name], layer.lora_B[name])))
+    return None if has_hooks else name
 
 
 def register_fused_layers(config: LoraConfig) -> None:
-    """Make `config` (modified) build fused layers where possible, and PEFT's layers elsewhere.
-
-    This uses PEFT's registration of custom modules, which is not saved with the adapter.
-    """
-    register_lora_layers(config, {nn.Linear: build_fused_layer, Conv1D: build_fused_layer})
+    """Make `config` (modified) build fused layers where possible, and PEFT's layers elsewhere."""
+    register_lora_layers(config, {nn.Linear: create_fused_layer, Conv1D: create_fused_layer})
 
 
-def build_fused_layer(
+def create_fused_layer(
     target: nn.Module, adapter_name: str, config: LoraConfig, **kwargs: Any
 ) -> nn.Module | None:
-    """Build a fused layer around `target`, or None if PEFT should build its own."""
+    """Returns a fused layer around `target`, or None if PEFT should build its own."""
     layer: Any = None
     if isinstance(target, BaseTunerLayer) or is_sharded_linear(target):
         return None
@@ -235,7 +230,7 @@ def build_fused_layer(
             return None
         layer = functools.partial(FusedLinear, is_target_conv_1d_layer=is_conv1d)
     elif "bitsandbytes" in sys.modules:  # importing it takes a second
-        layer = find_fused_class(target, kwargs)
+        layer = get_fused_class(target, kwargs)
     return None if layer is None else layer(target, adapter_name, config=config, **kwargs)
 
 
@@ -243,13 +238,12 @@ class FusedLinear(FusedForward, lora.Linear):
     """Fused LoRA of `nn.Linear` and `Conv1D`."""
 
     def _weight(self, dtype: torch.dtype) -> Tensor:
-        """Returns W as (out, in)."""
         weight: Tensor = self.base_layer.weight.detach().to(dtype)
         return weight.t() if self.fan_in_fan_out else weight
 
 
-def find_fused_class(target: nn.Module, kwargs: Mapping[str, Any]) -> type | None:
-    """Find the fused class for a bitsandbytes layer `target`, or None."""
+def get_fused_class(target: nn.Module, kwargs: Mapping[str, Any]) -> type | None:
+    """Returns the fused class for a bitsandbytes layer `target`, or None."""
     if kwargs.get("loaded_in_4bit") and isinstance(target, bnb.nn.Linear4bit):
         return FusedLinear4bit
     if kwargs.get("loaded_in_8bit") and isinstance(target, bnb.nn.Linear8bitLt):
@@ -260,39 +254,34 @@ def find_fused_class(target: nn.Module, kwargs: Mapping[str, Any]) -> type | Non
 class FusedLinear4bit(FusedForward, lora.Linear4bit):
     """Fused LoRA of `bitsandbytes.nn.Linear4bit`; W is dequantized in forward and in backward."""
 
-    def _is_ready(self) -> bool:
+    def _can_fuse(self) -> bool:
         return supports_4bit_training(self.base_layer)
 
-    def _dtypes(self, x: Tensor) -> tuple[torch.dtype, torch.dtype]:
-        """Returns the base's compute dtype, and the dtype of `x` for the output."""
+    def _get_dtypes(self, x: Tensor) -> tuple[torch.dtype, torch.dtype]:
         return self.base_layer.compute_dtype, x.dtype
 
     def _weight(self, dtype: torch.dtype) -> Tensor:
-        """Returns W as (out, in), dequantized."""
         weight = self.base_layer.weight
         return dequantize_4bit(weight.data.view(-1, 1), weight.quant_state).to(dtype)
 
 
 class FusedLinear8bitLt(FusedForward, lora.Linear8bitLt):
-    """Fused LoRA of `bitsandbytes.nn.Linear8bitLt`, on a CPU.
+    """Fused LoRA of `bitsandbytes.nn.Linear8bitLt` on a CPU; on a GPU, PEFT's forward runs."""
 
-    On a GPU bitsandbytes multiplies in int8, so PEFT's forward runs.
-    """
-
-    def _is_ready(self) -> bool:
+    def _can_fuse(self) -> bool:
         return supports_8bit_training(self.base_layer)
 
     def _weight(self, dtype: torch.dtype) -> Tensor:
         return dequantize_8bit(self.base_layer, dtype)
 
 
-def skip_unneeded_products(blocks: Sequence[nn.Module]) -> None:
+def skip_unused_outputs(blocks: Sequence[nn.Module]) -> None:
     """Make the last linear layer of each of `blocks` (modified) skip its product if recomputed."""
     for block in blocks:
-        _find_last_layer(block)
+        _mark_last_layer(block)
 
 
-def _find_last_layer(block: nn.Module) -> None:
+def _mark_last_layer(block: nn.Module) -> None:
     def inspect(block: nn.Module, args: Any, output: Any) -> None:  # noqa: ARG001 - a hook
         states = output[0] if isinstance(output, tuple) and output else output
         if getattr(states, "grad_fn", None) is None or is_in_backward():
@@ -300,20 +289,20 @@ def _find_last_layer(block: nn.Module) -> None:
         hook.remove()
         layer = _last_layer(states.grad_fn)
         if layer is not None:
-            layer.ends_a_block = True
+            layer.is_block_output = True
 
     hook = block.register_forward_hook(inspect)
 
 
-def _last_layer(added: Any) -> Any:
-    """Returns the fused layer that computed the last operand of a sum with the grad_fn `added`."""
-    while added.name() == "ViewBackward0":
-        ((added, _),) = added.next_functions
-    if added.name() != "AddBackward0":
+def _last_layer(grad_fn: Any) -> Any:
+    """Returns the fused layer of the last operand of the sum `grad_fn`; None if there is none."""
+    while grad_fn.name() == "ViewBackward0":
+        ((grad_fn, _),) = grad_fn.next_functions
+    if grad_fn.name() != "AddBackward0":
         return None
     # Other operations may have read an operand that was computed earlier.
-    parents = [parent for parent, _ in added.next_functions if parent is not None]
+    parents = [parent for parent, _ in grad_fn.next_functions if parent is not None]
     return getattr(max(parents, key=order_of, default=None), "layer", None)
 
 
-__all__ = ["register_fused_layers", "skip_unneeded_products"]
+__all__ = ["register_fused_layers", "skip_unused_outputs"]

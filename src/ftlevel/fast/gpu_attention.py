@@ -21,7 +21,7 @@ from ftlevel.fast.packing import Segment
 from ftlevel.models.hardware import send
 
 
-def attend_capped(
+def softcapped_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -31,14 +31,11 @@ def attend_capped(
     cap: float,
     causal: bool,
 ) -> tuple[Tensor, None]:
-    """Compute attention like SDPA, with softcapped scores.
+    """Returns attention with softcapped scores (batch, queries, heads, head_dim), and None.
 
     `query` is (batch, heads, queries, head_dim), `key` and `value` are (batch, key heads, keys,
     head_dim), `mask` is (batch or 1, 1, queries, keys), True or 0 where visible. `causal` applies
     without a mask; a single query is the last token and sees every key.
-
-    Returns:
-        (batch, queries, heads, head_dim), and None for the attention weights.
     """
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
@@ -56,8 +53,8 @@ def attend_capped(
             scores = scores.masked_fill(~mask, torch.finfo(exact).min)
         else:
             scores = scores + mask
-    shares = functional.dropout(scores.softmax(-1).to(value.dtype), dropout)
-    return torch.matmul(shares, value).transpose(1, 2).contiguous(), None
+    weights = functional.dropout(scores.softmax(-1).to(value.dtype), dropout)
+    return torch.matmul(weights, value).transpose(1, 2).contiguous(), None
 
 
 @dataclass(frozen=True)
@@ -74,14 +71,14 @@ class AttentionOptions:
     cap: float | None = None
 
 
-WIDEST_HEAD = 256
+MAX_HEAD_DIM = 256
 """Maximum head_dim of flash attention."""
 
 
 class FlashKernel(Protocol):
     """A GPU kernel that computes the attention of a whole packed row in one call."""
 
-    def computes(self, options: AttentionOptions, head_dim: int) -> bool:
+    def supports(self, options: AttentionOptions, head_dim: int) -> bool:
         """Returns whether the kernel supports `options` for heads of `head_dim`."""
 
     def attend(
@@ -109,22 +106,22 @@ class VarlenKernel:
         names = inspect.signature(function).parameters
         return cls("window_size" in names, "scale" in names, "enable_gqa" in names)
 
-    def computes(self, options: AttentionOptions, head_dim: int) -> bool:
+    def supports(self, options: AttentionOptions, head_dim: int) -> bool:
         """Returns whether the kernel supports `options` for heads of `head_dim`."""
-        is_usual = math.isclose(options.scale, head_dim**-0.5, rel_tol=1e-6)
-        windows = self.windows or options.window is None
-        return windows and (self.scales or is_usual) and options.cap is None
+        is_default_scale = math.isclose(options.scale, head_dim**-0.5, rel_tol=1e-6)
+        has_window = self.windows or options.window is None
+        return has_window and (self.scales or is_default_scale) and options.cap is None
 
-    def settings(
+    def get_kwargs(
         self, causal: bool, window: int | None, scale: float, *, grouped: bool
     ) -> dict[str, Any]:
         """Returns the keyword arguments for `varlen_attn`."""
-        settings: dict[str, Any] = {"scale": scale} if self.scales else {}
+        kwargs: dict[str, Any] = {"scale": scale} if self.scales else {}
         if self.groups:
-            settings["enable_gqa"] = grouped
+            kwargs["enable_gqa"] = grouped
         if self.windows:
-            return {**settings, "window_size": window_of(causal, window)}
-        return {**settings, "is_causal": causal}
+            return {**kwargs, "window_size": window_of(causal, window)}
+        return {**kwargs, "is_causal": causal}
 
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, lengths: Lengths, options: AttentionOptions
@@ -135,21 +132,21 @@ class VarlenKernel:
         groups = query.shape[1] // key.shape[1]
         if groups > 1 and not self.groups:
             key, value = (part.repeat_interleave(groups, dim=1) for part in (key, value))
-        attended = varlen_attn(
+        output = varlen_attn(
             query,
             key,
             value,
             lengths.queries,
             lengths.keys,
-            lengths.most_queries,
-            lengths.most_keys,
-            **self.settings(options.causal, options.window, options.scale, grouped=groups > 1),
+            lengths.max_queries,
+            lengths.max_keys,
+            **self.get_kwargs(options.causal, options.window, options.scale, grouped=groups > 1),
         )
-        return cast("Tensor", attended)  # a tuple is returned only on request
+        return cast("Tensor", output)  # a tuple is returned only on request
 
 
 @lru_cache(maxsize=1)
-def installed_kernel() -> VarlenKernel | None:
+def get_installed_kernel() -> VarlenKernel | None:
     """Returns the installed torch's `varlen_attn` as a `VarlenKernel`; None if it is missing."""
     if importlib.util.find_spec("torch.nn.attention.varlen") is None:
         return None
@@ -164,37 +161,39 @@ class Lengths:
 
     Attributes:
         queries: (segments + 1,) int32.
-        keys: (segments + 1,) int32, of the gathered keys. If no segment has a past, it must be
-            the same object as `queries`: torch from 2.15 on needs this to use cuDNN.
-        most_queries, most_keys: maximum per segment.
+        keys: (segments + 1,) int32, of the gathered keys. If no segment has a past, it must be the
+            same object as `queries`: torch from 2.15 on needs this to use cuDNN.
+        max_queries, max_keys: maximum per segment.
         source: (keys,) position in the packed row of each gathered key; None without pasts.
     """
 
     queries: Tensor
     keys: Tensor
-    most_queries: int
-    most_keys: int
+    max_queries: int
+    max_keys: int
     source: Tensor | None
 
 
 @lru_cache(maxsize=8)
-def measure(segments: tuple[Segment, ...], device: torch.device) -> Lengths:
+def get_lengths(segments: tuple[Segment, ...], device: torch.device) -> Lengths:
     """Returns the cumulative lengths of `segments` on `device`."""
     lengths = [segment.stop - segment.start for segment in segments]
-    seen = [segment.position + length for segment, length in zip(segments, lengths, strict=True)]
+    num_keys = [
+        segment.position + length for segment, length in zip(segments, lengths, strict=True)
+    ]
     queries = send(torch.tensor([0, *lengths]).cumsum(0).int(), device)
     if not any(segment.past for segment in segments):
         return Lengths(queries, queries, max(lengths), max(lengths), None)
-    ranges = [r for s in segments for r in (*s.past, (s.start, s.stop))]
-    source = send(torch.cat([torch.arange(start, stop) for start, stop in ranges]), device)
-    keys = send(torch.tensor([0, *seen]).cumsum(0).int(), device)
-    return Lengths(queries, keys, max(lengths), max(seen), source)
+    spans = [r for s in segments for r in (*s.past, (s.start, s.stop))]
+    source = send(torch.cat([torch.arange(start, stop) for start, stop in spans]), device)
+    keys = send(torch.tensor([0, *num_keys]).cumsum(0).int(), device)
+    return Lengths(queries, keys, max(lengths), max(num_keys), source)
 
 
 def window_of(causal: bool, window: int | None) -> tuple[int, int]:
     """Returns the number of visible keys before and after a query, -1 for all."""
-    reach = -1 if window is None else window - 1
-    return reach, 0 if causal else reach
+    past = -1 if window is None else window - 1
+    return past, 0 if causal else past
 
 
 def supports_attention(
@@ -203,17 +202,17 @@ def supports_attention(
     """Returns whether `kernel` (None: torch's) supports `query` (heads, tokens, head_dim)."""
     if not query.is_cuda or query.dtype not in (torch.bfloat16, torch.float16) or options.dropout:
         return False
-    head_dim, kernel = query.shape[-1], kernel or installed_kernel()
+    head_dim, kernel = query.shape[-1], kernel or get_installed_kernel()
     return (
         kernel is not None
-        and kernel.computes(options, head_dim)
+        and kernel.supports(options, head_dim)
         and head_dim % 8 == 0
-        and head_dim <= WIDEST_HEAD
+        and head_dim <= MAX_HEAD_DIM
         and torch.cuda.get_device_capability(query.device) >= (8, 0)
     )
 
 
-def attend_varlen(
+def varlen_attention(
     states: list[Tensor],
     segments: tuple[Segment, ...],
     options: AttentionOptions,
@@ -222,15 +221,12 @@ def attend_varlen(
     """Returns the output (tokens, heads, head_dim); `supports_attention` must be true.
 
     `states` are queries (heads, tokens, head_dim), keys and values (key heads, tokens, head_dim).
-
-    Raises:
-        RuntimeError: no `kernel` is passed and torch has none.
     """
-    kernel = kernel or installed_kernel()
+    kernel = kernel or get_installed_kernel()
     if kernel is None:
         raise RuntimeError("this torch has no varlen_attn")
     query, key, value = (part.transpose(0, 1) for part in states)
-    lengths = measure(segments, query.device)
+    lengths = get_lengths(segments, query.device)
     if lengths.source is not None:
         key, value = (part.index_select(0, lengths.source) for part in (key, value))
     rows = (query.contiguous(), key.contiguous(), value.contiguous())
@@ -245,9 +241,9 @@ LengthPair = tuple[int, int]
 class PaddedBatch:
     """Segments of similar length, padded to one batch.
 
-    `queries` (count, most queries) and `keys` (count, most keys) are positions in the packed row,
-    arbitrary for padding. `mask` (count, 1, most queries, most keys) is True where visible; if it
-    is None, `causal` decides.
+    Attributes:
+        queries, keys: (count, maximum) positions in the packed row, arbitrary for padding.
+        mask: (count, 1, queries, keys), True where visible; if None, `causal` decides.
     """
 
     queries: Tensor
@@ -293,28 +289,28 @@ def _pad(group: Sequence[Segment], causal: bool, window: int | None) -> PaddedBa
     keys = torch.zeros(len(group), widest, dtype=torch.long)
     for row, segment in enumerate(group):
         queries[row, : lengths[row]] = torch.arange(segment.start, segment.stop)
-        ranges = (*segment.past, (segment.start, segment.stop))
-        keys[row, : seen[row]] = torch.cat([torch.arange(*range_) for range_ in ranges])
-    is_plain = bool((lengths == seen).all()) and (window is None or window > widest)
-    if is_plain and (causal or bool((seen == widest).all())):
+        spans = (*segment.past, (segment.start, segment.stop))
+        keys[row, : seen[row]] = torch.cat([torch.arange(*range_) for range_ in spans])
+    is_unmasked = bool((lengths == seen).all()) and (window is None or window > widest)
+    if is_unmasked and (causal or bool((seen == widest).all())):
         return PaddedBatch(queries, keys, None, causal)
     at = torch.arange(widest)
-    inside = at < seen[:, None, None]  # (count, 1, keys)
+    is_token = at < seen[:, None, None]  # (count, 1, keys)
     distance = ((seen - lengths)[:, None] + torch.arange(longest))[:, :, None] - at
-    mask = inside.expand(-1, longest, -1).clone()
+    mask = is_token.expand(-1, longest, -1).clone()
     if causal:
         mask &= distance >= 0
     if window is not None:
         mask &= distance.abs() < window
     # A padded query must see some key, or its softmax is NaN.
-    mask |= (torch.arange(longest) >= lengths[:, None])[:, :, None] & inside
+    mask |= (torch.arange(longest) >= lengths[:, None])[:, :, None] & is_token
     return PaddedBatch(queries, keys, mask[:, None], causal)
 
 
-def attend_padded(
+def padded_attention(
     states: list[Tensor], segments: tuple[Segment, ...], options: AttentionOptions
 ) -> Tensor:
-    """Returns the attention output (tokens, heads, head_dim); `states` as in `attend_varlen`."""
+    """Returns the output (tokens, heads, head_dim); `states` as in `varlen_attention`."""
     device = states[0].device
     batches, positions = pad_segments(segments, options.causal, options.window, device)
     groups, outputs = len(states[0]) // len(states[1]), []
@@ -324,7 +320,7 @@ def attend_padded(
             for part, at in zip(states, (batch.queries, batch.keys, batch.keys), strict=True)
         )
         if options.cap:
-            attended, _ = attend_capped(
+            attended, _ = softcapped_attention(
                 query,
                 key,
                 value,
@@ -371,43 +367,39 @@ class HubKernel:
         all_keys = names["window_size"].default[0] if windows else None
         return cls(function, "softcap" in names, windows, all_keys)
 
-    def computes(self, options: AttentionOptions, head_dim: int) -> bool:
+    def supports(self, options: AttentionOptions, head_dim: int) -> bool:
         """Returns whether the kernel supports `options` for heads of `head_dim`."""
         is_supported = (self.caps or options.cap is None) and (
             self.windows or options.window is None
         )
-        return is_supported and head_dim <= WIDEST_HEAD
+        return is_supported and head_dim <= MAX_HEAD_DIM
 
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, lengths: Lengths, options: AttentionOptions
     ) -> Tensor:
         """Returns the output (tokens, heads, head_dim), as `FlashKernel.attend`."""
-        settings: dict[str, Any] = {"softmax_scale": options.scale, "causal": options.causal}
+        kwargs: dict[str, Any] = {"softmax_scale": options.scale, "causal": options.causal}
         if options.cap is not None:
-            settings["softcap"] = options.cap
+            kwargs["softcap"] = options.cap
         if options.window is not None:
             left, right = window_of(options.causal, options.window)
-            settings["window_size"] = (left, self.all_keys if right < 0 else right)
+            kwargs["window_size"] = (left, self.all_keys if right < 0 else right)
         output = self.function(
             query,
             key,
             value,
             cu_seqlens_q=lengths.queries,
             cu_seqlens_k=lengths.keys,
-            max_seqlen_q=lengths.most_queries,
-            max_seqlen_k=lengths.most_keys,
-            **settings,
+            max_seqlen_q=lengths.max_queries,
+            max_seqlen_k=lengths.max_keys,
+            **kwargs,
         )
         return output[0] if isinstance(output, tuple) else output
 
 
 @lru_cache(maxsize=4)
 def fetch_kernel(name: str) -> HubKernel:
-    """Load the Hub kernel `name`, OWNER/NAME@VERSION; VERSION is a number or a revision.
-
-    Raises:
-        InputError: `kernels` is not installed, or has no such kernel for this machine.
-    """
+    """Load the Hub kernel `name`, OWNER/NAME@VERSION; InputError if it cannot be loaded here."""
     if find_spec("kernels") is None:
         raise InputError(
             f"speed.attention_kernel {name} is fetched by the package kernels, which is not "
@@ -416,11 +408,11 @@ def fetch_kernel(name: str) -> HubKernel:
     from kernels import get_kernel
 
     repository, _, version = name.partition("@")
-    version_argument: dict[str, Any] = (
+    version_kwargs: dict[str, Any] = (
         {"version": int(version)} if version.isdigit() else {"revision": version}
     )
     try:
-        module = get_kernel(repository, **version_argument)
+        module = get_kernel(repository, **version_kwargs)
     except Exception as error:
         raise InputError(
             f"The package kernels has no {name} for this machine: {error}. Choose another in "

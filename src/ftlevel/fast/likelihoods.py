@@ -1,7 +1,4 @@
-"""Losses computed with the language head on supervised tokens only.
-
-Also selects the tokens that the loss needs after the last block.
-"""
+"""Losses with the language head on supervised tokens only, and the tokens that a loss needs."""
 
 from __future__ import annotations
 
@@ -38,8 +35,8 @@ def compute_answer_likelihoods(
     batch: Mapping[str, Any],
 ) -> Tensor:
     """Returns log-likelihood and length of each answer, (answers, 2); `head` may be None."""
-    each, _ = compute_token_likelihoods(head, model, objective, batch)
-    return objective.answers(each, batch["labels"])
+    likelihoods, _ = compute_token_likelihoods(head, model, objective, batch)
+    return objective.answers(likelihoods, batch["labels"])
 
 
 def compute_token_likelihoods(
@@ -56,12 +53,12 @@ def compute_token_likelihoods(
     inputs, labels = prepare_inputs(model, objective, batch)
     at, targets = batch.get("located") or objective.locate(labels)
     if head is not None:
-        each = head.likelihoods(lambda: model(**inputs), at, targets, temperature)
+        likelihoods = head.likelihoods(lambda: model(**inputs), at, targets, temperature)
     else:
         scores = objective.logits(model(**inputs)).flatten(0, 1).index_select(0, at)
         scores = scores.float() / temperature
-        each = -functional.cross_entropy(scores, targets, reduction="none")
-    return each, at // labels.shape[1]
+        likelihoods = -functional.cross_entropy(scores, targets, reduction="none")
+    return likelihoods, at // labels.shape[1]
 
 
 def compute_policy_loss(
@@ -71,17 +68,16 @@ def compute_policy_loss(
     batch: Mapping[str, Any],
 ) -> Tensor:
     """Returns the summed policy loss (a scalar); `batch` has `signals`, one `Signal` per target."""
-    each, owners = compute_token_likelihoods(head, model, objective, batch, objective.temperature)
-    return objective.policy_sum(each, owners, len(batch["labels"]), batch["signals"])
+    likelihoods, owners = compute_token_likelihoods(
+        head, model, objective, batch, objective.temperature
+    )
+    return objective.policy_sum(likelihoods, owners, len(batch["labels"]), batch["signals"])
 
 
-def plain_loss(
+def compute_full_loss(
     model: Any, objective: Objective, batch: dict[str, Tensor], mask: Tensor, loss: TrainingLoss
 ) -> tuple[Tensor, Tensor, Any]:
-    """Returns the summed training loss without a chunked head, the labels, and the model outputs.
-
-    The model outputs are None for preference, policy and distillation losses.
-    """
+    """Returns the summed loss without a chunked head, the labels, and model outputs or None."""
     if isinstance(objective, LikelihoodObjective):
         answers = compute_answer_likelihoods(None, model, objective, batch)
         total = objective.preference_sum(answers, batch["preference_labels"], training=True)
@@ -102,16 +98,13 @@ def with_baseline(preference_labels: Tensor, baseline: Tensor) -> Tensor:
     return torch.cat([preference_labels[:, :2], baseline.expand(len(preference_labels), 1)], dim=1)
 
 
-def sum_of_ratios(
+def sum_log_ratios(
     head: ChunkedCrossEntropy | None,
     model: Any,
     objective: LikelihoodObjective,
     batches: Sequence[dict[str, Any]],
 ) -> Tensor:
-    """Returns the sum and the number of the answers' log-ratios (policy / reference), shape (2,).
-
-    It runs in eval mode without gradients, and restores the training mode.
-    """
+    """Returns the sum and the number of the answers' log-ratios (policy / reference), (2,)."""
     total = torch.zeros(2)
     training = model.training
     model.eval()
@@ -175,9 +168,9 @@ def compute_shared_prefix(
 ) -> SharedPrefix:
     """Returns keys and values of a prefix that all rows share; `batch` has only the prefix."""
     prefix = SharedPrefix(layout.tokens)
-    nowhere = torch.zeros(0, dtype=torch.long, device=batch["input_ids"].device)
+    empty = torch.zeros(0, dtype=torch.long, device=batch["input_ids"].device)
     with using_layout(layout), using_prefix(prefix):
-        head.loss_sum(lambda: model(**batch), nowhere, nowhere)
+        head.loss_sum(lambda: model(**batch), empty, empty)
     prefix.close()
     return prefix
 
@@ -210,4 +203,4 @@ class PooledTokens:
         return first + mask.sum(dim=1) - 1 if self.last else first
 
 
-NeededTokens = SupervisedTokens | PooledTokens
+TokenSelector = SupervisedTokens | PooledTokens

@@ -24,28 +24,28 @@ from transformers.masking_utils import sdpa_mask
 
 from ftlevel.fast.blocked_attention import (
     BlockedAttention,
-    build_visibility_mask,
     cap_scores,
+    create_visibility_mask,
     slope_of_cap,
     split_queries,
 )
 from ftlevel.fast.gpu_attention import (
     AttentionOptions,
     FlashKernel,
-    attend_capped,
-    attend_padded,
-    attend_varlen,
+    padded_attention,
+    softcapped_attention,
     supports_attention,
+    varlen_attention,
 )
 from ftlevel.fast.packing import PackedLayout, Segment, UnsupportedModelError, current_layout
 from ftlevel.fast.prefixes import current_prefix
 from ftlevel.fast.recompute import dropout_mask, worker_generator
 from ftlevel.models.upstream.tensors import softmax_backward
 
-LONGEST = 64
+MAX_SHORT = 64
 """Maximum tokens of a short sequence."""
 
-PADDED = 1.25
+MAX_PADDING = 1.25
 """Maximum positions of a batch per token."""
 
 
@@ -53,9 +53,11 @@ PADDED = 1.25
 class Batch:
     """Consecutive sequences of a packed row, padded to the longest.
 
-    They are at [`start`, `stop`) of the row. `source` (count · longest,) has the token index of
-    each padded position, `positions` (stop - start,) the padded position of each token. `mask`
-    (count or 1, 1, longest, longest) is added to the scores; None for no mask.
+    Attributes:
+        start, stop: range of the sequences in the row.
+        source: (count · longest,) token index of each padded position.
+        positions: (stop - start,) padded position of each token.
+        mask: (count or 1, 1, longest, longest), added to the scores; None for no mask.
     """
 
     start: int
@@ -69,7 +71,7 @@ class Batch:
 
 def are_short(segments: Sequence[Segment]) -> bool:
     """Returns whether all segments are short sequences without a past."""
-    return all(not s.past and s.stop - s.start <= LONGEST for s in segments)
+    return all(not s.past and s.stop - s.start <= MAX_SHORT for s in segments)
 
 
 @lru_cache(maxsize=8)
@@ -85,7 +87,7 @@ def _group(segments: Sequence[Segment]) -> Iterator[list[Segment]]:
     for segment in segments:
         longest = max(s.stop - s.start for s in (*group, segment))
         tokens = segment.stop - (group[0].start if group else segment.start)
-        if group and longest * (len(group) + 1) > PADDED * tokens:
+        if group and longest * (len(group) + 1) > MAX_PADDING * tokens:
             yield group
             group = []
         group.append(segment)
@@ -94,19 +96,19 @@ def _group(segments: Sequence[Segment]) -> Iterator[list[Segment]]:
 
 def _pad(group: Sequence[Segment], causal: bool, window: int | None) -> Batch:
     lengths = torch.tensor([s.stop - s.start for s in group])
-    count, longest = len(group), int(lengths.max())
-    inside = torch.arange(longest) < lengths[:, None]
-    positions = inside.flatten().nonzero()[:, 0]
-    source = (inside.flatten().cumsum(0) - 1).clamp(min=0)
-    seen = build_visibility_mask(0, longest, 0, longest, causal, window)
+    num_sequences, longest = len(group), int(lengths.max())
+    is_token = torch.arange(longest) < lengths[:, None]
+    positions = is_token.flatten().nonzero()[:, 0]
+    source = (is_token.flatten().cumsum(0) - 1).clamp(min=0)
+    seen = create_visibility_mask(0, longest, 0, longest, causal, window)
     mask = None
-    if not bool(inside.all()) or seen is not None:
+    if not bool(is_token.all()) or seen is not None:
         visible = torch.ones(longest, longest, dtype=torch.bool) if seen is None else seen
-        hidden = ~(visible & inside[:, None, :])[:, None]
+        hidden = ~(visible & is_token[:, None, :])[:, None]
         # A padded query must see some key, or its softmax is NaN.
-        hidden &= inside[:, None, :, None]
+        hidden &= is_token[:, None, :, None]
         mask = torch.zeros(hidden.shape).masked_fill_(hidden, -math.inf)
-    return Batch(group[0].start, group[-1].stop, count, longest, source, positions, mask)
+    return Batch(group[0].start, group[-1].stop, num_sequences, longest, source, positions, mask)
 
 
 class ShortAttention(torch.autograd.Function):
@@ -127,14 +129,16 @@ class ShortAttention(torch.autograd.Function):
         groups, outputs = len(key), []
         saved: list[Tensor] = []
         for batch in batches:
-            q, k, v = (_take(part.transpose(0, 1), batch, groups) for part in (query, key, value))
+            q, k, v = (
+                _to_batch(part.transpose(0, 1), batch, groups) for part in (query, key, value)
+            )
             p = seen = _probabilities(_scores(q, k, scale, cap), batch, q.dtype)
             saved += [q, k, v, p]
             if dropout:
                 keep = dropout_mask(p, dropout)
                 saved.append(keep)
                 seen = p * keep
-            outputs.append(_put(torch.bmm(seen, v), batch, groups))
+            outputs.append(_from_batch(torch.bmm(seen, v), batch, groups))
         ctx.save_for_backward(*saved)
         ctx.arguments = batches, scale, dropout, groups, cap
         return torch.cat(outputs)
@@ -143,24 +147,24 @@ class ShortAttention(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         """Returns the gradients of queries, keys and values."""
         batches, scale, dropout, groups, cap = ctx.arguments
-        saved, parts = iter(ctx.saved_tensors), []
+        saved, all_gradients = iter(ctx.saved_tensors), []
         for batch in batches:
             q, k, v, p = (next(saved) for _ in range(4))
             keep = next(saved) if dropout else None
-            of_output = _take_zeros(gradient, batch, groups)
+            of_output = _to_batch_with_zeros(gradient, batch, groups)
             of_seen = torch.bmm(of_output, v.transpose(1, 2))
             of_p = of_seen if keep is None else of_seen.mul_(keep)
             of_scores = softmax_backward(of_p, p, -1, p.dtype).mul_(scale)
             if cap:
                 of_scores.mul_(slope_of_cap(_scores(q, k, scale, cap), cap, p.dtype))
-            of_parts = (
+            block_gradients = (
                 torch.bmm(of_scores, k),
                 torch.bmm(of_scores.transpose(1, 2), q),
                 torch.bmm((p if keep is None else p * keep).transpose(1, 2), of_output),
             )
-            parts.append([_put(part, batch, groups) for part in of_parts])
-        gradients = (torch.cat(column).transpose(0, 1) for column in zip(*parts, strict=True))
-        return (*gradients, None, None, None, None)
+            all_gradients.append([_from_batch(part, batch, groups) for part in block_gradients])
+        merged = (torch.cat(column).transpose(0, 1) for column in zip(*all_gradients, strict=True))
+        return (*merged, None, None, None, None)
 
 
 def _scores(query: Tensor, key: Tensor, scale: float, cap: float | None) -> Tensor:
@@ -171,19 +175,18 @@ def _scores(query: Tensor, key: Tensor, scale: float, cap: float | None) -> Tens
 
 
 def _probabilities(scores: Tensor, batch: Batch, dtype: torch.dtype) -> Tensor:
-    """Returns the softmax of `scores` in `dtype`; masks `scores` in place."""
     if batch.mask is not None:
         scores.view(batch.count, -1, batch.longest, batch.longest).add_(batch.mask)
     return scores.softmax(-1).to(dtype)
 
 
-def _take(states: Tensor, batch: Batch, groups: int) -> Tensor:
+def _to_batch(states: Tensor, batch: Batch, groups: int) -> Tensor:
     """Reshape (tokens, heads, head_dim) to (sequences · groups, heads of a group · longest, …)."""
     return _split(states[batch.start : batch.stop].index_select(0, batch.source), batch, groups)
 
 
-def _take_zeros(states: Tensor, batch: Batch, groups: int) -> Tensor:
-    """Reshape as `_take`, with zeros for padding, so that it does not contribute to gradients."""
+def _to_batch_with_zeros(states: Tensor, batch: Batch, groups: int) -> Tensor:
+    """Reshape as `_to_batch`, with zeros for padding, which then adds nothing to gradients."""
     padded = states.new_zeros(batch.count * batch.longest, *states.shape[1:])
     padded.index_copy_(0, batch.positions, states[batch.start : batch.stop])
     return _split(padded, batch, groups)
@@ -191,15 +194,19 @@ def _take_zeros(states: Tensor, batch: Batch, groups: int) -> Tensor:
 
 def _split(padded: Tensor, batch: Batch, groups: int) -> Tensor:
     _, heads, width = padded.shape
-    shaped = padded.view(batch.count, batch.longest, groups, heads // groups, width)
-    return shaped.permute(0, 2, 3, 1, 4).reshape(batch.count * groups, -1, width)
+    heads_by_group = padded.view(batch.count, batch.longest, groups, heads // groups, width)
+    return heads_by_group.permute(0, 2, 3, 1, 4).reshape(batch.count * groups, -1, width)
 
 
-def _put(states: Tensor, batch: Batch, groups: int) -> Tensor:
-    """Reshape the result of `_take` back to (tokens, heads, head_dim)."""
+def _from_batch(states: Tensor, batch: Batch, groups: int) -> Tensor:
+    """Reshape the result of `_to_batch` back to (tokens, heads, head_dim)."""
     width = states.shape[-1]
-    shaped = states.view(batch.count, groups, -1, batch.longest, width).permute(0, 3, 1, 2, 4)
-    return shaped.reshape(batch.count * batch.longest, -1, width).index_select(0, batch.positions)
+    heads_by_token = states.view(batch.count, groups, -1, batch.longest, width).permute(
+        0, 3, 1, 2, 4
+    )
+    return heads_by_token.reshape(batch.count * batch.longest, -1, width).index_select(
+        0, batch.positions
+    )
 
 
 NAME = "ftlevel_packed"
@@ -216,11 +223,11 @@ _UNSUPPORTED = ("s_aux", "position_bias")
 def register(kernel: FlashKernel | None = None) -> None:
     """Register the attention with transformers; `kernel` replaces torch's on a GPU."""
     AttentionInterface.register(NAME, partial(attend, kernel=kernel))
-    AttentionMaskInterface.register(NAME, build_mask)
+    AttentionMaskInterface.register(NAME, create_mask)
 
 
-def build_mask(*args: Any, **kwargs: Any) -> Tensor | None:
-    """Build SDPA's mask, or None for a packed row."""
+def create_mask(*args: Any, **kwargs: Any) -> Tensor | None:
+    """Returns SDPA's mask, or None for a packed row."""
     return sdpa_mask(*args, **kwargs) if current_layout() is None else None
 
 
@@ -238,23 +245,20 @@ def attend(
     kernel: FlashKernel | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """Compute attention within the sequences of the current layout.
+    """Returns attention within the sequences of the current layout, and None for the weights.
 
-    `query` is (1, heads, tokens, head_dim), `key` and `value` are (1, key heads, tokens, head_dim).
-    `scaling` defaults to 1 / sqrt(head_dim), `is_causal` to the module's. `sliding_window` includes
-    the token itself.
-
-    Returns:
-        (1, tokens, heads, head_dim), and None for the attention weights.
-
-    Raises:
-        UnsupportedModelError: the model uses an unsupported option.
+    The output is (1, tokens, heads, head_dim), `query` is (1, heads, tokens, head_dim), `key` and
+    `value` are (1, key heads, tokens, head_dim). `scaling` defaults to 1 / sqrt(head_dim),
+    `is_causal` to the module's. `sliding_window` includes the token itself. Raises
+    UnsupportedModelError if the model uses an unsupported option.
     """
     layout = current_layout()
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if layout is None and softcap:
-        return attend_capped(query, key, value, attention_mask, dropout, scale, softcap, causal)
+        return softcapped_attention(
+            query, key, value, attention_mask, dropout, scale, softcap, causal
+        )
     if layout is None:
         return sdpa_attention_forward(
             module,
@@ -278,15 +282,15 @@ def attend(
     prefix = current_prefix()
     if prefix is not None:
         query, key, value = prefix.join(module, query, key, value)
-    compute = (
+    compute_dtype = (
         torch.get_autocast_dtype(query.device.type)
         if torch.is_autocast_enabled(query.device.type)
         else value.dtype
     )
-    states = [part.squeeze(0).to(compute) for part in (query, key, value)]
+    states = [part.squeeze(0).to(compute_dtype) for part in (query, key, value)]
     options = AttentionOptions(causal, sliding_window, scale, dropout, softcap or None)
-    attended = _by_sequence(layout, states, options, kernel)
-    row_states = attended[layout.before :] if layout.before else attended
+    output = _by_sequence(layout, states, options, kernel)
+    row_states = output[layout.before :] if layout.before else output
     return row_states[None], None
 
 
@@ -298,17 +302,19 @@ def _by_sequence(
 ) -> Tensor:
     """Returns the output (tokens, heads, head_dim): a kernel on a GPU, blocks or SDPA on a CPU."""
     if supports_attention(states[0], options, kernel):
-        return attend_varlen(states, layout.segments, options, kernel)
+        return varlen_attention(states, layout.segments, options, kernel)
     if states[0].device.type != "cpu":
-        return attend_padded(states, layout.segments, options)
-    longest = max(s.stop - s.start for s in layout.segments)
-    is_short = longest <= MAX_BLOCKED
-    is_tree = any(segment.past for segment in layout.segments)
-    is_plain = not (options.dropout or options.cap) and (options.window or longest) >= longest
-    if layout.is_for_answers and is_plain and not is_tree and not layout.before:
+        return padded_attention(states, layout.segments, options)
+    max_length = max(s.stop - s.start for s in layout.segments)
+    is_short = max_length <= MAX_BLOCKED
+    has_prefixes = any(segment.past for segment in layout.segments)
+    is_unmasked = (
+        not (options.dropout or options.cap) and (options.window or max_length) >= max_length
+    )
+    if layout.is_for_answers and is_unmasked and not has_prefixes and not layout.before:
         return _by_length(layout.segments, states, options)
     # SDPA would use the generator of the process.
-    draws_itself = options.dropout > 0 and worker_generator() is not None
+    uses_worker_generator = options.dropout > 0 and worker_generator() is not None
     scaling = (options.scale, options.dropout, options.cap)
     if are_short(layout.segments):
         batches = batch_sequences(layout.segments, options.causal, options.window)
@@ -316,7 +322,7 @@ def _by_sequence(
             return ShortAttention.apply(  # type: ignore[no-untyped-call]
                 *states, batches, *scaling
             )
-    if is_short or is_tree or draws_itself or options.cap:
+    if is_short or has_prefixes or uses_worker_generator or options.cap:
         blocks = split_queries(layout.segments, options.causal, options.window)
         with torch.autocast("cpu", enabled=False):
             return BlockedAttention.apply(  # type: ignore[no-untyped-call]
@@ -357,14 +363,13 @@ def _by_length(
 
 
 def _by_sdpa(segment: Segment, states: list[Tensor], options: AttentionOptions) -> Tensor:
-    """Returns the output (heads, tokens, head_dim) of one segment without a past, by SDPA."""
     query, key, value = (part[:, segment.start : segment.stop] for part in states)
     length = key.shape[1]
-    plain = options.window is None or options.window > length
+    is_unmasked = options.window is None or options.window > length
     mask = (
         None
-        if plain
-        else build_visibility_mask(0, length, 0, length, options.causal, options.window)
+        if is_unmasked
+        else create_visibility_mask(0, length, 0, length, options.causal, options.window)
     )
     output = functional.scaled_dot_product_attention(
         query[None],
@@ -372,7 +377,7 @@ def _by_sdpa(segment: Segment, states: list[Tensor], options: AttentionOptions) 
         value[None],
         attn_mask=mask,
         dropout_p=options.dropout,
-        is_causal=options.causal and plain,
+        is_causal=options.causal and is_unmasked,
         scale=options.scale,
         enable_gqa=query.shape[0] != key.shape[0],
     )

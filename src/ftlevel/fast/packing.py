@@ -95,8 +95,8 @@ class PackedLayout:
         pinned = {name: getattr(self, name) for name in ("source", "restore", "needed")}
         return replace(self, **{n: t.pin_memory() for n, t in pinned.items() if t is not None})
 
-    def with_needed(self, at: Tensor) -> PackedLayout:
-        """Returns the layout with `at`, indices in the flattened padded batch, as needed tokens."""
+    def with_needed_tokens(self, at: Tensor) -> PackedLayout:
+        """Returns a copy with `at` as needed tokens, indices in the flattened padded batch."""
         needed = torch.unique(self.restore.index_select(0, at))
         return replace(self, needed=needed if len(needed) < self.tokens else None)
 
@@ -106,7 +106,7 @@ class PackedLayout:
         return len(self.source)
 
     @property
-    def is_whole_row(self) -> bool:
+    def is_single_row(self) -> bool:
         """Whether the batch is a single row without padding."""
         return self.batch == 1 and self.tokens == self.seq
 
@@ -141,33 +141,33 @@ class PackedLayout:
 
 
 _shared: PackedLayout | None = None
-_own = threading.local()
+_thread_local = threading.local()
 
 
 def current_layout() -> PackedLayout | None:
     """Returns the current layout, or None."""
-    layout: PackedLayout | None = getattr(_own, "layout", None)
+    layout: PackedLayout | None = getattr(_thread_local, "layout", None)
     return layout or _shared
 
 
 @contextlib.contextmanager
-def using_layout(layout: PackedLayout | None, own_thread: bool = False) -> Iterator[None]:
+def using_layout(layout: PackedLayout | None, this_thread: bool = False) -> Iterator[None]:
     """Set the current layout inside the `with` block, which must include the backward pass.
 
-    `layout` is None for a padded batch. With `own_thread` it applies to this thread only, for
+    `layout` is None for a padded batch. With `this_thread` it applies to this thread only, for
     parallel workers on a CPU. Otherwise it applies to the process, because the backward pass on a
     GPU has its own threads and may recompute blocks.
     """
     global _shared
-    if own_thread:
-        _own.layout, before = layout, getattr(_own, "layout", None)
+    if this_thread:
+        _thread_local.layout, before = layout, getattr(_thread_local, "layout", None)
     else:
         _shared, before = layout, _shared
     try:
         yield
     finally:
-        if own_thread:
-            _own.layout = before
+        if this_thread:
+            _thread_local.layout = before
         else:
             _shared = before
 
@@ -190,19 +190,17 @@ def split_padded(lengths: Sequence[int], budget: int, multiple: int = 1) -> Micr
 
 
 def split_packed(lengths: Sequence[int], budget: int, multiple: int = 1) -> MicroBatches:
-    """Split rows into packed micro-batches of at most `budget` tokens, largest first.
-
-    Each row, longest first, is added to the shortest micro-batch (Graham, 1969). Arguments are
-    those of `split_padded`.
-    """
+    """Split rows into packed micro-batches (Graham, 1969); arguments as in `split_padded`."""
     order = _by_length(lengths, range(len(lengths)))
-    count = _round_up(math.ceil(sum(lengths) / budget), multiple, len(lengths))
+    num_batches = _round_up(math.ceil(sum(lengths) / budget), multiple, len(lengths))
     while True:
-        micro_batches = _spread(order, lengths, count)
-        fits = all(len(p) == 1 or sum(lengths[row] for row in p) <= budget for p in micro_batches)
-        if fits or count == len(lengths):
+        micro_batches = _balance(order, lengths, num_batches)
+        is_valid = all(
+            len(p) == 1 or sum(lengths[row] for row in p) <= budget for p in micro_batches
+        )
+        if is_valid or num_batches == len(lengths):
             return sorted(micro_batches, key=lambda rows: -sum(lengths[row] for row in rows))
-        count = _round_up(count + 1, multiple, len(lengths))
+        num_batches = _round_up(num_batches + 1, multiple, len(lengths))
 
 
 def split_shared(
@@ -216,29 +214,33 @@ def split_shared(
 
     `order` sorts rows so that neighbors share long prefixes; `shared` is the number of tokens that
     each row shares with the previous one. Consecutive rows form micro-batches, unless a split that
-    only balances the costs has a smaller largest micro-batch.
+    only balances the number of tokens has a smaller largest micro-batch.
     """
-    neighbors = _split(
+    consecutive = _split(
         order, budget, lambda rows, row: lengths[row] - (shared[row] if rows else 0), multiple
     )
     prefix = min((shared[row] for row in order[1:]), default=0)  # shared in every split
-    costs = [length - max(common, prefix) for length, common in zip(lengths, shared, strict=True)]
+    added_tokens = [
+        length - max(common, prefix) for length, common in zip(lengths, shared, strict=True)
+    ]
     rank = {row: at for at, row in enumerate(order)}
-    spread = [
+    balanced = [
         sorted(rows, key=rank.__getitem__)
-        for rows in _spread(_by_length(costs, range(len(costs))), costs, len(neighbors))
+        for rows in _balance(
+            _by_length(added_tokens, range(len(added_tokens))), added_tokens, len(consecutive)
+        )
     ]
 
-    def worst(micro_batches: MicroBatches) -> int:
-        return max(count_shared(rows, lengths, order, shared) for rows in micro_batches)
+    def max_cost(micro_batches: MicroBatches) -> int:
+        return max(count_computed_tokens(rows, lengths, order, shared) for rows in micro_batches)
 
-    return spread if worst(spread) < worst(neighbors) else neighbors
+    return balanced if max_cost(balanced) < max_cost(consecutive) else consecutive
 
 
-def count_shared(
+def count_computed_tokens(
     rows: Sequence[int], lengths: Sequence[int], order: Sequence[int], shared: Sequence[int]
 ) -> int:
-    """Returns the number of tokens that a micro-batch of `rows`, sorted as in `order`, computes."""
+    """Returns the number of tokens that a micro-batch of `rows`, in `order`, computes."""
     rank = {row: at for at, row in enumerate(order)}
     cost, before = 0, -1
     for row in rows:
@@ -253,28 +255,28 @@ def _by_length(lengths: Sequence[int], rows: Sequence[int]) -> list[int]:
     return sorted(rows, key=lambda row: -lengths[row])  # stable: ties keep order
 
 
-def _round_up(count: int, multiple: int, limit: int) -> int:
-    return min(limit, math.ceil(count / multiple) * multiple)
+def _round_up(number: int, multiple: int, limit: int) -> int:
+    return min(limit, math.ceil(number / multiple) * multiple)
 
 
-def _spread(order: Sequence[int], costs: Sequence[int], count: int) -> MicroBatches:
-    """Split rows into `count` micro-batches; each row joins the one of lowest total cost so far."""
-    micro_batches: MicroBatches = [[] for _ in range(count)]
-    totals = [0] * count
+def _balance(order: Sequence[int], costs: Sequence[int], num_batches: int) -> MicroBatches:
+    """Split rows evenly; each one joins the micro-batch of lowest total cost so far."""
+    micro_batches: MicroBatches = [[] for _ in range(num_batches)]
+    batch_costs = [0] * num_batches
     for row in order:
-        least = totals.index(min(totals))
-        micro_batches[least].append(row)
-        totals[least] += costs[row]
+        smallest = batch_costs.index(min(batch_costs))
+        micro_batches[smallest].append(row)
+        batch_costs[smallest] += costs[row]
     return [rows for rows in micro_batches if rows]
 
 
 def _split(order: Sequence[int], budget: int, added: AddedCost, multiple: int) -> MicroBatches:
     """Split rows evenly into few micro-batches; `added` counts the tokens that a row adds."""
-    count = _round_up(len(_fill(order, budget, added)), multiple, len(order))
+    num_batches = _round_up(len(_fill(order, budget, added)), multiple, len(order))
     low, high = 1, budget
     while low < high:  # the smallest budget that needs no more micro-batches
         middle = (low + high) // 2
-        if len(_fill(order, middle, added)) > count:
+        if len(_fill(order, middle, added)) > num_batches:
             low = middle + 1
         else:
             high = middle
@@ -295,17 +297,14 @@ def _fill(order: Sequence[int], budget: int, added: AddedCost) -> MicroBatches:
 
 
 class PackedBlocks:
-    """Hooks that pack the input of the first block and pad the output of the last one.
-
-    Blocks that run several times (ALBERT) are packed and padded each time.
-    """
+    """Hooks that pack the input of a model's blocks and pad the output of the last one."""
 
     def __init__(self, blocks: Sequence[nn.Module]) -> None:
         self._hooks = [
-            block.register_forward_pre_hook(_enter, with_kwargs=True, prepend=True)
+            block.register_forward_pre_hook(_pack_block, with_kwargs=True, prepend=True)
             for block in blocks
         ]
-        self._hooks.append(blocks[-1].register_forward_hook(_leave))
+        self._hooks.append(blocks[-1].register_forward_hook(_unpack_block))
 
     def remove(self) -> None:
         """Remove the hooks."""
@@ -313,14 +312,13 @@ class PackedBlocks:
             hook.remove()
 
 
-def _enter(
+def _pack_block(
     block: nn.Module,  # noqa: ARG001 - the signature of a hook
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """Hook: pack the arguments of a block; after the first block, the states are packed already."""
     layout = current_layout()
-    if layout is None or layout.is_whole_row:
+    if layout is None or layout.is_single_row:
         return None
     states, *others = args if args else (kwargs["hidden_states"],)
     if layout.is_padded(states):
@@ -331,14 +329,13 @@ def _enter(
     return (), {**kwargs, "hidden_states": states}
 
 
-def _leave(
+def _unpack_block(
     block: nn.Module,  # noqa: ARG001 - the signature of a hook
     args: tuple[Any, ...],  # noqa: ARG001 - the signature of a hook
     output: Any,
 ) -> Any:
-    """Hook: pad the states that the last block returns, alone or first in a tuple."""
     layout = current_layout()
-    if layout is None or layout.is_whole_row:
+    if layout is None or layout.is_single_row:
         return None
     if isinstance(output, Tensor):
         return layout.unpack(output)

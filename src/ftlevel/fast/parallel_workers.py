@@ -31,17 +31,19 @@ GAIN = 1.1
 
 
 class ParallelWorkers:
-    """Pool of `count` threads, one micro-batch each, that divide torch's `threads` among them.
+    """Pool of worker threads, one micro-batch each, that divide torch's `threads` among them.
 
     `is_random` means that the micro-batches draw random values and need a seed.
     """
 
-    def __init__(self, count: int, threads: int, is_random: bool = False) -> None:
-        self.count = count
+    def __init__(self, num_workers: int, threads: int, is_random: bool = False) -> None:
+        self.count = num_workers
         self.is_random = is_random
         self._threads = threads
-        share = max(1, threads // count)
-        self._pool = ThreadPoolExecutor(count, "ftlevel-worker", torch.set_num_threads, (share,))
+        threads_per_worker = max(1, threads // num_workers)
+        self._pool = ThreadPoolExecutor(
+            num_workers, "ftlevel-worker", torch.set_num_threads, (threads_per_worker,)
+        )
 
     def close(self) -> None:
         """Stop the threads."""
@@ -67,13 +69,11 @@ class ParallelWorkers:
         seed: int | None = None,
         shared_prefix: SharedPrefix | None = None,
     ) -> list[Tensor]:
-        """Add the gradients of all micro-batches to `parameters` (modified), in order.
+        """Add the gradients of all micro-batches to `parameters` (modified); returns the losses.
 
-        Gradients through `shared_prefix` are added last, and the prefix's graph is freed. `compute`
-        maps a batch to its scalar loss and runs in the threads; its exceptions are raised here.
-
-        Returns:
-            The detached losses.
+        Gradients are added in order, those through `shared_prefix` last, whose graph is freed.
+        `compute` maps a batch to its scalar loss and runs in the threads; its exceptions are raised
+        here.
         """
         leaves = shared_prefix.leaves if shared_prefix is not None else []
         inputs = [*parameters, *leaves]
@@ -82,7 +82,7 @@ class ParallelWorkers:
             layout, batch = part
             worker_seed = None if seed is None else seed + number
             with (
-                using_layout(layout, own_thread=True),
+                using_layout(layout, this_thread=True),
                 using_generator(worker_seed),
                 using_prefix(shared_prefix),
             ):
@@ -114,19 +114,21 @@ def _add(parameter: Tensor, gradient: Tensor) -> None:
     Fused optimizers use the same offset into both, so different strides would mix up elements.
     """
     if parameter.grad is None:
-        is_alike = gradient.stride() == parameter.stride()
-        parameter.grad = gradient if is_alike else torch.empty_like(parameter).copy_(gradient)
+        has_same_strides = gradient.stride() == parameter.stride()
+        parameter.grad = (
+            gradient if has_same_strides else torch.empty_like(parameter).copy_(gradient)
+        )
     else:
         parameter.grad += gradient
 
 
-def makespan(costs: Sequence[int], workers: int) -> int:
-    """Returns the total time if idle workers start jobs of duration `costs` in order."""
-    busy = [0] * workers
-    for cost in costs:
-        first = busy.index(min(busy))
-        busy[first] += cost
-    return max(busy)
+def makespan(durations: Sequence[int], workers: int) -> int:
+    """Returns the total time if idle workers start jobs of these `durations` in order."""
+    end_times = [0] * workers
+    for cost in durations:
+        first = end_times.index(min(end_times))
+        end_times[first] += cost
+    return max(end_times)
 
 
 def duration(costs: Sequence[int], workers: int) -> float:

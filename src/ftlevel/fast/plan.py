@@ -19,7 +19,7 @@ from ftlevel.config.section import Choice
 from ftlevel.data.encoding.encode import Encoded
 from ftlevel.fast import packed_attention as attention
 from ftlevel.fast.gpu_attention import FlashKernel
-from ftlevel.fast.likelihoods import NeededTokens, base_model
+from ftlevel.fast.likelihoods import TokenSelector, base_model
 from ftlevel.fast.parallel_workers import MAX_WORKERS
 from ftlevel.fast.prefixes import shared_fraction
 from ftlevel.methods import METHODS
@@ -35,7 +35,12 @@ FUNCTIONAL_DROPOUT = ("opt",)
 
 @dataclass(frozen=True)
 class WorkerPlan:
-    """`count` of parallel micro-batches, why it is 1 (`reason`), and what they draw (`random`)."""
+    """Number of micro-batches that are computed in parallel.
+
+    Attributes:
+        random: name and value of the dropout that they draw; empty if none.
+        reason: why `count` is 1; empty if it is not, or was requested.
+    """
 
     count: int = 1
     random: str = ""
@@ -45,17 +50,14 @@ class WorkerPlan:
 def plan_workers(
     method: MethodConfig, requested: int | str, meta: Any, device: str, is_ordered: bool
 ) -> WorkerPlan:
-    """Returns how many micro-batches to compute in parallel; `meta` is the model on meta device.
-
-    `is_ordered` means that random numbers must be drawn in order from torch's global generator.
-    """
+    """Returns how many micro-batches to compute in parallel, for the model on meta tensors."""
     threads = torch.get_num_threads()
     if device != "cpu" or threads == 1 or requested == 1:
         return WorkerPlan()
     if has_peers():
         return WorkerPlan(reason="each process has its own")
-    random = find_randomness(method, meta, with_head=True)
-    if reason := _writes_to_itself(method, meta) or _uses_global_generator(
+    random = get_dropout(method, meta, with_head=True)
+    if reason := _get_sequential_message(method, meta) or _uses_global_generator(
         meta, random, is_ordered
     ):
         return WorkerPlan(reason=reason)
@@ -65,36 +67,32 @@ def plan_workers(
 
 
 def _uses_global_generator(meta: Any, random: str, is_ordered: bool) -> str:
-    """Returns what a forward pass draws from torch's global generator; empty if nothing."""
     if not random or not (is_ordered or meta.config.model_type in FUNCTIONAL_DROPOUT):
         return ""
     return f"{random} is drawn at random, in order"
 
 
-def _writes_to_itself(method: MethodConfig, meta: Any) -> str:
+def _get_sequential_message(method: MethodConfig, meta: Any) -> str:
     """Returns why a forward pass may change the model; empty if it does not."""
     family = meta.config.model_type
     if reason := METHODS[method.kind].step.workers(method):
         return reason
     if lookup_family(family) is None:
         return f"not tried with {family}"
-    if _changes_rope(meta.config):
+    if _has_dynamic_rope(meta.config):
         return f"{family} changes its rotary embedding with the length"
     return ""
 
 
-def _changes_rope(config: Any) -> bool:
+def _has_dynamic_rope(config: Any) -> bool:
     """Returns whether a forward pass updates the rotary embedding (transformers 5)."""
     parameters = getattr(config, "rope_parameters", None) or {}
-    kinds = [parameters, *(v for v in parameters.values() if isinstance(v, dict))]
-    return any(kind.get("rope_type") in ("dynamic", "longrope") for kind in kinds)
+    all_parameters = [parameters, *(v for v in parameters.values() if isinstance(v, dict))]
+    return any(kind.get("rope_type") in ("dynamic", "longrope") for kind in all_parameters)
 
 
-def find_randomness(method: MethodConfig, meta: Any, with_head: bool = False) -> str:
-    """Find the config name and value of dropout or jitter in the model; empty if none.
-
-    Dropout before a classifier counts only with `with_head`.
-    """
+def get_dropout(method: MethodConfig, meta: Any, with_head: bool = False) -> str:
+    """Returns the config name and value of dropout or jitter in the model; empty if none."""
     for owner in (method.model_dump(), meta.config.to_dict()):
         for name, value in owner.items():
             if not (isinstance(value, float) and value > 0):
@@ -105,12 +103,12 @@ def find_randomness(method: MethodConfig, meta: Any, with_head: bool = False) ->
     return ""
 
 
-FAMILIES = frozenset(
+LIGER_FAMILIES = frozenset(
     {"llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe", "gemma3_text", "phi3"}
 )
 """Model types of which liger-kernel has norms, rotary embedding and activation."""
 
-OWN_LOSS = {"cross_entropy": False, "fused_linear_cross_entropy": False}
+LIGER_CONFIG = {"cross_entropy": False, "fused_linear_cross_entropy": False}
 
 
 def uses_liger(speed: SpeedConfig, device: str, model_type: str) -> bool:
@@ -119,7 +117,7 @@ def uses_liger(speed: SpeedConfig, device: str, model_type: str) -> bool:
         device == "cuda"
         and speed.fast
         and speed.liger_kernel
-        and model_type in FAMILIES
+        and model_type in LIGER_FAMILIES
         and importlib.util.find_spec("liger_kernel") is not None
     )
 
@@ -131,23 +129,23 @@ def kernel_choices(speed: SpeedConfig, device: str, model_type: str) -> list[Cho
     return [Choice("kernels", "liger-kernel", "norms, rotary embedding and activation; installed")]
 
 
-def kernel_arguments(speed: SpeedConfig, device: str, model_type: str) -> dict[str, Any]:
+def get_liger_arguments(speed: SpeedConfig, device: str, model_type: str) -> dict[str, Any]:
     """Returns the `TrainingArguments` that enable liger-kernel; empty if it is not used."""
     if not uses_liger(speed, device, model_type):
         return {}
-    return {"use_liger_kernel": True, "liger_kernel_config": OWN_LOSS}
+    return {"use_liger_kernel": True, "liger_kernel_config": LIGER_CONFIG}
 
 
-FEWEST_TOKENS = 1024
+MIN_TOKENS = 1024
 """Minimum token limit of a micro-batch for any batch size; smaller ones are slow."""
 
-MOST_CPU_TOKENS = 2048
+MAX_CPU_TOKENS = 2048
 """Maximum token limit on a CPU; more tokens use memory without being faster."""
 
-SHARED_MORE = 8
-"""With shared prefixes the limit grows by 1 / SHARED_MORE, because a split computes them twice."""
+SHARING_DIVISOR = 8
+"""With shared prefixes the limit grows by 1 / SHARING_DIVISOR; a split computes prefixes twice."""
 
-WORTH_SHARING = 0.05
+MIN_SHARED_FRACTION = 0.05
 """Minimum share of tokens that prefix sharing must save."""
 
 SAMPLED_STEPS = 8
@@ -180,7 +178,7 @@ class FastPlan:
     fused_norm_glu: bool = False
     triton_kernels: bool = False
     prunes_last_layer: bool = False
-    needed_tokens: NeededTokens | None = None
+    needed_tokens: TokenSelector | None = None
     shared_prefix: bool = False
     memory: int = 0
     attention_kernel: str = ""
@@ -189,7 +187,7 @@ class FastPlan:
 def plan_fast(
     config: TrainConfig,
     meta: Any,
-    kind: str,
+    model_kind: str,
     objective: Objective,
     device: str,
     rows: Sequence[Encoded],
@@ -197,7 +195,7 @@ def plan_fast(
 ) -> FastPlan:
     """Returns the plan for training the model `meta` (on the meta device) on `rows`."""
     speed = config.speed
-    tokens = _tokens_per_micro_batch(speed, config.train, device, max_length)
+    tokens = _max_batch_tokens(speed, config.train, device, max_length)
     # A loss over a whole step needs the rows together, and no other part of the fast step.
     unpacked = FastPlan(True, tokens=tokens) if isinstance(objective, StepObjective) else FastPlan()
     if not speed.fast:
@@ -205,115 +203,118 @@ def plan_fast(
     if config.train.neftune_noise_alpha is not None:
         message = "NEFTune's noise is scaled by the length of a padded row"
         return replace(unpacked, choices=[Choice("step", "plain", message)])
-    why_padded = (
-        _why_padded(config.method, config.model.attn_implementation, meta, kind)
+    padded_message = (
+        _get_padded_message(config.method, config.model.attn_implementation, meta, model_kind)
         if speed.pack
         else "speed.pack is off"
     )
     chunked = speed.chunked_cross_entropy and has_language_head(meta, objective)
-    layout = "packed, no padding" if not why_padded else f"padded by length ({why_padded})"
-    parts = [layout] + (["cross-entropy on supervised tokens only"] if chunked else [])
-    is_ordered = bool(why_padded) or config.train.recomputes
-    workers = plan_workers(config.method, speed.parallel_workers, meta, device, is_ordered)
-    shares, sharing_choices = False, list[Choice]()
-    if not why_padded and kind == "decoder" and speed.share_prefixes != "never":
+    layout = "packed, no padding" if not padded_message else f"padded by length ({padded_message})"
+    labels = [layout] + (["cross-entropy on supervised tokens only"] if chunked else [])
+    is_ordered = bool(padded_message) or config.train.recomputes
+    worker_plan = plan_workers(config.method, speed.parallel_workers, meta, device, is_ordered)
+    shares_prefixes, sharing_choices = False, list[Choice]()
+    if not padded_message and model_kind == "decoder" and speed.share_prefixes != "never":
         is_forced = speed.share_prefixes == "always"
-        shares, sharing_choices = _plan_sharing(config.method, config.train, meta, rows, is_forced)
-    if shares and not isinstance(speed.tokens_per_micro_batch, int):
-        tokens += tokens // SHARED_MORE
+        shares_prefixes, sharing_choices = _plan_sharing(
+            config.method, config.train, meta, rows, is_forced
+        )
+    if shares_prefixes and not isinstance(speed.tokens_per_micro_batch, int):
+        tokens += tokens // SHARING_DIVISOR
     parallel = (
-        f"{workers.count} parallel workers" if workers.count > 1 else "one micro-batch at a time"
+        f"{worker_plan.count} parallel workers"
+        if worker_plan.count > 1
+        else "one micro-batch at a time"
     )
-    parallel += f": {workers.reason}" if workers.reason else ""
-    bound = f"up to {tokens // workers.count:,} tokens a micro-batch"
+    parallel += f": {worker_plan.reason}" if worker_plan.reason else ""
+    bound = f"up to {tokens // worker_plan.count:,} tokens a micro-batch"
     if speed.tokens_per_micro_batch == "memory":
         bound = "as many tokens a micro-batch as fit"
-    choices = [Choice("step", ", ".join(parts), f"{bound}, {parallel}"), *sharing_choices]
-    hub = speed.attention_kernel if device == "cuda" and not why_padded else None
+    choices = [Choice("step", ", ".join(labels), f"{bound}, {parallel}"), *sharing_choices]
+    hub = speed.attention_kernel if device == "cuda" and not padded_message else None
     if speed.attention_kernel:
         message = "as asked" if hub else f"{speed.attention_kernel} attends to packed rows"
         choices.append(Choice("attention", hub or "the model's own", message))
     return FastPlan(
         True,
-        not why_padded,
+        not padded_message,
         chunked,
         tokens,
-        shares,
+        shares_prefixes,
         choices,
-        workers.count,
-        bool(workers.random),
+        worker_plan.count,
+        bool(worker_plan.random),
         speed.fused_norm_glu and not uses_liger(speed, device, meta.config.model_type),
         device == "cuda" and speed.triton_kernels,
         prunes_last_layer=speed.prune_last_layer
-        and not why_padded
+        and not padded_message
         and not METHODS[config.method.kind].step.pruning(config.method),
         # Checkpointing would recompute a micro-batch after the prefix has released its layout.
-        shared_prefix=shares
+        shared_prefix=shares_prefixes
         and chunked
-        and not workers.random
+        and not worker_plan.random
         and not config.train.may_recompute(device),
         attention_kernel=hub or "",
     )
 
 
-def plan_forward(model: Any, kind: str, method: str, objective: Objective, tokens: int) -> FastPlan:
+def plan_forward(
+    model: Any, model_kind: str, method: str, objective: Objective, tokens: int
+) -> FastPlan:
     """Returns the plan for scoring rows with a loaded model, without training."""
     base = base_model(model)
-    packs = not (adds_virtual_tokens(model, method) or find_packing_obstacle(base, kind))
+    packs = not (has_virtual_tokens(model, method) or get_packing_message(base, model_kind))
     chunked = has_language_head(base, objective)
     return FastPlan(True, packs, chunked, tokens, prunes_last_layer=packs)
 
 
-def adds_virtual_tokens(model: Any, method: str) -> bool:
+def has_virtual_tokens(model: Any, method: str) -> bool:
     """Returns whether an adapter of `model` adds virtual tokens to every row."""
     adapters = getattr(model, "peft_config", {}).values()
-    obstacle = method in METHODS and METHODS[method].step.packing(SPECS[method]())
-    return bool(obstacle) or any(config.is_prompt_learning for config in adapters)
+    message = method in METHODS and METHODS[method].step.packing(SPECS[method]())
+    return bool(message) or any(config.is_prompt_learning for config in adapters)
 
 
 def _plan_sharing(
     method: MethodConfig, train: TrainerConfig, meta: Any, rows: Sequence[Encoded], is_forced: bool
 ) -> tuple[bool, list[Choice]]:
-    """Returns whether rows share the computation of prefixes, and the lines for display."""
     if any(row.extras for row in rows[:1]):
         return False, []
-    saved = _estimate_shared(train, rows)
-    if saved < WORTH_SHARING and not is_forced:
+    fraction = _estimate_shared_fraction(train, rows)
+    if fraction < MIN_SHARED_FRACTION and not is_forced:
         return False, []
-    drops = find_randomness(method, meta)
-    if drops and not is_forced:
+    dropout = get_dropout(method, meta)
+    if dropout and not is_forced:
         message = (
-            f"{saved:.0%} of tokens could be computed once, but their {drops} would be the same "
-            "for all rows: speed.share_prefixes=always takes that"
+            f"{fraction:.0%} of tokens could be computed once, but their {dropout} would be the "
+            "same for all rows: speed.share_prefixes=always takes that"
         )
         return False, [Choice("prefix sharing", "off", message)]
-    message = f"estimated on {SAMPLED_STEPS} steps" + (f"; shares {drops}" if drops else "")
-    return True, [Choice("prefix sharing", f"{saved:.0%} of tokens computed once", message)]
+    message = f"estimated on {SAMPLED_STEPS} steps" + (f"; shares {dropout}" if dropout else "")
+    return True, [Choice("prefix sharing", f"{fraction:.0%} of tokens computed once", message)]
 
 
-def _estimate_shared(train: TrainerConfig, rows: Sequence[Encoded]) -> float:
-    """Estimate the fraction of tokens saved if prefixes are computed once, from sampled steps."""
+def _estimate_shared_fraction(train: TrainerConfig, rows: Sequence[Encoded]) -> float:
     size = min(train.rows_per_device_step, len(rows))
-    draw = random.Random(train.seed)
-    steps = [draw.sample(range(len(rows)), size) for _ in range(SAMPLED_STEPS)]
-    shares = [
+    rng = random.Random(train.seed)
+    steps = [rng.sample(range(len(rows)), size) for _ in range(SAMPLED_STEPS)]
+    fractions = [
         shared_fraction([sequence.input_ids for i in step for sequence in rows[i].sequences])
         for step in steps
     ]
-    return sum(shares) / len(shares)
+    return sum(fractions) / len(fractions)
 
 
-def _tokens_per_micro_batch(
+def _max_batch_tokens(
     speed: SpeedConfig, train: TrainerConfig, device: str, max_length: int
 ) -> int:
     if isinstance(speed.tokens_per_micro_batch, int):
         return speed.tokens_per_micro_batch
-    tokens = max(train.per_device_train_batch_size * max_length, FEWEST_TOKENS)
-    return min(tokens, max(MOST_CPU_TOKENS, max_length)) if device == "cpu" else tokens
+    tokens = max(train.per_device_train_batch_size * max_length, MIN_TOKENS)
+    return min(tokens, max(MAX_CPU_TOKENS, max_length)) if device == "cpu" else tokens
 
 
-def _why_padded(method: MethodConfig, attention: str, meta: Any, kind: str) -> str:
-    """Returns why rows cannot be packed; empty if they can."""
+def _get_padded_message(method: MethodConfig, attention: str, meta: Any, model_kind: str) -> str:
     family = meta.config.model_type
     if attention not in ("auto", "sdpa"):
         return f"attention is {attention}"
@@ -321,15 +322,15 @@ def _why_padded(method: MethodConfig, attention: str, meta: Any, kind: str) -> s
         return reason
     if getattr(meta.config, "layerdrop", 0):
         return f"{family} skips layers at random"
-    return find_packing_obstacle(meta, kind)
+    return get_packing_message(meta, model_kind)
 
 
-def find_packing_obstacle(model: Any, kind: str) -> str:
+def get_packing_message(model: Any, model_kind: str) -> str:
     """Returns why `model` needs padded rows; empty if it does not."""
     family = model.config.model_type
-    if kind == "encoder-decoder" or not get_blocks(model):
+    if model_kind == "encoder-decoder" or not get_blocks(model):
         return f"{family} has not one stack of blocks"
-    if _carries_a_state(model):
+    if _is_recurrent(model):
         return f"{family} carries a state from token to token"
     before = attention_of(model)
     if not set_packed_attention(model):
@@ -338,8 +339,7 @@ def find_packing_obstacle(model: Any, kind: str) -> str:
     return ""
 
 
-def _carries_a_state(model: Any) -> bool:
-    """Returns whether a recurrence or a convolution mixes tokens."""
+def _is_recurrent(model: Any) -> bool:
     return is_stateful(model) or any(
         isinstance(part, torch.nn.Conv1d) and part.kernel_size[0] > 1
         for block in get_blocks(model)
@@ -367,33 +367,33 @@ def has_language_head(model: Any, objective: Objective | None) -> bool:
 
 def uses_fused_layers(method: MethodConfig, speed: SpeedConfig, quant: str, device: str) -> bool:
     """Returns whether LoRA layers are fused with base layers that are quantized as `quant`."""
-    return _reason_against(method, speed, quant, device) == ""
+    return _get_unfused_message(method, speed, quant, device) == ""
 
 
 def fused_lora_choices(
     method: MethodConfig, speed: SpeedConfig, quant: str, device: str
 ) -> list[Choice]:
     """Returns the message about LoRA layers for display; empty for other methods."""
-    reason = _reason_against(method, speed, quant, device)
-    if reason is None:
+    message = _get_unfused_message(method, speed, quant, device)
+    if message is None:
         return []
-    if reason:
-        return [Choice("low-rank update", "PEFT's layers", reason)]
+    if message:
+        return [Choice("low-rank update", "PEFT's layers", message)]
     return [Choice("low-rank update", "fused with the base", "same gradients as PEFT's layers")]
 
 
-def _reason_against(
+def _get_unfused_message(
     method: MethodConfig, speed: SpeedConfig, quant: str, device: str
 ) -> str | None:
     """Returns why LoRA layers are not fused; empty if they are, None for other methods."""
-    against = METHODS[method.kind].step.fusing
-    if against is None:
+    check = METHODS[method.kind].step.fusing
+    if check is None:
         return None
     if not speed.fast:
         return "--no-fast"
     if not speed.fused_lora:
         return "speed.fused_lora is off"
-    if reason := against(method):
+    if reason := check(method):
         return reason
     if quant == "8bit" and device != "cpu":
         return "LLM.int8() multiplies in int8 on a GPU"

@@ -31,7 +31,7 @@ class SharedPrefix:
 
     def __init__(self, tokens: int) -> None:
         self.tokens = tokens
-        self._made: dict[nn.Module, tuple[Tensor, Tensor]] = {}
+        self._states: dict[nn.Module, tuple[Tensor, Tensor]] = {}
         self._leaves: dict[nn.Module, tuple[Tensor, Tensor]] | None = None
 
     def close(self) -> None:
@@ -41,7 +41,7 @@ class SharedPrefix:
                 key.detach().requires_grad_(key.requires_grad),
                 value.detach().requires_grad_(value.requires_grad),
             )
-            for module, (key, value) in self._made.items()
+            for module, (key, value) in self._states.items()
         }
 
     def join(
@@ -50,23 +50,21 @@ class SharedPrefix:
         """Collect the prefix's keys and values; after `close`, prepend them to `key` and `value`.
 
         `query` is (1, heads, own, head_dim), `key` and `value` are (1, key heads, own, …). After
-        `close`, results have `tokens` + own positions; queries of the prefix are zeros.
-
-        Raises:
-            UnsupportedModelError: a layer runs twice, or was not called for the prefix.
+        `close`, results have `tokens` + own positions; queries of the prefix are zeros. Raises
+        UnsupportedModelError if a layer runs twice, or was not called for the prefix.
         """
         if self._leaves is None:
-            if module in self._made:
+            if module in self._states:
                 raise UnsupportedModelError("its blocks are gone through more than once")
-            self._made[module] = (key, value)
+            self._states[module] = (key, value)
             return query, key, value
         if module not in self._leaves:
             raise UnsupportedModelError("its micro-batches do not go through the same blocks")
         before = self._leaves[module]
         empty = query.new_zeros(*query.shape[:2], self.tokens, query.shape[3])
         pairs = ((empty, query), (before[0], key), (before[1], value))
-        joined = [torch.cat([first.to(part.dtype), part], dim=2) for first, part in pairs]
-        return joined[0], joined[1], joined[2]
+        states = [torch.cat([first.to(part.dtype), part], dim=2) for first, part in pairs]
+        return states[0], states[1], states[2]
 
     @property
     def leaves(self) -> list[Tensor]:
@@ -87,28 +85,28 @@ class SharedPrefix:
         leaves = self._leaves or {}
         return [
             (tensor, leaf)
-            for module, pair in self._made.items()
+            for module, pair in self._states.items()
             for tensor, leaf in zip(pair, leaves[module], strict=True)
             if tensor.requires_grad
         ]
 
 
-_own = threading.local()
+_thread_local = threading.local()
 
 
 def current_prefix() -> SharedPrefix | None:
     """Returns the shared prefix of this thread's micro-batch, or None."""
-    return getattr(_own, "shared_prefix", None)
+    return getattr(_thread_local, "shared_prefix", None)
 
 
 @contextlib.contextmanager
 def using_prefix(shared_prefix: SharedPrefix | None) -> Iterator[None]:
     """Set the current shared prefix of this thread inside the `with` block."""
-    _own.shared_prefix, before = shared_prefix, current_prefix()
+    _thread_local.shared_prefix, before = shared_prefix, current_prefix()
     try:
         yield
     finally:
-        _own.shared_prefix = before
+        _thread_local.shared_prefix = before
 
 
 MIN_PREFIX = 32
@@ -117,7 +115,7 @@ MIN_PREFIX = 32
 Tokens = list[int]
 
 
-def count_common(one: Tokens, other: Tokens) -> int:
+def common_prefix_length(one: Tokens, other: Tokens) -> int:
     """Returns the length of the common prefix of `one` and `other`."""
     low, high = 0, min(len(one), len(other))
     while low < high:
@@ -129,16 +127,18 @@ def count_common(one: Tokens, other: Tokens) -> int:
     return low
 
 
-def sort_by_prefix(rows: Sequence[Tokens], least: int = MIN_PREFIX) -> tuple[list[int], list[int]]:
+def sort_by_prefix(
+    rows: Sequence[Tokens], min_length: int = MIN_PREFIX
+) -> tuple[list[int], list[int]]:
     """Returns the sorted row indices, and how many tokens each row shares with the previous one.
 
-    These numbers are indexed by row; prefixes shorter than `least` tokens count as 0.
+    These numbers are indexed by row; prefixes shorter than `min_length` tokens count as 0.
     """
     order = sorted(range(len(rows)), key=lambda row: rows[row])
     shared = [0] * len(rows)
     for before, row in pairwise(order):
-        common = count_common(rows[before], rows[row])
-        shared[row] = common if common >= least else 0
+        length = common_prefix_length(rows[before], rows[row])
+        shared[row] = length if length >= min_length else 0
     return order, shared
 
 
@@ -148,25 +148,25 @@ def shared_fraction(rows: Sequence[Tokens]) -> float:
     return sum(shared) / sum(len(row) for row in rows)
 
 
-def build_prefix_tree(
-    rows: Sequence[Tokens], least: int = MIN_PREFIX, before: int = 0
+def create_prefix_tree(
+    rows: Sequence[Tokens], min_length: int = MIN_PREFIX, before: int = 0
 ) -> PackedLayout:
-    """Build the layout of `rows`, padded on the right, in which each shared prefix occurs once.
+    """Returns the layout of `rows`, padded on the right, in which each shared prefix occurs once.
 
     `rows` are in the order of `sort_by_prefix`. Their first `before` tokens belong to a
     `SharedPrefix` and are left out; each row has more.
     """
-    return _Tree(rows, least, before).layout()
+    return _Tree(rows, min_length, before).layout()
 
 
 class _Tree:
     """Builds the segments of a prefix tree's layout, parents first."""
 
-    def __init__(self, rows: Sequence[Tokens], least: int, before: int) -> None:
+    def __init__(self, rows: Sequence[Tokens], min_length: int, before: int) -> None:
         self._rows = rows
-        self._least = least
+        self._min_length = min_length
         self._before = before
-        self._common = [0, *(count_common(a, b) for a, b in pairwise(rows))]
+        self._shared_lengths = [0, *(common_prefix_length(a, b) for a, b in pairwise(rows))]
         self._seq = max(len(row) for row in rows)
         self._source: list[int] = []
         self._restore = torch.zeros(len(rows), self._seq, dtype=torch.long)
@@ -174,7 +174,7 @@ class _Tree:
 
     def layout(self) -> PackedLayout:
         shared_prefix = ((0, self._before),) if self._before else ()
-        self._grow(range(len(self._rows)), self._before, shared_prefix)
+        self._add_rows(range(len(self._rows)), self._before, shared_prefix)
         return PackedLayout(
             len(self._rows),
             self._seq,
@@ -184,11 +184,10 @@ class _Tree:
             before=self._before,
         )
 
-    def _grow(self, rows: range, depth: int, past: tuple[Range, ...]) -> None:
-        """Add the tokens of `rows` after their first `depth` tokens, which they share."""
+    def _add_rows(self, rows: range, depth: int, past: tuple[Range, ...]) -> None:
         first = rows.start
         for row in (*rows[1:], rows.stop):
-            if row < rows.stop and self._common[row] >= depth + self._least:
+            if row < rows.stop and self._shared_lengths[row] >= depth + self._min_length:
                 continue
             self._add(range(first, row), depth, past)
             first = row
@@ -196,14 +195,14 @@ class _Tree:
     def _add(self, rows: range, depth: int, past: tuple[Range, ...]) -> None:
         """Add the tokens after `depth` that `rows` have in common, then each row's other tokens."""
         first = rows.start
-        until = min((self._common[row] for row in rows[1:]), default=len(self._rows[first]))
-        if until > depth:
+        end = min((self._shared_lengths[row] for row in rows[1:]), default=len(self._rows[first]))
+        if end > depth:
             start = len(self._source)
-            stop = start + until - depth
-            self._source += range(first * self._seq + depth, first * self._seq + until)
-            self._restore[first : rows.stop, depth:until] = torch.arange(start, stop)
+            stop = start + end - depth
+            self._source += range(first * self._seq + depth, first * self._seq + end)
+            self._restore[first : rows.stop, depth:end] = torch.arange(start, stop)
             segment = (self._before + start, self._before + stop)
             self._segments.append(Segment(*segment, past))
             past = (*past, segment)
         if len(rows) > 1:
-            self._grow(rows, until, past)
+            self._add_rows(rows, end, past)

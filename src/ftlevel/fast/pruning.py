@@ -36,7 +36,6 @@ def _select_positions(
     linear: nn.Module,  # noqa: ARG001 - the signature of a hook
     args: tuple[Any, ...],
 ) -> tuple[Any, ...] | None:
-    """Hook: returns the arguments with only the needed tokens of the input (…, tokens, in)."""
     layout = current_layout()
     if layout is None or layout.needed is None or args[0].shape[-2] != layout.tokens:
         return None
@@ -48,7 +47,6 @@ def _restore_positions(
     args: tuple[Any, ...],  # noqa: ARG001 - the signature of a hook
     output: Tensor,
 ) -> Tensor | None:
-    """Hook: returns the output for all tokens (…, tokens, out), zero for unneeded ones."""
     layout = current_layout()
     if layout is None or layout.needed is None or output.shape[-2] != len(layout.needed):
         return None
@@ -56,14 +54,14 @@ def _restore_positions(
     return zeros.index_copy(-2, layout.needed, output)
 
 
-def find_prunable_linears(
+def get_prunable_linears(
     block: nn.Module,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     layout: PackedLayout,
     candidates: Sequence[nn.Module],
 ) -> list[nn.Module]:
-    """Find the candidates whose output at unneeded tokens does not affect needed tokens.
+    """Returns the candidates whose output at unneeded tokens does not affect needed tokens.
 
     `block` must be in eval mode and `layout` the current layout; `args` and `kwargs` are arguments
     of `block`, which returns states (batch, seq, hidden), alone or first in a tuple.
@@ -73,8 +71,8 @@ def find_prunable_linears(
     outputs: dict[nn.Module, list[Any]] = {linear: [] for linear in candidates}
 
     def keep(linear: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        is_plain = len(args) == 1 and isinstance(output, Tensor) and output.requires_grad
-        outputs[linear].append(output if is_plain else None)  # experts have more arguments
+        is_tensor = len(args) == 1 and isinstance(output, Tensor) and output.requires_grad
+        outputs[linear].append(output if is_tensor else None)  # experts have more arguments
 
     hooks = [linear.register_forward_hook(keep) for linear in candidates]
     try:
@@ -82,41 +80,40 @@ def find_prunable_linears(
             args, kwargs = _with_gradient(args, kwargs)
             output = block(*args, **kwargs)
             states = output if isinstance(output, Tensor) else output[0]
-            needed = torch.isin(layout.restore, layout.needed)  # padding points at tokens too
+            mask = torch.isin(layout.restore, layout.needed)  # padding points at tokens too
             weights = torch.rand(states.shape, generator=torch.Generator().manual_seed(0))
-            weights = weights.to(states) * needed.view(*states.shape[:2], 1)
-            called_once = {
+            weights = weights.to(states) * mask.view(*states.shape[:2], 1)
+            outputs_by_linear = {
                 linear: results[0]
                 for linear, results in outputs.items()
                 if len(results) == 1 and results[0] is not None
             }
             gradients = torch.autograd.grad(
-                (states * weights).sum(), list(called_once.values()), allow_unused=True
+                (states * weights).sum(), list(outputs_by_linear.values()), allow_unused=True
             )
     finally:
         for hook in hooks:
             hook.remove()
     return [
         linear
-        for linear, gradient in zip(called_once, gradients, strict=True)
-        if gradient is not None and _is_of_needed(gradient, layout)
+        for linear, gradient in zip(outputs_by_linear, gradients, strict=True)
+        if gradient is not None and _has_only_needed(gradient, layout)
     ]
 
 
 def _with_gradient(
     args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Returns the arguments with hidden states that require a gradient."""
     states = args[0] if args else kwargs["hidden_states"]
     states = states.detach().requires_grad_().clone()  # no leaf: blocks add to it in place
     return ((states, *args[1:]), kwargs) if args else ((), {**kwargs, "hidden_states": states})
 
 
-def _is_of_needed(gradient: Tensor, layout: PackedLayout) -> bool:
+def _has_only_needed(gradient: Tensor, layout: PackedLayout) -> bool:
     """Returns whether `gradient` (…, tokens, width) is zero for all unneeded tokens."""
     if layout.needed is None or gradient.dim() < 2 or gradient.shape[-2] != layout.tokens:
         return False
     per_token = gradient.abs().amax(-1).reshape(-1, layout.tokens).amax(0)
-    is_needed = torch.zeros(layout.tokens, dtype=torch.bool, device=gradient.device)
-    is_needed[layout.needed] = True
-    return bool((per_token[~is_needed] == 0).all() and (per_token[is_needed] != 0).any())
+    mask = torch.zeros(layout.tokens, dtype=torch.bool, device=gradient.device)
+    mask[layout.needed] = True
+    return bool((per_token[~mask] == 0).all() and (per_token[mask] != 0).any())

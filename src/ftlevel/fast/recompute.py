@@ -19,30 +19,30 @@ from torch import Tensor, nn
 from ftlevel.models.upstream.tensors import version_of
 
 
-class _Own(threading.local):
+class _ThreadLocal(threading.local):
     generator: torch.Generator | None = None
 
 
-_own = _Own()
+_thread_local = _ThreadLocal()
 
 
 def worker_generator() -> torch.Generator | None:
     """Returns the generator of this thread's micro-batch, or None."""
-    return _own.generator
+    return _thread_local.generator
 
 
 @contextlib.contextmanager
 def using_generator(seed: int | None) -> Iterator[None]:
     """Use a new generator with `seed` in this thread inside the `with` block; None: the global."""
-    before = _own.generator
-    _own.generator = None if seed is None else torch.Generator().manual_seed(seed)
+    before = _thread_local.generator
+    _thread_local.generator = None if seed is None else torch.Generator().manual_seed(seed)
     try:
         yield
     finally:
-        _own.generator = before
+        _thread_local.generator = before
 
 
-_CHANCES = 1 << 16
+_LEVELS = 1 << 16
 
 
 def dropout_mask(like: Tensor, p: float) -> Tensor:
@@ -50,13 +50,13 @@ def dropout_mask(like: Tensor, p: float) -> Tensor:
 
     It uses `worker_generator()`, or torch's global generator. `p` is rounded to 1/65,536.
     """
-    count, dropped = like.numel(), min(round(p * _CHANCES), _CHANCES - 1)
-    drawn = torch.empty(-(-count // 4), dtype=torch.int64)
-    drawn.random_(-(1 << 63), None, generator=worker_generator())
-    chances = drawn.view(torch.int16)[:count].view(like.shape)
+    count, dropped = like.numel(), min(round(p * _LEVELS), _LEVELS - 1)
+    bits = torch.empty(-(-count // 4), dtype=torch.int64)
+    bits.random_(-(1 << 63), None, generator=worker_generator())
+    values = bits.view(torch.int16)[:count].view(like.shape)
     mask = torch.empty(like.shape, dtype=like.dtype)
-    torch.ge(chances, dropped - _CHANCES // 2, out=mask)
-    return mask.div_(1 - dropped / _CHANCES)
+    torch.ge(values, dropped - _LEVELS // 2, out=mask)
+    return mask.div_(1 - dropped / _LEVELS)
 
 
 class GeneratorDropout(nn.Dropout):
@@ -76,8 +76,8 @@ class PerWorkerDropout:
         self._replaced: list[tuple[nn.Module, str, nn.Dropout]] = []
         for parent in list(model.modules()):
             for name, child in parent.named_children():
-                is_plain = type(child) is nn.Dropout  # subclasses may differ
-                if is_plain and isinstance(child, nn.Dropout) and child.p > 0 and not child.inplace:
+                is_exact = type(child) is nn.Dropout  # subclasses may differ
+                if is_exact and isinstance(child, nn.Dropout) and child.p > 0 and not child.inplace:
                     self._replaced.append((parent, name, child))
         for parent, name, child in self._replaced:
             dropout = GeneratorDropout(child.p)
@@ -103,18 +103,18 @@ class Recomputation:
 
     def __init__(self, make: Callable[..., Tensor]) -> None:
         self._make = make
-        self._users = 0
-        self._made: Tensor | None = None
+        self._num_users = 0
+        self._cached: Tensor | None = None
 
-    def enter(self) -> None:
+    def register(self) -> None:
         """Register an autograd function that will call `make` in its backward."""
-        self._users += 1
+        self._num_users += 1
 
     def make(self, *saved: Tensor) -> Tensor:
         """Compute the tensor from `saved`; cached until every registered function has it."""
-        self._users -= 1
-        tensor = self._make(*saved) if self._made is None else self._made
-        self._made = tensor if self._users > 0 else None
+        self._num_users -= 1
+        tensor = self._make(*saved) if self._cached is None else self._cached
+        self._cached = tensor if self._num_users > 0 else None
         return tensor
 
 
@@ -128,11 +128,10 @@ def with_recomputation(tensor: Tensor, make: Callable[..., Tensor], *saved: Tens
 def recomputation_of(tensor: Tensor) -> tuple[Recomputation, tuple[Tensor, ...]] | None:
     """Returns the recomputation of `tensor` and its input tensors; None if `tensor` must be saved.
 
-    Views, copies, tensors of inference mode, and tensors that were changed in place must be
-    saved.
+    Views, copies, tensors of inference mode, and tensors changed in place must be saved.
     """
     if tensor.is_inference():
         return None
-    attached: tuple[Recomputation, tuple[Tensor, ...], int] | None
-    attached = getattr(tensor, _NAME, None)
-    return attached[:2] if attached is not None and attached[2] == version_of(tensor) else None
+    entry: tuple[Recomputation, tuple[Tensor, ...], int] | None
+    entry = getattr(tensor, _NAME, None)
+    return entry[:2] if entry is not None and entry[2] == version_of(tensor) else None

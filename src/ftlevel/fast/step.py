@@ -15,12 +15,12 @@ from torch import nn
 
 from ftlevel.data.encoding.encode import Encoded
 from ftlevel.fast import packed_attention as attention
-from ftlevel.fast.checks import PackingCheck, PruningCheck, find_cross_entropy_error
+from ftlevel.fast.checks import PackingCheck, PruningCheck, get_cross_entropy_error
 from ftlevel.fast.cross_entropy import ChunkedCrossEntropy
 from ftlevel.fast.fused_layers import FusedNormGlu, FusedRope
 from ftlevel.fast.gpu_attention import fetch_kernel
 from ftlevel.fast.kernels import Kernels
-from ftlevel.fast.likelihoods import NeededTokens, base_model
+from ftlevel.fast.likelihoods import TokenSelector, base_model
 from ftlevel.fast.packing import PackedBlocks
 from ftlevel.fast.parallel_workers import ParallelWorkers
 from ftlevel.fast.plan import FastPlan, has_language_head, set_packed_attention
@@ -67,25 +67,27 @@ class FastStep:
         if self._blocks is None:
             return []
         check = PackingCheck(self._model, get_blocks(self._base)[-1], rows, pad_id, device, dtype)
-        reasons = []
-        if leak := check.find_leak():
+        messages = []
+        if packing_error := check.get_packing_error():
             self.plan = replace(self.plan, packs=False, prefix_tree=False, shared_prefix=False)
-            self._pad_again()
-            reasons.append(f"rows are padded: {leak}")
-        elif self.plan.prefix_tree and (reason := check.find_prefix_tree_error()):
+            self._remove_packing()
+            messages.append(f"rows are padded: {packing_error}")
+        elif self.plan.prefix_tree and (message := check.get_prefix_tree_error()):
             self.plan = replace(self.plan, prefix_tree=False, shared_prefix=False)
-            reasons.append(f"prefixes are not shared: {reason}")
-        elif self.plan.shared_prefix and (reason := check.find_shared_prefix_error()):
+            messages.append(f"prefixes are not shared: {message}")
+        elif self.plan.shared_prefix and (message := check.get_shared_prefix_error()):
             self.plan = replace(self.plan, shared_prefix=False)
-            reasons.append(f"micro-batches do not share their prefix: {reason}")
+            messages.append(f"micro-batches do not share their prefix: {message}")
         is_random = self.workers is not None and self.workers.is_random
-        if is_random and (leak or check.uses_global_generator()):
-            self._end_workers()
+        if is_random and (packing_error or check.uses_global_generator()):
+            self._close_workers()
             self.plan = replace(self.plan, workers=1, is_random=False)
-            reasons.append("micro-batches are computed one at a time: it draws at random, in order")
-        return reasons
+            messages.append(
+                "micro-batches are computed one at a time: it draws at random, in order"
+            )
+        return messages
 
-    def _end_workers(self) -> None:
+    def _close_workers(self) -> None:
         if self.workers is not None:
             self.workers.close()
             self.workers = None
@@ -96,15 +98,15 @@ class FastStep:
         """Disable chunked cross-entropy if its check fails; returns why, else empty."""
         if self.cross_entropy is None or not isinstance(objective, TokenObjective):
             return ""
-        reason = find_cross_entropy_error(
+        message = get_cross_entropy_error(
             self.cross_entropy, self._model, objective, rows, pad_id, device, dtype
         )
-        if not reason:
+        if not message:
             return ""
         self.plan = replace(self.plan, chunked_cross_entropy=False, shared_prefix=False)
         self.cross_entropy.remove()
         self.cross_entropy = None
-        return f"its head is computed on every token: {reason}"
+        return f"its head is computed on every token: {message}"
 
     def prune_last_layer(
         self, objective: Objective, rows: Sequence[Encoded], pad_id: int, device: str, dtype: str
@@ -113,16 +115,16 @@ class FastStep:
         if self._blocks is None or not self.plan.prunes_last_layer:
             return
         last = get_blocks(self._base)[-1]
-        needed, linears = PruningCheck(self._model, last, rows, pad_id, device, dtype)(objective)
-        self.prune(needed, linears)
+        select, linears = PruningCheck(self._model, last, rows, pad_id, device, dtype)(objective)
+        self.prune(select, linears)
 
-    def prune(self, needed: NeededTokens | None, linears: Sequence[nn.Module]) -> None:
-        """Make `linears`, if any, compute only the tokens that `needed` selects."""
+    def prune(self, select: TokenSelector | None, linears: Sequence[nn.Module]) -> None:
+        """Make `linears`, if any, compute only the tokens that `select` returns."""
         if linears:
-            self.plan = replace(self.plan, needed_tokens=needed)
+            self.plan = replace(self.plan, needed_tokens=select)
             self._pruning, self.pruned_linears = LastLayerPruning(linears), len(linears)
 
-    def _pad_again(self) -> None:
+    def _remove_packing(self) -> None:
         if self._blocks is not None:
             self._blocks.remove()
             self._blocks = None
@@ -139,8 +141,8 @@ class FastStep:
         if self._pruning is not None:
             self._pruning.remove()
         self._dropout.remove()
-        self._end_workers()
-        self._pad_again()
+        self._close_workers()
+        self._remove_packing()
 
 
 @contextlib.contextmanager
@@ -159,7 +161,7 @@ def chunked_cross_entropy(
         if (
             head is not None
             and isinstance(objective, TokenObjective)
-            and find_cross_entropy_error(head, model, objective, rows, pad_id, device, dtype)
+            and get_cross_entropy_error(head, model, objective, rows, pad_id, device, dtype)
         ):
             head.remove()
             head = None

@@ -15,17 +15,22 @@ from ftlevel.data.encoding.encode import IGNORED, Encoded, EncodedText, distinct
 from ftlevel.fast.packing import (
     MicroBatches,
     PackedLayout,
-    count_shared,
+    count_computed_tokens,
     split_packed,
     split_padded,
     split_shared,
 )
 from ftlevel.fast.parallel_workers import duration
-from ftlevel.fast.plan import WORTH_SHARING, FastPlan
-from ftlevel.fast.prefixes import MIN_PREFIX, build_prefix_tree, count_common, sort_by_prefix
+from ftlevel.fast.plan import MIN_SHARED_FRACTION, FastPlan
+from ftlevel.fast.prefixes import (
+    MIN_PREFIX,
+    common_prefix_length,
+    create_prefix_tree,
+    sort_by_prefix,
+)
 from ftlevel.objectives import Objective, TokenObjective
 
-OVERHEAD_TOKENS = 250
+PREFIX_COST = 250
 """Cost of a shared prefix's own micro-batch beyond the tokens. With 342 tokens and 1,776 after it,
 a step of SmolLM2 takes 5 % longer than without; with 1,450 and 2,100, a fifth less.
 """
@@ -42,8 +47,8 @@ class StepCollator:
         self._collate = Collator(pad_id)
         self._plan = plan
         # Located here: on a GPU the loss would have to wait for their number.
-        is_located = plan.chunked_cross_entropy and isinstance(objective, TokenObjective)
-        self._objective = objective if is_located else None
+        locates = plan.chunked_cross_entropy and isinstance(objective, TokenObjective)
+        self._objective = objective if locates else None
 
     def __call__(self, rows: Sequence[Encoded]) -> dict[str, Any]:
         """Returns a dict of `rows`, `micro_batches`, `parts`, `in_parallel` and `has_parts`.
@@ -54,7 +59,7 @@ class StepCollator:
         `Collator` with its `layout` (None if padded) and, for a language head, its `located`
         targets.
         """
-        schedule = self._choose_schedule(rows)
+        schedule = self._select_schedule(rows)
         partition = schedule.partition
         step: dict[str, Any] = {
             "rows": rows,
@@ -79,7 +84,7 @@ class StepCollator:
             for part in partition(self._plan.tokens, 1)
         ]
 
-    def halve(self) -> int:
+    def halve_tokens(self) -> int:
         """Halve the maximum number of tokens of later micro-batches; returns the new maximum."""
         self._plan = replace(self._plan, tokens=max(1, self._plan.tokens // 2))
         return self._plan.tokens
@@ -88,24 +93,23 @@ class StepCollator:
         """Disable the shared prefix of later steps."""
         self._plan = replace(self._plan, shared_prefix=False)
 
-    def _choose_schedule(self, rows: Sequence[Encoded]) -> _Schedule:
-        """Returns the schedule of the step with the shortest estimated duration."""
+    def _select_schedule(self, rows: Sequence[Encoded]) -> _Schedule:
         plan, partition = self._plan, _Partition(rows, self._plan)
-        schedules = [_Schedule(partition, plan.tokens, 1)]
+        candidates = [_Schedule(partition, plan.tokens, 1)]
         if plan.workers > 1:
-            schedules.append(_Schedule(partition, plan.tokens // plan.workers, plan.workers))
-            if plan.shared_prefix and (prefix := partition.find_shared_prefix(rows)):
+            candidates.append(_Schedule(partition, plan.tokens // plan.workers, plan.workers))
+            if plan.shared_prefix and (prefix := partition.get_shared_prefix_length(rows)):
                 # Its activations need memory, too; rows get at least half of the budget.
                 budget = max(plan.tokens - prefix, plan.tokens // 2) // plan.workers
-                schedules.append(_Schedule(partition.beyond(prefix), budget, plan.workers))
-        return min(schedules, key=lambda schedule: schedule.duration)
+                candidates.append(_Schedule(partition.without_prefix(prefix), budget, plan.workers))
+        return min(candidates, key=lambda schedule: schedule.duration)
 
     def _shared_prefix(self, tokens: list[int]) -> dict[str, Any]:
         ids = torch.tensor([tokens])
         batch: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         layout = PackedLayout.from_mask(batch["attention_mask"])
         if self._plan.needed_tokens is not None:  # none is needed, and one is the minimum
-            layout = layout.with_needed(torch.tensor([len(tokens) - 1]))
+            layout = layout.with_needed_tokens(torch.tensor([len(tokens) - 1]))
         return {**batch, "layout": layout}
 
     def _micro_batch(
@@ -116,11 +120,11 @@ class StepCollator:
             layout = None
         elif partition.is_tree:
             sequences = [sequence.input_ids for i in indices for sequence in rows[i].sequences]
-            layout = build_prefix_tree(sequences, before=partition.prefix)
+            layout = create_prefix_tree(sequences, before=partition.prefix)
         else:
             layout = PackedLayout.from_mask(batch["attention_mask"])
         if layout is not None and self._plan.needed_tokens is not None:
-            layout = layout.with_needed(self._plan.needed_tokens(batch))
+            layout = layout.with_needed_tokens(self._plan.needed_tokens(batch))
         if isinstance(self._objective, TokenObjective):
             batch["located"] = self._objective.locate(batch["labels"])
         return {**batch, "layout": layout}
@@ -129,41 +133,40 @@ class StepCollator:
 class _Partition:
     """How the rows of a step are split into micro-batches: padded, packed, or as prefix trees.
 
-    `is_tree` means that micro-batches compute shared prefixes once. `prefix` is the number of
-    first tokens, common to all rows, that are computed before all micro-batches.
+    `is_tree` means that micro-batches compute shared prefixes once. `prefix` is the number of first
+    tokens, common to all rows, that are computed before all micro-batches.
     """
 
     def __init__(self, rows: Sequence[Encoded], plan: FastPlan) -> None:
-        self._lengths = [_count_tokens(row, packs=plan.packs) for row in rows]
+        self._lengths = [_num_tokens(row, packs=plan.packs) for row in rows]
         self._packs = plan.packs
         self.is_tree = False
         self.prefix = 0
         if plan.packs and plan.prefix_tree:
-            within = [_count_shared(row) for row in rows]
+            within = [_num_shared_tokens(row) for row in rows]
             self._order, self._shared = sort_by_prefix([row.input_ids for row in rows])
-            saved = sum(self._shared) + sum(within)
-            self.is_tree = saved >= WORTH_SHARING * sum(self._lengths)
+            num_saved = sum(self._shared) + sum(within)
+            self.is_tree = num_saved >= MIN_SHARED_FRACTION * sum(self._lengths)
             if self.is_tree:
                 self._lengths = [
                     n - saved_tokens for n, saved_tokens in zip(self._lengths, within, strict=True)
                 ]
 
     def __call__(self, budget: int, multiple: int) -> MicroBatches:
-        """Returns the row indices of micro-batches of at most `budget` tokens."""
         if self.is_tree:
             return split_shared(self._lengths, budget, self._order, self._shared, multiple)
         split = split_packed if self._packs else split_padded
         return split(self._lengths, budget, multiple)
 
-    def find_shared_prefix(self, rows: Sequence[Encoded]) -> int:
+    def get_shared_prefix_length(self, rows: Sequence[Encoded]) -> int:
         """Returns the length of the prefix of all `rows` that predicts no target, or 0."""
         if not self.is_tree or len(rows) < 2:
             return 0
-        common = min(self._shared[row] for row in self._order[1:])
-        common = min(common, *(_first_needed(row) for row in rows))
-        return common if common >= MIN_PREFIX else 0
+        length = min(self._shared[row] for row in self._order[1:])
+        length = min(length, *(_first_target(row) for row in rows))
+        return length if length >= MIN_PREFIX else 0
 
-    def beyond(self, prefix: int) -> _Partition:
+    def without_prefix(self, prefix: int) -> _Partition:
         """Returns a partition without the first `prefix` tokens, which are computed separately."""
         partition = copy.copy(self)
         partition.prefix = prefix
@@ -171,10 +174,10 @@ class _Partition:
         partition._shared = [s - prefix if s - prefix >= MIN_PREFIX else 0 for s in self._shared]
         return partition
 
-    def count_tokens(self, indices: Sequence[int]) -> int:
+    def get_num_tokens(self, indices: Sequence[int]) -> int:
         """Returns the number of positions that a micro-batch of the rows `indices` computes."""
         if self.is_tree:
-            return count_shared(indices, self._lengths, self._order, self._shared)
+            return count_computed_tokens(indices, self._lengths, self._order, self._shared)
         lengths = [self._lengths[row] for row in indices]
         return sum(lengths) if self._packs else max(lengths) * len(lengths)
 
@@ -186,26 +189,25 @@ class _Schedule:
         self.partition = partition
         self.micro_batches = partition(max(1, budget), workers)
         self.workers = workers if len(self.micro_batches) > 1 else 1
-        costs = [partition.count_tokens(part) for part in self.micro_batches]
-        self.duration = duration(costs, self.workers)
+        num_tokens = [partition.get_num_tokens(part) for part in self.micro_batches]
+        self.duration = duration(num_tokens, self.workers)
         if partition.prefix:
-            self.duration += partition.prefix + OVERHEAD_TOKENS
+            self.duration += partition.prefix + PREFIX_COST
 
 
-def _count_tokens(row: Encoded, *, packs: bool) -> int:
-    """Returns the number of tokens in all sequences of `row`, including padding unless `packs`."""
+def _num_tokens(row: Encoded, *, packs: bool) -> int:
     lengths = [len(sequence.input_ids) for sequence in row.sequences]
     return sum(lengths) if packs else max(lengths) * len(lengths)
 
 
-def _count_shared(row: Encoded) -> int:
+def _num_shared_tokens(row: Encoded) -> int:
     """Returns how many tokens are saved if prefixes shared by sequences of `row` count once."""
     sequences = row.sequences
-    common = [count_common(a.input_ids, b.input_ids) for a, b in pairwise(sequences)]
-    return sum(shared for shared in common if shared >= MIN_PREFIX)
+    lengths = [common_prefix_length(a.input_ids, b.input_ids) for a, b in pairwise(sequences)]
+    return sum(shared for shared in lengths if shared >= MIN_PREFIX)
 
 
-def _first_needed(row: Encoded) -> int:
+def _first_target(row: Encoded) -> int:
     """Returns the index of the first token that predicts a target, or of the last token."""
     labels = row.labels
     if not isinstance(labels, list):
@@ -218,16 +220,12 @@ class TextCollator(StepCollator):
     """Collates rows of texts to embed; each distinct text of a step is collated once."""
 
     def __call__(self, rows: Sequence[Encoded]) -> dict[str, Any]:
-        """Returns `StepCollator`'s dict for the distinct texts, with `rows` and `texts`.
-
-        `texts` is a `StepTexts`: each row as text indices; `parts` has text instead of row indices.
-        """
+        """Returns `StepCollator`'s dict for the distinct texts, with `rows` and their `texts`."""
         texts, step = distinct_texts(rows)
         return {**super().__call__(texts), "rows": rows, "texts": step}
 
     def _micro_batch(
         self, rows: Sequence[Encoded], indices: Sequence[int], partition: _Partition
     ) -> dict[str, Any]:
-        """Returns the micro-batch with `unpooled`, each text's number of unpooled first tokens."""
         unpooled = [row.unpooled for i in indices if isinstance(row := rows[i], EncodedText)]
         return {**super()._micro_batch(rows, indices, partition), "unpooled": unpooled}

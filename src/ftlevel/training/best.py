@@ -1,7 +1,4 @@
-"""The best model of a run: metric, early stopping, saved weights.
-
-Also stores per-row results of the first, the best and the last evaluation.
-"""
+"""The best model of a run: metric, early stopping, saved weights and per-row results."""
 
 from __future__ import annotations
 
@@ -48,11 +45,14 @@ class Length:
 
 @dataclass(frozen=True, kw_only=True)
 class BestModel:
-    """How a run selects its best model, and whether it saves or loads that model.
+    """Metric that selects the best model, and whether that model is loaded or saved.
 
-    `metric` has the prefix `eval_`. With `loads`, the best weights are loaded at the end; with
-    `saves`, each new best model is saved as a checkpoint. Training stops after `patience`
-    evaluations without an improvement of more than `threshold`.
+    Attributes:
+        metric: name of the metric, with the prefix `eval_`.
+        loads: whether the best weights are loaded at the end of training.
+        patience: number of evaluations without improvement after which training stops.
+        threshold: smallest improvement that resets the patience counter.
+        saves: whether each new best model is saved as a checkpoint.
     """
 
     metric: str
@@ -70,7 +70,7 @@ class BestModel:
 
     @property
     def choice(self) -> Choice:
-        """The line about the best model that is printed at the start of the run."""
+        """Line about the best model that is printed at the start of the run."""
         order = "highest" if self.greater_is_better else "lowest"
         checkpoint = (
             "checkpoint with the" if self.loads else "last checkpoint, not the one with the"
@@ -83,28 +83,24 @@ def resolve_best_model(
     train: TrainerConfig,
     task: BaseTask,
     objective: Objective,
-    rows: int,
+    num_eval_samples: int,
     length: Length,
 ) -> BestModel | None:
-    """Returns how to select the best model; None if no setting requires a selection.
-
-    `rows` is the number of validation rows.
-
-    Raises:
-        ConfigError: a flag requires evaluation but there are no rows, or the metric does not exist.
-    """
-    _check_rows(train, rows)
-    load_best, saves = train.load_best_model_at_end, train.save_strategy == "best"
-    metric, reason = _choose_metric(train, task, objective)
-    compares = (
-        load_best if load_best is not None else bool(rows) and _evaluations(train, length) > 1
+    """Returns how to select the best model; None if no setting requires a selection."""
+    _check_eval_data(train, num_eval_samples)
+    load_best, save_best = train.load_best_model_at_end, train.save_strategy == "best"
+    metric, reason = _select_metric(train, task, objective)
+    uses_best = (
+        load_best
+        if load_best is not None
+        else bool(num_eval_samples) and _estimate_num_evaluations(train, length) > 1
     )
-    needs_metric = saves or train.early_stopping_patience is not None
-    if not rows or not (compares or needs_metric):
+    needs_metric = save_best or train.early_stopping_patience is not None
+    if not num_eval_samples or not (uses_best or needs_metric):
         return None
-    loads = compares
+    loads = uses_best
     is_requested = load_best or (train.metric_for_best_model is not None and not needs_metric)
-    if compares and is_trained_sharded(method, train) and not is_requested:
+    if uses_best and is_trained_sharded(method, train) and not is_requested:
         loads, reason = False, f"--shard {train.shard} shards the trained weights"
     greater = train.greater_is_better
     if greater is None:
@@ -116,7 +112,7 @@ def resolve_best_model(
         loads=loads,
         patience=train.early_stopping_patience,
         threshold=train.early_stopping_threshold,
-        saves=saves,
+        saves=save_best,
     )
 
 
@@ -125,8 +121,7 @@ def is_trained_sharded(method: MethodConfig, train: TrainerConfig) -> bool:
     return train.shard != "none" and not METHODS[method.kind].is_adapter
 
 
-def _check_rows(train: TrainerConfig, rows: int) -> None:
-    """Reject flags that require evaluation if there are no validation rows."""
+def _check_eval_data(train: TrainerConfig, num_eval_samples: int) -> None:
     flags = {
         f"--early-stopping-patience {train.early_stopping_patience}": train.early_stopping_patience,
         "--load-best-model-at-end": train.load_best_model_at_end,
@@ -134,37 +129,37 @@ def _check_rows(train: TrainerConfig, rows: int) -> None:
         f"--metric-for-best-model {train.metric_for_best_model}": train.metric_for_best_model,
     }
     names = [name for name, is_set in flags.items() if is_set]
-    if names and not rows:
+    if names and not num_eval_samples:
         raise ConfigError(
             f"{names[0]} needs validation rows to evaluate, and the data has none. Name some by "
             "--validation-file, or hold some back: --validation-split 0.05."
         )
 
 
-def _choose_metric(train: TrainerConfig, task: BaseTask, objective: Objective) -> tuple[str, str]:
-    """Choose the metric, as `eval_NAME`, and the reason; raise ConfigError if it does not exist.
+def _select_metric(train: TrainerConfig, task: BaseTask, objective: Objective) -> tuple[str, str]:
+    """Returns the metric, as `eval_NAME`, and the reason for it; ConfigError if it is not computed.
 
     The default is the task's main metric, which can improve while the loss rises. It is the loss if
     the main metric is perplexity, or needs generated text and so covers few rows.
     """
     requested, selected = train.metric_for_best_model, train.metrics
-    generates = should_generate(train.predict_with_generate, task) and uses_text_metrics(
+    uses_generation = should_generate(train.predict_with_generate, task) and uses_text_metrics(
         selected, task
     )
-    computed = ("loss", *objective.metrics, *(task.text_metrics if generates else ()))
-    available = tuple(select_metrics(dict.fromkeys(computed), selected))
+    metric_names = ("loss", *objective.metrics, *(task.text_metrics if uses_generation else ()))
+    available = tuple(select_metrics(dict.fromkeys(metric_names), selected))
     if requested is not None:
         name = requested.removeprefix("eval_")
         if name not in available:
-            hint = did_you_mean(name, available)
-            if name in computed:
-                hint = f" --metrics leaves it out: --metrics {','.join([*selected, name])}."
+            suffix = did_you_mean(name, available)
+            if name in metric_names:
+                suffix = f" --metrics leaves it out: --metrics {','.join([*selected, name])}."
             elif name in task.text_metrics:
-                hint = " It is scored with --predict-with-generate."
+                suffix = " It is scored with --predict-with-generate."
             raise ConfigError(
                 f"--metric-for-best-model {requested}: --task {task.name} does not report this "
                 f"metric."
-                f"{hint} There are: {join_names(available, 20)}."
+                f"{suffix} There are: {join_names(available, 20)}."
             )
         return f"eval_{name}", "as asked"
     first, per_row = objective.headline, [m for m in objective.metrics if m in available]
@@ -182,8 +177,7 @@ def _choose_metric(train: TrainerConfig, task: BaseTask, objective: Objective) -
     return "eval_loss", reason
 
 
-def _evaluations(train: TrainerConfig, length: Length) -> int:
-    """Estimate the number of evaluations; callers only use whether there is more than one."""
+def _estimate_num_evaluations(train: TrainerConfig, length: Length) -> int:
     if train.eval_strategy == "no":
         return 1
     if train.eval_strategy != "epoch" and train.eval_steps:
@@ -196,7 +190,7 @@ _WEIGHTS = "trained.safetensors"
 
 
 @dataclass(frozen=True)
-class Evaluated:
+class EvalResult:
     """Metric value and loss of the evaluation at optimizer step `step`."""
 
     step: int
@@ -205,32 +199,34 @@ class Evaluated:
 
 
 class Evaluations:
-    """History of a run's evaluations; `waited` counts those since the last improvement.
+    """History of a run's evaluations.
 
-    `best` is None while the metric was always NaN.
+    Attributes:
+        best: the best evaluation; None while the metric was always NaN.
+        waited: number of evaluations since the last improvement.
     """
 
     def __init__(self, plan: BestModel) -> None:
         self.plan = plan
-        self.best: Evaluated | None = None
-        self.last: Evaluated | None = None
-        self.count = 0
+        self.best: EvalResult | None = None
+        self.last: EvalResult | None = None
+        self.num_evals = 0
         self.waited = 0
 
     def add(self, step: int, scores: Mapping[str, Any]) -> bool:
         """Add an evaluation; returns whether it is the best so far (ties are decided by the loss).
 
-        A missing metric, such as a correlation with a constant, counts as NaN, never the best.
+        A missing metric, such as a correlation with a constant, counts as NaN.
         """
         value = float(scores.get(self.plan.metric, math.nan))
         loss = float(scores.get("eval_loss", math.nan))
-        best, self.last = self.best, Evaluated(step, value, loss)
-        self.count += 1
+        best, self.last = self.best, EvalResult(step, value, loss)
+        self.num_evals += 1
         is_number = not math.isnan(value)
-        improves = is_number and (
+        is_improvement = is_number and (
             best is None or self.plan.is_better(value, best.value, self.plan.threshold)
         )
-        self.waited = 0 if improves else self.waited + 1
+        self.waited = 0 if is_improvement else self.waited + 1
         is_best = is_number and (
             best is None
             or self.plan.is_better(value, best.value)
@@ -254,16 +250,18 @@ class Evaluations:
 
 @dataclass(frozen=True, kw_only=True)
 class SelectedModel:
-    """The model that a run keeps, of optimizer step `step`, and the evaluations that selected it.
+    """The model that a run keeps, and the evaluations that selected it.
 
-    `waited` counts the evaluations since the last improvement of more than the threshold.
+    Attributes:
+        step: optimizer step of the model that is kept.
+        waited: number of evaluations since the last improvement of more than the threshold.
     """
 
     metric: str
     greater_is_better: bool
     evaluations: int
-    best: Evaluated
-    last: Evaluated
+    best: EvalResult
+    last: EvalResult
     step: int
     stopped_early: bool
     patience: int | None
@@ -286,78 +284,76 @@ class SelectedModel:
         }
 
 
-def write_trained(model: Any, directory: Path) -> None:
-    """Write the trainable tensors of `model`, one at a time to avoid a second copy in memory."""
-    parts = [
+def save_trained_weights(model: Any, path: Path) -> None:
+    """Save the trainable tensors, one at a time to avoid a second copy in memory."""
+    tensors = [
         TensorPart({name: get_tensor_info(tensor)}, functools.partial(dict, {name: tensor}))
         for name, tensor in model.named_parameters()
         if tensor.requires_grad
     ]
-    write_file(directory / _WEIGHTS, parts)
+    write_file(path / _WEIGHTS, tensors)
 
 
-def read_trained(model: Any, directory: Path) -> None:
-    """Load the tensors saved by `write_trained` into `model` (modified), bit for bit.
+def load_trained_weights(model: Any, path: Path) -> None:
+    """Load the tensors saved by `save_trained_weights` into `model` (modified), bit for bit.
 
     `Trainer._load_best_model` is not used: PEFT's loader fails for prompt tuning and for AdaLoRA,
-    whose pruned ranks are not in the config yet, and ignores ftlevel's float32 heads. Raises
-    ValueError if the names differ from those of the trainable parameters.
+    whose pruned ranks are not in the config yet, and ignores ftlevel's float32 heads.
     """
-    stored, _ = load_header(directory / _WEIGHTS)
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    if stored.keys() != trained.keys():
-        mismatch = sorted(stored.keys() ^ trained.keys())[0]
-        raise ValueError(f"{directory} contains other tensors than are trained, such as {mismatch}")
+    saved, _ = load_header(path / _WEIGHTS)
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if saved.keys() != parameters.keys():
+        names = sorted(saved.keys() ^ parameters.keys())[0]
+        raise ValueError(f"{path} contains other tensors than are trained, such as {names}")
     with torch.no_grad():
-        for name, tensor in trained.items():
-            tensor.copy_(stored[name].read())
+        for name, tensor in parameters.items():
+            tensor.copy_(saved[name].read())
 
 
 class BestModelCallback(TrainerCallback):
     """Save the trainable tensors at each evaluation that is the best so far.
 
     Trainer's `load_best_model_at_end` needs a full checkpoint, with optimizer state, at each
-    evaluation. Its save strategy `best` saves no other checkpoints from which an interrupted run
-    could resume. `EarlyStoppingCallback` needs `load_best_model_at_end` and loses its count on
-    resume; this callback rebuilds the count from the log.
+    evaluation, and its save strategy `best` saves no other checkpoints to resume from.
+    `EarlyStoppingCallback` loses its count on resume; this callback rebuilds it from the log.
     """
 
     def __init__(
         self,
         plan: BestModel,
-        directory: Path,
+        checkpoint_dir: Path,
         processes: Processes,
         states: Sequence[HasState],
         listener: Listener,
     ) -> None:
         self.plan = plan
-        self.directory = directory
+        self.checkpoint_dir = checkpoint_dir
         self.evaluations = Evaluations(plan)
         self._is_first = processes.is_first
         self._states = states
         self._listener = listener
-        self._has_ended = False
-        self._must_rewrite = False
+        self._has_stopped = False
+        self._is_corrupted = False
 
     def resume(self, step: int, past: Sequence[Mapping[str, Any]], *, has_new_length: bool) -> None:
         """Restore the evaluations up to the checkpoint of `step` from the log records `past`.
 
-        Deletes best models of later steps. With `has_new_length`, early stopping is canceled.
+        Best models of later steps are deleted. With `has_new_length`, early stopping is canceled.
         """
         if self._is_first:
-            delete_best_after(self.directory, step)
+            delete_best_after(self.checkpoint_dir, step)
         self.evaluations.replay(past)
         best, last = self.evaluations.best, self.evaluations.last
-        has_ended = self.evaluations.is_over and last is not None and last.step == step
-        self._has_ended = has_ended and not has_new_length
+        has_stopped = self.evaluations.is_over and last is not None and last.step == step
+        self._has_stopped = has_stopped and not has_new_length
         if best is None or not self.plan.loads:
             return
-        damage = detect_corruption(best_of(self.directory, best.step))
-        if damage and best.step == step:  # the checkpoint has the same weights
-            self._must_rewrite = True
-        elif damage:
+        error = detect_corruption(best_of(self.checkpoint_dir, best.step))
+        if error and best.step == step:  # the checkpoint has the same weights
+            self._is_corrupted = True
+        elif error:
             self._listener.warn(
-                f"best-{best.step}: {damage}; the model that was the best before is forgotten, and "
+                f"best-{best.step}: {error}; the model that was the best before is forgotten, and "
                 "the best of the evaluations to come is kept"
             )
             self.evaluations = Evaluations(self.plan)
@@ -371,9 +367,9 @@ class BestModelCallback(TrainerCallback):
         **_: Any,
     ) -> None:
         """On resume, rewrite a corrupted best model; stop if the run had stopped early."""
-        if self._must_rewrite and self._is_first:
-            save_best(self.directory, state.global_step, lambda to: self._write(model, to))
-        control.should_training_stop |= self._has_ended
+        if self._is_corrupted and self._is_first:
+            save_best(self.checkpoint_dir, state.global_step, lambda to: self._save(model, to))
+        control.should_training_stop |= self._has_stopped
 
     def on_evaluate(
         self,
@@ -390,54 +386,48 @@ class BestModelCallback(TrainerCallback):
         if self.evaluations.add(state.global_step, metrics or {}):
             control.should_save |= self.plan.saves
             # The last model is in memory; write it only with a checkpoint to resume from.
-            is_needed = state.global_step < state.max_steps or control.should_save
-            if self.plan.loads and self._is_first and is_needed:
-                save_best(self.directory, state.global_step, lambda to: self._write(model, to))
+            is_resumable = state.global_step < state.max_steps or control.should_save
+            if self.plan.loads and self._is_first and is_resumable:
+                save_best(self.checkpoint_dir, state.global_step, lambda to: self._save(model, to))
         control.should_training_stop |= self.evaluations.is_over
 
-    def _write(self, model: Any, directory: Path) -> None:
-        write_trained(model, directory)
+    def _save(self, model: Any, path: Path) -> None:
+        save_trained_weights(model, path)
         for state in self._states:
-            state.save_state(directory)
+            state.save_state(path)
 
     def finish(self, model: Any, step: int, max_steps: int) -> SelectedModel | None:
-        """Load the best weights into `model` (modified); returns the selected model.
-
-        `step` is the last step, `max_steps` the planned number. None if the metric was always NaN.
-        """
-        evaluations, selected = self.evaluations, step
-        if evaluations.best is None or evaluations.last is None:
+        """Load the best weights into `model` (modified) and return the selected model, or None."""
+        history, selected = self.evaluations, step
+        if history.best is None or history.last is None:
             return None
-        if self.plan.loads and evaluations.best.step != step:
-            directory = best_of(self.directory, evaluations.best.step)
-            if damage := detect_corruption(directory):
-                self._listener.warn(f"{directory.name}: {damage}; the last model is kept instead")
+        if self.plan.loads and history.best.step != step:
+            path = best_of(self.checkpoint_dir, history.best.step)
+            if damage := detect_corruption(path):
+                self._listener.warn(f"{path.name}: {damage}; the last model is kept instead")
             else:
-                read_trained(model, directory)
+                load_trained_weights(model, path)
                 for state in self._states:
-                    state.load_state(directory, model)
-                selected = evaluations.best.step
+                    state.load_state(path, model)
+                selected = history.best.step
         return SelectedModel(
             metric=self.plan.metric,
             greater_is_better=self.plan.greater_is_better,
-            evaluations=evaluations.count,
-            best=evaluations.best,
-            last=evaluations.last,
+            evaluations=history.num_evals,
+            best=history.best,
+            last=history.last,
             step=selected,
-            stopped_early=evaluations.is_over and step < max_steps,
+            stopped_early=history.is_over and step < max_steps,
             patience=self.plan.patience,
-            waited=evaluations.waited,
+            waited=history.waited,
         )
 
 
-MOST_ROWS = 10_000  # above this, per-row results are not stored
+MAX_RECORDED_ROWS = 10_000  # above this, per-row results are not stored
 
 
 class PredictionRecorder(TrainerCallback):
-    """Record per-row results; keep those of the evaluation at step 0, the best and the last one.
-
-    Must be registered after `BestModelCallback`, which selects the best evaluation.
-    """
+    """Record per-row results of evaluations: the one at step 0, the best and the last one."""
 
     def __init__(self, objective: Objective, best: BestModelCallback | None) -> None:
         self._objective = objective
@@ -458,7 +448,7 @@ class PredictionRecorder(TrainerCallback):
         metrics: Mapping[str, float] | None = None,
         **_: Any,
     ) -> None:
-        """Store the record of this evaluation; of earlier ones, keep only step 0 and the best."""
+        """Store the results of this evaluation; of earlier ones, keep only step 0 and the best."""
         best = self._best.evaluations.best if self._best else None
         steps = {0, state.global_step, best.step if best else None}
         if self._current is not None:

@@ -20,7 +20,7 @@ from ftlevel.evaluation.rollouts import RewardEvaluator, Rollouts, score_rows
 from ftlevel.evaluation.scoring import Evaluator
 from ftlevel.evaluation.server import BOUND, ServerSampler
 from ftlevel.events import Listener
-from ftlevel.fast.plan import kernel_arguments
+from ftlevel.fast.plan import get_liger_arguments
 from ftlevel.fast.step_collator import StepCollator, TextCollator
 from ftlevel.methods import METHODS
 from ftlevel.methods.base import HasState
@@ -30,8 +30,8 @@ from ftlevel.models.upstream.libraries import use_one_gpu
 from ftlevel.objectives import PolicyObjective, StepObjective
 from ftlevel.tasks.rl.rows import TokenLogps
 from ftlevel.trained.generation import GenerationOptions
-from ftlevel.training.best import MOST_ROWS, BestModelCallback, PredictionRecorder
-from ftlevel.training.callbacks import FollowSettings, Interrupt, Report, SetEpoch
+from ftlevel.training.best import MAX_RECORDED_ROWS, BestModelCallback, PredictionRecorder
+from ftlevel.training.callbacks import Interrupt, Report, SetEpoch, UpdateSchedule
 from ftlevel.training.gradients import GradientMonitor, Recovery
 from ftlevel.training.model import PreparedModel, is_sharded
 from ftlevel.training.plan.run import Run
@@ -49,21 +49,24 @@ from ftlevel.training.saving import (
     checkpoint_bytes,
 )
 from ftlevel.training.sharding import ShardedTrainer
-from ftlevel.training.trainer import FtlevelTrainer, rows_and_order
+from ftlevel.training.trainer import FtlevelTrainer, get_train_data
 
-_LOGS_A_RUN = 20
+_NUM_LOGS = 20
 
 
-def build_arguments(run: Run, checkpoints: Path) -> Any:
-    """Build the `TrainingArguments` of a run, with checkpoints written to `checkpoints`."""
+def create_training_args(run: Run, checkpoint_dir: Path) -> Any:
+    """Create the `TrainingArguments` of a run, with checkpoints in `checkpoint_dir`."""
     from transformers import TrainingArguments
 
     section = run.config.train
-    rows, accumulated = section.per_device_train_batch_size, section.gradient_accumulation_steps
+    batch_size, accumulation_steps = (
+        section.per_device_train_batch_size,
+        section.gradient_accumulation_steps,
+    )
     if run.fast.enabled:  # a batch is a whole optimizer step, split by FtlevelTrainer
-        rows, accumulated = rows * accumulated, 1
-    arguments = TrainingArguments(
-        output_dir=str(checkpoints),
+        batch_size, accumulation_steps = batch_size * accumulation_steps, 1
+    args = TrainingArguments(
+        output_dir=str(checkpoint_dir),
         num_train_epochs=section.num_train_epochs,
         max_steps=section.max_steps or -1,
         learning_rate=run.schedule.learning_rate,
@@ -80,11 +83,11 @@ def build_arguments(run: Run, checkpoints: Path) -> Any:
         optim=section.optim,
         optim_args=",".join(f"{name}={value}" for name, value in section.optim_args.items())
         or None,
-        per_device_train_batch_size=rows,
-        gradient_accumulation_steps=accumulated,
+        per_device_train_batch_size=batch_size,
+        gradient_accumulation_steps=accumulation_steps,
         seed=section.seed,
         data_seed=section.order_seed,
-        **_watching(section, run),
+        **_logging_and_eval_args(section, run),
         # Callbacks implement `best` and saving by time.
         save_strategy="no"
         if section.save_strategy == "best"
@@ -104,25 +107,24 @@ def build_arguments(run: Run, checkpoints: Path) -> Any:
         # Overlap host-to-device copies with computation.
         dataloader_pin_memory=run.model.device == "cuda",
         accelerator_config={"non_blocking": run.model.device == "cuda"},
-        **kernel_arguments(run.config.speed, run.model.device, run.model.family),
+        **get_liger_arguments(run.config.speed, run.model.device, run.model.family),
     )
-    use_one_gpu(arguments)
-    return arguments
+    use_one_gpu(args)
+    return args
 
 
-def _watching(train: TrainerConfig, run: Run) -> dict[str, Any]:
-    """Returns those arguments of `TrainingArguments` that configure logging and evaluation."""
-    evaluates = bool(run.data.validation)
+def _logging_and_eval_args(train: TrainerConfig, run: Run) -> dict[str, Any]:
+    has_eval_data = bool(run.data.validation)
     strategy = train.eval_strategy or ("steps" if train.eval_steps else "epoch")
     return {
         "logging_strategy": "steps",
         "logging_steps": train.logging_steps
-        or (1 if is_rl(run) else max(1, run.schedule.steps // _LOGS_A_RUN)),
+        or (1 if is_rl(run) else max(1, run.schedule.steps // _NUM_LOGS)),
         "logging_first_step": True,
         "logging_nan_inf_filter": False,  # the filter shows a NaN loss as 0.0
-        "eval_strategy": strategy if evaluates else "no",
+        "eval_strategy": strategy if has_eval_data else "no",
         "eval_steps": train.eval_steps,
-        "eval_on_start": evaluates and (train.eval_on_start or reports_base(run)),
+        "eval_on_start": has_eval_data and (train.eval_on_start or reports_base(run)),
         "per_device_eval_batch_size": eval_batch_size(train),
     }
 
@@ -142,60 +144,59 @@ def eval_batch_size(train: TrainerConfig) -> int:
     return train.per_device_eval_batch_size or train.per_device_train_batch_size
 
 
-def build_rollouts(
+def create_rollouts(
     run: Run,
     model: Any,
     teacher: TokenLogps | None = None,
     server: ServerSampler | None = None,
-    where: Callable[[int], str] | None = None,
+    row_location: Callable[[int], str] | None = None,
 ) -> Rollouts:
-    """Build the sampler of completions for reinforcement learning, with the weights of `model`.
+    """Create the sampler of completions for reinforcement learning, with the weights of `model`.
 
     `teacher` scores completions in on-policy distillation; `server` samples instead of `model`.
-    `where` returns a row's location for messages, by default that of a training row.
+    `row_location` returns a row's location for messages, by default that of a training row.
     """
-    planned = run.model
+    model_info = run.model
     return Rollouts(
         model,
-        planned.tokenizer,
+        model_info.tokenizer,
         run.config.rl,
         run.rewards,
         run.config.train.order_seed,
-        kind=planned.kind,
+        kind=model_info.kind,
         method=run.config.method.kind,
-        device=planned.device,
-        dtype=planned.dtype,
-        get_position=where or run.data.table.where,
+        device=model_info.device,
+        dtype=model_info.dtype,
+        get_position=row_location or run.data.table.where,
         teacher=teacher,
         server=server,
     )
 
 
-def _build_server(run: Run, adapted: PreparedModel) -> ServerSampler | None:
-    """Build the sampler of the server named by `--rollouts`; None without the flag."""
+def _create_server_sampler(run: Run, model: PreparedModel) -> ServerSampler | None:
     if run.config.rl.rollouts is None or not isinstance(run.objective, PolicyObjective):
         return None
     score = partial(
         score_rows,
-        adapted.model,
+        model.model,
         run.objective,
         pad_id=run.model.pad_id,
         device=run.model.device,
         dtype=run.model.dtype,
     )
     method = run.config.method
-    return ServerSampler(run.config.rl.rollouts, adapted.model, method, adapted.start, score)
+    return ServerSampler(run.config.rl.rollouts, model.model, method, model.start, score)
 
 
-def build_evaluator(
+def create_evaluator(
     run: Run,
     model: Any = None,
     teacher: TokenLogps | None = None,
     server: ServerSampler | None = None,
 ) -> Evaluator | None:
-    """Build the evaluator of the validation rows; None if there are none.
+    """Create the evaluator of the validation rows; None if there are none.
 
-    In reinforcement learning, completions are sampled from `model`; see `build_rollouts`.
+    In reinforcement learning, completions are sampled from `model`; see `create_rollouts`.
     """
     if not run.data.validation:
         return None
@@ -213,15 +214,15 @@ def build_evaluator(
         "corpus": run.data.corpus,
     }
     if is_rl(run):
-        rollouts = build_rollouts(
+        rollouts = create_rollouts(
             run, model, teacher, server, lambda row: f"validation row {row + 1}"
         )
         return RewardEvaluator(**shared, generated_rows=generated, rollouts=rollouts)
-    generates = should_generate(section.predict_with_generate, run.task)
+    uses_generation = should_generate(section.predict_with_generate, run.task)
     return Evaluator(
         **shared,
         generated_rows=generated
-        if generates and uses_text_metrics(section.metrics, run.task)
+        if uses_generation and uses_text_metrics(section.metrics, run.task)
         else 0,
         writing=GenerationOptions(
             section.max_new_tokens,
@@ -236,54 +237,57 @@ def build_evaluator(
     )
 
 
-def build_trainer(
+def create_trainer(
     run: Run,
-    adapted: PreparedModel,
-    directory: RunDirectory,
-    resumed: ResumeState,
+    model: PreparedModel,
+    output_dir: RunDirectory,
+    resume_state: ResumeState,
     processes: Processes,
     teacher: TokenLogps | None = None,
 ) -> FtlevelTrainer:
-    """Build the run's Trainer, without transformers' callbacks that print.
+    """Create the run's Trainer, without transformers' callbacks that print.
 
     `teacher` scores completions in on-policy distillation.
     """
     from transformers import PrinterCallback, ProgressCallback
 
-    arguments = build_arguments(run, directory.checkpoints)
-    checkpoint = resumed.checkpoint
+    args = create_training_args(run, output_dir.checkpoints)
+    checkpoint = resume_state.checkpoint
     # On resume, evaluate first only if the run was interrupted in an evaluation.
-    arguments.eval_on_start &= checkpoint is None
-    arguments.eval_on_start |= _owes_evaluation(resumed, run, arguments)
-    rows, order = rows_and_order(run, arguments, processes)
-    fast, pad_id = adapted.fast, run.model.pad_id
+    args.eval_on_start &= checkpoint is None
+    args.eval_on_start |= _is_evaluation_due(resume_state, run, args)
+    train_dataset, order = get_train_data(run, args, processes)
+    fast, pad_id = model.fast, run.model.pad_id
     rate, head_rate = run.schedule.head_learning_rate, None
     if rate is not None and rate != run.schedule.learning_rate:
         head_rate = HeadRate(run.model.new_heads, rate)
     collator = TextCollator if isinstance(run.objective, StepObjective) else StepCollator
     step_collator = collator(pad_id, fast.plan, run.objective) if fast else None
-    server = _build_server(run, adapted)
+    server = _create_server_sampler(run, model)
     trainer_class: Any = FtlevelTrainer
-    options: dict[str, Any] = {}
-    if is_sharded(adapted.model) and processes.count > 1:
+    kwargs: dict[str, Any] = {}
+    if is_sharded(model.model) and processes.count > 1:
         trainer_class = ShardedTrainer
     elif is_rl(run):
         bound = BOUND if server else bound_of(run.model.dtype, run.model.quant.kind)
-        rollouts = build_rollouts(run, adapted.model, teacher, server)
-        trainer_class, options = RlTrainer, {"rollouts": rollouts, "prompts": rows, "bound": bound}
+        rollouts = create_rollouts(run, model.model, teacher, server)
+        trainer_class, kwargs = (
+            RlTrainer,
+            {"rollouts": rollouts, "prompts": train_dataset, "bound": bound},
+        )
         if order is not None and run.config.rl.num_iterations > 1:
-            step = arguments.train_batch_size * arguments.gradient_accumulation_steps
-            step *= arguments.world_size
+            step = args.train_batch_size * args.gradient_accumulation_steps
+            step *= args.world_size
             order = RepeatedSteps(order, step, run.config.rl.num_iterations)
     trainer: FtlevelTrainer = trainer_class(
         objective=run.objective,
         loss=run.loss,
-        evaluator=build_evaluator(run, adapted.model, teacher, server),
-        model=adapted.model,
-        args=arguments,
-        optimizers=(build_optimizer(run.config.method, adapted.model, arguments), None),
+        evaluator=create_evaluator(run, model.model, teacher, server),
+        model=model.model,
+        args=args,
+        optimizers=(get_method_optimizer(run.config.method, model.model, args), None),
         penalty=METHODS[run.config.method.kind].penalty,
-        train_dataset=rows,
+        train_dataset=train_dataset,
         eval_dataset=run.data.validation or None,
         data_collator=step_collator or CollatorWithRows(pad_id),
         fast=fast,
@@ -291,27 +295,27 @@ def build_trainer(
         head_rate=head_rate,
         processes=processes,
         grad_cache=run.config.embedding.grad_cache,
-        **options,
+        **kwargs,
     )
     for printing in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(printing)
-    if isinstance(rows, StreamedRows) and checkpoint:
-        rows.restore(checkpoint)
+    if isinstance(train_dataset, StreamedRows) and checkpoint:
+        train_dataset.restore(checkpoint)
     if isinstance(trainer, RlTrainer) and checkpoint:
         trainer.restore_rollout(checkpoint)
     return trainer
 
 
-def _owes_evaluation(resumed: ResumeState, run: Run, arguments: Any) -> bool:
+def _is_evaluation_due(resume_state: ResumeState, run: Run, args: Any) -> bool:
     config, steps = run.config, run.schedule.steps
     rows = rows_per_epoch(config.train, config.steps_per_rollout, run.data)
     steps_per_epoch = steps if run.data.stream else count_steps_per_epoch(config.train, rows)
-    return resumed.missed_evaluation(arguments.eval_strategy, steps_per_epoch, steps)
+    return resume_state.missed_evaluation(args.eval_strategy, steps_per_epoch, steps)
 
 
-def build_optimizer(method: MethodConfig, model: Any, arguments: Any) -> Any:
-    """Build the optimizer that the method defines; None to use the one that Trainer creates."""
-    return METHODS[method.kind].optimizer(method, model, arguments)
+def get_method_optimizer(method: MethodConfig, model: Any, args: Any) -> Any:
+    """Returns the optimizer that the method defines; None to use the one that Trainer creates."""
+    return METHODS[method.kind].optimizer(method, model, args)
 
 
 def matmul_context(run: Run) -> AbstractContextManager[None]:
@@ -331,39 +335,39 @@ class RunCallbacks:
 
 
 def rollout_callbacks(
-    trainer: FtlevelTrainer, directory: RunDirectory, processes: Processes, checkpoint: Path | None
+    trainer: FtlevelTrainer, output_dir: RunDirectory, processes: Processes, checkpoint: Path | None
 ) -> list[Any]:
     """Let an `RlTrainer` write rollouts.jsonl; returns callbacks that save its rollouts."""
     if not isinstance(trainer, RlTrainer):
         return []
-    trainer.keep = file = RolloutFile(directory.path / ROLLOUTS, processes)
+    trainer.keep = file = RolloutFile(output_dir.path / ROLLOUTS, processes)
     file.rewind(step_of(checkpoint) if checkpoint else 0)
-    return [SaveRollout(trainer.save_rollout, directory.checkpoints)]
+    return [SaveRollout(trainer.save_rollout, output_dir.checkpoints)]
 
 
 def restore_progress(
     trainer: FtlevelTrainer,
-    watch: RunCallbacks,
-    directory: RunDirectory,
-    resumed: ResumeState,
+    callbacks: RunCallbacks,
+    output_dir: RunDirectory,
+    resume_state: ResumeState,
     processes: Processes,
 ) -> None:
-    """Restore the progress of `trainer` and the callbacks `watch` (modified) from a checkpoint."""
-    if resumed.checkpoint is None:
+    """Restore the progress of `trainer` and `callbacks` (both modified) from a checkpoint."""
+    if resume_state.checkpoint is None:
         return
-    step = step_of(resumed.checkpoint)
+    step = step_of(resume_state.checkpoint)
     if processes.is_first:
-        watch.report.records += directory.truncate_log(step)
-        directory.truncate_events(step)
-    trainer.smaller.resume([note for note in directory.load_events() if note["step"] <= step])
-    if watch.best is not None:
-        watch.best.resume(step, resumed.past, has_new_length=resumed.has_new_length)
+        callbacks.report.records += output_dir.truncate_log(step)
+        output_dir.truncate_events(step)
+    trainer.smaller.resume([note for note in output_dir.load_events() if note["step"] <= step])
+    if callbacks.best is not None:
+        callbacks.best.resume(step, resume_state.past, has_new_length=resume_state.has_new_length)
 
 
 def add_callbacks(
     trainer: FtlevelTrainer,
     run: Run,
-    directory: RunDirectory,
+    output_dir: RunDirectory,
     listener: Listener,
     processes: Processes,
     checkpoint: Path | None,
@@ -371,62 +375,62 @@ def add_callbacks(
 ) -> RunCallbacks:
     """Add all callbacks to `trainer` (modified); returns those whose results are read later.
 
-    `checkpoint` is the one to resume from; `write_files` is passed to `WriteManifest`.
+    `checkpoint` is the one to resume from. `write_files` saves tokenizer and card in a checkpoint.
     """
 
-    def tell_nobody(_: Mapping[str, Any]) -> None:
+    def discard(_: Mapping[str, Any]) -> None:
         """Discard the record; only the first process writes the log."""
 
     is_first, rows = processes.is_first, trainer.train_dataset
     report = Report(
         listener,
-        directory.log if is_first else tell_nobody,
+        output_dir.log if is_first else discard,
         lambda: int(trainer.tokens_seen),
         lambda: current_memory_bytes(run.model.device),
     )
     method = run.config.method
-    method_callbacks = METHODS[method.kind].callbacks(method, directory.checkpoints, is_first)
+    method_callbacks = METHODS[method.kind].callbacks(method, output_dir.checkpoints, is_first)
     states = [callback for callback in method_callbacks if isinstance(callback, HasState)]
     best = None
     if run.best is not None:
-        best = BestModelCallback(run.best, directory.checkpoints, processes, states, listener)
+        best = BestModelCallback(run.best, output_dir.checkpoints, processes, states, listener)
     trainer.warn = listener.warn
     trainer.replaces_nonfinite = run.config.train.on_nonfinite != "stop"
     if is_first:
-        trainer.note = directory.note
-    recovery = Recovery(trainer, run.config.train, directory, processes, listener, checkpoint)
+        trainer.note = output_dir.note
+    recovery = Recovery(trainer, run.config.train, output_dir, processes, listener, checkpoint)
     gradients = GradientMonitor(
         listener,
         trainer.take_step_loss,
         recovery,
-        scales=trainer.accelerator.scaler is not None,
-        defers=run.model.device == "cuda" and recovery.only_stops,
+        uses_scaler=trainer.accelerator.scaler is not None,
+        delays_checks=run.model.device == "cuda" and recovery.is_always_fatal,
     )
     answers = PredictionRecorder(run.objective, best)
-    if is_first and trainer.evaluator and len(trainer.evaluator.rows) <= MOST_ROWS:
+    if is_first and trainer.evaluator and len(trainer.evaluator.rows) <= MAX_RECORDED_ROWS:
         trainer.evaluator = replace(trainer.evaluator, begin_record=answers.begin)
-    watch = RunCallbacks(report, gradients, Interrupt(processes), best, answers)
-    streamed = isinstance(rows, StreamedRows)
-    when_written = trainer.when_written if isinstance(trainer, ShardedTrainer) else None
-    minutes = run.config.train.save_minutes if run.config.train.save_strategy != "no" else 0.0
+    callbacks = RunCallbacks(report, gradients, Interrupt(processes), best, answers)
+    is_streamed = isinstance(rows, StreamedRows)
+    run_after_save = trainer.run_after_save if isinstance(trainer, ShardedTrainer) else None
+    save_interval = run.config.train.save_minutes if run.config.train.save_strategy != "no" else 0.0
     size = checkpoint_bytes(trainer.model, run.config.train.optim)
-    saves_end = run.config.train.save_strategy is None and size <= SMALL_CHECKPOINT
+    save_last = run.config.train.save_strategy is None and size <= SMALL_CHECKPOINT
     for callback in (
-        watch.report,
-        watch.gradients,
+        callbacks.report,
+        callbacks.gradients,
         recovery,
-        watch.interrupt,
-        FollowSettings(),
+        callbacks.interrupt,
+        UpdateSchedule(),
         SetEpoch(run.data.train, getattr(trainer.order, "base", trainer.order)),
         *method_callbacks,
         *([best] if best else []),
         answers,
-        *([SaveByClock(minutes, processes, last=saves_end)] if minutes else []),
-        *([SaveStreamState(rows, directory.checkpoints)] if streamed else []),
-        *rollout_callbacks(trainer, directory, processes, checkpoint),
+        *([SaveByClock(save_interval, processes, last=save_last)] if save_interval else []),
+        *([SaveStreamState(rows, output_dir.checkpoints)] if is_streamed else []),
+        *rollout_callbacks(trainer, output_dir, processes, checkpoint),
         WriteManifest(  # last: it lists all files of the checkpoint
-            directory, run.config.train.save_total_limit, write_files, processes, when_written
+            output_dir, run.config.train.save_total_limit, write_files, processes, run_after_save
         ),
     ):
         trainer.add_callback(callback)
-    return watch
+    return callbacks

@@ -81,7 +81,7 @@ class Report(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         """Add the step's time, and report the step."""
-        self._count()
+        self._add_time()
         self.listener.step(state.global_step)
 
     def on_log(
@@ -100,7 +100,7 @@ class Report(TrainerCallback):
         if "train_runtime" in logs:  # Trainer's own summary; ours has more
             return
         if not any(name.startswith("eval_") for name in logs):
-            self._count()  # reading the loss synchronized the GPU
+            self._add_time()  # reading the loss synchronized the GPU
         start = self.first_step_at or time.perf_counter()
         record = {
             "step": state.global_step,
@@ -123,8 +123,7 @@ class Report(TrainerCallback):
 
     on_save = on_evaluate
 
-    def _count(self) -> None:
-        """Add to `train_s` the time since the previous call, unless the clock is paused."""
+    def _add_time(self) -> None:
         if self._seen_at is not None:
             now = time.perf_counter()
             self.train_s += now - self._seen_at
@@ -137,13 +136,17 @@ class Interrupt(TrainerCallback):
     On SIGUSR1, which SLURM sends before the end of a job, training continues after the checkpoint.
     A second signal ends a run of one process at once. Runs of several ignore it, because launchers
     forward signals that the terminal has already sent. Use as a context manager around training.
-    `exit_code` is 128 + signal number; `has_stopped` is whether a signal ended the run.
+
+    Attributes:
+        signal_name: name of the received signal; empty if none.
+        exit_code: 128 + signal number.
+        has_stopped: whether a signal ended the run.
     """
 
     _SAVE, _STOP = 1, 2
 
     def __init__(self, processes: Processes) -> None:
-        self.received = ""
+        self.signal_name = ""
         self.exit_code = 128 + signal.SIGINT
         self._action = 0
         self.has_stopped = False
@@ -172,34 +175,34 @@ class Interrupt(TrainerCallback):
         if name == "SIGUSR1":
             self._action = max(self._action, self._SAVE)
             return
-        if self.received and self._processes.count == 1:
+        if self.signal_name and self._processes.count == 1:
             handler = self._handlers.get(number)
             if callable(handler):
                 handler(number, frame)
             raise KeyboardInterrupt
-        self.received, self.exit_code, self._action = name, 128 + number, self._STOP
+        self.signal_name, self.exit_code, self._action = name, 128 + number, self._STOP
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> TrainerControl:
         """If any process received a signal, save a checkpoint, and stop unless it was SIGUSR1."""
         # Use the agreed value, not later signals, so that all stop after the same step.
-        action = self._processes.most(self._action)
+        action = self._processes.max(self._action)
         if action and state.global_step < state.max_steps:
             control.should_save = True
             self._action = 0
         if action == self._STOP and state.global_step < state.max_steps:
-            self.received = self.received or "of another process"
+            self.signal_name = self.signal_name or "of another process"
             self.has_stopped = True
             control.should_training_stop = True
         return control
 
 
-class FollowSettings(TrainerCallback):
+class UpdateSchedule(TrainerCallback):
     """On resume, use the intervals and learning rates of the configuration, not of the checkpoint.
 
-    Trainer restores those of the checkpoint. If the run was extended, its next step would use the
-    learning rate of the old schedule, such as 0 at the end of linear decay.
+    Otherwise the next step of an extended run would use the learning rate of the old schedule, such
+    as 0 at the end of linear decay.
     """
 
     def on_train_begin(
@@ -250,7 +253,7 @@ _TELEMETRY = ("MLFLOW_DISABLE_TELEMETRY", "DO_NOT_TRACK")
 
 
 @dataclass(frozen=True)
-class TrackedRun:
+class RunInfo:
     """Description of a run for trackers; `first_step` is the step it resumes from, or 0."""
 
     path: Path
@@ -269,45 +272,42 @@ class Tracker:
     """A started experiment tracker.
 
     Attributes:
-        where: location of the tracker's data, to show to the user.
+        location: path or URL of the tracker's data, shown to the user.
         log: function called with metrics and their step.
         close: function that ends the run in the tracker.
     """
 
-    where: str
+    location: str
     log: Callable[[dict[str, float], int], Any]
     close: Callable[[], Any]
 
 
-def describe_run(
+def get_run_info(
     output: OutputConfig,
     values: Mapping[str, Any],
-    directory: RunDirectory,
+    output_dir: RunDirectory,
     past: Sequence[Mapping[str, Any]],
-) -> TrackedRun:
+) -> RunInfo:
     """Returns the description of a run for trackers; `past` are its log records before a resume."""
-    name, first = output.run_name or directory.path.name, past[-1]["step"] if past else 0
-    return TrackedRun(directory.path, name, output.tracker_project, values, first)
+    name, first = output.run_name or output_dir.path.name, past[-1]["step"] if past else 0
+    return RunInfo(output_dir.path, name, output.tracker_project, values, first)
 
 
 @contextlib.contextmanager
 def tracking(
-    names: tuple[str, ...], run: TrackedRun, listener: Listener
+    names: tuple[str, ...], info: RunInfo, listener: Listener
 ) -> Iterator[list[Callable[[Mapping[str, Any]], None]]]:
-    """Start trackers `names`; yields a function per tracker that logs a record; then closes them.
-
-    Raises RunError if a tracker cannot be started.
-    """
+    """Start trackers in a `with` block; yields one function per tracker that logs a record."""
     environment = dict(os.environ)
     trackers: dict[str, Tracker] = {}
     try:
         for name in names:
             try:
-                trackers[name] = _BEGIN[name](run)
+                trackers[name] = _BEGIN[name](info)
             except Exception as error:
                 raise RunError(f"--report-to {name} cannot be started: {error}") from error
         if trackers:
-            listener.choices("trackers", [Choice(n, t.where) for n, t in trackers.items()])
+            listener.choices("trackers", [Choice(n, t.location) for n, t in trackers.items()])
         yield [_write_to(name, tracker, listener) for name, tracker in trackers.items()]
     finally:
         for name, tracker in trackers.items():
@@ -320,7 +320,7 @@ def tracking(
 def _write_to(
     name: str, tracker: Tracker, listener: Listener
 ) -> Callable[[Mapping[str, Any]], None]:
-    """Returns a function that sends records to `tracker` until the first failure."""
+    """Returns a function that sends log records to `tracker` until the first failure."""
     failed: list[bool] = []
 
     def write(record: Mapping[str, Any]) -> None:
@@ -344,19 +344,19 @@ def _or_warn(name: str, listener: Listener) -> Iterator[None]:
 
 def name_metrics(record: Mapping[str, Any]) -> dict[str, float]:
     """Returns the numeric values of a log record under transformers' names, e.g. `train/loss`."""
-    numbers = {k: v for k, v in record.items() if isinstance(v, int | float) and k != "step"}
+    values = {k: v for k, v in record.items() if isinstance(v, int | float) and k != "step"}
     return {
         f"eval/{k.removeprefix('eval_')}" if k.startswith("eval_") else f"train/{k}": v
-        for k, v in numbers.items()
+        for k, v in values.items()
     }
 
 
-def _begin_tensorboard(run: TrackedRun) -> Tracker:
+def _begin_tensorboard(info: RunInfo) -> Tracker:
     from torch.utils.tensorboard import SummaryWriter
 
-    path = run.path / "tensorboard"
-    writer = SummaryWriter(str(path), purge_step=run.first_step + 1 if run.first_step else None)
-    writer.add_text("config", f"```json\n{json.dumps(run.config, indent=2)}\n```")
+    path = info.path / "tensorboard"
+    writer = SummaryWriter(str(path), purge_step=info.first_step + 1 if info.first_step else None)
+    writer.add_text("config", f"```json\n{json.dumps(info.config, indent=2)}\n```")
 
     def log(metrics: dict[str, float], step: int) -> None:
         for name, value in metrics.items():
@@ -366,29 +366,29 @@ def _begin_tensorboard(run: TrackedRun) -> Tracker:
     return Tracker(f"{path}", log, writer.close)
 
 
-def _begin_wandb(run: TrackedRun) -> Tracker:
+def _begin_wandb(info: RunInfo) -> Tracker:
     import wandb
 
     mode = os.environ.get("WANDB_MODE")
     is_online = bool(mode) or wandb.login(prompt=False, verify=False)
-    wandb_run = wandb.init(
-        project=run.project_or("WANDB_PROJECT"),
-        name=run.name,
-        dir=str(run.path),
+    tracker = wandb.init(
+        project=info.project_or("WANDB_PROJECT"),
+        name=info.name,
+        dir=str(info.path),
         mode=None if is_online else "offline",
-        config=dict(run.config),
+        config=dict(info.config),
         settings=wandb.Settings(silent=True, console="off"),
     )
-    if wandb_run.offline:
-        reason = "" if mode else "not logged in: "
-        directory = Path(wandb_run.dir).parent
-        where = f"{directory} ({reason}`wandb sync {directory}` sends it)"
+    if tracker.offline:
+        prefix = "" if mode else "not logged in: "
+        path = Path(tracker.dir).parent
+        location = f"{path} ({prefix}`wandb sync {path}` sends it)"
     else:
-        where = str(wandb_run.url)
-    return Tracker(where, lambda metrics, step: wandb_run.log(metrics, step=step), wandb_run.finish)
+        location = str(tracker.url)
+    return Tracker(location, lambda metrics, step: tracker.log(metrics, step=step), tracker.finish)
 
 
-def _begin_mlflow(run: TrackedRun) -> Tracker:
+def _begin_mlflow(info: RunInfo) -> Tracker:
     # Disable telemetry, unless the user has configured it.
     if not any(name in os.environ for name in _TELEMETRY):
         os.environ[_TELEMETRY[0]] = "true"
@@ -396,58 +396,58 @@ def _begin_mlflow(run: TrackedRun) -> Tracker:
     from mlflow.entities import Metric, Param
 
     logging.getLogger("mlflow").setLevel(logging.WARNING)
-    address = os.environ.get("MLFLOW_TRACKING_URI")
-    if not address and mlflow.is_tracking_uri_set():
-        address = mlflow.get_tracking_uri()
-    local = run.path / "mlflow"
-    if not address:
+    uri = os.environ.get("MLFLOW_TRACKING_URI")
+    if not uri and mlflow.is_tracking_uri_set():
+        uri = mlflow.get_tracking_uri()
+    local = info.path / "mlflow"
+    if not uri:
         local.mkdir(exist_ok=True)
-        address = f"sqlite:///{local.resolve() / 'mlflow.db'}"
-    client = mlflow.MlflowClient(tracking_uri=address)
-    project = run.project_or("MLFLOW_EXPERIMENT_NAME")
+        uri = f"sqlite:///{local.resolve() / 'mlflow.db'}"
+    client = mlflow.MlflowClient(tracking_uri=uri)
+    project = info.project_or("MLFLOW_EXPERIMENT_NAME")
     experiment = client.get_experiment_by_name(project)
-    number = experiment.experiment_id if experiment else client.create_experiment(project)
-    run_id = client.create_run(number, run_name=run.name).info.run_id
-    parameters = [Param(k, str(v)[:500]) for k, v in _flat(run.config)]
-    for start in range(0, len(parameters), 100):  # MLflow's limit
-        client.log_batch(run_id, params=parameters[start : start + 100])
+    experiment_id = experiment.experiment_id if experiment else client.create_experiment(project)
+    run_id = client.create_run(experiment_id, run_name=info.name).info.run_id
+    params = [Param(k, str(v)[:500]) for k, v in _flat(info.config)]
+    for start in range(0, len(params), 100):  # MLflow's limit
+        client.log_batch(run_id, params=params[start : start + 100])
 
     def log(metrics: dict[str, float], step: int) -> None:
         now = round(time.time() * 1000)
         client.log_batch(run_id, [Metric(k, v, now, step) for k, v in metrics.items()])
 
-    return Tracker(address, log, lambda: client.set_terminated(run_id))
+    return Tracker(uri, log, lambda: client.set_terminated(run_id))
 
 
-def _flat(values: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for name, value in values.items():
         if isinstance(value, Mapping):
-            yield from _flat(value, f"{above}{name}.")
+            yield from _flat(value, f"{prefix}{name}.")
         else:
-            yield f"{above}{name}", value
+            yield f"{prefix}{name}", value
 
 
-def _begin_trackio(run: TrackedRun) -> Tracker:
+def _begin_trackio(info: RunInfo) -> Tracker:
     import trackio
 
-    def quietly(do: Callable[[], Any]) -> Any:
+    def silence(do: Callable[[], Any]) -> Any:
         with contextlib.redirect_stdout(io.StringIO()):
             return do()
 
-    project = run.project_or("TRACKIO_PROJECT")
-    trackio_run = quietly(
+    project = info.project_or("TRACKIO_PROJECT")
+    tracker = silence(
         lambda: trackio.init(
-            project=project, name=run.name, config=dict(run.config), resume="allow", embed=False
+            project=project, name=info.name, config=dict(info.config), resume="allow", embed=False
         )
     )
     return Tracker(
         f"project {project} (`trackio show --project {project}`)",
-        lambda metrics, step: trackio_run.log(metrics, step=step),
-        lambda: quietly(trackio.finish),  # its exit handler then prints nothing
+        lambda metrics, step: tracker.log(metrics, step=step),
+        lambda: silence(trackio.finish),  # its exit handler then prints nothing
     )
 
 
-_BEGIN: Mapping[str, Callable[[TrackedRun], Tracker]] = {
+_BEGIN: Mapping[str, Callable[[RunInfo], Tracker]] = {
     "tensorboard": _begin_tensorboard,
     "wandb": _begin_wandb,
     "mlflow": _begin_mlflow,

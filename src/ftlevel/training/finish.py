@@ -33,19 +33,19 @@ from ftlevel.training.callbacks import Report
 from ftlevel.training.model import PreparedModel
 from ftlevel.training.plan.run import Run
 from ftlevel.training.resume import has_evaluation
-from ftlevel.training.rl.checks import find_rollout_warnings
+from ftlevel.training.rl.checks import get_rollout_warnings
 from ftlevel.training.saving import explain_disk_errors
 from ftlevel.training.summary import (
     Outcome,
-    build_card,
-    build_summary,
-    find_nothing_learned,
-    find_worse_than_before,
+    create_card,
+    create_summary,
+    warn_if_not_learned,
+    warn_if_worse,
     with_stream_counts,
 )
 from ftlevel.training.trainer import FtlevelTrainer
 
-_DRAWS = 200  # bootstrap resamples of the validation rows
+_NUM_RESAMPLES = 200  # bootstrap resamples of the validation rows
 
 
 def end_training(trainer: FtlevelTrainer, run: Run, records: Sequence[Mapping[str, Any]]) -> Run:
@@ -66,107 +66,107 @@ def end_training(trainer: FtlevelTrainer, run: Run, records: Sequence[Mapping[st
 
 
 def save(
-    adapted: PreparedModel,
+    model: PreparedModel,
     run: Run,
-    directory: RunDirectory,
+    output_dir: RunDirectory,
     base: Mapping[str, Any],
     start: Any = None,
     weights: Mapping[str, Any] | None = None,
 ) -> None:
     """Save the adapter or full model, its tokenizer and card, atomically.
 
-    Removes training-only parts of `adapted` (modified). `start` is a temporary directory with the
-    reference of preference training. `weights` is the gathered state dict of a sharded model.
+    Training-only modules of `model` (modified) are removed. `base` describes the base model.
+    `start` is a temporary directory with the files of the preference reference, or None. `weights`
+    is the gathered state dict of a sharded full model.
     """
-    model, partial = adapted.model, directory.adapter.with_name(".adapter.partial")
-    finalize_method(model, run.config.method)
+    module, partial = model.model, output_dir.adapter.with_name(".adapter.partial")
+    finalize_method(module, run.config.method)
     if partial.exists():
         shutil.rmtree(partial)
-    if hasattr(model, "peft_config"):
-        model.peft_config["default"].base_model_name_or_path = base["name"]
-        save_adapter(model, run.config.method, partial, adapted.start)
+    if hasattr(module, "peft_config"):
+        module.peft_config["default"].base_model_name_or_path = base["name"]
+        save_adapter(module, run.config.method, partial, model.start)
     else:
-        model.save_pretrained(str(partial), state_dict=weights)
+        module.save_pretrained(str(partial), state_dict=weights)
         save_legacy_rope(partial)
-    write_tokenizer_and_card(partial, run, base, start, directory.adapter)
+    save_tokenizer_and_card(partial, run, base, start, output_dir.adapter)
     flush_all(partial)
-    delete_adapter(directory.path)
-    partial.rename(directory.adapter)
-    flush(directory.path)
-    delete_unreachable_best(directory.checkpoints)
+    delete_adapter(output_dir.path)
+    partial.rename(output_dir.adapter)
+    flush(output_dir.path)
+    delete_unreachable_best(output_dir.checkpoints)
 
 
-def write_tokenizer_and_card(
-    directory: Path,
+def save_tokenizer_and_card(
+    save_dir: Path,
     run: Run,
     base: Mapping[str, Any],
     start: Any = None,
-    final_directory: Path | None = None,
+    final_dir: Path | None = None,
 ) -> None:
-    """Write tokenizer, card and reference files next to the weights in `directory`.
+    """Save tokenizer, card and reference files next to the weights in `save_dir`.
 
-    `start` is a temporary directory with the files of the reference, or None. A local base path is
-    stored relative to `final_directory`, to which `directory` is moved later.
+    `start` is a temporary directory with the reference files, or None. A local base path is stored
+    relative to `final_dir`, to which `save_dir` is moved later.
     """
     if start is not None:
-        shutil.copytree(start.name, directory / KEPT, dirs_exist_ok=True)
-    run.model.tokenizer.save_pretrained(str(directory))
+        shutil.copytree(start.name, save_dir / KEPT, dirs_exist_ok=True)
+    run.model.tokenizer.save_pretrained(str(save_dir))
     is_local = base["kind"] in ("directory", "gguf")
-    path = relative_path(Path(base["name"]), final_directory or directory) if is_local else ""
-    card = build_card(run, {**base, "path": path} if path else base)
-    card.write(directory)
-    run.task.write_files(directory, run.model.config, card.options)
+    path = relative_path(Path(base["name"]), final_dir or save_dir) if is_local else ""
+    card = create_card(run, {**base, "path": path} if path else base)
+    card.write(save_dir)
+    run.task.write_files(save_dir, run.model.config, card.options)
 
 
-def next_commands(run: Run, directory: RunDirectory) -> list[str]:
+def next_commands(run: Run, output_dir: RunDirectory) -> list[str]:
     """Returns up to three ftlevel commands to suggest after the run."""
-    path, data = quote(str(directory.path)), str(run.data.info["name"])
-    generate = generate_command(str(directory.path), run.task.name)
+    path, data = quote(str(output_dir.path)), str(run.data.info["name"])
+    generate = generate_command(str(output_dir.path), run.task.name)
     commands = [generate if data == IN_MEMORY else f"ftlevel evaluate {path}"]
     predict = f"ftlevel predict {path} --dataset"
     commands.append(
         f"{predict} {quote(data)} --limit 5" if Path(data).is_file() else f"{predict} FILE"
     )
-    if _is_mergeable(run, directory):
-        return [*commands, f"ftlevel merge {path} --out {quote(str(directory.path) + '-merged')}"]
+    if _is_mergeable(run, output_dir):
+        return [*commands, f"ftlevel merge {path} --out {quote(str(output_dir.path) + '-merged')}"]
     return commands if generate in commands else [*commands, generate]
 
 
-def _is_mergeable(run: Run, directory: RunDirectory) -> bool:
+def _is_mergeable(run: Run, output_dir: RunDirectory) -> bool:
     from ftlevel.methods.merging import get_merge_error, load_peft_config  # imports PEFT tuners
 
     if run.model.source.kind != "gguf" and get_quantization_config(run.model.config) is not None:
         return False
-    is_adapter = (directory.adapter / "adapter_config.json").is_file()
-    return is_adapter and get_merge_error(load_peft_config(directory.adapter)) is None
+    is_adapter = (output_dir.adapter / "adapter_config.json").is_file()
+    return is_adapter and get_merge_error(load_peft_config(output_dir.adapter)) is None
 
 
-def describe_answers(
-    run: Run, evaluator: Evaluator | None, answers: PredictionRecorder, step: int
+def get_predictions(
+    run: Run, evaluator: Evaluator | None, recorder: PredictionRecorder, step: int
 ) -> tuple[list[dict[str, Any]], dict[str, list[float]]]:
     """Returns predictions per validation row at `step`, and 95 % intervals of the metrics.
 
     Metrics of generated text get intervals only from `ftlevel evaluate`.
     """
-    record = answers.of(step)
+    record = recorder.of(step)
     if record is None or evaluator is None:
         return [], {}
-    initial = answers.of(0) if step else None
+    initial = recorder.of(0) if step else None
     labels = run.data.info["labels"] or ()
-    lines = iterate_results(
+    predictions = iterate_results(
         record, labels, lambda row: f"row {row + 1:,}", base=initial, evaluator=evaluator
     )
-    return list(lines), _intervals(record, evaluator)
+    return list(predictions), _intervals(record, evaluator)
 
 
 def _intervals(record: ExampleRecord, evaluator: Evaluator) -> dict[str, list[float]]:
-    draws = record.resample(_DRAWS, 0, None, "") if len(record.units) > 1 else {}
-    selected = select_metrics(draws, evaluator.metrics)
+    resampled = record.resample(_NUM_RESAMPLES, 0, None, "") if len(record.units) > 1 else {}
+    selected = select_metrics(resampled, evaluator.metrics)
     return {name: interval(selected[name]) for name in sorted(selected)}
 
 
-def _describe_initial(run: Run, outcome: Outcome) -> dict[str, Any]:
-    """Returns 95 % intervals of an RL run's metrics before training; empty for other runs."""
+def _initial_intervals(run: Run, outcome: Outcome) -> dict[str, Any]:
     record = outcome.answers.of(0)
     if (
         record is None
@@ -177,75 +177,71 @@ def _describe_initial(run: Run, outcome: Outcome) -> dict[str, Any]:
     return {"intervals_before": _intervals(record, outcome.evaluator)}
 
 
-def write_results(
-    directory: RunDirectory,
+def save_results(
+    output_dir: RunDirectory,
     method: MethodConfig,
     summary: Mapping[str, Any],
-    lines: Sequence[dict[str, Any]] = (),
+    predictions: Sequence[dict[str, Any]] = (),
 ) -> None:
-    """Write predictions and model cards, then summary.json, which marks the run as finished."""
-    directory.save_predictions(lines)
+    """Save predictions and model cards, then summary.json, which marks the run as finished."""
+    output_dir.save_predictions(predictions)
     for finish_run in hooks("finish_run"):
-        finish_run(directory, summary, lines)
-    directory.save_readme(create_readme(summary, needs_import(method)))
-    shutil.copyfile(directory.path / "README.md", directory.adapter / "README.md")
-    directory.save_summary(summary)  # marks the run as finished
-    record_files(directory.path)
+        finish_run(output_dir, summary, predictions)
+    output_dir.save_readme(create_readme(summary, needs_import(method)))
+    shutil.copyfile(output_dir.path / "README.md", output_dir.adapter / "README.md")
+    output_dir.save_summary(summary)  # marks the run as finished
+    record_files(output_dir.path)
 
 
 def report_results(
     run: Run,
     outcome: Outcome,
-    directory: RunDirectory,
+    output_dir: RunDirectory,
     listener: Listener,
-    auxiliary_facts: Mapping[str, Any],
+    auxiliary_info: Mapping[str, Any],
 ) -> Mapping[str, Any]:
-    """Write and show the results of a run, and upload it if configured; returns the summary."""
-    summary = build_summary(run, outcome)
+    """Save and show the results of a run, and upload it if configured; returns the summary."""
+    summary = create_summary(run, outcome)
     step = outcome.selected.step if outcome.selected else summary["steps"]
-    lines, intervals = describe_answers(run, outcome.evaluator, outcome.answers, step)
+    lines, intervals = get_predictions(run, outcome.evaluator, outcome.answers, step)
     summary = {
         **summary,
         "intervals": intervals,
-        **_describe_initial(run, outcome),
-        **auxiliary_facts,
-        "next": next_commands(run, directory),
+        **_initial_intervals(run, outcome),
+        **auxiliary_info,
+        "next": next_commands(run, output_dir),
     }
-    with explain_disk_errors(directory):
-        write_results(directory, run.config.method, summary, lines)
+    with explain_disk_errors(output_dir):
+        save_results(output_dir, run.config.method, summary, lines)
     warnings = run.objective.get_warnings(summary["metrics"], summary["metrics_before"])
-    warnings += find_rollout_warnings(outcome.records)
+    warnings += get_rollout_warnings(outcome.records)
     for warning in [
-        *find_nothing_learned(summary, run),
-        *find_worse_than_before(summary),
+        *warn_if_not_learned(summary, run),
+        *warn_if_worse(summary),
         *warnings,
     ]:
         listener.warn(warning)
-    end_run(run.config.output, directory, summary, listener)
+    end_run(run.config.output, output_dir, summary, listener)
     return summary
 
 
 def end_run(
-    output: OutputConfig, directory: RunDirectory, summary: Mapping[str, Any], listener: Listener
+    output: OutputConfig, output_dir: RunDirectory, summary: Mapping[str, Any], listener: Listener
 ) -> None:
-    """Upload the run if configured, then report that it has ended.
-
-    Raises:
-        RunError: the upload failed; raised after the report, because the run itself is complete.
-    """
-    failed: RunError | None = None
+    """Upload the run if configured, then report its end; an upload error is raised afterwards."""
+    upload_error: RunError | None = None
     if output.push_to_hub is not None:
         listener.stage("uploading")
         try:
-            url = push(directory.adapter, output.push_to_hub, private=output.hub_private)
+            url = push(output_dir.adapter, output.push_to_hub, private=output.hub_private)
         except RunError as error:
-            failed = error
+            upload_error = error
         else:
             summary = {**summary, "hub": url}
-            directory.save_summary(summary)
+            output_dir.save_summary(summary)
     listener.end(summary)
-    if failed is not None:
-        raise failed
+    if upload_error is not None:
+        raise upload_error
 
 
 @dataclass(frozen=True)
@@ -265,8 +261,8 @@ class StartTime:
         """Returns the creation time of the process: the start of a run from the command line."""
         import psutil
 
-        ago = time.time() - psutil.Process().create_time()
-        return cls(time.perf_counter() - ago, 0.0)
+        age = time.time() - psutil.Process().create_time()
+        return cls(time.perf_counter() - age, 0.0)
 
 
 def measure_times(

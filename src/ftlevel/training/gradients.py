@@ -29,11 +29,11 @@ from ftlevel.models.upstream.shards import whole
 from ftlevel.training.processes import Processes
 from ftlevel.training.trainer import FtlevelTrainer
 
-_MEMORY = 20  # losses in the median
-_KNOWN = 5  # losses needed before spikes are detected
-_PATIENCE = 10  # consecutive steps that may be skipped
-_SHOWN = 8  # rows of a step listed in a message
-_LOSSES = "losses.json"  # in a checkpoint
+_WINDOW = 20  # losses in the median
+_MIN_LOSSES = 5  # losses needed before spikes are detected
+_MAX_CONSECUTIVE = 10  # consecutive steps that may be skipped
+_MAX_LISTED = 8  # rows of a step listed in a message
+_FILE_NAME = "losses.json"  # in a checkpoint
 
 
 class Recovery(TrainerCallback):
@@ -43,7 +43,7 @@ class Recovery(TrainerCallback):
         self,
         trainer: FtlevelTrainer,
         train: TrainerConfig,
-        directory: RunDirectory,
+        output_dir: RunDirectory,
         processes: Processes,
         listener: Listener,
         checkpoint: Path | None,
@@ -51,29 +51,29 @@ class Recovery(TrainerCallback):
         self._trainer = trainer
         self._action = train.on_nonfinite
         self._factor = train.spike_factor
-        self._directory = directory
+        self._output_dir = output_dir
         self._processes = processes
         self._listener = listener
-        self._losses: deque[float] = deque(maxlen=_MEMORY)
-        self._consecutive, self._last = 0, 0
-        stored = checkpoint / _LOSSES if checkpoint is not None else None
+        self._losses: deque[float] = deque(maxlen=_WINDOW)
+        self._num_failures, self._last = 0, 0
+        path = checkpoint / _FILE_NAME if checkpoint is not None else None
         # Absent if the run began without spike_factor; the median then starts here.
-        if self._factor is not None and stored is not None and stored.exists():
-            self._losses.extend(json.loads(stored.read_text(encoding="utf-8")))
+        if self._factor is not None and path is not None and path.exists():
+            self._losses.extend(json.loads(path.read_text(encoding="utf-8")))
 
     @property
-    def stops(self) -> bool:
+    def is_fatal(self) -> bool:
         """Whether a step with non-finite values ends the run."""
         return self._action == "stop"
 
     @property
-    def only_stops(self) -> bool:
+    def is_always_fatal(self) -> bool:
         """Whether every failed step ends the run; checks may then come some steps late."""
-        return self.stops and self._factor is None
+        return self.is_fatal and self._factor is None
 
-    def agree(self, is_wrong: bool) -> bool:
-        """Returns whether `is_wrong` is true in any process."""
-        return self._processes.any(is_wrong)
+    def any_process(self, is_invalid: bool) -> bool:
+        """Returns whether `is_invalid` is true in any process."""
+        return self._processes.any(is_invalid)
 
     def decide(self, step: int, problem: str, advice: str, *, in_weights: bool = False) -> None:
         """Skip the step, roll back to a checkpoint, or raise RunError, as configured.
@@ -83,21 +83,20 @@ class Recovery(TrainerCallback):
         """
         action = self._action
         if action == "stop" or (action == "skip" and in_weights):
-            raise RunError(f"{problem}.{self._rows()} {advice} {self._describe_newest()}")
+            raise RunError(
+                f"{problem}.{self._rows_message()} {advice} {self._checkpoint_message()}"
+            )
         if action == "rollback":
             self._roll_back(step, problem)
         else:
             self._skip_step(step, problem, "skipped")
 
-    def look_for_spike(self, step: int, loss: float) -> None:
-        """Skip or roll back a step whose `loss` exceeds `spike_factor` times the recent median.
-
-        More than `_PATIENCE` consecutive such steps raise RunError.
-        """
+    def check_spike(self, step: int, loss: float) -> None:
+        """Skip or roll back a step whose `loss` exceeds `spike_factor` times the recent median."""
         if self._factor is None:
             return
         loss = self._processes.mean(loss)
-        median = statistics.median(self._losses) if len(self._losses) >= _KNOWN else None
+        median = statistics.median(self._losses) if len(self._losses) >= _MIN_LOSSES else None
         if median is None or loss <= self._factor * median:
             self._losses.append(loss)
             return
@@ -105,55 +104,54 @@ class Recovery(TrainerCallback):
             f"the loss is {loss:.4g} at step {step}, more than {self._factor:g} times the usual "
             f"{median:.4g}"
         )
-        if self._newest() is None:
+        if self._last_checkpoint() is None:
             self._skip_step(step, problem, "skipped")
         else:
             self._roll_back(step, problem)
 
     def _roll_back(self, step: int, problem: str) -> None:
-        checkpoint = self._newest()
+        checkpoint = self._last_checkpoint()
         if checkpoint is None:
             raise RunError(
-                f"{problem}.{self._rows()} --on-nonfinite rollback has no checkpoint to go back to "
-                "yet. Save more often (--save-steps), or use --on-nonfinite skip."
+                f"{problem}.{self._rows_message()} --on-nonfinite rollback has no checkpoint to go "
+                "back to yet. Save more often (--save-steps), or use --on-nonfinite skip."
             )
         self._trainer.restore(checkpoint)
         self._skip_step(step, problem, f"rolled back to {checkpoint.name}")
 
     def _skip_step(self, step: int, problem: str, action: str) -> None:
-        self._consecutive = self._consecutive + 1 if step == self._last + 1 else 1
+        self._num_failures = self._num_failures + 1 if step == self._last + 1 else 1
         self._last = step
-        if self._consecutive > _PATIENCE:
+        if self._num_failures > _MAX_CONSECUTIVE:
             raise RunError(
-                f"{problem}, as in the {_PATIENCE} steps before, which were skipped. "
-                f"Lower --learning-rate, or use --dtype float32. {self._describe_newest()}"
+                f"{problem}, as in the {_MAX_CONSECUTIVE} steps before, which were skipped. "
+                f"Lower --learning-rate, or use --dtype float32. {self._checkpoint_message()}"
             )
         self._trainer.drop_gradient()
         note = {"step": step, "what": problem, "how": action, "rows": self._trainer.step_rows}
         if self._processes.is_first:
-            self._directory.note(note)
-        self._listener.warn(f"{problem}: {action}.{self._rows()}")
+            self._output_dir.note(note)
+        self._listener.warn(f"{problem}: {action}.{self._rows_message()}")
 
-    def _newest(self) -> Path | None:
+    def _last_checkpoint(self) -> Path | None:
         return self._processes.from_first(
-            lambda: checkpoints.get_last_valid_checkpoint(self._directory.checkpoints)[0]
+            lambda: checkpoints.get_last_valid_checkpoint(self._output_dir.checkpoints)[0]
         )
 
-    def _rows(self) -> str:
-        """Returns a sentence that lists the step's training rows, numbered from 1."""
-        numbers = sorted(row + 1 for row in self._trainer.step_rows)
-        return f" It had the rows {join_names(map(str, numbers), _SHOWN)}." if numbers else ""
+    def _rows_message(self) -> str:
+        rows = sorted(row + 1 for row in self._trainer.step_rows)
+        return f" It had the rows {join_names(map(str, rows), _MAX_LISTED)}." if rows else ""
 
-    def _describe_newest(self) -> str:
-        newest = self._newest()
-        return f"{newest} is whole." if newest else "There is no checkpoint yet."
+    def _checkpoint_message(self) -> str:
+        checkpoint = self._last_checkpoint()
+        return f"{checkpoint} is whole." if checkpoint else "There is no checkpoint yet."
 
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         """Write the recent losses into the checkpoint, before its manifest."""
         if self._factor is not None and self._processes.is_first:
-            path = self._directory.checkpoints / f"checkpoint-{state.global_step}" / _LOSSES
+            path = self._output_dir.checkpoints / f"checkpoint-{state.global_step}" / _FILE_NAME
             write_json(path, list(self._losses))
 
 
@@ -164,7 +162,7 @@ def select_skipped_steps(notes: Sequence[dict[str, Any]]) -> list[dict[str, Any]
 
 _STOPPED = "Training stopped before the weights took it."
 
-MOST_SKIPPED = 20
+MAX_SKIPPED = 20
 """Maximal number of consecutive steps that float16 may skip: from the first scale, 65,536, to
 1/16."""
 
@@ -175,11 +173,16 @@ LATEST = 16
 class GradientMonitor(TrainerCallback):
     """Stop if a trainable tensor gets no gradient, or a loss, gradient or weight is not finite.
 
-    Checks every step. With `defers`, the results of several steps are read together to avoid a GPU
-    synchronization per step, but before anything is logged, evaluated or saved. A float16 overflow
-    is expected: the scaler skips the step and halves its scale. Only many overflows in a row stop
-    the run. LoRA's A has a zero gradient at first because B is zero. Tensors whose gradient is
-    still zero after a step with a positive learning rate are reported, and listed in `idle`.
+    Checks every step. With `delays_checks`, the results of several steps are read together to avoid
+    a GPU synchronization per step, but before anything is logged, evaluated or saved. With
+    `uses_scaler`, a float16 overflow is expected: the scaler skips the step and halves its scale,
+    and only many overflows in a row stop the run.
+
+    Attributes:
+        checked: number of trainable tensors with a gradient.
+        idle: names of tensors whose gradient is still zero after the first weight update. LoRA's A
+            has a zero gradient before it, because B is zero.
+        skipped: number of steps skipped by the gradient scaler.
     """
 
     def __init__(
@@ -188,8 +191,8 @@ class GradientMonitor(TrainerCallback):
         step_loss: Callable[[], Tensor],
         recovery: Recovery,
         *,
-        scales: bool = False,
-        defers: bool = False,
+        uses_scaler: bool = False,
+        delays_checks: bool = False,
     ) -> None:
         self.listener = listener
         self.recovery = recovery
@@ -197,13 +200,13 @@ class GradientMonitor(TrainerCallback):
         self.checked = 0
         self.idle: list[str] = []
         self.skipped = 0
-        self._consecutive = 0
-        self._scales, self._defers = scales, defers and not scales
+        self._num_failures = 0
+        self._uses_scaler, self._delays_checks = uses_scaler, delays_checks and not uses_scaler
         self._deferred: list[tuple[int, str, Tensor]] = []
         self._trainable: list[tuple[str, Any]] = []
         self._zero_first: set[str] | None = None
-        self._has_moved = False
-        self._is_checked = False
+        self._has_updated = False
+        self._is_finished = False
 
     def on_pre_optimizer_step(
         self,
@@ -217,62 +220,62 @@ class GradientMonitor(TrainerCallback):
         """Check the loss and all gradients before the optimizer step."""
         if not self.checked:  # first step of this process, also after a resume
             self._trainable = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-            self._check_all_have_one(self._trainable)
+            self._check_missing_gradients(self._trainable)
         trainable, step = self._trainable, state.global_step + 1
-        if self._is_checked and self._defers:
-            self._defer(state, "loss", self.step_loss())
-            self._defer(state, "gradient", _largest(p.grad for _, p in trainable))
+        if self._is_finished and self._delays_checks:
+            self._queue_check(state, "loss", self.step_loss())
+            self._queue_check(state, "gradient", _max_abs(p.grad for _, p in trainable))
             return
         loss = float(self.step_loss())
-        is_wrong = not math.isfinite(loss)
-        if is_wrong or (not self.recovery.stops and self.recovery.agree(is_wrong)):
+        is_invalid = not math.isfinite(loss)
+        if is_invalid or (not self.recovery.is_fatal and self.recovery.any_process(is_invalid)):
             self.recovery.decide(
                 step,
                 f"the loss is {loss} at step {step}",
                 f"{_STOPPED} Lower --learning-rate, or use --dtype float32.",
             )
             return
-        if self._is_checked and are_finite(p.grad for _, p in trainable):
-            self._consecutive = 0
-            self.recovery.look_for_spike(step, loss)
+        if self._is_finished and are_finite(p.grad for _, p in trainable):
+            self._num_failures = 0
+            self.recovery.check_spike(step, loss)
             return
         sums = torch.stack([_absolute_sum(p.grad) for _, p in trainable])
         if not bool(torch.isfinite(sums).all()):
-            if self._scales:
+            if self._uses_scaler:
                 self._skip(state.global_step + 1)
                 return
-            wrong = [n for (n, _), s in zip(trainable, sums, strict=True) if not torch.isfinite(s)]
+            names = [n for (n, _), s in zip(trainable, sums, strict=True) if not torch.isfinite(s)]
             self.recovery.decide(
                 step,
-                f"the gradient is not finite at step {step} ({len(wrong):,} of "
+                f"the gradient is not finite at step {step} ({len(names):,} of "
                 f"{len(trainable):,} "
-                f"tensors, such as {wrong[0]})",
+                f"tensors, such as {names[0]})",
                 f"{_STOPPED} Lower --learning-rate, or use --dtype float32.",
             )
             return
-        self._consecutive = 0
-        self.recovery.look_for_spike(step, loss)
-        if not self._is_checked:
+        self._num_failures = 0
+        self.recovery.check_spike(step, loss)
+        if not self._is_finished:
             zero = {n for (n, _), s in zip(trainable, sums, strict=True) if s == 0}
-            self._look_for_idle(zero, len(trainable), optimizer)
+            self._check_zero_gradients(zero, len(trainable), optimizer)
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         """Check all trainable tensors after the optimizer step."""
-        if self._is_checked and self._defers:
-            self._defer(state, "weights", _largest(p for _, p in self._trainable))
+        if self._is_finished and self._delays_checks:
+            self._queue_check(state, "weights", _max_abs(p for _, p in self._trainable))
             return
         if are_finite(p for _, p in self._trainable):
             return
-        wrong = [name for name, p in self._trainable if not bool(torch.isfinite(whole(p)).all())]
-        if wrong:  # the norm of finite weights may overflow
+        names = [name for name, p in self._trainable if not bool(torch.isfinite(whole(p)).all())]
+        if names:  # the norm of finite weights may overflow
             step = state.global_step + 1
             self.recovery.decide(
                 step,
-                f"{len(wrong):,} of {len(self._trainable):,} trained tensors are not finite "
+                f"{len(names):,} of {len(self._trainable):,} trained tensors are not finite "
                 f"after "
-                f"step {step}, such as {wrong[0]}",
+                f"step {step}, such as {names[0]}",
                 "Nothing was saved. Lower --learning-rate, or use another --optim.",
                 in_weights=True,
             )
@@ -281,8 +284,8 @@ class GradientMonitor(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         """Read deferred checks before logging, evaluation and saving, and every `LATEST` steps."""
-        waits = control.should_log or control.should_evaluate or control.should_save
-        if waits or control.should_training_stop or state.global_step % LATEST == 0:
+        is_due = control.should_log or control.should_evaluate or control.should_save
+        if is_due or control.should_training_stop or state.global_step % LATEST == 0:
             self._check_deferred(state)
 
     def on_save(
@@ -291,20 +294,19 @@ class GradientMonitor(TrainerCallback):
         """Read deferred checks before the checkpoint gets its manifest."""
         self._check_deferred(state)
 
-    def _defer(self, state: TrainerState, name: str, value: Tensor) -> None:
+    def _queue_check(self, state: TrainerState, name: str, value: Tensor) -> None:
         self._deferred.append((state.global_step + 1, name, value.detach().float()))
 
     def _check_deferred(self, state: TrainerState) -> None:
-        """Synchronize with the device, and raise RunError if a value is not finite."""
         if not self._deferred:
             return
-        finite = torch.isfinite(torch.stack([value for _, _, value in self._deferred])).tolist()
-        wrong = [
-            noted for noted, is_finite in zip(self._deferred, finite, strict=True) if not is_finite
+        mask = torch.isfinite(torch.stack([value for _, _, value in self._deferred])).tolist()
+        invalid = [
+            noted for noted, is_finite in zip(self._deferred, mask, strict=True) if not is_finite
         ]
         self._deferred = []
-        if wrong:
-            step, name, _ = wrong[0]
+        if invalid:
+            step, name, _ = invalid[0]
             verb = "are" if name == "weights" else "is"
             raise RunError(
                 f"the {name} {verb} not finite at step {step}, checked every {LATEST} steps on a "
@@ -313,12 +315,11 @@ class GradientMonitor(TrainerCallback):
             )
 
     def _skip(self, step: int) -> None:
-        """Count a step that the gradient scaler skips; raise RunError after too many in a row."""
         self.skipped += 1
-        self._consecutive += 1
-        if self._consecutive >= MOST_SKIPPED:
+        self._num_failures += 1
+        if self._num_failures >= MAX_SKIPPED:
             raise RunError(
-                f"float16 overflows: the last {MOST_SKIPPED} steps up to step {step} were skipped, "
+                f"float16 overflows: the last {MAX_SKIPPED} steps up to step {step} were skipped, "
                 "each with half the scale of the one before. Lower --learning-rate, or use --dtype "
                 "bfloat16 or float32."
             )
@@ -328,26 +329,26 @@ class GradientMonitor(TrainerCallback):
                 "usual at first. summary.json counts them as proof.skipped_steps."
             )
 
-    def _look_for_idle(self, zero: set[str], count: int, optimizer: Any) -> None:
+    def _check_zero_gradients(self, zero: set[str], num_tensors: int, optimizer: Any) -> None:
         """Warn about tensors whose gradient is zero before and after the first weight update.
 
         Steps without any gradient, such as those without a reward signal, do not count.
         """
-        if len(zero) == count:
+        if len(zero) == num_tensors:
             return
         if self._zero_first is None:
             self._zero_first = zero
-        elif self._has_moved:
-            self._is_checked = True
+        elif self._has_updated:
+            self._is_finished = True
             self.idle = sorted(zero & self._zero_first)
             if self.idle:
                 self.listener.warn(
-                    f"{len(self.idle):,} of {count:,} trainable tensors have a zero gradient "
+                    f"{len(self.idle):,} of {num_tensors:,} trainable tensors have a zero gradient "
                     f"after the first step too: {join_names(self.idle, 3)}."
                 )
-        self._has_moved = any(group["lr"] > 0 for group in optimizer.param_groups)
+        self._has_updated = any(group["lr"] > 0 for group in optimizer.param_groups)
 
-    def _check_all_have_one(self, trainable: list[tuple[str, Any]]) -> None:
+    def _check_missing_gradients(self, trainable: list[tuple[str, Any]]) -> None:
         missing = [name for name, parameter in trainable if parameter.grad is None]
         if missing:
             raise RunError(
@@ -362,15 +363,14 @@ class GradientMonitor(TrainerCallback):
 
 
 def are_finite(tensors: Iterable[Tensor | None]) -> bool:
-    """Whether the total norm of `tensors` is finite, with one operation per group of tensors."""
-    present = [tensor.detach() for tensor in tensors if tensor is not None]
-    return bool(torch.isfinite(whole(torch.nn.utils.get_total_norm(present))))
+    """Returns whether the norm of `tensors` is finite, with one operation per group of tensors."""
+    grads = [tensor.detach() for tensor in tensors if tensor is not None]
+    return bool(torch.isfinite(whole(torch.nn.utils.get_total_norm(grads))))
 
 
-def _largest(tensors: Iterable[Tensor | None]) -> Tensor:
-    """Returns the largest absolute value (a scalar); NaN or infinite if any value is."""
-    present = [tensor.detach() for tensor in tensors if tensor is not None]
-    return whole(torch.nn.utils.get_total_norm(present, norm_type=math.inf))
+def _max_abs(tensors: Iterable[Tensor | None]) -> Tensor:
+    grads = [tensor.detach() for tensor in tensors if tensor is not None]
+    return whole(torch.nn.utils.get_total_norm(grads, norm_type=math.inf))
 
 
 def _absolute_sum(gradient: Tensor | None) -> Tensor:

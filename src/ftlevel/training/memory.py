@@ -32,7 +32,7 @@ from ftlevel.data.encoding.collate import Collator
 from ftlevel.data.encoding.encode import Encoded
 from ftlevel.data.encoding.store import row_lengths
 from ftlevel.errors import RunError, is_out_of_memory
-from ftlevel.fast.fused_lora import skip_unneeded_products
+from ftlevel.fast.fused_lora import skip_unused_outputs
 from ftlevel.fast.likelihoods import base_model
 from ftlevel.fast.step_collator import StepCollator
 from ftlevel.models.hardware import autocast, free_memory_bytes
@@ -40,13 +40,13 @@ from ftlevel.models.module_tree import get_stacks
 from ftlevel.models.upstream.fake import storage_of
 from ftlevel.training.plan.run import Run
 
-TRIED_TOKENS = 64
+MAX_SAMPLE_TOKENS = 64
 """Tokens of the row that activations are measured on. Encoder-decoder models store attention
 scores, which grow with the square of the length, so they use the whole longest row."""
 
-_SAMPLED_ROWS = 100
+_NUM_SAMPLES = 100
 
-FREE_SHARE = 0.8
+MEMORY_RATIO = 0.8
 """Share of free memory for activations. The rest is for logits, gradients, the block being
 computed, and allocator fragmentation."""
 
@@ -55,62 +55,63 @@ computed, and allocator fragmentation."""
 class Activations:
     """Activation bytes per token in the autograd graph, by block.
 
-    `states` are the bytes of each block's input, stored even if the block is recomputed.
+    Attributes:
+        stored: bytes that each block saves for backward.
+        states: bytes of each block's input, which are saved even if the block is recomputed.
     """
 
     stored: tuple[float, ...]
     states: tuple[float, ...]
 
-    def count_recomputed(self, tokens: int, memory: int) -> int:
+    def min_checkpointed_blocks(self, tokens: int, memory: int) -> int:
         """Returns how many blocks to recompute so that `tokens` tokens fit into `memory` bytes."""
-        saved = [total - states for total, states in zip(self.stored, self.states, strict=True)]
-        remaining = accumulate(saved, lambda rest, more: rest - more, initial=sum(self.stored))
-        fits = (count for count, rest in enumerate(remaining) if tokens * rest <= memory)
-        return next(fits, len(self.stored))
+        freed = [total - states for total, states in zip(self.stored, self.states, strict=True)]
+        remaining = accumulate(freed, lambda rest, more: rest - more, initial=sum(self.stored))
+        valid = (count for count, rest in enumerate(remaining) if tokens * rest <= memory)
+        return next(valid, len(self.stored))
 
 
 def set_checkpointing(model: Any, run: Run) -> list[Choice]:
     """Recompute as many blocks of `model` (modified) as configured, or as memory requires.
 
-    Method and fast step must be applied to `model`. Returns a message for the screen; empty if no
-    block is recomputed.
+    Method and fast step must be applied to `model`. Returns a line for the screen; an empty list if
+    no block is recomputed.
     """
     train, base = run.config.train, base_model(model)
     if train.recomputes:
-        recompute_blocks(base, offload=train.offload_activations)
+        enable_checkpointing(base, offload=train.offload_activations)
         message = "; what they begin with is in the host's memory" * train.offload_activations
         return [Choice("recomputed blocks", "all", f"as asked{message}")]
     blocks = list(chain(*get_stacks(base)))
-    if not train.may_recompute(run.model.device) or not _has_single_switches(base, blocks):
+    if not train.may_recompute(run.model.device) or not _supports_single_blocks(base, blocks):
         return []
-    activations = count_activations(model, blocks, run)
+    activations = get_activations(model, blocks, run)
     tokens = run.fast.tokens
     if not run.fast.enabled:
         tokens = train.per_device_train_batch_size * run.data.max_length
-    memory = int(FREE_SHARE * free_memory_bytes(run.model.device))
-    count = activations.count_recomputed(tokens, memory)
-    if not count:
+    memory = int(MEMORY_RATIO * free_memory_bytes(run.model.device))
+    num_blocks = activations.min_checkpointed_blocks(tokens, memory)
+    if not num_blocks:
         return []
-    recompute_blocks(base)
-    recompute_first(blocks, count)
-    reason = (
+    enable_checkpointing(base)
+    checkpoint_first(blocks, num_blocks)
+    note = (
         f"auto: {tokens:,} tokens hold {tokens * sum(activations.stored) / 1e9:.1f} GB, and "
         f"{memory / 1e9:.1f} GB are free for them"
     )
-    return [Choice("recomputed blocks", f"{count} of {len(blocks)}", reason)]
+    return [Choice("recomputed blocks", f"{num_blocks} of {len(blocks)}", note)]
 
 
-def recompute_blocks(base: Any, *, offload: bool = False) -> None:
+def enable_checkpointing(base: Any, *, offload: bool = False) -> None:
     """Enable gradient checkpointing in the transformers model `base` (modified).
 
     With `offload`, the inputs of blocks are stored in host memory.
     """
     base.activation_checkpointing_enable({"use_reentrant": False}, offload=offload)
-    skip_unneeded_products(list(chain(*get_stacks(base))))
+    skip_unused_outputs(list(chain(*get_stacks(base))))
 
 
-def _has_single_switches(base: Any, blocks: Sequence[nn.Module]) -> bool:
-    """Whether every block of `base` has a `gradient_checkpointing` flag of its own."""
+def _supports_single_blocks(base: Any, blocks: Sequence[nn.Module]) -> bool:
     return bool(
         base.supports_gradient_checkpointing
         and blocks
@@ -118,18 +119,18 @@ def _has_single_switches(base: Any, blocks: Sequence[nn.Module]) -> bool:
     )
 
 
-def recompute_first(blocks: Sequence[nn.Module], count: int) -> None:
-    """Disable recomputation in all but the first `count` of `blocks` (modified)."""
-    for block in blocks[count:]:
+def checkpoint_first(blocks: Sequence[nn.Module], num_blocks: int) -> None:
+    """Disable gradient checkpointing in all but the first `num_blocks` of `blocks` (modified)."""
+    for block in blocks[num_blocks:]:
         block.gradient_checkpointing = False  # type: ignore[assignment]
 
 
-def count_activations(model: Any, blocks: Sequence[nn.Module], run: Run) -> Activations:
+def get_activations(model: Any, blocks: Sequence[nn.Module], run: Run) -> Activations:
     """Returns the activation bytes per token, measured in a forward pass of one row."""
-    batch, device = _trial(run), run.model.device
+    batch, device = _sample_batch(run), run.model.device
     tokens = batch["input_ids"].numel()
     weights = {storage_of(p) for p in model.parameters()}
-    held: dict[Any, tuple[int, int]] = {}
+    sizes: dict[Any, tuple[int, int]] = {}
     training = model.training
     model.train()
     try:
@@ -140,9 +141,9 @@ def count_activations(model: Any, blocks: Sequence[nn.Module], run: Run) -> Acti
                 if (
                     tracker.at is not None
                     and storage not in weights
-                    and tensor.numel() >= tracker.least
+                    and tensor.numel() >= tracker.min_size
                 ):
-                    held.setdefault(storage, (tracker.at, tensor.untyped_storage().nbytes()))
+                    sizes.setdefault(storage, (tracker.at, tensor.untyped_storage().nbytes()))
                 return tensor
 
             with (
@@ -154,27 +155,26 @@ def count_activations(model: Any, blocks: Sequence[nn.Module], run: Run) -> Acti
                 del outputs  # frees the graph and its saved tensors
     finally:
         model.train(training)
-    sums = [0] * len(blocks)
-    for block, size in held.values():
-        sums[block] += size
+    totals = [0] * len(blocks)
+    for block, size in sizes.values():
+        totals[block] += size
     return Activations(
-        tuple(size / tokens for size in sums),
+        tuple(size / tokens for size in totals),
         tuple(tracker.states[at] / tokens for at in range(len(blocks))),
     )
 
 
-def _trial(run: Run) -> dict[str, Any]:
-    """Returns a batch of one row, to measure activations; not truncated for encoder-decoders."""
-    rows = run.data.train[:_SAMPLED_ROWS]
+def _sample_batch(run: Run) -> dict[str, Any]:
+    rows = run.data.train[:_NUM_SAMPLES]
     row = max(rows, key=lambda row: len(row.input_ids))
     if run.model.kind == "encoder-decoder" and isinstance(row.labels, list):
-        answered = sum(len(r.labels) for r in rows if isinstance(r.labels, list))
-        share = answered / sum(len(r.input_ids) for r in rows)
-        answer = max(1, round(share * len(row.input_ids)))
-        labels = (row.labels * answer)[:answer]  # only their number matters
+        num_labels = sum(len(r.labels) for r in rows if isinstance(r.labels, list))
+        ratio = num_labels / sum(len(r.input_ids) for r in rows)
+        label_length = max(1, round(ratio * len(row.input_ids)))
+        labels = (row.labels * label_length)[:label_length]  # only their number matters
         return Collator(run.model.pad_id)([replace(row, labels=labels)])
-    extras = {name: values[:TRIED_TOKENS] for name, values in row.extras.items()}
-    row = replace(row, input_ids=row.input_ids[:TRIED_TOKENS], labels=0, extras=extras)
+    extras = {name: values[:MAX_SAMPLE_TOKENS] for name, values in row.extras.items()}
+    row = replace(row, input_ids=row.input_ids[:MAX_SAMPLE_TOKENS], labels=0, extras=extras)
     batch = Collator(run.model.pad_id)([row])
     del batch["labels"]
     return batch
@@ -182,35 +182,34 @@ def _trial(run: Run) -> dict[str, Any]:
 
 @dataclass
 class _BlockTracker:
-    """The block that a forward pass is currently in, and the inputs of blocks.
+    """Block that a forward pass is currently in.
 
     Attributes:
         at: index of the block being computed; None between encoder and decoder.
-        least: positions in the batch; tensors with fewer elements are not counted.
+        min_size: number of positions in the batch; tensors with fewer elements are not counted.
         states: block index → bytes of the block's input.
     """
 
     at: int | None = None
-    least: int = 0
+    min_size: int = 0
     states: dict[int, int] = field(default_factory=dict)
 
 
 @contextlib.contextmanager
 def _track_blocks(blocks: Sequence[nn.Module]) -> Iterator[_BlockTracker]:
-    """Yields a tracker that knows which of `blocks` is being computed."""
     tracker = _BlockTracker()
     indices = {block: at for at, block in enumerate(blocks)}
 
-    def enter(block: nn.Module, args: Any, kwargs: Any) -> None:
+    def before_block(block: nn.Module, args: Any, kwargs: Any) -> None:
         states = args[0] if args else kwargs["hidden_states"]
-        tracker.at, tracker.least = indices[block], states.shape[:-1].numel()
+        tracker.at, tracker.min_size = indices[block], states.shape[:-1].numel()
         tracker.states[indices[block]] = states.nbytes
 
-    def leave(block: nn.Module, args: Any, output: Any) -> None:  # noqa: ARG001 - a hook
+    def after_block(block: nn.Module, args: Any, output: Any) -> None:  # noqa: ARG001 - a hook
         tracker.at = None
 
-    hooks = [block.register_forward_pre_hook(enter, with_kwargs=True) for block in blocks]
-    hooks += [block.register_forward_hook(leave) for block in blocks]
+    hooks = [block.register_forward_pre_hook(before_block, with_kwargs=True) for block in blocks]
+    hooks += [block.register_forward_hook(after_block) for block in blocks]
     try:
         yield tracker
     finally:
@@ -222,8 +221,8 @@ class StepReducer:
     """Reduce the memory of a trainer's steps after a step ran out of memory.
 
     Attributes:
-        done: the reductions made: the step (0 before the first), and the new tokens per micro-batch
-            or `gradient_checkpointing`.
+        done: one record per reduction: the step (0 before the first), and the new tokens per
+            micro-batch or `gradient_checkpointing`.
     """
 
     def __init__(self, trainer: Any) -> None:
@@ -231,11 +230,11 @@ class StepReducer:
         self.done: list[dict[str, Any]] = []
 
     def can_reduce(self, inputs: Mapping[str, Any]) -> bool:
-        """Whether a further reduction is possible; never with several processes."""
+        """Returns whether a further reduction is possible; never with several processes."""
         trainer = self._trainer
         if trainer.args.world_size > 1 or trainer.fast is None:
             return False
-        return _has_several_rows(inputs) or self._can_checkpoint()
+        return _can_split(inputs) or self._can_checkpoint()
 
     def reduce(self, model: Any, rows: Sequence[Encoded], inputs: Mapping[str, Any]) -> Any:
         """Clear gradients; returns the `inputs` of a failed step in smaller micro-batches."""
@@ -244,19 +243,19 @@ class StepReducer:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         trainer, step = self._trainer, self._step()
-        where = f"at step {step}" if step else "before the first step"
-        if _has_several_rows(inputs):
+        when = f"at step {step}" if step else "before the first step"
+        if _can_split(inputs):
             tokens = self._halve()
             self._note({"step": step, "tokens_per_micro_batch": tokens})
             trainer.warn(
-                f"out of memory {where}: micro-batches have {tokens:,} tokens from now on, half "
+                f"out of memory {when}: micro-batches have {tokens:,} tokens from now on, half "
                 "as many as before; the rows of a step are the same."
             )
         else:
             self._checkpoint()
             self._note({"step": step, "gradient_checkpointing": True})
             trainer.warn(
-                f"out of memory {where}, with a single row: activations are recomputed from now "
+                f"out of memory {when}, with a single row: activations are recomputed from now "
                 f"on (--gradient-checkpointing): slower, with the same result."
             )
         return trainer.on_device(trainer.data_collator(rows))
@@ -272,25 +271,25 @@ class StepReducer:
                 continue
             self.done.append(dict(note))
 
-    def try_longest(self, rows: Sequence[Encoded], dtype: str) -> None:
-        """Compute forward and backward of the longest rows, to run out of memory before training.
+    def check_memory(self, rows: Sequence[Encoded], dtype: str) -> None:
+        """Run forward and backward of the longest rows, to run out of memory before training.
 
-        Reduces steps until these rows fit; if they cannot, the out-of-memory error is raised.
-        Restores random state and token counts, and clears gradients.
+        Steps are reduced until these rows fit; if they cannot, the out-of-memory error is raised.
+        Random state and token counts are restored, and gradients cleared.
         """
         trainer = self._trainer
         if trainer.args.world_size > 1 or trainer.fast is None:
             return
-        count = trainer.args.train_batch_size
-        order = np.argsort(-row_lengths(rows), kind="stable")[:count]
-        longest = trainer.with_targets([rows[int(at)] for at in order])
+        batch_size = trainer.args.train_batch_size
+        order = np.argsort(-row_lengths(rows), kind="stable")[:batch_size]
+        longest_rows = trainer.with_targets([rows[int(at)] for at in order])
         model, workers = trainer.model, trainer.fast.plan.workers
         devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
         with torch.random.fork_rng(devices=devices), trainer.standalone_steps(dtype):
-            inputs = trainer.on_device(trainer.data_collator(longest))
+            inputs = trainer.on_device(trainer.data_collator(longest_rows))
             while True:
-                parts = sorted(inputs["micro_batches"], key=lambda p: -p["input_ids"].numel())
-                batch = {**inputs, "micro_batches": [dict(part) for part in parts[:workers]]}
+                batches = sorted(inputs["micro_batches"], key=lambda p: -p["input_ids"].numel())
+                batch = {**inputs, "micro_batches": [dict(part) for part in batches[:workers]]}
                 batch.pop("rows")
                 batch.pop("texts", None)
                 try:
@@ -299,13 +298,13 @@ class StepReducer:
                 except Exception as error:
                     if not (is_out_of_memory(error) and self.can_reduce(inputs)):
                         raise
-                inputs = self.reduce(model, longest, inputs)
+                inputs = self.reduce(model, longest_rows, inputs)
         model.zero_grad()
         trainer.take_step_loss()
 
     def _step(self) -> int:
         trainer = self._trainer
-        return 0 if trainer.is_alone else trainer.state.global_step + 1
+        return 0 if trainer.is_standalone else trainer.state.global_step + 1
 
     def _note(self, note: dict[str, Any]) -> None:
         self.done.append(note)
@@ -317,7 +316,7 @@ class StepReducer:
         if trainer.fast is None or not isinstance(trainer.data_collator, StepCollator):
             raise TypeError("only a fast step has micro-batches")
         plan = trainer.fast.plan
-        trainer.fast.plan = replace(plan, tokens=trainer.data_collator.halve())
+        trainer.fast.plan = replace(plan, tokens=trainer.data_collator.halve_tokens())
         return trainer.fast.plan.tokens // plan.workers
 
     def _can_checkpoint(self) -> bool:
@@ -337,10 +336,10 @@ class StepReducer:
         # The prefix's layout is not available during recomputation (see `plan_fast`).
         trainer.fast.plan = replace(trainer.fast.plan, shared_prefix=False)
         trainer.data_collator.disable_shared_prefix()
-        recompute_blocks(base_model(trainer.model))
+        enable_checkpointing(base_model(trainer.model))
 
 
-def _has_several_rows(inputs: Mapping[str, Any]) -> bool:
+def _can_split(inputs: Mapping[str, Any]) -> bool:
     return bool(inputs.get("has_parts"))
 
 
@@ -353,36 +352,35 @@ def explain_out_of_memory(run: Run) -> Iterator[None]:
         if not is_out_of_memory(error):
             raise
         text = str(error).strip().split("\n")[0] or type(error).__name__
-        raise RunError(f"out of memory: {text[:200]}. {_advice(run)}") from error
+        raise RunError(f"out of memory: {text[:200]}. {_suggest(run)}") from error
 
 
-def _advice(run: Run) -> str:
-    """Returns a sentence with unused options that reduce memory, least intrusive first."""
+def _suggest(run: Run) -> str:
     train, rows = run.config.train, run.config.train.per_device_train_batch_size
-    options = []
+    suggestions = []
     if rows > 1:
         accumulation = train.gradient_accumulation_steps * 2
-        options.append(
+        suggestions.append(
             f"--per-device-train-batch-size {rows // 2} --gradient-accumulation-steps "
             f"{accumulation} "
             "(the same steps)"
         )
     if not train.recomputes:
-        options.append("--gradient-checkpointing")
+        suggestions.append("--gradient-checkpointing")
     if run.config.quant.kind == "none" and not run.config.method.validate_quant(
         run.config.quant.model_copy(update={"kind": "4bit"})
     ):
-        options.append("--quant 4bit")
+        suggestions.append("--quant 4bit")
     if run.data.max_length:
-        options.append(f"a --max-length below {run.data.max_length:,}")
-    options.append("a smaller --model")
-    return f"What takes less: {'; '.join(options)}."
+        suggestions.append(f"a --max-length below {run.data.max_length:,}")
+    suggestions.append("a smaller --model")
+    return f"What takes less: {'; '.join(suggestions)}."
 
 
-SETTING = "expandable_segments:True"
+ALLOCATOR_CONF = "expandable_segments:True"
 OLD_NAME, NAME = "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"
 
-_NEW_SINCE = Version("2.11")
+_MIN_VERSION = Version("2.11")
 """torch 2.9.1 warns about the old name, but ignores this setting under the new one
 (https://github.com/pytorch/pytorch/issues/183387)."""
 
@@ -395,5 +393,5 @@ def use_expandable_segments(device: str) -> None:
     """
     if device != "cuda" or any(name in os.environ for name in (OLD_NAME, NAME)):
         return
-    has_new = Version(torch.__version__) >= _NEW_SINCE
-    os.environ[NAME if has_new else OLD_NAME] = SETTING
+    is_new = Version(torch.__version__) >= _MIN_VERSION
+    os.environ[NAME if is_new else OLD_NAME] = ALLOCATOR_CONF

@@ -35,7 +35,7 @@ from ftlevel.config.section import Choice
 from ftlevel.data.encoding.collate import Collator
 from ftlevel.data.encoding.encode import IGNORED, Encoded
 from ftlevel.events import Listener
-from ftlevel.fast.kernels import describe_choices
+from ftlevel.fast.kernels import get_used_kernels
 from ftlevel.fast.likelihoods import base_model
 from ftlevel.fast.plan import uses_fused_layers
 from ftlevel.fast.step import FastStep
@@ -67,53 +67,57 @@ class FsdpUnit:
     """Modules that FSDP2 shards and gathers together.
 
     Attributes:
-        inside: submodules that form units of their own.
-        gathers_again: whether parameters are gathered again for the backward pass.
+        nested: submodules that form units of their own.
         precision: dtypes of gathered parameters and of gradient reduction.
     """
 
     modules: list[torch.nn.Module]
-    inside: Sequence[torch.nn.Module]
-    gathers_again: bool
+    nested: Sequence[torch.nn.Module]
+    reshard_after_forward: bool
     precision: MixedPrecisionPolicy = field(default_factory=MixedPrecisionPolicy)
 
 
 def shard(
-    model: Any, device: str, *, holds: bool, dtype: torch.dtype, slices: LazyWeights | None = None
+    model: Any,
+    device: str,
+    *,
+    keeps_unsharded: bool,
+    dtype: torch.dtype,
+    slices: LazyWeights | None = None,
 ) -> None:
     """Shard `model` (modified) with FSDP2; this process's part is placed on its device.
 
     Tensors that a method adds and trains stay whole in every process; `--method full` shards
-    everything. Blocks are sharded one by one, so a device stores its part and at most one whole
-    block. With `holds`, gathered blocks are kept until backward (ZeRO-2), else gathered again
-    (ZeRO-3). Each process reads its part of the weights in `slices`; None if all are loaded.
+    everything. Each block is a unit, so a device stores its part and at most one whole block. With
+    `keeps_unsharded`, gathered blocks are kept until backward (ZeRO-2), else gathered again
+    (ZeRO-3). `slices` reads this process's part of the weights; None if all weights are loaded.
     """
     mesh = init_device_mesh(device, (distributed.get_world_size(),))
     replicated = replicated_parameters(model)
     for parameter in replicated:
         parameter.data = parameter.data.to(mesh.device_type)
     blocks = blocks_of(model)
-    narrow = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
-    shared = list[FsdpUnit]()
+    mp_policy = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
+    units = list[FsdpUnit]()
     for block in blocks:
-        linears = cast_linears(block, dtype, replicated)
-        if linears:
-            shared.append(FsdpUnit(linears, (), not holds, narrow))
-        shared.append(FsdpUnit([block], linears, not holds))
+        layers = get_cast_layers(block, dtype, replicated)
+        if layers:
+            units.append(FsdpUnit(layers, (), not keeps_unsharded, mp_policy))
+        units.append(FsdpUnit([block], layers, not keeps_unsharded))
     # Embeddings, head and final norm belong to the root unit, gathered once per micro-batch.
-    for part in [*shared, FsdpUnit([model], blocks, False)]:
-        for module in part.modules:
-            carry_quant_states(module, part.inside)
-        read = slices.put_aside(part.modules, keep=replicated) if slices is not None else None
+    for unit in [*units, FsdpUnit([model], blocks, False)]:
+        for module in unit.modules:
+            carry_quant_states(module, unit.nested)
+        load = slices.put_aside(unit.modules, keep=replicated) if slices is not None else None
         fully_shard(
-            part.modules,
+            unit.modules,
             mesh=mesh,
-            reshard_after_forward=part.gathers_again,
-            mp_policy=part.precision,
+            reshard_after_forward=unit.reshard_after_forward,
+            mp_policy=unit.precision,
             ignored_params=replicated,
         )
-        if read is not None:
-            read()
+        if load is not None:
+            load()
     for buffer in model.buffers():
         buffer.data = buffer.data.to(mesh.device_type)
     if hasattr(model, "generate"):
@@ -125,8 +129,8 @@ def _reshard_after_inference(model: Any) -> None:
     """Make `model` (modified) reshard its parameters after a forward pass without gradients.
 
     FSDP2 leaves modules with `reshard_after_forward=False` unsharded until backward. If no backward
-    pass follows and one process reads the state dict, only that process would reshard. Its next
-    forward pass would then not match the others'. `generate` reshards after its last token.
+    pass follows and one process reads the state dict, only that process would reshard, and its next
+    forward pass would not match the others'. `generate` reshards after its last token.
     """
     generate, is_generating = getattr(model, "generate", None), False
 
@@ -168,7 +172,7 @@ def blocks_of(model: Any) -> list[torch.nn.Module]:
     return [block for stack in tree.blocks for block in tree.modules[stack].children()]
 
 
-def cast_linears(
+def get_cast_layers(
     block: torch.nn.Module, dtype: torch.dtype, replicated: set[torch.nn.Parameter]
 ) -> list[Any]:
     """Returns the linear layers of `block` with sharded trainable weights wider than `dtype`.
@@ -177,12 +181,12 @@ def cast_linears(
     weights are gathered in `dtype` instead. Norms and embeddings are unchanged, as with autocast.
     """
     return [
-        part
-        for part in block.modules()
-        if isinstance(part, torch.nn.Linear | Conv1D)
-        and part.weight.requires_grad
-        and part.weight not in replicated
-        and part.weight.dtype.itemsize > dtype.itemsize
+        module
+        for module in block.modules()
+        if isinstance(module, torch.nn.Linear | Conv1D)
+        and module.weight.requires_grad
+        and module.weight not in replicated
+        and module.weight.dtype.itemsize > dtype.itemsize
     ]
 
 
@@ -215,16 +219,21 @@ def apply_fast_step(model: Any, run: Run, listener: Listener) -> FastStep | None
     if not run.fast.enabled:
         return None
     fast = FastStep(model, run.fast)
-    tried = (run.data.train, run.model.pad_id, run.model.device, run.model.dtype)
-    for reason in (*fast.check(*tried), fast.check_cross_entropy(run.objective, *tried)):
+    args = (run.data.train, run.model.pad_id, run.model.device, run.model.dtype)
+    for reason in (*fast.check(*args), fast.check_cross_entropy(run.objective, *args)):
         if reason:
             listener.warn(f"{run.model.family}: {reason}.")
-    fast.prune_last_layer(run.objective, *tried)
+    fast.prune_last_layer(run.objective, *args)
     return fast
 
 
-def describe_speed(trainer: FtlevelTrainer, verified: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Returns the `speed` section of summary.json; `verified` is the result of `verify_step`."""
+def get_speed_info(
+    trainer: FtlevelTrainer, verification: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """Returns the `speed` section of summary.json.
+
+    `verification` is what `verify_step` recorded; None if the fast step was not verified.
+    """
     if trainer.fast is None:
         return {"fast": False}
     plan = trainer.fast.plan
@@ -234,7 +243,7 @@ def describe_speed(trainer: FtlevelTrainer, verified: Mapping[str, Any] | None) 
         "chunked_cross_entropy": plan.chunked_cross_entropy,
         "prefixes_shared": plan.prefix_tree,
         "fused_norms_and_glus": trainer.fast.norm_glu.count if trainer.fast.norm_glu else 0,
-        "triton_kernels": describe_choices(),
+        "triton_kernels": get_used_kernels(),
         "pruned_linears": trainer.fast.pruned_linears,
         "parallel_workers": plan.workers,
         "tokens_per_micro_batch": plan.tokens // plan.workers,
@@ -242,7 +251,7 @@ def describe_speed(trainer: FtlevelTrainer, verified: Mapping[str, Any] | None) 
         "made_smaller_for_memory": trainer.smaller.done,
         "tokens_computed": trainer.tokens_computed,
         "tokens_in_rows": int(trainer.tokens_seen),
-        "verified": verified,
+        "verified": verification,
     }
 
 
@@ -250,15 +259,15 @@ _PHI = 0x9E3779B97F4A7C15 - 2**64
 _FACTOR = 0xBF58476D1CE4E5B9 - 2**64
 _SHIFTS = 32, 29
 
-_CPU_WORDS = 1 << 15
+_CPU_CHUNK = 1 << 15
 """Words per chunk: 256 KiB and two copies fit into a core's cache."""
 
-_GPU_WORDS = 1 << 23
+_GPU_CHUNK = 1 << 23
 """Words per chunk: 64 MiB take a GPU longer than the kernel launches."""
 
 
 @dataclass(frozen=True)
-class Digest:
+class TensorHash:
     """Data type, shape and 64-bit digest D of a tensor."""
 
     dtype: torch.dtype
@@ -266,19 +275,19 @@ class Digest:
     value: int
 
 
-def digest_tensors(tensors: Iterable[tuple[str, Tensor]]) -> Mapping[str, Digest]:
-    """Returns the digest of each tensor by name, with one device synchronization.
+def hash_tensors(tensors: Iterable[tuple[str, Tensor]]) -> Mapping[str, TensorHash]:
+    """Returns the hash of each tensor by name, with one device synchronization.
 
-    Of a sharded tensor, only this process's part is digested.
+    Of a sharded tensor, only this process's part is hashed.
     """
     local = [(name, local_shard(tensor.detach())) for name, tensor in tensors]
-    parts = [(name, tensor, _sum(tensor)) for name, tensor in local]
-    if not parts:
+    sums = [(name, tensor, _hash(tensor)) for name, tensor in local]
+    if not sums:
         return {}
-    values = torch.stack([value.cpu() for _, _, value in parts]).tolist()
+    values = torch.stack([value.cpu() for _, _, value in sums]).tolist()
     return {
-        name: Digest(tensor.dtype, tuple(tensor.shape), value)
-        for (name, tensor, _), value in zip(parts, values, strict=True)
+        name: TensorHash(tensor.dtype, tuple(tensor.shape), value)
+        for (name, tensor, _), value in zip(sums, values, strict=True)
     }
 
 
@@ -288,31 +297,31 @@ def base_name(name: str) -> str:
     return name.replace(".base_layer.", ".").replace(".original_module.", ".")
 
 
-def digest(tensor: Tensor) -> Digest:
-    """Returns the digest of one tensor."""
-    return digest_tensors([("", tensor)])[""]
+def hash_tensor(tensor: Tensor) -> TensorHash:
+    """Returns the hash of one tensor."""
+    return hash_tensors([("", tensor)])[""]
 
 
-def _sum(tensor: Tensor) -> Tensor:
-    """Returns the digest D (a scalar, int64) of one tensor, computed on the tensor's device."""
+def _hash(tensor: Tensor) -> Tensor:
+    """Returns the digest D (int64) of one tensor, computed on the tensor's device."""
     if parts := inner_tensors(tensor):  # torchao's: several tensors under one name
-        return _sum(torch.stack([_sum(part).cpu() for part in parts]))
+        return _hash(torch.stack([_hash(part).cpu() for part in parts]))
     data = tensor.contiguous().view(-1).view(torch.uint8)
-    size = _CPU_WORDS if data.device.type == "cpu" else _GPU_WORDS
+    size = _CPU_CHUNK if data.device.type == "cpu" else _GPU_CHUNK
     total = torch.zeros((), dtype=torch.int64, device=data.device)
     for start in range(0, len(data), 8 * size):
-        total += _sum_piece(data[start : start + 8 * size], start // 8)
+        total += _hash_chunk(data[start : start + 8 * size], start // 8)
     return total
 
 
-def _sum_piece(piece: Tensor, first: int) -> Tensor:
-    """Returns Σ m over the words of `piece` (bytes); `first` is the index i of its first word."""
-    if len(piece) % 8:
-        piece = torch.cat([piece, piece.new_zeros(8 - len(piece) % 8)])
-    if piece.storage_offset() % 8:
-        piece = piece.clone()
-    x = piece.view(torch.int64)
-    z = x + _keys(len(x), piece.device)
+def _hash_chunk(chunk: Tensor, first: int) -> Tensor:
+    """Returns Σ m over the words of `chunk` (bytes); `first` is the index i of its first word."""
+    if len(chunk) % 8:
+        chunk = torch.cat([chunk, chunk.new_zeros(8 - len(chunk) % 8)])
+    if chunk.storage_offset() % 8:
+        chunk = chunk.clone()
+    x = chunk.view(torch.int64)
+    z = x + _keys(len(x), chunk.device)
     z.add_(_wrapped(first * _PHI))
     for shift, factor in zip(_SHIFTS, (_FACTOR, 1), strict=True):
         high = (z >> shift).bitwise_and_((1 << (64 - shift)) - 1)
@@ -323,13 +332,11 @@ def _sum_piece(piece: Tensor, first: int) -> Tensor:
 
 
 @lru_cache(maxsize=4)
-def _keys(count: int, device: torch.device) -> Tensor:
-    """Returns (i + 1) · φ for i = 0 … `count` − 1, as int64."""
-    return torch.arange(1, count + 1, device=device).mul_(_PHI)
+def _keys(num_words: int, device: torch.device) -> Tensor:
+    return torch.arange(1, num_words + 1, device=device).mul_(_PHI)
 
 
 def _wrapped(number: int) -> int:
-    """Returns the integer `number` modulo 2⁶⁴, as a signed 64-bit integer."""
     return (number + 2**63) % 2**64 - 2**63
 
 
@@ -344,29 +351,29 @@ class PreparedModel:
         model: the base with the method applied.
         start: initial adapter state that `save_adapter` needs after training.
         fast: the applied fast step, if any.
-        digests: digests of the base's tensors at load time, by their names in the base.
+        digests: hashes of the base's tensors at load time, by their names in the base.
     """
 
     model: Any
     start: dict[str, Any]
     fast: FastStep | None
-    digests: Mapping[str, Digest]
+    digests: Mapping[str, TensorHash]
 
 
-def load_adapted(run: Run, listener: Listener) -> PreparedModel:
-    """Load the base, apply the method and the fast step, and set up activation recomputation."""
+def load_training_model(run: Run, listener: Listener) -> PreparedModel:
+    """Load the base, apply the method and the fast step, and set up gradient checkpointing."""
     use_expandable_segments(run.model.device)
     shards = run.config.train.shard != "none"
-    trains_base = not METHODS[run.config.method.kind].is_adapter
+    is_full = not METHODS[run.config.method.kind].is_adapter
     if shards:
         model = load_sharded(run, listener)
     else:
         base = load_base(run)
-        digests = {} if trains_base else digest_tensors(base.named_parameters())
+        digests = {} if is_full else hash_tensors(base.named_parameters())
         model = apply_run_method(base, run)
         initialize_adapter(model, run)
-    if trains_base or shards:  # of this process's part
-        digests = digest_tensors(
+    if is_full or shards:  # of this process's part
+        digests = hash_tensors(
             (base_name(n), p) for n, p in model.named_parameters() if not p.requires_grad
         )
     fast = apply_fast_step(model, run, listener)
@@ -385,105 +392,104 @@ def apply_run_method(base: Any, run: Run) -> Any:
 def initialize_adapter(model: Any, run: Run) -> None:
     """Initialize the method of `model` (modified), or load the adapter to continue from."""
     if run.adapter is None:
-        prepare_start(model, run)
+        initialize_method(model, run)
     else:
         load_initial_weights(model, run.adapter.directory)
 
 
 def load_sharded(run: Run, listener: Listener) -> Any:
-    """Load and shard the model with the method; if possible, a process reads only its own part.
-
-    A corrupted part raises InputError in all processes.
-    """
-    reason = explain_full_read(run)
+    """Load and shard the model with the method; if possible, a process reads only its own part."""
+    reason = get_full_load_reason(run)
     slices = None if reason else LazyWeights()
-    local_run = replace(run, model=place_on_host(run.model, slices))
+    local_run = replace(run, model=with_host_device(run.model, slices))
     model = apply_run_method(load_base(local_run, slices), run)
     if slices is not None and (computed := find_computed_tensor(model, slices)):
         reason = f"{computed} is computed from weights of another dtype in the checkpoint"
         del model
         slices = None
-        local_run = replace(run, model=place_on_host(run.model, slices))
+        local_run = replace(run, model=with_host_device(run.model, slices))
         model = apply_run_method(load_base(local_run), run)
     initialize_adapter(model, local_run)
-    dtype, holds = DTYPES[run.model.dtype], run.config.train.shard == "grads"
-    shard(model, run.model.device, holds=holds, dtype=dtype, slices=slices)
+    dtype, keeps_unsharded = DTYPES[run.model.dtype], run.config.train.shard == "grads"
+    shard(model, run.model.device, keeps_unsharded=keeps_unsharded, dtype=dtype, slices=slices)
     if slices is not None:
-        parts = [(base_name(n), local_shard(p)) for n, p in model.named_parameters()]
+        tensors = [(base_name(n), local_shard(p)) for n, p in model.named_parameters()]
         for name, linear in model.named_modules():
-            parts += [(base_name(f"{name}.weight"), scales) for scales in scales_of(linear)]
-        started_processes().in_all(lambda: check_finite(parts, run.model.source.label))
+            tensors += [(base_name(f"{name}.weight"), scales) for scales in scales_of(linear)]
+        started_processes().in_all(lambda: check_finite(tensors, run.model.source.label))
         if slices.converted:
             reason = (
                 f"except {slices.converted[0]} and similar tensors, computed from several of "
                 f"its tensors"
             )
-    read = "whole by each process" if slices is None else "its own rows by each process"
-    listener.choices("train", [Choice("base read", read, reason)])
+    loaded_part = "whole by each process" if slices is None else "its own rows by each process"
+    listener.choices("train", [Choice("base read", loaded_part, reason)])
     return model
 
 
 def find_computed_tensor(model: Any, slices: LazyWeights) -> str:
     """Returns the name of a tensor computed from weights that are not read yet; empty for none.
 
-    Also reads those weights of `model` (modified) of which the method trains copies.
+    Reads those weights of `model` (modified) of which the method trains copies.
     """
     if not hasattr(model, "peft_config"):
         return ""
-    unread = slices.fill(model, lambda name: base_name(name).replace(_TRAINED_COPY, "."))
-    return next(iter(unread), "")
+    names = slices.fill(model, lambda name: base_name(name).replace(_TRAINED_COPY, "."))
+    return next(iter(names), "")
 
 
-def explain_full_read(run: Run) -> str:
+def get_full_load_reason(run: Run) -> str:
     """Returns why each process must read the whole base; empty if its own part is enough."""
-    planned, initialization = run.model, METHODS[run.config.method.kind].initialization
-    if get_quantization_config(planned.config) is not None:
+    model_info, initialization = run.model, METHODS[run.config.method.kind].initialization
+    if get_quantization_config(model_info.config) is not None:
         return "it is stored quantized, and its scales go with whole weights"
-    if planned.quant.kind != "none" and getattr(run.config.method, "use_dora", False):
+    if model_info.quant.kind != "none" and getattr(run.config.method, "use_dora", False):
         return "DoRA's magnitudes are norms of whole weights"
-    if planned.quant.experts:
+    if model_info.quant.experts:
         return "experts of a mixture are quantized whole"
-    if planned.source.gguf_file:
+    if model_info.source.gguf_file:
         return "a .gguf has no rows that could be read by themselves"
-    if planned.source.trust_remote_code:
+    if model_info.source.trust_remote_code:
         return "--trust-remote-code: its own code may read it otherwise"
     if initialization.without_weights(run.config.method) != run.config.method:
         return "the method's start may compute with it"
     return ""
 
 
-def place_on_host(planned: PlannedModel, slices: LazyWeights | None) -> PlannedModel:
-    """Returns `planned` with device CPU, unless whole weights must be quantized on the device."""
-    on_device = planned.quant.kind != "none" and slices is None
-    return planned if on_device else replace(planned, device="cpu")
+def with_host_device(model_info: PlannedModel, slices: LazyWeights | None) -> PlannedModel:
+    """Returns `model_info` with the CPU as device, so that weights are loaded into host memory.
+
+    If whole weights must be quantized on the device, `model_info` is returned unchanged.
+    """
+    on_device = model_info.quant.kind != "none" and slices is None
+    return model_info if on_device else replace(model_info, device="cpu")
 
 
 def load_base(run: Run, slices: LazyWeights | None = None) -> Any:
     """Load the base model for training; new heads are initialized from the seed.
 
-    Weights are not read yet, but registered in `slices` (modified); with None, they are read.
-    Damaged or missing weights raise InputError.
+    With `slices` (modified), weights are registered there and not read yet.
     """
     from transformers import set_seed
 
     set_seed(run.config.train.seed)
-    planned, trains_base = run.model, not METHODS[run.config.method.kind].is_adapter
-    compute = DTYPES[planned.dtype]
+    model_info, is_full = run.model, not METHODS[run.config.method.kind].is_adapter
+    compute_dtype = DTYPES[model_info.dtype]
     model, missing = load_model(
-        planned.source,
-        planned.config,
-        planned.auto_class,
-        dtype=DTYPES["float32"] if trains_base else compute,
-        device=planned.device,
-        quantization=build_quantization_config(planned.quant, compute, planned.heads),
+        model_info.source,
+        model_info.config,
+        model_info.auto_class,
+        dtype=DTYPES["float32"] if is_full else compute_dtype,
+        device=model_info.device,
+        quantization=build_quantization_config(model_info.quant, compute_dtype, model_info.heads),
         attn_implementation=run.config.model.attn_implementation,
         slices=slices,
     )
-    check_missing(missing, planned.new_modules, planned.source.label)
+    check_missing(missing, model_info.new_modules, model_info.source.label)
     return model
 
 
-def prepare_start(model: Any, run: Run) -> None:
+def initialize_method(model: Any, run: Run) -> None:
     """Run the method's initialization, which may use data and weights, on `model` (modified)."""
     size, seed = run.config.train.per_device_train_batch_size, run.config.train.seed
     pad_id, device = run.model.pad_id, run.model.device

@@ -30,7 +30,7 @@ from ftlevel.training.plan.run import PlannedModel, Run
 BASE, ROWS = "model.fingerprint", "data.fingerprint"
 """Fields of a run's origin with fingerprints of sampled bytes."""
 
-_MOST = 64 << 30
+_MAX_BYTES = 64 << 30
 """Maximal bytes of a stream's files that are hashed; later files are compared by samples only. A
 core hashes about 1.7 GB/s (AMD EPYC), so the first checkpoint may wait for about 40 s if the
 disk is as fast."""
@@ -39,8 +39,9 @@ disk is as fast."""
 class FileDigests:
     """SHA-256 of whole files, computed in a background thread and stored in `file_name`.
 
-    `field` is the origin's field with the fingerprint of these files; `description` is their name
-    in messages.
+    Attributes:
+        field: field of the origin with the fingerprint of these files.
+        description: name of the files in messages.
     """
 
     def __init__(
@@ -55,13 +56,13 @@ class FileDigests:
         if not self._files or (checkpoints / self.file_name).exists():
             return
 
-        def read_and_write() -> None:
+        def compute_and_save() -> None:
             with contextlib.suppress(MemoryError, OSError):  # reported by the run itself
-                digests = self._read()
+                digests = self._hash_files()
                 if checkpoints.is_dir():
                     write_json(checkpoints / self.file_name, digests)
 
-        self._thread = threading.Thread(target=read_and_write, daemon=True)
+        self._thread = threading.Thread(target=compute_and_save, daemon=True)
         self._thread.start()
 
     def wait(self) -> None:
@@ -72,42 +73,40 @@ class FileDigests:
     def changes(self, checkpoints: Path) -> dict[str, tuple[str | None, str | None]] | None:
         """Returns changed files: file → (digest when the run started, digest now).
 
-        Returns None if the digests at the start are unknown.
+        None if the digests at the start are unknown.
         """
         if not self._files:
             return {}
         try:
-            stored = json.loads(read_plain(checkpoints / self.file_name))
-            if not isinstance(stored, dict):
+            saved = json.loads(read_plain(checkpoints / self.file_name))
+            if not isinstance(saved, dict):
                 raise TypeError
         except (OSError, ValueError, TypeError, RecursionError):
             return None
-        digests = self._read()
-        pairs = {
-            name: (stored.get(name), digests.get(name)) for name in sorted({*stored, *digests})
-        }
+        current = self._hash_files()
+        pairs = {name: (saved.get(name), current.get(name)) for name in sorted({*saved, *current})}
         return {name: (was, now) for name, (was, now) in pairs.items() if was != now}
 
     def forget(self, checkpoints: Path) -> None:
         """Delete the stored digests, so that a resumed run writes new ones."""
         (checkpoints / self.file_name).unlink(missing_ok=True)
 
-    def _read(self) -> dict[str, str]:
+    def _hash_files(self) -> dict[str, str]:
         return {name: file_fingerprint(path) for name, path in self._files.items()}
 
 
-def digests_of(run: Run) -> tuple[FileDigests, FileDigests]:
+def get_file_digests(run: Run) -> tuple[FileDigests, FileDigests]:
     """Returns the `FileDigests` of the base model and of a streamed dataset."""
     source = run.model.source
     base = [] if source.path is None else _weights(source.path)
-    rows = _limit_files(_MOST, run.data.stream.files) if run.data.stream else []
+    files = _limit_files(_MAX_BYTES, run.data.stream.files) if run.data.stream else []
     return (
         FileDigests(BASE, source.label, "base.json", {file.name: file for file in base}),
         FileDigests(
             ROWS,
             "the rows",
             "rows.json",
-            {f"file {number} of {len(rows)}": file for number, file in enumerate(rows, 1)},
+            {f"file {number} of {len(files)}": file for number, file in enumerate(files, 1)},
         ),
     )
 
@@ -117,7 +116,6 @@ def _weights(path: Path) -> list[Path]:
 
 
 def _limit_files(max_bytes: int, files: Sequence[Path]) -> list[Path]:
-    """Returns the first `files` whose total size is at most `max_bytes`."""
     selected = []
     for file in files:
         max_bytes -= file.stat().st_size
@@ -128,7 +126,7 @@ def _limit_files(max_bytes: int, files: Sequence[Path]) -> list[Path]:
 
 
 CONFIG, TOKENIZER, TEMPLATE = "model.config.", "model.tokenizer", "model.chat_template"
-"""Names in the result of `describe_model`: prefix of config fields, tokenizer, chat template."""
+"""Names in the result of `get_model_values`: prefix of config fields, tokenizer, chat template."""
 
 _IGNORED_FIELDS = set(
     """
@@ -138,15 +136,15 @@ _IGNORED_FIELDS = set(
 )
 
 
-def describe_model(model: PlannedModel) -> dict[str, Any]:
+def get_model_values(model: PlannedModel) -> dict[str, Any]:
     """Returns the config of the base by dotted name, and digests of its tokenizer."""
     flat = dict(
         _flatten(CONFIG.rstrip("."), json.loads(model.config.to_json_string(use_diff=False)))
     )
-    return flat | describe_tokenizer(model.tokenizer)
+    return flat | get_tokenizer_values(model.tokenizer)
 
 
-def describe_tokenizer(tokenizer: Any) -> dict[str, str]:
+def get_tokenizer_values(tokenizer: Any) -> dict[str, str]:
     """Returns digests of a tokenizer and of its chat template.
 
     Settings of truncation and padding are ignored: some tokenizer files, such as MiniLM's, contain
@@ -179,7 +177,7 @@ def _digest(value: Any) -> str:
 
 
 # Settings of logging, saving and evaluation, which do not affect the training result.
-_FREE_FIELDS = set(
+_UNCHECKED_FIELDS = set(
     """
     logging_steps eval_steps save_steps save_minutes save_total_limit eval_on_start
     predict_with_generate max_generate_samples max_new_tokens metrics num_beams temperature
@@ -189,19 +187,19 @@ _FREE_FIELDS = set(
 )
 PROMPT = "prompt_version"
 """Field of the origin's data section with the version of plain prompts."""
-_EVALUATION = {"eval_steps", "eval_strategy", "eval_on_start"}
+_EVAL_FIELDS = {"eval_steps", "eval_strategy", "eval_on_start"}
 """Fields that affect the result if the learning-rate schedule depends on evaluations."""
 
 
-def origin_of(run: Run, base: Mapping[str, Any]) -> dict[str, Any]:
+def get_run_origin(run: Run, base: Mapping[str, Any]) -> dict[str, Any]:
     """Returns all values that must be the same when the run resumes, by dotted name."""
     values: dict[str, Any] = run.config.model_dump(mode="json", exclude={"output"})
-    free = (
-        _FREE_FIELDS
+    unchecked = (
+        _UNCHECKED_FIELDS
         if run.config.train.lr_scheduler_type != PLATEAU
-        else _FREE_FIELDS - _EVALUATION
+        else _UNCHECKED_FIELDS - _EVAL_FIELDS
     )
-    values["train"] = {k: v for k, v in values["train"].items() if k not in free}
+    values["train"] = {k: v for k, v in values["train"].items() if k not in unchecked}
     values["data"] = {k: v for k, v in values["data"].items() if k not in ("num_proc", "cache")}
     values["speed"].pop("verify")
     values["train"]["learning_rate"] = run.schedule.learning_rate
@@ -226,7 +224,7 @@ def origin_of(run: Run, base: Mapping[str, Any]) -> dict[str, Any]:
     if template := values["data"]["chat_template"]:
         values["data"]["chat_template"] = Path(template).name
     values["versions"] = library_versions()
-    flat = {"task": values.pop("task"), **describe_model(run.model)}
+    flat = {"task": values.pop("task"), **get_model_values(run.model)}
     if run.model.device == "cpu":  # the thread count changes the order of sums
         flat["threads"] = torch.get_num_threads()
     flat |= {f"{section}.{k}": v for section, part in values.items() for k, v in part.items()}
@@ -234,7 +232,7 @@ def origin_of(run: Run, base: Mapping[str, Any]) -> dict[str, Any]:
     return origin
 
 
-def describe_all_settings(run: Run, origin: Mapping[str, Any]) -> dict[str, Any]:
+def get_all_values(run: Run, origin: Mapping[str, Any]) -> dict[str, Any]:
     """Returns all values that must be the same in all processes of a run, by dotted name.
 
     Extends `origin` with settings such as save intervals, but drops the thread count, which may
@@ -247,22 +245,22 @@ def describe_all_settings(run: Run, origin: Mapping[str, Any]) -> dict[str, Any]
     return {**flat, **{key: value for key, value in origin.items() if key != "threads"}}
 
 
-def read_origin(directory: RunDirectory, origin: Mapping[str, Any]) -> dict[str, Any]:
+def load_origin(output_dir: RunDirectory, origin: Mapping[str, Any]) -> dict[str, Any]:
     """Load the stored origin under current field names; fields that it lacks get their defaults."""
-    before = read_origin_file(directory)
+    before = load_origin_file(output_dir)
     if "threads" in origin:  # absent in runs of older versions
         before.setdefault("threads", origin["threads"])
-    none = before.get("quant.kind", "none") == "none"
-    before.setdefault("quant.experts", None if none else False)  # not in older versions
-    knows_model = TOKENIZER in before
+    is_unquantized = before.get("quant.kind", "none") == "none"
+    before.setdefault("quant.experts", None if is_unquantized else False)  # not in older versions
+    has_model = TOKENIZER in before
     for key, value in origin.items():  # fields added later, at their default
-        of_model = key.startswith((TOKENIZER, TEMPLATE, CONFIG)) and not knows_model
+        is_model_field = key.startswith((TOKENIZER, TEMPLATE, CONFIG)) and not has_model
         default = _default_of(key)
-        if of_model or value == default:
+        if is_model_field or value == default:
             before.setdefault(key, value)
         if isinstance(value, dict) and isinstance(default, dict) and key in before:
-            added = {name: v for name, v in value.items() if v == default.get(name, value)}
-            before[key] = {**added, **before[key]}
+            new_fields = {name: v for name, v in value.items() if v == default.get(name, value)}
+            before[key] = {**new_fields, **before[key]}
     if f"data.{PROMPT}" in origin:  # not stored for version 1
         before.setdefault(f"data.{PROMPT}", 1)
     before.setdefault("data.validation_fingerprint", origin.get("data.validation_fingerprint"))
@@ -272,29 +270,25 @@ def read_origin(directory: RunDirectory, origin: Mapping[str, Any]) -> dict[str,
 
 
 def check_same_run(
-    directory: RunDirectory, before: Mapping[str, Any], origin: Mapping[str, Any]
+    output_dir: RunDirectory, before: Mapping[str, Any], origin: Mapping[str, Any]
 ) -> None:
-    """Raise ConfigError with all fields in which the origins `before` and `origin` differ."""
-    changed = [key for key in {**before, **origin} if before.get(key) != origin.get(key)]
-    if changed:
-        differences = join_names(
-            f"{key} was {before.get(key)!r} and is {origin.get(key)!r}" for key in sorted(changed)
+    """Raise ConfigError with all fields in which two origins of a run differ."""
+    keys = [key for key in {**before, **origin} if before.get(key) != origin.get(key)]
+    if keys:
+        message = join_names(
+            f"{key} was {before.get(key)!r} and is {origin.get(key)!r}" for key in sorted(keys)
         )
-        note = f" (OMP_NUM_THREADS={before.get('threads')})" if "threads" in changed else ""
+        note = f" (OMP_NUM_THREADS={before.get('threads')})" if "threads" in keys else ""
         raise ConfigError(
-            f"--resume {directory.path}: not the same run: {differences}. "
+            f"--resume {output_dir.path}: not the same run: {message}. "
             f"Restore it{note}, start a new run in another --output-dir, or pass --allow-change "
-            f"{shlex.quote(sorted(changed)[0])}"
+            f"{shlex.quote(sorted(keys)[0])}"
         )
 
 
-def read_origin_file(directory: RunDirectory) -> dict[str, Any]:
-    """Load the origin stored in `directory`, under current field names.
-
-    Raises:
-        ConfigError: the file cannot be read.
-    """
-    path = directory.checkpoints / ORIGIN
+def load_origin_file(output_dir: RunDirectory) -> dict[str, Any]:
+    """Load the origin stored in `output_dir`, under current field names."""
+    path = output_dir.checkpoints / ORIGIN
     try:
         origin: Any = json.loads(read_plain(path))
         if not isinstance(origin, dict):
@@ -305,7 +299,6 @@ def read_origin_file(directory: RunDirectory) -> dict[str, Any]:
 
 
 def _default_of(key: str) -> Any:
-    """Returns the default of the configuration field `key` (dotted); None for an unknown field."""
     section, _, name = key.partition(".")
     fields = getattr(TrainConfig.model_fields.get(section), "annotation", None)
     field = getattr(fields, "model_fields", {}).get(name)

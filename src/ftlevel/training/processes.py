@@ -46,11 +46,7 @@ class Processes:
         return self.world.rank == 0
 
     def join(self) -> None:
-        """Initialize the process group, with gloo for CPU tensors and NCCL for GPU tensors.
-
-        Raises:
-            RunError: the other processes cannot be reached.
-        """
+        """Initialize the process group, with gloo for CPU tensors and NCCL for GPU tensors."""
         if self.count == 1 or distributed.is_initialized():
             return
         self.world.publish()
@@ -60,31 +56,27 @@ class Processes:
                 "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
             )
         except (distributed.DistError, RuntimeError) as error:
-            reason = " ".join(str(error).split("\n")[0].split())
+            message = " ".join(str(error).split("\n")[0].split())
             raise RunError(
                 f"rank {self.world.rank} of {self.count} ({socket.gethostname()}) could not "
-                f"connect to the others at {address}: {reason}. Check their output, and that "
+                f"connect to the others at {address}: {message}. Check their output, and that "
                 f"MASTER_ADDR and MASTER_PORT are equal for all."
             ) from None
 
-    def take_device(self, device: str) -> None:
-        """Select the GPU whose index is the local rank of this process.
-
-        Raises:
-            ConfigError: there are too few GPUs, or the device supports one process only.
-        """
+    def select_device(self, device: str) -> None:
+        """Select the GPU with the local rank of this process; ConfigError if there is none."""
         if self.count == 1:
             return
-        launched = f"{self.count} processes of {self.world.launcher}"
+        launcher = f"{self.count} processes of {self.world.launcher}"
         if device == "mps":
             raise ConfigError(
-                f"{launched}: Apple's GPU serves one process. Use --device cpu, or one."
+                f"{launcher}: Apple's GPU serves one process. Use --device cpu, or one."
             )
         if device == "cuda":
             gpus, local = torch.cuda.device_count(), self.world.local_rank
             if local >= gpus:
                 raise ConfigError(
-                    f"{launched}: local rank {local} needs a GPU of its own, and "
+                    f"{launcher}: local rank {local} needs a GPU of its own, and "
                     f"{socket.gethostname()} "
                     f"has {gpus}. Start {gpus} processes on this machine."
                 )
@@ -126,7 +118,7 @@ class Processes:
             if local_error is None
             else (socket.gethostname(), str(local_error), local_error.exit_code)
         )
-        failures = self.exchange(report)
+        failures = self.all_gather(report)
         if local_error is not None and self.is_first:
             raise local_error
         for rank, other in enumerate(failures):
@@ -138,7 +130,7 @@ class Processes:
                 raise shared
         return cast("T", result)  # set if no process raised
 
-    def exchange(self, value: T) -> list[T]:
+    def all_gather(self, value: T) -> list[T]:
         """Returns the `value` of every process, in rank order."""
         if self.count == 1:
             return [value]
@@ -147,35 +139,31 @@ class Processes:
         return values
 
     def check_same(self, values: Mapping[str, Any]) -> None:
-        """Raise ConfigError in all processes if `values` differ from the first process's.
-
-        `values` maps dotted names to JSON values; the message lists every rank and field that
-        differs.
-        """
+        """Raise ConfigError in all processes, with every difference, if `values` differ."""
         if self.count == 1:
             return
-        gathered = self.exchange((socket.gethostname(), dict(values)))
+        gathered = self.all_gather((socket.gethostname(), dict(values)))
         first_host, first = gathered[0]
-        problems = []
+        errors = []
         for rank, (host, others) in enumerate(gathered):
             keys = [key for key in sorted({**first, **others}) if first.get(key) != others.get(key)]
             differences = join_names(
                 f"{key} is {others.get(key)!r} and {first.get(key)!r} there" for key in keys
             )
             if keys:
-                problems.append(
+                errors.append(
                     f"rank {rank} ({host}) is not of the same run as rank 0 ({first_host}): "
                     f"{differences}. "
                     "Nothing was trained. Use the same flags, files and versions for all processes."
                 )
-        if problems:
-            error = ConfigError(problems)
+        if errors:
+            error = ConfigError(errors)
             error.is_reported = not self.is_first
             raise error
 
     def any(self, flag: bool) -> bool:
         """Returns whether `flag` is set in any process."""
-        return bool(self.most(int(flag)))
+        return bool(self.max(int(flag)))
 
     def mean(self, value: float) -> float:
         """Returns the mean of `value` over all processes."""
@@ -185,7 +173,7 @@ class Processes:
         distributed.all_reduce(box)
         return float(box) / self.count
 
-    def most(self, value: int) -> int:
+    def max(self, value: int) -> int:
         """Returns the maximum of `value` over all processes."""
         if self.count == 1:
             return value
@@ -195,37 +183,32 @@ class Processes:
 
 
 def started_processes() -> Processes:
-    """Returns the processes that a launcher started; without a launcher, a single one.
-
-    Raises:
-        ConfigError: the launcher's environment variables are inconsistent.
-    """
+    """Returns the processes that a launcher started; without a launcher, a single one."""
     return Processes(read_world())
 
 
-def resolve_processes(train: TrainerConfig, processes: Processes, rows_only: bool) -> TrainerConfig:
-    """Returns `train` with the number of processes (None for one); ConfigError if set otherwise.
-
-    With `rows_only`, as in a dry run, one process may stand for any configured number.
-    """
-    requested, count = train.num_processes, processes.count
+def resolve_processes(
+    train: TrainerConfig, processes: Processes, is_dry_run: bool
+) -> TrainerConfig:
+    """Returns `train` with the actual number of processes; ConfigError if another is configured."""
+    requested, size = train.num_processes, processes.count
     by = f" by {processes.world.launcher}" if processes.world.launcher else ""
-    if requested is not None and requested != count and not (rows_only and count == 1):
+    if requested is not None and requested != size and not (is_dry_run and size == 1):
         raise ConfigError(
-            f"--num-processes {requested}: {count} "
-            f"{'process was' if count == 1 else 'processes were'} "
+            f"--num-processes {requested}: {size} "
+            f"{'process was' if size == 1 else 'processes were'} "
             f"started{by}. Run it by the ftlevel program, which starts them, or by torchrun "
             f"--nproc-per-node {requested} -m ftlevel train …"
         )
-    number = requested if rows_only else count
-    number = None if number == 1 else number
-    return train.model_copy(update={"num_processes": number})
+    num_processes = requested if is_dry_run else size
+    num_processes = None if num_processes == 1 else num_processes
+    return train.model_copy(update={"num_processes": num_processes})
 
 
-PATIENCE = 15.0
+HEARTBEAT_TIMEOUT = 15.0
 """Seconds without a heartbeat after which a process is reported."""
-_EVERY = 2.0
-_LONGER = 5  # multiple of the median step time
+_INTERVAL = 2.0
+_STEP_FACTOR = 5  # multiple of the median step time
 _KEY = "ftlevel/signs/{rank}"
 
 
@@ -239,12 +222,12 @@ class WatchProcesses(TrainerCallback):
 
     def __init__(self, processes: Processes, warn: Callable[[str], None]) -> None:
         self._world = processes.world
-        rank, count = processes.world.rank, processes.count
-        self._watched = {0: range(1, count), 1: range(1)}.get(rank, range(0))
+        rank, size = processes.world.rank, processes.count
+        self._watched = {0: range(1, size), 1: range(1)}.get(rank, range(0))
         self._warn = warn if rank == 0 else self._write
         self._step = 0
         self._ended = threading.Event()
-        self._last_exchange = time.monotonic()
+        self._last_contact = time.monotonic()
         self._heartbeats: dict[int, tuple[float, Any]] = {}  # time received, and content
         self._steps: list[float] = []
         self._step_start = 0.0
@@ -257,9 +240,9 @@ class WatchProcesses(TrainerCallback):
     def __enter__(self) -> WatchProcesses:
         """Start the heartbeat threads, if there are several processes."""
         if self._world.size > 1:
-            threading.Thread(target=self._exchange, daemon=True).start()
+            threading.Thread(target=self._send_heartbeats, daemon=True).start()
         if len(self._watched):
-            threading.Thread(target=self._watch, daemon=True).start()
+            threading.Thread(target=self._check_ranks, daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -280,8 +263,7 @@ class WatchProcesses(TrainerCallback):
         """Stop the heartbeats: after training, only the first process continues."""
         self._ended.set()
 
-    def _exchange(self) -> None:
-        """Send own heartbeats and read those of watched ranks, until training ends."""
+    def _send_heartbeats(self) -> None:
         world, number = self._world, 0
         host = socket.gethostname()
         try:
@@ -290,66 +272,67 @@ class WatchProcesses(TrainerCallback):
                 world.port,
                 is_master=False,
                 wait_for_workers=False,
-                timeout=timedelta(seconds=PATIENCE),
+                timeout=timedelta(seconds=HEARTBEAT_TIMEOUT),
             )
         except RuntimeError:  # the launcher has another type of store
             self._ended.set()
             return
-        last_heartbeats: dict[int, str] = {}
-        while not self._ended.wait(_EVERY):
+        previous: dict[int, str] = {}
+        while not self._ended.wait(_INTERVAL):
             number += 1
             try:
                 store.set(_KEY.format(rank=world.rank), json.dumps([number, host, self._step]))
                 keys = {rank: _KEY.format(rank=rank) for rank in self._watched}
-                present = {rank: key for rank, key in keys.items() if store.check([key])}
-                received = store.multi_get(list(present.values())) if present else []
+                keys_by_rank = {rank: key for rank, key in keys.items() if store.check([key])}
+                heartbeats = store.multi_get(list(keys_by_rank.values())) if keys_by_rank else []
             except RuntimeError:  # the store or its host process is gone
                 continue
-            self._last_exchange = time.monotonic()
-            for rank, sign in zip(present, (sign.decode() for sign in received), strict=True):
-                if last_heartbeats.get(rank) != sign:
-                    last_heartbeats[rank] = sign
-                    self._heartbeats[rank] = (self._last_exchange, json.loads(sign))
+            self._last_contact = time.monotonic()
+            for rank, sign in zip(
+                keys_by_rank, (sign.decode() for sign in heartbeats), strict=True
+            ):
+                if previous.get(rank) != sign:
+                    previous[rank] = sign
+                    self._heartbeats[rank] = (self._last_contact, json.loads(sign))
 
-    def _watch(self) -> None:
-        """Warn about each rank that delays the others, once until it recovers."""
-        reported: set[int] = set()
+    def _check_ranks(self) -> None:
+        known_ranks: set[int] = set()
         last = time.monotonic()
-        while not self._ended.wait(_EVERY):
+        while not self._ended.wait(_INTERVAL):
             now = time.monotonic()
-            if now - last > PATIENCE:  # this process itself was suspended
-                self._last_exchange = now
+            if now - last > HEARTBEAT_TIMEOUT:  # this process itself was suspended
+                self._last_contact = now
                 self._heartbeats = {
                     rank: (now, sign) for rank, (_, sign) in self._heartbeats.items()
                 }
             last = now
-            missed = dict(self._find_missing(now))
-            for rank, message in missed.items():
-                if rank not in reported:
+            missing = dict(self._get_missing(now))
+            for rank, message in missing.items():
+                if rank not in known_ranks:
                     self._warn(message)
-            reported = set(missed)
+            known_ranks = set(missing)
 
-    def _find_missing(self, now: float) -> Iterator[tuple[int, str]]:
+    def _get_missing(self, now: float) -> Iterator[tuple[int, str]]:
         """Yields (rank, message) for each rank that delays the others at time `now`."""
         mine = self._step
-        is_alone = (
-            self._world.rank > 0 and now - self._last_exchange > PATIENCE
+        is_isolated = (
+            self._world.rank > 0 and now - self._last_contact > HEARTBEAT_TIMEOUT
         )  # rank 0 hosts the store
-        is_long = now - self._step_start > max(PATIENCE, self._max_step_seconds())
+        is_long = now - self._step_start > max(HEARTBEAT_TIMEOUT, self._max_step_seconds())
         for rank, (came, (_, host, step)) in self._heartbeats.items():
-            who = f"rank {rank} ({host})"
-            if is_alone or now - came > PATIENCE:
+            name = f"rank {rank} ({host})"
+            if is_isolated or now - came > HEARTBEAT_TIMEOUT:
                 message = (
-                    f"{who} has not responded for {PATIENCE:.0f} s, and the others wait for it at "
-                    f"step {mine}: it hangs, or its machine or network does."
+                    f"{name} has not responded for {HEARTBEAT_TIMEOUT:.0f} s, and the others "
+                    f"wait for it at step {mine}: it hangs, or its machine or network does."
                 )
                 yield rank, message
-            elif is_long and step < mine and now - came < 3 * _EVERY:  # with a heartbeat
+            elif is_long and step < mine and now - came < 3 * _INTERVAL:  # with a heartbeat
                 message = (
-                    f"{who} has not started step {mine} for {PATIENCE:.0f} s, and the others wait "
-                    f"for it (reading, writing or evaluating)."
+                    f"{name} has not started step {mine} for {HEARTBEAT_TIMEOUT:.0f} s, and the "
+                    f"others wait for it (reading, writing or evaluating)."
                 )
                 yield rank, message
 
     def _max_step_seconds(self) -> float:
-        return _LONGER * statistics.median(self._steps) if self._steps else float("inf")
+        return _STEP_FACTOR * statistics.median(self._steps) if self._steps else float("inf")

@@ -42,25 +42,25 @@ from ftlevel.models.upstream.tensors import inner_tensors
 from ftlevel.objectives import LikelihoodObjective
 from ftlevel.trained.adapt import save_adapter
 from ftlevel.trained.resolve import ReferenceModel
-from ftlevel.training.build_trainer import build_evaluator
+from ftlevel.training.build_trainer import create_evaluator
 from ftlevel.training.model import PreparedModel, apply_fast_step
 from ftlevel.training.plan.run import Run
 
 
-def read_or_fill(
+def load_or_compute(
     data: DataConfig, start: str, rows: Sequence[Encoded], fill: Callable[[np.ndarray], None]
 ) -> tuple[np.ndarray, bool]:
     """Returns the (rows, 2) float32 array that `fill` computes, and whether it came from the cache.
 
-    `start` identifies the reference in the cache key. A partly filled file is completed. A file
-    lock ensures that one process computes at a time.
+    `start` identifies the reference model in the cache key. A partly filled file is completed. A
+    file lock ensures that one process computes at a time.
     """
     path = cache_path(data, "reference", start, rows)
-    array, was_cached = open_or_fill(path, (len(rows), 2), np.dtype(np.float32), fill)
+    array, was_cached = open_or_compute(path, (len(rows), 2), np.dtype(np.float32), fill)
     return np.array(array), was_cached
 
 
-def open_or_fill(
+def open_or_compute(
     path: Path | None, shape: tuple[int, ...], dtype: Any, fill: Callable[[np.ndarray], None]
 ) -> tuple[np.ndarray, bool]:
     """Returns the array stored at `path`, completed by `fill`, and whether it was complete before.
@@ -72,19 +72,19 @@ def open_or_fill(
 
     if path is None:
         array = np.empty(shape, dtype=dtype)
-        unfilled_values(array)[:] = np.nan
+        get_nan_values(array)[:] = np.nan
         fill(array)
         return array, False
     with FileLock(path.with_suffix(".lock")):
         array = _open(path, shape, dtype)
-        missing = bool(is_missing(array).any())
-        if missing:
+        is_incomplete = bool(is_missing(array).any())
+        if is_incomplete:
             fill(array)
             array.flush()
-        return array, not missing
+        return array, not is_incomplete
 
 
-def unfilled_values(array: np.ndarray) -> np.ndarray:
+def get_nan_values(array: np.ndarray) -> np.ndarray:
     """Returns a view of the values of `array` that are NaN until filled."""
     names = array.dtype.names
     result: np.ndarray = array[names[0]] if names else array
@@ -93,8 +93,8 @@ def unfilled_values(array: np.ndarray) -> np.ndarray:
 
 def is_missing(array: np.ndarray) -> np.ndarray:
     """Returns a boolean mask of the items of `array` that are not filled yet."""
-    numbers = unfilled_values(array)
-    result: np.ndarray = np.isnan(numbers if array.dtype.names is None else numbers[..., 0])
+    values = get_nan_values(array)
+    result: np.ndarray = np.isnan(values if array.dtype.names is None else values[..., 0])
     return result
 
 
@@ -102,16 +102,15 @@ def cache_path(data: DataConfig, prefix: str, start: str, rows: Sequence[Encoded
     """Returns the cache file named by a digest of `start` and `rows`; None if caching is off."""
     if not data.cache or not is_writable():
         return None
-    digest = hashlib.sha256(start.encode())
+    hasher = hashlib.sha256(start.encode())
     for row in rows:
         for part in (*row.sequences, *row.contrasts):
-            digest.update(np.array(part.input_ids, np.int32).tobytes() + b"|")
-            digest.update(np.array(part.labels, np.int32).tobytes() + b";")
-    return cache_root() / f"{prefix}-{digest.hexdigest()[:40]}.npy"
+            hasher.update(np.array(part.input_ids, np.int32).tobytes() + b"|")
+            hasher.update(np.array(part.labels, np.int32).tobytes() + b";")
+    return cache_root() / f"{prefix}-{hasher.hexdigest()[:40]}.npy"
 
 
 def _open(path: Path, shape: tuple[int, ...], dtype: Any) -> np.memmap:
-    """Memory-map the array file at `path`; if there is none, create it filled with NaN."""
     if path.exists():
         with contextlib.suppress(ValueError, OSError):
             array = np.lib.format.open_memmap(path, mode="r+")
@@ -119,25 +118,25 @@ def _open(path: Path, shape: tuple[int, ...], dtype: Any) -> np.memmap:
                 path.touch()
                 return array
     fresh = np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
-    unfilled_values(fresh)[:] = np.nan
+    get_nan_values(fresh)[:] = np.nan
     fresh.flush()
     return fresh
 
 
-def digest_start(run: Run, adapted: PreparedModel) -> str:
-    """Returns a JSON string that identifies what the initial log-probabilities depend on."""
-    model, fast = run.model, adapted.fast.plan if adapted.fast is not None else run.fast
+def get_initial_key(run: Run, prepared: PreparedModel) -> str:
+    """Returns a JSON string of all that the initial model's log-probabilities depend on."""
+    model, fast = run.model, prepared.fast.plan if prepared.fast is not None else run.fast
     path = model.source.path
-    digest = hashlib.sha256()
-    for name, tensor in sorted(adapted.model.named_parameters()):
+    hasher = hashlib.sha256()
+    for name, tensor in sorted(prepared.model.named_parameters()):
         if tensor.requires_grad or path is None:
-            digest.update(name.encode())
+            hasher.update(name.encode())
             for part in inner_tensors(tensor) or (tensor,):
-                digest.update(part.detach().float().cpu().numpy().tobytes())
+                hasher.update(part.detach().float().cpu().numpy().tobytes())
     key_values = {
         "base": path and (hash_weights(path) if path.is_dir() else file_fingerprint(path)),
         "name": [model.source.name, model.auto_class],
-        "start": digest.hexdigest(),
+        "start": hasher.hexdigest(),
         "method": run.config.method.model_dump(mode="json"),
         "quant": model.quant.model_dump(mode="json"),
         "precision": [model.device, model.dtype, run.config.model.attn_implementation],
@@ -156,35 +155,34 @@ def digest_start(run: Run, adapted: PreparedModel) -> str:
     return json.dumps(key_values, sort_keys=True, default=str)
 
 
-AT_ONCE = 64
+CHUNK_SIZE = 64
 """Rows that are split into micro-batches together."""
 
 
 @dataclass(frozen=True)
 class Reference:
-    """Facts of a reference for summary.json, and `start`, a directory with files to save.
+    """A reference model whose log-probabilities are in the rows.
 
-    `start` contains the initial adapter, or the name of a different model. It is None if the
-    initial adapter has no effect.
+    Attributes:
+        info: its entry in summary.json.
+        start: temporary directory with files to save: the initial adapter, or the name of a
+            different model. None if the initial adapter has no effect.
     """
 
-    facts: Mapping[str, Any]
+    info: Mapping[str, Any]
     start: Any = None
 
 
 def compute_initial_reference(
-    run: Run, adapted: PreparedModel, listener: Listener
+    run: Run, prepared: PreparedModel, listener: Listener
 ) -> tuple[Run, Reference | None]:
-    """Returns the run with log-probabilities of the initial model in its rows, and the reference.
-
-    The reference is None if the objective needs none.
-    """
+    """Returns the run with log-probabilities of the initial model, and the reference, or None."""
     if not needs_reference(run):
         return run, None
     listener.stage("computing reference log-probabilities")
-    key, name = digest_start(run, adapted), "initial model"
-    run, facts = fill_rows(run, name, key, lambda: (run, adapted), listener)
-    return run, Reference(facts, _save_initial_adapter(run, adapted))
+    key, name = get_initial_key(run, prepared), "initial model"
+    run, facts = add_reference_logps(run, name, key, lambda: (run, prepared), listener)
+    return run, Reference(facts, _save_initial_adapter(run, prepared))
 
 
 def needs_reference(run: Run) -> bool:
@@ -193,27 +191,29 @@ def needs_reference(run: Run) -> bool:
     return isinstance(objective, LikelihoodObjective) and objective.needs_reference
 
 
-def fill_rows(
-    run: Run, name: str, key: str, ask: Callable[[], tuple[Run, PreparedModel]], listener: Listener
+def add_reference_logps(
+    run: Run, name: str, key: str, load: Callable[[], tuple[Run, PreparedModel]], listener: Listener
 ) -> tuple[Run, dict[str, Any]]:
     """Returns `run` with reference log-probabilities in its rows, and their entry in summary.json.
 
-    `key` identifies all that determines the values. `ask` returns the reference model, and the run
+    `key` identifies all that determines the values. `load` returns the reference model, and the run
     with which its outputs are computed; it is called only if values are not cached.
     """
     task: Any = run.task
-    train, cached = read_or_fill(run.config.data, key, run.data.train, lambda to: _fill(*ask(), to))
+    train, cached = load_or_compute(
+        run.config.data, key, run.data.train, lambda to: _fill(*load(), to)
+    )
     data = replace(run.data, train=task.with_reference(run.data.train, train))
     if run.data.validation:
-        evaluator = build_evaluator(run)
+        evaluator = create_evaluator(run)
         if evaluator is None:
             raise TypeError("validation rows are evaluated")
 
         def score(into: np.ndarray) -> None:
-            into[:] = compute_likelihoods(evaluator, ask()[1].model)
+            into[:] = compute_likelihoods(evaluator, load()[1].model)
 
-        padded = f"{key} padded by {evaluator.batch_size}"
-        validation, _ = read_or_fill(run.config.data, padded, run.data.validation, score)
+        padded_key = f"{key} padded by {evaluator.batch_size}"
+        validation, _ = load_or_compute(run.config.data, padded_key, run.data.validation, score)
         data = replace(data, validation=task.with_reference(run.data.validation, validation))
     status = "log-probabilities cached" if cached else "log-probabilities precomputed"
     rows = len(run.data.train) + len(run.data.validation)
@@ -225,132 +225,125 @@ FIRST_LOSS = 1e-6
 """Relative deviation of the first loss from its expected value that is accepted without a note."""
 
 
-def describe_first_loss(
+def check_first_loss(
     reference: Reference, run: Run, records: Sequence[Mapping[str, Any]]
 ) -> tuple[dict[str, Any], list[str]]:
-    """Returns what summary.json records about the reference; notes on an unexpected first loss."""
-    expected, facts = run.objective.first_loss, dict(reference.facts)
+    """Returns the reference's entry in summary.json, and a note on an unexpected first loss."""
+    expected, info = run.objective.first_loss, dict(reference.info)
     first = next((r["loss"] for r in records if r["step"] == 1 and "loss" in r), None)
     if expected is None or first is None:
-        return facts, []
-    facts |= {"first_loss": first, "first_loss_expected": expected}
+        return info, []
+    info |= {"first_loss": first, "first_loss_expected": expected}
     if abs(first - expected) <= FIRST_LOSS * expected:
-        return facts, []
-    dropped = getattr(run.config.method, "lora_dropout", 0.0)
-    reason = (
-        f"dropout of {dropped:g} is on in the policy and off in the reference"
-        if dropped
+        return info, []
+    dropout = getattr(run.config.method, "lora_dropout", 0.0)
+    message = (
+        f"dropout of {dropout:g} is on in the policy and off in the reference"
+        if dropout
         else f"in {run.model.dtype} the same rows, packed otherwise, are rounded otherwise"
     )
-    return facts, [f"the first loss is {first:.7f}, and {expected:.7f} at the reference: {reason}."]
+    return info, [f"the first loss is {first:.7f}, and {expected:.7f} at the reference: {message}."]
 
 
-def _save_initial_adapter(run: Run, adapted: PreparedModel) -> Any:
-    """Returns a temporary directory with the initial adapter; None if it has no effect.
-
-    Also None for a new adapter on a rewritten base: on the original base, it has no effect.
-    """
-    model = adapted.model
-    rewrites = METHODS[run.config.method.kind].initialization.rewrites_base(run.config.method)
-    if not hasattr(model, "peft_config") or (run.adapter is None and rewrites):
+def _save_initial_adapter(run: Run, prepared: PreparedModel) -> Any:
+    """Returns a temporary directory with the initial adapter; None if the adapter has no effect."""
+    model = prepared.model
+    is_base_modified = METHODS[run.config.method.kind].initialization.rewrites_base(
+        run.config.method
+    )
+    if not hasattr(model, "peft_config") or (run.adapter is None and is_base_modified):
         return None
-    on, off = (_measure_first_row(run, adapted, off=off) for off in (False, True))
+    on, off = (_score_first_row(run, prepared, off=off) for off in (False, True))
     if run.adapter is None and np.array_equal(on, off):
         return None
     workspace = Workspace("start")
-    save_adapter(model, run.config.method, Path(workspace.name), adapted.start)
+    save_adapter(model, run.config.method, Path(workspace.name), prepared.start)
     return workspace
 
 
-def _measure_first_row(run: Run, adapted: PreparedModel, *, off: bool) -> np.ndarray:
-    """Returns the first row's log-probabilities (1, 2), with the adapter enabled or `off`."""
-    row, model = run.data.train[0], adapted.model
+def _score_first_row(run: Run, prepared: PreparedModel, *, off: bool) -> np.ndarray:
+    row, model = run.data.train[0], prepared.model
     with (
         evaluating(model, run.model.device, run.model.dtype),
         model.disable_adapter() if off else contextlib.nullcontext(),
     ):
-        return _measure(run, adapted, [row])
+        return _compute_logps(run, prepared, [row])
 
 
-def _fill(run: Run, adapted: PreparedModel, array: np.ndarray) -> None:
-    """Compute the missing values of `array` (rows, 2; modified), `AT_ONCE` rows at a time."""
-    rows, model = run.data.train, adapted.model
-    with evaluating(model, run.model.device, run.model.dtype):
-        for start in range(0, len(rows), AT_ONCE):
-            chunk = slice(start, start + AT_ONCE)
+def _fill(run: Run, model: PreparedModel, array: np.ndarray) -> None:
+    rows, module = run.data.train, model.model
+    with evaluating(module, run.model.device, run.model.dtype):
+        for start in range(0, len(rows), CHUNK_SIZE):
+            chunk = slice(start, start + CHUNK_SIZE)
             if not np.isnan(array[chunk]).any():
                 continue
             batch = [rows[i] for i in range(*chunk.indices(len(rows)))]
-            array[chunk] = _measure(run, adapted, batch)
+            array[chunk] = _compute_logps(run, model, batch)
             if isinstance(array, np.memmap):
                 array.flush()
 
 
-def _measure(run: Run, adapted: PreparedModel, rows: Sequence[Encoded]) -> np.ndarray:
+def _compute_logps(run: Run, model: PreparedModel, rows: Sequence[Encoded]) -> np.ndarray:
     """Returns log-probabilities (rows, 2) of both answers, or of an answer and its KTO contrast."""
     values = np.full((len(rows), 2), np.nan, dtype=np.float32)
     contrasts = [other for row in rows for other in row.contrasts]
     for column, sequences in ((0, rows), (1, contrasts)):
-        for indices, answers in _score(run, adapted, sequences):
+        for indices, answers in _score(run, model, sequences):
             sums = answers[:, 0].float().cpu().numpy().reshape(len(indices), -1)
             values[indices, column : column + sums.shape[1]] = sums
     return values
 
 
 def _score(
-    run: Run, adapted: PreparedModel, rows: Sequence[Encoded]
+    run: Run, model: PreparedModel, rows: Sequence[Encoded]
 ) -> Iterator[tuple[list[int], Tensor]]:
-    """Yields row indices and the log-probabilities of their answers, computed as in training."""
     objective = run.objective
     if not rows or not isinstance(objective, LikelihoodObjective):
         return
-    head = adapted.fast.cross_entropy if adapted.fast is not None else None
-    for indices, inputs in micro_batches(run, adapted.fast, rows):
-        yield indices, compute_answer_likelihoods(head, adapted.model, objective, inputs)
+    head = model.fast.cross_entropy if model.fast is not None else None
+    for indices, inputs in iterate_batches(run, model.fast, rows):
+        yield indices, compute_answer_likelihoods(head, model.model, objective, inputs)
 
 
-def micro_batches(
+def iterate_batches(
     run: Run, fast: FastStep | None, rows: Sequence[Encoded]
 ) -> Iterator[tuple[list[int], dict[str, Any]]]:
     """Yields the row indices and inputs of each micro-batch, split and packed as in training."""
     pad_id, device = run.model.pad_id, run.model.device
     collate = Collator(pad_id)
-    batches: Iterable[tuple[list[int], dict[str, Any]]] = (
+    split_batches: Iterable[tuple[list[int], dict[str, Any]]] = (
         StepCollator(pad_id, fast.plan).split(rows)
         if fast is not None
         else (([index], collate([row])) for index, row in enumerate(rows))
     )
-    for indices, batch in batches:
+    for indices, batch in split_batches:
         layout = batch.pop("layout", None)
         with using_layout(layout.to(device) if layout is not None else None):
             yield indices, {name: value.to(device) for name, value in batch.items()}
 
 
 def precompute_reference(run: Run, listener: Listener) -> tuple[Run, Reference | None]:
-    """Returns the run with log-probabilities of the `--reference` model, and the reference.
-
-    The reference is None if no model is named or the objective needs none.
-    """
+    """Returns the run with log-probabilities of the `--reference` model, and it, or None."""
     reference = run.auxiliary.reference
     if reference is None or not needs_reference(run):
         return run, None
     listener.stage("running the reference model")
-    preference = run.config.preference
-    weighting = preference.ld_alpha if preference.loss == "ld-dpo" else None
-    cut = [run.fast.prefix_tree, run.fast.tokens]  # same rounding as the policy's rows
-    key = json.dumps([describe_cache_key(reference, run), cut, weighting])
+    config = run.config.preference
+    weighting = config.ld_alpha if config.loss == "ld-dpo" else None
+    batch_plan = [run.fast.prefix_tree, run.fast.tokens]  # same rounding as the policy's rows
+    key = json.dumps([get_model_key(reference, run), batch_plan, weighting])
     with contextlib.ExitStack() as stack:
-        ask = functools.cache(
+        load = functools.cache(
             lambda: stack.enter_context(load_auxiliary_model(reference, run, listener))
         )
-        run, facts = fill_rows(run, reference.name, key, ask, listener)
+        run, facts = add_reference_logps(run, reference.name, key, load, listener)
     workspace = Workspace("reference")
     adapter_path = (run.config.output.dir or Path("runs/run")) / "adapter"
     reference.write(Path(workspace.name), adapter_path)
     return run, Reference({**facts, "fingerprint": reference.fingerprint}, workspace)
 
 
-def describe_cache_key(model: ReferenceModel, run: Run) -> dict[str, object]:
+def get_model_key(model: ReferenceModel, run: Run) -> dict[str, object]:
     """Returns all that the outputs of `model` for a row depend on."""
     fast = run.fast
     return {
@@ -373,10 +366,10 @@ def load_auxiliary_model(
     forward = replace(
         forward, enabled=run.fast.enabled, prefix_tree=forward.packs and run.fast.prefix_tree
     )
-    asking = replace(run, fast=forward, model=replace(run.model, dtype=trained.dtype))
-    fast = apply_fast_step(trained.model, asking, listener)
+    reference_run = replace(run, fast=forward, model=replace(run.model, dtype=trained.dtype))
+    fast = apply_fast_step(trained.model, reference_run, listener)
     try:
-        yield asking, PreparedModel(trained.model, {}, fast, {})
+        yield reference_run, PreparedModel(trained.model, {}, fast, {})
     finally:
         if fast is not None:
             fast.remove()

@@ -43,13 +43,13 @@ from ftlevel.training.model import PreparedModel, gather, trainable_parameters
 from ftlevel.training.plan.run import Run
 from ftlevel.training.processes import Processes
 from ftlevel.training.proof import (
-    Probe,
+    CheckInputs,
     Proof,
     bound_of,
-    build_probe,
-    check_differences,
+    check_logits,
     compare_frozen,
-    describe_proof,
+    create_check_inputs,
+    create_proof,
 )
 from ftlevel.training.trainer import FtlevelTrainer
 
@@ -69,12 +69,14 @@ class ShardedTrainer(FtlevelTrainer):
         super().__init__(**arguments)
         leave_sharded(self)
         self._writer = AsyncCheckpointWriter()
-        self._writes_aside = False
-        self._whole = [p for p in trainable_parameters(self.model) if not isinstance(p, DTensor)]
+        self._in_background = False
+        self._replicated = [
+            p for p in trainable_parameters(self.model) if not isinstance(p, DTensor)
+        ]
 
-    def calls_of(self, count: int) -> int:
-        """Returns the largest number of micro-batches of any process; `count` is this process's."""
-        return self.processes.most(count)
+    def num_forward_passes(self, count: int) -> int:
+        """Returns the largest number of micro-batches of any process."""
+        return self.processes.max(count)
 
     def training_step(
         self, model: Any, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
@@ -82,13 +84,13 @@ class ShardedTrainer(FtlevelTrainer):
         """Returns the loss of the batch; after the last batch of a step, averages the gradients."""
         loss = super().training_step(model, inputs, num_items_in_batch)
         if self.accelerator.sync_gradients:
-            average(self._whole, self.processes.count)
+            average_gradients(self._replicated, self.processes.count)
         return loss
 
     def _sync_replicated_trainable_parameters(self, model: Any) -> None:
         """Broadcast the first process's tensors; `training_step` averages their gradients."""
         del model
-        for parameter in self._whole:
+        for parameter in self._replicated:
             distributed.broadcast(parameter.data, src=0)
 
     def _defer_fsdp_gradient_reduction(self) -> contextlib.AbstractContextManager[None]:
@@ -104,36 +106,35 @@ class ShardedTrainer(FtlevelTrainer):
         return whole(norm) if isinstance(norm, Tensor) else norm
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        """Write trainable tensors: whole ones in the first process, sharded ones in each."""
-        if self._whole:
+        """Save trainable tensors: whole ones in the first process, sharded ones in each."""
+        if self._replicated:
             if self.processes.is_first:
                 super()._save(output_dir, state_dict=state_dict)
             return
-        directory = Path(output_dir or self.args.output_dir)
-        directory.mkdir(parents=True, exist_ok=True)
+        path = Path(output_dir or self.args.output_dir)
+        path.mkdir(parents=True, exist_ok=True)
         tensors = self.model.state_dict(keep_vars=True)
         self._writer.end()
-        self._writes_aside = self._has_room(tensors)
-        self._write_parts(tensors, directory)
+        self._in_background = self._fits_in_memory(tensors)
+        self._save_shards(tensors, path)
         if self.processes.is_first:
-            self.model.config.save_pretrained(directory)
+            self.model.config.save_pretrained(path)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        """Write the optimizer state as `_save` does the tensors, and the scheduler state."""
-        if self._whole:
+        if self._replicated:
             super()._save_optimizer_and_scheduler(output_dir)
             return
-        state, directory = self.optimizer.state_dict(), Path(output_dir)
-        parts, state["state"] = split_optimizer_state(state["state"])
-        self._write_parts(parts, directory / _OPTIMIZER)
-        if self._writes_aside:
+        state, path = self.optimizer.state_dict(), Path(output_dir)
+        tensors, state["state"] = split_optimizer_state(state["state"])
+        self._save_shards(tensors, path / _OPTIMIZER)
+        if self._in_background:
             self._writer.begin()
         if self.processes.is_first:
-            torch.save(state, directory / f"{_OPTIMIZER}.pt")
-            torch.save(self.lr_scheduler.state_dict(), directory / _SCHEDULER)
+            torch.save(state, path / f"{_OPTIMIZER}.pt")
+            torch.save(self.lr_scheduler.state_dict(), path / _SCHEDULER)
 
-    def _has_room(self, tensors: Mapping[str, Tensor]) -> bool:
-        """Whether copies of a checkpoint fit in half of the free host memory of every machine."""
+    def _fits_in_memory(self, tensors: Mapping[str, Tensor]) -> bool:
+        """Returns whether copies of a checkpoint fit in half of every machine's free memory."""
         local_bytes = sum(local_shard(tensor).nbytes for tensor in tensors.values())
         local_bytes += sum(
             local_shard(value).nbytes
@@ -141,21 +142,21 @@ class ShardedTrainer(FtlevelTrainer):
             for value in state.values()
             if isinstance(value, Tensor)
         )
-        together = local_bytes * self.processes.world.local_size
-        return not self.processes.any(2 * together > free_memory_bytes("cpu"))
+        machine_bytes = local_bytes * self.processes.world.local_size
+        return not self.processes.any(2 * machine_bytes > free_memory_bytes("cpu"))
 
-    def _write_parts(self, tensors: Mapping[str, Tensor], directory: Path) -> None:
-        if self._writes_aside:
-            self._writer.copy(tensors, directory)
+    def _save_shards(self, tensors: Mapping[str, Tensor], path: Path) -> None:
+        if self._in_background:
+            self._writer.copy(tensors, path)
         else:
-            save_distributed_checkpoint(tensors, directory)
+            save_distributed_checkpoint(tensors, path)
 
-    def when_written(self, act: Callable[[], None]) -> None:
-        """Call `act` once the current checkpoint is written, at once or in the background."""
-        if self._writes_aside:
-            self._writer.then(act)
+    def run_after_save(self, callback: Callable[[], None]) -> None:
+        """Call `callback` once the current checkpoint is written, at once or in the background."""
+        if self._in_background:
+            self._writer.then(callback)
         else:
-            act()
+            callback()
 
     def train(self, *arguments: Any, **named: Any) -> Any:
         """Train as Trainer does, then wait for checkpoints written in the background."""
@@ -164,8 +165,7 @@ class ShardedTrainer(FtlevelTrainer):
         return result
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        """Load this process's part of a checkpoint's weights."""
-        if self._whole:
+        if self._replicated:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
         load_distributed_checkpoint(
@@ -173,98 +173,92 @@ class ShardedTrainer(FtlevelTrainer):
         )
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """Load this process's part of a checkpoint's optimizer state, and the scheduler."""
-        if self._whole or checkpoint is None:
+        if self._replicated or checkpoint is None:
             super()._load_optimizer_and_scheduler(checkpoint)
             return
-        directory = Path(checkpoint)
-        state = torch.load(directory / f"{_OPTIMIZER}.pt", weights_only=True)
+        path = Path(checkpoint)
+        state = torch.load(path / f"{_OPTIMIZER}.pt", weights_only=True)
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        state["state"] = load_optimizer_state(state["state"], parameters, directory / _OPTIMIZER)
+        state["state"] = load_optimizer_state(state["state"], parameters, path / _OPTIMIZER)
         self.optimizer.load_state_dict(state)
-        self.lr_scheduler.load_state_dict(torch.load(directory / _SCHEDULER, weights_only=True))
+        self.lr_scheduler.load_state_dict(torch.load(path / _SCHEDULER, weights_only=True))
 
 
 def save_sharded(
-    adapted: PreparedModel,
+    prepared: PreparedModel,
     method: MethodConfig,
     processes: Processes,
     save: Callable[[Mapping[str, Tensor] | None], None],
 ) -> None:
     """Save in the first process; without an adapter, all processes first gather the weights.
 
-    Removes training-only parts of `adapted` (modified). `save` gets the gathered state dict, or
-    None for an adapter. Write errors raise RunError in all processes.
+    Training-only modules of `prepared` (modified) are removed. `save` gets the gathered state dict,
+    or None for an adapter. Write errors raise RunError in all processes.
     """
     weights = None
-    if not hasattr(adapted.model, "peft_config"):
-        weights = dict(gather(adapted.model, keep=processes.is_first))
+    if not hasattr(prepared.model, "peft_config"):
+        weights = dict(gather(prepared.model, keep=processes.is_first))
     write = functools.partial(save, weights)
-    finish = functools.partial(finalize_method, adapted.model, method)
+    finish = functools.partial(finalize_method, prepared.model, method)
     processes.in_all(write if processes.is_first else finish)
 
 
-def average(parameters: Sequence[torch.nn.Parameter], count: int) -> None:
-    """Average the gradients of `parameters` (modified) over `count` processes in one all-reduce.
-
-    A missing gradient counts as zero.
-    """
+def average_gradients(parameters: Sequence[torch.nn.Parameter], num_processes: int) -> None:
+    """Average the gradients of `parameters` (modified) over all processes."""
     for parameter in parameters:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    if not gradients:
+    grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    if not grads:
         return
-    together = torch.cat([gradient.float().flatten() for gradient in gradients])
-    distributed.all_reduce(together)
-    together /= count
+    flat = torch.cat([gradient.float().flatten() for gradient in grads])
+    distributed.all_reduce(flat)
+    flat /= num_processes
     start = 0
-    for gradient in gradients:
+    for gradient in grads:
         end = start + gradient.numel()
-        gradient.copy_(together[start:end].view_as(gradient))
+        gradient.copy_(flat[start:end].view_as(gradient))
         start = end
 
 
-def probe_untrained(adapted: PreparedModel, run: Run) -> Tensor | None:
-    """Returns the logits before training with `--method full`; None if an adapter is trained.
-
-    All processes must call it together.
-    """
-    if hasattr(adapted.model, "peft_config"):
+def compute_initial_logits(model: PreparedModel, run: Run) -> Tensor | None:
+    """Returns the logits before training, by all processes; None if an adapter is trained."""
+    if hasattr(model.model, "peft_config"):
         return None
-    return build_probe(run).logits(adapted.model)
+    return create_check_inputs(run).logits(model.model)
 
 
-def prove_sharded(
-    adapted: PreparedModel,
+def verify_sharded_run(
+    model: PreparedModel,
     run: Run,
-    directory: RunDirectory,
+    output_dir: RunDirectory,
     gradients: GradientMonitor,
     processes: Processes,
-    untrained: Tensor | None,
+    initial_logits: Tensor | None,
 ) -> Proof:
     """Compare the files saved in `run` with the trained model, in all processes together.
 
-    `untrained` is the result of `probe_untrained`. A difference raises RunError in all processes.
+    `initial_logits` are the logits before training; None if an adapter is trained. A difference
+    raises RunError in all processes.
     """
-    probe, model = build_probe(run), adapted.model
-    frozen = processes.in_all(lambda: compare_frozen(model, adapted.digests))
-    after = probe.logits(model)
-    if untrained is None:
-        with model.disable_adapter():
-            untrained = probe.logits(model)
-        difference = float(
-            (_reloaded(model, directory.adapter, probe, processes) - after).abs().max()
+    inputs, module = create_check_inputs(run), model.model
+    frozen = processes.in_all(lambda: compare_frozen(module, model.digests))
+    after = inputs.logits(module)
+    if initial_logits is None:
+        with module.disable_adapter():
+            initial_logits = inputs.logits(module)
+        max_diff = float(
+            (_reload_logits(module, output_dir.adapter, inputs, processes) - after).abs().max()
         )
     else:
-        difference = processes.in_all(lambda: compare_weights(model, directory.adapter))
-    effect = float((after - untrained).abs().max())
-    bound = bound_of(after, probe)
-    processes.in_all(lambda: check_differences(directory.adapter, difference, effect, bound))
-    return describe_proof((frozen, difference, effect), probe, gradients)
+        max_diff = processes.in_all(lambda: compare_weights(module, output_dir.adapter))
+    effect = float((after - initial_logits).abs().max())
+    bound = bound_of(after, inputs)
+    processes.in_all(lambda: check_logits(output_dir.adapter, max_diff, effect, bound))
+    return create_proof((frozen, max_diff, effect), inputs, gradients)
 
 
-def _reloaded(model: Any, directory: Path, probe: Probe, processes: Processes) -> Tensor:
+def _reload_logits(model: Any, path: Path, inputs: CheckInputs, processes: Processes) -> Tensor:
     """Returns the logits of `model` with the saved adapter loaded in place of the trained one.
 
     A second adapter cannot be added: PEFT would create it from this process's part of the base.
@@ -274,9 +268,9 @@ def _reloaded(model: Any, directory: Path, probe: Probe, processes: Processes) -
         for name, parameter in model.named_parameters():
             if name in trained:
                 parameter.zero_()
-        processes.in_all(lambda: load_initial_weights(model, directory))
+        processes.in_all(lambda: load_initial_weights(model, path))
         try:
-            return probe.logits(model)
+            return inputs.logits(model)
         finally:
             for name, parameter in model.named_parameters():
                 if name in trained:
@@ -284,25 +278,20 @@ def _reloaded(model: Any, directory: Path, probe: Probe, processes: Processes) -
 
 
 def compare_weights(model: Any, directory: Path) -> float:
-    """Returns the largest difference of this process's part of `model` from the saved weights.
-
-    Raises RunError if a tensor was not saved.
-    """
+    """Returns the largest difference of this process's part of `model` from the saved weights."""
     tensors = model.state_dict(keep_vars=True)
-    difference, seen = 0.0, set()
+    max_diff, seen = 0.0, set()
     for path in sorted(directory.glob("*.safetensors")):
         with safe_open(path, "pt") as file:
             for name in file.keys():  # noqa: SIM118 - it is no dict
                 shard = part_of(file.get_tensor(name), tensors[name])
-                differences = (local_shard(tensors[name]).detach().cpu() - shard).abs()
-                difference = max(
-                    difference, float(differences.max()) if differences.numel() else 0.0
-                )
+                diff = (local_shard(tensors[name]).detach().cpu() - shard).abs()
+                max_diff = max(max_diff, float(diff.max()) if diff.numel() else 0.0)
                 seen.add(id(tensors[name]))
     missing = [name for name, tensor in tensors.items() if id(tensor) not in seen]
     if missing:
         raise RunError(f"{directory} lacks {missing[0]}, which was trained.")
-    return difference
+    return max_diff
 
 
 def check_can_shard(run: Run, count: int) -> None:
@@ -352,13 +341,12 @@ def check_can_shard(run: Run, count: int) -> None:
             "--shard none."
         )
     if not info.is_adapter:
-        problems += _problems_of_full(run, flag)
+        problems += _get_full_errors(run, flag)
     if problems:
         raise ConfigError(problems)
 
 
-def _problems_of_full(run: Run, flag: str) -> list[str]:
-    """Returns the reasons why this run with `--method full` cannot be sharded."""
+def _get_full_errors(run: Run, flag: str) -> list[str]:
     problems = []
     if run.model.dtype == "float16":
         problems.append(

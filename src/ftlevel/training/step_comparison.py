@@ -22,7 +22,7 @@ from ftlevel.data.encoding.collate import Collator
 from ftlevel.data.encoding.encode import Encoded, distinct_texts
 from ftlevel.errors import RunError
 from ftlevel.fast.fused_layers import FusedGlu, FusedNorm
-from ftlevel.fast.likelihoods import base_model, plain_loss, sum_of_ratios, with_baseline
+from ftlevel.fast.likelihoods import base_model, compute_full_loss, sum_log_ratios, with_baseline
 from ftlevel.models.hardware import autocast
 from ftlevel.models.module_tree import get_stacks
 from ftlevel.objectives import LikelihoodObjective, StepObjective
@@ -31,14 +31,16 @@ from ftlevel.training.trainer import FtlevelTrainer
 
 Gradients = Mapping[str, Tensor]
 
-_COMPARED_AT_ONCE = 2**20
+_CHUNK_SIZE = 2**20
 """Elements that are compared in float64 at once; a whole embedding would take more memory than the
 model."""
 
 
 @dataclass(frozen=True)
 class GradientDifference:
-    """Comparison of a gradient g with a reference r, as sums over elements; sums can be added.
+    """Comparison of a gradient g with a reference r, as sums over elements.
+
+    Comparisons of several tensors can be added.
 
     Attributes:
         difference: Σ (g − r)².
@@ -80,8 +82,8 @@ def compare_gradients(gradients: Gradients, reference: Gradients) -> dict[str, G
             raise KeyError(name)
         zeros = torch.zeros((), dtype=like.dtype).expand_as(like)
         pair = [of.get(name, zeros).cpu().flatten() for of in (gradients, reference)]
-        parts = zip(*(torch.split(tensor, _COMPARED_AT_ONCE) for tensor in pair), strict=True)
-        differences[name] = total(_compare(*part) for part in parts)
+        chunks = zip(*(torch.split(tensor, _CHUNK_SIZE) for tensor in pair), strict=True)
+        differences[name] = total(_compare(*part) for part in chunks)
     return differences
 
 
@@ -94,40 +96,40 @@ def _compare(gradient: Tensor, reference: Tensor) -> GradientDifference:
 
 
 def total(parts: Iterable[GradientDifference]) -> GradientDifference:
-    """Returns the sum of the comparisons `parts`."""
+    """Returns the sum of the comparisons."""
     return sum(parts, GradientDifference())
 
 
-def kind_of(name: str) -> str:
-    """Returns the kind of a tensor: the part of its name that is the same in all layers.
+def get_tensor_type(name: str) -> str:
+    """Returns the part of a tensor's name that is the same in all layers.
 
     `base_model.model.model.layers.3.self_attn.q_proj.lora_A.default.weight` is a `lora_A`.
     """
-    parts = [part for part in name.split(".") if not part.isdigit()]
-    if parts[-1] in ("weight", "bias") and len(parts) > 1 and "default" in parts[-2]:
-        parts = parts[:-2] + ([parts[-1]] if parts[-1] == "bias" else [])
-    if parts[-1] == "default":
-        parts = parts[:-1]
-    if parts[-1] in ("weight", "bias") and len(parts) > 1:
-        return f"{re.sub(r'_?[0-9]+$', '', parts[-2])}.{parts[-1]}"
-    return parts[-1]
+    names = [part for part in name.split(".") if not part.isdigit()]
+    if names[-1] in ("weight", "bias") and len(names) > 1 and "default" in names[-2]:
+        names = names[:-2] + ([names[-1]] if names[-1] == "bias" else [])
+    if names[-1] == "default":
+        names = names[:-1]
+    if names[-1] in ("weight", "bias") and len(names) > 1:
+        return f"{re.sub(r'_?[0-9]+$', '', names[-2])}.{names[-1]}"
+    return names[-1]
 
 
-def by_kind(tensors: Mapping[str, GradientDifference]) -> dict[str, GradientDifference]:
-    """Returns the comparisons of `tensors`, summed by kind."""
-    sums: dict[str, GradientDifference] = defaultdict(GradientDifference)
+def sum_by_type(tensors: Mapping[str, GradientDifference]) -> dict[str, GradientDifference]:
+    """Returns the comparisons of `tensors`, summed by type of tensor."""
+    totals: dict[str, GradientDifference] = defaultdict(GradientDifference)
     for name, difference in tensors.items():
-        sums[kind_of(name)] += difference
-    return dict(sums)
+        totals[get_tensor_type(name)] += difference
+    return dict(totals)
 
 
-def added(
-    sums: Mapping[str, GradientDifference], other: Mapping[str, GradientDifference]
+def add_differences(
+    first: Mapping[str, GradientDifference], other: Mapping[str, GradientDifference]
 ) -> dict[str, GradientDifference]:
-    """Returns the sums of both comparisons of each tensor, by name."""
+    """Returns the sums of two comparisons of each tensor, by name."""
     return {
-        name: sums.get(name, GradientDifference()) + other.get(name, GradientDifference())
-        for name in {**sums, **other}
+        name: first.get(name, GradientDifference()) + other.get(name, GradientDifference())
+        for name in {**first, **other}
     }
 
 
@@ -136,19 +138,19 @@ ORDER = 10.0
 summation order on the plain step. Orders differ more for packed rows than for padded ones."""
 FLOAT32_EPSILON = 2.0**-23
 """Relative rounding of float32: a loss that is a difference of terms keeps that of its terms."""
-LEAST = {"float32": (1e-5, 1e-4)}
+TOLERANCES = {"float32": (1e-5, 1e-4)}
 """Relative differences of loss and gradients that are always accepted."""
-LEAST_NARROW = (4e-3, 2e-2)
-KINK = 2e-2
+HALF_TOLERANCES = (4e-3, 2e-2)
+MAX_KINK_DISTANCE = 2e-2
 """Maximal relative distance of all gradients in float32 if rounding moves an activation over a
 kink; 6e-3 was measured for one tensor."""
-DRAWS = 3
+NUM_DRAWS = 3
 """Number of rounded plain steps. Gradients share a few errors, such as one of all logits, so a
 single step may be close to float32, or of the right length, by chance."""
 ROUNDING = 1.5
 """Maximal distance of the fast step's rounded gradient from float32, as a multiple of the plain
-steps' largest; 1.1 was measured. For a single tensor it is `ROUNDING_OF_ONE`."""
-ROUNDING_OF_ONE = 4.0
+steps' largest; 1.1 was measured. For a single tensor it is `TENSOR_ROUNDING`."""
+TENSOR_ROUNDING = 4.0
 LENGTH = 0.3
 """Maximal length outside the range of the plain steps' lengths, as a multiple of the same distance;
 0.15 was measured."""
@@ -156,7 +158,7 @@ LENGTH = 0.3
 
 @dataclass
 class StepComparison:
-    """Differences between fast and plain step, relative to the plain step.
+    """Differences between the fast step and the plain step, relative to the plain step.
 
     Attributes:
         dtype: dtype in which the steps were compared, besides the run's own.
@@ -166,7 +168,7 @@ class StepComparison:
             `gradient` are then distances of the fast step from float64.
         kinks: whether rounding moved a value over a kink of the activation, so that `loss` and
             `gradient` compare both steps in float64.
-        rounded: kind of tensor → distances of the plain and the fast gradient, both in the run's
+        rounded: type of tensor → distances of the plain and the fast gradient, both in the run's
             dtype, from float32.
     """
 
@@ -185,8 +187,9 @@ class StepComparison:
 class Bounds:
     """Largest allowed differences of two steps that differ in summation order only.
 
-    `noise` is the difference that another order causes in each tensor's gradient, `noise_of_loss`
-    that in the loss, in nats.
+    Attributes:
+        noise: difference that another order causes in each tensor's gradient.
+        noise_of_loss: difference that another order causes in the loss, in nats.
     """
 
     dtype: str
@@ -194,45 +197,36 @@ class Bounds:
     noise_of_loss: float
 
     def check_loss(self, loss: float, expected: float) -> float:
-        """Returns the relative difference of `loss` from `expected`.
-
-        Raises:
-            RunError: the difference exceeds its bound.
-        """
-        difference, tolerance = abs(loss - expected), LEAST.get(self.dtype, LEAST_NARROW)[0]
-        bound = tolerance * abs(expected) + ORDER * self.noise_of_loss
-        if not difference <= bound:
-            raise build_mismatch_error(
-                f"losses differ by {difference:.2g} of {expected:.4g}, and rounding explains "
-                f"{bound:.2g}",
+        """Returns the relative difference of `loss` from `expected`; RunError beyond its bound."""
+        diff, rtol = abs(loss - expected), TOLERANCES.get(self.dtype, HALF_TOLERANCES)[0]
+        bound = rtol * abs(expected) + ORDER * self.noise_of_loss
+        if not diff <= bound:
+            raise create_mismatch_error(
+                f"losses differ by {diff:.2g} of {expected:.4g}, and rounding explains {bound:.2g}",
                 self.dtype,
             )
-        return difference / max(abs(expected), 1e-12)
+        return diff / max(abs(expected), 1e-12)
 
     def check_gradients(
-        self, differences: Mapping[str, GradientDifference], what: str = "gradients"
+        self, differences: Mapping[str, GradientDifference], label: str = "gradients"
     ) -> float:
-        """Check the difference of each tensor and of all together; returns the distance of all.
-
-        Raises:
-            RunError: a distance exceeds its bound.
-        """
-        tolerance = LEAST.get(self.dtype, LEAST_NARROW)[1]
+        """Returns the distance of all gradients; RunError if one or all are beyond their bounds."""
+        rtol = TOLERANCES.get(self.dtype, HALF_TOLERANCES)[1]
         overall, norms = total(differences.values()), norms_of(differences)
         for name, difference in sorted(differences.items(), key=lambda item: -item[1].difference):
             norm = norms[name]
-            bound = tolerance * norm + ORDER * self.noise[name].difference ** 0.5
+            bound = rtol * norm + ORDER * self.noise[name].difference ** 0.5
             if not difference.difference**0.5 <= bound:
-                raise build_mismatch_error(
-                    f"{what} of {name} differ by {difference.distance:.2g}, their length by "
+                raise create_mismatch_error(
+                    f"{label} of {name} differ by {difference.distance:.2g}, their length by "
                     f"{difference.length:+.2%}, and rounding explains {bound / norm:.2g}",
                     self.dtype,
                 )
         order = total(self.noise.values())
-        bound = tolerance / 2 + ORDER * order.distance
+        bound = rtol / 2 + ORDER * order.distance
         if not overall.distance <= bound:
-            raise build_mismatch_error(
-                f"{what} differ by {overall.distance:.2g}, and rounding explains {bound:.2g}",
+            raise create_mismatch_error(
+                f"{label} differ by {overall.distance:.2g}, and rounding explains {bound:.2g}",
                 self.dtype,
             )
         return overall.distance
@@ -242,11 +236,14 @@ class Bounds:
 class RoundingErrors:
     """Effect of the run's dtype on gradients and losses, as differences from float32.
 
-    `plain` has one item per random draw; `losses` maps "plain" and "fast" to relative differences.
+    Attributes:
+        reference: differences of the plain step, one item per random draw.
+        fast: differences of the fast step.
+        losses: "plain" or "fast" → relative difference of each loss.
     """
 
-    plain: list[dict[str, GradientDifference]] = field(
-        default_factory=lambda: [{} for _ in range(DRAWS)]
+    reference: list[dict[str, GradientDifference]] = field(
+        default_factory=lambda: [{} for _ in range(NUM_DRAWS)]
     )
     fast: dict[str, GradientDifference] = field(default_factory=dict)
     losses: dict[str, list[float]] = field(default_factory=dict)
@@ -256,70 +253,73 @@ class RoundingErrors:
         self.losses.setdefault(step, []).append(abs(loss / exact - 1))
 
     def check(self) -> dict[str, tuple[float, float]]:
-        """Returns kind of tensor → distances of the plain and the fast gradient from float32.
+        """Returns type of tensor → distances of the plain and the fast gradient from float32.
 
         Raises RunError if the fast step is farther off than the plain step's rounding allows.
         """
-        draws, fast = [by_kind(tensors) for tensors in self.plain], by_kind(self.fast)
-        plain = {kind: max(draw[kind].distance for draw in draws) for kind in fast}
+        draws, fast = [sum_by_type(tensors) for tensors in self.reference], sum_by_type(self.fast)
+        reference = {kind: max(draw[kind].distance for draw in draws) for kind in fast}
         for kind, difference in fast.items():
-            tolerance, rounding = LEAST_NARROW[1] / 10, plain[kind]
+            tolerance, rounding = HALF_TOLERANCES[1] / 10, reference[kind]
             lengths = [draw[kind].length for draw in draws]
-            nearest = min(max(difference.length, min(lengths)), max(lengths))
-            longer = difference.length - nearest
+            expected = min(max(difference.length, min(lengths)), max(lengths))
+            longer = difference.length - expected
             if not (
                 difference.distance <= tolerance + ROUNDING * rounding
                 and abs(longer) <= tolerance + LENGTH * rounding
             ):
-                raise build_mismatch_error(
+                raise create_mismatch_error(
                     f"gradients of {kind} are {difference.distance:.2g} from float32 and "
                     f"{longer:+.2%} longer, the plain step's {rounding:.2g}",
                     "the run's precision",
                 )
         norms = norms_of(self.fast)
         for name, difference in self.fast.items():
-            alike = plain[kind_of(name)] * difference.reference**0.5
-            alone = max(draw[name].difference for draw in self.plain) ** 0.5
-            bound = LEAST_NARROW[1] * norms[name] + ROUNDING_OF_ONE * max(alone, alike)
+            type_norm = reference[get_tensor_type(name)] * difference.reference**0.5
+            tensor_norm = max(draw[name].difference for draw in self.reference) ** 0.5
+            bound = HALF_TOLERANCES[1] * norms[name] + TENSOR_ROUNDING * max(tensor_norm, type_norm)
             if not difference.difference**0.5 <= bound:
-                raise build_mismatch_error(
+                raise create_mismatch_error(
                     f"gradients of {name} are {difference.distance:.2g} from float32, the plain "
-                    f"step's {alone / norms[name]:.2g}",
+                    f"step's {tensor_norm / norms[name]:.2g}",
                     "the run's precision",
                 )
-        worst = {step: max(losses) for step, losses in self.losses.items()}
-        if worst and not worst["fast"] <= LEAST_NARROW[0] + ROUNDING_OF_ONE * worst["plain"]:
-            raise build_mismatch_error(
-                f"losses are {worst['fast']:.2g} from float32, the plain step's "
-                f"{worst['plain']:.2g}",
+        max_losses = {step: max(losses) for step, losses in self.losses.items()}
+        if (
+            max_losses
+            and not max_losses["fast"] <= HALF_TOLERANCES[0] + TENSOR_ROUNDING * max_losses["plain"]
+        ):
+            raise create_mismatch_error(
+                f"losses are {max_losses['fast']:.2g} from float32, the plain step's "
+                f"{max_losses['plain']:.2g}",
                 "the run's precision",
             )
-        return {kind: (plain[kind], fast[kind].distance) for kind in fast}
+        return {kind: (reference[kind], fast[kind].distance) for kind in fast}
 
 
 def norms_of(differences: Mapping[str, GradientDifference]) -> dict[str, float]:
-    """Returns reference norms, at least 1 % of the mean norm of a kind and of the total norm.
+    """Returns reference norms, at least 1 % of the mean norm of a type and of the total norm.
 
     Rounding errors of tensors with almost no gradient, such as the bias of span logits or the keys
     of saturated attention, are as large as those of other tensors.
     """
-    counts: dict[str, int] = {}
+    num_tensors: dict[str, int] = {}
     for name in differences:
-        counts[kind_of(name)] = counts.get(kind_of(name), 0) + 1
-    kinds, total_reference = by_kind(differences), total(differences.values()).reference
+        num_tensors[get_tensor_type(name)] = num_tensors.get(get_tensor_type(name), 0) + 1
+    kinds, total_reference = sum_by_type(differences), total(differences.values()).reference
     return {
         name: max(
             difference.reference,
-            1e-4 * kinds[kind].reference / counts[kind],
+            1e-4 * kinds[kind].reference / num_tensors[kind],
             1e-4 * total_reference,
         )
         ** 0.5
         for name, difference in differences.items()
-        for kind in (kind_of(name),)
+        for kind in (get_tensor_type(name),)
     }
 
 
-def build_mismatch_error(problem: str, dtype: str) -> RunError:
+def create_mismatch_error(problem: str, dtype: str) -> RunError:
     """Build the error that stops a run whose fast step differs from the plain step."""
     return RunError(
         f"--verify-fast: the fast step is not the plain one: in {dtype} {problem}. "
@@ -347,49 +347,53 @@ class Steps:
         """The model that is trained."""
         return self.trainer.model
 
-    def plain_perturbed(self, rows: Sequence[Encoded], dtype: str, draw: int = 0) -> StepResult:
+    def perturbed_reference(self, rows: Sequence[Encoded], dtype: str, draw: int = 0) -> StepResult:
         """Returns the plain step's result with other rounding errors, to measure their size.
 
         Rows and answers are computed one by one in reverse order, and each block's input is
         perturbed by a rounding error. Without that, rows of one length round alike in any order,
         and errors shared by two answers cancel in the gradient. `draw` is the random seed.
         """
-        alone = len(rows[0].sequences) > 1 and not isinstance(self.trainer.objective, StepObjective)
-        model = _OneByOne(self.model) if alone else self.model
+        is_paired = len(rows[0].sequences) > 1 and not isinstance(
+            self.trainer.objective, StepObjective
+        )
+        model = _OneByOne(self.model) if is_paired else self.model
         with _perturbed_inputs(self.model, draw):
-            return self._plain(model, rows[::-1], 1, dtype)
+            return self._reference(model, rows[::-1], 1, dtype)
 
-    def plain(self, rows: Sequence[Encoded], batch_size: int, dtype: str) -> StepResult:
+    def reference(self, rows: Sequence[Encoded], batch_size: int, dtype: str) -> StepResult:
         """Returns loss and gradients as transformers and PEFT compute them: padded, no dropout."""
-        return self._plain(self.model, rows, batch_size, dtype)
+        return self._reference(self.model, rows, batch_size, dtype)
 
-    def _plain(
+    def _reference(
         self, model: Any, rows: Sequence[Encoded], batch_size: int, dtype: str
     ) -> StepResult:
         objective, device = self.trainer.objective, self.trainer.args.device
         if isinstance(objective, StepObjective):
-            return self._plain_whole(objective, rows, batch_size, dtype)
-        options = self.trainer.loss
+            return self._reference_whole_step(objective, rows, batch_size, dtype)
+        loss_config = self.trainer.loss
         _evaluate(self.model)
         self.model.zero_grad()
-        loss, baseline = 0.0, self._baseline(rows, batch_size, dtype)
-        parts = self._batches(rows, batch_size)
-        counts = [objective.training_count(batch["labels"], options) for batch in parts]
-        count = torch.stack(counts).sum(0)
-        for batch in parts:
-            if baseline is not None:
+        loss, kl_baseline = 0.0, self._baseline(rows, batch_size, dtype)
+        micro_batches = self._batches(rows, batch_size)
+        num_targets = [
+            objective.training_count(batch["labels"], loss_config) for batch in micro_batches
+        ]
+        total = torch.stack(num_targets).sum(0)
+        for batch in micro_batches:
+            if kl_baseline is not None:
                 batch["preference_labels"] = with_baseline(
-                    batch["preference_labels"], baseline.to(device)
+                    batch["preference_labels"], kl_baseline.to(device)
                 )
             with autocast(device.type, dtype):
                 mask = batch["attention_mask"]
-                summed, _, _ = plain_loss(model, objective, batch, mask, options)
-            share = (summed / count).sum()
-            torch.autograd.backward(share)
-            loss += share.item()
+                summed, _, _ = compute_full_loss(model, objective, batch, mask, loss_config)
+            batch_loss = (summed / total).sum()
+            torch.autograd.backward(batch_loss)
+            loss += batch_loss.item()
         return StepResult(loss, self._pop_gradients())
 
-    def _plain_whole(
+    def _reference_whole_step(
         self, objective: StepObjective, rows: Sequence[Encoded], batch_size: int, dtype: str
     ) -> StepResult:
         """Returns the plain step's result if its loss needs all texts; all graphs are kept."""
@@ -397,8 +401,8 @@ class Steps:
         _evaluate(self.model)
         self.model.zero_grad()
         texts, step = distinct_texts(rows)
-        vectors, parts = [], batches(texts, batch_size)
-        for part, batch in zip(parts, self._batches(texts, batch_size), strict=True):
+        vectors, chunks = [], batches(texts, batch_size)
+        for part, batch in zip(chunks, self._batches(texts, batch_size), strict=True):
             del batch["labels"]
             with autocast(device.type, dtype):
                 outputs, unpooled = self.model(**batch), [text.unpooled for text in part]
@@ -414,8 +418,8 @@ class Steps:
         if not (isinstance(objective, LikelihoodObjective) and contrasts):
             return None
         with autocast(device.type, dtype):
-            parts = self._batches(contrasts, batch_size)
-            total = sum_of_ratios(None, self.model, objective, parts)
+            batches = self._batches(contrasts, batch_size)
+            total = sum_log_ratios(None, self.model, objective, batches)
         return (total[0] / total[1]).clamp(min=0)
 
     def _batches(self, rows: Sequence[Encoded], batch_size: int) -> list[dict[str, Tensor]]:
@@ -424,17 +428,14 @@ class Steps:
 
     def fast(self, rows: Sequence[Encoded], dtype: str) -> StepResult:
         """Returns the result of the Trainer's step, with fused layers and without dropout."""
-        return self._by_trainer(rows, dtype, _without_dropout)
+        return self._run_trainer(rows, dtype, _without_dropout)
 
     def with_dropout(self, rows: Sequence[Encoded], dtype: str, *, fused: bool) -> StepResult:
-        """Returns the result of the Trainer's step with dropout, with `fused` or plain layers.
-
-        Both use the same dropout masks.
-        """
+        """Returns the Trainer's result with dropout; `fused` or plain layers have equal masks."""
         torch.manual_seed(0)
-        return self._by_trainer(rows, dtype, _keep_mode if fused else _use_plain_layers)
+        return self._run_trainer(rows, dtype, _keep_mode if fused else _use_unfused_layers)
 
-    def _by_trainer(
+    def _run_trainer(
         self, rows: Sequence[Encoded], dtype: str, mode: Callable[[Any], None]
     ) -> StepResult:
         """Returns the result of `training_step`; `mode(model)` runs before each forward pass."""
@@ -470,11 +471,9 @@ class _OneByOne:
         self.get_base_model = getattr(model, "get_base_model", None)
 
     def __getattr__(self, name: str) -> Any:
-        """Delegate to the model."""
         return getattr(self._model, name)
 
     def __call__(self, attention_mask: Tensor, **batch: Tensor) -> Any:
-        """Returns outputs with the logits of all rows."""
         width, logits = attention_mask.shape[1], []
         for index, mask in enumerate(attention_mask):
             length = int(mask.sum())
@@ -498,11 +497,9 @@ def _perturbed_inputs(model: Any, draw: int) -> Iterator[None]:
         states = args[0] if args else kwargs["hidden_states"]
         errors = 2 * torch.rand(states.shape, generator=generator) - 1
         errors *= torch.finfo(states.dtype).eps
-        perturbed = states + states.detach() * errors.to(states)
+        inputs = states + states.detach() * errors.to(states)
         return (
-            ((perturbed, *args[1:]), kwargs)
-            if args
-            else (args, {**kwargs, "hidden_states": perturbed})
+            ((inputs, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": inputs})
         )
 
     blocks = chain(*get_stacks(base_model(model)))
@@ -525,10 +522,7 @@ def _fused_modules(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
 
 
 def _evaluate(model: torch.nn.Module) -> None:
-    """Set `model` (modified) to eval mode, except its 8-bit linear layers.
-
-    In eval mode, bitsandbytes on a CPU also rounds their inputs to 8 bits (`MatMul8bitLt`).
-    """
+    """Set `model` to eval mode, except 8-bit layers, which then round their inputs on a CPU."""
     model.eval()
     for module in model.modules():
         if hasattr(module, "init_8bit_state"):
@@ -540,13 +534,12 @@ def _keep_mode(model: torch.nn.Module) -> None:
 
 
 def _without_dropout(model: torch.nn.Module) -> None:
-    """Disable dropout in `model` (modified); fused modules still compute as in training."""
     _evaluate(model)
     for module in _fused_modules(model):
         module.training = True
 
 
-def _use_plain_layers(model: torch.nn.Module) -> None:
+def _use_unfused_layers(model: torch.nn.Module) -> None:
     """Make fused modules of `model` (modified) compute as the modules that they replace."""
     for module in _fused_modules(model):
         module.training = False
@@ -566,8 +559,8 @@ def perturb_weights(model: torch.nn.Module) -> Iterator[None]:
     start = [p.detach().clone() for p in trained]
     with torch.no_grad():
         for p in trained:
-            spread = float(p.float().std()) if p.numel() > 1 else 0.0
-            size = 0.05 * spread if spread else 0.2 / p.shape[-1] ** 0.5 if p.dim() else 0.2
+            std = float(p.float().std()) if p.numel() > 1 else 0.0
+            size = 0.05 * std if std else 0.2 / p.shape[-1] ** 0.5 if p.dim() else 0.2
             p.add_((torch.randn(p.shape, generator=generator) * size).to(p))
     try:
         yield

@@ -26,10 +26,10 @@ from ftlevel.training.best import PredictionRecorder, SelectedModel
 from ftlevel.training.plan.run import Run, count_parameters
 from ftlevel.training.proof import Proof
 
-_ROWS = 10_000  # training rows used for label frequencies
+_MAX_ROWS = 10_000  # training rows used for label frequencies
 _WINDOW = 3  # minimal number of logged losses in a mean
 _MARGIN = 0.02  # relative margin below the loss of guessing by label frequency
-_FAR = 2  # multiple of the default learning rate that is considered too high
+_MAX_RATE_FACTOR = 2  # multiple of the default learning rate that is considered too high
 
 
 def dump_config(run: Run) -> str:
@@ -56,14 +56,14 @@ def resolved_config(run: Run) -> dict[str, Any]:
         values["data"]["overlong"] = run.data.info["overlong"]  # auto may have dropped rows
     values["train"]["learning_rate"] = run.schedule.learning_rate
     head = run.schedule.head_learning_rate
-    differs = head != run.schedule.learning_rate
-    values["train"]["head_learning_rate"] = head if differs else None
+    has_head_rate = head != run.schedule.learning_rate
+    values["train"]["head_learning_rate"] = head if has_head_rate else None
     if run.config.quant.kind != "4bit":
         values["quant"] = {"kind": run.config.quant.kind}
     return values
 
 
-def describe_base(source: ModelSource) -> dict[str, Any]:
+def get_base_values(source: ModelSource) -> dict[str, Any]:
     """Returns the name, kind, revision and fingerprint of a base model."""
     path, revision = source.path, source.revision
     name = source.name if source.kind in ("hub", "builtin") or path is None else str(path.resolve())
@@ -78,7 +78,6 @@ def describe_base(source: ModelSource) -> dict[str, Any]:
 
 
 def _cached_snapshot(source: ModelSource) -> Path | None:
-    """Returns the snapshot directory of `source` in the Hub cache; None if it is not there."""
     from huggingface_hub import try_to_load_from_cache
 
     for name in ("model.safetensors", "model.safetensors.index.json"):
@@ -90,26 +89,28 @@ def _cached_snapshot(source: ModelSource) -> Path | None:
 
 def with_stream_counts(run: Run, rows: StreamedRows) -> Run:
     """Returns `run` with the actual row counts of a streamed dataset instead of estimates."""
-    counts = rows.counts
+    num_rows = rows.counts
     data_info = {
         **run.data.info,
         "train_rows": len(rows),
-        "dropped": counts.get("dropped", 0),
-        "shortened": counts.get("shortened", 0),
-        "split": counts.get("split", 0),
-        "stream": counts,
+        "dropped": num_rows.get("dropped", 0),
+        "shortened": num_rows.get("shortened", 0),
+        "split": num_rows.get("split", 0),
+        "stream": num_rows,
     }
     return replace(run, data=replace(run.data, info=data_info))
 
 
-def build_card(run: Run, base: Mapping[str, Any]) -> AdapterCard:
-    """Build the card (ftlevel.json) that is stored with the adapter."""
-    stored = get_quantization_config(run.model.config)
+def create_card(run: Run, base: Mapping[str, Any]) -> AdapterCard:
+    """Returns the card (ftlevel.json) that is saved with the adapter."""
+    quantization_config = get_quantization_config(run.model.config)
     return AdapterCard(
         method=run.config.method.kind,
         task=run.task.name,
         base=base,
-        quantization=run.model.quant.facts if stored is None else get_quantization_info(stored),
+        quantization=run.model.quant.facts
+        if quantization_config is None
+        else get_quantization_info(quantization_config),
         dtype=run.model.dtype,
         max_length=run.data.max_length,
         prompt=run.data.prompt_format.to_dict() if run.data.prompt_format else {},
@@ -156,8 +157,8 @@ class Outcome:
     plan: Mapping[str, Any] = field(default_factory=dict)
 
 
-def build_summary(run: Run, outcome: Outcome) -> dict[str, Any]:
-    """Build the contents of summary.json. Times are in seconds, memory in bytes, loss in nats."""
+def create_summary(run: Run, outcome: Outcome) -> dict[str, Any]:
+    """Returns the contents of summary.json: times in seconds, memory in bytes, loss in nats."""
     model, records = outcome.model, outcome.records
     trainable, total = count_parameters(model)
     scores = [record for record in records if any(k.startswith("eval_") for k in record)]
@@ -218,17 +219,17 @@ def summarize_losses(losses: Sequence[float]) -> dict[str, Any]:
     if not losses:
         return {"loss_first": None, "loss_last": None, "loss_window": 0}
     window = max(math.ceil(len(losses) / 10), min(5, len(losses) // 2), 1)
-    ends = {"first": losses[:window], "last": losses[-window:]}
-    means = {f"loss_{end}": statistics.fmean(part) for end, part in ends.items()}
+    windows = {"first": losses[:window], "last": losses[-window:]}
+    means = {f"loss_{end}": statistics.fmean(part) for end, part in windows.items()}
     spreads = {
         f"loss_{end}_spread": statistics.stdev(part) if window > 1 else None
-        for end, part in ends.items()
+        for end, part in windows.items()
     }
     return {**means, **spreads, "loss_window": window}
 
 
-def find_worse_than_before(summary: Mapping[str, Any]) -> list[str]:
-    """Find a warning if the evaluation before training, if any, is better than all later ones."""
+def warn_if_worse(summary: Mapping[str, Any]) -> list[str]:
+    """Returns a warning if the evaluation before training is better than all later ones."""
     best, initial = summary["best"], summary["metrics_before"]
     name = best["metric"].removeprefix("eval_") if best else ""
     if not best or name not in initial:
@@ -243,31 +244,30 @@ def find_worse_than_before(summary: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def find_nothing_learned(summary: Mapping[str, Any], run: Run) -> list[str]:
-    """Find a warning if the loss did not fall; none for runs too short to judge.
+def warn_if_not_learned(summary: Mapping[str, Any], run: Run) -> list[str]:
+    """Returns a warning if the loss did not fall; none for runs too short to judge.
 
-    Losses of classes, tags and spans must end 2 % below that of guessing by label frequency. Other
-    losses, and weighted ones, must end below the first logged losses.
+    Losses of classes, tags and spans must end 2 % below that of guessing by label frequency.
     """
     window = summary["loss_window"]
     if window < _WINDOW or isinstance(run.objective, PolicyObjective):  # its loss measures nothing
         return []
     first, last = summary["loss_first"], summary["loss_last"]
-    rows = itertools.islice(run.data.train, _ROWS)
-    guess = run.objective.guess_loss(list(rows)) if not run.loss.is_weighted else None
-    if last < (first if guess is None else guess * (1 - _MARGIN)):
+    rows = itertools.islice(run.data.train, _MAX_ROWS)
+    guess_loss = run.objective.guess_loss(list(rows)) if not run.loss.is_weighted else None
+    if last < (first if guess_loss is None else guess_loss * (1 - _MARGIN)):
         return []
-    ended = f"the loss ended at {last:.3f} (mean of the last {window} that were logged)"
+    text = f"the loss ended at {last:.3f} (mean of the last {window} that were logged)"
     than = (
         f"and began at {first:.3f}"
-        if guess is None
-        else f"and guessing by answer frequency gives {guess:.3f}"
+        if guess_loss is None
+        else f"and guessing by answer frequency gives {guess_loss:.3f}"
     )
     rate, default = run.schedule.learning_rate, run.schedule.default_learning_rate
-    is_worse = last > first + (summary["loss_first_spread"] or 0)
-    advice = "a lower" if is_worse or rate > _FAR * default else "a higher"
-    usual = f" ({default:g} is the default here)" if rate != default else ""
+    is_increased = last > first + (summary["loss_first_spread"] or 0)
+    suggestion = "a lower" if is_increased or rate > _MAX_RATE_FACTOR * default else "a higher"
+    default_text = f" ({default:g} is the default here)" if rate != default else ""
     return [
-        f"{ended}, {than}: nothing was learned. Try {advice} --learning-rate than {rate:g}{usual}, "
-        "or train longer (--num-train-epochs, --max-steps)."
+        f"{text}, {than}: nothing was learned. Try {suggestion} --learning-rate than {rate:g}"
+        f"{default_text}, or train longer (--num-train-epochs, --max-steps)."
     ]

@@ -1,8 +1,7 @@
 """Precompute teacher predictions before the trained model loads.
 
 Predictions for the top tokens, or for all, are cached on disk; a training step reads those of its
-rows. Auxiliary models are located before any weights load; `text_models` runs those that read
-texts.
+rows. `text_models` runs auxiliary models that read texts.
 """
 
 from __future__ import annotations
@@ -40,15 +39,15 @@ from ftlevel.trained.resolve import (
 from ftlevel.training.model import PreparedModel
 from ftlevel.training.plan.run import AuxiliaryModels, Run
 from ftlevel.training.reference import (
-    AT_ONCE,
+    CHUNK_SIZE,
     Reference,
     cache_path,
-    describe_cache_key,
-    describe_first_loss,
+    check_first_loss,
+    get_model_key,
     is_missing,
+    iterate_batches,
     load_auxiliary_model,
-    micro_batches,
-    open_or_fill,
+    open_or_compute,
 )
 
 
@@ -61,11 +60,8 @@ class TeacherPredictions:
 
 
 def precompute_teacher(run: Run, listener: Listener) -> TeacherPredictions | None:
-    """Returns the training rows with the teacher's predictions; None if none are needed.
-
-    Raises InputError if the disk has no space for them.
-    """
-    teacher, settings = run.auxiliary.teacher, run.config.distillation
+    """Returns the training rows with the teacher's predictions; None if none are needed."""
+    teacher, config = run.auxiliary.teacher, run.config.distillation
     if (
         teacher is None
         or not isinstance(run.objective, TokenObjective)
@@ -74,43 +70,42 @@ def precompute_teacher(run: Run, listener: Listener) -> TeacherPredictions | Non
         return None
     listener.stage("running the teacher")
     objective, rows = run.objective, run.data.train
-    teacher_vocabulary = load_config(teacher.ref.source).get_text_config().vocab_size
-    dtype = outcome_dtype(settings, min(run.model.vocabulary, teacher_vocabulary))
-    offsets = np.cumsum([0, *(_count(objective, row) for row in rows)]).tolist()
-    key = json.dumps([describe_cache_key(teacher, run), settings.kd_temperature, str(dtype)])
+    vocab_size = load_config(teacher.ref.source).get_text_config().vocab_size
+    dtype = outcome_dtype(config, min(run.model.vocabulary, vocab_size))
+    offsets = np.cumsum([0, *(_num_targets(objective, row) for row in rows)]).tolist()
+    key = json.dumps([get_model_key(teacher, run), config.kd_temperature, str(dtype)])
     path, size = cache_path(run.config.data, "teacher", key, rows), offsets[-1] * dtype.itemsize
-    _check_room(path, size)
+    _check_disk_space(path, size)
 
     def fill(into: np.ndarray) -> None:
         with load_auxiliary_model(teacher, run, listener) as (asking, adapted):
             _fill(asking, adapted, offsets, into)
 
-    predictions, was_cached = open_or_fill(path, (offsets[-1],), dtype, fill)
+    predictions, was_cached = open_or_compute(path, (offsets[-1],), dtype, fill)
     status = "cached" if was_cached else "computed before step 1"
-    count = dtype["ids"].shape[0]
-    share = float(1 - np.exp(predictions["known"][:, -1]).mean()) if count else 1.0
-    tokens = f"the top {count} tokens" if count else "all tokens"
-    details = f"{tokens} at {offsets[-1]:,} positions, {share:.1%} of its probability; "
-    details += f"{size / 1e6:,.1f} MB"
-    listener.choices("teacher", [Choice("teacher", teacher.name, f"{status}: {details}")])
-    facts = {
+    num_tokens = dtype["ids"].shape[0]
+    probability = float(1 - np.exp(predictions["known"][:, -1]).mean()) if num_tokens else 1.0
+    tokens = f"the top {num_tokens} tokens" if num_tokens else "all tokens"
+    text = f"{tokens} at {offsets[-1]:,} positions, {probability:.1%} of its probability; "
+    text += f"{size / 1e6:,.1f} MB"
+    listener.choices("teacher", [Choice("teacher", teacher.name, f"{status}: {text}")])
+    info = {
         "teacher": teacher.name,
         "fingerprint": teacher.fingerprint,
         "cached": was_cached,
-        "tokens_kept": count or dtype["known"].shape[0],
+        "tokens_kept": num_tokens or dtype["known"].shape[0],
         "places": offsets[-1],
-        "probability_kept": share,
+        "probability_kept": probability,
         "bytes": size,
     }
-    return TeacherPredictions(DistillationRows(rows, predictions, offsets), facts)
+    return TeacherPredictions(DistillationRows(rows, predictions, offsets), info)
 
 
-def _count(objective: TokenObjective, row: Encoded) -> int:
+def _num_targets(objective: TokenObjective, row: Encoded) -> int:
     return int(objective.count(torch.tensor([row.labels])))
 
 
-def _check_room(path: Path | None, size: int) -> None:
-    """Raise InputError if the file `path` must be created and the disk lacks `size` bytes."""
+def _check_disk_space(path: Path | None, size: int) -> None:
     if path is None or path.exists():
         return
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -122,20 +117,19 @@ def _check_room(path: Path | None, size: int) -> None:
         )
 
 
-def _fill(run: Run, adapted: PreparedModel, offsets: Sequence[int], array: np.ndarray) -> None:
-    """Compute missing predictions in `array` (modified), one per target, a few rows at a time."""
-    rows, model = run.data.train, adapted.model
-    model.eval()
+def _fill(run: Run, model: PreparedModel, offsets: Sequence[int], array: np.ndarray) -> None:
+    rows, module = run.data.train, model.model
+    module.eval()
     with torch.no_grad(), autocast(run.model.device, run.model.dtype):
-        for start in range(0, len(rows), AT_ONCE):
-            chunk = range(start, min(start + AT_ONCE, len(rows)))
+        for start in range(0, len(rows), CHUNK_SIZE):
+            chunk = range(start, min(start + CHUNK_SIZE, len(rows)))
             if not is_missing(array[offsets[chunk.start] : offsets[chunk.stop]]).any():
                 continue
             batch_rows = [rows[i] for i in chunk]
-            for indices, log_probs, ids in _predict(run, adapted, batch_rows, array.dtype):
-                counts = [offsets[start + i + 1] - offsets[start + i] for i in indices]
-                ends = np.cumsum(counts)
-                for i, count, end in zip(indices, counts, ends, strict=True):
+            for indices, log_probs, ids in _predict(run, model, batch_rows, array.dtype):
+                num_targets = [offsets[start + i + 1] - offsets[start + i] for i in indices]
+                stops = np.cumsum(num_targets)
+                for i, count, end in zip(indices, num_targets, stops, strict=True):
                     target, source = (
                         slice(offsets[start + i], offsets[start + i + 1]),
                         slice(end - count, end),
@@ -148,44 +142,41 @@ def _fill(run: Run, adapted: PreparedModel, offsets: Sequence[int], array: np.nd
 
 
 def _predict(
-    run: Run, adapted: PreparedModel, rows: Sequence[Encoded], dtype: np.dtype
+    run: Run, model: PreparedModel, rows: Sequence[Encoded], dtype: np.dtype
 ) -> Iterator[tuple[list[int], np.ndarray, np.ndarray]]:
     """Yields micro-batches: row indices, and the teacher's log-probabilities and ids at targets."""
     objective, settings, vocabulary = run.objective, run.config.distillation, run.model.vocabulary
     if not isinstance(objective, TokenObjective):
         return
-    parts: list[tuple[Tensor, Tensor]] = []
+    chunks: list[tuple[Tensor, Tensor]] = []
 
     def keep(scores: Tensor, _: Tensor) -> None:
         values, ids = select_top_k(scores[:, :vocabulary], settings, dtype)
-        parts.append((values.cpu(), ids.cpu()))
+        chunks.append((values.cpu(), ids.cpu()))
 
-    for indices, inputs in micro_batches(run, adapted.fast, rows):
-        parts.clear()
-        _observe_logits(adapted, objective, inputs, keep)
-        log_probs, ids = (torch.cat([part[i] for part in parts]).numpy() for i in (0, 1))
+    for indices, inputs in iterate_batches(run, model.fast, rows):
+        chunks.clear()
+        _observe_logits(model, objective, inputs, keep)
+        log_probs, ids = (torch.cat([part[i] for part in chunks]).numpy() for i in (0, 1))
         yield indices, log_probs, ids
 
 
 def _observe_logits(
-    adapted: PreparedModel, objective: TokenObjective, batch: Mapping[str, Tensor], show: Observe
+    model: PreparedModel, objective: TokenObjective, batch: Mapping[str, Tensor], observe: Observe
 ) -> None:
-    """Call `show` with chunks of the logits (targets, vocabulary) at the targets of `batch`."""
-    inputs, labels = prepare_inputs(adapted.model, objective, batch)
+    """Call `observe` with chunks of the logits (targets, vocabulary) at the targets of `batch`."""
+    inputs, labels = prepare_inputs(model.model, objective, batch)
     at, targets = objective.locate(labels)
-    if adapted.fast is not None and adapted.fast.cross_entropy is not None:
-        head = adapted.fast.cross_entropy
-        head.loss_sum(lambda: adapted.model(**inputs), at, targets, show)
+    if model.fast is not None and model.fast.cross_entropy is not None:
+        head = model.fast.cross_entropy
+        head.loss_sum(lambda: model.model(**inputs), at, targets, observe)
         return
-    scores = objective.logits(adapted.model(**inputs)).flatten(0, 1)
-    show(scores.index_select(0, at), targets)
+    scores = objective.logits(model.model(**inputs)).flatten(0, 1)
+    observe(scores.index_select(0, at), targets)
 
 
 class TeacherScorer:
-    """Computes the teacher's log-probabilities of sampled completions, packed as in training.
-
-    The teacher loads at the first call and stays loaded.
-    """
+    """Computes the teacher's log-probabilities of completions; loads it at the first call."""
 
     def __init__(self, teacher: ReferenceModel, run: Run, listener: Listener) -> None:
         self.teacher = teacher
@@ -202,13 +193,13 @@ class TeacherScorer:
         run, adapted = self._loaded
         head = adapted.fast.cross_entropy if adapted.fast is not None else None
         with autocast(run.model.device, run.model.dtype):
-            batches = micro_batches(run, adapted.fast, rows)
+            batches = iterate_batches(run, adapted.fast, rows)
             logps = compute_token_logps(adapted.model, objective, batches, head)
         return [logps[index] for index in range(len(rows))]
 
 
-def build_scorer(run: Run, listener: Listener) -> TeacherScorer | None:
-    """Build the teacher of on-policy distillation, for reinforcement learning; None without one."""
+def create_scorer(run: Run, listener: Listener) -> TeacherScorer | None:
+    """Returns the teacher of on-policy distillation; None without one."""
     if run.auxiliary.teacher is None or not isinstance(run.objective, PolicyObjective):
         return None
     return TeacherScorer(run.auxiliary.teacher, run, listener)
@@ -236,7 +227,7 @@ class AuxiliaryOutputs:
         """Returns sections of summary.json, and notes that explain an unexpected first loss."""
         facts, notes = dict[str, Any](), list[str]()
         if self.reference is not None:
-            facts["reference"], notes = describe_first_loss(self.reference, run, records)
+            facts["reference"], notes = check_first_loss(self.reference, run, records)
         if self.teacher_predictions is not None:
             facts["distillation"] = dict(self.teacher_predictions.facts)
         if self.scorer is not None:
@@ -245,19 +236,16 @@ class AuxiliaryOutputs:
         return facts, notes
 
 
-def find_auxiliary_models(run: Run) -> AuxiliaryModels:
-    """Find the reference, teacher and guide models named in the configuration.
-
-    Raises ConfigError if the run would overwrite one, InputError if one is missing or unsuitable.
-    """
+def resolve_auxiliary_models(run: Run) -> AuxiliaryModels:
+    """Returns the reference, teacher and guide models named in the configuration."""
     return AuxiliaryModels(
-        reference=_find(run, "--reference", run.config.preference.other_reference),
-        teacher=_find(run, "--teacher", run.config.distillation.teacher),
-        guide=_find(run, "--guide", run.config.embedding.guide),
+        reference=_resolve(run, "--reference", run.config.preference.other_reference),
+        teacher=_resolve(run, "--teacher", run.config.distillation.teacher),
+        guide=_resolve(run, "--guide", run.config.embedding.guide),
     )
 
 
-def _find(run: Run, flag: str, name: str | None) -> ReferenceModel | None:
+def _resolve(run: Run, flag: str, name: str | None) -> ReferenceModel | None:
     if name is None:
         return None
     path, output_dir = Path(name).expanduser(), run.config.output.dir

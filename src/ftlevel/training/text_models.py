@@ -49,15 +49,17 @@ def with_text_models(run: Run, listener: Listener) -> Run:
         else:
             train, validation = (score_rows(r, loaded) for r in (data.train, data.validation))
             data = replace(data, train=train, validation=validation)
-        texts = len({text for row in data.train for text in _words(row)})
-        listener.choices("train", [Choice(flag, model.name, f"{texts:,} texts, {model.ref.task}")])
+        num_texts = len({text for row in data.train for text in _words(row)})
+        listener.choices(
+            "train", [Choice(flag, model.name, f"{num_texts:,} texts, {model.ref.task}")]
+        )
         run = replace(run, data=data)
     return run
 
 
 @dataclass(frozen=True)
 class GuidedTexts(EncodedTexts):
-    """Encoded texts, with the guide model's vector of each."""
+    """Encoded texts with the guide model's vector of each."""
 
     vectors: Any = field(default=None, metadata={"column": "json"})
 
@@ -68,7 +70,7 @@ class GuidedTexts(EncodedTexts):
 
 
 class RowsWithOutputs(LazySequence[Encoded]):
-    """`rows` with their `outputs`; each row is combined with its output when it is read."""
+    """Rows with the output of a model for each; they are combined when a row is read."""
 
     def __init__(
         self,
@@ -98,15 +100,15 @@ def embed_rows(rows: Sequence[Encoded], model: LoadedModel) -> RowsWithOutputs:
 def score_rows(rows: Sequence[Encoded], model: LoadedModel) -> RowsWithOutputs:
     """Returns `rows` with the scores that `model` computes for their documents."""
     if isinstance(model.task, RerankingTask):
-        scores = _rerank(rows, model, model.task)
+        scores = _score_with_reranker(rows, model, model.task)
     else:
         objective = model.objective
         is_cosine = isinstance(objective, Embeddings) and objective.format.similarity == "cosine"
-        scores = [_similarities(own, is_cosine) for own in _embed_words(rows, model)]
+        scores = [_compute_similarity(own, is_cosine) for own in _embed_words(rows, model)]
     return RowsWithOutputs(rows, scores, lambda row, own: row.with_teacher(own))
 
 
-def _similarities(vectors: Tensor, is_cosine: bool) -> tuple[float, ...]:
+def _compute_similarity(vectors: Tensor, is_cosine: bool) -> tuple[float, ...]:
     vectors = functional.normalize(vectors, dim=-1) if is_cosine else vectors
     return tuple((vectors[1:] @ vectors[0]).tolist())
 
@@ -115,7 +117,7 @@ def _words(row: Encoded) -> tuple[str, ...]:
     return row.words if isinstance(row, EncodedTexts | RankedRow) else ()
 
 
-def _rerank(
+def _score_with_reranker(
     rows: Sequence[Encoded], loaded: LoadedModel, task: RerankingTask
 ) -> list[tuple[float, ...]]:
     model = InferenceModel(loaded, GenerationOptions(1), None, truncate=True)
@@ -132,32 +134,34 @@ def _rerank(
 
 
 def _embed_words(rows: Sequence[Encoded], model: LoadedModel) -> list[Tensor]:
-    """Returns the vectors `(texts, dims)` of each row's texts; equal texts are embedded once."""
     objective = model.objective
     if not isinstance(objective, Embeddings):
         raise InputError(f"{model.task.name} is not the task of an embedding model.")
-    known: dict[tuple[str, bool], int] = {}
+    indices_by_text: dict[tuple[str, bool], int] = {}
     indices = [
-        [known.setdefault((text, not at), len(known)) for at, text in enumerate(_words(row))]
+        [
+            indices_by_text.setdefault((text, not at), len(indices_by_text))
+            for at, text in enumerate(_words(row))
+        ]
         for row in rows
     ]
-    vectors = _embed(model, objective, list(known)) if known else Tensor()
+    vectors = _embed(model, objective, list(indices_by_text)) if indices_by_text else Tensor()
     return [vectors[own] for own in indices]
 
 
-def _embed(model: LoadedModel, objective: Embeddings, texts: Sequence[tuple[str, bool]]) -> Tensor:
+def _embed(model: LoadedModel, objective: Embeddings, inputs: Sequence[tuple[str, bool]]) -> Tensor:
     """Returns the vectors `(texts, dims)` of (text, whether it is a query) pairs."""
     format_, end = objective.format, model.ref.options["embedding"].get("end")
     prompts = format_.query_prompt, format_.document_prompt
     encode = TextEncoder(model.tokenizer, *prompts, end, include_prompt=format_.include_prompt)
     max_length = format_.max_length or model.ref.card.max_length
-    rows: list[Encoded] = []
-    for text, is_query in texts:
+    encoded: list[Encoded] = []
+    for text, is_query in inputs:
         example = EmbeddingRow(text, 0) if is_query else EmbeddingRow("", 0, (text,), (0.0,))
         (row,) = encode([example])
         short = row.truncated(max_length) if max_length else row
-        rows.append((short or row).sequences[-1])
+        encoded.append((short or row).sequences[-1])
     with model.inference():
         return embed_texts(
-            model.model, objective, rows, model.tokenizer.pad_token_id or 0, model.device
+            model.model, objective, encoded, model.tokenizer.pad_token_id or 0, model.device
         )

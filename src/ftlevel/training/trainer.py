@@ -1,7 +1,4 @@
-"""`transformers.Trainer` with a loss averaged over all targets of an optimizer step.
-
-Also selects the training rows and their sampler.
-"""
+"""`transformers.Trainer` with a loss averaged over all targets of an optimizer step."""
 
 from __future__ import annotations
 
@@ -27,9 +24,9 @@ from ftlevel.data.prepare.streaming import (
 )
 from ftlevel.errors import is_out_of_memory
 from ftlevel.fast.likelihoods import (
+    compute_full_loss,
     compute_shared_prefix,
-    plain_loss,
-    sum_of_ratios,
+    sum_log_ratios,
     supervised_loss,
     with_baseline,
 )
@@ -53,30 +50,30 @@ from ftlevel.training.processes import Processes
 from ftlevel.training.whole_step import WholeStep
 
 
-def rows_and_order(
-    run: Run, arguments: Any, processes: Processes
-) -> tuple[Any, Sampler[int] | None]:
+def get_train_data(run: Run, args: Any, processes: Processes) -> tuple[Any, Sampler[int] | None]:
     """Returns the training rows or stream, and their sampler (None: Trainer's random sampler)."""
     if run.data.stream is not None:
-        together = arguments.train_batch_size * arguments.world_size
-        step, stream = together * arguments.gradient_accumulation_steps, run.data.stream
+        batch_size = args.train_batch_size * args.world_size
+        step, stream = batch_size * args.gradient_accumulation_steps, run.data.stream
         if processes.count == 1:
-            rows = StreamedRows(stream, step, arguments.max_steps)
+            rows = StreamedRows(stream, step, args.max_steps)
         else:
-            stream.divide(StreamSharding(processes.count, processes.world.rank, processes.exchange))
-            rows = StreamedRows(stream, step, arguments.max_steps, together)
+            stream.divide(
+                StreamSharding(processes.count, processes.world.rank, processes.all_gather)
+            )
+            rows = StreamedRows(stream, step, args.max_steps, batch_size)
         return rows, SequentialSampler(rows)
     if run.data.sets:
-        return RowsWithPadding(run.data.train), row_order(run)
-    return run.data.train, row_order(run)
+        return RowsWithPadding(run.data.train), get_sampler(run)
+    return run.data.train, get_sampler(run)
 
 
-def row_order(run: Run) -> Sampler[int] | None:
+def get_sampler(run: Run) -> Sampler[int] | None:
     """Returns the row sampler, the same in all processes; None for Trainer's random sampler."""
     train, rows, seed = run.config.train, run.data.train, run.config.train.order_seed
-    uses_whole_step = isinstance(run.objective, StepObjective)
+    is_step_objective = isinstance(run.objective, StepObjective)
     is_distinct = run.config.embedding.batch_sampler == "no_duplicates"
-    if run.data.sets or (uses_whole_step and is_distinct):
+    if run.data.sets or (is_step_objective and is_distinct):
         sets = run.data.sets
         return DistinctTextSampler(rows, train.rows_per_step, seed, sets, is_distinct=is_distinct)
     if train.train_sampling_strategy == "random":
@@ -86,22 +83,20 @@ def row_order(run: Run) -> Sampler[int] | None:
     return LengthGroupedSampler([len(row.input_ids) for row in rows], train.rows_per_step, seed)
 
 
-def shared_loader(
-    rows: Any, order: Sampler[int], arguments: Any, collate: Callable[[list[Any]], dict[str, Any]]
+def create_dataloader(
+    rows: Any, order: Sampler[int], args: Any, collate: Callable[[list[Any]], dict[str, Any]]
 ) -> DataLoader[Any]:
     """Returns the data loader of one of several processes; all have the same number of batches.
 
     Missing batches are filled by batches of padding rows, with `is_padding` set.
     """
-    share = StepShardSampler(
-        order, arguments.train_batch_size, arguments.world_size, arguments.process_index
-    )
+    sampler = StepShardSampler(order, args.train_batch_size, args.world_size, args.process_index)
 
-    def collate_or_nothing(some: list[Any]) -> dict[str, Any]:
-        batch = collate(some)
-        return {**batch, "is_padding": True} if some[0].row < 0 else batch
+    def collate_with_padding(samples: list[Any]) -> dict[str, Any]:
+        batch = collate(samples)
+        return {**batch, "is_padding": True} if samples[0].row < 0 else batch
 
-    return DataLoader(RowsWithPadding(rows), batch_sampler=share, collate_fn=collate_or_nothing)
+    return DataLoader(RowsWithPadding(rows), batch_sampler=sampler, collate_fn=collate_with_padding)
 
 
 class FtlevelTrainer(Trainer):
@@ -192,7 +187,6 @@ class FtlevelTrainer(Trainer):
             self.optimizer.state.clear()
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        """Returns the configured sampler, or Trainer's."""
         return self.order or super()._get_train_sampler(train_dataset)
 
     def get_train_dataloader(self) -> Any:
@@ -201,10 +195,9 @@ class FtlevelTrainer(Trainer):
             return super().get_train_dataloader()
         if self.order is None:
             raise TypeError("several processes need an order that they share")
-        return shared_loader(self.train_dataset, self.order, self.args, self.data_collator)
+        return create_dataloader(self.train_dataset, self.order, self.args, self.data_collator)
 
     def _run_epoch(self, *arguments: Any, **settings: Any) -> None:
-        """Train one epoch; does nothing if the resumed run had already made all steps."""
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
         if not self.control.should_training_stop:
@@ -270,7 +263,7 @@ class FtlevelTrainer(Trainer):
         if "micro_batches" not in inputs:
             return super().training_step(model, inputs, num_items_in_batch)
         micro_batches = [(part.pop("layout"), part) for part in inputs["micro_batches"]]
-        calls = self.calls_of(len(micro_batches))
+        calls = self.num_forward_passes(len(micro_batches))
         self.current_gradient_accumulation_steps = calls
         for layout, part in micro_batches:
             self.tokens_computed += layout.tokens if layout else part["input_ids"].numel()
@@ -284,16 +277,13 @@ class FtlevelTrainer(Trainer):
             layout, part = micro_batches[number % len(micro_batches)]
             self._is_padding |= number >= len(micro_batches)
             is_last = number == calls - 1
-            once = contextlib.nullcontext() if is_last else self.accelerator.no_sync(model)
-            with once, using_layout(layout):
+            sync_context = contextlib.nullcontext() if is_last else self.accelerator.no_sync(model)
+            with sync_context, using_layout(layout):
                 losses.append(super().training_step(model, dict(part), num_items_in_batch))
         return torch.stack(losses).sum()
 
-    def calls_of(self, count: int) -> int:
-        """Returns the number of forward passes for a step of `count` micro-batches.
-
-        When sharded, micro-batches with zero loss make the number equal in all processes.
-        """
+    def num_forward_passes(self, count: int) -> int:
+        """Returns the number of forward passes of a step; the same in all processes if sharded."""
         return count
 
     def _in_parallel(
@@ -301,7 +291,7 @@ class FtlevelTrainer(Trainer):
         workers: ParallelWorkers,
         model: Any,
         micro_batches: list[tuple[PackedLayout | None, dict[str, Tensor]]],
-        beginning: dict[str, Any] | None,
+        shared_prefix: dict[str, Any] | None,
         num_items_in_batch: Tensor | int | None,
     ) -> Tensor:
         """Backpropagate micro-batches in parallel on a CPU; returns their loss, without scaling."""
@@ -319,12 +309,11 @@ class FtlevelTrainer(Trainer):
         self._trained = self._trained or [p for p in model.parameters() if p.requires_grad]
         # Drawn from torch's generator, which is restored on resume.
         seed = int(torch.randint(2**62, ())) if workers.is_random else None
-        prefix = self._shared_prefix(model, **beginning) if beginning else None
+        prefix = self._shared_prefix(model, **shared_prefix) if shared_prefix else None
         losses = workers.backward(compute, micro_batches, self._trained, seed, prefix)
         return torch.stack(losses).sum()
 
     def _shared_prefix(self, model: Any, layout: PackedLayout, **batch: Tensor) -> SharedPrefix:
-        """Compute the prompt prefix that all rows of a step share; returns its states."""
         if self.fast is None or self.fast.cross_entropy is None:
             raise TypeError("a shared prefix needs the chunked cross-entropy of a language head")
         self.tokens_computed += layout.tokens
@@ -355,7 +344,9 @@ class FtlevelTrainer(Trainer):
                 smoothing=self.loss.smoothing,
             )
         else:
-            total, labels, outputs = plain_loss(model, self.objective, inputs, mask, self.loss)
+            total, labels, outputs = compute_full_loss(
+                model, self.objective, inputs, mask, self.loss
+            )
         count = num_items_in_batch
         if count is None:
             count = self.objective.training_count(labels, self.loss)
@@ -386,7 +377,7 @@ class FtlevelTrainer(Trainer):
             self.tokens_seen, self.tokens_computed = seen, computed
 
     @property
-    def is_alone(self) -> bool:
+    def is_standalone(self) -> bool:
         """Whether the current step is computed inside `standalone_steps`."""
         return bool(self._compute_dtype)
 
@@ -415,8 +406,8 @@ class FtlevelTrainer(Trainer):
         if not batch_samples:
             return None
         self.prepare_step(batch_samples, device)
-        counted = [batch for batch in batch_samples if not batch.get("is_padding")]
-        total = self.count_targets(counted, device)
+        batches = [batch for batch in batch_samples if not batch.get("is_padding")]
+        total = self.count_targets(batches, device)
         shared = self.args.world_size > 1 and self.args.average_tokens_across_devices
         return self._sum_over_processes(total) if shared else total
 
@@ -440,7 +431,7 @@ class FtlevelTrainer(Trainer):
         ]
         head = self.fast.cross_entropy if self.fast is not None else None
         with self.compute_loss_context_manager():
-            total = sum_of_ratios(head, self.model, self.objective, contrasts)
+            total = sum_log_ratios(head, self.model, self.objective, contrasts)
         total = total.to(device)
         if self.args.world_size > 1:
             total = self._sum_over_processes(total)
@@ -450,19 +441,21 @@ class FtlevelTrainer(Trainer):
     def count_targets(self, batches: list[dict[str, Any]], device: torch.device) -> Tensor:
         """Returns the number or total weight of this process's targets in `batches` (a scalar)."""
         parts = [part for batch in batches for part in batch.get("micro_batches", [batch])]
-        counts = [self.objective.training_count(part["labels"], self.loss) for part in parts]
-        if not counts:  # same dtype as in other processes
-            weighed = bool(self.loss.class_weights)
-            return torch.zeros((), dtype=torch.float32 if weighed else torch.long, device=device)
-        return torch.stack([count.to(device) for count in counts]).sum(0)
+        num_targets = [self.objective.training_count(part["labels"], self.loss) for part in parts]
+        if not num_targets:  # same dtype as in other processes
+            is_weighted = bool(self.loss.class_weights)
+            return torch.zeros(
+                (), dtype=torch.float32 if is_weighted else torch.long, device=device
+            )
+        return torch.stack([count.to(device) for count in num_targets]).sum(0)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Returns Trainer's FLOP estimate, summed over the micro-batches."""
-        parts = inputs.get("micro_batches", [inputs])
+        batches = inputs.get("micro_batches", [inputs])
         if not self._operations_per_token:
-            operations = int(super().floating_point_ops(parts[0]))
-            self._operations_per_token = operations // parts[0]["input_ids"].numel()
-        return self._operations_per_token * sum(part["input_ids"].numel() for part in parts)
+            operations = int(super().floating_point_ops(batches[0]))
+            self._operations_per_token = operations // batches[0]["input_ids"].numel()
+        return self._operations_per_token * sum(part["input_ids"].numel() for part in batches)
 
     def evaluate(
         self,

@@ -24,34 +24,34 @@ from ftlevel.data.encoding.encode import IGNORED, Encoded
 from ftlevel.data.encoding.fit import prompt_length
 from ftlevel.errors import RunError
 from ftlevel.events import Listener
-from ftlevel.fast.plan import find_randomness
+from ftlevel.fast.plan import get_dropout
 from ftlevel.methods import METHODS
 from ftlevel.models.hardware import free_memory_bytes
 from ftlevel.models.upstream.tensors import direct_tensors, inner_tensors
 from ftlevel.objectives import StepObjective
 from ftlevel.trained.generation import batches
-from ftlevel.training.build_trainer import build_trainer
+from ftlevel.training.build_trainer import create_trainer
 from ftlevel.training.model import PreparedModel, is_sharded
 from ftlevel.training.plan.run import Run
 from ftlevel.training.processes import Processes
 from ftlevel.training.resume import ResumeState
 from ftlevel.training.step_comparison import (
     FLOAT32_EPSILON,
-    KINK,
+    MAX_KINK_DISTANCE,
     Bounds,
     GradientDifference,
     RoundingErrors,
     StepComparison,
     StepResult,
     Steps,
-    added,
+    add_differences,
     compare_gradients,
     perturb_weights,
     total,
 )
 
-NARROW = (torch.bfloat16, torch.float16)
-COPIES = 4
+HALF_DTYPES = (torch.bfloat16, torch.float16)
+NUM_COPIES = 4
 """Copies of all trainable tensors in memory during a comparison: two gradients, the initial values,
 and one in transfer."""
 
@@ -64,14 +64,14 @@ def cast_to_float32(model: torch.nn.Module) -> Iterator[None]:
     supports backward passes, threads, and functions that read weights of modules they do not call.
     Quantized weights are unchanged, but dequantize to float32.
     """
-    dtypes = [(*attribute, getattr(*attribute)) for attribute in _dtypes_of_4_bits(model)]
-    for owner, name, _ in dtypes:
+    attributes = [(*attribute, getattr(*attribute)) for attribute in _get_4bit_dtypes(model)]
+    for owner, name, _ in attributes:
         setattr(owner, name, torch.float32)
     try:
-        with _held_in(torch.float32, _tensors_of(model, NARROW)):
+        with _cast(torch.float32, _tensors_of(model, HALF_DTYPES)):
             yield
     finally:
-        for owner, name, dtype in dtypes:
+        for owner, name, dtype in attributes:
             setattr(owner, name, dtype)
 
 
@@ -82,13 +82,12 @@ def cast_to_float64(model: torch.nn.Module) -> Iterator[None]:
     Operations that transformers always computes in float32, such as a norm's mean of squares, stay
     in float32.
     """
-    with _held_in(torch.float64, _tensors_of(model, (torch.float32,))):
+    with _cast(torch.float64, _tensors_of(model, (torch.float32,))):
         yield
 
 
 @contextlib.contextmanager
-def _held_in(dtype: torch.dtype, tensors: list[Tensor]) -> Iterator[None]:
-    """Convert `tensors` to `dtype` inside the `with` block, and restore their values afterwards."""
+def _cast(dtype: torch.dtype, tensors: list[Tensor]) -> Iterator[None]:
     originals = [(tensor, tensor.data) for tensor in tensors]
     try:
         for tensor, data in originals:
@@ -100,20 +99,14 @@ def _held_in(dtype: torch.dtype, tensors: list[Tensor]) -> Iterator[None]:
 
 
 def fits_in_float32(model: torch.nn.Module, device: str) -> bool:
-    """Whether memory allows `model` in float32 and a comparison of its gradients.
-
-    False for a sharded model: FSDP2 gathers the parts it was created with, not converted ones.
-    """
+    """Returns whether an unsharded `model` and a comparison of its gradients fit in float32."""
     if is_sharded(model):
         return False
-    return _fits(model, torch.float32, _tensors_of(model, NARROW), device)
+    return _fits(model, torch.float32, _tensors_of(model, HALF_DTYPES), device)
 
 
 def fits_in_float64(model: torch.nn.Module, device: str) -> bool:
-    """Whether `device` supports float64 and has memory for `model` in it; `model` is float32.
-
-    False with quantized weights, which cannot be dequantized to float64.
-    """
+    """Returns whether `device` supports float64 and has memory for the float32 `model` in it."""
     wide = _tensors_of(model, (torch.float32,))
     other_tensors = {id(tensor) for tensor in model.parameters()} - {id(tensor) for tensor in wide}
     if other_tensors or device == "mps":
@@ -122,10 +115,9 @@ def fits_in_float64(model: torch.nn.Module, device: str) -> bool:
 
 
 def _fits(model: torch.nn.Module, dtype: torch.dtype, tensors: list[Tensor], device: str) -> bool:
-    """Whether memory allows `tensors` of `model` in `dtype`, and copies of all its gradients."""
     wide = sum(tensor.numel() for tensor in tensors)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return dtype.itemsize * (wide + COPIES * trained) < free_memory_bytes(device) // 2
+    return dtype.itemsize * (wide + NUM_COPIES * trained) < free_memory_bytes(device) // 2
 
 
 def _tensors_of(model: torch.nn.Module, dtypes: tuple[torch.dtype, ...]) -> list[Tensor]:
@@ -139,8 +131,7 @@ def _tensors_of(model: torch.nn.Module, dtypes: tuple[torch.dtype, ...]) -> list
     return list(tensors.values())
 
 
-def _dtypes_of_4_bits(model: torch.nn.Module) -> list[tuple[Any, str]]:
-    """Returns the (object, attribute) pairs that store the compute dtype of 4-bit modules."""
+def _get_4bit_dtypes(model: torch.nn.Module) -> list[tuple[Any, str]]:
     attributes: list[tuple[Any, str]] = []
     for module in model.modules():
         for tensor in direct_tensors(module)[0].values():
@@ -150,28 +141,30 @@ def _dtypes_of_4_bits(model: torch.nn.Module) -> list[tuple[Any, str]]:
     return attributes
 
 
-FEW_TOKENS = 256
+MAX_TOKENS = 256
 """Maximal tokens of the compared rows, which cost less than one step of most runs."""
-FEW_ROWS = 4
-LOOKED_AT = 64
-LONGEST = 1_024
+MAX_ROWS = 4
+NUM_CANDIDATES = 64
+MAX_ROW_LENGTH = 1_024
 """Maximal length of a row that cannot be truncated; longer rows are skipped."""
 
 
-def choose_probe_rows(rows: Sequence[Encoded]) -> list[Encoded]:
-    """Choose the shortest of the first rows, truncated if possible; empty if all are too long."""
-    first = [short for row in rows[:LOOKED_AT] if (short := shorten(row, FEW_TOKENS // 2))]
+def select_compared_rows(rows: Sequence[Encoded]) -> list[Encoded]:
+    """Returns the shortest of the first rows, truncated if possible; empty if all are too long."""
+    first = [
+        short for row in rows[:NUM_CANDIDATES] if (short := truncate_example(row, MAX_TOKENS // 2))
+    ]
     selected: list[Encoded] = []
     tokens = 0
     for row in sorted(first, key=lambda row: len(row.input_ids)):
         tokens += len(row.input_ids)
-        if len(selected) >= 2 and (tokens > FEW_TOKENS or len(selected) == FEW_ROWS):
+        if len(selected) >= 2 and (tokens > MAX_TOKENS or len(selected) == MAX_ROWS):
             break
         selected.append(row)
     return selected
 
 
-def shorten(row: Encoded, size: int) -> Encoded | None:
+def truncate_example(row: Encoded, size: int) -> Encoded | None:
     """Returns `row` cut to `size` tokens if it is longer; None if it cannot be cut and is too long.
 
     With token labels, the tokens up to the last target are kept; with a number as label, the first
@@ -182,8 +175,12 @@ def shorten(row: Encoded, size: int) -> Encoded | None:
         return row
     labels = row.labels
     if len(row.sequences) > 1:  # only the prompt is cut
-        surplus = min(length - size, (prompt_length(row) or 1) - 1)
-        return row.without(surplus) if surplus > 0 and length - surplus <= LONGEST else None
+        num_excess = min(length - size, (prompt_length(row) or 1) - 1)
+        return (
+            row.without(num_excess)
+            if num_excess > 0 and length - num_excess <= MAX_ROW_LENGTH
+            else None
+        )
     if isinstance(labels, list) and len(labels) == length:
         end = max((at + 1 for at, label in enumerate(labels) if label != IGNORED), default=length)
         window = slice(max(0, end - size), max(end, size))
@@ -191,7 +188,7 @@ def shorten(row: Encoded, size: int) -> Encoded | None:
     elif isinstance(labels, int | float):
         window = slice(0, size)
     else:
-        return row if length <= LONGEST else None
+        return row if length <= MAX_ROW_LENGTH else None
     extras = {name: values[window] for name, values in row.extras.items()}
     return replace(row, input_ids=row.input_ids[window], labels=labels, extras=extras)
 
@@ -204,61 +201,63 @@ STEPS = 3
 """Number of steps compared with --verify-fast."""
 
 
-def verify_step(run: Run, adapted: PreparedModel, listener: Listener) -> StepComparison | None:
+def verify_step(run: Run, model: PreparedModel, listener: Listener) -> StepComparison | None:
     """Compare fast and plain step before training, and restore the model; None if not compared.
 
     `speed.verify` selects the rows: whole steps (True), none (False) or a few rows (None). Raises
     RunError if the difference exceeds what rounding explains.
     """
     full, rows = run.config.speed.verify, run.data.train
-    if adapted.fast is None or full is False:
+    if model.fast is None or full is False:
         return None
-    if is_sharded(adapted.model) and not METHODS[run.config.method.kind].is_adapter:
-        reason = "the trained weights are shared out over the processes"
+    if is_sharded(model.model) and not METHODS[run.config.method.kind].is_adapter:
+        message = "the trained weights are shared out over the processes"
         listener.choices(
-            "verify-fast", [Choice("fast step", "not compared with the plain", reason)]
+            "verify-fast", [Choice("fast step", "not compared with the plain", message)]
         )
         return None
-    a_batch = run.config.train.per_device_train_batch_size
-    a_step = run.config.train.rows_per_device_step
-    probe_rows = [] if full else choose_probe_rows(rows)
-    if not full and not probe_rows:
+    batch_size = run.config.train.per_device_train_batch_size
+    rows_per_step = run.config.train.rows_per_device_step
+    first_rows = [] if full else select_compared_rows(rows)
+    if not full and not first_rows:
         return None
     if full:
         listener.stage("running the first steps with and without the fast step")
     with tempfile.TemporaryDirectory() as nowhere:
-        nobody = RunDirectory(Path(nowhere))
-        trainer = build_trainer(run, adapted, nobody, ResumeState(), Processes())
+        output_dir = RunDirectory(Path(nowhere))
+        trainer = create_trainer(run, model, output_dir, ResumeState(), Processes())
         steps = Steps(trainer, run.model.pad_id)
-        dropout = bool(full and find_randomness(run.config.method, adapted.model, with_head=True))
-        verifier = _Verifier(steps, a_batch if full else len(probe_rows), run.model.dtype, dropout)
-        step_rows = list(batches(rows[: STEPS * a_step], a_step)) if full else [probe_rows]
+        dropout = bool(full and get_dropout(run.config.method, model.model, with_head=True))
+        verifier = _Verifier(
+            steps, batch_size if full else len(first_rows), run.model.dtype, dropout
+        )
+        step_rows = (
+            list(batches(rows[: STEPS * rows_per_step], rows_per_step)) if full else [first_rows]
+        )
         # GPU kernels for half precision differ from those for float32.
-        rounded = bool(full) or run.model.device != "cpu"
+        checks_rounding = bool(full) or run.model.device != "cpu"
         try:
-            verified = verifier.compare(step_rows, rounded=rounded, rate=run.schedule.learning_rate)
+            result = verifier.compare(
+                step_rows, checks_rounding=checks_rounding, rate=run.schedule.learning_rate
+            )
         except _NotFiniteError:  # GradientProof reports it at the first step
             return None
     title = (
-        f"fast step verified on {verified.steps} steps"
+        f"fast step verified on {result.steps} steps"
         if full
-        else f"fast step verified on {verified.rows} rows"
+        else f"fast step verified on {result.rows} rows"
     )
-    differences = (
-        f"loss differs by {verified.loss:.1e}, gradients by {verified.gradient:.1e}, relative"
-    )
-    if verified.exact is not None:
-        differences += (
-            f", to the plain step in float64, from which its own are {verified.exact:.1e}"
-        )
-        differences += "; both in float64, since rounding moves one over a kink" * verified.kinks
-    listener.choices("verify-fast", [Choice(title, f"in {verified.dtype}, {differences}")])
-    return verified
+    text = f"loss differs by {result.loss:.1e}, gradients by {result.gradient:.1e}, relative"
+    if result.exact is not None:
+        text += f", to the plain step in float64, from which its own are {result.exact:.1e}"
+        text += "; both in float64, since rounding moves one over a kink" * result.kinks
+    listener.choices("verify-fast", [Choice(title, f"in {result.dtype}, {text}")])
+    return result
 
 
 @dataclass(frozen=True)
 class _Verifier:
-    """Compares steps, and raises RunError if they differ; `dtype` is the run's compute dtype."""
+    """Compares fast and plain steps; `dtype` is the run's compute dtype."""
 
     steps: Steps
     batch_size: int
@@ -266,84 +265,82 @@ class _Verifier:
     dropout: bool
 
     def compare(
-        self, steps_rows: Sequence[Sequence[Encoded]], *, rounded: bool, rate: float
+        self, steps_rows: Sequence[Sequence[Encoded]], *, checks_rounding: bool, rate: float
     ) -> StepComparison:
         """Returns the differences over the steps whose rows are `steps_rows`.
 
         After each step, the model is updated by the plain step's gradients with learning rate
-        `rate`. With `rounded`, steps in the run's dtype are compared too.
+        `rate`. With `checks_rounding`, steps in the run's dtype are compared too.
         """
         model, training = self.steps.model, self.steps.model.training
         device = self.steps.trainer.args.device.type
-        wide = self.dtype == "float32" or fits_in_float32(model, device)
-        verified = StepComparison(dtype="float32" if wide else self.dtype)
+        uses_float32 = self.dtype == "float32" or fits_in_float32(model, device)
+        result = StepComparison(dtype="float32" if uses_float32 else self.dtype)
         rounding = RoundingErrors()
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], rate)
         try:
             with perturb_weights(model):
                 for rows in steps_rows:
-                    with cast_to_float32(model) if wide else contextlib.nullcontext():
-                        plain = self._compare(rows, verified)
-                    if rounded and wide and self.dtype != "float32":
-                        rounding = self._round(rows, plain, rounding)
-                    verified = replace(
-                        verified, steps=verified.steps + 1, rows=verified.rows + len(rows)
-                    )
+                    with cast_to_float32(model) if uses_float32 else contextlib.nullcontext():
+                        reference = self._compare(rows, result)
+                    if checks_rounding and uses_float32 and self.dtype != "float32":
+                        rounding = self._round(rows, reference, rounding)
+                    result = replace(result, steps=result.steps + 1, rows=result.rows + len(rows))
                     if rows is not steps_rows[-1]:
-                        _take(optimizer, model, plain)
+                        _optimizer_step(optimizer, model, reference)
         finally:
             model.train(training)
-        return replace(verified, rounded=rounding.check())
+        return replace(result, rounded=rounding.check())
 
-    def _compare(self, rows: Sequence[Encoded], verified: StepComparison) -> StepResult:
-        """Returns the plain step's result; records the fast step's difference in `verified`."""
-        steps, dtype = self.steps, verified.dtype
-        plain = self._plain(rows, dtype)
-        if not math.isfinite(plain.loss):
+    def _compare(self, rows: Sequence[Encoded], result: StepComparison) -> StepResult:
+        """Returns the plain step's result; records the fast step's difference in `result`."""
+        steps, dtype = self.steps, result.dtype
+        reference = self._reference(rows, dtype)
+        if not math.isfinite(reference.loss):
             raise _NotFiniteError
-        perturbed = steps.plain_perturbed(rows, dtype)
-        noise = compare_gradients(perturbed.gradients, plain.gradients)
-        noise_of_loss = abs(perturbed.loss - plain.loss)
+        other = steps.perturbed_reference(rows, dtype)
+        noise = compare_gradients(other.gradients, reference.gradients)
+        loss_noise = abs(other.loss - reference.loss)
         if isinstance(objective := steps.trainer.objective, StepObjective):
-            noise_of_loss = max(noise_of_loss, FLOAT32_EPSILON * objective.largest_term)
-        bounds = Bounds(dtype, noise, noise_of_loss)
-        del perturbed
+            loss_noise = max(loss_noise, FLOAT32_EPSILON * objective.largest_term)
+        bounds = Bounds(dtype, noise, loss_noise)
+        del other
         fast = steps.fast(rows, dtype)
         try:
-            difference = _check(bounds, fast, plain)
+            diff = _check(bounds, fast, reference)
         except RunError:
             # If rows share a prefix and its error, a different order underestimates the error.
-            if (exact := self._in_float64(rows, dtype, self._plain)) is None:
+            if (exact := self._in_float64(rows, dtype, self._reference)) is None:
                 raise
             try:
-                difference = _check(bounds, fast, exact)
+                diff = _check(bounds, fast, exact)
             except RunError:
                 # Rounding may move an activation over a kink, such as ReLU's at 0, which changes
                 # its derivative but not its value. float64 avoids this.
                 bounds.check_loss(fast.loss, exact.loss)
                 error = total(compare_gradients(fast.gradients, exact.gradients).values()).distance
-                if not error <= KINK or steps.trainer.args.device.type != "cpu":
+                if not error <= MAX_KINK_DISTANCE or steps.trainer.args.device.type != "cpu":
                     raise  # GPU kernels may differ in float64
                 if (wide := self._in_float64(rows, dtype, steps.fast)) is None:
                     raise
-                difference = _check(
+                diff = _check(
                     Bounds(dtype, dict.fromkeys(noise, GradientDifference()), 0.0), wide, exact
                 )
-                verified.kinks = True
-            rounded = compare_gradients(plain.gradients, exact.gradients)
-            bounds = replace(bounds, noise=added(noise, rounded))
-            verified.exact = max(verified.exact or 0.0, total(rounded.values()).distance)
-        verified.loss, verified.gradient = map(max, difference, (verified.loss, verified.gradient))
+                result.kinks = True
+            errors = compare_gradients(reference.gradients, exact.gradients)
+            bounds = replace(bounds, noise=add_differences(noise, errors))
+            result.exact = max(result.exact or 0.0, total(errors.values()).distance)
+        result.loss, result.gradient = map(max, diff, (result.loss, result.gradient))
         if self.dropout:
             expected = steps.with_dropout(rows, dtype, fused=False)
             dropped = steps.with_dropout(rows, dtype, fused=True)
-            differences = compare_gradients(dropped.gradients, expected.gradients)
-            distance = bounds.check_gradients(differences, "gradients with dropout")
-            verified.dropout = max(verified.dropout or 0.0, distance)
-        return plain
+            tensor_diffs = compare_gradients(dropped.gradients, expected.gradients)
+            distance = bounds.check_gradients(tensor_diffs, "gradients with dropout")
+            result.dropout = max(result.dropout or 0.0, distance)
+        return reference
 
-    def _plain(self, rows: Sequence[Encoded], dtype: str) -> StepResult:
-        return self.steps.plain(rows, self.batch_size, dtype)
+    def _reference(self, rows: Sequence[Encoded], dtype: str) -> StepResult:
+        return self.steps.reference(rows, self.batch_size, dtype)
 
     def _in_float64(
         self, rows: Sequence[Encoded], dtype: str, step: Callable[..., StepResult]
@@ -359,22 +356,25 @@ class _Verifier:
             return None
 
     def _round(
-        self, rows: Sequence[Encoded], exact: StepResult, sums: RoundingErrors
+        self, rows: Sequence[Encoded], exact: StepResult, errors: RoundingErrors
     ) -> RoundingErrors:
-        """Add the rounding errors of a step in the run's dtype to `sums`, and return it."""
         steps = self.steps
-        for draw, summed in enumerate(sums.plain):
-            plain = (
-                steps.plain_perturbed(rows, self.dtype, draw)
+        for draw, summed in enumerate(errors.reference):
+            reference = (
+                steps.perturbed_reference(rows, self.dtype, draw)
                 if draw
-                else steps.plain(rows, self.batch_size, self.dtype)
+                else steps.reference(rows, self.batch_size, self.dtype)
             )
-            sums.plain[draw] = added(summed, compare_gradients(plain.gradients, exact.gradients))
-            sums.add_loss("plain", plain.loss, exact.loss)
+            errors.reference[draw] = add_differences(
+                summed, compare_gradients(reference.gradients, exact.gradients)
+            )
+            errors.add_loss("plain", reference.loss, exact.loss)
         fast = steps.fast(rows, self.dtype)
-        sums.fast = added(sums.fast, compare_gradients(fast.gradients, exact.gradients))
-        sums.add_loss("fast", fast.loss, exact.loss)
-        return sums
+        errors.fast = add_differences(
+            errors.fast, compare_gradients(fast.gradients, exact.gradients)
+        )
+        errors.add_loss("fast", fast.loss, exact.loss)
+        return errors
 
 
 def _check(bounds: Bounds, step: StepResult, expected: StepResult) -> tuple[float, float]:
@@ -383,8 +383,9 @@ def _check(bounds: Bounds, step: StepResult, expected: StepResult) -> tuple[floa
     return loss, bounds.check_gradients(compare_gradients(step.gradients, expected.gradients))
 
 
-def _take(optimizer: torch.optim.Optimizer, model: torch.nn.Module, step: StepResult) -> None:
-    """Make an optimizer step on `model` (modified) with the gradients of `step`."""
+def _optimizer_step(
+    optimizer: torch.optim.Optimizer, model: torch.nn.Module, step: StepResult
+) -> None:
     for name, parameter in model.named_parameters():
         if name in step.gradients:
             parameter.grad = step.gradients[name]

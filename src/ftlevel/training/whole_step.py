@@ -24,7 +24,7 @@ from ftlevel.models.hardware import free_memory_bytes
 from ftlevel.models.upstream.fake import storage_of
 from ftlevel.objectives import StepTexts
 
-GRAPHS_SHARE = 0.5
+GRAPH_MEMORY_RATIO = 0.5
 """Share of the free memory that the activations of a step may take."""
 
 MicroBatch = tuple[PackedLayout | None, Sequence[int], dict[str, Tensor]]
@@ -69,27 +69,27 @@ class WholeStep:
         """
         trainer = self._trainer
         model.train()
-        parts: list[MicroBatch] = [
+        batches: list[MicroBatch] = [
             (part.pop("layout", None), part.pop("unpooled", ()), dict(trainer.on_device(part)))
             for part in inputs.get("micro_batches", [inputs])
         ]
-        for layout, _, part in parts:
+        for layout, _, part in batches:
             part.pop("labels")
             tokens = layout.tokens if layout else part["input_ids"].numel()
             trainer.tokens_computed += tokens
         in_parallel = bool(inputs.get("in_parallel"))
-        forward = _Forward(self, model, parts, in_parallel=in_parallel)
+        forward = _Forward(self, model, batches, in_parallel=in_parallel)
         vectors = forward.embed()
         if (step := inputs.get("texts")) is None:
-            gradients = [torch.ones_like(part) for part in vectors]
+            grads = [torch.ones_like(part) for part in vectors]
             loss = torch.stack([part.sum() for part in vectors]).sum().detach()
         else:
-            loss, gradients = self._loss(vectors, inputs["parts"], step)
-        forward.backward(gradients)
+            loss, grads = self._loss(vectors, inputs["parts"], step)
+        forward.backward(grads)
         return loss
 
-    def keeps_graphs(self, count: int, tokens: int) -> bool:
-        """Whether the graphs of all `count` micro-batches, with `tokens` in total, are kept."""
+    def should_keep_graphs(self, count: int, tokens: int) -> bool:
+        """Returns whether to keep the graphs of `count` micro-batches with `tokens` in total."""
         trainer = self._trainer
         if count == 1:
             return True
@@ -98,17 +98,17 @@ class WholeStep:
             return False
         if self._grad_cache == "never":
             return True
-        memory = GRAPHS_SHARE * free_memory_bytes(trainer.args.device.type)
+        memory = GRAPH_MEMORY_RATIO * free_memory_bytes(trainer.args.device.type)
         return tokens * self._bytes_per_token < memory
 
     @property
-    def is_measured(self) -> bool:
+    def has_token_size(self) -> bool:
         """Whether the activation bytes per token are measured, or not needed."""
         return self._grad_cache != "auto" or self._bytes_per_token > 0
 
     @contextlib.contextmanager
     def measure(self, tokens: int) -> Iterator[None]:
-        """Measure what a forward pass of `tokens` in the `with` block saves for backward."""
+        """Measure the bytes that a forward pass in the `with` block saves for backward."""
         sizes: dict[Any, int] = {}
         weights = {storage_of(p) for p in self._trainer.model.parameters()}
 
@@ -129,9 +129,9 @@ class WholeStep:
         trainer = self._trainer
         order = [index for part in parts for index in part]
         vectors = torch.cat([part.detach().float() for part in local_vectors])
-        back = torch.empty(len(order), dtype=torch.long)
-        back[torch.tensor(order)] = torch.arange(len(order))
-        leaf = vectors[back.to(vectors.device)].requires_grad_()
+        inverse = torch.empty(len(order), dtype=torch.long)
+        inverse[torch.tensor(order)] = torch.arange(len(order))
+        leaf = vectors[inverse.to(vectors.device)].requires_grad_()
         everywhere, all_rows = self._gather(leaf, step)
         loss = trainer.step_objective.step_loss(everywhere, all_rows)
         (gradient,) = torch.autograd.grad(loss, [leaf])
@@ -140,11 +140,10 @@ class WholeStep:
         return loss.detach(), [gradient[torch.tensor(part, device=leaf.device)] for part in parts]
 
     def _gather(self, leaf: Tensor, step: StepTexts) -> tuple[Tensor, StepTexts]:
-        """Returns vectors and texts of all processes; only this process's have a gradient."""
         processes = self._trainer.processes
         if processes.count == 1:
             return leaf, step
-        gathered = processes.exchange((leaf.detach().cpu(), step))
+        gathered = processes.all_gather((leaf.detach().cpu(), step))
         rank, count, all_rows = processes.world.rank, 0, list[StepTexts]()
         for vectors, rows in gathered:
             all_rows.append(rows.after(count))
@@ -157,90 +156,95 @@ class _Forward:
     """The two forward passes of a step over its micro-batches, with the same dropout masks."""
 
     def __init__(
-        self, owner: WholeStep, model: Any, parts: Sequence[MicroBatch], *, in_parallel: bool
+        self, step: WholeStep, model: Any, micro_batches: Sequence[MicroBatch], *, in_parallel: bool
     ) -> None:
-        self._owner, self._model, self._parts = owner, model, parts
-        self._trainer = owner._trainer
+        self._step, self._model, self._parts = step, model, micro_batches
+        self._trainer = step._trainer
         fast = self._trainer.fast
         self._workers = fast.workers if in_parallel and fast is not None else None
         self._tokens = [
-            layout.tokens if layout else part["input_ids"].numel() for layout, _, part in parts
+            layout.tokens if layout else part["input_ids"].numel()
+            for layout, _, part in micro_batches
         ]
-        self._calls = self._trainer.calls_of(len(parts))
-        self._kept: list[Tensor] = []
+        self._calls = self._trainer.num_forward_passes(len(micro_batches))
+        self._outputs: list[Tensor] = []
         self._states: list[RandomState] = []
         self._seed: int | None = None
 
     def embed(self) -> list[Tensor]:
         """Returns the vectors of each micro-batch, with their graphs if these are kept."""
-        owner = self._owner
-        measures = len(self._parts) > 1 and not owner.is_measured
-        keeps = measures or owner.keeps_graphs(self._calls, sum(self._tokens))
+        step = self._step
+        needs_measuring = len(self._parts) > 1 and not step.has_token_size
+        keep_graphs = needs_measuring or step.should_keep_graphs(self._calls, sum(self._tokens))
         if self._workers is not None:
             self._seed = int(torch.randint(2**62, ())) if self._workers.is_random else None
-            if measures:
-                with owner.measure(self._tokens[0]), using_generator(self._seed):
-                    self._embed(0, keeps=True)
-                keeps = owner.keeps_graphs(self._calls, sum(self._tokens))
+            if needs_measuring:
+                with step.measure(self._tokens[0]), using_generator(self._seed):
+                    self._embed(0, keep_graph=True)
+                keep_graphs = step.should_keep_graphs(self._calls, sum(self._tokens))
             vectors = self._workers.forward(
-                lambda number: self._embed(number, keeps=keeps), len(self._parts), self._seed
+                lambda number: self._embed(number, keep_graph=keep_graphs),
+                len(self._parts),
+                self._seed,
             )
-            self._kept = vectors if keeps else []
+            self._outputs = vectors if keep_graphs else []
             return vectors
         vectors = []
         for number in range(self._calls):
             self._states.append(RandomState.now(self._trainer.args.device))
-            if measures and not number:
-                with owner.measure(self._tokens[0]):
-                    vectors.append(self._embed(0, keeps=True))
-                keeps = owner.keeps_graphs(self._calls, sum(self._tokens))
-                vectors = vectors if keeps else [vectors[0].detach()]
+            if needs_measuring and not number:
+                with step.measure(self._tokens[0]):
+                    vectors.append(self._embed(0, keep_graph=True))
+                keep_graphs = step.should_keep_graphs(self._calls, sum(self._tokens))
+                vectors = vectors if keep_graphs else [vectors[0].detach()]
                 continue
-            vectors.append(self._embed(number, keeps=keeps))
-        self._kept = vectors if keeps else []
+            vectors.append(self._embed(number, keep_graph=keep_graphs))
+        self._outputs = vectors if keep_graphs else []
         return vectors[: len(self._parts)]
 
-    def backward(self, gradients: Sequence[Tensor]) -> None:
-        """Accumulate the parameters' gradients, given `gradients` with respect to the vectors."""
+    def backward(self, grads: Sequence[Tensor]) -> None:
+        """Accumulate the parameters' gradients, given those of the vectors."""
         trainer = self._trainer
         if self._workers is not None:
             trained = [p for p in self._model.parameters() if p.requires_grad]
 
             def compute(number: int) -> Tensor:
-                return self._share(number, gradients)
+                return self._partial_loss(number, grads)
 
-            parts = [(layout, number) for number, (layout, *_) in enumerate(self._parts)]
-            self._workers.backward(compute, parts, trained, self._seed)
+            calls = [(layout, number) for number, (layout, *_) in enumerate(self._parts)]
+            self._workers.backward(compute, calls, trained, self._seed)
             return
         after = RandomState.now(trainer.args.device)
         for number in range(self._calls):
             is_last = number == self._calls - 1
-            once = contextlib.nullcontext() if is_last else trainer.accelerator.no_sync(self._model)
-            with once, using_layout(self._parts[number % len(self._parts)][0]):
-                if not self._kept:
+            sync_context = (
+                contextlib.nullcontext() if is_last else trainer.accelerator.no_sync(self._model)
+            )
+            with sync_context, using_layout(self._parts[number % len(self._parts)][0]):
+                if not self._outputs:
                     self._states[number].restore(trainer.args.device)
-                share = self._share(number, gradients)
+                loss = self._partial_loss(number, grads)
                 if is_last and trainer.penalty is not None:
                     extra = trainer.penalty(trainer.accelerator.unwrap_model(self._model))
                     if extra is not None:
-                        share = share + (extra - extra.detach())
-                trainer.accelerator.backward(share)
+                        loss = loss + (extra - extra.detach())
+                trainer.accelerator.backward(loss)
         after.restore(trainer.args.device)
 
-    def _share(self, number: int, gradients: Sequence[Tensor]) -> Tensor:
-        """Returns a scalar; its gradient is what micro-batch `number` adds to that of the loss."""
-        vectors = self._kept[number] if self._kept else self._embed(number, keeps=True)
+    def _partial_loss(self, number: int, grads: Sequence[Tensor]) -> Tensor:
+        """Returns a scalar with the gradient of the loss through micro-batch `number`."""
+        vectors = self._outputs[number] if self._outputs else self._embed(number, keep_graph=True)
         if number >= len(self._parts):  # it equalizes the number of passes in all processes
             return vectors.sum() * 0
-        return (vectors * gradients[number]).sum()
+        return (vectors * grads[number]).sum()
 
-    def _embed(self, number: int, *, keeps: bool) -> Tensor:
+    def _embed(self, number: int, *, keep_graph: bool) -> Tensor:
         layout, unpooled, part = self._parts[number % len(self._parts)]
         trainer = self._trainer
-        is_own = self._workers is not None
+        is_worker = self._workers is not None
         with (
-            torch.set_grad_enabled(keeps),
-            using_layout(layout, own_thread=is_own),
+            torch.set_grad_enabled(keep_graph),
+            using_layout(layout, this_thread=is_worker),
             trainer.compute_loss_context_manager(),
         ):
             outputs = self._model(**part)

@@ -28,7 +28,7 @@ from ftlevel.training.forecast.shares import (
     ShardedModel,
     ShardedTensor,
     ShardGroup,
-    describe_shares,
+    get_sharded_model,
 )
 from ftlevel.training.model import blocks_of, replicated_parameters, shard
 from ftlevel.training.plan.resolve import resolve
@@ -63,22 +63,24 @@ def test_what_a_process_holds_is_what_fsdp_leaves_it(
     config = configure(tmp_path, tiny_model_dir("llama", num_hidden_layers=7), method)
     run = resolve(config)
     assert LayerSample.of(run).sample == {0: 1, 1: 5, 6: 1}
-    shares = describe_shares(run)
+    shares = get_sharded_model(run)
     model: Any = build_task_model(run.model.config, run.model.auto_class)
     model = apply_method(model.to_empty(device="cpu").float(), config.method, run.base)
     whole = {id(parameter) for parameter in replicated_parameters(model)}
     size = sum(p.nbytes for p in model.parameters() if id(p) not in whole)
     trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
     with first_of(ranks):
-        shard(model, "cpu", holds=False, dtype=torch.float32)
+        shard(model, "cpu", keeps_unsharded=False, dtype=torch.float32)
         blocks = blocks_of(model)
         held = sum(p.to_local().nbytes for p in model.parameters() if isinstance(p, DTensor))
     assert shares.count == len(blocks) == 7
     assert shares.trained == trained
     assert shares.trains_base == METHODS[method].trains_base(config.method)
-    assert sum(sum(cut.held(1).values()) for cut in (shares.blocks, shares.root)) == size
-    assert sum(sum(cut.held(ranks).values()) for cut in (shares.blocks, shares.root)) == held
-    assert sum(shares.saved(ranks).values()) == size - held
+    assert sum(sum(cut.stored_bytes(1).values()) for cut in (shares.blocks, shares.root)) == size
+    assert (
+        sum(sum(cut.stored_bytes(ranks).values()) for cut in (shares.blocks, shares.root)) == held
+    )
+    assert sum(shares.saved_bytes(ranks).values()) == size - held
 
 
 def test_the_memory_of_a_process() -> None:
@@ -118,7 +120,7 @@ def test_what_autocast_keeps_of_a_shared_model_is_of_its_head(
     run = resolve(config)
     model: Any = build_task_model(run.model.config, run.model.auto_class)
     linears = [m for m in model.modules() if isinstance(m, torch.nn.Linear)]
-    shares, found = describe_shares(run), estimate_step_memory(run, 2**30)
+    shares, found = get_sharded_model(run), estimate_step_memory(run, 2**30)
     kept = found.moments["forward"].get(CASTS, 0)
     if dtype == "float32":
         assert kept == shares.root_casts == 0
@@ -128,8 +130,8 @@ def test_what_autocast_keeps_of_a_shared_model_is_of_its_head(
     assert shares.estimate_rank(found, 2, "full").moments["forward"][CASTS] == shares.root_casts
     blocks = list(model.model.layers.parameters())
     narrow = sum(p.numel() for p in blocks if p.dim() > 1)
-    assert shares.blocks.reduced(1) == 4 * sum(p.numel() for p in blocks)
-    assert shares.blocks.gathered(1) == shares.blocks.reduced(1) - 2 * narrow
+    assert shares.blocks.reduced_bytes(1) == 4 * sum(p.numel() for p in blocks)
+    assert shares.blocks.gathered_bytes(1) == shares.blocks.reduced_bytes(1) - 2 * narrow
 
 
 def test_codes_are_shared_out_and_scales_are_not(tmp_path: Path, tiny_model_dir: ModelDir) -> None:
@@ -137,7 +139,7 @@ def test_codes_are_shared_out_and_scales_are_not(tmp_path: Path, tiny_model_dir:
     run = resolve(config)
     model: Any = build_task_model(run.model.config, run.model.auto_class)
     weights = [p for block in blocks_of(model) for p in block.parameters() if p.dim() > 1]
-    held = describe_shares(run).blocks.held(1)
+    held = get_sharded_model(run).blocks.stored_bytes(1)
     assert held == {QUANTIZED: sum(weight.numel() // 2 for weight in weights)}
 
 

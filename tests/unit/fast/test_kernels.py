@@ -15,7 +15,7 @@ from ftlevel.fast import fused_layers as rope
 from ftlevel.fast import kernels
 from ftlevel.fast.cross_entropy import ChunkedCrossEntropy
 from ftlevel.fast.fused_layers import FusedNormGlu, FusedRope
-from ftlevel.fast.kernels import ACTIVATIONS, TORCH, Formulas, TritonFormulas
+from ftlevel.fast.kernels import ACTIVATIONS, TORCH, TorchBackend, TritonBackend
 from tiny_models import build
 
 ROWS = (2, 5)
@@ -44,7 +44,7 @@ def assert_same(found: Any, expected: Any, rounding: float = 5e-7) -> None:
 @pytest.mark.parametrize("width", [1, 64, 100, 1025])
 def test_a_norm_is_torchs(width: int) -> None:
     x, gradient, weight = draw(0, *ROWS, width), draw(1, *ROWS, width), draw(2, width)
-    ours = TritonFormulas()
+    ours = TritonBackend()
     found, expected = ours.norm(x, weight, 1e-5), TORCH.norm(x, weight, 1e-5)
     assert_same(found, expected)
     scale = expected[1]
@@ -59,7 +59,7 @@ def test_a_norm_is_torchs(width: int) -> None:
 def test_a_norm_of_a_view_is_that_of_its_numbers() -> None:
     x, weight = draw(0, 4, 6, 10).transpose(0, 1), draw(2, 10)
     assert not x.is_contiguous()
-    assert_same(TritonFormulas().norm(x, weight, 1e-5), TORCH.norm(x, weight, 1e-5))
+    assert_same(TritonBackend().norm(x, weight, 1e-5), TORCH.norm(x, weight, 1e-5))
 
 
 @pytest.mark.usefixtures("interpreter")
@@ -67,7 +67,7 @@ def test_a_norm_of_a_view_is_that_of_its_numbers() -> None:
 def test_a_glu_is_torchs(kind: str) -> None:
     gate, up, gradient = (3 * draw(seed, *ROWS, 1100) for seed in range(3))
     exact = [part.double() for part in (gradient, gate, up)]
-    ours = TritonFormulas()
+    ours = TritonBackend()
     assert_same([ours.glu(kind, gate, up)], [TORCH.glu(kind, *exact[1:])])
     found = ours.glu_backward(kind, gradient, gate, up)
     assert_same(found, TORCH.glu_backward(kind, *exact))
@@ -77,7 +77,7 @@ def test_a_glu_is_torchs(kind: str) -> None:
 def test_a_norm_multiplies_where_the_weight_says() -> None:
     x, weight = draw(0, 3, 64).half(), draw(1, 64)
     for wide in (weight, weight.half()):
-        found, expected = TritonFormulas().norm(x, wide, 1e-5), TORCH.norm(x, wide, 1e-5)
+        found, expected = TritonBackend().norm(x, wide, 1e-5), TORCH.norm(x, wide, 1e-5)
         torch.testing.assert_close(found[0], expected[0], rtol=1e-3, atol=1e-3)
         assert found[0].dtype == torch.float16
 
@@ -90,7 +90,7 @@ def test_rotary_embeddings_are_torchs(
 ) -> None:
     q, k = (draw(seed, 2, 5, count, width) for seed, count in enumerate(heads))
     cos, sin = (draw(seed, rows, 5, width) for seed in (2, 3))  # no angles: halves that differ
-    found = TritonFormulas().rope(q, k, cos, sin, backward=backward)
+    found = TritonBackend().rope(q, k, cos, sin, backward=backward)
     assert_same(found, TORCH.rope(q, k, cos, sin, backward=backward))
 
 
@@ -112,7 +112,7 @@ def test_a_loss_and_its_gradient_are_torchs(vocabulary: int, smoothing: float) -
     scores = 5 * draw(0, 4, vocabulary)
     scores[1, 2:] = float("-inf") if not smoothing else -80.0  # one block has nothing else
     targets = torch.tensor([0, 1, vocabulary - 1, vocabulary // 2])
-    found = TritonFormulas().cross_entropy(scores, targets, smoothing)
+    found = TritonBackend().cross_entropy(scores, targets, smoothing)
     leaf = scores.double().requires_grad_()
     expected = torch.nn.functional.cross_entropy(
         leaf, targets, reduction="none", label_smoothing=smoothing
@@ -123,16 +123,16 @@ def test_a_loss_and_its_gradient_are_torchs(vocabulary: int, smoothing: float) -
 @pytest.mark.usefixtures("interpreter")
 def test_a_target_that_is_not_there_is_no_number() -> None:
     for target in (-100, 8):
-        losses, _ = TritonFormulas().cross_entropy(draw(0, 1, 8), torch.tensor([target]), 0.0)
+        losses, _ = TritonBackend().cross_entropy(draw(0, 1, 8), torch.tensor([target]), 0.0)
         assert losses.isnan().all()
 
 
 class Always(kernels.Kernels):
     """Has one way to compute them all, and counts what it is asked for."""
 
-    formulas: Formulas = TORCH
+    formulas: TorchBackend = TORCH
 
-    def norm(self, *_: Any) -> Formulas:
+    def norm(self, *_: Any) -> TorchBackend:
         """Return it."""
         return self.formulas
 
@@ -142,7 +142,7 @@ class Always(kernels.Kernels):
 @pytest.mark.usefixtures("interpreter")
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "qwen3"])
 def test_a_model_learns_the_same_by_the_kernels(family: str) -> None:
-    def gradients(formulas: Formulas) -> list[torch.Tensor]:
+    def gradients(formulas: TorchBackend) -> list[torch.Tensor]:
         chosen = type("Chosen", (Always,), {"formulas": formulas})()
         torch.manual_seed(0)
         model = build(family).train()
@@ -160,7 +160,7 @@ def test_a_model_learns_the_same_by_the_kernels(family: str) -> None:
         return [loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
 
     assert_same(
-        gradients(TritonFormulas()), gradients(TORCH), rounding=2e-6
+        gradients(TritonBackend()), gradients(TORCH), rounding=2e-6
     )  # sums of a whole model: 5e-7 on AMD, 9e-7 on Intel
 
 
@@ -184,21 +184,21 @@ def test_rotary_embeddings_are_put_back_and_are_the_models_own_where_none_serves
 def test_another_rotation_is_left_alone() -> None:
     from transformers.models.cohere import modeling_cohere
 
-    assert not rope.computes_rope(modeling_cohere.apply_rotary_pos_emb)  # pairs, not halves
+    assert not rope.is_rope(modeling_cohere.apply_rotary_pos_emb)  # pairs, not halves
     assert FusedRope(build("gpt2"), kernels.Kernels()).count == 0
 
 
 def test_shapes_are_known_without_numbers() -> None:
     x, weight = torch.empty(2, 3, 8, device="meta", dtype=torch.bfloat16), torch.empty(8)
-    y, scale = TritonFormulas().norm(x, weight.to("meta"), 1e-5)
+    y, scale = TritonBackend().norm(x, weight.to("meta"), 1e-5)
     assert (y.shape, y.dtype) == (x.shape, x.dtype)
     assert (scale.shape, scale.dtype) == ((2, 3, 1), torch.float32)
-    of_gate, of_up = TritonFormulas().glu_backward("silu", x, x, x)
+    of_gate, of_up = TritonBackend().glu_backward("silu", x, x, x)
     assert of_gate.shape == of_up.shape == x.shape
     q, k, angles = x[:, :, None], x[:, :, None], x[:1]
-    assert [part.shape for part in TritonFormulas().rope(q, k, angles, angles)] == [q.shape] * 2
+    assert [part.shape for part in TritonBackend().rope(q, k, angles, angles)] == [q.shape] * 2
     scores, targets = x[0], torch.empty(3, device="meta", dtype=torch.long)
-    losses, gradient = TritonFormulas().cross_entropy(scores, targets, 0.0)
+    losses, gradient = TritonBackend().cross_entropy(scores, targets, 0.0)
     assert (losses.shape, losses.dtype) == ((3,), torch.float32)
     assert (gradient.shape, gradient.dtype) == (scores.shape, scores.dtype)
 
@@ -215,7 +215,7 @@ def test_a_cpu_and_a_machine_without_triton_compute_as_ever(
     assert kernels.NO_KERNELS.glu("silu", 64, torch.bfloat16, "cuda") is TORCH
 
 
-class Like(Formulas):
+class Like(TorchBackend):
     """Stands for kernels that are compiled: torch's numbers times `factor`."""
 
     factor, fails = 1.0, False
@@ -243,15 +243,15 @@ def test_kernels_are_used_where_they_agree_and_are_faster(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     mine = type("Kernels", (Like,), change)
-    monkeypatch.setattr(kernels, "TritonFormulas", mine)
+    monkeypatch.setattr(kernels, "TritonBackend", mine)
     monkeypatch.setattr(kernels, "supports_triton", lambda *_: True)
     monkeypatch.setattr(kernels, "TOKENS", 8)
-    monkeypatch.setattr(kernels, "_choices", {})
+    monkeypatch.setattr(kernels, "_selected", {})
     monkeypatch.setattr(
         kernels, "time", lambda _, formulas, __: seconds[not isinstance(formulas, mine)]
     )
-    chosen = kernels.choose_glu.__wrapped__("silu", 96, torch.bfloat16, "cpu")
+    chosen = kernels.select_glu.__wrapped__("silu", 96, torch.bfloat16, "cpu")
     assert isinstance(chosen, mine) == is_used
     assert is_used or chosen is TORCH
-    said = kernels.describe_choices()
+    said = kernels.get_used_kernels()
     assert said == {"silu GLU 96 wide in torch.bfloat16": is_used}

@@ -23,7 +23,7 @@ from ftlevel.models.quantization import build_quantization_config
 from ftlevel.models.targets import resolve_targets
 from ftlevel.models.upstream.architectures import attention_of
 from ftlevel.trained.adapt import apply_method
-from ftlevel.training.plan.method import find_method_targets
+from ftlevel.training.plan.method import resolve_method_targets
 from unit.fast.test_step import OBJECTIVES, assert_same_step, both, rows_of
 
 VOCAB = tiny_models.VOCAB
@@ -71,7 +71,7 @@ def build(family: str) -> Any:
 
 def adapt(model: Any, **fields: Any) -> Any:
     spec = SPECS["lora"](r=4, **fields)
-    found = find_method_targets(spec, model, "tiny")
+    found = resolve_method_targets(spec, model, "tiny")
     return apply_method(
         model, spec, Base(model.config, "decoder", "CAUSAL_LM", found.modules, [], False, 10)
     )

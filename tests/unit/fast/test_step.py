@@ -32,7 +32,7 @@ from ftlevel.tasks.losses import Tokens
 from ftlevel.tasks.span import Spans
 from ftlevel.tasks.tags import Tags
 from ftlevel.trained.adapt import apply_method
-from ftlevel.training.plan.method import find_method_targets
+from ftlevel.training.plan.method import resolve_method_targets
 from ftlevel.training.trainer import FtlevelTrainer
 
 OBJECTIVES: dict[str, Objective] = {
@@ -218,7 +218,7 @@ def test_micro_batches_in_parallel_of_every_method(
     kind: str, fields: dict[str, Any], tmp_path: Path
 ) -> None:
     spec, base = SPECS[kind](**fields), tiny_models.build("llama")
-    found = find_method_targets(spec, base, "llama")
+    found = resolve_method_targets(spec, base, "llama")
     facts = Base(base.config, "decoder", "CAUSAL_LM", found.modules, [], False, 10, [])
     torch.manual_seed(0)
     model = apply_method(base, spec, facts, fused=kind == "lora")
@@ -234,7 +234,7 @@ def test_bottleneck_adapters(placement: Any, family: str, head: str, tmp_path: P
     """What an adapter reads beside its module is of the same tokens, packed, shared or pruned."""
     spec = AdapterSpec(placement=placement, bottleneck_dim=8)
     base = without_dropout(family, head)
-    found = find_method_targets(spec, base, family)
+    found = resolve_method_targets(spec, base, family)
     facts = Base(base.config, "", None, found.modules, [], False, 10, [])
     torch.manual_seed(0)
     model = apply_method(base, spec, facts)
@@ -380,7 +380,7 @@ DECODERS = ("llama", "gpt2", "gpt_neox", "opt", "mistral", "qwen2", "qwen3", "ge
 def test_a_shared_prefix_before_micro_batches_in_parallel(
     family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(step_collator, "OVERHEAD_TOKENS", 0)
+    monkeypatch.setattr(step_collator, "PREFIX_COST", 0)
     has_experts = family in ("mixtral", "qwen3_moe")  # which no workers have LoRA on
     targets = {"target_modules": ["q_proj", "v_proj"]} if has_experts else {}
     model = adapted(family, "causal", **targets)
@@ -409,7 +409,7 @@ def test_a_shared_prefix_whatever_is_trained(
     settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also where no gradient reaches it, or only from its last blocks."""
-    monkeypatch.setattr(step_collator, "OVERHEAD_TOKENS", 0)
+    monkeypatch.setattr(step_collator, "PREFIX_COST", 0)
     rows = prefix_rows()
     pair = both(
         adapted("llama", "causal", **settings), "causal", tmp_path,
@@ -421,7 +421,7 @@ def test_a_shared_prefix_whatever_is_trained(
 def test_a_shared_prefix_longer_than_a_window_and_micro_batches_of_one_row(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(step_collator, "OVERHEAD_TOKENS", 0)
+    monkeypatch.setattr(step_collator, "PREFIX_COST", 0)
     model = adapted("mistral", "causal", config={"sliding_window": 30})
     arguments: dict[str, Any] = {"rows": prefix_rows(), "prefix_tree": True, "at_least": 8}
     assert_same_step(

@@ -9,7 +9,7 @@ import transformers
 from ftlevel.config import SPECS
 from ftlevel.methods import METHOD_INFO, Base, rows_of
 from ftlevel.trained.adapt import apply_method
-from ftlevel.training.plan.method import find_method_targets
+from ftlevel.training.plan.method import resolve_method_targets
 
 LAYERS = 32
 
@@ -30,7 +30,7 @@ def count(row: str, layers: int) -> int:
     facts = METHOD_INFO[row]
     fields = {name: value for name, value in facts.fields.items() if name == "use_dora"}
     spec = SPECS[facts.method](**fields)
-    adapted = find_method_targets(spec, model, "llama")
+    adapted = resolve_method_targets(spec, model, "llama")
     base = Base(model.config, "decoder", "CAUSAL_LM", adapted.modules, [], False, 100)
     model = apply_method(model, spec, base)
     return sum(p.numel() for p in model.parameters() if p.requires_grad)

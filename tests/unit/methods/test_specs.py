@@ -12,7 +12,7 @@ from ftlevel.errors import ConfigError, FtlevelError
 from ftlevel.methods import METHODS, Base, Method, lora
 from ftlevel.models import targets as model_targets
 from ftlevel.models.module_tree import get_heads
-from ftlevel.training.plan.method import find_method_targets
+from ftlevel.training.plan.method import resolve_method_targets
 from unit.models.meta_models import build, has_model
 from unit.models.tiny_configs import TINY
 
@@ -106,7 +106,7 @@ def test_adalora_needs_steps_to_prune_in():
 
 def targets(family: str, kind: str, task: str = "", variant: int = 0, **fields: Any) -> Any:
     task = task or ("text-generation" if has_model(family, "text-generation") else "masked-lm")
-    return find_method_targets(SPECS[kind](**fields), build(family, task, variant), family)
+    return resolve_method_targets(SPECS[kind](**fields), build(family, task, variant), family)
 
 
 @pytest.mark.parametrize(
@@ -208,8 +208,8 @@ def test_ln_tuning_takes_every_norm_outside_the_heads():
 
 def test_quantized_conv1d_is_a_linear():
     spec, model = SPECS["lora"](), build("gpt2", "text-generation")
-    assert find_method_targets(spec, model, "gpt2").fan_in_fan_out
-    assert not find_method_targets(spec, model, "gpt2", "4bit").fan_in_fan_out
+    assert resolve_method_targets(spec, model, "gpt2").fan_in_fan_out
+    assert not resolve_method_targets(spec, model, "gpt2", "4bit").fan_in_fan_out
 
 
 def test_a_method_that_trains_nothing_is_refused() -> None:

@@ -18,8 +18,8 @@ from ftlevel.models.module_tree import get_heads
 from ftlevel.objectives import TrainingLoss
 from ftlevel.tasks import TASKS
 from ftlevel.trained.adapt import apply_method, copy_initial_state, load_adapter, save_adapter
-from ftlevel.training.build_trainer import build_optimizer
-from ftlevel.training.plan.method import find_method_targets
+from ftlevel.training.build_trainer import get_method_optimizer
+from ftlevel.training.plan.method import resolve_method_targets
 
 FORMS = [
     {},
@@ -33,7 +33,7 @@ BATCH = tiny_models.build_batch("llama", "seqcls")
 def adapted(kind: str, steps: int = 10, family: str = "llama", **fields):
     spec = SPECS[kind](**fields)
     base = tiny_models.build(family, "seqcls")
-    found = find_method_targets(spec, base, family)
+    found = resolve_method_targets(spec, base, family)
     facts = Base(
         base.config, "decoder", "SEQ_CLS", found.modules, get_heads(base), found.fan_in_fan_out,
         steps, found.parameters,
@@ -102,13 +102,13 @@ def test_lora_plus_gives_b_its_own_rate():
     arguments = transformers.TrainingArguments(
         output_dir="unused", learning_rate=1e-4, weight_decay=0.1, use_cpu=True, optim="adamw_torch"
     )
-    optimizer = build_optimizer(config.method, model, arguments)
+    optimizer = get_method_optimizer(config.method, model, arguments)
     rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             assert rates[id(parameter)] == pytest.approx(1.6e-3 if "lora_B" in name else 1e-4)
     assert {group["weight_decay"] for group in optimizer.param_groups if group["params"]} == {0.1}
-    assert build_optimizer(TrainConfig().method, model, arguments) is None
+    assert get_method_optimizer(TrainConfig().method, model, arguments) is None
 
 
 @pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "olora"])

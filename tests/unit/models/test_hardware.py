@@ -20,7 +20,7 @@ from ftlevel.models.hardware import select_device, select_dtype, select_tf32, us
 from ftlevel.models.sources import resolve_source
 from ftlevel.models.upstream import libraries
 from ftlevel.models.upstream.libraries import use_one_gpu
-from ftlevel.training.build_trainer import build_arguments
+from ftlevel.training.build_trainer import create_training_args
 from ftlevel.training.plan.resolve import check_packages
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -120,7 +120,7 @@ def test_the_arguments_of_a_run_are_for_one_gpu(
         model=SimpleNamespace(dtype="float32", device="cpu", family="llama"),
         objective=None,
     )
-    arguments = build_arguments(run, tmp_path)
+    arguments = create_training_args(run, tmp_path)
     assert told == [arguments]
 
 

@@ -13,7 +13,7 @@ from torch.nn.functional import log_softmax
 from ftlevel.config.preference import LOSSES, SMOOTHING, PreferenceConfig
 from ftlevel.data.encoding.collate import Collator
 from ftlevel.fast.cross_entropy import ChunkedCrossEntropy
-from ftlevel.fast.likelihoods import compute_answer_likelihoods, sum_of_ratios, with_baseline
+from ftlevel.fast.likelihoods import compute_answer_likelihoods, sum_log_ratios, with_baseline
 from ftlevel.fast.packing import using_layout
 from ftlevel.fast.plan import FastPlan
 from ftlevel.fast.step import FastStep
@@ -105,7 +105,7 @@ def _step(
     try:
         count = torch.stack([objective.training_count(p["labels"], loss) for p in parts]).sum(0)
         if others:
-            total = sum_of_ratios(head, model, objective, others)
+            total = sum_log_ratios(head, model, objective, others)
             assert float(total[0] / total[1]) == pytest.approx(BASELINE, rel=bound)
         found = 0.0
         for part in parts:

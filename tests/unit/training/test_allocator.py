@@ -7,7 +7,7 @@ import os
 import pytest
 import torch
 
-from ftlevel.training.memory import NAME, OLD_NAME, SETTING, use_expandable_segments
+from ftlevel.training.memory import ALLOCATOR_CONF, NAME, OLD_NAME, use_expandable_segments
 
 
 @pytest.fixture(autouse=True)
@@ -27,7 +27,7 @@ def test_the_name_is_the_one_that_torch_reads(
 ) -> None:
     monkeypatch.setattr(torch, "__version__", version)
     use_expandable_segments("cuda")
-    assert {n: os.environ[n] for n in (NAME, OLD_NAME) if n in os.environ} == {name: SETTING}
+    assert {n: os.environ[n] for n in (NAME, OLD_NAME) if n in os.environ} == {name: ALLOCATOR_CONF}
 
 
 def test_what_the_user_said_stays(monkeypatch: pytest.MonkeyPatch) -> None:

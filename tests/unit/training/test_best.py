@@ -15,7 +15,7 @@ from ftlevel.errors import ConfigError
 from ftlevel.tasks import TASKS
 from ftlevel.training.best import (
     BestModel,
-    Evaluated,
+    EvalResult,
     Evaluations,
     Length,
     SelectedModel,
@@ -51,7 +51,7 @@ def test_a_longer_run_counts_all_evaluations_without_a_better_one() -> None:
         seen.add(step, {"eval_accuracy": value})
     assert seen.best is not None
     assert seen.last is not None
-    kept = SelectedModel(metric="eval_accuracy", greater_is_better=True, evaluations=seen.count,
+    kept = SelectedModel(metric="eval_accuracy", greater_is_better=True, evaluations=seen.num_evals,
                 best=seen.best, last=seen.last, step=1, stopped_early=True, patience=1,
                 waited=seen.waited)  # fmt: skip
     assert format_selected_model(kept.describe()).endswith(
@@ -76,7 +76,7 @@ def test_patience_counts_evaluations_that_are_not_better_by_the_threshold() -> N
         seen.add(step, {"eval_accuracy": value})
         waited.append((seen.waited, seen.is_over))
     assert waited == [(0, False), (1, False), (0, False), (1, False), (2, True)]
-    assert seen.best == Evaluated(5, 0.8), "the best is the best, by however little"
+    assert seen.best == EvalResult(5, 0.8), "the best is the best, by however little"
 
 
 def test_patience_ends_a_run_whose_metric_is_never_a_number() -> None:
@@ -93,8 +93,8 @@ def test_a_log_gives_the_same_as_the_evaluations() -> None:
            {"step": 4, "eval_loss": 1.0, "eval_accuracy": 0.25}]  # fmt: skip
     seen = Evaluations(BestModel(**PLAN))
     seen.replay(log)
-    assert (seen.best, seen.last, seen.count, seen.waited) == (
-        Evaluated(2, 0.5, 1.0), Evaluated(4, 0.25, 1.0), 2, 1
+    assert (seen.best, seen.last, seen.num_evals, seen.waited) == (
+        EvalResult(2, 0.5, 1.0), EvalResult(4, 0.25, 1.0), 2, 1
     )  # fmt: skip
 
 

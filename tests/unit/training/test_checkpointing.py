@@ -17,7 +17,7 @@ from ftlevel.fast.fused_layers import FusedNormGlu
 from ftlevel.fast.fused_lora import register_fused_layers
 from ftlevel.models.module_tree import get_blocks, get_stacks
 from ftlevel.training import memory as checkpointing
-from ftlevel.training.memory import Activations, StepReducer, count_activations, set_checkpointing
+from ftlevel.training.memory import Activations, StepReducer, get_activations, set_checkpointing
 from live_tensors import LiveTensors
 
 BLOCKS = 6
@@ -58,7 +58,7 @@ def held_by(model: Any, tokens: int) -> int:
 
 def test_what_is_counted_is_what_is_held() -> None:
     model = adapted()
-    found = count_activations(model, get_blocks(model.get_base_model()), run_of(64))
+    found = get_activations(model, get_blocks(model.get_base_model()), run_of(64))
     more = (held_by(model, 256) - held_by(model, 128)) / 128  # per token, embeddings and norm too
     assert len(found.stored) == BLOCKS
     assert found.states == (model.config.hidden_size * 4,) * BLOCKS
@@ -71,10 +71,10 @@ def test_blocks_are_recomputed_until_the_rest_fits(
 ) -> None:
     model, run = adapted(), run_of(256)
     blocks = get_blocks(model.get_base_model())
-    found = count_activations(model, blocks, run)
+    found = get_activations(model, blocks, run)
     memory = int(share * 256 * sum(found.stored))
     monkeypatch.setattr(
-        checkpointing, "free_memory_bytes", lambda _: memory / checkpointing.FREE_SHARE
+        checkpointing, "free_memory_bytes", lambda _: memory / checkpointing.MEMORY_RATIO
     )
     monkeypatch.setattr(type(train_of()), "may_recompute", lambda *_: True)
     choices = set_checkpointing(model, run)
@@ -93,7 +93,7 @@ def test_a_step_is_the_same_however_many_are_recomputed() -> None:
         blocks = get_blocks(model.get_base_model())
         if count:
             set_checkpointing(model, run_of(64, gradient_checkpointing=True))
-            checkpointing.recompute_first(blocks, count)
+            checkpointing.checkpoint_first(blocks, count)
         model.zero_grad()
         loss = model(input_ids=ids, labels=ids, use_cache=False).loss
         loss.backward()
@@ -128,12 +128,17 @@ def test_offloading_recomputes_all_blocks(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_the_formula() -> None:
     found = Activations(stored=(100.0,) * 8, states=(10.0,) * 8)
-    assert found.count_recomputed(10, 8000) == 0
-    assert found.count_recomputed(10, 7999) == 1
-    assert found.count_recomputed(10, 8000 - 900 * 3) == 3
-    assert found.count_recomputed(10, 0) == 8
+    assert found.min_checkpointed_blocks(10, 8000) == 0
+    assert found.min_checkpointed_blocks(10, 7999) == 1
+    assert found.min_checkpointed_blocks(10, 8000 - 900 * 3) == 3
+    assert found.min_checkpointed_blocks(10, 0) == 8
     uneven = Activations(stored=(100.0, 100.0, 20.0), states=(10.0, 10.0, 2.0))
-    assert [uneven.count_recomputed(1, memory) for memory in (220, 219, 130, 129)] == [0, 1, 1, 2]
+    assert [uneven.min_checkpointed_blocks(1, memory) for memory in (220, 219, 130, 129)] == [
+        0,
+        1,
+        1,
+        2,
+    ]
 
 
 def answered(family: str) -> tuple[Any, Any]:
@@ -155,7 +160,7 @@ def batch_of(run: Any, rows: int) -> dict[str, Any]:
 def test_both_stacks_of_an_encoder_decoder_are_counted(family: str) -> None:
     model, run = answered(family)
     stacks = get_stacks(model.get_base_model())
-    found = count_activations(model, [block for stack in stacks for block in stack], run)
+    found = get_activations(model, [block for stack in stacks for block in stack], run)
 
     def held(rows: int) -> int:
         with LiveTensors() as live:
@@ -179,7 +184,7 @@ def test_auto_recomputes_blocks_of_an_encoder_decoder(
 ) -> None:
     model, run = answered(family)
     blocks = [block for stack in get_stacks(model.get_base_model()) for block in stack]
-    found = count_activations(model, blocks, run)
+    found = get_activations(model, blocks, run)
     free = 0.5 * run.fast.tokens * sum(found.stored)
 
     def gradients() -> list[torch.Tensor]:
@@ -190,11 +195,11 @@ def test_auto_recomputes_blocks_of_an_encoder_decoder(
 
     before = gradients()
     monkeypatch.setattr(
-        checkpointing, "free_memory_bytes", lambda _: free / checkpointing.FREE_SHARE
+        checkpointing, "free_memory_bytes", lambda _: free / checkpointing.MEMORY_RATIO
     )
     monkeypatch.setattr(type(train_of()), "may_recompute", lambda *_: True)
     (choice,) = set_checkpointing(model, run)
-    count = found.count_recomputed(run.fast.tokens, int(free))
+    count = found.min_checkpointed_blocks(run.fast.tokens, int(free))
     assert 0 < count < len(blocks)
     assert choice.value == f"{count} of {len(blocks)}"
     recomputed = [block.gradient_checkpointing for block in blocks]
@@ -264,7 +269,7 @@ def test_the_last_product_of_a_block_is_not_computed_again(
     base = model.get_base_model()
     blocks = get_stacks(base)[-1]
     _, expected = of_last_products(model, [])
-    checkpointing.recompute_blocks(base)
+    checkpointing.enable_checkpointing(base)
     taken, found = of_last_products(model, blocks)
     assert taken == {name: 2 if name.endswith(last or "-") else 3 for name in taken}
     assert taken

@@ -16,8 +16,8 @@ from ftlevel.artifacts.run_directory import RunDirectory
 from ftlevel.config import TrainerConfig
 from ftlevel.errors import ConfigError, RunError
 from ftlevel.training.saving import (
+    check_checkpoint_space,
     check_disk_space,
-    check_room_to_save,
     checkpoint_bytes,
     explain_disk_errors,
 )
@@ -139,7 +139,7 @@ def test_a_checkpoint_is_begun_where_it_has_room(
     model(torch.zeros(99)).sum().backward()
     optimizer.step()
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=12_008))
-    check_room_to_save(run, model, optimizer)
+    check_checkpoint_space(run, model, optimizer)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=12_007))
     with pytest.raises(RunError, match=r"needs about 0\.0 MB.*no valid checkpoint"):
-        check_room_to_save(run, model, optimizer)
+        check_checkpoint_space(run, model, optimizer)

@@ -8,14 +8,14 @@ import torch
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from ftlevel.training.callbacks import FollowSettings
+from ftlevel.training.callbacks import UpdateSchedule
 
 
 def test_a_schedule_that_follows_the_losses_keeps_its_rate(tmp_path: Path) -> None:
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.25)
     args = TrainingArguments(output_dir=str(tmp_path), save_steps=3, use_cpu=True)
     state = TrainerState(global_step=2, max_steps=9, save_steps=5)
-    FollowSettings().on_train_begin(
+    UpdateSchedule().on_train_begin(
         args, state, TrainerControl(), optimizer=optimizer,
         lr_scheduler=ReduceLROnPlateau(optimizer),
     )  # fmt: skip

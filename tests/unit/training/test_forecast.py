@@ -16,10 +16,10 @@ from torch.nn import functional
 
 from ftlevel.commands.plan import PlanOptions, plan
 from ftlevel.config import TrainConfig
-from ftlevel.fast.cross_entropy import FEWEST, targets_a_chunk
+from ftlevel.fast.cross_entropy import MIN_TARGETS, targets_per_chunk
 from ftlevel.models.upstream.fake import FakeTensor, OperationWatch, new_fake, storage_of
 from ftlevel.training.forecast import memory
-from ftlevel.training.forecast.fits import MOST_BLOCKS
+from ftlevel.training.forecast.fits import MAX_BLOCKS
 from ftlevel.training.forecast.memory import estimate_step_memory
 from ftlevel.training.forecast.meta_model import LiveMemoryTracker
 from ftlevel.training.plan.resolve import resolve
@@ -154,7 +154,7 @@ def test_a_layer_of_each_kind_gives_the_whole(
         config = config.model_copy(update={"method": attention})
     run = resolve(config)
     assert memory.LayerSample.of(run).sample == sample
-    assert memory.count_computed_layers(run) <= MOST_BLOCKS
+    assert memory.count_computed_layers(run) <= MAX_BLOCKS
     extended = estimate_step_memory(run, MEMORY)
     monkeypatch.setattr(memory.LayerSample, "of", lambda _: memory.LayerSample((None,), (), 7))
     assert extended.peak == pytest.approx(estimate_step_memory(run, MEMORY).peak, rel=0.005)
@@ -177,8 +177,8 @@ def test_chunks_of_scores_take_their_share_of_a_gpu(
     run = resolve(config)
     on_gpu = replace(run, model=replace(run.model, device="cuda"))
     logits = [estimate_step_memory(on_gpu, size).parts["logits"] for size in (2**33, 2**22)]
-    targets = [targets_a_chunk(size, run.model.vocabulary) for size in (2**33, 2**22)]
-    assert targets[0] > 2 * targets[1] >= 2 * FEWEST  # the step has 8 · 60 of them at most
+    targets = [targets_per_chunk(size, run.model.vocabulary) for size in (2**33, 2**22)]
+    assert targets[0] > 2 * targets[1] >= 2 * MIN_TARGETS  # the step has 8 · 60 of them at most
     assert logits[0] > logits[1]
 
 
@@ -263,7 +263,7 @@ class TestLiveBytes:
     def test_what_is_held_as_something_else_counts_once(self) -> None:
         live = LiveMemoryTracker()
         x = torch.zeros(1000)
-        live.hold(x, "weights")
-        live.hold(x, "adapter")
+        live.add(x, "weights")
+        live.add(x, "adapter")
         assert live.total == 4000
         assert live.peaks["forward"] == {"weights": 4000} or live.peaks["forward"]["adapter"]

@@ -15,7 +15,7 @@ from ftlevel.artifacts.run_directory import RunDirectory
 from ftlevel.config.trainer import TrainerConfig
 from ftlevel.errors import RunError
 from ftlevel.events import NullListener
-from ftlevel.training.gradients import MOST_SKIPPED, GradientMonitor, Recovery
+from ftlevel.training.gradients import MAX_SKIPPED, GradientMonitor, Recovery
 from ftlevel.training.processes import Processes
 
 NONE: Any = None
@@ -92,7 +92,7 @@ def fit_with_a_scale(
     """
     warned: list[str] = []
     listener = SimpleNamespace(warn=warned.append)
-    proof = GradientMonitor(listener, lambda: torch.tensor(1.0), stopping(), scales=True)  # type: ignore[arg-type]
+    proof = GradientMonitor(listener, lambda: torch.tensor(1.0), stopping(), uses_scaler=True)  # type: ignore[arg-type]
     model = nn.Linear(4, 4)
     optimizer = torch.optim.SGD(model.parameters(), 0.01)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)
@@ -121,7 +121,7 @@ def test_a_step_that_float16_skips_is_counted_and_shown() -> None:
 
 
 def test_float16_that_overflows_without_end_stops() -> None:
-    with pytest.raises(RunError, match=f"the last {MOST_SKIPPED} steps up to step {MOST_SKIPPED}"):
+    with pytest.raises(RunError, match=f"the last {MAX_SKIPPED} steps up to step {MAX_SKIPPED}"):
         fit_with_a_scale(2.0**60, 30)
 
 
@@ -135,7 +135,7 @@ def test_a_gpu_is_asked_before_anything_is_written(what: str) -> None:
     losses = [1.0]
     _, model, given = prepared()
     proof = GradientMonitor(
-        NullListener(), lambda: torch.tensor(losses[0]), stopping(), defers=True
+        NullListener(), lambda: torch.tensor(losses[0]), stopping(), delays_checks=True
     )
     for _ in range(3):
         proof.on_pre_optimizer_step(NONE, STATE, NONE, **given)

@@ -10,7 +10,7 @@ import pytest
 from ftlevel.data.encoding.encode import Encoded
 from ftlevel.objectives import TrainingLoss
 from ftlevel.tasks import TASKS
-from ftlevel.training.summary import find_nothing_learned, summarize_losses
+from ftlevel.training.summary import summarize_losses, warn_if_not_learned
 
 CLASSES = [Encoded([1, 2], label, 0) for label in (0, 1)] * 4  # guessing gives ln 2 = 0.693
 TEXT = [Encoded([1, 2], [1, 2], 0)] * 8
@@ -25,7 +25,7 @@ def said(
         data=SimpleNamespace(train=rows),
         schedule=SimpleNamespace(learning_rate=rate, default_learning_rate=2e-4),
     )
-    return find_nothing_learned(summarize_losses(losses), plan)
+    return warn_if_not_learned(summarize_losses(losses), plan)
 
 
 @pytest.mark.parametrize(

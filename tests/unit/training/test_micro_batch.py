@@ -20,7 +20,7 @@ from ftlevel.errors import ConfigError
 from ftlevel.fast.plan import FastPlan
 from ftlevel.models.hardware import get_free_memory
 from ftlevel.training.forecast import alternatives
-from ftlevel.training.forecast.alternatives import choose_micro_batch, fit_micro_batch
+from ftlevel.training.forecast.alternatives import fit_batch_size, select_batch_size
 from ftlevel.training.forecast.fits import Device
 from ftlevel.training.forecast.memory import StepMemory
 from ftlevel.training.forecast.meta_model import ACTIVATIONS, WEIGHTS
@@ -76,7 +76,7 @@ def tried(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def tokens_for(memory: int, device: str = "cpu", **train: Any) -> int:
-    run = fit_micro_batch(run_of(device, **train), memory)
+    run = fit_batch_size(run_of(device, **train), memory)
     assert run.config.speed.tokens_per_micro_batch == run.fast.tokens
     assert run.fast.memory == memory
     return run.fast.tokens
@@ -115,16 +115,16 @@ def test_a_gpu_recomputes_before_micro_batches_become_slow(tried: list[int]) -> 
 
 def test_a_plain_step_has_no_micro_batches() -> None:
     with pytest.raises(ConfigError, match=r"needs the fast step.*--no-fast"):
-        fit_micro_batch(run_of(enabled=False), 10**9)
+        fit_batch_size(run_of(enabled=False), 10**9)
 
 
 def test_a_base_that_is_shared_out_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"does not support --shard.*--tokens-per-micro-batch N"):
-        fit_micro_batch(run_of(shard="full"), 10**9)
+        fit_batch_size(run_of(shard="full"), 10**9)
 
 
 def test_a_run_that_goes_on_keeps_its_tokens(tried: list[int]) -> None:
-    run = choose_micro_batch(run_of(), Processes(), 700)
+    run = select_batch_size(run_of(), Processes(), 700)
     assert (run.fast.tokens, run.config.speed.tokens_per_micro_batch) == (700, 700)
     assert not tried
 
@@ -140,14 +140,16 @@ def test_what_the_run_holds_already_is_not_free(monkeypatch: pytest.MonkeyPatch)
     )
     monkeypatch.setattr(alternatives, "free_memory_bytes", lambda _: 8 * 2**30)
     beside = alternatives.CPU_OVERHEAD_BYTES
-    assert alternatives.find_memory(wish.speed, "cpu", Processes()) == 8 * 2**30 - beside
+    assert alternatives.get_available_memory(wish.speed, "cpu", Processes()) == 8 * 2**30 - beside
     assert (
-        alternatives.find_memory(config_of().speed, "cpu", Processes(World(size=4, local_size=2)))
+        alternatives.get_available_memory(
+            config_of().speed, "cpu", Processes(World(size=4, local_size=2))
+        )
         == 4 * 2**30 - beside
     )
     monkeypatch.setattr(alternatives, "free_memory_bytes", lambda _: 128 * 2**30)
-    assert alternatives.find_memory(wish.speed, "cpu", Processes()) < 64 * 2**30 - beside
-    assert alternatives.find_memory(wish.speed, "cuda", Processes()) == 64 * 2**30
+    assert alternatives.get_available_memory(wish.speed, "cpu", Processes()) < 64 * 2**30 - beside
+    assert alternatives.get_available_memory(wish.speed, "cuda", Processes()) == 64 * 2**30
 
 
 def test_a_control_group_leaves_what_is_below_its_limit(tmp_path: Path) -> None:
@@ -183,7 +185,7 @@ def test_a_run_in_less_memory_has_the_same_losses(
     whole = json.loads(Path("whole/summary.json").read_text())["speed"]
     config = yaml.safe_load(Path("whole/config.yaml").read_text())
     assert config["speed"]["tokens_per_micro_batch"] == "auto"
-    monkeypatch.setattr(alternatives, "find_memory", lambda *_: 30 * 2**20)
+    monkeypatch.setattr(alternatives, "get_available_memory", lambda *_: 30 * 2**20)
     capsys.readouterr()
     assert run([*command, "--auto-micro-batch", "--output-dir", "parts"]) == 0
     assert "--auto-micro-batch: 0.0" in capsys.readouterr().out
@@ -198,6 +200,6 @@ def test_a_run_in_less_memory_has_the_same_losses(
     shutil.copytree("parts", "broken")
     shutil.rmtree("broken/checkpoints/checkpoint-4")
     Path("broken/summary.json").unlink()
-    monkeypatch.setattr(alternatives, "find_memory", lambda *_: 2**33)
+    monkeypatch.setattr(alternatives, "get_available_memory", lambda *_: 2**33)
     assert run([*command, "--auto-micro-batch", "--output-dir", "broken", "--resume"]) == 0
     assert losses("broken") == losses("parts")

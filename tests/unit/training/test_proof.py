@@ -15,20 +15,20 @@ from ftlevel.data.encoding.encode import Encoded
 from ftlevel.errors import RunError
 from ftlevel.tasks.classes import Classes
 from ftlevel.tasks.losses import Tokens
-from ftlevel.training.model import Digest, digest, digest_tensors
+from ftlevel.training.model import TensorHash, hash_tensor, hash_tensors
 from ftlevel.training.proof import (
-    PROBE_ROWS,
-    PROBE_SCORES,
-    Origin,
-    Probe,
+    MAX_TEST_LOGITS,
+    NUM_TEST_ROWS,
+    BaseState,
+    CheckInputs,
     check_saved,
+    collate_check_batch,
     compare_frozen,
-    probe_batch,
 )
 from live_tensors import LiveTensors
 
 VOCABULARY = 100_000
-MOST = PROBE_SCORES // VOCABULARY // PROBE_ROWS
+MOST = MAX_TEST_LOGITS // VOCABULARY // NUM_TEST_ROWS
 
 
 def rows(length: int) -> list[Encoded]:
@@ -37,27 +37,29 @@ def rows(length: int) -> list[Encoded]:
 
 @pytest.mark.parametrize("length", [10, 5000])
 def test_the_scores_of_a_vocabulary_are_bounded(length: int) -> None:
-    batch = probe_batch(rows(length), 0, "cpu", Tokens("perplexity", shifted=True), VOCABULARY)
-    assert batch["input_ids"].shape == batch["labels"].shape == (PROBE_ROWS, min(length, MOST))
+    batch = collate_check_batch(
+        rows(length), 0, "cpu", Tokens("perplexity", shifted=True), VOCABULARY
+    )
+    assert batch["input_ids"].shape == batch["labels"].shape == (NUM_TEST_ROWS, min(length, MOST))
 
 
 def test_an_encoder_reads_all_of_a_row_whose_answer_is_cut() -> None:
     objective = Tokens("perplexity", feeds_labels=True)
-    batch = probe_batch(rows(5000), 0, "cpu", objective, VOCABULARY)
-    assert batch["input_ids"].shape == (PROBE_ROWS, 5000)
-    assert batch["labels"].shape == (PROBE_ROWS, MOST)
+    batch = collate_check_batch(rows(5000), 0, "cpu", objective, VOCABULARY)
+    assert batch["input_ids"].shape == (NUM_TEST_ROWS, 5000)
+    assert batch["labels"].shape == (NUM_TEST_ROWS, MOST)
 
 
 def test_a_class_is_of_the_whole_row() -> None:
     texts = [Encoded([1] * 5000, 2, i) for i in range(2)]
-    batch = probe_batch(texts, 0, "cpu", Classes("accuracy"), VOCABULARY)
+    batch = collate_check_batch(texts, 0, "cpu", Classes("accuracy"), VOCABULARY)
     assert batch["input_ids"].shape == (2, 5000)
 
 
 def test_a_frozen_weight_that_was_only_cast_is_unchanged() -> None:
     """Switch Transformers holds its router in float32, whatever it was loaded in."""
     trained = tiny_models.build("llama").bfloat16().requires_grad_(False)
-    digests = digest_tensors(trained.named_parameters())
+    digests = hash_tensors(trained.named_parameters())
     count = compare_frozen(trained, digests)
     trained.model.norm.float()
     assert compare_frozen(trained, digests) == count
@@ -66,18 +68,18 @@ def test_a_frozen_weight_that_was_only_cast_is_unchanged() -> None:
         compare_frozen(trained, digests)
 
 
-def saved(tmp_path: Path, **settings: Any) -> tuple[Any, Mapping[str, Digest]]:
+def saved(tmp_path: Path, **settings: Any) -> tuple[Any, Mapping[str, TensorHash]]:
     """Return a trained model whose adapter is saved in `tmp_path`, and the base's digests."""
     base = tiny_models.build("llama", intermediate_size=4096)
-    digests = digest_tensors(base.named_parameters())
+    digests = hash_tensors(base.named_parameters())
     config = LoraConfig(target_modules="all-linear", init_lora_weights=False, **settings)
     trained = get_peft_model(base, config)
     trained.save_pretrained(tmp_path)
     return trained, digests
 
 
-def probe() -> Probe:
-    return Probe(tiny_models.build_batch("llama"), Tokens("perplexity", shifted=True), "cpu",
+def probe() -> CheckInputs:
+    return CheckInputs(tiny_models.build_batch("llama"), Tokens("perplexity", shifted=True), "cpu",
                  "float32")  # fmt: skip
 
 
@@ -90,7 +92,7 @@ def test_the_proof_loads_no_base(tmp_path: Path) -> None:
     names = [(name, p.requires_grad) for name, p in trained.named_parameters()]
     with LiveTensors() as live:
         frozen, difference, effect = check_saved(
-            trained, tmp_path, Origin(digests, load_no_base), probe()
+            trained, tmp_path, BaseState(digests, load_no_base), probe()
         )
     assert frozen == len(digests)
     assert difference == 0
@@ -106,7 +108,7 @@ def test_another_adapter_than_the_one_that_was_trained_is_seen(tmp_path: Path) -
     with torch.no_grad():
         next(p for n, p in trained.named_parameters() if "lora_B" in n).add_(1.0)
     with pytest.raises(RunError, match="differs from the trained one: its logits differ by"):
-        check_saved(trained, tmp_path, Origin(digests, load_no_base), probe())
+        check_saved(trained, tmp_path, BaseState(digests, load_no_base), probe())
 
 
 def test_a_kind_of_which_a_model_has_one_is_put_onto_a_fresh_base(tmp_path: Path) -> None:
@@ -118,7 +120,7 @@ def test_a_kind_of_which_a_model_has_one_is_put_onto_a_fresh_base(tmp_path: Path
         loaded.append(tiny_models.build("llama", intermediate_size=4096))
         return loaded[-1]
 
-    _, difference, _ = check_saved(trained, tmp_path, Origin(digests, load), probe())
+    _, difference, _ = check_saved(trained, tmp_path, BaseState(digests, load), probe())
     assert difference < 1e-5
     assert len(loaded) == 1
     assert list(trained.peft_config) == ["default"]
@@ -131,14 +133,14 @@ def test_a_digest_tells_one_bit_of_a_tensor(
 ) -> None:
     whole = torch.randint(0, 255, (size + 3,)).to(dtype)
     tensor = whole[3:].clone()
-    found = digest(tensor)
-    assert digest(whole[3:]) == found, "wherever it stands in memory"
-    assert digest(tensor.view(1, -1)) != found
-    monkeypatch.setattr("ftlevel.training.model._CPU_WORDS", 17)
-    assert digest(tensor) == found, "in whatever pieces"
+    found = hash_tensor(tensor)
+    assert hash_tensor(whole[3:]) == found, "wherever it stands in memory"
+    assert hash_tensor(tensor.view(1, -1)) != found
+    monkeypatch.setattr("ftlevel.training.model._CPU_CHUNK", 17)
+    assert hash_tensor(tensor) == found, "in whatever pieces"
     if size > 1:
-        assert digest(tensor.flip(0)) != found
+        assert hash_tensor(tensor.flip(0)) != found
     for at in {0, size // 2, size - 1}:
         bits = tensor.clone()
         bits.view(torch.uint8)[at * bits.itemsize] ^= 1
-        assert digest(bits) != found
+        assert hash_tensor(bits) != found

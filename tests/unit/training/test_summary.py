@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from ftlevel.artifacts.files import base_fingerprint
 from ftlevel.models.sources import ModelSource
 from ftlevel.training.plan.run import count_parameters
-from ftlevel.training.summary import describe_base, summarize_losses
+from ftlevel.training.summary import get_base_values, summarize_losses
 
 OLD, NEW = "0123456789abcdef" * 2 + "01234567", "fedcba9876543210" * 2 + "fedcba98"
 
@@ -35,7 +35,7 @@ def snapshots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_the_commit_of_a_hub_model_is_recorded(
     snapshots: Path, wish: str | None, commit: str
 ) -> None:
-    assert describe_base(ModelSource("org/model", "hub", "org/model", revision=wish)) == {
+    assert get_base_values(ModelSource("org/model", "hub", "org/model", revision=wish)) == {
         "name": "org/model",
         "kind": "hub",
         "revision": commit,
@@ -44,13 +44,13 @@ def test_the_commit_of_a_hub_model_is_recorded(
 
 
 def test_what_was_asked_for_is_recorded_where_the_cache_has_nothing(snapshots: Path) -> None:
-    other = describe_base(ModelSource("org/other", "hub", "org/other", revision="v1"))
+    other = get_base_values(ModelSource("org/other", "hub", "org/other", revision="v1"))
     assert (other["revision"], other["fingerprint"]) == ("v1", None)
 
 
 def test_a_directory_has_no_revision(snapshots: Path) -> None:
     folder = snapshots / NEW
-    assert describe_base(ModelSource(str(folder), "directory", str(folder)))["revision"] is None
+    assert get_base_values(ModelSource(str(folder), "directory", str(folder)))["revision"] is None
 
 
 @pytest.mark.parametrize(

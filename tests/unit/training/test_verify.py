@@ -18,7 +18,7 @@ from ftlevel.events import NullListener
 from ftlevel.fast.fused_lora import FusedLoraFunction
 from ftlevel.models.loading import silence_loggers
 from ftlevel.training import verify as proof
-from ftlevel.training.model import load_adapted
+from ftlevel.training.model import load_training_model
 from ftlevel.training.plan.resolve import resolve
 from ftlevel.training.plan.run import Run
 from ftlevel.training.step_comparison import (
@@ -27,17 +27,17 @@ from ftlevel.training.step_comparison import (
     StepResult,
     Steps,
     compare_gradients,
-    kind_of,
+    get_tensor_type,
     perturb_weights,
 )
 from ftlevel.training.trainer import FtlevelTrainer
 from ftlevel.training.verify import (
-    FEW_TOKENS,
+    MAX_TOKENS,
     cast_to_float32,
     cast_to_float64,
-    choose_probe_rows,
     fits_in_float64,
-    shorten,
+    select_compared_rows,
+    truncate_example,
     verify_step,
 )
 
@@ -53,7 +53,7 @@ def build(dtype: str, *, data: Path | None = None, task: str | None = None, **me
     })  # fmt: skip
     with silence_loggers():
         run = resolve(config)
-        return run, load_adapted(run, NullListener())
+        return run, load_training_model(run, NullListener())
 
 
 @pytest.fixture(scope="module", params=["float32", "bfloat16"])
@@ -200,7 +200,7 @@ def test_a_gradient_of_few_errors_is_measured_by_several_draws() -> None:
 
 @pytest.mark.parametrize("at_once", [1, 3, 100])
 def test_gradients_are_compared_in_parts(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ftlevel.training.step_comparison._COMPARED_AT_ONCE", at_once)
+    monkeypatch.setattr("ftlevel.training.step_comparison._CHUNK_SIZE", at_once)
     found, like = torch.arange(10.0).reshape(2, 5), torch.full((2, 5), 2.0)
     apart = compare_gradients({"w": found, "missing": torch.ones(4)}, {"w": like})
     assert apart["w"] == GradientDifference(145.0, 40.0, 90.0)  # Σ (n − 2)², Σ 4, Σ 2n
@@ -224,13 +224,14 @@ def test_distance_and_length() -> None:
 
 def test_kinds() -> None:
     layer = "base_model.model.model.layers.3"
-    assert kind_of(f"{layer}.self_attn.q_proj.lora_A.default.weight") == "lora_A"
-    assert kind_of(f"{layer}.mlp.adapters.default.down.bias") == "down.bias"
+    assert get_tensor_type(f"{layer}.self_attn.q_proj.lora_A.default.weight") == "lora_A"
+    assert get_tensor_type(f"{layer}.mlp.adapters.default.down.bias") == "down.bias"
     assert (
-        kind_of("base_model.model.classifier.modules_to_save.default.weight") == "modules_to_save"
+        get_tensor_type("base_model.model.classifier.modules_to_save.default.weight")
+        == "modules_to_save"
     )
-    assert kind_of("model.layers.11.mlp.up_proj.weight") == "up_proj.weight"
-    assert kind_of("vera_lambda_d.default") == "vera_lambda_d"
+    assert get_tensor_type("model.layers.11.mlp.up_proj.weight") == "up_proj.weight"
+    assert get_tensor_type("vera_lambda_d.default") == "vera_lambda_d"
 
 
 def test_float32_for_a_moment() -> None:
@@ -257,26 +258,26 @@ def row(length: int, labels: Any) -> Encoded:
 
 def test_few_rows() -> None:
     rows = [row(length, [IGNORED] * (length - 1) + [1]) for length in (90, 30, 500, 60, 80, 70)]
-    chosen = choose_probe_rows(rows)
+    chosen = select_compared_rows(rows)
     assert [len(r.input_ids) for r in chosen] == [30, 60, 70, 80]
-    assert sum(len(r.input_ids) for r in chosen) <= FEW_TOKENS
-    assert len(choose_probe_rows(rows[2:3] * 2)) == 2, (
+    assert sum(len(r.input_ids) for r in chosen) <= MAX_TOKENS
+    assert len(select_compared_rows(rows[2:3] * 2)) == 2, (
         "two at least, so that they could see each other"
     )
 
 
 def test_rows_are_cut_where_they_can_be() -> None:
     labels = [IGNORED] * 300 + [7, 8] + [IGNORED] * 200
-    cut = shorten(row(502, labels), 100)
+    cut = truncate_example(row(502, labels), 100)
     assert cut is not None
     assert cut.input_ids == list(range(202, 302))
     assert cut.labels[-2:] == [7, 8]
-    classified = shorten(row(502, 3), 100)
+    classified = truncate_example(row(502, 3), 100)
     assert classified is not None
     assert (classified.input_ids, classified.labels) == (list(range(100)), 3)
     span = row(502, (400, 410))
-    assert shorten(span, 100) is span
-    assert shorten(row(2000, (400, 410)), 100) is None
+    assert truncate_example(span, 100) is span
+    assert truncate_example(row(2000, (400, 410)), 100) is None
 
 
 @pytest.fixture
@@ -286,7 +287,7 @@ def blind_run(small_run: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     As those of `olora` on an encoder–decoder whose rows begin alike, where the plain step is 2.5e-4
     from float64 in either order, and the fast one 3e-5.
     """
-    right = Steps.plain
+    right = Steps.reference
 
     def rounded(self: Steps, rows: Any, size: int, dtype: str) -> StepResult:
         step = right(self, rows, size, dtype)
@@ -294,9 +295,11 @@ def blind_run(small_run: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
             return step
         return replace(step, gradients={n: g * 1.001 for n, g in step.gradients.items()})
 
-    monkeypatch.setattr(Steps, "plain", rounded)
+    monkeypatch.setattr(Steps, "reference", rounded)
     monkeypatch.setattr(
-        Steps, "plain_perturbed", lambda self, rows, dtype: self.plain(rows, len(rows), dtype)
+        Steps,
+        "perturbed_reference",
+        lambda self, rows, dtype: self.reference(rows, len(rows), dtype),
     )
     return small_run
 

@@ -12,7 +12,7 @@ from transformers import TrainerControl, TrainerState
 
 from ftlevel.training import origin
 from ftlevel.training.origin import BASE, FileDigests
-from ftlevel.training.saving import WaitForBytes
+from ftlevel.training.saving import WaitForHashes
 
 
 @pytest.mark.parametrize("event", ["on_step_end", "on_epoch_end", "on_evaluate"])
@@ -28,7 +28,7 @@ def test_a_checkpoint_comes_after_the_digests(
     files = {"model.safetensors": tmp_path / "model.safetensors"}
     digest = FileDigests(BASE, "the base", "base.json", files)
     digest.keep(tmp_path)
-    comes, arguments = getattr(WaitForBytes([digest.wait]), event), SimpleNamespace()
+    comes, arguments = getattr(WaitForHashes([digest.wait]), event), SimpleNamespace()
     comes(arguments, TrainerState(), TrainerControl(should_save=False))
     assert not (tmp_path / "base.json").exists()
     comes(arguments, TrainerState(), TrainerControl(should_save=True))

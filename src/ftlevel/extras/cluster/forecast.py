@@ -22,8 +22,8 @@ from typing import Any
 from ftlevel.commands.plan import PlanOptions
 from ftlevel.data.encoding.store import row_lengths
 from ftlevel.training.forecast.fits import MemoryRequirement
-from ftlevel.training.forecast.seconds import PEAK_FRACTION, Gpu, TimeForecast, count_operations
-from ftlevel.training.forecast.shares import ShardedModel, describe_shares
+from ftlevel.training.forecast.seconds import PEAK_FRACTION, Gpu, TimeForecast, get_operations
+from ftlevel.training.forecast.shares import ShardedModel, get_sharded_model
 from ftlevel.training.plan.run import Run
 from ftlevel.training.plan.schedule import count_steps_per_epoch
 
@@ -217,19 +217,19 @@ def forecast_cluster(
     known speed.
     """
     network = Network(options.nodes, options.gpus_per_node, card.link, options.interconnect_gbps)
-    shares = describe_shares(run)
+    shares = get_sharded_model(run)
     train, rows = run.config.train, run.data.train
     tokens = train.rows_per_device_step * float(row_lengths(rows).mean())
     micro_batches = max(math.ceil(tokens / need.tokens), 1)
     recomputes = train.recomputes or need.recomputed_peak is not None
-    operations = count_operations(run, recomputes=recomputes)
+    operations = get_operations(run, recomputes=recomputes)
     second = PEAK_FRACTION * card.tflops * 1e12 / (tokens / micro_batches)
     work = Work(
         micro_batches,
         shares.count,
         operations.blocks / shares.count / second,
         operations.backward / shares.count / second,
-        operations.outside / second,
+        operations.head_total / second,
         **_sent(shares, network.ranks, train.shard),
     )
     several = train.model_copy(update={"num_processes": network.ranks})
@@ -244,13 +244,16 @@ def forecast_cluster(
 def _sent(shares: ShardedModel, ranks: int, way: str) -> dict[str, Any]:
     """Returns the fields of `Work` on communication, in bytes; `way` is the value of `--shard`."""
     if way == "none":
-        base = shares.blocks.reduced(1) + shares.root.reduced(1)
+        base = shares.blocks.reduced_bytes(1) + shares.root.reduced_bytes(1)
         return {"everywhere": base if shares.trains_base else shares.trained}
-    block, root = shares.blocks.gathered(ranks) / shares.count, shares.root.gathered(ranks)
+    block, root = (
+        shares.blocks.gathered_bytes(ranks) / shares.count,
+        shares.root.gathered_bytes(ranks),
+    )
     sent = {"block": block, "root": root, "again": way == "full"}
     if shares.trains_base:
-        reduced = shares.blocks.reduced(ranks) / shares.count
-        return {**sent, "reduced": reduced, "reduced_root": shares.root.reduced(ranks)}
+        reduced = shares.blocks.reduced_bytes(ranks) / shares.count
+        return {**sent, "reduced": reduced, "reduced_root": shares.root.reduced_bytes(ranks)}
     return {**sent, "everywhere": shares.trained}
 
 

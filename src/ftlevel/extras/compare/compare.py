@@ -90,7 +90,7 @@ def seconds_per_step(config: TrainConfig) -> float:
     return result.time.seconds_per_epoch / result.steps
 
 
-def describe_run(config: TrainConfig) -> dict[str, Any]:
+def get_run_info(config: TrainConfig) -> dict[str, Any]:
     """Returns the summary of a dry run; raises like `train` if `config` cannot be trained."""
     return dict(train(config, dry_run=True, listener=NullListener()).summary)
 
@@ -299,7 +299,7 @@ def _check_methods(config: TrainConfig, result: Comparison, listener: Listener) 
         values -= own
         try:
             ready = _with_method(config, fields, result.wishes)
-            facts = describe_run(ready)
+            facts = get_run_info(ready)
         except InputError:
             raise
         except ConfigError as error:

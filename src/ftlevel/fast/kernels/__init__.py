@@ -33,8 +33,8 @@ ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Backward]] = {
 """Kind → a, and (∂L/∂a, g) → ∂L/∂g."""
 
 
-class Formulas:
-    """Formulas of norms, GLU, RoPE and cross-entropy in torch's operations, for any device.
+class TorchBackend:
+    """Norms, GLU, RoPE and cross-entropy in torch's operations, for any device.
 
     Norm: y = w · x · ρ with ρ = 1/√(mean(x²) + ε). GLU: y = a(g) · u for gate g and up u.
     """
@@ -56,13 +56,13 @@ class Formulas:
         along = (of_normed * normed).mean(-1, keepdim=True)
         return of_normed.sub_(normed.mul_(along)).mul_(scale).to(x.dtype)
 
-    def glu(self, kind: str, gate: Tensor, up: Tensor) -> Tensor:
-        """Returns y = a(gate) ∘ up; `kind` is a key of `ACTIVATIONS`."""
-        return ACTIVATIONS[kind][0](gate).mul_(up)
+    def glu(self, activation: str, gate: Tensor, up: Tensor) -> Tensor:
+        """Returns y = a(gate) ∘ up; `activation` is a key of `ACTIVATIONS`."""
+        return ACTIVATIONS[activation][0](gate).mul_(up)
 
-    def glu_backward(self, kind: str, gradient: Tensor, gate: Tensor, up: Tensor) -> Pair:
+    def glu_backward(self, activation: str, gradient: Tensor, gate: Tensor, up: Tensor) -> Pair:
         """Returns the gradients of `gate` and `up`; `gradient` is that of y."""
-        activate, of_gate = ACTIVATIONS[kind]
+        activate, of_gate = ACTIVATIONS[activation]
         return of_gate(gradient * up, gate), activate(gate).mul_(gradient)
 
     def rope(
@@ -97,14 +97,13 @@ def _rotate_half(x: Tensor) -> Tensor:
 
 
 def _normalize(x: Tensor, weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """Returns w ∘ x · ρ in `dtype` for x in float32."""
     normed = x * scale
     if weight.dtype == scale.dtype:
         return normed.mul_(weight).to(dtype)
     return normed.to(dtype).mul_(weight)
 
 
-TORCH = Formulas()
+TORCH = TorchBackend()
 
 
 # The library unregisters its operators when it is deleted.
@@ -130,13 +129,13 @@ def _scale_like(x: Tensor) -> Tensor:
     return x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
 
 
-def _like(*places: int) -> Callable[..., Any]:
-    """Returns a function that makes empty tensors like its arguments at `places`; -1: like ρ."""
+def _like(*indices: int) -> Callable[..., Any]:
+    """Returns a function that makes empty tensors like its arguments at `indices`; -1: like ρ."""
 
     def make(*arguments: Any) -> Any:
         tensors = [
             _scale_like(arguments[0]) if at < 0 else torch.empty_like(arguments[at])
-            for at in places
+            for at in indices
         ]
         return tensors[0] if len(tensors) == 1 else tuple(tensors)
 
@@ -166,8 +165,8 @@ _cross_entropy = _define(
 )
 
 
-class TritonFormulas(Formulas):
-    """The formulas with one Triton kernel each; views are made contiguous."""
+class TritonBackend(TorchBackend):
+    """The same operations with one Triton kernel each; views are made contiguous."""
 
     def norm(self, x: Tensor, weight: Tensor, eps: float) -> Pair:
         """Returns the normalized y (…, hidden), and ρ (…, 1)."""
@@ -181,14 +180,14 @@ class TritonFormulas(Formulas):
         """Returns ∂L/∂x; `gradient` is ∂L/∂y and `scale` is ρ."""
         return _norm_backward(gradient.contiguous(), x.contiguous(), weight, scale)
 
-    def glu(self, kind: str, gate: Tensor, up: Tensor) -> Tensor:
-        """Returns y = a(gate) ∘ up; `kind` is a key of `ACTIVATIONS`."""
-        return _glu(kind, gate.contiguous(), up.contiguous())
+    def glu(self, activation: str, gate: Tensor, up: Tensor) -> Tensor:
+        """Returns y = a(gate) ∘ up; `activation` is a key of `ACTIVATIONS`."""
+        return _glu(activation, gate.contiguous(), up.contiguous())
 
-    def glu_backward(self, kind: str, gradient: Tensor, gate: Tensor, up: Tensor) -> Pair:
+    def glu_backward(self, activation: str, gradient: Tensor, gate: Tensor, up: Tensor) -> Pair:
         """Returns the gradients of `gate` and `up`; `gradient` is that of y."""
-        parts = (part.contiguous() for part in (gradient, gate, up))
-        return _glu_backward(kind, *parts)
+        tensors = (part.contiguous() for part in (gradient, gate, up))
+        return _glu_backward(activation, *tensors)
 
     def rope(
         self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, backward: bool = False
@@ -204,46 +203,52 @@ class TritonFormulas(Formulas):
 TOKENS = 2048
 """Tokens of a comparison."""
 
-TARGETS = 256
+NUM_TARGETS = 256
 """Targets of a comparison of losses."""
 
-WIDEST = 32_768
+MAX_WIDTH = 32_768
 """Maximum row width of a program."""
 
-ROUNDINGS = 4
+MAX_ULPS = 4
 """Tolerance in units in the last place, for a different order of sums."""
 
-_choices: dict[str, Formulas] = {}
+_selected: dict[str, TorchBackend] = {}
 
-Computation = Callable[[Formulas], Sequence[Tensor]]
+Computation = Callable[[TorchBackend], Sequence[Tensor]]
 
 
 @dataclass(frozen=True)
 class Kernels:
-    """Chooses the implementation of each formula; the choices are cached per process."""
+    """Selects the backend of each operation; the results are cached per process."""
 
     allowed: bool = True
 
-    def norm(self, width: int, weight: torch.dtype, dtype: torch.dtype, device: str) -> Formulas:
-        """Returns the implementation of norms; the weight is multiplied in the dtype `weight`."""
-        serves = width <= WIDEST and self._can_serve(device, dtype)
-        return choose_norm(width, weight, dtype, device) if serves else TORCH
+    def norm(
+        self, width: int, weight: torch.dtype, dtype: torch.dtype, device: str
+    ) -> TorchBackend:
+        """Returns the backend of norms; the weight is multiplied in the dtype `weight`."""
+        is_supported = width <= MAX_WIDTH and self._is_supported(device, dtype)
+        return select_norm(width, weight, dtype, device) if is_supported else TORCH
 
-    def glu(self, kind: str, width: int, dtype: torch.dtype, device: str) -> Formulas:
-        """Returns the implementation of GLUs with the activation `kind`."""
-        return choose_glu(kind, width, dtype, device) if self._can_serve(device, dtype) else TORCH
+    def glu(self, activation: str, width: int, dtype: torch.dtype, device: str) -> TorchBackend:
+        """Returns the backend of GLUs with `activation`."""
+        return (
+            select_glu(activation, width, dtype, device)
+            if self._is_supported(device, dtype)
+            else TORCH
+        )
 
-    def rope(self, heads: tuple[int, int, int], dtype: torch.dtype, device: str) -> Formulas:
-        """Returns the implementation of RoPE; `heads` is (query heads, key heads, head_dim)."""
-        serves = max(heads[:2]) * heads[2] <= WIDEST and self._can_serve(device, dtype)
-        return choose_rope(heads, dtype, device) if serves else TORCH
+    def rope(self, heads: tuple[int, int, int], dtype: torch.dtype, device: str) -> TorchBackend:
+        """Returns the backend of RoPE; `heads` is (query heads, key heads, head_dim)."""
+        is_supported = max(heads[:2]) * heads[2] <= MAX_WIDTH and self._is_supported(device, dtype)
+        return select_rope(heads, dtype, device) if is_supported else TORCH
 
-    def cross_entropy(self, vocabulary: int, dtype: torch.dtype, device: str) -> Formulas:
-        """Returns the implementation of cross-entropy and its gradient over a `vocabulary`."""
-        serves = self._can_serve(device, dtype)
-        return choose_cross_entropy(vocabulary, dtype, device) if serves else TORCH
+    def cross_entropy(self, vocab_size: int, dtype: torch.dtype, device: str) -> TorchBackend:
+        """Returns the backend of cross-entropy and its gradient over a vocabulary."""
+        is_supported = self._is_supported(device, dtype)
+        return select_cross_entropy(vocab_size, dtype, device) if is_supported else TORCH
 
-    def _can_serve(self, device: str, dtype: torch.dtype) -> bool:
+    def _is_supported(self, device: str, dtype: torch.dtype) -> bool:
         return self.allowed and supports_triton(device, dtype)
 
 
@@ -252,65 +257,67 @@ NO_KERNELS = Kernels(allowed=False)
 
 
 @functools.cache
-def choose_norm(width: int, weight: torch.dtype, dtype: torch.dtype, device: str) -> Formulas:
-    """Returns the fastest correct implementation of norms; arguments as in `Kernels.norm`."""
-    x, gradient = (_draw(seed, (TOKENS, width), dtype, device) for seed in (0, 1))
-    w = _draw(2, (width,), torch.float32, device).to(weight)
+def select_norm(width: int, weight: torch.dtype, dtype: torch.dtype, device: str) -> TorchBackend:
+    """Returns the fastest correct backend of norms; arguments as in `Kernels.norm`."""
+    x, gradient = (_random(seed, (TOKENS, width), dtype, device) for seed in (0, 1))
+    w = _random(2, (width,), torch.float32, device).to(weight)
 
-    def compute(formulas: Formulas) -> Sequence[Tensor]:
+    def compute(formulas: TorchBackend) -> Sequence[Tensor]:
         y, scale = formulas.norm(x, w, 1e-6)
         again = formulas.renorm(x, w, scale)
         return y, scale, again, formulas.norm_backward(gradient, x, w, scale)
 
-    return _choose_faster(f"norm {width} wide in {dtype}", compute, device)
+    return _select_faster(f"norm {width} wide in {dtype}", compute, device)
 
 
 @functools.cache
-def choose_glu(kind: str, width: int, dtype: torch.dtype, device: str) -> Formulas:
-    """Returns the fastest correct implementation of GLUs; see `Kernels.glu` for arguments."""
-    gate, up, gradient = (_draw(seed, (TOKENS, width), dtype, device) for seed in range(3))
+def select_glu(activation: str, width: int, dtype: torch.dtype, device: str) -> TorchBackend:
+    """Returns the fastest correct backend of GLUs; arguments as in `Kernels.glu`."""
+    gate, up, gradient = (_random(seed, (TOKENS, width), dtype, device) for seed in range(3))
 
-    def compute(formulas: Formulas) -> Sequence[Tensor]:
-        return formulas.glu(kind, gate, up), *formulas.glu_backward(kind, gradient, gate, up)
+    def compute(formulas: TorchBackend) -> Sequence[Tensor]:
+        return formulas.glu(activation, gate, up), *formulas.glu_backward(
+            activation, gradient, gate, up
+        )
 
-    return _choose_faster(f"{kind} GLU {width} wide in {dtype}", compute, device)
+    return _select_faster(f"{activation} GLU {width} wide in {dtype}", compute, device)
 
 
 @functools.cache
-def choose_rope(heads: tuple[int, int, int], dtype: torch.dtype, device: str) -> Formulas:
-    """Returns the fastest correct implementation of RoPE; arguments as in `Kernels.rope`."""
+def select_rope(heads: tuple[int, int, int], dtype: torch.dtype, device: str) -> TorchBackend:
+    """Returns the fastest correct backend of RoPE; arguments as in `Kernels.rope`."""
     q_heads, k_heads, width = heads
-    q = _draw(0, (1, TOKENS, q_heads, width), dtype, device)
-    k = _draw(1, (1, TOKENS, k_heads, width), dtype, device)
-    angles = _draw(2, (1, TOKENS, width), torch.float32, device)
+    q = _random(0, (1, TOKENS, q_heads, width), dtype, device)
+    k = _random(1, (1, TOKENS, k_heads, width), dtype, device)
+    angles = _random(2, (1, TOKENS, width), torch.float32, device)
     cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
 
-    def compute(formulas: Formulas) -> Sequence[Tensor]:
+    def compute(formulas: TorchBackend) -> Sequence[Tensor]:
         forward = formulas.rope(q, k, cos, sin)
         return *forward, *formulas.rope(q, k, cos, sin, backward=True)
 
-    return _choose_faster(
+    return _select_faster(
         f"RoPE of {q_heads} and {k_heads} heads of {width} in {dtype}", compute, device
     )
 
 
 @functools.cache
-def choose_cross_entropy(vocabulary: int, dtype: torch.dtype, device: str) -> Formulas:
-    """Returns the fastest correct implementation; arguments as in `Kernels.cross_entropy`."""
-    scores = 4 * _draw(0, (TARGETS, vocabulary), dtype, device)
+def select_cross_entropy(vocab_size: int, dtype: torch.dtype, device: str) -> TorchBackend:
+    """Returns the fastest correct backend; arguments as in `Kernels.cross_entropy`."""
+    scores = 4 * _random(0, (NUM_TARGETS, vocab_size), dtype, device)
     targets = scores.float().argmax(-1)
-    targets[::2] = vocabulary - 1  # a likely token, and the last
+    targets[::2] = vocab_size - 1  # a likely token, and the last
 
-    def compute(formulas: Formulas) -> Sequence[Tensor]:
+    def compute(formulas: TorchBackend) -> Sequence[Tensor]:
         results = [formulas.cross_entropy(scores, targets, smoothing) for smoothing in (0.0, 0.1)]
         return [part for loss, gradient in results for part in (loss, gradient.to(dtype))]
 
-    return _choose_faster(f"loss over {vocabulary} scores in {dtype}", compute, device)
+    return _select_faster(f"loss over {vocab_size} scores in {dtype}", compute, device)
 
 
-def describe_choices() -> dict[str, bool]:
-    """Returns description -> whether the kernel is used, for each formula tried in this process."""
-    return {text: formulas is not TORCH for text, formulas in _choices.items()}
+def get_used_kernels() -> dict[str, bool]:
+    """Returns description → whether the kernel is used, for each operation of this process."""
+    return {text: backend is not TORCH for text, backend in _selected.items()}
 
 
 def supports_triton(device: str, dtype: torch.dtype) -> bool:
@@ -323,43 +330,42 @@ def supports_triton(device: str, dtype: torch.dtype) -> bool:
     )
 
 
-def agree(one: Tensor, expected: Tensor) -> bool:
-    """Returns whether two results are equal up to `ROUNDINGS` rounding errors."""
-    bound = ROUNDINGS * torch.finfo(one.dtype).eps
+def are_close(one: Tensor, expected: Tensor) -> bool:
+    """Returns whether two results are equal up to `MAX_ULPS` rounding errors."""
+    bound = MAX_ULPS * torch.finfo(one.dtype).eps
     a, b = one.to(torch.float32), expected.to(torch.float32)
     size = float(a.square().mean().sqrt())
     return one.dtype == expected.dtype and torch.allclose(a, b, rtol=bound, atol=bound * size)
 
 
-def _choose_faster(text: str, compute: Computation, device: str) -> Formulas:
+def _select_faster(text: str, compute: Computation, device: str) -> TorchBackend:
     """Returns the Triton kernels if they match torch's operations and are faster, else torch's."""
-    ours = TritonFormulas()
-    _choices[text] = TORCH
+    triton = TritonBackend()
+    _selected[text] = TORCH
     try:
-        results = compute(ours)
+        results = compute(triton)
     except Exception:  # noqa: BLE001 - whatever a compiler says of a card: the other way is there
         return TORCH
-    is_equal = all(agree(a, b) for a, b in zip(compute(TORCH), results, strict=True))
-    if is_equal and time(compute, ours, device) < time(compute, TORCH, device):
-        _choices[text] = ours
-    return _choices[text]
+    is_equal = all(are_close(a, b) for a, b in zip(compute(TORCH), results, strict=True))
+    if is_equal and time(compute, triton, device) < time(compute, TORCH, device):
+        _selected[text] = triton
+    return _selected[text]
 
 
-def time(compute: Computation, formulas: Formulas, device: str) -> float:
+def time(compute: Computation, backend: TorchBackend, device: str) -> float:
     """Returns the milliseconds of `compute` on a GPU, the best of five runs."""
     best = float("inf")
     for _ in range(5):
         start: Any = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         end: Any = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         start.record()
-        compute(formulas)
+        compute(backend)
         end.record()
         torch.cuda.synchronize(device)
         best = min(best, float(start.elapsed_time(end)))
     return best
 
 
-def _draw(seed: int, shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Tensor:
-    """Draw normally distributed values, independent of the global generator."""
+def _random(seed: int, shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(shape, generator=generator).to(device, dtype)

@@ -295,7 +295,7 @@ class PreferenceEncoder:
         if not self.seq2seq:
             encoder = self.kind == "encoder"
             starts = [get_answer(row, example.prompt, encoder=encoder) for row in (one, two)]
-            prompt = count_common(one, two, min(starts))
+            prompt = common_prefix_length(one, two, min(starts))
             if prompt < min(starts) - _JOINED:
                 raise RowError(
                     example.row,
@@ -353,7 +353,7 @@ def get_answer(row: Encoded, prompt: Sequence[Message], *, encoder: bool = False
     return starts[earlier]
 
 
-def count_common(one: Encoded, two: Encoded, limit: int) -> int:
+def common_prefix_length(one: Encoded, two: Encoded, limit: int) -> int:
     """Returns the length of the rows' common prefix, at most `limit` tokens."""
     pairs = zip(one.input_ids[:limit], two.input_ids[:limit], strict=False)
     return next((at for at, (a, b) in enumerate(pairs) if a != b), limit)

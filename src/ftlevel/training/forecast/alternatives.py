@@ -21,7 +21,7 @@ from ftlevel.config import SpeedConfig, TrainConfig, TrainerConfig
 from ftlevel.config.section import Choice
 from ftlevel.data.encoding.store import row_lengths
 from ftlevel.errors import ConfigError, FtlevelError
-from ftlevel.fast.plan import FEWEST_TOKENS
+from ftlevel.fast.plan import MIN_TOKENS
 from ftlevel.models.hardware import free_memory_bytes
 from ftlevel.models.sources import ModelSource
 from ftlevel.training.forecast.fits import Device
@@ -34,45 +34,45 @@ from ftlevel.training.forecast.meta_model import (
     QUANTIZED,
     WEIGHTS,
     WORKSPACE,
-    build_synthetic_batch,
+    create_synthetic_batch,
 )
 from ftlevel.training.plan.resolve import resolve
 from ftlevel.training.plan.run import Run
 from ftlevel.training.processes import Processes
 
-_GROWS = (ACTIVATIONS, LOGITS, WORKSPACE)
+_VARIABLE_PARTS = (ACTIVATIONS, LOGITS, WORKSPACE)
 
 CPU_OVERHEAD_BYTES = 600 * 2**20
 """Resident bytes of a CPU run that are neither tensors nor there before the model: kernel code,
 heap fragmentation, libraries. The runs in docs/plan.md need 350 to 500 MiB."""
 
-_SLACK = 0.98
+_SAFETY_FACTOR = 0.98
 """Factor on the linear estimate, so that the next estimate is below the memory."""
 
-_ATTEMPTS = 6
+_MAX_ATTEMPTS = 6
 
 
-def choose_micro_batch(run: Run, processes: Processes, resumed_tokens: int | None) -> Run:
+def select_batch_size(run: Run, processes: Processes, previous_tokens: int | None) -> Run:
     """Returns the run with the largest micro-batch that fits, the same in all processes.
 
-    `resumed_tokens` is the micro-batch size, in tokens, that a resumed run keeps.
-
-    Raises:
-        ConfigError: the run has no micro-batches to size, or a single row does not fit.
+    `previous_tokens` is the micro-batch size, in tokens, that a resumed run keeps. Raises
+    ConfigError if the run has no micro-batches to size, or a single row does not fit.
     """
-    if resumed_tokens is not None:
-        choice = Choice("micro-batch", f"{resumed_tokens:,} tokens", "as the run was begun")
-        return _with_tokens(run, resumed_tokens, 0, choice)
+    if previous_tokens is not None:
+        choice = Choice("micro-batch", f"{previous_tokens:,} tokens", "as the run was begun")
+        return _with_tokens(run, previous_tokens, 0, choice)
 
-    def choose() -> tuple[int, int, Choice]:
-        fitted = fit_micro_batch(run, find_memory(run.config.speed, run.model.device, processes))
-        fast = fitted.fast
+    def select_tokens() -> tuple[int, int, Choice]:
+        run_that_fits = fit_batch_size(
+            run, get_available_memory(run.config.speed, run.model.device, processes)
+        )
+        fast = run_that_fits.fast
         return fast.tokens, fast.memory, fast.choices[-1]
 
-    return _with_tokens(run, *processes.from_first(choose))
+    return _with_tokens(run, *processes.from_first(select_tokens))
 
 
-def find_memory(speed: SpeedConfig, device: str, processes: Processes) -> int:
+def get_available_memory(speed: SpeedConfig, device: str, processes: Processes) -> int:
     """Returns the bytes that this process may still allocate for tensors."""
     limit = speed.memory_gib
     free = free_memory_bytes(device)
@@ -85,15 +85,12 @@ def find_memory(speed: SpeedConfig, device: str, processes: Processes) -> int:
     return free - CPU_OVERHEAD_BYTES
 
 
-def fit_micro_batch(run: Run, memory: int) -> Run:
+def fit_batch_size(run: Run, memory: int) -> Run:
     """Returns the run with the largest micro-batch, in tokens, that fits in `memory` bytes.
 
     On a GPU, automatic checkpointing recomputes blocks if micro-batches would otherwise be too
-    small.
-
-    Raises:
-        ConfigError: the model is sharded, the fast step is off, or a micro-batch of one row does
-            not fit.
+    small. Raises ConfigError if the model is sharded, the fast step is off, or a single row does
+    not fit.
     """
     if run.config.train.shard != "none":
         raise ConfigError(
@@ -105,78 +102,86 @@ def fit_micro_batch(run: Run, memory: int) -> Run:
             "--auto-micro-batch needs the fast step. Drop it, or the flag that disables the fast "
             "step (--no-fast, --neftune-noise-alpha)."
         )
-    best, default_tokens = _find(run, memory), run.fast.tokens
-    is_small = best.tokens < min(FEWEST_TOKENS, default_tokens)
+    best, default_tokens = _search_tokens(run, memory), run.fast.tokens
+    is_small = best.tokens < min(MIN_TOKENS, default_tokens)
     train, device = run.config.train, run.model.device
     if is_small and not train.recomputes and train.may_recompute(device):
-        again = _find(run.with_settings("train", gradient_checkpointing=True), memory)
-        best = again if again.tokens > best.tokens else best
+        checkpointed = _search_tokens(
+            run.with_settings("train", gradient_checkpointing=True), memory
+        )
+        best = checkpointed if checkpointed.tokens > best.tokens else best
     if not best.tokens:
-        raise ConfigError(_explain_too_large(run, best.peak, memory))
+        raise ConfigError(_too_large_message(run, best.peak, memory))
     peak, available = (f"{size / 2**30:.2f} GiB" for size in (best.peak, memory))
-    reason = f"--auto-micro-batch: {peak} at the peak of a step, of {available}"
-    choice = Choice("micro-batch", f"{best.tokens:,} tokens", reason)
+    message = f"--auto-micro-batch: {peak} at the peak of a step, of {available}"
+    choice = Choice("micro-batch", f"{best.tokens:,} tokens", message)
     return _with_tokens(run, best.tokens, memory, choice)
 
 
-class _Found(NamedTuple):
+class _FitResult(NamedTuple):
     """Most tokens per micro-batch that fit (0: none), and the last estimate's peak in bytes."""
 
     tokens: int
     peak: int
 
 
-def _find(run: Run, memory: int) -> _Found:
+def _search_tokens(run: Run, memory: int) -> _FitResult:
     tokens, max_row_tokens = _max_tokens_to_try(run), int(row_lengths(run.data.train).max())
     device = Device(run.model.device, run.model.device, memory)
-    for _ in range(_ATTEMPTS):
+    for _ in range(_MAX_ATTEMPTS):
         forecast = device.forecast(_with_tokens(run, tokens, memory))
         peak = forecast.peak
         if peak <= memory:
-            return _Found(tokens, peak)
+            return _FitResult(tokens, peak)
         if forecast.tokens <= max_row_tokens:  # a row alone
             break
         tokens = _shrink(forecast, min(tokens, forecast.tokens * run.fast.workers), peak, memory)
         if tokens < 1:
             break
-    return _Found(0, peak)
+    return _FitResult(0, peak)
 
 
 def _shrink(forecast: StepMemory, tokens: int, peak: int, memory: int) -> int:
     """Returns the next, smaller size in tokens to try (module docstring); 0 if no size can fit."""
-    growing = sum(forecast.parts.get(part, 0) for part in _GROWS)
-    free = memory - (peak - growing)
-    return min(tokens - 1, int(_SLACK * tokens * free / growing)) if free > 0 and growing else 0
+    variable = sum(forecast.parts.get(part, 0) for part in _VARIABLE_PARTS)
+    available = memory - (peak - variable)
+    return (
+        min(tokens - 1, int(_SAFETY_FACTOR * tokens * available / variable))
+        if available > 0 and variable
+        else 0
+    )
 
 
 def _max_tokens_to_try(run: Run) -> int:
-    """Returns the largest micro-batch to try: the default on a CPU, the whole step elsewhere."""
     if run.model.device == "cpu":
         return run.fast.tokens
     return max(run.fast.tokens, run.config.train.rows_per_device_step * run.data.max_length)
 
 
-def _explain_too_large(run: Run, peak: int, memory: int) -> str:
-    options = [] if run.config.train.recomputes else ["--gradient-checkpointing"]
-    options += ["a smaller --max-length", "--set speed.parallel_workers=1"][: run.fast.workers]
-    options += [] if run.config.quant.kind != "none" else ["--quant 4bit"]
+def _too_large_message(run: Run, peak: int, memory: int) -> str:
+    suggestions = [] if run.config.train.recomputes else ["--gradient-checkpointing"]
+    suggestions += ["a smaller --max-length", "--set speed.parallel_workers=1"][: run.fast.workers]
+    suggestions += [] if run.config.quant.kind != "none" else ["--quant 4bit"]
     return (
         f"--auto-micro-batch: micro-batches of one row need {peak / 2**30:.2f} GiB, and "
         f"{max(0, memory) / 2**30:.2f} GiB of the device {run.model.device} are left for tensors. "
-        f"Try {', '.join(options)}; ftlevel plan says what fits."
+        f"Try {', '.join(suggestions)}; ftlevel plan says what fits."
     )
 
 
 def _with_tokens(run: Run, tokens: int, memory: int, choice: Choice | None = None) -> Run:
-    """Returns the run with `tokens` per micro-batch in its configuration and its fast step."""
-    sized = run.with_settings("speed", tokens_per_micro_batch=tokens, memory_gib=None)
+    new_run = run.with_settings("speed", tokens_per_micro_batch=tokens, memory_gib=None)
     choices = [] if choice is None else [choice]
     fast = replace(run.fast, tokens=tokens, memory=memory, choices=[*run.fast.choices, *choices])
-    return replace(sized, fast=fast, choices=[*run.choices, *choices])
+    return replace(new_run, fast=fast, choices=[*run.choices, *choices])
 
 
-_MOST_ROWS = 4096
-_METHODS: tuple[tuple[str, str], ...] = (("lora", "none"), ("qlora", "4bit"), ("full", "none"))
+_MAX_ROWS = 4096
+_DEFAULT_METHODS: tuple[tuple[str, str], ...] = (
+    ("lora", "none"),
+    ("qlora", "4bit"),
+    ("full", "none"),
+)
 
 
 @dataclass(frozen=True)
@@ -203,7 +208,7 @@ class Alternative:
 class AlternativeContext:
     """Run, device and model of all alternatives.
 
-    `known` (modified) caches computed alternatives; `check`, called before each, may raise.
+    `cache` (modified) has the computed alternatives; `check`, called before each, may raise.
     """
 
     config: TrainConfig
@@ -211,122 +216,136 @@ class AlternativeContext:
     card: str | None
     source: ModelSource
     tokenizer: Any
-    known: dict[Any, Alternative | None] = field(default_factory=dict)
+    cache: dict[Any, Alternative | None] = field(default_factory=dict)
     check: Callable[[], object] = bool
 
 
-def list_alternatives(limits: AlternativeContext) -> list[Alternative]:
+def list_alternatives(context: AlternativeContext) -> list[Alternative]:
     """Returns alternatives: the run's and common methods, each with and without checkpointing."""
-    config = limits.config
+    config = context.config
     current = config.method.kind, config.quant.kind
-    others = (setup for setup in _METHODS if setup != _name_setup(current))
-    methods = [current, *others]
-    rows = config.train.per_device_train_batch_size
+    other_setups = (setup for setup in _DEFAULT_METHODS if setup != _name_setup(current))
+    setups = [current, *other_setups]
+    batch_size = config.train.per_device_train_batch_size
     alternatives = [
-        _try(setup, ckpt, rows, None, limits)
-        for setup, ckpt in itertools.product(methods, (False, True))
+        _get_alternative(setup, ckpt, batch_size, None, context)
+        for setup, ckpt in itertools.product(setups, (False, True))
     ]
     length = config.data.max_length
     if isinstance(length, int):
         for other in (length // 2, length * 2):
-            alternatives.append(_try(current, config.train.recomputes, rows, other, limits))
+            alternatives.append(
+                _get_alternative(current, config.train.recomputes, batch_size, other, context)
+            )
     return [fit for fit in alternatives if fit is not None]
 
 
 def _name_setup(setup: tuple[str, str]) -> tuple[str, str]:
-    """Returns the method and quantization as the table lists them: LoRA on 4 bits is QLoRA."""
     return ("qlora", "4bit") if setup == ("lora", "4bit") else setup
 
 
-def find_cheapest(limits: AlternativeContext) -> Alternative | None:
-    """Find the least costly change that makes the run fit; None if none does.
+def get_cheapest(context: AlternativeContext) -> Alternative | None:
+    """Returns the least costly change that makes the run fit; None if none does.
 
     Changes are tried by their cost: fewer rows per micro-batch, checkpointing (a third of the speed
     is lost), 4-bit weights (less precise), shorter rows (lost data).
     """
-    config = limits.config
+    config = context.config
     train, current = config.train, (config.method.kind, config.quant.kind)
-    rows, ckpt = train.per_device_train_batch_size, train.recomputes
-    four = current if current[1] == "4bit" else _name_setup((current[0], "4bit"))
+    batch_size, ckpt = train.per_device_train_batch_size, train.recomputes
+    setup_4bit = current if current[1] == "4bit" else _name_setup((current[0], "4bit"))
     length = config.data.max_length
-    setups: list[tuple[tuple[str, str], bool, int, int | None]] = []
-    for quant, checkpointing in ((current, ckpt), (current, True), (four, ckpt), (four, True)):
-        setups += [
+    candidates: list[tuple[tuple[str, str], bool, int, int | None]] = []
+    for quant, checkpointing in (
+        (current, ckpt),
+        (current, True),
+        (setup_4bit, ckpt),
+        (setup_4bit, True),
+    ):
+        candidates += [
             (quant, checkpointing, micro_batch, None)
-            for micro_batch in (rows, max(1, rows // 2), 1)
+            for micro_batch in (batch_size, max(1, batch_size // 2), 1)
         ]
     if isinstance(length, int):
-        setups += [(four, True, 1, length // part) for part in (2, 4, 8) if length // part >= 64]
-    too_large = set()
-    for setup, checkpointing, micro_batch, max_length in dict.fromkeys(setups):
-        if setup in too_large:
+        candidates += [
+            (setup_4bit, True, 1, length // part) for part in (2, 4, 8) if length // part >= 64
+        ]
+    rejected = set()
+    for setup, checkpointing, micro_batch, max_length in dict.fromkeys(candidates):
+        if setup in rejected:
             continue
-        fit = _try(setup, checkpointing, micro_batch, max_length, limits)
+        fit = _get_alternative(setup, checkpointing, micro_batch, max_length, context)
         if fit is not None and fit.fits:
             return fit
-        if fit is not None and fit.least > limits.device.memory:
-            too_large.add(setup)
+        if fit is not None and fit.least > context.device.memory:
+            rejected.add(setup)
     return None
 
 
-def _try(
+def _get_alternative(
     setup: tuple[str, str],
     checkpointing: bool,
-    rows: int,
+    batch_size: int,
     length: int | None,
-    limits: AlternativeContext,
+    context: AlternativeContext,
 ) -> Alternative | None:
-    """Returns the alternative with these settings, computed or cached; None if it is invalid."""
-    key = (setup, checkpointing, rows, length)
-    limits.check()
-    if key not in limits.known:
-        limits.known[key] = _compute(setup, checkpointing, rows, length, limits)
-    return limits.known[key]
+    key = (setup, checkpointing, batch_size, length)
+    context.check()
+    if key not in context.cache:
+        context.cache[key] = _compute(setup, checkpointing, batch_size, length, context)
+    return context.cache[key]
 
 
 def _compute(
     setup: tuple[str, str],
     checkpointing: bool,
-    rows: int,
+    batch_size: int,
     length: int | None,
-    limits: AlternativeContext,
+    context: AlternativeContext,
 ) -> Alternative | None:
-    accumulated = max(2, limits.config.train.gradient_accumulation_steps)  # gradients exist
-    config = _changed(setup, checkpointing, rows, accumulated, length, limits.config)
+    accumulation_steps = max(2, context.config.train.gradient_accumulation_steps)  # gradients exist
+    config = _build_config(
+        setup, checkpointing, batch_size, accumulation_steps, length, context.config
+    )
     if config is None:
         return None
-    synthetic = build_synthetic_batch(
-        config.data, limits.source, limits.card, rows * accumulated, limits.tokenizer
+    synthetic = create_synthetic_batch(
+        config.data,
+        context.source,
+        context.card,
+        batch_size * accumulation_steps,
+        context.tokenizer,
     )
     try:
-        forecast = limits.device.forecast(resolve(config, synthetic=synthetic))
+        forecast = context.device.forecast(resolve(config, synthetic=synthetic))
     except FtlevelError:  # method and model do not match, or the row is too long
         return None
-    memory, max_rows = limits.device.memory, None
+    memory, max_rows = context.device.memory, None
     per_batch = sum(forecast.parts.get(part, 0) for part in (ACTIVATIONS, WORKSPACE))
-    if limits.device.kind != "cpu":  # a CPU computes micro-batches of fixed size in turn
-        free = memory - forecast.peak
-        max_rows = min(max(0, rows + int(free // (per_batch / rows))), _MOST_ROWS)
+    if context.device.kind != "cpu":  # a CPU computes micro-batches of fixed size in turn
+        available = memory - forecast.peak
+        max_rows = min(max(0, batch_size + int(available // (per_batch / batch_size))), _MAX_ROWS)
     minimum = sum(forecast.parts.get(part, 0) for part in (WEIGHTS, QUANTIZED, ADAPTER, OPTIMIZER))
-    flags = " ".join(_flags(limits.config.train, setup, checkpointing, rows, length))
-    return Alternative(flags, forecast.peak, forecast.peak <= memory, max_rows, minimum)
+    options = " ".join(
+        _format_options(context.config.train, setup, checkpointing, batch_size, length)
+    )
+    return Alternative(options, forecast.peak, forecast.peak <= memory, max_rows, minimum)
 
 
-def _changed(
+def _build_config(
     setup: tuple[str, str],
     checkpointing: bool,
-    rows: int,
-    accumulated: int,
+    batch_size: int,
+    accumulation_steps: int,
     length: int | None,
     config: TrainConfig,
 ) -> TrainConfig | None:
-    """Returns the configuration of an alternative; None if it is invalid."""
     method, quant = setup
     changes: dict[str, dict[str, Any]] = {
         "train": {
             "gradient_checkpointing": checkpointing,
-            "per_device_train_batch_size": rows,
-            "gradient_accumulation_steps": accumulated,
+            "per_device_train_batch_size": batch_size,
+            "gradient_accumulation_steps": accumulation_steps,
         }
     }
     if length is not None:
@@ -344,18 +363,22 @@ def _changed(
         return None
 
 
-def _flags(
-    train: TrainerConfig, setup: tuple[str, str], checkpointing: bool, rows: int, length: int | None
+def _format_options(
+    train: TrainerConfig,
+    setup: tuple[str, str],
+    checkpointing: bool,
+    batch_size: int,
+    length: int | None,
 ) -> Iterator[str]:
     method, quant = setup
     yield f"--method {method}"
     if quant != "none" and method != "qlora":
         yield f"--quant {quant}"
     yield "--gradient-checkpointing" if checkpointing else "--no-gradient-checkpointing"
-    configured = train.per_device_train_batch_size
-    yield f"--per-device-train-batch-size {rows}"
-    if rows < configured:
-        accumulated = train.gradient_accumulation_steps * -(-configured // rows)
-        yield f"--gradient-accumulation-steps {accumulated}"
+    default_size = train.per_device_train_batch_size
+    yield f"--per-device-train-batch-size {batch_size}"
+    if batch_size < default_size:
+        accumulation_steps = train.gradient_accumulation_steps * -(-default_size // batch_size)
+        yield f"--gradient-accumulation-steps {accumulation_steps}"
     if length is not None:
         yield f"--max-length {length}"

@@ -52,10 +52,10 @@ from ftlevel.training.forecast.meta_model import (
     WORKSPACE,
 )
 from ftlevel.training.forecast.seconds import KEYS_AND_VALUES, Gpu
-from ftlevel.training.forecast.shares import GATHERED, REDUCED, describe_shares
+from ftlevel.training.forecast.shares import GATHERED, REDUCED, get_sharded_model
 from ftlevel.training.plan.run import Run
-from ftlevel.training.proof import PROBE_SCORES
-from ftlevel.training.verify import choose_probe_rows
+from ftlevel.training.proof import MAX_TEST_LOGITS
+from ftlevel.training.verify import select_compared_rows
 
 LAZY_IMPORT_BYTES = 40 * 2**20
 """Bytes of library code and modules that are first used in a training step; measured."""
@@ -68,11 +68,11 @@ MAX_FREE_HEAP_BYTES = 128 * 2**20
 It fits the settings of docs/plan.md and is not proven."""
 
 _TEMPORARY = (ACTIVATIONS, LOGITS, WORKSPACE, CASTS)
-_NARROW = {"bfloat16": 2, "float16": 2}
+_HALF_BYTES = {"bfloat16": 2, "float16": 2}
 
 
 def estimate_process(run: Run, step: StepMemory) -> int:
-    """Estimate the peak resident memory of a CPU run in bytes, given that of a training step."""
+    """Returns the peak resident memory of a CPU run in bytes, given that of a training step."""
     libraries = resident_bytes() + LAZY_IMPORT_BYTES
     mapped = _mapped_bytes(run, step)
     return libraries + max(
@@ -85,12 +85,12 @@ def estimate_process(run: Run, step: StepMemory) -> int:
 
 def _mapped_bytes(run: Run, step: StepMemory) -> int:
     """Returns the bytes of checkpoint pages that stay mapped after quantization."""
-    planned = run.model
-    dtype = DTYPES[planned.dtype]
-    is_converted = planned.source.gguf_file is None and planned.config.dtype != dtype
-    if planned.quant.kind == "none" or is_converted:
+    model = run.model
+    dtype = DTYPES[model.dtype]
+    is_converted = model.source.gguf_file is None and model.config.dtype != dtype
+    if model.quant.kind == "none" or is_converted:
         return 0
-    return max(0, planned.total_parameters * dtype.itemsize - step.parts.get(WEIGHTS, 0))
+    return max(0, model.total_parameters * dtype.itemsize - step.parts.get(WEIGHTS, 0))
 
 
 def _head_copy_bytes(run: Run) -> int:
@@ -113,16 +113,16 @@ def _loading_bytes(run: Run, step: StepMemory) -> int:
 
 def _check_bytes(run: Run) -> int:
     """Returns the bytes needed to verify the fast step; 0 if it is not verified."""
-    rows = choose_probe_rows(run.data.train) if run.fast.enabled else []
+    rows = select_compared_rows(run.data.train) if run.fast.enabled else []
     if run.config.speed.verify is False or not rows:
         return 0
-    plain_run = run.with_settings(
+    reference_run = run.with_settings(
         "train", per_device_train_batch_size=len(rows), gradient_accumulation_steps=1
     ).with_settings(  # its completions are stand-ins, and it samples none
         "rl", num_generations=STAND_INS, max_completion_length=STAND_IN_TOKENS, rollouts=""
     )
     float32_: Any = replace(
-        plain_run,
+        reference_run,
         model=replace(run.model, dtype="float32"),
         fast=replace(run.fast, enabled=False),
         data=replace(run.data, train=rows),
@@ -133,12 +133,12 @@ def _check_bytes(run: Run) -> int:
         moment_parts.pop(OPTIMIZER, None)
     parts = max(moments, key=lambda moment_parts: sum(moment_parts.values()))
     weights, trained = parts.get(WEIGHTS, 0), parts.get(ADAPTER, 0)
-    trains_base = not METHODS[run.config.method.kind].is_adapter  # full: weights are always float32
-    narrow = 0 if trains_base else weights * _NARROW.get(run.model.dtype, 0) // 4
-    gradients = max(parts.get(GRADIENTS, 0), weights if trains_base else trained)
-    parts[GRADIENTS] = gradients  # fast and plain step, and the initial values
+    is_full = not METHODS[run.config.method.kind].is_adapter  # full: weights are always float32
+    half_bytes = 0 if is_full else weights * _HALF_BYTES.get(run.model.dtype, 0) // 4
+    grad_bytes = max(parts.get(GRADIENTS, 0), weights if is_full else trained)
+    parts[GRADIENTS] = grad_bytes  # fast and plain step, and the initial values
     return _add_fragmentation({part: int(size) for part, size in parts.items()}) + int(
-        narrow + 2 * gradients
+        half_bytes + 2 * grad_bytes
     )
 
 
@@ -148,7 +148,7 @@ def _proof_bytes(step: StepMemory) -> int:
         for part in step.parts
         if part not in (*_TEMPORARY, OPTIMIZER, GRADIENTS)
     )
-    return persistent + 4 * 4 * PROBE_SCORES
+    return persistent + 4 * 4 * MAX_TEST_LOGITS
 
 
 ALLOCATOR = "allocator and context"
@@ -179,20 +179,18 @@ class Device:
     ranks: int = 1
 
     @classmethod
-    def of(cls, kind: str, card: Gpu | None = None, ranks: int = 1) -> Device:
-        """Returns the device for the GPU `card`, or this machine's device of torch type `kind`."""
-        if card is not None:
-            return cls(kind, card.name, card.memory, ranks)
+    def of(cls, kind: str, gpu: Gpu | None = None, ranks: int = 1) -> Device:
+        """Returns the device for the GPU `gpu`, or this machine's device of torch type `kind`."""
+        if gpu is not None:
+            return cls(kind, gpu.name, gpu.memory, ranks)
         name = "memory of this machine" if kind == "cpu" else format_device(kind)
         return cls(kind, name, device_memory(kind))
 
     def forecast(self, run: Run) -> StepMemory:
-        """Estimate the memory of a run; on a GPU, including CUDA context and allocator overhead.
+        """Returns the memory of a run; on a GPU, including CUDA context and allocator overhead.
 
-        With several devices, the estimate is for the rank that needs the most.
-
-        Raises:
-            ConfigError: the step cannot run on meta tensors.
+        With several devices, the estimate is for the rank that needs the most. Raises ConfigError
+        if the step cannot run on meta tensors.
         """
         context = CONTEXT_BYTES if self.kind == "cuda" else 0
         try:
@@ -200,10 +198,10 @@ class Device:
         except FtlevelError:
             raise
         except (RuntimeError, TypeError, ValueError, NotImplementedError, AttributeError) as error:
-            reason = " ".join(str(error).split())[:160]
+            message = " ".join(str(error).split())[:160]
             raise ConfigError(
                 f"the step of {run.model.family} with --method {run.config.method.kind} cannot be "
-                f"computed without its weights ({reason}), so its memory is not known. Train with "
+                f"computed without its weights ({message}), so its memory is not known. Train with "
                 "--max-steps 2: summary.json has the peak."
             ) from error
         if context:
@@ -215,9 +213,11 @@ class Device:
         if self.ranks == 1:
             return estimate_step_memory(run, memory)
         shard = run.config.train.shard
-        shares = describe_shares(run)
-        saved = 0 if shard == "none" else int(sum(shares.saved(self.ranks).values()))
-        return shares.estimate_rank(estimate_step_memory(run, memory + saved), self.ranks, shard)
+        sharded = get_sharded_model(run)
+        saved_bytes = 0 if shard == "none" else int(sum(sharded.saved_bytes(self.ranks).values()))
+        return sharded.estimate_rank(
+            estimate_step_memory(run, memory + saved_bytes), self.ranks, shard
+        )
 
 
 @dataclass(frozen=True)
@@ -225,9 +225,8 @@ class MemoryRequirement:
     """Memory requirement of a run on a device.
 
     Attributes:
-        parts: part → bytes at the peak.
+        parts: category, such as weights → bytes at the peak.
         at: phase of the step in which the peak occurs.
-        device: the device of the estimate.
         tokens: positions in the largest micro-batch.
         recomputed_peak: peak with all blocks recomputed, if checkpointing is automatic and the run
             does not fit without it; None otherwise.
@@ -258,51 +257,52 @@ class MemoryRequirement:
         if self.recomputed_peak is not None:
             recomputed = f"{self.recomputed_peak / 2**30:,.2f} GiB"
             word += f" with gradient checkpointing, as auto does ({recomputed} with all blocks)"
-        whole = "" if self.process is None else f" ({self.process / 2**30:,.2f} GiB whole process)"
+        process = (
+            "" if self.process is None else f" ({self.process / 2**30:,.2f} GiB whole process)"
+        )
         at = f"{self.at} pass" if self.at in (FORWARD, BACKWARD) else self.at
         return (
-            f"{word}: peak {self.peak / 2**30:,.2f} GiB{whole}, in the {at}; "
+            f"{word}: peak {self.peak / 2**30:,.2f} GiB{process}, in the {at}; "
             f"{self.device.memory / 2**30:,.2f} GiB available ({self.device.name})"
         )
 
 
 def estimate_requirement(run: Run, device: Device) -> MemoryRequirement:
-    """Estimate the memory that `run` needs on `device`.
+    """Returns the memory that `run` needs on `device`.
 
-    Raises:
-        ConfigError: the step cannot run on meta tensors, or a library other than bitsandbytes
-            quantized the base.
+    Raises ConfigError if the step cannot run on meta tensors, or a library other than bitsandbytes
+    quantized the base.
     """
-    _check_quantization(run)
+    _validate_quantization(run)
     memory = device.forecast(run)
-    shares_memory = device.kind == "cpu" and device.ranks == 1
-    process = estimate_process(run, memory) if shares_memory else None
+    is_host = device.kind == "cpu" and device.ranks == 1
+    process = estimate_process(run, memory) if is_host else None
     need = MemoryRequirement(memory.parts, memory.at, device, memory.tokens, process=process)
-    chooses = run.config.train.gradient_checkpointing is None and device.kind == "cuda"
-    if need.does_fit or not chooses:
+    is_automatic = run.config.train.gradient_checkpointing is None and device.kind == "cuda"
+    if need.does_fit or not is_automatic:
         return need
-    recomputed = device.forecast(run.with_settings("train", gradient_checkpointing=True)).peak
-    return replace(need, recomputed_peak=recomputed if recomputed < need.peak else None)
+    peak = device.forecast(run.with_settings("train", gradient_checkpointing=True)).peak
+    return replace(need, recomputed_peak=peak if peak < need.peak else None)
 
 
-def _check_quantization(run: Run) -> None:
-    """Reject a checkpoint that a library other than bitsandbytes quantized."""
-    stored = get_quantization_config(run.model.config)
-    if stored is not None and as_quant_config(stored) is None:
+def _validate_quantization(run: Run) -> None:
+    quantization_config = get_quantization_config(run.model.config)
+    if quantization_config is not None and as_quant_config(quantization_config) is None:
         raise ConfigError(
-            f"--model {run.model.source.name} is quantized by {quantization_name(stored)}, "
-            "whose memory cannot be estimated. Plan for the original model with --quant."
+            f"--model {run.model.source.name} is quantized by "
+            f"{quantization_name(quantization_config)}, whose memory cannot be "
+            "estimated. Plan for the original model with --quant."
         )
 
 
-MOST_BLOCKS = 16
+MAX_BLOCKS = 16
 """Most blocks computed for the estimate at the start of a run: about 0.05 s each."""
 
-LEAST_PARAMETERS = 4_000_000
+MIN_PARAMETERS = 4_000_000
 """Smallest model whose memory is estimated at the start of a run: below, weights, gradients and
 optimizer states are less than a tenth of Python with its libraries."""
 
-_HOW = {
+_MEASUREMENT_BY_DEVICE = {
     "cpu": "resident memory above the level before the model was loaded",
     "cuda": "reserved by torch's allocator",
     "mps": "resident in this process",
@@ -324,7 +324,10 @@ class MemoryEstimate:
         return Choice("memory", self.need.verdict(), "estimated; details: ftlevel plan")
 
     def compare(self, before: int) -> dict[str, Any]:
-        """Returns estimated and measured bytes; `before` is resident memory before loading."""
+        """Returns estimated and measured bytes for summary.json.
+
+        `before` is the resident memory before the model was loaded.
+        """
         if self.need is None:
             return {"peak_bytes": None, "reason": self.reason}
         need, device = self.need, self.need.device.kind
@@ -342,7 +345,7 @@ class MemoryEstimate:
             "verdict": need.verdict(),
             "measured_bytes": measured,
             "measured_process_bytes": None if need.process is None else peak_memory_bytes(device),
-            "measured": _HOW.get(device, _HOW["mps"]),
+            "measured": _MEASUREMENT_BY_DEVICE.get(device, _MEASUREMENT_BY_DEVICE["mps"]),
             "off": planned / max(1, measured) - 1
             if device == "cuda"
             else None,  # elsewhere the measurement covers more than the estimate
@@ -350,12 +353,12 @@ class MemoryEstimate:
 
 
 def estimate_memory(run: Run, processes: int) -> MemoryEstimate:
-    """Estimate the memory of a run; `need` is None if that is slow, or with several processes."""
+    """Returns the memory estimate of a run; none for several processes, or if it would be slow."""
     if processes > 1:
         return MemoryEstimate(None, f"{processes} processes; run `ftlevel plan`")
-    if run.model.total_parameters < LEAST_PARAMETERS:
+    if run.model.total_parameters < MIN_PARAMETERS:
         return MemoryEstimate(None, "a small model: Python and its libraries take more")
-    if count_computed_layers(run) > MOST_BLOCKS:
+    if count_computed_layers(run) > MAX_BLOCKS:
         return MemoryEstimate(None)
     try:
         return MemoryEstimate(estimate_requirement(run, Device.of(run.model.device)))

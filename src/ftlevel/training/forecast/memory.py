@@ -1,8 +1,8 @@
-"""Peak memory of a training step on fake tensors, by part and phase (`moment`).
+"""Peak memory of a training step on fake tensors, by category (`part`) and phase (`moment`).
 
     peak = peak(first, last) + Σ n_k · (peak(first, k, last) − peak(first, last))
 
-Each of the n_k layers of kind k adds the same, so small models with one layer per kind give the
+Each of the n_k layers of type k adds the same, so small models with one layer per type give the
 peak of all layers, in each phase. Parallel workers are assumed to peak together, an upper bound.
 What can be pruned in the last block depends on values, so one block with random weights is run.
 """
@@ -26,7 +26,7 @@ from ftlevel.data.encoding.collate import Collator
 from ftlevel.data.encoding.encode import Encoded
 from ftlevel.fast.blocked_attention import split_queries
 from ftlevel.fast.checks import PruningCheck
-from ftlevel.fast.likelihoods import NeededTokens, base_model
+from ftlevel.fast.likelihoods import TokenSelector, base_model
 from ftlevel.fast.packed_attention import batch_sequences
 from ftlevel.fast.packing import PackedBlocks
 from ftlevel.fast.plan import set_packed_attention
@@ -38,7 +38,7 @@ from ftlevel.models.module_tree import ModuleTree, get_blocks
 from ftlevel.models.upstream.fake import packed_tensors
 from ftlevel.objectives import StepObjective
 from ftlevel.trained.adapt import apply_method
-from ftlevel.training.build_trainer import build_trainer
+from ftlevel.training.build_trainer import create_trainer
 from ftlevel.training.forecast.meta_model import (
     ACTIVATIONS,
     ADAPTER,
@@ -55,8 +55,8 @@ from ftlevel.training.forecast.meta_model import (
     WORKSPACE,
     FakeModel,
     LiveMemoryTracker,
-    build_fake_model,
-    describe_blocks,
+    create_fake_model,
+    get_block_signatures,
     targets_in,
     with_layers,
 )
@@ -74,9 +74,9 @@ from ftlevel.training.model import PreparedModel
 from ftlevel.training.plan.run import Run
 from ftlevel.training.processes import Processes
 from ftlevel.training.resume import ResumeState
-from ftlevel.training.whole_step import GRAPHS_SHARE
+from ftlevel.training.whole_step import GRAPH_MEMORY_RATIO
 
-MOST_PARAMETERS = 120_000_000
+MAX_PARAMETERS = 120_000_000
 """Largest one-block model built to find pruning, as for models up to 3B parameters. Beyond, all
 tokens of the last block are assumed to be computed."""
 
@@ -87,7 +87,7 @@ _WORDS = 64
 class Pruning:
     """Tokens needed from the last block (None: all), and linear layers that compute only these."""
 
-    needed: NeededTokens | None = None
+    needed: TokenSelector | None = None
     linears: Sequence[str] = ()
 
     def apply_to(self, fast: FastStep, model: Any) -> None:
@@ -97,14 +97,14 @@ class Pruning:
             fast.prune(self.needed, [last.get_submodule(name) for name in self.linears])
 
 
-def find_pruning(run: Run) -> Pruning:
+def get_pruning(run: Run) -> Pruning:
     """Returns which tokens the last block of the planned model must compute."""
     if not (run.fast.enabled and run.fast.packs and run.fast.prunes_last_layer):
         return Pruning()
     last = getattr(run.model.config.get_text_config(), "num_hidden_layers", 1) - 1
     small = _shrink(run.model.config, last)
     model = build_task_model(small, run.model.auto_class)
-    if sum(parameter.numel() for parameter in model.parameters()) > MOST_PARAMETERS:
+    if sum(parameter.numel() for parameter in model.parameters()) > MAX_PARAMETERS:
         return Pruning()
     method = METHODS[run.config.method.kind]
     base = replace(
@@ -116,13 +116,13 @@ def find_pruning(run: Run) -> Pruning:
     blocks = get_blocks(base_model(model))
     if not blocks or not set_packed_attention(base_model(model)):
         return Pruning()
-    packed = PackedBlocks(blocks)
+    packed_blocks = PackedBlocks(blocks)
     rows = [_with_small_vocabulary(row) for row in run.data.train[:64]]
     try:
         check = PruningCheck(model, blocks[-1], rows, 0, "cpu", run.model.dtype)
         needed, linears = check(run.objective)
     finally:
-        packed.remove()
+        packed_blocks.remove()
     names = {module: name for name, module in blocks[-1].named_modules()}
     return Pruning(needed, [names[linear] for linear in linears])
 
@@ -136,7 +136,6 @@ def _shrink(config: Any, layer: int) -> Any:
 
 
 def _with_random_weights(model: Any) -> Any:
-    """Returns `model` on the CPU with small, nonzero random weights."""
     generator = torch.Generator().manual_seed(0)
     model = model.to_empty(device="cpu").float()
     with torch.no_grad():
@@ -156,13 +155,13 @@ def _with_small_vocabulary(row: Encoded) -> Encoded:
     return replace(row, input_ids=[3 + token % (_WORDS - 3) for token in row.input_ids])
 
 
-_PER_WORKER = (ACTIVATIONS, LOGITS, WORKSPACE, CASTS)
+_WORKER_PARTS = (ACTIVATIONS, LOGITS, WORKSPACE, CASTS)
 """Parts that each parallel worker allocates for itself."""
-_HELD = (WEIGHTS, QUANTIZED, ADAPTER, OPTIMIZER)
+_PERSISTENT_PARTS = (WEIGHTS, QUANTIZED, ADAPTER, OPTIMIZER)
 """Parts that stay between steps."""
 
 _SAMPLED_STEPS = 16
-_MOST_ROWS = 20_000  # rows whose lengths are read
+_MAX_ROWS = 20_000  # rows whose lengths are read
 
 Peaks = Mapping[str, Mapping[str, float]]
 """Moment → part → bytes at the peak of that moment."""
@@ -170,9 +169,13 @@ Peaks = Mapping[str, Mapping[str, float]]
 
 @dataclass(frozen=True)
 class StepMemory:
-    """Memory estimate of a training step: bytes by part at the peak, in the phase `at`.
+    """Memory estimate of a training step.
 
-    `tokens` is positions in the largest micro-batch; `moments` maps each phase to its peak by part.
+    Attributes:
+        parts: category → bytes at the peak.
+        at: phase of the step in which the peak occurs.
+        tokens: positions in the largest micro-batch.
+        moments: phase → category → bytes at the peak of that phase.
     """
 
     parts: dict[str, int]
@@ -187,66 +190,68 @@ class StepMemory:
 
 
 def estimate_step_memory(run: Run, memory: int) -> StepMemory:
-    """Estimate the peak of live tensor bytes in a training step of `run`.
+    """Returns the peak of live tensor bytes in a training step of `run`.
 
     `memory` is bytes available to tensors. On a GPU, it limits the chunk size of the logits.
     """
     layers = LayerSample.of(run)
-    pruning = find_pruning(run)
-    batch = _largest_micro_batch(run, pruning)
-    fakes = [build_fake_model(run, some) for some in layers.tried]
-    trains_base = not METHODS[run.config.method.kind].is_adapter
+    pruning = get_pruning(run)
+    batch = _get_largest_batch(run, pruning)
+    fake_models = [create_fake_model(run, some) for some in layers.samples]
+    is_full = not METHODS[run.config.method.kind].is_adapter
     trackers = [
-        _track_weights(LiveMemoryTracker(run.model.vocabulary), fake, trains_base=trains_base)
-        for fake in fakes
+        _track_weights(LiveMemoryTracker(run.model.vocabulary), fake, is_full=is_full)
+        for fake in fake_models
     ]
     weights = layers.extend([live.peaks for live in trackers])[FORWARD]
-    free = memory - int(sum(weights.values())) if run.model.device == "cuda" else None
+    available = memory - int(sum(weights.values())) if run.model.device == "cuda" else None
     peaks = layers.extend(
         [
-            _watch(run, live, fake, batch, pruning=pruning, free=free)
-            for fake, live in zip(fakes, trackers, strict=True)
+            _simulate_step(run, live, fake, batch, pruning=pruning, available=available)
+            for fake, live in zip(fake_models, trackers, strict=True)
         ]
     )
     for parts in peaks.values():
-        for part in _PER_WORKER:
-            parts[part] = parts.get(part, 0) * batch.at_once
-    if kept := _kept_graph_bytes(run, peaks, batch, memory):
+        for part in _WORKER_PARTS:
+            parts[part] = parts.get(part, 0) * batch.num_workers
+    if kept := _get_graph_bytes(run, peaks, batch, memory):
         for moment in (FORWARD, BACKWARD, FIRST_BLOCK):
             peaks[moment][ACTIVATIONS] += kept
     if (size := RolloutSize.of(run)) is not None:
-        held = {part: bytes_ for part, bytes_ in peaks[FORWARD].items() if part in _HELD}
-        peaks[SAMPLING] = {**held, **estimate_sampling_parts(run, size)}
+        persistent = {
+            part: bytes_ for part, bytes_ in peaks[FORWARD].items() if part in _PERSISTENT_PARTS
+        }
+        peaks[SAMPLING] = {**persistent, **estimate_sampling_parts(run, size)}
     if run.config.task == RL_TASK and run.config.rl.beta:
-        trained = WEIGHTS if trains_base else ADAPTER
+        trained = WEIGHTS if is_full else ADAPTER
         for parts in peaks.values():
             parts[INITIAL] = peaks[FORWARD].get(trained, 0)
     if scoring := estimate_scoring_bytes(run):
         for parts in peaks.values():
             parts[SCORING_MODELS] = scoring
-    return highest(peaks, batch.tokens)
+    return get_peak(peaks, batch.tokens)
 
 
-def _kept_graph_bytes(
+def _get_graph_bytes(
     run: Run, peaks: Mapping[str, Mapping[str, float]], batch: _Batch, memory: int
 ) -> float:
     """Returns the activation bytes of the other micro-batches, if a step keeps all their graphs.
 
-    Returns 0 if each micro-batch is embedded twice instead; see `training.whole_step`.
+    0 if each micro-batch is embedded twice instead; see `training.whole_step`.
     """
     cache = run.config.embedding.grad_cache
-    several = (run.config.train.num_processes or 1) > 1
-    if not isinstance(run.objective, StepObjective) or several or cache == "always":
+    is_distributed = (run.config.train.num_processes or 1) > 1
+    if not isinstance(run.objective, StepObjective) or is_distributed or cache == "always":
         return 0.0
-    per_token = peaks[FORWARD].get(ACTIVATIONS, 0) / (batch.tokens * batch.at_once)
-    weights = sum(size for part, size in peaks[FORWARD].items() if part in _HELD)
-    if cache == "auto" and batch.step_tokens * per_token > GRAPHS_SHARE * (memory - weights):
+    per_token = peaks[FORWARD].get(ACTIVATIONS, 0) / (batch.tokens * batch.num_workers)
+    weights = sum(size for part, size in peaks[FORWARD].items() if part in _PERSISTENT_PARTS)
+    if cache == "auto" and batch.step_tokens * per_token > GRAPH_MEMORY_RATIO * (memory - weights):
         return 0.0
-    return per_token * max(batch.step_tokens - batch.tokens * batch.at_once, 0)
+    return per_token * max(batch.step_tokens - batch.tokens * batch.num_workers, 0)
 
 
-def highest(peaks: Peaks, tokens: int) -> StepMemory:
-    """Returns the estimate of the phase with the highest peak; `tokens` is the micro-batch size."""
+def get_peak(peaks: Peaks, tokens: int) -> StepMemory:
+    """Returns the estimate of the phase with the largest peak; `tokens` is the micro-batch size."""
     at = max(peaks, key=lambda moment: sum(peaks[moment].values()))
     sizes = {part: round(size) for part, size in peaks[at].items() if size >= 1}
     in_order = dict(sorted(sizes.items(), key=lambda item: -item[1]))
@@ -256,42 +261,50 @@ def highest(peaks: Peaks, tokens: int) -> StepMemory:
 def count_computed_layers(run: Run) -> int:
     """Returns how many layers must be computed to estimate the memory of `run`."""
     layers = LayerSample.of(run)
-    return sum(layers.count if sample is None else len(sample) for sample in layers.tried)
+    return sum(layers.count if sample is None else len(sample) for sample in layers.samples)
 
 
 @dataclass(frozen=True)
 class LayerSample:
     """Small models whose peaks are computed, and how the whole model's peak follows from them.
 
-    `tried` has each model's layer indices; None is the whole model. `times` weighs each model's
-    difference from the first. `count` is layers per stack, or in total if stacks differ in depth.
+    Attributes:
+        samples: layer indices of each small model; None is the whole model.
+        times: factor of each model's difference from the first.
+        count: layers per stack, or in total if stacks differ in depth.
     """
 
-    tried: tuple[tuple[int, ...] | None, ...]
+    samples: tuple[tuple[int, ...] | None, ...]
     times: tuple[float, ...]
     count: int
 
     @classmethod
     def of(cls, run: Run) -> LayerSample:
         """Returns small models for the model of `run`, or the whole model if there are none."""
-        stacks = describe_blocks(run)
+        stacks = get_block_signatures(run)
         if len({len(stack) for stack in stacks}) != 1:
             return cls((None,), (), sum(map(len, stacks)))
-        kinds = list(zip(*stacks, strict=True))
-        return _by_kind(run, kinds) or _by_period(kinds) or cls((None,), (), len(kinds))
+        layer_types = list(zip(*stacks, strict=True))
+        return (
+            _sample_by_type(run, layer_types)
+            or _sample_by_period(layer_types)
+            or cls((None,), (), len(layer_types))
+        )
 
     @property
     def sample(self) -> dict[int, int] | None:
         """Layer index → number of layers it represents; None for the whole model."""
-        first = self.tried[0]
+        first = self.samples[0]
         if first is None:
             return None
-        counts = dict.fromkeys(first, 1)
-        for some, times in zip(self.tried[1:], self.times, strict=True):
-            added = [at for at in some or () if at not in first]
-            total = round(times * len(added))
-            counts |= {at: len(range(turn, total, len(added))) for turn, at in enumerate(added)}
-        return dict(sorted(counts.items()))
+        num_layers = dict.fromkeys(first, 1)
+        for some, times in zip(self.samples[1:], self.times, strict=True):
+            new_layers = [at for at in some or () if at not in first]
+            total = round(times * len(new_layers))
+            num_layers |= {
+                at: len(range(turn, total, len(new_layers))) for turn, at in enumerate(new_layers)
+            }
+        return dict(sorted(num_layers.items()))
 
     def extend(self, computed: Sequence[Peaks]) -> dict[str, dict[str, float]]:
         """Returns the peaks of the whole model, given those `computed` for the small models."""
@@ -310,36 +323,39 @@ class LayerSample:
         }
 
 
-def _by_kind(run: Run, kinds: Sequence[Any]) -> LayerSample | None:
-    """Sample first, last and one layer per kind; None if that is slower or impossible."""
-    last = len(kinds) - 1
+def _sample_by_type(run: Run, layer_types: Sequence[Any]) -> LayerSample | None:
+    """Returns first, last and one layer per type; None if that is slower or impossible."""
+    last = len(layer_types) - 1
     between: list[list[int]] = []
     for at in range(1, last):
-        alike = next((group for group in between if kinds[group[0]] == kinds[at]), None)
+        alike = next((group for group in between if layer_types[group[0]] == layer_types[at]), None)
         if alike is None:
             between.append([at])
         else:
             alike.append(at)
-    if not between or 2 + 3 * len(between) > len(kinds):
+    if not between or 2 + 3 * len(between) > len(layer_types):
         return None
-    tried = ((0, last), *((0, group[0], last) for group in between))
-    for some in tried:
-        if list(zip(*describe_blocks(run, some), strict=True)) != [kinds[at] for at in some]:
+    samples = ((0, last), *((0, group[0], last) for group in between))
+    for some in samples:
+        if list(zip(*get_block_signatures(run, some), strict=True)) != [
+            layer_types[at] for at in some
+        ]:
             return None
-    return LayerSample(tried, tuple(len(group) for group in between), len(kinds))
+    return LayerSample(samples, tuple(len(group) for group in between), len(layer_types))
 
 
-def _by_period(kinds: Sequence[Any]) -> LayerSample | None:
-    """Sample the first layers with one and with two periods, if the kinds of layers repeat."""
-    count = len(kinds)
+def _sample_by_period(layer_types: Sequence[Any]) -> LayerSample | None:
+    """Returns the first layers with one and with two periods, if the layer types repeat."""
+    num_layers = len(layer_types)
     for first in range(3):
         for period in range(1, 7):
             low = first + period + 1
-            if low + period < count and all(
-                kinds[at] == kinds[at + period] for at in range(first, count - period)
+            if low + period < num_layers and all(
+                layer_types[at] == layer_types[at + period]
+                for at in range(first, num_layers - period)
             ):
-                tried = tuple(range(low)), tuple(range(low + period))
-                return LayerSample(tried, ((count - low) / period,), count)
+                samples = tuple(range(low)), tuple(range(low + period))
+                return LayerSample(samples, ((num_layers - low) / period,), num_layers)
     return None
 
 
@@ -347,165 +363,165 @@ def _by_period(kinds: Sequence[Any]) -> LayerSample | None:
 class _Batch:
     """Inputs of one micro-batch.
 
-    `several`: whether the step has other micro-batches; `at_once`: number of parallel workers;
-    `step_tokens`: positions of all micro-batches of the step.
+    Attributes:
+        has_others: whether the step has other micro-batches.
+        num_workers: number of parallel workers.
+        step_tokens: positions of all micro-batches of the step.
     """
 
     inputs: dict[str, Any]
     tokens: int
-    several: bool
-    at_once: int
+    has_others: bool
+    num_workers: int
     step_tokens: int
 
-    def fresh(self) -> dict[str, Any]:
-        """Returns a copy of the inputs, because a training step removes entries from its inputs."""
-        parts = self.inputs.get("micro_batches")
-        copied = {} if parts is None else {"micro_batches": [dict(part) for part in parts]}
-        return {**self.inputs, **copied}
+    def copy_inputs(self) -> dict[str, Any]:
+        batches = self.inputs.get("micro_batches")
+        copies = {} if batches is None else {"micro_batches": [dict(part) for part in batches]}
+        return {**self.inputs, **copies}
 
 
-def _watch(
+def _simulate_step(
     run: Run,
-    live: LiveMemoryTracker,
+    tracker: LiveMemoryTracker,
     fake_model: FakeModel,
     batch: _Batch,
     *,
     pruning: Pruning,
-    free: int | None,
+    available: int | None,
 ) -> Peaks:
-    """Returns the peaks of a step of `fake_model`, whose weights are already counted in `live`."""
+    """Returns the peaks of a step of `fake_model`, whose weights `tracker` already counts."""
     cpu_run = replace(run, model=replace(run.model, device="cpu"))
     if fake_model.fast is not None:
         pruning.apply_to(fake_model.fast, fake_model.model)
         if fake_model.fast.cross_entropy is not None:
-            fake_model.fast.cross_entropy.fit_chunks(free)
+            fake_model.fast.cross_entropy.fit_chunks(available)
     with tempfile.TemporaryDirectory() as nowhere:
-        adapted = PreparedModel(fake_model.model, {}, fake_model.fast, {})
-        directory = RunDirectory(Path(nowhere))
-        trainer = build_trainer(cpu_run, adapted, directory, ResumeState(), Processes())
+        model = PreparedModel(fake_model.model, {}, fake_model.fast, {})
+        output_dir = RunDirectory(Path(nowhere))
+        trainer = create_trainer(cpu_run, model, output_dir, ResumeState(), Processes())
     split_queries.cache_clear()  # tensors cached for a different depth would not be counted
     batch_sequences.cache_clear()
-    hooks = _follow(live, trainer)
+    hooks = _install_hooks(tracker, trainer)
     fake_model.model.train()
     set_checkpointing(fake_model.model, cpu_run)  # auto checkpointing is decided later
     try:
-        with trainer.standalone_steps(run.model.dtype), live:
-            _create_optimizer_states(live, trainer, has_gradients=batch.several)
-            live.moment = FORWARD
-            trainer.training_step(fake_model.model, batch.fresh(), 1)  # any number of targets
-            live.moment = UPDATE
+        with trainer.standalone_steps(run.model.dtype), tracker:
+            _create_optimizer_states(tracker, trainer, has_gradients=batch.has_others)
+            tracker.moment = FORWARD
+            trainer.training_step(fake_model.model, batch.copy_inputs(), 1)  # any number of targets
+            tracker.moment = UPDATE
             trainer.optimizer.step()
     finally:
         for hook in hooks:
             hook.remove()
-    return live.peaks
+    return tracker.peaks
 
 
 def _track_weights(
-    live: LiveMemoryTracker, fake_model: FakeModel, *, trains_base: bool
+    tracker: LiveMemoryTracker, fake_model: FakeModel, *, is_full: bool
 ) -> LiveMemoryTracker:
-    """Count the weights of `fake_model` in `live`, and return `live`."""
     for module in (fake_model.model.get_submodule(name) for name in fake_model.packed):
         for tensor in packed_tensors(module):
-            live.hold(tensor, QUANTIZED)
+            tracker.add(tensor, QUANTIZED)
     for tensor in (*fake_model.model.parameters(), *fake_model.model.buffers()):
-        if not live.knows(tensor):
-            live.hold(tensor, ADAPTER if tensor.requires_grad and not trains_base else WEIGHTS)
-    return live
+        if not tracker.has_tensor(tensor):
+            tracker.add(tensor, ADAPTER if tensor.requires_grad and not is_full else WEIGHTS)
+    return tracker
 
 
-def _follow(live: LiveMemoryTracker, trainer: Any) -> list[Any]:
-    """Install hooks that track gradients and backward phases in `live`; returns the hooks."""
+def _install_hooks(tracker: LiveMemoryTracker, trainer: Any) -> list[Any]:
+    """Install hooks that track gradients and backward phases in `tracker`; returns the hooks."""
     model, backward = trainer.model, trainer.accelerator.backward
 
     def begin(*args: Any, **kwargs: Any) -> None:
-        live.moment = BACKWARD
+        tracker.moment = BACKWARD
         backward(*args, **kwargs)
 
-    def near_end(_: Any, __: Any, output: Any) -> None:
+    def on_first_block(_: Any, __: Any, output: Any) -> None:
         states = output if isinstance(output, Tensor) else output[0]
-        if live.moment == FORWARD and states.requires_grad:
-            states.register_hook(lambda _: setattr(live, "moment", FIRST_BLOCK))
+        if tracker.moment == FORWARD and states.requires_grad:
+            states.register_hook(lambda _: setattr(tracker, "moment", FIRST_BLOCK))
 
-    def hold(parameter: Tensor) -> None:
+    def track(parameter: Tensor) -> None:
         if parameter.grad is not None:
-            live.hold(parameter.grad, GRADIENTS)
+            tracker.add(parameter.grad, GRADIENTS)
 
     trainer.accelerator.backward = begin
     tree = ModuleTree(model)
     stacks = [list(tree.modules[stack].children()) for stack in tree.blocks]
     return [
-        *(stack[0].register_forward_hook(near_end) for stack in stacks[:1]),
+        *(stack[0].register_forward_hook(on_first_block) for stack in stacks[:1]),
         *(
-            p.register_post_accumulate_grad_hook(hold)
+            p.register_post_accumulate_grad_hook(track)
             for p in model.parameters()
             if p.requires_grad
         ),
     ]
 
 
-def _create_optimizer_states(live: LiveMemoryTracker, trainer: Any, *, has_gradients: bool) -> None:
-    """Create the optimizer states, which exist from step 2 on; peaks are not counted here."""
-    live.is_counting, live.moment = False, UPDATE
+def _create_optimizer_states(
+    tracker: LiveMemoryTracker, trainer: Any, *, has_gradients: bool
+) -> None:
+    tracker.is_counting, tracker.moment = False, UPDATE
     optimizer = trainer.create_optimizer()
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             parameter.grad = torch.zeros_like(parameter)
-            live.hold(parameter.grad, GRADIENTS)
+            tracker.add(parameter.grad, GRADIENTS)
     optimizer.step()
     if not has_gradients:
         optimizer.zero_grad()
-    live.is_counting = True
+    tracker.is_counting = True
 
 
-def _largest_micro_batch(run: Run, pruning: Pruning) -> _Batch:
-    """Returns the largest micro-batch of a few steps, among them one with the longest rows."""
+def _get_largest_batch(run: Run, pruning: Pruning) -> _Batch:
     train, fast = run.config.train, run.fast
     rows, size = run.data.train, train.per_device_train_batch_size
     if not fast.enabled:
-        longest = sorted(_some(rows), key=lambda row: -len(row.input_ids))[:size]
-        longest = with_completions(run, longest)
-        inputs = Collator(run.model.pad_id)(longest)
-        several = train.gradient_accumulation_steps > 1
+        batch_rows = sorted(_sample_rows(rows), key=lambda row: -len(row.input_ids))[:size]
+        batch_rows = with_completions(run, batch_rows)
+        inputs = Collator(run.model.pad_id)(batch_rows)
+        has_others = train.gradient_accumulation_steps > 1
         tokens = inputs["input_ids"].numel()
-        return _Batch(inputs, tokens, several, 1, tokens)
-    needed = pruning.needed if pruning.linears else None
+        return _Batch(inputs, tokens, has_others, 1, tokens)
+    needed_tokens = pruning.needed if pruning.linears else None
     collator = TextCollator if isinstance(run.objective, StepObjective) else StepCollator
-    collate = collator(run.model.pad_id, replace(fast, shared_prefix=False, needed_tokens=needed))
+    collate = collator(
+        run.model.pad_id, replace(fast, shared_prefix=False, needed_tokens=needed_tokens)
+    )
     candidates: list[_Batch] = []
     for step in _steps(rows, train.rows_per_device_step, train.seed):
         step = with_completions(run, step)
         batch = collate(step)
-        at_once = fast.workers if batch["in_parallel"] else 1
-        parts = batch["micro_batches"]
-        costs = [_count_positions(part) for part in parts]
-        fullest = parts[costs.index(max(costs))]
-        micro_batch = {"rows": step, "micro_batches": [fullest], "in_parallel": False}
-        several = len(parts) > at_once
-        candidates.append(_Batch(micro_batch, max(costs), several, at_once, sum(costs)))
-    return max(candidates, key=lambda batch: (batch.tokens * batch.at_once, batch.several))
+        num_workers = fast.workers if batch["in_parallel"] else 1
+        batches = batch["micro_batches"]
+        sizes = [_num_positions(part) for part in batches]
+        largest = batches[sizes.index(max(sizes))]
+        micro_batch = {"rows": step, "micro_batches": [largest], "in_parallel": False}
+        has_others = len(batches) > num_workers
+        candidates.append(_Batch(micro_batch, max(sizes), has_others, num_workers, sum(sizes)))
+    return max(candidates, key=lambda batch: (batch.tokens * batch.num_workers, batch.has_others))
 
 
-def _count_positions(batch: Mapping[str, Any]) -> int:
+def _num_positions(batch: Mapping[str, Any]) -> int:
     layout = batch.get("layout")
     return int(layout.tokens if layout else batch["input_ids"].numel())
 
 
 def _steps(rows: Sequence[Encoded], size: int, seed: int) -> list[list[Encoded]]:
-    """Returns the rows of several steps: one with the longest rows, and randomly drawn ones."""
     size = min(size, len(rows))
-    draw, sample = random.Random(seed), _some(rows)
+    draw, sample = random.Random(seed), _sample_rows(rows)
     sample.sort(key=lambda row: -len(row.input_ids))
-    longest = sample[:size]
-    if len(longest[0].input_ids) == len(sample[-1].input_ids):
-        return [longest]
+    longest_rows = sample[:size]
+    if len(longest_rows[0].input_ids) == len(sample[-1].input_ids):
+        return [longest_rows]
     drawn = (draw.sample(range(len(rows)), size) for _ in range(_SAMPLED_STEPS))
-    return [longest, *([rows[at] for at in step] for step in drawn)]
+    return [longest_rows, *([rows[at] for at in step] for step in drawn)]
 
 
-def _some(rows: Sequence[Encoded]) -> list[Encoded]:
-    """Returns all rows, or an evenly spaced sample of a large dataset."""
-    if len(rows) <= _MOST_ROWS:
+def _sample_rows(rows: Sequence[Encoded]) -> list[Encoded]:
+    if len(rows) <= _MAX_ROWS:
         return list(rows)
-    spacing = len(rows) / _MOST_ROWS
-    return [rows[int(at * spacing)] for at in range(_MOST_ROWS)]
+    stride = len(rows) / _MAX_ROWS
+    return [rows[int(at * stride)] for at in range(_MAX_ROWS)]

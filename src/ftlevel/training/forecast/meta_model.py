@@ -64,7 +64,7 @@ _PER_LAYER = (
 )
 """Config fields that may be lists with one entry per layer."""
 
-_LAYER_NUMBERS = ("mlp_only_layers", "moe_layers", "full_attn_idxs")
+_LAYER_INDICES = ("mlp_only_layers", "moe_layers", "full_attn_idxs")
 """Config fields that list the indices of layers of one kind."""
 
 
@@ -77,28 +77,28 @@ class FakeModel:
     packed: set[str]
 
 
-def build_fake_model(run: Run, layers: Sequence[int] | None = None) -> FakeModel:
-    """Build the planned model on fake CPU tensors, with only `layers` of each stack (None: all)."""
-    planned, method = run.model, METHODS[run.config.method.kind]
-    compute = DTYPES[planned.dtype]
-    cut = with_layers(planned.config, layers)
-    meta = build_task_model(cut, planned.auto_class)
-    meta.to(compute if method.is_adapter else DTYPES["float32"])
+def create_fake_model(run: Run, layers: Sequence[int] | None = None) -> FakeModel:
+    """Returns the planned model on fake CPU tensors, with `layers` of each stack (None: all)."""
+    model_info, method = run.model, METHODS[run.config.method.kind]
+    compute_dtype = DTYPES[model_info.dtype]
+    model_config = with_layers(model_info.config, layers)
+    meta = build_task_model(model_config, model_info.auto_class)
+    meta.to(compute_dtype if method.is_adapter else DTYPES["float32"])
     meta.tie_weights()
-    quantization = build_quantization_config(planned.quant, compute, planned.heads)
+    quantization = build_quantization_config(model_info.quant, compute_dtype, model_info.heads)
     if quantization is not None:
-        quantization = keep_heads(quantization, cut, planned.auto_class)
+        quantization = keep_heads(quantization, model_config, model_info.auto_class)
         quantize_shape(meta, quantization)
     base = replace(run.base, targets=targets_in(meta, run.base.targets, layers))
     spec = method.initialization.without_weights(run.config.method)
     fused = uses_fused_layers(
-        run.config.method, run.config.speed, planned.quant.kind, planned.device
+        run.config.method, run.config.speed, model_info.quant.kind, model_info.device
     )
     model = apply_method(meta, spec, base, fused=fused)
     _fill_vectors(model)
     # One worker is simulated; the others allocate the same.
     fast = FastStep(model, replace(run.fast, workers=1)) if run.fast.enabled else None
-    packed = _pack(model, compute, quantization)
+    packed = _pack_weights(model, compute_dtype, quantization)
     fake_parameters(model)
     model.to = lambda *_, **__: model  # fake tensors cannot be moved
     return FakeModel(model, fast, packed)
@@ -121,8 +121,7 @@ def targets_in(
     return [name for name in names if name in tree.modules]
 
 
-def _pack(model: Any, compute: Any, quantization: Any) -> set[str]:
-    """Pack the quantized weights of `model` (modified); returns the names of their modules."""
+def _pack_weights(model: Any, compute: Any, quantization: Any) -> set[str]:
     packed: set[str] = set()
     if quantization is not None:
         experts = quantization if packs_experts(quantization) else None
@@ -145,7 +144,7 @@ def with_layers(config: Any, layers: Sequence[int] | None) -> Any:
         for name in _PER_LAYER:
             if isinstance(kinds := getattr(owner, name, None), list | tuple):
                 _set(owner, name, [kinds[at] for at in layers if at < len(kinds)])
-        for name in _LAYER_NUMBERS:
+        for name in _LAYER_INDICES:
             if isinstance(numbers := getattr(owner, name, None), list | tuple):
                 _set(owner, name, [new for new, old in enumerate(layers) if old in numbers])
         if isinstance(dense := getattr(owner, "first_k_dense_replace", None), int):
@@ -157,43 +156,41 @@ def with_layers(config: Any, layers: Sequence[int] | None) -> Any:
 
 
 def _set(config: Any, name: str, value: Any) -> None:
-    """Set the field `name` of `config` (modified); read-only properties are left alone."""
     with contextlib.suppress(AttributeError):  # a property, as Jamba's layers_block_type
         setattr(config, name, value)
 
 
 def _fill_vectors(model: torch.nn.Module) -> None:
-    """Set vectors and scalars of `model` (modified) to one, since FastStep computes norms."""
-    filled_by_id: dict[int, tuple[Any, Any]] = {}
+    new_parameters: dict[int, tuple[Any, Any]] = {}
     for module in model.modules():
         parameters, _ = direct_tensors(module)
         for name, tensor in parameters.items():
             if tensor is not None and tensor.dim() < 2:
-                if id(tensor) not in filled_by_id:
-                    filled = torch.ones(tensor.shape, dtype=tensor.dtype)
-                    filled_by_id[id(tensor)] = (
+                if id(tensor) not in new_parameters:
+                    ones = torch.ones(tensor.shape, dtype=tensor.dtype)
+                    new_parameters[id(tensor)] = (
                         tensor,
-                        torch.nn.Parameter(filled, requires_grad=tensor.requires_grad),
+                        torch.nn.Parameter(ones, requires_grad=tensor.requires_grad),
                     )
-                parameters[name] = filled_by_id[id(tensor)][1]
+                parameters[name] = new_parameters[id(tensor)][1]
 
 
-def describe_blocks(run: Run, layers: Sequence[int] | None = None) -> list[list[Any]]:
-    """Returns, by stack and block, parameter shapes, per-layer config entries and adapted modules.
+def get_block_signatures(run: Run, layers: Sequence[int] | None = None) -> list[list[Any]]:
+    """Returns, by stack and block, parameter shapes, per-layer config entries and target modules.
 
-    Blocks with equal descriptions need equal memory.
+    Blocks with equal signatures need equal memory.
     """
     config = with_layers(run.model.config, layers)
     model = build_task_model(config, run.model.auto_class)
-    tree, adapted = ModuleTree(model), set(targets_in(model, run.base.targets, layers))
+    tree, targets = ModuleTree(model), set(targets_in(model, run.base.targets, layers))
     text = config.get_text_config()
-    kinds = [getattr(text, name, None) for name in _PER_LAYER]
+    values = [getattr(text, name, None) for name in _PER_LAYER]
     return [
         [
             (
                 [(name, tuple(p.shape)) for name, p in block.named_parameters()],
-                [k[at] for k in kinds if isinstance(k, list | tuple) and at < len(k)],
-                [name for name, _ in block.named_modules() if f"{stack}.{at}.{name}" in adapted],
+                [k[at] for k in values if isinstance(k, list | tuple) and at < len(k)],
+                [name for name, _ in block.named_modules() if f"{stack}.{at}.{name}" in targets],
             )
             for at, block in enumerate(tree.modules[stack].children())
         ]
@@ -201,28 +198,30 @@ def describe_blocks(run: Run, layers: Sequence[int] | None = None) -> list[list[
     ]
 
 
-LONGEST = 1024
+MAX_LENGTH = 1024
 """Tokens per synthetic row, if neither --max-length nor the model sets a lower limit."""
 
 _PAD = 0
 
 
-def synthesize_rows(data: DataConfig, count: int) -> Callable[[BaseTask, str, Any], PreparedData]:
-    """Returns a function that creates `count` (≥ 1) random rows of maximum length."""
+def create_synthetic_rows(
+    data: DataConfig, num_rows: int
+) -> Callable[[BaseTask, str, Any], PreparedData]:
+    """Returns a function that creates `num_rows` (≥ 1) random rows of maximum length."""
 
     def make(task: BaseTask, kind: str, model_config: Any) -> PreparedData:  # noqa: ARG001
-        positions = max_positions(model_config) or LONGEST
+        positions = max_positions(model_config) or MAX_LENGTH
         max_length = data.max_length
-        length = max_length if isinstance(max_length, int) else min(LONGEST, positions)
-        vocabulary, draw = model_config.get_text_config().vocab_size, random.Random(0)
+        length = max_length if isinstance(max_length, int) else min(MAX_LENGTH, positions)
+        vocab_size, draw = model_config.get_text_config().vocab_size, random.Random(0)
         rows = [
-            task.synthetic_row([draw.randrange(3, vocabulary) for _ in range(length)], row)
-            for row in range(count)
+            task.synthetic_row([draw.randrange(3, vocab_size) for _ in range(length)], row)
+            for row in range(num_rows)
         ]
-        tokens = count * length
-        facts = {
+        tokens = num_rows * length
+        info = {
             "name": "imagined rows",
-            "train_rows": count,
+            "train_rows": num_rows,
             "labels": list(task.synthetic_labels),
             "problem_type": None,
             "overlong": data.overlong,
@@ -233,22 +232,22 @@ def synthesize_rows(data: DataConfig, count: int) -> Callable[[BaseTask, str, An
             **task.synthetic_info,
         }
         table = Table(rows=[], lines=[], source="imagined rows", unit="row")
-        reason = "no --dataset: all as long as --max-length"
+        message = "no --dataset: all as long as --max-length"
         return PreparedData(
             rows,
             [],
             None,
             length,
             table,
-            facts,
-            [Choice("rows", f"imagined, {length:,} tokens each", reason)],
+            info,
+            [Choice("rows", f"imagined, {length:,} tokens each", message)],
         )
 
     return make
 
 
-def load_or_stub_tokenizer(source: ModelSource) -> Any:
-    """Load the tokenizer of `source`; if it has none, returns a stub with padding id 0."""
+def load_tokenizer_or_default(source: ModelSource) -> Any:
+    """Load the tokenizer of `source`; if it has none, returns an object with padding id 0."""
     try:
         return load_tokenizer(source)
     except InputError:
@@ -263,18 +262,18 @@ def load_or_stub_tokenizer(source: ModelSource) -> Any:
         )
 
 
-def build_synthetic_batch(
-    data: DataConfig, source: ModelSource, card: str | None, rows: int, tokenizer: Any = None
+def create_synthetic_batch(
+    data: DataConfig, source: ModelSource, card: str | None, num_rows: int, tokenizer: Any = None
 ) -> SyntheticBatch:
-    """Build substitutes for what this machine lacks: the GPU `card`, and `rows` rows of data.
+    """Returns substitutes for what this machine lacks: the GPU `card`, and `num_rows` rows of data.
 
-    With `card` None, this machine's device is used; with `rows` = 0, the real data.
+    With `card` None, this machine's device is used; with `num_rows` = 0, the real data.
     """
     return SyntheticBatch(
         source=source,
         device=None if card is None else Choice("device", "cuda", f"planned for {card}"),
-        tokenizer=tokenizer or (load_or_stub_tokenizer(source) if rows else None),
-        rows=synthesize_rows(data, rows) if rows else None,
+        tokenizer=tokenizer or (load_tokenizer_or_default(source) if num_rows else None),
+        rows=create_synthetic_rows(data, num_rows) if num_rows else None,
     )
 
 
@@ -287,74 +286,74 @@ CASTS = "weights in 16 bits"
 FORWARD, BACKWARD, FIRST_BLOCK, UPDATE = "forward", "backward", "end of backward", "optimizer step"
 MOMENTS = (FORWARD, BACKWARD, FIRST_BLOCK, UPDATE)
 
-_PART_OF = {FORWARD: ACTIVATIONS, UPDATE: OPTIMIZER}
+_PART_BY_PHASE = {FORWARD: ACTIVATIONS, UPDATE: OPTIMIZER}
 
 
 class LiveMemoryTracker(OperationWatch):
     """Context manager that counts the bytes of live tensors.
 
-    `vocabulary` is the last dimension of tensors counted as logits (0: none). A new storage is
-    counted in the part of the current phase, `moment`. `peaks` maps each phase to bytes by part at
-    its peak; it is updated only while `is_counting` is true.
+    A new storage is counted in the category of the current phase, `moment`. Floating-point tensors
+    whose last dimension is `vocab_size` are counted as logits (0: none). `peaks` maps each phase to
+    bytes by category at its peak; it is updated only while `is_counting` is true.
     """
 
-    def __init__(self, vocabulary: int = 0) -> None:
+    def __init__(self, vocab_size: int = 0) -> None:
         super().__init__()
         self.moment = FORWARD
         self.peaks: dict[str, Counter[str]] = {}
         self.is_counting = True
-        self._vocabulary = vocabulary
+        self._vocab_size = vocab_size
         # Lists of one: the finalizer reads the part after the storage is freed.
         self._parts: weakref.WeakKeyDictionary[Any, list[str]] = weakref.WeakKeyDictionary()
         self._alive: Counter[str] = Counter()
         self._total = 0
-        self._highest: Counter[str] = Counter()
+        self._max_total: Counter[str] = Counter()
 
     @property
     def total(self) -> int:
         """Bytes that are live now."""
         return self._total
 
-    def knows(self, tensor: Tensor) -> bool:
+    def has_tensor(self, tensor: Tensor) -> bool:
         """Returns whether the storage of `tensor` is counted."""
         return storage_of(tensor) in self._parts
 
-    def hold(self, tensor: Tensor, part: str) -> None:
-        """Count the storage of `tensor` under `part`; a known storage moves to `part`."""
+    def add(self, tensor: Tensor, part: str) -> None:
+        """Count the storage of `tensor` in category `part`, to which a known storage is moved."""
         storage = storage_of(tensor)
-        size, held = storage.nbytes(), self._parts.get(storage)
-        if held is None:
-            held = self._parts[storage] = [part]
-            weakref.finalize(storage, self._release, held, size)
+        size, category = storage.nbytes(), self._parts.get(storage)
+        if category is None:
+            category = self._parts[storage] = [part]
+            weakref.finalize(storage, self._remove, category, size)
         else:
-            self._release(held, size)
-            held[0] = part
+            self._remove(category, size)
+            category[0] = part
         self._alive[part] += size
         self._total += size
         self._update_peak()
 
-    def _release(self, held: list[str], size: int) -> None:
-        self._alive[held[0]] -= size
+    def _remove(self, category: list[str], size: int) -> None:
+        self._alive[category[0]] -= size
         self._total -= size
 
     def _update_peak(self) -> None:
-        if self.is_counting and self._total > self._highest[self.moment]:
-            self._highest[self.moment] = self._total
+        if self.is_counting and self._total > self._max_total[self.moment]:
+            self._max_total[self.moment] = self._total
             self.peaks[self.moment] = Counter({k: v for k, v in self._alive.items() if v})
 
     def on_result(self, tensor: Tensor) -> None:
         """Count the storage of an operation's result, unless it is counted already."""
-        if not self.knows(tensor):
-            self.hold(tensor, self._part_of(tensor))
+        if not self.has_tensor(tensor):
+            self.add(tensor, self._get_part(tensor))
 
     def on_cast(self, tensor: Tensor, result: Tensor) -> None:
         """Count `result`, a cast of `tensor`, as a cast weight if `tensor` is a weight."""
-        held = self._parts.get(storage_of(tensor))
-        if held == [WEIGHTS] and not self.knows(result):
-            self.hold(result, CASTS)
+        category = self._parts.get(storage_of(tensor))
+        if category == [WEIGHTS] and not self.has_tensor(result):
+            self.add(result, CASTS)
 
-    def _part_of(self, tensor: Tensor) -> str:
-        is_scores = tensor.dim() > 1 and tensor.shape[-1] == self._vocabulary
+    def _get_part(self, tensor: Tensor) -> str:
+        is_scores = tensor.dim() > 1 and tensor.shape[-1] == self._vocab_size
         if is_scores and tensor.is_floating_point() and self.moment != UPDATE:
             return LOGITS
-        return _PART_OF.get(self.moment, WORKSPACE)
+        return _PART_BY_PHASE.get(self.moment, WORKSPACE)

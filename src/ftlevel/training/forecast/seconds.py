@@ -57,13 +57,20 @@ INITIAL = "initial weights"
 _LOGITS_COPIES = 6
 """Float32 tensors of (rows, vocabulary) alive while tokens are drawn."""
 
-_STORED = {"4bit": 0.56, "8bit": 1.02}
+_BYTES_PER_WEIGHT = {"4bit": 0.56, "8bit": 1.02}
 """Bytes per weight of a quantized model, with its scales."""
 
 
 @dataclass(frozen=True)
 class RolloutSize:
-    """Size of the largest rollout: prompts and completions sampled together, and tokens of each."""
+    """Size of the largest rollout.
+
+    Attributes:
+        prompts: number of prompts sampled together.
+        rows: number of completions sampled together.
+        prompt: tokens of the longest prompt.
+        completion: maximum tokens of a completion.
+    """
 
     prompts: int
     rows: int
@@ -73,17 +80,17 @@ class RolloutSize:
     @classmethod
     def of(cls, run: Run) -> RolloutSize | None:
         """Returns the largest rollout of `run`; None if this process does not sample."""
-        settings, train = run.config.rl, run.config.train
-        if run.config.task != RL_TASK or settings.rollouts is not None:
+        config, train = run.config.rl, run.config.train
+        if run.config.task != RL_TASK or config.rollouts is not None:
             return None
-        held_out = min(len(run.data.validation), train.max_generate_samples)
+        num_eval_samples = min(len(run.data.validation), train.max_generate_samples)
         step = train.per_device_train_batch_size * train.gradient_accumulation_steps
-        prompts = max(step, held_out, min(settings.check_groups, len(run.data.train)))
-        most = max(SamplingOptions.most_rows, settings.num_generations)
-        prompts = min(prompts, most // settings.num_generations)
-        rows = prompts * settings.num_generations
-        longest = max(len(row.input_ids) for row in (*run.data.train, *run.data.validation))
-        return cls(prompts, rows, longest, settings.max_completion_length)
+        num_prompts = max(step, num_eval_samples, min(config.check_groups, len(run.data.train)))
+        max_rows = max(SamplingOptions.most_rows, config.num_generations)
+        num_prompts = min(num_prompts, max_rows // config.num_generations)
+        num_rows = num_prompts * config.num_generations
+        max_length = max(len(row.input_ids) for row in (*run.data.train, *run.data.validation))
+        return cls(num_prompts, num_rows, max_length, config.max_completion_length)
 
     def cache_bytes(self, run: Run, *, copies: int) -> int:
         """Returns the bytes of the KV cache, with completions counted `copies` times."""
@@ -100,10 +107,10 @@ class RolloutSize:
         text, value = run.model.config.get_text_config(), DTYPES[run.model.dtype].itemsize
         hidden = text.hidden_size
         inner = getattr(text, "intermediate_size", None) or 4 * hidden
-        prompts = min(self.prompts, max(1, PREFILL_TOKENS // self.prompt))
-        tokens = prompts * self.prompt
-        own = tokens * (inner * (4 * value + 12) + 4 * hidden * value)
-        return int(own + tokens * self.prompt * (2 + value))
+        num_prompts = min(self.prompts, max(1, PREFILL_TOKENS // self.prompt))
+        tokens = num_prompts * self.prompt
+        mlp_bytes = tokens * (inner * (4 * value + 12) + 4 * hidden * value)
+        return int(mlp_bytes + tokens * self.prompt * (2 + value))
 
 
 def prompt_lengths(run: Run) -> Sequence[int]:
@@ -115,16 +122,16 @@ def with_completions(run: Run, rows: list[Encoded]) -> list[Encoded]:
     """Returns `rows`; in reinforcement learning, completions of maximum length for them."""
     if run.config.task != RL_TASK:
         return rows
-    count, tokens = run.config.rl.num_generations, run.config.rl.max_completion_length
+    num_generations, tokens = run.config.rl.num_generations, run.config.rl.max_completion_length
     return [
         completion
         for row in rows
-        for completion in stand_in_completions(row.input_ids, row.row, count, tokens)
+        for completion in stand_in_completions(row.input_ids, row.row, num_generations, tokens)
     ]
 
 
 def estimate_sampling_parts(run: Run, size: RolloutSize) -> dict[str, int]:
-    """Returns part → bytes that sampling needs in addition to the weights."""
+    """Returns category → bytes that sampling needs in addition to the weights."""
     logits = 4 * _LOGITS_COPIES * size.rows * run.model.vocabulary
     cache = size.cache_bytes(run, copies=2)
     return {KEYS_AND_VALUES: cache, LOGITS: logits, ACTIVATIONS: size.prefill_bytes(run)}
@@ -143,21 +150,21 @@ def scoring_models(run: Run) -> list[ModelRef]:
 
 
 def estimate_scoring_bytes(run: Run) -> int:
-    """Estimate the bytes of the weights of the teacher and the reward models."""
+    """Returns the bytes of the weights of the teacher and the reward models."""
     return sum(_weight_bytes(ref, run) for ref in scoring_models(run))
 
 
 def _weight_bytes(ref: ModelRef, run: Run) -> int:
     model: Any = build_task_model(ref.model_config, ref.auto_class)
-    count = sum(parameter.numel() for parameter in model.parameters())
-    stored = _STORED.get(str(ref.quantization.get("kind")))
-    return int(count * (stored or DTYPES[run.model.dtype].itemsize))
+    num_weights = sum(parameter.numel() for parameter in model.parameters())
+    weight_bytes = _BYTES_PER_WEIGHT.get(str(ref.quantization.get("kind")))
+    return int(num_weights * (weight_bytes or DTYPES[run.model.dtype].itemsize))
 
 
 def estimate_sampling_seconds(
     run: Run, size: RolloutSize, weights: int, bandwidth: float, flops: float
 ) -> float:
-    """Estimate the seconds to sample completions for every prompt once, from a roofline.
+    """Returns the seconds to sample completions for every prompt once, from a roofline.
 
     `weights` are bytes; `bandwidth` (bytes/s) and `flops` (operations/s) are attainable values.
     """
@@ -165,11 +172,11 @@ def estimate_sampling_seconds(
     group, step = run.config.rl.num_generations, run.config.train.per_device_train_batch_size
     step *= run.config.train.gradient_accumulation_steps
     size = replace(size, prompts=min(size.prompts, step), rows=min(size.rows, step * group))
-    turns = math.ceil(len(lengths) * group / size.rows)
+    num_batches = math.ceil(len(lengths) * group / size.rows)
     cache = size.cache_bytes(run, copies=1)
-    decoding = turns * size.completion * (weights + cache) / bandwidth
+    decode_seconds = num_batches * size.completion * (weights + cache) / bandwidth
     prefill = 2 * run.model.total_parameters * sum(lengths) / flops
-    return decoding + prefill
+    return decode_seconds + prefill
 
 
 GIB = 2**30
@@ -215,7 +222,7 @@ _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(?:gb|gib|g)")
 
 
 def parse_gpu(text: str) -> Gpu:
-    """Parse a GPU name such as `h100` or a size such as `24GB`; raise ConfigError otherwise."""
+    """Returns the GPU of a name such as `h100`, or of a size such as `24GB`; else ConfigError."""
     name = text.strip().lower().replace(" ", "-").replace("_", "-")
     if name in GPUS:
         return GPUS[name]
@@ -234,17 +241,20 @@ Llama-3-8B on an H100 (docs/plan.md). ftlevel itself was not measured on a GPU."
 BANDWIDTH_FRACTION = 0.5
 """Assumed fraction of the memory bandwidth that decoding reaches; not measured."""
 
-PROBED = 5
+NUM_TIMED_STEPS = 5
 """Steps of a probe; the first is a warm-up and is not counted."""
 
 
 @dataclass(frozen=True)
 class TimeForecast:
-    """Estimated training time without evaluation and saving; `how` describes the method.
+    """Estimated training time without evaluation and saving.
 
-    `tokens_per_cpu_s` uses the CPU time of all threads, so other processes do not distort it. In
-    reinforcement learning, tokens are those of prompts; `sampling_share` is the share of the time
-    spent on sampling and rewards.
+    Attributes:
+        tokens_per_s: in reinforcement learning, tokens of prompts.
+        how: description of the method of estimation.
+        tokens_per_cpu_s: tokens per second of CPU time of all threads, which other processes do not
+            distort.
+        sampling_share: fraction of the time spent on sampling and rewards.
     """
 
     seconds_per_epoch: float
@@ -267,83 +277,82 @@ class Operations:
     @property
     def backward(self) -> float:
         """FLOPs per token of the backward pass of all blocks, including recomputation."""
-        products = self.blocks - self.attention
-        back = products * (1 + self.trains_base) + 2 * self.attention
-        return back + self.blocks * self.recomputes
+        matmuls = self.blocks - self.attention
+        gradients = matmuls * (1 + self.trains_base) + 2 * self.attention
+        return gradients + self.blocks * self.recomputes
 
     @property
-    def outside(self) -> float:
+    def head_total(self) -> float:
         """FLOPs per token of the head, forward and backward."""
         return self.head * (2 + self.trains_base)
 
     @property
     def total(self) -> float:
         """FLOPs per token of a training step."""
-        return self.blocks + self.backward + self.outside
+        return self.blocks + self.backward + self.head_total
 
 
-def count_operations(run: Run, *, recomputes: bool) -> Operations:
+def get_operations(run: Run, *, recomputes: bool) -> Operations:
     """Returns the FLOPs per token of a training step of `run`."""
-    text, facts = run.model.config.get_text_config(), run.data.info
+    text, info = run.model.config.get_text_config(), run.data.info
     width = getattr(text, "hidden_size", 0) or 0
     layers = getattr(text, "num_hidden_layers", 0) or 0
-    vocabulary = run.model.vocabulary * width
-    share = min(1.0, facts["supervised"] / max(1, facts["tokens"]))
+    head_size = run.model.vocabulary * width
+    ratio = min(1.0, info["supervised"] / max(1, info["tokens"]))
     lengths = row_lengths(run.data.train).astype(float)
     seen = (lengths**2).sum() / lengths.sum() / (2 if run.model.kind == "decoder" else 1)
     attention = 4 * layers * width * seen
     per_row = run.objective.per_row
-    head = 0.0 if per_row else 2 * vocabulary * share
+    head = 0.0 if per_row else 2 * head_size * ratio
     # Embeddings need no products; an untied head is counted separately.
-    embeddings = vocabulary * (1 if per_row or getattr(text, "tie_word_embeddings", True) else 2)
-    products = 2 * max(run.model.total_parameters - embeddings, 0)
-    trains = METHODS[run.config.method.kind].trains_base(run.config.method)
-    return Operations(products + attention, attention, head, trains, recomputes)
+    embeddings = head_size * (1 if per_row or getattr(text, "tie_word_embeddings", True) else 2)
+    matmuls = 2 * max(run.model.total_parameters - embeddings, 0)
+    trains_base = METHODS[run.config.method.kind].trains_base(run.config.method)
+    return Operations(matmuls + attention, attention, head, trains_base, recomputes)
 
 
-def estimate_time(run: Run, card: Gpu) -> TimeForecast | None:
-    """Estimate the time on `card`; None if its speed is unknown."""
-    if not card.tflops:
+def estimate_time(run: Run, gpu: Gpu) -> TimeForecast | None:
+    """Returns the time on `gpu`; None if its speed is unknown."""
+    if not gpu.tflops:
         return None
     tokens = run.data.info["tokens"]
-    operations = count_operations(run, recomputes=run.config.train.recomputes).total
+    operations = get_operations(run, recomputes=run.config.train.recomputes).total
     if (size := RolloutSize.of(run)) is not None:
-        return _estimate_rl_time(run, card, size, operations)
-    seconds = operations * tokens / (PEAK_FRACTION * card.tflops * 1e12)
-    how = f"a roofline: {PEAK_FRACTION:.0%} of {card.tflops:,g} TFLOP/s, not measured"
+        return _estimate_rl_time(run, gpu, size, operations)
+    seconds = operations * tokens / (PEAK_FRACTION * gpu.tflops * 1e12)
+    how = f"a roofline: {PEAK_FRACTION:.0%} of {gpu.tflops:,g} TFLOP/s, not measured"
     return TimeForecast(seconds, tokens / seconds, how)
 
 
-def _estimate_rl_time(run: Run, card: Gpu, size: RolloutSize, operations: float) -> TimeForecast:
-    """Estimate the time of sampling and training, with completions of the maximum length."""
-    flops = PEAK_FRACTION * card.tflops * 1e12
-    prompts = sum(prompt_lengths(run))
-    completions = len(run.data.train) * run.config.rl.num_generations * size.completion
+def _estimate_rl_time(run: Run, gpu: Gpu, size: RolloutSize, operations: float) -> TimeForecast:
+    flops = PEAK_FRACTION * gpu.tflops * 1e12
+    num_prompts = sum(prompt_lengths(run))
+    num_completions = len(run.data.train) * run.config.rl.num_generations * size.completion
     width = getattr(run.model.config.get_text_config(), "hidden_size", 0)
-    head = 6 * run.model.vocabulary * width * completions
-    training = (operations * (prompts + completions) + head) / flops
+    head = 6 * run.model.vocabulary * width * num_completions
+    training = (operations * (num_prompts + num_completions) + head) / flops
     weights = run.model.total_parameters * DTYPES[run.model.dtype].itemsize
-    bandwidth = BANDWIDTH_FRACTION * card.bandwidth * 1e9
+    bandwidth = BANDWIDTH_FRACTION * gpu.bandwidth * 1e9
     sampling = estimate_sampling_seconds(run, size, weights, bandwidth, flops)
     seconds = training + sampling
     how = (
-        f"a roofline: {PEAK_FRACTION:.0%} of {card.tflops:,g} TFLOP/s and {BANDWIDTH_FRACTION:.0%} "
-        f"of {card.bandwidth:,g} GB/s, not measured"
+        f"a roofline: {PEAK_FRACTION:.0%} of {gpu.tflops:,g} TFLOP/s and {BANDWIDTH_FRACTION:.0%} "
+        f"of {gpu.bandwidth:,g} GB/s, not measured"
     )
-    return TimeForecast(seconds, prompts / seconds, how, sampling_share=sampling / seconds)
+    return TimeForecast(seconds, num_prompts / seconds, how, sampling_share=sampling / seconds)
 
 
 def measure_time(run: Run) -> TimeForecast:
-    """Estimate the time on this machine by running a few training steps."""
+    """Returns the time on this machine, from running a few training steps."""
     import tempfile
     from pathlib import Path
 
     import torch
 
     from ftlevel.artifacts.run_directory import RunDirectory
-    from ftlevel.training.build_trainer import build_trainer
+    from ftlevel.training.build_trainer import create_trainer
     from ftlevel.training.gradients import are_finite
-    from ftlevel.training.model import load_adapted
+    from ftlevel.training.model import load_training_model
     from ftlevel.training.processes import Processes
     from ftlevel.training.resume import ResumeState
     from ftlevel.training.rl.trainer import RlTrainer
@@ -353,18 +362,18 @@ def measure_time(run: Run) -> TimeForecast:
         model = run.model
         rewards = open_rewards(run.config.rl, model.device, model.tokenizer, rows, where)
         run = replace(run, rewards=rewards)
-    adapted = load_adapted(run, NullListener())
+    model_state = load_training_model(run, NullListener())
     with tempfile.TemporaryDirectory() as nowhere:
-        directory = RunDirectory(Path(nowhere))
-        trainer = build_trainer(run, adapted, directory, ResumeState(), Processes())
+        output_dir = RunDirectory(Path(nowhere))
+        trainer = create_trainer(run, model_state, output_dir, ResumeState(), Processes())
     size = run.config.train.rows_per_device_step
     optimizer: Any = trainer.create_optimizer()
     trained = [weight for group in optimizer.param_groups for weight in group["params"]]
-    adapted.model.train()
+    model_state.model.train()
     elapsed, computed, tokens, sampling = 0.0, 0.0, 0, 0.0
     with trainer.standalone_steps(run.model.dtype):
-        for step in range(PROBED):
-            rows = _rows_of(run, step, size)
+        for step in range(NUM_TIMED_STEPS):
+            rows = _get_step_rows(run, step, size)
             start, cpu_start = time.perf_counter(), time.process_time()
             if isinstance(trainer, RlTrainer):
                 batch = {"prompts": rows}
@@ -372,8 +381,8 @@ def measure_time(run: Run) -> TimeForecast:
             else:
                 batch = trainer.data_collator(rows)
             sampled = time.perf_counter() - start
-            count = trainer.count_targets([batch], trainer.args.device)
-            trainer.training_step(adapted.model, batch, count)
+            num_targets = trainer.count_targets([batch], trainer.args.device)
+            trainer.training_step(model_state.model, batch, num_targets)
             are_finite(weight.grad for weight in trained)  # as in training
             if trainer.args.max_grad_norm:
                 torch.nn.utils.clip_grad_norm_(trained, trainer.args.max_grad_norm)
@@ -385,21 +394,23 @@ def measure_time(run: Run) -> TimeForecast:
                 computed += time.process_time() - cpu_start
                 sampling += sampled
                 tokens += sum(len(row.input_ids) for row in rows)
-    speed = tokens / elapsed
+    tokens_per_s = tokens / elapsed
     if run.data.stream is None:
-        seconds = run.data.info["tokens"] / speed
+        seconds = run.data.info["tokens"] / tokens_per_s
     else:
-        seconds = elapsed / (PROBED - 1) * run.schedule.steps
-    share = sampling / elapsed if isinstance(trainer, RlTrainer) else None
-    how = f"{PROBED - 1} steps here"
-    return TimeForecast(seconds, speed, how, tokens / max(computed, 1e-9), share)
+        seconds = elapsed / (NUM_TIMED_STEPS - 1) * run.schedule.steps
+    ratio = sampling / elapsed if isinstance(trainer, RlTrainer) else None
+    how = f"{NUM_TIMED_STEPS - 1} steps here"
+    return TimeForecast(seconds, tokens_per_s, how, tokens / max(computed, 1e-9), ratio)
 
 
-def _rows_of(run: Run, step: int, size: int) -> list[Any]:
-    """Returns `size` training rows for the timed step number `step`, spread over the dataset."""
+def _get_step_rows(run: Run, step: int, size: int) -> list[Any]:
     rows = run.data.train
-    spacing = max(1, len(rows) // (PROBED * size))
-    return [rows[(step + PROBED * at) * spacing % len(rows)] for at in range(min(size, len(rows)))]
+    stride = max(1, len(rows) // (NUM_TIMED_STEPS * size))
+    return [
+        rows[(step + NUM_TIMED_STEPS * at) * stride % len(rows)]
+        for at in range(min(size, len(rows)))
+    ]
 
 
 def steps_per_epoch(run: Run) -> int:

@@ -21,7 +21,7 @@ import torch
 
 from ftlevel.methods import METHODS
 from ftlevel.models.hardware import DTYPES
-from ftlevel.training.forecast.memory import LayerSample, StepMemory, highest
+from ftlevel.training.forecast.memory import LayerSample, StepMemory, get_peak
 from ftlevel.training.forecast.meta_model import (
     ADAPTER,
     BACKWARD,
@@ -32,9 +32,9 @@ from ftlevel.training.forecast.meta_model import (
     QUANTIZED,
     UPDATE,
     WEIGHTS,
-    build_fake_model,
+    create_fake_model,
 )
-from ftlevel.training.model import blocks_of, cast_linears, replicated_parameters
+from ftlevel.training.model import blocks_of, get_cast_layers, replicated_parameters
 from ftlevel.training.plan.run import Run
 
 GATHERED, REDUCED = "gathered", "reduction"
@@ -45,10 +45,13 @@ _FLOAT = 4  # bytes: gradients are averaged in float32
 
 @dataclass(frozen=True)
 class ShardedTensor:
-    """A sharded tensor that occurs `times` times; `part` is its part of the memory estimate.
+    """A sharded tensor that occurs `times` times.
 
-    `rows` is its first dimension and `size` its bytes; `sent` is its bytes when gathered, which may
-    be in a narrower dtype.
+    Attributes:
+        part: its category in the memory estimate.
+        rows: size of the first dimension.
+        size: bytes of the tensor.
+        sent: bytes when gathered, possibly in a narrower dtype.
     """
 
     times: int
@@ -60,26 +63,26 @@ class ShardedTensor:
 
 @dataclass(frozen=True)
 class ShardGroup:
-    """A group of tensors that are sharded together."""
+    """Tensors that are sharded together."""
 
     tensors: tuple[ShardedTensor, ...]
 
-    def held(self, ranks: int) -> dict[str, float]:
-        """Returns part → bytes stored by the rank that stores the most."""
+    def stored_bytes(self, world_size: int) -> dict[str, float]:
+        """Returns category → bytes stored by the rank that stores the most."""
         sizes: dict[str, float] = {}
         for tensor in self.tensors:
-            share = -(-tensor.rows // ranks) / tensor.rows
-            sizes[tensor.part] = sizes.get(tensor.part, 0) + tensor.times * tensor.size * share
+            ratio = -(-tensor.rows // world_size) / tensor.rows
+            sizes[tensor.part] = sizes.get(tensor.part, 0) + tensor.times * tensor.size * ratio
         return sizes
 
-    def gathered(self, ranks: int) -> float:
+    def gathered_bytes(self, world_size: int) -> float:
         """Returns the bytes of the gathered tensors, including padding."""
-        rows = ((tensor, ranks * -(-tensor.rows // ranks)) for tensor in self.tensors)
+        rows = ((tensor, world_size * -(-tensor.rows // world_size)) for tensor in self.tensors)
         return sum(tensor.times * tensor.sent * count / tensor.rows for tensor, count in rows)
 
-    def reduced(self, ranks: int) -> float:
+    def reduced_bytes(self, world_size: int) -> float:
         """Returns the bytes of the unreduced gradients, including padding."""
-        return ranks * sum(self.held(ranks).values())
+        return world_size * sum(self.stored_bytes(world_size).values())
 
 
 @dataclass(frozen=True)
@@ -87,10 +90,10 @@ class ShardedModel:
     """Shape and size of a model's sharded tensors.
 
     Attributes:
-        block: tensors of the largest block, as `ShardedTensor`s.
-        blocks: those of all blocks.
+        block: shapes and sizes of the tensors in the largest block.
+        blocks: those of the tensors in all blocks.
         count: number of blocks.
-        root: those outside the blocks: embeddings, head and others.
+        root: those of the tensors outside the blocks: embeddings, head and others.
         root_casts: bytes of autocast copies of `root`; sharded blocks need none.
         trained: bytes of the float32 gradients of all trained parameters, sharded or not.
         trains_base: whether the sharded tensors are trained.
@@ -104,98 +107,109 @@ class ShardedModel:
     trained: int
     trains_base: bool
 
-    def estimate_rank(self, memory: StepMemory, ranks: int, shard: str) -> StepMemory:
-        """Convert an unsharded estimate to that of the largest rank; `shard` is `--shard`."""
-        return highest(
+    def estimate_rank(self, memory: StepMemory, world_size: int, shard: str) -> StepMemory:
+        """Returns the memory of the largest rank, given that of an unsharded model."""
+        return get_peak(
             {
-                moment: self._at(moment, parts, ranks, shard)
+                moment: self._at(moment, parts, world_size, shard)
                 for moment, parts in memory.moments.items()
             },
             memory.tokens,
         )
 
     def _at(
-        self, moment: str, parts: Mapping[str, float], ranks: int, shard: str
+        self, moment: str, parts: Mapping[str, float], world_size: int, shard: str
     ) -> dict[str, float]:
         parts = dict(parts)
         if shard == "none":  # DDP's buckets are a second copy of the gradients
             parts[REDUCED] = parts.get(GRADIENTS, 0) or parts.get(ADAPTER, 0)
             return parts
-        for part, saved in self.saved(ranks).items():
-            share = 1 - saved / parts[part] if parts.get(part) else 1.0
+        for part, saved in self.saved_bytes(world_size).items():
+            ratio = 1 - saved / parts[part] if parts.get(part) else 1.0
             parts[part] = parts.get(part, 0) - saved
             if part == WEIGHTS and self.trains_base:
                 for other in (GRADIENTS, OPTIMIZER):
-                    parts[other] = parts.get(other, 0) * share
+                    parts[other] = parts.get(other, 0) * ratio
         if CASTS in parts:
             parts[CASTS] = min(parts[CASTS], self.root_casts)
-        ends = moment == UPDATE
-        if not ends:
-            root, block = self.root.gathered(ranks), self.block.gathered(ranks)
-            gathered = self.blocks.gathered(ranks) + block if shard == "grads" else 3 * block
+        is_update = moment == UPDATE
+        if not is_update:
+            root, block = (
+                self.root.gathered_bytes(world_size),
+                self.block.gathered_bytes(world_size),
+            )
+            gathered = (
+                self.blocks.gathered_bytes(world_size) + block if shard == "grads" else 3 * block
+            )
             parts[GATHERED] = root + gathered
             if self.trains_base and moment in (BACKWARD, FIRST_BLOCK):
-                parts[REDUCED] = self.root.reduced(ranks) + 2 * self.block.reduced(ranks)
+                parts[REDUCED] = self.root.reduced_bytes(world_size) + 2 * self.block.reduced_bytes(
+                    world_size
+                )
         elif not self.trains_base:
             parts[REDUCED] = self.trained
         return parts
 
-    def saved(self, ranks: int) -> dict[str, float]:
-        """Returns part → bytes that a rank saves by sharding."""
+    def saved_bytes(self, world_size: int) -> dict[str, float]:
+        """Returns category → bytes that a rank saves by sharding."""
         sizes: dict[str, float] = {}
         for group in (self.blocks, self.root):
-            total, stored = group.held(1), group.held(ranks)
+            total, stored = group.stored_bytes(1), group.stored_bytes(world_size)
             for part, size in total.items():
                 sizes[part] = sizes.get(part, 0) + size - stored[part]
         return sizes
 
 
-def describe_shares(run: Run) -> ShardedModel:
+def get_sharded_model(run: Run) -> ShardedModel:
     """Returns the sharded tensors of the planned model, computed on fake tensors."""
     sample = LayerSample.of(run).sample
-    model = build_fake_model(run, None if sample is None else list(sample)).model
+    model = create_fake_model(run, None if sample is None else list(sample)).model
     replicated, blocks = replicated_parameters(model), blocks_of(model)
     dtype = DTYPES[run.model.dtype]
-    narrow = {
-        linear.weight for block in blocks for linear in cast_linears(block, dtype, replicated)
+    cast_weights = {
+        linear.weight for block in blocks for linear in get_cast_layers(block, dtype, replicated)
     }
-    groups = [_cut(block.parameters(), replicated, narrow, dtype) for block in blocks]
-    inside = {parameter for block in blocks for parameter in block.parameters()}
+    groups = [
+        _create_group(block.parameters(), replicated, cast_weights, dtype) for block in blocks
+    ]
+    block_parameters = {parameter for block in blocks for parameter in block.parameters()}
     tensors = [tensor for cut in groups for tensor in cut.tensors]
-    count, trained = len(groups), _count_trained(model)
+    num_blocks, trained = len(groups), _num_trained(model)
     if sample is not None:  # each sampled layer represents similar ones
         for at, times in zip(range(len(blocks)), itertools.cycle(sample.values()), strict=False):
             if extra := round(times) - 1:
                 tensors += [replace(tensor, times=extra) for tensor in groups[at].tensors]
-                trained += extra * _count_trained(blocks[at])
-                count += extra
+                trained += extra * _num_trained(blocks[at])
+                num_blocks += extra
     return ShardedModel(
-        block=max(groups, key=lambda cut: cut.gathered(1)),
+        block=max(groups, key=lambda cut: cut.gathered_bytes(1)),
         blocks=ShardGroup(tuple(tensors)),
-        count=count,
-        root=_cut((p for p in model.parameters() if p not in inside), replicated, set(), dtype),
+        count=num_blocks,
+        root=_create_group(
+            (p for p in model.parameters() if p not in block_parameters), replicated, set(), dtype
+        ),
         root_casts=dtype.itemsize
         * sum(
             linear.weight.numel()
-            for linear in cast_linears(model, dtype, replicated)
-            if linear.weight not in narrow
+            for linear in get_cast_layers(model, dtype, replicated)
+            if linear.weight not in cast_weights
         ),
         trained=_FLOAT * trained,
         trains_base=METHODS[run.config.method.kind].trains_base(run.config.method),
     )
 
 
-def _count_trained(module: torch.nn.Module) -> int:
+def _num_trained(module: torch.nn.Module) -> int:
     return sum(p.numel() for p in module.parameters() if p.requires_grad)
 
 
-def _cut(
+def _create_group(
     parameters: Iterable[torch.nn.Parameter],
     replicated: set[torch.nn.Parameter],
-    narrow: set[torch.nn.Parameter],
+    cast_weights: set[torch.nn.Parameter],
     dtype: torch.dtype,
 ) -> ShardGroup:
-    """Returns a group of `parameters` not in `replicated`; `narrow` ones gather in `dtype`."""
+    """Returns the `parameters` not in `replicated`; `cast_weights` are gathered in `dtype`."""
     return ShardGroup(
         tuple(
             ShardedTensor(
@@ -203,7 +217,7 @@ def _cut(
                 QUANTIZED if p.dtype in _CODES else WEIGHTS,
                 p.shape[0],
                 p.nbytes,
-                p.numel() * dtype.itemsize if p in narrow else p.nbytes,
+                p.numel() * dtype.itemsize if p in cast_weights else p.nbytes,
             )
             for p in parameters
             if p not in replicated

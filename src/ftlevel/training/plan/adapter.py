@@ -40,7 +40,7 @@ from ftlevel.trained.resolve import (
 from ftlevel.training.plan.run import Run, StartingAdapter
 from ftlevel.weights.checkpoint import load_header
 
-_NAMED = ("target_modules", "target_parameters", "layers_to_transform", "modules_to_save")
+_RECIPE_FIELDS = ("target_modules", "target_parameters", "layers_to_transform", "modules_to_save")
 """Settings taken from the run's recipe: adapter_config.json has expanded module names."""
 
 
@@ -48,15 +48,13 @@ def resolve_adapter(config: TrainConfig) -> tuple[TrainConfig, StartingAdapter |
     """Apply `--adapter` to `config`; returns the new configuration, the adapter, and notes.
 
     A full model, such as a merged one, becomes the base model instead, and the adapter is None.
-
-    Raises:
-        ConfigError: the adapter is missing or cannot be continued, or a flag contradicts it.
-        InputError: the adapter's files are corrupted, or the base model is missing or differs.
+    Raises ConfigError if the adapter is missing or cannot be continued, or a flag contradicts it;
+    InputError if its files are corrupted, or the base model is missing or differs.
     """
     if config.model.adapter is None:
         return config, None, []
     name, model = config.model.adapter, config.model
-    directory = get_model_dir(name)
+    path = get_model_dir(name)
     if is_model(name):
         if "name_or_path" in config.model.model_fields_set:
             raise ConfigError(
@@ -64,15 +62,15 @@ def resolve_adapter(config: TrainConfig) -> tuple[TrainConfig, StartingAdapter |
                 f"given too. Use one of them."
             )
         values = config.model_dump(exclude_unset=True)
-        values["model"] |= {"name_or_path": str(directory), "adapter": None}
+        values["model"] |= {"name_or_path": str(path), "adapter": None}
         note = f"--adapter {name} is a whole model: it is trained on as --model is"
         return build_config([Layer(values)]), None, [note]
-    _check_kind(name, directory, config.output.dir)
+    _check_adapter_path(name, path, config.output.dir)
     values = config.model_dump(exclude_unset=True)
     is_named = "name_or_path" in model.model_fields_set
     ref = resolve_model(
         name,
-        None if (directory / CARD).is_file() else values.get("task"),
+        None if (path / CARD).is_file() else values.get("task"),
         resolve_source(model.name_or_path, model.revision) if is_named else None,
         device=select_device(model.device).value,
         display_name=f"--adapter {name}",
@@ -81,13 +79,13 @@ def resolve_adapter(config: TrainConfig) -> tuple[TrainConfig, StartingAdapter |
     card = ref.card if ref.is_ours else None
     adapter = StartingAdapter(
         name,
-        directory,
-        load_peft_adapter_config(directory),
+        path,
+        load_peft_adapter_config(path),
         card,
-        file_fingerprint(directory / ADAPTER_WEIGHTS),
+        file_fingerprint(path / ADAPTER_WEIGHTS),
     )
-    spec = _read_spec(adapter, config.method)
-    _check_flags(config, adapter, spec)
+    spec = _load_method_config(adapter, config.method)
+    _check_method_options(config, adapter, spec)
     values["method"] = spec.model_dump()
     values["model"] = {**values.get("model", {}), "name_or_path": ref.base}
     if ref.source.revision:
@@ -96,10 +94,10 @@ def resolve_adapter(config: TrainConfig) -> tuple[TrainConfig, StartingAdapter |
         # The columns decide between the tasks of an encoder-decoder.
         if adapter.settings.get("task_type") != "SEQ_2_SEQ_LM" or "task" in values:
             values["task"] = ref.task
-        values |= _task_settings(values, directory, {})
+        values |= _get_task_values(values, path, {})
         return build_config([Layer(values)]), adapter, []
     values.setdefault("task", ref.task)
-    values |= _task_settings(values, directory, card.options)
+    values |= _get_task_values(values, path, card.options)
     if ref.labels:
         values["data"] = {**values.get("data", {}), "labels": ref.labels}
     if not ref.is_prequantized:
@@ -112,33 +110,31 @@ def resolve_adapter(config: TrainConfig) -> tuple[TrainConfig, StartingAdapter |
     return build_config([Layer(values)]), adapter, []
 
 
-def _task_settings(
-    values: Mapping[str, Any], directory: Path, options: Mapping[str, Any]
+def _get_task_values(
+    values: Mapping[str, Any], path: Path, card_options: Mapping[str, Any]
 ) -> dict[str, dict[str, Any]]:
-    """Returns the adapter's task settings by section; settings in `values` take precedence."""
     if "task" not in values:
         return {}
-    result = TASKS[values["task"]].inherited_config(directory, options)
-    return {name: {**settings, **values.get(name, {})} for name, settings in result.items()}
+    values_by_section = TASKS[values["task"]].inherited_config(path, card_options)
+    return {
+        name: {**settings, **values.get(name, {})} for name, settings in values_by_section.items()
+    }
 
 
-def _check_kind(name: str, directory: Path, output_dir: Path | None) -> None:
-    """Reject directories that are not PEFT adapters, and those inside the output directory."""
-    if (reader := get_adapter_reader(directory)) is not None:
+def _check_adapter_path(name: str, path: Path, output_dir: Path | None) -> None:
+    if (reader := get_adapter_reader(path)) is not None:
         raise ConfigError(
             f"--adapter {name} is in {reader.name}'s form, which is read and not trained on. Train "
             "a new adapter with --method adapter."
         )
-    if not (directory / ADAPTER_CONFIG).is_file():
-        problem = (
-            "contains neither an adapter nor a model" if directory.exists() else "does not exist"
-        )
+    if not (path / ADAPTER_CONFIG).is_file():
+        problem = "contains neither an adapter nor a model" if path.exists() else "does not exist"
         raise ConfigError(
             f"--adapter {name} {problem}. Name a run of ftlevel, its adapter directory, an "
             f"adapter of "
             f"PEFT's with its {ADAPTER_CONFIG}, or a method."
         )
-    if output_dir is not None and directory.resolve().is_relative_to(output_dir.resolve()):
+    if output_dir is not None and path.resolve().is_relative_to(output_dir.resolve()):
         raise ConfigError(
             f"--output-dir {output_dir} holds --adapter {name}, which is not changed. Choose "
             f"another "
@@ -146,38 +142,38 @@ def _check_kind(name: str, directory: Path, output_dir: Path | None) -> None:
         )
 
 
-def _read_spec(adapter: StartingAdapter, requested: MethodConfig) -> MethodConfig:
+def _load_method_config(adapter: StartingAdapter, requested: MethodConfig) -> MethodConfig:
     """Returns the method configuration that rebuilds `adapter`, from its recipe and config."""
-    settings, card = adapter.settings, adapter.card
-    kind = card.method if card else _kind_of(adapter)
-    run = get_run_dir(adapter.directory)
+    peft_config, card = adapter.settings, adapter.card
+    method = card.method if card else _get_method(adapter)
+    run_path = get_run_dir(adapter.directory)
     values: dict[str, Any] = {}
-    if card is not None and run is not None:
-        recipe = load_recipe(run / CONFIG).values.get("method") or {}
+    if card is not None and run_path is not None:
+        recipe = load_recipe(run_path / CONFIG).values.get("method") or {}
         values = dict(recipe) if isinstance(recipe, Mapping) else {}
-    if card is None and kind == "lora" and requested.kind == "qlora":
-        kind = "qlora"
-    kind = METHODS[kind].resume_method or kind
-    fields = SPECS[kind].model_fields
+    if card is None and method == "lora" and requested.kind == "qlora":
+        method = "qlora"
+    method = METHODS[method].resume_method or method
+    fields = SPECS[method].model_fields
     values = {name: value for name, value in values.items() if name in fields}
     values |= {
         name: value
-        for name, value in settings.items()
+        for name, value in peft_config.items()
         if name in fields
         and value is not None
         and not name.startswith("init_")
-        and not (name in values and name in _NAMED)
+        and not (name in values and name in _RECIPE_FIELDS)
     }
-    if (card is None or run is None) and "modules_to_save" in fields:
-        values["modules_to_save"] = _saved_modules(adapter)
+    if (card is None or run_path is None) and "modules_to_save" in fields:
+        values["modules_to_save"] = _get_saved_modules(adapter)
     for name in ("lora_plus_ratio", *(name for name in fields if name.endswith("dropout"))):
         if name in requested.model_fields_set and hasattr(requested, name):
             values[name] = getattr(requested, name)  # training settings, not part of the adapter
-    spec = build_config([Layer({"method": {**values, "kind": kind}})]).method
-    return METHODS[kind].initialization.without_weights(spec)
+    spec = build_config([Layer({"method": {**values, "kind": method}})]).method
+    return METHODS[method].initialization.without_weights(spec)
 
 
-def _kind_of(adapter: StartingAdapter) -> str:
+def _get_method(adapter: StartingAdapter) -> str:
     """Returns the method of an adapter written by plain PEFT; ConfigError if none matches."""
     peft_type = str(adapter.settings.get("peft_type"))
     for kind, method in METHODS.items():
@@ -189,30 +185,30 @@ def _kind_of(adapter: StartingAdapter) -> str:
     )
 
 
-def _saved_modules(adapter: StartingAdapter) -> list[str]:
-    """Returns those of the adapter's `modules_to_save` whose weights are in its file."""
+def _get_saved_modules(adapter: StartingAdapter) -> list[str]:
     tensors, _ = load_header(adapter.directory / ADAPTER_WEIGHTS)
     names = adapter.settings.get("modules_to_save") or []
     return [name for name in names if any(f".{name}." in key for key in tensors)]
 
 
-def _check_flags(config: TrainConfig, adapter: StartingAdapter, spec: MethodConfig) -> None:
-    """Reject flags that contradict the adapter, and methods that cannot be continued."""
+def _check_method_options(
+    config: TrainConfig, adapter: StartingAdapter, spec: MethodConfig
+) -> None:
     if error := METHODS[spec.kind].resume_error:
         raise ConfigError(
             f"--adapter {adapter.name} was trained by --method {spec.kind}, which cannot be "
             f"continued: "
             f"{error}. Merge it with ftlevel merge and train on the result."
         )
-    requested, card, problems = config.method, adapter.card, list[str]()
+    requested, card, errors = config.method, adapter.card, list[str]()
 
     def add(flag: str, value: Any, other: Any) -> None:
-        problems.append(
+        errors.append(
             f"{flag} {value}: --adapter {adapter.name} has {other}. Drop {flag}, or train a new "
             "adapter."
         )
 
-    flags = {row.path: row.shown for row in FLAGS if row.path}
+    flag_by_field = {row.path: row.shown for row in FLAGS if row.path}
     names = requested.model_fields_set - {"kind"}
     is_lora = {requested.kind, spec.kind} <= {"lora", "qlora"}
     is_same = is_lora or requested.kind in (spec.kind, card.method if card else "")
@@ -225,8 +221,8 @@ def _check_flags(config: TrainConfig, adapter: StartingAdapter, spec: MethodConf
         if name.startswith("init_") and value == "default":
             continue
         if _sorted(value) != _sorted(other):
-            shown = other if hasattr(spec, name) else "no such thing"
-            add(flags.get(f"method.{name}", f"method.{name}"), value, shown)
+            expected = other if hasattr(spec, name) else "no such thing"
+            add(flag_by_field.get(f"method.{name}", f"method.{name}"), value, expected)
     if card is not None:
         # Preferences and reinforcement learning train the same head.
         same_head = config.task in ("preference", RL_TASK) and TASKS[card.task].generates_text
@@ -237,15 +233,15 @@ def _check_flags(config: TrainConfig, adapter: StartingAdapter, spec: MethodConf
         quant = card.quantization.get("kind", "none")
         if config.quant.kind not in ("none", quant):
             add("--quant", config.quant.kind, f"a base of --quant {quant}")
-    if problems:
-        raise ConfigError(problems)
+    if errors:
+        raise ConfigError(errors)
 
 
 def _sorted(value: Any) -> Any:
     return sorted(value, key=str) if isinstance(value, list) else value
 
 
-_UNCOMPARED_SETTINGS = set(
+_IGNORED_FIELDS = set(
     """
     base_model_name_or_path revision inference_mode auto_mapping peft_version task_type
     target_modules exclude_modules modules_to_save layers_to_transform layers_pattern
@@ -259,38 +255,39 @@ def check_adapter_matches(adapter: StartingAdapter, run: Run) -> None:
     """Raise ConfigError if settings or tensors of an adapter differ from those the run builds."""
     method, spec = METHODS[run.config.method.kind], run.config.method
     meta = build_task_model(run.model.config, run.model.auto_class)
-    problem, options = run.data.info["problem_type"], adapter.card and adapter.card.options
-    if options and options.get("problem_type", problem) != problem:
+    problem, card_options = run.data.info["problem_type"], adapter.card and adapter.card.options
+    if card_options and card_options.get("problem_type", problem) != problem:
         raise ConfigError(
-            f"--adapter {adapter.name} was trained for {options['problem_type']}, and these rows "
-            f"are "
-            f"{problem}. Use other rows, or train a new adapter."
+            f"--adapter {adapter.name} was trained for {card_options['problem_type']}, and these "
+            f"rows are {problem}. Use other rows, or train a new adapter."
         )
-    compact = replace(run.base, targets=get_shortest_targets(meta, run.base.targets))
-    built = json.loads(json.dumps(method.build(spec, compact).to_dict(), default=_plain))
+    base_info = replace(run.base, targets=get_shortest_targets(meta, run.base.targets))
+    expected_config = json.loads(
+        json.dumps(method.build(spec, base_info).to_dict(), default=_to_json)
+    )
     for name, value in adapter.settings.items():
-        if _is_other(name, value, built):
-            expected = json.dumps(built.get(name))
+        if _is_other(name, value, expected_config):
+            expected = json.dumps(expected_config.get(name))
             raise ConfigError(
                 f"--adapter {adapter.name}: its {name} is {json.dumps(value)}, and in training it "
                 f"would be {expected}. It cannot be continued."
             )
-    needed, shapes = get_expected_tensors(apply_method(meta, spec, run.base))
-    stored, _ = load_header(adapter.directory / ADAPTER_WEIGHTS)
-    stored_shapes = {name: tensor.spec.shape for name, tensor in stored.items()}
-    other = {name for name, shape in stored_shapes.items() if shapes.get(name) != shape}
-    if mismatched := sorted(other | (needed - stored_shapes.keys())):
+    required, shapes = get_expected_tensors(apply_method(meta, spec, run.base))
+    tensors, _ = load_header(adapter.directory / ADAPTER_WEIGHTS)
+    saved_shapes = {name: tensor.spec.shape for name, tensor in tensors.items()}
+    other = {name for name, shape in saved_shapes.items() if shapes.get(name) != shape}
+    if mismatched := sorted(other | (required - saved_shapes.keys())):
         first = mismatched[0]
         raise ConfigError(
             f"--adapter {adapter.name}: {len(mismatched):,} of its tensors are not those that "
             f"would be "
-            f"trained, such as {first}: {_shape(stored_shapes.get(first))} in its file, and "
+            f"trained, such as {first}: {_shape(saved_shapes.get(first))} in its file, and "
             f"{_shape(shapes.get(first))} here. It cannot be continued."
         )
 
 
-def find_adapter_warnings(adapter: StartingAdapter, run: Run) -> list[str]:
-    """Find warnings about unknown class names, or a prompt format unlike the adapter's."""
+def get_adapter_warnings(adapter: StartingAdapter, run: Run) -> list[str]:
+    """Returns warnings about unknown class names, or a prompt format unlike the adapter's."""
     labels = run.data.info["labels"]
     if adapter.card is None and labels and not run.config.data.labels:
         return [
@@ -306,15 +303,14 @@ def find_adapter_warnings(adapter: StartingAdapter, run: Run) -> list[str]:
     ]
 
 
-def _is_other(name: str, value: Any, built: Mapping[str, Any]) -> bool:
-    """Returns whether the setting `name` of an adapter differs from the one the run would build."""
+def _is_other(name: str, value: Any, expected_config: Mapping[str, Any]) -> bool:
     is_initialization = "init" in name or name.endswith("_config")
-    if name in _UNCOMPARED_SETTINGS or is_initialization or name.endswith("dropout"):
+    if name in _IGNORED_FIELDS or is_initialization or name.endswith("dropout"):
         return False
-    return bool((value or built.get(name)) and value != built.get(name))
+    return bool((value or expected_config.get(name)) and value != expected_config.get(name))
 
 
-def _plain(value: Any) -> Any:
+def _to_json(value: Any) -> Any:
     return sorted(value) if isinstance(value, (set, frozenset)) else str(value)
 
 

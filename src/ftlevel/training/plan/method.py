@@ -32,9 +32,11 @@ from ftlevel.models.upstream.architectures import packable_experts
 class MethodTargets:
     """Full names of the modules and tensors that a method adapts.
 
-    `parameters` and `full_modules` are PEFT's `target_parameters` and `modules_to_save`.
-    `fan_in_fan_out` means Conv1D, with `(in, out)` weights. `sizes` maps linear layers to `(in,
-    out)`, and embeddings to the shape of their weight.
+    Attributes:
+        parameters: PEFT's `target_parameters`.
+        fan_in_fan_out: whether the modules are Conv1D, with `(in, out)` weights.
+        sizes: `(in, out)` of linear layers, and the weight's shape of embeddings.
+        full_modules: PEFT's `modules_to_save`.
     """
 
     modules: list[str]
@@ -48,29 +50,31 @@ class MethodTargets:
         if not self.modules:
             return []
         names = dict.fromkeys(re.sub(r"^\d+$", "norm", n.rpartition(".")[2]) for n in self.modules)
-        shown = f"{', '.join(names)}: {len(self.modules)} modules"
+        text = f"{', '.join(names)}: {len(self.modules)} modules"
         is_default = target_modules == "all-linear"
-        reason = "all-linear: every linear layer of the blocks" if is_default else ""
+        note = "all-linear: every linear layer of the blocks" if is_default else ""
         choices = [Choice("target tensors", ", ".join(self.parameters))] if self.parameters else []
         if self.full_modules:
             choices.append(Choice("in full", ", ".join(self.full_modules), "--modules-to-save"))
-        return [Choice("targets", shown, reason), *choices]
+        return [Choice("targets", text, note), *choices]
 
 
-def find_method_targets(
+def resolve_method_targets(
     spec: MethodConfig, meta: Any, model_name: str, quant: str = "none"
 ) -> MethodTargets:
     """Returns the targets of `spec` in `meta`, a meta model; ConfigError if they do not exist."""
     method, tree = METHODS[spec.kind], ModuleTree(meta)
-    modules = _modules(spec, method, tree, model_name)
+    modules = _resolve_modules(spec, method, tree, model_name)
     layers = getattr(spec, "layers_to_transform", None)
     if layers:
-        modules = _in_layers(modules, tree, layers)
+        modules = _filter_layers(modules, tree, layers)
     sizes = {name: size for name in modules if (size := linear_size(tree.modules[name]))}
     # Quantization replaces Conv1D by linear layers with `(out, in)` weights.
     conv1d = quant == "none" and {kind for kind, _, _ in sizes.values()} == {"Conv1D"}
     target_parameters = getattr(spec, "target_parameters", None)
-    parameters = _parameters(target_parameters, tree, model_name) if target_parameters else []
+    parameters = (
+        _resolve_parameters(target_parameters, tree, model_name) if target_parameters else []
+    )
     widths = {name: (fan_in, fan_out) for name, (_, fan_in, fan_out) in sizes.items()}
     method.check(spec, widths)
     widths |= {
@@ -78,14 +82,18 @@ def find_method_targets(
         for name in modules
         if isinstance(tree.modules[name], nn.Embedding)
     }
-    in_full = _in_full(getattr(spec, "modules_to_save", ()), tree, model_name, quant)
-    return MethodTargets(modules, parameters, conv1d, widths, in_full)
+    full_modules = _resolve_saved_modules(
+        getattr(spec, "modules_to_save", ()), tree, model_name, quant
+    )
+    return MethodTargets(modules, parameters, conv1d, widths, full_modules)
 
 
-def _modules(spec: MethodConfig, method: Method, tree: ModuleTree, model_name: str) -> list[str]:
+def _resolve_modules(
+    spec: MethodConfig, method: Method, tree: ModuleTree, model_name: str
+) -> list[str]:
     requested = getattr(spec, "target_modules", None)
     if requested:
-        embeddings, rest = _embeddings(spec, method, tree, requested)
+        embeddings, rest = _split_embeddings(spec, method, tree, requested)
         names = resolve_targets(tree.model, rest, model_name=model_name) if rest else []
         return sorted({*embeddings, *names})
     names = method.default_target_modules(spec, tree.model)
@@ -97,13 +105,9 @@ def _modules(spec: MethodConfig, method: Method, tree: ModuleTree, model_name: s
     return names
 
 
-def _embeddings(
+def _split_embeddings(
     spec: MethodConfig, method: Method, tree: ModuleTree, requested: str | list[str]
 ) -> tuple[list[str], str | list[str]]:
-    """Split `requested` into embedding or output layers and all other modules.
-
-    Raises ConfigError if the method does not support embedding or output layers.
-    """
     error = method.get_embedding_error(spec)
     if isinstance(requested, str) or error is None:
         return [], requested
@@ -121,8 +125,7 @@ def _embeddings(
     return selected, [name for name in requested if not matches[name]]
 
 
-def _in_layers(modules: Sequence[str], tree: ModuleTree, layers: Sequence[int]) -> list[str]:
-    """Returns the `modules` that belong to `layers`; ConfigError for missing layers."""
+def _filter_layers(modules: Sequence[str], tree: ModuleTree, layers: Sequence[int]) -> list[str]:
     available = {tree.layer(name) for name in modules} - {None}
     missing = [layer for layer in layers if layer not in available]
     if missing:
@@ -134,16 +137,18 @@ def _in_layers(modules: Sequence[str], tree: ModuleTree, layers: Sequence[int]) 
     return [name for name in modules if tree.layer(name) in layers]
 
 
-def _in_full(names: Sequence[str], tree: ModuleTree, model_name: str, quant: str) -> list[str]:
+def _resolve_saved_modules(
+    names: Sequence[str], tree: ModuleTree, model_name: str, quant: str
+) -> list[str]:
     """Returns `modules_to_save` as names that PEFT matches to the requested modules only."""
     resolved: list[str] = []
     for name in names:
         matches = [full for full in tree.modules if f".{full}".endswith(f".{name}")]
         if not matches:
-            ends = sorted({full.rpartition(".")[2] for full in tree.modules if full})
+            suffixes = sorted({full.rpartition(".")[2] for full in tree.modules if full})
             raise ConfigError(
                 f"--modules-to-save: {name!r} is no module of {model_name}."
-                f"{did_you_mean(name, ends)}"
+                f"{did_you_mean(name, suffixes)}"
             )
         fused = [full for full in matches if linear_size(tree.modules[full])]
         if quant != "none" and (quantized := [full for full in fused if not tree.in_heads(full)]):
@@ -152,13 +157,16 @@ def _in_full(names: Sequence[str], tree: ModuleTree, model_name: str, quant: str
                 f"cannot be "
                 "trained. Drop it, or drop --quant."
             )
-        read_as = [full for full in tree.modules if full.endswith(name)]  # as PEFT matches: no dot
-        resolved += [name] if read_as == matches else matches
+        peft_matches = [
+            full for full in tree.modules if full.endswith(name)
+        ]  # as PEFT matches: no dot
+        resolved += [name] if peft_matches == matches else matches
     return resolved
 
 
-def _parameters(requested: str | Sequence[str], tree: ModuleTree, model_name: str) -> list[str]:
-    """Returns `target_parameters` as suffixes of tensor names; ConfigError for unknown ones."""
+def _resolve_parameters(
+    requested: str | Sequence[str], tree: ModuleTree, model_name: str
+) -> list[str]:
     experts = list(dict.fromkeys(part.pattern.rpartition("}.")[2] for part in tree.experts()))
     if requested == "experts":
         if not experts:
@@ -171,10 +179,10 @@ def _parameters(requested: str | Sequence[str], tree: ModuleTree, model_name: st
     for name in requested:
         if not any(f".{tensor}".endswith(f".{name}") for tensor in tensors):
             available = f" Expert tensors here: {join_names(experts)}." if experts else ""
-            ends = {".".join(tensor.split(".")[-3:]) for tensor in tensors}
+            suffixes = {".".join(tensor.split(".")[-3:]) for tensor in tensors}
             raise ConfigError(
                 f"method.target_parameters: {name!r} is no tensor of {model_name}."
-                f"{did_you_mean(name, sorted(ends))}{available}"
+                f"{did_you_mean(name, sorted(suffixes))}{available}"
             )
     return list(requested)
 
@@ -184,52 +192,49 @@ def resolve_quantization(
 ) -> QuantConfig:
     """Returns the quantization of the base: that of its checkpoint, or else `quant`.
 
-    Raises:
-        ConfigError: the quantization does not match the method, `--quant` or the device.
+    Raises ConfigError if it does not match the method, `--quant` or the device.
     """
-    stored = get_quantization_config(model_config)
-    form = quant.kind if stored is None else quantization_name(stored)
-    if device == "mps" and form != "none":
+    checkpoint_config = get_quantization_config(model_config)
+    name = quant.kind if checkpoint_config is None else quantization_name(checkpoint_config)
+    if device == "mps" and name != "none":
         raise ConfigError(
-            f"--device mps: a base in {form} is not trained on Apple's GPU: ftlevel has not been "
+            f"--device mps: a base in {name} is not trained on Apple's GPU: ftlevel has not been "
             f"tested with its kernels there. Use --device cpu, or a model in floating point "
             f"without --quant."
         )
-    if stored is None:
+    if checkpoint_config is None:
         return quant
-    quant = match_quantization(stored, quant, source.label, device)
-    base = QuantizedCheckpoint(source.name, form, quant.kind)
+    quant = match_quantization(checkpoint_config, quant, source.label, device)
+    base = QuantizedCheckpoint(source.name, name, quant.kind)
     if error := METHODS[method.kind].get_quantized_error(method, base):
         raise ConfigError(error)
     return quant
 
 
 def resolve_experts(
-    quant: QuantConfig, method: MethodConfig, meta: Any, stored: bool
+    quant: QuantConfig, method: MethodConfig, meta: Any, is_quantized: bool
 ) -> tuple[QuantConfig, str]:
-    """Returns `quant` with `experts` resolved, and the reason if experts are not quantized (or "").
+    """Returns `quant` with `experts` resolved, and why experts are not quantized ("" if they are).
 
-    `meta` is the base on the meta device; `stored` is whether its checkpoint is quantized.
-
-    Raises:
-        ConfigError: `--set quant.experts=true`, but the experts cannot be quantized.
+    `meta` is the base on the meta device; `is_quantized` is whether its checkpoint is quantized.
+    Raises ConfigError for `quant.experts=true` if the experts cannot be quantized.
     """
-    reason = ""
+    message = ""
     if not next(ModuleTree(meta).experts(), None):
-        reason = "the model has no experts in one tensor"
+        message = "the model has no experts in one tensor"
     elif quant.kind != "4bit":
-        reason = "bitsandbytes supports 8 bits for linear layers only"
-    elif stored:
-        reason = "they are stored like this in the checkpoint"
+        message = "bitsandbytes supports 8 bits for linear layers only"
+    elif is_quantized:
+        message = "they are stored like this in the checkpoint"
     elif getattr(method, "target_parameters", None):
-        reason = "adapters go on them, which PEFT puts onto floating point"
+        message = "adapters go on them, which PEFT puts onto floating point"
     elif not next(packable_experts(meta), None):
-        reason = "they have biases, or lie otherwise than can be packed"
+        message = "they have biases, or lie otherwise than can be packed"
     elif quant.experts is False:
-        reason = "--set quant.experts=false"
-    if quant.experts and reason:
-        raise ConfigError(f"quant.experts: experts cannot be quantized here: {reason}. Drop it.")
-    return quant.model_copy(update={"experts": not reason}), reason
+        message = "--set quant.experts=false"
+    if quant.experts and message:
+        raise ConfigError(f"quant.experts: experts cannot be quantized here: {message}. Drop it.")
+    return quant.model_copy(update={"experts": not message}), message
 
 
 def check_method(
@@ -238,24 +243,24 @@ def check_method(
     task: str,
     quant: QuantConfig,
     model_config: Any,
-    kind: str,
+    model_type: str,
 ) -> None:
     """Raise ConfigError if the method does not support model, task or quantization."""
     family, method = lookup_family(model_config.model_type), METHODS[spec.kind]
     experts = bool(family.target_parameters) if family else None
-    check_supported(spec, Cell("", model_config.model_type, kind, task, quant.kind, experts))
-    error = method.get_error(spec, model_config, kind, task, quant.kind)
+    check_supported(spec, Cell("", model_config.model_type, model_type, task, quant.kind, experts))
+    error = method.get_error(spec, model_config, model_type, task, quant.kind)
     if error is not None:
         raise ConfigError(f"--method {spec.kind}: {error}")
-    rolls_back = train.on_nonfinite == "rollback" or train.spike_factor is not None
-    if rolls_back and method.changes_shape:
+    uses_rollback = train.on_nonfinite == "rollback" or train.spike_factor is not None
+    if uses_rollback and method.changes_shape:
         raise ConfigError(
             f"--method {spec.kind} changes its shape during a run and cannot roll back to a "
             f"checkpoint. Use --on-nonfinite skip, without --spike-factor."
         )
 
 
-def choose_precision(method: MethodConfig, wish: str, device: str, model_type: str) -> Choice:
-    """Choose the compute precision, given `--dtype`; raise ConfigError if it is not supported."""
-    needed = METHODS[method.kind].initialization.required_dtype(method, wish)
-    return needed or select_dtype(wish, device, method.kind, model_type)
+def resolve_precision(method: MethodConfig, requested: str, device: str, model_type: str) -> Choice:
+    """Returns the compute precision, given `--dtype`; ConfigError if it is not supported."""
+    required = METHODS[method.kind].initialization.required_dtype(method, requested)
+    return required or select_dtype(requested, device, method.kind, model_type)

@@ -57,9 +57,9 @@ from ftlevel.training.best import Length, resolve_best_model
 from ftlevel.training.plan.adapter import check_adapter_matches
 from ftlevel.training.plan.method import (
     check_method,
-    choose_precision,
-    find_method_targets,
     resolve_experts,
+    resolve_method_targets,
+    resolve_precision,
     resolve_quantization,
 )
 from ftlevel.training.plan.run import (
@@ -72,11 +72,11 @@ from ftlevel.training.plan.run import (
 )
 from ftlevel.training.plan.schedule import (
     check_schedule,
-    choose_loss,
-    choose_rates,
     count_steps,
     count_steps_per_epoch,
-    find_bounds,
+    get_length_bounds,
+    resolve_rates,
+    resolve_training_loss,
     rows_per_epoch,
 )
 
@@ -100,7 +100,7 @@ class _BaseModel:
 class SyntheticBatch:
     """Substitutes for model, device, tokenizer and rows in an estimate; None means the real one.
 
-    `tokenizer` needs `eos_token_id`, `pad_token_id` and `chat_template`; `rows` creates rows for a
+    `tokenizer` needs `eos_token_id`, `pad_token_id` and `chat_template`. `rows` creates rows for a
     task, a model kind and a config. The weights of `source` may be missing; nothing is loaded on
     `device`.
     """
@@ -139,7 +139,7 @@ def resolve(
     method, train, is_estimate = config.method, config.train, synthetic is not None
     synthetic = synthetic or SyntheticBatch()
     task = TASKS[config.task].configured(config.task_options)
-    base = _read_model(config, task, synthetic)
+    base = _load_model_info(config, task, synthetic)
     device, dtype, quant = base.device.value, base.dtype.value, base.quant.kind
     task, task_choices = task.for_model(
         base.source, base.kind, width_of(base.config), base.tokenizer, train.rows_per_step
@@ -150,38 +150,40 @@ def resolve(
         prompt = load_prompt_format(adapter.card) if adapter and adapter.card else None
         version = prompt_version or (prompt.version if prompt else PROMPT_VERSION)
         memory_device = "cpu" if synthetic.device else device
-        bounds = find_bounds(method, quant, train, base.config, memory_device, dtype)
-        vocabulary = base.config.get_text_config().vocab_size
+        bounds = get_length_bounds(method, quant, train, base.config, memory_device, dtype)
+        vocab_size = base.config.get_text_config().vocab_size
         context = EncodingContext(
-            task, base.kind, base.tokenizer, vocabulary, bounds, train.seed, lenient, version
+            task, base.kind, base.tokenizer, vocab_size, bounds, train.seed, lenient, version
         )
         data = prepare_data(config.data, context, progress)
-    model_config = _task_config(base.source, data.info, base.tokenizer, task)
+    model_config = _load_task_config(base.source, data.info, base.tokenizer, task)
     layers = _disable_layerdrop(model_config)
     if not task.uses_dropout:
         layers += _disable_dropout(model_config)
     meta = build_task_model(model_config, base.auto_class)
     _check_checkpointing(train, meta, device)
-    model = _plan_model(base, model_config, meta, task, continues=adapter is not None)
-    targets = find_method_targets(method, meta, base.source.name, quant)
+    model = _plan_model(base, model_config, meta, task, has_adapter=adapter is not None)
+    targets = resolve_method_targets(method, meta, base.source.name, quant)
     objective = task.create_objective(base.kind, data.info)
     if config.distillation.teacher is not None and isinstance(objective, Tokens):
         objective = create_distillation_objective(objective, config.distillation)
-    generates = should_generate(train.predict_with_generate, task)
+    uses_generation = should_generate(train.predict_with_generate, task)
     check_metrics(
-        train.metrics, task, objective, generates=generates, how="--predict-with-generate"
+        train.metrics, task, objective, generates=uses_generation, how="--predict-with-generate"
     )
-    loss, loss_choices = choose_loss(
+    loss, loss_choices = resolve_training_loss(
         train, config.distillation, config.task, objective, data.info["labels"], data.train
     )
     epoch_rows = rows_per_epoch(config.train, config.steps_per_rollout, data)
     steps = count_steps(train, epoch_rows)
-    share, papers = 1.0, ""
+    rate_factor, source = 1.0, ""
     if config.task in PREFERENCE_TASKS:
-        share, papers = config.preference.loss_properties.rate, "DPO"
+        rate_factor, source = config.preference.loss_properties.rate, "DPO"
     elif config.task == RL_TASK:
-        share, papers = RL_RATE, "GRPO"
-    rates = choose_rates(method, train, _run_facts(model, meta, objective, steps), share, papers)
+        rate_factor, source = RL_RATE, "GRPO"
+    rates = resolve_rates(
+        method, train, _get_rate_info(model, meta, objective, steps), rate_factor, source
+    )
     check_schedule(train, rates.base.value, steps, len(data.validation))
     steps_per_epoch = steps if data.stream else count_steps_per_epoch(train, epoch_rows)
     length = Length(steps, steps / steps_per_epoch)
@@ -232,59 +234,56 @@ def resolve(
     return run
 
 
-def _read_model(config: TrainConfig, task: BaseTask, synthetic: SyntheticBatch) -> _BaseModel:
-    """Load the base's config and tokenizer, and resolve its device, dtype and quantization."""
+def _load_model_info(config: TrainConfig, task: BaseTask, synthetic: SyntheticBatch) -> _BaseModel:
     model = config.model
     source = synthetic.source or resolve_source(
         model.name_or_path, model.revision, model.trust_remote_code
     )
     check_revision(source, model.revision)
     model_config = load_config(source)
-    kind = model_kind(model_config)
+    model_kind_name = model_kind(model_config)
     device = synthetic.device or select_device(model.device)
     method, train = config.method, config.train
     quant = resolve_quantization(config.quant, method, model_config, source, device.value)
     try:
-        check_method(method, train, task.name, quant, model_config, kind)
+        check_method(method, train, task.name, quant, model_config, model_kind_name)
     except ConfigError as error:
         if (stored := get_quantization_config(model_config)) is None:
             raise
         already = f"--model {source.name} is quantized already ({quantization_name(stored)})."
         raise ConfigError([f"{already} {problem}" for problem in error.problems]) from None
-    auto_class = task.auto_class(kind, model_config.model_type)
+    auto_class = task.auto_class(model_kind_name, model_config.model_type)
     quant, experts = _resolve_experts(quant, method, model_config, auto_class)
-    dtype = choose_precision(method, model.dtype, device.value, model_config.model_type)
+    dtype = resolve_precision(method, model.dtype, device.value, model_config.model_type)
     tokenizer = synthetic.tokenizer or load_tokenizer(source)
     template = set_chat_template(tokenizer, config.data.chat_template)
     padding = ensure_pad_token(tokenizer)
     padding = (separate_pad_from_eos(tokenizer) if task.separates_padding else None) or padding
-    tokenizer_choice = task.prepare_tokenizer(tokenizer, kind)
+    tokenizer_choice = task.prepare_tokenizer(tokenizer, model_kind_name)
     choices = [choice for choice in (experts, template, padding, tokenizer_choice) if choice]
     return _BaseModel(
-        source, model_config, kind, auto_class, device, dtype, quant, tokenizer, choices
+        source, model_config, model_kind_name, auto_class, device, dtype, quant, tokenizer, choices
     )
 
 
 def _resolve_experts(
     quant: QuantConfig, method: MethodConfig, model_config: Any, auto_class: str
 ) -> tuple[QuantConfig, Choice | None]:
-    """Returns `quant` with expert quantization resolved, and the line that describes it, if any."""
     if quant.kind == "none" and not quant.experts:
         return quant, None
     meta = build_task_model(model_config, auto_class)
-    quant, reason = resolve_experts(
+    quant, message = resolve_experts(
         quant, method, meta, get_quantization_config(model_config) is not None
     )
     if not quant.experts and next(ModuleTree(meta).experts(), None) is None:
         return quant, None
     precision = "4 bits, as the linears" if quant.experts else "in floating point"
-    return quant, Choice("experts", precision, reason)
+    return quant, Choice("experts", precision, message)
 
 
 def _plan_model(
-    base: _BaseModel, model_config: Any, meta: Any, task: BaseTask, *, continues: bool
+    base: _BaseModel, model_config: Any, meta: Any, task: BaseTask, *, has_adapter: bool
 ) -> PlannedModel:
-    """Returns the planned model; with `continues`, no head is new: the adapter has all heads."""
     heads, new_modules = task.get_heads(meta, base.source)
     return PlannedModel(
         source=base.source,
@@ -297,14 +296,13 @@ def _plan_model(
         quant=base.quant,
         heads=heads,
         new_modules=new_modules,
-        new_heads=[] if continues else get_new_heads(meta, base.source, heads),
+        new_heads=[] if has_adapter else get_new_heads(meta, base.source, heads),
         total_parameters=sum(p.numel() for p in meta.parameters()),
         unused=task.get_unused_modules(meta),
     )
 
 
-def _run_facts(model: PlannedModel, meta: Any, objective: Objective, steps: int) -> RateInputs:
-    """Returns the properties of the run from which default learning rates are derived."""
+def _get_rate_info(model: PlannedModel, meta: Any, objective: Objective, steps: int) -> RateInputs:
     parameters = [p for head in model.new_heads for p in meta.get_submodule(head).parameters()]
     matrices = sum(parameter.dim() > 1 for parameter in parameters)
     return RateInputs(
@@ -331,17 +329,19 @@ def _disable_dropout(model_config: Any) -> list[Choice]:
     return _set_to_zero(config, values, "dropout", "off")
 
 
-def _set_to_zero(config: Any, values: Mapping[str, float], name: str, shown: str) -> list[Choice]:
-    """Set fields of `config` (modified) that are positive in `values` to 0; returns log lines."""
+def _set_to_zero(config: Any, values: Mapping[str, float], name: str, text: str) -> list[Choice]:
+    """Set each field of `config` (modified) that is positive in `values` to 0.
+
+    Returns the line that reports this, with `name` and `text`; empty if no field changed.
+    """
     positive = {field: value for field, value in values.items() if value and value > 0}
     for field in positive:
         setattr(config, field, 0.0)
     was = ", ".join(f"{field} {value:g}" for field, value in positive.items())
-    return [Choice(name, shown, f"the model has {was}")] if positive else []
+    return [Choice(name, text, f"the model has {was}")] if positive else []
 
 
 def _check_checkpointing(train: TrainerConfig, model: Any, device: str) -> None:
-    """Reject checkpointing or activation offloading that model or device does not support."""
     if train.offload_activations and device != "cuda":
         raise ConfigError(
             f"--offload-activations needs a GPU, and the device is {device}. Use "
@@ -355,14 +355,14 @@ def _check_checkpointing(train: TrainerConfig, model: Any, device: str) -> None:
         )
 
 
-def _task_config(
-    source: ModelSource, facts: Mapping[str, Any], tokenizer: Any, task: BaseTask
+def _load_task_config(
+    source: ModelSource, data_info: Mapping[str, Any], tokenizer: Any, task: BaseTask
 ) -> Any:
     overrides: dict[str, Any] = {}
-    if facts["problem_type"]:
-        overrides |= {"problem_type": facts["problem_type"], "num_labels": 1}  # regression
-    if facts["labels"]:
-        overrides |= label_overrides(facts["labels"])
+    if data_info["problem_type"]:
+        overrides |= {"problem_type": data_info["problem_type"], "num_labels": 1}  # regression
+    if data_info["labels"]:
+        overrides |= label_overrides(data_info["labels"])
     config = load_config(source, **overrides)
     if (
         task.separates_padding or getattr(config, "pad_token_id", None) is None
@@ -380,11 +380,8 @@ def infer_task(config: TrainConfig) -> tuple[TrainConfig, str]:
     """Returns `config` with the task inferred from model and columns, and an explanation.
 
     A task is inferred only for an encoder, if neither a task nor built-in data is named. Otherwise,
-    the explanation is empty.
-
-    Raises:
-        ConfigError: the task does not match the rest of the configuration.
-        InputError: the columns match no task.
+    the explanation is empty. Raises ConfigError if the task does not match the rest of the
+    configuration, InputError if the columns match no task.
     """
     model, data = config.model, config.data
     if "task" in config.model_fields_set or data.dataset.startswith("builtin:"):
@@ -401,23 +398,23 @@ def infer_task(config: TrainConfig) -> tuple[TrainConfig, str]:
         ignored=data.ignore_columns,
     ).train
     by_name = data.model_copy(update={"columns": {}})
-    refusals: dict[str, InputError] = {}
+    errors: dict[str, InputError] = {}
     for name, section in ((n, s) for s in (by_name, data) for n in _ENCODER_TASKS):
         try:
             format_ = TASKS[name].get_format(table.column_names, section, table.rows[:CHUNK_ROWS])
         except InputError as error:
-            refusals[name] = error
+            errors[name] = error
             continue
-        reason = (
+        message = (
             f"the model is an encoder, and the columns are {format_.name}; --task names another"
         )
-        return config.with_sections(task=name), reason
+        return config.with_sections(task=name), message
     try:
         TASKS[config.task].get_format(table.column_names, data, table.rows[:CHUNK_ROWS])
     except InputError:
         raise InputError(
             f"--model {model.name_or_path} is an encoder, and the columns match none of its "
-            f"tasks. {refusals[_ENCODER_TASKS[0]]}"
+            f"tasks. {errors[_ENCODER_TASKS[0]]}"
         ) from None
     return config, ""
 
@@ -425,14 +422,12 @@ def infer_task(config: TrainConfig) -> tuple[TrainConfig, str]:
 def check_packages(model: ModelConfig, speed: SpeedConfig, output: OutputConfig) -> None:
     """Reject outdated libraries and options whose package or device is missing.
 
-    Raises:
-        ConfigError: a library, package or device is missing.
-        InputError: the attention kernel cannot be loaded.
+    Raises ConfigError, or InputError if the attention kernel cannot be loaded.
     """
-    problems = get_outdated_libraries()
+    errors = get_outdated_libraries()
     for tracker in output.report_to:
         if not find_spec(tracker):
-            problems.append(
+            errors.append(
                 f"--report-to {tracker} needs the package {tracker}, which is not installed. "
                 f'pip install "ftlevel[{tracker}]", or drop it.'
             )
@@ -440,7 +435,7 @@ def check_packages(model: ModelConfig, speed: SpeedConfig, output: OutputConfig)
         from transformers.utils import is_flash_attn_2_available
 
         if not is_flash_attn_2_available():
-            problems.append(
+            errors.append(
                 "model.attn_implementation flash_attention_2 needs a CUDA device and the package "
                 "flash-attn. Use sdpa or auto."
             )
@@ -448,9 +443,9 @@ def check_packages(model: ModelConfig, speed: SpeedConfig, output: OutputConfig)
         if torch.cuda.is_available():
             fetch_kernel(kernel)
         else:
-            problems.append(
+            errors.append(
                 f"speed.attention_kernel {kernel} needs an NVIDIA GPU. Drop it; the CPU has its "
                 f"own attention."
             )
-    if problems:
-        raise ConfigError(problems)
+    if errors:
+        raise ConfigError(errors)

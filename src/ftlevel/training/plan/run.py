@@ -37,10 +37,13 @@ from ftlevel.training.plan.method import MethodTargets
 class PlannedModel:
     """The base model before the weights are loaded.
 
-    `kind` is encoder, decoder or encoder-decoder; `config` has labels and padding for the task.
-    `heads` are trained in full. Those missing from the checkpoint are `new_heads`, randomly
-    initialized. Weights of `new_modules` may be missing too. `unused` modules do not affect the
-    loss and stay frozen.
+    Attributes:
+        kind: encoder, decoder or encoder-decoder.
+        config: transformers config with labels and padding for the task.
+        heads: modules trained in full.
+        new_modules: modules whose weights may be missing from the checkpoint.
+        new_heads: heads missing from the checkpoint, randomly initialized.
+        unused: modules that do not affect the loss and stay frozen.
     """
 
     source: ModelSource
@@ -126,10 +129,13 @@ class StartingAdapter:
 class Run:
     """A configuration, and all that is derived from it before the weights are loaded.
 
-    `written_base` is the directory to which a base passed as an object was written. `config.quant`
-    is what the user configured; `model.quant` also has the quantization of the checkpoint. `best`
-    is None if no best model is selected, `adapter` is None for a new adapter, and `auxiliary` is
-    filled in when the run starts.
+    Attributes:
+        model: the base model; `model.quant` includes the quantization of the checkpoint,
+            `config.quant` does not.
+        best: how the best model is selected; None if it is not.
+        adapter: adapter to continue from; None for a new adapter.
+        auxiliary: filled in when the run starts.
+        written_base: directory to which a base passed as an object was written.
     """
 
     config: TrainConfig
@@ -150,8 +156,8 @@ class Run:
 
     def with_settings(self, section: str, **values: Any) -> Run:
         """Returns the run with fields of configuration section `section` replaced, unvalidated."""
-        changed = getattr(self.config, section).model_copy(update=values)
-        return replace(self, config=self.config.model_copy(update={section: changed}))
+        new_section = getattr(self.config, section).model_copy(update=values)
+        return replace(self, config=self.config.model_copy(update={section: new_section}))
 
     @property
     def name(self) -> str:
@@ -163,14 +169,14 @@ class Run:
         if config.data.dataset == STDIN or is_pipe(Path(config.data.dataset)):
             data = "stdin" if config.data.dataset == STDIN else "pipe"
         else:  # the directory of a pattern such as parts/*.jsonl
-            parts = config.data.dataset.removeprefix("builtin:").rstrip("/").split("/")
-            data = next((part for part in reversed(parts) if not is_pattern(part)), "files")
+            names = config.data.dataset.removeprefix("builtin:").rstrip("/").split("/")
+            data = next((part for part in reversed(names) if not is_pattern(part)), "files")
         model, data = model.removesuffix(".gguf"), data.partition(".")[0]
         return f"{config.method.kind}-{model}-{data}"
 
     @property
     def base(self) -> Base:
-        """Facts about the base model, from which a method builds its adapter."""
+        """Properties of the base model from which a method builds its adapter."""
         model, targets = self.model, self.targets
         return Base(
             config=model.config,
@@ -208,9 +214,9 @@ def method_choices(
         "processes": train.num_processes or 1,
     }
     batch = train.per_device_train_batch_size * math.prod(factors.values())
-    parts = [f"{number} {name}" for name, number in factors.items() if number > 1]
-    reason = " × ".join([str(train.per_device_train_batch_size), *parts]) if parts else ""
-    choices.append(Choice("batch", f"{batch} rows a step", reason))
+    terms = [f"{number} {name}" for name, number in factors.items() if number > 1]
+    note = " × ".join([str(train.per_device_train_batch_size), *terms]) if terms else ""
+    choices.append(Choice("batch", f"{batch} rows a step", note))
     return choices
 
 
@@ -219,32 +225,32 @@ def head_choices(task: BaseTask, heads: list[str]) -> list[Choice]:
     return [Choice("heads", ", ".join(heads), task.head_message)] if heads else []
 
 
-def size_choices(run: Run, *, try_method: bool) -> list[Choice]:
+def size_choices(run: Run, *, build_modules: bool) -> list[Choice]:
     """Returns the lines that show trainable parameters and steps; see `count_trainable`."""
     epochs = f"{run.config.train.num_train_epochs:g} epochs"
-    reason = "" if run.config.train.max_steps else f"{epochs} of {len(run.data.train):,} rows"
-    trainable, total = count_trainable(run, try_method=try_method)
+    note = "" if run.config.train.max_steps else f"{epochs} of {len(run.data.train):,} rows"
+    trainable, total = count_trainable(run, build_modules=build_modules)
     return [
         Choice("trainable", f"{trainable:,} of {total:,}", f"{trainable / total:.2%}"),
-        Choice("steps", f"{run.schedule.steps:,}", reason),
+        Choice("steps", f"{run.schedule.steps:,}", note),
     ]
 
 
-def count_trainable(run: Run, *, try_method: bool = False) -> tuple[int, int]:
+def count_trainable(run: Run, *, build_modules: bool = False) -> tuple[int, int]:
     """Returns the number of trainable and of all parameters, without loading weights.
 
     The method's own formula is used if there is one, since building all adapter modules is slow
-    even on the meta device. With `try_method`, as in a dry run, the modules are built anyway.
+    even on the meta device. With `build_modules`, as in a dry run, the modules are built anyway.
     """
     method, total = run.config.method, run.model.total_parameters
     method_info = METHODS[method.kind]
-    if not (try_method or run.base.heads or run.targets.parameters):
-        added = method_info.num_parameters(method, run.targets.sizes)
-        if added is not None:
-            return added, total + added
+    if not (build_modules or run.base.heads or run.targets.parameters):
+        num_added = method_info.num_parameters(method, run.targets.sizes)
+        if num_added is not None:
+            return num_added, total + num_added
     meta = build_task_model(run.model.config, run.model.auto_class)
-    adapted = apply_method(meta, method_info.initialization.without_weights(method), run.base)
-    return count_parameters(adapted)
+    model = apply_method(meta, method_info.initialization.without_weights(method), run.base)
+    return count_parameters(model)
 
 
 def count_parameters(model: Any) -> tuple[int, int]:
@@ -261,10 +267,12 @@ def count_parameters(model: Any) -> tuple[int, int]:
     )
     named = model.named_parameters(remove_duplicate=False)
     parameters = {id(p): p for name, p in named if not name.startswith(frozen_copies)}.values()
-    return sum(p.numel() for p in parameters if p.requires_grad), sum(_count(p) for p in parameters)
+    return sum(p.numel() for p in parameters if p.requires_grad), sum(
+        _num_values(p) for p in parameters
+    )
 
 
-def _count(parameter: Any) -> int:
+def _num_values(parameter: Any) -> int:
     """Returns the number of values in `parameter`; 4-bit weights store two per byte."""
     is_quantized = type(parameter).__name__ == "Params4bit" or hasattr(parameter, "quant_state")
     return parameter.numel() * (2 if is_quantized else 1)

@@ -24,30 +24,32 @@ from ftlevel.objectives import Objective, TrainingLoss
 from ftlevel.training.plan.run import Schedule
 
 
-def count_steps_per_epoch(config: TrainerConfig, rows: int) -> int:
-    """Returns the optimizer steps per epoch of `rows` rows."""
-    micro_steps = math.ceil(rows / config.per_device_train_batch_size / (config.num_processes or 1))
-    return max(math.ceil(micro_steps / config.gradient_accumulation_steps), 1)
+def count_steps_per_epoch(config: TrainerConfig, num_rows: int) -> int:
+    """Returns the optimizer steps per epoch of `num_rows` rows."""
+    num_batches = math.ceil(
+        num_rows / config.per_device_train_batch_size / (config.num_processes or 1)
+    )
+    return max(math.ceil(num_batches / config.gradient_accumulation_steps), 1)
 
 
 def rows_per_epoch(train: TrainerConfig, steps_per_rollout: int, data: PreparedData) -> int:
     """Returns how many rows an epoch trains on, counting repetitions.
 
     If a rollout is used for several steps, its rows count once per step. Then, or if rows come in
-    sets, an incomplete last step counts as a whole one.
+    sets, an incomplete last step counts as a full one.
     """
-    step, rows = train.rows_per_step, len(data.train)
+    step, num_rows = train.rows_per_step, len(data.train)
     if data.sets:
         return count_places(data.sets, step)
     if steps_per_rollout == 1:
-        return rows
-    return math.ceil(rows / step) * step * steps_per_rollout  # the last step is filled
+        return num_rows
+    return math.ceil(num_rows / step) * step * steps_per_rollout  # the last step is filled
 
 
-def count_steps(config: TrainerConfig, rows: int) -> int:
-    """Returns the optimizer steps of a run on `rows` rows."""
+def count_steps(config: TrainerConfig, num_rows: int) -> int:
+    """Returns the optimizer steps of a run on `num_rows` rows."""
     return config.max_steps or math.ceil(
-        config.num_train_epochs * count_steps_per_epoch(config, rows)
+        config.num_train_epochs * count_steps_per_epoch(config, num_rows)
     )
 
 
@@ -61,9 +63,9 @@ class LearningRates:
 
     @property
     def choices(self) -> list[Choice]:
-        """The lines printed at the start; one for new heads only if their rate differs."""
-        differs = self.head is not None and self.head.value != self.base.value
-        return [self.base, self.head] if differs and self.head else [self.base]
+        """Lines printed at the start; one for new heads only if their rate differs."""
+        has_head_rate = self.head is not None and self.head.value != self.base.value
+        return [self.base, self.head] if has_head_rate and self.head else [self.base]
 
     def schedule(self, steps: int) -> Schedule:
         """Returns the schedule of a run of `steps` optimizer steps."""
@@ -75,13 +77,14 @@ class LearningRates:
         )
 
 
-def choose_rates(
-    spec: MethodConfig, train: TrainerConfig, facts: RateInputs, share: float = 1, papers: str = ""
+def resolve_rates(
+    spec: MethodConfig, train: TrainerConfig, info: RateInputs, factor: float = 1, source: str = ""
 ) -> LearningRates:
-    """Choose the peak learning rates: the user's, or the method's defaults for the run.
+    """Returns the peak learning rates: the user's, or the method's defaults for the run.
 
     A `--learning-rate` also applies to new heads, unless `--head-learning-rate` is set. Defaults
-    are multiplied by `share`, which depends on the task; `papers` names its source.
+    are multiplied by `factor`, which depends on the task; `source` names the papers that it is
+    from.
     """
     base = head = None
     if train.learning_rate is not None:
@@ -91,17 +94,19 @@ def choose_rates(
     elif base is not None:
         head = Choice("head learning rate", base.value)
     rates = METHODS[spec.kind].rates(spec)
-    default = rates.get_choice(spec.kind, facts)
-    if share != 1:
-        reason = f"{share:g} times the supervised rate, as in the {papers} papers: {default.reason}"
-        default = replace(default, value=float(f"{default.value * share:.0e}"), reason=reason)
+    default = rates.get_choice(spec.kind, info)
+    if factor != 1:
+        message = (
+            f"{factor:g} times the supervised rate, as in the {source} papers: {default.reason}"
+        )
+        default = replace(default, value=float(f"{default.value * factor:.0e}"), reason=message)
     base = base or default
-    head = head or (base if rates.is_heads else get_head_rate(facts))
-    return LearningRates(base, default.value, head if facts.new_head else None)
+    head = head or (base if rates.is_heads else get_head_rate(info))
+    return LearningRates(base, default.value, head if info.new_head else None)
 
 
-def find_default_model_warnings(model: ModelConfig, data: DataConfig) -> list[str]:
-    """Find a warning if the small built-in model, the default, is trained on the user's data."""
+def get_default_model_warnings(model: ModelConfig, data: DataConfig) -> list[str]:
+    """Returns a warning if the built-in model, the default, is trained on the user's data."""
     is_user_data = not data.dataset.startswith("builtin:")
     if not is_user_data or "name_or_path" in model.model_fields_set:
         return []
@@ -112,69 +117,69 @@ def find_default_model_warnings(model: ModelConfig, data: DataConfig) -> list[st
     ]
 
 
-def check_schedule(config: TrainerConfig, rate: float, steps: int, validation_rows: int) -> None:
+def check_schedule(config: TrainerConfig, rate: float, steps: int, num_eval_samples: int) -> None:
     """Raise ConfigError for schedule options that do not suit this run; `rate` is the peak."""
-    name, options, problems = config.lr_scheduler_type, config.lr_scheduler_kwargs, []
+    name, options, errors = config.lr_scheduler_type, config.lr_scheduler_kwargs, []
     flag = "--lr-scheduler-kwargs"
     for floor in ("min_lr", "lr_end"):
         if (low := options.get(floor)) is not None and not 0 <= float(low) < rate:
-            problems.append(
+            errors.append(
                 f"{flag} {floor}={low}: it must be below the learning rate {rate:g}. Use less "
                 f"than {rate:g}, or a higher --learning-rate."
             )
-    if name == PLATEAU and (not validation_rows or config.eval_strategy == "no"):
-        problems.append(
+    if name == PLATEAU and (not num_eval_samples or config.eval_strategy == "no"):
+        errors.append(
             f"--lr-scheduler-type {name} needs validation rows. Add --validation-split 0.05, or "
             f"use another."
         )
     if (decay := options.get("num_decay_steps")) is not None:
         warmup = config.warmup_steps * (steps if config.warmup_steps < 1 else 1)
         if float(decay) + warmup > steps:
-            problems.append(
+            errors.append(
                 f"{flag} num_decay_steps={decay}: the run has {steps:,} steps, of which "
                 f"{warmup:,.0f} are warm-up. Use at most {steps - warmup:.0f}."
             )
-    if problems:
-        raise ConfigError(problems)
+    if errors:
+        raise ConfigError(errors)
 
 
-def get_warnings(
-    config: TrainerConfig, rows: int, validation_rows: int, *, new_head: bool = True
+def get_schedule_warnings(
+    config: TrainerConfig, num_rows: int, num_eval_samples: int, *, new_head: bool = True
 ) -> list[str]:
-    """Find warnings about settings that have no effect or do not suit the length of the run."""
-    steps, warnings = count_steps(config, rows), []
+    """Returns warnings about settings without effect, or unsuited to the length of the run."""
+    steps, messages = count_steps(config, num_rows), []
     if config.warmup_steps > max(steps, 1):
         reached = (steps - 1) / int(config.warmup_steps)
-        warnings.append(
+        messages.append(
             f"--warmup-steps {config.warmup_steps:,g} is longer than the run of {steps:,} steps: "
             f"the learning rate ends at {reached:.0%} of its peak."
         )
     if config.learning_rate is None and (
         advice := LEARNING_RATE_ADVICE.get(config.optim.removeprefix("paged_").split("_")[0])
     ):
-        warnings.append(
+        messages.append(
             f"--optim {config.optim}: the default learning rate was measured with AdamW, and "
             f"{advice}. Set --learning-rate."
         )
     if config.head_learning_rate is not None and not new_head:
-        warnings.append("--head-learning-rate: the model has no new head. Use --learning-rate.")
-    flags = {
+        messages.append("--head-learning-rate: the model has no new head. Use --learning-rate.")
+    eval_options = {
         "--eval-steps": config.eval_steps,
         "--eval-strategy": config.eval_strategy in ("steps", "epoch"),
         "train.eval_on_start": config.eval_on_start,
     }
-    if not validation_rows and any(flags.values()):
-        name = next(name for name, value in flags.items() if value)
-        warnings.append(
+    if not num_eval_samples and any(eval_options.values()):
+        name = next(name for name, value in eval_options.items() if value)
+        messages.append(
             f"{name}: there are no validation rows to evaluate. Add --validation-split 0.05."
         )
-    return warnings
+    return messages
 
 
-_SHOWN = 8  # most class weights on a line
+_MAX_WEIGHTS_SHOWN = 8  # most class weights on a line
 
 
-def choose_loss(
+def resolve_training_loss(
     train: TrainerConfig,
     distillation: DistillationConfig,
     task: str,
@@ -184,27 +189,25 @@ def choose_loss(
 ) -> tuple[TrainingLoss, list[Choice]]:
     """Returns the training loss, and lines that show it; `names` are class or tag names.
 
-    `rows` are the training rows, used to balance classes.
-
-    Raises:
-        ConfigError: the loss is not available for this objective.
+    `rows` are the training rows, used to balance classes. Raises ConfigError if the loss is not
+    available for this objective.
     """
-    _check(train, task, objective)
+    _check_loss(train, task, objective)
     class_weights, choices = train.class_weights, list[Choice]()
     weights: tuple[float, ...] = ()
     if class_weights == "balanced":
         weights = objective.balance(rows, len(names))
-        reason = (
+        note = (
             "balanced: targets / (classes × targets of the class)"
             if objective.one_of_many
             else "balanced: rows without a class / rows with it, for its yes"
         )
     elif class_weights:
-        weights = _read_weights(class_weights, names)
-        reason = "" if len(class_weights) == len(names) else "1 where none is given"
+        weights = _parse_weights(class_weights, names)
+        note = "" if len(class_weights) == len(names) else "1 where none is given"
     if weights:
         choices.append(
-            Choice("class weights", _describe(dict(zip(names, weights, strict=True))), reason)
+            Choice("class weights", _format_weights(dict(zip(names, weights, strict=True))), note)
         )
     if distillation.teacher is not None and task in DISTILLATION_TASKS:
         description = (
@@ -217,12 +220,11 @@ def choose_loss(
     return TrainingLoss(smoothing, weights, train.focal_gamma), choices
 
 
-def _check(train: TrainerConfig, task: str, objective: Objective) -> None:
-    """Reject label smoothing and class losses that the objective does not support."""
-    problems = []
-    is_judged = task in PREFERENCE_TASKS  # preference losses have their own smoothing
-    if train.label_smoothing_factor and not (objective.one_of_many or is_judged):
-        problems.append(
+def _check_loss(train: TrainerConfig, task: str, objective: Objective) -> None:
+    errors = []
+    is_preference = task in PREFERENCE_TASKS  # preference losses have their own smoothing
+    if train.label_smoothing_factor and not (objective.one_of_many or is_preference):
+        errors.append(
             f"--label-smoothing-factor {train.label_smoothing_factor:g} needs labels of a single "
             f"token, tag or class. Drop it."
         )
@@ -231,36 +233,34 @@ def _check(train: TrainerConfig, task: str, objective: Objective) -> None:
         (f"--focal-gamma {train.focal_gamma:g}", train.focal_gamma > 0),
     ):
         if is_set and not objective.has_classes:
-            problems.append(f"{flag} needs classes or tags, and these rows have none. Drop it.")
-    if problems:
-        raise ConfigError(problems)
+            errors.append(f"{flag} needs classes or tags, and these rows have none. Drop it.")
+    if errors:
+        raise ConfigError(errors)
 
 
-def _read_weights(weights: Mapping[str, float], names: Sequence[str]) -> tuple[float, ...]:
-    """Returns the weight of each name in `names`, 1 by default; ConfigError for unknown ones."""
-    unknown = [name for name in weights if name not in names]
-    if unknown:
+def _parse_weights(weights: Mapping[str, float], names: Sequence[str]) -> tuple[float, ...]:
+    invalid = [name for name in weights if name not in names]
+    if invalid:
         raise ConfigError(
-            f"--class-weights: there is no class {join_names(map(repr, unknown))}."
-            f"{did_you_mean(unknown[0], names)} Classes here: {join_names(names, 20)}."
+            f"--class-weights: there is no class {join_names(map(repr, invalid))}."
+            f"{did_you_mean(invalid[0], names)} Classes here: {join_names(names, 20)}."
         )
     return tuple(weights.get(name, 1.0) for name in names)
 
 
-def _describe(weights: Mapping[str, float]) -> str:
-    """Format class weights in a line: all of a few, or the smallest and largest of many."""
+def _format_weights(weights: Mapping[str, float]) -> str:
     ordered = sorted(weights.items(), key=lambda item: item[1])
-    parts = [f"{name} {weight:.3g}" for name, weight in ordered]
-    if len(parts) <= _SHOWN:
+    items = [f"{name} {weight:.3g}" for name, weight in ordered]
+    if len(items) <= _MAX_WEIGHTS_SHOWN:
         return ", ".join(f"{name} {weight:.3g}" for name, weight in weights.items())
-    half = _SHOWN // 2
-    return f"{', '.join(parts[:half])} … {', '.join(parts[-half:])}: {len(parts)} classes"
+    half = _MAX_WEIGHTS_SHOWN // 2
+    return f"{', '.join(items[:half])} … {', '.join(items[-half:])}: {len(items)} classes"
 
 
-_STORED = {"4bit": 0.5, "8bit": 1.0}
+_BYTES_PER_WEIGHT = {"4bit": 0.5, "8bit": 1.0}
 
 
-def find_bounds(
+def get_length_bounds(
     method: MethodConfig,
     quant: str,
     train: TrainerConfig,
@@ -268,36 +268,31 @@ def find_bounds(
     device: str,
     dtype: str,
 ) -> LengthBounds:
-    """Returns the maximum tokens of a row: as the model's positions allow, and as memory allows.
-
-    Raises:
-        ConfigError: the method's virtual tokens leave no room for text.
-    """
+    """Returns the maximum tokens of a row: as the model's positions allow, and as memory allows."""
     value = DTYPES[dtype].itemsize
     trained = METHODS[method.kind].trains_base(method)
-    memory_settings = MemorySettings(
-        weight=4.0 if trained else _STORED.get(quant, float(value)),
+    memory_config = MemorySettings(
+        weight=4.0 if trained else _BYTES_PER_WEIGHT.get(quant, float(value)),
         value=value,
         trained=trained,
         checkpointing=train.may_recompute(device),
     )
-    memory = max_length_in_memory(model_config, memory_settings, device_memory(device))
+    memory = max_length_in_memory(model_config, memory_config, device_memory(device))
     return LengthBounds(text_positions(method, model_config), memory)
 
 
 def text_positions(spec: MethodConfig, model_config: Any) -> int | None:
     """Returns the positions that the model leaves for text; None if unlimited.
 
-    Raises:
-        ConfigError: the method's virtual tokens leave no room for text.
+    Raises ConfigError if the method's virtual tokens leave none.
     """
     positions = max_positions(model_config)
-    taken = METHODS[spec.kind].positions(spec)
-    if positions is None or not taken:
+    num_virtual_tokens = METHODS[spec.kind].positions(spec)
+    if positions is None or not num_virtual_tokens:
         return positions
-    if taken >= positions:
+    if num_virtual_tokens >= positions:
         raise ConfigError(
-            f"--method {spec.kind} with num_virtual_tokens {taken:,} leaves no positions for "
-            f"text ({positions:,} in {model_config.model_type}). Use fewer."
+            f"--method {spec.kind} with num_virtual_tokens {num_virtual_tokens:,} leaves no "
+            f"positions for text ({positions:,} in {model_config.model_type}). Use fewer."
         )
-    return positions - taken
+    return positions - num_virtual_tokens

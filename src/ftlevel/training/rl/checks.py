@@ -29,82 +29,83 @@ from ftlevel.training.trainer import FtlevelTrainer
 BEFORE = (1 << 40) - 1
 """Step of the random numbers of the check before training."""
 
-MOST_TRUNCATED = 0.9
+MAX_TRUNCATED = 0.9
 """Share of truncated completions beyond which a run stops."""
 
-_SHOWN = 160  # characters of an example
+_MAX_CHARACTERS = 160  # characters of an example
 
 
 def check_before(trainer: FtlevelTrainer, prompts: Sequence[Any], listener: Listener) -> None:
     """Sample completions of some `prompts` before training and show them; only for `RlTrainer`.
 
-    Raises:
-        RunError: no prompt's completions differ in reward, almost all are truncated, or
-            log-probabilities of sampler and trainer differ.
+    Raises RunError if no prompt's completions differ in reward, almost all are truncated, or
+    log-probabilities of sampler and trainer differ.
     """
-    if not isinstance(trainer, RlTrainer) or not trainer.settings.check_groups:
+    if not isinstance(trainer, RlTrainer) or not trainer.rl_config.check_groups:
         return
-    settings, processes = trainer.settings, trainer.processes
+    config, processes = trainer.rl_config, trainer.processes
     listener.stage("sampling before training")
     trim_heap()
-    local = spread(prompts, settings.check_groups)[processes.world.rank :: processes.count]
+    local = select_prompts(prompts, config.check_groups)[processes.world.rank :: processes.count]
     groups = processes.in_all(lambda: trainer.rollouts(BEFORE, local))
-    parts = processes.exchange([compute_statistics(group, settings) for group in groups])
-    facts = [group for part in parts for group in part]
+    gathered = processes.all_gather([compute_statistics(group, config) for group in groups])
+    statistics = [group for part in gathered for group in part]
     if trainer.rollouts.why_generate:
-        why = f"the decoder cannot serve this model: {trainer.rollouts.why_generate}"
-        listener.choices("rollouts", [Choice("sampler", "transformers' generate", why)])
-    metrics = compute_metrics(facts, reward_names(settings))
-    difference = _compare(trainer, groups)
-    differences = processes.exchange(difference)
-    mean = max(part[0] for part in differences)
-    listener.choices("reward check", [*describe(metrics, facts, groups), _agreement(mean)])
-    check_sampler(mean, max(part[1] for part in differences), trainer.bound, "before training")
-    if problem := find_problem(metrics, facts, settings):
+        message = f"the decoder cannot serve this model: {trainer.rollouts.why_generate}"
+        listener.choices("rollouts", [Choice("sampler", "transformers' generate", message)])
+    metrics = compute_metrics(statistics, reward_names(config))
+    local_difference = _compare_logps(trainer, groups)
+    logp_differences = processes.all_gather(local_difference)
+    mean = max(part[0] for part in logp_differences)
+    listener.choices(
+        "reward check", [*describe(metrics, statistics, groups), _create_logps_choice(mean)]
+    )
+    check_sampler(mean, max(part[1] for part in logp_differences), trainer.bound, "before training")
+    if problem := find_problem(metrics, statistics, config):
         raise RunError(problem)
 
 
-def spread(prompts: Sequence[Any], count: int) -> list[Any]:
-    """Returns `count` of `prompts`, evenly spaced over the data."""
-    count = min(count, len(prompts))
-    return [prompts[at * len(prompts) // count] for at in range(count)]
+def select_prompts(prompts: Sequence[Any], num_prompts: int) -> list[Any]:
+    """Returns `num_prompts` of `prompts`, evenly spaced over the data."""
+    num_prompts = min(num_prompts, len(prompts))
+    return [prompts[at * len(prompts) // num_prompts] for at in range(num_prompts)]
 
 
 def preview_rollouts(rollouts: Rollouts, prompts: Sequence[Any]) -> list[Choice]:
     """Returns the lines that `check_before` would show, for completions of some of `prompts`."""
-    settings = rollouts.settings
-    groups = rollouts(BEFORE, spread(prompts, settings.check_groups))
-    facts = [compute_statistics(group, settings) for group in groups]
-    metrics = compute_metrics(facts, reward_names(settings))
-    lines = describe(metrics, facts, groups)
-    problem = find_problem(metrics, facts, settings)
-    return [*lines, *([Choice("would stop the run", problem)] if problem else [])]
+    config = rollouts.settings
+    groups = rollouts(BEFORE, select_prompts(prompts, config.check_groups))
+    statistics = [compute_statistics(group, config) for group in groups]
+    metrics = compute_metrics(statistics, reward_names(config))
+    choices = describe(metrics, statistics, groups)
+    problem = find_problem(metrics, statistics, config)
+    return [*choices, *([Choice("would stop the run", problem)] if problem else [])]
 
 
-def _compare(trainer: RlTrainer, groups: Sequence[Group]) -> tuple[float, float]:
+def _compare_logps(trainer: RlTrainer, groups: Sequence[Group]) -> tuple[float, float]:
     """Returns mean and maximum over all tokens of |log-probability of sampler − of trainer|."""
     rows = [row for group in groups for row in group.to_rows()]
     sampled = np.array([signal[4] for row in rows for signal in row.values])
     trained = np.array([logp for row in trainer.token_logps(rows) for logp in row])
-    difference = np.abs(trained - sampled)
-    return (float(difference.mean()), float(difference.max())) if len(difference) else (0.0, 0.0)
+    diff = np.abs(trained - sampled)
+    return (float(diff.mean()), float(diff.max())) if len(diff) else (0.0, 0.0)
 
 
-def _agreement(mean: float) -> Choice:
+def _create_logps_choice(mean: float) -> Choice:
     return Choice(
         "log-probabilities", f"sampler and trainer differ by {mean:.1e} nats a token", "rounding"
     )
 
 
 def describe(
-    metrics: dict[str, float], facts: Sequence[GroupStatistics], groups: Sequence[Group]
+    metrics: dict[str, float], statistics: Sequence[GroupStatistics], groups: Sequence[Group]
 ) -> list[Choice]:
     """Returns lines with the metrics of sampled groups, and the best and worst completion."""
-    lines = [
+    choices = [
         Choice(
             "reward",
             f"{metrics.get('reward', float('nan')):.3f} on average",
-            f"{len(facts)} prompts",
+            f"{len(statistics)} prompts",
         ),
         *(
             [
@@ -123,26 +124,29 @@ def describe(
             f"{metrics['truncated']:.0%} are cut at the maximum length",
         ),
     ]
-    scored = [
+    completions = [
         (float(reward), text)
         for group in groups
         for reward, text in zip(group.rewards, group.texts, strict=True)
         if not np.isnan(reward)
     ]
-    if scored:
-        best, worst = max(scored, key=lambda pair: pair[0]), min(scored, key=lambda pair: pair[0])
+    if completions:
+        best, worst = (
+            max(completions, key=lambda pair: pair[0]),
+            min(completions, key=lambda pair: pair[0]),
+        )
         for name, (reward, text) in (("best", best), ("worst", worst)):
-            shown = " ".join(text.split())[:_SHOWN]
-            lines.append(Choice(f"{name} completion", repr(shown), f"reward {reward:.3f}"))
-    return lines
+            excerpt = " ".join(text.split())[:_MAX_CHARACTERS]
+            choices.append(Choice(f"{name} completion", repr(excerpt), f"reward {reward:.3f}"))
+    return choices
 
 
 def find_problem(
-    metrics: dict[str, float], facts: Sequence[GroupStatistics], settings: RlConfig
+    metrics: dict[str, float], statistics: Sequence[GroupStatistics], config: RlConfig
 ) -> str:
     """Returns why a run would learn nothing, with advice; empty if nothing was found."""
-    length = settings.max_completion_length
-    if metrics["truncated"] > MOST_TRUNCATED:
+    length = config.max_completion_length
+    if metrics["truncated"] > MAX_TRUNCATED:
         return (
             f"{metrics['truncated']:.0%} of the completions are cut at {length:,} tokens before "
             "they end, so the rewards do not apply to complete answers. Raise "
@@ -154,8 +158,8 @@ def find_problem(
             "no reward applies to any of the sampled completions: all scores are None. Return a "
             "number for some rows, or add another --reward. --check-groups 0 skips this check."
         )
-    if settings.loss in GLOBAL:
-        rewards = np.concatenate([group.rewards for group in facts])
+    if config.loss in GLOBAL:
+        rewards = np.concatenate([group.rewards for group in statistics])
         if not has_spread(torch.from_numpy(rewards)[None])[0]:
             return (
                 f"all {len(rewards)} sampled completions have the same reward (mean "
@@ -163,14 +167,14 @@ def find_problem(
                 "prompts, a supervised run first (--adapter RUN), or a reward with steps between 0 "
                 "and 1. --check-groups 0 skips this check."
             )
-    elif "groups_with_signal" in metrics and not any(map(has_signal, facts)):
+    elif "groups_with_signal" in metrics and not any(map(has_signal, statistics)):
         reward = metrics.get("reward", 0.0)
         same = f"all completions of a prompt have the same reward (mean {reward:.3f})"
         return (
-            f"in all {len(facts)} sampled groups {same}: these groups have no learning signal. "
-            f"Use easier prompts, more --num-generations, a supervised run first (--adapter RUN), "
-            f"or a "
-            "reward with steps between 0 and 1. --check-groups 0 skips this check."
+            f"in all {len(statistics)} sampled groups {same}: these groups have no learning "
+            f"signal. Use easier prompts, more --num-generations, a supervised run first "
+            "(--adapter RUN), or a reward with steps between 0 and 1. --check-groups 0 "
+            "skips this check."
         )
     return ""
 
@@ -182,36 +186,34 @@ RAN_LONGER, COLLAPSED = 0.2, 0.1
 """Increase of the truncated share, and share of the initial entropy, that are warned about."""
 
 
-def find_rollout_warnings(records: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Find warnings about a reward that rises with length, and about falling entropy.
-
-    Only the log `records` of reinforcement learning have the metrics that this needs.
-    """
+def get_rollout_warnings(records: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Returns warnings about a reward that rises with length, and about falling entropy."""
     sampled = [record for record in records if "completion_length" in record]
-    count = max(1, int(_WINDOW * len(sampled)))
-    if len(sampled) < 2 * count:
+    window = max(1, int(_WINDOW * len(sampled)))
+    if len(sampled) < 2 * window:
         return []
 
     def ends(name: str) -> tuple[float, float]:
-        parts = (sampled[:count], sampled[-count:])
-        first, last = ([r[name] for r in part if name in r] for part in parts)
+        windows = (sampled[:window], sampled[-window:])
+        first, last = ([r[name] for r in part if name in r] for part in windows)
         return (fmean(first), fmean(last)) if first and last else (0.0, 0.0)
 
-    reward, length, cut, entropy = map(
+    reward, length, truncated, entropy = map(
         ends, ("reward", "completion_length", "truncated", "entropy")
     )
-    warnings = []
-    if reward[1] > reward[0] and cut[1] > max(cut[0] + RAN_LONGER, 0.5):
-        warnings.append(
+    messages = []
+    if reward[1] > reward[0] and truncated[1] > max(truncated[0] + RAN_LONGER, 0.5):
+        messages.append(
             f"the reward rose ({reward[0]:.2f} to {reward[1]:.2f}) while completions ran to the "
-            f"maximum length ({cut[0]:.0%} to {cut[1]:.0%} are cut, mean length {length[0]:.0f} to "
-            f"{length[1]:.0f} tokens): the model may be paid for length. Look at rollouts.jsonl; "
-            "add --reward length:MIN-MAX, or --mask-truncated-completions."
+            f"maximum length ({truncated[0]:.0%} to {truncated[1]:.0%} are cut, mean length "
+            f"{length[0]:.0f} to {length[1]:.0f} tokens): the model may be "
+            "paid for length. Look at rollouts.jsonl; add --reward length:MIN-MAX, or "
+            "--mask-truncated-completions."
         )
     if entropy[0] and entropy[1] < COLLAPSED * entropy[0]:
-        warnings.append(
+        messages.append(
             f"the entropy of a token fell from {entropy[0]:.2f} to {entropy[1]:.2f} nats: the "
             "completions of a prompt are almost the same, so little can still improve. Use a "
             "lower --learning-rate, --beta, or fewer steps."
         )
-    return warnings
+    return messages

@@ -30,8 +30,12 @@ from ftlevel.training.processes import Processes
 class GroupStatistics:
     """Statistics of a group, the completions of one prompt; exchanged between processes.
 
-    `lengths` are tokens per completion, `active` are tokens with a loss. `scores` has shape
-    (completions, reward functions). `entropy` is the sum over all tokens of the group.
+    Attributes:
+        scores: of shape (completions, reward functions).
+        lengths: tokens per completion.
+        active: tokens with a loss per completion.
+        ended: whether each completion ended before the maximum length.
+        entropy: sum over all tokens of the group.
     """
 
     row: int
@@ -43,14 +47,14 @@ class GroupStatistics:
     entropy: float
 
 
-def compute_statistics(group: Group, settings: RlConfig) -> GroupStatistics:
+def compute_statistics(group: Group, config: RlConfig) -> GroupStatistics:
     """Returns the statistics of `group` that other processes need."""
     lengths = np.array([len(completion.ids) for completion in group.completions])
-    ended = np.array([completion.ended for completion in group.completions])
-    active = np.where(ended, lengths, 0) if settings.mask_truncated_completions else lengths
+    finished = np.array([completion.ended for completion in group.completions])
+    active = np.where(finished, lengths, 0) if config.mask_truncated_completions else lengths
     entropy = sum(sum(completion.entropies) for completion in group.completions)
     return GroupStatistics(
-        group.row.row, group.rewards, group.scores, lengths, active, ended, entropy
+        group.row.row, group.rewards, group.scores, lengths, active, finished, entropy
     )
 
 
@@ -66,13 +70,13 @@ class Rollout:
     metrics: dict[str, float] = field(default_factory=dict)
 
 
-def build_training_rows(
+def create_training_rows(
     groups: Sequence[Group],
     all_groups: Sequence[GroupStatistics],
-    settings: RlConfig,
+    config: RlConfig,
     old: TokenLogps | None,
     reference: TokenLogps | None,
-    exchange: Callable[[Any], list[Any]],
+    all_gather: Callable[[Any], list[Any]],
 ) -> list[CompletionRow]:
     """Returns the completions of `groups` as rows to train on, with advantages and weights.
 
@@ -88,35 +92,37 @@ def build_training_rows(
     order = {row: at for at, row in enumerate(by_row)}
     rewards = torch.from_numpy(np.stack([facts.rewards for facts in by_row.values()]))
     active = torch.from_numpy(np.stack([facts.active for facts in by_row.values()]))
-    if reference is not None and reference_logps is not None and settings.loss == "rloo":
-        own = {
+    if reference is not None and reference_logps is not None and config.loss == "rloo":
+        local_ratios = {
             (row.row, row.number): sum(a) - sum(b)
             for row, a, b in zip(rows, old_logps, reference_logps, strict=True)
         }
         log_ratios = torch.zeros_like(rewards)
-        for part in exchange(own):
+        for part in all_gather(local_ratios):
             for (row, number), value in part.items():
                 log_ratios[order[row], number] = value
-        rewards = penalize_rewards(rewards, log_ratios, settings.beta)
-    advantages = compute_advantages(rewards, active, settings.loss, settings.scale)
-    weights = completion_weights(active.flatten(), loss_parameters(settings)).view_as(active)
+        rewards = penalize_rewards(rewards, log_ratios, config.beta)
+    advantages = compute_advantages(rewards, active, config.loss, config.scale)
+    weights = completion_weights(active.flatten(), loss_parameters(config)).view_as(active)
     selected: list[CompletionRow] = []
     for at, row in enumerate(rows):
         index = order[row.row], row.number
         advantage, weight = float(advantages[index]), float(weights[index])
-        has_loss = advantage or settings.beta or teacher_logps
+        has_loss = advantage or config.beta or teacher_logps
         if not int(active[index]) or not has_loss:
             continue
         sampled = [signal[4] for signal in row.values]
-        others = reference_logps[at] if reference_logps is not None else [UNKNOWN] * len(sampled)
-        logps = zip(old_logps[at], others, sampled, strict=True)
+        other_logps = (
+            reference_logps[at] if reference_logps is not None else [UNKNOWN] * len(sampled)
+        )
+        logps = zip(old_logps[at], other_logps, sampled, strict=True)
         selected.append(replace(row, values=tuple((advantage, weight, *each) for each in logps)))
     return selected
 
 
-def has_signal(facts: GroupStatistics) -> bool:
-    """Whether the rewards of a group differ, so that it has a gradient."""
-    return bool(has_spread(torch.from_numpy(facts.rewards)[None])[0])
+def has_signal(statistics: GroupStatistics) -> bool:
+    """Returns whether the rewards of a group differ, so that it has a gradient."""
+    return bool(has_spread(torch.from_numpy(statistics.rewards)[None])[0])
 
 
 def compute_metrics(
@@ -127,15 +133,15 @@ def compute_metrics(
     rewards = np.stack([facts.rewards for facts in ordered])
     scores = np.concatenate([facts.scores for facts in ordered])
     lengths = np.concatenate([facts.lengths for facts in ordered])
-    ended = np.concatenate([facts.ended for facts in ordered])
-    metrics: dict[str, float] = {"reward": _mean(rewards), "reward_std": _spread(rewards)}
+    finished = np.concatenate([facts.ended for facts in ordered])
+    metrics: dict[str, float] = {"reward": _mean(rewards), "reward_std": _mean_std(rewards)}
     if len(names) > 1:
         metrics |= {f"reward_{name}": _mean(scores[:, at]) for at, name in enumerate(names)}
     if scores.shape[1] and rewards.shape[1] > 1:  # a teacher gives every token a signal
-        spread = has_spread(torch.from_numpy(rewards)).numpy()
-        metrics["groups_with_signal"] = float(spread.mean())
+        mask = has_spread(torch.from_numpy(rewards)).numpy()
+        metrics["groups_with_signal"] = float(mask.mean())
     metrics["completion_length"] = float(lengths.mean())
-    metrics["truncated"] = float(1 - ended.mean())
+    metrics["truncated"] = float(1 - finished.mean())
     if any(facts.entropy for facts in ordered):  # a server returns none
         metrics["entropy"] = float(sum(facts.entropy for facts in ordered) / lengths.sum())
     metrics["completion_tokens"] = float(lengths.sum())
@@ -147,7 +153,7 @@ def _mean(values: np.ndarray) -> float:
     return float(values.mean()) if len(values) else float("nan")
 
 
-def _spread(rewards: np.ndarray) -> float:
+def _mean_std(rewards: np.ndarray) -> float:
     """Returns the mean over groups of the standard deviation of `rewards` (groups, completions)."""
     groups = [row[~np.isnan(row)] for row in rewards]
     stds = [row.std(ddof=1) for row in groups if len(row) > 1]
@@ -168,38 +174,35 @@ COARSE = 0.15
 temperature of 0.7 in place of 1, the difference is 0.88."""
 
 
-MOST_BYTES = 64_000_000
+MAX_BYTES = 64_000_000
 """Bytes of rollouts.jsonl up to which all completions of a step are written."""
-LONGEST = 4_000
+MAX_CHARACTERS = 4_000
 """Characters of a completion that are written."""
 
 
 class RolloutFile:
-    """Appends the completion groups of all processes to a file, one line per prompt.
-
-    Once the file exceeds `MOST_BYTES`, only one group per step is written.
-    """
+    """Appends the groups of all processes to a file; above `MAX_BYTES`, one group per step."""
 
     def __init__(self, path: Path, processes: Processes) -> None:
         self._path, self._processes = path, processes
 
     def __call__(self, step: int, groups: Sequence[Group]) -> None:
         """Write the groups that were sampled when `step` optimizer steps had been made."""
-        parts = self._processes.exchange([group.to_json() for group in groups])
+        gathered = self._processes.all_gather([group.to_json() for group in groups])
         if not self._processes.is_first:
             return
-        lines = sorted((line for part in parts for line in part), key=lambda line: line["row"])
-        if self._path.exists() and self._path.stat().st_size > MOST_BYTES:
+        lines = sorted((line for part in gathered for line in part), key=lambda line: line["row"])
+        if self._path.exists() and self._path.stat().st_size > MAX_BYTES:
             lines = lines[:1]
         with self._path.open("a", encoding="utf-8") as file:
             for line in lines:
                 for completion in line["completions"]:
-                    completion["text"] = completion["text"][:LONGEST]
+                    completion["text"] = completion["text"][:MAX_CHARACTERS]
                 file.write(json.dumps({"step": step + 1, **line}, ensure_ascii=False) + "\n")
 
     def rewind(self, step: int) -> None:
         """Remove the groups sampled after step `step`; a resumed run samples them again."""
         if self._processes.is_first and self._path.exists():
-            kept = [line for line in load_rollouts(self._path) if line["step"] <= step]
-            text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept)
+            lines = [line for line in load_rollouts(self._path) if line["step"] <= step]
+            text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
             write_text(self._path, text)

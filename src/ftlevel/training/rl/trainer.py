@@ -29,42 +29,42 @@ from ftlevel.tasks.rl.rows import CompletionRow, create_completion_row, stand_in
 from ftlevel.training.rl.step import (
     GroupStatistics,
     Rollout,
-    build_training_rows,
     compute_metrics,
     compute_statistics,
+    create_training_rows,
     has_signal,
 )
 from ftlevel.training.trainer import FtlevelTrainer
 
-_BLOCK = "rollout-{rank}.pt"
+_FILE_NAME = "rollout-{rank}.pt"
 """File of a checkpoint with a rollout that serves further steps."""
 
 
 class RepeatedSteps(Sampler[int]):
-    """Sampler that repeats the `rows` rows of each optimizer step `times` times.
+    """Sampler that repeats the `step_size` rows of each optimizer step `repeats` times.
 
     The last step of an epoch is filled with the epoch's first rows. `base` yields the rows.
     """
 
-    def __init__(self, base: Sampler[int], rows: int, times: int) -> None:
-        self.base, self._rows, self._times = base, rows, times
+    def __init__(self, base: Sampler[int], step_size: int, repeats: int) -> None:
+        self.base, self._step_size, self._repeats = base, step_size, repeats
 
     def __len__(self) -> int:
-        return repeated_rows(len(self.base), self._rows, self._times)  # type: ignore[arg-type]
+        return repeated_rows(len(self.base), self._step_size, self._repeats)  # type: ignore[arg-type]
 
     def __iter__(self) -> Iterator[int]:
         """Yields the row indices of each step, repeated."""
         order = list(self.base)
-        for begin in range(0, len(order), self._rows):
-            step = order[begin : begin + self._rows]
-            step += order[: self._rows - len(step)]
-            for _ in range(self._times):
+        for begin in range(0, len(order), self._step_size):
+            step = order[begin : begin + self._step_size]
+            step += order[: self._step_size - len(step)]
+            for _ in range(self._repeats):
                 yield from step
 
 
-def repeated_rows(rows: int, step: int, times: int) -> int:
-    """Returns the rows of an epoch whose steps, of `step` rows, are repeated `times` times."""
-    return rows if times == 1 else -(-rows // step) * step * times
+def repeated_rows(num_rows: int, step_size: int, repeats: int) -> int:
+    """Returns the rows of an epoch whose steps, of `step_size` rows each, are repeated."""
+    return num_rows if repeats == 1 else -(-num_rows // step_size) * step_size * repeats
 
 
 def collate_prompts(rows: Sequence[Encoded]) -> dict[str, Any]:
@@ -78,19 +78,18 @@ class _StepStatistics:
     def __init__(self) -> None:
         self._parts: list[tuple[torch.Tensor, ...]] = []
 
-    def watch(self, loss: PolicyLoss, each: torch.Tensor, signals: torch.Tensor) -> None:
-        """Add a micro-batch: its loss, log-probabilities and signals; parallel workers call it."""
+    def watch(self, loss: PolicyLoss, logps: torch.Tensor, signals: torch.Tensor) -> None:
         is_sampled = ~signals[:, 4].isnan()  # stand-ins were not
-        difference = torch.where(is_sampled, each - signals[:, 4], 0.0).abs()
-        sums = loss.clipped.float(), loss.kl, difference.sum(), is_sampled.sum().float()
-        self._parts.append((*sums, difference.max()))
+        diff = torch.where(is_sampled, logps - signals[:, 4], 0.0).abs()
+        sums = loss.clipped.float(), loss.kl, diff.sum(), is_sampled.sum().float()
+        self._parts.append((*sums, diff.max()))
 
     def take(self) -> tuple[list[float], float]:
         """Returns and resets sums (clipped, kl, difference, tokens) and the largest difference."""
-        parts, self._parts = self._parts, []
-        if not parts:
+        batches, self._parts = self._parts, []
+        if not batches:
             return [0.0] * 4, 0.0
-        stacked = torch.stack([torch.stack([v.double().cpu() for v in part]) for part in parts])
+        stacked = torch.stack([torch.stack([v.double().cpu() for v in part]) for part in batches])
         return stacked[:, :4].sum(0).tolist(), float(stacked[:, 4].max())
 
 
@@ -113,7 +112,7 @@ class RlTrainer(FtlevelTrainer):
         arguments["objective"] = replace(arguments["objective"], watch=self.statistics.watch)
         super().__init__(**arguments)
         self.rollouts, self.bound = rollouts, bound
-        self.settings = rollouts.settings
+        self.rl_config = rollouts.settings
         self.keep: Callable[[int, Sequence[Group]], None] = lambda _step, _groups: None
         self._prompts = prompts
         self._block: Rollout | None = None
@@ -121,7 +120,7 @@ class RlTrainer(FtlevelTrainer):
         self._batches_left = 0
         self._start_time = 0.0
         self._start: list[torch.Tensor] | None = None
-        if self.settings.beta:
+        if self.rl_config.beta:
             self._start = [p.detach().clone() for p in self._trainable()]
 
     # ---- batches of prompts
@@ -140,10 +139,10 @@ class RlTrainer(FtlevelTrainer):
             super().prepare_step(batches, device)
             return
         prompts = [row for batch in batches for row in batch["prompts"] if row.row >= 0]
-        step, times = self.state.global_step, self.settings.num_iterations
+        step, times = self.state.global_step, self.rl_config.num_iterations
         self._start_time = time.perf_counter()
         if self._block is None or step % times == 0:
-            self._block = self.roll_out(step - step % times, prompts)
+            self._block = self.sample_rollout(step - step % times, prompts)
         self._metrics = dict(self._block.metrics)
         self._batches_left = len(batches)
         rows = self._block.rows
@@ -156,35 +155,35 @@ class RlTrainer(FtlevelTrainer):
 
     def with_targets(self, rows: Sequence[Encoded]) -> list[Encoded]:
         """Returns stand-ins for the completions of the prompts `rows`, of maximum length."""
-        count, tokens = self.settings.num_generations, self.settings.max_completion_length
+        count, tokens = self.rl_config.num_generations, self.rl_config.max_completion_length
         return [
             completion
             for row in rows
             for completion in stand_in_completions(row.input_ids, row.row, count, tokens)
         ]
 
-    def roll_out(self, step: int, prompts: Sequence[Any]) -> Rollout:
+    def sample_rollout(self, step: int, prompts: Sequence[Any]) -> Rollout:
         """Returns the rollout for this process's `prompts`, sampled with the current weights."""
-        began = time.perf_counter()
-        settings, names = self.settings, reward_names(self.settings)
+        start = time.perf_counter()
+        config, names = self.rl_config, reward_names(self.rl_config)
         trim_heap()  # holes that activations leave do not fit the sampler's cache
         groups = self._sample(step, prompts)
-        sampled = self._exchange(groups)
+        sampled = self._gather_statistics(groups)
         used, all_groups = groups, sampled
-        if settings.dynamic_sampling:
-            used, all_groups, more = self._refill(step, groups, sampled)
-            groups, sampled = [*groups, *more[0]], [*sampled, *more[1]]
+        if config.dynamic_sampling:
+            used, all_groups, extra = self._sample_more(step, groups, sampled)
+            groups, sampled = [*groups, *extra[0]], [*sampled, *extra[1]]
         metrics = compute_metrics(sampled, names)
-        metrics["sampling_s"] = time.perf_counter() - began
+        metrics["sampling_s"] = time.perf_counter() - start
         old = reference = None
-        if settings.num_iterations > 1 or (settings.beta and settings.loss == "rloo"):
+        if config.num_iterations > 1 or (config.beta and config.loss == "rloo"):
             old = self.token_logps
-        if settings.beta:
+        if config.beta:
             reference = self._reference_logps
         rows: list[CompletionRow] = []
         if all_groups:
-            rows = build_training_rows(
-                used, all_groups, settings, old, reference, self.processes.exchange
+            rows = create_training_rows(
+                used, all_groups, config, old, reference, self.processes.all_gather
             )
         self.keep(step, groups)
         trim_heap()
@@ -193,12 +192,11 @@ class RlTrainer(FtlevelTrainer):
     def _sample(self, step: int, prompts: Sequence[Any]) -> list[Group]:
         return self.processes.in_all(lambda: self.rollouts(step, prompts))
 
-    def _exchange(self, groups: Sequence[Group]) -> list[GroupStatistics]:
-        """Returns the statistics of the groups of all processes, given those of this one."""
-        statistics = [compute_statistics(group, self.settings) for group in groups]
-        return [group for part in self.processes.exchange(statistics) for group in part]
+    def _gather_statistics(self, groups: Sequence[Group]) -> list[GroupStatistics]:
+        statistics = [compute_statistics(group, self.rl_config) for group in groups]
+        return [group for part in self.processes.all_gather(statistics) for group in part]
 
-    def _refill(
+    def _sample_more(
         self, step: int, groups: Sequence[Group], sampled: Sequence[GroupStatistics]
     ) -> tuple[list[Group], list[GroupStatistics], tuple[list[Group], list[GroupStatistics]]]:
         """Replace groups without a signal by those of further prompts.
@@ -207,27 +205,29 @@ class RlTrainer(FtlevelTrainer):
         depends on seed and step. Returns this process's groups to train on and the statistics of
         those of all processes; then both for the groups of further prompts.
         """
-        size, budget = len(sampled), self.settings.dynamic_sampling
-        taken = {facts.row for facts in sampled}
-        order = [row for row in range(len(self._prompts)) if self._prompts[row].row not in taken]
+        size, budget = len(sampled), self.rl_config.dynamic_sampling
+        used_rows = {statistics.row for statistics in sampled}
+        order = [
+            row for row in range(len(self._prompts)) if self._prompts[row].row not in used_rows
+        ]
         random.Random(f"{self.args.seed} {step}").shuffle(order)
-        more: list[Group] = []
-        facts_of_more: list[GroupStatistics] = []
+        extra: list[Group] = []
+        extra_statistics: list[GroupStatistics] = []
         while True:
-            facts = [f for f in (*sampled, *facts_of_more) if has_signal(f)]
-            missing = min(size - len(facts), budget, len(order))
+            statistics = [f for f in (*sampled, *extra_statistics) if has_signal(f)]
+            missing = min(size - len(statistics), budget, len(order))
             if missing <= 0:
                 break
-            chosen, order, budget = order[:missing], order[missing:], budget - missing
-            rank, count = self.processes.world.rank, self.processes.count
-            groups_of_round = self._sample(
-                step, [self._prompts[row] for row in chosen[rank::count]]
+            selected, order, budget = order[:missing], order[missing:], budget - missing
+            rank, world_size = self.processes.world.rank, self.processes.count
+            new_groups = self._sample(
+                step, [self._prompts[row] for row in selected[rank::world_size]]
             )
-            more += groups_of_round
-            facts_of_more += self._exchange(groups_of_round)
-        rows = {facts.row for facts in facts}
-        used = [group for group in (*groups, *more) if group.row.row in rows]
-        return used, facts, (more, facts_of_more)
+            extra += new_groups
+            extra_statistics += self._gather_statistics(new_groups)
+        rows = {statistics.row for statistics in statistics}
+        used = [group for group in (*groups, *extra) if group.row.row in rows]
+        return used, statistics, (extra, extra_statistics)
 
     # ---- log-probabilities
 
@@ -243,7 +243,6 @@ class RlTrainer(FtlevelTrainer):
         return [logps[index] for index in range(len(rows))]
 
     def _split(self, rows: Sequence[CompletionRow]) -> Iterator[tuple[list[int], dict[str, Any]]]:
-        """Yields the row indices and the batch of each micro-batch, split as in a training step."""
         if isinstance(self.data_collator, StepCollator):
             yield from self.data_collator.split(rows) if rows else ()
         else:
@@ -251,13 +250,11 @@ class RlTrainer(FtlevelTrainer):
             yield from (([index], collate([row])) for index, row in enumerate(rows))
 
     def _reference_logps(self, rows: Sequence[CompletionRow]) -> list[list[float]]:
-        """Returns the completion tokens' log-probabilities by the model as it was at step 0."""
         with self._initial_weights():
             return self.token_logps(rows)
 
     @contextlib.contextmanager
     def _initial_weights(self) -> Iterator[None]:
-        """Give the trained tensors their values of step 0 inside the `with` block."""
         current = [(p, p.data) for p in self._trainable()]
         try:
             for (parameter, _), start in zip(current, self._start or (), strict=True):
@@ -280,29 +277,24 @@ class RlTrainer(FtlevelTrainer):
     ) -> torch.Tensor:
         """Returns the loss of the batch; after the last one, completes the step's metrics."""
         loss = super().training_step(model, inputs, num_items_in_batch)
-        if not self.is_alone:
+        if not self.is_standalone:
             self._batches_left -= 1
             if not self._batches_left:
                 self._finish_step()
         return loss
 
     def _finish_step(self) -> None:
-        """Complete the metrics of the step.
-
-        Raises:
-            RunError: log-probabilities of sampler and trainer differ by more than `bound`.
-        """
-        parts = self.processes.exchange(self.statistics.take())
-        clipped, kl, difference, tokens = (sum(part[0][at] for part in parts) for at in range(4))
-        largest = max(part[1] for part in parts)
-        metrics, times = self._metrics, self.settings.num_iterations
+        gathered = self.processes.all_gather(self.statistics.take())
+        clipped, kl, diff, tokens = (sum(part[0][at] for part in gathered) for at in range(4))
+        max_diff = max(part[1] for part in gathered)
+        metrics, times = self._metrics, self.rl_config.num_iterations
         if tokens:
             metrics["clipped"] = clipped / tokens
-            if self.settings.beta or self.objective.teacher:
+            if self.rl_config.beta or self.objective.teacher:
                 metrics["kl"] = kl / tokens
         if tokens and self.state.global_step % times == 0:
-            metrics["sampler_difference"] = mean = difference / tokens
-            check_sampler(mean, largest, self.bound, f"step {self.state.global_step + 1}")
+            metrics["sampler_difference"] = mean = diff / tokens
+            check_sampler(mean, max_diff, self.bound, f"step {self.state.global_step + 1}")
         seconds = time.perf_counter() - self._start_time
         sampling = metrics.pop("sampling_s", 0.0)
         sampled = metrics.pop("completion_tokens", 0.0)
@@ -332,15 +324,15 @@ class RlTrainer(FtlevelTrainer):
 
     def save_rollout(self, checkpoint: Path) -> None:
         """Write the rollout into `checkpoint` if later steps still train on it."""
-        if self._block is None or self.state.global_step % self.settings.num_iterations == 0:
+        if self._block is None or self.state.global_step % self.rl_config.num_iterations == 0:
             return
         rows = [(r.input_ids, r.prompt, r.row, r.number, r.values) for r in self._block.rows]
         state = {"rows": rows, "metrics": self._block.metrics}
-        torch.save(state, checkpoint / _BLOCK.format(rank=self.processes.world.rank))
+        torch.save(state, checkpoint / _FILE_NAME.format(rank=self.processes.world.rank))
 
     def restore_rollout(self, checkpoint: Path) -> None:
         """Load the rollout that `save_rollout` wrote into `checkpoint`, if any."""
-        path = checkpoint / _BLOCK.format(rank=self.processes.world.rank)
+        path = checkpoint / _FILE_NAME.format(rank=self.processes.world.rank)
         if not path.exists():
             return
         state: Mapping[str, Any] = torch.load(path, weights_only=True)
@@ -358,13 +350,13 @@ def no_loss(prompt: Any) -> CompletionRow:
     return replace(row, values=tuple(zero))
 
 
-def check_sampler(mean: float, largest: float, bound: float, where: str) -> None:
+def check_sampler(mean: float, max_diff: float, bound: float, label: str) -> None:
     """Raise RunError if log-probabilities of sampler and trainer differ by more than `bound`."""
     if mean <= bound:
         return
     raise RunError(
-        f"{where}: log-probabilities of the sampled tokens differ by {mean:.2g} nats a token "
-        f"between sampler and trainer (largest {largest:.2g}), and rounding explains {bound:.2g}. "
+        f"{label}: log-probabilities of the sampled tokens differ by {mean:.2g} nats a token "
+        f"between sampler and trainer (largest {max_diff:.2g}), and rounding explains {bound:.2g}. "
         "The completions were sampled from other weights, at another temperature or from another "
         "prompt than is trained. Please report it with the command; --no-fast trains plainly."
     )

@@ -7,10 +7,10 @@ import torch
 from torch.nn import functional
 
 from ftlevel.fast.blocked_attention import (
-    KEPT_KEYS,
+    MAX_SAVED_KEYS,
     QUERIES,
     BlockedAttention,
-    build_visibility_mask,
+    create_visibility_mask,
     split_queries,
 )
 from ftlevel.fast.packing import Segment
@@ -42,7 +42,7 @@ def by_sdpa(
     outputs = []
     for segment in segments:
         at = [i for a, b in (*segment.past, (segment.start, segment.stop)) for i in range(a, b)]
-        seen = build_visibility_mask(
+        seen = create_visibility_mask(
             segment.position, segment.stop - segment.start, 0, len(at), causal, window
         )
         if cap:  # SDPA has none: written out
@@ -68,7 +68,7 @@ def test_blocks_equal_sdpa(
     segments: tuple[Segment, ...], causal: bool, window: int | None, cap: float | None
 ) -> None:
     tokens = segments[-1].stop
-    assert any(block.width > KEPT_KEYS for block in split_queries(segments, causal, None))
+    assert any(block.width > MAX_SAVED_KEYS for block in split_queries(segments, causal, None))
     parts = states(tokens)
     weights = torch.randn(tokens, HEADS, WIDTH, dtype=torch.float64)
     expected = by_sdpa(parts, segments, causal, window, cap)

@@ -9,7 +9,12 @@ import torch
 from torch.nn import functional
 
 from ftlevel.fast.blocked_attention import BlockedAttention, split_queries
-from ftlevel.fast.gpu_attention import AttentionOptions, attend_capped, attend_padded, pad_segments
+from ftlevel.fast.gpu_attention import (
+    AttentionOptions,
+    pad_segments,
+    padded_attention,
+    softcapped_attention,
+)
 from ftlevel.fast.packing import Segment
 
 ROWS = tuple(
@@ -41,7 +46,7 @@ def test_it_is_the_attention_of_sequences(
         )
         for heads in (4, 2, 2)
     ]
-    found = attend_padded(parts, segments, AttentionOptions(causal, window, 0.3, cap=cap))
+    found = padded_attention(parts, segments, AttentionOptions(causal, window, 0.3, cap=cap))
     exact = [part.detach().cpu().requires_grad_() for part in parts]
     expected = BlockedAttention.apply(
         *exact, split_queries(segments, causal, window), 0.3, 0.0, cap
@@ -64,7 +69,7 @@ def test_calls_do_not_grow_with_the_sequences(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(functional, "scaled_dot_product_attention", count)
     segments = tuple(Segment(start, start + 128) for start in range(0, 64 * 128, 128))
     parts = [torch.randn(heads, 64 * 128, 8) for heads in (4, 2, 2)]
-    attend_padded(parts, segments, AttentionOptions(scale=0.3))
+    padded_attention(parts, segments, AttentionOptions(scale=0.3))
     assert len(calls) == 1
     assert calls[0]["attn_mask"] is None
     assert calls[0]["is_causal"]
@@ -95,7 +100,7 @@ def test_capped_scores_of_a_batch_are_exact_under_autocast(queries: int) -> None
     masks = (seen, torch.zeros(seen.shape).masked_fill(~seen, -torch.inf))
     for mask in masks:
         with torch.autocast("cpu", torch.bfloat16):
-            found, _ = attend_capped(query, key, value, mask, 0.0, 0.3, 0.7, True)
+            found, _ = softcapped_attention(query, key, value, mask, 0.0, 0.3, 0.7, True)
         assert (found - expected).norm() <= 1e-2 * expected.norm()
-        found, _ = attend_capped(query, key, value, mask, 0.0, 0.3, 0.7, True)
+        found, _ = softcapped_attention(query, key, value, mask, 0.0, 0.3, 0.7, True)
         torch.testing.assert_close(found, expected.float())

@@ -9,8 +9,8 @@ import torch
 
 from ftlevel.fast.blocked_attention import BlockedAttention, split_queries
 from ftlevel.fast.packed_attention import (
-    LONGEST,
-    PADDED,
+    MAX_PADDING,
+    MAX_SHORT,
     ShortAttention,
     are_short,
     batch_sequences,
@@ -34,7 +34,7 @@ def states(tokens: int, dtype: torch.dtype = torch.float64) -> list[torch.Tensor
 
 
 @pytest.mark.parametrize("cap", [None, 0.7])
-@pytest.mark.parametrize("lengths", [(7, 7, 7), (20, 19, 17, 12, 5, 5, 1), (1,), (LONGEST, 3)])
+@pytest.mark.parametrize("lengths", [(7, 7, 7), (20, 19, 17, 12, 5, 5, 1), (1,), (MAX_SHORT, 3)])
 @pytest.mark.parametrize(("causal", "window"), [(True, None), (False, None), (True, 4), (False, 4)])
 def test_it_equals_blocks(
     lengths: tuple[int, ...], causal: bool, window: int | None, cap: float | None
@@ -64,7 +64,7 @@ def test_bfloat16_is_as_near_as_blocks() -> None:
 def test_sequences_of_like_length_are_padded_together() -> None:
     batches = batch_sequences(rows(20, 19, 18, 6, 6, 5), True, None)
     assert [(b.count, b.longest) for b in batches] == [(3, 20), (3, 6)]
-    assert all(b.count * b.longest <= PADDED * (b.stop - b.start) for b in batches)
+    assert all(b.count * b.longest <= MAX_PADDING * (b.stop - b.start) for b in batches)
 
 
 def test_dropout_hides_in_the_backward_pass_what_it_hid_in_the_forward_pass() -> None:
@@ -79,6 +79,6 @@ def test_dropout_hides_in_the_backward_pass_what_it_hid_in_the_forward_pass() ->
 
 
 def test_what_is_short() -> None:
-    assert are_short(rows(5, LONGEST))
-    assert not are_short(rows(5, LONGEST + 1))
+    assert are_short(rows(5, MAX_SHORT))
+    assert not are_short(rows(5, MAX_SHORT + 1))
     assert not are_short((Segment(0, 5), Segment(5, 8, ((0, 5),))))

@@ -20,10 +20,10 @@ from ftlevel.fast.gpu_attention import (
     AttentionOptions,
     Lengths,
     VarlenKernel,
-    attend_varlen,
-    installed_kernel,
-    measure,
+    get_installed_kernel,
+    get_lengths,
     supports_attention,
+    varlen_attention,
     window_of,
 )
 from ftlevel.fast.packing import Segment
@@ -67,8 +67,8 @@ def as_documented(
             if reach >= 0:
                 scores = scores.masked_fill(side > reach, -torch.inf)
         outputs.append(torch.einsum("hqk,khw->qhw", scores.softmax(-1), value[c:d]))
-    assert lengths.most_queries == max(b - a for a, b in spans[0])
-    assert lengths.most_keys == max(d - c for c, d in spans[1])
+    assert lengths.max_queries == max(b - a for a, b in spans[0])
+    assert lengths.max_keys == max(d - c for c, d in spans[1])
     return torch.cat(outputs)
 
 
@@ -77,7 +77,7 @@ def test_the_kernel_is_told_the_attention_of_sequences(
     segments: tuple[Segment, ...], causal: bool, window: int | None
 ) -> None:
     parts = states(segments[-1].stop, torch.float64)
-    lengths = measure(segments, torch.device("cpu"))
+    lengths = get_lengths(segments, torch.device("cpu"))
     assert lengths.queries.dtype == lengths.keys.dtype == torch.int32
     assert (lengths.queries is lengths.keys) is (segments is ROWS), "cuDNN of torch 2.15 asks"
     found = as_documented(parts, lengths, window_of(causal, window), 0.3)
@@ -141,29 +141,29 @@ def test_each_torch_is_told_what_its_kernel_takes(
 ) -> None:
     function, expected = SIGNATURES[version]
     stand_in(monkeypatch, function)
-    assert VarlenKernel.read(function) == installed_kernel() == expected
+    assert VarlenKernel.read(function) == get_installed_kernel() == expected
     parts = states(segments[-1].stop, torch.float64)
     scale = 0.25 if version == "2.10" else 0.3  # 16 elements of a head: its own scale
-    if not expected.computes(AttentionOptions(causal, window, scale), 16):
+    if not expected.supports(AttentionOptions(causal, window, scale), 16):
         assert (version, window) == ("2.10", 9)
         return
-    found = attend_varlen(parts, segments, AttentionOptions(causal, window, scale))
+    found = varlen_attention(parts, segments, AttentionOptions(causal, window, scale))
     blocks = split_queries(segments, causal, window)
     torch.testing.assert_close(found, BlockedAttention.apply(*parts, blocks, scale, 0.0))
 
 
 def test_the_kernel_of_2_10_has_a_scale_of_its_own() -> None:
     kernel = SIGNATURES["2.10"][1]
-    assert kernel.computes(AttentionOptions(scale=0.125), 64)
-    assert not kernel.computes(AttentionOptions(scale=0.3), 64)
-    assert not kernel.computes(AttentionOptions(window=9, scale=0.125), 64)
+    assert kernel.supports(AttentionOptions(scale=0.125), 64)
+    assert not kernel.supports(AttentionOptions(scale=0.3), 64)
+    assert not kernel.supports(AttentionOptions(window=9, scale=0.125), 64)
 
 
 def test_a_torch_without_the_kernel_serves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    installed_kernel.cache_clear()
-    assert installed_kernel() is None
-    installed_kernel.cache_clear()
+    get_installed_kernel.cache_clear()
+    assert get_installed_kernel() is None
+    get_installed_kernel.cache_clear()
 
 
 def stand_in(monkeypatch: pytest.MonkeyPatch, function: Callable[..., Any]) -> None:
@@ -172,7 +172,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch, function: Callable[..., Any]) -> N
     monkeypatch.setattr(module, "varlen_attn", function, raising=False)
     monkeypatch.setattr(module, "__spec__", types.SimpleNamespace(), raising=False)
     monkeypatch.setitem(sys.modules, module.__name__, module)
-    installed_kernel.cache_clear()
+    get_installed_kernel.cache_clear()
 
 
 @pytest.mark.gpu
@@ -182,7 +182,7 @@ def test_the_kernel_computes_it(
 ) -> None:
     parts = states(segments[-1].stop, torch.bfloat16, "cuda")
     assert supports_attention(parts[0], AttentionOptions(causal, window, 0.3))
-    found = attend_varlen(parts, segments, AttentionOptions(causal, window, 0.3))
+    found = varlen_attention(parts, segments, AttentionOptions(causal, window, 0.3))
     exact = [part.detach().double().cpu().requires_grad_() for part in parts]
     expected = BlockedAttention.apply(*exact, split_queries(segments, causal, window), 0.3, 0.0)
     weights = torch.randn_like(expected)
@@ -244,15 +244,15 @@ def test_a_kernel_of_the_hub_is_told_the_attention_of_sequences(
     assert kernel is gpu.fetch_kernel("someone/flash@1")
     assert fetched.asked == [("someone/flash", {"version": 1})]
     parts = states(segments[-1].stop, torch.float64)
-    found = attend_varlen(parts, segments, options, kernel)
+    found = varlen_attention(parts, segments, options, kernel)
     blocks = split_queries(segments, causal, window)
     torch.testing.assert_close(found, BlockedAttention.apply(*parts, blocks, 0.3, 0.0, cap))
-    assert kernel.computes(options, 16)
+    assert kernel.supports(options, 16)
     old = gpu.HubKernel.read(lambda q: q)
-    assert old.computes(AttentionOptions(), 16)
-    assert not old.computes(AttentionOptions(cap=0.7), 16)
-    assert not old.computes(AttentionOptions(window=9), 16)
-    assert VarlenKernel(True, True, True).computes(options, 16) is (cap is None)
+    assert old.supports(AttentionOptions(), 16)
+    assert not old.supports(AttentionOptions(cap=0.7), 16)
+    assert not old.supports(AttentionOptions(window=9), 16)
+    assert VarlenKernel(True, True, True).supports(options, 16) is (cap is None)
 
 
 def test_a_kernel_that_is_not_there_is_refused(

@@ -61,7 +61,7 @@ def losses(
                "distilbert", "roberta", "t5", "mt5", "bart", "gemma2", "cohere", "granite"]
 )  # fmt: skip
 def test_loss_and_every_gradient(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(head_module, "FEWEST", 4)  # two chunks
+    monkeypatch.setattr(head_module, "MIN_TARGETS", 4)  # two chunks
     monkeypatch.setattr(head_module, "CHUNK_SCORES", 1)
     model = make(family)
     if hasattr(model, "final_logits_bias"):
@@ -76,7 +76,7 @@ def test_loss_and_every_gradient(family: str, monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
 def test_smoothed_labels(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(head_module, "FEWEST", 4)  # two chunks
+    monkeypatch.setattr(head_module, "MIN_TARGETS", 4)  # two chunks
     monkeypatch.setattr(head_module, "CHUNK_SCORES", 1)
     (expected, wanted), (found, got) = losses(make(family), smoothing=0.2)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
@@ -104,7 +104,7 @@ def test_no_target_is_no_loss() -> None:
 
 
 def test_scores_are_shown_a_chunk_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(head_module, "FEWEST", 4)
+    monkeypatch.setattr(head_module, "MIN_TARGETS", 4)
     monkeypatch.setattr(head_module, "CHUNK_SCORES", 1)
     model, seen = make("llama"), []
     ids = torch.randint(10, 490, (2, 10))

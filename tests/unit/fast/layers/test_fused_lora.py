@@ -18,7 +18,7 @@ from ftlevel.methods import Base
 from ftlevel.models.hardware import autocast
 from ftlevel.models.module_tree import get_heads
 from ftlevel.trained.adapt import apply_method
-from ftlevel.training.plan.method import find_method_targets
+from ftlevel.training.plan.method import resolve_method_targets
 from matrix_cells import pristine
 
 HEADS = {"llama": "causal", "gpt2": "causal", "bert": "seqcls", "t5": "seq2seq"}
@@ -43,7 +43,7 @@ def build(family: str, quant: str = "none", *, fused: bool, dtype: str = "float3
         if dtype == "bfloat16" and quant == "4bit" and hasattr(module, "compute_dtype"):
             module.compute_dtype = torch.bfloat16
     spec = SPECS["lora"](**{"r": 4, "lora_alpha": 8.0, **fields})
-    found = find_method_targets(spec, model, family, quant)
+    found = resolve_method_targets(spec, model, family, quant)
     kind = {"bert": "encoder", "t5": "encoder-decoder"}.get(family, "decoder")
     heads = get_heads(model) if head == "seqcls" else []
     task = {"causal": "CAUSAL_LM", "seqcls": "SEQ_CLS", "seq2seq": "SEQ_2_SEQ_LM"}[head]

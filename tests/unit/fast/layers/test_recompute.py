@@ -42,11 +42,11 @@ def test_a_tensor_is_made_once_for_all_that_ask() -> None:
 
     recomputation, saved = Recomputation(make), torch.ones(3)
     for _ in range(3):
-        recomputation.enter()
+        recomputation.register()
     results = [recomputation.make(saved) for _ in range(3)]
     assert len(made) == 1
     assert all(result is made[0] for result in results)
-    assert recomputation._made is None  # the last one lets it go
+    assert recomputation._cached is None  # the last one lets it go
     assert torch.equal(recomputation.make(saved), made[0])  # a second backward pass
     assert len(made) == 2
 

@@ -8,12 +8,12 @@ from hypothesis import strategies as st
 
 from ftlevel.fast.packing import (
     MicroBatches,
-    count_shared,
+    count_computed_tokens,
     split_packed,
     split_padded,
     split_shared,
 )
-from ftlevel.fast.prefixes import build_prefix_tree, sort_by_prefix
+from ftlevel.fast.prefixes import create_prefix_tree, sort_by_prefix
 
 LENGTHS = st.lists(st.integers(1, 60), min_size=1, max_size=40)
 
@@ -68,12 +68,12 @@ def test_shared_micro_batches_cost_what_their_trees_hold(
         for number, (start, own) in enumerate(texts, start=1)
     ]
     lengths = [len(row) for row in rows]
-    order, shared = sort_by_prefix(rows, least=5)
+    order, shared = sort_by_prefix(rows, min_length=5)
     micro_batches = split_shared(lengths, budget, order, shared, multiple)
     assert sorted(row for part in micro_batches for row in part) == list(range(len(rows)))
     for part in micro_batches:
-        found = build_prefix_tree([rows[row] for row in part], least=5).tokens
-        assert count_shared(part, lengths, order, shared) == found
+        found = create_prefix_tree([rows[row] for row in part], min_length=5).tokens
+        assert count_computed_tokens(part, lengths, order, shared) == found
         assert len(part) == 1 or found <= budget
 
 
@@ -81,7 +81,10 @@ def test_rows_that_all_begin_alike_are_spread_evenly() -> None:
     lengths, order = [40, 40, 12, 12, 12, 12], [0, 1, 2, 3, 4, 5]
     shared = [0, 10, 10, 10, 10, 10]
     micro_batches = split_shared(lengths, 1000, order, shared, 2)
-    assert [count_shared(rows, lengths, order, shared) for rows in micro_batches] == [44, 44]
+    assert [count_computed_tokens(rows, lengths, order, shared) for rows in micro_batches] == [
+        44,
+        44,
+    ]
     assert micro_batches == [[0, 2, 4], [1, 3, 5]]
 
 

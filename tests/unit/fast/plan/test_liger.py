@@ -7,7 +7,7 @@ import importlib.util
 import pytest
 
 from ftlevel import TrainConfig
-from ftlevel.fast.plan import OWN_LOSS, kernel_arguments, kernel_choices
+from ftlevel.fast.plan import LIGER_CONFIG, get_liger_arguments, kernel_choices
 
 ON = {"liger_kernel": True}
 
@@ -36,6 +36,6 @@ def test_liger_is_chosen_where_it_is_right(
         ),
     )
     section = TrainConfig.model_validate({"speed": speed}).speed
-    expected = {"use_liger_kernel": True, "liger_kernel_config": OWN_LOSS} if used else {}
-    assert kernel_arguments(section, device, model_type) == expected
+    expected = {"use_liger_kernel": True, "liger_kernel_config": LIGER_CONFIG} if used else {}
+    assert get_liger_arguments(section, device, model_type) == expected
     assert bool(kernel_choices(section, device, model_type)) is used

@@ -7,7 +7,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ftlevel.fast.prefixes import build_prefix_tree, count_common, shared_fraction, sort_by_prefix
+from ftlevel.fast.prefixes import (
+    common_prefix_length,
+    create_prefix_tree,
+    shared_fraction,
+    sort_by_prefix,
+)
 
 # Few different tokens, so that rows begin alike by chance, at several depths.
 ROWS = st.lists(st.lists(st.integers(1, 2), min_size=1, max_size=14), min_size=1, max_size=8)
@@ -22,7 +27,7 @@ def padded(rows: list[list[int]]) -> torch.Tensor:
 def test_every_row_is_found_again(rows: list[list[int]], least: int) -> None:
     order, _ = sort_by_prefix(rows, least)
     rows = [rows[i] for i in order]
-    layout = build_prefix_tree(rows, least)
+    layout = create_prefix_tree(rows, least)
     ids = padded(rows)
     tokens = layout.pack(ids[..., None].repeat(1, 1, 2))[0, :, 0]
     assert (layout.batch, layout.seq) == ids.shape
@@ -50,7 +55,7 @@ def test_rows_after_a_shared_prefix_are_found_again(
 ) -> None:
     rows = sorted(shared_prefix + end for end in ends)
     layout, ids, before = (
-        build_prefix_tree(rows, least, len(shared_prefix)),
+        create_prefix_tree(rows, least, len(shared_prefix)),
         padded(rows),
         len(shared_prefix),
     )
@@ -73,7 +78,7 @@ def test_nested_prefixes_are_computed_once() -> None:
     order, shared = sort_by_prefix(rows)
     assert order == [0, 1, 2, 3]
     assert shared == [0, 80, 40, 0]
-    layout = build_prefix_tree(rows)
+    layout = create_prefix_tree(rows)
     assert [(s.start, s.stop, s.past) for s in layout.segments] == [
         (0, 40, ()),
         (40, 80, ((0, 40),)),
@@ -87,19 +92,19 @@ def test_nested_prefixes_are_computed_once() -> None:
 
 def test_equal_rows_are_one_row() -> None:
     rows = [[1] * 50] * 3
-    layout = build_prefix_tree(rows)
+    layout = create_prefix_tree(rows)
     assert layout.tokens == 50
     assert layout.restore.tolist() == list(range(50)) * 3
 
 
 def test_a_short_prefix_is_not_shared() -> None:
     rows = [[1] * 31 + [2], [1] * 31 + [3]]
-    assert build_prefix_tree(rows).tokens == 64
+    assert create_prefix_tree(rows).tokens == 64
     assert shared_fraction(rows) == 0
 
 
 @given(st.lists(st.integers(0, 1)), st.lists(st.integers(0, 1)))
 def test_what_two_rows_have_in_common(one: list[int], other: list[int]) -> None:
-    common = count_common(one, other)
+    common = common_prefix_length(one, other)
     assert one[:common] == other[:common]
     assert common == min(len(one), len(other)) or one[common] != other[common]

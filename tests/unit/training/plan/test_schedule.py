@@ -10,7 +10,7 @@ from ftlevel.config import TrainConfig
 from ftlevel.config.trainer import TrainerConfig
 from ftlevel.errors import ConfigError
 from ftlevel.methods.rates import RateInputs
-from ftlevel.training.plan.schedule import check_schedule, choose_rates, get_warnings
+from ftlevel.training.plan.schedule import check_schedule, get_schedule_warnings, resolve_rates
 
 
 @pytest.mark.parametrize(
@@ -33,13 +33,13 @@ from ftlevel.training.plan.schedule import check_schedule, choose_rates, get_war
 def test_what_will_not_come_to_pass_is_said(
     settings: dict[str, Any], validation_rows: int, expected: list[str]
 ) -> None:
-    assert get_warnings(TrainerConfig(**settings), 64, validation_rows) == expected
+    assert get_schedule_warnings(TrainerConfig(**settings), 64, validation_rows) == expected
 
 
 def test_a_rate_for_a_head_that_is_not_new_is_said_to_be_idle() -> None:
     config = TrainerConfig(head_learning_rate=0.1)
-    assert get_warnings(config, 64, 4) == []
-    (warning,) = get_warnings(config, 64, 4, new_head=False)
+    assert get_schedule_warnings(config, 64, 4) == []
+    (warning,) = get_schedule_warnings(config, 64, 4, new_head=False)
     assert warning.startswith("--head-learning-rate: the model has no new head. ")
 
 
@@ -52,7 +52,7 @@ def test_the_share_of_the_peak_is_the_schedules_own() -> None:
     for _ in range(4):  # the fifth step is made with the rate after the fourth
         optimizer.step()
         schedule.step()
-    (warning,) = get_warnings(TrainerConfig(warmup_steps=50, max_steps=5), 64, 1)
+    (warning,) = get_schedule_warnings(TrainerConfig(warmup_steps=50, max_steps=5), 64, 1)
     assert f"{schedule.get_last_lr()[0]:.0%} of its peak" in warning
 
 
@@ -63,7 +63,7 @@ def rates(
     known: RateInputs = NEW_HEAD, method: str = "lora", **train: Any
 ) -> list[tuple[str, Any]]:
     config = TrainConfig.model_validate({"method": {"kind": method}, "train": train})
-    chosen = choose_rates(config.method, config.train, known)
+    chosen = resolve_rates(config.method, config.train, known)
     schedule = chosen.schedule(known.steps)
     assert schedule.learning_rate == chosen.base.value
     assert schedule.head_learning_rate == (chosen.head and chosen.head.value)
@@ -84,7 +84,7 @@ def test_the_users_rate_is_that_of_everything() -> None:
 
 def test_where_heads_are_all_that_learns_there_is_one_rate() -> None:
     config = TrainConfig.model_validate({"method": {"kind": "full", "freeze_base": True}})
-    (choice,) = choose_rates(config.method, config.train, NEW_HEAD).choices
+    (choice,) = resolve_rates(config.method, config.train, NEW_HEAD).choices
     assert str(choice) == (
         "0.1 (default for full on an encoder of hidden size 384 with a new head and 100 steps; "
         "measured)"
@@ -93,7 +93,7 @@ def test_where_heads_are_all_that_learns_there_is_one_rate() -> None:
 
 def test_the_reason_says_what_the_rate_is_for() -> None:
     config = TrainConfig.model_validate({"method": {"kind": "lora"}})
-    base, head = choose_rates(config.method, config.train, NEW_HEAD).choices
+    base, head = resolve_rates(config.method, config.train, NEW_HEAD).choices
     assert str(base) == (
         "0.001 (default for lora on an encoder of hidden size 384 with a new head and 100 steps; "
         "measured)"
@@ -123,7 +123,9 @@ def test_a_schedule_that_the_run_cannot_follow(train: Any, rows: int, told: str)
 
 
 def test_rates_that_were_not_measured() -> None:
-    (told,) = get_warnings(TrainerConfig(optim="paged_lion_8bit"), 10, 0)
+    (told,) = get_schedule_warnings(TrainerConfig(optim="paged_lion_8bit"), 10, 0)
     assert "measured with AdamW, and Lion needs a third to a tenth" in told
-    assert not get_warnings(TrainerConfig(optim="paged_lion_8bit", learning_rate=0.1), 10, 0)
-    assert not get_warnings(TrainerConfig(optim="paged_adamw_8bit"), 10, 0)
+    assert not get_schedule_warnings(
+        TrainerConfig(optim="paged_lion_8bit", learning_rate=0.1), 10, 0
+    )
+    assert not get_schedule_warnings(TrainerConfig(optim="paged_adamw_8bit"), 10, 0)

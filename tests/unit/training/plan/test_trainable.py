@@ -9,7 +9,7 @@ import tiny_models
 from ftlevel.config.methods import SPECS
 from ftlevel.methods import METHODS, Base
 from ftlevel.trained.adapt import apply_method
-from ftlevel.training.plan.method import find_method_targets
+from ftlevel.training.plan.method import resolve_method_targets
 
 HEADS = {"llama": "causal", "gpt2": "causal", "mixtral": "causal", "t5": "seq2seq", "bert": "mlm"}
 
@@ -30,7 +30,7 @@ def test_a_count_is_what_peft_trains(family, fields):
     spec = SPECS["lora"](**fields)
     with torch.device("meta"):
         meta = tiny_models.build(family, HEADS[family])
-    found = find_method_targets(spec, meta, family)
+    found = resolve_method_targets(spec, meta, family)
     counted = METHODS["lora"].num_parameters(spec, found.sizes)
     base = Base(meta.config, "decoder", None, found.modules, [], found.fan_in_fan_out, 1)
     adapted = apply_method(meta, spec, base)
