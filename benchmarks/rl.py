@@ -242,6 +242,7 @@ def _sampling(told: argparse.Namespace) -> dict[str, float]:
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+    from transformers.generation import ContinuousBatchingConfig
 
     from ftlevel.evaluation.sampling import GroupSampler, Noise, SamplingOptions
 
@@ -270,7 +271,9 @@ def _sampling(told: argparse.Namespace) -> dict[str, float]:
 
     def continuous(chosen: list[list[int]]) -> None:
         config = GenerationConfig(**settings, eos_token_id=-1)
-        model.generate_batch([ids for ids in chosen for _ in range(GROUP)], config, warmup=False)
+        small = ContinuousBatchingConfig(max_memory_percent=0.1)  # by default it takes all memory
+        texts = [ids for ids in chosen for _ in range(GROUP)]
+        model.generate_batch(texts, config, small, warmup=False)
 
     sample = {"sampler": ours, "generate": generate, "continuous": continuous}[told.side]
     settings |= {"max_new_tokens": told.new_tokens} if sample is continuous else sampling
