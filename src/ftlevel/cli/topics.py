@@ -10,7 +10,7 @@ import traceback
 from ftlevel.errors import Interrupted
 
 TOPICS = {
-    "settings": "__init__ cli commands config evaluation.intervals extensions pipeline task "
+    "settings": "__init__ cli commands config evaluation.intervals extensions pipeline objectives "
     "training",
     "recipes": "cli.recipes extras.other_tools",
     "files": "artifacts.row_files commands.preview data",
