@@ -8,12 +8,12 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import typer
 from rich.console import Console
 
+from forked import Forked
 from ftlevel.cli.app import run
 from ftlevel.cli.screen import Screen
 from ftlevel.cli.startup import SafeStream
@@ -89,13 +89,6 @@ def test_the_time_that_is_left_is_never_cut_off(width: int) -> None:
         assert "122,556 tok/s" in bars[-1]
 
 
-def train(model: Path, data: Path, **streams: Any) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "ftlevel", "train", "--model", str(model), "--dataset",
-               str(data), "--max-steps", "2", "--output-dir", str(data.parent / "run")]  # fmt: skip
-    return subprocess.Popen(command, text=True, stderr=subprocess.PIPE, **streams)
-
-
-@pytest.mark.slow
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no such device")
 def test_a_run_ends_well_though_nothing_can_be_shown(
     tmp_path: Path, tiny_model_dir: Callable[..., Path]
@@ -103,7 +96,9 @@ def test_a_run_ends_well_though_nothing_can_be_shown(
     data = tmp_path / "rows.jsonl"
     data.write_text('{"prompt": "a b", "completion": "c d"}\n' * 3)
     with Path("/dev/full").open("w") as full:
-        process = train(tiny_model_dir("llama"), data, stdout=full)
+        command = ["train", "--model", str(tiny_model_dir("llama")), "--dataset", str(data),
+                   "--max-steps", "2", "--output-dir", str(tmp_path / "run")]  # fmt: skip
+        process = Forked(command, stdout=full, stderr=subprocess.PIPE)
         _, err = process.communicate(timeout=120)
     said = "output is closed (No space left on device); the command continues."
     assert (process.returncode, err.strip()) == (0, f"ftlevel: {said}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,12 @@ def settings(
 
 def adapter(run: Path) -> dict[str, torch.Tensor]:
     return load_file(run / "adapter" / "adapter_model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def tiny(tiny_model_dir: Callable[..., Path]) -> dict[str, Any]:
+    """Return settings of a tiny model, for runs that have nothing to learn."""
+    return {"name_or_path": str(tiny_model_dir("llama", chat=True))}
 
 
 def log(run: Path) -> list[dict[str, Any]]:
@@ -247,13 +254,14 @@ class Stop(TrainerCallback):
     ("rl", "step"), [({}, 2), ({"num_iterations": 2, "beta": 0.1}, 3)], ids=["mu1", "mu2-kl"]
 )
 def test_a_resumed_run_is_the_same_bit_for_bit(
-    data: Path, tmp_path: Path, rl: dict[str, Any], step: int
+    data: Path, tmp_path: Path, tiny: dict[str, Any], rl: dict[str, Any], step: int
 ) -> None:
     steps = {"max_steps": 4, "save_steps": 1, "save_total_limit": 2}
-    train(settings(data, tmp_path / "whole", rl, steps))
+    train(settings(data, tmp_path / "whole", rl, steps, model=tiny))
+    broken = settings(data, tmp_path / "broken", rl, steps, model=tiny)
     with pytest.raises(Interrupted):
-        train(settings(data, tmp_path / "broken", rl, steps), callbacks=[Stop(step)])
-    train(settings(data, tmp_path / "broken", rl, steps, output={"resume": True}))
+        train(broken, callbacks=[Stop(step)])
+    train(settings(data, tmp_path / "broken", rl, steps, model=tiny, output={"resume": True}))
     whole, broken = adapter(tmp_path / "whole"), adapter(tmp_path / "broken")
     assert all(torch.equal(whole[name], broken[name]) for name in whole)
     texts = [(tmp_path / name / "rollouts.jsonl").read_bytes() for name in ("whole", "broken")]
@@ -268,17 +276,21 @@ def train_in_a_process(config: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("loss", ["dapo", "grpo"])
-def test_a_split_step_is_the_same_step(data: Path, tmp_path: Path, loss: str) -> None:
+def test_a_split_step_is_the_same_step(
+    data: Path, tmp_path: Path, tiny: dict[str, Any], loss: str
+) -> None:
     rl = {"loss": loss, "beta": 0.05, "dynamic_sampling": 2}
     both = {**PLAIN, "max_steps": 2}
-    train(settings(data, tmp_path / "one", rl, {**both, "per_device_train_batch_size": 8}))
+    own = {"model": tiny}
+    train(settings(data, tmp_path / "one", rl, {**both, "per_device_train_batch_size": 8}, **own))
     split = {**both, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
-    train(settings(data, tmp_path / "split", rl, split, speed={"tokens_per_micro_batch": 120}))
+    tokens = {"tokens_per_micro_batch": 120}
+    train(settings(data, tmp_path / "split", rl, split, speed=tokens, **own))
     if loss == "grpo":
-        train(settings(data, tmp_path / "other", rl, split, speed={"fast": False}))
+        train(settings(data, tmp_path / "other", rl, split, speed={"fast": False}, **own))
     else:
         two = {**both, "per_device_train_batch_size": 4, "num_processes": 2}
-        config = settings(data, tmp_path / "other", rl, two).model_dump(exclude_unset=True)
+        config = settings(data, tmp_path / "other", rl, two, **own).model_dump(exclude_unset=True)
         started = ranks.start(train_in_a_process, [(config,), (config,)])
         assert ranks.end(started) == [0, 0]
     one = adapter(tmp_path / "one")
@@ -361,10 +373,10 @@ METHODS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("name", METHODS)
 def test_each_method_trains_against_the_model_as_it_began(
-    data: Path, tmp_path: Path, name: str
+    data: Path, tmp_path: Path, tiny: dict[str, Any], name: str
 ) -> None:
-    rate = 1e-4 if name == "full" else 2e-3
-    train(settings(data, tmp_path / name, {"beta": 0.05}, {"learning_rate": rate}, **METHODS[name]))
+    rate = {"learning_rate": 1e-4 if name == "full" else 2e-3}
+    train(settings(data, tmp_path / name, {"beta": 0.05}, rate, model=tiny, **METHODS[name]))
     first, second = log(tmp_path / name)
     assert first["kl"] == pytest.approx(0.0, abs=1e-7)
     assert second["kl"] > 0
@@ -406,10 +418,10 @@ def test_a_teacher_is_distilled_on_the_students_completions(
 
 
 def test_a_teacher_with_two_processes_and_on_resume(
-    data: Path, tmp_path: Path, learned: tuple[Path, dict[str, Any]]
+    data: Path, tmp_path: Path, tiny: dict[str, Any], tiny_model_dir: Callable[..., Path]
 ) -> None:
-    teacher, _ = learned
-    own = {"distillation": {"teacher": str(teacher)}}
+    teacher, another = (str(tiny_model_dir("llama", chat=True, seed=seed)) for seed in (1, 2))
+    own = {"model": tiny, "distillation": {"teacher": teacher}}
     rl = {"reward": [], "num_generations": 2}
     both = {**PLAIN, "max_steps": 2, "save_steps": 1, "per_device_train_batch_size": 4}
     train(settings(data, tmp_path / "one", rl, both, **own))
@@ -419,7 +431,7 @@ def test_a_teacher_with_two_processes_and_on_resume(
     assert ranks.end(started) == [0, 0]
     with pytest.raises(Interrupted):
         train(settings(data, tmp_path / "broken", rl, both, **own), callbacks=[Stop(1)])
-    other = {"distillation": {"teacher": "builtin:tiny-llama"}}
+    other = {"model": tiny, "distillation": {"teacher": another}}
     with pytest.raises(
         ConfigError, match=r"not the same run: distillation\.teacher was '[0-9a-f]+'"
     ):

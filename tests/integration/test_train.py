@@ -227,7 +227,7 @@ def test_json_prints_one_object_and_nothing_else(capfd: pytest.CaptureFixture[st
 
 
 def test_the_libraries_say_nothing(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "ftlevel", "train", "--quant", "4bit", *SHORT,
+    command = [sys.executable, "-m", "ftlevel", "train", "--quant", "4bit", *TINY,
                "--max-steps", "2", "--save-steps", "1"]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stderr == ""
