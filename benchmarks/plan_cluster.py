@@ -20,7 +20,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from ftlevel.extras.cluster.forecast import Network, StepTime, Work, time_step
+from ftlevel.extras.cluster.forecast import Network, StepLoad, StepTime, time_step
 from ftlevel.training.forecast.seconds import GPUS, PEAK_FRACTION
 
 TITAN = "torchtitan"
@@ -195,10 +195,10 @@ def time_of(run: Run, share: float) -> StepTime:
     forward = (2 * shape.block + attention) * tokens
     second = share * card.tflops * 1e12
     alone = run.cards == 1
-    work = Work(
+    work = StepLoad(
         run.micro_batches, shape.layers, forward / second, (2 + run.recomputed) * forward / second,
         6 * shape.head * tokens / second, block=0 if alone else 2 * shape.block,
-        root=0 if alone else 2 * shape.outside, again=True,
+        root=0 if alone else 2 * shape.outside, regather=True,
         reduced=0 if alone else run.reduced * shape.block,
         reduced_root=0 if alone else run.reduced * shape.outside,
     )  # fmt: skip

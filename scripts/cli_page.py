@@ -56,7 +56,7 @@ def _command(name: str, flags: Sequence[Flag]) -> Iterator[str]:
     module, _, attribute = COMMANDS[name][0].partition(":")
     function = getattr(importlib.import_module(module), attribute)
     yield from (f"# ftlevel {name}", "", inspect.getdoc(function) or "")
-    rows = [row for row in flags_of(name, flags) if row.shown not in COMMON]
+    rows = [row for row in flags_of(name, flags) if row.name not in COMMON]
     flags_of_train = flags_of("train", flags)
     of_train = [row for row in rows if row in flags_of_train and row.path]
     aliases = _aliases(flags)
@@ -76,7 +76,7 @@ def _command(name: str, flags: Sequence[Flag]) -> Iterator[str]:
     if answers and name == "train":
         yield from ("", "## Not available", "")
         yield "These flags of other tools have no effect here. `ftlevel train` says what to use:"
-        yield from ("", ", ".join(sorted({_code(row.shown) for row in answers})) + ".")
+        yield from ("", ", ".join(sorted({_code(row.name) for row in answers})) + ".")
 
 
 def _table(rows: Sequence[Sequence[str]]) -> Iterator[str]:
@@ -109,14 +109,14 @@ def _aliases(flags: Sequence[Flag]) -> dict[str, list[Alias]]:
     """Return flag → all of its aliases, which may be listed in several rows."""
     found: dict[str, list[Alias]] = {}
     for row in flags:
-        found.setdefault(row.shown, []).extend(row.alias_names)
+        found.setdefault(row.name, []).extend(row.alias_names)
     return found
 
 
 def _names(row: Flag, aliases: Mapping[str, Sequence[Alias]]) -> Iterator[str]:
     if row.aliases.values:
-        yield f"{_code(row.shown)} ({_words(row.aliases.values)})"
-    yield from dict.fromkeys(map(_with_values, aliases[row.shown]))
+        yield f"{_code(row.name)} ({_words(row.aliases.values)})"
+    yield from dict.fromkeys(map(_with_values, aliases[row.name]))
 
 
 def _with_values(other: Alias) -> str:

@@ -27,7 +27,7 @@ def main() -> None:
             file=io.StringIO(), record=colour, width=100, force_terminal=colour,
             soft_wrap=not colour,  # as in a pipe
         )  # fmt: skip
-        show(found, console, whole=False)
+        show(found, console, full=False)
         if colour:
             text = console.export_svg(title="ftlevel preview recipes/demo.yaml")
             text = re.sub(r"@font-face \{.*?\}\s*", "", text, flags=re.DOTALL)  # loads nothing

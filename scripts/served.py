@@ -48,15 +48,15 @@ from ftlevel.extras.serving.client import (  # noqa: E402
     BASE,
     EITHER,
     TRAINED,
-    ServerAnswer,
-    judge_answer,
+    ServerOutput,
+    match_output,
 )
 from ftlevel.extras.serving.entry import (  # noqa: E402
     Prompt,
     ServedModel,
     rank_limit,
 )
-from ftlevel.extras.serving.recorded import Answer, run_prompts  # noqa: E402
+from ftlevel.extras.serving.recorded import ReferenceOutput, run_prompts  # noqa: E402
 from ftlevel.models.kinds import save_legacy_rope  # noqa: E402
 from ftlevel.trained.resolve import resolve_model  # noqa: E402
 from served_cases import CASES, make_adapter  # noqa: E402
@@ -90,8 +90,8 @@ class Known(NamedTuple):
     """What is asked, and what the model as trained and its base answer."""
 
     prompts: list[Prompt]
-    trained: list[Answer]
-    base: list[Answer]
+    trained: list[ReferenceOutput]
+    base: list[ReferenceOutput]
 
 
 def make_base(model: Path, place: Path) -> Path:
@@ -121,7 +121,7 @@ def make_ours(base: Path, place: Path, flags: list[str]) -> Path:
     return place / "adapter"
 
 
-def expected(adapter: Path, base: Path, spoken: dict[str, list[Answer]]) -> Known:
+def expected(adapter: Path, base: Path, spoken: dict[str, list[ReferenceOutput]]) -> Known:
     """Return the prompts, and what plain PEFT and the base (`spoken`, by prompts) answer."""
     entry = ServedModel(adapter.name, resolve_model(str(adapter), base=str(base), device="cpu"))
     prompts = entry.prompts()
@@ -134,10 +134,13 @@ def expected(adapter: Path, base: Path, spoken: dict[str, list[Answer]]) -> Know
 
 
 def cell_of(
-    heard: list[ServerAnswer], trained: list[Answer], base: list[Answer], bound: float
+    heard: list[ServerOutput],
+    trained: list[ReferenceOutput],
+    base: list[ReferenceOutput],
+    bound: float,
 ) -> tuple[str, str]:
     """Return what the answers are, and the largest difference of a logprob."""
-    found = [judge_answer(h, t, b, bound) for h, t, b in zip(heard, trained, base, strict=True)]
+    found = [match_output(h, t, b, bound) for h, t, b in zip(heard, trained, base, strict=True)]
     words = [verdict.word for verdict in found]
     far = max((v.difference for v in found if v.difference is not None), default=None)
     said = "" if far is None else f"{far:.1g}"
@@ -293,7 +296,7 @@ def main() -> int:
     if not base.is_dir():
         make_base(arguments.model, base)
     adapters = {name: made(base, folder, name) for name in (*METHODS, *OURS) if name in wanted}
-    spoken: dict[str, list[Answer]] = {}
+    spoken: dict[str, list[ReferenceOutput]] = {}
     known = {name: expected(adapter, base, spoken) for name, adapter in adapters.items()}
     rows = []
     for server, python in pythons.items():

@@ -20,7 +20,7 @@ class FtlevelError(Exception):
 class ConfigError(FtlevelError):
     """Invalid flag, recipe key or combination; raised before anything is loaded or written.
 
-    `problems` has one message per problem; `str(error)` joins them with newlines.
+    `problems` is a list of messages; `str(error)` joins them with newlines.
     """
 
     exit_code = 2
@@ -35,9 +35,9 @@ class InputError(ConfigError):
 
 
 class UnansweredError(InputError):
-    """Prompts that cannot be answered; raised before any prompt is computed.
+    """Prompts for which no prediction is possible; raised before any is computed.
 
-    `reasons` maps the index of a prompt to the reason, without a full stop.
+    `reasons` has the reason, without a full stop, by index of the prompt.
     """
 
     def __init__(self, reasons: Mapping[int, str]) -> None:
@@ -59,7 +59,7 @@ class Interrupted(FtlevelError):
 
 @contextlib.contextmanager
 def reading(name: str) -> Iterator[None]:
-    """Context manager that adds a note with `name` to unexpected errors, for the CLI's message."""
+    """Context manager that adds the file `name` as a note to unexpected exceptions."""
     try:
         yield
     except FtlevelError:
@@ -97,11 +97,11 @@ def closest_matches(name: str, options: Iterable[str], count: int = 1) -> list[s
 
     Options that start with `name` come first: `adamw` matches `adamw_torch`.
     """
-    folded = {option.lower().replace("_", "-"): option for option in options}
+    by_name = {option.lower().replace("_", "-"): option for option in options}
     query = name.lower().replace("_", "-")
-    prefixed = [o for o in folded if len(query) >= _MIN_PREFIX and o.startswith(query)]
-    close = difflib.get_close_matches(query, list(folded), n=count, cutoff=0.6)
-    return [folded[match] for match in dict.fromkeys([*prefixed, *close])][:count]
+    starting = [o for o in by_name if len(query) >= _MIN_PREFIX and o.startswith(query)]
+    close = difflib.get_close_matches(query, list(by_name), n=count, cutoff=0.6)
+    return [by_name[match] for match in dict.fromkeys([*starting, *close])][:count]
 
 
 def did_you_mean(name: str, options: Iterable[str]) -> str:
@@ -130,7 +130,7 @@ def is_long(name: str) -> bool:
 
 
 def join_names(names: Iterable[str], maximum: int = 12) -> str:
-    """Join `names` with commas; after `maximum` names, append the number of the others."""
+    """Returns `names` joined by commas; after `maximum` names, the number of the others."""
     items = list(names)
     text = ", ".join(items[:maximum])
     return text if len(items) <= maximum else f"{text} and {len(items) - maximum:,} more"

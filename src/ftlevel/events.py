@@ -18,7 +18,7 @@ from ftlevel.extensions import resolve_renamed
 
 
 class Listener:
-    """Progress callbacks, all called from the main thread; those not overridden do nothing."""
+    """Progress callbacks, which do nothing by default; all are called from the main thread."""
 
     def stage(self, name: str) -> None:
         """Start a stage of the work, such as `load the model`."""
@@ -55,8 +55,13 @@ __getattr__ = resolve_renamed(__name__, {"Silence": "ftlevel.events:NullListener
 
 
 _EVERY_S = 0.25  # between redraws
-_SHOWN = 8  # last log lines printed
-_FIGURES = {"loss": "{:.4f}", "learning_rate": "{:.2e}", "grad_norm": "{:.3g}", "epoch": "{:.2f}"}
+_MAX_ROWS = 8  # last log lines printed
+_METRIC_FORMATS = {
+    "loss": "{:.4f}",
+    "learning_rate": "{:.2e}",
+    "grad_norm": "{:.3g}",
+    "epoch": "{:.2f}",
+}
 
 
 def default_listener() -> Listener:
@@ -100,7 +105,7 @@ class Notebook(NullListener):
         self._draw()
 
     def choices(self, title: str, choices: Sequence[Choice]) -> None:
-        """Show every setting with an explanation."""
+        """Show every setting with its reason."""
         self._title, self._choices = title, choices
         self._draw()
 
@@ -145,13 +150,13 @@ class Notebook(NullListener):
         from IPython.display import HTML, display
 
         self._drawn_at = time.monotonic()
-        drawn = HTML("".join(self._parts()))
+        drawn = HTML("".join(self._to_html()))
         if self._display is None:
             self._display = display(drawn, display_id=True)
         else:
             self._display.update(drawn)
 
-    def _parts(self) -> Iterator[str]:
+    def _to_html(self) -> Iterator[str]:
         if self._choices:
             rows = [[c.name, str(c.value), c.reason] for c in self._choices]
             yield f"<details><summary><b>ftlevel</b> {escape(self._title)}: what was chosen, and "
@@ -159,19 +164,22 @@ class Notebook(NullListener):
         for message in self._warnings:
             yield f"<div><b>warning:</b> {escape(message)}</div>"
         if self._lines:
-            names = [name for name in _FIGURES if any(name in line for line in self._lines)]
-            shown = [
-                [f"{line['step']:,}", *(_figure(_FIGURES[n], line.get(n)) for n in names)]
-                for line in self._lines[-_SHOWN:]
+            names = [name for name in _METRIC_FORMATS if any(name in line for line in self._lines)]
+            cells = [
+                [
+                    f"{line['step']:,}",
+                    *(_format_value(_METRIC_FORMATS[n], line.get(n)) for n in names),
+                ]
+                for line in self._lines[-_MAX_ROWS:]
             ]
-            yield _table(["step", *names], shown)
+            yield _table(["step", *names], cells)
         if self._scores:
             names = [name for name in self._scores[-1] if name.startswith("eval_")]
-            shown = [
-                [f"{line['step']:,}", *(_figure("{:.4f}", line.get(n)) for n in names)]
-                for line in self._scores[-_SHOWN:]
+            cells = [
+                [f"{line['step']:,}", *(_format_value("{:.4f}", line.get(n)) for n in names)]
+                for line in self._scores[-_MAX_ROWS:]
             ]
-            yield _table(["step", *(name.removeprefix("eval_") for name in names)], shown)
+            yield _table(["step", *(name.removeprefix("eval_") for name in names)], cells)
         if self._stage:
             bar = f" <progress value='{self._done:g}' max='{self._total:g}'></progress>"
             yield f"<div>{escape(self._stage)}{bar if self._total else ''}</div>"
@@ -184,8 +192,8 @@ class Notebook(NullListener):
             yield f"<div><b>saved</b> {escape(str(self._ended['run']))}</div>"
 
 
-def _figure(form: str, value: Any) -> str:
-    return "" if value is None else form.format(value)
+def _format_value(template: str, value: Any) -> str:
+    return "" if value is None else template.format(value)
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

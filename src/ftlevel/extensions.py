@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from ftlevel.errors import ConfigError
-from ftlevel.world import prints_errors
+from ftlevel.world import should_print
 
 GROUP = "ftlevel.extras"
 
@@ -129,7 +129,7 @@ def find_extensions() -> tuple[tuple[str, Extension], ...]:
         if isinstance(extension, Extension):
             extensions.append((source, extension))
         else:
-            warn_left_out(source, f"{reference} is no Extension")
+            warn_skipped(source, f"{reference} is no Extension")
     return tuple(extensions)
 
 
@@ -151,7 +151,7 @@ def _installed() -> Iterator[tuple[str, str]]:
                 continue
             points = distribution.entry_points.select(group=GROUP)
         except (OSError, ValueError, LookupError) as error:
-            warn_left_out(f"{distribution}", error)
+            warn_skipped(f"{distribution}", error)
             continue
         seen.add(distribution.name)
         for point in points:
@@ -193,16 +193,16 @@ def try_load(reference: str, source: str) -> Any:
     except Exception as error:
         if source == OWN:
             raise
-        warn_left_out(source, error)
+        warn_skipped(source, error)
         return None
 
 
-def warn_left_out(source: str, reason: object) -> None:
-    """Warn that a part of the package `source` is not available, for `reason`."""
-    if not prints_errors():
+def warn_skipped(source: str, error: object) -> None:
+    """Warn that a part of the package `source` is not available, for `error`."""
+    if not should_print():
         return
-    kind = f"{type(reason).__name__}: " if isinstance(reason, Exception) else ""
-    text = " ".join(f"{kind}{reason}".split())
+    type_name = f"{type(error).__name__}: " if isinstance(error, Exception) else ""
+    text = " ".join(f"{type_name}{error}".split())
     sys.stderr.write(f"ftlevel: warning: {source} cannot be used ({text}).\n")
 
 

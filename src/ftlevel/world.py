@@ -18,7 +18,7 @@ _LOOPBACK = "127.0.0.1"
 
 @dataclass(frozen=True)
 class Launcher:
-    """A launcher and the names of its environment variables; "" for variables it does not set."""
+    """Launcher and the names of its environment variables; "" for those that it does not set."""
 
     name: str
     rank: str
@@ -42,10 +42,10 @@ LAUNCHERS = (
     Launcher("srun", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "", "SLURM_NODEID"),
 )
 _POD = Launcher("RANK and WORLD_SIZE", "RANK", "WORLD_SIZE", "")
-"""One process per machine, as in a Kubernetes PyTorchJob, which sets no local rank."""
+"""Kubernetes PyTorchJob with one process per machine and no local rank."""
 
 _ACCUMULATION = "--gradient_accumulation_steps"
-_OF_ACCELERATE = {
+_ACCELERATE_VARIABLES = {
     "ACCELERATE_USE_FSDP": ("--use_fsdp", "--shard full"),
     "ACCELERATE_USE_DEEPSPEED": ("--use_deepspeed", "--shard full"),
     "ACCELERATE_USE_MEGATRON_LM": ("--use_megatron_lm", "--shard full"),
@@ -92,8 +92,8 @@ class World:
         )
 
 
-def find_launcher(environment: Mapping[str, str] = os.environ) -> Launcher | None:
-    """Find the launcher of this process, or None for a single process."""
+def get_launcher(environment: Mapping[str, str] = os.environ) -> Launcher | None:
+    """Returns the launcher of this process; None for a single process."""
     for launcher in LAUNCHERS:
         if all(name in environment for name in (launcher.rank, launcher.size, launcher.local_rank)):
             return launcher
@@ -102,7 +102,7 @@ def find_launcher(environment: Mapping[str, str] = os.environ) -> Launcher | Non
 
 def is_launched() -> bool:
     """Returns whether a launcher started this process."""
-    return find_launcher() is not None
+    return get_launcher() is not None
 
 
 def has_agent() -> bool:
@@ -112,34 +112,34 @@ def has_agent() -> bool:
 
 def is_follower() -> bool:
     """Returns whether this process has a rank other than 0."""
-    launcher = find_launcher()
+    launcher = get_launcher()
     return launcher is not None and os.environ.get(launcher.rank, "0") != "0"
 
 
-def prints_errors() -> bool:
-    """Returns whether this process prints errors before rendezvous: true for local rank 0."""
-    launcher = find_launcher()
+def should_print() -> bool:
+    """Returns whether this process prints errors before rendezvous, as local rank 0."""
+    launcher = get_launcher()
     return launcher is None or os.environ.get(launcher.local_rank, "0") == "0"
 
 
 def has_peers() -> bool:
     """Returns whether the run has other processes."""
-    launcher = find_launcher()
+    launcher = get_launcher()
     return launcher is not None and os.environ.get(launcher.size, "1") != "1"
 
 
-def read_world(environment: Mapping[str, str] = os.environ) -> World:
-    """Load the rank, world size and rendezvous address of this process.
+def get_world(environment: Mapping[str, str] = os.environ) -> World:
+    """Returns the rank, world size and rendezvous address of this process.
 
     Raises:
         ConfigError: the variables are inconsistent, or `accelerate launch` would override the
             configuration.
     """
     _check_accelerate(environment)
-    launcher = find_launcher(environment)
+    launcher = get_launcher(environment)
     if launcher is None:
         return World()
-    size = _number(environment, launcher.size, launcher, least=1)
+    size = _number(environment, launcher.size, launcher, minimum=1)
     rank = _number(environment, launcher.rank, launcher)
     if rank >= size:
         raise ConfigError(
@@ -159,27 +159,25 @@ def read_world(environment: Mapping[str, str] = os.environ) -> World:
 
 
 def _number(
-    environment: Mapping[str, str], name: str, launcher: Launcher, *, least: int = 0
+    environment: Mapping[str, str], name: str, launcher: Launcher, *, minimum: int = 0
 ) -> int:
     text = environment.get(name)
-    if text is not None and text.strip().isdecimal() and int(text) >= least:
+    if text is not None and text.strip().isdecimal() and int(text) >= minimum:
         return int(text)
-    state = "is missing" if text is None else f"is {text!r}, and no number from {least} on"
+    state = "is missing" if text is None else f"is {text!r}, and no number from {minimum} on"
     raise ConfigError(
         f"{name} {state}, and other variables of {launcher.name}. Start ftlevel with it again, or "
         f"unset {launcher.rank} and {launcher.size} to run one process."
     )
 
 
-def _local_size(
-    environment: Mapping[str, str], launcher: Launcher, node: int, otherwise: int
-) -> int:
+def _local_size(environment: Mapping[str, str], launcher: Launcher, node: int, default: int) -> int:
     if launcher.local_size in environment:
-        return _number(environment, launcher.local_size, launcher, least=1)
+        return _number(environment, launcher.local_size, launcher, minimum=1)
     if launcher.name != "srun":
-        return otherwise
+        return default
     each = _tasks_per_node(environment.get("SLURM_STEP_TASKS_PER_NODE", ""))
-    return each[node] if node < len(each) else otherwise
+    return each[node] if node < len(each) else default
 
 
 def _tasks_per_node(text: str) -> list[int]:
@@ -191,7 +189,6 @@ def _tasks_per_node(text: str) -> list[int]:
 def _rendezvous(
     environment: Mapping[str, str], launcher: Launcher, size: int, local_size: int
 ) -> tuple[str, int]:
-    """Returns the rendezvous address and port; raises ConfigError if they are unknown."""
     if size == 1:
         return "", 0
     address, port = environment.get("MASTER_ADDR", ""), _PORT
@@ -203,7 +200,7 @@ def _rendezvous(
     elif launcher.name.startswith("mpirun") and local_size == size:
         address = address or _LOOPBACK
     if "MASTER_PORT" in environment:
-        port = _number(environment, "MASTER_PORT", launcher, least=1)
+        port = _number(environment, "MASTER_PORT", launcher, minimum=1)
     if not address:
         raise ConfigError(
             f"{launcher.size}={size}, and MASTER_ADDR is missing: the processes cannot connect. "
@@ -222,7 +219,7 @@ def first_node(nodes: str) -> str:
 def _check_accelerate(environment: Mapping[str, str]) -> None:
     """Raise ConfigError that lists the settings of `accelerate launch` in `environment`, if any."""
     problems = []
-    for name, (flag, ours) in _OF_ACCELERATE.items():
+    for name, (flag, ours) in _ACCELERATE_VARIABLES.items():
         values = environment.get(name, "")
         if values.lower() not in _DISABLED_VALUES:
             instead = f"Say it by ftlevel's {ours}." if ours else "Drop it."

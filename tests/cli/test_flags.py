@@ -53,8 +53,8 @@ def layer_of(arguments: Sequence[str], flags: Sequence[Flag] = FLAGS) -> Layer:
     """Return what a command line of train sets."""
     seen = []
 
-    def command(given: CommandInput) -> None:
-        seen.append(given.layer())
+    def command(inputs: CommandInput) -> None:
+        seen.append(inputs.layer())
 
     app = typer.Typer(add_completion=False, rich_markup_mode=None)
     add_command(app, "train", command, flags)
@@ -194,15 +194,15 @@ def test_nothing_given_sets_nothing() -> None:
 )
 def test_second_spellings(typed: list[str], read: list[str]) -> None:
     known = {"--lora-r", "--model", "--task", "--quant", "--dataset"}
-    rows = [row for row in FLAGS if row.shown in known]
-    assert resolve_flag_aliases(typed, build_flag_specs("train", rows)).arguments == read
+    rows = [row for row in FLAGS if row.name in known]
+    assert resolve_flag_aliases(typed, build_flag_specs("train", rows)).args == read
 
 
 def test_words_are_translated_for_their_flag_alone() -> None:
     specs = {"--lora-target": FlagSpec("--target-modules", values={"all": "all-linear"})}
     typed = ["--lora-target", "all", "all", "--lora-target", "--x", "all"]
     read = ["--target-modules", "all-linear", "all", "--target-modules", "--x", "all"]
-    assert resolve_flag_aliases(typed, specs).arguments == read
+    assert resolve_flag_aliases(typed, specs).args == read
 
 
 @pytest.mark.parametrize(
@@ -286,7 +286,7 @@ def test_a_command_has_a_handful_of_parameters(name: str) -> None:
     reads = inspect.signature(function).parameters
     assert len(reads) <= 6
     own = {row.parameter for row in flags_of(name)}
-    assert set(reads) <= own | {"given"}
+    assert set(reads) <= own | {"inputs"}
 
 
 @pytest.mark.parametrize("name", commands())
@@ -311,12 +311,12 @@ def test_every_other_flag_is_read(name: str) -> None:
     text = "\n".join(path.read_text() for path in paths)
     reads = inspect.signature(function_of(name)).parameters
     idle = [
-        row.shown
+        row.name
         for row in flags_of(name)
         if not row.path
         and row.parameter not in reads
         and f'["{row.parameter}"]' not in text
-        and f'"{row.shown}" in ar' not in text
+        and f'"{row.name}" in ar' not in text
     ]
     assert idle == []
 
@@ -329,15 +329,15 @@ def test_names_are_given_once(name: str) -> None:
     parameters = [row.parameter for row in rows]
     assert [name for name, count in Counter(names).items() if count > 1] == []
     assert len(parameters) == len(set(parameters))
-    seconds = [other.name for row in FLAGS if row.shown in names for other in row.alias_names] + [
-        row.shown for row in FLAGS if isinstance(row, UnsupportedFlag) and name in row.on
+    seconds = [other.name for row in FLAGS if row.name in names for other in row.alias_names] + [
+        row.name for row in FLAGS if isinstance(row, UnsupportedFlag) and name in row.on
     ]
     assert [second for second, count in Counter(seconds).items() if count > 1] == []
     assert set(seconds) & set(names) <= {"--adapter", "--base"}  # flags of generate, of evaluate
 
 
 def test_rows_name_commands_and_flags_that_exist() -> None:
-    shown = {row.shown for row in FLAGS}
+    shown = {row.name for row in FLAGS}
     assert {name for row in FLAGS for name in row.on} == set(commands())
     assert {"--model", "--lora-r", "--quant"} <= shown
     with pytest.raises(KeyError, match="gone"):

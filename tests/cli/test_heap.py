@@ -9,12 +9,12 @@ import sys
 
 import pytest
 
-from ftlevel.cli.startup import HEAPS
+from ftlevel.cli.startup import NUM_ARENAS
 
 WHERE = """
 import ctypes, threading
-from ftlevel.cli.startup import share_heaps
-done = share_heaps()
+from ftlevel.cli.startup import limit_malloc_arenas
+done = limit_malloc_arenas()
 library = ctypes.CDLL(None)
 library.malloc.restype, library.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
 found, all_are_there = [], threading.Barrier(6)
@@ -46,10 +46,10 @@ def run(**environment: str) -> str:
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="it is about glibc's malloc")
 def test_what_threads_ask_for_comes_from_two_heaps():
-    assert run() == f"True {HEAPS}"
+    assert run() == f"True {NUM_ARENAS}"
     done, heaps = run(MALLOC_ARENA_MAX="8").split()
     assert done == "False"
-    assert int(heaps) > HEAPS
+    assert int(heaps) > NUM_ARENAS
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="it is about glibc's malloc")

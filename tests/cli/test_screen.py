@@ -41,12 +41,12 @@ def test_a_closed_pipe_has_no_reader() -> None:
     read, write = os.pipe()
     with os.fdopen(write, "w") as stream:
         screen = Screen(Console(file=SafeStream(stream)), quiet=True)
-        screen.stop_without_reader()
+        screen.exit_if_closed()
         os.close(read)
         with pytest.raises(typer.Exit) as stopped:
-            screen.stop_without_reader()
+            screen.exit_if_closed()
     assert stopped.value.exit_code == 141
-    Screen(Console(file=SafeStream(io.StringIO())), quiet=True).stop_without_reader()
+    Screen(Console(file=SafeStream(io.StringIO())), quiet=True).exit_if_closed()
 
 
 def test_letters_that_a_stream_lacks_are_replaced() -> None:

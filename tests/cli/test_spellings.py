@@ -27,8 +27,8 @@ _FOUND: list[TrainConfig] = []
 
 @cache
 def _program() -> Any:
-    def command(given: CommandInput) -> None:
-        _FOUND.append(read_config(given)[0])
+    def command(inputs: CommandInput) -> None:
+        _FOUND.append(read_config(inputs)[0])
 
     app = typer.Typer(add_completion=False, rich_markup_mode=None)
     add_command(app, "train", command, FLAGS)

@@ -28,9 +28,9 @@ from ftlevel.config import ExportConfig
 from ftlevel.errors import InputError, RunError
 from ftlevel.extras.serving import check as commands
 from ftlevel.extras.serving.check import check_served, run_library
-from ftlevel.extras.serving.client import ServerAnswer, judge_answer, widen_tolerance
+from ftlevel.extras.serving.client import ServerOutput, match_output, widen_tolerance
 from ftlevel.extras.serving.config import CheckServedConfig
-from ftlevel.extras.serving.recorded import Answer
+from ftlevel.extras.serving.recorded import ReferenceOutput
 from served_cases import CASES, make_adapter
 from tiny_models import save_tiny
 
@@ -106,9 +106,9 @@ def test_a_file_in_4_bits_answers_as_it_was_read_back(
 
     def judge_closely(heard: Any, trained: Any, base: Any, tolerance: float) -> Any:
         bounds.add(tolerance)
-        return judge_answer(heard, trained, base, 0.02)  # a tiny model's answers are all alike
+        return match_output(heard, trained, base, 0.02)  # a tiny model's answers are all alike
 
-    monkeypatch.setattr(commands, "judge_answer", judge_closely)
+    monkeypatch.setattr(commands, "match_output", judge_closely)
     found = check_served(CheckServedConfig(out=out, inside="llama.cpp")).summary
     assert (found["verdict"], bounds) == ("as trained", {0.5})
 
@@ -187,10 +187,10 @@ def test_a_wrong_adapter_of_a_quantized_base_is_found(
 
 
 def test_a_base_that_is_another_model_widens_nothing() -> None:
-    known = Answer([1, 2], [-1.0, -2.0], [3.0, 3.0], "a b")
-    near = ServerAnswer("a b", [1, 2], [-1.1, -2.0])
-    far = ServerAnswer("a b", [1, 2], [-1.0, -2.7])
-    other = ServerAnswer("c", [7], [-1.0])
+    known = ReferenceOutput([1, 2], [-1.0, -2.0], [3.0, 3.0], "a b")
+    near = ServerOutput("a b", [1, 2], [-1.1, -2.0])
+    far = ServerOutput("a b", [1, 2], [-1.0, -2.7])
+    other = ServerOutput("c", [7], [-1.0])
     assert widen_tolerance(0.02, [near], [known]) == pytest.approx(0.2)
     assert widen_tolerance(0.02, [far], [known]) == 0.02
     assert widen_tolerance(0.02, [near, other], [known, known]) == 0.02
@@ -211,8 +211,10 @@ def test_a_base_that_is_another_model_widens_nothing() -> None:
 def test_tokens_that_end_inside_a_character_may_be_left_out(
     ids: list[int], logprobs: list[float], word: str
 ) -> None:
-    known = Answer([1, 2, 3, 4, 5], [-1.0] * 5, [3.0, 3.0, 3.0, 3.0, 0.001], "a \u65e5b", [1, 3])
-    assert judge_answer(ServerAnswer("", ids, logprobs), known, None, 0.02).word == word
+    known = ReferenceOutput(
+        [1, 2, 3, 4, 5], [-1.0] * 5, [3.0, 3.0, 3.0, 3.0, 0.001], "a \u65e5b", [1, 3]
+    )
+    assert match_output(ServerOutput("", ids, logprobs), known, None, 0.02).word == word
 
 
 def test_what_the_server_keeps_of_a_prompt_it_gives_to_other_adapters(folder: Path) -> None:

@@ -605,7 +605,7 @@ def come_late(folder: Path, out: Path) -> None:
 
     from ftlevel.events import NullListener
     from ftlevel.training import processes as watch_processes
-    from ftlevel.world import read_world
+    from ftlevel.world import get_world
 
     class Told(NullListener):
         def warn(self, message: str) -> None:
@@ -615,7 +615,7 @@ def come_late(folder: Path, out: Path) -> None:
     begin = watch_processes.WatchProcesses.on_step_begin
 
     def begin_late(self: Any, args: Any, state: Any, *more: Any, **named: Any) -> None:
-        if read_world().rank == 1 and state.global_step == 2:
+        if get_world().rank == 1 and state.global_step == 2:
             time.sleep(8)
         begin(self, args, state, *more, **named)
 

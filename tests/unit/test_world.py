@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from ftlevel.errors import ConfigError
-from ftlevel.world import World, first_node, read_world
+from ftlevel.world import World, first_node, get_world
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2",
             "GROUP_RANK": "1", "MASTER_ADDR": "a", "MASTER_PORT": "29400"}  # fmt: skip
@@ -37,7 +37,7 @@ POD = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "c", "MASTER_PORT": "23456
     ],
 )  # fmt: skip
 def test_each_launcher_is_read(environment: dict[str, str], world: World) -> None:
-    assert read_world(environment) == world
+    assert get_world(environment) == world
 
 
 @pytest.mark.parametrize(
@@ -59,7 +59,7 @@ def test_each_launcher_is_read(environment: dict[str, str], world: World) -> Non
 )
 def test_what_does_not_fit_is_named(environment: dict[str, str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        read_world(environment)
+        get_world(environment)
 
 
 def test_what_accelerate_says_by_default_is_no_misfit() -> None:
@@ -69,7 +69,7 @@ def test_what_accelerate_says_by_default_is_no_misfit() -> None:
         "ACCELERATE_USE_CPU": "true",
         "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "1",
     }
-    assert read_world({**TORCHRUN, **default}).size == 4
+    assert get_world({**TORCHRUN, **default}).size == 4
 
 
 @pytest.mark.parametrize(
@@ -83,6 +83,6 @@ def test_the_first_machine_of_a_list(nodes: str, first: str) -> None:
 
 def test_a_world_is_published_in_torchruns_names() -> None:
     said: dict[str, str] = {}
-    read_world(SRUN).publish(said)
+    get_world(SRUN).publish(said)
     assert said == {"RANK": "5", "WORLD_SIZE": "7", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2",
                     "MASTER_ADDR": "node07", "MASTER_PORT": "29623"}  # fmt: skip

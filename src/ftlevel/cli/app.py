@@ -26,7 +26,7 @@ from ftlevel.cli.startup import (
 from ftlevel.cli.topics import topic_of_error, with_topic
 from ftlevel.errors import FtlevelError, Interrupted, is_out_of_memory
 from ftlevel.extensions import added_rows, load
-from ftlevel.world import is_launched, prints_errors
+from ftlevel.world import is_launched, should_print
 
 if TYPE_CHECKING:
     from ftlevel.config.flag import Flag
@@ -61,11 +61,11 @@ _CORE: dict[str, tuple[str, str]] = {
         ("doctor", "describe:doctor", "Check what this machine supports and what to install."),
     )
 }
-"""Command → (function, summary); a test compares the summary with the function's docstring."""
+"""Function and summary by command; a test compares the summary with the function's docstring."""
 
 
 def commands() -> dict[str, tuple[str, str]]:
-    """Returns name → (function, summary) of the core's commands and those of extensions."""
+    """Returns function and summary by name of each command, including those of extensions."""
     added = added_rows("commands", _CORE)
     return _CORE | {name: (command.function, command.summary) for name, command in added.items()}
 
@@ -100,7 +100,7 @@ def build_app(
 
 
 def _placeholder() -> None:
-    """Placeholder for the function of a command that this process does not run."""
+    """Function of commands that this process does not run."""
 
 
 def _version(value: bool) -> None:
@@ -118,9 +118,9 @@ def _root(
     pass
 
 
-_MAX_REASON = 300  # characters
+_MAX_MESSAGE = 300  # characters
 _CTRL_C = 130
-_PEER_IS_GONE = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer")
+_DISCONNECTED = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer")
 
 
 def main() -> None:
@@ -132,105 +132,104 @@ def main() -> None:
     raise SystemExit(code)
 
 
-def run(arguments: list[str]) -> int:
+def run(args: list[str]) -> int:
     """Run one command line and return its exit code; prints every error."""
-    arguments = arguments or ["--help"]
-    names = [a for a in arguments if not a.startswith("-")][:1]
-    shows_traceback = "--traceback" in arguments
+    args = args or ["--help"]
+    names = [a for a in args if not a.startswith("-")][:1]
+    show_traceback = "--traceback" in args
     try:
         # Libraries draw progress bars through tqdm, which reads this when it is first imported.
         os.environ.setdefault("TQDM_DISABLE", "1")
         with heavy_imports():
             app = build_app(names or _completed_command())
-        code = _call(app, arguments)
+        code = _call(app, args)
     except typer.TyperException as error:  # an unknown flag, a missing argument, a bad number
         command = [name for name in names if name in commands()]
         help_command = " ".join(["ftlevel", *command, "--help"])
-        return _end(arguments, f"{error.format_message()} See: {help_command}", 2, "settings")
+        return _end(args, f"{error.format_message()} See: {help_command}", 2, "settings")
     except (typer.Abort, KeyboardInterrupt):
-        return _end_interrupted(arguments)
+        return _end_interrupted(args)
     except FtlevelError as error:
-        if shows_traceback and not isinstance(error, Interrupted):
+        if show_traceback and not isinstance(error, Interrupted):
             raise
         code = exit_code() if error.exit_code == _CTRL_C else error.exit_code
         # All processes of a machine see a usage error; one prints it.
-        if not error.is_reported and (error.exit_code == 1 or prints_errors()):
-            _end(arguments, str(error), code, topic_of_error(error))
+        if not error.is_reported and (error.exit_code == 1 or should_print()):
+            _end(args, str(error), code, topic_of_error(error))
         return code
     except OSError as error:  # full disk, closed pipe, removed file
-        if shows_traceback or error.strerror is None:
+        if show_traceback or error.strerror is None:
             raise
         prefix = f"{error.filename}: " if error.filename else ""
-        is_mistake = error.errno == errno.ENAMETOOLONG  # a path from the user is too long
-        advice = "Name a shorter path" if is_mistake else "Add --traceback to see where it happened"
-        code = 2 if is_mistake else 1
-        _end(arguments, f"{prefix}{error.strerror}. {advice}.", code, "output")
+        is_user_error = error.errno == errno.ENAMETOOLONG  # a path from the user is too long
+        fix = "Name a shorter path" if is_user_error else "Add --traceback to see where it happened"
+        code = 2 if is_user_error else 1
+        _end(args, f"{prefix}{error.strerror}. {fix}.", code, "output")
         if error.filename is None and sys.stdout is not None:
             discard(sys.stdout)
         return code
     except Exception as error:  # a malformed file, or a bug
-        message, code = _describe_unexpected(error)
-        if shows_traceback:
-            _report_json(arguments, message, code)
+        message, code = _format_unexpected(error)
+        if show_traceback:
+            _report_json(args, message, code)
             raise
         topic = "memory" if is_out_of_memory(error) else None
-        return _end(arguments, message, code, topic)
+        return _end(args, message, code, topic)
     return code if isinstance(code, int) else 0
 
 
 def _completed_command() -> list[str]:
-    """Returns the command in a line that a shell is completing, as a list; empty if none."""
+    """Returns the command in a list if a shell is completing its line, else an empty list."""
     typed = os.environ.get("COMP_WORDS") or os.environ.get("_TYPER_COMPLETE_ARGS") or ""
     return [word for word in typed.split()[1:] if not word.startswith("-")][:1]
 
 
-def _call(app: typer.Typer, arguments: list[str]) -> Any:
-    """Run the command; raises KeyboardInterrupt for Ctrl-C during parsing, unlike Typer."""
-    code = app(args=arguments, prog_name="ftlevel", standalone_mode=False, obj=arguments)
+def _call(app: typer.Typer, args: list[str]) -> Any:
+    """Run the command and return its exit code; raises KeyboardInterrupt for Ctrl-C."""
+    code = app(args=args, prog_name="ftlevel", standalone_mode=False, obj=args)
     if code == _CTRL_C and received_signal():
         raise KeyboardInterrupt
     return code
 
 
-def _end_interrupted(arguments: list[str]) -> int:
-    return _end(arguments, format_interrupt(), exit_code())
+def _end_interrupted(args: list[str]) -> int:
+    return _end(args, format_interrupt(), exit_code())
 
 
-def _end(arguments: list[str], message: str, code: int, topic: str | None = None) -> int:
+def _end(args: list[str], message: str, code: int, topic: str | None = None) -> int:
     """Print an error to stderr, and with `--json` also to stdout as JSON; return `code`."""
     for line in with_topic(message, topic).split("\n"):
         typer.echo(f"ftlevel: {line}", err=True)
-    _report_json(arguments, message, code)
+    _report_json(args, message, code)
     return code
 
 
-def _report_json(arguments: list[str], message: str, code: int) -> None:
-    if "--json" in arguments:
+def _report_json(args: list[str], message: str, code: int) -> None:
+    if "--json" in args:
         with contextlib.suppress(OSError):  # closed pipe
             typer.echo(json.dumps({"error": message, "exit_code": code}, ensure_ascii=False))
 
 
-def _describe_unexpected(error: Exception) -> tuple[str, int]:
-    """Returns the message and exit code of an unexpected error."""
+def _format_unexpected(error: Exception) -> tuple[str, int]:
     if received_signal() or _is_from_ctrl_c(error):
         return format_interrupt(), exit_code()
     if is_out_of_memory(error):
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        return f"out of memory: {reason}. Use a smaller batch or a smaller model.", 1
-    if is_launched() and any(name in str(error) for name in _PEER_IS_GONE):
+        message = str(error).strip().partition("\n")[0] or type(error).__name__
+        return f"out of memory: {message}. Use a smaller batch or a smaller model.", 1
+    if is_launched() and any(name in str(error) for name in _DISCONNECTED):
         return "another process of the run has exited.", 1
-    reason = " ".join(str(error).split())[:_MAX_REASON].rstrip(".")
+    message = " ".join(str(error).split())[:_MAX_MESSAGE].rstrip(".")
     notes = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
-    advice = "Unless that file is damaged, this" if notes else "This"
+    fix = "Unless that file is damaged, this" if notes else "This"
     return (
-        f"{type(error).__name__}: {reason}{notes}. {advice} is a bug in ftlevel: please report it "
+        f"{type(error).__name__}: {message}{notes}. {fix} is a bug in ftlevel: please report it "
         "with the output of --traceback.",
         1,
     )
 
 
 def _is_from_ctrl_c(error: BaseException | None) -> bool:
-    """Returns whether Ctrl-C caused `error`; transformers' imports turn it into other errors."""
+    """Returns whether a KeyboardInterrupt caused `error`, as in imports of transformers."""
     while error is not None:
         if isinstance(error, KeyboardInterrupt):
             return True

@@ -191,7 +191,6 @@ def list_methods(model: str | None, task: str | None, quant: str | None, as_json
 
 
 def _print_methods(report: MethodReport) -> None:
-    """Print a block per method: whether it works, what it trains, and restrictions."""
     width = max(_NARROWEST, shutil.get_terminal_size().columns)
     asked = [report.family, report.task, f"--quant {report.quant}" if report.quant else None]
     typer.secho(", ".join(filter(None, asked)) or "every model, task and base", bold=True)

@@ -17,14 +17,14 @@ from ftlevel.errors import ConfigError
 
 
 def evaluate(
-    given: CommandInput, *, task: str | None, predictions: str | None, as_json: bool, quiet: bool
+    inputs: CommandInput, *, task: str | None, predictions: str | None, as_json: bool, quiet: bool
 ) -> None:
     """Evaluate a run, an adapter or a model.
 
     Reports the task's metrics with 95 % bootstrap intervals. By default, a run is evaluated on its
     own validation rows, which reproduces the metrics of training.
     """
-    config = given.section(EvaluateConfig, task=normalize_task(task) if task else None)
+    config = inputs.section(EvaluateConfig, task=normalize_task(task) if task else None)
     from ftlevel.cli.screen import open_screen
 
     with open_screen(as_json=as_json, quiet=quiet) as screen:
@@ -44,41 +44,41 @@ def evaluate(
 def table_lines(summary: Mapping[str, Any]) -> Iterator[str]:
     """Yields a line per metric: base, tuned and difference, with intervals."""
     data, base = summary["data"], summary["base"]
-    count = f"{data['examples']:,} examples"
-    yield f"  {count} of {data['name']} ({data['split']})"
+    num_examples = f"{data['examples']:,} examples"
+    yield f"  {num_examples} of {data['name']} ({data['split']})"
     width = max(18, *(len(name) + 1 for name in summary["metrics"]))
     for name, value in summary["metrics"].items():
         text = f"  {name:<{width}}"
         if base:
-            text += f"{_figure(base.get(name))} → "
-        text += _figure(value) + _range(summary.get("intervals", {}).get(name))
-        change = summary.get("difference_intervals", {}).get(name)
-        if base and name in base and change:
-            text += f"   change {value - base[name]:+.4f}{_range(change, signed=True)}"
+            text += f"{_format_value(base.get(name))} → "
+        text += _format_value(value) + _range(summary.get("intervals", {}).get(name))
+        delta = summary.get("difference_intervals", {}).get(name)
+        if base and name in base and delta:
+            text += f"   change {value - base[name]:+.4f}{_range(delta, signed=True)}"
         yield text
     if "against" in summary:
-        yield from _against_lines(summary["against"], summary["metrics"])
+        yield from _format_comparison(summary["against"], summary["metrics"])
     if "resamples" in summary:
         yield f"  [95 % intervals: {summary['resamples']:,} resamples of the examples]"
 
 
-def _against_lines(against: Mapping[str, Any], metrics: Mapping[str, float]) -> Iterator[str]:
+def _format_comparison(against: Mapping[str, Any], metrics: Mapping[str, float]) -> Iterator[str]:
     name = against["name"]
     yield f"  compared with {name}"
     width = max((len(metric) for metric in against["metrics"]), default=0)
     for metric, value in against["metrics"].items():
-        known = _range(against.get("intervals", {}).get(metric))
-        text = f"    {metric:<{width}} {_figure(value)}{known} of {name}"
-        if change := against.get("difference_intervals", {}).get(metric):
-            text += f"   difference {metrics[metric] - value:+.4f}{_range(change, signed=True)}"
+        interval = _range(against.get("intervals", {}).get(metric))
+        text = f"    {metric:<{width}} {_format_value(value)}{interval} of {name}"
+        if delta := against.get("difference_intervals", {}).get(metric):
+            text += f"   difference {metrics[metric] - value:+.4f}{_range(delta, signed=True)}"
         yield text
     rows = against.get("rows")
     if rows is None:
         return
-    figures = [f"logits differ by {rows['mean_difference']:.3g} on average"]
+    texts = [f"logits differ by {rows['mean_difference']:.3g} on average"]
     if rows["kl"] is not None:
-        figures = [f"KL {rows['kl']:.4f} nats", f"same first choice {rows['top1']:.1%}", *figures]
-    yield f"    on {rows['targets']:,} targets of these rows: {', '.join(figures)}"
+        texts = [f"KL {rows['kl']:.4f} nats", f"same first choice {rows['top1']:.1%}", *texts]
+    yield f"    on {rows['targets']:,} targets of these rows: {', '.join(texts)}"
     if "text" in against:
         text = against["text"]
         yield (
@@ -89,25 +89,25 @@ def _against_lines(against: Mapping[str, Any], metrics: Mapping[str, float]) -> 
         )
 
 
-def _figure(value: float | None) -> str:
+def _format_value(value: float | None) -> str:
     return "–" if value is None else f"{value:.4f}"
 
 
-def _range(bounds: list[float] | None, *, signed: bool = False) -> str:
-    if bounds is None:
+def _range(interval: list[float] | None, *, signed: bool = False) -> str:
+    if interval is None:
         return ""
-    form = "{:+.4f}" if signed else "{:.4f}"
-    return " [" + ", ".join(form.format(bound) for bound in bounds) + "]"
+    template = "{:+.4f}" if signed else "{:.4f}"
+    return " [" + ", ".join(template.format(bound) for bound in interval) + "]"
 
 
-def predict(given: CommandInput, *, task: str | None, as_json: bool, quiet: bool) -> None:
+def predict(inputs: CommandInput, *, task: str | None, as_json: bool, quiet: bool) -> None:
     """Add predictions to the rows of a file.
 
     Rows are encoded as in training, need no labels, and keep their order and columns. A prediction
     is a class, classes, a number, tags, a span or a text, depending on the task. Without --output,
     rows are printed to stdout as JSONL.
     """
-    config = given.section(PredictConfig, task=normalize_task(task) if task else None)
+    config = inputs.section(PredictConfig, task=normalize_task(task) if task else None)
     if as_json and config.output is None:
         raise ConfigError(
             "--json prints what was done on stdout, and without --output the rows go there. Pass "
@@ -115,7 +115,7 @@ def predict(given: CommandInput, *, task: str | None, as_json: bool, quiet: bool
         )
     from ftlevel.cli.screen import open_screen
 
-    with open_screen(as_json=as_json, quiet=quiet, aside=True) as screen:
+    with open_screen(as_json=as_json, quiet=quiet, to_stderr=True) as screen:
         with heavy_imports():
             from ftlevel.commands.predict import predict as run
 
@@ -136,14 +136,14 @@ def _result_lines(summary: Mapping[str, Any]) -> list[str]:
     return [*lines, f"  saved {summary['output']}"] if summary["output"] else lines
 
 
-def mine(given: CommandInput, *, as_json: bool, quiet: bool) -> None:
+def mine(inputs: CommandInput, *, as_json: bool, quiet: bool) -> None:
     """Add hard negatives to queries with positives.
 
     An embedding model searches the documents of all rows, and of --corpus, for those nearest to
     each query. The output has columns query, pos and neg, for --task embedding and --task
     reranking.
     """
-    config = given.section(MineConfig)
+    config = inputs.section(MineConfig)
     from ftlevel.cli.screen import open_screen
 
     with open_screen(as_json=as_json, quiet=quiet) as screen:

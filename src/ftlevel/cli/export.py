@@ -16,7 +16,7 @@ from ftlevel.errors import join_names
 
 
 def export(
-    given: CommandInput, *, out: str | None, dry_run: bool, as_json: bool, quiet: bool
+    inputs: CommandInput, *, out: str | None, dry_run: bool, as_json: bool, quiet: bool
 ) -> None:
     """Export a run, an adapter or a model for a server.
 
@@ -24,7 +24,7 @@ def export(
     are read back and compared with the model before they are moved into place.
     """
     placeholder = {"out": "model.gguf", "overwrite": True} if dry_run and out is None else {}
-    config = given.section(ExportConfig, **placeholder)
+    config = inputs.section(ExportConfig, **placeholder)
     from ftlevel.cli.screen import open_screen
 
     with open_screen(as_json=as_json, quiet=quiet) as screen:
@@ -40,13 +40,13 @@ def export(
             typer.echo(f"  uploaded {result.summary['hub']}")
 
 
-def merge(given: CommandInput, *, as_json: bool, quiet: bool) -> None:
+def merge(inputs: CommandInput, *, as_json: bool, quiet: bool) -> None:
     """Merge an adapter into the base model and write a full model.
 
     Tensors are read and written one at a time, so memory for one tensor is enough. The result is
     compared with base model and adapter on rows of the run's data before it is moved into place.
     """
-    config = given.section(MergeConfig)
+    config = inputs.section(MergeConfig)
     from ftlevel.cli.screen import open_screen
 
     with open_screen(as_json=as_json, quiet=quiet) as screen:
@@ -96,7 +96,7 @@ def _merge_lines(summary: Mapping[str, Any]) -> Iterator[str]:
 
 
 def quantize(
-    given: CommandInput, *, out: str | None, dry_run: bool, as_json: bool, quiet: bool
+    inputs: CommandInput, *, out: str | None, dry_run: bool, as_json: bool, quiet: bool
 ) -> None:
     """Quantize a model to 4 or 8 bits and measure the quality.
 
@@ -105,7 +105,7 @@ def quantize(
     exceed memory.
     """
     placeholder = {"out": "quantized"} if dry_run and out is None else {}
-    config = given.section(QuantizeConfig, **placeholder)
+    config = inputs.section(QuantizeConfig, **placeholder)
     from ftlevel.cli.screen import open_screen
 
     with open_screen(as_json=as_json, quiet=quiet) as screen:
@@ -126,7 +126,6 @@ def quantize(
 
 
 def _quantize_lines(summary: Mapping[str, Any]) -> Iterator[str]:
-    """Yields sizes by part, the total ratio, and the measured quality."""
     expected = "expected " if summary.get("dry_run") else ""
     for name, part in summary["parts"].items():
         yield f"{name:<17}{_size(part['bytes_before']):>10} → {_size(part['bytes']):>9}"

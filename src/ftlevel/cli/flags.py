@@ -18,12 +18,12 @@ from ftlevel.artifacts.places import PLACES, check_paths, load_run_config
 from ftlevel.artifacts.run_directory import CONFIG
 from ftlevel.cli.spelling import (
     FlagSpec,
-    NoOpClaim,
-    RewrittenArguments,
+    NoOpUse,
+    RewrittenArgs,
     build_flag_specs,
-    check_claims,
     completer,
     resolve_flag_aliases,
+    validate_no_ops,
 )
 from ftlevel.config import (
     Layer,
@@ -58,26 +58,26 @@ class FtlevelCommand(TyperCommand):
             ctx.meta["ftlevel.shows_all"] = True
             typer.echo(self.get_help(ctx))
             raise typer.Exit
-        done = resolve_flag_aliases(args, self.specs)
-        ctx.meta["ftlevel.typed"], ctx.meta["ftlevel.claims"] = done.typed, done.claims
+        rewritten = resolve_flag_aliases(args, self.specs)
+        ctx.meta["ftlevel.typed"], ctx.meta["ftlevel.no_ops"] = rewritten.typed, rewritten.no_ops
         try:
-            return super().parse_args(ctx, list(done.arguments))  # the parser empties its argument
+            return super().parse_args(ctx, list(rewritten.args))  # the parser empties its argument
         except typer.TyperException as error:
             if hasattr(error, "possibilities"):
                 self._explain(error, str(getattr(error, "option_name", "")))
-            _name_value(error, done)
+            _name_value(error, rewritten)
             raise
 
     def _explain(self, error: Any, name: str) -> None:
-        """Add a suggestion for an unknown flag; raises ConfigError if it needs --set instead."""
-        field = get_field_path(name.lstrip("-").replace("-", "_")) if self.has_settings else ""
+        """Add a suggestion to the `error` of an unknown flag; raises ConfigError for a field."""
+        field = get_field_path(name.lstrip("-").replace("-", "_")) if self.has_set_flag else ""
         if field:
             raise ConfigError(f"{name} is no flag, but a field: --set {field}=VALUE.") from None
         error.message = f"{error.message}.{did_you_mean(name, self.specs)}"
         error.possibilities = None
 
     @property
-    def has_settings(self) -> bool:
+    def has_set_flag(self) -> bool:
         """Whether the command has `--set`."""
         return "--set" in self.specs
 
@@ -96,7 +96,7 @@ class FtlevelCommand(TyperCommand):
         for title, records in panels.items():
             with formatter.section(title):
                 for name, text in records:
-                    formatter.write(_entry(name, text, column, formatter.width))
+                    formatter.write(_format_help(name, text, column, formatter.width))
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command; raise Interrupted on Ctrl-C, which Typer turns into an exit code."""
@@ -106,36 +106,39 @@ class FtlevelCommand(TyperCommand):
             raise Interrupted(format_interrupt()) from None
 
 
-def _name_value(error: Any, done: RewrittenArguments) -> None:
-    """Raise a ConfigError that quotes the invalid value in `done`, which Typer's message omits."""
+def _name_value(error: Any, rewritten: RewrittenArgs) -> None:
+    """Raise a ConfigError with the invalid value, which the message of Typer's `error` omits."""
     parameter = getattr(error, "param", None)
     names = getattr(parameter, "opts", None) or []
-    parts = [part for argument in done.arguments for part in argument.split("=", 1)]
+    parts = [part for argument in rewritten.args for part in argument.split("=", 1)]
     positions = [i for i, part in enumerate(parts[:-1]) if part in names]
     if not positions:
         return
     name, value = parts[positions[-1]], parts[positions[-1] + 1]
-    reason = str(error.message).rstrip(".")
-    if "unable to parse" in reason:
-        expected = "an integer" if "integer" in reason else "a number"
-        reason = f"expected {expected}"
+    message = str(error.message).rstrip(".")
+    if "unable to parse" in message:
+        expected = "an integer" if "integer" in message else "a number"
+        message = f"expected {expected}"
     raise ConfigError(
-        f"{done.typed.get(name, name)}: {value!r} cannot be used: {reason[:1].lower()}{reason[1:]}."
+        f"{rewritten.typed.get(name, name)}: {value!r} cannot be used: "
+        f"{message[:1].lower()}{message[1:]}."
     ) from None
 
 
 def _common_panels(panels: dict[str, list[Any]]) -> dict[str, list[Any]]:
-    """Returns the panels of `--help`: arguments, common options, and the titles of all others."""
+    """Returns the panels of `--help`; the last one has the titles of the others."""
     shown = {title: panels[title] for title in ("Arguments", DAILY) if title in panels}
     hidden = {title: records for title, records in panels.items() if title not in shown}
-    others = [record for records in hidden.values() for record in records]
-    few = [record for record in others if record[0].split()[0].rstrip(",") in _ALSO_IN_HELP]
+    hidden_records = [record for records in hidden.values() for record in records]
+    common = [
+        record for record in hidden_records if record[0].split()[0].rstrip(",") in _ALSO_IN_HELP
+    ]
     titles = ", ".join(title for title in hidden if title != GENERAL)
-    return {**shown, f"{len(others) - len(few)} more options: {titles}": few}
+    return {**shown, f"{len(hidden_records) - len(common)} more options: {titles}": common}
 
 
-def _entry(name: str, text: str, column: int, width: int) -> str:
-    """Returns a flag and its wrapped help, aligned at `column`."""
+def _format_help(name: str, text: str, column: int, width: int) -> str:
+    """Returns the lines of a flag's help, which begins at `column`."""
     head = f"  {name} ".ljust(column)
     lines = textwrap.wrap(text, width - column, break_on_hyphens=False, break_long_words=False)
     if len(head) > column or not lines:
@@ -145,12 +148,12 @@ def _entry(name: str, text: str, column: int, width: int) -> str:
 
 
 def check_recipe(path: Path, command: str) -> Path:
-    """Returns the recipe at `path`, or config.yaml if `path` is a run; else raises ConfigError."""
+    """Returns `path` if it is a recipe, or the config.yaml of a run; raises ConfigError."""
     if path.suffix in (".yaml", ".yml"):
         return path
-    own = path / "config.yaml"
-    if own.is_file():
-        return own
+    config_path = path / "config.yaml"
+    if config_path.is_file():
+        return config_path
     from ftlevel.data.sources.readers import is_data_file_name  # imports numpy
 
     if path.is_dir():
@@ -164,14 +167,15 @@ def check_recipe(path: Path, command: str) -> Path:
             f"Use: ftlevel {command} --dataset {path}"
         )
     if not path.exists():
-        near = [
+        candidates = [
             str(p)
             for pattern in ("*.yaml", "*.yml", "*/config.yaml")
             for p in sorted(path.parent.glob(pattern))
         ]
-        runs = [str(Path(p).parent) if p.endswith("config.yaml") else p for p in near]
+        names = [str(Path(p).parent) if p.endswith("config.yaml") else p for p in candidates]
         raise ConfigError(
-            f"{path} is neither a recipe nor the directory of a run.{did_you_mean(str(path), runs)}"
+            f"{path} is neither a recipe nor the directory of a run."
+            f"{did_you_mean(str(path), names)}"
         )
     return path
 
@@ -184,24 +188,24 @@ _WIDEST_CHOICES = 20  # characters of a metavar
 def add_command(
     app: typer.Typer, name: str, function: Callable[..., None], flags: Sequence[Flag]
 ) -> None:
-    """Add a command with the flags from the table to `app`.
+    """Add a command to `app`, with its flags from `flags`.
 
-    `function` has a parameter for each flag that it reads itself; all flags are in `given`.
+    `function` may have a parameter for each flag, and `inputs` for the whole `CommandInput`.
     """
     rows = flags_of(name, flags)
 
-    class Own(FtlevelCommand):
+    class TyperClass(FtlevelCommand):
         specs: ClassVar[Mapping[str, FlagSpec]] = build_flag_specs(name, flags)
 
     def call(ctx: typer.Context, **values: Any) -> None:
-        typed, claims = ctx.meta.get("ftlevel.typed", {}), ctx.meta.get("ftlevel.claims", [])
-        values["given"] = CommandInput(name, rows, values.copy(), ctx.obj or [], typed, claims)
-        function(**{parameter: values[parameter] for parameter in reads})
+        typed, no_ops = ctx.meta.get("ftlevel.typed", {}), ctx.meta.get("ftlevel.no_ops", [])
+        values["inputs"] = CommandInput(name, rows, values.copy(), ctx.obj or [], typed, no_ops)
+        function(**{parameter: values[parameter] for parameter in parameters})
 
-    reads = inspect.signature(function).parameters
+    parameters = inspect.signature(function).parameters
     call.__dict__["__signature__"] = _signature_of(name, rows)
     call.__doc__ = function.__doc__
-    app.command(name=name, cls=Own)(call)
+    app.command(name=name, cls=TyperClass)(call)
 
 
 def _signature_of(command: str, rows: Sequence[Flag]) -> inspect.Signature:
@@ -215,7 +219,7 @@ def _parameter(command: str, row: Flag) -> inspect.Parameter:
     default = metadata.default if row.value is not None else None
     if metadata.type is bool and row.value is not None:
         default = False
-    settings: dict[str, Any] = {
+    kwargs: dict[str, Any] = {
         "help": _help_of(metadata, row),
         "metavar": row.names if row.is_argument else row.metavar or _short_choices(metadata),
         "min": metadata.minimum,
@@ -224,36 +228,35 @@ def _parameter(command: str, row: Flag) -> inspect.Parameter:
         "autocompletion": completer(row, metadata),
     }
     info = (
-        typer.Argument(**settings)
+        typer.Argument(**kwargs)
         if row.is_argument
-        else typer.Option(*row.typer_names(metadata.type is bool), **settings)
+        else typer.Option(*row.typer_names(metadata.type is bool), **kwargs)
     )
-    is_given = row.required or default is not None
+    has_default = row.required or default is not None
     return inspect.Parameter(
         row.parameter,
         inspect.Parameter.KEYWORD_ONLY,
-        annotation=Annotated[metadata.type if is_given else metadata.type | None, info],
+        annotation=Annotated[metadata.type if has_default else metadata.type | None, info],
         default=inspect.Parameter.empty if row.required else default,
     )
 
 
 def _short_choices(metadata: FieldMetadata) -> str | None:
-    """Returns the choices of a field if they are short enough for a metavar."""
     choices = "|".join(metadata.choices)
     return choices if choices and len(choices) <= _WIDEST_CHOICES else None
 
 
 def _help_of(metadata: FieldMetadata, row: Flag) -> str:
-    """Returns the help of a flag: description, choices and default, without repetition."""
+    """Returns the flag's description, with choices and default unless it names them."""
     if row.value is not None:
         return metadata.description
     is_shown = _short_choices(metadata) or all(c in metadata.description for c in metadata.choices)
-    notes = [
+    extras = [
         "" if is_shown else ", ".join(metadata.choices),
         f"default: {metadata.default}" if metadata.default else "",
         "required" if metadata.required and not row.required else "",  # otherwise Typer shows it
     ]
-    extra = "; ".join(filter(None, notes))
+    extra = "; ".join(filter(None, extras))
     return f"{metadata.description}  [{extra}]" if extra else metadata.description
 
 
@@ -262,41 +265,44 @@ class CommandInput:
     """Parsed command line of one command.
 
     Attributes:
-        values: parameter of the function → value; None if not given.
-        arguments: whole command line, to start it again.
-        typed: canonical flag → name that the user typed.
-        claims: flag values without effect, which the configuration must not contradict.
+        values: values by parameter of the function; None if not set.
+        args: whole command line, to start it again.
+        typed: names that the user typed, by canonical flag.
+        no_ops: flag values without effect, which the configuration must not contradict.
     """
 
     command: str
     rows: Sequence[Flag]
     values: Mapping[str, Any]
-    arguments: Sequence[str]
+    args: Sequence[str]
     typed: Mapping[str, str] = field(default_factory=dict)
-    claims: Sequence[NoOpClaim] = ()
+    no_ops: Sequence[NoOpUse] = ()
 
     def layer(self, task: str = "") -> Layer:
-        """Returns the values that flags set, as a configuration layer for a run of `task`."""
+        """Returns the values of the flags as a configuration layer, for a run of `task`."""
         layer = Layer()
         for row in self.rows:
             value = self.values[row.parameter]
             if row.path and value is not None:
                 path = row.by_task.get(task, row.path)
                 example = row.metadata(self.command).example
-                _put(layer, row, path, self.typed.get(row.shown, row.shown), value, example)
+                _put(layer, row, path, self.typed.get(row.name, row.name), value, example)
         return layer
 
-    def section(self, section: type[S], **others: Any) -> S:
-        """Build the configuration `section` from the flags and from additional values `others`."""
-        shown = {row.path: row.shown for row in self.rows if row.path}
-        config = build_section(section, {**self.layer().values, **others}, shown)
-        for line in check_claims(self.claims, config):
+    def section(self, section: type[S], **fields: Any) -> S:
+        """Returns the configuration `section` from the flags, and additional `fields`."""
+        shown = {row.path: row.name for row in self.rows if row.path}
+        config = build_section(section, {**self.layer().values, **fields}, shown)
+        for line in validate_no_ops(self.no_ops, config):
             _note(line)
         return config
 
 
 def _put(layer: Layer, row: Flag, path: str, shown: str, value: Any, example: str) -> None:
-    """Set field `path` in `layer` (modified), from flag `shown`; `example`: to NAME=VALUE pairs."""
+    """Set the field `path` in `layer` (modified) to the `value` of the flag named `shown`.
+
+    A flag with an `example` has NAME=VALUE pairs.
+    """
     key = tuple(path.split("."))
     if example:
         for pair in (part for values in value for part in _NEXT_PAIR.split(values)):
@@ -306,9 +312,9 @@ def _put(layer: Layer, row: Flag, path: str, shown: str, value: Any, example: st
             put(layer, (*key, name), column, f"{shown} {name}")
         return
     if row.rest:
-        value, *others = value
-        if others:
-            put(layer, tuple(row.rest.split(".")), others, shown)
+        value, *additional = value
+        if additional:
+            put(layer, tuple(row.rest.split(".")), additional, shown)
     put(layer, key, value, shown)
 
 
@@ -318,12 +324,12 @@ def _note(message: str) -> None:
         typer.echo(f"note: {message}", err=True)
 
 
-def _own_config(run: Path, given: CommandInput) -> Path | None:
-    """Returns the config.yaml of the run to resume; None if the flags define the run."""
-    own = run / "config.yaml"
-    if own.is_file():
-        return own
-    if given.values.get("dataset") is None and given.values.get("model") is None:
+def _get_run_config(run: Path, inputs: CommandInput) -> Path | None:
+    """Returns the config.yaml of the run to resume, or None if flags define the run."""
+    config_path = run / "config.yaml"
+    if config_path.is_file():
+        return config_path
+    if inputs.values.get("dataset") is None and inputs.values.get("model") is None:
         raise ConfigError(
             f"--output-dir {run} is not a run: it contains no config.yaml. Choose another "
             f"directory, or drop --resume to start a new run."
@@ -332,16 +338,13 @@ def _own_config(run: Path, given: CommandInput) -> Path | None:
 
 
 def read_config(
-    given: CommandInput, note: Callable[[str], None] = _note
+    inputs: CommandInput, note: Callable[[str], None] = _note
 ) -> tuple[TrainConfig, Path | None]:
-    """Merge recipe < --set < flags into one configuration; return it with the recipe's path.
+    """Returns the configuration merged from recipe < --set < flags, and the recipe's path.
 
-    `note` is called for aliases and for settings without effect.
-
-    Raises:
-        ConfigError: with all problems.
+    `note` receives a message for each alias and each value without effect. Raises ConfigError.
     """
-    values = given.values
+    values = inputs.values
     recipe, positional = values["recipe"], values["recipe_file"]
     if recipe is not None and positional is not None:
         raise ConfigError(
@@ -349,21 +352,21 @@ def read_config(
         )
     path = recipe or positional
     if path is None and values.get("resume") and values.get("output_dir"):
-        path = _own_config(Path(str(values["output_dir"])), given)
+        path = _get_run_config(Path(str(values["output_dir"])), inputs)
     if path is not None:
-        path = check_recipe(path, given.command)
+        path = check_recipe(path, inputs.command)
     is_run = path is not None and path.name == CONFIG and (path.parent / PLACES).is_file()
     layers = [] if path is None else [load_run_config(path.parent) if is_run else load_recipe(path)]
     layers.append(parse_overrides(values["settings"] or []))
     tasks = [values["task"], *(layer.values.get("task") for layer in reversed(layers))]
     task = normalize_task(str(next(filter(None, tasks), "")))
-    flags = given.layer(task)
+    flags = inputs.layer(task)
     for complete in hooks("complete_flags"):
-        for line in complete(task, flags.values, given.typed):
+        for line in complete(task, flags.values, inputs.typed):
             note(line)
     config = build_config([*layers, flags], note)
     if is_run and path is not None:
         check_paths(path.parent, config.model_dump(mode="json"))
-    for line in check_claims(given.claims, config):
+    for line in validate_no_ops(inputs.no_ops, config):
         note(line)
     return config, path

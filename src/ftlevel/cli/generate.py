@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def generate(
-    given: CommandInput,
+    inputs: CommandInput,
     *,
     prompt: list[str] | None,
     prompts: Path | None,
@@ -33,7 +33,7 @@ def generate(
     depends on the task: text, a class, classes with a probability above 0.5, a number, tagged
     words, words for each [MASK], or the answer span in --context.
     """
-    config = _read_config(given)
+    config = _read_config(inputs)
     if chat:
         if prompt or prompts or out or as_json:
             raise ConfigError(
@@ -71,10 +71,10 @@ def generate(
         _show(answers)
 
 
-def _read_config(given: CommandInput) -> GenerateConfig:
+def _read_config(inputs: CommandInput) -> GenerateConfig:
     """Build the configuration; each `--adapter` is NAME or NAME=DIR."""
     adapters, selected = {}, []
-    for pair in given.values["adapter"] or []:
+    for pair in inputs.values["adapter"] or []:
         label, equals, path = pair.partition("=")
         if not label or (equals and not path):
             raise ConfigError(f"--adapter {pair}: expected NAME, or NAME=DIR.")
@@ -85,8 +85,8 @@ def _read_config(given: CommandInput) -> GenerateConfig:
         selected.append(label)
     if adapters and len(adapters) == len(selected):
         selected = []  # every given adapter generates
-    task = given.values["task"]
-    return given.section(
+    task = inputs.values["task"]
+    return inputs.section(
         GenerateConfig,
         task=normalize_task(task) if task else None,
         adapters=adapters,
@@ -95,19 +95,19 @@ def _read_config(given: CommandInput) -> GenerateConfig:
 
 
 def _show(answers: Sequence[Any]) -> None:
-    several_adapters = len({answer.adapter for answer in answers}) > 1
-    several_prompts = len({answer.prompt for answer in answers}) > 1
+    show_adapter = len({answer.adapter for answer in answers}) > 1
+    show_prompt = len({answer.prompt for answer in answers}) > 1
     before = None
     for answer in answers:
         is_new = answer.prompt != before
         before = answer.prompt
-        if several_prompts and is_new:
+        if show_prompt and is_new:
             typer.secho(f"» {answer.prompt}", dim=True)
         if answer.base is not None and is_new:
             typer.secho("base:  ", fg="yellow", nl=False)
             typer.echo(answer.base)
-        if several_adapters or answer.base is not None:
-            label = f"{answer.adapter}: " if several_adapters else "tuned: "
+        if show_adapter or answer.base is not None:
+            label = f"{answer.adapter}: " if show_adapter else "tuned: "
             typer.secho(label, fg="green", nl=False)
         typer.echo(answer.text)
         top = sorted(answer.scores.items(), key=lambda item: -item[1])[:3]

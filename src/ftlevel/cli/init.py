@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from ftlevel.config.section import Choice
 
 
-def init(given: CommandInput, *, file: Path, yes: bool, as_json: bool) -> None:
+def init(inputs: CommandInput, *, file: Path, yes: bool, as_json: bool) -> None:
     """Create a commented recipe from five questions.
 
     Asks for data, task, model, method and epochs unless given by flags of train. Suggestions come
@@ -27,14 +27,14 @@ def init(given: CommandInput, *, file: Path, yes: bool, as_json: bool) -> None:
     overwritten.
     """
     _check_free(file)
-    layers = [parse_overrides(given.values["settings"] or []), given.layer()]
+    layers = [parse_overrides(inputs.values["settings"] or []), inputs.layer()]
     if not (yes or as_json or sys.stdin.isatty()):
         raise ConfigError(
             "there is no terminal for questions. Add --yes to accept the suggestions, or flags "
             "of train."
         )
     with heavy_imports():
-        from ftlevel.commands.init import check_reference, draft
+        from ftlevel.commands.init import check_value, draft
 
     def ask(question: SetupQuestion, proposal: Choice) -> str:
         if yes or as_json:
@@ -43,7 +43,7 @@ def init(given: CommandInput, *, file: Path, yes: bool, as_json: bool) -> None:
         while True:
             value: str = typer.prompt(question.prompt, default=str(proposal.value))
             try:
-                check_reference(layers, question, value.strip())
+                check_value(layers, question, value.strip())
             except ConfigError as error:
                 typer.echo(f"  {error}", err=True)
             else:

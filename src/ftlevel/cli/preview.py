@@ -60,7 +60,7 @@ def write_page(preview: Preview, path: Path) -> None:
 def render_page(preview: Preview) -> str:
     """Returns the HTML page."""
     name = escape(str(preview.facts["name"]))
-    share = preview.supervised / preview.tokens if preview.tokens else 0
+    ratio = preview.supervised / preview.tokens if preview.tokens else 0
     body = [
         f"<h1>Preview of {name}</h1>",
         _table([(c.name, str(c)) for c in preview.choices if c.name != "data check"]),
@@ -69,7 +69,7 @@ def render_page(preview: Preview) -> str:
         "<h2>Lengths in tokens</h2>",
         _lengths(preview),
         f"<p>{preview.extent}: {preview.tokens:,} tokens, {preview.supervised:,} targets "
-        f"({share:.0%}); {preview.steps:,} steps.</p>",
+        f"({ratio:.0%}); {preview.steps:,} steps.</p>",
         '<p><span class="l">Supervised tokens</span> are green; '
         '<span class="s">special tokens</span> are colored; a line begins each token.</p>',
         *(_row(row) for row in preview.rows),
@@ -104,10 +104,10 @@ def _findings(preview: Preview) -> str:
 
 
 def _lengths(preview: Preview) -> str:
-    highest = max((bar.count for bar in preview.lengths), default=1)
+    max_count = max((bar.count for bar in preview.lengths), default=1)
     rows = (
         f"<tr><td>{bar.begin:,}–{bar.end:,}</td><td style='width:60%'>"
-        f'<meter max="{highest}" value="{bar.count}">{bar.count}</meter></td>'
+        f'<meter max="{max_count}" value="{bar.count}">{bar.count}</meter></td>'
         f"<td>{bar.count:,}</td></tr>"
         for bar in preview.lengths
     )
@@ -142,15 +142,15 @@ _CONTEXT = ("", "on grey19")
 _SPECIAL = "bold magenta"
 
 
-def show(preview: Preview, console: Console, *, whole: bool) -> None:
-    """Print the preview; long rows are shortened unless `whole`."""
+def show(preview: Preview, console: Console, *, full: bool) -> None:
+    """Print the preview; long rows are shortened unless `full`."""
     color = console.is_terminal or console.record
     for choice in preview.choices:
         if choice.name != "data check":
             console.print(Text(f"{choice.name}: {choice}"), highlight=False)
     for row in preview.rows:
         console.print()
-        for part in _row_parts(row, whole=whole, color=color):
+        for part in _format_row(row, full=full, color=color):
             console.print(part, highlight=False)
     console.print()
     for line in summary_lines(preview):
@@ -160,30 +160,30 @@ def show(preview: Preview, console: Console, *, whole: bool) -> None:
 
 
 def summary_lines(preview: Preview) -> Iterator[str]:
-    """Yields the lines after the rows: lengths, supervised share, steps and data problems."""
+    """Yields lengths, number of supervised tokens, steps and data problems as lines of text."""
     yield "length in tokens"
-    highest = max((bar.count for bar in preview.lengths), default=1)
-    yield from (_bar_line(bar, highest) for bar in preview.lengths)
-    share = preview.supervised / preview.tokens if preview.tokens else 0
+    max_count = max((bar.count for bar in preview.lengths), default=1)
+    yield from (_bar_line(bar, max_count) for bar in preview.lengths)
+    ratio = preview.supervised / preview.tokens if preview.tokens else 0
     tokens, targets = f"{preview.tokens:,} tokens", f"{preview.supervised:,} targets"
-    yield f"{preview.extent}: {tokens}, {targets} ({share:.0%})"
+    yield f"{preview.extent}: {tokens}, {targets} ({ratio:.0%})"
     yield f"the run: {preview.steps:,} steps"
     if stops := preview.facts.get("stops"):
         yield f"data check: would stop the run: {stops}"
     elif not preview.findings:
         yield "data check: no problems found"
-    done = {"stop": "would stop the run", "drop": "dropped", "warn": "kept", "fold": "made one"}
+    actions = {"stop": "would stop the run", "drop": "dropped", "warn": "kept", "fold": "made one"}
     for finding in preview.findings:
-        action, name = done[finding.action], finding.name
+        action, name = actions[finding.action], finding.name
         yield f"data check: {finding}: {action}; --set data.gate.{name}=…"
 
 
-def _bar_line(bar: Bar, highest: int) -> str:
-    filled = "█" * max(round(_BAR * bar.count / highest), int(bar.count > 0))
+def _bar_line(bar: Bar, max_count: int) -> str:
+    filled = "█" * max(round(_BAR * bar.count / max_count), int(bar.count > 0))
     return f"  {bar.begin:>6,}–{bar.end:<6,} {filled} {bar.count:,}"
 
 
-def _row_parts(row: ShownRow, *, whole: bool, color: bool) -> Iterator[Text]:
+def _format_row(row: ShownRow, *, full: bool, color: bool) -> Iterator[Text]:
     targets = row.target or row.tokens
     learned = sum(token.supervised for token in targets)
     size = f"{len(row.tokens):,} tokens"
@@ -194,21 +194,21 @@ def _row_parts(row: ShownRow, *, whole: bool, color: bool) -> Iterator[Text]:
     label = f", label: {row.label}" if row.label else ""
     yield Text(f"row {row.number} ({row.place}): {size}{label}", style="bold cyan")
     for tokens in filter(None, (row.tokens, row.target)):
-        yield _colored(tokens, whole=whole) if color else _bracketed(tokens, whole=whole)
+        yield _colored(tokens, full=full) if color else _bracketed(tokens, full=full)
 
 
-def _cut(tokens: Sequence[Token], *, whole: bool) -> Iterable[Token | int]:
-    """Returns the tokens to show; an int stands for that number of tokens left out there."""
+def _shorten(tokens: Sequence[Token], *, full: bool) -> Iterable[Token | int]:
+    """Returns the tokens to show; the number of omitted tokens is in their place."""
     surplus = len(tokens) - _MAX_TOKENS
-    if whole or surplus <= 0:
+    if full or surplus <= 0:
         return tokens
     half = _MAX_TOKENS // 2
     return [*tokens[:half], surplus, *tokens[-half:]]
 
 
-def _colored(tokens: Sequence[Token], *, whole: bool) -> Text:
+def _colored(tokens: Sequence[Token], *, full: bool) -> Text:
     text = Text()
-    for index, token in enumerate(_cut(tokens, whole=whole)):
+    for index, token in enumerate(_shorten(tokens, full=full)):
         if isinstance(token, int):
             text.append(f" … {token:,} tokens … ", style="italic dim")
             continue
@@ -222,25 +222,27 @@ def _colored(tokens: Sequence[Token], *, whole: bool) -> Text:
     return text
 
 
-def _bracketed(tokens: Sequence[Token], *, whole: bool) -> Text:
+def _bracketed(tokens: Sequence[Token], *, full: bool) -> Text:
     num_labels = sum(bool(token.label) for token in tokens)
     texts = 0 < num_labels < len(tokens) and all(token.supervised for token in tokens)
-    plain = texts or not any(token.supervised for token in tokens)
-    parts = []
-    for token in _cut(tokens, whole=whole):
+    without_brackets = texts or not any(token.supervised for token in tokens)
+    chunks = []
+    for token in _shorten(tokens, full=full):
         if isinstance(token, int):
-            parts.append(f" … {token:,} tokens … ")
+            chunks.append(f" … {token:,} tokens … ")
             continue
-        if plain:  # brackets would mark nothing; texts of a row stand on lines of their own
-            shown = _visible(token)
+        if (
+            without_brackets
+        ):  # brackets would mark nothing; texts of a row stand on lines of their own
+            text = _visible(token)
             if token.label:
-                shown = "\n" * bool(parts) + f"{token.label}: {shown.lstrip()}"
-            parts.append(shown)
+                text = "\n" * bool(chunks) + f"{token.label}: {text.lstrip()}"
+            chunks.append(text)
             continue
-        shown = _visible(token).replace("[", "\\[").replace("]", "\\]")
+        text = _visible(token).replace("[", "\\[").replace("]", "\\]")
         label = f"={token.label.strip()}" if token.label else ""
-        parts.append(f"[{shown}{label}]" if token.supervised else shown)
-    return Text("".join(parts).removesuffix("\n"))
+        chunks.append(f"[{text}{label}]" if token.supervised else text)
+    return Text("".join(chunks).removesuffix("\n"))
 
 
 def _visible(token: Token) -> str:
@@ -248,7 +250,7 @@ def _visible(token: Token) -> str:
 
 
 def preview(
-    given: CommandInput, *, row: Sequence[int] | None, html: Path | None, as_json: bool
+    inputs: CommandInput, *, row: Sequence[int] | None, html: Path | None, as_json: bool
 ) -> None:
     """Show encoded rows and problems in the data.
 
@@ -257,7 +259,7 @@ def preview(
     Supervised tokens are green in a terminal and in [brackets] in a pipe. Statistics and data
     checks follow.
     """
-    config, _ = read_config(given)
+    config, _ = read_config(inputs)
     from ftlevel.cli.screen import open_screen
 
     with open_screen(as_json=as_json, quiet=True) as screen:
@@ -271,18 +273,18 @@ def preview(
             typer.echo(json.dumps(result.to_dict()))
             return
 
-        show(result, screen.console, whole=bool(row))
+        show(result, screen.console, full=bool(row))
         if html is not None:
             typer.echo(f"page: {html}")
 
 
 _PLAN_BAR = 30  # characters
 _PROCESS = "whole process"
-_MIN_SHOWN = 2**16  # bytes; smaller parts are not printed
+_MIN_BYTES = 2**16  # bytes; smaller parts are not printed
 
 
 def show_plan(plan: RunPlan, console: Console) -> None:
-    """Print the plan without its table, the verdict first."""
+    """Print the plan without the table of alternatives."""
     for line in plan_lines(plan):
         console.print(line, highlight=False, markup=False)
 
@@ -296,7 +298,7 @@ def show_fits(plan: RunPlan, console: Console) -> None:
 
 
 def plan_lines(plan: RunPlan) -> Iterator[str]:
-    """Yields the lines of the plan without the table."""
+    """Yields the plan, without the table of alternatives, as lines of text."""
     yield plan.need.verdict()
     if plan.cheapest is not None:
         yield f"smallest change that makes it fit: {plan.cheapest.flags}"
@@ -304,7 +306,7 @@ def plan_lines(plan: RunPlan) -> Iterator[str]:
         yield "no batch size, checkpointing or quantization makes it fit. Use a smaller --model."
     width = max(map(len, [*plan.need.parts, _PROCESS]))
     for part, size in plan.need.parts.items():
-        if size < _MIN_SHOWN:
+        if size < _MIN_BYTES:
             continue
         bar = "█" * round(_PLAN_BAR * size / plan.need.peak)
         yield f"  {part.ljust(width)} {_mib(size):>12}  {bar}"
@@ -327,12 +329,12 @@ def _time(plan: RunPlan) -> str:
     if plan.time is None:
         return " (--probe measures its time here)"
     seconds = plan.time.seconds_per_epoch
-    shown = f"{seconds:,.0f} s" if seconds < 600 else f"{seconds / 60:,.0f} min"
+    text = f"{seconds:,.0f} s" if seconds < 600 else f"{seconds / 60:,.0f} min"
     cost = f"; the run costs {plan.cost:,.2f}" if plan.cost is not None else ""
-    share = plan.time.sampling_share
-    split = f", {share:.0%} of it sampling" if share is not None else ""
+    ratio = plan.time.sampling_share
+    split = f", {ratio:.0%} of it sampling" if ratio is not None else ""
     speed = f"{plan.time.tokens_per_s:,.0f} {'prompt ' * bool(split)}tokens/s"
-    return f", about {shown}{split} at {speed} ({plan.time.how}){cost}"
+    return f", about {text}{split} at {speed} ({plan.time.how}){cost}"
 
 
 def _plan_table(fits: list[Alternative]) -> Table:
@@ -351,7 +353,7 @@ def _mib(size: int) -> str:
 
 
 def plan(
-    given: CommandInput,
+    inputs: CommandInput,
     *,
     gpu: str | None,
     probe: bool,
@@ -365,7 +367,7 @@ def plan(
     --dataset, uses synthetic rows of --max-length and reads only the model's config. Exits with 0
     even if the run does not fit.
     """
-    config, _ = read_config(given)
+    config, _ = read_config(inputs)
     from ftlevel.cli.screen import open_screen
 
     with open_screen(as_json=as_json, quiet=True) as screen:
@@ -373,7 +375,7 @@ def plan(
             from ftlevel.commands.plan import PlanOptions
             from ftlevel.commands.plan import plan as estimate
 
-        values = given.values
+        values = inputs.values
         options = PlanOptions(gpu, probe, price_per_hour, alternatives=not brief)
         if "nodes" in values:  # a flag of an extra
             options = replace(
@@ -387,6 +389,6 @@ def plan(
             return
 
         result = estimate(
-            config, options, partial(show_plan, console=screen.console), screen.stop_without_reader
+            config, options, partial(show_plan, console=screen.console), screen.exit_if_closed
         )
         show_fits(result, screen.console)

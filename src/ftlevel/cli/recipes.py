@@ -50,7 +50,7 @@ def recipes(action: str, file: Path | None, target: Path | None, *, as_json: boo
 
 
 def shipped() -> list[Path]:
-    """Returns the recipes that come with ftlevel: in the package, or beside src in a checkout."""
+    """Returns the paths of the recipes in the package or, in a checkout, beside src."""
     package = Path(__file__).resolve().parents[1]
     folders = (package / "recipes", package.parents[1] / "recipes")
     return sorted(next((p for p in folders if p.is_dir()), package).glob("*.yaml"))
@@ -58,9 +58,9 @@ def shipped() -> list[Path]:
 
 def _list(as_json: bool) -> None:
     local = {path.resolve(): path for path in _local_recipes()}
-    others = [path for path in shipped() if path.resolve() not in local]
+    shipped_paths = [path for path in shipped() if path.resolve() not in local]
     entries = [(str(path), path) for path in local.values()]
-    entries += [(path.stem, path) for path in others]
+    entries += [(path.stem, path) for path in shipped_paths]
     if as_json:
         rows = [{"name": name, "path": str(path), "about": _about(path)} for name, path in entries]
         typer.echo(json.dumps({"recipes": rows}))
@@ -89,7 +89,6 @@ def _is_recipe(path: Path) -> bool:
 
 
 def _find(file: Path) -> Path:
-    """Find the path of a recipe given by path or name; raise ConfigError if there is none."""
     recipes = [*_local_recipes(), *shipped()]
     matches = [path for path in recipes if file in (path, Path(path.name), Path(path.stem))]
     if not file.is_file() and not matches:
@@ -115,7 +114,6 @@ def _copy(path: Path, text: str, target: Path) -> Path:
 
 
 def _convert(file: Path) -> None:
-    """Print the configuration of another tool as a recipe, by the first extension that knows it."""
     tools: list[str] = []
     for convert in hooks("convert_recipe"):
         if not (supported := convert(file)):

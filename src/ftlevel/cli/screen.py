@@ -25,7 +25,7 @@ from ftlevel.cli.topics import topic_of_module, with_topic
 from ftlevel.config.section import Choice
 from ftlevel.events import Listener
 
-_FIGURES = {
+_METRIC_FORMATS = {
     "loss": ("loss", "{:.4f}"),
     "reward": ("reward", "{:.3f}"),
     "groups_with_signal": ("signal", "{:.0%}"),
@@ -41,7 +41,7 @@ _FIGURES = {
 }
 
 
-_CONTENTS = (
+_RUN_FILES = (
     ("adapter", "adapter and tokenizer"),
     ("base", "its base model"),
     ("checkpoints", "for --resume"),
@@ -63,19 +63,19 @@ _BAR, _ROOM_FOR_BAR, _ROOM_FOR_FIGURES = 20, 80, 60  # columns of the terminal
 
 
 class Screen(Listener):
-    """Shows a run on a console; `quiet` prints only warnings, on the console `errors`."""
+    """Listener that shows a run on a console; if `quiet`, only warnings, on `errors`."""
 
     def __init__(self, console: Console, *, quiet: bool, errors: Console | None = None) -> None:
         self.console = console
         self.errors = errors or console
         self.quiet = quiet
         self._progress: Progress | None = None
-        self._task: Any = None
+        self._task_id: Any = None
         self._total = 0
         self._seen: tuple[float, int] | None = None
         self._first = 0
 
-    def stop_without_reader(self) -> None:
+    def exit_if_closed(self) -> None:
         """Raise Exit with the code of SIGPIPE if nobody reads the output."""
         stream = self.console.file
         if isinstance(stream, SafeStream) and not stream.has_reader():
@@ -94,14 +94,14 @@ class Screen(Listener):
         self._line(f"[bold]ftlevel {__version__}[/bold] {title}")
         if not self.console.is_terminal:
             for choice in choices:
-                self._line(_plain(f"  {choice.name}: {choice}"))
+                self._line(_escape(f"  {choice.name}: {choice}"))
             return
         table = Table(box=None, show_header=False, padding=(0, 1, 0, 2))
         table.add_column(style="cyan", no_wrap=True)
         table.add_column(overflow="fold")
         for choice in choices:
-            reason = f" [dim]({_plain(choice.reason)})[/dim]" if choice.reason else ""
-            table.add_row(_plain(choice.name), f"{_plain(str(choice.value))}{reason}")
+            reason = f" [dim]({_escape(choice.reason)})[/dim]" if choice.reason else ""
+            table.add_row(_escape(choice.name), f"{_escape(str(choice.value))}{reason}")
         self.console.print(table, highlight=False)
 
     def progress(self, done: int, total: int) -> None:
@@ -117,8 +117,8 @@ class Screen(Listener):
                 transient=True,
             )
             self._progress.start()
-            self._task = self._progress.add_task("encode", total=total)
-        self._progress.update(self._task, completed=done, total=total)
+            self._task_id = self._progress.add_task("encode", total=total)
+        self._progress.update(self._task_id, completed=done, total=total)
         if done == total:
             self.close()
 
@@ -138,12 +138,12 @@ class Screen(Listener):
                 transient=True,
             )
             self._progress.start()
-            self._task = self._progress.add_task("answer", total=None, rows=done, speed="")
+            self._task_id = self._progress.add_task("answer", total=None, rows=done, speed="")
             return
         elapsed = self._progress.tasks[0].elapsed or 0.0
         speed = f"{(done - self._first) / elapsed:,.1f} rows/s" if elapsed else ""
         self._progress.update(
-            self._task,
+            self._task_id,
             completed=share or 0,
             rows=done,
             speed=speed,
@@ -155,7 +155,7 @@ class Screen(Listener):
         frame = inspect.currentframe()
         caller = frame.f_back if frame else None
         topic = topic_of_module(caller.f_globals["__name__"]) if caller else None
-        text = _plain(with_topic(message, topic))
+        text = _escape(with_topic(message, topic))
         self.errors.print(f"[yellow]warning:[/yellow] {text}", highlight=False)
 
     def begin(self, total_steps: int) -> None:
@@ -166,23 +166,23 @@ class Screen(Listener):
         # On narrow terminals, the metrics are omitted first: the lines above show them, too.
         width, whole = self.console.width, Column(no_wrap=True)
         bar = [BarColumn(bar_width=_BAR)] if width >= _ROOM_FOR_BAR else []
-        figures = [TextColumn("{task.fields[figures]}", table_column=Column(overflow="ellipsis"))]
+        texts = [TextColumn("{task.fields[texts]}", table_column=Column(overflow="ellipsis"))]
         self._progress = Progress(
             TextColumn("  step {task.completed:,.0f}/{task.total:,.0f}", table_column=whole),
             *bar,
             TimeRemainingColumn(table_column=Column(no_wrap=True)),
             TextColumn("left", table_column=Column(no_wrap=True)),
-            *(figures if width >= _ROOM_FOR_FIGURES else []),
+            *(texts if width >= _ROOM_FOR_FIGURES else []),
             console=self.console,
             transient=True,
         )
         self._progress.start()
-        self._task = self._progress.add_task("train", total=total_steps, figures="")
+        self._task_id = self._progress.add_task("train", total=total_steps, texts="")
 
     def step(self, step: int) -> None:
         """Update the progress bar."""
         if self._progress is not None:
-            self._progress.update(self._task, completed=step)
+            self._progress.update(self._task_id, completed=step)
 
     def log(self, record: Mapping[str, Any]) -> None:
         """Show the metrics of a training step or an evaluation."""
@@ -190,12 +190,12 @@ class Screen(Listener):
             return
         scores = {k.removeprefix("eval_"): v for k, v in record.items() if k.startswith("eval_")}
         if scores:
-            shown = _plain("  ".join(f"{name} {value:.4f}" for name, value in scores.items()))
-            self._line(f"  [green]evaluation at step {record['step']:,}[/green]  {shown}")
+            text = _escape("  ".join(f"{name} {value:.4f}" for name, value in scores.items()))
+            self._line(f"  [green]evaluation at step {record['step']:,}[/green]  {text}")
             return
         parts = [
             f"{label} {form.format(record[key])}"
-            for key, (label, form) in _FIGURES.items()
+            for key, (label, form) in _METRIC_FORMATS.items()
             if key in record
         ]
         parts += [
@@ -204,12 +204,12 @@ class Screen(Listener):
             if name.startswith("reward_") and name != "reward_std"
         ]
         parts.append(self._speed(record))
-        figures = "  ".join(part for part in parts if part)
+        texts = "  ".join(part for part in parts if part)
         if self._progress is not None:
             first = ("loss", "reward ")
             short = [part for part in parts if part.startswith(first) or part.endswith("tok/s")]
-            self._progress.update(self._task, figures="  ".join(short))
-        self._line(f"  step {record['step']:>{len(str(self._total))}}/{self._total}  {figures}")
+            self._progress.update(self._task_id, texts="  ".join(short))
+        self._line(f"  step {record['step']:>{len(str(self._total))}}/{self._total}  {texts}")
 
     def _speed(self, record: Mapping[str, Any]) -> str:
         now = (float(record["train_s"]), int(record["tokens"]))
@@ -230,7 +230,7 @@ class Screen(Listener):
             )
             return
         if "nothing_left" in summary:
-            self._line(f"  {_plain(summary['nothing_left'])}")
+            self._line(f"  {_escape(summary['nothing_left'])}")
             return
         for line in _result_lines(summary):
             self.console.print(line, highlight=False)
@@ -253,11 +253,11 @@ def _result_lines(summary: Mapping[str, Any]) -> Iterator[str]:
         yield f"  [bold]kept[/bold] {format_selected_model(summary['best'])}"
     before = summary["metrics_before"]
     for name, value in summary["metrics"].items():
-        shown = f"{value:.4f}{_range(summary, name, 'intervals')}"
+        text = f"{value:.4f}{_range(summary, name, 'intervals')}"
         if name in before:
             first = f"{before[name]:.4f}{_range(summary, name, 'intervals_before')}"
-            shown = f"{first} → {shown}"
-        yield f"  [bold]{_plain(name)}[/bold] {shown}  [dim](validation)[/dim]"
+            text = f"{first} → {text}"
+        yield f"  [bold]{_escape(name)}[/bold] {text}  [dim](validation)[/dim]"
     frozen = (
         f"{proof['frozen_tensors']:,} frozen tensors unchanged; "
         if (proof["frozen_tensors"])
@@ -278,26 +278,26 @@ def _result_lines(summary: Mapping[str, Any]) -> Iterator[str]:
     if memory := format_memory(summary):
         yield f"  [bold]plan[/bold] {memory}"
     run = Path(summary["run"])
-    contents = [f"{name} ({what})" for name, what in _CONTENTS if _has_content(run / name)]
-    yield f"  [bold]saved[/bold] {_plain(summary['run'])}: {_plain(', '.join(contents))}"
+    files = [f"{name} ({what})" for name, what in _RUN_FILES if _has_content(run / name)]
+    yield f"  [bold]saved[/bold] {_escape(summary['run'])}: {_escape(', '.join(files))}"
     if "hub" in summary:
-        yield f"  [bold]uploaded[/bold] {_plain(summary['hub'])}"
+        yield f"  [bold]uploaded[/bold] {_escape(summary['hub'])}"
     for number, command in enumerate(summary["next"]):
-        yield f"  {'    ' if number else '[bold]next[/bold]'} {_plain(command)}"
+        yield f"  {'    ' if number else '[bold]next[/bold]'} {_escape(command)}"
 
 
 def _range(summary: Mapping[str, Any], name: str, which: str) -> str:
-    """Returns a metric's interval in `summary[which]` as text; empty without `intervals_before`."""
-    ends = summary[which].get(name) if "intervals_before" in summary else None
-    return "" if ends is None else f" ({ends[0]:.4f}–{ends[1]:.4f})"
+    """Returns a metric's interval from the section `which` of the summary as text, or ""."""
+    bounds = summary[which].get(name) if "intervals_before" in summary else None
+    return "" if bounds is None else f" ({bounds[0]:.4f}–{bounds[1]:.4f})"
 
 
 def _has_content(path: Path) -> bool:
-    """Returns whether `path` exists; checkpoints/ counts only if it contains a checkpoint."""
+    """Returns whether `path` exists; checkpoints/ must contain a checkpoint."""
     return path.exists() and (path.name != "checkpoints" or any(path.glob("checkpoint-*")))
 
 
-def _plain(text: str) -> str:
+def _escape(text: str) -> str:
     return escape(text)
 
 
@@ -306,13 +306,12 @@ def _console(stream: SafeStream) -> Console:
 
 
 @contextlib.contextmanager
-def open_screen(*, as_json: bool, quiet: bool, aside: bool = False) -> Iterator[Screen]:
-    """Create a screen that is closed at the end of the block.
+def open_screen(*, as_json: bool, quiet: bool, to_stderr: bool = False) -> Iterator[Screen]:
+    """Context manager that yields a `Screen` and closes it.
 
-    With `as_json`, the screen prints to stderr, only in a terminal. With `aside`, it prints to
-    stderr because stdout gets the predicted rows.
+    With `as_json`, it prints to stderr, and only if that is a terminal.
     """
-    stream = SafeStream(sys.stderr if as_json or aside else sys.stdout)
+    stream = SafeStream(sys.stderr if as_json or to_stderr else sys.stdout)
     silent = quiet or (as_json and not stream.isatty())
     screen = Screen(_console(stream), quiet=silent, errors=_console(SafeStream(sys.stderr)))
     try:

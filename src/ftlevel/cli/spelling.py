@@ -20,7 +20,7 @@ _FACTORS = {"k": (1024, 1000), "m": (1024**2, 1000**2)}
 
 
 def number_hint(text: str) -> str:
-    """Returns "Did you mean 2048 or 2000?" for `2k`, or "" for any other text."""
+    """Returns a hint such as "Did you mean 2048 or 2000?" for `2k`, or ""."""
     match = _THOUSANDS.fullmatch(text.strip())
     if match is None:
         return ""
@@ -31,7 +31,7 @@ def number_hint(text: str) -> str:
 Setting = tuple[str, str]
 """Flag and value; "true" and "false" for a switch."""
 
-_NOT_ASKED = NoOpValue("it is not available")
+_UNAVAILABLE = NoOpValue("it is not available")
 _NEXT_FLAG = re.compile(r"\s+(?=--[a-z])")
 
 
@@ -45,8 +45,8 @@ class FlagSpec:
         is_switch: whether the canonical flag takes no value.
         value: value of the canonical flag that this name stands for; None if it has none.
         is_value_optional: whether the value may be omitted.
-        values: alias of a value, in lower case -> what it stands for.
-        convert: converts other values; for a switch, raises an error with the reason.
+        values: what replaces each alias of a value; aliases are in lower case.
+        convert: converts other values; for a switch, raises ValueError.
         multiple: whether the canonical flag is repeated for several values.
     """
 
@@ -65,27 +65,24 @@ class FlagSpec:
 
 
 @dataclass(frozen=True)
-class NoOpClaim:
-    """Flag value that was accepted without effect, to be checked against the configuration."""
+class NoOpUse:
+    """Flag value without effect, as the user typed it; the configuration must not contradict it."""
 
     typed: str
-    agrees: NoOpValue
+    no_op: NoOpValue
 
 
 @dataclass
-class RewrittenArguments:
-    """Command line with canonical flags.
+class RewrittenArgs:
+    """Command line with canonical flags; `typed` has the names that the user typed, by flag."""
 
-    `typed` maps a canonical flag to the name that the user typed.
-    """
-
-    arguments: list[str] = field(default_factory=list)
+    args: list[str] = field(default_factory=list)
     typed: dict[str, str] = field(default_factory=dict)
-    claims: list[NoOpClaim] = field(default_factory=list)
+    no_ops: list[NoOpUse] = field(default_factory=list)
 
 
 def build_flag_specs(command: str, flags: Sequence[Flag]) -> dict[str, FlagSpec]:
-    """Returns name → `FlagSpec` for every flag that `command` accepts, and for every alias."""
+    """Returns how to parse each flag of `command` and each alias, by name."""
     specs: dict[str, FlagSpec] = {}
     for row in flags_of(command, flags):
         if row.is_argument:
@@ -100,10 +97,10 @@ def build_flag_specs(command: str, flags: Sequence[Flag]) -> dict[str, FlagSpec]
             if command in row.on:
                 values = row.aliases.values
                 is_switch = bool(values) and set(values) <= {"true", "false"}
-                specs[row.shown] = FlagSpec(
+                specs[row.name] = FlagSpec(
                     "", is_value_optional=is_switch, values=values, message=row.message
                 )
-        elif (canonical := specs.get(row.shown)) is not None:
+        elif (canonical := specs.get(row.name)) is not None:
             specs = {**_alias_specs(row, canonical), **specs}
     return specs
 
@@ -127,7 +124,7 @@ def _canonical_spec(row: Flag, command: str) -> FlagSpec:
 
 
 def _alias_specs(row: Flag, canonical: FlagSpec) -> dict[str, FlagSpec]:
-    """Returns alias → specification, derived from that of the canonical flag of `row`."""
+    """Returns how to parse the aliases of `row`, by name, given its canonical flag's `FlagSpec`."""
     specs = {}
     for alias in row.alias_names:
         has_value = alias.value is not None
@@ -143,71 +140,69 @@ def _alias_specs(row: Flag, canonical: FlagSpec) -> dict[str, FlagSpec]:
     return specs
 
 
-def resolve_flag_aliases(
-    arguments: Sequence[str], specs: Mapping[str, FlagSpec]
-) -> RewrittenArguments:
-    """Replace aliases in `arguments`: `--load_in_4bit true` becomes `--quant 4bit`.
+def resolve_flag_aliases(args: Sequence[str], specs: Mapping[str, FlagSpec]) -> RewrittenArgs:
+    """Replace aliases in `args`: `--load_in_4bit true` becomes `--quant 4bit`.
 
     Raises:
-        ConfigError: with all invalid values, and all fields set to different values by two aliases.
+        ConfigError: values are invalid, or two aliases set a field to different values.
     """
-    done = RewrittenArguments()
-    given: dict[str, tuple[str, str]] = {}
+    rewritten = RewrittenArgs()
+    values_by_flag: dict[str, tuple[str, str]] = {}
     problems: list[str] = []
-    queue = list(arguments)
+    queue = list(args)
     while queue:
         argument = queue.pop(0)
         if argument == "--":
-            done.arguments += [argument, *queue]
+            rewritten.args += [argument, *queue]
             break
         if not argument.startswith("--"):
-            done.arguments.append(argument)
+            rewritten.args.append(argument)
             continue
         typed, equals, text = argument.partition("=")
         name, option = _find(typed, specs)
         if option is None:
-            done.arguments.append(name + equals + text)
+            rewritten.args.append(name + equals + text)
             continue
-        values = [text] if equals else _take(queue, option)
+        values = [text] if equals else _pop_values(queue, option)
         if values is None:
-            done.arguments.append(option.flag or name)
+            rewritten.args.append(option.flag or name)
             continue
         shown = f"{name} {','.join(values)}".strip()
         try:
-            meant = _meaning(name, shown, values, option)
-            for flag, value in () if isinstance(meant, NoOpValue) else meant:
-                _check_given_once(given, flag, value, name, option)
-                done.typed.setdefault(flag, name)
-                done.arguments += _spell(flag, value, specs, joined=bool(equals))
+            result = _convert(name, shown, values, option)
+            for flag, value in () if isinstance(result, NoOpValue) else result:
+                _validate_unique(values_by_flag, flag, value, name, option)
+                rewritten.typed.setdefault(flag, name)
+                rewritten.args += _to_args(flag, value, specs, joined=bool(equals))
         except ConfigError as error:
             problems += error.problems
             continue
-        if isinstance(meant, NoOpValue):
-            done.claims.append(NoOpClaim(shown, meant))
+        if isinstance(result, NoOpValue):
+            rewritten.no_ops.append(NoOpUse(shown, result))
     if problems:
         raise ConfigError(problems)
-    return done
+    return rewritten
 
 
-def check_claims(claims: Sequence[NoOpClaim], config: Any) -> list[str]:
+def validate_no_ops(no_ops: Sequence[NoOpUse], config: Any) -> list[str]:
     """Returns why each value has no effect; raises ConfigError if `config` contradicts one."""
     lines, problems = [], []
-    for claim in claims:
-        agrees, value = claim.agrees, config
-        for part in filter(None, agrees.path.split(".")):
+    for claim in no_ops:
+        no_op, value = claim.no_op, config
+        for part in filter(None, no_op.path.split(".")):
             value = getattr(value, part, None)
-        if agrees.path and not agrees.accepts(value):
+        if no_op.path and not no_op.accepts(value):
             problems.append(
-                f"{claim.typed} contradicts {agrees.path}, which is {value}. {agrees.fix}."
+                f"{claim.typed} contradicts {no_op.path}, which is {value}. {no_op.fix}."
             )
-        lines.append(f"{claim.typed}: {agrees.reason or f'{agrees.path} is {value}'}")
+        lines.append(f"{claim.typed}: {no_op.reason or f'{no_op.path} is {value}'}")
     if problems:
         raise ConfigError(problems)
     return lines
 
 
 def _find(typed: str, specs: Mapping[str, FlagSpec]) -> tuple[str, FlagSpec | None]:
-    """Returns flag `typed` with dashes, and its FlagSpec or None; `--no-x` means `--x false`."""
+    """Returns the flag with dashes, and how to parse it (`--no-x` as `--x false`) or None."""
     name = typed.replace("_", "-")
     option = specs.get(name)
     if option is None and name.startswith("--no-"):
@@ -222,12 +217,12 @@ def _find(typed: str, specs: Mapping[str, FlagSpec]) -> tuple[str, FlagSpec | No
     return name, option
 
 
-def _take(queue: list[str], option: FlagSpec) -> list[str] | None:
-    """Remove the flag's values from `queue` (modified), return them; None if a value is missing."""
+def _pop_values(queue: list[str], option: FlagSpec) -> list[str] | None:
+    """Remove and return the flag's values from `queue` (modified); None if a value is missing."""
     if option.is_value_optional:
-        follows = queue[0] if queue and _is_word(queue[0]) else ""
-        is_own = follows.lower() in (*ON, *OFF, *option.values)
-        if follows and (is_own or (option.convert is not None and not _is_recipe(follows))):
+        next_word = queue[0] if queue and _is_word(queue[0]) else ""
+        is_value = next_word.lower() in (*ON, *OFF, *option.values)
+        if next_word and (is_value or (option.convert is not None and not _is_recipe(next_word))):
             return [queue.pop(0)]
         return []
     may_be_bare = bool(option.message) or "" in option.values
@@ -249,40 +244,40 @@ def _is_recipe(text: str) -> bool:
     return text.endswith((".yaml", ".yml")) or (Path(text) / "config.yaml").is_file()
 
 
-def _meaning(
+def _convert(
     name: str, shown: str, values: Sequence[str], option: FlagSpec
 ) -> list[Setting] | NoOpValue:
-    """Returns the (flag, value) pairs that `values` stand for; `shown` is how they were typed."""
+    """Returns (flag, value) pairs for `values` of the flag `name`; `shown` is for messages."""
     text = ",".join(values)
-    word = _truth(text) if option.is_value_optional else text.lower()
+    word = _parse_bool(text) if option.is_value_optional else text.lower()
     result = option.values.get(word)
     if result is None and option.is_value_optional:
         result = option.values.get(text.lower())
     if isinstance(result, NoOpValue):
         return result
     if result is not None:
-        return list(_pieces(option.flag, result))
+        return list(_split_flags(option.flag, result))
     if option.message:
-        if _truth(text) == "false" and "true" not in option.values:
-            return _NOT_ASKED
+        if _parse_bool(text) == "false" and "true" not in option.values:
+            return _UNAVAILABLE
         raise ConfigError(f"{shown}: {option.message}")
     if option.is_value_optional and (option.convert is None or word in ("true", "false")):
-        return _switched(option, _checked_truth(name, text, word))
+        return _convert_switch(option, _require_bool(name, text, word))
     if option.is_number and (hint := number_hint(text)):
         raise ConfigError(f"{shown}: {hint}")
     if option.convert is not None:
         try:
-            return list(_pieces(option.flag, option.convert(text)))
+            return list(_split_flags(option.flag, option.convert(text)))
         except ValueError as error:
             raise ConfigError(f"{shown}: {error}.") from None
     parts = values if option.is_list else [text]
     if option.is_list and option.multiple:
-        parts = [part for value in values for part in _parts(value)]
+        parts = [part for value in values for part in _split_datasets(value)]
     return [(option.flag, part) for part in parts]
 
 
-def _switched(option: FlagSpec, word: str) -> list[Setting] | NoOpValue:
-    """Returns (flag, value) of a switch; `NoOpValue` if `word` turns off one value of the flag."""
+def _convert_switch(option: FlagSpec, word: str) -> list[Setting] | NoOpValue:
+    """Returns the (flag, value) pair of a switch, or a `NoOpValue` if it excludes a value."""
     if option.value is None:
         return [(option.flag, word)]
     if word == "true":
@@ -291,52 +286,52 @@ def _switched(option: FlagSpec, word: str) -> list[Setting] | NoOpValue:
     return NoOpValue("", option.path, excluded=(denied,))
 
 
-def _truth(text: str) -> str:
+def _parse_bool(text: str) -> str:
     word = text.lower()
     return "true" if word in ON or not word else "false" if word in OFF else word
 
 
-def _checked_truth(name: str, text: str, word: str) -> str:
+def _require_bool(name: str, text: str, word: str) -> str:
     if word not in ("true", "false"):
         raise ConfigError(f"{name} is a switch, and {text!r} is neither true nor false.")
     return word
 
 
-def _parts(value: str) -> list[str]:
-    """Split `a,b` into datasets, unless a file has that name."""
+def _split_datasets(value: str) -> list[str]:
+    """Returns the datasets in `a,b`, unless a file has that name."""
     if "," not in value or Path(value).expanduser().exists():
         return [value]
     return [part.strip() for part in value.split(",") if part.strip()]
 
 
-def _pieces(flag: str, text: str) -> Iterator[Setting]:
-    """Yields (flag, value) pairs of a text after `flag`, as "4bit --quant-type nf4"."""
+def _split_flags(flag: str, text: str) -> Iterator[Setting]:
+    """Yields (flag, value) pairs of the text after `flag`, such as `4bit --quant-type nf4`."""
     for number, piece in enumerate(_NEXT_FLAG.split(f"{flag} {text}".strip())):
         name, _, value = piece.partition(" ")
         if value or (number == 0 and name != flag):
             yield name, value
 
 
-def _check_given_once(
+def _validate_unique(
     values: dict[str, tuple[str, str]], flag: str, value: str, name: str, option: FlagSpec
 ) -> None:
-    """Raise ConfigError if two aliases set one field differently; a flag may be repeated."""
+    """Raise ConfigError if two names of a flag set different values; one name may be repeated."""
     if option.is_list or flag == "--set":
         return
-    before, earlier = values.setdefault(flag, (name, value))
+    before, first_value = values.setdefault(flag, (name, value))
     is_edit = {before, name} <= {flag, option.off} or before == name
-    if not is_edit and earlier != value:
+    if not is_edit and first_value != value:
         what = option.path or flag
         raise ConfigError(f"{before} and {name} both set {what}. Use one of them.")
     values[flag] = (name, value)
 
 
-def _spell(flag: str, value: str, specs: Mapping[str, FlagSpec], *, joined: bool) -> list[str]:
-    """Returns a (flag, value) pair as arguments for Typer."""
-    own = specs.get(flag)
-    if own is not None and own.is_switch:
-        wanted = flag if value == "true" else own.off
-        return [wanted] if wanted else []
+def _to_args(flag: str, value: str, specs: Mapping[str, FlagSpec], *, joined: bool) -> list[str]:
+    """Returns a (flag, value) pair as command-line arguments."""
+    flag_spec = specs.get(flag)
+    if flag_spec is not None and flag_spec.is_switch:
+        name = flag if value == "true" else flag_spec.off
+        return [name] if name else []
     return [f"{flag}={value}"] if joined else [flag, value]
 
 
@@ -345,7 +340,7 @@ _RUNS = ("*/.ftlevel.json", "runs/*/.ftlevel.json")  # marker file of a run dire
 
 
 def completer(row: Flag, metadata: FieldMetadata) -> Callable[[str], list[str]]:
-    """Returns a shell completion function for a flag's values; free-form values get none."""
+    """Returns a function that completes the flag's values in a shell."""
 
     def complete(incomplete: str) -> list[str]:
         return sorted(v for v in _completions(row, metadata) if v.startswith(incomplete))
@@ -356,12 +351,12 @@ def completer(row: Flag, metadata: FieldMetadata) -> Callable[[str], list[str]]:
 def _completions(row: Flag, metadata: FieldMetadata) -> list[str]:
     if metadata.choices:
         return list(metadata.choices)
-    if row.shown == "--task":
+    if row.name == "--task":
         from ftlevel.config.tasks import TASKS
 
         return list(TASKS)
     metavars = (row.metavar or row.names).strip("[].").split("|")
-    if "RECIPE" in metavars or row.shown == "--recipe":
+    if "RECIPE" in metavars or row.name == "--recipe":
         return [str(path) for pattern in _RECIPES for path in Path().glob(pattern)]
     if "RUN" in metavars:
         return [str(path.parent) for pattern in _RUNS for path in Path().glob(pattern)]

@@ -24,19 +24,19 @@ from typing import Any, TextIO
 
 _NAMES = ("SIGINT", "SIGTERM", "SIGHUP")  # Windows has no SIGHUP
 _SOON = 0.05  # seconds until the signal is sent again
-_received: int | None = None
-_ends_at_once = False
-_last_words: Callable[[], int] | None = None
+_received_signal: int | None = None
+_exit_immediately = False
+_on_interrupt: Callable[[], int] | None = None
 
 
-def install_signal_handlers(last_words: Callable[[], int]) -> None:
+def install_signal_handlers(on_interrupt: Callable[[], int]) -> None:
     """Handle SIGTERM and SIGHUP like Ctrl-C; ignore SIGUSR1, which is for training runs.
 
-    `last_words`, called on a signal, prints that nothing was saved and returns the exit code.
+    `on_interrupt` returns the exit code of a signal that ends the process immediately.
     """
-    global _last_words
-    _last_words = last_words
-    sys.unraisablehook = _not_lost
+    global _on_interrupt
+    _on_interrupt = on_interrupt
+    sys.unraisablehook = _resend_signal
     for name in _NAMES:
         if (number := getattr(signal, name, None)) is not None and (
             signal.getsignal(number) is not signal.SIG_IGN  # set by nohup
@@ -48,30 +48,30 @@ def install_signal_handlers(last_words: Callable[[], int]) -> None:
 
 @contextlib.contextmanager
 def exit_on_signal() -> Iterator[None]:
-    """Exit immediately on a signal inside the block, where nothing has been written yet.
+    """Context manager that exits immediately on a signal.
 
-    Imports of libraries lose KeyboardInterrupt: transformers turns it into ModuleNotFoundError.
+    For imports, in which libraries turn KeyboardInterrupt into other errors.
     """
-    global _ends_at_once
-    before, _ends_at_once = _ends_at_once, True
+    global _exit_immediately
+    before, _exit_immediately = _exit_immediately, True
     try:
         yield
     finally:
-        _ends_at_once = before
+        _exit_immediately = before
 
 
 def received_signal() -> bool:
     """Returns whether SIGINT, SIGTERM or SIGHUP was received, even if a library swallowed it."""
-    return _received is not None
+    return _received_signal is not None
 
 
 def exit_code() -> int:
     """Returns the exit code of an interrupted command: 130, or 143 for SIGTERM."""
-    return 128 + (_received or signal.SIGINT)
+    return 128 + (_received_signal or signal.SIGINT)
 
 
 def protect_exit(code: int) -> None:
-    """During exit, ignore the first signal, to finish cleanup; the second exits with `code`."""
+    """Make the exiting process ignore the first signal, and exit with `code` at the second."""
     seen: list[int] = []
 
     def end(number: int, _: FrameType | None) -> None:
@@ -84,14 +84,14 @@ def protect_exit(code: int) -> None:
             signal.signal(known, end)
 
 
-def _not_lost(unraisable: Any) -> None:
-    """Send the signal again if Python dropped its KeyboardInterrupt, as it does in `__del__`."""
-    if issubclass(unraisable.exc_type, KeyboardInterrupt) and _received is not None:
+def _resend_signal(unraisable: Any) -> None:
+    """Send the last signal again if Python ignored its KeyboardInterrupt, as in `__del__`."""
+    if issubclass(unraisable.exc_type, KeyboardInterrupt) and _received_signal is not None:
         import threading  # lazy: takes 3 ms
 
-        again = threading.Timer(_SOON, os.kill, (os.getpid(), _received))
-        again.daemon = True
-        again.start()
+        timer = threading.Timer(_SOON, os.kill, (os.getpid(), _received_signal))
+        timer.daemon = True
+        timer.start()
     else:
         sys.__unraisablehook__(unraisable)
 
@@ -101,22 +101,22 @@ def _ignore(_: int, __: FrameType | None) -> None:
 
 
 def _end(number: int, _: FrameType | None) -> None:
-    global _received
-    _received = number
-    if _ends_at_once and _last_words is not None:
-        os._exit(_last_words())
+    global _received_signal
+    _received_signal = number
+    if _exit_immediately and _on_interrupt is not None:
+        os._exit(_on_interrupt())
     raise KeyboardInterrupt
 
 
 ONEDNN_CACHE_SIZE = 128
-"""Shapes of one step. With 1,024, 12 steps of SmolLM2 use 350 MB more at equal speed."""
+"""Number of shapes in a step. With 1,024, 12 steps of SmolLM2 use 350 MB more at equal speed."""
 
 
 @contextlib.contextmanager
 def heavy_imports() -> Iterator[None]:
-    """Disable the cycle collector in the block, then `gc.freeze`; signals exit at once.
+    """Context manager for imports without the cycle collector, which then ignores all objects.
 
-    The collector is left alone if torch is already imported: objects may not be ftlevel's.
+    A signal exits immediately. The collector is unchanged if torch is already imported.
     """
     if "torch" not in sys.modules:  # libraries read them once
         for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
@@ -135,45 +135,46 @@ def heavy_imports() -> Iterator[None]:
 
 
 def _thaw() -> None:
-    """Undo `gc.freeze` at exit if Triton is loaded: it would report frozen objects as leaks."""
+    """Undo `gc.freeze` if Triton is loaded, which reports frozen objects as leaks."""
     if "triton" in sys.modules:
         gc.unfreeze()
 
 
-HEAPS = 2
+NUM_ARENAS = 2
 """Number of malloc arenas."""
 
-KEPT_FREE = 128 << 20
+TRIM_BYTES = 128 << 20
 """Free bytes at the top of the heap that are not returned to the kernel."""
 
-LARGEST_IN_HEAP = 32 << 20
+MMAP_BYTES = 32 << 20
 """Minimum bytes of separately mapped tensors; the maximum that glibc allows."""
 
 # Parameters of mallopt(3), from malloc.h.
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -3, -8
 
-_SAID_BY_USERS = ("MALLOC_ARENA_MAX", "MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_")
+_MALLOC_VARIABLES = ("MALLOC_ARENA_MAX", "MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_")
 
 
-def share_heaps() -> bool:
-    """Limit malloc to `HEAPS` arenas for new threads; return whether it was done.
+def limit_malloc_arenas() -> bool:
+    """Limit malloc to `NUM_ARENAS` arenas for new threads; return whether it is limited.
 
-    Does nothing without glibc, with a different allocator, or if environment variables configure
-    malloc.
+    It is not without glibc, or if environment variables configure malloc or replace it.
     """
-    told = any(os.environ.get(name) for name in (*_SAID_BY_USERS, "GLIBC_TUNABLES", "LD_PRELOAD"))
-    if told or not sys.platform.startswith("linux"):
+    is_configured = any(
+        os.environ.get(name) for name in (*_MALLOC_VARIABLES, "GLIBC_TUNABLES", "LD_PRELOAD")
+    )
+    if is_configured or not sys.platform.startswith("linux"):
         return False
     libc = ctypes.CDLL(None)
     if not hasattr(libc, "gnu_get_libc_version"):
         return False
-    settings = (
-        (_ARENA_MAX, HEAPS),
-        (_TRIM_THRESHOLD, KEPT_FREE),
-        (_MMAP_THRESHOLD, LARGEST_IN_HEAP),
+    mallopt_values = (
+        (_ARENA_MAX, NUM_ARENAS),
+        (_TRIM_THRESHOLD, TRIM_BYTES),
+        (_MMAP_THRESHOLD, MMAP_BYTES),
     )
-    results = [libc.mallopt(name, value) for name, value in settings]
-    return results == [1] * len(settings)
+    results = [libc.mallopt(name, value) for name, value in mallopt_values]
+    return results == [1] * len(mallopt_values)
 
 
 NOISY = ("bitsandbytes.backends.cpu.ops", "torchao", "torch.utils._pytree")
@@ -189,14 +190,14 @@ def silence_loggers() -> None:
 def prepare() -> None:
     """Set up a process that trains a run."""
     silence_loggers()
-    share_heaps()
+    limit_malloc_arenas()
 
 
 silence_loggers()  # a multiprocessing server imports this module before the libraries
 
 
 class SafeStream(io.TextIOBase):
-    """Text stream that drops further output once `stream` fails, with one note on stderr."""
+    """Text stream that drops all output after `stream` fails, with a note on stderr."""
 
     def __init__(self, stream: TextIO | None) -> None:
         self._stream = stream
@@ -248,8 +249,8 @@ class SafeStream(io.TextIOBase):
             stream, self._stream = self._stream, None
             discard(stream)
             if stream is not sys.stderr and sys.stderr is not None:
-                reason = error.strerror or type(error).__name__
-                sys.stderr.write(f"ftlevel: output is closed ({reason}); the command continues.\n")
+                message = error.strerror or type(error).__name__
+                sys.stderr.write(f"ftlevel: output is closed ({message}); the command continues.\n")
 
 
 def discard(stream: TextIO) -> None:

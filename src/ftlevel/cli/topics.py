@@ -37,7 +37,7 @@ TOPICS = {
     "merging.normal_form methods.lora_conversion weights",
     "reports": "extras.compare extras.report",
 }
-"""Topic → modules of ftlevel, with those below them; the longest name that matches decides."""
+"""Modules of ftlevel, with their submodules, by topic; the longest name that matches is used."""
 
 _TOPIC_OF = {module: topic for topic, modules in TOPICS.items() for module in modules.split()}
 

@@ -21,7 +21,7 @@ from types import FrameType
 import typer
 
 from ftlevel.cli.flags import CommandInput, read_config
-from ftlevel.cli.startup import heavy_imports, share_heaps
+from ftlevel.cli.startup import heavy_imports, limit_malloc_arenas
 from ftlevel.config import TrainConfig
 from ftlevel.world import has_agent, is_follower, is_launched
 
@@ -33,63 +33,61 @@ _FAILED = 1
 _RESUME, _REPLACES = "--resume", ("--overwrite", "--overwrite-output-dir")
 
 
-def launch(arguments: Sequence[str], count: int, restarts: int = 0) -> int:
-    """Run `ftlevel arguments` in `count` processes; return the exit code of the first that failed.
+def launch(args: Sequence[str], num_processes: int, restarts: int = 0) -> int:
+    """Run `ftlevel args` in several processes; return the exit code of the first that failed.
 
-    All other processes are then stopped; all end with this process (on Linux). A run that fails
-    with exit code 1 restarts up to `restarts` times with `--resume`; bad input (2) and signals do
-    not restart it.
+    If one fails, the others are stopped; on Linux, all end with this process. A run that fails
+    with exit code 1, not by a signal, restarts up to `restarts` times with `--resume`.
     """
-    told: list[int] = []
+    forwarded: list[int] = []
     while True:
-        code = _launch_once(arguments, count, told)
-        is_told = set(told) - {getattr(signal, "SIGUSR1", None)}  # does not end a run
-        if code != _FAILED or is_told or not restarts:
+        code = _launch_once(args, num_processes, forwarded)
+        signals = set(forwarded) - {getattr(signal, "SIGUSR1", None)}  # does not end a run
+        if code != _FAILED or signals or not restarts:
             return code
         restarts -= 1
-        arguments = _resume_arguments(arguments)
+        args = _resume_arguments(args)
         sys.stderr.write(
             f"ftlevel: it is started again with --resume; {restarts:,} restarts are left.\n"
         )
 
 
-def _resume_arguments(arguments: Sequence[str]) -> list[str]:
-    """Returns the command line that resumes the run of `arguments`."""
-    kept = [a for a in arguments if a.replace("_", "-") not in _REPLACES]
-    return kept if _RESUME in kept else [*kept, _RESUME]
+def _resume_arguments(args: Sequence[str]) -> list[str]:
+    remaining = [a for a in args if a.replace("_", "-") not in _REPLACES]
+    return remaining if _RESUME in remaining else [*remaining, _RESUME]
 
 
-def _launch_once(arguments: Sequence[str], count: int, told: list[int]) -> int:
-    """Run `count` processes and return the exit code; forwarded signals are added to `told`."""
+def _launch_once(args: Sequence[str], num_processes: int, forwarded: list[int]) -> int:
+    """Run the processes and return the exit code; adds received signals to `forwarded`."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     shared = {
-        "OMP_NUM_THREADS": str(max(1, (cores or 1) // count)),
+        "OMP_NUM_THREADS": str(max(1, (cores or 1) // num_processes)),
         **os.environ,
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
-        "WORLD_SIZE": str(count),
-        "LOCAL_WORLD_SIZE": str(count),
+        "WORLD_SIZE": str(num_processes),
+        "LOCAL_WORLD_SIZE": str(num_processes),
     }
-    command = [sys.executable, "-m", "ftlevel", *arguments]
+    command = [sys.executable, "-m", "ftlevel", *args]
     running = [
         subprocess.Popen(
             command,
             env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
             preexec_fn=end_with_parent if sys.platform == "linux" else None,
         )
-        for rank in range(count)
+        for rank in range(num_processes)
     ]
 
-    def pass_on(number: int, _frame: FrameType | None) -> None:
-        told.append(number)
+    def forward(number: int, _frame: FrameType | None) -> None:
+        forwarded.append(number)
         for process in running:
             process.send_signal(number)
 
     numbers = [n for n in (getattr(signal, name, None) for name in _PASSED_ON) if n is not None]
-    before = {number: signal.signal(number, pass_on) for number in numbers}
+    before = {number: signal.signal(number, forward) for number in numbers}
     try:
         return _wait(running)
     finally:
@@ -139,7 +137,7 @@ def _stop(running: Sequence[subprocess.Popen[bytes]]) -> None:
             process.wait()
 
 
-def train(given: CommandInput, *, dry_run: bool, as_json: bool, quiet: bool, schema: bool) -> None:
+def train(inputs: CommandInput, *, dry_run: bool, as_json: bool, quiet: bool, schema: bool) -> None:
     """Fine-tune a model on a dataset.
 
     Without --model and --dataset, trains the built-in model on built-in examples. --set
@@ -148,23 +146,23 @@ def train(given: CommandInput, *, dry_run: bool, as_json: bool, quiet: bool, sch
     if schema:
         typer.echo(json.dumps(TrainConfig.model_json_schema(), indent=2))
         return
-    config, origin = read_config(given)
+    config, origin = read_config(inputs)
     processes = config.train.num_processes or 1
     if processes > 1 and not dry_run and not is_launched():
-        raise typer.Exit(launch(given.arguments, processes, config.train.max_restarts))
+        raise typer.Exit(launch(inputs.args, processes, config.train.max_restarts))
     if has_agent():
         end_with_parent()
     follows = is_follower()
     from ftlevel.cli.screen import open_screen
 
     with open_screen(as_json=as_json, quiet=quiet or follows) as screen:
-        share_heaps()
+        limit_malloc_arenas()
         with heavy_imports():
             from ftlevel.commands.train import train as run
             from ftlevel.training.finish import StartTime
             from ftlevel.training.session import CommandLine
 
-        asked = CommandLine(origin, StartTime.of_process())
-        result = run(config, listener=screen, dry_run=dry_run, command_line=asked)
+        command_line = CommandLine(origin, StartTime.of_process())
+        result = run(config, listener=screen, dry_run=dry_run, command_line=command_line)
     if as_json and not follows:
         typer.echo(json.dumps(result.summary, default=str))

@@ -21,7 +21,7 @@ _MIN_MEMORY, _MIN_DISK = 4 * 2**30, 5 * 2**30  # bytes free
 
 @dataclass(frozen=True)
 class CheckResult:
-    """Result of a check: `note` if an optional part is missing, `bad` if some runs will fail."""
+    """Result of a check; `verdict` is `note` if an optional part is missing, `bad` if runs fail."""
 
     name: str
     verdict: Status
@@ -30,7 +30,7 @@ class CheckResult:
 
 
 def run_checks() -> list[CheckResult]:
-    """Run all checks, in the order in which a run would depend on them."""
+    """Returns the results of all checks."""
     checks = (_program, _versions, _device, _precision, _four_bit, _attention, _threads, _memory)
     return [result for check in (*checks, _disk, _hub) for result in _run(check)]
 
@@ -45,7 +45,6 @@ def to_dict(results: list[CheckResult]) -> dict[str, Any]:
 
 
 def _run(check: Callable[[], Iterator[CheckResult]]) -> list[CheckResult]:
-    """Returns the results of `check`; an exception becomes a `bad` result."""
     try:
         return list(check())
     except (ImportError, OSError, RuntimeError, AttributeError) as error:
@@ -61,7 +60,6 @@ def _program() -> Iterator[CheckResult]:
 
 
 def _versions() -> Iterator[CheckResult]:
-    """Yields a result per unmet requirement of ftlevel, or a single one if all are met."""
     from packaging.requirements import Requirement
 
     requirements = [Requirement(line) for line in metadata.requires("ftlevel") or ()]

@@ -63,10 +63,7 @@ from ftlevel.training.plan.schedule import text_positions
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Result of an evaluation; `base` has the metrics of the base model, if it was scored.
-
-    `draws` maps each metric to its values over the bootstrap resamples.
-    """
+    """Metrics of a model and of its base; `draws` has the values of all bootstrap resamples."""
 
     metrics: Mapping[str, float]
     base: Mapping[str, float]
@@ -194,7 +191,7 @@ def _evaluate_base(
 def _evaluate_other(
     evaluator: Evaluator, other: LoadedModel, encode: Callable[[LoadedModel], EvaluationRows]
 ) -> tuple[dict[str, float], ExampleRecord]:
-    """Returns metrics and record of `other`; it embeds with its own prompts, tokens and pooling."""
+    """Returns metrics and record of `other`, which embeds with its own prompts and pooling."""
     evaluator = replace(evaluator, generated_rows=0, dtype=other.dtype)
     objective, embedding_format = (
         evaluator.objective,
@@ -212,10 +209,7 @@ def _evaluate_other(
 def _base_of(
     trained: LoadedModel, config: EvaluateConfig, listener: Listener
 ) -> Iterator[LoadedModel | None]:
-    """Yields the base model: `trained` with its adapter disabled, or the base of a full fine-tune.
-
-    Yields None with `--no-base`, if the head is newly initialized, or if the base cannot be found.
-    """
+    """Yields the base model; None with `--no-base`, with a new head, or if it cannot be found."""
     full_base = get_original_base(trained.ref) if config.base else None
     if config.base and trained.has_adapter and not trained.ref.card.heads:
         listener.stage("evaluating the base model")
@@ -229,7 +223,6 @@ def _base_of(
 
 
 def _evaluate_retrieval(config: EvaluateConfig, qrels: Path, listener: Listener) -> Evaluation:
-    """Retrieve documents for the queries of a retrieval set, and score them with `qrels`."""
     for flag, value in (("--dataset", config.dataset), ("--predictions", config.predictions)):
         if value is not None:
             raise ConfigError(f"{flag} cannot be used with --qrels. Drop one of them.")
@@ -338,10 +331,7 @@ def _set_quantization(ref: ModelRef, quant: str | None) -> ModelRef:
 
 
 def _get_run_config(config: EvaluateConfig, ref: ModelRef) -> tuple[TrainConfig, bool]:
-    """Returns data and scoring settings, and whether the rows are those of the run.
-
-    `config` overrides the run's settings. The run's data file may have been moved.
-    """
+    """Returns the run's configuration, overridden by `config`, and whether rows are the run's."""
     update: dict[str, Any] = {"overlong": "drop"}
     if ref.run is not None:
         run_config = build_config([load_run_config(ref.run)])
@@ -419,7 +409,7 @@ def _context(
     *,
     is_compared: bool,
 ) -> EncodingContext:
-    """Returns how to encode rows for `trained`; length limits are from the card of `config_ref`."""
+    """Returns how to encode rows for `trained`; `config_ref` determines the maximum length."""
     tokenizer, positions = (
         trained.tokenizer,
         text_positions(run_config.method, trained.model.config),
@@ -478,7 +468,6 @@ def _evaluator(
 
 
 def _rollouts(trained: LoadedModel, eval_rows: EvaluationRows, run_config: TrainConfig) -> Rollouts:
-    """Returns the sampler and scorer of completions for a policy, with the seed of training."""
     objective = trained.objective
     if not isinstance(objective, PolicyGradient):
         raise TypeError("only a policy has rewards")

@@ -106,7 +106,6 @@ def export(
 
 
 def _check_outputs(config: ExportConfig) -> None:
-    """Raise ConfigError if an output exists that must not be replaced."""
     if FORMATS[config.format].is_directory:
         check_new_output("--out", config.out)
         return
@@ -117,7 +116,7 @@ def _check_outputs(config: ExportConfig) -> None:
 
 
 def _resolve_adapters(config: ExportConfig, device: str) -> dict[str, ModelRef]:
-    """Returns name → adapter for a directory of adapters; empty if `config.model` is one model."""
+    """Returns the adapters by name if `config.model` is a directory of adapters, else {}."""
     path = Path(config.model).expanduser()
     if not path.is_dir() or any(
         (path / name).exists() for name in ("config.json", "adapter_config.json", "adapter", CONFIG)
@@ -147,7 +146,7 @@ def _paths_without_adapter(config: ExportConfig, refs: Mapping[str, ModelRef]) -
 
 
 def _merge(config: ExportConfig, ref: ModelRef, directory: Path) -> MergeOutput:
-    """Merge the adapter, write the model to `directory`, and return how to convert and check it."""
+    """Merge the adapter into `directory`; returns functions to convert and check the model."""
     quantization = ref.quantization.get("kind", "none")
     is_quantized = config.outtype in GRIDS
     onto = (
@@ -182,7 +181,7 @@ def _merge(config: ExportConfig, ref: ModelRef, directory: Path) -> MergeOutput:
 
 
 def _compare_unmerged(config: ExportConfig, ref: ModelRef, device: str, _: Path) -> MergeOutput:
-    """Returns how to quantize a model without adapter, and how to compare the result with it."""
+    """Returns functions that quantize a model without adapter and compare the result with it."""
     if not _needs_calibration(config):
         return MergeOutput({})
     model = ref.load(device)

@@ -32,7 +32,7 @@ from ftlevel.trained.model_ref import LoadedModel
 
 @dataclass(frozen=True)
 class GeneratedText:
-    """Output for one prompt; `base` is the base model's, or None; `tags` are (word, tag) pairs."""
+    """Output for one prompt; `base` is the base model's text, `tags` are (word, tag) pairs."""
 
     prompt: str
     text: str
@@ -119,7 +119,6 @@ def _has_rows(path: Path) -> bool:
 
 
 def _load_lines(path: Path) -> list[str]:
-    """Load the nonblank lines of a text file; raise InputError if it cannot be read."""
     try:
         file = decompress(path) if is_compressed(path) else path
         file = cache_pipe(path) if is_pipe(path) else file
@@ -132,7 +131,7 @@ def _load_lines(path: Path) -> list[str]:
 def _add_rows(
     request: AnswerRequest, path: Path, task: BaseTask, config: GenerateConfig
 ) -> tuple[AnswerRequest, list[str]]:
-    """Returns `request` extended by the rows of the file `path`, and the text to print for each."""
+    """Returns `request` with the rows of the file added, and the text to print for each row."""
     ignored = config.ignore_columns
     source, _ = open_rows(str(path), ReadOptions(ignored=ignored))
     try:
@@ -178,11 +177,10 @@ def generate_predictions(
 
 
 class Chat:
-    """A conversation with the adapter that `active_adapter` names.
+    """Conversation with the adapter `active_adapter`.
 
-    Earlier messages are part of the prompt only if the model has a chat template and no fixed
-    instruction; other models were trained on single prompts. `num_dropped` counts messages dropped
-    because the prompt was too long.
+    Prompts contain earlier messages if the model has a chat template and no fixed instruction.
+    `num_dropped` is the number of messages that did not fit into the prompt.
     """
 
     def __init__(self, config: GenerateConfig) -> None:
@@ -200,7 +198,7 @@ class Chat:
                 )
 
     def switch(self, name: str) -> None:
-        """Activate the adapter `name`, or the base; raise ConfigError if it does not exist."""
+        """Activate the adapter `name`, or the base; raises ConfigError for other names."""
         with self.adapters.active_adapter(name):
             self.active_adapter = name
 
@@ -215,7 +213,7 @@ class Chat:
             return _uses_history(trained)
 
     def say(self, text: str, on_text: Callable[[str], None]) -> str:
-        """Generate and return the reply to `text`; `on_text` receives it in pieces."""
+        """Returns the reply to `text`; `on_text` receives it while it is generated."""
         self.messages.append({"role": "user", "content": text})
         try:
             reply = self._answer(text, on_text)
@@ -244,7 +242,7 @@ class Chat:
         return str(trained.tokenizer.decode(ids, skip_special_tokens=True)).strip()
 
     def _prompt(self, trained: LoadedModel, text: str) -> list[int]:
-        """Returns the prompt token ids; the oldest messages are dropped if they do not fit."""
+        """Returns the token ids of the prompt; drops the oldest messages if it is too long."""
         if trained.ref.prompt_format is None:
             raise TypeError("a model that writes text has a prompt format")
         if not _uses_history(trained):
@@ -276,8 +274,6 @@ def _uses_history(trained: LoadedModel) -> bool:
 
 
 class _CallbackStreamer(TextStreamer):
-    """Streamer that passes text to a callback."""
-
     def __init__(self, tokenizer: Any, on_text: Callable[[str], None], *, is_decoder: bool) -> None:
         super().__init__(tokenizer, skip_prompt=is_decoder, skip_special_tokens=True)
         self._on_text = on_text

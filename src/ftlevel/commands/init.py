@@ -54,7 +54,7 @@ class SetupQuestion:
 
 @dataclass(frozen=True)
 class Draft:
-    """Proposed recipe: text of the file, configuration, proposed values and training command."""
+    """Recipe: text of the file, configuration, suggested values and training command."""
 
     text: str
     config: TrainConfig
@@ -64,16 +64,10 @@ class Draft:
 
 
 def draft(layers: list[Layer], file: Path, answer: Callable[[SetupQuestion, Choice], str]) -> Draft:
-    """Returns the recipe for the given layers and answers; nothing is written.
+    """Returns the recipe for `layers` (modified), to which the values from `answer` are added.
 
-    Args:
-        layers: values of `--set` and flags (modified): answers are appended.
-        file: path of the recipe.
-        answer: called with each open question and its proposal; `check_reference` validates the
-            result.
-
-    Raises:
-        ConfigError: the values do not match, or `train` could not start with them.
+    `answer` is called with each open question and the suggested value. `file` is the path of the
+    recipe; nothing is written. Raises ConfigError if `train` could not start.
     """
     defaults = []
     with silence_loggers():
@@ -93,8 +87,8 @@ def draft(layers: list[Layer], file: Path, answer: Callable[[SetupQuestion, Choi
     return Draft(text, config, defaults, run.schedule.steps, command)
 
 
-def check_reference(layers: list[Layer], question: SetupQuestion, value: str) -> None:
-    """Raise ConfigError if `value` is not a valid answer given `layers`."""
+def check_value(layers: list[Layer], question: SetupQuestion, value: str) -> None:
+    """Raise ConfigError if `value` is not valid for `question`, after `layers`."""
     with silence_loggers():
         question.check(build_config([*layers, _layer(question.path, value, question.flag)]))
 
@@ -223,7 +217,6 @@ def _check_model(config: TrainConfig) -> None:
 
 
 def _auto_class(config: TrainConfig, base: Any) -> str:
-    """Returns transformers' auto class for the task; raises ConfigError if there is none."""
     return TASKS[config.task].auto_class(model_kind(base), base.model_type)
 
 
@@ -272,7 +265,7 @@ def _head(config: TrainConfig, command: str, file: Path) -> Iterator[str]:
 
 
 def _field_comments(run: Run, defaults: list[Choice]) -> Mapping[str, str]:
-    """Returns dotted field → comment to print next to its value."""
+    """Returns the comments to print after values, by dotted field."""
     choices = {choice.name: choice for choice in run.choices}
     sources = {choice.name: choice.reason for choice in defaults}
     columns = choices.get("columns")
@@ -288,7 +281,7 @@ def _field_comments(run: Run, defaults: list[Choice]) -> Mapping[str, str]:
 
 
 def _resolved_values(run: Run) -> Mapping[str, list[tuple[str, Any, str]]]:
-    """Returns the values `train` would choose: section → (name, value, reason)."""
+    """Returns (name, value, reason) of values that `train` would choose, by section."""
     sources = {choice.name: choice.reason for choice in run.choices}
     train, schedule = run.config.train, run.schedule
     rates = [("learning_rate", schedule.learning_rate, sources.get("learning rate", ""))]

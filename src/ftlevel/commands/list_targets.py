@@ -80,9 +80,8 @@ class LoraSize:
 class TargetReport:
     """Output of `ftlevel list-targets`; `dataclasses.asdict` gives its JSON.
 
-    `heads` lists names for `modules_to_save`: by task for a family, by class for a model. `aliases`
-    are families with the same module names. `attention_only` is empty if unknown, and `lora` is
-    None without an example.
+    `heads` has names for `modules_to_save`, by task for a family and by class for a model.
+    `aliases` are families with the same module names.
     """
 
     source: Literal["family", "model"]
@@ -203,7 +202,6 @@ def _check_rank(r: int) -> None:
 
 
 def _load_config(name: str) -> Any:
-    """Load the transformers config of a model, whose weights may be missing."""
     from ftlevel.models.loading import load_config
     from ftlevel.models.sources import ModelSource, resolve_source
     from ftlevel.models.untrusted import check_directory
@@ -218,7 +216,7 @@ def _load_config(name: str) -> Any:
 
 
 def split_pattern(pattern: str) -> tuple[str, str]:
-    """Split a module pattern into the block (empty outside blocks) and the rest."""
+    """Returns the block of a module pattern, "" outside blocks, and the name within it."""
     match = _BLOCK.fullmatch(pattern)
     return (match[1], match[2]) if match else ("", pattern)
 

@@ -40,7 +40,7 @@ from ftlevel.tasks import TASKS
 
 @dataclass(frozen=True)
 class _PreparedMerge:
-    """Merge to run: base weights to try (`base_weights`), output quantization (`low`), and rows."""
+    """Resolved merge: `base_weights` to try, quantization `low` of the output, and test rows."""
 
     config: MergeConfig
     inputs: MergeInput
@@ -97,7 +97,6 @@ def merge(config: MergeConfig, *, listener: Listener | None = None) -> MergeResu
 
 
 def _merge(prepared: _PreparedMerge, output: Path, listener: Listener) -> dict[str, Any]:
-    """Write, verify and document the merged model in `output`."""
     config, inputs, probe = prepared.config, prepared.inputs, prepared.probe
     trained = effect = None
     if probe is not None:
@@ -269,7 +268,6 @@ def _list_choices(prepared: _PreparedMerge) -> Iterator[Choice]:
 def _save_cards(
     path: Path, config: MergeConfig, inputs: MergeInput, summary: dict[str, Any], dtype: str
 ) -> None:
-    """Write README.md and ftlevel.json, which records task and prompt format."""
     values = {key: summary[key] for key in ("adapters", "onto", "reason", "verified", "agreement")}
     if len(config.adapters) > 1:
         values |= {"weights": config.weights, "strategy": config.strategy}

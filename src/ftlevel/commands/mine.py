@@ -148,7 +148,6 @@ def _load_corpus(config: MineConfig) -> list[str]:
 def _save_rows(
     config: MineConfig, corpus: Corpus, rows: Iterator[tuple[EmbeddingRow, MinedRow]]
 ) -> _Counts:
-    """Write the rows that have a negative, and return the counts."""
     names = ["query", "pos", "neg", *(["pos_scores", "neg_scores"] if config.scores else [])]
     file = row_file_type("--out", config.output)(config.output, RowColumns(names))
     if config.overwrite:

@@ -224,13 +224,12 @@ def _plan(config: TrainConfig, options: PlanOptions) -> tuple[RunPlan, Alternati
 
 
 def _names_no_data(config: TrainConfig) -> bool:
-    """Returns whether a model is given without a dataset, so that rows must be synthetic."""
+    """Returns whether the configuration names a model but no dataset."""
     names_model = "name_or_path" in config.model.model_fields_set
     return names_model and "dataset" not in config.data.model_fields_set
 
 
 def _replace(config: TrainConfig, section: str, **fields: Any) -> TrainConfig:
-    """Returns a copy of `config` with `fields` of `section` replaced, without validation."""
     values = getattr(config, section).model_copy(update=fields)
     return config.model_copy(update={section: values})
 
@@ -252,7 +251,6 @@ def _checkpoints(run: Run, parts: Mapping[str, int]) -> tuple[int, int]:
 
 
 def _validate_gpus(config: TrainConfig, options: PlanOptions, gpu: Gpu | None) -> None:
-    """Raise ConfigError for several GPUs of unknown speed, and for sharding on one GPU."""
     ranks, way = options.nodes * options.gpus_per_node, config.train.shard
     if ranks == 1 and way != "none":
         raise ConfigError(

@@ -51,7 +51,7 @@ OutputColumns = Mapping[str, str]
 
 @dataclass(frozen=True)
 class Predictions:
-    """Result: rows with answers (None if written to a file or stream), and the `--json` summary."""
+    """Rows with predictions, None if written to a file or stream, and the output of `--json`."""
 
     rows: list[dict[str, Any]] | None
     summary: Mapping[str, Any]
@@ -98,7 +98,7 @@ def predict(
 
 @dataclass(frozen=True)
 class _PreparedPrediction:
-    """Prepared prediction, before weights are loaded; `queries` yields the unanswered rows."""
+    """Resolved prediction, before weights load; `queries` yields rows without predictions."""
 
     ref: ModelRef
     device: str
@@ -125,7 +125,7 @@ def _validate(config: PredictConfig, rows: Any) -> None:
 def _prepare(
     config: PredictConfig, rows: Any, stream: IO[str] | None, stack: contextlib.ExitStack
 ) -> _PreparedPrediction:
-    """Resolve the model, open and check the rows, and skip rows already written."""
+    """Resolve the model, validate the rows, and skip rows that the output file has."""
     device = select_device(config.device)
     ref = resolve_model(
         config.name, config.task, config.base_model, device=device.value, dtype=config.dtype
@@ -177,7 +177,7 @@ def _get_run_config(ref: ModelRef) -> TrainConfig:
 def _open(
     config: PredictConfig, rows: Any, task: BaseTask, run_config: TrainConfig
 ) -> tuple[RowSource, Reader | None]:
-    """Open the input; returns its rows, and the file reader (None for in-memory rows)."""
+    """Returns the input rows, and the file reader, None for in-memory rows."""
     ignored = config.ignore_columns or run_config.data.ignore_columns
     if config.dataset is None:
         return in_memory_rows(rows, ignored), None
@@ -192,7 +192,7 @@ def _open(
 def _mapping(
     config: PredictConfig, run_config: TrainConfig, task: BaseTask, source: RowSource
 ) -> Mapping[str, str]:
-    """Returns role -> column: `--map` if given, else the training columns that the rows have."""
+    """Returns column names by role: from `--map`, or else those of training."""
     if config.columns:
         return config.columns
     roles = {role for shape in task.query_shapes for role in shape.roles}
@@ -211,7 +211,6 @@ def _mapping(
 def _validate_column_names(
     config: PredictConfig, answers: OutputColumns, source: RowSource, file: Reader | None
 ) -> None:
-    """Reject answer columns that exist in the rows."""
     existing = [repr(name) for name in answers if name in source.column_names]
     if existing:
         whose = "the rows have" if file is None else f"{file.shown} has"
@@ -224,7 +223,6 @@ def _validate_column_names(
 def _validate_embedding(
     config: PredictConfig, task: BaseTask, types: Iterable[str], ref: ModelRef
 ) -> None:
-    """Raise `ConfigError` for options of embeddings that do not apply, or too many dimensions."""
     if "embedding" not in types:
         for flag, is_given in (
             ("--normalize", config.normalize is not None),
@@ -254,7 +252,7 @@ def _open_sink(config: PredictConfig, columns: RowColumns, stream: IO[str] | Non
 
 
 def _skip_written(queries: Iterator[QueryRow], sink: RowSink, config: PredictConfig) -> int:
-    """Open the output; with `--resume`, skip answered `queries` (modified) and count them."""
+    """Open the output and skip `queries` (modified) that it has; returns their number."""
     if not isinstance(sink, RowFile):
         return 0
     num_rows = 0
@@ -309,7 +307,6 @@ def _cuts(config: PredictConfig, run_config: TrainConfig) -> bool:
 
 
 def _predict_all(config: PredictConfig, prepared: _PreparedPrediction, listener: Listener) -> None:
-    """Answer the remaining rows; weights are loaded only if there are any."""
     progress, task = prepared.progress, TASKS[prepared.ref.task]
     size = TEXT_BATCHES * (config.batch_size or PROMPTS) if task.generates_text else WINDOW
     batches = windows(prepared.queries, size)
@@ -349,7 +346,7 @@ def _predict_window(
     config: PredictConfig,
     progress: RowCounts,
 ) -> list[Mapping[str, Any]]:
-    """Returns the answer columns per row, empty if skipped; may raise InputError for a bad row."""
+    """Returns the predicted columns of each row; raises InputError unless bad rows are skipped."""
     answerable = [i for i, row in enumerate(window) if not row.fault]
     faults = {i: row.fault for i, row in enumerate(window) if row.fault}
     if faults and config.on_bad_row == "error":
@@ -369,7 +366,7 @@ def _predict_window(
 def _join(
     row: QueryRow, answer: Mapping[str, Any], prepared: _PreparedPrediction
 ) -> dict[str, Any]:
-    """Returns the input row with the answer columns added; None where there is no answer."""
+    """Returns the input row with predicted columns, which are None without a prediction."""
     existing = [repr(name) for name in prepared.answers if name in row.row]
     if existing:  # later JSON Lines rows may have new columns
         raise InputError(

@@ -32,10 +32,9 @@ _BARS = 10  # of the histogram
 
 @dataclass(frozen=True)
 class Token:
-    """A displayed token; `text` is the text that it adds after the preceding tokens.
+    """Token to show; `text` is the text that it adds after the preceding tokens.
 
-    `supervised` is whether the token is a target of the loss; `label` is the target if it is not
-    the token itself.
+    `supervised` is whether it is a target of the loss; `label` is the target if it is another one.
     """
 
     id: int
@@ -134,10 +133,7 @@ def preview(config: TrainConfig, numbers: Sequence[int] = ()) -> Preview:
 
 
 def _sample(run: Run) -> list[Choice]:
-    """Returns lines about completions sampled with the initial weights, and their rewards.
-
-    Only in reinforcement learning; no other preview loads weights.
-    """
+    """Returns statistics of completions and rewards of the initial model, for `--task rl`."""
     rl, model = run.config.rl, run.model
     if not isinstance(run.objective, PolicyObjective) or not rl.check_groups:
         return []

@@ -191,7 +191,6 @@ def _unquantized_dtype(config: QuantizeConfig, model_config: Any) -> tuple[torch
 
 
 def _describe_unquantized(layout: QuantizedLayout) -> str:
-    """Returns text on the unquantized matrices besides embeddings, norms and heads."""
     parameters, names = layout.parameters.values(), []
     if experts := {p.name for p in parameters if p.part == "experts"}:
         names.append(f"and {len(experts):,} tensors of experts")
@@ -245,7 +244,6 @@ def _source_files(plan: _Plan) -> Iterator[Path]:
 def _save_cards(
     directory: Path, config: QuantizeConfig, ref: ModelRef, summary: Mapping[str, Any]
 ) -> None:
-    """Write README.md, and ftlevel.json if the source has one."""
     readme = create_quantized_readme(config.out.name, summary, ref.task if ref.is_ours else None)
     (directory / "README.md").write_text(readme, encoding="utf-8")
     if not ref.is_ours:
@@ -263,7 +261,6 @@ def _save_cards(
 def _measure(
     config: QuantizeConfig, plan: _Plan, directory: Path, out: Path, text: Text
 ) -> dict[str, Any]:
-    """Compare the predictions of the model in `out` with the original's."""
     auto_class = plan.auto_class if plan.auto_class in PREDICTS else "AutoModel"
     dtype = plan.layout.dtype
     if dtype == torch.float16 and plan.device == "cpu":

@@ -133,7 +133,6 @@ def _train(job: TrainingJob, stack: contextlib.ExitStack) -> TrainResult:
 
 
 def _end_dry_run(job: TrainingJob) -> TrainResult:
-    """Report what a run would train."""
     run = job.run
     summary = {
         "dry_run": True,

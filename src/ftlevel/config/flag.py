@@ -263,7 +263,7 @@ class Flag:
         return bool(self.names) and not self.names.startswith("-")
 
     @property
-    def shown(self) -> str:
+    def name(self) -> str:
         """Name of the flag in error messages."""
         if self.is_argument:
             return self.names
@@ -273,7 +273,7 @@ class Flag:
     def parameter(self) -> str:
         """Name of the parameter for this flag in the command's function."""
         if self.dest or not self.is_argument:
-            return self.dest or self.shown.lstrip("-").replace("-", "_")
+            return self.dest or self.name.lstrip("-").replace("-", "_")
         return self.path.replace(".", "_")
 
     def metadata(self, command: str) -> FieldMetadata:
@@ -282,7 +282,7 @@ class Flag:
             return self.value
         config = config_of(command)
         if config is None:
-            raise ValueError(f"{self.shown}: the command {command} has no configuration")
+            raise ValueError(f"{self.name}: the command {command} has no configuration")
         metadata = get_field_metadata(config, self.path)
         for task, path in self.by_task.items():
             other = get_field_metadata(config, path)

@@ -29,7 +29,7 @@ from ftlevel.config.flag import (
 )
 from ftlevel.config.flag import CONFIGS as CONFIGS
 from ftlevel.errors import ConfigError
-from ftlevel.extensions import OWN, Command, added_rows, find_extensions, warn_left_out
+from ftlevel.extensions import OWN, Command, added_rows, find_extensions, warn_skipped
 
 
 def convert_pairs(flag: str, text: str) -> str:
@@ -371,7 +371,7 @@ def _extended() -> Iterator[Flag]:
     for source, rows in ((OWN, (*_RUN_FLAGS, *COMMAND_FLAGS)), *flags, (OWN, _GENERAL_FLAGS)):
         for row in rows:
             is_invalid = isinstance(row, UnsupportedFlag)
-            for key in () if is_invalid else ((command, row.shown) for command in row.on):
+            for key in () if is_invalid else ((command, row.name) for command in row.on):
                 if (other := names.setdefault(key, source)) != source:
                     raise ConfigError(
                         f"{key[1]} of ftlevel {key[0]} is defined by {other} and by {source}. "
@@ -396,7 +396,7 @@ def _tables_of_extensions() -> tuple[
         except Exception as error:
             if source == OWN:
                 raise
-            warn_left_out(source, error)
+            warn_skipped(source, error)
     return flags, aliases
 
 

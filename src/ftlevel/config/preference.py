@@ -262,7 +262,6 @@ Tokens = Annotated[list[Annotated[int, Field(ge=0)] | str], BeforeValidator(_par
 
 
 def _parse_weights(value: Any) -> Any:
-    """Parse class weights; raise ValueError for a weight that is not positive."""
     value = split_pairs(value)
     if value is None or value == "balanced":
         return value

@@ -113,7 +113,6 @@ def parse_reward(text: str) -> RewardSpec:
 
 
 def _validate_argument(name: str, argument: str, *, values: bool) -> None:
-    """Raise ValueError if `argument` does not fit the built-in reward `name`."""
     pattern = REWARDS[name]
     if (values and not argument) or (not values and pattern and not pattern.startswith("[")):
         raise ValueError(f"{name} has no argument. Write {name}:{pattern.strip('[]')}")
@@ -354,7 +353,6 @@ def validate_rl(config: Any) -> Iterator[str]:
 
 
 def _validate_sampling_server(config: Any) -> Iterator[str]:
-    """Yields messages for values that sampling with a vLLM server does not support."""
     method = config.method
     if method.kind != "lora" or getattr(method, "use_dora", False):
         name = "lora with DoRA" if method.kind == "lora" else method.kind
@@ -370,7 +368,6 @@ def _validate_sampling_server(config: Any) -> Iterator[str]:
 
 
 def _validate_distillation(rl: RlConfig, names: Sequence[str]) -> Iterator[str]:
-    """Yields messages for the fields `names` that on-policy distillation does not support."""
     yield from (
         f"{_flag(name)}: with --teacher, {message}. Drop one of them."
         for name, message in _NOT_WITH_TEACHER.items()
@@ -384,7 +381,6 @@ def _validate_distillation(rl: RlConfig, names: Sequence[str]) -> Iterator[str]:
 
 
 def _validate_sections(config: Any) -> Iterator[str]:
-    """Yields messages for values of other sections that reinforcement learning cannot use."""
     train, data = config.train, config.data
     for name in type(config.method).model_fields:
         value = getattr(config.method, name)

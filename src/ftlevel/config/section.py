@@ -70,7 +70,6 @@ class Section(BaseModel):
     @field_validator("*")
     @classmethod
     def _validate_null_bytes(cls, value: Any, info: ValidationInfo) -> Any:
-        """Raise ValueError for null bytes in names."""
         values = value if isinstance(value, list | tuple) else (value,)
         names = [str(item) for item in values if isinstance(item, str | Path)]
         if info.field_name not in _TEXTS and any("\0" in name for name in names):

@@ -230,7 +230,6 @@ def _validate_sections(config: TrainConfig) -> Iterator[str]:
 
 
 def _validate_strategies(config: TrainConfig) -> Iterator[str]:
-    """Yields messages for values without effect in evaluation, checkpoints and names."""
     train, output = config.train, config.output
     for name, strategy, steps in (
         ("eval", train.eval_strategy, train.eval_steps),
@@ -263,7 +262,6 @@ def _validate_strategies(config: TrainConfig) -> Iterator[str]:
 
 
 def _validate_retrieval(config: TrainConfig) -> Iterator[str]:
-    """Yields a message if `--qrels` or `--corpus` cannot be used."""
     data = config.data
     files = {"--qrels": data.qrels, "--corpus": data.corpus}
     names = [f"{flag} {path}" for flag, path in files.items() if path is not None]
@@ -275,7 +273,6 @@ def _validate_retrieval(config: TrainConfig) -> Iterator[str]:
 
 
 def _validate_best_model(train: TrainerConfig) -> Iterator[str]:
-    """Yields messages for values without effect on the choice of the best model."""
     values = {
         "--early-stopping-patience": train.early_stopping_patience is not None,
         "--load-best-model-at-end": bool(train.load_best_model_at_end),
@@ -305,7 +302,6 @@ def _validate_best_model(train: TrainerConfig) -> Iterator[str]:
 
 
 def _validate_streaming(config: TrainConfig) -> Iterator[str]:
-    """Yields messages for values that conflict with `--streaming`, or require it."""
     data, train = config.data, config.train
     if not data.streaming:
         message = "belongs to --streaming. Drop it, or add --streaming."
@@ -352,7 +348,6 @@ def _validate_streaming(config: TrainConfig) -> Iterator[str]:
 
 
 def _validate_stdin(config: TrainConfig) -> Iterator[str]:
-    """Yields messages for values that do not work with data from stdin or a pipe."""
     data = config.data
     if (config.train.num_processes or 1) > 1:
         names = (data.dataset, *data.also, data.validation_file or "")
@@ -383,7 +378,6 @@ _NO_PROMPT = ("token-classification", "question-answering", "masked-lm")
 
 
 def _validate_data(config: TrainConfig) -> Iterator[str]:
-    """Yields messages for values of the data section that the task does not support."""
     task, data = config.task, config.data
     if data.overlong == "split" and task not in ("text-generation", "masked-lm"):
         allowed = "drop" if task in _NO_PROMPT else "drop or truncate-prompt"

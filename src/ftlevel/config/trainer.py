@@ -40,7 +40,6 @@ _EXCLUDED = {
 
 
 def _check_optimizer(value: object) -> object:
-    """Raise ValueError with an explanation for an unsupported optimizer of transformers."""
     if isinstance(value, str):
         for start, error in _EXCLUDED.items():
             if value.startswith(start):

@@ -131,7 +131,6 @@ def build_skeleton(model: Any, path: Path) -> Skeleton:
 
 
 def _load(peft_model: Any, tensors: dict[str, Any], path: Path) -> None:
-    """Load the adapter's `tensors` into `peft_model` (modified), in float32."""
     import torch
 
     from ftlevel.models.upstream.tensors import direct_tensors

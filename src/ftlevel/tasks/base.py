@@ -24,7 +24,7 @@ from ftlevel.data.formats.detect import (
 )
 from ftlevel.data.sources.table import BadRow, Row, Table
 from ftlevel.errors import ConfigError, InputError, join_names, with_article
-from ftlevel.extensions import added, warn_left_out
+from ftlevel.extensions import added, warn_skipped
 from ftlevel.models.sources import ModelSource
 from ftlevel.objectives import Checks, Objective, ScoreTexts
 
@@ -481,5 +481,5 @@ def load_tasks() -> dict[str, BaseTask]:
         except Exception as error:
             if name not in packages:
                 raise
-            warn_left_out(packages[name][0], error)
+            warn_skipped(packages[name][0], error)
     return tasks

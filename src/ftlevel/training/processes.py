@@ -24,7 +24,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from ftlevel.config import TrainerConfig
 from ftlevel.errors import ConfigError, FtlevelError, RunError, join_names
-from ftlevel.world import World, read_world
+from ftlevel.world import World, get_world
 
 T = TypeVar("T")
 
@@ -184,7 +184,7 @@ class Processes:
 
 def started_processes() -> Processes:
     """Returns the processes that a launcher started; without a launcher, a single one."""
-    return Processes(read_world())
+    return Processes(get_world())
 
 
 def resolve_processes(

@@ -206,7 +206,7 @@ def test_a_flag_in_a_recipe_names_the_key_that_it_sets(key: str, hint: str) -> N
 
 def test_every_flag_that_sets_a_key_is_known_in_a_recipe() -> None:
     rows = [row for row in FLAGS if "train" in row.on and row.path and not row.is_argument]
-    names = [name for row in rows for name in (row.shown, *(o.name for o in row.alias_names))]
+    names = [name for row in rows for name in (row.name, *(o.name for o in row.alias_names))]
     without = [name for name in names if "Did you mean" not in recipe_hint(name.lstrip("-"))]
     assert len(names) > 300
     assert without == []

@@ -12,8 +12,8 @@ import transformers
 
 from adapterhub_cases import FAMILIES, Case, fill, logits_of
 from ftlevel.errors import InputError
-from ftlevel.extras.adapterhub.adapter import is_adapterhub, read_head, read_hub_adapter
-from ftlevel.extras.adapterhub.config_file import read_config, write_config
+from ftlevel.extras.adapterhub.adapter import is_adapterhub, load_head, load_hub_adapter
+from ftlevel.extras.adapterhub.config_file import convert_config, create_hub_config
 from ftlevel.methods.bottleneck.layer import INPUT_TYPES
 from ftlevel.trained.adapt import add_adapter, load_adapter
 
@@ -151,7 +151,7 @@ def test_an_adapter_of_peft_is_none_of_adapterhub(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text('{"config": {}}')
     assert is_adapterhub(tmp_path)
     with pytest.raises(InputError, match=r"names no base model.*model_name"):
-        read_hub_adapter(tmp_path)
+        load_hub_adapter(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -167,12 +167,12 @@ def test_a_head_that_transformers_does_not_have_is_refused(
     settings: dict[str, Any], said: str
 ) -> None:
     with pytest.raises(InputError, match=said):
-        read_head(settings)
+        load_head(settings)
 
 
 def test_the_labels_of_a_head_stand_at_their_numbers() -> None:
     config = {"head_type": "tagging", "layers": 1, "num_labels": 3, "label2id": {"B": 2, "O": 0}}
-    assert read_head({"model_type": "bert", "config": config}).labels == ["O", "LABEL_1", "B"]
+    assert load_head({"model_type": "bert", "config": config}).labels == ["O", "LABEL_1", "B"]
 
 
 @pytest.mark.parametrize("family", ["bert", "gpt2"])
@@ -184,7 +184,7 @@ def test_what_is_written_is_read_as_the_same(
     config = transformers.AutoConfig.for_model(family, **FAMILIES[family][1])
     scaling = "channel" if placement == "adapter_plus" else 2.0
     given = {"placement": placement, "non_linearity": "silu", "scaling": scaling, **width}
-    read = read_config({"config": write_config(given, config), "version": "x"}, config)
+    read = convert_config({"config": create_hub_config(given, config), "version": "x"}, config)
     assert (read["placement"], read["scaling"]) == (placement, scaling)
     assert read["target_modules"] is None
     assert read["exclude_modules"] is None
@@ -196,4 +196,4 @@ def test_parallel_of_a_pre_norm_model_is_not_written() -> None:
     config = transformers.AutoConfig.for_model("gpt2")
     given = {"placement": "parallel", "non_linearity": "relu", "scaling": 4.0}
     with pytest.raises(InputError, match=r"no placement parallel in gpt2.*par_bn"):
-        write_config(given, config)
+        create_hub_config(given, config)

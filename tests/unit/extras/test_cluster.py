@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from ftlevel.config import TrainConfig
-from ftlevel.extras.cluster.forecast import HOP, NETWORK_HOP, Network, Work, time_step
+from ftlevel.extras.cluster.forecast import HOP, NETWORK_HOP, Network, StepLoad, time_step
 from ftlevel.methods import METHODS
 from ftlevel.models.loading import build_task_model
 from ftlevel.trained.adapt import apply_method
@@ -155,11 +155,11 @@ def test_a_step_waits_for_what_is_not_hidden() -> None:
     network = Network(1, 2, 1, 400)  # a GB/s: half of what is gathered is sent
 
     def step(**sent: Any) -> Any:
-        return time_step(Work(2, 4, 1.0, 2.0, 0.5, **sent), network)
+        return time_step(StepLoad(2, 4, 1.0, 2.0, 0.5, **sent), network)
 
     alone = step()
     assert (alone.seconds, alone.hidden) == (25, 1)
-    hidden = step(block=1e9, again=True, reduced=1e9)  # half a second each: behind computing
+    hidden = step(block=1e9, regather=True, reduced=1e9)  # half a second each: behind computing
     assert hidden.waiting == pytest.approx(2 * 3 * 0.5, rel=1e-4)
     assert hidden.talking == pytest.approx(2 * 4 * 3 * 0.5, rel=1e-4)
     assert hidden.gathered == 2 * 2 * 4 * 0.5e9

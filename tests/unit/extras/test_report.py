@@ -16,14 +16,14 @@ import pytest
 from ftlevel.cli.app import run
 from ftlevel.errors import InputError
 from ftlevel.extras.report.facts import (
-    BANDS,
+    NUM_BARS,
     ReportedRun,
-    read_run_facts,
-    summarize_answers,
-    summarize_retrieval,
+    compute_prediction_stats,
+    compute_retrieval_stats,
+    load_run,
 )
 from ftlevel.extras.report.page import (
-    MOST_POINTS,
+    MAX_POINTS,
     checks,
     data_findings,
     draw_charts,
@@ -87,7 +87,7 @@ def tags(page: str) -> list[tuple[str, dict[str, str | None]]]:
 
 
 def test_what_users_wrote_is_text() -> None:
-    page = render_page([facts(EVIL, answers=summarize_answers(iter(ROWS)))])
+    page = render_page([facts(EVIL, answers=compute_prediction_stats(iter(ROWS)))])
     found = tags(page)
     assert [tag for tag, _ in found].count("script") == 1
     assert "img" not in [tag for tag, _ in found]
@@ -120,7 +120,7 @@ def test_a_long_log_makes_a_small_page_with_its_peak() -> None:
     page = render_page([facts(count=100_000)])
     assert len(page.encode()) < 3_000_000
     loss = next(chart for chart in draw_charts([facts(count=100_000)]) if chart.name == "loss")
-    assert len(loss.lines[0].points) <= MOST_POINTS + 1
+    assert len(loss.lines[0].points) <= MAX_POINTS + 1
     assert max(y for _, y in loss.lines[0].points) == 9.75
     assert loss.lines[0].points[0][0] == 0
     assert loss.lines[0].points[-1][0] == 99_999
@@ -140,13 +140,13 @@ def test_labels_of_small_ticks_fit_left_of_the_axis() -> None:
 
 
 def test_few_points_are_all_there() -> None:
-    points = [(float(x), float(x % 7)) for x in range(MOST_POINTS)]
+    points = [(float(x), float(x % 7)) for x in range(MAX_POINTS)]
     assert thin(points) == points
 
 
 def test_answers_are_counted() -> None:
     rows = [*ROWS, {**ROWS[1], "true": "b"}]
-    answers = summarize_answers(iter(rows))
+    answers = compute_prediction_stats(iter(rows))
     assert answers.total == 4
     assert answers.counts["a"] == {"a": 1, "b": 1}
     name, precision, recall, f1, count = next(one for one in answers.per_class if one[0] == "b")
@@ -160,13 +160,13 @@ def test_answers_are_counted() -> None:
 
 
 def test_answers_without_rows_have_no_section() -> None:
-    completions = summarize_answers(iter([{"row": 0, "reward": 1.0}]))
+    completions = compute_prediction_stats(iter([{"row": 0, "reward": 1.0}]))
     assert 'id="rows"' not in render_page([facts(answers=completions)])
 
 
 def test_texts_have_no_matrix() -> None:
     rows = ({"predicted": f"text {at}", "true": "t", "loss": float(at)} for at in range(25_000))
-    answers = summarize_answers(rows)
+    answers = compute_prediction_stats(rows)
     assert answers.classes == []
     assert [row["loss"] for row in answers.worst[:2]] == [24_999.0, 24_998.0]
     assert answers.best[0]["loss"] == 0.0
@@ -179,7 +179,7 @@ def test_tags_are_counted_word_by_word() -> None:
     predicted = [["B-A", "O", "B-A"], ["O", "O"], ["O", "B-C"]]
     rows = [{"true": t, "predicted": p, "loss": 1.0}
             for t, p in zip(true, predicted, strict=True)]  # fmt: skip
-    answers = summarize_answers(iter(rows))
+    answers = compute_prediction_stats(iter(rows))
     assert answers.unit == "words"
     assert answers.total == 3
     words = [[tag for tags in said for tag in tags] for said in (true, predicted)]
@@ -195,7 +195,7 @@ def test_tags_are_counted_word_by_word() -> None:
 def test_answers_of_other_kinds_are_shown() -> None:
     pair = {"where": "row 1", "loss": 0.5, "base_loss": 0.75, "input": "which?", "chosen": "this",
             "rejected": "that", "reward_margin": 1.25, "tokens": 7, "base_tokens": 7}  # fmt: skip
-    page = render_page([facts(answers=summarize_answers(iter([pair])))])
+    page = render_page([facts(answers=compute_prediction_stats(iter([pair])))])
     assert "row 1, loss 0.75 → 0.5, reward margin 1.25, tokens 7<" in page
     for text in ("input", "which?", "chosen answer", "this", "rejected answer", "that"):
         assert re.search(f">{re.escape(text)}<", page), text
@@ -205,13 +205,13 @@ def test_answers_of_other_kinds_are_shown() -> None:
 def test_questions_have_their_loss_by_the_length_of_the_first_answer() -> None:
     rows = [{"predicted": "x", "true": ["w " * (1 + at), "other"], "loss": float(at)}
             for at in range(10)]  # fmt: skip
-    assert summarize_answers(iter(rows)).lengths[4] == (5, 5, 1, 4.0)
+    assert compute_prediction_stats(iter(rows)).lengths[4] == (5, 5, 1, 4.0)
 
 
 def test_texts_have_their_loss_by_length() -> None:
     rows = [{"predicted": "x", "true": "w " * (1 + at % 50), "loss": float(at % 50)}
             for at in range(1_000)]  # fmt: skip
-    answers = summarize_answers(iter(rows))
+    answers = compute_prediction_stats(iter(rows))
     assert len(answers.lengths) == 10
     assert answers.lengths[0] == (1, 5, 100, 2.0)
     assert answers.lengths[-1] == (46, 50, 100, 47.0)
@@ -223,7 +223,7 @@ def test_texts_have_their_loss_by_length() -> None:
 def test_many_rows_and_a_long_log_make_a_small_page_that_opens_at_once(tmp_path: Path) -> None:
     rows = ({"where": f"rows.csv:{at}", "true": f"{EVIL} {at}" * 20, "predicted": "p " * 2_000,
              "loss": float(at)} for at in range(10_000))  # fmt: skip
-    page = render_page([facts(count=100_000, answers=summarize_answers(rows))])
+    page = render_page([facts(count=100_000, answers=compute_prediction_stats(rows))])
     assert len(page.encode()) < 3_000_000
     assert "<img" not in page
     if shutil.which("chromium") is None:
@@ -283,7 +283,7 @@ def test_data_and_checks_are_sentences() -> None:
 
 
 def test_regions_and_tables_have_names() -> None:
-    answers = summarize_answers(iter(ROWS))
+    answers = compute_prediction_stats(iter(ROWS))
     found = tags(render_page([facts("one", answers=answers), facts("two", answers=answers)]))
     names = [attrs["aria-label"] for _, attrs in found if attrs.get("role") == "region"]
     assert len(names) == len(set(names)) > 4
@@ -292,7 +292,7 @@ def test_regions_and_tables_have_names() -> None:
 
 def test_no_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(InputError, match="no such directory"):
-        read_run_facts(tmp_path / "none")
+        load_run(tmp_path / "none")
     assert run(["report", str(tmp_path)]) == 2
     assert "is not a run that is done: it has no summary.json" in capsys.readouterr().err
 
@@ -324,7 +324,7 @@ document.title = JSON.stringify({wide: document.documentElement.scrollWidth, vie
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="no chromium: apt install chromium")
 @pytest.mark.parametrize("width", [360, 768, 1440])
 def test_in_a_browser(tmp_path: Path, width: int) -> None:
-    page = render_page([facts("one", answers=summarize_answers(iter(ROWS))), facts("two")])
+    page = render_page([facts("one", answers=compute_prediction_stats(iter(ROWS))), facts("two")])
     # The narrowest window of a browser is wider than a phone: the page is in a frame.
     (tmp_path / "page.html").write_text(page.replace("</body>", _ASK))
     frame = (
@@ -357,12 +357,12 @@ def test_scores_of_queries_are_counted_and_the_worst_shown() -> None:
          "negative_score": 0.5, "base_positive_score": 0.0, "base_negative_score": 1.0}
         for at in range(10)
     ]  # fmt: skip
-    found = summarize_retrieval(rows)
+    found = compute_retrieval_stats(rows)
     assert found is not None
     assert found.series == [
         "positives before", "positives", "best negatives before", "best negatives"
     ]  # fmt: skip
-    assert len(found.bands) == BANDS
+    assert len(found.bands) == NUM_BARS
     assert [sum(counts) for counts in zip(*(c for _, _, c in found.bands), strict=True)] == [10] * 4
     assert [row["row"] for row in found.worst[:2]] == [3, 0]
     run_ = replace(
@@ -379,6 +379,6 @@ def test_scores_of_queries_are_counted_and_the_worst_shown() -> None:
     assert "wrong 3" in page
     assert '<th scope="row" class="n">32</th><td class="n">0.5000</td><td class="n">0.7500' in page
     lists = [{"scores": [2.0, -1.0, 0.5], "labels": [0.0, 1.0, 0.0], "ndcg@10": 0.5}]
-    (row,) = summarize_retrieval(lists).worst  # type: ignore[union-attr]
+    (row,) = compute_retrieval_stats(lists).worst  # type: ignore[union-attr]
     assert (row["positive_score"], row["negative_score"]) == (-1.0, 2.0)
-    assert summarize_retrieval([{"predicted": "a", "true": "b"}]) is None
+    assert compute_retrieval_stats([{"predicted": "a", "true": "b"}]) is None

@@ -16,15 +16,20 @@ from typing import Any
 
 from ftlevel.artifacts.cards import AdapterCard
 from ftlevel.errors import InputError, join_names
-from ftlevel.extras.adapterhub.config_file import WEIGHTS, holders_of, read_config
+from ftlevel.extras.adapterhub.config_file import WEIGHTS, convert_config, get_hub_names
 from ftlevel.models.loading import check_finite
 
 
 @dataclass(frozen=True)
 class HubHead:
-    """A prediction head before weights are loaded; `task` is empty for a language head.
+    """Prediction head, before its weights are loaded.
 
-    `layers` maps layers of a flex head to modules of transformers' head; empty for a static head.
+    Attributes:
+        task: task; empty for a language head.
+        labels: class names.
+        options: task options, such as `problem_type`.
+        layers: modules of transformers' head by layer of a flex head; empty for a static head.
+        name: name of a flex head.
     """
 
     task: str
@@ -61,62 +66,67 @@ _OF_FIRST_TOKEN: dict[str, tuple[str, dict[str, str]]] = {
     "distilbert": ("relu", {"1": "pre_classifier", "4": "classifier"}),
     "bart": ("tanh", {"1": "classification_head.dense", "4": "classification_head.out_proj"}),
 }
-"""Family → activation of its classifier, and flex head's layer → module of transformers' head."""
+"""Activation of the classifier, and its modules by layer of a flex head, for each family."""
 _WRAPPED = re.compile(r"\.(?:original_module|modules_to_save\.[^.]+)(?=\.)")
 _OF_LAST_TOKEN = ("gpt2", "gptj", "llama", "mistral")
 
 
-def read_head(settings: Mapping[str, Any]) -> HubHead:
-    """Load the head in head_config.json; raise InputError if transformers has no such head."""
-    config = settings.get("config")
+def load_head(config_dict: Mapping[str, Any]) -> HubHead:
+    """Returns the head of a head_config.json; raises InputError if transformers has none."""
+    config = config_dict.get("config")
     if not isinstance(config, Mapping):
-        name = str(settings.get("model_class"))
+        name = str(config_dict.get("model_class"))
         task = next((task for end, task in _TASK_OF_CLASS.items() if name.endswith(end)), None)
         if task is None:
             raise InputError(f"model_class {name!r} of the head is not known.")
-        return HubHead(task, _labels(settings) if task.endswith("classification") else [])
-    kind = config.get("head_type")
-    if kind not in _TASK_OF_TYPE:
+        return HubHead(task, _labels(config_dict) if task.endswith("classification") else [])
+    head_type = config.get("head_type")
+    if head_type not in _TASK_OF_TYPE:
         raise InputError(
-            f"head_type {kind!r} is not known. Heads that are read: {join_names(_TASK_OF_TYPE)}."
+            f"head_type {head_type!r} is not known. Heads that are read: "
+            f"{join_names(_TASK_OF_TYPE)}."
         )
-    task = _TASK_OF_TYPE[kind]
+    task = _TASK_OF_TYPE[head_type]
     options = {}
-    if kind == "multilabel_classification":
+    if head_type == "multilabel_classification":
         options["problem_type"] = "multi_label_classification"
     labels = _labels(config) if task.endswith("classification") else []
-    layers = _layers(str(settings.get("model_type")), str(kind), config) if task else {}
-    return HubHead(task, labels, options, layers, str(settings.get("name")))
+    layers = _layers(str(config_dict.get("model_type")), str(head_type), config) if task else {}
+    return HubHead(task, labels, options, layers, str(config_dict.get("name")))
 
 
 def _labels(config: Mapping[str, Any]) -> list[str]:
-    """Returns the class names by index; missing names become LABEL_N."""
     numbers: Mapping[str, int] = config.get("label2id") or {}
-    count = int(config.get("num_labels") or len(numbers))
+    num_labels = int(config.get("num_labels") or len(numbers))
     by_number = {int(number): str(name) for name, number in numbers.items()}
-    return [by_number.get(number, f"LABEL_{number}") for number in range(count)]
+    return [by_number.get(number, f"LABEL_{number}") for number in range(num_labels)]
 
 
-def _layers(family: str, kind: str, config: Mapping[str, Any]) -> dict[str, str]:
-    """Returns flex layer → module of transformers' head; raises InputError if the heads differ."""
-    count, pooled = config.get("layers"), bool(config.get("use_pooler"))
-    if kind == "question_answering" and count == 1:
+def _layers(family: str, head_type: str, config: Mapping[str, Any]) -> dict[str, str]:
+    """Returns modules of transformers' head by flex layer; raises InputError if heads differ."""
+    num_layers, pooled = config.get("layers"), bool(config.get("use_pooler"))
+    if head_type == "question_answering" and num_layers == 1:
         return {"1": "qa_outputs"}
-    if kind == "tagging" and count == 1:
+    if head_type == "tagging" and num_layers == 1:
         return {"1": "score" if family in ("llama", "mistral") else "classifier"}
-    if kind in ("classification", "multilabel_classification"):
+    if head_type in ("classification", "multilabel_classification"):
         activation, layers = _OF_FIRST_TOKEN.get(family, ("", {}))
-        if count == 2 and not pooled and layers and config["activation_function"] == activation:
+        if (
+            num_layers == 2
+            and not pooled
+            and layers
+            and config["activation_function"] == activation
+        ):
             return layers
-        if count == 1 and pooled and family in ("bert", "albert"):
+        if num_layers == 1 and pooled and family in ("bert", "albert"):
             return {"1": "classifier"}
-        if count == 1 and family in _OF_LAST_TOKEN and config.get("bias") is False:
+        if num_layers == 1 and family in _OF_LAST_TOKEN and config.get("bias") is False:
             return {"1": "score"}
     keys = ("layers", "activation_function", "use_pooler", "bias")
-    settings = ", ".join(f"{key} {config[key]!r}" for key in keys if key in config)
+    config_dict = ", ".join(f"{key} {config[key]!r}" for key in keys if key in config)
     raise InputError(
-        f"a head of type {kind} with {settings} is not what transformers' {family} computes. Use "
-        "it with adapters itself."
+        f"a head of type {head_type} with {config_dict} is not what transformers' {family} "
+        "computes. Use it with adapters itself."
     )
 
 
@@ -147,7 +157,7 @@ def name_head_weights(head: HubHead, weights: Mapping[str, Any], model: Any) -> 
 
 
 def check_language_head(weights: Mapping[str, Any], model: Any) -> None:
-    """Raise InputError if a language head differs from that of the base, which replaces it."""
+    """Raise InputError if a language head is not equal to the base model's, which is used."""
     import torch
 
     output = model.get_output_embeddings()
@@ -167,36 +177,36 @@ CONFIG = "adapter_config.json"
 HEAD_CONFIG = "head_config.json"
 ADAPTER_FILES = ("adapter.safetensors", "pytorch_adapter.bin")
 HEAD_FILES = ("model_head.safetensors", "pytorch_model_head.bin")
-_HOLDER = re.compile(r"(.*)\.(?:adapters|\w+_text_(?:task|lang)_adapters)\.([^.]+)\.(.+)")
+_HUB_NAME = re.compile(r"(.*)\.(?:adapters|\w+_text_(?:task|lang)_adapters)\.([^.]+)\.(.+)")
 
 
 @dataclass(frozen=True)
 class HubAdapter:
-    """Adapter in AdapterHub's format, before its weights are loaded; `settings` is its config."""
+    """Adapter in AdapterHub's format, before weights load; `config_dict` is its config."""
 
     directory: Path
-    settings: dict[str, Any]
+    config_dict: dict[str, Any]
     head: HubHead | None
     head_weights: dict[str, Any]
 
     @property
     def base(self) -> str:
         """Name of the base model."""
-        return str(self.settings["model_name"])
+        return str(self.config_dict["model_name"])
 
     @property
     def heads(self) -> list[str]:
-        """Names of fully trained modules saved with the adapter; they form the head."""
+        """Names of the modules of the head, which PEFT trains and saves fully."""
         return head_modules(self.head, self.head_weights) if self.head else []
 
-    def task(self, wanted: str | None) -> str:
-        """Returns the head's task, or `wanted` if unknown; raises InputError if they differ."""
-        own = self.head.task if self.head else ""
-        if own and wanted not in (None, own):
+    def task(self, requested: str | None) -> str:
+        """Returns the head's task, or else `requested`; raises InputError if they differ."""
+        head_task = self.head.task if self.head else ""
+        if head_task and requested not in (None, head_task):
             raise InputError(
-                f"{self.directory} has a head for {own}, not for {wanted}. Drop --task."
+                f"{self.directory} has a head for {head_task}, not for {requested}. Drop --task."
             )
-        return own or wanted or "text-generation"
+        return head_task or requested or "text-generation"
 
     def complete(self, card: AdapterCard) -> AdapterCard:
         """Returns the base's card with labels and options of the adapter's head."""
@@ -214,7 +224,7 @@ class HubAdapter:
         from ftlevel.methods.bottleneck.layer import BottleneckConfig
 
         try:
-            fields = read_config(self.settings, model.config)
+            fields = convert_config(self.config_dict, model.config)
             config = BottleneckConfig(**fields, modules_to_save=self.heads or None)
             positions = get_adapter_positions(model.config)
             pattern = fields["target_modules"] or (
@@ -226,8 +236,8 @@ class HubAdapter:
                 for name, _ in model.named_modules()
                 if re.fullmatch(str(pattern), name) and not re.fullmatch(left_out, name)
             )
-            holders = holders_of(names, model)
-            weights = _name_weights(_read_weights(self.directory, ADAPTER_FILES), holders, config)
+            hub_names = get_hub_names(names, model)
+            weights = _name_weights(_load_weights(self.directory, ADAPTER_FILES), hub_names, config)
             if self.head is not None and not self.heads:
                 check_language_head(self.head_weights, model)
             elif self.head is not None:
@@ -240,88 +250,90 @@ class HubAdapter:
 def is_adapterhub(directory: Path) -> bool:
     """Whether the adapter in `directory` is in AdapterHub's format, not PEFT's."""
     try:
-        settings = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
+        config_dict = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return False
-    return isinstance(settings, dict) and "peft_type" not in settings and "config" in settings
+    return (
+        isinstance(config_dict, dict) and "peft_type" not in config_dict and "config" in config_dict
+    )
 
 
-def read_hub_adapter(directory: Path) -> HubAdapter:
-    """Load configuration and head in `directory`; InputError if invalid or no base is named."""
-    settings = _read_json(directory / CONFIG)
-    if not isinstance(settings.get("model_name"), str) or not settings["model_name"]:
+def load_hub_adapter(directory: Path) -> HubAdapter:
+    """Load configuration and head from `directory`; raises InputError if they are invalid."""
+    config_dict = _load_json(directory / CONFIG)
+    if not isinstance(config_dict.get("model_name"), str) or not config_dict["model_name"]:
         raise InputError(
             f"{directory / CONFIG} names no base model. Write it as model_name, a Hub id or a "
             "directory."
         )
     if not (directory / HEAD_CONFIG).is_file():
-        return HubAdapter(directory, settings, None, {})
+        return HubAdapter(directory, config_dict, None, {})
     try:
-        head = read_head(_read_json(directory / HEAD_CONFIG))
+        head = load_head(_load_json(directory / HEAD_CONFIG))
     except InputError as error:
         raise InputError(f"{directory / HEAD_CONFIG}: {error}") from None
-    return HubAdapter(directory, settings, head, _read_weights(directory, HEAD_FILES))
+    return HubAdapter(directory, config_dict, head, _load_weights(directory, HEAD_FILES))
 
 
 class _Reader:
     """Reader of AdapterHub's format; see `AdapterReader`."""
 
-    kind = "adapterhub"
+    head_type = "adapterhub"
     name = "AdapterHub"
     library = "AdapterHub's adapters"
     peft_type = "BOTTLENECK"  # the only supported kind
     recognizes = staticmethod(is_adapterhub)
-    read = staticmethod(read_hub_adapter)
+    read = staticmethod(load_hub_adapter)
 
 
 READER = _Reader()
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _load_json(path: Path) -> dict[str, Any]:
     try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
+        config_dict = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise InputError(f"{path} is not valid JSON ({error}). Is the copy incomplete?") from None
-    if not isinstance(settings, dict):
+    if not isinstance(config_dict, dict):
         raise InputError(f"{path} contains no object. Save the adapter again with adapters.")
-    return settings
+    return config_dict
 
 
 def _name_weights(
-    weights: Mapping[str, Any], holders: Mapping[str, str], config: Any
+    weights: Mapping[str, Any], hub_names: Mapping[str, str], config: Any
 ) -> dict[str, Any]:
-    """Returns the weights by their PEFT names; raises InputError for missing or unknown ones."""
+    """Returns the weights by PEFT name; raises InputError for missing or unexpected ones."""
     groups: dict[str, dict[str, Any]] = {}
-    unknown = []
+    unexpected = []
     for key, tensor in weights.items():
-        match = _HOLDER.fullmatch(key)
+        match = _HUB_NAME.fullmatch(key)
         if match is None or match[3] not in WEIGHTS.values():
-            unknown.append(key)
+            unexpected.append(key)
         else:
             groups.setdefault(match[1], {})[match[3]] = tensor
     expected = [
         our for our in WEIGHTS if our != "bottleneck_scale" or isinstance(config.scaling, str)
     ]
     named, missing = {}, []
-    for name, holder in holders.items():
-        path = next((p for p in groups if p == holder or p.endswith(f".{holder}")), None)
+    for name, hub_name in hub_names.items():
+        path = next((p for p in groups if p == hub_name or p.endswith(f".{hub_name}")), None)
         group = groups.pop(path) if path is not None else {}
         for our in expected:
             if WEIGHTS[our] in group:
                 named[f"{name}.{our}"] = group[WEIGHTS[our]]
             else:
                 missing.append(f"{name}.{our}")
-    unknown += [f"{path}.{key}" for path, group in groups.items() for key in group]
-    if missing or unknown:
+    unexpected += [f"{path}.{key}" for path, group in groups.items() for key in group]
+    if missing or unexpected:
         raise InputError(
-            f"{len(missing):,} weights of the adapter are missing and {len(unknown):,} match no "
-            f"module of the base model, such as {[*missing, *unknown][0]}. Use the base it was "
+            f"{len(missing):,} weights of the adapter are missing and {len(unexpected):,} match no "
+            f"module of the base model, such as {[*missing, *unexpected][0]}. Use the base it was "
             f"trained on, or save it again with adapters 1.3.0."
         )
     return named
 
 
-def _read_weights(directory: Path, names: tuple[str, str]) -> dict[str, Any]:
+def _load_weights(directory: Path, names: tuple[str, str]) -> dict[str, Any]:
     """Load the first existing file of `names` on the CPU; tensors must be finite."""
     import torch
     from safetensors import SafetensorError
@@ -341,8 +353,8 @@ def _read_weights(directory: Path, names: tuple[str, str]) -> dict[str, Any]:
             f"loaded. Save the adapter again with use_safetensors=True."
         ) from None
     except (OSError, EOFError, RuntimeError, ValueError, SafetensorError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(f"{path} cannot be read ({reason}). Is the copy incomplete?") from None
+        message = " ".join(str(error).split())[:200]
+        raise InputError(f"{path} cannot be read ({message}). Is the copy incomplete?") from None
     if not isinstance(weights, dict) or not all(
         isinstance(tensor, torch.Tensor) for tensor in weights.values()
     ):

@@ -37,7 +37,7 @@ _MUST_BE = {
     "inv_adapter": (None, "an invertible adapter after the embeddings"),
     "phm_layer": (False, "Compacter's sums of Kronecker products"),
 }
-_OF_PLACEMENT = (
+_PLACEMENT_KEYS = (
     "mh_adapter", "output_adapter", "cross_adapter", "is_parallel", "original_ln_before",
     "original_ln_after", "residual_before_ln",
 )  # fmt: skip
@@ -47,66 +47,66 @@ _OLD_ACTIVATIONS = {"gelu": "gelu_new", "gelu_orig": "gelu"}
 
 
 @dataclass(frozen=True)
-class Holders:
-    """Paths of the modules, within a block, that have AdapterHub's adapters; "" is the block."""
+class HubModules:
+    """Names of the modules with AdapterHub's adapters, relative to a block; "" is the block."""
 
     attention: tuple[str, ...]
     feed_forward: str
 
 
-_IN_BLOCK = Holders(("attention_adapters", "cross_attention_adapters"), "output_adapters")
-_IN_OUTPUT = Holders(("attention.output",), "output")
+_IN_BLOCK = HubModules(("attention_adapters", "cross_attention_adapters"), "output_adapters")
+_IN_OUTPUT = HubModules(("attention.output",), "output")
 
-HOLDERS: dict[str, Holders] = {
+HUB_MODULES: dict[str, HubModules] = {
     **dict.fromkeys(("bert", "roberta", "xlm-roberta", "electra", "deberta-v2"), _IN_OUTPUT),
     # The adapter after attention reads and updates the residual, which no placement does.
-    "albert": Holders((), "output_adapters"),
+    "albert": HubModules((), "output_adapters"),
     **dict.fromkeys(("distilbert", "gpt2", "gptj", "llama", "mistral", "bart", "mbart"), _IN_BLOCK),
-    **dict.fromkeys(("t5", "mt5"), Holders(("", ""), "")),
+    **dict.fromkeys(("t5", "mt5"), HubModules(("", ""), "")),
 }
-"""Model families whose adapter positions are known in both libraries."""
+"""Names of AdapterHub's modules by model family."""
 
 
-def read_config(settings: Mapping[str, Any], model_config: Any) -> dict[str, Any]:
+def convert_config(config_dict: Mapping[str, Any], model_config: Any) -> dict[str, Any]:
     """Returns the fields of `BottleneckConfig` that are equivalent to an AdapterHub adapter.
 
-    `settings` is AdapterHub's adapter_config.json.
+    `config_dict` is AdapterHub's adapter_config.json.
 
     Raises:
         InputError: a setting is not supported; the message names its keys.
     """
     positions = _load_positions(model_config)
-    values = settings.get("config")
+    values = config_dict.get("config")
     if not isinstance(values, Mapping) or any(key not in values for key in _REQUIRED):
         raise InputError(
             f"config is {values if isinstance(values, str) else 'incomplete'!r}; expected an "
             f"object with {join_names(_REQUIRED)}. Save the adapter again with adapters 1.3.0."
         )
     config = {**_DEFAULTS, **values}
-    _check_plain(config)
+    _validate_config(config)
     placement = _placement(config, positions)
-    targets, left_out = _targets(config, placement, positions, model_config)
+    pattern, left_out = _targets(config, placement, positions, model_config)
     return {
         "placement": placement,
         "reduction_factor": _reduction_factor(config["reduction_factor"]),
-        "non_linearity": _activation(config["non_linearity"], old="version" not in settings),
+        "non_linearity": _activation(config["non_linearity"], old="version" not in config_dict),
         "scaling": _scaling(config["scaling"]),
-        "target_modules": targets,
+        "target_modules": pattern,
         "exclude_modules": left_out,
     }
 
 
 def _load_positions(model_config: Any) -> AdapterPositions:
     positions = get_adapter_positions(model_config)
-    if positions is None or model_config.model_type not in HOLDERS:
+    if positions is None or model_config.model_type not in HUB_MODULES:
         raise InputError(
             f"the places of AdapterHub's adapters in {model_config.model_type} are not known. "
-            f"Families: {', '.join(HOLDERS)}."
+            f"Families: {', '.join(HUB_MODULES)}."
         )
     return positions
 
 
-def _check_plain(config: Mapping[str, Any]) -> None:
+def _validate_config(config: Mapping[str, Any]) -> None:
     architecture = config.get("architecture")
     if architecture is not None:
         raise InputError(
@@ -118,8 +118,8 @@ def _check_plain(config: Mapping[str, Any]) -> None:
         for key, (value, what) in _MUST_BE.items()
         if config[key] != value
     ]
-    unknown = set(config) - {*_DEFAULTS, *_REQUIRED, *_FORMERLY, "architecture"}
-    problems += [f"{key} is no key of adapters 1.3.0" for key in sorted(unknown)]
+    unexpected = set(config) - {*_DEFAULTS, *_REQUIRED, *_FORMERLY, "architecture"}
+    problems += [f"{key} is no key of adapters 1.3.0" for key in sorted(unexpected)]
     if config.get("invertible_adapter"):
         problems.append("invertible_adapter (an invertible adapter) is not known here")
     if problems:
@@ -141,27 +141,27 @@ def _placement(config: Mapping[str, Any], positions: AdapterPositions) -> str:
             return "seq_bn"
         if not after and residual is False:
             return "adapter_plus"
-    settings = ", ".join(f"{key} {config[key]!r}" for key in _OF_PLACEMENT)
+    config_dict = ", ".join(f"{key} {config[key]!r}" for key in _PLACEMENT_KEYS)
     raise InputError(
-        f"an adapter with {settings} has no placement here. Known are AdapterHub's double_seq_bn, "
-        "seq_bn, par_bn and AdapterPlusConfig. Use it with adapters itself."
+        f"an adapter with {config_dict} has no placement here. Known are AdapterHub's "
+        "double_seq_bn, seq_bn, par_bn and AdapterPlusConfig. Use it with adapters itself."
     )
 
 
 def _targets(
     config: Mapping[str, Any], position: str, positions: AdapterPositions, model_config: Any
 ) -> tuple[str | None, str | None]:
-    """Returns regular expressions for adapted modules (None: all) and excluded ones (or None)."""
+    """Returns regular expressions of adapted modules, None for all, and of excluded ones."""
     self_attention, *cross = positions.attention
     modules = [self_attention] * bool(config["mh_adapter"]) + cross * bool(config["cross_adapter"])
     modules += [positions.feed_forward] * bool(config["output_adapter"])
-    is_whole = position != "houlsby" or len(modules) == len(positions.attention) + 1
+    covers_all = position != "houlsby" or len(modules) == len(positions.attention) + 1
     paths = "|".join(map(re.escape, modules))
-    targets = None if is_whole else rf"(?:.*\.)?\d+\.(?:{paths})"
-    return targets, _left_out(config["leave_out"] or [], model_config)
+    pattern = None if covers_all else rf"(?:.*\.)?\d+\.(?:{paths})"
+    return pattern, _exclude_pattern(config["leave_out"] or [], model_config)
 
 
-def _left_out(layers: list[int], model_config: Any) -> str | None:
+def _exclude_pattern(layers: list[int], model_config: Any) -> str | None:
     """Returns a regular expression of excluded blocks; decoder indices follow the encoder's."""
     if not layers:
         return None
@@ -169,8 +169,8 @@ def _left_out(layers: list[int], model_config: Any) -> str | None:
         raise InputError(f"leave_out {layers!r} is not known of {model_config.model_type}.")
     if not model_config.is_encoder_decoder:
         return rf"(?:.*\.)?(?:layers?|h)\.(?:{'|'.join(map(str, layers))})\..*"
-    count = getattr(model_config, "encoder_layers", None) or model_config.num_layers
-    blocks = [f"encoder.{i}" if i < count else f"decoder.{i - count}" for i in layers]
+    num_layers = getattr(model_config, "encoder_layers", None) or model_config.num_layers
+    blocks = [f"encoder.{i}" if i < num_layers else f"decoder.{i - num_layers}" for i in layers]
     stacks = "|".join(name.replace(".", r"\.(?:block|layers)\.") for name in blocks)
     return rf"(?:.*\.)?(?:{stacks})\..*"
 
@@ -187,7 +187,7 @@ def _reduction_factor(value: Any) -> float:
 
 
 def _activation(name: Any, *, old: bool) -> str:
-    """Returns transformers' name of an activation; `old`: `name` is from adapter-transformers."""
+    """Returns transformers' name of an activation; `old` is for adapter-transformers' names."""
     from transformers.activations import ACT2FN
 
     activation = str(name).lower()
@@ -204,7 +204,7 @@ def _scaling(value: Any) -> float | str:
     raise InputError(f"scaling {value!r} is not a number, learned or channel.")
 
 
-def write_config(peft_config: Mapping[str, Any], model_config: Any) -> dict[str, Any]:
+def create_hub_config(peft_config: Mapping[str, Any], model_config: Any) -> dict[str, Any]:
     """Returns AdapterHub's `config` for an adapter that is at all positions of its placement.
 
     `peft_config` is the adapter_config.json of ftlevel.
@@ -220,7 +220,7 @@ def write_config(peft_config: Mapping[str, Any], model_config: Any) -> dict[str,
             "adapter reads the residual before the norm. Train with placement par_bn."
         )
     parallel = {"is_parallel": True}
-    of_placement: dict[str, dict[str, Any]] = {
+    by_placement: dict[str, dict[str, Any]] = {
         "houlsby": {"mh_adapter": True, "cross_adapter": bool(model_config.is_encoder_decoder)},
         "pfeiffer": {},
         "seq_bn": {"original_ln_before": True},
@@ -240,7 +240,7 @@ def write_config(peft_config: Mapping[str, Any], model_config: Any) -> dict[str,
         "reduction_factor": _factor_of(peft_config, model_config.hidden_size),
         "non_linearity": peft_config["non_linearity"],
         "scaling": scaling if isinstance(scaling, str) else float(scaling),
-        **of_placement[placement],
+        **by_placement[placement],
     }
 
 
@@ -253,22 +253,22 @@ def _factor_of(peft_config: Mapping[str, Any], hidden: int) -> float:
     return ratio if int(hidden // ratio) == width else hidden / (width + 0.5)
 
 
-def holders_of(names: Iterator[str], model: Any) -> dict[str, str]:
-    """Returns each adapted module of `names` -> its path in AdapterHub; `InputError` if unknown."""
-    positions, holders = _load_positions(model.config), HOLDERS[model.config.model_type]
+def get_hub_names(names: Iterator[str], model: Any) -> dict[str, str]:
+    """Returns AdapterHub's path of each adapted module in `names`; raises `InputError`."""
+    positions, hub_names = _load_positions(model.config), HUB_MODULES[model.config.model_type]
     prefix = f"{model.base_model_prefix}."
     paths = {}
     for name in names:
-        block, holder = block_of(positions, name), holders.feed_forward
-        for path, attention in zip(positions.attention, holders.attention, strict=False):
+        block, hub_name = block_of(positions, name), hub_names.feed_forward
+        for path, attention in zip(positions.attention, hub_names.attention, strict=False):
             if name.endswith(f".{path}"):
-                block, holder = name.removesuffix(path), attention
+                block, hub_name = name.removesuffix(path), attention
         if block is None:
             raise InputError(
                 f"at {name} AdapterHub's adapters of {model.config.model_type} compute something "
                 "that ftlevel's do not. Use one of the feed-forward only."
             )
-        paths[name] = f"{block}{holder}".rstrip(".").removeprefix(prefix)
+        paths[name] = f"{block}{hub_name}".rstrip(".").removeprefix(prefix)
     return paths
 
 

@@ -20,9 +20,9 @@ from ftlevel.extras.adapterhub.adapter import (
     HEAD_CONFIG,
     HEAD_FILES,
     is_adapterhub,
-    read_hub_adapter,
+    load_hub_adapter,
 )
-from ftlevel.extras.adapterhub.config_file import VERSION, WEIGHTS, holders_of, write_config
+from ftlevel.extras.adapterhub.config_file import VERSION, WEIGHTS, create_hub_config, get_hub_names
 from ftlevel.merging.formats.base import MergeAdapter
 from ftlevel.methods.bottleneck import get_adapter_positions, target_pattern
 from ftlevel.methods.merging import load_peft_config
@@ -50,15 +50,15 @@ def plan_export(config: ExportConfig, ref: ModelRef) -> AdapterHubExport:
         )
     model = build_task_model(ref.model_config, ref.auto_class)
     try:
-        hub_config = write_config(peft_config, ref.model_config)
-        holders = _whole_holders(directory, peft_config["placement"], model)
+        hub_config = create_hub_config(peft_config, ref.model_config)
+        hub_names = _all_hub_names(directory, peft_config["placement"], model)
     except InputError as error:
         raise InputError(f"{config.model} cannot be written for AdapterHub: {error}") from None
-    return AdapterHubExport(config, ref.card, directory, model, hub_config, holders)
+    return AdapterHubExport(config, ref.card, directory, model, hub_config, hub_names)
 
 
-def _whole_holders(directory: Path, placement: str, model: Any) -> dict[str, str]:
-    """Returns module → AdapterHub module; InputError if adapters are not at `placement`."""
+def _all_hub_names(directory: Path, placement: str, model: Any) -> dict[str, str]:
+    """Returns AdapterHub's module names by module; raises InputError for other placements."""
     positions = get_adapter_positions(model.config)
     pattern = re.compile(target_pattern(positions, placement)) if positions else None
     expected = {n for n, _ in model.named_modules() if pattern and pattern.fullmatch(n)}
@@ -69,7 +69,7 @@ def _whole_holders(directory: Path, placement: str, model: Any) -> dict[str, str
             f"its adapters are not at the positions of placement {placement}, as {odd[0]} shows. "
             "Train without --target-modules."
         )
-    return holders_of(iter(sorted(result)), model)
+    return get_hub_names(iter(sorted(result)), model)
 
 
 def _read(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -89,7 +89,7 @@ def _read(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 class AdapterHubExport:
     """Planned export of a bottleneck adapter, before any weights are read.
 
-    `model` is on the meta device; `holders` maps adapted modules to AdapterHub's module paths.
+    `model` is on the meta device; `hub_names` maps adapted modules to AdapterHub's module paths.
     """
 
     config: ExportConfig
@@ -97,7 +97,7 @@ class AdapterHubExport:
     directory: Path
     model: Any
     hub_config: Mapping[str, Any]
-    holders: Mapping[str, str]
+    hub_names: Mapping[str, str]
 
     @property
     def name(self) -> str:
@@ -125,7 +125,7 @@ class AdapterHubExport:
 
     def choices(self, device: Choice) -> Iterator[Choice]:  # noqa: ARG002 - a format's signature
         """Yields the settings to print before the export."""
-        yield Choice("adapter", self.config.model, f"{len(self.holders):,} positions")
+        yield Choice("adapter", self.config.model, f"{len(self.hub_names):,} positions")
         yield Choice("base", str(self.card.base["name"]), type(self.model).__name__)
         yield Choice("name", self.name, "as load_adapter returns it")
         yield Choice("head", ", ".join(self.card.heads) or "none", "")
@@ -153,7 +153,9 @@ class AdapterHubExport:
             ours = next(end for end in WEIGHTS if key.endswith(f".{end}"))
             site = key.removesuffix(f".{ours}")
             before = start if site.startswith(start) else ""
-            exported[f"{before}{self.holders[site]}.adapters.{self.name}.{WEIGHTS[ours]}"] = tensor
+            exported[f"{before}{self.hub_names[site]}.adapters.{self.name}.{WEIGHTS[ours]}"] = (
+                tensor
+            )
         torch.save(exported, output / ADAPTER_FILES[1])
         write_json(output / CONFIG, {**self._about(), "name": self.name, "config": self.hub_config})
         if head:
@@ -185,7 +187,7 @@ class AdapterHubExport:
         """Load `output` as an AdapterHub adapter; raise RunError if it differs from `expected`."""
         import torch
 
-        config, weights = read_hub_adapter(output).convert(self.model)
+        config, weights = load_hub_adapter(output).convert(self.model)
         placement = load_peft_config(self.directory)["placement"]
         alike = {placement, {"parallel": "par_bn"}.get(placement, placement)}
         if config.placement not in alike or set(weights) != {_PREFIX + name for name in expected}:
@@ -202,7 +204,7 @@ class AdapterHubExport:
             "name": self.name,
             "base": self.card.base["name"],
             "model_class": type(self.model).__name__,
-            "positions": len(self.holders),
+            "positions": len(self.hub_names),
             "heads": list(self.card.heads),
         }
 

@@ -14,12 +14,12 @@ if TYPE_CHECKING:
 def _flags() -> list[Flag]:
     from ftlevel.config.flag import DAILY, option
 
-    own = partial(option, on=("plan",), panel=DAILY, metavar="N")
-    count = partial(own, type=int, default=1, minimum=1)
+    declare = partial(option, on=("plan",), panel=DAILY, metavar="N")
+    num_gpus = partial(declare, type=int, default=1, minimum=1)
     return [
-        count("--nodes", "Number of machines with GPUs of type --gpu, for --shard."),
-        count("--gpus-per-node", "Number of GPUs per machine."),
-        own(
+        num_gpus("--nodes", "Number of machines with GPUs of type --gpu, for --shard."),
+        num_gpus("--gpus-per-node", "Number of GPUs per machine."),
+        declare(
             "--interconnect-gbps",
             "Network bandwidth per GPU between machines, in Gbit/s.",
             type=float,

@@ -57,24 +57,24 @@ class Network:
         """Returns the seconds of an all-gather or a reduce-scatter of `size` bytes."""
         if self.ranks == 1 or not size:
             return 0.0
-        speed = self.link
+        bandwidth = self.link
         if self.nodes > 1:
-            beyond = self.cards * self.gbps / 8
-            speed = beyond if self.cards == 1 else min(speed, beyond)
+            network_bandwidth = self.cards * self.gbps / 8
+            bandwidth = network_bandwidth if self.cards == 1 else min(bandwidth, network_bandwidth)
         hops = (self.ranks - self.nodes) * HOP + (self.nodes - 1) * NETWORK_HOP
-        return self.sent(size) / (speed * 1e9) + hops
+        return self.sent(size) / (bandwidth * 1e9) + hops
 
 
 @dataclass(frozen=True)
-class Work:
-    """Work of one GPU in an optimizer step: `micro_batches` passes over `blocks` blocks.
+class StepLoad:
+    """Computation and communication of one GPU in an optimizer step.
 
     Attributes:
         backward: seconds per block, including recomputation.
         outside: seconds per micro-batch outside the blocks (embeddings, head), both passes.
         block: bytes gathered per block; 0 where each GPU has the whole model.
         root: bytes gathered outside the blocks, once per micro-batch.
-        again: whether blocks are gathered again for the backward pass.
+        regather: whether blocks are gathered again for the backward pass.
         reduced: gradient bytes reduced per block in every micro-batch.
         reduced_root: gradient bytes reduced outside the blocks in every micro-batch.
         everywhere: gradient bytes in the all-reduce over all GPUs at the end of the step.
@@ -87,7 +87,7 @@ class Work:
     outside: float
     block: float = 0.0
     root: float = 0.0
-    again: bool = False
+    regather: bool = False
     reduced: float = 0.0
     reduced_root: float = 0.0
     everywhere: float = 0.0
@@ -122,25 +122,25 @@ class StepTime:
         return 1 - self.waiting / self.talking if self.talking else 1.0
 
 
-def time_step(work: Work, network: Network) -> StepTime:
-    """Estimate the duration of a step of `work` on each GPU of `network`."""
-    count, many = work.blocks, work.micro_batches
-    gather, root = network.seconds(work.block), network.seconds(work.root)
-    reduce, reduce_root = network.seconds(work.reduced), network.seconds(work.reduced_root)
-    behind = (gather if work.again else 0.0) + reduce
-    waits = root + gather + (count - 1) * max(0.0, gather - work.forward)
-    waits += (gather if work.again else 0.0) + reduce + reduce_root
-    waits += (count - 1) * max(0.0, behind - work.backward)
+def time_step(load: StepLoad, network: Network) -> StepTime:
+    """Estimate the duration of a step of `load` on each GPU of `network`."""
+    count, many = load.blocks, load.micro_batches
+    gather, root = network.seconds(load.block), network.seconds(load.root)
+    reduce, reduce_root = network.seconds(load.reduced), network.seconds(load.reduced_root)
+    behind = (gather if load.regather else 0.0) + reduce
+    waits = root + gather + (count - 1) * max(0.0, gather - load.forward)
+    waits += (gather if load.regather else 0.0) + reduce + reduce_root
+    waits += (count - 1) * max(0.0, behind - load.backward)
     talks = root + reduce_root + count * (gather + behind)
-    once = 2 * network.seconds(work.everywhere)
-    times = 2 if work.again else 1
+    once = 2 * network.seconds(load.everywhere)
+    times = 2 if load.regather else 1
     return StepTime(
-        computing=many * (count * (work.forward + work.backward) + work.outside),
+        computing=many * (count * (load.forward + load.backward) + load.outside),
         talking=many * talks + once,
         waiting=many * waits + once,
-        gathered=many * network.sent(times * count * work.block + work.root),
-        reduced=many * network.sent(count * work.reduced + work.reduced_root)
-        + 2 * network.sent(work.everywhere),
+        gathered=many * network.sent(times * count * load.block + load.root),
+        reduced=many * network.sent(count * load.reduced + load.reduced_root)
+        + 2 * network.sent(load.everywhere),
     )
 
 
@@ -209,52 +209,52 @@ class ClusterForecast:
 
 
 def forecast_cluster(
-    run: Run, need: MemoryRequirement, card: Gpu, options: PlanOptions
+    run: Run, need: MemoryRequirement, gpu: Gpu, options: PlanOptions
 ) -> ClusterForecast:
     """Estimate step time, traffic and throughput of `run` on the machines of `options`.
 
-    The memory estimate `need` determines micro-batch size and recomputation. `card` must have a
+    The memory estimate `need` determines micro-batch size and recomputation. `gpu` must have a
     known speed.
     """
-    network = Network(options.nodes, options.gpus_per_node, card.link, options.interconnect_gbps)
-    shares = get_sharded_model(run)
+    network = Network(options.nodes, options.gpus_per_node, gpu.link, options.interconnect_gbps)
+    sharded = get_sharded_model(run)
     train, rows = run.config.train, run.data.train
     tokens = train.rows_per_device_step * float(row_lengths(rows).mean())
     micro_batches = max(math.ceil(tokens / need.tokens), 1)
     recomputes = train.recomputes or need.recomputed_peak is not None
     operations = get_operations(run, recomputes=recomputes)
-    second = PEAK_FRACTION * card.tflops * 1e12 / (tokens / micro_batches)
-    work = Work(
+    second = PEAK_FRACTION * gpu.tflops * 1e12 / (tokens / micro_batches)
+    load = StepLoad(
         micro_batches,
-        shares.count,
-        operations.blocks / shares.count / second,
-        operations.backward / shares.count / second,
+        sharded.count,
+        operations.blocks / sharded.count / second,
+        operations.backward / sharded.count / second,
         operations.head_total / second,
-        **_sent(shares, network.ranks, train.shard),
+        **_sent(sharded, network.ranks, train.shard),
     )
-    several = train.model_copy(update={"num_processes": network.ranks})
-    imagined = run.data.table.source == "imagined rows"
-    steps = None if imagined else count_steps_per_epoch(several, len(rows))
+    train_config = train.model_copy(update={"num_processes": network.ranks})
+    is_synthetic = run.data.table.source == "imagined rows"
+    steps = None if is_synthetic else count_steps_per_epoch(train_config, len(rows))
     if run.data.stream is not None:
         steps = run.schedule.steps
-    step = time_step(work, network)
+    step = time_step(load, network)
     return ClusterForecast(network, step, micro_batches, tokens * network.ranks, steps)
 
 
-def _sent(shares: ShardedModel, ranks: int, way: str) -> dict[str, Any]:
-    """Returns the fields of `Work` on communication, in bytes; `way` is the value of `--shard`."""
+def _sent(sharded: ShardedModel, ranks: int, way: str) -> dict[str, Any]:
+    """Returns the fields of `StepLoad` in bytes; `way` is the value of `--shard`."""
     if way == "none":
-        base = shares.blocks.reduced_bytes(1) + shares.root.reduced_bytes(1)
-        return {"everywhere": base if shares.trains_base else shares.trained}
+        base = sharded.blocks.reduced_bytes(1) + sharded.root.reduced_bytes(1)
+        return {"everywhere": base if sharded.trains_base else sharded.trained}
     block, root = (
-        shares.blocks.gathered_bytes(ranks) / shares.count,
-        shares.root.gathered_bytes(ranks),
+        sharded.blocks.gathered_bytes(ranks) / sharded.count,
+        sharded.root.gathered_bytes(ranks),
     )
-    sent = {"block": block, "root": root, "again": way == "full"}
-    if shares.trains_base:
-        reduced = shares.blocks.reduced_bytes(ranks) / shares.count
-        return {**sent, "reduced": reduced, "reduced_root": shares.root.reduced_bytes(ranks)}
-    return {**sent, "everywhere": shares.trained}
+    sent = {"block": block, "root": root, "regather": way == "full"}
+    if sharded.trains_base:
+        reduced = sharded.blocks.reduced_bytes(ranks) / sharded.count
+        return {**sent, "reduced": reduced, "reduced_root": sharded.root.reduced_bytes(ranks)}
+    return {**sent, "everywhere": sharded.trained}
 
 
 def _mib(size: float) -> str:

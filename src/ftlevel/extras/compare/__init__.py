@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 def _flags() -> list[Flag]:
     from ftlevel.config.flag import DAILY, option
 
-    own = partial(option, on=("compare",), panel=DAILY)
-    names = partial(own, type=list[str], multiple=True, metavar="NAME,…")
-    count = partial(own, type=int, minimum=1)
+    declare = partial(option, on=("compare",), panel=DAILY)
+    names = partial(declare, type=list[str], multiple=True, metavar="NAME,…")
+    count = partial(declare, type=int, minimum=1)
     return [
         names("--methods", "Comma-separated methods to compare, e.g. lora,qlora,ia3,full."),
         count(
@@ -24,20 +24,20 @@ def _flags() -> list[Flag]:
             "Number of training steps per method; default: the epochs of the run.",
             metavar="N",
         ),
-        own(
+        declare(
             "--budget-minutes",
             "Training minutes per method, converted to steps by a short probe.",
             type=float,
             metavar="M",
         ),
         count("--seeds", "Number of seeds per method, starting at --seed.", default=1, metavar="K"),
-        own(
+        declare(
             "--max-memory",
             "Memory limit in GiB; methods that need more cannot be the best.",
             type=float,
             metavar="GIB",
         ),
-        own(
+        declare(
             "--max-minutes",
             "Time limit per run in minutes; slower methods cannot be the best.",
             type=float,
@@ -45,7 +45,7 @@ def _flags() -> list[Flag]:
         ),
         names("--search", "Settings to tune per method: lr, r, alpha, dropout, weight-decay."),
         count("--trials", "Number of trials per search; default: 10.", metavar="N"),
-        own(
+        declare(
             "--study",
             "Database URL of the searches, which machines can share; default: a local file.",
             metavar="URL",

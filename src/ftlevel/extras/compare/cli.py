@@ -71,8 +71,8 @@ def closing_lines(result: Mapping[str, Any]) -> Iterator[str]:
     for left in result["left_out"]:
         yield f"not compared: {left['method']}: {left['reason']}"
     for row in result["rows"]:
-        if searched := row["search"]:
-            yield f"searched for {row['method']}: {_search_words(searched)}"
+        if search_results := row["search"]:
+            yield f"searched for {row['method']}: {_search_words(search_results)}"
     yield "versions: " + ", ".join(f"{name} {value}" for name, value in result["versions"].items())
     if not result["pictures"]:
         yield 'pictures need matplotlib: pip install "ftlevel[plots]"'
@@ -85,11 +85,11 @@ def closing_lines(result: Mapping[str, Any]) -> Iterator[str]:
         yield f"  {result['command']}"
 
 
-def _search_words(searched: Mapping[str, Any]) -> str:
-    values = ", ".join(f"{name} {value:.4g}" for name, value in searched["values"].items())
+def _search_words(search_results: Mapping[str, Any]) -> str:
+    values = ", ".join(f"{name} {value:.4g}" for name, value in search_results["values"].items())
     return (
-        f"{values} ({searched['trials']} trials, {searched['pruned']} of them ended early, "
-        f"{searched['seconds']:,.1f} s)"
+        f"{values} ({search_results['trials']} trials, {search_results['pruned']} of them ended "
+        f"early, {search_results['seconds']:,.1f} s)"
     )
 
 
@@ -97,13 +97,13 @@ def _mib(size: int) -> str:
     return f"{size / 2**20:,.1f} MiB" if size < 2**30 else f"{size / 2**30:,.2f} GiB"
 
 
-def compare(given: CommandInput, *, as_json: bool, quiet: bool) -> None:
+def compare(inputs: CommandInput, *, as_json: bool, quiet: bool) -> None:
     """Compare several methods on the same data and budget.
 
     Accepts the flags of train except --method. Each method trains in its own process; a method
     setting applies to all methods that have it. --resume skips completed runs.
     """
-    config, _ = read_config(given)
+    config, _ = read_config(inputs)
     from ftlevel.cli.screen import open_screen
 
     with open_screen(as_json=as_json, quiet=quiet) as screen:
@@ -111,8 +111,8 @@ def compare(given: CommandInput, *, as_json: bool, quiet: bool) -> None:
             from ftlevel.extras.compare.compare import compare as run
             from ftlevel.extras.compare.comparison import ComparisonOptions
 
-        own = given.values
-        wishes = ComparisonOptions(
+        own = inputs.values
+        args = ComparisonOptions(
             tuple(own["methods"] or ()),
             own["budget_steps"],
             own["budget_minutes"],
@@ -123,7 +123,7 @@ def compare(given: CommandInput, *, as_json: bool, quiet: bool) -> None:
             own["trials"],
             own["study"],
         )
-        result = run(config, wishes, listener=screen, prepare=prepare)
+        result = run(config, args, listener=screen, prepare=prepare)
         if as_json:
             typer.echo(json_module.dumps(result))
         else:

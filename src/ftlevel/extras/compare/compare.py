@@ -45,45 +45,45 @@ RESAMPLES = 1000
 """Bootstrap resamples of the rows; equal for all runs scored on equally many rows."""
 
 
-def train_and_score(config: TrainConfig, place: Path) -> None:
-    """Train or resume `config`, and write its scores to `place`, a JSON file, as the last step.
+def train_and_score(config: TrainConfig, scores_path: Path) -> None:
+    """Train or resume `config`, then write its scores to the JSON file `scores_path`.
 
-    Per-row outputs are written next to it with the suffix `.jsonl`.
+    Predictions are written next to it with the suffix `.jsonl`.
 
     Raises:
         FtlevelError: as `train` and `evaluate` do.
     """
-    begun = CommandLine(None, StartTime.now())
+    command_line = CommandLine(None, StartTime.now())
     result = train(
-        config, callbacks=[StopWithParent()], listener=NullListener(), command_line=begun
+        config, callbacks=[StopWithParent()], listener=NullListener(), command_line=command_line
     )
-    answers = place.with_suffix(".jsonl")
-    answers.unlink(missing_ok=True)
+    predictions = scores_path.with_suffix(".jsonl")
+    predictions.unlink(missing_ok=True)
     values = {
         "name": str(result.path),
         "base": False,
         "resamples": RESAMPLES,
-        "predictions": answers,
+        "predictions": predictions,
     }
     found = evaluate(build_section(EvaluateConfig, values), listener=NullListener())
     metric = ranking_metric(config.train, found.summary["task"], found.summary["headline"])
     if metric not in found.metrics:
         raise ConfigError(f"it cannot be ranked by {metric}; available: {', '.join(found.metrics)}")
-    drawn = found.draws.get(metric)
+    resampled = found.draws.get(metric)
     write_json(
-        place,
+        scores_path,
         {
             "name": metric,
             "metric": found.metrics[metric],
             "metrics": found.metrics,
             "rows": found.summary["data"],
-            "draws": [] if drawn is None else drawn.tolist(),
+            "draws": [] if resampled is None else resampled.tolist(),
         },
     )
 
 
 def seconds_per_step(config: TrainConfig) -> float:
-    """Measure the duration of a training step on this machine."""
+    """Returns the measured duration of a training step on this machine."""
     result = plan(config, PlanOptions(probe=True, alternatives=False))
     if result.time is None:
         raise ConfigError("its steps could not be timed")
@@ -104,33 +104,33 @@ _METRIC = "train.metric_for_best_model"
 
 def compare(
     config: TrainConfig,
-    wishes: ComparisonOptions,
+    args: ComparisonOptions,
     *,
     listener: Listener,
     prepare: Callable[[], Any] = int,
 ) -> dict[str, Any]:
-    """Train each method of `wishes` with the settings of `config`; return the output of `--json`.
+    """Train each method of `args` with the configuration `config`; return the output of `--json`.
 
-    The method section of `config` applies to every method that has these fields. `prepare` is
+    Fields of the method section of `config` apply to every method that has them. `prepare` is
     called first in the process of each run.
 
     Raises:
-        ConfigError: no method can be trained, or the directory is not free.
+        ConfigError: no method can be trained, or the directory exists.
         RunError: no run finished.
         Interrupted: a signal arrived; finished runs are kept.
     """
-    _check(config, wishes)
+    _check(config, args)
     path = config.output.dir or _first_free()
-    wishes, asked = _start_or_resume(config, wishes, path)
-    found = Comparison(path, wishes)
+    args, state = _start_or_resume(config, args, path)
+    found = Comparison(path, args)
     listener.stage("checking methods and reading data")
     _check_methods(config, found, listener)
     (path / SCORES).mkdir(parents=True, exist_ok=True)
-    write_json(path / RESULT, asked)
-    write_text(path / CONFIG, _recipe(config))
+    write_json(path / RESULT, state)
+    write_text(path / CONFIG, _to_yaml(config))
     try:
-        _set_budget(found, asked, listener, prepare)
-        _search_all(found, asked, listener, prepare)
+        _set_budget(found, state, listener, prepare)
+        _search_all(found, state, listener, prepare)
         _train_all(found, listener, prepare)
     except (KeyboardInterrupt, Interrupted) as error:
         code = error.exit_code if isinstance(error, Interrupted) else _CTRL_C
@@ -140,7 +140,7 @@ def compare(
             f"{shlex.quote(str(path))} --resume",
             code,
         ) from None
-    result = summarize(found, asked)
+    result = summarize(found, state)
     write_json(path / RESULT, result)
     write_comparison_report(found)
     result["pictures"] = draw_pictures(found, result)
@@ -148,23 +148,22 @@ def compare(
     return result
 
 
-def _check(config: TrainConfig, wishes: ComparisonOptions) -> None:
-    """Reject settings that cannot be compared; raise ConfigError with all problems."""
+def _check(config: TrainConfig, args: ComparisonOptions) -> None:
     problems = []
-    if wishes.steps is not None and wishes.minutes is not None:
+    if args.steps is not None and args.minutes is not None:
         problems.append("--budget-steps and --budget-minutes are two budgets. Use one of them.")
-    if wishes.steps is not None and config.train.max_steps is not None:
+    if args.steps is not None and config.train.max_steps is not None:
         problems.append("--budget-steps and --max-steps say the same. Use one of them.")
     for flag, value in (
-        ("--budget-minutes", wishes.minutes),
-        ("--max-memory", wishes.max_memory),
-        ("--max-minutes", wishes.max_minutes),
+        ("--budget-minutes", args.minutes),
+        ("--max-memory", args.max_memory),
+        ("--max-minutes", args.max_minutes),
     ):
         if value is not None and not 0 < value < math.inf:
             problems.append(f"{flag} {value:g}: expected a number above 0.")
-    if wishes.minutes is not None and config.train.max_steps is not None:
+    if args.minutes is not None and config.train.max_steps is not None:
         problems.append("--budget-minutes and --max-steps are two budgets. Use one of them.")
-    problems += check_search(wishes.search, wishes.study)
+    problems += check_search(args.search, args.study)
     if config.model.adapter is not None:
         problems.append(
             "--adapter continues one method, and compare trains several from scratch. Drop it."
@@ -181,19 +180,18 @@ def _check(config: TrainConfig, wishes: ComparisonOptions) -> None:
 
 def _first_free() -> Path:
     """Returns the first unused directory among runs/compared-1, runs/compared-2 and so on."""
-    places = (Path("runs") / f"compared-{number}" for number in itertools.count(1))
-    return next(place for place in places if not place.exists())
+    paths = (Path("runs") / f"compared-{number}" for number in itertools.count(1))
+    return next(path for path in paths if not path.exists())
 
 
-def _recipe(config: TrainConfig) -> str:
-    """Returns the shared configuration as a YAML recipe with absolute paths."""
+def _to_yaml(config: TrainConfig) -> str:
     import yaml
 
-    told = "# Shared settings. Resume with: ftlevel compare --resume --output-dir"
-    return f"{told} THIS_DIRECTORY\n{yaml.safe_dump(_plain(config), sort_keys=False)}"
+    header = "# Shared settings. Resume with: ftlevel compare --resume --output-dir"
+    return f"{header} THIS_DIRECTORY\n{yaml.safe_dump(_to_dict(config), sort_keys=False)}"
 
 
-def _plain(config: TrainConfig) -> dict[str, Any]:
+def _to_dict(config: TrainConfig) -> dict[str, Any]:
     """Returns the explicitly set fields of `config` as plain values, without output paths."""
     values = config.model_dump(mode="json", exclude_unset=True, exclude={"output"})
     if "method" in values:
@@ -208,40 +206,40 @@ def _plain(config: TrainConfig) -> dict[str, Any]:
 
 
 def _start_or_resume(
-    config: TrainConfig, wishes: ComparisonOptions, path: Path
+    config: TrainConfig, args: ComparisonOptions, path: Path
 ) -> tuple[ComparisonOptions, dict[str, Any]]:
-    """Returns options and settings to store; `--resume` merges them with those stored before."""
-    budget = {"steps": wishes.steps, "minutes": wishes.minutes}
-    now = _plain(config)
-    asked: dict[str, Any] = {
-        "config": now,
+    """Returns the options, and the state for compare.json; merged with its state on `--resume`."""
+    budget = {"steps": args.steps, "minutes": args.minutes}
+    current = _to_dict(config)
+    state: dict[str, Any] = {
+        "config": current,
         "budget": budget,
         "planned_steps": {},
-        "methods": list(dict.fromkeys(wishes.methods)),
-        "seeds": wishes.seeds,
-        "search": list(dict.fromkeys(wishes.search)),
-        "trials": wishes.trials or _TRIALS,
-        "study": wishes.study,
+        "methods": list(dict.fromkeys(args.methods)),
+        "seeds": args.seeds,
+        "search": list(dict.fromkeys(args.search)),
+        "trials": args.trials or _TRIALS,
+        "study": args.study,
         "searched": {},
     }
     before = path / RESULT
     if not config.output.resume or not before.is_file():
         check_new_output("--output-dir", path)
-        if not wishes.methods:
+        if not args.methods:
             raise ConfigError("--methods is missing. Name some: --methods lora,ia3,full")
-        return wishes, {"asked": asked}
+        return args, {"asked": state}
     try:
         old = json.loads(before.read_text(encoding="utf-8"))["asked"]
         was, kept = old["config"], old["budget"]
         methods, seeds, steps = old["methods"], old["seeds"], old["planned_steps"]
-        searched = {
-            name: old.get(name, asked[name])  # absent in older files
+        search_results = {
+            name: old.get(name, state[name])  # absent in older files
             for name in ("search", "trials", "study", "searched")
         }
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"--resume: {before} cannot be read ({error!r}).") from None
-    if _without_metric(now) != _without_metric(was):
-        differ_in = [key for key in {**was, **now} if was.get(key) != now.get(key)]
+    if _without_metric(current) != _without_metric(was):
+        differ_in = [key for key in {**was, **current} if was.get(key) != current.get(key)]
         raise ConfigError(
             f"--resume {path}: not the same comparison: {join_names(differ_in)} was given "
             "otherwise. "
@@ -253,67 +251,67 @@ def _start_or_resume(
             f"run in "
             "another --output-dir."
         )
-    if wishes.search and list(wishes.search) != searched["search"]:
+    if args.search and list(args.search) != search_results["search"]:
         raise ConfigError(
-            f"--resume {path}: --search was {join_names(searched['search']) or 'not given'}. "
+            f"--resume {path}: --search was {join_names(search_results['search']) or 'not given'}. "
             "Drop it, "
             "or start a new run in another --output-dir."
         )
-    if wishes.trials is not None and not searched["searched"]:
-        searched["trials"] = wishes.trials
+    if args.trials is not None and not search_results["searched"]:
+        search_results["trials"] = args.trials
     for run in path.glob("*-seed*"):
         check_lock(run)
-    asked |= {
-        **searched,
+    state |= {
+        **search_results,
         "budget": kept,
         "planned_steps": steps,
-        "seeds": max(wishes.seeds, seeds),
-        "methods": list(dict.fromkeys([*methods, *wishes.methods])),
+        "seeds": max(args.seeds, seeds),
+        "methods": list(dict.fromkeys([*methods, *args.methods])),
     }
-    wishes = ComparisonOptions(
-        tuple(asked["methods"]),
+    args = ComparisonOptions(
+        tuple(state["methods"]),
         kept["steps"],
         kept["minutes"],
-        asked["seeds"],
-        wishes.max_memory,
-        wishes.max_minutes,
-        tuple(asked["search"]),
-        asked["trials"],
-        asked["study"],
+        state["seeds"],
+        args.max_memory,
+        args.max_minutes,
+        tuple(state["search"]),
+        state["trials"],
+        state["study"],
     )
-    return wishes, {"asked": asked}
+    return args, {"asked": state}
 
 
-def _without_metric(asked: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns settings `asked` without `metric_for_best_model`, which may change on `--resume`."""
-    section = {k: v for k, v in asked.get("train", {}).items() if k != "metric_for_best_model"}
-    return {**asked, "train": section}
+def _without_metric(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a configuration without `metric_for_best_model`, which may change on `--resume`."""
+    section = {k: v for k, v in state.get("train", {}).items() if k != "metric_for_best_model"}
+    return {**state, "train": section}
 
 
 def _check_methods(config: TrainConfig, result: Comparison, listener: Listener) -> None:
-    """Resolve the run of each method like `train`; this also caches the encoded rows."""
-    values = set(_plain(config).get("method", {})) - {"kind"}
-    for word in dict.fromkeys(result.wishes.methods):
+    """Resolve the run of each method like `train`, into `result` (modified); caches the rows."""
+    values = set(_to_dict(config).get("method", {})) - {"kind"}
+    for word in dict.fromkeys(result.args.methods):
         fields = _method_fields(word)
-        own = set(SPECS[str(fields["kind"])].model_fields)
-        values -= own
+        method_fields = set(SPECS[str(fields["kind"])].model_fields)
+        values -= method_fields
         try:
-            ready = _with_method(config, fields, result.wishes)
-            facts = get_run_info(ready)
+            ready = _with_method(config, fields, result.args)
+            dry_run = get_run_info(ready)
         except InputError:
             raise
         except ConfigError as error:
             result.left_out[word] = " ".join(error.problems)
             listener.warn(f"{word} cannot be compared: {result.left_out[word]}")
             continue
-        result.configs[word], result.dry[word] = ready, facts
+        result.configs[word], result.dry_runs[word] = ready, dry_run
     if not result.configs:
         raise ConfigError([f"{name}: {message}" for name, message in result.left_out.items()])
     if values:
         raise ConfigError(
             f"method.{sorted(values)[0]} is of none of the compared methods. Drop it."
         )
-    if not next(iter(result.dry.values()))["data"].get("validation_rows"):
+    if not next(iter(result.dry_runs.values()))["data"].get("validation_rows"):
         raise ConfigError(
             "compare scores every method on held-out rows, and there are none. Add "
             "--validation-file FILE, or --validation-split 0.1."
@@ -333,51 +331,51 @@ def _method_fields(word: str) -> dict[str, Any]:
 
 
 def _with_method(
-    config: TrainConfig, fields: Mapping[str, Any], wishes: ComparisonOptions
+    config: TrainConfig, fields: Mapping[str, Any], args: ComparisonOptions
 ) -> TrainConfig:
-    """Returns `config` with the method `fields`; keeps the method settings that it also has."""
-    values = _plain(config)
+    """Returns `config` with the method `fields`, and its own method fields if they apply."""
+    values = _to_dict(config)
     settings, known = values.get("method", {}), SPECS[str(fields["kind"])].model_fields
     if (
         "none" != config.method.default_quant == config.quant.kind
     ):  # quantization implied by the recipe's method
         values.pop("quant", None)
     values["method"] = {k: v for k, v in settings.items() if k in known} | dict(fields)
-    if wishes.steps is not None:
-        values.setdefault("train", {})["max_steps"] = wishes.steps
+    if args.steps is not None:
+        values.setdefault("train", {})["max_steps"] = args.steps
     return build_config([Layer(values)])
 
 
 def _set_budget(
-    result: Comparison, asked: dict[str, Any], listener: Listener, prepare: Callable[[], Any]
+    result: Comparison, state: dict[str, Any], listener: Listener, prepare: Callable[[], Any]
 ) -> None:
-    """Convert the budget in minutes to steps per method; records them in `asked` (modified)."""
-    minutes, steps = result.wishes.minutes, asked["asked"]["planned_steps"]
+    """Convert the budget in minutes to steps per method, stored in `state` (modified)."""
+    minutes, steps = result.args.minutes, state["asked"]["planned_steps"]
     if minutes is None:
         return
     for method, config in list(result.configs.items()):
         if method not in steps:
             listener.stage(f"timing a step of {method}")
             try:
-                seconds = run_in_subprocess(prepare, seconds_per_step, config)
+                step_time = run_in_subprocess(prepare, seconds_per_step, config)
             except RunError as error:
                 result.left_out[method] = str(error)
                 del result.configs[method]
                 continue
-            steps[method] = max(1, int(60 * minutes / seconds))
-            write_json(result.path / RESULT, asked)
+            steps[method] = max(1, int(60 * minutes / step_time))
+            write_json(result.path / RESULT, state)
         section = config.train.model_copy(update={"max_steps": steps[method]})
         result.configs[method] = config.with_sections(train=section)
 
 
 def _search_all(
-    result: Comparison, asked: dict[str, Any], listener: Listener, prepare: Callable[[], Any]
+    result: Comparison, state: dict[str, Any], listener: Listener, prepare: Callable[[], Any]
 ) -> None:
-    """Set the best hyperparameters of each method, if `asked` (modified) requests a search."""
-    done = asked["asked"]["searched"]
+    """Set the best hyperparameters of each method, if `state` (modified) requests a search."""
+    done = state["asked"]["searched"]
     for method, config in list(result.configs.items()):
         if method not in done:
-            study = plan_study(method, config, asked["asked"], result.dry[method], result.path)
+            study = plan_study(method, config, state["asked"], result.dry_runs[method], result.path)
             if study is None:
                 continue
             listener.stage(
@@ -389,8 +387,8 @@ def _search_all(
                 result.left_out[method] = str(error)
                 del result.configs[method]
                 continue
-            write_json(result.path / RESULT, asked)
-        result.searched[method] = done[method]
+            write_json(result.path / RESULT, state)
+        result.search_results[method] = done[method]
         result.configs[method] = with_values(config, done[method]["values"])
 
 
@@ -399,25 +397,25 @@ def _train_all(result: Comparison, listener: Listener, prepare: Callable[[], Any
     first = next(iter(result.configs.values()), None)
     if first is None:
         raise RunError("\n".join(f"{name}: {message}" for name, message in result.left_out.items()))
-    seeds = range(first.train.seed, first.train.seed + result.wishes.seeds)
-    jobs = [(method, seed) for seed in seeds for method in result.configs]
-    for number, (method, seed) in enumerate(jobs, 1):
+    seeds = range(first.train.seed, first.train.seed + result.args.seeds)
+    runs = [(method, seed) for seed in seeds for method in result.configs]
+    for number, (method, seed) in enumerate(runs, 1):
         if method in result.left_out:
             continue
         name = f"{method}-seed{seed}"
-        run, place = result.path / name, result.path / SCORES / f"{name}.json"
-        if not ((run / SUMMARY).is_file() and _is_scored(result.configs[method], place)):
-            listener.stage(f"{method}, seed {seed} ({number} of {len(jobs)})")
+        run, scores_path = result.path / name, result.path / SCORES / f"{name}.json"
+        if not ((run / SUMMARY).is_file() and _is_scored(result.configs[method], scores_path)):
+            listener.stage(f"{method}, seed {seed} ({number} of {len(runs)})")
             try:
-                job = _of_run(result.configs[method], run, seed)
-                run_in_subprocess(prepare, train_and_score, job, place)
+                run_config = _get_run_config(result.configs[method], run, seed)
+                run_in_subprocess(prepare, train_and_score, run_config, scores_path)
             except RunError as error:
                 result.left_out[method] = f"seed {seed}: {error}"
                 listener.warn(f"{method} is skipped: {error}")
                 result.scored.pop(method, None)
                 continue
         summary, scores = (
-            json.loads(path.read_text(encoding="utf-8")) for path in (run / SUMMARY, place)
+            json.loads(path.read_text(encoding="utf-8")) for path in (run / SUMMARY, scores_path)
         )
         result.scored.setdefault(method, []).append(
             {"run": run, "seed": seed, "summary": summary, **scores}
@@ -426,18 +424,18 @@ def _train_all(result: Comparison, listener: Listener, prepare: Callable[[], Any
         raise RunError("\n".join(f"{name}: {message}" for name, message in result.left_out.items()))
 
 
-def _is_scored(config: TrainConfig, place: Path) -> bool:
-    if not place.is_file():
+def _is_scored(config: TrainConfig, scores_path: Path) -> bool:
+    if not scores_path.is_file():
         return False
     name = config.train.metric_for_best_model
-    scored = json.loads(place.read_text(encoding="utf-8"))["name"]
+    scored = json.loads(scores_path.read_text(encoding="utf-8"))["name"]
     return name is None or name.removeprefix("eval_") == scored
 
 
-def _of_run(config: TrainConfig, run: Path, seed: int) -> TrainConfig:
-    """Returns the configuration of one run; it resumes the run if the directory is not empty."""
-    has_begun = run.is_dir() and any(run.iterdir())
+def _get_run_config(config: TrainConfig, run: Path, seed: int) -> TrainConfig:
+    """Returns the configuration of one run, which resumes if the directory is not empty."""
+    exists = run.is_dir() and any(run.iterdir())
     output = config.output.model_copy(
-        update={"dir": run, "resume": has_begun, "allow_change": (_METRIC,) * has_begun}
+        update={"dir": run, "resume": exists, "allow_change": (_METRIC,) * exists}
     )
     return config.with_sections(output=output, train=config.train.model_copy(update={"seed": seed}))

@@ -64,17 +64,20 @@ class ComparisonOptions:
 class Comparison:
     """State of a comparison; dictionaries are keyed by method.
 
-    `left_out`: why a method is not compared; `scored`: results of runs, by seed; `dry`: dry-run
-    summaries; `searched`: results of hyperparameter searches.
+    Attributes:
+        left_out: why a method is not compared.
+        scored: results of the runs, in the order of seeds.
+        dry_runs: summaries of dry runs.
+        search_results: results of hyperparameter searches.
     """
 
     path: Path
-    wishes: ComparisonOptions
+    args: ComparisonOptions
     configs: dict[str, TrainConfig] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
     scored: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
-    dry: dict[str, Mapping[str, Any]] = field(default_factory=dict)
-    searched: dict[str, dict[str, Any]] = field(default_factory=dict)
+    dry_runs: dict[str, Mapping[str, Any]] = field(default_factory=dict)
+    search_results: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 def ranking_metric(train: TrainerConfig, task: str, headline: str) -> str:
@@ -87,7 +90,7 @@ def ranking_metric(train: TrainerConfig, task: str, headline: str) -> str:
     return "loss" if is_missing else headline
 
 
-def summarize(result: Comparison, asked: Mapping[str, Any]) -> dict[str, Any]:
+def summarize(result: Comparison, state: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the output of `--json`, with rows sorted from best to worst."""
     first = next(iter(result.scored.values()))[0]
     greater = next(iter(result.configs.values())).train.greater_is_better
@@ -111,10 +114,10 @@ def summarize(result: Comparison, asked: Mapping[str, Any]) -> dict[str, Any]:
                 "difference_interval": apart.interval,
                 "difference_error": apart.error,
                 "is_noise": apart.is_noise if method != order[0] else None,
-                "search": result.searched.get(method),
+                "search": result.search_results.get(method),
             }
         )
-    best = next((row for row in rows if _is_within(row, result.wishes)), None)
+    best = next((row for row in rows if _is_within(row, result.args)), None)
     return {
         "rows": rows,
         "best": best and best["method"],
@@ -125,12 +128,12 @@ def summarize(result: Comparison, asked: Mapping[str, Any]) -> dict[str, Any]:
         "versions": library_versions(),
         "path": str(result.path),
         "pictures": [],
-        **asked,
+        **state,
     }
 
 
 def _row(method: str, runs: list[dict[str, Any]], scores: MetricRuns) -> dict[str, Any]:
-    """Returns the table row of a method: means over seeds, but the maximum of memory."""
+    """Returns the results of a method: means over seeds, and the maximum of memory."""
     summaries = [run["summary"] for run in runs]
     times = [summary["timings"] for summary in summaries]
     adapter = runs[0]["run"] / ADAPTER
@@ -152,9 +155,8 @@ def _row(method: str, runs: list[dict[str, Any]], scores: MetricRuns) -> dict[st
     }
 
 
-def _is_within(row: Mapping[str, Any], wishes: ComparisonOptions) -> bool:
-    """Returns whether a method meets the memory and time limits."""
-    memory, minutes = wishes.max_memory, wishes.max_minutes
+def _is_within(row: Mapping[str, Any], args: ComparisonOptions) -> bool:
+    memory, minutes = args.max_memory, args.max_minutes
     is_small = memory is None or row["peak_bytes"] <= memory * 2**30
     return is_small and (minutes is None or row["seconds"] <= 60 * minutes)
 
@@ -163,17 +165,16 @@ def _command(row: Mapping[str, Any], result: Comparison) -> str:
     """Returns the command that trains the winner on all rows, without the comparison's budget."""
     args = ["ftlevel", "train", f"{row['run']}/{CONFIG}"]
     config = result.configs[row["method"]]
-    if result.wishes.steps is not None or result.wishes.minutes is not None:
+    if result.args.steps is not None or result.args.minutes is not None:
         args += ["--set", "train.max_steps=null"]
     if config.data.max_samples is not None:
         args += ["--set", "data.max_samples=null"]
-    for name, value in result.searched.get(row["method"], {}).get("values", {}).items():
+    for name, value in result.search_results.get(row["method"], {}).get("values", {}).items():
         args += ["--set", f"{name}={value}"]
     return shlex.join(args)
 
 
 def _notes(result: Comparison) -> list[str]:
-    """Returns notes for interpreting the table."""
     notes, runs = [], next(iter(result.scored.values()))
     if len(runs) == 1:
         notes.append("one seed: the variation between seeds is not known (--seeds 3)")
@@ -182,17 +183,17 @@ def _notes(result: Comparison) -> list[str]:
             "each seed holds out its own rows, the same for all methods; a --validation-file is "
             "shared by all seeds"
         )
-    if result.searched:
+    if result.search_results:
         notes.append(
             "settings were searched on the rows that score them, which flatters all that were: a "
             "test file of other rows tells (ftlevel evaluate)"
         )
     name, headline = runs[0]["name"], runs[0]["summary"]["headline"]
-    asked = next(iter(result.configs.values())).train.metric_for_best_model
-    if asked is None and name != headline:
+    metric = next(iter(result.configs.values())).train.metric_for_best_model
+    if metric is None and name != headline:
         notes.append(f"ranked by {name}: {headline} is not scored (--predict-with-generate)")
     best = {run["summary"]["best"]["metric"] for run in runs if run["summary"].get("best")}
-    if asked is not None and (others := best - {f"eval_{name}"}):
+    if metric is not None and (others := best - {f"eval_{name}"}):
         notes.append(f"the runs kept their models with the best {', '.join(sorted(others))}")
     examples = runs[0]["rows"]["examples"]
     notes.append(f"scored on {examples:,} held-out examples; differences are paired row by row")
@@ -204,8 +205,8 @@ def write_comparison_report(result: Comparison) -> None:
     page = result.path / REPORT
     page.unlink(missing_ok=True)
     runs = [run for all_runs in result.scored.values() for run in all_runs]
-    answers = [result.path / SCORES / f"{run['run'].name}.jsonl" for run in runs]
-    report([run["run"] for run in runs], out=page, predictions=answers)
+    predictions = [result.path / SCORES / f"{run['run'].name}.jsonl" for run in runs]
+    report([run["run"] for run in runs], out=page, predictions=predictions)
 
 
 FOLDER = "pictures"
@@ -229,19 +230,19 @@ def draw_pictures(found: Comparison, result: Mapping[str, Any]) -> list[str]:
         ),
         "loss": lambda axes: _losses(axes, found),
     }
-    if found.searched:
+    if found.search_results:
         pictures["search"] = lambda axes: _history(axes, found, metric)
     folder = found.path / FOLDER
     folder.mkdir(exist_ok=True)
-    written = []
+    paths = []
     for name, draw in pictures.items():
         figure = Figure(_SIZE, layout="constrained")
         draw(figure.subplots())
         for kind in _KINDS:
-            place = folder / f"{name}.{kind}"
-            figure.savefig(place, dpi=_DOTS)
-            written.append(str(place))
-    return written
+            path = folder / f"{name}.{kind}"
+            figure.savefig(path, dpi=_DOTS)
+            paths.append(str(path))
+    return paths
 
 
 def _scatter(
@@ -249,16 +250,19 @@ def _scatter(
 ) -> None:
     """Plot each method's metric, with its 95 % bootstrap interval, against a cost such as time."""
     for row, at in zip(rows, costs, strict=True):
-        value, ends = row["metric"], row["interval"]
-        bars = None if ends is None else [[max(0.0, value - ends[0])], [max(0.0, ends[1] - value)]]
-        axes.errorbar([at], [value], yerr=bars, fmt="o", capsize=3)
+        value, interval = row["metric"], row["interval"]
+        error_bars = (
+            None
+            if interval is None
+            else [[max(0.0, value - interval[0])], [max(0.0, interval[1] - value)]]
+        )
+        axes.errorbar([at], [value], yerr=error_bars, fmt="o", capsize=3)
         axes.annotate(_plain(row["method"]), (at, value), xytext=(6, 4), textcoords="offset points")
     axes.set(xlabel=cost, ylabel=name)
     axes.margins(x=0.15)
 
 
 def _losses(axes: Axes, result: Comparison) -> None:
-    """Plot the training loss of every run, one color per method."""
     for number, (method, runs) in enumerate(result.scored.items()):
         for run in runs:
             lines = (run["run"] / METRICS).read_text(encoding="utf-8").splitlines()
@@ -271,10 +275,12 @@ def _losses(axes: Axes, result: Comparison) -> None:
 
 def _history(axes: Axes, result: Comparison, name: str) -> None:
     """Plot the score of each trial; pruned trials are crosses."""
-    for number, (method, searched) in enumerate(result.searched.items()):
+    for number, (method, search_results) in enumerate(result.search_results.items()):
         for state, mark in (("complete", "o"), ("pruned", "x")):
             trials = [
-                t for t in searched["history"] if t["state"] == state and t["value"] is not None
+                t
+                for t in search_results["history"]
+                if t["state"] == state and t["value"] is not None
             ]
             label = _plain(method) if state == "complete" else None
             axes.plot(

@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     import optuna
 
 
-_LONGEST_REASON = 300  # characters
+_MAX_MESSAGE = 300  # characters
 
 
 class StopWithParent(TrainerCallback):
@@ -64,30 +64,29 @@ class StopWithParent(TrainerCallback):
             signal.raise_signal(signal.SIGTERM)
 
 
-def run_in_subprocess(prepare: Callable[[], Any], work: Callable[..., Any], *arguments: Any) -> Any:
-    """Run `work(*arguments)` in a new process and return the result.
+def run_in_subprocess(prepare: Callable[[], Any], function: Callable[..., Any], *args: Any) -> Any:
+    """Run `function(*args)` in a new process and return the result.
 
-    `prepare` is called first in that process. `work` must be a module-level function; arguments and
-    result must be picklable. A KeyboardInterrupt is forwarded as SIGTERM, and the process is
-    joined.
+    `prepare` is called first in that process. `function` must be a module-level function; args and
+    result must be picklable. A KeyboardInterrupt is forwarded as SIGTERM.
 
     Raises:
-        RunError: `work` failed, or the process died.
+        RunError: `function` failed, or the process died.
         Interrupted: the process was interrupted.
     """
     methods = multiprocessing.get_all_start_methods()
     context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
     if "forkserver" in methods:  # imports once, before any thread starts
-        context.set_forkserver_preload([prepare.__module__, work.__module__])
+        context.set_forkserver_preload([prepare.__module__, function.__module__])
     receiver, sender = context.Pipe(duplex=False)
-    process: Any = context.Process(target=_child, args=(sender, prepare, work, arguments))  # type: ignore[attr-defined]
+    process: Any = context.Process(target=_child, args=(sender, prepare, function, args))  # type: ignore[attr-defined]
     process.start()
     sender.close()
     try:
-        verdict, answer = receiver.recv()
+        status, result = receiver.recv()
     except EOFError:
         process.join()
-        raise RunError(_describe_end(process.exitcode)) from None
+        raise RunError(_format_exit(process.exitcode)) from None
     except KeyboardInterrupt:
         process.terminate()
         process.join()
@@ -95,67 +94,74 @@ def run_in_subprocess(prepare: Callable[[], Any], work: Callable[..., Any], *arg
     finally:
         receiver.close()
     process.join()
-    if verdict == "interrupted":
-        raise Interrupted(answer)
-    if verdict == "failed":
-        raise RunError(answer)
-    return answer
+    if status == "interrupted":
+        raise Interrupted(result)
+    if status == "failed":
+        raise RunError(result)
+    return result
 
 
-def _describe_end(code: int | None) -> str:
+def _format_exit(code: int | None) -> str:
     if code == -getattr(signal, "SIGKILL", 9):
         return "its process was killed, as the kernel does when memory runs out."
     return f"its process exited with code {code} and no message."
 
 
 def _child(
-    sender: Connection, prepare: Callable[[], Any], work: Callable[..., Any], arguments: Any
+    sender: Connection, prepare: Callable[[], Any], function: Callable[..., Any], args: Any
 ) -> None:
-    """Run `work`; send ("done", result), ("failed", message) or ("interrupted", message)."""
+    """Run `function`; send ("done", result), ("failed", message) or ("interrupted", message)."""
     if hasattr(os, "setsid"):  # Ctrl-C reaches the parent alone, which passes it on
         os.setsid()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     prepare()
     try:
-        reply = ("done", work(*arguments))
+        message = ("done", function(*args))
     except Interrupted as error:
-        reply = ("interrupted", str(error))
+        message = ("interrupted", str(error))
     except FtlevelError as error:
-        reply = ("failed", str(error))
+        message = ("failed", str(error))
     except Exception as error:  # noqa: BLE001 - any failure is reported, and other runs continue
-        kind = "out of memory" if is_out_of_memory(error) else type(error).__name__
-        reply = ("failed", f"{kind}: {' '.join(str(error).split())[:_LONGEST_REASON]}")
+        prefix = "out of memory" if is_out_of_memory(error) else type(error).__name__
+        message = ("failed", f"{prefix}: {' '.join(str(error).split())[:_MAX_MESSAGE]}")
     with contextlib.suppress(BrokenPipeError):  # the parent was killed
-        sender.send(reply)
+        sender.send(message)
 
 
 DATABASE = "search.db"
 EVALUATIONS = 9  # per trial: Hyperband with factor 3 prunes after 1, 3 and 9
 _WAIT_FOR_LOCK = 100  # seconds, of SQLite
 _ALIVE, _GIVEN_UP = 20, 120  # seconds: heartbeat interval, and grace period of a trial
-_MOST_FAILED = 3
+_MAX_FAILURES = 3
 _REASON, _WITHDRAWN = "reason", "withdrawn"
 
 _RATE = "lr"
-SETTINGS: dict[str, tuple[str, ...]] = {
+HYPERPARAMETERS: dict[str, tuple[str, ...]] = {
     _RATE: ("train.learning_rate",),
     "r": ("method.r",),
     "alpha": ("method.lora_alpha",),
     "dropout": ("method.lora_dropout", "method.adapter_dropout"),
     "weight-decay": ("train.weight_decay",),
 }
-"""Setting → configuration fields; a method has at most one of them."""
+"""Configuration fields of each hyperparameter; a method has at most one of them."""
 
 _RANKS, _ALPHAS = (2, 4, 8, 16, 32, 64), (4.0, 8.0, 16.0, 32.0, 64.0)
 _RATE_FACTOR = 10.0  # range around the default learning rate
-_MOST = {"dropout": 0.2, "weight-decay": 0.1}
+_MAX_VALUES = {"dropout": 0.2, "weight-decay": 0.1}
 
 
 @dataclass(frozen=True)
 class Study:
-    """Hyperparameter search for one method, stored under a `name` derived from the settings.
+    """Hyperparameter search for one method.
 
-    `fields` maps settings to configuration fields; `rate` is the default learning rate.
+    Attributes:
+        name: name in the database, which identifies the configuration.
+        storage: database URL.
+        fields: configuration fields by hyperparameter.
+        rate: default learning rate.
+        metric: metric to optimize.
+        direction: whether the metric is minimized or maximized.
+        trials: number of trials.
     """
 
     name: str
@@ -172,11 +178,14 @@ class Study:
 
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         is_file = self.storage.startswith("sqlite")
-        waits = {"connect_args": {"timeout": _WAIT_FOR_LOCK}} if is_file else {}
+        connect_args = {"connect_args": {"timeout": _WAIT_FOR_LOCK}} if is_file else {}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             storage = optuna.storages.RDBStorage(
-                self.storage, engine_kwargs=waits, heartbeat_interval=_ALIVE, grace_period=_GIVEN_UP
+                self.storage,
+                engine_kwargs=connect_args,
+                heartbeat_interval=_ALIVE,
+                grace_period=_GIVEN_UP,
             )
         return optuna.create_study(
             storage=storage,
@@ -188,18 +197,18 @@ class Study:
         )
 
 
-class _Enough(Exception):
-    """Raised when the study has all its trials."""
+class _StudyComplete(Exception):
+    pass
 
 
 def check_search(names: tuple[str, ...], storage: str | None) -> list[str]:
     """Returns error messages for hyperparameter `names` and the `storage` URL."""
     problems = [
         f"--search: {name!r} is no setting that is searched. Expected some of "
-        f"{join_names(SETTINGS)}."
-        f"{did_you_mean(name, SETTINGS)}"
+        f"{join_names(HYPERPARAMETERS)}."
+        f"{did_you_mean(name, HYPERPARAMETERS)}"
         for name in names
-        if name not in SETTINGS
+        if name not in HYPERPARAMETERS
     ]
     if names and not find_spec("optuna"):
         problems.append(
@@ -215,34 +224,34 @@ def check_search(names: tuple[str, ...], storage: str | None) -> list[str]:
 
 
 def plan_study(
-    word: str, config: TrainConfig, asked: Mapping[str, Any], facts: Mapping[str, Any], path: Path
+    word: str, config: TrainConfig, state: Mapping[str, Any], dry_run: Mapping[str, Any], path: Path
 ) -> Study | None:
     """Returns the study of the method `word`; None if it has none of the hyperparameters.
 
-    `asked`: settings of the comparison; `facts`: dry-run summary; `path`: output directory.
+    `state` is that of compare.json; `dry_run` is the summary of a dry run.
     """
-    own = SPECS[config.method.kind].model_fields
+    names = SPECS[config.method.kind].model_fields
     fields = {
         name: field
-        for name in asked["search"]
-        for field in SETTINGS[name]
-        if field.startswith("train.") or field.removeprefix("method.") in own
+        for name in state["search"]
+        for field in HYPERPARAMETERS[name]
+        if field.startswith("train.") or field.removeprefix("method.") in names
     }
     if not fields:
         return None
-    question = json.dumps([word, asked["config"], asked["budget"], asked["search"]], sort_keys=True)
-    metric = ranking_metric(config.train, facts["config"]["task"], facts["headline"])
+    key = json.dumps([word, state["config"], state["budget"], state["search"]], sort_keys=True)
+    metric = ranking_metric(config.train, dry_run["config"]["task"], dry_run["headline"])
     greater = config.train.greater_is_better
     if greater is None:
         greater = not metric.endswith(LOWER_IS_BETTER)
     return Study(
-        f"ftlevel-{word}-{hashlib.sha256(question.encode()).hexdigest()[:12]}",
-        asked["study"] or f"sqlite:///{(path / DATABASE).resolve()}",
+        f"ftlevel-{word}-{hashlib.sha256(key.encode()).hexdigest()[:12]}",
+        state["study"] or f"sqlite:///{(path / DATABASE).resolve()}",
         fields,
-        facts["config"]["train"]["learning_rate"],
+        dry_run["config"]["train"]["learning_rate"],
         metric,
         "maximize" if greater else "minimize",
-        asked["trials"],
+        state["trials"],
     )
 
 
@@ -262,21 +271,20 @@ def search(
         running = states.count("RUNNING")
         if states.count("COMPLETE") + states.count("PRUNED") + running < study.trials:
             try:
-                run_in_subprocess(prepare, _try_one, study, config, path)
+                run_in_subprocess(prepare, _run_trial, study, config, path)
             except RunError as error:
                 failed += 1
-                if failed == _MOST_FAILED:
+                if failed == _MAX_FAILURES:
                     raise RunError(f"{failed} trials failed, the last so: {error}") from error
         elif running:  # of another process
             time.sleep(1)
-            _fail_the_silent(result)
+            _fail_stale_trials(result)
         else:
             break
-    return _describe(result, study)
+    return _to_dict(result, study)
 
 
-def _fail_the_silent(result: optuna.Study) -> None:
-    """Mark trials as failed whose processes have stopped sending heartbeats."""
+def _fail_stale_trials(result: optuna.Study) -> None:
     import optuna
 
     with warnings.catch_warnings():
@@ -284,8 +292,8 @@ def _fail_the_silent(result: optuna.Study) -> None:
         optuna.storages.fail_stale_trials(result)
 
 
-def _describe(result: optuna.Study, study: Study) -> dict[str, Any]:
-    """Returns the best hyperparameters of a study, and all its trials in order."""
+def _to_dict(result: optuna.Study, study: Study) -> dict[str, Any]:
+    """Returns the best hyperparameters of a study and all its trials."""
     trials = [
         t
         for t in result.get_trials(deepcopy=False)
@@ -317,27 +325,26 @@ def _describe(result: optuna.Study, study: Study) -> dict[str, Any]:
     }
 
 
-def _try_one(study: Study, config: TrainConfig, path: Path) -> None:
-    """Run one trial; if two processes start the last one, the later process withdraws."""
+def _run_trial(study: Study, config: TrainConfig, path: Path) -> None:
+    """Run one trial, unless another process has started the last one."""
     result = study.load()
 
     def run(trial: optuna.Trial) -> float:
-        earlier = [t for t in result.get_trials(deepcopy=False) if t.number < trial.number]
-        if sum(t.state.name != "FAIL" for t in earlier) >= study.trials:
+        previous = [t for t in result.get_trials(deepcopy=False) if t.number < trial.number]
+        if sum(t.state.name != "FAIL" for t in previous) >= study.trials:
             trial.set_user_attr(_WITHDRAWN, True)
-            raise _Enough
+            raise _StudyComplete
         return _objective(trial, study, config, path)
 
-    result.optimize(run, n_trials=1, catch=_Enough)
+    result.optimize(run, n_trials=1, catch=_StudyComplete)
 
 
 def _objective(trial: optuna.Trial, study: Study, config: TrainConfig, path: Path) -> float:
-    """Train with values sampled by `trial` and return the metric."""
     import optuna
 
     values: dict[str, Any] = {}
     for name, field in study.fields.items():
-        values[field] = _draw(trial, name, study.rate)
+        values[field] = _sample(trial, name, study.rate)
     run = path / "search" / f"{study.name}-{trial.number}"
     config = with_values(config, values)
     output = config.output.model_copy(update={"dir": run, "resume": False, "report_to": ()})
@@ -358,13 +365,13 @@ def _objective(trial: optuna.Trial, study: Study, config: TrainConfig, path: Pat
     return float(metrics[study.metric])
 
 
-def _draw(trial: optuna.Trial, name: str, rate: float) -> float:
+def _sample(trial: optuna.Trial, name: str, rate: float) -> float:
     """Sample a value of the setting `name`; learning rates are sampled around `rate`."""
     if name == _RATE:
         low, high = rate / _RATE_FACTOR, rate * _RATE_FACTOR
         return trial.suggest_float(name, low, high, log=True)
-    if name in _MOST:
-        return trial.suggest_float(name, 0.0, _MOST[name], step=_MOST[name] / 4)
+    if name in _MAX_VALUES:
+        return trial.suggest_float(name, 0.0, _MAX_VALUES[name], step=_MAX_VALUES[name] / 4)
     choices = _RANKS if name == "r" else _ALPHAS
     return trial.suggest_categorical(name, choices)
 
@@ -395,8 +402,8 @@ class _PruningCallback(TrainerCallback):
         **_: Any,
     ) -> None:
         """Request an evaluation after each ninth of the steps."""
-        every = max(1, math.ceil(state.max_steps / EVALUATIONS))
-        if state.global_step % every == 0 and state.global_step < state.max_steps:
+        interval = max(1, math.ceil(state.max_steps / EVALUATIONS))
+        if state.global_step % interval == 0 and state.global_step < state.max_steps:
             control.should_evaluate = True
 
     def on_evaluate(

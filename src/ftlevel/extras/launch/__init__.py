@@ -15,11 +15,13 @@ if TYPE_CHECKING:
 def _flags() -> list[Flag]:
     from ftlevel.config.flag import DAILY, option
 
-    own = partial(option, on=("launch",), panel=DAILY)
+    declare = partial(option, on=("launch",), panel=DAILY)
     return [
-        own("--on", "Scheduler to write the job file for.", required=True, metavar="slurm|k8s|ray"),
-        own("--nodes", "Number of machines.", type=int, default=1, minimum=1, metavar="N"),
-        own(
+        declare(
+            "--on", "Scheduler to write the job file for.", required=True, metavar="slurm|k8s|ray"
+        ),
+        declare("--nodes", "Number of machines.", type=int, default=1, minimum=1, metavar="N"),
+        declare(
             "--gpus-per-node",
             "Number of GPUs per machine; 0 trains on CPUs.",
             type=int,
@@ -27,31 +29,31 @@ def _flags() -> list[Flag]:
             minimum=0,
             metavar="N",
         ),
-        own(
+        declare(
             "--processes-per-node",
             "Number of processes per machine; default: one per GPU.",
             type=int,
             minimum=1,
             metavar="N",
         ),
-        own("--image", "Container image with ftlevel installed (k8s).", metavar="IMAGE"),
-        own(
+        declare("--image", "Container image with ftlevel installed (k8s).", metavar="IMAGE"),
+        declare(
             "--claim", "Persistent volume claim, mounted above --output-dir (k8s).", metavar="NAME"
         ),
-        own(
+        declare(
             "--job-option",
             "Additional scheduler option, e.g. partition=gpu; repeatable.",
             type=list[str],
             metavar="NAME[=VALUE]",
         ),
-        own(
+        declare(
             "--job-file",
             "Path of the job file; default: named after the run, in this directory.",
             type=Path,
             metavar="FILE",
         ),
-        own("--submit", "Whether to submit the job.", type=bool),
-        own("--dry-run", "Whether to only print the job file.", type=bool),
+        declare("--submit", "Whether to submit the job.", type=bool),
+        declare("--dry-run", "Whether to only print the job file.", type=bool),
     ]
 
 

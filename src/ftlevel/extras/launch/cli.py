@@ -36,7 +36,7 @@ SUBMIT = {
 class Job:
     """A run as a job of a cluster; `processes` and `gpus` are per node.
 
-    `arguments` include `--resume`, so that one command line starts and resumes the run. `image` and
+    `args` include `--resume`, so that one command line starts and resumes the run. `image` and
     `claim` (a persistent volume claim) are for Kubernetes.
     """
 
@@ -44,7 +44,7 @@ class Job:
     nodes: int
     processes: int
     gpus: int
-    arguments: Sequence[str]
+    args: Sequence[str]
     output: Path
     name: str
     image: str = ""
@@ -54,7 +54,7 @@ class Job:
     @property
     def command(self) -> str:
         """The arguments, quoted for a shell."""
-        return shlex.join(self.arguments)
+        return shlex.join(self.args)
 
     @property
     def resources(self) -> dict[str, float]:
@@ -64,7 +64,7 @@ class Job:
     @property
     def quoted(self) -> list[str]:
         """The arguments, quoted for YAML and Python."""
-        return [json.dumps(argument) for argument in self.arguments]
+        return [json.dumps(argument) for argument in self.args]
 
 
 def render(job: Job) -> str:
@@ -84,7 +84,7 @@ def render(job: Job) -> str:
 
 
 _OURS = {
-    row.shown: row.metadata("launch").type is not bool for row in FLAGS if row.on == ("launch",)
+    row.name: row.metadata("launch").type is not bool for row in FLAGS if row.on == ("launch",)
 }
 _AMOUNT = re.compile(r"\d+(\.\d+)?")
 _OURS["--json"] = False
@@ -107,8 +107,8 @@ class Cluster:
     options: Sequence[str]
 
 
-def build_job(config: TrainConfig, arguments: Sequence[str], cluster: Cluster) -> Job:
-    """Build the job that runs `config`; `arguments` is the command line of `ftlevel launch`.
+def build_job(config: TrainConfig, args: Sequence[str], cluster: Cluster) -> Job:
+    """Build the job that runs `config`; `args` is the command line of `ftlevel launch`.
 
     Raises:
         ConfigError: with every missing or conflicting option.
@@ -158,7 +158,7 @@ def build_job(config: TrainConfig, arguments: Sequence[str], cluster: Cluster) -
         raise ConfigError(problems)
     processes = cluster.processes or max(cluster.gpus, 1)
     words = re.sub(r"[^a-z0-9]+", "-", output.dir.name.lower()).strip("-")
-    values = train_arguments(arguments)
+    values = train_arguments(args)
     values = values if "--resume" in values else [*values, "--resume"]
     return Job(
         cluster.scheduler,
@@ -182,11 +182,11 @@ def _option(text: str, problems: list[str]) -> tuple[str, str]:
     return name, value
 
 
-def train_arguments(arguments: Sequence[str]) -> list[str]:
+def train_arguments(args: Sequence[str]) -> list[str]:
     """Convert the command line of `ftlevel launch` to that of `ftlevel train`."""
-    args: list[str] = []
+    train_args: list[str] = []
     is_value = False
-    for argument in arguments:
+    for argument in args:
         name, has_value, _ = argument.partition("=")
         name = name.replace("_", "-") if name.startswith("--") else name
         if is_value:
@@ -194,8 +194,8 @@ def train_arguments(arguments: Sequence[str]) -> list[str]:
         elif name in _OURS:
             is_value = _OURS[name] and not has_value
         else:
-            args.append(argument)
-    return ["train", *args[1:]]
+            train_args.append(argument)
+    return ["train", *train_args[1:]]
 
 
 def write_job(job: Job, path: Path) -> str:
@@ -230,7 +230,7 @@ def submit_job(job: Job, path: Path) -> str:
 
 
 def launch(
-    given: CommandInput,
+    inputs: CommandInput,
     *,
     on: str,
     job_file: Path | None,
@@ -243,10 +243,10 @@ def launch(
     Accepts the flags of train and validates them. A preempted job is requeued and resumes from its
     latest checkpoint. --dry-run prints the file only.
     """
-    config, _ = read_config(given)
+    config, _ = read_config(inputs)
     if on not in SUBMIT:
         raise ConfigError(f"--on {on}: expected one of {', '.join(SUBMIT)}.")
-    values = given.values
+    values = inputs.values
     cluster = Cluster(
         on,
         values["nodes"],
@@ -256,7 +256,7 @@ def launch(
         values["claim"] or "",
         values["job_option"] or (),
     )
-    job = build_job(config, given.arguments, cluster)
+    job = build_job(config, inputs.args, cluster)
     if dry_run:
         if as_json:
             typer.echo(json.dumps({"job": render(job)}))

@@ -13,7 +13,7 @@ from ftlevel.config.flag import Alias, FlagAliases, NoOpValue, UnsupportedFlag, 
 from ftlevel.config.methods import SPECS
 from ftlevel.config.reading import METHOD_ALIASES
 from ftlevel.config.rl import SAMPLED
-from ftlevel.extras.other_tools.rl import read_reward_funcs
+from ftlevel.extras.other_tools.rl import parse_reward_funcs
 
 _ON = ("train", "preview")
 
@@ -73,7 +73,7 @@ _OTHER_METHOD = "this method is not available; see ftlevel list-methods. Drop it
 
 
 def _drawn(path: str) -> NoOpValue:
-    """Returns `--do-sample true` as a value to check: the temperature at `path` must be above 0."""
+    """Returns the value `--do-sample true`, which the temperature at `path` must not contradict."""
     return NoOpValue(
         "tokens are drawn at --temperature",
         path,
@@ -304,7 +304,7 @@ UNSUPPORTED_FLAGS: tuple[UnsupportedFlag, ...] = (
 GLUE = ("ax", "cola", "mnli", "mrpc", "qnli", "qqp", "rte", "sst2", "stsb", "wnli")
 
 
-def read_percent(text: str) -> str:
+def parse_percent(text: str) -> str:
     """Convert a percentage to a fraction: `5` is `0.05`."""
     try:
         return f"{float(text) / 100:g}"
@@ -312,27 +312,27 @@ def read_percent(text: str) -> str:
         raise ValueError("expected a percentage, as in 5") from None
 
 
-def read_share(text: str) -> str:
+def parse_fraction(text: str) -> str:
     """Returns a fraction of the rows unchanged; raises ValueError for a number of rows."""
     if _number(text) >= 1:
         raise ValueError("expected a fraction below 1, as in 0.1; not a number of rows")
     return text
 
 
-def read_ratio(text: str) -> str:
+def parse_ratio(text: str) -> str:
     """Returns a fraction of the steps unchanged; raises ValueError for a number of steps."""
     if _number(text) >= 1:
         raise ValueError("a ratio is below 1; --warmup-steps N takes a number of steps")
     return text
 
 
-def read_lowest_share(text: str) -> str:
+def parse_min_fraction(text: str) -> str:
     """Convert Axolotl's `cosine_min_lr_ratio` to a scheduler and its arguments."""
     _number(text)
     return f"cosine_with_min_lr --lr-scheduler-kwargs min_lr_rate={text}"
 
 
-def read_once_an_epoch(text: str) -> str:
+def parse_epoch_interval(text: str) -> str:
     """Returns `epoch` for once per epoch; raises ValueError for other frequencies."""
     if _number(text) == 1:
         return "epoch"
@@ -342,7 +342,7 @@ def read_once_an_epoch(text: str) -> str:
     )
 
 
-def read_template(text: str) -> str:
+def parse_template(text: str) -> str:
     """Convert the name of a LLaMA-Factory or Unsloth template to a chat template."""
     known = {
         "llama3": "llama-3",
@@ -361,7 +361,7 @@ def read_template(text: str) -> str:
     return known.get(name, text)
 
 
-def read_glue(text: str) -> str:
+def parse_glue(text: str) -> str:
     """Convert the name of a GLUE task to a dataset."""
     name = text.strip().lower()
     if name in GLUE:
@@ -371,7 +371,7 @@ def read_glue(text: str) -> str:
     raise ValueError(f"expected one of GLUE's: {', '.join(GLUE)}. Else --dataset names the data")
 
 
-def refuse_checkpoint(_: str) -> str:
+def reject_checkpoint(_: str) -> str:
     """Raise ValueError: a run resumes from its latest checkpoint only."""
     raise ValueError(
         "a run resumes from its newest valid checkpoint. Use: --output-dir RUN --resume"
@@ -454,7 +454,7 @@ PUSH: ValueAliases = {
     "true": TO_PUSH,
     "false": NoOpValue("nothing is uploaded", "output.push_to_hub", (None,)),
 }
-SHARES = (
+FRACTIONS = (
     "--val-size",
     "--val-set-size",
     "--split-dataset-ratio",
@@ -497,7 +497,7 @@ ALIASES: dict[str, FlagAliases] = {
     "data.dataset": _also(
         "--dataset-name --dataset-name-or-path --train-file --train-dataset --data-path "
         "--data-files --local-dataset --raw-text-file --datasets",
-        Alias("--task-name", convert=read_glue),
+        Alias("--task-name", convert=parse_glue),
     ),
     "task": _also("--task-type --lora-task-type"),
     "method.kind": _also(
@@ -577,8 +577,8 @@ ALIASES: dict[str, FlagAliases] = {
     "data.columns": _also("", *COLUMNS),
     "data.chat_template": _also(
         "--chat-template-path",
-        Alias("--template", convert=read_template),
-        Alias("--chat-template-format", convert=read_template),
+        Alias("--template", convert=parse_template),
+        Alias("--chat-template-format", convert=parse_template),
     ),
     "data.system": _also("--default-system --system-prompt --system-message"),
     "data.train_on_inputs": _also("--train-on-prompt"),
@@ -597,8 +597,8 @@ ALIASES: dict[str, FlagAliases] = {
     "data.target_language": _also("--target-lang"),
     "data.validation_split": _also(
         "",
-        Alias("--validation-split-percentage", convert=read_percent),
-        *(Alias(name, convert=read_share) for name in SHARES),
+        Alias("--validation-split-percentage", convert=parse_percent),
+        *(Alias(name, convert=parse_fraction) for name in FRACTIONS),
     ),
     "data.max_samples": _also("--max-train-samples --num-train-samples --max-train-examples"),
     "data.max_eval_samples": _also("--max-eval-examples --num-eval-samples"),
@@ -609,10 +609,10 @@ ALIASES: dict[str, FlagAliases] = {
     "train.max_steps": _also("--max-train-steps", values={"-1": NO_LIMIT, "0": NO_LIMIT}),
     "train.head_learning_rate": _also("--head-lr --classifier-learning-rate"),
     "train.lr_scheduler_type": _also(
-        "--lr-scheduler", Alias("--cosine-min-lr-ratio", convert=read_lowest_share)
+        "--lr-scheduler", Alias("--cosine-min-lr-ratio", convert=parse_min_fraction)
     ),
     "train.warmup_steps": _also(
-        "--num-warmup-steps --lr-warmup-steps", Alias("--warmup-ratio", convert=read_ratio)
+        "--num-warmup-steps --lr-warmup-steps", Alias("--warmup-ratio", convert=parse_ratio)
     ),
     "train.optim": _also("--optimizer --optim-type", values=OPTIMIZERS),
     "train.label_smoothing_factor": _also("--label-smoothing"),
@@ -626,7 +626,7 @@ ALIASES: dict[str, FlagAliases] = {
     "preference.undesirable_weight": _also("--kto-rejected-weight"),
     "rl.reward": _also(
         "--reward-model --reward-model-name-or-path",
-        Alias("--reward-funcs", convert=read_reward_funcs, multiple=True),
+        Alias("--reward-funcs", convert=parse_reward_funcs, multiple=True),
     ),
     "rl.max_completion_length": _also("--response-length"),
     "rl.epsilon": _also("--epsilon-low"),
@@ -650,17 +650,17 @@ ALIASES: dict[str, FlagAliases] = {
     "train.eval_strategy": _also(
         "--evaluation-strategy",
         Alias("--do-eval", value="", values=DO_EVAL),
-        Alias("--evals-per-epoch", convert=read_once_an_epoch),
+        Alias("--evals-per-epoch", convert=parse_epoch_interval),
     ),
     "train.eval_steps": _also("--eval-step"),
     "train.early_stopping_patience": _also("--early-stopping-steps --early-stop-interval"),
     "train.max_new_tokens": _also("--generation-max-length"),
     "train.num_beams": _also("--eval-num-beams --generation-num-beams --beam-size"),
-    "train.save_strategy": _also("", Alias("--saves-per-epoch", convert=read_once_an_epoch)),
+    "train.save_strategy": _also("", Alias("--saves-per-epoch", convert=parse_epoch_interval)),
     "train.save_steps": _also("--save-step --checkpointing-steps"),
     "output.overwrite": _also("--overwrite-output-dir"),
     "output.resume": _also(
-        "--auto-resume", Alias("--resume-from-checkpoint", convert=refuse_checkpoint)
+        "--auto-resume", Alias("--resume-from-checkpoint", convert=reject_checkpoint)
     ),
     "output.run_name": _also("--wandb-name --wandb-run-name --trackio-run-name"),
     "output.report_to": _also(

@@ -60,7 +60,7 @@ def convert(file: Path) -> list[str]:
 
 
 def _sort_keys(values: dict[str, Any]) -> tuple[dict[str, list[str]], dict[str, str]]:
-    """Returns key → flags for keys with an equivalent, and key → reason for all others."""
+    """Returns flags by key, and the reasons by key for keys without an equivalent."""
     specs = build_flag_specs("train", FLAGS)
     typed: dict[str, list[str]] = {}
     lost: dict[str, str] = {}
@@ -85,11 +85,11 @@ def _reason(error: ConfigError) -> str:
 
 
 def _resolve(typed: dict[str, list[str]], lost: dict[str, str]) -> TrainConfig:
-    """Returns the configuration of flags `typed`; keys with errors move to `lost` (modified)."""
+    """Returns the configuration of flags `typed`; adds keys with errors to `lost` (modified)."""
     configs: list[TrainConfig] = []
 
-    def command(given: CommandInput) -> None:
-        configs.append(read_config(given, notes.append)[0])
+    def command(inputs: CommandInput) -> None:
+        configs.append(read_config(inputs, notes.append)[0])
 
     app = typer.Typer(add_completion=False, rich_markup_mode=None)
     add_command(app, "train", command, FLAGS)

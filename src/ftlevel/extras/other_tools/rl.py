@@ -29,7 +29,7 @@ REWARD_FUNCS = {
 """Reward function of TRL or ms-swift → built-in reward."""
 
 
-def read_reward_funcs(text: str) -> str:
+def parse_reward_funcs(text: str) -> str:
     """Convert comma-separated reward functions to repeated `--reward` settings."""
     result = []
     for name in filter(None, map(str.strip, text.split(","))):

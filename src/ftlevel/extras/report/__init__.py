@@ -37,19 +37,19 @@ def report(
 def _flags() -> list[Flag]:
     from ftlevel.config.flag import DATA, WRITE, option
 
-    own = partial(option, on=("report",))
+    declare = partial(option, on=("report",))
     return [
-        own(
+        declare(
             "RUN...", "Directories of completed runs.", dest="runs", required=True, type=list[Path]
         ),
-        own(
+        declare(
             "--out -o",
             "Path of the page; default: report.html in the run, if there is one run.",
             panel=WRITE,
             type=Path,
             metavar="FILE",
         ),
-        own(
+        declare(
             "--predictions",
             "Output of ftlevel evaluate --predictions (.jsonl); one file per run.",
             panel=DATA,

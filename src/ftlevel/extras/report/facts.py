@@ -15,8 +15,8 @@ from ftlevel.artifacts.row_sinks import RolloutStats, summarize_rollouts
 from ftlevel.artifacts.run_directory import ANSWERS, METRICS, ROLLOUTS, SUMMARY
 from ftlevel.errors import InputError
 
-BANDS = 12
-QUERIES_SHOWN = 10
+NUM_BARS = 12
+NUM_QUERIES = 10
 SERIES = {
     "base_positive": "positives before",
     "positive": "positives",
@@ -27,7 +27,7 @@ SERIES = {
 
 
 @dataclass(frozen=True)
-class RetrievalFacts:
+class RetrievalStats:
     """Scores of validation queries.
 
     Attributes:
@@ -48,7 +48,7 @@ class RetrievalFacts:
         return max(count for _, _, counts in self.bands for count in counts)
 
 
-def summarize_retrieval(rows: Iterable[dict[str, Any]]) -> RetrievalFacts | None:
+def compute_retrieval_stats(rows: Iterable[dict[str, Any]]) -> RetrievalStats | None:
     """Returns what a report shows of rows with scores of positives and negatives, or None."""
     scored = [row | scores for row in rows if (scores := _query_scores(row))]
     if not scored:
@@ -62,8 +62,8 @@ def summarize_retrieval(rows: Iterable[dict[str, Any]]) -> RetrievalFacts | None
         scored,
         key=lambda row: (row.get("ndcg@10", 0.0), row["positive_score"] - row["negative_score"]),
     )
-    return RetrievalFacts(
-        list(values), _bands(list(values.values())), worst[:QUERIES_SHOWN], len(scored)
+    return RetrievalStats(
+        list(values), _histogram(list(values.values())), worst[:NUM_QUERIES], len(scored)
     )
 
 
@@ -83,13 +83,13 @@ def _query_scores(row: Mapping[str, Any]) -> dict[str, float]:
     return result if "positive_score" in result else {}
 
 
-def _bands(series: Sequence[Sequence[float]]) -> list[tuple[float, float, list[int]]]:
+def _histogram(series: Sequence[Sequence[float]]) -> list[tuple[float, float, list[int]]]:
     low, high = min(map(min, series)), max(map(max, series))
-    width = (high - low) / BANDS or 1.0
-    counts = [[0] * len(series) for _ in range(BANDS)]
+    width = (high - low) / NUM_BARS or 1.0
+    counts = [[0] * len(series) for _ in range(NUM_BARS)]
     for number, scores in enumerate(series):
         for score in scores:
-            counts[min(BANDS - 1, int((score - low) / width))][number] += 1
+            counts[min(NUM_BARS - 1, int((score - low) / width))][number] += 1
     return [(low + at * width, low + (at + 1) * width, row) for at, row in enumerate(counts)]
 
 
@@ -103,13 +103,13 @@ def list_dimensions(summary: Mapping[str, Any]) -> list[tuple[str, float, float 
     ]
 
 
-MOST_CLASSES = 30  # in a confusion matrix
-SHOWN = 10  # best rows, and as many worst rows
-_BANDS = 10  # length quantiles
+MAX_CLASSES = 30  # in a confusion matrix
+NUM_ROWS = 10  # best rows, and as many worst rows
+_NUM_QUANTILES = 10  # length quantiles
 
 
 @dataclass(frozen=True)
-class Answers:
+class PredictionStats:
     """Statistics of a run's answers to rows.
 
     Attributes:
@@ -136,46 +136,50 @@ class Answers:
         return bool(self.classes or self.lengths or self.worst)
 
 
-def summarize_answers(rows: Iterator[dict[str, Any]]) -> Answers:
+def compute_prediction_stats(rows: Iterator[dict[str, Any]]) -> PredictionStats:
     """Returns statistics of `rows` with `predicted`, `true` and optionally `loss`."""
     counts: dict[str, Counter[str]] = {}
-    kept, by_length, units, total = list[dict[str, Any]](), list[tuple[int, float]](), set(), 0
+    candidates: list[dict[str, Any]] = []
+    by_length: list[tuple[int, float]] = []
+    units, total = set(), 0
     for row in rows:
         total += 1
-        kept.append(row)
+        candidates.append(row)
         unit, pairs = _pairs(row.get("true"), row.get("predicted"))
         units.add(unit)
         for true, predicted in pairs:
             counts.setdefault(true, Counter())[predicted] += 1
-        answer = _answer(row)
-        if answer is not None and isinstance(row.get("loss"), int | float):
-            by_length.append((len(answer.split()), row["loss"]))
-        if len(kept) > _HELD:
-            kept = _ends(kept)
-    names = Counter({name: sum(own.values()) for name, own in counts.items()})
-    for own in counts.values():
-        for name in own:
+        true_text = _true_text(row)
+        if true_text is not None and isinstance(row.get("loss"), int | float):
+            by_length.append((len(true_text.split()), row["loss"]))
+        if len(candidates) > _MAX_ROWS:
+            candidates = _keep_extremes(candidates)
+    names = Counter(
+        {name: sum(predicted_counts.values()) for name, predicted_counts in counts.items()}
+    )
+    for predicted_counts in counts.values():
+        for name in predicted_counts:
             names.setdefault(name, 0)
-    if len(units) != 1 or "" in units or not 1 < len(names) <= MOST_CLASSES:
+    if len(units) != 1 or "" in units or not 1 < len(names) <= MAX_CLASSES:
         names, counts = Counter(), {}
     classes = [name for name, _ in names.most_common()]
-    has_loss = all(isinstance(row.get("loss"), int | float) for row in kept)
-    ordered = sorted(kept, key=lambda row: row["loss"]) if has_loss else kept
+    has_loss = all(isinstance(row.get("loss"), int | float) for row in candidates)
+    ordered = sorted(candidates, key=lambda row: row["loss"]) if has_loss else candidates
     half = len(ordered) // 2
-    wrong = [row for row in ordered if "true" in row and row.get("predicted") != row["true"]]
-    return Answers(
+    incorrect = [row for row in ordered if "true" in row and row.get("predicted") != row["true"]]
+    return PredictionStats(
         classes,
         counts,
         [_scores(name, counts, names[name]) for name in classes],
         next(iter(units)) if classes else "rows",
         [] if classes else _lengths(by_length),
-        ordered[half:][: -SHOWN - 1 : -1] if has_loss else wrong[:SHOWN],
-        ordered[: max(1, half)][:SHOWN] if has_loss else [],
+        ordered[half:][: -NUM_ROWS - 1 : -1] if has_loss else incorrect[:NUM_ROWS],
+        ordered[: max(1, half)][:NUM_ROWS] if has_loss else [],
         total,
     )
 
 
-def _answer(row: Mapping[str, Any]) -> str | None:
+def _true_text(row: Mapping[str, Any]) -> str | None:
     """Returns the true text; the first one if a question has several."""
     right = row.get("true", row.get("chosen"))
     if isinstance(right, list) and right and isinstance(row.get("predicted"), str):
@@ -197,31 +201,33 @@ def _pairs(true: Any, predicted: Any) -> tuple[str, list[tuple[str, str]]]:
 def _lengths(result: list[tuple[int, float]]) -> list[tuple[int, int, int, float]]:
     """Returns the mean loss per decile of the true answer's length in words."""
     result.sort()
-    if len({length for length, _ in result}) < _BANDS:
+    if len({length for length, _ in result}) < _NUM_QUANTILES:
         return []
-    bands = [
-        result[len(result) * at // _BANDS : len(result) * (at + 1) // _BANDS]
-        for at in range(_BANDS)
+    quantiles = [
+        result[len(result) * at // _NUM_QUANTILES : len(result) * (at + 1) // _NUM_QUANTILES]
+        for at in range(_NUM_QUANTILES)
     ]
-    return [(band[0][0], band[-1][0], len(band), fmean(loss for _, loss in band)) for band in bands]
+    return [
+        (band[0][0], band[-1][0], len(band), fmean(loss for _, loss in band)) for band in quantiles
+    ]
 
 
-_HELD = 20_000  # rows in memory, then reduced to the extremes
+_MAX_ROWS = 20_000  # rows in memory, then reduced to the extremes
 
 
-def _ends(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _keep_extremes(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     if not all(isinstance(row.get("loss"), int | float) for row in rows):
-        return [row for row in rows if row.get("predicted") != row.get("true")][:SHOWN]
+        return [row for row in rows if row.get("predicted") != row.get("true")][:NUM_ROWS]
     rows.sort(key=lambda row: row["loss"])
-    return rows[:SHOWN] + rows[-SHOWN:]
+    return rows[:NUM_ROWS] + rows[-NUM_ROWS:]
 
 
 def _scores(
     name: str, counts: Mapping[str, Counter[str]], rows: int
 ) -> tuple[str, float, float, float, int]:
     hit = counts.get(name, Counter())[name]
-    said = sum(own[name] for own in counts.values())
-    precision, recall = hit / said if said else 0.0, hit / rows if rows else 0.0
+    num_predicted = sum(predicted_counts[name] for predicted_counts in counts.values())
+    precision, recall = hit / num_predicted if num_predicted else 0.0, hit / rows if rows else 0.0
     f1 = 2 * precision * recall / (precision + recall) if hit else 0.0
     return name, precision, recall, f1, rows
 
@@ -237,12 +243,12 @@ class ReportedRun:
     path: Path
     summary: Mapping[str, Any]
     records: Sequence[Mapping[str, Any]]
-    answers: Answers | None = None
+    answers: PredictionStats | None = None
     rollouts: RolloutStats | None = None
-    retrieval: RetrievalFacts | None = None
+    retrieval: RetrievalStats | None = None
 
 
-def read_run_facts(path: Path, predictions: Path | None = None) -> ReportedRun:
+def load_run(path: Path, predictions: Path | None = None) -> ReportedRun:
     """Load the finished run in `path`; raise InputError if it is not one or a file is unreadable.
 
     `predictions` is a file of `ftlevel evaluate --predictions`; None uses the validation rows.
@@ -253,20 +259,20 @@ def read_run_facts(path: Path, predictions: Path | None = None) -> ReportedRun:
             f"{path} is not a run that is done: {here}. Expected the directory that ftlevel train "
             "wrote, as runs/NAME."
         )
-    summary = _read(path / SUMMARY)
-    records = list(_lines(path / METRICS)) if (path / METRICS).is_file() else []
+    summary = _load_json(path / SUMMARY)
+    records = list(_load_json_lines(path / METRICS)) if (path / METRICS).is_file() else []
     if predictions is None and (path / ANSWERS).is_file():
         predictions = path / ANSWERS
     answers = retrieval = None
     if predictions is not None:
-        retrieval = summarize_retrieval(_lines(predictions))
-        answers = None if retrieval else summarize_answers(_lines(predictions))
+        retrieval = compute_retrieval_stats(_load_json_lines(predictions))
+        answers = None if retrieval else compute_prediction_stats(_load_json_lines(predictions))
     rollouts = summarize_rollouts(path / ROLLOUTS)
     name = path.resolve().name
     return ReportedRun(name, path, summary, records, answers, rollouts, retrieval)
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _load_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(read_plain(path))
     except (OSError, ValueError, RecursionError) as error:
@@ -276,7 +282,7 @@ def _read(path: Path) -> dict[str, Any]:
     return value
 
 
-def _lines(path: Path) -> Iterator[dict[str, Any]]:
+def _load_json_lines(path: Path) -> Iterator[dict[str, Any]]:
     try:
         with path.open(encoding="utf-8") as file:
             for number, line in enumerate(file, 1):

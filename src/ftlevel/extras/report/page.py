@@ -1,6 +1,6 @@
 """Render the report as one self-contained HTML file with SVG curves; external text is escaped.
 
-Curves are thinned to about `MOST_POINTS` points and keep minima and maxima. A template draws them,
+Curves are thinned to about `MAX_POINTS` points and keep minima and maxima. A template draws them,
 because a plotting library would add megabytes of script to every page.
 """
 
@@ -22,10 +22,10 @@ from ftlevel.artifacts.run_directory import REPORT, ROLLOUTS, RunDirectory
 from ftlevel.errors import ConfigError
 from ftlevel.extras.report.facts import (
     ReportedRun,
+    compute_prediction_stats,
+    compute_retrieval_stats,
     list_dimensions,
-    read_run_facts,
-    summarize_answers,
-    summarize_retrieval,
+    load_run,
 )
 
 Summary = Mapping[str, Any]
@@ -62,22 +62,24 @@ def headline(summary: Summary) -> Iterator[str]:
         yield f"{moved}No held-out rows: the quality on new rows is not known."
         return
     value, before = metrics[name], summary.get("metrics_before", {}).get(name)
-    ends = summary.get("intervals", {}).get(name)
-    ends = ends if ends and ends[0] < ends[1] else None  # equal ends: all rows have one value
+    interval = summary.get("intervals", {}).get(name)
+    interval = (
+        interval if interval and interval[0] < interval[1] else None
+    )  # equal ends: all rows have one value
     start = "before this run" if summary.get("adapter") else "base"
     yield (
         f"{name.replace('_', ' ')} {_figure(value)} on {rows:,} held-out rows"
         + (f", {start} {_figure(before)}" if before is not None else "")
-        + (f"; 95 % interval {_figure(ends[0])} to {_figure(ends[1])}" if ends else "")
+        + (f"; 95 % interval {_figure(interval[0])} to {_figure(interval[1])}" if interval else "")
     )
     if name in _MEANINGS:
         yield f"{name.replace('_', ' ')}: {_MEANINGS[name]}."
-    if ends:
+    if interval:
         yield "With many more rows like these, the value would likely lie in the interval."
     if before is None:
         yield "The model was not evaluated before training; --eval-on-start does that."
-    elif ends:
-        within = ends[0] <= before <= ends[1]
+    elif interval:
+        within = interval[0] <= before <= interval[1]
         yield (
             f"The value before training lies {'inside' if within else 'outside'} the interval: "
             + ("the difference may be chance." if within else "a real change is likely.")
@@ -135,7 +137,7 @@ def checks(summary: Summary) -> Iterator[str]:
         yield f"{left_out:,} steps were left out, because the loss was not finite or spiked."
 
 
-MOST_POINTS = 400  # per curve
+MAX_POINTS = 400  # per curve
 WIDTH, HEIGHT = 640, 240
 LEFT, RIGHT, TOP, BOTTOM = 64, 20, 34, 42
 
@@ -188,12 +190,12 @@ class Chart:
     @property
     def words(self) -> str:
         """Text alternative of the chart."""
-        said = [
+        texts = [
             f"{line.run}: from {line.points[0][1]:.4g} at step {line.points[0][0]:,.0f} to "
             f"{line.last:.4g} at step {line.points[-1][0]:,.0f}"
             for line in self.lines
         ]
-        return f"{self.title} ({self.unit}) by step. {'; '.join(said)}."
+        return f"{self.title} ({self.unit}) by step. {'; '.join(texts)}."
 
 
 def draw_charts(runs: Sequence[ReportedRun]) -> Iterator[Chart]:
@@ -211,8 +213,8 @@ def draw_charts(runs: Sequence[ReportedRun]) -> Iterator[Chart]:
         result = [
             (number, run, thin(list(_points(run.records, key)))) for number, run in enumerate(runs)
         ]
-        if having := [one for one in result if len(one[2]) > 1]:
-            yield _chart(name, title, unit, having)
+        if series := [one for one in result if len(one[2]) > 1]:
+            yield _chart(name, title, unit, series)
 
 
 def _points(records: Sequence[Mapping[str, Any]], key: str) -> Iterator[Point]:
@@ -240,26 +242,26 @@ def _speed(before: Mapping[str, Any] | None, record: Mapping[str, Any]) -> float
 
 
 def thin(points: list[Point]) -> list[Point]:
-    """Returns about `MOST_POINTS` points: of each interval, the first, lowest and highest."""
-    if len(points) <= MOST_POINTS:
+    """Returns about `MAX_POINTS` points: of each interval, the first, lowest and highest."""
+    if len(points) <= MAX_POINTS:
         return points
-    stretch = math.ceil(len(points) / (MOST_POINTS // 3))
-    kept: list[Point] = []
+    stretch = math.ceil(len(points) / (MAX_POINTS // 3))
+    thinned: list[Point] = []
     for begin in range(0, len(points), stretch):
         chunk = points[begin : begin + stretch]
-        ends = {chunk[0], min(chunk, key=lambda p: p[1]), max(chunk, key=lambda p: p[1])}
-        kept += sorted(ends)
-    return kept if kept[-1] == points[-1] else [*kept, points[-1]]
+        extremes = {chunk[0], min(chunk, key=lambda p: p[1]), max(chunk, key=lambda p: p[1])}
+        thinned += sorted(extremes)
+    return thinned if thinned[-1] == points[-1] else [*thinned, points[-1]]
 
 
 def _chart(
-    name: str, title: str, unit: str, having: Sequence[tuple[int, ReportedRun, list[Point]]]
+    name: str, title: str, unit: str, series: Sequence[tuple[int, ReportedRun, list[Point]]]
 ) -> Chart:
-    every = [point for _, _, points in having for point in points]
-    low_x, high_x = _span([x for x, _ in every])
-    low_y, high_y = _span([y for _, y in every])
+    all_points = [point for _, _, points in series for point in points]
+    low_x, high_x = _span([x for x, _ in all_points])
+    low_y, high_y = _span([y for _, y in all_points])
 
-    def place(point: Point) -> Point:
+    def to_pixels(point: Point) -> Point:
         across = (point[0] - low_x) / (high_x - low_x) * (WIDTH - LEFT - RIGHT)
         up = (point[1] - low_y) / (high_y - low_y) * (HEIGHT - TOP - BOTTOM)
         return LEFT + across, HEIGHT - BOTTOM - up
@@ -268,14 +270,14 @@ def _chart(
         Line(
             run.name,
             number,
-            " ".join(f"{x:.1f},{y:.1f}" for x, y in map(place, points)),
+            " ".join(f"{x:.1f},{y:.1f}" for x, y in map(to_pixels, points)),
             points,
             points[-1][1],
         )
-        for number, run, points in having
+        for number, run, points in series
     ]
-    ticks_x = [(place((x, low_y))[0], f"{x:,.0f}") for x in _ticks(low_x, high_x)]
-    ticks_y = [(place((low_x, y))[1], _label(y)) for y in _ticks(low_y, high_y)]
+    ticks_x = [(to_pixels((x, low_y))[0], f"{x:,.0f}") for x in _ticks(low_x, high_x)]
+    ticks_y = [(to_pixels((low_x, y))[1], _label(y)) for y in _ticks(low_y, high_y)]
     return Chart(name, title, unit, lines, ticks_x, ticks_y, (low_x, high_x, low_y, high_y))
 
 
@@ -301,7 +303,7 @@ def _ticks(low: float, high: float) -> list[float]:
     return [at * step for at in range(first, first + 7) if at * step <= high * (1 + 1e-12)]
 
 
-_LONGEST = 2_000  # characters printed of an answer
+_MAX_TEXT = 2_000  # characters printed of an answer
 
 
 def write_page(runs: Sequence[ReportedRun], path: Path) -> None:
@@ -316,8 +318,8 @@ def render_page(runs: Sequence[ReportedRun]) -> str:
         title=f"{names}: training report",
         version=__version__,
         runs=runs,
-        results=list(_results(runs)),
-        facts=list(_facts(runs)),
+        results=list(_list_results(runs)),
+        facts=list(_list_properties(runs)),
         charts=[_for_template(chart) for chart in draw_charts(runs)],
         has_answers=any(run.answers and run.answers.is_shown for run in runs),
         width=WIDTH,
@@ -342,9 +344,9 @@ def _load_template() -> Any:
         lstrip_blocks=True,
     )
     environment.filters |= {
-        "words": _words,
+        "words": _to_text,
         "texts": _texts,
-        "figures": _figures,
+        "figures": _metric_values,
         "headline": headline,
         "findings": data_findings,
         "checks": checks,
@@ -372,21 +374,21 @@ def _texts(row: Mapping[str, Any]) -> list[tuple[str, Any]]:
     return [(title, row[name]) for name, title in _TEXTS.items() if row.get(name) is not None]
 
 
-def _figures(row: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+def _metric_values(row: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """Yields the numeric values of a prediction, loss first, and their values before training."""
     for name in sorted(row, key=lambda name: name != "loss"):
         value, before = row[name], row.get(f"base_{name}")
         if name in ("row", *_TEXTS) or name.startswith("base_"):
             continue
         if isinstance(value, int | float) and not isinstance(value, bool):
-            begun = f"{before:.4g}" if isinstance(before, int | float) else ""
+            first = f"{before:.4g}" if isinstance(before, int | float) else ""
             after = f"{value:.4g}"
-            yield name.replace("_", " "), after if begun in ("", after) else f"{begun} → {after}"
+            yield name.replace("_", " "), after if first in ("", after) else f"{first} → {after}"
 
 
-def _words(value: Any) -> str:
+def _to_text(value: Any) -> str:
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
-    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"
+    return text if len(text) <= _MAX_TEXT else f"{text[:_MAX_TEXT]}…"
 
 
 def _for_template(chart: Chart) -> dict[str, Any]:
@@ -415,8 +417,7 @@ def _row(runs: Sequence[ReportedRun], name: str, value: Callable[[Any], str]) ->
     return name, [value(run.summary) for run in runs]
 
 
-def _results(runs: Sequence[ReportedRun]) -> Iterator[Row]:
-    """Yields metrics, loss, time and memory: a name, and a value for each run."""
+def _list_results(runs: Sequence[ReportedRun]) -> Iterator[Row]:
     for name in dict.fromkeys(key for run in runs for key in run.summary.get("metrics", {})):
         yield _row(runs, f"validation {name.replace('_', ' ')}", partial(_metric, name=name))
     yield _row(
@@ -433,8 +434,7 @@ def _results(runs: Sequence[ReportedRun]) -> Iterator[Row]:
         yield _row(runs, "memory estimate", format_memory)
 
 
-def _facts(runs: Sequence[ReportedRun]) -> Iterator[Row]:
-    """Yields table rows on the training: task, model, method, steps and date."""
+def _list_properties(runs: Sequence[ReportedRun]) -> Iterator[Row]:
     yield _row(runs, "task", lambda s: str(s.get("task", "")))
     yield _row(runs, "model", lambda s: str(s.get("model", {}).get("name", "")))
     yield _row(runs, "method", lambda s: str(s.get("method", "")))
@@ -449,13 +449,12 @@ def _trained(summary: Mapping[str, Any]) -> str:
 
 
 def _metric(summary: Mapping[str, Any], name: str) -> str:
-    """Returns a metric with its value before training and its interval, if available."""
     value, before = (summary.get(of, {}).get(name) for of in ("metrics", "metrics_before"))
     if not isinstance(value, int | float):
         return ""
-    begun = f"{before:.4f} → " if isinstance(before, int | float) else ""
-    ends = summary.get("intervals", {}).get(name)
-    return f"{begun}{value:.4f}" + (f" [{ends[0]:.4f}, {ends[1]:.4f}]" if ends else "")
+    first = f"{before:.4f} → " if isinstance(before, int | float) else ""
+    interval = summary.get("intervals", {}).get(name)
+    return f"{first}{value:.4f}" + (f" [{interval[0]:.4f}, {interval[1]:.4f}]" if interval else "")
 
 
 def _gib(size: Any) -> str:
@@ -466,13 +465,13 @@ def write_run_page(
     run: RunDirectory, summary: Mapping[str, Any], lines: Sequence[dict[str, Any]]
 ) -> None:
     """Write the page when a run ends; `lines` are its predictions for validation rows."""
-    queries = summarize_retrieval(lines)
-    answers = summarize_answers(iter(lines)) if lines and queries is None else None
+    queries = compute_retrieval_stats(lines)
+    answers = compute_prediction_stats(iter(lines)) if lines and queries is None else None
     records = run.load_log(summary["steps"])
     rollouts = summarize_rollouts(run.path / ROLLOUTS)
     name = run.path.resolve().name
-    facts = ReportedRun(name, run.path, summary, records, answers, rollouts, queries)
-    write_page([facts], run.report)
+    reported_run = ReportedRun(name, run.path, summary, records, answers, rollouts, queries)
+    write_page([reported_run], run.report)
 
 
 def report(
@@ -497,8 +496,8 @@ def report(
     if out is not None:
         check_new_output("--out", out)
     answers: list[Path | None] = [*predictions] or [None for _ in runs]
-    result = [read_run_facts(run, rows) for run, rows in zip(runs, answers, strict=True)]
-    place = out or runs[0] / REPORT
-    place.parent.mkdir(parents=True, exist_ok=True)
-    write_page(result, place)
-    return place
+    result = [load_run(run, rows) for run, rows in zip(runs, answers, strict=True)]
+    to_pixels = out or runs[0] / REPORT
+    to_pixels.parent.mkdir(parents=True, exist_ok=True)
+    write_page(result, to_pixels)
+    return to_pixels

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from ftlevel.config.flag import Flag
 
 
-def check_served(given: CommandInput, *, as_json: bool, quiet: bool) -> None:
+def check_served(inputs: CommandInput, *, as_json: bool, quiet: bool) -> None:
     """Check that a server returns the trained adapter's outputs.
 
     Reports whether each answer is that of the trained model, the base model or neither. Sends about
@@ -24,7 +24,7 @@ def check_served(given: CommandInput, *, as_json: bool, quiet: bool) -> None:
 
     from ftlevel.extras.serving.config import CheckServedConfig
 
-    config = given.section(CheckServedConfig)
+    config = inputs.section(CheckServedConfig)
     from ftlevel.cli.screen import open_screen
 
     with open_screen(as_json=as_json, quiet=quiet) as screen:

@@ -31,12 +31,12 @@ from ftlevel.extras.serving.entry import (
     adapter_name,
     build_adapter_commands,
     check_command,
-    check_for,
-    check_form,
-    check_signs,
-    open_entry,
-    whole_format,
-    write_card,
+    check_lora,
+    check_separators,
+    check_server_support,
+    create_served_model,
+    merged_format,
+    save_readme,
 )
 from ftlevel.extras.serving.recorded import (
     BOUND,
@@ -45,7 +45,7 @@ from ftlevel.extras.serving.recorded import (
     PromptOutputs,
     record,
     run_prompts,
-    write_served,
+    save_record,
 )
 from ftlevel.merging.normal_form import (
     BaseWeights,
@@ -62,8 +62,8 @@ from ftlevel.methods.merging import BY_PEFT_TYPE, get_merge_error
 from ftlevel.models.loading import load_model
 from ftlevel.trained.model_ref import ModelRef
 
-_ROWS = 8
-_NOT_ALONE = (RuntimeError, AttributeError, TypeError, ValueError, LookupError)
+_NUM_SAMPLES = 8
+_LAYER_EXCEPTIONS = (RuntimeError, AttributeError, TypeError, ValueError, LookupError)
 """Errors of layers that cannot run on rows alone."""
 _AT_ZERO, _LINEAR = 1e-9, 1e-5
 _NOISE, _SMALLEST = 2e-7, 1e-6
@@ -71,35 +71,35 @@ _NOISE, _SMALLEST = 2e-7, 1e-6
 
 
 def probe_normal_form(
-    tuned: Any, directory: Any, config: Any, base: BaseWeights, limit: int
+    peft_model: Any, path: Any, config: Any, base: BaseWeights, limit: int
 ) -> NormalForm:
-    """Returns the adapter on `tuned`, a float32 model in eval mode, as plain LoRA.
+    """Returns the adapter on `peft_model`, a float32 model in eval mode, as plain LoRA.
 
     Raises InputError if an adapted layer is not linear, or its rank is above `limit`.
     """
-    file = load_adapter_file(directory, config, base)
+    file = load_adapter_file(path, config, base)
     file.tensors = {name: tensor for name, tensor in file.tensors.items() if is_whole(name, config)}
     factors = {
-        name: _factor(change, name, limit, norm)
-        for name, layer in _layers(tuned)
-        for change, norm in [_change(layer, name, base)]
+        name: _factor(delta, name, limit, norm)
+        for name, layer in _layers(peft_model)
+        for delta, norm in [_compute_delta(layer, name, base)]
     }
     file.notes.append("the update of its layers, factored")
     return build_normal_form(factors, file, limit, "the probe")
 
 
-def _layers(tuned: Any) -> list[tuple[str, Any]]:
+def _layers(peft_model: Any) -> list[tuple[str, Any]]:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     layers: list[tuple[str, Any]] = []
-    for name, module in tuned.get_base_model().named_modules():
-        inside = layers and name.startswith(layers[-1][0] + ".")
-        if isinstance(module, BaseTunerLayer) and not inside:
+    for name, module in peft_model.get_base_model().named_modules():
+        is_nested = layers and name.startswith(layers[-1][0] + ".")
+        if isinstance(module, BaseTunerLayer) and not is_nested:
             layers.append((name, module))
     return layers
 
 
-def _change(layer: Any, name: str, base: BaseWeights) -> tuple[torch.Tensor, float]:
+def _compute_delta(layer: Any, name: str, base: BaseWeights) -> tuple[torch.Tensor, float]:
     """Returns the adapter's update of the weight `name`, (out, in), and the norm of the weight."""
     base_layer = layer.get_base_layer()
     if not isinstance(base_layer, torch.nn.Linear) and type(base_layer).__name__ != "Conv1D":
@@ -110,33 +110,33 @@ def _change(layer: Any, name: str, base: BaseWeights) -> tuple[torch.Tensor, flo
     bias = base.checkpoint.read(f"{name}.bias").double() if has_bias else 0.0
     layer64 = copy.deepcopy(layer).double()
     generator = torch.Generator().manual_seed(0)
-    samples = torch.randn(_ROWS, weight.shape[1], generator=generator, dtype=torch.float64)
+    samples = torch.randn(_NUM_SAMPLES, weight.shape[1], generator=generator, dtype=torch.float64)
     identity = torch.eye(weight.shape[1], dtype=torch.float64)
     try:
         with torch.no_grad():
-            zero, change, outputs = (
+            zero, delta, outputs = (
                 layer64(rows) - (rows @ weight.T + bias)
                 for rows in (samples[:1] * 0, identity, samples)
             )
-    except _NOT_ALONE as error:  # float32 tensors, or needs sequences
+    except _LAYER_EXCEPTIONS as error:  # float32 tensors, or needs sequences
         raise InputError(
             f"{name} cannot be evaluated alone ({' '.join(str(error).split())[:80]}). Merge it"
         ) from None
-    apart = (outputs - samples @ change).norm()
-    if zero.abs().max() > _AT_ZERO or apart > _LINEAR * max(float(outputs.norm()), 1e-12):
+    deviation = (outputs - samples @ delta).norm()
+    if zero.abs().max() > _AT_ZERO or deviation > _LINEAR * max(float(outputs.norm()), 1e-12):
         raise InputError(
             f"{name} changes its bias, or does more than multiply its input by a matrix, which no "
             "plain LoRA does"
         )
-    return change.T, float(weight.norm())
+    return delta.T, float(weight.norm())
 
 
-def _factor(change: torch.Tensor, name: str, limit: int, norm: float) -> Factors:
-    left, values, right = torch.linalg.svd(change, full_matrices=False)
+def _factor(delta: torch.Tensor, name: str, limit: int, norm: float) -> Factors:
+    left, values, right = torch.linalg.svd(delta, full_matrices=False)
     rank = int((values > max(_NOISE * norm, float(values[0]) * _SMALLEST)).sum())
     if rank > limit:
         raise InputError(
-            f"the update of {name} has rank {rank:,} of {min(change.shape):,}, above --max-rank "
+            f"the update of {name} has rank {rank:,} of {min(delta.shape):,}, above --max-rank "
             f"{limit}. Merge it"
         )
     rank = max(rank, 1)
@@ -148,18 +148,18 @@ TEMPLATE = "chat_template.jinja"
 
 
 class Writer(Protocol):
-    """Writes and reads plain LoRA in one format; servers load `file`; if empty, the directory."""
+    """Writer and reader of one format of plain LoRA; servers load `file`, or the directory."""
 
     file: str
 
-    def check(self, entry: ServedModel) -> None:
+    def check(self, adapter: ServedModel) -> None:
         """Raise InputError if the format cannot represent the adapter; loads no base weights."""
 
-    def write(self, output: Path, form: NormalForm, entry: ServedModel) -> None:
+    def write(self, output: Path, lora: NormalForm, adapter: ServedModel) -> None:
         """Write the adapter into the directory `output`."""
 
-    def read(self, output: Path, form: NormalForm, _entry: ServedModel) -> NormalForm:
-        """Load the written file; from `form`, use only settings that the file does not have."""
+    def read(self, output: Path, lora: NormalForm, _entry: ServedModel) -> NormalForm:
+        """Load the written file; from `lora`, use only settings that the file does not have."""
 
 
 @dataclass(frozen=True)
@@ -194,66 +194,71 @@ def plan_adapters(
     config = config.model_copy(update={"server": server}) if server else config
     target = SERVERS.get(config.server or "")
     refs = ref if isinstance(ref, Mapping) else {adapter_name(ref): ref}
-    entries = [open_entry(name, one, target) for name, one in refs.items()]
+    adapters = [create_served_model(name, one, target) for name, one in refs.items()]
     if target is not None:
-        check_signs(target, [entry.name for entry in entries], config.out)
+        check_separators(target, [adapter.name for adapter in adapters], config.out)
     notes: list[str] = []
-    forms: dict[str, NormalForm | None] = {}
-    for entry in entries:
+    loras: dict[str, NormalForm | None] = {}
+    for adapter in adapters:
         try:
-            get_plain_form(entry.peft_config)
-            notes += check_for(entry, target)
-            writer.check(entry)
-            form = compute_normal_form(
-                entry.ref.adapter_path, entry.peft_config, entry.base, config.max_rank
+            get_plain_form(adapter.peft_config)
+            notes += check_server_support(adapter, target)
+            writer.check(adapter)
+            lora = compute_normal_form(
+                adapter.ref.adapter_path,
+                adapter.peft_config,
+                adapter.base,
+                config.max_rank,
             )
-            form = form and check_form(form, entry, target)
+            lora = lora and check_lora(lora, adapter, target)
         except InputError as error:
-            raise InputError(_refusal(entry, target, config.format, str(error))) from None
-        forms[entry.name] = form
-    _check_together(entries, target)
-    return AdaptersExport(config, target, entries, forms, list(dict.fromkeys(notes)), writer)
+            raise InputError(_format_error(adapter, target, config.format, str(error))) from None
+        loras[adapter.name] = lora
+    _validate_set(adapters, target)
+    return AdaptersExport(config, target, adapters, loras, list(dict.fromkeys(notes)), writer)
 
 
-def _refusal(entry: ServedModel, server: Server | None, format_: str, reason: str) -> str:
-    """Returns an error message with the adapter's name, `reason`, and how to merge, if possible."""
-    peft_config = entry.peft_config
+def _format_error(adapter: ServedModel, server: Server | None, format_: str, message: str) -> str:
+    """Returns an error message with the adapter's name, `message`, and how to merge it."""
+    peft_config = adapter.peft_config
     purpose = f"for {server.title}" if server else f"as {format_}"
-    reason = f"{entry.name} cannot be written {purpose}: {reason.rstrip('.')}"
-    if reason.endswith(_MERGE):
-        reason = reason.removesuffix(_MERGE)
+    message = f"{adapter.name} cannot be written {purpose}: {message.rstrip('.')}"
+    if message.endswith(_MERGE):
+        message = message.removesuffix(_MERGE)
         peft_type = str(peft_config.get("peft_type"))
         if get_merge_error(peft_config) is None:
-            reason += f"Merge it: --format {whole_format(server)}"
+            message += f"Merge it: --format {merged_format(server)}"
         elif peft_type in BY_PEFT_TYPE:
-            reason += "It cannot be merged either: keep it with PEFT or ftlevel"
+            message += "It cannot be merged either: keep it with PEFT or ftlevel"
         else:
-            reason += "Merge it by merge_and_unload of PEFT, and serve the model"
-    return reason + "."
+            message += "Merge it by merge_and_unload of PEFT, and serve the model"
+    return message + "."
 
 
-def _check_together(entries: Sequence[ServedModel], server: Server | None) -> None:
-    """Refuse adapters that one server cannot serve together."""
-    if len(entries) == 1:
+def _validate_set(adapters: Sequence[ServedModel], server: Server | None) -> None:
+    """Raise ConfigError or InputError if one server cannot serve all `adapters`."""
+    if len(adapters) == 1:
         return
     if server is not None and not server.several:
         raise ConfigError(
-            f"--for {server.name} serves one adapter, and {len(entries)} are given: "
-            f"{join_names(entry.name for entry in entries)}. Choose one."
+            f"--for {server.name} serves one adapter, and {len(adapters)} are given: "
+            f"{join_names(adapter.name for adapter in adapters)}. Choose one."
         )
-    first = entries[0]
-    for entry in entries[1:]:
-        cards = (first.ref.card.base, entry.ref.card.base)
-        marks = [card.get("fingerprint") for card in cards]
-        if entry.base_name != first.base_name or (all(marks) and marks[0] != marks[1]):
+    first = adapters[0]
+    for adapter in adapters[1:]:
+        cards = (first.ref.card.base, adapter.ref.card.base)
+        fingerprints = [card.get("fingerprint") for card in cards]
+        if adapter.base_name != first.base_name or (
+            all(fingerprints) and fingerprints[0] != fingerprints[1]
+        ):
             raise InputError(
-                f"{first.name} and {entry.name} have different bases ({first.base_name} and "
-                f"{entry.base_name}), and a server loads one. Export them separately."
+                f"{first.name} and {adapter.name} have different bases ({first.base_name} and "
+                f"{adapter.base_name}), and a server loads one. Export them separately."
             )
-    templates = {entry.own_chat_template for entry in entries}
+    templates = {adapter.custom_chat_template for adapter in adapters}
     if server is not None and len(templates) > 1:
         raise InputError(
-            f"{join_names(entry.name for entry in entries)} were trained with different chat "
+            f"{join_names(adapter.name for adapter in adapters)} were trained with different chat "
             "templates, and a server has one for all. Export them one by one."
         )
 
@@ -262,24 +267,24 @@ def _check_together(entries: Sequence[ServedModel], server: Server | None) -> No
 class AdaptersExport:
     """Planned export of adapters, before weights of the base are loaded.
 
-    If a value of `forms` is None, it is computed from the loaded layers. `server` is None if only a
+    If a value of `loras` is None, it is computed from the loaded layers. `server` is None if only a
     format was requested.
     """
 
     config: ExportConfig
     server: Server | None
-    entries: list[ServedModel]
-    forms: dict[str, NormalForm | None]
+    adapters: list[ServedModel]
+    loras: dict[str, NormalForm | None]
     notes: list[str]
     writer: Writer
 
     def choices(self, device: Choice) -> Iterator[Choice]:
         """Yields the settings to print before the export."""
-        for entry in self.entries:
-            form = self.forms[entry.name]
-            reason = "known when its layers are computed" if form is None else f"rank {form.rank}"
-            yield Choice(entry.name, entry.ref.card.method, reason)
-        yield Choice("base", self.entries[0].base_name)
+        for adapter in self.adapters:
+            lora = self.loras[adapter.name]
+            message = "known when its layers are computed" if lora is None else f"rank {lora.rank}"
+            yield Choice(adapter.name, adapter.ref.card.method, message)
+        yield Choice("base", self.adapters[0].base_name)
         message = f"what {self.server.title} loads" if self.server else "--format"
         yield Choice("format", self.config.format, message)
         yield Choice("out", self.config.out)
@@ -288,156 +293,163 @@ class AdaptersExport:
 
     def dry_run(self) -> dict[str, Any]:
         """Returns the summary of the planned export."""
-        return self._summary(self.forms, {}, verified=False)
+        return self._summary(self.loras, {}, verified=False)
 
     def write(self, output: Path, device: str, listener: Listener, merge: Any) -> dict[str, Any]:  # noqa: ARG002 - nothing is merged
         """Write every adapter into `output`, compare it with the run; return the summary."""
-        forms: dict[str, NormalForm | None] = {}
+        loras: dict[str, NormalForm | None] = {}
         checks: dict[str, AdapterCheck] = {}
         records: list[AdapterRecord] = []
-        for entry in self.entries:
-            directory = output if len(self.entries) == 1 else output / entry.name
-            directory.mkdir(exist_ok=True)
-            form, check, recorded = self._write_one(entry, directory, device, listener)
-            forms[entry.name] = form
+        for adapter in self.adapters:
+            path = output if len(self.adapters) == 1 else output / adapter.name
+            path.mkdir(exist_ok=True)
+            lora, check, recorded = self._write_one(adapter, path, device, listener)
+            loras[adapter.name] = lora
             if check is not None:
-                checks[entry.name] = check
+                checks[adapter.name] = check
                 records.append(recorded)
-        summary = self._summary(forms, checks, verified=self.config.verify)
+        summary = self._summary(loras, checks, verified=self.config.verify)
         if records:
             facts = {key: summary[key] for key in ("model", "server", "base", "start")}
-            facts |= {"file_format": self.config.format, "dtype": _stored_dtype(self.entries[0])}
-            write_served(output / FILE, facts, records)
-        write_card(output, summary)
+            facts |= {
+                "file_format": self.config.format,
+                "dtype": _stored_dtype(self.adapters[0]),
+            }
+            save_record(output / FILE, facts, records)
+        save_readme(output, summary)
         return summary
 
     def _write_one(
-        self, entry: ServedModel, directory: Path, device: str, listener: Listener
+        self, adapter: ServedModel, path: Path, device: str, listener: Listener
     ) -> tuple[NormalForm, AdapterCheck | None, AdapterRecord]:
-        form, prompts = self.forms[entry.name], entry.prompts()
+        lora, prompts = self.loras[adapter.name], adapter.prompts()
         base: PromptOutputs | None = None
         trained: PromptOutputs | None = None
-        if form is None or self.config.verify:
-            listener.stage(f"computing reference outputs of {entry.name}")
-            base, trained, form = self._ask_trained(entry, prompts, form, device)
-        listener.stage(f"writing {entry.name}")
-        self.writer.write(directory, form, entry)
-        if (template := entry.own_chat_template) is not None:
-            (directory / TEMPLATE).write_text(template, encoding="utf-8")
+        if lora is None or self.config.verify:
+            listener.stage(f"computing reference outputs of {adapter.name}")
+            base, trained, lora = self._compute_outputs(adapter, prompts, lora, device)
+        listener.stage(f"writing {adapter.name}")
+        self.writer.write(path, lora, adapter)
+        if (template := adapter.custom_chat_template) is not None:
+            (path / TEMPLATE).write_text(template, encoding="utf-8")
         check = None
         if self.config.verify and trained is not None:
-            listener.stage(f"reloading and comparing {entry.name}")
-            form_read = self.writer.read(directory, form, entry)
-            check = self._compare(entry, form_read, prompts, trained, base, device)
+            listener.stage(f"reloading and comparing {adapter.name}")
+            reloaded = self.writer.read(path, lora, adapter)
+            check = self._compare(adapter, reloaded, prompts, trained, base, device)
             if check.effect <= BOUND * check.scale:
-                listener.warn(f"{entry.name} has no effect: its logits equal the base's.")
+                listener.warn(f"{adapter.name} has no effect: its logits equal the base's.")
         output = (
-            str(directory.relative_to(directory.parent) / self.writer.file)
-            if len(self.entries) > 1
+            str(path.relative_to(path.parent) / self.writer.file)
+            if len(self.adapters) > 1
             else (self.writer.file or ".")
         )
-        spoken = {"trained": trained, "base": base}
-        return form, check, record(entry.name, output, form.rank, prompts, spoken)
+        outputs_by_model = {"trained": trained, "base": base}
+        return lora, check, record(adapter.name, output, lora.rank, prompts, outputs_by_model)
 
-    def _ask_trained(
-        self, entry: ServedModel, prompts: list[Prompt], form: NormalForm | None, device: str
+    def _compute_outputs(
+        self,
+        adapter: ServedModel,
+        prompts: list[Prompt],
+        lora: NormalForm | None,
+        device: str,
     ) -> tuple[PromptOutputs | None, PromptOutputs, NormalForm]:
-        """Returns outputs of base and trained model, and `form`, which is computed if None."""
+        """Returns outputs of base and trained model, and `lora`, which is computed if None."""
         base = None
-        if entry.answers:
-            base_model = entry.in_float32(with_adapter=False).load(device).model
-            base = run_prompts(base_model, entry, prompts)
+        if adapter.answers:
+            base_model = adapter.in_float32(with_adapter=False).load(device).model
+            base = run_prompts(base_model, adapter, prompts)
             del base_model
-        model = entry.in_float32().load(device)
-        tuned = model.model
-        trained = run_prompts(tuned, entry, prompts)
-        if form is None:
+        model = adapter.in_float32().load(device)
+        peft_model = model.model
+        trained = run_prompts(peft_model, adapter, prompts)
+        if lora is None:
             try:
-                form = probe_normal_form(
-                    tuned.cpu(),
-                    entry.ref.adapter_path,
-                    entry.peft_config,
-                    entry.base,
+                lora = probe_normal_form(
+                    peft_model.cpu(),
+                    adapter.ref.adapter_path,
+                    adapter.peft_config,
+                    adapter.base,
                     self.config.max_rank,
                 )
-                form = check_form(form, entry, self.server)
+                lora = check_lora(lora, adapter, self.server)
             except InputError as error:
-                refusal = _refusal(entry, self.server, self.config.format, str(error))
+                refusal = _format_error(adapter, self.server, self.config.format, str(error))
                 raise InputError(refusal) from None
         if base is None:
             with model.without_adapter():
-                base = run_prompts(tuned, entry, prompts)
-        del tuned, model
+                base = run_prompts(peft_model, adapter, prompts)
+        del peft_model, model
         gc.collect()
-        return base, trained, form
+        return base, trained, lora
 
     def _compare(
         self,
-        entry: ServedModel,
-        form: NormalForm,
+        adapter: ServedModel,
+        lora: NormalForm,
         prompts: list[Prompt],
         trained: PromptOutputs,
         base: PromptOutputs | None,
         device: str,
     ) -> AdapterCheck:
-        """Apply `form`, as read back, with PEFT; raise RunError if logits differ from `trained`."""
+        """Apply `lora`, as read back, with PEFT; raise RunError if logits differ from `trained`."""
         from peft import PeftModel
 
         base_model, _ = load_model(
-            entry.ref.source,
-            entry.ref.model_config,
-            entry.ref.auto_class,
+            adapter.ref.source,
+            adapter.ref.model_config,
+            adapter.ref.auto_class,
             dtype=torch.float32,
             device=device,
         )
         with Workspace("normal") as folder:
-            save_normal_form(Path(folder), form, entry)
+            save_normal_form(Path(folder), lora, adapter)
             peft_model = PeftModel.from_pretrained(base_model, folder).eval()
-        outputs = run_prompts(peft_model, entry, prompts)
+        outputs = run_prompts(peft_model, adapter, prompts)
         del peft_model, base_model
         gc.collect()
-        difference, scale = answers.largest_difference(trained, outputs), answers.scale(trained)
+        difference, scale = answers.max_difference(trained, outputs), answers.scale(trained)
         if not difference <= BOUND * scale:
             raise RunError(
-                f"what was written is not {entry.name}: read back and put onto its base by PEFT, "
+                f"what was written is not {adapter.name}: read back and put onto its base by PEFT, "
                 f"its logits differ by up to {difference:.3g} (the largest is {scale:.3g}). "
                 "Nothing was saved. Use --format merged. Please report this with the command."
             )
-        effect = answers.largest_difference(trained, base) if base is not None else 0.0
-        quantization = entry.ref.quantization.get("kind", "none")
+        effect = answers.max_difference(trained, base) if base is not None else 0.0
+        quantization = adapter.ref.quantization.get("kind", "none")
         quantized = None
-        if quantization != "none" and not entry.ref.is_prequantized:
-            as_trained = entry.ref.load(device).model
-            quantized = answers.divergence(run_prompts(as_trained, entry, prompts), outputs)
+        if quantization != "none" and not adapter.ref.is_prequantized:
+            as_trained = adapter.ref.load(device).model
+            quantized = answers.divergence(run_prompts(as_trained, adapter, prompts), outputs)
         return AdapterCheck(difference, scale, effect, quantized)
 
     def _summary(
         self,
-        forms: Mapping[str, NormalForm | None],
+        loras: Mapping[str, NormalForm | None],
         checks: Mapping[str, AdapterCheck],
         *,
         verified: bool,
     ) -> dict[str, Any]:
-        config, several = self.config, len(self.entries) > 1
-        adapters, parts = [], []
-        for entry in self.entries:
-            form, check = forms[entry.name], checks.get(entry.name)
-            directory = config.out / entry.name if several else config.out
-            template = directory / TEMPLATE if entry.own_chat_template is not None else None
-            parts.append(
+        config, several = self.config, len(self.adapters) > 1
+        adapters, exported = [], []
+        for adapter in self.adapters:
+            lora, check = loras[adapter.name], checks.get(adapter.name)
+            path = config.out / adapter.name if several else config.out
+            template = path / TEMPLATE if adapter.custom_chat_template is not None else None
+            exported.append(
                 ServedAdapter(
-                    entry.name, directory / self.writer.file, form.rank if form else 0, template
+                    adapter.name, path / self.writer.file, lora.rank if lora else 0, template
                 )
             )
             adapters.append(
                 {
-                    "name": entry.name,
-                    "method": entry.ref.card.method,
-                    "rank": form and form.rank,
-                    "modules": form and len(form.factors),
-                    "whole_modules": form and form.whole_modules,
-                    "way": form and form.way,
-                    "changes": form.said if form else [],
+                    "name": adapter.name,
+                    "method": adapter.ref.card.method,
+                    "rank": lora and lora.rank,
+                    "modules": lora and len(lora.factors),
+                    "whole_modules": lora and lora.whole_modules,
+                    "way": lora and lora.way,
+                    "changes": lora.said if lora else [],
                     "chat_template": template and str(template),
                     "check": check
                     and {
@@ -448,17 +460,17 @@ class AdaptersExport:
                     },
                 }
             )
-        known = self.server is not None and all(forms.values())
+        is_complete = self.server is not None and all(loras.values())
         start = (
-            build_adapter_commands(self.server, self.entries[0].base_name, parts)
-            if (known and self.server)
+            build_adapter_commands(self.server, self.adapters[0].base_name, exported)
+            if (is_complete and self.server)
             else []
         )
         return {
             "model": config.model,
             "format": config.format,
             "server": self.server and self.server.name,
-            "base": self.entries[0].base_name,
+            "base": self.adapters[0].base_name,
             "adapters": adapters,
             "notes": self.notes,
             "start": start,
@@ -473,8 +485,8 @@ class AdaptersExport:
             rank = adapter["rank"]
             size = f"rank {rank}, {adapter['modules']:,} modules" if rank else "rank not known yet"
             yield f"{adapter['name']}: plain LoRA, {size}"
-            for change in adapter["changes"]:
-                yield f"  {change}"
+            for delta in adapter["changes"]:
+                yield f"  {delta}"
             if adapter["chat_template"]:
                 yield f"  its chat template is not the base's: {adapter['chat_template']}"
             if (check := adapter["check"]) is not None:
@@ -505,5 +517,5 @@ def _check_lines(check: Mapping[str, Any]) -> Iterator[str]:
         )
 
 
-def _stored_dtype(entry: ServedModel) -> str:
-    return str(getattr(entry.ref.model_config, "dtype", None) or "float32").removeprefix("torch.")
+def _stored_dtype(adapter: ServedModel) -> str:
+    return str(getattr(adapter.ref.model_config, "dtype", None) or "float32").removeprefix("torch.")

@@ -1,4 +1,4 @@
-"""`check-served`: query a server with recorded prompts and verify that it applies the adapter.
+"""`check-served`: query a server with recorded prompts; verify that it applies the adapter.
 
 With `--in`, a script runs a library instead of a server, with its own Python and a timeout.
 Embeddings and scores are compared with those recorded when the files were exported.
@@ -31,10 +31,10 @@ from ftlevel.extras.serving.client import (
     ELSE,
     TRAINED,
     Client,
-    RequestRefusedError,
-    ServerAnswer,
-    Verdict,
-    judge_answer,
+    OutputMatch,
+    RequestError,
+    ServerOutput,
+    match_output,
     tolerance_of,
     widen_tolerance,
 )
@@ -44,24 +44,24 @@ from ftlevel.extras.serving.recorded import (
     TOKENS,
     AdapterRecord,
     ServingRecord,
-    read_served,
-    served_path,
+    load_record,
+    record_path,
 )
 
 _LIBRARIES = ("vllm", "llama.cpp", "openvino")
 _BOUND = 1e-3
 _COARSE = {"q8_0": 1e-2, "q5_0": 5e-2, "q4_0": 1e-1}
-"""Largest 1 - cosine by the type of a .gguf file, whose activations llama.cpp rounds as well."""
+"""Largest 1 - cosine by data type of a .gguf file; llama.cpp also rounds activations."""
 
 
 _SCORES = {"float32": 1e-3}
 _COARSE_SCORE = 5e-2
-"""Largest difference of scores by the type of the weights, relative to scores above 1."""
+"""Largest difference of scores by data type of the weights; relative for scores above 1."""
 
 
-def read_vectors(out: Path) -> dict[str, Any] | None:
+def load_vectors(out: Path) -> dict[str, Any] | None:
     """Load the recorded embeddings or scores of the export at `out`; None if it has neither."""
-    path = served_path(out)
+    path = record_path(out)
     if not path.is_file():
         return None
     try:
@@ -72,34 +72,33 @@ def read_vectors(out: Path) -> dict[str, Any] | None:
 
 
 def _open_client(config: CheckServedConfig) -> tuple[Client, str]:
-    """Returns a client of the server at `--url`, and the name of its model."""
     client = Client(config.url or "", float(config.timeout))
-    listed = client.models()
-    return client, config.model or (listed[0] if listed else config.out.stem)
+    model_names = client.models()
+    return client, config.model or (model_names[0] if model_names else config.out.stem)
 
 
 def _embed_at_url(config: CheckServedConfig, texts: list[str]) -> list[list[float]]:
     client, name = _open_client(config)
     try:
         return client.embed(name, texts)
-    except RequestRefusedError as refused:
+    except RequestError as refused:
         raise InputError(f"--url {config.url}: {refused}.") from None
 
 
 def _embed_in(config: CheckServedConfig, texts: list[str]) -> list[list[float]]:
-    library, is_file = str(config.inside), config.out.suffix == ".gguf"
-    if library not in _LIBRARIES:
+    backend, is_file = str(config.inside), config.out.suffix == ".gguf"
+    if backend not in _LIBRARIES:
         raise InputError(
-            f"--in {library}: it embeds no texts here; {join_names(_LIBRARIES)} do. Start its "
+            f"--in {backend}: it embeds no texts here; {join_names(_LIBRARIES)} do. Start its "
             "server, and pass the address with --url."
         )
-    if is_file != (library == "llama.cpp"):
+    if is_file != (backend == "llama.cpp"):
         raise InputError(
-            f"--in {library}: {config.out} is {'a .gguf file' if is_file else 'a directory'}, "
-            f"which {library} does not load. Export it --for {library}."
+            f"--in {backend}: {config.out} is {'a .gguf file' if is_file else 'a directory'}, "
+            f"which {backend} does not load. Export it --for {backend}."
         )
-    seconds = 10.0 * config.timeout
-    return embed_in_library(library, config.python, config.out, texts, seconds)
+    timeout = 10.0 * config.timeout
+    return embed_in_library(backend, config.python, config.out, texts, timeout)
 
 
 def check_vectors(config: CheckServedConfig, record: dict[str, Any]) -> dict[str, Any]:
@@ -119,15 +118,15 @@ def check_vectors(config: CheckServedConfig, record: dict[str, Any]) -> dict[str
             )
         return _check_scores(*_open_client(config), texts, config, record)
     asked = _embed_in(config, texts) if config.url is None else _embed_at_url(config, texts)
-    heard = np.array(asked, dtype=np.float64)
+    received_values = np.array(asked, dtype=np.float64)
     expected = np.array([row["vector"] for row in record["texts"]], dtype=np.float64)
-    if heard.shape != expected.shape:
+    if received_values.shape != expected.shape:
         raise RunError(
-            f"the server's embeddings have shape {heard.shape}, and those of training "
+            f"the server's embeddings have shape {received_values.shape}, and those of training "
             f"{expected.shape}. Does it serve {config.out}?"
         )
-    norms = np.linalg.norm(heard, axis=1) * np.linalg.norm(expected, axis=1)
-    cosines = (heard * expected).sum(1) / norms
+    norms = np.linalg.norm(received_values, axis=1) * np.linalg.norm(expected, axis=1)
+    cosines = (received_values * expected).sum(1) / norms
     bound = config.tolerance or _COARSE.get(str(record["dtype"]), _BOUND)
     if not cosines.min() >= 1 - bound:
         raise RunError(
@@ -146,20 +145,20 @@ def _check_scores(
     record: Mapping[str, Any],
 ) -> dict[str, Any]:
     try:
-        heard = np.array(client.rerank(name, record["query"], list(texts)))
-    except RequestRefusedError as refused:
+        received_values = np.array(client.rerank(name, record["query"], list(texts)))
+    except RequestError as refused:
         raise InputError(f"--url {config.url}: {refused}.") from None
     expected = np.array([row["score"] for row in record["texts"]])
     if record["activation"] == "sigmoid" and record["server"] != "tei":  # it is asked for logits
         expected = 1 / (1 + np.exp(-expected))
     bound = config.tolerance or _SCORES.get(str(record["dtype"]), _COARSE_SCORE)
-    differences = np.abs(heard - expected) / np.maximum(1, np.abs(expected))
-    worst = int(differences.argmax())
+    differences = np.abs(received_values - expected) / np.maximum(1, np.abs(expected))
+    max_index = int(differences.argmax())
     if not differences.max() <= bound:
         raise RunError(
-            f"the server's scores are not those of training: {heard[worst]:.4f} for "
-            f"{texts[worst]!r}, expected {expected[worst]:.4f}. Check that it applies the model's "
-            "activation, and no prompt."
+            f"the server's scores are not those of training: {received_values[max_index]:.4f} for "
+            f"{texts[max_index]!r}, expected {expected[max_index]:.4f}. Check that it applies the "
+            "model's activation, and no prompt."
         )
     return {"texts": len(texts), "max_difference": float(differences.max()), "bound": bound}
 
@@ -183,19 +182,19 @@ _MODULES = {
     "openvino": ("openvino_genai", "optimum"),
 }
 _LENGTH = 512
-_SHOWN = 300
+_MAX_MESSAGE = 300
 
 
 def run_library(
-    library: str, python: Path | None, base: str, adapters: Sequence[dict[str, Any]], seconds: float
-) -> dict[str, list[ServerAnswer] | str]:
-    """Returns the library's answers by adapter name; if it cannot load an adapter, the reason.
+    backend: str, python: Path | None, base: str, adapters: Sequence[dict[str, Any]], timeout: float
+) -> dict[str, list[ServerOutput] | str]:
+    """Returns the library's outputs by adapter name, or the message if it cannot load an adapter.
 
     Each adapter has `name`, `place` (empty for the base), `rank_limit` and `prompts`, lists of
     token ids. A `python` of None is the current one.
 
     Raises:
-        InputError: The library is not installed, fails, or exceeds `seconds`.
+        InputError: The library is not installed, fails, or exceeds `timeout`.
     """
     request = {
         "base": base,
@@ -204,15 +203,15 @@ def run_library(
         "length": _LENGTH,
         "threads": int(os.environ.get("OMP_NUM_THREADS") or 2),
     }
-    outputs = _ask(library, python, request, seconds)
+    outputs = _run_script(backend, python, request, timeout)
     return {
-        name: rows if isinstance(rows, str) else [ServerAnswer(**row) for row in rows]
+        name: rows if isinstance(rows, str) else [ServerOutput(**row) for row in rows]
         for name, rows in outputs.items()
     }
 
 
 def embed_in_library(
-    library: str, python: Path | None, model: Path, texts: Sequence[str], seconds: float
+    backend: str, python: Path | None, model: Path, texts: Sequence[str], timeout: float
 ) -> list[list[float]]:
     """Returns the library's embeddings of `texts`; arguments and errors as in `run_library`."""
     request = {
@@ -221,25 +220,27 @@ def embed_in_library(
         "length": _LENGTH,
         "threads": int(os.environ.get("OMP_NUM_THREADS") or 2),
     }
-    vectors: list[list[float]] = _ask(library, python, request, seconds)["vectors"]
+    vectors: list[list[float]] = _run_script(backend, python, request, timeout)["vectors"]
     return vectors
 
 
-def _ask(library: str, python: Path | None, request: dict[str, Any], seconds: float) -> Any:
-    """Run the library's script on `request` and return its answer."""
+def _run_script(backend: str, python: Path | None, request: dict[str, Any], timeout: float) -> Any:
     program = str(python or sys.executable)
-    script = Path(__file__).with_name(_SCRIPTS[library])
-    with Workspace("asked") as folder:
-        question, answer = Path(folder, "asked.json"), Path(folder, "answered.json")
-        question.write_text(json.dumps(request), encoding="utf-8")
-        code, error = _run([program, str(script), str(question), str(answer)], seconds, library)
+    script = Path(__file__).with_name(_SCRIPTS[backend])
+    with Workspace("asked") as temporary_dir:
+        request_file, answer = (
+            Path(temporary_dir, "asked.json"),
+            Path(temporary_dir, "answered.json"),
+        )
+        request_file.write_text(json.dumps(request), encoding="utf-8")
+        code, error = _run([program, str(script), str(request_file), str(answer)], timeout, backend)
         if code != 0 or not answer.is_file():
-            raise InputError(_why(library, program, code, error))
+            raise InputError(_format_failure(backend, program, code, error))
         return json.loads(answer.read_text(encoding="utf-8"))
 
 
-def _run(command: list[str], seconds: float, library: str) -> tuple[int, str]:
-    """Returns exit code and output; kill the process and its children on timeout or interrupt."""
+def _run(command: list[str], timeout: float, backend: str) -> tuple[int, str]:
+    """Run `command`; return its exit code and output. Kills its process group on timeout."""
     try:
         process = subprocess.Popen(
             command,
@@ -254,10 +255,10 @@ def _run(command: list[str], seconds: float, library: str) -> tuple[int, str]:
     except OSError as error:
         raise InputError(f"--python {command[0]} cannot be run ({error.strerror}).") from None
     try:
-        message, _ = process.communicate(timeout=seconds)
+        message, _ = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
         raise InputError(
-            f"--in {library} did not answer within {seconds:.0f} s. Raise --timeout."
+            f"--in {backend} did not answer within {timeout:.0f} s. Raise --timeout."
         ) from None
     finally:
         if process.poll() is None:
@@ -266,18 +267,18 @@ def _run(command: list[str], seconds: float, library: str) -> tuple[int, str]:
     return process.returncode, message
 
 
-def _why(library: str, program: str, code: int, stderr: str) -> str:
+def _format_failure(backend: str, program: str, code: int, stderr: str) -> str:
     lines = [line.strip() for line in stderr.splitlines() if line.strip()]
-    for module in _MODULES[library]:
+    for module in _MODULES[backend]:
         if any(f"No module named '{module}" in line for line in lines):
             return (
-                f"--in {library}: {program} has not {module}. Install {_INSTALL[library]} "
+                f"--in {backend}: {program} has not {module}. Install {_INSTALL[backend]} "
                 "in an environment of its own, and name its Python: --python PATH."
             )
     matches = [n for n, line in enumerate(lines) if "Error" in line or "error" in line]
     # C++ errors end the first line with a colon and continue on the next.
     stderr = " ".join(lines[matches[-1] if matches else -1 :]) if lines else "it said nothing"
-    return f"--in {library} ended with code {code}: {stderr[:_SHOWN]}"
+    return f"--in {backend} ended with code {code}: {stderr[:_MAX_MESSAGE]}"
 
 
 _FORMATS = {
@@ -307,23 +308,27 @@ def check_served(
         RunError: the outputs differ from the trained model's.
     """
     listener = listener or NullListener()
-    began = time.perf_counter()
-    if (record := read_vectors(config.out)) is not None:
-        return _check_embeddings(config, record, listener, began)
-    served = read_served(config.out)
+    start_time = time.perf_counter()
+    if (record := load_vectors(config.out)) is not None:
+        return _check_embeddings(config, record, listener, start_time)
+    serving_record = load_record(config.out)
     # A base loaded in this process is float32; a GGUF file has its own dtype.
-    is_float = config.inside and served.facts.get("file_format") != "gguf"
-    dtype = "float32" if is_float else str(served.facts.get("dtype"))
+    is_float = config.inside and serving_record.metadata.get("file_format") != "gguf"
+    dtype = "float32" if is_float else str(serving_record.metadata.get("dtype"))
     listener.stage(f"querying {config.inside or config.url}")
-    rows = _query_library(config, served) if config.inside else _ask_url(config, served)
-    base_answers = {} if config.tolerance else _query_base(config, served)
+    rows = (
+        _query_library(config, serving_record)
+        if config.inside
+        else _query_url(config, serving_record)
+    )
+    base_outputs = {} if config.tolerance else _query_base(config, serving_record)
     adapters = []
-    for adapter in served.adapters:
+    for adapter in serving_record.adapters:
         if adapter.prompts:
             tolerance = config.tolerance or tolerance_of(dtype)
-            if adapter.name in base_answers:
-                recorded = [prompt["base"] for prompt in adapter.prompts]
-                tolerance = widen_tolerance(tolerance, base_answers[adapter.name], recorded)
+            if adapter.name in base_outputs:
+                reference = [prompt["base"] for prompt in adapter.prompts]
+                tolerance = widen_tolerance(tolerance, base_outputs[adapter.name], reference)
             adapters.append(_judge(adapter, rows[adapter.name], tolerance))
     summary = {
         "out": str(config.out),
@@ -331,22 +336,22 @@ def check_served(
         "tolerance": max((adapter["tolerance"] for adapter in adapters), default=None),
         "adapters": adapters,
         "verdict": _overall(adapters),
-        "seconds": round(time.perf_counter() - began, 2),
+        "seconds": round(time.perf_counter() - start_time, 2),
     }
-    lines = tuple(_lines(summary))
+    lines = tuple(_format_results(summary))
     if summary["verdict"] != TRAINED:
-        raise RunError("\n".join([*lines, _advice(summary, served)]))
+        raise RunError("\n".join([*lines, _format_fix(summary, serving_record)]))
     return CheckServedResult(summary, lines)
 
 
 def _check_embeddings(
-    config: CheckServedConfig, record: dict[str, Any], listener: Listener, began: float
+    config: CheckServedConfig, record: dict[str, Any], listener: Listener, start_time: float
 ) -> CheckServedResult:
     asked = config.inside or config.url
     listener.stage(f"querying {asked}")
     result = check_vectors(config, record)
     summary = {"out": str(config.out), "asked": asked, "verdict": TRAINED, **result}
-    summary["seconds"] = round(time.perf_counter() - began, 2)
+    summary["seconds"] = round(time.perf_counter() - start_time, 2)
     message = (
         f"{TRAINED}: {result['texts']} scores differ by at most {result['max_difference']:.2g}"
         if record["type"] == "scores"
@@ -356,44 +361,64 @@ def _check_embeddings(
 
 
 @dataclass(frozen=True)
-class _Rows:
-    """Outputs for one adapter; `how`: how prompts were sent; `no_chat`: why there is no chat."""
+class _AdapterOutputs:
+    """Outputs for one adapter.
 
-    plain: list[ServerAnswer]
-    chat: list[ServerAnswer | None]
-    how: str
+    Attributes:
+        plain: completions.
+        chat: outputs of the chat endpoint; None where there is none.
+        api: how prompts were sent: as token ids or as text.
+        no_chat: why there are no chat outputs.
+    """
+
+    plain: list[ServerOutput]
+    chat: list[ServerOutput | None]
+    api: str
     no_chat: str = ""
 
 
-def _ask_url(config: CheckServedConfig, served: ServingRecord) -> dict[str, _Rows]:
+def _query_url(
+    config: CheckServedConfig, serving_record: ServingRecord
+) -> dict[str, _AdapterOutputs]:
     client = Client(config.url or "", float(config.timeout))
-    listed = client.models()
+    model_names = client.models()
     rows = {}
-    for number, adapter in enumerate(served.adapters):
-        name = config.model or _name_of(adapter, served, listed)
-        several = served.facts.get("server") == "llama.cpp" and len(served.adapters) > 1
-        extra = {"lora": [{"id": number, "scale": 1.0}]} if several else {}
-        rows[adapter.name] = _ask_one(client, name, adapter, extra, listed)
+    for number, adapter in enumerate(serving_record.adapters):
+        name = config.model or _name_of(adapter, serving_record, model_names)
+        is_multi_adapter = (
+            serving_record.metadata.get("server") == "llama.cpp"
+            and len(serving_record.adapters) > 1
+        )
+        extra = {"lora": [{"id": number, "scale": 1.0}]} if is_multi_adapter else {}
+        rows[adapter.name] = _query_adapter(client, name, adapter, extra, model_names)
     return rows
 
 
-def _name_of(adapter: AdapterRecord, served: ServingRecord, listed: list[str]) -> str:
-    """Returns the server's name for `adapter`, or if it is not listed, a name that may work."""
-    if adapter.name in listed or (len(listed) != 1 and served.facts.get("server") != "mlx"):
+def _name_of(adapter: AdapterRecord, serving_record: ServingRecord, model_names: list[str]) -> str:
+    """Returns the server's name of `adapter`; if it is not listed, a name that may work."""
+    if adapter.name in model_names or (
+        len(model_names) != 1 and serving_record.metadata.get("server") != "mlx"
+    ):
         return adapter.name
     # mlx-lm loads a model for any other name.
-    return "default_model" if served.facts.get("server") == "mlx" else listed[0]
+    return "default_model" if serving_record.metadata.get("server") == "mlx" else model_names[0]
 
 
-def _ask_one(
-    client: Client, name: str, adapter: AdapterRecord, extra: Mapping[str, Any], listed: list[str]
-) -> _Rows:
+def _query_adapter(
+    client: Client,
+    name: str,
+    adapter: AdapterRecord,
+    extra: Mapping[str, Any],
+    model_names: list[str],
+) -> _AdapterOutputs:
     try:
         completions = [client.complete(name, prompt, extra) for prompt in adapter.prompts]
-    except RequestRefusedError as refused:
-        models = f" It lists {join_names(listed, 4)}: name one by --model." if listed else ""
+    except RequestError as refused:
+        models = (
+            f" It lists {join_names(model_names, 4)}: name one by --model." if model_names else ""
+        )
         raise InputError(f"--url {client.url}: {refused}.{models}") from None
-    chat: list[ServerAnswer | None] = []
+    chat: list[ServerOutput | None] = []
     error = ""
     for prompt in adapter.prompts:
         if not prompt["messages"]:
@@ -401,22 +426,24 @@ def _ask_one(
         try:
             asks = prompt["messages"] and not error
             chat.append(client.chat(name, prompt["messages"], extra) if asks else None)
-        except RequestRefusedError as refused:
+        except RequestError as refused:
             error = str(refused)
             chat.append(None)
-    return _Rows(completions, chat, "text" if client.by_text else "token ids", error)
+    return _AdapterOutputs(completions, chat, "text" if client.by_text else "token ids", error)
 
 
-def _query_library(config: CheckServedConfig, served: ServingRecord) -> dict[str, _Rows]:
-    library = str(config.inside)
-    format_ = served.facts.get("file_format")
-    if format_ not in _FORMATS[library]:
+def _query_library(
+    config: CheckServedConfig, serving_record: ServingRecord
+) -> dict[str, _AdapterOutputs]:
+    backend = str(config.inside)
+    format_ = serving_record.metadata.get("file_format")
+    if format_ not in _FORMATS[backend]:
         raise InputError(
-            f"--in {library}: {config.out} is written as {format_}, and {library} loads "
-            f"{' or '.join(_FORMATS[library])}. Export it --for {library}."
+            f"--in {backend}: {config.out} is written as {format_}, and {backend} loads "
+            f"{' or '.join(_FORMATS[backend])}. Export it --for {backend}."
         )
     directory = config.out if config.out.is_dir() else config.out.parent
-    server = SERVERS[library]
+    server = SERVERS[backend]
     adapters = [
         {
             "name": adapter.name,
@@ -424,97 +451,103 @@ def _query_library(config: CheckServedConfig, served: ServingRecord) -> dict[str
             "rank_limit": rank_limit(server, adapter.rank or 0),
             "prompts": [prompt["ids"] for prompt in adapter.prompts],
         }
-        for adapter in served.adapters
+        for adapter in serving_record.adapters
     ]
-    with Workspace("base") as folder:
-        base = str(served.facts.get("base") or config.out.resolve())
-        if library == "llama.cpp" and not base.endswith(".gguf"):
-            file = Path(folder, "base.gguf")
+    with Workspace("base") as temporary_dir:
+        base = str(serving_record.metadata.get("base") or config.out.resolve())
+        if backend == "llama.cpp" and not base.endswith(".gguf"):
+            file = Path(temporary_dir, "base.gguf")
             export(ExportConfig(model=base, out=file, outtype="f32", verify=False))
             base = str(file)
-        seconds = float(config.timeout * _SLOWER)
-        outputs = run_library(library, config.python, base, adapters, seconds)
+        timeout = float(config.timeout * _SLOWER)
+        outputs = run_library(backend, config.python, base, adapters, timeout)
     nothing = "chat is of servers; this is the library"
     rows = {}
-    for name, answers in outputs.items():
-        if isinstance(answers, str):
-            raise InputError(f"--in {library} does not load {name}: {' '.join(answers.split())}")
-        rows[name] = _Rows(answers, [None] * len(answers), "token ids", nothing)
+    for name, result in outputs.items():
+        if isinstance(result, str):
+            raise InputError(f"--in {backend} does not load {name}: {' '.join(result.split())}")
+        rows[name] = _AdapterOutputs(result, [None] * len(result), "token ids", nothing)
     return rows
 
 
-def _query_base(config: CheckServedConfig, served: ServingRecord) -> dict[str, list[ServerAnswer]]:
-    """Returns the outputs of a quantized base without adapters, by adapter name; may be empty.
+def _query_base(
+    config: CheckServedConfig, serving_record: ServingRecord
+) -> dict[str, list[ServerOutput]]:
+    """Returns the base's outputs to each adapter's prompts if the base is a quantized .gguf file.
 
-    llama.cpp rounds activations with such a base; these outputs show by how much. They come from
-    the library, as a server's prompt cache could return base outputs for the adapter later.
+    They show how much llama.cpp rounds activations. They are computed by the library, because a
+    server could cache them and return them for the adapter.
     """
-    base = str(served.facts.get("base"))
-    adapters = [a for a in served.adapters if a.prompts and "base" in a.prompts[0]]
-    if served.facts.get("server") != "llama.cpp" or not base.endswith(".gguf") or not adapters:
+    base = str(serving_record.metadata.get("base"))
+    adapters = [a for a in serving_record.adapters if a.prompts and "base" in a.prompts[0]]
+    if (
+        serving_record.metadata.get("server") != "llama.cpp"
+        or not base.endswith(".gguf")
+        or not adapters
+    ):
         return {}
     requests = [
         {"name": a.name, "place": "", "rank_limit": 0, "prompts": [row["ids"] for row in a.prompts]}
         for a in adapters
     ]
-    seconds = float(config.timeout * _SLOWER)
+    timeout = float(config.timeout * _SLOWER)
     try:
-        outputs = run_library("llama.cpp", config.python, base, requests, seconds)
+        outputs = run_library("llama.cpp", config.python, base, requests, timeout)
     except InputError:
         if config.inside:
             raise
         return {}
-    return {name: answers for name, answers in outputs.items() if not isinstance(answers, str)}
+    return {name: rows for name, rows in outputs.items() if not isinstance(rows, str)}
 
 
-def _judge(adapter: AdapterRecord, rows: _Rows, tolerance: float) -> dict[str, Any]:
-    def verdicts(answers: list[ServerAnswer | None]) -> list[Verdict]:
+def _judge(adapter: AdapterRecord, rows: _AdapterOutputs, tolerance: float) -> dict[str, Any]:
+    def matches(outputs: list[ServerOutput | None]) -> list[OutputMatch]:
         return [
-            judge_answer(answer, prompt["trained"], prompt.get("base"), tolerance)
-            for answer, prompt in zip(answers, adapter.prompts, strict=True)
+            match_output(answer, prompt["trained"], prompt.get("base"), tolerance)
+            for answer, prompt in zip(outputs, adapter.prompts, strict=True)
             if answer is not None
         ]
 
-    verdicts_by_api = {"weights": verdicts(list(rows.plain)), "chat": verdicts(rows.chat)}
+    matches_by_api = {"weights": matches(list(rows.plain)), "chat": matches(rows.chat)}
     return {
         "name": adapter.name,
-        "by": rows.how,
+        "by": rows.api,
         "no_chat": rows.no_chat,
         "tolerance": round(tolerance, 4),
         **{
             api: {
-                "answers": [verdict.word for verdict in verdicts_of_api],
+                "answers": [match.word for match in matches_of_api],
                 "difference": max(
-                    (v.difference for v in verdicts_of_api if v.difference is not None),
+                    (v.difference for v in matches_of_api if v.difference is not None),
                     default=None,
                 ),
-                "tokens": sum(verdict.tokens for verdict in verdicts_of_api),
+                "tokens": sum(match.tokens for match in matches_of_api),
             }
-            for api, verdicts_of_api in verdicts_by_api.items()
+            for api, matches_of_api in matches_by_api.items()
         },
     }
 
 
 def _overall(adapters: list[dict[str, Any]]) -> str:
-    """Returns the worst verdict; TRAINED only if each adapter has answers unlike the base's."""
-    verdicts = [word for a in adapters for api in ("weights", "chat") for word in a[api]["answers"]]
-    for verdict in (ELSE, BASE):
-        if verdict in verdicts:
-            return verdict
+    """Returns the result for all adapters; EITHER if an adapter's outputs equal the base's."""
+    matches = [word for a in adapters for api in ("weights", "chat") for word in a[api]["answers"]]
+    for match in (ELSE, BASE):
+        if match in matches:
+            return match
     is_applied = all(TRAINED in adapter["weights"]["answers"] for adapter in adapters)
     return TRAINED if is_applied else EITHER
 
 
-def _lines(summary: Mapping[str, Any]) -> list[str]:
+def _format_results(summary: Mapping[str, Any]) -> list[str]:
     lines = []
     for adapter in summary["adapters"]:
         for api, by in (("weights", adapter["by"]), ("chat", "messages")):
-            verdicts = adapter[api]["answers"]
-            if not verdicts:
+            matches = adapter[api]["answers"]
+            if not matches:
                 lines.append(f"{adapter['name']}, chat: not asked ({adapter['no_chat']})")
                 continue
             counts = [
-                f"{verdicts.count(w)} {w}" for w in (TRAINED, EITHER, BASE, ELSE) if w in verdicts
+                f"{matches.count(w)} {w}" for w in (TRAINED, EITHER, BASE, ELSE) if w in matches
             ]
             difference = adapter[api]["difference"]
             measure = (
@@ -526,15 +559,15 @@ def _lines(summary: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _advice(summary: Mapping[str, Any], served: ServingRecord) -> str:
-    verdict, server = summary["verdict"], summary["asked"]
-    if verdict == BASE:
+def _format_fix(summary: Mapping[str, Any], serving_record: ServingRecord) -> str:
+    match, server = summary["verdict"], summary["asked"]
+    if match == BASE:
         return (
             f"{server} returns the base model's outputs: the adapter is not applied. Select the "
             f"adapter with --model, and start the server as export printed: "
-            + " && ".join(served.facts.get("start") or ["see its README.md"])
+            + " && ".join(serving_record.metadata.get("start") or ["see its README.md"])
         )
-    if verdict == EITHER:
+    if match == EITHER:
         return (
             "the adapter and its base give the same outputs on these prompts, so the check "
             "cannot tell whether the adapter is applied. Use prompts of its training task."

@@ -26,7 +26,7 @@ class ServedAdapter:
     """Adapter in a start command; `template` is its own chat template file, if it has one."""
 
     name: str
-    place: Path
+    path: Path
     rank: int
     template: Path | None = None
 
@@ -36,15 +36,17 @@ def rank_limit(server: Server, rank: int) -> int:
     return next((limit for limit in server.ranks if limit >= rank), rank)
 
 
-def build_adapter_commands(server: Server, base: str, parts: Sequence[ServedAdapter]) -> list[str]:
-    """Build the commands, in order, that serve `parts` on `base`."""
-    rank = rank_limit(server, max(part.rank for part in parts))
-    pairs = [_pair(server, part) for part in parts]
-    template = next((part.template for part in parts if part.template is not None), None)
-    several = len(parts) > 1
+def build_adapter_commands(
+    server: Server, base: str, adapters: Sequence[ServedAdapter]
+) -> list[str]:
+    """Build the commands, in order, that serve `adapters` on `base`."""
+    rank = rank_limit(server, max(part.rank for part in adapters))
+    pairs = [_pair(server, part) for part in adapters]
+    template = next((part.template for part in adapters if part.template is not None), None)
+    several = len(adapters) > 1
     if server.name == "vllm":
         command = ["vllm", "serve", base, "--enable-lora", "--max-lora-rank", str(rank)]
-        command += ["--max-loras", str(len(parts))] * several + ["--lora-modules", *pairs]
+        command += ["--max-loras", str(len(adapters))] * several + ["--lora-modules", *pairs]
         return [join(command + (["--chat-template", str(template)] if template else []))]
     if server.name == "sglang":
         command = ["python", "-m", "sglang.launch_server", "--model-path", base, "--enable-lora"]
@@ -57,20 +59,20 @@ def build_adapter_commands(server: Server, base: str, parts: Sequence[ServedAdap
             )
         ]
     if server.name == "mlx":
-        return [join(["mlx_lm.server", "--model", base, "--adapter-path", str(parts[0].place)])]
+        return [join(["mlx_lm.server", "--model", base, "--adapter-path", str(adapters[0].path)])]
     if server.name == "llama.cpp":
-        return _llama(base, parts, template)
-    return _openvino(base, f"{Path(base).name}-openvino", parts)
+        return _llama(base, adapters, template)
+    return _openvino(base, f"{Path(base).name}-openvino", adapters)
 
 
 def check_command(summary: Mapping[str, Any]) -> str:
     """Returns the `ftlevel check-served` command for the export that `summary` describes."""
     inside = summary["server"] == "openvino"  # a library without a server
-    where = "--in openvino --python PYTHON" if inside else "--url http://127.0.0.1:PORT"
-    return f"ftlevel check-served {quote(summary['out'])} {where}"
+    target = "--in openvino --python PYTHON" if inside else "--url http://127.0.0.1:PORT"
+    return f"ftlevel check-served {quote(summary['out'])} {target}"
 
 
-def check_signs(server: Server, names: Sequence[str], out: Path) -> None:
+def check_separators(server: Server, names: Sequence[str], out: Path) -> None:
     """Raise ConfigError if a name or `out` contains a separator of the server's command line."""
     forbidden = {"tgi": "=,", "llama.cpp": ","}.get(server.name, "")
     for option, text in (*(("the name", name) for name in names), ("--out", str(out))):
@@ -83,20 +85,20 @@ def check_signs(server: Server, names: Sequence[str], out: Path) -> None:
 
 def _pair(server: Server, adapter: ServedAdapter) -> str:
     """Returns NAME=PATH for a command, or JSON if name or path contain a separator of `server`."""
-    pair = f"{adapter.name}={adapter.place}"
+    pair = f"{adapter.name}={adapter.path}"
     if (pair.count("=") == 1 and "," not in pair) or server.name not in ("vllm", "sglang"):
         return pair
     keys = ("name", "path") if server.name == "vllm" else ("lora_name", "lora_path")
-    return json.dumps(dict(zip(keys, (adapter.name, str(adapter.place)), strict=True)))
+    return json.dumps(dict(zip(keys, (adapter.name, str(adapter.path)), strict=True)))
 
 
-def _llama(base: str, parts: Sequence[ServedAdapter], template: Path | None) -> list[str]:
+def _llama(base: str, adapters: Sequence[ServedAdapter], template: Path | None) -> list[str]:
     file = base if base.endswith(".gguf") else f"{Path(base).name}.gguf"
     first = [] if base.endswith(".gguf") else [join(["ftlevel", "export", base, "--out", file])]
     command = ["llama-server", "-m", file]
-    for part in parts:
-        command += ["--lora", str(part.place)]
-    if len(parts) > 1:
+    for part in adapters:
+        command += ["--lora", str(part.path)]
+    if len(adapters) > 1:
         # Requests select adapters with {"lora": [{"id": 0, "scale": 1.0}]}. The prompt cache would
         # be shared between adapters (xllamacpp 2026.10.11549).
         command += ["--lora-init-without-apply", "--cache-ram", "0"]
@@ -105,16 +107,16 @@ def _llama(base: str, parts: Sequence[ServedAdapter], template: Path | None) -> 
     return [*first, join(command)]
 
 
-def _openvino(model: str, directory: str, parts: Sequence[ServedAdapter] = ()) -> list[str]:
-    """Returns commands that convert `model` for OpenVINO and run it, with each of `parts`."""
-    files = [str(part.place / "adapter_model.safetensors") for part in parts]
-    arguments = '"Hello", max_new_tokens=8'
-    script = [f'pipe = ov.LLMPipeline({directory!r}, "CPU")', f"print(pipe.generate({arguments}))"]
+def _openvino(model: str, path: str, adapters: Sequence[ServedAdapter] = ()) -> list[str]:
+    """Returns commands that convert `model` for OpenVINO and run it, with each of `adapters`."""
+    files = [str(part.path / "adapter_model.safetensors") for part in adapters]
+    kwargs_text = '"Hello", max_new_tokens=8'
+    code = [f'pipe = ov.LLMPipeline({path!r}, "CPU")', f"print(pipe.generate({kwargs_text}))"]
     if files:
-        script = [
+        code = [
             f"own = [ov.Adapter(file) for file in {files!r}]",
-            f'pipe = ov.LLMPipeline({directory!r}, "CPU", adapters=ov.AdapterConfig(own))',
-            f"print([str(pipe.generate({arguments}, adapters=ov.AdapterConfig(one))) "
+            f'pipe = ov.LLMPipeline({path!r}, "CPU", adapters=ov.AdapterConfig(own))',
+            f"print([str(pipe.generate({kwargs_text}, adapters=ov.AdapterConfig(one))) "
             "for one in own])",
         ]
     convert = [
@@ -128,15 +130,15 @@ def _openvino(model: str, directory: str, parts: Sequence[ServedAdapter] = ()) -
         "--weight-format",
         "fp16",
     ]
-    run = "; ".join(["import openvino_genai as ov", *script])
-    return [join([*convert, directory]), join(["python", "-c", run])]
+    run = "; ".join(["import openvino_genai as ov", *code])
+    return [join([*convert, path]), join(["python", "-c", run])]
 
 
 def build_embedding_commands(
-    server: Server, place: Path, name: str, form: EmbeddingFormat
+    server: Server, model_path: Path, name: str, form: EmbeddingFormat
 ) -> list[str]:
-    """Build the commands that serve the embedding model at `place`."""
-    path = str(place)
+    """Returns the commands that serve the embedding model at `model_path`."""
+    path = str(model_path)
     if server.name == "vllm":
         return [join(["vllm", "serve", path, "--runner", "pooling"])]
     if server.name == "tei":
@@ -147,27 +149,28 @@ def build_embedding_commands(
         return [join(["llama-server", "-m", path, "--embeddings", *batch])]
     converted = f"{name}-openvino"
     pooling = {"mean": "MEAN", "cls": "CLS", "last": "LAST_TOKEN"}[form.pooling]
-    settings: dict[str, Any] = {"normalize": form.normalize, "max_length": form.max_length}
-    settings |= {"query_instruction": form.query_prompt, "embed_instruction": form.document_prompt}
-    arguments = [f"{key}={value!r}" for key, value in settings.items() if value not in (None, "")]
-    kind = f"pooling_type=ov.TextEmbeddingPipeline.PoolingType.{pooling}"
-    script = [
+    kwargs: dict[str, Any] = {"normalize": form.normalize, "max_length": form.max_length}
+    kwargs |= {"query_instruction": form.query_prompt, "embed_instruction": form.document_prompt}
+    kwargs_text = [f"{key}={value!r}" for key, value in kwargs.items() if value not in (None, "")]
+    pooling_arg = f"pooling_type=ov.TextEmbeddingPipeline.PoolingType.{pooling}"
+    code = [
         "import openvino_genai as ov",
-        f"pipe = ov.TextEmbeddingPipeline({converted!r}, 'CPU', {', '.join([kind, *arguments])})",
+        f"pipe = ov.TextEmbeddingPipeline({converted!r}, 'CPU', "
+        f"{', '.join([pooling_arg, *kwargs_text])})",
         "print(pipe.embed_query('Hello'))",
     ]
     task = ["--task", "feature-extraction"]
     convert = ["optimum-cli", "export", "openvino", "--model", path, *task, converted]
-    return [join(convert), join(["python", "-c", "; ".join(script)])]
+    return [join(convert), join(["python", "-c", "; ".join(code)])]
 
 
 _UBATCH = 512
 """llama.cpp's default of -ub; a text that is pooled has to fit into it."""
 
 
-def build_model_commands(server: Server, directory: Path, name: str) -> list[str]:
-    """Build the commands that serve the whole model at `directory`."""
-    path = str(directory)
+def build_model_commands(server: Server, model_path: Path, name: str) -> list[str]:
+    """Returns the commands that serve the full model at `model_path`."""
+    path = str(model_path)
     if server.name == "openvino":
         return _openvino(path, f"{name}-openvino")
     commands = {
@@ -176,7 +179,7 @@ def build_model_commands(server: Server, directory: Path, name: str) -> list[str
         "tgi": ["text-generation-launcher", "--model-id", path],
         "tei": ["text-embeddings-router", "--model-id", path],
         "llama.cpp": ["llama-server", "-m", path],
-        "ollama": ["ollama", "create", name, "-f", str(directory.with_suffix(".Modelfile"))],
+        "ollama": ["ollama", "create", name, "-f", str(model_path.with_suffix(".Modelfile"))],
         "mlx": ["mlx_lm.server", "--model", path],
     }
     ollama_run = [["ollama", "run", name]] if server.name == "ollama" else []
@@ -221,7 +224,7 @@ class ServedModel:
 
     @property
     def answers(self) -> bool:
-        """Whether the model generates text by continuing a prompt."""
+        """Whether the model is a decoder that generates text."""
         return self.ref.model_kind == "decoder" and self.ref.configured_task.generates_text
 
     @property
@@ -254,7 +257,7 @@ class ServedModel:
         return sorted(set(self.tokenizer.get_vocab()) - set(self.base_tokenizer.get_vocab()))
 
     @property
-    def own_chat_template(self) -> str | None:
+    def custom_chat_template(self) -> str | None:
         """Chat template of training, if it differs from the base's; else None."""
         template = getattr(self.tokenizer, "chat_template", None)
         base_template = getattr(self.base_tokenizer, "chat_template", None)
@@ -283,16 +286,16 @@ class ServedModel:
 
 
 def adapter_name(ref: ModelRef) -> str:
-    """Returns the default name of an adapter: that of its run or directory."""
-    directory = ref.run or ref.directory
-    return directory.resolve().name if directory is not None else ref.base
+    """Returns the name of an adapter's run or directory."""
+    path = ref.run or ref.directory
+    return path.resolve().name if path is not None else ref.base
 
 
-def _named(entry: ServedModel) -> str:
-    return str(entry.ref.run or entry.ref.adapter_path)
+def _display_path(adapter: ServedModel) -> str:
+    return str(adapter.ref.run or adapter.ref.adapter_path)
 
 
-def open_entry(name: str, ref: ModelRef, server: Server | None) -> ServedModel:
+def create_served_model(name: str, ref: ModelRef, server: Server | None) -> ServedModel:
     """Returns `ref` as a `ServedModel`; raises InputError if it is no adapter PEFT can load."""
     if ref.directory is None:
         fact = f"{name} is a full model without an adapter"
@@ -309,42 +312,42 @@ def open_entry(name: str, ref: ModelRef, server: Server | None) -> ServedModel:
     return ServedModel(name, ref)
 
 
-def check_for(entry: ServedModel, server: Server | None) -> list[str]:
-    """Raise InputError if `server` would not serve the adapter as trained; return notes.
+def check_server_support(adapter: ServedModel, server: Server | None) -> list[str]:
+    """Returns notes; raises InputError if `server` would not serve the adapter as trained.
 
-    Reads only the model card and the config of the base. The error states an alternative.
+    Reads only the model card and the config of the base.
     """
     notes = []
     quantization, is_stored = (
-        entry.ref.quantization.get("kind", "none"),
-        entry.ref.is_prequantized,
+        adapter.ref.quantization.get("kind", "none"),
+        adapter.ref.is_prequantized,
     )
     if quantization != "none" and not is_stored:
         notes.append(
-            f"{entry.name} was trained on a base in {quantization}; a server that loads "
-            f"{entry.base_name} in 16 or 32 bits uses other base weights than training did. To "
+            f"{adapter.name} was trained on a base in {quantization}; a server that loads "
+            f"{adapter.base_name} in 16 or 32 bits uses other base weights than training did. To "
             f"serve exactly what was trained, run ftlevel merge --onto dequantized"
         )
     if server is None:
         return notes
-    if not entry.answers:
+    if not adapter.answers:
         raise InputError(
-            f"it was trained for {entry.ref.task} on {with_article(entry.ref.model_kind)}, and "
+            f"it was trained for {adapter.ref.task} on {with_article(adapter.ref.model_kind)}, and "
             f"adapters of {server.title} write text by a decoder here. Write it with --format peft "
-            f"alone, or merge it: ftlevel merge {quote(_named(entry))} --out DIR"
+            f"alone, or merge it: ftlevel merge {quote(_display_path(adapter))} --out DIR"
         )
-    family = entry.ref.model_config.model_type
+    family = adapter.ref.model_config.model_type
     if server.families and family not in server.families:
         raise InputError(
             f"{server.title} is not known to name the modules of {family} as transformers "
             f"does (known: {join_names(server.families)}). Merge it"
         )
-    if entry.ref.source.kind == "gguf" and "gguf" not in server.formats:
+    if adapter.ref.source.kind == "gguf" and "gguf" not in server.formats:
         raise InputError(
-            f"its base is the file {entry.base_name}, and {server.title} serves adapters only on "
+            f"its base is the file {adapter.base_name}, and {server.title} serves adapters only on "
             f"bases in transformers format. Merge it"
         )
-    if added := entry.added_tokens:
+    if added := adapter.added_tokens:
         raise InputError(
             f"it was trained with {len(added):,} more tokens than its base has "
             f"({join_names(map(repr, added), 3)}), and {server.title} reads the tokenizer of "
@@ -353,16 +356,16 @@ def check_for(entry: ServedModel, server: Server | None) -> list[str]:
     return notes + [server.note] * bool(server.note)
 
 
-def whole_format(server: Server | None) -> str:
+def merged_format(server: Server | None) -> str:
     """Returns the format in which `server` loads a merged model."""
     formats = server.formats if server else ()
     return next((name for name in formats if name in ("merged", "gguf")), "merged")
 
 
-def check_form(form: Any, entry: ServedModel, server: Server | None) -> Any:
+def check_lora(form: Any, adapter: ServedModel, server: Server | None) -> Any:
     """Returns `form`, with zero updates added if `server` needs every layer adapted.
 
-    Raises InputError, with an alternative, if the server would not serve `form` as trained.
+    Raises InputError if the server would not serve `form` as trained.
     """
     if server is None:
         return form
@@ -380,11 +383,11 @@ def check_form(form: Any, entry: ServedModel, server: Server | None) -> Any:
         raise InputError(
             f"it needs rank {form.rank}, and {server.title} ends at {server.ranks[-1]}. Merge it"
         )
-    return form.on_every_layer(entry.base.model) if server.every_layer else form
+    return form.on_every_layer(adapter.base.model) if server.every_layer else form
 
 
-def write_card(directory: Path, summary: Mapping[str, Any]) -> None:
-    """Write README.md of the exported adapters into `directory`."""
+def save_readme(path: Path, summary: Mapping[str, Any]) -> None:
+    """Write README.md of the exported adapters into `path`."""
     names = [adapter["name"] for adapter in summary["adapters"]]
     lines = [
         "---",
@@ -415,7 +418,7 @@ def write_card(directory: Path, summary: Mapping[str, Any]) -> None:
     lines.append("")
     lines += [f"{note}.\n" for note in summary["notes"]]
     lines += serving_lines(summary)
-    (directory / "README.md").write_text("\n".join(lines), encoding="utf-8")
+    (path / "README.md").write_text("\n".join(lines), encoding="utf-8")
 
 
 def serving_lines(summary: Mapping[str, Any]) -> list[str]:

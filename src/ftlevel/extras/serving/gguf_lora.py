@@ -32,21 +32,21 @@ class GgufWriter:
 
     file: str = _FILE
 
-    def check(self, entry: ServedModel) -> None:
+    def check(self, adapter: ServedModel) -> None:
         """Raise InputError if llama.cpp computes the base differently from transformers."""
-        if problems := get_gguf_limitations(entry.ref.model_config):
+        if problems := get_gguf_limitations(adapter.ref.model_config):
             raise InputError(f"for llama.cpp, {problems[0]}")
 
-    def write(self, directory: Path, form: NormalForm, entry: ServedModel) -> None:
-        """Write the adapter into the directory `directory`."""
-        config = entry.ref.model_config
-        names = _names(form, config)
-        writer = GGUFWriter(str(directory / _FILE), FAMILIES[config.model_type].architecture)
+    def write(self, path: Path, lora: NormalForm, adapter: ServedModel) -> None:
+        """Write the adapter into the directory `path`."""
+        config = adapter.ref.model_config
+        names = _names(lora, config)
+        writer = GGUFWriter(str(path / _FILE), FAMILIES[config.model_type].architecture)
         writer.add_string("general.type", "adapter")
-        writer.add_string("general.name", entry.name)
+        writer.add_string("general.name", adapter.name)
         writer.add_string("adapter.type", "lora")
-        writer.add_float32("adapter.lora.alpha", float(form.rank))
-        for name, update in form.factors.items():
+        writer.add_float32("adapter.lora.alpha", float(lora.rank))
+        for name, update in lora.factors.items():
             # Rows of B must have the order of the base's rows in the file.
             b = convert(config, names[name], update.b, is_conv1d=False)
             writer.add_tensor(f"{names[name]}.lora_a", _array(update.a))
@@ -56,29 +56,29 @@ class GgufWriter:
         writer.write_tensors_to_file()
         writer.close()
 
-    def read(self, directory: Path, form: NormalForm, entry: ServedModel) -> NormalForm:
+    def read(self, path: Path, lora: NormalForm, adapter: ServedModel) -> NormalForm:
         """Load the file back, with llama.cpp's scale and row order applied."""
-        reader = GGUFReader(str(directory / _FILE))
+        reader = GGUFReader(str(path / _FILE))
         tensors = {tensor.name: torch.from_numpy(tensor.data.copy()) for tensor in reader.tensors}
         alpha = reader.get_field("adapter.lora.alpha").contents()
         own_names = {
-            expected: name for name, expected in _names(form, entry.ref.model_config).items()
+            expected: name for name, expected in _names(lora, adapter.ref.model_config).items()
         }
         factors = {}
         for key in [key for key in tensors if key.endswith(".lora_a")]:
             expected = key.removesuffix(".lora_a")
             a, b = tensors[key], tensors[f"{expected}.lora_b"] * (alpha / len(tensors[key]))
             factors[own_names[expected]] = Factors(
-                a, _in_order(entry.ref.model_config, expected, b)
+                a, _in_order(adapter.ref.model_config, expected, b)
             )
-        return replace(form, factors=factors)
+        return replace(lora, factors=factors)
 
 
-def _names(form: NormalForm, config: Any) -> dict[str, str]:
-    """Returns module → llama.cpp's name of the weight; raises InputError if it has none."""
+def _names(lora: NormalForm, config: Any) -> dict[str, str]:
+    """Returns llama.cpp's weight names by module; raises InputError if it has none."""
     names = name_map(config)
     result = {
-        name: names.get_name(f"{name}.weight", try_suffixes=(".weight",)) for name in form.factors
+        name: names.get_name(f"{name}.weight", try_suffixes=(".weight",)) for name in lora.factors
     }
     if unsupported := [name for name, modules in result.items() if modules is None]:
         raise InputError(f"llama.cpp has no place for {join_names(unsupported, 3)}. Merge it")

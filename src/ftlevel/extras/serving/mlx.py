@@ -29,50 +29,50 @@ class MlxWriter:
 
     file: str = ""
 
-    def check(self, entry: ServedModel) -> None:
+    def check(self, adapter: ServedModel) -> None:
         """Raise InputError for a model type whose module names in mlx-lm are unknown."""
-        supported, family = SERVERS["mlx"].families, entry.ref.model_config.model_type
+        supported, family = SERVERS["mlx"].families, adapter.ref.model_config.model_type
         if family not in supported:
             raise InputError(
                 f"mlx-lm is not known to name the modules of {family} as transformers does "
                 f"(known: {join_names(supported)}). Merge it"
             )
 
-    def write(self, directory: Path, form: NormalForm, entry: ServedModel) -> None:
-        """Write the adapter into the directory `directory`."""
+    def write(self, path: Path, lora: NormalForm, adapter: ServedModel) -> None:
+        """Write the adapter into the directory `path`."""
         from safetensors.torch import save_file
 
-        form = form.on_every_layer(entry.base.model)
+        lora = lora.on_every_layer(adapter.base.model)
         tensors = {}
-        for name, update in form.factors.items():
+        for name, update in lora.factors.items():
             tensors[f"{name}.lora_a"] = update.a.T.float().contiguous()
             tensors[f"{name}.lora_b"] = update.b.T.float().contiguous()
-        save_file(tensors, str(directory / _WEIGHTS), {"format": "mlx"})
-        inside = (match[1] for name in form.factors if (match := _LAYER.fullmatch(name)))
+        save_file(tensors, str(path / _WEIGHTS), {"format": "mlx"})
+        inside = (match[1] for name in lora.factors if (match := _LAYER.fullmatch(name)))
         config = {
             "fine_tune_type": "lora",
-            "model": entry.base_name,
-            "num_layers": entry.ref.model_config.num_hidden_layers,
+            "model": adapter.base_name,
+            "num_layers": adapter.ref.model_config.num_hidden_layers,
             "lora_parameters": {
-                "rank": form.rank,
+                "rank": lora.rank,
                 "scale": 1.0,
                 "dropout": 0.0,
                 "keys": sorted(set(inside)),
             },
         }
-        write_json(directory / "adapter_config.json", config)
+        write_json(path / "adapter_config.json", config)
 
-    def read(self, directory: Path, form: NormalForm, _entry: ServedModel) -> NormalForm:
+    def read(self, path: Path, lora: NormalForm, _entry: ServedModel) -> NormalForm:
         """Load the file back."""
         from safetensors.torch import load_file
 
-        tensors = load_file(str(directory / _WEIGHTS))
+        tensors = load_file(str(path / _WEIGHTS))
         factors = {
             name.removesuffix(".lora_a"): Factors(tensor.T, tensors[name.removesuffix("a") + "b"].T)
             for name, tensor in tensors.items()
             if name.endswith(".lora_a")
         }
-        return replace(form, factors=factors)
+        return replace(lora, factors=factors)
 
 
 plan_export = functools.partial(plan_adapters, MlxWriter(), server="mlx")

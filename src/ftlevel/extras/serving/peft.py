@@ -17,20 +17,20 @@ class PeftWriter:
 
     file: str = ""
 
-    def check(self, entry: ServedModel) -> None:
+    def check(self, adapter: ServedModel) -> None:
         """Accept any base: PEFT applies LoRA to any model."""
 
-    def write(self, directory: Path, form: NormalForm, entry: ServedModel) -> None:
-        """Write the adapter into the directory `directory`."""
-        save_normal_form(directory, form, entry)
+    def write(self, path: Path, lora: NormalForm, adapter: ServedModel) -> None:
+        """Write the adapter into the directory `path`."""
+        save_normal_form(path, lora, adapter)
         for pattern in TOKENIZER_FILES:
-            for path in sorted(entry.ref.adapter_path.glob(pattern)):
-                (directory / path.relative_to(entry.ref.adapter_path)).parent.mkdir(exist_ok=True)
-                shutil.copyfile(path, directory / path.relative_to(entry.ref.adapter_path))
+            for path in sorted(adapter.ref.adapter_path.glob(pattern)):
+                (path / path.relative_to(adapter.ref.adapter_path)).parent.mkdir(exist_ok=True)
+                shutil.copyfile(path, path / path.relative_to(adapter.ref.adapter_path))
 
-    def read(self, directory: Path, form: NormalForm, _entry: ServedModel) -> NormalForm:
+    def read(self, path: Path, lora: NormalForm, _entry: ServedModel) -> NormalForm:
         """Load the files back."""
-        return load_normal_form(directory, form)
+        return load_normal_form(path, lora)
 
 
 plan_export = functools.partial(plan_adapters, PeftWriter())

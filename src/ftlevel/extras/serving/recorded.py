@@ -38,7 +38,7 @@ BOUND = 1e-4
 
 
 @dataclass(frozen=True)
-class Answer:
+class ReferenceOutput:
     """A greedy answer of up to `TOKENS` tokens.
 
     Attributes:
@@ -69,21 +69,21 @@ class PromptOutputs:
     """Outputs of one model for all prompts: logits (or class scores), and greedy answers."""
 
     logits: list[torch.Tensor]
-    answers: list[Answer]
+    answers: list[ReferenceOutput]
 
 
-def run_prompts(model: Any, entry: ServedModel, prompts: Sequence[Prompt]) -> PromptOutputs:
+def run_prompts(model: Any, exported: ServedModel, prompts: Sequence[Prompt]) -> PromptOutputs:
     """Returns the outputs of `model`, in eval mode, for all prompts."""
     device = next(model.parameters()).device
     logits, answers = [], []
     with torch.no_grad():
         for prompt in prompts:
             ids = torch.tensor([prompt.ids], device=device)
-            if entry.answers:
-                prompt_logits, answer = _continue(model, ids, entry.tokenizer)
+            if exported.answers:
+                prompt_logits, answer = _continue(model, ids, exported.tokenizer)
                 answers.append(answer)
             else:
-                prompt_logits = _logits(model, ids, seq2seq="Seq2Seq" in entry.ref.auto_class)
+                prompt_logits = _logits(model, ids, seq2seq="Seq2Seq" in exported.ref.auto_class)
             logits.append(prompt_logits.float().cpu())
     return PromptOutputs(logits, answers)
 
@@ -96,7 +96,9 @@ def _logits(model: Any, ids: torch.Tensor, *, seq2seq: bool) -> torch.Tensor:
     return output.logits[0]
 
 
-def _continue(model: Any, ids: torch.Tensor, tokenizer: Any) -> tuple[torch.Tensor, Answer]:
+def _continue(
+    model: Any, ids: torch.Tensor, tokenizer: Any
+) -> tuple[torch.Tensor, ReferenceOutput]:
     """Returns the logits of the prompt, and the greedy answer to it."""
     output = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True)
     of_prompt, row = output.logits[0], output.logits[0, -1]
@@ -118,12 +120,12 @@ def _continue(model: Any, ids: torch.Tensor, tokenizer: Any) -> tuple[torch.Tens
         )
         row = output.logits[0, -1]
     text = tokenizer.decode(tokens, skip_special_tokens=True)
-    ends = (tokenizer.decode(tokens[: index + 1]) for index in range(len(tokens)))
-    partial = [index for index, end in enumerate(ends) if end.endswith("\ufffd")]
-    return of_prompt, Answer(tokens, logprobs, margins, text, partial)
+    prefixes = (tokenizer.decode(tokens[: index + 1]) for index in range(len(tokens)))
+    partial = [index for index, end in enumerate(prefixes) if end.endswith("\ufffd")]
+    return of_prompt, ReferenceOutput(tokens, logprobs, margins, text, partial)
 
 
-def largest_difference(one: PromptOutputs, other: PromptOutputs) -> float:
+def max_difference(one: PromptOutputs, other: PromptOutputs) -> float:
     """Returns the largest difference between the logits of two models."""
     pairs = zip(one.logits, other.logits, strict=True)
     return max(float((a - b).abs().max()) for a, b in pairs)
@@ -186,51 +188,53 @@ def record(
     return AdapterRecord(name, place, rank, rows)
 
 
-def write_served(path: Path, facts: Mapping[str, Any], adapters: Sequence[AdapterRecord]) -> None:
-    """Write served.json; `facts` contain the server, the format, the base and the commands."""
+def save_record(path: Path, metadata: Mapping[str, Any], adapters: Sequence[AdapterRecord]) -> None:
+    """Write served.json; `metadata` contain the server, the format, the base and the commands."""
     rows = [
         {"name": a.name, "place": a.place, "rank": a.rank, "prompts": a.prompts} for a in adapters
     ]
-    write_json(path, {"format": _FORMAT, **facts, "adapters": rows, "versions": library_versions()})
+    write_json(
+        path, {"format": _FORMAT, **metadata, "adapters": rows, "versions": library_versions()}
+    )
 
 
 @dataclass(frozen=True)
 class ServingRecord:
-    """A parsed served.json; `facts` are all fields but the adapters."""
+    """A parsed served.json; `metadata` are all fields but the adapters."""
 
     path: Path
-    facts: Mapping[str, Any]
+    metadata: Mapping[str, Any]
     adapters: list[AdapterRecord]
 
 
-def served_path(out: Path) -> Path:
+def record_path(out: Path) -> Path:
     """Returns the path of the reference answers of the export at `out`."""
     return out / FILE if out.is_dir() else out.with_suffix(".served.json")
 
 
-def read_served(out: Path) -> ServingRecord:
+def load_record(out: Path) -> ServingRecord:
     """Load the served.json of the export at `out`; raise InputError if it has no valid answers."""
-    path = served_path(out)
+    path = record_path(out)
     if not path.is_file():
         raise InputError(
             f"{out} has no {path.name}. Expected what ftlevel export --for SERVER --out wrote, "
             "without --no-verify."
         )
     try:
-        facts = json.loads(path.read_text(encoding="utf-8"))
-        if facts.pop("format") != _FORMAT:
+        metadata = json.loads(path.read_text(encoding="utf-8"))
+        if metadata.pop("format") != _FORMAT:
             raise InputError(f"{path} was written by a later ftlevel. Install that version.")
-        adapters = [AdapterRecord(**row) for row in facts.pop("adapters")]
+        adapters = [AdapterRecord(**row) for row in metadata.pop("adapters")]
         for adapter in adapters:
             for row in adapter.prompts:
                 for who in ("trained", "base"):
                     if who in row:
-                        row[who] = Answer(**row[who])
+                        row[who] = ReferenceOutput(**row[who])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path} is not as export writes it ({error!r}). Export again.") from None
     if not any(adapter.prompts for adapter in adapters):
         raise InputError(f"{path} has no reference outputs: its model does not generate text.")
-    return ServingRecord(path, facts, adapters)
+    return ServingRecord(path, metadata, adapters)
 
 
 def start_of(server: str, out: Path, form: EmbeddingFormat | None = None) -> list[str]:
@@ -241,7 +245,12 @@ def start_of(server: str, out: Path, form: EmbeddingFormat | None = None) -> lis
 
 
 def record_whole(
-    path: Path, out: Path, facts: Mapping[str, Any], ref: ModelRef, source: ModelSource, device: str
+    path: Path,
+    out: Path,
+    metadata: Mapping[str, Any],
+    ref: ModelRef,
+    source: ModelSource,
+    device: str,
 ) -> None:
     """Write served.json at `path` with the answers of the exported model at `source`, in float32.
 
@@ -254,15 +263,17 @@ def record_whole(
     trained = run_prompts(served.ref.load(device).model, served, prompts)
     base = None
     if ref.directory is not None and served.answers:
-        entry = ServedModel(name, ref)
-        base = run_prompts(entry.in_float32(with_adapter=False).load(device).model, entry, prompts)
+        exported = ServedModel(name, ref)
+        base = run_prompts(
+            exported.in_float32(with_adapter=False).load(device).model, exported, prompts
+        )
     gc.collect()
     record_ = record(
         name, out.name if out.suffix else ".", None, prompts, {"trained": trained, "base": base}
     )
-    start = start_of(facts["server"], out)
-    head = {"model": facts["model"], "server": facts["server"], "base": None, "start": start}
-    write_served(path, {**head, **facts}, [record_])
+    start = start_of(metadata["server"], out)
+    head = {"model": metadata["model"], "server": metadata["server"], "base": None, "start": start}
+    save_record(path, {**head, **metadata}, [record_])
 
 
 class ServedWhole:

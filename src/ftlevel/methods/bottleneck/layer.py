@@ -236,10 +236,7 @@ class BottleneckLayer(UnmergeableLayer, PrecisionLayer, nn.Module, BaseTunerLaye
     def _source(
         self, config: LayerConfig, hidden: Tensor, inputs: dict[HookedInput, Tensor]
     ) -> Tensor:
-        """Returns the adapter's input `(..., width_in)`.
-
-        `hidden` is the module's output, and `inputs` are the stored inputs.
-        """
+        """Returns an adapter's input `(..., width_in)`; `hidden` is the module's output."""
         if config.hooked_input is None:
             return hidden
         if config.hooked_input not in inputs:
@@ -364,7 +361,6 @@ class BottleneckModel(UnmergeableTuner, PrecisionTuner, BaseTuner):
         return getattr(modules[name], "base_layer", modules[name])
 
     def _widths(self, module: nn.Module) -> tuple[int, int]:
-        """Returns a module's input and output widths; raises `ValueError` if unknown."""
         for fan_in, fan_out in (("in_features", "out_features"), ("nx", "nf")):
             if hasattr(module, fan_in):
                 return getattr(module, fan_in), getattr(module, fan_out)

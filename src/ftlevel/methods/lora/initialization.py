@@ -85,5 +85,4 @@ def _forward(model: Any, batch: dict[str, Tensor]) -> Any:
 
 
 def _supervised_positions(batch: dict[str, Tensor], _: Any) -> Tensor:
-    """Returns the row and position of each supervised token, `(n, 2)`."""
     return batch["supervised"].nonzero()

@@ -133,7 +133,6 @@ def eager_prefix_attention_forward(
 
 
 def _prepend(prefix: Prefix, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns `key` and `value` with `prefix` prepended in every row."""
     key, value = (
         torch.cat([extra.to(states.dtype).expand(len(states), -1, -1, -1), states], dim=2)
         for extra, states in zip(prefix, (key, value), strict=True)

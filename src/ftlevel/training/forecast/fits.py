@@ -64,7 +64,7 @@ HOLES = 0.35
 """Free heap blocks as a fraction of temporary tensors; measured on MiniLM."""
 
 MAX_FREE_HEAP_BYTES = 128 * 2**20
-"""Assumed cap of free heap blocks: `KEPT_FREE` of cli/startup.py, above which glibc trims the heap.
+"""Assumed cap of free heap blocks: `TRIM_BYTES` of cli/startup.py, above which glibc trims it.
 It fits the settings of docs/plan.md and is not proven."""
 
 _TEMPORARY = (ACTIVATIONS, LOGITS, WORKSPACE, CASTS)

@@ -208,7 +208,7 @@ def _check_method_options(
             "adapter."
         )
 
-    flag_by_field = {row.path: row.shown for row in FLAGS if row.path}
+    flag_by_field = {row.path: row.name for row in FLAGS if row.path}
     names = requested.model_fields_set - {"kind"}
     is_lora = {requested.kind, spec.kind} <= {"lora", "qlora"}
     is_same = is_lora or requested.kind in (spec.kind, card.method if card else "")

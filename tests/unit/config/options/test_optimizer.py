@@ -97,9 +97,7 @@ def test_what_is_refused(train: dict[str, Any], told: str) -> None:
 )  # fmt: skip
 def test_ways_to_give_settings(given: list[str]) -> None:
     row = next(flag for flag in FLAGS if flag.path == "train.optim_args")
-    line = resolve_flag_aliases(
-        ["--optim-args", *given], build_flag_specs("train", [row])
-    ).arguments
+    line = resolve_flag_aliases(["--optim-args", *given], build_flag_specs("train", [row])).args
     pairs = dict(pair.split("=") for pair in line if "=" in pair)
     read = TrainerConfig(optim_args=pairs).optim_args
     assert read == {"num_cycles": 3, "power": 0.5, "decay_type": "1-sqrt", "nesterov": True}
