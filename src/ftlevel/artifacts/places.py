@@ -54,8 +54,7 @@ def save_relative_paths(run_dir: RunDirectory, values: Mapping[str, Any]) -> Non
 
     _map_paths(make_paths_absolute(values), collect)
     write_json(
-        run_dir.path / PLACES,
-        {absolute: path for absolute, path in relative_paths.items() if path},
+        run_dir.path / PLACES, {absolute: path for absolute, path in relative_paths.items() if path}
     )
 
 

@@ -196,10 +196,7 @@ def _class_meters(spaces: Mapping[str, torch.Tensor], step: StepTexts) -> list[P
 
 
 def _query_meters(
-    similarity: str,
-    spaces: Mapping[str, torch.Tensor],
-    step: StepTexts,
-    search_ids: Sequence[int],
+    similarity: str, spaces: Mapping[str, torch.Tensor], step: StepTexts, search_ids: Sequence[int]
 ) -> list[QueryMeter]:
     """Returns a meter per row with the metrics of its query; rows of one query have equal ones."""
     documents = sorted(

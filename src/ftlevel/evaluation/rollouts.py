@@ -374,13 +374,13 @@ def open_reward_model(name: str, device: str) -> TrainedRewardModel:
     """Resolve a reward model; InputError if it does not exist, or is for a different task."""
     label = f"--reward {name}"
     try:
-        ref = resolve_model(name, device=device, display_name=label)
+        ref = resolve_model(name, device=device, label=label)
     except InputError as error:
         if "/" in name or "no such directory" not in str(error):
             raise
         raise InputError(unknown_reward(name)) from None
     if ref.card.method == PLAIN and ref.card.task == "text-classification":
-        ref = resolve_model(name, REWARD_TASK, device=device, display_name=label)
+        ref = resolve_model(name, REWARD_TASK, device=device, label=label)
     if ref.card.task != REWARD_TASK:
         raise InputError(
             f"{label} was trained for {ref.card.task}, and a reward model has one score. Name a "

@@ -86,14 +86,7 @@ class Evaluator:
         if isinstance(objective, Embeddings):
             pad_id = self.tokenizer.pad_token_id or 0
             return score_embeddings(
-                self.rows,
-                objective,
-                model,
-                record,
-                pad_id,
-                self.device,
-                self.text,
-                self.corpus,
+                self.rows, objective, model, record, pad_id, self.device, self.text, self.corpus
             )
         meter, total, count = objective.meter(), 0.0, 0
         pad_id = self.tokenizer.pad_token_id or 0

@@ -332,7 +332,7 @@ def resolve_pair(
         base if has_reference or has_same_base else None,
         device=device,
         dtype=dtype,
-        display_name=f"--against {other_name}",
+        label=f"--against {other_name}",
     )
     if ref.task != other.task:
         raise InputError(

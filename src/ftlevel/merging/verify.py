@@ -15,13 +15,7 @@ import torch
 
 from ftlevel.artifacts.cards import format_difference
 from ftlevel.errors import RunError
-from ftlevel.evaluation.two_models import (
-    Agreement,
-    EvalSet,
-    RowLogits,
-    compare_logits,
-    in_float32,
-)
+from ftlevel.evaluation.two_models import Agreement, EvalSet, RowLogits, compare_logits, in_float32
 from ftlevel.merging.merge_input import MergeInput
 from ftlevel.merging.merged_model import MergedFiles, TensorMerger
 from ftlevel.models.hardware import DTYPES

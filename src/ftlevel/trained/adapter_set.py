@@ -133,7 +133,7 @@ def _resolve_all(
                 base_name,
                 device=device,
                 dtype=config.dtype,
-                display_name=flag,
+                label=flag,
             )
         if adapter is None or adapter.directory is None:
             raise InputError(f"{flag} is no adapter but a model. Name a run or an adapter.")

@@ -53,7 +53,7 @@ def resolve_model(
     *,
     device: str,
     dtype: str = "auto",
-    display_name: str = "",
+    label: str = "",
     revision: str | None = None,
     trust_remote_code: bool = False,
     require_task: bool = True,
@@ -68,7 +68,7 @@ def resolve_model(
         base: new location of an adapter's base model, if it has moved.
         device: torch device type.
         dtype: value of `--dtype`; auto uses that of training.
-        display_name: name of the model in messages; defaults to `name`.
+        label: name of the model in messages; defaults to `name`.
         revision: revision of a model on the Hub.
         trust_remote_code: whether an adapter's base may run its own code.
         require_task: whether a model without a card must have a task and a tokenizer.
@@ -84,7 +84,7 @@ def resolve_model(
         path = get_model_dir(name)
         reader = get_adapter_reader(path)
         if (path / CARD).is_file():
-            ref = _resolve_with_card(path, display_name or name, task, base)
+            ref = _resolve_with_card(path, label or name, task, base)
         elif reader is not None:
             ref = _resolve_external(path, reader, device, task, base)
         else:
@@ -92,18 +92,16 @@ def resolve_model(
             if (path / ADAPTER_CONFIG).is_file():
                 ref = _resolve_peft(path, device, task, base, trust_remote_code)
             else:
-                ref = _resolve_model(
-                    name, device, task, display_name or name, revision, require_task
-                )
+                ref = _resolve_model(name, device, task, label or name, revision, require_task)
     if base is not None and ref.directory is None:
         raise InputError(
-            f"--model {base.name}: it names the base of an adapter, and {display_name or name} "
+            f"--model {base.name}: it names the base of an adapter, and {label or name} "
             f"is a whole "
             "model. Drop it."
         )
     if revision is not None and ref.directory is not None:
         raise InputError(
-            f"--revision {revision}: {display_name or name} is an adapter, and its base is the "
+            f"--revision {revision}: {label or name} is an adapter, and its base is the "
             f"one that it "
             "was trained on. Drop it."
         )
@@ -147,13 +145,11 @@ def get_dtype_source(ref: ModelRef, dtype: str) -> str:
 
 
 def _resolve_with_card(
-    model_dir: Path, display_name: str, task: str | None, base: ModelSource | None
+    model_dir: Path, label: str, task: str | None, base: ModelSource | None
 ) -> ModelRef:
     card, run = load_card(model_dir), get_run_dir(model_dir)
     if task not in (None, card.task):
-        raise InputError(
-            f"{display_name} was trained for {card.task}, not for {task}. Drop --task."
-        )
+        raise InputError(f"{label} was trained for {card.task}, not for {task}. Drop --task.")
     if card.method == "full":
         source = resolve_source(
             str(merge_sharded_checkpoint(model_dir)), display_name=str(model_dir)
@@ -163,19 +159,14 @@ def _resolve_with_card(
 
 
 def _resolve_model(
-    name: str,
-    device: str,
-    task: str | None,
-    display_name: str,
-    revision: str | None,
-    require_task: bool,
+    name: str, device: str, task: str | None, label: str, revision: str | None, require_task: bool
 ) -> ModelRef:
-    source = resolve_source(name, revision, display_name=display_name)
+    source = resolve_source(name, revision, display_name=label)
     check_revision(source, revision)
     config = load_config(source)
     base_task = None
     if require_task:
-        task = task or get_task_type(get_model_dir(name)) or _task_of_model(config, display_name)
+        task = task or get_task_type(get_model_dir(name)) or _task_of_model(config, label)
         base_task = TASKS[task]
     card = create_default_card(source, config, base_task, device)
     return ModelRef(source, None, card, is_ours=False)
@@ -268,7 +259,7 @@ def get_card_dir(path: Path) -> Path | None:
     return None
 
 
-def _task_of_model(config: Any, display_name: str) -> str:
+def _task_of_model(config: Any, label: str) -> str:
     """Returns the task of a model that ftlevel did not train, by architecture."""
     tasks = _tasks_of_class(checkpoint_class(config))
     if tasks:
@@ -277,7 +268,7 @@ def _task_of_model(config: Any, display_name: str) -> str:
         return _DEFAULT_TASK
     architecture = join_names(config.architectures or ()) or config.model_type
     raise InputError(
-        f"{display_name} does not say what it was trained for: its config.json names "
+        f"{label} does not say what it was trained for: its config.json names "
         f"{architecture}, a "
         "model without a head. Name the task: --task NAME."
     )
@@ -517,20 +508,20 @@ def resolve_reference(
     `flag` names it in messages; `kind` and `tokenizer` are those of the model being trained. Raises
     InputError if the model does not exist, generates no text, or differs in kind or vocabulary.
     """
-    display_name = f"{flag} {name}"
-    ref = resolve_model(name, device=device, display_name=display_name)
+    label = f"{flag} {name}"
+    ref = resolve_model(name, device=device, label=label)
     if not ref.configured_task.generates_text:
         raise InputError(
-            f"{display_name} was trained for {ref.task}: it writes no text. Name one that does."
+            f"{label} was trained for {ref.task}: it writes no text. Name one that does."
         )
     if ref.model_kind != kind:
         raise InputError(
-            f"{display_name} is {with_article(ref.model_kind)}, and the model that is trained is "
+            f"{label} is {with_article(ref.model_kind)}, and the model that is trained is "
             f"{with_article(kind)}. Name {with_article(kind)}."
         )
     if ref.load_tokenizer().get_vocab() != tokenizer.get_vocab():
         raise InputError(
-            f"{display_name}: its tokenizer differs from that of the model that is trained, so "
+            f"{label}: its tokenizer differs from that of the model that is trained, so "
             f"it cannot "
             f"be used on the same tokens. Choose a model with the same tokenizer."
         )
@@ -543,18 +534,16 @@ def resolve_text_model(flag: str, name: str, device: str, dtype: str) -> Referen
     Its fingerprint also covers pooling, normalization and prompts. Raises InputError if it does not
     exist, or is neither an embedding model nor, as a teacher, a reranker.
     """
-    display_name = f"{flag} {name}"
-    ref = resolve_model(
-        name, device=device, dtype=dtype, display_name=display_name, require_task=False
-    )
+    label = f"{flag} {name}"
+    ref = resolve_model(name, device=device, dtype=dtype, label=label, require_task=False)
     task = ref.task or get_task_type(get_model_dir(name)) or _task_of_texts(ref)
     allowed = ("embedding",) if flag == "--guide" else ("embedding", "reranking")
     if task not in allowed:
         raise InputError(
-            f"{display_name} was trained for {task}. Name a model for {' or '.join(allowed)}."
+            f"{label} was trained for {task}. Name a model for {' or '.join(allowed)}."
         )
     if not ref.task:
-        ref = resolve_model(name, task, device=device, dtype=dtype, display_name=display_name)
+        ref = resolve_model(name, task, device=device, dtype=dtype, label=label)
     content = json.dumps([compute_fingerprint(ref), ref.card.options], sort_keys=True, default=str)
     return ReferenceModel(name, ref, hashlib.sha256(content.encode()).hexdigest())
 
@@ -572,11 +561,11 @@ def load_reference(record_dir: Path, base_dir: Path, device: str) -> ReferenceMo
     name = record["name"]
     if record.get("path") and (path := resolve_relative(record["path"], base_dir)).exists():
         name = str(path)
-    display_name = f"{name} (the reference of {base_dir})"
-    ref = resolve_model(name, device=device, display_name=display_name)
+    label = f"{name} (the reference of {base_dir})"
+    ref = resolve_model(name, device=device, label=label)
     if compute_fingerprint(ref) != record["fingerprint"]:
         raise InputError(
-            f"{display_name} has other weights than in training, and rewards against it would be "
+            f"{label} has other weights than in training, and rewards against it would be "
             f"others. "
             "Put the former ones there, or train again."
         )

@@ -144,9 +144,7 @@ def scoring_models(run: Run) -> list[ModelRef]:
     device, teacher = run.model.device, run.config.distillation.teacher
     names = [("--teacher", teacher)] if teacher else []
     names += [("--reward", spec.name) for spec in run.config.rl.rewards if spec.kind == "model"]
-    return [
-        resolve_model(name, device=device, display_name=f"{flag} {name}") for flag, name in names
-    ]
+    return [resolve_model(name, device=device, label=f"{flag} {name}") for flag, name in names]
 
 
 def estimate_scoring_bytes(run: Run) -> int:

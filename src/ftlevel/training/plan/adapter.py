@@ -73,7 +73,7 @@ def resolve_adapter(config: TrainConfig) -> tuple[TrainConfig, StartingAdapter |
         None if (path / CARD).is_file() else values.get("task"),
         resolve_source(model.name_or_path, model.revision) if is_named else None,
         device=select_device(model.device).value,
-        display_name=f"--adapter {name}",
+        label=f"--adapter {name}",
         trust_remote_code=model.trust_remote_code,
     )
     card = ref.card if ref.is_ours else None
