@@ -46,7 +46,7 @@ LORA_R = {
     "config/methods/lora.py": "    r: ",
     "cli/flags.py": "build_config([*layers, flags], note)",
     "config/layers.py": "TrainConfig.model_validate(merged)",
-    "cli/train.py": "read_config(given)",
+    "cli/train.py": "read_config(inputs)",
     "commands/train.py": "open_session(job",
     "training/session.py": "load_training_model(run, listener)",
     "training/model.py": "apply_method(base, config.method",
