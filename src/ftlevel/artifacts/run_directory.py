@@ -82,20 +82,20 @@ def is_run(run_dir: Path) -> bool:
 
 def check_replaceable(run_dir: Path) -> None:
     """Raise ConfigError unless `run_dir` is a run, and no link, home, root or git directory."""
-    where, error = run_dir.resolve(), None
+    where, problem = run_dir.resolve(), None
     if run_dir.is_symlink():
-        error = f"it is a link to {run_dir.readlink()}"
+        problem = f"it is a link to {run_dir.readlink()}"
     elif where == where.parent:
-        error = "it is the root of the file system"
+        problem = "it is the root of the file system"
     elif where == Path.home().resolve():
-        error = "it is your home directory"
+        problem = "it is your home directory"
     elif (where / ".git").exists():
-        error = "it is the root of a git work tree"
+        problem = "it is the root of a git work tree"
     elif not is_run(run_dir):
-        error = f"it is not a run of ftlevel (no {MARKER})"
-    if error is not None:
+        problem = f"it is not a run of ftlevel (no {MARKER})"
+    if problem is not None:
         raise ConfigError(
-            f"--overwrite {run_dir}: {error}, so it is not deleted. Choose another directory."
+            f"--overwrite {run_dir}: {problem}, so it is not deleted. Choose another directory."
         )
 
 

@@ -131,8 +131,8 @@ def max_length_in_memory(config: Any, settings: MemorySettings, memory: int) -> 
     weights = text.vocab_size * hidden + layers * 2 * hidden * (hidden + inner)
     block = 4 * hidden + 2 * inner
     activations = layers * hidden + block if settings.checkpointing else layers * block
-    weight_bytes = weights * (settings.weight + _TRAINED_BYTES * settings.trained)
-    available = memory - weight_bytes
+    weight_memory = weights * (settings.weight + _TRAINED_BYTES * settings.trained)
+    available = memory - weight_memory
     return int(available // (activations * settings.value)) if available > 0 else None
 
 

@@ -49,9 +49,9 @@ class AsyncCheckpointWriter:
         self._futures: list[Future[None]] = []
         self._thread = ThreadPoolExecutor(1)
 
-    def copy(self, tensors: Mapping[str, Tensor], checkpoint_dir: Path) -> None:
-        """Copy this process's shards of `tensors`, to be written to `checkpoint_dir`."""
-        writer: Any = HuggingFaceStorageWriter(str(checkpoint_dir), save_distributed=True)
+    def copy(self, tensors: Mapping[str, Tensor], path: Path) -> None:
+        """Copy this process's shards of `tensors`, to be written to `path`."""
+        writer: Any = HuggingFaceStorageWriter(str(path), save_distributed=True)
         self._staged.append((writer.stage(_distinct(tensors)), writer))
 
     def begin(self) -> None:
@@ -84,9 +84,9 @@ class AsyncCheckpointWriter:
                 future.result()
 
 
-def save_distributed_checkpoint(tensors: Mapping[str, Tensor], checkpoint_dir: Path) -> None:
+def save_distributed_checkpoint(tensors: Mapping[str, Tensor], path: Path) -> None:
     """Save this process's shards (collective); if one process fails, all raise its OSError."""
-    writer = HuggingFaceStorageWriter(str(checkpoint_dir), save_distributed=True)
+    writer = HuggingFaceStorageWriter(str(path), save_distributed=True)
     with _share_errors():
         save(_distinct(tensors), storage_writer=writer)
 
@@ -102,25 +102,25 @@ def _share_errors() -> Iterator[None]:
         raise error from None
 
 
-def load_distributed_checkpoint(tensors: Mapping[str, Tensor], checkpoint_dir: Path) -> None:
+def load_distributed_checkpoint(tensors: Mapping[str, Tensor], path: Path) -> None:
     """Fill `tensors` (modified) with this process's shards of the checkpoint."""
-    reader = HuggingFaceStorageReader(str(checkpoint_dir))
+    reader = HuggingFaceStorageReader(str(path))
     load(_distinct(tensors), storage_reader=reader)
 
 
-def merge_shards(checkpoint_dir: Path, out: Path) -> None:
+def merge_shards(path: Path, out: Path) -> None:
     """Merge a distributed checkpoint to ordinary safetensors files in `out`."""
-    reader: Any = HuggingFaceStorageReader(str(checkpoint_dir))
+    reader: Any = HuggingFaceStorageReader(str(path))
     metadata = reader.read_metadata().state_dict_metadata
     files: list[list[str]] = [[]]
     size = 0
     for name, stored in metadata.items():
-        tensor_bytes = stored.size.numel() * stored.properties.dtype.itemsize
-        if files[-1] and size + tensor_bytes > _MAX_FILE_BYTES:
+        tensor_size = stored.size.numel() * stored.properties.dtype.itemsize
+        if files[-1] and size + tensor_size > _MAX_FILE_BYTES:
             files.append([])
             size = 0
         files[-1].append(name)
-        size += tensor_bytes
+        size += tensor_size
     weight_map: dict[str, str] = {}
     for index, names in enumerate(files, 1):
         tensors = {
@@ -128,9 +128,7 @@ def merge_shards(checkpoint_dir: Path, out: Path) -> None:
         }
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # warns about a single process
-            load(
-                tensors, storage_reader=HuggingFaceStorageReader(str(checkpoint_dir)), no_dist=True
-            )
+            load(tensors, storage_reader=HuggingFaceStorageReader(str(path)), no_dist=True)
         file = f"model-{index:05d}-of-{len(files):05d}.safetensors"
         if len(files) == 1:
             file = "model.safetensors"
@@ -165,10 +163,10 @@ def split_optimizer_state(
 
 
 def load_optimizer_state(
-    unsharded: Mapping[int, Mapping[str, Any]], parameters: list[Tensor], checkpoint_dir: Path
+    unsharded: Mapping[int, Mapping[str, Any]], parameters: list[Tensor], path: Path
 ) -> dict[int, dict[str, Any]]:
     """Returns the optimizer state: `unsharded` plus the sharded tensors of a checkpoint."""
-    checkpoint_metadata: Any = HuggingFaceStorageReader(str(checkpoint_dir)).read_metadata()
+    checkpoint_metadata: Any = HuggingFaceStorageReader(str(path)).read_metadata()
     state = {number: dict(values) for number, values in unsharded.items()}
     sharded = {}
     for key, metadata in checkpoint_metadata.state_dict_metadata.items():
@@ -181,7 +179,7 @@ def load_optimizer_state(
             placements=like.placements,
         )
         state.setdefault(int(number), {})[name] = sharded[key]
-    load_distributed_checkpoint(sharded, checkpoint_dir)
+    load_distributed_checkpoint(sharded, path)
     return state
 
 
@@ -396,9 +394,9 @@ class LazyWeights:
         return read
 
 
-def _files(checkpoint_dir: Path) -> list[Path]:
+def _files(path: Path) -> list[Path]:
     """Returns the checkpoint files that `from_pretrained` loads."""
-    if (checkpoint_dir / _ONE_FILE).is_file():
-        return [checkpoint_dir / _ONE_FILE]
-    index = json.loads((checkpoint_dir / _INDEX).read_text(encoding="utf-8"))
-    return [checkpoint_dir / name for name in sorted(set(index["weight_map"].values()))]
+    if (path / _ONE_FILE).is_file():
+        return [path / _ONE_FILE]
+    index = json.loads((path / _INDEX).read_text(encoding="utf-8"))
+    return [path / name for name in sorted(set(index["weight_map"].values()))]
