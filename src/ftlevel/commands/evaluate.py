@@ -574,7 +574,10 @@ def _intervals_of_other(
     draws: Mapping[str, np.ndarray],
     other: ExampleRecord | None,
 ) -> dict[str, Any]:
-    """Returns 95 % intervals of the other model, unless it was scored on other rows."""
+    """Returns 95 % intervals of the other model's metrics and of the differences from them.
+
+    Empty if the models were scored on different rows. `draws` are the first model's.
+    """
     if not draws or other is None or other.units.keys() != record.units.keys():
         return {}
     return _paired_intervals(draws, other.resample(config.resamples, config.seed, None, ""))

@@ -41,7 +41,7 @@ class Segment:
 
     @property
     def position(self) -> int:
-        """Position of the first token in its sequence."""
+        """Number of tokens of the sequence that precede this segment, in other segments."""
         return sum(stop - start for start, stop in self.past)
 
 

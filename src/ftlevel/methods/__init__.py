@@ -88,7 +88,7 @@ def get_rule(cell: Cell) -> Rule | None:
 
 
 def get_possible_rules(cell: Cell) -> list[Rule]:
-    """Returns the rules by which some combinations in `cell` are unsupported."""
+    """Returns the rules that exclude at least one of the combinations that `cell` contains."""
     return [rule for rule in RULES if rule.may_match(cell)]
 
 

@@ -237,7 +237,7 @@ class AuxiliaryOutputs:
 
 
 def resolve_auxiliary_models(run: Run) -> AuxiliaryModels:
-    """Returns the reference, teacher and guide models named in the configuration."""
+    """Resolve the configured names of reference, teacher and guide models; loads no weights."""
     return AuxiliaryModels(
         reference=_resolve(run, "--reference", run.config.preference.other_reference),
         teacher=_resolve(run, "--teacher", run.config.distillation.teacher),

@@ -87,7 +87,7 @@ class Conversation:
 
 @dataclass(frozen=True)
 class PlainText:
-    """A text to continue; `row` is its index in the table."""
+    """A text for language modeling; `row` is its index in the table."""
 
     text: str
     row: int

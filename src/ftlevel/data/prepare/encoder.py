@@ -310,7 +310,7 @@ class Encoder:
         return Digests.at(path) if path and path.exists() else self.digest(examples)
 
     def fit(self, rows: Sequence[Encoded], table: Table) -> FittedRows:
-        """Apply the configured length limit to `rows`."""
+        """Truncate, split or drop rows over the maximum length, or raise, as `overlong` says."""
         length = "auto" if self.ignore_max_length else self.config.max_length
         fitted, stops = self._relax(
             lambda overlong: fit_rows(rows, length, self.bounds, overlong, table.where)

@@ -160,7 +160,10 @@ class StreamState:
 
 
 class EncodedChunk(NamedTuple):
-    """Encoded rows and counts of a chunk, or the error if one of its rows stops the run."""
+    """Encoded rows of a chunk, and how many were read, dropped or shortened.
+
+    `error` is set if one of its rows stops the run.
+    """
 
     rows: list[Encoded]
     counts: Counter[str]

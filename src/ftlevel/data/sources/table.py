@@ -24,7 +24,7 @@ MAX_SHOWN = 5  # maximum number of invalid rows listed in a message
 
 @dataclass(frozen=True)
 class BadRow:
-    """A row that cannot be used; `finding` is the field of `config.gate` that covers it, or "".
+    """A row that cannot be used; `finding` is the data check in `config.gate` that it fails, or "".
 
     `line` is 1-based, or the row number if the source has no lines. `message` has no final period.
     """
@@ -76,7 +76,7 @@ class Table:
         return [name for name in self.rows[0] if name not in self.ignored] if self.rows else []
 
     def without_columns(self, names: Iterable[str]) -> Table:
-        """Returns the table with its columns in `names` ignored; other names have no effect."""
+        """Returns the table without the columns in `names`; unknown names are ignored."""
         existing = [name for name in names if name in self.column_names]
         return replace(self, ignored=(*self.ignored, *existing)) if existing else self
 

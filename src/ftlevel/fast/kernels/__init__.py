@@ -40,7 +40,7 @@ class TorchBackend:
     """
 
     def norm(self, x: Tensor, weight: Tensor, eps: float) -> Pair:
-        """Returns the normalized y (…, hidden), and ρ (…, 1)."""
+        """Returns RMSNorm y = weight · x · ρ (…, hidden), and ρ = 1 / √(mean(x²) + eps)."""
         x32 = x.to(torch.promote_types(x.dtype, torch.float32))
         scale = x32.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
         return _normalize(x32, weight, scale, x.dtype), scale
@@ -169,7 +169,7 @@ class TritonBackend(TorchBackend):
     """The same operations with one Triton kernel each; views are made contiguous."""
 
     def norm(self, x: Tensor, weight: Tensor, eps: float) -> Pair:
-        """Returns the normalized y (…, hidden), and ρ (…, 1)."""
+        """Returns RMSNorm y = weight · x · ρ (…, hidden), and ρ = 1 / √(mean(x²) + eps)."""
         return _norm(x.contiguous(), weight, eps)
 
     def renorm(self, x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:

@@ -108,7 +108,7 @@ class LayerConfig:
 
     @property
     def hooked_input(self) -> HookedInput | None:
-        """Input that a hook has to store for the adapter; None if it reads the module's output."""
+        """Which input of the feed-forward a hook has to store; None if the adapter needs none."""
         if self.input_type == "output":
             return None
         return "input" if self.input_type == "input" else "residual"
