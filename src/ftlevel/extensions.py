@@ -226,7 +226,10 @@ def added(table: str, core: Collection[str] = ()) -> dict[str, tuple[str, Any]]:
 
 
 def added_rows(table: str, core: Collection[str] = ()) -> dict[str, Any]:
-    """Returns the entries of `added` without their packages."""
+    """Returns name → entry from `table`, a field of `Extension`, of all extensions.
+
+    Raises ConfigError if a name is defined twice or is in `core`, the names of ftlevel itself.
+    """
     return {name: row for name, (_, row) in added(table, core).items()}
 
 

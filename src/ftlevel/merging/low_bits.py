@@ -58,7 +58,10 @@ class InputMoments:
     _cache: dict[str, torch.Tensor | None] = field(default_factory=dict)
 
     def of(self, name: str) -> torch.Tensor | None:
-        """Returns H of the linear layer `name`, (in, in) in float32 on the CPU; None if unused."""
+        """Returns H = E[x xᵀ] of linear layer `name`, (in, in), float32 on the CPU.
+
+        None if no row reached the layer.
+        """
         if name not in self._cache:
             self._cache = {}
             self._cache = self._compute(self._group(name))

@@ -78,7 +78,10 @@ def load_merged(model_dir: Path, inputs: MergeInput) -> Any:
 def measure(
     candidate: Candidate, inputs: MergeInput, eval_set: EvalSet, trained: RowLogits
 ) -> Candidate:
-    """Reload `candidate` and compare it with the trained model; RunError if tensors differ."""
+    """Reload the saved `candidate` and compare its logits with `trained`.
+
+    Raises RunError if reloaded tensors differ from those that were written.
+    """
     model = load_merged(candidate.directory, inputs)
     _check_files(model, candidate.merger)
     outputs = eval_set.score(model, inputs.dtype)

@@ -156,10 +156,10 @@ class HasState(Protocol):
     """Trainer callback of a `Method`, with state that checkpoints save besides the model's."""
 
     def save_state(self, path: Path) -> None:
-        """Save the state in the directory `path`."""
+        """Save in the directory `path` what the callback needs to resume training."""
 
     def load_state(self, path: Path, model: Any) -> None:
-        """Load the state from the directory `path` into the trained `model` (modified)."""
+        """Restore from the directory `path` what `save_state` wrote; `model` is modified."""
 
 
 class Method:

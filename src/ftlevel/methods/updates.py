@@ -291,7 +291,7 @@ def miss_as_lora(file: AdapterFile) -> dict[str, Factors]:
 
 
 class Miss(LinearUpdate):
-    """MiSS."""
+    """The method MiSS (matrix shard sharing)."""
 
     def check(self, spec: MissSpec, sizes: Mapping[str, tuple[int, int]]) -> None:
         """Raise `ConfigError` if a linear layer has fewer inputs than r."""
@@ -309,7 +309,7 @@ def _set_mask(config: Any) -> None:
 
 
 class Shira(LinearUpdate):
-    """SHiRA."""
+    """The method SHiRA (sparse high-rank adapter)."""
 
     def check(self, spec: ShiraSpec, sizes: Mapping[str, tuple[int, int]]) -> None:
         """Raise `ConfigError` if a linear layer has too few weights for r."""

@@ -323,7 +323,7 @@ class BaseTask(ABC):
 
     @abstractmethod
     def encode(self, encoder: Encoder, examples: Sequence[Any], table: Table) -> FittedRows:
-        """Encode `examples` as rows; raises `InputError` if an example does not fit."""
+        """Encode `examples`, and apply the maximum length; `table` locates rows in messages."""
 
     def check_rows(self, rows: Sequence[Encoded]) -> Mapping[str, Mask]:
         """Returns task-specific data checks of encoded rows: check name -> mask of failing rows."""

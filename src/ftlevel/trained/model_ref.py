@@ -66,9 +66,9 @@ class ModelRef:
 
     @property
     def kind(self) -> str:
-        """One of run, checkpoint, adapter, model, quantized, hub, gguf; or the type of the adapter.
+        """One of run, checkpoint, adapter (ftlevel's), peft, model, quantized, hub, gguf.
 
-        It is `peft` for an adapter that only PEFT saved, else the `AdapterReader.kind`.
+        For an adapter in another library's format, it is the `kind` of the `AdapterReader`.
         """
         if self.run is not None:
             path = self.directory or Path(self.source.name)

@@ -230,7 +230,7 @@ class StepReducer:
         self.done: list[dict[str, Any]] = []
 
     def can_reduce(self, inputs: Mapping[str, Any]) -> bool:
-        """Returns whether a further reduction is possible; never with several processes."""
+        """Whether a step on `inputs` could use less memory; False with several processes."""
         trainer = self._trainer
         if trainer.args.world_size > 1 or trainer.fast is None:
             return False

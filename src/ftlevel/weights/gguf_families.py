@@ -114,10 +114,10 @@ def build_metadata(config: Any) -> Metadata:
 
 
 def context_limit(config: Any) -> tuple[int, int | None]:
-    """Returns the context length for the file, and the sliding window that limits it, or None.
+    """Returns the context length to write to the file, and the sliding window that shortened it.
 
-    In `FAMILIES`, llama.cpp supports sliding windows for Gemma only. For other models, the context
-    is as long as the window, so that the window has no effect.
+    The window is None if it did not shorten the context. llama.cpp supports sliding windows for
+    Gemma only; for other models the context is cut to the window, so that the window has no effect.
     """
     if config.model_type == "gpt2":
         return config.n_positions, None

@@ -51,7 +51,7 @@ def _reset_ranks(config: Any) -> None:
 
 
 class AdaLora(Method):
-    """AdaLoRA."""
+    """The method AdaLoRA: its PEFT configuration, rank pruning and merge."""
 
     info = single_row(
         "adalora",

@@ -98,11 +98,11 @@ class _BaseModel:
 
 @dataclass(frozen=True)
 class SyntheticBatch:
-    """Substitutes for model, device, tokenizer and rows in an estimate; None means the real one.
+    """Substitutes in a memory estimate; a field that is None means the real one of the run.
 
-    `tokenizer` needs `eos_token_id`, `pad_token_id` and `chat_template`. `rows` creates rows for a
-    task, a model kind and a config. The weights of `source` may be missing; nothing is loaded on
-    `device`.
+    `source` is the model; its weights are not read and may be missing. `tokenizer` needs
+    `eos_token_id`, `pad_token_id` and `chat_template`. `rows` creates rows for a task, a model kind
+    and a configuration. Nothing is placed on `device`.
     """
 
     source: ModelSource | None = None
