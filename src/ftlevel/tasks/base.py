@@ -314,7 +314,7 @@ class BaseTask(ABC):
     def get_inconsistent_labels(
         self, examples: Sequence[Any], labels: LabelSet, table: Table
     ) -> list[BadRow]:
-        """Returns the rows with labels that contradict each other, such as invalid BIO tags."""
+        """Returns the rows whose labels contradict each other: I-LOC after B-PER, in BIO tags."""
         return []
 
     def prompt_format(self, format_: Format, kind: str, tokenizer: Any) -> PromptFormat | None:

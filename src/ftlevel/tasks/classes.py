@@ -55,7 +55,6 @@ class ClassMeter(PredictionMeter):
     """Accuracy, macro F1 and Matthews correlation of single-label classification."""
 
     def update(self, logits: Tensor, labels: Tensor, rows: Sequence[Any]) -> None:
-        """Add a batch: logits `(batch, classes)`, labels `(batch,)`."""
         self.predicted += logits.argmax(-1).tolist()
         self.true += labels.tolist()
 
@@ -80,7 +79,6 @@ class MultiLabelMeter(PredictionMeter):
     """F1 and subset accuracy of multi-label classification at threshold 0.5."""
 
     def update(self, logits: Tensor, labels: Tensor, rows: Sequence[Any]) -> None:
-        """Add a batch: logits and labels (0.0 or 1.0) `(batch, classes)`."""
         self.predicted += (logits > 0).int().tolist()
         self.true += labels.int().tolist()
 
@@ -102,7 +100,6 @@ class RegressionMeter(PredictionMeter):
     """Root mean squared error, Pearson and Spearman correlation."""
 
     def update(self, logits: Tensor, labels: Tensor, rows: Sequence[Any]) -> None:
-        """Add a batch: logits `(batch, 1)`, labels `(batch,)`."""
         self.predicted += logits.float().squeeze(-1).tolist()
         self.true += labels.tolist()
 
@@ -193,11 +190,9 @@ class ClassTask(BaseTask):
         return completed, [Choice("problem", problem, reason)]
 
     def label_role(self, format_: Format) -> str | None:
-        """Returns `label`, or None for regression."""
         return None if format_.options["problem_type"] == _QUANTITY else "label"
 
     def encode(self, encoder: Encoder, examples: Sequence[Any], table: Table) -> FittedRows:
-        """Encode the texts, with class ids or numbers as labels."""
         targets = _Targets(encoder.labels)
 
         def encode(some: Sequence[Any]) -> list[Encoded]:
@@ -218,7 +213,6 @@ class ClassTask(BaseTask):
         return {"problem_type": loaded.format.options["problem_type"]}
 
     def describe_rows(self, loaded: LoadedData, data_info: Mapping[str, Any]) -> list[Choice]:
-        """Returns no lines: the number of targets is the number of rows."""
         return []
 
     def prediction_columns(
@@ -228,7 +222,6 @@ class ClassTask(BaseTask):
         inference_config: Mapping[str, Any],
         outputs: OutputOptions,
     ) -> dict[str, Column]:
-        """Returns the columns: answer and, if requested, class probabilities and ranking `top`."""
         problem = inference_config.get("problem_type")
         if problem == _QUANTITY:
             check_options(outputs, "a regression", "")
@@ -246,7 +239,6 @@ class ClassTask(BaseTask):
     def predict(
         self, model: PromptedModel, queries: Sequence[Any], outputs: OutputOptions
     ) -> list[Prediction]:
-        """Returns the predicted class, classes or number of each text."""
         rows = encode_labeled(model.tokenizer, queries, lambda _: 0)
         return model.score(rows, lambda _, logits: _parse_label(model, logits.float(), outputs))
 
@@ -323,7 +315,6 @@ class Classes(ClassObjective):
     metric_names: ClassVar[tuple[str, ...]] = ("accuracy", "f1", "mcc")
 
     def loss_sum(self, logits: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
-        """Returns the sum of the negative log-likelihoods, in nats."""
         from torch.nn import functional
 
         return functional.cross_entropy(logits.float(), labels, reduction="sum")
@@ -352,7 +343,6 @@ class MultiLabel(Objective):
         return torch.cat([torch.zeros_like(flat), flat], dim=1)
 
     def count(self, labels: Tensor) -> Tensor:
-        """Count the targets: rows times classes."""
         import torch
 
         return torch.tensor(labels.numel())
@@ -397,7 +387,6 @@ class Regression(Objective):
         return torch.tensor(labels.numel())
 
     def loss_sum(self, logits: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
-        """Returns the sum of the squared errors."""
         from torch.nn import functional
 
         return functional.mse_loss(logits.float().squeeze(-1), labels, reduction="sum")

@@ -336,12 +336,10 @@ class DistillationRow(Encoded):
 
     @property
     def sequences(self) -> Sequence[Encoded]:
-        """The row as the model's input, without the teacher's values."""
         return [Encoded(self.input_ids, self.labels, self.row, self.extras)]
 
     @property
     def teacher(self) -> np.ndarray | None:
-        """The teacher's values."""
         return self.taught
 
 

@@ -59,11 +59,9 @@ class MaskTask(BaseTask):
 
     @property
     def head_message(self) -> str:
-        """Log text explaining why the language head is fully trained."""
         return f"the checkpoint has no masked language head: new, {super().head_message}"
 
     def encode(self, encoder: Encoder, examples: Sequence[Any], table: Table) -> FittedRows:
-        """Encode the texts in blocks; tokens are masked later."""
         from ftlevel.data.encoding.collate import encode_masked
         from ftlevel.data.encoding.fit import FittedRows
 
@@ -100,7 +98,6 @@ class MaskTask(BaseTask):
     def evaluation_rows(
         self, rows: Sequence[Encoded], config: DataConfig, context: EncodingContext
     ) -> Sequence[Encoded]:
-        """Returns rows with the same masked tokens whenever they are read."""
         return _mask_rows(rows, config, context).fixed()
 
     def prediction_columns(

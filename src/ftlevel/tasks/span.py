@@ -153,7 +153,6 @@ class SpanTask(BaseTask):
         return {"options": {"doc_stride": 128, "unanswerable": False}}
 
     def encode(self, encoder: Encoder, examples: Sequence[Any], table: Table) -> FittedRows:
-        """Encode each question with one or more windows of the context."""
         from ftlevel.data.encoding.fit import FittedRows
 
         config = encoder.config
@@ -194,7 +193,6 @@ class SpanTask(BaseTask):
         return {"unanswerable": any(not question.answers for question in loaded.train)}
 
     def describe_rows(self, loaded: LoadedData, data_info: Mapping[str, Any]) -> list[Choice]:
-        """Returns lines with the number of questions, and of those without an answer."""
         none = sum(not question.answers for question in loaded.train)
         note = f"{none:,} without an answer" if none else "each has an answer"
         return [Choice("questions", f"{len(loaded.train):,}", note)]
@@ -206,7 +204,6 @@ class SpanTask(BaseTask):
         inference_config: Mapping[str, Any],
         outputs: OutputOptions,
     ) -> dict[str, Column]:
-        """Returns the columns: the span, its character range and its score."""
         check_options(outputs, f"--task {self.name}", "Every span comes with a score.")
         return {"": "text", "start": "whole", "end": "whole", "score": "number"}
 
@@ -292,7 +289,6 @@ class Spans(Objective):
     metric_names: ClassVar[tuple[str, ...]] = ("exact_match", "f1")
 
     def logits(self, outputs: Any) -> Tensor:
-        """Returns start and end logits, stacked in the last dimension."""
         import torch
 
         return torch.stack([outputs.start_logits, outputs.end_logits], dim=-1)
@@ -327,13 +323,11 @@ class SpanMeter:
         self.answers: dict[int, list[str]] = {}
 
     def update(self, logits: Tensor, labels: Tensor, rows: Sequence[Any]) -> None:
-        """Add a batch of `Window`: start and end logits `(batch, seq, 2)`."""
         for scores, window in zip(logits.cpu(), rows, strict=True):
             update_span(self.spans[window.row], scores, window)
             self.answers[window.row] = [text for text, _ in window.answers]
 
     def compute(self, loss: float) -> dict[str, float]:
-        """Compute exact match and F1, averaged over questions."""
         predictions = {
             row: span.answer(unanswerable=self.unanswerable) for row, span in self.spans.items()
         }

@@ -132,11 +132,9 @@ class TagTask(BaseTask):
         return {"labels": read_labels(model_config)}
 
     def label_role(self, format_: Format) -> str | None:
-        """Returns the role of the labels: `tags`, or `spans`."""
         return "tags" if "tags" in format_.columns else "spans"
 
     def describe_rows(self, loaded: LoadedData, data_info: Mapping[str, Any]) -> list[Choice]:
-        """Returns lines with the number of targets and the tagging scheme."""
         names = loaded.labels.names if loaded.labels else ()
         choices = super().describe_rows(loaded, data_info)
         if not are_entity_tags(names):
@@ -151,7 +149,6 @@ class TagTask(BaseTask):
     def get_inconsistent_labels(
         self, examples: Sequence[Any], labels: LabelSet, table: Table
     ) -> list[BadRow]:
-        """Returns the rows with invalid BIO tags."""
         return get_invalid_bio_tags(examples, labels.names, table)
 
     def encode(self, encoder: Encoder, examples: Sequence[Any], table: Table) -> FittedRows:
@@ -185,7 +182,6 @@ class TagTask(BaseTask):
         inference_config: Mapping[str, Any],
         outputs: OutputOptions,
     ) -> dict[str, Column]:
-        """Returns the columns: tags, words if rows are texts, and probabilities if requested."""
         if outputs.top_k:
             check_options(
                 OutputOptions(top_k=outputs.top_k),
@@ -205,7 +201,6 @@ class TagTask(BaseTask):
     def predict(
         self, model: PromptedModel, queries: Sequence[Any], outputs: OutputOptions
     ) -> list[Prediction]:
-        """Returns the tagged words of each sentence."""
         ids, extras, positions = encode_words(model.tokenizer, [q.tokens for q in queries])
         rows = [
             Encoded(tokens, [IGNORED] * len(tokens), i, extra)
@@ -268,11 +263,9 @@ class Tags(ClassObjective):
     names: tuple[str, ...] = ()
 
     def choices(self, logits: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
-        """Returns the logits of the words, `(words, tags)`."""
         return logits[labels != IGNORED]
 
     def loss_sum(self, logits: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
-        """Returns the sum of the negative log-likelihoods of the words' tags, in nats."""
         from torch.nn import functional
 
         return functional.cross_entropy(
@@ -302,7 +295,6 @@ class TagMeter(PredictionMeter):
         self.names = names
 
     def update(self, logits: Tensor, labels: Tensor, rows: Sequence[Any]) -> None:
-        """Add a batch of `TaggedRow` with logits `(batch, seq, tags)`."""
         best = logits.argmax(-1).tolist()
         for tags, row in zip(best, rows, strict=True):
             self.true.append([self.names[tag] for tag in row.tags])
@@ -311,7 +303,6 @@ class TagMeter(PredictionMeter):
             )
 
     def compute(self, loss: float) -> dict[str, float]:
-        """Compute the F1 scores and the accuracy over words."""
         from sklearn.metrics import f1_score
 
         true = [tag for tags in self.true for tag in tags]

@@ -180,7 +180,6 @@ class TextTask(BaseTask):
     def card_defaults(
         self, source: ModelSource, model_config: Any, tokenizer: Any, kind: str
     ) -> dict[str, Any]:
-        """Returns the default prompt format of `train`."""
         prompt = choose_format(tokenizer, kind, self.instruction, self.answer_cue)
         return {"prompt": prompt.to_dict()}
 

@@ -118,7 +118,7 @@ class _Chat:
     tools: Sequence[dict[str, Any]]
 
     def get_turn(self, index: int, text: str) -> tuple[int, int]:
-        """Returns the characters of turn `index` in `text`, including its end-of-turn token."""
+        """Returns (start, end) of turn `index` in the string `text`, end-of-turn token included."""
         tokenizer, turns, tools = self.tokenizer, self.turns, self.tools
         before = render(tokenizer, turns[:index], tools, generation_prompt=True) if index else ""
         before = before.removesuffix(" ")

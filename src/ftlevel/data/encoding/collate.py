@@ -25,10 +25,9 @@ class Collator:
     def __call__(self, rows: Sequence[Encoded]) -> dict[str, torch.Tensor]:
         """Returns `input_ids` and `attention_mask` `(batch, seq)`, `labels` and optional tensors.
 
-        The batch has all `sequences` of the rows. `labels` is `(batch,)` for one value per
-        sequence, `(batch, n)` for n values, or `(batch, target)` for tokens, padded with -100.
-        `preference_labels` is `(batch, 3)`. `known` and `ids` (of a teacher) and `signals` have one
-        entry per target token.
+        A row has one or more `sequences`; the batch has all of them. `labels` is `(batch,)` for one
+        value per sequence, `(batch, n)` for n values, or `(batch, target)` for tokens, padded with
+        -100. `known` and `ids` (of a teacher) and `signals` have one entry per target token.
         """
         preference_labels = [label for row in rows for label in row.preference_labels]
         teachers = [row.teacher for row in rows if row.teacher is not None]
@@ -57,7 +56,7 @@ class CollatorWithRows(Collator):
     """A `Collator` that also returns the rows, so that an error can name the failing row."""
 
     def __call__(self, rows: Sequence[Encoded]) -> dict[str, Any]:
-        """Returns the batch, with `rows` and `contrasts` (a batch of the rows' `contrasts`)."""
+        """Returns the batch, with `rows` and, if any, a batch of all `Encoded.contrasts`."""
         contrasts = [other for row in rows for other in row.contrasts]
         batch: dict[str, Any] = {**super().__call__(rows), "rows": list(rows)}
         return {**batch, "contrasts": [super().__call__(contrasts)]} if contrasts else batch
@@ -82,7 +81,7 @@ _RESERVED = tuple(
 
 
 def separate_pad_from_eos(tokenizer: Any) -> Choice | None:
-    """Replace the padding token of `tokenizer` (modified) if it is EOS; return the log line."""
+    """Give `tokenizer` (modified) a new padding token if it pads with EOS; return the log line."""
     if tokenizer.pad_token_id != tokenizer.eos_token_id:
         return None
     vocabulary = tokenizer.get_vocab()

@@ -248,7 +248,7 @@ class Encoded:
         return len(self.input_ids)
 
     def truncated(self, limit: int) -> Encoded | None:  # noqa: ARG002 - of subclasses
-        """Returns the row with at most `limit` tokens; None if `fit_rows` must cut the prompt."""
+        """Returns the row cut to `limit` tokens; None, as here, lets `fit_rows` cut the prompt."""
         return None
 
     def without(self, num_tokens: int) -> Encoded:
@@ -300,7 +300,7 @@ def encode_causal(
 
 
 def _with_inputs(row: Encoded) -> Encoded:
-    """Returns the row with prompts as labels too; tokens after the last answer stay masked."""
+    """Returns the row with labels on the prompts too, but none after the last answer."""
     labels: Any = row.labels
     last = max((i for i, label in enumerate(labels) if label != IGNORED), default=-1) + 1
     return replace(row, labels=row.input_ids[:last] + labels[last:])
@@ -406,7 +406,7 @@ def _render_example(tokenizer: Any, example: Any, prompt_format: PromptFormat) -
 def _encode_completions(
     tokenizer: Any, examples: Sequence[Any], prompt_format: PromptFormat
 ) -> list[Encoded]:
-    """Encode prompts as generation does; answers are the full text's tokens after the prompt's."""
+    """Encode each prompt as generation does, then the answer tokens that follow it in the text."""
     pairs = [_as_pair(example) for example in examples]
     texts = []
     for pair, example in zip(pairs, examples, strict=True):

@@ -74,7 +74,7 @@ def fit_rows(
     overlong: str,
     where: Callable[[int], str],
 ) -> FittedRows:
-    """Apply the length limit to `rows`.
+    """Truncate, split or drop rows longer than `max_length`, or raise, as `overlong` says.
 
     `max_length` is in tokens; "auto" is the longest row, within `bounds`. `overlong` is error,
     drop, truncate-prompt or split. With "auto", error only raises if over 1 % of the rows are too
@@ -105,7 +105,7 @@ def fit_rows(
 
 
 def check_not_empty(fitted: FittedRows, rows: Sequence[Encoded]) -> None:
-    """Raise `InputError` if the length limit left no row."""
+    """Raise `InputError` if all rows were dropped because they exceed the maximum length."""
     if not len(fitted.rows):
         raise InputError(
             f"no row is left within --max-length {fitted.max_length:,}: the shortest has "

@@ -145,7 +145,7 @@ class RoleValues:
 def explain_columns(
     column_mapping: Mapping[str, str], mapping: Mapping[str, str], name: str | None
 ) -> str:
-    """Returns how the columns were chosen, by flags or names; "" if the names equal the roles."""
+    """Returns by which flags or names columns got roles; "" if the names equal the roles."""
     if mapping or name:
         flags = (("--map", mapping), ("--format", name))
         return "by " + " and ".join(flag for flag, value in flags if value)
@@ -325,7 +325,7 @@ def _resolve_mapping(
 def _match(
     shape: FormatSpec, column_names: Sequence[str], mapping: Mapping[str, str]
 ) -> dict[str, str] | None:
-    """Returns role → column, as found; None if `mapping` has a role that `shape` lacks."""
+    """Returns role → column, by `mapping`, then by name; None for a role that `shape` lacks."""
     if not mapping.keys() <= shape.roles.keys():
         return None
     by_name = {column.lower(): column for column in reversed(column_names)}

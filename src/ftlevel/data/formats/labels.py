@@ -359,7 +359,7 @@ def split_words(text: str) -> list[tuple[int, int]]:
 
 
 def create_tagged_words(values: RoleValues) -> TaggedTokens:
-    """Create the words of a text with the tags of its spans."""
+    """Split a text into words, and tag each by the labeled character span that contains it."""
     text, column, items = values.text("text"), repr(values.columns["spans"]), values.get("spans")
     if type(items) is not list:
         raise UnusableRowError(f"{column} is {json_type_name(items)}, not a list of spans")

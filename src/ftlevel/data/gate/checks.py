@@ -48,7 +48,7 @@ class Ragged:
 
 
 def lay_out(rows: Iterable[Sequence[int]]) -> Ragged:
-    """Returns `rows` as a `Ragged`."""
+    """Returns lists of integers, such as token ids, as one `Ragged`."""
     rows = list(rows)
     offsets = np.cumsum([0, *map(len, rows)], dtype=np.int64)
     values = np.fromiter(chain.from_iterable(rows), dtype=np.int32, count=int(offsets[-1]))
@@ -76,7 +76,7 @@ def get_row_mask(rows: Sequence[Encoded], examples: Integers) -> Mask:
 
 
 def get_example_mask(rows: Sequence[Encoded], keep: Mask, total: int) -> Mask:
-    """Returns a mask of the `total` examples: whether `keep` selects one of its rows."""
+    """Returns a mask of the `total` examples: True if `keep` is True for a row of the example."""
     mask = np.zeros(total, dtype=bool)
     if not isinstance(rows, RowStore):
         mask[get_example_indices(rows, np.flatnonzero(keep))] = True
@@ -278,7 +278,7 @@ class TextCheckContext:
 
 
 def has_invalid_turn_order(content: ExampleContent, _: TextCheckContext) -> bool:
-    """Returns whether a conversation starts with the assistant, or does not end with it."""
+    """Returns whether the first turn is the assistant's, or the last one is not."""
     turns = [role for role in content.roles if role != "system"]
     return bool(turns) and (turns[0] == "assistant" or turns[-1] != "assistant")
 

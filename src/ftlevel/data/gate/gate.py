@@ -168,7 +168,7 @@ _SWAP_RATIO = 0.2
 
 
 def get_conflicts(digests: Digests) -> tuple[Integers, Integers]:
-    """Returns the examples whose prompt occurred before with another answer, and where first."""
+    """Returns examples whose prompt occurred earlier with another answer, and the earlier ones."""
     prompts, answers = digests.records["before"], digests.records["last"]
     again, first = get_repeated_keys(prompts, prompts != 0)
     conflict = answers[again] != answers[first]
@@ -176,7 +176,7 @@ def get_conflicts(digests: Digests) -> tuple[Integers, Integers]:
 
 
 def get_majority_target(digests: Digests) -> Integers:
-    """Returns the examples with the most frequent answer; empty if below 95 % of all."""
+    """Returns the examples with the most frequent answer, if 95 % of all have it; else none."""
     records = digests.records
     answers = records["last"]
     if len(answers) < _MIN_ROWS or not records["before"].all():
@@ -212,10 +212,7 @@ def get_swapped(digests: Digests) -> Integers:
 
 
 def _sides(index: WordIndex, start: int, end: int) -> tuple[Integers, NDArray[np.int64], Integers]:
-    """Returns one entry per distinct word of the examples from `start` to `end`.
-
-    It has the word's hash bucket, 0 for a prompt or 1 for an answer, and the example less `start`.
-    """
+    """Returns (hash bucket, 0 in a prompt or 1 in an answer, example) of each distinct word."""
     offsets = index.starts[start : end + 1]
     lengths = np.diff(offsets)
     row = np.repeat(np.arange(end - start), lengths)
@@ -327,7 +324,7 @@ class Gate:
         return rows, split.findings
 
     def check_rows(self, name: str, fitted: FittedRows, total: int, table: Table) -> SplitReport:
-        """Run the checks of single rows; the split has `total` examples."""
+        """Run the checks that need no other rows of the split, which has `total` examples."""
         split = SplitReport(name, fitted.rows, table, total, self.policy)
         active = split.present()
         for check, rows in (("long_prompt", fitted.long_prompts), ("answer_cut", fitted.lost)):
@@ -357,7 +354,7 @@ class Gate:
         table: Table,
         training: Digests,
     ) -> tuple[Sequence[Encoded], list[Finding]]:
-        """Returns the rows and findings as `check_split`, without leaked examples.
+        """Returns rows and findings as `check_split`; drops examples that training has, too.
 
         `training` are the digests of the training examples.
         """
@@ -387,7 +384,7 @@ class Gate:
         return findings
 
     def _check_tokens(self, rows: Sequence[Encoded]) -> dict[str, tuple[Integers, Integers]]:
-        """Returns per check the rows that the token checks flag, and their examples."""
+        """Returns check name → flagged rows, and the example of each flagged row."""
         flagged: dict[str, list[tuple[Integers, Integers]]] = {}
         start = 0
         for flat in flat_batches(rows):

@@ -125,7 +125,7 @@ def compute_edit_distances(one: TextBatch, other: TextBatch) -> NDArray[np.int64
 
 
 def _edge(i: int, ends: NDArray[np.int64]) -> NDArray[np.int32]:
-    """Returns row i of the distance matrix, `(band, pairs)`, with only its border computed."""
+    """Returns row i of the edit-distance matrix `(band, pairs)`: its border, else `_TOO_FAR`."""
     j = i + _OFFSETS
     known = (j >= 0) & (j <= ends) if i == 0 else np.broadcast_to(j == 0, (len(j), len(ends)))
     return np.where(known, (i + j) * _WORD, _TOO_FAR).astype(np.int32)
@@ -237,7 +237,7 @@ class WordIndex:
         return TextBatch(hashes[np.minimum(offsets, len(hashes) - 1)], sizes)
 
     def gather(self, at: Integers) -> tuple[Words, Integers]:
-        """Returns the concatenated words of the examples at `at`, and the number of each."""
+        """Returns the concatenated words of the examples at `at`, and the word count of each."""
         lengths = self.lengths[at]
         before = np.cumsum(lengths) - lengths
         offsets = np.repeat(self.starts[at] - before, lengths) + np.arange(lengths.sum())

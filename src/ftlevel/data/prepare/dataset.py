@@ -45,7 +45,7 @@ def cache_root() -> Path:
 
 
 def is_writable() -> bool:
-    """Returns whether the cache can be written; a read-only home is not an error."""
+    """Returns whether the cache directory, created if missing, is writable; never raises."""
     cache_dir = cache_root()
     try:
         cache_dir.mkdir(parents=True, exist_ok=True)

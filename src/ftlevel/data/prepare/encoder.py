@@ -112,7 +112,7 @@ class EncodingContext:
     def encoder(
         self, config: DataConfig, prompt_format: PromptFormat | None, **options: Any
     ) -> Encoder:
-        """Returns an encoder with the settings of this context; `options` are its other fields."""
+        """Returns an encoder with the settings of this context and `options`, its other ones."""
         return Encoder(
             self.task, self.kind, self.tokenizer, config, self.bounds, prompt_format, **options
         )
@@ -261,7 +261,7 @@ class Encoder:
     ignore_max_length: bool = False
 
     def __call__(self, examples: Sequence[Any], table: Table) -> FittedRows:
-        """Encode `examples` of `table` and apply the length limit; `InputError` on failure."""
+        """Returns the encoded `examples`; those over the maximum length are handled as by `fit`."""
         if not self.tokenizer.is_fast and self.task.needs_offsets:
             raise InputError(
                 f"the tokenizer of {self.tokenizer.name_or_path} does not provide character "
@@ -329,7 +329,7 @@ class Encoder:
             return function("drop"), str(error)
 
     def fit_targets(self, fitted: FittedRows, table: Table) -> FittedRows:
-        """Apply the length limit to the targets of an encoder-decoder."""
+        """Drop rows whose target exceeds `max_target_length`, or raise, as `overlong` says."""
         limit = self.config.max_target_length
         (rows, dropped), stops = self._relax(
             lambda overlong: fit_targets(fitted.rows, limit, overlong, table.where)
@@ -340,7 +340,7 @@ class Encoder:
         return replace(fitted, rows=rows, dropped=dropped, stops=fitted.stops or stops)
 
     def limit(self, default: int | None) -> int | None:
-        """Returns the maximum row length: the user's, else the lower of `default` and `bounds`."""
+        """Returns the configured maximum length, else the lower of `default` and `bounds`."""
         if isinstance(max_length := self.config.max_length, int):
             self.bounds.check(max_length)
             return max_length

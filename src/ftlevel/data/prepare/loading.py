@@ -200,7 +200,7 @@ class Converter:
     def drop_inconsistent_labels(
         self, table: Table, examples: Sequence[Any], labels: LabelSet
     ) -> tuple[Table, Sequence[Any]]:
-        """Returns rows and examples with consistent classes; raises if rows may not be dropped."""
+        """Returns table and examples without rows of invalid BIO tags, or raises (`on_bad_row`)."""
         faults = self.task.get_inconsistent_labels(examples, labels, table)
         if not faults:
             return table, examples
@@ -209,7 +209,7 @@ class Converter:
 
 
 def read_splits(config: DataConfig, task: DataTask, seed: int) -> DatasetSplits:
-    """Load the datasets, join them, hold out and sample rows, as configured."""
+    """Load and join the datasets, hold out validation rows, and keep the first `max_samples`."""
     parts = [_read_one(name, config, task, config.split) for name in (config.dataset, *config.also)]
     splits = parts[0] if len(parts) == 1 else join_splits(parts, config.mix, seed)
     if config.validation_file is not None:

@@ -74,7 +74,7 @@ _MOST_AHEAD = 32  # chunks encoded ahead; further processes take later ones
 
 @dataclass(frozen=True)
 class ChunkEncoder:
-    """Converts a chunk to encoded rows; without `may_lose`, `check_loss` never raises."""
+    """Converts a chunk to encoded rows; `check_loss` raises only if `may_lose` is set."""
 
     config: DataConfig
     shape: Format
@@ -210,7 +210,7 @@ class RowStream:
         self._begin_pass()
 
     def divide(self, sharding: StreamSharding) -> None:
-        """From now on, encode only some chunks, and exchange the rows with other processes."""
+        """Encode only some chunks from now on; receive the other rows from the other processes."""
         self._sharding, self._next_rank = sharding, 0
 
     @property

@@ -238,7 +238,7 @@ def _own_scores(vectors: torch.Tensor, step: StepTexts) -> list[tuple[torch.Tens
 
 
 def margin_mse(vectors: torch.Tensor, step: StepTexts, _: LossConfig) -> torch.Tensor:
-    """Returns the mean squared error of score margins between a row's first and other documents."""
+    """Returns the MSE of student and teacher margins: first document's score minus another's."""
     errors = [
         (scores[0] - scores[1:]) - (teacher[0] - teacher[1:])
         for scores, teacher in _own_scores(vectors, step)

@@ -76,7 +76,10 @@ def score_ranks(ranks: QueryRanks) -> dict[str, float]:
 
 
 def _expected_reciprocal(start: int, size: int, found: int, deepest: int) -> float:
-    """Returns the expected reciprocal rank of the first of `found` relevant documents in a tie."""
+    """Returns E[1 / rank] of the first of `found` relevant documents in a tie of `size`.
+
+    The tie begins after `start` documents; ranks above `deepest` count as 0.
+    """
     chance, total = found / size, 0.0
     for place in range(min(size - found + 1, deepest - start)):
         total += chance / (start + place + 1)

@@ -297,7 +297,6 @@ class EmbeddingTask(BaseTask):
         inference_config: Mapping[str, Any],
         wanted: OutputOptions,
     ) -> dict[str, Column]:
-        """Returns the only answer column: the vector."""
         check_options(wanted, "an embedding model", "")
         return {"": "embedding"}
 
@@ -361,7 +360,6 @@ class EmbeddingTask(BaseTask):
         return shown
 
     def decode_label(self, row: Encoded, names: Sequence[str]) -> str:
-        """Returns the token ranges of the texts, with their labels."""
         if not isinstance(row, EncodedTexts):
             return ""
         ends, begin, parts = [], 0, []

@@ -57,7 +57,7 @@ class SequenceLogps:
         return self.sums - self.reference
 
     def alternate(self, first: int) -> SequenceLogps:
-        """Returns every second answer, starting at index `first`."""
+        """Returns answers `first`, `first` + 2, …: of pairs, only the preferred or the rejected."""
         index = slice(first, None, 2)
         return SequenceLogps(self.sums[index], self.counts[index], self.reference[index])
 
@@ -69,7 +69,7 @@ class SequenceLogps:
 
 @dataclass(frozen=True)
 class PairLossParameters:
-    """Pair loss parameters: β, ε (`smoothing`), γ of simpo; whether ipo uses sums of ratios."""
+    """Pair loss parameters: β, label smoothing ε, target margin γ of simpo; if ipo uses sums."""
 
     beta: float
     smoothing: float
@@ -95,12 +95,12 @@ def log_sigmoid(value: Tensor) -> Tensor:
 
 
 def _reward(chosen: SequenceLogps, rejected: SequenceLogps, p: PairLossParameters) -> Tensor:
-    """Returns βh, the scaled difference of the answers' log-ratios."""
+    """Returns β (r+ - r-), where r is an answer's log-ratio of policy and reference."""
     return p.beta * (chosen.ratios - rejected.ratios)
 
 
 def _mean_difference(chosen: SequenceLogps, rejected: SequenceLogps) -> Tensor:
-    """Returns h̄, the difference of the answers' log-ratios per token."""
+    """Returns r+/n+ - r-/n-, the difference of the answers' log-ratios per token."""
     return chosen.ratios / chosen.counts - rejected.ratios / rejected.counts
 
 
@@ -166,8 +166,8 @@ def kto(
 ) -> Tensor:
     """Returns the KTO loss of each answer.
 
-    `labels` (whether desirable) and `baseline` (z, detached) are `(answers,)`; `weights` are λ of
-    desirable and undesirable answers.
+    `labels` (whether desirable) and `baseline` (mean reward of mismatched pairs, detached) are
+    `(answers,)`; `weights` are those of desirable and undesirable answers.
     """
     import torch
 
@@ -364,7 +364,7 @@ class Preferences(LikelihoodObjective):
 
     @property
     def first_loss(self) -> float | None:
-        """Loss of a policy equal to the reference, where h = 0."""
+        """Loss of a policy equal to the reference, with all log-ratios 0."""
         if not self.needs_reference or self.config.other_reference is not None:
             return None
         losses = {

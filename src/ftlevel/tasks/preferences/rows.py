@@ -73,7 +73,6 @@ class PairRow(Encoded):
 
     @property
     def length(self) -> int:
-        """Tokens of the prompt with the longer answer."""
         if self.is_apart:
             return len(self.input_ids)
         return self.prompt + max(self.chosen, len(self.input_ids) - self.prompt - self.chosen)
@@ -371,7 +370,7 @@ FEWEST = 20
 
 
 def check_pairs(rows: Sequence[Encoded]) -> Mapping[str, Mask]:
-    """Returns masks of pairs with equal answers, and of pairs that swap an earlier one."""
+    """Returns masks of pairs with equal answers, and of pairs that are an earlier pair swapped."""
     import numpy as np
 
     equal, against = np.zeros(len(rows), dtype=bool), np.zeros(len(rows), dtype=bool)

@@ -141,7 +141,6 @@ class PreferenceBaseTask(BaseTask):
         return {"preference": self.loss_config}
 
     def describe_rows(self, loaded: LoadedData, data_info: Mapping[str, Any]) -> list[Choice]:
-        """Returns lines with the loss and the number of targets."""
         values = {name: value for name, value in self.loss_config.items() if name not in _HIDDEN}
         if "beta" in values:
             values["beta"] = self.config.effective_beta
@@ -227,7 +226,6 @@ class PreferenceTask(PreferenceBaseTask, TextTask):
     def evaluation_rows(
         self, rows: Sequence[Encoded], config: DataConfig, context: EncodingContext
     ) -> Sequence[Encoded]:
-        """Returns `rows`; for the loss kto, each gets a contrast answer."""
         if self.config.loss != "kto":
             return rows
         return ContrastedRows(rows, max(row.length for row in rows))

@@ -71,12 +71,10 @@ class RankedRow(Encoded):
 
     @property
     def supervised(self) -> int:
-        """Number of targets: the documents."""
         return len(self.sizes)
 
     @property
     def length(self) -> int:
-        """Tokens of the query with the longest document."""
         return self.query + max(self.sizes)
 
     def truncated(self, limit: int) -> RankedRow:

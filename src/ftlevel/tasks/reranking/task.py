@@ -90,7 +90,6 @@ class RerankingTask(BaseTask):
         return {"reranking": {**self.config.model_dump(), "teacher": self.teacher}}
 
     def prepare_tokenizer(self, tokenizer: Any, kind: str) -> Choice | None:
-        """Extend the pair template of a decoder's `tokenizer` (modified)."""
         return prepare_tokenizer(tokenizer, kind)
 
     def create_objective(self, kind: str, data_info: Mapping[str, Any]) -> Objective:
@@ -105,7 +104,6 @@ class RerankingTask(BaseTask):
         }
 
     def describe_rows(self, loaded: LoadedData, data_info: Mapping[str, Any]) -> list[Choice]:
-        """Returns lines with the loss, the reason for it, and the number of documents."""
         values = get_loss_config(data_info)
         reason = "several documents per query" if values["listed"] else "one document per query"
         reason = "" if self.config.loss else f"{'--teacher; ' if self.teacher else ''}{reason}"
@@ -124,11 +122,7 @@ class RerankingTask(BaseTask):
     def card_defaults(
         self, source: ModelSource, model_config: Any, tokenizer: Any, kind: str
     ) -> dict[str, Any]:
-        """Returns options for a cross-encoder.
-
-        Raises:
-            InputError: the model has no head for pairs, or one with several labels.
-        """
+        """Returns cross-encoder options; `InputError` for other heads or several labels."""
         if model_config.num_labels != 1:
             name = (getattr(model_config, "architectures", None) or [""])[0]
             if name and not name.endswith("ForSequenceClassification"):
@@ -182,7 +176,6 @@ class RerankingTask(BaseTask):
         return RankedRow(ids + ids[query:], 0, row, {}, query, (size, size), (1.0, 0.0), (1.0, 0.0))
 
     def decode_label(self, row: Encoded, names: Sequence[str]) -> str:
-        """Returns the token ranges of the query and its documents, with their labels."""
         if not isinstance(row, RankedRow):
             return ""
         shown, start = [f"query: tokens 1-{row.query}"], row.query
@@ -196,7 +189,6 @@ class RerankingTask(BaseTask):
         return 0.0, 0.0, 1.0
 
     def head_signature(self, labels: Sequence[str]) -> str:
-        """Returns a text that differs from that of every other kind of head."""
         return "a relevance score"
 
     # ---- inference

@@ -43,9 +43,9 @@ _BY_COMPLETION = ("grpo", "gspo", "rloo")
 class PolicyLossParameters:
     """Loss name and its parameters.
 
-    The upper clipping bound of the ratio is 1 + `epsilon_high`; for cispo, `epsilon_high` itself.
-    `length` is the maximum number of tokens of a completion. `corrects_kl` multiplies k3 by the
-    ratio, as TRL 1.16 does.
+    The ratio is clipped above at 1 + `epsilon_high`, with cispo at `epsilon_high`. `length` is the
+    maximum number of tokens of a completion. `corrects_kl` multiplies the KL estimate by the ratio,
+    as TRL 1.16 does.
     """
 
     loss: str
@@ -58,9 +58,10 @@ class PolicyLossParameters:
 
 @dataclass(frozen=True)
 class PolicyLoss:
-    """A loss summed over tokens (a scalar), and the sums of its detached statistics.
+    """A policy loss summed over tokens (a scalar), and sums of detached statistics.
 
-    `clipped` is the number of tokens without gradient due to clipping, `kl` the sum of k3.
+    `clipped` is the number of tokens whose ratio is clipped, `kl` the summed estimate of the KL
+    divergence from the reference.
     """
 
     total: torch.Tensor
@@ -69,7 +70,7 @@ class PolicyLoss:
 
 
 def combine_rewards(scores: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """Returns the weighted sum of `scores` `(completions, functions)`, without NaN scores."""
+    """Returns weighted sums of `scores` `(completions, functions)` without NaN; NaN if all are."""
     total = (scores * weights).nansum(-1)
     return torch.where(scores.isnan().all(-1), torch.nan, total)
 
@@ -194,8 +195,8 @@ def _over_completions(log_ratio: torch.Tensor, owners: torch.Tensor, loss: str) 
 
 
 def penalize_rewards(rewards: torch.Tensor, log_ratios: torch.Tensor, beta: float) -> torch.Tensor:
-    """Returns `rewards` minus β Σ (ℓ_old − ℓ_ref), the KL penalty of rloo.
+    """Returns `rewards` minus `beta` · `log_ratios`, the KL penalty of rloo.
 
-    `log_ratios` are the sums over the tokens of each completion.
+    `log_ratios` are log π_old − log π_ref, summed over the tokens of each completion.
     """
     return rewards - beta * log_ratios

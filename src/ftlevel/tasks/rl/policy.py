@@ -74,7 +74,7 @@ class RlTask(TextTask):
         return {**values, "teacher": str(path.absolute()) if path.exists() else self.teacher}
 
     def synthetic_row(self, ids: list[int], row: int) -> Encoded:
-        """Returns a synthetic prompt that leaves room for a completion."""
+        """Returns a prompt of the first tokens of `ids`; the others are the longest completion."""
         room = max(1, len(ids) - self.config.max_completion_length)
         text = json.dumps({"prompt": "", "columns": {}})
         return PromptRow(ids[:room], [IGNORED] * room, row, {}, text, len(ids) - room)
@@ -104,7 +104,6 @@ class RlTask(TextTask):
         return encoder.fit(encoder.collect(encode, examples), table)
 
     def describe_rows(self, loaded: LoadedData, data_info: Mapping[str, Any]) -> list[Choice]:
-        """Returns a line with the number of prompt tokens."""
         config = self.config
         low, high = config.clip
         clip = f"ratio at most {high:g}" if low is None else f"clip -{low:g} +{high:g}"

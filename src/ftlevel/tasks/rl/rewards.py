@@ -232,7 +232,7 @@ class Rewards:
         return signatures
 
     def _ask(self, request: Mapping[str, Any], seconds: float) -> Any:
-        """Returns the worker's reply; None if the worker is late, which stops it, or has ended."""
+        """Returns the worker's reply; None if it has exited, or was stopped after `seconds`."""
         worker = self._worker
         if worker is None or worker.stdin is None or worker.stdout is None:
             raise RuntimeError("there is no worker")

@@ -54,7 +54,6 @@ class _BatchReader(Reader):
         """Yields the record batches of each group (row group or batch), from number `first`."""
 
     def read(self, state: Cursor | None) -> Iterator[Chunk]:
-        """Yields the chunks after `state`."""
         at = state or {self.group_key: 0, "row": 0, "number": 0}
         first, skip, number = (int(at[key]) for key in (self.group_key, "row", "number"))
         with refuse_damaged(self.path, self.format_name):
@@ -182,8 +181,6 @@ def drop_null_keys(
 
 @dataclass(frozen=True)
 class _Cleaner:
-    """Drops keys with value null, see `drop_null_keys`."""
-
     null_keys: Counter[str]
     decode: bool
 

@@ -284,7 +284,6 @@ class JsonReader(Reader):
         check_head(path)
 
     def read(self, state: Cursor | None) -> Iterator[Chunk]:
-        """Yields all rows as one chunk."""
         if state is not None:
             return
         source, text = str(self.path), load_text(self.path)

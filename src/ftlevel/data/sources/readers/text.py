@@ -199,7 +199,6 @@ class _BlockReader(Reader):
         """Parse the rows of a block, each with its line; the block begins at line `first`."""
 
     def read(self, state: Cursor | None) -> Iterator[Chunk]:
-        """Yields the chunks after `state`."""
         at = state or {"at": 0, "line": 0}
         text = TextLines(self.path, **at)
         block: list[str] = []
@@ -246,7 +245,6 @@ class ConllReader(_BlockReader):
         self._names = ["tokens", *map(str, range(2, self._width)), "tags"][: self._width]
 
     def parse(self, first: int, lines: list[str]) -> list[tuple[int, Row] | BadRow]:
-        """Returns the sentence as a row, or a `BadRow`."""
         start, words = first, list[list[str]]()
         for number, line in enumerate(lines, first):
             cells = self._cells(line)
