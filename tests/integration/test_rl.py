@@ -189,6 +189,34 @@ def test_evaluate_repeats_the_gain_on_held_out_prompts(
     assert {"pass@1", "pass@4"} <= found["metrics"].keys()
 
 
+def test_other_models_and_full_bases_sample_their_own_completions(
+    data: Path, tmp_path: Path, learned: tuple[Path, dict[str, Any]]
+) -> None:
+    run, summary = learned
+    config = settings(
+        data,
+        tmp_path / "full",
+        {
+            "reward": [f"{data}/rewards.py:begins"],
+            "num_generations": 8,
+            "max_completion_length": 16,
+        },
+        {"learning_rate": 1e-3, "eval_strategy": "no"},
+        rows={"validation_file": str(data / "held-out.jsonl")},
+        method={"kind": "full"},
+    )
+    train(config)
+    found = evaluate(EvaluateConfig(name=str(tmp_path / "full"), against=str(run))).summary
+    of_adapter = evaluate(EvaluateConfig(name=str(run))).summary
+    assert found["base"]["reward"] == pytest.approx(of_adapter["base"]["reward"], abs=1e-9)
+    against = found["against"]
+    assert against["metrics"]["reward"] == pytest.approx(summary["metrics"]["reward"], abs=1e-9)
+    assert against["intervals"]["reward"] == pytest.approx(
+        of_adapter["intervals"]["reward"], abs=1e-9
+    )
+    assert found["metrics"]["reward"] not in (found["base"]["reward"], against["metrics"]["reward"])
+
+
 def test_plain_peft_and_generate_reproduce_the_gain(
     learned: tuple[Path, dict[str, Any]],
 ) -> None:

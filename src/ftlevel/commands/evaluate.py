@@ -185,18 +185,25 @@ def _evaluate_base(
         if base is None:
             return {}, None
         record = ExampleRecord(trained.objective)
-        return evaluator(base.model, record), record
+        return _with_model(evaluator, base)(base.model, record), record
+
+
+def _with_model(evaluator: Evaluator, model: LoadedModel) -> Evaluator:
+    """Returns `evaluator` for another model; completions are sampled from that model."""
+    if isinstance(evaluator, RewardEvaluator) and evaluator.rollouts is not None:
+        return replace(evaluator, dtype=model.dtype, rollouts=evaluator.rollouts.with_model(model))
+    return replace(evaluator, dtype=model.dtype)
 
 
 def _evaluate_other(
     evaluator: Evaluator, other: LoadedModel, encode: Callable[[LoadedModel], EvaluationRows]
 ) -> tuple[dict[str, float], ExampleRecord]:
     """Returns metrics and record of `other`, which embeds with its own prompts and pooling."""
-    evaluator = replace(evaluator, generated_rows=0, dtype=other.dtype)
-    objective, embedding_format = (
-        evaluator.objective,
-        other.task.embedding_format(other.ref.options),
-    )
+    evaluator = _with_model(evaluator, other)
+    if not isinstance(evaluator, RewardEvaluator):
+        evaluator = replace(evaluator, generated_rows=0)
+    objective = evaluator.objective
+    embedding_format = other.task.embedding_format(other.ref.options)
     if embedding_format is not None and isinstance(objective, Embeddings):
         encoded, objective = encode(other), replace(objective, format=embedding_format)
         rows = {"rows": encoded.rows, "corpus": encoded.corpus, "tokenizer": other.tokenizer}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -144,6 +145,13 @@ class Rollouts:
             tuple(dict.fromkeys(stop_token_ids)),
             config.stop,
         )
+
+    def with_model(self, model: LoadedModel) -> Rollouts:
+        """Returns rollouts that sample from another model, with the same rewards and noise."""
+        rollouts = copy.copy(self)
+        rollouts._model, rollouts._open, rollouts.why_generate = model.model, None, ""
+        rollouts._method, rollouts._dtype = model.ref.card.method, model.dtype
+        return rollouts
 
     def __call__(self, step: int, rows: Sequence[Any]) -> list[Group]:
         """Returns a `Group` for each prompt row in `rows`; `step` seeds the sampling."""
