@@ -465,7 +465,7 @@ def create_merge_readme(summary: Mapping[str, Any], task: str) -> str:
 
 
 def format_difference(agreement: Mapping[str, Any]) -> str:
-    """Returns mean logit difference, KL divergence and top-1 agreement of an `Agreement`."""
+    """Returns mean logit difference, KL divergence and top-1 agreement (unless None) as text."""
     text = f"{agreement['mean_difference']:.2g} on average"
     return (
         text

@@ -134,7 +134,7 @@ _BEST_NAME = re.compile(r"best-(\d+)")
 
 
 def best_of(parent_dir: Path, step: int) -> Path:
-    """Returns the path of the best model as of `step`."""
+    """Returns the directory for the best model that was saved at training step `step`."""
     return parent_dir / f"best-{step}"
 
 
@@ -154,7 +154,7 @@ def save_best(parent_dir: Path, step: int, save: Callable[[Path], None]) -> None
 
 
 def rotate_best(parent_dir: Path) -> None:
-    """Delete best models except the latest one, and the latest one as of each checkpoint."""
+    """Keep the last best-N of all, and the last one up to each checkpoint; delete the others."""
     best_models = _list_best_models(parent_dir)
     steps = [step_of(checkpoint) for checkpoint in numbered(parent_dir)]
     to_keep = {_last_before(best_models, step) for step in steps} | set(best_models[-1:])

@@ -62,7 +62,6 @@ class _TextFile(RowFile):
         self._file.flush()
 
     def close(self) -> None:
-        """Close the file."""
         if self._file is not None:
             self._file.close()
             self._file = None

@@ -77,7 +77,7 @@ class RowScorer:
     def _apply(
         self, rows: Sequence[Encoded], compute: Callable[[list[Encoded]], Sequence[T]]
     ) -> list[T]:
-        """Returns one result per row, in order; `compute` returns those of one forward pass."""
+        """Call `compute` on the rows of each forward pass; return the results in row order."""
         if self._fast is None and len(rows) >= MIN_FAST_ROWS:
             self._fast = self._create_fast_step(rows)
         results: list[Any] = [None] * len(rows)
@@ -205,9 +205,8 @@ class AnswerRequest:
 def predict_inputs(trained: LoadedModel, request: AnswerRequest) -> list[Prediction]:
     """Returns the predictions for all prompts, then all rows; call it under `torch.no_grad`.
 
-    Raises:
-        ConfigError: the context is missing or unsupported.
-        InputError: a prompt or row has no prediction, e.g. it has no mask token or is too long.
+    Raises ConfigError for a missing or unsupported context, and InputError for a prompt or row
+    without a prediction, e.g. without a mask token or too long.
     """
     task = trained.task
     if request.prompts and task.needs_context and request.context is None:

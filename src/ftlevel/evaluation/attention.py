@@ -69,7 +69,7 @@ class SharedPrompts:
 
     @cached_property
     def mask(self) -> Tensor | None:
-        """Mask of invalid positions, (prompts, 1, 1, seq); None if all are valid."""
+        """Mask, True at invalid positions, (prompts, 1, 1, seq); None if all are valid."""
         keys = self.states[0][0]
         seq = keys.shape[2]
         if min(self.lengths) == seq:

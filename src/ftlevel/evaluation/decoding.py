@@ -194,7 +194,7 @@ class Rows:
     prompts: Sequence[SharedPrompts] = ()
 
     def fork(self, num_copies: int) -> Rows:
-        """Returns `num_copies` copies of each row; they share its cached tokens as their prompt."""
+        """Returns `num_copies` copies of each row, which share its cached tokens as a prompt."""
         index = [i for i in range(len(self.numbers)) for _ in range(num_copies)]
         states = [(layer.keys, layer.values) for layer in self.layers]
         return Rows(
@@ -307,7 +307,7 @@ def get_shared_prefix(prompts: Sequence[list[int]]) -> list[int]:
 
 
 def join(batches: Sequence[tuple[Rows, Sequence[int]]]) -> Rows:
-    """Returns one batch from pairs of a batch and the ascending indices of its rows to keep."""
+    """Concatenate batches, each given with the ascending indices of the rows to keep."""
     batches = [(rows, chosen) for rows, chosen in batches if chosen]
     if not batches:
         return Rows([], [], [], [])

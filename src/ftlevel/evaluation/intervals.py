@@ -90,7 +90,7 @@ class ExampleRecord:
         scores: torch.Tensor,
         targets: torch.Tensor,
     ) -> None:
-        """Add logits `(tokens, vocabulary)` to the examples; `row_indices` has each token's row."""
+        """Add logits `(tokens, vocabulary)`; token i belongs to `rows[row_indices[i]]`."""
         losses = functional.cross_entropy(scores.float(), targets, reduction="none")
         for index in sorted(set(row_indices.tolist())):
             is_of_row, row = row_indices == index, rows[index]

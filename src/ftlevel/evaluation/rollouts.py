@@ -71,7 +71,7 @@ class Group:
         ]
 
     def compare(self, teacher_logps: list[list[float]]) -> None:
-        """Set `teacher_logps`, and compute the rewards from them."""
+        """Set `teacher_logps`; as rewards, set their mean difference from those of the sampler."""
         self.teacher_logps = teacher_logps
         pairs = zip(teacher_logps, self.completions, strict=True)
         self.rewards = np.array([np.mean(np.subtract(logps, own.logps)) for logps, own in pairs])
@@ -346,7 +346,7 @@ class RewardEvaluator(Evaluator):
 
 
 def values_of(group: Group) -> np.ndarray:
-    """Returns an array (completions, 3 + functions): reward, length, whether it ended, scores."""
+    """Returns (completions, 3 + functions): reward, length, 1 if it ended, score per function."""
     lengths = [len(completion.ids) for completion in group.completions]
     ended = [completion.ended for completion in group.completions]
     return np.column_stack([group.rewards, lengths, ended, group.scores])

@@ -191,7 +191,7 @@ class GroupSampler(RowDecoder):
         self._tokenizer = tokenizer
 
     def _choose_tokens(self, rows: Rows) -> None:
-        """Set dummy tokens, because `sample` draws the next ones."""
+        """Set token 0 in each row; `sample` replaces it by a drawn token."""
         rows.last = [0] * len(rows.numbers)
 
     def sample(

@@ -248,7 +248,7 @@ def _contrasts(rows: Sequence[Encoded]) -> list[Encoded]:
 def _compute_mean_reward(
     evaluator: Evaluator, model: Any, head: ChunkedCrossEntropy | None
 ) -> torch.Tensor | None:
-    """Returns the mean reward of mismatched pairs, at least 0; None if the loss needs none."""
+    """Returns KTO's baseline, the mean log-ratio of mismatched pairs, at least 0; else None."""
     objective = _objective_of(evaluator)
     if not objective.needs_baseline:
         return None
@@ -315,7 +315,7 @@ def iterate_results(
 
 
 def texts_of(evaluator: Evaluator) -> dict[int, dict[str, str]]:
-    """Returns row index → truncated texts by name (`input`, …)."""
+    """Returns row index → the beginnings of the decoded texts by name (`input`, …)."""
     has_targets = isinstance(evaluator.objective, TokenObjective) and evaluator.kind != "encoder"
     result: dict[int, dict[str, str]] = {}
     for row in evaluator.rows:

@@ -123,7 +123,7 @@ def compute_window_outputs(
 def _build_inputs(
     ids: torch.Tensor, auto_class: str, tokenizer: Any, number: int
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor | slice, torch.Tensor]:
-    """Returns inputs, positions to compare, and targets there; `number` is the seed of masks."""
+    """Returns model inputs, positions to compare, and target ids there; `number` seeds masking."""
     if auto_class == "AutoModelForCausalLM":
         return {"input_ids": ids}, slice(0, -1), ids[0, 1:]
     if auto_class == "AutoModelForSeq2SeqLM":
@@ -261,8 +261,8 @@ def compare_text(
 ) -> dict[str, Any]:
     """Returns the differences between the outputs of two models in the same windows.
 
-    KL is the mean of KL(source ‖ other) over the positions in nats, with its standard error; top-1
-    agreement is the fraction of equal argmaxes. Non-finite outputs give NaN.
+    KL is the mean of KL(reference ‖ other) over the positions in nats, with its standard error;
+    top-1 agreement is the fraction of equal argmaxes. Non-finite outputs give NaN.
     """
     result: dict[str, Any] = {"predicts": PREDICTS.get(auto_class, HIDDEN_STATES)}
     divergences, similarities = list[torch.Tensor](), list[torch.Tensor]()
@@ -354,7 +354,7 @@ def resolve_pair(
 
 
 def have_same_inputs(ref: ModelRef, other: ModelRef) -> bool:
-    """Returns whether both models read the same tokens and, if they embed, pool them alike."""
+    """Returns whether both have one vocabulary and, if they embed, one format and hidden size."""
     forms = _embedding_format(ref), _embedding_format(other)
     same_width = forms[0] is None or width_of(ref.model_config) == width_of(other.model_config)
     return forms[0] == forms[1] and same_width and _have_equal_vocabs(ref, other)

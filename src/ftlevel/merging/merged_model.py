@@ -148,7 +148,7 @@ class TensorMerger:
         return torch.cat([value, new])[:num_rows]
 
     def check_complete(self, heads: list[str], base: str) -> None:
-        """Raise InputError if base and adapter lack a tensor other than a bias of `heads`."""
+        """Raise InputError if a tensor is in neither base nor adapter, except a bias of `heads`."""
         missing = [
             name
             for name in self.shapes

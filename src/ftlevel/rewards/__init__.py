@@ -173,7 +173,7 @@ def split_labels(value: str) -> list[str]:
 
 
 def _label_of(reference: Any, labels: Sequence[str]) -> str | None:
-    """Returns the label that has the answer as text or as index (from 0); None if there is none."""
+    """Returns the label that equals the answer, or has its index (from 0); None if none does."""
     if isinstance(reference, int) and not isinstance(reference, bool):
         return labels[reference] if 0 <= reference < len(labels) else None
     final = _final(reference).strip("().").casefold()

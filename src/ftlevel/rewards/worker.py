@@ -41,8 +41,7 @@ def _raise_slow(_: int, __: FrameType | None) -> None:
 def load_function(path: str, name: str) -> tuple[Callable[..., Any], dict[str, Any]]:
     """Import `name` from the file `path`; return it and its signature, as in `_signature`.
 
-    Raises:
-        ValueError: the file cannot be imported or has no such function.
+    Raises ValueError if the file cannot be imported or has no such function.
     """
     file = Path(path).resolve()
     if not file.is_file():
@@ -121,7 +120,7 @@ class Worker:
         return {"signatures": self.signatures, "problems": problems}
 
     def check(self, request: Mapping[str, Any]) -> dict[str, Any]:
-        """Returns the row and reason of the first answer that a built-in reward cannot use."""
+        """Returns row and reason of the first answer that a built-in reward rejects, if any."""
         for spec in self.specs:
             if spec.kind != "builtin":
                 continue
@@ -154,7 +153,7 @@ class Worker:
         return scores
 
     def _called(self, index: int, batch: Mapping[str, Any]) -> dict[str, Any]:
-        """Returns the scores of a function; if it fails, also the problem and the failures."""
+        """Returns the scores of a function; if it fails, also the error and the failing rows."""
         scores, problem = self._try(index, batch)
         if not problem:
             return {"scores": scores}

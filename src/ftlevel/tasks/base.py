@@ -87,13 +87,10 @@ class PromptedModel(Protocol):
         """Returns the generated text per prompt; raises `UnansweredError` for a too long prompt."""
 
     def score(self, rows: Sequence[Encoded], read: Callable[[Encoded, Tensor], T]) -> list[T]:
-        """Returns `read(row, logits)` for each row, in order.
+        """Returns `read(row, logits)` for each row, in order; the logits are freed after each call.
 
         The logits are `(...)` per row or `(seq, ...)` per token; for language heads they are
-        `(labeled tokens, vocabulary)`. They are freed after `read` returns.
-
-        Raises:
-            UnansweredError: a row exceeds the model's maximum positions.
+        `(labeled tokens, vocabulary)`. Raises UnansweredError for rows above the model's positions.
         """
 
     def score_batches(

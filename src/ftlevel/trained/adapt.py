@@ -288,14 +288,14 @@ def get_shortest_targets(model: torch.nn.Module, targets: Sequence[str]) -> list
 
 
 def copy_initial_state(model: Any, method: MethodConfig) -> dict[str, Any]:
-    """Returns the initial state of `model` that `save_adapter` needs; may be empty."""
+    """Returns copies of the initial weights that `save_adapter` needs; {} if it needs none."""
     return METHODS[method.kind].initialization.copy(model)
 
 
 def save_adapter(
     model: Any, method: MethodConfig, adapter_dir: Path, initial_state: dict[str, Any]
 ) -> None:
-    """Save the adapter, for use on the unchanged base, after `copy_initial_state`."""
+    """Save the adapter for the unchanged base; `initial_state` is from `copy_initial_state`."""
     with METHODS[method.kind].initialization.as_saved(model, initial_state) as state:
         # "auto" would query the Hub to find out whether the vocabulary was resized.
         kwargs = {} if state is None else {"state_dict": state}
@@ -340,7 +340,7 @@ def load_initial_weights(peft_model: Any, adapter_dir: Path) -> None:
 
 
 def get_expected_tensors(peft_model: Any) -> tuple[set[str], dict[str, tuple[int, ...]]]:
-    """Returns the tensor names that an adapter file must have, and name → shape of all allowed."""
+    """Returns the names of required adapter tensors, and name → shape of all allowed ones."""
     import peft
 
     required, allowed = (

@@ -105,7 +105,7 @@ def load_adapter_set(config: GenerateConfig) -> AdapterSet:
 def _resolve_all(
     config: GenerateConfig, device: str
 ) -> tuple[ModelRef | None, dict[str, ModelRef]]:
-    """Returns the named model if it has no adapter, and all named adapters by name."""
+    """Returns the model `config.name` if it has no adapter, else None, and the adapters by name."""
     base: ModelRef | None = None
     base_name, refs = config.base_model, dict[str, ModelRef]()
     if config.name is not None:

@@ -61,10 +61,8 @@ def resolve_model(
     """Resolve `name` to a `ModelRef`.
 
     Args:
-        name: a run, checkpoint, adapter or model directory, a `.gguf` file, a Hub id, or
-            builtin:NAME.
-        task: value of `--task`; None uses the card, adapter_config.json or the model's
-            architecture.
+        name: a run, checkpoint, adapter or model directory, a `.gguf` file, Hub id or builtin:NAME.
+        task: value of `--task`; None uses the card, adapter_config.json or the architecture.
         base: new location of an adapter's base model, if it has moved.
         device: torch device type.
         dtype: value of `--dtype`; auto uses that of training.
@@ -73,10 +71,9 @@ def resolve_model(
         trust_remote_code: whether an adapter's base may run its own code.
         require_task: whether a model without a card must have a task and a tokenizer.
 
-    Raises:
-        ConfigError: the device or model type does not support `dtype`.
-        InputError: the model does not exist or is of a different task, its base has other weights,
-            or an argument does not apply.
+    Raises ConfigError if the device or model type does not support `dtype`, and InputError if the
+    model does not exist or has a different task, its base has other weights, or an argument does
+    not apply.
     """
     if isinstance(base, str):
         base = resolve_source(base, display_name=f"--model {base}")
@@ -429,7 +426,7 @@ def resolve_base(
 
 
 def get_original_base(ref: ModelRef) -> ModelRef | None:
-    """Returns `ref` with the base that `--method full` started from; None if it is not there."""
+    """Returns `ref` with the base of `--method full`; None for other methods or no such base."""
     card, path = ref.card, ref.source.path
     if card.method != "full" or card.merge or card.quantized or card.heads or path is None:
         return None

@@ -77,9 +77,9 @@ def fit_rows(
     """Truncate, split or drop rows longer than `max_length`, or raise, as `overlong` says.
 
     `max_length` is in tokens; "auto" is the longest row, within `bounds`. `overlong` is error,
-    drop, truncate-prompt or split. With "auto", error only raises if over 1 % of the rows are too
-    long, else these are dropped. `where` returns the `file:line` of an example. Raises `InputError`
-    also if `max_length` exceeds the model's positions.
+    drop, truncate, truncate-prompt or split. With "auto", error only raises if over 1 % of the rows
+    are too long, else these are dropped. `where` returns the `file:line` of an example. Raises
+    `InputError` also if `max_length` exceeds the model's positions.
     """
     lengths = row_lengths(rows)
     longest = int(lengths.max())

@@ -26,10 +26,10 @@ CodesFunction = Callable[[str], QuantizedMatrix]
 
 @dataclass(frozen=True)
 class MergeOutput:
-    """Result of merging the exported adapter; its `summary` is empty if there was no adapter.
+    """Result of merging the exported adapter; `summary` is empty if there was no adapter.
 
     `choose` returns a weight's quantization codes; if it is None, weights are rounded. `beside_run`
-    returns the difference of a model from the run.
+    compares the logits of a model with those of the run as trained.
     """
 
     summary: Mapping[str, Any]
@@ -128,7 +128,7 @@ class Export(Protocol):
 
 
 def plan_export(config: ExportConfig, ref: ModelRef | Mapping[str, ModelRef]) -> Export:
-    """Plan the export of a model or of named adapters; InputError if the format cannot have it."""
+    """Plan the export of a model or of named adapters; InputError if the format lacks support."""
     module = importlib.import_module(FORMATS[config.format].module)
     plan: Export = module.plan_export(config, ref)
     return plan

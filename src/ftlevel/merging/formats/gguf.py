@@ -204,7 +204,7 @@ def _score_original(
 
 
 def readable_config(config: Any, original: Any) -> tuple[Any, list[str]]:
-    """Returns the config to load the file with, and the settings copied to it from `original`."""
+    """Returns `config` with the values of `original` where they differ, and their names."""
     actual, expected = config.to_dict(), original.to_dict()
     mismatched = {
         key: value

@@ -72,14 +72,8 @@ def mine(
 ) -> Iterator[MinedRow]:
     """Yields the mined negatives of each row; the search is exact, in blocks of queries.
 
-    Args:
-        rows: rows with positives.
-        corpus: the documents.
-        queries: `(rows, dims)` embeddings.
-        documents: `(documents, dims)` embeddings.
-        config: number, margin and range.
-        similarity: cosine or dot.
-        block_bytes: memory of the scores of one block.
+    `queries` `(rows, dims)` and `documents` `(documents, dims)` are embeddings; `similarity` is
+    cosine or dot. The scores of a block take `block_bytes` of memory.
     """
     generator = np.random.default_rng(config.seed)
     first, last = config.ranks

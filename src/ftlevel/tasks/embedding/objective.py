@@ -41,12 +41,10 @@ def without_first(mask: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
 
 
 def pool(states: torch.Tensor, mask: torch.Tensor, pooling: str) -> torch.Tensor:
-    """Returns one float32 vector per text, `(texts, width)`.
+    """Returns one float32 vector per text, `(texts, width)`; `pooling` is mean, cls, last or max.
 
-    Args:
-        states: `(texts, seq, width)`, possibly after states of virtual tokens, which are skipped.
-        mask: `(texts, seq)`, 1 for a token, padded on either side.
-        pooling: mean, cls (the first token), last or max.
+    `states` are `(texts, seq, width)`, possibly after states of virtual tokens, which are skipped.
+    `mask` `(texts, seq)` is 1 for a token; padding may be on either side. cls is the first token.
     """
     import torch
 

@@ -128,12 +128,9 @@ def score_retrieval(
 ) -> RetrievalScores:
     """Returns the metrics of a search for each of the queries among all documents.
 
-    Args:
-        queries: `(queries, dims)` embeddings.
-        corpus: `(documents, dims)` embeddings.
-        relevant: for each query, the corpus indices of its relevant documents.
-        similarity: cosine or dot.
-        block_bytes: memory of the scores of one block of queries.
+    `queries` `(queries, dims)` and `corpus` `(documents, dims)` are embeddings; `relevant` has the
+    corpus indices of each query's relevant documents. `similarity` is cosine or dot. The scores of
+    a block of queries take `block_bytes` of memory.
     """
     ranks: list[QueryRanks] = []
     for start, scores in iterate_scores(queries, corpus, similarity, block_bytes):
