@@ -3,10 +3,10 @@
     P = softmax(s · Q Kᵀ + M),  O = P V
     dV = Pᵀ dO,  dS = P ∘ (dO Vᵀ − rowsum(dO Vᵀ ∘ P)),  dQ = s · dS K,  dK = s · dSᵀ Q
 
-With softcap c (Gemma 2), S = c · tanh(s · Q Kᵀ / c), and dS has the factor 1 − (S/c)². A block is
-up to 128 queries of a sequence and their visible keys, which skips half of the products of a causal
-sequence. P is saved for short sequences and recomputed for long ones, so memory is linear in
-tokens. Up to 1,024 tokens, torch's CPU flash kernel takes 2 to 4 times as long.
+s is the scale, M the mask. Softcap c (Gemma 2): S = c · tanh(s · Q Kᵀ / c), dS times 1 − (S/c)². A
+block is up to 128 queries of a sequence and their visible keys, which skips half of the products of
+a causal sequence. P is saved for short sequences and recomputed for long ones. Up to 1,024 tokens,
+torch's CPU flash kernel takes 2 to 4 times as long.
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ def create_visibility_mask(
 ) -> Tensor | None:
     """Returns a boolean mask (queries, keys), True for visible keys; None if all are visible.
 
-    `position` and `first_key` are where the first query and the first key are in their sequence. A
-    query sees keys at a distance below `window`.
+    `position` and `first_key` are sequence indices of the first query and key; keys at a distance
+    of `window` or more are hidden.
     """
     distance = (position + torch.arange(num_queries))[:, None] - (
         first_key + torch.arange(num_keys)
@@ -107,7 +107,7 @@ def _split_segment(segment: Segment, causal: bool, window: int | None) -> Sequen
 
 
 def _clip(spans: Sequence[Range], first: int, last: int) -> tuple[Range, ...]:
-    """Returns the parts of `spans` with tokens [first, last) of the sequence that they form."""
+    """Returns the ranges of tokens first to last (exclusive) of the sequence made of `spans`."""
     clipped, position = [], 0
     for start, stop in spans:
         low, high = max(first - position, 0), min(last - position, stop - start)
@@ -190,10 +190,7 @@ class BlockedAttention(torch.autograd.Function):
 def _scores(
     query: Tensor, key: Tensor, block: QueryBlock, scale: float, cap: float | None
 ) -> Tensor:
-    """Returns unmasked scores (key heads, heads of a group * queries, keys), at least in float32.
-
-    In bfloat16 the result would have three times the error, and be no faster to compute.
-    """
+    """Returns unmasked scores (key heads, heads of a group * queries, keys), at least float32."""
     compute_dtype = torch.promote_types(query.dtype, torch.float32)
     queries = _queries(query, block, len(key)).to(compute_dtype)
     keys = _rows(key, block.keys).to(compute_dtype)

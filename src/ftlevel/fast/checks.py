@@ -1,8 +1,7 @@
 """Check on short batches that the parts of the fast step do not change a model's results.
 
-Packed rows must not see each other: convolutions, recurrent states or custom code could leak. The
-last block may skip only tokens that do not affect the loss. The chunked head must give the model's
-logits, including softcaps and scales under unknown config names.
+Packed sequences must not affect each other, as by convolutions or recurrent states. The last block
+may skip only tokens that do not affect the loss. The chunked head must give the model's logits.
 """
 
 from __future__ import annotations
@@ -170,10 +169,9 @@ class PackingCheck(StepCheck):
     ) -> bool:
         """Returns whether `compute()` differs, at `mask`, from the states of the padded `batch`.
 
-        In decoders, a few states are a hundred times larger than all others and cancel out in the
-        last blocks. In 16-bit precision, their rounding errors alone would exceed any tolerance. A
-        difference is mere rounding if the states agree in float32 and the median 16-bit errors of
-        `compute` and of the padded batch are similar.
+        In decoders, a few very large states cancel out in the last blocks, so 16-bit errors are
+        large. They are mere rounding if float32 states agree and the median 16-bit errors are
+        similar.
         """
         states, expected = compute(), self._states(batch, None)
         if self.dtype == "float32":
@@ -264,10 +262,10 @@ class PruningCheck(StepCheck):
     """Finds the tokens and linear layers for last-layer pruning."""
 
     def __call__(self, objective: Objective) -> tuple[TokenSelector | None, list[nn.Module]]:
-        """Returns a selector of tokens needed after the last block, and layers that skip the rest.
+        """Returns a selector of tokens needed after the last block, and layers that skip others.
 
-        The result is (None, []) if every token may be needed or torch cannot compute the gradients.
-        The list is also empty if the last block runs twice.
+        (None, []) if every token may be needed or gradients fail; no layers if the block runs
+        twice.
         """
         batch = self.batch_of(self.pair)
         training = self.model.training

@@ -2,8 +2,8 @@
 
     L = Σᵢ −log softmax(f(zᵢ))[yᵢ],  z = head(h)    ∂L/∂f(zᵢ) = softmax(f(zᵢ)) − onehot(yᵢ)
 
-The head runs only at positions that predict a target, so memory does not grow with vocabulary times
-sequence length. `likelihoods` returns one differentiable log-likelihood per target instead.
+h is the last hidden state, y a target, f the model's logit softcap or scale. The head runs only
+where a target is predicted, so memory does not grow with vocabulary times sequence length.
 """
 
 from __future__ import annotations
@@ -53,10 +53,7 @@ LossesAndGradient = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 def get_logits_transform(model: nn.Module) -> Callable[[Tensor], Tensor]:
-    """Returns the function that `model` applies to the head's output.
-
-    Gemma caps logits, Cohere and Granite scale them, BART adds a constant.
-    """
+    """Returns the function that makes logits of the head's output: softcap, scale or bias."""
     config: Any = model.config
     cap = getattr(config, "final_logit_softcapping", None)
     scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", 0) or 1)
@@ -73,7 +70,7 @@ def get_logits_transform(model: nn.Module) -> Callable[[Tensor], Tensor]:
 
 
 class _Call(threading.local):
-    """Positions and function that a thread's hook on the head computes, and the result."""
+    """A thread's request to the head's hook (positions and function), and the result."""
 
     request: tuple[Tensor, Callable[[Tensor], Tensor]] | None = None
     result: Tensor | None = None

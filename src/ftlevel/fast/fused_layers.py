@@ -1,8 +1,8 @@
 """RMS norms, gated linear units (GLU) and rotary embeddings as fused autograd functions.
 
 Formulas are in `kernels.TorchBackend`; Triton may compute them on an NVIDIA GPU. With frozen
-weights, norms save x and ρ for backward, and GLU saves g and u. Their outputs can be recomputed
-from these (`recompute`), so that LoRA layers need not save them. Modules are recognized by their
+weights, norms save the input x and ρ = 1 / RMS(x), and GLU saves gate and up projection. Outputs
+are recomputed from these, so that LoRA layers need not save them. Modules are recognized by their
 output for random input, not by their names.
 
 Where a GPU supports it, one kernel rotates queries and keys in forward, and one in backward. It
@@ -29,7 +29,7 @@ from ftlevel.models.upstream.tensors import copy_module, is_watched
 
 
 class _Norm(torch.autograd.Function):
-    """RMS norm with a frozen weight; also returns ρ (…, 1), which has no gradient."""
+    """RMS norm with a frozen weight; also returns ρ = 1 / RMS(x) (…, 1), without a gradient."""
 
     @staticmethod
     def forward(
@@ -151,7 +151,7 @@ class FusedNormGlu:
 
 
 def _fuse(module: nn.Module, cache: dict[Any, Any], kernels: Kernels) -> nn.Module | None:
-    """Returns the fused replacement of `module`, or None; `cache` has the result for each class."""
+    """Returns the fused replacement of `module`, or None; `cache` keeps the match of each class."""
     if is_watched(module):
         return None
     if _may_be_norm(module):

@@ -132,8 +132,7 @@ def _product(
 ) -> Tensor:
     """Returns `one` @ `matrix` in `dtype`, or its transpose if `transposed`.
 
-    NVIDIA GPUs return the float32 sums directly. `addmm` could also scale, but torch 2.8 and 2.13
-    differ in their requirements on its arguments.
+    NVIDIA GPUs return float32 sums. `addmm` also scales, but its rules differ by torch version.
     """
     lower = one.dtype in (torch.bfloat16, torch.float16)
     if one.is_cuda and lower and dtype == torch.float32 and torch.version.hip is None:
@@ -174,7 +173,6 @@ class FusedForward:
         return y.to(output_dtype)
 
     def __repr__(self) -> str:
-        """Returns the `repr` of the corresponding PEFT layer."""
         return super().__repr__().replace("lora.Fused", "lora.", 1)
 
     def _can_fuse(self) -> bool:

@@ -161,8 +161,8 @@ class Lengths:
 
     Attributes:
         queries: (segments + 1,) int32.
-        keys: (segments + 1,) int32, of the gathered keys. If no segment has a past, it must be the
-            same object as `queries`: torch from 2.15 on needs this to use cuDNN.
+        keys: (segments + 1,) int32, past included; without any past, `queries` itself, which torch
+            requires for cuDNN from 2.15 on.
         max_queries, max_keys: maximum per segment.
         source: (keys,) position in the packed row of each gathered key; None without pasts.
     """
@@ -176,7 +176,7 @@ class Lengths:
 
 @lru_cache(maxsize=8)
 def get_lengths(segments: tuple[Segment, ...], device: torch.device) -> Lengths:
-    """Returns the cumulative lengths of `segments` on `device`."""
+    """Returns the cumulative lengths of `segments` as tensors on `device`."""
     lengths = [segment.stop - segment.start for segment in segments]
     num_keys = [
         segment.position + length for segment, length in zip(segments, lengths, strict=True)
@@ -191,7 +191,7 @@ def get_lengths(segments: tuple[Segment, ...], device: torch.device) -> Lengths:
 
 
 def window_of(causal: bool, window: int | None) -> tuple[int, int]:
-    """Returns the number of visible keys before and after a query, -1 for all."""
+    """Returns how many keys before and after a query it sees, -1 for all."""
     past = -1 if window is None else window - 1
     return past, 0 if causal else past
 

@@ -32,7 +32,7 @@ class UnsupportedModelError(NotImplementedError):
 class Segment:
     """Tokens that are consecutive both in the packed row and in their sequence.
 
-    They are at [`start`, `stop`) of the row; `past` has the ranges of the sequence before them.
+    They are [`start`, `stop`) of the row; `past`: where the row has the sequence's earlier tokens.
     """
 
     start: int
@@ -41,7 +41,7 @@ class Segment:
 
     @property
     def position(self) -> int:
-        """Number of tokens of the sequence that precede this segment, in other segments."""
+        """Number of tokens before this segment in the segment's sequence."""
         return sum(stop - start for start, stop in self.past)
 
 
@@ -212,9 +212,8 @@ def split_shared(
 ) -> MicroBatches:
     """Split rows into micro-batches of at most `budget` tokens, counting shared prefixes once.
 
-    `order` sorts rows so that neighbors share long prefixes; `shared` is the number of tokens that
-    each row shares with the previous one. Consecutive rows form micro-batches, unless a split that
-    only balances the number of tokens has a smaller largest micro-batch.
+    `order` sorts rows by prefix; `shared` counts the tokens that each row shares with the previous
+    one. Micro-batches are consecutive rows, or balanced ones if the largest then has fewer tokens.
     """
     consecutive = _split(
         order, budget, lambda rows, row: lengths[row] - (shared[row] if rows else 0), multiple
@@ -271,7 +270,7 @@ def _balance(order: Sequence[int], costs: Sequence[int], num_batches: int) -> Mi
 
 
 def _split(order: Sequence[int], budget: int, added: AddedCost, multiple: int) -> MicroBatches:
-    """Split rows evenly into few micro-batches; `added` counts the tokens that a row adds."""
+    """Split rows in `order` into few, even micro-batches; `added` counts the tokens a row adds."""
     num_batches = _round_up(len(_fill(order, budget, added)), multiple, len(order))
     low, high = 1, budget
     while low < high:  # the smallest budget that needs no more micro-batches

@@ -31,7 +31,7 @@ GAIN = 1.1
 
 
 class ParallelWorkers:
-    """Pool of worker threads, one micro-batch each, that divide torch's `threads` among them.
+    """Threads that compute one micro-batch each and share torch's `threads`.
 
     `is_random` means that the micro-batches draw random values and need a seed.
     """
@@ -109,10 +109,7 @@ def _add_all(parameters: Sequence[Tensor], gradients: Sequence[Tensor | None]) -
 
 
 def _add(parameter: Tensor, gradient: Tensor) -> None:
-    """Add `gradient` to `parameter.grad`, which gets the strides of the parameter.
-
-    Fused optimizers use the same offset into both, so different strides would mix up elements.
-    """
+    """Add `gradient` to `parameter.grad` with the parameter's strides, as fused optimizers need."""
     if parameter.grad is None:
         has_same_strides = gradient.stride() == parameter.stride()
         parameter.grad = (

@@ -38,8 +38,8 @@ class WorkerPlan:
     """Number of micro-batches that are computed in parallel.
 
     Attributes:
-        random: name and value of the dropout that they draw; empty if none.
-        reason: why `count` is 1; empty if it is not, or was requested.
+        random: name and value of the model's dropout; empty if it has none.
+        reason: why `count` is 1; empty if `count` is larger or was requested.
     """
 
     count: int = 1
@@ -85,7 +85,7 @@ def _get_sequential_message(method: MethodConfig, meta: Any) -> str:
 
 
 def _has_dynamic_rope(config: Any) -> bool:
-    """Returns whether a forward pass updates the rotary embedding (transformers 5)."""
+    """Returns whether a forward pass updates rotary frequencies (transformers 5)."""
     parameters = getattr(config, "rope_parameters", None) or {}
     all_parameters = [parameters, *(v for v in parameters.values() if isinstance(v, dict))]
     return any(kind.get("rope_type") in ("dynamic", "longrope") for kind in all_parameters)
@@ -164,7 +164,7 @@ class FastPlan:
         attention_kernel: name of a Hub kernel; empty for torch's.
         needed_tokens: tokens that the last block computes; None for all or before the check.
         shared_prefix: whether the rows' common prefix may be computed before the micro-batches.
-        memory: device memory in bytes for which `tokens` was computed; 0 if it was not.
+        memory: device memory in bytes from which `tokens` was computed; 0 for a set `tokens`.
     """
 
     enabled: bool = False

@@ -130,9 +130,9 @@ def common_prefix_length(one: Tokens, other: Tokens) -> int:
 def sort_by_prefix(
     rows: Sequence[Tokens], min_length: int = MIN_PREFIX
 ) -> tuple[list[int], list[int]]:
-    """Returns the sorted row indices, and how many tokens each row shares with the previous one.
+    """Returns sorted row indices, and by row the tokens it shares with the previous sorted row.
 
-    These numbers are indexed by row; prefixes shorter than `min_length` tokens count as 0.
+    Prefixes shorter than `min_length` tokens count as 0.
     """
     order = sorted(range(len(rows)), key=lambda row: rows[row])
     shared = [0] * len(rows)
@@ -153,8 +153,7 @@ def create_prefix_tree(
 ) -> PackedLayout:
     """Returns the layout of `rows`, padded on the right, in which each shared prefix occurs once.
 
-    `rows` are in the order of `sort_by_prefix`. Their first `before` tokens belong to a
-    `SharedPrefix` and are left out; each row has more.
+    `rows` are in the order of `sort_by_prefix`; their first `before` tokens are left out.
     """
     return _Tree(rows, min_length, before).layout()
 

@@ -63,8 +63,7 @@ def get_prunable_linears(
 ) -> list[nn.Module]:
     """Returns the candidates whose output at unneeded tokens does not affect needed tokens.
 
-    `block` must be in eval mode and `layout` the current layout; `args` and `kwargs` are arguments
-    of `block`, which returns states (batch, seq, hidden), alone or first in a tuple.
+    Calls `block`, in eval mode, with `args` and `kwargs`; `layout` must be the current layout.
     """
     if layout.needed is None:
         raise ValueError("layout.needed is None: expected some of the tokens")

@@ -46,10 +46,7 @@ _LEVELS = 1 << 16
 
 
 def dropout_mask(like: Tensor, p: float) -> Tensor:
-    """Returns a mask shaped like `like`, on a CPU: 0 with probability `p`, else 1 / (1 - p).
-
-    It uses `worker_generator()`, or torch's global generator. `p` is rounded to 1/65,536.
-    """
+    """Returns a CPU mask like `like`: 0 with probability `p` (in 1/65,536), else 1 / (1 - p)."""
     count, dropped = like.numel(), min(round(p * _LEVELS), _LEVELS - 1)
     bits = torch.empty(-(-count // 4), dtype=torch.int64)
     bits.random_(-(1 << 63), None, generator=worker_generator())
@@ -126,9 +123,9 @@ def with_recomputation(tensor: Tensor, make: Callable[..., Tensor], *saved: Tens
 
 
 def recomputation_of(tensor: Tensor) -> tuple[Recomputation, tuple[Tensor, ...]] | None:
-    """Returns the recomputation of `tensor` and its input tensors; None if `tensor` must be saved.
+    """Returns the recomputation of `tensor` and the tensors it needs, or None.
 
-    Views, copies, tensors of inference mode, and tensors changed in place must be saved.
+    None for views, copies, tensors of inference mode or changed in place, which must be saved.
     """
     if tensor.is_inference():
         return None

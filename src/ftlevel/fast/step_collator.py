@@ -77,7 +77,7 @@ class StepCollator:
         return step
 
     def split(self, rows: Sequence[Encoded]) -> list[tuple[list[int], dict[str, Any]]]:
-        """Returns micro-batches to compute one at a time, each with its row indices."""
+        """Returns (row indices, micro-batch) pairs for micro-batches computed one at a time."""
         partition = _Partition(rows, self._plan)
         return [
             (list(part), self._micro_batch(rows, part, partition))
@@ -175,7 +175,6 @@ class _Partition:
         return partition
 
     def get_num_tokens(self, indices: Sequence[int]) -> int:
-        """Returns the number of positions that a micro-batch of the rows `indices` computes."""
         if self.is_tree:
             return count_computed_tokens(indices, self._lengths, self._order, self._shared)
         lengths = [self._lengths[row] for row in indices]
@@ -201,7 +200,7 @@ def _num_tokens(row: Encoded, *, packs: bool) -> int:
 
 
 def _num_shared_tokens(row: Encoded) -> int:
-    """Returns how many tokens are saved if prefixes shared by sequences of `row` count once."""
+    """Returns how many tokens are saved if prefixes shared by `row`'s sequences count once."""
     sequences = row.sequences
     lengths = [common_prefix_length(a.input_ids, b.input_ids) for a, b in pairwise(sequences)]
     return sum(shared for shared in lengths if shared >= MIN_PREFIX)

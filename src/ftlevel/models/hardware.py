@@ -93,7 +93,6 @@ def control_groups(
 
 
 def _quota(group: Path) -> float | None:
-    """Returns the quota of one group in CPUs, from cgroup v2 (cpu.max) or v1 (cpu.cfs_…)."""
     try:
         if (group / "cpu.max").is_file():
             quota, period = (group / "cpu.max").read_text().split()
@@ -112,7 +111,7 @@ _TRAINED_BYTES = 12  # gradient and two Adam moments in float32
 
 @dataclass(frozen=True)
 class MemorySettings:
-    """Bytes per base `weight` (0.5 for 4 bits) and per activation `value`, and what is trained."""
+    """Bytes per base `weight` (0.5 for 4 bits) and activation `value`; whether the base trains."""
 
     weight: float
     value: int

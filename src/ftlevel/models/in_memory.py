@@ -36,7 +36,7 @@ _OF_NO_WEIGHT = tuple(
 
 @dataclass(frozen=True)
 class PlacedModel:
-    """Files of a model passed as an object; `directory` is None if `name` has the same files."""
+    """Files of a model object; `directory` is None if the model `name` has the same files."""
 
     name: str
     directory: Path | None
@@ -47,8 +47,8 @@ class PlacedModel:
 def place_model(model: Any, tokenizer: Any, config: ModelConfig, parent_dir: Path) -> PlacedModel:
     """Returns files with the weights of `model`, saved in the empty `parent_dir` if necessary.
 
-    If `model` is None, `config` names the model; if `tokenizer` is None, the model's name gives it.
-    Raises `ConfigError` if an argument has the wrong type, or `config` also names a model.
+    If `model` is None, `config` names it; if `tokenizer` is None, the model's is used. Raises
+    `ConfigError` for an argument of wrong type, or if `model` and `config` both name a model.
     """
     if tokenizer is not None and not isinstance(tokenizer, transformers.PreTrainedTokenizerBase):
         raise ConfigError(

@@ -127,7 +127,6 @@ def legacy_rope(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _scaling(rope: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the key `rope_scaling` for scaled rotary embeddings; empty for unscaled ones."""
     if rope["rope_type"] == "default":
         return {}
     excluded = ("rope_theta", "partial_rotary_factor")

@@ -49,9 +49,9 @@ Mismatch = tuple[str, tuple[int, ...], tuple[int, ...]]
 
 
 def check_shapes(model: Any, mismatched: Iterable[Mismatch], label: str) -> list[str]:
-    """Returns the head parameters among the `mismatched` weights, which are newly initialized.
+    """Returns the `mismatched` weights that are in heads, which are newly initialized.
 
-    Raises InputError if a weight outside the heads has a different shape in the checkpoint.
+    Raises InputError if a weight outside the heads has another shape in the checkpoint.
     """
     heads = tuple(f"{head}." for head in get_heads(model))
     rows = sorted(mismatched)
@@ -71,7 +71,7 @@ def _by(shape: Iterable[int]) -> str:
 
 
 def check_unexpected(model: nn.Module, unexpected_keys: Iterable[str], label: str) -> None:
-    """Raise `InputError` for keys of layers or biases that the config does not have."""
+    """Raise `InputError` for stored layers or biases that `model`, built from the config, lacks."""
     lengths = {
         name: len(module)
         for name, module in model.named_modules()
@@ -253,7 +253,6 @@ def load_config(source: ModelSource, **overrides: Any) -> Any:
 
 
 def _explain_error(error: Exception) -> str:
-    """Returns why transformers cannot create the config, with a fix if available."""
     if "trust_remote_code" in str(error):
         return (
             "it needs custom Python code (auto_map in its config.json), which is not run by "
@@ -331,9 +330,8 @@ def load_model(
 ) -> tuple[Any, list[str]]:
     """Load the weights of `source` into a model in eval mode.
 
-    Returns the model, and the randomly initialized parameters that are not in the checkpoint;
-    `check_missing` checks which are allowed. Weights that `slices` loads later are neither loaded
-    nor checked. Raises `InputError` if a file is corrupted or does not match the config.
+    Returns the model, and the randomly initialized parameters (see `check_missing`). Weights for
+    `slices` are loaded later, unchecked. InputError if a file is corrupted or unlike the config.
     """
     if source.gguf_file and quantization is not None:
         return _load_gguf_quantized(
@@ -416,8 +414,7 @@ def _load_gguf_quantized(
 def keep_heads(quantization: Any, config: Any, auto_class: str) -> Any:
     """Returns a copy of `quantization` that does not convert heads.
 
-    By default transformers excludes a tied output layer. With a list of exclusions it quantizes the
-    tied layer, too, and BERT's `cls.predictions.decoder` would no longer be tied.
+    With a list of modules to skip, transformers quantizes a tied output layer too, which unties it.
     """
     result = copy.copy(quantization)
     meta = build_task_model(config, auto_class)
@@ -433,7 +430,7 @@ def _keep_new_heads(
     auto_class: str,
     dtype: torch.dtype,
 ) -> Any:
-    """Returns the config, excluding heads that the bitsandbytes checkpoint did not quantize."""
+    """Returns the config with heads excluded that the bitsandbytes checkpoint did not quantize."""
     if as_quant_config(quantization_config) is None:
         return config
     quantized = [name for name in _load_tensor_types(source) if name.endswith((".absmax", ".SCB"))]
@@ -469,13 +466,12 @@ def rename_prefix(config: Any, auto_class: str) -> dict[str, str]:
 
 
 def _prefix(entry: Any) -> str:
-    """Returns the base model prefix of an auto mapping entry; Funnel's entry is a tuple."""
     first = entry[0] if isinstance(entry, tuple) else entry
     return str(first.base_model_prefix)
 
 
 def get_new_poolers(meta: torch.nn.Module, source: ModelSource) -> list[str]:
-    """Returns poolers that are not in the checkpoint, so they are trained like heads."""
+    """Returns the poolers that the checkpoint lacks, which are trained like new heads."""
     checkpoint_names = _load_tensor_types(source)
     if not checkpoint_names:
         return []
@@ -489,7 +485,7 @@ def get_new_poolers(meta: torch.nn.Module, source: ModelSource) -> list[str]:
 
 
 def get_new_heads(meta: torch.nn.Module, source: ModelSource, heads: list[str]) -> list[str]:
-    """Returns the `heads` that are not in the checkpoint; all of them if it is not on disk."""
+    """Returns the `heads` that the checkpoint lacks; all `heads` if no checkpoint is on disk."""
     checkpoint_names = _load_tensor_types(source)
 
     def is_in_checkpoint(head: str) -> bool:

@@ -65,7 +65,7 @@ class LinearModule:
 
 @dataclass(frozen=True)
 class ExpertParameter:
-    """A tensor `(experts, ·, ·)` with the same linear layer of every expert in a block."""
+    """A tensor `(experts, ·, ·)` that stacks one linear layer of all experts in a block."""
 
     name: str
     pattern: str
@@ -238,7 +238,7 @@ def get_blocks(model: nn.Module) -> list[nn.Module]:
 
 
 def get_modules_to_not_convert(model: nn.Module) -> list[str]:
-    """Returns the linear layers not to quantize, because the model reads their weights directly."""
+    """Returns linear layers that must not be quantized: read directly, or in full precision."""
     model_type = str(getattr(model.config, "model_type", ""))
     suffixes = (*_KERNEL_LAYERS.get(model_type, ()), *_FULL_PRECISION_LAYERS.get(model_type, ()))
     return (

@@ -208,7 +208,7 @@ def _check_looks_like_hub_id(name: str, path: Path, label: str) -> None:
 
 
 def _check_reachable(name: str, revision: str | None, label: str) -> bool:
-    """Returns whether to load the Hub id `name` from the cache only; raises if unavailable."""
+    """Returns whether to load the Hub id `name` from the cache only; InputError if unavailable."""
     from huggingface_hub import constants, try_to_load_from_cache
 
     cached = isinstance(

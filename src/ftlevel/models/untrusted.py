@@ -159,7 +159,7 @@ def _sizes_of(_process: int) -> io.FileIO | None:
 
 @contextmanager
 def limit_memory(size: int) -> Iterator[None]:
-    """Raise `MemoryError` if the block needs more than `size` bytes of memory; Linux only."""
+    """Raise `MemoryError` if the `with` block allocates over `size` more bytes; Linux only."""
     sizes = _sizes_of(os.getpid())
     if resource is None or sizes is None:
         yield

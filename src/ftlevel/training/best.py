@@ -86,7 +86,7 @@ def resolve_best_model(
     num_eval_samples: int,
     length: Length,
 ) -> BestModel | None:
-    """Returns how to select the best model; None if no setting requires a selection."""
+    """Returns the metric and options that select the best model; None if nothing needs one."""
     _check_eval_data(train, num_eval_samples)
     load_best, save_best = train.load_best_model_at_end, train.save_strategy == "best"
     metric, reason = _select_metric(train, task, objective)
@@ -137,10 +137,9 @@ def _check_eval_data(train: TrainerConfig, num_eval_samples: int) -> None:
 
 
 def _select_metric(train: TrainerConfig, task: BaseTask, objective: Objective) -> tuple[str, str]:
-    """Returns the metric, as `eval_NAME`, and the reason for it; ConfigError if it is not computed.
+    """Returns the metric, as `eval_NAME`, and why it was chosen; ConfigError if it is unavailable.
 
-    The default is the task's main metric, which can improve while the loss rises. It is the loss if
-    the main metric is perplexity, or needs generated text and so covers few rows.
+    Default: the task's main metric; the loss if that metric is perplexity or needs generated text.
     """
     requested, selected = train.metric_for_best_model, train.metrics
     uses_generation = should_generate(train.predict_with_generate, task) and uses_text_metrics(
@@ -214,10 +213,7 @@ class Evaluations:
         self.waited = 0
 
     def add(self, step: int, scores: Mapping[str, Any]) -> bool:
-        """Add an evaluation; returns whether it is the best so far (ties are decided by the loss).
-
-        A missing metric, such as a correlation with a constant, counts as NaN.
-        """
+        """Add an evaluation; returns if it is the best so far (ties: by loss; no metric: NaN)."""
         value = float(scores.get(self.plan.metric, math.nan))
         loss = float(scores.get("eval_loss", math.nan))
         best, self.last = self.best, EvalResult(step, value, loss)
@@ -297,8 +293,7 @@ def save_trained_weights(model: Any, path: Path) -> None:
 def load_trained_weights(model: Any, path: Path) -> None:
     """Load the tensors saved by `save_trained_weights` into `model` (modified), bit for bit.
 
-    `Trainer._load_best_model` is not used: PEFT's loader fails for prompt tuning and for AdaLoRA,
-    whose pruned ranks are not in the config yet, and ignores ftlevel's float32 heads.
+    PEFT's loader fails for prompt tuning and for AdaLoRA, and ignores ftlevel's float32 heads.
     """
     saved, _ = load_header(path / _WEIGHTS)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}

@@ -245,10 +245,7 @@ def create_trainer(
     processes: Processes,
     teacher: TokenLogps | None = None,
 ) -> FtlevelTrainer:
-    """Create the run's Trainer, without transformers' callbacks that print.
-
-    `teacher` scores completions in on-policy distillation.
-    """
+    """Create the run's Trainer; `teacher` scores completions in on-policy distillation."""
     from transformers import PrinterCallback, ProgressCallback
 
     args = create_training_args(run, output_dir.checkpoints)
@@ -325,7 +322,7 @@ def matmul_context(run: Run) -> AbstractContextManager[None]:
 
 @dataclass(frozen=True)
 class RunCallbacks:
-    """Callbacks whose results are read after training."""
+    """Callbacks of a run whose recorded results are read after training."""
 
     report: Report
     gradients: GradientMonitor
@@ -337,7 +334,7 @@ class RunCallbacks:
 def rollout_callbacks(
     trainer: FtlevelTrainer, output_dir: RunDirectory, processes: Processes, checkpoint: Path | None
 ) -> list[Any]:
-    """Let an `RlTrainer` write rollouts.jsonl; returns callbacks that save its rollouts."""
+    """Make an `RlTrainer` write rollouts.jsonl; returns callbacks that checkpoint its rollout."""
     if not isinstance(trainer, RlTrainer):
         return []
     trainer.keep = file = RolloutFile(output_dir.path / ROLLOUTS, processes)

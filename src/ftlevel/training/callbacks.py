@@ -1,8 +1,7 @@
 """Callbacks for progress, signals and the current epoch, and experiment trackers.
 
-Trackers are TensorBoard, Weights & Biases, MLflow and Trackio. Files are written to the run
-directory. Nothing leaves the machine unless the user has logged in to a tracker or set its
-environment variables. ftlevel passes run name, project and configuration, which contain no token.
+Trackers are TensorBoard, Weights & Biases, MLflow and Trackio. Nothing leaves the machine unless
+the user has logged in to a tracker or set environment variables for it. ftlevel passes no tokens.
 """
 
 from __future__ import annotations
@@ -201,8 +200,7 @@ class Interrupt(TrainerCallback):
 class UpdateSchedule(TrainerCallback):
     """On resume, use the intervals and learning rates of the configuration, not of the checkpoint.
 
-    Otherwise the next step of an extended run would use the learning rate of the old schedule, such
-    as 0 at the end of linear decay.
+    Else an extended run would start with the old schedule's rate, such as 0 after linear decay.
     """
 
     def on_train_begin(

@@ -228,7 +228,7 @@ def report_results(
 def end_run(
     output: OutputConfig, output_dir: RunDirectory, summary: Mapping[str, Any], listener: Listener
 ) -> None:
-    """Upload the run if configured, then report its end; an upload error is raised afterwards."""
+    """Upload the run if configured and report its end; only then raises an upload error."""
     upload_error: RunError | None = None
     if output.push_to_hub is not None:
         listener.stage("uploading")

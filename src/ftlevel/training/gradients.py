@@ -330,10 +330,7 @@ class GradientMonitor(TrainerCallback):
             )
 
     def _check_zero_gradients(self, zero: set[str], num_tensors: int, optimizer: Any) -> None:
-        """Warn about tensors whose gradient is zero before and after the first weight update.
-
-        Steps without any gradient, such as those without a reward signal, do not count.
-        """
+        """Warn about tensors with zero gradients before and after the first weight update."""
         if len(zero) == num_tensors:
             return
         if self._zero_first is None:

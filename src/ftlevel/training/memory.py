@@ -74,8 +74,7 @@ class Activations:
 def set_checkpointing(model: Any, run: Run) -> list[Choice]:
     """Recompute as many blocks of `model` (modified) as configured, or as memory requires.
 
-    Method and fast step must be applied to `model`. Returns a line for the screen; an empty list if
-    no block is recomputed.
+    Call after method and fast step are applied. Returns log lines; none if no block is recomputed.
     """
     train, base = run.config.train, base_model(model)
     if train.recomputes:
@@ -103,10 +102,7 @@ def set_checkpointing(model: Any, run: Run) -> list[Choice]:
 
 
 def enable_checkpointing(base: Any, *, offload: bool = False) -> None:
-    """Enable gradient checkpointing in the transformers model `base` (modified).
-
-    With `offload`, the inputs of blocks are stored in host memory.
-    """
+    """Enable gradient checkpointing in `base` (modified); `offload` keeps inputs in host memory."""
     base.activation_checkpointing_enable({"use_reentrant": False}, offload=offload)
     skip_unused_outputs(list(chain(*get_stacks(base))))
 
@@ -311,7 +307,6 @@ class StepReducer:
         self._trainer.note(note)
 
     def _halve(self) -> int:
-        """Halve the tokens per micro-batch; returns the new number of tokens per worker."""
         trainer = self._trainer
         if trainer.fast is None or not isinstance(trainer.data_collator, StepCollator):
             raise TypeError("only a fast step has micro-batches")
@@ -388,8 +383,7 @@ _MIN_VERSION = Version("2.11")
 def use_expandable_segments(device: str) -> None:
     """Enable expandable CUDA segments, unless the user has configured the allocator.
 
-    Must run before the first tensor is on the GPU. Micro-batches of varying length fragment
-    segments of fixed size.
+    Call before the first GPU tensor. Varying micro-batch lengths fragment segments of fixed size.
     """
     if device != "cuda" or any(name in os.environ for name in (OLD_NAME, NAME)):
         return

@@ -191,7 +191,7 @@ def get_cast_layers(
 
 
 def is_sharded(model: Any) -> bool:
-    """Whether `model` is sharded with FSDP2."""
+    """Whether FSDP2 shards `model`."""
     return isinstance(model, FSDPModule)
 
 
@@ -201,9 +201,9 @@ def trainable_parameters(model: Any) -> list[torch.nn.Parameter]:
 
 
 def gather(model: Any, keep: bool) -> Iterator[tuple[str, Tensor]]:
-    """Yields the name and value of every tensor of the sharded `model`, whole and on the CPU.
+    """Yields the name and full CPU value of every tensor of the sharded `model`.
 
-    All processes must iterate together. In those without `keep`, nothing is yielded.
+    All processes must iterate together; those without `keep` get nothing.
     """
     seen: dict[int, Tensor] = {}  # preserves tied tensors
     for name, tensor in model.state_dict(keep_vars=True).items():
@@ -303,7 +303,6 @@ def hash_tensor(tensor: Tensor) -> TensorHash:
 
 
 def _hash(tensor: Tensor) -> Tensor:
-    """Returns the digest D (int64) of one tensor, computed on the tensor's device."""
     if parts := inner_tensors(tensor):  # torchao's: several tensors under one name
         return _hash(torch.stack([_hash(part).cpu() for part in parts]))
     data = tensor.contiguous().view(-1).view(torch.uint8)
@@ -398,7 +397,7 @@ def initialize_adapter(model: Any, run: Run) -> None:
 
 
 def load_sharded(run: Run, listener: Listener) -> Any:
-    """Load and shard the model with the method; if possible, a process reads only its own part."""
+    """Load and shard the model with the method; if possible, a process reads only its own shard."""
     reason = get_full_load_reason(run)
     slices = None if reason else LazyWeights()
     local_run = replace(run, model=with_host_device(run.model, slices))
@@ -430,7 +429,7 @@ def load_sharded(run: Run, listener: Listener) -> Any:
 def find_computed_tensor(model: Any, slices: LazyWeights) -> str:
     """Returns the name of a tensor computed from weights that are not read yet; empty for none.
 
-    Reads those weights of `model` (modified) of which the method trains copies.
+    First reads those weights of `model` (modified) of which the method trains a copy.
     """
     if not hasattr(model, "peft_config"):
         return ""
@@ -439,7 +438,7 @@ def find_computed_tensor(model: Any, slices: LazyWeights) -> str:
 
 
 def get_full_load_reason(run: Run) -> str:
-    """Returns why each process must read the whole base; empty if its own part is enough."""
+    """Returns why every process must read all base weights; empty if its own shard is enough."""
     model_info, initialization = run.model, METHODS[run.config.method.kind].initialization
     if get_quantization_config(model_info.config) is not None:
         return "it is stored quantized, and its scales go with whole weights"
@@ -468,7 +467,7 @@ def with_host_device(model_info: PlannedModel, slices: LazyWeights | None) -> Pl
 def load_base(run: Run, slices: LazyWeights | None = None) -> Any:
     """Load the base model for training; new heads are initialized from the seed.
 
-    With `slices` (modified), weights are registered there and not read yet.
+    With `slices` (modified), weights are only registered there, to be read after sharding.
     """
     from transformers import set_seed
 

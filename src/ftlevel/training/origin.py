@@ -71,10 +71,7 @@ class FileDigests:
             self._thread.join()
 
     def changes(self, checkpoints: Path) -> dict[str, tuple[str | None, str | None]] | None:
-        """Returns changed files: file → (digest when the run started, digest now).
-
-        None if the digests at the start are unknown.
-        """
+        """Returns changed files → (old digest, new digest); None if the old digests are unknown."""
         if not self._files:
             return {}
         try:
@@ -147,8 +144,7 @@ def get_model_values(model: PlannedModel) -> dict[str, Any]:
 def get_tokenizer_values(tokenizer: Any) -> dict[str, str]:
     """Returns digests of a tokenizer and of its chat template.
 
-    Settings of truncation and padding are ignored: some tokenizer files, such as MiniLM's, contain
-    them, but each call of the tokenizer replaces them.
+    Truncation and padding in tokenizer files are ignored: each call of the tokenizer replaces them.
     """
     if tokenizer.is_fast:
         backend = json.loads(tokenizer.backend_tokenizer.to_str())
@@ -235,8 +231,7 @@ def get_run_origin(run: Run, base: Mapping[str, Any]) -> dict[str, Any]:
 def get_all_values(run: Run, origin: Mapping[str, Any]) -> dict[str, Any]:
     """Returns all values that must be the same in all processes of a run, by dotted name.
 
-    Extends `origin` with settings such as save intervals, but drops the thread count, which may
-    differ by machine.
+    These are the configuration and `origin`, except the thread count, which may differ by machine.
     """
     values = run.config.model_dump(mode="json")
     values["output"].pop("allow_change")
@@ -246,7 +241,7 @@ def get_all_values(run: Run, origin: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def load_origin(output_dir: RunDirectory, origin: Mapping[str, Any]) -> dict[str, Any]:
-    """Load the stored origin under current field names; fields that it lacks get their defaults."""
+    """Load the stored origin under current field names; missing fields get their defaults."""
     before = load_origin_file(output_dir)
     if "threads" in origin:  # absent in runs of older versions
         before.setdefault("threads", origin["threads"])

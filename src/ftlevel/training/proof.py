@@ -189,8 +189,7 @@ def bound_of(logits: Tensor, inputs: CheckInputs) -> float:
 def check_logits(path: Path, max_diff: float, effect: float, bound: float) -> None:
     """Raise RunError if `max_diff` exceeds `bound`, or if `effect` is zero.
 
-    Both are largest absolute differences of logits: `max_diff` between saved and trained model,
-    `effect` between the model before and after training.
+    Logit differences: `max_diff` of saved and trained, `effect` of trained and initial model.
     """
     if not max_diff <= bound:  # also NaN
         raise RunError(

@@ -176,7 +176,7 @@ class Reference:
 def compute_initial_reference(
     run: Run, prepared: PreparedModel, listener: Listener
 ) -> tuple[Run, Reference | None]:
-    """Returns the run with log-probabilities of the initial model, and the reference, or None."""
+    """Returns the run with the initial model's log-probabilities, and the reference; or None."""
     if not needs_reference(run):
         return run, None
     listener.stage("computing reference log-probabilities")
@@ -196,8 +196,8 @@ def add_reference_logps(
 ) -> tuple[Run, dict[str, Any]]:
     """Returns `run` with reference log-probabilities in its rows, and their entry in summary.json.
 
-    `key` identifies all that determines the values. `load` returns the reference model, and the run
-    with which its outputs are computed; it is called only if values are not cached.
+    `key` is the cache key. `load`, called only if values are missing, returns the reference model
+    and a run to compute its outputs.
     """
     task: Any = run.task
     train, cached = load_or_compute(
@@ -246,7 +246,7 @@ def check_first_loss(
 
 
 def _save_initial_adapter(run: Run, prepared: PreparedModel) -> Any:
-    """Returns a temporary directory with the initial adapter; None if the adapter has no effect."""
+    """Returns a temporary directory with the initial adapter; None if it has no effect."""
     model = prepared.model
     is_base_modified = METHODS[run.config.method.kind].initialization.rewrites_base(
         run.config.method

@@ -304,7 +304,7 @@ def open_or_resume(run: Run, state: ResumeState, listener: Listener) -> RunDirec
 def _allowed_changes(
     output: OutputConfig, before: Mapping[str, Any], origin: Mapping[str, Any]
 ) -> list[dict[str, Any]]:
-    """Returns the fields that differ and `--allow-change` names; ConfigError for unknown names."""
+    """Returns the changed fields that `--allow-change` permits; ConfigError for unknown names."""
     allowed = output.allow_change
     fields = {**before, **origin}
     invalid = [name for name in allowed if name not in fields]

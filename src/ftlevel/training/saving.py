@@ -33,10 +33,9 @@ _WRITER_ERRORS = ("inline_container", "PytorchStreamWriter", "iostream error", "
 
 
 def check_disk_space(run_path: Path | None, train: TrainerConfig, model: Any, steps: int) -> None:
-    """Raise ConfigError if the disk has no space for the checkpoints of a run.
+    """Raise ConfigError if the disk lacks space for the run's checkpoints, `save_total_limit` + 1.
 
-    Counts `save_total_limit` checkpoints plus the one being written. Files already in `run_path`
-    count as free space, because they are replaced or are among these checkpoints.
+    Files already in `run_path` count as free space: they are replaced or among these checkpoints.
     """
     one, count = checkpoint_bytes(model, train.optim), _max_num_checkpoints(train, steps)
     output_dir = run_path or Path("runs")

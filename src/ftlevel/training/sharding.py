@@ -222,7 +222,7 @@ def average_gradients(parameters: Sequence[torch.nn.Parameter], num_processes: i
 
 
 def compute_initial_logits(model: PreparedModel, run: Run) -> Tensor | None:
-    """Returns the logits before training, by all processes; None if an adapter is trained."""
+    """Returns the logits before training, in all processes; None if an adapter is trained."""
     if hasattr(model.model, "peft_config"):
         return None
     return create_check_inputs(run).logits(model.model)

@@ -163,7 +163,7 @@ class StepComparison:
     Attributes:
         dtype: dtype in which the steps were compared, besides the run's own.
         gradient: largest relative difference of the gradient over all steps.
-        dropout: that of fused and plain layers, both with dropout; None if not compared.
+        dropout: gradient difference of fused and plain layers with dropout; None if not compared.
         exact: distance of the plain gradient from float64, if float64 was needed. `loss` and
             `gradient` are then distances of the fast step from float64.
         kinks: whether rounding moved a value over a kink of the activation, so that `loss` and
@@ -298,7 +298,7 @@ class RoundingErrors:
 
 
 def norms_of(differences: Mapping[str, GradientDifference]) -> dict[str, float]:
-    """Returns reference norms, at least 1 % of the mean norm of a type and of the total norm.
+    """Returns reference norms, at least 1 % of the mean norm of the tensor's type and of the total.
 
     Rounding errors of tensors with almost no gradient, such as the bias of span logits or the keys
     of saturated attention, are as large as those of other tensors.
@@ -396,7 +396,7 @@ class Steps:
     def _reference_whole_step(
         self, objective: StepObjective, rows: Sequence[Encoded], batch_size: int, dtype: str
     ) -> StepResult:
-        """Returns the plain step's result if its loss needs all texts; all graphs are kept."""
+        """Returns the plain step's result for a loss that needs all texts; all graphs are kept."""
         device = self.trainer.args.device
         _evaluate(self.model)
         self.model.zero_grad()
@@ -530,7 +530,7 @@ def _evaluate(model: torch.nn.Module) -> None:
 
 
 def _keep_mode(model: torch.nn.Module) -> None:
-    """Do nothing: the model stays in training mode, with dropout."""
+    """Leave the model in training mode, with dropout."""
 
 
 def _without_dropout(model: torch.nn.Module) -> None:

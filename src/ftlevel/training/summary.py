@@ -213,8 +213,7 @@ def _scores(record: Mapping[str, Any]) -> dict[str, float]:
 def summarize_losses(losses: Sequence[float]) -> dict[str, Any]:
     """Returns mean and standard deviation of the first and of the last logged losses.
 
-    Each is computed over a tenth of the losses, at least five but no more than half. The standard
-    deviation is None for a single loss.
+    Each covers a tenth of the losses (five to half of them); a single loss has deviation None.
     """
     if not losses:
         return {"loss_first": None, "loss_last": None, "loss_window": 0}

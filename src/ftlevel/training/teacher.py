@@ -60,7 +60,7 @@ class TeacherPredictions:
 
 
 def precompute_teacher(run: Run, listener: Listener) -> TeacherPredictions | None:
-    """Returns the training rows with the teacher's predictions; None if none are needed."""
+    """Returns training rows with the teacher's predictions; None if the run needs none."""
     teacher, config = run.auxiliary.teacher, run.config.distillation
     if (
         teacher is None

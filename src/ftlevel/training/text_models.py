@@ -70,7 +70,7 @@ class GuidedTexts(EncodedTexts):
 
 
 class RowsWithOutputs(LazySequence[Encoded]):
-    """Rows with the output of a model for each; they are combined when a row is read."""
+    """Rows and a model's output for each row; a row and its output are combined when read."""
 
     def __init__(
         self,
@@ -150,7 +150,6 @@ def _embed_words(rows: Sequence[Encoded], model: LoadedModel) -> list[Tensor]:
 
 
 def _embed(model: LoadedModel, objective: Embeddings, inputs: Sequence[tuple[str, bool]]) -> Tensor:
-    """Returns the vectors `(texts, dims)` of (text, whether it is a query) pairs."""
     format_, end = objective.format, model.ref.options["embedding"].get("end")
     prompts = format_.query_prompt, format_.document_prompt
     encode = TextEncoder(model.tokenizer, *prompts, end, include_prompt=format_.include_prompt)

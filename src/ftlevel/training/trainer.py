@@ -382,7 +382,7 @@ class FtlevelTrainer(Trainer):
         return bool(self._compute_dtype)
 
     def with_targets(self, rows: Sequence[Encoded]) -> list[Encoded]:
-        """Returns the rows that a step on `rows` computes."""
+        """Returns the rows that a step on `rows` computes; `RlTrainer` returns completions."""
         return list(rows)
 
     def on_device(self, batch: dict[str, Any]) -> dict[str, Any]:
@@ -400,8 +400,7 @@ class FtlevelTrainer(Trainer):
     ) -> Tensor | int | None:
         """Returns the number of targets of an optimizer step, over all processes.
 
-        Trainer counts labels other than -100; this is wrong for spans, regression and multi-label
-        rows.
+        Trainer counts labels other than -100: wrong for spans, regression and multi-label rows.
         """
         if not batch_samples:
             return None
@@ -418,8 +417,7 @@ class FtlevelTrainer(Trainer):
     def prepare_step(self, batches: list[dict[str, Any]], device: torch.device) -> None:
         """Compute the KTO baseline of a step before its micro-batches (`batches` are modified).
 
-        The baseline is the mean reward of the contrasting rows over all processes, so it does not
-        depend on how the step is split.
+        It is the mean reward of the contrasting rows of all processes, however the step is split.
         """
         if not (isinstance(self.objective, LikelihoodObjective) and self.objective.needs_baseline):
             return

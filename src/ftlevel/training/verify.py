@@ -79,8 +79,7 @@ def cast_to_float32(model: torch.nn.Module) -> Iterator[None]:
 def cast_to_float64(model: torch.nn.Module) -> Iterator[None]:
     """Convert all float32 weights of `model` (modified) to float64 inside the `with` block.
 
-    Operations that transformers always computes in float32, such as a norm's mean of squares, stay
-    in float32.
+    What transformers always computes in float32, such as a norm's mean of squares, stays in it.
     """
     with _cast(torch.float64, _tensors_of(model, (torch.float32,))):
         yield
@@ -150,7 +149,7 @@ MAX_ROW_LENGTH = 1_024
 
 
 def select_compared_rows(rows: Sequence[Encoded]) -> list[Encoded]:
-    """Returns the shortest of the first rows, truncated if possible; empty if all are too long."""
+    """Returns the shortest of the first rows, cut if possible; empty if all are too long."""
     first = [
         short for row in rows[:NUM_CANDIDATES] if (short := truncate_example(row, MAX_TOKENS // 2))
     ]
@@ -165,10 +164,10 @@ def select_compared_rows(rows: Sequence[Encoded]) -> list[Encoded]:
 
 
 def truncate_example(row: Encoded, size: int) -> Encoded | None:
-    """Returns `row` cut to `size` tokens if it is longer; None if it cannot be cut and is too long.
+    """Returns `row` cut to `size` tokens; None if it stays too long because it cannot be cut.
 
     With token labels, the tokens up to the last target are kept; with a number as label, the first
-    tokens. Rows are not cut if labels refer to positions, as spans do.
+    tokens. Of several sequences, only the prompt is cut; labels with positions prevent cutting.
     """
     length = len(row.input_ids)
     if length <= size:
@@ -378,7 +377,6 @@ class _Verifier:
 
 
 def _check(bounds: Bounds, step: StepResult, expected: StepResult) -> tuple[float, float]:
-    """Returns the differences of loss and gradients from `expected`; RunError if too large."""
     loss = bounds.check_loss(step.loss, expected.loss)
     return loss, bounds.check_gradients(compare_gradients(step.gradients, expected.gradients))
 

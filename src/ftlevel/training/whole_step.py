@@ -232,7 +232,6 @@ class _Forward:
         after.restore(trainer.args.device)
 
     def _partial_loss(self, number: int, grads: Sequence[Tensor]) -> Tensor:
-        """Returns a scalar with the gradient of the loss through micro-batch `number`."""
         vectors = self._outputs[number] if self._outputs else self._embed(number, keep_graph=True)
         if number >= len(self._parts):  # it equalizes the number of passes in all processes
             return vectors.sum() * 0

@@ -135,8 +135,6 @@ def load_header(path: Path) -> tuple[dict[str, FileTensor], dict[str, str]]:
 
 
 def _entries(header: Any) -> dict[str, Any]:
-    """Returns `header` unchanged; raises TypeError if it is not that of a safetensors file."""
-
     def is_size(value: Any) -> bool:
         return isinstance(value, int) and 0 <= value < 1 << 63
 
@@ -258,8 +256,8 @@ TOKENIZER_FILES = tuple(
 class TensorGroup:
     """Tensors of a checkpoint that form one tensor of the model.
 
-    `keys` are in transformers' reading order, and `patterns` has the pattern of `converter` that
-    each matches. Without a converter, a single tensor is used unchanged.
+    `keys` are in the order in which transformers reads them; `patterns` has the pattern of
+    `converter` that each key matches. Without a converter, the only tensor is used unchanged.
     """
 
     keys: list[str]
@@ -301,13 +299,13 @@ class Checkpoint:
         return get_tensor_info(self._convert(name, group, specs))
 
     def plain(self, name: str) -> FileTensor | None:
-        """Returns the file's tensor for `name` if it is used unchanged, else None."""
+        """Returns the file's tensor for `name`; None if the model's tensor is a conversion."""
         group = self._group(name)
         tensor = self.stored[group.keys[0]]
         return tensor if group.converter is None and isinstance(tensor, FileTensor) else None
 
     def file(self, name: str) -> str | None:
-        """Returns the name of the file with the first stored tensor of `name`; None in memory."""
+        """Returns the name of the file with the first stored tensor of `name`; in memory, None."""
         tensor = self.stored[self._group(name).keys[0]]
         return tensor.path.name if isinstance(tensor, FileTensor) else None
 
@@ -338,11 +336,10 @@ class Checkpoint:
 
 
 def open_checkpoint(source: ModelSource, model: Any, key_mapping: Mapping[str, str]) -> Checkpoint:
-    """Open the weights of `source` for `model`, a model on the meta device.
+    """Open the weights of `source` (downloaded if needed) for `model`, a model on the meta device.
 
-    A Hub model is downloaded if needed. The conversions are recorded on `model` (modified) as by
-    `from_pretrained`; `key_mapping` comes from `rename_prefix`. Raises InputError if weight files
-    are missing or corrupted.
+    Conversions are recorded on `model` (modified) as by `from_pretrained`; `key_mapping` is that of
+    `rename_prefix`. Raises InputError if weight files are missing or corrupted.
     """
     tensors: dict[str, FileTensor | torch.Tensor] = {}
     for path in weight_files(get_local_dir(source)):
@@ -356,10 +353,7 @@ def open_checkpoint(source: ModelSource, model: Any, key_mapping: Mapping[str, s
 
 
 def checkpoint_in_memory(model: Any, module: Any) -> Checkpoint:
-    """Returns the weights of the loaded model `module` as a `Checkpoint`, without copying them.
-
-    `model` (modified) is the same model on the meta device.
-    """
+    """Returns the weights of loaded `module` without copies; `model` (modified): its meta model."""
     state = {name: tensor.detach() for name, tensor in module.state_dict().items()}
     conversions.forget_conversions(model)
     ties = tied_names(model)

@@ -3,15 +3,14 @@
     min e H eᵀ,  e = w - q (a row),  H = E[x xᵀ]
 
 A weight w is stored as q = s · v, with the scale s of its block and one of a few values v. Rounding
-to the nearest q can undo a small update; here the output error is minimized (GPTQ,
-https://arxiv.org/abs/2210.17323, section 3). With other columns fixed, the error is least at q_j +
-(e H)_j / H_jj, and the nearest value is chosen (coordinate descent, QuantEase,
-https://arxiv.org/abs/2309.01885). After each sweep, the error that remains in the output directions
-of the update is added to the target.
+to the nearest q can undo a small update; here the output error is minimized (GPTQ, section 3 of
+arXiv:2210.17323). With other columns fixed, the error is least at q_j + (e H)_j / H_jj, and the
+nearest value is chosen (coordinate descent, QuantEase, arXiv:2309.01885). After each sweep, the
+error that remains in the output directions of the update is added to the target.
 
 In 4 bits, a block of 64 weights has the scale s = max |w| and the code nearest to each w / s
-(QLoRA, https://arxiv.org/abs/2305.14314, section 3). bitsandbytes 0.50 uses a bisection on a
-CPU; counting the midpoints below w / s takes less than half the time, with the same bytes.
+(QLoRA, arXiv:2305.14314, section 3). Counting the midpoints below w / s takes half the time of
+bitsandbytes' bisection, with the same bytes.
 """
 
 from __future__ import annotations
@@ -77,7 +76,7 @@ class QuantizationGrid:
         return self.values[codes] * self.spread(scales, codes.shape)
 
     def spread(self, scales: torch.Tensor, shape: torch.Size) -> torch.Tensor:
-        """Returns the scale of each weight of a matrix of `shape`."""
+        """Returns the scale of each weight of a matrix of `shape`, repeating those of blocks."""
         return scales.repeat_interleave(self.block or shape[1]).view(shape)
 
     def fits(self, shape: torch.Size) -> bool:
@@ -159,12 +158,12 @@ def _not_zero(scales: torch.Tensor) -> torch.Tensor:
 
 
 def shrunk(moment: torch.Tensor) -> torch.Tensor:
-    """Returns `moment` (H) with its off-diagonal reduced by `SHRINKAGE`."""
+    """Returns `moment` (H) with off-diagonal values multiplied by 1 - `SHRINKAGE`."""
     return (1 - SHRINKAGE) * moment + torch.diag(SHRINKAGE * moment.diagonal())
 
 
 def damped(moment: torch.Tensor) -> torch.Tensor:
-    """Returns `moment` (H) with a fraction of its mean diagonal added, so that it is invertible."""
+    """Returns `moment` (H) with a fraction of its mean diagonal added to it, to be invertible."""
     offset = DAMPING * moment.diagonal().mean().clamp(min=1e-30)
     return moment + offset * torch.eye(len(moment))
 
@@ -213,8 +212,7 @@ def pack_4bit(
 ) -> tuple[torch.Tensor, Any]:
     """Returns the packed bytes of `codes` (out, in) and their `QuantState`.
 
-    `codes` index `four_bit_grid`; `scales` are not rounded yet; `like` has the shape and dtype of
-    the dequantized weight.
+    `codes` index `four_bit_grid`; `scales` are unrounded; `like` has the weight's shape and dtype.
     """
     code = four_bit_values(quant_type)
     ordered = code.argsort()[codes.reshape(-1)].to(torch.uint8)

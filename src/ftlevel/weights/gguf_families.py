@@ -165,7 +165,7 @@ def convert(config: Any, name: str, tensor: torch.Tensor, *, is_conv1d: bool) ->
 
 
 def interleave(tensor: torch.Tensor, heads: int) -> torch.Tensor:
-    """Interleave the rows of each head's two rotary halves: 0, d/2, 1, d/2 + 1 and so on."""
+    """Interleave each head's rotary halves: rows 0, d/2, 1, d/2 + 1 and so on, for head size d."""
     pairs = tensor.reshape(heads, 2, tensor.shape[0] // heads // 2, *tensor.shape[1:])
     return pairs.transpose(1, 2).reshape(tensor.shape)
 

@@ -93,7 +93,7 @@ class QuantizedMatrix:
 
 
 def round_to_blocks(weight: torch.Tensor, outtype: str) -> torch.Tensor:
-    """Returns `weight` rounded to `outtype` in float32; as in ggml, by x · (1 / d), not x / d."""
+    """Returns `weight` rounded to `outtype` in float32, computed as in ggml: x · (1 / d)."""
     grid = GRIDS[outtype]
     scales = grid.scales_of(weight)
     inverse = torch.where(scales == 0, 0.0, 1 / scales).unsqueeze(-1)

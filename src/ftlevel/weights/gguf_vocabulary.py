@@ -236,7 +236,7 @@ def _special(tokenizer: Any) -> dict[str, int]:
 
 
 def _flags(tokenizer: Any, special: Mapping[str, int]) -> dict[str, bool]:
-    """Returns the flags for adding BOS and EOS, found by encoding a text."""
+    """Returns the metadata flags for adding BOS and EOS, found by encoding a text."""
     ids = tokenizer("a")["input_ids"]
     plain_ids = tokenizer("a", add_special_tokens=False)["input_ids"]
     bos, eos = special.get("bos"), special.get("eos")
@@ -338,8 +338,7 @@ def _normalizers(normalizer: Mapping[str, Any] | None) -> list[Mapping[str, Any]
 def _scores(model: Mapping[str, Any], tokens: Sequence[str], types: Sequence[int]) -> list[float]:
     """Returns the score of each token: minus the rank of the first merge that forms it.
 
-    llama.cpp joins neighbors whose text is a token, highest score first. This equals the merges
-    only if every split of a token is a merge and these are consecutive; else InputError is raised.
+    llama.cpp joins neighbors by score. InputError if that could differ from applying the merges.
     """
     rank: dict[str, int] = {}
     last = ""

@@ -84,8 +84,7 @@ def build_layout(
 ) -> QuantizedLayout:
     """Create the layout for a model of `config` and transformers class `auto_class`.
 
-    `quantization` is a `BitsAndBytesConfig` or `TorchAoConfig`, of which the layout has a copy with
-    the modules to skip. `dtype` is for unquantized tensors.
+    It has a copy of `quantization` with the modules to skip; `dtype` is for unquantized tensors.
     """
     meta = build_task_model(config, auto_class)
     key_mapper = KeyMapper(meta)
@@ -101,7 +100,7 @@ def build_layout(
 def resolve_layout(layout: QuantizedLayout, keys: Iterable[str]) -> QuantizedLayout:
     """Returns `layout` for a checkpoint with these `keys`.
 
-    A linear layer whose weight is assembled from several of its tensors is not quantized.
+    A linear layer is not quantized if its weight combines several tensors of the checkpoint.
     """
     mapped = [layout.key_mapper(key) for key in keys]
     unconverted = {name for name, pattern in mapped if pattern is None}
@@ -218,8 +217,7 @@ _ALIGNMENT = 8
 class ShardWriter:
     """Writes a .safetensors file in one pass: data first, then the header into space before it.
 
-    `header_bytes` are reserved for the header; see `header_bound`. Tensors whose size is not a
-    multiple of 8 bytes are written last, so that all are aligned.
+    `header_bytes` are reserved (`header_bound`); tensors not a multiple of 8 bytes long come last.
     """
 
     def __init__(self, path: Path, header_bytes: int) -> None:
@@ -305,8 +303,7 @@ def save_quantized(
 ) -> tuple[QuantizedLayout, QuantizationSizes]:
     """Quantize the model in `model_dir` and save it in `out`; return resolved layout and sizes.
 
-    `get_codes` returns the codes of a weight, for bitsandbytes only. Raises InputError if a weight
-    to quantize is missing, or a file is corrupted.
+    `get_codes` returns a weight's codes (bitsandbytes only). InputError if files are invalid.
     """
     shards = {shard: load_header(shard)[0] for shard in weight_files(model_dir)}
     keys = [key for entries in shards.values() for key in entries]
@@ -385,7 +382,7 @@ def _convert(
     layout: QuantizedLayout,
     get_codes: SelectCodes | None,
 ) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Returns tensors and metadata to save for tensor `key` of the file, `name` in the model."""
+    """Returns tensors and metadata to save for `tensor`: `key` in the file, `name` in the model."""
     has_metadata = is_torchao(layout.config)
     if layout.part_of(name) != QUANTIZED:
         tensors = {key: tensor.to(layout.kept_dtype(name, tensor.dtype))}

@@ -1,8 +1,7 @@
 """Triton kernels for NVIDIA GPUs, used where they are verified and faster.
 
-`Kernels` compares each kernel with torch's operations, forward and backward. It uses random values
-of the model's width and precision. Without Triton, or if it cannot compile, torch's operations are
-used.
+`Kernels` compares each kernel with torch's operations, forward and backward, on random values of
+the model's width and precision. If Triton is missing or cannot compile, torch's are used.
 """
 
 from __future__ import annotations
@@ -130,7 +129,7 @@ def _scale_like(x: Tensor) -> Tensor:
 
 
 def _like(*indices: int) -> Callable[..., Any]:
-    """Returns a function that makes empty tensors like its arguments at `indices`; -1: like ρ."""
+    """Returns a function that allocates outputs like arguments `indices`; -1: like a norm's ρ."""
 
     def make(*arguments: Any) -> Any:
         tensors = [

@@ -123,7 +123,7 @@ def _norm_backward(g_ptr, x_ptr, w_ptr, rho_ptr, of_x_ptr, width, SIZE: tl.const
 
 @triton.jit
 def _activated(x, KIND: tl.constexpr):
-    """Returns a(x) and a′(x)."""
+    """Returns activation a(x) and derivative a′(x)."""
     if KIND == 0:  # x σ(x)
         share = tl.sigmoid(x)
         return x * share, share * (1.0 + x * (1.0 - share))
@@ -199,7 +199,6 @@ def norm_backward(gradient: Tensor, x: Tensor, weight: Tensor, scale: Tensor) ->
 
 
 def _warps(x: Tensor) -> int:
-    """Returns the number of warps for a row of `x`: about 16 values per thread."""
     return min(16, max(1, triton.next_power_of_2(x.shape[-1]) // 512))
 
 

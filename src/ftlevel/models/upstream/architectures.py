@@ -35,7 +35,7 @@ def has_masked_lm(model_type: str) -> bool:
 
 
 def modules_in_float32(model: Any, dtype: torch.dtype) -> frozenset[str]:
-    """Returns parts of names; modules with them stay in float32 if `model` is loaded in `dtype`."""
+    """Returns name parts of modules that stay in float32 if `model` is loaded in `dtype`."""
     if dtype == torch.float32:
         return frozenset()
     names = set(model._keep_in_fp32_modules_strict or ())

@@ -33,12 +33,12 @@ Count = Callable[[Tensor, int], list[int]]
 
 
 def get_rows_per_expert(experts: Tensor, number: int) -> list[int]:
-    """Returns the number of rows per expert; synchronizes with the device."""
+    """Returns how many rows each of `number` experts has; synchronizes with the device."""
     return torch.bincount(experts, minlength=number).tolist()
 
 
 def split_evenly(experts: Tensor, number: int) -> list[int]:
-    """Returns a number of rows per expert, as equal as possible, if `experts` has no values."""
+    """Returns equal numbers of rows per expert (± 1), for fake `experts` without values."""
     return [len(experts) * (i + 1) // number - len(experts) * i // number for i in range(number)]
 
 
@@ -94,7 +94,6 @@ def _multiply(module: Any, name: str, rows: Tensor, counts: list[int]) -> Tensor
 
 
 def _one_by_one(module: Any, name: str) -> Iterator[tuple[Tensor, Any]]:
-    """Yields each expert's packed weight `(out · in / 2, 1)` and `QuantState`."""
     state = state_of(module, name)
     number, *shape = state.shape
     scales = state.absmax
@@ -123,7 +122,6 @@ class ExpertsConfig(BitsAndBytesConfig):
     """Config of a 4-bit quantization of linear layers and experts."""
 
     def __init__(self, **kwargs: Any) -> None:
-        """Accept the settings of `BitsAndBytesConfig`."""
         super().__init__(**kwargs)
         self.quant_method = METHOD
 
@@ -133,7 +131,6 @@ class ExpertsQuantizer(Bnb4BitHfQuantizer):
     """4-bit quantizer that also packs experts; `states` maps tensor names to `QuantState`s."""
 
     def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
-        """Accept the config and transformers' other settings."""
         super().__init__(quantization_config, **kwargs)
         self.states: dict[str, Any] = {}
 
@@ -176,7 +173,6 @@ class _Pack(ConversionOps):
         self.quantizer, self.linears = quantizer, linears
 
     def convert(self, input_dict: dict[str, Any], **kwargs: Any) -> dict[str, Tensor]:
-        """Returns the packed tensors by name."""
         config = self.quantizer.quantization_config
         tensors: dict[str, Tensor] = {}
         for name, value in input_dict.items():

@@ -55,7 +55,6 @@ class FakeTensor(Tensor):
         return fake_tensor
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]  # torch's
-        """Returns shape and dtype."""
         return f"FakeTensor({tuple(self.shape)}, {self.dtype})"
 
     @classmethod
@@ -220,7 +219,6 @@ class OperationWatch(TorchDispatchMode, ABC):  # type: ignore[no-untyped-call]  
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        """Run `func` and report its results."""
         if func in _AT_INDEX:
             args = (args[0], list(_as_positions(args[1])), *args[2:])
         if func in _IDENTITIES:  # DoRA's identity matrix; its values are not read

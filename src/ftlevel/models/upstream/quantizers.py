@@ -181,9 +181,8 @@ def dequantized(linear: Any) -> Tensor:
 def carry_quant_states(module: torch.nn.Module, inside: Sequence[torch.nn.Module]) -> None:
     """Keep quantization states of 4-bit layers in `module` (modified) through FSDP2 sharding.
 
-    FSDP2 gathers weights as plain parameters, but bitsandbytes 0.50 reads the scales from the
-    weight, and PEFT checks the weight's class. A forward pre-hook restores scales and class. Layers
-    in `inside` are excluded.
+    FSDP2 gathers plain parameters without scales and class: a forward pre-hook restores both.
+    Layers in `inside` are excluded.
     """
     bnb = sys.modules.get("bitsandbytes")
     if bnb is None:
@@ -253,7 +252,7 @@ class PackedWeight:
         )
 
     def _numbers(self, first: int, last: int) -> Tensor:
-        """Returns the values `first` to `last` (exclusive) of the flattened `(out, in)` weight."""
+        """Returns values [`first`, `last`) of the flattened `(out, in)` weight."""
         width = self._shape[1]
         first_row = first // width
         rows = self._lazy_weight.rows(first_row, -(-last // width), transposed=self._transposed)

@@ -221,7 +221,6 @@ class LazyWeight:
         self._placeholder: Tensor | None = None
 
     def __getitem__(self, everything: Any) -> LazyWeight:
-        """Returns itself, because transformers' loader indexes weights with `[...]`."""
         return self
 
     def to(self, *, device: Any, dtype: torch.dtype) -> Tensor:
@@ -341,8 +340,7 @@ class LazyWeights:
     def fill(self, model: nn.Module, base_name: Callable[[str], str]) -> list[str]:
         """Load the lazy weights that `model` (modified) trains; returns names of tensors still NaN.
 
-        NaN ones were computed from weights not loaded. `base_name` maps names in `model` to the
-        base's.
+        These depend on weights not loaded. `base_name` maps names in `model` to those in the base.
         """
         bases = {
             base_name(name): stored
@@ -368,8 +366,7 @@ class LazyWeights:
     ) -> Callable[[], None]:
         """Replace the lazy weights of `parts` (modified) by meta tensors, except those in `keep`.
 
-        Call it before sharding. It returns a function to call after sharding, which loads only this
-        process's rows of each weight.
+        Returns a function to call after sharding, which loads this process's rows of each weight.
         """
         pending: list[tuple[dict[str, Any], str, LazyTensor]] = []
         shapes: dict[nn.Parameter, nn.Parameter] = {}  # tied tensors stay tied
@@ -395,7 +392,6 @@ class LazyWeights:
 
 
 def _files(path: Path) -> list[Path]:
-    """Returns the checkpoint files that `from_pretrained` loads."""
     if (path / _ONE_FILE).is_file():
         return [path / _ONE_FILE]
     index = json.loads((path / _INDEX).read_text(encoding="utf-8"))

@@ -55,8 +55,7 @@ _MAX_ATTEMPTS = 6
 def select_batch_size(run: Run, processes: Processes, previous_tokens: int | None) -> Run:
     """Returns the run with the largest micro-batch that fits, the same in all processes.
 
-    `previous_tokens` is the micro-batch size, in tokens, that a resumed run keeps. Raises
-    ConfigError if the run has no micro-batches to size, or a single row does not fit.
+    `previous_tokens` is the micro-batch size of a resumed run. Raises as `fit_batch_size` does.
     """
     if previous_tokens is not None:
         choice = Choice("micro-batch", f"{previous_tokens:,} tokens", "as the run was begun")
@@ -88,9 +87,8 @@ def get_available_memory(speed: SpeedConfig, device: str, processes: Processes) 
 def fit_batch_size(run: Run, memory: int) -> Run:
     """Returns the run with the largest micro-batch, in tokens, that fits in `memory` bytes.
 
-    On a GPU, automatic checkpointing recomputes blocks if micro-batches would otherwise be too
-    small. Raises ConfigError if the model is sharded, the fast step is off, or a single row does
-    not fit.
+    On a GPU, this may also turn on gradient checkpointing that is set to auto. Raises ConfigError
+    if the model is sharded, the fast step is off, or a single row does not fit.
     """
     if run.config.train.shard != "none":
         raise ConfigError(
@@ -142,7 +140,7 @@ def _search_tokens(run: Run, memory: int) -> _FitResult:
 
 
 def _shrink(forecast: StepMemory, tokens: int, peak: int, memory: int) -> int:
-    """Returns the next, smaller size in tokens to try (module docstring); 0 if no size can fit."""
+    """Returns the next, smaller micro-batch size in tokens to try; 0 if none can fit."""
     variable = sum(forecast.parts.get(part, 0) for part in _VARIABLE_PARTS)
     available = memory - (peak - variable)
     return (
@@ -245,10 +243,10 @@ def _name_setup(setup: tuple[str, str]) -> tuple[str, str]:
 
 
 def get_cheapest(context: AlternativeContext) -> Alternative | None:
-    """Returns the least costly change that makes the run fit; None if none does.
+    """Returns the change of settings that makes the run fit at the least cost; None if none does.
 
-    Changes are tried by their cost: fewer rows per micro-batch, checkpointing (a third of the speed
-    is lost), 4-bit weights (less precise), shorter rows (lost data).
+    In this order: fewer rows per micro-batch, checkpointing (a third of the speed is lost), 4-bit
+    weights (less precise), shorter rows (lost data).
     """
     config = context.config
     train, current = config.train, (config.method.kind, config.quant.kind)

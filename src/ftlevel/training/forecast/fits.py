@@ -14,9 +14,8 @@ is the resident memory of a CPU run:
 - proof: logits of the trained and of the reloaded model on a few rows;
 - with quantized weights: pages of the unquantized checkpoint, which stay mapped.
 
-Two terms are assumptions, not findings: that a step needs two copies of the head's weight, and that
-the 128 MiB cap of `MAX_FREE_HEAP_BYTES` explains the free heap blocks. With them, 13 settings of
-three models are within 10 % (docs/plan.md). Nothing shows that these are the causes.
+The two copies and the 128 MiB of `MAX_FREE_HEAP_BYTES` are assumed, not traced to a cause. With
+them, 13 settings of three models are within 10 % (docs/plan.md).
 """
 
 from __future__ import annotations
@@ -270,8 +269,7 @@ class MemoryRequirement:
 def estimate_requirement(run: Run, device: Device) -> MemoryRequirement:
     """Returns the memory that `run` needs on `device`.
 
-    Raises ConfigError if the step cannot run on meta tensors, or a library other than bitsandbytes
-    quantized the base.
+    ConfigError if the step fails on meta tensors, or for quantization other than bitsandbytes.
     """
     _validate_quantization(run)
     memory = device.forecast(run)
@@ -353,7 +351,7 @@ class MemoryEstimate:
 
 
 def estimate_memory(run: Run, processes: int) -> MemoryEstimate:
-    """Returns the memory estimate of a run; none for several processes, or if it would be slow."""
+    """Returns the memory estimate of a run; empty for several processes, or if it would be slow."""
     if processes > 1:
         return MemoryEstimate(None, f"{processes} processes; run `ftlevel plan`")
     if run.model.total_parameters < MIN_PARAMETERS:

@@ -98,7 +98,7 @@ class Pruning:
 
 
 def get_pruning(run: Run) -> Pruning:
-    """Returns which tokens the last block of the planned model must compute."""
+    """Returns the tokens that the last block must compute, and its layers that skip the others."""
     if not (run.fast.enabled and run.fast.packs and run.fast.prunes_last_layer):
         return Pruning()
     last = getattr(run.model.config.get_text_config(), "num_hidden_layers", 1) - 1
@@ -235,10 +235,7 @@ def estimate_step_memory(run: Run, memory: int) -> StepMemory:
 def _get_graph_bytes(
     run: Run, peaks: Mapping[str, Mapping[str, float]], batch: _Batch, memory: int
 ) -> float:
-    """Returns the activation bytes of the other micro-batches, if a step keeps all their graphs.
-
-    0 if each micro-batch is embedded twice instead; see `training.whole_step`.
-    """
+    """Returns the activation bytes of a step's other micro-batches; 0 if their graphs are freed."""
     cache = run.config.embedding.grad_cache
     is_distributed = (run.config.train.num_processes or 1) > 1
     if not isinstance(run.objective, StepObjective) or is_distributed or cache == "always":
@@ -293,7 +290,7 @@ class LayerSample:
 
     @property
     def sample(self) -> dict[int, int] | None:
-        """Layer index → number of layers it represents; None for the whole model."""
+        """Layer index of the small models → number of layers it represents; None: whole model."""
         first = self.samples[0]
         if first is None:
             return None
@@ -431,7 +428,6 @@ def _track_weights(
 
 
 def _install_hooks(tracker: LiveMemoryTracker, trainer: Any) -> list[Any]:
-    """Install hooks that track gradients and backward phases in `tracker`; returns the hooks."""
     model, backward = trainer.model, trainer.accelerator.backward
 
     def begin(*args: Any, **kwargs: Any) -> None:

@@ -107,7 +107,7 @@ def create_fake_model(run: Run, layers: Sequence[int] | None = None) -> FakeMode
 def targets_in(
     model: torch.nn.Module, targets: Sequence[str], layers: Sequence[int] | None
 ) -> list[str]:
-    """Returns the names of `targets` in `model`, a copy with only `layers`, renumbered from 0."""
+    """Returns the names of `targets` in `model`, which has only `layers`, renumbered from 0."""
     tree = ModuleTree(model)
     names = []
     for name in targets:
@@ -265,7 +265,7 @@ def load_tokenizer_or_default(source: ModelSource) -> Any:
 def create_synthetic_batch(
     data: DataConfig, source: ModelSource, card: str | None, num_rows: int, tokenizer: Any = None
 ) -> SyntheticBatch:
-    """Returns substitutes for what this machine lacks: the GPU `card`, and `num_rows` rows of data.
+    """Returns substitutes for the GPU `card` and for `num_rows` rows, which this machine lacks.
 
     With `card` None, this machine's device is used; with `num_rows` = 0, the real data.
     """

@@ -119,7 +119,7 @@ def prompt_lengths(run: Run) -> Sequence[int]:
 
 
 def with_completions(run: Run, rows: list[Encoded]) -> list[Encoded]:
-    """Returns `rows`; in reinforcement learning, completions of maximum length for them."""
+    """Returns `rows`; in reinforcement learning, these prompts with stand-in completions."""
     if run.config.task != RL_TASK:
         return rows
     num_generations, tokens = run.config.rl.num_generations, run.config.rl.max_completion_length
@@ -164,7 +164,7 @@ def estimate_sampling_seconds(
 ) -> float:
     """Returns the seconds to sample completions for every prompt once, from a roofline.
 
-    `weights` are bytes; `bandwidth` (bytes/s) and `flops` (operations/s) are attainable values.
+    `weights` are bytes; `bandwidth` (bytes/s) and `flops` (FLOP/s) are what the device attains.
     """
     lengths = prompt_lengths(run)
     group, step = run.config.rl.num_generations, run.config.train.per_device_train_batch_size

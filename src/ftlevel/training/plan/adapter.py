@@ -1,6 +1,6 @@
 """Configuration of a run that continues an adapter: base, method, quantization, task and labels.
 
-Contradicting flags, and adapters that the run would build differently, are rejected first.
+Flags that contradict the adapter, and adapters that the run cannot rebuild, are rejected first.
 """
 
 from __future__ import annotations
@@ -252,7 +252,7 @@ _IGNORED_FIELDS = set(
 
 
 def check_adapter_matches(adapter: StartingAdapter, run: Run) -> None:
-    """Raise ConfigError if settings or tensors of an adapter differ from those the run builds."""
+    """Raise ConfigError if an adapter's settings or tensors differ from those `run` creates."""
     method, spec = METHODS[run.config.method.kind], run.config.method
     meta = build_task_model(run.model.config, run.model.auto_class)
     problem, card_options = run.data.info["problem_type"], adapter.card and adapter.card.options
@@ -287,7 +287,7 @@ def check_adapter_matches(adapter: StartingAdapter, run: Run) -> None:
 
 
 def get_adapter_warnings(adapter: StartingAdapter, run: Run) -> list[str]:
-    """Returns warnings about unknown class names, or a prompt format unlike the adapter's."""
+    """Returns warnings if class names are unknown or the prompt format is not the adapter's."""
     labels = run.data.info["labels"]
     if adapter.card is None and labels and not run.config.data.labels:
         return [

@@ -62,7 +62,7 @@ class MethodTargets:
 def resolve_method_targets(
     spec: MethodConfig, meta: Any, model_name: str, quant: str = "none"
 ) -> MethodTargets:
-    """Returns the targets of `spec` in `meta`, a meta model; ConfigError if they do not exist."""
+    """Returns the modules of `meta` that `spec` adapts; ConfigError if a target does not exist."""
     method, tree = METHODS[spec.kind], ModuleTree(meta)
     modules = _resolve_modules(spec, method, tree, model_name)
     layers = getattr(spec, "layers_to_transform", None)
@@ -192,7 +192,7 @@ def resolve_quantization(
 ) -> QuantConfig:
     """Returns the quantization of the base: that of its checkpoint, or else `quant`.
 
-    Raises ConfigError if it does not match the method, `--quant` or the device.
+    ConfigError for one that contradicts `--quant`, or that method or device do not support.
     """
     checkpoint_config = get_quantization_config(model_config)
     name = quant.kind if checkpoint_config is None else quantization_name(checkpoint_config)
@@ -216,8 +216,7 @@ def resolve_experts(
 ) -> tuple[QuantConfig, str]:
     """Returns `quant` with `experts` resolved, and why experts are not quantized ("" if they are).
 
-    `meta` is the base on the meta device; `is_quantized` is whether its checkpoint is quantized.
-    Raises ConfigError for `quant.experts=true` if the experts cannot be quantized.
+    `is_quantized` is whether the checkpoint is. ConfigError if `quant.experts=true` is unsupported.
     """
     message = ""
     if not next(ModuleTree(meta).experts(), None):

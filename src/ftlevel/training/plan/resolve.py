@@ -330,10 +330,7 @@ def _disable_dropout(model_config: Any) -> list[Choice]:
 
 
 def _set_to_zero(config: Any, values: Mapping[str, float], name: str, text: str) -> list[Choice]:
-    """Set each field of `config` (modified) that is positive in `values` to 0.
-
-    Returns the line that reports this, with `name` and `text`; empty if no field changed.
-    """
+    """Set positive fields of `config` (modified) to 0; returns the line about it, or no line."""
     positive = {field: value for field, value in values.items() if value and value > 0}
     for field in positive:
         setattr(config, field, 0.0)
@@ -379,9 +376,8 @@ the user's `--map`, which may rename columns for any task."""
 def infer_task(config: TrainConfig) -> tuple[TrainConfig, str]:
     """Returns `config` with the task inferred from model and columns, and an explanation.
 
-    A task is inferred only for an encoder, if neither a task nor built-in data is named. Otherwise,
-    the explanation is empty. Raises ConfigError if the task does not match the rest of the
-    configuration, InputError if the columns match no task.
+    Only for an encoder, if neither task nor built-in data is set; else the explanation is empty.
+    ConfigError if the task contradicts other settings, InputError if the columns match no task.
     """
     model, data = config.model, config.data
     if "task" in config.model_fields_set or data.dataset.startswith("builtin:"):

@@ -226,7 +226,7 @@ def head_choices(task: BaseTask, heads: list[str]) -> list[Choice]:
 
 
 def size_choices(run: Run, *, build_modules: bool) -> list[Choice]:
-    """Returns the lines that show trainable parameters and steps; see `count_trainable`."""
+    """Returns the lines about trainable parameters and steps; arguments of `count_trainable`."""
     epochs = f"{run.config.train.num_train_epochs:g} epochs"
     note = "" if run.config.train.max_steps else f"{epochs} of {len(run.data.train):,} rows"
     trainable, total = count_trainable(run, build_modules=build_modules)
@@ -273,6 +273,6 @@ def count_parameters(model: Any) -> tuple[int, int]:
 
 
 def _num_values(parameter: Any) -> int:
-    """Returns the number of values in `parameter`; 4-bit weights store two per byte."""
+    """Returns how many values `parameter` has; 4-bit weights pack two per byte."""
     is_quantized = type(parameter).__name__ == "Params4bit" or hasattr(parameter, "quant_state")
     return parameter.numel() * (2 if is_quantized else 1)

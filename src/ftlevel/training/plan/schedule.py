@@ -82,9 +82,8 @@ def resolve_rates(
 ) -> LearningRates:
     """Returns the peak learning rates: the user's, or the method's defaults for the run.
 
-    A `--learning-rate` also applies to new heads, unless `--head-learning-rate` is set. Defaults
-    are multiplied by `factor`, which depends on the task; `source` names the papers that it is
-    from.
+    New heads use `--head-learning-rate`, else `--learning-rate`. Defaults are multiplied by the
+    task's `factor`; `source` names the papers that recommend it.
     """
     base = head = None
     if train.learning_rate is not None:
@@ -146,7 +145,7 @@ def check_schedule(config: TrainerConfig, rate: float, steps: int, num_eval_samp
 def get_schedule_warnings(
     config: TrainerConfig, num_rows: int, num_eval_samples: int, *, new_head: bool = True
 ) -> list[str]:
-    """Returns warnings about settings without effect, or unsuited to the length of the run."""
+    """Returns warnings about settings that have no effect or do not suit the run's length."""
     steps, messages = count_steps(config, num_rows), []
     if config.warmup_steps > max(steps, 1):
         reached = (steps - 1) / int(config.warmup_steps)
@@ -268,7 +267,7 @@ def get_length_bounds(
     device: str,
     dtype: str,
 ) -> LengthBounds:
-    """Returns the maximum tokens of a row: as the model's positions allow, and as memory allows."""
+    """Returns two maxima of a row's tokens: by the model's positions and by device memory."""
     value = DTYPES[dtype].itemsize
     trained = METHODS[method.kind].trains_base(method)
     memory_config = MemorySettings(

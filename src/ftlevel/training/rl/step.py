@@ -60,10 +60,7 @@ def compute_statistics(group: Group, config: RlConfig) -> GroupStatistics:
 
 @dataclass
 class Rollout:
-    """This process's rows to train on, and metrics of the groups of all processes.
-
-    `groups` are all groups that this process sampled, even if not trained on.
-    """
+    """Rows to train on, all groups that this process sampled, and metrics over all processes."""
 
     rows: list[CompletionRow]
     groups: list[Group]

@@ -63,7 +63,7 @@ class RepeatedSteps(Sampler[int]):
 
 
 def repeated_rows(num_rows: int, step_size: int, repeats: int) -> int:
-    """Returns the rows of an epoch whose steps, of `step_size` rows each, are repeated."""
+    """Returns the number of rows that `RepeatedSteps` yields per epoch."""
     return num_rows if repeats == 1 else -(-num_rows // step_size) * step_size * repeats
 
 
@@ -154,7 +154,7 @@ class RlTrainer(FtlevelTrainer):
         self._in_training = False
 
     def with_targets(self, rows: Sequence[Encoded]) -> list[Encoded]:
-        """Returns stand-ins for the completions of the prompts `rows`, of maximum length."""
+        """Returns `num_generations` stand-in completions of maximum length for each prompt."""
         count, tokens = self.rl_config.num_generations, self.rl_config.max_completion_length
         return [
             completion
@@ -201,9 +201,9 @@ class RlTrainer(FtlevelTrainer):
     ) -> tuple[list[Group], list[GroupStatistics], tuple[list[Group], list[GroupStatistics]]]:
         """Replace groups without a signal by those of further prompts.
 
-        Up to `dynamic_sampling` prompts are drawn for all processes together, in an order that
-        depends on seed and step. Returns this process's groups to train on and the statistics of
-        those of all processes; then both for the groups of further prompts.
+        At most `dynamic_sampling` prompts are drawn in all processes, in an order set by seed and
+        step. Returns this process's groups to train on, statistics of all processes' groups to
+        train on, and both for the further prompts' groups.
         """
         size, budget = len(sampled), self.rl_config.dynamic_sampling
         used_rows = {statistics.row for statistics in sampled}
