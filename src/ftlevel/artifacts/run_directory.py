@@ -135,7 +135,7 @@ def create_backup(run_dir: Path) -> list[str]:
 
 @contextlib.contextmanager
 def replace_run(run_dir: Path) -> Iterator[None]:
-    """Delete the backup when the block ends, or restore it if there is no checkpoint yet."""
+    """Delete the backup after the block; if it raises before any result, restore the backup."""
     try:
         yield
     except BaseException:
@@ -526,7 +526,7 @@ def _create_numbered_dir(parent: Path, name: str) -> Path:
 
 
 def get_recipe_info(path: Path) -> dict[str, Any]:
-    """Returns path, SHA-256 and git commit of a recipe, and whether it was changed since.
+    """Returns path, SHA-256 and git commit of a recipe, and whether it differs from that commit.
 
     `commit` and `changed` are None if it is not committed. The repository may be untrusted, so `git
     status` must not be used: it runs programs named in the settings (core.fsmonitor, filters).

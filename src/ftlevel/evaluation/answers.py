@@ -320,7 +320,7 @@ class InferenceModel:
         return [str(text).strip() for text in decoded]
 
     def _truncate_prompts(self, prompts: Sequence[list[int]]) -> list[list[int]]:
-        """Returns `prompts`; too long ones keep their first token and their end, if allowed."""
+        """Returns `prompts`, long ones cut after their first token; raises without `truncate`."""
         if self._positions is None:
             return list(prompts)
         new = 0 if self.kind == "encoder-decoder" else self._writing.max_new_tokens

@@ -206,10 +206,7 @@ def _attention_with_prompts(
 def _partial_attention(
     query: Tensor, key: Tensor, value: Tensor, hidden: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns (Σ wₜ vₜ, m, Σ wₜ) with wₜ = exp(sₜ − m) and m = max sₜ over visible tokens.
-
-    `hidden` is True for invisible tokens.
-    """
+    """Returns (Σ wₜ vₜ, m, Σ wₜ), wₜ = exp(sₜ − m), m = max sₜ, without the tokens in `hidden`."""
     scores = torch.matmul(query, key.transpose(2, 3))
     if hidden is not None:
         scores.masked_fill_(hidden, torch.finfo(scores.dtype).min)

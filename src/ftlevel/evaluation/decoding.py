@@ -137,10 +137,7 @@ class RowDecoder:
         self._forward(rows, ids, rows.layers[0].get_seq_length() + 1)
 
     def _forward(self, rows: Rows, ids: torch.Tensor, seq: int, shared: int = 0) -> None:
-        """Run the model on `ids` (rows, new), after which the cache has `seq` positions.
-
-        The first `shared` positions are a prefix that all rows share.
-        """
+        """Run the model on `ids` (rows, new) to cache length `seq`; `shared` of it a prefix."""
         starts = seq + shared - torch.tensor(rows.lengths, device=self._device)[:, None]
         positions = torch.arange(seq, device=self._device)[None]
         row_positions = (positions - starts + shared).clamp(min=0)[:, -ids.shape[1] :]

@@ -135,9 +135,10 @@ class ServerSampler:
     def _check_weights(
         self, prompt: list[int], options: SamplingOptions, before: Sequence[torch.Tensor]
     ) -> None:
-        """Raise RunError unless the server has the current weights.
+        """Raise RunError unless the server has the current weights of the model.
 
-        Its log-probabilities must be close to theirs, and not much closer to those of `before`.
+        The server's log-probabilities must be close to the model's, and not much closer to those
+        that the model has with `before`, the weights of the previous version.
         """
         output = self._complete(prompt, self._version, options, NUM_TEST_TOKENS)
         row = create_completion_row(prompt, output.ids, 0, 0, [])

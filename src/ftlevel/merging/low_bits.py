@@ -219,10 +219,7 @@ class CodeSelector:
 
 
 def resolve_quantization(config: MergeConfig, inputs: MergeInput) -> QuantConfig | None:
-    """Returns the quantization of the saved model; None for floating point.
-
-    Raises InputError if the model has no layer that can be quantized.
-    """
+    """Returns the quantization of the saved model, or None; InputError if no layer allows it."""
     if config.quant == "none":
         return None
     base = inputs.quant if inputs.quant.kind == config.quant else QuantConfig(kind=config.quant)

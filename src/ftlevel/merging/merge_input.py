@@ -77,7 +77,7 @@ class MergeInput:
         return bool(_load_peft_config(self.ref.directory).get("task_type") == "QUESTION_ANS")
 
     def eval_set(self, rows: Sequence[Encoded]) -> EvalSet:
-        """Returns `rows` with what is needed to compare models on them."""
+        """Returns `rows` as an `EvalSet`, with objective, padding token and device."""
         pad_id = self.tokenizer.pad_token_id or 0
         return EvalSet(rows, self.ref.objective, pad_id, self.device)
 
@@ -197,7 +197,7 @@ def _prepare_rows(inputs: MergeInput, data: DataConfig, seed: int) -> PreparedDa
 
 
 def _create_rows(inputs: MergeInput, count: int, calibration: int, message: str) -> CheckRows:
-    """Returns rows of random tokens, or of text if there are calibration rows, too."""
+    """Returns rows of random tokens; if `calibration` is not 0, of Python docstrings instead."""
     if calibration:
         tokens = (count + calibration) * _ROW_LENGTH
         text = load_eval_text(None, tokens)

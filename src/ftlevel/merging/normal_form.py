@@ -171,7 +171,7 @@ def open_base(source: ModelSource, config: Any, auto_class: str) -> BaseWeights:
 
 
 def get_plain_form(config: Mapping[str, Any]) -> LoraConversion:
-    """Returns how an adapter of this type becomes plain LoRA; raises InputError if it cannot."""
+    """Returns the conversion to plain LoRA for the `peft_type`; InputError if there is none."""
     peft_type = str(config.get("peft_type"))
     form = PLAIN_FORMS.get(peft_type, LoraConversion())
     if form.error:

@@ -342,10 +342,7 @@ class BaseTask(ABC):
     def encode_corpus(
         self, encoder: Encoder, documents: Sequence[str]
     ) -> tuple[Sequence[Encoded], Choice]:
-        """Returns the encoded documents that queries search, and a log line with their number.
-
-        Raises `ConfigError` for tasks without queries.
-        """
+        """Returns the encoded documents to search, and a log line; ConfigError without queries."""
         raise ConfigError(f"--corpus: of --task embedding, and this is {self.name}. Drop it.")
 
     def data_info(self, loaded: LoadedData) -> Mapping[str, Any]:
@@ -413,18 +410,12 @@ class BaseTask(ABC):
     def predict(
         self, model: PromptedModel, queries: Sequence[Any], outputs: OutputOptions
     ) -> list[Prediction]:
-        """Returns one prediction per query; `queries[i].row` must be i.
-
-        Raises `UnansweredError` if some queries cannot be answered.
-        """
+        """Returns one prediction per query (`queries[i].row` = i); UnansweredError on failure."""
 
     def predict_prompts(
         self, model: PromptedModel, prompts: Sequence[str], context: str | None
     ) -> list[Prediction]:
-        """Returns one prediction per prompt; `context` is passed only if `needs_context`.
-
-        Raises `UnansweredError` if some prompts cannot be answered.
-        """
+        """Returns one prediction per prompt, with `context` if needed; raises as `predict` does."""
         queries = [self.create_query(prompt, context, i) for i, prompt in enumerate(prompts)]
         return self.predict(model, queries, OutputOptions())
 

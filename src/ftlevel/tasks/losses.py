@@ -344,10 +344,7 @@ class DistillationRow(Encoded):
 
 
 class DistillationRows(LazySequence[Encoded]):
-    """Rows with their teacher values.
-
-    `values` `(targets,)` has `outcome_dtype`; row i has `values[offsets[i]:offsets[i + 1]]`.
-    """
+    """Rows with teacher values: those of row i are `values[offsets[i]:offsets[i + 1]]`."""
 
     def __init__(self, rows: Sequence[Encoded], values: np.ndarray, offsets: Sequence[int]) -> None:
         self.rows, self._values, self._starts = rows, values, offsets

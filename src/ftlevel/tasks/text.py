@@ -313,7 +313,7 @@ def encode_query(
 
 
 def name_languages(kind: str, source: str, target: str) -> str:
-    """Returns the translation instruction; for encoder-decoders T5's (Raffel et al., 2020)."""
+    """Returns the instruction to translate; encoder-decoders get the wording of T5."""
     if kind == "encoder-decoder":
         return f"translate {source} to {target}:"
     return f"Translate from {source} to {target}."

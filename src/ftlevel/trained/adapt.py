@@ -356,7 +356,10 @@ def _frozen(peft_model: Any) -> Any:
 
 
 def _get_custom_loader(adapter_dir: Path) -> Callable[[Any, Path, str], Any] | None:
-    """Returns ftlevel's loader for the adapter's PEFT type; None to use PEFT's."""
+    """Returns ftlevel's loader for the adapter's PEFT type, or None for PEFT's own.
+
+    Raises InputError if neither can load it.
+    """
     import peft
 
     peft_type = load_peft_config(adapter_dir)["peft_type"]
@@ -373,7 +376,7 @@ def _get_custom_loader(adapter_dir: Path) -> Callable[[Any, Path, str], Any] | N
 
 
 def add_adapter(peft_model: Any, adapter_dir: Path, name: str) -> None:
-    """Load another adapter, without activating it; InputError if it is not compatible."""
+    """Load another adapter, without activating it; InputError if it needs a model of its own."""
     config: Any = None
     if (reader := get_adapter_reader(adapter_dir)) is not None:
         config, weights = reader.read(adapter_dir).convert(peft_model.get_base_model())

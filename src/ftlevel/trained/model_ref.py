@@ -176,7 +176,7 @@ class ModelRef:
         return "float32" if self.card.dtype == "float16" and device == "cpu" else self.card.dtype
 
     def with_card(self, **changes: Any) -> ModelRef:
-        """Returns a copy whose card has the settings `changes`."""
+        """Returns a copy; its card has the fields in `changes` (field=value) replaced."""
         return replace(self, card=replace(self.card, **changes))
 
     def load(

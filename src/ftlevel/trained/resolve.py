@@ -426,7 +426,7 @@ def resolve_base(
 
 
 def get_original_base(ref: ModelRef) -> ModelRef | None:
-    """Returns `ref` with the base of `--method full`; None for other methods or no such base."""
+    """Returns `ref` with the base of `--method full`; None if it is missing or lacks the head."""
     card, path = ref.card, ref.source.path
     if card.method != "full" or card.merge or card.quantized or card.heads or path is None:
         return None

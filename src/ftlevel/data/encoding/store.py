@@ -128,10 +128,7 @@ def rows_to_batches(rows: Iterable[Encoded]) -> Iterator[pa.RecordBatch]:
 
 
 class RowStore(LazySequence[Encoded]):
-    """Rows in a file from `write_store`; the file must stay in place.
-
-    `indices` selects rows; None selects all.
-    """
+    """Rows of a `write_store` file, which must stay in place; `indices` selects some, None all."""
 
     def __init__(self, path: Path, indices: Any = None) -> None:
         self.path = path
@@ -261,7 +258,7 @@ Change = Callable[[Encoded], list[Encoded]]
 
 
 def map_rows(rows: Sequence[Encoded], change: Change) -> Sequence[Encoded]:
-    """Replace each row by the rows `change(row)`; a `RowStore` becomes one in a new file."""
+    """Replace each row by the rows `change(row)`, in order; those of a `RowStore` in a new file."""
     changed = (piece for row in rows for piece in change(row))
     if not isinstance(rows, RowStore):
         return list(changed)

@@ -52,7 +52,7 @@ def column_for_flag(column: str, column_names: Sequence[str]) -> str:
 
 
 def source_columns(column: str, column_names: Sequence[str]) -> list[str]:
-    """Returns the table's columns that `column` reads: for `a+b` from `resolve_column`, a and b."""
+    """Returns the existing columns that make up `column`: a and b for a joined column `a+b`."""
     if column in column_names:
         return [column]
     parts = column.split("+")

@@ -192,10 +192,7 @@ def has_double_bos(flat: FlatRows, bos: int | None) -> Mask:
 
 
 def has_invalid_ids(flat: FlatRows, vocabulary: int, *, token_labels: bool) -> Mask:
-    """Returns a mask of the rows with a token id outside the embedding.
-
-    With `token_labels`, labels are checked as well.
-    """
+    """Returns a mask of rows with an id (or label, if `token_labels`) outside the embedding."""
     ids = flat.ids.values
     mask = flat.ids.any((ids >= vocabulary) | (ids < 0))
     if token_labels and flat.labels is not None:

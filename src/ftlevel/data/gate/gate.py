@@ -62,10 +62,7 @@ _NONE = np.zeros(0, dtype=np.int64)
 def get_repeated_keys(
     keys: NDArray[Any], selected: Mask | None = None
 ) -> tuple[Integers, Integers]:
-    """Returns the indices of keys that occurred before, and of their first occurrences.
-
-    `selected` masks the keys to compare; None compares all.
-    """
+    """Returns indices of `selected` keys (None: all) that repeat earlier ones, and of those."""
     parts = list(_repeated(keys, selected))
     again, first = (np.concatenate(side) for side in zip((_NONE, _NONE), *parts, strict=True))
     order = np.argsort(again)
@@ -278,10 +275,7 @@ class SplitReport:
     def report(
         self, check: str, indices: Integers, originals: Integers | None = None
     ) -> Finding | None:
-        """Add a finding on the examples at `indices`, but drop no row.
-
-        `originals` are the examples that they repeat, if any.
-        """
+        """Add a finding on examples `indices`, which repeat `originals` if given; drop no row."""
         places = [self.table.where(int(i)) for i in indices[:MAX_SHOWN]]
         if originals is not None:
             firsts = (self.table.where(int(i)) for i in originals[:MAX_SHOWN])
@@ -354,10 +348,7 @@ class Gate:
         table: Table,
         training: Digests,
     ) -> tuple[Sequence[Encoded], list[Finding]]:
-        """Returns rows and findings as `check_split`; drops examples that training has, too.
-
-        `training` are the digests of the training examples.
-        """
+        """Returns rows and findings as `check_split`, but no example that is in `training`, too."""
         leaked, findings = self.get_leaks(name, fitted.digests, training, table)
         if len(leaked):
             keep = np.flatnonzero(~get_row_mask(fitted.rows, leaked))

@@ -75,8 +75,8 @@ def compute_max_distance(lengths: Any) -> Any:
 def compute_distances(one: Sides, other: Sides) -> NDArray[np.int64]:
     """Returns the distance of each pair in half words (typo 1, word 2).
 
-    It is very large for pairs that are not duplicates: they differ substantially in both prompt and
-    answer, or have an answer of fewer than four words that differs by more than a typo.
+    It is very large if the pair cannot be near duplicates: both prompt and answer differ
+    substantially, or an answer of fewer than four words differs by more than a typo.
     """
     prompt_distances = compute_edit_distances(one[0], other[0])
     target_distances = np.full(len(prompt_distances), _TOO_FAR, dtype=np.int64)
@@ -245,10 +245,7 @@ class WordIndex:
 
 
 def match_texts(digests: Digests, skip: Mask) -> tuple[Integers, Integers]:
-    """Returns the near duplicates of previous examples, and for each the one that it repeats.
-
-    `skip` masks known duplicates.
-    """
+    """Returns near duplicates, without those in the mask `skip`, and the example each repeats."""
     index = WordIndex.of(digests)
     keys, informative = _all_keys(index, ~skip)
     owners = np.repeat(np.arange(len(index), dtype=np.int32), len(_PAIRS))

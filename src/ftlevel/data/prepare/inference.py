@@ -146,10 +146,7 @@ def in_memory_rows(rows: Any, ignored: Sequence[str] = ()) -> RowSource:
 
 @dataclass(frozen=True)
 class Prompts:
-    """Rows of a source converted to model inputs, at most `limit` of them.
-
-    If `fixed`, rows may not have columns that the first rows lack.
-    """
+    """Rows as model inputs, at most `limit`; if `fixed`, later rows may have no new columns."""
 
     source: RowSource
     shape: Format

@@ -160,10 +160,7 @@ class StreamState:
 
 
 class EncodedChunk(NamedTuple):
-    """Encoded rows of a chunk, and how many were read, dropped or shortened.
-
-    `error` is set if one of its rows stops the run.
-    """
+    """Encoded rows of a chunk, counts of changes, and the `error` if a row stops the run."""
 
     rows: list[Encoded]
     counts: Counter[str]

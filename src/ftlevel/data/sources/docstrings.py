@@ -194,7 +194,7 @@ def _scopes(tree: ast.Module) -> Iterator[_Scope]:
 
 
 def _undocumented_source(node: _Function, lines: list[str]) -> str:
-    """Returns a function's dedented source without docstring; "" if other code is on its line."""
+    """Returns a function's dedented source without docstring; "" if that cannot be cut out."""
     docstring, end = node.body[0], node.body[0].end_lineno
     if len(node.body) < 2 or end is None or end >= node.body[1].lineno:
         return ""

@@ -181,10 +181,7 @@ Cursor = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Chunk:
-    """Rows of a source with their `lines`, counted in `unit`, and the `cursor` after them.
-
-    `errors` lists the rows that could not be read.
-    """
+    """Rows with `lines` (in `unit`s), unreadable rows (`errors`), and the `cursor` after them."""
 
     rows: list[Row]
     lines: list[int]

@@ -347,7 +347,7 @@ class RowSchema:
 
     @classmethod
     def of(cls, rows: Sequence[Row], lines: Sequence[int]) -> RowSchema:
-        """Returns the schema of most of `rows`."""
+        """Returns the schema of those rows that have the most frequent keys and types."""
         errors = {row.line for row in get_inconsistent_rows(rows, lines)}
         types: dict[str, tuple[str, int]] = {}
         column_names: tuple[str, ...] = ()

@@ -25,7 +25,7 @@ from ftlevel.trained.model_ref import ModelRef
 
 
 def plan_export(config: ExportConfig, ref: ModelRef) -> MergedExport:
-    """Plan the export; raise InputError if an adapter or the server's support is missing."""
+    """Plan the export; InputError without an adapter, or if the server cannot serve the model."""
     if ref.directory is None:
         raise InputError(
             f"{config.model} is a whole model already, and is served as it is. Drop the export."

@@ -32,7 +32,7 @@ class MiningConfig:
 class MinedRow:
     """Negatives of a row as corpus indices, best first, with scores of positives and negatives.
 
-    `skipped` is the number of documents that score above the margin.
+    `skipped` is the number of other documents whose score is too high for a negative.
     """
 
     negatives: tuple[int, ...]

@@ -57,10 +57,7 @@ _FORM = ("pooling", "normalize", "similarity", "query_prompt", "document_prompt"
 
 @dataclass(frozen=True)
 class EmbeddingTask(BaseTask):
-    """Task of a model with one vector per text.
-
-    `format` is the model's embedding format; `config` and `teacher` are the configured ones.
-    """
+    """Task of a model with one vector per text; `format` is how the model pools and normalizes."""
 
     config: EmbeddingConfig = field(default_factory=EmbeddingConfig)
     format: EmbeddingFormat = field(default_factory=EmbeddingFormat)

@@ -69,7 +69,7 @@ class SequenceLogps:
 
 @dataclass(frozen=True)
 class PairLossParameters:
-    """Pair loss parameters: β, label smoothing ε, target margin γ of simpo; if ipo uses sums."""
+    """Parameters of a pair loss: β, smoothing ε, γ of simpo; whether ipo sums log-ratios."""
 
     beta: float
     smoothing: float

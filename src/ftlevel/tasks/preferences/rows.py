@@ -215,7 +215,7 @@ def _labels(row: Encoded) -> list[int]:
 def create_pair_row(
     first: Encoded, second: Encoded, prompt: int, margin: float, *, scored: bool
 ) -> PairRow:
-    """Create the row of two sequences, each of which is the same prompt with another answer."""
+    """Create a pair row from two encoded sequences of one prompt with different answers."""
     row_class = ScoredPairRow if scored else PairRow
     one, two = _labels(first), _labels(second)
     if not prompt:
@@ -334,10 +334,7 @@ def _rejected_conversation(example: PairExample) -> Conversation:
 
 
 def get_answer(row: Encoded, prompt: Sequence[Message], *, encoder: bool = False) -> int:
-    """Returns the index of the first token of the answer in `row`, which follows `prompt`.
-
-    Raises `RowError` if the answer has no token of its own.
-    """
+    """Returns the index of the first token of the answer to `prompt`; RowError if there is none."""
     labels = row.labels if isinstance(row.labels, list) else []
     if encoder:
         return next(at for at, label in enumerate(labels) if label != IGNORED)

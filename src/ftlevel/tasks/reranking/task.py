@@ -48,10 +48,7 @@ IDENTITY = "torch.nn.modules.linear.Identity"
 
 @dataclass(frozen=True)
 class RerankingTask(BaseTask):
-    """Task of a model with one score per pair of query and document.
-
-    `config` and `teacher` are the configured ones.
-    """
+    """Task of a model with one score per pair of query and document."""
 
     config: RerankingConfig = field(default_factory=RerankingConfig)
     teacher: str | None = None
@@ -245,7 +242,7 @@ class RerankingTask(BaseTask):
 def resolve_loss(
     config: RerankingConfig, examples: Sequence[EmbeddingRow], teacher: str | None
 ) -> dict[str, Any]:
-    """Returns the loss, its weight of relevant documents and the main metric for `examples`.
+    """Returns loss, weight of relevant documents in it and main metric for `examples`.
 
     `teacher` is the name of a model that will score the documents. Raises `InputError` if the
     labels do not fit the loss, or are all equal.
