@@ -35,9 +35,9 @@ class InputError(ConfigError):
 
 
 class UnansweredError(InputError):
-    """Prompts for which no prediction is possible; raised before any is computed.
+    """Prompts that the model cannot answer; raised before any answer is computed.
 
-    `reasons` has the reason, without a full stop, by index of the prompt.
+    `reasons` maps the index of each such prompt to the reason, without a final period.
     """
 
     def __init__(self, reasons: Mapping[int, str]) -> None:
@@ -50,7 +50,7 @@ class RunError(FtlevelError):
 
 
 class Interrupted(FtlevelError):
-    """Ctrl-C or another signal; the message says what was saved."""
+    """Ctrl-C or a signal such as SIGTERM stopped the command; the message says what was saved."""
 
     def __init__(self, message: str, exit_code: int = 130) -> None:
         super().__init__(message)
@@ -59,7 +59,7 @@ class Interrupted(FtlevelError):
 
 @contextlib.contextmanager
 def reading(name: str) -> Iterator[None]:
-    """Context manager that adds the file `name` as a note to unexpected exceptions."""
+    """Context manager that adds a note with the file `name` to unexpected exceptions."""
     try:
         yield
     except FtlevelError:
@@ -82,7 +82,7 @@ _OUT_OF_MEMORY = (
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Returns whether `error` reports that memory ran out, in any of the libraries."""
+    """Returns whether `error` means out of memory (CPU or GPU), whichever library raised it."""
     if isinstance(error, MemoryError):
         return True
     text = str(error)
@@ -125,12 +125,12 @@ def quote(name: object) -> str:
 
 
 def is_long(name: str) -> bool:
-    """Returns whether `quote` shortens `name`."""
+    """Returns whether `repr(name)` is over 40 characters, so that `quote` shortens it."""
     return len(repr(name)) > _MAX_NAME
 
 
 def join_names(names: Iterable[str], maximum: int = 12) -> str:
-    """Returns `names` joined by commas; after `maximum` names, the number of the others."""
+    """Returns up to `maximum` names joined by commas, then the number of others: `and 3 more`."""
     items = list(names)
     text = ", ".join(items[:maximum])
     return text if len(items) <= maximum else f"{text} and {len(items) - maximum:,} more"

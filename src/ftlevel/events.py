@@ -24,25 +24,25 @@ class Listener:
         """Start a stage of the work, such as `load the model`."""
 
     def choices(self, title: str, choices: Sequence[Choice]) -> None:
-        """Report resolved settings."""
+        """Report settings, each with a value and a reason, under the heading `title`."""
 
     def progress(self, done: int, total: int) -> None:
         """Report the number of encoded examples."""
 
     def answered(self, done: int, share: float | None) -> None:
-        """Report the number of processed rows, and the `share` of the input (0 to 1) if known."""
+        """Report `done` processed rows, and the `share` (0 to 1) of the input, None if unknown."""
 
     def warn(self, message: str) -> None:
         """Report a warning that does not change the run."""
 
     def begin(self, total_steps: int) -> None:
-        """Report the start of training."""
+        """Report the start of training, which has `total_steps` optimizer steps."""
 
     def step(self, step: int) -> None:
         """Report a completed optimizer step."""
 
     def log(self, record: Mapping[str, Any]) -> None:
-        """Report training metrics of a step, or metrics of an evaluation."""
+        """Report the metrics of a training step or of an evaluation."""
 
     def end(self, summary: Mapping[str, Any]) -> None:
         """Report the summary of a completed run or dry run."""
@@ -137,7 +137,7 @@ class Notebook(NullListener):
         self._draw()
 
     def end(self, summary: Mapping[str, Any]) -> None:
-        """Show the result and the path."""
+        """Show the metrics and the path of the finished run."""
         self._ended, self._stage = summary, ""
         self._draw()
 

@@ -37,13 +37,13 @@ HOOKS = (
 
 @dataclass(frozen=True)
 class Command:
-    """Command of the command line.
+    """Command that an extension adds to the command line.
 
     Attributes:
-        function: reference to its function; parameters are flags, and `given` has all of them.
+        function: reference to its function, which has a parameter for each flag.
         summary: one line for `ftlevel --help`.
         config: reference to the section whose fields the flags set; empty for none.
-        accepts: predicate of a dotted field: whether the command also has train's flag for it.
+        accepts: whether the command also has train's flag for the field at a dotted path.
         is_quiet: whether it has `--quiet`.
     """
 
@@ -59,10 +59,10 @@ class ExportFormat:
     """Export format; the output is a directory if `suffix` is empty.
 
     Attributes:
-        module: module that writes it, with `plan_export`.
-        beside: suffixes of additional files.
+        module: module that writes the format, with `plan_export`.
+        beside: suffixes of files written next to the output file.
         merges: whether an adapter is merged into the base first.
-        several: whether it can hold several adapters of one base.
+        several: whether one output can hold several adapters of one base.
     """
 
     module: str
@@ -140,7 +140,6 @@ def _own() -> list[tuple[str, str]]:
 
 
 def _installed() -> Iterator[tuple[str, str]]:
-    """Yields ("NAME VERSION", entry point) of installed packages that extend ftlevel."""
     from importlib.metadata import distributions
 
     seen = set()
@@ -187,7 +186,7 @@ def resolve_renamed(module: str, names: Mapping[str, str]) -> Callable[[str], An
 
 
 def try_load(reference: str, source: str) -> Any:
-    """Returns the object of `reference`; warn and return None if `source` cannot be imported."""
+    """Returns the object `reference`; if `source` cannot be imported, warns and returns None."""
     try:
         return load(reference)
     except Exception as error:
@@ -198,7 +197,7 @@ def try_load(reference: str, source: str) -> Any:
 
 
 def warn_skipped(source: str, error: object) -> None:
-    """Warn that a part of the package `source` is not available, for `error`."""
+    """Warn that a part of the package `source` is skipped because of `error`."""
     if not should_print():
         return
     type_name = f"{type(error).__name__}: " if isinstance(error, Exception) else ""
@@ -234,7 +233,7 @@ def added_rows(table: str, core: Collection[str] = ()) -> dict[str, Any]:
 
 
 def loaded(table: str, core: Collection[str] = ()) -> dict[str, Any]:
-    """Returns the imported objects of a `table` of references; failing imports are left out."""
+    """Returns name → imported object of the references in `table`; failing imports are left out."""
     objects = {name: try_load(row, source) for name, (source, row) in added(table, core).items()}
     return {name: value for name, value in objects.items() if value is not None}
 

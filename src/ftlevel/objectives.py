@@ -24,7 +24,7 @@ ScoreTexts = Callable[[Sequence[str], Sequence[str], str], dict[str, float]]
 
 @dataclass(frozen=True)
 class Checks:
-    """Which checks encoded rows get: token labels, supervised targets, ends, near duplicates."""
+    """Optional checks of encoded rows that apply to a task."""
 
     token_labels: bool = False
     supervised: bool = True
@@ -34,7 +34,7 @@ class Checks:
 
 @dataclass(frozen=True)
 class TrainingLoss:
-    """Options of the training loss: label smoothing, class weights (empty: all 1) and focal γ."""
+    """Options of the training loss: label smoothing, class weights (empty: all 1), focal gamma."""
 
     smoothing: float = 0.0
     class_weights: tuple[float, ...] = ()
@@ -52,19 +52,19 @@ class TrainingLoss:
 
 
 class Meter(Protocol):
-    """Metrics accumulated batch by batch, apart from the loss; logits are not stored."""
+    """Accumulates metrics other than the loss batch by batch, without storing logits."""
 
     def update(self, logits: Tensor, labels: Tensor, rows: Sequence[Any]) -> None:
-        """Add a batch of encoded `rows`; logits and labels come from `Objective.targets`."""
+        """Add a batch: the encoded `rows`, and the logits and labels from `Objective.targets`."""
 
     def compute(self, loss: float) -> dict[str, float]:
-        """Compute all metrics but the loss; `loss`, the mean over all targets, may be used."""
+        """Returns all metrics except the loss; `loss` is the mean loss over all targets."""
 
     def pool(self, meters: Sequence[Any]) -> Meter:
         """Returns a new meter that combines all `meters`."""
 
     def describe(self, names: Sequence[str]) -> dict[str, Any]:
-        """Returns prediction and target of the only example; `names` are its class or tag names."""
+        """Returns prediction and label of the only row added; `names` are class or tag names."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ class Objective(ABC):
 
     @property
     def metrics(self) -> tuple[str, ...]:
-        """Names of the metrics that the meter computes; undefined ones are omitted at run time."""
+        """Names of the metrics that `meter` computes; undefined ones are omitted at run time."""
         return self.metric_names or (self.headline,)
 
     def split(self, batch: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Any]:
@@ -114,21 +114,21 @@ class Objective(ABC):
         return logits, labels
 
     def choices(self, logits: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
-        """Returns the logits of the supervised targets as `(targets, choices)`."""
+        """Returns the logits of the supervised targets, `(targets, classes or vocabulary)`."""
         return self.targets(logits, labels)[0]
 
     def count(self, labels: Tensor) -> Tensor:
-        """Count the targets (a scalar tensor)."""
+        """Returns the number of targets that are not ignored (a scalar tensor)."""
         return labels.ne(IGNORED).sum()
 
     @abstractmethod
     def loss_sum(self, logits: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
-        """Returns the float32 loss summed over targets; `mask` `(batch, seq)` is for attention."""
+        """Returns the float32 loss summed over targets; `mask` is the attention mask."""
 
     def training_sum(
         self, logits: Tensor, labels: Tensor, mask: Tensor, loss: TrainingLoss
     ) -> Tensor:
-        """Returns the summed training loss (1 - ε) L + ε Σ mean(-log softmax), as transformers."""
+        """Returns the loss summed over targets, with label smoothing as in transformers."""
         total, smoothing = self.loss_sum(logits, labels, mask), loss.smoothing
         if not smoothing:
             return total
@@ -137,11 +137,11 @@ class Objective(ABC):
         return (1 - smoothing) * total + smoothing * uniform
 
     def training_count(self, labels: Tensor, loss: TrainingLoss) -> Tensor:
-        """Returns the divisor of the summed training loss (a scalar tensor)."""
+        """Returns the tensor that `training_sum` is divided by; by default, the target count."""
         return self.count(labels)
 
     def balance(self, rows: Sequence[Any], classes: int) -> tuple[float, ...]:
-        """Returns class weights that balance `rows`; empty for objectives without classes."""
+        """Returns class weights inverse to their frequency in `rows`; empty without classes."""
         return ()
 
     @abstractmethod
@@ -150,13 +150,13 @@ class Objective(ABC):
 
     @property
     def first_loss(self) -> float | None:
-        """Expected loss of the first step; None if unknown."""
+        """Loss expected at the first step, before anything is learned; None if unknown."""
         return None
 
     def get_warnings(
         self, metrics: Mapping[str, float], before: Mapping[str, float] | None = None
     ) -> list[str]:
-        """Find warnings about misleading metrics; `before` are the metrics before training."""
+        """Returns warnings about misleading `metrics`; `before` has those before training."""
         return []
 
     def guess_loss(self, rows: Sequence[Any]) -> float | None:
@@ -171,7 +171,7 @@ class TokenObjective(Objective):
 
     @abstractmethod
     def locate(self, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns indices of the flattened positions that predict a target, and these targets."""
+        """Returns indices into the flattened positions that predict a target, and the targets."""
 
     @property
     def of_tokens(self) -> TokenObjective:
@@ -181,13 +181,13 @@ class TokenObjective(Objective):
 
 @dataclass(frozen=True)
 class StepTexts:
-    """The rows of an optimizer step; texts are indices, because rows may share texts.
+    """Texts of the rows of one optimizer step, each given by an index, as rows may share texts.
 
     Attributes:
         texts: per row, the indices of its texts: the query, then the documents.
         labels: per row, the labels of its documents or the class of the text.
         teacher: per row, a teacher's score of each document; empty without a teacher.
-        guide: float32 vector of each distinct text by a guide model, or None.
+        guide: a guide model's float32 embedding of each distinct text, or None.
     """
 
     texts: tuple[tuple[int, ...], ...]
@@ -199,14 +199,14 @@ class StepTexts:
         return len(self.texts)
 
     def select(self, rows: slice) -> StepTexts:
-        """Returns the given rows; indices of texts stay the same."""
+        """Returns only the rows at the indices `rows`; text indices stay the same."""
         return replace(
             self, texts=self.texts[rows], labels=self.labels[rows], teacher=self.teacher[rows]
         )
 
     @classmethod
     def join(cls, steps: Sequence[StepTexts]) -> StepTexts:
-        """Returns the rows of all `steps`, whose text indices must already be disjoint."""
+        """Returns the rows of all `steps`, no two of which may share a text index."""
         guides = [vector for step in steps for vector in step.guide or ()]
         return cls(
             tuple(own for step in steps for own in step.texts),
@@ -216,7 +216,7 @@ class StepTexts:
         )
 
     def after(self, count: int) -> StepTexts:
-        """Returns the rows with all text indices increased by `count`."""
+        """Returns the rows with `count` added to every text index."""
         shifted = tuple(tuple(index + count for index in indices) for indices in self.texts)
         return replace(self, texts=shifted)
 
@@ -228,39 +228,39 @@ class StepObjective(Objective):
 
     @property
     def largest_term(self) -> float:
-        """Largest terms that cancel in the loss; its rounding error is proportional to them."""
+        """Upper bound of the terms of the loss, to which its rounding error is proportional."""
         return 1.0
 
     def logits(self, outputs: Any) -> Tensor:
-        """Returns the states of the last layer, `(texts, seq, width)`."""
+        """Returns the hidden states of the last layer, `(texts, seq, width)`."""
         states: Tensor = outputs.last_hidden_state
         return states
 
     @abstractmethod
     def embed(self, outputs: Any, mask: Tensor, unpooled: Sequence[int] = ()) -> Tensor:
-        """Returns float32 vectors `(texts, dims)`; `mask` `(texts, seq)` is 1 for a token.
+        """Returns float32 embeddings `(texts, dims)`; `mask` is the attention mask `(texts, seq)`.
 
-        `unpooled` has the number of first tokens of each text that are not pooled; empty for none.
+        Pooling skips the first `unpooled[i]` tokens of text i; an empty `unpooled` skips none.
         """
 
     @abstractmethod
     def step_loss(self, vectors: Tensor, step: StepTexts) -> Tensor:
-        """Returns the mean loss of the rows of a step (a scalar); `vectors` `(texts, dims)`."""
+        """Returns the mean loss of a step's rows (a scalar) from embeddings `(texts, dims)`."""
 
     def loss_sum(self, logits: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
-        """Raise `TypeError`: a batch has no loss of its own."""
+        """Raise `TypeError`: the loss needs all rows of a step, not one batch."""
         raise TypeError("the loss needs all rows of a step")
 
     def meter(self) -> Meter:
-        """Raise `TypeError`: a text has no metric of its own."""
+        """Raise `TypeError`: metrics need the embeddings of all texts."""
         raise TypeError("metrics need the vectors of all texts")
 
 
 class DistillationObjective(TokenObjective):
     """Token objective with a distillation loss.
 
-    A batch contains the teacher's `known` and `ids`, one entry per target in the order of `locate`.
-    Batches without them, as in evaluation, use the token loss only.
+    A batch has the teacher's `known` and `ids` for each target, in the order of `locate`. Without
+    them, as in evaluation, the loss is the token loss.
     """
 
     @abstractmethod
@@ -272,8 +272,8 @@ class DistillationObjective(TokenObjective):
         Args:
             scores: `(targets, vocabulary)` logits of the student.
             targets: `(targets,)` token ids.
-            known: `(targets, outcomes)` log-probabilities of the teacher, float32.
-            ids: `(targets, k)` token ids of `known`.
+            known: `(targets, outcomes)` float32 log-probabilities by the teacher.
+            ids: `(targets, k)` ids of the teacher's top k tokens; the last outcome is all others.
         """
 
 
@@ -297,15 +297,14 @@ class LikelihoodObjective(TokenObjective):
     def answers(self, log_probs: Tensor, labels: Tensor) -> Tensor:
         """Returns `(answers, 2)`: log-likelihood and number of tokens of each answer.
 
-        `log_probs` are `(targets,)` in float32, in the order of `locate`; `labels` `(answers,
-        seq)`.
+        `log_probs` are float32 `(targets,)`, in the order of `locate`; `labels` `(answers, seq)`.
         """
 
     @abstractmethod
     def preference_sum(
         self, answers: Tensor, preference_labels: Tensor, *, training: bool
     ) -> Tensor:
-        """Returns the summed loss; in `training`, with one value per divisor of `training_count`.
+        """Returns the summed loss; in `training`, one sum per element of `training_count`.
 
         `answers` is the result of the method `answers`; `preference_labels` are `(answers, 3)`.
         """
@@ -315,11 +314,9 @@ class LikelihoodObjective(TokenObjective):
 class PolicyObjective(TokenObjective):
     """Objective of the log-probabilities of sampled tokens, as in reinforcement learning.
 
-    A batch contains `signals` `(targets, n)`; see `Encoded.signals`. They include a weight of each
-    target that already normalizes the loss, so `training_count` is 1.
-
-    Attributes:
-        temperature: divisor of the logits.
+    A batch contains `signals` `(targets, n)`; see `Encoded.signals`. They include a weight per
+    target that already normalizes the loss, so `training_count` is 1. `temperature` divides the
+    logits.
     """
 
     temperature: float = 1.0
@@ -328,6 +325,6 @@ class PolicyObjective(TokenObjective):
     def policy_sum(self, log_probs: Tensor, owners: Tensor, count: int, signals: Tensor) -> Tensor:
         """Returns the policy loss, a weighted sum over the targets (a scalar).
 
-        `log_probs` are `(targets,)` in float32, in the order of `locate`. `owners` has the index of
-        each target's sequence, below `count`. `signals` are those of the batch.
+        `log_probs` are float32 `(targets,)`, in the order of `locate`; `owners` has the sequence of
+        each target, as an index below `count`.
         """

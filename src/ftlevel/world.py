@@ -18,7 +18,7 @@ _LOOPBACK = "127.0.0.1"
 
 @dataclass(frozen=True)
 class Launcher:
-    """Launcher and the names of its environment variables; "" for those that it does not set."""
+    """Launcher, and its environment variable of each value; "" for a value that it does not set."""
 
     name: str
     rank: str
@@ -60,7 +60,7 @@ _DISABLED_VALUES = {"", "no", "false", "0", "1"}  # 1: one micro-step; used feat
 
 @dataclass(frozen=True)
 class World:
-    """Processes of a run and the position of this one.
+    """Rank of this process and size of the run.
 
     Attributes:
         launcher: name of the launcher; empty for a single process.
@@ -93,7 +93,7 @@ class World:
 
 
 def get_launcher(environment: Mapping[str, str] = os.environ) -> Launcher | None:
-    """Returns the launcher of this process; None for a single process."""
+    """Returns the launcher that started this process, recognized by its variables, or None."""
     for launcher in LAUNCHERS:
         if all(name in environment for name in (launcher.rank, launcher.size, launcher.local_rank)):
             return launcher
@@ -111,13 +111,13 @@ def has_agent() -> bool:
 
 
 def is_follower() -> bool:
-    """Returns whether this process has a rank other than 0."""
+    """Returns whether the rank of this process is not 0."""
     launcher = get_launcher()
     return launcher is not None and os.environ.get(launcher.rank, "0") != "0"
 
 
 def should_print() -> bool:
-    """Returns whether this process prints errors before rendezvous, as local rank 0."""
+    """Returns whether this process prints errors, as local rank 0, before processes connect."""
     launcher = get_launcher()
     return launcher is None or os.environ.get(launcher.local_rank, "0") == "0"
 
@@ -217,7 +217,6 @@ def first_node(nodes: str) -> str:
 
 
 def _check_accelerate(environment: Mapping[str, str]) -> None:
-    """Raise ConfigError that lists the settings of `accelerate launch` in `environment`, if any."""
     problems = []
     for name, (flag, ours) in _ACCELERATE_VARIABLES.items():
         values = environment.get(name, "")

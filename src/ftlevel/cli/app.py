@@ -65,7 +65,7 @@ _CORE: dict[str, tuple[str, str]] = {
 
 
 def commands() -> dict[str, tuple[str, str]]:
-    """Returns function and summary by name of each command, including those of extensions."""
+    """Returns command name → (function, summary), including commands of extensions."""
     added = added_rows("commands", _CORE)
     return _CORE | {name: (command.function, command.summary) for name, command in added.items()}
 
@@ -76,7 +76,7 @@ def build_app(
     """Build the Typer application.
 
     Only the commands `names` are imported, which keeps `--help` fast; None imports all. `flags`
-    replaces the table of flags.
+    replaces the default table of flags.
     """
     app = typer.Typer(
         name="ftlevel",
@@ -179,7 +179,7 @@ def run(args: list[str]) -> int:
 
 
 def _completed_command() -> list[str]:
-    """Returns the command in a list if a shell is completing its line, else an empty list."""
+    """Returns the command, in a list, whose line a shell completes; empty if none does."""
     typed = os.environ.get("COMP_WORDS") or os.environ.get("_TYPER_COMPLETE_ARGS") or ""
     return [word for word in typed.split()[1:] if not word.startswith("-")][:1]
 
@@ -197,7 +197,6 @@ def _end_interrupted(args: list[str]) -> int:
 
 
 def _end(args: list[str], message: str, code: int, topic: str | None = None) -> int:
-    """Print an error to stderr, and with `--json` also to stdout as JSON; return `code`."""
     for line in with_topic(message, topic).split("\n"):
         typer.echo(f"ftlevel: {line}", err=True)
     _report_json(args, message, code)
@@ -229,7 +228,7 @@ def _format_unexpected(error: Exception) -> tuple[str, int]:
 
 
 def _is_from_ctrl_c(error: BaseException | None) -> bool:
-    """Returns whether a KeyboardInterrupt caused `error`, as in imports of transformers."""
+    """Returns whether `error` was raised because of a KeyboardInterrupt, as in an import."""
     while error is not None:
         if isinstance(error, KeyboardInterrupt):
             return True

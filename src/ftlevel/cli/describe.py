@@ -37,7 +37,6 @@ def list_targets(model: str, lora_r: int, as_json: bool) -> None:
 
 
 def _print_targets(report: TargetReport) -> None:
-    """Print the report; avoids rich, whose import takes a third of the command's time."""
     width = max(_NARROWEST, shutil.get_terminal_size().columns)
     typer.secho(_headline(report), bold=True)
     typer.echo()
@@ -71,7 +70,6 @@ def _table_lines(report: TargetReport) -> Iterator[tuple[str, bool]]:
 
 
 def _join(row: Sequence[str], widths: Sequence[int]) -> str:
-    """Align the cells of a row: counts to the right, text to the left."""
     figures = range(3, len(row) - 1)
     parts = [
         cell.rjust(width) if column in figures else cell.ljust(width)
@@ -113,7 +111,7 @@ def _default_cell(row: TargetRow, notes: dict[str, int]) -> str:
 
 
 def _fact_lines(label: str, text: str, width: int) -> str:
-    """Wrap `text` after its label to `width` columns; line breaks in it are kept."""
+    """Wrap `text`, after `label`, to `width` columns; line breaks in the text are kept."""
     indent = " " * 12
     lines = [
         wrapped
@@ -148,7 +146,7 @@ def _facts(report: TargetReport) -> list[tuple[str, str]]:
 
 
 def _by_holder(patterns: Sequence[str]) -> str:
-    """Group full names by parent: `model.layers.{i}: input_layernorm, ...`, one line each."""
+    """Group full module names by parent: `model.layers.{i}: input_layernorm, ...`, a line each."""
     from ftlevel.commands.list_targets import split_pattern
 
     lines: dict[str, list[str]] = {}

@@ -42,7 +42,7 @@ def evaluate(
 
 
 def table_lines(summary: Mapping[str, Any]) -> Iterator[str]:
-    """Yields a line per metric: base, tuned and difference, with intervals."""
+    """Yields a line per metric: base model, tuned model and difference, with intervals."""
     data, base = summary["data"], summary["base"]
     num_examples = f"{data['examples']:,} examples"
     yield f"  {num_examples} of {data['name']} ({data['split']})"

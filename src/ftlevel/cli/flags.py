@@ -69,7 +69,7 @@ class FtlevelCommand(TyperCommand):
             raise
 
     def _explain(self, error: Any, name: str) -> None:
-        """Add a suggestion to the `error` of an unknown flag; raises ConfigError for a field."""
+        """Add a suggestion to an unknown flag's `error`; raises ConfigError if it names a field."""
         field = get_field_path(name.lstrip("-").replace("-", "_")) if self.has_set_flag else ""
         if field:
             raise ConfigError(f"{name} is no flag, but a field: --set {field}=VALUE.") from None
@@ -82,7 +82,7 @@ class FtlevelCommand(TyperCommand):
         return "--set" in self.specs
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
-        """Write one section per panel, without the slow import of rich."""
+        """Write one section of help per panel, without rich, whose import is slow."""
         panels: dict[str, list[Any]] = {}
         parameters: list[Any] = self.get_params(ctx)
         for parameter in parameters:
@@ -99,7 +99,7 @@ class FtlevelCommand(TyperCommand):
                     formatter.write(_format_help(name, text, column, formatter.width))
 
     def invoke(self, ctx: Any) -> Any:
-        """Run the command; raise Interrupted on Ctrl-C, which Typer turns into an exit code."""
+        """Run the command; raises Interrupted on Ctrl-C, which Typer turns into an exit code."""
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:
@@ -107,7 +107,7 @@ class FtlevelCommand(TyperCommand):
 
 
 def _name_value(error: Any, rewritten: RewrittenArgs) -> None:
-    """Raise a ConfigError with the invalid value, which the message of Typer's `error` omits."""
+    """Raise ConfigError with the invalid value, which Typer's `error` omits, if it can be found."""
     parameter = getattr(error, "param", None)
     names = getattr(parameter, "opts", None) or []
     parts = [part for argument in rewritten.args for part in argument.split("=", 1)]
@@ -126,7 +126,7 @@ def _name_value(error: Any, rewritten: RewrittenArgs) -> None:
 
 
 def _common_panels(panels: dict[str, list[Any]]) -> dict[str, list[Any]]:
-    """Returns the panels of `--help`; the last one has the titles of the others."""
+    """Returns the panels shown by `--help`; the last title lists the panels that are hidden."""
     shown = {title: panels[title] for title in ("Arguments", DAILY) if title in panels}
     hidden = {title: records for title, records in panels.items() if title not in shown}
     hidden_records = [record for records in hidden.values() for record in records]
@@ -138,7 +138,7 @@ def _common_panels(panels: dict[str, list[Any]]) -> dict[str, list[Any]]:
 
 
 def _format_help(name: str, text: str, column: int, width: int) -> str:
-    """Returns the lines of a flag's help, which begins at `column`."""
+    """Returns the lines of a flag's help; the description starts at `column`."""
     head = f"  {name} ".ljust(column)
     lines = textwrap.wrap(text, width - column, break_on_hyphens=False, break_long_words=False)
     if len(head) > column or not lines:
@@ -148,7 +148,7 @@ def _format_help(name: str, text: str, column: int, width: int) -> str:
 
 
 def check_recipe(path: Path, command: str) -> Path:
-    """Returns `path` if it is a recipe, or the config.yaml of a run; raises ConfigError."""
+    """Returns the YAML file of a recipe or a run; raises ConfigError for any other path."""
     if path.suffix in (".yaml", ".yml"):
         return path
     config_path = path / "config.yaml"
@@ -188,7 +188,7 @@ _WIDEST_CHOICES = 20  # characters of a metavar
 def add_command(
     app: typer.Typer, name: str, function: Callable[..., None], flags: Sequence[Flag]
 ) -> None:
-    """Add a command to `app`, with its flags from `flags`.
+    """Add a command and its flags to `app`.
 
     `function` may have a parameter for each flag, and `inputs` for the whole `CommandInput`.
     """
@@ -209,7 +209,6 @@ def add_command(
 
 
 def _signature_of(command: str, rows: Sequence[Flag]) -> inspect.Signature:
-    """Returns the signature from which Typer reads the flags of `command`."""
     context = inspect.Parameter("ctx", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)
     return inspect.Signature([context, *(_parameter(command, row) for row in rows)])
 
@@ -247,7 +246,7 @@ def _short_choices(metadata: FieldMetadata) -> str | None:
 
 
 def _help_of(metadata: FieldMetadata, row: Flag) -> str:
-    """Returns the flag's description, with choices and default unless it names them."""
+    """Returns a flag's description, followed by choices and default if it states neither."""
     if row.value is not None:
         return metadata.description
     is_shown = _short_choices(metadata) or all(c in metadata.description for c in metadata.choices)
@@ -265,10 +264,10 @@ class CommandInput:
     """Parsed command line of one command.
 
     Attributes:
-        values: values by parameter of the function; None if not set.
-        args: whole command line, to start it again.
-        typed: names that the user typed, by canonical flag.
-        no_ops: flag values without effect, which the configuration must not contradict.
+        values: flag values by parameter of the function; None if not set.
+        args: whole command line, with which the command can be started again.
+        typed: canonical flag → name that the user typed.
+        no_ops: flag values that change nothing and that the configuration must not contradict.
     """
 
     command: str
@@ -279,7 +278,7 @@ class CommandInput:
     no_ops: Sequence[NoOpUse] = ()
 
     def layer(self, task: str = "") -> Layer:
-        """Returns the values of the flags as a configuration layer, for a run of `task`."""
+        """Returns the flag values as a configuration layer; some flags depend on `task`."""
         layer = Layer()
         for row in self.rows:
             value = self.values[row.parameter]
@@ -290,7 +289,7 @@ class CommandInput:
         return layer
 
     def section(self, section: type[S], **fields: Any) -> S:
-        """Returns the configuration `section` from the flags, and additional `fields`."""
+        """Returns `section`, validated, from the flag values and additional `fields`."""
         shown = {row.path: row.name for row in self.rows if row.path}
         config = build_section(section, {**self.layer().values, **fields}, shown)
         for line in validate_no_ops(self.no_ops, config):
@@ -299,9 +298,9 @@ class CommandInput:
 
 
 def _put(layer: Layer, row: Flag, path: str, shown: str, value: Any, example: str) -> None:
-    """Set the field `path` in `layer` (modified) to the `value` of the flag named `shown`.
+    """Set the field `path` of `layer` (modified) to the `value` of the flag named `shown`.
 
-    A flag with an `example` has NAME=VALUE pairs.
+    If the flag has an `example`, the values are NAME=VALUE pairs.
     """
     key = tuple(path.split("."))
     if example:
@@ -325,7 +324,6 @@ def _note(message: str) -> None:
 
 
 def _get_run_config(run: Path, inputs: CommandInput) -> Path | None:
-    """Returns the config.yaml of the run to resume, or None if flags define the run."""
     config_path = run / "config.yaml"
     if config_path.is_file():
         return config_path
@@ -342,7 +340,7 @@ def read_config(
 ) -> tuple[TrainConfig, Path | None]:
     """Returns the configuration merged from recipe < --set < flags, and the recipe's path.
 
-    `note` receives a message for each alias and each value without effect. Raises ConfigError.
+    `note` is called with a message for each alias and each value that changes nothing.
     """
     values = inputs.values
     recipe, positional = values["recipe"], values["recipe_file"]

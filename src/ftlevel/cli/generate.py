@@ -72,7 +72,7 @@ def generate(
 
 
 def _read_config(inputs: CommandInput) -> GenerateConfig:
-    """Build the configuration; each `--adapter` is NAME or NAME=DIR."""
+    """Returns the configuration from the flags; each `--adapter` is NAME or NAME=DIR."""
     adapters, selected = {}, []
     for pair in inputs.values["adapter"] or []:
         label, equals, path = pair.partition("=")

@@ -198,7 +198,7 @@ def _format_row(row: ShownRow, *, full: bool, color: bool) -> Iterator[Text]:
 
 
 def _shorten(tokens: Sequence[Token], *, full: bool) -> Iterable[Token | int]:
-    """Returns the tokens to show; the number of omitted tokens is in their place."""
+    """Returns the tokens to show, or instead of omitted tokens, their number."""
     surplus = len(tokens) - _MAX_TOKENS
     if full or surplus <= 0:
         return tokens

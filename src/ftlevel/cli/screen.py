@@ -63,7 +63,7 @@ _BAR, _ROOM_FOR_BAR, _ROOM_FOR_FIGURES = 20, 80, 60  # columns of the terminal
 
 
 class Screen(Listener):
-    """Listener that shows a run on a console; if `quiet`, only warnings, on `errors`."""
+    """Listener that prints a run to a console; if `quiet`, prints only warnings, to `errors`."""
 
     def __init__(self, console: Console, *, quiet: bool, errors: Console | None = None) -> None:
         self.console = console
@@ -76,7 +76,7 @@ class Screen(Listener):
         self._first = 0
 
     def exit_if_closed(self) -> None:
-        """Raise Exit with the code of SIGPIPE if nobody reads the output."""
+        """Raise Exit with SIGPIPE's exit code if the other end of the pipe is closed."""
         stream = self.console.file
         if isinstance(stream, SafeStream) and not stream.has_reader():
             raise typer.Exit(_CLOSED_PIPE)
@@ -88,7 +88,7 @@ class Screen(Listener):
             self.console.print(f"[dim]· {name}[/dim]", highlight=False)
 
     def choices(self, title: str, choices: Sequence[Choice]) -> None:
-        """Show every setting with an explanation."""
+        """Show every setting with the reason for its value."""
         if self.quiet:
             return
         self._line(f"[bold]ftlevel {__version__}[/bold] {title}")
@@ -219,7 +219,7 @@ class Screen(Listener):
         return f"{(now[1] - before[1]) / (now[0] - before[0]):,.0f} tok/s"
 
     def end(self, summary: Mapping[str, Any]) -> None:
-        """Show the results and their path."""
+        """Show the results of the run and its path."""
         self.close()
         if self.quiet:
             return
@@ -239,7 +239,7 @@ class Screen(Listener):
         self.console.print(text, highlight=False)
 
     def close(self) -> None:
-        """Remove the progress bar."""
+        """Remove the progress bar from the terminal."""
         if self._progress is not None:
             self._progress.stop()
             self._progress = None
@@ -287,13 +287,12 @@ def _result_lines(summary: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _range(summary: Mapping[str, Any], name: str, which: str) -> str:
-    """Returns a metric's interval from the section `which` of the summary as text, or ""."""
     bounds = summary[which].get(name) if "intervals_before" in summary else None
     return "" if bounds is None else f" ({bounds[0]:.4f}–{bounds[1]:.4f})"
 
 
 def _has_content(path: Path) -> bool:
-    """Returns whether `path` exists; checkpoints/ must contain a checkpoint."""
+    """Returns whether `path` exists; for checkpoints/, whether it has a checkpoint."""
     return path.exists() and (path.name != "checkpoints" or any(path.glob("checkpoint-*")))
 
 
@@ -309,7 +308,7 @@ def _console(stream: SafeStream) -> Console:
 def open_screen(*, as_json: bool, quiet: bool, to_stderr: bool = False) -> Iterator[Screen]:
     """Context manager that yields a `Screen` and closes it.
 
-    With `as_json`, it prints to stderr, and only if that is a terminal.
+    With `as_json`, the screen prints to stderr, and only if stderr is a terminal.
     """
     stream = SafeStream(sys.stderr if as_json or to_stderr else sys.stdout)
     silent = quiet or (as_json and not stream.isatty())

@@ -20,7 +20,7 @@ _FACTORS = {"k": (1024, 1000), "m": (1024**2, 1000**2)}
 
 
 def number_hint(text: str) -> str:
-    """Returns a hint such as "Did you mean 2048 or 2000?" for `2k`, or ""."""
+    """Returns a hint such as "Did you mean 2048 or 2000?" for `2k`; "" for other text."""
     match = _THOUSANDS.fullmatch(text.strip())
     if match is None:
         return ""
@@ -37,15 +37,15 @@ _NEXT_FLAG = re.compile(r"\s+(?=--[a-z])")
 
 @dataclass(frozen=True)
 class FlagSpec:
-    """How to parse one flag name and its value.
+    """How to parse one name of a flag and the value after it.
 
     Attributes:
         flag: canonical flag; empty if unsupported and only `values` are accepted.
         off: canonical flag that turns the switch off.
         is_switch: whether the canonical flag takes no value.
-        value: value of the canonical flag that this name stands for; None if it has none.
+        value: value that this name alone sets, as `--load-in-4bit` does; None if it takes a value.
         is_value_optional: whether the value may be omitted.
-        values: what replaces each alias of a value; aliases are in lower case.
+        values: alias of a value, in lower case → replacement.
         convert: converts other values; for a switch, raises ValueError.
         multiple: whether the canonical flag is repeated for several values.
     """
@@ -66,7 +66,7 @@ class FlagSpec:
 
 @dataclass(frozen=True)
 class NoOpUse:
-    """Flag value without effect, as the user typed it; the configuration must not contradict it."""
+    """Use of a flag value that changes nothing; the configuration must not contradict it."""
 
     typed: str
     no_op: NoOpValue
@@ -74,7 +74,7 @@ class NoOpUse:
 
 @dataclass
 class RewrittenArgs:
-    """Command line with canonical flags; `typed` has the names that the user typed, by flag."""
+    """Command line with canonical flags; `typed` maps them to the names that the user typed."""
 
     args: list[str] = field(default_factory=list)
     typed: dict[str, str] = field(default_factory=dict)
@@ -82,7 +82,7 @@ class RewrittenArgs:
 
 
 def build_flag_specs(command: str, flags: Sequence[Flag]) -> dict[str, FlagSpec]:
-    """Returns how to parse each flag of `command` and each alias, by name."""
+    """Returns name → `FlagSpec` for all flags of `command` and their aliases."""
     specs: dict[str, FlagSpec] = {}
     for row in flags_of(command, flags):
         if row.is_argument:
@@ -124,7 +124,7 @@ def _canonical_spec(row: Flag, command: str) -> FlagSpec:
 
 
 def _alias_specs(row: Flag, canonical: FlagSpec) -> dict[str, FlagSpec]:
-    """Returns how to parse the aliases of `row`, by name, given its canonical flag's `FlagSpec`."""
+    """Returns alias → `FlagSpec`; `canonical` is that of the flag itself."""
     specs = {}
     for alias in row.alias_names:
         has_value = alias.value is not None
@@ -185,7 +185,7 @@ def resolve_flag_aliases(args: Sequence[str], specs: Mapping[str, FlagSpec]) -> 
 
 
 def validate_no_ops(no_ops: Sequence[NoOpUse], config: Any) -> list[str]:
-    """Returns why each value has no effect; raises ConfigError if `config` contradicts one."""
+    """Returns why each value changes nothing; raises ConfigError if `config` contradicts one."""
     lines, problems = [], []
     for claim in no_ops:
         no_op, value = claim.no_op, config
@@ -202,7 +202,7 @@ def validate_no_ops(no_ops: Sequence[NoOpUse], config: Any) -> list[str]:
 
 
 def _find(typed: str, specs: Mapping[str, FlagSpec]) -> tuple[str, FlagSpec | None]:
-    """Returns the flag with dashes, and how to parse it (`--no-x` as `--x false`) or None."""
+    """Returns the flag with dashes, and its `FlagSpec` or None; `--no-x` is `--x false`."""
     name = typed.replace("_", "-")
     option = specs.get(name)
     if option is None and name.startswith("--no-"):
@@ -218,7 +218,6 @@ def _find(typed: str, specs: Mapping[str, FlagSpec]) -> tuple[str, FlagSpec | No
 
 
 def _pop_values(queue: list[str], option: FlagSpec) -> list[str] | None:
-    """Remove and return the flag's values from `queue` (modified); None if a value is missing."""
     if option.is_value_optional:
         next_word = queue[0] if queue and _is_word(queue[0]) else ""
         is_value = next_word.lower() in (*ON, *OFF, *option.values)
@@ -247,7 +246,7 @@ def _is_recipe(text: str) -> bool:
 def _convert(
     name: str, shown: str, values: Sequence[str], option: FlagSpec
 ) -> list[Setting] | NoOpValue:
-    """Returns (flag, value) pairs for `values` of the flag `name`; `shown` is for messages."""
+    """Returns (flag, value) pairs for the `values` of flag `name`, shown in errors as `shown`."""
     text = ",".join(values)
     word = _parse_bool(text) if option.is_value_optional else text.lower()
     result = option.values.get(word)
@@ -277,7 +276,7 @@ def _convert(
 
 
 def _convert_switch(option: FlagSpec, word: str) -> list[Setting] | NoOpValue:
-    """Returns the (flag, value) pair of a switch, or a `NoOpValue` if it excludes a value."""
+    """Returns the (flag, value) pair of a switch, or its `NoOpValue` for `word`."""
     if option.value is None:
         return [(option.flag, word)]
     if word == "true":
@@ -298,14 +297,14 @@ def _require_bool(name: str, text: str, word: str) -> str:
 
 
 def _split_datasets(value: str) -> list[str]:
-    """Returns the datasets in `a,b`, unless a file has that name."""
+    """Split `a,b` into two datasets, unless a file is named `a,b`."""
     if "," not in value or Path(value).expanduser().exists():
         return [value]
     return [part.strip() for part in value.split(",") if part.strip()]
 
 
 def _split_flags(flag: str, text: str) -> Iterator[Setting]:
-    """Yields (flag, value) pairs of the text after `flag`, such as `4bit --quant-type nf4`."""
+    """Yields (flag, value) pairs of a replacement for `flag`, such as `4bit --quant-type nf4`."""
     for number, piece in enumerate(_NEXT_FLAG.split(f"{flag} {text}".strip())):
         name, _, value = piece.partition(" ")
         if value or (number == 0 and name != flag):
@@ -315,7 +314,7 @@ def _split_flags(flag: str, text: str) -> Iterator[Setting]:
 def _validate_unique(
     values: dict[str, tuple[str, str]], flag: str, value: str, name: str, option: FlagSpec
 ) -> None:
-    """Raise ConfigError if two names of a flag set different values; one name may be repeated."""
+    """Raise ConfigError if two different names of one flag set different values."""
     if option.is_list or flag == "--set":
         return
     before, first_value = values.setdefault(flag, (name, value))
@@ -327,7 +326,6 @@ def _validate_unique(
 
 
 def _to_args(flag: str, value: str, specs: Mapping[str, FlagSpec], *, joined: bool) -> list[str]:
-    """Returns a (flag, value) pair as command-line arguments."""
     flag_spec = specs.get(flag)
     if flag_spec is not None and flag_spec.is_switch:
         name = flag if value == "true" else flag_spec.off
@@ -340,7 +338,7 @@ _RUNS = ("*/.ftlevel.json", "runs/*/.ftlevel.json")  # marker file of a run dire
 
 
 def completer(row: Flag, metadata: FieldMetadata) -> Callable[[str], list[str]]:
-    """Returns a function that completes the flag's values in a shell."""
+    """Returns a function that completes values of the flag `row` in a shell."""
 
     def complete(incomplete: str) -> list[str]:
         return sorted(v for v in _completions(row, metadata) if v.startswith(incomplete))

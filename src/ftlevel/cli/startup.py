@@ -32,7 +32,7 @@ _on_interrupt: Callable[[], int] | None = None
 def install_signal_handlers(on_interrupt: Callable[[], int]) -> None:
     """Handle SIGTERM and SIGHUP like Ctrl-C; ignore SIGUSR1, which is for training runs.
 
-    `on_interrupt` returns the exit code of a signal that ends the process immediately.
+    `on_interrupt` returns the exit code for a signal that has to end the process at once.
     """
     global _on_interrupt
     _on_interrupt = on_interrupt
@@ -48,9 +48,9 @@ def install_signal_handlers(on_interrupt: Callable[[], int]) -> None:
 
 @contextlib.contextmanager
 def exit_on_signal() -> Iterator[None]:
-    """Context manager that exits immediately on a signal.
+    """Context manager in which a signal ends the process at once.
 
-    For imports, in which libraries turn KeyboardInterrupt into other errors.
+    For imports, during which libraries turn KeyboardInterrupt into other errors.
     """
     global _exit_immediately
     before, _exit_immediately = _exit_immediately, True
@@ -61,7 +61,7 @@ def exit_on_signal() -> Iterator[None]:
 
 
 def received_signal() -> bool:
-    """Returns whether SIGINT, SIGTERM or SIGHUP was received, even if a library swallowed it."""
+    """Returns whether SIGINT, SIGTERM or SIGHUP came, even if a library caught the exception."""
     return _received_signal is not None
 
 
@@ -71,7 +71,7 @@ def exit_code() -> int:
 
 
 def protect_exit(code: int) -> None:
-    """Make the exiting process ignore the first signal, and exit with `code` at the second."""
+    """Ignore the first signal during exit; the second ends the process with `code`."""
     seen: list[int] = []
 
     def end(number: int, _: FrameType | None) -> None:
@@ -85,7 +85,7 @@ def protect_exit(code: int) -> None:
 
 
 def _resend_signal(unraisable: Any) -> None:
-    """Send the last signal again if Python ignored its KeyboardInterrupt, as in `__del__`."""
+    """Send the last signal again if Python dropped its KeyboardInterrupt, as in `__del__`."""
     if issubclass(unraisable.exc_type, KeyboardInterrupt) and _received_signal is not None:
         import threading  # lazy: takes 3 ms
 
@@ -114,9 +114,9 @@ ONEDNN_CACHE_SIZE = 128
 
 @contextlib.contextmanager
 def heavy_imports() -> Iterator[None]:
-    """Context manager for imports without the cycle collector, which then ignores all objects.
+    """Context manager for imports with the garbage collector off, which ignores them afterwards.
 
-    A signal exits immediately. The collector is unchanged if torch is already imported.
+    A signal ends the process at once. The collector is unchanged if torch is imported already.
     """
     if "torch" not in sys.modules:  # libraries read them once
         for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
@@ -156,9 +156,9 @@ _MALLOC_VARIABLES = ("MALLOC_ARENA_MAX", "MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_
 
 
 def limit_malloc_arenas() -> bool:
-    """Limit malloc to `NUM_ARENAS` arenas for new threads; return whether it is limited.
+    """Limit glibc's malloc to `NUM_ARENAS` arenas for new threads; return whether that worked.
 
-    It is not without glibc, or if environment variables configure malloc or replace it.
+    False without glibc, or if environment variables configure or replace malloc.
     """
     is_configured = any(
         os.environ.get(name) for name in (*_MALLOC_VARIABLES, "GLIBC_TUNABLES", "LD_PRELOAD")
@@ -203,7 +203,7 @@ class SafeStream(io.TextIOBase):
         self._stream = stream
 
     def write(self, text: str) -> int:
-        """Write `text`, or drop it."""
+        """Write `text` to the stream, or drop it after a failure."""
         self._try("write", text)
         return len(text)
 
@@ -212,7 +212,7 @@ class SafeStream(io.TextIOBase):
         self._try("flush")
 
     def has_reader(self) -> bool:
-        """Returns whether the other end of a pipe is still open."""
+        """Returns whether the other end of the pipe is open."""
         if self._stream is None:
             return False
         try:
@@ -234,7 +234,7 @@ class SafeStream(io.TextIOBase):
 
     @property
     def encoding(self) -> str:  # type: ignore[override]
-        """Encoding, from which rich chooses the characters of its bars."""
+        """Encoding of the stream, which decides what characters rich draws bars with."""
         return getattr(self._stream, "encoding", None) or "utf-8"
 
     def _try(self, method: str, *arguments: Any) -> None:
@@ -254,7 +254,7 @@ class SafeStream(io.TextIOBase):
 
 
 def discard(stream: TextIO) -> None:
-    """Redirect `stream` to the null device, so that Python does not fail to flush it at exit."""
+    """Redirect `stream` to the null device, so that flushing it at exit does not fail."""
     try:
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, stream.fileno())

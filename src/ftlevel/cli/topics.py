@@ -43,7 +43,7 @@ _TOPIC_OF = {module: topic for topic, modules in TOPICS.items() for module in mo
 
 
 def topic_of_module(name: str) -> str | None:
-    """Returns the topic of an ftlevel module; None for any other module."""
+    """Returns the topic of messages of an ftlevel module; None for any other module."""
     parts = name.split(".")
     if parts[0] != "ftlevel":
         return None

@@ -36,8 +36,8 @@ _RESUME, _REPLACES = "--resume", ("--overwrite", "--overwrite-output-dir")
 def launch(args: Sequence[str], num_processes: int, restarts: int = 0) -> int:
     """Run `ftlevel args` in several processes; return the exit code of the first that failed.
 
-    If one fails, the others are stopped; on Linux, all end with this process. A run that fails
-    with exit code 1, not by a signal, restarts up to `restarts` times with `--resume`.
+    If one fails, the others are stopped; on Linux, they also end when this process dies. After
+    exit code 1, the run is restarted with `--resume`, up to `restarts` times.
     """
     forwarded: list[int] = []
     while True:
@@ -58,7 +58,6 @@ def _resume_arguments(args: Sequence[str]) -> list[str]:
 
 
 def _launch_once(args: Sequence[str], num_processes: int, forwarded: list[int]) -> int:
-    """Run the processes and return the exit code; adds received signals to `forwarded`."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -96,7 +95,7 @@ def _launch_once(args: Sequence[str], num_processes: int, forwarded: list[int]) 
 
 
 def _wait(running: Sequence[subprocess.Popen[bytes]]) -> int:
-    """Returns 0 if all processes succeed; if one fails, stops the others and returns its code."""
+    """Wait for all processes and return 0; if one fails, stop the others and return its code."""
     while any(process.poll() is None for process in running):
         failed = {rank: code for rank, process in enumerate(running) if (code := process.poll())}
         if failed:
@@ -122,7 +121,7 @@ def _exit_code(code: int) -> int:
 
 
 def end_with_parent() -> None:
-    """Send SIGTERM to this process when its parent dies (Linux, prctl(2))."""
+    """Have Linux send SIGTERM to this process when the parent process dies (prctl(2))."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 

@@ -63,7 +63,7 @@ from ftlevel.training.plan.schedule import text_positions
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Metrics of a model and of its base; `draws` has the values of all bootstrap resamples."""
+    """Metrics of a model and of its base model; `draws` has every metric of each resample."""
 
     metrics: Mapping[str, float]
     base: Mapping[str, float]
@@ -180,7 +180,7 @@ def _find_warnings(eval_rows: EvaluationRows) -> Iterator[str]:
 def _evaluate_base(
     config: EvaluateConfig, trained: LoadedModel, evaluator: Evaluator, listener: Listener
 ) -> tuple[dict[str, float], ExampleRecord | None]:
-    """Returns the metrics of the base model, and its record; empty and None without a base."""
+    """Returns metrics and per-row results of the base model; {} and None if there is no base."""
     with _base_of(trained, config, listener) as base:
         if base is None:
             return {}, None
@@ -198,7 +198,7 @@ def _with_model(evaluator: Evaluator, model: LoadedModel) -> Evaluator:
 def _evaluate_other(
     evaluator: Evaluator, other: LoadedModel, encode: Callable[[LoadedModel], EvaluationRows]
 ) -> tuple[dict[str, float], ExampleRecord]:
-    """Returns metrics and record of `other`, which embeds with its own prompts and pooling."""
+    """Returns metrics and per-row results of `other`, with its own prompts and pooling."""
     evaluator = _with_model(evaluator, other)
     if not isinstance(evaluator, RewardEvaluator):
         evaluator = replace(evaluator, generated_rows=0)
@@ -216,7 +216,7 @@ def _evaluate_other(
 def _base_of(
     trained: LoadedModel, config: EvaluateConfig, listener: Listener
 ) -> Iterator[LoadedModel | None]:
-    """Yields the base model; None with `--no-base`, with a new head, or if it cannot be found."""
+    """Yields the base model; None with `--no-base`, a new head, or an unknown base."""
     full_base = get_original_base(trained.ref) if config.base else None
     if config.base and trained.has_adapter and not trained.ref.card.heads:
         listener.stage("evaluating the base model")
@@ -310,7 +310,7 @@ def _evaluate_retrieval(config: EvaluateConfig, qrels: Path, listener: Listener)
 
 
 def _resolve(config: EvaluateConfig, device: str) -> tuple[ModelRef, ModelRef | None]:
-    """Returns the model to evaluate, quantized as requested, and the `--against` model or None."""
+    """Returns references to the model, quantized as requested, and to the `--against` model."""
     kwargs: Any = {"device": device, "dtype": config.dtype}
     name, task, base = config.name, config.task, config.base_model
     if config.against is None:
@@ -320,7 +320,7 @@ def _resolve(config: EvaluateConfig, device: str) -> tuple[ModelRef, ModelRef | 
 
 
 def _set_quantization(ref: ModelRef, quant: str | None) -> ModelRef:
-    """Returns `ref` with the requested quantization, and a note if it differs from training."""
+    """Returns `ref` with quantization `quant`; a difference from training adds a note."""
     if quant is None or quant == ref.quantization["kind"]:
         return ref
     trained_quantization = format_quantization(ref.quantization)
@@ -338,7 +338,7 @@ def _set_quantization(ref: ModelRef, quant: str | None) -> ModelRef:
 
 
 def _get_run_config(config: EvaluateConfig, ref: ModelRef) -> tuple[TrainConfig, bool]:
-    """Returns the run's configuration, overridden by `config`, and whether rows are the run's."""
+    """Returns the configuration for reading rows, and whether they are the training run's."""
     update: dict[str, Any] = {"overlong": "drop"}
     if ref.run is not None:
         run_config = build_config([load_run_config(ref.run)])
@@ -389,14 +389,13 @@ def _get_run_config(config: EvaluateConfig, ref: ModelRef) -> tuple[TrainConfig,
 
 
 def _is_same_name(dataset: str, name: str) -> bool:
-    """Returns whether two names mean the same dataset; rows in memory never match."""
     if isinstance(dataset, InMemoryDataset):
         return False
     return dataset == name or Path(dataset).absolute() == Path(name).absolute()
 
 
 def _is_moved(dataset: str, run_config: TrainConfig, ref: ModelRef) -> bool:
-    """Returns whether `dataset` is the run's own file at a new path, by fingerprint."""
+    """Returns whether `dataset` has the rows of the run's own file, which was moved there."""
     data = run_config.data
     if ref.run is None or data.streaming or data.also or Path(data.dataset).exists():
         return False
@@ -416,7 +415,7 @@ def _context(
     *,
     is_compared: bool,
 ) -> EncodingContext:
-    """Returns how to encode rows for `trained`; `config_ref` determines the maximum length."""
+    """Returns how to encode rows for `trained`; `config_ref` sets the maximum length."""
     tokenizer, positions = (
         trained.tokenizer,
         text_positions(run_config.method, trained.model.config),
@@ -550,7 +549,7 @@ def _choices(
 def _intervals(
     config: EvaluateConfig, evaluator: Evaluator, record: ExampleRecord, base: ExampleRecord | None
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """Returns bootstrap values per metric, and 95 % intervals, also for changes from the base."""
+    """Returns bootstrap values per metric, and 95 % intervals of metrics and of their gains."""
     if not config.resamples:
         return {}, {}
     if len(record.units) < 2:
@@ -564,7 +563,6 @@ def _intervals(
 def _compute_intervals(
     draws: Mapping[str, np.ndarray], base: Mapping[str, np.ndarray] | None
 ) -> dict[str, Any]:
-    """Returns 95 % intervals of bootstrap values, and of their differences from the base's."""
     intervals = {"intervals": {name: interval(values) for name, values in draws.items()}}
     if base is not None:
         both = [name for name in draws if name in base]
@@ -581,9 +579,9 @@ def _intervals_of_other(
     draws: Mapping[str, np.ndarray],
     other: ExampleRecord | None,
 ) -> dict[str, Any]:
-    """Returns 95 % intervals of the other model's metrics and of the differences from them.
+    """Returns 95 % intervals of the `--against` model's metrics, and of differences from them.
 
-    Empty if the models were scored on different rows. `draws` are the first model's.
+    Empty if the two models were scored on different rows. `draws` are the first model's values.
     """
     if not draws or other is None or other.units.keys() != record.units.keys():
         return {}
@@ -593,7 +591,6 @@ def _intervals_of_other(
 def _paired_intervals(
     draws: Mapping[str, np.ndarray], other: Mapping[str, np.ndarray]
 ) -> dict[str, Any]:
-    """Returns 95 % intervals of the other model's metrics, and of the differences from them."""
     found = _compute_intervals(draws, other)
     return {
         "intervals": found["base_intervals"],

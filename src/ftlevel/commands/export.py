@@ -116,7 +116,7 @@ def _check_outputs(config: ExportConfig) -> None:
 
 
 def _resolve_adapters(config: ExportConfig, device: str) -> dict[str, ModelRef]:
-    """Returns the adapters by name if `config.model` is a directory of adapters, else {}."""
+    """Returns adapter name → reference if `config.model` is a directory of adapters, else {}."""
     path = Path(config.model).expanduser()
     if not path.is_dir() or any(
         (path / name).exists() for name in ("config.json", "adapter_config.json", "adapter", CONFIG)
@@ -137,7 +137,6 @@ def _resolve_adapters(config: ExportConfig, device: str) -> dict[str, ModelRef]:
 
 
 def _paths_without_adapter(config: ExportConfig, refs: Mapping[str, ModelRef]) -> list[Path]:
-    """Returns the subdirectories of a directory of adapters that have a model but no adapter."""
     if not refs:
         return []
     paths = [p for p in sorted(Path(config.model).expanduser().iterdir()) if p.is_dir()]
@@ -146,7 +145,7 @@ def _paths_without_adapter(config: ExportConfig, refs: Mapping[str, ModelRef]) -
 
 
 def _merge(config: ExportConfig, ref: ModelRef, directory: Path) -> MergeOutput:
-    """Merge the adapter into `directory`; returns functions to convert and check the model."""
+    """Merge the adapter into `directory`; returns how to quantize and check the merged model."""
     quantization = ref.quantization.get("kind", "none")
     is_quantized = config.outtype in GRIDS
     onto = (
@@ -181,7 +180,7 @@ def _merge(config: ExportConfig, ref: ModelRef, directory: Path) -> MergeOutput:
 
 
 def _compare_unmerged(config: ExportConfig, ref: ModelRef, device: str, _: Path) -> MergeOutput:
-    """Returns functions that quantize a model without adapter and compare the result with it."""
+    """Returns how to quantize a model without adapter, and how to check the result."""
     if not _needs_calibration(config):
         return MergeOutput({})
     model = ref.load(device)
@@ -205,7 +204,7 @@ def _needs_calibration(config: ExportConfig) -> bool:
 
 
 def _probes(config: ExportConfig, inputs: MergeInput) -> tuple[EvalSet, EvalSet | None]:
-    """Returns rows to compare logits on, and rows to calibrate quantization codes on (or None)."""
+    """Returns rows to compare logits on, and rows to calibrate quantization on (or None)."""
     needs_calibration = _needs_calibration(config)
     rows = select_rows(inputs, _ROWS, config.calibration_rows if needs_calibration else 0)
     calibration = inputs.eval_set(rows.calibration) if rows.calibration else None

@@ -32,7 +32,7 @@ from ftlevel.trained.model_ref import LoadedModel
 
 @dataclass(frozen=True)
 class GeneratedText:
-    """Output for one prompt; `base` is the base model's text, `tags` are (word, tag) pairs."""
+    """Output for one prompt; `base` is the base model's output, `tags` are (word, tag) pairs."""
 
     prompt: str
     text: str
@@ -69,7 +69,7 @@ def generate(
 def generate_answers(
     config: GenerateConfig, prompts: Sequence[str], file: Path | None = None
 ) -> tuple[list[GeneratedText], list[str]]:
-    """Generate outputs for `prompts` and those in `file` (lines or rows); see `generate`."""
+    """Generate outputs for `prompts`, then for the lines or rows of `file`; see `generate`."""
     with silence_loggers():
         if file is not None and not _has_rows(file):
             files = match_files(str(file), "txt") if is_pattern(str(file)) else [file]
@@ -110,7 +110,6 @@ def generate_answers(
 
 
 def _has_rows(path: Path) -> bool:
-    """Returns whether a prompts file is read as rows instead of one prompt per line."""
     suffix = Path(plain_name(path.name)).suffix.lower()
     if suffix not in READERS and is_pipe(path):
         suffix = (detect_file_format(cache_pipe(path), ()) or (".txt", ""))[0]
@@ -131,7 +130,7 @@ def _load_lines(path: Path) -> list[str]:
 def _add_rows(
     request: AnswerRequest, path: Path, task: BaseTask, config: GenerateConfig
 ) -> tuple[AnswerRequest, list[str]]:
-    """Returns `request` with the rows of the file added, and the text to print for each row."""
+    """Returns `request` with the rows of the file added, and a text that identifies each row."""
     ignored = config.ignore_columns
     source, _ = open_rows(str(path), ReadOptions(ignored=ignored))
     try:
@@ -162,7 +161,7 @@ _PROMPT_COLUMNS = ("question", "prompt", "instruction", "messages", "conversatio
 
 
 def build_generation_options(config: GenerateConfig) -> GenerationOptions:
-    """Returns the generation options of `config`."""
+    """Returns the decoding settings in `config` as options for generation."""
     return GenerationOptions(
         config.max_new_tokens, config.num_beams, config.temperature, config.top_p, config.seed
     )
@@ -171,7 +170,7 @@ def build_generation_options(config: GenerateConfig) -> GenerationOptions:
 def generate_predictions(
     adapters: AdapterSet, name: str, request: AnswerRequest
 ) -> list[Prediction]:
-    """Returns the outputs of the adapter `name`, or of the base, for each prompt."""
+    """Returns outputs for each prompt by the adapter `name`, or by the base."""
     with adapters.active_adapter(name) as trained, trained.inference():
         return predict_inputs(trained, request)
 
@@ -179,8 +178,8 @@ def generate_predictions(
 class Chat:
     """Conversation with the adapter `active_adapter`.
 
-    Prompts contain earlier messages if the model has a chat template and no fixed instruction.
-    `num_dropped` is the number of messages that did not fit into the prompt.
+    Prompts include earlier messages if the model has a chat template and no fixed instruction.
+    `num_dropped` counts earlier messages dropped because the prompt would be too long.
     """
 
     def __init__(self, config: GenerateConfig) -> None:
@@ -198,7 +197,7 @@ class Chat:
                 )
 
     def switch(self, name: str) -> None:
-        """Activate the adapter `name`, or the base; raises ConfigError for other names."""
+        """Make the adapter `name`, or the base, reply; raises ConfigError for unknown names."""
         with self.adapters.active_adapter(name):
             self.active_adapter = name
 
@@ -208,12 +207,12 @@ class Chat:
 
     @property
     def uses_history(self) -> bool:
-        """Whether the history is part of the prompt."""
+        """Whether prompts include earlier messages."""
         with self.adapters.active_adapter(self.active_adapter) as trained:
             return _uses_history(trained)
 
     def say(self, text: str, on_text: Callable[[str], None]) -> str:
-        """Returns the reply to `text`; `on_text` receives it while it is generated."""
+        """Returns the reply to `text`; `on_text` is called with each piece as it is generated."""
         self.messages.append({"role": "user", "content": text})
         try:
             reply = self._answer(text, on_text)
@@ -280,7 +279,7 @@ class _CallbackStreamer(TextStreamer):
         self._started = False
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:  # noqa: ARG002
-        """Call `on_text` with a piece of text, without leading whitespace of the reply."""
+        """Pass the text to `on_text`, without whitespace at the start of the reply."""
         text = text if self._started else text.lstrip()
         if text:
             self._started = True

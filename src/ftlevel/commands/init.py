@@ -43,7 +43,7 @@ _HALF = 0.5  # most memory for weights; a step needs the rest
 
 @dataclass(frozen=True)
 class SetupQuestion:
-    """Question for the value of the field `path`; `check` raises ConfigError if it is invalid."""
+    """Question for the field at `path`; `check` raises ConfigError if the answer is invalid."""
 
     path: str
     flag: str
@@ -54,7 +54,7 @@ class SetupQuestion:
 
 @dataclass(frozen=True)
 class Draft:
-    """Recipe: text of the file, configuration, suggested values and training command."""
+    """Proposed recipe: its text, configuration and suggested values, and the training command."""
 
     text: str
     config: TrainConfig
@@ -64,9 +64,9 @@ class Draft:
 
 
 def draft(layers: list[Layer], file: Path, answer: Callable[[SetupQuestion, Choice], str]) -> Draft:
-    """Returns the recipe for `layers` (modified), to which the values from `answer` are added.
+    """Returns a recipe from `layers` (modified), to which the values from `answer` are added.
 
-    `answer` is called with each open question and the suggested value. `file` is the path of the
+    `answer` is called with each open question and the suggested value. `file` is named in the
     recipe; nothing is written. Raises ConfigError if `train` could not start.
     """
     defaults = []
@@ -88,7 +88,7 @@ def draft(layers: list[Layer], file: Path, answer: Callable[[SetupQuestion, Choi
 
 
 def check_value(layers: list[Layer], question: SetupQuestion, value: str) -> None:
-    """Raise ConfigError if `value` is not valid for `question`, after `layers`."""
+    """Raise ConfigError if `value`, merged over `layers`, is invalid for the question."""
     with silence_loggers():
         question.check(build_config([*layers, _layer(question.path, value, question.flag)]))
 
@@ -107,7 +107,7 @@ def _is_set(config: TrainConfig, path: str) -> bool:
 
 
 def _resolve(layers: list[Layer], defaults: list[Choice]) -> Run:
-    """Resolve the run like `train`; without validation rows, add a split to `layers` (modified)."""
+    """Prepare the run like `train`; without validation rows, add a split to `layers` (modified)."""
     config = build_config(layers)
     run = resolve(config)
     is_small = len(run.data.train) < _ENOUGH or config.data.streaming
@@ -165,7 +165,7 @@ def _default_model(config: TrainConfig) -> Choice:
 
 
 def _default_method(config: TrainConfig) -> Choice:
-    """Returns `lora`, or `qlora` if 16-bit weights exceed half of the memory."""
+    """Returns `qlora` if 16-bit weights would exceed half of the memory, else `lora`."""
     base = load_config(_source(config))
     shape = build_task_model(base, _auto_class(config, base))
     weights = _BYTES * sum(parameter.numel() for parameter in shape.parameters())
@@ -265,7 +265,6 @@ def _head(config: TrainConfig, command: str, file: Path) -> Iterator[str]:
 
 
 def _field_comments(run: Run, defaults: list[Choice]) -> Mapping[str, str]:
-    """Returns the comments to print after values, by dotted field."""
     choices = {choice.name: choice for choice in run.choices}
     sources = {choice.name: choice.reason for choice in defaults}
     columns = choices.get("columns")
@@ -281,7 +280,7 @@ def _field_comments(run: Run, defaults: list[Choice]) -> Mapping[str, str]:
 
 
 def _resolved_values(run: Run) -> Mapping[str, list[tuple[str, Any, str]]]:
-    """Returns (name, value, reason) of values that `train` would choose, by section."""
+    """Returns section → (name, value, reason) of values that `train` would choose."""
     sources = {choice.name: choice.reason for choice in run.choices}
     train, schedule = run.config.train, run.schedule
     rates = [("learning_rate", schedule.learning_rate, sources.get("learning rate", ""))]

@@ -25,7 +25,7 @@ QUANTS: tuple[str, ...] = get_args(QuantConfig.model_fields["kind"].annotation)
 
 @dataclass(frozen=True)
 class MethodRow:
-    """Support of one method; `works` is `in part` if it depends on a filter that is not set."""
+    """Support of one method; `works` is `in part` if that depends on a filter not given."""
 
     name: str
     method: str
@@ -78,7 +78,7 @@ def _check_name(flag: str, value: str | None, names: tuple[str, ...]) -> str | N
 
 
 def family_name(model: str) -> str:
-    """Returns a model's `model_type`, or a family name unchanged; raises InputError if invalid."""
+    """Returns the `model_type` of a model; a family's name is unchanged. May raise InputError."""
     config = Path(model) / "config.json"
     if config.is_file():
         try:
@@ -94,7 +94,7 @@ def family_name(model: str) -> str:
 
 
 def get_task_error(family: Family, task: str) -> str | None:
-    """Returns why no method supports `task` on models of `family`, or None."""
+    """Returns why no method supports `task` on `family`; None if one does."""
     try:
         TASKS[task].auto_class(family.kind, family.name)
     except ConfigError as error:

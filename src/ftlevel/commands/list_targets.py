@@ -36,11 +36,11 @@ class TargetRow:
     Attributes:
         name: value for `--target-modules`, such as `q_proj`.
         pattern: full name with `{i}` for the layer index.
-        block: start of the pattern that names the block; empty outside the blocks.
+        block: part of the pattern up to the block; empty outside the blocks.
         shape: `in -> out`; numbers for a model, symbols for a family.
         count: number of such layers; None for a family.
-        all_linear: whether `all-linear` selects it.
-        default: whether methods adapt it by default.
+        all_linear: whether `all-linear` selects them.
+        default: whether methods adapt them by default.
         lora_parameters: LoRA parameters of all of them together, at the requested rank.
         only: variant of the family that has them; empty if all do.
     """
@@ -67,7 +67,7 @@ class TargetRow:
 
 @dataclass(frozen=True)
 class LoraSize:
-    """LoRA parameters and float32 size on `all-linear`, for the model `of` (a family's example)."""
+    """LoRA parameters and size in float32 with `all-linear`, on the example model `of`."""
 
     r: int
     of: str
@@ -78,9 +78,9 @@ class LoraSize:
 
 @dataclass(frozen=True)
 class TargetReport:
-    """Output of `ftlevel list-targets`; `dataclasses.asdict` gives its JSON.
+    """Output of `ftlevel list-targets`.
 
-    `heads` has names for `modules_to_save`, by task for a family and by class for a model.
+    `heads` maps tasks of a family, or classes of a model, to names for `modules_to_save`.
     `aliases` are families with the same module names.
     """
 
@@ -105,10 +105,8 @@ class TargetReport:
 def list_targets(name: str, r: int = 8) -> TargetReport:
     """Describe a model or a family, with LoRA sizes at rank `r`.
 
-    Directories with `config.json`, names with a slash, `.gguf` files and `builtin:NAME` are models.
-
-    Raises:
-        InputError: the name is unknown; the message suggests similar ones.
+    Directories with `config.json`, names with a slash, .gguf files and `builtin:NAME` are models.
+    Raises InputError for unknown names.
     """
     return describe_model(name, r) if is_model(name) else describe_family(name, r)
 
@@ -152,10 +150,9 @@ def describe_family(name: str, r: int = 8) -> TargetReport:
 
 
 def describe_model(name: str, r: int = 8) -> TargetReport:
-    """Describe a directory, a .gguf file, a Hub id or `builtin:NAME`; no weights are read.
+    """Describe a directory, a .gguf file, a Hub id or `builtin:NAME`; reads no weights.
 
-    Raises:
-        InputError: the model cannot be read, or transformers has no class for it.
+    Raises InputError if the model cannot be read, or transformers has no class for it.
     """
     _check_rank(r)
     from huggingface_hub.errors import StrictDataclassError
@@ -216,7 +213,7 @@ def _load_config(name: str) -> Any:
 
 
 def split_pattern(pattern: str) -> tuple[str, str]:
-    """Returns the block of a module pattern, "" outside blocks, and the name within it."""
+    """Returns the block of a module pattern ("" outside blocks), and the name within the block."""
     match = _BLOCK.fullmatch(pattern)
     return (match[1], match[2]) if match else ("", pattern)
 

@@ -40,7 +40,7 @@ from ftlevel.tasks import TASKS
 
 @dataclass(frozen=True)
 class _PreparedMerge:
-    """Resolved merge: `base_weights` to try, quantization `low` of the output, and test rows."""
+    """Inputs of a merge: `base_weights` to try, `low`, the output's quantization, and test rows."""
 
     config: MergeConfig
     inputs: MergeInput
@@ -173,7 +173,7 @@ def _warn_of_low_bits(served: Agreement, effect: Agreement, listener: Listener) 
 
 
 def score_trained(inputs: MergeInput, probe: EvalSet) -> tuple[RowLogits, Agreement]:
-    """Returns the logits of the trained model, and their difference from the base model's."""
+    """Returns the trained model's logits, and how far they differ from the base model's."""
     model = inputs.ref.load(inputs.device, inputs.dtype)
     trained = probe.score(model.model, inputs.dtype)
     with model.without_adapter():
@@ -181,7 +181,7 @@ def score_trained(inputs: MergeInput, probe: EvalSet) -> tuple[RowLogits, Agreem
 
 
 def _select_base_weights(config: MergeConfig, inputs: MergeInput) -> list[str]:
-    """Returns the base weights to merge onto: `original`, `dequantized`, or both, to compare."""
+    """Returns which base weights to merge onto: `original`, `dequantized`, or both to compare."""
     if inputs.quant.kind == "none":
         if config.onto == "dequantized":
             raise ConfigError(
@@ -202,7 +202,7 @@ def _select_base_weights(config: MergeConfig, inputs: MergeInput) -> list[str]:
 
 
 def write_onto(config: MergeConfig, inputs: MergeInput, onto: str, path: Path) -> Candidate:
-    """Merge the adapter onto the `original` or `dequantized` base, and write it to `path`."""
+    """Merge the adapter into the `original` or `dequantized` base weights, and save to `path`."""
     path.mkdir()
     return Candidate(
         onto, path, *save_merged(path, inputs, *resolve_rounding(config, inputs, onto))
@@ -212,7 +212,7 @@ def write_onto(config: MergeConfig, inputs: MergeInput, onto: str, path: Path) -
 def resolve_rounding(
     config: MergeConfig, inputs: MergeInput, onto: str
 ) -> tuple[str | None, Callable[[Any], QuantizationRounding] | None]:
-    """Returns the output dtype, and how to round base weights as in training (or None)."""
+    """Returns the output dtype, and a function that rounds the base as in training, or None."""
     dtype: str | None = None if config.dtype == "auto" else config.dtype
     if inputs.source.kind == "gguf":  # GGUF weights have no torch dtype
         dtype = dtype or inputs.dtype
@@ -227,7 +227,7 @@ def resolve_rounding(
 
 
 def _choose(candidates: list[Candidate]) -> tuple[Candidate, str]:
-    """Returns the candidate closest to the trained model, and the reason for the choice."""
+    """Returns the merged model closest to the trained model, and the reason for the choice."""
     if len(candidates) == 1:
         return candidates[0], ""
     by_distance = sorted(candidates, key=lambda c: c.trained.distance if c.trained else 0.0)

@@ -33,8 +33,6 @@ WINDOW = 2_048
 
 @dataclass
 class _Counts:
-    """Counts of rows written, rows without negatives, negatives, and skipped documents."""
-
     written: int = 0
     without: int = 0
     negatives: int = 0
@@ -120,7 +118,6 @@ def mine(config: MineConfig, *, listener: Listener | None = None) -> Mapping[str
 
 
 def _load_rows(config: MineConfig) -> tuple[list[EmbeddingRow], str]:
-    """Load the rows with positives, and a description of their columns."""
     table = load_table(
         config.dataset, options=ReadOptions(config.input_format, ignored=config.ignore_columns)
     )

@@ -55,7 +55,7 @@ class PlanOptions:
 
 
 class ClusterEstimate(Protocol):
-    """Estimate for several GPUs, as the hook `forecast_cluster` returns it."""
+    """Time and throughput on several GPUs, as returned by the hook `forecast_cluster`."""
 
     @property
     def steps(self) -> int | None:
@@ -73,7 +73,7 @@ class ClusterEstimate(Protocol):
 
 @dataclass(frozen=True)
 class RunPlan:
-    """Requirements of a run.
+    """Estimated memory, time and cost of a run.
 
     Attributes:
         steps: optimizer steps per epoch, or with streamed rows, of the whole run.
@@ -83,7 +83,7 @@ class RunPlan:
         checkpoint_bytes: size of one checkpoint, and of all kept at once.
         time: time per epoch; None if unknown.
         cost: cost of the run, in the currency of the price.
-        cheapest: least costly change that makes the run fit; None if it fits or nothing helps.
+        cheapest: smallest change with which the run fits; None if it fits, or nothing helps.
         cluster: estimate for several GPUs; None for one.
     """
 
@@ -224,7 +224,6 @@ def _plan(config: TrainConfig, options: PlanOptions) -> tuple[RunPlan, Alternati
 
 
 def _names_no_data(config: TrainConfig) -> bool:
-    """Returns whether the configuration names a model but no dataset."""
     names_model = "name_or_path" in config.model.model_fields_set
     return names_model and "dataset" not in config.data.model_fields_set
 
@@ -242,7 +241,6 @@ def _cost(config: TrainConfig, time: TimeForecast | None, options: PlanOptions) 
 
 
 def _checkpoints(run: Run, parts: Mapping[str, int]) -> tuple[int, int]:
-    """Returns the bytes of one checkpoint with optimizer, and of all checkpoints kept at once."""
     trained, _ = count_trainable(run)
     one = 4 * trained + parts.get(OPTIMIZER, 0)
     limit = run.config.train.save_total_limit or 1

@@ -51,7 +51,7 @@ OutputColumns = Mapping[str, str]
 
 @dataclass(frozen=True)
 class Predictions:
-    """Rows with predictions, None if written to a file or stream, and the output of `--json`."""
+    """Result: rows with predictions, None if written elsewhere, and the output of `--json`."""
 
     rows: list[dict[str, Any]] | None
     summary: Mapping[str, Any]
@@ -98,7 +98,7 @@ def predict(
 
 @dataclass(frozen=True)
 class _PreparedPrediction:
-    """Resolved prediction, before weights load; `queries` yields rows without predictions."""
+    """Model, columns and input of a prediction; `queries` yields rows without predictions."""
 
     ref: ModelRef
     device: str
@@ -125,7 +125,7 @@ def _validate(config: PredictConfig, rows: Any) -> None:
 def _prepare(
     config: PredictConfig, rows: Any, stream: IO[str] | None, stack: contextlib.ExitStack
 ) -> _PreparedPrediction:
-    """Resolve the model, validate the rows, and skip rows that the output file has."""
+    """Find the model, validate the rows, and skip rows that the output file has already."""
     device = select_device(config.device)
     ref = resolve_model(
         config.name, config.task, config.base_model, device=device.value, dtype=config.dtype
@@ -168,7 +168,7 @@ def _prepare(
 
 
 def _get_run_config(ref: ModelRef) -> TrainConfig:
-    """Returns the run's configuration; without a run, a default one with the card's columns."""
+    """Returns the training configuration; without a run, defaults with the card's columns."""
     if ref.run is not None:
         return build_config([load_run_config(ref.run)])
     return TrainConfig(data={"columns": ref.card.data.get("columns", {})})
@@ -177,7 +177,7 @@ def _get_run_config(ref: ModelRef) -> TrainConfig:
 def _open(
     config: PredictConfig, rows: Any, task: BaseTask, run_config: TrainConfig
 ) -> tuple[RowSource, Reader | None]:
-    """Returns the input rows, and the file reader, None for in-memory rows."""
+    """Returns the input rows, and the reader of their file; None for rows in memory."""
     ignored = config.ignore_columns or run_config.data.ignore_columns
     if config.dataset is None:
         return in_memory_rows(rows, ignored), None
@@ -192,7 +192,7 @@ def _open(
 def _mapping(
     config: PredictConfig, run_config: TrainConfig, task: BaseTask, source: RowSource
 ) -> Mapping[str, str]:
-    """Returns column names by role: from `--map`, or else those of training."""
+    """Returns role → column name, from `--map` or else as in training."""
     if config.columns:
         return config.columns
     roles = {role for shape in task.query_shapes for role in shape.roles}
@@ -252,7 +252,7 @@ def _open_sink(config: PredictConfig, columns: RowColumns, stream: IO[str] | Non
 
 
 def _skip_written(queries: Iterator[QueryRow], sink: RowSink, config: PredictConfig) -> int:
-    """Open the output and skip `queries` (modified) that it has; returns their number."""
+    """Skip `queries` (modified) that the output has already; returns the number of those rows."""
     if not isinstance(sink, RowFile):
         return 0
     num_rows = 0
@@ -346,7 +346,7 @@ def _predict_window(
     config: PredictConfig,
     progress: RowCounts,
 ) -> list[Mapping[str, Any]]:
-    """Returns the predicted columns of each row; raises InputError unless bad rows are skipped."""
+    """Returns the predicted columns of each row; a bad row is skipped or raises InputError."""
     answerable = [i for i, row in enumerate(window) if not row.fault]
     faults = {i: row.fault for i, row in enumerate(window) if row.fault}
     if faults and config.on_bad_row == "error":
@@ -366,7 +366,6 @@ def _predict_window(
 def _join(
     row: QueryRow, answer: Mapping[str, Any], prepared: _PreparedPrediction
 ) -> dict[str, Any]:
-    """Returns the input row with predicted columns, which are None without a prediction."""
     existing = [repr(name) for name in prepared.answers if name in row.row]
     if existing:  # later JSON Lines rows may have new columns
         raise InputError(

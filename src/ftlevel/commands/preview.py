@@ -32,9 +32,10 @@ _BARS = 10  # of the histogram
 
 @dataclass(frozen=True)
 class Token:
-    """Token to show; `text` is the text that it adds after the preceding tokens.
+    """Token of a row; `text` is what it adds to the text of the preceding tokens.
 
-    `supervised` is whether it is a target of the loss; `label` is the target if it is another one.
+    `supervised` is whether the loss has this position as target; `label` is the target's text if
+    it differs from `text`.
     """
 
     id: int
@@ -60,7 +61,7 @@ class ShownRow:
 
 @dataclass(frozen=True)
 class Bar:
-    """Histogram bar: `count` rows with `begin` to `end` tokens, inclusive."""
+    """Histogram bar: the number of rows with `begin` to `end` tokens, both inclusive."""
 
     begin: int
     end: int
@@ -86,7 +87,7 @@ class Preview:
 
     @property
     def extent(self) -> str:
-        """Which rows the counts cover: `an epoch`, or `the first 1,000 rows` of a stream."""
+        """Rows that the counts cover: `an epoch`, or `the first 1,000 rows` of a stream."""
         is_streamed = "streamed" in self.facts
         return f"the first {self.facts['first_rows']:,} rows" if is_streamed else "an epoch"
 
@@ -133,7 +134,7 @@ def preview(config: TrainConfig, numbers: Sequence[int] = ()) -> Preview:
 
 
 def _sample(run: Run) -> list[Choice]:
-    """Returns statistics of completions and rewards of the initial model, for `--task rl`."""
+    """Returns lines on completions and rewards of the initial model, for `--task rl`."""
     rl, model = run.config.rl, run.model
     if not isinstance(run.objective, PolicyObjective) or not rl.check_groups:
         return []
@@ -196,9 +197,9 @@ def _show_row(run: Run, row: Encoded) -> ShownRow:
 
 
 class PieceDecoder:
-    """Decode token ids one by one, each as the text it adds after the preceding tokens.
+    """Decodes token ids to the text that each adds after the preceding ones.
 
-    Single ids would lose leading spaces and multi-byte characters.
+    Decoding ids one at a time would lose leading spaces and multi-byte characters.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -209,7 +210,7 @@ class PieceDecoder:
         self._anchor = tokenizer("a", add_special_tokens=False)["input_ids"][-1:]
 
     def decode_tokens(self, ids: Sequence[int]) -> list[str]:
-        """Returns the text of each id; a character split over ids belongs to the last of them."""
+        """Returns the text of each id; the last id of a split character gets that character."""
         before = self._decode(self._anchor)
         texts, pending = [], []
         for id_ in ids:
@@ -226,7 +227,7 @@ class PieceDecoder:
 
 
 def build_histogram(lengths: Sequence[int]) -> list[Bar]:
-    """Build at most ten bars of equal width over `lengths`."""
+    """Returns at most ten bars of equal width over the row lengths `lengths`."""
     if not lengths:
         return []
     shortest, longest = min(lengths), max(lengths)

@@ -179,7 +179,7 @@ def _resolve(config: QuantizeConfig) -> _Plan:
 
 
 def _unquantized_dtype(config: QuantizeConfig, model_config: Any) -> tuple[torch.dtype, str]:
-    """Returns the dtype of unquantized weights and of computation, and an explanation."""
+    """Returns the dtype of computation and of weights left unquantized, and the reason."""
     if config.dtype != "auto":
         return DTYPES[config.dtype], ""
     existing = getattr(model_config, "dtype", None)
@@ -226,7 +226,7 @@ def _experts_note(config: QuantizeConfig, plan: _Plan) -> str:
 
 @contextlib.contextmanager
 def _source_files(plan: _Plan) -> Iterator[Path]:
-    """Yields a directory with the model as .safetensors; a .gguf is converted temporarily."""
+    """Yields a directory with the model as .safetensors, converted there if it is a .gguf file."""
     source = plan.ref.source
     if source.kind != "gguf":
         yield merge_sharded_checkpoint(snapshot(source, COPIED))

@@ -35,7 +35,7 @@ if TYPE_CHECKING:  # importing it would print messages before loggers are silenc
 class TrainResult:
     """Result of a run; `path` and `model` are None after a dry run.
 
-    `model` is also None if the run had already finished.
+    `model` is also None if the run was already complete.
     """
 
     summary: Mapping[str, Any]
@@ -44,10 +44,9 @@ class TrainResult:
     tokenizer: Any
 
     def predict(self, rows: Any, **settings: Any) -> list[dict[str, Any]]:
-        """Returns `rows` with answers of the model; `settings` are fields of `PredictConfig`.
+        """Returns `rows` with the model's answers; `settings` are fields of `PredictConfig`.
 
-        Raises:
-            ConfigError: nothing was trained.
+        Raises ConfigError after a dry run.
         """
         from ftlevel.commands.predict import predict
 

@@ -27,11 +27,11 @@ class EmbeddingLoss:
     """Properties of an embedding loss.
 
     Attributes:
-        columns: content of the rows that the loss needs.
-        parameters: fields of `EmbeddingConfig` that only some losses use, this one included.
-        scale: default scale of cosine similarities; None if it has none.
-        margin: default margin; None if it has none.
-        contrasts: whether it compares the rows of a step, so that a step needs two or more rows.
+        columns: columns that rows need for this loss.
+        parameters: fields of `EmbeddingConfig` that this loss uses and not every loss uses.
+        scale: default scale of cosine similarities; None if the loss has none.
+        margin: default margin; None if the loss has none.
+        contrasts: whether rows of a step are negatives of each other, so a step needs two or more.
         needs_negatives: whether every row needs a negative.
         needs_teacher: whether it needs scores of a teacher, as columns or from `--teacher`.
     """
@@ -75,7 +75,7 @@ LOSS_ALIASES = {
 
 
 def normalize_loss_name(value: Any, aliases: Mapping[str, str]) -> Any:
-    """Returns ftlevel's name for a loss name of any tool; non-text `value` is unchanged."""
+    """Returns ftlevel's name for a loss name of any tool; `value` is unchanged if not text."""
     if not isinstance(value, str):
         return value
     key = value.lower().replace("_", "").replace("-", "")
@@ -186,7 +186,7 @@ _FLAGS = {
 def validate_embedding(
     task: str, config: EmbeddingConfig, batch: int, teacher: str | None
 ) -> Iterator[str]:
-    """Yields error messages; `batch` is the number of rows of an optimizer step."""
+    """Yields an error message per invalid setting; `batch` is the number of rows per step."""
     values = changed_fields(config)
     if task not in EMBEDDING_TASKS:
         if values:

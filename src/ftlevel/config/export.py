@@ -232,10 +232,10 @@ class Server:
         formats: export formats that it loads, best first.
         version: server version that the other properties were checked with.
         source: how the properties were checked, such as `read; not run`.
-        ranks: values that its option for the maximum LoRA rank allows; empty if any.
+        ranks: allowed values of the server's option for the maximum LoRA rank; empty if any.
         vocabulary: whether it serves LoRA on embeddings and on the output layer.
         every_layer: whether each kind of linear layer must be adapted in all blocks or in none.
-        families: model types that work; empty if all do.
+        families: model types that it serves; empty if all.
         several: whether it serves several adapters at once.
         merged: kinds of merged models that it serves: decoder, classifiers, rerankers.
         embeddings: how it serves embedding models; None if it does not.
@@ -377,7 +377,7 @@ class ExportConfig(HubSection):
     @model_validator(mode="before")
     @classmethod
     def _format_of_file(cls, raw: Any) -> Any:
-        """Set the format gguf if `out` is named FILE.gguf and the server loads such a file."""
+        """Set the format to gguf if `out` ends in .gguf and the server loads .gguf files."""
         server = SERVERS.get(str(raw.get("server")))
         is_file = Path(str(raw.get("out", ""))).suffix == FORMATS["gguf"].suffix
         if server and "gguf" in server.formats and is_file and raw.get("format") in (None, "auto"):
@@ -433,9 +433,9 @@ class ExportConfig(HubSection):
         return value
 
     def for_embeddings(self) -> ExportConfig:
-        """Returns the configuration for an embedding model or reranker.
+        """Returns this configuration with the server's format for embedding models.
 
-        Without `--format`, the format is the one in which the server loads such models.
+        Raises ConfigError if `out` does not end in the suffix of that format.
         """
         server = SERVERS.get(self.server or "")
         if server is None or "format" in self.model_fields_set:

@@ -20,12 +20,12 @@ from ftlevel.extensions import added_rows, load
 
 @dataclass(frozen=True)
 class FieldMetadata:
-    """Metadata of a configuration field, or of a flag without one.
+    """Type, default and help of a configuration field, or of a flag without a field.
 
     Attributes:
         type: type on the command line: int, float, bool, Path, list[str], else str.
         choices: allowed values; empty if not enumerable.
-        default: default as printed in the help; empty if it is off or the description has it.
+        default: default shown in the help; empty if it is off or the description states it.
         example: example of a NAME=VALUE pair, for a field that is a mapping.
         minimum: smallest allowed value, if the field's type does not state it.
     """
@@ -43,7 +43,7 @@ class FieldMetadata:
 def get_field_metadata(config: type[BaseModel], path: str) -> FieldMetadata:
     """Returns the metadata of the field at the dotted `path`; raises KeyError if there is none.
 
-    In a union of sections, such as the methods, choices are those of all members with the field.
+    For a field of several methods, the choices are those of all methods together.
     """
     *sections, name = path.split(".")
     models: list[type[BaseModel]] = [config]
@@ -79,7 +79,6 @@ def _is_section(annotation: Any) -> bool:
 
 
 def _union_types(annotation: Any) -> list[Any]:
-    """Returns the types in `annotation` except None, with unions and Annotated unwrapped."""
     if get_origin(annotation) is Annotated:
         return _union_types(get_args(annotation)[0])
     if get_origin(annotation) in (Union, UnionType):
@@ -96,7 +95,7 @@ def _value_type(types: list[Any]) -> Any:
 
 
 def _default_of(infos: dict[type[BaseModel], FieldInfo]) -> str:
-    """Returns the default as text, such as `8 with lora` if it depends on the method."""
+    """Returns the default as text; if it depends on the method, such as `8 with lora`."""
     defaults = [_format_default(info) for info in infos.values()]
     kind_field = next(iter(infos)).model_fields.get("kind")
     if len(set(defaults)) == 1 or kind_field is None or kind_field in infos.values():
@@ -152,13 +151,13 @@ COMPARE, INFERENCE, WRITE = "Comparison", "Inference", "Output"
 
 @dataclass(frozen=True)
 class NoOpValue:
-    """Flag value without effect, which may contradict another field.
+    """Flag value of another tool that changes nothing but may contradict a field.
 
     Attributes:
-        reason: why it has no effect.
-        path: dotted path of that field; empty for none.
-        allowed: values of the field without contradiction; empty for all but `excluded`.
-        excluded: values of the field that contradict the flag.
+        reason: why the value changes nothing.
+        path: dotted path of the field that it may contradict; empty for none.
+        allowed: values of that field that agree with the flag; empty if all but `excluded` do.
+        excluded: values of that field that contradict the flag.
         fix: last sentence of the error message.
     """
 
@@ -169,7 +168,7 @@ class NoOpValue:
     fix: str = "Drop one of them"
 
     def accepts(self, value: Any) -> bool:
-        """Returns whether the field's `value` does not contradict the flag."""
+        """Returns whether `value` of the field at `path` agrees with the flag."""
         return (not self.allowed or value in self.allowed) and value not in self.excluded
 
 
@@ -185,9 +184,9 @@ class Alias:
     """Another tool's name of a flag, whose values differ from ftlevel's.
 
     Attributes:
-        value: value of the flag that the alias sets, if the alias is a switch.
-        values: values of the alias, and what replaces them.
-        convert: converts other values; raises ValueError if it cannot.
+        value: value that the alias sets, if the alias is a switch.
+        values: value of the alias → replacement on the command line.
+        convert: converts values that are not in `values`; raises ValueError if it cannot.
         multiple: whether the alias takes several values although the flag takes one.
     """
 
@@ -200,11 +199,11 @@ class Alias:
 
 @dataclass(frozen=True)
 class FlagAliases:
-    """Other names of a flag and aliases of its values, mostly those of other tools.
+    """Other names of a flag and of its values, mostly those of other tools.
 
     Attributes:
         names: other names of the flag.
-        values: aliases of its values, accepted with all names of the flag.
+        values: value → replacement on the command line, for every name of the flag.
         convert: converts values that are not in `values`, as in `Alias`.
     """
 
@@ -213,7 +212,7 @@ class FlagAliases:
     convert: Callable[[str], str] | None = None
 
     def __or__(self, other: FlagAliases) -> FlagAliases:
-        """Returns the aliases of `self`, which take precedence, and of `other`."""
+        """Returns the aliases of both; for the same value, those of `self`."""
         return FlagAliases(
             (*self.names, *other.names),
             {**other.values, **self.values},
@@ -226,16 +225,16 @@ class Flag:
     """Flag or argument of one or several commands.
 
     Attributes:
-        path: dotted path of the field it sets, or empty; `method.NAME` is for any method.
+        path: dotted path of the field that it sets, or empty; `method.NAME` is for any method.
         names: flag names as in Typer, or an argument's metavar; default: from `path`.
         panel: heading in `--help` and docs/cli.md.
-        on: commands that have it.
+        on: names of the commands that have it.
         multiple: whether it takes several values, separated by commas or spaces.
         is_repeatable: whether it may be given several times.
-        rest: dotted path of a second field, which is set to all values but the first.
+        rest: dotted path of a field that gets all values but the first.
         dest: parameter name in the command's function, if it differs from the flag's name.
-        by_task: dotted path of the field that it sets instead of `path`, by task.
-        value: metadata of a flag without `path`; its `default` is the parameter's.
+        by_task: task → dotted path of the field that it sets instead of `path`.
+        value: type, default and help of a flag without `path`.
     """
 
     path: str = ""
@@ -271,13 +270,13 @@ class Flag:
 
     @property
     def parameter(self) -> str:
-        """Name of the parameter for this flag in the command's function."""
+        """Name of this flag's parameter in the command's function."""
         if self.dest or not self.is_argument:
             return self.dest or self.name.lstrip("-").replace("-", "_")
         return self.path.replace(".", "_")
 
     def metadata(self, command: str) -> FieldMetadata:
-        """Returns type, default and help of the flag, which are those of the field that it sets."""
+        """Returns type, default and help of the field that the flag sets, or else `value`."""
         if self.value is not None:
             return self.value
         config = config_of(command)
@@ -323,7 +322,7 @@ def option(
 
 @dataclass(frozen=True)
 class UnsupportedFlag(Flag):
-    """Flag of a different tool without a counterpart.
+    """Flag of another tool for which ftlevel has no equivalent.
 
     Values in `aliases` are accepted; `message` is the error for all other values.
     """

@@ -361,7 +361,7 @@ _GENERAL_FLAGS: tuple[Flag, ...] = (
 
 
 def _extended() -> Iterator[Flag]:
-    """Yields ftlevel's flags, with the aliases of extensions, and the flags of extensions.
+    """Yields all flags: ftlevel's, with the aliases that extensions add, and those of extensions.
 
     Raises:
         ConfigError: two packages define the same flag of a command.
@@ -385,7 +385,7 @@ def _extended() -> Iterator[Flag]:
 def _tables_of_extensions() -> tuple[
     list[tuple[str, Sequence[Flag]]], dict[str, list[FlagAliases]]
 ]:
-    """Returns the flags of extensions, with the package, and their aliases by dotted field."""
+    """Returns (package, flags) of extensions, and aliases of train's flags by dotted field."""
     flags: list[tuple[str, Sequence[Flag]]] = []
     aliases: dict[str, list[FlagAliases]] = {}
     for source, extension in find_extensions():
@@ -434,9 +434,9 @@ def flags_of(command: str, flags: Sequence[Flag] = FLAGS) -> list[Flag]:
 
 
 def recipe_hint(name: str, command: str = "train") -> str:
-    """Returns a hint for an unknown key that is the name of a flag, or "".
+    """Returns a hint for a recipe key that is the name of a flag, else "".
 
-    The hint is the key of the flag, with the value of an alias: `quant.kind: 4bit`.
+    For `load_in_4bit`, the hint is the key to write instead: `quant.kind: 4bit`.
     """
     flag_name = "--" + name.lower().replace("_", "-")
     for flag in FLAGS:

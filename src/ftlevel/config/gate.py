@@ -18,17 +18,17 @@ _Spelling = Literal["stop", "fold", "warn", "ignore"]
 
 @dataclass(frozen=True)
 class Check:
-    """Title of a data problem in reports, and advice without the final period, or "" for none."""
+    """Name of a data problem in reports, and `remedy`, advice without a final period or ""."""
 
     title: str
     remedy: str = ""
 
 
 class GateConfig(Section):
-    """Action per data problem: stop, drop (and report), warn or ignore; fold merges label variants.
+    """Action per data problem: stop; drop the row and report it; warn; ignore; or fold.
 
-    Unusable rows can only stop the run or be dropped; problems of the whole dataset cannot be
-    dropped.
+    `fold` replaces variants of a label by one. Unusable rows can only stop the run or be dropped;
+    problems of the whole dataset cannot be dropped.
     """
 
     null_content: Annotated[_Unreadable, Check("null content")] = Field(

@@ -31,14 +31,14 @@ _MAX_LENGTH = 200  # characters, in errors
 
 @dataclass(frozen=True)
 class Layer:
-    """Unvalidated values of one source; `locations` has the flag or file:line of each key."""
+    """Unvalidated values from one source; `locations` maps each key to its flag or file:line."""
 
     values: dict[str, Any] = field(default_factory=dict)
     locations: dict[KeyPath, str] = field(default_factory=dict)
 
 
 def load_recipe(path: Path) -> Layer:
-    """Load a YAML recipe with the line of every key; raises ConfigError like `load_yaml_file`."""
+    """Load a YAML recipe; raises ConfigError if invalid, or a configuration of another tool."""
     values, locations = load_yaml_file(path)
     if tool := next(filter(None, (detect(values) for detect in hooks("detect_tool"))), ""):
         raise ConfigError(
@@ -49,7 +49,7 @@ def load_recipe(path: Path) -> Layer:
 
 
 def load_yaml_file(path: Path) -> tuple[dict[str, Any], dict[KeyPath, str]]:
-    """Load the mapping in a YAML file and the origin (file:line) of every key.
+    """Returns the mapping in a YAML file, and file:line of each key.
 
     Raises:
         ConfigError: the file is missing, not YAML, not a mapping, or has a duplicate key.
@@ -89,7 +89,6 @@ def load_yaml_file(path: Path) -> tuple[dict[str, Any], dict[KeyPath, str]]:
 
 
 def _iter_keys(mapping: Any, prefix: KeyPath) -> Iterator[tuple[KeyPath, int]]:
-    """Yields (key path, 1-based line) of every key in a YAML mapping node."""
     for key_node, value_node in mapping.value:
         key = (*prefix, str(key_node.value))
         yield key, key_node.start_mark.line + 1
@@ -113,7 +112,7 @@ def parse_overrides(overrides: Iterable[str]) -> Layer:
 
 
 def put(layer: Layer, key: KeyPath, value: Any, location: str) -> None:
-    """Set the value and origin at `key` in `layer` (modified)."""
+    """Set `key` in `layer` (modified) to `value`, whose origin is `location`."""
     target = layer.values
     for part in key[:-1]:
         inner = target.setdefault(part, {})
@@ -125,9 +124,9 @@ def put(layer: Layer, key: KeyPath, value: Any, location: str) -> None:
 
 
 def build_config(layers: Iterable[Layer], note: Callable[[str], None] | None = None) -> TrainConfig:
-    """Merge `layers`, later ones winning, and validate the result once.
+    """Merge `layers`, later ones winning, and validate the merged configuration.
 
-    `note` is called with a message for each old name of a key. Raises ConfigError.
+    `note` is called with a message for each outdated key or alias. Raises ConfigError.
     """
     merged: dict[str, Any] = {}
     locations: dict[KeyPath, str] = {}
@@ -167,9 +166,9 @@ def _normalize_layer(layer: Layer, note: Callable[[str], None] | None) -> Layer:
 def build_section(
     section: type[S], values: Mapping[str, Any], flags: Mapping[str, str] | None = None
 ) -> S:
-    """Returns a validated `section` from the flag values of a command; None means not set.
+    """Returns `section`, validated, from values of flags; a value of None means not set.
 
-    `flags` has the names of flags that differ from their field's. Raises ConfigError.
+    `flags` maps fields to their flags where the names differ. Raises ConfigError.
     """
     shown = {name: "--" + name.replace("_", "-") for name in section.model_fields}
     shown.update(flags or {})
@@ -211,7 +210,7 @@ def format_errors(
     locations: Mapping[KeyPath, str] | None,
     model: type[BaseModel] = TrainConfig,
 ) -> list[str]:
-    """Returns a message per pydantic error; `locations` is None for constructor arguments."""
+    """Returns one message per invalid field; `locations` is None for constructor arguments."""
     messages: list[str] = []
     seen: set[KeyPath] = set()
     sources = locations or {}
@@ -236,7 +235,7 @@ Section.explain_errors = staticmethod(lambda error, root: format_errors(error, N
 
 
 def _key_and_method(detail: ErrorDetails, model: type[BaseModel]) -> tuple[KeyPath, str | None]:
-    """Returns the recipe key of an error, and the method if it is a method's field, else None."""
+    """Returns the recipe key of a pydantic error, and the method if it is a method's field."""
     location = [str(part) for part in detail["loc"]]
     if len(location) > 1 and location[0] in _UNIONS and location[1] in SPECS:
         inner = location[2:] if detail["type"] == "extra_forbidden" else location[2:3]
@@ -250,7 +249,7 @@ def _key_and_method(detail: ErrorDetails, model: type[BaseModel]) -> tuple[KeyPa
 
 
 def _get_location(key: KeyPath, locations: Mapping[KeyPath, str], constructor: str) -> str:
-    """Returns the location of `key` or of its nearest parent; if unknown, `key` with dots."""
+    """Returns the location of `key`, else of the nearest section; if unknown, the dotted key."""
     for end in range(len(key), 0, -1):
         if key[:end] in locations:
             return locations[key[:end]]
@@ -281,7 +280,7 @@ def _invalid_key(key: KeyPath, kind: str | None, model: type[BaseModel]) -> str:
 
 
 def _closest_field(key: KeyPath) -> str:
-    """Returns the dotted field closest to `key`, whose section is wrong or missing, or ""."""
+    """Returns the dotted field that `key`, with an unknown or missing section, may mean, or ""."""
     section, name = key[:-1], key[-1]
     sections = [part for part in TrainConfig.model_fields if _fields_of((part,))]
     if len(section) == 1 and section[0] not in TrainConfig.model_fields:
@@ -305,7 +304,7 @@ _SYNONYMS = {
 
 
 def get_field_path(name: str) -> str:
-    """Returns the dotted path of the field `name` of any section or method, or ""."""
+    """Returns the dotted path of the field `name` of a section or method; "" if there is none."""
     for section in TrainConfig.model_fields:
         for inner in ((section,), (section, "gate")):
             if name in _fields_of(inner):

@@ -33,7 +33,7 @@ class Decoding(Section):
 
 
 class DecodingAsInTraining(Section):
-    """Decoding settings; None means as in training."""
+    """Decoding settings; None uses the setting of the training run."""
 
     num_beams: Beams | None = Field(None, description=f"{NUM_BEAMS}; default: as in training.")
     temperature: Temperature | None = Field(
@@ -47,10 +47,10 @@ class DecodingAsInTraining(Section):
         return self
 
     def decoding(self, trained: Decoding) -> dict[str, Any]:
-        """Returns arguments for `generate`: these settings; where None, those of training.
+        """Returns arguments for `generate`: these settings, or where None, those of training.
 
-        Beam search in these settings turns off sampling set for training, and vice versa. Raises
-        ConfigError if the settings contradict each other.
+        `num_beams` above 1 turns off training's sampling, a `temperature` above 0 its beam search.
+        Raises ConfigError if these settings contradict each other.
         """
         beams, temperature = self.num_beams, self.temperature
         if beams is None:

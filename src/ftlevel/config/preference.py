@@ -38,9 +38,9 @@ class LossProperties:
     """Properties of a preference loss.
 
     Attributes:
-        parameters: fields of `PreferenceConfig` that it uses, besides `loss`.
+        parameters: fields of `PreferenceConfig` that the loss uses, besides `loss`.
         needs_reference: whether it needs a reference model.
-        paired: whether it needs two answers per prompt.
+        paired: whether it needs a preferred and a rejected answer per prompt.
         smoothed: whether it uses `train.label_smoothing_factor`.
         rate: factor on the default learning rate. Papers use a tenth of the rate for supervised
             fine-tuning or less, except for orpo, which includes the supervised loss.
@@ -121,7 +121,7 @@ class PreferenceConfig(Section):
 
     @property
     def loss_properties(self) -> LossProperties:
-        """Properties of the selected loss."""
+        """Properties of the loss in `loss`."""
         return LOSSES[self.loss or DEFAULT_LOSS]
 
     @property
@@ -131,25 +131,25 @@ class PreferenceConfig(Section):
 
     @property
     def other_reference(self) -> str | None:
-        """Reference model other than the initial model, else None."""
+        """Reference model; None if it is the initial model, or none is needed."""
         is_other = self.uses_reference and self.reference != START
         return self.reference if is_other else None
 
     @property
     def effective_beta(self) -> float:
-        """Beta: the setting, or the default of the loss."""
+        """`beta`, or the default of the loss if it is unset."""
         return self.beta if self.beta is not None else (self.loss_properties.beta or 0.0)
 
     @property
     def margin(self) -> float:
-        """Target margin (gamma) of simpo: the setting, or half of beta."""
+        """Target reward margin (gamma) of simpo: the setting, or half of beta."""
         return self.effective_beta / 2 if self.simpo_gamma is None else self.simpo_gamma
 
 
 def validate_preference(
     task: str, config: PreferenceConfig, smoothing: float, *, streaming: bool
 ) -> Iterator[str]:
-    """Yields an error message for each value without effect or in conflict."""
+    """Yields an error message for each value that has no effect or contradicts another."""
     defaults = PreferenceConfig()
     fields = PreferenceConfig.model_fields
     values = [name for name in fields if getattr(config, name) != getattr(defaults, name)]
@@ -187,7 +187,6 @@ def validate_preference(
 
 
 def _flag(section: str, name: str) -> str:
-    """Returns the flag of a field, or its dotted key if it has none."""
     return f"{section}.{name}" if name in _WITHOUT_FLAG else f"--{name.replace('_', '-')}"
 
 
@@ -196,7 +195,7 @@ def _losses_with(name: str) -> Sequence[str]:
 
 
 def normalize_loss(raw: dict[str, Any]) -> dict[str, Any]:
-    """Returns `raw` with the default loss filled in; the loss `reward` sets the task `reward`."""
+    """Returns the configuration with the default loss; loss `reward` sets the task to `reward`."""
     task = str(raw.get("task", "")).replace("_", "-")
     section = raw.get("preference") or {}
     if task not in PREFERENCE_TASKS or not isinstance(section, dict):
@@ -333,7 +332,7 @@ class DistillationConfig(Section):
 def validate_distillation(
     task: str, config: DistillationConfig, smoothing: float, *, streaming: bool
 ) -> Iterator[str]:
-    """Yields an error message for each value without effect or in conflict."""
+    """Yields an error message for each value that has no effect or contradicts another."""
     default = DistillationConfig()
 
     def is_changed(name: str) -> bool:

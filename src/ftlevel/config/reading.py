@@ -60,9 +60,9 @@ def normalize_task(name: str) -> str:
 
 
 def resolve_aliases(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Returns the sections `values` with aliases resolved, and a message for each alias.
+    """Returns the configuration with aliases replaced, and a message for each alias.
 
-    Explicit fields override those that an alias sets.
+    A field set explicitly overrides the value that an alias sets.
     """
     resolved, lines = dict(values), []
     if isinstance(task := resolved.get("task"), str):
@@ -105,7 +105,7 @@ class YamlError(ValueError):
 
 
 def load_yaml(text: str) -> tuple[Any, Any]:
-    """Returns the value of `text` and its YAML node, or (None, None); raises YamlError."""
+    """Returns the value and the YAML node of `text`, (None, None) if empty; raises YamlError."""
     import yaml  # lazy: --help needs no YAML
 
     class Loader(yaml.SafeLoader):
@@ -139,7 +139,7 @@ def load_yaml(text: str) -> tuple[Any, Any]:
 
 
 def _count(node: Any, sizes: dict[int, int], ancestors: set[int]) -> int:
-    """Returns the number of values in `node` with YAML aliases expanded; raises YamlError."""
+    """Returns the number of values in `node`, aliases expanded; raises YamlError if too many."""
     if id(node) in sizes:
         return sizes[id(node)]
     position = node.start_mark.line + 1
@@ -175,7 +175,7 @@ RENAMED = {
 def rename_keys(
     values: Mapping[str, Any], locations: Mapping[tuple[str, ...], str]
 ) -> tuple[dict[str, Any], list[str]]:
-    """Returns the sections `values` with current names of keys, and a message for each old name.
+    """Returns the configuration with outdated keys renamed, and a message for each.
 
     Raises ValueError if a key is given under both names.
     """

@@ -78,7 +78,7 @@ class RerankingConfig(Section):
 
 
 def validate_reranking(task: str, config: RerankingConfig, teacher: str | None) -> Iterator[str]:
-    """Yields an error message for each value, or `--teacher`, without effect."""
+    """Yields an error message for each value that has no effect, and for an unused `--teacher`."""
     values = changed_fields(config)
     if task not in RERANKING_TASKS:
         names = join_names(f"--{name.replace('_', '-')}" for name in values)

@@ -23,12 +23,12 @@ _CLIPPED = ("epsilon", "epsilon_high")
 
 @dataclass(frozen=True)
 class RlLossProperties:
-    """Properties of a policy loss; the defaults are those of its paper.
+    """Properties of a policy loss, with the defaults of the loss's paper.
 
     Attributes:
         scale: standard deviation that advantages are divided by: group, batch or none.
-        epsilon, epsilon_high: default clipping range. epsilon is None if there is no lower bound
-            and `epsilon_high` caps the ratio itself (cispo).
+        epsilon: default lower clipping range; None if the ratio has no lower bound (cispo).
+        epsilon_high: default upper clipping range; for cispo, the maximum of the ratio itself.
         parameters: fields of `RlConfig` that this loss uses and not every loss uses.
     """
 
@@ -87,10 +87,7 @@ _FILE = re.compile(r"(.+\.py):([^:]*)", re.DOTALL)
 
 
 def parse_reward(text: str) -> RewardSpec:
-    """Parse a value of `--reward`; raise ValueError if it is malformed.
-
-    A trailing `=NUMBER` is the weight.
-    """
+    """Parse a value of `--reward`, whose weight is a trailing `=NUMBER`; may raise ValueError."""
     before, equals, after = text.rpartition("=")
     weight = _number(after) if equals else None
     body = text if weight is None else before
@@ -267,7 +264,7 @@ class RlConfig(Section):
 
     @property
     def loss_properties(self) -> RlLossProperties:
-        """Properties of the selected loss."""
+        """Properties of the loss in `loss`."""
         return RL_LOSSES[self.loss]
 
     @property
@@ -277,7 +274,7 @@ class RlConfig(Section):
 
     @property
     def scale(self) -> Scale:
-        """Standard deviation that advantages are divided by: the setting, or the loss's default."""
+        """Standard deviation that divides advantages: the setting, or the default of the loss."""
         return self.scale_rewards or self.loss_properties.scale
 
     @property

@@ -43,7 +43,7 @@ _TEXTS = ("system", "context", "prompt_tuning_init_text")
 
 
 class Section(BaseModel):
-    """Frozen part of the configuration; unknown keys, NaN and infinity are errors."""
+    """Immutable part of the configuration; unknown keys, NaN and infinity are errors."""
 
     model_config = ConfigDict(
         frozen=True,
@@ -116,7 +116,7 @@ def _iter_types(annotation: Any) -> Iterator[Any]:
 
 @dataclass(frozen=True)
 class Choice:
-    """Resolved value with its reason, such as `bfloat16 (auto: CPU has avx512_bf16)`."""
+    """Value of a setting with the reason for it, such as `bfloat16 (auto: CPU has avx512_bf16)`."""
 
     name: str
     value: Any

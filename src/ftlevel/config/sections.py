@@ -35,7 +35,7 @@ IN_MEMORY = "in memory"
 
 
 class InMemoryDataset(str):
-    """String that stands for in-memory `rows` where the name of a dataset is expected.
+    """String used in place of a dataset's name; the attribute `rows` has the rows.
 
     `rows` is a DataFrame, `Dataset`, `DatasetDict` or iterable of mappings.
     """
@@ -124,7 +124,7 @@ class QuantConfig(Section):
 
     @property
     def facts(self) -> dict[str, Any]:
-        """Settings for a model card; `experts` only if experts are quantized."""
+        """Settings written to the model card; `experts` only if experts are quantized."""
         if self.kind != "4bit":
             return {"kind": self.kind}
         return self.model_dump(exclude=None if self.experts else {"experts"})

@@ -43,7 +43,7 @@ SHORTHAND = {
 
 
 def expand_shorthand(section: str, value: Any) -> Any:
-    """Returns `{kind: lora}` for the shorthand `lora` of a section; other values are unchanged."""
+    """Returns `value` as a section, `{kind: lora}` for method `lora`; mappings are unchanged."""
     if section not in SHORTHAND or type(value) is dict or isinstance(value, BaseModel):
         return value
     return {SHORTHAND[section]: value}
@@ -86,7 +86,7 @@ class TrainConfig(Section):
 
     @property
     def task_options(self) -> dict[str, Any]:
-        """Arguments of `BaseTask.configured`: name → settings."""
+        """Settings that the task needs, by name: the arguments of `BaseTask.configured`."""
         smoothing, teacher = self.train.label_smoothing_factor, self.distillation.teacher
         return {
             "preference": {**self.preference.model_dump(), "smoothing": smoothing},
@@ -102,7 +102,7 @@ class TrainConfig(Section):
         return self.rl.num_iterations if self.task == RL_TASK else 1
 
     def with_sections(self, **sections: Any) -> TrainConfig:
-        """Returns a validated copy in which `sections` are replaced; may raise ConfigError."""
+        """Returns a validated copy with `sections` replaced; raises ConfigError if invalid."""
         values = {name: getattr(self, name) for name in self.model_fields_set}
         return TrainConfig(**{**values, **sections})
 

@@ -90,7 +90,7 @@ _FLOOR = ("min_lr", "min_lr_rate")
 
 @dataclass(frozen=True)
 class AllowedKwargs:
-    """Allowed arguments of an optimizer or schedule; exactly one of `required` is required."""
+    """Arguments that an optimizer or schedule accepts; exactly one of `required` must be set."""
 
     names: tuple[str, ...] = ()
     required: tuple[str, ...] = ()
@@ -152,7 +152,7 @@ _ADAM = {"adam_beta1": 0.9, "adam_beta2": 0.999, "adam_epsilon": 1e-8}
 
 
 def validate_optimizer(train: Any) -> Iterator[str]:
-    """Yields messages for values of optimizer and schedule that would be ignored."""
+    """Yields a message for each argument that the optimizer or schedule would ignore."""
     schedule, optim = train.lr_scheduler_type, train.optim
     yield from _validate_kwargs(
         "--lr-scheduler-kwargs",

@@ -18,7 +18,7 @@ ON_RESIDUAL = ("seq_bn", "par_bn", "adapter_plus")
 
 
 def default_scaling(placement: str) -> float | str:
-    """Returns the default scale of the adapter's output; "channel" means one per channel."""
+    """Returns the default factor of the adapter's output; "channel" is one factor per channel."""
     if placement == "adapter_plus":
         return "channel"  # Steitz & Roth, 2024, § 3.3
     return PARALLEL_SCALING if placement in ("parallel", "par_bn") else 1.0
