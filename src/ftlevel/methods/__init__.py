@@ -24,7 +24,7 @@ TUNERS = "ftlevel.adapters"
 
 
 class _Methods(dict[str, Method]):
-    """Methods by name; one whose extension package cannot be imported raises `ConfigError`."""
+    """Mapping name → method; raises `ConfigError` for one whose extension cannot be imported."""
 
     def __missing__(self, name: str) -> NoReturn:
         if name not in _ADDED:
@@ -51,12 +51,12 @@ METHODS = _Methods(_load_methods())
 
 
 def needs_import(config: specs.MethodSpec) -> str:
-    """Returns the module to import before PEFT alone can load an adapter of `config`, or ""."""
+    """Returns the module that registers the tuner of an adapter in PEFT, "" if PEFT has it."""
     return TUNERS if METHODS[config.kind].tuner else ""
 
 
 def ensure_registered() -> None:
-    """Register ftlevel's tuners in PEFT; idempotent. Imports peft."""
+    """Register ftlevel's tuners in PEFT, which is imported; idempotent."""
     for method in METHODS.values():
         if method.tuner:
             import_module(method.tuner)
@@ -78,7 +78,7 @@ RULES: tuple[Rule, ...] = tuple(
 
 
 def rows_of(config: MethodSpec) -> list[MethodInfo]:
-    """Returns the rows of the support table for the method and the variants that `config` uses."""
+    """Returns the support-table rows of the method and of the variants that `config` uses."""
     return [row for row in METHOD_INFO.values() if row.matches(config)]
 
 
@@ -88,12 +88,12 @@ def get_rule(cell: Cell) -> Rule | None:
 
 
 def get_possible_rules(cell: Cell) -> list[Rule]:
-    """Returns the rules that exclude at least one of the combinations that `cell` contains."""
+    """Returns the rules by which at least one combination in `cell` is unsupported."""
     return [rule for rule in RULES if rule.may_match(cell)]
 
 
 def explain(rule: Rule, info: MethodInfo, cell: Cell) -> str:
-    """Returns an error message: that `info` cannot be used in `cell`, why, and what to do."""
+    """Returns the message for a method excluded from `cell` by `rule`: the reason and a fix."""
     flags = info.flags if not info.fields else info.flags.partition(f"--method {info.method} ")[2]
     limits = []
     if rule.architectures:

@@ -24,14 +24,12 @@ class Base:
     """Base model to which a method is applied.
 
     Attributes:
-        config: transformers config.
         architecture: `encoder`, `decoder` or `encoder-decoder`.
         task_type: PEFT task type; None for masked LMs.
         targets: names of the adapted modules, shortened to suffixes that PEFT matches.
         heads: names of the modules that are fully trained.
         fan_in_fan_out: whether the adapted layers are `Conv1D`.
         total_steps: number of optimizer steps.
-        tokenizer: tokenizer of the model.
         parameters: names of adapted tensors outside linear layers, such as fused experts.
         unused: names of modules that do not affect the loss.
     """
@@ -59,7 +57,7 @@ class Base:
 
 @dataclass(frozen=True)
 class QuantizedCheckpoint:
-    """Base model with a quantized checkpoint; `quantization` is that of bitsandbytes, or `none`."""
+    """Model saved quantized; `quantization` is bitsandbytes' kind, `none` for other libraries."""
 
     name: str
     format: str
@@ -68,9 +66,9 @@ class QuantizedCheckpoint:
 
 @dataclass(frozen=True)
 class InitializationInputs:
-    """Inputs of data- or weight-dependent initializations, computed on demand.
+    """Inputs of initializations that depend on data or weights, computed on demand.
 
-    `batches` returns batches with a mask `supervised` `(batch, seq)`; they can be iterated again.
+    `batches` returns batches, with a mask `supervised` `(batch, seq)`; they can be iterated again.
     `float_weights` returns a function that loads a linear layer's unquantized weight `(out, in)` by
     name, on the CPU.
     """
@@ -82,7 +80,7 @@ class InitializationInputs:
 
 
 class Initialization:
-    """Initialization of an adapter; by default PEFT's, which leaves the base unchanged."""
+    """How an adapter is initialized; by default as in PEFT, with the base unchanged."""
 
     def required_dtype(self, spec: Any, dtype: str) -> Choice | None:
         """Returns the dtype that `spec` requires, or None; raises `ConfigError` if not `dtype`."""
@@ -100,15 +98,15 @@ class Initialization:
         """Initialize the adapter of `model` (modified)."""
 
     def copy(self, model: Any) -> dict[str, Any]:
-        """Returns copies of the untrained tensors that `as_saved` needs after training, by name."""
+        """Returns name → copy of the tensors, before training, that `as_saved` needs after it."""
         return {}
 
     def as_saved(
         self, model: Any, initial: dict[str, Any]
     ) -> AbstractContextManager[dict[str, Any] | None]:
-        """Returns a context manager that yields the state dict to save; None saves `model` as is.
+        """Context manager that yields the state dict to save, or None to save `model` as it is.
 
-        `initial` is the result of `copy`. The state dict fits the original base.
+        `initial` is the result of `copy`. The state dict fits the base before initialization.
         """
         return nullcontext()
 
@@ -118,11 +116,11 @@ class MergeInfo:
     """How adapters of a method are merged into the base weights.
 
     Attributes:
-        peft_types: `peft_type` values in adapter_config.json, including PEFT's own tuners.
+        peft_types: `peft_type` values in adapter_config.json.
         into_weights: whether adapters can be merged.
-        get_error: adapter_config.json -> why the adapter cannot be merged, or None.
-        prepare: removes training-only settings from a `PeftConfig` (modified) before injection.
-        restore: sets values of the injected adapter (modified) that are not saved in its file.
+        get_error: takes adapter_config.json; returns why the adapter cannot be merged, or None.
+        prepare: removes settings only for training from a `PeftConfig` before layers are replaced.
+        restore: sets values of a loaded adapter that are not saved in its file.
         lora_conversion: conversion to a plain LoRA of the unchanged base, for inference servers.
     """
 
@@ -136,13 +134,15 @@ class MergeInfo:
 
 @dataclass(frozen=True)
 class StepSupport:
-    """Reasons why parts of the fast step do not support a method; each returns "" if it does.
+    """Why parts of the fast training step do not support a method: functions of `spec`.
+
+    Each returns the reason, or "" if the part supports the method.
 
     Attributes:
         fusing: fused layers; None for methods other than LoRA.
         packing: packed rows.
         workers: micro-batches in parallel threads.
-        pruning: last-layer token pruning.
+        pruning: skipping unsupervised tokens in the last layer.
     """
 
     fusing: Callable[[Any], str] | None = None
@@ -153,7 +153,7 @@ class StepSupport:
 
 @runtime_checkable
 class HasState(Protocol):
-    """Trainer callback of a `Method`, with state that checkpoints save besides the model's."""
+    """Trainer callback whose own state is saved in checkpoints, next to the model's."""
 
     def save_state(self, path: Path) -> None:
         """Save in the directory `path` what the callback needs to resume training."""
@@ -173,12 +173,10 @@ class Method:
         rate: default peak learning rates.
         rules: unsupported cells of the support table.
         tuner: module whose import registers a tuner of ftlevel in PEFT; empty for PEFT's tuners.
-        initialization: how the adapter is initialized.
         step: support for the fast training step.
-        merge_info: how adapters are merged.
-        peft_loaders: loaders (base, path, adapter name) of adapters of PEFT's tuner, by PEFT type.
-        resume_method: method that trains its saved adapters further, if not itself.
-        resume_error: why neither its adapters nor its runs can be trained further.
+        peft_loaders: functions that load adapters trained with PEFT's own tuner, by PEFT type.
+        resume_method: method that trains saved adapters of this one further, if another one.
+        resume_error: why neither adapters nor runs of this method can be trained further.
         changes_shape: whether tensors change their shape during training.
         page: Markdown text for docs/methods.md.
     """
@@ -212,20 +210,20 @@ class Method:
         return self.rate
 
     def format_spec(self, spec: Any) -> str:
-        """Returns the values of `spec` in one line of text."""
+        """Returns the settings in `spec` as one line of text."""
         values = spec.model_dump(exclude={"kind", "target_modules"})
         return ", ".join(f"{name} {value}" for name, value in values.items() if value is not None)
 
     def get_error(
         self, spec: Any, config: Any, architecture: str, task: str, quant: str
     ) -> str | None:
-        """Returns why the model is unsupported and what to do, or None."""
+        """Returns why the method does not support the model and what to do, or None."""
         return None
 
     def get_quantized_error(self, spec: Any, base: QuantizedCheckpoint) -> str | None:
-        """Returns why a quantized checkpoint is unsupported, or None.
+        """Returns why the method does not support a quantized checkpoint, or None.
 
-        On weights that other libraries than bitsandbytes quantized, PEFT supports only plain LoRA.
+        On weights quantized by other libraries than bitsandbytes, PEFT supports only plain LoRA.
         """
         if base.quantization != "none":
             return None
@@ -235,22 +233,22 @@ class Method:
         )
 
     def get_embedding_error(self, spec: Any) -> str | None:
-        """Returns why `spec` cannot adapt embeddings, "" if it can; None if the method cannot."""
+        """Returns why `spec` cannot adapt embeddings, "" if it can, None if no `spec` can."""
         return None
 
     def default_target_modules(self, spec: Any, model: Any) -> list[str]:
-        """Returns the full names, sorted, of the modules to adapt if `target_modules` is unset."""
+        """Returns the full names, sorted, of the modules adapted if `target_modules` is unset."""
         return []
 
     def check(self, spec: Any, sizes: Mapping[str, tuple[int, int]]) -> None:
-        """Raise `ConfigError` if the adapted layers, name -> (in, out) features, do not fit."""
+        """Raise `ConfigError` if `spec` does not fit `sizes`: layer name → (in, out) features."""
 
     def num_parameters(self, spec: Any, sizes: Mapping[str, tuple[int, int]]) -> int | None:
-        """Returns the number of adapter parameters, or None if it must be counted in the model."""
+        """Returns the number of adapter parameters; None if only the built model shows it."""
         return None
 
     def positions(self, spec: Any) -> int:
-        """Returns the number of the model's positions that virtual tokens occupy."""
+        """Returns how many of the model's positions (maximum length) virtual tokens use up."""
         return 0
 
     def trains_base(self, spec: Any) -> bool:
@@ -264,24 +262,24 @@ class Method:
         return None
 
     def unfreeze(self, spec: Any, base: Base, model: Any) -> None:
-        """Unfreeze the weights to train in the frozen `model` (modified); without an adapter."""
+        """Unfreeze the weights to train in the frozen `model`, for methods without an adapter."""
 
     def prepare(self, model: Any) -> None:
-        """Prepare `model` (modified), which has the adapter, for training."""
+        """Change `model`, to which the adapter was just added, for training."""
 
     def optimizer(self, spec: Any, model: Any, args: Any) -> Any:
-        """Returns the optimizer, or None for the Trainer's; `args` are `TrainingArguments`."""
+        """Returns the optimizer; None uses the Trainer's. `args` are `TrainingArguments`."""
         return None
 
     def callbacks(self, spec: Any, checkpoint_dir: Path, should_save: bool) -> list[Any]:
-        """Returns callbacks, one of which may be a `HasState`.
+        """Returns Trainer callbacks, one of which may be a `HasState`.
 
-        `checkpoint_dir` contains the checkpoints; `should_save` is whether this process saves them.
+        `should_save` is whether this process saves the checkpoints in `checkpoint_dir`.
         """
         return []
 
     def penalty(self, model: Any) -> Any:
-        """Returns the regularization term of an optimizer step, or None."""
+        """Returns the regularization term that is added to the loss of a step, or None."""
         return None
 
     def finish(self, model: Any) -> None:
@@ -289,12 +287,12 @@ class Method:
 
 
 def as_int(number: float) -> int | float:
-    """Returns an integral `number` as int, as PEFT configs save it."""
+    """Returns `number` as int if it is integral, as PEFT saves such values in configs."""
     return int(number) if float(number).is_integer() else number
 
 
 def shortest_names(targets: Iterable[str], names: Iterable[str]) -> set[str]:
-    """Returns the shortest suffixes, such as `q_proj`, that select exactly `targets` in `names`."""
+    """Returns the shortest suffixes, such as `q_proj`, that match only `targets` among `names`."""
     selected, available = set(targets), set(names)
     for depth in (1, 2, 3):
         short = {".".join(name.split(".")[-depth:]) for name in selected}
@@ -322,11 +320,11 @@ class UnmergeableLayer:
     merge_error: ClassVar[str]
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> NoReturn:
-        """Raise `NotImplementedError`, as PEFT layers do."""
+        """Raise `NotImplementedError`, as layers of PEFT that cannot be merged do."""
         raise NotImplementedError(self.merge_error)
 
     def unmerge(self) -> NoReturn:
-        """Raise `NotImplementedError`, as PEFT layers do."""
+        """Raise `NotImplementedError`, as layers of PEFT that cannot be merged do."""
         raise NotImplementedError(self.merge_error)
 
 

@@ -61,7 +61,7 @@ class Full(Method):
     step = StepSupport(workers=lambda _: "full would hold a gradient for every weight and pass")
 
     def rates(self, spec: FullSpec) -> Rates:
-        """Returns the rates; BERT base in 3,000 steps gets 2e-5, as in its paper."""
+        """Returns the default learning rates, which depend on whether the base is frozen."""
         if spec.freeze_base:
             source = "a hundredth for wide features"
             return Rates(small=1e-1, large=1e-3, source=source, is_heads=True)
@@ -79,11 +79,11 @@ class Full(Method):
         return "the head is trained" if spec.freeze_base else "every weight is trained"
 
     def trains_base(self, spec: FullSpec) -> bool:
-        """Returns whether more than the heads is trained."""
+        """Returns whether more than the head is trained."""
         return not spec.freeze_base
 
     def unfreeze(self, spec: FullSpec, base: Base, model: Any) -> None:
-        """Unfreeze all modules in use of `model` (modified), or its heads with `freeze_base`."""
+        """Unfreeze all modules that affect the loss; with `freeze_base`, only the heads."""
         model.requires_grad_(not spec.freeze_base)
         for name in base.unused:
             model.get_submodule(name).requires_grad_(False)

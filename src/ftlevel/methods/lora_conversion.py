@@ -27,7 +27,7 @@ OUTPUT_LAYERS = ("lm_head", "embed_out")
 
 @dataclass(frozen=True)
 class Factors:
-    """Update B · A of a module in float64.
+    """Update B · A of one module's weight, in float64.
 
     `a` is `(r, in)`, or `(r, tokens)` for an embedding; `b` is `(out, r)`.
     """
@@ -70,14 +70,13 @@ class AdapterFile:
     notes: list[str] = field(default_factory=list)
 
     def names(self, end: str) -> list[str]:
-        """Returns the names of the modules that have a tensor with the suffix `end`."""
+        """Returns the names of the modules for which the file has a tensor named `end`."""
         return [key.removesuffix(f".{end}") for key in self.tensors if key.endswith(f".{end}")]
 
     def pop(self, name: str, *ends: str) -> list[Any]:
-        """Remove and return, in float64, the tensors of module `name` with the suffixes `ends`.
+        """Remove the tensors `ends` of module `name` and return them in float64.
 
-        Raises:
-            InputError: a tensor is missing.
+        Raises `InputError` if one is missing.
         """
         missing = [end for end in ends if f"{name}.{end}" not in self.tensors]
         if missing:
@@ -95,7 +94,7 @@ class LoraConversion:
 
     Attributes:
         from_file: converts the saved tensors; if None, the layers of a loaded model are converted.
-        error: why no low-rank LoRA is equivalent; empty if one may exist.
+        error: why no low-rank LoRA is equivalent; empty if one may be.
     """
 
     from_file: AsLora | None = None
@@ -106,7 +105,7 @@ FULL_RANK = "changes every weight by a matrix of full rank, which no small A and
 
 
 def by_pattern(patterns: Mapping[str, Any] | None, name: str, default: Any) -> Any:
-    """Returns the value of the first pattern that matches module `name`, as PEFT does."""
+    """Returns the value of the first pattern that matches module `name`, else `default`."""
     for pattern, value in (patterns or {}).items():
         if re.match(rf"(.*\.)?({pattern})$", name):
             return value
@@ -114,7 +113,7 @@ def by_pattern(patterns: Mapping[str, Any] | None, name: str, default: Any) -> A
 
 
 def format_range(values: set[Any]) -> str:
-    """Returns the range of `values`, such as `0.5 to 5.66`, or their only value."""
+    """Returns minimum and maximum as text, such as `0.5 to 5.66`, or the only value."""
     low, high = min(values), max(values)
     return f"{low:.3g}" if f"{low:.3g}" == f"{high:.3g}" else f"{low:.3g} to {high:.3g}"
 
@@ -141,7 +140,7 @@ _TOKENS = "token_adapter.trainable_tokens_delta"
 
 
 def convert_lora(file: AdapterFile) -> dict[str, Factors]:
-    """Returns the factors of each adapted module; raises `InputError` for other LoRA variants."""
+    """Returns module name → LoRA factors; raises `InputError` for unsupported LoRA variants."""
     _raise_unless_lora(file)
     factors = {
         name: _fold(file, name, "lora_A.weight", "lora_B.weight")
@@ -219,7 +218,7 @@ def _ranks(factors: dict[str, Factors]) -> str:
 
 
 def _relative_to_original(file: AdapterFile, name: str, update: Factors) -> Factors:
-    """Returns `update` − s · B₀A₀, the update of the original weight; recomputes A₀ and B₀."""
+    """Returns `update` − s · B₀A₀, the update relative to the weight before PiSSA or OLoRA."""
     import torch
 
     weight = file.get_base_tensor(f"{name}.weight").float()
@@ -253,12 +252,12 @@ def _initial_factors(weight: Any, config: Any, rank: int, scale: float) -> Facto
 
 
 def convert_token_rows(file: AdapterFile, end: str, indices: Any) -> dict[str, Factors]:
-    """Returns the update of trained embedding rows, of rank 1 per token, by module name.
+    """Returns module name → update of trained embedding rows, of rank 1 per token.
 
     Args:
         file: the adapter.
-        end: suffix of the names of the trained rows.
-        indices: token ids of all embeddings, or by pattern of module names.
+        end: name, in each module, of the tensor with the trained rows.
+        indices: ids of the trained tokens, or mapping from pattern of module names to ids.
 
     Raises:
         InputError: token ids repeat, are missing, or are not in the base model.

@@ -34,7 +34,7 @@ MERGED = tuple(name for name, merge_info in BY_PEFT_TYPE.items() if merge_info.i
 
 
 def load_peft_config(path: Path) -> dict[str, Any]:
-    """Load the adapter_config.json in the directory `path`; raises `InputError` if invalid."""
+    """Load adapter_config.json from the directory `path`; raises `InputError` if invalid."""
     path = path / "adapter_config.json"
     try:
         config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
@@ -61,7 +61,7 @@ class Skeleton:
     """Adapter with its weights, on a base model on the meta device.
 
     Attributes:
-        units: adapter layers, by name of the base module that they wrap.
+        units: adapter layers, by name of the base module that each replaces.
         trained: trained values of other base tensors, such as biases, by name.
     """
 
@@ -69,7 +69,7 @@ class Skeleton:
     trained: dict[str, Any]
 
     def unit_of(self, name: str) -> str | None:
-        """Returns the name of the module in `units` with the base tensor `name`, or None."""
+        """Returns the name of the adapted module that contains the base tensor `name`, or None."""
         module = name
         while module:
             module = module.rpartition(".")[0]
@@ -78,12 +78,12 @@ class Skeleton:
         return None
 
     def merge(self, path: str, get_base_tensor: Callable[[str], Any]) -> dict[str, Any]:
-        """Returns the merged tensors of the module `path` of `units`, by base tensor name.
+        """Returns base tensor name → merged tensor for the adapted module `path`.
 
         `get_base_tensor` returns a writable base tensor in the output dtype, by name.
 
         Raises:
-            InputError: PEFT cannot merge it.
+            InputError: PEFT cannot merge the module.
         """
         import torch
 
@@ -102,8 +102,7 @@ class Skeleton:
 def build_skeleton(model: Any, path: Path) -> Skeleton:
     """Add the adapter in the directory `path` to `model` (modified), which is on the meta device.
 
-    Raises:
-        InputError: tensors of the adapter are missing or do not fit the base.
+    Raises `InputError` if tensors of the adapter are missing or do not fit the base.
     """
     from peft import PeftConfig, get_peft_model
     from safetensors.torch import load_file
@@ -160,7 +159,6 @@ def _load(peft_model: Any, tensors: dict[str, Any], path: Path) -> None:
 
 
 def _expected_tensors(peft_model: Any, *, with_embeddings: bool) -> dict[str, Any]:
-    """Returns the tensors that PEFT saves for `peft_model`, by their names in the file."""
     from peft import get_peft_model_state_dict
 
     return get_peft_model_state_dict(
@@ -171,7 +169,7 @@ def _expected_tensors(peft_model: Any, *, with_embeddings: bool) -> dict[str, An
 
 
 def _iter_units(base: Any) -> Iterator[tuple[str, Any]]:
-    """Yields outermost adapter layers with their names, in the order of `merge_and_unload`."""
+    """Yields (name, layer) of adapter layers that are in no other adapter layer."""
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils import AuxiliaryTrainingWrapper
 
@@ -198,7 +196,7 @@ def _is_full_module(layer: Any) -> bool:
 
 
 def _fill(base: Any, path: str, get_base_tensor: Callable[[str], Any]) -> None:
-    """Load the base weights that `base` (modified), the module at `path`, has as meta tensors."""
+    """Replace the meta tensors of `base`, the module named `path`, by the base weights."""
     import torch
 
     from ftlevel.models.upstream.tensors import direct_tensors
@@ -214,7 +212,6 @@ def _fill(base: Any, path: str, get_base_tensor: Callable[[str], Any]) -> None:
 
 
 def _raise_for_missing(units: dict[str, Any], adapter_path: Path) -> None:
-    """Raise `InputError` if an adapter tensor in `units` is still on the meta device."""
     empty = []
     for path, layer in units.items():
         base_ids = {id(tensor) for tensor in _base_of(layer).parameters()}

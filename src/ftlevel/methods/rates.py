@@ -60,12 +60,11 @@ class RateInputs:
 
     @property
     def size(self) -> float:
-        """Position between small models in short runs (0) and large ones in long runs (1)."""
+        """Position t from small models in short runs (0) to large models in long runs (1)."""
         return (_between(self.width, NARROW, WIDE) + _between(self.steps, SHORT, LONG)) / 2
 
 
 def _between(value: int, low: int, high: int) -> float:
-    """Returns the position of `value` between `low` (0) and `high` (1) on a log scale, clipped."""
     return min(max(math.log(max(value, 1) / low) / math.log(high / low), 0.0), 1.0)
 
 
@@ -74,11 +73,11 @@ class Rates:
     """Peak learning rates of a method.
 
     Attributes:
-        small: measured on small models in short runs, with one or two targets per row.
+        small: for small models in short runs, measured with one or two targets per row.
         large: for large models in long runs.
-        source: source of `large`.
-        by_architecture: rates measured with a pretrained language head, by architecture.
-        tokens: rate measured with a target per token; None uses `TOKEN_HEAD`.
+        source: paper or library that gives `large`.
+        by_architecture: `small` where the language head is pretrained, by architecture.
+        tokens: `small` with a target per token; None is `small` times `TOKEN_HEAD`.
         is_heads: whether only heads are trained; a target per token does not change their rate.
     """
 
@@ -90,7 +89,7 @@ class Rates:
     is_heads: bool = False
 
     def rate(self, inputs: RateInputs) -> float:
-        """Returns the rate, rounded to one digit."""
+        """Returns the learning rate for a run, rounded to one digit."""
         small = self.small_rate(inputs)
         return float(f"{small * (self.large / small) ** inputs.size:.0e}")
 
@@ -106,7 +105,7 @@ class Rates:
         return rate
 
     def get_choice(self, label: str, inputs: RateInputs, name: str = "learning rate") -> Choice:
-        """Returns the rate and its origin as the choice `name`; `label` names what is trained."""
+        """Returns the rate and its origin as the setting `name`; `label` says what is trained."""
         small = self.small_rate(inputs)
         if inputs.size == 0:
             message = "measured"
@@ -129,14 +128,14 @@ DEEP_HEAD = Rates(small=5e-3, large=1e-4, source=HEAD.source, is_heads=True)
 
 
 def get_head_rate(inputs: RateInputs) -> Choice:
-    """Returns the rate of a new head and its origin."""
+    """Returns the learning rate of a new head, and the reason for it."""
     rates, label = (DEEP_HEAD, "a deep head") if inputs.deep_head else (HEAD, "a linear head")
     return rates.get_choice(label, inputs, "head learning rate")
 
 
 @dataclass(frozen=True)
 class HeadRate:
-    """Peak learning rate of randomly initialized heads; `modules` are names in the base model."""
+    """Peak learning rate of randomly initialized heads, whose names in the base are `modules`."""
 
     modules: Sequence[str]
     rate: float
@@ -145,7 +144,7 @@ class HeadRate:
 def set_head_rate(
     optimizer: torch.optim.Optimizer, model: torch.nn.Module, heads: HeadRate
 ) -> None:
-    """Move the heads' parameters into parameter groups with their rate (`optimizer` is modified).
+    """Move the heads' parameters to new parameter groups of `optimizer` with the heads' rate.
 
     Must run before the scheduler is created. New groups copy all other options, such as weight
     decay. Idempotent.

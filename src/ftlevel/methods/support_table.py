@@ -18,14 +18,13 @@ class MethodInfo:
     """A row of the support table.
 
     Attributes:
-        name: name of the row.
         method: value of `--method`.
         flags: command-line flags that select the variant.
         trained: what is trained.
         merges: how adapters are merged; empty if they cannot be.
-        reference: paper, or the library that defines it.
+        reference: paper or library that defines the method.
         llama_7b: trainable parameters on Llama-2-7B by default.
-        fields: spec fields, by dotted name, that define the variant.
+        fields: spec fields and their values that define the variant.
         other_methods: other values of `--method` that have this variant.
     """
 
@@ -40,7 +39,7 @@ class MethodInfo:
     other_methods: tuple[str, ...] = ()
 
     def matches(self, section: Section) -> bool:
-        """Returns whether the method's configuration `section` uses this method and variant."""
+        """Returns whether `section`, the method's configuration, uses this method and variant."""
         values = {"kind": (self.method, *self.other_methods), **self.fields}
         return all(_is_of(getattr(section, name, None), value) for name, value in values.items())
 
@@ -73,7 +72,7 @@ def rows(*names: str) -> frozenset[str]:
 
 @dataclass(frozen=True)
 class Rule:
-    """A set of unsupported cells of the support table; an empty field matches all values.
+    """Unsupported combinations of the support table; an empty field matches all values.
 
     `why` is a clause with the reason, `instead` a sentence with an alternative.
     """
@@ -110,7 +109,7 @@ class Rule:
 
     @property
     def condition(self) -> str:
-        """The conditions other than the method, such as `with gpt2 and without --quant`."""
+        """Conditions besides the method, as text, such as `with gpt2 and without --quant`."""
         names = [f"with {' or '.join(sorted(self.families))}"] * bool(self.families)
         names += [f"with {name}s" for name in sorted(self.architectures)]
         names += ["with a base without experts"] * (self.experts is False)
@@ -124,7 +123,7 @@ class Rule:
 
 @dataclass(frozen=True)
 class Cell:
-    """A row of the support table with a base model and a task; None stands for all values."""
+    """A row of the support table with a base model and a task; None means any value."""
 
     row: str = ""
     family: str | None = None

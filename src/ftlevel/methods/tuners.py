@@ -14,14 +14,14 @@ from ftlevel.methods.base import VIRTUAL_TOKENS, UnmergeableLayer, UnmergeableTu
 
 
 def convert_to_sets(config: Any) -> None:
-    """Convert lists of module names in `config` (modified) to sets, as PEFT expects them."""
+    """Convert lists of module names in `config` (modified) to sets, which PEFT expects."""
     for name in ("target_modules", "exclude_modules"):
         if isinstance(value := getattr(config, name), list):
             setattr(config, name, set(value))
 
 
 class PrecisionLayer:
-    """Mixin for layers that casts and moves their adapters; must precede `BaseTunerLayer`."""
+    """Mixin for layers: casts and moves the weights of adapters; must precede `BaseTunerLayer`."""
 
     adapter_layer_names: tuple[str, ...]
     get_base_layer: Callable[[], nn.Module]
@@ -35,7 +35,7 @@ class PrecisionLayer:
                 yield from [member] if isinstance(member, nn.Parameter) else member.parameters()
 
     def cast_to_base(self, adapter_name: str) -> None:
-        """Cast the adapter to the floating-point dtype of the base layer, if it has one."""
+        """Cast the adapter to the base layer's dtype if that is floating-point (not quantized)."""
         like = first_float(self.get_base_layer())
         if like is not None:
             for parameter in self.tensors_of(adapter_name):
@@ -53,7 +53,7 @@ class PrecisionLayer:
 
 
 class PrecisionTuner:
-    """Mixin for tuners of `PrecisionLayer`; must precede `BaseTuner`."""
+    """Mixin for tuners whose layers are `PrecisionLayer`s; must precede `BaseTuner`."""
 
     model: Any
     tuner_layer_cls: type[PrecisionLayer]
@@ -73,7 +73,7 @@ def first_float(module: nn.Module) -> nn.Parameter | None:
 
 
 class VirtualTokenLayer(UnmergeableLayer, PrecisionLayer, nn.Module, BaseTunerLayer):
-    """Virtual tokens of one module, by adapter name."""
+    """Virtual tokens that adapters add to one module, by adapter name."""
 
     merge_error = VIRTUAL_TOKENS
     in_features: int
@@ -90,7 +90,7 @@ class VirtualTokenLayer(UnmergeableLayer, PrecisionLayer, nn.Module, BaseTunerLa
         self._disable_adapters = False
 
     def running(self) -> list[str]:
-        """Returns the active adapters of this layer."""
+        """Returns the names of the adapters of this layer that are active."""
         if self.disable_adapters:
             return []
         available = self._get_available_adapters()

@@ -29,7 +29,7 @@ from ftlevel.methods.upstream import copy_base_outputs, random_shira_mask
 class LinearUpdate(Method):
     """PEFT method that adapts every linear layer and merges exactly.
 
-    The PEFT type is its name in capitals; the fields of its spec are named as in PEFT.
+    The PEFT type is the method's name in capitals; fields of its spec are named as in PEFT.
 
     Attributes:
         config_class: name of the PEFT config class.
@@ -69,7 +69,7 @@ class LinearUpdate(Method):
         self.is_inplace = is_inplace
 
     def check(self, spec: Any, sizes: Mapping[str, tuple[int, int]]) -> None:
-        """Raise `ConfigError` if the block size does not divide the features of each layer."""
+        """Raise `ConfigError` if the block size does not divide the input size of each layer."""
         if self.block_size:
             size = getattr(spec, self.block_size)
             check_block_size(self.block_size, size, sizes, outputs=self.split_outputs)
@@ -137,7 +137,7 @@ _FEED_FORWARD = re.compile(
 
 
 def is_feed_forward(name: str) -> bool:
-    """Returns whether a module with this name, full or suffix, ends a feed-forward."""
+    """Returns whether the module `name` (or its suffix) is the last layer of a feed-forward."""
     return _FEED_FORWARD.search(name) is not None
 
 
@@ -176,7 +176,7 @@ class Ia3(Method):
 
 
 def vera_as_lora(file: AdapterFile) -> dict[str, Factors]:
-    """Returns the factors of diag(b) · B · diag(d) · A; raises `InputError` without A and B."""
+    """Returns LoRA factors of diag(b) · B · diag(d) · A; raises `InputError` without A and B."""
     if not {"base_model.vera_A", "base_model.vera_B"} <= set(file.tensors):
         raise InputError(
             "its shared matrices are not in its file (save_projection was off). Load it with PEFT "
@@ -206,7 +206,7 @@ _ORTHOGONAL_RULES = (
 
 
 def loha_as_lora(file: AdapterFile) -> dict[str, Factors]:
-    """Returns the factors, of rank r², of s · (B₁A₁) ∘ (B₂A₂)."""
+    """Returns LoRA factors, of rank r², of s · (B₁A₁) ⊙ (B₂A₂)."""
     factors = {}
     for name in file.names("hada_w1_a"):
         names = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
@@ -219,7 +219,7 @@ def loha_as_lora(file: AdapterFile) -> dict[str, Factors]:
 
 
 def lokr_as_lora(file: AdapterFile) -> dict[str, Factors]:
-    """Returns the factors s · (B₁ ⊗ B₂) and A₁ ⊗ A₂ of s · W₁ ⊗ W₂, where Wᵢ = Bᵢ · Aᵢ."""
+    """Returns LoRA factors s · (B₁ ⊗ B₂) and A₁ ⊗ A₂ of s · W₁ ⊗ W₂, where Wᵢ = Bᵢ · Aᵢ."""
     import torch
 
     names = {key.rpartition(".lokr_")[0] for key in file.tensors if ".lokr_w" in key}
@@ -235,7 +235,7 @@ def lokr_as_lora(file: AdapterFile) -> dict[str, Factors]:
 
 
 def _kronecker_factor(file: AdapterFile, name: str, factor: str) -> tuple[Any, Any]:
-    """Returns B and A of a Kronecker factor; one is the identity if it is saved undecomposed."""
+    """Returns B and A of a Kronecker factor; if only B · A is saved, one is the identity."""
     import torch
 
     if f"{name}.{factor}" not in file.tensors:
@@ -270,7 +270,7 @@ _LYCORIS_RULES = (
 
 
 def miss_as_lora(file: AdapterFile) -> dict[str, Factors]:
-    """Returns the factors of MiSS: A sums every r-th input. Raises `InputError` for init "bat"."""
+    """Returns LoRA factors of MiSS, where A sums inputs; raises `InputError` for init "bat"."""
     import torch
 
     start = file.config.get("init_weights")
@@ -329,7 +329,7 @@ class Shira(LinearUpdate):
 
 
 def gralora_as_lora(file: AdapterFile) -> dict[str, Factors]:
-    """Returns the factors, of rank k · r, of the LoRAs of all k × k blocks.
+    """Returns LoRA factors, of rank k · r, that contain the LoRAs of all k × k blocks.
 
     PEFT saves A as `(k, in / k, r)`, where each output block has r / k consecutive columns, and B
     as `(k, r, out / k)`.

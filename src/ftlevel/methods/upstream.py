@@ -75,7 +75,7 @@ def add_peft_type(name: str) -> Any:
 
 
 def register_tuner(peft_type: Any, config: type, model: type) -> None:
-    """Register a tuner of ftlevel in PEFT; idempotent."""
+    """Register a tuner of ftlevel in PEFT under `peft_type`; idempotent."""
     from peft import PEFT_TYPE_TO_TUNER_MAPPING
     from peft.utils import register_peft_method
 
@@ -84,14 +84,14 @@ def register_tuner(peft_type: Any, config: type, model: type) -> None:
 
 
 def pattern_of(patterns: Iterable[str], module: str) -> str:
-    """Returns the first of `patterns` that matches the module name `module`, else `module`."""
+    """Returns the first of `patterns` that matches the module name `module`; `module` if none."""
     from peft.utils.other import get_pattern_key
 
     return str(get_pattern_key(list(patterns), module))
 
 
 def merge_layer(layer: Any) -> Any:
-    """Merge a PEFT layer and return the resulting module; raises `RuntimeError` if PEFT fails."""
+    """Merge an adapter layer of PEFT; returns the base module. May raise `RuntimeError`."""
     if hasattr(layer, "unload_and_optionally_merge_module"):
         return layer.unload_and_optionally_merge_module(
             merge=True, safe_merge=False, adapter_names=None
@@ -101,12 +101,12 @@ def merge_layer(layer: Any) -> Any:
 
 
 def shira_indices(module: Any) -> dict[str, Any]:
-    """Returns the indices of the weights that SHiRA trains, by adapter name."""
+    """Returns adapter name → indices of the base weights that SHiRA trains."""
     return getattr(module, "shira_indices", {})
 
 
 def random_shira_mask(base_layer: Any, r: int, **kwargs: Any) -> Any:
-    """Returns a random mask `(out, in)` of the weights that SHiRA trains, as PEFT does.
+    """Returns PEFT's random mask `(out, in)` of the weights that SHiRA trains.
 
     For meta weights it is `(1, n)` with the right number of ones; the adapter file has the indices.
     """
@@ -151,13 +151,13 @@ def reset_ranks(peft_model: Any, config: Any) -> None:
 
 
 def importance_scores(model: Any) -> dict[str, dict[str, Any]]:
-    """Returns AdaLoRA's scores, PEFT's own dicts: attribute name -> parameter name -> tensor."""
+    """Returns AdaLoRA's importance scores in PEFT: attribute → parameter name → tensor."""
     allocator = model.base_model.rankallocator
     return {name: getattr(allocator, name) for name in ("ipt", "exp_avg_ipt", "exp_avg_unc")}
 
 
 def register_lora_layers(config: Any, layers: dict[type, Callable[..., Any]]) -> None:
-    """Set LoRA layer classes by type of base layer in the `LoraConfig` `config` (modified)."""
+    """Make PEFT use `layers`, LoRA classes by base layer type, for the `LoraConfig` (modified)."""
     config._register_custom_module(layers)
 
 

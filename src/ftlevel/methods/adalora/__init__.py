@@ -23,7 +23,7 @@ from ftlevel.methods.upstream import freeze_ranks, reset_ranks
 
 
 def as_lora(file: AdapterFile) -> dict[str, Factors]:
-    """Returns the plain-LoRA update of each module; raises `InputError` if biases were trained."""
+    """Returns module name → LoRA factors; raises `InputError` if biases were trained."""
     config = file.config
     if config.get("bias", "none") != "none":
         raise InputError("bias is set: biases of the base were trained. Merge it")
@@ -45,7 +45,7 @@ _TINIT, _TFINAL = 0.1, 0.3
 
 
 def _reset_ranks(config: Any) -> None:
-    """Reset rank pattern and initialization in `config` (modified), as saved ranks are pruned."""
+    """Remove the rank pattern and initialization from `config`, as saved matrices are pruned."""
     config.rank_pattern = None
     config.init_lora_weights = True
 
@@ -72,10 +72,9 @@ class AdaLora(Method):
     )
 
     def build(self, spec: AdaloraSpec, base: Base) -> Any:
-        """Returns `peft.AdaLoraConfig`; its schedule depends on the number of steps.
+        """Returns `peft.AdaLoraConfig`, whose schedule depends on the number of steps.
 
-        Raises:
-            ConfigError: fewer than 2 steps remain between `tinit` and `tfinal`.
+        Raises `ConfigError` if fewer than 2 steps remain between `tinit` and `tfinal`.
         """
         from peft import AdaLoraConfig
 
@@ -127,7 +126,7 @@ class AdaLora(Method):
         return model.peft_config["default"].orth_reg_weight * torch.stack(norms).mean()
 
     def finish(self, model: Any) -> None:
-        """Remove pruned ranks from the matrices of `model` (modified)."""
+        """Delete pruned ranks from the matrices of `model` (modified)."""
         import torch
 
         for name, alive in (model.peft_config["default"].rank_pattern or {}).items():

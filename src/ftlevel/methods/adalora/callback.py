@@ -15,11 +15,11 @@ FILE, RANKS = "adalora.safetensors", "adalora_ranks.json"
 
 
 class RankPruningCallback(TrainerCallback):
-    """Callback that prunes ranks after every optimizer step, while gradients exist.
+    """Prunes ranks after every optimizer step, while gradients exist.
 
-    With ranks in its config, PEFT saves pruned tensors, which do not fit the optimizer state. The
-    config therefore gets the ranks after training, and checkpoints have full tensors and importance
-    scores. Add this callback before the one that writes manifests of checkpoints.
+    If its config has ranks, PEFT saves pruned tensors, which do not fit the optimizer state. The
+    config therefore gets the ranks only after training, and checkpoints have full tensors and
+    importance scores. Add this callback before the one that writes manifests of checkpoints.
     """
 
     def __init__(self, checkpoint_dir: Path, *, should_save: bool = True) -> None:
@@ -77,5 +77,5 @@ class RankPruningCallback(TrainerCallback):
     def on_train_end(
         self, args: Any, state: TrainerState, control: Any, model: Any = None, **_: Any
     ) -> None:
-        """Set the final ranks in the config, so that PEFT saves only those."""
+        """Store the final ranks in the PEFT config, so that only those are saved."""
         model.peft_config["default"].rank_pattern = self.ranks

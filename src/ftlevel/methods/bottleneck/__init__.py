@@ -120,7 +120,7 @@ ADAPTER_POSITIONS: dict[str, AdapterPositions] = {
 
 
 def get_adapter_positions(config: Any) -> AdapterPositions | None:
-    """Returns the module names for a transformers config; None for unknown model types."""
+    """Returns the module names for a transformers config, or None for unknown model types."""
     model_type = getattr(config, "model_type", None)
     if model_type not in ADAPTER_POSITIONS and hasattr(config, "get_text_config"):
         model_type = config.get_text_config().model_type
@@ -158,7 +158,7 @@ def target_pattern(positions: AdapterPositions, placement: str) -> str:
 
 
 def block_of(positions: AdapterPositions | None, module_name: str) -> str | None:
-    """Returns the prefix, with ".", of the block with the feed-forward or norm `module_name`."""
+    """Returns the prefix, with ".", of a feed-forward's or norm's block; None for other modules."""
     for end in (positions.feed_forward, positions.norm) if positions else ():
         block = module_name.removesuffix(end)
         if (
@@ -173,10 +173,7 @@ def block_of(positions: AdapterPositions | None, module_name: str) -> str | None
 def get_input_layer(
     positions: AdapterPositions | None, module_name: str, names: Iterable[str]
 ) -> str | None:
-    """Returns the name, in `names`, of the first linear layer of the feed-forward `module_name`.
-
-    None if it is unknown, or `module_name` is no feed-forward.
-    """
+    """Returns the name, from `names`, of the first linear layer of a feed-forward, or None."""
     block = block_of(positions, module_name)
     if positions is None or block is None:
         return None
@@ -277,7 +274,7 @@ class Bottleneck(Method):
         return f"{message}. Use placement houlsby, pfeiffer or parallel." if message else None
 
     def default_target_modules(self, spec: AdapterSpec, model: Any) -> list[str]:
-        """Returns the names of the modules, sorted; raises `InputError` for unknown models."""
+        """Returns the adapted modules, sorted; raises `InputError` for unknown model types."""
         positions = get_adapter_positions(model.config)
         if positions is None:
             raise InputError(

@@ -108,7 +108,7 @@ class LayerConfig:
 
     @property
     def hooked_input(self) -> HookedInput | None:
-        """Which input of the feed-forward a hook has to store; None if the adapter needs none."""
+        """Which tensor a hook must store for the adapter, besides the module's output, or None."""
         if self.input_type == "output":
             return None
         return "input" if self.input_type == "input" else "residual"
@@ -183,7 +183,7 @@ class BottleneckLayer(UnmergeableLayer, PrecisionLayer, nn.Module, BaseTunerLaye
             self.bottleneck_scale[adapter_name] = nn.Parameter(ones)
 
     def hook_input(self, source: nn.Module, name: HookedInput) -> None:
-        """Register a hook that stores the input of `source` as `name` for the adapters.
+        """Register a hook that stores the input of module `source` as `name` for the adapters.
 
         `source` must run before `base_layer` in every forward pass; with gradient checkpointing
         both are recomputed.
@@ -194,7 +194,7 @@ class BottleneckLayer(UnmergeableLayer, PrecisionLayer, nn.Module, BaseTunerLaye
             self._hooked.append(name)
 
     def set_norm(self, norm: nn.Module) -> None:
-        """Make adapters read the sum of output and residual after the layer norm `norm`."""
+        """Make adapters read LN(output + residual), with `norm` as LN."""
         self._norm = [norm]
 
     def remove_hooks(self) -> None:
@@ -212,7 +212,7 @@ class BottleneckLayer(UnmergeableLayer, PrecisionLayer, nn.Module, BaseTunerLaye
             self._hooked.remove(name)
 
     def running(self) -> list[str]:
-        """Returns the names of the active adapters of this layer."""
+        """Returns the names of the adapters of this layer that are active."""
         if self.disable_adapters:
             return []
         active: list[str] = self.active_adapters  # type: ignore[assignment]  # a PEFT property
@@ -236,7 +236,6 @@ class BottleneckLayer(UnmergeableLayer, PrecisionLayer, nn.Module, BaseTunerLaye
     def _source(
         self, config: LayerConfig, hidden: Tensor, inputs: dict[HookedInput, Tensor]
     ) -> Tensor:
-        """Returns an adapter's input `(..., width_in)`; `hidden` is the module's output."""
         if config.hooked_input is None:
             return hidden
         if config.hooked_input not in inputs:
@@ -330,7 +329,7 @@ class BottleneckModel(UnmergeableTuner, PrecisionTuner, BaseTuner):
             self._replace_module(parent, target_name, layer, target)
 
     def _connect(self, layer: BottleneckLayer, placement: str, module_name: str) -> InputType:
-        """Returns the type of the adapters' input; hooks the residual of `layer` (modified)."""
+        """Returns which tensor the adapters read; if it is the residual, hooks it for `layer`."""
         input_type = INPUT_TYPES.get(placement, "output")
         if input_type not in ("residual", "sum"):
             return input_type
@@ -351,7 +350,6 @@ class BottleneckModel(UnmergeableTuner, PrecisionTuner, BaseTuner):
         return input_type
 
     def _input_of(self, module_name: str) -> nn.Module | None:
-        """Returns the first linear layer of the feed-forward at `module_name`, or None."""
         modules: dict[str, Any] = dict(self.model.named_modules())
         name = get_input_layer(
             get_adapter_positions(getattr(self.model, "config", None)), module_name, modules
@@ -375,7 +373,7 @@ class BottleneckModel(UnmergeableTuner, PrecisionTuner, BaseTuner):
     def _replace_module(
         self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module
     ) -> None:
-        """Set `new_module` on `parent`; PEFT's own function requires `child.weight`."""
+        """Set `new_module` on `parent`; PEFT's own method requires `child.weight`."""
         if isinstance(child, BottleneckLayer) and new_module is not child:
             child.remove_hooks()
         setattr(parent, child_name, new_module)

@@ -38,7 +38,7 @@ def _variant(
     kwargs: dict[str, Any],
     num_parameters: int = _LLAMA_7B,
 ) -> MethodInfo:
-    """Returns the row of a LoRA variant; `num_parameters` is that on Llama-2-7B."""
+    """Returns the row of a LoRA variant; `num_parameters` is the count on Llama-2-7B."""
     return MethodInfo(
         name,
         "lora",
@@ -210,7 +210,7 @@ class LoraInitialization(Initialization):
             start_from_data(model, inputs.batches(), inputs.device, inputs.dtype)
 
     def copy(self, model: Any) -> dict[str, Any]:
-        """Returns copies of A and B by name if their initialization changed the base weights."""
+        """Returns name → copy of A and B after PiSSA or OLoRA, which change the base; else {}."""
         config = getattr(model, "peft_config", {}).get(ADAPTER)
         if getattr(config, "init_lora_weights", None) not in BASE_MODIFYING_INITS:
             return {}
@@ -222,7 +222,10 @@ class LoraInitialization(Initialization):
 
     @contextlib.contextmanager
     def as_saved(self, model: Any, initial: dict[str, Any]) -> Iterator[dict[str, Any] | None]:
-        """Yields the state dict of an equivalent LoRA of rank 2r on the original base, or None."""
+        """Yields the state dict of an equal LoRA of rank 2r on the original base.
+
+        Yields None for initializations that leave the base unchanged.
+        """
         if not initial:
             yield None
             return
@@ -241,7 +244,6 @@ class LoraInitialization(Initialization):
 
 
 def _with_double_rank(config: Any) -> Any:
-    """Returns a copy of `config` with twice the rank, the same scale and default initialization."""
     config = copy.deepcopy(config)
     # The scale is alpha / r, or alpha / sqrt(r) with rsLoRA.
     factor = math.sqrt(2) if config.use_rslora else 2
@@ -281,7 +283,7 @@ def get_merge_error(config: Mapping[str, Any]) -> str | None:
 
 
 def reset_initialization(config: Any) -> None:
-    """Set PEFT's default initialization in `config` (modified)."""
+    """Set `init_lora_weights` of `config` (modified) to PEFT's default."""
     config.init_lora_weights = True
 
 
@@ -308,7 +310,7 @@ class Lora(Method):
     )
 
     def rates(self, spec: LoraSpec) -> Rates:
-        """Returns the rates, lower for LoRA+, PiSSA and OLoRA."""
+        """Returns the learning rates, which are lower for LoRA+, PiSSA and OLoRA."""
         scale = 1.0
         if spec.lora_plus_ratio:  # B has this multiple of the rate, so A needs less
             scale /= math.sqrt(spec.lora_plus_ratio)
@@ -378,7 +380,7 @@ class Lora(Method):
             raise ConfigError(problems)
 
     def num_parameters(self, spec: LoraSpec, sizes: Mapping[str, tuple[int, int]]) -> int | None:
-        """Returns the sum of r · (in + out), or None if `spec` adds or removes parameters."""
+        """Returns the sum of r · (in + out); None for variants with more or fewer parameters."""
         values = (
             spec.rank_pattern,
             spec.use_dora,
@@ -434,7 +436,7 @@ class Lora(Method):
 
 
 def _token_ids(spec: LoraSpec, base: Base) -> list[int]:
-    """Returns the sorted ids of trained tokens; raises `ConfigError` for unknown ones."""
+    """Returns the sorted ids of the tokens to train; raises `ConfigError` for unknown tokens."""
     tokens = spec.trainable_token_indices
     if not tokens:
         return []

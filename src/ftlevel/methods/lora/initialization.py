@@ -20,10 +20,10 @@ from ftlevel.models.hardware import autocast
 
 @torch.no_grad()
 def start_from_residual(model: Any, weight_of: Callable[[str], Tensor]) -> None:
-    """Initialize LoRA on the 4-bit layers of the `PeftModel` `model` (modified) with LoftQ.
+    """Initialize LoRA on the 4-bit layers of `model` (modified) with LoftQ.
 
-    `weight_of` returns the unquantized weight `(out, in)` of a layer by name. Resets the config's
-    initialization, so that loading the adapter does not repeat it.
+    `weight_of` returns the unquantized weight `(out, in)` of a layer by name. The config then gets
+    PEFT's default initialization, so that loading the adapter does not repeat LoftQ.
     """
     import bitsandbytes as bnb
     from peft.tuners.lora import Linear4bit
@@ -61,7 +61,7 @@ def factor(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 def start_from_data(model: Any, batches: Any, device: str, dtype: str) -> None:
     """Initialize A, rank and scale of LoRA in `model` (modified) with EVA, from `batches`.
 
-    Resets the config's initialization, so that loading the adapter does not repeat it.
+    The config then gets PEFT's default initialization, so that loading does not repeat EVA.
     """
     from peft import initialize_lora_eva_weights
 

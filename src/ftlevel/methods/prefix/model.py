@@ -221,7 +221,7 @@ CUSTOM_ATTENTION: dict[str, Callable[..., Any]] = {
 
 
 def custom_attention(module: nn.Module) -> Callable[..., Any] | None:
-    """Returns the function that replaces the forward of `module`; None if none is needed."""
+    """Returns the function that replaces `module.forward` (GPT-Neo, DeBERTa-v2), else None."""
     return CUSTOM_ATTENTION.get(f"{type(module).__module__}.{type(module).__qualname__}")
 
 
@@ -258,9 +258,9 @@ INIT_STD = 0.02
 
 
 class PrefixLayer(VirtualTokenLayer):
-    """Attention module with the concatenated prefixes of its active adapters.
+    """Attention module, `base_layer`, with the prefixes of the active adapters concatenated.
 
-    Attributes that it does not have are those of the attention module `base_layer`.
+    Other attributes are read from `base_layer`.
     """
 
     base_layer: Any
@@ -295,7 +295,7 @@ class PrefixLayer(VirtualTokenLayer):
             return getattr(super().__getattr__("base_layer"), name)
 
     def add_prefix(self, adapter_name: str, config: PrefixKvConfig) -> None:
-        """Add a prefix of randomly initialized keys and values."""
+        """Add an adapter: a prefix of randomly initialized keys and values."""
         shape = (config.num_virtual_tokens, self.kv_heads * self.head_dim)
         for parameters in (self.prefix_kv_keys, self.prefix_kv_values):
             states = torch.empty(shape, device=device_of(self.base_layer), dtype=torch.float32)
@@ -304,7 +304,7 @@ class PrefixLayer(VirtualTokenLayer):
     def add_mlp_prefix(
         self, adapter_name: str, config: PrefixKvConfig, encoder: PrefixLayer | None, hidden: int
     ) -> None:
-        """Add a prefix computed by an MLP.
+        """Add an adapter whose prefix an MLP computes.
 
         `encoder` is the layer that owns E, of width `hidden`, and W₁; None creates them here.
         """
@@ -330,7 +330,7 @@ class PrefixLayer(VirtualTokenLayer):
         return keys, values
 
     def fold(self, adapter_name: str, keys: Tensor, values: Tensor) -> None:
-        """Replace the MLP of an adapter by `keys` and `values`."""
+        """Replace the MLP of an adapter by the `keys` and `values` that it computes."""
         for parameters, states in ((self.prefix_kv_keys, keys), (self.prefix_kv_values, values)):
             parameters[adapter_name] = nn.Parameter(states.detach().float().clone())
         for name in ("prefix_kv_embedding", "prefix_kv_hidden", "prefix_kv_output", "encoders"):
@@ -396,7 +396,7 @@ class PrefixModel(VirtualTokenTuner):
         return get_attention_modules(self.model)
 
     def _pre_injection_hook(self, model: Any, config: PrefixKvConfig, adapter_name: str) -> None:
-        """Store the attention implementation; raise `ValueError` if it is unsupported."""
+        """Store the model's attention implementation; raise `ValueError` if it is unsupported."""
         message = get_prefix_error(model.config)
         if message:
             raise ValueError(f"{message}. Use a method without a prefix, such as LoRA.")
@@ -430,7 +430,7 @@ class PrefixModel(VirtualTokenTuner):
     def _replace_module(
         self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module
     ) -> None:
-        """Set `new_module` on `parent`; PEFT's own function requires a weight."""
+        """Set `new_module` on `parent`; PEFT's own method requires `child.weight`."""
         setattr(parent, child_name, new_module)
 
     def _fill(self, layer: PrefixLayer, adapter_name: str, config: PrefixKvConfig) -> None:
@@ -470,7 +470,7 @@ class PrefixModel(VirtualTokenTuner):
 
     @torch.no_grad()
     def fold(self, adapter_name: str = "default") -> None:
-        """Replace the MLP of an adapter by its keys and values, in place."""
+        """Replace the MLP of an adapter, in place, by the keys and values that it computes."""
         config = self.peft_config[adapter_name]
         if not config.prefix_projection:
             return

@@ -20,7 +20,7 @@ from ftlevel.methods.support_table import single_row
 
 
 def get_layer_stacks(model: Any) -> list[str]:
-    """Returns the name of the model without its head, or the names of its encoder and decoder.
+    """Returns the name of the model without head, or of encoder and decoder.
 
     Each is the innermost module with input embeddings, such as OPT's `model.decoder`.
     """
@@ -55,10 +55,9 @@ _KEY = "prompt_embeddings"
 
 
 def load_peft_prompt(base: Any, path: Path, name: str) -> Any:
-    """Returns `base` with the prompt of PEFT's tuner in the directory `path` as adapter `name`.
+    """Returns `base` with a prompt trained with PEFT's tuner, from `path`, as adapter `name`.
 
-    Raises:
-        InputError: the prompt's task is not CAUSAL_LM, or it does not fit `base`.
+    Raises `InputError` if the prompt's task is not CAUSAL_LM, or the prompt does not fit `base`.
     """
     import torch
     from peft import get_peft_model
@@ -156,7 +155,7 @@ class PromptTuning(SoftPrompt):
         return f"{spec.num_virtual_tokens} virtual tokens, {initial} at first"
 
     def build(self, spec: PromptSpec, base: Base) -> Any:
-        """Returns `SoftPromptConfig`; raises `ValueError` for a text without a tokenizer."""
+        """Returns `SoftPromptConfig`; raises `ValueError` if a prompt text has no tokenizer."""
         ids, text = None, spec.prompt_tuning_init_text
         if text is not None:
             if base.tokenizer is None:

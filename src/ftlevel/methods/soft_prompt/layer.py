@@ -26,7 +26,7 @@ from ftlevel.methods.upstream import add_peft_type, register_tuner
 
 @dataclass(frozen=True)
 class PromptPosition:
-    """Position of a prompt of `length` tokens in each row, from index `start` `(batch,)`."""
+    """Where a prompt of `length` tokens is in each row: from index `start` `(batch,)` on."""
 
     start: Tensor
     length: int
@@ -35,10 +35,10 @@ class PromptPosition:
     def compute(
         cls, attention_mask: Tensor | None, rows: Tensor, length: int, tokens_before: int
     ) -> PromptPosition:
-        """Returns the position after left padding and `tokens_before` tokens.
+        """Returns the position of a prompt after left padding and `tokens_before` tokens.
 
         `attention_mask` is `(batch, seq)`, or None without padding; `rows` is any tensor of the
-        batch, for its size and device.
+        batch, for batch size and device.
         """
         if attention_mask is None:
             start = torch.zeros(len(rows), dtype=torch.long, device=rows.device)
@@ -69,7 +69,7 @@ class PromptPosition:
         return self.insert(token_type_ids, token_type_ids.new_zeros(len(self.start), self.length))
 
     def extend_positions(self, position_ids: Tensor) -> Tensor:
-        """Returns `position_ids` with the prompt's positions inserted and later ones shifted."""
+        """Returns `position_ids` with those of the prompt inserted, and later ones shifted."""
         position_ids = position_ids.expand(len(self.start), -1)
         index = torch.arange(position_ids.shape[1], device=position_ids.device)
         at = self.start.clamp(max=position_ids.shape[1] - 1)[:, None]
@@ -80,7 +80,6 @@ class PromptPosition:
 
 
 def _gather(states: Tensor, index: Tensor) -> Tensor:
-    """Returns `states` `(batch, n, ...)` at `index` `(batch, m)` of the second dimension."""
     rows = torch.arange(len(states), device=states.device)[:, None]
     return states[rows, index]
 
@@ -142,7 +141,7 @@ class PromptShape:
 
 
 class SoftPromptLayer(VirtualTokenLayer):
-    """Prompts by adapter name; hooks on the module `stack` insert those of the active adapters."""
+    """Prompts by adapter name, inserted into the inputs of `stack` (model or encoder) by hooks."""
 
     adapter_layer_names = (
         "soft_prompt_embedding",
@@ -172,7 +171,7 @@ class SoftPromptLayer(VirtualTokenLayer):
         ]
 
     def get_base_layer(self) -> Any:
-        """Returns the token embedding of the stack."""
+        """Returns the token embedding of `stack`."""
         return self._stack[0].get_input_embeddings()
 
     def remove_hooks(self) -> None:
@@ -183,7 +182,7 @@ class SoftPromptLayer(VirtualTokenLayer):
     def add_prompt(
         self, adapter_name: str, config: SoftPromptConfig, stack: Any, stack_type: StackType
     ) -> None:
-        """Add a prompt; a decoder only stores the shape of the encoder's prompt."""
+        """Add a prompt; in a decoder with an encoder, store only the encoder's prompt length."""
         self.stack_type = stack_type
         self.shapes[adapter_name] = PromptShape(config.num_virtual_tokens, config.tokens_before)
         if stack_type == "decoder":
@@ -241,16 +240,15 @@ class SoftPromptLayer(VirtualTokenLayer):
                 del modules[name]
 
     def running(self) -> list[str]:
-        """Returns the names of the active adapters of this layer."""
+        """Returns the names of the adapters of this layer that are active."""
         if self.disable_adapters:
             return []
         return [name for name in self.active_adapters if name in self.shapes]
 
     def before_forward(self, stack: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Forward pre-hook: returns the stack's arguments with the prompts, or None without any.
+        """Forward pre-hook: returns the arguments with the prompts inserted; None without prompts.
 
-        Raises:
-            ValueError: the attention mask is not `(batch, seq)`.
+        Raises `ValueError` if the attention mask is not `(batch, seq)`.
         """
         self._position = None
         names = self.running()
@@ -302,7 +300,7 @@ class SoftPromptLayer(VirtualTokenLayer):
         return position
 
     def _extend_cached(self, names: list[str], call: dict[str, Any]) -> None:
-        """Extend mask and positions in `call` (modified) by the prompts, which are in the cache."""
+        """Extend mask and positions in `call` (modified) by prompts that are in the KV cache."""
         mask = call.get("attention_mask")
         if mask is not None:
             call["attention_mask"] = self._compute_position(names, mask, mask).extend_mask(mask)
@@ -321,7 +319,6 @@ class SoftPromptLayer(VirtualTokenLayer):
 
 
 def _remove_prompt(position: PromptPosition, output: Any) -> Any:
-    """Returns the stack's output, a tuple or `ModelOutput`, without the prompt."""
     if isinstance(output, tuple):
         return (position.remove(output[0]), *output[1:])
     output.last_hidden_state = position.remove(output.last_hidden_state)
@@ -331,7 +328,6 @@ def _remove_prompt(position: PromptPosition, output: Any) -> Any:
 
 
 def _initial_prompt(embedding: Any, config: SoftPromptConfig) -> Tensor:
-    """Returns the initial prompt `(P, embedding)`: random or embeddings of tokens."""
     num_tokens, weight = config.num_virtual_tokens, embedding.weight
     if config.encoder != "none":
         return torch.randn(num_tokens, weight.shape[1], device=weight.device)
@@ -354,8 +350,7 @@ NAME = "soft_prompt"
 class SoftPromptModel(VirtualTokenTuner):
     """Tuner for prompt tuning and P-tuning.
 
-    In an encoder-decoder the prompt is in the encoder, and the decoder attends to its states
-    (Lester et al., 2021, § 2).
+    In an encoder-decoder model, the prompt is in the encoder input (Lester et al., 2021, § 2).
     """
 
     prefix: str = "soft_prompt_"
