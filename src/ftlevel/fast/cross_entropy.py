@@ -103,7 +103,7 @@ class ChunkedCrossEntropy:
         self._chunk = targets_per_chunk(free_bytes, self._vocab_size)
 
     def remove(self) -> None:
-        """Remove the hook."""
+        """Remove the hook from the model's head."""
         self._hook.remove()
 
     def loss_sum(
@@ -119,7 +119,7 @@ class ChunkedCrossEntropy:
         Args:
             forward: calls the model on a batch; UnsupportedModelError if that does not call the
                 head.
-            at: (targets,) flat indices into (batch, seq) of the positions that predict them.
+            at: (targets,) flat indices into (batch, seq) of the positions that predict the targets.
             targets: (targets,) token ids.
             observe: receives the logits and targets of each chunk; only without gradients.
             smoothing: label smoothing ε; only with gradients.
@@ -174,7 +174,7 @@ class ChunkedCrossEntropy:
     def _compute(
         self, forward: Callable[[], Any], at: Tensor, compute: Callable[[Tensor], Tensor]
     ) -> Tensor:
-        """Run `forward`; returns `compute` of the head's input at `at`, (targets, hidden)."""
+        """Run `forward`; returns `compute(states)` of the head's input states (targets, hidden)."""
         self._call.request, self._call.result = (at, compute), None
         try:
             forward()

@@ -129,7 +129,7 @@ class FusedGlu(nn.Module):
 
 
 class FusedNormGlu:
-    """Replaces `count` norms and gated feed-forwards of `model` by fused ones, until `remove`."""
+    """Replaces norms and GLUs of `model` (`count` modules) by fused ones, until `remove`."""
 
     def __init__(self, model: nn.Module, kernels: Kernels = NO_KERNELS) -> None:
         self._replaced: list[tuple[nn.Module, str, nn.Module]] = []
@@ -144,7 +144,7 @@ class FusedNormGlu:
         self.count = len(self._replaced)
 
     def remove(self) -> None:
-        """Restore the modules."""
+        """Restore the original modules."""
         for parent, name, child in self._replaced:
             child.train(getattr(parent, name).training)
             setattr(parent, name, child)
@@ -260,7 +260,7 @@ class _Rope(torch.autograd.Function):
 
 
 class FusedRope:
-    """Replaces `count` rotary embedding functions that `model` uses, until `remove`."""
+    """Replaces `count` rotary embedding functions of `model` by fused ones, until `remove`."""
 
     def __init__(self, model: nn.Module, kernels: Kernels) -> None:
         self._replaced: list[tuple[ModuleType, Callable[..., Any]]] = []
@@ -274,14 +274,14 @@ class FusedRope:
         self.count = len(self._replaced)
 
     def remove(self) -> None:
-        """Restore the functions."""
+        """Restore the original functions."""
         for module, function in self._replaced:
             setattr(module, NAME, function)
         self._replaced.clear()
 
 
 class _Replacement:
-    """Rotary embedding by a kernel, or by the original `function` where no kernel applies."""
+    """Rotary embedding by a kernel; for unsupported arguments, by the original `function`."""
 
     def __init__(self, function: Callable[..., Any], kernels: Kernels) -> None:
         self._original, self._kernels = function, kernels

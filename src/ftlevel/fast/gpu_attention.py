@@ -102,7 +102,7 @@ class VarlenKernel:
 
     @classmethod
     def read(cls, function: Callable[..., Any]) -> VarlenKernel:
-        """Returns the kernel with the options in the signature of `function`."""
+        """Returns the kernel of `function`, with supported options read from its signature."""
         names = inspect.signature(function).parameters
         return cls("window_size" in names, "scale" in names, "enable_gqa" in names)
 
@@ -191,7 +191,7 @@ def get_lengths(segments: tuple[Segment, ...], device: torch.device) -> Lengths:
 
 
 def window_of(causal: bool, window: int | None) -> tuple[int, int]:
-    """Returns how many keys before and after a query it sees, -1 for all."""
+    """Returns how many keys before and after a query the query sees, -1 for all."""
     past = -1 if window is None else window - 1
     return past, 0 if causal else past
 
@@ -352,7 +352,7 @@ FUNCTION = "flash_attn_varlen_func"
 
 @dataclass(frozen=True)
 class HubKernel:
-    """A Hub kernel; `all_keys` is its window size for "unlimited": None in FA4, else -1."""
+    """A Hub kernel; `all_keys` is its value for an unlimited window: None in FA4, else -1."""
 
     function: Callable[..., Any]
     caps: bool
@@ -361,7 +361,7 @@ class HubKernel:
 
     @classmethod
     def read(cls, function: Callable[..., Any]) -> HubKernel:
-        """Returns the kernel `function` with the options in its signature."""
+        """Returns the kernel of `function`, with supported options read from its signature."""
         names = inspect.signature(function).parameters
         windows = "window_size" in names
         all_keys = names["window_size"].default[0] if windows else None

@@ -77,7 +77,7 @@ def compute_policy_loss(
 def compute_full_loss(
     model: Any, objective: Objective, batch: dict[str, Tensor], mask: Tensor, loss: TrainingLoss
 ) -> tuple[Tensor, Tensor, Any]:
-    """Returns the summed loss without a chunked head, the labels, and model outputs or None."""
+    """Returns the summed loss computed from all logits, the labels, and model outputs or None."""
     if isinstance(objective, LikelihoodObjective):
         answers = compute_answer_likelihoods(None, model, objective, batch)
         total = objective.preference_sum(answers, batch["preference_labels"], training=True)

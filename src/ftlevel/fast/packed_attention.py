@@ -334,7 +334,7 @@ def _by_sequence(
 def _by_length(
     segments: Sequence[Segment], states: list[Tensor], options: AttentionOptions
 ) -> Tensor:
-    """Returns the output (tokens, heads, head_dim); neighbors of equal length are one batch.
+    """Returns the output (tokens, heads, head_dim); neighboring segments of one length are a batch.
 
     At 15 tokens in bfloat16, this takes a third of the time of `ShortAttention` (float32 softmax).
     """

@@ -145,7 +145,7 @@ _thread_local = threading.local()
 
 
 def current_layout() -> PackedLayout | None:
-    """Returns the current layout, or None."""
+    """Returns the layout set by `using_layout`, or None."""
     layout: PackedLayout | None = getattr(_thread_local, "layout", None)
     return layout or _shared
 
@@ -306,7 +306,7 @@ class PackedBlocks:
         self._hooks.append(blocks[-1].register_forward_hook(_unpack_block))
 
     def remove(self) -> None:
-        """Remove the hooks."""
+        """Remove the hooks from the blocks, which then compute padded batches."""
         for hook in self._hooks:
             hook.remove()
 

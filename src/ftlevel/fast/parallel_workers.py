@@ -46,7 +46,7 @@ class ParallelWorkers:
         )
 
     def close(self) -> None:
-        """Stop the threads."""
+        """Stop the worker threads."""
         self._pool.shutdown()
         torch.set_num_threads(self._threads)  # new threads inherit the last number set
 

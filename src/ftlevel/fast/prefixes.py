@@ -95,7 +95,7 @@ _thread_local = threading.local()
 
 
 def current_prefix() -> SharedPrefix | None:
-    """Returns the shared prefix of this thread's micro-batch, or None."""
+    """Returns the prefix set by `using_prefix` in this thread, or None."""
     return getattr(_thread_local, "shared_prefix", None)
 
 
@@ -130,9 +130,9 @@ def common_prefix_length(one: Tokens, other: Tokens) -> int:
 def sort_by_prefix(
     rows: Sequence[Tokens], min_length: int = MIN_PREFIX
 ) -> tuple[list[int], list[int]]:
-    """Returns sorted row indices, and by row the tokens it shares with the previous sorted row.
+    """Returns sorted row indices, and how many tokens each row shares with its predecessor in them.
 
-    Prefixes shorter than `min_length` tokens count as 0.
+    The numbers are indexed by row; prefixes shorter than `min_length` tokens count as 0.
     """
     order = sorted(range(len(rows)), key=lambda row: rows[row])
     shared = [0] * len(rows)

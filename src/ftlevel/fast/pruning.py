@@ -27,7 +27,7 @@ class LastLayerPruning:
         self._hooks += [linear.register_forward_hook(_restore_positions) for linear in linears]
 
     def remove(self) -> None:
-        """Remove the hooks."""
+        """Remove the hooks from `linears`, which then compute all tokens."""
         for hook in self._hooks:
             hook.remove()
 

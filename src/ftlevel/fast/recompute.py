@@ -27,7 +27,7 @@ _thread_local = _ThreadLocal()
 
 
 def worker_generator() -> torch.Generator | None:
-    """Returns the generator of this thread's micro-batch, or None."""
+    """Returns the generator set by `using_generator` in this thread, or None."""
     return _thread_local.generator
 
 
@@ -82,7 +82,7 @@ class PerWorkerDropout:
             setattr(parent, name, dropout)
 
     def remove(self) -> None:
-        """Restore the modules, with the training mode of their replacements."""
+        """Restore the `nn.Dropout` modules, in the training mode of their replacements."""
         for parent, name, child in self._replaced:
             child.train(getattr(parent, name).training)
             setattr(parent, name, child)

@@ -111,7 +111,7 @@ class FastStep:
     def prune_last_layer(
         self, objective: Objective, rows: Sequence[Encoded], pad_id: int, device: str, dtype: str
     ) -> None:
-        """Where possible, make the last block compute only the tokens that are needed after it."""
+        """Where possible, make the last block compute only the tokens needed after it."""
         if self._blocks is None or not self.plan.prunes_last_layer:
             return
         last = get_blocks(self._base)[-1]
@@ -119,7 +119,7 @@ class FastStep:
         self.prune(select, linears)
 
     def prune(self, select: TokenSelector | None, linears: Sequence[nn.Module]) -> None:
-        """Make `linears`, if any, compute only the tokens that `select` returns."""
+        """Make the last block's `linears`, if any, compute only tokens that `select` returns."""
         if linears:
             self.plan = replace(self.plan, needed_tokens=select)
             self._pruning, self.pruned_linears = LastLayerPruning(linears), len(linears)
@@ -131,7 +131,7 @@ class FastStep:
             self._base.set_attn_implementation(self._attention_before)
 
     def remove(self) -> None:
-        """Restore the model."""
+        """Remove all parts of the fast step, so that the model runs as before."""
         if self.cross_entropy is not None:
             self.cross_entropy.remove()
         if self.norm_glu is not None:

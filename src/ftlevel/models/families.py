@@ -201,7 +201,7 @@ _INDEX: dict[str, Family] = {
 
 
 def lookup_family(name: str) -> Family | None:
-    """Returns the family of a `model_type` or alias, ignoring case and dashes, or None."""
+    """Returns the family of a `model_type` or alias, ignoring case and dashes; None if unknown."""
     return _INDEX.get(_fold(name))
 
 

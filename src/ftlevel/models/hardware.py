@@ -69,7 +69,7 @@ def get_num_cores(cpus: list[int], topology: Path = _TOPOLOGY) -> int:
 
 
 def get_cpu_quota(membership: Path = _MEMBERSHIP, root: Path = _CGROUPS) -> float | None:
-    """Returns the lowest CPU quota of this process's control groups, in CPUs, or None."""
+    """Returns the lowest CPU quota of this process's control groups, in CPUs; None if unlimited."""
     quotas = [quota for group in control_groups(membership, root) if (quota := _quota(group))]
     return min(quotas, default=None)
 
@@ -120,7 +120,7 @@ class MemorySettings:
 
 
 def max_length_in_memory(config: Any, settings: MemorySettings, memory: int) -> int | None:
-    """Returns an upper bound of the tokens per row that fit into `memory` bytes, or None."""
+    """Returns an upper bound of a row's tokens that fit into `memory` bytes; None if unknown."""
     text = config.get_text_config()
     hidden, layers = getattr(text, "hidden_size", 0), getattr(text, "num_hidden_layers", 0)
     if not (isinstance(hidden, int) and isinstance(layers, int) and hidden and layers):

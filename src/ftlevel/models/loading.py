@@ -99,7 +99,7 @@ def check_unexpected(model: nn.Module, unexpected_keys: Iterable[str], label: st
 
 
 def _lookup(values: Mapping[str, Any], name: str) -> Any:
-    """Returns the value whose key is `name`, or differs only by a module prefix; or None."""
+    """Returns the value of key `name`, or of a key with another module prefix; else None."""
     if name in values:
         return values[name]
     if not name:

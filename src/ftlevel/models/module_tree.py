@@ -75,7 +75,7 @@ class ExpertParameter:
 
 
 def linear_size(module: nn.Module) -> tuple[str, int, int] | None:
-    """Returns (type, in, out) of a linear layer of any library, or None."""
+    """Returns (type, in, out) of a linear layer of any library; None for other modules."""
     if isinstance(module, Conv1D):
         return "Conv1D", int(module.nx), int(module.nf)
     fan_in, fan_out = getattr(module, "in_features", None), getattr(module, "out_features", None)

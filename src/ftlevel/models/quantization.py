@@ -117,7 +117,7 @@ def build_torchao_config(quant_type: str) -> Any:
 
 
 def get_torchao_type(quantization_config: dict[str, Any]) -> str | None:
-    """Returns the `--quant` type of a torchao `quantization_config`, or None."""
+    """Returns the `--quant` type of a torchao `quantization_config`; None for other libraries."""
     quant_type = quantization_config.get("quant_type")
     if quantization_config.get("quant_method") != "torchao" or not isinstance(quant_type, dict):
         return None
@@ -135,13 +135,13 @@ PLAIN_NOTE = '{"_type": "Tensor"}'
 
 
 def torchao_bytes(shape: tuple[int, ...], quantization: Any) -> int:
-    """Returns the bytes of a weight `(out, in)`: one per value, scales, and int8's zero points."""
+    """Returns the bytes of a weight `(out, in)`: values (one byte), scales, int8's zero points."""
     name = type(quantization.quant_type).__name__
     return math.prod(shape) + shape[0] * (5 if name == _CONFIGS["int8-torchao"] else 4)
 
 
 def get_quantization_config(config: Any) -> dict[str, Any] | None:
-    """Returns the `quantization_config` of a model config as a dict, or None."""
+    """Returns a model config's `quantization_config` as a dict; None if it has none."""
     result = getattr(config, "quantization_config", None)
     if result is None:
         return None

@@ -71,9 +71,9 @@ class ModelSource:
 
 
 def download_files(source: ModelSource, patterns: Sequence[str]) -> Path | None:
-    """Returns a directory with the files of `source` that match `patterns`, or None.
+    """Returns a directory with the files of `source` that match `patterns`.
 
-    Files of a Hub model are downloaded, or offline taken from the cache.
+    Files of a Hub model are downloaded, or offline taken from the cache. None without a directory.
     """
     if source.kind != "hub":
         return source.path if source.path is not None and source.path.is_dir() else None

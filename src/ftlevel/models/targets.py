@@ -44,7 +44,7 @@ class LinearGroup:
         return self.location == "block"
 
     def lora_parameters(self, r: int) -> int:
-        """Returns the number of LoRA parameters of rank `r` for all these layers."""
+        """Returns the number of parameters of LoRA of rank `r` on all layers of the group."""
         return self.count * lora_parameters(self.in_features, self.out_features, r)
 
 
@@ -60,7 +60,7 @@ class ExpertGroup:
     count: int
 
     def lora_parameters(self, r: int) -> int:
-        """Returns the number of LoRA parameters of rank `r` with PEFT's `target_parameters`."""
+        """Returns the number of parameters of LoRA of rank `r` through `target_parameters`."""
         count = lora_parameters(self.in_features, self.out_features, r)
         return self.count * self.experts * count
 

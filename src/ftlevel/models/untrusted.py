@@ -62,7 +62,7 @@ _POSITIVE_SIZES = tuple(
 
 
 def check_directory(path: Path, label: str) -> None:
-    """Raise `InputError` if a directory has special files, outside references or absurd sizes."""
+    """Raise `InputError` if a directory has special or oversized files, or outside references."""
     check_regular(path.iterdir(), label)
     for index in path.glob(_INDEX):
         _check_index(index, label)
@@ -72,7 +72,7 @@ def check_directory(path: Path, label: str) -> None:
 
 
 def check_config(config: Mapping[str, Any], label: str) -> None:
-    """Raise `InputError` for absurd sizes or Hub kernels in a config, before it is built."""
+    """Raise `InputError` for implausible sizes or Hub kernels in a config, before it is built."""
     check_sizes(config, label)
     _check_kernels(config, label)
     names = config.get("architectures") or []

@@ -213,7 +213,7 @@ class Evaluations:
         self.waited = 0
 
     def add(self, step: int, scores: Mapping[str, Any]) -> bool:
-        """Add an evaluation; returns if it is the best so far (ties: by loss; no metric: NaN)."""
+        """Add an evaluation; returns whether it is the best so far."""
         value = float(scores.get(self.plan.metric, math.nan))
         loss = float(scores.get("eval_loss", math.nan))
         best, self.last = self.best, EvalResult(step, value, loss)

@@ -194,7 +194,7 @@ def create_evaluator(
     teacher: TokenLogps | None = None,
     server: ServerSampler | None = None,
 ) -> Evaluator | None:
-    """Create the evaluator of the validation rows; None if there are none.
+    """Create the evaluator of the validation rows; None without validation rows.
 
     In reinforcement learning, completions are sampled from `model`; see `create_rollouts`.
     """

@@ -176,7 +176,7 @@ class Reference:
 def compute_initial_reference(
     run: Run, prepared: PreparedModel, listener: Listener
 ) -> tuple[Run, Reference | None]:
-    """Returns the run with the initial model's log-probabilities, and the reference; or None."""
+    """Returns the run with the initial model's log-probabilities, and the reference, if needed."""
     if not needs_reference(run):
         return run, None
     listener.stage("computing reference log-probabilities")
@@ -323,7 +323,7 @@ def iterate_batches(
 
 
 def precompute_reference(run: Run, listener: Listener) -> tuple[Run, Reference | None]:
-    """Returns the run with log-probabilities of the `--reference` model, and it, or None."""
+    """Returns the run with log-probabilities of the `--reference` model, and it, if needed."""
     reference = run.auxiliary.reference
     if reference is None or not needs_reference(run):
         return run, None

@@ -206,7 +206,7 @@ class SaveByClock(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """Start the clock."""
+        """Start the clock that counts the minutes to the next checkpoint."""
         self._last_time = time.monotonic()
 
     def on_step_end(
@@ -229,7 +229,7 @@ class SaveByClock(TrainerCallback):
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """Restart the clock."""
+        """Restart the clock that counts the minutes to the next checkpoint."""
         self._last_time = time.monotonic()
 
 
@@ -243,7 +243,7 @@ class SaveStreamState(TrainerCallback):
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """Write the position, in the first process only."""
+        """Write the position in the dataset, in the first process only."""
         if not state.is_world_process_zero:  # it is the same in each
             return
         self.rows.save(self.checkpoint_dir / f"checkpoint-{state.global_step}", state.global_step)
@@ -259,7 +259,7 @@ class SaveRollout(TrainerCallback):
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """Write the rollout of this process."""
+        """Write this process's rollout into the checkpoint."""
         self._save(self._output_dir / f"checkpoint-{state.global_step}")
 
 
@@ -272,7 +272,7 @@ class WaitForHashes(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """Wait if a checkpoint is about to be saved."""
+        """Wait for the hashes if a checkpoint is about to be saved."""
         if control.should_save:
             for wait in self._functions:
                 wait()

@@ -88,7 +88,7 @@ class ShardedTrainer(FtlevelTrainer):
         return loss
 
     def _sync_replicated_trainable_parameters(self, model: Any) -> None:
-        """Broadcast the first process's tensors; `training_step` averages their gradients."""
+        """Broadcast the first process's unsharded trained tensors; their gradients are averaged."""
         del model
         for parameter in self._replicated:
             distributed.broadcast(parameter.data, src=0)

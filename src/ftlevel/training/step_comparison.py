@@ -188,8 +188,8 @@ class Bounds:
     """Largest allowed differences of two steps that differ in summation order only.
 
     Attributes:
-        noise: difference that another order causes in each tensor's gradient.
-        noise_of_loss: difference that another order causes in the loss, in nats.
+        noise: difference of each tensor's gradient if the summation order changes.
+        noise_of_loss: difference of the loss in that case, in nats.
     """
 
     dtype: str

@@ -65,7 +65,7 @@ class GuidedTexts(EncodedTexts):
 
     @property
     def guide(self) -> Any:
-        """The guide model's vector of each text, or None."""
+        """The guide model's vector of each text; None without a guide."""
         return self.vectors
 
 

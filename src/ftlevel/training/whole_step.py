@@ -2,10 +2,10 @@
 
     e = f(x; θ) without a graph → L(e), g = ∂L/∂e → by micro-batch, ∂(Σ e·g)/∂θ with a graph
 
-Each micro-batch is embedded twice, with the same dropout (GradCache: arXiv:2101.06983), so memory
-holds the activations of one micro-batch. If the activations of all fit, their graphs are kept and
-nothing is embedded twice. Gradients are added in the same order, so both give the same bits. Every
-process computes the loss of all vectors, but only its own vectors' gradients.
+e are the vectors of the texts. Each micro-batch is embedded twice, with the same dropout
+(GradCache: arXiv:2101.06983), so memory holds the activations of one. If those of all fit, graphs
+are kept and nothing is embedded twice. Gradients are added in the same order, so both give the same
+bits. Every process computes the loss of all vectors, but only its own vectors' gradients.
 """
 
 from __future__ import annotations
@@ -203,7 +203,7 @@ class _Forward:
         return vectors[: len(self._parts)]
 
     def backward(self, grads: Sequence[Tensor]) -> None:
-        """Accumulate the parameters' gradients, given those of the vectors."""
+        """Accumulate the parameters' gradients, given the gradients `grads` of the vectors."""
         trainer = self._trainer
         if self._workers is not None:
             trained = [p for p in self._model.parameters() if p.requires_grad]

@@ -57,11 +57,11 @@ class TensorSpec:
 
     @property
     def nbytes(self) -> int:
-        """Size in bytes."""
+        """Size of the tensor in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
     def meta(self) -> torch.Tensor:
-        """Returns an empty tensor on the meta device."""
+        """Returns a meta tensor of this dtype and shape."""
         return torch.empty(self.shape, dtype=self.dtype, device="meta")
 
 
@@ -299,7 +299,7 @@ class Checkpoint:
         return get_tensor_info(self._convert(name, group, specs))
 
     def plain(self, name: str) -> FileTensor | None:
-        """Returns the file's tensor for `name`; None if the model's tensor is a conversion."""
+        """Returns the file's tensor for `name`; None if several are combined or it is converted."""
         group = self._group(name)
         tensor = self.stored[group.keys[0]]
         return tensor if group.converter is None and isinstance(tensor, FileTensor) else None

@@ -115,7 +115,7 @@ def select_codes(
 
 
 def compute_directions(update: torch.Tensor, moment: torch.Tensor) -> torch.Tensor:
-    """Returns the output directions (out, k) that `update` affects most, by subspace iteration."""
+    """Returns the output directions (out, k) that `update` changes most (subspace iteration)."""
     num_directions = min(DIRECTIONS, *update.shape)
     directions = torch.randn(
         len(update), num_directions, generator=torch.Generator().manual_seed(0)

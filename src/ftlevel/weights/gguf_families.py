@@ -102,7 +102,7 @@ def get_gguf_limitations(config: Any) -> list[str]:
 
 
 def build_metadata(config: Any) -> Metadata:
-    """Returns the GGUF metadata of the architecture."""
+    """Returns the GGUF metadata of the model's architecture, such as sizes and rope settings."""
     family = FAMILIES[config.model_type]
     if family.architecture == "gpt2":
         keys = _gpt2_metadata(config)

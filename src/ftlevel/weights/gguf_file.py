@@ -124,9 +124,9 @@ _QUANTIZATION_VERSION = 2
 class GGUFTensor:
     """A tensor of the file.
 
-    `source` is the name in the model, if any; `shape` is the reverse of the file's order. `read`
-    returns the tensor in the layout of the file. `codes` returns selected codes in the order of the
-    model's rows, which `arrange` reorders for the file; if it is None, the weights are rounded.
+    `source` is the model's name of the tensor, if any; `shape` is as in torch, reversed in the
+    file. `read` returns the tensor in the file's layout. `codes` returns selected codes in the
+    model's row order, which `arrange` reorders for the file; without `codes`, weights are rounded.
     """
 
     name: str

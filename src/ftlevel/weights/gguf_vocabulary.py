@@ -79,7 +79,7 @@ class Vocabulary:
     notes: list[str] = field(default_factory=list)
 
     def metadata(self) -> dict[str, Any]:
-        """Returns the metadata keys."""
+        """Returns the tokenizer's metadata for the .gguf file, by key."""
         keys: dict[str, Any] = {
             "tokenizer.ggml.model": self.model,
             "tokenizer.ggml.pre": self.pre,

@@ -45,22 +45,22 @@ class TorchBackend:
         return _normalize(x32, weight, scale, x.dtype), scale
 
     def renorm(self, x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
-        """Returns y recomputed from x and ρ (`scale`), bit for bit."""
+        """Returns the RMSNorm output y recomputed from x and ρ (`scale`), bit for bit."""
         return _normalize(x.to(scale.dtype), weight, scale, x.dtype)
 
     def norm_backward(self, gradient: Tensor, x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
-        """Returns ∂L/∂x; `gradient` is ∂L/∂y and `scale` is ρ."""
+        """Returns ∂L/∂x of RMSNorm; `gradient` is ∂L/∂y, `scale` is ρ = 1 / RMS(x)."""
         normed = x.to(scale.dtype) * scale
         of_normed = gradient.to(scale.dtype) * weight.to(scale.dtype)
         along = (of_normed * normed).mean(-1, keepdim=True)
         return of_normed.sub_(normed.mul_(along)).mul_(scale).to(x.dtype)
 
     def glu(self, activation: str, gate: Tensor, up: Tensor) -> Tensor:
-        """Returns y = a(gate) ∘ up; `activation` is a key of `ACTIVATIONS`."""
+        """Returns the GLU output a(gate) ∘ up; `activation` a is a key of `ACTIVATIONS`."""
         return ACTIVATIONS[activation][0](gate).mul_(up)
 
     def glu_backward(self, activation: str, gradient: Tensor, gate: Tensor, up: Tensor) -> Pair:
-        """Returns the gradients of `gate` and `up`; `gradient` is that of y."""
+        """Returns the gradients of `gate` and `up`, given that of the GLU output."""
         activate, of_gate = ACTIVATIONS[activation]
         return of_gate(gradient * up, gate), activate(gate).mul_(gradient)
 
@@ -165,26 +165,26 @@ _cross_entropy = _define(
 
 
 class TritonBackend(TorchBackend):
-    """The same operations with one Triton kernel each; views are made contiguous."""
+    """Operations of `TorchBackend`, one Triton kernel each; views are made contiguous."""
 
     def norm(self, x: Tensor, weight: Tensor, eps: float) -> Pair:
         """Returns RMSNorm y = weight · x · ρ (…, hidden), and ρ = 1 / √(mean(x²) + eps)."""
         return _norm(x.contiguous(), weight, eps)
 
     def renorm(self, x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
-        """Returns y recomputed from x and ρ (`scale`), bit for bit."""
+        """Returns the RMSNorm output y recomputed from x and ρ (`scale`), bit for bit."""
         return _renorm(x.contiguous(), weight, scale)
 
     def norm_backward(self, gradient: Tensor, x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
-        """Returns ∂L/∂x; `gradient` is ∂L/∂y and `scale` is ρ."""
+        """Returns ∂L/∂x of RMSNorm; `gradient` is ∂L/∂y, `scale` is ρ = 1 / RMS(x)."""
         return _norm_backward(gradient.contiguous(), x.contiguous(), weight, scale)
 
     def glu(self, activation: str, gate: Tensor, up: Tensor) -> Tensor:
-        """Returns y = a(gate) ∘ up; `activation` is a key of `ACTIVATIONS`."""
+        """Returns the GLU output a(gate) ∘ up; `activation` a is a key of `ACTIVATIONS`."""
         return _glu(activation, gate.contiguous(), up.contiguous())
 
     def glu_backward(self, activation: str, gradient: Tensor, gate: Tensor, up: Tensor) -> Pair:
-        """Returns the gradients of `gate` and `up`; `gradient` is that of y."""
+        """Returns the gradients of `gate` and `up`, given that of the GLU output."""
         tensors = (part.contiguous() for part in (gradient, gate, up))
         return _glu_backward(activation, *tensors)
 

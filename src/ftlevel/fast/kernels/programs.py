@@ -165,7 +165,7 @@ def _glu_backward(
 
 
 def norm(x: Tensor, weight: Tensor, eps: float) -> Pair:
-    """Returns the normalized y and ρ for contiguous x (…, hidden)."""
+    """Returns the RMSNorm of contiguous x (…, hidden), and ρ = 1 / RMS(x)."""
     y = torch.empty_like(x)
     scale = x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
     _launch_norm(x, weight, y, scale, eps, has_scale=False)
@@ -173,7 +173,7 @@ def norm(x: Tensor, weight: Tensor, eps: float) -> Pair:
 
 
 def renorm(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
-    """Returns y recomputed from x and ρ."""
+    """Returns the RMSNorm output recomputed from x and ρ = 1 / RMS(x)."""
     y = torch.empty_like(x)
     _launch_norm(x, weight, y, scale, 0.0, has_scale=True)
     return y
@@ -189,7 +189,7 @@ def _launch_norm(
 
 
 def norm_backward(gradient: Tensor, x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
-    """Returns ∂L/∂x for contiguous tensors."""
+    """Returns the RMSNorm's ∂L/∂x for contiguous tensors."""
     of_x = torch.empty_like(x)
     _norm_backward[(scale.numel(),)](
         gradient, x, weight, scale, of_x, x.shape[-1],

@@ -168,7 +168,7 @@ def _index_of(value: Tensor, candidates: Sequence[Tensor]) -> int | None:
 
 
 def _get_builder(result: Tensor, inner: Sequence[Tensor]) -> _Builder | None:
-    """Returns a function that builds a result like `result` from inputs like `inner`, or None."""
+    """Returns a function from inputs like `inner` to a result like `result`; None if impossible."""
     at = _index_of(result, inner)
     if at is not None:  # modified in place
         return lambda given: given[at]

@@ -311,7 +311,7 @@ class LiveMemoryTracker(OperationWatch):
 
     @property
     def total(self) -> int:
-        """Bytes that are live now."""
+        """Bytes of all tensors that are live now."""
         return self._total
 
     def has_tensor(self, tensor: Tensor) -> bool:
@@ -319,7 +319,7 @@ class LiveMemoryTracker(OperationWatch):
         return storage_of(tensor) in self._parts
 
     def add(self, tensor: Tensor, part: str) -> None:
-        """Count the storage of `tensor` in category `part`, to which a known storage is moved."""
+        """Count the storage of `tensor` in category `part`; moves one already counted there."""
         storage = storage_of(tensor)
         size, category = storage.nbytes(), self._parts.get(storage)
         if category is None:
