@@ -57,7 +57,7 @@ def record_files(run_dir: Path) -> None:
 
 
 def mark_resumed(run_dir: Path) -> None:
-    """Remove the recorded files of a finished run that resumes, except those of its adapter."""
+    """Remove the list of files from the marker of a run that resumes; keep that of the adapter."""
     marker = _load_marker(run_dir)
     if marker and (files := marker.pop("files", None)) is not None:
         marker["adapter"] = [name for name in files if name.startswith(f"{ADAPTER}/")]
@@ -65,7 +65,7 @@ def mark_resumed(run_dir: Path) -> None:
 
 
 def record_files_once(run_dir: Path) -> None:
-    """Call `record_files` if it was not called yet, as when the process was killed before."""
+    """Call `record_files` if the marker has no list of files, as after a killed process."""
     if "files" not in (_load_marker(run_dir) or {}):
         record_files(run_dir)
 

@@ -137,7 +137,10 @@ class RowDecoder:
         self._forward(rows, ids, rows.layers[0].get_seq_length() + 1)
 
     def _forward(self, rows: Rows, ids: torch.Tensor, seq: int, shared: int = 0) -> None:
-        """Run the model on `ids` (rows, new) to cache length `seq`; `shared` of it a prefix."""
+        """Run the model on `ids` (rows, new), after which the cache has `seq` positions.
+
+        The first `shared` positions are a prefix that all rows share.
+        """
         starts = seq + shared - torch.tensor(rows.lengths, device=self._device)[:, None]
         positions = torch.arange(seq, device=self._device)[None]
         row_positions = (positions - starts + shared).clamp(min=0)[:, -ids.shape[1] :]
@@ -191,7 +194,7 @@ class Rows:
     prompts: Sequence[SharedPrompts] = ()
 
     def fork(self, num_copies: int) -> Rows:
-        """Returns `num_copies` copies of each row, which share its cached tokens as a prompt."""
+        """Returns `num_copies` copies of each row; the cached tokens become a shared prompt."""
         index = [i for i in range(len(self.numbers)) for _ in range(num_copies)]
         states = [(layer.keys, layer.values) for layer in self.layers]
         return Rows(

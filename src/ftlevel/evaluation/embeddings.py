@@ -83,7 +83,7 @@ def score_embeddings(
 
 
 def step_losses(objective: Embeddings, vectors: torch.Tensor, step: StepTexts) -> list[float]:
-    """Returns for each row the mean loss of its group, which is as large as a training step."""
+    """Returns for each row the mean loss of its group of `objective.step_rows` consecutive rows."""
     objective = objective.for_validation(step)
     size, losses = objective.step_rows, list[float]()
     positions = list(range(0, len(step), size))

@@ -307,9 +307,10 @@ def open_rewards(
 def open_teacher(
     name: str, objective: PolicyObjective, kind: str, tokenizer: Any, device: str, dtype: str
 ) -> TokenLogps:
-    """Load the teacher `name`; returns a function from completions to its log-probabilities.
+    """Returns a function from completions to their log-probabilities by the teacher `name`.
 
-    Raises InputError if the teacher does not exist, or its tokenizer is not `tokenizer`.
+    Loads the weights. Raises InputError if the teacher does not exist, or its tokenizer is not
+    `tokenizer`.
     """
     reference = resolve_reference("--teacher", name, kind, tokenizer, device)
     model = reference.ref.load(device, dtype).model

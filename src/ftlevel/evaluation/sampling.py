@@ -306,9 +306,10 @@ Sampler = GroupSampler | GenerateSampler
 def select_sampler(
     model: Any, tokenizer: Any, kind: str, method: str, dtype: str, prompt: Sequence[int]
 ) -> tuple[Callable[[], Sampler], str]:
-    """Returns a function that opens a sampler of `model`, and why it uses `generate`, or "".
+    """Returns a function that opens a sampler of `model`: `GroupSampler`, or `GenerateSampler`.
 
-    The decoder is checked on `prompt`; call it in eval mode under `torch.no_grad`.
+    Also returns why `generate` must be used, or "". `GroupSampler` is checked on `prompt`; call
+    this in eval mode under `torch.no_grad`.
     """
 
     def generate() -> Sampler:

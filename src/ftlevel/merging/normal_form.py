@@ -314,7 +314,7 @@ def save_normal_form(output_dir: Path, normal_form: NormalForm, metadata: Named)
 
 
 def load_normal_form(output_dir: Path, normal_form: NormalForm) -> NormalForm:
-    """Load what `save_normal_form` wrote; `normal_form` names its modules."""
+    """Returns `normal_form` with the tensors that `save_normal_form` saved in `output_dir`."""
     from safetensors.torch import load_file
 
     tensors = load_file(str(output_dir / WEIGHTS))

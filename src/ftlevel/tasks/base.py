@@ -410,7 +410,10 @@ class BaseTask(ABC):
     def predict(
         self, model: PromptedModel, queries: Sequence[Any], outputs: OutputOptions
     ) -> list[Prediction]:
-        """Returns one prediction per query (`queries[i].row` = i); UnansweredError on failure."""
+        """Returns one prediction per query; `queries[i].row` must be i.
+
+        Raises `UnansweredError` if some queries cannot be answered.
+        """
 
     def predict_prompts(
         self, model: PromptedModel, prompts: Sequence[str], context: str | None

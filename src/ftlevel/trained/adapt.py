@@ -376,7 +376,7 @@ def _get_custom_loader(adapter_dir: Path) -> Callable[[Any, Path, str], Any] | N
 
 
 def add_adapter(peft_model: Any, adapter_dir: Path, name: str) -> None:
-    """Load another adapter, without activating it; InputError if it needs a model of its own."""
+    """Load another adapter, without activating it; InputError if it only works alone."""
     config: Any = None
     if (reader := get_adapter_reader(adapter_dir)) is not None:
         config, weights = reader.read(adapter_dir).convert(peft_model.get_base_model())

@@ -62,7 +62,10 @@ _NONE = np.zeros(0, dtype=np.int64)
 def get_repeated_keys(
     keys: NDArray[Any], selected: Mask | None = None
 ) -> tuple[Integers, Integers]:
-    """Returns indices of `selected` keys (None: all) that repeat earlier ones, and of those."""
+    """Returns the indices of keys that occurred before, and of their first occurrences.
+
+    `selected` is a mask of the keys to compare; None compares all.
+    """
     parts = list(_repeated(keys, selected))
     again, first = (np.concatenate(side) for side in zip((_NONE, _NONE), *parts, strict=True))
     order = np.argsort(again)
@@ -348,7 +351,7 @@ class Gate:
         table: Table,
         training: Digests,
     ) -> tuple[Sequence[Encoded], list[Finding]]:
-        """Returns rows and findings as `check_split`, but no example that is in `training`, too."""
+        """Returns rows and findings as `check_split`; examples in `training` may be dropped."""
         leaked, findings = self.get_leaks(name, fitted.digests, training, table)
         if len(leaked):
             keep = np.flatnonzero(~get_row_mask(fitted.rows, leaked))
@@ -421,9 +424,9 @@ class Gate:
     def get_leaks(
         self, name: str, digests: Digests, training: Digests, table: Table
     ) -> tuple[Integers, list[Finding]]:
-        """Returns the examples of a split to drop because training has them, and the findings.
+        """Returns the examples that training has, too, and are to be dropped, and the findings.
 
-        Training does not read the split test, so its findings only warn.
+        Findings about the split test only warn, because training does not read it.
         """
         policy = self.policy
         split = SplitReport(name, [], table, len(digests), policy)

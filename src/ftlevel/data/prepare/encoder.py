@@ -112,7 +112,7 @@ class EncodingContext:
     def encoder(
         self, config: DataConfig, prompt_format: PromptFormat | None, **options: Any
     ) -> Encoder:
-        """Returns an encoder with the settings of this context and `options`, its other ones."""
+        """Returns an `Encoder` with these settings; `options` are the remaining fields."""
         return Encoder(
             self.task, self.kind, self.tokenizer, config, self.bounds, prompt_format, **options
         )

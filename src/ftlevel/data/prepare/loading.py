@@ -176,7 +176,10 @@ class Converter:
     def merge_label_variants(
         self, split: str, table: Table, examples: Sequence[Any], names: Sequence[str] = ()
     ) -> Sequence[Any]:
-        """Returns `examples`, label variants replaced by `names`, or the most frequent spelling."""
+        """Returns `examples` with spelling variants of labels replaced by the known `names`.
+
+        Without names, the most frequent spelling is used.
+        """
         for check, same in LABEL_NORMALIZERS.items():
             variants = get_label_variants(examples, check, names)
             rows = sorted({row for variant in variants for row in variant.rows})

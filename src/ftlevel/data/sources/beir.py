@@ -35,7 +35,7 @@ class RetrievalSet:
 
 
 def retrieval_files(qrels: Path) -> list[Path]:
-    """Returns the files of queries and documents that belong to the judgments file `qrels`."""
+    """Returns queries.jsonl and corpus.jsonl next to `qrels`, or above its directory `qrels/`."""
     place = qrels.parent.parent if qrels.parent.name == "qrels" else qrels.parent
     return [place / "queries.jsonl", place / "corpus.jsonl"]
 
