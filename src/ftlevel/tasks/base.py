@@ -429,7 +429,7 @@ class BaseTask(ABC):
     def decode_targets(
         self, row: Encoded, names: Sequence[str], kind: str, decoder: TokenDecoder
     ) -> list[str | None]:
-        """Returns each token's target as text: "" if it is the token, None without a target.
+        """Returns each token's target as text; "" if it is the token itself, None if none.
 
         `names` are class or tag names, `kind` is that of the model.
         """

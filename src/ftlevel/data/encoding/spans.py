@@ -53,7 +53,7 @@ def encode_questions(
     where: Callable[[int], str],
     drop: bool = False,
 ) -> tuple[list[Encoded], int]:
-    """Returns each question with one or more windows of the context, and the number dropped.
+    """Returns one or more `Window` rows per question, and the number of questions dropped.
 
     `length` and `stride`, the overlap of consecutive windows, are in tokens. `separator` follows
     the question. Questions that leave no room for their context are dropped if `drop`, else they

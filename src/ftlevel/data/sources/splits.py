@@ -334,10 +334,10 @@ def _source_type(dataset: str, path: Path) -> str:
 def _match_training_files(
     dataset: str, source: str, split: str | None, options: ReadOptions
 ) -> Sequence[str | Path]:
-    """Returns the files that `dataset` names, without those named like other splits.
+    """Returns the file or all files that `dataset` matches, to be read as training rows.
 
-    Raises `InputError` for another `split` than "train", or if some but not all files are training
-    files.
+    Raises `InputError` for another `split` than "train", or if some but not all files have
+    names of other splits, such as test.csv.
     """
     if split not in (None, "train"):
         description = "a pattern of files" if source == "pattern" else "one file"

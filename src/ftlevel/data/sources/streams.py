@@ -251,7 +251,7 @@ class Reader(ABC):
     def chunk(
         self, rows: list[Row], lines: list[int], errors: list[BadRow], state: Cursor
     ) -> Chunk:
-        """Returns a chunk of this file."""
+        """Returns `rows` as a chunk of this file; `state` is the cursor after the last row."""
         return Chunk(rows, lines, errors, self.shown, self.unit, state, self.text_cells)
 
     def collect(self) -> tuple[Table, list[BadRow]]:

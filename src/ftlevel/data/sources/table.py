@@ -36,7 +36,7 @@ class BadRow:
 
 @dataclass(frozen=True)
 class Part:
-    """A table within a joined table; its lines are offset by `base`."""
+    """A table that was joined into another; `base` was added to the line numbers of its rows."""
 
     base: int
     table: Table

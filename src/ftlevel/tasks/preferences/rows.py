@@ -393,7 +393,7 @@ def _whole(row: PairRow) -> Sequence[Encoded]:
 
 
 def check_answers(examples: Sequence[Any], loss: str) -> Sequence[tuple[str, int, str]]:
-    """Returns (check name, number of examples, description) per failed check of the dataset."""
+    """Returns (check name, number of examples, description) per failed check of pairs or labels."""
     pairs = [example for example in examples if isinstance(example, PairExample)]
     findings: list[tuple[str, int, str]] = []
     if pairs:
