@@ -22,10 +22,10 @@ from ftlevel.models.loading import check_finite
 
 @dataclass(frozen=True)
 class HubHead:
-    """Prediction head, before its weights are loaded.
+    """Prediction head of an AdapterHub adapter, before weights are loaded.
 
     Attributes:
-        task: task; empty for a language head.
+        task: task of the head; empty for a language head.
         labels: class names.
         options: task options, such as `problem_type`.
         layers: modules of transformers' head by layer of a flex head; empty for a static head.
@@ -72,7 +72,7 @@ _OF_LAST_TOKEN = ("gpt2", "gptj", "llama", "mistral")
 
 
 def load_head(config_dict: Mapping[str, Any]) -> HubHead:
-    """Returns the head of a head_config.json; raises InputError if transformers has none."""
+    """Returns the head in head_config.json; raises InputError if transformers has no equal head."""
     config = config_dict.get("config")
     if not isinstance(config, Mapping):
         name = str(config_dict.get("model_class"))
@@ -103,7 +103,7 @@ def _labels(config: Mapping[str, Any]) -> list[str]:
 
 
 def _layers(family: str, head_type: str, config: Mapping[str, Any]) -> dict[str, str]:
-    """Returns modules of transformers' head by flex layer; raises InputError if heads differ."""
+    """Returns flex layer → module of transformers' head; raises InputError if the heads differ."""
     num_layers, pooled = config.get("layers"), bool(config.get("use_pooler"))
     if head_type == "question_answering" and num_layers == 1:
         return {"1": "qa_outputs"}
@@ -157,7 +157,7 @@ def name_head_weights(head: HubHead, weights: Mapping[str, Any], model: Any) -> 
 
 
 def check_language_head(weights: Mapping[str, Any], model: Any) -> None:
-    """Raise InputError if a language head is not equal to the base model's, which is used."""
+    """Raise InputError if a language head's weights differ from the base model's head."""
     import torch
 
     output = model.get_output_embeddings()
@@ -182,7 +182,7 @@ _HUB_NAME = re.compile(r"(.*)\.(?:adapters|\w+_text_(?:task|lang)_adapters)\.([^
 
 @dataclass(frozen=True)
 class HubAdapter:
-    """Adapter in AdapterHub's format, before weights load; `config_dict` is its config."""
+    """Adapter in AdapterHub's format, before weights load; `config_dict` is adapter_config.json."""
 
     directory: Path
     config_dict: dict[str, Any]
@@ -196,11 +196,11 @@ class HubAdapter:
 
     @property
     def heads(self) -> list[str]:
-        """Names of the modules of the head, which PEFT trains and saves fully."""
+        """Names of the head's modules, which PEFT saves as `modules_to_save`."""
         return head_modules(self.head, self.head_weights) if self.head else []
 
     def task(self, requested: str | None) -> str:
-        """Returns the head's task, or else `requested`; raises InputError if they differ."""
+        """Returns the head's task, else `requested`; raises InputError if the two differ."""
         head_task = self.head.task if self.head else ""
         if head_task and requested not in (None, head_task):
             raise InputError(
@@ -209,7 +209,7 @@ class HubAdapter:
         return head_task or requested or "text-generation"
 
     def complete(self, card: AdapterCard) -> AdapterCard:
-        """Returns the base's card with labels and options of the adapter's head."""
+        """Returns `card` with the labels and options of the adapter's head, if there is one."""
         if self.head is None:
             return card
         options = {**card.options, **self.head.options}
@@ -302,7 +302,7 @@ def _load_json(path: Path) -> dict[str, Any]:
 def _name_weights(
     weights: Mapping[str, Any], hub_names: Mapping[str, str], config: Any
 ) -> dict[str, Any]:
-    """Returns the weights by PEFT name; raises InputError for missing or unexpected ones."""
+    """Returns PEFT name → weight; raises InputError for missing or unexpected weights."""
     groups: dict[str, dict[str, Any]] = {}
     unexpected = []
     for key, tensor in weights.items():
@@ -334,7 +334,7 @@ def _name_weights(
 
 
 def _load_weights(directory: Path, names: tuple[str, str]) -> dict[str, Any]:
-    """Load the first existing file of `names` on the CPU; tensors must be finite."""
+    """Load the first file of `names` that exists; raises InputError for non-finite values."""
     import torch
     from safetensors import SafetensorError
     from safetensors.torch import load_file

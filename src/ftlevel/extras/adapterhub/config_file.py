@@ -48,7 +48,7 @@ _OLD_ACTIVATIONS = {"gelu": "gelu_new", "gelu_orig": "gelu"}
 
 @dataclass(frozen=True)
 class HubModules:
-    """Names of the modules with AdapterHub's adapters, relative to a block; "" is the block."""
+    """Names, relative to a block, of modules in which AdapterHub puts adapters; "" is the block."""
 
     attention: tuple[str, ...]
     feed_forward: str
@@ -68,9 +68,7 @@ HUB_MODULES: dict[str, HubModules] = {
 
 
 def convert_config(config_dict: Mapping[str, Any], model_config: Any) -> dict[str, Any]:
-    """Returns the fields of `BottleneckConfig` that are equivalent to an AdapterHub adapter.
-
-    `config_dict` is AdapterHub's adapter_config.json.
+    """Returns the `BottleneckConfig` fields equivalent to AdapterHub's adapter_config.json.
 
     Raises:
         InputError: a setting is not supported; the message names its keys.
@@ -127,7 +125,7 @@ def _validate_config(config: Mapping[str, Any]) -> None:
 
 
 def _placement(config: Mapping[str, Any], positions: AdapterPositions) -> str:
-    """Returns the placement that `config` describes; raises `InputError` if there is none."""
+    """Returns the placement equal to `config`; raises `InputError` if there is none."""
     before, after = config["original_ln_before"], config["original_ln_after"]
     residual, attention = config["residual_before_ln"], config["mh_adapter"]
     if config["is_parallel"]:
@@ -151,7 +149,7 @@ def _placement(config: Mapping[str, Any], positions: AdapterPositions) -> str:
 def _targets(
     config: Mapping[str, Any], position: str, positions: AdapterPositions, model_config: Any
 ) -> tuple[str | None, str | None]:
-    """Returns regular expressions of adapted modules, None for all, and of excluded ones."""
+    """Returns two regular expressions: of adapted modules (None for all) and of excluded ones."""
     self_attention, *cross = positions.attention
     modules = [self_attention] * bool(config["mh_adapter"]) + cross * bool(config["cross_adapter"])
     modules += [positions.feed_forward] * bool(config["output_adapter"])
@@ -162,7 +160,7 @@ def _targets(
 
 
 def _exclude_pattern(layers: list[int], model_config: Any) -> str | None:
-    """Returns a regular expression of excluded blocks; decoder indices follow the encoder's."""
+    """Returns a regular expression of the blocks `layers`; decoders count on from the encoder."""
     if not layers:
         return None
     if model_config.model_type == "albert" or not all(isinstance(i, int) for i in layers):
@@ -187,7 +185,7 @@ def _reduction_factor(value: Any) -> float:
 
 
 def _activation(name: Any, *, old: bool) -> str:
-    """Returns transformers' name of an activation; `old` is for adapter-transformers' names."""
+    """Returns transformers' name of an activation; `old` names are adapter-transformers'."""
     from transformers.activations import ACT2FN
 
     activation = str(name).lower()
@@ -205,12 +203,10 @@ def _scaling(value: Any) -> float | str:
 
 
 def create_hub_config(peft_config: Mapping[str, Any], model_config: Any) -> dict[str, Any]:
-    """Returns AdapterHub's `config` for an adapter that is at all positions of its placement.
+    """Returns AdapterHub's `config` for an adapter at all positions of its placement.
 
-    `peft_config` is the adapter_config.json of ftlevel.
-
-    Raises:
-        InputError: AdapterHub has no such adapter for this model type.
+    `peft_config` is adapter_config.json. Raises InputError if AdapterHub has no such adapter for
+    the model type.
     """
     positions = _load_positions(model_config)
     placement = peft_config["placement"]
@@ -245,7 +241,6 @@ def create_hub_config(peft_config: Mapping[str, Any], model_config: Any) -> dict
 
 
 def _factor_of(peft_config: Mapping[str, Any], hidden: int) -> float:
-    """Returns a reduction factor with hidden // factor equal to the bottleneck width."""
     width = peft_config.get("bottleneck_dim")
     if width is None:
         return float(peft_config.get("reduction_factor") or REDUCTION_FACTOR)
@@ -254,7 +249,7 @@ def _factor_of(peft_config: Mapping[str, Any], hidden: int) -> float:
 
 
 def get_hub_names(names: Iterator[str], model: Any) -> dict[str, str]:
-    """Returns AdapterHub's path of each adapted module in `names`; raises `InputError`."""
+    """Returns adapted module → path in AdapterHub; raises `InputError` if a module has none."""
     positions, hub_names = _load_positions(model.config), HUB_MODULES[model.config.model_type]
     prefix = f"{model.base_model_prefix}."
     paths = {}

@@ -33,7 +33,7 @@ _PREFIX = "base_model.model."
 
 
 def plan_export(config: ExportConfig, ref: ModelRef) -> AdapterHubExport:
-    """Plan the export; raise InputError if AdapterHub cannot represent the adapter."""
+    """Prepare the export; raise InputError if AdapterHub cannot represent the adapter."""
     directory = ref.directory
     if directory is None:
         raise InputError(
@@ -58,7 +58,6 @@ def plan_export(config: ExportConfig, ref: ModelRef) -> AdapterHubExport:
 
 
 def _all_hub_names(directory: Path, placement: str, model: Any) -> dict[str, str]:
-    """Returns AdapterHub's module names by module; raises InputError for other placements."""
     positions = get_adapter_positions(model.config)
     pattern = re.compile(target_pattern(positions, placement)) if positions else None
     expected = {n for n, _ in model.named_modules() if pattern and pattern.fullmatch(n)}
@@ -73,7 +72,6 @@ def _all_hub_names(directory: Path, placement: str, model: Any) -> dict[str, str
 
 
 def _read(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Load the weights of the adapter and of the head, by their names in the base."""
     from safetensors.torch import load_file
 
     weights = load_file(str(directory / "adapter_model.safetensors"))
@@ -101,7 +99,7 @@ class AdapterHubExport:
 
     @property
     def name(self) -> str:
-        """Name of the adapter in AdapterHub, which must not contain a dot."""
+        """Name of the adapter in AdapterHub: the directory's, with other characters as _."""
         is_run = self.directory.name == "adapter"
         directory = self.directory.parent if is_run else self.directory
         return re.sub(r"\W+", "_", directory.resolve().name)
@@ -142,7 +140,7 @@ class AdapterHubExport:
         listener: Listener,
         merge: MergeAdapter,  # noqa: ARG002 - nothing is merged
     ) -> dict[str, Any]:
-        """Write the directory `output` and read it back; return the summary."""
+        """Write the directory `output`, read it back and compare; return the summary."""
         import torch
 
         listener.stage("writing the adapter")

@@ -33,10 +33,10 @@ HOP, NETWORK_HOP = 3.4e-6, 9.6e-6
 
 @dataclass(frozen=True)
 class Network:
-    """`nodes` machines with `cards` GPUs each.
+    """GPUs of a run: `nodes` machines with `cards` GPUs each, and their connections.
 
-    `link` is GB/s (10⁹ bytes) each way from a GPU to others of its machine; `gbps` is Gbit/s (10⁹
-    bits) each way per GPU to other machines.
+    `link` is GB/s (10⁹ bytes) each way between GPUs of a machine; `gbps` is Gbit/s (10⁹ bits) each
+    way per GPU to other machines.
     """
 
     nodes: int
@@ -50,11 +50,11 @@ class Network:
         return self.nodes * self.cards
 
     def sent(self, size: float) -> float:
-        """Returns the bytes each GPU sends in an all-gather of `size` bytes."""
+        """Returns the bytes that each GPU sends to all-gather tensors of `size` bytes in total."""
         return size * (self.ranks - 1) / self.ranks
 
     def seconds(self, size: float) -> float:
-        """Returns the seconds of an all-gather or a reduce-scatter of `size` bytes."""
+        """Returns the seconds of an all-gather or reduce-scatter of `size` bytes in total."""
         if self.ranks == 1 or not size:
             return 0.0
         bandwidth = self.link
@@ -72,12 +72,12 @@ class StepLoad:
     Attributes:
         backward: seconds per block, including recomputation.
         outside: seconds per micro-batch outside the blocks (embeddings, head), both passes.
-        block: bytes gathered per block; 0 where each GPU has the whole model.
-        root: bytes gathered outside the blocks, once per micro-batch.
+        block: weight bytes gathered per block; 0 where each GPU has the whole model.
+        root: weight bytes gathered outside the blocks, once per micro-batch.
         regather: whether blocks are gathered again for the backward pass.
-        reduced: gradient bytes reduced per block in every micro-batch.
-        reduced_root: gradient bytes reduced outside the blocks in every micro-batch.
-        everywhere: gradient bytes in the all-reduce over all GPUs at the end of the step.
+        reduced: gradient bytes reduce-scattered per block in every micro-batch.
+        reduced_root: gradient bytes outside the blocks reduce-scattered in every micro-batch.
+        everywhere: gradient bytes all-reduced over all GPUs at the end of the step.
     """
 
     micro_batches: int
@@ -98,9 +98,9 @@ class StepTime:
     """Time and traffic of one optimizer step.
 
     Attributes:
-        computing: seconds of computation without waiting.
-        talking: seconds of communication, overlapped or not.
-        waiting: seconds of communication that computation does not overlap.
+        computing: seconds of computation, without waiting.
+        talking: seconds of communication, whether computation overlaps it or not.
+        waiting: seconds of communication without overlapping computation.
         gathered: bytes each GPU sends to gather weights.
         reduced: bytes each GPU sends to reduce gradients.
     """
@@ -113,12 +113,12 @@ class StepTime:
 
     @property
     def seconds(self) -> float:
-        """Duration of the step."""
+        """Duration of the step in seconds."""
         return self.computing + self.waiting
 
     @property
     def hidden(self) -> float:
-        """Fraction of the communication time that overlaps computation."""
+        """Fraction of the communication time that computation overlaps."""
         return 1 - self.waiting / self.talking if self.talking else 1.0
 
 
@@ -161,7 +161,7 @@ class ClusterForecast:
 
     @property
     def seconds_per_epoch(self) -> float | None:
-        """Duration of the steps of an epoch, without evaluation."""
+        """Seconds of all steps of an epoch, without evaluation."""
         return None if self.steps is None else self.steps * self.step.seconds
 
     def time(self) -> TimeForecast | None:
@@ -213,8 +213,8 @@ def forecast_cluster(
 ) -> ClusterForecast:
     """Estimate step time, traffic and throughput of `run` on the machines of `options`.
 
-    The memory estimate `need` determines micro-batch size and recomputation. `gpu` must have a
-    known speed.
+    `need` is the memory estimate, which sets micro-batch size and recomputation. The speed of
+    `gpu` must be known.
     """
     network = Network(options.nodes, options.gpus_per_node, gpu.link, options.interconnect_gbps)
     sharded = get_sharded_model(run)
@@ -242,7 +242,7 @@ def forecast_cluster(
 
 
 def _sent(sharded: ShardedModel, ranks: int, way: str) -> dict[str, Any]:
-    """Returns the fields of `StepLoad` in bytes; `way` is the value of `--shard`."""
+    """Returns the `StepLoad` fields in bytes; `way` is the value of `--shard`."""
     if way == "none":
         base = sharded.blocks.reduced_bytes(1) + sharded.root.reduced_bytes(1)
         return {"everywhere": base if sharded.trains_base else sharded.trained}

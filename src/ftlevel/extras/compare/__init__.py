@@ -54,7 +54,6 @@ def _flags() -> list[Flag]:
 
 
 def _accepts(path: str) -> bool:
-    """Returns whether `compare` accepts the flag of `train` for the field at `path`."""
     if path.startswith("output."):
         return path in ("output.dir", "output.resume")
     return path != "method.kind"

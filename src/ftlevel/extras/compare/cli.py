@@ -65,7 +65,7 @@ def _cells(row: Mapping[str, Any], result: Mapping[str, Any]) -> Iterator[str]:
 
 
 def closing_lines(result: Mapping[str, Any]) -> Iterator[str]:
-    """Yields the lines after the table."""
+    """Yields the lines printed after the table."""
     for line in result["notes"]:
         yield f"note: {line}"
     for left in result["left_out"]:

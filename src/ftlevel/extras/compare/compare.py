@@ -46,12 +46,10 @@ RESAMPLES = 1000
 
 
 def train_and_score(config: TrainConfig, scores_path: Path) -> None:
-    """Train or resume `config`, then write its scores to the JSON file `scores_path`.
+    """Train or resume `config`, then write scores to the JSON file `scores_path`.
 
-    Predictions are written next to it with the suffix `.jsonl`.
-
-    Raises:
-        FtlevelError: as `train` and `evaluate` do.
+    Predictions are written to the same path with the suffix `.jsonl`. Raises the errors of `train`
+    and `evaluate`.
     """
     command_line = CommandLine(None, StartTime.now())
     result = train(
@@ -83,7 +81,7 @@ def train_and_score(config: TrainConfig, scores_path: Path) -> None:
 
 
 def seconds_per_step(config: TrainConfig) -> float:
-    """Returns the measured duration of a training step on this machine."""
+    """Returns the measured seconds of a training step on this machine."""
     result = plan(config, PlanOptions(probe=True, alternatives=False))
     if result.time is None:
         raise ConfigError("its steps could not be timed")
@@ -91,7 +89,7 @@ def seconds_per_step(config: TrainConfig) -> float:
 
 
 def get_run_info(config: TrainConfig) -> dict[str, Any]:
-    """Returns the summary of a dry run; raises like `train` if `config` cannot be trained."""
+    """Returns the summary of a dry run; raises as `train` does if the run could not start."""
     return dict(train(config, dry_run=True, listener=NullListener()).summary)
 
 
@@ -111,8 +109,8 @@ def compare(
 ) -> dict[str, Any]:
     """Train each method of `args` with the configuration `config`; return the output of `--json`.
 
-    Fields of the method section of `config` apply to every method that has them. `prepare` is
-    called first in the process of each run.
+    Method settings in `config` apply to every method that has them. Each run has its own process,
+    in which `prepare` is called first.
 
     Raises:
         ConfigError: no method can be trained, or the directory exists.
@@ -179,7 +177,6 @@ def _check(config: TrainConfig, args: ComparisonOptions) -> None:
 
 
 def _first_free() -> Path:
-    """Returns the first unused directory among runs/compared-1, runs/compared-2 and so on."""
     paths = (Path("runs") / f"compared-{number}" for number in itertools.count(1))
     return next(path for path in paths if not path.exists())
 
@@ -192,7 +189,7 @@ def _to_yaml(config: TrainConfig) -> str:
 
 
 def _to_dict(config: TrainConfig) -> dict[str, Any]:
-    """Returns the explicitly set fields of `config` as plain values, without output paths."""
+    """Returns the fields set in `config` as plain values, without output paths."""
     values = config.model_dump(mode="json", exclude_unset=True, exclude={"output"})
     if "method" in values:
         values["method"]["kind"] = config.method.kind
@@ -208,7 +205,7 @@ def _to_dict(config: TrainConfig) -> dict[str, Any]:
 def _start_or_resume(
     config: TrainConfig, args: ComparisonOptions, path: Path
 ) -> tuple[ComparisonOptions, dict[str, Any]]:
-    """Returns the options, and the state for compare.json; merged with its state on `--resume`."""
+    """Returns options and state for compare.json; on `--resume`, merged with the saved ones."""
     budget = {"steps": args.steps, "minutes": args.minutes}
     current = _to_dict(config)
     state: dict[str, Any] = {
@@ -283,13 +280,13 @@ def _start_or_resume(
 
 
 def _without_metric(state: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a configuration without `metric_for_best_model`, which may change on `--resume`."""
+    """Returns `state` without `metric_for_best_model`, which may change on `--resume`."""
     section = {k: v for k, v in state.get("train", {}).items() if k != "metric_for_best_model"}
     return {**state, "train": section}
 
 
 def _check_methods(config: TrainConfig, result: Comparison, listener: Listener) -> None:
-    """Resolve the run of each method like `train`, into `result` (modified); caches the rows."""
+    """Dry-run each method and add it to `result` (modified); later runs reuse the cached rows."""
     values = set(_to_dict(config).get("method", {})) - {"kind"}
     for word in dict.fromkeys(result.args.methods):
         fields = _method_fields(word)
@@ -319,7 +316,7 @@ def _check_methods(config: TrainConfig, result: Comparison, listener: Listener) 
 
 
 def _method_fields(word: str) -> dict[str, Any]:
-    """Returns the method section for `word`, a name or alias; raises ConfigError if unknown."""
+    """Returns the method section for a name or alias; raises ConfigError if unknown."""
     fields: dict[str, Any] = resolve_aliases({"method": {"kind": word}})[0]["method"]
     if fields["kind"] not in SPECS:
         names = (*SPECS, *METHOD_ALIASES)
@@ -333,7 +330,7 @@ def _method_fields(word: str) -> dict[str, Any]:
 def _with_method(
     config: TrainConfig, fields: Mapping[str, Any], args: ComparisonOptions
 ) -> TrainConfig:
-    """Returns `config` with the method `fields`, and its own method fields if they apply."""
+    """Returns `config` with method `fields`, keeping its method settings that the method has."""
     values = _to_dict(config)
     settings, known = values.get("method", {}), SPECS[str(fields["kind"])].model_fields
     if (
@@ -349,7 +346,7 @@ def _with_method(
 def _set_budget(
     result: Comparison, state: dict[str, Any], listener: Listener, prepare: Callable[[], Any]
 ) -> None:
-    """Convert the budget in minutes to steps per method, stored in `state` (modified)."""
+    """Convert minutes to steps for each method, and store the steps in `state` (modified)."""
     minutes, steps = result.args.minutes, state["asked"]["planned_steps"]
     if minutes is None:
         return
@@ -371,7 +368,7 @@ def _set_budget(
 def _search_all(
     result: Comparison, state: dict[str, Any], listener: Listener, prepare: Callable[[], Any]
 ) -> None:
-    """Set the best hyperparameters of each method, if `state` (modified) requests a search."""
+    """Search hyperparameters of each method if `state` asks for it, and set the best ones."""
     done = state["asked"]["searched"]
     for method, config in list(result.configs.items()):
         if method not in done:
@@ -433,7 +430,7 @@ def _is_scored(config: TrainConfig, scores_path: Path) -> bool:
 
 
 def _get_run_config(config: TrainConfig, run: Path, seed: int) -> TrainConfig:
-    """Returns the configuration of one run, which resumes if the directory is not empty."""
+    """Returns the configuration of one run, which is resumed if the directory is not empty."""
     exists = run.is_dir() and any(run.iterdir())
     output = config.output.model_copy(
         update={"dir": run, "resume": exists, "allow_change": (_METRIC,) * exists}

@@ -65,10 +65,10 @@ class Comparison:
     """State of a comparison; dictionaries are keyed by method.
 
     Attributes:
-        left_out: why a method is not compared.
-        scored: results of the runs, in the order of seeds.
-        dry_runs: summaries of dry runs.
-        search_results: results of hyperparameter searches.
+        left_out: reason why a method is not compared.
+        scored: results of the method's runs, in the order of seeds.
+        dry_runs: summary of the method's dry run.
+        search_results: result of the method's hyperparameter search.
     """
 
     path: Path
@@ -81,7 +81,7 @@ class Comparison:
 
 
 def ranking_metric(train: TrainerConfig, task: str, headline: str) -> str:
-    """Returns the requested metric, else the task's main metric, or loss if it is not computed."""
+    """Returns the requested metric, else the task's main one; if that is not computed, the loss."""
     if train.metric_for_best_model is not None:
         return train.metric_for_best_model.removeprefix("eval_")
     generates = should_generate(train.predict_with_generate, TASKS[task])
@@ -91,7 +91,7 @@ def ranking_metric(train: TrainerConfig, task: str, headline: str) -> str:
 
 
 def summarize(result: Comparison, state: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the output of `--json`, with rows sorted from best to worst."""
+    """Returns the output of `--json`, with methods sorted from best to worst."""
     first = next(iter(result.scored.values()))[0]
     greater = next(iter(result.configs.values())).train.greater_is_better
     is_lower_better = (
@@ -133,7 +133,7 @@ def summarize(result: Comparison, state: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _row(method: str, runs: list[dict[str, Any]], scores: MetricRuns) -> dict[str, Any]:
-    """Returns the results of a method: means over seeds, and the maximum of memory."""
+    """Returns the results of a method: means over seeds, and the highest memory."""
     summaries = [run["summary"] for run in runs]
     times = [summary["timings"] for summary in summaries]
     adapter = runs[0]["run"] / ADAPTER
@@ -162,7 +162,7 @@ def _is_within(row: Mapping[str, Any], args: ComparisonOptions) -> bool:
 
 
 def _command(row: Mapping[str, Any], result: Comparison) -> str:
-    """Returns the command that trains the winner on all rows, without the comparison's budget."""
+    """Returns the command that trains the winner without row and step limits."""
     args = ["ftlevel", "train", f"{row['run']}/{CONFIG}"]
     config = result.configs[row["method"]]
     if result.args.steps is not None or result.args.minutes is not None:
@@ -201,7 +201,7 @@ def _notes(result: Comparison) -> list[str]:
 
 
 def write_comparison_report(result: Comparison) -> None:
-    """Write one report about all runs, replacing a previous one."""
+    """Write one report about all runs of a comparison; an existing one is replaced."""
     page = result.path / REPORT
     page.unlink(missing_ok=True)
     runs = [run for all_runs in result.scored.values() for run in all_runs]
@@ -215,7 +215,7 @@ _KINDS = ("png", "svg")
 
 
 def draw_pictures(found: Comparison, result: Mapping[str, Any]) -> list[str]:
-    """Draw plots of `found`, whose `--json` output is `result`; returns paths, if any."""
+    """Draw plots of comparison `found`, whose `--json` output is `result`; returns their paths."""
     if not find_spec("matplotlib"):
         return []
     from matplotlib.figure import Figure
@@ -248,7 +248,7 @@ def draw_pictures(found: Comparison, result: Mapping[str, Any]) -> list[str]:
 def _scatter(
     axes: Axes, rows: Sequence[Mapping[str, Any]], costs: Sequence[float], cost: str, name: str
 ) -> None:
-    """Plot each method's metric, with its 95 % bootstrap interval, against a cost such as time."""
+    """Plot each method's metric, with the 95 % bootstrap interval, against a cost such as time."""
     for row, at in zip(rows, costs, strict=True):
         value, interval = row["metric"], row["interval"]
         error_bars = (
@@ -274,7 +274,7 @@ def _losses(axes: Axes, result: Comparison) -> None:
 
 
 def _history(axes: Axes, result: Comparison, name: str) -> None:
-    """Plot the score of each trial; pruned trials are crosses."""
+    """Plot the metric of each trial of a search; pruned trials are crosses."""
     for number, (method, search_results) in enumerate(result.search_results.items()):
         for state, mark in (("complete", "o"), ("pruned", "x")):
             trials = [

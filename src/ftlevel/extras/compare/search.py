@@ -49,7 +49,7 @@ _MAX_MESSAGE = 300  # characters
 
 
 class StopWithParent(TrainerCallback):
-    """Stop a run as SIGTERM does, with a checkpoint, if the parent process is gone."""
+    """Stop a run, with a checkpoint, once the parent process is gone."""
 
     def on_step_begin(
         self,
@@ -58,17 +58,17 @@ class StopWithParent(TrainerCallback):
         control: TrainerControl,  # noqa: ARG002
         **_: Any,
     ) -> None:
-        """Check the parent process."""
+        """Stop the run if the parent process is gone."""
         parent = multiprocessing.parent_process()
         if parent is not None and not parent.is_alive():
             signal.raise_signal(signal.SIGTERM)
 
 
 def run_in_subprocess(prepare: Callable[[], Any], function: Callable[..., Any], *args: Any) -> Any:
-    """Run `function(*args)` in a new process and return the result.
+    """Run `function(*args)` in a new process, after `prepare()`, and return the result.
 
-    `prepare` is called first in that process. `function` must be a module-level function; args and
-    result must be picklable. A KeyboardInterrupt is forwarded as SIGTERM.
+    `function` must be defined in a module; args and result must be picklable. On Ctrl-C, the
+    process gets SIGTERM.
 
     Raises:
         RunError: `function` failed, or the process died.
@@ -110,7 +110,6 @@ def _format_exit(code: int | None) -> str:
 def _child(
     sender: Connection, prepare: Callable[[], Any], function: Callable[..., Any], args: Any
 ) -> None:
-    """Run `function`; send ("done", result), ("failed", message) or ("interrupted", message)."""
     if hasattr(os, "setsid"):  # Ctrl-C reaches the parent alone, which passes it on
         os.setsid()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -202,7 +201,7 @@ class _StudyComplete(Exception):
 
 
 def check_search(names: tuple[str, ...], storage: str | None) -> list[str]:
-    """Returns error messages for hyperparameter `names` and the `storage` URL."""
+    """Returns error messages for unknown hyperparameter `names` or an invalid `storage` URL."""
     problems = [
         f"--search: {name!r} is no setting that is searched. Expected some of "
         f"{join_names(HYPERPARAMETERS)}."
@@ -226,7 +225,7 @@ def check_search(names: tuple[str, ...], storage: str | None) -> list[str]:
 def plan_study(
     word: str, config: TrainConfig, state: Mapping[str, Any], dry_run: Mapping[str, Any], path: Path
 ) -> Study | None:
-    """Returns the study of the method `word`; None if it has none of the hyperparameters.
+    """Returns the study of method `word`; None if the method has no hyperparameter to search.
 
     `state` is that of compare.json; `dry_run` is the summary of a dry run.
     """
@@ -258,9 +257,10 @@ def plan_study(
 def search(
     study: Study, config: TrainConfig, path: Path, prepare: Callable[[], Any]
 ) -> dict[str, Any]:
-    """Run the remaining trials of `study`; return the best values and the history.
+    """Run the remaining trials of `study`; return the best values and all trials.
 
-    A trial's files are in `path` while it runs; `prepare` is called first in its process.
+    A trial's files are in `path` while the trial runs. Each trial has its own process, in which
+    `prepare` is called first.
 
     Raises:
         RunError: no trial finished.
@@ -293,7 +293,7 @@ def _fail_stale_trials(result: optuna.Study) -> None:
 
 
 def _to_dict(result: optuna.Study, study: Study) -> dict[str, Any]:
-    """Returns the best hyperparameters of a study and all its trials."""
+    """Returns the best values of a study and all trials; raises RunError if none finished."""
     trials = [
         t
         for t in result.get_trials(deepcopy=False)
@@ -326,7 +326,7 @@ def _to_dict(result: optuna.Study, study: Study) -> dict[str, Any]:
 
 
 def _run_trial(study: Study, config: TrainConfig, path: Path) -> None:
-    """Run one trial, unless another process has started the last one."""
+    """Run one trial, unless other processes have started the study's last one."""
     result = study.load()
 
     def run(trial: optuna.Trial) -> float:
@@ -366,7 +366,6 @@ def _objective(trial: optuna.Trial, study: Study, config: TrainConfig, path: Pat
 
 
 def _sample(trial: optuna.Trial, name: str, rate: float) -> float:
-    """Sample a value of the setting `name`; learning rates are sampled around `rate`."""
     if name == _RATE:
         low, high = rate / _RATE_FACTOR, rate * _RATE_FACTOR
         return trial.suggest_float(name, low, high, log=True)
@@ -377,7 +376,7 @@ def _sample(trial: optuna.Trial, name: str, rate: float) -> float:
 
 
 def with_values(config: TrainConfig, values: Mapping[str, Any]) -> TrainConfig:
-    """Returns `config` with fields such as `train.learning_rate` replaced by `values`."""
+    """Returns `config` with the fields in `values`, such as `train.learning_rate`, replaced."""
     sections: dict[str, Any] = {}
     for field, value in values.items():
         section, name = field.split(".")
@@ -387,7 +386,7 @@ def with_values(config: TrainConfig, values: Mapping[str, Any]) -> TrainConfig:
 
 
 class _PruningCallback(TrainerCallback):
-    """Evaluates nine times, reports to the study, and stops the trial if the study prunes it."""
+    """Evaluates nine times, reports each metric to the study, and stops the trial if pruned."""
 
     def __init__(self, trial: optuna.Trial, metric_name: str) -> None:
         self._trial = trial

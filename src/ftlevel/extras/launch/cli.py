@@ -53,17 +53,17 @@ class Job:
 
     @property
     def command(self) -> str:
-        """The arguments, quoted for a shell."""
+        """Command line of the run, quoted for a shell."""
         return shlex.join(self.args)
 
     @property
     def resources(self) -> dict[str, float]:
-        """Custom resources of a Ray worker, from `options`."""
+        """Custom Ray resources that each worker requests, from `options`."""
         return {name: float(value) for name, value in self.options.items()}
 
     @property
     def quoted(self) -> list[str]:
-        """The arguments, quoted for YAML and Python."""
+        """Arguments of the run, each quoted for YAML and Python."""
         return [json.dumps(argument) for argument in self.args]
 
 
@@ -93,7 +93,7 @@ _OURS["--json"] = False
 
 @dataclass(frozen=True)
 class Cluster:
-    """Resources requested from a scheduler, per machine; `processes` None means one per GPU.
+    """Resources per machine to request; `processes` None means one per GPU.
 
     `image` and `claim` (persistent volume claim) are for Kubernetes.
     """
@@ -110,8 +110,7 @@ class Cluster:
 def build_job(config: TrainConfig, args: Sequence[str], cluster: Cluster) -> Job:
     """Build the job that runs `config`; `args` is the command line of `ftlevel launch`.
 
-    Raises:
-        ConfigError: with every missing or conflicting option.
+    Raises ConfigError with all missing and conflicting options.
     """
     output, problems = config.output, []
     if output.dir is None:
@@ -183,7 +182,7 @@ def _option(text: str, problems: list[str]) -> tuple[str, str]:
 
 
 def train_arguments(args: Sequence[str]) -> list[str]:
-    """Convert the command line of `ftlevel launch` to that of `ftlevel train`."""
+    """Returns the `ftlevel train` arguments for those of `ftlevel launch`."""
     train_args: list[str] = []
     is_value = False
     for argument in args:
@@ -199,7 +198,7 @@ def train_arguments(args: Sequence[str]) -> list[str]:
 
 
 def write_job(job: Job, path: Path) -> str:
-    """Write the file of `job` to `path` and return the text; raise ConfigError if it exists."""
+    """Write the job file and return the text; raises ConfigError if `path` exists."""
     text = render(job)
     try:
         with path.open("x", encoding="utf-8") as file:
@@ -212,11 +211,9 @@ def write_job(job: Job, path: Path) -> str:
 
 
 def submit_job(job: Job, path: Path) -> str:
-    """Submit the file at `path` to the scheduler of `job`, and return the output.
+    """Submit the job file at `path` to the scheduler, and return the scheduler's output.
 
-    Raises:
-        ConfigError: the scheduler's program is not installed.
-        RunError: submission fails.
+    Raises ConfigError if the scheduler's program is not installed, RunError if submission fails.
     """
     command = [*SUBMIT[job.scheduler], str(path.resolve() if job.scheduler == "ray" else path)]
     if shutil.which(command[0]) is None:

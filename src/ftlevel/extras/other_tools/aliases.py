@@ -73,7 +73,6 @@ _OTHER_METHOD = "this method is not available; see ftlevel list-methods. Drop it
 
 
 def _drawn(path: str) -> NoOpValue:
-    """Returns the value `--do-sample true`, which the temperature at `path` must not contradict."""
     return NoOpValue(
         "tokens are drawn at --temperature",
         path,
@@ -313,21 +312,21 @@ def parse_percent(text: str) -> str:
 
 
 def parse_fraction(text: str) -> str:
-    """Returns a fraction of the rows unchanged; raises ValueError for a number of rows."""
+    """Returns `text`, a fraction of the rows; raises ValueError for a number of rows."""
     if _number(text) >= 1:
         raise ValueError("expected a fraction below 1, as in 0.1; not a number of rows")
     return text
 
 
 def parse_ratio(text: str) -> str:
-    """Returns a fraction of the steps unchanged; raises ValueError for a number of steps."""
+    """Returns `text`, a fraction of the steps; raises ValueError for a number of steps."""
     if _number(text) >= 1:
         raise ValueError("a ratio is below 1; --warmup-steps N takes a number of steps")
     return text
 
 
 def parse_min_fraction(text: str) -> str:
-    """Convert Axolotl's `cosine_min_lr_ratio` to a scheduler and its arguments."""
+    """Convert Axolotl's `cosine_min_lr_ratio` to a scheduler and its keyword arguments."""
     _number(text)
     return f"cosine_with_min_lr --lr-scheduler-kwargs min_lr_rate={text}"
 
@@ -485,7 +484,6 @@ COLUMNS = tuple(
 
 
 def _also(names: str, *others: Alias, values: ValueAliases | None = None) -> FlagAliases:
-    """Returns `FlagAliases` with the space-separated `names` and `others`."""
     return FlagAliases((*names.split(), *others), values or {})
 
 
@@ -691,7 +689,7 @@ _KEYS = {
 
 
 def detect_tool(values: Mapping[str, Any]) -> str:
-    """Returns the tool that has these top-level keys, or "" for an ftlevel recipe."""
+    """Returns the tool whose configuration has these top-level keys, "" for an ftlevel recipe."""
     if "actor_rollout_ref" in values:
         return VERL
     if any(isinstance(values.get(key), Mapping) for key in ("model", "data", "train", "method")):

@@ -30,9 +30,9 @@ _NO_COUNTERPART = "no equivalent in ftlevel"
 
 
 def convert(file: Path) -> list[str]:
-    """Print the configuration of a different tool as a recipe, with comments on keys left out.
+    """Print another tool's configuration as a recipe, with comments on keys left out.
 
-    If the file belongs to no known tool, prints nothing and returns the known tools.
+    If the file is of no known tool, prints nothing and returns the known tools.
     """
     import yaml
 
@@ -60,7 +60,7 @@ def convert(file: Path) -> list[str]:
 
 
 def _sort_keys(values: dict[str, Any]) -> tuple[dict[str, list[str]], dict[str, str]]:
-    """Returns flags by key, and the reasons by key for keys without an equivalent."""
+    """Returns key → flags, and key → reason for keys that ftlevel has no equivalent of."""
     specs = build_flag_specs("train", FLAGS)
     typed: dict[str, list[str]] = {}
     lost: dict[str, str] = {}
@@ -85,7 +85,7 @@ def _reason(error: ConfigError) -> str:
 
 
 def _resolve(typed: dict[str, list[str]], lost: dict[str, str]) -> TrainConfig:
-    """Returns the configuration of flags `typed`; adds keys with errors to `lost` (modified)."""
+    """Returns the configuration that flags `typed` set; adds keys with errors to `lost`."""
     configs: list[TrainConfig] = []
 
     def command(inputs: CommandInput) -> None:
@@ -134,7 +134,7 @@ _OF_A_SET = {
 
 
 def convert_keys(values: Mapping[str, Any]) -> Iterator[tuple[str, list[str]]]:
-    """Yields each key of a different tool's file and its command-line arguments (empty if none)."""
+    """Yields (key, command-line arguments) of another tool's file; no arguments if unsupported."""
     if "actor_rollout_ref" in values:
         yield from convert_verl(values)
         return

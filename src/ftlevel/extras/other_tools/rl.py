@@ -76,7 +76,7 @@ _VERL_LOSSES = {
 
 
 def convert_verl(values: Mapping[str, Any]) -> Iterator[tuple[str, list[str]]]:
-    """Yields each key of a verl configuration, and its command-line arguments (empty if none)."""
+    """Yields (key, command-line arguments) of a verl configuration; no arguments if unsupported."""
     keys = dict(_flatten(values, ""))
     yield "task", ["--task", "rl"]
     yield "reward_model", ["--reward", "number"]
@@ -109,11 +109,11 @@ def _flatten(values: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]
 
 
 def complete_flags(task: str, values: dict[str, Any], typed: Mapping[str, str]) -> list[str]:
-    """Complete the flags of a different tool with its defaults; return a message for each.
+    """Set the other tool's defaults where its flags leave a value unset; return a message each.
 
     Args:
-        task: task of the run; flags are completed only for `rl`.
-        values: section → fields set by flags; `rl` and `train` are changed.
+        task: task of the run; only `rl` is changed.
+        values: section → fields set by flags; `rl` and `train` are modified.
         typed: flag → name that the user typed.
 
     Raises:
@@ -151,7 +151,7 @@ def complete_flags(task: str, values: dict[str, Any], typed: Mapping[str, str]) 
 
 
 def _batch(values: dict[str, Any], rl: Mapping[str, Any], tool: str) -> list[str]:
-    """Convert the batch size in `values` (modified) from completions to prompts; return notes."""
+    """Convert the batch size in `values` from completions to prompts; return messages."""
     train = values.setdefault("train", {})
     size = train.get("per_device_train_batch_size", 8)
     steps = train.get("gradient_accumulation_steps", 1)

@@ -31,7 +31,7 @@ class RetrievalStats:
     """Scores of validation queries.
 
     Attributes:
-        series: names of the counted groups of scores, such as positives.
+        series: kinds of scores that are counted, such as positives.
         bands: histogram bars: lower bound, upper bound, and a count per series.
         worst: queries with the lowest nDCG@10; ties are sorted by the closest negative.
         total: number of queries.
@@ -44,12 +44,12 @@ class RetrievalStats:
 
     @property
     def largest(self) -> int:
-        """Largest count in `bands`."""
+        """Highest count of a histogram bar."""
         return max(count for _, _, counts in self.bands for count in counts)
 
 
 def compute_retrieval_stats(rows: Iterable[dict[str, Any]]) -> RetrievalStats | None:
-    """Returns what a report shows of rows with scores of positives and negatives, or None."""
+    """Returns statistics of `rows` with scores of positives and negatives; None without scores."""
     scored = [row | scores for row in rows if (scores := _query_scores(row))]
     if not scored:
         return None
@@ -68,7 +68,6 @@ def compute_retrieval_stats(rows: Iterable[dict[str, Any]]) -> RetrievalStats | 
 
 
 def _query_scores(row: Mapping[str, Any]) -> dict[str, float]:
-    """Returns the best scores of a row's positives and negatives, and those before training."""
     result: dict[str, float] = {}
     for base in ("", "base_"):
         names = [f"{base}positive_score", f"{base}negative_score"]
@@ -110,12 +109,12 @@ _NUM_QUANTILES = 10  # length quantiles
 
 @dataclass(frozen=True)
 class PredictionStats:
-    """Statistics of a run's answers to rows.
+    """Statistics of a run's predictions.
 
     Attributes:
-        counts: true class → predicted class → count; empty if the answers are not classes.
+        counts: true class → predicted class → count; empty if predictions are not classes.
         per_class: class, precision, recall, F1 and count.
-        unit: counted unit: rows, or tagged words.
+        unit: unit of the counts: rows, or tagged words.
         lengths: for texts, per decile of length: minimum and maximum words, rows, mean loss.
         worst: rows with the highest loss, or wrong rows if there is no loss.
         best: rows with the lowest loss; none of `worst` if there are two rows or more.
@@ -132,7 +131,7 @@ class PredictionStats:
 
     @property
     def is_shown(self) -> bool:
-        """Whether there is anything to show: classes, lengths or rows."""
+        """Whether there are classes, lengths or rows to show."""
         return bool(self.classes or self.lengths or self.worst)
 
 
@@ -180,7 +179,7 @@ def compute_prediction_stats(rows: Iterator[dict[str, Any]]) -> PredictionStats:
 
 
 def _true_text(row: Mapping[str, Any]) -> str | None:
-    """Returns the true text; the first one if a question has several."""
+    """Returns the true answer of a row; the first if a question has several."""
     right = row.get("true", row.get("chosen"))
     if isinstance(right, list) and right and isinstance(row.get("predicted"), str):
         right = right[0]
@@ -188,7 +187,7 @@ def _true_text(row: Mapping[str, Any]) -> str | None:
 
 
 def _pairs(true: Any, predicted: Any) -> tuple[str, list[tuple[str, str]]]:
-    """Returns the counted unit (`rows`, `words` or ""), and the row's (true, predicted) classes."""
+    """Returns the unit (`rows`, `words` or "") and (true, predicted) classes of a row."""
     if isinstance(true, str) and isinstance(predicted, str):
         return "rows", [(true, predicted)]
     if isinstance(true, list) and isinstance(predicted, list) and len(true) == len(predicted):
@@ -249,7 +248,7 @@ class ReportedRun:
 
 
 def load_run(path: Path, predictions: Path | None = None) -> ReportedRun:
-    """Load the finished run in `path`; raise InputError if it is not one or a file is unreadable.
+    """Load the finished run in `path`; raises InputError if that is no run or a file is invalid.
 
     `predictions` is a file of `ftlevel evaluate --predictions`; None uses the validation rows.
     """

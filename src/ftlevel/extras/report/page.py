@@ -91,7 +91,7 @@ def _figure(value: float) -> str:
 
 
 def data_findings(summary: Summary) -> Iterator[str]:
-    """Yields what the data checks found, and what happened to rows that were too long."""
+    """Yields sentences on data problems, and on rows that exceeded the maximum length."""
     data = summary.get("data", {})
     for result in data.get("gate") or ():
         places = ", ".join(result.get("places", ()))
@@ -109,7 +109,7 @@ def data_findings(summary: Summary) -> Iterator[str]:
 
 
 def checks(summary: Summary) -> Iterator[str]:
-    """Yields what was verified, one sentence for each check."""
+    """Yields a sentence for each verification, such as of the saved adapter."""
     proof, verified = summary.get("proof", {}), summary.get("speed", {}).get("verified")
     if count := proof.get("gradient_tensors"):
         idle = proof.get("idle_tensors", 0)
@@ -242,7 +242,7 @@ def _speed(before: Mapping[str, Any] | None, record: Mapping[str, Any]) -> float
 
 
 def thin(points: list[Point]) -> list[Point]:
-    """Returns about `MAX_POINTS` points: of each interval, the first, lowest and highest."""
+    """Returns about `MAX_POINTS` points: the first, lowest and highest of each interval."""
     if len(points) <= MAX_POINTS:
         return points
     stretch = math.ceil(len(points) / (MAX_POINTS // 3))
@@ -287,7 +287,6 @@ def _span(values: list[float]) -> tuple[float, float]:
 
 
 def _label(value: float) -> str:
-    """Returns a tick's label, short enough for the left margin: 0.25, 7.5e-4."""
     text = f"{value:.6g}"
     if len(text) <= 5 or abs(value) >= 0.01:
         return text
@@ -375,7 +374,6 @@ def _texts(row: Mapping[str, Any]) -> list[tuple[str, Any]]:
 
 
 def _metric_values(row: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Yields the numeric values of a prediction, loss first, and their values before training."""
     for name in sorted(row, key=lambda name: name != "loss"):
         value, before = row[name], row.get(f"base_{name}")
         if name in ("row", *_TEXTS) or name.startswith("base_"):
@@ -464,7 +462,7 @@ def _gib(size: Any) -> str:
 def write_run_page(
     run: RunDirectory, summary: Mapping[str, Any], lines: Sequence[dict[str, Any]]
 ) -> None:
-    """Write the page when a run ends; `lines` are its predictions for validation rows."""
+    """Write the report when a run ends; `lines` are predictions for the validation rows."""
     queries = compute_retrieval_stats(lines)
     answers = compute_prediction_stats(iter(lines)) if lines and queries is None else None
     records = run.load_log(summary["steps"])
@@ -477,7 +475,7 @@ def write_run_page(
 def report(
     runs: Sequence[Path], *, out: Path | None = None, predictions: Sequence[Path] = ()
 ) -> Path:
-    """Write a page about finished `runs`, and return the path.
+    """Write a report about finished `runs`, and return the path.
 
     Without `out`, `report.html` of the only run is replaced. `predictions` are files written by
     `ftlevel evaluate --predictions`, one per run.

@@ -73,9 +73,9 @@ _NOISE, _SMALLEST = 2e-7, 1e-6
 def probe_normal_form(
     peft_model: Any, path: Any, config: Any, base: BaseWeights, limit: int
 ) -> NormalForm:
-    """Returns the adapter on `peft_model`, a float32 model in eval mode, as plain LoRA.
+    """Returns the adapter of `peft_model` (float32, eval mode), converted to plain LoRA.
 
-    Raises InputError if an adapted layer is not linear, or its rank is above `limit`.
+    Raises InputError if an adapted layer is not linear, or needs a rank above `limit`.
     """
     file = load_adapter_file(path, config, base)
     file.tensors = {name: tensor for name, tensor in file.tensors.items() if is_whole(name, config)}
@@ -100,7 +100,7 @@ def _layers(peft_model: Any) -> list[tuple[str, Any]]:
 
 
 def _compute_delta(layer: Any, name: str, base: BaseWeights) -> tuple[torch.Tensor, float]:
-    """Returns the adapter's update of the weight `name`, (out, in), and the norm of the weight."""
+    """Returns the adapter's update of the weight `name`, (out, in), and that weight's norm."""
     base_layer = layer.get_base_layer()
     if not isinstance(base_layer, torch.nn.Linear) and type(base_layer).__name__ != "Conv1D":
         raise InputError(f"{name} is no linear but a {type(base_layer).__name__}. Merge it")
@@ -148,7 +148,7 @@ TEMPLATE = "chat_template.jinja"
 
 
 class Writer(Protocol):
-    """Writer and reader of one format of plain LoRA; servers load `file`, or the directory."""
+    """Writes and reads one file format of plain LoRA; servers load `file`, or the directory."""
 
     file: str
 
@@ -159,12 +159,12 @@ class Writer(Protocol):
         """Write the adapter into the directory `output`."""
 
     def read(self, output: Path, lora: NormalForm, _entry: ServedModel) -> NormalForm:
-        """Load the written file; from `lora`, use only settings that the file does not have."""
+        """Load what `write` wrote; takes from `lora` only settings that the file does not have."""
 
 
 @dataclass(frozen=True)
 class AdapterCheck:
-    """Measurements of one written adapter.
+    """Comparison of one exported adapter, read back, with the trained model.
 
     Attributes:
         difference: largest difference of a logit from the trained model.
@@ -185,11 +185,10 @@ def plan_adapters(
     ref: ModelRef | Mapping[str, ModelRef],
     server: str | None = None,
 ) -> AdaptersExport:
-    """Plan the export of one adapter, or of several by name; `server` replaces that of `config`.
+    """Plan the export of one adapter, or of several by name; `server` overrides `config`'s.
 
-    Raises:
-        InputError: An adapter cannot become plain LoRA or be served as trained, or they do not
-            share a base.
+    Raises InputError if an adapter cannot become plain LoRA or be served as trained, or if the
+    adapters do not share a base.
     """
     config = config.model_copy(update={"server": server}) if server else config
     target = SERVERS.get(config.server or "")
@@ -219,7 +218,6 @@ def plan_adapters(
 
 
 def _format_error(adapter: ServedModel, server: Server | None, format_: str, message: str) -> str:
-    """Returns an error message with the adapter's name, `message`, and how to merge it."""
     peft_config = adapter.peft_config
     purpose = f"for {server.title}" if server else f"as {format_}"
     message = f"{adapter.name} cannot be written {purpose}: {message.rstrip('.')}"
@@ -267,8 +265,8 @@ def _validate_set(adapters: Sequence[ServedModel], server: Server | None) -> Non
 class AdaptersExport:
     """Planned export of adapters, before weights of the base are loaded.
 
-    If a value of `loras` is None, it is computed from the loaded layers. `server` is None if only a
-    format was requested.
+    An adapter whose value in `loras` is None is converted from the loaded layers. `server` is None
+    if only a format was requested.
     """
 
     config: ExportConfig
@@ -296,7 +294,7 @@ class AdaptersExport:
         return self._summary(self.loras, {}, verified=False)
 
     def write(self, output: Path, device: str, listener: Listener, merge: Any) -> dict[str, Any]:  # noqa: ARG002 - nothing is merged
-        """Write every adapter into `output`, compare it with the run; return the summary."""
+        """Write every adapter into `output`, compare each with the run's; return the summary."""
         loras: dict[str, NormalForm | None] = {}
         checks: dict[str, AdapterCheck] = {}
         records: list[AdapterRecord] = []
@@ -354,7 +352,7 @@ class AdaptersExport:
         lora: NormalForm | None,
         device: str,
     ) -> tuple[PromptOutputs | None, PromptOutputs, NormalForm]:
-        """Returns outputs of base and trained model, and `lora`, which is computed if None."""
+        """Returns outputs of base and trained model, and `lora`, computed here if None."""
         base = None
         if adapter.answers:
             base_model = adapter.in_float32(with_adapter=False).load(device).model

@@ -60,7 +60,7 @@ _COARSE_SCORE = 5e-2
 
 
 def load_vectors(out: Path) -> dict[str, Any] | None:
-    """Load the recorded embeddings or scores of the export at `out`; None if it has neither."""
+    """Load the embeddings or scores recorded with the export at `out`; None if there are none."""
     path = record_path(out)
     if not path.is_file():
         return None
@@ -102,7 +102,9 @@ def _embed_in(config: CheckServedConfig, texts: list[str]) -> list[list[float]]:
 
 
 def check_vectors(config: CheckServedConfig, record: dict[str, Any]) -> dict[str, Any]:
-    """Returns the lowest cosine of the embeddings, or the largest difference of scores.
+    """Compare embeddings or scores with the recorded ones, and return the result.
+
+    The result is the lowest cosine of embeddings, or the largest difference of scores.
 
     Raises:
         InputError: the library cannot load the files, or the server returns no embeddings or
@@ -188,13 +190,13 @@ _MAX_MESSAGE = 300
 def run_library(
     backend: str, python: Path | None, base: str, adapters: Sequence[dict[str, Any]], timeout: float
 ) -> dict[str, list[ServerOutput] | str]:
-    """Returns the library's outputs by adapter name, or the message if it cannot load an adapter.
+    """Returns adapter name → outputs by the library, or its error if it cannot load the adapter.
 
     Each adapter has `name`, `place` (empty for the base), `rank_limit` and `prompts`, lists of
-    token ids. A `python` of None is the current one.
+    token ids. `python` is the interpreter, None for this one.
 
     Raises:
-        InputError: The library is not installed, fails, or exceeds `timeout`.
+        InputError: the library is not installed, fails, or exceeds `timeout`.
     """
     request = {
         "base": base,
@@ -213,7 +215,7 @@ def run_library(
 def embed_in_library(
     backend: str, python: Path | None, model: Path, texts: Sequence[str], timeout: float
 ) -> list[list[float]]:
-    """Returns the library's embeddings of `texts`; arguments and errors as in `run_library`."""
+    """Returns embeddings of `texts` by the library; arguments and errors as in `run_library`."""
     request = {
         "base": str(model.resolve()),
         "texts": list(texts),
@@ -240,7 +242,7 @@ def _run_script(backend: str, python: Path | None, request: dict[str, Any], time
 
 
 def _run(command: list[str], timeout: float, backend: str) -> tuple[int, str]:
-    """Run `command`; return its exit code and output. Kills its process group on timeout."""
+    """Run `command`; return exit code and output. On timeout, kills all processes it started."""
     try:
         process = subprocess.Popen(
             command,
@@ -301,7 +303,7 @@ class CheckServedResult:
 def check_served(
     config: CheckServedConfig, *, listener: Listener | None = None
 ) -> CheckServedResult:
-    """Compare a server's outputs with those recorded when its files were exported.
+    """Compare a server's outputs with those recorded when the files were exported.
 
     Raises:
         InputError: there are no recorded outputs, or the server cannot be queried.
@@ -395,7 +397,7 @@ def _query_url(
 
 
 def _name_of(adapter: AdapterRecord, serving_record: ServingRecord, model_names: list[str]) -> str:
-    """Returns the server's name of `adapter`; if it is not listed, a name that may work."""
+    """Returns the server's name for `adapter`; if the server lists none, a name that may work."""
     if adapter.name in model_names or (
         len(model_names) != 1 and serving_record.metadata.get("server") != "mlx"
     ):
@@ -473,10 +475,10 @@ def _query_library(
 def _query_base(
     config: CheckServedConfig, serving_record: ServingRecord
 ) -> dict[str, list[ServerOutput]]:
-    """Returns the base's outputs to each adapter's prompts if the base is a quantized .gguf file.
+    """Returns the base's outputs to each adapter's prompts, for llama.cpp with a .gguf base.
 
-    They show how much llama.cpp rounds activations. They are computed by the library, because a
-    server could cache them and return them for the adapter.
+    They show how much llama.cpp rounds activations. A library computes them, because a server
+    could cache them and return them for the adapter.
     """
     base = str(serving_record.metadata.get("base"))
     adapters = [a for a in serving_record.adapters if a.prompts and "base" in a.prompts[0]]
@@ -529,7 +531,7 @@ def _judge(adapter: AdapterRecord, rows: _AdapterOutputs, tolerance: float) -> d
 
 
 def _overall(adapters: list[dict[str, Any]]) -> str:
-    """Returns the result for all adapters; EITHER if an adapter's outputs equal the base's."""
+    """Returns ELSE or BASE if any output is; else TRAINED if each adapter has one, or EITHER."""
     matches = [word for a in adapters for api in ("weights", "chat") for word in a[api]["answers"]]
     for match in (ELSE, BASE):
         if match in matches:

@@ -40,7 +40,7 @@ class RequestError(Exception):
 
 @dataclass
 class Client:
-    """Client of one server; `format_index` is that of the first accepted request format."""
+    """Client of one server; `format_index` is the request format that the server accepts."""
 
     url: str
     timeout: float
@@ -62,7 +62,7 @@ class Client:
     def complete(
         self, model: str, prompt: Mapping[str, Any], extra: Mapping[str, Any]
     ) -> ServerOutput:
-        """Returns the completion of `prompt`, sent as token ids or, if necessary, as text.
+        """Returns the completion of `prompt`, sent as token ids or, if those are rejected, as text.
 
         Raises RequestError if the server accepts no format of the request.
         """
@@ -87,13 +87,13 @@ class Client:
 
     @property
     def by_text(self) -> bool:
-        """Whether the server accepts only text, not token ids."""
+        """Whether prompts are sent as text, because the server rejects token ids."""
         return self.format_index >= _FIRST_TEXT
 
     def chat(
         self, model: str, messages: list[dict[str, str]], extra: Mapping[str, Any]
     ) -> ServerOutput:
-        """Returns the output for `messages`; raises RequestError without a chat endpoint."""
+        """Returns the output for `messages`; raises RequestError if there is no chat endpoint."""
         body = {
             "model": model,
             "messages": messages,
@@ -106,7 +106,7 @@ class Client:
         return _parse_response(self._request("/chat/completions", body))
 
     def embed(self, model: str, texts: list[str]) -> list[list[float]]:
-        """Returns the embedding of each text; raises RequestError if there are none."""
+        """Returns the embedding of each text; raises RequestError if the server returns none."""
         result = self._request("/embeddings", {"model": model, "input": texts})
         try:
             rows = sorted(result["data"], key=lambda row: int(row["index"]))
@@ -115,7 +115,7 @@ class Client:
             raise RequestError(f"embeddings in another form ({error!r})") from None
 
     def rerank(self, model: str, query: str, texts: list[str]) -> list[float]:
-        """Returns the score of each text; raises RequestError if there are none.
+        """Returns the score of each text; raises RequestError if the server returns none.
 
         vLLM and llama.cpp read `documents`, text-embeddings-inference `texts` and `raw_scores`.
         """
@@ -159,7 +159,7 @@ _FIRST_TEXT = 2
 
 
 def _request_formats(prompt: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """Yields the request in all formats, token ids first; `logprobs` is a number or a flag."""
+    """Yields the request in each format, token ids first; `logprobs` is a number or a flag."""
     yield {"prompt": prompt["ids"], "logprobs": 1, "return_token_ids": True}
     yield {"prompt": prompt["ids"], "logprobs": True}
     if prompt.get("rendered"):
@@ -199,10 +199,10 @@ _TOLERANCES = {
 
 @dataclass(frozen=True)
 class OutputMatch:
-    """Result of comparing one output with the recorded ones.
+    """Result of comparing one output of a server with the recorded ones.
 
     Attributes:
-        word: TRAINED, EITHER, BASE or ELSE.
+        word: TRAINED, BASE, EITHER (it equals both) or ELSE (neither).
         difference: largest difference of a log-probability from the trained model's, or None.
         tokens: number of compared tokens.
     """
@@ -213,18 +213,18 @@ class OutputMatch:
 
 
 def tolerance_of(dtype: str) -> float:
-    """Returns the allowed difference of log-probabilities for weights served in `dtype`."""
+    """Returns the largest allowed difference of a log-probability for weights in `dtype`."""
     return _TOLERANCES.get(dtype, _ROUNDED)
 
 
 def widen_tolerance(
     tolerance: float, outputs: Sequence[ServerOutput], base: Sequence[ReferenceOutput]
 ) -> float:
-    """Returns the allowed difference of log-probabilities: at least twice the error on the base.
+    """Returns the larger of `tolerance` and twice the difference of the base's log-probabilities.
 
     A quantized base rounds activations equally with and without an adapter. The server's base
     outputs (`outputs`) differ from the recorded `base` by this rounding. If they differ by more
-    than with the coarsest type, the model is a different one; `tolerance` is returned unchanged.
+    than with the coarsest type, the model is another one; `tolerance` is returned unchanged.
     """
     difference = max(
         _distance(one, reference) for one, reference in zip(outputs, base, strict=True)
@@ -235,7 +235,7 @@ def widen_tolerance(
 def _distance(output: ServerOutput, reference: ReferenceOutput) -> float:
     """Returns the largest difference of a log-probability between `output` and `reference`.
 
-    For the first different token, it is half the margin between the two most likely tokens.
+    The first different token counts as half the margin between the two most likely tokens.
     """
     if output.ids is None or output.logprobs is None:
         return 0.0
@@ -250,7 +250,7 @@ def _distance(output: ServerOutput, reference: ReferenceOutput) -> float:
 def match_output(
     output: ServerOutput, trained: ReferenceOutput, base: ReferenceOutput | None, tolerance: float
 ) -> OutputMatch:
-    """Returns which recorded output matches: the trained model's, the base's, both or neither."""
+    """Returns whether `output` is that of the trained model, of the base, of both or of neither."""
     is_equal, difference, tokens = _compare_answer(output, trained, tolerance)
     fits_base = base is not None and _compare_answer(output, base, tolerance)[0]
     verdict = (EITHER if fits_base else TRAINED) if is_equal else (BASE if fits_base else ELSE)
@@ -282,7 +282,7 @@ def _compare_answer(
 def _is_rounding(
     output: ServerOutput, reference: ReferenceOutput, common: int, tolerance: float
 ) -> bool:
-    """Returns whether rounding explains that the outputs differ after `common` tokens."""
+    """Returns whether rounding explains why the outputs differ after `common` equal tokens."""
     if common == len(reference.ids):
         return True
     if common == len(output.ids or ()):  # servers omit the end-of-sequence token
@@ -296,9 +296,9 @@ def _is_rounding(
 
 
 def _align(ids: list[int], reference: ReferenceOutput) -> tuple[ReferenceOutput, int]:
-    """Returns `reference` as the server lists it, and the number of equal tokens from the start.
+    """Returns `reference` as the server lists it, and the number of equal tokens at the start.
 
-    llama.cpp omits tokens that end inside a character from its list.
+    llama.cpp leaves out tokens that end inside a character.
     """
     indices = [index for index in range(len(reference.ids)) if index not in reference.partial]
     trimmed = replace(

@@ -23,7 +23,7 @@ from ftlevel.trained.model_ref import ModelRef
 
 @dataclass(frozen=True)
 class ServedAdapter:
-    """Adapter in a start command; `template` is its own chat template file, if it has one."""
+    """Adapter in a start command; `template` is a chat template file, None for the base's."""
 
     name: str
     path: Path
@@ -32,14 +32,14 @@ class ServedAdapter:
 
 
 def rank_limit(server: Server, rank: int) -> int:
-    """Returns the smallest value of the server's rank limit that is at least `rank`."""
+    """Returns the smallest value of the server's maximum-rank option that allows `rank`."""
     return next((limit for limit in server.ranks if limit >= rank), rank)
 
 
 def build_adapter_commands(
     server: Server, base: str, adapters: Sequence[ServedAdapter]
 ) -> list[str]:
-    """Build the commands, in order, that serve `adapters` on `base`."""
+    """Returns the commands, in order, that start `server` with `base` and `adapters`."""
     rank = rank_limit(server, max(part.rank for part in adapters))
     pairs = [_pair(server, part) for part in adapters]
     template = next((part.template for part in adapters if part.template is not None), None)
@@ -108,7 +108,7 @@ def _llama(base: str, adapters: Sequence[ServedAdapter], template: Path | None) 
 
 
 def _openvino(model: str, path: str, adapters: Sequence[ServedAdapter] = ()) -> list[str]:
-    """Returns commands that convert `model` for OpenVINO and run it, with each of `adapters`."""
+    """Returns commands that convert `model` for OpenVINO and run it with each of `adapters`."""
     files = [str(part.path / "adapter_model.safetensors") for part in adapters]
     kwargs_text = '"Hello", max_new_tokens=8'
     code = [f'pipe = ov.LLMPipeline({path!r}, "CPU")', f"print(pipe.generate({kwargs_text}))"]
@@ -238,7 +238,7 @@ class ServedModel:
 
     @cached_property
     def base(self) -> BaseWeights:
-        """Weights of the base."""
+        """Reader of the base's weights."""
         return open_base(self.ref.source, self.ref.model_config, self.ref.auto_class)
 
     @cached_property
@@ -286,7 +286,7 @@ class ServedModel:
 
 
 def adapter_name(ref: ModelRef) -> str:
-    """Returns the name of an adapter's run or directory."""
+    """Returns the name of an adapter: that of the run or of the directory."""
     path = ref.run or ref.directory
     return path.resolve().name if path is not None else ref.base
 
@@ -296,7 +296,7 @@ def _display_path(adapter: ServedModel) -> str:
 
 
 def create_served_model(name: str, ref: ModelRef, server: Server | None) -> ServedModel:
-    """Returns `ref` as a `ServedModel`; raises InputError if it is no adapter PEFT can load."""
+    """Returns `ref` as a `ServedModel`; raises InputError unless PEFT can load it as an adapter."""
     if ref.directory is None:
         fact = f"{name} is a full model without an adapter"
         if server is not None and "merged" in server.formats and ref.source.kind != "gguf":
@@ -313,7 +313,7 @@ def create_served_model(name: str, ref: ModelRef, server: Server | None) -> Serv
 
 
 def check_server_support(adapter: ServedModel, server: Server | None) -> list[str]:
-    """Returns notes; raises InputError if `server` would not serve the adapter as trained.
+    """Returns notes; raises InputError if `server` would compute other outputs than in training.
 
     Reads only the model card and the config of the base.
     """
@@ -422,7 +422,7 @@ def save_readme(path: Path, summary: Mapping[str, Any]) -> None:
 
 
 def serving_lines(summary: Mapping[str, Any]) -> list[str]:
-    """Returns Markdown on serving and checking the export; empty without a server."""
+    """Returns Markdown on serving and checking the export; [] if no server was named."""
     if not summary["start"]:
         return []
     lines = ["## Serve", "", "```sh", *summary["start"], "```", ""]

@@ -75,7 +75,7 @@ class GgufWriter:
 
 
 def _names(lora: NormalForm, config: Any) -> dict[str, str]:
-    """Returns llama.cpp's weight names by module; raises InputError if it has none."""
+    """Returns module → llama.cpp's weight name; raises InputError if a module has none."""
     names = name_map(config)
     result = {
         name: names.get_name(f"{name}.weight", try_suffixes=(".weight",)) for name in lora.factors
@@ -86,7 +86,7 @@ def _names(lora: NormalForm, config: Any) -> dict[str, str]:
 
 
 def _in_order(config: Any, name: str, b: torch.Tensor) -> torch.Tensor:
-    """Returns the rows of `b` in transformers' order, by inverting the permutation of `convert`."""
+    """Returns the rows of `b` in transformers' order, undoing the permutation of `convert`."""
     numbered = torch.arange(b.shape[0], dtype=torch.float32).unsqueeze(-1)
     went = convert(config, name, numbered, is_conv1d=False).squeeze(-1).long()
     back = torch.empty_like(b)

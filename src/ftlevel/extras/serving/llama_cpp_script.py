@@ -14,7 +14,7 @@ from typing import Any
 def main() -> None:
     """Answer every prompt with every adapter, or embed the texts.
 
-    The KV cache is float32, because the base may be.
+    The KV cache is float32, because the base's weights may be.
     """
     import xllamacpp
 

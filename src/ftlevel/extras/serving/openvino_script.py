@@ -16,7 +16,7 @@ _FLOAT32 = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32"}
 def main() -> None:
     """Answer every prompt with every adapter, in one pipeline, or embed the texts, in float32.
 
-    A base in transformers' format is converted to OpenVINO's first, next to the answers.
+    A model in transformers' format is first converted to OpenVINO's, next to the answers.
     """
     import openvino_genai as genai
 
@@ -60,7 +60,7 @@ def main() -> None:
 
 
 def _embed(converted: Path, model: Path, request: dict[str, Any]) -> list[list[float]]:
-    """Returns the embeddings of the texts, with the pooling of the model's own files."""
+    """Returns the embeddings of the texts, with the pooling that the model's files specify."""
     import openvino_genai as genai
 
     modes = json.loads((model / "1_Pooling" / "config.json").read_text(encoding="utf-8"))
@@ -92,11 +92,11 @@ def _write_openvino(model: Path, directory: Path, kind: str) -> Path:
 
 
 def _answers(pipeline: Any, own: Any, prompts: list[list[int]], count: int) -> list[dict[str, Any]]:
-    """Returns answers of up to `count` tokens with the adapter `own`; None is the base.
+    """Returns answers of up to `count` tokens with the adapter `own`, or None for the base.
 
-    `generate` returns one log-probability per answer, so each token is generated again from its
-    prefix. `add_request` returns log-probabilities per token, but uses the adapters of the last
-    call of `generate` (2026.4.1).
+    `generate` returns one log-probability per answer, so each token is generated again from the
+    tokens before. `add_request` returns one per token, but uses the adapters of the last call of
+    `generate` (2026.4.1).
     """
     answers = _generate(pipeline, own, prompts, count)
     before = [

@@ -44,8 +44,7 @@ class ReferenceOutput:
     Attributes:
         ids: token ids, with the end-of-sequence token if it was generated.
         logprobs: log-probability of each token.
-        margins: difference in log-probability between each token and the second most likely
-            one.
+        margins: log-probability of each token minus that of the second most likely one.
         text: decoded tokens without special tokens.
         partial: indices of tokens that end inside a character, which llama.cpp does not list.
     """
@@ -66,7 +65,7 @@ class ReferenceOutput:
 
 @dataclass(frozen=True)
 class PromptOutputs:
-    """Outputs of one model for all prompts: logits (or class scores), and greedy answers."""
+    """A model's outputs for all prompts: logits (or class scores), and greedy answers."""
 
     logits: list[torch.Tensor]
     answers: list[ReferenceOutput]
@@ -99,7 +98,7 @@ def _logits(model: Any, ids: torch.Tensor, *, seq2seq: bool) -> torch.Tensor:
 def _continue(
     model: Any, ids: torch.Tensor, tokenizer: Any
 ) -> tuple[torch.Tensor, ReferenceOutput]:
-    """Returns the logits of the prompt, and the greedy answer to it."""
+    """Returns the logits of the prompt `ids`, and the greedy answer to the prompt."""
     output = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True)
     of_prompt, row = output.logits[0], output.logits[0, -1]
     tokens: list[int] = []
@@ -126,18 +125,18 @@ def _continue(
 
 
 def max_difference(one: PromptOutputs, other: PromptOutputs) -> float:
-    """Returns the largest difference between the logits of two models."""
+    """Returns the largest difference of a logit between two models."""
     pairs = zip(one.logits, other.logits, strict=True)
     return max(float((a - b).abs().max()) for a, b in pairs)
 
 
 def scale(outputs: PromptOutputs) -> float:
-    """Returns the largest absolute logit."""
+    """Returns the largest absolute logit in `outputs`."""
     return max(float(logits.abs().max()) for logits in outputs.logits)
 
 
 def divergence(one: PromptOutputs, other: PromptOutputs) -> float:
-    """Returns the mean KL divergence of `other` from `one` over the prompts' tokens, in nats."""
+    """Returns the KL divergence KL(one ‖ other), mean over the prompts' tokens, in nats."""
     divergences = [
         (a.log_softmax(-1).exp() * (a.log_softmax(-1) - b.log_softmax(-1))).sum(-1).flatten()
         for a, b in zip(one.logits, other.logits, strict=True)
@@ -153,7 +152,8 @@ _FORMAT = 1
 class AdapterRecord:
     """Recorded prompts and answers of one adapter; `rank` is None for a whole model.
 
-    `place` is a path relative to served.json. Prompts have the answers `trained` and maybe `base`.
+    `place` is a path relative to served.json. Each prompt has answers of the `trained` model and,
+    if recorded, of the `base`.
     """
 
     name: str
@@ -169,7 +169,7 @@ def record(
     prompts: Sequence[Prompt],
     outputs_of: Mapping[str, PromptOutputs | None],
 ) -> AdapterRecord:
-    """Returns a record of `prompts` with answers; `outputs_of` has `trained` and maybe `base`."""
+    """Returns `prompts` with the answers in `outputs_of`, by `trained` and maybe `base`."""
     rows = []
     for index, prompt in enumerate(prompts):
         answers = {
@@ -189,7 +189,7 @@ def record(
 
 
 def save_record(path: Path, metadata: Mapping[str, Any], adapters: Sequence[AdapterRecord]) -> None:
-    """Write served.json; `metadata` contain the server, the format, the base and the commands."""
+    """Write served.json; `metadata` has the server, the format, the base and the commands."""
     rows = [
         {"name": a.name, "place": a.place, "rank": a.rank, "prompts": a.prompts} for a in adapters
     ]
@@ -200,7 +200,7 @@ def save_record(path: Path, metadata: Mapping[str, Any], adapters: Sequence[Adap
 
 @dataclass(frozen=True)
 class ServingRecord:
-    """A parsed served.json; `metadata` are all fields but the adapters."""
+    """A parsed served.json; `metadata` has all fields but the adapters."""
 
     path: Path
     metadata: Mapping[str, Any]
@@ -208,12 +208,12 @@ class ServingRecord:
 
 
 def record_path(out: Path) -> Path:
-    """Returns the path of the reference answers of the export at `out`."""
+    """Returns the path of served.json for the export at `out`."""
     return out / FILE if out.is_dir() else out.with_suffix(".served.json")
 
 
 def load_record(out: Path) -> ServingRecord:
-    """Load the served.json of the export at `out`; raise InputError if it has no valid answers."""
+    """Load served.json of the export at `out`; raises InputError if it has no valid answers."""
     path = record_path(out)
     if not path.is_file():
         raise InputError(
@@ -238,7 +238,7 @@ def load_record(out: Path) -> ServingRecord:
 
 
 def start_of(server: str, out: Path, form: EmbeddingFormat | None = None) -> list[str]:
-    """Returns commands that serve the full model at `out`; `form` is only for embedding models."""
+    """Returns commands that serve the full model at `out`; `form` is for embedding models only."""
     if form is not None:
         return build_embedding_commands(SERVERS[server], out, out.stem, form)
     return build_model_commands(SERVERS[server], out, out.stem)
@@ -252,9 +252,9 @@ def record_whole(
     source: ModelSource,
     device: str,
 ) -> None:
-    """Write served.json at `path` with the answers of the exported model at `source`, in float32.
+    """Write served.json at `path`, with answers of the exported model at `source`, in float32.
 
-    The base's answers are added if `ref` is an adapter.
+    If `ref` is an adapter, the base's answers are recorded too.
     """
     name = out.stem
     card = replace(ref.card, quantization={"kind": "none"}, dtype="float32")

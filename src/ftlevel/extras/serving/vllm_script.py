@@ -60,7 +60,7 @@ def main() -> None:
 
 
 def _embed(asked: dict[str, Any]) -> list[list[float]]:
-    """Returns the embeddings of the texts in `asked`; each must fit into the model's positions."""
+    """Returns the embeddings of the texts, each of which must fit the model's maximum length."""
     from vllm import LLM
 
     model = LLM(
