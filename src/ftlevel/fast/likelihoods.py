@@ -143,7 +143,7 @@ def supervised_loss(
     observe: Observe | None = None,
     smoothing: float = 0.0,
 ) -> Tensor:
-    """Returns the summed loss of a batch, with the head computed on its targets only."""
+    """Returns the summed loss of a batch, with the head computed at targets only."""
     if isinstance(objective, LikelihoodObjective):
         answers = compute_answer_likelihoods(head, model, objective, batch)
         return objective.preference_sum(answers, batch["preference_labels"], training=True)

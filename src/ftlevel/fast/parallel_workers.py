@@ -120,7 +120,7 @@ def _add(parameter: Tensor, gradient: Tensor) -> None:
 
 
 def makespan(durations: Sequence[int], workers: int) -> int:
-    """Returns the total time if idle workers start jobs of these `durations` in order."""
+    """Returns the total time if jobs of `durations` start in order, each on an idle worker."""
     end_times = [0] * workers
     for cost in durations:
         first = end_times.index(min(end_times))

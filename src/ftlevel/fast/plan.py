@@ -73,7 +73,7 @@ def _uses_global_generator(meta: Any, random: str, is_ordered: bool) -> str:
 
 
 def _get_sequential_message(method: MethodConfig, meta: Any) -> str:
-    """Returns why a forward pass may change the model; empty if it does not."""
+    """Returns why micro-batches cannot be computed in parallel; empty if they can."""
     family = meta.config.model_type
     if reason := METHODS[method.kind].step.workers(method):
         return reason
@@ -123,14 +123,14 @@ def uses_liger(speed: SpeedConfig, device: str, model_type: str) -> bool:
 
 
 def kernel_choices(speed: SpeedConfig, device: str, model_type: str) -> list[Choice]:
-    """Returns the message about liger-kernel for display; empty if it is not used."""
+    """Returns the message about liger-kernel for display; empty if liger-kernel is not used."""
     if not uses_liger(speed, device, model_type):
         return []
     return [Choice("kernels", "liger-kernel", "norms, rotary embedding and activation; installed")]
 
 
 def get_liger_arguments(speed: SpeedConfig, device: str, model_type: str) -> dict[str, Any]:
-    """Returns the `TrainingArguments` that enable liger-kernel; empty if it is not used."""
+    """Returns the `TrainingArguments` that enable liger-kernel; empty to leave it off."""
     if not uses_liger(speed, device, model_type):
         return {}
     return {"use_liger_kernel": True, "liger_kernel_config": LIGER_CONFIG}
@@ -326,7 +326,7 @@ def _get_padded_message(method: MethodConfig, attention: str, meta: Any, model_k
 
 
 def get_packing_message(model: Any, model_kind: str) -> str:
-    """Returns why `model` needs padded rows; empty if it does not."""
+    """Returns why `model` needs padded rows; empty if rows can be packed."""
     family = model.config.model_type
     if model_kind == "encoder-decoder" or not get_blocks(model):
         return f"{family} has not one stack of blocks"
@@ -385,7 +385,7 @@ def fused_lora_choices(
 def _get_unfused_message(
     method: MethodConfig, speed: SpeedConfig, quant: str, device: str
 ) -> str | None:
-    """Returns why LoRA layers are not fused; empty if they are, None for other methods."""
+    """Returns why LoRA layers are not fused; empty if fused, None for other methods."""
     check = METHODS[method.kind].step.fusing
     if check is None:
         return None

@@ -130,7 +130,7 @@ def common_prefix_length(one: Tokens, other: Tokens) -> int:
 def sort_by_prefix(
     rows: Sequence[Tokens], min_length: int = MIN_PREFIX
 ) -> tuple[list[int], list[int]]:
-    """Returns sorted row indices, and how many tokens each row shares with its predecessor in them.
+    """Returns row indices in sorted order, and how many tokens each row shares with the one before.
 
     The numbers are indexed by row; prefixes shorter than `min_length` tokens count as 0.
     """

@@ -60,7 +60,7 @@ class GeneratorDropout(nn.Dropout):
     """`nn.Dropout` with `dropout_mask` on a CPU."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """Returns `input` (any shape) with elements dropped, the others scaled by 1 / (1 - p)."""
+        """Returns `input` (any shape) with random elements zeroed and the rest divided by 1 - p."""
         if not self.training or self.p == 0.0 or input.device.type != "cpu":
             return super().forward(input)
         return input * dropout_mask(input, self.p)
@@ -92,7 +92,7 @@ _NAME = "_ftlevel_recomputation"
 
 
 class Recomputation:
-    """Recomputation of a tensor, shared by the autograd functions that need it in backward.
+    """How to recompute a tensor, shared by the autograd functions that need it in backward.
 
     `make` computes the tensor bit for bit from other tensors. The autograd functions save these
     other tensors, so that checkpointing and offloading apply to them.

@@ -63,7 +63,7 @@ class FastStep:
             self.workers = ParallelWorkers(plan.workers, torch.get_num_threads(), plan.is_random)
 
     def check(self, rows: Sequence[Encoded], pad_id: int, device: str, dtype: str) -> list[str]:
-        """Disable the parts that fail `PackingCheck` (same arguments); returns the reasons."""
+        """Disable the parts that fail `PackingCheck`; returns the reasons."""
         if self._blocks is None:
             return []
         check = PackingCheck(self._model, get_blocks(self._base)[-1], rows, pad_id, device, dtype)
@@ -95,7 +95,7 @@ class FastStep:
     def check_cross_entropy(
         self, objective: Objective, rows: Sequence[Encoded], pad_id: int, device: str, dtype: str
     ) -> str:
-        """Disable chunked cross-entropy if its check fails; returns why, else empty."""
+        """Disable chunked cross-entropy if its check fails; returns the reason, empty if not."""
         if self.cross_entropy is None or not isinstance(objective, TokenObjective):
             return ""
         message = get_cross_entropy_error(
@@ -154,7 +154,7 @@ def chunked_cross_entropy(
     device: str,
     dtype: str,
 ) -> Iterator[ChunkedCrossEntropy | None]:
-    """Yields the chunked cross-entropy of `model`, or None if it cannot replace the head."""
+    """Yields the chunked cross-entropy of `model`; None if the head cannot be replaced by it."""
     base = base_model(model)
     head = ChunkedCrossEntropy(base) if has_language_head(base, objective) else None
     try:

@@ -219,7 +219,7 @@ class TextCollator(StepCollator):
     """Collates rows of texts to embed; each distinct text of a step is collated once."""
 
     def __call__(self, rows: Sequence[Encoded]) -> dict[str, Any]:
-        """Returns `StepCollator`'s dict for the distinct texts, with `rows` and their `texts`."""
+        """Returns `StepCollator`'s dict for the distinct texts, plus `rows` and `texts`."""
         texts, step = distinct_texts(rows)
         return {**super().__call__(texts), "rows": rows, "texts": step}
 

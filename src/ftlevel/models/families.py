@@ -61,7 +61,7 @@ WIDTHS: dict[str, Callable[[Dims], int]] = {
 
 @dataclass(frozen=True)
 class BlockLinear:
-    """A linear layer; `path` is relative to its block, `fan_in` and `fan_out` are keys of `WIDTHS`.
+    """A linear layer; `path` is relative to the block, `fan_in` and `fan_out` are keys of `WIDTHS`.
 
     `only` is the variant of the family that has it; empty for all.
     """
@@ -79,7 +79,7 @@ class BlockLinear:
 
     @property
     def attention(self) -> bool:
-        """Whether it is a layer of an attention module."""
+        """Whether the layer belongs to an attention module."""
         return _ATTENTION.search(self.path) is not None
 
 

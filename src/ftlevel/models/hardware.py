@@ -214,7 +214,7 @@ def format_device(device: str) -> str:
 
 
 def select_dtype(dtype: str, device: str, method: str, model_type: str) -> Choice:
-    """Select the compute dtype by name; ConfigError if device or model do not support it."""
+    """Select the compute dtype by name; ConfigError if unsupported by device or model."""
     if model_type == "deberta":  # transformers 5.24 masks with float32's minimum
         if dtype in ("auto", "float32"):
             why = "auto: DeBERTa's mask overflows anything shorter" if dtype == "auto" else ""
@@ -289,7 +289,7 @@ def uses_tf32(enabled: bool | None, device: str, dtype: str) -> bool:
 
 
 def select_tf32(tf32: bool | None, device: str, dtype: str) -> list[Choice]:
-    """Returns log lines about TF32; raises `ConfigError` if the device does not support it."""
+    """Returns log lines about TF32; raises `ConfigError` for a device without TF32."""
     if uses_tf32(tf32, device, dtype):
         message = "auto: an Ampere GPU or later; --no-tf32 is exact" if tf32 is None else ""
         return [Choice("float32 products", "in TF32 while training", message)]

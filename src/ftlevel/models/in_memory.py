@@ -135,7 +135,7 @@ def _resolve_name(name: str, config: ModelConfig) -> ModelSource | None:
 
 
 def _with_tokenizer(source: ModelSource, tokenizer: Any, parent_dir: Path) -> PlacedModel:
-    """Returns `source`, or if its tokenizer differs, a copy in `parent_dir` with `tokenizer`."""
+    """Returns `source`, or a copy in `parent_dir` with `tokenizer` if the tokenizers differ."""
     if tokenizer is None or _get_tokenizer_state(tokenizer) == _get_tokenizer_state(
         load_tokenizer(source)
     ):

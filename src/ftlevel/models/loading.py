@@ -226,7 +226,7 @@ def silence_loggers() -> Iterator[None]:
 
 @quick_headers()
 def load_config(source: ModelSource, **overrides: Any) -> Any:
-    """Load the config of `source` with `overrides`; raises `InputError` if it is unusable."""
+    """Load the config of `source` with `overrides`; raises `InputError` for an unusable one."""
     try:
         if source.kind in ("gguf", "hub"):  # directories are already checked
             raw, kwargs = transformers.PreTrainedConfig.get_config_dict(
@@ -277,7 +277,7 @@ def label_overrides(names: Sequence[str]) -> dict[str, Any]:
 
 @quick_headers()
 def load_tokenizer(source: ModelSource) -> Any:
-    """Load the tokenizer of `source`; raises `InputError` if it is missing or unreadable."""
+    """Load the tokenizer of `source`; raises `InputError` for a missing or unreadable one."""
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(
             source.location, **source.arguments()

@@ -165,7 +165,7 @@ def quantization_name(quantization_config: dict[str, Any]) -> str:
 
 
 def as_quant_config(quantization_config: dict[str, Any]) -> QuantConfig | None:
-    """Returns the equivalent `--quant` settings of a bitsandbytes checkpoint; None for others."""
+    """Returns the `--quant` settings of a bitsandbytes checkpoint; None for other libraries."""
     if quantization_config.get("load_in_8bit"):
         return QuantConfig(kind="8bit")
     if quantization_config.get("load_in_4bit"):

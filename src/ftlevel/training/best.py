@@ -137,7 +137,7 @@ def _check_eval_data(train: TrainerConfig, num_eval_samples: int) -> None:
 
 
 def _select_metric(train: TrainerConfig, task: BaseTask, objective: Objective) -> tuple[str, str]:
-    """Returns the metric, as `eval_NAME`, and why it was chosen; ConfigError if it is unavailable.
+    """Returns the metric, as `eval_NAME`, and the reason; ConfigError if no evaluation computes it.
 
     Default: the task's main metric; the loss if that metric is perplexity or needs generated text.
     """

@@ -370,7 +370,7 @@ def add_callbacks(
     checkpoint: Path | None,
     write_files: Callable[[Path], None] | None,
 ) -> RunCallbacks:
-    """Add all callbacks to `trainer` (modified); returns those whose results are read later.
+    """Add all callbacks to `trainer` (modified); returns the callbacks with results.
 
     `checkpoint` is the one to resume from. `write_files` saves tokenizer and card in a checkpoint.
     """

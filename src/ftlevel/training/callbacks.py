@@ -184,7 +184,7 @@ class Interrupt(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> TrainerControl:
-        """If any process received a signal, save a checkpoint, and stop unless it was SIGUSR1."""
+        """Save a checkpoint if any process received a signal, and stop unless it is SIGUSR1."""
         # Use the agreed value, not later signals, so that all stop after the same step.
         action = self._processes.max(self._action)
         if action and state.global_step < state.max_steps:
@@ -252,7 +252,7 @@ _TELEMETRY = ("MLFLOW_DISABLE_TELEMETRY", "DO_NOT_TRACK")
 
 @dataclass(frozen=True)
 class RunInfo:
-    """Description of a run for trackers; `first_step` is the step it resumes from, or 0."""
+    """Description of a run for trackers; `first_step` is the step from which it resumes, or 0."""
 
     path: Path
     name: str

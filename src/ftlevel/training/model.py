@@ -85,12 +85,12 @@ def shard(
     dtype: torch.dtype,
     slices: LazyWeights | None = None,
 ) -> None:
-    """Shard `model` (modified) with FSDP2; this process's part is placed on its device.
+    """Shard `model` (modified) with FSDP2; this process's shard is placed on this process's device.
 
     Tensors that a method adds and trains stay whole in every process; `--method full` shards
-    everything. Each block is a unit, so a device stores its part and at most one whole block. With
+    everything. Each block is a unit, so a device stores its shard and at most one whole block. With
     `keeps_unsharded`, gathered blocks are kept until backward (ZeRO-2), else gathered again
-    (ZeRO-3). `slices` reads this process's part of the weights; None if all weights are loaded.
+    (ZeRO-3). `slices` reads this process's shard of the weights; None if all weights are loaded.
     """
     mesh = init_device_mesh(device, (distributed.get_world_size(),))
     replicated = replicated_parameters(model)
@@ -314,7 +314,7 @@ def _hash(tensor: Tensor) -> Tensor:
 
 
 def _hash_chunk(chunk: Tensor, first: int) -> Tensor:
-    """Returns Σ m over the words of `chunk` (bytes); `first` is the index i of its first word."""
+    """Returns Σ m over the words of `chunk` (bytes); `first` is the index i of the first word."""
     if len(chunk) % 8:
         chunk = torch.cat([chunk, chunk.new_zeros(8 - len(chunk) % 8)])
     if chunk.storage_offset() % 8:
@@ -438,7 +438,7 @@ def find_computed_tensor(model: Any, slices: LazyWeights) -> str:
 
 
 def get_full_load_reason(run: Run) -> str:
-    """Returns why every process must read all base weights; empty if its own shard is enough."""
+    """Returns why every process must read all base weights; empty if a shard is enough."""
     model_info, initialization = run.model, METHODS[run.config.method.kind].initialization
     if get_quantization_config(model_info.config) is not None:
         return "it is stored quantized, and its scales go with whole weights"
@@ -532,7 +532,7 @@ class ShuffledBatches:
 
 
 def float_weights(run: Run) -> Callable[[str], Tensor]:
-    """Returns a function from a linear layer's name to its unquantized weight (out, in)."""
+    """Returns a function from the name of a linear layer to the unquantized weight (out, in)."""
     base = load_base(replace(run, model=replace(run.model, device="cpu", quant=QuantConfig())))
 
     def weight_of(name: str) -> Tensor:

@@ -134,7 +134,7 @@ _IGNORED_FIELDS = set(
 
 
 def get_model_values(model: PlannedModel) -> dict[str, Any]:
-    """Returns the config of the base by dotted name, and digests of its tokenizer."""
+    """Returns the base's config by dotted name, and digests of the tokenizer."""
     flat = dict(
         _flatten(CONFIG.rstrip("."), json.loads(model.config.to_json_string(use_diff=False)))
     )

@@ -88,7 +88,7 @@ class Processes:
             distributed.barrier()
 
     def from_first(self, make: Callable[[], T]) -> T:
-        """Call `make` in the first process; all return its result, or raise its error."""
+        """Call `make` in the first process; all processes return the result, or raise the error."""
         if self.count == 1:
             return make()
         shared: list[Any] = [None, None]
@@ -105,7 +105,7 @@ class Processes:
         return result
 
     def in_all(self, make: Callable[[], T]) -> T:
-        """Call `make` in every process; returns its result. If one fails, all raise an error."""
+        """Call `make` in every process; returns this process's result. If one fails, all raise."""
         if self.count == 1:
             return make()
         result, local_error = None, None
@@ -251,7 +251,7 @@ class WatchProcesses(TrainerCallback):
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """Record that this process starts a step; its rows have been read."""
+        """Record that this process has read the rows of a step and starts to compute it."""
         now = time.monotonic()
         if self._step_start:
             self._steps = [*self._steps[-9:], now - self._step_start]
@@ -313,7 +313,7 @@ class WatchProcesses(TrainerCallback):
             known_ranks = set(missing)
 
     def _get_missing(self, now: float) -> Iterator[tuple[int, str]]:
-        """Yields (rank, message) for each rank that delays the others at time `now`."""
+        """Yields (rank, message) for each rank that, at time `now`, delays the other ranks."""
         mine = self._step
         is_isolated = (
             self._world.rank > 0 and now - self._last_contact > HEARTBEAT_TIMEOUT

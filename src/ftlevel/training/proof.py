@@ -211,7 +211,7 @@ _ADAPTER_NAME = "saved"
 
 
 def _compute_on_same_base(trained: Any, path: Path, inputs: CheckInputs) -> LogitsPair | None:
-    """Returns the logits without adapter and with the saved adapter; None if PEFT cannot add it."""
+    """Returns logits without and with the saved adapter; None if PEFT cannot add the adapter."""
     name, flags = trained.active_adapter, [p.requires_grad for p in trained.parameters()]
     with trained.disable_adapter():
         before = inputs.logits(trained)
@@ -265,7 +265,7 @@ def _offload_model(model: Any, device: str) -> Iterator[None]:
 def compare_frozen(
     trained: Any, expected: Mapping[str, TensorHash], *, is_base_modified: bool = False
 ) -> int:
-    """Check that the frozen tensors of `trained` have the base's hashes; returns their number."""
+    """Check that frozen tensors of `trained` have the base's hashes; returns how many there are."""
     frozen = [(base_name(name), p) for name, p in trained.named_parameters() if not p.requires_grad]
     base_tensors = [(name, tensor) for name, tensor in frozen if name in expected]
     digests = hash_tensors(base_tensors)
@@ -287,7 +287,7 @@ def compare_frozen(
 
 
 def _is_only_cast(tensor: Tensor, expected: TensorHash) -> bool:
-    """Returns whether only the dtype differs; Switch Transformers casts its router in `forward`."""
+    """Returns whether only the dtype differs, as Switch Transformers casts routers in `forward`."""
     if tensor.dtype == expected.dtype or not tensor.is_floating_point():
         return False
     tensor = local_shard(tensor.detach())

@@ -63,7 +63,7 @@ def load_or_compute(
 def open_or_compute(
     path: Path | None, shape: tuple[int, ...], dtype: Any, fill: Callable[[np.ndarray], None]
 ) -> tuple[np.ndarray, bool]:
-    """Returns the array stored at `path`, completed by `fill`, and whether it was complete before.
+    """Returns the array stored at `path`, completed by `fill`, and whether the file was complete.
 
     Missing values are NaN. In a structured dtype, the first value of the first field marks an item
     as filled, so `fill` must write it last. If `path` is None, the array is in memory.
@@ -246,7 +246,7 @@ def check_first_loss(
 
 
 def _save_initial_adapter(run: Run, prepared: PreparedModel) -> Any:
-    """Returns a temporary directory with the initial adapter; None if it has no effect."""
+    """Returns a temporary directory with the initial adapter; None if the adapter has no effect."""
     model = prepared.model
     is_base_modified = METHODS[run.config.method.kind].initialization.rewrites_base(
         run.config.method
@@ -323,7 +323,7 @@ def iterate_batches(
 
 
 def precompute_reference(run: Run, listener: Listener) -> tuple[Run, Reference | None]:
-    """Returns the run with log-probabilities of the `--reference` model, and it, if needed."""
+    """Returns the run with log-probabilities of `--reference`, and the reference, if needed."""
     reference = run.auxiliary.reference
     if reference is None or not needs_reference(run):
         return run, None
@@ -358,7 +358,7 @@ def get_model_key(model: ReferenceModel, run: Run) -> dict[str, object]:
 def load_auxiliary_model(
     reference: ReferenceModel, run: Run, listener: Listener
 ) -> Iterator[tuple[Run, PreparedModel]]:
-    """Load `reference` in a `with` block; yields a run to compute its outputs, and the model."""
+    """Load `reference` in a `with` block; yields a run to compute outputs with, and the model."""
     trained = reference.ref.load(run.model.device, run.model.dtype)
     forward = plan_forward(
         trained.model, trained.kind, trained.ref.card.method, run.objective, run.fast.tokens

@@ -107,7 +107,7 @@ class FileTensor:
 
 
 def load_header(path: Path) -> tuple[dict[str, FileTensor], dict[str, str]]:
-    """Returns a safetensors file's tensors by name, and its metadata; InputError if invalid."""
+    """Returns a safetensors file's tensors by name, and the metadata; InputError if invalid."""
     try:
         with path.open("rb") as file:
             (size,) = struct.unpack("<Q", file.read(8))

@@ -51,7 +51,7 @@ class QuantizationGrid:
     stored: Callable[[torch.Tensor], torch.Tensor]
 
     def scales_of(self, weight: torch.Tensor) -> torch.Tensor:
-        """Returns the scale of each block, at which its largest weight gets the largest value."""
+        """Returns the scale of each block: the largest |weight| gets the largest |value|."""
         return self._blocks(weight).abs().amax(-1) / self.values.abs().max()
 
     def fitted_scales(self, weight: torch.Tensor, moment: torch.Tensor) -> torch.Tensor:

@@ -47,7 +47,7 @@ class _SignedGrid(QuantizationGrid):
     """A grid with an asymmetric range; signed scales put the largest weight on the longer side."""
 
     def scales_of(self, weight: torch.Tensor) -> torch.Tensor:
-        """Returns the scale of each block; its largest weight gets the value farthest from 0."""
+        """Returns the scale of each block: the largest |weight| gets the value farthest from 0."""
         blocks = self._blocks(weight)
         extreme = blocks.gather(-1, blocks.abs().argmax(-1, keepdim=True)).squeeze(-1)
         return extreme / self.values[self.values.abs().argmax()]

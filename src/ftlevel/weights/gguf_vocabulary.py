@@ -253,7 +253,7 @@ def _flags(tokenizer: Any, special: Mapping[str, int]) -> dict[str, bool]:
 
 
 def _get_pre_tokenizer_name(tokenizer_json: Mapping[str, Any]) -> str:
-    """Returns llama.cpp's name of the pre-tokenizer; raises InputError if it has none."""
+    """Returns llama.cpp's name of the pre-tokenizer; InputError if llama.cpp lacks it."""
     model, steps = tokenizer_json["model"], _steps(tokenizer_json["pre_tokenizer"])
     normalizer = tokenizer_json["normalizer"] and tokenizer_json["normalizer"]["type"]
     for name, splittings in PRE_TOKENIZERS.items():

@@ -403,7 +403,7 @@ def _convert(
 
 
 def bitsandbytes_grid(config: Any) -> QuantizationGrid:
-    """Returns the grid of a `BitsAndBytesConfig`; in 8-bit, -127 to 127 with a scale per row."""
+    """Returns the values that a `BitsAndBytesConfig` stores; 8-bit: -127 to 127, scales per row."""
     if config.load_in_8bit:
         return QuantizationGrid(torch.arange(-127.0, 128.0) / 127, 0, lambda scales: scales)
     return four_bit_grid(config.bnb_4bit_quant_type, config.bnb_4bit_use_double_quant)

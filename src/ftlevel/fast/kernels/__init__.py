@@ -74,7 +74,7 @@ class TorchBackend:
         return q * cos + _rotate_half(q) * sin, k * cos + _rotate_half(k) * sin
 
     def cross_entropy(self, scores: Tensor, targets: Tensor, smoothing: float) -> Pair:
-        """Returns the loss per target, and its gradient with respect to `scores`, in float32.
+        """Returns the loss per target, and the gradient with respect to `scores`, in float32.
 
         The largest probability p gives the normalizer cheaply: log Σⱼ exp sⱼ = max s − log max p.
         """
@@ -110,7 +110,7 @@ _LIBRARY: Any = torch.library.Library("ftlevel", "DEF")  # type: ignore[no-untyp
 
 
 def _define(name: str, schema: str, shapes: Callable[..., Any]) -> Callable[..., Any]:
-    """Register `programs.NAME` as a torch operator; `shapes` is its version for meta tensors."""
+    """Register `programs.NAME` as a torch operator; `shapes` computes outputs on meta tensors."""
 
     def compute(*arguments: Any) -> Any:
         from ftlevel.fast.kernels import programs  # Triton is optional
@@ -195,7 +195,7 @@ class TritonBackend(TorchBackend):
         return _rope(*(part.contiguous() for part in (q, k, cos, sin)), backward)
 
     def cross_entropy(self, scores: Tensor, targets: Tensor, smoothing: float) -> Pair:
-        """Returns the loss per target, and its gradient in the dtype of `scores`."""
+        """Returns the loss per target, and the gradient in the dtype of `scores`."""
         return _cross_entropy(scores.contiguous(), targets.contiguous(), smoothing)
 
 

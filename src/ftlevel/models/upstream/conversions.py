@@ -67,7 +67,7 @@ def convert(
 
 
 def forget_conversions(model: Any) -> None:
-    """Make `save_pretrained` of `model` (modified) write the model's own names."""
+    """Make `save_pretrained` of `model` (modified) write current names, not the checkpoint's."""
     model._weight_conversions = []
 
 

@@ -74,7 +74,7 @@ def forward(
 
 
 def _multiply(module: Any, name: str, rows: Tensor, counts: list[int]) -> Tensor:
-    """Returns `rows`, sorted by expert (`counts` each), times the weight `name` of their expert."""
+    """Returns `rows`, sorted by expert (`counts` each), times their experts' weights `name`."""
     if not hasattr(module, "parametrizations"):  # unpacked tensors without values
         weights = getattr(module, name)
         outputs = [

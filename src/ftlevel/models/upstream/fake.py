@@ -142,7 +142,7 @@ _CHANGES_SHAPE = {torch.ops.aten.resize_.default, torch.ops.aten.set_.source_Ten
 
 
 def _signature(value: Any, tensors: list[Tensor]) -> Any:
-    """Returns the cache key of an argument `value`; appends the tensors in it to `tensors`."""
+    """Returns the cache key of an argument `value`; appends the value's tensors to `tensors`."""
     if isinstance(value, Tensor):
         tensors.append(value)
         position = next(at for at, one in enumerate(tensors) if one is value)
@@ -191,7 +191,7 @@ def _shape_of(tensor: Tensor) -> Tensor:
 
 
 def storage_of(tensor: Tensor) -> Any:
-    """Returns the storage that `tensor` shares with its views, with its nominal size."""
+    """Returns the storage that `tensor` shares with views; of a fake tensor, on the meta device."""
     real_tensor = tensor.shape_only if isinstance(tensor, FakeTensor) else tensor
     return real_tensor.untyped_storage()
 

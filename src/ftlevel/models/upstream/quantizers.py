@@ -102,7 +102,7 @@ def pack_torchao(
 
 
 def keep_trainable_layout(model: torch.nn.Module) -> int:
-    """Keep 4-bit layers of `model` (modified) trainable on AVX512-BF16 CPUs; returns their number.
+    """Keep 4-bit layers of `model` (modified) trainable on AVX512-BF16 CPUs; returns how many.
 
     In eval mode without gradients, `bitsandbytes.nn.Linear4bit` repacks the weight for inference;
     gradients and merging are then silently wrong. Call after every 4-bit load.
@@ -135,7 +135,7 @@ def four_bit_values(quant_type: str) -> Tensor:
 
 
 def scales_of(weight: Any) -> Iterator[Tensor]:
-    """Yields the scales of a bitsandbytes weight; with double quantization, first their codes."""
+    """Yields a bitsandbytes weight's scales; with double quantization, first the scales' codes."""
     state = getattr(weight, "quant_state", None)  # 4 bits
     while state is not None:
         yield state.absmax.detach()
@@ -146,7 +146,7 @@ def scales_of(weight: Any) -> Iterator[Tensor]:
 
 
 def supports_4bit_training(linear: Any) -> bool:
-    """Returns whether a `Linear4bit` has its compute dtype and its trainable layout."""
+    """Returns whether a `Linear4bit` has a compute dtype and is not repacked for inference."""
     state = getattr(linear.weight, "quant_state", None)
     packed = getattr(state, "packing_format_for_cpu", False)
     return state is not None and not packed and bool(linear.compute_type_is_set)

@@ -85,7 +85,7 @@ class AsyncCheckpointWriter:
 
 
 def save_distributed_checkpoint(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Save this process's shards (collective); if one process fails, all raise its OSError."""
+    """Save this process's shards (collective); if one process fails, all raise the OSError."""
     writer = HuggingFaceStorageWriter(str(path), save_distributed=True)
     with _share_errors():
         save(_distinct(tensors), storage_writer=writer)

@@ -49,7 +49,7 @@ def inner_tensors(tensor: Tensor) -> list[Tensor]:
 
 
 def direct_tensors(module: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Returns the module's dicts of its direct parameters and buffers, not copies of them."""
+    """Returns the dicts of direct parameters and buffers that `module` uses, not copies."""
     return module._parameters, module._buffers
 
 

@@ -219,7 +219,7 @@ class AlternativeContext:
 
 
 def list_alternatives(context: AlternativeContext) -> list[Alternative]:
-    """Returns alternatives: the run's and common methods, each with and without checkpointing."""
+    """Returns the run's and common methods with and without checkpointing, and other lengths."""
     config = context.config
     current = config.method.kind, config.quant.kind
     other_setups = (setup for setup in _DEFAULT_METHODS if setup != _name_setup(current))

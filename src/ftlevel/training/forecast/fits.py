@@ -111,7 +111,7 @@ def _loading_bytes(run: Run, step: StepMemory) -> int:
 
 
 def _check_bytes(run: Run) -> int:
-    """Returns the bytes needed to verify the fast step; 0 if it is not verified."""
+    """Returns the bytes needed to verify the fast step; 0 without verification."""
     rows = select_compared_rows(run.data.train) if run.fast.enabled else []
     if run.config.speed.verify is False or not rows:
         return 0
@@ -170,7 +170,7 @@ TEMPORARY_PARTS = (
 
 @dataclass(frozen=True)
 class Device:
-    """A device with its memory in bytes; `ranks` such devices train together."""
+    """`ranks` equal devices that train together, with the memory of one in bytes."""
 
     kind: str
     name: str
@@ -251,7 +251,7 @@ class MemoryRequirement:
         return min(peak, self.recomputed_peak or peak) <= self.device.memory
 
     def verdict(self) -> str:
-        """Returns a line: whether the run fits, the peak, its phase, and the available memory."""
+        """Returns a line: whether the run fits, the peak and its phase, and available memory."""
         word = "fits" if self.does_fit else "does not fit"
         if self.recomputed_peak is not None:
             recomputed = f"{self.recomputed_peak / 2**30:,.2f} GiB"

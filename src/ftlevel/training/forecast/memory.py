@@ -85,7 +85,7 @@ _WORDS = 64
 
 @dataclass(frozen=True)
 class Pruning:
-    """Tokens needed from the last block (None: all), and linear layers that compute only these."""
+    """Tokens that the last block must compute (None: all), and linear layers that skip others."""
 
     needed: TokenSelector | None = None
     linears: Sequence[str] = ()

@@ -70,7 +70,7 @@ _LAYER_INDICES = ("mlp_only_layers", "moe_layers", "full_attn_idxs")
 
 @dataclass(frozen=True)
 class FakeModel:
-    """Model on fake tensors with its fast step; `packed` names its quantized linear layers."""
+    """Model on fake tensors with the fast step; `packed` names quantized linear layers."""
 
     model: Any
     fast: FastStep | None

@@ -310,7 +310,7 @@ def get_operations(run: Run, *, recomputes: bool) -> Operations:
 
 
 def estimate_time(run: Run, gpu: Gpu) -> TimeForecast | None:
-    """Returns the time on `gpu`; None if its speed is unknown."""
+    """Returns the training time on `gpu`; None if the speed of `gpu` is unknown."""
     if not gpu.tflops:
         return None
     tokens = run.data.info["tokens"]
@@ -341,7 +341,7 @@ def _estimate_rl_time(run: Run, gpu: Gpu, size: RolloutSize, operations: float) 
 
 
 def measure_time(run: Run) -> TimeForecast:
-    """Returns the time on this machine, from running a few training steps."""
+    """Returns the training time on this machine, extrapolated from a few training steps."""
     import tempfile
     from pathlib import Path
 

@@ -121,7 +121,7 @@ def resolve(
     synthetic: SyntheticBatch | None = None,
     prompt_version: int | None = None,
 ) -> Run:
-    """Resolve `config` into a run.
+    """Returns the run of `config`: model, rows, task, targets and schedule, without weights.
 
     Args:
         config: configuration of the run.
@@ -330,7 +330,7 @@ def _disable_dropout(model_config: Any) -> list[Choice]:
 
 
 def _set_to_zero(config: Any, values: Mapping[str, float], name: str, text: str) -> list[Choice]:
-    """Set positive fields of `config` (modified) to 0; returns the line about it, or no line."""
+    """Set positive fields of `config` (modified) to 0; returns a line that reports it, if any."""
     positive = {field: value for field, value in values.items() if value and value > 0}
     for field in positive:
         setattr(config, field, 0.0)

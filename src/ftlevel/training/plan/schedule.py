@@ -63,7 +63,7 @@ class LearningRates:
 
     @property
     def choices(self) -> list[Choice]:
-        """Lines printed at the start; one for new heads only if their rate differs."""
+        """Lines printed at the start; one for new heads only if the head rate differs."""
         has_head_rate = self.head is not None and self.head.value != self.base.value
         return [self.base, self.head] if has_head_rate and self.head else [self.base]
 

@@ -36,7 +36,7 @@ _MAX_CHARACTERS = 160  # characters of an example
 
 
 def check_before(trainer: FtlevelTrainer, prompts: Sequence[Any], listener: Listener) -> None:
-    """Sample completions of some `prompts` before training and show them; only for `RlTrainer`.
+    """For `RlTrainer` only: sample completions of some `prompts` before training and show them.
 
     Raises RunError if no prompt's completions differ in reward, almost all are truncated, or
     log-probabilities of sampler and trainer differ.

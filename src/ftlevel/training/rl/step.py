@@ -48,7 +48,7 @@ class GroupStatistics:
 
 
 def compute_statistics(group: Group, config: RlConfig) -> GroupStatistics:
-    """Returns the statistics of `group` that other processes need."""
+    """Returns the statistics of `group` that are sent to other processes."""
     lengths = np.array([len(completion.ids) for completion in group.completions])
     finished = np.array([completion.ended for completion in group.completions])
     active = np.where(finished, lengths, 0) if config.mask_truncated_completions else lengths
@@ -118,14 +118,14 @@ def create_training_rows(
 
 
 def has_signal(statistics: GroupStatistics) -> bool:
-    """Returns whether the rewards of a group differ, so that it has a gradient."""
+    """Returns whether rewards differ within a group; otherwise the group has no gradient."""
     return bool(has_spread(torch.from_numpy(statistics.rewards)[None])[0])
 
 
 def compute_metrics(
     all_groups: Sequence[GroupStatistics], names: Sequence[str]
 ) -> dict[str, float]:
-    """Returns the metrics of all sampled groups, for the log; `names` are those of the rewards."""
+    """Returns the log metrics of all sampled groups; `names` are the reward functions' names."""
     ordered = sorted(all_groups, key=lambda facts: facts.row)
     rewards = np.stack([facts.rewards for facts in ordered])
     scores = np.concatenate([facts.scores for facts in ordered])

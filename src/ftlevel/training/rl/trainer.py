@@ -315,7 +315,7 @@ class RlTrainer(FtlevelTrainer):
         return value
 
     def log(self, logs: dict[str, float], *arguments: Any, **settings: Any) -> None:
-        """Log Trainer's values of a step together with the metrics of its rollout."""
+        """Log Trainer's values of a step together with the metrics of the step's rollout."""
         if "loss" in logs:
             logs = {**logs, **self._metrics}
         super().log(logs, *arguments, **settings)
@@ -323,7 +323,7 @@ class RlTrainer(FtlevelTrainer):
     # ---- resume
 
     def save_rollout(self, checkpoint: Path) -> None:
-        """Write the rollout into `checkpoint` if later steps still train on it."""
+        """Write the rollout into `checkpoint` if later steps still train on that rollout."""
         if self._block is None or self.state.global_step % self.rl_config.num_iterations == 0:
             return
         rows = [(r.input_ids, r.prompt, r.row, r.number, r.values) for r in self._block.rows]
