@@ -1,3 +1,3 @@
-"""The version, where every room may read it."""
+"""The version, in a module that every other module may import."""
 
 __version__ = "0.2.0"

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 
 class FtlevelError(Exception):
-    """Base class of errors for the user; `is_reported` means that another process prints it."""
+    """Base class of errors for the user; if `is_reported`, another process prints the error."""
 
     exit_code = 1
     is_reported = False

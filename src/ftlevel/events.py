@@ -105,7 +105,7 @@ class Notebook(NullListener):
         self._draw()
 
     def choices(self, title: str, choices: Sequence[Choice]) -> None:
-        """Show every setting with its reason."""
+        """Show every setting with the reason for its value."""
         self._title, self._choices = title, choices
         self._draw()
 

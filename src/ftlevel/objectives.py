@@ -141,7 +141,7 @@ class Objective(ABC):
         return self.count(labels)
 
     def balance(self, rows: Sequence[Any], classes: int) -> tuple[float, ...]:
-        """Returns class weights inverse to their frequency in `rows`; empty without classes."""
+        """Returns class weights inverse to class frequency in `rows`; empty without classes."""
         return ()
 
     @abstractmethod
@@ -222,13 +222,13 @@ class StepTexts:
 
 
 class StepObjective(Objective):
-    """Objective with one vector per text; its loss depends on all rows of an optimizer step."""
+    """Objective with one embedding per text; the loss depends on all rows of an optimizer step."""
 
     has_choice: ClassVar[bool] = False
 
     @property
     def largest_term(self) -> float:
-        """Upper bound of the terms of the loss, to which its rounding error is proportional."""
+        """Upper bound of the loss's terms; the rounding error of the loss is proportional to it."""
         return 1.0
 
     def logits(self, outputs: Any) -> Tensor:
@@ -286,8 +286,8 @@ class LikelihoodObjective(TokenObjective):
 
     Attributes:
         needs_reference: whether the loss uses reference log-probabilities.
-        needs_baseline: whether rewards are reduced by the mean reward of the contrast answers,
-            which must be known before the step.
+        needs_baseline: whether the loss subtracts, from rewards, the mean reward of mismatched
+            prompt-answer pairs (KTO), which must be known before the step.
     """
 
     needs_reference: bool = False

@@ -179,13 +179,13 @@ def run(args: list[str]) -> int:
 
 
 def _completed_command() -> list[str]:
-    """Returns the command, in a list, whose line a shell completes; empty if none does."""
+    """Returns [command] if a shell is completing a command line, else []."""
     typed = os.environ.get("COMP_WORDS") or os.environ.get("_TYPER_COMPLETE_ARGS") or ""
     return [word for word in typed.split()[1:] if not word.startswith("-")][:1]
 
 
 def _call(app: typer.Typer, args: list[str]) -> Any:
-    """Run the command and return its exit code; raises KeyboardInterrupt for Ctrl-C."""
+    """Run the command and return the exit code; raises KeyboardInterrupt for Ctrl-C."""
     code = app(args=args, prog_name="ftlevel", standalone_mode=False, obj=args)
     if code == _CTRL_C and received_signal():
         raise KeyboardInterrupt

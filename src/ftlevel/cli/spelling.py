@@ -74,7 +74,7 @@ class NoOpUse:
 
 @dataclass
 class RewrittenArgs:
-    """Command line with canonical flags; `typed` maps them to the names that the user typed."""
+    """Command line with canonical flags; `typed` maps each to the name that the user typed."""
 
     args: list[str] = field(default_factory=list)
     typed: dict[str, str] = field(default_factory=dict)
@@ -82,7 +82,7 @@ class RewrittenArgs:
 
 
 def build_flag_specs(command: str, flags: Sequence[Flag]) -> dict[str, FlagSpec]:
-    """Returns name → `FlagSpec` for all flags of `command` and their aliases."""
+    """Returns name → `FlagSpec` for all flags of `command` and all aliases."""
     specs: dict[str, FlagSpec] = {}
     for row in flags_of(command, flags):
         if row.is_argument:

@@ -188,7 +188,7 @@ def silence_loggers() -> None:
 
 
 def prepare() -> None:
-    """Set up a process that trains a run."""
+    """Silence loggers and limit malloc's arenas, in a process that trains a run."""
     silence_loggers()
     limit_malloc_arenas()
 

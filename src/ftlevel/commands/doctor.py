@@ -21,7 +21,7 @@ _MIN_MEMORY, _MIN_DISK = 4 * 2**30, 5 * 2**30  # bytes free
 
 @dataclass(frozen=True)
 class CheckResult:
-    """Result of a check; `verdict` is `note` if an optional part is missing, `bad` if runs fail."""
+    """Result of a check; `verdict` is `note` for a missing optional part, `bad` if runs fail."""
 
     name: str
     verdict: Status

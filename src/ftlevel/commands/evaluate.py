@@ -549,7 +549,7 @@ def _choices(
 def _intervals(
     config: EvaluateConfig, evaluator: Evaluator, record: ExampleRecord, base: ExampleRecord | None
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """Returns bootstrap values per metric, and 95 % intervals of metrics and of their gains."""
+    """Returns bootstrap values per metric, and 95 % intervals of metrics and gains over base."""
     if not config.resamples:
         return {}, {}
     if len(record.units) < 2:

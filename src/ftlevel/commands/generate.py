@@ -241,7 +241,7 @@ class Chat:
         return str(trained.tokenizer.decode(ids, skip_special_tokens=True)).strip()
 
     def _prompt(self, trained: LoadedModel, text: str) -> list[int]:
-        """Returns the token ids of the prompt; drops the oldest messages if it is too long."""
+        """Returns the token ids of the prompt, without the oldest messages if those do not fit."""
         if trained.ref.prompt_format is None:
             raise TypeError("a model that writes text has a prompt format")
         if not _uses_history(trained):

@@ -58,7 +58,7 @@ _ALIASES = {
 
 
 class RerankingConfig(Section):
-    """Reranking loss and its settings."""
+    """Settings of rerankers: the loss and its parameters."""
 
     loss: (
         Annotated[

@@ -77,7 +77,7 @@ DEFAULT_DATASET = "builtin:docstrings"
 
 
 class ModelConfig(Section):
-    """Pretrained model and its precision."""
+    """Settings of the pretrained model, such as name and dtype."""
 
     name_or_path: str = Field(
         DEFAULT_MODEL,

@@ -412,9 +412,9 @@ class TrainerConfig(Decoding):
 
     @property
     def recomputes(self) -> bool:
-        """Whether activations of all blocks are always recomputed."""
+        """Whether all blocks use gradient checkpointing, whatever the device."""
         return self.gradient_checkpointing is True or self.offload_activations
 
     def may_recompute(self, device: str) -> bool:
-        """Returns whether activations may be recomputed on `device`."""
+        """Returns whether gradient checkpointing is on, or chosen automatically on `device`."""
         return self.recomputes or (self.gradient_checkpointing is None and device == "cuda")

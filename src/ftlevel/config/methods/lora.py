@@ -249,8 +249,8 @@ class OftSpec(MethodSpec):
 class BoftSpec(MethodSpec):
     """BOFT: OFT with R as a product of sparse rotations (Liu et al., 2024).
 
-    The product has one butterfly factor. PEFT supports more only with its CUDA extension; without
-    it, PEFT silently uses one.
+    The product has one butterfly factor. PEFT needs a CUDA extension for more, and without that
+    extension silently uses one.
     """
 
     kind: Literal["boft"] = "boft"

@@ -233,9 +233,10 @@ def _scores(
 
 @dataclass(frozen=True)
 class ReportedRun:
-    """Files of a run for the report; `answers` is None without scored rows.
+    """Files of a run for the report.
 
-    `rollouts` is None unless the run sampled completions, `retrieval` without scored queries.
+    `answers` is None without scored rows, `retrieval` without scored queries, and `rollouts` if the
+    run sampled no completions.
     """
 
     name: str

@@ -52,7 +52,7 @@ _MEANINGS = {
 
 
 def headline(summary: Summary) -> Iterator[str]:
-    """Yields the result in a sentence, and sentences that explain it."""
+    """Yields a sentence with the main result, and sentences that explain it."""
     data, metrics = summary.get("data", {}), summary.get("metrics", {})
     name, rows = summary.get("headline", "loss"), data.get("validation_rows")
     name = name if name in metrics else "loss"

@@ -364,7 +364,7 @@ def _check_embeddings(
 
 @dataclass(frozen=True)
 class _AdapterOutputs:
-    """Outputs for one adapter.
+    """A server's outputs for one adapter.
 
     Attributes:
         plain: completions.

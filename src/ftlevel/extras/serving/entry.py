@@ -201,7 +201,7 @@ TEXTS = (
 class Prompt:
     """One prompt, as text, token ids and chat messages; messages are empty without a template.
 
-    `rendered` is the text of `ids` for servers without token ids; empty if it encodes differently.
+    `rendered` is text that encodes to `ids`, for servers that take text only; empty if none does.
     """
 
     text: str
@@ -357,7 +357,7 @@ def check_server_support(adapter: ServedModel, server: Server | None) -> list[st
 
 
 def merged_format(server: Server | None) -> str:
-    """Returns the format in which `server` loads a merged model."""
+    """Returns the export format of merged models that `server` loads: merged or gguf."""
     formats = server.formats if server else ()
     return next((name for name in formats if name in ("merged", "gguf")), "merged")
 

@@ -99,7 +99,7 @@ INPUT_TYPES: dict[str, InputType] = {
 
 @dataclass(frozen=True)
 class LayerConfig:
-    """Input, activation, dropout and constant scaling of one adapter in one layer."""
+    """Settings of one adapter in one layer: input, activation, dropout and constant scale."""
 
     input_type: InputType
     activation: Callable[[Tensor], Tensor]
