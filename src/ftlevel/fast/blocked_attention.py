@@ -207,7 +207,7 @@ def _probabilities(scores: Tensor, block: QueryBlock, dtype: torch.dtype) -> Ten
 
 
 def cap_scores(scores: Tensor, cap: float | None) -> Tensor:
-    """Apply cap · tanh(scores / cap) in place, unless `cap` is None, and return `scores`."""
+    """Compute cap · tanh(scores / cap) in place, unless `cap` is None; returns `scores`."""
     return scores if cap is None else scores.div_(cap).tanh_().mul_(cap)
 
 

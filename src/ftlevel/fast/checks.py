@@ -78,7 +78,7 @@ class StepCheck:
 
 
 class PackingCheck(StepCheck):
-    """Checks that a model with packed blocks gives the same results for packed and padded rows."""
+    """Checks that packed and padded rows give the same results in a model with packed blocks."""
 
     def get_packing_error(self) -> str:
         """Returns why rows cannot be packed; empty if they can."""

@@ -229,7 +229,7 @@ def _chunks(states: Tensor, targets: Tensor, size: int) -> Iterator[tuple[Tensor
 
 
 class _SummedLoss(torch.autograd.Function):
-    """Loss summed over targets; its forward also computes the gradients, chunk by chunk."""
+    """Loss summed over targets; forward also computes the gradients, chunk by chunk."""
 
     @staticmethod
     def forward(

@@ -130,7 +130,7 @@ def _scaled(one: Tensor, tensor: Tensor, factor: float) -> Tensor:
 def _product(
     one: Tensor, matrix: Tensor, dtype: torch.dtype, *, transposed: bool = False
 ) -> Tensor:
-    """Returns `one` @ `matrix` in `dtype`, or its transpose if `transposed`.
+    """Returns `one` @ `matrix` in `dtype`; with `transposed`, the transpose of this product.
 
     NVIDIA GPUs return float32 sums. `addmm` also scales, but its rules differ by torch version.
     """
@@ -186,7 +186,7 @@ class FusedForward:
 
 
 def _get_single_adapter(layer: Any) -> str | None:
-    """Returns the single active adapter of `layer`, or None if it cannot be fused.
+    """Returns the single active adapter of `layer`; None if `layer` cannot be fused.
 
     Variants such as DoRA, a bias of B and a trained base cannot be fused. Hooks on the layer (of
     offloading, tensor parallelism, an observer) also prevent fusion: it would skip them.
@@ -274,7 +274,7 @@ class FusedLinear8bitLt(FusedForward, lora.Linear8bitLt):
 
 
 def skip_unused_outputs(blocks: Sequence[nn.Module]) -> None:
-    """Make the last linear layer of each of `blocks` (modified) skip its product if recomputed."""
+    """Make the last linear layer of each block (modified) skip the product when recomputed."""
     for block in blocks:
         _mark_last_layer(block)
 

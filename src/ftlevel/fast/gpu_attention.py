@@ -147,7 +147,7 @@ class VarlenKernel:
 
 @lru_cache(maxsize=1)
 def get_installed_kernel() -> VarlenKernel | None:
-    """Returns the installed torch's `varlen_attn` as a `VarlenKernel`; None if it is missing."""
+    """Returns torch's `varlen_attn` as a `VarlenKernel`; None if this torch lacks it."""
     if importlib.util.find_spec("torch.nn.attention.varlen") is None:
         return None
     from torch.nn.attention.varlen import varlen_attn
@@ -399,7 +399,7 @@ class HubKernel:
 
 @lru_cache(maxsize=4)
 def fetch_kernel(name: str) -> HubKernel:
-    """Load the Hub kernel `name`, OWNER/NAME@VERSION; InputError if it cannot be loaded here."""
+    """Load the Hub kernel `name`, OWNER/NAME@VERSION; InputError if loading fails."""
     if find_spec("kernels") is None:
         raise InputError(
             f"speed.attention_kernel {name} is fetched by the package kernels, which is not "

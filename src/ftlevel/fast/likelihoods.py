@@ -46,7 +46,7 @@ def compute_token_likelihoods(
     batch: Mapping[str, Any],
     temperature: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """Returns each target's log-likelihood, and the index of its batch row, both (targets,).
+    """Returns each target's log-likelihood, and each target's row in the batch, both (targets,).
 
     Logits are divided by `temperature`. Without a `head`, all logits are computed.
     """

@@ -131,7 +131,7 @@ class PackedLayout:
         return flat.view(self.batch, self.seq, *states.shape[2:])
 
     def pack_inputs(self, value: Any) -> Any:
-        """Returns a block's argument `value` with the per-token tensors in it packed."""
+        """Returns a block's argument `value`, with tensors (batch or 1, seq, …) in it packed."""
         if isinstance(value, Tensor):
             is_per_token = value.dim() > 1 and value.shape[1] == self.seq
             return self.pack(value) if is_per_token and value.shape[0] in (1, self.batch) else value

@@ -192,7 +192,7 @@ class _Tree:
             first = row
 
     def _add(self, rows: range, depth: int, past: tuple[Range, ...]) -> None:
-        """Add the tokens after `depth` that `rows` have in common, then each row's other tokens."""
+        """Add the tokens after `depth` that all `rows` share, then the rest of each row."""
         first = rows.start
         end = min((self._shared_lengths[row] for row in rows[1:]), default=len(self._rows[first]))
         if end > depth:

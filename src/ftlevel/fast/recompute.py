@@ -123,7 +123,7 @@ def with_recomputation(tensor: Tensor, make: Callable[..., Tensor], *saved: Tens
 
 
 def recomputation_of(tensor: Tensor) -> tuple[Recomputation, tuple[Tensor, ...]] | None:
-    """Returns the recomputation of `tensor` and the tensors it needs, or None.
+    """Returns the recomputation of `tensor` and the tensors that this needs, or None.
 
     None for views, copies, tensors of inference mode or changed in place, which must be saved.
     """

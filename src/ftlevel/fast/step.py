@@ -95,7 +95,7 @@ class FastStep:
     def check_cross_entropy(
         self, objective: Objective, rows: Sequence[Encoded], pad_id: int, device: str, dtype: str
     ) -> str:
-        """Disable chunked cross-entropy if its check fails; returns the reason, empty if not."""
+        """Disable chunked cross-entropy if its check fails; returns the error, empty for none."""
         if self.cross_entropy is None or not isinstance(objective, TokenObjective):
             return ""
         message = get_cross_entropy_error(
@@ -154,7 +154,7 @@ def chunked_cross_entropy(
     device: str,
     dtype: str,
 ) -> Iterator[ChunkedCrossEntropy | None]:
-    """Yields the chunked cross-entropy of `model`; None if the head cannot be replaced by it."""
+    """Yields the chunked cross-entropy of `model`; None without a head or on a failed check."""
     base = base_model(model)
     head = ChunkedCrossEntropy(base) if has_language_head(base, objective) else None
     try:

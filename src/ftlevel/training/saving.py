@@ -222,7 +222,7 @@ class SaveByClock(TrainerCallback):
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """Save if training stops early and its last step must be saved."""
+        """Save if this evaluation stops training early and the last step must be saved."""
         is_early = control.should_training_stop and state.global_step < state.max_steps
         control.should_save |= is_early and self._save_last
 

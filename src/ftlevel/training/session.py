@@ -221,7 +221,7 @@ class TrainingJob:
 def resolve_job(
     inputs: BoundInputs, command: CommandLine, listener: Listener, *, dry_run: bool
 ) -> TrainingJob:
-    """Resolve and show a run in every process; an error in one is raised in all."""
+    """Resolve and show a run in every process; an error in one process is raised in all."""
     processes = started_processes()
     train = resolve_processes(inputs.config.train, processes, is_dry_run=dry_run)
     inputs = replace(inputs, config=inputs.config.model_copy(update={"train": train}))
@@ -373,7 +373,7 @@ class TrainingSession:
             return verify_run(model, run, output_dir, gradients)
 
     def report(self, proof: Proof) -> Mapping[str, Any]:
-        """Write and show the results of the run; returns its summary."""
+        """Write and show the results of the run; returns the contents of summary.json."""
         job, callbacks, trainer = self.job, self.callbacks, self.trainer
         tokens, records = int(trainer.tokens_seen), callbacks.report.records
         comparison = asdict(self.comparison) if self.comparison else None
@@ -400,7 +400,7 @@ class TrainingSession:
 
 
 def open_session(job: TrainingJob, resumed: ResumeState, stack: ExitStack) -> TrainingSession:
-    """Load and adapt the model of `job`; its run directory stays locked until `stack` closes."""
+    """Load and adapt the model of `job`; the run directory stays locked until `stack` closes."""
     run, listener, processes = job.run, job.listener, job.processes
     initial_memory = resident_bytes()
     run, reference = precompute_reference(with_text_models(run, listener), listener)

@@ -197,7 +197,7 @@ class Bounds:
     noise_of_loss: float
 
     def check_loss(self, loss: float, expected: float) -> float:
-        """Returns the relative difference of `loss` from `expected`; RunError beyond its bound."""
+        """Returns the relative difference of `loss` from `expected`; RunError above the bound."""
         diff, rtol = abs(loss - expected), TOLERANCES.get(self.dtype, HALF_TOLERANCES)[0]
         bound = rtol * abs(expected) + ORDER * self.noise_of_loss
         if not diff <= bound:
@@ -210,7 +210,7 @@ class Bounds:
     def check_gradients(
         self, differences: Mapping[str, GradientDifference], label: str = "gradients"
     ) -> float:
-        """Returns the distance of all gradients; RunError if one or all are beyond their bounds."""
+        """Returns the distance of all gradients together; RunError if a bound is exceeded."""
         rtol = TOLERANCES.get(self.dtype, HALF_TOLERANCES)[1]
         overall, norms = total(differences.values()), norms_of(differences)
         for name, difference in sorted(differences.items(), key=lambda item: -item[1].difference):
@@ -329,7 +329,7 @@ def create_mismatch_error(problem: str, dtype: str) -> RunError:
 
 @dataclass(frozen=True)
 class StepResult:
-    """Result of a step: mean loss over its targets, in nats, and gradients by tensor name."""
+    """Result of a step: mean loss over targets, in nats, and gradients by tensor name."""
 
     loss: float
     gradients: dict[str, Tensor]
@@ -522,7 +522,7 @@ def _fused_modules(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
 
 
 def _evaluate(model: torch.nn.Module) -> None:
-    """Set `model` to eval mode, except 8-bit layers, which then round their inputs on a CPU."""
+    """Set `model` to eval mode, except 8-bit layers: on a CPU, eval mode rounds their inputs."""
     model.eval()
     for module in model.modules():
         if hasattr(module, "init_8bit_state"):
@@ -540,7 +540,7 @@ def _without_dropout(model: torch.nn.Module) -> None:
 
 
 def _use_unfused_layers(model: torch.nn.Module) -> None:
-    """Make fused modules of `model` (modified) compute as the modules that they replace."""
+    """Make fused modules of `model` (modified) compute like the modules that they replace."""
     for module in _fused_modules(model):
         module.training = False
 

@@ -53,7 +53,7 @@ from ftlevel.training.reference import (
 
 @dataclass(frozen=True)
 class TeacherPredictions:
-    """Training rows with the teacher's predictions; `facts` is their entry in summary.json."""
+    """Training rows with the teacher's predictions; `facts` is the entry in summary.json."""
 
     rows: Sequence[Encoded]
     facts: Mapping[str, Any]
@@ -176,7 +176,7 @@ def _observe_logits(
 
 
 class TeacherScorer:
-    """Computes the teacher's log-probabilities of completions; loads it at the first call."""
+    """Computes a teacher's log-probabilities of completions; the first call loads the teacher."""
 
     def __init__(self, teacher: ReferenceModel, run: Run, listener: Listener) -> None:
         self.teacher = teacher

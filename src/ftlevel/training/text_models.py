@@ -36,7 +36,7 @@ _WINDOW = 1_000
 
 
 def with_text_models(run: Run, listener: Listener) -> Run:
-    """Returns the run with the guide's vectors or the teacher's scores added to its rows."""
+    """Returns the run whose rows have the guide's vectors or the teacher's scores."""
     if not isinstance(run.objective, Embeddings | Ranking):
         return run
     for flag, model in (("guide", run.auxiliary.guide), ("teacher", run.auxiliary.teacher)):
@@ -70,7 +70,7 @@ class GuidedTexts(EncodedTexts):
 
 
 class RowsWithOutputs(LazySequence[Encoded]):
-    """Rows and a model's output for each row; a row and its output are combined when read."""
+    """Rows and a model's output for each; reading a row combines the row with the output."""
 
     def __init__(
         self,
@@ -88,7 +88,7 @@ class RowsWithOutputs(LazySequence[Encoded]):
 
 
 def embed_rows(rows: Sequence[Encoded], model: LoadedModel) -> RowsWithOutputs:
-    """Returns `rows` with the vectors that `model` computes for their texts."""
+    """Returns `rows` with the vector that `model` computes for each text in a row."""
 
     def combine(row: EncodedTexts, vectors: Tensor) -> Encoded:
         fields = {name: getattr(row, name) for name in row.__dataclass_fields__}
@@ -98,7 +98,7 @@ def embed_rows(rows: Sequence[Encoded], model: LoadedModel) -> RowsWithOutputs:
 
 
 def score_rows(rows: Sequence[Encoded], model: LoadedModel) -> RowsWithOutputs:
-    """Returns `rows` with the scores that `model` computes for their documents."""
+    """Returns `rows` with the score that `model` computes for each document in a row."""
     if isinstance(model.task, RerankingTask):
         scores = _score_with_reranker(rows, model, model.task)
     else:

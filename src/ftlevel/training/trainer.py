@@ -86,7 +86,7 @@ def get_sampler(run: Run) -> Sampler[int] | None:
 def create_dataloader(
     rows: Any, order: Sampler[int], args: Any, collate: Callable[[list[Any]], dict[str, Any]]
 ) -> DataLoader[Any]:
-    """Returns the data loader of one of several processes; all have the same number of batches.
+    """Returns this process's data loader; the loaders of all processes have equally many batches.
 
     Missing batches are filled by batches of padding rows, with `is_padding` set.
     """
@@ -175,7 +175,7 @@ class FtlevelTrainer(Trainer):
 
     @property
     def step_objective(self) -> StepObjective:
-        """The objective; TypeError unless its loss needs all rows of a step at once."""
+        """The objective; TypeError unless the loss needs all rows of a step at once."""
         if not isinstance(self.objective, StepObjective):
             raise TypeError("the loss of this objective needs no whole step")
         return self.objective
@@ -206,7 +206,7 @@ class FtlevelTrainer(Trainer):
     def training_step(
         self, model: Any, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
-        """Returns the loss of the batch, and accumulates the gradients of its micro-batches."""
+        """Returns the loss of the batch, and accumulates the gradients of all micro-batches."""
         if self._step_loss is None:
             self.step_rows = []
         while True:
@@ -294,7 +294,7 @@ class FtlevelTrainer(Trainer):
         shared_prefix: dict[str, Any] | None,
         num_items_in_batch: Tensor | int | None,
     ) -> Tensor:
-        """Backpropagate micro-batches in parallel on a CPU; returns their loss, without scaling."""
+        """Backpropagate micro-batches in parallel on a CPU; returns the summed, unscaled loss."""
         if not self._in_training:  # model.training does not reflect submodules
             model.train()
             self._in_training = True

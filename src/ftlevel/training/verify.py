@@ -105,7 +105,7 @@ def fits_in_float32(model: torch.nn.Module, device: str) -> bool:
 
 
 def fits_in_float64(model: torch.nn.Module, device: str) -> bool:
-    """Returns whether `device` supports float64 and has memory for the float32 `model` in it."""
+    """Returns whether `device` can run an all-float32 `model` in float64: dtype and memory."""
     wide = _tensors_of(model, (torch.float32,))
     other_tensors = {id(tensor) for tensor in model.parameters()} - {id(tensor) for tensor in wide}
     if other_tensors or device == "mps":

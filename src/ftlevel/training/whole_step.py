@@ -63,7 +63,7 @@ class WholeStep:
         self._bytes_per_token = 0.0
 
     def __call__(self, model: Any, inputs: dict[str, Any]) -> Tensor:
-        """Returns the mean loss of a step, and accumulates its gradients.
+        """Returns the mean loss of a step, and accumulates the gradients of the parameters.
 
         If `inputs` has no `texts`, as in a memory test, the loss is the sum of all vectors.
         """
@@ -125,7 +125,7 @@ class WholeStep:
     def _loss(
         self, local_vectors: Sequence[Tensor], parts: Sequence[Sequence[int]], step: StepTexts
     ) -> tuple[Tensor, list[Tensor]]:
-        """Returns the loss, and its gradient with respect to each local micro-batch's vectors."""
+        """Returns the loss, and the gradients with respect to each local micro-batch's vectors."""
         trainer = self._trainer
         order = [index for part in parts for index in part]
         vectors = torch.cat([part.detach().float() for part in local_vectors])
@@ -172,7 +172,7 @@ class _Forward:
         self._seed: int | None = None
 
     def embed(self) -> list[Tensor]:
-        """Returns the vectors of each micro-batch, with their graphs if these are kept."""
+        """Returns the vectors of each micro-batch, with autograd graphs if graphs are kept."""
         step = self._step
         needs_measuring = len(self._parts) > 1 and not step.has_token_size
         keep_graphs = needs_measuring or step.should_keep_graphs(self._calls, sum(self._tokens))

@@ -243,7 +243,7 @@ class Kernels:
         return select_rope(heads, dtype, device) if is_supported else TORCH
 
     def cross_entropy(self, vocab_size: int, dtype: torch.dtype, device: str) -> TorchBackend:
-        """Returns the backend of cross-entropy and its gradient over a vocabulary."""
+        """Returns the backend of cross-entropy and gradient over a vocabulary."""
         is_supported = self._is_supported(device, dtype)
         return select_cross_entropy(vocab_size, dtype, device) if is_supported else TORCH
 

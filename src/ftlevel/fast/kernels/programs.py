@@ -55,7 +55,7 @@ def _cross_entropy(
 
 
 def cross_entropy(scores: Tensor, targets: Tensor, smoothing: float) -> Pair:
-    """Returns the losses (targets,) in float32, and their gradient, for contiguous logits."""
+    """Returns the losses (targets,) in float32, and the gradient of contiguous logits."""
     losses = scores.new_empty(len(scores), dtype=torch.float32)
     gradient = torch.empty_like(scores)
     vocabulary = scores.shape[-1]
@@ -261,7 +261,7 @@ def _rope(
 
 
 def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, backward: bool) -> Pair:
-    """Returns contiguous q and k rotated; with `backward`, rotates their gradients back."""
+    """Returns contiguous q and k rotated; with `backward`, gradients are rotated back."""
     of_q, of_k = torch.empty_like(q), torch.empty_like(k)
     batch, tokens, heads, width = q.shape
     size = triton.next_power_of_2
