@@ -197,7 +197,7 @@ class ChunkedCrossEntropy:
     def _losses(
         self, scores: Tensor, targets: Tensor, smoothing: float = 0.0
     ) -> tuple[Tensor, Tensor]:
-        """Returns the losses of logits (targets, vocabulary), and the gradient of their sum."""
+        """Returns the loss of each row of logits `scores`, and the gradient of the summed loss."""
         device, vocab_size = scores.device.type, scores.shape[-1]
         backend = self._kernels.cross_entropy(vocab_size, scores.dtype, device)
         return backend.cross_entropy(scores, targets, smoothing)

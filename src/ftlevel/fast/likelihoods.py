@@ -185,7 +185,7 @@ class SupervisedTokens:
     objective: TokenObjective
 
     def __call__(self, batch: Batch) -> Tensor:
-        """Returns (needed,) indices in the flattened (batch, seq)."""
+        """Returns the flat indices into (batch, seq) of tokens that predict a target, (needed,)."""
         at, _ = self.objective.locate(batch["labels"])
         return at
 
@@ -197,7 +197,7 @@ class PooledTokens:
     last: bool
 
     def __call__(self, batch: Batch) -> Tensor:
-        """Returns (batch,) indices in the flattened (batch, seq), padded on the right."""
+        """Returns each row's pooled token as flat index into (batch, seq), padded on the right."""
         mask = batch["attention_mask"]
         first = torch.arange(len(mask), device=mask.device) * mask.shape[1]
         return first + mask.sum(dim=1) - 1 if self.last else first

@@ -32,7 +32,8 @@ class UnsupportedModelError(NotImplementedError):
 class Segment:
     """Tokens that are consecutive both in the packed row and in their sequence.
 
-    They are [`start`, `stop`) of the row; `past`: where the row has the sequence's earlier tokens.
+    They are at [`start`, `stop`) of the row. `past` has the row's ranges of the sequence's earlier
+    tokens.
     """
 
     start: int

@@ -164,7 +164,7 @@ class FastPlan:
         attention_kernel: name of a Hub kernel; empty for torch's.
         needed_tokens: tokens that the last block computes; None for all or before the check.
         shared_prefix: whether the rows' common prefix may be computed before the micro-batches.
-        memory: device memory in bytes from which `tokens` was computed; 0 for a set `tokens`.
+        memory: device memory in bytes from which `tokens` was computed; 0 if it was not.
     """
 
     enabled: bool = False

@@ -213,7 +213,10 @@ class Evaluations:
         self.waited = 0
 
     def add(self, step: int, scores: Mapping[str, Any]) -> bool:
-        """Add an evaluation; returns whether it is the best so far."""
+        """Add an evaluation; returns whether it is the best so far. Ties are decided by the loss.
+
+        A missing metric, such as a correlation with a constant, counts as NaN and is never best.
+        """
         value = float(scores.get(self.plan.metric, math.nan))
         loss = float(scores.get("eval_loss", math.nan))
         best, self.last = self.best, EvalResult(step, value, loss)

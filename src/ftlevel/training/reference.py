@@ -176,7 +176,10 @@ class Reference:
 def compute_initial_reference(
     run: Run, prepared: PreparedModel, listener: Listener
 ) -> tuple[Run, Reference | None]:
-    """Returns the run with the initial model's log-probabilities, and the reference, if needed."""
+    """Returns the run with the initial model's log-probabilities in its rows, and the reference.
+
+    If the objective needs no reference, the run is unchanged and the reference None.
+    """
     if not needs_reference(run):
         return run, None
     listener.stage("computing reference log-probabilities")
@@ -323,7 +326,10 @@ def iterate_batches(
 
 
 def precompute_reference(run: Run, listener: Listener) -> tuple[Run, Reference | None]:
-    """Returns the run with log-probabilities of `--reference`, and the reference, if needed."""
+    """Returns the run with log-probabilities of the `--reference` model, and the `Reference`.
+
+    If the run needs no such model, the run is unchanged and the `Reference` None.
+    """
     reference = run.auxiliary.reference
     if reference is None or not needs_reference(run):
         return run, None

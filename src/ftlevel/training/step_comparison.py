@@ -348,7 +348,7 @@ class Steps:
         return self.trainer.model
 
     def perturbed_reference(self, rows: Sequence[Encoded], dtype: str, draw: int = 0) -> StepResult:
-        """Returns the plain step's result with other rounding errors, to measure their size.
+        """Returns the plain step's result with other rounding errors, to measure rounding errors.
 
         Rows and answers are computed one by one in reverse order, and each block's input is
         perturbed by a rounding error. Without that, rows of one length round alike in any order,

@@ -353,7 +353,10 @@ def open_checkpoint(source: ModelSource, model: Any, key_mapping: Mapping[str, s
 
 
 def checkpoint_in_memory(model: Any, module: Any) -> Checkpoint:
-    """Returns the weights of loaded `module` without copies; `model` (modified): its meta model."""
+    """Returns the weights of the loaded model `module` as a `Checkpoint`, without copying them.
+
+    `model` (modified) is the same model on the meta device.
+    """
     state = {name: tensor.detach() for name, tensor in module.state_dict().items()}
     conversions.forget_conversions(model)
     ties = tied_names(model)

@@ -303,7 +303,8 @@ def save_quantized(
 ) -> tuple[QuantizedLayout, QuantizationSizes]:
     """Quantize the model in `model_dir` and save it in `out`; return resolved layout and sizes.
 
-    `get_codes` returns a weight's codes (bitsandbytes only). InputError if files are invalid.
+    `get_codes` returns the codes of a weight, for bitsandbytes only. Raises InputError if a weight
+    to quantize is missing, or a file is corrupted.
     """
     shards = {shard: load_header(shard)[0] for shard in weight_files(model_dir)}
     keys = [key for entries in shards.values() for key in entries]

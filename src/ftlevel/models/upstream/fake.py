@@ -35,7 +35,7 @@ def map_leaves(function: Callable[[Any], Any], tree: Any) -> Any:
 
 
 class FakeTensor(Tensor):
-    """CPU tensor without values; `shape_only` is its meta tensor."""
+    """CPU tensor without values; `shape_only` is a meta tensor of the same shape and dtype."""
 
     shape_only: Tensor
     sparse_indices: Tensor | None = None
