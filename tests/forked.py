@@ -201,7 +201,7 @@ def _started_server(imported: str) -> socket.socket:
 
 def _serve(libraries: socket.socket, whole: socket.socket) -> None:
     """Import the libraries, and in a fork of this process ftlevel; fork for each request."""
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")  # as of `heavy_imports`
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")  # as `import ftlevel` does
     import bitsandbytes  # noqa: F401
     import peft  # noqa: F401
     import torch.distributed.checkpoint

@@ -10,6 +10,7 @@ tuners with PEFT; `import ftlevel.adapters` does.
 from __future__ import annotations
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
 
 from ftlevel._version import __version__ as __version__
@@ -32,6 +33,11 @@ if TYPE_CHECKING:
     )
     from ftlevel.config.mining import MineConfig
     from ftlevel.pipeline import FineTunePipeLine
+
+for _variable in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+    # Shapes that oneDNN caches, read at the first matrix product. They rarely repeat in packed
+    # batches: with the default of 1,024, 24 steps of MiniLM take 3.4 GiB, with 128 they take 1.9.
+    os.environ.setdefault(_variable, "128")
 
 _MODULES = {
     "ftlevel.config": "EvaluateConfig MergeConfig PredictConfig QuantizeConfig TrainConfig",

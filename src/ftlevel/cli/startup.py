@@ -1,8 +1,7 @@
 """Process setup for the import of torch: signals, garbage collector, malloc, loggers.
 
 The cycle collector is disabled for imports: scanning half a million permanent objects takes a fifth
-of the time to the first step. oneDNN's cache is limited, as its default of 1,024 shapes takes 0.4
-MB each and shapes rarely repeat. glibc gives every thread its own heap: with two shared heaps,
+of the time to the first step. glibc gives every thread its own heap: with two shared heaps,
 SmolLM2 needs a sixth less memory; with one, threads wait for its lock (docs/performance.md).
 """
 
@@ -108,19 +107,12 @@ def _end(number: int, _: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
-ONEDNN_CACHE_SIZE = 128
-"""Number of shapes in a step. With 1,024, 12 steps of SmolLM2 use 350 MB more at equal speed."""
-
-
 @contextlib.contextmanager
 def heavy_imports() -> Iterator[None]:
     """Context manager for imports with the garbage collector off, which ignores them afterwards.
 
     A signal ends the process at once. The collector is unchanged if torch is imported already.
     """
-    if "torch" not in sys.modules:  # libraries read them once
-        for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
-            os.environ.setdefault(name, str(ONEDNN_CACHE_SIZE))
     with exit_on_signal():
         if "torch" in sys.modules or not gc.isenabled():
             yield
