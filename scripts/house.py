@@ -173,10 +173,10 @@ def sizes() -> list[Figure]:
     )
     return [
         Figure("Python files", "607", 320, len(texts)),
-        Figure("code lines", "44,650", 54_400, sum(code for code, _ in counted)),
-        Figure("docstring lines", "13,954", 10_150, sum(lines for _, lines in counted)),
+        Figure("code lines", "44,650", 55_300, sum(code for code, _ in counted)),
+        Figure("docstring lines", "13,954", 8_900, sum(lines for _, lines in counted)),
         Figure("`# fmt: skip`", "344", 20, sum(t.count("# fmt: skip") for t in texts.values())),
-        Figure("lines of benchmarks and scripts", "17,516", 11_000, laboratory),
+        Figure("lines of benchmarks and scripts", "17,516", 11_100, laboratory),
         Figure(
             "functions that take a Run and a whole configuration", "74", 0,
             sum(takes(text, _RUN_AND_CONFIG) for text in texts.values()),
