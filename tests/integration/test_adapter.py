@@ -46,6 +46,7 @@ def in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ["--set", "method.placement=pfeiffer", "--quant", "4bit"],
         ["--set", "method.placement=parallel", "--quant", "8bit", "--dtype", "float32"],
         ["--target-modules", "o_proj", "--set", "method.bottleneck_dim=4"],
+        pytest.param(["--set", "method.placement=parallel"], marks=pytest.mark.sweep),
     ],
 )
 def test_a_run_proves_itself_and_answers(

@@ -95,6 +95,8 @@ def digest(directory: str) -> str:
         (["--method", "qlora", "--quant", "4bit", "--double-quant", "--quant-type", "fp4"], 47),
         (["--method", "qlora", "--quant", "8bit"], 47),
         (["--method", "full"], 0),
+        pytest.param(["--method", "lora"], 47, marks=pytest.mark.sweep),
+        pytest.param(["--method", "qlora", "--quant", "4bit"], 47, marks=pytest.mark.sweep),
     ],
 )  # fmt: skip
 def test_a_run_proves_itself(arguments: list[str], frozen: int) -> None:
