@@ -289,7 +289,13 @@ def test_a_resumed_run_is_the_same_bit_for_bit(
     broken = settings(data, tmp_path / "broken", rl, steps, model=tiny)
     with pytest.raises(Interrupted):
         train(broken, callbacks=[Stop(step)])
-    train(settings(data, tmp_path / "broken", rl, steps, model=tiny, output={"resume": True}))
+    resumed = settings(data, tmp_path / "broken", rl, steps, model=tiny, output={"resume": True})
+    functions = data / "rewards.py"
+    functions.write_text(REWARDS + "# changed")
+    with pytest.raises(ConfigError, match="not the same run: a reward function or reward model"):
+        train(resumed)
+    functions.write_text(REWARDS)
+    train(resumed)
     whole, broken = adapter(tmp_path / "whole"), adapter(tmp_path / "broken")
     assert all(torch.equal(whole[name], broken[name]) for name in whole)
     texts = [(tmp_path / name / "rollouts.jsonl").read_bytes() for name in ("whole", "broken")]

@@ -27,7 +27,7 @@ from ftlevel.config.trainer import PLATEAU
 from ftlevel.errors import ConfigError, join_names
 from ftlevel.training.plan.run import PlannedModel, Run
 
-BASE, ROWS = "model.fingerprint", "data.fingerprint"
+BASE, ROWS, REWARDS = "model.fingerprint", "data.fingerprint", "rl.fingerprint"
 """Fields of a run's origin with fingerprints of sampled bytes."""
 
 _MAX_BYTES = 64 << 30
@@ -271,7 +271,10 @@ def check_same_run(
     keys = [key for key in {**before, **origin} if before.get(key) != origin.get(key)]
     if keys:
         message = join_names(
-            f"{key} was {before.get(key)!r} and is {origin.get(key)!r}" for key in sorted(keys)
+            "a reward function or reward model has changed"
+            if key == REWARDS and before.get(key) and origin.get(key)
+            else f"{key} was {before.get(key)!r} and is {origin.get(key)!r}"
+            for key in sorted(keys)
         )
         note = f" (OMP_NUM_THREADS={before.get('threads')})" if "threads" in keys else ""
         raise ConfigError(
