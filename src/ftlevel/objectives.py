@@ -24,7 +24,7 @@ ScoreTexts = Callable[[Sequence[str], Sequence[str], str], dict[str, float]]
 
 @dataclass(frozen=True)
 class Checks:
-    """Optional checks of encoded rows that apply to a task."""
+    """Which optional checks of encoded rows apply to a task."""
 
     token_labels: bool = False
     supervised: bool = True
@@ -128,7 +128,7 @@ class Objective(ABC):
     def training_sum(
         self, logits: Tensor, labels: Tensor, mask: Tensor, loss: TrainingLoss
     ) -> Tensor:
-        """Returns the loss summed over targets, with label smoothing as in transformers."""
+        """Returns the loss summed over targets with the options `loss`, as in transformers."""
         total, smoothing = self.loss_sum(logits, labels, mask), loss.smoothing
         if not smoothing:
             return total

@@ -18,7 +18,7 @@ _LOOPBACK = "127.0.0.1"
 
 @dataclass(frozen=True)
 class Launcher:
-    """Launcher, and its environment variable of each value; "" for a value that it does not set."""
+    """Name of a launcher, and of the environment variable of each value ("" if it sets none)."""
 
     name: str
     rank: str

@@ -145,7 +145,7 @@ def _format_metadata(
     tags: list[str],
     **more: Any,
 ) -> list[str]:
-    """Returns the YAML block of a model card; a base that is not on the Hub is omitted."""
+    """Returns the YAML block of a model card, with fields `more`; omits a base not on the Hub."""
     import yaml  # lazy: list-methods needs none
 
     metadata = {

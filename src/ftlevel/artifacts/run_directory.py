@@ -135,7 +135,7 @@ def create_backup(run_dir: Path) -> list[str]:
 
 @contextlib.contextmanager
 def replace_run(run_dir: Path) -> Iterator[None]:
-    """Delete the backup after the block; if it raises before any result, restore the backup."""
+    """Context manager: at the end, deletes the backup; restores it on failure before results."""
     try:
         yield
     except BaseException:

@@ -256,7 +256,7 @@ def get_task_type(model_dir: Path) -> str | None:
 
 
 def scores_by_tokens(model_dir: Path) -> bool:
-    """Returns whether it is a CrossEncoder whose score is the logit of a token."""
+    """Returns whether `model_dir` has a CrossEncoder whose score is the logit of a token."""
     return any(
         str(entry.get("type", "")).endswith(".LogitScore")
         for entry in _load_json(model_dir / MODULES, list)

@@ -314,7 +314,7 @@ def _split_flags(flag: str, text: str) -> Iterator[Setting]:
 def _validate_unique(
     values: dict[str, tuple[str, str]], flag: str, value: str, name: str, option: FlagSpec
 ) -> None:
-    """Raise ConfigError if two different names of one flag set different values."""
+    """Add (`name`, `value`) to `values`; raise ConfigError if another name set another value."""
     if option.is_list or flag == "--set":
         return
     before, first_value = values.setdefault(flag, (name, value))

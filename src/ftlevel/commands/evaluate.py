@@ -415,7 +415,7 @@ def _context(
     *,
     is_compared: bool,
 ) -> EncodingContext:
-    """Returns how to encode rows for `trained`; `config_ref` sets the maximum length."""
+    """Returns how to encode rows for `trained`, with the maximum length of `config_ref`."""
     tokenizer, positions = (
         trained.tokenizer,
         text_positions(run_config.method, trained.model.config),

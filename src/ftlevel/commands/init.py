@@ -107,7 +107,7 @@ def _is_set(config: TrainConfig, path: str) -> bool:
 
 
 def _resolve(layers: list[Layer], defaults: list[Choice]) -> Run:
-    """Prepare the run like `train`; without validation rows, add a split to `layers` (modified)."""
+    """Prepare the run like `train`; if it lacks validation rows, add a split to both arguments."""
     config = build_config(layers)
     run = resolve(config)
     is_small = len(run.data.train) < _ENOUGH or config.data.streaming

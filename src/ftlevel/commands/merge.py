@@ -40,7 +40,7 @@ from ftlevel.tasks import TASKS
 
 @dataclass(frozen=True)
 class _PreparedMerge:
-    """Inputs of a merge: `base_weights` to try, `low`, the output's quantization, and test rows."""
+    """Inputs of a merge; `base_weights` are compared, `low` is the quantization of the output."""
 
     config: MergeConfig
     inputs: MergeInput
@@ -173,7 +173,7 @@ def _warn_of_low_bits(served: Agreement, effect: Agreement, listener: Listener) 
 
 
 def score_trained(inputs: MergeInput, probe: EvalSet) -> tuple[RowLogits, Agreement]:
-    """Returns the trained model's logits, and how far they differ from the base model's."""
+    """Returns the trained model's logits on `probe`, and their difference from the base model's."""
     model = inputs.ref.load(inputs.device, inputs.dtype)
     trained = probe.score(model.model, inputs.dtype)
     with model.without_adapter():

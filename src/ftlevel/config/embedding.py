@@ -75,7 +75,7 @@ LOSS_ALIASES = {
 
 
 def normalize_loss_name(value: Any, aliases: Mapping[str, str]) -> Any:
-    """Returns ftlevel's name for a loss name of any tool; `value` is unchanged if not text."""
+    """Returns ftlevel's name of a loss, by `aliases` of other tools; other values unchanged."""
     if not isinstance(value, str):
         return value
     key = value.lower().replace("_", "").replace("-", "")

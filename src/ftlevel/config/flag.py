@@ -95,7 +95,7 @@ def _value_type(types: list[Any]) -> Any:
 
 
 def _default_of(infos: dict[type[BaseModel], FieldInfo]) -> str:
-    """Returns the default as text; if it depends on the method, such as `8 with lora`."""
+    """Returns a field's default as text; if methods differ, the first's: `8 with lora`."""
     defaults = [_format_default(info) for info in infos.values()]
     kind_field = next(iter(infos)).model_fields.get("kind")
     if len(set(defaults)) == 1 or kind_field is None or kind_field in infos.values():
@@ -315,7 +315,7 @@ def option(
     minimum: int | None = None,
     **others: Any,
 ) -> Flag:
-    """Returns a flag or argument that sets no configuration field."""
+    """Returns a `Flag` that sets no configuration field; `others` are further fields of `Flag`."""
     value = FieldMetadata(help, type, default=default, minimum=minimum)
     return Flag(names=names, value=value, **others)
 

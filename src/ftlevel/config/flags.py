@@ -44,7 +44,7 @@ def convert_pairs(flag: str, text: str) -> str:
 
 
 def _fields(panel: str, on: Sequence[str], paths: str) -> list[Flag]:
-    """Returns a flag for each of the space-separated dotted `paths`."""
+    """Returns a flag of the commands `on` for each of the space-separated dotted `paths`."""
     return [Flag(path, "", panel, on) for path in paths.split()]
 
 

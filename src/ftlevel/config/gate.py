@@ -18,7 +18,7 @@ _Spelling = Literal["stop", "fold", "warn", "ignore"]
 
 @dataclass(frozen=True)
 class Check:
-    """Name of a data problem in reports, and `remedy`, advice without a final period or ""."""
+    """Check of the data: its name in reports, and advice (`remedy`) without a period, or ""."""
 
     title: str
     remedy: str = ""

@@ -249,7 +249,7 @@ def _key_and_method(detail: ErrorDetails, model: type[BaseModel]) -> tuple[KeyPa
 
 
 def _get_location(key: KeyPath, locations: Mapping[KeyPath, str], constructor: str) -> str:
-    """Returns the location of `key`, else of the nearest section; if unknown, the dotted key."""
+    """Returns the location of `key` or of its section; if unknown, `constructor(dotted key)`."""
     for end in range(len(key), 0, -1):
         if key[:end] in locations:
             return locations[key[:end]]

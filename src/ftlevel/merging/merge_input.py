@@ -138,7 +138,7 @@ def resolve_merge_input(config: MergeConfig) -> MergeInput:
 
 @dataclass(frozen=True)
 class CheckRows:
-    """Rows to compare models on, rows to select codes on, and lines to print."""
+    """Rows to compare logits on, rows to select quantization codes on, and lines to print."""
 
     compared: list[Encoded]
     calibration: list[Encoded]
@@ -146,7 +146,7 @@ class CheckRows:
 
 
 def select_rows(inputs: MergeInput, count: int, calibration: int = 0) -> CheckRows:
-    """Select up to `count` rows to compare models on, and `calibration` rows to select codes on."""
+    """Select `count` rows to compare logits on, and `calibration` rows for quantization."""
     if inputs.ref.run is None:
         return _create_rows(inputs, count, calibration, "the adapter has no run")
     try:
@@ -197,7 +197,7 @@ def _prepare_rows(inputs: MergeInput, data: DataConfig, seed: int) -> PreparedDa
 
 
 def _create_rows(inputs: MergeInput, count: int, calibration: int, message: str) -> CheckRows:
-    """Returns rows of random tokens; if `calibration` is not 0, of Python docstrings instead."""
+    """Returns rows of random tokens, or with `calibration`, of docstrings; `message` says why."""
     if calibration:
         tokens = (count + calibration) * _ROW_LENGTH
         text = load_eval_text(None, tokens)

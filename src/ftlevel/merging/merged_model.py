@@ -174,7 +174,7 @@ class TensorMerger:
         return not self.adapts(name) and not is_rounded and is_same
 
     def _merge(self, unit: str) -> dict[str, torch.Tensor]:
-        """Merge a module in float32, since in bfloat16 most of a small update would be lost."""
+        """Returns the merged tensors of module `unit`, in float32 to keep small updates."""
         before: dict[str, torch.Tensor] = {}
 
         def read(name: str) -> torch.Tensor:

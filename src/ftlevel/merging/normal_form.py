@@ -89,7 +89,7 @@ class NormalForm:
         factors: module → LoRA matrices A and B of its update, float64; all have the same rank.
         kept: tensor name → tensor of a module that was trained in full.
         said: notes to print about the conversion.
-        way: where the factors come from, as printed.
+        way: what the factors were computed from, such as `its file`.
     """
 
     factors: dict[str, Factors]
@@ -117,7 +117,7 @@ class NormalForm:
         )
 
     def on_every_layer(self, model: Any) -> NormalForm:
-        """Returns a copy with zero updates for all other layers of `model` of the same names."""
+        """Returns a copy with zero updates for layers of `model` that are adapted elsewhere."""
         import torch
 
         layer_names = {name.rpartition(".")[2] for name in self.factors}
@@ -182,9 +182,9 @@ def get_plain_form(config: Mapping[str, Any]) -> LoraConversion:
 def compute_normal_form(
     adapter_dir: Path, config: Mapping[str, Any], base: BaseWeights, limit: int
 ) -> NormalForm | None:
-    """Compute the normal form from the adapter's file; None if its method has no formula.
+    """Convert an adapter's file to plain LoRA; None if its method has no conversion formula.
 
-    Raises InputError if there is no normal form, or its rank is above `limit`.
+    Raises InputError if no plain LoRA is equivalent, or its rank is above `limit`.
     """
     convert = get_plain_form(config).from_file
     file = load_adapter_file(adapter_dir, config, base)
@@ -240,7 +240,7 @@ def is_whole(name: str, config: Mapping[str, Any]) -> bool:
 def build_normal_form(
     factors: dict[str, Factors], file: AdapterFile, limit: int, way: str
 ) -> NormalForm:
-    """Create the normal form of `factors` and of the remaining tensors of `file`.
+    """Returns a plain LoRA with `factors`, computed from `way`, and the other tensors of `file`.
 
     Raises InputError if a remaining tensor does not fit plain LoRA or a rank is above `limit`.
     """
@@ -283,7 +283,7 @@ class Named(Protocol):
 
 
 def save_normal_form(output_dir: Path, normal_form: NormalForm, metadata: Named) -> None:
-    """Save `normal_form` in the PEFT format, in float32."""
+    """Save `normal_form`, a plain LoRA, in the PEFT format, in float32."""
     from safetensors.torch import save_file
 
     tensors = {f"{PREFIX}{name}": tensor.contiguous() for name, tensor in normal_form.kept.items()}
@@ -314,7 +314,7 @@ def save_normal_form(output_dir: Path, normal_form: NormalForm, metadata: Named)
 
 
 def load_normal_form(output_dir: Path, normal_form: NormalForm) -> NormalForm:
-    """Returns `normal_form` with the tensors that `save_normal_form` saved in `output_dir`."""
+    """Returns `normal_form` with its tensors replaced by those read from `output_dir`."""
     from safetensors.torch import load_file
 
     tensors = load_file(str(output_dir / WEIGHTS))

@@ -29,10 +29,10 @@ _ROWS = 8
 
 @dataclass(frozen=True)
 class Candidate:
-    """A merged model in a temporary directory; `trained` is its difference from the trained model.
+    """A merged model in a temporary directory.
 
-    `onto` is the base: `original` or `dequantized`. `scores` (logits) and `trained` are None before
-    `measure`.
+    `onto` is the base: `original` or `dequantized`. `measure` sets `scores`, the logits, and
+    `trained`, their difference from the trained model's; both are None before.
     """
 
     onto: str
@@ -45,7 +45,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class MergeCheck:
-    """Differences that were measured for a correct merge.
+    """Differences between the logits of two models, for a merge that is correct.
 
     Attributes:
         agreement: between the written model and the base with the adapter.
@@ -89,7 +89,10 @@ def measure(
 
 
 def check(candidate: Candidate, inputs: MergeInput, eval_set: EvalSet) -> MergeCheck:
-    """Compare `candidate` with base and adapter; raise RunError if they differ by over `BOUND`."""
+    """Compare the logits of the merged `candidate` with those of base and adapter.
+
+    Raises RunError if, in float32, their mean difference exceeds `BOUND` × the largest logit.
+    """
     if candidate.scores is None or candidate.trained is None:
         raise ValueError("what is checked was measured before")
     agreement = candidate.trained
@@ -132,7 +135,7 @@ def _load_reference(candidate: Candidate, inputs: MergeInput) -> Any:
 def _compare_before_rounding(
     candidate: Candidate, inputs: MergeInput, eval_set: EvalSet
 ) -> tuple[Agreement, RowLogits]:
-    """Compare the unrounded merge with base and adapter in float32; also returns its logits."""
+    """Compare logits of the unrounded merge and of base with adapter; also returns the former."""
     merger = candidate.merger
     if candidate.onto == "original" and merger.loses_in(DTYPES[inputs.dtype]):
         inputs = replace(inputs, dtype="float32")

@@ -51,7 +51,7 @@ METHODS = _Methods(_load_methods())
 
 
 def needs_import(config: specs.MethodSpec) -> str:
-    """Returns the module that registers the tuner of an adapter in PEFT, "" if PEFT has it."""
+    """Returns the module to import before PEFT can load an adapter of `config`; "" if none."""
     return TUNERS if METHODS[config.kind].tuner else ""
 
 
@@ -83,17 +83,17 @@ def rows_of(config: MethodSpec) -> list[MethodInfo]:
 
 
 def get_rule(cell: Cell) -> Rule | None:
-    """Returns the first rule by which all combinations in `cell` are unsupported, or None."""
+    """Returns the first rule that excludes every method, model and task in `cell`, or None."""
     return next((rule for rule in RULES if rule.matches(cell)), None)
 
 
 def get_possible_rules(cell: Cell) -> list[Rule]:
-    """Returns the rules by which at least one combination in `cell` is unsupported."""
+    """Returns the rules that exclude some combination of method, model and task in `cell`."""
     return [rule for rule in RULES if rule.may_match(cell)]
 
 
 def explain(rule: Rule, info: MethodInfo, cell: Cell) -> str:
-    """Returns the message for a method excluded from `cell` by `rule`: the reason and a fix."""
+    """Returns why `rule` excludes the method `info` for the model and task in `cell`, and a fix."""
     flags = info.flags if not info.fields else info.flags.partition(f"--method {info.method} ")[2]
     limits = []
     if rule.architectures:
@@ -109,12 +109,12 @@ def explain(rule: Rule, info: MethodInfo, cell: Cell) -> str:
 
 
 def explain_unsupported(config: MethodSpec, base: Cell) -> list[str]:
-    """Returns an error message for each variant in `config` that `base` does not support."""
+    """Returns an error message per variant in `config` that model and task `base` exclude."""
     cells = [(info, replace(base, row=info.name)) for info in rows_of(config)]
     return [explain(rule, info, cell) for info, cell in cells if (rule := get_rule(cell))]
 
 
 def check_supported(config: MethodSpec, base: Cell) -> None:
-    """Raise `ConfigError` if the method, or a variant that it uses, is unsupported for `base`."""
+    """Raise `ConfigError` if `config` is a method or variant that model and task `base` exclude."""
     if unsupported := explain_unsupported(config, base):
         raise ConfigError(unsupported)

@@ -57,7 +57,7 @@ class Base:
 
 @dataclass(frozen=True)
 class QuantizedCheckpoint:
-    """Model saved quantized; `quantization` is bitsandbytes' kind, `none` for other libraries."""
+    """Checkpoint with quantized weights; `quantization` is bitsandbytes' kind, else `none`."""
 
     name: str
     format: str
@@ -98,7 +98,7 @@ class Initialization:
         """Initialize the adapter of `model` (modified)."""
 
     def copy(self, model: Any) -> dict[str, Any]:
-        """Returns name → copy of the tensors, before training, that `as_saved` needs after it."""
+        """Returns name → copy of the untrained tensors that `as_saved` needs after training."""
         return {}
 
     def as_saved(
@@ -248,7 +248,7 @@ class Method:
         return None
 
     def positions(self, spec: Any) -> int:
-        """Returns how many of the model's positions (maximum length) virtual tokens use up."""
+        """Returns the number of virtual tokens, by which the maximum length of texts is reduced."""
         return 0
 
     def trains_base(self, spec: Any) -> bool:

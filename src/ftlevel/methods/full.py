@@ -92,7 +92,7 @@ class Full(Method):
 
 
 class LnTuning(Method):
-    """LN-tuning."""
+    """LN-tuning: trains only the weights and biases of norm layers, as a PEFT adapter."""
 
     info = single_row(
         "ln-tuning", "the norm layers", MERGES, "Zhao et al., 2024, arXiv:2312.11420", 266_240

@@ -169,7 +169,7 @@ def _expected_tensors(peft_model: Any, *, with_embeddings: bool) -> dict[str, An
 
 
 def _iter_units(base: Any) -> Iterator[tuple[str, Any]]:
-    """Yields (name, layer) of adapter layers that are in no other adapter layer."""
+    """Yields (name, layer) of the outermost adapter layers: those that no other one contains."""
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils import AuxiliaryTrainingWrapper
 

@@ -123,7 +123,7 @@ class Rule:
 
 @dataclass(frozen=True)
 class Cell:
-    """A row of the support table with a base model and a task; None means any value."""
+    """Method, base model and task to look up in the support table; None means any value."""
 
     row: str = ""
     family: str | None = None

@@ -142,7 +142,7 @@ def is_feed_forward(name: str) -> bool:
 
 
 class Ia3(Method):
-    """(IA)³."""
+    """(IA)³: learned vectors that scale keys, values and the inner feed-forward activations."""
 
     info = single_row(
         "ia3",
@@ -176,7 +176,7 @@ class Ia3(Method):
 
 
 def vera_as_lora(file: AdapterFile) -> dict[str, Factors]:
-    """Returns LoRA factors of diag(b) · B · diag(d) · A; raises `InputError` without A and B."""
+    """Returns module → LoRA factors of diag(b) · B · diag(d) · A; `InputError` without A and B."""
     if not {"base_model.vera_A", "base_model.vera_B"} <= set(file.tensors):
         raise InputError(
             "its shared matrices are not in its file (save_projection was off). Load it with PEFT "
@@ -206,7 +206,7 @@ _ORTHOGONAL_RULES = (
 
 
 def loha_as_lora(file: AdapterFile) -> dict[str, Factors]:
-    """Returns LoRA factors, of rank r², of s · (B₁A₁) ⊙ (B₂A₂)."""
+    """Returns module name → LoRA factors, of rank r², of s · (B₁A₁) ⊙ (B₂A₂)."""
     factors = {}
     for name in file.names("hada_w1_a"):
         names = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
@@ -219,7 +219,7 @@ def loha_as_lora(file: AdapterFile) -> dict[str, Factors]:
 
 
 def lokr_as_lora(file: AdapterFile) -> dict[str, Factors]:
-    """Returns LoRA factors s · (B₁ ⊗ B₂) and A₁ ⊗ A₂ of s · W₁ ⊗ W₂, where Wᵢ = Bᵢ · Aᵢ."""
+    """Returns module → LoRA factors s · (B₁ ⊗ B₂), A₁ ⊗ A₂ of s · W₁ ⊗ W₂ with Wᵢ = Bᵢ · Aᵢ."""
     import torch
 
     names = {key.rpartition(".lokr_")[0] for key in file.tensors if ".lokr_w" in key}
@@ -270,7 +270,7 @@ _LYCORIS_RULES = (
 
 
 def miss_as_lora(file: AdapterFile) -> dict[str, Factors]:
-    """Returns LoRA factors of MiSS, where A sums inputs; raises `InputError` for init "bat"."""
+    """Returns module name → LoRA factors; A sums inputs. `InputError` for initialization "bat"."""
     import torch
 
     start = file.config.get("init_weights")
@@ -329,7 +329,7 @@ class Shira(LinearUpdate):
 
 
 def gralora_as_lora(file: AdapterFile) -> dict[str, Factors]:
-    """Returns LoRA factors, of rank k · r, that contain the LoRAs of all k × k blocks.
+    """Returns module → LoRA factors, of rank k · r, that contain the LoRAs of all k × k blocks.
 
     PEFT saves A as `(k, in / k, r)`, where each output block has r / k consecutive columns, and B
     as `(k, r, out / k)`.

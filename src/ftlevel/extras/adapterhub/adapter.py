@@ -103,7 +103,7 @@ def _labels(config: Mapping[str, Any]) -> list[str]:
 
 
 def _layers(family: str, head_type: str, config: Mapping[str, Any]) -> dict[str, str]:
-    """Returns flex layer → module of transformers' head; raises InputError if the heads differ."""
+    """Returns layer of a flex head → module of transformers' head; InputError if they differ."""
     num_layers, pooled = config.get("layers"), bool(config.get("use_pooler"))
     if head_type == "question_answering" and num_layers == 1:
         return {"1": "qa_outputs"}
@@ -276,7 +276,7 @@ def load_hub_adapter(directory: Path) -> HubAdapter:
 
 
 class _Reader:
-    """Reader of AdapterHub's format; see `AdapterReader`."""
+    """Implementation of the interface `AdapterReader` for AdapterHub's format."""
 
     head_type = "adapterhub"
     name = "AdapterHub"

@@ -286,7 +286,7 @@ def _without_metric(state: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check_methods(config: TrainConfig, result: Comparison, listener: Listener) -> None:
-    """Dry-run each method and add it to `result` (modified); later runs reuse the cached rows."""
+    """Dry-run each method and add it to `result`; excluded ones are reported to `listener`."""
     values = set(_to_dict(config).get("method", {})) - {"kind"}
     for word in dict.fromkeys(result.args.methods):
         fields = _method_fields(word)
@@ -316,7 +316,7 @@ def _check_methods(config: TrainConfig, result: Comparison, listener: Listener) 
 
 
 def _method_fields(word: str) -> dict[str, Any]:
-    """Returns the method section for a name or alias; raises ConfigError if unknown."""
+    """Returns the method section for the name or alias `word`; raises ConfigError if unknown."""
     fields: dict[str, Any] = resolve_aliases({"method": {"kind": word}})[0]["method"]
     if fields["kind"] not in SPECS:
         names = (*SPECS, *METHOD_ALIASES)
@@ -346,7 +346,7 @@ def _with_method(
 def _set_budget(
     result: Comparison, state: dict[str, Any], listener: Listener, prepare: Callable[[], Any]
 ) -> None:
-    """Convert minutes to steps for each method, and store the steps in `state` (modified)."""
+    """Time a step of each method, and store the steps that fit the minutes in `state`."""
     minutes, steps = result.args.minutes, state["asked"]["planned_steps"]
     if minutes is None:
         return
@@ -368,7 +368,7 @@ def _set_budget(
 def _search_all(
     result: Comparison, state: dict[str, Any], listener: Listener, prepare: Callable[[], Any]
 ) -> None:
-    """Search hyperparameters of each method if `state` asks for it, and set the best ones."""
+    """Search hyperparameters of each method if `state` requests it; set the best in `result`."""
     done = state["asked"]["searched"]
     for method, config in list(result.configs.items()):
         if method not in done:
@@ -390,7 +390,7 @@ def _search_all(
 
 
 def _train_all(result: Comparison, listener: Listener, prepare: Callable[[], Any]) -> None:
-    """Train and score unfinished runs, seed by seed; raise RunError if none finishes."""
+    """Train and score unfinished runs, seed by seed; failures are reported to `listener`."""
     first = next(iter(result.configs.values()), None)
     if first is None:
         raise RunError("\n".join(f"{name}: {message}" for name, message in result.left_out.items()))

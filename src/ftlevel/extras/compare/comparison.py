@@ -248,7 +248,7 @@ def draw_pictures(found: Comparison, result: Mapping[str, Any]) -> list[str]:
 def _scatter(
     axes: Axes, rows: Sequence[Mapping[str, Any]], costs: Sequence[float], cost: str, name: str
 ) -> None:
-    """Plot each method's metric, with the 95 % bootstrap interval, against a cost such as time."""
+    """Plot the metric `name` of each method, with its 95 % bootstrap interval, against `costs`."""
     for row, at in zip(rows, costs, strict=True):
         value, interval = row["metric"], row["interval"]
         error_bars = (
@@ -274,7 +274,7 @@ def _losses(axes: Axes, result: Comparison) -> None:
 
 
 def _history(axes: Axes, result: Comparison, name: str) -> None:
-    """Plot the metric of each trial of a search; pruned trials are crosses."""
+    """Plot the metric `name` of each trial of each search; pruned trials are crosses."""
     for number, (method, search_results) in enumerate(result.search_results.items()):
         for state, mark in (("complete", "o"), ("pruned", "x")):
             trials = [

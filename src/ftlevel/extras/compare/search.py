@@ -49,7 +49,7 @@ _MAX_MESSAGE = 300  # characters
 
 
 class StopWithParent(TrainerCallback):
-    """Stop a run, with a checkpoint, once the parent process is gone."""
+    """Callback that stops a run, with a checkpoint, once the parent process is gone."""
 
     def on_step_begin(
         self,
@@ -227,7 +227,7 @@ def plan_study(
 ) -> Study | None:
     """Returns the study of method `word`; None if the method has no hyperparameter to search.
 
-    `state` is that of compare.json; `dry_run` is the summary of a dry run.
+    `state` is in compare.json; `dry_run` is a summary of the run; the database is in `path`.
     """
     names = SPECS[config.method.kind].model_fields
     fields = {

@@ -24,7 +24,7 @@ def _flags(
     values: Mapping[str, str | NoOpValue] | None = None,
     on: Sequence[str] = _ON,
 ) -> list[UnsupportedFlag]:
-    """Returns an unsupported flag for each of `names`, all with the same message."""
+    """Returns an unsupported flag for each of `names`; `values` are accepted without error."""
     aliases = FlagAliases(values=values or {})
     return [
         UnsupportedFlag(names=n, on=on, aliases=aliases, message=message) for n in names.split()

@@ -151,7 +151,7 @@ def complete_flags(task: str, values: dict[str, Any], typed: Mapping[str, str]) 
 
 
 def _batch(values: dict[str, Any], rl: Mapping[str, Any], tool: str) -> list[str]:
-    """Convert the batch size in `values` from completions to prompts; return messages."""
+    """Convert the batch size in `values` from completions of `tool` to prompts; return messages."""
     train = values.setdefault("train", {})
     size = train.get("per_device_train_batch_size", 8)
     steps = train.get("gradient_accumulation_steps", 1)

@@ -198,7 +198,7 @@ def _pairs(true: Any, predicted: Any) -> tuple[str, list[tuple[str, str]]]:
 
 
 def _lengths(result: list[tuple[int, float]]) -> list[tuple[int, int, int, float]]:
-    """Returns the mean loss per decile of the true answer's length in words."""
+    """Returns (minimum, maximum, rows, mean loss) per decile of length from (words, loss) pairs."""
     result.sort()
     if len({length for length, _ in result}) < _NUM_QUANTILES:
         return []

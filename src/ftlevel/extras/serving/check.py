@@ -531,7 +531,7 @@ def _judge(adapter: AdapterRecord, rows: _AdapterOutputs, tolerance: float) -> d
 
 
 def _overall(adapters: list[dict[str, Any]]) -> str:
-    """Returns ELSE or BASE if any output is; else TRAINED if each adapter has one, or EITHER."""
+    """Returns ELSE or BASE if any output has it; TRAINED if one per adapter has it; or EITHER."""
     matches = [word for a in adapters for api in ("weights", "chat") for word in a[api]["answers"]]
     for match in (ELSE, BASE):
         if match in matches:

@@ -108,7 +108,7 @@ def _llama(base: str, adapters: Sequence[ServedAdapter], template: Path | None) 
 
 
 def _openvino(model: str, path: str, adapters: Sequence[ServedAdapter] = ()) -> list[str]:
-    """Returns commands that convert `model` for OpenVINO and run it with each of `adapters`."""
+    """Returns commands that convert `model` into `path` and run it with each of `adapters`."""
     files = [str(part.path / "adapter_model.safetensors") for part in adapters]
     kwargs_text = '"Hello", max_new_tokens=8'
     code = [f'pipe = ov.LLMPipeline({path!r}, "CPU")', f"print(pipe.generate({kwargs_text}))"]
@@ -137,7 +137,7 @@ def _openvino(model: str, path: str, adapters: Sequence[ServedAdapter] = ()) -> 
 def build_embedding_commands(
     server: Server, model_path: Path, name: str, form: EmbeddingFormat
 ) -> list[str]:
-    """Returns the commands that serve the embedding model at `model_path`."""
+    """Returns the commands that serve the embedding model at `model_path` as `name`."""
     path = str(model_path)
     if server.name == "vllm":
         return [join(["vllm", "serve", path, "--runner", "pooling"])]
@@ -169,7 +169,7 @@ _UBATCH = 512
 
 
 def build_model_commands(server: Server, model_path: Path, name: str) -> list[str]:
-    """Returns the commands that serve the full model at `model_path`."""
+    """Returns the commands that serve the full model at `model_path` as `name`."""
     path = str(model_path)
     if server.name == "openvino":
         return _openvino(path, f"{name}-openvino")
@@ -363,7 +363,7 @@ def merged_format(server: Server | None) -> str:
 
 
 def check_lora(form: Any, adapter: ServedModel, server: Server | None) -> Any:
-    """Returns `form`, with zero updates added if `server` needs every layer adapted.
+    """Returns the plain LoRA `form`, with zero updates added if `server` needs every layer.
 
     Raises InputError if the server would not serve `form` as trained.
     """

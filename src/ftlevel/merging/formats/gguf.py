@@ -138,7 +138,7 @@ def check_file(
     original: Original,
     beside_run: Callable[[Any], Agreement] | None = None,
 ) -> FileCheck:
-    """Compare the file with the original and the run; RunError if logits or tokens differ."""
+    """Compare the file, written from `tensors`, with the original; RunError if they differ."""
     source = ModelSource(str(path), "gguf", str(path.parent), path.name, local_files_only=True)
     texts = check_tokens(load_tokenizer(source), original.tokenizer, vocab)
     config, copied_settings = readable_config(load_config(source), original.config)
@@ -204,7 +204,7 @@ def _score_original(
 
 
 def readable_config(config: Any, original: Any) -> tuple[Any, list[str]]:
-    """Returns `config` with the values of `original` where they differ, and their names."""
+    """Returns a file's `config` with values of `original` where they differ, and their names."""
     actual, expected = config.to_dict(), original.to_dict()
     mismatched = {
         key: value
@@ -227,7 +227,7 @@ def _same(first: Any, second: Any) -> bool:
 
 
 def check_tokens(tokenizer: Any, original: Any, vocab: Vocabulary) -> int:
-    """Compare both tokenizers; returns the number of texts. RunError if tokens differ."""
+    """Compare the tokens of texts by both tokenizers; returns the number of texts, or RunError."""
     backend, reference = tokenizer.backend_tokenizer, original.backend_tokenizer
     if vocab.pre not in READ_BY_TRANSFORMERS:
         backend.pre_tokenizer = reference.pre_tokenizer

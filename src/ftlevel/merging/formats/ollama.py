@@ -110,7 +110,7 @@ class PromptTemplate:
 
 
 def get_prompt_template(tokenizer: Any, card: AdapterCard, vocab: Vocabulary) -> PromptTemplate:
-    """Find the prompt template and stop texts for the model of `tokenizer` and `card`."""
+    """Returns the prompt template and stop texts for the model of `tokenizer` and `card`."""
     stop_strings = list(dict.fromkeys(_stop_strings(tokenizer)))
     prompt = load_prompt_format(card) or PromptFormat("plain")
     if prompt.kind == "chat-template":

@@ -23,7 +23,7 @@ from ftlevel.methods.upstream import freeze_ranks, reset_ranks
 
 
 def as_lora(file: AdapterFile) -> dict[str, Factors]:
-    """Returns module name → LoRA factors; raises `InputError` if biases were trained."""
+    """Returns module name → equivalent LoRA factors; raises `InputError` if biases were trained."""
     config = file.config
     if config.get("bias", "none") != "none":
         raise InputError("bias is set: biases of the base were trained. Merge it")
@@ -103,7 +103,7 @@ class AdaLora(Method):
         )
 
     def prepare(self, model: Any) -> None:
-        """Freeze `ranknum` in `model` (modified); PEFT leaves it trainable."""
+        """Freeze the parameters `ranknum` (ranks) in `model`, which PEFT leaves trainable."""
         freeze_ranks(model)
 
     def callbacks(self, spec: AdaloraSpec, checkpoint_dir: Path, should_save: bool) -> list[Any]:

@@ -54,8 +54,8 @@ class AdapterPositions:
         feed_forward: last linear layer of the feed-forward, or the whole feed-forward.
         inputs: possible first linear layers of the feed-forward; empty if `feed_forward` is all
             of it.
-        residual: module whose input is the residual of the feed-forward; empty if more than the
-            feed-forward's output is added to the residual, or the output is normalized first.
+        residual: module whose input is the tensor that the feed-forward's output is added to; empty
+            if the sum has other terms, too, or the output is normalized or scaled first.
         norm: layer norm after that sum; empty in pre-norm models.
     """
 
@@ -158,7 +158,7 @@ def target_pattern(positions: AdapterPositions, placement: str) -> str:
 
 
 def block_of(positions: AdapterPositions | None, module_name: str) -> str | None:
-    """Returns the prefix, with ".", of a feed-forward's or norm's block; None for other modules."""
+    """Returns the block of a feed-forward or norm, as `layers.0.`; None for other modules."""
     for end in (positions.feed_forward, positions.norm) if positions else ():
         block = module_name.removesuffix(end)
         if (
@@ -173,7 +173,7 @@ def block_of(positions: AdapterPositions | None, module_name: str) -> str | None
 def get_input_layer(
     positions: AdapterPositions | None, module_name: str, names: Iterable[str]
 ) -> str | None:
-    """Returns the name, from `names`, of the first linear layer of a feed-forward, or None."""
+    """Returns from `names` the first linear layer of the block of `module_name`, or None."""
     block = block_of(positions, module_name)
     if positions is None or block is None:
         return None
@@ -226,7 +226,7 @@ MERGE_ERROR = (
 
 
 class Bottleneck(Method):
-    """Bottleneck adapters."""
+    """Method that adds bottleneck adapters at positions that depend on the model type."""
 
     info = single_row(
         "adapter",
@@ -286,7 +286,7 @@ class Bottleneck(Method):
         return sorted(name for name, _ in model.named_modules() if pattern.fullmatch(name))
 
     def build(self, spec: AdapterSpec, base: Base) -> Any:
-        """Returns `BottleneckConfig`."""
+        """Returns the `BottleneckConfig` for `spec` and the modules of `base`."""
         from ftlevel.methods.bottleneck.layer import BottleneckConfig
 
         return BottleneckConfig(

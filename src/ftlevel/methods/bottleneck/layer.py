@@ -108,7 +108,7 @@ class LayerConfig:
 
     @property
     def hooked_input(self) -> HookedInput | None:
-        """Which tensor a hook must store for the adapter, besides the module's output, or None."""
+        """Input that a hook must store for the adapter; None if it reads only the output."""
         if self.input_type == "output":
             return None
         return "input" if self.input_type == "input" else "residual"
@@ -272,13 +272,13 @@ def _dtype(module: nn.Module) -> torch.dtype:
 def _store_input(
     layer: BottleneckLayer, input_name: HookedInput, _source: nn.Module, args: tuple[Any, ...]
 ) -> None:
-    """Forward pre-hook: store a module's input in `layer` if an active adapter reads it."""
+    """Forward pre-hook: store a module's input as `input_name` if an active adapter reads it."""
     if any(layer.configs[name].hooked_input == input_name for name in layer.running()):
         layer._inputs[input_name] = args[0]
 
 
 class BottleneckModel(UnmergeableTuner, PrecisionTuner, BaseTuner):
-    """Tuner of bottleneck adapters."""
+    """PEFT tuner that wraps the modules of a model in `BottleneckLayer`s."""
 
     prefix: str = "bottleneck_"
     tuner_layer_cls = BottleneckLayer

@@ -38,7 +38,7 @@ def _variant(
     kwargs: dict[str, Any],
     num_parameters: int = _LLAMA_7B,
 ) -> MethodInfo:
-    """Returns the row of a LoRA variant; `num_parameters` is the count on Llama-2-7B."""
+    """Returns the support-table row of the LoRA variant that the settings `kwargs` select."""
     return MethodInfo(
         name,
         "lora",
@@ -288,7 +288,7 @@ def reset_initialization(config: Any) -> None:
 
 
 class Lora(Method):
-    """LoRA and QLoRA."""
+    """LoRA and QLoRA, with variants such as DoRA, rsLoRA and LoRA+."""
 
     info = _INFO
     rules = _RULES

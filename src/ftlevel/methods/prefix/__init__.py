@@ -68,7 +68,7 @@ prefix files cannot be loaded."""
 
 
 class PrefixTuning(Method):
-    """Prefix tuning."""
+    """Prefix tuning, with a tuner that prepends learned keys and values in every attention."""
 
     info = single_row(
         "prefix",
@@ -132,7 +132,7 @@ class PrefixTuning(Method):
         return sorted(get_attention_modules(model))
 
     def build(self, spec: PrefixSpec, base: Base) -> Any:
-        """Returns `PrefixKvConfig`."""
+        """Returns the `PrefixKvConfig` for `spec` and the attention modules of `base`."""
         from ftlevel.methods.prefix.model import PrefixKvConfig
 
         return PrefixKvConfig(

@@ -116,8 +116,8 @@ def eager_prefix_attention_forward(
 ) -> tuple[Tensor, Tensor]:
     """Returns attention over `prefix` and the keys by the model's own eager function.
 
-    Arguments are as for `prefix_attention_forward`, but `attention_mask` is additive. Shapes are
-    `(batch, queries, heads, head_dim)`, and `(batch, heads, queries, P + keys)` of the weights.
+    Arguments are as for `prefix_attention_forward`, but `attention_mask` is additive. The output is
+    `(batch, queries, heads, head_dim)`, the weights are `(batch, heads, queries, P + keys)`.
     """
     if prefix is not None:
         length = prefix[0].shape[2]

@@ -20,7 +20,7 @@ from ftlevel.methods.support_table import single_row
 
 
 def get_layer_stacks(model: Any) -> list[str]:
-    """Returns the name of the model without head, or of encoder and decoder.
+    """Returns the name of the model's part without head, or those of its encoder and decoder.
 
     Each is the innermost module with input embeddings, such as OPT's `model.decoder`.
     """
@@ -131,7 +131,7 @@ class SoftPrompt(Method):
 
 
 class PromptTuning(SoftPrompt):
-    """Prompt tuning."""
+    """Prompt tuning: the embeddings of the prompt are parameters."""
 
     info = single_row(
         "prompt", "embeddings before the input", "", "Lester et al., 2021, arXiv:2104.08691", 81_920
@@ -166,7 +166,7 @@ class PromptTuning(SoftPrompt):
 
 
 class PTuning(SoftPrompt):
-    """P-tuning."""
+    """P-tuning: an MLP or LSTM computes the embeddings of the prompt during training."""
 
     info = single_row(
         "p-tuning",

@@ -182,7 +182,7 @@ class SoftPromptLayer(VirtualTokenLayer):
     def add_prompt(
         self, adapter_name: str, config: SoftPromptConfig, stack: Any, stack_type: StackType
     ) -> None:
-        """Add a prompt; in a decoder with an encoder, store only the encoder's prompt length."""
+        """Add a prompt to `stack`; for a decoder with an encoder, store only its length."""
         self.stack_type = stack_type
         self.shapes[adapter_name] = PromptShape(config.num_virtual_tokens, config.tokens_before)
         if stack_type == "decoder":
@@ -310,7 +310,7 @@ class SoftPromptLayer(VirtualTokenLayer):
             )
 
     def _extend_encoder_mask(self, names: list[str], call: dict[str, Any]) -> None:
-        """Extend the encoder's mask in the decoder's arguments `call` (modified)."""
+        """Add ones for prompts `names` to the encoder's mask in the decoder's arguments `call`."""
         mask = call.get("encoder_attention_mask")
         if mask is not None:
             call["encoder_attention_mask"] = self._compute_position(names, mask, mask).extend_mask(
