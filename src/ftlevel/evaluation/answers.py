@@ -1,7 +1,7 @@
 """Generate replies to prompts and compute predictions for rows with a loaded model.
 
 The task defines the computation; this module batches rows. Rows are packed without padding if the
-model passes the checks of the fast step, else padded with rows of similar length.
+model passes a test with packed rows, else padded with rows of similar length.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class RowScorer:
         self._collate = Collator(self._pad_id)
 
     def close(self) -> None:
-        """Remove the fast step from the model."""
+        """Restore the model's own forward pass."""
         if self._fast is not None:
             self._fast.remove()
             self._fast = None
@@ -301,7 +301,7 @@ class InferenceModel:
             self.close()
 
     def close(self) -> None:
-        """Remove the fast step and the decoder from the model."""
+        """Restore the model's own forward pass and attention."""
         self._scorer.close()
         if self._decoder:
             self._decoder.close()

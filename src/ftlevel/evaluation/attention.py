@@ -121,7 +121,7 @@ _PROMPTS: ContextVar[Sequence[SharedPrompts]] = ContextVar("shared_prompts", def
 
 @contextlib.contextmanager
 def using_prompts(prompts: Sequence[SharedPrompts]) -> Iterator[None]:
-    """Let forward passes in the block attend to `prompts`, which have the rows of the batch."""
+    """Let the rows of forward passes in the block attend to `prompts` as well."""
     token = _PROMPTS.set(prompts)
     try:
         yield

@@ -83,7 +83,7 @@ class RowDecoder:
     def __call__(
         self, prompts: Sequence[list[int]], max_new_tokens: int, batch_size: int
     ) -> list[list[int]]:
-        """Returns the generated ids of each prompt, at most `max_new_tokens` with the stop id."""
+        """Returns the generated ids of each prompt; `max_new_tokens` includes the stop id."""
         outputs = _Outputs(len(prompts), max_new_tokens, self._stop_token_ids)
         pending = deque(sorted(range(len(prompts)), key=lambda i: -len(prompts[i])))
         prefix = get_shared_prefix(prompts)
@@ -169,10 +169,10 @@ class RowDecoder:
 
 
 def _make_contiguous(head: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[Any, ...]:  # noqa: ARG001 - a hook
-    """Hook on the head: with strided input, such as the last tokens, it copies its weight per row.
+    """Pre-hook of the language head that makes its input contiguous.
 
-    torch computes it as a batched product then, which takes 2.3 s instead of 0.02 s for 8 rows of
-    SmolLM2 in bfloat16, and 432 MiB.
+    For strided input, such as last tokens, torch copies the weight per row: 2.3 s instead of 0.02 s
+    and 432 MiB for 8 rows of SmolLM2 in bfloat16.
     """
     return (args[0].contiguous(), *args[1:])
 

@@ -64,7 +64,10 @@ def score_embeddings(
     decode: Callable[[Encoded], str],
     corpus: Sequence[Any] = (),
 ) -> dict[str, float]:
-    """Returns loss and metrics of `rows`; queries search `corpus`, or the documents of the rows."""
+    """Returns loss and metrics of `rows`, and adds each row to `record`.
+
+    Queries search `corpus`, or the documents of the rows. `decode` returns the text of a row.
+    """
     texts, step = distinct_texts(rows)
     search_ids = add_texts(texts, corpus)
     vectors = embed_texts(model, objective, texts, pad_id, device)
@@ -164,7 +167,7 @@ def create_meters(
     dims: Sequence[int | None],
     search_ids: Sequence[int] = (),
 ) -> list[Any]:
-    """Create one meter per row; queries search the texts at `search_ids`, by default the rows'."""
+    """Create a meter per row with metrics at each of `dims`; queries search `search_ids`."""
     spaces = {"" if count is None else f"_dim_{count}": vectors[:, :count] for count in dims}
     is_cosine = objective.format.similarity == "cosine"
     if objective.kind == "ranking":

@@ -247,7 +247,7 @@ V = TypeVar("V")
 def check_metrics(
     names: Sequence[str], task: BaseTask, objective: Objective, *, generates: bool, how: str
 ) -> None:
-    """Raise ConfigError for unknown names in `--metrics`, and for those of texts not generated."""
+    """Raise ConfigError for an unknown metric, or one of generated texts, which `how` enables."""
     valid = ("loss", *objective.metrics, *(task.text_metrics if generates else ()))
     for name in names:
         if name in valid:

@@ -27,7 +27,7 @@ Report = Callable[[int, float | None], None]
 def embed_rows(
     model: InferenceModel, texts: Sequence[EmbeddingRow], report: Report
 ) -> torch.Tensor:
-    """Returns the embeddings of queries or documents, `(texts, dims)` in float32."""
+    """Returns the float32 embeddings `(texts, dims)` of `texts`; calls `report` for progress."""
     result: list[np.ndarray] = []
     for start in range(0, len(texts), WINDOW):
         window = [replace(row, row=at) for at, row in enumerate(texts[start : start + WINDOW])]
@@ -45,7 +45,7 @@ def as_document(text: str) -> EmbeddingRow:
 def evaluate_retrieval(
     trained: LoadedModel, data: RetrievalSet, batch_size: int | None, report: Report
 ) -> tuple[RetrievalScores, int]:
-    """Returns the metrics of each query, and the number of truncated texts."""
+    """Returns the metrics of each query of `data`, and the number of truncated texts."""
     task = trained.task
     if not isinstance(task, EmbeddingTask):
         raise TypeError("only embedding models search")

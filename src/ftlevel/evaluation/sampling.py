@@ -65,7 +65,7 @@ class Noise:
     def __call__(
         self, rows: Sequence[int], completions: Sequence[int], positions: Sequence[int]
     ) -> torch.Tensor:
-        """Returns an int64 key per token to draw, `(tokens,)`."""
+        """Returns int64 keys `(tokens,)`; the arguments have one value per token to draw."""
         state = torch.full((len(rows),), _signed(self.seed & _MASK))
         for part in ([self.step] * len(rows), rows, completions, positions):
             state = _mix(state + _signed(_PHI) ^ torch.tensor(part))

@@ -67,7 +67,7 @@ class Evaluator:
     begin_record: Callable[[], ExampleRecord | None] = lambda: None
 
     def __call__(self, model: Any, record: ExampleRecord | None = None) -> dict[str, float]:
-        """Returns the metrics of `model`, whose training mode is restored."""
+        """Returns the metrics of `model`, restoring its mode, and adds examples to `record`."""
         record = record or self.begin_record()
         with evaluating(model, self.device, self.dtype):
             metrics = self._score(model, record)
@@ -192,7 +192,7 @@ ScoredBatch = tuple[list[int], dict[str, torch.Tensor], torch.Tensor]
 def score_answers(
     evaluator: Evaluator, model: Any, record: ExampleRecord | None
 ) -> dict[str, float]:
-    """Returns the loss and metrics of `model` on the evaluator's rows."""
+    """Returns the loss and metrics of `model` on the evaluator's rows, added to `record`."""
     objective = _objective_of(evaluator)
     meter, total, count, rows = objective.meter(), 0.0, 0, evaluator.rows
     with _head(evaluator, model) as head:
@@ -214,7 +214,7 @@ def score_answers(
 
 
 def compute_likelihoods(evaluator: Evaluator, model: Any) -> np.ndarray:
-    """Returns the log-likelihoods of both sequences of each row, `(rows, 2)` in float32."""
+    """Returns log-likelihoods `(rows, 2)`, float32: both answers, or answer and contrast answer."""
     rows = evaluator.rows
     result = np.zeros((len(rows), 2), dtype=np.float32)
     with evaluating(model, evaluator.device, evaluator.dtype), _head(evaluator, model) as head:

@@ -168,7 +168,7 @@ class RowLogits:
 
 @dataclass(frozen=True)
 class EvalSet:
-    """Encoded rows on which models are compared, and the objective."""
+    """Encoded rows on which models are compared, and the objective that computes the logits."""
 
     rows: Sequence[Encoded]
     objective: Objective
@@ -369,7 +369,7 @@ def _have_equal_vocabs(ref: ModelRef, other: ModelRef) -> bool:
 
 
 def select_primary(ref: ModelRef, other: ModelRef | None) -> ModelRef:
-    """Returns the model whose data gives the rows: a run, else one with a card, else `ref`."""
+    """Returns the model whose dataset is read: a run, else one with a card, else `ref`."""
     refs = [ref] if other is None else [ref, other]
     runs = [each for each in refs if each.run is not None]
     return [*runs, *(each for each in refs if each.card.method != PLAIN), ref][0]

@@ -211,7 +211,7 @@ class BaseTask(ABC):
         return None
 
     def get_heads(self, meta: Any, source: Any) -> tuple[list[str], list[str]]:
-        """Find the modules of `meta` to train in full, and those that a checkpoint may lack."""
+        """Find modules of the meta model `meta` to train in full, and those `source` may lack."""
         if not self.has_new_head:
             return [], []
         from ftlevel.models.loading import get_new_poolers
@@ -221,7 +221,7 @@ class BaseTask(ABC):
         return heads, heads
 
     def get_unused_modules(self, meta: Any) -> list[str]:
-        """Find the modules of `meta` that do not affect the loss and are never trained."""
+        """Find modules of the meta model `meta` that do not affect the loss; never trained."""
         return []
 
     @property
@@ -258,7 +258,7 @@ class BaseTask(ABC):
     def card_defaults(
         self, source: ModelSource, model_config: Any, tokenizer: Any, kind: str
     ) -> dict[str, Any]:
-        """Returns defaults of `prompt`, `labels` and `options` for a model without a model card."""
+        """Returns `prompt`, `labels` and `options` of the card for a model that has none."""
         return {}
 
     def synthetic_row(self, ids: list[int], row: int) -> Encoded:
@@ -358,13 +358,13 @@ class BaseTask(ABC):
     def finish_data(
         self, prepared: PreparedData, config: DataConfig, context: EncodingContext
     ) -> PreparedData:
-        """Returns `prepared`, with rows that are completed when read, such as by masking tokens."""
+        """Returns `prepared` with rows completed by the task, e.g. masked at each reading."""
         return prepared
 
     def evaluation_rows(
         self, rows: Sequence[Encoded], config: DataConfig, context: EncodingContext
     ) -> Sequence[Encoded]:
-        """Returns evaluation rows that are identical whenever they are read."""
+        """Returns `rows` made identical at each reading, for evaluation, e.g. with fixed masks."""
         return rows
 
     # ---- inference and display
@@ -424,12 +424,12 @@ class BaseTask(ABC):
 
     @abstractmethod
     def dummy_labels(self, ids: Sequence[int], labels: Sequence[str], inference_config: Any) -> Any:
-        """Returns labels for a row of random tokens, in the format of training rows."""
+        """Returns labels for a row of random tokens `ids`, in the format of training rows."""
 
     def decode_targets(
         self, row: Encoded, names: Sequence[str], kind: str, decoder: TokenDecoder
     ) -> list[str | None]:
-        """Returns each token's target as text; "" if it is the token itself, None if none.
+        """Returns each token's target as text; "" for the token itself, None if none.
 
         `names` are class or tag names, `kind` is that of the model.
         """
@@ -448,7 +448,7 @@ class BaseTask(ABC):
 
 
 def check_options(outputs: OutputOptions, whose: str, instead: str) -> None:
-    """Raise `ConfigError` if `outputs` asks for probabilities, which `whose` (a text) lacks."""
+    """Raise `ConfigError` if `outputs` asks for probabilities, which the model `whose` lacks."""
     for flag, value in (("--probabilities", outputs.probabilities), ("--top-k", outputs.top_k)):
         if value:
             raise ConfigError(f"{flag}: {whose} has no probabilities. {instead or f'Drop {flag}.'}")

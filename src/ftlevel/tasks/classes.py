@@ -104,7 +104,7 @@ class RegressionMeter(PredictionMeter):
         self.true += labels.tolist()
 
     def compute(self, loss: float) -> dict[str, float]:
-        """Compute the metrics; correlations are omitted if predictions or labels are constant."""
+        """Compute RMSE from `loss`, the MSE, and correlations unless one side is constant."""
         from scipy.stats import pearsonr, spearmanr
 
         scores = {"rmse": math.sqrt(loss)}
@@ -323,7 +323,7 @@ class Classes(ClassObjective):
         return ClassMeter()
 
     def guess_loss(self, rows: Sequence[Encoded]) -> float | None:
-        """Returns the entropy of the classes."""
+        """Returns the entropy of the classes of `rows`: the loss of the best constant."""
         return entropy(row.labels for row in rows if isinstance(row.labels, int))
 
 
@@ -356,7 +356,7 @@ class MultiLabel(Objective):
     def training_sum(
         self, logits: Tensor, labels: Tensor, mask: Tensor, loss: TrainingLoss
     ) -> Tensor:
-        """Returns the sum over all classes of all rows; `loss` may weight the positive terms."""
+        """Returns the sum over classes and rows, with the class weights and focal γ in `loss`."""
         return weighted_binary_cross_entropy(logits.float(), labels, loss)
 
     def balance(self, rows: Sequence[Encoded], classes: int) -> tuple[float, ...]:
@@ -367,7 +367,7 @@ class MultiLabel(Objective):
         return MultiLabelMeter()
 
     def guess_loss(self, rows: Sequence[Encoded]) -> float | None:
-        """Returns the mean binary entropy over the classes."""
+        """Returns the mean binary entropy over the classes: the loss of the best constant."""
         answers = [row.labels for row in rows if isinstance(row.labels, tuple)]
         return mean_entropy(zip(*answers, strict=True))
 
@@ -395,7 +395,7 @@ class Regression(Objective):
         return RegressionMeter()
 
     def guess_loss(self, rows: Sequence[Encoded]) -> float | None:
-        """Returns the variance of the labels, the squared error of their mean."""
+        """Returns the variance of the labels: the loss of the best constant, their mean."""
         values = [row.labels for row in rows if isinstance(row.labels, float)]
         return statistics.pvariance(values) if values else None
 

@@ -49,7 +49,7 @@ class ClassObjective(Objective):
     def training_sum(
         self, logits: Tensor, labels: Tensor, mask: Tensor, loss: TrainingLoss
     ) -> Tensor:
-        """Returns the loss summed over the targets, weighted by class."""
+        """Returns the sum over the targets, with the class weights and focal γ in `loss`."""
         from torch.nn import functional
 
         if not loss.is_weighted:
@@ -82,7 +82,7 @@ def focal_factor(nll: Tensor, gamma: float) -> Tensor:
 
 
 def weighted_binary_cross_entropy(logits: Tensor, labels: Tensor, loss: TrainingLoss) -> Tensor:
-    """Returns the summed binary cross entropy of logits `(rows, classes)`, weighted by `loss`."""
+    """Returns the sum over `(rows, classes)`, with the class weights and focal γ in `loss`."""
     from torch.nn import functional
 
     weights = _tensor_of(loss.class_weights, logits)
@@ -161,7 +161,7 @@ def entropy(answers: Iterable[Hashable]) -> float | None:
 
 
 def mean_entropy(probabilities: Iterable[Iterable[Hashable]]) -> float | None:
-    """Returns the mean entropy of several label sequences; None if all are empty."""
+    """Returns the mean of `entropy` over several label sequences; None if all are empty."""
     values = [value for column in probabilities if (value := entropy(column)) is not None]
     return sum(values) / len(values) if values else None
 
@@ -256,7 +256,7 @@ class DistillationTokens(Tokens, DistillationObjective):
     def distillation_sum(
         self, scores: Tensor, targets: Tensor, known: Tensor, ids: Tensor
     ) -> Tensor:
-        """Returns the loss summed over targets (a scalar)."""
+        """Returns the loss summed over `targets`; `known` and `ids` as in `Encoded.teacher`."""
         from torch.nn import functional
 
         config, temperature = self.config, self.config.kd_temperature

@@ -189,7 +189,7 @@ class SpanTask(BaseTask):
         return {"answer_cut": np.fromiter(cut, dtype=bool, count=len(rows))}
 
     def data_info(self, loaded: LoadedData) -> Mapping[str, Any]:
-        """Returns whether some training questions have no answer."""
+        """Returns `unanswerable`: whether some training questions have no answer."""
         return {"unanswerable": any(not question.answers for question in loaded.train)}
 
     def describe_rows(self, loaded: LoadedData, data_info: Mapping[str, Any]) -> list[Choice]:

@@ -165,7 +165,7 @@ def get_adapter_vocab_size(model: Any, adapter_dir: Path) -> int | None:
 
 
 def _get_num_embeddings(name: str, shape: list[int]) -> int | None:
-    """Returns the rows of the matrix `name`, or of the matrix that LoRA factor `name` updates."""
+    """Returns the row count of the matrix `name`, or of the one that LoRA factor `name` updates."""
     suffix = name.rpartition(".")[2]
     if suffix == "lora_embedding_A":
         return shape[1]

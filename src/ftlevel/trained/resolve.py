@@ -135,7 +135,7 @@ def _with_dtype(ref: ModelRef, dtype: str, device: str) -> ModelRef:
 
 
 def get_dtype_source(ref: ModelRef, dtype: str) -> str:
-    """Returns where the compute precision comes from, for display; `dtype` is `--dtype`."""
+    """Returns what set the compute precision: "--dtype", "as in training" or "auto"."""
     if dtype != "auto":
         return "--dtype"
     return "as in training" if ref.is_ours else "auto"
@@ -243,7 +243,7 @@ def is_model(name: str) -> bool:
 
 
 def get_card_dir(path: Path) -> Path | None:
-    """Returns `path` or its `adapter`, whichever has a card; InputError for unfinished runs."""
+    """Returns `path` or its `adapter` if it has a card, else None; InputError: unfinished run."""
     if (path / CARD).is_file():
         return path
     if (path / "adapter" / CARD).is_file():
@@ -426,7 +426,7 @@ def resolve_base(
 
 
 def get_original_base(ref: ModelRef) -> ModelRef | None:
-    """Returns `ref` with the base of `--method full`; None if it is missing or lacks the head."""
+    """Returns the model that full fine-tuning of `ref` began from; None without it or its head."""
     card, path = ref.card, ref.source.path
     if card.method != "full" or card.merge or card.quantized or card.heads or path is None:
         return None

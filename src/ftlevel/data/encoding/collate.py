@@ -27,7 +27,7 @@ class Collator:
 
         A row has one or more `sequences`; the batch has all of them. `labels` is `(batch,)` for one
         value per sequence, `(batch, n)` for n values, or `(batch, target)` for tokens, padded with
-        -100. `known` and `ids` (of a teacher) and `signals` have one entry per target token.
+        -100. `known` and `ids` (`Encoded.teacher`) and `signals` have one entry per target token.
         """
         preference_labels = [label for row in rows for label in row.preference_labels]
         teachers = [row.teacher for row in rows if row.teacher is not None]
@@ -56,7 +56,7 @@ class CollatorWithRows(Collator):
     """A `Collator` that also returns the rows, so that an error can name the failing row."""
 
     def __call__(self, rows: Sequence[Encoded]) -> dict[str, Any]:
-        """Returns the batch, with `rows` and, if any, a batch of all `Encoded.contrasts`."""
+        """Returns the batch, its `rows` and, if they have any, `contrasts` in another batch."""
         contrasts = [other for row in rows for other in row.contrasts]
         batch: dict[str, Any] = {**super().__call__(rows), "rows": list(rows)}
         return {**batch, "contrasts": [super().__call__(contrasts)]} if contrasts else batch
@@ -81,7 +81,7 @@ _RESERVED = tuple(
 
 
 def separate_pad_from_eos(tokenizer: Any) -> Choice | None:
-    """Give `tokenizer` (modified) a new padding token if it pads with EOS; return the log line."""
+    """If `tokenizer` (modified) pads with EOS, set another token; returns the log line or None."""
     if tokenizer.pad_token_id != tokenizer.eos_token_id:
         return None
     vocabulary = tokenizer.get_vocab()
@@ -92,9 +92,9 @@ def separate_pad_from_eos(tokenizer: Any) -> Choice | None:
 
 
 def ensure_pad_token(tokenizer: Any) -> Choice | None:
-    """Set a padding token on `tokenizer` (modified) if it has none, and return the log line.
+    """Set a padding token on `tokenizer` (modified) if it has none; returns the log line or None.
 
-    This is a reserved token of the vocabulary, so that the embedding does not grow, or EOS.
+    It is a reserved token of the vocabulary, so that the embedding does not grow, or EOS.
     """
     if tokenizer.pad_token_id is not None:
         return None

@@ -112,7 +112,7 @@ def _joins(example: Any, version: int) -> bool:
 
 
 def choose_format(tokenizer: Any, kind: str, instruction: str, answer_cue: str) -> PromptFormat:
-    """Returns the prompt format for a model of `kind` with `tokenizer`."""
+    """Returns seq2seq if `kind` is encoder-decoder, else the chat template if any, else plain."""
     if kind == "encoder-decoder":
         return PromptFormat("seq2seq", instruction)
     if getattr(tokenizer, "chat_template", None):
@@ -152,7 +152,7 @@ def encode_prompt(
 def encode_chat_prompt(
     tokenizer: Any, turns: Sequence[Turn], tools: Sequence[dict[str, Any]] = ()
 ) -> list[int]:
-    """Returns the token ids of `turns` with the generation prompt, without a trailing space."""
+    """Returns the token ids of `turns` and the generation prompt, a final space removed."""
     text = render(tokenizer, turns, tools, generation_prompt=True).removesuffix(" ")
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
@@ -327,7 +327,7 @@ def encode_labeled(
     examples: Sequence[LabeledText],
     target_of: Callable[[LabeledText], int | float | tuple[float, ...]],
 ) -> list[Encoded]:
-    """Encode texts or text pairs, with the label that `target_of` returns."""
+    """Encode texts or text pairs; the label of each is `target_of(example)`."""
     rows: list[Encoded] = []
     for chunk in split_batches(examples):
         pairs = [e.text_pair for e in chunk]
@@ -346,7 +346,7 @@ def split_batches(examples: Sequence[Any]) -> Iterator[Sequence[Any]]:
 
 
 def extra_inputs(encoding: Any, index: int) -> dict[str, list[int]]:
-    """Returns the model inputs of row `index` besides the tokens, such as `token_type_ids`."""
+    """Returns model inputs besides tokens, e.g. `token_type_ids`, of row `index` of `encoding`."""
     return {name: encoding[name][index] for name in encoding if name not in _NO_EXTRAS}
 
 

@@ -180,7 +180,7 @@ def _too_long(
 
 
 def _cut_prompt(row: Encoded, limit: int) -> list[Encoded]:
-    """Returns [row] without the beginning of its prompt; [] if the answer alone is too long.
+    """Returns [row] cut to `limit` tokens at the start of its prompt; [] if the answer is longer.
 
     The first token is retained, as it may be BOS. Rows without a prompt lose tokens before the last
     one, which may be SEP or EOS.
@@ -228,7 +228,7 @@ def fit_targets(
 ) -> tuple[Sequence[Encoded], int]:
     """Returns the rows with a target of at most `limit` tokens, and the number of rows dropped.
 
-    Raises `InputError` if a target is longer and `overlong` is not drop.
+    Raises `InputError`, naming `where(row)`, if a target is longer and `overlong` is not drop.
     """
     sizes = np.fromiter((_target_length(row) for row in rows), dtype=np.int64, count=len(rows))
     long_rows = np.flatnonzero(sizes > limit)

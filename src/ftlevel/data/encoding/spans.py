@@ -99,7 +99,7 @@ def _create_window(encoding: Any, index: int, example: Question) -> Window:
 
 
 def get_span(offsets: Offsets, start: int, end: int) -> tuple[int, int] | None:
-    """Returns the first and last token that cover characters `start` to `end`, or None."""
+    """Returns the first and last token, by `offsets`, of characters `start` to `end`, or None."""
     first = next((i for i, (_, b) in enumerate(offsets) if b > start), None)
     last = next((i for i in range(len(offsets) - 1, -1, -1) if offsets[i][0] < end), None)
     if first is None or last is None or first > last:

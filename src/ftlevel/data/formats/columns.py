@@ -82,7 +82,7 @@ def is_media_column(column: str) -> bool:
 
 
 def rank_columns(column_names: Sequence[str], role: str, rows: Sequence[Row]) -> list[str]:
-    """Returns the `column_names` whose values are possible for `role`, the most likely first."""
+    """Returns the columns whose values in `rows` are possible for `role`, most likely first."""
     usable = [c for c in column_names if not is_id(c) and not is_media_column(c)]
     if not rows:
         return usable
@@ -154,7 +154,7 @@ class Language:
 
 
 def get_language(role: str, column_mapping: Mapping[str, str], name: str | None) -> Language | None:
-    """Returns the language `name`, else the one named by the column of `role`, or None."""
+    """Returns the language `name`, else that of the column of `role` by its name, or None."""
     if name is not None:
         return parse_language(name)
     key = column_mapping.get(role, "").rpartition(".")[2]
@@ -219,7 +219,7 @@ def select_language_mapping(
 
 
 def parse_language(text: str) -> Language:
-    """Parse the language of a code such as `de` or `pt_BR`, or of an English name."""
+    """Parse a language code such as `de` or `pt_BR`, or a name; the code is "" if unknown."""
     return _by_code(text) or _by_name(text) or Language(text, "")
 
 

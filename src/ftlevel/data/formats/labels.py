@@ -307,7 +307,7 @@ ProblemType: TypeAlias = Literal[
 def choose_problem_type(
     table: Table, column: str, problem_type: ProblemType | Literal["auto"] = "auto"
 ) -> tuple[ProblemType, str]:
-    """Returns the problem type of a label column, and the reason.
+    """Returns `problem_type` or, if it is auto, that of the labels in `column`, and the reason.
 
     Lists (or, in all rows, JSON text of lists) are multi-label, numbers with a fraction regression.
     All others are single-label, including integers, which may be meant as quantities.
@@ -375,7 +375,7 @@ def create_tagged_words(values: RoleValues) -> TaggedTokens:
 
 
 def _parse_span(item: object, name: str) -> Span:
-    """Returns a span from `{"start", "end", "label"}` or a list of the three."""
+    """Returns a span from an object or list of start, end, label; errors call it `name`."""
     if isinstance(item, dict):
         if not {"start", "end", "label"} <= item.keys():
             raise UnusableRowError(f"{name} needs start, end and label (keys: {', '.join(item)})")

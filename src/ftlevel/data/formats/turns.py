@@ -108,7 +108,7 @@ def parse_turns(
 
 
 def parse_tool_list(value: object, column: str) -> tuple[dict[str, Any], ...]:
-    """Returns the tools of a row from a list of objects or its JSON text."""
+    """Returns the tools in a row's `column` from a list of objects or its JSON text."""
     if isinstance(value, str):
         value = parse_json(value, repr(column)) if value.strip() else []
     if value is None:

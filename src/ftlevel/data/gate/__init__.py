@@ -54,7 +54,7 @@ class Finding:
 def create_finding(
     name: str, split: str, count: int, total: int, places: Sequence[str], policy: GateConfig
 ) -> Finding | None:
-    """Returns the finding with `policy`'s action; None for no row or an ignored check."""
+    """Returns the finding of check `name`; None if `count` is 0 or `policy` ignores the check."""
     action: Action = getattr(policy, name)
     if not count or action == "ignore":
         return None

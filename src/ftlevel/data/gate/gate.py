@@ -145,7 +145,7 @@ def _common_prefix(rows: Sequence[Encoded]) -> int:
 
 
 def _band_keys(ids: Ragged, prefix: int, selected: Mask) -> Hashes:
-    """Returns the MinHash keys `(rows, bands)` of the `selected` rows, from their 5-grams."""
+    """Returns MinHash keys `(rows, bands)` of 5-grams after `prefix` tokens of `selected` rows."""
     generator = np.random.default_rng(0)
     factors = generator.integers(2**31, 2**32, _BANDS * _DEPTH, dtype=np.uint32) | np.uint32(1)
     offsets = generator.integers(0, 2**32, _BANDS * _DEPTH, dtype=np.uint32)
@@ -212,7 +212,7 @@ def get_swapped(digests: Digests) -> Integers:
 
 
 def _sides(index: WordIndex, start: int, end: int) -> tuple[Integers, NDArray[np.int64], Integers]:
-    """Returns (hash bucket, 0 in a prompt or 1 in an answer, example) of each distinct word."""
+    """Returns the hash bucket, side (0 prompt, 1 answer) and example of each distinct word."""
     offsets = index.starts[start : end + 1]
     lengths = np.diff(offsets)
     row = np.repeat(np.arange(end - start), lengths)
@@ -233,7 +233,7 @@ _NO_ROWS = np.zeros(0, dtype=np.int64)
 
 
 class CheckedTask(Protocol):
-    """What the data checks need of a task; `tasks.base.BaseTask` documents the members."""
+    """Members of a task that the data checks use; `tasks.base.BaseTask` documents the members."""
 
     # ruff: disable[D102]
     @property
@@ -351,7 +351,7 @@ class Gate:
         table: Table,
         training: Digests,
     ) -> tuple[Sequence[Encoded], list[Finding]]:
-        """Returns rows and findings as `check_split`; examples in `training` may be dropped."""
+        """Returns the same as `check_split`; drops examples of `training` if `policy` says so."""
         leaked, findings = self.get_leaks(name, fitted.digests, training, table)
         if len(leaked):
             keep = np.flatnonzero(~get_row_mask(fitted.rows, leaked))
@@ -424,7 +424,7 @@ class Gate:
     def get_leaks(
         self, name: str, digests: Digests, training: Digests, table: Table
     ) -> tuple[Integers, list[Finding]]:
-        """Returns the examples that training has, too, and are to be dropped, and the findings.
+        """Returns the examples to drop because `training` has them, too, and the findings.
 
         Findings about the split test only warn, because training does not read it.
         """

@@ -125,7 +125,7 @@ def compute_edit_distances(one: TextBatch, other: TextBatch) -> NDArray[np.int64
 
 
 def _edge(i: int, ends: NDArray[np.int64]) -> NDArray[np.int32]:
-    """Returns row i of the edit-distance matrix `(band, pairs)`: its border, else `_TOO_FAR`."""
+    """Returns row i of the matrix `(band, pairs)`, with only the first row and column filled in."""
     j = i + _OFFSETS
     known = (j >= 0) & (j <= ends) if i == 0 else np.broadcast_to(j == 0, (len(j), len(ends)))
     return np.where(known, (i + j) * _WORD, _TOO_FAR).astype(np.int32)

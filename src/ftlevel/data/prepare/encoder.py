@@ -35,7 +35,7 @@ from ftlevel.errors import InputError
 
 
 class DataTask(CheckedTask, Protocol):
-    """What data preparation needs of a task; `tasks.base.BaseTask` documents the members."""
+    """Members of a task that data preparation uses; `tasks.base.BaseTask` documents the members."""
 
     # ruff: disable[D102]
     @property

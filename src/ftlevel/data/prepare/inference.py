@@ -72,7 +72,7 @@ class RowSource:
 
 
 def open_rows(name: str, options: ReadOptions) -> tuple[RowSource, Reader]:
-    """Returns the rows of a file, or of all files that match a pattern.
+    """Returns the rows of the file `name`, or of all files if `name` is a glob pattern.
 
     Also returns the reader of the first file. Raises `InputError` if a file cannot be read, or the
     columns of two files differ.
@@ -102,7 +102,7 @@ def open_rows(name: str, options: ReadOptions) -> tuple[RowSource, Reader]:
 
 
 def file_rows(reader: Reader, ignored: Sequence[str] = ()) -> RowSource:
-    """Returns the rows of a file; raises `InputError` if the first ones cannot be read."""
+    """Returns a file's rows, `leading` without `ignored`; `InputError` if none is valid."""
 
     def place(chunk: Chunk, line: int) -> str:
         return Table([], [], reader.shown, chunk.unit).place(line)
@@ -146,7 +146,7 @@ def in_memory_rows(rows: Any, ignored: Sequence[str] = ()) -> RowSource:
 
 @dataclass(frozen=True)
 class Prompts:
-    """Rows as model inputs, at most `limit`; if `fixed`, later rows may have no new columns."""
+    """At most `limit` rows as model inputs; if `fixed`, a later row with new columns is invalid."""
 
     source: RowSource
     shape: Format

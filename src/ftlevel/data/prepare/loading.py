@@ -99,7 +99,7 @@ def convert_splits(
 
 
 def eval_converter(convert: Converter, eval_table: Table) -> Converter:
-    """Returns the converter of validation rows: `convert`, or a new one for those of `--qrels`."""
+    """Returns the converter of validation rows: `convert`, or a new one if `--qrels` names them."""
     if convert.config.qrels is None:
         return convert
     plain: dict[str, Any] = {"columns": {}, "format": None, "ignore_columns": ()}

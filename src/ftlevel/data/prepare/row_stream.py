@@ -74,7 +74,7 @@ _MOST_AHEAD = 32  # chunks encoded ahead; further processes take later ones
 
 @dataclass(frozen=True)
 class ChunkEncoder:
-    """Converts a chunk to encoded rows; `check_loss` raises only if `may_lose` is set."""
+    """Encodes the rows of chunks; `may_lose`: whether `check_loss` limits the rows dropped."""
 
     config: DataConfig
     shape: Format
@@ -125,7 +125,7 @@ class ChunkEncoder:
         return table.take(i for i, line in enumerate(table.lines) if line not in lines)
 
     def check_loss(self, counts: Mapping[str, int]) -> None:
-        """Raise `InputError` if over 1 % of the rows exceed a length chosen from the first rows."""
+        """Raise `InputError` if over 1 % of rows exceed the maximum chosen from the first rows."""
         lost, read = counts.get("too_long", 0), counts.get("read", 0)
         if self.may_lose and read >= _MIN_ROWS and lost > MAX_DROP_RATIO * read:
             raise InputError(

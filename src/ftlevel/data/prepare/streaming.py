@@ -155,7 +155,7 @@ class DistinctTextSampler(Sampler[int]):
 
 
 def count_places(sets: Sequence[int], step: int) -> int:
-    """Returns the rows per epoch, each dataset of `sets` padded to whole steps of `step` rows."""
+    """Returns rows per epoch, each dataset (`sets`: index per row) padded to steps of `step`."""
     return sum(math.ceil(size / step) * step for size in Counter(sets).values())
 
 

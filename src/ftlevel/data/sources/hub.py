@@ -137,7 +137,7 @@ def is_saved_directory(directory: Path) -> bool:
 
 
 def pick_split(splits: Mapping[str, Any], requested: str | None, source: str) -> str:
-    """Returns the name of the training split; raises `InputError` if missing or ambiguous."""
+    """Returns `requested`, else train or the only split; `InputError` if there is none."""
     if not splits:
         raise InputError(f"{source}: has no splits. Expected at least one with rows.")
     name = requested or ("train" if "train" in splits or len(splits) > 1 else next(iter(splits)))

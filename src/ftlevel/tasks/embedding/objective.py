@@ -81,11 +81,11 @@ class Embeddings(StepObjective):
         return (*METRICS[self.kind], *(f"{self.headline}_dim_{count}" for count in dims))
 
     def embed(self, outputs: Any, mask: torch.Tensor, unpooled: Sequence[int] = ()) -> torch.Tensor:
-        """Returns the pooled vectors, normalized to length 1 if the model does so."""
+        """Returns the pooled vectors, without the first `unpooled` tokens of each text."""
         return self.embed_states(self.logits(outputs), without_first(mask, unpooled))
 
     def embed_states(self, states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """Returns the vectors of token states `(texts, seq, width)`, as `embed` does."""
+        """Returns vectors pooled from `states` `(texts, seq, width)`, normalized if configured."""
         import torch
         from torch.nn import functional
 
@@ -96,7 +96,7 @@ class Embeddings(StepObjective):
             return functional.normalize(vectors, dim=-1) if self.format.normalize else vectors
 
     def step_loss(self, vectors: torch.Tensor, step: StepTexts) -> torch.Tensor:
-        """Returns the mean loss of the rows, summed over the Matryoshka dimensions."""
+        """Returns the mean loss of `step`'s rows, a weighted sum over Matryoshka dimensions."""
         import torch
         from torch.nn import functional
 
@@ -129,7 +129,7 @@ class Embeddings(StepObjective):
 
     @property
     def largest_term(self) -> float:
-        """Upper bound of the scaled similarities."""
+        """Upper bound of the similarities multiplied by `scale`."""
         return max(self._loss_config.scale, 1.0)
 
     @property

@@ -241,7 +241,7 @@ class EmbeddingTask(BaseTask):
     def finish_data(
         self, prepared: PreparedData, config: DataConfig, context: EncodingContext
     ) -> PreparedData:
-        """Returns `prepared`; with several datasets, training rows have their dataset's index."""
+        """Returns `prepared`; with several datasets, `sets` has the index of each row's dataset."""
         if not config.also:
             return prepared
         ends = [part.base for part in prepared.table.parts[1:]]
@@ -454,7 +454,7 @@ def _check_loss(
     *,
     needs_scores: bool,
 ) -> None:
-    """Raise `InputError` if `loss` cannot be computed from the rows."""
+    """Raise `InputError` if `loss` cannot be computed from `examples`, whose labels are `kind`."""
     properties = LOSSES[loss]
     wants = "pairs" if kind == "ranking" else "scores"
     if properties.columns != wants:

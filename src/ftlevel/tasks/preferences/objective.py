@@ -377,7 +377,7 @@ class Preferences(LikelihoodObjective):
     def get_warnings(
         self, metrics: Mapping[str, float], before: Mapping[str, float] | None = None
     ) -> list[str]:
-        """Returns warnings about length bias, and about answers that became less likely."""
+        """Returns warnings of length bias, and of answers less likely than at first (`before`)."""
         warnings = []
         names = _PAIR if self.is_paired else _JUDGED
         start, prefix = (metrics, "ref_logp") if self.needs_reference else (before or {}, "logp")

@@ -215,7 +215,7 @@ def _labels(row: Encoded) -> list[int]:
 def create_pair_row(
     first: Encoded, second: Encoded, prompt: int, margin: float, *, scored: bool
 ) -> PairRow:
-    """Create a pair row from two encoded sequences of one prompt with different answers."""
+    """Create a row of two sequences with `prompt` common tokens; `scored`: for a reward model."""
     row_class = ScoredPairRow if scored else PairRow
     one, two = _labels(first), _labels(second)
     if not prompt:

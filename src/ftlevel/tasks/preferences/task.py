@@ -178,7 +178,7 @@ class PreferenceBaseTask(BaseTask):
         return replace(pair, reference=reference)
 
     def decode_label(self, row: Encoded, names: Sequence[str]) -> str:
-        """Returns the token ranges of prompt and answers, or the label."""
+        """Returns the token ranges of a pair's prompt and answers, or a single answer's label."""
         if isinstance(row, PairRow):
             first = row.prompt + row.chosen
             return (

@@ -72,7 +72,7 @@ class RerankingTask(BaseTask):
     def for_model(
         self, source: ModelSource, kind: str, width: int, tokenizer: Any, step_rows: int
     ) -> tuple[BaseTask, list[Choice]]:
-        """Returns the task itself; raises `ConfigError` for a reranker that scores by tokens."""
+        """Returns the task itself; `ConfigError` if the model scores by logits of two tokens."""
         directory = download_files(source, FILES)
         if directory is not None and scores_by_tokens(directory):
             raise ConfigError(
@@ -94,7 +94,7 @@ class RerankingTask(BaseTask):
         return Ranking(values["headline"], loss=values["loss"], pos_weight=values["pos_weight"])
 
     def data_info(self, loaded: LoadedData) -> Mapping[str, Any]:
-        """Returns the loss, its settings, and `regression`; `InputError` for unsuitable labels."""
+        """Returns the loss and problem type regression; `InputError` for unsuitable labels."""
         return {
             "problem_type": "regression",
             "reranking": resolve_loss(self.config, loaded.train, self.teacher),

@@ -26,7 +26,7 @@ CORRECT = 1.0
 
 
 def ignore(loss: PolicyLoss, log_probs: torch.Tensor, signals: torch.Tensor) -> None:
-    """Do nothing with the statistics of a loss."""
+    """Do nothing with the loss and its statistics; the default `PolicyGradient.watch`."""
 
 
 def loss_parameters(config: RlConfig) -> PolicyLossParameters:
@@ -83,6 +83,8 @@ class PolicyGradient(PolicyObjective):
         self, log_probs: torch.Tensor, owners: torch.Tensor, count: int, signals: torch.Tensor
     ) -> torch.Tensor:
         """Returns the policy loss (a scalar); `signals` `(targets, 5)` has a `Signal` per target.
+
+        `owners` has the completion of each target, as an index below `count`.
 
         With a teacher, the advantage of a token is minus its log-ratio log π_old − log π_teacher.
         This gives an unbiased estimate of the gradient of the reverse KL per token, as in GKD with

@@ -213,7 +213,7 @@ def _is_rows(value: object) -> bool:
 
 
 def _parse_pandas(value: Mapping[str, Any], *, is_json_lines: bool) -> OneObject | None:
-    """Returns the rows of `value` if it is an object of columns, as pandas writes it; else None."""
+    """Returns the rows if `value` is an object of columns, as pandas writes it; else None."""
     note = "a column a key, as pandas writes them; a row is what has one place in all"
     series = list(value.values())
     if {"columns", "data"} <= value.keys() and isinstance(value["data"], list):
