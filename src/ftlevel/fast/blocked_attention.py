@@ -48,7 +48,7 @@ class QueryBlock:
 
     @property
     def width(self) -> int:
-        """Number of keys in `keys`."""
+        """Total number of keys in the ranges `keys`."""
         return sum(stop - start for start, stop in self.keys)
 
 
@@ -76,7 +76,7 @@ def create_visibility_mask(
 def split_queries(
     segments: tuple[Segment, ...], causal: bool, window: int | None
 ) -> tuple[QueryBlock, ...]:
-    """Returns the blocks of queries of a packed row, in row order."""
+    """Returns the blocks of queries of a packed row, whose sequences are `segments`, in order."""
     return tuple(block for segment in segments for block in _split_segment(segment, causal, window))
 
 
@@ -107,7 +107,7 @@ def _split_segment(segment: Segment, causal: bool, window: int | None) -> Sequen
 
 
 def _clip(spans: Sequence[Range], first: int, last: int) -> tuple[Range, ...]:
-    """Returns the ranges of tokens first to last (exclusive) of the sequence made of `spans`."""
+    """Returns tokens `first` to `last` (exclusive) of a sequence as ranges in the packed row."""
     clipped, position = [], 0
     for start, stop in spans:
         low, high = max(first - position, 0), min(last - position, stop - start)
@@ -198,7 +198,7 @@ def _scores(
 
 
 def _probabilities(scores: Tensor, block: QueryBlock, dtype: torch.dtype) -> Tensor:
-    """Returns the softmax of `scores` in `dtype`; masks `scores` in place."""
+    """Returns the softmax of `scores` in `dtype`, after adding the mask of `block` in place."""
     if block.mask is not None:
         num_queries = block.stop - block.start
         last = scores.view(len(scores), -1, num_queries, block.width)[..., -block.mask.shape[1] :]

@@ -167,7 +167,7 @@ class PackingCheck(StepCheck):
     def _is_different(
         self, batch: dict[str, Tensor], compute: Callable[[], Tensor], mask: Tensor
     ) -> bool:
-        """Returns whether `compute()` differs, at `mask`, from the states of the padded `batch`.
+        """Returns whether the states `compute()` differ at `mask` from those of the padded `batch`.
 
         In decoders, a few very large states cancel out in the last blocks, so 16-bit errors are
         large. They are mere rounding if float32 states agree and the median 16-bit errors are
@@ -241,7 +241,7 @@ def _truncate(row: Encoded, size: int, labels: Any) -> Encoded:
 
 
 def relative_difference(values: Tensor, expected: Tensor) -> float:
-    """Returns the norm of the difference relative to that of `expected`, in float32."""
+    """Returns ‖values − expected‖ / ‖expected‖, computed in float32."""
     values, expected = values.float(), expected.float()
     return ((values - expected).norm() / expected.norm()).item()
 
@@ -264,8 +264,8 @@ class PruningCheck(StepCheck):
     def __call__(self, objective: Objective) -> tuple[TokenSelector | None, list[nn.Module]]:
         """Returns a selector of tokens needed after the last block, and layers that skip others.
 
-        (None, []) if every token may be needed or gradients fail; no layers if the block runs
-        twice.
+        Returns (None, []) if every token may be needed or gradients fail; (selector, []) if the
+        block runs twice.
         """
         batch = self.batch_of(self.pair)
         training = self.model.training

@@ -70,7 +70,7 @@ def get_logits_transform(model: nn.Module) -> Callable[[Tensor], Tensor]:
 
 
 class _Call(threading.local):
-    """A thread's request to the head's hook (positions and function), and the result."""
+    """Positions and function that a thread passes to the hook on the head, and the result."""
 
     request: tuple[Tensor, Callable[[Tensor], Tensor]] | None = None
     result: Tensor | None = None
@@ -197,7 +197,7 @@ class ChunkedCrossEntropy:
     def _losses(
         self, scores: Tensor, targets: Tensor, smoothing: float = 0.0
     ) -> tuple[Tensor, Tensor]:
-        """Returns the loss of each row of logits `scores`, and the gradient of the summed loss."""
+        """Returns the loss of each row of logits `scores`, and the gradient by `scores`."""
         device, vocab_size = scores.device.type, scores.shape[-1]
         backend = self._kernels.cross_entropy(vocab_size, scores.dtype, device)
         return backend.cross_entropy(scores, targets, smoothing)

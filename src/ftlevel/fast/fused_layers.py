@@ -151,7 +151,7 @@ class FusedNormGlu:
 
 
 def _fuse(module: nn.Module, cache: dict[Any, Any], kernels: Kernels) -> nn.Module | None:
-    """Returns the fused replacement of `module`, or None; `cache` keeps the match of each class."""
+    """Returns the fused replacement of `module`, None without one; `cache` has results by class."""
     if is_watched(module):
         return None
     if _may_be_norm(module):
@@ -260,7 +260,7 @@ class _Rope(torch.autograd.Function):
 
 
 class FusedRope:
-    """Replaces `count` rotary embedding functions of `model` by fused ones, until `remove`."""
+    """Replaces rotary embedding functions in the modules of `model` (`count`), until `remove`."""
 
     def __init__(self, model: nn.Module, kernels: Kernels) -> None:
         self._replaced: list[tuple[ModuleType, Callable[..., Any]]] = []
@@ -306,7 +306,7 @@ class _Replacement:
 
 
 def _supports_kernel(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> bool:
-    """Returns whether the dtypes are equal and whole heads are rotated."""
+    """Returns whether dtypes are equal and all dimensions of a head are rotated."""
     if not q.dim() == k.dim() == 4 or cos.dim() != 3 or cos.shape != sin.shape:
         return False
     batch, _, tokens, width = q.shape

@@ -241,7 +241,7 @@ class FusedLinear(FusedForward, lora.Linear):
 
 
 def get_fused_class(target: nn.Module, kwargs: Mapping[str, Any]) -> type | None:
-    """Returns the fused class for a bitsandbytes layer `target`; None for other layers."""
+    """Returns the fused class for bitsandbytes layer `target` (`kwargs` are PEFT's); else None."""
     if kwargs.get("loaded_in_4bit") and isinstance(target, bnb.nn.Linear4bit):
         return FusedLinear4bit
     if kwargs.get("loaded_in_8bit") and isinstance(target, bnb.nn.Linear8bitLt):
@@ -274,7 +274,7 @@ class FusedLinear8bitLt(FusedForward, lora.Linear8bitLt):
 
 
 def skip_unused_outputs(blocks: Sequence[nn.Module]) -> None:
-    """Make the last linear layer of each block (modified) skip the product when recomputed."""
+    """Make the last linear layer of each block (modified) skip its product in recomputation."""
     for block in blocks:
         _mark_last_layer(block)
 
@@ -293,7 +293,7 @@ def _mark_last_layer(block: nn.Module) -> None:
 
 
 def _last_layer(grad_fn: Any) -> Any:
-    """Returns the fused layer that computed the last operand of the sum `grad_fn`, or None."""
+    """Returns the fused layer whose output the autograd node `grad_fn` adds last; None for none."""
     while grad_fn.name() == "ViewBackward0":
         ((grad_fn, _),) = grad_fn.next_functions
     if grad_fn.name() != "AddBackward0":

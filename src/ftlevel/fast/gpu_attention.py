@@ -191,7 +191,7 @@ def get_lengths(segments: tuple[Segment, ...], device: torch.device) -> Lengths:
 
 
 def window_of(causal: bool, window: int | None) -> tuple[int, int]:
-    """Returns how many keys before and after a query the query sees, -1 for all."""
+    """Returns how many keys before and after its own a query sees (-1: all), as kernels expect."""
     past = -1 if window is None else window - 1
     return past, 0 if causal else past
 
@@ -199,7 +199,7 @@ def window_of(causal: bool, window: int | None) -> tuple[int, int]:
 def supports_attention(
     query: Tensor, options: AttentionOptions, kernel: FlashKernel | None = None
 ) -> bool:
-    """Returns whether `kernel` (None: torch's) supports `query` (heads, tokens, head_dim)."""
+    """Returns whether `kernel` (None: torch's) supports `options` and a `query` (…, head_dim)."""
     if not query.is_cuda or query.dtype not in (torch.bfloat16, torch.float16) or options.dropout:
         return False
     head_dim, kernel = query.shape[-1], kernel or get_installed_kernel()

@@ -94,7 +94,7 @@ def compute_full_loss(
 
 
 def with_baseline(preference_labels: Tensor, baseline: Tensor) -> Tensor:
-    """Returns `preference_labels` (answers, 3) with the scalar `baseline` as last column."""
+    """Returns `preference_labels` (answers, 3), the last column replaced by the KTO `baseline`."""
     return torch.cat([preference_labels[:, :2], baseline.expand(len(preference_labels), 1)], dim=1)
 
 
@@ -124,7 +124,7 @@ def sum_log_ratios(
 def prepare_inputs(
     model: Any, objective: TokenObjective, batch: Mapping[str, Any]
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """Returns the inputs with which `model` computes logits, and the labels."""
+    """Returns the entries of `batch` with which `model` computes logits, and the labels."""
     inputs: dict[str, Any] = dict(batch)
     for name in ("preference_labels", "located", "known", "ids", "signals"):
         inputs.pop(name, None)

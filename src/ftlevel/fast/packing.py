@@ -112,7 +112,7 @@ class PackedLayout:
         return self.batch == 1 and self.tokens == self.seq
 
     def is_padded(self, states: Tensor) -> bool:
-        """Returns whether `states` (…, …, width) have the shape of the batch."""
+        """Returns whether the first two dimensions of `states` are those of the padded batch."""
         return states.shape[0] == self.batch and states.shape[1] == self.seq
 
     @cached_property
@@ -260,7 +260,7 @@ def _round_up(number: int, multiple: int, limit: int) -> int:
 
 
 def _balance(order: Sequence[int], costs: Sequence[int], num_batches: int) -> MicroBatches:
-    """Split rows evenly; each one joins the micro-batch of lowest total cost so far."""
+    """Split rows, in `order`; each joins the micro-batch with the lowest total cost so far."""
     micro_batches: MicroBatches = [[] for _ in range(num_batches)]
     batch_costs = [0] * num_batches
     for row in order:
@@ -271,7 +271,7 @@ def _balance(order: Sequence[int], costs: Sequence[int], num_batches: int) -> Mi
 
 
 def _split(order: Sequence[int], budget: int, added: AddedCost, multiple: int) -> MicroBatches:
-    """Split rows in `order` into few, even micro-batches; `added` counts the tokens a row adds."""
+    """Split rows in `order` into few, even micro-batches; a row adds `added` tokens to one."""
     num_batches = _round_up(len(_fill(order, budget, added)), multiple, len(order))
     low, high = 1, budget
     while low < high:  # the smallest budget that needs no more micro-batches

@@ -31,7 +31,7 @@ GAIN = 1.1
 
 
 class ParallelWorkers:
-    """Threads that compute one micro-batch each and share torch's `threads`.
+    """Worker threads that compute one micro-batch each and share `threads` CPU threads of torch.
 
     `is_random` means that the micro-batches draw random values and need a seed.
     """
@@ -129,5 +129,5 @@ def makespan(durations: Sequence[int], workers: int) -> int:
 
 
 def duration(costs: Sequence[int], workers: int) -> float:
-    """Returns the time of micro-batches of `costs` tokens; unit: one token on all threads."""
+    """Returns estimated time of micro-batches of `costs` tokens; unit: one token on all threads."""
     return sum(costs) if workers == 1 else makespan(costs, workers) * workers / GAIN

@@ -50,7 +50,7 @@ class WorkerPlan:
 def plan_workers(
     method: MethodConfig, requested: int | str, meta: Any, device: str, is_ordered: bool
 ) -> WorkerPlan:
-    """Returns how many micro-batches to compute in parallel, for the model on meta tensors."""
+    """Returns how many micro-batches to compute in parallel; `meta` is the model on meta."""
     threads = torch.get_num_threads()
     if device != "cpu" or threads == 1 or requested == 1:
         return WorkerPlan()

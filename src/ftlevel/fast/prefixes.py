@@ -72,7 +72,7 @@ class SharedPrefix:
         return [part for _, part in self._with_graph()]
 
     def gradients(self, of_leaves: Gradients, parameters: Sequence[Tensor]) -> Gradients:
-        """Returns the gradients of `parameters` from `of_leaves`; frees the prefix's graph."""
+        """Returns the gradients of `parameters`, given those of `leaves`; frees the graph."""
         tensors = [part for part, _ in self._with_graph()]
         pairs = [(m, g) for m, g in zip(tensors, of_leaves, strict=True) if g is not None]
         if not pairs:
@@ -159,7 +159,7 @@ def create_prefix_tree(
 
 
 class _Tree:
-    """Builds the segments of a prefix tree's layout, parents first."""
+    """Builds a prefix tree's layout: shared tokens, then the rest of the rows that share them."""
 
     def __init__(self, rows: Sequence[Tokens], min_length: int, before: int) -> None:
         self._rows = rows

@@ -109,7 +109,7 @@ def _with_gradient(
 
 
 def _has_only_needed(gradient: Tensor, layout: PackedLayout) -> bool:
-    """Returns whether `gradient` (…, tokens, width) is zero for all unneeded tokens."""
+    """Returns whether `gradient` (…, tokens, width) is nonzero at needed tokens only."""
     if layout.needed is None or gradient.dim() < 2 or gradient.shape[-2] != layout.tokens:
         return False
     per_token = gradient.abs().amax(-1).reshape(-1, layout.tokens).amax(0)

@@ -63,7 +63,7 @@ class FastStep:
             self.workers = ParallelWorkers(plan.workers, torch.get_num_threads(), plan.is_random)
 
     def check(self, rows: Sequence[Encoded], pad_id: int, device: str, dtype: str) -> list[str]:
-        """Disable the parts that fail `PackingCheck`; returns the reasons."""
+        """Disable the parts that fail `PackingCheck` on `rows`; returns a reason for each."""
         if self._blocks is None:
             return []
         check = PackingCheck(self._model, get_blocks(self._base)[-1], rows, pad_id, device, dtype)

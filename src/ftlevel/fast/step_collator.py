@@ -55,9 +55,9 @@ class StepCollator:
 
         `parts` are the row indices of each micro-batch; `has_parts` is whether some micro-batch has
         several rows. `shared_prefix`, if any, has batch and layout of the rows' common prefix;
-        `contrasts`, if any, are micro-batches of contrasting rows. A micro-batch is the output of
-        `Collator` with its `layout` (None if padded) and, for a language head, its `located`
-        targets.
+        `contrasts`, if any, are micro-batches of KTO's mismatched pairs. A micro-batch is the
+        output of `Collator` with its `layout` (None if padded) and, for a language head, its
+        `located` targets.
         """
         schedule = self._select_schedule(rows)
         partition = schedule.partition
@@ -182,7 +182,7 @@ class _Partition:
 
 
 class _Schedule:
-    """Micro-batches and workers of a step; `duration` is from `parallel_workers.duration`."""
+    """Micro-batches and workers of a step; `duration` is the estimated time."""
 
     def __init__(self, partition: _Partition, budget: int, workers: int) -> None:
         self.partition = partition
@@ -200,7 +200,7 @@ def _num_tokens(row: Encoded, *, packs: bool) -> int:
 
 
 def _num_shared_tokens(row: Encoded) -> int:
-    """Returns how many tokens are saved if prefixes shared by `row`'s sequences count once."""
+    """Returns how many tokens of the sequences in `row` repeat a prefix of the one before."""
     sequences = row.sequences
     lengths = [common_prefix_length(a.input_ids, b.input_ids) for a, b in pairwise(sequences)]
     return sum(shared for shared in lengths if shared >= MIN_PREFIX)

@@ -100,7 +100,7 @@ class Stack:
 
 @dataclass(frozen=True)
 class ReleasedModel:
-    """A released model; `variants` are the `BlockLinear.only` values that it has."""
+    """A released model; `variants` names the variants of the family whose layers it has."""
 
     name: str
     dims: Dims

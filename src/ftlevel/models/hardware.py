@@ -77,7 +77,7 @@ def get_cpu_quota(membership: Path = _MEMBERSHIP, root: Path = _CGROUPS) -> floa
 def control_groups(
     membership: Path = _MEMBERSHIP, root: Path = _CGROUPS, controller: str = "cpu"
 ) -> Iterator[Path]:
-    """Yields the control-group directories from this process's group up to the root."""
+    """Yields the directories of this process's control groups (cgroups), up to `root`."""
     try:
         lines = membership.read_text().splitlines()
     except OSError:

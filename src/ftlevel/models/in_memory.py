@@ -36,7 +36,7 @@ _OF_NO_WEIGHT = tuple(
 
 @dataclass(frozen=True)
 class PlacedModel:
-    """Files of a model object; `directory` is None if the model `name` has the same files."""
+    """Where a model object is stored: in `directory`, or if None, in the files of model `name`."""
 
     name: str
     directory: Path | None
@@ -209,7 +209,7 @@ def _get_config_dict(config: Any) -> dict[str, Any]:
 
 
 def _load_tensors(model: Any, source: ModelSource) -> Iterator[tuple[str, Tensor]]:
-    """Yields (name in `model`, tensor) of the tensors in the files of `source`."""
+    """Yields (name in `model`, tensor) of each tensor in the files of `source`, loaded singly."""
     state, prefix = model.state_dict(), f"{model.base_model_prefix}."
     for path in sorted(snapshot(source).glob("*.safetensors")):
         with safe_open(str(path), framework="pt") as file:

@@ -99,7 +99,7 @@ def check_unexpected(model: nn.Module, unexpected_keys: Iterable[str], label: st
 
 
 def _lookup(values: Mapping[str, Any], name: str) -> Any:
-    """Returns the value of key `name`, or of a key with another module prefix; else None."""
+    """Returns the value of key `name`, or of a key that differs in its first modules; else None."""
     if name in values:
         return values[name]
     if not name:
@@ -412,7 +412,7 @@ def _load_gguf_quantized(
 
 
 def keep_heads(quantization: Any, config: Any, auto_class: str) -> Any:
-    """Returns a copy of `quantization` that does not convert heads.
+    """Returns a copy of `quantization` that leaves the heads of the model unquantized.
 
     With a list of modules to skip, transformers quantizes a tied output layer too, which unties it.
     """
@@ -430,7 +430,7 @@ def _keep_new_heads(
     auto_class: str,
     dtype: torch.dtype,
 ) -> Any:
-    """Returns the config with heads excluded that the bitsandbytes checkpoint did not quantize."""
+    """Returns `config` with quantization of all heads off that the checkpoint did not quantize."""
     if as_quant_config(quantization_config) is None:
         return config
     quantized = [name for name in _load_tensor_types(source) if name.endswith((".absmax", ".SCB"))]

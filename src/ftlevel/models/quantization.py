@@ -87,7 +87,7 @@ class QuantizationRounding:
 
 
 def create_rounding(model: Any, quantization: Any, dtype: torch.dtype) -> QuantizationRounding:
-    """Create the rounding that `quantization` applies to the meta model `model` (modified)."""
+    """Create the rounding of weights that `quantization` causes in the meta `model` (modified)."""
     layers = replaced_linears(model, quantization, pre_quantized=False)
     experts: frozenset[str] = frozenset()
     if packs_experts(quantization):

@@ -231,7 +231,7 @@ def _check_reachable(name: str, revision: str | None, label: str) -> bool:
 
 
 def is_reachable(endpoint: str) -> bool:
-    """Returns whether the host of a URL accepts a connection in time; True behind a proxy."""
+    """Returns whether the host of URL `endpoint` accepts a connection; True behind a proxy."""
     if any(os.environ.get(key) for key in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY")):
         return True
     parsed = urlparse(endpoint)
@@ -244,7 +244,7 @@ def is_reachable(endpoint: str) -> bool:
 
 
 def snapshot(source: ModelSource, extra: Iterable[str] = ()) -> Path:
-    """Returns the directory of `source`; config, weights and `extra` are downloaded if needed."""
+    """Returns the directory of `source`; config, weights and files `extra` are downloaded first."""
     if source.kind != "hub":
         return Path(source.location)
     from huggingface_hub import snapshot_download

@@ -153,7 +153,7 @@ _SIZES = Path("/proc/self/statm")  # in pages; the sixth field is data and stack
 
 @functools.lru_cache(maxsize=1)
 def _sizes_of(_process: int) -> io.FileIO | None:
-    """Returns the open file /proc/self/statm with this process's memory, or None; cached."""
+    """Returns /proc/self/statm, opened once per process id; None if the system lacks it."""
     return io.FileIO(_SIZES) if _SIZES.exists() else None
 
 
@@ -206,7 +206,7 @@ _PATTERN_KEYS = ("rank_pattern", "alpha_pattern")
 
 
 def check_patterns(adapter_dir: Path, peft_config: Mapping[str, Any], base: Any) -> None:
-    """Raise `InputError` for invalid or slow regular expressions in adapter_config.json."""
+    """Raise `InputError` for patterns that are invalid, or slow on module names of `base`."""
     path = adapter_dir / "adapter_config.json"
     names = [name for name, _ in base.named_modules()]
     for field, written, pattern in _patterns(peft_config):
@@ -226,7 +226,7 @@ def check_patterns(adapter_dir: Path, peft_config: Mapping[str, Any], base: Any)
 
 
 def _patterns(peft_config: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
-    """Yields (field, original regular expression, expression that PEFT 0.21 makes of it)."""
+    """Yields (config field, its regular expression, expression that PEFT matches instead)."""
     for field in _REGEX_KEYS:
         if isinstance(text := peft_config.get(field), str):
             yield field, text, text

@@ -70,7 +70,7 @@ class BestModel:
 
     @property
     def choice(self) -> Choice:
-        """Line about the best model that is printed at the start of the run."""
+        """Line, printed at the start of the run, that says how the best model is selected."""
         order = "highest" if self.greater_is_better else "lowest"
         checkpoint = (
             "checkpoint with the" if self.loads else "last checkpoint, not the one with the"
@@ -86,7 +86,7 @@ def resolve_best_model(
     num_eval_samples: int,
     length: Length,
 ) -> BestModel | None:
-    """Returns the metric and options that select the best model; None if nothing needs one."""
+    """Returns how the best model is selected; None without validation rows or a use for it."""
     _check_eval_data(train, num_eval_samples)
     load_best, save_best = train.load_best_model_at_end, train.save_strategy == "best"
     metric, reason = _select_metric(train, task, objective)
@@ -336,7 +336,8 @@ class BestModelCallback(TrainerCallback):
     def resume(self, step: int, past: Sequence[Mapping[str, Any]], *, has_new_length: bool) -> None:
         """Restore the evaluations up to the checkpoint of `step` from the log records `past`.
 
-        Best models of later steps are deleted. With `has_new_length`, early stopping is canceled.
+        Best models of later steps are deleted. A run that had stopped early will stop again, unless
+        `has_new_length`: its number of steps has changed.
         """
         if self._is_first:
             delete_best_after(self.checkpoint_dir, step)

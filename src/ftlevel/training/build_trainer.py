@@ -245,7 +245,7 @@ def create_trainer(
     processes: Processes,
     teacher: TokenLogps | None = None,
 ) -> FtlevelTrainer:
-    """Create the run's Trainer; `teacher` scores completions in on-policy distillation."""
+    """Create the run's Trainer; `teacher` scores completions, only in on-policy distillation."""
     from transformers import PrinterCallback, ProgressCallback
 
     args = create_training_args(run, output_dir.checkpoints)
@@ -334,7 +334,10 @@ class RunCallbacks:
 def rollout_callbacks(
     trainer: FtlevelTrainer, output_dir: RunDirectory, processes: Processes, checkpoint: Path | None
 ) -> list[Any]:
-    """Make an `RlTrainer` write rollouts.jsonl; returns callbacks that checkpoint its rollout."""
+    """Make an `RlTrainer` write rollouts.jsonl, on resume from the step of `checkpoint` on.
+
+    Returns callbacks that save its current rollout with each checkpoint; none for other trainers.
+    """
     if not isinstance(trainer, RlTrainer):
         return []
     trainer.keep = file = RolloutFile(output_dir.path / ROLLOUTS, processes)
@@ -372,7 +375,8 @@ def add_callbacks(
 ) -> RunCallbacks:
     """Add all callbacks to `trainer` (modified); returns the callbacks with results.
 
-    `checkpoint` is the one to resume from. `write_files` saves tokenizer and card in a checkpoint.
+    `checkpoint` is the one to resume from or None, `listener` gets progress and warnings.
+    `write_files` saves tokenizer and card in a checkpoint.
     """
 
     def discard(_: Mapping[str, Any]) -> None:

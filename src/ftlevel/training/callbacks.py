@@ -34,7 +34,7 @@ from ftlevel.training.processes import Processes
 
 
 class Report(TrainerCallback):
-    """Send the progress of a run to the listener, metrics.jsonl and trackers.
+    """Send the progress of a run to `listener` (the terminal), metrics.jsonl and trackers.
 
     Attributes:
         records: all log records, including those before a resume.
@@ -286,7 +286,7 @@ def get_run_info(
     output_dir: RunDirectory,
     past: Sequence[Mapping[str, Any]],
 ) -> RunInfo:
-    """Returns the description of a run for trackers; `past` are its log records before a resume."""
+    """Returns a run for trackers: `values` is its configuration, `past` its log before a resume."""
     name, first = output.run_name or output_dir.path.name, past[-1]["step"] if past else 0
     return RunInfo(output_dir.path, name, output.tracker_project, values, first)
 
@@ -295,7 +295,10 @@ def get_run_info(
 def tracking(
     names: tuple[str, ...], info: RunInfo, listener: Listener
 ) -> Iterator[list[Callable[[Mapping[str, Any]], None]]]:
-    """Start trackers in a `with` block; yields one function per tracker that logs a record."""
+    """Start the trackers `names` in a `with` block; yields functions that log a record, one each.
+
+    A tracker that fails later is disabled with a warning to `listener`.
+    """
     environment = dict(os.environ)
     trackers: dict[str, Tracker] = {}
     try:
@@ -318,7 +321,7 @@ def tracking(
 def _write_to(
     name: str, tracker: Tracker, listener: Listener
 ) -> Callable[[Mapping[str, Any]], None]:
-    """Returns a function that sends log records to `tracker` until the first failure."""
+    """Returns a function that sends log records to `tracker`; after a failure, it does nothing."""
     failed: list[bool] = []
 
     def write(record: Mapping[str, Any]) -> None:
@@ -333,7 +336,7 @@ def _write_to(
 
 @contextlib.contextmanager
 def _or_warn(name: str, listener: Listener) -> Iterator[None]:
-    """Convert a tracker's exceptions in the `with` block into a warning; the run continues."""
+    """Convert exceptions of tracker `name` in the `with` block into warnings to `listener`."""
     try:
         yield
     except Exception as error:  # noqa: BLE001 - a tracker's own, and no reason to lose a run

@@ -200,7 +200,7 @@ def report_results(
     listener: Listener,
     auxiliary_info: Mapping[str, Any],
 ) -> Mapping[str, Any]:
-    """Save and show the results of a run, and upload it if configured; returns the summary."""
+    """Save and show results with `auxiliary_info`, upload if configured; returns the summary."""
     summary = create_summary(run, outcome)
     step = outcome.selected.step if outcome.selected else summary["steps"]
     lines, intervals = get_predictions(run, outcome.evaluator, outcome.answers, step)
@@ -228,7 +228,7 @@ def report_results(
 def end_run(
     output: OutputConfig, output_dir: RunDirectory, summary: Mapping[str, Any], listener: Listener
 ) -> None:
-    """Upload the run if configured and report its end; only then raises an upload error."""
+    """Upload the run if configured, then report its end; raises a failed upload's error last."""
     upload_error: RunError | None = None
     if output.push_to_hub is not None:
         listener.stage("uploading")
@@ -268,7 +268,7 @@ class StartTime:
 def measure_times(
     report: Report, start: StartTime, trained_at: float, tokens: int
 ) -> dict[str, float]:
-    """Returns seconds until the first step, in training and in total; and tokens per second."""
+    """Returns seconds to the first step (or `trained_at`), in training and in total; tokens/s."""
     first = report.first_step_at or trained_at
     return {
         "to_first_step_s": round(first - start.at, 3),

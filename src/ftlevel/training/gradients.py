@@ -37,7 +37,7 @@ _FILE_NAME = "losses.json"  # in a checkpoint
 
 
 class Recovery(TrainerCallback):
-    """Handle a step with a non-finite value or a loss spike, and record what was done."""
+    """Stop at, skip or roll back a step with a non-finite value or a loss spike, and log it."""
 
     def __init__(
         self,
@@ -72,7 +72,7 @@ class Recovery(TrainerCallback):
         return self.is_fatal and self._factor is None
 
     def any_process(self, is_invalid: bool) -> bool:
-        """Returns whether `is_invalid` is true in any process."""
+        """Returns whether `is_invalid` is true in any process; all processes must call this."""
         return self._processes.any(is_invalid)
 
     def decide(self, step: int, problem: str, advice: str, *, in_weights: bool = False) -> None:

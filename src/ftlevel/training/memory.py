@@ -122,7 +122,7 @@ def checkpoint_first(blocks: Sequence[nn.Module], num_blocks: int) -> None:
 
 
 def get_activations(model: Any, blocks: Sequence[nn.Module], run: Run) -> Activations:
-    """Returns the activation bytes per token, measured in a forward pass of one row."""
+    """Returns the activation bytes per token of each block, measured in a forward pass of a row."""
     batch, device = _sample_batch(run), run.model.device
     tokens = batch["input_ids"].numel()
     weights = {storage_of(p) for p in model.parameters()}
@@ -178,7 +178,7 @@ def _sample_batch(run: Run) -> dict[str, Any]:
 
 @dataclass
 class _BlockTracker:
-    """Block that a forward pass is currently in.
+    """The one of the model's blocks that a forward pass is currently in.
 
     Attributes:
         at: index of the block being computed; None between encoder and decoder.
@@ -233,7 +233,7 @@ class StepReducer:
         return _can_split(inputs) or self._can_checkpoint()
 
     def reduce(self, model: Any, rows: Sequence[Encoded], inputs: Mapping[str, Any]) -> Any:
-        """Clear gradients; returns the `inputs` of a failed step in smaller micro-batches."""
+        """Clear gradients; returns the failed step's `rows` collated into smaller micro-batches."""
         model.zero_grad()
         gc.collect()
         if torch.cuda.is_available():

@@ -215,7 +215,7 @@ def gather(model: Any, keep: bool) -> Iterator[tuple[str, Tensor]]:
 
 
 def apply_fast_step(model: Any, run: Run, listener: Listener) -> FastStep | None:
-    """Apply the fast step to `model` (modified); unsupported parts are skipped with a warning."""
+    """Apply the fast step to `model` (modified); unsupported parts are reported to `listener`."""
     if not run.fast.enabled:
         return None
     fast = FastStep(model, run.fast)
@@ -397,7 +397,7 @@ def initialize_adapter(model: Any, run: Run) -> None:
 
 
 def load_sharded(run: Run, listener: Listener) -> Any:
-    """Load and shard the model with the method; if possible, a process reads only its own shard."""
+    """Load the model, apply the method and shard it; a process reads only its shard if possible."""
     reason = get_full_load_reason(run)
     slices = None if reason else LazyWeights()
     local_run = replace(run, model=with_host_device(run.model, slices))

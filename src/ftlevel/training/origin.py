@@ -267,7 +267,7 @@ def load_origin(output_dir: RunDirectory, origin: Mapping[str, Any]) -> dict[str
 def check_same_run(
     output_dir: RunDirectory, before: Mapping[str, Any], origin: Mapping[str, Any]
 ) -> None:
-    """Raise ConfigError with all fields in which two origins of a run differ."""
+    """Raise ConfigError with all fields in which `origin` differs from the stored one, `before`."""
     keys = [key for key in {**before, **origin} if before.get(key) != origin.get(key)]
     if keys:
         message = join_names(

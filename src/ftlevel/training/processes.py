@@ -131,7 +131,7 @@ class Processes:
         return cast("T", result)  # set if no process raised
 
     def all_gather(self, value: T) -> list[T]:
-        """Returns the `value` of every process, in rank order."""
+        """Returns the list of every process's `value`, in rank order, in all processes."""
         if self.count == 1:
             return [value]
         values: list[Any] = [None] * self.count
@@ -139,7 +139,7 @@ class Processes:
         return values
 
     def check_same(self, values: Mapping[str, Any]) -> None:
-        """Raise ConfigError in all processes, with every difference, if `values` differ."""
+        """Raise ConfigError in all processes, with every difference, if their `values` differ."""
         if self.count == 1:
             return
         gathered = self.all_gather((socket.gethostname(), dict(values)))

@@ -44,7 +44,7 @@ MAX_TEST_LOGITS = 8_000_000
 
 @dataclass(frozen=True)
 class Proof:
-    """Result of checking a saved run; differences of logits are maximum absolute ones.
+    """Result of comparing saved and trained model; differences are max |logit difference|.
 
     Attributes:
         idle_tensors: number of tensors with a zero gradient in the first two steps.
@@ -73,7 +73,7 @@ class BaseState:
 def verify_run(
     model: PreparedModel, run: Run, output_dir: RunDirectory, gradients: GradientMonitor
 ) -> Proof:
-    """Compare the files saved in `run` with the trained model; RunError if they differ."""
+    """Compare the files saved in `output_dir` with the trained model; RunError if they differ."""
     inputs = create_check_inputs(run)
     result = check_saved(
         model.model,
@@ -88,7 +88,7 @@ def verify_run(
 
 
 def create_proof(result: CheckResult, inputs: CheckInputs, gradients: GradientMonitor) -> Proof:
-    """Returns the proof of a saved run from a comparison and the gradients seen in training."""
+    """Returns the proof, from the comparison `result` and the gradients seen in training."""
     return Proof(
         gradients.checked,
         len(gradients.idle),
@@ -182,7 +182,7 @@ def check_saved(
 
 
 def bound_of(logits: Tensor, inputs: CheckInputs) -> float:
-    """Returns the largest allowed difference of the saved model's logits from `logits`."""
+    """Returns the maximum by which logits of the reloaded model may differ from `logits`."""
     return logits.abs().max().item() * (1e-5 if inputs.dtype == "float32" else 1e-2)
 
 
@@ -211,7 +211,7 @@ _ADAPTER_NAME = "saved"
 
 
 def _compute_on_same_base(trained: Any, path: Path, inputs: CheckInputs) -> LogitsPair | None:
-    """Returns logits without and with the saved adapter; None if PEFT cannot add the adapter."""
+    """Returns logits without and with the adapter at `path`; None if PEFT cannot add a second."""
     name, flags = trained.active_adapter, [p.requires_grad for p in trained.parameters()]
     with trained.disable_adapter():
         before = inputs.logits(trained)

@@ -199,8 +199,8 @@ def add_reference_logps(
 ) -> tuple[Run, dict[str, Any]]:
     """Returns `run` with reference log-probabilities in its rows, and their entry in summary.json.
 
-    `key` is the cache key. `load`, called only if values are missing, returns the reference model
-    and a run to compute its outputs.
+    `name` and `key` name the reference model for the user and in the cache. `load`, called only if
+    values are missing, returns a run to compute outputs with, and the reference model.
     """
     task: Any = run.task
     train, cached = load_or_compute(
@@ -287,7 +287,7 @@ def _fill(run: Run, model: PreparedModel, array: np.ndarray) -> None:
 
 
 def _compute_logps(run: Run, model: PreparedModel, rows: Sequence[Encoded]) -> np.ndarray:
-    """Returns log-probabilities (rows, 2) of both answers, or of an answer and its KTO contrast."""
+    """Returns (rows, 2) log-probabilities: of two answers, or of a KTO row and mismatched pair."""
     values = np.full((len(rows), 2), np.nan, dtype=np.float32)
     contrasts = [other for row in rows for other in row.contrasts]
     for column, sequences in ((0, rows), (1, contrasts)):

@@ -51,7 +51,7 @@ BASE_DIR = "base"
 
 
 def store_base(run: Run, output_dir: RunDirectory, *, is_first: bool) -> tuple[Run, dict[str, Any]]:
-    """Move a base passed as an object into the run directory; returns the run and base values."""
+    """Move a base passed as an object into the run directory; returns run and `get_base_info`."""
     if run.written_base is not None:
         path = output_dir.path.resolve() / BASE_DIR
         if is_first and not path.exists():
@@ -62,7 +62,7 @@ def store_base(run: Run, output_dir: RunDirectory, *, is_first: bool) -> tuple[R
 
 
 def get_base_info(run: Run) -> dict[str, Any]:
-    """Returns name, kind, revision and fingerprint of the base; a digest if passed as an object."""
+    """Returns the base's name, kind, revision and fingerprint, and a digest if it was an object."""
     info, path = get_base_values(run.model.source), run.model.source.path
     if run.written_base is None or path is None:
         return info
@@ -181,7 +181,7 @@ class ResumeState:
     origin: Mapping[str, Any] = field(default_factory=dict)
 
     def missed_evaluation(self, strategy: str, steps_per_epoch: int, steps: int) -> bool:
-        """Returns whether the run stopped between a checkpoint and the epoch's evaluation."""
+        """Returns whether the checkpoint ends an epoch, and the evaluation due then is missing."""
         if self.checkpoint is None or strategy != "epoch":
             return False
         step = step_of(self.checkpoint)

@@ -134,7 +134,7 @@ class WriteManifest(TrainerCallback):
 
     Args:
         keep: number of checkpoints to keep.
-        write_files: adds the files with which a checkpoint can be used like a run; None if
+        write_files: adds tokenizer and card, so that a checkpoint can be used like a run; None if
             unsupported.
         run_after_save: calls a function once the checkpoint is written in the background; None if
             checkpoints are written at once.
@@ -250,7 +250,7 @@ class SaveStreamState(TrainerCallback):
 
 
 class SaveRollout(TrainerCallback):
-    """Call `save` with each checkpoint, before its manifest, to write a rollout still in use."""
+    """Call `save`, which writes a rollout still in use, with each checkpoint's directory."""
 
     def __init__(self, save: Callable[[Path], None], checkpoint_dir: Path) -> None:
         self._save = save

@@ -126,7 +126,7 @@ class BoundInputs:
 
 
 def bind_inputs(config: TrainConfig, inputs: TrainInputs, stack: ExitStack) -> BoundInputs:
-    """Bind `inputs` to `config`; a passed model is written to a directory until `stack` closes."""
+    """Name `inputs` in `config`; a passed model is written to a directory until `stack` closes."""
     _check_callbacks(inputs.callbacks)
     rows = {"dataset": inputs.dataset, "validation_file": inputs.eval_dataset}
     names = {
@@ -221,7 +221,7 @@ class TrainingJob:
 def resolve_job(
     inputs: BoundInputs, command: CommandLine, listener: Listener, *, dry_run: bool
 ) -> TrainingJob:
-    """Resolve and show a run in every process; an error in one process is raised in all."""
+    """Resolve a run in every process and show it; an error in one process is raised in all."""
     processes = started_processes()
     train = resolve_processes(inputs.config.train, processes, is_dry_run=dry_run)
     inputs = replace(inputs, config=inputs.config.model_copy(update={"train": train}))

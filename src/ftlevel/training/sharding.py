@@ -75,7 +75,7 @@ class ShardedTrainer(FtlevelTrainer):
         ]
 
     def num_forward_passes(self, count: int) -> int:
-        """Returns the largest number of micro-batches of any process."""
+        """Returns the largest `count` (micro-batches) of any process."""
         return self.processes.max(count)
 
     def training_step(
@@ -190,7 +190,7 @@ def save_sharded(
     processes: Processes,
     save: Callable[[Mapping[str, Tensor] | None], None],
 ) -> None:
-    """Save in the first process; without an adapter, all processes first gather the weights.
+    """Call `save` in the first process; a full model's weights are first gathered from all.
 
     Training-only modules of `prepared` (modified) are removed. `save` gets the gathered state dict,
     or None for an adapter. Write errors raise RunError in all processes.

@@ -126,7 +126,7 @@ def sum_by_type(tensors: Mapping[str, GradientDifference]) -> dict[str, Gradient
 def add_differences(
     first: Mapping[str, GradientDifference], other: Mapping[str, GradientDifference]
 ) -> dict[str, GradientDifference]:
-    """Returns the sums of two comparisons of each tensor, by name."""
+    """Returns tensor name → sum of both comparisons of the tensor, or the only one."""
     return {
         name: first.get(name, GradientDifference()) + other.get(name, GradientDifference())
         for name in {**first, **other}
@@ -158,7 +158,7 @@ LENGTH = 0.3
 
 @dataclass
 class StepComparison:
-    """Differences between the fast step and the plain step, relative to the plain step.
+    """Differences of the fast step's loss and gradients, relative to the plain step's (2-norm).
 
     Attributes:
         dtype: dtype in which the steps were compared, besides the run's own.
@@ -185,7 +185,7 @@ class StepComparison:
 
 @dataclass(frozen=True)
 class Bounds:
-    """Largest allowed differences of two steps that differ in summation order only.
+    """Largest allowed differences between two steps that differ only by summation order.
 
     Attributes:
         noise: difference of each tensor's gradient if the summation order changes.
@@ -210,7 +210,7 @@ class Bounds:
     def check_gradients(
         self, differences: Mapping[str, GradientDifference], label: str = "gradients"
     ) -> float:
-        """Returns the distance of all gradients together; RunError if a bound is exceeded."""
+        """Returns the relative distance of all gradients together; RunError above a bound."""
         rtol = TOLERANCES.get(self.dtype, HALF_TOLERANCES)[1]
         overall, norms = total(differences.values()), norms_of(differences)
         for name, difference in sorted(differences.items(), key=lambda item: -item[1].difference):
@@ -253,7 +253,7 @@ class RoundingErrors:
         self.losses.setdefault(step, []).append(abs(loss / exact - 1))
 
     def check(self) -> dict[str, tuple[float, float]]:
-        """Returns type of tensor → distances of the plain and the fast gradient from float32.
+        """Returns type of tensor → relative distances of plain and fast gradients from float32.
 
         Raises RunError if the fast step is farther off than the plain step's rounding allows.
         """
@@ -298,7 +298,7 @@ class RoundingErrors:
 
 
 def norms_of(differences: Mapping[str, GradientDifference]) -> dict[str, float]:
-    """Returns reference norms, at least 1 % of the mean norm of the tensor's type and of the total.
+    """Returns tensor name → norm of r, at least 1 % of the mean of its type and of the total norm.
 
     Rounding errors of tensors with almost no gradient, such as the bias of span logits or the keys
     of saturated attention, are as large as those of other tensors.
@@ -362,7 +362,7 @@ class Steps:
             return self._reference(model, rows[::-1], 1, dtype)
 
     def reference(self, rows: Sequence[Encoded], batch_size: int, dtype: str) -> StepResult:
-        """Returns loss and gradients as transformers and PEFT compute them: padded, no dropout."""
+        """Returns loss and gradients of the plain step: padded rows, PEFT's layers, no dropout."""
         return self._reference(self.model, rows, batch_size, dtype)
 
     def _reference(
@@ -412,7 +412,7 @@ class Steps:
         return StepResult(loss.item(), self._pop_gradients())
 
     def _baseline(self, rows: Sequence[Encoded], batch_size: int, dtype: str) -> Tensor | None:
-        """Returns the KTO baseline of a step's rewards (a scalar); None for other objectives."""
+        """Returns the KTO baseline of a step (a scalar ≥ 0); None for other objectives."""
         objective, device = self.trainer.objective, self.trainer.args.device
         contrasts = [other for row in rows for other in row.contrasts]
         if not (isinstance(objective, LikelihoodObjective) and contrasts):

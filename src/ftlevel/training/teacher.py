@@ -144,7 +144,7 @@ def _fill(run: Run, model: PreparedModel, offsets: Sequence[int], array: np.ndar
 def _predict(
     run: Run, model: PreparedModel, rows: Sequence[Encoded], dtype: np.dtype
 ) -> Iterator[tuple[list[int], np.ndarray, np.ndarray]]:
-    """Yields micro-batches: row indices, and the teacher's log-probabilities and ids at targets."""
+    """Yields row indices of a micro-batch, top log-probabilities and token ids of its targets."""
     objective, settings, vocabulary = run.objective, run.config.distillation, run.model.vocabulary
     if not isinstance(objective, TokenObjective):
         return
@@ -164,7 +164,7 @@ def _predict(
 def _observe_logits(
     model: PreparedModel, objective: TokenObjective, batch: Mapping[str, Tensor], observe: Observe
 ) -> None:
-    """Call `observe` with chunks of the logits (targets, vocabulary) at the targets of `batch`."""
+    """Call `observe` with the logits (targets, vocabulary) and ids of targets, chunk by chunk."""
     inputs, labels = prepare_inputs(model.model, objective, batch)
     at, targets = objective.locate(labels)
     if model.fast is not None and model.fast.cross_entropy is not None:

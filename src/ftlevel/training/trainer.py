@@ -294,7 +294,7 @@ class FtlevelTrainer(Trainer):
         shared_prefix: dict[str, Any] | None,
         num_items_in_batch: Tensor | int | None,
     ) -> Tensor:
-        """Backpropagate micro-batches in parallel on a CPU; returns the summed, unscaled loss."""
+        """Backpropagate micro-batches in parallel on a CPU; returns the summed loss (a scalar)."""
         if not self._in_training:  # model.training does not reflect submodules
             model.train()
             self._in_training = True
@@ -367,7 +367,7 @@ class FtlevelTrainer(Trainer):
 
     @contextlib.contextmanager
     def standalone_steps(self, dtype: str) -> Iterator[None]:
-        """Allow steps in `dtype` outside of training in a `with` block; restores token counts."""
+        """Allow steps in `dtype` before training in a `with` block; then restore token counts."""
         seen, computed = self.tokens_seen.clone(), self.tokens_computed
         self._compute_dtype = dtype
         try:
@@ -417,7 +417,7 @@ class FtlevelTrainer(Trainer):
     def prepare_step(self, batches: list[dict[str, Any]], device: torch.device) -> None:
         """Compute the KTO baseline of a step before its micro-batches (`batches` are modified).
 
-        It is the mean reward of the contrasting rows of all processes, however the step is split.
+        It is the mean reward of the mismatched prompt-answer pairs of all processes.
         """
         if not (isinstance(self.objective, LikelihoodObjective) and self.objective.needs_baseline):
             return

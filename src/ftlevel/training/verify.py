@@ -149,7 +149,7 @@ MAX_ROW_LENGTH = 1_024
 
 
 def select_compared_rows(rows: Sequence[Encoded]) -> list[Encoded]:
-    """Returns the shortest of the first rows, cut if possible; empty if all are too long."""
+    """Returns the shortest of the first rows, truncated if possible; empty if all are too long."""
     first = [
         short for row in rows[:NUM_CANDIDATES] if (short := truncate_example(row, MAX_TOKENS // 2))
     ]
@@ -164,7 +164,7 @@ def select_compared_rows(rows: Sequence[Encoded]) -> list[Encoded]:
 
 
 def truncate_example(row: Encoded, size: int) -> Encoded | None:
-    """Returns `row` cut to `size` tokens; None if it stays too long because it cannot be cut.
+    """Returns `row` truncated to `size` tokens; None if it is longer and cannot be truncated.
 
     With token labels, the tokens up to the last target are kept; with a number as label, the first
     tokens. Of several sequences, only the prompt is cut; labels with positions prevent cutting.

@@ -103,7 +103,7 @@ class WholeStep:
 
     @property
     def has_token_size(self) -> bool:
-        """Whether the activation bytes per token are measured, or not needed."""
+        """Whether `should_keep_graphs` can decide: activation bytes are measured, or not needed."""
         return self._grad_cache != "auto" or self._bytes_per_token > 0
 
     @contextlib.contextmanager
@@ -125,7 +125,7 @@ class WholeStep:
     def _loss(
         self, local_vectors: Sequence[Tensor], parts: Sequence[Sequence[int]], step: StepTexts
     ) -> tuple[Tensor, list[Tensor]]:
-        """Returns the loss, and the gradients with respect to each local micro-batch's vectors."""
+        """Returns the step's loss, and its gradient by the vectors of each local micro-batch."""
         trainer = self._trainer
         order = [index for part in parts for index in part]
         vectors = torch.cat([part.detach().float() for part in local_vectors])

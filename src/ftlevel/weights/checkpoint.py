@@ -299,7 +299,7 @@ class Checkpoint:
         return get_tensor_info(self._convert(name, group, specs))
 
     def plain(self, name: str) -> FileTensor | None:
-        """Returns the file's tensor for `name`; None if several are combined or it is converted."""
+        """Returns the file's tensor that is `name` unchanged; None if converted or in memory."""
         group = self._group(name)
         tensor = self.stored[group.keys[0]]
         return tensor if group.converter is None and isinstance(tensor, FileTensor) else None

@@ -51,7 +51,7 @@ class QuantizationGrid:
     stored: Callable[[torch.Tensor], torch.Tensor]
 
     def scales_of(self, weight: torch.Tensor) -> torch.Tensor:
-        """Returns the scale of each block: the largest |weight| gets the largest |value|."""
+        """Returns a scale per block of `weight`: its largest |weight| gets the largest |value|."""
         return self._blocks(weight).abs().amax(-1) / self.values.abs().max()
 
     def fitted_scales(self, weight: torch.Tensor, moment: torch.Tensor) -> torch.Tensor:
@@ -115,7 +115,7 @@ def select_codes(
 
 
 def compute_directions(update: torch.Tensor, moment: torch.Tensor) -> torch.Tensor:
-    """Returns the output directions (out, k) that `update` changes most (subspace iteration)."""
+    """Returns k orthonormal output directions (out, k) that `update` changes most, for inputs H."""
     num_directions = min(DIRECTIONS, *update.shape)
     directions = torch.randn(
         len(update), num_directions, generator=torch.Generator().manual_seed(0)

@@ -236,7 +236,7 @@ def _longrope_metadata(config: Any, rope: Mapping[str, Any]) -> Metadata:
 
 
 def _rope(config: Any) -> Mapping[str, Any]:
-    """Returns the rotary settings of the layers with full attention."""
+    """Returns the rope parameters of `config`, those of full attention if there are several."""
     parameters: Mapping[str, Any] = config.rope_parameters
     return parameters.get("full_attention", parameters)
 

@@ -281,7 +281,7 @@ def round_to(tensor: torch.Tensor, outtype: str) -> torch.Tensor:
 
 
 def iterate_rounded_weights(tensors: Sequence[GGUFTensor], model: Any) -> Iterator[tuple[str, Any]]:
-    """Yields name and rounded values of each weight of `model` that the file rounds."""
+    """Yields the name and values of each weight of `model`, rounded as in the file's `tensors`."""
     parameters = dict(model.named_parameters())
     for tensor in tensors:
         if tensor.source is None or tensor.outtype == "f32":

@@ -236,7 +236,7 @@ def _special(tokenizer: Any) -> dict[str, int]:
 
 
 def _flags(tokenizer: Any, special: Mapping[str, int]) -> dict[str, bool]:
-    """Returns the metadata flags for adding BOS and EOS, found by encoding a text."""
+    """Returns the metadata flags for adding BOS and EOS; InputError if it adds other tokens."""
     ids = tokenizer("a")["input_ids"]
     plain_ids = tokenizer("a", add_special_tokens=False)["input_ids"]
     bos, eos = special.get("bos"), special.get("eos")
@@ -294,7 +294,7 @@ def _strip_notes(added: Mapping[int, Mapping[str, Any]]) -> list[str]:
 
 
 def _space_prefix(tokenizer_json: Mapping[str, Any]) -> tuple[bool, list[str]]:
-    """Returns whether a space is added before a text, and notes on differences of llama.cpp."""
+    """Returns whether a text gets a space before it, and notes on how llama.cpp differs."""
     steps, normalizers = (
         _steps(tokenizer_json["pre_tokenizer"]),
         _normalizers(tokenizer_json["normalizer"]),

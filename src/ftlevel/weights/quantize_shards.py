@@ -44,7 +44,7 @@ PARTS = (QUANTIZED, "other linears", "embeddings", "heads", "experts", "rest")
 
 @dataclass(frozen=True)
 class Parameter:
-    """A tensor of the model; tied tensors appear once."""
+    """A tensor of the model; `part` is one of `PARTS`, and tied tensors are listed once."""
 
     name: str
     shape: tuple[int, ...]
@@ -69,11 +69,11 @@ class QuantizedLayout:
     key_mapper: KeyMapper
 
     def part_of(self, name: str) -> str:
-        """Returns the part of the model's tensor `name`, one of `PARTS`."""
+        """Returns the part, one of `PARTS`, to which the model's tensor `name` belongs."""
         return self.parameters[name].part if name in self.parameters else "rest"
 
     def kept_dtype(self, name: str, dtype: torch.dtype) -> torch.dtype:
-        """Returns the dtype in which an unquantized tensor is written."""
+        """Returns the dtype in which the unquantized tensor `name`, of `dtype`, is written."""
         if not dtype.is_floating_point:
             return dtype
         return torch.float32 if self.in_float32.intersection(name.split(".")) else self.dtype

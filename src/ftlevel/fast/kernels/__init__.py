@@ -110,7 +110,7 @@ _LIBRARY: Any = torch.library.Library("ftlevel", "DEF")  # type: ignore[no-untyp
 
 
 def _define(name: str, schema: str, shapes: Callable[..., Any]) -> Callable[..., Any]:
-    """Register `programs.NAME` as a torch operator; `shapes` computes outputs on meta tensors."""
+    """Register `programs.NAME` as a torch operator; `shapes` is its version for meta tensors."""
 
     def compute(*arguments: Any) -> Any:
         from ftlevel.fast.kernels import programs  # Triton is optional
@@ -129,7 +129,7 @@ def _scale_like(x: Tensor) -> Tensor:
 
 
 def _like(*indices: int) -> Callable[..., Any]:
-    """Returns a function that allocates outputs like arguments `indices`; -1: like a norm's ρ."""
+    """Returns a function that allocates outputs like its arguments `indices`; -1: a norm's ρ."""
 
     def make(*arguments: Any) -> Any:
         tensors = [
@@ -218,7 +218,7 @@ Computation = Callable[[TorchBackend], Sequence[Tensor]]
 
 @dataclass(frozen=True)
 class Kernels:
-    """Selects the backend of each operation; the results are cached per process."""
+    """Selects Triton or torch for each operation, once per process; torch if not `allowed`."""
 
     allowed: bool = True
 
@@ -243,7 +243,7 @@ class Kernels:
         return select_rope(heads, dtype, device) if is_supported else TORCH
 
     def cross_entropy(self, vocab_size: int, dtype: torch.dtype, device: str) -> TorchBackend:
-        """Returns the backend of cross-entropy and gradient over a vocabulary."""
+        """Returns the backend of cross-entropy and its gradient for logits of `vocab_size`."""
         is_supported = self._is_supported(device, dtype)
         return select_cross_entropy(vocab_size, dtype, device) if is_supported else TORCH
 
@@ -315,7 +315,7 @@ def select_cross_entropy(vocab_size: int, dtype: torch.dtype, device: str) -> To
 
 
 def get_used_kernels() -> dict[str, bool]:
-    """Returns description → whether the kernel is used, for each operation of this process."""
+    """Returns description → whether Triton is used, for each operation selected so far."""
     return {text: backend is not TORCH for text, backend in _selected.items()}
 
 
@@ -330,7 +330,7 @@ def supports_triton(device: str, dtype: torch.dtype) -> bool:
 
 
 def are_close(one: Tensor, expected: Tensor) -> bool:
-    """Returns whether two results are equal up to `MAX_ULPS` rounding errors."""
+    """Returns whether dtypes are equal and values differ by at most `MAX_ULPS` rounding errors."""
     bound = MAX_ULPS * torch.finfo(one.dtype).eps
     a, b = one.to(torch.float32), expected.to(torch.float32)
     size = float(a.square().mean().sqrt())
@@ -338,7 +338,7 @@ def are_close(one: Tensor, expected: Tensor) -> bool:
 
 
 def _select_faster(text: str, compute: Computation, device: str) -> TorchBackend:
-    """Returns the Triton kernels if they match torch's operations and are faster, else torch's."""
+    """Returns Triton if `compute` is faster with it and results are close, else torch."""
     triton = TritonBackend()
     _selected[text] = TORCH
     try:

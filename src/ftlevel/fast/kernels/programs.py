@@ -123,7 +123,7 @@ def _norm_backward(g_ptr, x_ptr, w_ptr, rho_ptr, of_x_ptr, width, SIZE: tl.const
 
 @triton.jit
 def _activated(x, KIND: tl.constexpr):
-    """Returns activation a(x) and derivative a′(x)."""
+    """Returns activation a(x) and derivative a′(x); `KIND` is a value of `KINDS`."""
     if KIND == 0:  # x σ(x)
         share = tl.sigmoid(x)
         return x * share, share * (1.0 + x * (1.0 - share))

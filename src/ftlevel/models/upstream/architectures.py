@@ -60,7 +60,7 @@ def eager_attention_of(module: Any) -> Any:
 
 
 def forget_renaming(model: Any, mapping: Mapping[str, str]) -> None:
-    """Make `save_pretrained` of `model` (modified) use the model's names, not `key_mapping`."""
+    """Make `save_pretrained` of `model` (modified) write its own names and not undo `mapping`."""
     model._weight_conversions = [
         conversion
         for conversion in model._weight_conversions

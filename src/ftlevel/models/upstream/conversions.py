@@ -40,7 +40,7 @@ class KeyMapper:
         self.names = model.state_dict()
 
     def __call__(self, key: str) -> tuple[str, str | None]:
-        """Returns the model's name for a checkpoint key, and the converter's pattern, if any."""
+        """Returns the model's name for `key`, and the pattern of its converter or None."""
         name, pattern = rename_source_key(
             key, self._renamings, self._converters, self._model.base_model_prefix, self.names
         )
@@ -72,7 +72,7 @@ def forget_conversions(model: Any) -> None:
 
 
 def revert(model: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Returns `tensors` of the model, converted to what `save_pretrained` writes."""
+    """Returns `tensors` (model name → tensor) as `save_pretrained` names and splits them."""
     if not model._weight_conversions:
         return tensors
     return revert_weight_conversion(model, tensors)

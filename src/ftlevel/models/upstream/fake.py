@@ -168,7 +168,7 @@ def _index_of(value: Tensor, candidates: Sequence[Tensor]) -> int | None:
 
 
 def _get_builder(result: Tensor, inner: Sequence[Tensor]) -> _Builder | None:
-    """Returns a function from inputs like `inner` to a result like `result`; None if impossible."""
+    """Returns a function from tensors like `inner` to a fake tensor like `result`; else None."""
     at = _index_of(result, inner)
     if at is not None:  # modified in place
         return lambda given: given[at]
@@ -234,7 +234,7 @@ class OperationWatch(TorchDispatchMode, ABC):  # type: ignore[no-untyped-call]  
 
 
 def _as_positions(indices: Any) -> Iterator[Tensor | None]:
-    """Yields indices, with boolean masks (which have values) converted to positions."""
+    """Yields `indices`, with each boolean mask replaced by the positions where it is True."""
     for index in indices:
         if index is not None and index.dtype == torch.bool:
             yield from index.nonzero(as_tuple=True)
@@ -270,7 +270,7 @@ def new_fake(shape: Any, dtype: torch.dtype) -> Tensor:
 
 
 def pack_fake(model: torch.nn.Module, dtype: torch.dtype, experts: Any = None) -> set[str]:
-    """Replace bitsandbytes weights in `model` (modified) by fake ones; returns module names."""
+    """Replace bitsandbytes weights in `model` (modified) by fake ones; returns their modules."""
     import bitsandbytes as bnb
 
     packed = set()

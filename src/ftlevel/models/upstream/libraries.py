@@ -41,7 +41,7 @@ def check_template(template: str) -> None:
 
 
 def shared_order() -> Any:
-    """Returns accelerate's seeded sampler class, whose row order is the same in all processes."""
+    """Returns accelerate's `SeedableRandomSampler`, whose order is the same in all processes."""
     from accelerate.data_loader import SeedableRandomSampler
 
     return SeedableRandomSampler

@@ -90,7 +90,7 @@ def torchao_linears(model: Any, quantization: Any) -> list[str]:
 def pack_torchao(
     key: str, weight: Tensor, quantization: Any
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Returns the quantized `weight` as tensors to store, and the metadata entry of `key`."""
+    """Returns the quantized `weight` as tensors to store under `key`, and their metadata entry."""
     from torchao.prototype.safetensors.safetensors_support import flatten_tensor_state_dict
     from torchao.quantization import quantize_
 
@@ -135,7 +135,7 @@ def four_bit_values(quant_type: str) -> Tensor:
 
 
 def scales_of(weight: Any) -> Iterator[Tensor]:
-    """Yields a bitsandbytes weight's scales; with double quantization, first the scales' codes."""
+    """Yields the scales of a bitsandbytes `weight`; if quantized, their codes and then scales."""
     state = getattr(weight, "quant_state", None)  # 4 bits
     while state is not None:
         yield state.absmax.detach()
@@ -182,7 +182,7 @@ def carry_quant_states(module: torch.nn.Module, inside: Sequence[torch.nn.Module
     """Keep quantization states of 4-bit layers in `module` (modified) through FSDP2 sharding.
 
     FSDP2 gathers plain parameters without scales and class: a forward pre-hook restores both.
-    Layers in `inside` are excluded.
+    Layers in `inside`, which are sharded separately, are excluded.
     """
     bnb = sys.modules.get("bitsandbytes")
     if bnb is None:

@@ -67,7 +67,7 @@ class AsyncCheckpointWriter:
             save(tensors, storage_writer=writer, process_group=self._group)
 
     def then(self, act: Callable[[], None]) -> None:
-        """Run `act` once all processes have finished the pending writes."""
+        """Run `act` in the writer thread once all processes have finished the pending writes."""
         before = self._futures[-1]
 
         def follow() -> None:
@@ -165,7 +165,7 @@ def split_optimizer_state(
 def load_optimizer_state(
     unsharded: Mapping[int, Mapping[str, Any]], parameters: list[Tensor], path: Path
 ) -> dict[int, dict[str, Any]]:
-    """Returns the optimizer state: `unsharded` plus the sharded tensors of a checkpoint."""
+    """Returns the optimizer state: `unsharded`, and the sharded tensors of checkpoint `path`."""
     checkpoint_metadata: Any = HuggingFaceStorageReader(str(path)).read_metadata()
     state = {number: dict(values) for number, values in unsharded.items()}
     sharded = {}

@@ -49,7 +49,7 @@ def inner_tensors(tensor: Tensor) -> list[Tensor]:
 
 
 def direct_tensors(module: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Returns the dicts of direct parameters and buffers that `module` uses, not copies."""
+    """Returns the dicts, not copies, of the parameters and buffers of `module` itself."""
     return module._parameters, module._buffers
 
 

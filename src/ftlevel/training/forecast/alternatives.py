@@ -140,7 +140,7 @@ def _search_tokens(run: Run, memory: int) -> _FitResult:
 
 
 def _shrink(forecast: StepMemory, tokens: int, peak: int, memory: int) -> int:
-    """Returns the next, smaller micro-batch size in tokens to try; 0 if none can fit."""
+    """Returns a micro-batch size below `tokens` to try, as `peak` > `memory`; 0 if none fits."""
     variable = sum(forecast.parts.get(part, 0) for part in _VARIABLE_PARTS)
     available = memory - (peak - variable)
     return (
@@ -206,7 +206,7 @@ class Alternative:
 class AlternativeContext:
     """Run, device and model of all alternatives.
 
-    `cache` (modified) has the computed alternatives; `check`, called before each, may raise.
+    `cache` (modified) has computed ones; `check` is called before each computation, and may raise.
     """
 
     config: TrainConfig
@@ -219,7 +219,10 @@ class AlternativeContext:
 
 
 def list_alternatives(context: AlternativeContext) -> list[Alternative]:
-    """Returns the run's and common methods with and without checkpointing, and other lengths."""
+    """Returns the run's and common methods, each with and without gradient checkpointing.
+
+    Then the run's method with half and twice its maximum length.
+    """
     config = context.config
     current = config.method.kind, config.quant.kind
     other_setups = (setup for setup in _DEFAULT_METHODS if setup != _name_setup(current))

@@ -11,7 +11,7 @@ is the resident memory of a CPU run:
   float32 ones, the gradients of both steps and the initial values of the trained parameters;
 - training: the tensors of a step, free heap blocks up to `MAX_FREE_HEAP_BYTES`, and two copies of
   the language head's weight;
-- proof: logits of the trained and of the reloaded model on a few rows;
+- proof: logits of the trained and of the reloaded model, compared after training on a few rows;
 - with quantized weights: pages of the unquantized checkpoint, which stay mapped.
 
 The two copies and the 128 MiB of `MAX_FREE_HEAP_BYTES` are assumed, not traced to a cause. With
@@ -309,7 +309,7 @@ _MEASUREMENT_BY_DEVICE = {
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Memory estimate made before training; if `need` is None, `reason` says why."""
+    """Memory estimate made before training; if `need` is None, `reason` says why (may be empty)."""
 
     need: MemoryRequirement | None
     reason: str = ""
@@ -351,7 +351,7 @@ class MemoryEstimate:
 
 
 def estimate_memory(run: Run, processes: int) -> MemoryEstimate:
-    """Returns the memory estimate of a run; empty for several processes, or if it would be slow."""
+    """Returns the memory estimate of a run, without `need` if it is small, slow or distributed."""
     if processes > 1:
         return MemoryEstimate(None, f"{processes} processes; run `ftlevel plan`")
     if run.model.total_parameters < MIN_PARAMETERS:

@@ -85,7 +85,7 @@ _WORDS = 64
 
 @dataclass(frozen=True)
 class Pruning:
-    """Tokens that the last block must compute (None: all), and linear layers that skip others."""
+    """Tokens that the last block must compute (None: all), and its layers that skip the others."""
 
     needed: TokenSelector | None = None
     linears: Sequence[str] = ()
@@ -235,7 +235,7 @@ def estimate_step_memory(run: Run, memory: int) -> StepMemory:
 def _get_graph_bytes(
     run: Run, peaks: Mapping[str, Mapping[str, float]], batch: _Batch, memory: int
 ) -> float:
-    """Returns the activation bytes of a step's other micro-batches; 0 if their graphs are freed."""
+    """Returns bytes of autograd graphs that a step keeps of other micro-batches than the last."""
     cache = run.config.embedding.grad_cache
     is_distributed = (run.config.train.num_processes or 1) > 1
     if not isinstance(run.objective, StepObjective) or is_distributed or cache == "always":
@@ -248,7 +248,7 @@ def _get_graph_bytes(
 
 
 def get_peak(peaks: Peaks, tokens: int) -> StepMemory:
-    """Returns the estimate of the phase with the largest peak; `tokens` is the micro-batch size."""
+    """Returns the memory at the largest of `peaks` (by phase); `tokens` is the micro-batch size."""
     at = max(peaks, key=lambda moment: sum(peaks[moment].values()))
     sizes = {part: round(size) for part, size in peaks[at].items() if size >= 1}
     in_order = dict(sorted(sizes.items(), key=lambda item: -item[1]))
@@ -387,7 +387,6 @@ def _simulate_step(
     pruning: Pruning,
     available: int | None,
 ) -> Peaks:
-    """Returns the peaks of a step of `fake_model`, whose weights `tracker` already counts."""
     cpu_run = replace(run, model=replace(run.model, device="cpu"))
     if fake_model.fast is not None:
         pruning.apply_to(fake_model.fast, fake_model.model)

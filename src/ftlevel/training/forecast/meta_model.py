@@ -78,7 +78,7 @@ class FakeModel:
 
 
 def create_fake_model(run: Run, layers: Sequence[int] | None = None) -> FakeModel:
-    """Returns the planned model on fake CPU tensors, with `layers` of each stack (None: all)."""
+    """Returns the run's model on fake CPU tensors, with `layers` of each stack (None: all)."""
     model_info, method = run.model, METHODS[run.config.method.kind]
     compute_dtype = DTYPES[model_info.dtype]
     model_config = with_layers(model_info.config, layers)
@@ -107,7 +107,7 @@ def create_fake_model(run: Run, layers: Sequence[int] | None = None) -> FakeMode
 def targets_in(
     model: torch.nn.Module, targets: Sequence[str], layers: Sequence[int] | None
 ) -> list[str]:
-    """Returns the names of `targets` in `model`, which has only `layers`, renumbered from 0."""
+    """Returns the modules `targets` by their names in `model`, which has only some `layers`."""
     tree = ModuleTree(model)
     names = []
     for name in targets:

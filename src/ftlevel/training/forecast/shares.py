@@ -108,7 +108,7 @@ class ShardedModel:
     trains_base: bool
 
     def estimate_rank(self, memory: StepMemory, world_size: int, shard: str) -> StepMemory:
-        """Returns the memory of the largest rank, given that of an unsharded model."""
+        """Returns the memory of the rank that needs most; `memory` is without sharding."""
         return get_peak(
             {
                 moment: self._at(moment, parts, world_size, shard)

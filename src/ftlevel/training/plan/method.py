@@ -62,7 +62,7 @@ class MethodTargets:
 def resolve_method_targets(
     spec: MethodConfig, meta: Any, model_name: str, quant: str = "none"
 ) -> MethodTargets:
-    """Returns the modules of `meta` that `spec` adapts; ConfigError if a target does not exist."""
+    """Returns the modules of meta model `meta` that method `spec` adapts; else ConfigError."""
     method, tree = METHODS[spec.kind], ModuleTree(meta)
     modules = _resolve_modules(spec, method, tree, model_name)
     layers = getattr(spec, "layers_to_transform", None)
@@ -140,7 +140,7 @@ def _filter_layers(modules: Sequence[str], tree: ModuleTree, layers: Sequence[in
 def _resolve_saved_modules(
     names: Sequence[str], tree: ModuleTree, model_name: str, quant: str
 ) -> list[str]:
-    """Returns `modules_to_save` as names that PEFT matches to the requested modules only."""
+    """Returns `names` (`modules_to_save`) so that PEFT matches the requested modules only."""
     resolved: list[str] = []
     for name in names:
         matches = [full for full in tree.modules if f".{full}".endswith(f".{name}")]

@@ -83,7 +83,7 @@ from ftlevel.training.plan.schedule import (
 
 @dataclass(frozen=True)
 class _BaseModel:
-    """Base model before rows are read; `choices` are lines on its tokenizer and experts."""
+    """Base model before rows are read; `choices` are printed lines on tokenizer and experts."""
 
     source: ModelSource
     config: Any
@@ -330,7 +330,7 @@ def _disable_dropout(model_config: Any) -> list[Choice]:
 
 
 def _set_to_zero(config: Any, values: Mapping[str, float], name: str, text: str) -> list[Choice]:
-    """Set positive fields of `config` (modified) to 0; returns a line that reports it, if any."""
+    """Set positive `values` of `config` (modified) to 0; returns the line `name`: `text` if any."""
     positive = {field: value for field, value in values.items() if value and value > 0}
     for field in positive:
         setattr(config, field, 0.0)

@@ -106,7 +106,7 @@ class AuxiliaryModels:
 
 @dataclass(frozen=True)
 class StartingAdapter:
-    """Adapter to continue from; `card` is None if plain PEFT wrote it, `fingerprint` a SHA-256."""
+    """Adapter to continue from; `card` (ftlevel.json) is None if plain PEFT wrote it."""
 
     name: str
     directory: Path
@@ -221,12 +221,12 @@ def method_choices(
 
 
 def head_choices(task: BaseTask, heads: list[str]) -> list[Choice]:
-    """Returns the line that lists the heads trained in full; empty without heads."""
+    """Returns the printed line that lists the heads trained in full; empty without heads."""
     return [Choice("heads", ", ".join(heads), task.head_message)] if heads else []
 
 
 def size_choices(run: Run, *, build_modules: bool) -> list[Choice]:
-    """Returns the lines about trainable parameters and steps; arguments of `count_trainable`."""
+    """Returns lines on trainable parameters and steps; `build_modules`: as in `count_trainable`."""
     epochs = f"{run.config.train.num_train_epochs:g} epochs"
     note = "" if run.config.train.max_steps else f"{epochs} of {len(run.data.train):,} rows"
     trainable, total = count_trainable(run, build_modules=build_modules)

@@ -117,7 +117,7 @@ def get_default_model_warnings(model: ModelConfig, data: DataConfig) -> list[str
 
 
 def check_schedule(config: TrainerConfig, rate: float, steps: int, num_eval_samples: int) -> None:
-    """Raise ConfigError for schedule options that do not suit this run; `rate` is the peak."""
+    """Raise ConfigError for schedule options unsuitable for `steps` steps or the peak `rate`."""
     name, options, errors = config.lr_scheduler_type, config.lr_scheduler_kwargs, []
     flag = "--lr-scheduler-kwargs"
     for floor in ("min_lr", "lr_end"):
@@ -267,7 +267,7 @@ def get_length_bounds(
     device: str,
     dtype: str,
 ) -> LengthBounds:
-    """Returns two maxima of a row's tokens: by the model's positions and by device memory."""
+    """Returns the maximum tokens of a row, by the model's positions and by device memory."""
     value = DTYPES[dtype].itemsize
     trained = METHODS[method.kind].trains_base(method)
     memory_config = MemorySettings(

@@ -72,7 +72,7 @@ def select_prompts(prompts: Sequence[Any], num_prompts: int) -> list[Any]:
 
 
 def preview_rollouts(rollouts: Rollouts, prompts: Sequence[Any]) -> list[Choice]:
-    """Returns the lines that `check_before` would show, for completions of some of `prompts`."""
+    """Returns the lines that `check_before` shows, here for completions sampled by `rollouts`."""
     config = rollouts.settings
     groups = rollouts(BEFORE, select_prompts(prompts, config.check_groups))
     statistics = [compute_statistics(group, config) for group in groups]
@@ -100,7 +100,7 @@ def _create_logps_choice(mean: float) -> Choice:
 def describe(
     metrics: dict[str, float], statistics: Sequence[GroupStatistics], groups: Sequence[Group]
 ) -> list[Choice]:
-    """Returns lines with the metrics of sampled groups, and the best and worst completion."""
+    """Returns lines with `metrics` of the groups, and their best and worst completion by reward."""
     choices = [
         Choice(
             "reward",

@@ -77,9 +77,9 @@ def create_training_rows(
 ) -> list[CompletionRow]:
     """Returns the completions of `groups` as rows to train on, with advantages and weights.
 
-    Completions without an advantage are left out if there is neither a KL penalty nor a teacher.
+    Completions with zero advantage are left out if there is neither a KL penalty nor a teacher.
     `all_groups` are the groups that the step trains on in all processes. `old` and `reference`
-    compute log-probabilities if the loss needs them.
+    compute log-probabilities under the sampling and reference model; None if the loss needs none.
     """
     rows = [row for group in groups for row in group.to_rows()]
     teacher_logps = [logps for group in groups for logps in group.teacher_logps or ()]
@@ -151,14 +151,13 @@ def _mean(values: np.ndarray) -> float:
 
 
 def _mean_std(rewards: np.ndarray) -> float:
-    """Returns the mean over groups of the standard deviation of `rewards` (groups, completions)."""
     groups = [row[~np.isnan(row)] for row in rewards]
     stds = [row.std(ddof=1) for row in groups if len(row) > 1]
     return float(np.mean(stds)) if stds else float("nan")
 
 
 def bound_of(dtype: str, quantization: str) -> float:
-    """Returns the largest mean difference of log-probabilities (nats) that rounding explains."""
+    """Returns the largest mean |log-probability difference| (nats) that rounding may cause."""
     return COARSE if quantization == "8bit" else ROUNDING.get(dtype, COARSE)
 
 

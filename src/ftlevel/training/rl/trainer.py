@@ -73,7 +73,7 @@ def collate_prompts(rows: Sequence[Encoded]) -> dict[str, Any]:
 
 
 class _StepStatistics:
-    """Sums of a step's loss statistics, and differences of log-probabilities from the sampler's."""
+    """Loss statistics summed over a step, and how log-probabilities differ from the sampler's."""
 
     def __init__(self) -> None:
         self._parts: list[tuple[torch.Tensor, ...]] = []
@@ -98,7 +98,7 @@ class RlTrainer(FtlevelTrainer):
 
     Attributes:
         rollouts: function that samples completions and computes their rewards.
-        keep: function that writes a step's groups of this process to rollouts.jsonl.
+        keep: function that writes the groups that this process sampled to rollouts.jsonl.
         bound: mean log-probability difference of sampler and trainer above which the run stops.
     """
 
@@ -344,14 +344,14 @@ class RlTrainer(FtlevelTrainer):
 
 
 def no_loss(prompt: Any) -> CompletionRow:
-    """Returns a row with zero loss, for a process that has no completions to train on."""
+    """Returns a row of `prompt` with zero loss, for a process without completions to train on."""
     row = next(iter(stand_in_completions(prompt.input_ids, prompt.row)))
     zero = [(0.0, 0.0, *signal[2:]) for signal in row.values]
     return replace(row, values=tuple(zero))
 
 
 def check_sampler(mean: float, max_diff: float, bound: float, label: str) -> None:
-    """Raise RunError if log-probabilities of sampler and trainer differ by more than `bound`."""
+    """Raise RunError if the `mean` |log-probability difference| of the sampler exceeds `bound`."""
     if mean <= bound:
         return
     raise RunError(
