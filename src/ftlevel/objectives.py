@@ -118,7 +118,7 @@ class Objective(ABC):
         return self.targets(logits, labels)[0]
 
     def count(self, labels: Tensor) -> Tensor:
-        """Returns the number of targets that are not ignored (a scalar tensor)."""
+        """Returns the number of targets in `labels` that are not ignored (a scalar tensor)."""
         return labels.ne(IGNORED).sum()
 
     @abstractmethod
@@ -160,7 +160,7 @@ class Objective(ABC):
         return []
 
     def guess_loss(self, rows: Sequence[Any]) -> float | None:
-        """Returns the loss of always predicting the label frequencies; None if unknown."""
+        """Returns the loss of predicting the label frequencies in `rows`; None if unknown."""
         return None
 
 

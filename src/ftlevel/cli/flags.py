@@ -107,7 +107,7 @@ class FtlevelCommand(TyperCommand):
 
 
 def _name_value(error: Any, rewritten: RewrittenArgs) -> None:
-    """Raise ConfigError that shows the invalid value if it is found; Typer's `error` omits it."""
+    """Raise ConfigError that shows the invalid value from `rewritten`; Typer's `error` omits it."""
     parameter = getattr(error, "param", None)
     names = getattr(parameter, "opts", None) or []
     parts = [part for argument in rewritten.args for part in argument.split("=", 1)]

@@ -198,7 +198,7 @@ def _with_model(evaluator: Evaluator, model: LoadedModel) -> Evaluator:
 def _evaluate_other(
     evaluator: Evaluator, other: LoadedModel, encode: Callable[[LoadedModel], EvaluationRows]
 ) -> tuple[dict[str, float], ExampleRecord]:
-    """Returns metrics and per-row results of `other`, with its own prompts and pooling."""
+    """Returns metrics and per-row results of `other` on its rows from `encode`."""
     evaluator = _with_model(evaluator, other)
     if not isinstance(evaluator, RewardEvaluator):
         evaluator = replace(evaluator, generated_rows=0)
@@ -549,7 +549,7 @@ def _choices(
 def _intervals(
     config: EvaluateConfig, evaluator: Evaluator, record: ExampleRecord, base: ExampleRecord | None
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """Returns bootstrap values per metric, and 95 % intervals of metrics and gains over base."""
+    """Returns bootstrap values per metric, and 95 % intervals of metrics and gains over `base`."""
     if not config.resamples:
         return {}, {}
     if len(record.units) < 2:

@@ -170,7 +170,7 @@ def build_generation_options(config: GenerateConfig) -> GenerationOptions:
 def generate_predictions(
     adapters: AdapterSet, name: str, request: AnswerRequest
 ) -> list[Prediction]:
-    """Returns outputs for each prompt by the adapter `name`, or by the base."""
+    """Returns an output for each prompt of `request` by the adapter `name`, or by the base."""
     with adapters.active_adapter(name) as trained, trained.inference():
         return predict_inputs(trained, request)
 

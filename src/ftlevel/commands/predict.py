@@ -125,7 +125,7 @@ def _validate(config: PredictConfig, rows: Any) -> None:
 def _prepare(
     config: PredictConfig, rows: Any, stream: IO[str] | None, stack: contextlib.ExitStack
 ) -> _PreparedPrediction:
-    """Find the model, validate the rows, and skip rows that the output file has already."""
+    """Resolve the model, validate the rows, and skip those in the output, which `stack` closes."""
     device = select_device(config.device)
     ref = resolve_model(
         config.name, config.task, config.base_model, device=device.value, dtype=config.dtype
@@ -192,7 +192,7 @@ def _open(
 def _mapping(
     config: PredictConfig, run_config: TrainConfig, task: BaseTask, source: RowSource
 ) -> Mapping[str, str]:
-    """Returns role → column name, from `--map` or else as in training."""
+    """Returns role of a column → its name in `source`, from `--map` or else as in training."""
     if config.columns:
         return config.columns
     roles = {role for shape in task.query_shapes for role in shape.roles}

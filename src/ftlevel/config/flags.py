@@ -434,7 +434,7 @@ def flags_of(command: str, flags: Sequence[Flag] = FLAGS) -> list[Flag]:
 
 
 def recipe_hint(name: str, command: str = "train") -> str:
-    """Returns a hint for a recipe key that is the name of a flag, else "".
+    """Returns a hint for a recipe key `name` that is a flag of `command`, else "".
 
     For `load_in_4bit`, the hint is the key to write instead: `quant.kind: 4bit`.
     """

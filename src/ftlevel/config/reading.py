@@ -175,7 +175,7 @@ RENAMED = {
 def rename_keys(
     values: Mapping[str, Any], locations: Mapping[tuple[str, ...], str]
 ) -> tuple[dict[str, Any], list[str]]:
-    """Returns the configuration with outdated keys renamed, and a message for each.
+    """Returns `values` with outdated keys renamed, and a message for each with its location.
 
     Raises ValueError if a key is given under both names.
     """

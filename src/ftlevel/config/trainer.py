@@ -152,7 +152,7 @@ _ADAM = {"adam_beta1": 0.9, "adam_beta2": 0.999, "adam_epsilon": 1e-8}
 
 
 def validate_optimizer(train: Any) -> Iterator[str]:
-    """Yields a message for each argument that the optimizer or schedule would ignore."""
+    """Yields a message per argument in the section `train` that optimizer or schedule ignore."""
     schedule, optim = train.lr_scheduler_type, train.optim
     yield from _validate_kwargs(
         "--lr-scheduler-kwargs",

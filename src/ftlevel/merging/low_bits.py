@@ -190,7 +190,7 @@ class CodeSelector:
     def __call__(
         self, linear: str, written: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Returns codes and scales of a layer; None if the block size does not divide its size."""
+        """Returns codes and scales of layer `linear`; None if blocks do not divide `written`."""
         return self.select(linear) if self.grid.fits(written.shape) else None
 
     def select(self, linear: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -302,7 +302,7 @@ def compare_quantized(
     eval_set: EvalSet,
     trained: RowLogits,
 ) -> Agreement:
-    """Reload the quantized model and compare it with `trained`, the logits of the trained model.
+    """Reload the model `rounded` (quantized); compare its logits on `eval_set` with `trained`.
 
     Raises RunError if bitsandbytes dequantizes to other weights than the selected ones.
     """

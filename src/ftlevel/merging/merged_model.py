@@ -211,7 +211,7 @@ class TensorMerger:
 def open_merger(
     inputs: MergeInput, dtype: str | None, rounding: Callable[[Any], QuantizationRounding] | None
 ) -> TensorMerger:
-    """Open a merger of base and adapter; raise InputError for tensors that the model lacks."""
+    """Open a merger of base and adapter, see `save_merged`; InputError if a tensor is unknown."""
     ref = inputs.ref
     model = build_task_model(ref.model_config, ref.auto_class)
     resize_embeddings(model, ref.adapter_path)

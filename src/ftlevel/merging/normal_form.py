@@ -283,7 +283,7 @@ class Named(Protocol):
 
 
 def save_normal_form(output_dir: Path, normal_form: NormalForm, metadata: Named) -> None:
-    """Save `normal_form`, a plain LoRA, in the PEFT format, in float32."""
+    """Save `normal_form` (a plain LoRA) in PEFT format and float32; `metadata` names the base."""
     from safetensors.torch import save_file
 
     tensors = {f"{PREFIX}{name}": tensor.contiguous() for name, tensor in normal_form.kept.items()}

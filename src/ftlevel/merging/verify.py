@@ -78,7 +78,7 @@ def load_merged(model_dir: Path, inputs: MergeInput) -> Any:
 def measure(
     candidate: Candidate, inputs: MergeInput, eval_set: EvalSet, trained: RowLogits
 ) -> Candidate:
-    """Reload the saved `candidate` and compare its logits with `trained`.
+    """Reload the saved `candidate` and compare its logits on `eval_set` with `trained`.
 
     Raises RunError if reloaded tensors differ from those that were written.
     """

@@ -217,7 +217,7 @@ class Method:
     def get_error(
         self, spec: Any, config: Any, architecture: str, task: str, quant: str
     ) -> str | None:
-        """Returns why the method does not support the model and what to do, or None."""
+        """Returns why the method does not support a model with `config` (and the fix), or None."""
         return None
 
     def get_quantized_error(self, spec: Any, base: QuantizedCheckpoint) -> str | None:
@@ -244,7 +244,7 @@ class Method:
         """Raise `ConfigError` if `spec` does not fit `sizes`: layer name → (in, out) features."""
 
     def num_parameters(self, spec: Any, sizes: Mapping[str, tuple[int, int]]) -> int | None:
-        """Returns the number of adapter parameters; None if only the built model shows it."""
+        """Returns the number of adapter parameters, with `sizes` as in `check`; None if unknown."""
         return None
 
     def positions(self, spec: Any) -> int:

@@ -231,7 +231,7 @@ def _relative_to_original(file: AdapterFile, name: str, update: Factors) -> Fact
 
 
 def _initial_factors(weight: Any, config: Any, rank: int, scale: float) -> Factors:
-    """Returns A₀ and s · B₀, whose product PiSSA or OLoRA subtract from `weight` `(out, in)`."""
+    """Returns A₀ and `scale` · B₀, whose product PiSSA or OLoRA subtract from `weight`."""
     import torch
     from peft import LoraConfig, get_peft_model
 

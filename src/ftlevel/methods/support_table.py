@@ -47,7 +47,7 @@ class MethodInfo:
 def single_row(
     method: str, trained: str, merges: str, reference: str, llama_7b: int
 ) -> tuple[MethodInfo]:
-    """Returns the row of a method without variants, as a tuple."""
+    """Returns a tuple with the only `MethodInfo` of a method without variants."""
     return (MethodInfo(method, method, f"--method {method}", trained, merges, reference, llama_7b),)
 
 

@@ -131,7 +131,7 @@ def _layers(family: str, head_type: str, config: Mapping[str, Any]) -> dict[str,
 
 
 def head_modules(head: HubHead, weights: Mapping[str, Any]) -> list[str]:
-    """Returns the names of the modules that form the head; empty for a language head."""
+    """Returns the names of the modules in `weights` that form the head; [] for a language head."""
     if head.task in ("", "masked-lm"):
         return []
     names = head.layers.values() or weights

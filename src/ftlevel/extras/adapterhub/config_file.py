@@ -125,7 +125,7 @@ def _validate_config(config: Mapping[str, Any]) -> None:
 
 
 def _placement(config: Mapping[str, Any], positions: AdapterPositions) -> str:
-    """Returns the placement equal to `config`; raises `InputError` if there is none."""
+    """Returns the placement equal to AdapterHub's `config`; raises `InputError` if none is."""
     before, after = config["original_ln_before"], config["original_ln_after"]
     residual, attention = config["residual_before_ln"], config["mh_adapter"]
     if config["is_parallel"]:
@@ -149,7 +149,7 @@ def _placement(config: Mapping[str, Any], positions: AdapterPositions) -> str:
 def _targets(
     config: Mapping[str, Any], position: str, positions: AdapterPositions, model_config: Any
 ) -> tuple[str | None, str | None]:
-    """Returns two regular expressions: of adapted modules (None for all) and of excluded ones."""
+    """Returns two patterns: of modules adapted at `position` (None: all), and of excluded ones."""
     self_attention, *cross = positions.attention
     modules = [self_attention] * bool(config["mh_adapter"]) + cross * bool(config["cross_adapter"])
     modules += [positions.feed_forward] * bool(config["output_adapter"])

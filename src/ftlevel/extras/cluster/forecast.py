@@ -242,7 +242,7 @@ def forecast_cluster(
 
 
 def _sent(sharded: ShardedModel, ranks: int, way: str) -> dict[str, Any]:
-    """Returns the `StepLoad` fields in bytes; `way` is the value of `--shard`."""
+    """Returns the `StepLoad` fields in bytes on `ranks` GPUs; `way` is the value of `--shard`."""
     if way == "none":
         base = sharded.blocks.reduced_bytes(1) + sharded.root.reduced_bytes(1)
         return {"everywhere": base if sharded.trains_base else sharded.trained}

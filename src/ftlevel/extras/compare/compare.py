@@ -430,7 +430,7 @@ def _is_scored(config: TrainConfig, scores_path: Path) -> bool:
 
 
 def _get_run_config(config: TrainConfig, run: Path, seed: int) -> TrainConfig:
-    """Returns the configuration of one run, which is resumed if the directory is not empty."""
+    """Returns the configuration of the run with `seed`, resumed if directory `run` is not empty."""
     exists = run.is_dir() and any(run.iterdir())
     output = config.output.model_copy(
         update={"dir": run, "resume": exists, "allow_change": (_METRIC,) * exists}

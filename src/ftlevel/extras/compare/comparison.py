@@ -133,7 +133,7 @@ def summarize(result: Comparison, state: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _row(method: str, runs: list[dict[str, Any]], scores: MetricRuns) -> dict[str, Any]:
-    """Returns the results of a method: means over seeds, and the highest memory."""
+    """Returns the table row of `method` from `runs`: means over seeds, and the highest memory."""
     summaries = [run["summary"] for run in runs]
     times = [summary["timings"] for summary in summaries]
     adapter = runs[0]["run"] / ADAPTER

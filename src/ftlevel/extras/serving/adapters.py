@@ -100,7 +100,7 @@ def _layers(peft_model: Any) -> list[tuple[str, Any]]:
 
 
 def _compute_delta(layer: Any, name: str, base: BaseWeights) -> tuple[torch.Tensor, float]:
-    """Returns the adapter's update of the weight `name`, (out, in), and that weight's norm."""
+    """Returns the update `(out, in)` by adapter `layer` of weight `name`, and the weight's norm."""
     base_layer = layer.get_base_layer()
     if not isinstance(base_layer, torch.nn.Linear) and type(base_layer).__name__ != "Conv1D":
         raise InputError(f"{name} is no linear but a {type(base_layer).__name__}. Merge it")
@@ -156,7 +156,7 @@ class Writer(Protocol):
         """Raise InputError if the format cannot represent the adapter; loads no base weights."""
 
     def write(self, output: Path, lora: NormalForm, adapter: ServedModel) -> None:
-        """Write the adapter into the directory `output`."""
+        """Write `lora`, the plain LoRA of `adapter`, into the directory `output`."""
 
     def read(self, output: Path, lora: NormalForm, _entry: ServedModel) -> NormalForm:
         """Load what `write` wrote; takes from `lora` only settings that the file does not have."""
@@ -352,7 +352,7 @@ class AdaptersExport:
         lora: NormalForm | None,
         device: str,
     ) -> tuple[PromptOutputs | None, PromptOutputs, NormalForm]:
-        """Returns outputs of base and trained model, and `lora`, computed here if None."""
+        """Returns outputs of base and trained model on `prompts`, and `lora` (computed if None)."""
         base = None
         if adapter.answers:
             base_model = adapter.in_float32(with_adapter=False).load(device).model
@@ -390,7 +390,7 @@ class AdaptersExport:
         base: PromptOutputs | None,
         device: str,
     ) -> AdapterCheck:
-        """Apply `lora`, as read back, with PEFT; raise RunError if logits differ from `trained`."""
+        """Apply `lora` with PEFT; RunError if its logits on `prompts` differ from `trained`."""
         from peft import PeftModel
 
         base_model, _ = load_model(

@@ -215,7 +215,7 @@ def run_library(
 def embed_in_library(
     backend: str, python: Path | None, model: Path, texts: Sequence[str], timeout: float
 ) -> list[list[float]]:
-    """Returns embeddings of `texts` by the library; arguments and errors as in `run_library`."""
+    """Returns embeddings of `texts`; other arguments and errors are as in `run_library`."""
     request = {
         "base": str(model.resolve()),
         "texts": list(texts),

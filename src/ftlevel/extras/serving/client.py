@@ -115,7 +115,7 @@ class Client:
             raise RequestError(f"embeddings in another form ({error!r})") from None
 
     def rerank(self, model: str, query: str, texts: list[str]) -> list[float]:
-        """Returns the score of each text; raises RequestError if the server returns none.
+        """Returns the score of each text for `query`; RequestError if the server returns none.
 
         vLLM and llama.cpp read `documents`, text-embeddings-inference `texts` and `raw_scores`.
         """
@@ -250,7 +250,7 @@ def _distance(output: ServerOutput, reference: ReferenceOutput) -> float:
 def match_output(
     output: ServerOutput, trained: ReferenceOutput, base: ReferenceOutput | None, tolerance: float
 ) -> OutputMatch:
-    """Returns whether `output` is that of the trained model, of the base, of both or of neither."""
+    """Returns whether `output` matches `trained`, `base`, both or neither, within `tolerance`."""
     is_equal, difference, tokens = _compare_answer(output, trained, tolerance)
     fits_base = base is not None and _compare_answer(output, base, tolerance)[0]
     verdict = (EITHER if fits_base else TRAINED) if is_equal else (BASE if fits_base else ELSE)
@@ -282,7 +282,7 @@ def _compare_answer(
 def _is_rounding(
     output: ServerOutput, reference: ReferenceOutput, common: int, tolerance: float
 ) -> bool:
-    """Returns whether rounding explains why the outputs differ after `common` equal tokens."""
+    """Returns whether rounding within `tolerance` explains a difference after `common` tokens."""
     if common == len(reference.ids):
         return True
     if common == len(output.ids or ()):  # servers omit the end-of-sequence token

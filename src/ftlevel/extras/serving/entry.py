@@ -84,7 +84,7 @@ def check_separators(server: Server, names: Sequence[str], out: Path) -> None:
 
 
 def _pair(server: Server, adapter: ServedAdapter) -> str:
-    """Returns NAME=PATH for a command, or JSON if name or path contain a separator of `server`."""
+    """Returns the adapter as NAME=PATH for a command, or JSON if these contain a separator."""
     pair = f"{adapter.name}={adapter.path}"
     if (pair.count("=") == 1 and "," not in pair) or server.name not in ("vllm", "sglang"):
         return pair

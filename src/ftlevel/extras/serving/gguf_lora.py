@@ -38,7 +38,7 @@ class GgufWriter:
             raise InputError(f"for llama.cpp, {problems[0]}")
 
     def write(self, path: Path, lora: NormalForm, adapter: ServedModel) -> None:
-        """Write the adapter into the directory `path`."""
+        """Write `lora`, the plain LoRA of `adapter`, into the directory `path`."""
         config = adapter.ref.model_config
         names = _names(lora, config)
         writer = GGUFWriter(str(path / _FILE), FAMILIES[config.model_type].architecture)

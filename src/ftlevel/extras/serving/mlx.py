@@ -39,7 +39,7 @@ class MlxWriter:
             )
 
     def write(self, path: Path, lora: NormalForm, adapter: ServedModel) -> None:
-        """Write the adapter into the directory `path`."""
+        """Write `lora`, the plain LoRA of `adapter`, into the directory `path`."""
         from safetensors.torch import save_file
 
         lora = lora.on_every_layer(adapter.base.model)
@@ -63,7 +63,7 @@ class MlxWriter:
         write_json(path / "adapter_config.json", config)
 
     def read(self, path: Path, lora: NormalForm, _entry: ServedModel) -> NormalForm:
-        """Load the file back."""
+        """Load the file back; settings that it lacks are those of `lora`."""
         from safetensors.torch import load_file
 
         tensors = load_file(str(path / _WEIGHTS))

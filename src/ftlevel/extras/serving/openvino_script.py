@@ -60,7 +60,7 @@ def main() -> None:
 
 
 def _embed(converted: Path, model: Path, request: dict[str, Any]) -> list[list[float]]:
-    """Returns the embeddings of the texts, with the pooling that the model's files specify."""
+    """Returns the embeddings of the texts in `request`, pooled as the model's files specify."""
     import openvino_genai as genai
 
     modes = json.loads((model / "1_Pooling" / "config.json").read_text(encoding="utf-8"))

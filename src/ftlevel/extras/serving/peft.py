@@ -21,7 +21,7 @@ class PeftWriter:
         """Accept any base: PEFT applies LoRA to any model."""
 
     def write(self, path: Path, lora: NormalForm, adapter: ServedModel) -> None:
-        """Write the adapter into the directory `path`."""
+        """Write `lora`, the plain LoRA of `adapter`, into the directory `path`."""
         save_normal_form(path, lora, adapter)
         for pattern in TOKENIZER_FILES:
             for path in sorted(adapter.ref.adapter_path.glob(pattern)):
@@ -29,7 +29,7 @@ class PeftWriter:
                 shutil.copyfile(path, path / path.relative_to(adapter.ref.adapter_path))
 
     def read(self, path: Path, lora: NormalForm, _entry: ServedModel) -> NormalForm:
-        """Load the files back."""
+        """Load the files back; settings that they lack are those of `lora`."""
         return load_normal_form(path, lora)
 
 

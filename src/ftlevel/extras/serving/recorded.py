@@ -72,7 +72,7 @@ class PromptOutputs:
 
 
 def run_prompts(model: Any, exported: ServedModel, prompts: Sequence[Prompt]) -> PromptOutputs:
-    """Returns the outputs of `model`, in eval mode, for all prompts."""
+    """Returns the outputs of `model`, in eval mode, for all prompts; `exported` describes it."""
     device = next(model.parameters()).device
     logits, answers = [], []
     with torch.no_grad():
@@ -169,7 +169,7 @@ def record(
     prompts: Sequence[Prompt],
     outputs_of: Mapping[str, PromptOutputs | None],
 ) -> AdapterRecord:
-    """Returns `prompts` with the answers in `outputs_of`, by `trained` and maybe `base`."""
+    """Returns `prompts` with answers; `outputs_of` has keys `trained` and maybe `base`."""
     rows = []
     for index, prompt in enumerate(prompts):
         answers = {

@@ -185,7 +185,7 @@ def _create_eval_set(original: Original) -> EvalSet:
 def _score_original(
     eval_set: EvalSet, outtype: str, tensors: Sequence[GGUFTensor], original: Original
 ) -> tuple[RowLogits, RowLogits]:
-    """Returns the original's logits with its own weights, and with those rounded as in the file."""
+    """Returns the original's logits with its own weights, and with those rounded to `outtype`."""
     # Scaled block values are not representable in 16-bit precision, so they need float32.
     dtype = torch.float32 if outtype in GRIDS else original.dtype
     model, _ = load_model(

@@ -78,7 +78,7 @@ def format_modelfile(
     comments: Sequence[str],
     system: str = "",
 ) -> str:
-    """Returns the Modelfile of a .gguf file in the same directory.
+    """Returns the Modelfile of the file `gguf` in the same directory, with `comments` on top.
 
     If `template` is None, Ollama uses the one in the .gguf file. `system` is the default system
     turn.

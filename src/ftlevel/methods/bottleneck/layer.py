@@ -329,7 +329,7 @@ class BottleneckModel(UnmergeableTuner, PrecisionTuner, BaseTuner):
             self._replace_module(parent, target_name, layer, target)
 
     def _connect(self, layer: BottleneckLayer, placement: str, module_name: str) -> InputType:
-        """Returns which tensor the adapters read; if it is the residual, hooks it for `layer`."""
+        """Returns which tensor `placement` reads; if it is the residual, hooks it for `layer`."""
         input_type = INPUT_TYPES.get(placement, "output")
         if input_type not in ("residual", "sum"):
             return input_type

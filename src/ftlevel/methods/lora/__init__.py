@@ -356,7 +356,7 @@ class Lora(Method):
         return f"the start {spec.init_lora_weights} is taken from linears. Use --init default"
 
     def check(self, spec: LoraSpec, sizes: Mapping[str, tuple[int, int]]) -> None:
-        """Raise `ConfigError` if a key of `rank_pattern` or `alpha_pattern` matches no layer."""
+        """Raise `ConfigError` if a pattern for ranks or alphas matches no layer in `sizes`."""
         names = join_names(dict.fromkeys(name.rpartition(".")[2] for name in sizes), 8)
         try:
             with limit_time(_SECONDS):

@@ -35,7 +35,7 @@ class PromptPosition:
     def compute(
         cls, attention_mask: Tensor | None, rows: Tensor, length: int, tokens_before: int
     ) -> PromptPosition:
-        """Returns the position of a prompt after left padding and `tokens_before` tokens.
+        """Returns the position of `length` tokens after left padding and `tokens_before` tokens.
 
         `attention_mask` is `(batch, seq)`, or None without padding; `rows` is any tensor of the
         batch, for batch size and device.
@@ -300,7 +300,7 @@ class SoftPromptLayer(VirtualTokenLayer):
         return position
 
     def _extend_cached(self, names: list[str], call: dict[str, Any]) -> None:
-        """Extend mask and positions in `call` (modified) by prompts that are in the KV cache."""
+        """Extend mask and positions in `call` (modified) by prompts `names` in the KV cache."""
         mask = call.get("attention_mask")
         if mask is not None:
             call["attention_mask"] = self._compute_position(names, mask, mask).extend_mask(mask)
