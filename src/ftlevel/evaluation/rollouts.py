@@ -239,6 +239,7 @@ def compute_token_logps(
     """Returns row index → log-probabilities of the completion's tokens, without gradients.
 
     Each of `batches` is a list of row indices, and these rows collated on the model's device.
+    `head` computes the language head in chunks; without it, all logits are stored.
     """
     logps: dict[int, list[float]] = {}
     was_training = model.training

@@ -309,8 +309,8 @@ def resolve_pair(
 ) -> tuple[ModelRef, ModelRef]:
     """Resolve the model `name` to evaluate, and the model `other_name` to compare it with.
 
-    A model without a task gets the other model's. Raises InputError if a model is missing, or the
-    two cannot be compared.
+    A model without a task gets the other model's; `base` is as in `resolve_model`. Raises
+    InputError if a model is missing, or the two cannot be compared.
     """
     card_paths = [get_card_dir(Path(each).expanduser()) for each in (name, other_name)]
     card, other_card = (load_card(path) if path is not None else None for path in card_paths)

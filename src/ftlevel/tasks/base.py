@@ -448,7 +448,7 @@ class BaseTask(ABC):
 
 
 def check_options(outputs: OutputOptions, whose: str, instead: str) -> None:
-    """Raise `ConfigError` if `outputs` asks for probabilities, which the model `whose` lacks."""
+    """Raise `ConfigError`, advising `instead`, if `outputs` asks `whose` for probabilities."""
     for flag, value in (("--probabilities", outputs.probabilities), ("--top-k", outputs.top_k)):
         if value:
             raise ConfigError(f"{flag}: {whose} has no probabilities. {instead or f'Drop {flag}.'}")

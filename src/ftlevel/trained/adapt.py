@@ -283,7 +283,7 @@ def train_in_float32(model: Any) -> None:
 
 
 def get_shortest_targets(model: torch.nn.Module, targets: Sequence[str]) -> list[str]:
-    """Returns the shortest names that PEFT's suffix match resolves to exactly `targets`."""
+    """Returns the shortest suffixes of `targets` that match no other module of `model`."""
     return sorted(shortest_names(targets, (name for name, _ in model.named_modules())))
 
 

@@ -194,8 +194,8 @@ _FOLDER = Path(__file__).parent / "templates"
 def set_chat_template(tokenizer: Any, name: str | None) -> Choice | None:
     """Set the chat template of `tokenizer` (modified) to a built-in template or a Jinja file.
 
-    Raises `InputError` if it does not exist or compile, or needs tokens that are not in the
-    vocabulary.
+    None keeps it. Raises `InputError` if it does not exist or compile, or needs tokens that are not
+    in the vocabulary.
     """
     if name is None:
         return None

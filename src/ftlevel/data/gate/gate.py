@@ -321,7 +321,7 @@ class Gate:
         return rows, split.findings
 
     def check_rows(self, name: str, fitted: FittedRows, total: int, table: Table) -> SplitReport:
-        """Run the checks that need no other rows of the split, which has `total` examples."""
+        """Run the checks of single rows on the split `name`, which has `total` examples."""
         split = SplitReport(name, fitted.rows, table, total, self.policy)
         active = split.present()
         for check, rows in (("long_prompt", fitted.long_prompts), ("answer_cut", fitted.lost)):
@@ -368,7 +368,7 @@ class Gate:
         corpus: Sequence[str] | None,
         table: Table,
     ) -> list[Finding]:
-        """Returns findings on validation rows, their corpus, and training rows in the corpus."""
+        """Returns findings of the task on validation rows, the corpus, and training rows in it."""
         findings = []
         for check, split, rows, example in self.task.check_eval_set(train, validation, corpus):
             total = len(train) if split == "train" else len(validation)

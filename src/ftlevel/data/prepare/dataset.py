@@ -131,7 +131,8 @@ _UNRELATED = ("num_proc", "cache")  # config fields that do not affect rows
 def prepare_data(config: DataConfig, context: EncodingContext, progress: Progress) -> PreparedData:
     """Returns the encoded and checked rows of `config`, from the cache if possible.
 
-    Raises `InputError` if the data cannot be read, converted or fitted to the length limit.
+    `progress` is called while encoding. Raises `InputError` if the data cannot be read, converted
+    or fitted to the length limit.
     """
     if config.streaming:
         return prepare_stream(config, context)

@@ -112,7 +112,7 @@ class EncodingContext:
     def encoder(
         self, config: DataConfig, prompt_format: PromptFormat | None, **options: Any
     ) -> Encoder:
-        """Returns an `Encoder` with these settings; `options` are the remaining fields."""
+        """Returns an `Encoder` with these settings; `options` are its remaining fields."""
         return Encoder(
             self.task, self.kind, self.tokenizer, config, self.bounds, prompt_format, **options
         )

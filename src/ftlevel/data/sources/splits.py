@@ -334,7 +334,7 @@ def _source_type(dataset: str, path: Path) -> str:
 def _match_training_files(
     dataset: str, source: str, split: str | None, options: ReadOptions
 ) -> Sequence[str | Path]:
-    """Returns the file or all files that `dataset` matches, to be read as training rows.
+    """Returns the file `dataset` or, if `source` is "pattern", all files that it matches.
 
     Raises `InputError` for another `split` than "train", or if some but not all files have
     names of other splits, such as test.csv.

@@ -136,10 +136,7 @@ def _may_be_media(value: Any) -> bool:
 
 
 def check_is_file(path: Path, data_files: Callable[[Path], list[str]]) -> None:
-    """Raise `InputError` unless `path` is a regular file that is not empty.
-
-    For a directory, the message lists its `data_files(path)`.
-    """
+    """Raise `InputError` (listing a directory's `data_files`) unless `path` is a non-empty file."""
     if path.is_dir():
         names = data_files(path)
         listing = f"Files in it: {join_names(names)}." if names else "It holds no data file."

@@ -228,7 +228,7 @@ def triplet(vectors: torch.Tensor, step: StepTexts, config: LossConfig) -> torch
 
 
 def _own_scores(vectors: torch.Tensor, step: StepTexts) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Returns per row the dot products of its query and documents, and the teacher's scores."""
+    """Returns (dot products of query and documents, teacher's scores) of each row of `step`."""
     found = []
     for texts, teacher in zip(step.texts, step.teacher, strict=True):
         indices = torch.tensor(texts, device=vectors.device)

@@ -86,7 +86,7 @@ def join_turns(turns: Sequence[Message]) -> str:
 
 
 def create_pair(values: RoleValues) -> PairExample:
-    """Create a pair example from a row of any of the layouts."""
+    """Create a pair example from a row in any of the supported column layouts."""
     if "ranked" in values:
         better, worse, scores = _best_and_worst(values)
     elif "output" in values:

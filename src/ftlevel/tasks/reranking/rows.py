@@ -66,7 +66,7 @@ class RankedRow(Encoded):
 
     @property
     def cluster(self) -> bytes:
-        """Key of the query, because several rows may have documents of one query."""
+        """Key of the query, shared by all rows with its documents, for bootstrap intervals."""
         return bytes(memoryview(_array(self.input_ids[: self.query])))
 
     @property

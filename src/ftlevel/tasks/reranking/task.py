@@ -224,7 +224,7 @@ class RerankingTask(BaseTask):
     def score_documents(
         self, model: PromptedModel, queries: Sequence[Any], *, as_probabilities: bool = False
     ) -> list[list[float]]:
-        """Returns the logits, or their sigmoids, of each query's documents."""
+        """Returns one score per document of each query: its logit, or the logit's sigmoid."""
         rows = [
             Encoded(sequence.input_ids, 0, index, sequence.extras)
             for index, row in enumerate(PairEncoder(model.tokenizer)(queries))

@@ -69,7 +69,7 @@ STAND_IN_TOKENS = 8
 def stand_in_completions(
     prompt: list[int], row: int, num_completions: int = STAND_INS, tokens: int = STAND_IN_TOKENS
 ) -> Iterator[CompletionRow]:
-    """Yields made-up completions of `prompt` with advantages of alternating sign."""
+    """Yields made-up completions of `prompt`, `tokens` long, with advantages of either sign."""
     for number in range(num_completions):
         ids = [prompt[(7 * at + 3 * number) % len(prompt)] for at in range(tokens)]
         signal = (1.0 - 2 * (number % 2), 1 / tokens, UNKNOWN, UNKNOWN, UNKNOWN)
