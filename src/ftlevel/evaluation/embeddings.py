@@ -144,7 +144,7 @@ class PairMeter:
         return PairMeter(self.kind, [pair for meter in meters for pair in meter.pairs])
 
     def compute(self, _: float) -> dict[str, float]:
-        """Compute the metric per number of dimensions, if labels and scores are not constant."""
+        """Compute the metric per number of dimensions, except for constant labels or scores."""
         labels = [label for label, _ in self.pairs]
         compute = spearman if self.kind == "score" else average_precision
         metrics = {}

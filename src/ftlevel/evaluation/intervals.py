@@ -209,7 +209,7 @@ class MetricRuns:
 
     @property
     def interval(self) -> list[float] | None:
-        """95 % interval of the mean over resampled rows."""
+        """95 % interval of the mean over resampled rows; None without draws."""
         return interval(self.draws.mean(0)) if self.draws.size else None
 
 

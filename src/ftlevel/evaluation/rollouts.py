@@ -105,7 +105,7 @@ class Seconds:
 
 
 class Rollouts:
-    """Samples completions from `model` (its attention changes meanwhile) and scores them.
+    """Samples completions from `model` (its attention is replaced meanwhile) and scores them.
 
     Scores come from `rewards`, token log-probabilities from a `teacher`. `why_generate` is the
     reason for sampling with transformers' `generate`; empty if ftlevel's own decoder is used.

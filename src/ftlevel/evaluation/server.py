@@ -117,7 +117,7 @@ class ServerSampler:
         return f"{Path(self._workspace.name).parent.name}-{self._version}"
 
     def _update(self, prompt: list[int], options: SamplingOptions) -> None:
-        """Load the adapter into the server if it has changed, and check it."""
+        """Load the adapter into the server if its weights changed, and check it on `prompt`."""
         trained = [p.detach() for p in self._model.parameters() if p.requires_grad]
         if self._loaded and all(map(torch.equal, trained, self._loaded)):
             return

@@ -98,7 +98,7 @@ def _end(tokenizer: Any) -> int | None:
 
 @dataclass(frozen=True)
 class WindowOutputs:
-    """A model's outputs in a window, (positions, size) in float32, and the target tokens."""
+    """A window's float32 outputs (positions, vocabulary or hidden size), and the target tokens."""
 
     values: torch.Tensor
     labels: torch.Tensor
@@ -208,7 +208,7 @@ class EvalSet:
 
 @dataclass(frozen=True)
 class Agreement:
-    """Differences between a model and a reference.
+    """Absolute differences between the logits of a model and a reference.
 
     `scale` is the largest absolute logit of the reference. `kl` is the mean KL(reference ‖ model)
     in nats, and `top1` the fraction of targets with the same argmax; both are None without
@@ -226,7 +226,7 @@ class Agreement:
 
     @property
     def distance(self) -> float:
-        """KL divergence, or the mean difference without `has_choice`; smaller is closer."""
+        """KL divergence, or without `has_choice` the mean absolute difference of the logits."""
         return self.mean_difference if self.kl is None else self.kl
 
 
@@ -354,7 +354,7 @@ def resolve_pair(
 
 
 def have_same_inputs(ref: ModelRef, other: ModelRef) -> bool:
-    """Returns whether both have one vocabulary and, if they embed, one format and hidden size."""
+    """Returns whether both models have equal vocabularies (embeddings: also format and size)."""
     forms = _embedding_format(ref), _embedding_format(other)
     same_width = forms[0] is None or width_of(ref.model_config) == width_of(other.model_config)
     return forms[0] == forms[1] and same_width and _have_equal_vocabs(ref, other)

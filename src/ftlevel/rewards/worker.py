@@ -169,7 +169,7 @@ class Worker:
         }
 
     def _try(self, index: int, batch: Mapping[str, Any]) -> tuple[list[Any] | None, str]:
-        """Call a function; returns (scores, "") or (None, problem)."""
+        """Call function `index` on `batch`; returns (scores, ""), or (None, problem) on failure."""
         spec, takes = self.specs[index], self.signatures[index]["takes"]
         state = SimpleNamespace(global_step=batch.get("step", 0))
         values = {
@@ -212,7 +212,7 @@ def _part(batch: Mapping[str, Any], at: int) -> dict[str, Any]:
 
 
 def _checked(result: Any, count: int) -> tuple[list[Any] | None, str]:
-    """Returns (scores, "") if `result` has `count` numbers or None; else (None, the problem)."""
+    """Returns (scores, "") if `result` has `count` items, numbers or None; else (None, problem)."""
     if hasattr(result, "tolist"):  # a tensor or an array
         result = result.tolist()
     if not isinstance(result, list | tuple):

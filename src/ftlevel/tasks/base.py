@@ -106,7 +106,7 @@ class PromptedModel(Protocol):
 
 
 class TokenDecoder(Protocol):
-    """Decoder of single tokens."""
+    """Protocol of an object that decodes tokens one by one."""
 
     def decode_tokens(self, ids: Sequence[int]) -> list[str]:
         """Returns the text of each token id."""
@@ -211,7 +211,7 @@ class BaseTask(ABC):
         return None
 
     def get_heads(self, meta: Any, source: Any) -> tuple[list[str], list[str]]:
-        """Find modules of the meta model `meta` to train in full, and those `source` may lack."""
+        """Find modules of `meta` (on device meta) to train in full, and those `source` may lack."""
         if not self.has_new_head:
             return [], []
         from ftlevel.models.loading import get_new_poolers
@@ -221,7 +221,7 @@ class BaseTask(ABC):
         return heads, heads
 
     def get_unused_modules(self, meta: Any) -> list[str]:
-        """Find modules of the meta model `meta` that do not affect the loss; never trained."""
+        """Find modules of `meta` (on device meta) that do not affect the loss; never trained."""
         return []
 
     @property
@@ -311,7 +311,7 @@ class BaseTask(ABC):
     def get_inconsistent_labels(
         self, examples: Sequence[Any], labels: LabelSet, table: Table
     ) -> list[BadRow]:
-        """Returns the rows whose labels contradict each other: I-LOC after B-PER, in BIO tags."""
+        """Returns the rows whose labels contradict each other, such as I-LOC after B-PER."""
         return []
 
     def prompt_format(self, format_: Format, kind: str, tokenizer: Any) -> PromptFormat | None:

@@ -116,7 +116,7 @@ class ModelRef:
 
     @property
     def options(self) -> Mapping[str, Any]:
-        """Options of the task; a merged model has no preference reference."""
+        """The card's task options; a merged preference model has no reference model."""
         preference = self.card.options.get("preference")
         if not self._has_no_reference or preference is None:
             return self.card.options

@@ -145,7 +145,7 @@ class RoleValues:
 def explain_columns(
     column_mapping: Mapping[str, str], mapping: Mapping[str, str], name: str | None
 ) -> str:
-    """Returns what decided the roles: --map, --format or column names; "" if they are equal."""
+    """Returns how columns got roles: --map, --format or by name; "" if names are the roles."""
     if mapping or name:
         flags = (("--map", mapping), ("--format", name))
         return "by " + " and ".join(flag for flag, value in flags if value)

@@ -285,7 +285,7 @@ class LabelNormalizer:
     names: Mapping[str, str]
 
     def __call__(self, values: Any) -> Any:
-        """Returns the example of the current row."""
+        """Returns the example of the current row, with class names for spelling variants."""
         example = self.build(values)
         if isinstance(example, LabeledText) and isinstance(example.label, str):
             return replace(example, label=self._name(example.label))

@@ -83,7 +83,7 @@ class Digests:
 
     @classmethod
     def of(cls, examples: Iterable[Example], context: TextCheckContext) -> Digests:
-        """Compute the digests of `examples`."""
+        """Compute the digests of `examples`; `context` has special tokens for text checks."""
         records: list[tuple[int, ...]] = []
         hashes: list[int] = []
         checks = [(1 << number, check) for number, check in enumerate(TEXT_CHECKS.values())]

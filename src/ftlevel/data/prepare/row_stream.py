@@ -137,7 +137,7 @@ class ChunkEncoder:
 
 @dataclass(frozen=True)
 class StreamState:
-    """State of a stream.
+    """State from which a `RowStream` resumes.
 
     Attributes:
         passes: number of completed passes over the source.

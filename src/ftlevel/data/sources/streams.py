@@ -181,7 +181,7 @@ Cursor = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Chunk:
-    """Rows with `lines` (in `unit`s), unreadable rows (`errors`), and the `cursor` after them."""
+    """Rows with line (or row) numbers, unreadable rows (`errors`), and the `cursor` after them."""
 
     rows: list[Row]
     lines: list[int]

@@ -111,7 +111,7 @@ def _array(ids: Sequence[int]) -> Any:
 
 
 def prepare_tokenizer(tokenizer: Any, kind: str) -> Choice | None:
-    """Extend the pair template of a decoder's `tokenizer` (modified), and return the log line.
+    """Extend a decoder's `tokenizer` (modified) to pairs of texts; returns the log line or None.
 
     Raises `InputError` if the tokenizer has no EOS token, or is not a fast tokenizer.
     """

@@ -82,8 +82,8 @@ def compute_advantages(
 
     Completions with NaN rewards get 0 and do not count in means. A group of equal rewards gets
     exactly 0, except for losses in `GLOBAL`. `lengths`, used by reinforce++ only, are the
-    unmasked tokens of the completions. `scale` selects the standard deviation that other losses
-    than rloo divide by.
+    unmasked tokens of the completions. `scale` selects the standard deviation to divide by (group,
+    batch or none), except for rloo and losses in `GLOBAL`.
     """
     rewards = rewards.double()
     if loss in GLOBAL:
