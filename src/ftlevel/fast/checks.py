@@ -247,7 +247,7 @@ def relative_difference(values: Tensor, expected: Tensor) -> float:
 
 
 def median_errors(values: Tensor, expected: Tensor, mask: Tensor) -> Tensor:
-    """Returns (rows,) the median relative difference of each row's tokens at `mask`."""
+    """Returns (rows,): the median of ‖value − expected‖ / ‖expected‖ of tokens at `mask`."""
     per_token = (values - expected).norm(dim=-1) / expected.norm(dim=-1)
     return torch.stack([own[at].median() for own, at in zip(per_token, mask, strict=True)])
 

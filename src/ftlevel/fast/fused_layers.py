@@ -260,7 +260,7 @@ class _Rope(torch.autograd.Function):
 
 
 class FusedRope:
-    """Replaces rotary embedding functions in the modules of `model` (`count`), until `remove`."""
+    """Replaces the rotary function in the `count` Python modules of `model`, until `remove`."""
 
     def __init__(self, model: nn.Module, kernels: Kernels) -> None:
         self._replaced: list[tuple[ModuleType, Callable[..., Any]]] = []

@@ -115,7 +115,7 @@ class VarlenKernel:
     def get_kwargs(
         self, causal: bool, window: int | None, scale: float, *, grouped: bool
     ) -> dict[str, Any]:
-        """Returns the keyword arguments for `varlen_attn`."""
+        """Returns keyword arguments for `varlen_attn`; `grouped`: fewer key than query heads."""
         kwargs: dict[str, Any] = {"scale": scale} if self.scales else {}
         if self.groups:
             kwargs["enable_gqa"] = grouped

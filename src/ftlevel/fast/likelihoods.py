@@ -77,7 +77,7 @@ def compute_policy_loss(
 def compute_full_loss(
     model: Any, objective: Objective, batch: dict[str, Tensor], mask: Tensor, loss: TrainingLoss
 ) -> tuple[Tensor, Tensor, Any]:
-    """Returns the summed loss computed from all logits, the labels, and model outputs or None."""
+    """Returns the summed loss from all logits, the labels, and model outputs, if available."""
     if isinstance(objective, LikelihoodObjective):
         answers = compute_answer_likelihoods(None, model, objective, batch)
         total = objective.preference_sum(answers, batch["preference_labels"], training=True)
@@ -143,7 +143,7 @@ def supervised_loss(
     observe: Observe | None = None,
     smoothing: float = 0.0,
 ) -> Tensor:
-    """Returns the summed loss of a batch, with the head computed at targets only."""
+    """Returns a batch's summed loss, the head computed at targets only; `observe` gets logits."""
     if isinstance(objective, LikelihoodObjective):
         answers = compute_answer_likelihoods(head, model, objective, batch)
         return objective.preference_sum(answers, batch["preference_labels"], training=True)

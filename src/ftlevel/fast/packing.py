@@ -240,7 +240,7 @@ def split_shared(
 def count_computed_tokens(
     rows: Sequence[int], lengths: Sequence[int], order: Sequence[int], shared: Sequence[int]
 ) -> int:
-    """Returns the number of tokens that a micro-batch of `rows`, in `order`, computes."""
+    """Returns how many tokens a micro-batch of `rows` computes; arguments as in `split_shared`."""
     rank = {row: at for at, row in enumerate(order)}
     cost, before = 0, -1
     for row in rows:

@@ -50,7 +50,7 @@ class WorkerPlan:
 def plan_workers(
     method: MethodConfig, requested: int | str, meta: Any, device: str, is_ordered: bool
 ) -> WorkerPlan:
-    """Returns how many micro-batches to compute in parallel; `meta` is the model on meta."""
+    """Returns how many micro-batches of the meta model `meta` to compute in parallel."""
     threads = torch.get_num_threads()
     if device != "cpu" or threads == 1 or requested == 1:
         return WorkerPlan()
@@ -92,7 +92,7 @@ def _has_dynamic_rope(config: Any) -> bool:
 
 
 def get_dropout(method: MethodConfig, meta: Any, with_head: bool = False) -> str:
-    """Returns the config name and value of dropout or jitter in the model; empty if none."""
+    """Returns name and value of dropout or jitter (`with_head`: in heads too); empty if none."""
     for owner in (method.model_dump(), meta.config.to_dict()):
         for name, value in owner.items():
             if not (isinstance(value, float) and value > 0):
@@ -112,7 +112,7 @@ LIGER_CONFIG = {"cross_entropy": False, "fused_linear_cross_entropy": False}
 
 
 def uses_liger(speed: SpeedConfig, device: str, model_type: str) -> bool:
-    """Returns whether liger-kernel is installed, is enabled and supports the model."""
+    """Returns whether liger-kernel is installed, enabled and supports the model."""
     return (
         device == "cuda"
         and speed.fast
@@ -348,7 +348,7 @@ def _is_recurrent(model: Any) -> bool:
 
 
 def set_packed_attention(model: Any, kernel: FlashKernel | None = None) -> bool:
-    """Set packed attention on `model` (modified); return whether that worked."""
+    """Set packed attention on `model` (modified), on a GPU by `kernel`; False if unsupported."""
     # Models that are eager only because of softcapping (Gemma 2) are supported.
     is_capped = getattr(model.config.get_text_config(), "attn_logit_softcapping", None) is not None
     if attention_of(model) != ("eager" if is_capped else "sdpa"):

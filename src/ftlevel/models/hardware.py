@@ -58,7 +58,7 @@ def allowed_cpus() -> list[int]:
 
 
 def get_num_cores(cpus: list[int], topology: Path = _TOPOLOGY) -> int:
-    """Returns the number of physical cores of the logical `cpus`; if unknown, of the `cpus`."""
+    """Returns the number of physical cores of the logical `cpus`; if unknown, `len(cpus)`."""
     core_ids = set()
     for cpu in cpus:
         try:
@@ -282,7 +282,7 @@ def evaluating(model: Any, device: str, dtype: str) -> Iterator[None]:
 
 
 def uses_tf32(enabled: bool | None, device: str, dtype: str) -> bool:
-    """Returns whether float32 matrix products use TF32 (8-bit exponent, 10-bit mantissa)."""
+    """Returns whether float32 matrix products use TF32: on new GPUs, unless `enabled` is False."""
     if enabled is False or dtype != "float32" or device != "cuda":
         return False
     return torch.cuda.get_device_capability() >= (8, 0)

@@ -209,7 +209,7 @@ def _get_config_dict(config: Any) -> dict[str, Any]:
 
 
 def _load_tensors(model: Any, source: ModelSource) -> Iterator[tuple[str, Tensor]]:
-    """Yields (name in `model`, tensor) of each tensor in the files of `source`, loaded singly."""
+    """Yields (name in `model`, tensor) of each tensor in the files of `source`, one at a time."""
     state, prefix = model.state_dict(), f"{model.base_model_prefix}."
     for path in sorted(snapshot(source).glob("*.safetensors")):
         with safe_open(str(path), framework="pt") as file:

@@ -99,7 +99,7 @@ def check_unexpected(model: nn.Module, unexpected_keys: Iterable[str], label: st
 
 
 def _lookup(values: Mapping[str, Any], name: str) -> Any:
-    """Returns the value of key `name`, or of a key that differs in its first modules; else None."""
+    """Returns the value of `name`, or of a key equal to it up to a module prefix; else None."""
     if name in values:
         return values[name]
     if not name:
@@ -430,7 +430,7 @@ def _keep_new_heads(
     auto_class: str,
     dtype: torch.dtype,
 ) -> Any:
-    """Returns `config` with quantization of all heads off that the checkpoint did not quantize."""
+    """Returns `config`, in which heads that the checkpoint did not quantize stay unquantized."""
     if as_quant_config(quantization_config) is None:
         return config
     quantized = [name for name in _load_tensor_types(source) if name.endswith((".absmax", ".SCB"))]

@@ -141,7 +141,7 @@ class ModuleTree:
         ]
 
     def _unwrap(self, name: str) -> str:
-        """Returns `name` or its only child, recursively, such as `cls` -> `cls.predictions`."""
+        """Returns the module that single children lead to, such as `cls` -> `cls.predictions`."""
         children = list(self.modules[name].named_children())
         if len(children) == 1 and any(True for _ in children[0][1].children()):
             return self._unwrap(f"{name}.{children[0][0]}")
@@ -238,7 +238,7 @@ def get_blocks(model: nn.Module) -> list[nn.Module]:
 
 
 def get_modules_to_not_convert(model: nn.Module) -> list[str]:
-    """Returns linear layers not to quantize: their weight is read directly or needs precision."""
+    """Returns linear layers not to quantize: read without calling them, or in full precision."""
     model_type = str(getattr(model.config, "model_type", ""))
     suffixes = (*_KERNEL_LAYERS.get(model_type, ()), *_FULL_PRECISION_LAYERS.get(model_type, ()))
     return (

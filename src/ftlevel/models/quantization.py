@@ -149,7 +149,7 @@ def get_quantization_config(config: Any) -> dict[str, Any] | None:
 
 
 def quantization_name(quantization_config: dict[str, Any]) -> str:
-    """Returns the name of a quantization: `4bit nf4`, `8bit`, `int8-torchao`, `gptq`."""
+    """Returns a quantization's name, such as `4bit nf4`, `8bit`, `int8-torchao` or `gptq`."""
     if quantization_config.get("load_in_8bit"):
         return "8bit"
     if quantization_config.get("load_in_4bit"):

@@ -257,7 +257,7 @@ class _Selector:
         return sorted(selected)
 
     def _adaptable(self, matches: Sequence[str]) -> list[str]:
-        """Returns the linear layers among `matches` (names): those in blocks, if none, others."""
+        """Returns the linear layers among `matches` (names): those in blocks; if none, others."""
         layers = [self.linears[full] for full in matches if full in self.linears]
         in_blocks = [part.name for part in layers if part.location == "block"]
         return in_blocks or [

@@ -206,7 +206,7 @@ _PATTERN_KEYS = ("rank_pattern", "alpha_pattern")
 
 
 def check_patterns(adapter_dir: Path, peft_config: Mapping[str, Any], base: Any) -> None:
-    """Raise `InputError` for patterns that are invalid, or slow on module names of `base`."""
+    """Raise `InputError` for invalid patterns in `peft_config`, or slow ones on names in `base`."""
     path = adapter_dir / "adapter_config.json"
     names = [name for name, _ in base.named_modules()]
     for field, written, pattern in _patterns(peft_config):

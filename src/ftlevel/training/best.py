@@ -213,7 +213,7 @@ class Evaluations:
         self.waited = 0
 
     def add(self, step: int, scores: Mapping[str, Any]) -> bool:
-        """Add an evaluation; returns whether it is the best so far. Ties are decided by the loss.
+        """Add the metrics `scores` of `step`; returns whether they are the best. Loss decides ties.
 
         A missing metric, such as a correlation with a constant, counts as NaN and is never best.
         """
@@ -396,7 +396,7 @@ class BestModelCallback(TrainerCallback):
             state.save_state(path)
 
     def finish(self, model: Any, step: int, max_steps: int) -> SelectedModel | None:
-        """Load the best weights into `model` (modified) and return the selected model, or None."""
+        """Load the best weights into `model` (modified); returns the selected model, or None."""
         history, selected = self.evaluations, step
         if history.best is None or history.last is None:
             return None

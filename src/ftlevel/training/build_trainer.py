@@ -352,7 +352,7 @@ def restore_progress(
     resume_state: ResumeState,
     processes: Processes,
 ) -> None:
-    """Restore the progress of `trainer` and `callbacks` (both modified) from a checkpoint."""
+    """Restore `trainer` and `callbacks` (both modified) from the checkpoint of `resume_state`."""
     if resume_state.checkpoint is None:
         return
     step = step_of(resume_state.checkpoint)

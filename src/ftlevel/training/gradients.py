@@ -330,7 +330,7 @@ class GradientMonitor(TrainerCallback):
             )
 
     def _check_zero_gradients(self, zero: set[str], num_tensors: int, optimizer: Any) -> None:
-        """Warn about tensors with zero gradients before and after the first weight update."""
+        """Warn once about tensors in `zero` that had no gradient before the first update either."""
         if len(zero) == num_tensors:
             return
         if self._zero_first is None:

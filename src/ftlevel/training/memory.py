@@ -178,7 +178,7 @@ def _sample_batch(run: Run) -> dict[str, Any]:
 
 @dataclass
 class _BlockTracker:
-    """The one of the model's blocks that a forward pass is currently in.
+    """Tracks which block a forward pass is in, and the bytes of each block's input.
 
     Attributes:
         at: index of the block being computed; None between encoder and decoder.

@@ -458,7 +458,7 @@ def get_full_load_reason(run: Run) -> str:
 def with_host_device(model_info: PlannedModel, slices: LazyWeights | None) -> PlannedModel:
     """Returns `model_info` with the CPU as device, so that weights are loaded into host memory.
 
-    If whole weights must be quantized on the device, `model_info` is returned unchanged.
+    It is unchanged if whole weights must be quantized on the device (`slices` is None).
     """
     on_device = model_info.quant.kind != "none" and slices is None
     return model_info if on_device else replace(model_info, device="cpu")

@@ -265,7 +265,7 @@ def _offload_model(model: Any, device: str) -> Iterator[None]:
 def compare_frozen(
     trained: Any, expected: Mapping[str, TensorHash], *, is_base_modified: bool = False
 ) -> int:
-    """Check that frozen tensors of `trained` have the base's hashes; returns how many there are."""
+    """Check that frozen tensors have their `expected` hashes; returns how many there are."""
     frozen = [(base_name(name), p) for name, p in trained.named_parameters() if not p.requires_grad]
     base_tensors = [(name, tensor) for name, tensor in frozen if name in expected]
     digests = hash_tensors(base_tensors)

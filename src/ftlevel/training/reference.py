@@ -99,7 +99,7 @@ def is_missing(array: np.ndarray) -> np.ndarray:
 
 
 def cache_path(data: DataConfig, prefix: str, start: str, rows: Sequence[Encoded]) -> Path | None:
-    """Returns the cache file named by a digest of `start` and `rows`; None if caching is off."""
+    """Returns the cache file PREFIX-DIGEST.npy of `start` and `rows`; None if caching is off."""
     if not data.cache or not is_writable():
         return None
     hasher = hashlib.sha256(start.encode())

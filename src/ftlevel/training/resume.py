@@ -51,7 +51,7 @@ BASE_DIR = "base"
 
 
 def store_base(run: Run, output_dir: RunDirectory, *, is_first: bool) -> tuple[Run, dict[str, Any]]:
-    """Move a base passed as an object into the run directory; returns run and `get_base_info`."""
+    """Move a base passed as an object into the run directory; returns run and base info."""
     if run.written_base is not None:
         path = output_dir.path.resolve() / BASE_DIR
         if is_first and not path.exists():

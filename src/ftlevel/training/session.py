@@ -126,7 +126,7 @@ class BoundInputs:
 
 
 def bind_inputs(config: TrainConfig, inputs: TrainInputs, stack: ExitStack) -> BoundInputs:
-    """Name `inputs` in `config`; a passed model is written to a directory until `stack` closes."""
+    """Set names or paths of `inputs` in `config`; a model is on disk until `stack` closes."""
     _check_callbacks(inputs.callbacks)
     rows = {"dataset": inputs.dataset, "validation_file": inputs.eval_dataset}
     names = {

@@ -278,7 +278,7 @@ def _reload_logits(model: Any, path: Path, inputs: CheckInputs, processes: Proce
 
 
 def compare_weights(model: Any, directory: Path) -> float:
-    """Returns the largest difference of this process's part of `model` from the saved weights."""
+    """Returns the largest |difference| of this process's shards of `model` from saved weights."""
     tensors = model.state_dict(keep_vars=True)
     max_diff, seen = 0.0, set()
     for path in sorted(directory.glob("*.safetensors")):

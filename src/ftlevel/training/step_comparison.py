@@ -74,7 +74,7 @@ class GradientDifference:
 
 
 def compare_gradients(gradients: Gradients, reference: Gradients) -> dict[str, GradientDifference]:
-    """Returns the comparison of each tensor's gradient; a missing gradient counts as zero."""
+    """Returns tensor name → comparison with `reference`; a missing gradient counts as zero."""
     differences = {}
     for name in gradients.keys() | reference.keys():
         like = reference.get(name, gradients.get(name))
@@ -96,7 +96,7 @@ def _compare(gradient: Tensor, reference: Tensor) -> GradientDifference:
 
 
 def total(parts: Iterable[GradientDifference]) -> GradientDifference:
-    """Returns the sum of the comparisons."""
+    """Returns the sum of the comparisons `parts`, as if of one long tensor."""
     return sum(parts, GradientDifference())
 
 
@@ -249,7 +249,7 @@ class RoundingErrors:
     losses: dict[str, list[float]] = field(default_factory=dict)
 
     def add_loss(self, step: str, loss: float, exact: float) -> None:
-        """Record the relative difference of the loss of `step`, "plain" or "fast", from float32."""
+        """Record the relative difference of the "plain" or "fast" `step`'s loss from float32's."""
         self.losses.setdefault(step, []).append(abs(loss / exact - 1))
 
     def check(self) -> dict[str, tuple[float, float]]:
@@ -298,7 +298,7 @@ class RoundingErrors:
 
 
 def norms_of(differences: Mapping[str, GradientDifference]) -> dict[str, float]:
-    """Returns tensor name → norm of r, at least 1 % of the mean of its type and of the total norm.
+    """Returns tensor name → norm of r, at least 1 % of its type's mean norm and of the total norm.
 
     Rounding errors of tensors with almost no gradient, such as the bias of span logits or the keys
     of saturated attention, are as large as those of other tensors.
@@ -320,7 +320,7 @@ def norms_of(differences: Mapping[str, GradientDifference]) -> dict[str, float]:
 
 
 def create_mismatch_error(problem: str, dtype: str) -> RunError:
-    """Build the error that stops a run whose fast step differs from the plain step."""
+    """Build the error for a fast step unlike the plain one; `problem` is how they differ."""
     return RunError(
         f"--verify-fast: the fast step is not the plain one: in {dtype} {problem}. "
         "Train with --no-fast, and please report it with the command."

@@ -228,7 +228,7 @@ def summarize_losses(losses: Sequence[float]) -> dict[str, Any]:
 
 
 def warn_if_worse(summary: Mapping[str, Any]) -> list[str]:
-    """Returns a warning if the evaluation before training is better than all later ones."""
+    """Returns a warning if the evaluation before training beats all later ones; else nothing."""
     best, initial = summary["best"], summary["metrics_before"]
     name = best["metric"].removeprefix("eval_") if best else ""
     if not best or name not in initial:

@@ -283,7 +283,7 @@ class FtlevelTrainer(Trainer):
         return torch.stack(losses).sum()
 
     def num_forward_passes(self, count: int) -> int:
-        """Returns the number of forward passes of a step; the same in all processes if sharded."""
+        """Returns the forward passes for `count` micro-batches; a sharded model may need more."""
         return count
 
     def _in_parallel(
@@ -327,7 +327,7 @@ class FtlevelTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """Compute the micro-batch's share of the optimizer step's mean loss (a scalar)."""
+        """Returns the micro-batch's part of the optimizer step's mean loss (a scalar)."""
         mask, labels = inputs["attention_mask"], inputs["labels"]
         if self._baseline is not None:
             inputs = {

@@ -125,7 +125,7 @@ class WholeStep:
     def _loss(
         self, local_vectors: Sequence[Tensor], parts: Sequence[Sequence[int]], step: StepTexts
     ) -> tuple[Tensor, list[Tensor]]:
-        """Returns the step's loss, and its gradient by the vectors of each local micro-batch."""
+        """Returns the loss, and the gradients with respect to each local micro-batch's vectors."""
         trainer = self._trainer
         order = [index for part in parts for index in part]
         vectors = torch.cat([part.detach().float() for part in local_vectors])

@@ -424,7 +424,7 @@ _PARTS = "shard-*.safetensors"
 
 
 def merge_sharded_checkpoint(checkpoint_dir: Path) -> Path:
-    """Returns the directory, or a temporary one with the merged shards; InputError if corrupted."""
+    """Returns `checkpoint_dir`, or a temporary copy with merged shards; InputError if corrupted."""
     if not any(checkpoint_dir.glob(_PARTS)):
         return checkpoint_dir
     return Path(_merge_shards_once(checkpoint_dir.resolve()).name)

@@ -115,7 +115,7 @@ def select_codes(
 
 
 def compute_directions(update: torch.Tensor, moment: torch.Tensor) -> torch.Tensor:
-    """Returns k orthonormal output directions (out, k) that `update` changes most, for inputs H."""
+    """Returns k orthonormal output directions (out, k) that `update` changes most, given H."""
     num_directions = min(DIRECTIONS, *update.shape)
     directions = torch.randn(
         len(update), num_directions, generator=torch.Generator().manual_seed(0)
@@ -175,7 +175,7 @@ _CHUNK = 1 << 16
 def quantize_4bit(
     weight: torch.Tensor, quant_type: str, double_quant: bool
 ) -> tuple[torch.Tensor, Any]:
-    """Returns the packed bytes of a CPU `weight` and their `QuantState`, as bitsandbytes does."""
+    """Returns the packed bytes of a CPU `weight` and their `QuantState`, equal to bitsandbytes'."""
     import bitsandbytes.functional as bnb
 
     if weight.numel() % BLOCK or weight.numel() == 0:  # bitsandbytes handles short last blocks

@@ -151,7 +151,7 @@ def extra_tensors(config: Any) -> dict[str, torch.Tensor]:
 
 
 def convert(config: Any, name: str, tensor: torch.Tensor, *, is_conv1d: bool) -> torch.Tensor:
-    """Returns the model's `tensor` in the layout of the file's tensor `name`."""
+    """Returns the model's `tensor` in the layout of llama.cpp's tensor `name`."""
     family = FAMILIES[config.model_type]
     if is_conv1d:
         return tensor.T

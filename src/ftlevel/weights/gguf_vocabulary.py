@@ -236,7 +236,7 @@ def _special(tokenizer: Any) -> dict[str, int]:
 
 
 def _flags(tokenizer: Any, special: Mapping[str, int]) -> dict[str, bool]:
-    """Returns the metadata flags for adding BOS and EOS; InputError if it adds other tokens."""
+    """Returns metadata flags for BOS and EOS; InputError if the tokenizer adds other tokens."""
     ids = tokenizer("a")["input_ids"]
     plain_ids = tokenizer("a", add_special_tokens=False)["input_ids"]
     bos, eos = special.get("bos"), special.get("eos")

@@ -302,7 +302,7 @@ def select_rope(heads: tuple[int, int, int], dtype: torch.dtype, device: str) ->
 
 @functools.cache
 def select_cross_entropy(vocab_size: int, dtype: torch.dtype, device: str) -> TorchBackend:
-    """Returns the fastest correct backend; arguments as in `Kernels.cross_entropy`."""
+    """Returns the fastest correct backend of cross-entropy; arguments as in `Kernels`."""
     scores = 4 * _random(0, (NUM_TARGETS, vocab_size), dtype, device)
     targets = scores.float().argmax(-1)
     targets[::2] = vocab_size - 1  # a likely token, and the last
@@ -352,7 +352,7 @@ def _select_faster(text: str, compute: Computation, device: str) -> TorchBackend
 
 
 def time(compute: Computation, backend: TorchBackend, device: str) -> float:
-    """Returns the milliseconds of `compute` on a GPU, the best of five runs."""
+    """Returns the milliseconds of `compute(backend)` on a GPU, the best of five runs."""
     best = float("inf")
     for _ in range(5):
         start: Any = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]

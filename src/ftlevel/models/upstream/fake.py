@@ -270,7 +270,7 @@ def new_fake(shape: Any, dtype: torch.dtype) -> Tensor:
 
 
 def pack_fake(model: torch.nn.Module, dtype: torch.dtype, experts: Any = None) -> set[str]:
-    """Replace bitsandbytes weights in `model` (modified) by fake ones; returns their modules."""
+    """Replace bitsandbytes weights in `model` (modified) by fakes; returns their modules' names."""
     import bitsandbytes as bnb
 
     packed = set()
@@ -297,7 +297,7 @@ def pack_fake(model: torch.nn.Module, dtype: torch.dtype, experts: Any = None) -
 
 
 def _fake_state(shape: tuple[int, ...], quant_type: str, double: bool, dtype: torch.dtype) -> Any:
-    """Returns a fake `QuantState` with blocks of 64; with `double`, scales are quantized, too."""
+    """Returns a fake `QuantState` with blocks of 64; `double`: its scales are quantized, too."""
     from bitsandbytes.functional import QuantState
 
     blocks = -(-math.prod(shape) // 64)

@@ -30,7 +30,7 @@ def check_environment(quantization_config: Mapping[str, Any], device: str) -> No
 
 
 def prepare_quantized(model: Any, quantization: Any, *, pre_quantized: bool) -> Any:
-    """Replace layers of `model` (modified) as transformers does; returns the quantizer."""
+    """Replace layers of `model` (modified) as `from_pretrained` does; returns its `HfQuantizer`."""
     from transformers.quantizers.auto import AutoHfQuantizer
 
     quantizer = AutoHfQuantizer.from_config(quantization, pre_quantized=pre_quantized)
@@ -39,7 +39,7 @@ def prepare_quantized(model: Any, quantization: Any, *, pre_quantized: bool) -> 
 
 
 def replaced_linears(model: Any, quantization: Any, *, pre_quantized: bool) -> dict[str, bool]:
-    """Replace layers of `model` (modified) by bitsandbytes'; returns name -> whether a Conv1D."""
+    """Replace layers of `model` (modified) by bitsandbytes'; returns name -> was a Conv1D."""
     from transformers.pytorch_utils import Conv1D
 
     prepare_quantized(model, quantization, pre_quantized=pre_quantized)
@@ -135,7 +135,7 @@ def four_bit_values(quant_type: str) -> Tensor:
 
 
 def scales_of(weight: Any) -> Iterator[Tensor]:
-    """Yields the scales of a bitsandbytes `weight`; if quantized, their codes and then scales."""
+    """Yields the scales of bitsandbytes `weight`; if quantized, their codes, then their scales."""
     state = getattr(weight, "quant_state", None)  # 4 bits
     while state is not None:
         yield state.absmax.detach()

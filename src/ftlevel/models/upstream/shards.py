@@ -291,7 +291,7 @@ class LazyWeights:
         key_mapping: Mapping[str, str] | None = None,
         **arguments: Any,
     ) -> tuple[Any, dict[str, Any]]:
-        """Returns what `from_pretrained` returns, with lazy weights; `meta` is the meta model."""
+        """Returns model (from `meta`, weights lazy) and loading info, like `from_pretrained`."""
         naming = KeyMapper(meta, key_mapping)
         tensors = {name for name, _ in meta.named_parameters(remove_duplicate=False)}
         state_dict, unread = dict[str, Any](), dict[str, LazyWeight]()

@@ -184,7 +184,7 @@ _DEFAULT_METHODS: tuple[tuple[str, str], ...] = (
 
 @dataclass(frozen=True)
 class Alternative:
-    """One line of the table of alternatives.
+    """Alternative settings of a run, and the memory that they need.
 
     Attributes:
         flags: command-line flags of this alternative.
@@ -204,7 +204,7 @@ class Alternative:
 
 @dataclass(frozen=True)
 class AlternativeContext:
-    """Run, device and model of all alternatives.
+    """Run, device and model for which alternative settings are estimated.
 
     `cache` (modified) has computed ones; `check` is called before each computation, and may raise.
     """
@@ -219,7 +219,7 @@ class AlternativeContext:
 
 
 def list_alternatives(context: AlternativeContext) -> list[Alternative]:
-    """Returns the run's and common methods, each with and without gradient checkpointing.
+    """Returns estimates of the run's and common methods, with and without checkpointing.
 
     Then the run's method with half and twice its maximum length.
     """
@@ -246,7 +246,7 @@ def _name_setup(setup: tuple[str, str]) -> tuple[str, str]:
 
 
 def get_cheapest(context: AlternativeContext) -> Alternative | None:
-    """Returns the change of settings that makes the run fit at the least cost; None if none does.
+    """Returns the least costly change with which the run fits in memory; None if none does.
 
     In this order: fewer rows per micro-batch, checkpointing (a third of the speed is lost), 4-bit
     weights (less precise), shorter rows (lost data).

@@ -179,7 +179,7 @@ class Device:
 
     @classmethod
     def of(cls, kind: str, gpu: Gpu | None = None, ranks: int = 1) -> Device:
-        """Returns the device for the GPU `gpu`, or this machine's device of torch type `kind`."""
+        """Returns `ranks` GPUs of type `gpu`; if None, this machine's device of type `kind`."""
         if gpu is not None:
             return cls(kind, gpu.name, gpu.memory, ranks)
         name = "memory of this machine" if kind == "cpu" else format_device(kind)
@@ -351,7 +351,7 @@ class MemoryEstimate:
 
 
 def estimate_memory(run: Run, processes: int) -> MemoryEstimate:
-    """Returns the memory estimate of a run, without `need` if it is small, slow or distributed."""
+    """Returns a run's memory estimate; `need` is None if distributed, small or slow to estimate."""
     if processes > 1:
         return MemoryEstimate(None, f"{processes} processes; run `ftlevel plan`")
     if run.model.total_parameters < MIN_PARAMETERS:

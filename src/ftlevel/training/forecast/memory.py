@@ -235,7 +235,7 @@ def estimate_step_memory(run: Run, memory: int) -> StepMemory:
 def _get_graph_bytes(
     run: Run, peaks: Mapping[str, Mapping[str, float]], batch: _Batch, memory: int
 ) -> float:
-    """Returns bytes of autograd graphs that a step keeps of other micro-batches than the last."""
+    """Returns the bytes of other micro-batches' autograd graphs that a step keeps; often 0."""
     cache = run.config.embedding.grad_cache
     is_distributed = (run.config.train.num_processes or 1) > 1
     if not isinstance(run.objective, StepObjective) or is_distributed or cache == "always":
@@ -248,7 +248,7 @@ def _get_graph_bytes(
 
 
 def get_peak(peaks: Peaks, tokens: int) -> StepMemory:
-    """Returns the memory at the largest of `peaks` (by phase); `tokens` is the micro-batch size."""
+    """Returns the phase with the largest peak as an estimate; `peaks`: phase → category → bytes."""
     at = max(peaks, key=lambda moment: sum(peaks[moment].values()))
     sizes = {part: round(size) for part, size in peaks[at].items() if size >= 1}
     in_order = dict(sorted(sizes.items(), key=lambda item: -item[1]))

@@ -131,7 +131,7 @@ def with_completions(run: Run, rows: list[Encoded]) -> list[Encoded]:
 
 
 def estimate_sampling_parts(run: Run, size: RolloutSize) -> dict[str, int]:
-    """Returns category → bytes that sampling needs in addition to the weights."""
+    """Returns category → bytes that a rollout of `size` needs in addition to the weights."""
     logits = 4 * _LOGITS_COPIES * size.rows * run.model.vocabulary
     cache = size.cache_bytes(run, copies=2)
     return {KEYS_AND_VALUES: cache, LOGITS: logits, ACTIVATIONS: size.prefill_bytes(run)}
@@ -291,7 +291,7 @@ class Operations:
 
 
 def get_operations(run: Run, *, recomputes: bool) -> Operations:
-    """Returns the FLOPs per token of a training step of `run`."""
+    """Returns FLOPs per token in a step of `run`; `recomputes`: with gradient checkpointing."""
     text, info = run.model.config.get_text_config(), run.data.info
     width = getattr(text, "hidden_size", 0) or 0
     layers = getattr(text, "num_hidden_layers", 0) or 0

@@ -108,7 +108,7 @@ class ShardedModel:
     trains_base: bool
 
     def estimate_rank(self, memory: StepMemory, world_size: int, shard: str) -> StepMemory:
-        """Returns the memory of the rank that needs most; `memory` is without sharding."""
+        """Returns the memory of the rank that needs most, given the unsharded model's `memory`."""
         return get_peak(
             {
                 moment: self._at(moment, parts, world_size, shard)

@@ -46,7 +46,7 @@ class MethodTargets:
     full_modules: list[str] = field(default_factory=list)
 
     def choices(self, target_modules: Any) -> list[Choice]:
-        """Returns the lines about targets that are printed at the start of the run."""
+        """Returns lines on the targets, to print; `target_modules` is the option's value."""
         if not self.modules:
             return []
         names = dict.fromkeys(re.sub(r"^\d+$", "norm", n.rpartition(".")[2]) for n in self.modules)
@@ -62,7 +62,7 @@ class MethodTargets:
 def resolve_method_targets(
     spec: MethodConfig, meta: Any, model_name: str, quant: str = "none"
 ) -> MethodTargets:
-    """Returns the modules of meta model `meta` that method `spec` adapts; else ConfigError."""
+    """Returns modules of `meta` that method `spec` adapts; ConfigError if a target is missing."""
     method, tree = METHODS[spec.kind], ModuleTree(meta)
     modules = _resolve_modules(spec, method, tree, model_name)
     layers = getattr(spec, "layers_to_transform", None)

@@ -330,7 +330,7 @@ def _disable_dropout(model_config: Any) -> list[Choice]:
 
 
 def _set_to_zero(config: Any, values: Mapping[str, float], name: str, text: str) -> list[Choice]:
-    """Set positive `values` of `config` (modified) to 0; returns the line `name`: `text` if any."""
+    """Set positive fields of `config` (modified) to 0; returns a printed line if there were any."""
     positive = {field: value for field, value in values.items() if value and value > 0}
     for field in positive:
         setattr(config, field, 0.0)

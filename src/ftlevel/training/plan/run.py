@@ -194,7 +194,7 @@ class Run:
 
 
 def model_choice(model: ModelConfig, model_type: str, total: int, source: ModelSource) -> Choice:
-    """Returns the line that describes the model at the start of the run."""
+    """Returns the printed line about the model; `total` is its number of parameters."""
     size = f"{model_type}, {total / 1e6:,.1f} M parameters"
     default = model.name_or_path == DEFAULT_MODEL
     return Choice("model", source.name, size + ("; the built-in model" if default else ""))
@@ -203,7 +203,7 @@ def model_choice(model: ModelConfig, model_type: str, total: int, source: ModelS
 def method_choices(
     method: MethodConfig, quant: QuantConfig, train: TrainerConfig, quantized_already: bool
 ) -> list[Choice]:
-    """Returns the lines that show method, quantized base and batch size."""
+    """Returns printed lines: method, quantized base (`quantized_already`: on disk), batch size."""
     choices = []
     choices.append(Choice("method", method.kind, METHODS[method.kind].format_spec(method)))
     if quant.kind != "none":

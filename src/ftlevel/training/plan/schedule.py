@@ -35,8 +35,8 @@ def count_steps_per_epoch(config: TrainerConfig, num_rows: int) -> int:
 def rows_per_epoch(train: TrainerConfig, steps_per_rollout: int, data: PreparedData) -> int:
     """Returns how many rows an epoch trains on, counting repetitions.
 
-    If a rollout is used for several steps, its rows count once per step. Then, or if rows come in
-    sets, an incomplete last step counts as a full one.
+    A rollout's rows count once for each of the `steps_per_rollout` steps that train on it. Then, or
+    if rows come in sets, an incomplete last step counts as a full one.
     """
     step, num_rows = train.rows_per_step, len(data.train)
     if data.sets:

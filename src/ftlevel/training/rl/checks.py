@@ -144,7 +144,7 @@ def describe(
 def find_problem(
     metrics: dict[str, float], statistics: Sequence[GroupStatistics], config: RlConfig
 ) -> str:
-    """Returns why a run would learn nothing, with advice; empty if nothing was found."""
+    """Returns why a run with these sampled groups would not learn, with advice; else empty."""
     length = config.max_completion_length
     if metrics["truncated"] > MAX_TRUNCATED:
         return (

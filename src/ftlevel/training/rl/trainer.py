@@ -63,7 +63,7 @@ class RepeatedSteps(Sampler[int]):
 
 
 def repeated_rows(num_rows: int, step_size: int, repeats: int) -> int:
-    """Returns the number of rows that `RepeatedSteps` yields per epoch."""
+    """Returns how many indices `RepeatedSteps` yields per epoch of `num_rows` rows."""
     return num_rows if repeats == 1 else -(-num_rows // step_size) * step_size * repeats
 
 
@@ -351,7 +351,7 @@ def no_loss(prompt: Any) -> CompletionRow:
 
 
 def check_sampler(mean: float, max_diff: float, bound: float, label: str) -> None:
-    """Raise RunError if the `mean` |log-probability difference| of the sampler exceeds `bound`."""
+    """Raise RunError if `mean`, of |log-probability of sampler − of trainer|, exceeds `bound`."""
     if mean <= bound:
         return
     raise RunError(
