@@ -137,8 +137,8 @@ class ExampleRecord:
         """Returns metric → values `(num_draws,)` over bootstrap draws of the examples or clusters.
 
         The same seed draws the same rows, so values of two models can be subtracted. A metric that
-        is undefined for a draw, such as a correlation of constant values, is omitted; so are those
-        of texts without `score_texts`.
+        is undefined for a draw, such as a correlation of constant values, is omitted, as are text
+        metrics without `score_texts`. Clusters have equal `Encoded.cluster`.
         """
         units = list(self._clusters.values()) or [self.units[row] for row in sorted(self.units)]
         draws = _bootstrap(

@@ -147,7 +147,7 @@ class Rollouts:
         )
 
     def with_model(self, model: LoadedModel) -> Rollouts:
-        """Returns rollouts that sample from another model, with the same rewards and noise."""
+        """Returns rollouts that sample from `model`, with the same rewards and random numbers."""
         rollouts = copy.copy(self)
         rollouts._model, rollouts._open, rollouts.why_generate = model.model, None, ""
         rollouts._method, rollouts._dtype = model.ref.card.method, model.dtype

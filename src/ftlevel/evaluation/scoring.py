@@ -248,7 +248,7 @@ def _contrasts(rows: Sequence[Encoded]) -> list[Encoded]:
 def _compute_mean_reward(
     evaluator: Evaluator, model: Any, head: ChunkedCrossEntropy | None
 ) -> torch.Tensor | None:
-    """Returns KTO's baseline, the mean log-ratio of mismatched pairs, at least 0; else None."""
+    """Returns KTO's baseline, mean log-ratio of mismatched pairs, at least 0; None if unused."""
     objective = _objective_of(evaluator)
     if not objective.needs_baseline:
         return None
@@ -344,7 +344,7 @@ KEPT = "reference"
 
 
 def needs_reference(evaluator: Evaluator) -> bool:
-    """Returns whether the objective needs reference log-probabilities."""
+    """Returns whether the objective needs log-probabilities of a reference model."""
     objective = evaluator.objective
     return isinstance(objective, LikelihoodObjective) and objective.needs_reference
 

@@ -168,7 +168,7 @@ _SWAP_RATIO = 0.2
 
 
 def get_conflicts(digests: Digests) -> tuple[Integers, Integers]:
-    """Returns examples whose prompt occurred earlier with another answer, and the earlier ones."""
+    """Returns examples whose answer differs from the first to that prompt, and the first ones."""
     prompts, answers = digests.records["before"], digests.records["last"]
     again, first = get_repeated_keys(prompts, prompts != 0)
     conflict = answers[again] != answers[first]
