@@ -160,7 +160,7 @@ class Objective(ABC):
         return []
 
     def guess_loss(self, rows: Sequence[Any]) -> float | None:
-        """Returns the loss of predicting the label frequencies in `rows`; None if unknown."""
+        """Returns the loss if label frequencies of `rows` are always predicted; None if unknown."""
         return None
 
 

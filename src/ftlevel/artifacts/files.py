@@ -77,7 +77,7 @@ def read_plain(path: Path) -> str:
 
 
 def check_regular(paths: Iterable[Path], label: str) -> None:
-    """Raise InputError about `label` for pipes, sockets and devices, whose reading may block."""
+    """Raise InputError, naming `label`, if one of `paths` is a pipe, socket or device."""
     for path in sorted(paths):
         try:
             mode = path.stat().st_mode
@@ -90,7 +90,7 @@ def check_regular(paths: Iterable[Path], label: str) -> None:
 
 
 def check_new_output(flag: str, path: Path) -> None:
-    """Raise ConfigError about `flag` if `path` cannot be created, or exists and is not empty."""
+    """Raise ConfigError on `flag` if `path` exists, except as empty directory, or is unwritable."""
     if path.is_dir():
         if any(path.iterdir()):
             raise ConfigError(
@@ -134,7 +134,7 @@ def atomic_directory(path: Path) -> Iterator[Path]:
 
 
 def check_output_file(flag: str, path: Path, *, overwrite: bool) -> None:
-    """Raise ConfigError about `flag` if `path` cannot be created, or exists (not `overwrite`)."""
+    """Raise ConfigError on `flag` if `path` exists, unless `overwrite`, or is unwritable."""
     if path.is_dir():
         raise ConfigError(f"{flag} {path} is a directory. Name a file in it.")
     if (path.exists() or path.is_symlink()) and not overwrite:

@@ -449,7 +449,7 @@ ROW_FILES: dict[str, type[RowFile]] = {
 
 
 def row_file_type(flag: str, path: Path) -> type[RowFile]:
-    """Returns the class for the suffix of `path`; ConfigError about `flag` if that is unknown."""
+    """Returns the class for the suffix of `path`; ConfigError on `flag` if that is unknown."""
     file_type = ROW_FILES.get(path.suffix.lower())
     if file_type is None:
         raise ConfigError(
@@ -460,7 +460,7 @@ def row_file_type(flag: str, path: Path) -> type[RowFile]:
 
 
 def check_row_file(flag: str, path: Path, *, resume: bool, overwrite: bool) -> None:
-    """Raise ConfigError about `flag` if `path` cannot be written, or exists with neither option."""
+    """Raise ConfigError if `path` is unwritable, or exists without `resume` or `overwrite`."""
     row_file_type(flag, path)
     check_output_file(flag, path, overwrite=overwrite or resume)
     partial = partial_of(path)

@@ -161,7 +161,7 @@ class RowColumns:
     """Columns of a row file.
 
     Attributes:
-        answers: predicted column → type, as in `Column`.
+        answers: name of a predicted column → type of its values.
         schema: Arrow schema of the input columns `names`, if the source declares one.
     """
 

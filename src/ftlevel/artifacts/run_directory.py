@@ -135,7 +135,7 @@ def create_backup(run_dir: Path) -> list[str]:
 
 @contextlib.contextmanager
 def replace_run(run_dir: Path) -> Iterator[None]:
-    """Context manager: at the end, deletes the backup; restores it on failure before results."""
+    """Delete the backup after the block; if it raises before any result, restore the backup."""
     try:
         yield
     except BaseException:

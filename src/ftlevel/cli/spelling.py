@@ -202,7 +202,7 @@ def validate_no_ops(no_ops: Sequence[NoOpUse], config: Any) -> list[str]:
 
 
 def _find(typed: str, specs: Mapping[str, FlagSpec]) -> tuple[str, FlagSpec | None]:
-    """Returns the flag with dashes, and its `FlagSpec` or None; `--no-x` is `--x false`."""
+    """Returns `typed` with dashes, and its `FlagSpec` or None; `--no-x` means `--x false`."""
     name = typed.replace("_", "-")
     option = specs.get(name)
     if option is None and name.startswith("--no-"):

@@ -109,7 +109,7 @@ def _end(number: int, _: FrameType | None) -> None:
 
 @contextlib.contextmanager
 def heavy_imports() -> Iterator[None]:
-    """Context manager for imports with the garbage collector off, which ignores them afterwards.
+    """Context manager for imports without garbage collection, which then skips their objects.
 
     A signal ends the process at once. The collector is unchanged if torch is imported already.
     """

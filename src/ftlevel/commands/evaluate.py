@@ -63,7 +63,7 @@ from ftlevel.training.plan.schedule import text_positions
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Metrics of a model and of its base model; `draws` has every metric of each resample."""
+    """Metrics of a model and of its base; `draws` has each metric on every bootstrap resample."""
 
     metrics: Mapping[str, float]
     base: Mapping[str, float]

@@ -168,7 +168,7 @@ def _prepare(
 
 
 def _get_run_config(ref: ModelRef) -> TrainConfig:
-    """Returns the training configuration; without a run, defaults with the card's columns."""
+    """Returns the training configuration; without a run, defaults with the model card's columns."""
     if ref.run is not None:
         return build_config([load_run_config(ref.run)])
     return TrainConfig(data={"columns": ref.card.data.get("columns", {})})

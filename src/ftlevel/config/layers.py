@@ -210,7 +210,7 @@ def format_errors(
     locations: Mapping[KeyPath, str] | None,
     model: type[BaseModel] = TrainConfig,
 ) -> list[str]:
-    """Returns a message per invalid field; `locations` is None for arguments of `model`."""
+    """Returns a message per invalid field; `locations` is None for values passed to `model()`."""
     messages: list[str] = []
     seen: set[KeyPath] = set()
     sources = locations or {}

@@ -146,7 +146,7 @@ class CheckRows:
 
 
 def select_rows(inputs: MergeInput, count: int, calibration: int = 0) -> CheckRows:
-    """Select `count` rows to compare logits on, and `calibration` rows for quantization."""
+    """Select up to `count` rows to compare logits on, and `calibration` rows for quantization."""
     if inputs.ref.run is None:
         return _create_rows(inputs, count, calibration, "the adapter has no run")
     try:

@@ -45,7 +45,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class MergeCheck:
-    """Differences between the logits of two models, for a merge that is correct.
+    """Differences of logits, each between two models, that were measured for a correct merge.
 
     Attributes:
         agreement: between the written model and the base with the adapter.
@@ -135,7 +135,7 @@ def _load_reference(candidate: Candidate, inputs: MergeInput) -> Any:
 def _compare_before_rounding(
     candidate: Candidate, inputs: MergeInput, eval_set: EvalSet
 ) -> tuple[Agreement, RowLogits]:
-    """Compare logits of the unrounded merge and of base with adapter; also returns the former."""
+    """Returns logit differences of the unrounded merge from base and adapter, and its logits."""
     merger = candidate.merger
     if candidate.onto == "original" and merger.loses_in(DTYPES[inputs.dtype]):
         inputs = replace(inputs, dtype="float32")

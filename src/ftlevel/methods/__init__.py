@@ -109,12 +109,12 @@ def explain(rule: Rule, info: MethodInfo, cell: Cell) -> str:
 
 
 def explain_unsupported(config: MethodSpec, base: Cell) -> list[str]:
-    """Returns an error message per variant in `config` that model and task `base` exclude."""
+    """Returns an error message per variant in `config` unsupported for model and task `base`."""
     cells = [(info, replace(base, row=info.name)) for info in rows_of(config)]
     return [explain(rule, info, cell) for info, cell in cells if (rule := get_rule(cell))]
 
 
 def check_supported(config: MethodSpec, base: Cell) -> None:
-    """Raise `ConfigError` if `config` is a method or variant that model and task `base` exclude."""
+    """Raise `ConfigError` if model and task `base` do not support the method of `config`."""
     if unsupported := explain_unsupported(config, base):
         raise ConfigError(unsupported)

@@ -83,7 +83,7 @@ class Initialization:
     """How an adapter is initialized; by default as in PEFT, with the base unchanged."""
 
     def required_dtype(self, spec: Any, dtype: str) -> Choice | None:
-        """Returns the dtype that `spec` requires, or None; raises `ConfigError` if not `dtype`."""
+        """Returns the dtype that `spec` requires, or None; `ConfigError` if `dtype` is another."""
         return None
 
     def rewrites_base(self, spec: Any) -> bool:
@@ -98,7 +98,7 @@ class Initialization:
         """Initialize the adapter of `model` (modified)."""
 
     def copy(self, model: Any) -> dict[str, Any]:
-        """Returns name → copy of the untrained tensors that `as_saved` needs after training."""
+        """Returns name → copy of the initial tensors that `as_saved` needs after training."""
         return {}
 
     def as_saved(
@@ -217,7 +217,7 @@ class Method:
     def get_error(
         self, spec: Any, config: Any, architecture: str, task: str, quant: str
     ) -> str | None:
-        """Returns why the method does not support a model with `config` (and the fix), or None."""
+        """Returns why the method does not support the model of `config`, and a fix; or None."""
         return None
 
     def get_quantized_error(self, spec: Any, base: QuantizedCheckpoint) -> str | None:
@@ -244,7 +244,7 @@ class Method:
         """Raise `ConfigError` if `spec` does not fit `sizes`: layer name → (in, out) features."""
 
     def num_parameters(self, spec: Any, sizes: Mapping[str, tuple[int, int]]) -> int | None:
-        """Returns the number of adapter parameters, with `sizes` as in `check`; None if unknown."""
+        """Returns the number of adapter parameters by layer `sizes`, (in, out); None if unknown."""
         return None
 
     def positions(self, spec: Any) -> int:
@@ -265,7 +265,7 @@ class Method:
         """Unfreeze the weights to train in the frozen `model`, for methods without an adapter."""
 
     def prepare(self, model: Any) -> None:
-        """Change `model`, to which the adapter was just added, for training."""
+        """Change `model` for training, after the adapter was added; does nothing by default."""
 
     def optimizer(self, spec: Any, model: Any, args: Any) -> Any:
         """Returns the optimizer; None uses the Trainer's. `args` are `TrainingArguments`."""

@@ -235,7 +235,7 @@ def lokr_as_lora(file: AdapterFile) -> dict[str, Factors]:
 
 
 def _kronecker_factor(file: AdapterFile, name: str, factor: str) -> tuple[Any, Any]:
-    """Returns B and A of a Kronecker factor; if only B · A is saved, one is the identity."""
+    """Returns B and A of the Kronecker `factor`; if only B · A is saved, one is the identity."""
     import torch
 
     if f"{name}.{factor}" not in file.tensors:

@@ -160,7 +160,7 @@ def _targets(
 
 
 def _exclude_pattern(layers: list[int], model_config: Any) -> str | None:
-    """Returns a pattern of modules in the blocks `layers`, decoder after encoder; None if empty."""
+    """Returns a pattern for the blocks numbered `layers`, encoder first; None if there are none."""
     if not layers:
         return None
     if model_config.model_type == "albert" or not all(isinstance(i, int) for i in layers):

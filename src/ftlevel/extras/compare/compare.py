@@ -346,7 +346,7 @@ def _with_method(
 def _set_budget(
     result: Comparison, state: dict[str, Any], listener: Listener, prepare: Callable[[], Any]
 ) -> None:
-    """Time a step of each method, and store the steps that fit the minutes in `state`."""
+    """Time a step of each method; store in `state` (modified) how many fit the time limit."""
     minutes, steps = result.args.minutes, state["asked"]["planned_steps"]
     if minutes is None:
         return

@@ -108,7 +108,7 @@ def _llama(base: str, adapters: Sequence[ServedAdapter], template: Path | None) 
 
 
 def _openvino(model: str, path: str, adapters: Sequence[ServedAdapter] = ()) -> list[str]:
-    """Returns commands that convert `model` into `path` and run it with each of `adapters`."""
+    """Returns commands that convert `model` to OpenVINO in `path`, and run it with each adapter."""
     files = [str(part.path / "adapter_model.safetensors") for part in adapters]
     kwargs_text = '"Hello", max_new_tokens=8'
     code = [f'pipe = ov.LLMPipeline({path!r}, "CPU")', f"print(pipe.generate({kwargs_text}))"]

@@ -72,7 +72,7 @@ class PromptOutputs:
 
 
 def run_prompts(model: Any, exported: ServedModel, prompts: Sequence[Prompt]) -> PromptOutputs:
-    """Returns the outputs of `model`, in eval mode, for all prompts; `exported` describes it."""
+    """Returns outputs of `model`, in eval mode, for `prompts`; `exported` has the tokenizer."""
     device = next(model.parameters()).device
     logits, answers = [], []
     with torch.no_grad():
@@ -125,7 +125,7 @@ def _continue(
 
 
 def max_difference(one: PromptOutputs, other: PromptOutputs) -> float:
-    """Returns the largest difference of a logit between two models."""
+    """Returns the largest absolute difference between the logits of two models."""
     pairs = zip(one.logits, other.logits, strict=True)
     return max(float((a - b).abs().max()) for a, b in pairs)
 

@@ -97,7 +97,7 @@ A model without an adapter stays where it is.
 def merge_first(
     ref: ModelRef, output: Path, listener: Listener, merge: MergeAdapter
 ) -> tuple[MergeOutput, ModelSource]:
-    """Call `merge` to merge the adapter, if any, below `output`; also returns the model."""
+    """Call `merge` for a directory in `output`; returns its result and the model to export."""
     merged_dir = output / "merged"
     if ref.directory is None:
         return merge(merged_dir), ref.source

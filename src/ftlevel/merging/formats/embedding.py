@@ -122,7 +122,7 @@ def _format_prompts(prompts: dict[str, str]) -> str:
 def embed(
     model: Any, embedding_format: EmbeddingFormat, tokenizer: Any, end: int | None, device: str
 ) -> torch.Tensor:
-    """Returns float32 embeddings `(texts, dims)` of `TEXTS`, each with the id `end` appended."""
+    """Returns float32 embeddings `(texts, dims)` of `TEXTS`; `end` is a token id to append."""
     ids = TextEncoder(tokenizer, "", "", end).ids(TEXTS)
     max_length = embedding_format.max_length or len(max(ids, key=len))
     rows = [Encoded(part[:max_length], 0, at) for at, part in enumerate(ids)]

@@ -227,7 +227,7 @@ def _same(first: Any, second: Any) -> bool:
 
 
 def check_tokens(tokenizer: Any, original: Any, vocab: Vocabulary) -> int:
-    """Compare the tokens of texts by both tokenizers; returns the number of texts, or RunError."""
+    """Compare both tokenizers' tokens; returns the number of texts. RunError if tokens differ."""
     backend, reference = tokenizer.backend_tokenizer, original.backend_tokenizer
     if vocab.pre not in READ_BY_TRANSFORMERS:
         backend.pre_tokenizer = reference.pre_tokenizer

@@ -158,7 +158,7 @@ def target_pattern(positions: AdapterPositions, placement: str) -> str:
 
 
 def block_of(positions: AdapterPositions | None, module_name: str) -> str | None:
-    """Returns the block of a feed-forward or norm, as `layers.0.`; None for other modules."""
+    """Returns the block of a feed-forward or norm, such as `model.layers.0.`; None for others."""
     for end in (positions.feed_forward, positions.norm) if positions else ():
         block = module_name.removesuffix(end)
         if (
@@ -173,7 +173,7 @@ def block_of(positions: AdapterPositions | None, module_name: str) -> str | None
 def get_input_layer(
     positions: AdapterPositions | None, module_name: str, names: Iterable[str]
 ) -> str | None:
-    """Returns from `names` the first linear layer of the block of `module_name`, or None."""
+    """Returns from `names` the first feed-forward layer in the block of `module_name`, or None."""
     block = block_of(positions, module_name)
     if positions is None or block is None:
         return None

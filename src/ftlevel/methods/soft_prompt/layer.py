@@ -182,7 +182,7 @@ class SoftPromptLayer(VirtualTokenLayer):
     def add_prompt(
         self, adapter_name: str, config: SoftPromptConfig, stack: Any, stack_type: StackType
     ) -> None:
-        """Add a prompt to `stack`; for a decoder with an encoder, store only its length."""
+        """Add a prompt to `stack`; for a decoder with encoder, store only the prompt's length."""
         self.stack_type = stack_type
         self.shapes[adapter_name] = PromptShape(config.num_virtual_tokens, config.tokens_before)
         if stack_type == "decoder":
