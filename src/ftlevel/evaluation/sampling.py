@@ -308,8 +308,8 @@ def select_sampler(
 ) -> tuple[Callable[[], Sampler], str]:
     """Returns a function that opens a sampler of `model`: `GroupSampler`, or `GenerateSampler`.
 
-    Also returns why `generate` must be used, or "". `GroupSampler` is checked on `prompt`; call
-    this in eval mode under `torch.no_grad`.
+    Also returns why `generate` must be used, or "". `GroupSampler` is checked on `prompt`, with a
+    tolerance for `dtype`; call this in eval mode under `torch.no_grad`.
     """
 
     def generate() -> Sampler:

@@ -350,7 +350,7 @@ def needs_reference(evaluator: Evaluator) -> bool:
 
 
 def with_reference(evaluator: Evaluator, trained: LoadedModel) -> Evaluator:
-    """Returns `evaluator` with reference log-probabilities in the rows, if it needs them."""
+    """Returns `evaluator`; if needed, its rows have log-probabilities of `trained`'s reference."""
     if not needs_reference(evaluator):
         return evaluator
     task: Any = trained.task

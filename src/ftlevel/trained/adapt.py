@@ -246,7 +246,7 @@ def apply_method(model: Any, method: MethodConfig, base: Base, *, fused: bool = 
 
 
 def check_targeted_modules(peft_model: Any, method: str, base: Base) -> None:
-    """Raise ConfigError if PEFT did not adapt all requested modules.
+    """Raise ConfigError if PEFT did not adapt all `base.targets`; `method` is for the message.
 
     For families with fused experts in transformers 5, PEFT 0.21 applies names such as `gate_proj`
     to the experts, even if a dense layer or shared expert was requested.

@@ -526,7 +526,7 @@ def resolve_reference(
 
 
 def resolve_text_model(flag: str, name: str, device: str, dtype: str) -> ReferenceModel:
-    """Resolve the guide or teacher `name`, which reads texts and so may have any tokenizer.
+    """Resolve the guide or teacher `name` of `flag`; it reads texts, so its tokenizer may differ.
 
     Its fingerprint also covers pooling, normalization and prompts. Raises InputError if it does not
     exist, or is neither an embedding model nor, as a teacher, a reranker.

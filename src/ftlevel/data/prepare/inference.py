@@ -221,10 +221,10 @@ def load_evaluation_rows(
     """Load and encode the rows to evaluate.
 
     `config` has the dataset to evaluate and the length settings of training, `context` the training
-    seed, which determines the validation split. A `split` of None is validation, or all rows if
-    there is one split. `is_own`: the dataset is the one used in training; `is_typed`: the user
-    chose the column mapping. Raises `InputError` if there are no such rows, or they do not fit the
-    task.
+    seed, which determines the validation split, `card` other settings of the model. A `split` of
+    None is validation, or all rows if there is one split. `is_own`: the dataset is the one used in
+    training; `is_typed`: the user chose the column mapping. Raises `InputError` if there are no
+    such rows, or they do not fit the task.
     """
     task = context.task
     options = {k: v for k, v in card.options.items() if k in DataConfig.model_fields}

@@ -247,9 +247,9 @@ def limit_rows(splits: DatasetSplits, max_samples: int | None) -> DatasetSplits:
 
 
 def hold_out(splits: DatasetSplits, validation_split: float, seed: int) -> DatasetSplits:
-    """Move a random share of the training rows to validation, unless a validation split exists.
+    """Move the share `validation_split` of training rows to validation, unless it has rows.
 
-    The selection depends only on `seed` and the number of rows. Raises `InputError` if a part would
+    The random selection depends only on `seed` and row count. Raises `InputError` if a part would
     be empty.
     """
     if validation_split <= 0:

@@ -334,7 +334,7 @@ def _rejected_conversation(example: PairExample) -> Conversation:
 
 
 def get_answer(row: Encoded, prompt: Sequence[Message], *, encoder: bool = False) -> int:
-    """Returns the index in the labels at which the answer to `prompt` begins, else RowError."""
+    """Returns the index of the answer's first label after `prompt`; RowError if there is none."""
     labels = row.labels if isinstance(row.labels, list) else []
     if encoder:
         return next(at for at, label in enumerate(labels) if label != IGNORED)

@@ -110,7 +110,7 @@ class Rewards:
             raise ConfigError(problems)
 
     def check_answers(self, answers: Sequence[Any], where: Callable[[int], str]) -> None:
-        """Raise `ConfigError` for an answer (one per row) that a built-in reward cannot use."""
+        """Raise `ConfigError`, naming `where(row)`, if a built-in reward cannot use an answer."""
         found = self._ask({"do": "check", "answers": list(answers)}, START_SECONDS)
         if found is None:
             raise ConfigError("the answers could not be checked: the reward process ended.")
