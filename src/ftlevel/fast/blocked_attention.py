@@ -135,7 +135,7 @@ class BlockedAttention(torch.autograd.Function):
         dropout: float,
         cap: float | None = None,
     ) -> Tensor:
-        """Returns the attention output."""
+        """Returns the attention output (tokens, heads, value_dim); `cap` is the softcap."""
         heads, tokens, _ = query.shape
         groups = len(key)
         output = query.new_empty(tokens, heads, value.shape[-1])

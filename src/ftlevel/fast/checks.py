@@ -167,7 +167,7 @@ class PackingCheck(StepCheck):
     def _is_different(
         self, batch: dict[str, Tensor], compute: Callable[[], Tensor], mask: Tensor
     ) -> bool:
-        """Returns whether the states `compute()` differ at `mask` from those of the padded `batch`.
+        """Returns whether states `compute()` differ, at `mask`, from those of the padded `batch`.
 
         In decoders, a few very large states cancel out in the last blocks, so 16-bit errors are
         large. They are mere rounding if float32 states agree and the median 16-bit errors are

@@ -31,7 +31,7 @@ def softcapped_attention(
     cap: float,
     causal: bool,
 ) -> tuple[Tensor, None]:
-    """Returns attention with softcapped scores (batch, queries, heads, head_dim), and None.
+    """Returns softcapped attention (batch, queries, heads, head_dim), and None for the weights.
 
     `query` is (batch, heads, queries, head_dim), `key` and `value` are (batch, key heads, keys,
     head_dim), `mask` is (batch or 1, 1, queries, keys), True or 0 where visible. `causal` applies
@@ -157,14 +157,14 @@ def get_installed_kernel() -> VarlenKernel | None:
 
 @dataclass(frozen=True)
 class Lengths:
-    """Cumulative lengths of a packed row's segments, as the kernels expect them.
+    """Cumulative lengths of the segments (sequences) of a packed row, as kernels expect them.
 
     Attributes:
         queries: (segments + 1,) int32.
         keys: (segments + 1,) int32, past included; without any past, `queries` itself, which torch
             requires for cuDNN from 2.15 on.
         max_queries, max_keys: maximum per segment.
-        source: (keys,) position in the packed row of each gathered key; None without pasts.
+        source: (keys,) packed position of each gathered key; None if no segment has a past.
     """
 
     queries: Tensor

@@ -197,7 +197,7 @@ class PooledTokens:
     last: bool
 
     def __call__(self, batch: Batch) -> Tensor:
-        """Returns each row's pooled token as flat index into (batch, seq), padded on the right."""
+        """Returns the flat index into (batch, seq) of each right-padded row's pooled token."""
         mask = batch["attention_mask"]
         first = torch.arange(len(mask), device=mask.device) * mask.shape[1]
         return first + mask.sum(dim=1) - 1 if self.last else first

@@ -124,7 +124,7 @@ class ShortAttention(torch.autograd.Function):
         dropout: float,
         cap: float | None = None,
     ) -> Tensor:
-        """Returns the attention output."""
+        """Returns the attention output (tokens, heads, value_dim); `cap` is the softcap."""
         groups, outputs = len(key), []
         saved: list[Tensor] = []
         for batch in batches:

@@ -261,7 +261,7 @@ def plan_fast(
 def plan_forward(
     model: Any, model_kind: str, method: str, objective: Objective, tokens: int
 ) -> FastPlan:
-    """Returns the plan for scoring rows with a loaded model, without training."""
+    """Returns the plan for scoring rows with `model`, at most `tokens` tokens per micro-batch."""
     base = base_model(model)
     packs = not (has_virtual_tokens(model, method) or get_packing_message(base, model_kind))
     chunked = has_language_head(base, objective)

@@ -18,7 +18,7 @@ from ftlevel.fast.packing import PackedLayout, current_layout
 
 
 class LastLayerPruning:
-    """Hooks that restrict `linears` to the tokens in `PackedLayout.needed`, until `remove`."""
+    """Hooks that make `linears` compute only the tokens `PackedLayout.needed`, until `remove`."""
 
     def __init__(self, linears: Sequence[nn.Module]) -> None:
         self._hooks = [

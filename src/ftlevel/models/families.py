@@ -74,7 +74,7 @@ class BlockLinear:
 
     @property
     def name(self) -> str:
-        """Last part of the path."""
+        """Last part of `path`, such as `q_proj`."""
         return self.path.rpartition(".")[2]
 
     @property

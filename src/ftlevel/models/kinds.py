@@ -72,7 +72,7 @@ def checkpoint_class(config: Any) -> str:
 def max_positions(config: Any) -> int | None:
     """Returns the maximum sequence length in tokens, or None if unbounded.
 
-    RoBERTa-like models number positions from `pad_token_id + 1`, so that many cannot be used.
+    RoBERTa-like models number positions from `pad_token_id + 1` and cannot use lower ones.
     """
     if config.model_type in ("t5", "mt5", "umt5"):  # relative positions
         return None

@@ -89,7 +89,7 @@ class ModelTargets:
     total_parameters: int
 
     def lora_parameters(self, r: int) -> int:
-        """Returns the number of parameters of LoRA of rank `r` on `all-linear`."""
+        """Returns the number of parameters of LoRA of rank `r` on all linear layers in blocks."""
         return sum(kind.lora_parameters(r) for kind in self.linears if kind.all_linear)
 
 

@@ -97,7 +97,7 @@ def _check_kernels(config: Mapping[str, Any], label: str) -> None:
 
 
 def check_sizes(config: Mapping[str, Any], label: str) -> None:
-    """Raise `InputError` for a size larger than that of any model."""
+    """Raise `InputError` if a size in `config`, such as the number of layers, is implausible."""
     for name, value in config.items():
         if isinstance(value, Mapping):
             check_sizes(value, label)

@@ -63,7 +63,7 @@ class Report(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """Report the number of steps."""
+        """Report the planned number of steps to `listener`."""
         self.listener.begin(state.max_steps)
 
     def on_step_begin(

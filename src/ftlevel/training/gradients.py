@@ -92,7 +92,7 @@ class Recovery(TrainerCallback):
             self._skip_step(step, problem, "skipped")
 
     def check_spike(self, step: int, loss: float) -> None:
-        """Skip or roll back a step whose `loss` exceeds `spike_factor` times the recent median."""
+        """Skip or roll back a step if `loss` exceeds `spike_factor` · median of recent losses."""
         if self._factor is None:
             return
         loss = self._processes.mean(loss)

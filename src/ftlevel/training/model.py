@@ -298,7 +298,7 @@ def base_name(name: str) -> str:
 
 
 def hash_tensor(tensor: Tensor) -> TensorHash:
-    """Returns the hash of one tensor."""
+    """Returns dtype, shape and 64-bit digest of `tensor`."""
     return hash_tensors([("", tensor)])[""]
 
 

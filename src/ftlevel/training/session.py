@@ -126,7 +126,7 @@ class BoundInputs:
 
 
 def bind_inputs(config: TrainConfig, inputs: TrainInputs, stack: ExitStack) -> BoundInputs:
-    """Set names or paths of `inputs` in `config`; a model is on disk until `stack` closes."""
+    """Set `inputs` in `config` by name or path; a model is written to disk until `stack` closes."""
     _check_callbacks(inputs.callbacks)
     rows = {"dataset": inputs.dataset, "validation_file": inputs.eval_dataset}
     names = {

@@ -188,7 +188,7 @@ class Bounds:
     """Largest allowed differences between two steps that differ only by summation order.
 
     Attributes:
-        noise: difference of each tensor's gradient if the summation order changes.
+        noise: tensor name → change of its gradient if the summation order changes.
         noise_of_loss: difference of the loss in that case, in nats.
     """
 

@@ -40,7 +40,7 @@ class RandomState:
 
     @classmethod
     def now(cls, device: torch.device) -> RandomState:
-        """Returns the current state."""
+        """Returns the current state of the CPU's generator and, on CUDA, of the GPU's."""
         gpu = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
         return cls(torch.get_rng_state(), gpu)
 

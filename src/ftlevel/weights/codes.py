@@ -72,7 +72,7 @@ class QuantizationGrid:
         return torch.bucketize(scaled, self._midpoints()).view(weight.shape)
 
     def value(self, codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-        """Returns the dequantized weights."""
+        """Returns the weights that `codes` and `scales` represent."""
         return self.values[codes] * self.spread(scales, codes.shape)
 
     def spread(self, scales: torch.Tensor, shape: torch.Size) -> torch.Tensor:

@@ -122,7 +122,7 @@ _QUANTIZATION_VERSION = 2
 
 @dataclass(frozen=True)
 class GGUFTensor:
-    """A tensor of the file.
+    """A tensor to be written to a .gguf file.
 
     `source` is the model's name of the tensor, if any; `shape` is as in torch, reversed in the
     file. `read` returns the tensor in the file's layout. `codes` returns selected codes in the
@@ -146,7 +146,7 @@ class GGUFTensor:
 
 
 def get_outtype(checkpoint: Checkpoint) -> str:
-    """Returns the file type for the dtype of the checkpoint's input embedding."""
+    """Returns the outtype, such as `f16`, that keeps the dtype of the input embedding."""
     name = next(
         name
         for name, parameter in checkpoint.model.named_parameters()

@@ -267,7 +267,7 @@ class LayerSample:
 
     Attributes:
         samples: layer indices of each small model; None is the whole model.
-        times: factor of each model's difference from the first.
+        times: factor by which each model's difference in memory from the first counts.
         count: layers per stack, or in total if stacks differ in depth.
     """
 
@@ -342,7 +342,7 @@ def _sample_by_type(run: Run, layer_types: Sequence[Any]) -> LayerSample | None:
 
 
 def _sample_by_period(layer_types: Sequence[Any]) -> LayerSample | None:
-    """Returns the first layers with one and with two periods, if the layer types repeat."""
+    """Returns the layers of one and of two periods of layer types; None if these do not repeat."""
     num_layers = len(layer_types)
     for first in range(3):
         for period in range(1, 7):
