@@ -123,7 +123,7 @@ class Notebook(NullListener):
         self._draw()
 
     def begin(self, total_steps: int) -> None:
-        """Set the number of training steps."""
+        """Set the number of training steps for the progress bar."""
         self._total = total_steps
 
     def step(self, step: int) -> None:

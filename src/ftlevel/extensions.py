@@ -233,7 +233,7 @@ def added_rows(table: str, core: Collection[str] = ()) -> dict[str, Any]:
 
 
 def loaded(table: str, core: Collection[str] = ()) -> dict[str, Any]:
-    """Returns name → imported object of the references in `table`; failing imports are left out."""
+    """Returns name → imported object of each reference in `table`, without failing imports."""
     objects = {name: try_load(row, source) for name, (source, row) in added(table, core).items()}
     return {name: value for name, value in objects.items() if value is not None}
 

@@ -275,7 +275,7 @@ class RowFile(ABC):
 
 
 def partial_of(path: Path) -> Path:
-    """Returns the path of the partial file of `path`."""
+    """Returns the path of the file that is written until the rows of `path` are complete."""
     return path.with_name(f"{path.name}.partial")
 
 

@@ -212,7 +212,7 @@ def write_onto(config: MergeConfig, inputs: MergeInput, onto: str, path: Path) -
 def resolve_rounding(
     config: MergeConfig, inputs: MergeInput, onto: str
 ) -> tuple[str | None, Callable[[Any], QuantizationRounding] | None]:
-    """Returns the output dtype, and a function that rounds the base as in training, or None."""
+    """Returns the output dtype, and a function to round the base (None: `onto` is `original`)."""
     dtype: str | None = None if config.dtype == "auto" else config.dtype
     if inputs.source.kind == "gguf":  # GGUF weights have no torch dtype
         dtype = dtype or inputs.dtype

@@ -210,7 +210,7 @@ class PieceDecoder:
         self._anchor = tokenizer("a", add_special_tokens=False)["input_ids"][-1:]
 
     def decode_tokens(self, ids: Sequence[int]) -> list[str]:
-        """Returns the text of each id; the last id of a split character gets that character."""
+        """Returns the text of each id; a character split over several ids is that of the last."""
         before = self._decode(self._anchor)
         texts, pending = [], []
         for id_ in ids:

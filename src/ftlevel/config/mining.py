@@ -18,7 +18,7 @@ from ftlevel.config.sections import (
 
 
 def _parse_range(value: Any) -> Any:
-    """Parse `10-210` as the first and last rank."""
+    """Parse `10-210` as (10, 210), first and last rank; raise ValueError for other text."""
     if not isinstance(value, str):
         return value
     first, dash, last = value.partition("-")

@@ -190,7 +190,7 @@ class CodeSelector:
     def __call__(
         self, linear: str, written: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Returns codes and scales of `linear`; None if blocks do not divide `written`."""
+        """Returns codes and scales of layer `linear`; None if blocks do not divide its size."""
         return self.select(linear) if self.grid.fits(written.shape) else None
 
     def select(self, linear: str) -> tuple[torch.Tensor, torch.Tensor]:

@@ -312,7 +312,7 @@ def _plan_files(merger: TensorMerger, names: list[str]) -> dict[str, list[Tensor
 
 
 def _plan_tensor(merger: TensorMerger, name: str) -> list[TensorPart]:
-    """Returns the parts to write for the tensor `name`, copied from the base's files if equal."""
+    """Returns what to write for the tensor `name`; bytes of the base's files if it is unchanged."""
     model = merger.checkpoint.model
     saved = convert_for_saving(model, name, merger.tensor_info(name).meta())
     specs = {key: get_tensor_info(tensor) for key, tensor in saved.items()}

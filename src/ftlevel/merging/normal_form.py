@@ -117,7 +117,7 @@ class NormalForm:
         )
 
     def on_every_layer(self, model: Any) -> NormalForm:
-        """Returns a copy with zero updates for unadapted layers of `model` with equal names."""
+        """Returns a copy with zero updates for unadapted layers of `model` of the same names."""
         import torch
 
         layer_names = {name.rpartition(".")[2] for name in self.factors}

@@ -270,7 +270,7 @@ _LYCORIS_RULES = (
 
 
 def miss_as_lora(file: AdapterFile) -> dict[str, Factors]:
-    """Returns module name → LoRA factors; A sums inputs. `InputError` for initialization "bat"."""
+    """Returns module name → LoRA factors, where A sums inputs; `InputError` for init "bat"."""
     import torch
 
     start = file.config.get("init_weights")

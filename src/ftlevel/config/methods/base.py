@@ -18,7 +18,7 @@ class MethodSpec(Section):
     default_quant: ClassVar[str] = "none"
 
     def validate_quant(self, quant: QuantConfig) -> list[str]:  # noqa: ARG002 - for those that do
-        """Returns error messages if the method cannot train a base quantized with `quant`."""
+        """Returns why the method cannot train a base quantized with `quant`; [] if it can."""
         return []
 
 

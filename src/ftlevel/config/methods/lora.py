@@ -142,7 +142,7 @@ class LoraSpec(MethodSpec):
         return self
 
     def validate_quant(self, quant: QuantConfig) -> list[str]:
-        """Returns an error message for DoRA on 8-bit weights."""
+        """Returns an error message for DoRA on 8-bit weights, else []."""
         if quant.kind != "8bit" or not self.use_dora:
             return []
         return [
@@ -158,7 +158,7 @@ class QloraSpec(LoraSpec):
     default_quant: ClassVar[str] = "4bit"
 
     def validate_quant(self, quant: QuantConfig) -> list[str]:
-        """Returns an error message if the base model is not quantized."""
+        """Returns an error message if the base model is not quantized, else []."""
         if quant.kind != "none":
             return super().validate_quant(quant)
         return [

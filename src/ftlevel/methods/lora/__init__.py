@@ -338,7 +338,7 @@ class Lora(Method):
         return ", ".join([text, *(name for name, is_used in used.items() if is_used)])
 
     def get_quantized_error(self, spec: LoraSpec, base: QuantizedCheckpoint) -> str | None:
-        """Returns why the initialization cannot be used on a quantized checkpoint, or None."""
+        """Returns why the initialization in `spec` does not support quantized weights, or None."""
         if base.quantization == "none" and spec.init_lora_weights not in ("default", "gaussian"):
             return super().get_quantized_error(spec, base)
         if spec.init_lora_weights == "loftq":
@@ -350,7 +350,7 @@ class Lora(Method):
         return None
 
     def get_embedding_error(self, spec: LoraSpec) -> str:
-        """Returns why this initialization cannot adapt an embedding, or ""."""
+        """Returns why the initialization in `spec` cannot adapt an embedding, or ""."""
         if spec.init_lora_weights in ("default", "gaussian"):
             return ""
         return f"the start {spec.init_lora_weights} is taken from linears. Use --init default"
@@ -392,7 +392,7 @@ class Lora(Method):
         return sum(spec.r * (fan_in + fan_out) for fan_in, fan_out in sizes.values())
 
     def build(self, spec: LoraSpec, base: Base) -> Any:
-        """Returns `peft.LoraConfig`; raises `ConfigError` for unknown tokens."""
+        """Returns `peft.LoraConfig`; raises `ConfigError` for unknown tokens to train."""
         from peft import EvaConfig, LoraConfig  # imports bitsandbytes, which logs on import
 
         init = spec.init_lora_weights

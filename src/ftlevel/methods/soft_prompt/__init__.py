@@ -189,7 +189,7 @@ class PTuning(SoftPrompt):
         return f"{spec.num_virtual_tokens} virtual tokens, computed by an {encoder}"
 
     def build(self, spec: PTuningSpec, base: Base) -> Any:
-        """Returns `SoftPromptConfig`."""
+        """Returns the `SoftPromptConfig` for `spec` and the layer stacks of `base`."""
         return self._config(
             spec,
             base,
