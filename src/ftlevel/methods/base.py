@@ -244,7 +244,7 @@ class Method:
         """Raise `ConfigError` if `spec` does not fit `sizes`: layer name → (in, out) features."""
 
     def num_parameters(self, spec: Any, sizes: Mapping[str, tuple[int, int]]) -> int | None:
-        """Returns the number of adapter parameters by layer `sizes`, (in, out); None if unknown."""
+        """Returns the number of adapter parameters for layers of `sizes`; None if it is unknown."""
         return None
 
     def positions(self, spec: Any) -> int:

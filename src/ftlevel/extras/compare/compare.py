@@ -390,7 +390,7 @@ def _search_all(
 
 
 def _train_all(result: Comparison, listener: Listener, prepare: Callable[[], Any]) -> None:
-    """Train and score unfinished runs, seed by seed; failures are reported to `listener`."""
+    """Train and score unfinished runs, seed by seed; warns of failures, RunError if all fail."""
     first = next(iter(result.configs.values()), None)
     if first is None:
         raise RunError("\n".join(f"{name}: {message}" for name, message in result.left_out.items()))

@@ -227,7 +227,7 @@ def plan_study(
 ) -> Study | None:
     """Returns the study of method `word`; None if the method has no hyperparameter to search.
 
-    `state` is in compare.json; `dry_run` is a summary of the run; the database is in `path`.
+    `state` is in compare.json, the database in `path`; `dry_run` is the summary of a dry run.
     """
     names = SPECS[config.method.kind].model_fields
     fields = {
