@@ -198,7 +198,7 @@ class EvalResult:
 
 
 class Evaluations:
-    """History of a run's evaluations.
+    """History of a run's evaluations, compared by the metric of `plan`.
 
     Attributes:
         best: the best evaluation; None while the metric was always NaN.

@@ -228,7 +228,7 @@ class UpdateSchedule(TrainerCallback):
 
 
 class SetEpoch(TrainerCallback):
-    """Set the current epoch of the training rows and their sampler, also after a resume."""
+    """Set the current epoch of training rows and their sampler `order`, also after a resume."""
 
     def __init__(self, rows: Sequence[Encoded], order: Any) -> None:
         self.rows = rows

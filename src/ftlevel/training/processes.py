@@ -213,7 +213,7 @@ _KEY = "ftlevel/signs/{rank}"
 
 
 class WatchProcesses(TrainerCallback):
-    """Send a heartbeat every two seconds, and report processes whose heartbeat is missing.
+    """Send a heartbeat every two seconds, and `warn` of processes whose heartbeat is missing.
 
     Heartbeats use the process group's store, which needs no collective call. Rank 0 watches the
     others; rank 1 watches rank 0, which may host the store. A missing process is reported once, and

@@ -264,7 +264,7 @@ class SaveRollout(TrainerCallback):
 
 
 class WaitForHashes(TrainerCallback):
-    """Before a checkpoint is saved, wait until the hashes of the run's input files are written."""
+    """Before a checkpoint is saved, call `functions`, which wait for hashes of input files."""
 
     def __init__(self, functions: Iterable[Callable[[], None]]) -> None:
         self._functions = list(functions)

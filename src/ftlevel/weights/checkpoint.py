@@ -72,7 +72,7 @@ def get_tensor_info(tensor: torch.Tensor) -> TensorSpec:
 
 @dataclass(frozen=True)
 class FileTensor:
-    """A tensor in a safetensors file."""
+    """A tensor whose bytes begin at `offset` in the safetensors file `path`."""
 
     path: Path
     spec: TensorSpec

@@ -204,7 +204,7 @@ class Alternative:
 
 @dataclass(frozen=True)
 class AlternativeContext:
-    """Run, device and model for which alternative settings are estimated.
+    """Run, device (`card`: GPU name, if any) and model for which alternatives are estimated.
 
     `cache` (modified) has computed ones; `check` is called before each computation, and may raise.
     """

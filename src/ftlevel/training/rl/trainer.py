@@ -94,7 +94,7 @@ class _StepStatistics:
 
 
 class RlTrainer(FtlevelTrainer):
-    """Trainer of reinforcement learning.
+    """Trainer that samples completions of `prompts` and trains on them by their rewards.
 
     Attributes:
         rollouts: function that samples completions and computes their rewards.
