@@ -324,7 +324,7 @@ def option(
 class UnsupportedFlag(Flag):
     """Flag of another tool for which ftlevel has no equivalent.
 
-    Values in `aliases` are accepted; `message` is the error for all other values.
+    Values in `aliases` are accepted without effect; `message` is the error for other values.
     """
 
     message: str = ""

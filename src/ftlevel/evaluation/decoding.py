@@ -137,8 +137,9 @@ class RowDecoder:
         self._forward(rows, ids, rows.layers[0].get_seq_length() + 1)
 
     def _forward(self, rows: Rows, ids: torch.Tensor, seq: int, shared: int = 0) -> None:
-        """Run the model on `ids` (rows, new), after which the cache has `seq` positions.
+        """Run the model on `ids` (rows, new), which extends the cache to `seq` positions.
 
+        The logits of the last position are stored in `rows.scores`.
         The first `shared` positions are a prefix that all rows share.
         """
         starts = seq + shared - torch.tensor(rows.lengths, device=self._device)[:, None]

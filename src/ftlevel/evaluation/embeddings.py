@@ -201,7 +201,7 @@ def _class_meters(spaces: Mapping[str, torch.Tensor], step: StepTexts) -> list[P
 def _query_meters(
     similarity: str, spaces: Mapping[str, torch.Tensor], step: StepTexts, search_ids: Sequence[int]
 ) -> list[QueryMeter]:
-    """Returns a meter per row with the metrics of its query; rows of one query have equal ones."""
+    """Returns one meter per dataset row, with the retrieval metrics of the query in that row."""
     documents = sorted(
         {
             document

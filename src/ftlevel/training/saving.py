@@ -272,7 +272,7 @@ class WaitForHashes(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """Wait for the hashes if a checkpoint is about to be saved."""
+        """Wait for the hashes of the run's input files before a checkpoint is saved."""
         if control.should_save:
             for wait in self._functions:
                 wait()

@@ -154,7 +154,10 @@ class Language:
 
 
 def get_language(role: str, column_mapping: Mapping[str, str], name: str | None) -> Language | None:
-    """Returns the language `name`, else that of the column of `role` by its name, or None."""
+    """Returns the natural language `name`, or if that is None, the language that names a column.
+
+    This is the column of `role`. None if the column is not named after a language.
+    """
     if name is not None:
         return parse_language(name)
     key = column_mapping.get(role, "").rpartition(".")[2]

@@ -60,7 +60,7 @@ class ServerSupport(Protocol):
         source: ModelSource,
         device: str,
     ) -> None:
-        """Save reference outputs of the exported model to `path`; `source` has its weights.
+        """Compute outputs with the exported weights in transformers, and save them to `path`.
 
         `out` is the path of the export; `facts` are its model, server, file_format and dtype.
         """

@@ -106,7 +106,7 @@ def _one_by_one(module: Any, name: str) -> Iterator[tuple[Tensor, Any]]:
 
 
 def assume_even_experts(config: Any) -> None:
-    """Make a model of `config` (modified) assume equal rows per expert, for fake tensors."""
+    """Change `config` so that its model assumes equal rows per expert, as fake tensors require."""
     config._experts_implementation = _EVEN
 
 

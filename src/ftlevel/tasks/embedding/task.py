@@ -342,7 +342,10 @@ class EmbeddingTask(BaseTask):
     def decode_targets(
         self, row: Encoded, names: Sequence[str], kind: str, decoder: TokenDecoder
     ) -> list[str | None]:
-        """Returns "query" or "document N" at each text's first pooled token, "" at other ones."""
+        """Returns a text per token: "query" or "document N" at the first that each text pools.
+
+        "" at other pooled tokens; None at tokens that are not pooled.
+        """
         if not isinstance(row, EncodedTexts):
             return [None] * len(row.input_ids)
         shown: list[str | None] = []

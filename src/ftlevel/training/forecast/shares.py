@@ -68,7 +68,7 @@ class ShardGroup:
     tensors: tuple[ShardedTensor, ...]
 
     def stored_bytes(self, world_size: int) -> dict[str, float]:
-        """Returns category → bytes stored by the rank that stores the most."""
+        """Returns memory category → bytes in the process that stores the most."""
         sizes: dict[str, float] = {}
         for tensor in self.tensors:
             ratio = -(-tensor.rows // world_size) / tensor.rows
