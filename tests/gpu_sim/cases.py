@@ -19,6 +19,7 @@ from ftlevel.fast.fused_lora import register_fused_layers
 from ftlevel.fast.kernels import TORCH, TritonBackend
 from ftlevel.fast.plan import plan_fast, uses_fused_layers
 from ftlevel.fast.step import FastStep
+from ftlevel.methods import METHOD_INFO
 from ftlevel.models.families import FAMILIES
 from ftlevel.models.module_tree import get_stacks
 from ftlevel.tasks import TASKS
@@ -46,8 +47,8 @@ LLAMA_8B = {
 
 def build_cells() -> list[TinyCell]:
     """Return every method on a model of each kind, in floating point and in 4 bits."""
-    rows = [facts.name for facts in matrix_cells.FACTS.values()
-            if facts.kind in matrix_cells.SPECS and facts.kind not in SPARSE]  # fmt: skip
+    rows = [info.name for info in METHOD_INFO.values()
+            if info.method in matrix_cells.SPECS and info.method not in SPARSE]  # fmt: skip
     cells = [
         TinyCell(row, family, head, heads_of(family)[head], quant, "bfloat16")
         for family, head in KINDS.items()
