@@ -257,6 +257,17 @@ def test_a_start_inside_the_base_is_merged_by_its_plain_form(
     assert run(["merge", "plain", "--out", "merged", "-q"]) == 0
 
 
+def test_the_tokenizer_of_the_adapter_is_exported(base: Path) -> None:
+    name = adapter(base, "rslora")
+    (Path(name) / "tokenizer.json").write_bytes(b"{}")
+    (Path(name) / "additional_chat_templates").mkdir()
+    template = Path(name) / "additional_chat_templates/tools.jinja"
+    template.write_text("{{ messages }}")
+    assert run(["export", name, "--format", "peft", "--out", "plain", "--no-verify", "-q"]) == 0
+    for path in (Path(name) / "tokenizer.json", template):
+        assert Path("plain", path.relative_to(name)).read_bytes() == path.read_bytes()
+
+
 def test_every_server_loads_a_format_that_there_is() -> None:
     from ftlevel.config.export import FORMATS
 

@@ -311,7 +311,7 @@ class Scripted(BaseHTTPRequestHandler):
         self._send(self.status, self.answer)
 
     def _send(self, status: int, answer: dict[str, Any]) -> None:
-        data = json.dumps(answer).encode()
+        data = json.dumps(answer).encode() if answer else b""
         self.send_response(status)
         if status == 302:
             self.send_header("Location", "http://127.0.0.1:9/")
@@ -339,6 +339,7 @@ def scripted(status: int, answer: dict[str, Any]) -> Iterator[tuple[str, list[di
     [
         (404, {"error": "no such model"}, "gave 404 .*no such model.*It lists only"),
         (302, {}, "gave 302"),  # a redirect leads to who was not named
+        (500, {}, r"gave 500 \(Internal Server Error\)"),
         (200, {"choices": []}, "an answer in another form"),
     ],
 )

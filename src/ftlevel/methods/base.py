@@ -314,18 +314,25 @@ VIRTUAL_TOKEN_STEP = StepSupport(
 )
 
 
+class MergeNotAllowedError(NotImplementedError, ValueError):
+    """Raised on merging an adapter that cannot be merged.
+
+    PEFT raises NotImplementedError in `merge` of layers, and ValueError in `_check_merge_allowed`.
+    """
+
+
 class UnmergeableLayer:
     """Mixin for layers that cannot be merged; must precede `BaseTunerLayer`."""
 
     merge_error: ClassVar[str]
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> NoReturn:
-        """Raise `NotImplementedError`, as layers of PEFT that cannot be merged do."""
-        raise NotImplementedError(self.merge_error)
+        """Raise `MergeNotAllowedError`."""
+        raise MergeNotAllowedError(self.merge_error)
 
     def unmerge(self) -> NoReturn:
-        """Raise `NotImplementedError`, as layers of PEFT that cannot be merged do."""
-        raise NotImplementedError(self.merge_error)
+        """Raise `MergeNotAllowedError`."""
+        raise MergeNotAllowedError(self.merge_error)
 
 
 class UnmergeableTuner:
@@ -334,4 +341,4 @@ class UnmergeableTuner:
     tuner_layer_cls: type[UnmergeableLayer]
 
     def _check_merge_allowed(self) -> NoReturn:
-        raise NotImplementedError(self.tuner_layer_cls.merge_error)
+        raise MergeNotAllowedError(self.tuner_layer_cls.merge_error)

@@ -536,6 +536,8 @@ def test_merging_is_refused_with_the_reason_and_the_way_out() -> None:
         model.merge_and_unload()
     with pytest.raises(NotImplementedError, match="cannot be merged"):
         model.merge_adapter()
+    with pytest.raises(ValueError, match="cannot be merged"):  # as PEFT says of its tuners
+        model.base_model._check_merge_allowed()
 
 
 def test_an_unknown_family_is_refused_with_the_known_ones() -> None:

@@ -144,7 +144,7 @@ class Client:
             text = " ".join(error.read(_MAX_RESPONSE_BYTES).decode(errors="replace").split())[
                 :_MAX_MESSAGE
             ]
-            raise RequestError(f"{path} gave {error.code} ({text or error.message})") from None
+            raise RequestError(f"{path} gave {error.code} ({text or error.reason})") from None
         except ValueError as error:
             raise RequestError(f"{path} gave no JSON ({error})") from None
         except OSError as error:

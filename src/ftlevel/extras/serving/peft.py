@@ -24,9 +24,10 @@ class PeftWriter:
         """Write `lora`, the plain LoRA of `adapter`, into the directory `path`."""
         save_normal_form(path, lora, adapter)
         for pattern in TOKENIZER_FILES:
-            for path in sorted(adapter.ref.adapter_path.glob(pattern)):
-                (path / path.relative_to(adapter.ref.adapter_path)).parent.mkdir(exist_ok=True)
-                shutil.copyfile(path, path / path.relative_to(adapter.ref.adapter_path))
+            for source in sorted(adapter.ref.adapter_path.glob(pattern)):
+                copied = path / source.relative_to(adapter.ref.adapter_path)
+                copied.parent.mkdir(exist_ok=True)
+                shutil.copyfile(source, copied)
 
     def read(self, path: Path, lora: NormalForm, _entry: ServedModel) -> NormalForm:
         """Load the files back; settings that they lack are those of `lora`."""

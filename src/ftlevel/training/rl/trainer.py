@@ -225,7 +225,7 @@ class RlTrainer(FtlevelTrainer):
             )
             extra += new_groups
             extra_statistics += self._gather_statistics(new_groups)
-        rows = {statistics.row for statistics in statistics}
+        rows = {each.row for each in statistics}
         used = [group for group in (*groups, *extra) if group.row.row in rows]
         return used, statistics, (extra, extra_statistics)
 
