@@ -68,8 +68,7 @@ def _print(found: dict[str, list[dict[str, float]]], told: argparse.Namespace) -
         spread = ", ".join(f"{value:.2f}" for value in per_pair[side])
         print(
             f"{side:16} {middle:6.2f} cpu s/pair ({spread}) {ratio}; reference before the first "
-            f"step {fill:5.2f} cpu s/pair; peak {memory:,.0f} MiB; first loss "
-            f"{runs[0]['loss']:.4f}"
+            f"step {fill:5.2f} cpu s/pair; peak {memory:,.0f} MiB; first loss {runs[0]['loss']:.4f}"
         )
 
 

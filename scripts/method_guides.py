@@ -112,8 +112,7 @@ GUIDES: dict[str, Guide] = {
         beside=LINEARS, mark="AB∘AB",
     ),
     "lokr": Guide(
-        "The update of every linear layer is a Kronecker product of a small and a low-rank "
-        "matrix.",
+        "The update of every linear layer is a Kronecker product of a small and a low-rank matrix.",
         "When adapters must be small but cover every linear layer. It has a tenth of LoRA's "
         "parameters.",
         "`method.decompose_factor` (-1: as square as possible), `method.r`.",

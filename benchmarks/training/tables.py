@@ -78,11 +78,10 @@ def workload_table(result: Mapping[str, Any]) -> str:
             f"{row['tokens_per_s'] / rows['plain']['tokens_per_s']:.2f}" if "plain" in rows else ""
         )
         lines.append(
-            f"| {name} | {row['tokens_per_s']:.0f} | {plain} | {speed} "
-            f"| {row['supervised_per_s']:.0f} | {supervised} "
-            f"| {row['tokens_per_cpu_s']:.0f} | {cpu} | {row['mfu']:.2f} "
-            f"| {row['peak_mib']:,.0f} | {memory} | {row['first_step_s']:.1f} "
-            f"| {row['loss']:.4f} |"
+            f"| {name} | {row['tokens_per_s']:.0f} | {plain} | {speed} | "
+            f"{row['supervised_per_s']:.0f} | {supervised} | {row['tokens_per_cpu_s']:.0f} | {cpu} "
+            f"| {row['mfu']:.2f} | {row['peak_mib']:,.0f} | {memory} | {row['first_step_s']:.1f} | "
+            f"{row['loss']:.4f} |"
         )
     notes = [*_differences(rows), *(f"{name}: {why}" for name, why in refused.items())]
     if best:

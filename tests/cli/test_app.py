@@ -46,10 +46,8 @@ def test_every_command_has_a_help(name: str, capsys: pytest.CaptureFixture[str])
 )
 def test_help_and_tables_need_no_heavy_import(arguments: list[str]) -> None:
     code = (
-        "import sys; from ftlevel.cli.app import run; "
-        f"code = run({arguments!r}); "
-        f"loaded = [m for m in {HEAVY!r} if m in sys.modules]; "
-        "print(loaded, file=sys.stderr); sys.exit(code)"
+        f"import sys; from ftlevel.cli.app import run; code = run({arguments!r}); loaded = [m for "
+        f"m in {HEAVY!r} if m in sys.modules]; print(loaded, file=sys.stderr); sys.exit(code)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0

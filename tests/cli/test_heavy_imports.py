@@ -43,20 +43,17 @@ def test_imports_of_a_fresh_process_are_left_out_of_collections():
 @pytest.mark.parametrize("has_triton", [False, True])
 def test_what_was_left_out_is_collected_at_the_end_where_triton_counts_it(has_triton: bool):
     code = (
-        "import atexit, gc, sys; from ftlevel.cli.startup import heavy_imports as b\n"
-        "atexit.register(lambda: print(gc.get_freeze_count() > 1_000))\n"
-        "with b():\n    import decimal\n"
-        f"    sys.modules.update(triton=sys) if {has_triton} else None"
+        "import atexit, gc, sys; from ftlevel.cli.startup import heavy_imports as "
+        "b\natexit.register(lambda: print(gc.get_freeze_count() > 1_000))\nwith b():\n    import "
+        f"decimal\n    sys.modules.update(triton=sys) if {has_triton} else None"
     )
     assert run(code) == str(not has_triton)
 
 
 def test_a_collector_that_is_off_stays_off():
     code = (
-        "import gc; gc.disable()\n"
-        "from ftlevel.cli.startup import heavy_imports as b\n"
-        "with b():\n    import decimal\n"
-        "print(gc.isenabled(), gc.get_freeze_count())"
+        "import gc; gc.disable()\nfrom ftlevel.cli.startup import heavy_imports as b\nwith "
+        "b():\n    import decimal\nprint(gc.isenabled(), gc.get_freeze_count())"
     )
     assert run(code) == "False 0"
 

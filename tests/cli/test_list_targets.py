@@ -101,10 +101,9 @@ def test_model_as_printed(model: str, capsys: pytest.CaptureFixture[str]) -> Non
     out = capsys.readouterr().out
     assert out.startswith(f"{model}, gpt2, GPT2LMHeadModel, decoder, 96,320 parameters\n")
     assert (
-        "Linear         Type    in -> out  Count  LoRA r=4  Default\n"
-        "----------------------------------------------------------\n"
-        "transformer.h.{i}\n"
-        "  attn.c_attn  Conv1D  64 -> 192      2     2,048  yes\n"
+        "Linear         Type    in -> out  Count  LoRA r=4  "
+        "Default\n----------------------------------------------------------\ntransformer.h.{i}\n  "
+        "attn.c_attn  Conv1D  64 -> 192      2     2,048  yes\n"
     ) in out
     assert "6,656 trainable, 6.91% of the model" in " ".join(out.split())
 
@@ -137,12 +136,10 @@ def test_json_of_a_model_is_one_object_and_nothing_else(
 
 def test_family_name_imports_no_heavy_library() -> None:
     code = (
-        "import sys\n"
-        "from ftlevel.cli.app import run\n"
-        "assert run(['list-targets', 'llama']) == 0\n"
-        "assert run(['list-targets', 'llama', '--json']) == 0\n"
-        "heavy = {'torch', 'transformers', 'peft', 'datasets', 'numpy', 'rich'}\n"
-        "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
+        "import sys\nfrom ftlevel.cli.app import run\nassert run(['list-targets', 'llama']) == "
+        "0\nassert run(['list-targets', 'llama', '--json']) == 0\nheavy = {'torch', "
+        "'transformers', 'peft', 'datasets', 'numpy', 'rich'}\nassert not heavy & "
+        "set(sys.modules), heavy & set(sys.modules)\n"
     )
     result = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=False, env=os.environ

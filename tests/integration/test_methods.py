@@ -70,9 +70,8 @@ def test_a_start_inside_the_base_needs_float32(
     assert run(["train", "--quiet", *flags]) == 2
     assert capsys.readouterr().err == (
         "ftlevel: --init pissa cannot be used with --dtype bfloat16: it takes its initialization "
-        "out of the "
-        "base's weights, what is left is rounded, and the adapter would not be what was trained. "
-        "Use --dtype float32, or --init default.  [methods]\n"
+        "out of the base's weights, what is left is rounded, and the adapter would not be what was "
+        "trained. Use --dtype float32, or --init default.  [methods]\n"
     )
 
 

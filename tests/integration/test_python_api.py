@@ -69,9 +69,8 @@ def test_importing_the_package_costs_nothing() -> None:
 
 def test_the_package_leads_to_the_tuners_that_peft_must_know() -> None:
     code = (
-        "import ftlevel; ftlevel.adapters; from peft import PeftConfig, mapping; "
-        "print(*[t for t in ('BOTTLENECK', 'PREFIX_KV') "
-        "if t in mapping.PEFT_TYPE_TO_CONFIG_MAPPING])"
+        "import ftlevel; ftlevel.adapters; from peft import PeftConfig, mapping; print(*[t for t "
+        "in ('BOTTLENECK', 'PREFIX_KV') if t in mapping.PEFT_TYPE_TO_CONFIG_MAPPING])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.stdout.split() == ["BOTTLENECK", "PREFIX_KV"], done.stderr

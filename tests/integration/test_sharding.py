@@ -559,8 +559,7 @@ def test_a_part_that_cannot_be_written_is_said_once(tmp_path: Path, aside: bool)
     ("other", "message"),
     [
         ({"data": {"dataset": "encoder.jsonl", "validation_file": "encoder-validation.jsonl"}},
-         "rank 1 (HOST) is not of the same run as rank 0 "
-         "(HOST): data.dataset is"),
+         "rank 1 (HOST) is not of the same run as rank 0 (HOST): data.dataset is"),
         ({"data": {"dataset": "nowhere.jsonl"}}, "rank 1 (HOST): "),
         ({"train": {"save_steps": 3}}, "rank 1 (HOST) is not of the same run as rank 0 (HOST): "
          "train.save_steps is 3 and 2 there"),

@@ -110,10 +110,8 @@ def _help(folder: Path) -> subprocess.CompletedProcess[str]:
 def test_the_command_line_names_both_packages_of_a_flag(install: Install, tmp_path: Path) -> None:
     install(
         "toysix",
-        "def flags():\n"
-        "    from ftlevel.config.flag import option\n"
-        "    return [option('--nodes', 'Nodes.', on=('launch',))]\n"
-        "EXTENSION = Extension(flags=flags)\n",
+        "def flags():\n    from ftlevel.config.flag import option\n    return [option('--nodes', "
+        "'Nodes.', on=('launch',))]\nEXTENSION = Extension(flags=flags)\n",
     )
     done = _help(tmp_path)
     assert done.returncode == 2
@@ -134,20 +132,17 @@ def test_a_method_that_cannot_be_imported_is_refused_by_name(
     install: Install, tmp_path: Path
 ) -> None:
     (tmp_path / "toyspec.py").write_text(
-        "from typing import Literal\n"
-        "from ftlevel.config.methods.base import MethodSpec\n"
-        "class Spec(MethodSpec):\n"
-        "    kind: Literal['toyeight'] = 'toyeight'\n"
+        "from typing import Literal\nfrom ftlevel.config.methods.base import MethodSpec\nclass "
+        "Spec(MethodSpec):\n    kind: Literal['toyeight'] = 'toyeight'\n"
     )
     install(
         "toyeight",
         "EXTENSION = Extension(methods={'toyeight': ('toyspec:Spec', 'toygone:METHOD')})\n",
     )
     script = (
-        "from ftlevel.config import SPECS\n"
-        "from ftlevel.methods import METHOD_INFO, METHODS\n"
-        "assert 'toyeight' in SPECS and 'toyeight' not in METHODS and 'lora' in METHOD_INFO\n"
-        "METHODS['toyeight']\n"
+        "from ftlevel.config import SPECS\nfrom ftlevel.methods import METHOD_INFO, "
+        "METHODS\nassert 'toyeight' in SPECS and 'toyeight' not in METHODS and 'lora' in "
+        "METHOD_INFO\nMETHODS['toyeight']\n"
     )
     paths = {"PYTHONPATH": f"{tmp_path}:{ROOT / 'src'}", "PATH": "/usr/bin:/bin"}
     done = subprocess.run(

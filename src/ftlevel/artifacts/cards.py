@@ -338,9 +338,8 @@ _PEFT_CLASSES = {
 def _format_label_code(summary: Mapping[str, Any], needs_import: str) -> list[str]:
     loader = _PEFT_CLASSES[summary["task"]]
     return [
-        "PEFT does not save label names with an adapter. Without them, the base is loaded with "
-        "two labels, `LABEL_0` and `LABEL_1`. Pass the label names when you load it with PEFT "
-        "alone:",
+        "PEFT does not save label names with an adapter. Without them, the base is loaded with two "
+        "labels, `LABEL_0` and `LABEL_1`. Pass the label names when you load it with PEFT alone:",
         "",
         "```python",
         *(

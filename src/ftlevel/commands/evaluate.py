@@ -326,9 +326,8 @@ def _set_quantization(ref: ModelRef, quant: str | None) -> ModelRef:
     trained_quantization = format_quantization(ref.quantization)
     if ref.is_prequantized:
         raise InputError(
-            f"--quant {quant}: {ref.source.label} is stored quantized "
-            f"({trained_quantization}), and is scored as it is stored. Drop --quant, or name the "
-            "original model."
+            f"--quant {quant}: {ref.source.label} is stored quantized ({trained_quantization}), "
+            "and is scored as it is stored. Drop --quant, or name the original model."
         )
     requested = QuantConfig(kind=quant)
     if ref.directory is not None:

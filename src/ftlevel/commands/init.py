@@ -146,9 +146,8 @@ def _default_task(config: TrainConfig) -> Choice:
     names = [column_for_flag(column, table.column_names) for column in table.column_names]
     raise InputError(
         f"{data.dataset}: the columns {join_names(map(quote, table.column_names))} do not "
-        "determine a task. Name the task, for example: "
-        f"ftlevel init --dataset {data.dataset} --task text-generation "
-        f"{format_map_flags({'prompt': names[0], 'completion': names[-1]})}"
+        f"determine a task. Name the task, for example: ftlevel init --dataset {data.dataset} "
+        f"--task text-generation {format_map_flags({'prompt': names[0], 'completion': names[-1]})}"
     )
 
 

@@ -337,8 +337,7 @@ def resolve_pair(
     if ref.task != other.task:
         raise InputError(
             f"--against {other_name} is for {other.task}, and {name} for {ref.task}. Choose a "
-            f"model "
-            "for the same task."
+            "model for the same task."
         )
     if _embedding_format(ref) is None and not _have_equal_vocabs(ref, other):
         raise InputError(

@@ -97,9 +97,8 @@ def get_adapter_dir(name: str) -> Path:
     if not (adapter_dir / ADAPTER_CONFIG).is_file():
         files = sorted(p.name for p in path.iterdir()) if path.is_dir() else ["a file"]
         raise InputError(
-            f"{name} is neither a run nor an adapter "
-            f"(it contains {join_names(files, 6) or 'nothing'})"
-            f". Expected a directory with {ADAPTER_CONFIG}."
+            f"{name} is neither a run nor an adapter (it contains "
+            f"{join_names(files, 6) or 'nothing'}). Expected a directory with {ADAPTER_CONFIG}."
         )
     check_adapter_checkpoint(adapter_dir)
     error = get_merge_error(_load_peft_config(adapter_dir))
@@ -128,10 +127,9 @@ def resolve_merge_input(config: MergeConfig) -> MergeInput:
     if quantization_config is not None and ref.source.kind != "gguf":
         raise InputError(
             f"{ref.base} is stored quantized ({quantization_name(quantization_config)}), and "
-            f"weights of a "
-            "few bits cannot hold the update: rounding it to their grid erases most of what was "
-            "trained. Keep the adapter separate, or train on the model in floating point with "
-            "--quant 4bit and merge that."
+            "weights of a few bits cannot hold the update: rounding it to their grid erases most "
+            "of what was trained. Keep the adapter separate, or train on the model in floating "
+            "point with --quant 4bit and merge that."
         )
     return MergeInput(ref, ref.compute_dtype(device), device)
 

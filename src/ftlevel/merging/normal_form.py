@@ -205,9 +205,8 @@ def load_adapter_file(
     vocab_size = get_adapter_vocab_size(base.model, adapter_dir) if base_vocab_size else None
     if vocab_size not in (None, base_vocab_size):
         raise InputError(
-            f"it was trained with {vocab_size:,} tokens and its base has {base_vocab_size:,}, "
-            f"and no server "
-            "adds rows to a base. Merge it"
+            f"it was trained with {vocab_size:,} tokens and its base has {base_vocab_size:,}, and "
+            "no server adds rows to a base. Merge it"
         )
     tensors = {
         key.removeprefix(PREFIX): tensor

@@ -120,9 +120,9 @@ def _quantization(model: Any) -> QuantConfig | None:
     quant = as_quant_config(quantization_config)
     if quant is None:
         raise ConfigError(
-            f"model= is quantized by {quantization_name(quantization_config)}. Of models in "
-            f"memory those of "
-            "bitsandbytes can be trained (4 or 8 bits). Name it instead: TrainConfig(model=NAME)."
+            f"model= is quantized by {quantization_name(quantization_config)}. Of models in memory "
+            "those of bitsandbytes can be trained (4 or 8 bits). Name it instead: "
+            "TrainConfig(model=NAME)."
         )
     return quant
 

@@ -145,8 +145,7 @@ def check_finite(tensors: Iterable[tuple[str, Any]], label: str) -> None:
     if nonfinite:
         raise InputError(
             f"{label} has NaN or infinity in {len(nonfinite):,} of its tensors: "
-            f"{join_names(nonfinite, 3)}. "
-            "Download or create it again."
+            f"{join_names(nonfinite, 3)}. Download or create it again."
         )
     too_large = [
         f"{name} ({value:.2g})" for name, value in max_values.items() if value > _MAX_WEIGHT
@@ -154,9 +153,8 @@ def check_finite(tensors: Iterable[tuple[str, Any]], label: str) -> None:
     if too_large:
         raise InputError(
             f"{label} has numbers of more than {_MAX_WEIGHT:.0e} in {len(too_large):,} of its "
-            f"tensors, "
-            f"which is not plausible for trained weights: {join_names(too_large, 3)}. Download or "
-            "create it again."
+            f"tensors, which is not plausible for trained weights: {join_names(too_large, 3)}. "
+            "Download or create it again."
         )
 
 
@@ -256,8 +254,7 @@ def _explain_error(error: Exception) -> str:
     if "trust_remote_code" in str(error):
         return (
             "it needs custom Python code (auto_map in its config.json), which is not run by "
-            "default. If you trust it: --set "
-            "model.trust_remote_code=true."
+            "default. If you trust it: --set model.trust_remote_code=true."
         )
     if "cannot reshape array" in str(error):  # truncated .gguf tensors
         return f"its tensors are not whole ({_first_line(error)}). Is the download incomplete?"

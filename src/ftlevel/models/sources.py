@@ -225,8 +225,7 @@ def _check_reachable(name: str, revision: str | None, label: str) -> bool:
     raise InputError(
         f"{label}: no such directory, not in the local cache, and {message}. Use a local directory "
         f"or .gguf file, download it on a machine with a network (hf download {name}), or use "
-        f"{'--model ' * label.startswith('--model')}"
-        "builtin:tiny-llama."
+        f"{'--model ' * label.startswith('--model')}builtin:tiny-llama."
     )
 
 

@@ -175,9 +175,8 @@ class ClassTask(BaseTask):
         spans = next((value for value in values if isinstance(value, list) and value), [None])
         if isinstance(spans[0], (list, dict)):
             raise InputError(
-                f"{column!r} holds spans of characters, which are for --task "
-                f"token-classification, not --task {self.name}. Change the task, or use --map "
-                f"label=COLUMN."
+                f"{column!r} holds spans of characters, which are for --task token-classification, "
+                f"not --task {self.name}. Change the task, or use --map label=COLUMN."
             )
         return format_
 

@@ -167,9 +167,8 @@ class TextTask(BaseTask):
         if negatives and set(verdicts) <= {"true", "false", "1", "0"}:
             raise InputError(
                 f"{table.where(negatives[0])}: {column!r} is false in {len(negatives):,} of "
-                f"{len(table):,} "
-                f"rows: bad answers, as for --task preference --loss kto, which --task {self.name} "
-                f"would learn as good ones. Remove these rows, or pass --format "
+                f"{len(table):,} rows: bad answers, as for --task preference --loss kto, which "
+                f"--task {self.name} would learn as good ones. Remove these rows, or pass --format "
                 f"{format_.name.replace(' + ', '-')} if {column!r} says something else."
             )
         return super().update_format(format_, table, config)

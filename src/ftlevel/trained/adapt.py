@@ -128,9 +128,8 @@ def check_new_embeddings(model: Any, old_vocab_size: int | None, adapter_dir: Pa
             if not torch.isfinite(values).all():
                 raise InputError(
                     f"{adapter_dir} was trained with {vocab_size - old_vocab_size:,} more tokens "
-                    f"than its "
-                    f"base has, and has no rows of the {layer_name} for them. They would be "
-                    f"random. Train again with that layer in modules_to_save."
+                    f"than its base has, and has no rows of the {layer_name} for them. They would "
+                    "be random. Train again with that layer in modules_to_save."
                 )
         for layer in _embeddings(model):
             weight = _unwrap(layer).weight
@@ -414,9 +413,8 @@ def _load_weights(adapter_dir: Path) -> dict[str, Any]:
     if peft_type not in peft.PEFT_TYPE_TO_CONFIG_MAPPING:
         raise InputError(
             f"{adapter_dir} is an adapter of type {peft_type!r}, which PEFT {peft.__version__} "
-            f"does "
-            f"not support.{did_you_mean(peft_type, peft.PEFT_TYPE_TO_CONFIG_MAPPING)} It may need "
-            f"a newer PEFT."
+            f"does not support.{did_you_mean(peft_type, peft.PEFT_TYPE_TO_CONFIG_MAPPING)} It may "
+            "need a newer PEFT."
         )
     path = adapter_dir / "adapter_model.safetensors"
     if not path.is_file():
@@ -459,8 +457,7 @@ def _set_weights(peft_model: Any, weights: dict[str, Any], adapter_dir: Path, na
         raise InputError(
             f"{adapter_dir}: {len(missing):,} weights of the adapter are missing and "
             f"{len(unknown):,} are unknown, such as {mismatched[0]}. The adapter does not belong "
-            f"to "
-            "this base model."
+            "to this base model."
         )
 
 

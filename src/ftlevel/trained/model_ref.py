@@ -250,8 +250,7 @@ def _check_trained_head(missing: Sequence[str], heads: Sequence[str], name: str,
     if untrained:
         raise InputError(
             f"{name} has no trained head for --task {task} ({untrained[0]} is missing). Name a "
-            f"model or "
-            f"a run that was trained for it: ftlevel train --task {task} --model {name} …"
+            f"model or a run that was trained for it: ftlevel train --task {task} --model {name} …"
         )
 
 

@@ -92,15 +92,13 @@ def resolve_model(
                 ref = _resolve_model(name, device, task, label or name, revision, require_task)
     if base is not None and ref.directory is None:
         raise InputError(
-            f"--model {base.name}: it names the base of an adapter, and {label or name} "
-            f"is a whole "
+            f"--model {base.name}: it names the base of an adapter, and {label or name} is a whole "
             "model. Drop it."
         )
     if revision is not None and ref.directory is not None:
         raise InputError(
-            f"--revision {revision}: {label or name} is an adapter, and its base is the "
-            f"one that it "
-            "was trained on. Drop it."
+            f"--revision {revision}: {label or name} is an adapter, and its base is the one that "
+            "it was trained on. Drop it."
         )
     if trust_remote_code:
         ref = replace(ref, source=replace(ref.source, trust_remote_code=True))
@@ -126,9 +124,8 @@ def _with_dtype(ref: ModelRef, dtype: str, device: str) -> ModelRef:
     if config_dict is not None and as_quant_config(config_dict) is None:
         raise InputError(
             f"--dtype {dtype}: {ref.source.label} is stored quantized "
-            f"({quantization_name(config_dict)}), and its kernels compute in the type that it "
-            f"was saved "
-            f"with ({config.dtype}). Drop --dtype, or name the original model."
+            f"({quantization_name(config_dict)}), and its kernels compute in the type that it was "
+            f"saved with ({config.dtype}). Drop --dtype, or name the original model."
         )
     compute_dtype = select_dtype(dtype, device, ref.card.method, config.model_type).value
     return ref.with_card(dtype=compute_dtype)
@@ -265,8 +262,7 @@ def _task_of_model(config: Any, label: str) -> str:
         return _DEFAULT_TASK
     architecture = join_names(config.architectures or ()) or config.model_type
     raise InputError(
-        f"{label} does not say what it was trained for: its config.json names "
-        f"{architecture}, a "
+        f"{label} does not say what it was trained for: its config.json names {architecture}, a "
         "model without a head. Name the task: --task NAME."
     )
 
@@ -303,8 +299,7 @@ def _adapter_task(
     if task not in (None, *tasks):
         raise InputError(
             f"{adapter_dir} was trained for {tasks[0]} ({description} in its {ADAPTER_CONFIG}), "
-            f"not "
-            f"for {task}. Drop --task."
+            f"not for {task}. Drop --task."
         )
     return task or tasks[0]
 
@@ -518,9 +513,8 @@ def resolve_reference(
         )
     if ref.load_tokenizer().get_vocab() != tokenizer.get_vocab():
         raise InputError(
-            f"{label}: its tokenizer differs from that of the model that is trained, so "
-            f"it cannot "
-            f"be used on the same tokens. Choose a model with the same tokenizer."
+            f"{label}: its tokenizer differs from that of the model that is trained, so it cannot "
+            "be used on the same tokens. Choose a model with the same tokenizer."
         )
     return ReferenceModel(name, ref, compute_fingerprint(ref))
 
@@ -562,8 +556,7 @@ def load_reference(record_dir: Path, base_dir: Path, device: str) -> ReferenceMo
     ref = resolve_model(name, device=device, label=label)
     if compute_fingerprint(ref) != record["fingerprint"]:
         raise InputError(
-            f"{label} has other weights than in training, and rewards against it would be "
-            f"others. "
+            f"{label} has other weights than in training, and rewards against it would be others. "
             "Put the former ones there, or train again."
         )
     return ReferenceModel(name, ref, record["fingerprint"])

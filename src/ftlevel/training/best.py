@@ -157,8 +157,7 @@ def _select_metric(train: TrainerConfig, task: BaseTask, objective: Objective) -
                 suffix = " It is scored with --predict-with-generate."
             raise ConfigError(
                 f"--metric-for-best-model {requested}: --task {task.name} does not report this "
-                f"metric."
-                f"{suffix} There are: {join_names(available, 20)}."
+                f"metric.{suffix} There are: {join_names(available, 20)}."
             )
         return f"eval_{name}", "as asked"
     first, per_row = objective.headline, [m for m in objective.metrics if m in available]

@@ -247,8 +247,7 @@ class GradientMonitor(TrainerCallback):
             names = [n for (n, _), s in zip(trainable, sums, strict=True) if not torch.isfinite(s)]
             self.recovery.decide(
                 step,
-                f"the gradient is not finite at step {step} ({len(names):,} of "
-                f"{len(trainable):,} "
+                f"the gradient is not finite at step {step} ({len(names):,} of {len(trainable):,} "
                 f"tensors, such as {names[0]})",
                 f"{_STOPPED} Lower --learning-rate, or use --dtype float32.",
             )
@@ -273,8 +272,7 @@ class GradientMonitor(TrainerCallback):
             step = state.global_step + 1
             self.recovery.decide(
                 step,
-                f"{len(names):,} of {len(self._trainable):,} trained tensors are not finite "
-                f"after "
+                f"{len(names):,} of {len(self._trainable):,} trained tensors are not finite after "
                 f"step {step}, such as {names[0]}",
                 "Nothing was saved. Lower --learning-rate, or use another --optim.",
                 in_weights=True,
@@ -350,11 +348,9 @@ class GradientMonitor(TrainerCallback):
         if missing:
             raise RunError(
                 f"{len(missing):,} of {len(trainable):,} trainable tensors got no gradient at step "
-                f"1: {join_names(missing, 3)}. They would keep their initial values. If the "
-                f"model does "
-                "not "
-                "use these modules for this task, name the others by --target-modules; else "
-                "please report it with the command."
+                f"1: {join_names(missing, 3)}. They would keep their initial values. If the model "
+                "does not use these modules for this task, name the others by --target-modules; "
+                "else please report it with the command."
             )
         self.checked = len(trainable)
 

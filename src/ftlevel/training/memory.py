@@ -357,8 +357,7 @@ def _suggest(run: Run) -> str:
         accumulation = train.gradient_accumulation_steps * 2
         suggestions.append(
             f"--per-device-train-batch-size {rows // 2} --gradient-accumulation-steps "
-            f"{accumulation} "
-            "(the same steps)"
+            f"{accumulation} (the same steps)"
         )
     if not train.recomputes:
         suggestions.append("--gradient-checkpointing")

@@ -77,8 +77,7 @@ class Processes:
             if local >= gpus:
                 raise ConfigError(
                     f"{launcher}: local rank {local} needs a GPU of its own, and "
-                    f"{socket.gethostname()} "
-                    f"has {gpus}. Start {gpus} processes on this machine."
+                    f"{socket.gethostname()} has {gpus}. Start {gpus} processes on this machine."
                 )
             torch.cuda.set_device(local)
 
@@ -153,8 +152,8 @@ class Processes:
             if keys:
                 errors.append(
                     f"rank {rank} ({host}) is not of the same run as rank 0 ({first_host}): "
-                    f"{differences}. "
-                    "Nothing was trained. Use the same flags, files and versions for all processes."
+                    f"{differences}. Nothing was trained. Use the same flags, files and versions "
+                    "for all processes."
                 )
         if errors:
             error = ConfigError(errors)

@@ -88,8 +88,8 @@ def check_same_base(
         raise ConfigError(
             f"--resume {output.dir}: it was started on {origin.get('model.name_or_path')} with "
             f"weights {expected[:12]}…, and {source.label} has other weights "
-            f"({fingerprint[:12]}…). "
-            "Use the base it was started on, or start a new run in another --output-dir."
+            f"({fingerprint[:12]}…). Use the base it was started on, or start a new run in another "
+            "--output-dir."
         )
     has_own_tokenizer = task in TASKS and TASKS[task].changes_tokenizer
     if (

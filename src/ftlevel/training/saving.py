@@ -59,9 +59,8 @@ def check_checkpoint_space(output_dir: RunDirectory, model: Any, optimizer: Any)
     free = shutil.disk_usage(output_dir.path).free
     if required > free:
         raise RunError(
-            f"{output_dir.path} cannot be written: a checkpoint needs about "
-            f"{required / 1e6:,.1f} MB, and its disk has {free / 1e6:,.1f} MB free. "
-            f"{_checkpoint_message(output_dir)}"
+            f"{output_dir.path} cannot be written: a checkpoint needs about {required / 1e6:,.1f} "
+            f"MB, and its disk has {free / 1e6:,.1f} MB free. {_checkpoint_message(output_dir)}"
         )
 
 

@@ -153,8 +153,7 @@ def _resolve_quant(requested: QuantConfig, quant: QuantConfig) -> QuantConfig:
     ):
         raise ConfigError(
             f"quant is {requested.form}, and model= is quantized already: {quant.form}. Drop "
-            f"quant, or "
-            "give the model in floating point."
+            "quant, or give the model in floating point."
         )
     return quant
 

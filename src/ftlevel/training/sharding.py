@@ -359,8 +359,7 @@ def _get_full_errors(run: Run, flag: str) -> list[str]:
             best = f"--metric-for-best-model {run.config.train.metric_for_best_model}"
         problems.append(
             f"{flag} cannot be used with --method full and {best}: the trained weights are "
-            f"sharded, and only the last model is kept. Drop {best}, or use --shard "
-            "none."
+            f"sharded, and only the last model is kept. Drop {best}, or use --shard none."
         )
     if run.config.speed.verify:
         problems.append(

@@ -156,9 +156,8 @@ def test_the_schema_names_every_method_and_forbids_other_keys() -> None:
 
 def test_the_config_is_read_without_the_heavy_stack() -> None:
     code = (
-        "import sys, ftlevel.config, ftlevel.cli.train; "
-        "print([m for m in ('torch', 'transformers', 'peft', 'datasets', 'numpy') "
-        "if m in sys.modules])"
+        "import sys, ftlevel.config, ftlevel.cli.train; print([m for m in ('torch', "
+        "'transformers', 'peft', 'datasets', 'numpy') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -43,8 +43,7 @@ def test_classes_are_compared_with_guessing(losses: list[float], expected: list[
     for line, end in zip(found, expected, strict=True):
         assert line.startswith(
             f"the loss ended at {sum(losses[-3:]) / 3:.3f} (mean of the last 3 that were logged), "
-            "and guessing by answer frequency gives 0.693: nothing "
-            "was learned. "
+            "and guessing by answer frequency gives 0.693: nothing was learned. "
         )
         assert end in line
 

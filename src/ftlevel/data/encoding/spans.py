@@ -128,9 +128,8 @@ def _with_room(
     raise InputError(
         f"{len(long_rows):,} of {len(examples):,} questions leave no room for their context in "
         f"windows of {length:,} tokens that overlap by {stride:,}; the longest has "
-        f"{sizes[worst]:,} tokens ({where(examples[worst].row)}). Raise "
-        f"--max-length to {length + sizes[worst] - limit:,}, lower --set data.doc_stride, or pass "
-        "--overlong drop."
+        f"{sizes[worst]:,} tokens ({where(examples[worst].row)}). Raise --max-length to "
+        f"{length + sizes[worst] - limit:,}, lower --set data.doc_stride, or pass --overlong drop."
     )
 
 

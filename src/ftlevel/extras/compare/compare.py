@@ -133,8 +133,7 @@ def compare(
     except (KeyboardInterrupt, Interrupted) as error:
         code = error.exit_code if isinstance(error, Interrupted) else _CTRL_C
         raise Interrupted(
-            f"interrupted; finished runs are kept. Resume with: ftlevel compare "
-            f"--output-dir "
+            "interrupted; finished runs are kept. Resume with: ftlevel compare --output-dir "
             f"{shlex.quote(str(path))} --resume",
             code,
         ) from None
@@ -239,20 +238,18 @@ def _start_or_resume(
         differ_in = [key for key in {**was, **current} if was.get(key) != current.get(key)]
         raise ConfigError(
             f"--resume {path}: not the same comparison: {join_names(differ_in)} was given "
-            "otherwise. "
-            "Give --resume and --output-dir alone, or start a new run in another directory."
+            "otherwise. Give --resume and --output-dir alone, or start a new run in another "
+            "directory."
         )
     if budget not in (kept, {"steps": None, "minutes": None}):
         raise ConfigError(
-            f"--resume {path}: the budget was {kept} and is {budget}. Drop it, or start a new "
-            f"run in "
-            "another --output-dir."
+            f"--resume {path}: the budget was {kept} and is {budget}. Drop it, or start a new run "
+            "in another --output-dir."
         )
     if args.search and list(args.search) != search_results["search"]:
         raise ConfigError(
             f"--resume {path}: --search was {join_names(search_results['search']) or 'not given'}. "
-            "Drop it, "
-            "or start a new run in another --output-dir."
+            "Drop it, or start a new run in another --output-dir."
         )
     if args.trials is not None and not search_results["searched"]:
         search_results["trials"] = args.trials

@@ -204,8 +204,7 @@ def check_search(names: tuple[str, ...], storage: str | None) -> list[str]:
     """Returns error messages for unknown hyperparameter `names` or an invalid `storage` URL."""
     problems = [
         f"--search: {name!r} is no setting that is searched. Expected some of "
-        f"{join_names(HYPERPARAMETERS)}."
-        f"{did_you_mean(name, HYPERPARAMETERS)}"
+        f"{join_names(HYPERPARAMETERS)}.{did_you_mean(name, HYPERPARAMETERS)}"
         for name in names
         if name not in HYPERPARAMETERS
     ]

@@ -79,8 +79,7 @@ def check_server(
     if embedding_format.dims is not None:
         limitations.append(
             f"{name} keeps {embedding_format.dims} dimensions (truncate_dim), and {server.title} "
-            f"returns all. "
-            "Load it with sentence-transformers."
+            "returns all. Load it with sentence-transformers."
         )
     if (
         support.normalizes
@@ -100,8 +99,7 @@ def check_server(
     if prompts and not support.prompts and not config.client_prompts:
         limitations.append(
             f"{name} was trained with prompts ({_format_prompts(prompts)}), and {server.title} "
-            f"applies "
-            "none. Add --client-prompts if your client puts them before its texts."
+            "applies none. Add --client-prompts if your client puts them before its texts."
         )
     if limitations:
         raise InputError(limitations)
@@ -329,9 +327,8 @@ class GgufEmbeddingExport:
             yield "not verified (--no-verify)"
         else:
             yield (
-                "read back: every tensor is the model's; embeddings of "
-                f"{check['texts']} texts have cosine {check['min_cosine']:.6f} or more to the "
-                "model's"
+                f"read back: every tensor is the model's; embeddings of {check['texts']} texts "
+                f"have cosine {check['min_cosine']:.6f} or more to the model's"
             )
         yield f"saved {summary['out']} and {summary['modelfile']}  ({summary['seconds']:.1f} s)"
         if summary["start"]:

@@ -258,8 +258,7 @@ def plan_export(config: ExportConfig, ref: ModelRef) -> Export:
         message = embedding.get_reranker_limitation(ref.model_config)
         raise InputError(
             f"{config.model} is a reranker, and {message}. Use --for vllm or --for tei, which "
-            f"serve "
-            "it merged."
+            "serve it merged."
         )
     if not TASKS[ref.task].generates_text:
         raise InputError(

@@ -47,8 +47,7 @@ def chat_template(
         opening = f'{{{{ if ne $turn.Role "system" }}}}{opening}{{{{ end }}}}'
     first = f"{{{{ if eq $index 0 }}}}{opening}{{{{ end }}}}" if opening else ""
     return (
-        "{{ range $index, $turn := .Messages }}"
-        "{{ $last := eq (len (slice $.Messages $index)) 1 }}"
+        "{{ range $index, $turn := .Messages }}{{ $last := eq (len (slice $.Messages $index)) 1 }}"
         + first
         + "{{ "
         + "{{ else ".join(branches)

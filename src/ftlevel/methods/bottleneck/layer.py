@@ -293,10 +293,9 @@ class BottleneckModel(UnmergeableTuner, PrecisionTuner, BaseTuner):
             positions = get_adapter_positions(getattr(self.model, "config", None))
             if positions is None:
                 raise ValueError(
-                    f"no positions for bottleneck adapters are known for model_type "
-                    f"{model_config.get('model_type')!r}, only for "
-                    f"{', '.join(ADAPTER_POSITIONS)}. Set target_modules to the last linears "
-                    "of its sub-layers."
+                    "no positions for bottleneck adapters are known for model_type "
+                    f"{model_config.get('model_type')!r}, only for {', '.join(ADAPTER_POSITIONS)}. "
+                    "Set target_modules to the last linears of its sub-layers."
                 )
             peft_config.target_modules = target_pattern(positions, peft_config.placement)
         return peft_config

@@ -261,10 +261,9 @@ def resolve_loss(
     properties = LOSSES[loss]
     if properties.is_listwise and contrasts < len(examples):
         raise InputError(
-            f"--loss {loss} compares the documents of a query, and "
-            f"{len(examples) - contrasts:,} of {len(examples):,} rows have no documents of "
-            f"different relevance. Use --loss bce, or add a relevant and an irrelevant document "
-            f"to each query."
+            f"--loss {loss} compares the documents of a query, and {len(examples) - contrasts:,} "
+            f"of {len(examples):,} rows have no documents of different relevance. Use --loss bce, "
+            "or add a relevant and an irrelevant document to each query."
         )
     if properties.is_bounded and not all(0 <= label <= 1 for label in labels):
         worst = max(labels, key=lambda label: abs(label - 0.5))

@@ -130,15 +130,13 @@ def _check_adapter_path(name: str, path: Path, output_dir: Path | None) -> None:
     if not (path / ADAPTER_CONFIG).is_file():
         problem = "contains neither an adapter nor a model" if path.exists() else "does not exist"
         raise ConfigError(
-            f"--adapter {name} {problem}. Name a run of ftlevel, its adapter directory, an "
-            f"adapter of "
-            f"PEFT's with its {ADAPTER_CONFIG}, or a method."
+            f"--adapter {name} {problem}. Name a run of ftlevel, its adapter directory, an adapter "
+            f"of PEFT's with its {ADAPTER_CONFIG}, or a method."
         )
     if output_dir is not None and path.resolve().is_relative_to(output_dir.resolve()):
         raise ConfigError(
             f"--output-dir {output_dir} holds --adapter {name}, which is not changed. Choose "
-            f"another "
-            "directory; --resume continues in the same."
+            "another directory; --resume continues in the same."
         )
 
 
@@ -197,8 +195,7 @@ def _check_method_options(
     if error := METHODS[spec.kind].resume_error:
         raise ConfigError(
             f"--adapter {adapter.name} was trained by --method {spec.kind}, which cannot be "
-            f"continued: "
-            f"{error}. Merge it with ftlevel merge and train on the result."
+            f"continued: {error}. Merge it with ftlevel merge and train on the result."
         )
     requested, card, errors = config.method, adapter.card, list[str]()
 
@@ -280,9 +277,8 @@ def check_adapter_matches(adapter: StartingAdapter, run: Run) -> None:
         first = mismatched[0]
         raise ConfigError(
             f"--adapter {adapter.name}: {len(mismatched):,} of its tensors are not those that "
-            f"would be "
-            f"trained, such as {first}: {_shape(saved_shapes.get(first))} in its file, and "
-            f"{_shape(shapes.get(first))} here. It cannot be continued."
+            f"would be trained, such as {first}: {_shape(saved_shapes.get(first))} in its file, "
+            f"and {_shape(shapes.get(first))} here. It cannot be continued."
         )
 
 

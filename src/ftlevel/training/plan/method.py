@@ -153,8 +153,7 @@ def _resolve_saved_modules(
         fused = [full for full in matches if linear_size(tree.modules[full])]
         if quant != "none" and (quantized := [full for full in fused if not tree.in_heads(full)]):
             raise ConfigError(
-                f"--modules-to-save: {quantized[0]} is quantized, and its integers "
-                f"cannot be "
+                f"--modules-to-save: {quantized[0]} is quantized, and its integers cannot be "
                 "trained. Drop it, or drop --quant."
             )
         peft_matches = [

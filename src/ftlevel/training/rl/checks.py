@@ -172,9 +172,8 @@ def find_problem(
         same = f"all completions of a prompt have the same reward (mean {reward:.3f})"
         return (
             f"in all {len(statistics)} sampled groups {same}: these groups have no learning "
-            f"signal. Use easier prompts, more --num-generations, a supervised run first "
-            "(--adapter RUN), or a reward with steps between 0 and 1. --check-groups 0 "
-            "skips this check."
+            "signal. Use easier prompts, more --num-generations, a supervised run first (--adapter "
+            "RUN), or a reward with steps between 0 and 1. --check-groups 0 skips this check."
         )
     return ""
 
@@ -206,9 +205,8 @@ def get_rollout_warnings(records: Sequence[Mapping[str, Any]]) -> list[str]:
         messages.append(
             f"the reward rose ({reward[0]:.2f} to {reward[1]:.2f}) while completions ran to the "
             f"maximum length ({truncated[0]:.0%} to {truncated[1]:.0%} are cut, mean length "
-            f"{length[0]:.0f} to {length[1]:.0f} tokens): the model may be "
-            "paid for length. Look at rollouts.jsonl; add --reward length:MIN-MAX, or "
-            "--mask-truncated-completions."
+            f"{length[0]:.0f} to {length[1]:.0f} tokens): the model may be paid for length. Look "
+            "at rollouts.jsonl; add --reward length:MIN-MAX, or --mask-truncated-completions."
         )
     if entropy[0] and entropy[1] < COLLAPSED * entropy[0]:
         messages.append(

@@ -206,8 +206,7 @@ def test_mapping_goes_before_known_names() -> None:
             "a b",
             {"prompt": "a"},
             "--task text-generation: the columns do not say what to learn. Columns: 'a', 'b'. "
-            f"Expected one of: {GENERATION}. Map the columns: "
-            "--map prompt=a --map completion=b.",
+            f"Expected one of: {GENERATION}. Map the columns: --map prompt=a --map completion=b.",
         ),
         (
             "text-generation",
@@ -215,8 +214,7 @@ def test_mapping_goes_before_known_names() -> None:
             {"txt": "bodi"},
             "--map txt=bodi: --task text-generation has no 'txt'. Did you mean 'text'? It has: "
             "messages, system, tools, conversations, prompt, completion, instruction, output, "
-            "input, text.\n"
-            "--map txt=bodi: no column 'bodi'. Did you mean 'body'? Columns: 'body'.",
+            "input, text.\n--map txt=bodi: no column 'bodi'. Did you mean 'body'? Columns: 'body'.",
         ),
         (
             "text-generation",

@@ -156,9 +156,8 @@ MESSAGES_BAD: list[tuple[Any, str]] = [
     ),
     (
         [ASK, {"role": "critic", "content": "x"}, ANSWER],
-        "turn 2 of 'messages' has the unknown role 'critic' "
-        "(known: system, user, assistant, tool, human, gpt; or say who it is: --map user=critic, "
-        "or assistant=…)",
+        "turn 2 of 'messages' has the unknown role 'critic' (known: system, user, assistant, tool, "
+        "human, gpt; or say who it is: --map user=critic, or assistant=…)",
     ),
     ([ASK, {"role": "assistant"}], "turn 2 of 'messages' has no 'content' (keys: role)"),
     (

@@ -175,10 +175,8 @@ def test_a_function_that_fails(
 def test_a_killed_run_leaves_no_function_behind(tmp_path: Path) -> None:
     pid = tmp_path / "pid"
     (tmp_path / "slow.py").write_text(
-        "import os, time\n"
-        "def slow(completions, **_):\n"
-        f"    open({str(pid)!r}, 'w').write(str(os.getpid()))\n"
-        "    time.sleep(60)\n"
+        f"import os, time\ndef slow(completions, **_):\n    open({str(pid)!r}, "
+        "'w').write(str(os.getpid()))\n    time.sleep(60)\n"
     )
     code = (
         "from ftlevel.config.rl import RlConfig; from ftlevel.tasks.rl.rewards import Rewards\n"

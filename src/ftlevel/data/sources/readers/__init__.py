@@ -99,9 +99,8 @@ def open_reader(name: str | Path, options: ReadOptions = DEFAULT_READ_OPTIONS) -
     if options.format is not None and f".{options.format}" not in READERS:
         names = [suffix[1:] for suffix in READERS]
         raise InputError(
-            f"--input-format {options.format}: no such format."
-            f"{did_you_mean(options.format, names)} "
-            f"Formats: {join_names(names, 20)}."
+            f"--input-format {options.format}: no such "
+            f"format.{did_you_mean(options.format, names)} Formats: {join_names(names, 20)}."
         )
     path = Path(name).expanduser()
     piped = str(name) == STDIN or is_pipe(path)

@@ -122,8 +122,8 @@ def _get_error(text: str, value: object) -> str:
         return "an object without keys"
     if _has_lone_surrogate(text, value):
         return (
-            "half of a surrogate pair "
-            "(a '\\ud…' escape without its partner, as of an emoji cut in two)"
+            "half of a surrogate pair (a '\\ud…' escape without its partner, as of an emoji cut in "
+            "two)"
         )
     return ""
 

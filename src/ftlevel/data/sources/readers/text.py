@@ -89,9 +89,8 @@ def check_head(path: Path) -> None:
         head = file.read(4096)
     if head.startswith((b"\xff\xfe", b"\xfe\xff")) or _looks_like_utf16(head):
         raise InputError(
-            f"{path}:1: looks like UTF-16, not UTF-8 (byte 0x{head[0]:02x} at offset 0). "
-            f"Convert it: iconv -f UTF-16 -t UTF-8 {quote(path.name)} > "
-            f"{quote(f'utf8-{path.name}')}"
+            f"{path}:1: looks like UTF-16, not UTF-8 (byte 0x{head[0]:02x} at offset 0). Convert "
+            f"it: iconv -f UTF-16 -t UTF-8 {quote(path.name)} > {quote(f'utf8-{path.name}')}"
         )
     if head.startswith(b"\x1f\x8b"):
         raise InputError(f"{path}: is compressed by gzip. Name it {path.name}.gz.")
