@@ -82,8 +82,13 @@ def read_sources(folder: Path) -> dict[Path, str]:
     }
 
 
-def run_tests(tests: tuple[str, ...], source: Path) -> tuple[bool, str]:
-    """Return whether the tests pass with the package of `source`, and the end of their output."""
+def run_tests(
+    tests: tuple[str, ...], source: Path, timeout: float | None = None
+) -> tuple[bool, str]:
+    """Return whether the tests pass with the package of `source`, and the end of their output.
+
+    After `timeout` seconds they count as failed.
+    """
     environment = {**os.environ, "PYTHONPATH": str(source), "PYTHONDONTWRITEBYTECODE": "1"}
     with tempfile.TemporaryFile("w+") as output:
         process = Forked(
@@ -92,7 +97,7 @@ def run_tests(tests: tuple[str, ...], source: Path) -> tuple[bool, str]:
             stderr=subprocess.STDOUT,
         )  # fmt: skip
         try:
-            code = process.wait(TIMEOUT)
+            code = process.wait(timeout)
         except subprocess.TimeoutExpired:
             process.kill()
             return False, "timeout"
@@ -135,7 +140,7 @@ def main() -> int:
         for mutant, path in places.items():
             started = time.monotonic()
             (source / path).write_text(sources[path].replace(mutant.old, mutant.new), "utf-8")
-            passed, _ = run_tests(mutant.tests, source)
+            passed, _ = run_tests(mutant.tests, source, TIMEOUT)
             (source / path).write_text(sources[path], "utf-8")
             killed += not passed
             first = mutant.new.strip().splitlines()[0] if mutant.new.strip() else "(removed)"

@@ -685,7 +685,7 @@ def test_what_cannot_be_shared_is_named_before_weights_load(
 ) -> None:  # fmt: skip
     from distributed import settings
 
-    monkeypatch.setattr("ftlevel.training.session.load_training_model", None)
+    monkeypatch.setattr("ftlevel.commands.train.load_training_model", None)
     values = settings(prepared, "decoder", "lora", tmp_path)
     values["train"]["shard"] = "full"
     for section, fields in change.items():

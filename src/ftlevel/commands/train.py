@@ -15,6 +15,7 @@ from ftlevel.events import Listener, default_listener
 from ftlevel.models.loading import silence_loggers
 from ftlevel.training.finish import StartTime
 from ftlevel.training.memory import explain_out_of_memory
+from ftlevel.training.model import load_training_model
 from ftlevel.training.resume import resolve_resume
 from ftlevel.training.session import (
     CommandLine,
@@ -23,6 +24,7 @@ from ftlevel.training.session import (
     bind_inputs,
     end_finished,
     open_session,
+    prepare_run,
     resolve_job,
 )
 from ftlevel.training.summary import resolved_config
@@ -119,7 +121,10 @@ def _train(job: TrainingJob, stack: contextlib.ExitStack) -> TrainResult:
         end_finished(job, directory, resumed.finished)
         return TrainResult(resumed.finished, directory.path, None, tokenizer)
 
-    session = open_session(job, resumed, stack)
+    prepared = prepare_run(job)
+    job.listener.stage("loading the model")
+    model = load_training_model(prepared.run, job.listener)
+    session = open_session(job, prepared, model, resumed, stack)
     session.train()
     summary: Mapping[str, Any] = {}
     if job.processes.is_first or session.is_sharded:

@@ -50,7 +50,7 @@ from ftlevel.training.finish import (
 from ftlevel.training.forecast.alternatives import select_batch_size
 from ftlevel.training.forecast.fits import MemoryEstimate, estimate_memory
 from ftlevel.training.gradients import select_skipped_steps
-from ftlevel.training.model import PreparedModel, get_speed_info, load_training_model
+from ftlevel.training.model import PreparedModel, get_speed_info
 from ftlevel.training.origin import FileDigests, get_file_digests
 from ftlevel.training.plan.adapter import get_adapter_warnings, resolve_adapter
 from ftlevel.training.plan.resolve import check_packages, infer_task, resolve
@@ -63,7 +63,11 @@ from ftlevel.training.processes import (
     started_processes,
 )
 from ftlevel.training.proof import Proof, verify_run
-from ftlevel.training.reference import compute_initial_reference, precompute_reference
+from ftlevel.training.reference import (
+    Reference,
+    compute_initial_reference,
+    precompute_reference,
+)
 from ftlevel.training.resume import (
     ResumeState,
     check_base_not_overwritten,
@@ -89,6 +93,7 @@ from ftlevel.training.step_comparison import StepComparison
 from ftlevel.training.summary import Outcome, resolved_config
 from ftlevel.training.teacher import (
     AuxiliaryOutputs,
+    TeacherPredictions,
     create_scorer,
     precompute_teacher,
     resolve_auxiliary_models,
@@ -398,14 +403,40 @@ class TrainingSession:
         return report_results(self.run, outcome, self.output_dir, job.listener, facts)
 
 
-def open_session(job: TrainingJob, resumed: ResumeState, stack: ExitStack) -> TrainingSession:
-    """Load and adapt the model of `job`; the run directory stays locked until `stack` closes."""
-    run, listener, processes = job.run, job.listener, job.processes
-    initial_memory = resident_bytes()
-    run, reference = precompute_reference(with_text_models(run, listener), listener)
-    teacher = precompute_teacher(run, listener)
-    listener.stage("loading the model")  # the auxiliary models are freed
-    model = load_training_model(run, listener)
+@dataclass(frozen=True)
+class PreparedRun:
+    """A run whose rows have the outputs of the auxiliary models, which are no longer in memory.
+
+    `reference` is None if the model to train is the reference itself, or if there is none.
+    `initial_memory` is the bytes of the process before any model was loaded.
+    """
+
+    run: Run
+    reference: Reference | None
+    teacher: TeacherPredictions | None
+    initial_memory: int
+
+
+def prepare_run(job: TrainingJob) -> PreparedRun:
+    """Compute the outputs of the reference and teacher models, and free these models."""
+    listener, initial_memory = job.listener, resident_bytes()
+    run, reference = precompute_reference(with_text_models(job.run, listener), listener)
+    return PreparedRun(run, reference, precompute_teacher(run, listener), initial_memory)
+
+
+def open_session(
+    job: TrainingJob,
+    prepared: PreparedRun,
+    model: PreparedModel,
+    resumed: ResumeState,
+    stack: ExitStack,
+) -> TrainingSession:
+    """Open the run directory and create the Trainer; the directory is locked until `stack` closes.
+
+    The fast step of `model` is verified first.
+    """
+    run, reference, teacher = prepared.run, prepared.reference, prepared.teacher
+    listener, processes = job.listener, job.processes
     if reference is None:
         run, reference = compute_initial_reference(run, model, listener)
     if teacher is not None:
@@ -455,7 +486,7 @@ def open_session(job: TrainingJob, resumed: ResumeState, stack: ExitStack) -> Tr
         callbacks=callbacks,
         comparison=comparison,
         initial_logits=initial_logits,
-        initial_memory=initial_memory,
+        initial_memory=prepared.initial_memory,
     )
 
 
