@@ -11,6 +11,7 @@ a change to the list. The tests must pass on the unchanged package first.
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import shutil
 import subprocess
@@ -82,9 +83,7 @@ def read_sources(folder: Path) -> dict[Path, str]:
     }
 
 
-def run_tests(
-    tests: tuple[str, ...], source: Path, timeout: float | None = None
-) -> tuple[bool, str]:
+def run_tests(tests: tuple[str, ...], source: Path, timeout: float = math.inf) -> tuple[bool, str]:
     """Return whether the tests pass with the package of `source`, and the end of their output.
 
     After `timeout` seconds they count as failed.
