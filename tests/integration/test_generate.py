@@ -221,7 +221,7 @@ def test_a_plain_text_is_continued_as_typed(
     (tmp_path / "p.txt").write_text("\n".join(asked) + "\n")
     answers, _ = generate_answers(settings(name), [], tmp_path / "p.txt")
     assert [answer.text for answer in answers] == expected
-    assert [Chat(settings(name)).say(text, len) for text in asked] == expected
+    assert [Chat(settings(name)).reply(text, len) for text in asked] == expected
     predicted = predict(
         PredictConfig(name=str(name), device="cpu", max_new_tokens=8),
         [{"verse": text} for text in asked],
@@ -347,10 +347,10 @@ def test_a_chat_remembers_and_switches(
 def test_a_chat_is_the_template_over_all_that_was_said(talker: Path) -> None:
     chat = Chat(GenerateConfig(name=str(talker), max_new_tokens=6, device="cpu"))
     pieces: list[str] = []
-    first = chat.say("what is 3", pieces.append)
+    first = chat.reply("what is 3", pieces.append)
     assert "".join(pieces).strip() == first == texts(talker, ["what is 3"], max_new_tokens=6)[0]
     assert chat.uses_history
-    second = chat.say("what is 4", pieces.append)
+    second = chat.reply("what is 4", pieces.append)
     trained = resolve_model(str(talker), device="cpu").load("cpu")
     messages = [
         {"role": "user", "content": "what is 3"},
@@ -367,11 +367,11 @@ def test_a_chat_is_the_template_over_all_that_was_said(talker: Path) -> None:
         )[0, ids.shape[1] :]
     assert second == trained.tokenizer.decode(written, skip_special_tokens=True).strip()
     chat.reset()
-    assert chat.say("what is 3", pieces.append) == first
+    assert chat.reply("what is 3", pieces.append) == first
     chat.switch("base")
-    chat.say("what is 3", pieces.append)
+    chat.reply("what is 3", pieces.append)
     for _ in range(40):  # more than the positions hold
-        chat.say("what is 3, and 4, and 5, and 6, and 7, and 8?", pieces.append)
+        chat.reply("what is 3, and 4, and 5, and 6, and 7, and 8?", pieces.append)
     assert chat.num_dropped > 0
 
 
@@ -382,12 +382,12 @@ def test_an_answer_that_is_broken_off_leaves_no_question(talker: Path) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        chat.say("what is 3", stop)
+        chat.reply("what is 3", stop)
     assert chat.messages == []
 
 
 def test_single_prompts_are_asked_alone(shelf: Path) -> None:
     chat = Chat(GenerateConfig(name=str(shelf / "short"), max_new_tokens=6, device="cpu"))
     assert not chat.uses_history
-    first = chat.say(PROMPTS[1], lambda _: None)
-    assert chat.say(PROMPTS[1], lambda _: None) == first
+    first = chat.reply(PROMPTS[1], lambda _: None)
+    assert chat.reply(PROMPTS[1], lambda _: None) == first

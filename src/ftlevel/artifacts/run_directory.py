@@ -117,7 +117,7 @@ def create_backup(run_dir: Path) -> list[str]:
     """
     backup_dir = run_dir / _BACKUP
     old_marker, marker = _load_marker(backup_dir), _load_marker(run_dir)
-    moved = move_foreign_files(run_dir)
+    moved_files = move_foreign_files(run_dir)
     is_partial = old_marker is not None and old_marker["run"] != (marker or {}).get("run")
     if backup_dir.is_dir() and (old_marker is None or (is_partial and _has_result(run_dir))):
         shutil.rmtree(backup_dir)
@@ -130,7 +130,7 @@ def create_backup(run_dir: Path) -> list[str]:
         for path in _list_run_files(run_dir):
             path.rename(backup_dir / path.name)
     remaining = {p.name for p in run_dir.iterdir()} - {MARKER, _BACKUP, _KEPT}
-    return [f"{run_dir / name} stays" for name in sorted(remaining)] + moved
+    return [f"{run_dir / name} stays" for name in sorted(remaining)] + moved_files
 
 
 @contextlib.contextmanager
@@ -480,14 +480,14 @@ def open_run(
     to a backup; `resume` restarts a run that was killed before its first result. Raises ConfigError
     if it cannot be created or another run uses it.
     """
-    moved: list[str] = []
+    moved_files: list[str] = []
     try:
         path = output_dir or _create_numbered_dir(Path("runs"), name)
         path.mkdir(parents=True, exist_ok=True)
         with lock_dir(path):
             if overwrite and not is_empty(path):
                 check_replaceable(path)
-                moved = create_backup(path)
+                moved_files = create_backup(path)
             elif is_run(path) and not resume:
                 raise FileExistsError
             create_marker(path)
@@ -509,7 +509,7 @@ def open_run(
             f"--output-dir {output_dir or 'runs'} cannot be created ({error.strerror}). Choose "
             "another directory."
         ) from None
-    return run, moved
+    return run, moved_files
 
 
 def _create_numbered_dir(parent: Path, name: str) -> Path:

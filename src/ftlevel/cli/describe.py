@@ -190,8 +190,8 @@ def list_methods(model: str | None, task: str | None, quant: str | None, as_json
 
 def _print_methods(report: MethodReport) -> None:
     width = max(_NARROWEST, shutil.get_terminal_size().columns)
-    asked = [report.family, report.task, f"--quant {report.quant}" if report.quant else None]
-    typer.secho(", ".join(filter(None, asked)) or "every model, task and base", bold=True)
+    filters = [report.family, report.task, f"--quant {report.quant}" if report.quant else None]
+    typer.secho(", ".join(filter(None, filters)) or "every model, task and base", bold=True)
     typer.echo()
     names = max(len(row.name) for row in report.methods)
     answers = max(len(row.works) for row in report.methods)

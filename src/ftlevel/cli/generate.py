@@ -157,7 +157,7 @@ def _greet(chat: Chat) -> None:
 def _answer(chat: Chat, text: str) -> None:
     before = chat.num_dropped
     try:
-        chat.say(text, lambda piece: typer.echo(piece, nl=False))
+        chat.reply(text, lambda piece: typer.echo(piece, nl=False))
         typer.echo()
     except KeyboardInterrupt:  # stops the answer, not the conversation
         typer.echo(" …")

@@ -399,8 +399,8 @@ def _is_moved(dataset: str, run_config: TrainConfig, ref: ModelRef) -> bool:
     if ref.run is None or data.streaming or data.also or Path(data.dataset).exists():
         return False
     try:
-        moved = data.model_copy(update={"dataset": dataset})
-        splits = read_splits(moved, TASKS[ref.task], run_config.train.seed)
+        data_config = data.model_copy(update={"dataset": dataset})
+        splits = read_splits(data_config, TASKS[ref.task], run_config.train.seed)
     except InputError:
         return False
     return rows_fingerprint(splits.train.rows) == ref.card.data.get("fingerprint")

@@ -211,7 +211,7 @@ class Chat:
         with self.adapters.active_adapter(self.active_adapter) as trained:
             return _uses_history(trained)
 
-    def say(self, text: str, on_text: Callable[[str], None]) -> str:
+    def reply(self, text: str, on_text: Callable[[str], None]) -> str:
         """Returns the reply to `text`; `on_text` is called with each piece as it is generated."""
         self.messages.append({"role": "user", "content": text})
         try:

@@ -249,10 +249,10 @@ def _checkpoints(run: Run, parts: Mapping[str, int]) -> tuple[int, int]:
 
 
 def _validate_gpus(config: TrainConfig, options: PlanOptions, gpu: Gpu | None) -> None:
-    ranks, way = options.nodes * options.gpus_per_node, config.train.shard
-    if ranks == 1 and way != "none":
+    ranks, shard = options.nodes * options.gpus_per_node, config.train.shard
+    if ranks == 1 and shard != "none":
         raise ConfigError(
-            f"--shard {way} shards a model across GPUs. Add --nodes N and --gpus-per-node N, "
+            f"--shard {shard} shards a model across GPUs. Add --nodes N and --gpus-per-node N, "
             f"with --gpu NAME."
         )
     if ranks > 1 and (gpu is None or not gpu.tflops):

@@ -41,12 +41,12 @@ class InMemoryDataset(str):
     """
 
     rows: Any
-    said: str
+    label: str
 
     def __new__(cls, rows: Any) -> InMemoryDataset:
         """Create the string and attach `rows`."""
         dataset = super().__new__(cls, IN_MEMORY)
-        dataset.rows, dataset.said = rows, "dataset"
+        dataset.rows, dataset.label = rows, "dataset"
         return dataset
 
     def __getnewargs__(self) -> Any:

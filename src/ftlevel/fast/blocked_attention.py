@@ -175,8 +175,8 @@ class BlockedAttention(torch.autograd.Function):
             of_output = _group_heads(gradient[block.start : block.stop], groups)
             seen = p if keep is None else p * keep
             _add(of_value, block.keys, seen.transpose(1, 2), of_output)
-            of_seen = torch.bmm(of_output, _rows(value, block.keys).transpose(1, 2))
-            of_p = of_seen if keep is None else of_seen.mul_(keep)
+            grad_probs = torch.bmm(of_output, _rows(value, block.keys).transpose(1, 2))
+            of_p = grad_probs if keep is None else grad_probs.mul_(keep)
             of_scores = softmax_backward(of_p, p, -1, p.dtype)
             of_scores = of_scores.mul_(ctx.scale)
             if slope is not None:

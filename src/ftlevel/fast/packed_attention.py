@@ -151,8 +151,8 @@ class ShortAttention(torch.autograd.Function):
             q, k, v, p = (next(saved) for _ in range(4))
             keep = next(saved) if dropout else None
             of_output = _to_batch_with_zeros(gradient, batch, groups)
-            of_seen = torch.bmm(of_output, v.transpose(1, 2))
-            of_p = of_seen if keep is None else of_seen.mul_(keep)
+            grad_probs = torch.bmm(of_output, v.transpose(1, 2))
+            of_p = grad_probs if keep is None else grad_probs.mul_(keep)
             of_scores = softmax_backward(of_p, p, -1, p.dtype).mul_(scale)
             if cap:
                 of_scores.mul_(slope_of_cap(_scores(q, k, scale, cap), cap, p.dtype))

@@ -233,7 +233,7 @@ def plan_fast(
     choices = [Choice("step", ", ".join(labels), f"{bound}, {parallel}"), *sharing_choices]
     hub = speed.attention_kernel if device == "cuda" and not padded_message else None
     if speed.attention_kernel:
-        message = "as asked" if hub else f"{speed.attention_kernel} attends to packed rows"
+        message = "as requested" if hub else f"{speed.attention_kernel} attends to packed rows"
         choices.append(Choice("attention", hub or "the model's own", message))
     return FastPlan(
         True,

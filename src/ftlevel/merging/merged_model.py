@@ -111,7 +111,7 @@ class TensorMerger:
     def _merged(self, name: str) -> torch.Tensor:
         value = self._compute_merged(name)
         has_new_rows = (
-            self.checkpoint.holds(name) and self.checkpoint.spec(name).shape != value.shape
+            self.checkpoint.has_tensor(name) and self.checkpoint.spec(name).shape != value.shape
         )
         if has_new_rows and not torch.isfinite(value).all():
             raise InputError(
@@ -134,7 +134,7 @@ class TensorMerger:
 
     def _read(self, name: str) -> torch.Tensor:
         """Load the base's tensor `name` as saved, or dequantized as in training."""
-        if not self.checkpoint.holds(name):  # bias of a new head, see check_complete
+        if not self.checkpoint.has_tensor(name):  # bias of a new head, see check_complete
             return torch.zeros(self.shapes[name], dtype=self._dtype_of(name))
         value = self.checkpoint.read(name)
         value = value if self.rounding is None else self.rounding(name, value)
@@ -152,7 +152,7 @@ class TensorMerger:
         missing = [
             name
             for name in self.shapes
-            if not self.checkpoint.holds(name)
+            if not self.checkpoint.has_tensor(name)
             and not self.adapts(name)
             and not (name.endswith(".bias") and name.startswith(tuple(f"{h}." for h in heads)))
         ]
@@ -189,7 +189,7 @@ class TensorMerger:
         return merged
 
     def _dtype_of(self, name: str) -> torch.dtype:
-        is_stored = self.checkpoint.holds(name)
+        is_stored = self.checkpoint.has_tensor(name)
         dtype = self.checkpoint.spec(name).dtype if is_stored else self.main_dtype
         if self.dtype is not None and dtype.is_floating_point:
             return self.dtype
@@ -222,7 +222,9 @@ def open_merger(
     ties = tied_names(model)
     ignored = set(unsaved_names(model) or ()) - set(ties)
     unused = tuple(f"{module}." for module in inputs.ref.configured_task.get_unused_modules(model))
-    ignored |= {n for n in model.state_dict() if n.startswith(unused) and not checkpoint.holds(n)}
+    ignored |= {
+        n for n in model.state_dict() if n.startswith(unused) and not checkpoint.has_tensor(n)
+    }
     shapes = {name: tuple(t.shape) for name, t in model.state_dict().items() if name not in ignored}
     heads = get_heads(model) if inputs.card.heads else []
     skeleton = build_skeleton(model, inputs.ref.adapter_path)
@@ -316,7 +318,7 @@ def _plan_tensor(merger: TensorMerger, name: str) -> list[TensorPart]:
     model = merger.checkpoint.model
     saved = convert_for_saving(model, name, merger.tensor_info(name).meta())
     specs = {key: get_tensor_info(tensor) for key, tensor in saved.items()}
-    if merger.checkpoint.holds(name) and merger.copied(name):
+    if merger.checkpoint.has_tensor(name) and merger.copied(name):
         if len(specs) == 1 and (stored := merger.checkpoint.plain(name)) is not None:
             return [TensorPart(specs, stored)]
         if all(key in merger.checkpoint.stored for key in specs):

@@ -88,13 +88,13 @@ class NormalForm:
     Attributes:
         factors: module → LoRA matrices A and B of its update, float64; all have the same rank.
         kept: tensor name → tensor of a module that was trained in full.
-        said: notes to print about the conversion.
+        notes: notes to print about the conversion.
         way: what the factors were computed from, such as `its file`.
     """
 
     factors: dict[str, Factors]
     kept: dict[str, Any]
-    said: list[str]
+    notes: list[str]
     way: str = "its file"
 
     @property
@@ -139,7 +139,7 @@ class NormalForm:
         note = (
             f"zeros written for {len(zeros):,} modules that were not adapted, such as {min(zeros)}"
         )
-        return replace(self, factors=self.factors | zeros, said=[*self.said, note])
+        return replace(self, factors=self.factors | zeros, notes=[*self.notes, note])
 
 
 @dataclass(frozen=True)

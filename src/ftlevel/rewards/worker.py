@@ -79,8 +79,8 @@ def _signature(function: Callable[..., Any]) -> dict[str, Any]:
     parameters = inspect.signature(function).parameters.values()
     keywords = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
     needs = [p.name for p in keywords if p.default is p.empty and p.name not in _OWN]
-    takes_all = any(p.kind == p.VAR_KEYWORD for p in parameters)
-    return {"needs": needs, "takes": None if takes_all else [p.name for p in keywords]}
+    accepts_all = any(p.kind == p.VAR_KEYWORD for p in parameters)
+    return {"needs": needs, "takes": None if accepts_all else [p.name for p in keywords]}
 
 
 def _describe(error: BaseException, file: str = "") -> str:
@@ -170,7 +170,7 @@ class Worker:
 
     def _try(self, index: int, batch: Mapping[str, Any]) -> tuple[list[Any] | None, str]:
         """Call function `index` on `batch`; returns (scores, ""), or (None, problem) on failure."""
-        spec, takes = self.specs[index], self.signatures[index]["takes"]
+        spec, accepted = self.specs[index], self.signatures[index]["takes"]
         state = SimpleNamespace(global_step=batch.get("step", 0))
         values = {
             **batch["columns"],
@@ -181,8 +181,8 @@ class Worker:
             "log_extra": _ignore,
             "log_metric": _ignore,
         }
-        if takes is not None:
-            values = {name: value for name, value in values.items() if name in takes}
+        if accepted is not None:
+            values = {name: value for name, value in values.items() if name in accepted}
         try:
             result = self.functions[index](**values)
             if inspect.isawaitable(result):

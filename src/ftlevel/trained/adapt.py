@@ -312,8 +312,8 @@ def load_adapter(base: Any, adapter_dir: Path, name: str = "default") -> Any:
         _set_weights(peft_model, weights, adapter_dir, name)
         return _frozen(peft_model)
     weights = _load_weights(adapter_dir)
-    if (put_on := _get_custom_loader(adapter_dir)) is not None:
-        return put_on(base, adapter_dir, name)
+    if (load_custom := _get_custom_loader(adapter_dir)) is not None:
+        return load_custom(base, adapter_dir, name)
     check_patterns(adapter_dir, load_peft_config(adapter_dir), base)
     old_vocab_size = resize_embeddings(base, adapter_dir)
     # Load as trainable: PEFT then marks the adapter's parameters, and AdaLoRA requires it.

@@ -66,10 +66,10 @@ def generate_texts(
     outputs = [""] * len(prompts)
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     encoder_decoder = model.config.is_encoder_decoder
-    left = not encoder_decoder
+    pad_left = not encoder_decoder
     for indices in batches(order, batch_size):
-        ids = pad([prompts[i] for i in indices], pad_id, left=left).to(device)
-        mask = pad([[1] * len(prompts[i]) for i in indices], 0, left=left).to(device)
+        ids = pad([prompts[i] for i in indices], pad_id, left=pad_left).to(device)
+        mask = pad([[1] * len(prompts[i]) for i in indices], 0, left=pad_left).to(device)
         generated = model.generate(
             input_ids=ids, attention_mask=mask, **options.arguments(tokenizer)
         )

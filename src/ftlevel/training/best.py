@@ -159,7 +159,7 @@ def _select_metric(train: TrainerConfig, task: BaseTask, objective: Objective) -
                 f"--metric-for-best-model {requested}: --task {task.name} does not report this "
                 f"metric.{suffix} There are: {join_names(available, 20)}."
             )
-        return f"eval_{name}", "as asked"
+        return f"eval_{name}", "as requested"
     first, per_row = objective.headline, [m for m in objective.metrics if m in available]
     if first not in available and per_row:
         first = per_row[0]  # limited to --metrics

@@ -108,7 +108,7 @@ def shard(
     for unit in [*units, FsdpUnit([model], blocks, False)]:
         for module in unit.modules:
             carry_quant_states(module, unit.nested)
-        load = slices.put_aside(unit.modules, keep=replicated) if slices is not None else None
+        load = slices.defer(unit.modules, keep=replicated) if slices is not None else None
         fully_shard(
             unit.modules,
             mesh=mesh,

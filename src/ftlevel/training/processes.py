@@ -318,15 +318,15 @@ class WatchProcesses(TrainerCallback):
             self._world.rank > 0 and now - self._last_contact > HEARTBEAT_TIMEOUT
         )  # rank 0 hosts the store
         is_long = now - self._step_start > max(HEARTBEAT_TIMEOUT, self._max_step_seconds())
-        for rank, (came, (_, host, step)) in self._heartbeats.items():
+        for rank, (received_at, (_, host, step)) in self._heartbeats.items():
             name = f"rank {rank} ({host})"
-            if is_isolated or now - came > HEARTBEAT_TIMEOUT:
+            if is_isolated or now - received_at > HEARTBEAT_TIMEOUT:
                 message = (
                     f"{name} has not responded for {HEARTBEAT_TIMEOUT:.0f} s, and the others "
                     f"wait for it at step {mine}: it hangs, or its machine or network does."
                 )
                 yield rank, message
-            elif is_long and step < mine and now - came < 3 * _INTERVAL:  # with a heartbeat
+            elif is_long and step < mine and now - received_at < 3 * _INTERVAL:  # with a heartbeat
                 message = (
                     f"{name} has not started step {mine} for {HEARTBEAT_TIMEOUT:.0f} s, and the "
                     f"others wait for it (reading, writing or evaluating)."

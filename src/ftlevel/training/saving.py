@@ -155,11 +155,11 @@ class WriteManifest(TrainerCallback):
         self._run_after_save = run_after_save
 
     def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **told: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Check that the disk has space for the next checkpoint."""
         if control.should_save and self._processes.is_first:
-            check_checkpoint_space(self._output_dir, told["model"], told["optimizer"])
+            check_checkpoint_space(self._output_dir, kwargs["model"], kwargs["optimizer"])
 
     on_epoch_end = on_evaluate = on_step_end
 

@@ -176,7 +176,7 @@ def _name(key: str, value: Any, data: DataConfig) -> str:
             "datasets.Dataset or DatasetDict, a list of dicts, or a file's name."
         )
     if isinstance(name, InMemoryDataset):
-        name.said = field
+        name.label = field
     return name
 
 

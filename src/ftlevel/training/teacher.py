@@ -78,8 +78,8 @@ def precompute_teacher(run: Run, listener: Listener) -> TeacherPredictions | Non
     _check_disk_space(path, size)
 
     def fill(into: np.ndarray) -> None:
-        with load_auxiliary_model(teacher, run, listener) as (asking, adapted):
-            _fill(asking, adapted, offsets, into)
+        with load_auxiliary_model(teacher, run, listener) as (teacher_model, adapted):
+            _fill(teacher_model, adapted, offsets, into)
 
     predictions, was_cached = open_or_compute(path, (offsets[-1],), dtype, fill)
     status = "cached" if was_cached else "computed before step 1"

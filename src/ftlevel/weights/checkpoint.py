@@ -283,7 +283,7 @@ class Checkpoint:
     ties: dict[str, str] = field(default_factory=dict)
     unused: list[str] = field(default_factory=list)
 
-    def holds(self, name: str) -> bool:
+    def has_tensor(self, name: str) -> bool:
         """Returns whether the checkpoint has the model's tensor `name`."""
         return self.ties.get(name, name) in self.groups
 

@@ -173,7 +173,7 @@ def plan_tensors(
     for source in dict.fromkeys(name for name, _ in checkpoint.model.named_parameters()):
         if source in checkpoint.ties or source.startswith(tuple(f"{name}." for name in unused)):
             continue
-        if not checkpoint.holds(source):
+        if not checkpoint.has_tensor(source):
             missing.append(source)
             continue
         name = names.get_name(source, try_suffixes=(".weight", ".bias"))

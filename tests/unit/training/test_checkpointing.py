@@ -121,7 +121,7 @@ def test_offloading_recomputes_all_blocks(monkeypatch: pytest.MonkeyPatch) -> No
                         lambda _, settings, **more: told.update(settings, **more))  # fmt: skip
     (choice,) = set_checkpointing(model, run_of(64, offload_activations=True))
     assert (choice.value, choice.reason) == (
-        "all", "as asked; what they begin with is in the host's memory"
+        "all", "as requested; what they begin with is in the host's memory"
     )  # fmt: skip
     assert told == {"use_reentrant": False, "offload": True}
 

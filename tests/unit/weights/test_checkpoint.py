@@ -32,7 +32,7 @@ def test_names_and_numbers_are_those_of_the_loaded_model(
     checkpoint = open_checkpoint(source, meta, rename_prefix(config, auto_class))
     model, missing = load_model(source, config, auto_class, dtype=torch.float32, device="cpu")
     expected = model.state_dict()
-    held = {name for name in expected if checkpoint.holds(name)}
+    held = {name for name in expected if checkpoint.has_tensor(name)}
     assert {n for n in expected if n not in held} == {n for n in missing if n in expected}
     for name in held:
         assert torch.equal(checkpoint.read(name), expected[name]), name

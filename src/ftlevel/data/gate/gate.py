@@ -217,7 +217,7 @@ def _sides(index: WordIndex, start: int, end: int) -> tuple[Integers, NDArray[np
     lengths = np.diff(offsets)
     row = np.repeat(np.arange(end - start), lengths)
     at = np.arange(len(row)) - np.repeat(offsets[:-1] - offsets[0], lengths)
-    prompt_sizes = np.repeat(index.digests.records["asked"][start:end].astype(np.int64), lengths)
+    prompt_sizes = np.repeat(index.digests.records["prompt"][start:end].astype(np.int64), lengths)
     side = (at >= prompt_sizes).astype(np.int64)
     examined = at - side * prompt_sizes < _WORDS
     hashes = mix(np.asarray(index.digests.words[offsets[0] : offsets[-1]])[examined])

@@ -31,8 +31,8 @@ _RECORD = np.dtype(
         ("before", "u8"),
         ("last", "u8"),
         ("marks", "u4"),
-        ("asked", "u2"),
-        ("answered", "u2"),
+        ("prompt", "u2"),
+        ("answer", "u2"),
     ]
 )
 # Chinese and Japanese have no spaces: each character is a word.

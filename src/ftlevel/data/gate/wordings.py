@@ -196,7 +196,7 @@ class WordIndex:
         """Returns the index of `digests`, with the word frequencies of `training` if given."""
         records = digests.records
         offsets = np.zeros(len(digests) + 1, dtype=np.int64)
-        np.cumsum(records["asked"].astype(np.int64) + records["answered"], out=offsets[1:])
+        np.cumsum(records["prompt"].astype(np.int64) + records["answer"], out=offsets[1:])
         if training is not None:
             return cls(digests, offsets, training.counts, training.limit)
         counts = np.zeros(_BUCKETS, dtype=np.int64)
@@ -226,7 +226,7 @@ class WordIndex:
 
     def sides(self, at: Integers) -> Sides:
         """Returns the prompts and the answers of the examples at `at`."""
-        prompt_sizes = self.digests.records["asked"][at].astype(np.int64)
+        prompt_sizes = self.digests.records["prompt"][at].astype(np.int64)
         begins = self.starts[at]
         target_sizes = self.lengths[at] - prompt_sizes
         return self._texts(begins, prompt_sizes), self._texts(begins + prompt_sizes, target_sizes)
@@ -326,7 +326,7 @@ def _pair_keys(index: WordIndex, start: int, end: int) -> tuple[Keys, Integers]:
     row = (packed >> np.uint64(48)).astype(np.int64)
     first = np.searchsorted(row, np.arange(end - start))
     sizes = np.diff(first, append=len(row))
-    sizes[(records["asked"] == MAX_WORDS) | (records["answered"] == MAX_WORDS)] = 0  # cut
+    sizes[(records["prompt"] == MAX_WORDS) | (records["answer"] == MAX_WORDS)] = 0  # cut
     rarest = np.zeros((end - start, _RAREST), dtype=np.uint32)
     for k in range(_RAREST):
         mask = sizes > k

@@ -133,15 +133,15 @@ class DistinctTextSampler(Sampler[int]):
     def _split(self, left: list[int]) -> Iterator[list[int]]:
         """Yields the rows of each step, chosen in order from the rows `left`."""
         while left:
-            taken: set[int] = set()
+            used: set[int] = set()
             chosen: list[int] = []
             later: list[int] = []
             for at, row in enumerate(left):
                 if len(chosen) == self._step:
                     later += left[at:]
                     break
-                if taken.isdisjoint(self._texts[row]):
-                    taken |= self._texts[row]
+                if used.isdisjoint(self._texts[row]):
+                    used |= self._texts[row]
                     chosen.append(row)
                 else:
                     later.append(row)

@@ -48,8 +48,8 @@ def load_retrieval_set(qrels: Path, corpus: Path | None = None) -> RetrievalSet:
     judgment names an unknown query or document.
     """
     table = load_table(qrels)
-    asked, own_corpus = retrieval_files(qrels)
-    queries = _read_texts(asked)
+    queries_path, own_corpus = retrieval_files(qrels)
+    queries = _read_texts(queries_path)
     corpus = corpus or own_corpus
     documents = _read_texts(corpus)
     texts = list(dict.fromkeys(documents.values()))
@@ -73,7 +73,7 @@ def load_retrieval_set(qrels: Path, corpus: Path | None = None) -> RetrievalSet:
     if lost:
         raise InputError(
             f"{len(lost):,} relevant judgments refer to a missing query or document: "
-            f"{join_names(lost, 2)}. Queries are read from {asked}, documents "
+            f"{join_names(lost, 2)}. Queries are read from {queries_path}, documents "
             f"from {corpus}. Choose another corpus with --corpus."
         )
     if not relevant:

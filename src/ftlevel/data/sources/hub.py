@@ -220,14 +220,14 @@ def load_memory_tables(
         data.rows = list(islice(data.rows, options.limit))
     rows = data.rows
     if not isinstance(rows, Mapping):
-        return {"train": _to_table(rows, data.said, on_bad_row, options)}
+        return {"train": _to_table(rows, data.label, on_bad_row, options)}
     if not all(_is_split(part) for part in rows.values()):
         raise InputError(
             "the rows in memory are a dict of columns. Expected rows: "
             f"{_TYPES}; datasets.Dataset.from_dict(…) makes one of columns."
         )
     return {
-        str(name): _to_table(part, f"{data.said} ({name})", on_bad_row, options)
+        str(name): _to_table(part, f"{data.label} ({name})", on_bad_row, options)
         for name, part in rows.items()
     }
 

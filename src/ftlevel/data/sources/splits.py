@@ -261,10 +261,10 @@ def hold_out(splits: DatasetSplits, validation_split: float, seed: int) -> Datas
     count = round(total * validation_split)
     if not 0 < count < total:
         least = math.ceil(1_000_000 / total) / 1_000_000  # selects one row of most totals
-        way = f"a share between {least:g} and {1 - least:g}, or " if total > 1 else ""
+        share_hint = f"a share between {least:g} and {1 - least:g}, or " if total > 1 else ""
         raise InputError(
             f"--validation-split {validation_split:g}: holds {count:,} of {total:,} rows out of "
-            f"{splits.train.source}; both parts need a row. Use {way}a validation file."
+            f"{splits.train.source}; both parts need a row. Use {share_hint}a validation file."
         )
     order = array("q", range(total))
     random.Random(seed).shuffle(order)

@@ -96,10 +96,10 @@ def refuse_media_columns(column_names: Sequence[str], rows: Sequence[Row], sourc
 
 def describe_media(source: str, column_names: Sequence[tuple[str, str]]) -> str:
     """Returns the error message for media columns, given as (column, media type)."""
-    held = " and ".join(f"column {column!r} holds {type_}" for column, type_ in column_names)
+    types = " and ".join(f"column {column!r} holds {type_}" for column, type_ in column_names)
     names = " ".join(shlex.quote(column) for column, _ in column_names)
     return (
-        f"{source}: {held}, and ftlevel trains on text only. To leave "
+        f"{source}: {types}, and ftlevel trains on text only. To leave "
         f"{'them' if len(column_names) > 1 else 'it'} out and use the other columns: "
         f"--ignore-columns {names}."
     )

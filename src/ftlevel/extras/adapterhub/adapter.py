@@ -230,11 +230,11 @@ class HubAdapter:
             pattern = fields["target_modules"] or (
                 positions and target_pattern(positions, config.placement)
             )
-            left_out = fields["exclude_modules"] or "(?!)"
+            excluded = fields["exclude_modules"] or "(?!)"
             names = (
                 name
                 for name, _ in model.named_modules()
-                if re.fullmatch(str(pattern), name) and not re.fullmatch(left_out, name)
+                if re.fullmatch(str(pattern), name) and not re.fullmatch(excluded, name)
             )
             hub_names = get_hub_names(names, model)
             weights = _name_weights(_load_weights(self.directory, ADAPTER_FILES), hub_names, config)

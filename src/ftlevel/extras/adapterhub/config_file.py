@@ -83,14 +83,14 @@ def convert_config(config_dict: Mapping[str, Any], model_config: Any) -> dict[st
     config = {**_DEFAULTS, **values}
     _validate_config(config)
     placement = _placement(config, positions)
-    pattern, left_out = _targets(config, placement, positions, model_config)
+    pattern, excluded = _targets(config, placement, positions, model_config)
     return {
         "placement": placement,
         "reduction_factor": _reduction_factor(config["reduction_factor"]),
         "non_linearity": _activation(config["non_linearity"], old="version" not in config_dict),
         "scaling": _scaling(config["scaling"]),
         "target_modules": pattern,
-        "exclude_modules": left_out,
+        "exclude_modules": excluded,
     }
 
 

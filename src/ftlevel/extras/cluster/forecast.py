@@ -241,16 +241,16 @@ def forecast_cluster(
     return ClusterForecast(network, step, micro_batches, tokens * network.ranks, steps)
 
 
-def _sent(sharded: ShardedModel, ranks: int, way: str) -> dict[str, Any]:
-    """Returns the `StepLoad` fields in bytes on `ranks` GPUs; `way` is the value of `--shard`."""
-    if way == "none":
+def _sent(sharded: ShardedModel, ranks: int, shard: str) -> dict[str, Any]:
+    """Returns the `StepLoad` fields in bytes on `ranks` GPUs; `shard` is the value of `--shard`."""
+    if shard == "none":
         base = sharded.blocks.reduced_bytes(1) + sharded.root.reduced_bytes(1)
         return {"everywhere": base if sharded.trains_base else sharded.trained}
     block, root = (
         sharded.blocks.gathered_bytes(ranks) / sharded.count,
         sharded.root.gathered_bytes(ranks),
     )
-    sent = {"block": block, "root": root, "regather": way == "full"}
+    sent = {"block": block, "root": root, "regather": shard == "full"}
     if sharded.trains_base:
         reduced = sharded.blocks.reduced_bytes(ranks) / sharded.count
         return {**sent, "reduced": reduced, "reduced_root": sharded.root.reduced_bytes(ranks)}

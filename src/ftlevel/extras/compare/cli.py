@@ -53,8 +53,8 @@ def _cells(row: Mapping[str, Any], result: Mapping[str, Any]) -> Iterator[str]:
     yield "–" if row["interval"] is None else "{:.4f} – {:.4f}".format(*row["interval"])
     yield "?" if row["spread"] is None else f"{row['spread']:.4f}"
     yield "" if is_first else f"{row['difference']:+.4f}"
-    said = {None: "?", True: "no", False: "yes"}[row["is_noise"]]
-    yield "" if is_first else said
+    answer = {None: "?", True: "no", False: "yes"}[row["is_noise"]]
+    yield "" if is_first else answer
     yield f"{row['trained']:,}"
     yield _mib(row["adapter_bytes"])
     yield _mib(row["peak_bytes"])
@@ -68,16 +68,16 @@ def closing_lines(result: Mapping[str, Any]) -> Iterator[str]:
     """Yields the lines printed after the table."""
     for line in result["notes"]:
         yield f"note: {line}"
-    for left in result["left_out"]:
-        yield f"not compared: {left['method']}: {left['reason']}"
+    for entry in result["left_out"]:
+        yield f"not compared: {entry['method']}: {entry['reason']}"
     for row in result["rows"]:
         if search_results := row["search"]:
             yield f"searched for {row['method']}: {_search_words(search_results)}"
     yield "versions: " + ", ".join(f"{name} {value}" for name, value in result["versions"].items())
     if not result["pictures"]:
         yield 'pictures need matplotlib: pip install "ftlevel[plots]"'
-    held = "compare.json, report.html, " + "pictures, " * bool(result["pictures"])
-    yield f"saved: {result['path']}: {held}and a run directory for each"
+    files = "compare.json, report.html, " + "pictures, " * bool(result["pictures"])
+    yield f"saved: {result['path']}: {files}and a run directory for each"
     if result["best"] is None:
         yield "no method is within the limits that were given."
     else:

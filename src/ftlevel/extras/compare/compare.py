@@ -226,7 +226,7 @@ def _start_or_resume(
         return args, {"asked": state}
     try:
         old = json.loads(before.read_text(encoding="utf-8"))["asked"]
-        was, kept = old["config"], old["budget"]
+        was, old_budget = old["config"], old["budget"]
         methods, seeds, steps = old["methods"], old["seeds"], old["planned_steps"]
         search_results = {
             name: old.get(name, state[name])  # absent in older files
@@ -241,10 +241,10 @@ def _start_or_resume(
             "otherwise. Give --resume and --output-dir alone, or start a new run in another "
             "directory."
         )
-    if budget not in (kept, {"steps": None, "minutes": None}):
+    if budget not in (old_budget, {"steps": None, "minutes": None}):
         raise ConfigError(
-            f"--resume {path}: the budget was {kept} and is {budget}. Drop it, or start a new run "
-            "in another --output-dir."
+            f"--resume {path}: the budget was {old_budget} and is {budget}. Drop it, or start a new "
+            "run in another --output-dir."
         )
     if args.search and list(args.search) != search_results["search"]:
         raise ConfigError(
@@ -257,15 +257,15 @@ def _start_or_resume(
         check_lock(run)
     state |= {
         **search_results,
-        "budget": kept,
+        "budget": old_budget,
         "planned_steps": steps,
         "seeds": max(args.seeds, seeds),
         "methods": list(dict.fromkeys([*methods, *args.methods])),
     }
     args = ComparisonOptions(
         tuple(state["methods"]),
-        kept["steps"],
-        kept["minutes"],
+        old_budget["steps"],
+        old_budget["minutes"],
         state["seeds"],
         args.max_memory,
         args.max_minutes,

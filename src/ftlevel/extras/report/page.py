@@ -58,8 +58,8 @@ def headline(summary: Summary) -> Iterator[str]:
     name = name if name in metrics else "loss"
     if name not in metrics or not rows:
         first, last = summary.get("loss_first"), summary.get("loss_last", 0.0)
-        moved = f"Training loss {_figure(last)}, at the start {_figure(first)}. " if first else ""
-        yield f"{moved}No held-out rows: the quality on new rows is not known."
+        change = f"Training loss {_figure(last)}, at the start {_figure(first)}. " if first else ""
+        yield f"{change}No held-out rows: the quality on new rows is not known."
         return
     value, before = metrics[name], summary.get("metrics_before", {}).get(name)
     interval = summary.get("intervals", {}).get(name)
@@ -133,8 +133,8 @@ def checks(summary: Summary) -> Iterator[str]:
             f"{verified['dtype']}: the loss differs by {verified['loss']:.1e}, gradients by "
             f"{verified['gradient']:.1e} (relative)."
         )
-    if left_out := len(summary.get("left_out") or ()):
-        yield f"{left_out:,} steps were left out, because the loss was not finite or spiked."
+    if num_skipped := len(summary.get("left_out") or ()):
+        yield f"{num_skipped:,} steps were left out, because the loss was not finite or spiked."
 
 
 MAX_POINTS = 400  # per curve

@@ -447,7 +447,7 @@ class AdaptersExport:
                     "modules": lora and len(lora.factors),
                     "whole_modules": lora and lora.whole_modules,
                     "way": lora and lora.way,
-                    "changes": lora.said if lora else [],
+                    "changes": lora.notes if lora else [],
                     "chat_template": template and str(template),
                     "check": check
                     and {

@@ -119,8 +119,8 @@ def check_vectors(config: CheckServedConfig, record: dict[str, Any]) -> dict[str
                 "Start it, and pass its address with --url."
             )
         return _check_scores(*_open_client(config), texts, config, record)
-    asked = _embed_in(config, texts) if config.url is None else _embed_at_url(config, texts)
-    received_values = np.array(asked, dtype=np.float64)
+    vectors = _embed_in(config, texts) if config.url is None else _embed_at_url(config, texts)
+    received_values = np.array(vectors, dtype=np.float64)
     expected = np.array([row["vector"] for row in record["texts"]], dtype=np.float64)
     if received_values.shape != expected.shape:
         raise RunError(
@@ -151,7 +151,7 @@ def _check_scores(
     except RequestError as refused:
         raise InputError(f"--url {config.url}: {refused}.") from None
     expected = np.array([row["score"] for row in record["texts"]])
-    if record["activation"] == "sigmoid" and record["server"] != "tei":  # it is asked for logits
+    if record["activation"] == "sigmoid" and record["server"] != "tei":  # the server returns logits
         expected = 1 / (1 + np.exp(-expected))
     bound = config.tolerance or _SCORES.get(str(record["dtype"]), _COARSE_SCORE)
     differences = np.abs(received_values - expected) / np.maximum(1, np.abs(expected))
@@ -229,9 +229,9 @@ def embed_in_library(
 def _run_script(backend: str, python: Path | None, request: dict[str, Any], timeout: float) -> Any:
     program = str(python or sys.executable)
     script = Path(__file__).with_name(_SCRIPTS[backend])
-    with Workspace("asked") as temporary_dir:
+    with Workspace("request") as temporary_dir:
         request_file, answer = (
-            Path(temporary_dir, "asked.json"),
+            Path(temporary_dir, "request.json"),
             Path(temporary_dir, "answered.json"),
         )
         request_file.write_text(json.dumps(request), encoding="utf-8")
@@ -349,10 +349,10 @@ def check_served(
 def _check_embeddings(
     config: CheckServedConfig, record: dict[str, Any], listener: Listener, start_time: float
 ) -> CheckServedResult:
-    asked = config.inside or config.url
-    listener.stage(f"querying {asked}")
+    server = config.inside or config.url
+    listener.stage(f"querying {server}")
     result = check_vectors(config, record)
-    summary = {"out": str(config.out), "asked": asked, "verdict": TRAINED, **result}
+    summary = {"out": str(config.out), "asked": server, "verdict": TRAINED, **result}
     summary["seconds"] = round(time.perf_counter() - start_time, 2)
     message = (
         f"{TRAINED}: {result['texts']} scores differ by at most {result['max_difference']:.2g}"
@@ -426,8 +426,8 @@ def _query_adapter(
         if not prompt["messages"]:
             error = "it was trained without a chat template"
         try:
-            asks = prompt["messages"] and not error
-            chat.append(client.chat(name, prompt["messages"], extra) if asks else None)
+            has_messages = prompt["messages"] and not error
+            chat.append(client.chat(name, prompt["messages"], extra) if has_messages else None)
         except RequestError as refused:
             error = str(refused)
             chat.append(None)

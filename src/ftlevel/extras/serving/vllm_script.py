@@ -16,25 +16,25 @@ def main() -> None:
     from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
 
-    asked = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
-    if "texts" in asked:
-        vectors = _embed(asked)
+    job = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    if "texts" in job:
+        vectors = _embed(job)
         Path(sys.argv[2]).write_text(json.dumps({"vectors": vectors}), encoding="utf-8")
         return
-    served: dict[str, Any] = {"model": asked["base"]}
-    ranks = [adapter["rank_limit"] for adapter in asked["adapters"] if adapter["place"]]
+    served: dict[str, Any] = {"model": job["base"]}
+    ranks = [adapter["rank_limit"] for adapter in job["adapters"] if adapter["place"]]
     if ranks:
         served |= {"enable_lora": True, "max_lora_rank": max(ranks), "max_loras": len(ranks)}
     model = LLM(
         dtype="float32",
-        max_model_len=asked["length"],
+        max_model_len=job["length"],
         max_num_seqs=8,
         gpu_memory_utilization=0.85,
         **served,
     )
-    greedy = SamplingParams(temperature=0, max_tokens=asked["tokens"], logprobs=1)
+    greedy = SamplingParams(temperature=0, max_tokens=job["tokens"], logprobs=1)
     answered: dict[str, Any] = {}
-    for number, adapter in enumerate(asked["adapters"], start=1):
+    for number, adapter in enumerate(job["adapters"], start=1):
         request = None
         if adapter["place"]:
             request = LoRARequest(adapter["name"], number, adapter["place"])
@@ -59,18 +59,18 @@ def main() -> None:
     Path(sys.argv[2]).write_text(json.dumps(answered), encoding="utf-8")
 
 
-def _embed(asked: dict[str, Any]) -> list[list[float]]:
+def _embed(request: dict[str, Any]) -> list[list[float]]:
     """Returns the embeddings of the texts, each of which must fit the model's maximum length."""
     from vllm import LLM
 
     model = LLM(
-        model=asked["base"],
+        model=request["base"],
         runner="pooling",
         dtype="float32",
         max_num_seqs=8,
         gpu_memory_utilization=0.85,
     )
-    outputs = model.embed(asked["texts"], use_tqdm=False)
+    outputs = model.embed(request["texts"], use_tqdm=False)
     return [list(output.outputs.embedding) for output in outputs]
 
 

@@ -361,7 +361,7 @@ class LazyWeights:
                     self.weights.pop(weight, None)
         return missing
 
-    def put_aside(
+    def defer(
         self, parts: Sequence[nn.Module], keep: Collection[nn.Parameter]
     ) -> Callable[[], None]:
         """Replace the lazy weights of `parts` (modified) by meta tensors, except those in `keep`.

@@ -87,8 +87,8 @@ def mine(
             above = scores > limit
             scores[above] = -torch.inf
             found = scores.topk(min(last, len(scores)))
-            kept = int(torch.isfinite(found.values).sum())
-            window = np.arange(first - 1, kept)
+            num_finite = int(torch.isfinite(found.values).sum())
+            window = np.arange(first - 1, num_finite)
             if config.at_random and len(window) > config.negatives:
                 window = np.sort(generator.choice(window, config.negatives, replace=False))
             window = window[: config.negatives]

@@ -92,12 +92,12 @@ class EmbeddingTask(BaseTask):
 
         Raises `ConfigError` if the model has no EOS, or fewer dimensions than requested.
         """
-        given = {n: v for n in _FORM if (v := getattr(self.config, n)) is not None}
-        format_, reason = _read_format(source, given), "as in the model's modules.json"
+        options = {n: v for n in _FORM if (v := getattr(self.config, n)) is not None}
+        format_, reason = _read_format(source, options), "as in the model's modules.json"
         if format_ is None:
             format_ = EmbeddingFormat("last" if kind == "decoder" else "mean", normalize=True)
             reason = f"default for {'a decoder' if kind == 'decoder' else 'an encoder'}"
-        format_ = replace(format_, **given)
+        format_ = replace(format_, **options)
         end = _end_of(tokenizer, source.name) if format_.pooling == "last" else None
         if end is not None:
             append_end(tokenizer, end)
@@ -108,7 +108,7 @@ class EmbeddingTask(BaseTask):
                 f"{format_.dims or width} dimensions. Use at most that many."
             )
         task = replace(self, format=format_, end=end, step_rows=step_rows)
-        return task, _describe_format(format_, reason, given)
+        return task, _describe_format(format_, reason, options)
 
     def prepare_tokenizer(self, tokenizer: Any, kind: str) -> Choice | None:
         """Make `tokenizer` (modified) append EOS if the model pools the last token."""
@@ -271,14 +271,14 @@ class EmbeddingTask(BaseTask):
     def describe_rows(self, loaded: LoadedData, data_info: Mapping[str, Any]) -> list[Choice]:
         """Returns the loss with its reason, and the number of tokens."""
         values = data_info["embedding"]
-        told = [
+        details = [
             f"{name.replace('_', ' ')} {values[name]}"
             for name in LOSSES[values["loss"]].parameters
             if values[name] not in (None, False)
         ]
         reason = "" if self.config.loss else f"default for {_WORDS[values['kind']]}"
         return [
-            Choice("loss", values["loss"], ", ".join([*([reason] if reason else []), *told])),
+            Choice("loss", values["loss"], ", ".join([*([reason] if reason else []), *details])),
             Choice("tokens", f"{data_info['tokens']:,} an epoch"),
         ]
 
@@ -292,19 +292,19 @@ class EmbeddingTask(BaseTask):
         format_: Format,
         labels: Sequence[str],
         inference_config: Mapping[str, Any],
-        wanted: OutputOptions,
+        options: OutputOptions,
     ) -> dict[str, Column]:
-        check_options(wanted, "an embedding model", "")
+        check_options(options, "an embedding model", "")
         return {"": "embedding"}
 
     def predict(
-        self, model: PromptedModel, queries: Sequence[Any], wanted: OutputOptions
+        self, model: PromptedModel, queries: Sequence[Any], options: OutputOptions
     ) -> list[Prediction]:
         """Returns the vector of each query or document, with its prompt before it."""
         values = self.configured(model.options)
-        format_ = replace(values.format, dims=wanted.dims or values.format.dims)
-        if wanted.normalize is not None:
-            format_ = replace(format_, normalize=wanted.normalize)
+        format_ = replace(values.format, dims=options.dims or values.format.dims)
+        if options.normalize is not None:
+            format_ = replace(format_, normalize=options.normalize)
         encode = TextEncoder(model.tokenizer, "", "", values.end)
         prompts = [
             format_.document_prompt if q.documents else q.prompt or format_.query_prompt
@@ -366,8 +366,8 @@ class EmbeddingTask(BaseTask):
         for size in row.sizes:
             ends.append((begin + 1, begin + size))
             begin += size
-        told = ["query", *(f"document, label {label:g}" for label in row.labels)]  # type: ignore[union-attr]
-        for (first, last), prompt, what in zip(ends, row.prompts, told, strict=False):
+        details = ["query", *(f"document, label {label:g}" for label in row.labels)]  # type: ignore[union-attr]
+        for (first, last), prompt, what in zip(ends, row.prompts, details, strict=False):
             within = f", prompt to {first + prompt - 1}" if prompt else ""
             parts.append(f"{what}: tokens {first}-{last}{within}")
         return "; ".join(parts)
@@ -391,10 +391,10 @@ def _end_of(tokenizer: Any, name: str) -> int:
 
 
 def _describe_format(
-    format_: EmbeddingFormat, reason: str, given: Mapping[str, Any]
+    format_: EmbeddingFormat, reason: str, options: Mapping[str, Any]
 ) -> list[Choice]:
     def why(*names: str) -> str:
-        flags = [f"--{name.replace('_', '-')}" for name in names if name in given]
+        flags = [f"--{name.replace('_', '-')}" for name in names if name in options]
         return join_names(flags) if flags else reason
 
     normalized = "normalized" if format_.normalize else "not normalized"
@@ -404,8 +404,8 @@ def _describe_format(
     ]
     for name, text in (("query", format_.query_prompt), ("document", format_.document_prompt)):
         if text:
-            told = why(f"{name}_prompt") + ("" if format_.include_prompt else "; not pooled")
-            choices.append(Choice(f"{name} prompt", repr(text), told))
+            details = why(f"{name}_prompt") + ("" if format_.include_prompt else "; not pooled")
+            choices.append(Choice(f"{name} prompt", repr(text), details))
     return choices
 
 

@@ -123,9 +123,9 @@ def sum_loss(loss: str, logits: torch.Tensor, lists: Lists, pos_weight: float) -
         good = lists.relevant
         return (z.logaddexp(others) - z)[good].sum()
     if loss == "listnet":
-        wanted = lists.labels.masked_fill(~mask, -math.inf).softmax(1)
-        said = z.masked_fill(~mask, -math.inf).log_softmax(1)
-        return -(wanted * said.masked_fill(~mask, 0)).sum()
+        target_probs = lists.labels.masked_fill(~mask, -math.inf).softmax(1)
+        log_probs = z.masked_fill(~mask, -math.inf).log_softmax(1)
+        return -(target_probs * log_probs.masked_fill(~mask, 0)).sum()
     if loss == "margin-mse":
         margins = _differences(z)[lists.margins] - _differences(lists.teacher)[lists.margins]
         return margins.square().sum()

@@ -100,8 +100,8 @@ class RankedRow(Encoded):
         return replace(self, input_ids=ids, extras=extras, query=query, sizes=sizes)
 
 
-def _cut(values: list[int], limit: int, kept: int) -> list[int]:
-    return values if len(values) <= limit else values[: limit - kept] + values[-kept:]
+def _cut(values: list[int], limit: int, num_last: int) -> list[int]:
+    return values if len(values) <= limit else values[: limit - num_last] + values[-num_last:]
 
 
 def _array(ids: Sequence[int]) -> Any:

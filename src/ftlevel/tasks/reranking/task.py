@@ -202,14 +202,14 @@ class RerankingTask(BaseTask):
         format_: Format,
         labels: Sequence[str],
         inference_config: Mapping[str, Any],
-        wanted: OutputOptions,
+        options: OutputOptions,
     ) -> dict[str, Column]:
         """Returns one column: the document's score, or a list of the documents' scores."""
-        check_options(wanted, "a reranker", "")
+        check_options(options, "a reranker", "")
         return {"": "numbers" if "documents" in format_.columns else "number"}
 
     def predict(
-        self, model: PromptedModel, queries: Sequence[Any], wanted: OutputOptions
+        self, model: PromptedModel, queries: Sequence[Any], options: OutputOptions
     ) -> list[Prediction]:
         """Returns the scores of each query's documents; probabilities if trained with bce."""
         is_bce = get_loss_config(model.options)["loss"] == "bce"

@@ -111,7 +111,7 @@ class Rewards:
 
     def check_answers(self, answers: Sequence[Any], where: Callable[[int], str]) -> None:
         """Raise `ConfigError`, naming `where(row)`, if a built-in reward cannot use an answer."""
-        found = self._ask({"do": "check", "answers": list(answers)}, START_SECONDS)
+        found = self._request({"do": "check", "answers": list(answers)}, START_SECONDS)
         if found is None:
             raise ConfigError("the answers could not be checked: the reward process ended.")
         if found["reason"]:
@@ -182,7 +182,7 @@ class Rewards:
                 self._start()
             seconds = self._config.reward_timeout
             request = {"do": "score", "reward": at, "batch": batch, "seconds": seconds}
-            reply = self._ask(request, seconds) or {
+            reply = self._request(request, seconds) or {
                 "problem": self._why_no_reply(seconds),
                 "failed": list(range(count)),
                 "scores": [0.0] * count,
@@ -222,7 +222,7 @@ class Rewards:
         )
         specs = [asdict(spec) for spec in self.specs]
         request = {"do": "load", "specs": specs, "opens_think": self._opens_think}
-        loaded = self._ask(request, START_SECONDS)
+        loaded = self._request(request, START_SECONDS)
         if loaded is None:
             raise ConfigError(f"the rewards cannot be loaded: {self._why_no_reply(START_SECONDS)}.")
         if loaded["problems"]:
@@ -231,7 +231,7 @@ class Rewards:
         signatures: list[dict[str, Any]] = loaded["signatures"]
         return signatures
 
-    def _ask(self, request: Mapping[str, Any], seconds: float) -> Any:
+    def _request(self, request: Mapping[str, Any], seconds: float) -> Any:
         """Returns the worker's reply; None if it has exited, or was stopped after `seconds`."""
         worker = self._worker
         if worker is None or worker.stdin is None or worker.stdout is None:

@@ -190,8 +190,8 @@ def _answer(values: RoleValues) -> Any:
     """Returns the answer: its column, or verl's `reward_model.ground_truth`; None without one."""
     if ANSWER in values:
         return values.get(ANSWER)
-    told = values.row.get("reward_model")
-    return told.get("ground_truth") if isinstance(told, dict) else None
+    reward_model = values.row.get("reward_model")
+    return reward_model.get("ground_truth") if isinstance(reward_model, dict) else None
 
 
 _MORE = {

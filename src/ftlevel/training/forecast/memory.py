@@ -214,9 +214,9 @@ def estimate_step_memory(run: Run, memory: int) -> StepMemory:
     for parts in peaks.values():
         for part in _WORKER_PARTS:
             parts[part] = parts.get(part, 0) * batch.num_workers
-    if kept := _get_graph_bytes(run, peaks, batch, memory):
+    if graph_bytes := _get_graph_bytes(run, peaks, batch, memory):
         for moment in (FORWARD, BACKWARD, FIRST_BLOCK):
-            peaks[moment][ACTIVATIONS] += kept
+            peaks[moment][ACTIVATIONS] += graph_bytes
     if (size := RolloutSize.of(run)) is not None:
         persistent = {
             part: bytes_ for part, bytes_ in peaks[FORWARD].items() if part in _PERSISTENT_PARTS

@@ -214,7 +214,7 @@ def test_20000_rows_of_a_template_take_three_seconds_at_most(make: Any) -> None:
     began = time.process_time()
     match_texts(digests, np.zeros(len(digests), dtype=bool))
     assert time.process_time() - began < 3
-    half = int(digests.records["asked"][:10_000].sum() + digests.records["answered"][:10_000].sum())
+    half = int(digests.records["prompt"][:10_000].sum() + digests.records["answer"][:10_000].sum())
     known = Digests(digests.records[:10_000], digests.words[:half])
     began = time.process_time()
     match_training_texts(Digests(digests.records[10_000:], digests.words[half:]), known)
