@@ -181,8 +181,12 @@ def test_a_preview_reads_what_is_kept(tmp_path: Path, tiny_model_dir: ModelDir) 
         }
     )
     first, again = preview(config, [5]), preview(config, [5])
-    assert (first.rows, first.lengths, first.facts) == (again.rows, again.lengths, again.facts)
-    assert first.rows[0].place == again.rows[0].place == f"{tmp_path / 'x.jsonl'}:5"
+    assert (first.rows, first.lengths, first.data_info) == (
+        again.rows,
+        again.lengths,
+        again.data_info,
+    )
+    assert first.rows[0].location == again.rows[0].location == f"{tmp_path / 'x.jsonl'}:5"
 
 
 def test_a_preview_keeps_the_splits_apart(tmp_path: Path, tiny_model_dir: ModelDir) -> None:

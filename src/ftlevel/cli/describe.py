@@ -124,25 +124,25 @@ def _fact_lines(label: str, text: str, width: int) -> str:
 
 
 def _facts(report: TargetReport) -> list[tuple[str, str]]:
-    facts = [("all-linear", f"{', '.join(report.all_linear)} (the default)")]
+    rows = [("all-linear", f"{', '.join(report.all_linear)} (the default)")]
     if report.attention_only:
-        facts.append(("attention", f"{', '.join(report.attention_only)} (for --target-modules)"))
+        rows.append(("attention", f"{', '.join(report.attention_only)} (for --target-modules)"))
     if report.target_parameters:
-        facts.append(("experts", f"target_parameters: {', '.join(report.target_parameters)}"))
+        rows.append(("experts", f"target_parameters: {', '.join(report.target_parameters)}"))
     heads = [f"{task}: {', '.join(names)}" for task, names in report.heads.items() if names]
-    facts.append(("heads", "\n".join(heads) or "none"))
-    facts.append(("", "Heads are never adapted; a task's new head is trained in full and saved."))
-    facts.append(("norms", _by_holder(report.norms) or "none with weights"))
-    facts.append(("embeddings", _by_holder(report.embeddings)))
+    rows.append(("heads", "\n".join(heads) or "none"))
+    rows.append(("", "Heads are never adapted; a task's new head is trained in full and saved."))
+    rows.append(("norms", _by_holder(report.norms) or "none with weights"))
+    rows.append(("embeddings", _by_holder(report.embeddings)))
     if report.aliases:
-        facts.append(("same names", ", ".join(report.aliases)))
+        rows.append(("same names", ", ".join(report.aliases)))
     if report.note:
-        facts.append(("note", report.note))
+        rows.append(("note", report.note))
     if report.lora:
-        facts.append((f"LoRA r={report.lora.r}", _lora_text(report.lora)))
+        rows.append((f"LoRA r={report.lora.r}", _lora_text(report.lora)))
     else:
-        facts.append(("LoRA", "r * (in + out) parameters for each linear."))
-    return facts
+        rows.append(("LoRA", "r * (in + out) parameters for each linear."))
+    return rows
 
 
 def _by_holder(patterns: Sequence[str]) -> str:

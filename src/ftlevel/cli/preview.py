@@ -59,7 +59,7 @@ def write_page(preview: Preview, path: Path) -> None:
 
 def render_page(preview: Preview) -> str:
     """Returns the HTML page."""
-    name = escape(str(preview.facts["name"]))
+    name = escape(str(preview.data_info["name"]))
     ratio = preview.supervised / preview.tokens if preview.tokens else 0
     body = [
         f"<h1>Preview of {name}</h1>",
@@ -90,7 +90,7 @@ def _table(rows: Sequence[tuple[str, str]]) -> str:
 
 
 def _findings(preview: Preview) -> str:
-    stops = preview.facts.get("stops")
+    stops = preview.data_info.get("stops")
     if not preview.findings and not stops:
         return "<p>Nothing was found.</p>"
     items = [
@@ -122,7 +122,7 @@ def _row(row: ShownRow) -> str:
         if tokens
     )
     return (
-        f"<h2>Row {row.number} <small>{escape(row.place)}, {len(row.tokens):,} tokens{label}"
+        f"<h2>Row {row.number} <small>{escape(row.location)}, {len(row.tokens):,} tokens{label}"
         f"</small></h2>{blocks}"
     )
 
@@ -168,7 +168,7 @@ def summary_lines(preview: Preview) -> Iterator[str]:
     tokens, targets = f"{preview.tokens:,} tokens", f"{preview.supervised:,} targets"
     yield f"{preview.extent}: {tokens}, {targets} ({ratio:.0%})"
     yield f"the run: {preview.steps:,} steps"
-    if stops := preview.facts.get("stops"):
+    if stops := preview.data_info.get("stops"):
         yield f"data check: would stop the run: {stops}"
     elif not preview.findings:
         yield "data check: no problems found"
@@ -192,7 +192,7 @@ def _format_row(row: ShownRow, *, full: bool, color: bool) -> Iterator[Text]:
     elif 0 < learned < len(targets) or not row.label:
         size += f", {learned:,} supervised"
     label = f", label: {row.label}" if row.label else ""
-    yield Text(f"row {row.number} ({row.place}): {size}{label}", style="bold cyan")
+    yield Text(f"row {row.number} ({row.location}): {size}{label}", style="bold cyan")
     for tokens in filter(None, (row.tokens, row.target)):
         yield _colored(tokens, full=full) if color else _bracketed(tokens, full=full)
 

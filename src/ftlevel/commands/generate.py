@@ -143,7 +143,7 @@ def _add_rows(
         )
     refuse_media_columns(shape.unused, source.first, str(path))
     rows = list(Prompts(source, shape))
-    if faults := [f"{row.place}: {row.fault}. Fix the row." for row in rows if row.fault]:
+    if faults := [f"{row.location}: {row.fault}. Fix the row." for row in rows if row.fault]:
         raise InputError(faults[:MAX_SHOWN])
     name = next(
         (name for name in _PROMPT_COLUMNS if name in shape.columns), next(iter(shape.columns))
@@ -152,7 +152,7 @@ def _add_rows(
     if shape.name == "prompt" and isinstance(rows[0].question, str):
         return replace(request, prompts=[*request.prompts, *texts]), texts
     return replace(
-        request, questions=[row.question for row in rows], places=[row.place for row in rows]
+        request, questions=[row.question for row in rows], locations=[row.location for row in rows]
     ), texts
 
 

@@ -265,7 +265,7 @@ def _skip_written(queries: Iterator[QueryRow], sink: RowSink, config: PredictCon
             )
         if sink.normalize(row.row) != written_row:
             raise InputError(
-                f"--resume: row {num_rows + 1:,} of {sink.existing} is not {row.place}. Use the "
+                f"--resume: row {num_rows + 1:,} of {sink.existing} is not {row.location}. Use the "
                 f"same rows as before, or choose another --output."
             )
         num_rows += 1
@@ -369,7 +369,8 @@ def _join(
     existing = [repr(name) for name in prepared.answers if name in row.row]
     if existing:  # later JSON Lines rows may have new columns
         raise InputError(
-            f"{row.place}: has {join_names(existing)} already. Choose another column with --column."
+            f"{row.location}: has {join_names(existing)} already. Choose another column with "
+            "--column."
         )
     return {**row.row, **{name: answer.get(end) for name, end in prepared.answers.items()}}
 

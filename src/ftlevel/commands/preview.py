@@ -53,7 +53,7 @@ class ShownRow:
     """
 
     number: int
-    place: str
+    location: str
     tokens: tuple[Token, ...]
     target: tuple[Token, ...]
     label: str
@@ -81,20 +81,20 @@ class Preview:
     supervised: int
     findings: list[Finding]
     steps: int
-    facts: dict[str, Any]
+    data_info: dict[str, Any]
     choices: list[Choice]
     rollouts: list[Choice] = field(default_factory=list)
 
     @property
     def extent(self) -> str:
         """Rows that the counts cover: `an epoch`, or `the first 1,000 rows` of a stream."""
-        is_streamed = "streamed" in self.facts
-        return f"the first {self.facts['first_rows']:,} rows" if is_streamed else "an epoch"
+        is_streamed = "streamed" in self.data_info
+        return f"the first {self.data_info['first_rows']:,} rows" if is_streamed else "an epoch"
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the output of `--json`."""
         return {
-            "data": self.facts,
+            "data": self.data_info,
             "rows": [asdict(row) for row in self.rows],
             "lengths": [asdict(bar) for bar in self.lengths],
             "tokens": self.tokens,
@@ -119,15 +119,15 @@ def preview(config: TrainConfig, numbers: Sequence[int] = ()) -> Preview:
         run = resolve(config, lenient=True, why_task=message, adapter=adapter)
         rows = [_show_row(run, row) for row in _select_rows(run, numbers)]
         rollouts = _sample(run)
-    facts = run.data.info
+    data_info = run.data.info
     return Preview(
         rows,
         build_histogram(_lengths(run)),
-        facts["tokens"],
-        facts["supervised"],
+        data_info["tokens"],
+        data_info["supervised"],
         list(run.data.findings),
         run.schedule.steps,
-        facts,
+        data_info,
         run.data.choices,
         rollouts,
     )

@@ -199,7 +199,7 @@ class AnswerRequest:
     writing: GenerationOptions
     batch_size: int = PROMPTS
     questions: Sequence[Any] = ()
-    places: Sequence[str] = ()
+    locations: Sequence[str] = ()
 
 
 def predict_inputs(trained: LoadedModel, request: AnswerRequest) -> list[Prediction]:
@@ -221,7 +221,7 @@ def predict_inputs(trained: LoadedModel, request: AnswerRequest) -> list[Predict
         rows = predict_rows(model, request.questions, OutputOptions())
         if rows.refused:
             raise InputError(
-                [f"{request.places[i]}: {message}." for i, message in rows.refused.items()]
+                [f"{request.locations[i]}: {message}." for i, message in rows.refused.items()]
             )
         return [*replies, *(reply for reply in rows.replies if reply is not None)]
     except UnansweredError as error:
@@ -388,12 +388,12 @@ class RowCounts:
     def skip(self, window: Sequence[QueryRow], faults: Mapping[int, str]) -> None:
         """Count rows of `window` without a prediction; `faults` maps their indices to reasons."""
         self.skipped += len(faults)
-        self.shown += [f"{window[i].place}: {faults[i]}" for i in sorted(faults)]
+        self.shown += [f"{window[i].location}: {faults[i]}" for i in sorted(faults)]
         del self.shown[MAX_SHOWN:]
 
     def format_failures(self, window: Sequence[QueryRow], faults: Mapping[int, str]) -> list[str]:
         """Returns error messages for the first rows without a prediction; arguments of `skip`."""
-        lines = [f"{window[i].place}: {faults[i]}." for i in sorted(faults)]
+        lines = [f"{window[i].location}: {faults[i]}." for i in sorted(faults)]
         suffix = f" and {len(lines) - MAX_SHOWN:,} more" if len(lines) > MAX_SHOWN else ""
         rows = "It" if len(lines) == 1 else f"These{suffix}"
         progress = self._format_progress()

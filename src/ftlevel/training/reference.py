@@ -184,8 +184,8 @@ def compute_initial_reference(
         return run, None
     listener.stage("computing reference log-probabilities")
     key, name = get_initial_key(run, prepared), "initial model"
-    run, facts = add_reference_logps(run, name, key, lambda: (run, prepared), listener)
-    return run, Reference(facts, _save_initial_adapter(run, prepared))
+    run, info = add_reference_logps(run, name, key, lambda: (run, prepared), listener)
+    return run, Reference(info, _save_initial_adapter(run, prepared))
 
 
 def needs_reference(run: Run) -> bool:
@@ -342,11 +342,11 @@ def precompute_reference(run: Run, listener: Listener) -> tuple[Run, Reference |
         load = functools.cache(
             lambda: stack.enter_context(load_auxiliary_model(reference, run, listener))
         )
-        run, facts = add_reference_logps(run, reference.name, key, load, listener)
+        run, info = add_reference_logps(run, reference.name, key, load, listener)
     workspace = Workspace("reference")
     adapter_path = (run.config.output.dir or Path("runs/run")) / "adapter"
     reference.write(Path(workspace.name), adapter_path)
-    return run, Reference({**facts, "fingerprint": reference.fingerprint}, workspace)
+    return run, Reference({**info, "fingerprint": reference.fingerprint}, workspace)
 
 
 def get_model_key(model: ReferenceModel, run: Run) -> dict[str, object]:

@@ -163,9 +163,9 @@ def get_invalid_bio_tags(
             follows = before != "O" and before[2:] == name[2:]
             is_bio = is_bio or (name.startswith("B-") and not follows)
             if name.startswith("I-") and not follows and not message:
-                place = f"follows {before!r}" if index else "begins the row"
+                location = f"follows {before!r}" if index else "begins the row"
                 message = (
-                    f"tag {index + 1}, {name!r}, {place}; in BIO an entity begins with "
+                    f"tag {index + 1}, {name!r}, {location}; in BIO an entity begins with "
                     f"'B-{name[2:]}'"
                 )
                 invalid.append(BadRow(table.lines[example.row], message))

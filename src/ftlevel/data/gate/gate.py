@@ -372,8 +372,8 @@ class Gate:
         findings = []
         for check, split, rows, example in self.task.check_eval_set(train, validation, corpus):
             total = len(train) if split == "train" else len(validation)
-            place = example if split == "train" else f"{table.where(rows[0])}: {example}"
-            finding = create_finding(check, split, len(rows), total, [place], self.policy)
+            location = example if split == "train" else f"{table.where(rows[0])}: {example}"
+            finding = create_finding(check, split, len(rows), total, [location], self.policy)
             findings += [finding] if finding else []
         return findings
 
@@ -486,7 +486,7 @@ def handle_unusable_rows(
     findings: list[Finding] = []
     for name in dict.fromkeys(row.finding for row in errors if row.finding):
         rows = [row for row in errors if row.finding == name]
-        places = tuple(f"{table.place(row.line)}: {row.message}" for row in rows[:MAX_SHOWN])
+        places = tuple(f"{table.location(row.line)}: {row.message}" for row in rows[:MAX_SHOWN])
         action: Action = "drop" if config.on_bad_row == "skip" else getattr(config.gate, name)
         lines = {row.line for row in rows}
         findings.append(Finding(name, split, len(lines), len(table), places, action))

@@ -36,14 +36,14 @@ class QueryRow:
 
     Attributes:
         row: the row as read; all values are null if it could not be read.
-        place: `file:line`.
+        location: `file:line`.
         question: model input, as built by the task; None if the row is invalid.
         fault: error message without a final period.
         share: fraction of the source read so far, from 0 to 1, if available.
     """
 
     row: Row
-    place: str
+    location: str
     question: Any = None
     fault: str = ""
     share: float | None = None
@@ -93,9 +93,9 @@ def open_rows(name: str, options: ReadOptions) -> tuple[RowSource, Reader]:
 
     def read() -> Iterator[Item]:
         for number, source in enumerate(sources):
-            for row, place, fault, share in source.read():
+            for row, location, fault, share in source.read():
                 done = None if share is None else (number + share) / len(sources)
-                yield row, place, fault, done
+                yield row, location, fault, done
 
     schema = first.schema if all(source.schema is not None for source in sources) else None
     return replace(first, read=read, schema=schema), readers[0]
@@ -105,7 +105,7 @@ def file_rows(reader: Reader, ignored: Sequence[str] = ()) -> RowSource:
     """Returns a file's rows, `leading` without `ignored`; `InputError` if none is valid."""
 
     def place(chunk: Chunk, line: int) -> str:
-        return Table([], [], reader.shown, chunk.unit).place(line)
+        return Table([], [], reader.shown, chunk.unit).location(line)
 
     def read() -> Iterator[Item]:
         for chunk in reader.chunks():
@@ -156,7 +156,7 @@ class Prompts:
     def __iter__(self) -> Iterator[QueryRow]:
         column_names = dict.fromkeys(self.source.column_names)
         values = RoleValues(self.shape, Table([], [], ""))
-        for row, place, fault, share in islice(self.source.read(), self.limit):
+        for row, location, fault, share in islice(self.source.read(), self.limit):
             question = None
             if row is None:
                 row = dict(column_names)
@@ -169,7 +169,7 @@ class Prompts:
                     question = self.shape.build(values)
                 except UnusableRowError as error:
                     fault = str(error)
-            yield QueryRow(row, place, question, fault, share)
+            yield QueryRow(row, location, question, fault, share)
 
 
 def windows(rows: Iterator[QueryRow], size: int) -> Iterator[list[QueryRow]]:

@@ -36,8 +36,8 @@ class RetrievalSet:
 
 def retrieval_files(qrels: Path) -> list[Path]:
     """Returns queries.jsonl and corpus.jsonl next to `qrels`, or above its directory `qrels/`."""
-    place = qrels.parent.parent if qrels.parent.name == "qrels" else qrels.parent
-    return [place / "queries.jsonl", place / "corpus.jsonl"]
+    folder = qrels.parent.parent if qrels.parent.name == "qrels" else qrels.parent
+    return [folder / "queries.jsonl", folder / "corpus.jsonl"]
 
 
 def load_retrieval_set(qrels: Path, corpus: Path | None = None) -> RetrievalSet:
@@ -88,12 +88,12 @@ def load_retrieval_set(qrels: Path, corpus: Path | None = None) -> RetrievalSet:
     )
 
 
-def _number(value: Any, place: str, column: str) -> float:
+def _number(value: Any, location: str, column: str) -> float:
     try:
         return float(value)
     except (TypeError, ValueError):
         raise InputError(
-            f"{place}: {column!r} is {value!r}, where a number is expected. Give relevant "
+            f"{location}: {column!r} is {value!r}, where a number is expected. Give relevant "
             "documents 1, others 0."
         ) from None
 

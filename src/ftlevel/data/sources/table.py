@@ -82,9 +82,9 @@ class Table:
 
     def where(self, index: int) -> str:
         """Returns `path:line` (or `name row N`) of the row at `index`."""
-        return self.place(self.lines[index])
+        return self.location(self.lines[index])
 
-    def place(self, line: int) -> str:
+    def location(self, line: int) -> str:
         """Returns `path:line`, or `name row N` if the source has no lines."""
         table, line = self._part_of(line)
         return f"{table.source}:{line}" if table.unit == "line" else f"{table.source} row {line}"
@@ -207,8 +207,8 @@ def handle_bad_rows(table: Table, errors: Sequence[BadRow], on_bad_row: OnBadRow
     if not valid.rows:
         first = dropped_rows[0]
         raise InputError(
-            f"{table.place(first.line)}: {first.message}. No row is left: --on-bad-row skip would "
-            f"drop all {len(lines):,} rows of {table.source}. Fix the file."
+            f"{table.location(first.line)}: {first.message}. No row is left: --on-bad-row skip "
+            f"would drop all {len(lines):,} rows of {table.source}. Fix the file."
         )
     return replace(valid, dropped=dropped_rows)
 
@@ -219,14 +219,14 @@ def describe_bad_rows(table: Table, errors: Sequence[BadRow]) -> list[str]:
     if len(ordered) == 1:
         row = ordered[0]
         return [
-            f"{table.place(row.line)}: {row.message}. "
+            f"{table.location(row.line)}: {row.message}. "
             f"Fix the {table.unit}, or drop bad rows with --on-bad-row skip."
         ]
     total = len({*table.lines, *(row.line for row in [*errors, *table.dropped])})
     num_rows = len({row.line for row in errors})
     rest = f" (the first {MAX_SHOWN} are above)" if len(ordered) > MAX_SHOWN else ""
     return [
-        *(f"{table.place(row.line)}: {row.message}." for row in ordered[:MAX_SHOWN]),
+        *(f"{table.location(row.line)}: {row.message}." for row in ordered[:MAX_SHOWN]),
         f"{table.source}: {num_rows:,} of {total:,} rows are bad{rest}. "
         "Fix them, or drop bad rows with --on-bad-row skip.",
     ]
@@ -239,7 +239,7 @@ def describe_dropped(table: Table) -> list[str]:
     num_rows = len({row.line for row in table.dropped})
     total = num_rows + len(table)
     reasons = "; ".join(
-        f"{table.place(row.line) if table.parts else f'{table.unit} {row.line}'}: {row.message}"
+        f"{table.location(row.line) if table.parts else f'{table.unit} {row.line}'}: {row.message}"
         for row in table.dropped[:MAX_SHOWN]
     )
     rest = "; …" if len(table.dropped) > MAX_SHOWN else ""

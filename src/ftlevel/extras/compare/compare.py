@@ -243,8 +243,8 @@ def _start_or_resume(
         )
     if budget not in (old_budget, {"steps": None, "minutes": None}):
         raise ConfigError(
-            f"--resume {path}: the budget was {old_budget} and is {budget}. Drop it, or start a new "
-            "run in another --output-dir."
+            f"--resume {path}: the budget was {old_budget} and is {budget}. Drop it, or start a "
+            "new run in another --output-dir."
         )
     if args.search and list(args.search) != search_results["search"]:
         raise ConfigError(

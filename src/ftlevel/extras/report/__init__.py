@@ -27,11 +27,11 @@ def report(
 
     from ftlevel.extras.report.page import report as write
 
-    place = write(runs, out=out, predictions=predictions or ())
+    path = write(runs, out=out, predictions=predictions or ())
     if as_json:
-        typer.echo(json.dumps({"page": str(place), "bytes": place.stat().st_size}))
+        typer.echo(json.dumps({"page": str(path), "bytes": path.stat().st_size}))
     else:
-        typer.echo(f"page: {place}")
+        typer.echo(f"page: {path}")
 
 
 def _flags() -> list[Flag]:

@@ -308,12 +308,12 @@ class AdaptersExport:
                 records.append(recorded)
         summary = self._summary(loras, checks, verified=self.config.verify)
         if records:
-            facts = {key: summary[key] for key in ("model", "server", "base", "start")}
-            facts |= {
+            header = {key: summary[key] for key in ("model", "server", "base", "start")}
+            header |= {
                 "file_format": self.config.format,
                 "dtype": _stored_dtype(self.adapters[0]),
             }
-            save_record(output / FILE, facts, records)
+            save_record(output / FILE, header, records)
         save_readme(output, summary)
         return summary
 

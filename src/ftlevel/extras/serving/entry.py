@@ -135,22 +135,25 @@ def _openvino(model: str, path: str, adapters: Sequence[ServedAdapter] = ()) -> 
 
 
 def build_embedding_commands(
-    server: Server, model_path: Path, name: str, form: EmbeddingFormat
+    server: Server, model_path: Path, name: str, format_: EmbeddingFormat
 ) -> list[str]:
     """Returns the commands that serve the embedding model at `model_path` as `name`."""
     path = str(model_path)
     if server.name == "vllm":
         return [join(["vllm", "serve", path, "--runner", "pooling"])]
     if server.name == "tei":
-        prompt = ["--default-prompt-name", "query"] if form.query_prompt else []
+        prompt = ["--default-prompt-name", "query"] if format_.query_prompt else []
         return [join(["text-embeddings-router", "--model-id", path, *prompt])]
     if server.name == "llama.cpp":
-        batch = ["-ub", str(form.max_length)] if (form.max_length or 0) > _UBATCH else []
+        batch = ["-ub", str(format_.max_length)] if (format_.max_length or 0) > _UBATCH else []
         return [join(["llama-server", "-m", path, "--embeddings", *batch])]
     converted = f"{name}-openvino"
-    pooling = {"mean": "MEAN", "cls": "CLS", "last": "LAST_TOKEN"}[form.pooling]
-    kwargs: dict[str, Any] = {"normalize": form.normalize, "max_length": form.max_length}
-    kwargs |= {"query_instruction": form.query_prompt, "embed_instruction": form.document_prompt}
+    pooling = {"mean": "MEAN", "cls": "CLS", "last": "LAST_TOKEN"}[format_.pooling]
+    kwargs: dict[str, Any] = {"normalize": format_.normalize, "max_length": format_.max_length}
+    kwargs |= {
+        "query_instruction": format_.query_prompt,
+        "embed_instruction": format_.document_prompt,
+    }
     kwargs_text = [f"{key}={value!r}" for key, value in kwargs.items() if value not in (None, "")]
     pooling_arg = f"pooling_type=ov.TextEmbeddingPipeline.PoolingType.{pooling}"
     code = [
@@ -362,28 +365,28 @@ def merged_format(server: Server | None) -> str:
     return next((name for name in formats if name in ("merged", "gguf")), "merged")
 
 
-def check_lora(form: Any, adapter: ServedModel, server: Server | None) -> Any:
-    """Returns the plain LoRA `form`, with zero updates added if `server` needs every layer.
+def check_lora(format_: Any, adapter: ServedModel, server: Server | None) -> Any:
+    """Returns the plain LoRA `format_`, with zero updates added if `server` needs every layer.
 
-    Raises InputError if the server would not serve `form` as trained.
+    Raises InputError if the server would not serve `format_` as trained.
     """
     if server is None:
-        return form
-    if form.whole_modules:
+        return format_
+    if format_.whole_modules:
         raise InputError(
             f"{server.title} does not load fully trained modules, here "
-            f"{join_names(form.whole_modules, 2)}. Merge it"
+            f"{join_names(format_.whole_modules, 2)}. Merge it"
         )
-    if not server.vocabulary and (modules := form.vocab_modules):
+    if not server.vocabulary and (modules := format_.vocab_modules):
         raise InputError(
             f"{server.title} does not serve LoRA on {join_names(modules, 3)} as it was trained. "
             "Merge it"
         )
-    if server.ranks and form.rank > server.ranks[-1]:
+    if server.ranks and format_.rank > server.ranks[-1]:
         raise InputError(
-            f"it needs rank {form.rank}, and {server.title} ends at {server.ranks[-1]}. Merge it"
+            f"it needs rank {format_.rank}, and {server.title} ends at {server.ranks[-1]}. Merge it"
         )
-    return form.on_every_layer(adapter.base.model) if server.every_layer else form
+    return format_.on_every_layer(adapter.base.model) if server.every_layer else format_
 
 
 def save_readme(path: Path, summary: Mapping[str, Any]) -> None:

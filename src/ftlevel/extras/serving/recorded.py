@@ -237,10 +237,10 @@ def load_record(out: Path) -> ServingRecord:
     return ServingRecord(path, metadata, adapters)
 
 
-def start_of(server: str, out: Path, form: EmbeddingFormat | None = None) -> list[str]:
-    """Returns commands that serve the full model at `out`; `form` is for embedding models only."""
-    if form is not None:
-        return build_embedding_commands(SERVERS[server], out, out.stem, form)
+def start_of(server: str, out: Path, format_: EmbeddingFormat | None = None) -> list[str]:
+    """Returns commands that serve the full model at `out`; `format_` is for embedding models."""
+    if format_ is not None:
+        return build_embedding_commands(SERVERS[server], out, out.stem, format_)
     return build_model_commands(SERVERS[server], out, out.stem)
 
 

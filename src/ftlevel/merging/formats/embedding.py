@@ -204,7 +204,7 @@ class GgufEmbeddingExport:
 
     config: ExportConfig
     ref: ModelRef
-    form: EmbeddingFormat
+    format: EmbeddingFormat
     model_config: Any
     tokenizer: Any
     vocab: Vocabulary
@@ -213,7 +213,7 @@ class GgufEmbeddingExport:
 
     def choices(self, device: Choice) -> Iterator[Choice]:
         """Yields the lines to print before the export."""
-        config, embedding_format = self.config, self.form
+        config, embedding_format = self.config, self.format
         merges = self.ref.directory is not None
         method = self.ref.card.method
         yield Choice("model", config.model, f"{method}, merged first" if merges else "as it is")
@@ -255,7 +255,7 @@ class GgufEmbeddingExport:
         if config.verify:
             listener.stage("reloading the file and comparing")
             model, _ = load_model(source, model_config, _CLASS, dtype=torch.float32, device=device)
-            args = (self.form, self.tokenizer, self.end, device)
+            args = (self.format, self.tokenizer, self.end, device)
             expected = embed(model.eval(), *args)
             with torch.no_grad():
                 for name, rounded in iterate_rounded_weights(tensors, model):
@@ -287,7 +287,7 @@ class GgufEmbeddingExport:
             "general.name": self.config.out.stem,
         }
         keys = names | file_keys(outtype) | build_metadata(model_config) | vocab.metadata()
-        keys[f"{architecture}.pooling_type"] = POOLING_TYPES[self.form.pooling]
+        keys[f"{architecture}.pooling_type"] = POOLING_TYPES[self.format.pooling]
         if architecture == "bert":
             keys["tokenizer.ggml.token_type_count"] = model_config.type_vocab_size
         return keys
@@ -302,9 +302,9 @@ class GgufEmbeddingExport:
             "outtype": outtype,
             "tensors": len(tensors),
             "tensor_bytes": sum(tensor.nbytes for tensor in tensors),
-            "pooling": self.form.pooling,
-            "prompts": {name: text for name, text in self.form.all_prompts.items() if text},
-            "start": start_commands(config.server, config.out, self.form),
+            "pooling": self.format.pooling,
+            "prompts": {name: text for name, text in self.format.all_prompts.items() if text},
+            "start": start_commands(config.server, config.out, self.format),
             "out": str(config.out),
             "modelfile": str(config.outputs[1]),
             "notes": list(self.notes),

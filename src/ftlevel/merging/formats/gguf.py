@@ -252,8 +252,8 @@ def plan_export(config: ExportConfig, ref: ModelRef) -> Export:
         raise InputError(
             f"{config.model} is a .gguf file already. llama.cpp's llama-quantize changes its type."
         )
-    if (form := TASKS[ref.task].embedding_format(ref.card.options)) is not None:
-        return embedding.plan_export(config, ref, form)
+    if (format_ := TASKS[ref.task].embedding_format(ref.card.options)) is not None:
+        return embedding.plan_export(config, ref, format_)
     if TASKS[ref.task].served_as == "rerankers":
         message = embedding.get_reranker_limitation(ref.model_config)
         raise InputError(

@@ -33,8 +33,8 @@ def plan_export(config: ExportConfig, ref: ModelRef) -> MergedExport:
     if config.server is None:
         return MergedExport(config, ref)
     task, server = TASKS[ref.task], SERVERS[config.server]
-    if (form := task.embedding_format(ref.card.options)) is not None:
-        return MergedExport(config, ref, tuple(check_server(config, form, server)))
+    if (format_ := task.embedding_format(ref.card.options)) is not None:
+        return MergedExport(config, ref, tuple(check_server(config, format_, server)))
     kind = model_kind(load_config(ref.source))
     if (kind if task.generates_text else task.served_as) not in server.merged:
         raise InputError(

@@ -42,18 +42,18 @@ class MinedRow:
 
 
 class Corpus:
-    """Distinct documents, their indices (`places`), and the positives of each query."""
+    """Distinct documents, their indices (`positions`), and the positives of each query."""
 
     def __init__(self, rows: Sequence[EmbeddingRow], documents: Sequence[str] = ()) -> None:
         own = (text for row in rows for text in row.documents)
         self.texts = list(dict.fromkeys([*own, *documents]))
-        self.places: Mapping[str, int] = {text: at for at, text in enumerate(self.texts)}
+        self.positions: Mapping[str, int] = {text: at for at, text in enumerate(self.texts)}
         self._positives: dict[str, set[int]] = {}
         for row in rows:
             positives = self._positives.setdefault(row.query, set())
-            positives |= {self.places[text] for text in row.positives}
-            if row.query in self.places:
-                positives.add(self.places[row.query])
+            positives |= {self.positions[text] for text in row.positives}
+            if row.query in self.positions:
+                positives.add(self.positions[row.query])
 
     def excluded(self, query: str) -> list[int]:
         """Returns the indices of the query's positives in all rows, and of the query's own text."""
@@ -80,7 +80,7 @@ def mine(
     for start, block in iterate_scores(queries, documents, similarity, block_bytes):
         for number, scores in enumerate(block):
             row = rows[start + number]
-            positives = [corpus.places[text] for text in row.positives]
+            positives = [corpus.positions[text] for text in row.positives]
             own = scores[positives].tolist()
             limit = min(own) - config.relative_margin * abs(min(own))
             scores[corpus.excluded(row.query)] = -torch.inf

@@ -57,9 +57,9 @@ def score_ranks(ranks: QueryRanks) -> dict[str, float]:
     starts, first, sizes = np.unique(ranks.above, return_index=True, return_counts=True)
     for start, size, found in zip(starts, ranks.equal[first], sizes, strict=True):
         group = int(min(size, max(DEEPEST - start, 0)))
-        own, place = slice(start, start + group), np.arange(group)
+        own, position = slice(start, start + group), np.arange(group)
         gain[own] = found / size
-        others = place * (found - 1) / max(size - 1, 1)
+        others = position * (found - 1) / max(size - 1, 1)
         precision[own] = found / size * (hits + 1 + others) / depth[own]
         if not hits:
             reciprocal = _expected_reciprocal(int(start), int(size), int(found), 10)
@@ -81,9 +81,9 @@ def _expected_reciprocal(start: int, size: int, found: int, deepest: int) -> flo
     The tie begins after `start` documents; ranks above `deepest` count as 0.
     """
     chance, total = found / size, 0.0
-    for place in range(min(size - found + 1, deepest - start)):
-        total += chance / (start + place + 1)
-        chance *= (size - place - found) / max(size - place - 1, 1)
+    for position in range(min(size - found + 1, deepest - start)):
+        total += chance / (start + position + 1)
+        chance *= (size - position - found) / max(size - position - 1, 1)
     return total
 
 

@@ -351,8 +351,8 @@ class EmbeddingTask(BaseTask):
         shown: list[str | None] = []
         for number, (size, prompt) in enumerate(zip(row.sizes, row.prompts, strict=True)):
             first = 0 if self.format.include_prompt else min(prompt, size - 1)
-            places = {"cls": (first,), "last": (size - 1,)}
-            pooled = places.get(self.format.pooling, range(first, size))
+            positions = {"cls": (first,), "last": (size - 1,)}
+            pooled = positions.get(self.format.pooling, range(first, size))
             own: list[str | None] = ["" if at in pooled else None for at in range(size)]
             name = "query" if not number else f"document {number}"
             own[pooled[0]] = f"{name}, prompt" if prompt and self.format.include_prompt else name
@@ -377,8 +377,8 @@ _WORDS = {"ranking": "pairs", "score": "scores", "label": "labels", "class": "cl
 
 
 def _read_format(source: ModelSource, replaced: Collection[str] = ()) -> EmbeddingFormat | None:
-    place = download_files(source, FILES)
-    return None if place is None else load_embedding_format(place, replaced)
+    path = download_files(source, FILES)
+    return None if path is None else load_embedding_format(path, replaced)
 
 
 def _end_of(tokenizer: Any, name: str) -> int:

@@ -32,13 +32,13 @@ MU = 10.0
 class Lists:
     """Documents of several queries: padded `labels`, `teacher` and `mask`, each `(lists, longest)`.
 
-    `places` are the indices of the documents in the flattened tensors.
+    `positions` are the indices of the documents in the flattened tensors.
     """
 
     labels: torch.Tensor
     teacher: torch.Tensor
     mask: torch.Tensor
-    places: torch.Tensor
+    positions: torch.Tensor
 
     @classmethod
     def from_labels(cls, labels: torch.Tensor) -> Lists:
@@ -53,15 +53,17 @@ class Lists:
         most = int(sizes.max())
         column = torch.arange(most, device=labels.device)
         mask = column[None] < sizes[:, None]
-        places = mask.flatten().nonzero().flatten()
+        positions = mask.flatten().nonzero().flatten()
         empty = labels.new_zeros(mask.numel())
-        padded = [empty.index_copy(0, places, labels[:, at]).view_as(mask).float() for at in (0, 1)]
-        return cls(padded[0], padded[1], mask, places)
+        padded = [
+            empty.index_copy(0, positions, labels[:, at]).view_as(mask).float() for at in (0, 1)
+        ]
+        return cls(padded[0], padded[1], mask, positions)
 
     def pad(self, logits: torch.Tensor) -> torch.Tensor:
         """Returns `logits` (documents,) as float32 (lists, longest), padded with 0."""
         padded = logits.new_zeros(self.mask.numel(), dtype=_float32())
-        return padded.index_copy(0, self.places, logits.float().flatten()).view_as(self.mask)
+        return padded.index_copy(0, self.positions, logits.float().flatten()).view_as(self.mask)
 
     @property
     def pairs(self) -> torch.Tensor:

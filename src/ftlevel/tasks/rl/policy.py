@@ -66,8 +66,8 @@ class RlTask(TextTask):
 
     def inference_config(self, config: DataConfig, data_info: Mapping[str, Any]) -> dict[str, Any]:
         """Returns the settings by which an evaluation samples and scores held-out prompts."""
-        places = [_absolute(spec) for spec in self.config.rewards]
-        values = {"rl": {**self.config.model_dump(mode="json"), "reward": places}}
+        specs = [_absolute(spec) for spec in self.config.rewards]
+        values = {"rl": {**self.config.model_dump(mode="json"), "reward": specs}}
         if self.teacher is None:
             return values
         path = Path(self.teacher).expanduser()

@@ -204,11 +204,12 @@ class Rewards:
             self.failures[name] += len(failed)
             return
         first, count = failed[0], len(batch["texts"])
-        place = where[first] if where else f"prompt {_shown(batch['prompts'][first])}"
+        location = where[first] if where else f"prompt {_shown(batch['prompts'][first])}"
         which = f"of {count} completions, the first" if len(failed) == count > 1 else "completion"
         raise RewardError(
-            f"--reward {name} failed: {problem}. {place}: {which}: {_shown(batch['texts'][first])}"
-            "\nCorrect it and resume with --resume, or use --on-reward-error zero."
+            f"--reward {name} failed: {problem}. {location}: {which}: "
+            f"{_shown(batch['texts'][first])}\nCorrect it and resume with --resume, or use "
+            "--on-reward-error zero."
         )
 
     def _start(self) -> list[dict[str, Any]]:

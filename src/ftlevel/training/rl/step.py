@@ -126,11 +126,11 @@ def compute_metrics(
     all_groups: Sequence[GroupStatistics], names: Sequence[str]
 ) -> dict[str, float]:
     """Returns the log metrics of all sampled groups; `names` are the reward functions' names."""
-    ordered = sorted(all_groups, key=lambda facts: facts.row)
-    rewards = np.stack([facts.rewards for facts in ordered])
-    scores = np.concatenate([facts.scores for facts in ordered])
-    lengths = np.concatenate([facts.lengths for facts in ordered])
-    finished = np.concatenate([facts.ended for facts in ordered])
+    ordered = sorted(all_groups, key=lambda group: group.row)
+    rewards = np.stack([group.rewards for group in ordered])
+    scores = np.concatenate([group.scores for group in ordered])
+    lengths = np.concatenate([group.lengths for group in ordered])
+    finished = np.concatenate([group.ended for group in ordered])
     metrics: dict[str, float] = {"reward": _mean(rewards), "reward_std": _mean_std(rewards)}
     if len(names) > 1:
         metrics |= {f"reward_{name}": _mean(scores[:, at]) for at, name in enumerate(names)}
@@ -139,8 +139,8 @@ def compute_metrics(
         metrics["groups_with_signal"] = float(mask.mean())
     metrics["completion_length"] = float(lengths.mean())
     metrics["truncated"] = float(1 - finished.mean())
-    if any(facts.entropy for facts in ordered):  # a server returns none
-        metrics["entropy"] = float(sum(facts.entropy for facts in ordered) / lengths.sum())
+    if any(group.entropy for group in ordered):  # a server returns none
+        metrics["entropy"] = float(sum(group.entropy for group in ordered) / lengths.sum())
     metrics["completion_tokens"] = float(lengths.sum())
     return {name: value for name, value in metrics.items() if not np.isnan(value)}
 

@@ -28,7 +28,7 @@ def test_each_row_keeps_its_place() -> None:
         "a0": "a.jsonl:1", "a1": "a.jsonl:3", "a2": "a.jsonl:5", "a3": "a.jsonl:7",
         "b0": "b.jsonl:1", "b1": "b.jsonl:3", "c0": "c.jsonl:1",
     }  # fmt: skip
-    assert joined.place(joined.dropped[0].line) == "a.jsonl:12"
+    assert joined.location(joined.dropped[0].line) == "a.jsonl:12"
     taken = joined.take([0, 3])
     assert [taken.where(0), taken.where(1)] == [joined.where(0), joined.where(3)]
 

@@ -130,18 +130,19 @@ def _describe(error: csv.Error, path: Path, line: int) -> str:
     )
 
 
-def check_header(header: list[str], place: str) -> None:
-    """Raise `InputError` if a column name is empty or occurs twice; `place` is for messages."""
+def check_header(header: list[str], location: str) -> None:
+    """Raise `InputError` if a column name is empty or occurs twice; `location` is for messages."""
     repeated = sorted({name for name in header if header.count(name) > 1 and name})
     if repeated:
         raise InputError(
-            f"{place}: the header has {join_names(map(quote, repeated))} twice. Rename one of them."
+            f"{location}: the header has {join_names(map(quote, repeated))} twice. Rename one of "
+            "them."
         )
     if "" in header:
         number = header.index("") + 1
         pandas = " It looks like a pandas index: write with index=False." if number == 1 else ""
         raise InputError(
-            f"{place}: column {number} of the header has no name.{pandas} Name every column."
+            f"{location}: column {number} of the header has no name.{pandas} Name every column."
         )
 
 
