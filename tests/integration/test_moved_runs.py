@@ -95,7 +95,7 @@ def test_the_place_of_the_base(
     assert run(command) == 2
     line = capsys.readouterr().err.splitlines()[-1]
     assert f"looked for at {project}/base" in line
-    assert line.endswith("Name its place: --model PATH.  [adapters]")
+    assert line.endswith("Pass its path: --model PATH.  [adapters]")
     other = str(tiny_model_dir("llama", chat=True, seed=1))
     assert run([*command, "--model", other]) == 2
     line = capsys.readouterr().err.splitlines()[-1]
@@ -133,7 +133,7 @@ def test_the_runs_own_rows_under_another_name(
     assert run(["evaluate", "run"]) == 2
     assert capsys.readouterr().err == (
         f"ftlevel: run: data.dataset is not where it was, and was looked for at "
-        f"{project}/rows.jsonl. Name its place: --dataset PATH.  [adapters]\n"
+        f"{project}/rows.jsonl. Pass its path: --dataset PATH.  [adapters]\n"
     )
     found = evaluate(EvaluateConfig(name="run", dataset="moved.jsonl", resamples=0))
     assert found.summary["data"]["split"] == "validation"
@@ -159,3 +159,11 @@ def test_another_setting_is_refused_before_the_model_loads(
     shutil.rmtree("run/checkpoints/checkpoint-1")
     shutil.rmtree("run/checkpoints/checkpoint-2")
     assert run(["train", "--output-dir", "run", "--resume", "--quiet"]) == 0, "it is done"
+
+
+def test_base_with_the_recorded_weights_is_preferred(
+    project: Path, tiny_model_dir: TinyModelDir
+) -> None:
+    shutil.copytree("run", "other/run")
+    shutil.copytree(tiny_model_dir("llama", chat=True, seed=1), "other/base")
+    assert loss("other/run") == loss("run")

@@ -14,7 +14,7 @@ import typer
 from typer.core import TyperCommand
 
 from ftlevel.artifacts.files import format_interrupt
-from ftlevel.artifacts.places import PLACES, check_paths, load_run_config
+from ftlevel.artifacts.paths import PLACES, check_paths, load_run_config
 from ftlevel.artifacts.run_directory import CONFIG
 from ftlevel.cli.spelling import (
     FlagSpec,

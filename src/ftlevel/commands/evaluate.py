@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ftlevel.artifacts.files import check_new_output, rows_fingerprint
-from ftlevel.artifacts.places import DATA_PATHS, check_paths, load_run_config
+from ftlevel.artifacts.paths import DATA_PATHS, check_paths, load_run_config
 from ftlevel.artifacts.row_files import row_file_type, save_rows
 from ftlevel.config import (
     SPECS,

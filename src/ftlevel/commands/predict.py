@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import IO, Any
 
-from ftlevel.artifacts.places import load_run_config
+from ftlevel.artifacts.paths import load_run_config
 from ftlevel.artifacts.row_files import check_row_file, row_file_type
 from ftlevel.artifacts.row_sinks import LineStream, RowColumns, RowFile, RowList, RowSink
 from ftlevel.config import PredictConfig, TrainConfig, build_config

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ftlevel.artifacts.cards import CARD, AdapterCard, load_card
-from ftlevel.artifacts.places import DATA_PATHS, check_paths, load_run_config
+from ftlevel.artifacts.paths import DATA_PATHS, check_paths, load_run_config
 from ftlevel.config import DataConfig, MergeConfig, QuantConfig, build_config
 from ftlevel.config.section import Choice
 from ftlevel.data.encoding.chat import set_chat_template

@@ -19,7 +19,7 @@ from ftlevel.artifacts.files import (
     hash_weights,
     write_json,
 )
-from ftlevel.artifacts.places import relative_path, resolve_relative
+from ftlevel.artifacts.paths import relative_path, resolve_relative
 from ftlevel.artifacts.run_directory import CHECKPOINTS, CONFIG, get_run_dir
 from ftlevel.artifacts.sentence_transformers import get_task_type
 from ftlevel.config.methods.lora import BASE_MODIFYING_INITS
@@ -396,7 +396,7 @@ def check_adapter_checkpoint(adapter_dir: Path) -> None:
 
 
 _LOCAL = ("directory", "gguf")
-_WAY_OUT = "If it is elsewhere now, name its place: --model PATH."
+_WAY_OUT = "If it was moved, pass its path: --model PATH."
 
 
 def resolve_base(
@@ -440,7 +440,7 @@ def _resolve_local_base(card: AdapterCard, adapter_dir: Path) -> ModelSource:
     if not existing:
         raise InputError(
             f"the base model of {adapter_dir} is not there (looked for at "
-            f"{join_names(map(str, paths))}). Name its place: --model PATH."
+            f"{join_names(map(str, paths))}). Pass its path: --model PATH."
         )
     expected = card.base.get("fingerprint")
     if len(existing) > 1:

@@ -14,7 +14,7 @@ from ftlevel.artifacts.cards import create_readme, generate_command
 from ftlevel.artifacts.checkpoints import delete_unreachable_best
 from ftlevel.artifacts.files import flush, flush_all
 from ftlevel.artifacts.hub import push
-from ftlevel.artifacts.places import relative_path
+from ftlevel.artifacts.paths import relative_path
 from ftlevel.artifacts.run_directory import RunDirectory, delete_adapter, record_files
 from ftlevel.config import IN_MEMORY, MethodConfig, OutputConfig
 from ftlevel.data.prepare.streaming import StreamedRows

@@ -15,7 +15,7 @@ from typing import Any
 from ftlevel.artifacts import checkpoints
 from ftlevel.artifacts.checkpoints import delete_best_after, step_of
 from ftlevel.artifacts.files import hash_weights, write_json
-from ftlevel.artifacts.places import save_relative_paths
+from ftlevel.artifacts.paths import save_relative_paths
 from ftlevel.artifacts.run_directory import ORIGIN, RunDirectory, mark_resumed, open_run
 from ftlevel.config import ModelConfig, OutputConfig
 from ftlevel.config.section import Choice

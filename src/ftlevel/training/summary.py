@@ -14,7 +14,7 @@ from typing import Any
 from ftlevel._version import __version__
 from ftlevel.artifacts.cards import AdapterCard, library_versions
 from ftlevel.artifacts.files import base_fingerprint
-from ftlevel.artifacts.places import make_paths_absolute
+from ftlevel.artifacts.paths import make_paths_absolute
 from ftlevel.data.prepare.streaming import StreamedRows
 from ftlevel.evaluation.scoring import Evaluator
 from ftlevel.methods import needs_import

@@ -9,6 +9,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
 from ftlevel.errors import InputError
+from ftlevel.methods.base import shortest_names
 from ftlevel.models.families import lora_parameters
 from ftlevel.models.module_tree import get_heads
 from ftlevel.models.targets import (
@@ -357,3 +358,9 @@ def test_meta_model_of_each_kind() -> None:
 
 def test_lora_parameters() -> None:
     assert lora_parameters(4096, 11008, 8) == 8 * (4096 + 11008)
+
+
+def test_short_target_names_match_no_other_module() -> None:
+    names = ["blocks.0.q_proj", "blocks.1.q_proj", "head.q_proj"]
+    assert shortest_names(names, names) == {"q_proj"}
+    assert shortest_names(names[:2], names) == {"0.q_proj", "1.q_proj"}

@@ -45,6 +45,8 @@ DAMAGES: list[tuple[Callable[[Path], Any], str]] = [
     (lambda d: edit_config(d, peft_type="LORAA"), "type 'LORAA', which PEFT .* 'LORA'"),
     (lambda d: edit_weights(d, lambda w: w[A][0].__setitem__(0, float("nan"))),
      f"has NaN or infinity in 1 of its tensors: {A}"),
+    (lambda d: edit_weights(d, lambda w: w.update({A.replace("q_proj", "o_proj"): w[A].clone()})),
+     r"0 weights of the adapter are missing and 1 are unknown, such as .*o_proj"),
 ]  # fmt: skip
 
 

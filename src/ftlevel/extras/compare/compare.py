@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ftlevel.artifacts.files import check_new_output, write_json, write_text
-from ftlevel.artifacts.places import make_paths_absolute
+from ftlevel.artifacts.paths import make_paths_absolute
 from ftlevel.artifacts.run_directory import CONFIG, SUMMARY, check_lock
 from ftlevel.commands.evaluate import evaluate
 from ftlevel.commands.plan import PlanOptions, plan

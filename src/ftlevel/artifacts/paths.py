@@ -105,7 +105,7 @@ def check_paths(run_dir: Path, values: Mapping[str, Any], names: Sequence[str] =
             paths = [str(path) for path in _candidates(original, relative, run_dir)]
             missing.append(
                 f"{run_dir}: {field} is not where it was, and was looked for at "
-                f"{join_names(paths)}. Name its place: {_FIELDS[field]} PATH."
+                f"{join_names(paths)}. Pass its path: {_FIELDS[field]} PATH."
             )
         return original
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from ftlevel.artifacts.places import (
+from ftlevel.artifacts.paths import (
     check_paths,
     load_run_config,
     make_paths_absolute,
@@ -78,7 +78,7 @@ def test_what_is_nowhere_is_named_with_the_places_and_the_flag(project: Path) ->
         check_paths(run, values)
     assert str(caught.value) == (
         f"{run}: data.dataset is not where it was, and was looked for at {project}/rows.jsonl. "
-        "Name its place: --dataset PATH."
+        "Pass its path: --dataset PATH."
     )
     check_paths(run, values, ["data.also"])
     values["data"]["dataset"] = "mine.jsonl"  # the user's word, of which others complain
