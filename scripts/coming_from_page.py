@@ -14,7 +14,7 @@ from ftlevel.cli.app import build_app
 from ftlevel.errors import ConfigError
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
-from cli.spellings import SPELLINGS, Spelled
+from cli.spellings import SPELLINGS, ForeignFlag
 
 _HEAD = """\
 # Coming from another tool
@@ -59,7 +59,7 @@ def _tables() -> Iterator[str]:
             yield from ("", f"Accepted without effect, as ftlevel always does this: {names}.")
 
 
-def _is_rename(row: Spelled) -> bool:
+def _is_rename(row: ForeignFlag) -> bool:
     """Return whether a spelling sets one field to the value that was typed."""
     typed = shlex.split(row.typed)
     if len(row.sets) != 1 or len(typed) != 2:
@@ -68,7 +68,7 @@ def _is_rename(row: Spelled) -> bool:
     return typed[1] == _shown(value) or (isinstance(value, float) and float(typed[1]) == value)
 
 
-def _here(row: Spelled) -> str:
+def _here(row: ForeignFlag) -> str:
     """Return what comes of a row; of one that is refused, the line that says so."""
     if row.sets:
         fields = ", ".join(f"`{path}: {_shown(value)}`" for path, value in row.sets.items())

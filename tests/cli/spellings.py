@@ -1,6 +1,6 @@
-"""What people type to other tools, from these tools' own examples, and what comes of it here.
+"""Flags from other tools' own examples, and what ftlevel does with each.
 
-docs/coming-from.md is made of this table, and `test_spellings.py` holds it against the program.
+docs/coming-from.md is generated from this table; `test_spellings.py` checks it against the CLI.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ UNSLOTH = "Unsloth"
 
 
 @dataclass(frozen=True)
-class Spelled:
-    """One thing that is typed.
+class ForeignFlag:
+    """One flag as typed for another tool.
 
     Attributes:
-        tool: whose it is.
-        example: of that tool, in which it stands or whose option it is.
-        typed: name and value.
-        sets: the fields that must have these values, which they have not without it.
-        agrees: a part of the line that says why nothing has to be set.
-        answer: a part of the line with which it is refused.
-        beside: what else is on the command line, for what goes with another flag alone.
+        tool: the other tool.
+        example: the tool's example or option from which it comes.
+        typed: flag and value.
+        sets: expected field values, which differ from the defaults.
+        agrees: part of the docs line that says why nothing has to be set.
+        answer: part of the error message if the flag is rejected.
+        beside: further arguments that the flag needs.
     """
 
     tool: str
@@ -38,34 +38,34 @@ class Spelled:
     sets: Mapping[str, Any] = field(default_factory=dict)
     agrees: str = ""
     answer: str = ""
-    beside: str = ""
+    extra: str = ""
 
     @property
     def is_accepted(self) -> bool:
-        """Whether the command line goes on."""
+        """Whether the command line is accepted."""
         return not self.answer
 
 
-def _sets(tool: str, example: str, *rows: tuple[Any, ...]) -> list[Spelled]:
-    """Return rows of (typed, field, value, …) that one example gives."""
+def _sets(tool: str, example: str, *rows: tuple[Any, ...]) -> list[ForeignFlag]:
+    """Return rows of (typed, field, value, …) from one example."""
     return [
-        Spelled(tool, example, typed, dict(zip(rest[::2], rest[1::2], strict=True)))
+        ForeignFlag(tool, example, typed, dict(zip(rest[::2], rest[1::2], strict=True)))
         for typed, *rest in rows
     ]
 
 
-def _agrees(tool: str, example: str, *rows: tuple[str, str]) -> list[Spelled]:
-    return [Spelled(tool, example, typed, agrees=reason) for typed, reason in rows]
+def _agrees(tool: str, example: str, *rows: tuple[str, str]) -> list[ForeignFlag]:
+    return [ForeignFlag(tool, example, typed, agrees=reason) for typed, reason in rows]
 
 
-def _answers(tool: str, example: str, *rows: tuple[str, str]) -> list[Spelled]:
-    return [Spelled(tool, example, typed, answer=answer) for typed, answer in rows]
+def _answers(tool: str, example: str, *rows: tuple[str, str]) -> list[ForeignFlag]:
+    return [ForeignFlag(tool, example, typed, answer=answer) for typed, answer in rows]
 
 
 MODEL, DATA = "model.name_or_path", "data.dataset"
 _QV = ["q_proj", "v_proj"]
 
-SPELLINGS: list[Spelled] = [
+SPELLINGS: list[ForeignFlag] = [
     *_sets(
         TRANSFORMERS, "run_glue.py",
         ("--model_name_or_path bert-base-cased", MODEL, "bert-base-cased"),
@@ -94,8 +94,8 @@ SPELLINGS: list[Spelled] = [
         ("--model_revision v2", "model.revision", "v2"),
         ("--train_split_name train[:90%]", "data.split", "train[:90%]"),
     ),
-    Spelled(TRANSFORMERS, "run_classification.py", "--do_regression true",
-            {"data.problem_type": "regression"}, beside="--task text-classification"),
+    ForeignFlag(TRANSFORMERS, "run_classification.py", "--do_regression true",
+                {"data.problem_type": "regression"}, extra="--task text-classification"),
     *_agrees(
         TRANSFORMERS, "run_classification.py",
         ("--ignore_mismatched_sizes", "a head that does not fit is newly initialized"),
@@ -137,15 +137,15 @@ SPELLINGS: list[Spelled] = [
         ("--overwrite_cache", "data.cache", False),
         ("--trust_remote_code true", "model.trust_remote_code", True),
     ),
-    Spelled(TRANSFORMERS, "run_clm.py", "--streaming", {"data.streaming": True},
-            beside="--max_steps 5"),
+    ForeignFlag(TRANSFORMERS, "run_clm.py", "--streaming", {"data.streaming": True},
+                extra="--max_steps 5"),
     *_answers(
         TRANSFORMERS, "run_clm.py",
         ("--config_overrides n_embd=1024", "read from the model's config.json. Edit it, "
                                            "and drop the flag."),
         ("--model_type gpt2", "read from the model's config. Drop it."),
     ),
-    Spelled(TRANSFORMERS, "run_mlm.py", "--mlm_probability 0.2", {"data.mlm_probability": 0.2}),
+    ForeignFlag(TRANSFORMERS, "run_mlm.py", "--mlm_probability 0.2", {"data.mlm_probability": 0.2}),
     *_agrees(TRANSFORMERS, "run_mlm.py", ("--line_by_line", "each row is a text of its own")),
     *_sets(
         TRANSFORMERS, "run_summarization.py",
@@ -162,7 +162,7 @@ SPELLINGS: list[Spelled] = [
                                           "generate. Drop it; add text for every source to the "
                                           "data."),
     ),
-    *(Spelled(TRANSFORMERS, "run_translation.py", typed, sets, beside="--task translation")
+    *(ForeignFlag(TRANSFORMERS, "run_translation.py", typed, sets, extra="--task translation")
       for typed, sets in (("--source_lang en", {"data.source_language": "en"}),
                           ("--target_lang ro", {"data.target_language": "ro"}))),
     *_sets(
@@ -203,8 +203,8 @@ SPELLINGS: list[Spelled] = [
         ("--report_to tensorboard", "output.report_to", ("tensorboard",)),
         ("--use_liger_kernel", "speed.liger_kernel", True),
     ),
-    Spelled(TRANSFORMERS, "TrainingArguments", "--resume_from_checkpoint true",
-            {"output.resume": True}, beside="--output_dir out --dataset builtin:docstrings"),
+    ForeignFlag(TRANSFORMERS, "TrainingArguments", "--resume_from_checkpoint true",
+                {"output.resume": True}, extra="--output_dir out --dataset builtin:docstrings"),
     *_agrees(
         TRANSFORMERS, "TrainingArguments",
         ("--remove_unused_columns false", "columns that are not used are only named"),
@@ -237,8 +237,8 @@ SPELLINGS: list[Spelled] = [
         ("--eval_strategy epoch", "train.eval_strategy", "epoch"),
         ("--bf16 True", "model.dtype", "bfloat16"),
     ),
-    Spelled(PEFT, "sft/run_peft.sh", "--use_nested_quant True", {"quant.double_quant": True},
-            beside="--use_4bit_quantization True"),
+    ForeignFlag(PEFT, "sft/run_peft.sh", "--use_nested_quant True", {"quant.double_quant": True},
+                extra="--use_4bit_quantization True"),
     *_agrees(
         PEFT, "sft/run_peft.sh",
         ("--use_peft_lora True", "an adapter is trained"),
@@ -301,10 +301,10 @@ SPELLINGS: list[Spelled] = [
         ("--optim paged_adamw_8bit", "train.optim", "paged_adamw_8bit"),
         ("--lora_target_parameters experts", "method.target_parameters", "experts"),
     ),
-    Spelled(TRL, "trl sft", "--use_bnb_nested_quant", {"quant.double_quant": True},
-            beside="--load_in_4bit"),
-    Spelled(TRL, "trl sft", "--dataset_streaming", {"data.streaming": True},
-            beside="--max_steps 5"),
+    ForeignFlag(TRL, "trl sft", "--use_bnb_nested_quant", {"quant.double_quant": True},
+                extra="--load_in_4bit"),
+    ForeignFlag(TRL, "trl sft", "--dataset_streaming", {"data.streaming": True},
+                extra="--max_steps 5"),
     *_agrees(
         TRL, "trl sft",
         ("--use_peft", "an adapter is trained"),
@@ -323,7 +323,7 @@ SPELLINGS: list[Spelled] = [
         ("--top_k 50", "another distribution than the one that is trained"),
     ),
     *(
-        Spelled(TRL, "trl grpo", typed, sets, beside="--task rl --reward exact")
+        ForeignFlag(TRL, "trl grpo", typed, sets, extra="--task rl --reward exact")
         for typed, sets in (
             ("--num_generations 4", {"rl.num_generations": 4}),
             ("--max_completion_length 64", {"rl.max_completion_length": 64}),
@@ -352,7 +352,7 @@ SPELLINGS: list[Spelled] = [
             ),
         )
     ),
-    Spelled(
+    ForeignFlag(
         TRL,
         "trl grpo",
         "--reward_funcs accuracy_reward think_format_reward --task rl",
@@ -419,10 +419,10 @@ SPELLINGS: list[Spelled] = [
         ("--flash_attn fa2", "model.attn_implementation", "flash_attention_2"),
         ("--packing false", "speed.pack", False),
     ),
-    Spelled(LLAMA_FACTORY, "data arguments", "--interleave_probs 0.7,0.3",
-            {"data.mix": (0.7, 0.3)}, beside="--dataset a,b"),
-    Spelled(LLAMA_FACTORY, "data arguments", "--buffer_size 500", {"data.shuffle_buffer": 500},
-            beside="--streaming --max_steps 5"),
+    ForeignFlag(LLAMA_FACTORY, "data arguments", "--interleave_probs 0.7,0.3",
+                {"data.mix": (0.7, 0.3)}, extra="--dataset a,b"),
+    ForeignFlag(LLAMA_FACTORY, "data arguments", "--buffer_size 500", {"data.shuffle_buffer": 500},
+                extra="--streaming --max_steps 5"),
     *_agrees(
         LLAMA_FACTORY, "train_qlora and extras",
         ("--quantization_method bnb", "weights are quantized by bitsandbytes"),
@@ -461,8 +461,8 @@ SPELLINGS: list[Spelled] = [
         ("--truncation_strategy delete", "data.overlong", "drop"),
         ("--save_strategy steps", "train.save_strategy", "steps"),
     ),
-    Spelled(MS_SWIFT, "seq_cls/regression/sft.sh", "--problem_type regression",
-            {"data.problem_type": "regression"}, beside="--task_type seq_cls"),
+    ForeignFlag(MS_SWIFT, "seq_cls/regression/sft.sh", "--problem_type regression",
+                {"data.problem_type": "regression"}, extra="--task_type seq_cls"),
     *_agrees(
         MS_SWIFT, "packing, qlora and seq_cls",
         ("--packing true", "each attending to itself only"),
@@ -474,7 +474,7 @@ SPELLINGS: list[Spelled] = [
         ("--num_labels 2", "the classes are counted in the data"),
         ("--init_weights lora-ga", "'lora-ga' is not known"),
     ),
-    Spelled(
+    ForeignFlag(
         MS_SWIFT,
         "examples/train/grpo",
         "--rlhf_type grpo --reward_funcs accuracy --max_completion_length 128",
@@ -491,8 +491,8 @@ SPELLINGS: list[Spelled] = [
         ("--push_to_hub --hub_model_id me/mine", "output.push_to_hub", "me/mine"),
         ("--push_to_hub me/mine", "output.push_to_hub", "me/mine"),
     ),
-    Spelled(TRANSFORMERS, "TrainingArguments", "--hub_private_repo true",
-            {"output.hub_private": True}, beside="--push_to_hub me/mine"),
+    ForeignFlag(TRANSFORMERS, "TrainingArguments", "--hub_private_repo true",
+                {"output.hub_private": True}, extra="--push_to_hub me/mine"),
     *_sets(TRANSFORMERS, "TrainingArguments", ("--data_seed 3", "train.data_seed", 3)),
     *_agrees(
         TRANSFORMERS, "TrainingArguments",
@@ -533,22 +533,22 @@ SPELLINGS: list[Spelled] = [
         ("--optim lion_8bit", "train.optim", "lion_8bit"),
         ("--optim adamw_bnb_8bit", "train.optim", "adamw_8bit"),
     ),
-    Spelled(TRANSFORMERS, "TrainingArguments", """--lr_scheduler_kwargs '{"num_cycles": 3}'""",
-            {"train.lr_scheduler_kwargs": {"num_cycles": 3}},
-            beside="--lr_scheduler_type cosine_with_restarts"),
+    ForeignFlag(TRANSFORMERS, "TrainingArguments", """--lr_scheduler_kwargs '{"num_cycles": 3}'""",
+                {"train.lr_scheduler_kwargs": {"num_cycles": 3}},
+                extra="--lr_scheduler_type cosine_with_restarts"),
     *_sets(
         TRANSFORMERS, "run_summarization.py",
         ("--num_beams 4", "train.num_beams", 4),
         ("--generation_num_beams 4", "train.num_beams", 4),
     ),
-    Spelled(TRANSFORMERS, "TrainingArguments", "--optim_args momentum=0.9,nesterov=true",
-            {"train.optim_args": {"momentum": 0.9, "nesterov": True}}, beside="--optim sgd"),
+    ForeignFlag(TRANSFORMERS, "TrainingArguments", "--optim_args momentum=0.9,nesterov=true",
+                {"train.optim_args": {"momentum": 0.9, "nesterov": True}}, extra="--optim sgd"),
     *_answers(
         TRANSFORMERS, "TrainingArguments",
         ("--optim galore_adamw", "keeps the gradients of whole weights in low rank"),
     ),
-    Spelled(AXOLOTL, "llama-3/lora-1b.yml", "--wandb-project mine",
-            {"output.tracker_project": "mine"}, beside="--report-to wandb"),
+    ForeignFlag(AXOLOTL, "llama-3/lora-1b.yml", "--wandb-project mine",
+                {"output.tracker_project": "mine"}, extra="--report-to wandb"),
     *_answers(
         AXOLOTL, "config reference",
         ("--wandb-entity me", "environment variable"),
@@ -581,8 +581,8 @@ SPELLINGS: list[Spelled] = [
         ("--enable-wandb", "output.report_to", ("wandb",)),
         ("--gradient-checkpointing unsloth", "train.gradient_checkpointing", True),
     ),
-    Spelled(UNSLOTH, "unsloth train", "--use-loftq", {"method.init_lora_weights": "loftq"},
-            beside="--load-in-4bit"),
+    ForeignFlag(UNSLOTH, "unsloth train", "--use-loftq", {"method.init_lora_weights": "loftq"},
+                extra="--load-in-4bit"),
     *_agrees(
         UNSLOTH, "unsloth-cli.py",
         ("--save_model", "the adapter is saved"),

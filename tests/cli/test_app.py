@@ -1,4 +1,4 @@
-"""The program: its commands, its spellings, its exit codes, and what it does not import."""
+"""The program: commands, flag spellings, exit codes, and modules that are not imported."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ HEAVY = ("torch", "transformers", "peft", "datasets", "numpy", "accelerate")
 
 
 @pytest.mark.parametrize("name", commands())
-def test_the_summary_of_a_command_is_the_first_line_of_its_help(name: str) -> None:
-    place, summary = commands()[name]
-    module, _, attribute = place.partition(":")
+def test_command_summary_is_first_docstring_line(name: str) -> None:
+    target, summary = commands()[name]
+    module, _, attribute = target.partition(":")
     function = getattr(importlib.import_module(module), attribute)
     assert (function.__doc__ or "").strip().splitlines()[0] == summary
 
 
-def test_without_arguments_help_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_arguments_prints_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert run([]) == 0
-    shown = capsys.readouterr()
-    assert shown.out.startswith("Usage: ftlevel [OPTIONS] COMMAND")
-    assert shown.err == ""
+    output = capsys.readouterr()
+    assert output.out.startswith("Usage: ftlevel [OPTIONS] COMMAND")
+    assert output.err == ""
 
 
 @pytest.mark.parametrize("name", commands())
-def test_every_command_has_a_help(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_command_has_help(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run([name, "--help"]) == 0
     assert capsys.readouterr().out.startswith(f"Usage: ftlevel {name} ")
 
@@ -44,29 +44,31 @@ def test_every_command_has_a_help(name: str, capsys: pytest.CaptureFixture[str])
 @pytest.mark.parametrize(
     "arguments", [["--help"], ["train", "--help"], ["list-targets", "llama"], ["train", "--schema"]]
 )
-def test_help_and_tables_need_no_heavy_import(arguments: list[str]) -> None:
+def test_help_and_tables_import_no_heavy_library(arguments: list[str]) -> None:
     code = (
         f"import sys; from ftlevel.cli.app import run; code = run({arguments!r}); loaded = [m for "
         f"m in {HEAVY!r} if m in sys.modules]; print(loaded, file=sys.stderr); sys.exit(code)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 0
-    assert done.stderr.strip().splitlines()[-1] == "[]"
+    process = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False
+    )
+    assert process.returncode == 0
+    assert process.stderr.strip().splitlines()[-1] == "[]"
 
 
-def test_python_dash_m_is_the_same_program() -> None:
+def test_python_dash_m_prints_version() -> None:
     command = [sys.executable, "-m", "ftlevel", "--version"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert done.stdout.startswith("ftlevel ")
+    process = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert process.stdout.startswith("ftlevel ")
 
 
-def test_the_version_in_one_letter(capsys: pytest.CaptureFixture[str]) -> None:
+def test_short_version_flag(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["-V"]) == 0
     assert capsys.readouterr().out.startswith("ftlevel ")
 
 
 @pytest.mark.parametrize(
-    ("typed", "offered"),
+    ("typed", "completions"),
     [
         ("ftlevel quan", ["quantize"]),
         ("ftlevel train --method p", ["p-tuning", "prefix", "prompt"]),
@@ -81,9 +83,9 @@ def test_the_version_in_one_letter(capsys: pytest.CaptureFixture[str]) -> None:
         ("ftlevel train --label-smoo", ["--label-smoothing-factor"]),
     ],
 )
-def test_what_a_shell_is_offered(
+def test_shell_completion(
     typed: str,
-    offered: list[str],
+    completions: list[str],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -99,10 +101,10 @@ def test_what_a_shell_is_offered(
     monkeypatch.setenv("COMP_CWORD", str(typed.count(" ")))
     with pytest.raises(SystemExit):
         raise SystemExit(run([]))
-    assert capsys.readouterr().out.split() == offered
+    assert capsys.readouterr().out.split() == completions
 
 
-def test_no_flag_runs_into_its_help(
+def test_long_flag_help_starts_on_next_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("COLUMNS", "80")
@@ -114,8 +116,8 @@ def test_no_flag_runs_into_its_help(
     assert max(map(len, lines)) <= 80
 
 
-def test_every_field_has_a_consumer() -> None:
-    """A field that no code below the configuration reads would be a flag that does nothing.
+def test_every_config_field_is_used() -> None:
+    """A field that nothing below the configuration reads would be a flag without effect.
 
     `methods.updates.LinearUpdate` passes all fields of a spec to the config of PEFT, which has
     them.
@@ -123,9 +125,9 @@ def test_every_field_has_a_consumer() -> None:
     from peft import PEFT_TYPE_TO_CONFIG_MAPPING
 
     source = Path(importlib.import_module("ftlevel").__file__ or "").parent
-    above = {source / "cli", source / "config"}
-    rooms = [room for room in source.iterdir() if room.is_dir() and room not in above]
-    text = "\n".join(p.read_text() for room in rooms for p in room.rglob("*.py"))
+    config_layers = {source / "cli", source / "config"}
+    packages = [room for room in source.iterdir() if room.is_dir() and room not in config_layers]
+    text = "\n".join(p.read_text() for room in packages for p in room.rglob("*.py"))
     text += (source / "config/train.py").read_text()
     sections = [f.annotation for f in TrainConfig.model_fields.values()]
     models = [
@@ -133,7 +135,7 @@ def test_every_field_has_a_consumer() -> None:
         *(s for s in sections if hasattr(s, "model_fields")),
         *{config for name in commands() if (config := config_of(name)) not in (None, TrainConfig)},
     ]
-    passed = {
+    passed_to_peft = {
         (spec, name)
         for kind, spec in SPECS.items()
         if MODULES[kind] == "updates"
@@ -141,17 +143,17 @@ def test_every_field_has_a_consumer() -> None:
             spec.model_fields["kind"].default.upper()
         ]().to_dict()
     }
-    idle = [
+    unused = [
         f"{model.__name__}.{name}"
         for model in models
         for name, info in model.model_fields.items()
         if name != "kind"
         and info.annotation is not type(None)  # a validator translates it into other fields
-        and (model, name) not in passed
+        and (model, name) not in passed_to_peft
         and f".{name}" not in text
         and f'"{name}"' not in text
     ]
-    assert idle == []
+    assert unused == []
 
 
 @pytest.mark.parametrize(
@@ -183,7 +185,7 @@ def test_every_field_has_a_consumer() -> None:
         ),
     ],
 )
-def test_a_mistake_is_one_line_and_exit_2(
+def test_usage_error_prints_one_line_and_exits_2(
     arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(arguments) == 2
@@ -194,62 +196,62 @@ def test_a_mistake_is_one_line_and_exit_2(
     assert message in captured.err
 
 
-def test_schema_is_json(capsys: pytest.CaptureFixture[str]) -> None:
+def test_schema_prints_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["train", "--schema"]) == 0
     assert json.loads(capsys.readouterr().out)["title"] == "TrainConfig"
 
 
 @pytest.mark.parametrize("as_json", [True, False])
-def test_ctrl_c_is_said_wherever_it_comes(
+def test_ctrl_c_while_resolving_is_reported(
     as_json: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     import ftlevel.training.session as engine
 
-    def press(*_: object, **__: object) -> None:
+    def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(engine, "resolve", press)
+    monkeypatch.setattr(engine, "resolve", interrupt)
     monkeypatch.setattr("ftlevel.artifacts.files._outputs", [])  # what other tests wrote
     assert run(["train", *(["--json"] if as_json else [])]) == 130
-    shown = capsys.readouterr()
-    assert shown.err == "ftlevel: interrupted; nothing was saved.\n"
+    output = capsys.readouterr()
+    assert output.err == "ftlevel: interrupted; nothing was saved.\n"
     if as_json:
-        assert json.loads(shown.out) == {"error": "interrupted; nothing was saved.",
-                                         "exit_code": 130}  # fmt: skip
+        assert json.loads(output.out) == {"error": "interrupted; nothing was saved.",
+                                          "exit_code": 130}  # fmt: skip
 
 
-def test_ctrl_c_while_the_arguments_are_read(
+def test_ctrl_c_while_parsing_arguments_is_reported(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Typer returns 130 for it, and says nothing."""
+    """Typer alone would return 130 without a message."""
 
-    def press(*_: object) -> None:
+    def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("ftlevel.cli.flags.FtlevelCommand.parse_args", press)
+    monkeypatch.setattr("ftlevel.cli.flags.FtlevelCommand.parse_args", interrupt)
     monkeypatch.setattr("ftlevel.cli.app.received_signal", lambda: signal.SIGINT)
     monkeypatch.setattr("ftlevel.artifacts.files._outputs", [])  # what other tests wrote
     assert run(["train"]) == 130
     assert capsys.readouterr().err == "ftlevel: interrupted; nothing was saved.\n"
 
 
-def test_ctrl_c_while_the_program_is_imported(
+def test_ctrl_c_while_importing_is_reported(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     import ftlevel.cli.app
     from ftlevel.__main__ import main
 
-    def press() -> None:
+    def interrupt() -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(ftlevel.cli.app, "main", press)
-    with pytest.raises(SystemExit) as ended:
+    monkeypatch.setattr(ftlevel.cli.app, "main", interrupt)
+    with pytest.raises(SystemExit) as error:
         main()
-    assert ended.value.code == 130
+    assert error.value.code == 130
     assert capsys.readouterr().err == "ftlevel: interrupted; nothing was saved.\n"
 
 
-def test_an_unexpected_error_names_the_file_being_read(
+def test_unexpected_error_names_file_being_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def fail(*_: object, **__: object) -> None:

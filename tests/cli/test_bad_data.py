@@ -1,6 +1,6 @@
-"""Bad data as users bring it: exact messages with file and line, before weights, nothing written.
+"""Bad data: exact messages with file and line, before weights load, with nothing written.
 
-Each row of the table is an input that other tools train on in silence or meet with a traceback.
+Other tools train on each of these inputs silently, or fail with a traceback.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ftlevel.cli.app import run
 FIX = "Fix the line, or drop bad rows with --on-bad-row skip."
 UNLABELLED = "Such numbers mark rows without a label: remove these rows."
 CLASSIFY = ["--task", "text-classification", "--model", "bert"]
-TALK = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+CHAT = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
 
 
 def jsonl(*rows: Any) -> bytes:
@@ -33,7 +33,7 @@ def labelled(*labels: Any) -> bytes:
     return jsonl(*good, *({"text": f"text {i}", "label": label} for i, label in enumerate(labels)))
 
 
-BAD: dict[str, tuple[bytes, list[str], list[str]]] = {
+BAD_FILES: dict[str, tuple[bytes, list[str], list[str]]] = {
     "empty file": (b"", [], ["rows.jsonl: has 0 rows (0 bytes). Use a file with rows."]),
     "all rows filtered by length": (
         jsonl(*pairs(3)), ["--max-length", "5", "--overlong", "drop"],
@@ -106,22 +106,22 @@ BAD: dict[str, tuple[bytes, list[str], list[str]]] = {
         ["1 of 1 rows are longer than 512 tokens (the model's positions); the longest has 604 "
          "(rows.jsonl:1). Pass --overlong drop or split."]),
     "no chat template": (
-        jsonl({"messages": TALK * 2}), ["--model", "gpt2"],
+        jsonl({"messages": CHAT * 2}), ["--model", "gpt2"],
         ["rows.jsonl:1: is a conversation of 4 messages, and the model has no chat template. Add "
          "--chat-template chatml, or use a model with a template (an -Instruct model)."]),
     "an unknown role": (
-        jsonl({"messages": TALK}, {"messages": [{**TALK[0], "role": "userr"}, TALK[1]]}), [],
+        jsonl({"messages": CHAT}, {"messages": [{**CHAT[0], "role": "userr"}, CHAT[1]]}), [],
         ["rows.jsonl:2: turn 1 of 'messages' has the unknown role 'userr' (did you mean 'user'?; "
          "or say who it is: --map user=userr, or assistant=…). "
          + FIX]),
     "content missing": (
-        jsonl({"messages": TALK}, {"messages": [{"role": "user"}, TALK[1]]}), [],
+        jsonl({"messages": CHAT}, {"messages": [{"role": "user"}, CHAT[1]]}), [],
         [f"rows.jsonl:2: turn 1 of 'messages' has no 'content' (keys: role). {FIX}"]),
     "content null": (
-        jsonl({"messages": TALK}, {"messages": [TALK[0], {**TALK[1], "content": None}]}), [],
+        jsonl({"messages": CHAT}, {"messages": [CHAT[0], {**CHAT[1], "content": None}]}), [],
         [f"rows.jsonl:2: 'content' of turn 2 of 'messages' is null. {FIX}"]),
     "no answer in any conversation": (
-        jsonl({"messages": TALK[:1]}, {"messages": TALK[:1]}), [],
+        jsonl({"messages": CHAT[:1]}, {"messages": CHAT[:1]}), [],
         ["rows.jsonl:1: 'messages' has no assistant turn. No row is left: --on-bad-row skip would "
          "drop all 2 rows of rows.jsonl. Fix the file."]),
 }  # fmt: skip
@@ -131,7 +131,7 @@ BAD: dict[str, tuple[bytes, list[str], list[str]]] = {
 def folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_model_dir: Callable[..., Path]
 ) -> Path:
-    """Return the working directory, in which two models lie and no weights can be loaded."""
+    """Return the working directory with two models whose weights cannot be loaded."""
     import ftlevel.training.model as engine
 
     def refuse(*_: object, **__: object) -> None:
@@ -144,21 +144,23 @@ def folder(
     return tmp_path
 
 
-@pytest.mark.parametrize("name", BAD)
-def test_it_is_refused_by_line(name: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    content, arguments, messages = BAD[name]
+@pytest.mark.parametrize("name", BAD_FILES)
+def test_bad_data_error_names_file_and_line(
+    name: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content, arguments, messages = BAD_FILES[name]
     Path("rows.jsonl").write_bytes(content)
     before = sorted(folder.iterdir())
     assert run(["train", "--quiet", "--dataset", "rows.jsonl", *arguments]) == 2
     captured = capsys.readouterr()
-    told, _, topic = captured.err.rpartition("  ")
-    assert told.splitlines() == [f"ftlevel: {message}" for message in messages]
+    errors, _, topic = captured.err.rpartition("  ")
+    assert errors.splitlines() == [f"ftlevel: {message}" for message in messages]
     assert topic in ("[files]\n", "[rows]\n", "[columns]\n", "[encoding]\n")
     assert captured.out == ""
     assert sorted(folder.iterdir()) == before
 
 
-def test_a_byte_order_mark_is_no_fault(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_byte_order_mark_is_accepted(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Path("rows.jsonl").write_bytes(b"\xef\xbb\xbf" + jsonl(*pairs(3)))
     assert run(["train", "--dry-run", "--dataset", "rows.jsonl"]) == 0
     assert "columns: prompt + completion: 'prompt', 'completion'" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""What a teacher is refused with, before weights load."""
+"""Invalid distillation arguments, rejected before weights load."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 
 from ftlevel.cli.app import run
 
-REFUSED = [
+INVALID = [
     (["--kd-ratio", "0.2"], "--kd-ratio needs --teacher MODEL. Add it, or drop the flag."),
     (["--teacher", "x", "--kd-ratio", "0"], "--kd-ratio: 0.0 is out of range"),
     (["--teacher", "x", "--kd-top-k", "0"], "--kd-top-k"),
@@ -19,12 +19,12 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize(("arguments", "words"), REFUSED)
-def test_a_teacher_is_refused(
-    arguments: list[str], words: str, capfd: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(("arguments", "message"), INVALID)
+def test_invalid_teacher_arguments_are_rejected(
+    arguments: list[str], message: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     assert run(["train", *arguments, "--dry-run"]) == 2
-    told = capfd.readouterr()
-    lines = [line for line in (told.out + told.err).splitlines() if line.startswith("ftlevel")]
+    output = capfd.readouterr()
+    lines = [line for line in (output.out + output.err).splitlines() if line.startswith("ftlevel")]
     assert len(lines) == 1
-    assert words in lines[0]
+    assert message in lines[0]

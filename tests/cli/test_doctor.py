@@ -1,4 +1,4 @@
-"""`doctor` judges what is here, and says what to do about what is not."""
+"""`doctor` checks the environment and advises on what is missing."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from ftlevel.cli.app import run
 from ftlevel.commands import doctor as command
 
 
-def test_each_thing_is_judged(capsys: pytest.CaptureFixture[str]) -> None:
+def test_doctor_reports_every_check(capsys: pytest.CaptureFixture[str]) -> None:
     code = run(["doctor", "--json"])
-    found = json.loads(capsys.readouterr().out)
-    assert code == (0 if found["ok"] else 1)
-    names = {finding["name"] for finding in found["findings"]}
+    result = json.loads(capsys.readouterr().out)
+    assert code == (0 if result["ok"] else 1)
+    names = {finding["name"] for finding in result["findings"]}
     assert {"ftlevel", "precision", "4 bits", "threads", "memory", "disk here", "Hub"} <= names
-    four_bits = next(f for f in found["findings"] if f["name"] == "4 bits")
+    four_bits = next(f for f in result["findings"] if f["name"] == "4 bits")
     assert four_bits["verdict"] == "good"
 
 
-def test_an_old_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_outdated_library_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     real = metadata.version
     monkeypatch.setattr(command.metadata, "version", lambda n: "0.1" if n == "peft" else real(n))
     (finding,) = [f for f in command._versions() if f.name == "peft"]
@@ -30,7 +30,7 @@ def test_an_old_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     assert finding.advice.startswith("pip install 'peft>=")
 
 
-def test_a_broken_library_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_library_with_import_error_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail() -> None:
         raise ImportError("libcuda.so is missing")
 
@@ -39,7 +39,7 @@ def test_a_broken_library_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "libcuda.so" in finding.value
 
 
-def test_its_lines_end_in_a_verdict(
+def test_failed_check_prints_advice_and_exits_1(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     bad = command.CheckResult("peft", "bad", "0.1", "pip install peft")

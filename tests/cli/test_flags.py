@@ -1,4 +1,4 @@
-"""The table of flags: what is made of a row, and what every row must have."""
+"""The flag table: how a row becomes a flag, and the properties that every row needs."""
 
 from __future__ import annotations
 
@@ -40,61 +40,61 @@ TOY = Flag(
     panel=HOW,
     aliases=FlagAliases(("--vr", Alias("--how-many", values={"some": "5"}), Alias("--few", "3"))),
 )
-ANSWERED = UnsupportedFlag(names="--wrapping", message="rows are packed by default. Drop it.")
+UNSUPPORTED = UnsupportedFlag(names="--wrapping", message="rows are packed by default. Drop it.")
 
 
-def function_of(name: str) -> Callable[..., None]:
+def get_function(name: str) -> Callable[..., None]:
     module, _, attribute = commands()[name][0].partition(":")
     function: Callable[..., None] = getattr(importlib.import_module(module), attribute)
     return function
 
 
-def layer_of(arguments: Sequence[str], flags: Sequence[Flag] = FLAGS) -> Layer:
-    """Return what a command line of train sets."""
-    seen = []
+def parse_layer(arguments: Sequence[str], flags: Sequence[Flag] = FLAGS) -> Layer:
+    """Return the configuration layer that a command line of train sets."""
+    layers = []
 
     def command(inputs: CommandInput) -> None:
-        seen.append(inputs.layer())
+        layers.append(inputs.layer())
 
     app = typer.Typer(add_completion=False, rich_markup_mode=None)
     add_command(app, "train", command, flags)
     app(args=list(arguments), standalone_mode=False)
-    return seen[0]
+    return layers[0]
 
 
-def help_of(
+def get_help(
     capsys: pytest.CaptureFixture[str],
     name: str,
     flags: Sequence[Flag] = FLAGS,
-    asked: str = "--help-all",
+    help_flag: str = "--help-all",
 ) -> str:
-    """Return the help of a command, whole where it has a whole one."""
-    asked = asked if name in ("train", "preview") else "--help"
-    build_app([name], flags)(args=[name, asked], prog_name="ftlevel", standalone_mode=False)
+    """Return the help of a command, by default its full help if it has one."""
+    help_flag = help_flag if name in ("train", "preview") else "--help"
+    build_app([name], flags)(args=[name, help_flag], prog_name="ftlevel", standalone_mode=False)
     return capsys.readouterr().out
 
 
-def squeezed(text: str) -> str:
-    """Return `text` with one space between its words."""
+def normalize_spaces(text: str) -> str:
+    """Return `text` with single spaces between words."""
     return " ".join(text.split())
 
 
-def panels_of(help_text: str) -> dict[str, list[str]]:
-    """Return heading → the flags below it."""
-    found: dict[str, list[str]] = {}
+def parse_panels(help_text: str) -> dict[str, list[str]]:
+    """Return a dict from heading to the flags below it."""
+    panels: dict[str, list[str]] = {}
     for line in help_text.splitlines():
         if line and not line.startswith(" "):
-            found[line] = []
+            panels[line] = []
         elif line.startswith("  -"):
-            next(reversed(found.values())).append(line.split()[0])
-    return found
+            next(reversed(panels.values())).append(line.split()[0])
+    return panels
 
 
-# One row is a whole flag.
+# One row defines a whole flag.
 
 
 @pytest.mark.parametrize(
-    ("typed", "shown", "value"),
+    ("typed", "location", "value"),
     [
         (["--validation-rows", "7"], "--validation-rows", 7),
         (["--validation_rows=7"], "--validation-rows", 7),
@@ -106,63 +106,61 @@ def panels_of(help_text: str) -> dict[str, list[str]]:
         (["--few", "true"], "--few", 3),
     ],
 )
-def test_an_added_row_is_a_flag_by_all_its_names(
-    typed: list[str], shown: str, value: object
-) -> None:
-    layer = layer_of(["--model", "x", *typed, "--seed", "3"], (*FLAGS, TOY))
+def test_added_row_accepts_all_its_names(typed: list[str], location: str, value: object) -> None:
+    layer = parse_layer(["--model", "x", *typed, "--seed", "3"], (*FLAGS, TOY))
     assert layer.values["data"] == {"validation_rows": value}
     assert layer.values["train"] == {"seed": 3}
-    assert layer.locations["data", "validation_rows"] == shown
+    assert layer.locations["data", "validation_rows"] == location
     unknown = "No such option|is no flag, but a field: --set data.validation_rows=VALUE"
     with pytest.raises((typer.TyperException, ConfigError), match=unknown):
-        layer_of(typed)
+        parse_layer(typed)
 
 
-def test_an_added_row_is_in_help_and_docs(capsys: pytest.CaptureFixture[str]) -> None:
-    flags = (*FLAGS, TOY, ANSWERED)
-    said, page = help_of(capsys, "train", flags), cli_page.command_page("train", flags)
-    assert "--validation-rows" in panels_of(said)["Training:"]
-    assert "Number of first streamed rows to hold out for evaluation." in squeezed(said)
+def test_added_row_appears_in_help_and_docs(capsys: pytest.CaptureFixture[str]) -> None:
+    flags = (*FLAGS, TOY, UNSUPPORTED)
+    output, page = get_help(capsys, "train", flags), cli_page.command_page("train", flags)
+    assert "--validation-rows" in parse_panels(output)["Training:"]
+    assert "Number of first streamed rows to hold out for evaluation." in normalize_spaces(output)
     (line,) = [line for line in page.splitlines() if "--validation-rows" in line]
     assert line == (
         "| `--validation-rows` | `data.validation_rows` |  |  | `--vr`, `--how-many` "
         "(some: 5), `--few` (3) | Number of first streamed rows to hold out for evaluation. |"
     )
     assert "`--wrapping`" in page.rpartition("## Not available")[2]
-    assert "--wrapping" not in said
-    assert "max-generate-samples" not in help_of(capsys, "train")
+    assert "--wrapping" not in output
+    assert "max-generate-samples" not in get_help(capsys, "train")
 
 
-def test_a_flag_is_one_line_of_one_file(tmp_path: Path) -> None:
+def test_adding_a_flag_touches_one_file(tmp_path: Path) -> None:
     assert FLAG.touched == ["config/flags.py"]
     tree = FLAG.apply(tmp_path)
     assert "  --validation-rows" in run_in(tree, "train", "--help-all", cwd=tmp_path)
-    said = run_in(tree, "train", "--validation-rows", "0", cwd=tmp_path, code=2)
-    assert said.startswith("ftlevel: --validation-rows: 0 is out of range")
+    output = run_in(tree, "train", "--validation-rows", "0", cwd=tmp_path, code=2)
+    assert output.startswith("ftlevel: --validation-rows: 0 is out of range")
 
 
-def test_two_spellings_of_one_field() -> None:
+def test_two_flags_for_one_field_raise() -> None:
     with pytest.raises(
         ConfigError, match=r"--few and --validation-rows both set data.validation_rows"
     ):
-        layer_of(["--few", "--validation-rows", "9"], (*FLAGS, TOY))
+        parse_layer(["--few", "--validation-rows", "9"], (*FLAGS, TOY))
     with pytest.raises(ConfigError, match=r"--fp16 and --bf16 both set model.dtype\. Use"):
-        layer_of(["--fp16", "--bf16"])
+        parse_layer(["--fp16", "--bf16"])
 
 
 @pytest.mark.parametrize("typed", [["--wrapping"], ["--wrapping=true"], ["--wrapping", "true"]])
-def test_a_flag_that_is_answered(typed: list[str]) -> None:
+def test_unsupported_flag_raises_with_explanation(typed: list[str]) -> None:
     with pytest.raises(FtlevelError, match=r"--wrapping.*: rows are packed by default\.") as e:
-        layer_of(typed, (*FLAGS, ANSWERED))
+        parse_layer(typed, (*FLAGS, UNSUPPORTED))
     assert e.value.exit_code == 2
 
 
-# What is made of rows of every kind.
+# The layer built from rows of every kind.
 
 
-def test_what_a_command_line_sets() -> None:
-    layer = layer_of(["--dataset", "a", "--dataset", "b", "--map", "text=body", "--no-cache",
-                      "--bf16", "--method", "lora", "--max-length", "64"])  # fmt: skip
+def test_command_line_sets_fields_and_locations() -> None:
+    layer = parse_layer(["--dataset", "a", "--dataset", "b", "--map", "text=body", "--no-cache",
+                         "--bf16", "--method", "lora", "--max-length", "64"])  # fmt: skip
     assert layer.values == {
         "data": {"dataset": "a", "also": ["b"], "columns": {"text": "body"}, "cache": False,
                  "max_length": "64"},
@@ -174,12 +172,12 @@ def test_what_a_command_line_sets() -> None:
     assert layer.locations["data", "dataset"] == layer.locations["data", "also"] == "--dataset"
 
 
-def test_nothing_given_sets_nothing() -> None:
-    assert layer_of([]) == Layer()
+def test_empty_command_line_sets_nothing() -> None:
+    assert parse_layer([]) == Layer()
 
 
 @pytest.mark.parametrize(
-    ("typed", "read"),
+    ("typed", "expected"),
     [
         (["--lora_r", "8"], ["--lora-r", "8"]),
         (["--lora_r=8"], ["--lora-r=8"]),
@@ -192,17 +190,17 @@ def test_nothing_given_sets_nothing() -> None:
         (["--"], ["--"]),
     ],
 )
-def test_second_spellings(typed: list[str], read: list[str]) -> None:
-    known = {"--lora-r", "--model", "--task", "--quant", "--dataset"}
-    rows = [row for row in FLAGS if row.name in known]
-    assert resolve_flag_aliases(typed, build_flag_specs("train", rows)).args == read
+def test_aliases_resolve_to_flag_names(typed: list[str], expected: list[str]) -> None:
+    names = {"--lora-r", "--model", "--task", "--quant", "--dataset"}
+    rows = [row for row in FLAGS if row.name in names]
+    assert resolve_flag_aliases(typed, build_flag_specs("train", rows)).args == expected
 
 
-def test_words_are_translated_for_their_flag_alone() -> None:
+def test_alias_values_are_translated_for_their_flag_only() -> None:
     specs = {"--lora-target": FlagSpec("--target-modules", values={"all": "all-linear"})}
     typed = ["--lora-target", "all", "all", "--lora-target", "--x", "all"]
-    read = ["--target-modules", "all-linear", "all", "--target-modules", "--x", "all"]
-    assert resolve_flag_aliases(typed, specs).args == read
+    expected = ["--target-modules", "all-linear", "all", "--target-modules", "--x", "all"]
+    assert resolve_flag_aliases(typed, specs).args == expected
 
 
 @pytest.mark.parametrize(
@@ -214,7 +212,7 @@ def test_words_are_translated_for_their_flag_alone() -> None:
         (["merge", "x"], "Missing option '--out' / '-o'."),
     ],
 )
-def test_errors_name_what_was_typed(
+def test_errors_name_argument_as_typed(
     arguments: list[str], start: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(arguments) == 2
@@ -224,8 +222,8 @@ def test_errors_name_what_was_typed(
 # Help.
 
 
-def test_the_panels_of_train(capsys: pytest.CaptureFixture[str]) -> None:
-    panels = panels_of(help_of(capsys, "train"))
+def test_train_help_panels(capsys: pytest.CaptureFixture[str]) -> None:
+    panels = parse_panels(get_help(capsys, "train"))
     headings = [f"{panel}:" for panel in (DAILY, MODEL, DATA, HOW, RUN, GENERAL)]
     assert list(panels)[1:] == ["Arguments:", *headings]
     assert panels[f"{DAILY}:"] == [
@@ -240,57 +238,57 @@ def test_the_panels_of_train(capsys: pytest.CaptureFixture[str]) -> None:
     ) + len(["--help"])
 
 
-def test_the_help_of_train_is_the_flags_of_every_day(capsys: pytest.CaptureFixture[str]) -> None:
-    whole = panels_of(help_of(capsys, "train"))
-    said = help_of(capsys, "train", asked="--help")
-    panels = panels_of(said)
+def test_short_train_help_shows_common_flags(capsys: pytest.CaptureFixture[str]) -> None:
+    whole = parse_panels(get_help(capsys, "train"))
+    output = get_help(capsys, "train", help_flag="--help")
+    panels = parse_panels(output)
     daily, others = f"{DAILY}:", list(panels)[-1]
     assert panels[daily] == whole[daily]
     assert panels[others] == ["--recipe", "--set", "--dry-run", "--help-all", "-h,"]
     hidden = sum(map(len, whole.values())) - sum(map(len, panels.values()))
     assert others == f"{hidden} more options: {MODEL}, {DATA}, {HOW}, {RUN}:"
-    assert len(said.splitlines()) < 60
+    assert len(output.splitlines()) < 60
 
 
 @pytest.mark.parametrize(
     "line",
     [
-        "--quant none|4bit|8bit ",  # choices that are short stand for the value
-        "[error, drop, truncate, truncate-prompt, split; default:",  # others in brackets
+        "--quant none|4bit|8bit ",  # short choices replace the metavar
+        "[error, drop, truncate, truncate-prompt, split; default:",  # longer ones in brackets
         "[default: 3]",
         "[default: 8 with lora]",
         "[default: builtin:tiny-llama]",
         "encoded rows of a large dataset. [default: on]",
     ],
 )
-def test_choices_and_defaults_are_shown(line: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert line in " ".join(help_of(capsys, "train").split())
+def test_help_shows_choices_and_defaults(line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert line in " ".join(get_help(capsys, "train").split())
 
 
 @pytest.mark.parametrize("columns", [40, 80, 200])
 @pytest.mark.parametrize("name", commands())
-def test_help_stays_within_the_window(
+def test_help_fits_terminal_width(
     name: str, columns: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("COLUMNS", str(columns))
-    longest = max(map(len, help_of(capsys, name).splitlines()))
+    longest = max(map(len, get_help(capsys, name).splitlines()))
     assert longest <= max(min(columns, 80), 60)
 
 
-# What every row must have.
+# Properties of every row.
 
 
 @pytest.mark.parametrize("name", commands())
-def test_a_command_has_a_handful_of_parameters(name: str) -> None:
-    function = function_of(name)
-    reads = inspect.signature(function).parameters
-    assert len(reads) <= 6
+def test_commands_have_at_most_six_parameters(name: str) -> None:
+    function = get_function(name)
+    parameters = inspect.signature(function).parameters
+    assert len(parameters) <= 6
     own = {row.parameter for row in flags_of(name)}
-    assert set(reads) <= own | {"inputs"}
+    assert set(parameters) <= own | {"inputs"}
 
 
 @pytest.mark.parametrize("name", commands())
-def test_every_flag_reaches_a_field_that_is_described(name: str) -> None:
+def test_every_flag_maps_to_described_field(name: str) -> None:
     rows = flags_of(name)
     assert len(rows) >= 3
     for row in rows:
@@ -304,47 +302,47 @@ def test_every_flag_reaches_a_field_that_is_described(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", commands())
-def test_every_other_flag_is_read(name: str) -> None:
-    """A flag that sets no field is a parameter of its command, or read by name."""
+def test_every_flag_without_field_is_read(name: str) -> None:
+    """A flag that sets no field is a parameter of its command or is read by name."""
     cli = Path(importlib.import_module("ftlevel.cli").__file__ or "").parent
     paths = (*cli.rglob("*.py"), *(cli.parent / "extras").rglob("cli.py"))
     text = "\n".join(path.read_text() for path in paths)
-    reads = inspect.signature(function_of(name)).parameters
-    idle = [
+    parameters = inspect.signature(get_function(name)).parameters
+    unused = [
         row.name
         for row in flags_of(name)
         if not row.path
-        and row.parameter not in reads
+        and row.parameter not in parameters
         and f'["{row.parameter}"]' not in text
         and f'"{row.name}" in ar' not in text
     ]
-    assert idle == []
+    assert unused == []
 
 
 @pytest.mark.parametrize("name", commands())
-def test_names_are_given_once(name: str) -> None:
+def test_flag_names_are_unique(name: str) -> None:
     rows = flags_of(name)
     words = [word for row in rows for word in row.typer_names(is_switch=True)]
     names = [name for word in words for name in word.split("/")]
     parameters = [row.parameter for row in rows]
     assert [name for name, count in Counter(names).items() if count > 1] == []
     assert len(parameters) == len(set(parameters))
-    seconds = [other.name for row in FLAGS if row.name in names for other in row.alias_names] + [
+    aliases = [other.name for row in FLAGS if row.name in names for other in row.alias_names] + [
         row.name for row in FLAGS if isinstance(row, UnsupportedFlag) and name in row.on
     ]
-    assert [second for second, count in Counter(seconds).items() if count > 1] == []
-    assert set(seconds) & set(names) <= {"--adapter", "--base"}  # flags of generate, of evaluate
+    assert [second for second, count in Counter(aliases).items() if count > 1] == []
+    assert set(aliases) & set(names) <= {"--adapter", "--base"}  # flags of generate and evaluate
 
 
-def test_rows_name_commands_and_flags_that_exist() -> None:
-    shown = {row.name for row in FLAGS}
+def test_rows_refer_to_existing_commands_and_fields() -> None:
+    names = {row.name for row in FLAGS}
     assert {name for row in FLAGS for name in row.on} == set(commands())
-    assert {"--model", "--lora-r", "--quant"} <= shown
+    assert {"--model", "--lora-r", "--quant"} <= names
     with pytest.raises(KeyError, match="gone"):
         Flag("train.gone").metadata("train")
 
 
-def test_metadata_of_a_field() -> None:
+def test_field_metadata() -> None:
     mapping = get_field_metadata(EvaluateConfig, "columns")
     assert (mapping.type, mapping.default, mapping.required) == (list[str], "", False)
     kind = get_field_metadata(TrainConfig, "method.kind")
@@ -356,10 +354,10 @@ def test_metadata_of_a_field() -> None:
     assert get_field_metadata(EvaluateConfig, "name").required
 
 
-def test_the_page_is_up_to_date(capsys: pytest.CaptureFixture[str]) -> None:
+def test_cli_page_is_up_to_date(capsys: pytest.CaptureFixture[str]) -> None:
     assert write_docs.main(["cli", "--check"]) == 0, capsys.readouterr().out
 
 
-def test_the_table_needs_no_typer() -> None:
+def test_flag_table_does_not_import_typer() -> None:
     code = "import sys, ftlevel.config.flags; assert not {'typer', 'torch'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

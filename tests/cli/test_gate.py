@@ -1,4 +1,4 @@
-"""The gate as `train` runs it: what is found is said with its place, and done by its policy."""
+"""The data checks of `train`: findings are reported with their rows and handled by policy."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ WORDS = (
     "path",
     "line",
 )
-TURN_WITHOUT_END = (
+TEMPLATE_WITHOUT_END = (
     "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
     "{% if add_generation_prompt %}assistant: {% endif %}"
 )
@@ -46,7 +46,7 @@ def write(path: Path, rows: list[dict[str, Any]]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
-def dry(
+def dry_run(
     capsys: pytest.CaptureFixture[str], *arguments: str, rows: list[dict[str, Any]] | None = None
 ) -> tuple[int, str]:
     """Run `train --dry-run` on rows in the current directory; return exit code and output."""
@@ -63,7 +63,7 @@ def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
-TALK = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
+CHAT = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
 FIX = "Fix the line, or drop bad rows with --on-bad-row skip."
 
 
@@ -76,26 +76,26 @@ FIX = "Fix the line, or drop bad rows with --on-bad-row skip."
          "(did you mean 'user'?; or say who it is: --map user=userr, or assistant=…)"),
     ],
 )  # fmt: skip
-def test_rows_that_nothing_can_be_learned_from(
+def test_unusable_rows_stop_or_are_dropped(
     name: str, row: Any, reason: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows = [*GOOD, row]
     if name == "unknown_role":
-        bad = {"messages": [{**TALK[0], "role": "userr"}, TALK[1]]}
-        rows = [{"messages": [{**TALK[0], "content": f"q{i}"}, TALK[1]]} for i in range(6)] + [bad]
-    code, out = dry(capsys, rows=rows)
+        bad = {"messages": [{**CHAT[0], "role": "userr"}, CHAT[1]]}
+        rows = [{"messages": [{**CHAT[0], "content": f"q{i}"}, CHAT[1]]} for i in range(6)] + [bad]
+    code, out = dry_run(capsys, rows=rows)
     assert (code, out.splitlines()[-1]) == (2, f"ftlevel: rows.jsonl:7: {reason}. {FIX}  [rows]")
-    code, out = dry(capsys, "--set", f"data.gate.{name}=drop", rows=rows)
+    code, out = dry_run(capsys, "--set", f"data.gate.{name}=drop", rows=rows)
     assert code == 0, out
     assert f"1 of 7 train rows (rows.jsonl:7: {reason}) (dropped; --set data.gate.{name}=…)" in out
 
 
-def test_duplicates_are_counted_and_dropped_if_asked(capsys: pytest.CaptureFixture[str]) -> None:
+def test_duplicates_are_counted_and_dropped_by_policy(capsys: pytest.CaptureFixture[str]) -> None:
     longer = pair(20, completion=sentence(90, 60))
-    nearly = {**longer, "completion": longer["completion"] + " end"}
+    near_duplicate = {**longer, "completion": longer["completion"] + " end"}
     rows = [*GOOD, {"prompt": GOOD[1]["prompt"].upper(), "completion": GOOD[1]["completion"]},
-            longer, nearly]  # fmt: skip
-    code, out = dry(capsys, rows=rows)
+            longer, near_duplicate]  # fmt: skip
+    code, out = dry_run(capsys, rows=rows)
     assert code == 0
     assert (
         "data check: the same as an earlier row: 1 of 9 train rows (rows.jsonl:7 as rows.jsonl:2) "
@@ -105,10 +105,10 @@ def test_duplicates_are_counted_and_dropped_if_asked(capsys: pytest.CaptureFixtu
         "data check: nearly the same as an earlier row: 1 of 9 train rows "
         "(rows.jsonl:9 as rows.jsonl:8)"
     ) in out
-    both = ["data.gate.exact_duplicates=drop", "data.gate.near_duplicates=drop"]
-    code, out = dry(capsys, *(x for s in both for x in ("--set", s)), rows=rows)
+    settings = ["data.gate.exact_duplicates=drop", "data.gate.near_duplicates=drop"]
+    code, out = dry_run(capsys, *(x for s in settings for x in ("--set", s)), rows=rows)
     assert "data: rows.jsonl (7 rows" in out
-    code, out = dry(capsys, "--set", "data.gate.exact_duplicates=stop", rows=rows)
+    code, out = dry_run(capsys, "--set", "data.gate.exact_duplicates=stop", rows=rows)
     assert (code, out.splitlines()[-1]) == (
         2,
         "ftlevel: the same as an earlier row: 1 of 9 train rows (rows.jsonl:7 as rows.jsonl:2). "
@@ -116,30 +116,30 @@ def test_duplicates_are_counted_and_dropped_if_asked(capsys: pytest.CaptureFixtu
     )
 
 
-def test_validation_rows_that_are_trained_on_are_dropped(
+def test_leaked_validation_rows_are_dropped(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     write(Path("set/train.jsonl"), GOOD)
     write(Path("set/validation.jsonl"), [GOOD[2], pair(30), pair(31)])
     write(Path("set/test.jsonl"), [pair(40), GOOD[0]])
-    code, out = dry(capsys, "--dataset", "set")
+    code, out = dry_run(capsys, "--dataset", "set")
     assert code == 0
     assert "data: set (6 rows; 2 for validation)" in out
     assert "also a training row: 1 of 3 validation rows (set/validation.jsonl:1) (dropped;" in out
     assert "also a training row: 1 of 2 test rows (set/test.jsonl:2) (kept;" in out
-    code, out = dry(capsys, "--dataset", "set", "--set", "data.gate.leaked=stop")
+    code, out = dry_run(capsys, "--dataset", "set", "--set", "data.gate.leaked=stop")
     assert code == 2
     assert out.count("also a training row") == 2
 
 
-def test_a_template_that_teaches_no_end_is_refused(
+def test_template_without_end_of_turn_is_rejected(
     tiny_model_dir: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     import shutil
 
     shutil.copytree(tiny_model_dir("llama"), "model")
-    Path("model/chat_template.jinja").write_text(TURN_WITHOUT_END, encoding="utf-8")
-    code, out = dry(capsys, "--model", "model", rows=GOOD)
+    Path("model/chat_template.jinja").write_text(TEMPLATE_WITHOUT_END, encoding="utf-8")
+    code, out = dry_run(capsys, "--model", "model", rows=GOOD)
     assert code == 2
     assert (
         "ftlevel: an answer without EOS or an end of turn among its labels: 6 of 6 train rows "
@@ -147,22 +147,22 @@ def test_a_template_that_teaches_no_end_is_refused(
     ) in out
 
 
-MARKS_SOME = (
+PARTIAL_GENERATION_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if 'it' in m['content'] %}"
     "{% generation %}{{ m['content'] }}<|im_end|>{% endgeneration %}"
     "{% else %}{{ m['content'] }}<|im_end|>{% endif %}\n{% endfor %}"
 )
 
 
-@pytest.mark.parametrize("learned", [0, 2])
-def test_rows_without_a_token_to_learn(
-    learned: int, tiny_model_dir: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("num_supervised", [0, 2])
+def test_unsupervised_rows_are_dropped_or_stop(
+    num_supervised: int, tiny_model_dir: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    Path("own.jinja").write_text(MARKS_SOME, encoding="utf-8")
-    rows = [pair(i, completion="it " * (i < learned) + sentence(i + 50)) for i in range(6)]
+    Path("own.jinja").write_text(PARTIAL_GENERATION_TEMPLATE, encoding="utf-8")
+    rows = [pair(i, completion="it " * (i < num_supervised) + sentence(i + 50)) for i in range(6)]
     model = ["--model", str(tiny_model_dir("qwen2")), "--chat-template", "own.jinja"]
-    code, out = dry(capsys, *model, rows=rows)
-    if not learned:
+    code, out = dry_run(capsys, *model, rows=rows)
+    if not num_supervised:
         assert (code, out.splitlines()[-1]) == (
             2,
             "ftlevel: no train row is left: no supervised token: 6 of 6 train rows (rows.jsonl:1, "
@@ -172,24 +172,24 @@ def test_rows_without_a_token_to_learn(
     assert code == 0, out
     assert "no supervised token: 4 of 6 train rows (rows.jsonl:3, rows.jsonl:4, rows.jsonl:5" in out
     assert "data: rows.jsonl (2 rows" in out
-    code, out = dry(capsys, *model, "--set", "data.gate.unsupervised=stop", rows=rows)
+    code, out = dry_run(capsys, *model, "--set", "data.gate.unsupervised=stop", rows=rows)
     assert code == 2
 
 
-def test_a_text_that_brings_its_own_bos_gets_no_second(
+def test_text_with_bos_gets_no_second_bos(
     tiny_model_dir: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows = [{"text": f"<s>{sentence(i)}"} for i in range(4)]
-    code, out = dry(capsys, "--model", str(tiny_model_dir("llama")), rows=rows)
+    code, out = dry_run(capsys, "--model", str(tiny_model_dir("llama")), rows=rows)
     assert code == 0
     assert "two BOS" not in out
 
 
-def test_one_class_has_nearly_all_rows(
+def test_class_imbalance_is_reported(
     tiny_model_dir: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows = [{"text": sentence(i), "label": "b" if i == 5 else "a"} for i in range(40)]
-    code, out = dry(
+    code, out = dry_run(
         capsys, "--task", "text-classification", "--model", str(tiny_model_dir("bert")), rows=rows
     )
     assert code == 0
@@ -197,28 +197,28 @@ def test_one_class_has_nearly_all_rows(
     assert "one class has nearly all rows: 39 of 40 train rows (label 'a')" in out
 
 
-def test_another_models_tokenizer(
+def test_token_ids_beyond_embedding_are_rejected(
     tiny_model_dir: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = tiny_model_dir("llama", vocab_size=300)
-    code, out = dry(capsys, "--model", str(model), rows=GOOD)
+    code, out = dry_run(capsys, "--model", str(model), rows=GOOD)
     assert code == 2
     assert "a token id beyond the model's embedding: 6 of 6 train rows (rows.jsonl:1" in out
     assert "The tokenizer is not this model's: use its own, or pass" in out
 
 
-def test_long_prompts_are_named(capsys: pytest.CaptureFixture[str]) -> None:
+def test_long_prompts_are_reported(capsys: pytest.CaptureFixture[str]) -> None:
     rows = [*GOOD, pair(9, prompt=sentence(3, 200))]
-    code, out = dry(capsys, "--max-length", "300", "--overlong", "truncate-prompt", rows=rows)
+    code, out = dry_run(capsys, "--max-length", "300", "--overlong", "truncate-prompt", rows=rows)
     assert code == 0, out
     assert "a prompt that alone is beyond the max length: 1 of 7 train rows (rows.jsonl:7)" in out
     assert "rows changed: 1 shortened at the beginning of the prompt" in out
 
 
-def test_a_row_that_is_dropped_is_never_called_kept(capsys: pytest.CaptureFixture[str]) -> None:
+def test_dropped_row_is_not_reported_as_kept(capsys: pytest.CaptureFixture[str]) -> None:
     long = pair(9, prompt=sentence(3, 200), completion="one<br>two")
     rows = [*GOOD, long, long]
-    code, out = dry(capsys, "--max-length", "300", "--overlong", "drop", rows=rows)
+    code, out = dry_run(capsys, "--max-length", "300", "--overlong", "drop", rows=rows)
     assert code == 0, out
     assert "rows changed: 2 dropped" in out
     checks = [line.partition("data check: ")[2] for line in out.splitlines()]
@@ -229,12 +229,12 @@ def test_a_row_that_is_dropped_is_never_called_kept(capsys: pytest.CaptureFixtur
 
 
 @pytest.mark.parametrize("policy", ["warn", "drop"])
-def test_an_answer_that_was_lost_is_dropped_by_any_policy(
+def test_truncated_answer_is_dropped_by_every_policy(
     policy: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows = [*GOOD, pair(9, completion=sentence(3, 200)), pair(10, prompt=sentence(3, 200))]
-    how = ("--max-length", "300", "--overlong", "truncate-prompt")
-    code, out = dry(capsys, *how, "--set", f"data.gate.answer_cut={policy}", rows=rows)
+    truncation = ("--max-length", "300", "--overlong", "truncate-prompt")
+    code, out = dry_run(capsys, *truncation, "--set", f"data.gate.answer_cut={policy}", rows=rows)
     assert code == 0, out
     assert "an answer that does not fit whole: 1 of 8 train rows (rows.jsonl:7) (dropped;" in out
     assert (
@@ -243,16 +243,16 @@ def test_an_answer_that_was_lost_is_dropped_by_any_policy(
     )
 
 
-def test_auto_may_lose_one_row_in_a_hundred(
+def test_auto_max_length_drops_up_to_one_percent(
     tiny_model_dir: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = ["--model", str(tiny_model_dir("llama", max_position_embeddings=400))]
     rows = [pair(i) for i in range(149)] + [pair(200, prompt=sentence(3, 200))]
-    code, out = dry(capsys, *model, rows=rows)
+    code, out = dry_run(capsys, *model, rows=rows)
     assert code == 0, out
     assert "max length: 400 tokens (auto: the model's positions; 1 row is longer, up to " in out
     assert "rows changed: 1 dropped" in out
-    code, out = dry(capsys, *model, "--max-length", "400", rows=rows)
+    code, out = dry_run(capsys, *model, "--max-length", "400", rows=rows)
     assert code == 2
     assert "1 of 150 rows are longer than 400 tokens; the longest has " in out
     assert "(rows.jsonl:150). Pass --overlong drop or truncate-prompt." in out
@@ -262,25 +262,25 @@ def test_auto_may_lose_one_row_in_a_hundred(
     assert run(["train", "--quiet", "--output-dir", "run", "--resume"]) == 0
 
 
-def test_findings_are_in_the_summary(capsys: pytest.CaptureFixture[str]) -> None:
+def test_findings_appear_in_json_summary(capsys: pytest.CaptureFixture[str]) -> None:
     write(Path("rows.jsonl"), [*GOOD, GOOD[0]])
     assert run(["train", "--dry-run", "--json", "--dataset", "rows.jsonl"]) == 0
-    [found] = json.loads(capsys.readouterr().out)["data"]["gate"]
-    assert found == {
+    [finding] = json.loads(capsys.readouterr().out)["data"]["gate"]
+    assert finding == {
         "name": "exact_duplicates", "split": "train", "count": 1, "total": 7, "action": "warn",
         "places": ["rows.jsonl:7 as rows.jsonl:1"], "title": "the same as an earlier row",
     }  # fmt: skip
 
 
-def test_an_action_that_makes_no_sense_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    code, out = dry(capsys, "--set", "data.gate.null_content=warn")
+def test_invalid_check_action_is_rejected(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out = dry_run(capsys, "--set", "data.gate.null_content=warn")
     assert code == 2
     assert "--set data.gate.null_content: 'warn' is not known. Expected one of stop, drop." in out
-    code, out = dry(capsys, "--set", "data.gate.dups=warn")
+    code, out = dry_run(capsys, "--set", "data.gate.dups=warn")
     assert "unknown key 'data.gate.dups'" in out
 
 
-def test_every_check_has_a_title_and_every_stop_a_way_on() -> None:
+def test_every_check_has_title_and_stop_suggests_fix() -> None:
     from ftlevel.config.gate import CHECKS
     from ftlevel.data.gate import Finding, explain_stop
 
@@ -291,29 +291,29 @@ def test_every_check_has_a_title_and_every_stop_a_way_on() -> None:
         assert "drop" in message or "warn" in message
 
 
-def test_several_sets_with_shares(capsys: pytest.CaptureFixture[str]) -> None:
+def test_mixing_several_datasets(capsys: pytest.CaptureFixture[str]) -> None:
     write(Path("a.jsonl"), GOOD)
     write(Path("b.jsonl"), [pair(60 + i) for i in range(20)])
-    both = ["--dataset", "a.jsonl", "--dataset", "b.jsonl"]
-    code, out = dry(capsys, *both)
+    datasets = ["--dataset", "a.jsonl", "--dataset", "b.jsonl"]
+    code, out = dry_run(capsys, *datasets)
     assert (code, "data: a.jsonl + b.jsonl (26 rows" in out) == (0, True)
-    code, out = dry(capsys, *both, "--mix", "1,2")
+    code, out = dry_run(capsys, *datasets, "--mix", "1,2")
     assert "data: a.jsonl + b.jsonl (18 rows" in out
     assert "note: mixed 1 : 2: 6 of 6 rows of a.jsonl, 12 of 20 rows of b.jsonl" in out
-    code, out = dry(capsys, *both, "--mix", "1")
+    code, out = dry_run(capsys, *datasets, "--mix", "1")
     assert (code, out.splitlines()[-1]) == (
         2,
         "ftlevel: --mix has 1 share for 2 data sets. Give one share for each --dataset.  "
         "[settings]",
     )
     write(Path("b.jsonl"), [pair(60), pair(61, completion=None)])
-    code, out = dry(capsys, *both)
+    code, out = dry_run(capsys, *datasets)
     assert "b.jsonl:2: 'completion' is null" in out
 
 
-def test_the_page_lists_every_check_with_its_default() -> None:
+def test_docs_list_every_check_with_default() -> None:
     page = (Path(__file__).parents[2] / "docs/data.md").read_text(encoding="utf-8")
     for name, info in GateConfig.model_fields.items():
-        others = [action for action in get_args(info.annotation) if action != info.default]
-        line = f"| `{name}` | {info.description} | {info.default} | {', '.join(others)} |"
+        alternatives = [action for action in get_args(info.annotation) if action != info.default]
+        line = f"| `{name}` | {info.description} | {info.default} | {', '.join(alternatives)} |"
         assert line in page, name

@@ -1,4 +1,4 @@
-"""What `train` and `preview` say of texts, prompts, answers and labels before weights load."""
+"""Data checks of texts, prompts, answers and labels in `train`, before weights load."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ OBJECTS = [
     "lantern",
     "bridge",
 ]
-PLACES = [
+LOCATIONS = [
     "memory",
     "storage",
     "kernel",
@@ -62,24 +62,27 @@ PLACES = [
 ]
 
 
-def fact(i: int) -> str:
-    """Return a sentence of twelve words, most of them another for another `i`."""
-    words = (SUBJECTS[i % 10], VERBS[i // 10 % 10], OBJECTS[i * 3 % 10], PLACES[i * 7 % 10])
+def make_sentence(i: int) -> str:
+    """Return a twelve-word sentence that differs in most words between values of `i`."""
+    words = (SUBJECTS[i % 10], VERBS[i // 10 % 10], OBJECTS[i * 3 % 10], LOCATIONS[i * 7 % 10])
     return "Every {}{} {} some {} number{} from the {} before it is noon".format(
         words[0], "s" * (i % 3), words[1], words[2], i, words[3]
     )
 
 
 def pair(i: int, **changes: Any) -> dict[str, Any]:
-    return {"prompt": f"What does item{i} do?", "completion": fact(i), **changes}
+    return {"prompt": f"What does item{i} do?", "completion": make_sentence(i), **changes}
 
 
-def talk(*turns: tuple[str, str]) -> dict[str, Any]:
+def make_chat(*turns: tuple[str, str]) -> dict[str, Any]:
     return {"messages": [{"role": role, "content": text} for role, text in turns]}
 
 
 GOOD = [pair(i) for i in range(12)]
-TALKS = [talk(("user", f"What does item{i} do?"), ("assistant", fact(i))) for i in range(12)]
+CHATS = [
+    make_chat(("user", f"What does item{i} do?"), ("assistant", make_sentence(i)))
+    for i in range(12)
+]
 
 
 @pytest.fixture(autouse=True)
@@ -93,12 +96,12 @@ def write(path: str, rows: list[dict[str, Any]]) -> None:
     Path(path).write_text(text, encoding="utf-8")
 
 
-Say = Callable[..., tuple[int, str]]
+DryRun = Callable[..., tuple[int, str]]
 
 
 @pytest.fixture
-def say(capsys: pytest.CaptureFixture[str]) -> Say:
-    def dry(*arguments: str, rows: list[dict[str, Any]] | None = None) -> tuple[int, str]:
+def dry_run(capsys: pytest.CaptureFixture[str]) -> DryRun:
+    def run_train(*arguments: str, rows: list[dict[str, Any]] | None = None) -> tuple[int, str]:
         if rows is not None:
             write("rows.jsonl", rows)
             arguments = ("--dataset", "rows.jsonl", *arguments)
@@ -106,7 +109,7 @@ def say(capsys: pytest.CaptureFixture[str]) -> Say:
         captured = capsys.readouterr()
         return code, captured.out + captured.err
 
-    return dry
+    return run_train
 
 
 @pytest.mark.parametrize(
@@ -123,66 +126,73 @@ def say(capsys: pytest.CaptureFixture[str]) -> Say:
         ("answer_is_prompt", "an answer that is the prompt",
          pair(20, completion="What does item20 do?")),
         ("turn_order", "a conversation that begins with the assistant or does not end with it",
-         talk(("assistant", fact(20)), ("user", "What does item20 do?"))),
+         make_chat(("assistant", make_sentence(20)), ("user", "What does item20 do?"))),
     ],
 )  # fmt: skip
-def test_one_row_of_each_kind_is_named(check: str, title: str, row: Any, say: Say) -> None:
-    good = TALKS if "messages" in row else GOOD
-    code, out = say(rows=[*good, row])
+def test_each_check_reports_its_row(check: str, title: str, row: Any, dry_run: DryRun) -> None:
+    good = CHATS if "messages" in row else GOOD
+    code, out = dry_run(rows=[*good, row])
     assert code == 0, out
-    also = " as rows.jsonl:4" if check in ("near_duplicates", "conflicting_answers") else ""
+    duplicate_of = " as rows.jsonl:4" if check in ("near_duplicates", "conflicting_answers") else ""
     assert (
-        f"data check: {title}: 1 of 13 train rows (rows.jsonl:13{also}) "
+        f"data check: {title}: 1 of 13 train rows (rows.jsonl:13{duplicate_of}) "
         f"(kept; --set data.gate.{check}=…)"
     ) in out
     assert out.count("data check:") == 1
-    code, out = say("--set", f"data.gate.{check}=drop", rows=[*good, row])
+    code, out = dry_run("--set", f"data.gate.{check}=drop", rows=[*good, row])
     assert "data: rows.jsonl (12 rows" in out
-    code, out = say("--set", f"data.gate.{check}=stop", rows=[*good, row])
+    code, out = dry_run("--set", f"data.gate.{check}=stop", rows=[*good, row])
     assert code == 2
 
 
-def test_validation_rows_that_are_nearly_training_rows(say: Say) -> None:
+def test_near_duplicates_of_training_rows_are_dropped_from_validation(dry_run: DryRun) -> None:
     write("set/train.jsonl", GOOD)
-    nearly = pair(3, completion=fact(3).replace("before", "until"))
-    write("set/validation.jsonl", [pair(40), nearly, pair(41), GOOD[5]])  # the last is one of them
-    write("set/test.jsonl", [nearly])
-    code, out = say("--dataset", "set")
+    near_duplicate = pair(3, completion=make_sentence(3).replace("before", "until"))
+    write(
+        "set/validation.jsonl", [pair(40), near_duplicate, pair(41), GOOD[5]]
+    )  # the last is an exact copy
+    write("set/test.jsonl", [near_duplicate])
+    code, out = dry_run("--dataset", "set")
     assert code == 0, out
     assert (
         "nearly the same as a training row: 1 of 4 validation rows (set/validation.jsonl:2)" in out
     )
     assert "nearly the same as a training row: 1 of 1 test rows (set/test.jsonl:1) (kept" in out
-    code, out = say("--dataset", "set", "--set", "data.gate.near_leaked=drop")
+    code, out = dry_run("--dataset", "set", "--set", "data.gate.near_leaked=drop")
     assert "data: set (12 rows; 2 for validation)" in out
 
 
-def test_one_answer_for_all(say: Say) -> None:
-    _, out = say(rows=[pair(i, completion="Yes.") for i in range(12)])
+def test_constant_answer_is_reported(dry_run: DryRun) -> None:
+    _, out = dry_run(rows=[pair(i, completion="Yes.") for i in range(12)])
     assert "one answer for nearly all rows: 12 of 12 train rows (that of rows.jsonl:1) (kept" in out
 
 
-def test_an_empty_think_that_the_template_adds(
-    tiny_model_dir: Callable[..., Path], say: Say
+def test_supervised_empty_think_block_is_reported(
+    tiny_model_dir: Callable[..., Path], dry_run: DryRun
 ) -> None:
     Path("qwen3.jinja").write_text(QWEN_3, encoding="utf-8")
     model = ["--model", str(tiny_model_dir("qwen2")), "--chat-template"]
-    code, out = say(*model, "qwen3.jinja", rows=GOOD)
+    code, out = dry_run(*model, "qwen3.jinja", rows=GOOD)
     assert code == 0, out
     assert "a supervised empty <think></think>: 12 of 12 train rows (rows.jsonl:1" in out
-    _, out = say(*model, "qwen", rows=GOOD)
+    _, out = dry_run(*model, "qwen", rows=GOOD)
     assert "<think>" not in out
-    thought = [pair(i, completion=f"<think>\nhm\n</think>\n\n{fact(i)}") for i in range(12)]
-    _, out = say(*model, "qwen3.jinja", rows=thought)
+    reasoning_rows = [
+        pair(i, completion=f"<think>\nhm\n</think>\n\n{make_sentence(i)}") for i in range(12)
+    ]
+    _, out = dry_run(*model, "qwen3.jinja", rows=reasoning_rows)
     assert "<think>" not in out
 
 
 KTO = [pair(i, label=i % 3 != 0) for i in range(12)]
-DPO = [{"prompt": f"q{i}", "chosen": fact(i), "rejected": fact(i + 50)} for i in range(6)]
+DPO = [
+    {"prompt": f"q{i}", "chosen": make_sentence(i), "rejected": make_sentence(i + 50)}
+    for i in range(6)
+]
 
 
 @pytest.mark.parametrize(
-    ("rows", "message", "way"),
+    ("rows", "message", "fix"),
     [
         (KTO, "rows.jsonl:1: 'label' is false in 4 of 12 rows: bad answers, as for --task "
          "preference --loss kto, which --task text-generation would learn as good ones. Remove "
@@ -194,28 +204,30 @@ DPO = [{"prompt": f"q{i}", "chosen": fact(i), "rejected": fact(i + 50)} for i in
          ["--map", "prompt=prompt", "--map", "completion=chosen"]),
     ],
 )  # fmt: skip
-def test_bad_answers_are_not_learned_as_good_ones(
-    rows: list[Any], message: str, way: list[str], say: Say
+def test_rejected_answers_are_not_trained_as_targets(
+    rows: list[Any], message: str, fix: list[str], dry_run: DryRun
 ) -> None:
-    code, out = say(rows=rows)
+    code, out = dry_run(rows=rows)
     assert (code, out.splitlines()[-1]) == (2, f"ftlevel: {message}  [rows]")
-    assert say(*way, rows=rows)[0] == 0
+    assert dry_run(*fix, rows=rows)[0] == 0
 
 
-def test_only_good_answers_are_learned(say: Say) -> None:
-    assert say(rows=[{**row, "label": True} for row in KTO])[0] == 0
+def test_all_true_labels_are_accepted(dry_run: DryRun) -> None:
+    assert dry_run(rows=[{**row, "label": True} for row in KTO])[0] == 0
 
 
 LABELS = ["good", "bad"] * 10
 
 
 def reviews(labels: list[str]) -> list[dict[str, Any]]:
-    return [{"text": fact(i), "label": label} for i, label in enumerate(labels)]
+    return [{"text": make_sentence(i), "label": label} for i, label in enumerate(labels)]
 
 
-def test_labels_that_differ_by_space_or_case(tiny_model_dir: Callable[..., Path], say: Say) -> None:
+def test_labels_differing_by_space_or_case(
+    tiny_model_dir: Callable[..., Path], dry_run: DryRun
+) -> None:
     bert = ["--task", "text-classification", "--model", str(tiny_model_dir("bert"))]
-    code, out = say(*bert, rows=reviews([*LABELS, "good ", " bad"]))
+    code, out = dry_run(*bert, rows=reviews([*LABELS, "good ", " bad"]))
     assert code == 0, out
     assert "labels: 2 (bad, good)" in out
     assert (
@@ -223,69 +235,74 @@ def test_labels_that_differ_by_space_or_case(tiny_model_dir: Callable[..., Path]
         "is 'good', rows.jsonl:22: ' bad' is 'bad') (made one; --set data.gate.label_space=…)"
     ) in out
     rows = reviews([*LABELS, "Good", "BAD "])
-    code, out = say(*bert, rows=rows)
+    code, out = dry_run(*bert, rows=rows)
     assert (code, out.splitlines()[-1]) == (
         2,
         "ftlevel: labels that differ by case: 2 of 22 train rows (rows.jsonl:21: 'Good' is 'good', "
         "rows.jsonl:22: 'BAD ' is 'bad'). Write them alike, or pass --set "
         "data.gate.label_case=fold or warn.  [rows]",
     )
-    code, out = say(*bert, "--set", "data.gate.label_case=fold", rows=rows)
+    code, out = dry_run(*bert, "--set", "data.gate.label_case=fold", rows=rows)
     assert (code, "labels: 2 (bad, good)" in out) == (0, True)
-    code, out = say(*bert, "--set", "data.gate.label_case=warn", rows=rows)
+    code, out = dry_run(*bert, "--set", "data.gate.label_case=warn", rows=rows)
     assert (code, "labels: 4 (" in out) == (0, True)
 
 
-def test_a_label_with_a_typo_is_named(tiny_model_dir: Callable[..., Path], say: Say) -> None:
+def test_misspelled_label_is_reported(tiny_model_dir: Callable[..., Path], dry_run: DryRun) -> None:
     bert = ["--task", "text-classification", "--model", str(tiny_model_dir("bert"))]
     rows = reviews([*["positive", "negative", "neutral"] * 10, "postive"])
-    code, out = say(*bert, rows=rows)
+    code, out = dry_run(*bert, rows=rows)
     assert code == 0, out
     assert (
         "a rare label that looks like a frequent one misspelled: 1 of 31 train rows (rows.jsonl:31:"
         " 'postive' is 'positive') (kept; --set data.gate.label_typo=…)"
     ) in out
     assert "labels: 4 (" in out
-    code, out = say(*bert, "--set", "data.gate.label_typo=fold", rows=rows)
+    code, out = dry_run(*bert, "--set", "data.gate.label_typo=fold", rows=rows)
     assert (code, "labels: 3 (" in out) == (0, True)
-    code, out = say(*bert, "--set", "data.gate.label_typo=stop", rows=rows)
+    code, out = dry_run(*bert, "--set", "data.gate.label_typo=stop", rows=rows)
     assert (code, "pass --set data.gate.label_typo=fold or warn." in out) == (2, True)
 
 
-def test_labels_of_validation_rows_have_the_names_of_the_training_rows(
-    tiny_model_dir: Callable[..., Path], say: Say
+def test_validation_labels_are_folded_to_training_labels(
+    tiny_model_dir: Callable[..., Path], dry_run: DryRun
 ) -> None:
     bert = ["--task", "text-classification", "--model", str(tiny_model_dir("bert"))]
     write("set/train.jsonl", reviews(LABELS))
-    held = [{"text": fact(i), "label": label} for i, label in enumerate(["bad", "good\n"], 50)]
-    write("set/validation.jsonl", held)
-    code, out = say(*bert, "--dataset", "set")
+    validation_rows = [
+        {"text": make_sentence(i), "label": label} for i, label in enumerate(["bad", "good\n"], 50)
+    ]
+    write("set/validation.jsonl", validation_rows)
+    code, out = dry_run(*bert, "--dataset", "set")
     assert code == 0, out
     assert (
         "white space around them: 1 of 2 validation rows (set/validation.jsonl:2: 'good\\n'" in out
     )
-    write("set/validation.jsonl", [*held, {"text": fact(60), "label": "Good"}])
-    code, out = say(*bert, "--dataset", "set")
+    write("set/validation.jsonl", [*validation_rows, {"text": make_sentence(60), "label": "Good"}])
+    code, out = dry_run(*bert, "--dataset", "set")
     assert code == 2
     assert "They differ by case only: --set data.gate.label_case=fold merges them." in out
-    code, out = say(*bert, "--dataset", "set", "--set", "data.gate.label_case=fold")
+    code, out = dry_run(*bert, "--dataset", "set", "--set", "data.gate.label_case=fold")
     assert (code, "20 rows; 3 for validation" in out) == (0, True)
 
 
-def test_long_validation_texts_are_split_as_training_texts_are(say: Say) -> None:
-    texts = [{"text": " ".join(fact(k) for k in range(i, i + 5))} for i in range(0, 60, 5)]
+def test_long_validation_texts_are_split(dry_run: DryRun) -> None:
+    texts = [{"text": " ".join(make_sentence(k) for k in range(i, i + 5))} for i in range(0, 60, 5)]
     write("set/train.jsonl", texts)
-    write("set/validation.jsonl", [{"text": fact(90)}, {"text": f"{fact(91)} {fact(95)} " * 4}])
-    code, out = say("--dataset", "set", "--max-length", "64", "--overlong", "split")
+    write(
+        "set/validation.jsonl",
+        [{"text": make_sentence(90)}, {"text": f"{make_sentence(91)} {make_sentence(95)} " * 4}],
+    )
+    code, out = dry_run("--dataset", "set", "--max-length", "64", "--overlong", "split")
     assert code == 0, out
     assert "of validation dropped" not in out
     assert "rows changed: 1 of validation split into several" in out
-    code, out = say("--dataset", "set", "--max-length", "64", "--overlong", "drop", "--set",
-                    "data.gate.unsupervised=ignore")  # fmt: skip
+    code, out = dry_run("--dataset", "set", "--max-length", "64", "--overlong", "drop", "--set",
+                        "data.gate.unsupervised=ignore")  # fmt: skip
     assert "no row is left" in out or "1 of validation dropped, beyond the max length" in out
 
 
-def test_a_stream_checks_the_texts_of_every_row(say: Say) -> None:
+def test_streaming_checks_every_row(dry_run: DryRun) -> None:
     rows = [pair(i) for i in range(1_200)]
     rows[1_150] = pair(1_150, completion="One<br>two")
     write("rows.jsonl", rows)

@@ -1,4 +1,4 @@
-"""Two heaps for all threads of a training process."""
+"""The malloc arena limit of training processes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 
 from ftlevel.cli.startup import NUM_ARENAS
 
-WHERE = """
+CODE = """
 import ctypes, threading
 from ftlevel.cli.startup import limit_malloc_arenas
 done = limit_malloc_arenas()
@@ -36,24 +36,24 @@ print(done, len(heaps))
 
 
 def run(**environment: str) -> str:
-    own = {n: v for n, v in os.environ.items() if "MALLOC" not in n and n != "LD_PRELOAD"}
-    done = subprocess.run(
-        [sys.executable, "-c", WHERE], env={**own, **environment},
+    inherited = {n: v for n, v in os.environ.items() if "MALLOC" not in n and n != "LD_PRELOAD"}
+    process = subprocess.run(
+        [sys.executable, "-c", CODE], env={**inherited, **environment},
         capture_output=True, text=True, check=True,
     )  # fmt: skip
-    return done.stdout.strip()
+    return process.stdout.strip()
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="it is about glibc's malloc")
-def test_what_threads_ask_for_comes_from_two_heaps():
+def test_threads_use_limited_number_of_arenas():
     assert run() == f"True {NUM_ARENAS}"
-    done, heaps = run(MALLOC_ARENA_MAX="8").split()
-    assert done == "False"
+    limited, heaps = run(MALLOC_ARENA_MAX="8").split()
+    assert limited == "False"
     assert int(heaps) > NUM_ARENAS
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="it is about glibc's malloc")
 @pytest.mark.parametrize("name", ["MALLOC_ARENA_MAX", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES"])
-def test_what_somebody_has_set_is_left_alone(name: str):
+def test_user_malloc_settings_are_not_overridden(name: str):
     value = "glibc.malloc.arena_max=8" if name == "GLIBC_TUNABLES" else "8"
     assert run(**{name: value}).startswith("False")

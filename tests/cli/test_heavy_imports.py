@@ -1,4 +1,4 @@
-"""What a command's own process imports, and what the collector is asked to go through."""
+"""Imports of a command's process, and the garbage collector during them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from ftlevel.cli.startup import heavy_imports
 
 UNUSED = ("sklearn", "sacrebleu", "nltk", "rouge_score", "seqeval", "matplotlib", "langdetect")
-"""Of metrics and plots: text-generation is scored by its loss alone."""
+"""Libraries of metrics and plots; text-generation needs none, it is scored by loss."""
 
 
 def run(code: str) -> str:
@@ -21,7 +21,7 @@ def run(code: str) -> str:
 
 
 @pytest.mark.slow  # imports torch, transformers and PEFT
-def test_training_on_text_imports_no_metric_and_no_plot():
+def test_text_generation_imports_no_metric_or_plot_library():
     code = (
         "import sys; from ftlevel.cli.app import run; "
         "assert run(['train', '--dry-run', '--quiet', '--max-samples', '40']) == 0; "
@@ -30,7 +30,7 @@ def test_training_on_text_imports_no_metric_and_no_plot():
     assert run(code) == "[] True"  # Trainer's own module imports datasets
 
 
-def test_imports_of_a_fresh_process_are_left_out_of_collections():
+def test_imports_are_frozen_for_garbage_collection():
     code = (
         "import gc; from ftlevel.cli.startup import heavy_imports as block\n"
         "with block():\n    import decimal\n    print(gc.isenabled())\n"
@@ -41,7 +41,7 @@ def test_imports_of_a_fresh_process_are_left_out_of_collections():
 
 
 @pytest.mark.parametrize("has_triton", [False, True])
-def test_what_was_left_out_is_collected_at_the_end_where_triton_counts_it(has_triton: bool):
+def test_frozen_imports_are_unfrozen_at_exit_with_triton(has_triton: bool):
     code = (
         "import atexit, gc, sys; from ftlevel.cli.startup import heavy_imports as "
         "b\natexit.register(lambda: print(gc.get_freeze_count() > 1_000))\nwith b():\n    import "
@@ -50,7 +50,7 @@ def test_what_was_left_out_is_collected_at_the_end_where_triton_counts_it(has_tr
     assert run(code) == str(not has_triton)
 
 
-def test_a_collector_that_is_off_stays_off():
+def test_disabled_collector_stays_disabled():
     code = (
         "import gc; gc.disable()\nfrom ftlevel.cli.startup import heavy_imports as b\nwith "
         "b():\n    import decimal\nprint(gc.isenabled(), gc.get_freeze_count())"
@@ -58,7 +58,7 @@ def test_a_collector_that_is_off_stays_off():
     assert run(code) == "False 0"
 
 
-def test_where_torch_is_imported_already_the_collector_is_nobody_elses_business():
+def test_collector_is_unchanged_if_torch_is_already_imported():
     assert torch is sys.modules["torch"]
     before = gc.get_freeze_count()
     with heavy_imports():
@@ -66,12 +66,12 @@ def test_where_torch_is_imported_already_the_collector_is_nobody_elses_business(
     assert gc.get_freeze_count() == before
 
 
-@pytest.mark.parametrize(("said", "kept"), [("", "128"), ("7", "7")])
-def test_code_is_kept_for_the_shapes_of_a_step_unless_somebody_says_otherwise(
-    said: str, kept: str, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("value", "expected"), [("", "128"), ("7", "7")])
+def test_onednn_cache_capacity_default_and_override(
+    value: str, expected: str, monkeypatch: pytest.MonkeyPatch
 ):
     name = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
     monkeypatch.delenv(name, raising=False)
-    if said:
-        monkeypatch.setenv(name, said)
-    assert run(f"import os, ftlevel; print(os.environ[{name!r}])") == kept
+    if value:
+        monkeypatch.setenv(name, value)
+    assert run(f"import os, ftlevel; print(os.environ[{name!r}])") == expected

@@ -1,4 +1,4 @@
-"""`init`: what it proposes, what it asks in a terminal, and that train runs what it wrote."""
+"""`init`: proposed settings, terminal questions, and training with the written recipe."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ WORDS = ("the red fox", "a blue whale", "some green frog", "this old oak")
 
 
 @pytest.fixture(autouse=True)
-def in_a_folder_with_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A CSV of 80 rows with a text and a label, and nothing else."""
+def csv_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Change to a directory that contains only a CSV of 80 rows with a text and a label."""
     lines = [f"{WORDS[i % 4]} number {i},{'tree' if i % 4 == 3 else 'animal'}" for i in range(80)]
     (tmp_path / "rows.csv").write_text("text,label\n" + "\n".join(lines) + "\n")
     monkeypatch.chdir(tmp_path)
@@ -34,52 +34,54 @@ def init(capsys: pytest.CaptureFixture[str], *arguments: object) -> Any:
     return json.loads(capsys.readouterr().out)
 
 
-def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+def run_rejected(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     assert run(["init", *map(str, arguments)]) == 2
     return capsys.readouterr().err
 
 
-def test_it_reads_the_data_and_proposes(
+def test_init_proposes_settings_from_data(
     tiny_model_dir: ModelDir, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = tiny_model_dir("bert")
-    found = init(capsys, "--model", model)
-    said = {one["name"]: (one["value"], one["reason"]) for one in found["proposed"]}
-    assert said["dataset"] == ("rows.csv", "the only file of rows in this directory")
-    assert said["task"] == ("text-classification", "the columns are text + label")
-    assert (said["method"][0], said["epochs"][0]) == ("lora", "3")
-    assert said["validation_split"] == (0.1, "the data has no validation rows")
+    result = init(capsys, "--model", model)
+    proposed = {one["name"]: (one["value"], one["reason"]) for one in result["proposed"]}
+    assert proposed["dataset"] == ("rows.csv", "the only file of rows in this directory")
+    assert proposed["task"] == ("text-classification", "the columns are text + label")
+    assert (proposed["method"][0], proposed["epochs"][0]) == ("lora", "3")
+    assert proposed["validation_split"] == (0.1, "the data has no validation rows")
     config = build_config([load_recipe(Path("recipe.yaml"))])
-    assert config.model_dump(mode="json", exclude_unset=True) == found["config"]
-    assert found["steps"] == 27  # 72 rows, 8 a step, 3 times
+    assert config.model_dump(mode="json", exclude_unset=True) == result["config"]
+    assert result["steps"] == 27  # 72 rows, 8 per step, 3 epochs
     text = Path("recipe.yaml").read_text()
     assert "  kind: lora  # r 8, alpha 16, dropout 0\n" in text
     assert "  # max_length: " in text
-    assert found["command"] in text
+    assert result["command"] in text
 
 
-def test_what_stands_as_a_comment_is_what_train_chooses(
+def test_commented_settings_match_train_defaults(
     tiny_model_dir: ModelDir, capsys: pytest.CaptureFixture[str]
 ) -> None:
     init(capsys, "--model", tiny_model_dir("bert"), "--num-train-epochs", 1)
     lines = Path("recipe.yaml").read_text().splitlines()
-    plain = [line.replace("  # ", "  ", 1) if line.startswith("  # ") else line for line in lines]
-    Path("fixed.yaml").write_text("\n".join(plain) + "\n")
-    shown = []
+    uncommented = [
+        line.replace("  # ", "  ", 1) if line.startswith("  # ") else line for line in lines
+    ]
+    Path("fixed.yaml").write_text("\n".join(uncommented) + "\n")
+    configs = []
     for name in ("recipe.yaml", "fixed.yaml"):
         assert run(["train", name, "--dry-run", "--json"]) == 0
-        shown.append(json.loads(capsys.readouterr().out)["config"])
+        configs.append(json.loads(capsys.readouterr().out)["config"])
     assert (
         "max_length" not in build_config([load_recipe(Path("recipe.yaml"))]).data.model_fields_set
     )
     assert "max_length" in build_config([load_recipe(Path("fixed.yaml"))]).data.model_fields_set
     for name in ("learning_rate", "head_learning_rate"):
-        chosen, given = (config["train"].pop(name) for config in shown)
-        assert given == pytest.approx(chosen, rel=5e-3)
-    assert shown[0] == shown[1]
+        automatic, explicit = (config["train"].pop(name) for config in configs)
+        assert explicit == pytest.approx(automatic, rel=5e-3)
+    assert configs[0] == configs[1]
 
 
-def test_flags_go_into_the_recipe_and_train_runs_it(
+def test_flags_are_written_to_recipe_and_train_uses_them(
     tiny_model_dir: ModelDir, capsys: pytest.CaptureFixture[str]
 ) -> None:
     flags = (
@@ -92,16 +94,16 @@ def test_flags_go_into_the_recipe_and_train_runs_it(
         "--validation-split",
         0.2,
     )
-    found = init(capsys, "mine.yaml", "--model", tiny_model_dir("bert"), *flags)
-    assert found["config"]["method"]["kind"] == "ia3"
-    assert found["config"]["train"] == {"max_steps": 2, "seed": 7, "num_train_epochs": 3}
-    assert not {"method", "validation_split"} & {one["name"] for one in found["proposed"]}
-    assert run([*found["command"].split()[1:], "--quiet"]) == 0
-    summary = json.loads((Path(found["command"].split()[-1]) / "summary.json").read_text())
+    result = init(capsys, "mine.yaml", "--model", tiny_model_dir("bert"), *flags)
+    assert result["config"]["method"]["kind"] == "ia3"
+    assert result["config"]["train"] == {"max_steps": 2, "seed": 7, "num_train_epochs": 3}
+    assert not {"method", "validation_split"} & {one["name"] for one in result["proposed"]}
+    assert run([*result["command"].split()[1:], "--quiet"]) == 0
+    summary = json.loads((Path(result["command"].split()[-1]) / "summary.json").read_text())
     assert summary["steps"] == 2
 
 
-def test_the_built_in_examples_where_there_are_no_rows(
+def test_builtin_dataset_is_proposed_without_data_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "empty").mkdir()
@@ -111,48 +113,52 @@ def test_the_built_in_examples_where_there_are_no_rows(
     assert config["model"]["name_or_path"] == "builtin:tiny-llama"
 
 
-def test_a_model_that_comes_with_ftlevel_where_there_is_no_network(
+def test_builtin_model_is_proposed_offline(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    said = {one["name"]: one for one in init(capsys)["proposed"]}
-    assert said["model"]["value"] == "builtin:tiny-llama"
-    assert "all-MiniLM-L6-v2 cannot be had from here" in said["model"]["reason"]
+    proposed = {one["name"]: one for one in init(capsys)["proposed"]}
+    assert proposed["model"]["value"] == "builtin:tiny-llama"
+    assert "all-MiniLM-L6-v2 cannot be had from here" in proposed["model"]["reason"]
 
 
-def test_four_bits_where_the_weights_would_fill_the_memory(
+def test_qlora_is_proposed_for_large_weights(
     tiny_model_dir: ModelDir, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("ftlevel.commands.init.device_memory", lambda device: 400_000)
-    found = init(capsys, "--model", tiny_model_dir("bert"))
-    assert found["config"]["method"]["kind"] == "qlora"
-    assert found["config"]["quant"]["kind"] == "4bit"
+    result = init(capsys, "--model", tiny_model_dir("bert"))
+    assert result["config"]["method"]["kind"] == "qlora"
+    assert result["config"]["quant"]["kind"] == "4bit"
     lines = Path("recipe.yaml").read_text().splitlines()
     assert "  kind: 4bit  # 4-bit nf4" in lines
 
 
-def test_nothing_is_written_over_or_half(
+def test_errors_write_no_recipe(
     tiny_model_dir: ModelDir, capsys: pytest.CaptureFixture[str]
 ) -> None:
     Path("recipe.yaml").write_text("method: lora\n")
-    assert "recipe.yaml already exists" in refused(capsys, "--yes")
+    assert "recipe.yaml already exists" in run_rejected(capsys, "--yes")
     assert Path("recipe.yaml").read_text() == "method: lora\n"
-    assert "there is no terminal for questions. Add --yes" in refused(capsys, "new.yaml")
+    assert "there is no terminal for questions. Add --yes" in run_rejected(capsys, "new.yaml")
     model = tiny_model_dir("bert")
-    told = refused(capsys, "new.yaml", "--yes", "--model", model, "--task", "question-answering")
-    assert "'text', 'label'" in told
-    told = refused(capsys, "new.yaml", "--yes", "--dataset", "rows2.csv")
-    assert "Did you mean 'rows.csv'?" in told
-    assert "does not exist" in refused(capsys, "no/new.yaml", "--yes", "--model", model)
+    errors = run_rejected(
+        capsys, "new.yaml", "--yes", "--model", model, "--task", "question-answering"
+    )
+    assert "'text', 'label'" in errors
+    errors = run_rejected(capsys, "new.yaml", "--yes", "--dataset", "rows2.csv")
+    assert "Did you mean 'rows.csv'?" in errors
+    assert "does not exist" in run_rejected(capsys, "no/new.yaml", "--yes", "--model", model)
     Path("more.csv").write_text("text,label\na,b\n")
-    assert "(more.csv, rows.csv): choose one with --dataset" in refused(capsys, "new.yaml", "--yes")
+    assert "(more.csv, rows.csv): choose one with --dataset" in run_rejected(
+        capsys, "new.yaml", "--yes"
+    )
     Path("names.csv").write_text("en,de\nbank,Bank\n")
-    told = refused(capsys, "new.yaml", "--yes", "--dataset", "names.csv")
-    assert "--task text-generation --map prompt=en --map completion=de" in told
+    errors = run_rejected(capsys, "new.yaml", "--yes", "--dataset", "names.csv")
+    assert "--task text-generation --map prompt=en --map completion=de" in errors
     assert not Path("new.yaml").exists()
 
 
 @pytest.mark.slow
-def test_five_questions_in_a_terminal(tiny_model_dir: ModelDir) -> None:
+def test_interactive_questions(tiny_model_dir: ModelDir) -> None:
     model = tiny_model_dir("bert")
     answers = ["nothing.csv", "", "", str(model), "", "2"]  # the first cannot be used
     master, slave = pty.openpty()
@@ -162,14 +168,14 @@ def test_five_questions_in_a_terminal(tiny_model_dir: ModelDir) -> None:
     )  # fmt: skip
     os.close(slave)
     os.write(master, ("\n".join(answers) + "\n").encode())
-    shown = b""
+    output = b""
     while True:
         try:
-            shown += os.read(master, 4096)
+            output += os.read(master, 4096)
         except OSError:  # the terminal is closed
             break
     os.close(master)
-    text = shown.decode()
+    text = output.decode()
     assert process.wait() == 0, text
     assert "nothing.csv: no such file" in text
     assert text.count("Rows to learn from") == 2

@@ -1,4 +1,4 @@
-"""Files as people have them, through the commands: what is taken for what is said, or refused."""
+"""User data files through the commands: column detection, reported choices, and errors."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from ftlevel.cli.app import run
 from ftlevel.data.formats.turns import MAX_CHARACTERS
 
 ModelDir = Callable[..., Path]
-KINDS = ("billing", "technical", "delivery")
+CATEGORIES = ("billing", "technical", "delivery")
 TICKETS = "Ticket ID,Subject,Body,Category\n" + "".join(
-    f"T-{i},late parcel {i},it came {i} days late,{KINDS[i % 3]}\n" for i in range(12)
+    f"T-{i},late parcel {i},it came {i} days late,{CATEGORIES[i % 3]}\n" for i in range(12)
 )
-TALKS = [
+CHATS = [
     {"dialog": [{"speaker": "Anna", "message": f"how much is {i}?"},
                 {"speaker": "Shop", "message": f"it is {i}."}]}
     for i in range(6)
 ]  # fmt: skip
-WHO = ["--map", "user=Anna", "--map", "assistant=Shop"]
+ROLE_MAP = ["--map", "user=Anna", "--map", "assistant=Shop"]
 CONLL = "-DOCSTART- -X- O\n\n" + "".join(
     f"Mr NN I-PER\nLovelace{i} NN I-PER\nsleeps VB O\n\n" for i in range(6)
 )
@@ -54,7 +54,7 @@ def jsonl(rows: list[Any]) -> str:
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "arguments", "said"),
+    ("name", "content", "arguments", "message"),
     [
         ("tickets.csv", TICKETS, CLASSES,
          "text from 'Body', label from 'Category'; not used: 'Ticket ID', 'Subject' (found by"),
@@ -63,8 +63,8 @@ def jsonl(rows: list[Any]) -> str:
         ("tickets.csv", TICKETS.replace(",", ";"), CLASSES, "its header is separated by ';'"),
         ("tickets.csv", TICKETS.partition("\n")[2], [*CLASSES, "--map", "text=3", "--map",
          "label=4"], "no header: 'billing' of line 1 also occurs in 3 of the rows below"),
-        ("talks.json", json.dumps(TALKS), WHO, "user is 'Anna', assistant is 'Shop'"),
-        ("talks.json", json.dumps({"data": TALKS}), WHO, "the rows are the list under 'data'"),
+        ("talks.json", json.dumps(CHATS), ROLE_MAP, "user is 'Anna', assistant is 'Shop'"),
+        ("talks.json", json.dumps({"data": CHATS}), ROLE_MAP, "the rows are the list under 'data'"),
         ("names.conll", CONLL, TAGS, "tags: IO (as in the data)"),
         ("names.txt", CONLL.replace("Mr NN I", "Mr NN B"), TAGS, "tags: IOB2 (as in the data)"),
         ("names.jsonl", jsonl(SPANS), TAGS, "tags: IOB2 (made of the spans)"),
@@ -78,18 +78,18 @@ def jsonl(rows: list[Any]) -> str:
          "columns: text + label: 'text', 'label'"),
     ],
 )  # fmt: skip
-def test_it_is_read_and_said(
-    folder: Path, name: str, content: str, arguments: list[str], said: str,
+def test_detected_columns_are_reported(
+    folder: Path, name: str, content: str, arguments: list[str], message: str,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     Path(name).write_text(content, encoding="utf-8")
     assert run(["preview", "--dataset", name, *arguments]) == 0
-    plain = capsys.readouterr().out
-    assert said in plain
-    packed = Path(f"{name}.gz")
-    packed.write_bytes(gzip.compress(content.encode()))
-    assert run(["preview", "--dataset", packed.name, *arguments]) == 0
-    assert capsys.readouterr().out.replace(packed.name, name) == plain
+    output = capsys.readouterr().out
+    assert message in output
+    compressed = Path(f"{name}.gz")
+    compressed.write_bytes(gzip.compress(content.encode()))
+    assert run(["preview", "--dataset", compressed.name, *arguments]) == 0
+    assert capsys.readouterr().out.replace(compressed.name, name) == output
 
 
 @pytest.mark.parametrize(
@@ -97,7 +97,7 @@ def test_it_is_read_and_said(
     [
         ("odd.csv", TICKETS.replace("Body", "What happened").replace("Category", "Queue"), CLASSES,
          "Map the columns: --map 'text=What happened' --map label=Queue."),
-        ("talks.json", json.dumps(TALKS), [],
+        ("talks.json", json.dumps(CHATS), [],
          "talks.json row 1: turn 1 of 'dialog' has the unknown role 'Anna' (known: system, user, "
          "assistant, tool, human, gpt; or say who it is: --map user=Anna, or assistant=…)."),
         ("pairs.jsonl", jsonl(PAIRS), ["--task", "translation"],
@@ -123,7 +123,7 @@ def test_it_is_read_and_said(
          "--resume cannot be used with --dataset -: the rows of the run came through a pipe"),
     ],
 )  # fmt: skip
-def test_it_is_refused_and_nothing_is_written(
+def test_invalid_input_is_rejected_and_nothing_is_written(
     folder: Path, name: str, content: str, arguments: list[str], message: str,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
@@ -137,7 +137,7 @@ def test_it_is_refused_and_nothing_is_written(
     assert sorted(folder.iterdir()) == before
 
 
-def test_rows_of_bad_labels_are_told_apart(
+def test_rows_with_null_labels_are_reported(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows = [{"text": f"the value {i}", "label": None if i % 10 == 9 else i % 2} for i in range(60)]
@@ -148,20 +148,20 @@ def test_rows_of_bad_labels_are_told_apart(
     assert lines[-1].startswith("ftlevel: rows.json: 6 of 60 rows are bad (the first 5 are above).")
 
 
-@pytest.mark.parametrize("more", [[], ["--streaming", "--max-steps", "2"]])
-def test_stdin_is_previewed(
-    folder: Path, more: list[str], capsys: pytest.CaptureFixture[str],
+@pytest.mark.parametrize("options", [[], ["--streaming", "--max-steps", "2"]])
+def test_preview_reads_stdin(
+    folder: Path, options: list[str], capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     content = jsonl([{"prompt": f"say {i}", "completion": f"it is {i}"} for i in range(6)])
     monkeypatch.setattr("sys.stdin", SimpleNamespace(buffer=io.BytesIO(content.encode())))
-    assert run(["preview", "--dataset", "-", *more]) == 0
+    assert run(["preview", "--dataset", "-", *options]) == 0
     out = capsys.readouterr().out
     assert "stdin:1" in out
     assert "stdin: read as jsonl: its first line is an object" in out
 
 
-def test_joined_columns_go_through_train_evaluate_and_predict(
+def test_joined_columns_in_train_evaluate_and_predict(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     Path("tickets.csv.gz").write_bytes(gzip.compress(TICKETS.encode()))
@@ -181,18 +181,18 @@ def test_joined_columns_go_through_train_evaluate_and_predict(
 
 
 @pytest.mark.parametrize(
-    ("rows", "arguments", "asked", "said"),
+    ("rows", "arguments", "queries", "message"),
     [
         (PAIRS, TRANSLATE, [{"es": "hola"}], "source from 'es' (as in training)"),
-        (TALKS, WHO, TALKS[:1], "user is 'Anna', assistant is 'Shop' (as in training)"),
+        (CHATS, ROLE_MAP, CHATS[:1], "user is 'Anna', assistant is 'Shop' (as in training)"),
     ],
 )
-def test_a_run_asks_rows_by_what_it_was_told(
+def test_predict_uses_training_column_map(
     folder: Path, tiny_model_dir: ModelDir, rows: list[Any], arguments: list[str],
-    asked: list[Any], said: str, capsys: pytest.CaptureFixture[str],
+    queries: list[Any], message: str, capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     Path("rows.jsonl").write_text(jsonl(rows))
-    Path("asked.jsonl").write_text(jsonl(asked))
+    Path("asked.jsonl").write_text(jsonl(queries))
     model = ["--model", str(tiny_model_dir("llama"))]
     assert run(["train", "--quiet", "--dataset", "rows.jsonl", *model, *arguments, "--max-steps",
                 "1", "--output-dir", "run"]) == 0  # fmt: skip
@@ -200,55 +200,57 @@ def test_a_run_asks_rows_by_what_it_was_told(
     assert run(["predict", "run", "--dataset", "asked.jsonl", "--max-new-tokens", "2",
                 "--output", "told.jsonl"]) == 0  # fmt: skip
     captured = capsys.readouterr()
-    assert said in captured.out + captured.err
+    assert message in captured.out + captured.err
     assert "prediction" in json.loads(Path("told.jsonl").read_text().splitlines()[0])
 
 
-def test_columns_that_training_left_out_are_left_out_afterwards(
+def test_columns_ignored_in_training_are_ignored_later(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     Path("pictures.jsonl").write_text(jsonl(PICTURES))
     Path("texts.jsonl").write_text(jsonl([{k: r[k] for k in ("text", "label")} for r in PICTURES]))
-    short = ["train", "--quiet", *CLASSES, "--max-steps", "1"]
-    assert run([*short, "--dataset", "pictures.jsonl", "--ignore-columns", "image",
+    train = ["train", "--quiet", *CLASSES, "--max-steps", "1"]
+    assert run([*train, "--dataset", "pictures.jsonl", "--ignore-columns", "image",
                 "--output-dir", "run"]) == 0  # fmt: skip
-    assert run([*short, "--dataset", "texts.jsonl", "--output-dir", "other"]) == 0
-    asked = ["--dataset", "pictures.jsonl", "--output"]
-    assert run(["predict", "run", *asked, "told.jsonl"]) == 0
+    assert run([*train, "--dataset", "texts.jsonl", "--output-dir", "other"]) == 0
+    arguments = ["--dataset", "pictures.jsonl", "--output"]
+    assert run(["predict", "run", *arguments, "told.jsonl"]) == 0
     assert json.loads(Path("told.jsonl").read_text().splitlines()[0])["image"] == "0.png"
     assert run(["evaluate", "run", "--split", "train", "--resamples", "0"]) == 0
     assert run(["evaluate", "run", "--dataset", "texts.jsonl", "--resamples", "0"]) == 0
     capsys.readouterr()
-    for command in (["predict", "other", *asked, "more.jsonl"],
+    for command in (["predict", "other", *arguments, "more.jsonl"],
                     ["evaluate", "other", "--dataset", "pictures.jsonl"]):  # fmt: skip
         assert run(command) == 2
         assert "pictures.jsonl: column 'image' holds images" in capsys.readouterr().err
-    assert run(["predict", "other", "--ignore-columns", "image", *asked, "more.jsonl"]) == 0
+    assert run(["predict", "other", "--ignore-columns", "image", *arguments, "more.jsonl"]) == 0
     assert run(["evaluate", "other", "--dataset", "pictures.jsonl", "--resamples", "0",
                 "--ignore-columns", "image"]) == 0  # fmt: skip
 
 
-def test_a_pattern_of_files_goes_through_train_evaluate_and_predict(
+def test_glob_pattern_in_train_evaluate_and_predict(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     head, *lines = TICKETS.splitlines()
-    for name, some in (("a", lines[:6]), ("b", lines[6:])):
-        Path(f"{name}.csv").write_text("\n".join([head, *some]) + "\n")
-    how = [*CLASSES, "--map", "text=Body", "--validation-file", "?.csv"]
-    assert run(["train", "--quiet", "--dataset", "*.csv", *how, "--max-steps", "1",
+    for name, part in (("a", lines[:6]), ("b", lines[6:])):
+        Path(f"{name}.csv").write_text("\n".join([head, *part]) + "\n")
+    arguments = [*CLASSES, "--map", "text=Body", "--validation-file", "?.csv"]
+    assert run(["train", "--quiet", "--dataset", "*.csv", *arguments, "--max-steps", "1",
                 "--set", "data.gate.leaked=warn", "--output-dir", "run"]) == 0  # fmt: skip
     assert json.loads(Path("run/summary.json").read_text())["data"]["train_rows"] == 12
     assert run(["evaluate", "run", "--resamples", "0"]) == 0
     assert run(["predict", "run", "--dataset", "*.csv", "--output", "told.jsonl"]) == 0
-    told = [json.loads(line)["Ticket ID"] for line in Path("told.jsonl").read_text().splitlines()]
-    assert told == [f"T-{i}" for i in range(12)]
+    ticket_ids = [
+        json.loads(line)["Ticket ID"] for line in Path("told.jsonl").read_text().splitlines()
+    ]
+    assert ticket_ids == [f"T-{i}" for i in range(12)]
     Path("c.csv").write_text("text\nhello\n")
     capsys.readouterr()
     assert run(["predict", "run", "--dataset", "*.csv"]) == 2
     assert "c.csv: has the columns 'text', and a.csv has 'Ticket ID'" in capsys.readouterr().err
 
 
-def test_a_run_that_read_a_pipe_resumes_with_the_same_rows(
+def test_run_from_pipe_resumes_only_with_same_rows(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
@@ -268,7 +270,7 @@ def test_a_run_that_read_a_pipe_resumes_with_the_same_rows(
     assert run([*train, "3", "--resume", "--dataset", other]) == 2
     assert "not the same run: data.dataset was" in capsys.readouterr().err
     Path("again").unlink()
-    os.mkfifo("again")  # to which nobody writes
+    os.mkfifo("again")  # nobody writes to it
     assert run([*train, "3", "--resume", "--dataset", "again"]) == 2
     assert "is a pipe to which no program has written" in capsys.readouterr().err
     assert run([*train, "3", "--num-processes", "2", "--dataset", "again"]) == 2

@@ -1,4 +1,4 @@
-"""`launch` writes what a scheduler runs; its body trains, is told to end, and goes on."""
+"""`launch` writes job files; the job trains, is interrupted, and is requeued to resume."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ftlevel.cli.app import run
 
 TRAIN = ["--method", "lora", "--max-steps", "6", "--output-dir"]
 
-# srun as it is documented: a process a task with its variables, SIGTERM passed on to all.
+# srun as documented: one process per task with its variables; SIGTERM is forwarded to all.
 SRUN = """#!{python}
 import os, signal, subprocess, sys
 words = [word for word in sys.argv[1:] if not word.startswith("--kill-on-bad-exit")]
@@ -33,25 +33,25 @@ sys.exit(max(task.wait() for task in tasks))
 """
 
 
-def test_a_file_for_slurm(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    place, out = tmp_path / "job.sbatch", tmp_path / "My run"
-    given = ["launch", "--on", "slurm", "--nodes", "2", "--gpus-per-node=8", "--job-option",
-             "partition=gpu", "--job-file", str(place), *TRAIN, str(out)]  # fmt: skip
-    assert run(given) == 0
-    assert f"submit it: sbatch {place}" in capsys.readouterr().out
-    text = place.read_text()
+def test_slurm_job_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    job_file, out = tmp_path / "job.sbatch", tmp_path / "My run"
+    arguments = ["launch", "--on", "slurm", "--nodes", "2", "--gpus-per-node=8", "--job-option",
+                 "partition=gpu", "--job-file", str(job_file), *TRAIN, str(out)]  # fmt: skip
+    assert run(arguments) == 0
+    assert f"submit it: sbatch {job_file}" in capsys.readouterr().out
+    text = job_file.read_text()
     for line in ("--job-name=ftlevel-my-run", "--nodes=2", "--ntasks-per-node=8",
                  "--gpus-per-node=8", "--partition=gpu", "--requeue"):  # fmt: skip
         assert f"\n#SBATCH {line}\n" in text
     assert f" ftlevel train --method lora --max-steps 6 --output-dir '{out}' --resume &" in text
-    assert subprocess.run(["bash", "-n", place], check=False).returncode == 0
-    assert run(given) == 2  # it is there
+    assert subprocess.run(["bash", "-n", job_file], check=False).returncode == 0
+    assert run(arguments) == 2  # the file exists
 
 
-def test_a_job_for_kubernetes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    given = ["launch", "--on", "k8s", "--nodes", "3", "--gpus-per-node", "4", "--image", "a/b:1",
-             "--claim", "c", "--dry-run", *TRAIN, str(tmp_path / "run")]  # fmt: skip
-    assert run(given) == 0
+def test_kubernetes_job(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["launch", "--on", "k8s", "--nodes", "3", "--gpus-per-node", "4", "--image",
+                 "a/b:1", "--claim", "c", "--dry-run", *TRAIN, str(tmp_path / "run")]  # fmt: skip
+    assert run(arguments) == 0
     assert not list(tmp_path.iterdir())
     job = yaml.safe_load(capsys.readouterr().out)
     spec = job["spec"]["pytorchReplicaSpecs"]
@@ -65,11 +65,11 @@ def test_a_job_for_kubernetes(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert pod["volumes"][0]["persistentVolumeClaim"]["claimName"] == "c"
 
 
-def test_a_script_for_ray_train(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_ray_train_script(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / 'my "run"'
-    given = ["launch", "--on", "ray", "--nodes", "2", "--gpus-per-node", "4", "--job-option",
-             "CPU=6", "--dry-run", *TRAIN, str(out)]  # fmt: skip
-    assert run(given) == 0
+    arguments = ["launch", "--on", "ray", "--nodes", "2", "--gpus-per-node", "4", "--job-option",
+                 "CPU=6", "--dry-run", *TRAIN, str(out)]  # fmt: skip
+    assert run(arguments) == 0
     script = ast.parse(capsys.readouterr().out)
     values = {
         keyword.arg: ast.literal_eval(keyword.value)
@@ -81,15 +81,15 @@ def test_a_script_for_ray_train(tmp_path: Path, capsys: pytest.CaptureFixture[st
         "num_workers": 8, "use_gpu": True, "resources_per_worker": {"CPU": 6},
         "name": "ftlevel-my-run", "storage_path": str(tmp_path),
     }  # fmt: skip
-    (arguments,) = (node.value for node in script.body if isinstance(node, ast.Assign))
-    assert ast.literal_eval(arguments) == ["train", *TRAIN, str(out), "--resume"]
-    told = {node.value for node in ast.walk(script) if isinstance(node, ast.Constant)}
+    (assigned,) = (node.value for node in script.body if isinstance(node, ast.Assign))
+    assert ast.literal_eval(assigned) == ["train", *TRAIN, str(out), "--resume"]
+    constants = {node.value for node in ast.walk(script) if isinstance(node, ast.Constant)}
     assert {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR",
-            "MASTER_PORT"} <= told  # fmt: skip
+            "MASTER_PORT"} <= constants  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    ("given", "message"),
+    ("arguments", "message"),
     [
         (["--on", "slurm"], "Add --output-dir DIR"),
         (["--on", "pbs", "--output-dir", "x"], "expected one of slurm, k8s, ray"),
@@ -104,39 +104,39 @@ def test_a_script_for_ray_train(tmp_path: Path, capsys: pytest.CaptureFixture[st
         (["--on", "slurm", "--output-dir", "x", "--lora-r", "0"], "method.r must be"),
     ],
 )
-def test_what_no_job_can_do_is_named(
-    given: list[str], message: str, capsys: pytest.CaptureFixture[str]
+def test_unsupported_job_options_are_rejected(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run(["launch", *given]) == 2
+    assert run(["launch", *arguments]) == 2
     assert message in capsys.readouterr().err
 
 
-def test_it_is_submitted_only_when_told(
+def test_job_is_submitted_only_with_submit_flag(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     sbatch = tmp_path / "sbatch"
     sbatch.write_text('#!/bin/bash\necho "Submitted $1"; echo "$1" >> "$0.log"\n')
     sbatch.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    given = ["launch", "--on", "slurm", *TRAIN, str(tmp_path / "run"), "--job-file"]
-    assert run([*given, str(tmp_path / "a")]) == 0
+    arguments = ["launch", "--on", "slurm", *TRAIN, str(tmp_path / "run"), "--job-file"]
+    assert run([*arguments, str(tmp_path / "a")]) == 0
     assert not (tmp_path / "sbatch.log").exists()
-    assert run([*given, str(tmp_path / "b"), "--submit", "--json"]) == 0
-    said = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert said["submitted"] == f"Submitted {tmp_path / 'b'}"
+    assert run([*arguments, str(tmp_path / "b"), "--submit", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result["submitted"] == f"Submitted {tmp_path / 'b'}"
     monkeypatch.setenv("PATH", str(tmp_path / "nothing"))
-    assert run([*given, str(tmp_path / "c"), "--submit"]) == 2
+    assert run([*arguments, str(tmp_path / "c"), "--submit"]) == 2
     assert "there is no sbatch here" in capsys.readouterr().err
 
 
 @pytest.mark.slow
-def test_the_body_of_a_job_is_requeued_with_a_checkpoint_and_goes_on(
+def test_interrupted_job_saves_checkpoint_and_requeues(
     tiny_model_dir: Callable[..., Path], tmp_path: Path
 ) -> None:
-    rows, out, place = tmp_path / "rows.jsonl", tmp_path / "run", tmp_path / "job"
+    rows, out, job_file = tmp_path / "rows.jsonl", tmp_path / "run", tmp_path / "job"
     rows.write_text("".join(json.dumps({"prompt": "a dog", "completion": f"sees {n}"}) + "\n"
                             for n in range(8)))  # fmt: skip
-    assert run(["launch", "--on", "slurm", "--nodes", "2", "--job-file", str(place), "--model",
+    assert run(["launch", "--on", "slurm", "--nodes", "2", "--job-file", str(job_file), "--model",
                 str(tiny_model_dir("llama")), "--dataset", str(rows), "--max-steps", "3000",
                 "--logging-steps", "1", "--set", "data.gate.near_duplicates=ignore",
                 "--output-dir", str(out)]) == 0  # fmt: skip
@@ -148,7 +148,7 @@ def test_the_body_of_a_job_is_requeued_with_a_checkpoint_and_goes_on(
         (programs / name).chmod(0o755)
     port = str(20000 + os.getpid() % 20000)
     job = subprocess.Popen(
-        ["bash", place], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        ["bash", job_file], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         env={**os.environ, "PATH": f"{programs}:{os.environ['PATH']}", "SLURM_JOB_ID": "7",
              "MASTER_PORT": port},
     )  # fmt: skip
@@ -157,10 +157,10 @@ def test_the_body_of_a_job_is_requeued_with_a_checkpoint_and_goes_on(
         assert job.poll() is None, job.communicate()[0]
         time.sleep(0.2)
     job.send_signal(signal.SIGUSR1)  # five minutes before the end
-    said = job.communicate(timeout=200)[0]
-    assert job.returncode == 0, said
+    output = job.communicate(timeout=200)[0]
+    assert job.returncode == 0, output
     assert (programs / "scontrol.log").read_text() == "requeue 7\n"
-    (kept,) = (out / "checkpoints").glob("checkpoint-*")
-    assert (kept / "manifest.json").exists()
-    assert "interrupted after step" in said
+    (checkpoint,) = (out / "checkpoints").glob("checkpoint-*")
+    assert (checkpoint / "manifest.json").exists()
+    assert "interrupted after step" in output
     assert shutil.which("srun") != str(programs / "srun")

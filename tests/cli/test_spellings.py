@@ -15,7 +15,7 @@ import typer
 from typer.main import get_command
 
 import write_docs
-from cli.spellings import SPELLINGS, Spelled
+from cli.spellings import SPELLINGS, ForeignFlag
 from ftlevel.cli.app import run
 from ftlevel.cli.flags import CommandInput, add_command, read_config
 from ftlevel.config import TrainConfig
@@ -53,12 +53,12 @@ AGREEING = [row for row in SPELLINGS if row.agrees]
 ANSWERED = [row for row in SPELLINGS if row.answer]
 
 
-def _names(rows: Sequence[Spelled]) -> list[str]:
+def _names(rows: Sequence[ForeignFlag]) -> list[str]:
     return [f"{row.tool}: {row.typed}" for row in rows]
 
 
 @pytest.mark.parametrize("row", ACCEPTED, ids=_names(ACCEPTED))
-def test_a_spelling_takes_effect(row: Spelled) -> None:
+def test_a_spelling_takes_effect(row: ForeignFlag) -> None:
     beside = shlex.split(row.beside)
     config = resolve([*shlex.split(row.typed), *beside])
     before = resolve(beside)
@@ -68,7 +68,7 @@ def test_a_spelling_takes_effect(row: Spelled) -> None:
 
 
 @pytest.mark.parametrize("row", AGREEING, ids=_names(AGREEING))
-def test_a_spelling_agrees_and_says_why(row: Spelled, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_spelling_agrees_and_says_why(row: ForeignFlag, capsys: pytest.CaptureFixture[str]) -> None:
     typed = shlex.split(row.typed)
     assert resolve(typed) == resolve([])
     (line,) = capsys.readouterr().err.splitlines()
@@ -77,7 +77,7 @@ def test_a_spelling_agrees_and_says_why(row: Spelled, capsys: pytest.CaptureFixt
 
 
 @pytest.mark.parametrize("row", ANSWERED, ids=_names(ANSWERED))
-def test_a_spelling_is_answered(row: Spelled) -> None:
+def test_a_spelling_is_answered(row: ForeignFlag) -> None:
     with pytest.raises(ConfigError) as refused:
         resolve(shlex.split(row.typed))
     (line,) = refused.value.problems
