@@ -72,7 +72,7 @@ def _here(row: ForeignFlag) -> str:
     """Return what comes of a row; of one that is refused, the line that says so."""
     if row.sets:
         fields = ", ".join(f"`{path}: {_shown(value)}`" for path, value in row.sets.items())
-        return fields + (f" (with `{row.beside}`)" if row.beside else "")
+        return fields + (f" (with `{row.extra}`)" if row.extra else "")
     try:
         _program()(args=["train", *shlex.split(row.typed), "--dry-run"], standalone_mode=False)
     except ConfigError as error:

@@ -13,14 +13,14 @@ from ftlevel.cli.app import run
 from ftlevel.config import SPECS
 
 
-def ask(capsys: pytest.CaptureFixture[str], *flags: str) -> dict[str, dict]:
+def list_methods(capsys: pytest.CaptureFixture[str], *flags: str) -> dict[str, dict]:
     assert run(["list-methods", *flags, "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     return {row["name"]: row for row in report["methods"]}
 
 
-def test_every_method_is_listed(capsys):
-    rows = ask(capsys)
+def test_all_methods_are_listed(capsys):
+    rows = list_methods(capsys)
     assert {row["method"] for row in rows.values()} == set(SPECS)
     assert rows["lora"]["works"] == "yes"
     assert rows["dora"]["works"] == "in part"
@@ -43,12 +43,12 @@ def test_every_method_is_listed(capsys):
         (["--model", "builtin:tiny-llama"], "experts", "no"),
     ],
 )
-def test_narrowing(capsys, flags, row, works):
-    assert ask(capsys, *flags)[row]["works"] == works
+def test_support_by_model_quantization_and_task(capsys, flags, row, works):
+    assert list_methods(capsys, *flags)[row]["works"] == works
 
 
-def test_a_directory_is_of_its_model_type(capsys, tiny_model_dir):
-    assert ask(capsys, "--model", str(tiny_model_dir("gpt2")), "--quant", "none")["lokr"][
+def test_model_directory_uses_its_model_type(capsys, tiny_model_dir):
+    assert list_methods(capsys, "--model", str(tiny_model_dir("gpt2")), "--quant", "none")["lokr"][
         "reasons"
     ] == [
         "--method lokr cannot be used with gpt2: PEFT does not support its Conv1D layers. "
@@ -65,12 +65,12 @@ def test_a_directory_is_of_its_model_type(capsys, tiny_model_dir):
         (["--model", "lama"], "Did you mean"),
     ],
 )  # fmt: skip
-def test_what_is_not_known(capsys, flags, text):
+def test_unknown_values_are_rejected_with_suggestion(capsys, flags, text):
     assert run(["list-methods", *flags]) == 2
     assert text in capsys.readouterr().err
 
 
-def test_the_table_for_people(capsys, monkeypatch):
+def test_text_output_fits_80_columns(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     assert run(["list-methods", "--model", "gpt2", "--quant", "none"]) == 0
     out = capsys.readouterr().out
@@ -79,16 +79,16 @@ def test_the_table_for_people(capsys, monkeypatch):
     assert max(map(len, out.splitlines())) <= 80
 
 
-def test_it_answers_at_once_without_torch():
+def test_list_methods_is_fast_and_imports_no_torch():
     code = (
         "import sys\nfrom ftlevel.cli.app import run\nrun(['list-methods', '--model', 'llama'])\n"
         "print('HEAVY', [m for m in ('torch', 'transformers', 'peft') if m in sys.modules])"
     )
     before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True,
         env={**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2] / "src")},
     )  # fmt: skip
     seconds = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before
-    assert done.stdout.endswith("HEAVY []\n")
+    assert process.stdout.endswith("HEAVY []\n")
     assert seconds < 1.0, "about 0.25 on an idle core"

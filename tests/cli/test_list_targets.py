@@ -46,7 +46,7 @@ LoRA r=8    r * (in + out) parameters for each linear. Llama-2-7B, all-linear:
 
 
 @pytest.fixture(autouse=True)
-def _narrow(monkeypatch: pytest.MonkeyPatch) -> None:
+def _terminal_width(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "80")
 
 
@@ -56,7 +56,7 @@ def model(tmp_path: Path) -> str:
     return str(tmp_path)
 
 
-def test_llama_as_printed(capsys: pytest.CaptureFixture[str]) -> None:
+def test_llama_output(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["list-targets", "llama"]) == 0
     assert capsys.readouterr().out == LLAMA
 
@@ -86,7 +86,7 @@ def test_every_family_fits_80_columns(family: str, capsys: pytest.CaptureFixture
         ([], 2, "", "Missing argument"),
     ],
 )
-def test_command_lines(
+def test_arguments_exit_code_and_output(
     arguments: list[str], code: int, out: str, err: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(["list-targets", *arguments]) == code
@@ -96,7 +96,7 @@ def test_command_lines(
     assert not (captured.out if code else captured.err)
 
 
-def test_model_as_printed(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_model_output(model: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["list-targets", model, "--lora-r", "4"]) == 0
     out = capsys.readouterr().out
     assert out.startswith(f"{model}, gpt2, GPT2LMHeadModel, decoder, 96,320 parameters\n")
@@ -108,9 +108,7 @@ def test_model_as_printed(model: str, capsys: pytest.CaptureFixture[str]) -> Non
     assert "6,656 trainable, 6.91% of the model" in " ".join(out.split())
 
 
-def test_json_of_a_model_is_one_object_and_nothing_else(
-    model: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_json_output_is_one_object(model: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["list-targets", model, "--json", "--lora-r", "4"]) == 0
     captured = capsys.readouterr()
     report = json.loads(captured.out)

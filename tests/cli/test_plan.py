@@ -1,4 +1,4 @@
-"""`plan`: from a config alone, for a card, with what fits; and what it refuses."""
+"""`plan`: estimates from a config, for other GPUs, what fits, and rejected arguments."""
 
 from __future__ import annotations
 
@@ -32,117 +32,125 @@ def plan(capsys: pytest.CaptureFixture[str], *arguments: object, code: int = 0) 
 
 
 @pytest.fixture
-def big(tmp_path: Path) -> Path:
+def llama_8b_dir(tmp_path: Path) -> Path:
     (tmp_path / "config.json").write_text(json.dumps(LLAMA_8B))
     return tmp_path
 
 
-def test_a_config_alone_is_enough(big: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_plan_from_config_only(llama_8b_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = ("--max-length", 1024, "--per-device-train-batch-size", 4)
     rows = (*rows, "--no-gradient-checkpointing")
-    found = json.loads(plan(capsys, "--model", big, "--gpu", "24GB", *rows, "--brief", "--json"))
-    assert found["peak_bytes"] == sum(found["parts"].values())
-    assert found["memory_bytes"] == 24 * 2**30
+    result = json.loads(
+        plan(capsys, "--model", llama_8b_dir, "--gpu", "24GB", *rows, "--brief", "--json")
+    )
+    assert result["peak_bytes"] == sum(result["parts"].values())
+    assert result["memory_bytes"] == 24 * 2**30
     weights = 2 * (8_030_261_248)  # bfloat16
-    assert found["parts"]["weights"] == pytest.approx(weights, rel=1e-3)
-    assert not found["fits_in_memory"]
-    assert found["imagined_rows"]
-    assert found["seconds_per_epoch"] is None
-    assert "--per-device-train-batch-size" in found["cheapest_change"]
-    flags = found["cheapest_change"].split()
-    less = plan(capsys, "--model", big, "--gpu", "24GB", *rows[:2], *flags, "--brief", "--json")
-    assert json.loads(less)["fits_in_memory"]
+    assert result["parts"]["weights"] == pytest.approx(weights, rel=1e-3)
+    assert not result["fits_in_memory"]
+    assert result["imagined_rows"]
+    assert result["seconds_per_epoch"] is None
+    assert "--per-device-train-batch-size" in result["cheapest_change"]
+    flags = result["cheapest_change"].split()
+    changed = plan(
+        capsys, "--model", llama_8b_dir, "--gpu", "24GB", *rows[:2], *flags, "--brief", "--json"
+    )
+    assert json.loads(changed)["fits_in_memory"]
 
 
-def test_a_thousand_cards(big: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    asked = ("--model", big, "--gpu", "h100", "--max-length", 512, "--brief", "--shard", "full",
-             "--nodes", 128, "--gpus-per-node", 8)  # fmt: skip
-    found = json.loads(plan(capsys, *asked, "--json"))
+def test_plan_for_1024_sharded_gpus(llama_8b_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ("--model", llama_8b_dir, "--gpu", "h100", "--max-length", 512, "--brief",
+                 "--shard", "full",
+                 "--nodes", 128, "--gpus-per-node", 8)  # fmt: skip
+    result = json.loads(plan(capsys, *arguments, "--json"))
     weights, ranks = 2 * 8_030_261_248, 1024  # bfloat16
-    assert found["parts"]["weights"] < weights / ranks + 2**20  # norms are whole
+    assert result["parts"]["weights"] < weights / ranks + 2**20  # norms are not sharded
     embeddings, block = 2 * 2 * 128256 * 4096, 2 * 218_103_808
-    assert found["parts"]["gathered"] == pytest.approx(embeddings + 3 * block, rel=0.01)
-    cluster = found["cluster"]
-    sent = embeddings + 2 * 32 * block  # blocks forward and backward, the rest once
-    assert cluster["gathered_bytes_per_step"] == pytest.approx(sent * 1023 / 1024, rel=1e-3)
+    assert result["parts"]["gathered"] == pytest.approx(embeddings + 3 * block, rel=0.01)
+    cluster = result["cluster"]
+    gathered = embeddings + 2 * 32 * block  # blocks in forward and backward, the rest once
+    assert cluster["gathered_bytes_per_step"] == pytest.approx(gathered * 1023 / 1024, rel=1e-3)
     adapter = 4 * 2 * 1023 / 1024  # an all-reduce in float32
     assert cluster["reduced_bytes_per_step"] == pytest.approx(adapter * 20_971_520, rel=1e-3)
     assert cluster["waiting_s"] > 0
     assert cluster["seconds_per_step"] == pytest.approx(
         cluster["computing_s"] + cluster["waiting_s"]
     )
-    assert found["seconds_per_epoch"] is None
+    assert result["seconds_per_epoch"] is None
 
 
 @pytest.mark.slow
-def test_the_micro_batch_is_the_largest_that_fits(
-    big: Path, capsys: pytest.CaptureFixture[str]
+def test_auto_micro_batch_is_largest_that_fits(
+    llama_8b_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    asked = ("--model", big, "--gpu", "24GB", "--max-length", 1024, "--batch-size", 8,
-             "--no-gradient-checkpointing", "--brief", "--json")  # fmt: skip
-    assert not json.loads(plan(capsys, *asked))["fits_in_memory"]
-    found = json.loads(plan(capsys, *asked, "--auto-micro-batch"))
-    assert found["fits_in_memory"]
-    (choice,) = (c for c in found["choices"] if c["name"] == "micro-batch")
+    arguments = ("--model", llama_8b_dir, "--gpu", "24GB", "--max-length", 1024, "--batch-size", 8,
+                 "--no-gradient-checkpointing", "--brief", "--json")  # fmt: skip
+    assert not json.loads(plan(capsys, *arguments))["fits_in_memory"]
+    result = json.loads(plan(capsys, *arguments, "--auto-micro-batch"))
+    assert result["fits_in_memory"]
+    (choice,) = (c for c in result["choices"] if c["name"] == "micro-batch")
     tokens = int(choice["value"].split()[0].replace(",", ""))
     assert 1024 <= tokens < 8 * 1024
-    more = ("--tokens-per-micro-batch", tokens + 1024)
-    assert not json.loads(plan(capsys, *asked, *more))["fits_in_memory"]
+    larger = ("--tokens-per-micro-batch", tokens + 1024)
+    assert not json.loads(plan(capsys, *arguments, *larger))["fits_in_memory"]
 
 
-def test_a_method_with_a_penalty_and_without_the_fast_step(
+def test_plan_adalora_without_fast_step(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    asked = ("--method", "adalora", "--max-steps", 40, "--no-fast", "--brief", "--json")
-    assert json.loads(plan(capsys, *asked))["peak_bytes"] > 0
+    arguments = ("--method", "adalora", "--max-steps", 40, "--no-fast", "--brief", "--json")
+    assert json.loads(plan(capsys, *arguments))["peak_bytes"] > 0
 
 
-def test_rollouts_take_keys_and_values(big: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    asked = ("--model", big, "--gpu", "80GB", "--max-length", 1024, "--brief", "--json",
-             "--per-device-train-batch-size", 1, "--task", "rl", "--reward", "exact",
-             "--gradient-checkpointing", "--max-completion-length", 960,
-             "--num-generations", 8)  # fmt: skip
-    found = json.loads(plan(capsys, *asked))
-    token, prompts, rows = 2 * 32 * 8 * 128 * 2, 2, 16  # bytes of a token; sampled at once
-    assert found["at"] == "sampling"
+def test_rollout_memory_includes_kv_cache(
+    llama_8b_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ("--model", llama_8b_dir, "--gpu", "80GB", "--max-length", 1024, "--brief",
+                 "--json",
+                 "--per-device-train-batch-size", 1, "--task", "rl", "--reward", "exact",
+                 "--gradient-checkpointing", "--max-completion-length", 960,
+                 "--num-generations", 8)  # fmt: skip
+    result = json.loads(plan(capsys, *arguments))
+    token, prompts, rows = 2 * 32 * 8 * 128 * 2, 2, 16  # bytes per token; sampled at once
+    assert result["at"] == "sampling"
     tokens = prompts * (64 + 64) + 2 * rows * (960 + 64)  # a prompt is cached once
-    assert found["parts"]["keys and values"] == token * tokens
-    on_server = json.loads(plan(capsys, *asked, "--rollouts", "http://127.0.0.1:9"))
+    assert result["parts"]["keys and values"] == token * tokens
+    on_server = json.loads(plan(capsys, *arguments, "--rollouts", "http://127.0.0.1:9"))
     assert "keys and values" not in on_server["parts"]
-    assert on_server["peak_bytes"] < found["peak_bytes"]
+    assert on_server["peak_bytes"] < result["peak_bytes"]
 
 
-def test_time_of_rollouts_and_memory_of_a_teacher(
+def test_rollout_time_and_teacher_memory(
     tmp_path: Path, tiny_model_dir: ModelDir, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data, model = tmp_path / "rows.jsonl", tiny_model_dir("llama")
     data.write_text("".join('{"prompt": "the value", "answer": "an object"}\n' for _ in range(12)))
-    asked = ("--model", model, "--dataset", data, "--task", "rl", "--gpu", "h100", "--brief",
-             "--max-completion-length", 8)  # fmt: skip
-    found = json.loads(plan(capsys, *asked, "--reward", "exact", "--json"))
-    assert 0.5 < found["time"]["sampling_share"] < 1
-    assert "% of it sampling" in plan(capsys, *asked, "--reward", "exact")
-    taught = json.loads(plan(capsys, *asked, "--teacher", model, "--json"))
-    weights = taught["parts"]["weights"]
-    assert taught["parts"]["teacher and reward models"] == pytest.approx(weights, rel=0.01)
+    arguments = ("--model", model, "--dataset", data, "--task", "rl", "--gpu", "h100", "--brief",
+                 "--max-completion-length", 8)  # fmt: skip
+    result = json.loads(plan(capsys, *arguments, "--reward", "exact", "--json"))
+    assert 0.5 < result["time"]["sampling_share"] < 1
+    assert "% of it sampling" in plan(capsys, *arguments, "--reward", "exact")
+    distillation = json.loads(plan(capsys, *arguments, "--teacher", model, "--json"))
+    weights = distillation["parts"]["weights"]
+    assert distillation["parts"]["teacher and reward models"] == pytest.approx(weights, rel=0.01)
 
 
-def test_rows_of_the_data_and_what_else_fits(
+def test_plan_with_dataset_lists_fitting_settings(
     tmp_path: Path, tiny_model_dir: ModelDir, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = tmp_path / "rows.jsonl"
     data.write_text("".join('{"text": "the value of an object"}\n' for _ in range(12)))
-    asked = ("--model", tiny_model_dir("llama"), "--dataset", data, "--gpu", "h100",
-             "--price-per-hour", 2, "--on-bad-row", "skip")  # fmt: skip
-    found = json.loads(plan(capsys, *asked, "--json"))
-    assert found["fits_in_memory"]
-    assert found["seconds_per_epoch"] > 0
-    assert found["cost"] > 0
-    flags = [fit["flags"] for fit in found["fits"]]
+    arguments = ("--model", tiny_model_dir("llama"), "--dataset", data, "--gpu", "h100",
+                 "--price-per-hour", 2, "--on-bad-row", "skip")  # fmt: skip
+    result = json.loads(plan(capsys, *arguments, "--json"))
+    assert result["fits_in_memory"]
+    assert result["seconds_per_epoch"] > 0
+    assert result["cost"] > 0
+    flags = [fit["flags"] for fit in result["fits"]]
     for method in ("lora", "qlora", "full"):
         for checkpointing in ("--gradient-checkpointing", "--no-gradient-checkpointing"):
             assert any(f"--method {method} {checkpointing}" in line for line in flags)
-    out = plan(capsys, *asked, "--brief", "--nodes", 2, "--gpus-per-node", 2)
+    out = plan(capsys, *arguments, "--brief", "--nodes", 2, "--gpus-per-node", 2)
     assert out.splitlines()[0].startswith("fits: peak ")
     assert "H100" in out
     assert "2 × 2 cards, of which this is one: a step takes " in out
@@ -150,46 +158,61 @@ def test_rows_of_the_data_and_what_else_fits(
     assert "a roofline and rings on 4 cards" in out
 
 
-def test_a_run_begins_with_the_verdict_and_ends_beside_it(
+def test_train_reports_planned_and_measured_memory(
     tmp_path: Path, tiny_model_dir: ModelDir, capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     data = tmp_path / "rows.jsonl"
     data.write_text("".join(f'{{"text": "the value of object {n}"}}\n' for n in range(12)))
-    asked = ["--model", str(tiny_model_dir("llama")), "--dataset", str(data), "--max-steps", "2"]
-    small, planned = tmp_path / "small", tmp_path / "planned"
-    assert run(["train", *asked, "--output-dir", str(small)]) == 0
-    said = capsys.readouterr().out
-    assert "memory: not estimated (a small model: Python and its libraries take more)" in said
+    arguments = [
+        "--model",
+        str(tiny_model_dir("llama")),
+        "--dataset",
+        str(data),
+        "--max-steps",
+        "2",
+    ]
+    small, estimated = tmp_path / "small", tmp_path / "planned"
+    assert run(["train", *arguments, "--output-dir", str(small)]) == 0
+    output = capsys.readouterr().out
+    assert "memory: not estimated (a small model: Python and its libraries take more)" in output
     assert json.loads((small / "summary.json").read_text())["plan"]["peak_bytes"] is None
 
     monkeypatch.setattr("ftlevel.training.forecast.fits.MIN_PARAMETERS", 0)
-    assert run(["train", *asked, "--output-dir", str(planned)]) == 0
+    assert run(["train", *arguments, "--output-dir", str(estimated)]) == 0
     first, *_, last = [line for line in capsys.readouterr().out.splitlines() if " planned" in line
                        or "memory: " in line]  # fmt: skip
-    verdict, expected = first.split("memory: ")[1], json.loads(plan(capsys, *asked, "--json"))
+    verdict, expected = first.split("memory: ")[1], json.loads(plan(capsys, *arguments, "--json"))
     assert re.match(r"fits: peak 0\.00 GiB \(\d\.\d\d GiB whole process\), in the ", verdict)
-    found = json.loads((planned / "summary.json").read_text())["plan"]
+    result = json.loads((estimated / "summary.json").read_text())["plan"]
     for name in ("peak_bytes", "parts", "at", "memory_bytes", "fits_in_memory"):
-        assert found[name] == expected[name]
-    assert 0 < found["measured_bytes"] < 2**31
+        assert result[name] == expected[name]
+    assert 0 < result["measured_bytes"] < 2**31
     assert "GiB measured" in last
     for page in ("report.html", "README.md"):
-        assert "GiB planned, " in (planned / page).read_text()
+        assert "GiB planned, " in (estimated / page).read_text()
         assert "GiB planned, " not in (small / page).read_text()
     weights = "adapter/adapter_model.safetensors"
-    assert (planned / weights).read_bytes() == (small / weights).read_bytes()  # nothing was drawn
+    assert (estimated / weights).read_bytes() == (small / weights).read_bytes()  # no random draws
 
 
-def test_a_probe_runs_steps(
+def test_probe_measures_steps(
     tmp_path: Path, tiny_model_dir: ModelDir, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = tmp_path / "rows.jsonl"
     data.write_text("".join(f'{{"text": "the value of object {at}"}}\n' for at in range(12)))
-    asked = ("--model", tiny_model_dir("llama"), "--dataset", data, "--probe", "--brief", "--json")
-    found = json.loads(plan(capsys, *asked))
-    assert found["seconds_per_epoch"] > 0
-    assert found["time"]["how"] == "4 steps here"
+    arguments = (
+        "--model",
+        tiny_model_dir("llama"),
+        "--dataset",
+        data,
+        "--probe",
+        "--brief",
+        "--json",
+    )
+    result = json.loads(plan(capsys, *arguments))
+    assert result["seconds_per_epoch"] > 0
+    assert result["time"]["how"] == "4 steps here"
 
 
 @pytest.mark.slow
@@ -198,15 +221,15 @@ def test_a_probe_runs_steps(
     ("name", "task", "weights"),
     [("smollm2", "text-generation", 134_515_008), ("minilm", "text-classification", 22_713_216)],
 )
-def test_real_models(
+def test_weights_memory_of_real_models(
     name: str, task: str, weights: int, request: pytest.FixtureRequest,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     model = request.getfixturevalue(name)
-    asked = ("--model", model, "--task", task, "--max-length", 64, "--dtype", "float32")
-    found = json.loads(plan(capsys, *asked, "--brief", "--json"))
-    assert found["parts"]["weights"] == pytest.approx(4 * weights, rel=0.01)
-    assert found["fits_in_memory"]
+    arguments = ("--model", model, "--task", task, "--max-length", 64, "--dtype", "float32")
+    result = json.loads(plan(capsys, *arguments, "--brief", "--json"))
+    assert result["parts"]["weights"] == pytest.approx(4 * weights, rel=0.01)
+    assert result["fits_in_memory"]
 
 
 @pytest.mark.parametrize(
@@ -226,30 +249,30 @@ def test_real_models(
         (("--nodes", "2", "--gpu", "h100", "--interconnect-gbps", "0"), "expected more than 0"),
     ],
 )
-def test_what_is_refused(
+def test_invalid_arguments_are_rejected(
     arguments: tuple[str, ...], text: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert text in plan(capsys, *arguments, code=2)
 
 
-def test_what_fits_is_not_computed_for_nobody(tiny_model_dir: ModelDir) -> None:
+def test_fitting_settings_are_computed_after_first_plan(tiny_model_dir: ModelDir) -> None:
     model = {"name_or_path": str(tiny_model_dir("llama"))}
     config = TrainConfig.model_validate({"model": model, "data": {"max_length": 16}})
-    shown: list[RunPlan] = []
+    plans: list[RunPlan] = []
 
-    def stop() -> None:
+    def raise_eof() -> None:
         raise EOFError
 
     with pytest.raises(EOFError):
-        run_plan(config, PlanOptions(), shown.append, stop)
-    (found,) = shown
-    assert found.need.peak > 0
-    assert not found.fits
+        run_plan(config, PlanOptions(), plans.append, raise_eof)
+    (result,) = plans
+    assert result.need.peak > 0
+    assert not result.fits
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["lora", pytest.param("full", marks=pytest.mark.sweep)])
-def test_the_whole_process_takes_what_is_planned(
+def test_process_memory_matches_plan(
     method: str, minilm: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows = tmp_path / "rows.jsonl"
@@ -260,8 +283,8 @@ def test_the_whole_process_takes_what_is_planned(
     flags = ("--model", minilm, "--method", method, "--dataset", rows, "--max-steps", 2,
              "--output-dir", tmp_path / method)  # fmt: skip
     command = [sys.executable, "-m", "ftlevel", "train", *map(str, flags)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    told = json.loads((tmp_path / method / "summary.json").read_text())["plan"]
-    assert told["process_bytes"] == pytest.approx(told["measured_process_bytes"], rel=0.1)
+    process = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert process.returncode == 0, process.stderr
+    summary = json.loads((tmp_path / method / "summary.json").read_text())["plan"]
+    assert summary["process_bytes"] == pytest.approx(summary["measured_process_bytes"], rel=0.1)
     assert "whole process" in plan(capsys, *flags[:-2], "--brief")

@@ -1,4 +1,4 @@
-"""What `train --task preference` refuses before weights load, and what the gate says of pairs."""
+"""Arguments that `train --task preference` rejects before weights load; data checks of pairs."""
 
 from __future__ import annotations
 
@@ -11,41 +11,43 @@ import pytest
 
 from ftlevel.cli.app import run
 
-Say = Callable[..., tuple[int, str]]
+DryRun = Callable[..., tuple[int, str]]
 NOUNS = ("parser", "reader", "buffer", "cursor", "socket", "thread", "signal", "window")
 
 
-def pair(i: int, **more: Any) -> dict[str, Any]:
+def pair(i: int, **changes: Any) -> dict[str, Any]:
     noun, other = NOUNS[i % 8], NOUNS[(i * 3 + 1) % 8]
     good, bad = f"The {noun} keeps {i} {other}s.", f"No {other} has {i} {noun}s."
     bad += " And why should it?" * (i % 2)
-    return {"prompt": f"What does the {noun} {i} keep?", "chosen": good, "rejected": bad, **more}
+    return {"prompt": f"What does the {noun} {i} keep?", "chosen": good, "rejected": bad, **changes}
 
 
 PAIRS = [pair(i) for i in range(24)]
-JUDGED = [
+UNPAIRED = [
     {"prompt": row["prompt"], "completion": row[("chosen", "rejected")[i % 2]], "label": i % 2 == 0}
     for i, row in enumerate(PAIRS)
 ]
 
 
 @pytest.fixture
-def say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Say:
-    """Return what runs `ftlevel train --dry-run` on rows, and gives its exit code and its words."""
+def dry_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> DryRun:
+    """Return a function that runs `ftlevel train --dry-run` on rows: exit code and output."""
     monkeypatch.chdir(tmp_path)
 
-    def call(*arguments: str, rows: list[Any] = PAIRS) -> tuple[int, str]:
+    def run_train(*arguments: str, rows: list[Any] = PAIRS) -> tuple[int, str]:
         lines = "\n".join(json.dumps(row) for row in rows)
         Path("rows.jsonl").write_text(lines, encoding="utf-8")
         command = ["train", "--task", "preference", "--dataset", "rows.jsonl", "--dry-run"]
         code = run([*command, *arguments])
-        told = capfd.readouterr()
-        return code, told.out + told.err
+        captured = capfd.readouterr()
+        return code, captured.out + captured.err
 
-    return call
+    return run_train
 
 
-REFUSED = [
+INVALID_ARGUMENTS = [
     (["--beta", "0"], "--beta: 0.0 is out of range"),
     (["--beta", "-1"], "--beta: -1.0 is out of range"),
     (["--loss", "orpo", "--reference", "none"], "--reference: --loss orpo does not read it"),
@@ -62,45 +64,51 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize(("arguments", "words"), REFUSED)
-def test_what_a_loss_does_not_read_is_refused(arguments: list[str], words: str, say: Say) -> None:
-    code, out = say(*arguments)
+@pytest.mark.parametrize(("arguments", "message"), INVALID_ARGUMENTS)
+def test_arguments_unused_by_loss_are_rejected(
+    arguments: list[str], message: str, dry_run: DryRun
+) -> None:
+    code, out = dry_run(*arguments)
     assert code == 2
-    assert words in out
+    assert message in out
     assert len(out.strip().splitlines()) == 1
 
 
-def without(name: str) -> list[dict[str, Any]]:
+def drop_column(name: str) -> list[dict[str, Any]]:
     return [{key: value for key, value in row.items() if key != name} for row in PAIRS]
 
 
-ROWS = [
+INVALID_ROWS = [
     (PAIRS, ["--reference", "nowhere"], "--reference nowhere: no such directory"),
-    (without("rejected"), [], "there is a column 'chosen', and no 'rejected'"),
+    (drop_column("rejected"), [], "there is a column 'chosen', and no 'rejected'"),
     ([{"text": "a b c"}] * 4, [], "--task preference: the columns do not say what to learn"),
     ([{**row, "rejected": row["chosen"]} for row in PAIRS], [], "a pair of equal answers: 24 of"),
     ([{**row, "rejected": " "} for row in PAIRS], [], "is empty"),
     (
-        JUDGED,
+        UNPAIRED,
         [],
         "--loss dpo needs pairs of answers, and these rows have one rated answer each. Use --loss "
         "kto.",
     ),
-    ([{**row, "label": True} for row in JUDGED], ["--loss", "kto"], "all answers have one verdict"),
+    (
+        [{**row, "label": True} for row in UNPAIRED],
+        ["--loss", "kto"],
+        "all answers have one verdict",
+    ),
 ]
 
 
-@pytest.mark.parametrize(("rows", "arguments", "words"), ROWS)
-def test_a_set_without_preferences_is_refused(
-    rows: list[Any], arguments: list[str], words: str, say: Say
+@pytest.mark.parametrize(("rows", "arguments", "message"), INVALID_ROWS)
+def test_rows_without_preferences_are_rejected(
+    rows: list[Any], arguments: list[str], message: str, dry_run: DryRun
 ) -> None:
-    code, out = say(*arguments, rows=rows)
+    code, out = dry_run(*arguments, rows=rows)
     assert code == 2
-    assert words in out
+    assert message in out
     assert "loading the model" not in out
 
 
-GATE = [
+FINDINGS = [
     ([pair(i, chosen=f"It keeps {'very ' * 9}many {NOUNS[i % 8]}s, {i}.") for i in range(24)],
      "a judge of length alone, for the longer one, would be right in 100%"),
     ([*PAIRS, {**PAIRS[0], "chosen": PAIRS[0]["rejected"], "rejected": PAIRS[0]["chosen"]}],
@@ -113,21 +121,21 @@ GATE = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("rows", "words"), GATE)
-def test_the_gate_sees_what_pairs_can_have(rows: list[Any], words: str, say: Say) -> None:
-    code, out = say(rows=rows)
+@pytest.mark.parametrize(("rows", "message"), FINDINGS)
+def test_data_checks_of_pairs(rows: list[Any], message: str, dry_run: DryRun) -> None:
+    code, out = dry_run(rows=rows)
     assert code == 0, out
-    assert words in out
+    assert message in out
 
 
-def test_good_pairs_are_shown_with_their_loss(say: Say) -> None:
-    code, out = say("--loss", "cdpo")
+def test_valid_pairs_pass_checks(dry_run: DryRun) -> None:
+    code, out = dry_run("--loss", "cdpo")
     assert code == 0, out
     assert "data check" not in out
     assert "loss: cdpo" in out
 
 
-def test_preview_shows_the_prompt_once_and_both_answers(
+def test_preview_shows_prompt_once_and_both_answers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -139,6 +147,6 @@ def test_preview_shows_the_prompt_once_and_both_answers(
     assert "=rejected]" in out
 
 
-def test_another_tools_words_are_understood(say: Say) -> None:
-    assert say("--pref-loss", "sigmoid", "--pref-beta", "0.2")[0] == 0
-    assert say("--loss-type", "ipo")[0] == 0
+def test_other_tools_loss_flags_are_accepted(dry_run: DryRun) -> None:
+    assert dry_run("--pref-loss", "sigmoid", "--pref-beta", "0.2")[0] == 0
+    assert dry_run("--loss-type", "ipo")[0] == 0

@@ -1,4 +1,4 @@
-"""`preview` shows what `train` would be given, for every task, and what is wrong with it."""
+"""`preview` shows the encoded rows as `train` gets them, for every task, and data problems."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ftlevel.cli.app import run
 from ftlevel.config import TrainConfig
 
 ModelDir = Callable[..., Path]
-TALK = [
+CHAT = [
     {"role": "system", "content": "Be brief."},
     {"role": "user", "content": "the argument"},
     {"role": "assistant", "content": "the [file]"},
@@ -26,7 +26,7 @@ TALK = [
 ]
 
 
-def look(capsys: pytest.CaptureFixture[str], *arguments: str, code: int = 0) -> str:
+def preview(capsys: pytest.CaptureFixture[str], *arguments: str, code: int = 0) -> str:
     assert run(["preview", *map(str, arguments)]) == code
     captured = capsys.readouterr()
     return captured.err if code else captured.out
@@ -37,22 +37,22 @@ def write(path: Path, *rows: dict[str, Any]) -> Path:
     return path
 
 
-def learned(shown: str) -> str:
-    """Return what stands in brackets, joined; `\\[` is a bracket of the text."""
-    inside = re.findall(r"(?<!\\)\[((?:\\.|[^\]\\])*)\]", shown)
+def supervised_text(text: str) -> str:
+    """Return the bracketed (supervised) texts, joined; `\\[` is a literal bracket."""
+    inside = re.findall(r"(?<!\\)\[((?:\\.|[^\]\\])*)\]", text)
     return "".join(inside).replace("\\", "")
 
 
-def test_a_conversation_in_a_pipe(
+def test_preview_conversation(
     tmp_path: Path, tiny_model_dir: ModelDir, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    data = write(tmp_path / "talk.jsonl", {"messages": TALK}, {"messages": TALK[1:3]})
-    out = look(capsys, "--model", tiny_model_dir("qwen2"), "--dataset", data, "--row", "1")
+    data = write(tmp_path / "talk.jsonl", {"messages": CHAT}, {"messages": CHAT[1:3]})
+    out = preview(capsys, "--model", tiny_model_dir("qwen2"), "--dataset", data, "--row", "1")
     head, row = out.split("row 1 (", 1)
     assert "columns: messages: 'messages'" in head
     body = row.split("length in tokens")[0]
     assert "<|im_start|>system⏎\nBe brief.<|im_end|>⏎\n" in body
-    assert learned(body) == "the [file]<|im_end|>an object<|im_end|>"
+    assert supervised_text(body) == "the [file]<|im_end|>an object<|im_end|>"
     assert "the run: 3 steps" in out
     assert "data check: no problems found" in out
 
@@ -68,26 +68,26 @@ def test_a_conversation_in_a_pipe(
         ("pair", "t5", None, r"\d+ tokens → \d+"),
     ],
 )
-def test_every_task(
+def test_preview_every_task(
     name: str, family: str, head: str | None, expected: str, tmp_path: Path,
     tiny_model_dir: ModelDir, capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     tasks = {"tags": "token-classification", "mask": "masked-lm", "pair": "translation"}
     data = task_data.write(tmp_path / "data", name)
     columns = ["--map", "source=en", "--map", "target=de"] if name == "pair" else []
-    out = look(
+    out = preview(
         capsys, "--model", tiny_model_dir(family, head), "--dataset", data,
         "--task", tasks.get(name, "text-classification"), *columns, "--row", "2",
     )  # fmt: skip
     assert re.search(expected, out, re.DOTALL), out
 
 
-def test_texts_of_a_pair_stand_on_lines_of_their_own(
+def test_embedding_texts_are_on_separate_lines(
     tmp_path: Path, tiny_model_dir: ModelDir, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows = [{"anchor": f"a word {n}", "positive": f"[its] meaning {n}"} for n in range(2)]
     data = write(tmp_path / "pairs.jsonl", *rows)
-    out = look(
+    out = preview(
         capsys, "--task", "embedding", "--model", tiny_model_dir("bert", "mlm"), "--dataset", data,
         "--row", "2",
     )  # fmt: skip
@@ -97,79 +97,81 @@ def test_texts_of_a_pair_stand_on_lines_of_their_own(
     assert re.match(r"document 1: \[CLS\] ?\[", document)
 
 
-def test_an_answer_in_its_context(
+def test_question_answering_windows(
     tmp_path: Path, tiny_model_dir: ModelDir, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = task_data.write(tmp_path / "data", "span")
-    out = look(
+    out = preview(
         capsys, "--model", tiny_model_dir("bert", "mlm"), "--dataset", data, "--row", "3",
         "--task", "question-answering", "--max-length", "48", "--set", "data.doc_stride=12",
     )  # fmt: skip
     windows = out.split("row 3 (")[1:]
     assert len(windows) > 1
     assert "no answer in this window" in out
-    answered = [window for window in windows if "no answer in this window" not in window]
-    assert {learned(window).strip() for window in answered} == {"module 2"}
+    with_answer = [window for window in windows if "no answer in this window" not in window]
+    assert {supervised_text(window).strip() for window in with_answer} == {"module 2"}
 
 
-def test_json_is_what_the_trainer_is_given(
+def test_json_matches_training_rows(
     tmp_path: Path, tiny_model_dir: ModelDir, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from ftlevel.training.plan.resolve import resolve
 
-    data = write(tmp_path / "talk.jsonl", *({"messages": TALK[1 : 3 + 2 * i]} for i in range(2)))
+    data = write(tmp_path / "talk.jsonl", *({"messages": CHAT[1 : 3 + 2 * i]} for i in range(2)))
     model = str(tiny_model_dir("llama", chat=True))
-    found = json.loads(look(capsys, "--model", model, "--dataset", str(data), "--json"))
+    result = json.loads(preview(capsys, "--model", model, "--dataset", str(data), "--json"))
     config = TrainConfig.model_validate(
         {"model": {"name_or_path": model}, "data": {"dataset": str(data)}}
     )
     rows = {row.row + 1: row for row in resolve(config).data.train}
-    for shown in found["rows"]:
-        row = rows[shown["number"]]
-        assert [token["id"] for token in shown["tokens"]] == row.input_ids
-        assert [t["id"] if t["supervised"] else -100 for t in shown["tokens"]] == row.labels
-    assert found["tokens"] == sum(len(row.input_ids) for row in rows.values())
-    assert sum(bar["count"] for bar in found["lengths"]) == 2
+    for preview_row in result["rows"]:
+        row = rows[preview_row["number"]]
+        assert [token["id"] for token in preview_row["tokens"]] == row.input_ids
+        assert [t["id"] if t["supervised"] else -100 for t in preview_row["tokens"]] == row.labels
+    assert result["tokens"] == sum(len(row.input_ids) for row in rows.values())
+    assert sum(bar["count"] for bar in result["lengths"]) == 2
 
 
-def test_what_would_stop_a_run_is_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_problems_that_stop_training_are_shown(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     good = {"prompt": "a", "completion": "b"}
     data = write(tmp_path / "x.jsonl", good, {"prompt": "c", "completion": None}, good)
     assert run(["train", "--dry-run", "--dataset", str(data)]) == 2
     capsys.readouterr()
-    out = look(capsys, "--dataset", data)
+    out = preview(capsys, "--dataset", data)
     assert f"null content: 1 of 3 train rows ({data}:2: 'completion' is null): would stop" in out
     assert f"the same as an earlier row: 1 of 2 train rows ({data}:3 as {data}:1): kept" in out
 
 
-def test_rows_that_are_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_missing_row_is_rejected(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = write(tmp_path / "x.jsonl", *({"prompt": f"{i}", "completion": "b"} for i in range(2)))
-    error = look(capsys, "--dataset", data, "--row", "9", code=2)
+    error = preview(capsys, "--dataset", data, "--row", "9", code=2)
     assert error == (
         "ftlevel: --row 9: no such row. There are 2 training rows, of which 2 are trained on.  "
         "[files]\n"
     )
 
 
-def test_a_run_shows_its_own_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_preview_of_run_uses_its_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = write(tmp_path / "x.jsonl", {"prompt": "a", "completion": "b"})
     (tmp_path / "run").mkdir()
     (tmp_path / "run/config.yaml").write_text(f"data: {{dataset: {data}}}\n", encoding="utf-8")
-    assert "row 1 (" in look(capsys, tmp_path / "run")
-    assert "no run" in look(capsys, tmp_path, code=2)
+    assert "row 1 (" in preview(capsys, tmp_path / "run")
+    assert "no run" in preview(capsys, tmp_path, code=2)
 
 
-def test_a_character_of_several_tokens_is_whole(
+def test_multi_token_characters_are_not_split(
     tmp_path: Path, tiny_model_dir: ModelDir, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = write(tmp_path / "x.jsonl", {"text": "the 木 and 🎈 file"})
     for family in ("gpt2", "llama"):
-        out = look(capsys, "--model", tiny_model_dir(family, chat=False), "--dataset", data)
-        assert "the 木 and 🎈 file" in learned(out), family
+        out = preview(capsys, "--model", tiny_model_dir(family, chat=False), "--dataset", data)
+        assert "the 木 and 🎈 file" in supervised_text(out), family
 
 
 @pytest.mark.slow
-def test_the_page_fits_a_phone(
+def test_html_page_fits_phone_screen(
     tmp_path: Path, tiny_model_dir: ModelDir, capsys: pytest.CaptureFixture[str]
 ) -> None:
     browser = next(filter(None, map(shutil.which, BROWSERS)), None)
@@ -177,7 +179,7 @@ def test_the_page_fits_a_phone(
         pytest.skip(f"no headless browser is installed ({', '.join(BROWSERS)})")
     data = write(tmp_path / "x.jsonl", {"prompt": "a<b>" + "x" * 300, "completion": "</div>&amp;"})
     page = tmp_path / "page.html"
-    look(capsys, "--model", tiny_model_dir("qwen2"), "--dataset", data, "--html", page)
+    preview(capsys, "--model", tiny_model_dir("qwen2"), "--dataset", data, "--html", page)
     html = page.read_text(encoding="utf-8")
     assert not re.search(r"(src|href)=|url\(|<script|@import", html)
     measure = (
@@ -186,12 +188,12 @@ def test_the_page_fits_a_phone(
         ".join('|')</script></body>"
     )
     page.write_text(html.replace("</body>", measure), encoding="utf-8")
-    done = subprocess.run(
+    process = subprocess.run(
         [browser, "--headless", "--no-sandbox", "--disable-gpu", "--window-size=390,844",
          "--dump-dom", page.as_uri()],
         capture_output=True, text=True, timeout=60, check=True,
     )  # fmt: skip
-    title = re.search("<title>(.*?)</title>", done.stdout)
+    title = re.search("<title>(.*?)</title>", process.stdout)
     assert title is not None
     assert title.group(1) == "true|&lt;/div&gt;&amp;amp;&lt;|im_end|&gt;"
 
@@ -202,41 +204,41 @@ BROWSERS = ("chromium-headless-shell", "chromium", "google-chrome", "chrome")
 LONG = [{"prompt": f"{'word ' * 40 * (i % 2)}{i}", "completion": f"answer {i}"} for i in range(6)]
 
 
-def test_long_rows_are_shown_as_they_would_be_trained_on(
+def test_long_rows_are_shown_truncated(
     tmp_path: Path, tiny_model_dir: ModelDir, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = write(tmp_path / "long.jsonl", *LONG)
-    asked = ["--model", tiny_model_dir("llama"), "--dataset", data, "--max-length", "60"]
-    cut = ["--overlong", "truncate-prompt"]
-    out = look(capsys, *asked, *cut, "--row", "4")
+    arguments = ["--model", tiny_model_dir("llama"), "--dataset", data, "--max-length", "60"]
+    truncation = ["--overlong", "truncate-prompt"]
+    out = preview(capsys, *arguments, *truncation, "--row", "4")
     assert "row 4 (" in out
     assert "long.jsonl:4): 60 tokens" in out
     assert "rows changed: 3 shortened at the beginning of the prompt" in out
     assert "would stop the run" not in out
 
 
-def test_what_would_stop_a_run_is_said(
+def test_overlong_rows_that_stop_training_are_reported(
     tmp_path: Path, tiny_model_dir: ModelDir, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data, page = write(tmp_path / "long.jsonl", *LONG), tmp_path / "page.html"
-    asked = ["--model", tiny_model_dir("llama"), "--dataset", data, "--max-length", "60"]
-    out = look(capsys, *asked, "--html", page)
+    arguments = ["--model", tiny_model_dir("llama"), "--dataset", data, "--max-length", "60"]
+    out = preview(capsys, *arguments, "--html", page)
     assert "rows changed: 3 dropped" in out
-    said = "3 of 6 rows are longer than 60 tokens; the longest has"
-    assert f"data check: would stop the run: {said}" in out
-    assert said in page.read_text(encoding="utf-8")
-    found = json.loads(look(capsys, *asked, "--json"))
-    assert found["data"]["stops"].startswith(said)
-    assert run(["train", "--dry-run", *map(str, asked)]) == 2
-    assert found["data"]["stops"] in capsys.readouterr().err
+    message = "3 of 6 rows are longer than 60 tokens; the longest has"
+    assert f"data check: would stop the run: {message}" in out
+    assert message in page.read_text(encoding="utf-8")
+    result = json.loads(preview(capsys, *arguments, "--json"))
+    assert result["data"]["stops"].startswith(message)
+    assert run(["train", "--dry-run", *map(str, arguments)]) == 2
+    assert result["data"]["stops"] in capsys.readouterr().err
 
 
-def test_a_long_target_that_would_stop_a_run_is_said(
+def test_overlong_targets_that_stop_training_are_reported(
     tmp_path: Path, tiny_model_dir: ModelDir, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows = [{"document": f"the {i}", "summary": "word " * (30 * (i == 2) + 1)} for i in range(4)]
     data = write(tmp_path / "x.jsonl", *rows)
-    out = look(
+    out = preview(
         capsys, "--model", tiny_model_dir("t5"), "--dataset", data, "--task", "summarization",
         "--set", "data.max_target_length=20",
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""`ftlevel recipes`, and files of other tools where a recipe is expected."""
+"""`ftlevel recipes`, and other tools' configuration files given as a recipe."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import yaml
 from ftlevel.cli.app import run
 from ftlevel.config import TrainConfig, build_config, load_recipe
 
-OURS = sorted((Path(__file__).resolve().parents[2] / "recipes").glob("*.yaml"))
+RECIPES = sorted((Path(__file__).resolve().parents[2] / "recipes").glob("*.yaml"))
 AXOLOTL = """
 base_model: some/model
 load_in_4bit: true
@@ -75,26 +75,26 @@ data: {train_files: [a.parquet], train_batch_size: 64, max_response_length: 256}
 
 
 @pytest.fixture(autouse=True)
-def in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def empty_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
 def convert(text: str, capsys: pytest.CaptureFixture[str]) -> tuple[TrainConfig, dict[str, str]]:
-    """Return the recipe of `text`, read again, and the keys that it could not take over."""
+    """Convert `text`; return the loaded recipe and the keys that were not converted."""
     Path("theirs.yml").write_text(text)
     assert run(["recipes", "convert", "theirs.yml"]) == 0
-    shown = capsys.readouterr()
-    Path("ours.yaml").write_text(shown.out)
-    lost = [line.removeprefix("# Not taken over: ") for line in shown.out.splitlines()
-            if line.startswith("# Not taken over: ")]  # fmt: skip
-    assert all(f"note: not converted: {line}" in shown.err.splitlines() for line in lost)
-    pairs = (line.partition(": ") for line in lost)
-    return build_config([load_recipe(Path("ours.yaml"))]), {key: why for key, _, why in pairs}
+    captured = capsys.readouterr()
+    Path("ours.yaml").write_text(captured.out)
+    unconverted = [line.removeprefix("# Not taken over: ") for line in captured.out.splitlines()
+                   if line.startswith("# Not taken over: ")]  # fmt: skip
+    assert all(f"note: not converted: {line}" in captured.err.splitlines() for line in unconverted)
+    pairs = (line.partition(": ") for line in unconverted)
+    return build_config([load_recipe(Path("ours.yaml"))]), {key: reason for key, _, reason in pairs}
 
 
-def test_axolotl(capsys: pytest.CaptureFixture[str]) -> None:
-    config, lost = convert(AXOLOTL, capsys)
+def test_convert_axolotl(capsys: pytest.CaptureFixture[str]) -> None:
+    config, unconverted = convert(AXOLOTL, capsys)
     assert config.model.name_or_path == "some/model"
     assert (config.method.kind, config.quant.kind) == ("qlora", "4bit")
     assert config.method.model_dump()["target_modules"] == ["q_proj", "v_proj"]
@@ -102,24 +102,24 @@ def test_axolotl(capsys: pytest.CaptureFixture[str]) -> None:
     assert (config.data.max_length, config.data.validation_split) == (1024, 0.1)
     assert (config.train.eval_steps, config.train.save_strategy) == (0.125, "epoch")
     assert str(config.output.dir) == "out"
-    assert lost.keys() == {
+    assert unconverted.keys() == {
         "datasets[0].shards", "optimizer", "special_tokens", "made_up_key",
     }  # fmt: skip
-    assert "'galore_adamw': it keeps the gradients of whole weights" in lost["optimizer"]
+    assert "'galore_adamw': it keeps the gradients of whole weights" in unconverted["optimizer"]
 
 
-def test_llama_factory(capsys: pytest.CaptureFixture[str]) -> None:
-    config, lost = convert(LLAMA_FACTORY, capsys)
+def test_convert_llama_factory(capsys: pytest.CaptureFixture[str]) -> None:
+    config, unconverted = convert(LLAMA_FACTORY, capsys)
     assert (config.method.kind, config.quant.kind) == ("lora", "4bit")
     assert config.method.model_dump()["target_modules"] == "all-linear"
     assert (config.data.dataset, config.data.also) == ("identity", ("alpaca_en_demo",))
     assert (config.data.max_length, config.model.dtype) == (2048, "bfloat16")
-    assert lost.keys() == {"template", "ddp_timeout", "dataset"}
-    assert "identity, alpaca_en_demo" in lost["dataset"]
+    assert unconverted.keys() == {"template", "ddp_timeout", "dataset"}
+    assert "identity, alpaca_en_demo" in unconverted["dataset"]
 
 
 @pytest.mark.parametrize(("text", "tool"), [(AXOLOTL, "Axolotl"), (LLAMA_FACTORY, "LLaMA-Factory")])
-def test_it_is_refused_until_it_is_converted(
+def test_unconverted_configuration_is_rejected(
     text: str, tool: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     Path("theirs.yml").write_text(text)
@@ -130,18 +130,18 @@ def test_it_is_refused_until_it_is_converted(
     )
 
 
-def test_reinforcement_learning(capsys: pytest.CaptureFixture[str]) -> None:
-    config, lost = convert(TRL_GRPO, capsys)
+def test_convert_trl_grpo_and_verl(capsys: pytest.CaptureFixture[str]) -> None:
+    config, unconverted = convert(TRL_GRPO, capsys)
     assert (config.task, config.rl.reward) == ("rl", ("math", "format:think"))
     assert (config.rl.loss, config.rl.scale) == ("dr_grpo", "group")
     assert config.train.per_device_train_batch_size == 2  # prompts, of 16 completions
-    assert not lost
-    config, lost = convert(VERL, capsys)
+    assert not unconverted
+    config, unconverted = convert(VERL, capsys)
     assert (config.task, config.rl.reward, config.rl.loss) == ("rl", ("number",), "dapo")
     assert (config.rl.clip, config.rl.scale, config.rl.beta) == ((0.2, 0.28), "none", 0.001)
     assert (config.rl.num_generations, config.rl.temperature) == (4, 0.8)
     assert config.train.per_device_train_batch_size == 64
-    assert "verl chooses a function by data_source" in lost["reward_model"]
+    assert "verl chooses a function by data_source" in unconverted["reward_model"]
 
 
 def test_list_show_and_copy(capsys: pytest.CaptureFixture[str]) -> None:
@@ -150,12 +150,12 @@ def test_list_show_and_copy(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["recipes", "list"]) == 0
     first, *shipped = capsys.readouterr().out.splitlines()
     assert first.split(maxsplit=1) == ["recipes/mine.yaml", "What I do."]
-    assert [line.split()[0] for line in shipped] == [path.stem for path in OURS]
+    assert [line.split()[0] for line in shipped] == [path.stem for path in RECIPES]
     assert run(["recipes", "show", "mine"]) == 0
     assert yaml.safe_load(capsys.readouterr().out) == {"method": "lora"}
     assert run(["recipes", "copy", "demo"]) == 0
     assert capsys.readouterr().out == "wrote demo.yaml. Then: ftlevel train demo.yaml\n"
-    assert Path("demo.yaml").read_bytes() == (OURS[0].parent / "demo.yaml").read_bytes()
+    assert Path("demo.yaml").read_bytes() == (RECIPES[0].parent / "demo.yaml").read_bytes()
     Path("demo.yaml").write_text("method: ia3\n")
     assert run(["recipes", "copy", "recipes/mine.yaml", "demo.yaml"]) == 2
     assert "Choose another: ftlevel recipes copy mine demo-2.yaml" in capsys.readouterr().err
@@ -169,7 +169,7 @@ def test_list_show_and_copy(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("arguments", "message"),
     [
         ("convert recipes/mine.yaml", "ftlevel train recipes/mine.yaml"),
         ("convrt x", "Expected list, show, copy, convert. Did you mean 'convert'?"),
@@ -179,19 +179,21 @@ def test_list_show_and_copy(capsys: pytest.CaptureFixture[str]) -> None:
         ("copy demo no/new.yaml", "no does not exist"),
     ],
 )
-def test_what_it_refuses(words: str, told: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_invalid_arguments_are_rejected(
+    arguments: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     Path("recipes").mkdir()
     Path("recipes/mine.yaml").write_text("method: lora\n")
-    assert run(["recipes", *words.split()]) == 2
-    assert told in capsys.readouterr().err
+    assert run(["recipes", *arguments.split()]) == 2
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.slow
-def test_a_wheel_has_the_recipes(tmp_path: Path) -> None:
-    root = OURS[0].parents[1]
+def test_wheel_contains_recipes(tmp_path: Path) -> None:
+    root = RECIPES[0].parents[1]
     build = f"import hatchling.build as b; print(b.build_wheel({str(tmp_path)!r}))"
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", build], cwd=root, capture_output=True, text=True, check=True
     )
-    names = zipfile.ZipFile(tmp_path / done.stdout.split()[-1]).namelist()
-    assert {f"ftlevel/recipes/{path.name}" for path in OURS} <= set(names)
+    names = zipfile.ZipFile(tmp_path / process.stdout.split()[-1]).namelist()
+    assert {f"ftlevel/recipes/{path.name}" for path in RECIPES} <= set(names)

@@ -1,4 +1,4 @@
-"""What `train --task rl` refuses before weights load: one line, exit code 2."""
+"""Arguments that `train --task rl` rejects before weights load: one line, exit code 2."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ftlevel.cli.app import run
 from ftlevel.errors import ConfigError
 from ftlevel.tasks import TASKS
 
-Say = Callable[..., tuple[int, str]]
+DryRun = Callable[..., tuple[int, str]]
 
 ROWS = [
     {"question": f"What is {i} + 2?", "answer": f"{i} + 2 is #### {i + 2}", "level": i}
@@ -29,24 +29,26 @@ def of_grade(completions, grade, **kwargs):
 
 
 @pytest.fixture
-def say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Say:
-    """Return what runs `ftlevel train --task rl --dry-run`: its exit code and its output."""
+def dry_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> DryRun:
+    """Return a function that runs `ftlevel train --task rl --dry-run`: exit code and output."""
     monkeypatch.chdir(tmp_path)
     Path("rewards.py").write_text(REWARDS, encoding="utf-8")
 
-    def call(*arguments: str, rows: list[Any] = ROWS) -> tuple[int, str]:
+    def run_train(*arguments: str, rows: list[Any] = ROWS) -> tuple[int, str]:
         lines = "\n".join(json.dumps(row) for row in rows)
         Path("rows.jsonl").write_text(lines, encoding="utf-8")
         command = ["train", "--task", "rl", "--dataset", "rows.jsonl", "--dry-run"]
         code = run([*command, *arguments])
-        told = capfd.readouterr()
-        return code, told.out + told.err
+        captured = capfd.readouterr()
+        return code, captured.out + captured.err
 
-    return call
+    return run_train
 
 
-def refused(out: str) -> list[str]:
-    """Return the lines of an error."""
+def error_lines(out: str) -> list[str]:
+    """Return the error lines of an output."""
     return [line for line in out.splitlines() if line.startswith("ftlevel: ")]
 
 
@@ -85,23 +87,23 @@ SETTINGS = [
 ]
 
 
-@pytest.mark.parametrize(("arguments", "words"), SETTINGS)
-def test_settings(arguments: list[str], words: str, say: Say) -> None:
+@pytest.mark.parametrize(("arguments", "message"), SETTINGS)
+def test_invalid_settings_are_rejected(arguments: list[str], message: str, dry_run: DryRun) -> None:
     is_about_reward = not arguments or arguments[0] == "--reward"
     reward = [] if is_about_reward else ["--reward", "exact"]
-    code, out = say(*reward, *arguments)
+    code, out = dry_run(*reward, *arguments)
     assert code == 2
-    assert words in out
-    assert len(refused(out)) == 1
+    assert message in out
+    assert len(error_lines(out)) == 1
 
 
-def test_settings_of_another_task(say: Say) -> None:
-    code, out = say("--task", "text-generation", "--num-generations", "4", "--reward", "exact")
+def test_rl_settings_of_another_task_are_rejected(dry_run: DryRun) -> None:
+    code, out = dry_run("--task", "text-generation", "--num-generations", "4", "--reward", "exact")
     assert code == 2
     assert "--reward, --num-generations: of --task rl, and --task is text-generation." in out
 
 
-def without(name: str) -> list[dict[str, Any]]:
+def drop_column(name: str) -> list[dict[str, Any]]:
     return [{key: value for key, value in row.items() if key != name} for row in ROWS]
 
 
@@ -113,7 +115,7 @@ REWARD_FILES = [
         ROWS,
         "needs a column 'grade', and the rows have question, answer, level",
     ),
-    (["exact"], without("answer"), "--reward exact needs a column 'answer'"),
+    (["exact"], drop_column("answer"), "--reward exact needs a column 'answer'"),
     (["exactly"], ROWS, "no built-in reward, run or model has that name. Did you mean"),
     (["runs/none"], ROWS, "--reward runs/none does not exist"),
     (["builtin:tiny-llama"], ROWS, "was trained for text-generation, and a reward model has one"),
@@ -133,15 +135,17 @@ REWARD_FILES = [
 ]
 
 
-@pytest.mark.parametrize(("reward", "rows", "words"), REWARD_FILES)
-def test_rewards_and_rows(reward: list[str], rows: list[Any], words: str, say: Say) -> None:
-    code, out = say("--reward", *reward, rows=rows)
+@pytest.mark.parametrize(("reward", "rows", "message"), REWARD_FILES)
+def test_invalid_rewards_and_rows_are_rejected(
+    reward: list[str], rows: list[Any], message: str, dry_run: DryRun
+) -> None:
+    code, out = dry_run("--reward", *reward, rows=rows)
     assert code == 2
-    assert words in out
-    assert len(refused(out)) == 1
+    assert message in out
+    assert len(error_lines(out)) == 1
 
 
-def test_models_that_are_no_decoders() -> None:
+def test_models_other_than_decoders_raise() -> None:
     with pytest.raises(ConfigError, match="Its source and its completions have no common sequence"):
         TASKS["rl"].auto_class("encoder-decoder", "t5")
     with pytest.raises(ConfigError, match=r"Use a decoder such as Llama\."):
@@ -160,18 +164,18 @@ def test_models_that_are_no_decoders() -> None:
         (["--reward", "exact", "--max-new-tokens", "32"], "8 completions of at most 32 tokens"),
     ],
 )
-def test_accepted(arguments: list[str], line: str, say: Say) -> None:
-    code, out = say(*arguments)
+def test_valid_settings_are_accepted(arguments: list[str], line: str, dry_run: DryRun) -> None:
+    code, out = dry_run(*arguments)
     assert code == 0, out
     assert line in out
     assert "0.1 times the supervised rate" in out
 
 
-def test_a_batch_of_trl_counts_completions(say: Say) -> None:
+def test_trl_batch_size_counts_completions(dry_run: DryRun) -> None:
     trl = ("--reward_funcs", "rewards.py:of_level", "--loss_type", "grpo", "--num_generations", "4")
-    code, out = say(*trl, "--per_device_train_batch_size", "6")
+    code, out = dry_run(*trl, "--per_device_train_batch_size", "6")
     assert code == 2
     assert "TRL counts completions, and a batch of 6 × 1 is no multiple of it" in out
-    code, out = say(*trl, "--per_device_train_batch_size", "8")
+    code, out = dry_run(*trl, "--per_device_train_batch_size", "8")
     assert code == 0
     assert "batch of 2 prompts with 4 completions each: TRL counts 8 completions" in out

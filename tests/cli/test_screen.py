@@ -1,4 +1,4 @@
-"""What a run shows: to a reader who goes away, of names like markup, in a narrow window."""
+"""Terminal output of a run: closed pipes, names that look like markup, narrow windows."""
 
 from __future__ import annotations
 
@@ -23,33 +23,33 @@ RECORD = {"step": 7, "loss": 2.3456, "learning_rate": 1e-4, "grad_norm": 0.123, 
           "tokens": 900, "elapsed_s": 1.0, "train_s": 1.0}  # fmt: skip
 
 
-class Gone(io.StringIO):
+class ClosedStream(io.StringIO):
     def write(self, text: str) -> int:
         raise BrokenPipeError(32, "Broken pipe")
 
 
-def test_a_reader_who_goes_away_ends_nothing(capsys: pytest.CaptureFixture[str]) -> None:
-    console = Console(file=SafeStream(Gone()))
+def test_broken_pipe_is_reported_and_run_continues(capsys: pytest.CaptureFixture[str]) -> None:
+    console = Console(file=SafeStream(ClosedStream()))
     console.print("one")
     console.print("two")
-    said = "ftlevel: output is closed (Broken pipe); the command continues.\n"
-    assert capsys.readouterr().err == said
+    message = "ftlevel: output is closed (Broken pipe); the command continues.\n"
+    assert capsys.readouterr().err == message
     Console(file=SafeStream(None)).print("three")
 
 
-def test_a_closed_pipe_has_no_reader() -> None:
+def test_exit_if_closed_exits_for_closed_pipe() -> None:
     read, write = os.pipe()
     with os.fdopen(write, "w") as stream:
         screen = Screen(Console(file=SafeStream(stream)), quiet=True)
         screen.exit_if_closed()
         os.close(read)
-        with pytest.raises(typer.Exit) as stopped:
+        with pytest.raises(typer.Exit) as error:
             screen.exit_if_closed()
-    assert stopped.value.exit_code == 141
+    assert error.value.exit_code == 141
     Screen(Console(file=SafeStream(io.StringIO())), quiet=True).exit_if_closed()
 
 
-def test_letters_that_a_stream_lacks_are_replaced() -> None:
+def test_unencodable_characters_are_replaced() -> None:
     raw = io.BytesIO()
     stream = io.TextIOWrapper(raw, encoding="ascii", write_through=True)
     Console(file=SafeStream(stream)).print("loss 2 → 1")
@@ -58,7 +58,7 @@ def test_letters_that_a_stream_lacks_are_replaced() -> None:
 
 @pytest.mark.parametrize("name", ["[red]x", "[/]", "a\\[b]"])
 @pytest.mark.parametrize("terminal", [True, False])
-def test_names_that_look_like_markup(name: str, terminal: bool) -> None:
+def test_names_are_not_parsed_as_markup(name: str, terminal: bool) -> None:
     file = io.StringIO()
     screen = Screen(Console(file=file, force_terminal=terminal, no_color=True, width=90),
                     quiet=False)  # fmt: skip
@@ -69,7 +69,7 @@ def test_names_that_look_like_markup(name: str, terminal: bool) -> None:
 
 
 @pytest.mark.parametrize("width", [30, 40, 60, 80, 200])
-def test_the_time_that_is_left_is_never_cut_off(width: int) -> None:
+def test_remaining_time_is_shown_at_every_width(width: int) -> None:
     file = io.StringIO()
     console = Console(file=file, force_terminal=True, no_color=True, width=width)
     screen = Screen(console, quiet=False)
@@ -90,7 +90,7 @@ def test_the_time_that_is_left_is_never_cut_off(width: int) -> None:
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no such device")
-def test_a_run_ends_well_though_nothing_can_be_shown(
+def test_run_completes_with_full_stdout(
     tmp_path: Path, tiny_model_dir: Callable[..., Path]
 ) -> None:
     data = tmp_path / "rows.jsonl"
@@ -100,13 +100,13 @@ def test_a_run_ends_well_though_nothing_can_be_shown(
                    "--max-steps", "2", "--output-dir", str(tmp_path / "run")]  # fmt: skip
         process = Forked(command, stdout=full, stderr=subprocess.PIPE)
         _, err = process.communicate(timeout=120)
-    said = "output is closed (No space left on device); the command continues."
-    assert (process.returncode, err.strip()) == (0, f"ftlevel: {said}")
+    message = "output is closed (No space left on device); the command continues."
+    assert (process.returncode, err.strip()) == (0, f"ftlevel: {message}")
     assert (tmp_path / "run" / "summary.json").is_file()
 
 
 @pytest.mark.parametrize("arguments", [["list-targets", "llama"], ["train", "--json", "--lr", "9"]])
-def test_a_full_disk_under_stdout_is_a_line(
+def test_write_error_on_stdout_prints_one_line(
     arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     class Full(io.StringIO):

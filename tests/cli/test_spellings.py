@@ -1,4 +1,4 @@
-"""Other tools' spellings: each takes effect, agrees with what is done, or is answered."""
+"""Other tools' flags: each takes effect, matches the default behaviour, or is rejected."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from ftlevel.config import TrainConfig
 from ftlevel.config.flags import FLAGS
 from ftlevel.errors import ConfigError
 
-_FOUND: list[TrainConfig] = []
+_CONFIGS: list[TrainConfig] = []
 
 
 @cache
-def _program() -> Any:
+def _build_parser() -> Any:
     def command(inputs: CommandInput) -> None:
-        _FOUND.append(read_config(inputs)[0])
+        _CONFIGS.append(read_config(inputs)[0])
 
     app = typer.Typer(add_completion=False, rich_markup_mode=None)
     add_command(app, "train", command, FLAGS)
@@ -36,21 +36,21 @@ def _program() -> Any:
 
 
 def resolve(arguments: Sequence[str]) -> TrainConfig:
-    """Return the configuration of a command line of train."""
-    _program()(args=list(arguments), standalone_mode=False)
-    return _FOUND.pop()
+    """Return the configuration of a `train` command line."""
+    _build_parser()(args=list(arguments), standalone_mode=False)
+    return _CONFIGS.pop()
 
 
-def field_of(config: TrainConfig, path: str) -> Any:
+def get_field(config: TrainConfig, path: str) -> Any:
     value: Any = config
     for part in path.split("."):
-        value = getattr(value, part, None)  # a field of another method
+        value = getattr(value, part, None)  # the field may belong to another method
     return value if path != "output.dir" else str(value)
 
 
 ACCEPTED = [row for row in SPELLINGS if row.sets]
 AGREEING = [row for row in SPELLINGS if row.agrees]
-ANSWERED = [row for row in SPELLINGS if row.answer]
+REJECTED = [row for row in SPELLINGS if row.answer]
 
 
 def _names(rows: Sequence[ForeignFlag]) -> list[str]:
@@ -58,17 +58,19 @@ def _names(rows: Sequence[ForeignFlag]) -> list[str]:
 
 
 @pytest.mark.parametrize("row", ACCEPTED, ids=_names(ACCEPTED))
-def test_a_spelling_takes_effect(row: ForeignFlag) -> None:
-    beside = shlex.split(row.beside)
-    config = resolve([*shlex.split(row.typed), *beside])
-    before = resolve(beside)
+def test_foreign_flag_sets_fields(row: ForeignFlag) -> None:
+    extra = shlex.split(row.extra)
+    config = resolve([*shlex.split(row.typed), *extra])
+    defaults = resolve(extra)
     for path, value in row.sets.items():
-        assert field_of(config, path) == value
-        assert field_of(before, path) != value
+        assert get_field(config, path) == value
+        assert get_field(defaults, path) != value
 
 
 @pytest.mark.parametrize("row", AGREEING, ids=_names(AGREEING))
-def test_a_spelling_agrees_and_says_why(row: ForeignFlag, capsys: pytest.CaptureFixture[str]) -> None:
+def test_foreign_flag_without_effect_prints_reason(
+    row: ForeignFlag, capsys: pytest.CaptureFixture[str]
+) -> None:
     typed = shlex.split(row.typed)
     assert resolve(typed) == resolve([])
     (line,) = capsys.readouterr().err.splitlines()
@@ -76,30 +78,30 @@ def test_a_spelling_agrees_and_says_why(row: ForeignFlag, capsys: pytest.Capture
     assert row.agrees in line
 
 
-@pytest.mark.parametrize("row", ANSWERED, ids=_names(ANSWERED))
-def test_a_spelling_is_answered(row: ForeignFlag) -> None:
-    with pytest.raises(ConfigError) as refused:
+@pytest.mark.parametrize("row", REJECTED, ids=_names(REJECTED))
+def test_foreign_flag_is_rejected_with_reason(row: ForeignFlag) -> None:
+    with pytest.raises(ConfigError) as error:
         resolve(shlex.split(row.typed))
-    (line,) = refused.value.problems
+    (line,) = error.value.problems
     assert row.answer in line
     assert "\n" not in line
-    assert refused.value.exit_code == 2
+    assert error.value.exit_code == 2
 
 
-def test_the_page_is_up_to_date(capsys: pytest.CaptureFixture[str]) -> None:
+def test_coming_from_page_is_up_to_date(capsys: pytest.CaptureFixture[str]) -> None:
     assert write_docs.main(["coming-from", "--check"]) == 0, capsys.readouterr().out
 
 
 @pytest.mark.parametrize("word", ["true", "True", "1", "yes", "on"])
-def test_words_for_a_switch(word: str) -> None:
-    """Any word of the field switches on, after a space or `=`, also what is no switch here."""
+def test_true_words_switch_on(word: str) -> None:
+    """Any boolean word switches on, after a space or `=`, even for flags without a value here."""
     for typed in (["--gradient_checkpointing", word], [f"--gradient-checkpointing={word}"]):
         assert resolve(typed).train.gradient_checkpointing
     assert resolve(["--load_in_4bit", word, "--lora-r", "4"]).quant.kind == "4bit"
 
 
 @pytest.mark.parametrize("word", ["false", "False", "0", "no", "off"])
-def test_words_against_a_switch(word: str) -> None:
+def test_false_words_switch_off(word: str) -> None:
     assert not resolve(
         ["--no-cache", "--gradient_checkpointing", word]
     ).train.gradient_checkpointing
@@ -109,7 +111,7 @@ def test_words_against_a_switch(word: str) -> None:
     assert resolve(["--load_in_4bit", word]).quant.kind == "none"
 
 
-def test_a_recipe_after_a_list_is_no_value(tmp_path: Path) -> None:
+def test_recipe_after_list_is_not_a_list_value(tmp_path: Path) -> None:
     recipe = tmp_path / "some.yaml"
     recipe.write_text("train: {seed: 3}\n")
     config = resolve(["--target_modules", "q_proj", "v_proj", str(recipe)])
@@ -147,18 +149,20 @@ def test_a_recipe_after_a_list_is_no_value(tmp_path: Path) -> None:
         ("runs/nothing", "is neither a recipe nor the directory of a run."),
     ],
 )
-def test_mistakes_are_one_line(typed: str, line: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_invalid_flags_print_one_line(
+    typed: str, line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert run(["train", *shlex.split(typed), "--dry-run"]) == 2
-    (shown,) = capsys.readouterr().err.splitlines()
-    assert line in shown
+    (error,) = capsys.readouterr().err.splitlines()
+    assert line in error
 
 
-def test_all_that_is_wrong_is_said_at_once(capsys: pytest.CaptureFixture[str]) -> None:
+def test_all_problems_are_reported_together(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["train", "--deepspeed", "ds.json", "--use_galore", "--max-length", "2k"]) == 2
     assert len(capsys.readouterr().err.splitlines()) == 3
 
 
-def test_switches_of_what_is_not_here_may_be_off(capsys: pytest.CaptureFixture[str]) -> None:
+def test_unsupported_switch_may_be_off(capsys: pytest.CaptureFixture[str]) -> None:
     assert resolve(["--push_to_hub", "false", "--torch_compile=False"]) == resolve([])
     assert [line.partition(": ")[2] for line in capsys.readouterr().err.splitlines()] == [
         "--push-to-hub false: nothing is uploaded",
@@ -167,7 +171,7 @@ def test_switches_of_what_is_not_here_may_be_off(capsys: pytest.CaptureFixture[s
 
 
 @pytest.mark.parametrize(
-    ("typed", "sets", "said"),
+    ("typed", "sets", "note"),
     [
         ("--task ner", {"task": "token-classification"}, "'ner' is an alias"),
         ("--task QA", {"task": "question-answering"}, "'QA' is an alias"),
@@ -184,27 +188,27 @@ def test_switches_of_what_is_not_here_may_be_off(capsys: pytest.CaptureFixture[s
         ("--set quant=nf4", {"quant.kind": "4bit", "quant.quant_type": "nf4"}, "is an alias"),
     ],
 )
-def test_words_of_the_field(
-    typed: str, sets: dict[str, Any], said: str, capsys: pytest.CaptureFixture[str]
+def test_value_aliases(
+    typed: str, sets: dict[str, Any], note: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = resolve(shlex.split(typed))
-    assert {path: field_of(config, path) for path in sets} == sets
+    assert {path: get_field(config, path) for path in sets} == sets
     lines = capsys.readouterr().err
-    assert said in lines if said else lines == ""
+    assert note in lines if note else lines == ""
 
 
-def test_a_word_gives_way_to_what_is_given() -> None:
+def test_explicit_flag_overrides_method_alias() -> None:
     config = resolve(["--method", "dora", "--no-dora"])
-    assert field_of(config, "method.use_dora") is False
+    assert get_field(config, "method.use_dora") is False
 
 
-def test_a_dry_run_prints_the_whole_configuration(capsys: pytest.CaptureFixture[str]) -> None:
+def test_dry_run_prints_full_configuration(capsys: pytest.CaptureFixture[str]) -> None:
     typed = ["--lora_rank", "4", "--lr", "1e-3", "--weight_decay", "0.1", "--max_samples", "8"]
     assert run(["train", *typed, "--max_length", "64", "--overlong", "drop", "--json",
                 "--dry-run"]) == 0  # fmt: skip
-    found = json.loads(capsys.readouterr().out)
-    assert {"dry_run", "steps", "data", "targets"} < set(found)
-    config = found["config"]
+    result = json.loads(capsys.readouterr().out)
+    assert {"dry_run", "steps", "data", "targets"} < set(result)
+    config = result["config"]
     assert config["method"]["r"] == 4
     assert (config["train"]["learning_rate"], config["train"]["weight_decay"]) == (1e-3, 0.1)
     assert (config["data"]["max_samples"], config["data"]["max_length"]) == (8, 64)
@@ -212,10 +216,10 @@ def test_a_dry_run_prints_the_whole_configuration(capsys: pytest.CaptureFixture[
     assert TrainConfig.model_validate({**config, "output": {}})
 
 
-def test_three_quarters_are_accepted() -> None:
+def test_at_least_three_quarters_are_accepted() -> None:
     accepted = sum(row.is_accepted for row in SPELLINGS)
     assert len(SPELLINGS) >= 150
     assert accepted >= 0.75 * len(SPELLINGS)
     assert all(bool(row.sets) + bool(row.agrees) + bool(row.answer) == 1 for row in SPELLINGS)
-    doubles = Counter((row.tool, row.typed) for row in SPELLINGS)
-    assert [key for key, count in doubles.items() if count > 1] == []
+    counts = Counter((row.tool, row.typed) for row in SPELLINGS)
+    assert [key for key, count in counts.items() if count > 1] == []

@@ -13,20 +13,20 @@ from ftlevel.cli.topics import TOPICS, topic_of_module
 from messages import messages
 
 ROOT = Path(__file__).resolve().parents[2]
-_FEWEST = 600  # messages in the sources; fewer would mean that they are not recognized
+_MIN_MESSAGES = 600  # messages in the sources; fewer means that some are not recognized
 
 
-def test_every_message_has_a_section_and_every_section_has_messages() -> None:
+def test_message_topics_match_troubleshooting_sections() -> None:
     page = (ROOT / "docs/troubleshooting.md").read_text(encoding="utf-8")
     sections = [title.lower() for title in re.findall(r"^## (.+)$", page, re.MULTILINE)]
-    found = list(messages())
+    all_messages = list(messages())
     assert sections == list(TOPICS)
-    assert [message.where for message in found if message.topic is None] == []
-    assert len(found) > _FEWEST
-    assert set(Counter(message.topic for message in found)) == set(sections)
+    assert [message.where for message in all_messages if message.topic is None] == []
+    assert len(all_messages) > _MIN_MESSAGES
+    assert set(Counter(message.topic for message in all_messages)) == set(sections)
 
 
-def test_the_longest_name_decides() -> None:
+def test_longest_module_prefix_decides_topic() -> None:
     assert topic_of_module("ftlevel.data.formats.columns") == "columns"
     assert topic_of_module("ftlevel.data.formats.turns") == "rows"
     assert topic_of_module("ftlevel.data.sources.hub") == "files"
@@ -34,7 +34,7 @@ def test_the_longest_name_decides() -> None:
     assert topic_of_module("datasets.load") is None
 
 
-def test_modules_of_topics_exist() -> None:
+def test_topic_modules_exist() -> None:
     names = [name for modules in TOPICS.values() for name in modules.split()]
     files = (ROOT / "src/ftlevel" / name.replace(".", "/") for name in names)
     missing = [file for file in files if not (file.is_dir() or file.with_suffix(".py").is_file())]
@@ -56,7 +56,7 @@ def test_modules_of_topics_exist() -> None:
         (["report", "missing"], "reports"),
     ],
 )
-def test_an_error_ends_with_its_topic(
+def test_error_ends_with_topic(
     arguments: list[str],
     topic: str,
     tmp_path: Path,

@@ -15,15 +15,15 @@ ROWS = [{"prompt": f"say {i}", "completion": f"it is {i}"} for i in range(8)]
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Return an empty working directory with a data file in it, and no way to load weights."""
+    """Return a working directory with only a data file, where loading weights fails."""
     monkeypatch.chdir(tmp_path)
     save_rows(tmp_path / "rows.jsonl", ROWS)
     import ftlevel.training.model as engine
 
-    def refuse(*_: object, **__: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise AssertionError("weights were loaded")
 
-    monkeypatch.setattr(engine, "load_model", refuse)
+    monkeypatch.setattr(engine, "load_model", fail)
     return tmp_path
 
 
@@ -31,8 +31,8 @@ def save_rows(path: Path, rows: list[dict[str, object]]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
-def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    """Run `train` and return its one line of complaint."""
+def get_error(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """Run `train`, which must fail, and return its one-line error."""
     before = {p: p.stat().st_mtime_ns for p in Path().rglob("*")}
     assert run(["train", "--quiet", *arguments]) == 2
     assert {p: p.stat().st_mtime_ns for p in Path().rglob("*")} == before
@@ -86,10 +86,10 @@ def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         (["--lora-dropout", "1"], "--lora-dropout: 1.0 is out of range"),
     ],
 )  # fmt: skip
-def test_bad_arguments(
+def test_invalid_arguments_are_rejected(
     folder: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert message in refused(arguments, capsys)
+    assert message in get_error(arguments, capsys)
 
 
 @pytest.mark.parametrize(
@@ -104,64 +104,67 @@ def test_bad_arguments(
         (b'{"prompt": "a", "completion": null}\n', "bad.jsonl:1"),
     ],
 )
-def test_bad_files_are_named_by_line(
+def test_invalid_file_error_names_line(
     folder: Path, content: bytes, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (folder / "bad.jsonl").write_bytes(content)
-    assert message in refused(["--dataset", "bad.jsonl"], capsys)
+    assert message in get_error(["--dataset", "bad.jsonl"], capsys)
 
 
-def test_too_few_labels(
+def test_single_label_is_rejected(
     folder: Path, tiny_model_dir: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     save_rows(folder / "one.jsonl", [{"text": "a b", "label": "x"}, {"text": "c", "label": "x"}])
-    found = refused(
+    error = get_error(
         ["--dataset", "one.jsonl", "--task", "text-classification", "--model",
          str(tiny_model_dir("bert"))],
         capsys,
     )  # fmt: skip
-    assert "'label'" in found
-    assert "two" in found or "2" in found
+    assert "'label'" in error
+    assert "two" in error or "2" in error
 
 
-def test_an_encoder_cannot_generate(
+def test_encoder_is_rejected_for_text_generation(
     folder: Path, tiny_model_dir: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    found = refused(["--dataset", "rows.jsonl", "--model", str(tiny_model_dir("bert"))], capsys)
-    assert found.startswith("--task text-generation cannot be used with bert, which is an encoder")
+    error = get_error(["--dataset", "rows.jsonl", "--model", str(tiny_model_dir("bert"))], capsys)
+    assert error.startswith("--task text-generation cannot be used with bert, which is an encoder")
 
 
-def test_checkpointing_where_there_is_none(
+def test_gradient_checkpointing_of_albert_is_rejected(
     folder: Path, capsys: pytest.CaptureFixture[str], tiny_model_dir: Callable[..., Path]
 ) -> None:
     model = tiny_model_dir("albert", "mlm")
     arguments = ["--model", str(model), "--task", "masked-lm", "--dataset", "rows.txt"]
     (folder / "rows.txt").write_text("one line\nanother line\n")
-    message = refused([*arguments, "--gradient-checkpointing"], capsys)
+    message = get_error([*arguments, "--gradient-checkpointing"], capsys)
     assert message.startswith("--gradient-checkpointing cannot be used with albert: ")
 
 
-def test_no_layer_is_skipped(
+def test_layerdrop_is_disabled(
     folder: Path, capsys: pytest.CaptureFixture[str], tiny_model_dir: Callable[..., Path]
 ) -> None:
     model = tiny_model_dir("bart", encoder_layerdrop=0.5)
     arguments = ["--model", str(model), "--task", "summarization", "--dataset", "rows.jsonl"]
     arguments += ["--map", "document=prompt", "--map", "summary=completion", "--dry-run"]
     assert run(["train", *arguments]) == 0
-    shown = capsys.readouterr()
-    assert "layers: none is skipped (the model has encoder_layerdrop 0.5)" in shown.out + shown.err
+    captured = capsys.readouterr()
+    assert (
+        "layers: none is skipped (the model has encoder_layerdrop 0.5)"
+        in captured.out + captured.err
+    )
 
 
-def test_positions_bound_the_length_and_the_remedy_is_named(
+def test_rows_beyond_positions_are_rejected_with_remedy(
     folder: Path, tiny_model_dir: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     save_rows(folder / "long.jsonl", [{"text": "word " * 2000}])
-    found = refused(["--dataset", "long.jsonl", "--model", str(tiny_model_dir("gpt2"))], capsys)
-    assert "1 of 1 rows are longer than" in found
-    assert "--overlong drop" in found
+    error = get_error(["--dataset", "long.jsonl", "--model", str(tiny_model_dir("gpt2"))], capsys)
+    assert "1 of 1 rows are longer than" in error
+    assert "--overlong drop" in error
 
 
-def test_weights_that_are_not_safetensors_are_refused(
+def test_pickled_weights_are_rejected(
     folder: Path, tiny_model_dir: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     source = tiny_model_dir("llama")
@@ -170,13 +173,11 @@ def test_weights_that_are_not_safetensors_are_refused(
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
         (model / name).write_bytes((source / name).read_bytes())
     (model / "pytorch_model.bin").write_bytes(b"\x80\x04")
-    found = refused(["--model", "pickled", "--dataset", "rows.jsonl"], capsys)
-    assert "only pickled weights (pytorch_model.bin)" in found
+    error = get_error(["--model", "pickled", "--dataset", "rows.jsonl"], capsys)
+    assert "only pickled weights (pytorch_model.bin)" in error
 
 
-def test_an_old_name_of_a_key_is_said_in_one_line(
-    folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_old_key_name_prints_note(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--dataset", "rows.jsonl", "--dry-run", "--set", "speed.passes_at_once=1",
                  "--model", "builtin:tiny-llama"]  # fmt: skip
     assert run(["train", *arguments]) == 0
@@ -186,7 +187,7 @@ def test_an_old_name_of_a_key_is_said_in_one_line(
     )
 
 
-def test_a_dry_run_writes_nothing(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_dry_run_writes_nothing(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["train", "--dataset", "rows.jsonl", "--dry-run"]) == 0
     assert sorted(p.name for p in folder.iterdir()) == ["rows.jsonl"]
     out = capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""One run at a time in a directory."""
+"""Locking of a run directory: one run at a time."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 from ftlevel.artifacts.run_directory import check_lock, check_output, lock_dir, open_run
 from ftlevel.errors import ConfigError
 
-HOLD = """
+LOCK_SCRIPT = """
 import sys, time
 from pathlib import Path
 from ftlevel.artifacts.run_directory import lock_dir
@@ -22,19 +22,19 @@ with lock_dir(Path(sys.argv[1])):
 """
 
 
-def test_a_directory_is_held_until_its_process_is_killed(tmp_path: Path) -> None:
+def test_directory_is_locked_until_process_is_killed(tmp_path: Path) -> None:
     run, _ = open_run(tmp_path / "run", "x", overwrite=False)
     run.save_config("task: text-generation\n")
     process = subprocess.Popen(
-        [sys.executable, "-c", HOLD, run.path], stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", LOCK_SCRIPT, run.path], stdout=subprocess.PIPE, text=True
     )
-    who = f" (process {process.pid})" if sys.platform == "linux" else ""
-    words = re.escape(f"another run is writing to it{who}. Wait")
+    owner = f" (process {process.pid})" if sys.platform == "linux" else ""
+    message = re.escape(f"another run is writing to it{owner}. Wait")
     try:
         assert process.stdout is not None
         assert process.stdout.readline() == "held\n"
         for overwrite, resume in ((True, False), (False, True)):
-            with pytest.raises(ConfigError, match=words):
+            with pytest.raises(ConfigError, match=message):
                 check_output(run.path, overwrite=overwrite, resume=resume)
         with pytest.raises(ConfigError, match="another run is writing to it"):
             open_run(run.path, "x", overwrite=True)
@@ -51,7 +51,7 @@ def test_a_directory_is_held_until_its_process_is_killed(tmp_path: Path) -> None
     ]
 
 
-def test_a_run_that_began_first_keeps_the_directory(tmp_path: Path) -> None:
+def test_directory_of_started_run_is_rejected(tmp_path: Path) -> None:
     check_output(tmp_path / "run", overwrite=False, resume=False)
     open_run(tmp_path / "run", "x", overwrite=False)
     with pytest.raises(
@@ -60,19 +60,19 @@ def test_a_run_that_began_first_keeps_the_directory(tmp_path: Path) -> None:
         open_run(tmp_path / "run", "x", overwrite=False)
 
 
-def test_a_directory_that_cannot_be_created_is_named() -> None:
+def test_directory_that_cannot_be_created_raises() -> None:
     with pytest.raises(ConfigError, match="--output-dir /proc/run cannot be created"):
         open_run(Path("/proc/run"), "x", overwrite=False)
 
 
-def test_what_is_held_is_free_again(tmp_path: Path) -> None:
+def test_lock_is_released_after_block(tmp_path: Path) -> None:
     with lock_dir(tmp_path), pytest.raises(ConfigError):
         check_lock(tmp_path)
     check_lock(tmp_path)
 
 
-def test_the_processes_of_a_run_may_look_at_once(tmp_path: Path) -> None:
-    with lock_dir(tmp_path, shared=True):  # as another of them does
+def test_shared_lock_allows_checks_but_not_exclusive_lock(tmp_path: Path) -> None:
+    with lock_dir(tmp_path, shared=True):  # as another process of the run does
         check_lock(tmp_path)
         with pytest.raises(ConfigError, match="another run is writing"), lock_dir(tmp_path):
             pass

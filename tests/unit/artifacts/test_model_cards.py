@@ -1,4 +1,4 @@
-"""Metadata of model cards, read by huggingface_hub's own class."""
+"""Model card metadata, parsed with huggingface_hub's `ModelCard`."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ HUB = {"name": "org/base", "kind": "hub", "revision": None}
 
 
 def summary(**changes: Any) -> dict[str, Any]:
-    found = {
+    defaults = {
         "run": "runs/first", "task": "text-classification", "method": "lora", "model": HUB,
         "steps": 3, "metrics": {"accuracy": 0.9, "loss": 0.5}, "metrics_before": {},
         "data": {"name": "org/rows", "train_rows": 9, "validation_rows": 3, "generated_rows": 0,
                  "labels": []},
         "loss_window": 0, "versions": {"ftlevel": "0.2.0"},
     }  # fmt: skip
-    return {**found, **changes}
+    return {**defaults, **changes}
 
 
-def test_a_run_on_hub_model_and_data() -> None:
+def test_card_of_run_on_hub_model_and_dataset() -> None:
     card = ModelCard(create_readme(summary()))
     assert card.data.base_model == "org/base"
     assert card.data.get("base_model_relation") == "adapter"
@@ -51,16 +51,14 @@ def test_a_run_on_hub_model_and_data() -> None:
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_every_task_has_a_tag_of_the_hub(task: str) -> None:
+def test_every_task_has_hub_pipeline_tag(task: str) -> None:
     data = ModelCard(create_readme(summary(task=task))).data
     assert data.pipeline_tag in PIPELINE_TAGS
     assert data.eval_results is not None
     assert data.eval_results[0].task_type == data.pipeline_tag
 
 
-def test_names_that_are_not_on_the_hub_are_left_out(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_local_names_are_omitted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("data/rows").mkdir(parents=True)
     (tmp_path / "README.md").write_text("---\nlicense: apache-2.0\n---\n# Base\n")
@@ -76,15 +74,15 @@ def test_names_that_are_not_on_the_hub_are_left_out(
         assert ModelCard(text).data.eval_results[0].dataset_name == name
 
 
-def test_the_license_is_that_of_the_base() -> None:
+def test_license_is_copied_from_base() -> None:
     builtin = {"name": "builtin:tiny-llama", "kind": "builtin"}
     data = ModelCard(create_readme(summary(model=builtin))).data
     assert (data.license, data.license_name) == ("other", "psf-2.0")
     assert data.license_link == "https://docs.python.org/3/license.html"
-    assert ModelCard(create_readme(summary())).data.license is None  # its card is not on this disk
+    assert ModelCard(create_readme(summary())).data.license is None  # its card is not on disk
 
 
-def test_merged_and_quantized_models() -> None:
+def test_cards_of_merged_and_quantized_models() -> None:
     merged = {
         "base": HUB, "out": "out/merged", "adapters": ["runs/first"], "method": "lora",
         "versions": {}, "written": {"dtype": "float32", "untied": False}, "onto": "original",

@@ -1,4 +1,4 @@
-"""The Modelfile: Go's template with every character of the prompt, and quoted stops."""
+"""Ollama Modelfiles: prompts escaped for Go templates, quoted stop strings."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ CHATML = {
 }
 
 
-def test_actions_of_go_in_a_prompt_are_text() -> None:
+def test_go_template_actions_in_prompt_are_escaped() -> None:
     assert literal("{{ x }}") == '{{ "{{" }} x }}'
     assert '"""' not in literal('a """ b')
 
 
-def test_a_turn_is_its_texts_and_its_content() -> None:
+def test_chat_template_wraps_each_turn() -> None:
     template = chat_template(CHATML, "", "<|im_start|>assistant\n")
     assert '{{ if eq $turn.Role "system" }}<|im_start|>system\n{{ $turn.Content }}' in template
     assert '{{ else if eq $turn.Role "user" }}<|im_start|>user\n{{ $turn.Content }}' in template
@@ -26,21 +26,21 @@ def test_a_turn_is_its_texts_and_its_content() -> None:
     assert "-}}" not in template
 
 
-def test_an_opening_is_for_a_talk_without_system_text() -> None:
+def test_default_system_text_is_used_without_system_turn() -> None:
     template = chat_template(CHATML, "<s>Be kind.", "", start="<s>")
     assert '{{ if eq $index 0 }}{{ if ne $turn.Role "system" }}Be kind.{{ end }}{{ end }}' in (
         template
     )
 
 
-def test_what_is_put_before_the_text_anyway_is_left_out_of_the_first_turn() -> None:
-    around = {"user": ("<s>[INST] ", " [/INST]"), "assistant": ("", "</s>")}
-    template = chat_template(around, "", "", start="<s>")
+def test_bos_is_omitted_from_first_turn() -> None:
+    wrappers = {"user": ("<s>[INST] ", " [/INST]"), "assistant": ("", "</s>")}
+    template = chat_template(wrappers, "", "", start="<s>")
     assert '"user" }}{{ if gt $index 0 }}<s>{{ end }}[INST] {{ $turn.Content }}' in template
-    assert "{{ if gt" not in chat_template(around, "", "")
+    assert "{{ if gt" not in chat_template(wrappers, "", "")
 
 
-def test_a_modelfile_names_the_file_beside_it() -> None:
+def test_modelfile_lines() -> None:
     text = format_modelfile("m.gguf", "{{ .Prompt }}", ['"', "</s>"], ["one", "two"])
     assert text.splitlines() == [
         "# one",

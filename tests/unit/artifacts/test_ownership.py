@@ -1,4 +1,4 @@
-"""`--overwrite` deletes what a run has written, and nothing else, whenever it is killed."""
+"""`--overwrite` deletes only the files of a run, even if it is killed at any point."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ftlevel.data.encoding.chat import set_chat_template
 from ftlevel.errors import ConfigError, InputError
 
 
-def finished_run(path: Path, text: str = "old") -> RunDirectory:
+def create_finished_run(path: Path, text: str = "old") -> RunDirectory:
     run, _ = open_run(path, "x", overwrite=False)
     run.save_config(text)
     run.adapter.mkdir()
@@ -29,40 +29,40 @@ def finished_run(path: Path, text: str = "old") -> RunDirectory:
     return run
 
 
-def tree(path: Path) -> dict[str, str]:
+def read_tree(path: Path) -> dict[str, str]:
     return {p.relative_to(path).as_posix(): p.read_text() for p in path.rglob("*") if p.is_file()}
 
 
-def names(path: Path) -> list[str]:
+def list_names(path: Path) -> list[str]:
     return sorted(p.name for p in path.iterdir())
 
 
-def begin_again(path: Path) -> tuple[RunDirectory, list[str]]:
+def restart_run(path: Path) -> tuple[RunDirectory, list[str]]:
     check_output(path, overwrite=True, resume=False)
     run, kept = open_run(path, "x", overwrite=True)
     run.save_config("new")
     return run, kept
 
 
-def fail(path: Path) -> None:
+def fail_run(path: Path) -> None:
     with ownership.replace_run(path):
         raise RuntimeError
 
 
 @pytest.mark.parametrize("name", ["config.yaml", "README.md", ".git/config", "adapter/a"])
-def test_a_directory_that_no_run_began_in_is_not_touched(tmp_path: Path, name: str) -> None:
+def test_overwrite_keeps_directory_without_run(tmp_path: Path, name: str) -> None:
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).write_text("mine")
     with pytest.raises(ConfigError, match=r"so it is not deleted\. Choose another directory\."):
         check_output(tmp_path, overwrite=True, resume=False)
-    assert tree(tmp_path) == {name: "mine"}
+    assert read_tree(tmp_path) == {name: "mine"}
 
 
-def test_a_run_that_is_more_than_a_run_is_not_touched(
+def test_overwrite_rejects_link_home_and_git_directories(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    finished_run(tmp_path / "run")
-    before = tree(tmp_path)
+    create_finished_run(tmp_path / "run")
+    before = read_tree(tmp_path)
     (tmp_path / "link").symlink_to("run")
     with pytest.raises(ConfigError, match="it is a link to run"):
         check_output(tmp_path / "link", overwrite=True, resume=False)
@@ -73,66 +73,66 @@ def test_a_run_that_is_more_than_a_run_is_not_touched(
     (tmp_path / "run" / ".git").mkdir()
     with pytest.raises(ConfigError, match="git work tree"):
         check_output(tmp_path / "run", overwrite=True, resume=False)
-    assert tree(tmp_path / "run") == {k.removeprefix("run/"): v for k, v in before.items()}
+    assert read_tree(tmp_path / "run") == {k.removeprefix("run/"): v for k, v in before.items()}
 
 
-def test_files_of_others_stay_and_are_named(tmp_path: Path) -> None:
-    finished_run(tmp_path)
+def test_overwrite_keeps_and_reports_other_files(tmp_path: Path) -> None:
+    create_finished_run(tmp_path)
     (tmp_path / "notes.txt").write_text("mine")
     (tmp_path / "adapter" / "notes.txt").write_text("mine too")
     (tmp_path / "checkpoints" / "checkpoint-1").mkdir()
     (tmp_path / "checkpoints" / "checkpoint-1" / "a").write_text("foreign")
-    run, kept = begin_again(tmp_path)
+    run, kept = restart_run(tmp_path)
     assert len(kept) == 3
     for name in ("notes.txt", "adapter/notes.txt", "checkpoints/checkpoint-1/a"):
         assert any(str(tmp_path / name) in line for line in kept)
     with ownership.replace_run(tmp_path):
         run.save_summary({"of": "new"})
-    found = tree(tmp_path)
-    assert found["notes.txt"] == "mine"
-    assert found["kept/adapter/notes.txt"] == "mine too"
-    assert found["kept/checkpoints/checkpoint-1/a"] == "foreign"
-    assert "adapter/adapter_model.safetensors" not in found, "the old run is gone"
+    files = read_tree(tmp_path)
+    assert files["notes.txt"] == "mine"
+    assert files["kept/adapter/notes.txt"] == "mine too"
+    assert files["kept/checkpoints/checkpoint-1/a"] == "foreign"
+    assert "adapter/adapter_model.safetensors" not in files, "the old run is gone"
     assert not (tmp_path / ".replaced").exists()
 
 
-def test_an_old_run_is_put_back_when_the_new_one_fails(tmp_path: Path) -> None:
-    finished_run(tmp_path)
-    before = tree(tmp_path)
-    run, _ = begin_again(tmp_path)
+def test_old_run_is_restored_if_new_run_fails(tmp_path: Path) -> None:
+    create_finished_run(tmp_path)
+    before = read_tree(tmp_path)
+    run, _ = restart_run(tmp_path)
     assert run.adapter.exists() is False
     with pytest.raises(RuntimeError), ownership.replace_run(tmp_path):
         raise RuntimeError
-    assert tree(tmp_path) == before
+    assert read_tree(tmp_path) == before
 
 
-def test_an_old_run_goes_when_the_new_one_has_a_checkpoint(tmp_path: Path) -> None:
-    finished_run(tmp_path)
-    run, _ = begin_again(tmp_path)
+def test_old_run_is_not_restored_after_first_checkpoint(tmp_path: Path) -> None:
+    create_finished_run(tmp_path)
+    run, _ = restart_run(tmp_path)
     (run.checkpoints / "checkpoint-1").mkdir()
     (run.checkpoints / "checkpoint-1" / "a").write_text("whole")
     checkpoints.certify(run.checkpoints / "checkpoint-1")
     with pytest.raises(RuntimeError), ownership.replace_run(tmp_path):
         raise RuntimeError
     assert (tmp_path / "config.yaml").read_text() == "new"
-    begin_again(tmp_path)
+    restart_run(tmp_path)
     assert (tmp_path / ".replaced" / "checkpoints" / "checkpoint-1" / "a").is_file()
 
 
-def test_an_old_run_goes_when_only_what_follows_the_new_ones_end_fails(tmp_path: Path) -> None:
-    finished_run(tmp_path)
-    run, _ = begin_again(tmp_path)
+def test_old_run_is_deleted_if_failure_follows_summary(tmp_path: Path) -> None:
+    create_finished_run(tmp_path)
+    run, _ = restart_run(tmp_path)
     run.save_summary({})
     with pytest.raises(RuntimeError), ownership.replace_run(tmp_path):
-        raise RuntimeError  # an upload, for one
+        raise RuntimeError  # such as a failed upload
     assert (tmp_path / "config.yaml").read_text() == "new"
     assert not (tmp_path / ".replaced").exists()
 
 
-def test_an_old_run_is_kept_through_kills_of_new_ones(tmp_path: Path) -> None:
-    finished_run(tmp_path)
+def test_old_run_survives_repeated_kills_of_new_runs(tmp_path: Path) -> None:
+    create_finished_run(tmp_path)
     for _ in range(3):
-        run, _ = begin_again(tmp_path)  # and is killed
+        run, _ = restart_run(tmp_path)  # killed before it saves a checkpoint
         run.save_config("broken")
     assert (tmp_path / ".replaced" / "summary.json").is_file()
     with pytest.raises(RuntimeError), ownership.replace_run(tmp_path):
@@ -141,47 +141,45 @@ def test_an_old_run_is_kept_through_kills_of_new_ones(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("is_reverse", [False, True])
-@pytest.mark.parametrize("while_", ["set aside", "put back"])
+@pytest.mark.parametrize("phase", ["set aside", "put back"])
 @pytest.mark.parametrize("calls", range(6))
-def test_a_kill_while_an_old_run_is_moved_loses_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, calls: int, while_: str, is_reverse: bool
+def test_kill_while_moving_old_run_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, calls: int, phase: str, is_reverse: bool
 ) -> None:
-    finished_run(tmp_path)
-    before = tree(tmp_path)
+    create_finished_run(tmp_path)
+    before = read_tree(tmp_path)
     rename, iterdir, count = Path.rename, Path.iterdir, 0
-    if while_ == "put back":
-        begin_again(tmp_path)
+    if phase == "put back":
+        restart_run(tmp_path)
 
-    def in_order(path: Path) -> Iterator[Path]:
+    def sorted_iterdir(path: Path) -> Iterator[Path]:
         return iter(sorted(iterdir(path), reverse=is_reverse))
 
-    def cut_short(path: Path, to: Path) -> Path:
+    def interrupted_rename(path: Path, to: Path) -> Path:
         nonlocal count
         count += 1
         if count > calls:
             raise KeyboardInterrupt
         return rename(path, to)
 
-    monkeypatch.setattr(Path, "iterdir", in_order)
-    monkeypatch.setattr(Path, "rename", cut_short)
-    if while_ == "put back":
+    monkeypatch.setattr(Path, "iterdir", sorted_iterdir)
+    monkeypatch.setattr(Path, "rename", interrupted_rename)
+    if phase == "put back":
         with pytest.raises(KeyboardInterrupt if calls < 4 else RuntimeError):
-            fail(tmp_path)
+            fail_run(tmp_path)
     elif calls < 4:  # config.yaml, summary.json, adapter and checkpoints
         with pytest.raises(KeyboardInterrupt):
-            begin_again(tmp_path)
+            restart_run(tmp_path)
     monkeypatch.undo()
-    begin_again(tmp_path)
+    restart_run(tmp_path)
     with pytest.raises(RuntimeError), ownership.replace_run(tmp_path):
         raise RuntimeError
-    assert tree(tmp_path) == before
+    assert read_tree(tmp_path) == before
 
 
 @pytest.mark.parametrize("state", ["nothing", "marker", "config"])
 @pytest.mark.parametrize("how", ["plain", "overwrite", "resume"])
-def test_every_state_that_a_kill_leaves_can_be_begun_in(
-    tmp_path: Path, state: str, how: str
-) -> None:
+def test_run_can_start_from_every_interrupted_state(tmp_path: Path, state: str, mode: str) -> None:
     path = tmp_path / "run"
     path.mkdir()
     if state != "nothing":
@@ -189,40 +187,40 @@ def test_every_state_that_a_kill_leaves_can_be_begun_in(
     if state == "config":
         (path / "checkpoints").mkdir()
         (path / "config.yaml").write_text("cut short")
-    if how == "plain" and state != "nothing":
+    if mode == "plain" and state != "nothing":
         with pytest.raises(ConfigError, match=r"--overwrite to replace it or --resume"):
             check_output(path, overwrite=False, resume=False)
         return
-    check_output(path, overwrite=how == "overwrite", resume=how == "resume")
-    run, _ = open_run(path, "x", overwrite=how == "overwrite", resume=how == "resume")
+    check_output(path, overwrite=mode == "overwrite", resume=mode == "resume")
+    run, _ = open_run(path, "x", overwrite=mode == "overwrite", resume=mode == "resume")
     run.save_config("new")
     with ownership.replace_run(path):
         run.save_summary({})
-    assert names(path) == [".ftlevel.json", "checkpoints", "config.yaml",
+    assert list_names(path) == [".ftlevel.json", "checkpoints", "config.yaml",
                                         "summary.json"]  # fmt: skip
 
 
-def test_rotation_leaves_what_no_run_certified(tmp_path: Path) -> None:
+def test_rotation_keeps_checkpoints_without_manifest(tmp_path: Path) -> None:
     for step in (1, 2, 3, 4):
         (tmp_path / f"checkpoint-{step}").mkdir()
         (tmp_path / f"checkpoint-{step}" / "a").write_text("a")
         if step > 1:
             checkpoints.certify(tmp_path / f"checkpoint-{step}")
     checkpoints.rotate(tmp_path, 2)
-    assert names(tmp_path) == ["checkpoint-1", "checkpoint-3", "checkpoint-4"]
+    assert list_names(tmp_path) == ["checkpoint-1", "checkpoint-3", "checkpoint-4"]
 
 
-def test_torn_checkpoints_are_set_aside_any_number_of_times(tmp_path: Path) -> None:
+def test_damaged_checkpoints_are_renamed_repeatedly(tmp_path: Path) -> None:
     for _ in range(3):
         (tmp_path / "checkpoint-2").mkdir()
         newest, rejected = checkpoints.get_last_valid_checkpoint(tmp_path)
         assert newest is None
         assert len(rejected) == 1
         checkpoints.reject_newer(tmp_path, newest)
-    assert names(tmp_path) == ["rejected-2", "rejected-2-2", "rejected-2-3"]
+    assert list_names(tmp_path) == ["rejected-2", "rejected-2-2", "rejected-2-3"]
 
 
-def test_a_checkpoint_with_a_number_that_is_none_is_damaged(tmp_path: Path) -> None:
+def test_checkpoint_with_nan_or_infinity_is_damaged(tmp_path: Path) -> None:
     for step, value in ((1, 0.5), (2, float("nan")), (3, float("inf"))):
         folder = tmp_path / f"checkpoint-{step}"
         folder.mkdir()
@@ -239,7 +237,7 @@ def test_a_checkpoint_with_a_number_that_is_none_is_damaged(tmp_path: Path) -> N
      "[" * 100_000, '{"files": {"a": {"size": 1e999, "sha256": "x"}}}',
      '{"files": {"a": {"size": "x", "sha256": 3}}}', '{"files": {}}', '{"files": {"b": {}}}'],
 )  # fmt: skip
-def test_a_manifest_of_another_shape_is_damage(tmp_path: Path, text: str) -> None:
+def test_malformed_manifest_is_reported_as_corruption(tmp_path: Path, text: str) -> None:
     (tmp_path / "a").write_text("a")
     checkpoints.certify(tmp_path)
     assert checkpoints.detect_corruption(tmp_path) is None
@@ -247,38 +245,36 @@ def test_a_manifest_of_another_shape_is_damage(tmp_path: Path, text: str) -> Non
     assert checkpoints.detect_corruption(tmp_path)
 
 
-def test_what_is_saved_twice_is_whole(tmp_path: Path) -> None:
+def test_checkpoint_saved_twice_is_valid(tmp_path: Path) -> None:
     for text in ("a", "ab"):
         (tmp_path / "a").write_text(text)
         checkpoints.certify(tmp_path)
     assert checkpoints.detect_corruption(tmp_path) is None
 
 
-def test_a_run_that_was_killed_at_its_very_end_knows_its_files_later(tmp_path: Path) -> None:
+def test_files_are_recorded_after_kill_at_end_of_run(tmp_path: Path) -> None:
     run, _ = open_run(tmp_path, "x", overwrite=False)
     run.save_summary({"of": "old"})
     (tmp_path / f".{ownership.MARKER}.partial").write_text('{"run":')  # a kill in `record_files`
     ownership.record_files_once(tmp_path)
-    assert names(tmp_path) == [".ftlevel.json", "checkpoints", "summary.json"]
+    assert list_names(tmp_path) == [".ftlevel.json", "checkpoints", "summary.json"]
     (run.checkpoints / "notes.txt").write_text("mine")
     ownership.record_files_once(tmp_path)
-    begin_again(tmp_path)
+    restart_run(tmp_path)
     ownership.delete_backup(tmp_path)
     assert (tmp_path / "kept/checkpoints/notes.txt").read_text() == "mine"
 
 
 @pytest.mark.parametrize("how", [{"resume": True}, {"overwrite": True}, {}])
-def test_a_marker_that_a_kill_has_cut_short_is_begun_over(
-    tmp_path: Path, how: dict[str, bool]
-) -> None:
+def test_partial_marker_is_rewritten(tmp_path: Path, how: dict[str, bool]) -> None:
     (tmp_path / f".{ownership.MARKER}.partial").write_text('{"run":')
-    given = {"resume": False, "overwrite": False, **how}
-    check_output(tmp_path, **given)
-    open_run(tmp_path, "x", **given)
+    arguments = {"resume": False, "overwrite": False, **how}
+    check_output(tmp_path, **arguments)
+    open_run(tmp_path, "x", **arguments)
     assert ownership.is_run(tmp_path)
 
 
-def broken_off(path: Path) -> RunDirectory:
+def create_interrupted_run(path: Path) -> RunDirectory:
     run, _ = open_run(path, "x", overwrite=False)
     for name in ("checkpoint-1", "checkpoint-2", "rejected-1-2", "best-1"):
         (run.checkpoints / name).mkdir()
@@ -288,69 +284,69 @@ def broken_off(path: Path) -> RunDirectory:
     return run
 
 
-def test_what_others_put_among_the_checkpoints_of_a_broken_off_run_is_kept(tmp_path: Path) -> None:
-    run = broken_off(tmp_path / "run")
+def test_overwrite_keeps_user_files_among_checkpoints(tmp_path: Path) -> None:
+    run = create_interrupted_run(tmp_path / "run")
     mine = ("notes.txt", "data/rows.jsonl", "checkpoint-2/mine.txt")
     for name in mine:
         (run.checkpoints / name).parent.mkdir(exist_ok=True)
         (run.checkpoints / name).write_text("mine")
-    begin_again(run.path)
-    assert {name for name, text in tree(run.path).items() if text == "mine"} == {
+    restart_run(run.path)
+    assert {name for name, text in read_tree(run.path).items() if text == "mine"} == {
         f"kept/checkpoints/{name}" for name in mine
     }
-    assert len(tree(run.path / "kept")) == len(mine), "what the run wrote goes with it"
+    assert len(read_tree(run.path / "kept")) == len(mine), "what the run wrote goes with it"
 
 
-def test_a_run_that_was_made_longer_and_broken_off_knows_its_checkpoints(tmp_path: Path) -> None:
-    run = finished_run(tmp_path)
+def test_interrupted_resumed_run_owns_its_checkpoints(tmp_path: Path) -> None:
+    run = create_finished_run(tmp_path)
     ownership.mark_resumed(tmp_path)
     (run.checkpoints / "checkpoint-9").mkdir()
     (run.checkpoints / "checkpoint-9" / "optimizer.pt").write_text("later")
     (run.adapter / "notes.txt").write_text("mine")
-    _, kept = begin_again(tmp_path)
+    _, kept = restart_run(tmp_path)
     assert len(kept) == 1
-    assert tree(tmp_path / "kept") == {"adapter/notes.txt": "mine"}
+    assert read_tree(tmp_path / "kept") == {"adapter/notes.txt": "mine"}
 
 
-def test_the_adapter_of_a_former_end_goes_without_what_others_put_there(tmp_path: Path) -> None:
-    run = finished_run(tmp_path / "run")
+def test_delete_adapter_keeps_user_files(tmp_path: Path) -> None:
+    run = create_finished_run(tmp_path / "run")
     (run.adapter / "notes.txt").write_text("mine")
     ownership.mark_resumed(run.path)
     ownership.delete_adapter(run.path)
     assert not run.adapter.exists()
-    assert tree(run.path / "kept") == {"adapter/notes.txt": "mine"}
+    assert read_tree(run.path / "kept") == {"adapter/notes.txt": "mine"}
 
 
-def test_what_a_link_in_a_run_leads_to_is_not_touched(tmp_path: Path) -> None:
-    for name, forget in (("adapter", ownership.delete_adapter), ("checkpoints", begin_again)):
-        run, there = finished_run(tmp_path / name), tmp_path / f"{name}-there"
-        (run.path / name).rename(there)
-        (there / "precious").write_text("mine")
-        (run.path / name).symlink_to(there)
-        before = tree(there)
-        forget(run.path)
-        assert tree(there) == before
+def test_targets_of_links_are_not_deleted(tmp_path: Path) -> None:
+    for name, delete in (("adapter", ownership.delete_adapter), ("checkpoints", restart_run)):
+        run, target = create_finished_run(tmp_path / name), tmp_path / f"{name}-there"
+        (run.path / name).rename(target)
+        (target / "precious").write_text("mine")
+        (run.path / name).symlink_to(target)
+        before = read_tree(target)
+        delete(run.path)
+        assert read_tree(target) == before
         ownership.delete_backup(run.path)
-        assert tree(there) == before
+        assert read_tree(target) == before
 
 
-def test_best_models_that_no_run_certified_stay(tmp_path: Path) -> None:
+def test_best_models_without_manifest_are_kept(tmp_path: Path) -> None:
     for name in ("best-1", "best-3", "best-9"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "mine").write_text("mine")
 
-    def write(to: Path) -> None:
-        (to / "trained.safetensors").write_text("ours")
+    def write(path: Path) -> None:
+        (path / "trained.safetensors").write_text("ours")
 
     for step in (2, 3, 4):
         checkpoints.save_best(tmp_path, step, write)
     checkpoints.delete_best_after(tmp_path, 0)
-    assert sorted(tree(tmp_path)) == ["best-1/mine", "best-3-kept/mine", "best-9/mine"]
+    assert sorted(read_tree(tmp_path)) == ["best-1/mine", "best-3-kept/mine", "best-9/mine"]
 
 
 @pytest.mark.parametrize("name", [".ftlevel.json", "metrics.jsonl", "checkpoints/origin.json"])
-def test_a_pipe_among_the_files_of_a_run_is_not_waited_for(tmp_path: Path, name: str) -> None:
-    finished_run(tmp_path)
+def test_pipe_among_run_files_raises(tmp_path: Path, name: str) -> None:
+    create_finished_run(tmp_path)
     (tmp_path / name).unlink(missing_ok=True)
     os.mkfifo(tmp_path / name)
     for overwrite, resume in ((True, False), (False, True)):
@@ -358,7 +354,7 @@ def test_a_pipe_among_the_files_of_a_run_is_not_waited_for(tmp_path: Path, name:
             check_output(tmp_path, overwrite=overwrite, resume=resume)
 
 
-def test_a_pipe_is_no_plain_file(tmp_path: Path) -> None:
+def test_pipe_is_rejected_as_file(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(OSError, match="no plain file"):
         read_plain(tmp_path / "pipe")

@@ -1,4 +1,4 @@
-"""Where a run's files are: found from its directory, then where they were, or named as missing."""
+"""Paths in a run's configuration: relative to the run, then absolute, else reported missing."""
 
 from __future__ import annotations
 
@@ -21,29 +21,29 @@ from ftlevel.errors import ConfigError
 
 @pytest.fixture
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Return a folder with data, a second set and a run that names both."""
+    """Return a directory with two data files and a run that refers to both."""
     folder = tmp_path / "project"
     (folder / "runs/one").mkdir(parents=True)
     for name in ("rows.jsonl", "more.jsonl", "template.jinja"):
         (folder / name).write_text(name)
     monkeypatch.chdir(folder)
-    write(folder / "runs/one", {"dataset": "rows.jsonl", "also": ["./more.jsonl"],
-                                "chat_template": "template.jinja"})  # fmt: skip
+    write_run(folder / "runs/one", {"dataset": "rows.jsonl", "also": ["./more.jsonl"],
+                                    "chat_template": "template.jinja"})  # fmt: skip
     return folder
 
 
-def write(run: Path, data: dict[str, Any], model: str = "builtin:tiny-llama") -> None:
+def write_run(run: Path, data: dict[str, Any], model: str = "builtin:tiny-llama") -> None:
     values = {"model": {"name_or_path": model}, "data": data}
     (run / "config.yaml").write_text(yaml.safe_dump(make_paths_absolute(values)))
     save_relative_paths(RunDirectory(run), values)
 
 
-def data_of(run: Path) -> dict[str, Any]:
-    found: dict[str, Any] = load_run_config(run).values["data"]
-    return found
+def load_data_section(run: Path) -> dict[str, Any]:
+    data: dict[str, Any] = load_run_config(run).values["data"]
+    return data
 
 
-def test_a_run_names_its_files_twice(project: Path) -> None:
+def test_run_stores_absolute_and_relative_paths(project: Path) -> None:
     stored = yaml.safe_load(Path("runs/one/config.yaml").read_text())
     assert stored["data"]["dataset"] == str(project / "rows.jsonl")
     assert stored["model"]["name_or_path"] == "builtin:tiny-llama"
@@ -54,23 +54,23 @@ def test_a_run_names_its_files_twice(project: Path) -> None:
     }
 
 
-def test_a_folder_moves_as_one(project: Path, tmp_path: Path) -> None:
+def test_moved_project_uses_relative_paths(project: Path, tmp_path: Path) -> None:
     moved = tmp_path / "elsewhere/else"
     moved.parent.mkdir()
     project.rename(moved)
-    found = data_of(moved / "runs/one")
-    assert found["dataset"] == str(moved / "rows.jsonl")
-    assert found["also"] == [str(moved / "more.jsonl")]
-    assert found["chat_template"] == str(moved / "template.jinja")
-    check_paths(moved / "runs/one", {"data": found})
+    data = load_data_section(moved / "runs/one")
+    assert data["dataset"] == str(moved / "rows.jsonl")
+    assert data["also"] == [str(moved / "more.jsonl")]
+    assert data["chat_template"] == str(moved / "template.jinja")
+    check_paths(moved / "runs/one", {"data": data})
 
 
-def test_a_run_moves_alone(project: Path, tmp_path: Path) -> None:
+def test_moved_run_uses_absolute_paths(project: Path, tmp_path: Path) -> None:
     (project / "runs/one").rename(tmp_path / "two")
-    assert data_of(tmp_path / "two")["dataset"] == str(project / "rows.jsonl")
+    assert load_data_section(tmp_path / "two")["dataset"] == str(project / "rows.jsonl")
 
 
-def test_what_is_nowhere_is_named_with_the_places_and_the_flag(project: Path) -> None:
+def test_missing_file_error_names_paths_and_flag(project: Path) -> None:
     run = project / "runs/one"
     (project / "rows.jsonl").unlink()
     values = load_run_config(run).values
@@ -81,25 +81,25 @@ def test_what_is_nowhere_is_named_with_the_places_and_the_flag(project: Path) ->
         "Pass its path: --dataset PATH."
     )
     check_paths(run, values, ["data.also"])
-    values["data"]["dataset"] = "mine.jsonl"  # the user's word, of which others complain
+    values["data"]["dataset"] = "mine.jsonl"  # given by the user, so checked elsewhere
     check_paths(run, values)
 
 
-def test_rows_in_memory_are_nowhere(project: Path) -> None:
+def test_rows_in_memory_raise(project: Path) -> None:
     Path("in memory").write_text("")
-    write(project / "runs/one", {"dataset": "in memory", "validation_file": "in memory"})
-    assert data_of(project / "runs/one")["dataset"] == "in memory"
+    write_run(project / "runs/one", {"dataset": "in memory", "validation_file": "in memory"})
+    assert load_data_section(project / "runs/one")["dataset"] == "in memory"
     with pytest.raises(ConfigError, match="trained on rows in memory, which are not saved"):
         check_paths(project / "runs/one", load_run_config(project / "runs/one").values)
 
 
-def test_a_template_by_its_name_is_no_path(project: Path) -> None:
+def test_template_name_is_not_a_path(project: Path) -> None:
     Path("chatml").write_text("")
-    write(project / "runs/one", {"dataset": "rows.jsonl", "chat_template": "chatml"})
-    assert data_of(project / "runs/one")["chat_template"] == "chatml"
+    write_run(project / "runs/one", {"dataset": "rows.jsonl", "chat_template": "chatml"})
+    assert load_data_section(project / "runs/one")["chat_template"] == "chatml"
 
 
-def test_of_two_models_the_one_with_the_weights_is_taken(project: Path, tmp_path: Path) -> None:
+def test_model_with_matching_fingerprint_is_used(project: Path, tmp_path: Path) -> None:
     import shutil
 
     import torch
@@ -110,7 +110,7 @@ def test_of_two_models_the_one_with_the_weights_is_taken(project: Path, tmp_path
     (project / "model").mkdir()
     save_file({"a": torch.ones(2)}, project / "model/model.safetensors")
     run = project / "runs/one"
-    write(run, {}, "model")
+    write_run(run, {}, "model")
     (run / "checkpoints").mkdir()
     origin = {"model.fingerprint": base_fingerprint(project / "model")}
     (run / "checkpoints/origin.json").write_text(json.dumps(origin))
@@ -121,6 +121,6 @@ def test_of_two_models_the_one_with_the_weights_is_taken(project: Path, tmp_path
     assert load_run_config(copy).values["model"]["name_or_path"] == str(project / "model")
 
 
-def test_a_run_without_places_reads_as_it_did(project: Path) -> None:
+def test_run_without_places_file_uses_absolute_paths(project: Path) -> None:
     Path("runs/one/places.json").unlink()
-    assert data_of(project / "runs/one")["dataset"] == str(project / "rows.jsonl")
+    assert load_data_section(project / "runs/one")["dataset"] == str(project / "rows.jsonl")

@@ -1,4 +1,4 @@
-"""Files of rows: what is written others read, and what was cut off can be gone on with."""
+"""Row files: other readers can read them, and interrupted ones can be resumed."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ FULL = [{**row, "prediction": f"ä{i}", "prediction_score": i / 3} for i, row in
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")
 
 
-def begin(path: Path, names: list[str] | None = None) -> RowFile:
+def create_file(path: Path, names: list[str] | None = None) -> RowFile:
     columns = RowColumns(names or list(ROWS[0]), ANSWERS)
     return row_file_type("--output", path)(path, columns)
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """Read as somebody else would."""
+    """Read `path` with csv, json or pyarrow."""
     if path.suffix == ".jsonl":
         return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     if path.suffix == ".parquet":
@@ -54,7 +54,7 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def write(path: Path, rows: list[dict[str, Any]], keep: int = 0) -> RowFile:
-    file = begin(path)
+    file = create_file(path)
     file.open(keep)
     for row in rows:
         file.write([row])
@@ -62,7 +62,7 @@ def write(path: Path, rows: list[dict[str, Any]], keep: int = 0) -> RowFile:
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
-def test_what_is_written_is_what_others_read(suffix: str, tmp_path: Path) -> None:
+def test_written_rows_are_read_back(suffix: str, tmp_path: Path) -> None:
     path = tmp_path / "deep" / f"p{suffix}"
     file = write(path, FULL)
     assert not path.exists()
@@ -72,30 +72,30 @@ def test_what_is_written_is_what_others_read(suffix: str, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
-def test_whatever_is_cut_off_is_gone_on_with(suffix: str, tmp_path: Path) -> None:
+def test_truncated_file_is_resumed_at_any_size(suffix: str, tmp_path: Path) -> None:
     whole = tmp_path / f"whole{suffix}"
     write(whole, FULL).close()
     content = partial_of(whole).read_bytes()
     for size in [*range(0, len(content), 7 if suffix != ".parquet" else 97), len(content)]:
         path = tmp_path / f"p{suffix}"
         partial_of(path).write_bytes(content[:size])
-        file = begin(path)
-        there = list(file.load_previous())
-        assert there == [file.normalize(row) for row in ROWS[: len(there)]]
-        file.open(len(there))
-        for row in FULL[len(there) :]:
+        file = create_file(path)
+        previous = list(file.load_previous())
+        assert previous == [file.normalize(row) for row in ROWS[: len(previous)]]
+        file.open(len(previous))
+        for row in FULL[len(previous) :]:
             file.write([row])
         file.finalize()
         assert read(path) == FULL, size
         path.unlink()
-    assert len(there) == len(ROWS)
+    assert len(previous) == len(ROWS)
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
-def test_a_whole_file_is_gone_on_with(suffix: str, tmp_path: Path) -> None:
+def test_complete_file_is_extended(suffix: str, tmp_path: Path) -> None:
     path = tmp_path / f"p{suffix}"
     write(path, FULL[:2]).finalize()
-    file = begin(path)
+    file = create_file(path)
     assert len(list(file.load_previous())) == 2
     file.open(2)
     file.write(FULL[2:])
@@ -104,14 +104,14 @@ def test_a_whole_file_is_gone_on_with(suffix: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
-def test_other_columns_are_refused(suffix: str, tmp_path: Path) -> None:
+def test_missing_column_raises_on_resume(suffix: str, tmp_path: Path) -> None:
     path = tmp_path / f"p{suffix}"
     save_rows(path, [{"id": "1", "prediction": "x"}])
     with pytest.raises(InputError, match="prediction_score"):
-        list(begin(path).load_previous())
+        list(create_file(path).load_previous())
 
 
-def test_values_of_json_stand_in_a_table_as_text_that_says_the_same(tmp_path: Path) -> None:
+def test_json_values_are_written_as_text_in_csv(tmp_path: Path) -> None:
     row = {"whole": 3, "part": 0.1, "yes": True, "none": None, "list": ["ä", 1], "of": {"a": []},
            "day": datetime.date(2026, 1, 2), "sum": decimal.Decimal("1.10")}  # fmt: skip
     save_rows(tmp_path / "p.csv", [row])
@@ -121,7 +121,7 @@ def test_values_of_json_stand_in_a_table_as_text_that_says_the_same(tmp_path: Pa
     assert json.loads((tmp_path / "p.jsonl").read_text(encoding="utf-8"))["part"] is None
 
 
-def test_types_of_parquet_are_kept(tmp_path: Path) -> None:
+def test_parquet_types_are_preserved(tmp_path: Path) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -140,16 +140,16 @@ def test_types_of_parquet_are_kept(tmp_path: Path) -> None:
     file.open(0)
     file.write([{**row, "prediction": ["ä"]} for row in table.to_pylist()])
     file.finalize()
-    found = pq.read_table(path)
-    assert found.schema.names == [*table.schema.names, "prediction"]
+    written = pq.read_table(path)
+    assert written.schema.names == [*table.schema.names, "prediction"]
     for name in table.schema.names:
-        assert found[name].type == table[name].type, name
-        assert repr(found[name].to_pylist()) == repr(table[name].to_pylist()), name
-    assert found["prediction"].to_pylist() == [["ä"], ["ä"]]
+        assert written[name].type == table[name].type, name
+        assert repr(written[name].to_pylist()) == repr(table[name].to_pylist()), name
+    assert written["prediction"].to_pylist() == [["ä"], ["ä"]]
 
 
-def test_rows_that_agree_on_no_type_are_refused_by_parquet(tmp_path: Path) -> None:
-    file = begin(tmp_path / "p.parquet", ["x"])
+def test_parquet_rejects_mixed_types(tmp_path: Path) -> None:
+    file = create_file(tmp_path / "p.parquet", ["x"])
     file.open(0)
     file.write([{"x": 1}])
     with pytest.raises(InputError, match=r"no one type a column .* Write .jsonl"):
@@ -157,7 +157,7 @@ def test_rows_that_agree_on_no_type_are_refused_by_parquet(tmp_path: Path) -> No
     file.close()
 
 
-def test_nothing_of_yours_is_overwritten(tmp_path: Path) -> None:
+def test_existing_row_file_is_not_overwritten(tmp_path: Path) -> None:
     path = tmp_path / "p.csv"
     with pytest.raises(ConfigError, match=r"cannot write '.xlsx'. Formats: .csv, .tsv, .jsonl"):
         check_row_file("--output", tmp_path / "p.xlsx", resume=False, overwrite=False)
@@ -175,36 +175,36 @@ def test_nothing_of_yours_is_overwritten(tmp_path: Path) -> None:
     check_row_file("--output", path, resume=False, overwrite=True)
 
 
-def test_parquet_that_is_resumed_knows_a_row_whose_null_keys_were_dropped(tmp_path: Path) -> None:
+def test_resumed_parquet_matches_row_without_null_keys(tmp_path: Path) -> None:
     row = {"talk": [{"role": "user", "tags": None}], "facts": {"a": 1}}
     kinds = pa.struct([("role", pa.string()), ("tags", pa.list_(pa.string()))])
     schema = pa.schema([("talk", pa.list_(kinds)), ("facts", pa.map_(pa.string(), pa.int64()))])
     columns = RowColumns(["talk", "facts"], {"answer": "text"}, schema)
-    begun = ParquetFile(tmp_path / "x.parquet", columns)
-    begun.open(0)
-    begun.write([{**row, "answer": "yes"}])
-    begun.close()
+    first = ParquetFile(tmp_path / "x.parquet", columns)
+    first.open(0)
+    first.write([{**row, "answer": "yes"}])
+    first.close()
     resumed = ParquetFile(tmp_path / "x.parquet", columns)
-    [there] = resumed.load_previous()
-    assert there == resumed.normalize({**row, "talk": [{"role": "user"}]})
-    assert there != resumed.normalize({**row, "talk": [{"role": "user", "tags": ["a"]}]})
-    assert there != resumed.normalize({**row, "talk": [{"role": "tool"}]})
+    [previous] = resumed.load_previous()
+    assert previous == resumed.normalize({**row, "talk": [{"role": "user"}]})
+    assert previous != resumed.normalize({**row, "talk": [{"role": "user", "tags": ["a"]}]})
+    assert previous != resumed.normalize({**row, "talk": [{"role": "tool"}]})
 
 
 VECTORS = np.arange(12, dtype=np.float32).reshape(4, 3) / 7
 EMBEDDED = RowColumns(["text"], {"vector": "embedding"})
 
 
-def embedded(numbers):
+def embedded_rows(numbers):
     return [{"text": f"t{n}", "vector": VECTORS[n]} for n in numbers]
 
 
-def test_embeddings_are_an_array_a_list_of_fixed_size_and_json(tmp_path):
+def test_embeddings_in_every_file_format(tmp_path):
     for name in ("a.npy", "a.parquet", "a.jsonl", "a.csv"):
         file = ROW_FILES[f".{name[2:]}"](tmp_path / name, EMBEDDED)
         file.open(0)
-        file.write(embedded([0, 1]))
-        file.write([{"text": "none", "vector": None}, *embedded([3])])
+        file.write(embedded_rows([0, 1]))
+        file.write([{"text": "none", "vector": None}, *embedded_rows([3])])
         file.finalize()
     array = np.load(tmp_path / "a.npy")
     assert (array.dtype, array.shape) == (np.float32, (4, 3))
@@ -225,22 +225,22 @@ def test_embeddings_are_resumed(tmp_path, suffix):
     path = tmp_path / f"a{suffix}"
     first = ROW_FILES[suffix](path, EMBEDDED)
     first.open(0)
-    first.write(embedded([0, 1, 2]))
-    first.close()  # as if it had been killed
+    first.write(embedded_rows([0, 1, 2]))
+    first.close()  # as after a kill
     second = ROW_FILES[suffix](path, EMBEDDED)
-    rows = embedded(range(4))
+    rows = embedded_rows(range(4))
     assert list(second.load_previous()) == [second.normalize(row) for row in rows[:3]]
     second.open(3)
-    second.write(embedded([3]))
+    second.write(embedded_rows([3]))
     second.finalize()
-    found = (
+    vectors = (
         np.load(path)
         if suffix == ".npy"
         else np.array(pq.read_table(path)["vector"].to_pylist(), dtype=np.float32)
     )
-    assert np.array_equal(found, VECTORS)
+    assert np.array_equal(vectors, VECTORS)
 
 
-def test_an_array_holds_embeddings_only(tmp_path):
+def test_npy_rejects_other_columns(tmp_path):
     with pytest.raises(ConfigError, match=r"\.npy files hold embeddings only"):
         ROW_FILES[".npy"](tmp_path / "a.npy", RowColumns(["text"], {"label": "text"}))

@@ -45,25 +45,25 @@ def test_family_report() -> None:
     assert report.total_parameters is None
 
 
-def test_family_report_of_another_rank() -> None:
+def test_family_report_with_rank_16() -> None:
     lora = describe_family("llama", 16).lora
     assert lora is not None
     assert lora.trainable_parameters == 39_976_960
 
 
-def test_family_without_an_example_has_no_size() -> None:
+def test_family_without_example_has_no_lora_size() -> None:
     assert describe_family("granite").lora is None
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "bert", "t5", "mixtral", "albert"])
-def test_model_report_agrees_with_the_family_and_the_model(family: str, tmp_path: Path) -> None:
+def test_model_report_matches_family_and_model(family: str, tmp_path: Path) -> None:
     report = describe_model(save_config(tmp_path, family), 4)
     table = describe_family(family)
-    inside = [row for row in report.linears if row.all_linear]
-    assert {row.pattern for row in inside} == {
+    targets = [row for row in report.linears if row.all_linear]
+    assert {row.pattern for row in targets} == {
         row.pattern for row in table.linears if not row.only or row.name == "wi"
     }
-    assert {(row.pattern, row.attention) for row in inside} <= {
+    assert {(row.pattern, row.attention) for row in targets} <= {
         (row.pattern, row.attention) for row in table.linears
     }
     assert report.target_parameters == table.target_parameters
@@ -71,13 +71,15 @@ def test_model_report_agrees_with_the_family_and_the_model(family: str, tmp_path
     task = {"decoder": "text-generation", "encoder": "masked-lm"}.get(report.kind, "summarization")
     assert next(iter(report.heads.values())) == table.heads[task]
     assert report.lora is not None
-    found = inspect_model(build(family, task))
-    assert report.lora.trainable_parameters == found.lora_parameters(4)
-    assert report.total_parameters == found.total_parameters
-    assert report.lora.share == pytest.approx(found.lora_parameters(4) / found.total_parameters)
+    inspected = inspect_model(build(family, task))
+    assert report.lora.trainable_parameters == inspected.lora_parameters(4)
+    assert report.total_parameters == inspected.total_parameters
+    assert report.lora.share == pytest.approx(
+        inspected.lora_parameters(4) / inspected.total_parameters
+    )
 
 
-def test_model_of_no_known_family(tmp_path: Path) -> None:
+def test_report_of_unknown_family(tmp_path: Path) -> None:
     from transformers import Qwen2MoeConfig
 
     config = Qwen2MoeConfig(
@@ -100,7 +102,7 @@ def test_model_of_no_known_family(tmp_path: Path) -> None:
     assert report.attention_only == ()
 
 
-def test_pooler_is_shown_and_not_picked(tmp_path: Path) -> None:
+def test_pooler_is_listed_but_not_a_default_target(tmp_path: Path) -> None:
     path = save_config(tmp_path, "bert", architectures=["BertForSequenceClassification"])
     report = describe_model(path)
     (pooler,) = [row for row in report.linears if not row.default]
@@ -114,7 +116,7 @@ def test_pooler_is_shown_and_not_picked(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_report_is_json(family: str) -> None:
+def test_family_report_is_json(family: str) -> None:
     report = describe_family(family)
     assert json.loads(json.dumps(asdict(report)))["name"] == family
 
@@ -136,11 +138,11 @@ def test_model_report_is_json(tmp_path: Path) -> None:
         ("builtin:tiny-llama", True),
     ],
 )
-def test_which_names_are_models(name: str, model: bool) -> None:
+def test_is_model(name: str, model: bool) -> None:
     assert is_model(name) is model
 
 
-def test_directory_called_like_a_family(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_directory_named_like_a_family(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "bert").mkdir()
     assert not is_model("bert"), "a directory that is no model does not hide the family"
@@ -150,13 +152,13 @@ def test_directory_called_like_a_family(tmp_path: Path, monkeypatch: pytest.Monk
     assert is_model("mine")
 
 
-def test_list_targets_chooses(tmp_path: Path) -> None:
+def test_list_targets_source(tmp_path: Path) -> None:
     assert list_targets("llama").source == "family"
     assert list_targets(save_config(tmp_path, "llama")).source == "model"
 
 
 @pytest.mark.parametrize("describe", [describe_family, describe_model])
-def test_rank_below_one_is_refused(describe: Any) -> None:
+def test_rank_below_one_raises(describe: Any) -> None:
     with pytest.raises(ConfigError, match=r"^--lora-r 0 is not a rank\. Expected 1 or more"):
         describe("llama", 0)
 
@@ -170,15 +172,15 @@ def test_rank_below_one_is_refused(describe: Any) -> None:
         ('{"model_type": "llama", "hidden_size": 65, "num_attention_heads": 4}', "hidden"),
     ],
 )
-def test_configurations_that_cannot_be_used(tmp_path: Path, text: str, problem: str) -> None:
+def test_invalid_configurations_raise(tmp_path: Path, text: str, problem: str) -> None:
     (tmp_path / "config.json").write_text(text)
-    with pytest.raises(InputError, match=problem) as caught:
+    with pytest.raises(InputError, match=problem) as error:
         describe_model(str(tmp_path))
-    assert str(caught.value).startswith(f"{tmp_path}: ")  # in the words that `train` has for it
-    assert "\n" not in str(caught.value)
+    assert str(error.value).startswith(f"{tmp_path}: ")  # worded as in `train`
+    assert "\n" not in str(error.value)
 
 
-def test_models_that_are_elsewhere_come_from_the_model_sources(tmp_path: Path) -> None:
+def test_missing_model_raises(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="does not exist"):
         describe_model(str(tmp_path / "missing"))
     with pytest.raises(InputError, match=r"has no config\.json"):
@@ -193,7 +195,7 @@ def test_builtin_model() -> None:
 
 
 @pytest.mark.parametrize(
-    ("pattern", "block", "inside"),
+    ("pattern", "block", "path"),
     [
         ("model.layers.{i}.mlp.up_proj", "model.layers.{i}", "mlp.up_proj"),
         (
@@ -205,11 +207,11 @@ def test_builtin_model() -> None:
         ("bert.pooler.dense", "", "bert.pooler.dense"),
     ],
 )
-def test_split_pattern(pattern: str, block: str, inside: str) -> None:
-    assert split_pattern(pattern) == (block, inside)
+def test_split_pattern(pattern: str, block: str, path: str) -> None:
+    assert split_pattern(pattern) == (block, path)
 
 
-def test_every_row_of_a_family_is_in_a_block() -> None:
+def test_family_rows_have_block_and_path() -> None:
     for family in FAMILIES:
         report: TargetReport = describe_family(family)
         assert all(row.block and row.path for row in (*report.linears, *report.experts))

@@ -1,4 +1,4 @@
-"""Merging: the bytes of PEFT's `merge_and_unload` where it is right, and right where it is not."""
+"""`merge`: equal bytes to PEFT's `merge_and_unload`, or correct values where PEFT is not."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ TASK_TYPES = {
 LINEARS = ["q_proj", "v_proj", "up_proj", "down_proj"]
 
 
-def load(folder: Path, head: str, dtype: Any = "auto", **more: Any) -> Any:
-    """Load a model of this folder, drawing a head that it does not have from a seed."""
+def load(folder: Path, head: str, dtype: Any = "auto", **options: Any) -> Any:
+    """Load a model; a missing head is initialized with seed 0."""
     torch.manual_seed(0)
     auto_class = getattr(transformers, AUTO_CLASSES[head])
-    return auto_class.from_pretrained(folder, dtype=dtype, **more).eval()
+    return auto_class.from_pretrained(folder, dtype=dtype, **options).eval()
 
 
 def save_base(model: Any, source: Path, folder: Path, **settings: Any) -> Path:
@@ -46,9 +46,9 @@ def save_base(model: Any, source: Path, folder: Path, **settings: Any) -> Path:
     return folder
 
 
-def save_adapter(base: Path, folder: Path, head: str, config: Any, **more: Any) -> Path:
-    """Save an adapter of `config` on `base`, its numbers drawn at random."""
-    model = load(base, head, **more)
+def save_adapter(base: Path, folder: Path, head: str, config: Any, **options: Any) -> Path:
+    """Save an adapter of `config` on `base` with random values."""
+    model = load(base, head, **options)
     config.task_type = TASK_TYPES.get(head)
     adapted = get_peft_model(model, config)
     with torch.no_grad():
@@ -59,55 +59,57 @@ def save_adapter(base: Path, folder: Path, head: str, config: Any, **more: Any) 
     return folder
 
 
-def lora(**settings: Any) -> LoraConfig:
+def lora_config(**settings: Any) -> LoraConfig:
     return LoraConfig(**{"r": 4, "lora_alpha": 6, "target_modules": LINEARS, **settings})
 
 
-def tensors(folder: Path) -> dict[str, torch.Tensor]:
+def load_tensors(folder: Path) -> dict[str, torch.Tensor]:
     return {k: v for path in folder.glob("*.safetensors") for k, v in load_file(path).items()}
 
 
-def assert_equal(found: Path, expected: Path) -> None:
-    """Compare every tensor of two checkpoints: names, types and bytes."""
-    first, second = tensors(found), tensors(expected)
+def assert_equal(actual: Path, expected: Path) -> None:
+    """Compare names, dtypes and bytes of all tensors of two checkpoints."""
+    first, second = load_tensors(actual), load_tensors(expected)
     assert set(first) == set(second)
     for name, tensor in second.items():
         assert first[name].dtype == tensor.dtype, name
         assert torch.equal(first[name], tensor), name
 
 
-def check_against_peft(
+def assert_merge_equals_peft(
     base: Path, tmp_path: Path, head: str, config: Any, dtype: str = "auto"
 ) -> None:
-    """Merge by ftlevel, and by PEFT in float32 and rounded once, and compare the files."""
+    """Compare ftlevel's merge with PEFT's in float32, cast once to the stored dtype."""
     classes = {"num_labels": 3} if head in ("seqcls", "tokcls") else {}
     adapter = save_adapter(base, tmp_path / "adapter", head, config, **classes)
-    wide = load(base, head, torch.float32, **classes)
-    merged = PeftModel.from_pretrained(wide, adapter).merge_and_unload()
-    stored = AutoConfig.from_pretrained(base).dtype if dtype == "auto" else getattr(torch, dtype)
-    merged.to(stored).save_pretrained(tmp_path / "peft")
+    model = load(base, head, torch.float32, **classes)
+    merged = PeftModel.from_pretrained(model, adapter).merge_and_unload()
+    stored_dtype = (
+        AutoConfig.from_pretrained(base).dtype if dtype == "auto" else getattr(torch, dtype)
+    )
+    merged.to(stored_dtype).save_pretrained(tmp_path / "peft")
     merge(MergeConfig(adapters=[str(adapter)], output_dir=tmp_path / "ftlevel", verify=False,
                       dtype=dtype))  # fmt: skip
     assert_equal(tmp_path / "ftlevel", tmp_path / "peft")
-    again = load(tmp_path / "ftlevel", head)
-    assert again.config.architectures == merged.config.architectures
+    reloaded = load(tmp_path / "ftlevel", head)
+    assert reloaded.config.architectures == merged.config.architectures
 
 
-FORMS: dict[str, Callable[[], Any]] = {
-    "lora": lambda: lora(),
-    "all-linear": lambda: lora(target_modules="all-linear"),
-    "rslora": lambda: lora(use_rslora=True),
-    "dora": lambda: lora(use_dora=True),
-    "patterns": lambda: lora(
+CONFIGS: dict[str, Callable[[], Any]] = {
+    "lora": lambda: lora_config(),
+    "all-linear": lambda: lora_config(target_modules="all-linear"),
+    "rslora": lambda: lora_config(use_rslora=True),
+    "dora": lambda: lora_config(use_dora=True),
+    "patterns": lambda: lora_config(
         rank_pattern={"q_proj": 2, r"layers\.1\.mlp.up_proj": 6},
         alpha_pattern={r"layers\.0\.self_attn.v_proj": 3},
     ),
-    "some-layers": lambda: lora(layers_to_transform=[1]),
-    "bias-all": lambda: lora(bias="all"),
-    "norm-in-full": lambda: lora(modules_to_save=["norm"]),
-    "embedding": lambda: lora(target_modules=["embed_tokens", "q_proj"]),
-    "embedding-in-full": lambda: lora(modules_to_save=["embed_tokens", "lm_head"]),
-    "tokens": lambda: lora(trainable_token_indices=[1, 2, 9]),
+    "some-layers": lambda: lora_config(layers_to_transform=[1]),
+    "bias-all": lambda: lora_config(bias="all"),
+    "norm-in-full": lambda: lora_config(modules_to_save=["norm"]),
+    "embedding": lambda: lora_config(target_modules=["embed_tokens", "q_proj"]),
+    "embedding-in-full": lambda: lora_config(modules_to_save=["embed_tokens", "lm_head"]),
+    "tokens": lambda: lora_config(trainable_token_indices=[1, 2, 9]),
     "ia3": lambda: peft.IA3Config(
         target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]
     ),
@@ -131,64 +133,64 @@ FORMS: dict[str, Callable[[], Any]] = {
     ("form", "dtype"),
     [
         pytest.param(form, dtype, marks=[] if at % 2 == wide else pytest.mark.sweep)
-        for at, form in enumerate(FORMS)
+        for at, form in enumerate(CONFIGS)
         for wide, dtype in enumerate(("float32", "bfloat16"))
     ],
 )
-def test_every_form_is_bit_for_bit_what_peft_merges(
+def test_merge_is_bit_for_bit_equal_to_peft(
     form: str, dtype: str, tiny_model_dir: TinyModelDir, tmp_path: Path
 ) -> None:
     base = tiny_model_dir("llama")
     if dtype == "bfloat16":
         base = save_base(load(base, "causal", torch.bfloat16), base, tmp_path / "base")
-    check_against_peft(base, tmp_path, "causal", FORMS[form]())
+    assert_merge_equals_peft(base, tmp_path, "causal", CONFIGS[form]())
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_another_type_is_rounded_to_once(
+def test_merge_to_other_dtype_rounds_once(
     dtype: str, tiny_model_dir: TinyModelDir, tmp_path: Path
 ) -> None:
     base = tiny_model_dir("llama")
     if dtype == "float32":
         base = save_base(load(base, "causal", torch.bfloat16), base, tmp_path / "base")
-    check_against_peft(base, tmp_path, "causal", lora(), dtype)
+    assert_merge_equals_peft(base, tmp_path, "causal", lora_config(), dtype)
 
 
 FAMILIES: dict[str, tuple[str, str, Callable[[], Any]]] = {
-    "gpt2": ("gpt2", "causal", lambda: lora(target_modules=["c_attn", "c_proj"], bias="all",
-                                            fan_in_fan_out=True)),
-    "gpt2-dora": ("gpt2", "causal", lambda: lora(target_modules=["c_attn"], use_dora=True,
-                                                 bias="lora_only", fan_in_fan_out=True)),
-    "bert-head": ("bert", "seqcls", lambda: lora(
+    "gpt2": ("gpt2", "causal", lambda: lora_config(target_modules=["c_attn", "c_proj"], bias="all",
+                                                   fan_in_fan_out=True)),
+    "gpt2-dora": ("gpt2", "causal", lambda: lora_config(target_modules=["c_attn"], use_dora=True,
+                                                        bias="lora_only", fan_in_fan_out=True)),
+    "bert-head": ("bert", "seqcls", lambda: lora_config(
         target_modules=["query", "dense"], bias="all", modules_to_save=["pooler", "classifier"])),
-    "bert-tags": ("bert", "tokcls", lambda: lora(target_modules=["query"])),
-    "roberta-qa": ("roberta", "qa", lambda: lora(target_modules=["value"])),
-    "deberta": ("deberta-v2", "seqcls", lambda: lora(
+    "bert-tags": ("bert", "tokcls", lambda: lora_config(target_modules=["query"])),
+    "roberta-qa": ("roberta", "qa", lambda: lora_config(target_modules=["value"])),
+    "deberta": ("deberta-v2", "seqcls", lambda: lora_config(
         target_modules=["query_proj"], modules_to_save=["pooler", "classifier"])),
-    "t5": ("t5", "seq2seq", lambda: lora(target_modules=["q", "wo"])),
-    "bart": ("bart", "seq2seq", lambda: lora(target_modules=["q_proj", "fc1"], bias="all")),
-    "mixtral": ("mixtral", "causal", lambda: lora(target_modules=["q_proj"])),
-    "mixtral-experts": ("mixtral", "causal", lambda: lora(
+    "t5": ("t5", "seq2seq", lambda: lora_config(target_modules=["q", "wo"])),
+    "bart": ("bart", "seq2seq", lambda: lora_config(target_modules=["q_proj", "fc1"], bias="all")),
+    "mixtral": ("mixtral", "causal", lambda: lora_config(target_modules=["q_proj"])),
+    "mixtral-experts": ("mixtral", "causal", lambda: lora_config(
         target_modules=["q_proj"],
         target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"])),
-    "qwen3-moe-experts": ("qwen3_moe", "causal", lambda: lora(
+    "qwen3-moe-experts": ("qwen3_moe", "causal", lambda: lora_config(
         target_modules=["q_proj"], target_parameters=["mlp.experts.down_proj"])),
-    "phi3": ("phi3", "causal", lambda: lora(target_modules=["qkv_proj", "gate_up_proj"])),
-    "gpt_neox": ("gpt_neox", "causal", lambda: lora(target_modules=["query_key_value"])),
-    "opt": ("opt", "causal", lambda: lora(target_modules=["q_proj", "fc2"])),
+    "phi3": ("phi3", "causal", lambda: lora_config(target_modules=["qkv_proj", "gate_up_proj"])),
+    "gpt_neox": ("gpt_neox", "causal", lambda: lora_config(target_modules=["query_key_value"])),
+    "opt": ("opt", "causal", lambda: lora_config(target_modules=["q_proj", "fc2"])),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("case", FAMILIES)
-def test_every_kind_of_family_is_what_peft_merges(
+def test_merge_of_model_families_equals_peft(
     case: str, tiny_model_dir: TinyModelDir, tmp_path: Path
 ) -> None:
     family, head, config = FAMILIES[case]
-    check_against_peft(tiny_model_dir(family, HEADS[family][0]), tmp_path, head, config())
+    assert_merge_equals_peft(tiny_model_dir(family, HEADS[family][0]), tmp_path, head, config())
 
 
 @pytest.mark.parametrize(
-    ("family", "config", "parted"),
+    ("family", "config", "untied"),
     [
         ("llama", {"target_modules": ["embed_tokens", "q_proj"]}, True),
         ("llama", {"target_modules": ["lm_head", "q_proj"]}, True),
@@ -199,52 +201,50 @@ def test_every_kind_of_family_is_what_peft_merges(
         ("gpt2", {"target_modules": ["c_attn"]}, False),
     ],
 )
-def test_tied_weights_are_parted_where_the_adapter_parts_them(
+def test_tied_weights_are_untied_if_adapter_trains_one(
     family: str,
     config: dict[str, Any],
-    parted: bool,
+    untied: bool,
     tiny_model_dir: TinyModelDir,
     tmp_path: Path,
 ) -> None:
     base = tiny_model_dir(family, tie_word_embeddings=True)
-    adapter = save_adapter(base, tmp_path / "adapter", "causal", lora(**config))
+    adapter = save_adapter(base, tmp_path / "adapter", "causal", lora_config(**config))
     merge(MergeConfig(adapters=[str(adapter)], output_dir=tmp_path / "out", verify=False))
     batch = build_batch(family)
     expected = compute_logits(PeftModel.from_pretrained(load(base, "causal"), adapter), batch)
-    found = compute_logits(load(tmp_path / "out", "causal"), batch)
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
-    assert AutoConfig.from_pretrained(tmp_path / "out").tie_word_embeddings is not parted
+    actual = compute_logits(load(tmp_path / "out", "causal"), batch)
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
+    assert AutoConfig.from_pretrained(tmp_path / "out").tie_word_embeddings is not untied
 
 
-def test_shards_stay_as_the_base_has_them(tiny_model_dir: TinyModelDir, tmp_path: Path) -> None:
+def test_merge_keeps_shards_of_base(tiny_model_dir: TinyModelDir, tmp_path: Path) -> None:
     source = tiny_model_dir("llama")
     save_base(load(source, "causal"), source, tmp_path / "base", max_shard_size="100KB")
-    check_against_peft(tmp_path / "base", tmp_path, "causal", lora())
+    assert_merge_equals_peft(tmp_path / "base", tmp_path, "causal", lora_config())
     index = "model.safetensors.index.json"
-    found = json.loads((tmp_path / "ftlevel" / index).read_text())["weight_map"]
-    assert found == json.loads((tmp_path / "base" / index).read_text())["weight_map"]
-    assert len(set(found.values())) > 3
+    actual = json.loads((tmp_path / "ftlevel" / index).read_text())["weight_map"]
+    assert actual == json.loads((tmp_path / "base" / index).read_text())["weight_map"]
+    assert len(set(actual.values())) > 3
 
 
-def test_a_wish_for_float32_adds_the_update_without_rounding(
+def test_merge_to_float32_adds_update_without_rounding(
     tiny_model_dir: TinyModelDir, tmp_path: Path
 ) -> None:
     source = tiny_model_dir("llama")
     save_base(load(source, "causal", torch.bfloat16), source, tmp_path / "base")
-    adapter = save_adapter(tmp_path / "base", tmp_path / "adapter", "causal", lora())
+    adapter = save_adapter(tmp_path / "base", tmp_path / "adapter", "causal", lora_config())
     out = tmp_path / "out"
     merge(MergeConfig(adapters=[str(adapter)], output_dir=out, verify=False, dtype="float32"))
     name = "model.layers.1.self_attn.q_proj"
     saved = load_file(adapter / "adapter_model.safetensors")
     a, b = (saved[f"base_model.model.{name}.lora_{x}.weight"] for x in "AB")
-    base = tensors(tmp_path / "base")[f"{name}.weight"]
-    torch.testing.assert_close(tensors(out)[f"{name}.weight"], base.float() + b @ a * 6 / 4)
+    base = load_tensors(tmp_path / "base")[f"{name}.weight"]
+    torch.testing.assert_close(load_tensors(out)[f"{name}.weight"], base.float() + b @ a * 6 / 4)
 
 
-def test_an_update_below_the_rounding_changes_nothing_and_is_refused(
-    tiny_model_dir: TinyModelDir, tmp_path: Path
-) -> None:
-    adapter = save_adapter(tiny_model_dir("llama"), tmp_path / "adapter", "causal", lora())
+def test_merge_that_changes_nothing_raises(tiny_model_dir: TinyModelDir, tmp_path: Path) -> None:
+    adapter = save_adapter(tiny_model_dir("llama"), tmp_path / "adapter", "causal", lora_config())
     path = adapter / "adapter_model.safetensors"
     from safetensors.torch import save_file
 
@@ -264,7 +264,7 @@ def test_an_update_below_the_rounding_changes_nothing_and_is_refused(
         ),
     ],
 )
-def test_every_tensor_of_the_adapter_has_one_place(
+def test_adapter_with_missing_or_stray_tensors_raises(
     change: Callable[[dict[str, Any]], Any],
     message: str,
     tiny_model_dir: TinyModelDir,
@@ -272,7 +272,7 @@ def test_every_tensor_of_the_adapter_has_one_place(
 ) -> None:
     from safetensors.torch import save_file
 
-    adapter = save_adapter(tiny_model_dir("llama"), tmp_path / "adapter", "causal", lora())
+    adapter = save_adapter(tiny_model_dir("llama"), tmp_path / "adapter", "causal", lora_config())
     saved = load_file(adapter / "adapter_model.safetensors")
     change(saved)
     save_file(saved, adapter / "adapter_model.safetensors")
@@ -281,11 +281,11 @@ def test_every_tensor_of_the_adapter_has_one_place(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_weight_that_neither_base_nor_adapter_has_is_refused(
+def test_weight_missing_in_base_and_adapter_raises(
     tiny_model_dir: TinyModelDir, tmp_path: Path
 ) -> None:
-    base = tiny_model_dir("bert")  # a masked language model: it has no pooler
-    config = lora(target_modules=["query"], modules_to_save=["classifier"])
+    base = tiny_model_dir("bert")  # a masked language model without a pooler
+    config = lora_config(target_modules=["query"], modules_to_save=["classifier"])
     adapter = save_adapter(base, tmp_path / "adapter", "seqcls", config, num_labels=3)
     with pytest.raises(InputError, match=r"lacks 2 weights .*: bert.pooler.dense.weight"):
         merge(MergeConfig(adapters=[str(adapter)], output_dir=tmp_path / "out", verify=False))

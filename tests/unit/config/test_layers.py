@@ -1,4 +1,4 @@
-"""Recipes, settings and flags become one configuration, or an error that names its origin."""
+"""Recipes, --set values and flags form one configuration, or an error that names its source."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from ftlevel.config.reading import RENAMED
 from ftlevel.errors import ConfigError
 
 
-def problems(*layers: Layer) -> list[str]:
-    with pytest.raises(ConfigError) as caught:
+def get_problems(*layers: Layer) -> list[str]:
+    with pytest.raises(ConfigError) as error:
         build_config(layers)
-    return caught.value.problems
+    return error.value.problems
 
 
 def write(path: Path, text: str) -> Path:
@@ -24,7 +24,7 @@ def write(path: Path, text: str) -> Path:
     return path
 
 
-def test_flags_win_over_set_over_recipe_over_defaults(tmp_path: Path) -> None:
+def test_precedence_of_flags_set_recipe_and_defaults(tmp_path: Path) -> None:
     recipe = load_recipe(
         write(tmp_path / "r.yaml", "method: {kind: lora, r: 2, lora_alpha: 3}\ntrain: {seed: 1}\n")
     )
@@ -36,7 +36,7 @@ def test_flags_win_over_set_over_recipe_over_defaults(tmp_path: Path) -> None:
     assert config.train.num_train_epochs == 3.0  # the default
 
 
-def test_shorthand_of_a_section_is_its_first_field(tmp_path: Path) -> None:
+def test_section_shorthand_sets_first_field(tmp_path: Path) -> None:
     recipe = write(tmp_path / "r.yaml", "model: gpt2\nmethod: qlora\ndata: rows.jsonl\n")
     config = build_config([load_recipe(recipe)])
     assert config.model.name_or_path == "gpt2"
@@ -44,12 +44,12 @@ def test_shorthand_of_a_section_is_its_first_field(tmp_path: Path) -> None:
     assert config.data.dataset == "rows.jsonl"
 
 
-def test_set_reaches_below_a_shorthand(tmp_path: Path) -> None:
+def test_set_extends_section_shorthand(tmp_path: Path) -> None:
     recipe = load_recipe(write(tmp_path / "r.yaml", "method: lora\n"))
     assert build_config([recipe, parse_overrides(["method.r=5"])]).method.r == 5
 
 
-def test_qlora_means_four_bits_unless_told_otherwise() -> None:
+def test_qlora_defaults_to_4bit() -> None:
     assert build_config([parse_overrides(["method=qlora"])]).quant.kind == "4bit"
     assert build_config([parse_overrides(["method=qlora", "quant=8bit"])]).quant.kind == "8bit"
 
@@ -74,15 +74,13 @@ def test_qlora_means_four_bits_unless_told_otherwise() -> None:
          "{path}:2: 'long' cannot be used for data.max_length. Expected an integer."),
     ],
 )  # fmt: skip
-def test_a_recipe_error_names_file_line_and_the_nearest_right_name(
-    tmp_path: Path, text: str, message: str
-) -> None:
+def test_recipe_error_names_line_and_suggests_key(tmp_path: Path, text: str, message: str) -> None:
     from ftlevel.config import SPECS
 
     path = write(tmp_path / "r.yaml", text)
     owners = ", ".join(name for name, spec in SPECS.items() if "r" in spec.model_fields)
     expected = message.format(path=path, methods=", ".join(SPECS), owners=owners)
-    assert problems(load_recipe(path)) == [expected]
+    assert get_problems(load_recipe(path)) == [expected]
 
 
 @pytest.mark.parametrize(
@@ -102,29 +100,29 @@ def test_a_recipe_error_names_file_line_and_the_nearest_right_name(
          "are not allowed). A recipe contains plain values: text, numbers, lists and mappings."),
     ],
 )  # fmt: skip
-def test_what_is_no_recipe(tmp_path: Path, text: str, message: str) -> None:
+def test_invalid_recipe_raises(tmp_path: Path, text: str, message: str) -> None:
     path = write(tmp_path / "r.yaml", text)
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(ConfigError) as error:
         load_recipe(path)
-    assert str(caught.value) == message.format(path=path)
+    assert str(error.value) == message.format(path=path)
 
 
-def test_a_missing_recipe_names_the_nearest_one(tmp_path: Path) -> None:
+def test_missing_recipe_suggests_similar_name(tmp_path: Path) -> None:
     write(tmp_path / "demo.yaml", "method: lora\n")
     with pytest.raises(ConfigError, match=r"demmo.yaml does not exist. Did you mean '.*demo.yaml'"):
         load_recipe(tmp_path / "demmo.yaml")
 
 
 @pytest.mark.parametrize("setting", ["train.seed", "=3", "train.seed=[1"])
-def test_a_setting_that_cannot_be_read(setting: str) -> None:
-    with pytest.raises(ConfigError, match=f"--set {setting.split('=')[0]}") as caught:
+def test_malformed_set_value_raises(setting: str) -> None:
+    with pytest.raises(ConfigError, match=f"--set {setting.split('=')[0]}") as error:
         parse_overrides([setting])
-    assert "[1" not in str(caught.value), "a value may be a secret"
+    assert "[1" not in str(error.value), "a value may be a secret"
 
 
-def test_all_problems_are_told_at_once() -> None:
-    found = problems(parse_overrides(["method.r=0", "train.learning_rate=2", "quant=3bit"]))
-    assert found == [
+def test_all_problems_are_reported_together() -> None:
+    errors = get_problems(parse_overrides(["method.r=0", "train.learning_rate=2", "quant=3bit"]))
+    assert errors == [
         "--set quant: '3bit' is not known. Expected one of none, 4bit, 8bit. Did you mean '8bit'?",
         "--set method.r: 0 is out of range: method.r must be ≥ 1.",
         "--set train.learning_rate: 2 is out of range: train.learning_rate must be ≤ 1.0.",
@@ -143,9 +141,9 @@ def test_all_problems_are_told_at_once() -> None:
         "data.max_samples=0", "model.name_or_path=''", "data.dataset=''",
     ],
 )  # fmt: skip
-def test_numbers_out_of_range_are_refused(setting: str) -> None:
+def test_out_of_range_values_raise(setting: str) -> None:
     key = setting.partition("=")[0]
-    assert problems(parse_overrides([setting]))[0].startswith(f"--set {key}: ")
+    assert get_problems(parse_overrides([setting]))[0].startswith(f"--set {key}: ")
 
 
 @pytest.mark.parametrize(
@@ -154,10 +152,10 @@ def test_numbers_out_of_range_are_refused(setting: str) -> None:
      "data.max_length=true", "data.mix=yes", "train.save_steps=on", "model.name_or_path=no",
      "output.dir=true", "method.target_modules=yes"],
 )  # fmt: skip
-def test_a_switch_is_no_number(setting: str) -> None:
-    """YAML reads `yes` as true, which is 1 to Python."""
-    (found,) = problems(parse_overrides([setting]))
-    assert found.startswith(f"--set {setting.partition('=')[0]}: ")
+def test_boolean_is_not_accepted_as_number(setting: str) -> None:
+    """YAML reads `yes` as true, which equals 1 in Python."""
+    (errors,) = get_problems(parse_overrides([setting]))
+    assert errors.startswith(f"--set {setting.partition('=')[0]}: ")
     assert build_config([parse_overrides(["train.eval_on_start=yes"])]).train.eval_on_start
 
 
@@ -176,11 +174,9 @@ def test_a_switch_is_no_number(setting: str) -> None:
          "paged_lion_8bit, paged_lion_32bit, rmsprop, adagrad, sgd. Did you mean 'adamw_torch'?"),
     ],
 )  # fmt: skip
-def test_a_setting_is_named_as_it_was_typed_with_the_nearest_right_one(
-    setting: str, message: str
-) -> None:
+def test_unknown_key_error_suggests_similar_key(setting: str, message: str) -> None:
     key = setting.partition("=")[0]
-    assert problems(parse_overrides([setting])) == [f"--set {key}: {message}"]
+    assert get_problems(parse_overrides([setting])) == [f"--set {key}: {message}"]
 
 
 @pytest.mark.parametrize(
@@ -199,76 +195,74 @@ def test_a_setting_is_named_as_it_was_typed_with_the_nearest_right_one(
         ("dry_run", "It is a flag of the command line, not a key: --dry-run."),
     ],
 )
-def test_a_flag_in_a_recipe_names_the_key_that_it_sets(key: str, hint: str) -> None:
-    [problem] = problems(parse_overrides([f"{key}=1"]))
+def test_flag_name_in_recipe_suggests_key(key: str, hint: str) -> None:
+    [problem] = get_problems(parse_overrides([f"{key}=1"]))
     assert problem == f"--set {key}: unknown key {key!r}. {hint}"
 
 
-def test_every_flag_that_sets_a_key_is_known_in_a_recipe() -> None:
+def test_every_flag_name_has_recipe_hint() -> None:
     rows = [row for row in FLAGS if "train" in row.on and row.path and not row.is_argument]
     names = [name for row in rows for name in (row.name, *(o.name for o in row.alias_names))]
-    without = [name for name in names if "Did you mean" not in recipe_hint(name.lstrip("-"))]
+    unknown = [name for name in names if "Did you mean" not in recipe_hint(name.lstrip("-"))]
     assert len(names) > 300
-    assert without == []
+    assert unknown == []
 
 
-def test_a_value_for_a_whole_section_is_not_replaced_by_a_flag() -> None:
+def test_invalid_section_value_raises_despite_flag() -> None:
     flags = parse_overrides(["train.max_steps=3"])
     with pytest.raises(ConfigError, match=r"--set train: train is a section and got 4"):
         build_config([parse_overrides(["train=4"]), flags])
 
 
-def test_target_modules_are_names_or_one_pattern() -> None:
-    def read(value: str) -> object:
+def test_target_modules_accept_names_or_pattern() -> None:
+    def parse(value: str) -> object:
         return build_config([parse_overrides([f"method.target_modules={value}"])]).method
 
-    assert read("a, b").target_modules == ["a", "b"]
-    assert read("q_proj").target_modules == ["q_proj"]
-    assert read("all-linear").target_modules == "all-linear"
-    assert read(r"'.*\.q_proj'").target_modules == r".*\.q_proj"
+    assert parse("a, b").target_modules == ["a", "b"]
+    assert parse("q_proj").target_modules == ["q_proj"]
+    assert parse("all-linear").target_modules == "all-linear"
+    assert parse(r"'.*\.q_proj'").target_modules == r".*\.q_proj"
 
 
-OLD = [(old, new, value) for (old, new), value in zip(RENAMED.items(),
-       (False, False, False, False, 99, 2), strict=True)]  # fmt: skip
+OLD_KEYS = [(old, new, value) for (old, new), value in zip(RENAMED.items(),
+            (False, False, False, False, 99, 2), strict=True)]  # fmt: skip
 
 
-@pytest.mark.parametrize(("old", "new", "value"), OLD)
-def test_an_old_name_is_accepted_and_said_once(
-    old: str, new: str, value: object, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize(("old", "new", "value"), OLD_KEYS)
+def test_old_key_is_accepted_with_note(old: str, new: str, value: object, tmp_path: Path) -> None:
     section, key = old.split(".")
     text = f"{section}:\n  {key}: {str(value).lower()}\n"
-    said: list[str] = []
-    config = build_config([load_recipe(write(tmp_path / "r.yaml", text))], said.append)
+    notes: list[str] = []
+    config = build_config([load_recipe(write(tmp_path / "r.yaml", text))], notes.append)
     assert getattr(config.speed, new.split(".")[1]) == value
-    assert said == [
+    assert notes == [
         f"{tmp_path / 'r.yaml'}:2: {old} is now called {new}; the old name is still accepted."
     ]
     setting = parse_overrides([f"{old}={value}"])
-    assert build_config([setting], said.append) == config
-    assert said[1].startswith(f"--set {old}: ")
+    assert build_config([setting], notes.append) == config
+    assert notes[1].startswith(f"--set {old}: ")
     with pytest.warns(FutureWarning, match=f"{old} is now called {new}"):
         assert TrainConfig(**{section: {key: value}}) == config
 
 
-def test_a_key_by_both_of_its_names_is_refused() -> None:
-    said = "'speed.low_rank' is the old name of 'speed.fused_lora', and both are given. "
-    both = ["speed.fused_lora=true", "speed.low_rank=false"]
-    assert problems(parse_overrides(both)) == [
-        f"--set speed.low_rank: {said}Use speed.fused_lora only."
+def test_old_and_new_key_together_raise() -> None:
+    message = "'speed.low_rank' is the old name of 'speed.fused_lora', and both are given. "
+    settings = ["speed.fused_lora=true", "speed.low_rank=false"]
+    assert get_problems(parse_overrides(settings)) == [
+        f"--set speed.low_rank: {message}Use speed.fused_lora only."
     ]
     with pytest.raises(ConfigError, match="is the old name of"):
         TrainConfig(speed={"low_rank": False, "fused_lora": True})
 
 
-def test_a_later_layer_wins_whatever_name_it_uses() -> None:
+def test_later_layer_wins_with_old_or_new_key() -> None:
     old, new = parse_overrides(["speed.low_rank=false"]), parse_overrides(["speed.fused_lora=true"])
     assert build_config([old, new]).speed.fused_lora
     assert not build_config([new, old]).speed.fused_lora
 
 
-def test_a_bad_value_under_an_old_name_has_its_origin() -> None:
-    (problem,) = problems(parse_overrides(["speed.passes_at_once=0"]))
+def test_invalid_value_of_old_key_names_source() -> None:
+    (problem,) = get_problems(parse_overrides(["speed.passes_at_once=0"]))
     assert problem.startswith("--set speed.passes_at_once: 0 is out of range: speed.parallel_")
 
 
@@ -283,14 +277,14 @@ BOMB = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
      f"task: {'9' * 6000}", "[" * 5_000, "a: " + "{b: " * 3_000, "? [a]\n: 1", "!!binary x: 1",
      r'task: "\ud800"'],
 )  # fmt: skip
-def test_yaml_that_does_harm_is_refused_in_a_line(tmp_path: Path, text: str) -> None:
-    with pytest.raises(ConfigError) as caught:
+def test_malicious_yaml_raises_one_line_error(tmp_path: Path, text: str) -> None:
+    with pytest.raises(ConfigError) as error:
         load_recipe(write(tmp_path / "r.yaml", text))
-    assert "r.yaml" in str(caught.value)
-    assert "\n" not in str(caught.value)
+    assert "r.yaml" in str(error.value)
+    assert "\n" not in str(error.value)
 
 
-def test_a_date_is_a_text_and_an_alias_what_it_names(tmp_path: Path) -> None:
+def test_yaml_dates_are_strings_and_anchors_are_accepted(tmp_path: Path) -> None:
     text = "data: &d\n  dataset: 2024-13-45\nmodel: {name_or_path: 2024-01-02}\ntrain: {seed: 3}\n"
     assert load_recipe(write(tmp_path / "r.yaml", text)).values == {
         "data": {"dataset": "2024-13-45"}, "model": {"name_or_path": "2024-01-02"},
@@ -298,7 +292,7 @@ def test_a_date_is_a_text_and_an_alias_what_it_names(tmp_path: Path) -> None:
     }  # fmt: skip
 
 
-def test_a_recipe_that_is_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+def test_recipe_that_is_a_pipe_raises(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "r.yaml")
     with pytest.raises(ConfigError, match=r"is no file"):
         load_recipe(tmp_path / "r.yaml")

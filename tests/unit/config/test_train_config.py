@@ -1,4 +1,4 @@
-"""The rules between sections, and that the configuration is closed, frozen and described."""
+"""Rules between sections; sections are closed, frozen and have descriptions."""
 
 from __future__ import annotations
 
@@ -55,10 +55,10 @@ RULES = [
 
 
 @pytest.mark.parametrize(("settings", "message"), RULES)
-def test_sections_that_contradict_each_other(settings: list[str], message: str) -> None:
-    with pytest.raises(ConfigError) as caught:
+def test_contradicting_sections_raise(settings: list[str], message: str) -> None:
+    with pytest.raises(ConfigError) as error:
         build_config([parse_overrides(settings)])
-    assert message in caught.value.problems
+    assert message in error.value.problems
 
 
 def sections(model: type[BaseModel]) -> Iterator[type[BaseModel]]:
@@ -69,7 +69,7 @@ def sections(model: type[BaseModel]) -> Iterator[type[BaseModel]]:
 
 
 @pytest.mark.parametrize("section", [*sections(TrainConfig), *SPECS.values()])
-def test_every_field_is_described_and_every_section_closed(section: type[BaseModel]) -> None:
+def test_sections_are_closed_frozen_and_described(section: type[BaseModel]) -> None:
     assert section.model_config["extra"] == "forbid"
     assert section.model_config["frozen"]
     for name, field in section.model_fields.items():
@@ -77,7 +77,7 @@ def test_every_field_is_described_and_every_section_closed(section: type[BaseMod
     assert section.__doc__
 
 
-def test_a_config_cannot_be_written_to() -> None:
+def test_config_is_frozen() -> None:
     config = TrainConfig()
     with pytest.raises(ValidationError, match="frozen"):
         config.train.seed = 1  # type: ignore[misc]
@@ -114,16 +114,16 @@ def test_a_config_cannot_be_written_to() -> None:
          "EvaluateConfig(batch_size): 0 is out of range: batch_size must be ≥ 1."),
     ],
 )  # fmt: skip
-def test_a_wrong_argument_of_a_constructor_is_named(
+def test_invalid_constructor_argument_raises(
     section: type[BaseModel], values: dict[str, Any], message: str
 ) -> None:
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(ConfigError) as error:
         section(**values)
-    assert caught.value.problems == [message]
+    assert error.value.problems == [message]
 
 
 @pytest.mark.parametrize("section", [*CONFIGS.values(), CheckServedConfig, *SPECS.values()])
-def test_every_constructor_raises_errors_of_ours(section: type[BaseModel]) -> None:
+def test_unknown_constructor_argument_raises_config_error(section: type[BaseModel]) -> None:
     with pytest.raises(ConfigError, match=rf"{section.__name__}\(zzz\): unknown key 'zzz'"):
         section(zzz=1)
 
@@ -133,34 +133,36 @@ def test_every_constructor_raises_errors_of_ours(section: type[BaseModel]) -> No
     [("model", "name_or_path", "x"), ("data", "dataset", "x"), ("method", "kind", "ia3"),
      ("quant", "kind", "4bit"), ("output", "dir", Path("x")), ("distillation", "teacher", "x")],
 )  # fmt: skip
-def test_a_text_for_a_section_is_its_main_field(section: str, key: str, value: Any) -> None:
+def test_string_for_section_sets_main_field(section: str, key: str, value: Any) -> None:
     assert getattr(getattr(TrainConfig(**{section: value}), section), key) == value
     layers = [parse_overrides([f"{section}={value}"])]
     assert getattr(getattr(build_config(layers), section), key) == value
 
 
-def test_a_text_for_preference_is_its_loss() -> None:
+def test_string_for_preference_sets_loss() -> None:
     assert TrainConfig(task="preference", preference="orpo").preference.loss == "orpo"
 
 
-def test_a_dumped_config_is_the_same_config() -> None:
+def test_dump_and_validate_roundtrip() -> None:
     config = build_config([parse_overrides(["method=qlora", "train.seed=7", "data.max_length=9"])])
     assert TrainConfig.model_validate(config.model_dump(mode="json")) == config
 
 
-def test_the_schema_names_every_method_and_forbids_other_keys() -> None:
+def test_schema_lists_methods_and_forbids_extra_keys() -> None:
     schema = TrainConfig.model_json_schema()
     assert schema["additionalProperties"] is False
     assert set(schema["properties"]["method"]["discriminator"]["mapping"]) == set(SPECS)
 
 
-def test_the_config_is_read_without_the_heavy_stack() -> None:
+def test_config_imports_no_heavy_library() -> None:
     code = (
         "import sys, ftlevel.config, ftlevel.cli.train; print([m for m in ('torch', "
         "'transformers', 'peft', 'datasets', 'numpy') if m in sys.modules])"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+    process = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert process.stdout.strip() == "[]"
 
 
 @pytest.mark.parametrize(
@@ -176,14 +178,14 @@ def test_the_config_is_read_without_the_heavy_stack() -> None:
         (MergeConfig, {"adapters": ["run"], "output_dir": "a\0b"}, "output_dir"),
     ],
 )
-def test_a_name_with_a_null_byte_is_refused(
+def test_null_byte_in_name_raises(
     section: type[BaseModel], values: dict[str, Any], key: str
 ) -> None:
     with pytest.raises(ConfigError, match=rf"\({key}\): .*a name cannot contain a null byte"):
         section(**values)
 
 
-def test_a_text_for_the_model_may_have_any_character() -> None:
+def test_null_byte_in_system_text_is_accepted() -> None:
     assert TrainConfig(data={"system": "a\0b"}).data.system == "a\0b"
 
 
@@ -210,10 +212,10 @@ def test_a_text_for_the_model_may_have_any_character() -> None:
          "vllm."),
     ],
 )  # fmt: skip
-def test_files_and_directories_servers_and_formats_are_told_apart(
+def test_output_name_must_match_export_format(
     section: type[BaseModel], values: dict[str, Any], message: str
 ) -> None:
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(ConfigError) as error:
         section(**values)
-    assert caught.value.problems == [message]
+    assert error.value.problems == [message]
     assert MergeConfig(adapters=["run"], output_dir="merged-v1.5").output_dir == Path("merged-v1.5")

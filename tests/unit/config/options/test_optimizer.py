@@ -1,4 +1,4 @@
-"""The names and settings of optimizers and schedules are transformers' and torch's own."""
+"""Optimizer and schedule names and settings are those of transformers and torch."""
 
 from __future__ import annotations
 
@@ -18,32 +18,34 @@ from ftlevel.config.layers import Layer, build_config
 from ftlevel.config.trainer import OPTIMIZERS, SCHEDULES, Optimizer, Schedule
 from ftlevel.errors import ConfigError
 
-_OF_THE_RUN = {"optimizer", "num_warmup_steps", "num_training_steps", "last_epoch", "kwargs"}
+_RUN_PARAMETERS = {"optimizer", "num_warmup_steps", "num_training_steps", "last_epoch", "kwargs"}
 
 
 @pytest.mark.parametrize("name", get_args(Schedule))
-def test_settings_of_a_schedule(name: str) -> None:
-    make: Any = TYPE_TO_SCHEDULER_FUNCTION[SchedulerType(name)]
+def test_schedule_settings_match_transformers(name: str) -> None:
+    schedule: Any = TYPE_TO_SCHEDULER_FUNCTION[SchedulerType(name)]
     if name == "reduce_lr_on_plateau":
-        make = torch.optim.lr_scheduler.ReduceLROnPlateau
-    known = set(inspect.signature(make).parameters) - _OF_THE_RUN
-    offered = set(SCHEDULES[name].names) if name in SCHEDULES else set()
-    assert offered <= known
-    assert known - offered <= {"mode", "warmup_lr_rate"}  # lower is better, of a loss
+        schedule = torch.optim.lr_scheduler.ReduceLROnPlateau
+    parameters = set(inspect.signature(schedule).parameters) - _RUN_PARAMETERS
+    supported = set(SCHEDULES[name].names) if name in SCHEDULES else set()
+    assert supported <= parameters
+    assert parameters - supported <= {"mode", "warmup_lr_rate"}  # a loss is always minimized
 
 
 @pytest.mark.parametrize("name", get_args(get_args(Optimizer)[0]))
-def test_an_optimizer_learns_and_goes_on(name: str) -> None:
-    sets = {"momentum": 0.5, "beta3": 0.99, "lr_decay": 0.1}
-    given = {k: v for k, v in sets.items() if k in getattr(OPTIMIZERS.get(name), "names", ())}
+def test_optimizer_trains_and_restores_state(name: str) -> None:
+    values = {"momentum": 0.5, "beta3": 0.99, "lr_decay": 0.1}
+    optimizer_settings = {
+        k: v for k, v in values.items() if k in getattr(OPTIMIZERS.get(name), "names", ())
+    }
     arguments = TrainingArguments(
         optim=name, learning_rate=1e-3, use_cpu=True, report_to="none",
-        optim_args=",".join(f"{k}={v}" for k, v in given.items()) or None,
+        optim_args=",".join(f"{k}={v}" for k, v in optimizer_settings.items()) or None,
     )  # fmt: skip
     layer = torch.nn.Linear(64, 64)
     build, settings = Trainer.get_optimizer_cls_and_kwargs(arguments, layer)
     optimizer = build(layer.parameters(), **settings)
-    for key, value in given.items():
+    for key, value in optimizer_settings.items():
         assert value in _flat(optimizer.defaults.values()), key
 
     def step() -> float:
@@ -65,7 +67,7 @@ def _flat(values: Any) -> list[Any]:
 
 
 @pytest.mark.parametrize(
-    ("train", "told"),
+    ("train", "message"),
     [
         ({"optim": "galore_adamw"}, "keeps the gradients of whole weights in low rank"),
         ({"optim": "sgd", "optim_args": "mass=1"}, "--optim-args mass: no setting of --optim sgd."),
@@ -80,14 +82,14 @@ def _flat(values: Any) -> list[Any]:
         ({"lr_scheduler_type": "reduce_lr_on_plateau", "warmup_steps": 3}, "has no warm-up"),
     ],
 )  # fmt: skip
-def test_what_is_refused(train: dict[str, Any], told: str) -> None:
-    with pytest.raises(ConfigError) as caught:
+def test_invalid_settings_raise(train: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as error:
         build_config([Layer({"train": train})])
-    assert told in str(caught.value)
+    assert message in str(error.value)
 
 
 @pytest.mark.parametrize(
-    "given",
+    "arguments",
     [
         ["num_cycles=3,power=0.5,decay_type=1-sqrt,nesterov=true"],
         ['{"num_cycles": 3, "power": 0.5, "decay_type": "1-sqrt", "nesterov": true}'],
@@ -95,10 +97,10 @@ def test_what_is_refused(train: dict[str, Any], told: str) -> None:
          "nesterov=True"],
     ],
 )  # fmt: skip
-def test_ways_to_give_settings(given: list[str]) -> None:
+def test_optim_args_formats(arguments: list[str]) -> None:
     row = next(flag for flag in FLAGS if flag.path == "train.optim_args")
-    line = resolve_flag_aliases(["--optim-args", *given], build_flag_specs("train", [row])).args
+    line = resolve_flag_aliases(["--optim-args", *arguments], build_flag_specs("train", [row])).args
     pairs = dict(pair.split("=") for pair in line if "=" in pair)
-    read = TrainerConfig(optim_args=pairs).optim_args
-    assert read == {"num_cycles": 3, "power": 0.5, "decay_type": "1-sqrt", "nesterov": True}
-    assert read["nesterov"] is True
+    settings = TrainerConfig(optim_args=pairs).optim_args
+    assert settings == {"num_cycles": 3, "power": 0.5, "decay_type": "1-sqrt", "nesterov": True}
+    assert settings["nesterov"] is True

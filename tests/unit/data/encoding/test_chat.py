@@ -1,4 +1,4 @@
-"""Conversations through real templates: the text is the template's, the labels are the answers."""
+"""Chat encoding with published templates: the template's text, with answers supervised."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from ftlevel.errors import InputError
 from tiny_tokenizers import build_tokenizer
 
 FORMAT = PromptFormat("chat-template")
-TALK = (
+CHAT = (
     Message("system", "Be brief."),
     Message("user", "the file"),
     Message("assistant", "the path"),
     Message("user", "and the value"),
     Message("assistant", "an object"),
 )
-# What the model sees of TALK; what it learns stands in ‹ ›.
+# Rendered text of CHAT; supervised parts are in ‹ ›.
 EXPECTED = {
     "chatml": "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nthe file<|im_end|>\n"
     "<|im_start|>assistant\n‹the path<|im_end|>›\n<|im_start|>user\nand the value<|im_end|>\n"
@@ -72,16 +72,16 @@ def encode(tokenizer: Any, *messages: Message, tools: tuple[Any, ...] = ()) -> A
     return row
 
 
-def marked(rendered: Any) -> str:
-    """Return the text with ‹ › around what is learned."""
+def mark_spans(rendered: Any) -> str:
+    """Return the text with ‹ › around supervised spans."""
     text = rendered.text
     for start, end in reversed(rendered.spans):
         text = f"{text[:start]}‹{text[start:end]}›{text[end:]}"
     return text
 
 
-def learned(tokenizer: Any, row: Any) -> list[str]:
-    """Return the text of each run of supervised tokens."""
+def supervised_runs(tokenizer: Any, row: Any) -> list[str]:
+    """Return the text of each run of consecutive supervised tokens."""
     runs: list[list[int]] = [[]]
     for label in row.labels:
         if label == IGNORED:
@@ -91,37 +91,37 @@ def learned(tokenizer: Any, row: Any) -> list[str]:
     return [tokenizer.decode(run) for run in runs if run]
 
 
-def turns(messages: tuple[Message, ...]) -> list[dict[str, Any]]:
+def to_dicts(messages: tuple[Message, ...]) -> list[dict[str, Any]]:
     return [message.to_dict() for message in messages]
 
 
-def test_the_answers_and_their_ends_are_learned_and_nothing_else(family: tuple[str, Any]) -> None:
+def test_only_answers_and_end_tokens_are_supervised(family: tuple[str, Any]) -> None:
     name, tokenizer = family
     expected = EXPECTED[name]
-    assert marked(render_chat(tokenizer, turns(TALK))) == expected
-    row = encode(tokenizer, *TALK)
-    whole = tokenizer.apply_chat_template(turns(TALK), tokenize=True, return_dict=True)
+    assert mark_spans(render_chat(tokenizer, to_dicts(CHAT))) == expected
+    row = encode(tokenizer, *CHAT)
+    whole = tokenizer.apply_chat_template(to_dicts(CHAT), tokenize=True, return_dict=True)
     assert row.input_ids == whole["input_ids"]
     runs = [run.strip() for run in re.findall("‹(.*?)›", expected, re.DOTALL)]
-    assert [run.strip() for run in learned(tokenizer, row)] == runs
+    assert [run.strip() for run in supervised_runs(tokenizer, row)] == runs
     assert all(run.endswith(END[name]) for run in runs)
     bos = tokenizer.bos_token_id
     assert bos is None or row.input_ids.count(bos) <= 1
 
 
-def test_training_goes_on_where_generation_is_asked(family: tuple[str, Any]) -> None:
-    """The prompt at generation is the unsupervised beginning of the row in training."""
+def test_generation_prompt_is_prefix_of_training_row(family: tuple[str, Any]) -> None:
+    """The generation prompt equals the unsupervised beginning of the training row."""
     _, tokenizer = family
     row = encode(tokenizer, Message("user", "the file"), Message("assistant", "the path"))
-    asked = encode_prompt(tokenizer, FORMAT, "the file")
-    assert row.input_ids[: len(asked)] == asked
-    assert set(row.labels[: len(asked)]) == {IGNORED}
-    assert row.labels[len(asked)] != IGNORED
+    prompt = encode_prompt(tokenizer, FORMAT, "the file")
+    assert row.input_ids[: len(prompt)] == prompt
+    assert set(row.labels[: len(prompt)]) == {IGNORED}
+    assert row.labels[len(prompt)] != IGNORED
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gemma3_text"])
-def test_a_template_that_ends_in_a_space(family: str) -> None:
-    """The space begins the answer, in training and generation alike."""
+def test_template_ending_in_space(family: str) -> None:
+    """The space belongs to the answer, in training and in generation."""
     tokenizer = build_tokenizer(family, chat=False)
     tokenizer.chat_template = (
         "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + eos_token }}{% endfor %}"
@@ -129,103 +129,103 @@ def test_a_template_that_ends_in_a_space(family: str) -> None:
     )
     for answer in ("configuration", "42 files"):
         row = encode(tokenizer, Message("user", "the file"), Message("assistant", answer))
-        asked = encode_prompt(tokenizer, FORMAT, "the file")
-        assert row.input_ids[: len(asked)] == asked
-        assert tokenizer.decode(asked).endswith("assistant:")
-        assert row.labels == [IGNORED] * len(asked) + row.input_ids[len(asked) :]
+        prompt = encode_prompt(tokenizer, FORMAT, "the file")
+        assert row.input_ids[: len(prompt)] == prompt
+        assert tokenizer.decode(prompt).endswith("assistant:")
+        assert row.labels == [IGNORED] * len(prompt) + row.input_ids[len(prompt) :]
 
 
-def test_generation_stops_at_the_end_of_a_turn(family: tuple[str, Any]) -> None:
+def test_end_of_turn_id(family: tuple[str, Any]) -> None:
     name, tokenizer = family
     assert get_end_of_turn_id(tokenizer) == tokenizer.convert_tokens_to_ids(END[name])
 
 
-def test_a_call_of_a_tool_is_learned_and_its_answer_is_not() -> None:
+def test_tool_calls_are_supervised_but_not_tool_results() -> None:
     tokenizer = published.build("qwen-3")
     call = '<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call><|im_end|>'
     row = encode(tokenizer, *WITH_TOOL, tools=(TOOL,))
     final = "<think>\n\n</think>\n\nIt is two.<|im_end|>"
-    assert learned(tokenizer, row) == [call, final]
+    assert supervised_runs(tokenizer, row) == [call, final]
     assert '"name": "add", "parameters"' in tokenizer.decode(row.input_ids)
 
 
-def test_tools_that_the_template_hides_are_refused() -> None:
+def test_template_without_tools_raises() -> None:
     tokenizer = published.build("chatml")
-    talk = (Message("user", "a"), Message("assistant", "b"))
+    chat = (Message("user", "a"), Message("assistant", "b"))
     with pytest.raises(InputError, match="does not show tools to the model"):
-        encode(tokenizer, *talk, tools=(TOOL,))
+        encode(tokenizer, *chat, tools=(TOOL,))
 
 
-def test_a_turn_that_the_template_leaves_out_is_refused() -> None:
-    """As the template of Mistral 7B v0.3 does with a system text, unless a question comes last."""
+def test_template_that_omits_a_turn_raises() -> None:
+    """Mistral 7B v0.3 omits the system text unless a user turn comes last."""
     tokenizer = published.build("mistral")
     tokenizer.chat_template = published.MISTRAL.replace("message == users[-1]", "loop.last")
     with pytest.raises(InputError, match="leaves out message 1, of role 'system'"):
-        encode(tokenizer, *TALK)
+        encode(tokenizer, *CHAT)
 
 
-def test_a_template_that_mixes_turns_is_refused() -> None:
+def test_template_that_changes_earlier_turns_raises() -> None:
     tokenizer = published.build("chatml")
     tokenizer.chat_template = (
         "{% for m in messages %}{{ m['content'] }}{{ messages[-1]['content'] }}{% endfor %}"
     )
     with pytest.raises(InputError, match="changes earlier turns when a later one is added"):
-        encode(tokenizer, *TALK)
+        encode(tokenizer, *CHAT)
 
 
-def test_marks_win_and_the_end_of_the_turn_is_learned_with_them() -> None:
+def test_generation_blocks_include_end_of_turn() -> None:
     tokenizer = published.build("chatml")
     tokenizer.chat_template = (
         "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['role'] == 'assistant' %}"
         "{% generation %}{{ m['content'] }}{% endgeneration %}{% else %}{{ m['content'] }}"
         "{% endif %}<|im_end|>\n{% endfor %}"
     )
-    assert learned(tokenizer, encode(tokenizer, *TALK)) == [
+    assert supervised_runs(tokenizer, encode(tokenizer, *CHAT)) == [
         "the path<|im_end|>",
         "an object<|im_end|>",
     ]
 
 
 @pytest.mark.parametrize(
-    ("name", "like"),
+    ("name", "published_name"),
     [("chatml", "chatml"), ("qwen", "qwen-3"), ("llama-3", "llama-3"), ("gemma", "gemma-3"),
      ("mistral", "mistral")],
 )  # fmt: skip
-def test_our_templates_give_the_published_texts(name: str, like: str) -> None:
-    tokenizer = published.build(like)
-    talk = turns(TALK)
-    theirs = render(tokenizer, talk[1:])
+def test_named_templates_match_published_templates(name: str, published_name: str) -> None:
+    tokenizer = published.build(published_name)
+    chat = to_dicts(CHAT)
+    theirs = render(tokenizer, chat[1:])
     set_chat_template(tokenizer, name)
-    if name == "mistral":  # where v0.3 has no space after the instruction
+    if name == "mistral":  # v0.3 has no space after the instruction
         theirs = theirs.replace("[/INST]", " [/INST]")
-    ours = render_chat(tokenizer, talk[1:])
+    ours = render_chat(tokenizer, chat[1:])
     assert ours.text == theirs.replace("<think>\n\n</think>\n\n", "")
     assert len(ours.spans) == 2
-    assert all(ours.text[:end].endswith(END[like]) for _, end in ours.spans)
-    assert "Be brief." in render(tokenizer, talk)
-    runs = [run.strip() for run in learned(tokenizer, encode(tokenizer, *TALK))]
-    assert runs == [f"the path{END[like]}", f"an object{END[like]}"]
+    assert all(ours.text[:end].endswith(END[published_name]) for _, end in ours.spans)
+    assert "Be brief." in render(tokenizer, chat)
+    runs = [run.strip() for run in supervised_runs(tokenizer, encode(tokenizer, *CHAT))]
+    assert runs == [f"the path{END[published_name]}", f"an object{END[published_name]}"]
 
 
-def test_our_template_for_tools() -> None:
+def test_qwen_template_with_tools() -> None:
     tokenizer = published.build("qwen-3")
     set_chat_template(tokenizer, "qwen")
     row = encode(tokenizer, Message("system", "s"), *WITH_TOOL, tools=(TOOL,))
     call = '<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call><|im_end|>'
-    assert learned(tokenizer, row) == [call, "It is two.<|im_end|>"]
+    assert supervised_runs(tokenizer, row) == [call, "It is two.<|im_end|>"]
 
 
-def test_a_template_whose_tokens_the_model_lacks_is_refused() -> None:
+def test_template_with_unknown_tokens_raises() -> None:
     tokenizer = published.build("mistral")
-    with pytest.raises(InputError) as caught:
+    with pytest.raises(InputError) as error:
         set_chat_template(tokenizer, "chatml")
-    assert "has no token for <|im_start|>, <|im_end|>, so the" in str(caught.value)
-    assert str(caught.value).endswith(
+    assert "has no token for <|im_start|>, <|im_end|>, so the" in str(error.value)
+    assert str(error.value).endswith(
         "so the model could not learn to stop. Templates that fit its tokens: mistral."
     )
 
 
-def test_a_template_from_a_file(tmp_path: Any) -> None:
+def test_template_from_file(tmp_path: Any) -> None:
     tokenizer = published.build("mistral")
     (tmp_path / "own.jinja").write_text("{{ messages[0]['content'] }}", encoding="utf-8")
     choice = set_chat_template(tokenizer, str(tmp_path / "own.jinja"))
@@ -239,7 +239,7 @@ def test_a_template_from_a_file(tmp_path: Any) -> None:
         set_chat_template(tokenizer, "chatlm")
 
 
-def test_every_named_template_is_in_the_package() -> None:
+def test_every_named_template_is_packaged() -> None:
     from ftlevel.data.encoding import chat
 
     assert {path.stem for path in chat._FOLDER.glob("*.jinja")} == set(MARKERS)
@@ -255,25 +255,27 @@ PAIRS = st.lists(st.tuples(TEXT, TEXT), min_size=1, max_size=4)
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(system=st.none() | TEXT, pairs=PAIRS)
 @example(system=None, pairs=[("a", "b\xa0"), ("c", "d ")])
-def test_any_conversation(name: str, system: str | None, pairs: list[tuple[str, str]]) -> None:
-    """The text is the template's own, and the spans are the assistant's texts with their ends."""
-    tokenizer = _BUILT.setdefault(name, published.build(name))
+def test_rendered_text_and_spans_of_random_conversations(
+    name: str, system: str | None, pairs: list[tuple[str, str]]
+) -> None:
+    """The text equals the template's; the spans are the assistant texts with end tokens."""
+    tokenizer = _TOKENIZERS.setdefault(name, published.build(name))
     messages = [Message("system", system)] if system else []
     for question, answer in pairs:
         messages += [Message("user", question), Message("assistant", answer)]
-    talk = turns(tuple(messages))
-    rendered = render_chat(tokenizer, talk)
-    assert rendered.text == tokenizer.apply_chat_template(talk, tokenize=False)
+    chat = to_dicts(tuple(messages))
+    rendered = render_chat(tokenizer, chat)
+    assert rendered.text == tokenizer.apply_chat_template(chat, tokenize=False)
     trims = name in ("llama-3", "gemma-3")
     answers = [(answer.strip() if trims else answer) + END[name] for _, answer in pairs]
     spans = [rendered.text[start:end] for start, end in rendered.spans]
-    found = [span.removeprefix("<think>\n\n</think>\n\n").lstrip() for span in spans]
-    assert found == [answer.lstrip() for answer in answers]
+    answers_in_text = [span.removeprefix("<think>\n\n</think>\n\n").lstrip() for span in spans]
+    assert answers_in_text == [answer.lstrip() for answer in answers]
     row = encode(tokenizer, *messages)
     ids = tokenizer(rendered.text, add_special_tokens=False)["input_ids"]
     assert row.input_ids == ids
-    kept = [label for label in row.labels if label != IGNORED]
-    assert kept.count(tokenizer.convert_tokens_to_ids(END[name])) == len(pairs)
+    supervised = [label for label in row.labels if label != IGNORED]
+    assert supervised.count(tokenizer.convert_tokens_to_ids(END[name])) == len(pairs)
 
 
-_BUILT: dict[str, Any] = {}
+_TOKENIZERS: dict[str, Any] = {}
