@@ -178,7 +178,7 @@ def test_kill_while_moving_old_run_loses_nothing(
 
 
 @pytest.mark.parametrize("state", ["nothing", "marker", "config"])
-@pytest.mark.parametrize("how", ["plain", "overwrite", "resume"])
+@pytest.mark.parametrize("mode", ["plain", "overwrite", "resume"])
 def test_run_can_start_from_every_interrupted_state(tmp_path: Path, state: str, mode: str) -> None:
     path = tmp_path / "run"
     path.mkdir()
