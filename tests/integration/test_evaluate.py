@@ -137,6 +137,8 @@ def check_predictions(name: str, lines: list[dict[str, Any]], result: Evaluation
         assert right / len(pairs) == pytest.approx(metrics["accuracy"])
     elif name == "mask":
         tokens = sum(line["tokens"] for line in lines)
+        loss = sum(line["loss"] * line["tokens"] for line in lines) / tokens
+        assert loss == pytest.approx(metrics["loss"], rel=1e-4)
         right = sum(line["tokens_right"] for line in lines)
         accuracy = metrics.get("masked_accuracy", metrics.get("token_accuracy"))
         assert right / tokens == pytest.approx(accuracy)
