@@ -1,4 +1,4 @@
-"""Bottleneck adapters: whole runs, and loading without ftlevel's commands."""
+"""Bottleneck adapters: complete runs, and loading with plain PEFT."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SHORT = [
     *("--max-steps", "2", "--learning-rate", "1e-3", "--set", "train.max_new_tokens=4"),
 ]
 
-LOAD = """
+LOAD_PROGRAM = """
 import torch, transformers
 from peft import PeftConfig, PeftModel
 try:
@@ -35,7 +35,7 @@ with torch.no_grad():
 
 
 @pytest.fixture(autouse=True)
-def in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def empty_working_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
@@ -49,14 +49,14 @@ def in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.param(["--set", "method.placement=parallel"], marks=pytest.mark.sweep),
     ],
 )
-def test_a_run_proves_itself_and_answers(
+def test_adapter_run_passes_checks_and_generates(
     arguments: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = ["train", "--method", "adapter", "--output-dir", "run", *SHORT, *arguments]
     assert run(command) == 0
-    shown = capsys.readouterr().out
+    output = capsys.readouterr().out
     summary = json.loads(Path("run/summary.json").read_text())
-    assert f"{summary['trainable_parameters']:,} of" in shown, "counted before, as it came out"
+    assert f"{summary['trainable_parameters']:,} of" in output, "counted before, as it came out"
     proof = summary["proof"]
     assert proof["reload_difference"] == 0
     assert proof["adapter_effect"] > 0
@@ -67,7 +67,7 @@ def test_a_run_proves_itself_and_answers(
     assert set(json.loads(capsys.readouterr().out)["answers"][0]) >= {"text", "base"}
 
 
-def test_a_program_needs_the_one_import_that_the_readme_names() -> None:
+def test_plain_peft_loads_adapter_after_documented_import() -> None:
     from ftlevel.models.sources import resolve_source
 
     assert run(["train", "--quiet", "--method", "adapter", "--output-dir", "run", *SHORT]) == 0
@@ -76,17 +76,19 @@ def test_a_program_needs_the_one_import_that_the_readme_names() -> None:
     assert line in Path("run/adapter/README.md").read_text()
     base = str(resolve_source("builtin:tiny-llama").location)
 
-    program = LOAD.format(line=line, base=base)
+    program = LOAD_PROGRAM.format(line=line, base=base)
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     process = Forked(call=(exec, (program, {})), imported="libraries", **pipes)
     out, error = process.communicate()
     assert process.returncode == 0, error
-    complaint, effect = out.split()
-    assert complaint == "'BOTTLENECK'"
+    message, effect = out.split()
+    assert message == "'BOTTLENECK'"
     assert float(effect) > 0
 
 
-def test_the_two_widths_exclude_each_other(capsys: pytest.CaptureFixture[str]) -> None:
+def test_reduction_factor_and_bottleneck_dim_are_mutually_exclusive(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     code = run(["train", "--method", "adapter", "--set", "method.reduction_factor=8",
                 "--set", "method.bottleneck_dim=8"])  # fmt: skip
     assert code == 2

@@ -14,20 +14,20 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def package_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return FAMILY.apply(tmp_path_factory.mktemp("tree"))
 
 
-def test_it_takes_one_line() -> None:
+def test_adding_a_family_changes_one_line() -> None:
     assert len(FAMILY.touched) == len(FAMILY.lines) == 1
 
 
-def test_it_is_listed_by_its_name(tree: Path, tmp_path: Path) -> None:
-    told = json.loads(run(tree, "list-targets", "stablelm", "--json", cwd=tmp_path))
-    assert "q_proj" in json.dumps(told)
+def test_list_targets_knows_added_family(package_dir: Path, tmp_path: Path) -> None:
+    targets = json.loads(run(package_dir, "list-targets", "stablelm", "--json", cwd=tmp_path))
+    assert "q_proj" in json.dumps(targets)
 
 
-def test_it_trains_a_step(tree: Path, tmp_path: Path) -> None:
+def test_added_family_trains_one_step(package_dir: Path, tmp_path: Path) -> None:
     from transformers import StableLmConfig, StableLmForCausalLM
 
     tokenizer = build_tokenizer("llama", None)
@@ -45,6 +45,6 @@ def test_it_trains_a_step(tree: Path, tmp_path: Path) -> None:
     StableLmForCausalLM(config).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     command = ["train", "--model", "model", "--max-steps", "1", "--max-samples", "16", "--json"]
-    told = json.loads(run(tree, *command, "--output-dir", "run", cwd=tmp_path))
-    assert told["model"]["type"] == "stablelm"
-    assert told["proof"]["frozen_tensors"] > 0
+    summary = json.loads(run(package_dir, *command, "--output-dir", "run", cwd=tmp_path))
+    assert summary["model"]["type"] == "stablelm"
+    assert summary["proof"]["frozen_tensors"] > 0

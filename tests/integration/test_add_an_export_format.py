@@ -13,22 +13,22 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def package_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return EXPORT.apply(tmp_path_factory.mktemp("tree"))
 
 
-def test_it_takes_one_file_and_one_line() -> None:
+def test_adding_an_export_format_takes_one_file_and_one_line() -> None:
     assert len(EXPORT.touched) <= 2
 
 
-def test_it_is_written(tree: Path, tmp_path: Path) -> None:
+def test_added_format_is_exported(package_dir: Path, tmp_path: Path) -> None:
     command = ["export", "builtin:tiny-llama", "--format", "names", "--out", "tiny.names"]
-    told = json.loads(run(tree, *command, "--json", cwd=tmp_path))
+    summary = json.loads(run(package_dir, *command, "--json", cwd=tmp_path))
     lines = (tmp_path / "tiny.names").read_text().splitlines()
-    assert len(lines) == told["tensors"] > 10
+    assert len(lines) == summary["tensors"] > 10
     assert lines[0].startswith("model.embed_tokens.weight (")
 
 
-def test_its_file_has_its_suffix(tree: Path, tmp_path: Path) -> None:
+def test_wrong_suffix_for_added_format_is_rejected(package_dir: Path, tmp_path: Path) -> None:
     command = ["export", "builtin:tiny-llama", "--format", "names", "--out", "tiny.gguf"]
-    assert "tiny.gguf does not end in .names" in run(tree, *command, cwd=tmp_path, code=2)
+    assert "tiny.gguf does not end in .names" in run(package_dir, *command, cwd=tmp_path, code=2)

@@ -1,4 +1,4 @@
-"""`evaluate --against`: metrics of two models on the same rows, and refusals."""
+"""`evaluate --against`: metrics of two models on the same rows, and rejected comparisons."""
 
 from __future__ import annotations
 
@@ -21,97 +21,112 @@ from ftlevel.config import EvaluateConfig, TrainConfig
 ModelDir = Callable[..., Path]
 
 
-def make_run(model: Path, data: Path, out: Path, task: str, **more: Any) -> Path:
+def train_run(model: Path, data: Path, out: Path, task: str, **overrides: Any) -> Path:
     fields = {
         "task": task,
         "model": {"name_or_path": str(model), "dtype": "float32", "device": "cpu"},
-        "data": {"dataset": str(data), **more.pop("options", {})},
+        "data": {"dataset": str(data), **overrides.pop("options", {})},
         "train": {"max_steps": 3, "learning_rate": 0.01, "max_new_tokens": 4,
                   "max_generate_samples": 2},
         "output": {"dir": str(out)},
-        **more,
+        **overrides,
     }  # fmt: skip
     train(TrainConfig.model_validate(fields))
     return out
 
 
-def score(name: Path, **more: Any) -> Evaluation:
-    fields = {"name": str(name), "resamples": 0, "device": "cpu", "eval_tokens": 300, **more}
+def run_evaluation(name: Path, **overrides: Any) -> Evaluation:
+    fields = {"name": str(name), "resamples": 0, "device": "cpu", "eval_tokens": 300, **overrides}
     return evaluate(EvaluateConfig.model_validate(fields))
 
 
 @pytest.fixture(scope="module")
-def summarizer(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: ModelDir) -> Path:
+def summarization_run(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: ModelDir) -> Path:
     folder = tmp_path_factory.mktemp("summarizer")
     data = task_data.write(folder / "data", "pair")
     columns = {"columns": {"document": "en", "summary": "de"}}
-    return make_run(tiny_model_dir("llama"), data, folder / "run", "summarization", options=columns)
+    return train_run(
+        tiny_model_dir("llama"), data, folder / "run", "summarization", options=columns
+    )
 
 
-def test_a_run_is_itself(summarizer: Path) -> None:
-    result = score(summarizer, against=str(summarizer), base=False, resamples=20)
-    found = result.summary["against"]
-    assert found["difference_intervals"]["loss"] == [0, 0]
-    assert found["intervals"]["loss"] == result.summary["intervals"]["loss"]
-    assert found["rows"]["kl"] == found["rows"]["max_difference"] == found["text"]["kl"] == 0
-    assert found["rows"]["top1"] == found["text"]["top1_agreement"] == 1
+def test_run_against_itself_has_no_difference(summarization_run: Path) -> None:
+    result = run_evaluation(
+        summarization_run, against=str(summarization_run), base=False, resamples=20
+    )
+    comparison = result.summary["against"]
+    assert comparison["difference_intervals"]["loss"] == [0, 0]
+    assert comparison["intervals"]["loss"] == result.summary["intervals"]["loss"]
+    assert (
+        comparison["rows"]["kl"]
+        == comparison["rows"]["max_difference"]
+        == comparison["text"]["kl"]
+        == 0
+    )
+    assert comparison["rows"]["top1"] == comparison["text"]["top1_agreement"] == 1
     for name in ("loss", "perplexity", "token_accuracy"):
-        assert found["metrics"][name] == result.metrics[name]
+        assert comparison["metrics"][name] == result.metrics[name]
 
 
-def test_a_plain_model_is_asked_as_the_run_was_trained(
-    summarizer: Path, tiny_model_dir: ModelDir
+def test_plain_model_is_evaluated_with_rows_and_prompts_of_run(
+    summarization_run: Path, tiny_model_dir: ModelDir
 ) -> None:
-    """Rows, prompt and task are the run's; the base's own numbers are those beside the run."""
-    tuned = score(summarizer)
-    result = score(tiny_model_dir("llama"), against=str(summarizer))
-    found = result.summary["against"]
+    """The base's metrics equal those that the evaluation of the run reports for its base."""
+    run_result = run_evaluation(summarization_run)
+    result = run_evaluation(tiny_model_dir("llama"), against=str(summarization_run))
+    comparison = result.summary["against"]
     assert result.summary["task"] == "summarization"
-    assert result.metrics["loss"] == pytest.approx(tuned.base["loss"], rel=1e-2)  # bfloat16 here
-    assert found["metrics"]["loss"] == pytest.approx(tuned.metrics["loss"], rel=1e-6)
-    assert found["rows"]["loss"] - found["rows"]["loss_reference"] == pytest.approx(
-        result.metrics["loss"] - tuned.metrics["loss"], rel=0.05
+    assert result.metrics["loss"] == pytest.approx(
+        run_result.base["loss"], rel=1e-2
+    )  # bfloat16 here
+    assert comparison["metrics"]["loss"] == pytest.approx(run_result.metrics["loss"], rel=1e-6)
+    assert comparison["rows"]["loss"] - comparison["rows"]["loss_reference"] == pytest.approx(
+        result.metrics["loss"] - run_result.metrics["loss"], rel=0.05
     )
-    assert found["rows"]["kl"] > 0.01
-    assert found["text"]["windows"] >= 2
-    other_way = score(summarizer, against=str(tiny_model_dir("llama")), base=False).summary
-    assert other_way["against"]["metrics"]["loss"] == pytest.approx(result.metrics["loss"])
-    assert other_way["against"]["rows"]["mean_difference"] == pytest.approx(
-        found["rows"]["mean_difference"]
+    assert comparison["rows"]["kl"] > 0.01
+    assert comparison["text"]["windows"] >= 2
+    reverse_summary = run_evaluation(
+        summarization_run, against=str(tiny_model_dir("llama")), base=False
+    ).summary
+    assert reverse_summary["against"]["metrics"]["loss"] == pytest.approx(result.metrics["loss"])
+    assert reverse_summary["against"]["rows"]["mean_difference"] == pytest.approx(
+        comparison["rows"]["mean_difference"]
     )
 
 
-def test_the_figures_are_those_of_both_models_in_memory(
-    tiny_model_dir: ModelDir, tmp_path: Path
-) -> None:
+def test_text_divergence_matches_models_in_memory(tiny_model_dir: ModelDir, tmp_path: Path) -> None:
     data = task_data.write(tmp_path / "data", "mask") / "validation.jsonl"
     text = tmp_path / "text.txt"
     text.write_text("The parser reads a name and returns its value. " * 9)
     source = tiny_model_dir("llama")
-    plain, other = (
+    reference_model, perturbed_model = (
         transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
         for _ in range(2)
     )
     with torch.no_grad():
-        for number, weight in enumerate(other.parameters()):
+        for number, weight in enumerate(perturbed_model.parameters()):
             generator = torch.Generator().manual_seed(number)
             weight.add_(torch.randn(weight.shape, generator=generator) * 0.02)
-    other.save_pretrained(tmp_path / "other")
+    perturbed_model.save_pretrained(tmp_path / "other")
     tokenizer = transformers.AutoTokenizer.from_pretrained(source)
     tokenizer.save_pretrained(tmp_path / "other")
-    found = score(
+    comparison = run_evaluation(
         tmp_path / "other", against=str(source), dataset=str(data), task="text-generation",
         eval_text=text, eval_tokens=100,
     ).summary["against"]["text"]  # fmt: skip
     content = tokenizer(text.read_text(), add_special_tokens=False)["input_ids"][:100]
     ids = torch.tensor([[tokenizer.bos_token_id, *content]])
     with torch.no_grad():
-        first, second = (m(ids).logits[0, :-1].log_softmax(-1) for m in (plain, other))
+        first, second = (
+            m(ids).logits[0, :-1].log_softmax(-1) for m in (reference_model, perturbed_model)
+        )
     expected = float((first.exp() * (first - second)).sum(-1).mean())
     loss = float(-first.gather(1, ids[0, 1:, None]).mean())
-    assert (found["positions"], found["windows"]) == (100, 1)
-    assert found["kl"] == pytest.approx(expected, rel=0.05)  # in bfloat16, where the CPU has it
-    assert found["perplexity_source"] == pytest.approx(math.exp(loss), rel=0.02)
+    assert (comparison["positions"], comparison["windows"]) == (100, 1)
+    assert comparison["kl"] == pytest.approx(
+        expected, rel=0.05
+    )  # in bfloat16, where the CPU has it
+    assert comparison["perplexity_source"] == pytest.approx(math.exp(loss), rel=0.02)
 
 
 @pytest.mark.parametrize(
@@ -125,34 +140,34 @@ def test_the_figures_are_those_of_both_models_in_memory(
         ("t5", None, "pair", "translation", {"columns": {"source": "en", "target": "de"}}, True),
     ],
 )
-def test_other_families_and_tasks(
+def test_against_supports_other_families_and_tasks(
     family: str, head: str | None, name: str, task: str, options: dict[str, Any], has_text: bool,
     tiny_model_dir: ModelDir, tmp_path: Path,
 ) -> None:  # fmt: skip
     data = task_data.write(tmp_path / "data", name)
     model = tiny_model_dir(family, head)
     runs = [
-        make_run(model, data, tmp_path / str(seed), task, options=options,
-                 method={"kind": "lora", "r": seed})
+        train_run(model, data, tmp_path / str(seed), task, options=options,
+                  method={"kind": "lora", "r": seed})
         for seed in (2, 4)
     ]  # fmt: skip
-    found = score(runs[0], against=str(runs[1])).summary["against"]
-    assert ("text" in found) == has_text
-    assert found["rows"]["mean_difference"] > 0
-    assert (found["rows"]["kl"] is None) == (name == "regression")
+    comparison = run_evaluation(runs[0], against=str(runs[1])).summary["against"]
+    assert ("text" in comparison) == has_text
+    assert comparison["rows"]["mean_difference"] > 0
+    assert (comparison["rows"]["kl"] is None) == (name == "regression")
 
 
-def test_soft_prompts_see_the_text_too(tiny_model_dir: ModelDir, tmp_path: Path) -> None:
+def test_soft_prompt_adapter_is_compared_on_text(tiny_model_dir: ModelDir, tmp_path: Path) -> None:
     data = task_data.write(tmp_path / "data", "mask")
-    name = make_run(tiny_model_dir("llama"), data, tmp_path / "run", "text-generation",
-                    method={"kind": "prompt", "num_virtual_tokens": 8})  # fmt: skip
-    found = score(name, against=str(tiny_model_dir("llama"))).summary["against"]
-    assert found["text"]["positions"] > 200
-    assert found["text"]["kl"] > 0
+    run_dir = train_run(tiny_model_dir("llama"), data, tmp_path / "run", "text-generation",
+                        method={"kind": "prompt", "num_virtual_tokens": 8})  # fmt: skip
+    comparison = run_evaluation(run_dir, against=str(tiny_model_dir("llama"))).summary["against"]
+    assert comparison["text"]["positions"] > 200
+    assert comparison["text"]["kl"] > 0
 
 
 @pytest.mark.parametrize(
-    ("arguments", "complaint"),
+    ("arguments", "expected"),
     [
         (["--against", "{classifier}"], "is for text-classification, and"),
         (["--against", "{gpt2}"], "its tokenizer differs"),
@@ -166,29 +181,31 @@ def test_soft_prompts_see_the_text_too(tiny_model_dir: ModelDir, tmp_path: Path)
         (["--against", "{run}", "--eval-text", "nothing.txt"], "--eval-text nothing.txt cannot"),
     ],
 )
-def test_refusals(
-    arguments: list[str], complaint: str, summarizer: Path, tiny_model_dir: ModelDir,
+def test_incompatible_comparison_is_rejected(
+    arguments: list[str], expected: str, summarization_run: Path, tiny_model_dir: ModelDir,
     tmp_path: Path, capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    places = {"run": str(summarizer), "gpt2": str(tiny_model_dir("gpt2"))}
+    paths = {"run": str(summarization_run), "gpt2": str(tiny_model_dir("gpt2"))}
     if "{classifier}" in arguments:
         data = task_data.write(tmp_path / "data", "class")
-        places["classifier"] = str(make_run(
+        paths["classifier"] = str(train_run(
             tiny_model_dir("llama"), data, tmp_path / "run", "text-classification"
         ))  # fmt: skip
-    filled = [argument.format(**places) for argument in arguments]
-    assert run(["evaluate", str(summarizer), "--resamples", "0", *filled]) == 2
-    said = capsys.readouterr().err
-    assert complaint in said
-    assert "Traceback" not in said
+    formatted = [argument.format(**paths) for argument in arguments]
+    assert run(["evaluate", str(summarization_run), "--resamples", "0", *formatted]) == 2
+    message = capsys.readouterr().err
+    assert expected in message
+    assert "Traceback" not in message
 
 
-def test_the_command(summarizer: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    command = ["evaluate", str(summarizer), "--against", str(summarizer), "--no-base",
+def test_against_command_prints_text_and_json(
+    summarization_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["evaluate", str(summarization_run), "--against", str(summarization_run), "--no-base",
                "--resamples", "0", "--eval-tokens", "100"]  # fmt: skip
     assert run(command) == 0
-    shown = capsys.readouterr().out
-    assert "targets of these rows: KL 0.0000 nats, same first choice 100.0%" in shown
-    assert "positions of documentation of Python's standard library: KL 0.0000 ± 0.0000" in shown
+    output = capsys.readouterr().out
+    assert "targets of these rows: KL 0.0000 nats, same first choice 100.0%" in output
+    assert "positions of documentation of Python's standard library: KL 0.0000 ± 0.0000" in output
     assert run([*command, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["against"]["rows"]["top1"] == 1

@@ -1,4 +1,4 @@
-"""benchmarks/train.py: its meter, its table, and equal work on both sides."""
+"""benchmarks/train.py: its measurements, its table, and equal work of all tools."""
 
 from __future__ import annotations
 
@@ -14,37 +14,51 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(autouse=True)
-def _benchmarks(monkeypatch: pytest.MonkeyPatch) -> None:
+def benchmarks_on_path(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
 
 
-def _micro(wall: float, tokens: int, loss: float, *, share: bool = True) -> dict[str, Any]:
+def micro_batch_event(
+    wall: float, tokens: int, loss: float, *, share: bool = True
+) -> dict[str, Any]:
     return {"kind": "micro", "began": wall - 1, "wall": wall, "cpu": wall / 2, "tokens": tokens,
             "places": 2 * tokens, "supervised": tokens // 2, "loss": loss,
             "share": share}  # fmt: skip
 
 
-def _step(wall: float) -> dict[str, Any]:
+def step_event(wall: float) -> dict[str, Any]:
     return {"kind": "step", "wall": wall, "cpu": wall / 2}
 
 
-def test_what_lies_between_the_first_step_and_the_last_is_counted() -> None:
+def test_events_after_first_step_are_counted() -> None:
     from training.runs import read_events
 
-    shares = [_micro(11, 100, 0.5), _micro(12, 20, 0.5), _step(12), _micro(14, 60, 2.0), _step(15)]
-    looks = [(9, 20.0), (12, 60.0), (14, 50.0), (16, 70.0)]
-    reading = read_events([*shares, _micro(99, 1000, 9.0)], 8.0, 300.0, looks)
+    token_weighted = [
+        micro_batch_event(11, 100, 0.5),
+        micro_batch_event(12, 20, 0.5),
+        step_event(12),
+        micro_batch_event(14, 60, 2.0),
+        step_event(15),
+    ]
+    memory_samples = [(9, 20.0), (12, 60.0), (14, 50.0), (16, 70.0)]
+    reading = read_events(
+        [*token_weighted, micro_batch_event(99, 1000, 9.0)], 8.0, 300.0, memory_samples
+    )
     assert (reading.private_mib, reading.private_training_mib) == (70, 60)
     assert (reading.seconds, reading.cpu_seconds, reading.steps) == (3, 1.5, 2)
     assert (reading.tokens, reading.places, reading.supervised) == (60, 120, 30)
     assert (reading.all_tokens, reading.all_supervised) == (180, 90)
     assert reading.first_step_s == 2
     assert reading.loss == pytest.approx((60 * 1.0 + 30 * 2.0) / 90)
-    averaged = [_micro(11, 100, 1.0, share=False), _micro(12, 20, 3.0, share=False), _step(12)]
-    assert read_events([*averaged, *averaged], 8.0, 0.0, []).loss == pytest.approx(2.0)
+    mean_losses = [
+        micro_batch_event(11, 100, 1.0, share=False),
+        micro_batch_event(12, 20, 3.0, share=False),
+        step_event(12),
+    ]
+    assert read_events([*mean_losses, *mean_losses], 8.0, 0.0, []).loss == pytest.approx(2.0)
 
 
-def test_the_table_compares_with_the_best_peer_and_names_who_did_other_work() -> None:
+def test_table_compares_best_peer_and_reports_unequal_work() -> None:
     from training.runs import Reading
     from training.tables import best_peer, summarize, workload_table
 
@@ -69,14 +83,14 @@ def test_the_table_compares_with_the_best_peer_and_names_who_did_other_work() ->
 
 
 @pytest.mark.sweep  # seven processes, each of which imports and trains
-def test_ftlevel_and_the_plain_script_do_the_same_work(tmp_path: Path) -> None:
+def test_benchmark_loss_matches_plain_script(tmp_path: Path) -> None:
     output = tmp_path / "result.json"
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, str(ROOT / "benchmarks/train.py"), "--quick", "--only", "ftlevel",
          "plain", "--json", str(output)],
         capture_output=True, text=True, check=False,
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    assert process.returncode == 0, process.stderr
     result = json.loads(output.read_text(encoding="utf-8"))["workloads"][0]
     assert not result["refused"]
     ours, plain = result["tools"]["ftlevel"], result["tools"]["plain"]
@@ -84,5 +98,5 @@ def test_ftlevel_and_the_plain_script_do_the_same_work(tmp_path: Path) -> None:
     for name, value in ours.items():
         assert value > 0, name
     assert all(reading[0]["steps"] == 4 for reading in result["readings"].values())
-    assert "| ftlevel |" in done.stdout
-    assert "| plain |" in done.stdout
+    assert "| ftlevel |" in process.stdout
+    assert "| plain |" in process.stdout

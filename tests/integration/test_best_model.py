@@ -1,7 +1,7 @@
-"""The best model is kept, for every method and after interruptions.
+"""The best model is saved, for every method and after interruptions.
 
-A rate that is low makes the loss fall evaluation by evaluation, so that with `--greater-is-better`
-the best is the first; a constant rate makes it the last of a shorter run, bit for bit.
+The learning rate is low and constant. The loss falls with each evaluation, so the best model with
+`--greater-is-better` is the first one, which equals the end of a shorter run bit for bit.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from ftlevel.training.trainer import FtlevelTrainer
 ModelDir = Callable[..., Path]
 SHORT = ["--max-samples", "16", "--set", "data.max_eval_samples=6", "--batch-size", "4",
          "--dtype", "float32", "--overlong", "drop", "--lr-scheduler", "constant"]  # fmt: skip
-FIRST = ["--metric-for-best-model", "loss", "--greater-is-better", "--eval-steps", "2"]
+FIRST_IS_BEST = ["--metric-for-best-model", "loss", "--greater-is-better", "--eval-steps", "2"]
 
 
 @pytest.fixture(autouse=True)
-def in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def empty_working_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
 @pytest.fixture
-def chat(tiny_model_dir: ModelDir) -> list[str]:
+def common(tiny_model_dir: ModelDir) -> list[str]:
     return ["--model", str(tiny_model_dir("llama", chat=True)), *SHORT]
 
 
@@ -51,11 +51,11 @@ def checkpoints(out: str) -> set[str]:
     return {path.name for path in Path(out, "checkpoints").iterdir() if path.is_dir()}
 
 
-def cut(monkeypatch: pytest.MonkeyPatch, after: int, *arguments: str) -> None:
-    """Begin a run that ends in the step `after` the given one, as if the power had failed."""
+def interrupt_run(monkeypatch: pytest.MonkeyPatch, last_step: int, *arguments: str) -> None:
+    """Start a run that fails in the step after `last_step`."""
 
-    def fail(_: Any, args: Any, state: Any, control: Any, **more: Any) -> None:
-        if state.global_step > after:
+    def fail(_: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step > last_step:
             raise RuntimeError("the power failed")
 
     with monkeypatch.context() as patch:
@@ -78,23 +78,23 @@ METHODS = {
 }
 
 
-SAMPLE = ("full", "p-tuning", "pissa")
+SAMPLED_METHODS = ("full", "p-tuning", "pissa")
 
 
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(n, marks=pytest.mark.slow if n in SAMPLE else pytest.mark.sweep)
+        pytest.param(n, marks=pytest.mark.slow if n in SAMPLED_METHODS else pytest.mark.sweep)
         for n in METHODS
     ],
 )
-def test_the_adapter_is_that_of_a_run_which_ends_there(chat: list[str], name: str) -> None:
-    own = [*chat, *METHODS[name], "--save-strategy", "no"]
-    summary = train(*own, *FIRST, "--max-steps", "6")
+def test_best_adapter_matches_run_that_stops_there(common: list[str], name: str) -> None:
+    options = [*common, *METHODS[name], "--save-strategy", "no"]
+    summary = train(*options, *FIRST_IS_BEST, "--max-steps", "6")
     best = summary["best"]
     assert (best["kept_step"], best["best_step"], best["last_step"]) == (2, 2, 6)
     assert best["best"] == summary["metrics"]["loss"] > summary["metrics_last"]["loss"]
-    shorter = train(*own, "--max-steps", "2", out="shorter")
+    shorter = train(*options, "--max-steps", "2", out="shorter")
     assert shorter["metrics"]["loss"] == best["best"]
     assert weights("run") == weights("shorter")
     assert summary["proof"]["reload_difference"] < 1e-6
@@ -102,60 +102,60 @@ def test_the_adapter_is_that_of_a_run_which_ends_there(chat: list[str], name: st
 
 
 @pytest.mark.slow
-def test_adalora_keeps_the_ranks_of_that_step(chat: list[str]) -> None:
-    ranks = ["--method", "adalora", "--set", "method.init_r=4", "--set", "method.target_r=2",
-             "--set", "method.tinit=0", "--set", "method.tfinal=2"]  # fmt: skip
-    summary = train(*chat, *ranks, *FIRST, "--max-steps", "8")
+def test_adalora_best_model_keeps_its_ranks(common: list[str]) -> None:
+    adalora = ["--method", "adalora", "--set", "method.init_r=4", "--set", "method.target_r=2",
+               "--set", "method.tinit=0", "--set", "method.tfinal=2"]  # fmt: skip
+    summary = train(*common, *adalora, *FIRST_IS_BEST, "--max-steps", "8")
     best, last = summary["best"], summary["metrics_last"]["loss"]
     assert best["kept_step"] == 2
     config = json.loads(Path("run/adapter/adapter_config.json").read_text())
-    left = [sum(alive) for alive in config["rank_pattern"].values()]
-    assert sum(left) > 2 * len(left), "the budget falls to 2 a linear later"
+    rank_counts = [sum(alive) for alive in config["rank_pattern"].values()]
+    assert sum(rank_counts) > 2 * len(rank_counts), "the budget falls to 2 a linear later"
     evaluated = evaluate(EvaluateConfig(name="run")).metrics["loss"]
     assert evaluated == pytest.approx(best["best"], rel=1e-6)
     assert evaluated != pytest.approx(last, rel=1e-6)
 
 
-def test_a_classifier_keeps_its_head(tiny_model_dir: ModelDir) -> None:
+def test_best_classifier_keeps_its_head(tiny_model_dir: ModelDir) -> None:
     task_data.write(Path("data"), "class")
-    own = ["--model", str(tiny_model_dir("bert")), "--dataset", "data", "--lr-scheduler",
-           "constant", "--batch-size", "4", "--dtype", "float32"]  # fmt: skip
-    summary = train(*own, *FIRST, "--max-steps", "6")
-    kept = summary["best"]["kept_step"]
-    assert kept < 6
-    train(*own, "--max-steps", str(kept), out="shorter")
+    options = ["--model", str(tiny_model_dir("bert")), "--dataset", "data", "--lr-scheduler",
+               "constant", "--batch-size", "4", "--dtype", "float32"]  # fmt: skip
+    summary = train(*options, *FIRST_IS_BEST, "--max-steps", "6")
+    best_step = summary["best"]["kept_step"]
+    assert best_step < 6
+    train(*options, "--max-steps", str(best_step), out="shorter")
     assert weights("run") == weights("shorter")
 
 
-def test_by_default_a_task_is_kept_by_its_first_metric(
+def test_default_best_metric_is_first_task_metric(
     tiny_model_dir: ModelDir, capsys: pytest.CaptureFixture[str]
 ) -> None:
     task_data.write(Path("data"), "class")
-    own = ["--model", str(tiny_model_dir("bert")), "--dataset", "data", "--epochs", "2"]
-    assert run(["train", *own, "--output-dir", "run"]) == 0
-    shown = capsys.readouterr().out
-    kept = "best model: keeping the checkpoint with the highest eval_accuracy"
-    assert f"{kept} (the task's first metric" in shown
+    options = ["--model", str(tiny_model_dir("bert")), "--dataset", "data", "--epochs", "2"]
+    assert run(["train", *options, "--output-dir", "run"]) == 0
+    output = capsys.readouterr().out
+    message = "best model: keeping the checkpoint with the highest eval_accuracy"
+    assert f"{message} (the task's first metric" in output
     best = json.loads(Path("run/summary.json").read_text())["best"]
     assert best["metric"] == "eval_accuracy"
-    assert f"kept step {best['kept_step']}" in shown
+    assert f"kept step {best['kept_step']}" in output
     assert f"Selected model: step {best['kept_step']}" in Path("run/adapter/README.md").read_text()
-    assert run(["train", *own, "--output-dir", "once", "--epochs", "1"]) == 0
+    assert run(["train", *options, "--output-dir", "once", "--epochs", "1"]) == 0
     assert json.loads(Path("once/summary.json").read_text())["best"] is None, "of one, none is best"
     assert "best model" not in capsys.readouterr().out
 
 
 @pytest.mark.slow
-def test_the_last_model_is_kept_on_request(chat: list[str]) -> None:
-    own = [*chat, "--eval-steps", "2", "--max-steps", "4"]
-    train(*own, "--no-load-best-model-at-end")
-    train(*chat, "--eval-strategy", "no", "--max-steps", "4", out="plain")
+def test_load_best_model_at_end_can_be_disabled(common: list[str]) -> None:
+    options = [*common, "--eval-steps", "2", "--max-steps", "4"]
+    train(*options, "--no-load-best-model-at-end")
+    train(*common, "--eval-strategy", "no", "--max-steps", "4", out="plain")
     assert weights("run") == weights("plain")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("first", "saves"),
+    ("is_first_best", "save_steps"),
     [
         pytest.param(True, "1", id="first-1"),
         pytest.param(True, "3", id="first-3", marks=pytest.mark.sweep),
@@ -163,31 +163,31 @@ def test_the_last_model_is_kept_on_request(chat: list[str]) -> None:
         pytest.param(False, "3", id="last-3"),
     ],
 )
-def test_a_run_that_goes_on_keeps_the_same(
-    chat: list[str], monkeypatch: pytest.MonkeyPatch, saves: str, first: bool
+def test_resumed_run_keeps_same_best_model(
+    common: list[str], monkeypatch: pytest.MonkeyPatch, save_steps: str, is_first_best: bool
 ) -> None:
-    order = FIRST if first else ["--eval-steps", "2"]
-    own = [*chat, *order, "--max-steps", "7", "--save-steps", saves, "--save-total-limit", "1",
-           "--lora-dropout", "0.1"]  # fmt: skip
-    whole = train(*own, out="whole")
-    cut(monkeypatch, 5, *own, "--output-dir", "cut")
-    there = checkpoints("cut")
-    assert there == ({"checkpoint-5"} if saves == "1" else {"checkpoint-3"}) | (
-        {"best-2"} if first else {"best-4"} | ({"best-2"} if saves == "3" else set())
-    )  # the best of the checkpoint's time stays, whatever came after it
-    again = train("--resume", out="cut")
+    order = FIRST_IS_BEST if is_first_best else ["--eval-steps", "2"]
+    options = [*common, *order, "--max-steps", "7", "--save-steps", save_steps,
+               "--save-total-limit", "1", "--lora-dropout", "0.1"]  # fmt: skip
+    uninterrupted = train(*options, out="whole")
+    interrupt_run(monkeypatch, 5, *options, "--output-dir", "cut")
+    remaining = checkpoints("cut")
+    assert remaining == ({"checkpoint-5"} if save_steps == "1" else {"checkpoint-3"}) | (
+        {"best-2"} if is_first_best else {"best-4"} | ({"best-2"} if save_steps == "3" else set())
+    )  # the best model at the time of the checkpoint stays
+    resumed = train("--resume", out="cut")
     assert weights("cut") == weights("whole")
-    assert again["best"] == whole["best"]
-    assert again["metrics"] == whole["metrics"]
+    assert resumed["best"] == uninterrupted["best"]
+    assert resumed["metrics"] == uninterrupted["metrics"]
     assert json.loads(Path("cut/adapter/ftlevel.json").read_text())
 
 
 @pytest.mark.slow
-def test_a_damaged_best_model_is_forgotten(
-    chat: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_damaged_best_model_is_ignored(
+    common: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    own = [*chat, *FIRST, "--max-steps", "8", "--save-steps", "3"]
-    cut(monkeypatch, 4, *own, "--output-dir", "run")
+    options = [*common, *FIRST_IS_BEST, "--max-steps", "8", "--save-steps", "3"]
+    interrupt_run(monkeypatch, 4, *options, "--output-dir", "run")
     path = Path("run/checkpoints/best-2/trained.safetensors")
     path.write_bytes(path.read_bytes()[:-1] + b"\x7f")
     summary = train("--resume")
@@ -196,57 +196,64 @@ def test_a_damaged_best_model_is_forgotten(
 
 
 @pytest.mark.slow
-def test_early_stopping_and_a_finished_run(
-    chat: list[str], capsys: pytest.CaptureFixture[str]
+def test_early_stopped_run_resumes_only_with_more_patience(
+    common: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    own = [*chat, *FIRST, "--max-steps", "20", "--early-stopping-patience", "2"]
-    summary = train(*own, "--save-steps", "6")
+    options = [
+        *common,
+        *FIRST_IS_BEST,
+        "--max-steps",
+        "20",
+        "--early-stopping-patience",
+        "2",
+    ]
+    summary = train(*options, "--save-steps", "6")
     assert summary["steps"] == 6
     assert summary["best"]["stopped_early"]
     assert summary["best"]["kept_step"] == 2
     files = {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file()}
     capsys.readouterr()
     assert run(["train", "--output-dir", "run", "--resume"]) == 0
-    shown = capsys.readouterr().out
-    assert "run is finished: 6 of 20 steps (it stopped early), so no steps remain." in shown
-    assert "loading the model" not in shown
+    output = capsys.readouterr().out
+    assert "run is finished: 6 of 20 steps (it stopped early), so no steps remain." in output
+    assert "loading the model" not in output
     assert {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file()} == files
     assert run(["train", "--output-dir", "run", "--resume", "--early-stopping-patience", "3"]) == 0
-    shown = " ".join(capsys.readouterr().out.split())
-    assert "run/checkpoints/checkpoint-6 (step 6 of 20)" in shown
-    assert "stopped early, after 3 evaluations without a better one" in shown
+    output = " ".join(capsys.readouterr().out.split())
+    assert "run/checkpoints/checkpoint-6 (step 6 of 20)" in output
+    assert "stopped early, after 3 evaluations without a better one" in output
     patient = json.loads(Path("run/summary.json").read_text())
     assert patient["steps"] == 8
     assert patient["best"]["kept_step"] == 2
 
 
 @pytest.mark.slow
-def test_a_run_that_was_over_is_not_trained_further(
-    chat: list[str], monkeypatch: pytest.MonkeyPatch
+def test_resume_after_early_stopping_trains_no_further(
+    common: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    own = [*chat, *FIRST, "--max-steps", "20", "--early-stopping-patience", "2", "--save-steps",
-           "1"]  # fmt: skip
-    train(*own, out="whole")
+    options = [*common, *FIRST_IS_BEST, "--max-steps", "20", "--early-stopping-patience", "2",
+               "--save-steps", "1"]  # fmt: skip
+    train(*options, out="whole")
     with monkeypatch.context() as patch:
         patch.setattr("ftlevel.training.session.save", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            run(["train", "--quiet", *own, "--output-dir", "cut", "--traceback"])
+            run(["train", "--quiet", *options, "--output-dir", "cut", "--traceback"])
     summary = train("--resume", out="cut")
     assert summary["steps"] == 6
     assert weights("cut") == weights("whole")
 
 
 @pytest.mark.slow
-def test_checkpoints_of_the_best_evaluations(chat: list[str]) -> None:
-    own = [*chat, "--eval-steps", "2", "--max-steps", "6", "--save-strategy", "best"]
-    train(*own, out="falling")
+def test_save_strategy_best_keeps_best_checkpoints(common: list[str]) -> None:
+    options = [*common, "--eval-steps", "2", "--max-steps", "6", "--save-strategy", "best"]
+    train(*options, out="falling")
     assert checkpoints("falling") == {"checkpoint-4", "checkpoint-6", "best-4", "best-6"}
-    train(*own, "--metric-for-best-model", "loss", "--greater-is-better")
+    train(*options, "--metric-for-best-model", "loss", "--greater-is-better")
     assert checkpoints("run") == {"checkpoint-2", "best-2"}
 
 
 @pytest.mark.parametrize(
-    ("arguments", "complaint"),
+    ("arguments", "expected"),
     [
         (["--metric-for-best-model", "acuracy"],
          "--metric-for-best-model acuracy: --task text-classification does not report this metric. "
@@ -264,49 +271,49 @@ def test_checkpoints_of_the_best_evaluations(chat: list[str]) -> None:
          "them."),
     ],
 )  # fmt: skip
-def test_what_cannot_be_had_is_refused_before_weights_load(
-    arguments: list[str], complaint: str, tiny_model_dir: ModelDir,
+def test_invalid_best_model_options_are_rejected_before_loading(
+    arguments: list[str], expected: str, tiny_model_dir: ModelDir,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     task_data.write(Path("data"), "class")
-    own = ["--model", str(tiny_model_dir("bert")), "--task", "text-classification"]
+    options = ["--model", str(tiny_model_dir("bert")), "--task", "text-classification"]
     data = [] if "--dataset" in arguments else ["--dataset", "data"]
-    train(*own, *data, *arguments, code=2)
-    assert capsys.readouterr().err.startswith(f"ftlevel: {complaint}  [")
+    train(*options, *data, *arguments, code=2)
+    assert capsys.readouterr().err.startswith(f"ftlevel: {expected}  [")
     assert not Path("run").exists()
 
 
 @pytest.mark.slow
-def test_an_evaluation_that_was_broken_off_is_made_up_for(
-    chat: list[str], monkeypatch: pytest.MonkeyPatch
+def test_interrupted_evaluation_is_repeated_on_resume(
+    common: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    an_epoch = ["--max-samples", "12", "--epochs", "3", "--save-steps", "3",
-                "--metric-for-best-model", "loss", "--greater-is-better"]  # fmt: skip
-    own = [*chat, *an_epoch]
-    whole = train(*own, out="whole")
-    assert whole["best"]["kept_step"] == 3
-    with monkeypatch.context() as patch:  # its checkpoint is written before the epoch is evaluated
+    epoch_options = ["--max-samples", "12", "--epochs", "3", "--save-steps", "3",
+                     "--metric-for-best-model", "loss", "--greater-is-better"]  # fmt: skip
+    options = [*common, *epoch_options]
+    uninterrupted = train(*options, out="whole")
+    assert uninterrupted["best"]["kept_step"] == 3
+    with monkeypatch.context() as patch:  # the checkpoint is written before the evaluation
         patch.setattr("ftlevel.training.trainer.FtlevelTrainer.evaluate", lambda *_, **__: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            run(["train", "--quiet", *own, "--output-dir", "cut", "--traceback"])
+            run(["train", "--quiet", *options, "--output-dir", "cut", "--traceback"])
     assert checkpoints("cut") == {"checkpoint-3"}
-    again = train("--resume", out="cut")
-    assert again["best"] == whole["best"]
+    resumed = train("--resume", out="cut")
+    assert resumed["best"] == uninterrupted["best"]
     assert weights("cut") == weights("whole")
 
 
 @pytest.mark.slow
-def test_ctrl_c_in_the_last_evaluation_finds_the_run_at_its_end(
-    chat: list[str], monkeypatch: pytest.MonkeyPatch
+def test_sigint_in_last_evaluation_finishes_run(
+    common: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
 
-    evaluate_there = FtlevelTrainer.evaluate
+    original_evaluate = FtlevelTrainer.evaluate
 
-    def press(trainer: Any, *arguments: Any, **settings: Any) -> Any:
+    def interrupting_evaluate(trainer: Any, *arguments: Any, **settings: Any) -> Any:
         if trainer.state.global_step == 4:
             signal.raise_signal(signal.SIGINT)
-        return evaluate_there(trainer, *arguments, **settings)
+        return original_evaluate(trainer, *arguments, **settings)
 
-    monkeypatch.setattr(FtlevelTrainer, "evaluate", press)
-    summary = train(*chat, *FIRST, "--max-steps", "20", "--early-stopping-patience", "1")
+    monkeypatch.setattr(FtlevelTrainer, "evaluate", interrupting_evaluate)
+    summary = train(*common, *FIRST_IS_BEST, "--max-steps", "20", "--early-stopping-patience", "1")
     assert (summary["steps"], summary["best"]["kept_step"]) == (4, 2)

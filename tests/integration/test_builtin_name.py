@@ -20,8 +20,8 @@ CHAT = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
 
 
 @pytest.fixture
-def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Write rows, and adapters that name the place of the built-in model, as PEFT does."""
+def data_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Write rows, and PEFT adapters whose base is the path of the built-in model."""
     import peft
     import transformers
 
@@ -64,10 +64,10 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-@pytest.mark.usefixtures("files")
-def test_no_place_of_the_installation_is_printed(
+@pytest.mark.usefixtures("data_dir")
+def test_installation_path_is_not_printed(
     command: Sequence[str], code: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(list(command)) == code
-    said = capsys.readouterr()
-    assert INSTALLATION not in said.out + said.err
+    captured = capsys.readouterr()
+    assert INSTALLATION not in captured.out + captured.err

@@ -12,7 +12,7 @@ from ftlevel.cli.app import run
 from ftlevel.data.encoding.encode import encode_prompt
 from ftlevel.trained.resolve import resolve_model
 
-TALK = [
+CONVERSATION = [
     {"role": "system", "content": "Be brief."},
     {"role": "user", "content": "the argument"},
     {"role": "assistant", "content": "the file"},
@@ -22,11 +22,14 @@ TALK = [
 
 
 @pytest.mark.slow
-def test_the_template_is_saved_and_asked_with(
+def test_chat_template_is_saved_and_used_for_generation(
     tmp_path: Path, tiny_model_dir: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = tmp_path / "talk.jsonl"
-    rows = [{"messages": [*TALK[:4], {**TALK[4], "content": f"object {i}"}]} for i in range(8)]
+    rows = [
+        {"messages": [*CONVERSATION[:4], {**CONVERSATION[4], "content": f"object {i}"}]}
+        for i in range(8)
+    ]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     model = ["--model", str(tiny_model_dir("llama", chat=False)), "--dataset", str(data)]
     assert run(["train", "--dry-run", *model]) == 2

@@ -1,4 +1,4 @@
-"""Class weights in whole runs, with the fast and the plain step, and refusals."""
+"""Class weights in complete runs, with the fast and the plain step, and rejected options."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ NER = [{"tokens": ["a", str(i)], "tags": ["O", "PER" if i % 4 else "LOC"]} for i
 
 
 @pytest.fixture(autouse=True)
-def in_a_folder_with_rows(
+def data_dir(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_model_dir: Callable[..., Path]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    still = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    Path("model").symlink_to(tiny_model_dir("bert", **still))
+    no_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    Path("model").symlink_to(tiny_model_dir("bert", **no_dropout))
     rows = [{"text": f"say {i} more", "label": "rare" if i % 6 == 0 else "often"}
             for i in range(18)]  # fmt: skip
-    several = [{"text": f"say {i}", "labels": ["even"] * (i % 2 == 0) + ["third"] * (i % 3 == 0)}
-               for i in range(18)]  # fmt: skip
-    for name, some in (("classes", rows), ("several", several), ("ner", NER)):
-        Path(f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some))
+    multi = [{"text": f"say {i}", "labels": ["even"] * (i % 2 == 0) + ["third"] * (i % 3 == 0)}
+             for i in range(18)]  # fmt: skip
+    for name, dataset in (("classes", rows), ("several", multi), ("ner", NER)):
+        Path(f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in dataset))
 
 
 def train(*arguments: str, out: str) -> list[float]:
@@ -45,7 +45,7 @@ def train(*arguments: str, out: str) -> list[float]:
         ("text-classification", "classes.jsonl", ["--focal-gamma", "2"]),
     ],
 )
-def test_fast_and_plain(task: str, data: str, weights: list[str]) -> None:
+def test_fast_step_matches_plain_step(task: str, data: str, weights: list[str]) -> None:
     rows = ["--task", task, "--dataset", data]
     fast = train(*rows, *weights, out="fast")
     plain = train(*rows, *weights, "--no-fast", out="plain")
@@ -53,22 +53,26 @@ def test_fast_and_plain(task: str, data: str, weights: list[str]) -> None:
     assert fast != pytest.approx(train(*rows, out="unweighted"), rel=1e-2)
 
 
-def test_what_the_run_says_and_how_it_is_evaluated() -> None:
+def test_class_weights_are_reported_and_do_not_affect_evaluation() -> None:
     rows = ["--task", "text-classification", "--dataset", "classes.jsonl", "--eval-file",
             "classes.jsonl", "--set", "train.eval_on_start=true", "--set",
             "data.gate.leaked=ignore"]  # fmt: skip
     train(*rows, "--class-weights", "balanced", out="run")
     train(*rows, out="plain")
-    summary, other = (json.loads(Path(o, "summary.json").read_text()) for o in ("run", "plain"))
+    summary, plain_summary = (
+        json.loads(Path(o, "summary.json").read_text()) for o in ("run", "plain")
+    )
     assert summary["class_weights"] == {"often": 18 / 30, "rare": 18 / 6}
-    assert other["class_weights"] == {}
+    assert plain_summary["class_weights"] == {}
     lines = {choice["name"]: choice["value"] for choice in summary["choices"]}
     assert lines["class weights"] == "often 0.6, rare 3"
-    assert summary["metrics_before"]["loss"] == pytest.approx(other["metrics_before"]["loss"])
+    assert summary["metrics_before"]["loss"] == pytest.approx(
+        plain_summary["metrics_before"]["loss"]
+    )
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (["--class-weights", "rae=3"], "there is no class 'rae'. Did you mean 'rare'? Classes"),
         (["--class-weights", "rare"], "--class-weights: 'rare': expected balanced, or"),
@@ -82,17 +86,17 @@ def test_what_the_run_says_and_how_it_is_evaluated() -> None:
         (["--map", "label=number", "--focal-gamma", "2"], "these rows have none"),
     ],
 )
-def test_what_is_refused(
-    arguments: list[str], told: str, capsys: pytest.CaptureFixture[str]
+def test_invalid_class_weights_are_rejected(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows = [{"text": f"a {i}", "label": "rare" if i % 3 else "often", "number": i / 7}
             for i in range(9)]  # fmt: skip
     Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    given = ["train", "--model", "./model", "--dry-run", "--dataset", "rows.jsonl", *arguments]
-    assert run(given) == 2
-    assert told in " ".join(capsys.readouterr().err.split())
+    command = ["train", "--model", "./model", "--dry-run", "--dataset", "rows.jsonl", *arguments]
+    assert run(command) == 2
+    assert message in " ".join(capsys.readouterr().err.split())
 
 
-def test_text_has_no_classes(capsys: pytest.CaptureFixture[str]) -> None:
+def test_class_weights_for_text_generation_are_rejected(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["train", "--class-weights", "balanced", "--dry-run", "--max-samples", "4"]) == 2
     assert "and these rows have none. Drop it." in capsys.readouterr().err

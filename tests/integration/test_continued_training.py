@@ -20,11 +20,11 @@ from ftlevel.cli.app import run
 ModelDir = Callable[..., Path]
 SHORT = ["--max-samples", "12", "--set", "data.max_eval_samples=4", "--batch-size", "4",
          "--dtype", "float32", "--overlong", "drop"]  # fmt: skip
-ON = ["--adapter", "run", "--eval-on-start", "--max-steps", "2"]
+CONTINUE = ["--adapter", "run", "--eval-on-start", "--max-steps", "2"]
 
 
 @pytest.fixture(autouse=True)
-def in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def empty_working_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
@@ -72,9 +72,9 @@ METHODS = {
 }  # fmt: skip
 
 
-ALONE = ("lora", "pissa", "prefix")
+USED_WITHOUT_RUN = ("lora", "pissa", "prefix")
 """Methods whose adapter directory is also used without its run."""
-OF_PEFT = (
+PEFT_ONLY = (
     "vera",
     "oft",
     "boft",
@@ -86,22 +86,22 @@ OF_PEFT = (
     "gralora on 4 bits",
     "c3a",
 )
-"""Methods of which ftlevel has no code that is executed here; others have all there is."""
-BEYOND = (*OF_PEFT, "eva", "projected prefix")
-"""Also methods whose start or projection another one shares."""
+"""Methods without code of ftlevel that is executed here."""
+SWEEP_METHODS = (*PEFT_ONLY, "eva", "projected prefix")
+"""Also methods that share their initialization or projection with another one."""
 
 
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(n, marks=pytest.mark.sweep if n in BEYOND else pytest.mark.slow)
+        pytest.param(n, marks=pytest.mark.sweep if n in SWEEP_METHODS else pytest.mark.slow)
         for n in METHODS
     ],
 )
-def test_it_begins_where_the_adapter_ended(base: Path, name: str) -> None:
+def test_continued_run_starts_with_adapter_metrics(base: Path, name: str) -> None:
     before = train("--model", str(base), *SHORT, *METHODS[name], "--max-steps", "3")
-    plain = [flag for flag in METHODS[name] if flag == "--no-fast"]
-    after = train(*SHORT, *ON, *plain, out="on")
+    step_options = [flag for flag in METHODS[name] if flag == "--no-fast"]
+    after = train(*SHORT, *CONTINUE, *step_options, out="on")
     assert after["metrics_before"] == before["metrics"]
     assert after["metrics"] != before["metrics"]
     if name != "full":
@@ -110,27 +110,27 @@ def test_it_begins_where_the_adapter_ended(base: Path, name: str) -> None:
         assert card["adapter"] == after["adapter"] != {}
         assert yaml.safe_load(Path("on/config.yaml").read_text())["model"]["adapter"] == "run"
         assert "continued from the adapter `run`" in Path("on/README.md").read_text()
-    if name in ALONE:
+    if name in USED_WITHOUT_RUN:
         shutil.copytree("run/adapter", "alone")
-        alone = train(*SHORT, "--adapter", "alone", *ON[2:], out="on-alone")
+        alone = train(*SHORT, "--adapter", "alone", *CONTINUE[2:], out="on-alone")
         assert alone["metrics_before"] == before["metrics"]
 
 
 @pytest.mark.slow
-def test_a_run_that_goes_on_from_an_adapter_is_resumed(base: Path) -> None:
+def test_continued_run_can_be_resumed(base: Path) -> None:
     train("--model", str(base), *SHORT, *METHODS["lora"], "--max-steps", "3")
-    more = [*SHORT, "--adapter", "run", "--max-steps", "4", "--save-steps", "2"]
-    train(*more, out="on")
-    whole = Path("on/adapter/adapter_model.safetensors").read_bytes()
+    options = [*SHORT, "--adapter", "run", "--max-steps", "4", "--save-steps", "2"]
+    train(*options, out="on")
+    expected = Path("on/adapter/adapter_model.safetensors").read_bytes()
     shutil.rmtree("on/adapter")
     shutil.rmtree("on/checkpoints/checkpoint-4")
     train("--resume", out="on")
-    assert Path("on/adapter/adapter_model.safetensors").read_bytes() == whole
+    assert Path("on/adapter/adapter_model.safetensors").read_bytes() == expected
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["lora", "ia3", "seqcls"])
-def test_an_adapter_of_plain_peft(
+def test_plain_peft_adapter_can_be_continued(
     base: Path, kind: str, tiny_model_dir: ModelDir, capsys: pytest.CaptureFixture[str]
 ) -> None:
     task = "text-classification" if kind == "seqcls" else "text-generation"
@@ -156,14 +156,14 @@ def test_an_adapter_of_plain_peft(
         if parameter.requires_grad:
             torch.nn.init.normal_(parameter, std=0.1)
     adapted.save_pretrained("plain")
-    more = ["--dataset", "data", "--batch-size", "4", "--dtype", "float32"]
-    summary = train(*more, "--adapter", "plain", *ON[2:], out="on")
+    options = ["--dataset", "data", "--batch-size", "4", "--dtype", "float32"]
+    summary = train(*options, "--adapter", "plain", *CONTINUE[2:], out="on")
     assert summary["method"] == ("ia3" if kind == "ia3" else "lora")
     assert (summary["model"]["name"], summary["task"]) == (str(base), task)
     assert summary["data"]["validation_rows"] == 6
-    told = capsys.readouterr().err
-    if kind == "seqcls":  # it keeps no names, so that evaluate cannot be asked
-        assert "plain keeps no names of its classes: its head's are taken for a, b" in told
+    message = capsys.readouterr().err
+    if kind == "seqcls":  # evaluate needs class names, which it does not have
+        assert "plain keeps no names of its classes: its head's are taken for a, b" in message
         return
     data = ["--dataset", "data/validation.jsonl", "--device", "cpu"]
     assert run(["evaluate", "plain", "--task", task, *data, "--json"]) == 0
@@ -179,7 +179,7 @@ def write_turns(directory: Path) -> None:
         (directory / f"{split}.jsonl").write_text(text)
 
 
-def test_a_classifier_goes_on_with_its_head(
+def test_continued_classifier_keeps_its_head(
     tiny_model_dir: ModelDir, capsys: pytest.CaptureFixture[str]
 ) -> None:
     task_data.write(Path("data"), "class")
@@ -190,27 +190,27 @@ def test_a_classifier_goes_on_with_its_head(
     assert "head learning rate" not in {choice["name"] for choice in after["choices"]}
     rows = [{"text": f"the word {i}", "label": "b"} for i in range(8)]
     Path("some.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    alone = ["--dataset", "some.jsonl", "--set", "data.gate.one_class=ignore"]
-    some = train(*alone, "--adapter", "run", *short, out="some")
-    assert some["data"]["labels"] == ["a", "b"], "the head has two, though the rows have one"
+    one_class_data = ["--dataset", "some.jsonl", "--set", "data.gate.one_class=ignore"]
+    one_class = train(*one_class_data, "--adapter", "run", *short, out="some")
+    assert one_class["data"]["labels"] == ["a", "b"], "the head has two, though the rows have one"
     Path("other.jsonl").write_text("".join(json.dumps({**r, "label": "c"}) + "\n" for r in rows))
     capsys.readouterr()
     assert run(["train", "--dataset", "other.jsonl", "--adapter", "run"]) == 2
-    complaint = capsys.readouterr().err
-    assert "other.jsonl:1: label 'c' (8 rows) is not one of the 2 classes that" in complaint
+    message = capsys.readouterr().err
+    assert "other.jsonl:1: label 'c' (8 rows) is not one of the 2 classes that" in message
 
 
 @pytest.fixture
-def trained(base: Path) -> Path:
+def base_with_run(base: Path) -> Path:
     train("--model", str(base), *SHORT, "--lora-r", "4", "--max-steps", "1")
     return base
 
 
-def test_what_contradicts_the_adapter_is_refused(
-    trained: Path, tiny_model_dir: ModelDir, capsys: pytest.CaptureFixture[str]
+def test_options_that_contradict_adapter_are_rejected(
+    base_with_run: Path, tiny_model_dir: ModelDir, capsys: pytest.CaptureFixture[str]
 ) -> None:
     other = tiny_model_dir("gpt2")
-    for more, complaint in (
+    for options, message in (
         (["--lora-r", "8"], "--lora-r 8: --adapter run has 4. Drop --lora-r, or train a new adap"),
         (["--method", "ia3"], "--method ia3: --adapter run has lora."),
         (["--dora"], "--dora True: --adapter run has False."),
@@ -219,17 +219,19 @@ def test_what_contradicts_the_adapter_is_refused(
         (["--model", str(other)], "run/adapter was trained on"),
         (["--output-dir", "run", "--overwrite"], "--output-dir run holds --adapter run, which"),
     ):
-        assert run(["train", "--adapter", "run", *SHORT, *more]) == 2
-        said = capsys.readouterr()
-        assert complaint in said.err
-        assert "loading the model" not in said.out
+        assert run(["train", "--adapter", "run", *SHORT, *options]) == 2
+        captured = capsys.readouterr()
+        assert message in captured.err
+        assert "loading the model" not in captured.out
     assert run(["train", "--adapter", "nowhere/x"]) == 2
     assert "--adapter nowhere/x does not exist. Name a run" in capsys.readouterr().err
     train(*SHORT, "--adapter", "run", "--lora-r", "4", "--lora-dropout", "0.1", "--max-steps", "1",
-          "--model", str(trained), out="on")  # fmt: skip
+          "--model", str(base_with_run), out="on")  # fmt: skip
 
 
-def test_what_cannot_go_on_is_refused(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unsupported_adapter_cannot_be_continued(
+    base: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     model = AutoModelForCausalLM.from_pretrained(base)
     config = AdaLoraConfig(init_r=4, target_r=2, total_step=10, target_modules=["q_proj"])
     get_peft_model(model, config).save_pretrained("ada")
@@ -245,14 +247,14 @@ def test_what_cannot_go_on_is_refused(base: Path, capsys: pytest.CaptureFixture[
     )
 
 
-def test_a_method_by_the_name_of_axolotl_stays_one(base: Path) -> None:
+def test_adapter_flag_accepts_method_name(base: Path) -> None:
     summary = train("--model", str(base), *SHORT, "--adapter", "ia3", "--max-steps", "1")
     assert summary["method"] == "ia3"
     assert summary["adapter"] is None
 
 
 @pytest.mark.sweep
-def test_real_weights_go_on(minilm: Path) -> None:
+def test_continued_training_on_real_weights(minilm: Path) -> None:
     task_data.write(Path("data"), "class")
     short = ["--dataset", "data", "--batch-size", "4", "--dtype", "float32", "--max-steps", "4"]
     before = train("--model", str(minilm), *short, "--eval-steps", "2")

@@ -24,17 +24,17 @@ BUILTIN = "builtin:tiny-llama"
 
 
 @pytest.fixture(autouse=True)
-def in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def empty_working_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
 def train(*arguments: str, out: str) -> list[dict[str, Any]]:
-    given = ["train", "--output-dir", out, *SHORT, "--predict-with-generate", *arguments]
-    assert run(given) == 0
+    command = ["train", "--output-dir", out, *SHORT, "--predict-with-generate", *arguments]
+    assert run(command) == 0
     return [json.loads(line) for line in Path(out, "metrics.jsonl").read_text().splitlines()]
 
 
-def test_beams_are_those_of_transformers() -> None:
+def test_beam_search_matches_transformers() -> None:
     from transformers import AutoModelForCausalLM
 
     source = resolve_source(BUILTIN, None, False)
@@ -44,16 +44,16 @@ def test_beams_are_those_of_transformers() -> None:
     text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
     ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
     with torch.no_grad():
-        written = model.generate(
+        generated = model.generate(
             ids, attention_mask=torch.ones_like(ids), num_beams=4, do_sample=False,
             max_new_tokens=12, pad_token_id=0,
         )  # fmt: skip
-    expected = tokenizer.decode(written[0, ids.shape[1] :], skip_special_tokens=True).strip()
+    expected = tokenizer.decode(generated[0, ids.shape[1] :], skip_special_tokens=True).strip()
     settings: dict[str, Any] = {"max_new_tokens": 12, "device": "cpu"}
-    (found,), _ = generate(BUILTIN, ["What does open do?"], num_beams=4, **settings)
-    (greedy,), _ = generate(BUILTIN, ["What does open do?"], **settings)
-    assert found.text == expected
-    assert found.text != greedy.text
+    (answer,), _ = generate(BUILTIN, ["What does open do?"], num_beams=4, **settings)
+    (greedy_answer,), _ = generate(BUILTIN, ["What does open do?"], **settings)
+    assert answer.text == expected
+    assert answer.text != greedy_answer.text
 
 
 STEPS = ["--eval-strategy", "steps", "--eval-steps", "2", "--set", "method.lora_dropout=0.2"]
@@ -61,38 +61,43 @@ STEPS = ["--eval-strategy", "steps", "--eval-steps", "2", "--set", "method.lora_
 
 @pytest.fixture(scope="module")
 def greedy(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """Return the records of a run that writes greedily."""
+    """Return the records of a run with greedy decoding."""
     return train(*STEPS, out=str(tmp_path_factory.mktemp("greedy") / "run"))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("way", [["--num-beams", "3"], ["--temperature", "1", "--top-p", "0.9"]])
-def test_how_is_written_changes_no_step(
-    way: list[str], greedy: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    "decoding", [["--num-beams", "3"], ["--temperature", "1", "--top-p", "0.9"]]
+)
+def test_decoding_options_do_not_change_training_loss(
+    decoding: list[str], greedy: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    other = train(*STEPS, *way, out="other")
-    assert [r["loss"] for r in greedy if "loss" in r] == [r["loss"] for r in other if "loss" in r]
-    scores = [[r["eval_rouge1"] for r in some if "eval_loss" in r] for some in (greedy, other)]
+    records = train(*STEPS, *decoding, out="other")
+    assert [r["loss"] for r in greedy if "loss" in r] == [r["loss"] for r in records if "loss" in r]
+    scores = [
+        [r["eval_rouge1"] for r in run_records if "eval_loss" in r]
+        for run_records in (greedy, records)
+    ]
     assert scores[0] != scores[1]
     capsys.readouterr()
     assert (
         run(["evaluate", "other", "--resamples", "0", "--no-base", "--json", "--seed", "42"]) == 0
     )
-    again = json.loads(capsys.readouterr().out)["metrics"]["rouge1"]  # as in training
-    assert again == pytest.approx(scores[1][-1])
+    evaluated = json.loads(capsys.readouterr().out)["metrics"]["rouge1"]  # as in training
+    assert evaluated == pytest.approx(scores[1][-1])
 
 
-def test_predict_takes_them(capsys: pytest.CaptureFixture[str]) -> None:
+def test_predict_uses_decoding_options(capsys: pytest.CaptureFixture[str]) -> None:
     Path("asked.jsonl").write_text('{"prompt": "What does open do?"}\n')
-    said = {}
-    for way in ("", "--num-beams 4", "--temperature 2"):
-        given = ["predict", BUILTIN, "--task", "text-generation", "--dataset", "asked.jsonl"]
-        assert run([*given, "--max-new-tokens", "12", "-q", *way.split()]) == 0
-        said[way] = json.loads(capsys.readouterr().out)["prediction"]
-    assert len(set(said.values())) == 3
+    predictions = {}
+    for decoding in ("", "--num-beams 4", "--temperature 2"):
+        command = ["predict", BUILTIN, "--task", "text-generation", "--dataset", "asked.jsonl"]
+        assert run([*command, "--max-new-tokens", "12", "-q", *decoding.split()]) == 0
+        predictions[decoding] = json.loads(capsys.readouterr().out)["prediction"]
+    assert len(set(predictions.values())) == 3
 
 
-def test_one_way_at_a_time() -> None:
+def test_decoding_strategy_replaces_that_of_training() -> None:
     trained = Decoding(temperature=0.7, top_p=0.9)
     assert DecodingAsInTraining().decoding(trained) == {
         "num_beams": 1, "temperature": 0.7, "top_p": 0.9,
@@ -107,7 +112,7 @@ def test_one_way_at_a_time() -> None:
 
 
 @pytest.mark.parametrize(
-    ("line", "told"),
+    ("line", "message"),
     [
         ("generate x --prompt y --num-beams 2 --temperature 1", "Use one of them."),
         (
@@ -119,6 +124,8 @@ def test_one_way_at_a_time() -> None:
         ("train --dry-run --num-beams 0", "--num-beams"),
     ],
 )
-def test_what_is_refused(line: str, told: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_invalid_decoding_options_are_rejected(
+    line: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert run(line.split()) == 2
-    assert told in " ".join(capsys.readouterr().err.split())
+    assert message in " ".join(capsys.readouterr().err.split())

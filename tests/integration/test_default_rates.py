@@ -12,7 +12,7 @@ from ftlevel import TrainConfig, train
 from ftlevel.data.sources.docstrings import read_module, stdlib_modules
 
 
-def save_rows(folder: Path) -> None:
+def write_rows(folder: Path) -> None:
     """Write 400 first lines of docstrings for training and 400 others: of a class or a function."""
     texts: dict[str, dict[str, None]] = {"class": {}, "function": {}}
     for _, file in stdlib_modules("train"):
@@ -33,9 +33,9 @@ def save_rows(folder: Path) -> None:
 
 
 @pytest.mark.slow
-def test_lora_tells_two_classes_apart_in_a_hundred_steps(minilm: Path, tmp_path: Path) -> None:
+def test_lora_classifies_two_classes_after_100_steps(minilm: Path, tmp_path: Path) -> None:
     """Plain PEFT has 0.8775 at 1e-3, 0.7825 at 2e-4 (docs/defaults.md)."""
-    save_rows(tmp_path / "data")
+    write_rows(tmp_path / "data")
     config = TrainConfig.model_validate({
         "task": "text-classification",
         "model": {"name_or_path": str(minilm)},

@@ -17,7 +17,7 @@ from ftlevel.commands.evaluate import evaluate
 from ftlevel.commands.merge import merge
 from ftlevel.config import EvaluateConfig, MergeConfig
 from ftlevel.errors import InputError
-from ftlevel.training import teacher as asking
+from ftlevel.training import teacher as teacher_module
 from preference_runs import losses, pair, run, write
 
 ModelDir = Callable[..., Path]
@@ -26,33 +26,39 @@ COLUMNS = {"columns": {"prompt": "prompt", "completion": "chosen"}}
 
 
 @pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Let no test read what another one kept."""
+def cache_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Use an empty cache in each test."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return tmp_path / "cache" / "ftlevel" / "rows"
 
 
-def distil(base: Path, data: Path, out: Path, told: dict[str, Any], **more: Any) -> Any:
+def train_with_teacher(
+    base: Path, data: Path, out: Path, distillation: dict[str, Any], **overrides: Any
+) -> Any:
     """Train on the chosen answers and a teacher."""
-    train = {"per_device_train_batch_size": ROWS, "max_grad_norm": 0, **more.pop("train", {})}
-    task = more.pop("task", "text-generation")
-    return run(base, data, out, task=task, preference={"loss": None}, distillation=told,
-               train=train, data=COLUMNS, **more)  # fmt: skip
+    train = {"per_device_train_batch_size": ROWS, "max_grad_norm": 0, **overrides.pop("train", {})}
+    task = overrides.pop("task", "text-generation")
+    return run(base, data, out, task=task, preference={"loss": None}, distillation=distillation,
+               train=train, data=COLUMNS, **overrides)  # fmt: skip
 
 
-def plain_step(base: Path, teacher: Path, told: dict[str, Any]) -> tuple[float, float]:
-    """Return loss and norm of the gradient of all weights, by a script that shares no code.
+def reference_step(base: Path, teacher: Path, distillation: dict[str, Any]) -> tuple[float, float]:
+    """Return loss and gradient norm of all weights, computed without ftlevel.
 
-    Each row alone, all scores, the formulas as in the papers, a loop over tokens.
+    Each row is a batch of its own; the formulas are those of the papers, in a loop over tokens.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    kind = {"dtype": torch.float32}
-    model = AutoModelForCausalLM.from_pretrained(base, **kind).eval()
-    expert = AutoModelForCausalLM.from_pretrained(teacher, **kind).eval()
+    dtype = {"dtype": torch.float32}
+    model = AutoModelForCausalLM.from_pretrained(base, **dtype).eval()
+    expert = AutoModelForCausalLM.from_pretrained(teacher, **dtype).eval()
     tokenizer = AutoTokenizer.from_pretrained(base)
-    heat, ratio = told.get("kd_temperature", 1.0), told.get("kd_ratio", 0.5)
-    top, beta, name = told.get("kd_top_k", 64), told.get("jsd_beta", 0.5), told.get("divergence")
+    temperature, ratio = distillation.get("kd_temperature", 1.0), distillation.get("kd_ratio", 0.5)
+    top_k, beta, name = (
+        distillation.get("kd_top_k", 64),
+        distillation.get("jsd_beta", 0.5),
+        distillation.get("divergence"),
+    )
     total, count = torch.zeros(()), 0
     for i in range(ROWS):
         turns = [{"role": "user", "content": pair(i)["prompt"]}]
@@ -62,14 +68,17 @@ def plain_step(base: Path, teacher: Path, told: dict[str, Any]) -> tuple[float, 
         ).rstrip()
         ids = tokenizer(whole, add_special_tokens=False)["input_ids"]
         prompt = len(tokenizer(start, add_special_tokens=False)["input_ids"])
-        own = model(torch.tensor([ids])).logits[0]
+        logits = model(torch.tensor([ids])).logits[0]
         with torch.no_grad():
-            other = expert(torch.tensor([ids])).logits[0]
-        for at in range(prompt - 1, len(ids) - 1):
-            p, q = (other[at] / heat).softmax(-1), (own[at] / heat).softmax(-1)
-            if top != "all":
-                likely = p.topk(top).indices
-                p, q = (torch.cat([x[likely], 1 - x[likely].sum()[None]]) for x in (p, q))
+            teacher_logits = expert(torch.tensor([ids])).logits[0]
+        for position in range(prompt - 1, len(ids) - 1):
+            p, q = (
+                (teacher_logits[position] / temperature).softmax(-1),
+                (logits[position] / temperature).softmax(-1),
+            )
+            if top_k != "all":
+                top_tokens = p.topk(top_k).indices
+                p, q = (torch.cat([x[top_tokens], 1 - x[top_tokens].sum()[None]]) for x in (p, q))
             if name == "reverse-kl":
                 distance = (q * (q / p).log()).sum()
             elif name == "jsd":
@@ -78,8 +87,8 @@ def plain_step(base: Path, teacher: Path, told: dict[str, Any]) -> tuple[float, 
                 distance = distance + (1 - beta) * (q * (q / mixed).log()).sum()
             else:
                 distance = (p * (p / q).log()).sum()
-            entropy = functional.cross_entropy(own[at], torch.tensor(ids[at + 1]))
-            total = total + (1 - ratio) * entropy + ratio * heat**2 * distance
+            entropy = functional.cross_entropy(logits[position], torch.tensor(ids[position + 1]))
+            total = total + (1 - ratio) * entropy + ratio * temperature**2 * distance
             count += 1
     loss = total / count
     loss.backward()
@@ -102,64 +111,70 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_the_first_step_is_that_of_a_plain_script(
-    name: str, tiny_model_dir: ModelDir, tmp_path: Path
-) -> None:
-    told, more = CASES[name]
+def test_first_step_matches_reference(name: str, tiny_model_dir: ModelDir, tmp_path: Path) -> None:
+    distillation, overrides = CASES[name]
     data, base = write(tmp_path / "data", rows=ROWS), tiny_model_dir("llama", chat=True)
     teacher = tiny_model_dir("llama", chat=True, seed=5, num_hidden_layers=3)
     out = tmp_path / "run"
-    distil(base, data, out, {"teacher": str(teacher), **told}, method={"kind": "full"},
-           train={"max_steps": 1}, **more)  # fmt: skip
-    expected = plain_step(base, teacher, told)
+    train_with_teacher(base, data, out, {"teacher": str(teacher), **distillation},
+                       method={"kind": "full"}, train={"max_steps": 1}, **overrides)  # fmt: skip
+    expected = reference_step(base, teacher, distillation)
     assert losses(out)[0] == pytest.approx(expected, rel=1e-5, abs=1e-5)
 
 
-def test_what_the_teacher_said_is_kept_and_filled_where_it_is_not_whole(
-    tiny_model_dir: ModelDir, tmp_path: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch
+def test_teacher_predictions_are_cached_and_completed(
+    tiny_model_dir: ModelDir, tmp_path: Path, cache_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data, base = write(tmp_path / "data"), tiny_model_dir("llama")
-    told = {"teacher": str(tiny_model_dir("llama", seed=5)), "kd_top_k": 10}
-    first = distil(base, data, tmp_path / "1", told).summary["distillation"]
+    distillation = {"teacher": str(tiny_model_dir("llama", seed=5)), "kd_top_k": 10}
+    first = train_with_teacher(base, data, tmp_path / "1", distillation).summary["distillation"]
     assert not first["cached"]
     assert 0 < first["probability_kept"] < 1
-    [file] = own_cache.glob("teacher-*.npy")
-    kept = np.lib.format.open_memmap(file, mode="r+")
-    assert (len(kept), kept.nbytes) == (first["places"], first["bytes"])
-    assert np.allclose(np.exp(kept["known"]).sum(-1), 1, atol=1e-5)
-    kept["known"][7, 0] = np.nan  # as of a run that was killed
-    kept.flush()
-    second = distil(base, data, tmp_path / "2", told).summary["distillation"]
+    [file] = cache_dir.glob("teacher-*.npy")
+    predictions = np.lib.format.open_memmap(file, mode="r+")
+    assert (len(predictions), predictions.nbytes) == (first["places"], first["bytes"])
+    assert np.allclose(np.exp(predictions["known"]).sum(-1), 1, atol=1e-5)
+    predictions["known"][7, 0] = np.nan  # as of a run that was killed
+    predictions.flush()
+    second = train_with_teacher(base, data, tmp_path / "2", distillation).summary["distillation"]
     assert not second["cached"]
     assert losses(tmp_path / "2") == losses(tmp_path / "1")
-    monkeypatch.setattr(asking, "_fill", lambda *_: pytest.fail("asked again"))
-    assert distil(base, data, tmp_path / "3", told).summary["distillation"]["cached"]
+    monkeypatch.setattr(teacher_module, "_fill", lambda *_: pytest.fail("asked again"))
+    assert train_with_teacher(base, data, tmp_path / "3", distillation).summary["distillation"][
+        "cached"
+    ]
     assert losses(tmp_path / "3") == losses(tmp_path / "1")
 
 
-def test_a_run_with_a_teacher_is_evaluated_merged_and_gone_on_with_as_any(
+def test_distilled_run_is_resumed_evaluated_and_merged(
     tiny_model_dir: ModelDir, tmp_path: Path
 ) -> None:
     data, base = write(tmp_path / "data"), tiny_model_dir("llama")
-    told = {"teacher": str(tiny_model_dir("llama", seed=5))}
+    distillation = {"teacher": str(tiny_model_dir("llama", seed=5))}
     steps = {"max_steps": 4, "save_steps": 2, "lr_scheduler_type": "constant",
              "per_device_train_batch_size": 4}  # fmt: skip
     quant = {"method": {"kind": "qlora"}, "speed": {"verify": True}}
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    summary = distil(base, data, whole, told, train=steps, **quant).summary
+    uninterrupted, interrupted = tmp_path / "whole", tmp_path / "broken"
+    summary = train_with_teacher(
+        base, data, uninterrupted, distillation, train=steps, **quant
+    ).summary
     assert summary["speed"]["verified"]["loss"] < 1e-4
-    assert losses(whole)[-1][0] < losses(whole)[0][0]
-    distil(base, data, broken, told, train={**steps, "max_steps": 2}, **quant)
-    distil(base, data, broken, told, train=steps, output={"resume": True}, **quant)
-    assert losses(broken)[2:] == losses(whole)[2:]
-    again = evaluate(EvaluateConfig(name=str(whole), resamples=0, device="cpu"))
-    assert again.metrics == pytest.approx(summary["metrics"], abs=1e-4)
-    merged = merge(MergeConfig(adapters=[str(whole)], output_dir=tmp_path / "merged"))
+    assert losses(uninterrupted)[-1][0] < losses(uninterrupted)[0][0]
+    train_with_teacher(
+        base, data, interrupted, distillation, train={**steps, "max_steps": 2}, **quant
+    )
+    train_with_teacher(
+        base, data, interrupted, distillation, train=steps, output={"resume": True}, **quant
+    )
+    assert losses(interrupted)[2:] == losses(uninterrupted)[2:]
+    evaluation = evaluate(EvaluateConfig(name=str(uninterrupted), resamples=0, device="cpu"))
+    assert evaluation.metrics == pytest.approx(summary["metrics"], abs=1e-4)
+    merged = merge(MergeConfig(adapters=[str(uninterrupted)], output_dir=tmp_path / "merged"))
     assert merged.summary["verified"]
 
 
 @pytest.mark.slow
-def test_two_processes_give_the_curve_of_one(tiny_model_dir: ModelDir, tmp_path: Path) -> None:
+def test_two_processes_match_losses_of_one(tiny_model_dir: ModelDir, tmp_path: Path) -> None:
     data, model = write(tmp_path / "data"), tiny_model_dir("llama")
     command = ["train", "--model", str(model), "--dataset",
                str(data), "--map", "prompt=prompt", "--map", "completion=chosen", "--teacher",
@@ -174,15 +189,21 @@ def test_two_processes_give_the_curve_of_one(tiny_model_dir: ModelDir, tmp_path:
 
 
 @pytest.mark.slow
-def test_an_encoder_decoder_learns_from_its_elder(tiny_model_dir: ModelDir, tmp_path: Path) -> None:
+def test_encoder_decoder_distillation_loss_matches_reference(
+    tiny_model_dir: ModelDir, tmp_path: Path
+) -> None:
     from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
     data, base = write(tmp_path / "data", rows=ROWS), tiny_model_dir("t5", dropout_rate=0.0)
-    elder = tiny_model_dir("t5", seed=5)
-    told = {"teacher": str(elder), "kd_top_k": "all", "kd_ratio": 1}
-    distil(base, data, tmp_path / "run", told, method={"kind": "full"}, train={"max_steps": 1})
+    teacher = tiny_model_dir("t5", seed=5)
+    distillation = {"teacher": str(teacher), "kd_top_k": "all", "kd_ratio": 1}
+    train_with_teacher(
+        base, data, tmp_path / "run", distillation, method={"kind": "full"}, train={"max_steps": 1}
+    )
     tokenizer = AutoTokenizer.from_pretrained(base)
-    own, other = (AutoModelForSeq2SeqLM.from_pretrained(path).eval() for path in (base, elder))
+    student, teacher_model = (
+        AutoModelForSeq2SeqLM.from_pretrained(path).eval() for path in (base, teacher)
+    )
     total, count = 0.0, 0
     for i in range(ROWS):
         batch = tokenizer([pair(i)["prompt"]], text_target=[pair(i)["chosen"]], return_tensors="pt")
@@ -190,20 +211,18 @@ def test_an_encoder_decoder_learns_from_its_elder(tiny_model_dir: ModelDir, tmp_
             ended = [[*batch["labels"][0].tolist(), tokenizer.eos_token_id]]
             batch["labels"] = torch.tensor(ended)
         with torch.no_grad():
-            p, q = (model(**batch).logits[0].log_softmax(-1) for model in (other, own))
+            p, q = (model(**batch).logits[0].log_softmax(-1) for model in (teacher_model, student))
         total, count = total + float((p.exp() * (p - q)).sum()), count + len(p)
     assert losses(tmp_path / "run")[0][0] == pytest.approx(total / count, rel=1e-5)
 
 
-def test_a_teacher_that_cannot_be_asked_is_refused(
-    tiny_model_dir: ModelDir, tmp_path: Path
-) -> None:
+def test_unusable_teacher_raises(tiny_model_dir: ModelDir, tmp_path: Path) -> None:
     data, base = write(tmp_path / "data"), tiny_model_dir("llama")
     with pytest.raises(InputError, match="its tokenizer differs"):
-        distil(base, data, tmp_path / "run", {"teacher": str(tiny_model_dir("qwen2"))})
+        train_with_teacher(base, data, tmp_path / "run", {"teacher": str(tiny_model_dir("qwen2"))})
     assert not (tmp_path / "run").exists()
     full = {"teacher": str(tiny_model_dir("llama", seed=5)), "kd_top_k": "all"}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(asking.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+        patch.setattr(teacher_module.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
         with pytest.raises(InputError, match="--teacher: its predictions take"):
-            distil(base, data, tmp_path / "run", full)
+            train_with_teacher(base, data, tmp_path / "run", full)

@@ -1,4 +1,4 @@
-"""LoRA runs that also train embeddings or single tokens, and their results."""
+"""LoRA runs that also train embeddings or single tokens."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ TinyModelDir = Callable[..., Path]
 
 
 @pytest.fixture(autouse=True)
-def rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Write rows, and work beside them."""
+def rows_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Write rows.jsonl and change to its directory."""
     monkeypatch.chdir(tmp_path)
     texts = [f"the module number {i} of the list has the name {chr(97 + i) * 3}" for i in range(12)]
     Path("rows.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
 
 
-def train(base: Path, *more: str) -> int:
+def train(base: Path, *options: str) -> int:
     return run(["train", "--model", str(base), "--dataset", "rows.jsonl", "--max-steps", "2",
                 "--task", "text-generation", "--learning-rate", "1e-2", "--dtype", "float32",
                 "--set", "data.max_eval_samples=2", "--output-dir", "run", "--quiet",
-                *more])  # fmt: skip
+                *options])  # fmt: skip
 
 
 def compute(model: Any) -> torch.Tensor:
@@ -40,50 +40,52 @@ def compute(model: Any) -> torch.Tensor:
     return logits
 
 
-IN_FULL = ["--modules-to-save", "embed_tokens,lm_head"]
+TRAIN_EMBEDDINGS = ["--modules-to-save", "embed_tokens,lm_head"]
 
 
 @pytest.mark.parametrize(
-    ("tied", "settings", "trained", "parted"),
+    ("tied", "settings", "trained", "untied"),
     [
-        (False, IN_FULL, {"model.embed_tokens", "lm_head"}, False),
-        (True, IN_FULL, {"model.embed_tokens", "lm_head"}, True),
-        (True, [*IN_FULL, "--set", "method.ensure_weight_tying=true"],
+        (False, TRAIN_EMBEDDINGS, {"model.embed_tokens", "lm_head"}, False),
+        (True, TRAIN_EMBEDDINGS, {"model.embed_tokens", "lm_head"}, True),
+        (True, [*TRAIN_EMBEDDINGS, "--set", "method.ensure_weight_tying=true"],
          {"model.embed_tokens", "lm_head"}, False),
         (True, ["--trainable-token-indices", "12,13"],
          {"model.embed_tokens.token_adapter"}, False),
         (True, ["--target-modules", "embed_tokens,q_proj"], set(), True),
         (False, ["--target-modules", "embed_tokens,lm_head,q_proj"], set(), False),
     ],
-    ids=["in-full", "in-full-parted", "in-full-tied", "tokens", "lora", "lora-untied"],
+    ids=["in-full", "in-full-untied", "in-full-tied", "tokens", "lora", "lora-untied"],
 )  # fmt: skip
-def test_a_run_is_plain_pefts_and_merges(
+def test_merged_embeddings_match_plain_peft(
     tied: bool,
     settings: list[str],
     trained: set[str],
-    parted: bool,
+    untied: bool,
     tiny_model_dir: TinyModelDir,
 ) -> None:
     base = tiny_model_dir("llama", tie_word_embeddings=tied)
     assert train(base, *settings) == 0
     saved = load_file("run/adapter/adapter_model.safetensors")
-    whole = {name.removeprefix("base_model.model.") for name in saved if ".lora_" not in name}
-    assert {name.rpartition(".")[0] for name in whole} == trained
-    plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), "run/adapter")
-    found = merge(MergeConfig(adapters=["run"], output_dir=Path("merged")))
-    assert found.summary["verified"]
+    full_weights = {
+        name.removeprefix("base_model.model.") for name in saved if ".lora_" not in name
+    }
+    assert {name.rpartition(".")[0] for name in full_weights} == trained
+    reference = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), "run/adapter")
+    result = merge(MergeConfig(adapters=["run"], output_dir=Path("merged")))
+    assert result.summary["verified"]
     merged = AutoModelForCausalLM.from_pretrained("merged")
-    torch.testing.assert_close(compute(merged), compute(plain.eval()), rtol=1e-4, atol=1e-5)
-    assert merged.config.tie_word_embeddings is (tied and not parted)
+    torch.testing.assert_close(compute(merged), compute(reference.eval()), rtol=1e-4, atol=1e-5)
+    assert merged.config.tie_word_embeddings is (tied and not untied)
     assert run(["evaluate", "run", "--resamples", "0", "--no-base"]) == 0
 
 
-def test_a_run_is_resumed_with_its_embeddings(tiny_model_dir: TinyModelDir) -> None:
+def test_resumed_embeddings_match_uninterrupted_run(tiny_model_dir: TinyModelDir) -> None:
     base = tiny_model_dir("llama", tie_word_embeddings=True)
-    assert train(base, *IN_FULL, "--save-steps", "1") == 0
-    whole = load_file("run/adapter/adapter_model.safetensors")
+    assert train(base, *TRAIN_EMBEDDINGS, "--save-steps", "1") == 0
+    expected = load_file("run/adapter/adapter_model.safetensors")
     Path("run").rename("whole")
-    assert train(base, *IN_FULL, "--save-steps", "1") == 0
+    assert train(base, *TRAIN_EMBEDDINGS, "--save-steps", "1") == 0
     for name in ("adapter", "summary.json"):
         path = Path("run", name)
         for part in path.iterdir() if path.is_dir() else ():
@@ -92,10 +94,10 @@ def test_a_run_is_resumed_with_its_embeddings(tiny_model_dir: TinyModelDir) -> N
     import shutil
 
     shutil.rmtree("run/checkpoints/checkpoint-2")
-    assert train(base, *IN_FULL, "--save-steps", "1", "--resume") == 0
-    again = load_file("run/adapter/adapter_model.safetensors")
-    assert set(again) == set(whole)
-    assert all(torch.equal(again[name], whole[name]) for name in whole)
+    assert train(base, *TRAIN_EMBEDDINGS, "--save-steps", "1", "--resume") == 0
+    resumed = load_file("run/adapter/adapter_model.safetensors")
+    assert set(resumed) == set(expected)
+    assert all(torch.equal(resumed[name], expected[name]) for name in expected)
 
 
 @pytest.mark.parametrize(
@@ -113,7 +115,7 @@ def test_a_run_is_resumed_with_its_embeddings(tiny_model_dir: TinyModelDir) -> N
         (["--set", "method.ensure_weight_tying=true"], "ensure_weight_tying is of an embedding"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_trained_is_refused_before_weights_load(
+def test_untrainable_modules_are_rejected_before_loading(
     settings: list[str],
     message: str,
     tiny_model_dir: TinyModelDir,

@@ -41,8 +41,8 @@ CELLS: list[tuple[str, str, str, str | None, dict[str, Any]]] = [
 ]
 
 
-def configure(model: Path, data: Path, out: Path, task: str, **more: Any) -> TrainConfig:
-    options = more.pop("options", {})
+def create_config(model: Path, data: Path, out: Path, task: str, **overrides: Any) -> TrainConfig:
+    options = overrides.pop("options", {})
     return TrainConfig.model_validate(
         {
             "task": task,
@@ -56,18 +56,18 @@ def configure(model: Path, data: Path, out: Path, task: str, **more: Any) -> Tra
                 "max_generate_samples": 5,
             },
             "output": {"dir": str(out)},
-            **more,
+            **overrides,
         }
     )
 
 
-def score(name: Path, **more: Any) -> Evaluation:
-    fields = {"name": str(name), "resamples": 40, "device": "cpu", **more}
+def run_evaluation(name: Path, **overrides: Any) -> Evaluation:
+    fields = {"name": str(name), "resamples": 40, "device": "cpu", **overrides}
     return evaluate(EvaluateConfig.model_validate(fields))
 
 
 @pytest.mark.parametrize(("name", "task", "family", "head", "options"), CELLS)
-def test_gives_trainings_numbers(
+def test_evaluation_matches_metrics_of_training(
     name: str,
     task: str,
     family: str,
@@ -77,38 +77,40 @@ def test_gives_trainings_numbers(
     tmp_path: Path,
 ) -> None:
     data = task_data.write(tmp_path / "data", name)
-    config = configure(tiny_model_dir(family, head), data, tmp_path / "run", task, options=options)
-    trained = train(config).summary
-    result = score(tmp_path / "run", predictions=tmp_path / "p.jsonl", resamples=200)
-    assert result.metrics == trained["metrics"]
-    check_intervals(result)
-    lines, own = (
+    config = create_config(
+        tiny_model_dir(family, head), data, tmp_path / "run", task, options=options
+    )
+    summary = train(config).summary
+    result = run_evaluation(tmp_path / "run", predictions=tmp_path / "p.jsonl", resamples=200)
+    assert result.metrics == summary["metrics"]
+    assert_intervals_contain_metrics(result)
+    lines, run_lines = (
         [json.loads(line) for line in path.read_text().splitlines()]
         for path in (tmp_path / "p.jsonl", tmp_path / "run" / "validation.jsonl")
     )
-    assert own == [  # what the run itself wrote, which has not asked its base
+    assert run_lines == [  # predictions of the run, which have no base predictions
         {name: value for name, value in line.items() if not name.startswith("base_")}
         | {"where": f"row {line['row'] + 1}"} for line in lines
     ]  # fmt: skip
-    for metric, ends in trained["intervals"].items():
-        assert ends == pytest.approx(result.summary["intervals"][metric]), metric
+    for metric, bounds in summary["intervals"].items():
+        assert bounds == pytest.approx(result.summary["intervals"][metric]), metric
     leaked = {
         place
-        for found in trained["data"]["gate"]
-        if (found["name"], found["split"]) == ("leaked", "validation")
-        for place in found["places"]
+        for finding in summary["data"]["gate"]
+        if (finding["name"], finding["split"]) == ("leaked", "validation")
+        for place in finding["places"]
     }
-    there = {f"{data}/validation.jsonl:{line}" for line in range(1, 7)} - leaked
-    assert len(lines) == result.summary["data"]["examples"] == len(there)
-    assert {line["where"] for line in lines} == there
-    check_predictions(name, lines, result)
+    expected_rows = {f"{data}/validation.jsonl:{line}" for line in range(1, 7)} - leaked
+    assert len(lines) == result.summary["data"]["examples"] == len(expected_rows)
+    assert {line["where"] for line in lines} == expected_rows
+    assert_predictions_match_metrics(name, lines, result)
     has_new_head = task in ("text-classification", "token-classification", "question-answering")
     assert bool(result.base) is not has_new_head
     if result.base:
         assert result.base["loss"] != result.metrics["loss"]
 
 
-def check_intervals(result: Evaluation) -> None:
+def assert_intervals_contain_metrics(result: Evaluation) -> None:
     intervals = result.summary["intervals"]
     assert set(intervals) <= set(result.metrics)
     assert "loss" in intervals
@@ -118,71 +120,77 @@ def check_intervals(result: Evaluation) -> None:
             assert low - 1e-6 <= result.metrics[name] <= high + 1e-6, name
 
 
-def check_predictions(name: str, lines: list[dict[str, Any]], result: Evaluation) -> None:
-    """The lines give the metrics again."""
+def assert_predictions_match_metrics(
+    name: str, lines: list[dict[str, Any]], result: Evaluation
+) -> None:
+    """Compute metrics from the prediction lines and compare."""
     metrics = result.metrics
     if name in ("class",):
-        right = sum(line["predicted"] == line["true"] for line in lines)
-        assert right / len(lines) == pytest.approx(metrics["accuracy"])
+        correct = sum(line["predicted"] == line["true"] for line in lines)
+        assert correct / len(lines) == pytest.approx(metrics["accuracy"])
         assert sum(line["loss"] for line in lines) / 6 == pytest.approx(metrics["loss"], rel=1e-4)
     elif name == "multi":
-        right = sum(line["predicted"] == line["true"] for line in lines)
-        assert right / len(lines) == pytest.approx(metrics["subset_accuracy"])
+        correct = sum(line["predicted"] == line["true"] for line in lines)
+        assert correct / len(lines) == pytest.approx(metrics["subset_accuracy"])
     elif name == "regression":
         squares = [(line["predicted"] - line["true"]) ** 2 for line in lines]
         assert math.sqrt(sum(squares) / 6) == pytest.approx(metrics["rmse"], rel=1e-4)
     elif name == "tags":
         pairs = [p for line in lines for p in zip(line["predicted"], line["true"], strict=True)]
-        right = sum(predicted == true for predicted, true in pairs)
-        assert right / len(pairs) == pytest.approx(metrics["accuracy"])
+        correct = sum(predicted == true for predicted, true in pairs)
+        assert correct / len(pairs) == pytest.approx(metrics["accuracy"])
     elif name == "mask":
         tokens = sum(line["tokens"] for line in lines)
         loss = sum(line["loss"] * line["tokens"] for line in lines) / tokens
         assert loss == pytest.approx(metrics["loss"], rel=1e-4)
-        right = sum(line["tokens_right"] for line in lines)
+        correct = sum(line["tokens_right"] for line in lines)
         accuracy = metrics.get("masked_accuracy", metrics.get("token_accuracy"))
-        assert right / tokens == pytest.approx(accuracy)
+        assert correct / tokens == pytest.approx(accuracy)
     elif name == "pair":
         assert sum("predicted" in line for line in lines) == 5
         assert all("base_predicted" in line for line in lines[:5])
 
 
-def test_training_rows_are_called_so(
+def test_evaluation_on_training_rows_warns(
     tiny_model_dir: ModelDir, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = task_data.write(tmp_path / "data", "class") / "train.jsonl"
-    train(configure(tiny_model_dir("bert", "mlm"), data, tmp_path / "run", "text-classification"))
-    words = "the training rows: no validation split was held out"
-    asked = ["evaluate", str(tmp_path / "run"), "--resamples", "0", "--device", "cpu"]
-    assert run([*asked, "--quiet", "--predictions", str(tmp_path / "p.csv")]) == 0
-    shown = capsys.readouterr()
-    assert words in shown.out.splitlines()[0]
-    assert f"warning: these are {words}" in shown.err
+    train(
+        create_config(tiny_model_dir("bert", "mlm"), data, tmp_path / "run", "text-classification")
+    )
+    description = "the training rows: no validation split was held out"
+    command = ["evaluate", str(tmp_path / "run"), "--resamples", "0", "--device", "cpu"]
+    assert run([*command, "--quiet", "--predictions", str(tmp_path / "p.csv")]) == 0
+    captured = capsys.readouterr()
+    assert description in captured.out.splitlines()[0]
+    assert f"warning: these are {description}" in captured.err
     with (tmp_path / "p.csv").open(encoding="utf-8", newline="") as file:
         lines = list(csv.DictReader(file))
     assert [line["where"] for line in lines] == [f"{data}:{i}" for i in range(1, 17)]
     assert {line["predicted"] for line in lines} <= {"a", "b"}
-    assert run([*asked, "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)["data"]
-    assert (found["split"], found["training_rows"]) == (words, True)
+    assert run([*command, "--json"]) == 0
+    data_summary = json.loads(capsys.readouterr().out)["data"]
+    assert (data_summary["split"], data_summary["training_rows"]) == (description, True)
     other = task_data.write(tmp_path / "other", "class") / "train.jsonl"
-    assert run([*asked, "--dataset", str(other)]) == 0
+    assert run([*command, "--dataset", str(other)]) == 0
     assert "(all rows)" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("kind", ["full", "prefix", "qlora"])
-def test_other_methods(kind: str, tiny_model_dir: ModelDir, tmp_path: Path) -> None:
+def test_evaluation_supports_other_methods(
+    kind: str, tiny_model_dir: ModelDir, tmp_path: Path
+) -> None:
     data = task_data.write(tmp_path / "data", "mask")
     method = {"kind": kind} if kind != "prefix" else {"kind": kind, "num_virtual_tokens": 4}
-    config = configure(
+    config = create_config(
         tiny_model_dir("llama"), data, tmp_path / "run", "text-generation", method=method
     )
     expected = train(config).summary["metrics"]
-    result = score(tmp_path / "run")
+    result = run_evaluation(tmp_path / "run")
     assert result.metrics == expected
     assert result.base["loss"] > expected["loss"]
     if kind == "qlora":
-        float_base = score(tmp_path / "run", quant="none")
+        float_base = run_evaluation(tmp_path / "run", quant="none")
         assert float_base.metrics["loss"] != expected["loss"]
         assert float_base.metrics["loss"] == pytest.approx(expected["loss"], rel=0.05)
 
@@ -191,35 +199,37 @@ def test_other_methods(kind: str, tiny_model_dir: ModelDir, tmp_path: Path) -> N
 def classifier(tiny_model_dir: ModelDir, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("classifier")
     data = task_data.write(folder / "data", "class")
-    train(configure(tiny_model_dir("bert", "mlm"), data, folder / "run", "text-classification"))
+    train(create_config(tiny_model_dir("bert", "mlm"), data, folder / "run", "text-classification"))
     return folder
 
 
-def test_other_rows(classifier: Path, tmp_path: Path) -> None:
+def test_evaluate_on_other_splits_and_files(classifier: Path, tmp_path: Path) -> None:
     rows = [json.dumps(task_data.ROWS["class"](i)) for i in range(40, 50)]
     (classifier / "data/test.jsonl").write_text("\n".join(rows))
-    test = score(classifier / "run", split="test")
+    test = run_evaluation(classifier / "run", split="test")
     assert test.summary["data"]["examples"] == 10
     assert test.summary["data"]["split"] == "test"
-    one_file = score(classifier / "run/adapter", dataset=str(classifier / "data/test.jsonl"))
+    one_file = run_evaluation(
+        classifier / "run/adapter", dataset=str(classifier / "data/test.jsonl")
+    )
     assert one_file.metrics == test.metrics
     assert one_file.summary["data"]["split"] == "all rows"
-    few = score(classifier / "run", split="test", max_eval_samples=4, batch_size=1)
+    few = run_evaluation(classifier / "run", split="test", max_eval_samples=4, batch_size=1)
     assert few.summary["data"]["examples"] == 4
     (classifier / "data/test.jsonl").unlink()
     with pytest.raises(InputError, match=r"--split test: .* has none. Splits here: train, valid"):
-        score(classifier / "run", split="test")
+        run_evaluation(classifier / "run", split="test")
     (tmp_path / "odd.jsonl").write_text('{"text": "a", "label": "z"}\n{"text": "b", "label": "a"}')
     with pytest.raises(InputError, match=r"label 'z' .* is not a class of the training rows"):
-        score(classifier / "run", dataset=str(tmp_path / "odd.jsonl"))
+        run_evaluation(classifier / "run", dataset=str(tmp_path / "odd.jsonl"))
 
 
-def test_the_draws_are_seeded(tiny_model_dir: ModelDir, tmp_path: Path) -> None:
+def test_resampling_is_seeded(tiny_model_dir: ModelDir, tmp_path: Path) -> None:
     data = task_data.write(tmp_path / "data", "mask")
-    train(configure(tiny_model_dir("llama"), data, tmp_path / "run", "text-generation"))
-    first, second = (score(tmp_path / "run", seed=3).summary for _ in range(2))
+    train(create_config(tiny_model_dir("llama"), data, tmp_path / "run", "text-generation"))
+    first, second = (run_evaluation(tmp_path / "run", seed=3).summary for _ in range(2))
     assert first == second
-    other = score(tmp_path / "run", seed=4).summary
+    other = run_evaluation(tmp_path / "run", seed=4).summary
     assert other["metrics"] == first["metrics"]
     assert other["intervals"] != first["intervals"]
     low, high = first["difference_intervals"]["loss"]
@@ -227,8 +237,10 @@ def test_the_draws_are_seeded(tiny_model_dir: ModelDir, tmp_path: Path) -> None:
     assert low <= change <= high
 
 
-def test_a_plain_peft_adapter(tiny_model_dir: ModelDir, tmp_path: Path) -> None:
-    """The numbers are those of the model in memory, however it was made."""
+def test_plain_peft_adapter_loss_matches_reference(
+    tiny_model_dir: ModelDir, tmp_path: Path
+) -> None:
+    """The reference is the loss of the model in memory."""
     base = tiny_model_dir("llama")
     model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     peft_config = LoraConfig(
@@ -238,7 +250,7 @@ def test_a_plain_peft_adapter(tiny_model_dir: ModelDir, tmp_path: Path) -> None:
     adapted.save_pretrained(tmp_path / "adapter")
     data = task_data.write(tmp_path / "data", "mask")
     rows = str(data / "validation.jsonl")
-    result = score(tmp_path / "adapter", task="text-generation", dataset=rows)
+    result = run_evaluation(tmp_path / "adapter", task="text-generation", dataset=rows)
     tokenizer = transformers.AutoTokenizer.from_pretrained(base)
     total = count = 0.0
     for line in Path(rows).read_text().splitlines():
@@ -253,37 +265,39 @@ def test_a_plain_peft_adapter(tiny_model_dir: ModelDir, tmp_path: Path) -> None:
     assert result.base["loss"] != result.metrics["loss"]
 
 
-def test_a_plain_model(tiny_model_dir: ModelDir, tmp_path: Path) -> None:
+def test_evaluate_plain_model(tiny_model_dir: ModelDir, tmp_path: Path) -> None:
     data = task_data.write(tmp_path / "data", "class")
     rows = str(data / "validation.jsonl")
     with pytest.raises(InputError, match=r"has no trained head for --task text-classification"):
-        score(tiny_model_dir("bert", "mlm"), task="text-classification", dataset=rows)
+        run_evaluation(tiny_model_dir("bert", "mlm"), task="text-classification", dataset=rows)
     masked = task_data.write(tmp_path / "masked", "mask")
-    result = score(
+    result = run_evaluation(
         tiny_model_dir("bert", "mlm"), task="masked-lm", dataset=str(masked / "validation.jsonl")
     )
     assert result.metrics["pseudo_perplexity"] > 1
     assert not result.base
     with pytest.raises(ConfigError, match=r"does not record its dataset\. Add --dataset FILE\."):
-        score(tiny_model_dir("bert", "mlm"), task="masked-lm")
+        run_evaluation(tiny_model_dir("bert", "mlm"), task="masked-lm")
 
 
-def test_the_command(classifier: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_evaluate_command_output_and_errors(
+    classifier: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     name = str(classifier / "run")
     assert run(["evaluate", name, "--resamples", "20", "--device", "cpu"]) == 0
-    shown = capsys.readouterr().out
-    assert "accuracy" in shown
+    output = capsys.readouterr().out
+    assert "accuracy" in output
     heads = json.loads((classifier / "run/adapter/ftlevel.json").read_text())["heads"]
     assert heads == ["bert.pooler", "classifier"]
-    assert f"without the adapter its {', '.join(heads)} is random" in shown
+    assert f"without the adapter its {', '.join(heads)} is random" in output
     assert run(["evaluate", name, "--json", "--resamples", "20", "--device", "cpu"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert set(found["metrics"]) == {"loss", "accuracy", "f1", "mcc"}
-    mine = tmp_path / "mine.jsonl"
-    mine.write_text("mine")
-    assert run(["evaluate", name, "--predictions", str(mine)]) == 2
+    result = json.loads(capsys.readouterr().out)
+    assert set(result["metrics"]) == {"loss", "accuracy", "f1", "mcc"}
+    existing_file = tmp_path / "mine.jsonl"
+    existing_file.write_text("mine")
+    assert run(["evaluate", name, "--predictions", str(existing_file)]) == 2
     assert "--predictions" in capsys.readouterr().err
-    assert mine.read_text() == "mine"
+    assert existing_file.read_text() == "mine"
     assert run(["evaluate", name, "--task", "token_classification"]) == 2
     assert "was trained for text-classification, not for token-classification" in (
         capsys.readouterr().err
@@ -294,43 +308,52 @@ def test_the_command(classifier: Path, tmp_path: Path, capsys: pytest.CaptureFix
     )
 
 
-def test_rows_longer_than_those_of_training_are_scored(
+def test_rows_longer_than_training_rows_are_evaluated(
     tiny_model_dir: ModelDir, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data, base = task_data.write(tmp_path / "data", "mask"), tiny_model_dir("llama")
-    train(configure(base, data, tmp_path / "run", "text-generation"))
+    train(create_config(base, data, tmp_path / "run", "text-generation"))
     positions = transformers.AutoConfig.from_pretrained(base).max_position_embeddings
     rows = tmp_path / "long.jsonl"
     texts = ["a b", "a b " * (positions // 8), "a b c d " * positions]
     rows.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    found = score(tmp_path / "run", dataset=str(rows))
-    assert (found.summary["data"]["rows"], found.summary["data"]["dropped"]) == (2, 1)
+    result = run_evaluation(tmp_path / "run", dataset=str(rows))
+    assert (result.summary["data"]["rows"], result.summary["data"]["dropped"]) == (2, 1)
     capsys.readouterr()
     command = ["evaluate", str(tmp_path / "run"), "--dataset", str(rows), "--device", "cpu"]
     assert run([*command, "--resamples", "0"]) == 0
-    shown = capsys.readouterr().err
-    assert "1 row is too long and not scored; the numbers are of the other 2." in shown
+    message = capsys.readouterr().err
+    assert "1 row is too long and not scored; the numbers are of the other 2." in message
 
 
-def test_other_rows_are_scored_alone(tiny_model_dir: ModelDir, tmp_path: Path) -> None:
-    """Those of a run on several data sets too: the others are not scored with them."""
-    one, two = task_data.write(tmp_path / "one", "class"), tmp_path / "two.jsonl"
-    two.write_bytes((one / "train.jsonl").read_bytes())
+def test_dataset_option_replaces_all_datasets_of_run(
+    tiny_model_dir: ModelDir, tmp_path: Path
+) -> None:
+    """A run on several datasets evaluates only the given one."""
+    first_dataset, second_dataset = (
+        task_data.write(tmp_path / "one", "class"),
+        tmp_path / "two.jsonl",
+    )
+    second_dataset.write_bytes((first_dataset / "train.jsonl").read_bytes())
     model = tiny_model_dir("bert", "mlm")
-    options = {"also": [str(two)], "mix": [1, 1]}
-    train(configure(model, one, tmp_path / "run", "text-classification", options=options))
-    result = score(tmp_path / "run", dataset=str(one / "validation.jsonl"))
+    options = {"also": [str(second_dataset)], "mix": [1, 1]}
+    train(
+        create_config(
+            model, first_dataset, tmp_path / "run", "text-classification", options=options
+        )
+    )
+    result = run_evaluation(tmp_path / "run", dataset=str(first_dataset / "validation.jsonl"))
     assert result.summary["data"]["examples"] == 6
 
 
-def test_validation_rows_that_are_all_trained_on_leave_nothing_to_score(
+def test_validation_rows_all_in_training_raise(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     text = "".join(json.dumps({"text": f"{i} is a number like {i + 1}"}) + "\n" for i in range(8))
     for name in ("train", "validation"):
         (tmp_path / f"{name}.jsonl").write_text(text, encoding="utf-8")
     assert run(["evaluate", "builtin:tiny-llama", "--dataset", str(tmp_path)]) == 2
-    said = capsys.readouterr().err
-    assert "row of" in said
-    assert "is left to score: also a training row: 8 of 8 validation rows" in said
-    assert "--split train" in said
+    message = capsys.readouterr().err
+    assert "row of" in message
+    assert "is left to score: also a training row: 8 of 8 validation rows" in message
+    assert "--split train" in message

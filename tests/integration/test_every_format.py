@@ -1,4 +1,4 @@
-"""Training from one file of every format."""
+"""Training from every column format and file format."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ WORDS = ("argument", "parser", "module", "string", "value", "object", "file", "p
 CALL = {"name": "look", "arguments": {"word": "value"}}
 
 
-def words(i: int) -> str:
+def phrase(i: int) -> str:
     return f"the {WORDS[i % 8]} {WORDS[i * 3 % 7]} {i}"
 
 
@@ -25,62 +25,62 @@ def turns(i: int, role: str, text: str, names: tuple[str, str, str]) -> list[dic
     system, user, assistant = names
     return [
         {role: system, text: "Be brief."},
-        {role: user, text: words(i)},
-        {role: assistant, text: words(i + 1)},
-        {role: user, text: words(i + 2)},
-        {role: assistant, text: words(i + 3)},
+        {role: user, text: phrase(i)},
+        {role: assistant, text: phrase(i + 1)},
+        {role: user, text: phrase(i + 2)},
+        {role: assistant, text: phrase(i + 3)},
     ]
 
 
-def with_tool(i: int) -> Rows:
+def tool_turns(i: int) -> Rows:
     return [
-        {"from": "human", "value": words(i)},
+        {"from": "human", "value": phrase(i)},
         {"from": "function_call", "value": json.dumps(CALL)},
-        {"from": "observation", "value": words(i + 1)},
-        {"from": "gpt", "value": words(i + 2)},
+        {"from": "observation", "value": phrase(i + 1)},
+        {"from": "gpt", "value": phrase(i + 2)},
     ]
 
 
-def squad(i: int) -> dict[str, Any]:
-    context = f"There is {words(i)} and {words(i + 1)}."
-    answer = {"text": [words(i)], "answer_start": [9]}
+def squad_row(i: int) -> dict[str, Any]:
+    context = f"There is {phrase(i)} and {phrase(i + 1)}."
+    answer = {"text": [phrase(i)], "answer_start": [9]}
     return {"context": context, "question": "What is there?", "answers": answer}
 
 
 OPENAI, SHAREGPT = ("system", "user", "assistant"), ("system", "human", "gpt")
 TOOLS = json.dumps([{"type": "function", "function": {"name": "look"}}])
 FORMATS: dict[str, tuple[str, str, Callable[[int], dict[str, Any]]]] = {
-    "text": ("text-generation", "llama", lambda i: {"text": words(i)}),
+    "text": ("text-generation", "llama", lambda i: {"text": phrase(i)}),
     "prompt + completion": (
-        "text-generation", "llama", lambda i: {"prompt": words(i), "completion": words(i + 1)}),
+        "text-generation", "llama", lambda i: {"prompt": phrase(i), "completion": phrase(i + 1)}),
     "instruction + output": (
         "text-generation", "llama",
-        lambda i: {"instruction": words(i), "input": "", "output": words(i + 1)}),
+        lambda i: {"instruction": phrase(i), "input": "", "output": phrase(i + 1)}),
     "messages": (
         "text-generation", "qwen2", lambda i: {"messages": turns(i, "role", "content", OPENAI)}),
     "conversations": (
         "text-generation", "qwen2",
         lambda i: {"conversations": turns(i, "from", "value", SHAREGPT)}),
     "conversations with tools": (
-        "text-generation", "qwen2", lambda i: {"conversations": with_tool(i), "tools": TOOLS}),
+        "text-generation", "qwen2", lambda i: {"conversations": tool_turns(i), "tools": TOOLS}),
     "document + summary": (
-        "summarization", "t5", lambda i: {"document": words(i) * 2, "summary": words(i)}),
+        "summarization", "t5", lambda i: {"document": phrase(i) * 2, "summary": phrase(i)}),
     "source + target": (
-        "translation", "t5", lambda i: {"source": words(i), "target": words(i + 1)}),
+        "translation", "t5", lambda i: {"source": phrase(i), "target": phrase(i + 1)}),
     "text + label": (
-        "text-classification", "bert", lambda i: {"text": words(i), "label": "ab"[i % 2]}),
+        "text-classification", "bert", lambda i: {"text": phrase(i), "label": "ab"[i % 2]}),
     "text + label as numbers": (
-        "text-classification", "bert", lambda i: {"text": words(i), "label": i % 2}),
+        "text-classification", "bert", lambda i: {"text": phrase(i), "label": i % 2}),
     "text + several labels": (
         "text-classification", "bert",
-        lambda i: {"text": words(i), "label": ["x", "y"][: i % 3]}),
+        lambda i: {"text": phrase(i), "label": ["x", "y"][: i % 3]}),
     "text + text_pair + label": (
         "text-classification", "bert",
-        lambda i: {"premise": words(i), "hypothesis": words(i + 1), "label": i % 2}),
+        lambda i: {"premise": phrase(i), "hypothesis": phrase(i + 1), "label": i % 2}),
     "tokens + tags": (
         "token-classification", "bert",
-        lambda i: {"tokens": words(i).split(), "tags": ["O", "B-X", "O", "O"]}),
-    "context + question + answers": ("question-answering", "bert", squad),
+        lambda i: {"tokens": phrase(i).split(), "tags": ["O", "B-X", "O", "O"]}),
+    "context + question + answers": ("question-answering", "bert", squad_row),
 }  # fmt: skip
 
 
@@ -131,54 +131,54 @@ WRITERS = (write_jsonl, write_json, write_csv, write_parquet, write_saved, write
 
 
 def train(
-    data: Path, task: str, model: Path, out: Path, capsys: pytest.CaptureFixture[str], *more: str
+    data: Path, task: str, model: Path, out: Path, capsys: pytest.CaptureFixture[str], *options: str
 ) -> str:
     arguments = ["--dataset", data, "--task", task, "--model", model, "--output-dir", out,
                  "--max-steps", "2", "--learning-rate", "0.01", "--device", "cpu"]  # fmt: skip
-    code = run(["train", *map(str, arguments), *more])
+    code = run(["train", *map(str, arguments), *options])
     captured = capsys.readouterr()
     assert code == 0, captured.err
     return captured.out
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_every_format_trains(
+def test_every_column_format_trains(
     name: str, tmp_path: Path, tiny_model_dir: Callable[..., Path],
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     task, family, row = FORMATS[name]
     data = write_jsonl(tmp_path / "rows", [row(i) for i in range(12)])
     head = "mlm" if family == "bert" else None
-    more = ["--chat-template", "qwen"] if "tools" in name else []
-    out = train(data, task, tiny_model_dir(family, head), tmp_path / "run", capsys, *more)
-    shape = name.partition(" as ")[0].partition(" with ")[0].replace("several labels", "label")
-    assert f"columns: {shape}: " in out
+    options = ["--chat-template", "qwen"] if "tools" in name else []
+    out = train(data, task, tiny_model_dir(family, head), tmp_path / "run", capsys, *options)
+    columns = name.partition(" as ")[0].partition(" with ")[0].replace("several labels", "label")
+    assert f"columns: {columns}: " in out
 
 
 @pytest.mark.parametrize("write", WRITERS, ids=lambda write: write.__name__.removeprefix("write_"))
-def test_every_container_trains(
+def test_every_file_format_trains(
     write: Callable[[Path, Rows], Path], tmp_path: Path, tiny_model_dir: Callable[..., Path],
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    rows = [{"prompt": words(i), "completion": words(i + 1)} for i in range(12)]
+    rows = [{"prompt": phrase(i), "completion": phrase(i + 1)} for i in range(12)]
     data = write(tmp_path / "rows", rows)
     out = train(data, "text-generation", tiny_model_dir("llama"), tmp_path / "run", capsys)
     assert "columns: prompt + completion: 'prompt', 'completion'" in out
 
 
-def test_paragraphs_train(
+def test_text_file_trains(
     tmp_path: Path, tiny_model_dir: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = tmp_path / "rows.txt"
-    data.write_text("\n\n".join(words(i) for i in range(12)), encoding="utf-8")
+    data.write_text("\n\n".join(phrase(i) for i in range(12)), encoding="utf-8")
     out = train(data, "text-generation", tiny_model_dir("llama"), tmp_path / "run", capsys)
     assert "columns: text: 'text'" in out
 
 
-def test_a_mapped_column_trains(
+def test_mapped_columns_train(
     tmp_path: Path, tiny_model_dir: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    rows = [{"frage": words(i), "antwort": words(i + 1)} for i in range(12)]
+    rows = [{"frage": phrase(i), "antwort": phrase(i + 1)} for i in range(12)]
     data, model = write_jsonl(tmp_path / "rows", rows), tiny_model_dir("llama")
     assert run(["train", "--dry-run", "--dataset", str(data), "--model", str(model)]) == 2
     assert (

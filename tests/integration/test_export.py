@@ -28,46 +28,48 @@ from tiny_tokenizers import build_tokenizer
 
 
 @pytest.fixture(autouse=True)
-def in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def empty_working_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
 @pytest.fixture
 def model_dir(tiny_model_dir: ModelDir, tmp_path: Path) -> ModelDir:
-    """Return a factory of tiny models whose tokenizers llama.cpp can be told of."""
+    """Return a factory of tiny models whose tokenizers llama.cpp supports."""
     return functools.partial(exportable, tiny_model_dir, tmp_path)
 
 
-@pytest.mark.parametrize(("family", "overrides", "own_settings"), CASES, ids=NAMES)
-def test_a_family_reads_back_as_it_was(
-    model_dir: ModelDir, family: str, overrides: Mapping[str, Any], own_settings: list[str]
+@pytest.mark.parametrize(("family", "overrides", "missing_settings"), CASES, ids=NAMES)
+def test_exported_family_matches_model(
+    model_dir: ModelDir, family: str, overrides: Mapping[str, Any], missing_settings: list[str]
 ) -> None:
     model = model_dir(family, **overrides)
     check = export_to("x.gguf", model, outtype="f32").summary["check"]
-    assert check["settings_of_the_model"] == own_settings
+    assert check["settings_of_the_model"] == missing_settings
     assert check["beside_model"]["max_difference"] <= 1e-6
     assert check["beside_model"]["targets"] > 400
-    if not own_settings:  # transformers alone gives the same, without any help
-        found = load(Path(), gguf_file="x.gguf")
+    if not missing_settings:  # transformers loads the same model from the file alone
+        loaded = load(Path(), gguf_file="x.gguf")
         torch.testing.assert_close(
-            logits_of(found, some_ids()), logits_of(load(model), some_ids()), rtol=0, atol=1e-6
+            logits_of(loaded, some_ids()), logits_of(load(model), some_ids()), rtol=0, atol=1e-6
         )
 
 
 @pytest.mark.parametrize("outtype", ["f16", "bf16", "q8_0"])
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
-def test_a_narrower_file_is_the_model_rounded(
+def test_narrow_outtype_matches_rounded_model(
     model_dir: ModelDir, family: str, outtype: str
 ) -> None:
     check = export_to("x.gguf", model_dir(family), outtype=outtype).summary["check"]
     assert check["beside_rounded"]["max_difference"] <= 1e-6
     assert 1e-6 < check["beside_model"]["max_difference"] < 0.1
-    assert abs(check["beside_model"]["kl"]) < 1e-3  # of f16 it is below the sums' own rounding
+    assert (
+        abs(check["beside_model"]["kl"]) < 1e-3
+    )  # for f16 it is below the rounding error of the sums
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-def test_auto_keeps_the_type_of_the_model(model_dir: ModelDir, tmp_path: Path, dtype: str) -> None:
+def test_outtype_auto_keeps_dtype(model_dir: ModelDir, tmp_path: Path, dtype: str) -> None:
     model = load(model_dir("qwen2")).to(getattr(torch, dtype))
     model.save_pretrained(tmp_path / "typed")
     build_tokenizer("qwen2").save_pretrained(tmp_path / "typed")
@@ -76,25 +78,27 @@ def test_auto_keeps_the_type_of_the_model(model_dir: ModelDir, tmp_path: Path, d
     assert summary["check"]["beside_model"]["max_difference"] <= 1e-6
 
 
-WRONG: dict[str, Callable[[Any], Any]] = {
+WRONG_FAMILIES: dict[str, Callable[[Any], Any]] = {
     "rows of queries and keys": lambda family: replace(family, interleaved=False),
     "norms": lambda family: replace(family, shifted_norms=True),
 }
 
 
-@pytest.mark.parametrize("what", WRONG)
-def test_a_wrong_file_is_found_and_not_kept(
-    model_dir: ModelDir, monkeypatch: pytest.MonkeyPatch, what: str
+@pytest.mark.parametrize("error", WRONG_FAMILIES)
+def test_wrong_export_raises_and_is_removed(
+    model_dir: ModelDir, monkeypatch: pytest.MonkeyPatch, error: str
 ) -> None:
     model = model_dir("llama")
-    family = WRONG[what](gguf_families.FAMILIES["llama"])
+    family = WRONG_FAMILIES[error](gguf_families.FAMILIES["llama"])
     monkeypatch.setitem(gguf_families.FAMILIES, "llama", family)
     with pytest.raises(RunError, match="the file is not the model"):
         export_to("x.gguf", model, outtype="f32")
     assert [path.name for path in Path().iterdir()] == ["model"]
 
 
-def test_a_wrong_vocabulary_is_found(model_dir: ModelDir, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_tokenizer_in_file_raises(
+    model_dir: ModelDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = model_dir("qwen2")
     export_to("x.gguf", model)
     monkeypatch.setattr(gguf, "load_tokenizer", lambda _: build_tokenizer("opt"))  # of the file
@@ -104,7 +108,7 @@ def test_a_wrong_vocabulary_is_found(model_dir: ModelDir, monkeypatch: pytest.Mo
 
 
 @pytest.mark.slow
-def test_a_run_is_merged_and_answers_as_a_file(capsys: pytest.CaptureFixture[str]) -> None:
+def test_exported_run_generates_same_text(capsys: pytest.CaptureFixture[str]) -> None:
     rows = [{"prompt": f"Say {i}.", "completion": f"It is {i} + {i}."} for i in range(24)]
     Path("rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     assert run(["train", "--method", "lora", "--dataset", "rows.jsonl", "--max-steps", "4",
@@ -141,7 +145,7 @@ def write_adapter(base: Path, out: Path, **settings: Any) -> Path:
     return out
 
 
-def test_an_adapter_on_a_tied_embedding_gets_a_head_of_its_own(
+def test_adapter_on_tied_embedding_exports_separate_head(
     model_dir: ModelDir,
 ) -> None:
     base = model_dir("qwen2", tie_word_embeddings=True)
@@ -152,11 +156,11 @@ def test_an_adapter_on_a_tied_embedding_gets_a_head_of_its_own(
     assert len(tokenizer) <= 704
     names = {tensor.name for tensor in GGUFReader("x.gguf").tensors}
     assert {"output.weight", "token_embd.weight"} <= names
-    found = load(Path(), gguf_file="x.gguf")
-    assert not torch.equal(found.lm_head.weight, found.get_input_embeddings().weight)
+    loaded = load(Path(), gguf_file="x.gguf")
+    assert not torch.equal(loaded.lm_head.weight, loaded.get_input_embeddings().weight)
 
 
-REFUSED = [
+REJECTED = [
     ("gpt_neo", {}, [], "gpt_neo is not among the families"),
     ("t5", {}, [], "t5 is not among the families"),
     ("gemma3_text", {}, [], "do not alternate five"),
@@ -166,8 +170,8 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize(("family", "overrides", "arguments", "message"), REFUSED)
-def test_refusals_come_before_anything_is_written(
+@pytest.mark.parametrize(("family", "overrides", "arguments", "message"), REJECTED)
+def test_unsupported_export_is_rejected_before_writing(
     tiny_model_dir: ModelDir,
     capsys: pytest.CaptureFixture[str],
     family: str,
@@ -181,7 +185,7 @@ def test_refusals_come_before_anything_is_written(
     assert list(Path().iterdir()) == []
 
 
-def test_a_model_of_another_task_and_a_file_are_refused(
+def test_export_of_classifier_or_gguf_file_raises(
     tiny_model_dir: ModelDir, model_dir: ModelDir
 ) -> None:
     with pytest.raises(
@@ -193,18 +197,18 @@ def test_a_model_of_another_task_and_a_file_are_refused(
         export_to("y.gguf", "x.gguf")
 
 
-def test_an_adapter_that_cannot_be_merged_is_refused_with_the_reason(
+def test_unmergeable_adapter_is_rejected(
     tiny_model_dir: ModelDir, capsys: pytest.CaptureFixture[str]
 ) -> None:
     settings = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
     get_peft_model(load(tiny_model_dir("qwen2")), settings).save_pretrained("prompts")
-    for more in ([], ["--dry-run"]):
-        assert run(["export", "prompts", "--out", "x.gguf", *more]) == 2
+    for options in ([], ["--dry-run"]):
+        assert run(["export", "prompts", "--out", "x.gguf", *options]) == 2
         assert "prompts cannot be merged" in capsys.readouterr().err
     assert [path.name for path in Path().iterdir()] == ["prompts"]
 
 
-def test_nothing_is_overwritten_unasked(
+def test_existing_file_needs_overwrite(
     model_dir: ModelDir, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = str(model_dir("qwen2"))
@@ -221,9 +225,7 @@ def test_nothing_is_overwritten_unasked(
     assert Path("x.Modelfile").read_text() != "mine"
 
 
-def test_a_dry_run_shows_and_writes_nothing(
-    model_dir: ModelDir, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_dry_run_writes_nothing(model_dir: ModelDir, capsys: pytest.CaptureFixture[str]) -> None:
     model = str(model_dir("gpt2"))
     assert run(["export", model, "--dry-run", "--outtype", "q8_0", "--json"]) == 0
     summary = json.loads(capsys.readouterr().out)
@@ -237,23 +239,21 @@ def test_a_dry_run_shows_and_writes_nothing(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("moments", [4, pytest.param(14, marks=pytest.mark.sweep)])
-def test_killed_at_any_moment_the_file_is_absent_or_whole(
-    model_dir: ModelDir, moments: int
-) -> None:
+@pytest.mark.parametrize("kills", [4, pytest.param(14, marks=pytest.mark.sweep)])
+def test_killed_export_leaves_no_partial_file(model_dir: ModelDir, kills: int) -> None:
     model = model_dir("qwen2", num_hidden_layers=6)
 
     def write(name: str) -> None:
         export_to(name, model, verify=False)
 
-    began = time.perf_counter()
+    started = time.perf_counter()
     write("whole.gguf")
-    seconds = time.perf_counter() - began
+    seconds = time.perf_counter() - started
     shutil.move("whole.gguf", "kept")
     write("x.gguf")
-    whole = Path("x.gguf").read_bytes()
-    fork, rng, found = multiprocessing.get_context("fork"), random.Random(0), []
-    for delay in [0.0, *(rng.uniform(0, 1.3 * seconds) for _ in range(moments)), None]:
+    complete = Path("x.gguf").read_bytes()
+    fork, rng, exists = multiprocessing.get_context("fork"), random.Random(0), []
+    for delay in [0.0, *(rng.uniform(0, 1.3 * seconds) for _ in range(kills)), None]:
         for path in (Path("x.gguf"), Path("x.Modelfile")):
             path.unlink(missing_ok=True)
         process = fork.Process(target=write, args=("x.gguf",))
@@ -264,15 +264,15 @@ def test_killed_at_any_moment_the_file_is_absent_or_whole(
             time.sleep(delay)
         process.kill()
         process.join()
-        found.append(Path("x.gguf").exists())
-        if found[-1]:
-            assert Path("x.gguf").read_bytes() == whole
-    assert {True, False} == set(found), "kills both before and after the end"
+        exists.append(Path("x.gguf").exists())
+        if exists[-1]:
+            assert Path("x.gguf").read_bytes() == complete
+    assert {True, False} == set(exists), "kills both before and after the end"
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("outtype", ["auto", pytest.param("q8_0", marks=pytest.mark.sweep)])
-def test_real_weights_read_back(first_blocks: Path, outtype: str) -> None:
+def test_export_of_real_weights_matches_model(first_blocks: Path, outtype: str) -> None:
     summary = export_to("x.gguf", first_blocks, outtype=outtype, verify_tokens=128).summary
     check = summary["check"]
     assert summary["tokenizer"]["pre"] == "smollm"
@@ -286,6 +286,6 @@ def test_real_weights_read_back(first_blocks: Path, outtype: str) -> None:
         assert check["beside_model"]["top1"] > 0.95
 
 
-def test_errors_of_an_export_are_ours() -> None:
+def test_export_of_missing_model_raises() -> None:
     with pytest.raises(FtlevelError, match="does not exist"):
         export_to("x.gguf", "./nowhere")

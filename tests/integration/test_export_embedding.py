@@ -1,4 +1,4 @@
-"""`export` of embedding models: servers return their vectors, or the export is refused."""
+"""`export` of embedding models: servers return their embeddings, or the export is rejected."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ ModelDir = Callable[..., Path]
 
 
 @pytest.fixture(autouse=True)
-def in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def empty_working_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
-def embedding_model(source: Path, **form: Any) -> Path:
+def embedding_model(source: Path, **embedding_format: Any) -> Path:
     """Return a copy of a tiny model as a SentenceTransformer directory."""
     copy = shutil.copytree(source, Path("model").absolute())
-    save_embedding_format(copy, EmbeddingFormat(**{"normalize": True, **form}), 64)
+    save_embedding_format(copy, EmbeddingFormat(**{"normalize": True, **embedding_format}), 64)
     return copy
 
 
@@ -44,8 +44,8 @@ def train_run(model: Path) -> None:
     rows = [{"anchor": f"a cat {i}", "positive": f"an animal {i}"} for i in range(8)]
     Path("rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     arguments = ["train", "--task", "embedding", "--model", str(model), "--dataset", "rows.jsonl"]
-    more = ["--max-steps", "2", "--output-dir", "run", "--quiet", "--device", "cpu"]
-    assert run([*arguments, *more]) == 0
+    options = ["--max-steps", "2", "--output-dir", "run", "--quiet", "--device", "cpu"]
+    assert run([*arguments, *options]) == 0
 
 
 @contextmanager
@@ -60,14 +60,16 @@ def llama_server(path: Path) -> Iterator[str]:
     del server
 
 
-def reference(model: Path, texts: list[str], pooling: str, end: int | None) -> torch.Tensor:
+def reference_embeddings(
+    model: Path, texts: list[str], pooling: str, eos_id: int | None
+) -> torch.Tensor:
     """Return normalized embeddings by transformers alone, one text at a time."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(model)
     network = transformers.AutoModel.from_pretrained(model, dtype=torch.float32).eval()
     rows = []
     for text in texts:
         ids = tokenizer(text)["input_ids"]
-        ids = ids if end is None or ids[-1] == end else [*ids, end]
+        ids = ids if eos_id is None or ids[-1] == eos_id else [*ids, eos_id]
         with torch.no_grad():
             states = network(torch.tensor([ids])).last_hidden_state[0]
         rows.append({"mean": states.mean(0), "cls": states[0], "last": states[-1]}[pooling])
@@ -79,7 +81,7 @@ def reference(model: Path, texts: list[str], pooling: str, end: int | None) -> t
     [("bert", "mlm", "mean"), ("bert", "mlm", "cls"), ("llama", None, "last"),
      ("qwen3", None, "last")],
 )  # fmt: skip
-def test_llama_cpp_returns_the_embeddings_of_the_model(
+def test_llama_cpp_embeddings_match_model(
     family: str, head: str | None, pooling: str, tiny_model_dir: ModelDir
 ) -> None:
     settings = {"head_dim": 16} if family == "qwen3" else {}
@@ -92,29 +94,29 @@ def test_llama_cpp_returns_the_embeddings_of_the_model(
     result = export(ExportConfig(model=str(model), out=Path("x.gguf"), server="llama.cpp"))
     assert result.summary["check"]["min_cosine"] > 1 - 1e-6
     record = json.loads(Path("x.served.json").read_text())
-    end = transformers.AutoTokenizer.from_pretrained(model).eos_token_id
+    eos_id = transformers.AutoTokenizer.from_pretrained(model).eos_token_id
     texts = [row["text"] for row in record["texts"]]
-    expected = reference(model, texts, pooling, end if pooling == "last" else None)
+    expected = reference_embeddings(model, texts, pooling, eos_id if pooling == "last" else None)
     recorded = torch.tensor([row["vector"] for row in record["texts"]])
     torch.testing.assert_close(recorded, expected, rtol=0, atol=1e-5)
     with llama_server(Path("x.gguf")) as url:
-        found = check_served(CheckServedConfig(out=Path("x.gguf"), url=url)).summary
-        assert found["min_cosine"] > 1 - 1e-5
+        summary = check_served(CheckServedConfig(out=Path("x.gguf"), url=url)).summary
+        assert summary["min_cosine"] > 1 - 1e-5
         record["texts"][0]["vector"] = [-value for value in record["texts"][0]["vector"]]
         Path("x.served.json").write_text(json.dumps(record))
         with pytest.raises(RunError, match="not those of training"):
             check_served(CheckServedConfig(out=Path("x.gguf"), url=url))
-    inside = CheckServedConfig(out=Path("x.gguf"), inside="llama.cpp")
+    in_process_config = CheckServedConfig(out=Path("x.gguf"), inside="llama.cpp")
     with pytest.raises(RunError, match="not those of training"):
-        check_served(inside)
+        check_served(in_process_config)
     record["texts"][0]["vector"] = [-value for value in record["texts"][0]["vector"]]
     Path("x.served.json").write_text(json.dumps(record))
-    assert check_served(inside).summary["min_cosine"] > 1 - 1e-5
+    assert check_served(in_process_config).summary["min_cosine"] > 1 - 1e-5
     with pytest.raises(InputError, match=r"is a \.gguf file, which vllm does not load"):
         check_served(CheckServedConfig(out=Path("x.gguf"), inside="vllm"))
 
 
-REFUSED: list[tuple[dict[str, Any], str, str]] = [
+REJECTED: list[tuple[dict[str, Any], str, str]] = [
     ({"pooling": "max"}, "llama.cpp", "has max pooling, and llama.cpp has mean, cls, last"),
     ({"query_prompt": "query: "}, "vllm", "was trained with prompts (query 'query: ')"),
     ({"normalize": False, "similarity": "dot"}, "tei", "by dot product"),
@@ -123,11 +125,11 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("form", "server", "message"), REFUSED)
-def test_what_a_server_computes_otherwise_is_refused(
-    form: dict[str, Any], server: str, message: str, tiny_model_dir: ModelDir
+@pytest.mark.parametrize(("embedding_format", "server", "message"), REJECTED)
+def test_embedding_format_unsupported_by_server_raises(
+    embedding_format: dict[str, Any], server: str, message: str, tiny_model_dir: ModelDir
 ) -> None:
-    model = embedding_model(tiny_model_dir("bert", "mlm"), **form)
+    model = embedding_model(tiny_model_dir("bert", "mlm"), **embedding_format)
     train_run(model)
     out = Path("x.gguf" if server == "llama.cpp" else "out")
     with pytest.raises(FtlevelError) as raised:
@@ -136,7 +138,7 @@ def test_what_a_server_computes_otherwise_is_refused(
     assert not out.exists()
 
 
-def test_a_run_is_merged_for_servers_of_embeddings(
+def test_run_is_exported_for_embedding_servers(
     tiny_model_dir: ModelDir, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = embedding_model(tiny_model_dir("bert", "mlm"), query_prompt="query: ")
@@ -154,7 +156,7 @@ def test_a_run_is_merged_for_servers_of_embeddings(
     compile(summary["start"][1].partition(" -c ")[2], "start", "exec")
     record = json.loads(Path("tei/served.json").read_text())
     texts = [row["text"] for row in record["texts"]]
-    expected = reference(Path("tei"), texts, "mean", None)
+    expected = reference_embeddings(Path("tei"), texts, "mean", None)
     recorded = torch.tensor([row["vector"] for row in record["texts"]])
     torch.testing.assert_close(recorded, expected, rtol=0, atol=1e-5)
     arguments = ["export", "run", "--for", "llama.cpp", "--out", "run.gguf", "--client-prompts"]

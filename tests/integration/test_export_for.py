@@ -1,4 +1,4 @@
-"""`export --for`: server formats, start commands and refusals."""
+"""`export --for`: server formats, start commands and rejected options."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def empty_working_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
-def adapter(base: Path, name: str) -> str:
+def save_adapter(base: Path, name: str) -> str:
     return str(make_adapter(base, Path(name).absolute(), CASES[name].settings))
 
 
-def dry(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, object]:
+def dry_run(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, object]:
     assert run(["export", *arguments, "--dry-run", "--json"]) == 0
-    told: dict[str, object] = json.loads(capsys.readouterr().out)
+    summary: dict[str, object] = json.loads(capsys.readouterr().out)
     assert not Path("out").exists()
-    return told
+    return summary
 
 
 @pytest.mark.parametrize(
@@ -52,36 +52,36 @@ def dry(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, object
         ("llama.cpp", "gguf-lora", "llama-server -m {name}.gguf --lora out/adapter.gguf"),
     ],
 )  # fmt: skip
-def test_the_server_chooses_the_format_and_is_started_by_its_command(
+def test_server_determines_format_and_start_command(
     base: Path, capsys: pytest.CaptureFixture[str], server: str, format_: str, start: str
 ) -> None:
-    told = dry(capsys, adapter(base, "patterns"), "--for", server, "--out", "out")
-    assert told["format"] == format_
-    assert told["start"][-1] == start.format(base=base.resolve(), name=base.name)  # type: ignore[index]
-    assert told["adapters"][0]["rank"] == 12  # type: ignore[index]
+    summary = dry_run(capsys, save_adapter(base, "patterns"), "--for", server, "--out", "out")
+    assert summary["format"] == format_
+    assert summary["start"][-1] == start.format(base=base.resolve(), name=base.name)  # type: ignore[index]
+    assert summary["adapters"][0]["rank"] == 12  # type: ignore[index]
 
 
-def test_openvino_is_given_the_base_in_its_format_and_every_adapter(
+def test_openvino_start_commands_convert_base_and_load_adapters(
     base: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     Path("all").mkdir()
     for name in ("lora", "rslora"):
-        Path(adapter(base, name)).rename(Path("all", name))
-    told = dry(capsys, "all", "--for", "openvino", "--out", "out")
-    convert, ask = (shlex.split(command) for command in told["start"])  # type: ignore[attr-defined]
-    # Without --task optimum-cli refuses a directory; its default above a billion weights is 8 bits.
+        Path(save_adapter(base, name)).rename(Path("all", name))
+    summary = dry_run(capsys, "all", "--for", "openvino", "--out", "out")
+    convert, generate = (shlex.split(command) for command in summary["start"])  # type: ignore[attr-defined]
+    # optimum-cli needs --task for a directory; above 1B weights its default format is int8.
     assert convert[:4] == ["optimum-cli", "export", "openvino", "--model"]
     assert convert[4:] == [
         str(base.resolve()), "--task", "text-generation-with-past", "--weight-format", "fp16",
         f"{base.name}-openvino",
     ]  # fmt: skip
-    compile(ask[2], "start", "exec")
+    compile(generate[2], "start", "exec")
     for name in ("lora", "rslora"):
-        assert f"'out/{name}/adapter_model.safetensors'" in ask[2]
-    assert f"'{base.name}-openvino'" in ask[2]
+        assert f"'out/{name}/adapter_model.safetensors'" in generate[2]
+    assert f"'{base.name}-openvino'" in generate[2]
 
 
-REFUSED = [
+REJECTED = [
     ("norms", "vllm", "input_layernorm, model.layers.0.post_attention_layernorm and 3 more. Merge "
                       "it: --format merged."),
     ("tokens", "llama.cpp", "llama.cpp does not serve LoRA on lm_head, model.embed_tokens as it "
@@ -92,11 +92,11 @@ REFUSED = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("name", "server", "error"), REFUSED)
-def test_what_a_server_would_not_serve_as_trained_is_refused(
+@pytest.mark.parametrize(("name", "server", "error"), REJECTED)
+def test_adapter_unsupported_by_server_is_rejected(
     base: Path, capsys: pytest.CaptureFixture[str], name: str, server: str, error: str
 ) -> None:
-    assert run(["export", adapter(base, name), "--for", server, "--out", "out"]) == 2
+    assert run(["export", save_adapter(base, name), "--for", server, "--out", "out"]) == 2
     assert error in capsys.readouterr().err
     assert not Path("out").exists()
 
@@ -109,33 +109,37 @@ def test_what_a_server_would_not_serve_as_trained_is_refused(
         (["--for", "nowhere"], "nowhere"),
     ],
 )
-def test_a_wrong_wish_is_a_line(
+def test_invalid_server_options_are_rejected(
     base: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], error: str
 ) -> None:
-    assert run(["export", adapter(base, "lora"), *arguments, "--out", "out"]) == 2
+    assert run(["export", save_adapter(base, "lora"), *arguments, "--out", "out"]) == 2
     assert error in capsys.readouterr().err
 
 
-def test_layers_that_were_not_adapted_get_zeros_where_a_server_wants_all(base: Path) -> None:
-    name = adapter(base, "layers")  # of layer 1 alone
+def test_tgi_export_fills_missing_layers_with_zeros(base: Path) -> None:
+    name = save_adapter(base, "layers")  # of layer 1 alone
     for server in ("tgi", "vllm"):
         assert run(["export", name, "--for", server, "--out", server, "--no-verify", "-q"]) == 0
-    whole, own = (load_file(Path(s, "adapter_model.safetensors")) for s in ("tgi", "vllm"))
-    assert len(whole) == 2 * len(own)
-    for key, tensor in whole.items():
-        assert torch.equal(tensor, own[key]) if key in own else not tensor.any()
+    all_layers, adapted_layers = (
+        load_file(Path(s, "adapter_model.safetensors")) for s in ("tgi", "vllm")
+    )
+    assert len(all_layers) == 2 * len(adapted_layers)
+    for key, tensor in all_layers.items():
+        assert (
+            torch.equal(tensor, adapted_layers[key]) if key in adapted_layers else not tensor.any()
+        )
 
 
-def test_mlx_gets_transposed_matrices_and_the_scale_1(base: Path) -> None:
-    assert run(["export", adapter(base, "rslora"), "--for", "mlx", "--out", "out", "-q"]) == 0
-    found, was = (
+def test_mlx_export_transposes_matrices_and_folds_scale(base: Path) -> None:
+    assert run(["export", save_adapter(base, "rslora"), "--for", "mlx", "--out", "out", "-q"]) == 0
+    exported, original = (
         load_file("out/adapters.safetensors"),
         load_file("rslora/adapter_model.safetensors"),
     )
     key = "model.layers.1.mlp.up_proj"
-    a, b = (was[f"base_model.model.{key}.lora_{x}.weight"] for x in "AB")
-    torch.testing.assert_close(found[f"{key}.lora_a"], a.T)
-    torch.testing.assert_close(found[f"{key}.lora_b"], b.T * 16 / 8**0.5)
+    a, b = (original[f"base_model.model.{key}.lora_{x}.weight"] for x in "AB")
+    torch.testing.assert_close(exported[f"{key}.lora_a"], a.T)
+    torch.testing.assert_close(exported[f"{key}.lora_b"], b.T * 16 / 8**0.5)
     config = json.loads(Path("out/adapter_config.json").read_text())
     assert config["num_layers"] == 2
     assert config["lora_parameters"]["scale"] == 1.0
@@ -144,7 +148,7 @@ def test_mlx_gets_transposed_matrices_and_the_scale_1(base: Path) -> None:
     )
 
 
-def test_a_server_of_one_adapter_gets_one(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_mlx_rejects_several_adapters(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("lora", "rslora"):
         make_adapter(base, Path("all", name), CASES[name].settings)
     assert run(["export", "all", "--for", "mlx", "--out", "out"]) == 2
@@ -158,33 +162,37 @@ def test_a_server_of_one_adapter_gets_one(base: Path, capsys: pytest.CaptureFixt
     )
 
 
-def test_signs_that_a_server_takes_apart(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    place = make_adapter(base, Path("a=b,c").absolute(), CASES["lora"].settings)
-    told = dry(capsys, str(place), "--for", "vllm", "--out", "out")
-    module = shlex.split(told["start"][0])[-1]  # type: ignore[index]
+def test_separator_characters_are_escaped_or_rejected(
+    base: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    adapter_dir = make_adapter(base, Path("a=b,c").absolute(), CASES["lora"].settings)
+    summary = dry_run(capsys, str(adapter_dir), "--for", "vllm", "--out", "out")
+    module = shlex.split(summary["start"][0])[-1]  # type: ignore[index]
     assert json.loads(module) == {"name": "a=b,c", "path": "out"}
-    plain = make_adapter(base, Path("plain").absolute(), CASES["lora"].settings)
-    told = dry(capsys, str(plain), "--for", "vllm", "--out", "o,t")
-    assert json.loads(shlex.split(told["start"][0])[-1])["path"] == "o,t"  # type: ignore[index]
+    plain_dir = make_adapter(base, Path("plain").absolute(), CASES["lora"].settings)
+    summary = dry_run(capsys, str(plain_dir), "--for", "vllm", "--out", "o,t")
+    assert json.loads(shlex.split(summary["start"][0])[-1])["path"] == "o,t"  # type: ignore[index]
     for server, out in (("tgi", "out"), ("llama.cpp", "out,1")):
-        assert run(["export", str(place), "--for", server, "--out", out, "--dry-run"]) == 2
+        assert run(["export", str(adapter_dir), "--for", server, "--out", out, "--dry-run"]) == 2
         assert "uses as a separator on its command line. Choose another." in capsys.readouterr().err
 
 
-def test_a_classifier_goes_to_no_server_of_text(capsys: pytest.CaptureFixture[str]) -> None:
+def test_classifier_export_for_text_server_is_rejected(capsys: pytest.CaptureFixture[str]) -> None:
     base = save_tiny(Path("classes").absolute(), "llama", "seqcls")
     model = transformers.AutoModelForSequenceClassification.from_pretrained(base)
     settings = peft.LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["q_proj"])
     peft.get_peft_model(model, settings).save_pretrained("my classes")
-    for flags, told in (
+    for flags, message in (
         (["--for", "mlx"], "or merge it: ftlevel merge 'my classes' --out DIR"),
         (["--for", "mlx", "--format", "merged"], "mlx-lm serves decoders that write text"),
     ):
         assert run(["export", "my classes", *flags, "--out", "out", "--dry-run"]) == 2
-        assert told in capsys.readouterr().err
+        assert message in capsys.readouterr().err
 
 
-def test_what_is_no_adapter_is_named(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_directory_without_adapter_is_reported(
+    base: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     make_adapter(base, Path("all", "one"), CASES["lora"].settings)
     save_tiny(Path("all/whole"), "llama")
     assert run(["export", "all", "--for", "vllm", "--out", "out", "--dry-run"]) == 0
@@ -193,7 +201,7 @@ def test_what_is_no_adapter_is_named(base: Path, capsys: pytest.CaptureFixture[s
     assert "vLLM loads it as it is: vllm serve" in capsys.readouterr().err
 
 
-def test_adapters_of_two_bases_are_refused(
+def test_adapters_of_different_bases_are_rejected(
     base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     other = save_tiny(tmp_path / "other", "llama", seed=1)
@@ -203,11 +211,9 @@ def test_adapters_of_two_bases_are_refused(
     assert "one and two have different bases" in capsys.readouterr().err
 
 
-def test_ollama_gets_a_merged_file_with_the_answers_it_must_give(
-    tiny_model_dir: ModelDir, tmp_path: Path
-) -> None:
-    place = exportable(tiny_model_dir, tmp_path, "llama")
-    name = adapter(place, "lora")
+def test_ollama_export_is_merged_and_checked(tiny_model_dir: ModelDir, tmp_path: Path) -> None:
+    base_dir = exportable(tiny_model_dir, tmp_path, "llama")
+    name = save_adapter(base_dir, "lora")
     assert run(["export", name, "--for", "ollama", "--out", "mine.gguf", "-q"]) == 0
     assert "ADAPTER" not in Path("mine.Modelfile").read_text()
     served = json.loads(Path("mine.served.json").read_text())
@@ -217,37 +223,37 @@ def test_ollama_gets_a_merged_file_with_the_answers_it_must_give(
     assert run(["check-served", "mine.gguf", "--in", "llama.cpp", "-q"]) == 0
 
 
-def test_beside_a_gguf_file_only_llama_cpp_serves_an_adapter(
+def test_gguf_base_is_supported_only_by_llama_cpp(
     tiny_model_dir: ModelDir, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    place = exportable(tiny_model_dir, tmp_path, "llama")
-    name = adapter(place, "lora")
-    assert run(["export", str(place), "--out", "x.gguf", "--no-verify", "-q"]) == 0
-    wish = [name, "--model", "x.gguf", "--out", "out"]
-    assert dry(capsys, *wish, "--for", "llama.cpp")["start"] == [
+    base_dir = exportable(tiny_model_dir, tmp_path, "llama")
+    name = save_adapter(base_dir, "lora")
+    assert run(["export", str(base_dir), "--out", "x.gguf", "--no-verify", "-q"]) == 0
+    options = [name, "--model", "x.gguf", "--out", "out"]
+    assert dry_run(capsys, *options, "--for", "llama.cpp")["start"] == [
         f"llama-server -m {tmp_path / 'x.gguf'} --lora out/adapter.gguf"
     ]
-    assert run(["export", *wish, "--for", "mlx", "--dry-run"]) == 2
+    assert run(["export", *options, "--for", "mlx", "--dry-run"]) == 2
     assert (
         "x.gguf, and mlx-lm serves adapters only on bases in transformers format. Merge it: "
         in (capsys.readouterr().err)
     )
 
 
-def test_merged_is_a_model_with_its_start_command(base: Path) -> None:
-    name = adapter(base, "rslora")
+def test_merged_format_writes_model_and_start_command(base: Path) -> None:
+    name = save_adapter(base, "rslora")
     command = ["export", name, "--for", "vllm", "--format", "merged", "--out", "out", "-q"]
     assert run(command) == 0
-    for told in ("vllm serve out", "ftlevel check-served out --url"):
-        assert told in Path("out/README.md").read_text()
+    for command_line in ("vllm serve out", "ftlevel check-served out --url"):
+        assert command_line in Path("out/README.md").read_text()
     assert json.loads(Path("out/served.json").read_text())["adapters"][0]["rank"] is None
     assert {"config.json", "model.safetensors"} <= {path.name for path in Path("out").iterdir()}
 
 
-def test_a_start_inside_the_base_is_merged_by_its_plain_form(
+def test_pissa_adapter_is_merged_after_peft_export(
     base: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    name = adapter(base, "pissa")
+    name = save_adapter(base, "pissa")
     assert run(["merge", name, "--out", "merged"]) == 2
     assert (
         "its initialization changed the base weights and is not in the file. Export it as "
@@ -257,8 +263,8 @@ def test_a_start_inside_the_base_is_merged_by_its_plain_form(
     assert run(["merge", "plain", "--out", "merged", "-q"]) == 0
 
 
-def test_the_tokenizer_of_the_adapter_is_exported(base: Path) -> None:
-    name = adapter(base, "rslora")
+def test_adapter_tokenizer_is_exported(base: Path) -> None:
+    name = save_adapter(base, "rslora")
     (Path(name) / "tokenizer.json").write_bytes(b"{}")
     (Path(name) / "additional_chat_templates").mkdir()
     template = Path(name) / "additional_chat_templates/tools.jinja"
@@ -268,7 +274,7 @@ def test_the_tokenizer_of_the_adapter_is_exported(base: Path) -> None:
         assert Path("plain", path.relative_to(name)).read_bytes() == path.read_bytes()
 
 
-def test_every_server_loads_a_format_that_there_is() -> None:
+def test_server_formats_exist() -> None:
     from ftlevel.config.export import FORMATS
 
     assert {name for server in SERVERS.values() for name in server.formats} <= set(FORMATS)

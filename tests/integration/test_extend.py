@@ -26,7 +26,7 @@ for line in sys.argv[1:]:
 """Runs several commands in one process, which imports torch once."""
 
 
-def _toy_package(folder: Path) -> None:
+def write_toy_package(folder: Path) -> None:
     """Write the page's package into `folder`, as pip installs it."""
     toy, info = folder / "toy", folder / "toy-1.0.dist-info"
     toy.mkdir()
@@ -47,55 +47,55 @@ def _toy_package(folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def package_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("toy")
-    _toy_package(folder)
+    write_toy_package(folder)
     rows = (f"first=a {i};second=b {i};better={'first' if i % 2 else 'second'}" for i in range(24))
     (folder / "rows.kv").write_text("\n".join(rows), encoding="utf-8")
     return folder
 
 
-def _python(place: Path, *arguments: str) -> str:
-    paths = os.pathsep.join([str(place), str(ROOT / "src")])
-    done = subprocess.run(
+def run_python(package_dir: Path, *arguments: str) -> str:
+    paths = os.pathsep.join([str(package_dir), str(ROOT / "src")])
+    process = subprocess.run(
         [sys.executable, *arguments],
-        cwd=place,
+        cwd=package_dir,
         env={**os.environ, "PYTHONPATH": paths},
         capture_output=True,
         text=True,
         check=False,
     )
-    assert done.returncode == 0, done.stderr
-    assert "warning: toy" not in done.stderr
-    return done.stdout
+    assert process.returncode == 0, process.stderr
+    assert "warning: toy" not in process.stderr
+    return process.stdout
 
 
-def test_its_command_is_listed_and_runs(place: Path) -> None:
-    listed = _python(place, "-m", "ftlevel", "--help")
+def test_extension_command_is_listed_and_runs(package_dir: Path) -> None:
+    listed = run_python(package_dir, "-m", "ftlevel", "--help")
     assert re.search(r"shout +Print a text in capitals\.", listed)
-    said = _python(place, "-m", "ftlevel", "shout", "hi", "--times", "2", "--json")
-    assert json.loads(said) == {"text": "HI HI"}
+    output = run_python(package_dir, "-m", "ftlevel", "shout", "hi", "--times", "2", "--json")
+    assert json.loads(output) == {"text": "HI HI"}
 
 
 @pytest.mark.slow
-def test_method_task_formats_alias_and_hook_are_used(place: Path) -> None:
+def test_extension_method_task_formats_and_hook_are_used(package_dir: Path) -> None:
     common = "--task rank --dataset rows.kv"
-    _python(
-        place,
+    run_python(
+        package_dir,
         "-c",
         SCRIPT,
         f"preview {common}",
         f"train {common} --method scale --max-steps 2 --step-size 0.01 --output-dir run -q",
         "export run --format names --out run.names -q",
     )
-    summary = json.loads((place / "run/summary.json").read_text(encoding="utf-8"))
+    summary = json.loads((package_dir / "run/summary.json").read_text(encoding="utf-8"))
     assert (summary["task"], summary["method"]) == ("rank", "scale")
-    assert "learning_rate: 0.01" in (place / "run/config.yaml").read_text()
-    assert (place / "run/steps.txt").read_text() == "2"
-    assert (place / "run.names").read_text().count("\n") > 5
+    assert "learning_rate: 0.01" in (package_dir / "run/config.yaml").read_text()
+    assert (package_dir / "run/steps.txt").read_text() == "2"
+    assert (package_dir / "run.names").read_text().count("\n") > 5
 
 
-def test_the_page_names_files_and_hooks_that_exist() -> None:
+def test_documented_files_and_hooks_exist() -> None:
     from ftlevel.extensions import HOOKS
 
     paths = re.findall(r"`((?:src|tests|docs)/[\w./-]+)`", PAGE)
