@@ -16,7 +16,7 @@ SHORT = ["--max-samples", "24", "--set", "data.max_eval_samples=8", "--batch-siz
 
 
 @pytest.fixture(autouse=True)
-def in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def empty_working_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
@@ -28,30 +28,34 @@ def train(*arguments: str, out: str) -> tuple[dict[str, Any], list[dict[str, Any
 
 
 @pytest.mark.slow
-def test_one_curve() -> None:
-    fast, records = train("--verify-fast", out="fast")
-    plain, expected = train("--no-fast", out="plain")
-    assert fast["speed"]["verified"]["gradient"] < 3e-5
-    assert fast["speed"]["packed"]
-    assert fast["speed"]["chunked_cross_entropy"]
-    assert fast["speed"]["tokens_computed"] == fast["speed"]["tokens_in_rows"] > 1000
-    assert plain["speed"] == {"fast": False}
+def test_fast_and_plain_step_have_equal_losses() -> None:
+    fast_summary, records = train("--verify-fast", out="fast")
+    plain_summary, expected = train("--no-fast", out="plain")
+    assert fast_summary["speed"]["verified"]["gradient"] < 3e-5
+    assert fast_summary["speed"]["packed"]
+    assert fast_summary["speed"]["chunked_cross_entropy"]
+    assert (
+        fast_summary["speed"]["tokens_computed"] == fast_summary["speed"]["tokens_in_rows"] > 1000
+    )
+    assert plain_summary["speed"] == {"fast": False}
     assert len(records) == len(expected) == 7, "five steps and two evaluations"
-    for record, other in zip(records, expected, strict=True):
-        assert record["tokens"] == other["tokens"]
+    for record, plain_record in zip(records, expected, strict=True):
+        assert record["tokens"] == plain_record["tokens"]
         for name in ("loss", "grad_norm", "eval_loss"):
-            if name in other:
-                assert record[name] == pytest.approx(other[name], rel=1e-4), name
+            if name in plain_record:
+                assert record[name] == pytest.approx(plain_record[name], rel=1e-4), name
     assert records[-2]["loss"] != records[0]["loss"], "it learns, so a wrong gradient would show"
 
 
-def test_a_fast_step_that_is_wrong_is_found(
+def test_verify_fast_detects_wrong_fast_step(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from ftlevel.fast.packing import PackedLayout
 
-    right = PackedLayout.pack
-    monkeypatch.setattr(PackedLayout, "pack", lambda layout, states: right(layout, states) * 1.0001)
+    original_pack = PackedLayout.pack
+    monkeypatch.setattr(
+        PackedLayout, "pack", lambda layout, states: original_pack(layout, states) * 1.0001
+    )
     assert run(["train", "--quiet", "--output-dir", "wrong", *SHORT, "--verify-fast"]) == 1
     assert "--verify-fast: the fast step is not the plain one" in capsys.readouterr().err
     assert not Path("wrong").exists()

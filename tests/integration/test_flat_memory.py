@@ -23,18 +23,20 @@ from ftlevel.data.prepare.encoder import EncodingContext
 from ftlevel.data.sources import lines
 from ftlevel.tasks import TASKS, text
 
-BYTES_A_ROW = 10
+MAX_BYTES_PER_ROW = 10
 FEW, MANY = 3_000, 13_000
 
 
-def encode_quickly(tokenizer: Any, examples: Sequence[Any], prompt_format: Any) -> list[Encoded]:
-    """Encode without the tokenizer, which holds nothing and takes the time."""
+def encode_without_tokenizer(
+    tokenizer: Any, examples: Sequence[Any], prompt_format: Any
+) -> list[Encoded]:
+    """Encode without the tokenizer, which takes most of the time and no memory."""
     coded = [[*map(int, f"{e.row * 7919 % 10**7:07d}"), tokenizer.eos_token_id] for e in examples]
     return [Encoded(ids, ids, e.row) for ids, e in zip(coded, examples, strict=True)]
 
 
 def peak_bytes(path: Path, tokenizer: Any, rows: int) -> int:
-    """Return the most that Python and NumPy held while `rows` rows were prepared."""
+    """Return the peak memory of Python and NumPy while preparing `rows` rows, in bytes."""
     with path.open("w", encoding="utf-8") as file:
         for i in range(rows):
             file.write(json.dumps({"text": f"{i * 7 % 1000} is {i}"}) + "\n")
@@ -51,12 +53,12 @@ def peak_bytes(path: Path, tokenizer: Any, rows: int) -> int:
         tracemalloc.stop()
 
 
-def test_memory_does_not_grow_with_the_rows(
+def test_memory_does_not_grow_with_rows(
     tmp_path: Path, tiny_model_dir: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(text, "encode_causal", encode_quickly)
+    monkeypatch.setattr(text, "encode_causal", encode_without_tokenizer)
     monkeypatch.setattr(lines, "LARGE_BYTES", 0)
-    # What does not grow is made small, so that few rows show what does.
+    # Small buffers, so that memory that grows is visible with few rows.
     monkeypatch.setattr(encoder, "BATCH", 500)
     monkeypatch.setattr(lines, "_BLOCK", 4_096)
     monkeypatch.setattr(duplicates, "_PART_KEYS", 1_024)
@@ -66,7 +68,7 @@ def test_memory_does_not_grow_with_the_rows(
     monkeypatch.setattr(similarity, "_KNOWN_WORDS", 100)
     monkeypatch.setattr(wordings, "_GROUP_WORDS", 4_096)
     tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir("qwen2"))
-    peak_bytes(tmp_path / "warm.jsonl", tokenizer, 1_000)  # what is imported and cached once
+    peak_bytes(tmp_path / "warm.jsonl", tokenizer, 1_000)  # imports and caches
     few = peak_bytes(tmp_path / "few.jsonl", tokenizer, FEW)
     many = peak_bytes(tmp_path / "many.jsonl", tokenizer, MANY)
-    assert (many - few) / (MANY - FEW) < BYTES_A_ROW, f"{few:,} bytes, then {many:,}"
+    assert (many - few) / (MANY - FEW) < MAX_BYTES_PER_ROW, f"{few:,} bytes, then {many:,}"

@@ -40,7 +40,7 @@ PROMPTS = [
 ]
 
 
-def fit(
+def train_adapter(
     model: Path,
     data: Path,
     out: Path,
@@ -49,8 +49,12 @@ def fit(
     learning_rate: float = 0.004,
     **method: Any,
 ) -> Path:
-    pair = {"summarization": ("document", "summary"), "translation": ("source", "target")}
-    columns = dict(zip(pair[task], ("en", "de"), strict=True)) if task in pair else columns or {}
+    text_columns = {"summarization": ("document", "summary"), "translation": ("source", "target")}
+    columns = (
+        dict(zip(text_columns[task], ("en", "de"), strict=True))
+        if task in text_columns
+        else columns or {}
+    )
     train(
         TrainConfig.model_validate(
             {
@@ -70,7 +74,7 @@ def fit(
     return out
 
 
-def texts(name: Path | None, prompts: list[str] = PROMPTS, **settings: Any) -> list[str]:
+def answer_texts(name: Path | None, prompts: list[str] = PROMPTS, **settings: Any) -> list[str]:
     fields = {"max_new_tokens": 8, "device": "cpu", **settings}
     answers, _ = generate(None if name is None else str(name), prompts, **fields)
     return [answer.text for answer in answers]
@@ -83,7 +87,7 @@ PREFIX = {"kind": "prefix", "num_virtual_tokens": 3}
     ("family", "method"),
     sample(list(product(("llama", "gpt2", "t5", "bart"), ({"kind": "lora"}, PREFIX)))),
 )
-def test_a_batch_says_what_each_prompt_says_alone(
+def test_batched_generation_matches_single_prompts(
     family: str,
     method: dict[str, Any],
     tiny_model_dir: ModelDir,
@@ -91,34 +95,34 @@ def test_a_batch_says_what_each_prompt_says_alone(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     data = task_data.write(tmp_path / "data", "pair")
-    name = fit(tiny_model_dir(family), data, tmp_path / "run", "summarization", **method)
+    name = train_adapter(tiny_model_dir(family), data, tmp_path / "run", "summarization", **method)
     trained = resolve_model(str(name), device="cpu").load("cpu")
     assert trained.ref.prompt_format is not None
     ids = [encode_prompt(trained.tokenizer, trained.ref.prompt_format, text) for text in PROMPTS]
-    numbers, seen = Numbers(trained.tokenizer.pad_token_id), []
+    tokenizer, logits = IdTokenizer(trained.tokenizer.pad_token_id), []
     original = trained.model.generate
 
-    def generate_and_keep(**arguments: Any) -> Any:
-        found = original(**arguments, output_logits=True, return_dict_in_generate=True)
-        seen.append(torch.stack(found.logits, 1))  # (batch, steps, vocabulary)
-        return found.sequences
+    def generate_and_record(**arguments: Any) -> Any:
+        output = original(**arguments, output_logits=True, return_dict_in_generate=True)
+        logits.append(torch.stack(output.logits, 1))  # (batch, steps, vocabulary)
+        return output.sequences
 
-    monkeypatch.setattr(trained.model, "generate", generate_and_keep)
+    monkeypatch.setattr(trained.model, "generate", generate_and_record)
     with torch.no_grad():
-        together, alone = (
-            generate_texts(trained.model, numbers, ids, "cpu", size, GenerationOptions(8))
+        batched, unbatched = (
+            generate_texts(trained.model, tokenizer, ids, "cpu", size, GenerationOptions(8))
             for size in (5, 1)
         )
-    batch, single = seen[0], torch.cat(seen[1:])
-    assert together == alone
+    batch, single = logits[0], torch.cat(logits[1:])
+    assert batched == unbatched
     assert torch.allclose(batch, single, atol=2e-5)
     between_prompts = (single[1:, 0] - single[:-1, 0]).abs().amax(-1)
     assert (between_prompts > 1e-3).all()  # the prompts matter
-    assert all(len(text.split()) >= 8 for text in alone)
+    assert all(len(text.split()) >= 8 for text in unbatched)
 
 
-class Numbers:
-    """A tokenizer that shows every id; these models mostly say special tokens."""
+class IdTokenizer:
+    """A tokenizer that decodes to ids, since tiny models mostly generate special tokens."""
 
     eos_token_id = 703  # no tokenizer of the tests uses it
 
@@ -130,39 +134,50 @@ class Numbers:
 
 
 @pytest.fixture(scope="module")
-def shelf(tiny_model_dir: ModelDir, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a directory of two runs on one base, of two tasks."""
+def adapters_dir(tiny_model_dir: ModelDir, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a directory of two runs of different tasks on one base."""
     folder = tmp_path_factory.mktemp("shelf")
     data = task_data.write(folder.parent / "shelf-data", "pair")
-    fit(tiny_model_dir("llama"), data, folder / "german-1.0", "translation")
-    fit(tiny_model_dir("llama"), data, folder / "short", "summarization", kind="lora", r=4)
+    train_adapter(tiny_model_dir("llama"), data, folder / "german-1.0", "translation")
+    train_adapter(
+        tiny_model_dir("llama"), data, folder / "short", "summarization", kind="lora", r=4
+    )
     return folder
 
 
-def test_several_adapters_say_what_each_says_alone(shelf: Path, tiny_model_dir: ModelDir) -> None:
-    german, short = shelf / "german-1.0", shelf / "short"
-    alone = [texts(german), texts(short)]
-    assert alone[0] != alone[1]
-    expected = [text for pair in zip(*alone, strict=True) for text in pair]
-    assert texts(german, adapters={"s": short}) == expected
-    assert texts(None, adapters_dir=shelf) == expected
-    assert texts(tiny_model_dir("llama"), adapters_dir=shelf) == expected
-    assert texts(None, adapters_dir=shelf, chosen=["short"]) == alone[1]
+def test_several_adapters_match_each_adapter_alone(
+    adapters_dir: Path, tiny_model_dir: ModelDir
+) -> None:
+    german, short = adapters_dir / "german-1.0", adapters_dir / "short"
+    separate = [answer_texts(german), answer_texts(short)]
+    assert separate[0] != separate[1]
+    expected = [text for pair in zip(*separate, strict=True) for text in pair]
+    assert answer_texts(german, adapters={"s": short}) == expected
+    assert answer_texts(None, adapters_dir=adapters_dir) == expected
+    assert answer_texts(tiny_model_dir("llama"), adapters_dir=adapters_dir) == expected
+    assert answer_texts(None, adapters_dir=adapters_dir, chosen=["short"]) == separate[1]
     answers, _ = generate(
-        None, PROMPTS[:2], adapters_dir=shelf, compare_base=True, max_new_tokens=8, device="cpu"
+        None,
+        PROMPTS[:2],
+        adapters_dir=adapters_dir,
+        compare_base=True,
+        max_new_tokens=8,
+        device="cpu",
     )
     assert [answer.adapter for answer in answers] == ["german-1.0", "short"] * 2
     base, _ = generate(str(german), PROMPTS[:2], compare_base=True, max_new_tokens=8, device="cpu")
     assert [answer.base for answer in answers[::2]] == [answer.base for answer in base]
 
 
-def test_what_does_not_go_together(shelf: Path, tiny_model_dir: ModelDir, tmp_path: Path) -> None:
+def test_incompatible_adapters_raise(
+    adapters_dir: Path, tiny_model_dir: ModelDir, tmp_path: Path
+) -> None:
     with pytest.raises(ConfigError, match=r"--adapter shrt: .* Did you mean 'short'\?"):
-        texts(None, adapters_dir=shelf, chosen=["shrt"])
+        answer_texts(None, adapters_dir=adapters_dir, chosen=["shrt"])
     with pytest.raises(InputError, match="contains no adapter"):
-        texts(None, adapters_dir=tmp_path)
+        answer_texts(None, adapters_dir=tmp_path)
     with pytest.raises(InputError, match="is no adapter but a model"):
-        texts(shelf / "short", adapters={"x": tiny_model_dir("llama")})
+        answer_texts(adapters_dir / "short", adapters={"x": tiny_model_dir("llama")})
     with pytest.raises(
         ConfigError,
         match=(
@@ -170,19 +185,21 @@ def test_what_does_not_go_together(shelf: Path, tiny_model_dir: ModelDir, tmp_pa
             r"or --adapter NAME=DIR or --adapters-dir DIR\."
         ),
     ):
-        texts(None)
+        answer_texts(None)
     data = task_data.write(tmp_path / "data", "pair")
-    other = fit(tiny_model_dir("llama", seed=1), data, tmp_path / "other", "translation")
+    other = train_adapter(tiny_model_dir("llama", seed=1), data, tmp_path / "other", "translation")
     with pytest.raises(InputError, match="'short' and 'o' differ in base"):
-        texts(shelf / "short", adapters={"o": other})
+        answer_texts(adapters_dir / "short", adapters={"o": other})
     with pytest.raises(InputError, match="has other weights"):
-        texts(tiny_model_dir("llama", seed=1), adapters_dir=shelf)
-    prefix = fit(tiny_model_dir("llama"), data, tmp_path / "prefix", "translation", **PREFIX)
+        answer_texts(tiny_model_dir("llama", seed=1), adapters_dir=adapters_dir)
+    prefix = train_adapter(
+        tiny_model_dir("llama"), data, tmp_path / "prefix", "translation", **PREFIX
+    )
     with pytest.raises(InputError, match="cannot be loaded together with the others:"):
-        texts(shelf / "short", adapters={"p": prefix})
+        answer_texts(adapters_dir / "short", adapters={"p": prefix})
 
 
-def test_a_plain_peft_adapter_answers(tiny_model_dir: ModelDir, tmp_path: Path) -> None:
+def test_plain_peft_adapter_generates(tiny_model_dir: ModelDir, tmp_path: Path) -> None:
     base = tiny_model_dir("gpt2")
     model = transformers.AutoModelForCausalLM.from_pretrained(base)
     settings = LoraConfig(target_modules=["c_attn"], fan_in_fan_out=True, init_lora_weights=False)
@@ -195,65 +212,71 @@ def test_a_plain_peft_adapter_answers(tiny_model_dir: ModelDir, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
-def test_a_plain_text_is_continued_as_typed(
+def test_text_prompts_match_transformers(
     family: str, tiny_model_dir: ModelDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Prompts get the tokens that transformers gives them, however they are asked."""
+    """Prompts are tokenized as by transformers in every command."""
     base, data = tiny_model_dir(family), tmp_path / "rows.jsonl"
-    words = ("name", "value", "file", "parser")
-    rows = [{"verse": f"The {a} of the {b} is the string."} for a in words for b in words]
+    nouns = ("name", "value", "file", "parser")
+    rows = [{"verse": f"The {a} of the {b} is the string."} for a in nouns for b in nouns]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     columns = {"text": "verse"}
-    name = fit(base, data, tmp_path / "run", columns=columns, learning_rate=1e-4)
-    asked = ["The value", "The parser of the"]
+    name = train_adapter(base, data, tmp_path / "run", columns=columns, learning_rate=1e-4)
+    prompts = ["The value", "The parser of the"]
     loaded = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     model = PeftModel.from_pretrained(loaded, name / "adapter").eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(base)
 
-    def continued(text: str) -> str:
+    def reference_continuation(text: str) -> str:
         ids = tokenizer(text, return_tensors="pt")["input_ids"]
-        written = model.generate(ids, max_new_tokens=8, do_sample=False)[0, ids.shape[1] :]
-        return str(tokenizer.decode(written, skip_special_tokens=True)).strip()
+        generated = model.generate(ids, max_new_tokens=8, do_sample=False)[0, ids.shape[1] :]
+        return str(tokenizer.decode(generated, skip_special_tokens=True)).strip()
 
-    expected = [continued(text) for text in asked]
-    assert expected != [continued(f"{text}\n") for text in asked]
-    assert texts(name, asked) == texts(name, [f"{text} " for text in asked]) == expected
-    (tmp_path / "p.txt").write_text("\n".join(asked) + "\n")
-    answers, _ = generate_answers(settings(name), [], tmp_path / "p.txt")
+    expected = [reference_continuation(text) for text in prompts]
+    assert expected != [reference_continuation(f"{text}\n") for text in prompts]
+    assert (
+        answer_texts(name, prompts)
+        == answer_texts(name, [f"{text} " for text in prompts])
+        == expected
+    )
+    (tmp_path / "p.txt").write_text("\n".join(prompts) + "\n")
+    answers, _ = generate_answers(create_generate_config(name), [], tmp_path / "p.txt")
     assert [answer.text for answer in answers] == expected
-    assert [Chat(settings(name)).reply(text, len) for text in asked] == expected
+    assert [Chat(create_generate_config(name)).reply(text, len) for text in prompts] == expected
     predicted = predict(
         PredictConfig(name=str(name), device="cpu", max_new_tokens=8),
-        [{"verse": text} for text in asked],
+        [{"verse": text} for text in prompts],
     )
     assert [row["prediction"] for row in predicted.rows or ()] == expected
     entry = ServedModel("a", resolve_model(str(name), device="cpu"))
-    seen = [(prompt.ids, tokenizer(prompt.text)["input_ids"]) for prompt in entry.prompts()]
-    plain = resolve_model(str(base), device="cpu").load("cpu")
-    assert plain.ref.prompt_format is not None
-    seen += [(encode_prompt(plain.tokenizer, plain.ref.prompt_format, t), tokenizer(t)["input_ids"])
-             for t in asked]  # fmt: skip
-    assert [ids for ids, _ in seen] == [ids for _, ids in seen]
+    encoded = [(prompt.ids, tokenizer(prompt.text)["input_ids"]) for prompt in entry.prompts()]
+    base_model = resolve_model(str(base), device="cpu").load("cpu")
+    assert base_model.ref.prompt_format is not None
+    encoded += [(encode_prompt(base_model.tokenizer, base_model.ref.prompt_format, t),
+                 tokenizer(t)["input_ids"]) for t in prompts]  # fmt: skip
+    assert [ids for ids, _ in encoded] == [ids for _, ids in encoded]
 
 
-def settings(name: Path) -> GenerateConfig:
+def create_generate_config(name: Path) -> GenerateConfig:
     return GenerateConfig(name=str(name), device="cpu", max_new_tokens=8)
 
 
-def test_sampling_is_seeded(shelf: Path) -> None:
-    name = shelf / "short"
-    first, again, other = (texts(name, temperature=1.5, seed=seed) for seed in (1, 1, 2))
-    assert first == again != other
-    assert texts(name, temperature=1.0, top_p=1e-6) == texts(name)  # nothing but the likeliest
+def test_sampling_is_seeded(adapters_dir: Path) -> None:
+    name = adapters_dir / "short"
+    first, repeated, other = (answer_texts(name, temperature=1.5, seed=seed) for seed in (1, 1, 2))
+    assert first == repeated != other
+    assert answer_texts(name, temperature=1.0, top_p=1e-6) == answer_texts(
+        name
+    )  # only the most likely token
 
 
-def test_files_of_prompts_and_answers(
-    shelf: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_prompt_files_and_output_file(
+    adapters_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "p.txt").write_text("\n".join(PROMPTS) + "\n\n")
     rows = [json.dumps({"prompt": prompt, "id": 1}) for prompt in PROMPTS]
     (tmp_path / "p.jsonl").write_text("\n".join(rows))
-    name, expected = str(shelf / "short"), texts(shelf / "short")
+    name, expected = str(adapters_dir / "short"), answer_texts(adapters_dir / "short")
     for number, file in enumerate(("p.txt", "p.jsonl")):
         out = tmp_path / f"{number}.jsonl"
         code = run(["generate", name, "--prompts", str(tmp_path / file), "--out", str(out),
@@ -273,51 +296,54 @@ def test_files_of_prompts_and_answers(
     assert "--chat reads from the terminal" in capsys.readouterr().err
 
 
-def test_a_table_of_prompts_is_asked_row_by_row(
-    shelf: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_csv_prompts_are_answered_per_row(
+    adapters_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    asked = [*PROMPTS[:2], 'two\nlines, "quoted"']
-    name, expected = str(shelf / "short"), texts(shelf / "short", asked)
-    told = ["--max-new-tokens", "8", "--device", "cpu", "--json"]
-    for column, more in (("document", []), ("words", ["--map", "document=words"])):
+    prompts = [*PROMPTS[:2], 'two\nlines, "quoted"']
+    name, expected = (
+        str(adapters_dir / "short"),
+        answer_texts(adapters_dir / "short", prompts),
+    )
+    options = ["--max-new-tokens", "8", "--device", "cpu", "--json"]
+    for column, mapping in (("document", []), ("words", ["--map", "document=words"])):
         with (tmp_path / "p.csv").open("w", encoding="utf-8", newline="") as file:
-            csv.writer(file).writerows([["id", column], *enumerate(asked)])
-        code = run(["generate", name, "--prompts", str(tmp_path / "p.csv"), *more, *told])
+            csv.writer(file).writerows([["id", column], *enumerate(prompts)])
+        code = run(["generate", name, "--prompts", str(tmp_path / "p.csv"), *mapping, *options])
         answers = json.loads(capsys.readouterr().out)["answers"]
         assert code == 0
-        assert [answer["prompt"] for answer in answers] == asked
+        assert [answer["prompt"] for answer in answers] == prompts
         assert [answer["text"] for answer in answers] == expected
-    assert run(["generate", name, "--prompts", str(tmp_path / "p.csv"), *told]) == 2
+    assert run(["generate", name, "--prompts", str(tmp_path / "p.csv"), *options]) == 2
     assert "the columns do not say what to ask" in capsys.readouterr().err
 
 
-def test_the_answers_of_several_adapters_are_labelled(
-    shelf: Path, capsys: pytest.CaptureFixture[str]
+def test_answers_are_labeled_by_adapter(
+    adapters_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = ["generate", "--adapter", f"g={shelf / 'german-1.0'}", "--adapter",
-                 f"s={shelf / 'short'}", "--compare-base", "--prompt", "a file",
+    arguments = ["generate", "--adapter", f"g={adapters_dir / 'german-1.0'}", "--adapter",
+                 f"s={adapters_dir / 'short'}", "--compare-base", "--prompt", "a file",
                  "--max-new-tokens", "4", "--device", "cpu"]  # fmt: skip
     assert run(arguments) == 0
-    shown = capsys.readouterr().out.splitlines()
-    assert [line.partition(":")[0] for line in shown] == ["base", "g", "s"]
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.partition(":")[0] for line in lines] == ["base", "g", "s"]
 
 
 @pytest.fixture(scope="module")
-def talker(tiny_model_dir: ModelDir, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def chat_run(tiny_model_dir: ModelDir, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a run on a base with a chat template."""
     folder = tmp_path_factory.mktemp("talker")
     data = folder / "data.jsonl"
     rows = [{"prompt": f"what is {i}", "completion": f"it is {i}"} for i in range(12)]
     data.write_text("\n".join(map(json.dumps, rows)))
-    return fit(tiny_model_dir("llama", chat=True), data, folder / "talker")
+    return train_adapter(tiny_model_dir("llama", chat=True), data, folder / "talker")
 
 
 def chat_with(monkeypatch: pytest.MonkeyPatch, lines: list[str], arguments: list[str]) -> int:
-    left = iter(lines)
+    remaining = iter(lines)
 
     def read(_: str = "") -> str:
         try:
-            return next(left)
+            return next(remaining)
         except StopIteration:
             raise EOFError from None
 
@@ -325,36 +351,40 @@ def chat_with(monkeypatch: pytest.MonkeyPatch, lines: list[str], arguments: list
     return run(["generate", *arguments, "--chat", "--max-new-tokens", "6", "--device", "cpu"])
 
 
-def test_a_chat_remembers_and_switches(
-    talker: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_chat_commands_switch_adapters(
+    chat_run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    twin = talker.parent / "twin"
-    shutil.copytree(talker, twin, dirs_exist_ok=True)
+    twin = chat_run.parent / "twin"
+    shutil.copytree(chat_run, twin, dirs_exist_ok=True)
     lines = ["what is 3", "/base", "what is 3", "/adapter t", "/adapter", "/adapter nobody",
              "/reset", "/help", "what is 3", "/quit", "never"]  # fmt: skip
-    code = chat_with(monkeypatch, lines, [str(talker), "--adapter", f"t={twin}"])
-    shown = capsys.readouterr().out
+    code = chat_with(monkeypatch, lines, [str(chat_run), "--adapter", f"t={twin}"])
+    output = capsys.readouterr().out
     assert code == 0
-    assert "talker answers. /help" in shown
-    assert "base answers. /help" in shown
-    assert "t answers. /help" in shown
-    assert "talker, t\n" in shown
-    assert "no adapter is called 'nobody'" in shown
-    assert "/reset          clear the conversation" in shown
-    assert chat_with(monkeypatch, ["what is 3"], [str(talker)]) == 0  # Ctrl-D
+    assert "talker answers. /help" in output
+    assert "base answers. /help" in output
+    assert "t answers. /help" in output
+    assert "talker, t\n" in output
+    assert "no adapter is called 'nobody'" in output
+    assert "/reset          clear the conversation" in output
+    assert chat_with(monkeypatch, ["what is 3"], [str(chat_run)]) == 0  # Ctrl-D
 
 
-def test_a_chat_is_the_template_over_all_that_was_said(talker: Path) -> None:
-    chat = Chat(GenerateConfig(name=str(talker), max_new_tokens=6, device="cpu"))
+def test_chat_uses_template_over_conversation(chat_run: Path) -> None:
+    chat = Chat(GenerateConfig(name=str(chat_run), max_new_tokens=6, device="cpu"))
     pieces: list[str] = []
-    first = chat.reply("what is 3", pieces.append)
-    assert "".join(pieces).strip() == first == texts(talker, ["what is 3"], max_new_tokens=6)[0]
+    first_answer = chat.reply("what is 3", pieces.append)
+    assert (
+        "".join(pieces).strip()
+        == first_answer
+        == answer_texts(chat_run, ["what is 3"], max_new_tokens=6)[0]
+    )
     assert chat.uses_history
     second = chat.reply("what is 4", pieces.append)
-    trained = resolve_model(str(talker), device="cpu").load("cpu")
+    trained = resolve_model(str(chat_run), device="cpu").load("cpu")
     messages = [
         {"role": "user", "content": "what is 3"},
-        {"role": "assistant", "content": first},
+        {"role": "assistant", "content": first_answer},
         {"role": "user", "content": "what is 4"},
     ]
     text = trained.tokenizer.apply_chat_template(
@@ -362,12 +392,12 @@ def test_a_chat_is_the_template_over_all_that_was_said(talker: Path) -> None:
     )
     ids = trained.tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
     with torch.no_grad():
-        written = trained.model.generate(
+        generated = trained.model.generate(
             input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False
         )[0, ids.shape[1] :]
-    assert second == trained.tokenizer.decode(written, skip_special_tokens=True).strip()
+    assert second == trained.tokenizer.decode(generated, skip_special_tokens=True).strip()
     chat.reset()
-    assert chat.reply("what is 3", pieces.append) == first
+    assert chat.reply("what is 3", pieces.append) == first_answer
     chat.switch("base")
     chat.reply("what is 3", pieces.append)
     for _ in range(40):  # more than the positions hold
@@ -375,8 +405,8 @@ def test_a_chat_is_the_template_over_all_that_was_said(talker: Path) -> None:
     assert chat.num_dropped > 0
 
 
-def test_an_answer_that_is_broken_off_leaves_no_question(talker: Path) -> None:
-    chat = Chat(GenerateConfig(name=str(talker), max_new_tokens=6, device="cpu"))
+def test_interrupted_answer_leaves_no_message(chat_run: Path) -> None:
+    chat = Chat(GenerateConfig(name=str(chat_run), max_new_tokens=6, device="cpu"))
 
     def stop(_: str) -> None:
         raise KeyboardInterrupt
@@ -386,8 +416,8 @@ def test_an_answer_that_is_broken_off_leaves_no_question(talker: Path) -> None:
     assert chat.messages == []
 
 
-def test_single_prompts_are_asked_alone(shelf: Path) -> None:
-    chat = Chat(GenerateConfig(name=str(shelf / "short"), max_new_tokens=6, device="cpu"))
+def test_chat_without_history_repeats_answer(adapters_dir: Path) -> None:
+    chat = Chat(GenerateConfig(name=str(adapters_dir / "short"), max_new_tokens=6, device="cpu"))
     assert not chat.uses_history
-    first = chat.reply(PROMPTS[1], lambda _: None)
-    assert chat.reply(PROMPTS[1], lambda _: None) == first
+    first_answer = chat.reply(PROMPTS[1], lambda _: None)
+    assert chat.reply(PROMPTS[1], lambda _: None) == first_answer

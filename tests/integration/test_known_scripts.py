@@ -1,4 +1,4 @@
-"""Command lines of well-known scripts, with local directories in place of Hub names."""
+"""Commands of well-known examples, with local directories in place of Hub names."""
 
 from __future__ import annotations
 
@@ -25,21 +25,23 @@ ftlevel train --method qlora --model_name_or_path meta-llama/Llama-2-7b-hf --dat
 """
 
 
-def save_rows(folder: Path, train: list[dict[str, object]], test: list[dict[str, object]]) -> None:
+def write_splits(
+    folder: Path, train: list[dict[str, object]], test: list[dict[str, object]]
+) -> None:
     folder.mkdir(parents=True)
-    for name, rows in (("train", train), ("test", test)):
-        lines = "".join(json.dumps(row) + "\n" for row in rows)
+    for name, create_rows in (("train", train), ("test", test)):
+        lines = "".join(json.dumps(row) + "\n" for row in create_rows)
         (folder / f"{name}.jsonl").write_text(lines)
 
 
-def imdb(count: int) -> list[dict[str, object]]:
+def imdb_rows(count: int) -> list[dict[str, object]]:
     return [
         {"text": f"Film {n} was {'a joy to see' if n % 2 else 'far too long'}.", "label": n % 2}
         for n in range(count)
     ]
 
 
-def samsum(count: int) -> list[dict[str, object]]:
+def samsum_rows(count: int) -> list[dict[str, object]]:
     return [
         {
             "id": f"row-{n}",
@@ -52,31 +54,31 @@ def samsum(count: int) -> list[dict[str, object]]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("command", "family", "model", "dataset", "rows"),
+    ("command", "family", "model", "dataset", "create_rows"),
     [
-        (GPT2_ON_IMDB, "gpt2", "gpt2", "imdb", imdb),
-        (LLAMA_ON_SAMSUM, "llama", "meta-llama/Llama-2-7b-hf", "samsum", samsum),
+        (GPT2_ON_IMDB, "gpt2", "gpt2", "imdb", imdb_rows),
+        (LLAMA_ON_SAMSUM, "llama", "meta-llama/Llama-2-7b-hf", "samsum", samsum_rows),
     ],
     ids=["gpt2", "llama"],
 )
-def test_a_directory_stands_for_a_hub_name(
+def test_hub_names_resolve_to_local_directories(
     command: str,
     family: str,
     model: str,
     dataset: str,
-    rows: Callable[[int], list[dict[str, object]]],
+    create_rows: Callable[[int], list[dict[str, object]]],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     tiny_model_dir: Callable[..., Path],
 ) -> None:
     monkeypatch.chdir(tmp_path)
     shutil.copytree(tiny_model_dir(family), tmp_path / model)
-    save_rows(tmp_path / dataset, rows(24), rows(4))
+    write_splits(tmp_path / dataset, create_rows(24), create_rows(4))
     assert run([*shlex.split(command)[1:], "--quiet"]) == 0
-    (made,) = (tmp_path / "runs").iterdir()
-    summary = json.loads((made / "summary.json").read_text())
+    (run_dir,) = (tmp_path / "runs").iterdir()
+    summary = json.loads((run_dir / "summary.json").read_text())
     assert summary["proof"]["adapter_effect"] > 0
-    config = yaml.safe_load((made / "config.yaml").read_text())
+    config = yaml.safe_load((run_dir / "config.yaml").read_text())
     assert config["model"]["name_or_path"] == str(tmp_path / model)
     assert config["data"]["dataset"] == str(tmp_path / dataset)
     assert config["method"]["r"] == int(

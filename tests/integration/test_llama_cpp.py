@@ -24,19 +24,19 @@ needs_llama_cpp = pytest.mark.skipif(
 
 
 @pytest.fixture(autouse=True)
-def in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def empty_working_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
 @pytest.fixture
 def model_dir(tiny_model_dir: ModelDir, tmp_path: Path) -> ModelDir:
-    """Return a factory of tiny models whose tokenizers llama.cpp can be told of."""
+    """Return a factory of tiny models whose tokenizers llama.cpp supports."""
     return functools.partial(exportable, tiny_model_dir, tmp_path)
 
 
-def llama_cpp(path: str, context: int = 256) -> Any:
-    """Return the file as llama.cpp loads it, with a cache in float32."""
+def load_in_llama_cpp(path: str, context: int = 256) -> Any:
+    """Load the file in llama.cpp, with a float32 cache."""
     from llama_cpp import Llama
 
     return Llama(path, n_ctx=context, logits_all=True, verbose=False, n_threads=1,
@@ -45,50 +45,50 @@ def llama_cpp(path: str, context: int = 256) -> Any:
 
 @pytest.mark.slow
 @needs_llama_cpp
-@pytest.mark.parametrize(("family", "overrides", "own_settings"), CASES, ids=NAMES)
-def test_llama_cpp_computes_the_same(
-    model_dir: ModelDir, family: str, overrides: dict[str, Any], own_settings: list[str]
+@pytest.mark.parametrize(("family", "overrides", "missing_settings"), CASES, ids=NAMES)
+def test_llama_cpp_logits_and_tokens_match_transformers(
+    model_dir: ModelDir, family: str, overrides: dict[str, Any], missing_settings: list[str]
 ) -> None:
     model = model_dir(family, **overrides)
     export_to("x.gguf", model, outtype="f32")
     ids = some_ids(96)
-    wanted = logits_of(load(model), ids)
-    program = llama_cpp("x.gguf")
-    program.eval(ids[0].tolist())
-    found = torch.tensor(program.scores[: ids.shape[1]])
-    # ggml looks GELU up in a table of float16; the others have nothing of the kind.
+    expected = logits_of(load(model), ids)
+    llama = load_in_llama_cpp("x.gguf")
+    llama.eval(ids[0].tolist())
+    actual = torch.tensor(llama.scores[: ids.shape[1]])
+    # ggml computes GELU from a float16 table.
     bound = 2e-3 if family in ("gpt2", "gemma3_text") else 1e-5
-    torch.testing.assert_close(found, wanted, rtol=0, atol=bound)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=bound)
     tokenizer = transformers.AutoTokenizer.from_pretrained(model)
     texts = [text for text in TEST_INPUTS if family == "gemma3_text" or not text.startswith(" ")]
     for text in [*texts, *(f"a{token}" for token in tokenizer.all_special_tokens)]:
-        ours = program.tokenize(text.encode(), add_bos=True, special=True)
+        ours = llama.tokenize(text.encode(), add_bos=True, special=True)
         assert ours == tokenizer(text)["input_ids"], text
-    program.close()
+    llama.close()
 
 
 @pytest.mark.slow
 @needs_llama_cpp
-def test_llama_cpp_writes_what_transformers_writes_on_real_weights(smollm2: Path) -> None:
+def test_llama_cpp_generation_matches_transformers_on_real_weights(smollm2: Path) -> None:
     export_to("x.gguf", smollm2, outtype="f32", verify=False)
     tokenizer = transformers.AutoTokenizer.from_pretrained(smollm2)
-    model, program = load(smollm2), llama_cpp("x.gguf", 512)
+    model, llama = load(smollm2), load_in_llama_cpp("x.gguf", 512)
     for text in TEST_INPUTS:
         assert (
-            program.tokenize(text.encode(), add_bos=True, special=True)
+            llama.tokenize(text.encode(), add_bos=True, special=True)
             == (tokenizer(text)["input_ids"])
         )
-    talk = [{"role": "user", "content": "Name 3 colours, and say what 12 + 30 is."}]
-    ids = tokenizer.apply_chat_template(talk, add_generation_prompt=True, return_dict=False)
-    program.eval(ids)
+    messages = [{"role": "user", "content": "Name 3 colours, and say what 12 + 30 is."}]
+    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    llama.eval(ids)
     tokens = list(ids)
     for _ in range(24):
-        wanted = logits_of(model, torch.tensor([tokens]))[-1]
-        found = torch.tensor(program.scores[len(tokens) - 1])
-        torch.testing.assert_close(found, wanted, rtol=0, atol=0.05)
-        best, second = wanted.topk(2).values.tolist()
+        expected = logits_of(model, torch.tensor([tokens]))[-1]
+        actual = torch.tensor(llama.scores[len(tokens) - 1])
+        torch.testing.assert_close(actual, expected, rtol=0, atol=0.05)
+        best, second = expected.topk(2).values.tolist()
         if best - second > 0.1:  # where the margin allows, both choose the same
-            assert int(found.argmax()) == int(wanted.argmax())
-        tokens.append(int(wanted.argmax()))
-        program.eval(tokens[-1:])
-    program.close()
+            assert int(actual.argmax()) == int(expected.argmax())
+        tokens.append(int(expected.argmax()))
+        llama.eval(tokens[-1:])
+    llama.close()

@@ -1,4 +1,4 @@
-"""`ftlevel merge`: verified, refused, mixed, interrupted, and on quantized bases."""
+"""`ftlevel merge`: verification, rejected inputs, strategies, interruption, quantized bases."""
 
 from __future__ import annotations
 
@@ -24,26 +24,26 @@ from ftlevel.methods.merging import Skeleton
 from ftlevel.weights import checkpoint
 
 TinyModelDir = Callable[..., Path]
-RUN = ["--max-samples", "16", "--set", "data.max_eval_samples=8", "--max-steps", "3",
+TRAIN_OPTIONS = ["--max-samples", "16", "--set", "data.max_eval_samples=8", "--max-steps", "3",
        "--learning-rate", "2e-3", "--quiet"]  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
-def in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def empty_working_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
 @pytest.fixture(scope="module")
-def trained(
+def train_run(
     tiny_model_dir: TinyModelDir, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[..., Path]:
-    """Return a factory of short runs on tiny models, on data of their task."""
-    made: dict[tuple[str, ...], Path] = {}
+    """Return a function that trains a short run on a tiny model, once per set of arguments."""
+    runs: dict[tuple[str, ...], Path] = {}
 
-    def make(family: str, task: str, data: str, head: str | None, *more: str) -> Path:
-        key = (family, task, data, str(head), *more)
-        if key not in made:
+    def train(family: str, task: str, data: str, head: str | None, *options: str) -> Path:
+        key = (family, task, data, str(head), *options)
+        if key not in runs:
             folder = tmp_path_factory.mktemp("run")
             task_data.write(folder / "data", data)
             base = shutil.copytree(tiny_model_dir(family, head), folder / "base")
@@ -51,15 +51,15 @@ def trained(
             out = folder / "run"
             code = run(["train", "--model", str(base), "--task", task, *columns,
                         "--dataset", str(folder / "data"), "--output-dir", str(out),
-                        "--overlong", "drop", *RUN, *more])  # fmt: skip
+                        "--overlong", "drop", *TRAIN_OPTIONS, *options])  # fmt: skip
             assert code == 0
-            made[key] = out
-        return made[key]
+            runs[key] = out
+        return runs[key]
 
-    return make
+    return train
 
 
-def summary_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
+def merge_json(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
     """Run `ftlevel merge --json` and return what it prints."""
     capsys.readouterr()
     assert run(["merge", *arguments, "--json"]) == 0
@@ -80,22 +80,22 @@ CELLS = [
 
 
 @pytest.mark.parametrize(("family", "task", "data", "head"), CELLS)
-def test_a_run_of_every_task_merges_to_the_model_that_was_trained(
+def test_merged_model_matches_run_for_every_task(
     family: str,
     task: str,
     data: str,
     head: str | None,
-    trained: Callable[..., Path],
+    train_run: Callable[..., Path],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    source = trained(family, task, data, head, "--dtype", "float32")
-    found = summary_of(capsys, str(source), "--out", "merged")
-    agreement = found["agreement"]
+    source = train_run(family, task, data, head, "--dtype", "float32")
+    summary = merge_json(capsys, str(source), "--out", "merged")
+    agreement = summary["agreement"]
     assert agreement["max_difference"] <= 1e-4 * agreement["scale"]
-    assert agreement["top1"] == (None if data == "regression" else 1)  # a number chooses nothing
+    assert agreement["top1"] == (None if data == "regression" else 1)  # regression has no top-1
     assert agreement["targets"] >= 6
     assert agreement["loss"] == pytest.approx(agreement["loss_reference"], rel=1e-4)
-    assert found["written"]["unchanged"] == 0
+    assert summary["written"]["unchanged"] == 0
     prompt = "the <mask> of" if family == "roberta" else "the [MASK] of"
     context = "The name is module 3." if data == "span" else None
     answers = [generate(name, [prompt], context=context, device="cpu", max_new_tokens=4)[0][0].text
@@ -103,16 +103,16 @@ def test_a_run_of_every_task_merges_to_the_model_that_was_trained(
     assert answers[0] == answers[1]
 
 
-def test_a_run_in_bfloat16_is_measured_against_its_rounding(
-    trained: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+def test_bfloat16_merge_differs_by_rounding_only(
+    train_run: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    source = trained("llama", "text-generation", "mask", None, "--dtype", "bfloat16")
-    found = summary_of(capsys, str(source), "--out", "merged")
-    apart, rounding, exact = (
-        found[name]["mean_difference"] for name in ("agreement", "rounding", "before_rounding")
+    source = train_run("llama", "text-generation", "mask", None, "--dtype", "bfloat16")
+    summary = merge_json(capsys, str(source), "--out", "merged")
+    difference, rounding, exact = (
+        summary[name]["mean_difference"] for name in ("agreement", "rounding", "before_rounding")
     )
     assert exact < rounding / 100
-    assert rounding / 4 < apart < 4 * rounding
+    assert rounding / 4 < difference < 4 * rounding
     card = json.loads(Path("merged/ftlevel.json").read_text())
     assert card["merge"]["verified"]
     assert card["method"] == "full"
@@ -121,10 +121,10 @@ def test_a_run_in_bfloat16_is_measured_against_its_rounding(
     assert {"config.json", "model.safetensors", "tokenizer.json", "generation_config.json"} <= files
 
 
-def test_who_reads_the_form_of_transformers_4_computes_the_same(
-    trained: Callable[..., Path], tmp_path: Path
+def test_saved_config_has_rope_theta_for_transformers_4(
+    train_run: Callable[..., Path], tmp_path: Path
 ) -> None:
-    source = trained("llama", "text-generation", "mask", None, "--dtype", "float32")
+    source = train_run("llama", "text-generation", "mask", None, "--dtype", "float32")
     assert run(["merge", str(source), "--out", "merged", "--no-verify", "--quiet"]) == 0
     assert run(["quantize", str(source.parent / "base"), "--quant", "8bit", "--out", "packed",
                 "--no-measure", "--quiet"]) == 0  # fmt: skip
@@ -133,8 +133,8 @@ def test_who_reads_the_form_of_transformers_4_computes_the_same(
         assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 10000.0
 
 
-def merged_wrongly(fault: str) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
-    """Return base and update → what a merge with this fault gives."""
+def faulty_merge(fault: str) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    """Return a function of base and update that merges with this fault."""
     return {
         "scaled by 1.02": lambda base, update: base + 1.02 * update,
         "left out": lambda base, _: base,
@@ -153,24 +153,24 @@ def merged_wrongly(fault: str) -> Callable[[torch.Tensor, torch.Tensor], torch.T
         pytest.param("transposed", "float32", marks=pytest.mark.sweep),
     ],
 )
-def test_a_fault_in_one_layer_is_refused_in_every_precision(
+def test_faulty_merge_of_one_layer_is_rejected(
     fault: str,
     dtype: str,
-    trained: Callable[..., Path],
+    train_run: Callable[..., Path],
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Rounding to bfloat16 is larger than such a fault, and would hide it."""
-    source = trained("llama", "text-generation", "mask", None, "--dtype", dtype,
-                     "--learning-rate", "2e-2")  # fmt: skip
-    right, wrong = Skeleton.merge, merged_wrongly(fault)
+    """Rounding to bfloat16 is larger than such a fault and would hide it."""
+    source = train_run("llama", "text-generation", "mask", None, "--dtype", dtype,
+                       "--learning-rate", "2e-2")  # fmt: skip
+    original, faulty = Skeleton.merge, faulty_merge(fault)
 
     def merge_with_fault(self: Skeleton, path: str, get_base_tensor: Callable[[str], Any]) -> Any:
-        merged = right(self, path, get_base_tensor)
+        merged = original(self, path, get_base_tensor)
         if path != "model.layers.1.self_attn.q_proj":
             return merged
         bases = {name: get_base_tensor(name) for name in merged}
-        return {name: wrong(bases[name], merged[name] - bases[name]) for name in merged}
+        return {name: faulty(bases[name], merged[name] - bases[name]) for name in merged}
 
     monkeypatch.setattr(Skeleton, "merge", merge_with_fault)
     assert run(["merge", str(source), "--out", "merged"]) == 1
@@ -178,23 +178,23 @@ def test_a_fault_in_one_layer_is_refused_in_every_precision(
     assert list(Path().iterdir()) == []
 
 
-def test_files_that_are_not_what_was_merged_are_refused(
-    trained: Callable[..., Path],
+def test_corrupted_merged_file_is_rejected(
+    train_run: Callable[..., Path],
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    source = trained("llama", "text-generation", "mask", None, "--dtype", "bfloat16")
-    right = checkpoint.write_files
+    source = train_run("llama", "text-generation", "mask", None, "--dtype", "bfloat16")
+    original = checkpoint.write_files
 
-    def forget_a_row(directory: Path, shards: Any) -> int:
-        size = right(directory, shards)
+    def write_and_corrupt(directory: Path, shards: Any) -> int:
+        size = original(directory, shards)
         path = directory / "model.safetensors"
         written = load_file(path)
         written["model.norm.weight"][3] = 0
         save_file(written, path, metadata={"format": "pt"})
         return size
 
-    monkeypatch.setattr(merged_model, "write_files", forget_a_row)
+    monkeypatch.setattr(merged_model, "write_files", write_and_corrupt)
     assert run(["merge", str(source), "--out", "merged"]) == 1
     assert (
         "model.norm.weight, reloaded, is a different tensor. Nothing was saved."
@@ -203,8 +203,8 @@ def test_files_that_are_not_what_was_merged_are_refused(
     assert list(Path().iterdir()) == []
 
 
-def test_not_verified_is_written_on_it(trained: Callable[..., Path]) -> None:
-    source = trained("llama", "text-generation", "mask", None, "--dtype", "float32")
+def test_unverified_merge_is_marked_in_card(train_run: Callable[..., Path]) -> None:
+    source = train_run("llama", "text-generation", "mask", None, "--dtype", "float32")
     assert run(["merge", str(source), "--out", "merged", "--no-verify", "--quiet"]) == 0
     assert "**Not verified**" in Path("merged/README.md").read_text()
     assert json.loads(Path("merged/ftlevel.json").read_text())["merge"]["verified"] is False
@@ -219,21 +219,24 @@ def test_not_verified_is_written_on_it(trained: Callable[..., Path]) -> None:
         ["--quant", "8bit"],
     ],
 )
-def test_a_quantized_run_is_merged_onto_what_it_was_trained_on(
-    flags: list[str], trained: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+def test_quantized_run_is_merged_onto_dequantized_base(
+    flags: list[str], train_run: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    source = trained("llama", "text-generation", "mask", None, "--method", "qlora",
-                     "--dtype", "float32", *flags)  # fmt: skip
-    found = summary_of(capsys, str(source), "--out", "merged")
-    assert found["onto"] == "dequantized"
-    assert "nearer to the model as trained" in found["reason"]
-    measured = found["candidates"]
-    most = 1.0 if "8bit" in flags else 0.1  # 8 bits round activations as well
-    assert measured["dequantized"]["kl"] < most * measured["original"]["kl"]
+    source = train_run("llama", "text-generation", "mask", None, "--method", "qlora",
+                       "--dtype", "float32", *flags)  # fmt: skip
+    summary = merge_json(capsys, str(source), "--out", "merged")
+    assert summary["onto"] == "dequantized"
+    assert "nearer to the model as trained" in summary["reason"]
+    candidates = summary["candidates"]
+    max_ratio = 1.0 if "8bit" in flags else 0.1  # 8 bits round activations as well
+    assert candidates["dequantized"]["kl"] < max_ratio * candidates["original"]["kl"]
     assert sorted(p.name for p in Path().iterdir()) == ["merged"]
-    other = summary_of(capsys, str(source), "--out", "other", "--onto", "original")
-    assert other["onto"] == "original"
-    assert other["agreement"]["max_difference"] <= 1e-4 * other["agreement"]["scale"]
+    original_summary = merge_json(capsys, str(source), "--out", "other", "--onto", "original")
+    assert original_summary["onto"] == "original"
+    assert (
+        original_summary["agreement"]["max_difference"]
+        <= 1e-4 * original_summary["agreement"]["scale"]
+    )
     capsys.readouterr()
     assert run(["merge", str(source), "--out", "third", "--no-verify"]) == 2
     assert (
@@ -291,7 +294,7 @@ def peft_config(kind: str, **settings: Any) -> str:
           "b/adapter_config.json": peft_config("LORA")}, ["a", "b"], "(modules_to_save)"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_merged_is_refused_in_one_line(
+def test_unmergeable_input_is_rejected_in_one_line(
     files: dict[str, str],
     arguments: list[str],
     message: str,
@@ -302,19 +305,19 @@ def test_what_cannot_be_merged_is_refused_in_one_line(
         Path(name).write_text(text)
     out = [] if "--out" in arguments else ["--out", "merged"]
     assert run(["merge", *arguments, *out]) == 2
-    complaint = capsys.readouterr().err
-    assert message.lower() in complaint.lower()
-    assert complaint.startswith("ftlevel: ")
-    assert len(complaint.splitlines()) == 1
+    error = capsys.readouterr().err
+    assert message.lower() in error.lower()
+    assert error.startswith("ftlevel: ")
+    assert len(error.splitlines()) == 1
     assert not Path("merged").exists()
 
 
-def test_another_base_is_refused(
-    trained: Callable[..., Path],
+def test_merge_onto_other_base_is_rejected(
+    train_run: Callable[..., Path],
     tiny_model_dir: TinyModelDir,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    source = trained("llama", "text-generation", "mask", None, "--dtype", "float32")
+    source = train_run("llama", "text-generation", "mask", None, "--dtype", "float32")
     other = tiny_model_dir("llama", seed=1)
     assert run(["merge", str(source), "--out", "merged", "--base", str(other)]) == 2
     assert "has other weights" in capsys.readouterr().err
@@ -322,19 +325,19 @@ def test_another_base_is_refused(
     assert run(["merge", str(source), "--out", "merged", "--base", str(moved), "--quiet"]) == 0
 
 
-def lora_on(base: Path, folder: Path, rank: int, targets: list[str], **more: Any) -> Path:
-    """Save a LoRA of random numbers on `base`."""
+def save_lora(base: Path, folder: Path, rank: int, targets: list[str], **settings: Any) -> Path:
+    """Save a LoRA adapter of random values on `base`."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
     config = LoraConfig(r=rank, lora_alpha=6, target_modules=targets, task_type="CAUSAL_LM",
-                        init_lora_weights=False, **more)  # fmt: skip
+                        init_lora_weights=False, **settings)  # fmt: skip
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
     model.save_pretrained(folder, save_embedding_layers=False)
     return folder
 
 
-def delta(adapter: Path, module: str, scale: float) -> torch.Tensor | float:
+def lora_update(adapter: Path, module: str, scale: float) -> torch.Tensor | float:
     saved = load_file(adapter / "adapter_model.safetensors")
     name = f"base_model.model.{module}.lora_{{}}.weight"
     if name.format("A") not in saved:
@@ -342,17 +345,17 @@ def delta(adapter: Path, module: str, scale: float) -> torch.Tensor | float:
     return saved[name.format("B")] @ saved[name.format("A")] * scale
 
 
-def test_cat_is_the_weighted_sum_exactly(tiny_model_dir: TinyModelDir) -> None:
+def test_cat_strategy_equals_weighted_sum(tiny_model_dir: TinyModelDir) -> None:
     base = tiny_model_dir("llama")
-    first = lora_on(base, Path("a"), 4, ["q_proj", "up_proj"])
-    second = lora_on(base, Path("b"), 9, ["q_proj", "v_proj"], use_rslora=True)
+    first = save_lora(base, Path("a"), 4, ["q_proj", "up_proj"])
+    second = save_lora(base, Path("b"), 9, ["q_proj", "v_proj"], use_rslora=True)
     names = [str(first), str(second)]
     result = merge(MergeConfig(adapters=names, weights=[0.7, -0.3], output_dir=Path("merged")))
     assert result.summary["agreement"]["top1"] == 1
     merged = load_file("merged/model.safetensors")
     for name, weight in load_file(base / "model.safetensors").items():
         module = name.removesuffix(".weight")
-        update = 0.7 * delta(first, module, 6 / 4) - 0.3 * delta(second, module, 6 / 3)
+        update = 0.7 * lora_update(first, module, 6 / 4) - 0.3 * lora_update(second, module, 6 / 3)
         torch.testing.assert_close(merged[name], weight + update, rtol=0, atol=1e-6)
     assert json.loads(Path("merged/ftlevel.json").read_text())["merge"]["weights"] == [0.7, -0.3]
 
@@ -360,14 +363,12 @@ def test_cat_is_the_weighted_sum_exactly(tiny_model_dir: TinyModelDir) -> None:
 @pytest.mark.parametrize(
     "strategy", ["svd", "linear", "ties", "dare-ties", "dare-linear", "magnitude-prune"]
 )
-def test_the_other_strategies_are_those_of_peft(
-    strategy: str, tiny_model_dir: TinyModelDir
-) -> None:
+def test_merge_strategies_match_peft(strategy: str, tiny_model_dir: TinyModelDir) -> None:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
     base = tiny_model_dir("llama")
-    folders = [lora_on(base, Path(name), 4, ["q_proj", "up_proj"]) for name in "ab"]
+    folders = [save_lora(base, Path(name), 4, ["q_proj", "up_proj"]) for name in "ab"]
     merge(MergeConfig(adapters=[str(f) for f in folders], weights=[0.7, 0.3], strategy=strategy,
                       output_dir=Path("merged")))  # fmt: skip
     torch.manual_seed(0)
@@ -383,37 +384,35 @@ def test_the_other_strategies_are_those_of_peft(
         torch.testing.assert_close(tensor, expected[name])
 
 
-def test_ranks_that_a_strategy_cannot_mix_are_refused(
+def test_linear_strategy_rejects_different_ranks(
     tiny_model_dir: TinyModelDir, capsys: pytest.CaptureFixture[str]
 ) -> None:
     base = tiny_model_dir("llama")
-    lora_on(base, Path("a"), 4, ["q_proj"])
-    lora_on(base, Path("b"), 8, ["q_proj"])
+    save_lora(base, Path("a"), 4, ["q_proj"])
+    save_lora(base, Path("b"), 8, ["q_proj"])
     assert run(["merge", "a", "b", "--strategy", "linear", "--out", "merged"]) == 2
-    complaint = capsys.readouterr().err
-    assert complaint.startswith("ftlevel: --strategy linear: ")
-    assert "Use --strategy cat" in complaint
+    error = capsys.readouterr().err
+    assert error.startswith("ftlevel: --strategy linear: ")
+    assert "Use --strategy cat" in error
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("moments", [6, pytest.param(28, marks=pytest.mark.sweep)])
-def test_killed_at_any_moment_the_model_is_absent_or_whole(
-    tiny_model_dir: TinyModelDir, moments: int
-) -> None:
+@pytest.mark.parametrize("kills", [6, pytest.param(28, marks=pytest.mark.sweep)])
+def test_killed_merge_leaves_no_partial_model(tiny_model_dir: TinyModelDir, kills: int) -> None:
     base = tiny_model_dir("llama", num_hidden_layers=6)
-    adapter = lora_on(base, Path("a"), 4, ["q_proj", "v_proj", "up_proj", "down_proj"])
+    adapter = save_lora(base, Path("a"), 4, ["q_proj", "v_proj", "up_proj", "down_proj"])
 
     def merge_to(name: str) -> None:
         merge(MergeConfig(adapters=[str(adapter)], output_dir=Path(name), verify=False))
 
-    began = time.perf_counter()
+    started = time.perf_counter()
     merge_to("whole")
-    seconds = time.perf_counter() - began
-    whole = {p.name: p.read_bytes() for p in Path("whole").glob("*.safetensors")}
+    seconds = time.perf_counter() - started
+    weights = {p.name: p.read_bytes() for p in Path("whole").glob("*.safetensors")}
     files = {p.name for p in Path("whole").iterdir()}
-    fork, rng, found = multiprocessing.get_context("fork"), random.Random(0), []
-    between = (rng.uniform(0, 1.3 * seconds) for _ in range(moments))
-    delays = [0.0, *between, None]  # None: to its end
+    fork, rng, exists = multiprocessing.get_context("fork"), random.Random(0), []
+    random_delays = (rng.uniform(0, 1.3 * seconds) for _ in range(kills))
+    delays = [0.0, *random_delays, None]  # None: not killed
     for delay in delays:
         process = fork.Process(target=merge_to, args=("killed",))
         process.start()
@@ -423,10 +422,10 @@ def test_killed_at_any_moment_the_model_is_absent_or_whole(
             time.sleep(delay)
         process.kill()
         process.join()
-        found.append(Path("killed").exists())
-        if found[-1]:
+        exists.append(Path("killed").exists())
+        if exists[-1]:
             assert {p.name for p in Path("killed").iterdir()} == files
-            for name, data in whole.items():
+            for name, data in weights.items():
                 assert Path("killed", name).read_bytes() == data
             shutil.rmtree("killed")
-    assert {True, False} == set(found), "kills both before and after the end"
+    assert {True, False} == set(exists), "kills both before and after the end"
