@@ -1,4 +1,4 @@
-"""Families that no table of ftlevel names: done right, or refused in a line, and never in part."""
+"""Tests of families that no table of ftlevel lists: handled correctly or rejected with an error."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from ftlevel.models.targets import resolve_targets
 from ftlevel.models.upstream.architectures import attention_of
 from ftlevel.trained.adapt import apply_method
 from ftlevel.training.plan.method import resolve_method_targets
-from unit.fast.test_step import OBJECTIVES, assert_same_step, both, rows_of
+from unit.fast.test_step import OBJECTIVES, assert_same_step, compute_both_steps, create_rows
 
 VOCAB = tiny_models.VOCAB
 _DECODER = {
@@ -71,15 +71,15 @@ def build(family: str) -> Any:
 
 def adapt(model: Any, **fields: Any) -> Any:
     spec = SPECS["lora"](r=4, **fields)
-    found = resolve_method_targets(spec, model, "tiny")
+    targets = resolve_method_targets(spec, model, "tiny")
     return apply_method(
-        model, spec, Base(model.config, "decoder", "CAUSAL_LM", found.modules, [], False, 10)
+        model, spec, Base(model.config, "decoder", "CAUSAL_LM", targets.modules, [], False, 10)
     )
 
 
-def test_a_head_that_its_config_does_not_tell_is_computed_the_plain_way() -> None:
-    rows, objective = rows_of("causal"), OBJECTIVES["causal"]
-    model = build("recurrent_gemma")  # caps its scores by another name than Gemma 2
+def test_unknown_logit_change_disables_chunked_cross_entropy() -> None:
+    rows, objective = create_rows("causal"), OBJECTIVES["causal"]
+    model = build("recurrent_gemma")  # its soft cap has another name than Gemma 2's
     fast = FastStep(model, FastPlan(True, False, True, 100, False))
     assert "its logits are changed beyond what its config describes" in fast.check_cross_entropy(
         objective, rows, 0, "cpu", "float32"
@@ -94,42 +94,44 @@ def test_a_head_that_its_config_does_not_tell_is_computed_the_plain_way() -> Non
     [("llama", "causal"), ("gemma3_text", "causal"), ("bert", "mlm"), ("bart", "seq2seq")],
 )
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_heads_that_are_known_are_kept(family: str, head: str, dtype: str) -> None:
+def test_chunked_cross_entropy_is_enabled_for_known_heads(
+    family: str, head: str, dtype: str
+) -> None:
     model = tiny_models.build(family, head)
     fast = FastStep(model, FastPlan(True, False, True, 100, False))
-    assert fast.check_cross_entropy(OBJECTIVES[head], rows_of(head), 0, "cpu", dtype) == ""
+    assert fast.check_cross_entropy(OBJECTIVES[head], create_rows(head), 0, "cpu", dtype) == ""
     assert fast.cross_entropy is not None
     fast.remove()
 
 
-def test_a_recurrence_is_not_packed() -> None:
+def test_recurrent_model_is_not_packed() -> None:
     plan = plan_fast(
         TrainConfig(), build("recurrent_gemma"), "decoder", OBJECTIVES["causal"], "cpu",
-        rows_of("causal"), 64,
+        create_rows("causal"), 64,
     )  # fmt: skip
     assert not plan.packs
     assert "carries a state" in str(plan.choices[0])
 
 
-def test_linears_that_a_scan_reads_are_left_out() -> None:
+def test_all_linear_excludes_layers_read_by_mamba_scan() -> None:
     model = build("mamba")
     names = {name.rpartition(".")[2] for name in resolve_targets(model, "all-linear")}
     assert names == {"in_proj", "x_proj"}
-    for wish in ("out_proj", ".*out_proj", "dt_proj"):
+    for target_modules in ("out_proj", ".*out_proj", "dt_proj"):
         with pytest.raises(ConfigError, match="would have no effect"):
-            resolve_targets(model, wish)
+            resolve_targets(model, target_modules)
 
 
-def test_an_adapter_on_other_modules_than_asked_for_is_refused() -> None:
-    with pytest.raises(ConfigError, match="gate_proj, up_proj for the experts") as refused:
+def test_all_linear_with_unsupported_experts_raises() -> None:
+    with pytest.raises(ConfigError, match="gate_proj, up_proj for the experts") as error:
         adapt(build("deepseek_v3"))
-    names = str(refused.value).rpartition("--target-modules ")[2].rstrip(".")
+    names = str(error.value).rpartition("--target-modules ")[2].rstrip(".")
     adapted = adapt(build("deepseek_v3"), target_modules=names.split(","))
     assert len(adapted.base_model.targeted_module_names) == 10
 
 
-def test_values_of_another_width_than_the_keys() -> None:
-    rows, objective = rows_of("causal"), OBJECTIVES["causal"]
+def test_packing_with_different_value_and_key_widths() -> None:
+    rows, objective = create_rows("causal"), OBJECTIVES["causal"]
     model = build("deepseek_v3")
     fast = FastStep(model, FastPlan(True, True, False, 100, False))
     assert fast.check(rows, 0, "cpu", "float32") == []
@@ -137,13 +139,13 @@ def test_values_of_another_width_than_the_keys() -> None:
     assert objective.headline
 
 
-def test_two_base_classes_of_one_name() -> None:
+def test_rename_prefix_of_funnel_is_empty() -> None:
     config = AutoConfig.for_model("funnel", vocab_size=VOCAB)
     assert rename_prefix(config, "AutoModelForSequenceClassification") == {}
 
 
-def test_a_fused_output_may_be_scaled_in_place() -> None:
-    """Longformer, LED and DeBERTa divide their queries where they stand."""
+def test_fused_lora_output_can_be_scaled_in_place() -> None:
+    """Longformer, LED and DeBERTa scale their queries in place."""
     x = torch.randn(2, 3, 8, requires_grad=True)
     a = torch.randn(4, 8, requires_grad=True)
     b = torch.randn(6, 4, requires_grad=True)
@@ -151,51 +153,53 @@ def test_a_fused_output_may_be_scaled_in_place() -> None:
     y = FusedLoraFunction.apply(x, None, a, b, None, lambda: weight, 2.0)
     scaled = y.transpose(0, 1)
     scaled /= 3.0
-    found = torch.autograd.grad(scaled.square().sum(), (x, a, b))
-    expected = (functional.linear(x, weight) + 2.0 * x @ a.T @ b.T) / 3.0
-    wanted = torch.autograd.grad(expected.square().sum(), (x, a, b))
-    torch.testing.assert_close(found, wanted)
+    actual = torch.autograd.grad(scaled.square().sum(), (x, a, b))
+    reference = (functional.linear(x, weight) + 2.0 * x @ a.T @ b.T) / 3.0
+    expected = torch.autograd.grad(reference.square().sum(), (x, a, b))
+    torch.testing.assert_close(actual, expected)
 
 
 @pytest.mark.parametrize(
-    ("family", "more", "aside"),
+    ("family", "fields", "unused"),
     [
         ("longformer", {"attention_window": [8, 8]}, {"query_global", "key_global"}),
         ("luke", {"entity_vocab_size": 9}, {"w2e_query", "e2w_query", "e2e_query"}),
     ],
 )
-def test_linears_that_a_task_does_not_use_are_left_out(
-    family: str, more: dict[str, Any], aside: set[str]
+def test_all_linear_excludes_layers_unused_by_task(
+    family: str, fields: dict[str, Any], unused: set[str]
 ) -> None:
-    config = AutoConfig.for_model(family, **{**_DECODER, **more})
+    config = AutoConfig.for_model(family, **{**_DECODER, **fields})
     with torch.device("meta"):
         model = AutoModelForMaskedLM.from_config(config)
     names = {name.rpartition(".")[2] for name in resolve_targets(model, "all-linear")}
     assert "query" in names
-    assert not names & aside
-    assert len(resolve_targets(model, sorted(aside)[0])) == 2  # who names them gets them
+    assert not names & unused
+    assert (
+        len(resolve_targets(model, sorted(unused)[0])) == 2
+    )  # explicit target_modules include them
 
 
 @pytest.mark.parametrize("family", ["mamba", "rwkv", "switch_transformers"])
-def test_linears_that_cannot_be_packed_stay_as_they_are(family: str) -> None:
+def test_incompatible_linear_layers_are_not_quantized(family: str) -> None:
     sizes = {"vocab_size": VOCAB, "num_hidden_layers": 2, "hidden_size": 64, "d_model": 64,
              "num_layers": 2, "num_decoder_layers": 2}  # fmt: skip
     kind = "Seq2SeqLM" if family == "switch_transformers" else "CausalLM"
     config = AutoConfig.for_model(family, **sizes)
     quantization = build_quantization_config(QuantConfig(kind="4bit"), torch.float32, [])
-    kept = keep_heads(quantization, config, f"AutoModelFor{kind}").llm_int8_skip_modules
-    ends = {"mamba": "dt_proj", "rwkv": "feed_forward.value", "switch_transformers": "wo"}
-    assert any(name.endswith(f".{ends[family]}") for name in kept)
+    skipped = keep_heads(quantization, config, f"AutoModelFor{kind}").llm_int8_skip_modules
+    suffixes = {"mamba": "dt_proj", "rwkv": "feed_forward.value", "switch_transformers": "wo"}
+    assert any(name.endswith(f".{suffixes[family]}") for name in skipped)
 
 
-def test_deberta_computes_in_float32() -> None:
+def test_deberta_supports_only_float32() -> None:
     assert select_dtype("auto", "cpu", "lora", "deberta").value == "float32"
     with pytest.raises(ConfigError, match="--dtype bfloat16 cannot be used with deberta"):
         select_dtype("bfloat16", "cpu", "lora", "deberta")
 
 
 @pytest.mark.parametrize("lengths", [(5, 30, 12, 12, 3, 21, 8, 17), (90, 150, 300)])
-def test_capped_scores_are_packed_and_are_those_of_the_models_own_attention(
+def test_packed_soft_capped_attention_matches_eager(
     lengths: tuple[int, ...], tmp_path: Path
 ) -> None:
     config = AutoConfig.for_model(
@@ -204,20 +208,20 @@ def test_capped_scores_are_packed_and_are_those_of_the_models_own_attention(
     )  # fmt: skip
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config)
-    for parameter in model.parameters():  # scores that the cap bends
+    for parameter in model.parameters():  # logits large enough for the soft cap
         parameter.data.mul_(4 if parameter.dim() > 1 else 1)
     assert attention_of(model) == "eager"
-    rows, objective = rows_of("causal", lengths), OBJECTIVES["causal"]
+    rows, objective = create_rows("causal", lengths), OBJECTIVES["causal"]
     plan = plan_fast(TrainConfig(), model, "decoder", objective, "cpu", rows, 300)
     assert plan.packs
     assert attention_of(model) == "eager"
-    assert_same_step(both(model, "causal", tmp_path, rows=rows, at_least=1), 1e-4)
+    assert_same_step(compute_both_steps(model, "causal", tmp_path, rows=rows, at_least=1), 1e-4)
     ids = torch.tensor(rows[1].input_ids)[None]
     model.eval()
-    alone, written = model(ids).logits, model.generate(ids, max_new_tokens=5, do_sample=False)
+    logits, generated = model(ids).logits, model.generate(ids, max_new_tokens=5, do_sample=False)
     fast = FastStep(model, plan)
     assert fast.check(rows, 0, "cpu", "float32") == []
-    torch.testing.assert_close(model(ids).logits, alone, rtol=1e-4, atol=1e-4)  # not packed
-    assert torch.equal(model.generate(ids, max_new_tokens=5, do_sample=False), written)
+    torch.testing.assert_close(model(ids).logits, logits, rtol=1e-4, atol=1e-4)  # not packed
+    assert torch.equal(model.generate(ids, max_new_tokens=5, do_sample=False), generated)
     fast.remove()
     assert attention_of(model) == "eager"

@@ -1,4 +1,4 @@
-"""Our tuners from Python, without ftlevel's commands: they do what PEFT's own do when asked."""
+"""Tests of the tuners through PEFT's Python API: they behave like PEFT's own tuners."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ CONFIGS = {
 every_tuner = pytest.mark.parametrize("tuner", CONFIGS)
 
 
-def dtypes_of(model: Any, name: str) -> set[torch.dtype]:
+def get_adapter_dtypes(model: Any, name: str) -> set[torch.dtype]:
     return {p.dtype for n, p in model.named_parameters() if model.prefix in n and f".{name}" in n}
 
 
@@ -51,20 +51,28 @@ def dtypes_of(model: Any, name: str) -> set[torch.dtype]:
         [*product(CONFIGS, ("llama", "bert", "t5", "mixtral"), (torch.bfloat16, torch.float16))]
     ),
 )
-def test_an_adapter_is_in_the_precision_that_is_asked_for(
+def test_autocast_adapter_dtype_sets_dtype_after_load(
     tuner: str, family: str, dtype: torch.dtype, tmp_path: Path
 ) -> None:
-    for is_cast, expected in ((True, torch.float32), (False, dtype)):
-        choice = {"autocast_adapter_dtype": is_cast}
-        model = get_peft_model(build(family).to(dtype), CONFIGS[tuner](), **choice)
-        model.add_adapter("other", CONFIGS[tuner](), **choice)
-        assert dtypes_of(model, "default") == dtypes_of(model, "other") == {expected}
+    for autocast, expected in ((True, torch.float32), (False, dtype)):
+        options = {"autocast_adapter_dtype": autocast}
+        model = get_peft_model(build(family).to(dtype), CONFIGS[tuner](), **options)
+        model.add_adapter("other", CONFIGS[tuner](), **options)
+        assert (
+            get_adapter_dtypes(model, "default") == get_adapter_dtypes(model, "other") == {expected}
+        )
         assert torch.isfinite(compute_logits(model.eval(), build_batch(family))).all()
         model.save_pretrained(str(tmp_path))
-        for how in (choice, {**choice, "low_cpu_mem_usage": True}):
-            loaded = PeftModel.from_pretrained(build(family).to(dtype), str(tmp_path), **how)
-            loaded.load_adapter(str(tmp_path / "other"), "other", **how)
-            assert dtypes_of(loaded, "default") == dtypes_of(loaded, "other") == {expected}
+        for load_options in (options, {**options, "low_cpu_mem_usage": True}):
+            loaded = PeftModel.from_pretrained(
+                build(family).to(dtype), str(tmp_path), **load_options
+            )
+            loaded.load_adapter(str(tmp_path / "other"), "other", **load_options)
+            assert (
+                get_adapter_dtypes(loaded, "default")
+                == get_adapter_dtypes(loaded, "other")
+                == {expected}
+            )
             for name in ("default", "other"):
                 loaded.set_adapter(name)
                 model.set_adapter(name)
@@ -76,7 +84,7 @@ def test_an_adapter_is_in_the_precision_that_is_asked_for(
     ("tuner", "family"),
     sample([*product(CONFIGS, ("llama", "gpt2", "bert", "distilbert", "opt", "t5", "bart"))]),
 )
-def test_a_model_without_a_head_is_as_good(tuner: str, family: str, tmp_path: Path) -> None:
+def test_tuners_work_on_model_without_head(tuner: str, family: str, tmp_path: Path) -> None:
     stack = AutoModel.from_config(build_config(family)).eval()
 
     def build_stack() -> Any:
@@ -100,27 +108,27 @@ def test_a_model_without_a_head_is_as_good(tuner: str, family: str, tmp_path: Pa
         torch.testing.assert_close(compute(model), before, atol=1e-5, rtol=1e-5)
     model.save_pretrained(str(tmp_path))
     keys = load_file(tmp_path / "adapter_model.safetensors")
-    assert all(f".{model.prefix}" in key for key in keys)  # nothing of the base
+    assert all(f".{model.prefix}" in key for key in keys)  # no base weights
     loaded = PeftModel.from_pretrained(build_stack(), str(tmp_path))
     torch.testing.assert_close(compute(loaded), states, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(compute(model.unload()), before, atol=1e-5, rtol=1e-5)
 
 
-def test_a_prompt_is_refused_by_what_takes_no_tokens() -> None:
+def test_soft_prompt_on_linear_layer_raises() -> None:
     config = SoftPromptConfig(target_modules=["q_proj"])
     with pytest.raises(ValueError, match="takes no tokens"):
         get_peft_model(build("llama"), config)
 
 
 @every_tuner
-def test_injected_by_the_keys_of_a_state_dict(tuner: str) -> None:
+def test_inject_adapter_from_state_dict_keys(tuner: str) -> None:
     injected = inject_adapter_in_model(CONFIGS[tuner](), build("llama"))
     state = get_peft_model_state_dict(injected)
-    again = inject_adapter_in_model(CONFIGS[tuner](), build("llama"), state_dict=state)
-    assert get_peft_model_state_dict(again).keys() == state.keys() != set()
+    reinjected = inject_adapter_in_model(CONFIGS[tuner](), build("llama"), state_dict=state)
+    assert get_peft_model_state_dict(reinjected).keys() == state.keys() != set()
 
 
-def test_a_fused_layer_prints_as_pefts() -> None:
+def test_fused_layer_repr_equals_peft_repr() -> None:
     plain, fused = (LoraConfig(target_modules=["first", "last"], r=2) for _ in range(2))
     register_fused_layers(fused)
     expected, model = (get_peft_model(Feedforward(), config) for config in (plain, fused))
@@ -138,7 +146,7 @@ def test_a_fused_layer_prints_as_pefts() -> None:
         ("gpt_oss", "more than scaled_dot_product"),
     ],
 )
-def test_a_prefix_is_refused_where_it_has_no_place(auto: Any, model_type: str, reason: str) -> None:
+def test_prefix_on_unsupported_attention_raises(auto: Any, model_type: str, reason: str) -> None:
     if model_type == "mpnet":
         auto = AutoModelForMaskedLM
     config = AutoConfig.for_model(
@@ -151,7 +159,7 @@ def test_a_prefix_is_refused_where_it_has_no_place(auto: Any, model_type: str, r
 
 
 class Feedforward(nn.Module):
-    """A model of nobody's family: it has no `config`."""
+    """A model without a `config`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -162,7 +170,7 @@ class Feedforward(nn.Module):
         return states
 
 
-def test_a_prefix_is_refused_where_a_linear_is_named() -> None:
+def test_prefix_with_linear_target_module_raises() -> None:
     config = PrefixKvConfig(task_type="CAUSAL_LM", target_modules=["down_proj"])
     with pytest.raises(
         ValueError, match=r"Linear does not expose its number of heads.*Name attention modules in"
@@ -171,7 +179,7 @@ def test_a_prefix_is_refused_where_a_linear_is_named() -> None:
 
 
 @pytest.mark.parametrize("placement", ["houlsby", "parallel"])
-def test_a_bottleneck_needs_no_configuration_of_the_model(placement: str) -> None:
+def test_bottleneck_works_on_model_without_config(placement: str) -> None:
     config = BottleneckConfig(target_modules=["last"], placement=placement, init_weights=False)
     plain, x = Feedforward(), torch.randn(3, 6)
     before = plain(x)
@@ -185,7 +193,7 @@ def test_a_bottleneck_needs_no_configuration_of_the_model(placement: str) -> Non
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 @pytest.mark.parametrize("family", ["llama", "bert", "t5"])
-def test_the_last_prefix_leaves_the_attention_as_it_was(family: str, implementation: str) -> None:
+def test_deleting_last_prefix_restores_attention(family: str, implementation: str) -> None:
     batch, base = build_batch(family), build(family)
     base.set_attn_implementation(implementation)
     before, attention = compute_logits(base, batch), attention_of(base)
@@ -202,7 +210,7 @@ ATTENTIONS = ("attentions", "encoder_attentions", "decoder_attentions", "cross_a
 
 
 @pytest.mark.parametrize("family", ["llama", "bert", "gpt2", "t5", "bart", "gpt_neo", "deberta-v2"])
-def test_attentions_show_the_prefix_in_front(family: str) -> None:
+def test_output_attentions_include_prefix_first(family: str) -> None:
     batch, base = build_batch(family), build(family)
     if attention_of(base) == "sdpa":
         base.set_attn_implementation("eager")
@@ -217,15 +225,15 @@ def test_attentions_show_the_prefix_in_front(family: str) -> None:
         for weights, plain in zip(after[name], before[name], strict=True):
             assert weights.shape == (*plain.shape[:-1], 5 + plain.shape[-1])
             torch.testing.assert_close(weights.sum(-1), torch.ones_like(weights[..., 0]))
-    # The first layer sees what it saw: among the tokens, its weights have the ratios of before.
+    # The first layer's inputs are unchanged: attention among tokens keeps its ratios.
     first = "attentions" if "attentions" in compared else "encoder_attentions"
-    among = after[first][0][1, ..., 5:]  # of the row without padding
-    assert (among.sum(-1) < 1).all()
-    torch.testing.assert_close(among / among.sum(-1, keepdim=True), before[first][0][1])
+    on_tokens = after[first][0][1, ..., 5:]  # the row without padding
+    assert (on_tokens.sum(-1) < 1).all()
+    torch.testing.assert_close(on_tokens / on_tokens.sum(-1, keepdim=True), before[first][0][1])
 
 
 @pytest.mark.parametrize("family", ["llama", "t5"])
-def test_attentions_over_a_prompt_are_those_of_pefts_prompt_tuning(family: str) -> None:
+def test_prompt_attentions_match_peft_prompt_tuning(family: str) -> None:
     batch, task = build_batch(family), "CAUSAL_LM" if family == "llama" else "SEQ_2_SEQ_LM"
     models = []
     for config in (SoftPromptConfig, PromptTuningConfig):
@@ -236,16 +244,18 @@ def test_attentions_over_a_prompt_are_those_of_pefts_prompt_tuning(family: str) 
     prompt = next(p for p in ours.parameters() if p.requires_grad)
     plain.prompt_encoder["default"].embedding.weight.data[:5] = prompt.detach()
     with torch.no_grad():
-        shown, expected = (model(**batch, output_attentions=True) for model in models)
+        actual, expected = (model(**batch, output_attentions=True) for model in models)
     for name in ATTENTIONS:
-        for weights, others in zip(shown.get(name) or (), expected.get(name) or (), strict=True):
-            torch.testing.assert_close(weights, others)
-    first = shown["attentions" if family == "llama" else "encoder_attentions"][0]
+        for weights, expected_weights in zip(
+            actual.get(name) or (), expected.get(name) or (), strict=True
+        ):
+            torch.testing.assert_close(weights, expected_weights)
+    first = actual["attentions" if family == "llama" else "encoder_attentions"][0]
     assert first.shape[-2:] == (17, 17)
 
 
 @pytest.mark.parametrize("tuner", ["parallel", "prefix"])
-def test_compiled_as_one_graph(tuner: str) -> None:
+def test_tuners_compile_to_one_graph(tuner: str) -> None:
     torch.compiler.reset()
     model, batch = get_peft_model(build("llama"), CONFIGS[tuner]()).eval(), build_batch("llama")
     compiled = torch.compile(model, backend="eager", fullgraph=True)
@@ -255,7 +265,7 @@ def test_compiled_as_one_graph(tuner: str) -> None:
 
 @every_tuner
 @pytest.mark.parametrize("family", ["llama", "t5", "electra"])
-def test_a_layer_says_how_wide_its_module_is(tuner: str, family: str) -> None:
+def test_tuner_layers_expose_in_and_out_features(tuner: str, family: str) -> None:
     model = get_peft_model(build(family), CONFIGS[tuner]())
     layers = [layer for layer in model.modules() if isinstance(layer, BaseTunerLayer)]
     assert layers
@@ -269,7 +279,7 @@ def test_a_layer_says_how_wide_its_module_is(tuner: str, family: str) -> None:
         )
 
 
-def test_a_bottleneck_is_refused_where_no_width_is_known() -> None:
+def test_bottleneck_on_layer_without_known_width_raises() -> None:
     config = BottleneckConfig(target_modules=["0"])
     with pytest.raises(
         ValueError,

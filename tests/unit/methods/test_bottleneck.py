@@ -1,4 +1,4 @@
-"""Bottleneck adapters on every family: trained, saved, loaded into a fresh base and compared."""
+"""Tests of bottleneck adapters on every family: train, save, load into a fresh base and compare."""
 
 from __future__ import annotations
 
@@ -38,7 +38,12 @@ from tiny_models import (
 from unit.models.meta_models import AUTO, has_model, tiny_config
 
 PLACEMENTS = ("houlsby", "pfeiffer", "seq_bn", "parallel", "par_bn", "adapter_plus")
-FEWER = ("houlsby", "pfeiffer", "seq_bn", "parallel")  # of those on the residual, one is enough
+FEWER_PLACEMENTS = (
+    "houlsby",
+    "pfeiffer",
+    "seq_bn",
+    "parallel",
+)  # one of the placements on the residual is enough
 DIM = 8
 TASK_TYPES = {
     "causal": "CAUSAL_LM",
@@ -47,11 +52,11 @@ TASK_TYPES = {
     "tokcls": "TOKEN_CLS",
     "qa": "QUESTION_ANS",
 }
-# Adapters of a tiny model: attentions with a Houlsby adapter, and feed-forwards.
+# Number of adapters in a tiny model: on attentions (Houlsby) and on feed-forwards.
 ATTENTIONS = {"albert": 1, "t5": 3 * LAYERS, "mt5": 3 * LAYERS, "bart": 3 * LAYERS}
 FEED_FORWARDS = {"albert": 1, "t5": 2 * LAYERS, "mt5": 2 * LAYERS, "bart": 2 * LAYERS}
 SPARSE = ("mixtral", "qwen3_moe")
-# Heads: of one linear and of several, found and not found by PEFT itself.
+# Heads of one and of several linear layers, detected and not detected by PEFT.
 HEAD_CASES = [
     ("bert", "tokcls", "houlsby"),
     ("roberta", "seqcls", "parallel"),
@@ -67,7 +72,7 @@ HEAD_CASES = [
 
 
 def adapt(model: Any, head: str, **fields: Any) -> Any:
-    """Put an adapter on a tiny model, as `ftlevel train` does."""
+    """Add a bottleneck adapter to a tiny model, as `ftlevel train` does."""
     spec = AdapterSpec(**{"bottleneck_dim": DIM, **fields})
     heads = get_heads(model) if head in ("seqcls", "tokcls", "qa") else []
     targets = METHODS["adapter"].default_target_modules(spec, model)
@@ -78,55 +83,57 @@ def adapt(model: Any, head: str, **fields: Any) -> Any:
 def backward(
     model: Any, batch: dict[str, torch.Tensor], seed: int = 3, *, bf16: bool = False
 ) -> dict[str, torch.Tensor]:
-    """Return the gradients of the trainable parameters; dropout is drawn from `seed`."""
+    """Return the gradients of trainable parameters; `seed` seeds dropout."""
     torch.manual_seed(seed)
     model.train()
     model.zero_grad()
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
         loss = model(**batch).loss
     loss.backward()
-    found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     model.eval()
-    return found
+    return gradients
 
 
 def train(model: Any, batch: dict[str, torch.Tensor], *, bf16: bool = False) -> set[str]:
-    """Train two steps; return the trainable tensors that never had a gradient."""
+    """Train two steps; return the trainable tensors that never had a nonzero gradient."""
     trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.SGD(trainable.values(), lr=0.5)
-    still = set(trainable)
+    without_gradient = set(trainable)
     for step in range(2):
         gradients = backward(model, batch, step, bf16=bf16)
         assert set(gradients) == set(trainable), "exactly what is trained has a gradient"
-        still -= {name for name, gradient in gradients.items() if gradient.abs().sum() > 0}
+        without_gradient -= {
+            name for name, gradient in gradients.items() if gradient.abs().sum() > 0
+        }
         optimizer.step()
-    return still
+    return without_gradient
 
 
 def digest(model: Any) -> str:
-    """Hash what is frozen."""
+    """Return a hash of the frozen parameters."""
     frozen = [p for p in model.parameters() if not p.requires_grad]
     return hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in frozen)).hexdigest()
 
 
-def layers_of(model: Any) -> list[BottleneckLayer]:
+def get_bottleneck_layers(model: Any) -> list[BottleneckLayer]:
     return [module for module in model.modules() if isinstance(module, BottleneckLayer)]
 
 
-def goes_on(family: str, placement: str) -> bool:
-    """Whether the family has a position for the placement; the others are refused below."""
+def is_supported(family: str, placement: str) -> bool:
+    """Return whether the family supports the placement; unsupported ones are tested below."""
     return placement not in ON_RESIDUAL or bool(ADAPTER_POSITIONS[family].residual)
 
 
-def expected_taps(family: str, placement: str) -> set[str]:
-    """What a layer must listen to; a whole feed-forward is given its input itself."""
+def expected_hooks(family: str, placement: str) -> set[str]:
+    """Return the hooks that a layer must have; a whole feed-forward receives its input itself."""
     if placement == "parallel":
         return set() if family in SPARSE else {"input"}
     is_norm = placement == "adapter_plus" and ADAPTER_POSITIONS[family].norm
     return {"residual"} if placement in ON_RESIDUAL and not is_norm else set()
 
 
-def site_count(family: str, placement: str) -> int:
+def expected_adapter_count(family: str, placement: str) -> int:
     attentions = ATTENTIONS.get(family, LAYERS) if placement == "houlsby" else 0
     return attentions + FEED_FORWARDS.get(family, LAYERS)
 
@@ -139,20 +146,22 @@ def site_count(family: str, placement: str) -> int:
                 (family, HEADS[family][0], placement)
                 for family in FAMILIES
                 for placement in PLACEMENTS
-                if goes_on(family, placement)
+                if is_supported(family, placement)
             ],
             times=2,
         ),
         *HEAD_CASES,
     ],
 )
-def test_a_family(family: str, head: str, placement: str, tmp_path: Path) -> None:
+def test_adapter_trains_saves_and_reloads_on_every_family(
+    family: str, head: str, placement: str, tmp_path: Path
+) -> None:
     base, batch = build(family, head), build_batch(family, head)
     before = compute_logits(base, batch)
     model = adapt(base, head, placement=placement)
-    layers = layers_of(model)
-    assert len(layers) == site_count(family, placement)
-    assert all(set(layer._hooks) == expected_taps(family, placement) for layer in layers)
+    layers = get_bottleneck_layers(model)
+    assert len(layers) == expected_adapter_count(family, placement)
+    assert all(set(layer._hooks) == expected_hooks(family, placement) for layer in layers)
     assert torch.equal(compute_logits(model, batch), before), "the identity at the start"
 
     frozen = digest(model)
@@ -169,14 +178,14 @@ def test_a_family(family: str, head: str, placement: str, tmp_path: Path) -> Non
 
 
 def check_checkpointing(model: Any, batch: dict[str, torch.Tensor]) -> None:
-    """Recomputed activations give the gradients of those that were kept."""
+    """Check that gradients with recomputed activations equal those without."""
     plain = backward(model, batch)
     model.gradient_checkpointing_enable({"use_reentrant": False})
     recomputed = backward(model, batch)
     assert set(recomputed) == set(plain)
     largest = max(1.0, max(gradient.abs().max().item() for gradient in plain.values()))
     assert max((recomputed[n] - plain[n]).abs().max().item() for n in plain) < 1e-6 * largest
-    assert all(not layer._inputs for layer in layers_of(model))
+    assert all(not layer._inputs for layer in get_bottleneck_layers(model))
 
 
 def check_loading(
@@ -186,14 +195,14 @@ def check_loading(
     directory: Path,
     after: torch.Tensor,
 ) -> None:
-    """Load into a fresh base, under its own and another name; switch, delete, disable, unload."""
+    """Check a load into a fresh base under two names, then switch, delete, disable and unload."""
     fresh = build(family, head)
     untouched = compute_logits(fresh, batch)
     loaded = load_adapter(fresh, directory)
     assert torch.equal(compute_logits(loaded, batch), after)
 
     loaded.load_adapter(directory, adapter_name="other")
-    with torch.no_grad():  # so that only what was loaded as "other" can give the right answer
+    with torch.no_grad():  # so that only the adapter "other" gives the right output
         for name, parameter in loaded.named_parameters():
             if "bottleneck_" in name and ".default." in name:
                 parameter.fill_(0.3)
@@ -202,16 +211,16 @@ def check_loading(
     assert torch.equal(compute_logits(loaded, batch), after)
     loaded.delete_adapter("default")
     assert torch.equal(compute_logits(loaded, batch), after)
-    assert all(list(layer.configs) == ["other"] for layer in layers_of(loaded))
+    assert all(list(layer.configs) == ["other"] for layer in get_bottleneck_layers(loaded))
 
     with loaded.disable_adapter():
         assert torch.equal(compute_logits(loaded, batch), untouched)
     assert torch.equal(compute_logits(loaded, batch), after)
     names = {n for n, _ in build(family, head).named_parameters()}
-    bare = loaded.unload()
-    assert {n for n, _ in bare.named_parameters()} == names
+    unloaded = loaded.unload()
+    assert {n for n, _ in unloaded.named_parameters()} == names
     assert not any(
-        module._forward_pre_hooks for module in bare.modules() if not list(module.children())
+        module._forward_pre_hooks for module in unloaded.modules() if not list(module.children())
     )
 
 
@@ -221,34 +230,38 @@ def check_loading(
         [
             (family, placement)
             for family in sorted({*KNOWN} - {*FAMILIES})
-            for placement in FEWER
-            if goes_on(family, placement)
+            for placement in FEWER_PLACEMENTS
+            if is_supported(family, placement)
         ]
     ),
 )
-def test_a_relative(family: str, placement: str) -> None:
+def test_adapter_trains_on_families_without_tiny_model(family: str, placement: str) -> None:
     tasks = ("summarization", "masked-lm", "text-generation")
     task = next(t for t in tasks if has_model(family, t))
-    whole = {"encoder_layerdrop": 0.0, "decoder_layerdrop": 0.0, "decoder_start_token_id": 0}
-    config = tiny_config(family, **(whole if task == "summarization" else {}))
+    seq2seq_fields = {
+        "encoder_layerdrop": 0.0,
+        "decoder_layerdrop": 0.0,
+        "decoder_start_token_id": 0,
+    }
+    config = tiny_config(family, **(seq2seq_fields if task == "summarization" else {}))
     base = getattr(transformers, AUTO[task]).from_config(config).eval()
     ids = torch.randint(10, 190, (2, 9))
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
     before = compute_logits(base, batch)
     model = adapt(base, "", placement=placement)
-    layers = layers_of(model)
-    assert all(set(layer._hooks) == expected_taps(family, placement) for layer in layers)
+    layers = get_bottleneck_layers(model)
+    assert all(set(layer._hooks) == expected_hooks(family, placement) for layer in layers)
     assert torch.equal(compute_logits(model, batch), before)
     assert train(model, batch) == set()
     assert not torch.equal(compute_logits(model, batch), before)
 
 
-def test_a_sparse_model_with_dense_layers_has_an_adapter_on_each() -> None:
+def test_moe_with_dense_layers_has_adapter_in_each_layer() -> None:
     base = build("qwen3_moe", mlp_only_layers=[0])
     assert hasattr(base.model.layers[0].mlp, "down_proj")
     before = compute_logits(base, build_batch("qwen3_moe"))
     model = adapt(base, "causal", placement="parallel")
-    assert len(layers_of(model)) == LAYERS
+    assert len(get_bottleneck_layers(model)) == LAYERS
     assert torch.equal(compute_logits(model, build_batch("qwen3_moe")), before)
     assert train(model, build_batch("qwen3_moe")) == set()
 
@@ -259,36 +272,36 @@ def test_a_sparse_model_with_dense_layers_has_an_adapter_on_each() -> None:
         [
             (family, placement)
             for family in FAMILIES
-            for placement in FEWER
-            if HEADS[family][0] in ("causal", "seq2seq") and goes_on(family, placement)
+            for placement in FEWER_PLACEMENTS
+            if HEADS[family][0] in ("causal", "seq2seq") and is_supported(family, placement)
         ]
     ),
 )
-def test_generation_with_a_cache_is_generation_without(family: str, placement: str) -> None:
+def test_generation_with_cache_equals_without_cache(family: str, placement: str) -> None:
     head = HEADS[family][0]
     model = adapt(build(family), head, placement=placement)
     train(model, build_batch(family))
     ids = build_batch(family)["input_ids"][1:]
     tokens = [
         model.generate(
-            input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, use_cache=cached,
+            input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, use_cache=cache,
             min_new_tokens=6, max_new_tokens=6, pad_token_id=0,
         )
-        for cached in (True, False)
+        for cache in (True, False)
     ]  # fmt: skip
     assert torch.equal(*tokens)
 
 
-# What each placement computes.
+# Formulas of the placements.
 
 
-def by_hand(layer: BottleneckLayer, source: torch.Tensor, scaling: float) -> torch.Tensor:
+def compute_adapter(layer: BottleneckLayer, source: torch.Tensor, scaling: float) -> torch.Tensor:
     down, up = layer.bottleneck_down["default"], layer.bottleneck_up["default"]
     return scaling * up(torch.relu(down(source)))
 
 
 @pytest.mark.parametrize(("placement", "scaling"), [("pfeiffer", 1.0), ("parallel", 4.0)])
-def test_the_formula(placement: str, scaling: float) -> None:
+def test_adapter_output_matches_formula(placement: str, scaling: float) -> None:
     base = build("llama")
     expected_mlp = copy.deepcopy(base.model.layers[1].mlp)
     model = adapt(base, "causal", placement=placement)
@@ -298,15 +311,15 @@ def test_the_formula(placement: str, scaling: float) -> None:
     with torch.no_grad():
         plain = expected_mlp(hidden)
         source = plain if placement == "pfeiffer" else hidden
-        expected = plain + by_hand(mlp.down_proj, source, scaling)
+        expected = plain + compute_adapter(mlp.down_proj, source, scaling)
         assert torch.allclose(mlp(hidden), expected, atol=1e-6)
 
 
 def run_blocks(model: Any, family: str, source: str) -> torch.Tensor:
-    """Return the states after two blocks, as the papers write them; the base's modules do the rest.
+    """Return the hidden states after two blocks, computed as in the papers.
 
-    `source` names what the adapter reads: h, the feed-forward's output; r, its residual; y, their
-    sum through the norm that follows, if one does.
+    `source` is the adapter's input: h, the feed-forward's output; r, its residual; y, their sum
+    after the norm that follows, if any.
     """
     states = torch.randn(2, 5, HIDDEN, generator=torch.Generator().manual_seed(0))
     blocks = model.h if family == "gpt2" else model.encoder.layer
@@ -323,12 +336,14 @@ def run_blocks(model: Any, family: str, source: str) -> torch.Tensor:
         else:
             h = site.base_layer(inner)
         norm = norm or torch.nn.Identity()
-        read = {"h": h, "r": r, "y": norm(h + r)}[source]
+        adapter_input = {"h": h, "r": r, "y": norm(h + r)}[source]
         down, up = site.bottleneck_down["default"], site.bottleneck_up["default"]
         scale = site.bottleneck_scale.get("default", 4.0)
-        added = scale * (torch.relu(read @ down.weight.T + down.bias) @ up.weight.T + up.bias)
-        is_after = site is not block.output.dense if family == "bert" else False
-        states = norm(h + r) + added if is_after else norm(h + added + r)
+        adapter_output = scale * (
+            torch.relu(adapter_input @ down.weight.T + down.bias) @ up.weight.T + up.bias
+        )
+        is_after_norm = site is not block.output.dense if family == "bert" else False
+        states = norm(h + r) + adapter_output if is_after_norm else norm(h + adapter_output + r)
     return states
 
 
@@ -337,7 +352,7 @@ def run_blocks(model: Any, family: str, source: str) -> torch.Tensor:
     ("placement", "source"),
     [("pfeiffer", "h"), ("seq_bn", "y"), ("par_bn", "r"), ("adapter_plus", "y")],
 )
-def test_two_blocks_are_what_the_papers_say(family: str, placement: str, source: str) -> None:
+def test_two_blocks_match_formulas_of_papers(family: str, placement: str, source: str) -> None:
     scaling = None if placement in ("par_bn", "adapter_plus") else 4.0
     model = adapt(build(family, HEADS[family][0]), "", placement=placement, scaling=scaling)
     with torch.no_grad():
@@ -346,47 +361,47 @@ def test_two_blocks_are_what_the_papers_say(family: str, placement: str, source:
                 parameter.add_(torch.randn(parameter.shape), alpha=0.3)
         base = model.base_model.model.base_model
         expected = run_blocks(base, family, source)
-        given = torch.randn(2, 5, HIDDEN, generator=torch.Generator().manual_seed(0))
+        inputs = torch.randn(2, 5, HIDDEN, generator=torch.Generator().manual_seed(0))
         blocks = base.h if family == "gpt2" else base.encoder.layer
-        found = given
+        actual = inputs
         for block in blocks:
-            made = block(found)
-            found = made[0] if isinstance(made, tuple) else made
-        assert torch.allclose(found, expected, atol=1e-5)
+            output = block(actual)
+            actual = output[0] if isinstance(output, tuple) else output
+        assert torch.allclose(actual, expected, atol=1e-5)
         model.set_adapter("default")
         with model.disable_adapter():
-            off = given
+            disabled = inputs
             for block in blocks:
-                made = block(off)
-                off = made[0] if isinstance(made, tuple) else made
-    assert not torch.allclose(off, expected, atol=0.1)
+                output = block(disabled)
+                disabled = output[0] if isinstance(output, tuple) else output
+    assert not torch.allclose(disabled, expected, atol=0.1)
 
 
 @pytest.mark.parametrize("placement", ON_RESIDUAL)
-def test_a_family_that_does_not_add_the_residual_alone_is_refused(placement: str) -> None:
+def test_residual_placement_on_unsupported_family_returns_error(placement: str) -> None:
     spec = AdapterSpec(placement=placement)
     get_error = METHODS["adapter"].get_error
     for family in ("gptj", "gpt_neox", "falcon", "phi", "gemma2", "olmo2", "granite"):
         config = tiny_config(family)
-        said = get_error(spec, config, "decoder", "text-generation", "none")
-        assert said == (
+        error = get_error(spec, config, "decoder", "text-generation", "none")
+        assert error == (
             f"placement {placement} reads the sum of the feed-forward's output and its residual, "
             f"and {family} does not simply add the two. Use placement houlsby, pfeiffer or "
             "parallel."
         )
     assert get_error(spec, tiny_config("llama"), "decoder", "text-generation", "none") is None
     opt = tiny_config("opt", do_layer_norm_before=False)
-    said = get_error(spec, opt, "decoder", "text-generation", "none")
-    assert said is not None
-    assert "opt with do_layer_norm_before False" in said
+    error = get_error(spec, opt, "decoder", "text-generation", "none")
+    assert error is not None
+    assert "opt with do_layer_norm_before False" in error
 
 
-def test_their_positions_are_a_familys_own() -> None:
+def test_residual_placement_with_target_modules_raises() -> None:
     with pytest.raises(ConfigError, match=r"seq_bn reads the residual.*drop target_modules"):
         AdapterSpec(placement="seq_bn", target_modules=["o_proj"])
 
 
-def test_a_parallel_adapter_on_a_mixture_of_experts_reads_what_the_router_reads() -> None:
+def test_parallel_adapter_on_moe_reads_router_input() -> None:
     base = build("mixtral")
     expected_mlp = copy.deepcopy(base.model.layers[0].mlp)
     model = adapt(base, "causal", placement="parallel")
@@ -394,11 +409,11 @@ def test_a_parallel_adapter_on_a_mixture_of_experts_reads_what_the_router_reads(
     site = model.base_model.model.model.layers[0].mlp
     hidden = torch.randn(2, 5, HIDDEN)
     with torch.no_grad():
-        expected = expected_mlp(hidden) + by_hand(site, hidden, 4.0)
+        expected = expected_mlp(hidden) + compute_adapter(site, hidden, 4.0)
         assert torch.allclose(site(hidden), expected, atol=1e-6)
 
 
-def test_adapters_of_different_placements_live_in_one_model(tmp_path: Path) -> None:
+def test_adapters_with_different_placements_share_one_model(tmp_path: Path) -> None:
     batch = build_batch("bert")
     expected = {}
     for placement in PLACEMENTS:
@@ -414,33 +429,33 @@ def test_adapters_of_different_placements_live_in_one_model(tmp_path: Path) -> N
         model.set_adapter(placement)
         assert torch.equal(compute_logits(model, batch), expected[placement])
     model.delete_adapter("parallel")
-    assert not any("input" in layer._hooks for layer in layers_of(model))
+    assert not any("input" in layer._hooks for layer in get_bottleneck_layers(model))
     model.set_adapter("par_bn")
     assert torch.equal(compute_logits(model, batch), expected["par_bn"])
     model.delete_adapter("par_bn")
     model.delete_adapter("seq_bn")
-    assert not any(layer._hooks for layer in layers_of(model))
+    assert not any(layer._hooks for layer in get_bottleneck_layers(model))
     model.set_adapter("houlsby")
     assert torch.equal(compute_logits(model, batch), expected["houlsby"])
 
 
-def test_a_copy_listens_to_itself() -> None:
+def test_deepcopy_hooks_its_own_modules() -> None:
     batch = build_batch("bert")
     model = adapt(build("bert"), "mlm", placement="parallel")
     train(model, batch)
     before = compute_logits(model, batch)
     twin = copy.deepcopy(model)
     with torch.no_grad():
-        for layer in layers_of(model):
+        for layer in get_bottleneck_layers(model):
             layer.bottleneck_up["default"].weight.zero_()
     assert torch.equal(compute_logits(twin, batch), before)
     assert not torch.equal(compute_logits(model, batch), before)
 
 
-def test_dropout_is_on_the_bottleneck_and_only_in_training() -> None:
+def test_adapter_dropout_is_active_only_in_training() -> None:
     model = adapt(build("llama"), "causal", placement="pfeiffer", adapter_dropout=0.5)
     train(model, build_batch("llama"))
-    layer, hidden = layers_of(model)[0], torch.randn(1, 3, HIDDEN * 2)
+    layer, hidden = get_bottleneck_layers(model)[0], torch.randn(1, 3, HIDDEN * 2)
     with torch.no_grad():
         layer.eval()
         assert torch.equal(layer(hidden), layer(hidden))
@@ -448,7 +463,7 @@ def test_dropout_is_on_the_bottleneck_and_only_in_training() -> None:
         assert not torch.equal(layer(hidden), layer(hidden))
 
 
-def test_reentrant_checkpointing_recomputes_the_input_too() -> None:
+def test_reentrant_checkpointing_keeps_gradients() -> None:
     model, batch = adapt(build("llama"), "causal", placement="parallel"), build_batch("llama")
     train(model, batch)
     plain = backward(model, batch)
@@ -462,9 +477,9 @@ def test_reentrant_checkpointing_recomputes_the_input_too() -> None:
 
 
 @pytest.mark.parametrize(
-    ("family", "placement"), sample([*product(("bert", "gpt2", "mixtral", "t5"), FEWER)])
+    ("family", "placement"), sample([*product(("bert", "gpt2", "mixtral", "t5"), FEWER_PLACEMENTS)])
 )
-def test_a_bfloat16_base_keeps_float32_adapters(family: str, placement: str) -> None:
+def test_adapters_on_bfloat16_base_are_float32(family: str, placement: str) -> None:
     head, batch = HEADS[family][0], build_batch(family)
     base = build(family).to(torch.bfloat16)
     before = compute_logits(base, batch)
@@ -493,7 +508,7 @@ def test_a_bfloat16_base_keeps_float32_adapters(family: str, placement: str) -> 
         ]
     ),
 )
-def test_a_quantized_base(
+def test_adapter_trains_and_reloads_on_quantized_base(
     family: str, placement: str, bits: int, tiny_model_dir: Callable[..., Path], tmp_path: Path
 ) -> None:
     head, batch = HEADS[family][0], build_batch(family)
@@ -514,8 +529,8 @@ def test_a_quantized_base(
     base = load()
     before = compute_logits(base, batch)
     model = adapt(base, head, placement=placement)
-    quantized = {type(layer.get_base_layer()).__name__ for layer in layers_of(model)}
-    if family != "mixtral":  # its site is the feed-forward, whose experts stay as they are
+    quantized = {type(layer.get_base_layer()).__name__ for layer in get_bottleneck_layers(model)}
+    if family != "mixtral":  # the adapter wraps the feed-forward; its experts are not quantized
         assert ("Linear4bit" if bits == 4 else "Linear8bitLt") in quantized
     assert torch.equal(compute_logits(model, batch), before)
     assert train(model, batch) == set()
@@ -527,20 +542,20 @@ def test_a_quantized_base(
     assert torch.equal(compute_logits(load_adapter(load(), tmp_path), batch), after)
 
 
-# Refusals, and what PEFT is told.
+# Errors and registration with PEFT.
 
 
-def test_merging_is_refused_with_the_reason_and_the_way_out() -> None:
+def test_merge_raises_with_reason_and_alternative() -> None:
     model = adapt(build("llama"), "causal")
     with pytest.raises(NotImplementedError, match=r"not linear.*cannot be merged.*--method lora"):
         model.merge_and_unload()
     with pytest.raises(NotImplementedError, match="cannot be merged"):
         model.merge_adapter()
-    with pytest.raises(ValueError, match="cannot be merged"):  # as PEFT says of its tuners
+    with pytest.raises(ValueError, match="cannot be merged"):  # as PEFT's tuners
         model.base_model._check_merge_allowed()
 
 
-def test_an_unknown_family_is_refused_with_the_known_ones() -> None:
+def test_unknown_family_raises_and_lists_supported_families() -> None:
     class Unknown:
         config = transformers.PretrainedConfig(model_type="perceptron")
 
@@ -548,29 +563,33 @@ def test_an_unknown_family_is_refused_with_the_known_ones() -> None:
         METHODS["adapter"].default_target_modules(AdapterSpec(), Unknown())
 
 
-def test_every_family_that_is_known_has_its_positions() -> None:
+def test_every_known_family_has_adapter_positions() -> None:
     assert set(ADAPTER_POSITIONS) == set(KNOWN)
     for name, family in KNOWN.items():
         sites = ADAPTER_POSITIONS[name]
-        linears = {linear.path: linear for stack in family.stacks for linear in stack.linears}
-        paths = {path.removeprefix(f"layer.{i}.") for path in linears for i in range(3)}
-        wanted = {*sites.attention, *sites.inputs, *([sites.feed_forward] if sites.inputs else [])}
-        assert wanted <= paths, name
+        linear_layers = {linear.path: linear for stack in family.stacks for linear in stack.linears}
+        paths = {path.removeprefix(f"layer.{i}.") for path in linear_layers for i in range(3)}
+        expected = {
+            *sites.attention,
+            *sites.inputs,
+            *([sites.feed_forward] if sites.inputs else []),
+        }
+        assert expected <= paths, name
         attentions = {p for p in paths if any(p == path for path in sites.attention)}
         assert len(attentions) == len(sites.attention)
 
 
-def test_the_input_of_a_feed_forward_is_of_its_own_block() -> None:
+def test_input_layer_is_in_the_same_block() -> None:
     names = ["encoder.layer.1.intermediate.dense", "encoder.layer.11.intermediate.dense"]
-    found = get_input_layer(ADAPTER_POSITIONS["bert"], "encoder.layer.11.output.dense", names)
-    assert found == "encoder.layer.11.intermediate.dense"
+    input_layer = get_input_layer(ADAPTER_POSITIONS["bert"], "encoder.layer.11.output.dense", names)
+    assert input_layer == "encoder.layer.11.intermediate.dense"
     assert (
         get_input_layer(ADAPTER_POSITIONS["bert"], "encoder.layer.11.attention.output.dense", names)
         is None
     )
 
 
-def test_the_type_is_a_member_like_any_other() -> None:
+def test_peft_type_behaves_like_enum_member() -> None:
     adapt(build("bert"), "mlm")
     member = PeftType("BOTTLENECK")
     assert member is PeftType.BOTTLENECK is PeftType["BOTTLENECK"]
@@ -579,23 +598,23 @@ def test_the_type_is_a_member_like_any_other() -> None:
     assert copy.deepcopy(member) is member
 
 
-def test_the_saved_config_says_everything(tmp_path: Path) -> None:
+def test_saved_config_has_all_fields(tmp_path: Path) -> None:
     model = adapt(
         build("llama"), "causal", placement="parallel", bottleneck_dim=None, reduction_factor=4,
         non_linearity="gelu", adapter_dropout=0.1,
     )  # fmt: skip
-    assert layers_of(model)[0].bottleneck_down["default"].out_features == HIDDEN // 4
+    assert get_bottleneck_layers(model)[0].bottleneck_down["default"].out_features == HIDDEN // 4
     model.save_pretrained(tmp_path)
     config = PeftConfig.from_pretrained(tmp_path)
     assert (config.placement, config.reduction_factor, config.scaling) == ("parallel", 4, 4.0)
     assert (config.non_linearity, config.adapter_dropout) == ("gelu", 0.1)
 
 
-def test_peft_alone_finds_the_positions() -> None:
+def test_get_peft_model_finds_adapter_positions() -> None:
     from peft import get_peft_model
 
-    import ftlevel.adapters  # noqa: F401 - the one import that a program needs
+    import ftlevel.adapters  # noqa: F401 - registers the tuners
     from ftlevel.methods.bottleneck.layer import BottleneckConfig
 
     model = get_peft_model(build("bert"), BottleneckConfig(placement="houlsby"))
-    assert len(layers_of(model)) == 2 * LAYERS
+    assert len(get_bottleneck_layers(model)) == 2 * LAYERS

@@ -1,4 +1,4 @@
-"""The numbers of the table of methods are those of real models, without their weights."""
+"""Tests that the parameter counts in the table of methods match meta models."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ftlevel.training.plan.method import resolve_method_targets
 LAYERS = 32
 
 
-def llama_7b(layers: int):
+def build_llama_7b(layers: int):
     config = transformers.LlamaConfig(
         hidden_size=4096, intermediate_size=11008, num_hidden_layers=layers,
         num_attention_heads=32, vocab_size=32000, tie_word_embeddings=False,
@@ -23,28 +23,32 @@ def llama_7b(layers: int):
         return transformers.LlamaForCausalLM(config)
 
 
-def count(row: str, layers: int) -> int:
-    model = llama_7b(layers)
+def count_parameters(row: str, layers: int) -> int:
+    model = build_llama_7b(layers)
     if row == "full":
         return sum(p.numel() for p in model.parameters())
-    facts = METHOD_INFO[row]
-    fields = {name: value for name, value in facts.fields.items() if name == "use_dora"}
-    spec = SPECS[facts.method](**fields)
-    adapted = resolve_method_targets(spec, model, "llama")
-    base = Base(model.config, "decoder", "CAUSAL_LM", adapted.modules, [], False, 100)
+    info = METHOD_INFO[row]
+    fields = {name: value for name, value in info.fields.items() if name == "use_dora"}
+    spec = SPECS[info.method](**fields)
+    targets = resolve_method_targets(spec, model, "llama")
+    base = Base(model.config, "decoder", "CAUSAL_LM", targets.modules, [], False, 100)
     model = apply_method(model, spec, base)
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
-OWN = [name for name in METHOD_INFO if name != "linear-probe"]
+COUNTED_METHODS = [name for name in METHOD_INFO if name != "linear-probe"]
 
 
 @pytest.mark.parametrize(
-    "row", [pytest.param(r, marks=pytest.mark.sweep if r == "boft" else []) for r in OWN]
+    "row",
+    [pytest.param(r, marks=pytest.mark.sweep if r == "boft" else []) for r in COUNTED_METHODS],
 )
-def test_count_on_llama_7b(row):
-    one, two = count(row, 1), count(row, 2)  # every layer adds the same
-    assert METHOD_INFO[row].llama_7b == one + (LAYERS - 1) * (two - one)
+def test_trainable_parameters_of_llama_7b_match_table(row):
+    one_layer, two_layers = (
+        count_parameters(row, 1),
+        count_parameters(row, 2),
+    )  # every layer adds the same
+    assert METHOD_INFO[row].llama_7b == one_layer + (LAYERS - 1) * (two_layers - one_layer)
 
 
 @pytest.mark.parametrize("kind", SPECS)

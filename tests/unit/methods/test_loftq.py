@@ -1,4 +1,4 @@
-"""LoftQ's start: the best low-rank fit of what quantization took away."""
+"""Tests of LoftQ initialization: the best low-rank fit of the quantization error."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ftlevel.methods.lora.initialization import factor, start_from_residual
 
 
 @pytest.mark.parametrize("shape", [(24, 40), (40, 24), (32, 32)])
-def test_factors_are_the_truncated_svd(shape: tuple[int, int]) -> None:
+def test_factor_returns_truncated_svd(shape: tuple[int, int]) -> None:
     matrix = torch.randn(shape)
     a, b = factor(matrix, 5)
     u, s, v = torch.linalg.svd(matrix, full_matrices=False)
@@ -23,7 +23,7 @@ def test_factors_are_the_truncated_svd(shape: tuple[int, int]) -> None:
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 @pytest.mark.parametrize("use_rslora", [False, True])
-def test_the_start_is_nearer_to_the_float_weights(family: str, use_rslora: bool) -> None:
+def test_loftq_start_is_optimal_low_rank_correction(family: str, use_rslora: bool) -> None:
     cell = matrix_cells.TinyCell("loftq", family, "causal", ("text-generation",), "4bit")
     model = peft.get_peft_model(
         matrix_cells.copy_base(cell),
@@ -36,8 +36,10 @@ def test_the_start_is_nearer_to_the_float_weights(family: str, use_rslora: bool)
     for name, layer in zip(names, layers, strict=True):
         weight = matrix_cells.float_weight(cell, name.removeprefix("base_model.model."))
         packed = layer.get_base_layer().weight
-        lost = weight - bnb.functional.dequantize_4bit(packed.data, packed.quant_state)
-        left = (lost - layer.get_delta_weight("default")).norm()
-        best = torch.linalg.svdvals(lost)[8:].norm()
-        torch.testing.assert_close(left, best, rtol=1e-3, atol=1e-5)
-        assert left < lost.norm()
+        quantization_error = weight - bnb.functional.dequantize_4bit(
+            packed.data, packed.quant_state
+        )
+        remaining = (quantization_error - layer.get_delta_weight("default")).norm()
+        optimal = torch.linalg.svdvals(quantization_error)[8:].norm()
+        torch.testing.assert_close(remaining, optimal, rtol=1e-3, atol=1e-5)
+        assert remaining < quantization_error.norm()

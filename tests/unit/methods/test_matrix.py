@@ -27,7 +27,7 @@ from unit.models.tiny_configs import TINY
 
 ROOT = Path(__file__).resolve().parents[3]
 
-REFUSALS = [
+METHOD_ERRORS = [
     ("oft", Cell("", "gpt2", "decoder", "text-generation", "none", False),
      "--method oft cannot be used with gpt2: PEFT cannot rotate its Conv1D layers. "
      "Use --method lora, or --quant 4bit, which replaces Conv1D by linear layers."),
@@ -39,7 +39,7 @@ REFUSALS = [
      "Use --method qlora, or drop --quant."),
 ]  # fmt: skip
 
-FORM_REFUSALS = [
+VARIANT_ERRORS = [
     ({"init_lora_weights": "pissa_niter_4"}, "llama", "4bit",
      "--init pissa cannot be used with --quant 4bit: it takes its initialization out of the base's "
      "weights, and what is left would be quantized again. Use --init default, or drop --quant."),
@@ -52,15 +52,15 @@ FORM_REFUSALS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("kind", "base", "text"), REFUSALS)
-def test_refusal_of_a_method(kind, base, text):
+@pytest.mark.parametrize(("kind", "base", "text"), METHOD_ERRORS)
+def test_unsupported_method_raises_with_reason(kind, base, text):
     with pytest.raises(ConfigError) as caught:
         check_supported(SPECS[kind](), base)
     assert str(caught.value) == text
 
 
-@pytest.mark.parametrize(("fields", "family", "quant", "text"), FORM_REFUSALS)
-def test_refusal_of_a_form_of_lora(fields, family, quant, text):
+@pytest.mark.parametrize(("fields", "family", "quant", "text"), VARIANT_ERRORS)
+def test_unsupported_lora_variant_raises_with_reason(fields, family, quant, text):
     with pytest.raises(ConfigError) as caught:
         check_supported(
             SPECS["lora"](**fields), Cell("", family, "decoder", "text-generation", quant, False)
@@ -68,19 +68,19 @@ def test_refusal_of_a_form_of_lora(fields, family, quant, text):
     assert str(caught.value) == text
 
 
-def test_an_encoder_decoder_is_named_as_one():
+def test_error_names_encoder_decoder():
     base = Cell("", "t5", "encoder-decoder", "summarization", "none", False)
     with pytest.raises(ConfigError, match="--init eva cannot be used with t5, an encoder-decoder"):
         check_supported(SPECS["lora"](init_lora_weights="eva"), base)
 
 
-def test_every_rule_is_of_rows_that_there_are_and_refuses_a_cell():
+def test_every_rule_names_existing_rows_and_applies_to_a_cell():
     for rule in RULES:
         assert rule.rows <= set(METHOD_INFO)
         assert all(rule in get_possible_rules(Cell(row)) for row in rule.rows)
 
 
-def test_an_open_cell_is_refused_only_where_all_of_it_is():
+def test_partially_specified_cell_has_no_definite_rule():
     assert get_rule(Cell("oft")) is None
     assert get_rule(Cell("oft", "gpt2")) is None  # a quantized one works
     assert get_rule(Cell("oft", "gpt2", quant="none")) is not None
@@ -90,91 +90,97 @@ def test_an_open_cell_is_refused_only_where_all_of_it_is():
 
 
 @pytest.mark.parametrize("family", TINY)
-def test_the_table_says_what_the_methods_find_out_themselves(family):
+def test_support_table_agrees_with_get_error(family):
     for kind, method in METHODS.items():
         if type(method).get_error is not Method.get_error:
             cell = Cell(kind, family, FAMILIES[family].kind, None, "none")
-            own = method.get_error(SPECS[kind](), tiny_config(family), "", "", "none")
-            assert bool(own) == (get_rule(cell) is not None), own
+            error = method.get_error(SPECS[kind](), tiny_config(family), "", "", "none")
+            assert bool(error) == (get_rule(cell) is not None), error
 
 
-def test_lora_is_never_refused():
+def test_lora_like_methods_are_always_supported():
     for cell in build_cells():
         if cell.row in ("lora", "ia3", "vera", "ln-tuning", "adalora"):
             assert expected_refusal(cell) is None
 
 
 def choose_sample() -> list[TinyCell]:
-    """Choose cells that claim yes.
+    """Return supported cells that cover each row, family and quantization.
 
-    Each row, family and quantization comes up, and each head on every kind of model.
+    Each head is covered for every kind of model.
     """
-    claims = [cell for cell in build_cells() if expected_refusal(cell) is None]
-    left = dict.fromkeys(
-        [("row", cell.row) for cell in claims]
-        + [("family", cell.family) for cell in claims]
-        + [("head", cell.head, cell.kind) for cell in claims]
-        + [("quant", cell.quant) for cell in claims],
+    supported = [cell for cell in build_cells() if expected_refusal(cell) is None]
+    uncovered = dict.fromkeys(
+        [("row", cell.row) for cell in supported]
+        + [("family", cell.family) for cell in supported]
+        + [("head", cell.head, cell.kind) for cell in supported]
+        + [("quant", cell.quant) for cell in supported],
         1,
     )
     for row, quant in itertools.product(METHOD_INFO, QUANTS):
-        left[("row", row, quant)] = 1
+        uncovered[("row", row, quant)] = 1
     sample = []
-    for cell in claims:
-        sides = [("row", cell.row), ("family", cell.family), ("head", cell.head, cell.kind),
+    for cell in supported:
+        keys = [("row", cell.row), ("family", cell.family), ("head", cell.head, cell.kind),
                  ("quant", cell.quant), ("row", cell.row, cell.quant)]  # fmt: skip
-        missing = sum(left[side] > 0 for side in sides)
-        if missing >= 2 or left[("row", cell.row)] > 0 or left[("family", cell.family)] > 0:
+        missing = sum(uncovered[key] > 0 for key in keys)
+        if (
+            missing >= 2
+            or uncovered[("row", cell.row)] > 0
+            or uncovered[("family", cell.family)] > 0
+        ):
             sample.append(cell)
-            for side in sides:
-                left[side] -= 1
+            for key in keys:
+                uncovered[key] -= 1
     return sample
 
 
 SAMPLE = choose_sample()
 
 
-def test_the_sample_has_everything():
-    for values, wanted in (
+def test_sample_covers_rows_families_tasks_and_kinds():
+    for values, expected in (
         (
             [cell.row for cell in SAMPLE],
-            [n for n, facts in METHOD_INFO.items() if facts.method in SPECS],
+            [n for n, info in METHOD_INFO.items() if info.method in SPECS],
         ),
         ([cell.family for cell in SAMPLE], tiny_models.FAMILIES),
         ([task for cell in SAMPLE for task in cell.tasks], {t for c in SAMPLE for t in c.tasks}),
     ):
-        assert set(values) >= set(wanted)
+        assert set(values) >= set(expected)
     assert len(SAMPLE) <= 80
     assert {cell.kind for cell in SAMPLE if cell.head == RERANK} == {"encoder", "decoder"}
 
 
 @pytest.mark.parametrize("cell", SAMPLE, ids=str)
-def test_a_cell_that_claims_yes_trains_and_reloads(cell):
+def test_supported_cell_trains_and_reloads(cell):
     assert run_cell(cell) > 0
 
 
 @pytest.mark.parametrize(
     "row", every(2, [name for name in METHOD_INFO if name not in ("pissa", "olora")])
 )
-def test_every_row_on_a_base_in_bfloat16(row):
+def test_every_row_trains_on_bfloat16_base(row):
     family = "mixtral" if row == "experts" else "llama"
     quant = "4bit" if row == "qlora" else "none"
     cell = TinyCell(row, family, "seqcls", ("text-classification",), quant, "bfloat16")
     assert run_cell(cell) > 0
 
 
-def test_the_page_is_up_to_date(capsys):
+def test_generated_pages_are_up_to_date(capsys):
     import write_docs
 
     assert write_docs.main(["--check"]) == 0, capsys.readouterr().out
 
 
-def test_nothing_heavy_is_imported():
+def test_methods_import_no_heavy_library():
     import subprocess
 
     code = (
         "import sys, ftlevel.methods, ftlevel.commands.list_methods\n"
         "print([m for m in ('torch', 'transformers', 'peft', 'datasets') if m in sys.modules])"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert result.stdout.strip() == "[]"

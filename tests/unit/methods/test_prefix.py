@@ -1,4 +1,4 @@
-"""Prefix tuning: the same life on every family and head, and the mathematics against references."""
+"""Tests of prefix tuning on every family and head, and of its attention against references."""
 
 from __future__ import annotations
 
@@ -35,80 +35,80 @@ from virtual_tokens import (
 
 PLAIN = PrefixSpec(num_virtual_tokens=4)
 PROJECTED = PrefixSpec(num_virtual_tokens=4, prefix_projection=True, encoder_hidden_size=16)
-WRITERS = [family for family in FAMILIES if HEADS[family][0] in ("causal", "seq2seq")]
+GENERATIVE_FAMILIES = [family for family in FAMILIES if HEADS[family][0] in ("causal", "seq2seq")]
 
 
 @pytest.mark.parametrize(("family", "head"), sample(FAMILY_HEADS))
-def test_a_prefix_lives_its_whole_life(family: str, head: str, tmp_path: Path) -> None:
+def test_prefix_trains_saves_and_reloads(family: str, head: str, tmp_path: Path) -> None:
     check_whole_life(PLAIN, "prefix_kv_", family, head, tmp_path)
 
 
 @pytest.mark.parametrize(
     ("family", "head"), [("llama", "causal"), ("bert", "seqcls"), ("t5", "seq2seq")]
 )
-def test_a_projected_prefix_lives_its_whole_life(family: str, head: str, tmp_path: Path) -> None:
+def test_projected_prefix_trains_saves_and_reloads(family: str, head: str, tmp_path: Path) -> None:
     check_whole_life(PROJECTED, "prefix_kv_", family, head, tmp_path)
 
 
-@pytest.mark.parametrize("family", WRITERS)
-def test_generation_is_greedy_by_hand(family: str) -> None:
+@pytest.mark.parametrize("family", GENERATIVE_FAMILIES)
+def test_generate_matches_manual_greedy_decoding(family: str) -> None:
     model = adapt(PLAIN, family, HEADS[family][0])
     train_two_steps(model, build_batch(family))
     check_generation(model, family)
 
 
 @pytest.mark.parametrize("family", RECOMPUTING)
-def test_gradients_are_the_same_with_checkpointing(family: str) -> None:
+def test_gradients_with_checkpointing_match(family: str) -> None:
     check_checkpointing(PLAIN, family, HEADS[family][0])
 
 
 @pytest.mark.parametrize(
     ("family", "bits"), [("llama", 4), ("llama", 8), ("gpt2", 4), ("bert", 8), ("t5", 4)]
 )
-def test_a_quantized_base_is_as_good(
+def test_prefix_on_quantized_base(
     family: str, bits: int, tiny_model_dir: Any, tmp_path: Path
 ) -> None:
     check_quantized(PLAIN, tiny_model_dir(family), tmp_path, bits, HEADS[family][0])
 
 
-def test_an_encoder_decoder_has_prefixes_in_all_three_places() -> None:
+def test_encoder_decoder_has_prefix_in_self_and_cross_attention() -> None:
     model = adapt(PLAIN, "t5", "seq2seq")
     names = {
         n.rpartition(".prefix_kv_")[0] for n, _ in model.named_parameters() if "prefix_kv_" in n
     }
-    places = {"encoder.block.0.layer.0.SelfAttention", "decoder.block.0.layer.0.SelfAttention",
+    expected = {"encoder.block.0.layer.0.SelfAttention", "decoder.block.0.layer.0.SelfAttention",
               "decoder.block.0.layer.1.EncDecAttention"}  # fmt: skip
-    assert places <= {name.removeprefix("base_model.model.") for name in names}
+    assert expected <= {name.removeprefix("base_model.model.") for name in names}
     assert len(names) == 6
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_trains_two_vectors_a_token_and_attention(family: str) -> None:
+def test_prefix_trainable_parameter_count(family: str) -> None:
     model = adapt(PLAIN, family, HEADS[family][0])
     config = build_config(family)
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    attentions = len(get_attention_modules(build(family)))
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    assert trained == 2 * 4 * heads * width * attentions
+    attention_count = len(get_attention_modules(build(family)))
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert trainable == 2 * 4 * heads * width * attention_count
 
 
-def test_attentions_are_found_in_every_block() -> None:
-    found = {family: {n.rpartition(".")[2] for n in get_attention_modules(build(family))}
+def test_get_attention_modules_finds_attention_names() -> None:
+    names = {family: {n.rpartition(".")[2] for n in get_attention_modules(build(family))}
              for family in ("bert", "gpt_neo", "bart", "albert")}  # fmt: skip
-    assert found == {"bert": {"self"}, "gpt_neo": {"attention"},
+    assert names == {"bert": {"self"}, "gpt_neo": {"attention"},
                      "bart": {"self_attn", "encoder_attn"}, "albert": {"attention"}}  # fmt: skip
 
 
 class _Attention(nn.Module):
-    """Says of itself what `sdpa_attention_forward` asks."""
+    """Attention module with the attributes that `sdpa_attention_forward` reads."""
 
     def __init__(self, *, is_causal: bool, groups: int) -> None:
         super().__init__()
         self.is_causal, self.num_key_value_groups = is_causal, groups
 
 
-def _by_hand(
+def _reference_attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -120,12 +120,12 @@ def _by_hand(
     batch, heads, queries, _ = query.shape
     groups = heads // key.shape[1]
     rows = []
-    for b in range(batch):
-        for h in range(heads):
-            keys = torch.cat([prefix[0][0, h // groups], key[b, h // groups]])
-            values = torch.cat([prefix[1][0, h // groups], value[b, h // groups]])
-            scores = query[b, h] @ keys.T * scaling
-            scores[:, prefix[0].shape[2] :] += bias[b, h]
+    for row in range(batch):
+        for head in range(heads):
+            keys = torch.cat([prefix[0][0, head // groups], key[row, head // groups]])
+            values = torch.cat([prefix[1][0, head // groups], value[row, head // groups]])
+            scores = query[row, head] @ keys.T * scaling
+            scores[:, prefix[0].shape[2] :] += bias[row, head]
             rows.append(scores.softmax(-1) @ values)
     return torch.stack(rows).view(batch, heads, queries, -1).transpose(1, 2)
 
@@ -133,18 +133,26 @@ def _by_hand(
 @pytest.mark.parametrize("queries", [1, 5])
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("kind", ["causal", "all", "bool", "float", "t5", "t5 causal"])
-def test_attention_is_that_of_the_formula(kind: str, groups: int, queries: int) -> None:
+def test_prefix_attention_matches_formula(kind: str, groups: int, queries: int) -> None:
     batch, heads, keys, width = 2, 4, 5, 8
     query = torch.randn(batch, heads, queries, width)
     key, value = (torch.randn(batch, heads // groups, keys, width) for _ in range(2))
     prefix = tuple(torch.randn(1, heads // groups, 3, width) for _ in range(2))
-    past = torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries)
-    seen = past.expand(batch, 1, -1, -1).clone()
-    seen[0, :, :, 0] = False  # padding
+    causal_mask = torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries)
+    with_padding = causal_mask.expand(batch, 1, -1, -1).clone()
+    with_padding[0, :, :, 0] = False  # padding
     position_bias = torch.randn(1, heads, queries, keys) if kind.startswith("t5") else None
-    mask = {"bool": seen, "float": torch.where(seen, 0.0, torch.finfo().min)}.get(kind)
+    mask = {"bool": with_padding, "float": torch.where(with_padding, 0.0, torch.finfo().min)}.get(
+        kind
+    )
     causal = kind in ("causal", "t5 causal")
-    visible = seen if mask is not None else past if causal else torch.ones_like(past)
+    visible = (
+        with_padding
+        if mask is not None
+        else causal_mask
+        if causal
+        else torch.ones_like(causal_mask)
+    )
     bias = torch.where(visible, 0.0, -torch.inf).expand(batch, heads, queries, keys)
     if position_bias is not None:
         bias = bias + position_bias
@@ -152,12 +160,12 @@ def test_attention_is_that_of_the_formula(kind: str, groups: int, queries: int) 
         _Attention(is_causal=causal, groups=groups), query, key, value, mask,
         prefix=prefix, position_bias=position_bias, scaling=0.3,
     )  # fmt: skip
-    torch.testing.assert_close(output, _by_hand(query, key, value, prefix, bias, 0.3))
+    torch.testing.assert_close(output, _reference_attention(query, key, value, prefix, bias, 0.3))
 
 
 @pytest.mark.parametrize("family", ["gpt_neo", "deberta-v2"])
-def test_attention_written_out_here_is_the_familys_own(family: str) -> None:
-    """With a prefix of no tokens: a newer transformers that computes otherwise is noticed."""
+def test_empty_prefix_matches_base_logits(family: str) -> None:
+    """With an empty prefix: detects a change of the attention in transformers."""
     base, inputs = build(family), build_batch(family)
     model = adapt(PLAIN, family, HEADS[family][0])
     for layer in model.base_model.layers():
@@ -167,38 +175,39 @@ def test_attention_written_out_here_is_the_familys_own(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_the_same_vectors_in_pefts_prefix_tuning_give_the_same_logits(family: str) -> None:
+def test_logits_match_peft_prefix_tuning_with_same_vectors(family: str) -> None:
     from peft import PrefixTuningConfig, get_peft_model
 
-    ours = adapt(PLAIN, family, "causal")
-    theirs = get_peft_model(
+    model = adapt(PLAIN, family, "causal")
+    reference = get_peft_model(
         build(family), PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
     ).eval()
-    vectors = [p for layer in ours.base_model.layers() for p in layer.compute("default")]
-    theirs.prompt_encoder["default"].embedding.weight.data = torch.cat(vectors, dim=1).detach()
+    vectors = [p for layer in model.base_model.layers() for p in layer.compute("default")]
+    reference.prompt_encoder["default"].embedding.weight.data = torch.cat(vectors, dim=1).detach()
     inputs = build_batch(family)
-    # Theirs number the text from the end of the prefix, which is a part of the sequence to them.
+    # PEFT's positions of the text start after the prefix, which is part of its sequence.
     positions = torch.arange(inputs["input_ids"].shape[1])[None] + 4
     torch.testing.assert_close(
-        compute_logits(ours, {**inputs, "position_ids": positions}), compute_logits(theirs, inputs)
+        compute_logits(model, {**inputs, "position_ids": positions}),
+        compute_logits(reference, inputs),
     )
 
 
-def test_a_sliding_window_does_not_hide_the_prefix() -> None:
+def test_prefix_is_visible_beyond_sliding_window() -> None:
     inputs = build_batch("mistral", length=12)
     base = build("mistral", sliding_window=4)
     with torch.no_grad():
         for block in base.model.layers:
-            block.self_attn.v_proj.weight.zero_()  # the text says nothing: only the prefix moves
+            block.self_attn.v_proj.weight.zero_()  # so that only the prefix changes outputs
     model = adapt(PLAIN, "mistral", "causal", base)
     model.base_model.layers()[0].prefix_kv_values["default"].data += 1.0
     with model.disable_adapter():
         plain = compute_logits(model, inputs)
-    moved = (compute_logits(model, inputs) - plain).abs().amax(-1)
-    assert (moved > 1e-4).all()
+    change = (compute_logits(model, inputs) - plain).abs().amax(-1)
+    assert (change > 1e-4).all()
 
 
-def test_two_prefixes_stand_behind_one_another_and_unload_restores_the_model(
+def test_two_active_prefixes_and_unload_restores_model(
     tmp_path: Path,
 ) -> None:
     inputs = build_batch("llama")
@@ -219,7 +228,7 @@ def test_two_prefixes_stand_behind_one_another_and_unload_restores_the_model(
     assert torch.equal(compute_logits(plain, inputs), before)
 
 
-def test_the_mlp_is_shared_and_gone_after_training() -> None:
+def test_projection_mlp_is_shared_and_removed_by_finish() -> None:
     model = adapt(PROJECTED, "llama", "causal")
     shared = [n for n, _ in model.named_parameters() if "embedding" in n and "prefix_kv" in n]
     assert len(shared) == 1
@@ -229,18 +238,18 @@ def test_the_mlp_is_shared_and_gone_after_training() -> None:
     assert model.peft_config["default"].prefix_projection is False
 
 
-def test_the_mlp_learns_more_slowly_than_plain_vectors() -> None:
+def test_projected_prefix_has_lower_learning_rate() -> None:
     projected, plain = map(METHODS["prefix"].rates, (PROJECTED, PLAIN))
     assert projected.small < plain.small
     assert projected.large < plain.large == 1e-2
 
 
-def test_merging_is_refused() -> None:
+def test_merge_raises() -> None:
     with pytest.raises(NotImplementedError, match="cannot be merged"):
         adapt(PLAIN, "llama", "causal").merge_and_unload()
 
 
-def test_other_attention_implementations_are_refused() -> None:
+def test_unsupported_attn_implementation_raises() -> None:
     model = build("llama")
     model.set_attn_implementation("flex_attention")
     with pytest.raises(ValueError, match="flex_attention"):
@@ -256,16 +265,16 @@ def test_other_attention_implementations_are_refused() -> None:
         ("gpt_oss", "more than scaled_dot_product"),
     ],
 )
-def test_families_that_have_no_place_for_a_prefix_are_refused(model_type: str, reason: str) -> None:
+def test_unsupported_family_returns_error(model_type: str, reason: str) -> None:
     from transformers import AutoConfig
 
-    answer = METHODS["prefix"].get_error(
+    error = METHODS["prefix"].get_error(
         PLAIN, AutoConfig.for_model(model_type), "decoder", "", "none"
     )
-    assert reason in answer
-    assert "Use --method" in answer
+    assert reason in error
+    assert "Use --method" in error
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_families_of_the_table_are_not_refused(family: str) -> None:
+def test_table_families_are_supported(family: str) -> None:
     assert METHODS["prefix"].get_error(PLAIN, build_config(family), "", "", "none") is None

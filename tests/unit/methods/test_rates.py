@@ -1,4 +1,4 @@
-"""The learning rate where the user gives none: what was measured, what papers use, and between."""
+"""Tests of default learning rates: measured values, published values and their interpolation."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ftlevel.methods.rates import DEEP_HEAD, HEAD, RateInputs, Rates, get_head_r
 KINDS = ("encoder", "decoder", "encoder-decoder")
 WIDTHS = (64, 192, 384, 576, 768, 1024, 2048, 4096, 8192)
 STEPS = (1, 10, 25, 100, 400, 1000, 3000, 100_000)
-FORMS: list[tuple[str, dict[str, Any]]] = [
+METHOD_VARIANTS: list[tuple[str, dict[str, Any]]] = [
     *((kind, {}) for kind in SPECS),
     ("lora", {"use_rslora": True}),
     ("lora", {"use_dora": True}),
@@ -24,13 +24,13 @@ FORMS: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
-def rates_of(kind: str, fields: dict[str, Any]) -> Rates:
+def get_rates(kind: str, fields: dict[str, Any]) -> Rates:
     return METHODS[kind].rates(SPECS[kind](**fields))
 
 
-@pytest.mark.parametrize(("kind", "fields"), FORMS)
-def test_every_method_has_a_rate_for_every_model_and_run(kind: str, fields: dict[str, Any]) -> None:
-    rates = rates_of(kind, fields)
+@pytest.mark.parametrize(("kind", "fields"), METHOD_VARIANTS)
+def test_every_method_has_rate_within_bounds(kind: str, fields: dict[str, Any]) -> None:
+    rates = get_rates(kind, fields)
     for model, width, head, steps in itertools.product(KINDS, WIDTHS, (True, False), STEPS):
         assert 1e-6 <= rates.rate(RateInputs(model, width, head, steps)) <= 1
 
@@ -38,8 +38,8 @@ def test_every_method_has_a_rate_for_every_model_and_run(kind: str, fields: dict
 HEADS = [pytest.param(rates, id=name) for name, rates in (("head", HEAD), ("deep", DEEP_HEAD))]
 
 
-@pytest.mark.parametrize("rates", [*(rates_of(*form) for form in FORMS), *HEADS])
-def test_more_steps_and_more_width_never_raise_a_rate(rates: Rates) -> None:
+@pytest.mark.parametrize("rates", [*(get_rates(*form) for form in METHOD_VARIANTS), *HEADS])
+def test_rate_decreases_with_steps_and_width(rates: Rates) -> None:
     for model in KINDS:
         table = [[rates.rate(RateInputs(model, w, True, s)) for s in STEPS] for w in WIDTHS]
         assert all(row == sorted(row, reverse=True) for row in table)
@@ -47,18 +47,16 @@ def test_more_steps_and_more_width_never_raise_a_rate(rates: Rates) -> None:
         assert all(column == sorted(column, reverse=True) for column in columns)
 
 
-@pytest.mark.parametrize(("kind", "fields"), FORMS)
-def test_a_wide_model_in_a_long_run_gets_the_published_rate(
-    kind: str, fields: dict[str, Any]
-) -> None:
-    rates = rates_of(kind, fields)
+@pytest.mark.parametrize(("kind", "fields"), METHOD_VARIANTS)
+def test_wide_model_and_long_run_get_published_rate(kind: str, fields: dict[str, Any]) -> None:
+    rates = get_rates(kind, fields)
     for model in KINDS:
         choice = rates.get_choice(kind, RateInputs(model, 8192, False, 100_000))
         assert choice.value == float(f"{rates.large:.0e}")
         assert choice.reason.endswith(f"of hidden size 8,192 and 100,000 steps; {rates.source}")
 
 
-def test_between_two_points_a_rate_falls_by_powers_of_width_and_steps() -> None:
+def test_rate_is_interpolated_in_log_space() -> None:
     rates = Rates(small=1e-2, large=1e-4, source="a paper")
     ends = [
         rates.rate(RateInputs("decoder", *run)) for run in ((384, False, 100), (4096, False, 3000))
@@ -75,7 +73,7 @@ def test_between_two_points_a_rate_falls_by_powers_of_width_and_steps() -> None:
     )
 
 
-def test_a_kind_of_model_may_have_a_measurement_of_its_own() -> None:
+def test_rate_by_architecture_overrides_small_rate() -> None:
     rates = Rates(
         small=1e-2, large=1e-4, source="a paper", by_architecture={"encoder-decoder": 1e-1}
     )
@@ -84,11 +82,11 @@ def test_a_kind_of_model_may_have_a_measurement_of_its_own() -> None:
     assert rates.rate(RateInputs("encoder-decoder", 4096, False, 3000)) == 1e-4
 
 
-def test_full_training_of_a_bert_gets_its_papers_rate() -> None:
-    assert rates_of("full", {}).rate(RateInputs("encoder", 768, True, 3000)) == 2e-5
+def test_full_fine_tuning_of_bert_gets_paper_rate() -> None:
+    assert get_rates("full", {}).rate(RateInputs("encoder", 768, True, 3000)) == 2e-5
 
 
-def test_a_deep_head_learns_more_slowly_than_a_linear_one() -> None:
+def test_deep_head_has_lower_rate_than_linear_head() -> None:
     runs = (
         RateInputs("encoder", 384, True, 100),
         RateInputs("encoder", 384, True, 100, deep_head=True),
@@ -96,28 +94,28 @@ def test_a_deep_head_learns_more_slowly_than_a_linear_one() -> None:
     assert [get_head_rate(run).value for run in runs] == [2e-2, 5e-3]
 
 
-def test_forms_of_lora_that_move_the_weights_further_get_less() -> None:
-    known = RateInputs("encoder", 384, False, 100)
+def test_lora_plus_gets_lower_rate_than_other_variants() -> None:
+    inputs = RateInputs("encoder", 384, False, 100)
     forms = ({}, {"use_dora": True}, {"use_rslora": True}, {"lora_plus_ratio": 16})
-    assert [rates_of("lora", form).rate(known) for form in forms] == [1e-3, 1e-3, 1e-3, 3e-4]
+    assert [get_rates("lora", form).rate(inputs) for form in forms] == [1e-3, 1e-3, 1e-3, 3e-4]
 
 
-def test_a_head_with_a_target_for_every_token_bears_more() -> None:
+def test_token_head_gets_higher_rate() -> None:
     row = RateInputs("encoder", 384, True, 60)
     tokens = RateInputs("encoder", 384, True, 60, token_head=True)
     assert str(tokens) == "an encoder of hidden size 384 with a new head for tokens and 60 steps"
     for kind, expected in (("lora", [1e-3, 3e-3]), ("full", [1e-4, 3e-4]), ("ia3", [3e-2, 9e-2])):
-        assert [rates_of(kind, {}).rate(run) for run in (row, tokens)] == expected
-    rslora = rates_of("lora", {"use_rslora": True})
+        assert [get_rates(kind, {}).rate(run) for run in (row, tokens)] == expected
+    rslora = get_rates("lora", {"use_rslora": True})
     assert rslora.rate(row) > 5e-4, "where spans have 0.85 and not 0.97 of F1"
-    assert rates_of("boft", {}).rate(row) > 3e-3, "where spans have 0.84 and not 0.98 of F1"
-    assert rates_of("vera", {}).rate(row) > 3e-2, "where spans have 0.83 and not 0.93 of F1"
-    pfeiffer = rates_of("adapter", {"placement": "pfeiffer"})
+    assert get_rates("boft", {}).rate(row) > 3e-3, "where spans have 0.84 and not 0.98 of F1"
+    assert get_rates("vera", {}).rate(row) > 3e-2, "where spans have 0.83 and not 0.93 of F1"
+    pfeiffer = get_rates("adapter", {"placement": "pfeiffer"})
     assert pfeiffer.rate(row) > 3e-3, "where spans have 0.78 and not 0.86 of F1"
-    projected = rates_of("prefix", {"prefix_projection": True})
+    projected = get_rates("prefix", {"prefix_projection": True})
     assert projected.rate(row) < 3e-3, "where it has none of eight classes, with any of three seeds"
     assert projected.rate(tokens) < 9e-3, "likewise of tags"
     text = RateInputs("decoder", 576, False, 25)
-    olora = rates_of("lora", {"init_lora_weights": "olora"})
+    olora = get_rates("lora", {"init_lora_weights": "olora"})
     assert olora.rate(text) < 1e-3, "where SmolLM2 ends at 3.27, and at 3.68 with LoRA's 2e-3"
     assert projected.rate(text) < 3e-3, "where SmolLM2 ends at a loss of 8.9"

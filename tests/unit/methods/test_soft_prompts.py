@@ -1,4 +1,4 @@
-"""Prompt tuning and P-tuning: one life on every family and head, and where the prompt stands."""
+"""Tests of prompt tuning and P-tuning on every family and head, and of the prompt's position."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ MLP = PTuningSpec(num_virtual_tokens=4)
 LSTM = PTuningSpec(
     num_virtual_tokens=4, encoder_reparameterization_type="LSTM", encoder_hidden_size=8
 )
-WRITERS = [family for family in FAMILIES if HEADS[family][0] in ("causal", "seq2seq")]
+GENERATIVE_FAMILIES = [family for family in FAMILIES if HEADS[family][0] in ("causal", "seq2seq")]
 
 
 @pytest.mark.parametrize(("family", "head"), sample(FAMILY_HEADS))
-def test_a_prompt_lives_its_whole_life(family: str, head: str, tmp_path: Path) -> None:
+def test_prompt_tuning_trains_saves_and_reloads(family: str, head: str, tmp_path: Path) -> None:
     check_whole_life(PROMPT, "soft_prompt_", family, head, tmp_path)
 
 
@@ -45,26 +45,26 @@ def test_a_prompt_lives_its_whole_life(family: str, head: str, tmp_path: Path) -
     ("family", "head"),
     [("llama", "causal"), ("gemma3_text", "seqcls"), ("bert", "tokcls"), ("bart", "seq2seq")],
 )
-def test_p_tuning_lives_its_whole_life(
+def test_p_tuning_trains_saves_and_reloads(
     spec: PTuningSpec, family: str, head: str, tmp_path: Path
 ) -> None:
     check_whole_life(spec, "soft_prompt_", family, head, tmp_path)
 
 
-@pytest.mark.parametrize("family", WRITERS)
-def test_generation_is_greedy_by_hand(family: str) -> None:
+@pytest.mark.parametrize("family", GENERATIVE_FAMILIES)
+def test_generate_matches_manual_greedy_decoding(family: str) -> None:
     model = adapt(PROMPT, family, HEADS[family][0])
     train_two_steps(model, build_batch(family))
     check_generation(model, family)
 
 
 @pytest.mark.parametrize("family", RECOMPUTING)
-def test_gradients_are_the_same_with_checkpointing(family: str) -> None:
+def test_gradients_with_checkpointing_match(family: str) -> None:
     check_checkpointing(PROMPT, family, HEADS[family][0])
 
 
 @pytest.mark.parametrize(("family", "bits"), [("llama", 4), ("bert", 8), ("t5", 4)])
-def test_a_quantized_base_is_as_good(
+def test_prompt_on_quantized_base(
     family: str, bits: int, tiny_model_dir: Any, tmp_path: Path
 ) -> None:
     check_quantized(PROMPT, tiny_model_dir(family), tmp_path, bits, HEADS[family][0])
@@ -82,15 +82,15 @@ def test_a_quantized_base_is_as_good(
         ("bart", "seqcls", ["model.encoder", "model.decoder"]),
     ],
 )
-def test_the_stack_that_takes_the_tokens_is_found(
+def test_get_layer_stacks_finds_stacks_with_token_input(
     family: str, head: str, stacks: list[str]
 ) -> None:
     assert get_layer_stacks(build(family, head)) == stacks
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3_text", "t5"])
-def test_a_prompt_of_a_texts_embeddings_is_that_text(family: str) -> None:
-    """The oracle: four vectors that are embeddings of tokens act as those tokens in front."""
+def test_prompt_of_token_embeddings_equals_those_tokens(family: str) -> None:
+    """Virtual tokens that equal the embeddings of four tokens act like these tokens."""
     tokens = [11, 12, 13, 14]
     head = HEADS[family][0]
     model = adapt(PROMPT, family, head)
@@ -104,44 +104,44 @@ def test_a_prompt_of_a_texts_embeddings_is_that_text(family: str) -> None:
     inputs = build_batch(family, head)
     labels = {"labels": inputs.pop("labels")} if head == "seq2seq" else {}
     inputs.pop("labels", None)
-    in_front = torch.tensor([tokens] * 2)
-    longer = {
-        "input_ids": torch.cat([in_front, inputs["input_ids"]], 1),
-        "attention_mask": torch.cat([torch.ones_like(in_front), inputs["attention_mask"]], 1),
+    prefix = torch.tensor([tokens] * 2)
+    prefixed_inputs = {
+        "input_ids": torch.cat([prefix, inputs["input_ids"]], 1),
+        "attention_mask": torch.cat([torch.ones_like(prefix), inputs["attention_mask"]], 1),
     }
-    expected = compute_logits(base, {**longer, **labels})
+    expected = compute_logits(base, {**prefixed_inputs, **labels})
     expected = expected if head == "seq2seq" else expected[:, 4:]
     torch.testing.assert_close(compute_logits(model, {**inputs, **labels}), expected)
 
 
-def test_an_encoder_keeps_cls_first() -> None:
+def test_prompt_is_inserted_after_cls_in_encoder() -> None:
     """BERT's pooler reads the first position, which must not be the prompt."""
     base = build("bert", "seqcls")
     model = adapt(PROMPT, "bert", "seqcls", base)
-    seen = []
-    base.bert.encoder.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    hidden_states = []
+    base.bert.encoder.register_forward_pre_hook(lambda _, args: hidden_states.append(args[0]))
     inputs = build_batch("bert", "seqcls")
     compute_logits(model, {n: inputs[n] for n in ("input_ids", "attention_mask")})
     with model.disable_adapter():
         compute_logits(model, {n: inputs[n] for n in ("input_ids", "attention_mask")})
-    assert seen[0].shape[1] == seen[1].shape[1] + 4
-    assert torch.equal(seen[0][:, 0], seen[1][:, 0])
+    assert hidden_states[0].shape[1] == hidden_states[1].shape[1] + 4
+    assert torch.equal(hidden_states[0][:, 0], hidden_states[1][:, 0])
 
 
-def test_the_layout_follows_the_padding_on_the_left() -> None:
+def test_prompt_position_with_left_and_right_padding() -> None:
     mask = torch.tensor([[1, 1, 1, 0], [0, 0, 1, 1]])
     layout = PromptPosition.compute(mask, mask, 2, 0)
     states = torch.tensor([[1, 2, 3, 0], [0, 0, 1, 2]])
     prompt = torch.tensor([[8, 9], [8, 9]])
-    longer = layout.insert(states, prompt)
-    assert longer.tolist() == [[8, 9, 1, 2, 3, 0], [0, 0, 8, 9, 1, 2]]
-    assert torch.equal(layout.remove(longer), states)
+    with_prompt = layout.insert(states, prompt)
+    assert with_prompt.tolist() == [[8, 9, 1, 2, 3, 0], [0, 0, 8, 9, 1, 2]]
+    assert torch.equal(layout.remove(with_prompt), states)
     assert layout.extend_mask(mask).tolist() == [[1, 1, 1, 1, 1, 0], [0, 0, 1, 1, 1, 1]]
     positions = torch.tensor([[0, 1, 2, 2], [0, 0, 0, 1]])
     assert layout.extend_positions(positions).tolist() == [[0, 1, 2, 3, 4, 4], [0, 0, 0, 1, 2, 3]]
 
 
-def test_the_layout_leaves_tokens_before_the_prompt() -> None:
+def test_prompt_position_after_leading_tokens() -> None:
     mask = torch.tensor([[1, 1, 1], [1, 1, 0], [1, 0, 0]])
     layout = PromptPosition.compute(mask, mask, 2, 1)
     rows = layout.insert(torch.tensor([[1, 2, 3]] * 3), torch.tensor([[8, 9]] * 3))
@@ -150,13 +150,13 @@ def test_the_layout_leaves_tokens_before_the_prompt() -> None:
     assert positions.tolist() == [[0, 1, 2, 3, 4]] * 3
 
 
-def test_masks_of_four_dimensions_are_refused() -> None:
+def test_four_dimensional_attention_mask_raises() -> None:
     model = adapt(PROMPT, "llama", "causal")
     with pytest.raises(ValueError, match="4 dimensions"):
         model(input_ids=torch.ones(1, 3, dtype=torch.long), attention_mask=torch.ones(1, 1, 3, 3))
 
 
-def test_a_prompt_can_begin_with_a_text() -> None:
+def test_prompt_is_initialized_from_text() -> None:
     spec = PromptSpec(
         num_virtual_tokens=5, prompt_tuning_init="TEXT", prompt_tuning_init_text="a b"
     )
@@ -174,20 +174,20 @@ def test_a_prompt_can_begin_with_a_text() -> None:
     "fields",
     [{"prompt_tuning_init": "TEXT"}, {"prompt_tuning_init_text": "Summarize:"}],
 )
-def test_text_and_the_wish_for_it_go_together(fields: dict[str, str]) -> None:
+def test_text_initialization_needs_both_fields(fields: dict[str, str]) -> None:
     with pytest.raises(ConfigError, match="prompt_tuning_init"):
         PromptSpec(**fields)
 
 
-def test_only_the_prompt_is_left_of_p_tuning() -> None:
+def test_finish_keeps_only_prompt_of_p_tuning() -> None:
     model = adapt(LSTM, "llama", "causal")
     METHODS["p-tuning"].finish(model)
-    trained = [n for n, p in model.named_parameters() if p.requires_grad]
-    assert trained == ["base_model.model.model.soft_prompt.soft_prompt_embedding.default"]
+    trainable = [n for n, p in model.named_parameters() if p.requires_grad]
+    assert trainable == ["base_model.model.model.soft_prompt.soft_prompt_embedding.default"]
     assert model.peft_config["default"].encoder == "none"
 
 
-def test_several_prompts_and_unload(tmp_path: Path) -> None:
+def test_two_active_prompts_and_unload_restores_model(tmp_path: Path) -> None:
     inputs, base = build_batch("llama"), build("llama")
     before = compute_logits(base, inputs)
     model = adapt(PROMPT, "llama", "causal", base)
@@ -201,7 +201,7 @@ def test_several_prompts_and_unload(tmp_path: Path) -> None:
     assert torch.equal(compute_logits(model.unload(), inputs), before)
 
 
-def test_models_that_read_ids_in_every_layer_are_refused() -> None:
+def test_model_reading_input_ids_in_every_layer_is_unsupported() -> None:
     from transformers import AutoConfig
 
     config = AutoConfig.for_model("gemma3n_text")

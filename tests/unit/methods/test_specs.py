@@ -1,4 +1,4 @@
-"""From a spec to PEFT's config, and what is refused on the way."""
+"""Tests of the PEFT config of each method spec, and of its validation errors."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from unit.models.tiny_configs import TINY
 BASE = Base(None, "encoder", "SEQ_CLS", ["query", "0.output.dense"], ["classifier"], False, 100)
 
 
-def peft_config(kind: str, base: Base = BASE, **fields: Any) -> Any:
+def build_peft_config(kind: str, base: Base = BASE, **fields: Any) -> Any:
     return METHODS[kind].build(SPECS[kind](**fields), base)
 
 
-OWN = [kind for kind, m in METHODS.items() if m.is_adapter and not m.tuner]
+ADAPTER_KINDS = [kind for kind, m in METHODS.items() if m.is_adapter and not m.tuner]
 
 
-@pytest.mark.parametrize("kind", OWN)
-def test_heads_are_saved_and_the_task_is_said(kind):
-    config = peft_config(kind)
+@pytest.mark.parametrize("kind", ADAPTER_KINDS)
+def test_config_has_heads_task_type_and_targets(kind):
+    config = build_peft_config(kind)
     assert list(config.modules_to_save) == ["classifier"]
     assert config.task_type == "SEQ_CLS"
     assert set(config.target_modules) == {"query", "0.output.dense"}
@@ -60,13 +60,13 @@ def test_heads_are_saved_and_the_task_is_said(kind):
         ("c3a", {"block_size": 8}, {"block_size": 8, "init_weights": True}),
     ],
 )  # fmt: skip
-def test_config(kind, fields, expected):
-    config = peft_config(kind, **fields)
+def test_config_fields_of_each_method(kind, fields, expected):
+    config = build_peft_config(kind, **fields)
     assert {name: getattr(config, name) for name in expected} == expected
 
 
 @pytest.mark.parametrize(
-    ("settings", "text"),
+    ("settings", "message"),
     [
         (["method.init_lora_weights=corda"],
          "--set method.init_lora_weights: 'corda': it needs statistics of the activations, which "
@@ -88,29 +88,31 @@ def test_config(kind, fields, expected):
          "method.lora_plus_ratio must be ≥ 1.0."),
     ],
 )  # fmt: skip
-def test_fields_that_are_refused(settings, text):
+def test_invalid_fields_raise(settings, message):
     with pytest.raises(ConfigError) as caught:
         build_config([parse_overrides(settings)])
-    assert str(caught.value) == text
+    assert str(caught.value) == message
 
 
-def test_adalora_needs_steps_to_prune_in():
+def test_adalora_with_too_few_steps_raises():
     base = Base(None, "decoder", "CAUSAL_LM", ["q_proj"], [], False, 1)
     with pytest.raises(ConfigError) as caught:
-        peft_config("adalora", base)
+        build_peft_config("adalora", base)
     assert str(caught.value) == (
         "method.tinit 0 and method.tfinal 0 leave fewer than 2 of the run's 1 steps to prune ranks "
         "in. Train longer, or lower them."
     )
 
 
-def targets(family: str, kind: str, task: str = "", variant: int = 0, **fields: Any) -> Any:
+def resolve_tiny_targets(
+    family: str, kind: str, task: str = "", variant: int = 0, **fields: Any
+) -> Any:
     task = task or ("text-generation" if has_model(family, "text-generation") else "masked-lm")
     return resolve_method_targets(SPECS[kind](**fields), build(family, task, variant), family)
 
 
 @pytest.mark.parametrize(
-    ("kind", "fields", "text"),
+    ("kind", "fields", "message"),
     [
         ("oft", {"oft_block_size": 48},
          "method.oft_block_size 48 does not divide the inputs of 14 of 14 linears, such as "
@@ -145,72 +147,74 @@ def targets(family: str, kind: str, task: str = "", variant: int = 0, **fields: 
          "all-linear covers all linear layers."),
     ],
 )  # fmt: skip
-def test_what_does_not_fit_the_model(kind, fields, text):
+def test_fields_that_do_not_fit_model_raise(kind, fields, message):
     with pytest.raises(ConfigError) as caught:
-        targets("llama", kind, **fields)
-    assert str(caught.value) == text
+        resolve_tiny_targets("llama", kind, **fields)
+    assert str(caught.value) == message
 
 
 @pytest.mark.parametrize(
-    ("place", "fields"),
+    ("module", "fields"),
     [(lora, {"rank_pattern": {r"(\w+\.?)+x": 4}}), (lora, {"alpha_pattern": {r"(\w+\.?)+x": 4}}),
      (model_targets, {"target_modules": r"(\w+\.?)+x"})],
 )  # fmt: skip
-def test_patterns_of_a_run_end(monkeypatch, place, fields):
-    monkeypatch.setattr(place, "_SECONDS", 0.2)
-    began = time.monotonic()
+def test_slow_regular_expression_times_out(monkeypatch, module, fields):
+    monkeypatch.setattr(module, "_SECONDS", 0.2)
+    start = time.monotonic()
     with pytest.raises(FtlevelError, match=r"it took more than 0\.2 s"):
-        targets("llama", "lora", **fields)
-    assert time.monotonic() - began < 10
+        resolve_tiny_targets("llama", "lora", **fields)
+    assert time.monotonic() - start < 10
 
 
-def test_layers_to_transform():
-    found = targets("llama", "lora", layers_to_transform=[1], target_modules=["q_proj"]).modules
-    assert found == ["model.layers.1.self_attn.q_proj"]
-    found = targets("t5", "lora", "summarization", layers_to_transform=[2]).modules
-    assert {name.split(".")[0] for name in found} == {"decoder"}  # the encoder has two layers
+def test_layers_to_transform_selects_layers():
+    modules = resolve_tiny_targets(
+        "llama", "lora", layers_to_transform=[1], target_modules=["q_proj"]
+    ).modules
+    assert modules == ["model.layers.1.self_attn.q_proj"]
+    modules = resolve_tiny_targets("t5", "lora", "summarization", layers_to_transform=[2]).modules
+    assert {name.split(".")[0] for name in modules} == {"decoder"}  # the encoder has two layers
 
 
-def test_experts():
-    found = targets("mixtral", "lora", target_parameters="experts").parameters
-    assert found == ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+def test_target_parameters_experts_resolves_and_unknown_raises():
+    parameters = resolve_tiny_targets("mixtral", "lora", target_parameters="experts").parameters
+    assert parameters == ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
     with pytest.raises(ConfigError, match=r"'mlp\.experts\.up' is no tensor of mixtral"):
-        targets("mixtral", "lora", target_parameters=["mlp.experts.up"])
+        resolve_tiny_targets("mixtral", "lora", target_parameters=["mlp.experts.up"])
 
 
 @pytest.mark.parametrize("family", TINY)
-def test_ia3_finds_keys_values_and_feed_forward_in_every_family(family):
+def test_ia3_targets_keys_values_and_feed_forward(family):
     for variant in range(len(TINY[family])):
         task = next(
             t for t in ("text-generation", "summarization", "masked-lm") if has_model(family, t)
         )
-        found = targets(family, "ia3", task, variant).modules
-        config = peft_config("ia3", Base(None, "", None, found, [], False, 1))
-        inner = set(config.feedforward_modules)
-        assert set(found) - inner, "no keys and values"
-        if family not in ("mixtral", "qwen3_moe"):  # theirs are in tensors
-            blocks = {name.rsplit(".", 3)[0] for name in inner}
+        modules = resolve_tiny_targets(family, "ia3", task, variant).modules
+        config = build_peft_config("ia3", Base(None, "", None, modules, [], False, 1))
+        feedforward = set(config.feedforward_modules)
+        assert set(modules) - feedforward, "no keys and values"
+        if family not in ("mixtral", "qwen3_moe"):  # their experts are in tensors, not modules
+            blocks = {name.rsplit(".", 3)[0] for name in feedforward}
             assert blocks
         heads = get_heads(build(family, task, variant))
-        assert not any(name.startswith(tuple(heads)) for name in found)
+        assert not any(name.startswith(tuple(heads)) for name in modules)
 
 
-def test_ln_tuning_takes_every_norm_outside_the_heads():
-    found = targets("bert", "ln-tuning", "masked-lm").modules
-    assert found == [
+def test_ln_tuning_targets_norms_outside_heads():
+    modules = resolve_tiny_targets("bert", "ln-tuning", "masked-lm").modules
+    assert modules == [
         "bert.embeddings.LayerNorm",
         *(f"bert.encoder.layer.{i}.{part}output.LayerNorm" for i in (0, 1)
           for part in ("attention.", "")),
     ]  # fmt: skip
-    assert "cls.predictions.transform.LayerNorm" not in found
+    assert "cls.predictions.transform.LayerNorm" not in modules
 
 
-def test_quantized_conv1d_is_a_linear():
+def test_quantized_conv1d_has_no_fan_in_fan_out():
     spec, model = SPECS["lora"](), build("gpt2", "text-generation")
     assert resolve_method_targets(spec, model, "gpt2").fan_in_fan_out
     assert not resolve_method_targets(spec, model, "gpt2", "4bit").fan_in_fan_out
 
 
-def test_a_method_that_trains_nothing_is_refused() -> None:
+def test_method_without_build_or_unfreeze_raises() -> None:
     with pytest.raises(TypeError, match="Idle defines neither build nor unfreeze"):
         type("Idle", (Method,), {})()

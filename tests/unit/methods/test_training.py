@@ -1,4 +1,4 @@
-"""What single methods do while training: pruning, two learning rates, starts inside the base."""
+"""Tests of method-specific training: rank pruning, two learning rates, initialization."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ftlevel.trained.adapt import apply_method, copy_initial_state, load_adapter
 from ftlevel.training.build_trainer import get_method_optimizer
 from ftlevel.training.plan.method import resolve_method_targets
 
-FORMS = [
+LORA_VARIANTS = [
     {},
     {"use_rslora": True},
     {"use_dora": True},
@@ -30,15 +30,15 @@ FORMS = [
 BATCH = tiny_models.build_batch("llama", "seqcls")
 
 
-def adapted(kind: str, steps: int = 10, family: str = "llama", **fields):
+def build_adapted_models(kind: str, steps: int = 10, family: str = "llama", **fields):
     spec = SPECS[kind](**fields)
     base = tiny_models.build(family, "seqcls")
-    found = resolve_method_targets(spec, base, family)
-    facts = Base(
-        base.config, "decoder", "SEQ_CLS", found.modules, get_heads(base), found.fan_in_fan_out,
-        steps, found.parameters,
+    targets = resolve_method_targets(spec, base, family)
+    method_base = Base(
+        base.config, "decoder", "SEQ_CLS", targets.modules, get_heads(base), targets.fan_in_fan_out,
+        steps, targets.parameters,
     )  # fmt: skip
-    return base, apply_method(copy.deepcopy(base), spec, facts)
+    return base, apply_method(copy.deepcopy(base), spec, method_base)
 
 
 def step(model, optimizer, callback=None, number=0):
@@ -51,53 +51,53 @@ def step(model, optimizer, callback=None, number=0):
     optimizer.zero_grad()
 
 
-def optimizer_of(model):
+def create_optimizer(model):
     return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-3)
 
 
-def test_adalora_prunes_to_its_budget_and_saves_only_what_is_left(tmp_path):
-    base, model = adapted("adalora", init_r=4, target_r=2, tinit=2, tfinal=3)
-    optimizer, callback = optimizer_of(model), RankPruningCallback(tmp_path)
-    alive = []
+def test_adalora_prunes_to_budget_and_saves_remaining_ranks(tmp_path):
+    base, model = build_adapted_models("adalora", init_r=4, target_r=2, tinit=2, tfinal=3)
+    optimizer, callback = create_optimizer(model), RankPruningCallback(tmp_path)
+    rank_totals = []
     for number in range(10):
         step(model, optimizer, callback, number)
         ranks = [int((p != 0).sum()) for n, p in model.named_parameters() if ".lora_E." in n]
-        alive.append(sum(ranks))
-    linears = len(ranks)
-    assert linears == 14
-    assert alive[:2] == [4 * linears] * 2  # tinit
-    assert alive[2] < 4 * linears
-    assert alive[-4:] == [2 * linears] * 4  # total - tfinal and after
-    assert model.peft_config["default"].rank_pattern is None  # until the end
+        rank_totals.append(sum(ranks))
+    layer_count = len(ranks)
+    assert layer_count == 14
+    assert rank_totals[:2] == [4 * layer_count] * 2  # tinit
+    assert rank_totals[2] < 4 * layer_count
+    assert rank_totals[-4:] == [2 * layer_count] * 4  # total - tfinal and after
+    assert model.peft_config["default"].rank_pattern is None  # only set at the end of training
     callback.on_train_end(None, transformers.TrainerState(), None, model=model)
-    whole = _logits(model)
+    before = _logits(model)
     METHODS["adalora"].finish(model)
-    torch.testing.assert_close(_logits(model), whole, atol=1e-6, rtol=0)
+    torch.testing.assert_close(_logits(model), before, atol=1e-6, rtol=0)
     save_adapter(model, SPECS["adalora"](), tmp_path / "adapter", {})
     saved = _tensors(tmp_path / "adapter")
-    assert sum(len(t) for n, t in saved.items() if n.endswith("lora_E")) == 2 * linears
+    assert sum(len(t) for n, t in saved.items() if n.endswith("lora_E")) == 2 * layer_count
     reloaded = load_adapter(base, tmp_path / "adapter")
     assert torch.equal(_logits(reloaded), _logits(model))
 
 
-def test_adaloras_rank_is_not_trained_on_a_base_in_bfloat16():
+def test_adalora_on_bfloat16_base_trains_float32_factors_only():
     base = tiny_models.build("llama").to(torch.bfloat16)
-    facts = Base(base.config, "decoder", "CAUSAL_LM", ["q_proj"], [], False, 10)
-    model = apply_method(base, SPECS["adalora"](), facts)
-    learns = {name.split(".")[-2]: p for name, p in model.named_parameters() if p.requires_grad}
-    assert set(learns) == {"lora_A", "lora_B", "lora_E"}
-    assert {p.dtype for p in learns.values()} == {torch.float32}
+    method_base = Base(base.config, "decoder", "CAUSAL_LM", ["q_proj"], [], False, 10)
+    model = apply_method(base, SPECS["adalora"](), method_base)
+    trainable = {name.split(".")[-2]: p for name, p in model.named_parameters() if p.requires_grad}
+    assert set(trainable) == {"lora_A", "lora_B", "lora_E"}
+    assert {p.dtype for p in trainable.values()} == {torch.float32}
 
 
-def test_adaloras_penalty_is_that_of_peft():
-    _, model = adapted("adalora")
+def test_adalora_penalty_matches_peft():
+    _, model = build_adapted_models("adalora")
     with_penalty = model(**BATCH).loss
     plain = model.base_model.model(**BATCH).loss
     torch.testing.assert_close(METHODS["adalora"].penalty(model), with_penalty - plain)
 
 
-def test_lora_plus_gives_b_its_own_rate():
-    _, model = adapted("lora")
+def test_lora_plus_scales_learning_rate_of_b():
+    _, model = build_adapted_models("lora")
     config = TrainConfig(method=SPECS["lora"](lora_plus_ratio=16))
     arguments = transformers.TrainingArguments(
         output_dir="unused", learning_rate=1e-4, weight_decay=0.1, use_cpu=True, optim="adamw_torch"
@@ -112,17 +112,19 @@ def test_lora_plus_gives_b_its_own_rate():
 
 
 @pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "olora"])
-@pytest.mark.parametrize("forms", FORMS)
-def test_a_start_inside_the_base_is_saved_for_the_untouched_base(tmp_path, init, forms):
-    base, model = adapted("lora", r=4, init_lora_weights=init, **forms)
+@pytest.mark.parametrize("fields", LORA_VARIANTS)
+def test_pissa_and_olora_are_saved_for_original_base(tmp_path, init, fields):
+    base, model = build_adapted_models("lora", r=4, init_lora_weights=init, **fields)
     before = _logits(base)
     assert torch.allclose(_logits(model), before, atol=1e-5)
     spec = SPECS["lora"](init_lora_weights=init)
-    start, optimizer = copy_initial_state(model, spec), optimizer_of(model)
+    initial_state, optimizer = copy_initial_state(model, spec), create_optimizer(model)
     for _ in range(3):
         step(model, optimizer)
-    save_adapter(model, spec, tmp_path, start)
-    assert model.peft_config["default"].init_lora_weights == init  # the model itself is as it was
+    save_adapter(model, spec, tmp_path, initial_state)
+    assert (
+        model.peft_config["default"].init_lora_weights == init
+    )  # the model in memory is unchanged
     reloaded = load_adapter(base, tmp_path)
     config = reloaded.peft_config["default"]
     assert (config.r, config.init_lora_weights) == (8, True)
@@ -131,8 +133,8 @@ def test_a_start_inside_the_base_is_saved_for_the_untouched_base(tmp_path, init,
         assert torch.equal(_logits(reloaded), before)
 
 
-def test_a_plain_lora_is_saved_as_it_is(tmp_path):
-    _, model = adapted("lora", r=4)
+def test_plain_lora_is_saved_unchanged(tmp_path):
+    _, model = build_adapted_models("lora", r=4)
     assert copy_initial_state(model, SPECS["lora"]()) == {}
     save_adapter(model, SPECS["lora"](), tmp_path, {})
     assert {t.shape[0] for n, t in _tensors(tmp_path).items() if "lora_A" in n} == {4}
@@ -149,7 +151,7 @@ def _tensors(directory: Path):
     return load_file(directory / "adapter_model.safetensors")
 
 
-def test_the_penalty_is_in_the_gradient_and_not_in_the_loss():
+def test_penalty_affects_gradient_but_not_reported_loss():
     from ftlevel.training.trainer import FtlevelTrainer
 
     weight = torch.nn.Parameter(torch.ones(()))

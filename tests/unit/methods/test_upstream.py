@@ -1,4 +1,4 @@
-"""A canary for each fact in `methods.upstream`: it fails when the name moves or means otherwise."""
+"""A canary test for each fact in `methods.upstream`: it fails when PEFT's private API changes."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ CANARIES = Canaries()
 
 
 @pytest.mark.parametrize("fact", facts(FACTS), ids=lambda fact: fact.name)
-def test_it_is_what_was_read(fact: Fact) -> None:
+def test_upstream_fact_holds(fact: Fact) -> None:
     check_fact(fact)
     CANARIES[fact.name]()
 
 
-def test_each_fact_has_a_canary() -> None:
+def test_each_fact_has_canary() -> None:
     assert set(CANARIES) == {fact.name for fact in facts(FACTS)}
 
 
-def adapted(**settings: Any) -> Any:
+def build_lora_model(**settings: Any) -> Any:
     config = peft.LoraConfig(r=4, target_modules=["q_proj", "o_proj"], **settings)
     return peft.get_peft_model(build("llama"), config)
 
@@ -47,7 +47,9 @@ def _() -> None:
     assert member in list(peft.PeftType)
     assert pickle.loads(pickle.dumps(member)) is member
     assert {**before, "PREFIX_KV": member} == dict(peft.PeftType.__members__)
-    with pytest.raises(ValueError, match="Unknown PEFT type"):  # else none need be added
+    with pytest.raises(
+        ValueError, match="Unknown PEFT type"
+    ):  # otherwise no member needs to be added
         peft.utils.register_peft_method(
             name="none_of_its", config_cls=peft.LoraConfig, model_cls=peft.LoraModel
         )
@@ -63,7 +65,7 @@ def _() -> None:
 
 @CANARIES.of("unload_and_optionally_merge_module")
 def _() -> None:
-    model = adapted(modules_to_save=["lm_head"], init_lora_weights=False).base_model.model
+    model = build_lora_model(modules_to_save=["lm_head"], init_lora_weights=False).base_model.model
     layer = model.model.layers[0].self_attn.q_proj
     expected = layer.base_layer.weight + layer.get_delta_weight("default")
     merged = upstream.merge_layer(layer)
@@ -72,9 +74,9 @@ def _() -> None:
     head = model.lm_head
     assert not isinstance(head, BaseTunerLayer)
     assert upstream.merge_layer(head) is head.modules_to_save["default"]
-    own = ["self", "merge", "safe_merge", "adapter_names"]
+    expected_parameters = ["self", "merge", "safe_merge", "adapter_names"]
     compound = lora.layer.MultiheadAttention.unload_and_optionally_merge_module
-    assert arguments(compound) == own
+    assert arguments(compound) == expected_parameters
 
 
 @CANARIES.of("random_mask", "ShiraLayer.shira_indices")
@@ -82,12 +84,12 @@ def _() -> None:
     config = peft.ShiraConfig(r=4, target_modules=["q_proj"])
     model = peft.get_peft_model(build("llama"), config)
     layer = model.base_model.model.model.layers[0].self_attn.q_proj
-    places = upstream.shira_indices(layer)["default"]
-    assert places.shape == (2, layer.shira_weight["default"].numel())
+    indices = upstream.shira_indices(layer)["default"]
+    assert indices.shape == (2, layer.shira_weight["default"].numel())
     assert not any("indices" in name for name, _ in [*layer.named_buffers()])
     saved = peft.get_peft_model_state_dict(model)
-    assert any(tensor is places for tensor in saved.values())
-    with pytest.raises(NotImplementedError, match="meta"):  # else ours need not be drawn
+    assert any(tensor is indices for tensor in saved.values())
+    with pytest.raises(NotImplementedError, match="meta"):  # otherwise no own mask is needed
         peft.get_peft_model(build("llama").to("meta"), config, low_cpu_mem_usage=True)
 
 
@@ -100,7 +102,7 @@ def _() -> None:
         linear.support_avx512bf16_for_cpu = False
         model = peft.get_peft_model(nn.Sequential(OrderedDict(proj=linear)), config)
         inputs = torch.randn(1, 3, 64, requires_grad=True)
-        with pytest.raises(RuntimeError, match="modified inplace"):  # else no copy is needed
+        with pytest.raises(RuntimeError, match="modified inplace"):  # otherwise no copy is needed
             model(inputs)
         upstream.copy_base_outputs(model)
         model(inputs).sum().backward()
@@ -128,26 +130,26 @@ def _() -> None:
     assert not any(upstream.importance_scores(model).values())
     model.base_model.update_and_allocate(1)
     scores = upstream.importance_scores(model)
-    own = model.base_model.model.named_parameters()
-    trained = {name for name, p in own if ".lora_" in name and p.requires_grad}
-    assert [set(named) for named in scores.values()] == [trained] * 3
-    for named in scores.values():  # what is put in is what PEFT goes on with
-        named.update({name: torch.zeros_like(value) for name, value in named.items()})
+    named_parameters = model.base_model.model.named_parameters()
+    trained = {name for name, p in named_parameters if ".lora_" in name and p.requires_grad}
+    assert [set(by_name) for by_name in scores.values()] == [trained] * 3
+    for by_name in scores.values():  # PEFT uses the values that were set
+        by_name.update({name: torch.zeros_like(value) for name, value in by_name.items()})
     assert not any(value.any() for value in model.base_model.rankallocator.ipt.values())
 
 
 @CANARIES.of("LoraConfig._register_custom_module")
 def _() -> None:
-    asked = []
+    calls = []
 
     def decline(target: nn.Module, adapter_name: str, config: Any, **kwargs: Any) -> None:
-        asked.append((type(target), adapter_name, sorted(kwargs)))
+        calls.append((type(target), adapter_name, sorted(kwargs)))
 
     config = peft.LoraConfig(r=4, target_modules=["q_proj"])
     upstream.register_lora_layers(config, {nn.Linear: decline})
     model = peft.get_peft_model(build("llama"), config)
-    assert asked[0][:2] == (nn.Linear, "default")
-    assert {"loaded_in_4bit", "loaded_in_8bit", "parameter_name"} <= set(asked[0][2])
+    assert calls[0][:2] == (nn.Linear, "default")
+    assert {"loaded_in_4bit", "loaded_in_8bit", "parameter_name"} <= set(calls[0][2])
     assert type(model.base_model.model.model.layers[0].self_attn.q_proj) is lora.Linear
     assert "_custom_modules" not in config.to_dict()
 
@@ -167,20 +169,22 @@ def _() -> None:
     for settings, has_variant, has_bias in (
         ({}, False, False), ({"use_dora": True}, True, False), ({"lora_bias": True}, False, True),
     ):  # fmt: skip
-        layer = adapted(**settings).base_model.model.model.layers[0].self_attn.q_proj
+        layer = build_lora_model(**settings).base_model.model.model.layers[0].self_attn.q_proj
         assert ("default" in layer.lora_variant) is has_variant
         assert layer.lora_bias["default"] is has_bias
 
 
 @CANARIES.of("lora.Linear4bit", "lora.Linear8bitLt")
 def _() -> None:
-    for made, ours in (
+    for base_layer, layer_class in (
         (bnb.nn.Linear4bit(64, 64, bias=False), lora.Linear4bit),
         (bnb.nn.Linear8bitLt(64, 64, bias=False, has_fp16_weights=False), lora.Linear8bitLt),
     ):
-        layer = ours(made.to("cpu"), "default", config=peft.LoraConfig(r=4), r=4, lora_alpha=8)
+        layer = layer_class(
+            base_layer.to("cpu"), "default", config=peft.LoraConfig(r=4), r=4, lora_alpha=8
+        )
         assert isinstance(layer, lora.LoraLayer)
-        assert (layer.base_layer, layer.scaling) == (made, {"default": 2.0})
+        assert (layer.base_layer, layer.scaling) == (base_layer, {"default": 2.0})
 
 
 @CANARIES.of(
@@ -205,21 +209,21 @@ def _() -> None:
     assert {name: arguments(getattr(BaseTuner, name)) for name in expected} == expected
     called: list[str] = []
 
-    def noted(name: str) -> Any:
-        def note(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def recording(name: str) -> Any:
+        def record(self: Any, *args: Any, **kwargs: Any) -> Any:
             called.append(name)
             return getattr(super(recorder, self), name)(*args, **kwargs)
 
-        return note
+        return record
 
-    recorder = type("Recorder", (peft.LoraModel,), {name: noted(name) for name in expected})
+    recorder = type("Recorder", (peft.LoraModel,), {name: recording(name) for name in expected})
     config = peft.LoraConfig(r=4, target_modules=["layers.0.self_attn.q_proj"])
     recorder(build("llama"), config, "default").merge_and_unload()
     assert list(dict.fromkeys(called)) == [
         "_pre_injection_hook", "_prepare_adapter_config", "_create_and_replace", "_replace_module",
         "_check_merge_allowed",
     ]  # fmt: skip
-    assert called[-1] == "_replace_module"  # when it is unloaded again
+    assert called[-1] == "_replace_module"  # on unload
 
 
 @CANARIES.of(
@@ -228,7 +232,7 @@ def _() -> None:
     "BaseTunerLayer._get_available_adapters",
 )
 def _() -> None:
-    layer = adapted().base_model.model.model.layers[0].self_attn.q_proj
+    layer = build_lora_model().base_model.model.model.layers[0].self_attn.q_proj
     assert layer._get_available_adapters() == {"default"}
     layer._disable_adapters = True
     assert layer.disable_adapters is True
@@ -246,11 +250,11 @@ def _() -> None:
     assert arguments(BaseTuner._cast_adapter_dtype) == [
         "self", "adapter_name", "autocast_adapter_dtype",
     ]  # fmt: skip
-    model = adapted().to(torch.bfloat16)
+    model = build_lora_model().to(torch.bfloat16)
     layer = model.base_model.model.model.layers[0].self_attn.q_proj
     model.base_model._cast_adapter_dtype("default", autocast_adapter_dtype=False)
     assert layer.lora_A["default"].weight.dtype == torch.bfloat16
     model.base_model._cast_adapter_dtype("default")
     assert layer.lora_A["default"].weight.dtype == torch.float32
     layer._move_adapter_to_device_of_base_layer("default")
-    assert layer.lora_A["default"].weight.dtype == torch.bfloat16  # ours leaves the precision
+    assert layer.lora_A["default"].weight.dtype == torch.bfloat16  # ftlevel keeps float32

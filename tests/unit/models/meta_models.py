@@ -1,4 +1,4 @@
-"""Models without weights, from the tiny configurations."""
+"""Models without weights, built on the meta device from the tiny configs."""
 
 from __future__ import annotations
 

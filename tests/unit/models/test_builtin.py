@@ -1,4 +1,4 @@
-"""`builtin:tiny-llama`: it is small, loads as it is, and predicts text that it never read."""
+"""Tests that `builtin:tiny-llama` is small, loads offline and predicts held-out docstrings."""
 
 import math
 import random
@@ -34,7 +34,7 @@ def model(path):
     return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
 
 
-def test_the_files_are_there_and_small(path):
+def test_model_files_exist_and_are_small(path):
     names = {file.name for file in path.iterdir()}
     assert names >= {
         "config.json",
@@ -47,24 +47,24 @@ def test_the_files_are_there_and_small(path):
     assert sum(file.stat().st_size for file in path.iterdir()) <= MAX_BYTES
 
 
-def test_an_unknown_name_is_an_input_error():
+def test_unknown_builtin_name_raises():
     with pytest.raises(InputError, match=r"no such model .* 'tiny-llama'\? .* builtin:tiny-llama"):
         builtin_path("tiny-lama")
 
 
-def test_it_loads_without_a_network(path, monkeypatch):
-    def refuse(*args, **kwargs):
+def test_model_loads_without_network(path, monkeypatch):
+    def raise_error(*args, **kwargs):
         raise OSError("no network in this test")
 
-    monkeypatch.setattr(socket.socket, "connect", refuse)
-    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    monkeypatch.setattr(socket.socket, "connect", raise_error)
+    monkeypatch.setattr(socket, "getaddrinfo", raise_error)
     AutoTokenizer.from_pretrained(path)
-    stored = AutoModelForCausalLM.from_pretrained(path)
-    assert stored.dtype == torch.bfloat16
-    assert all(weight.isfinite().all() for weight in stored.parameters())
+    loaded = AutoModelForCausalLM.from_pretrained(path)
+    assert loaded.dtype == torch.bfloat16
+    assert all(weight.isfinite().all() for weight in loaded.parameters())
 
 
-def test_its_shapes_suit_quantization(model):
+def test_layer_shapes_support_quantization(model):
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear) and name != "lm_head":
             assert module.in_features % 64 == 0, name
@@ -74,7 +74,7 @@ def test_its_shapes_suit_quantization(model):
     assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
 
 
-def test_special_tokens_are_distinct_and_agree_with_the_model(model, tokenizer):
+def test_special_tokens_match_model_config(model, tokenizer):
     assert tokenizer.eos_token == "<|im_end|>"
     assert tokenizer.pad_token_id != tokenizer.eos_token_id
     assert tokenizer.bos_token_id is None
@@ -86,7 +86,7 @@ def test_special_tokens_are_distinct_and_agree_with_the_model(model, tokenizer):
     assert tokenizer("plain").input_ids[-1] != tokenizer.eos_token_id
 
 
-def test_the_tokenizer_gives_every_text_back(tokenizer):
+def test_tokenizer_round_trips_text(tokenizer):
     generator = random.Random(0)
     texts = [
         "  indented\n\n\ttabs \r\n trailing  ",
@@ -99,7 +99,7 @@ def test_the_tokenizer_gives_every_text_back(tokenizer):
         assert tokenizer.decode(tokenizer(text).input_ids) == text
 
 
-def test_the_chat_template_is_chatml(tokenizer):
+def test_chat_template_is_chatml(tokenizer):
     assert tokenizer.apply_chat_template(CONVERSATION, tokenize=False) == (
         "<|im_start|>user\nExplain this Python function.\n\ndef f(x):\n    return x<|im_end|>\n"
         "<|im_start|>assistant\nReturn the argument.<|im_end|>\n"
@@ -107,30 +107,30 @@ def test_the_chat_template_is_chatml(tokenizer):
 
 
 @pytest.mark.parametrize("answer", ["Return it.", "    return x", "`x`", "1. First", "é", "(x)"])
-def test_a_rendered_prompt_is_a_token_prefix_of_the_conversation(tokenizer, answer):
+def test_rendered_prompt_is_token_prefix_of_conversation(tokenizer, answer):
     messages = [CONVERSATION[0], {"role": "assistant", "content": answer}]
     prompt = tokenizer.apply_chat_template(
         messages[:1], add_generation_prompt=True, return_dict=True
     ).input_ids
-    whole = tokenizer.apply_chat_template(messages, return_dict=True).input_ids
-    assert whole[: len(prompt)] == prompt
-    assert tokenizer.decode(whole[len(prompt) :]) == answer + "<|im_end|>\n"
+    conversation = tokenizer.apply_chat_template(messages, return_dict=True).input_ids
+    assert conversation[: len(prompt)] == prompt
+    assert tokenizer.decode(conversation[len(prompt) :]) == answer + "<|im_end|>\n"
 
 
-def test_the_template_marks_the_answer_and_its_end(tokenizer):
+def test_assistant_mask_covers_answer_and_end_token(tokenizer):
     second = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]
     rendered = tokenizer.apply_chat_template(
         CONVERSATION + second, return_dict=True, return_assistant_tokens_mask=True
     )
-    marked = [
+    answer_ids = [
         token
-        for token, mark in zip(rendered["input_ids"], rendered["assistant_masks"], strict=True)
-        if mark
+        for token, is_answer in zip(rendered["input_ids"], rendered["assistant_masks"], strict=True)
+        if is_answer
     ]
-    assert tokenizer.decode(marked) == "Return the argument.<|im_end|>So.<|im_end|>"
+    assert tokenizer.decode(answer_ids) == "Return the argument.<|im_end|>So.<|im_end|>"
 
 
-def test_it_predicts_docstrings_of_modules_it_never_read(model, tokenizer):
+def test_model_predicts_held_out_docstrings(model, tokenizer):
     rows = load_docstrings("generation", "validation", limit=32)
     nats, size = 0.0, 0
     for row in rows:
@@ -140,5 +140,7 @@ def test_it_predicts_docstrings_of_modules_it_never_read(model, tokenizer):
         nats += torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum").item()
         size += len(row["completion"].encode())
     bits_per_byte = nats / math.log(2) / size
-    # A model that knows nothing needs log2(3072) bits a token, 4.3 a byte.
-    assert bits_per_byte < 1.9  # measured: 1.617 on Python 3.11; other versions have other rows
+    # A uniform prediction needs log2(3072) bits per token, 4.3 per byte.
+    assert (
+        bits_per_byte < 1.9
+    )  # measured: 1.617 on Python 3.11; the rows depend on the Python version

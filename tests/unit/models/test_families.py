@@ -32,7 +32,7 @@ CLASSIFIERS = [
 ]
 DIMS = Dims(HIDDEN, FFN, LAYERS, HEADS, kv_heads=KV_HEADS, decoder_layers=3)
 # Families that ignore `num_key_value_heads` or fix the width of the feed-forward layer.
-OWN_DIMS = {
+SPECIAL_DIMS = {
     "falcon": Dims(HIDDEN, FFN, LAYERS, HEADS, kv_heads=1),
     "gpt_bigcode": Dims(HIDDEN, FFN, LAYERS, HEADS, kv_heads=1),
     "bloom": Dims(HIDDEN, 4 * HIDDEN, LAYERS, HEADS),
@@ -43,8 +43,8 @@ def lm_task(family: Family) -> str:
     return LM_TASK[family.kind]
 
 
-def table_linears(family: Family) -> dict[str, tuple[str, int, int, str]]:
-    dims = OWN_DIMS.get(family.name, DIMS)
+def get_table_layers(family: Family) -> dict[str, tuple[str, int, int, str]]:
+    dims = SPECIAL_DIMS.get(family.name, DIMS)
     return {
         f"{stack.path}.{linear.path}": (
             linear.type,
@@ -57,38 +57,38 @@ def table_linears(family: Family) -> dict[str, tuple[str, int, int, str]]:
     }
 
 
-def test_every_family_has_a_tiny_model() -> None:
+def test_every_family_has_tiny_config() -> None:
     assert set(TINY) == set(FAMILIES)
 
 
 @pytest.mark.parametrize(("name", "variant"), VARIANTS)
-def test_table_has_exactly_the_linears_of_the_blocks(name: str, variant: int) -> None:
+def test_table_lists_exactly_the_linear_layers_of_blocks(name: str, variant: int) -> None:
     family = FAMILIES[name]
-    found = inspect_model(build(name, lm_task(family), variant))
+    inspection = inspect_model(build(name, lm_task(family), variant))
     model = {
         kind.pattern: (kind.type, kind.in_features, kind.out_features)
-        for kind in found.linears
+        for kind in inspection.linears
         if kind.location == "block"
     }
-    table = table_linears(family)
+    table = get_table_layers(family)
     assert {pattern: table[pattern][:3] for pattern in model if pattern in table} == model
     missing = set(table) - set(model)
     assert all(table[pattern][3] for pattern in missing), "always there by the table, not here"
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_every_optional_linear_exists_in_some_variant(name: str) -> None:
+def test_every_optional_linear_layer_exists_in_a_variant(name: str) -> None:
     family = FAMILIES[name]
-    seen = {
+    patterns = {
         kind.pattern
         for variant in range(len(TINY[name]))
         for kind in inspect_model(build(name, lm_task(family), variant)).linears
     }
-    assert set(table_linears(family)) <= seen
+    assert set(get_table_layers(family)) <= patterns
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_count_of_blocks_follows_the_role(name: str) -> None:
+def test_layer_count_matches_stack_role(name: str) -> None:
     family = FAMILIES[name]
     counts = {
         kind.pattern: kind.count for kind in inspect_model(build(name, lm_task(family))).linears
@@ -101,30 +101,30 @@ def test_count_of_blocks_follows_the_role(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_norms_and_embeddings_are_complete(name: str) -> None:
+def test_table_lists_all_norms_and_embeddings(name: str) -> None:
     family = FAMILIES[name]
-    found = inspect_model(build(name, lm_task(family)))
+    inspection = inspect_model(build(name, lm_task(family)))
     norms = {f"{stack.path}.{norm}" for stack in family.stacks for norm in stack.norms}
-    assert {norm.pattern for norm in found.norms} == norms | set(family.outer_norms)
-    assert {part.pattern for part in found.embeddings} == set(family.embeddings)
+    assert {norm.pattern for norm in inspection.norms} == norms | set(family.outer_norms)
+    assert {part.pattern for part in inspection.embeddings} == set(family.embeddings)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_experts_are_complete(name: str) -> None:
+def test_table_lists_all_experts(name: str) -> None:
     family = FAMILIES[name]
-    found = inspect_model(build(name, lm_task(family)))
+    inspection = inspect_model(build(name, lm_task(family)))
     table = {
         f"{stack.path}.{expert.path}": (WIDTHS[expert.fan_in](DIMS), WIDTHS[expert.fan_out](DIMS))
         for stack in family.stacks
         for expert in stack.experts
     }
-    assert {e.pattern: (e.in_features, e.out_features) for e in found.experts} == table
-    assert family.target_parameters == tuple(e.pattern.split("{i}.")[1] for e in found.experts)
+    assert {e.pattern: (e.in_features, e.out_features) for e in inspection.experts} == table
+    assert family.target_parameters == tuple(e.pattern.split("{i}.")[1] for e in inspection.experts)
 
 
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("name", FAMILIES)
-def test_heads_of_every_task_that_exists(name: str, task: str) -> None:
+def test_table_lists_heads_of_every_task(name: str, task: str) -> None:
     heads = FAMILIES[name].heads
     assert has_model(name, task) == (task in heads)
     if task in heads:
@@ -132,7 +132,7 @@ def test_heads_of_every_task_that_exists(name: str, task: str) -> None:
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_head_of_the_language_model(name: str) -> None:
+def test_table_lists_language_model_heads(name: str) -> None:
     family = FAMILIES[name]
     heads = family.heads
     assert sorted(ModuleTree(build(name, lm_task(family))).heads) == sorted(heads[lm_task(family)])
@@ -141,17 +141,19 @@ def test_head_of_the_language_model(name: str) -> None:
 
 
 @pytest.mark.parametrize(("name", "task"), CLASSIFIERS)
-def test_blocks_keep_their_names_under_every_head(name: str, task: str) -> None:
-    found = inspect_model(build(name, task))
-    tails = {pattern.partition("{i}")[2] for pattern in table_linears(FAMILIES[name])}
-    here = {kind.pattern.partition("{i}")[2] for kind in found.linears if kind.location == "block"}
-    assert here <= tails
-    assert here
+def test_block_layer_names_do_not_depend_on_head(name: str, task: str) -> None:
+    inspection = inspect_model(build(name, task))
+    table_suffixes = {pattern.partition("{i}")[2] for pattern in get_table_layers(FAMILIES[name])}
+    model_suffixes = {
+        kind.pattern.partition("{i}")[2] for kind in inspection.linears if kind.location == "block"
+    }
+    assert model_suffixes <= table_suffixes
+    assert model_suffixes
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_attention_only_names_pick_the_attention_and_nothing_else(name: str) -> None:
-    """By PEFT's rule, which is a suffix of the whole name, heads and poolers included."""
+def test_attention_only_targets_match_only_attention_layers(name: str) -> None:
+    """PEFT matches suffixes of full module names, heads and poolers included."""
     family = FAMILIES[name]
     attention = {
         f"{stack.path}.{linear.path}"
@@ -161,26 +163,28 @@ def test_attention_only_names_pick_the_attention_and_nothing_else(name: str) -> 
     }
     for variant in range(len(TINY[name])):
         tree = ModuleTree(build(name, lm_task(family), variant))
-        picked = {
-            tree.pattern(full)
-            for full, module in tree.modules.items()
+        matched = {
+            tree.pattern(module_name)
+            for module_name, module in tree.modules.items()
             if linear_size(module)
-            and any(f".{full}".endswith(f".{wish}") for wish in family.attention_only)
+            and any(f".{module_name}".endswith(f".{suffix}") for suffix in family.attention_only)
         }
-        assert picked == attention & {tree.pattern(full) for full in tree.modules}
+        assert matched == attention & {tree.pattern(module_name) for module_name in tree.modules}
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_default_targets_are_all_linears_of_the_blocks(name: str) -> None:
+def test_default_targets_equal_all_linear(name: str) -> None:
     family = FAMILIES[name]
     model = build(name, lm_task(family))
-    leaves = {full.rpartition(".")[2] for full in resolve_targets(model, "all-linear")}
-    named = [target for target in family.default_targets if target in leaves]
-    assert resolve_targets(model, named) == resolve_targets(model, "all-linear")
+    layer_names = {
+        module_name.rpartition(".")[2] for module_name in resolve_targets(model, "all-linear")
+    }
+    targets = [target for target in family.default_targets if target in layer_names]
+    assert resolve_targets(model, targets) == resolve_targets(model, "all-linear")
     assert resolve_targets(model, "auto") == resolve_targets(model, "all-linear")
 
 
-# These configurations default to the released model that the table takes as its example.
+# Families whose default config is the released model in the table.
 DEFAULT_IS_EXAMPLE = (
     *("llama", "mistral", "smollm3", "olmo2", "gemma", "gemma2", "phi3", "phi", "starcoder2"),
     *("gpt2", "gpt_neo", "gptj", "gpt_neox", "opt", "bert", "roberta", "xlm-roberta", "camembert"),
@@ -190,7 +194,7 @@ DEFAULT_IS_EXAMPLE = (
 
 
 @pytest.mark.parametrize("name", DEFAULT_IS_EXAMPLE)
-def test_example_counts_are_those_of_the_released_model(name: str) -> None:
+def test_example_parameter_counts_match_released_models(name: str) -> None:
     import torch
     import transformers
 
@@ -201,12 +205,12 @@ def test_example_counts_are_those_of_the_released_model(name: str) -> None:
     assert inspect_model(model).lora_parameters(8) == example_lora_parameters(family, 8)
 
 
-def test_llama_2_7b_example() -> None:
+def test_llama_2_7b_example_parameter_count() -> None:
     assert example_lora_parameters(FAMILIES["llama"], 8) == 19_988_480
     assert example_lora_parameters(FAMILIES["llama"], 16) == 2 * 19_988_480
 
 
-def test_no_example_is_an_error_of_ours() -> None:
+def test_family_without_example_raises_value_error() -> None:
     with pytest.raises(ValueError, match="granite has no example"):
         example_lora_parameters(FAMILIES["granite"], 8)
 
@@ -232,11 +236,11 @@ def test_no_example_is_an_error_of_ours() -> None:
         (" bert ", "bert"),
     ],
 )
-def test_spellings(spelling: str, family: str) -> None:
+def test_get_family_accepts_spelling_variants(spelling: str, family: str) -> None:
     assert get_family(spelling).name == family
 
 
-def test_no_alias_belongs_to_two_families_or_names_another() -> None:
+def test_family_names_and_aliases_are_unique() -> None:
     spellings = [
         re.sub("_", "-", spelling.lower())
         for family in FAMILIES.values()
@@ -245,21 +249,23 @@ def test_no_alias_belongs_to_two_families_or_names_another() -> None:
     assert sorted(spellings) == sorted(set(spellings))
 
 
-def test_unknown_family_names_the_nearest_and_the_list() -> None:
+def test_unknown_family_suggests_nearest_and_lists_all() -> None:
     assert lookup_family("lama") is None
     with pytest.raises(InputError) as caught:
         get_family("lama")
-    text = str(caught.value)
-    assert text.startswith("'lama' is neither a supported family nor a model. Did you mean 'llama'")
+    message = str(caught.value)
+    assert message.startswith(
+        "'lama' is neither a supported family nor a model. Did you mean 'llama'"
+    )
     for name in FAMILIES:
-        assert name in text
+        assert name in message
     assert caught.value.exit_code == 2
 
 
-def test_unknown_family_with_nothing_near() -> None:
+def test_unknown_family_without_near_match_lists_all() -> None:
     with pytest.raises(InputError, match=r"'zzzzzz' is neither .* nor a model\. Families: llama, "):
         get_family("zzzzzz")
 
 
-def test_tiny_config_is_of_the_family() -> None:
+def test_tiny_config_has_model_type_of_family() -> None:
     assert tiny_config("gemma3_text").model_type == "gemma3_text"

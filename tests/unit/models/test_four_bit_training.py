@@ -1,4 +1,4 @@
-"""An evaluation in the midst of training on a 4-bit base leaves the gradients as they were."""
+"""Tests that an evaluation during training on a 4-bit base leaves the gradients unchanged."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from ftlevel.models.quantization import build_quantization_config
 from ftlevel.models.sources import ModelSource
 
 
-def gradients(directory: Path, *, evaluate: bool) -> dict[str, torch.Tensor]:
-    """Return LoRA's gradients of a second step, with or without an evaluation before it."""
+def compute_gradients(directory: Path, *, evaluate: bool) -> dict[str, torch.Tensor]:
+    """Return LoRA's gradients of the second step, with or without an evaluation before it."""
     torch.manual_seed(0)
     model: Any = loading.load_model(
         ModelSource("llama", "directory", str(directory)),
@@ -44,26 +44,30 @@ def gradients(directory: Path, *, evaluate: bool) -> dict[str, torch.Tensor]:
     return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 
 
-def differ(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> list[str]:
+def get_differing_names(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> list[str]:
     assert left.keys() == right.keys()
     return [name for name, value in left.items() if not torch.equal(value, right[name])]
 
 
-def test_an_evaluation_changes_no_gradient(tiny_model_dir: Callable[..., Path]) -> None:
+def test_evaluation_does_not_change_gradients(tiny_model_dir: Callable[..., Path]) -> None:
     directory = tiny_model_dir("llama")
-    assert not differ(gradients(directory, evaluate=False), gradients(directory, evaluate=True))
+    assert not get_differing_names(
+        compute_gradients(directory, evaluate=False), compute_gradients(directory, evaluate=True)
+    )
 
 
-def repacks() -> bool:
+def cpu_repacks_4bit_weights() -> bool:
     cpuinfo = Path("/proc/cpuinfo")
     return cpuinfo.exists() and "avx512_bf16" in cpuinfo.read_text()
 
 
-@pytest.mark.skipif(not repacks(), reason="only CPUs with AVX512-BF16 repack")
-def test_the_trap_is_still_there(
+@pytest.mark.skipif(not cpu_repacks_4bit_weights(), reason="only CPUs with AVX512-BF16 repack")
+def test_evaluation_changes_gradients_without_keep_trainable_layout(
     tiny_model_dir: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Fails when bitsandbytes no longer needs `keep_trainable_layout`."""
     monkeypatch.setattr(loading, "keep_trainable_layout", lambda model: 0)
     directory = tiny_model_dir("llama")
-    assert differ(gradients(directory, evaluate=False), gradients(directory, evaluate=True))
+    assert get_differing_names(
+        compute_gradients(directory, evaluate=False), compute_gradients(directory, evaluate=True)
+    )

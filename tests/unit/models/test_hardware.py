@@ -1,4 +1,4 @@
-"""What is chosen on a card, without one: torch is told what its owner would see."""
+"""Tests of device and dtype selection on a GPU, with `torch.cuda` functions replaced."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ ROOT = Path(__file__).resolve().parents[3]
 
 
 @pytest.fixture
-def card(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Let torch find cards of a compute capability."""
+def fake_gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Return a function that makes torch report GPUs of a compute capability."""
 
-    def put_in(capability: tuple[int, int], count: int = 1) -> None:
-        for name, answer in {
+    def set_gpu(capability: tuple[int, int], count: int = 1) -> None:
+        for name, value in {
             "is_available": True,
             "is_bf16_supported": capability >= (8, 0),
             "get_device_capability": capability,
@@ -39,31 +39,31 @@ def card(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
             "device_count": count,
             "current_device": 0,
         }.items():
-            monkeypatch.setattr(torch.cuda, name, lambda *_, answer=answer, **__: answer)
+            monkeypatch.setattr(torch.cuda, name, lambda *_, value=value, **__: value)
 
-    return put_in
+    return set_gpu
 
 
-def test_a_card_without_bfloat16_computes_in_float16(card: Callable[..., None]) -> None:
-    card((7, 5))
-    found = select_dtype("auto", "cuda", "lora", "llama")
-    assert (found.value, found.reason) == (
+def test_gpu_without_bfloat16_uses_float16(fake_gpu: Callable[..., None]) -> None:
+    fake_gpu((7, 5))
+    choice = select_dtype("auto", "cuda", "lora", "llama")
+    assert (choice.value, choice.reason) == (
         "float16", "auto: the GPU has no bfloat16: its fast type is float16"
     )  # fmt: skip
     assert select_dtype("auto", "cuda", "full", "llama").reason.endswith("; weights in float32")
     for family in ("t5", "mt5"):
-        found = select_dtype("auto", "cuda", "lora", family)
-        assert found.value == "float32"
-        assert f"and {family} overflows float16" in found.reason
+        choice = select_dtype("auto", "cuda", "lora", family)
+        assert choice.value == "float32"
+        assert f"and {family} overflows float16" in choice.reason
 
 
-def test_a_card_with_bfloat16_computes_in_it(card: Callable[..., None]) -> None:
-    card((8, 0))
+def test_gpu_with_bfloat16_uses_bfloat16(fake_gpu: Callable[..., None]) -> None:
+    fake_gpu((8, 0))
     assert select_dtype("auto", "cuda", "lora", "llama").value == "bfloat16"
 
 
-def test_tf32_is_for_float32_on_ampere_and_says_so(card: Callable[..., None]) -> None:
-    card((8, 6))
+def test_tf32_is_used_for_float32_on_ampere_only(fake_gpu: Callable[..., None]) -> None:
+    fake_gpu((8, 6))
     (choice,) = select_tf32(None, "cuda", "float32")
     assert "Ampere" in choice.reason
     assert uses_tf32(None, "cuda", "float32")
@@ -71,13 +71,13 @@ def test_tf32_is_for_float32_on_ampere_and_says_so(card: Callable[..., None]) ->
     assert not select_tf32(False, "cuda", "float32")
     assert not select_tf32(None, "cuda", "bfloat16")
     assert not uses_tf32(True, "cuda", "bfloat16")
-    card((7, 5))
+    fake_gpu((7, 5))
     assert not select_tf32(None, "cuda", "float32")
     with pytest.raises(ConfigError, match=r"--tf32: a card\. TF32 needs .* Ampere"):
         select_tf32(True, "cuda", "float32")
 
 
-def test_tf32_ends_with_the_training() -> None:
+def test_using_tf32_restores_setting() -> None:
     with using_tf32(True):
         assert torch.backends.cuda.matmul.allow_tf32
     assert not torch.backends.cuda.matmul.allow_tf32
@@ -85,18 +85,18 @@ def test_tf32_ends_with_the_training() -> None:
         assert not torch.backends.cuda.matmul.allow_tf32
 
 
-def test_of_several_cards_one_is_used_and_the_others_are_named(
-    card: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+def test_one_of_several_gpus_is_used_and_reported(
+    fake_gpu: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    card((8, 0), count=4)
-    found = select_device("auto")
-    assert found.reason == "auto: a card, one of 4; --num-processes 4 trains on all of them"
+    fake_gpu((8, 0), count=4)
+    choice = select_device("auto")
+    assert choice.reason == "auto: a card, one of 4; --num-processes 4 trains on all of them"
     monkeypatch.setenv("WORLD_SIZE", "4")
     assert select_device("auto").reason == "auto: a card"
 
 
-def test_trainer_wraps_no_model_for_several_cards(tmp_path: Path) -> None:
+def test_use_one_gpu_disables_data_parallel(tmp_path: Path) -> None:
     arguments = transformers.TrainingArguments(
         output_dir=str(tmp_path), use_cpu=True, per_device_train_batch_size=8
     )
@@ -107,11 +107,11 @@ def test_trainer_wraps_no_model_for_several_cards(tmp_path: Path) -> None:
     assert (arguments.n_gpu, arguments.train_batch_size) == (1, 8)
 
 
-def test_the_arguments_of_a_run_are_for_one_gpu(
+def test_training_arguments_are_limited_to_one_gpu(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    told: list[Any] = []
-    monkeypatch.setattr("ftlevel.training.build_trainer.use_one_gpu", told.append)
+    calls: list[Any] = []
+    monkeypatch.setattr("ftlevel.training.build_trainer.use_one_gpu", calls.append)
     run: Any = SimpleNamespace(
         config=TrainConfig(),
         fast=SimpleNamespace(enabled=True),
@@ -121,24 +121,24 @@ def test_the_arguments_of_a_run_are_for_one_gpu(
         objective=None,
     )
     arguments = create_training_args(run, tmp_path)
-    assert told == [arguments]
+    assert calls == [arguments]
 
 
 @pytest.mark.parametrize(("device", "expected"), [("cuda", {"": "cuda:0"}), ("cpu", None)])
-def test_weights_go_to_a_card_shard_by_shard(
+def test_device_map_is_set_on_gpu_only(
     device: str,
     expected: Any,
-    card: Callable[..., None],
+    fake_gpu: Callable[..., None],
     tiny_model_dir: Callable[..., Path],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     source = resolve_source(str(tiny_model_dir("llama")), None, False)
     config = loading.load_config(source)
-    card((8, 0))
-    told: dict[str, Any] = {}
+    fake_gpu((8, 0))
+    load_arguments: dict[str, Any] = {}
 
     def stop(_: str, **arguments: Any) -> None:
-        told.update(arguments)
+        load_arguments.update(arguments)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", stop)
@@ -146,16 +146,16 @@ def test_weights_go_to_a_card_shard_by_shard(
         loading.load_model(
             source, config, "AutoModelForCausalLM", dtype=torch.bfloat16, device=device
         )
-    assert told.get("device_map") == expected
+    assert load_arguments.get("device_map") == expected
 
 
-def test_the_lowest_releases_are_those_that_pip_asks_for() -> None:
+def test_min_versions_match_pyproject() -> None:
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    asked = dict(re.findall(r'^  "([a-z-]+)>=([\d.]+)"', text, re.MULTILINE))
-    assert {name: asked[name] for name in libraries.MIN_VERSIONS} == libraries.MIN_VERSIONS
+    required = dict(re.findall(r'^  "([a-z-]+)>=([\d.]+)"', text, re.MULTILINE))
+    assert {name: required[name] for name in libraries.MIN_VERSIONS} == libraries.MIN_VERSIONS
 
 
-def test_a_library_that_is_too_old_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_outdated_library_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     assert libraries.get_outdated_libraries() == []
     monkeypatch.setattr(
         libraries, "version", lambda name: {"transformers": "5.17.0"}.get(name, "9")
@@ -166,7 +166,7 @@ def test_a_library_that_is_too_old_is_named(monkeypatch: pytest.MonkeyPatch) -> 
     ]
 
 
-def test_a_run_begins_with_no_library_that_is_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_outdated_library_raises_before_run(monkeypatch: pytest.MonkeyPatch) -> None:
     config = TrainConfig()
     check_packages(config.model, config.speed, config.output)
     monkeypatch.setattr(
@@ -176,11 +176,11 @@ def test_a_run_begins_with_no_library_that_is_too_old(monkeypatch: pytest.Monkey
         check_packages(config.model, config.speed, config.output)
 
 
-def test_an_attention_kernel_of_a_gpu_is_refused_without_one() -> None:
-    named = {"attention_kernel": "kernels-community/flash-attn3@1"}
+def test_attention_kernel_without_gpu_raises() -> None:
+    speed = {"attention_kernel": "kernels-community/flash-attn3@1"}
     if torch.cuda.is_available():
         pytest.skip("there is one")
-    config = TrainConfig.model_validate({"speed": named})
+    config = TrainConfig.model_validate({"speed": speed})
     with pytest.raises(
         ConfigError,
         match=r"flash-attn3@1 needs an NVIDIA GPU\. Drop it; the CPU has its own attention\.",
@@ -191,14 +191,14 @@ def test_an_attention_kernel_of_a_gpu_is_refused_without_one() -> None:
 
 
 @pytest.mark.parametrize("quant", ["4bit", "8bit"])
-def test_a_quantized_base_is_refused_on_an_apple_gpu(
+def test_quantized_base_on_mps_is_rejected(
     quant: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    asked = ["train", "--device", "mps", "--quant", quant, "--dry-run"]
-    assert run(asked) == 2
+    arguments = ["train", "--device", "mps", "--quant", quant, "--dry-run"]
+    assert run(arguments) == 2
     assert f"--device mps: a base in {quant} is not trained on Apple's GPU" in (
         capsys.readouterr().err
     )
-    assert run([*asked[:3], "--dry-run"]) == 0
+    assert run([*arguments[:3], "--dry-run"]) == 0

@@ -1,4 +1,4 @@
-"""Weights that are not those of their config.json, or are no numbers."""
+"""Tests of checkpoints whose weights do not match config.json or are not finite."""
 
 from __future__ import annotations
 
@@ -25,24 +25,24 @@ from ftlevel.models.loading import (
 from ftlevel.models.quantization import build_quantization_config
 from ftlevel.models.sources import resolve_source
 
-Make = Callable[..., Path]
-UP = "model.layers.0.mlp.up_proj.weight"
+ModelDir = Callable[..., Path]
+UP_PROJ = "model.layers.0.mlp.up_proj.weight"
 
 
 @pytest.fixture
-def copied(tmp_path: Path, tiny_model_dir: Make) -> Callable[..., Path]:
-    """Return a factory of copies of tiny models whose weights a function changes."""
+def copy_with_weights(tmp_path: Path, tiny_model_dir: ModelDir) -> Callable[..., Path]:
+    """Return a factory that copies a tiny model and edits its weights."""
 
-    def make(change: Callable[[dict[str, torch.Tensor]], None], *kind: str) -> Path:
+    def copy_model(edit: Callable[[dict[str, torch.Tensor]], None], *kind: str) -> Path:
         directory = tmp_path / "model"
         shutil.copytree(tiny_model_dir(*(kind or ("llama",))), directory)
         path = directory / "model.safetensors"
         weights = load_file(path)
-        change(weights)
+        edit(weights)
         save_file(weights, path, metadata={"format": "pt"})
         return directory
 
-    return make
+    return copy_model
 
 
 def load(directory: Path, kind: str = "none", auto_class: str = "", **overrides: Any) -> Any:
@@ -56,35 +56,35 @@ def load(directory: Path, kind: str = "none", auto_class: str = "", **overrides:
 
 @pytest.mark.parametrize("kind", ["none", "4bit", "8bit"])
 @pytest.mark.parametrize("number", ["nan", "inf", "-inf"])
-def test_a_weight_that_is_no_number_is_named(
-    copied: Callable[..., Path], number: str, kind: str
+def test_nonfinite_weight_raises_with_name(
+    copy_with_weights: Callable[..., Path], number: str, kind: str
 ) -> None:
-    directory = copied(lambda weights: weights[UP][0].__setitem__(0, float(number)))
-    with pytest.raises(InputError, match=f"NaN or infinity in 1 of its tensors: {UP}"):
+    directory = copy_with_weights(lambda weights: weights[UP_PROJ][0].__setitem__(0, float(number)))
+    with pytest.raises(InputError, match=f"NaN or infinity in 1 of its tensors: {UP_PROJ}"):
         load(directory, kind)
 
 
-def test_large_numbers_are_numbers(copied: Callable[..., Path]) -> None:
-    """Their sum is beyond what a weight may be, and they are not."""
-    model, missing = load(copied(lambda weights: weights[UP].fill_(9e9)))
+def test_large_finite_weights_are_accepted(copy_with_weights: Callable[..., Path]) -> None:
+    """Their sum exceeds the limit for a weight; the values themselves do not."""
+    model, missing = load(copy_with_weights(lambda weights: weights[UP_PROJ].fill_(9e9)))
     assert missing == []
-    assert bool((model.get_parameter(UP) == torch.tensor(9e9)).all())
+    assert bool((model.get_parameter(UP_PROJ) == torch.tensor(9e9)).all())
 
 
-def test_a_number_that_no_training_leaves_is_named(copied: Callable[..., Path]) -> None:
-    directory = copied(lambda weights: weights[UP][0].__setitem__(0, 3e38))
-    with pytest.raises(InputError, match=rf"1 of its tensors, .*: {UP} \(3e\+38\)"):
+def test_implausibly_large_weight_raises_with_name(copy_with_weights: Callable[..., Path]) -> None:
+    directory = copy_with_weights(lambda weights: weights[UP_PROJ][0].__setitem__(0, 3e38))
+    with pytest.raises(InputError, match=rf"1 of its tensors, .*: {UP_PROJ} \(3e\+38\)"):
         load(directory)
 
 
-def test_a_weight_of_another_shape_is_named(copied: Callable[..., Path]) -> None:
-    directory = copied(lambda weights: weights.update({UP: torch.zeros(3, 5)}))
-    with pytest.raises(InputError, match=f"such as {UP}: 3 x 5 in the checkpoint, 128 x 64"):
+def test_weight_shape_mismatch_raises_with_name(copy_with_weights: Callable[..., Path]) -> None:
+    directory = copy_with_weights(lambda weights: weights.update({UP_PROJ: torch.zeros(3, 5)}))
+    with pytest.raises(InputError, match=f"such as {UP_PROJ}: 3 x 5 in the checkpoint, 128 x 64"):
         load(directory)
 
 
-def test_layers_that_config_json_leaves_out(copied: Callable[..., Path]) -> None:
-    path = copied(lambda _: None) / "config.json"
+def test_extra_layers_in_checkpoint_raise(copy_with_weights: Callable[..., Path]) -> None:
+    path = copy_with_weights(lambda _: None) / "config.json"
     config = json.loads(path.read_text())
     layers = config.pop("num_hidden_layers")
     config.pop("layer_types", None)
@@ -94,14 +94,16 @@ def test_layers_that_config_json_leaves_out(copied: Callable[..., Path]) -> None
         load(path.parent)
 
 
-def test_the_layers_of_a_bare_encoder(copied: Callable[..., Path]) -> None:
-    """A checkpoint without the prefix of the class that reads it."""
+def test_extra_layers_in_bare_encoder_checkpoint_raise(
+    copy_with_weights: Callable[..., Path],
+) -> None:
+    """The checkpoint lacks the prefix of the class that loads it."""
 
     def rename(weights: dict[str, torch.Tensor]) -> None:
         for name in [name for name in weights if name.startswith("bert.")]:
             weights[name.removeprefix("bert.")] = weights.pop(name)
 
-    path = copied(rename, "bert", "seqcls") / "config.json"
+    path = copy_with_weights(rename, "bert", "seqcls") / "config.json"
     config = json.loads(path.read_text())
     path.write_text(json.dumps({**config, "num_hidden_layers": 1}))
     with pytest.raises(InputError, match=r"has weights of layer 1 \(.*has 1 layers"):
@@ -109,37 +111,43 @@ def test_the_layers_of_a_bare_encoder(copied: Callable[..., Path]) -> None:
 
 
 @pytest.mark.parametrize("kind", ["none", "4bit"])
-def test_a_bias_that_config_json_leaves_out(copied: Callable[..., Path], kind: str) -> None:
+def test_unexpected_bias_in_checkpoint_raises(
+    copy_with_weights: Callable[..., Path], kind: str
+) -> None:
     name = "model.layers.1.mlp.down_proj.bias"
-    directory = copied(lambda weights: weights.update({name: torch.ones(64)}))
+    directory = copy_with_weights(lambda weights: weights.update({name: torch.ones(64)}))
     with pytest.raises(InputError, match=f"has {name}, and its config.json describes a model with"):
         load(directory, kind)
 
 
-def test_what_else_a_checkpoint_holds(copied: Callable[..., Path]) -> None:
-    """Old checkpoints have buffers; other tasks have heads."""
+def test_unrelated_extra_weights_are_ignored(copy_with_weights: Callable[..., Path]) -> None:
+    """Old checkpoints contain buffers; checkpoints of other tasks contain heads."""
     extra = {
         "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8),
         "score.weight": torch.ones(3, 64),
         "vision.layers.7.weight": torch.ones(3),
     }
-    model, missing = load(copied(lambda weights: weights.update(extra)))
+    model, missing = load(copy_with_weights(lambda weights: weights.update(extra)))
     assert missing == []
     assert set(extra).isdisjoint(model.state_dict())
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
-def test_numbers_without_their_scale(copied: Callable[..., Path], dtype: torch.dtype) -> None:
-    directory = copied(lambda weights: weights.update({UP: weights[UP].to(dtype)}))
-    with pytest.raises(InputError, match=f"stores 1 of its weights as .*8.*, such as {UP}"):
+def test_int8_or_float8_weights_without_scale_raise(
+    copy_with_weights: Callable[..., Path], dtype: torch.dtype
+) -> None:
+    directory = copy_with_weights(
+        lambda weights: weights.update({UP_PROJ: weights[UP_PROJ].to(dtype)})
+    )
+    with pytest.raises(InputError, match=f"stores 1 of its weights as .*8.*, such as {UP_PROJ}"):
         load(directory)
 
 
 @pytest.mark.parametrize("classes", [2, 3])
-def test_a_head_for_another_number_of_classes_is_new(
-    copied: Callable[..., Path], classes: int
+def test_head_with_other_number_of_classes_is_reinitialized(
+    copy_with_weights: Callable[..., Path], classes: int
 ) -> None:
-    directory = copied(lambda _: None, "bert", "seqcls")  # of three classes
+    directory = copy_with_weights(lambda _: None, "bert", "seqcls")  # three classes
     overrides = label_overrides([f"class {index}" for index in range(classes)])
     model, missing = load(directory, "none", "AutoModelForSequenceClassification", **overrides)
     assert model.classifier.weight.shape == (classes, 64)
@@ -147,23 +155,23 @@ def test_a_head_for_another_number_of_classes_is_new(
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("fields", "message"),
     [({"num_attention_heads": 7}, "not a multiple of the number of attention heads"),
      ({"hidden_size": "64"}, "'hidden_size' expected int, got str"),
      ({"model_type": "own", "auto_map": {"AutoConfig": "own.Config"}},
       "it needs custom Python code .* --set model.trust_remote_code=true")],
 )  # fmt: skip
-def test_a_config_that_is_none_of_a_model(
-    copied: Callable[..., Path], change: dict[str, Any], message: str
+def test_invalid_config_raises(
+    copy_with_weights: Callable[..., Path], fields: dict[str, Any], message: str
 ) -> None:
-    path = copied(lambda _: None) / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    path = copy_with_weights(lambda _: None) / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
     with pytest.raises(InputError, match=message):
         load(path.parent)
 
 
-def test_a_damaged_index_is_an_input_error(copied: Callable[..., Path]) -> None:
-    directory = copied(lambda _: None)
+def test_damaged_index_raises(copy_with_weights: Callable[..., Path]) -> None:
+    directory = copy_with_weights(lambda _: None)
     (directory / "model.safetensors").rename(directory / "model-00001-of-00001.safetensors")
     (directory / "model.safetensors.index.json").write_text("{")
     with pytest.raises(InputError, match="its weights cannot be read"):
@@ -172,8 +180,10 @@ def test_a_damaged_index_is_an_input_error(copied: Callable[..., Path]) -> None:
 
 @pytest.mark.parametrize("kind", ["none", "4bit"])
 @pytest.mark.parametrize("head", ["causal", "seqcls"])
-def test_weights_that_are_cut_short(copied: Callable[..., Path], kind: str, head: str) -> None:
-    directory = copied(lambda _: None, "llama" if head == "causal" else "bert", head)
+def test_truncated_weights_raise(
+    copy_with_weights: Callable[..., Path], kind: str, head: str
+) -> None:
+    directory = copy_with_weights(lambda _: None, "llama" if head == "causal" else "bert", head)
     path = directory / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-1000])
     auto_class = {"seqcls": "AutoModelForSequenceClassification"}.get(head, "")
@@ -186,25 +196,25 @@ def test_weights_that_are_cut_short(copied: Callable[..., Path], kind: str, head
 
 
 @pytest.mark.parametrize("content", [b"GGUF", b"GGUF\x03\0\0\0" + b"\1" + b"\0" * 7])
-def test_a_gguf_that_is_cut_short(tmp_path: Path, content: bytes) -> None:
+def test_truncated_gguf_raises(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "cut.gguf"
     path.write_bytes(content)
     with pytest.raises(InputError, match="download incomplete"):
         load_config(resolve_source(str(path)))
 
 
-def test_a_model_without_a_tokenizer(copied: Callable[..., Path]) -> None:
-    directory = copied(lambda _: None)
+def test_missing_tokenizer_raises(copy_with_weights: Callable[..., Path]) -> None:
+    directory = copy_with_weights(lambda _: None)
     for path in directory.glob("tokenizer*"):
         path.unlink()
     with pytest.raises(InputError, match=r"has no tokenizer\. Expected tokenizer.json in"):
         load_tokenizer(resolve_source(str(directory)))
 
 
-def test_an_adapter_is_no_model(tmp_path: Path) -> None:
+def test_adapter_path_as_model_raises(tmp_path: Path) -> None:
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
-    for place in (tmp_path, tmp_path / "adapter"):
+    for path in (tmp_path, tmp_path / "adapter"):
         with pytest.raises(
             InputError,
             match=(
@@ -212,4 +222,4 @@ def test_an_adapter_is_no_model(tmp_path: Path) -> None:
                 r"both: ftlevel merge"
             ),
         ):
-            resolve_source(str(place))
+            resolve_source(str(path))

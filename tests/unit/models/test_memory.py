@@ -1,4 +1,4 @@
-"""The bound on a row's length: by hand for one model, and never below what was really held."""
+"""Tests of the bound on row length: against a formula and against bytes that autograd saves."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ BLOCK = 4 * 64 + 2 * 128
 
 
 @pytest.mark.parametrize(
-    ("holding", "left", "tokens"),
+    ("settings", "weight_bytes", "token_bytes"),
     [
         (MemorySettings(2, 2), WEIGHTS * 2, 2 * BLOCK * 2),
         (MemorySettings(0.5, 4), WEIGHTS // 2, 2 * BLOCK * 4),
@@ -32,49 +32,53 @@ BLOCK = 4 * 64 + 2 * 128
         (MemorySettings(2, 2, checkpointing=True), WEIGHTS * 2, (2 * 64 + BLOCK) * 2),
     ],
 )
-def test_the_formula(holding: MemorySettings, left: int, tokens: int) -> None:
-    assert max_length_in_memory(LLAMA, holding, left + 7 * tokens) == 7
-    assert max_length_in_memory(LLAMA, holding, left + 7 * tokens - 1) == 6
-    assert max_length_in_memory(LLAMA, holding, left) is None, (
+def test_max_length_matches_formula(
+    settings: MemorySettings, weight_bytes: int, token_bytes: int
+) -> None:
+    assert max_length_in_memory(LLAMA, settings, weight_bytes + 7 * token_bytes) == 7
+    assert max_length_in_memory(LLAMA, settings, weight_bytes + 7 * token_bytes - 1) == 6
+    assert max_length_in_memory(LLAMA, settings, weight_bytes) is None, (
         "weights alone: not a matter of length"
     )
 
 
 @pytest.mark.parametrize("family", CONFIGS)
-def test_every_family_has_its_sizes(family: str) -> None:
+def test_max_length_is_bounded_for_every_family(family: str) -> None:
     config = AutoConfig.for_model(family, **CONFIGS[family])
     memory, inner = 10_000_000, HIDDEN if family == "gpt2" else INNER
-    found = max_length_in_memory(config, MemorySettings(4, 4), memory)
-    assert found is not None
-    assert found < memory // (LAYERS * (4 * HIDDEN + 2 * inner) * 4)
+    max_length = max_length_in_memory(config, MemorySettings(4, 4), memory)
+    assert max_length is not None
+    assert max_length < memory // (LAYERS * (4 * HIDDEN + 2 * inner) * 4)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "bert"])
-def test_training_really_holds_more(family: str) -> None:
-    """Bytes that autograd keeps for one more token, against those that the bound counts."""
+def test_autograd_saves_more_than_bound_counts(family: str) -> None:
+    """Compare bytes that autograd saves per token with the bytes that the bound counts."""
     model = build(family)
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_("embed" in name or "wte" in name)  # all frozen blocks carry grads
+        parameter.requires_grad_(
+            "embed" in name or "wte" in name
+        )  # gradients flow through all frozen blocks
 
-    def held(tokens: int) -> int:
-        seen: dict[int, int] = {}
+    def get_saved_bytes(tokens: int) -> int:
+        storages: dict[int, int] = {}
 
-        def keep(tensor: torch.Tensor) -> torch.Tensor:
+        def record(tensor: torch.Tensor) -> torch.Tensor:
             storage = tensor.untyped_storage()
             if not isinstance(tensor, torch.nn.Parameter):
-                seen[storage.data_ptr()] = storage.nbytes()
+                storages[storage.data_ptr()] = storage.nbytes()
             return tensor
 
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        with torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor):
             logits = model(input_ids=torch.ones((1, tokens), dtype=torch.long)).logits
         assert logits.requires_grad
-        return sum(seen.values())
+        return sum(storages.values())
 
-    counted = LAYERS * (4 * HIDDEN + 2 * INNER) * 4
-    assert (held(40) - held(24)) / 16 > counted
+    bound = LAYERS * (4 * HIDDEN + 2 * INNER) * 4
+    assert (get_saved_bytes(40) - get_saved_bytes(24)) / 16 > bound
 
 
-def test_limits_of_a_container(tmp_path: Path) -> None:
+def test_container_memory_limits_are_read(tmp_path: Path) -> None:
     for name, text in (("a", "max"), ("b", "1000"), ("c", "")):
         (tmp_path / name).mkdir()
         (tmp_path / name / "memory.max").write_text(text)

@@ -1,4 +1,4 @@
-"""What a checkpoint lacks of a task's model, and weights that go by another name."""
+"""Tests of new heads and of base weights stored under another prefix."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ftlevel.models.loading import load_config, load_model, rename_prefix
 from ftlevel.models.module_tree import get_new_language_head
 from ftlevel.models.sources import resolve_source
 
-NEW = {
+NEW_HEADS = {
     "bert": ["cls.predictions.transform"],
     "roberta": ["lm_head.dense", "lm_head.layer_norm"],
     "distilbert": ["vocab_transform", "vocab_layer_norm"],
@@ -23,31 +23,33 @@ NEW = {
 }
 
 
-@pytest.mark.parametrize("family", NEW)
-def test_language_heads_that_are_new(family: str) -> None:
+@pytest.mark.parametrize("family", NEW_HEADS)
+def test_get_new_language_head_of_each_family(family: str) -> None:
     model = tiny_models.build(family, "mlm")
     model.config.architectures = ["SomethingModel"]
     new, heads = get_new_language_head(model)
-    assert new == NEW[family]
+    assert new == NEW_HEADS[family]
     output = model.get_output_embeddings()
-    assert all(part is not output for name in new for part in model.get_submodule(name).modules())
+    assert all(
+        module is not output for name in new for module in model.get_submodule(name).modules()
+    )
     assert all(any(f"{name}.".startswith(f"{head}.") for head in heads) for name in new)
     model.config.architectures = [type(model).__name__]
     assert get_new_language_head(model) == ([], [])
 
 
-def test_the_discriminator_of_electra_is_no_language_head() -> None:
+def test_electra_discriminator_needs_new_language_head() -> None:
     model = tiny_models.build("electra", "mlm")
     model.config.architectures = ["ElectraForPreTraining"]
-    assert get_new_language_head(model)[0] == NEW["electra"]
+    assert get_new_language_head(model)[0] == NEW_HEADS["electra"]
 
 
 @pytest.mark.parametrize(
     ("family", "head"),
     [(f, h) for f, h in tiny_models.FAMILY_HEADS if h in ("qa", "tokcls", "seqcls")],
 )
-def test_every_base_weight_arrives(family: str, head: str, tmp_path: Path) -> None:
-    """Upstream, the question answering of Llama and Qwen finds none of a checkpoint's weights."""
+def test_base_weights_load_into_task_model(family: str, head: str, tmp_path: Path) -> None:
+    """Question answering classes of Llama and Qwen use another base model prefix."""
     base = tiny_models.build(family)
     base.save_pretrained(tmp_path)
     source = resolve_source(str(tmp_path))
@@ -61,13 +63,13 @@ def test_every_base_weight_arrives(family: str, head: str, tmp_path: Path) -> No
         model.get_input_embeddings().weight[: shape[0]], base.get_input_embeddings().weight
     )
     assert not [name for name in missing if "layer" in name and "norm" not in name.lower()]
-    if renamed:  # what is saved can be loaded by anybody
+    if renamed:  # the saved model loads with transformers alone
         model.save_pretrained(tmp_path / "again")
-        again, info = type(model).from_pretrained(tmp_path / "again", output_loading_info=True)
+        reloaded, info = type(model).from_pretrained(tmp_path / "again", output_loading_info=True)
         assert not info["missing_keys"]
-        assert_equal(again, model)
+        assert_equal(reloaded, model)
 
 
-def assert_equal(one: torch.nn.Module, other: torch.nn.Module) -> None:
-    weights = other.state_dict()
-    assert all(torch.equal(weight, weights[name]) for name, weight in one.state_dict().items())
+def assert_equal(a: torch.nn.Module, b: torch.nn.Module) -> None:
+    expected = b.state_dict()
+    assert all(torch.equal(weight, expected[name]) for name, weight in a.state_dict().items())

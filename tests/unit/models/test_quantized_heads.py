@@ -1,4 +1,4 @@
-"""No head is quantized, whichever it is: a new one is trained, an old one is tied or decides."""
+"""Tests that heads are never quantized, new or pretrained."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ CELLS = [(*cell, quant) for cell in tiny_models.FAMILY_HEADS for quant in ("4bit
 
 
 @pytest.mark.parametrize(("family", "head", "quant"), sample(CELLS))
-def test_heads_stay_in_floating_point(family, head, quant, tiny_model_dir):
-    folder = tiny_model_dir(family, head)
+def test_heads_are_not_quantized(family, head, quant, tiny_model_dir):
+    directory = tiny_model_dir(family, head)
     model, _ = load_model(
-        ModelSource(family, "directory", str(folder)),
+        ModelSource(family, "directory", str(directory)),
         tiny_models.build_config(family, head),
         tiny_models.AUTO_CLASSES[head],
         dtype=torch.float32,

@@ -1,4 +1,4 @@
-"""config.json in the form of transformers 4 beside that of transformers 5."""
+"""Tests that config.json can hold the RoPE fields of transformers 4 and of transformers 5."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from ftlevel.models.kinds import save_legacy_rope
 from tiny_models import build
 
 THETA = {"rope_type": "default", "rope_theta": 500.0}
-SHARE = {**THETA, "partial_rotary_factor": 0.5}
+PARTIAL = {**THETA, "partial_rotary_factor": 0.5}
 BY_LAYER = {"full_attention": THETA, "sliding_attention": {**THETA, "rope_theta": 70.0}}
-LLAMA_3_FORMER = {key: value for key, value in LLAMA_3.items() if key != "rope_theta"}
+LLAMA_3_LEGACY = {key: value for key, value in LLAMA_3.items() if key != "rope_theta"}
 CASES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("llama", THETA, {"rope_theta": 500.0}),
     ("qwen3_moe", THETA, {"rope_theta": 500.0}),
     ("llama", LINEAR, {"rope_theta": 10000.0,
                        "rope_scaling": {"rope_type": "linear", "factor": 4.0}}),
-    ("llama", LLAMA_3, {"rope_theta": 10000.0, "rope_scaling": LLAMA_3_FORMER}),
+    ("llama", LLAMA_3, {"rope_theta": 10000.0, "rope_scaling": LLAMA_3_LEGACY}),
     ("phi3", LONG_ROPE, {"rope_theta": 10000.0}),
-    ("phi3", SHARE, {"rope_theta": 500.0, "partial_rotary_factor": 0.5}),
-    ("gpt_neox", SHARE, {"rotary_emb_base": 500.0, "rotary_pct": 0.5}),
+    ("phi3", PARTIAL, {"rope_theta": 500.0, "partial_rotary_factor": 0.5}),
+    ("gpt_neox", PARTIAL, {"rotary_emb_base": 500.0, "rotary_pct": 0.5}),
     ("gemma3_text", BY_LAYER, {"rope_theta": 500.0, "rope_local_base_freq": 70.0}),
     ("gemma3_text", GEMMA_LINEAR, {"rope_theta": 1000000.0, "rope_local_base_freq": 20000.0,
                                    "rope_scaling": {"rope_type": "linear", "factor": 8.0}}),
@@ -35,27 +35,36 @@ CASES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("family", "rope", "former"), CASES)
-def test_both_forms_stand_side_by_side_and_read_the_same(
-    family: str, rope: dict[str, Any], former: dict[str, Any], tmp_path: Path
+@pytest.mark.parametrize(("family", "rope", "legacy"), CASES)
+def test_save_legacy_rope_adds_fields_and_keeps_config(
+    family: str, rope: dict[str, Any], legacy: dict[str, Any], tmp_path: Path
 ) -> None:
-    more: dict[str, Any] = {"rope_parameters": rope} if rope else {}
+    fields: dict[str, Any] = {"rope_parameters": rope} if rope else {}
     if rope is LONG_ROPE:
-        more["original_max_position_embeddings"] = 256
-    model = build(family, **more)
+        fields["original_max_position_embeddings"] = 256
+    model = build(family, **fields)
     model.save_pretrained(tmp_path)
     path = tmp_path / "config.json"
-    before, read = json.loads(path.read_text()), transformers.AutoConfig.from_pretrained(tmp_path)
+    before, config_before = (
+        json.loads(path.read_text()),
+        transformers.AutoConfig.from_pretrained(tmp_path),
+    )
     save_legacy_rope(tmp_path)
     after = json.loads(path.read_text())
     added = {key: value for key, value in after.items() if key not in before}
     assert {key: value for key, value in after.items() if key in before} == before
-    assert former.items() <= added.items()
-    assert bool(former) == bool(added)
-    again = transformers.AutoConfig.from_pretrained(tmp_path)
-    now = json.loads(again.to_json_string())  # Phi-3 keeps the share of former files as well
-    was = json.loads(read.to_json_string())
-    assert {key: value for key, value in now.items() if key in was or key not in added} == was
+    assert legacy.items() <= added.items()
+    assert bool(legacy) == bool(added)
+    config_after = transformers.AutoConfig.from_pretrained(tmp_path)
+    after_fields = json.loads(
+        config_after.to_json_string()
+    )  # Phi-3 also keeps the legacy partial_rotary_factor
+    before_fields = json.loads(config_before.to_json_string())
+    assert {
+        key: value
+        for key, value in after_fields.items()
+        if key in before_fields or key not in added
+    } == before_fields
     loaded = type(model).from_pretrained(tmp_path).eval()
     ids = torch.arange(10, 42)[None]
     with torch.no_grad():

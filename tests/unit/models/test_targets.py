@@ -23,34 +23,36 @@ from unit.models.meta_models import build, tiny_config
 LLAMA_NAMES = "down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj"
 
 
-def causal_on_meta(config: Any) -> nn.Module:
+def build_meta_causal_lm(config: Any) -> nn.Module:
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config)
 
 
-def trainable(model: nn.Module) -> int:
+def count_trainable(model: nn.Module) -> int:
     return sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
 
 
-def test_llama_2_7b_all_linear_is_exact() -> None:
-    model = causal_on_meta(LlamaConfig())
-    found = inspect_model(model)
-    assert found.lora_parameters(8) == 19_988_480
-    assert found.total_parameters == 6_738_415_616
+def test_llama_2_7b_parameter_counts_are_exact() -> None:
+    model = build_meta_causal_lm(LlamaConfig())
+    inspection = inspect_model(model)
+    assert inspection.lora_parameters(8) == 19_988_480
+    assert inspection.total_parameters == 6_738_415_616
     assert len(resolve_targets(model, "all-linear")) == 7 * 32
 
 
-def test_gpt2_small_is_exact() -> None:
-    found = inspect_model(causal_on_meta(GPT2Config()))
-    assert found.total_parameters == 124_439_808  # the tied head counts once
-    assert found.lora_parameters(8) == 1_179_648
-    assert [(k.name, k.type, k.in_features, k.out_features, k.count) for k in found.linears] == [
+def test_gpt2_small_layers_and_counts_are_exact() -> None:
+    inspection = inspect_model(build_meta_causal_lm(GPT2Config()))
+    assert inspection.total_parameters == 124_439_808  # the tied head is counted once
+    assert inspection.lora_parameters(8) == 1_179_648
+    assert [
+        (k.name, k.type, k.in_features, k.out_features, k.count) for k in inspection.linears
+    ] == [
         ("c_attn", "Conv1D", 768, 2304, 12),
         ("c_proj", "Conv1D", 768, 768, 12),
         ("c_fc", "Conv1D", 768, 3072, 12),
         ("c_proj", "Conv1D", 3072, 768, 12),
     ]
-    assert found.heads == ("lm_head",)
+    assert inspection.heads == ("lm_head",)
 
 
 @pytest.mark.parametrize(
@@ -66,15 +68,15 @@ def test_gpt2_small_is_exact() -> None:
         ("mixtral", "text-generation"),
     ],
 )
-def test_count_is_that_of_peft(family: str, task: str) -> None:
+def test_lora_parameter_count_matches_peft(family: str, task: str) -> None:
     model = build(family, task, device="cpu")
     expected = inspect_model(model).lora_parameters(4)
     targets = resolve_targets(model, "all-linear")
     wrapped = get_peft_model(model, LoraConfig(r=4, target_modules=targets))
-    assert trainable(wrapped) == expected > 0
+    assert count_trainable(wrapped) == expected > 0
 
 
-def test_count_of_experts_is_that_of_peft() -> None:
+def test_expert_lora_parameter_count_matches_peft() -> None:
     model = build("mixtral", "text-generation", device="cpu")
     experts = inspect_model(model).experts
     assert [(kind.name, kind.experts, kind.count) for kind in experts] == [
@@ -84,15 +86,15 @@ def test_count_of_experts_is_that_of_peft() -> None:
     names = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
     config = LoraConfig(r=4, target_modules=[], target_parameters=names)
     wrapped = get_peft_model(model, config)
-    assert trainable(wrapped) == sum(kind.lora_parameters(4) for kind in experts)
+    assert count_trainable(wrapped) == sum(kind.lora_parameters(4) for kind in experts)
 
 
-def test_transposed_experts_have_their_true_widths() -> None:
+def test_transposed_experts_report_in_and_out_features() -> None:
     from transformers import GptOssConfig
 
     sizes = {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 1, "head_dim": 16}
     config = GptOssConfig(**sizes, num_attention_heads=4, num_key_value_heads=2, vocab_size=200)
-    experts = inspect_model(causal_on_meta(config)).experts
+    experts = inspect_model(build_meta_causal_lm(config)).experts
     assert {e.name: (e.in_features, e.out_features) for e in experts} == {
         "gate_up_proj": (64, 320),
         "down_proj": (160, 64),
@@ -101,22 +103,22 @@ def test_transposed_experts_have_their_true_widths() -> None:
 
 @pytest.mark.parametrize("task", ["text-classification", "token-classification", "masked-lm"])
 @pytest.mark.parametrize("family", ["bert", "roberta", "distilbert", "modernbert", "deberta-v2"])
-def test_all_linear_leaves_out_heads_and_poolers(family: str, task: str) -> None:
+def test_all_linear_excludes_heads_and_poolers(family: str, task: str) -> None:
     model = build(family, task)
-    picked = resolve_targets(model, "all-linear")
-    outside = ("pooler", "classifier", "cls.", "lm_head", "head.", "vocab_", "decoder")
-    assert not [name for name in picked if any(part in name for part in outside)]
-    assert len({name.rpartition(".")[2] for name in picked}) >= 3
+    targets = resolve_targets(model, "all-linear")
+    excluded = ("pooler", "classifier", "cls.", "lm_head", "head.", "vocab_", "decoder")
+    assert not [name for name in targets if any(part in name for part in excluded)]
+    assert len({name.rpartition(".")[2] for name in targets}) >= 3
 
 
-def test_all_linear_of_encoder_decoder_has_both_stacks() -> None:
-    picked = resolve_targets(build("t5", "text-classification"), "all-linear")
-    assert {name.split(".")[1] for name in picked} == {"encoder", "decoder"}
-    assert len(picked) == 2 * 6 + 3 * 10
-    assert not [name for name in picked if "classification_head" in name]
+def test_all_linear_of_encoder_decoder_covers_both_stacks() -> None:
+    targets = resolve_targets(build("t5", "text-classification"), "all-linear")
+    assert {name.split(".")[1] for name in targets} == {"encoder", "decoder"}
+    assert len(targets) == 2 * 6 + 3 * 10
+    assert not [name for name in targets if "classification_head" in name]
 
 
-def test_all_linear_leaves_out_the_router_that_is_a_linear() -> None:
+def test_all_linear_excludes_linear_router() -> None:
     from transformers import Qwen2MoeConfig
 
     config = Qwen2MoeConfig(
@@ -129,10 +131,10 @@ def test_all_linear_leaves_out_the_router_that_is_a_linear() -> None:
         moe_intermediate_size=32,
         vocab_size=200,
     )
-    model = causal_on_meta(config)
-    picked = resolve_targets(model, "all-linear")
-    assert not [name for name in picked if name.endswith(("gate", "router"))]
-    assert "model.layers.0.mlp.shared_expert.gate_proj" in picked
+    model = build_meta_causal_lm(config)
+    targets = resolve_targets(model, "all-linear")
+    assert not [name for name in targets if name.endswith(("gate", "router"))]
+    assert "model.layers.0.mlp.shared_expert.gate_proj" in targets
     kinds = {kind.name: kind for kind in inspect_model(model).linears}
     assert kinds["shared_expert_gate"].location == "router"
     assert resolve_targets(model, ["shared_expert_gate"]) == [
@@ -140,8 +142,8 @@ def test_all_linear_leaves_out_the_router_that_is_a_linear() -> None:
     ]
 
 
-class Unknown(nn.Module):
-    """A model that no table knows, with blocks under names of its own."""
+class UnknownModel(nn.Module):
+    """A model of an unknown family, with its own block names."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -150,21 +152,21 @@ class Unknown(nn.Module):
         self.out = nn.Linear(4, 10)
 
 
-def test_unknown_family_has_blocks_too() -> None:
-    model = Unknown()
+def test_all_linear_works_for_unknown_family() -> None:
+    model = UnknownModel()
     assert resolve_targets(model, "all-linear") == ["steps.0.mix", "steps.1.mix", "steps.2.mix"]
     (mix,) = inspect_model(model).linears
     assert (mix.pattern, mix.count, mix.lora_parameters(2)) == ("steps.{i}.mix", 3, 72)
     assert get_heads(model) == ["out"]
 
 
-def test_model_without_blocks_is_refused() -> None:
+def test_model_without_blocks_raises() -> None:
     with pytest.raises(InputError, match=r"--target-modules: Linear has no linear in its blocks\."):
         resolve_targets(nn.Linear(2, 2), "all-linear")
 
 
 @pytest.mark.parametrize(
-    ("family", "task", "wish", "count", "one"),
+    ("family", "task", "target_modules", "count", "expected"),
     [
         ("llama", "text-generation", ["q_proj", "v_proj"], 4, "model.layers.1.self_attn.v_proj"),
         ("llama", "text-generation", "q_proj, v_proj", 4, "model.layers.0.self_attn.q_proj"),
@@ -181,15 +183,17 @@ def test_model_without_blocks_is_refused() -> None:
         ("bart", "summarization", ["q_proj"], 8, "model.decoder.layers.2.encoder_attn.q_proj"),
     ],
 )
-def test_wishes(family: str, task: str, wish: Any, count: int, one: str) -> None:
-    picked = resolve_targets(build(family, task), wish)
-    assert len(picked) == count
-    assert one in picked
-    assert picked == sorted(picked)
+def test_resolve_targets_of_names_suffixes_and_patterns(
+    family: str, task: str, target_modules: Any, count: int, expected: str
+) -> None:
+    targets = resolve_targets(build(family, task), target_modules)
+    assert len(targets) == count
+    assert expected in targets
+    assert targets == sorted(targets)
 
 
 @pytest.mark.parametrize(
-    ("family", "task", "wish", "problems"),
+    ("family", "task", "target_modules", "problems"),
     [
         (
             "gpt2",
@@ -281,19 +285,21 @@ def test_wishes(family: str, task: str, wish: Any, count: int, one: str) -> None
         ),
     ],
 )
-def test_wishes_that_cannot_be_met(family: str, task: str, wish: Any, problems: list[str]) -> None:
+def test_unmatched_target_modules_raise(
+    family: str, task: str, target_modules: Any, problems: list[str]
+) -> None:
     with pytest.raises(InputError) as caught:
-        resolve_targets(build(family, task), wish)
+        resolve_targets(build(family, task), target_modules)
     assert caught.value.problems == problems
 
 
-def test_messages_use_the_name_of_the_model() -> None:
+def test_error_uses_model_name() -> None:
     with pytest.raises(InputError, match=r"of gpt2-xl\..*list-targets gpt2-xl$"):
         resolve_targets(build("gpt2", "text-generation"), ["x"], model_name="gpt2-xl")
 
 
 @pytest.mark.parametrize(
-    ("text", "wish"),
+    ("text", "expected"),
     [
         ("all-linear", "all-linear"),
         (" auto ", "auto"),
@@ -303,12 +309,12 @@ def test_messages_use_the_name_of_the_model() -> None:
         (r".*\.(q|v)_proj", r".*\.(q|v)_proj"),
     ],
 )
-def test_parse_wish(text: str, wish: Any) -> None:
-    assert parse_targets(text) == wish
+def test_parse_targets(text: str, expected: Any) -> None:
+    assert parse_targets(text) == expected
 
 
-def test_names_picked_mean_the_same_to_peft() -> None:
-    """PEFT shortens long lists to suffixes; they must not reach further than the names did."""
+def test_peft_targets_exactly_the_resolved_modules() -> None:
+    """PEFT shortens long lists to suffixes, which must match the same modules."""
     for family, task in [("bert", "masked-lm"), ("t5", "summarization"), ("roberta", "masked-lm")]:
         model = build(family, task, device="cpu")
         targets = resolve_targets(model, "all-linear")
@@ -316,7 +322,7 @@ def test_names_picked_mean_the_same_to_peft() -> None:
         assert sorted(wrapped.base_model.targeted_module_names) == targets
 
 
-def test_quantized_linears_keep_their_sizes() -> None:
+def test_quantized_layers_report_same_sizes() -> None:
     bnb = pytest.importorskip("bitsandbytes")
     model = build("llama", "text-generation", device="cpu")
     plain = resolve_targets(model, "all-linear")
@@ -344,14 +350,14 @@ def test_quantized_linears_keep_their_sizes() -> None:
         (["NotInTransformers"], "BertForMaskedLM"),
     ],
 )
-def test_meta_model_is_of_the_saved_class(architectures: Any, class_name: str) -> None:
+def test_meta_model_has_saved_architecture(architectures: Any, class_name: str) -> None:
     config = tiny_config("bert", architectures=architectures)
     model = build_meta_model(config)
     assert type(model).__name__ == class_name
     assert all(weight.is_meta for weight in model.parameters())
 
 
-def test_meta_model_of_each_kind() -> None:
+def test_meta_model_class_of_decoder_and_encoder_decoder() -> None:
     assert type(build_meta_model(tiny_config("t5"))).__name__ == "T5ForConditionalGeneration"
     assert type(build_meta_model(tiny_config("llama"))).__name__ == "LlamaForCausalLM"
 

@@ -1,4 +1,4 @@
-"""Threads of the CPU: physical cores, within affinity and the container's quota."""
+"""Tests of the number of CPU threads: physical cores, affinity and container quota."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def write(path: Path, text: str) -> None:
         ([], [0, 1, 2], 3),
     ],
 )
-def test_hyperthreads_of_a_core_count_once(siblings, cpus, cores, tmp_path):
+def test_hyperthreads_are_counted_once_per_core(siblings, cpus, cores, tmp_path):
     for cpu, text in enumerate(siblings):
         write(tmp_path / f"cpu{cpu}/topology/thread_siblings_list", text + "\n")
     assert hardware.get_num_cores(cpus, tmp_path) == cores
@@ -34,7 +34,7 @@ def test_hyperthreads_of_a_core_count_once(siblings, cpus, cores, tmp_path):
     ("membership", "files", "quota"),
     [
         ("0::/a/b\n", {"a/b/cpu.max": "max 100000\n", "a/cpu.max": "250000 100000\n"}, 2.5),
-        ("0::/not/here\n", {"cpu.max": "100000 100000\n"}, 1.0),  # a container's own root
+        ("0::/not/here\n", {"cpu.max": "100000 100000\n"}, 1.0),  # the container's root group
         ("0::/a\n", {"a/cpu.max": "max 100000\n"}, None),
         ("3:memory:/m\n1:cpu,cpuacct:/a\n",
          {"cpu/a/cpu.cfs_quota_us": "50000\n", "cpu/a/cpu.cfs_period_us": "100000\n"}, 0.5),
@@ -43,7 +43,7 @@ def test_hyperthreads_of_a_core_count_once(siblings, cpus, cores, tmp_path):
         ("", {}, None),
     ],
 )  # fmt: skip
-def test_the_quota_is_the_narrowest_of_the_groups(membership, files, quota, tmp_path):
+def test_cpu_quota_is_minimum_of_cgroups(membership, files, quota, tmp_path):
     write(tmp_path / "self", membership)
     for name, text in files.items():
         write(tmp_path / "root" / name, text)
@@ -52,7 +52,7 @@ def test_the_quota_is_the_narrowest_of_the_groups(membership, files, quota, tmp_
 
 
 @pytest.mark.parametrize(
-    ("omp", "set_before", "quota", "chosen", "reason"),
+    ("omp", "set_before", "quota", "expected", "reason"),
     [
         ("1", 8, None, 8, "OMP_NUM_THREADS"),
         ("", 8, None, 4, "auto: one a physical core"),
@@ -63,16 +63,18 @@ def test_the_quota_is_the_narrowest_of_the_groups(membership, files, quota, tmp_
         ("", 3, None, 3, "as torch was set"),
     ],
 )
-def test_nobody_who_has_chosen_is_overruled(
-    omp, set_before, quota, chosen, reason, monkeypatch: pytest.MonkeyPatch
+def test_select_threads_respects_user_setting_and_quota(
+    omp, set_before, quota, expected, reason, monkeypatch: pytest.MonkeyPatch
 ):
-    now = [set_before]
+    thread_count = [set_before]
     monkeypatch.setenv("OMP_NUM_THREADS", omp)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: now[0])
-    monkeypatch.setattr(torch, "set_num_threads", lambda n: now.append(n) or now.pop(0))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: thread_count[0])
+    monkeypatch.setattr(
+        torch, "set_num_threads", lambda n: thread_count.append(n) or thread_count.pop(0)
+    )
     monkeypatch.setattr(hardware, "allowed_cpus", lambda: list(range(8)))
     monkeypatch.setattr(hardware, "get_num_cores", lambda cpus: len(cpus) // 2)
     monkeypatch.setattr(hardware, "get_cpu_quota", lambda: quota)
     choice = hardware.select_threads()
-    assert (choice.value, choice.reason) == (chosen, reason)
-    assert now == [chosen]
+    assert (choice.value, choice.reason) == (expected, reason)
+    assert thread_count == [expected]

@@ -1,4 +1,4 @@
-"""A canary for each fact in `models.upstream`: it fails when the name moves or means otherwise."""
+"""A canary test for each fact in `models.upstream`: it fails when a library's private API moves."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ CANARIES = Canaries()
 
 
 @pytest.mark.parametrize("fact", facts(FACTS), ids=lambda fact: fact.name)
-def test_it_is_what_was_read(fact: Fact, request: pytest.FixtureRequest) -> None:
+def test_upstream_fact_holds(fact: Fact, request: pytest.FixtureRequest) -> None:
     check_fact(fact)
     CANARIES[fact.name](request)
 
 
-def test_each_fact_has_a_canary() -> None:
+def test_each_fact_has_canary() -> None:
     assert set(CANARIES) == {fact.name for fact in facts(FACTS)}
 
 
@@ -52,47 +52,50 @@ def test_each_fact_has_a_canary() -> None:
 def _(_: Any) -> None:
     schema = "(Tensor grad_output, Tensor output, int dim, ScalarType input_dtype) -> Tensor"
     assert str(upstream.softmax_backward.default._schema).endswith(schema)
-    scores = torch.randn(3, 5, requires_grad=True)
-    p, of_p = scores.softmax(-1), torch.randn(3, 5)
-    (expected,) = torch.autograd.grad(p, scores, of_p)
-    assert torch.equal(upstream.softmax_backward(of_p, p.detach(), -1, p.dtype), expected)
+    logits = torch.randn(3, 5, requires_grad=True)
+    probabilities, gradient = logits.softmax(-1), torch.randn(3, 5)
+    (expected,) = torch.autograd.grad(probabilities, logits, gradient)
+    assert torch.equal(
+        upstream.softmax_backward(gradient, probabilities.detach(), -1, probabilities.dtype),
+        expected,
+    )
 
 
 @CANARIES.of("aten.silu_backward", "aten.gelu_backward")
 def _(_: Any) -> None:
-    x, of_y = torch.randn(3, 5, requires_grad=True), torch.randn(3, 5)
-    (expected,) = torch.autograd.grad(functional.silu(x), x, of_y)
-    assert torch.equal(upstream.silu_backward(of_y, x.detach()), expected)
+    x, gradient = torch.randn(3, 5, requires_grad=True), torch.randn(3, 5)
+    (expected,) = torch.autograd.grad(functional.silu(x), x, gradient)
+    assert torch.equal(upstream.silu_backward(gradient, x.detach()), expected)
     for approximate in ("none", "tanh"):
-        (expected,) = torch.autograd.grad(functional.gelu(x, approximate=approximate), x, of_y)
-        found = upstream.gelu_backward(of_y, x.detach(), approximate=approximate)
-        assert torch.equal(found, expected)
+        (expected,) = torch.autograd.grad(functional.gelu(x, approximate=approximate), x, gradient)
+        actual = upstream.gelu_backward(gradient, x.detach(), approximate=approximate)
+        assert torch.equal(actual, expected)
 
 
 @CANARIES.of("aten._unsafe_view")
 def _(_: Any) -> None:
-    whole = torch.randn(6, requires_grad=True) * 2
-    shaped = upstream.new_shape(whole, [2, 3])
-    assert shaped.data_ptr() == whole.data_ptr()
-    assert not shaped._is_view()
-    assert shaped.requires_grad
+    base = torch.randn(6, requires_grad=True) * 2
+    reshaped = upstream.new_shape(base, [2, 3])
+    assert reshaped.data_ptr() == base.data_ptr()
+    assert not reshaped._is_view()
+    assert reshaped.requires_grad
 
 
 @CANARIES.of("torch._foreach_copy_")
 def _(_: Any) -> None:
-    made, given = torch.zeros(2, dtype=torch.bfloat16), torch.tensor([1.0, 1.0039])
-    torch._foreach_copy_([made], [given])
-    assert torch.equal(made, given.bfloat16())
-    assert upstream.cast_together([given], torch.bfloat16)[0].dtype == torch.bfloat16
+    target, source = torch.zeros(2, dtype=torch.bfloat16), torch.tensor([1.0, 1.0039])
+    torch._foreach_copy_([target], [source])
+    assert torch.equal(target, source.bfloat16())
+    assert upstream.cast_together([source], torch.bfloat16)[0].dtype == torch.bfloat16
 
 
 @CANARIES.of("torch._C._current_graph_task_id")
 def _(_: Any) -> None:
-    found = []
+    results = []
     leaf = torch.zeros(2, requires_grad=True)
-    leaf.register_hook(lambda _: found.append(upstream.is_in_backward()))
+    leaf.register_hook(lambda _: results.append(upstream.is_in_backward()))
     leaf.sum().backward()
-    assert (found, upstream.is_in_backward()) == ([True], False)
+    assert (results, upstream.is_in_backward()) == ([True], False)
 
 
 @CANARIES.of("Node._sequence_nr")
@@ -204,7 +207,7 @@ def _(_: Any) -> None:
     assert not architectures.has_masked_lm("llama")
 
 
-class _InFloat32(transformers.LlamaForCausalLM):  # type: ignore[misc]  # transformers is Any
+class _LlamaWithFloat32Modules(transformers.LlamaForCausalLM):  # type: ignore[misc]  # transformers is Any
     _keep_in_fp32_modules = ("up_proj",)
     _keep_in_fp32_modules_strict = ("down_proj",)
 
@@ -213,17 +216,19 @@ class _InFloat32(transformers.LlamaForCausalLM):  # type: ignore[misc]  # transf
     "PreTrainedModel._keep_in_fp32_modules", "PreTrainedModel._keep_in_fp32_modules_strict"
 )
 def _(request: pytest.FixtureRequest) -> None:
-    folder = request.getfixturevalue("tiny_model_dir")("llama")
+    model_dir = request.getfixturevalue("tiny_model_dir")("llama")
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        model = _InFloat32.from_pretrained(folder, dtype=dtype)
-        found = {n.split(".")[-2] for n, p in model.named_parameters() if p.dtype == torch.float32}
+        model = _LlamaWithFloat32Modules.from_pretrained(model_dir, dtype=dtype)
+        float32_modules = {
+            n.split(".")[-2] for n, p in model.named_parameters() if p.dtype == torch.float32
+        }
         if dtype == torch.float32:
             assert architectures.modules_in_float32(model, dtype) == frozenset()
         else:
-            assert found == architectures.modules_in_float32(model, dtype) != frozenset()
+            assert float32_modules == architectures.modules_in_float32(model, dtype) != frozenset()
 
 
-class _Unsaved(transformers.LlamaForCausalLM):  # type: ignore[misc]  # transformers is Any
+class _LlamaWithIgnoredKeys(transformers.LlamaForCausalLM):  # type: ignore[misc]  # transformers is Any
     _keys_to_ignore_on_save = ("model.norm.weight",)
 
 
@@ -231,7 +236,7 @@ class _Unsaved(transformers.LlamaForCausalLM):  # type: ignore[misc]  # transfor
 def _(_: Any) -> None:
     from torch.distributed.checkpoint.api import CheckpointException
 
-    error = OSError(28, "full")  # that the failure of one process reaches all: test_sharding.py
+    error = OSError(28, "full")  # propagation to all processes: test_sharding.py
     assert CheckpointException("write", {1: (error, None)}).failures[1][0] is error  # type: ignore[arg-type]
 
 
@@ -239,8 +244,10 @@ def _(_: Any) -> None:
 def _(request: pytest.FixtureRequest) -> None:
     directory = request.getfixturevalue("tmp_path")
     build("llama").save_pretrained(directory)
-    said = directory / "generation_config.json"
-    said.write_text(json.dumps({**json.loads(said.read_text()), "top_k": 7}))
+    generation_config = directory / "generation_config.json"
+    generation_config.write_text(
+        json.dumps({**json.loads(generation_config.read_text()), "top_k": 7})
+    )
     meta = build_task_model(load_config(resolve_source(str(directory))), "AutoModelForCausalLM")
     slices = LazyWeights()
     model, _ = slices.load(
@@ -258,7 +265,7 @@ def _(request: pytest.FixtureRequest) -> None:
     from safetensors.torch import load_file
 
     tmp_path = request.getfixturevalue("tmp_path")
-    model = _Unsaved(build("llama").config)
+    model = _LlamaWithIgnoredKeys(build("llama").config)
     model.save_pretrained(tmp_path)
     left_out = set(model.state_dict()) - set(load_file(tmp_path / "model.safetensors"))
     assert left_out == set(architectures.unsaved_names(model)) == {"model.norm.weight"}
@@ -310,61 +317,61 @@ def _(_: Any) -> None:
 
 @CANARIES.of("PreTrainedModel.hf_quantizer")
 def _(request: pytest.FixtureRequest) -> None:
-    folder = request.getfixturevalue("tmp_path")
-    plain = exportable(request.getfixturevalue("tiny_model_dir"), folder, "llama")
-    export_to(str(folder / "x.gguf"), plain, outtype="f32", verify=False)
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, gguf_file="x.gguf")
+    directory = request.getfixturevalue("tmp_path")
+    model_dir = exportable(request.getfixturevalue("tiny_model_dir"), directory, "llama")
+    export_to(str(directory / "x.gguf"), model_dir, outtype="f32", verify=False)
+    model = transformers.AutoModelForCausalLM.from_pretrained(directory, gguf_file="x.gguf")
     assert {"hf_quantizer", "is_quantized"} & set(vars(model))
     with pytest.raises(ValueError, match="not serializable"):
-        model.save_pretrained(folder)
+        model.save_pretrained(directory)
     architectures.forget_gguf(model)
-    model.save_pretrained(folder)
-    assert not hasattr(transformers.AutoConfig.from_pretrained(folder), "quantization_config")
+    model.save_pretrained(directory)
+    assert not hasattr(transformers.AutoConfig.from_pretrained(directory), "quantization_config")
 
 
 @CANARIES.of("GGUFReader.data", "load_gguf_checkpoint")
 def _(request: pytest.FixtureRequest) -> None:
-    folder = request.getfixturevalue("tmp_path")
-    plain = exportable(request.getfixturevalue("tiny_model_dir"), folder, "llama")
-    export_to(str(folder / "x.gguf"), plain, outtype="q8_0", verify=False)
-    read = []
+    directory = request.getfixturevalue("tmp_path")
+    model_dir = exportable(request.getfixturevalue("tiny_model_dir"), directory, "llama")
+    export_to(str(directory / "x.gguf"), model_dir, outtype="q8_0", verify=False)
+    readers = []
 
     class Counted(headers.FastGGUFReader):
         def __init__(self, path: str) -> None:
             super().__init__(path)
-            read.append(self)
+            readers.append(self)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(headers, "FastGGUFReader", Counted)
-        source = resolve_source(str(folder / "x.gguf"), None, False)
+        source = resolve_source(str(directory / "x.gguf"), None, False)
         load_config(source)
         load_tokenizer(source)
-        load_config(source).vocab_size = 1  # what is cached is not changed
+        load_config(source).vocab_size = 1  # the cached config is not changed
         config = load_config(source)
         load_model(source, config, "AutoModelForCausalLM",
                    dtype=torch.float32, device="cpu")  # fmt: skip
-        assert len(read) == 2  # for everything but the weights, and for the weights
-        other = folder / "other"
-        other.mkdir()
-        export_to(str(other / "x.gguf"), plain, outtype="f32", verify=False)
-        (other / "x.gguf").replace(folder / "x.gguf")
+        assert len(readers) == 2  # once without the weights, once for the weights
+        b = directory / "other"
+        b.mkdir()
+        export_to(str(b / "x.gguf"), model_dir, outtype="f32", verify=False)
+        (b / "x.gguf").replace(directory / "x.gguf")
         assert load_config(source).to_dict() == config.to_dict()
-        assert len(read) == 3  # another file of the same name
-    slow, quick = gguf.GGUFReader(folder / "x.gguf"), read[-1]
-    assert type(slow.data) is np.memmap
-    assert type(quick.data) is np.ndarray
-    assert list(slow.fields) == list(quick.fields)
-    for name, field in slow.fields.items():
-        assert field.types == quick.fields[name].types, name
-        assert field.contents() == quick.fields[name].contents(), name
+        assert len(readers) == 3  # another file with the same name
+    reference, fast = gguf.GGUFReader(directory / "x.gguf"), readers[-1]
+    assert type(reference.data) is np.memmap
+    assert type(fast.data) is np.ndarray
+    assert list(reference.fields) == list(fast.fields)
+    for name, field in reference.fields.items():
+        assert field.types == fast.fields[name].types, name
+        assert field.contents() == fast.fields[name].contents(), name
     assert modeling_gguf_pytorch_utils.load_gguf_checkpoint is headers._load_checkpoint
     assert (
-        headers._load_gguf_checkpoint(str(folder / "x.gguf"))["config"]
-        == (headers._load_checkpoint(str(folder / "x.gguf"))["config"])
+        headers._load_gguf_checkpoint(str(directory / "x.gguf"))["config"]
+        == (headers._load_checkpoint(str(directory / "x.gguf"))["config"])
     )
-    for one, other in zip(slow.tensors, quick.tensors, strict=True):
-        assert one.name == other.name
-        assert np.array_equal(one.data, other.data)
+    for a, b in zip(reference.tensors, fast.tensors, strict=True):
+        assert a.name == b.name
+        assert np.array_equal(a.data, b.data)
 
 
 @CANARIES.of("ROPE_INIT_FUNCTIONS")
@@ -374,10 +381,10 @@ def _(_: Any) -> None:
         "high_freq_factor": 4.0, "original_max_position_embeddings": 64,
     }  # fmt: skip
     config = transformers.LlamaConfig(hidden_size=64, num_attention_heads=4, rope_parameters=rope)
-    found = architectures.llama3_frequencies(config)
+    frequencies = architectures.llama3_frequencies(config)
     plain = 1.0 / 1e4 ** (torch.arange(0, 16, 2) / 16)
-    assert torch.allclose(found[:1], plain[:1])
-    assert torch.allclose(found[3:], plain[3:] / 8)
+    assert torch.allclose(frequencies[:1], plain[:1])
+    assert torch.allclose(frequencies[3:], plain[3:] / 8)
 
 
 _TEMPLATE = (
@@ -409,8 +416,8 @@ def _(_: Any) -> None:
         "source_key", "weight_renamings", "weight_converters", "base_model_prefix",
         "meta_state_dict", "reverse",
     ]  # fmt: skip
-    add = ["self", "target_key", "source_key", "source_pattern", "future"]
-    assert arguments(WeightConverter.add_tensor) == add
+    add_parameters = ["self", "target_key", "source_key", "source_pattern", "future"]
+    assert arguments(WeightConverter.add_tensor) == add_parameters
     assert issubclass(WeightConverter, type(WeightRenaming("a", "b")).__base__)
     model = build("mixtral")
     naming = conversions.KeyMapper(model)
@@ -419,7 +426,7 @@ def _(_: Any) -> None:
     assert name == "model.layers.0.mlp.experts.down_proj"
     assert pattern is not None
     assert naming("model.norm.weight") == ("model.norm.weight", None)
-    # Ten experts, so that the order of names is not that of numbers.
+    # More than ten experts, so that string order differs from numeric order.
     keys = conversions.in_reading_order(expert.format(index) for index in reversed(range(11)))
     assert keys == [expert.format(index) for index in range(11)]
     parts = [(key, pattern, torch.full((2, 3), float(at))) for at, key in enumerate(keys)]
@@ -430,8 +437,8 @@ def _(_: Any) -> None:
 @CANARIES.of("revert_weight_conversion", "PreTrainedModel._weight_conversions")
 def _(request: pytest.FixtureRequest) -> None:
     assert arguments(conversions.revert_weight_conversion) == ["model", "state_dict"]
-    folder = request.getfixturevalue("tiny_model_dir")("mixtral")
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    model_dir = request.getfixturevalue("tiny_model_dir")("mixtral")
+    model = transformers.AutoModelForCausalLM.from_pretrained(model_dir)
     name = "model.layers.0.mlp.experts.down_proj"
     saved = conversions.revert(model, {name: model.get_parameter(name)})
     expert = "model.layers.0.block_sparse_moe.experts.{}.w2.weight"
@@ -450,7 +457,7 @@ def _(_: Any) -> None:
     model.config._experts_implementation = "none of its"
     with pytest.raises(KeyError, match="not a valid experts implementation"):
         model(**build_batch("mixtral"))
-    import ftlevel.models.upstream.experts  # noqa: F401 - registers ours
+    import ftlevel.models.upstream.experts  # noqa: F401 - registers ftlevel's
 
     assert "ftlevel_packed" in moe.ALL_EXPERTS_FUNCTIONS
 
@@ -460,10 +467,10 @@ def _(_: Any) -> None:
 )
 def _(_: Any) -> None:
     experts = build("qwen3_moe").model.layers[0].mlp.experts
-    made = experts._apply_gate(torch.ones(3, 8))
-    assert torch.allclose(made, torch.nn.functional.silu(torch.ones(3, 4)))
-    plain = (experts.has_gate, experts.has_bias, experts.is_transposed)
-    assert (*plain, experts.has_post_expert_norm) == (True, False, False, False)
+    output = experts._apply_gate(torch.ones(3, 8))
+    assert torch.allclose(output, torch.nn.functional.silu(torch.ones(3, 4)))
+    flags = (experts.has_gate, experts.has_bias, experts.is_transposed)
+    assert (*flags, experts.has_post_expert_norm) == (True, False, False, False)
 
 
 @CANARIES.of(
@@ -475,12 +482,14 @@ def _(request: pytest.FixtureRequest) -> None:
     from ftlevel.models.loading import load_model
     from ftlevel.models.quantization import build_quantization_config
 
-    place = request.getfixturevalue("tiny_model_dir")("mixtral")
-    wish = build_quantization_config(QuantConfig(kind="4bit", experts=True), torch.float32, [])
-    config = transformers.AutoConfig.from_pretrained(place)
+    model_dir = request.getfixturevalue("tiny_model_dir")("mixtral")
+    quantization = build_quantization_config(
+        QuantConfig(kind="4bit", experts=True), torch.float32, []
+    )
+    config = transformers.AutoConfig.from_pretrained(model_dir)
     model, _ = load_model(
-        ModelSource("mixtral", "directory", str(place)), config, "AutoModelForCausalLM",
-        dtype=torch.float32, device="cpu", quantization=wish,
+        ModelSource("mixtral", "directory", str(model_dir)), config, "AutoModelForCausalLM",
+        dtype=torch.float32, device="cpu", quantization=quantization,
     )  # fmt: skip
     experts = model.model.layers[0].mlp.experts
     state = experts.parametrizations.down_proj[0].quant_state
@@ -496,13 +505,13 @@ def _(_: Any) -> None:
     for family, is_conv1d in (("gpt2", True), ("llama", False)):
         with torch.device("meta"):
             model = type(build(family))(build(family).config)
-        linears = {
+        expected = {
             name for name, module in model.named_modules()
             if type(module).__name__ in ("Linear", "Conv1D") and name != "lm_head"
         }  # fmt: skip
-        found = quantizers.replaced_linears(model, quantization, pre_quantized=False)
-        assert found == dict.fromkeys(linears, is_conv1d)
-        assert all(isinstance(model.get_submodule(name), bnb.nn.Linear4bit) for name in found)
+        replaced = quantizers.replaced_linears(model, quantization, pre_quantized=False)
+        assert replaced == dict.fromkeys(expected, is_conv1d)
+        assert all(isinstance(model.get_submodule(name), bnb.nn.Linear4bit) for name in replaced)
     quantizers.check_environment(quantization.to_dict(), "cpu")
     with pytest.raises((ImportError, RuntimeError, ValueError)):
         quantizers.check_environment({"quant_method": "gptq", "bits": 4}, "cpu")
@@ -515,7 +524,7 @@ def _four_bit(double: bool = False) -> Any:
 
 @CANARIES.of("Linear4bit.support_avx512bf16_for_cpu", "QuantState.packing_format_for_cpu")
 def _(_: Any) -> None:
-    # What it does is in test_four_bit_training.py, where the processor has what it takes.
+    # Its effect is tested in test_four_bit_training.py, on CPUs that support it.
     linear = _four_bit()
     assert "self.support_avx512bf16_for_cpu" in inspect.getsource(bnb.nn.Linear4bit.forward)
     assert "quant_state.packing_format_for_cpu = True" in inspect.getsource(bnb.functional)
@@ -555,10 +564,10 @@ def _(_: Any) -> None:
     (scales,) = quantizers.scales_of(linear.weight)
     assert torch.allclose(scales, plain.weight.abs().amax(1), rtol=1e-2)
     assert quantizers.supports_8bit_training(linear)
-    found = quantizers.dequantize_8bit(linear, torch.float32)
-    assert (found - plain.weight).abs().max() <= plain.weight.abs().max() / 127
+    dequantized = quantizers.dequantize_8bit(linear, torch.float32)
+    assert (dequantized - plain.weight).abs().max() <= plain.weight.abs().max() / 127
     x = torch.randn(3, 64)
-    assert torch.allclose(linear(x), x @ found.t(), atol=2e-2)
+    assert torch.allclose(linear(x), x @ dequantized.t(), atol=2e-2)
 
 
 @CANARIES.of("functional.get_4bit_type")
@@ -577,14 +586,14 @@ def _(_: Any) -> None:
     import torchao.prototype.safetensors.safetensors_support as support
 
     weight = torch.randn(8, 64)
-    tensors, notes = quantizers.pack_torchao(
+    tensors, metadata = quantizers.pack_torchao(
         "a.weight", weight, build_torchao_config("int8-torchao")
     )
     assert {name for name in tensors if tensors[name].dtype == torch.int8} == {
         "a._weight_qdata", "a._weight_zero_point"
     }  # fmt: skip
-    listed = {**notes, "tensor_names": json.dumps(["a.weight"])}
-    restored, rest = support.unflatten_tensor_state_dict(tensors, listed)
+    metadata_with_names = {**metadata, "tensor_names": json.dumps(["a.weight"])}
+    restored, rest = support.unflatten_tensor_state_dict(tensors, metadata_with_names)
     assert not rest
     assert torch.allclose(restored["a.weight"].dequantize(), weight, atol=0.05)
 
@@ -595,8 +604,8 @@ def _(_: Any) -> None:
     order = sampler(range(9), generator=torch.Generator(), data_seed=3)
     for epoch in (0, 2):
         order.set_epoch(epoch)
-        drawn = torch.randperm(9, generator=torch.Generator().manual_seed(3 + epoch))
-        assert list(order) == drawn.tolist()
+        expected = torch.randperm(9, generator=torch.Generator().manual_seed(3 + epoch))
+        assert list(order) == expected.tolist()
 
 
 @CANARIES.of("config.HF_HUB_OFFLINE")
@@ -620,34 +629,34 @@ def _(request: pytest.FixtureRequest) -> None:
 )
 def _(request: pytest.FixtureRequest) -> None:
     assert arguments(transformers.Trainer._get_train_sampler) == ["self", "train_dataset"]
-    loaded = ["self", "resume_from_checkpoint", "model"]
-    assert arguments(transformers.Trainer._load_from_checkpoint) == loaded
-    counted = ["self", "batch_samples", "device"]
-    assert arguments(transformers.Trainer._get_num_items_in_batch) == counted
-    trainer = _Backwards(
+    load_parameters = ["self", "resume_from_checkpoint", "model"]
+    assert arguments(transformers.Trainer._load_from_checkpoint) == load_parameters
+    count_parameters = ["self", "batch_samples", "device"]
+    assert arguments(transformers.Trainer._get_num_items_in_batch) == count_parameters
+    trainer = _ReversedTrainer(
         model=build("llama"),
         args=transformers.TrainingArguments(
             str(request.getfixturevalue("tmp_path")), max_steps=1, per_device_train_batch_size=1,
             gradient_accumulation_steps=2, report_to=[], use_cpu=True, learning_rate=0.0,
         ),
-        train_dataset=[{"input_ids": torch.tensor([3 + at, 4])} for at in range(4)],
+        train_dataset=[{"input_ids": torch.tensor([3 + index, 4])} for index in range(4)],
     )  # fmt: skip
     trainer.model_accepts_loss_kwargs = True
     logged = trainer.train().training_loss
-    assert trainer.seen == [6, 5]  # in the order that the override gave
-    assert logged == 2.0  # two parts of 7 / 7: summed, and divided by nothing
+    assert trainer.first_tokens == [6, 5]  # in the overridden order
+    assert logged == 2.0  # two micro-batches of 7 / 7: summed, not averaged
     assert trainer.steps == [2, 2]
-    assert trainer.epochs == 1  # whose steps are all made in it
+    assert trainer.epochs == 1  # all steps are in one epoch
     trainer.model_accepts_loss_kwargs = False
-    assert trainer.train().training_loss == 1.0  # divided by the parts
+    assert trainer.train().training_loss == 1.0  # averaged over the micro-batches
 
 
-class _Backwards(transformers.Trainer):  # type: ignore[misc]  # transformers is Any
-    """Takes the last rows first, and says that a step has 7 targets."""
+class _ReversedTrainer(transformers.Trainer):  # type: ignore[misc]  # transformers is Any
+    """Trainer that reads the last rows first and reports 7 targets per step."""
 
     def __init__(self, **arguments: Any) -> None:
         super().__init__(**arguments)
-        self.seen: list[int] = []
+        self.first_tokens: list[int] = []
         self.steps: list[int] = []
         self.epochs = 0
 
@@ -667,7 +676,7 @@ class _Backwards(transformers.Trainer):  # type: ignore[misc]  # transformers is
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> torch.Tensor:
-        self.seen.append(int(inputs["input_ids"][0, 0]))
+        self.first_tokens.append(int(inputs["input_ids"][0, 0]))
         self.steps.append(self.current_gradient_accumulation_steps)
         targets = 7 if num_items_in_batch is None else num_items_in_batch
         return model(**inputs).logits.sum() * 0 + 7 / targets
@@ -678,20 +687,20 @@ class _Backwards(transformers.Trainer):  # type: ignore[misc]  # transformers is
     "TorchDispatchMode.__torch_dispatch__", "tree_leaves", "tree_map",
 )  # fmt: skip
 def _(_: Any) -> None:
-    class Watch(fake.OperationWatch):
+    class RecordResults(fake.OperationWatch):
         def __init__(self) -> None:
             super().__init__()
-            self.seen: list[torch.Tensor] = []
+            self.first_tokens: list[torch.Tensor] = []
 
         def on_result(self, tensor: torch.Tensor) -> None:
-            self.seen.append(tensor)
+            self.first_tokens.append(tensor)
 
     weight = nn.Parameter(fake.new_fake((3, 2), torch.float32))
-    with Watch() as watch, torch.autocast("cpu", torch.bfloat16):
+    with RecordResults() as recorder, torch.autocast("cpu", torch.bfloat16):
         y = functional.linear(torch.zeros(4, 2), weight)
         torch.split(y, 2)
     assert (y.shape, y.dtype, y.device.type) == ((4, 3), torch.bfloat16, "cpu")
-    assert [tuple(t.shape) for t in watch.seen][-2:] == [(2, 3), (2, 3)]
+    assert [tuple(t.shape) for t in recorder.first_tokens][-2:] == [(2, 3), (2, 3)]
     (gradient,) = torch.autograd.grad(y.float().sum(), weight)
     assert isinstance(gradient, fake.FakeTensor)
     assert gradient.shape == weight.shape
@@ -705,16 +714,19 @@ def _(_: Any) -> None:
         linear = bnb.nn.Linear4bit(64, 128, bias=False, quant_type="nf4",
                                    compress_statistics=double, device="meta")  # fmt: skip
         fake.pack_fake(nn.Sequential(linear), torch.float32)
-        mine = linear.weight.quant_state
+        fake_state = linear.weight.quant_state
         while state is not None:
             for name in ("absmax", "code"):
-                real, made = getattr(state, name), getattr(mine, name)
-                assert (made.shape, made.dtype) == (real.shape, real.dtype)
-            assert (state.blocksize, state.quant_type) == (mine.blocksize, mine.quant_type)
-            state, mine = state.state2, mine.state2
+                real, fake_value = getattr(state, name), getattr(fake_state, name)
+                assert (fake_value.shape, fake_value.dtype) == (real.shape, real.dtype)
+            assert (state.blocksize, state.quant_type) == (
+                fake_state.blocksize,
+                fake_state.quant_type,
+            )
+            state, fake_state = state.state2, fake_state.state2
         assert linear.weight.shape == packed.shape
-        whole = bnb.functional.dequantize_4bit(linear.weight.data, linear.weight.quant_state)
-        assert whole.shape == (128, 64)
+        dequantized = bnb.functional.dequantize_4bit(linear.weight.data, linear.weight.quant_state)
+        assert dequantized.shape == (128, 64)
 
 
 @CANARIES.of(
@@ -728,14 +740,14 @@ def _(_: Any) -> None:
     "Trainer.is_distributed_loading_by_transformers",
 )
 def _(request: pytest.FixtureRequest) -> None:
-    kind = transformers.Trainer
-    assert arguments(kind._save) == ["self", "output_dir", "state_dict"]
-    assert arguments(kind._save_optimizer_and_scheduler) == ["self", "output_dir"]
-    assert arguments(kind._load_optimizer_and_scheduler) == ["self", "checkpoint"]
-    assert arguments(kind._clip_grad_norm) == ["self", "model"]
-    assert arguments(kind._get_grad_norm) == ["self", "model", "grad_norm"]
-    assert arguments(kind._defer_fsdp_gradient_reduction) == ["self"]
-    trainer = _InParts(
+    trainer_class = transformers.Trainer
+    assert arguments(trainer_class._save) == ["self", "output_dir", "state_dict"]
+    assert arguments(trainer_class._save_optimizer_and_scheduler) == ["self", "output_dir"]
+    assert arguments(trainer_class._load_optimizer_and_scheduler) == ["self", "checkpoint"]
+    assert arguments(trainer_class._clip_grad_norm) == ["self", "model"]
+    assert arguments(trainer_class._get_grad_norm) == ["self", "model", "grad_norm"]
+    assert arguments(trainer_class._defer_fsdp_gradient_reduction) == ["self"]
+    trainer = _RecordingTrainer(
         model=build("llama"),
         args=transformers.TrainingArguments(
             str(request.getfixturevalue("tmp_path")), max_steps=1, per_device_train_batch_size=1,
@@ -749,7 +761,7 @@ def _(request: pytest.FixtureRequest) -> None:
     assert trainer.called == ["sync", "clip", "norm", "save", "save optimizer"]
 
 
-class _InParts(transformers.Trainer):
+class _RecordingTrainer(transformers.Trainer):
     def __init__(self, **settings: Any):
         self.called: list[str] = []
         super().__init__(**settings)
@@ -774,8 +786,8 @@ class _InParts(transformers.Trainer):
 
 @CANARIES.of("TrainingArguments._n_gpu")
 def _(request: Any) -> None:
-    folder = request.getfixturevalue("tmp_path")
-    given = transformers.TrainingArguments(output_dir=str(folder), use_cpu=True)
-    assert given.n_gpu == 0
-    given._n_gpu = 3
-    assert given.train_batch_size == 3 * given.per_device_train_batch_size
+    output_dir = request.getfixturevalue("tmp_path")
+    training_args = transformers.TrainingArguments(output_dir=str(output_dir), use_cpu=True)
+    assert training_args.n_gpu == 0
+    training_args._n_gpu = 3
+    assert training_args.train_batch_size == 3 * training_args.per_device_train_batch_size

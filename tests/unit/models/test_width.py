@@ -1,4 +1,4 @@
-"""Every family says how wide its hidden states are, by which learning rates are chosen."""
+"""Tests that the hidden size of every family is known; default learning rates depend on it."""
 
 from __future__ import annotations
 
@@ -10,5 +10,5 @@ from unit.models.tiny_configs import HIDDEN, TINY
 
 
 @pytest.mark.parametrize("family", TINY)
-def test_the_width_of_every_family_is_known(family: str) -> None:
+def test_width_of_every_family(family: str) -> None:
     assert width_of(tiny_config(family)) == HIDDEN

@@ -1,4 +1,4 @@
-"""The smallest configuration of every family of the table, and its variants."""
+"""Small configs of every family in the table, with variants."""
 
 from __future__ import annotations
 

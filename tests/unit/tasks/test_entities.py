@@ -20,19 +20,19 @@ from ftlevel.tasks.tags import are_entity_tags, extract_entities, name_scheme, s
         ("O O", []),
     ],
 )
-def test_entities_of_a_sentence(tags: str, entities: list[tuple[str, int, int]]) -> None:
+def test_extract_entities(tags: str, entities: list[tuple[str, int, int]]) -> None:
     assert extract_entities(tags.split()) == entities
 
 
-def test_scores_are_those_of_seqeval() -> None:
-    drawn = random.Random(3)
+def test_entity_scores_match_seqeval() -> None:
+    generator = random.Random(3)
     for prefixes in ("BI", "BIES"):
         names = ["O", "O", *(f"{p}-{kind}" for p in prefixes for kind in ("A", "B"))]
 
-        def draw(names: list[str] = names) -> list[list[str]]:
-            return [[drawn.choice(names) for _ in range(length)] for length in range(1, 40)]
+        def draw_tags(names: list[str] = names) -> list[list[str]]:
+            return [[generator.choice(names) for _ in range(length)] for length in range(1, 40)]
 
-        true, predicted = draw(), draw()
+        true, predicted = draw_tags(), draw_tags()
         assert [extract_entities(tags) for tags in true] == [get_entities(tags) for tags in true]
         assert score_entities(true, predicted) == pytest.approx(
             {
@@ -43,17 +43,17 @@ def test_scores_are_those_of_seqeval() -> None:
         )
 
 
-def test_by_hand() -> None:
+def test_entity_scores_by_hand() -> None:
     true = [["B-PER", "I-PER", "O", "B-LOC"], ["B-LOC"]]
     predicted = [["B-PER", "O", "O", "B-LOC"], ["B-LOC"]]
     assert score_entities(true, predicted) == pytest.approx(
         {"precision": 2 / 3, "recall": 2 / 3, "f1": 2 / 3}
     )
-    nothing = [["O"]]
-    assert score_entities(nothing, nothing) == {"precision": 0.0, "recall": 0.0, "f1": 0.0}
+    no_entities = [["O"]]
+    assert score_entities(no_entities, no_entities) == {"precision": 0.0, "recall": 0.0, "f1": 0.0}
 
 
-def test_which_names_are_of_entities() -> None:
+def test_are_entity_tags() -> None:
     assert are_entity_tags(["O", "B-PER", "I-PER"])
     assert not are_entity_tags(["NOUN", "VERB"])
     assert not are_entity_tags(["O"])
@@ -70,5 +70,5 @@ def test_which_names_are_of_entities() -> None:
         (["B-PER I-PER L-PER O U-LOC"], "BILOU"),
     ],
 )
-def test_a_scheme_is_told_by_its_tags(sentences: list[str], name: str) -> None:
+def test_name_scheme_detects_tagging_scheme(sentences: list[str], name: str) -> None:
     assert name_scheme(sentence.split() for sentence in sentences) == name

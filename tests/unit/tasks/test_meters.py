@@ -13,7 +13,7 @@ from ftlevel.tasks.span import SpanMeter
 from ftlevel.tasks.tags import TagMeter
 
 
-def test_tokens() -> None:
+def test_token_meter() -> None:
     meter = TokenMeter("pseudo_perplexity", "masked_accuracy")
     meter.update(torch.eye(3)[[0, 1, 2]], torch.tensor([0, 1, 0]), [])
     assert meter.compute(math.log(8)) == pytest.approx(
@@ -21,7 +21,7 @@ def test_tokens() -> None:
     )
 
 
-def test_classes() -> None:
+def test_class_meter() -> None:
     meter = ClassMeter()
     meter.update(torch.eye(2)[[1, 1, 0, 0]], torch.tensor([1, 0, 0, 0]), [])
     # TP 1, FP 1, FN 0, TN 2: MCC = (1·2 − 1·0) / √(2·1·3·2)
@@ -30,7 +30,7 @@ def test_classes() -> None:
 
 
 @pytest.mark.parametrize("classes", [1, 2, 9])
-def test_classes_are_measured_as_by_sklearn(classes: int) -> None:
+def test_class_meter_matches_sklearn(classes: int) -> None:
     from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
     draw = random.Random(classes)
@@ -43,7 +43,7 @@ def test_classes_are_measured_as_by_sklearn(classes: int) -> None:
     })  # fmt: skip
 
 
-def test_several_labels() -> None:
+def test_multi_label_meter() -> None:
     meter = MultiLabelMeter()
     meter.update(
         torch.tensor([[1.0, -1, 1], [-1, -1, -1]]), torch.tensor([[1.0, 0, 0], [0, 0, 0]]), []
@@ -53,7 +53,7 @@ def test_several_labels() -> None:
     assert meter.compute(0.0) == pytest.approx(expected)
 
 
-def test_quantities() -> None:
+def test_regression_meter() -> None:
     meter = RegressionMeter()
     meter.update(torch.tensor([[1.0], [2.0], [9.0]]), torch.tensor([1.0, 2.0, 3.0]), [])
     scores = meter.compute(12.0)
@@ -63,13 +63,13 @@ def test_quantities() -> None:
     assert scores["pearson"] == pytest.approx(8 / math.sqrt(76))
 
 
-def test_a_constant_has_no_correlation() -> None:
+def test_regression_meter_of_constant_has_no_correlation() -> None:
     meter = RegressionMeter()
     meter.update(torch.tensor([[1.0], [1.0]]), torch.tensor([1.0, 2.0]), [])
     assert meter.compute(0.5) == pytest.approx({"rmse": math.sqrt(0.5)})
 
 
-def test_tags_count_words_without_a_token() -> None:
+def test_tag_meter_counts_words_without_token() -> None:
     names = ["B-X", "O"]
     row = TaggedRow([5, 6, 7], [-100, 0, -100], 0, {}, (0, 0, 1), (1, None, 2))
     meter = TagMeter(names)
@@ -81,14 +81,14 @@ def test_tags_count_words_without_a_token() -> None:
     )
 
 
-def test_tags_of_no_entities_have_macro_f1() -> None:
+def test_tag_meter_without_entity_tags_reports_macro_f1() -> None:
     row = TaggedRow([5, 6], [0, 1], 0, {}, (0, 1), (0, 1))
     meter = TagMeter(["NOUN", "VERB"])
     meter.update(torch.eye(2)[[0, 0]][None], torch.tensor([row.labels]), [row])
     assert meter.compute(0.0) == pytest.approx({"f1": (2 / 3 + 0) / 2, "accuracy": 0.5})
 
 
-def test_spans_are_scored_once_a_question() -> None:
+def test_span_meter_scores_each_question_once() -> None:
     offsets = ((0, 3), (4, 7))
     rows = [
         Window([0] * 3, (1, 1), index, {}, "red sky", answers, 1, offsets)

@@ -1,4 +1,4 @@
-"""Every loss is transformers' own where a batch has no padding, and is a sum over its targets."""
+"""Tests that losses match transformers' on batches without padding and are sums over targets."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def full_batch(family: str, head: str) -> dict[str, torch.Tensor]:
     return batch
 
 
-def share_of(objective: Objective, model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+def mean_loss(objective: Objective, model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     inputs, labels = objective.split(batch)
     logits = objective.logits(model(**inputs))
     total = objective.loss_sum(logits, labels, batch["attention_mask"])
@@ -45,18 +45,18 @@ def share_of(objective: Objective, model: Any, batch: dict[str, torch.Tensor]) -
 
 
 @pytest.mark.parametrize(("task", "kind", "family", "head", "config"), CELLS)
-def test_mean_is_the_models_own_loss(
+def test_mean_loss_matches_model_loss(
     task: str, kind: str, family: str, head: str, config: dict[str, Any]
 ) -> None:
     model = tiny_models.build(family, head, **config)
     batch = full_batch(family, head)
     objective = TASKS[task].create_objective(kind, {})
-    given = dict(batch)
+    inputs = dict(batch)
     if head == "qa":
-        given["start_positions"], given["end_positions"] = given.pop("labels").unbind(1)
+        inputs["start_positions"], inputs["end_positions"] = inputs.pop("labels").unbind(1)
     with torch.no_grad():
-        expected = model(**given).loss
-        assert share_of(objective, model, batch).item() == pytest.approx(expected.item(), rel=1e-5)
+        expected = model(**inputs).loss
+        assert mean_loss(objective, model, batch).item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -66,7 +66,7 @@ def test_mean_is_the_models_own_loss(
         ("regression", 1, torch.tensor([0.5, -100.0, 3.0])),
     ],
 )
-def test_classification_of_other_problem_types(
+def test_loss_of_multi_label_and_regression_matches_model(
     problem: str, classes: int, labels: torch.Tensor
 ) -> None:
     model = tiny_models.build("bert", "seqcls", problem_type=problem, num_labels=classes)
@@ -74,11 +74,11 @@ def test_classification_of_other_problem_types(
     objective = TASKS["text-classification"].create_objective("encoder", {"problem_type": problem})
     with torch.no_grad():
         expected = model(**batch).loss
-        assert share_of(objective, model, batch).item() == pytest.approx(expected.item(), rel=1e-5)
+        assert mean_loss(objective, model, batch).item() == pytest.approx(expected.item(), rel=1e-5)
     assert int(objective.count(labels)) == labels.numel()
 
 
-def test_padding_is_no_candidate_for_a_span() -> None:
+def test_span_loss_ignores_padding() -> None:
     generator = torch.Generator().manual_seed(0)
     logits, labels = torch.randn(1, 6, 2, generator=generator), torch.tensor([[1, 3]])
     spans = Spans("f1")
@@ -88,11 +88,11 @@ def test_padding_is_no_candidate_for_a_span() -> None:
     assert int(spans.count(labels)) == 2
 
 
-SMOOTHED = [cell for cell in CELLS if cell[0] not in ("question-answering",)]
+SMOOTHED_CELLS = [cell for cell in CELLS if cell[0] not in ("question-answering",)]
 
 
-@pytest.mark.parametrize(("task", "kind", "family", "head", "config"), SMOOTHED)
-def test_smoothed_labels_are_transformers_own(
+@pytest.mark.parametrize(("task", "kind", "family", "head", "config"), SMOOTHED_CELLS)
+def test_label_smoothing_matches_transformers(
     task: str, kind: str, family: str, head: str, config: dict[str, Any]
 ) -> None:
     from transformers.trainer_pt_utils import LabelSmoother
@@ -105,20 +105,20 @@ def test_smoothed_labels_are_transformers_own(
     with torch.no_grad():
         outputs, mask = model(**inputs), batch["attention_mask"]
         logits = objective.logits(outputs)
-        found = objective.training_sum(logits, labels, mask, TrainingLoss(0.1))
+        actual = objective.training_sum(logits, labels, mask, TrainingLoss(0.1))
         expected = LabelSmoother(0.1)({"logits": logits}, labels, shift_labels=head == "causal")
         plain = objective.training_sum(logits, labels, mask, TrainingLoss())
-    assert (found / objective.count(labels)).item() == pytest.approx(expected.item(), rel=1e-5)
-    assert found != plain
+    assert (actual / objective.count(labels)).item() == pytest.approx(expected.item(), rel=1e-5)
+    assert actual != plain
 
 
-def test_labels_that_cannot_be_smoothed() -> None:
+def test_span_and_regression_have_no_label_smoothing() -> None:
     span = TASKS["question-answering"].create_objective("encoder", {})
-    of_a_number = TASKS["text-classification"].create_objective(
+    regression = TASKS["text-classification"].create_objective(
         "encoder", {"problem_type": "regression"}
     )
     assert not span.one_of_many
-    assert not of_a_number.one_of_many
+    assert not regression.one_of_many
 
 
 def _row(labels: Any, length: int = 4) -> Encoded:
@@ -126,7 +126,7 @@ def _row(labels: Any, length: int = 4) -> Encoded:
 
 
 @pytest.mark.parametrize(
-    ("task", "facts", "rows", "expected"),
+    ("task", "properties", "rows", "expected"),
     [
         ("text-classification", {}, [_row(0), _row(1)], math.log(2)),
         ("text-classification", {}, [_row(0)] * 3 + [_row(2)],
@@ -141,16 +141,16 @@ def _row(labels: Any, length: int = 4) -> Encoded:
         ("text-generation", {}, [_row([-100, 4, 5])], None),
     ],
 )  # fmt: skip
-def test_guessing_without_reading(
-    task: str, facts: dict[str, Any], rows: list[Encoded], expected: float | None
+def test_guess_loss_of_each_task(
+    task: str, properties: dict[str, Any], rows: list[Encoded], expected: float | None
 ) -> None:
     kind = "decoder" if task == "text-generation" else "encoder"
-    objective = TASKS[task].create_objective(kind, facts)
-    found = objective.guess_loss(rows)
-    assert found == (expected and pytest.approx(expected))
+    objective = TASKS[task].create_objective(kind, properties)
+    actual = objective.guess_loss(rows)
+    assert actual == (expected and pytest.approx(expected))
 
 
-def test_the_frequencies_of_the_labels_lose_as_much_as_is_said() -> None:
+def test_guess_loss_equals_loss_of_label_frequencies() -> None:
     labels = torch.tensor([0, 0, 1, 2, 2, 2])
     objective = TASKS["text-classification"].create_objective("encoder", {})
     logits = (labels.bincount() / len(labels)).log().expand(len(labels), 3)

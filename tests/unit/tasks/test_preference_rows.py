@@ -1,4 +1,4 @@
-"""Judged answers from their columns to rows: every published shape, one prompt, the right end."""
+"""Tests of preference data from columns to encoded rows."""
 
 from __future__ import annotations
 
@@ -36,32 +36,32 @@ def _user(text: str) -> dict[str, str]:
     return {"role": "user", "content": text}
 
 
-def _said(text: str) -> dict[str, str]:
+def _assistant(text: str) -> dict[str, str]:
     return {"role": "assistant", "content": text}
 
 
-_TALK = [_user("Hi"), _said("Hello"), _user("2 + 2?")]
+_TURNS = [_user("Hi"), _assistant("Hello"), _user("2 + 2?")]
 _HH = "\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: 2 + 2?\n\nAssistant:"
 
-SHAPES: dict[str, dict[str, Any]] = {
+FORMATS: dict[str, dict[str, Any]] = {
     "explicit": {"prompt": "2 + 2?", "chosen": "4", "rejected": "5"},
     "names of others": {"question": "2 + 2?", "chosen_response": "4", "rejected_response": "5"},
     "alpaca": {"instruction": "2 + 2?", "input": "", "chosen": "4", "rejected": "5"},
     "old alpaca": {"instruction": "2 + 2?", "input": "", "output": ["4", "5"]},
     "system": {"system": "Be brief.", "prompt": "2 + 2?", "chosen": "4", "rejected": "5"},
-    "chat": {"prompt": _TALK, "chosen": [_said("4")], "rejected": [_said("5")]},
-    "one turn each": {"messages": _TALK, "chosen": _said("4"), "rejected": _said("5")},
-    "implicit chat": {"chosen": [*_TALK, _said("4")], "rejected": [*_TALK, _said("5")]},
+    "chat": {"prompt": _TURNS, "chosen": [_assistant("4")], "rejected": [_assistant("5")]},
+    "one turn each": {"messages": _TURNS, "chosen": _assistant("4"), "rejected": _assistant("5")},
+    "implicit chat": {"chosen": [*_TURNS, _assistant("4")], "rejected": [*_TURNS, _assistant("5")]},
     "ultrafeedback": {
         "prompt": "2 + 2?",
-        "chosen": [_user("2 + 2?"), _said("4")],
-        "rejected": [_user("2 + 2?"), _said("5")],
-        "messages": [_user("2 + 2?"), _said("4")],
+        "chosen": [_user("2 + 2?"), _assistant("4")],
+        "rejected": [_user("2 + 2?"), _assistant("5")],
+        "messages": [_user("2 + 2?"), _assistant("4")],
         "score_chosen": 9.0,
         "score_rejected": 2.0,
     },
     "hh": {"chosen": f"{_HH} 4", "rejected": f"{_HH} 5"},
-    "swift": {"messages": [*_TALK, _said("4")], "rejected_response": "5"},
+    "swift": {"messages": [*_TURNS, _assistant("4")], "rejected_response": "5"},
     "ranked": {"prompt": "2 + 2?", "answers": [{"answer": "5", "rank": 3},
                {"answer": "4", "rank": 1}, {"answer": "3", "rank": 2}]},
     "scored": {"instruction": "2 + 2?", "completions": [
@@ -79,59 +79,59 @@ def _read(row: dict[str, Any], loss: str = "dpo") -> Any:
     return examples[0]
 
 
-@pytest.mark.parametrize("name", SHAPES)
-def test_every_shape_gives_the_prompt_and_the_two_answers(name: str) -> None:
-    example = _read(SHAPES[name])
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_format_gives_prompt_chosen_and_rejected(name: str) -> None:
+    example = _read(FORMATS[name])
     assert isinstance(example, PairExample)
     assert example.prompt[-1].content == "2 + 2?"
     assert [turn.content for turn in example.chosen] == ["4"]
     assert [turn.content for turn in example.rejected] == ["5"]
-    turns = [turn.role for turn in example.prompt]
-    long = name in ("chat", "one turn each", "implicit chat", "hh", "swift")
-    start = ["system"] if name == "system" else ["user", "assistant"] if long else []
-    assert turns == [*start, "user"]
+    roles = [turn.role for turn in example.prompt]
+    has_history = name in ("chat", "one turn each", "implicit chat", "hh", "swift")
+    start = ["system"] if name == "system" else ["user", "assistant"] if has_history else []
+    assert roles == [*start, "user"]
 
 
 @pytest.mark.parametrize(
     ("good", "bad"),
     [("Hello there", "Hi"), ("The sky is blue", "The sky is blue and vast"), ("Paris ", "London")],
 )
-def test_a_prompt_is_never_cut_inside_of_a_word(good: str, bad: str) -> None:
+def test_implicit_prompt_ends_at_word_boundary(good: str, bad: str) -> None:
     example = _read({"chosen": f"{_HH} {good}", "rejected": f"{_HH} {bad}"})
     assert example.prompt[-1].content == "2 + 2?"
     assert [example.chosen[0].content, example.rejected[0].content] == [good.strip(), bad]
 
 
-def test_conversations_that_part_earlier_are_answers_from_there_on() -> None:
+def test_answers_start_where_conversations_diverge() -> None:
     row = {
-        "chosen": [_user("a"), _said("b"), _user("c"), _said("d")],
-        "rejected": [_user("a"), _said("x"), _user("y"), _said("z")],
+        "chosen": [_user("a"), _assistant("b"), _user("c"), _assistant("d")],
+        "rejected": [_user("a"), _assistant("x"), _user("y"), _assistant("z")],
     }
     example = _read(row)
     assert [turn.content for turn in example.prompt] == ["a"]
     assert [turn.content for turn in example.chosen] == ["b", "c", "d"]
 
 
-JUDGED = {
+UNPAIRED = {
     "unpaired": {"prompt": "q", "completion": "a", "label": True},
     "as a number": {"prompt": "q", "completion": "a", "label": 1},
-    "messages": {"messages": [_user("q"), _said("a")], "label": "true"},
-    "llama-factory": {"messages": [_user("q"), _said("a")], "kto_tag": True},
+    "messages": {"messages": [_user("q"), _assistant("a")], "label": "true"},
+    "llama-factory": {"messages": [_user("q"), _assistant("a")], "kto_tag": True},
 }
 
 
-@pytest.mark.parametrize("name", JUDGED)
-def test_judged_answers_are_read(name: str) -> None:
-    example = _read(JUDGED[name], "kto")
+@pytest.mark.parametrize("name", UNPAIRED)
+def test_unpaired_formats_are_read(name: str) -> None:
+    example = _read(UNPAIRED[name], "kto")
     assert isinstance(example, LabeledCompletion)
     assert (example.prompt[0].content, example.answer[0].content) == ("q", "a")
     assert example.desirable
 
 
-BAD = [
+INVALID_ROWS = [
     ({"prompt": "q", "chosen": "a"}, "dpo", "no 'rejected'"),
     ({"prompt": "q", "rejected": "a"}, "dpo", "no 'chosen'"),
-    (JUDGED["unpaired"], "dpo", "Use --loss kto"),
+    (UNPAIRED["unpaired"], "dpo", "Use --loss kto"),
     ({"prompt": "q", "chosen": "a", "rejected": " "}, "dpo", "is empty"),
     ({"prompt": "q", "chosen": "a", "rejected": None}, "dpo", "is null"),
     ({"prompt": "q", "completion": "a", "label": 2}, "kto", "true or false"),
@@ -151,8 +151,8 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize(("row", "loss", "words"), BAD)
-def test_what_cannot_be_read_is_said(row: dict[str, Any], loss: str, words: str) -> None:
+@pytest.mark.parametrize(("row", "loss", "words"), INVALID_ROWS)
+def test_invalid_preference_row_raises(row: dict[str, Any], loss: str, words: str) -> None:
     with pytest.raises(InputError, match=words):
         _read(row, loss)
 
@@ -166,21 +166,19 @@ def _encoder(path: Path, kind: str = "decoder") -> PreferenceEncoder:
 
 
 @pytest.mark.parametrize("chat", [True, False])
-def test_answers_are_learned_with_one_end_and_without_the_prompt(
-    chat: bool, tiny_model_dir: ModelDir
-) -> None:
+def test_labels_cover_answer_and_one_end_token(chat: bool, tiny_model_dir: ModelDir) -> None:
     encoder = _encoder(tiny_model_dir("llama", chat=chat))
-    talk = SHAPES["implicit chat" if chat else "explicit"]
-    [row] = encoder([_read(talk)])
+    example = FORMATS["implicit chat" if chat else "explicit"]
+    [row] = encoder([_read(example)])
     assert isinstance(row, PairRow)
     good, bad = row.sequences
     assert good.input_ids[: row.prompt] == bad.input_ids[: row.prompt]
-    ends = set(encoder.tokenizer.all_special_ids)
-    for sequence, said in ((good, "4"), (bad, "5")):
+    special_ids = set(encoder.tokenizer.all_special_ids)
+    for sequence, text in ((good, "4"), (bad, "5")):
         labels = [label for label in sequence.labels if label != IGNORED]  # type: ignore[union-attr]
-        assert sum(label in ends for label in labels) == 1
-        assert labels[-1] in ends
-        assert encoder.tokenizer.decode(labels[:-1]).strip() == said
+        assert sum(label in special_ids for label in labels) == 1
+        assert labels[-1] in special_ids
+        assert encoder.tokenizer.decode(labels[:-1]).strip() == text
     assert set(_labels(row)[: row.prompt]) == {IGNORED}
 
 
@@ -189,7 +187,7 @@ def _labels(row: Encoded) -> list[int]:
     return row.labels
 
 
-def test_a_template_that_writes_the_prompt_by_the_answer_is_refused(
+def test_template_with_answer_dependent_prompt_raises(
     tiny_model_dir: ModelDir,
 ) -> None:
     encoder = _encoder(tiny_model_dir("llama", chat=True))
@@ -199,17 +197,17 @@ def test_a_template_that_writes_the_prompt_by_the_answer_is_refused(
         "{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
     )
     with pytest.raises((RowError, InputError), match=r"prompt|answers cannot be located"):
-        encoder([_read(SHAPES["explicit"])])
+        encoder([_read(FORMATS["explicit"])])
 
 
 def _row(prompt: int, chosen: int, rejected: int) -> PairRow:
-    start = list(range(10, 10 + prompt))
-    rows = [Encoded(start + [c] * n, [IGNORED] * prompt + [c] * n, 0)
+    prompt_ids = list(range(10, 10 + prompt))
+    rows = [Encoded(prompt_ids + [c] * n, [IGNORED] * prompt + [c] * n, 0)
             for c, n in ((3, chosen), (4, rejected))]  # fmt: skip
     return create_pair_row(*rows, prompt, 0.5, scored=False)
 
 
-def test_a_pair_that_is_too_long_is_cut_alike_or_dropped() -> None:
+def test_long_pair_is_truncated_equally_or_dropped() -> None:
     rows = [_row(8, 3, 6), _row(2, 3, 20), _row(2, 1, 1)]
     assert [row.length for row in rows] == [14, 22, 3]
     where = str
@@ -225,33 +223,35 @@ def test_a_pair_that_is_too_long_is_cut_alike_or_dropped() -> None:
         fit_rows(rows, 10, LengthBounds(), "error", where)
 
 
-def test_rows_come_back_from_a_file_as_they_were(tmp_path: Path) -> None:
+def test_rows_round_trip_through_file(tmp_path: Path) -> None:
     pairs = [_row(4, 2, 3), _row(5, 1, 2)]
     store = write_store(tmp_path / "rows.arrow", rows_to_batches(pairs))
     assert [repr(row) for row in store] == [repr(row) for row in pairs]  # nan is not itself
     assert store.lengths().tolist() == [7, 7]
 
 
-def _judged(prompt: int, answer: int) -> LabeledAnswerRow:
+def _labeled_row(prompt: int, answer: int) -> LabeledAnswerRow:
     return LabeledAnswerRow([prompt] * 3 + [answer], [IGNORED] * 3 + [answer], 0, {}, 3, 1, ())
 
 
-def test_answers_contrast_with_that_of_another_prompt() -> None:
-    rows = ContrastedRows([_judged(1, 11), _judged(1, 12), _judged(2, 21), _judged(2, 22)], 99)
-    found = [row.contrasts[0].input_ids for row in rows]
-    assert found == [[1, 1, 1, 22], [1, 1, 1, 22], [2, 2, 2, 12], [2, 2, 2, 12]]
+def test_contrasts_come_from_other_prompts() -> None:
+    rows = ContrastedRows(
+        [_labeled_row(1, 11), _labeled_row(1, 12), _labeled_row(2, 21), _labeled_row(2, 22)], 99
+    )
+    contrasts = [row.contrasts[0].input_ids for row in rows]
+    assert contrasts == [[1, 1, 1, 22], [1, 1, 1, 22], [2, 2, 2, 12], [2, 2, 2, 12]]
 
 
-def test_equal_and_contradicting_pairs_are_seen() -> None:
-    swapped = _row(4, 2, 3)
-    ids, labels = swapped.input_ids, _labels(swapped)
-    turned = PairRow(
+def test_equal_and_contradicting_pairs_are_detected() -> None:
+    pair = _row(4, 2, 3)
+    ids, labels = pair.input_ids, _labels(pair)
+    reversed_pair = PairRow(
         ids[:4] + ids[6:] + ids[4:6], labels[:4] + labels[6:] + labels[4:6], 1, {}, 4, 3
     )
     same = PairRow([1, 2, 3, 3], [IGNORED, IGNORED, 3, 3], 2, {}, 2, 1)
-    found = check_pairs([swapped, turned, same])
-    assert found["equal_answers"].tolist() == [False, False, True]
-    assert found["contradicting_pairs"].tolist() == [False, True, False]
+    checks = check_pairs([pair, reversed_pair, same])
+    assert checks["equal_answers"].tolist() == [False, False, True]
+    assert checks["contradicting_pairs"].tolist() == [False, True, False]
 
 
 def _examples(count: int, chosen: str, rejected: str, **more: Any) -> list[PairExample]:
@@ -266,14 +266,14 @@ def _examples(count: int, chosen: str, rejected: str, **more: Any) -> list[PairE
         (_examples(30, "short", "long and longer still"), "length_bias"),
         (_examples(3, "good", "evil", score_chosen=1, score_rejected=2), "scores_disagree"),
         (_examples(3, "what is this here? it is", "evil"), "prompt_in_answer"),
-        ([_read(JUDGED["unpaired"], "kto")] * 3, "one_verdict"),
+        ([_read(UNPAIRED["unpaired"], "kto")] * 3, "one_verdict"),
     ],
 )
-def test_what_is_odd_about_a_set_is_found(examples: Any, check: str) -> None:
+def test_data_problems_are_detected(examples: Any, check: str) -> None:
     assert [found[0] for found in check_answers(examples, "kto")] == [check]
 
 
-def test_nothing_is_odd_about_a_good_set() -> None:
+def test_good_data_has_no_problems() -> None:
     both = _examples(15, "good one", "bad") + _examples(15, "fine", "much worse")
     assert check_answers(both, "dpo") == []
     assert PreferenceConfig(loss="kto").loss_properties.paired is False

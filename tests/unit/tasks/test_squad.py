@@ -15,7 +15,7 @@ from ftlevel.tasks.span import (
 
 
 @pytest.mark.parametrize(
-    ("text", "normal"),
+    ("text", "expected"),
     [
         ("The Cat, sat!", "cat sat"),
         ("an  apple a day", "apple day"),
@@ -24,8 +24,8 @@ from ftlevel.tasks.span import (
         ("The", ""),
     ],
 )
-def test_normalization(text: str, normal: str) -> None:
-    assert normalize_answer(text) == normal
+def test_normalize_answer(text: str, expected: str) -> None:
+    assert normalize_answer(text) == expected
 
 
 @pytest.mark.parametrize(
@@ -41,49 +41,49 @@ def test_normalization(text: str, normal: str) -> None:
         ("", ["something"], 0.0, 0.0),
     ],
 )
-def test_scores(prediction: str, answers: list[str], em: float, overlap: float) -> None:
+def test_exact_match_and_f1(prediction: str, answers: list[str], em: float, overlap: float) -> None:
     assert exact_match(prediction, answers) == em
     assert f1(prediction, answers) == pytest.approx(overlap)
 
 
-def window(offsets: tuple[tuple[int, int], ...], size: int) -> Window:
+def build_window(offsets: tuple[tuple[int, int], ...], size: int) -> Window:
     return Window([0] * size, (0, 0), 0, {}, "ab cd ef gh", (), 2, offsets)
 
 
-def logits(starts: list[float], ends: list[float]) -> torch.Tensor:
+def build_logits(starts: list[float], ends: list[float]) -> torch.Tensor:
     return torch.tensor([starts, ends]).T
 
 
-def test_best_span_over_windows() -> None:
-    first = window(((0, 2), (3, 5)), 5)  # special, question, "ab", "cd", special
-    second = window(((3, 5), (6, 8), (9, 11)), 6)
-    found = BestSpan()
-    # The best start comes after the best end, and outside the context scores are higher still.
-    update_span(found, logits([1, 9, 0, 3, 9], [2, 9, 2, 1, 9]), first)
-    assert (found.text, found.score, found.null) == ("cd", 4.0, 3.0)
-    update_span(found, logits([4, 0, 0, 3, 0, 0], [4, 0, 0, 0, 2, 0]), second)
-    assert (found.text, found.score, found.null) == ("ef gh", 5.0, 3.0)
-    assert found.answer(unanswerable=True) == "ef gh"
-    update_span(found, logits([0, 0, 0, 0, 0, 0], [-9, 0, 0, 0, 0, 0]), second)
-    assert found.null == -9.0
-    found.null = 6.0
-    assert found.answer(unanswerable=True) == ""
-    assert found.answer(unanswerable=False) == "ef gh"
+def test_best_span_over_several_windows() -> None:
+    first = build_window(((0, 2), (3, 5)), 5)  # special, question, "ab", "cd", special
+    second = build_window(((3, 5), (6, 8), (9, 11)), 6)
+    best = BestSpan()
+    # The best start is after the best end, and logits outside the context are higher still.
+    update_span(best, build_logits([1, 9, 0, 3, 9], [2, 9, 2, 1, 9]), first)
+    assert (best.text, best.score, best.null) == ("cd", 4.0, 3.0)
+    update_span(best, build_logits([4, 0, 0, 3, 0, 0], [4, 0, 0, 0, 2, 0]), second)
+    assert (best.text, best.score, best.null) == ("ef gh", 5.0, 3.0)
+    assert best.answer(unanswerable=True) == "ef gh"
+    update_span(best, build_logits([0, 0, 0, 0, 0, 0], [-9, 0, 0, 0, 0, 0]), second)
+    assert best.null == -9.0
+    best.null = 6.0
+    assert best.answer(unanswerable=True) == ""
+    assert best.answer(unanswerable=False) == "ef gh"
 
 
-def test_windows_of_a_question_are_merged() -> None:
-    found = BestSpan(score=1.0, text="ab", start=0, end=2, null=-2.0)
-    merge_spans(found, BestSpan(score=3.0, text="cd", start=3, end=5, null=4.0))
-    assert found == BestSpan(score=3.0, text="cd", start=3, end=5, null=-2.0)
-    merge_spans(found, BestSpan(score=2.0, text="ef", start=6, end=8, null=-5.0))
-    assert found == BestSpan(score=3.0, text="cd", start=3, end=5, null=-5.0)
+def test_merge_spans_keeps_best_span_and_lowest_null_score() -> None:
+    best = BestSpan(score=1.0, text="ab", start=0, end=2, null=-2.0)
+    merge_spans(best, BestSpan(score=3.0, text="cd", start=3, end=5, null=4.0))
+    assert best == BestSpan(score=3.0, text="cd", start=3, end=5, null=-2.0)
+    merge_spans(best, BestSpan(score=2.0, text="ef", start=6, end=8, null=-5.0))
+    assert best == BestSpan(score=3.0, text="cd", start=3, end=5, null=-5.0)
 
 
-def test_spans_are_of_at_most_thirty_tokens() -> None:
+def test_span_has_at_most_thirty_tokens() -> None:
     offsets = tuple((i, i + 1) for i in range(40))
     long = Window([0] * 41, (0, 0), 0, {}, "x" * 40, (), 1, offsets)
-    scores = torch.zeros(41, 2)
-    scores[1, 0], scores[40, 1], scores[30, 1] = 5.0, 5.0, 1.0
-    found = BestSpan()
-    update_span(found, scores, long)
-    assert (len(found.text), found.score) == (30, 6.0)
+    span_logits = torch.zeros(41, 2)
+    span_logits[1, 0], span_logits[40, 1], span_logits[30, 1] = 5.0, 5.0, 1.0
+    best = BestSpan()
+    update_span(best, span_logits, long)
+    assert (len(best.text), best.score) == (30, 6.0)

@@ -6,39 +6,39 @@ from ftlevel.tasks import TASKS
 from ftlevel.tasks.text import name_languages, score_rouge, score_translations
 
 
-def test_perfect_translations() -> None:
+def test_perfect_translation_scores_100() -> None:
     texts = ["the cat sat on the mat", "a dog barked at the moon"]
     assert score_translations(texts, texts) == pytest.approx({"chrf": 100.0, "bleu": 100.0})
 
 
 def test_translation_scores_by_hand() -> None:
-    # Precisions 4/5, 3/4, 2/3 and 1/2, and no brevity penalty.
+    # Precisions 4/5, 3/4, 2/3 and 1/2; no brevity penalty.
     bleu = score_translations(["a b c d e"], ["a b c d f"])["bleu"]
     assert bleu == pytest.approx(100 * 0.2**0.25)
-    # Of characters and of pairs: precisions 1 and 1, recalls 2/3 and 1/2; beta is 2.
+    # Character 1-grams and 2-grams: precision 1 and 1, recall 2/3 and 1/2; beta is 2.
     recall = (2 / 3 + 1 / 2) / 2
     chrf = score_translations(["ab"], ["abc"])["chrf"]
     assert chrf == pytest.approx(100 * 5 * recall / (4 + recall))
 
 
-def test_words_without_spaces_are_cut_for_bleu() -> None:
+def test_bleu_tokenizes_chinese() -> None:
     predicted, expected = ["我喜欢红色的苹果"], ["我喜欢绿色的苹果"]
     assert score_translations(predicted, expected, "zh")["bleu"] > 20
     assert score_translations(predicted, expected)["bleu"] < 1
 
 
-def test_rouge_by_hand() -> None:
+def test_rouge_scores_by_hand() -> None:
     scores = score_rouge(["the cat"], ["the cat sat"])
     assert scores["rouge1"] == pytest.approx(0.8)
     assert scores["rouge2"] == pytest.approx(2 / 3)
 
 
-def test_instructions_name_the_languages() -> None:
+def test_translation_instruction_names_languages() -> None:
     assert name_languages("decoder", "English", "German") == "Translate from English to German."
     assert name_languages("encoder-decoder", "English", "German") == "translate English to German:"
 
 
-def test_every_task_can_be_had_by_a_kind_of_model() -> None:
+def test_every_task_defines_consistent_classes_and_scores() -> None:
     for task in TASKS.values():
         assert set(task.peft_types) <= set(task.auto_classes)
         assert (task.score_texts is not None) == task.generates_text

@@ -1,4 +1,4 @@
-"""Adapters that are damaged, or of another base, are one line wherever they are loaded."""
+"""Tests that damaged adapters, and adapters of another base, raise a one-line error when loaded."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ A = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 
 
 @pytest.fixture
-def adapter(tmp_path: Path) -> Path:
+def adapter_dir(tmp_path: Path) -> Path:
     config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
     peft.get_peft_model(tiny_models.build("llama"), config).save_pretrained(str(tmp_path))
     return tmp_path
@@ -33,9 +33,9 @@ def edit_config(directory: Path, **values: Any) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
 
 
-def edit_weights(directory: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
+def edit_weights(directory: Path, edit: Callable[[dict[str, torch.Tensor]], None]) -> None:
     weights = load_file(directory / WEIGHTS)
-    change(weights)
+    edit(weights)
     save_file(weights, directory / WEIGHTS, metadata={"format": "pt"})
 
 
@@ -51,35 +51,41 @@ DAMAGES: list[tuple[Callable[[Path], Any], str]] = [
 
 
 @pytest.mark.parametrize(("damage", "message"), DAMAGES)
-def test_a_damaged_adapter(adapter: Path, damage: Callable[[Path], Any], message: str) -> None:
-    whole = load_adapter(tiny_models.build("llama"), adapter)
-    damage(adapter)
+def test_damaged_adapter_raises(
+    adapter_dir: Path, damage: Callable[[Path], Any], message: str
+) -> None:
+    loaded = load_adapter(tiny_models.build("llama"), adapter_dir)
+    damage(adapter_dir)
     with pytest.raises(InputError, match=message):
-        load_adapter(tiny_models.build("llama"), adapter)
+        load_adapter(tiny_models.build("llama"), adapter_dir)
     with pytest.raises(InputError, match=message):
-        add_adapter(whole, adapter, "another")
+        add_adapter(loaded, adapter_dir, "another")
 
 
 @pytest.mark.parametrize(
     ("family", "overrides"), [("gpt2", {}), ("llama", {"hidden_size": 128, "head_dim": 32})]
 )
-def test_an_adapter_of_another_base(adapter: Path, family: str, overrides: dict[str, Any]) -> None:
+def test_adapter_of_other_base_raises(
+    adapter_dir: Path, family: str, overrides: dict[str, Any]
+) -> None:
     base = tiny_models.build(family, **overrides)
     with pytest.raises(InputError, match=f"does not fit its base model, {family}"):
-        load_adapter(base, adapter)
+        load_adapter(base, adapter_dir)
 
 
 @pytest.mark.parametrize(
     "text", ["null", "3", "[]", "{}", "[" * 100_000, '{"peft_type": ["LORA"]}']
 )
-def test_a_configuration_of_another_shape(adapter: Path, text: str) -> None:
-    (adapter / CONFIG).write_text(text)
+def test_malformed_adapter_config_raises(adapter_dir: Path, text: str) -> None:
+    (adapter_dir / CONFIG).write_text(text)
     with pytest.raises(InputError, match=r"adapter_config\.json"):
-        load_adapter(tiny_models.build("llama"), adapter)
+        load_adapter(tiny_models.build("llama"), adapter_dir)
 
 
-def test_an_expression_that_never_ends(adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slow_target_modules_pattern_raises(
+    adapter_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(untrusted, "_TIMEOUT", 0.2)
-    edit_config(adapter, target_modules=r"(\w+\.?)+x")
+    edit_config(adapter_dir, target_modules=r"(\w+\.?)+x")
     with pytest.raises(InputError, match="takes too long to match"):
-        load_adapter(tiny_models.build("llama"), adapter)
+        load_adapter(tiny_models.build("llama"), adapter_dir)

@@ -1,4 +1,4 @@
-"""A run that cannot be written ends in one line that says why, and what is kept."""
+"""Tests that a failed write ends the run with one line: reason and last valid checkpoint."""
 
 from __future__ import annotations
 
@@ -22,20 +22,22 @@ from ftlevel.training.saving import (
     explain_disk_errors,
 )
 
-FULL = Path("/dev/full")
-pytestmark = pytest.mark.skipif(not FULL.exists(), reason="needs a device that is always full")
+FULL_DEVICE = Path("/dev/full")
+pytestmark = pytest.mark.skipif(
+    not FULL_DEVICE.exists(), reason="needs a device that is always full"
+)
 
 
-def by_python() -> None:
-    with FULL.open("w") as file:
+def write_with_python() -> None:
+    with FULL_DEVICE.open("w") as file:
         file.write("a line")
 
 
-def by_torch() -> None:
-    torch.save({"a": torch.zeros(1000)}, FULL)
+def write_with_torch() -> None:
+    torch.save({"a": torch.zeros(1000)}, FULL_DEVICE)
 
 
-def by_safetensors(missing: Path = Path("/proc/no-such/file")) -> None:
+def write_with_safetensors(missing: Path = Path("/proc/no-such/file")) -> None:
     save_file({"a": torch.zeros(10)}, missing)
 
 
@@ -46,34 +48,34 @@ def run(tmp_path: Path) -> RunDirectory:
     return directory
 
 
-def test_python_says_that_the_disk_is_full(run: RunDirectory) -> None:
+def test_full_disk_error_of_python_is_explained(run: RunDirectory) -> None:
     with (
         pytest.raises(RunError, match=r"disk is full.*no valid checkpoint"),
         explain_disk_errors(run),
     ):
-        by_python()
+        write_with_python()
 
 
-def test_torch_is_believed_to_mean_a_full_disk_where_nothing_is_free(
+def test_torch_error_without_free_space_is_explained_as_full_disk(
     run: RunDirectory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=4096))
-    whole = run.checkpoints / "checkpoint-2"
-    whole.mkdir()
-    (whole / "weights").write_text("2")
-    checkpoints.certify(whole)
+    complete = run.checkpoints / "checkpoint-2"
+    complete.mkdir()
+    (complete / "weights").write_text("2")
+    checkpoints.certify(complete)
     (run.checkpoints / "checkpoint-4").mkdir()
     with pytest.raises(RunError) as caught, explain_disk_errors(run):
-        by_torch()
+        write_with_torch()
     message = str(caught.value)
     assert "disk is full" in message
-    assert f"{whole} is complete" in message
+    assert f"{complete} is complete" in message
     assert f"--output-dir {run.path} --resume" in message
     assert "\n" not in message
 
 
-@pytest.mark.parametrize("write", [by_torch, by_safetensors])
-def test_another_failure_of_a_writer_is_told_as_it_is(
+@pytest.mark.parametrize("write", [write_with_torch, write_with_safetensors])
+def test_other_write_errors_are_reported_unchanged(
     run: RunDirectory, write: Callable[[], None]
 ) -> None:
     with (
@@ -83,7 +85,7 @@ def test_another_failure_of_a_writer_is_told_as_it_is(
         write()
 
 
-def test_other_errors_pass(run: RunDirectory) -> None:
+def test_non_write_errors_are_not_changed(run: RunDirectory) -> None:
     with pytest.raises(RuntimeError, match="shapes differ"), explain_disk_errors(run):
         raise RuntimeError("shapes differ")
 
@@ -91,38 +93,42 @@ def test_other_errors_pass(run: RunDirectory) -> None:
 @pytest.mark.parametrize(
     ("settings", "count"),
     [
-        ({"save_steps": 2}, 3),  # two that are kept, and the one that is written
+        ({"save_steps": 2}, 3),  # two kept, and the one being written
         ({"save_steps": 9}, 1),
         ({"save_strategy": "epoch", "num_train_epochs": 2, "save_total_limit": 4}, 2),
         ({"save_strategy": "best"}, 3),
-        ({}, 1),  # by the clock
+        ({}, 1),  # saved by time
     ],
 )
-def test_a_run_begins_where_its_checkpoints_have_room(
+def test_run_without_space_for_checkpoints_raises(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, object], count: int
 ) -> None:
     model, train = torch.nn.Linear(99, 10), TrainerConfig.model_validate(settings)
-    one = 1000 * (4 + 8)  # a weight, and what AdamW keeps of it
-    where = tmp_path / "runs" / "new"
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=count * one))
-    check_disk_space(where, train, model, 9)
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=count * one - 1))
-    with pytest.raises(ConfigError, match=rf"{where}: its disk has .* {count} x 0\.00 GB"):
-        check_disk_space(where, train, model, 9)
-    where.mkdir(parents=True)
-    (where / "of the run that is replaced").write_text("x")
-    check_disk_space(where, train, model, 9)
+    checkpoint_size = 1000 * (4 + 8)  # a weight and its two AdamW states
+    output_dir = tmp_path / "runs" / "new"
+    monkeypatch.setattr(
+        shutil, "disk_usage", lambda _: SimpleNamespace(free=count * checkpoint_size)
+    )
+    check_disk_space(output_dir, train, model, 9)
+    monkeypatch.setattr(
+        shutil, "disk_usage", lambda _: SimpleNamespace(free=count * checkpoint_size - 1)
+    )
+    with pytest.raises(ConfigError, match=rf"{output_dir}: its disk has .* {count} x 0\.00 GB"):
+        check_disk_space(output_dir, train, model, 9)
+    output_dir.mkdir(parents=True)
+    (output_dir / "of the run that is replaced").write_text("x")
+    check_disk_space(output_dir, train, model, 9)
 
 
 @pytest.mark.parametrize(
     ("optim", "states"),
     [("adamw_torch", 2), ("ademamix", 3), ("lion_32bit", 1), ("adagrad", 1), ("sgd", 0)],
 )
-def test_a_checkpoint_has_the_states_of_its_optimizer(optim: str, states: int) -> None:
+def test_checkpoint_size_includes_optimizer_states(optim: str, states: int) -> None:
     assert checkpoint_bytes(torch.nn.Linear(99, 10), optim) == 1000 * 4 * (1 + states)
 
 
-def test_a_run_without_checkpoints_needs_no_room_for_any(
+def test_run_without_checkpoints_needs_no_space(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=0))
@@ -131,7 +137,7 @@ def test_a_run_without_checkpoints_needs_no_room_for_any(
     )
 
 
-def test_a_checkpoint_is_begun_where_it_has_room(
+def test_checkpoint_without_space_raises(
     run: RunDirectory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = torch.nn.Linear(99, 10)

@@ -1,4 +1,4 @@
-"""An epoch: every token of every row is in exactly one batch, in whatever layout it is computed."""
+"""Tests that every token of every row is in exactly one batch of an epoch, for every collator."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ COLLATORS = {
     "shared": StepCollator(PAD, FastPlan(True, packs=True, prefix_tree=True, tokens=64)),
 }
 model = functools.cache(lambda: tiny_models.build("llama"))
-folder = functools.cache(tempfile.mkdtemp)
+output_dir = functools.cache(tempfile.mkdtemp)
 
 
-def batches_of(rows: list[Encoded], collate: Any, size: int, *, by_length: bool) -> list[Any]:
-    """Return what our Trainer's loader gives in one epoch."""
+def get_batches(rows: list[Encoded], collate: Any, size: int, *, by_length: bool) -> list[Any]:
+    """Return the batches, or micro-batches, of one epoch of the Trainer's data loader."""
     arguments = TrainingArguments(
-        folder(), use_cpu=True, report_to="none", per_device_train_batch_size=size,
+        output_dir(), use_cpu=True, report_to="none", per_device_train_batch_size=size,
         remove_unused_columns=False, dataloader_pin_memory=False,
     )  # fmt: skip
     trainer = FtlevelTrainer(
@@ -50,16 +50,20 @@ def batches_of(rows: list[Encoded], collate: Any, size: int, *, by_length: bool)
         else None,
     )
     return [
-        part
+        micro_batch
         for batch in trainer.get_train_dataloader()
-        for part in batch.get("micro_batches", [batch])
+        for micro_batch in batch.get("micro_batches", [batch])
     ]
 
 
-def seen(part: dict[str, Any]) -> list[tuple[int, int]]:
-    """Return each token with its label, as the blocks and the loss are given them."""
-    ids, labels, mask = part["input_ids"], part["labels"], part["attention_mask"].bool()
-    if layout := part.get("layout"):
+def get_token_label_pairs(micro_batch: dict[str, Any]) -> list[tuple[int, int]]:
+    """Return each token with its label, as passed to the model and the loss."""
+    ids, labels, mask = (
+        micro_batch["input_ids"],
+        micro_batch["labels"],
+        micro_batch["attention_mask"].bool(),
+    )
+    if layout := micro_batch.get("layout"):
         ids = layout.unpack(layout.pack(ids[..., None]))[..., 0]
     assert (labels[~mask] == IGNORED).all()
     return list(zip(ids[mask].tolist(), labels[mask].tolist(), strict=True))
@@ -72,23 +76,31 @@ def seen(part: dict[str, Any]) -> list[tuple[int, int]]:
     lengths=st.lists(st.tuples(st.integers(1, 3), st.integers(1, 40)), min_size=1, max_size=30),
     size=st.integers(1, 7),
 )
-def test_every_token_once(
+def test_epoch_contains_every_token_once(
     name: str, by_length: bool, lengths: list[tuple[int, int]], size: int
 ) -> None:
     rows = []
-    for number, (start, length) in enumerate(lengths):
-        # Rows of one `start` begin alike, and go on with tokens that no other row has.
+    for index, (start, length) in enumerate(lengths):
+        # Rows with the same `start` share a prefix, followed by tokens unique to the row.
         ids = [start] * (20 if length % 2 else 1)
-        own = [1_000 * (number + 1) + i for i in range(length)]
-        rows.append(Encoded(ids + own, [IGNORED] * len(ids) + own, number))
-    parts = batches_of(rows, COLLATORS[name], size, by_length=by_length)
+        unique = [1_000 * (index + 1) + i for i in range(length)]
+        rows.append(Encoded(ids + unique, [IGNORED] * len(ids) + unique, index))
+    micro_batches = get_batches(rows, COLLATORS[name], size, by_length=by_length)
     expected = Counter(
         pair
         for row in rows
         for pair in zip(row.input_ids, row.labels, strict=True)  # type: ignore[arg-type]
     )
-    assert Counter(pair for part in parts for pair in seen(part)) == expected
-    assert sum(int(part["attention_mask"].sum()) for part in parts) == expected.total()
+    assert (
+        Counter(
+            pair for micro_batch in micro_batches for pair in get_token_label_pairs(micro_batch)
+        )
+        == expected
+    )
+    assert (
+        sum(int(micro_batch["attention_mask"].sum()) for micro_batch in micro_batches)
+        == expected.total()
+    )
     if name == "shared":
-        layouts = [part["layout"] for part in parts]
+        layouts = [micro_batch["layout"] for micro_batch in micro_batches]
         assert all(torch.unique(layout.source).numel() == layout.tokens for layout in layouts)

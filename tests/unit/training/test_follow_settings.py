@@ -1,4 +1,4 @@
-"""A run that goes on follows its settings, whatever its schedule is made of."""
+"""Tests that a resumed run uses the settings of its command with any scheduler."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 from ftlevel.training.callbacks import UpdateSchedule
 
 
-def test_a_schedule_that_follows_the_losses_keeps_its_rate(tmp_path: Path) -> None:
+def test_resume_with_plateau_scheduler_keeps_learning_rate(tmp_path: Path) -> None:
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.25)
     args = TrainingArguments(output_dir=str(tmp_path), save_steps=3, use_cpu=True)
     state = TrainerState(global_step=2, max_steps=9, save_steps=5)

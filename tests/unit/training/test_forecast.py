@@ -1,4 +1,4 @@
-"""A forecast of memory against what torch's allocator gives out in the run itself."""
+"""Tests of memory estimates against the allocator's peak in the run."""
 
 from __future__ import annotations
 
@@ -40,10 +40,13 @@ def benchmark() -> Any:
 
 def save_rows(path: Path, classes: bool) -> Path:
     words = ["the", "value", "of", "an", "object", "file", "argument"]
-    draw = random.Random(0)  # alike and no two the same, so that every step is as full
+    generator = random.Random(
+        0
+    )  # rows differ but have equal length, so that all steps are equally full
     rows = [
-        {"text": " ".join(draw.choices(words, k=60))} | ({"label": "ab"[at % 2]} if classes else {})
-        for at in range(16)
+        {"text": " ".join(generator.choices(words, k=60))}
+        | ({"label": "ab"[index % 2]} if classes else {})
+        for index in range(16)
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
@@ -69,30 +72,30 @@ def configure(tmp_path: Path, model: Path, method: str, classes: bool, **train: 
         ("llama", "qlora", {}),
         ("llama", "full", {"gradient_accumulation_steps": 2}),
         ("bert", "adapter", {"gradient_checkpointing": True}),
-        ("bert", "qlora", {}),  # its linears have biases
+        ("bert", "qlora", {}),  # linear layers with biases
         ("bert", "shira", {}),  # sparse tensors
     ],
 )
-def test_it_is_the_peak_of_the_run(
+def test_estimate_matches_peak_of_run(
     tmp_path: Path, tiny_model_dir: ModelDir, family: str, method: str, train: dict[str, Any]
 ) -> None:
     config = configure(tmp_path, tiny_model_dir(family), method, family == "bert", **train)
-    found = estimate_step_memory(resolve(config), MEMORY)
+    estimate = estimate_step_memory(resolve(config), MEMORY)
     measured = benchmark().measured(config)["peak"]
-    assert found.peak == pytest.approx(measured, rel=0.05)
-    assert found.parts["quantized weights" if method == "qlora" else "weights"] > 0
+    assert estimate.peak == pytest.approx(measured, rel=0.05)
+    assert estimate.parts["quantized weights" if method == "qlora" else "weights"] > 0
 
 
 @pytest.mark.parametrize("grad_cache", ["never", "always"])
-def test_it_knows_which_graphs_an_embedding_step_keeps(
+def test_estimate_depends_on_grad_cache(
     tmp_path: Path, tiny_model_dir: ModelDir, grad_cache: str
 ) -> None:
-    """Four micro-batches stay in memory together, or only one of them."""
-    draw, words = random.Random(0), ["the", "value", "of", "an", "object", "file", "argument"]
+    """All four micro-batches stay in memory together, or only one of them."""
+    generator, words = random.Random(0), ["the", "value", "of", "an", "object", "file", "argument"]
     rows = [
         {
-            "anchor": " ".join(draw.choices(words, k=60)),
-            "positive": " ".join(draw.choices(words, k=60)),
+            "anchor": " ".join(generator.choices(words, k=60)),
+            "positive": " ".join(generator.choices(words, k=60)),
         }
         for _ in range(8)
     ]
@@ -105,21 +108,21 @@ def test_it_knows_which_graphs_an_embedding_step_keeps(
         embedding={"grad_cache": grad_cache},
         speed={"verify": False, "tokens_per_micro_batch": 256},
     )
-    found = estimate_step_memory(resolve(config), MEMORY)
+    estimate = estimate_step_memory(resolve(config), MEMORY)
     measured = benchmark().measured(config)["peak"]
-    assert found.peak == pytest.approx(measured, rel=0.1)
+    assert estimate.peak == pytest.approx(measured, rel=0.1)
 
 
 @pytest.mark.parametrize(
     ("family", "task", "method", "quant"),
     [
-        ("bart", "summarization", {"kind": "lora"}, "none"),  # adds a constant to its scores
+        ("bart", "summarization", {"kind": "lora"}, "none"),  # adds a constant to its logits
         ("bert", "text-classification", {"kind": "lora", "use_dora": True}, "4bit"),
         ("bert", "text-classification", {"kind": "hira"}, "4bit"),
         ("mixtral", "text-generation", {"kind": "lora"}, "4bit"),
     ],
 )
-def test_it_is_known_of_a_config(
+def test_plan_estimates_memory_from_config(
     tiny_model_dir: ModelDir, family: str, task: str, method: dict[str, Any], quant: str
 ) -> None:
     config = TrainConfig.model_validate({
@@ -144,7 +147,7 @@ def test_it_is_known_of_a_config(
          {0: 1, 1: 2, 3: 6, 9: 1}),
     ],
 )  # fmt: skip
-def test_a_layer_of_each_kind_gives_the_whole(
+def test_estimate_from_sampled_layers_matches_all_layers(
     tmp_path: Path, tiny_model_dir: ModelDir, monkeypatch: pytest.MonkeyPatch,
     family: str, layers: dict[str, Any], sample: dict[int, int],
 ) -> None:  # fmt: skip
@@ -160,54 +163,54 @@ def test_a_layer_of_each_kind_gives_the_whole(
     assert extended.peak == pytest.approx(estimate_step_memory(run, MEMORY).peak, rel=0.005)
 
 
-def test_workers_hold_what_each_of_them_holds(tmp_path: Path, tiny_model_dir: ModelDir) -> None:
+def test_estimate_with_two_workers(tmp_path: Path, tiny_model_dir: ModelDir) -> None:
     config = configure(tmp_path, tiny_model_dir("llama"), "lora", classes=False)
     run = resolve(config)
-    one = estimate_step_memory(run, MEMORY)
-    two = estimate_step_memory(replace(run, fast=replace(run.fast, workers=2)), MEMORY)
-    assert two.parts["weights"] == one.parts["weights"]
-    assert two.tokens < one.tokens  # half of the budget is each one's
-    assert two.parts["activations"] == pytest.approx(one.parts["activations"], rel=0.3)
+    one_worker = estimate_step_memory(run, MEMORY)
+    two_workers = estimate_step_memory(replace(run, fast=replace(run.fast, workers=2)), MEMORY)
+    assert two_workers.parts["weights"] == one_worker.parts["weights"]
+    assert two_workers.tokens < one_worker.tokens  # each worker has half of the budget
+    assert two_workers.parts["activations"] == pytest.approx(
+        one_worker.parts["activations"], rel=0.3
+    )
 
 
-def test_chunks_of_scores_take_their_share_of_a_gpu(
-    tmp_path: Path, tiny_model_dir: ModelDir
-) -> None:
+def test_logit_chunks_scale_with_gpu_memory(tmp_path: Path, tiny_model_dir: ModelDir) -> None:
     config = configure(tmp_path, tiny_model_dir("llama"), "lora", classes=False)
     run = resolve(config)
     on_gpu = replace(run, model=replace(run.model, device="cuda"))
     logits = [estimate_step_memory(on_gpu, size).parts["logits"] for size in (2**33, 2**22)]
     targets = [targets_per_chunk(size, run.model.vocabulary) for size in (2**33, 2**22)]
-    assert targets[0] > 2 * targets[1] >= 2 * MIN_TARGETS  # the step has 8 · 60 of them at most
+    assert targets[0] > 2 * targets[1] >= 2 * MIN_TARGETS  # the step has at most 8 · 60 targets
     assert logits[0] > logits[1]
 
 
 class TestFakeTensor:
-    def test_shapes_and_types_are_those_of_numbers(self) -> None:
+    def test_shapes_dtypes_and_strides_match_real_tensors(self) -> None:
         def compute(x: torch.Tensor, w: torch.Tensor) -> list[torch.Tensor]:
             with torch.autocast("cpu", torch.bfloat16):
                 y = functional.linear(x, w)
             z = y.float().view(2, 2, 2, 4).transpose(1, 2)
-            seen = functional.scaled_dot_product_attention(z, z, z, is_causal=True)
-            return [y, z, seen, seen.softmax(-1)[..., :1]]
+            attention = functional.scaled_dot_product_attention(z, z, z, is_causal=True)
+            return [y, z, attention, attention.softmax(-1)[..., :1]]
 
         real = compute(torch.randn(2, 2, 3), torch.randn(8, 3))
         fake = compute(new_fake((2, 2, 3), torch.float32), new_fake((8, 3), torch.float32))
-        for made, expected in zip(fake, real, strict=True):
-            assert isinstance(made, FakeTensor)
-            assert made.device.type == "cpu"
-            assert (made.shape, made.dtype, made.stride()) == (
+        for actual, expected in zip(fake, real, strict=True):
+            assert isinstance(actual, FakeTensor)
+            assert actual.device.type == "cpu"
+            assert (actual.shape, actual.dtype, actual.stride()) == (
                 expected.shape, expected.dtype, expected.stride()
             )  # fmt: skip
 
-    def test_a_mask_with_numbers_chooses(self) -> None:
-        class Watch(OperationWatch):
+    def test_indexing_with_real_mask_selects_rows(self) -> None:
+        class PassiveWatch(OperationWatch):
             def on_result(self, tensor: torch.Tensor) -> None:
                 pass
 
-        with Watch():
-            chosen = new_fake((4, 3), torch.float32)[torch.tensor([True, False, True, True])]
-        assert chosen.shape == (3, 3)
+        with PassiveWatch():
+            selected = new_fake((4, 3), torch.float32)[torch.tensor([True, False, True, True])]
+        assert selected.shape == (3, 3)
 
     def test_views_share_their_storage(self) -> None:
         x = new_fake((4, 3), torch.float32)
@@ -215,40 +218,44 @@ class TestFakeTensor:
             storage_of(x[1:].t())._cdata == storage_of(x)._cdata
         )
 
-    def test_what_is_known_of_an_operation_is_what_it_gives(self) -> None:
+    def test_cached_operations_match_real_results(self) -> None:
         def compute(x: torch.Tensor, row: torch.Tensor) -> list[torch.Tensor]:
-            wide = x[1:3].t()
-            scaled = wide * 2.0 + row
+            transposed = x[1:3].t()
+            scaled = transposed * 2.0 + row
             scaled[0] += 1
             first, second = scaled.split(2, 0)
-            return [wide, scaled, first, second, scaled.view(torch.int32), x.expand(2, 4, 3)]
+            return [transposed, scaled, first, second, scaled.view(torch.int32), x.expand(2, 4, 3)]
 
         real = compute(torch.randn(4, 3), torch.randn(2))
-        for _ in range(2):  # the second time every operation is known
+        for _ in range(2):  # the second time all operations are cached
             x = new_fake((4, 3), torch.float32)
-            made = compute(x, new_fake((2,), torch.float32))
-            for fake, expected in zip(made, real, strict=True):
+            outputs = compute(x, new_fake((2,), torch.float32))
+            for fake, expected in zip(outputs, real, strict=True):
                 assert (fake.shape, fake.dtype, fake.stride(), fake.storage_offset()) == (
                     expected.shape, expected.dtype, expected.stride(), expected.storage_offset()
                 )  # fmt: skip
                 assert storage_of(fake).nbytes() == expected.untyped_storage().nbytes()
-            cdata = [storage_of(fake)._cdata for fake in (x, *made)]
-            assert [cdata.index(one) for one in cdata] == [0, 0, 2, 2, 2, 2, 0]
+            cdata = [storage_of(fake)._cdata for fake in (x, *outputs)]
+            assert [cdata.index(pointer) for pointer in cdata] == [0, 0, 2, 2, 2, 2, 0]
 
-    def test_a_known_operation_tells_numbers_and_types_apart(self) -> None:
+    def test_operation_cache_distinguishes_scalar_types_and_arguments(self) -> None:
         x = new_fake((4,), torch.int64)
-        assert [(x * by).dtype for by in (1, 1.0, 1)] == [torch.int64, torch.float32, torch.int64]
-        assert [x.sum(0, keepdim=kept).dim() for kept in (False, True, False)] == [0, 1, 0]
+        assert [(x * factor).dtype for factor in (1, 1.0, 1)] == [
+            torch.int64,
+            torch.float32,
+            torch.int64,
+        ]
+        assert [x.sum(0, keepdim=keepdim).dim() for keepdim in (False, True, False)] == [0, 1, 0]
 
-    def test_what_is_written_to_is_returned(self) -> None:
+    def test_in_place_operation_returns_its_target(self) -> None:
         total = torch.zeros(3)
-        kept = total
+        original = total
         total += new_fake((3,), torch.float32)
-        assert total is kept
+        assert total is original
 
 
 class TestLiveBytes:
-    def test_a_tensor_counts_until_it_goes(self) -> None:
+    def test_tensor_is_counted_until_freed(self) -> None:
         with LiveMemoryTracker() as live:
             x = torch.zeros(1000)
             y = x * 2
@@ -260,7 +267,7 @@ class TestLiveBytes:
             assert live.peaks["forward"]["activations"] == 8000
         del x
 
-    def test_what_is_held_as_something_else_counts_once(self) -> None:
+    def test_tensor_added_twice_is_counted_once(self) -> None:
         live = LiveMemoryTracker()
         x = torch.zeros(1000)
         live.add(x, "weights")

@@ -1,4 +1,4 @@
-"""A run stops in the step in which something is not finite any more."""
+"""Tests that a run stops at the step where a loss, gradient or weight is not finite."""
 
 from __future__ import annotations
 
@@ -21,108 +21,108 @@ from ftlevel.training.processes import Processes
 NONE: Any = None
 
 
-def stopping() -> Recovery:
-    """Return what decides in a run that stops."""
+def create_recovery() -> Recovery:
+    """Return the recovery of a run that stops on the first error."""
     trainer: Any = SimpleNamespace(step_rows=[])
     run = RunDirectory(Path("nothing"))
     return Recovery(trainer, TrainerConfig(), run, Processes(), NullListener(), None)
 
 
-def prepared(loss: float = 1.0) -> tuple[GradientMonitor, nn.Linear, dict[str, Any]]:
-    """Return the proof, and a model with finite gradients that it has seen for two steps."""
-    proof, model = (
-        GradientMonitor(NullListener(), lambda: torch.tensor(loss), stopping()),
+def create_monitor_and_model(
+    loss: float = 1.0,
+) -> tuple[GradientMonitor, nn.Linear, dict[str, Any]]:
+    """Return a monitor, and a model with finite gradients, with the callback's arguments."""
+    monitor, model = (
+        GradientMonitor(NullListener(), lambda: torch.tensor(loss), create_recovery()),
         nn.Linear(4, 4),
     )
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     model(torch.ones(2, 4)).square().sum().backward()
-    return proof, model, {"model": model, "optimizer": optimizer}
+    return monitor, model, {"model": model, "optimizer": optimizer}
 
 
 STATE: Any = SimpleNamespace(global_step=6)
 
 
 @pytest.mark.parametrize("loss", [math.nan, math.inf])
-def test_a_loss_that_is_not_finite_stops_though_gradients_are(loss: float) -> None:
-    proof, _, given = prepared(loss)
+def test_nonfinite_loss_with_finite_gradients_raises(loss: float) -> None:
+    monitor, _, arguments = create_monitor_and_model(loss)
     with pytest.raises(RunError, match=f"the loss is {loss} at step 7"):
-        proof.on_pre_optimizer_step(NONE, STATE, NONE, **given)
+        monitor.on_pre_optimizer_step(NONE, STATE, NONE, **arguments)
 
 
-def test_a_gradient_that_is_not_finite_is_named() -> None:
-    proof, model, given = prepared()
+def test_nonfinite_gradient_raises_with_name() -> None:
+    monitor, model, arguments = create_monitor_and_model()
     for _ in range(3):
-        proof.on_pre_optimizer_step(NONE, STATE, NONE, **given)
+        monitor.on_pre_optimizer_step(NONE, STATE, NONE, **arguments)
     assert model.weight.grad is not None
     model.weight.grad[1, 2] = math.inf
     with pytest.raises(RunError, match=r"not finite at step 7 \(1 of 2 tensors, such as weight"):
-        proof.on_pre_optimizer_step(NONE, STATE, NONE, **given)
+        monitor.on_pre_optimizer_step(NONE, STATE, NONE, **arguments)
 
 
-def test_a_weight_that_the_optimizer_spoiled_is_not_saved() -> None:
-    proof, model, given = prepared()
-    proof.on_pre_optimizer_step(NONE, STATE, NONE, **given)
-    proof.on_optimizer_step(NONE, STATE, NONE)
+def test_nonfinite_weight_after_optimizer_step_raises() -> None:
+    monitor, model, arguments = create_monitor_and_model()
+    monitor.on_pre_optimizer_step(NONE, STATE, NONE, **arguments)
+    monitor.on_optimizer_step(NONE, STATE, NONE)
     with torch.no_grad():
         model.bias[2] = math.nan
     with pytest.raises(RunError, match=r"1 of 2 trained tensors are not finite after step 7"):
-        proof.on_optimizer_step(NONE, STATE, NONE)
+        monitor.on_optimizer_step(NONE, STATE, NONE)
 
 
-def test_weights_whose_norm_alone_overflows_go_on() -> None:
-    proof, model, given = prepared()
-    proof.on_pre_optimizer_step(NONE, STATE, NONE, **given)
+def test_finite_weights_with_overflowing_norm_are_accepted() -> None:
+    monitor, model, arguments = create_monitor_and_model()
+    monitor.on_pre_optimizer_step(NONE, STATE, NONE, **arguments)
     with torch.no_grad():
         model.weight.fill_(1e30)
     assert not torch.isfinite(model.weight.norm())
-    proof.on_optimizer_step(NONE, STATE, NONE)
+    monitor.on_optimizer_step(NONE, STATE, NONE)
 
 
-def fit_with_a_scale(
-    factor: float, steps: int
+def train_with_grad_scaler(
+    loss_factor: float, steps: int
 ) -> tuple[GradientMonitor, list[str], list[torch.Tensor]]:
-    """Train a linear as Trainer does with float16, from the largest scale on.
-
-    Args:
-        factor: of the loss.
-        steps: how many.
+    """Train a linear layer as Trainer does with float16, from the largest loss scale.
 
     Returns:
-        The proof, what it warned of, and the weights after each step.
+        The monitor, its warnings, and the weights after each step.
     """
-    warned: list[str] = []
-    listener = SimpleNamespace(warn=warned.append)
-    proof = GradientMonitor(listener, lambda: torch.tensor(1.0), stopping(), uses_scaler=True)  # type: ignore[arg-type]
+    warnings: list[str] = []
+    listener = SimpleNamespace(warn=warnings.append)
+    monitor = GradientMonitor(
+        listener, lambda: torch.tensor(1.0), create_recovery(), uses_scaler=True
+    )  # type: ignore[arg-type]
     model = nn.Linear(4, 4)
     optimizer = torch.optim.SGD(model.parameters(), 0.01)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)
     weights = []
-    for number in range(steps):
+    for index in range(steps):
         optimizer.zero_grad()
-        scaler.scale(factor * model(torch.ones(2, 4)).square().mean()).backward()
+        scaler.scale(loss_factor * model(torch.ones(2, 4)).square().mean()).backward()
         scaler.unscale_(optimizer)
-        state: Any = SimpleNamespace(global_step=number)
-        proof.on_pre_optimizer_step(NONE, state, NONE, model=model, optimizer=optimizer)
+        state: Any = SimpleNamespace(global_step=index)
+        monitor.on_pre_optimizer_step(NONE, state, NONE, model=model, optimizer=optimizer)
         scaler.step(optimizer)
         scaler.update()
-        proof.on_optimizer_step(NONE, state, NONE)
+        monitor.on_optimizer_step(NONE, state, NONE)
         weights.append(model.weight.detach().clone())
-    return proof, warned, weights
+    return monitor, warnings, weights
 
 
-def test_a_step_that_float16_skips_is_counted_and_shown() -> None:
-    proof, warned, weights = fit_with_a_scale(64.0, 12)
-    assert 0 < proof.skipped < 11
-    assert len(warned) == 1
-    assert "float16 overflowed at step 1, which is skipped" in warned[0]
-    assert torch.equal(weights[0], weights[proof.skipped - 1]), "skipped steps change nothing"
+def test_skipped_float16_steps_are_counted_and_warned() -> None:
+    monitor, warnings, weights = train_with_grad_scaler(64.0, 12)
+    assert 0 < monitor.skipped < 11
+    assert len(warnings) == 1
+    assert "float16 overflowed at step 1, which is skipped" in warnings[0]
+    assert torch.equal(weights[0], weights[monitor.skipped - 1]), "skipped steps change nothing"
     assert not torch.equal(weights[-1], weights[0])
-    assert proof.checked == 2
+    assert monitor.checked == 2
 
 
-def test_float16_that_overflows_without_end_stops() -> None:
+def test_repeated_float16_overflow_raises() -> None:
     with pytest.raises(RunError, match=f"the last {MAX_SKIPPED} steps up to step {MAX_SKIPPED}"):
-        fit_with_a_scale(2.0**60, 30)
+        train_with_grad_scaler(2.0**60, 30)
 
 
 CONTROL: Any = SimpleNamespace(
@@ -130,23 +130,25 @@ CONTROL: Any = SimpleNamespace(
 )
 
 
-@pytest.mark.parametrize("what", ["loss", "gradient", "weights"])
-def test_a_gpu_is_asked_before_anything_is_written(what: str) -> None:
+@pytest.mark.parametrize("kind", ["loss", "gradient", "weights"])
+def test_delayed_check_raises_before_saving(kind: str) -> None:
     losses = [1.0]
-    _, model, given = prepared()
-    proof = GradientMonitor(
-        NullListener(), lambda: torch.tensor(losses[0]), stopping(), delays_checks=True
+    _, model, arguments = create_monitor_and_model()
+    monitor = GradientMonitor(
+        NullListener(), lambda: torch.tensor(losses[0]), create_recovery(), delays_checks=True
     )
     for _ in range(3):
-        proof.on_pre_optimizer_step(NONE, STATE, NONE, **given)
-    if what == "loss":
+        monitor.on_pre_optimizer_step(NONE, STATE, NONE, **arguments)
+    if kind == "loss":
         losses[0] = math.nan
     with torch.no_grad():
-        (model.weight if what == "weights" else model.weight.grad)[0] += {  # type: ignore[index]
-            "loss": 0.0}.get(what, math.inf)  # fmt: skip
-    proof.on_pre_optimizer_step(NONE, STATE, NONE, **given)
-    proof.on_optimizer_step(NONE, STATE, NONE)
-    after: Any = SimpleNamespace(global_step=7)
-    proof.on_step_end(NONE, after, CONTROL)
-    with pytest.raises(RunError, match=rf"the {what} (is|are) not finite at step 7"):
-        proof.on_step_end(NONE, after, SimpleNamespace(**vars(CONTROL) | {"should_save": True}))
+        (model.weight if kind == "weights" else model.weight.grad)[0] += {  # type: ignore[index]
+            "loss": 0.0}.get(kind, math.inf)  # fmt: skip
+    monitor.on_pre_optimizer_step(NONE, STATE, NONE, **arguments)
+    monitor.on_optimizer_step(NONE, STATE, NONE)
+    next_state: Any = SimpleNamespace(global_step=7)
+    monitor.on_step_end(NONE, next_state, CONTROL)
+    with pytest.raises(RunError, match=rf"the {kind} (is|are) not finite at step 7"):
+        monitor.on_step_end(
+            NONE, next_state, SimpleNamespace(**vars(CONTROL) | {"should_save": True})
+        )

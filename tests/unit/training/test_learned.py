@@ -1,4 +1,4 @@
-"""A run whose loss did not fall says so, with the number."""
+"""Tests of the warning for a run whose loss did not decrease."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CLASSES = [Encoded([1, 2], label, 0) for label in (0, 1)] * 4  # guessing gives 
 TEXT = [Encoded([1, 2], [1, 2], 0)] * 8
 
 
-def said(
+def get_warnings(
     task: str, kind: str, rows: list[Encoded], losses: list[float], rate: float = 2e-4
 ) -> list[str]:
     plan: Any = SimpleNamespace(
@@ -37,10 +37,12 @@ def said(
         ([0.9, 0.9, 0.9, 0.9, 0.9], []),
     ],
 )
-def test_classes_are_compared_with_guessing(losses: list[float], expected: list[str]) -> None:
-    found = said("text-classification", "encoder", CLASSES, losses)
-    assert len(found) == len(expected)
-    for line, end in zip(found, expected, strict=True):
+def test_classification_loss_is_compared_with_guessing(
+    losses: list[float], expected: list[str]
+) -> None:
+    warnings = get_warnings("text-classification", "encoder", CLASSES, losses)
+    assert len(warnings) == len(expected)
+    for line, end in zip(warnings, expected, strict=True):
         assert line.startswith(
             f"the loss ended at {sum(losses[-3:]) / 3:.3f} (mean of the last 3 that were logged), "
             "and guessing by answer frequency gives 0.693: nothing was learned. "
@@ -48,17 +50,17 @@ def test_classes_are_compared_with_guessing(losses: list[float], expected: list[
         assert end in line
 
 
-def test_a_rate_far_above_the_default_is_what_is_wrong() -> None:
-    (line,) = said("text-generation", "decoder", TEXT, [3.0, 3.1, 3.0] * 2, 2e-2)
+def test_lower_learning_rate_is_suggested_far_above_default() -> None:
+    (line,) = get_warnings("text-generation", "decoder", TEXT, [3.0, 3.1, 3.0] * 2, 2e-2)
     assert "Try a lower --learning-rate than 0.02 (0.0002 is the default here), or" in line
 
 
 @pytest.mark.parametrize(
-    ("losses", "lines"),
+    ("losses", "count"),
     [([3.0, 3.1, 3.2] * 2, 1), ([3.1, 3.1, 3.2, 3.1, 3.0, 2.9], 0), ([3.0], 0)],
 )
-def test_text_is_compared_with_its_beginning(losses: list[float], lines: int) -> None:
-    found = said("text-generation", "decoder", TEXT, losses)
-    assert len(found) == lines
-    for line in found:
+def test_text_loss_is_compared_with_first_loss(losses: list[float], count: int) -> None:
+    warnings = get_warnings("text-generation", "decoder", TEXT, losses)
+    assert len(warnings) == count
+    for line in warnings:
         assert "ended at 3.100 (mean of the last 3 that were logged), and began at 3.100" in line

@@ -1,4 +1,4 @@
-"""The tokens of a micro-batch are the most that the forecast fits into the memory."""
+"""Tests that tokens per micro-batch are the most that fit in memory by the estimate."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ from ftlevel.training.processes import Processes
 from ftlevel.world import World
 
 ROW = 100
-FIXED, OF_A_TOKEN, RECOMPUTED = 10_000, 100, 20
+FIXED, BYTES_PER_TOKEN, RECOMPUTED_BYTES = 10_000, 100, 20
 
 
 @dataclass(frozen=True)
-class RunOf:
-    """The fields of a run that are read."""
+class RunStub:
+    """The fields of a run that are used."""
 
     config: TrainConfig
     fast: FastPlan
@@ -44,115 +44,123 @@ class RunOf:
     with_settings = Run.with_settings
 
 
-def run_of(device: str = "cpu", enabled: bool = True, **train: Any) -> Any:
-    rows = [Encoded([5] * ROW, [5] * ROW, at) for at in range(64)]
-    return RunOf(
-        config_of(**train),
+def create_run(device: str = "cpu", enabled: bool = True, **train: Any) -> Any:
+    rows = [Encoded([5] * ROW, [5] * ROW, index) for index in range(64)]
+    return RunStub(
+        create_config(**train),
         FastPlan(enabled=enabled, tokens=1600),
         SimpleNamespace(device=device),
         SimpleNamespace(train=rows, max_length=ROW),
     )
 
 
-def config_of(**train: Any) -> TrainConfig:
+def create_config(**train: Any) -> TrainConfig:
     speed = {"tokens_per_micro_batch": "memory"}
-    more = {"per_device_train_batch_size": 16, "gradient_accumulation_steps": 2, **train}
-    return TrainConfig.model_validate({"train": more, "speed": speed})
+    train_config = {"per_device_train_batch_size": 16, "gradient_accumulation_steps": 2, **train}
+    return TrainConfig.model_validate({"train": train_config, "speed": speed})
 
 
 @pytest.fixture
-def tried(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Put a forecast of known numbers in the place of the model's; return what it is asked."""
-    asked: list[int] = []
+def requested_tokens(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Replace the model's memory estimate with fixed numbers; return the requested token counts."""
+    requests: list[int] = []
 
     def forecast(_: Device, run: Any) -> StepMemory:
-        asked.append(run.fast.tokens)
+        requests.append(run.fast.tokens)
         tokens = max(ROW, run.fast.tokens // ROW * ROW)  # whole rows
-        each = RECOMPUTED if run.config.train.recomputes else OF_A_TOKEN
-        return StepMemory({WEIGHTS: FIXED, ACTIVATIONS: tokens * each}, "forward", tokens)
+        bytes_per_token = RECOMPUTED_BYTES if run.config.train.recomputes else BYTES_PER_TOKEN
+        return StepMemory(
+            {WEIGHTS: FIXED, ACTIVATIONS: tokens * bytes_per_token}, "forward", tokens
+        )
 
     monkeypatch.setattr(Device, "forecast", forecast)
-    return asked
+    return requests
 
 
-def tokens_for(memory: int, device: str = "cpu", **train: Any) -> int:
-    run = fit_batch_size(run_of(device, **train), memory)
+def fit_tokens(memory: int, device: str = "cpu", **train: Any) -> int:
+    run = fit_batch_size(create_run(device, **train), memory)
     assert run.config.speed.tokens_per_micro_batch == run.fast.tokens
     assert run.fast.memory == memory
     return run.fast.tokens
 
 
-def test_what_is_fast_anyhow_is_not_exceeded_on_a_cpu(tried: list[int]) -> None:
-    assert tokens_for(10**9) == 1600
-    assert tried == [1600]
+def test_cpu_default_is_not_exceeded(requested_tokens: list[int]) -> None:
+    assert fit_tokens(10**9) == 1600
+    assert requested_tokens == [1600]
 
 
-def test_a_gpu_takes_a_whole_step_at_once_where_it_fits(tried: list[int]) -> None:
-    assert tokens_for(10**9, "cuda") == 3200
-    assert tried == [3200]
+def test_gpu_uses_whole_step_if_it_fits(requested_tokens: list[int]) -> None:
+    assert fit_tokens(10**9, "cuda") == 3200
+    assert requested_tokens == [3200]
 
 
 @pytest.mark.parametrize("rows", [15, 9, 2, 1])
-def test_the_most_rows_that_fit_are_found(rows: int, tried: list[int]) -> None:
-    memory = FIXED + int((rows + 0.5) * ROW * OF_A_TOKEN)
-    assert tokens_for(memory) // ROW == rows
-    assert len(tried) <= 3
+def test_largest_fitting_micro_batch_is_found(rows: int, requested_tokens: list[int]) -> None:
+    memory = FIXED + int((rows + 0.5) * ROW * BYTES_PER_TOKEN)
+    assert fit_tokens(memory) // ROW == rows
+    assert len(requested_tokens) <= 3
 
 
-@pytest.mark.parametrize("memory", [FIXED - 1, FIXED + ROW * OF_A_TOKEN - 1])
-def test_a_row_alone_that_does_not_fit_is_refused(memory: int, tried: list[int]) -> None:
+@pytest.mark.parametrize("memory", [FIXED - 1, FIXED + ROW * BYTES_PER_TOKEN - 1])
+def test_single_row_that_does_not_fit_raises(memory: int, requested_tokens: list[int]) -> None:
     with pytest.raises(ConfigError, match=r"--auto-micro-batch: .* Try --gradient-checkpointing"):
-        tokens_for(memory)
-    assert tried
+        fit_tokens(memory)
+    assert requested_tokens
 
 
-def test_a_gpu_recomputes_before_micro_batches_become_slow(tried: list[int]) -> None:
-    memory = FIXED + 500 * OF_A_TOKEN
-    assert tokens_for(memory, "cuda", gradient_checkpointing=False) // ROW == 4
-    assert tokens_for(memory, "cuda") // ROW == 500 * OF_A_TOKEN // RECOMPUTED // ROW - 1
-    assert tried
+def test_gpu_enables_checkpointing_for_small_micro_batches(requested_tokens: list[int]) -> None:
+    memory = FIXED + 500 * BYTES_PER_TOKEN
+    assert fit_tokens(memory, "cuda", gradient_checkpointing=False) // ROW == 4
+    assert fit_tokens(memory, "cuda") // ROW == 500 * BYTES_PER_TOKEN // RECOMPUTED_BYTES // ROW - 1
+    assert requested_tokens
 
 
-def test_a_plain_step_has_no_micro_batches() -> None:
+def test_auto_micro_batch_without_fast_step_raises() -> None:
     with pytest.raises(ConfigError, match=r"needs the fast step.*--no-fast"):
-        fit_batch_size(run_of(enabled=False), 10**9)
+        fit_batch_size(create_run(enabled=False), 10**9)
 
 
-def test_a_base_that_is_shared_out_is_refused() -> None:
+def test_auto_micro_batch_with_sharding_raises() -> None:
     with pytest.raises(ConfigError, match=r"does not support --shard.*--tokens-per-micro-batch N"):
-        fit_batch_size(run_of(shard="full"), 10**9)
+        fit_batch_size(create_run(shard="full"), 10**9)
 
 
-def test_a_run_that_goes_on_keeps_its_tokens(tried: list[int]) -> None:
-    run = select_batch_size(run_of(), Processes(), 700)
+def test_resumed_run_keeps_tokens_per_micro_batch(requested_tokens: list[int]) -> None:
+    run = select_batch_size(create_run(), Processes(), 700)
     assert (run.fast.tokens, run.config.speed.tokens_per_micro_batch) == (700, 700)
-    assert not tried
+    assert not requested_tokens
 
 
-def test_a_limit_needs_something_that_is_fitted_to_it() -> None:
+def test_memory_limit_without_auto_micro_batch_raises() -> None:
     with pytest.raises(ValueError, match="memory_gib=2 is what --auto-micro-batch fits"):
         TrainConfig.model_validate({"speed": {"memory_gib": 2}})
 
 
-def test_what_the_run_holds_already_is_not_free(monkeypatch: pytest.MonkeyPatch) -> None:
-    wish = TrainConfig.model_validate(
+def test_available_memory_excludes_overhead_and_other_processes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config = TrainConfig.model_validate(
         {"speed": {"tokens_per_micro_batch": "memory", "memory_gib": 64}}
     )
     monkeypatch.setattr(alternatives, "free_memory_bytes", lambda _: 8 * 2**30)
-    beside = alternatives.CPU_OVERHEAD_BYTES
-    assert alternatives.get_available_memory(wish.speed, "cpu", Processes()) == 8 * 2**30 - beside
+    overhead = alternatives.CPU_OVERHEAD_BYTES
+    assert (
+        alternatives.get_available_memory(config.speed, "cpu", Processes()) == 8 * 2**30 - overhead
+    )
     assert (
         alternatives.get_available_memory(
-            config_of().speed, "cpu", Processes(World(size=4, local_size=2))
+            create_config().speed, "cpu", Processes(World(size=4, local_size=2))
         )
-        == 4 * 2**30 - beside
+        == 4 * 2**30 - overhead
     )
     monkeypatch.setattr(alternatives, "free_memory_bytes", lambda _: 128 * 2**30)
-    assert alternatives.get_available_memory(wish.speed, "cpu", Processes()) < 64 * 2**30 - beside
-    assert alternatives.get_available_memory(wish.speed, "cuda", Processes()) == 64 * 2**30
+    assert (
+        alternatives.get_available_memory(config.speed, "cpu", Processes()) < 64 * 2**30 - overhead
+    )
+    assert alternatives.get_available_memory(config.speed, "cuda", Processes()) == 64 * 2**30
 
 
-def test_a_control_group_leaves_what_is_below_its_limit(tmp_path: Path) -> None:
+def test_free_memory_of_control_groups(tmp_path: Path) -> None:
     files = {
         "two": {"memory.max": "1000", "memory.current": "700", "memory.stat": "anon 500\n"
                 "inactive_file 150"},
@@ -160,15 +168,15 @@ def test_a_control_group_leaves_what_is_below_its_limit(tmp_path: Path) -> None:
         "one": {"memory.limit_in_bytes": "900", "memory.usage_in_bytes": "950",
                 "memory.stat": "total_inactive_file 10"},
     }  # fmt: skip
-    for group, its in files.items():
+    for group, contents in files.items():
         (tmp_path / group).mkdir()
-        for name, text in its.items():
+        for name, text in contents.items():
             (tmp_path / group / name).write_text(text)
     assert list(get_free_memory(tmp_path / group for group in files)) == [450, 0]
 
 
 @pytest.mark.slow
-def test_a_run_in_less_memory_has_the_same_losses(
+def test_run_with_less_memory_has_same_losses(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -177,12 +185,12 @@ def test_a_run_in_less_memory_has_the_same_losses(
                "--dtype", "float32", "--no-verify-fast",
                "--set", "data.max_eval_samples=8"]  # fmt: skip
 
-    def losses(name: str) -> list[float]:
+    def load_losses(name: str) -> list[float]:
         records = map(json.loads, Path(name, "metrics.jsonl").read_text().splitlines())
         return [record["loss"] for record in records if "loss" in record]
 
     assert run([*command, "--output-dir", "whole"]) == 0
-    whole = json.loads(Path("whole/summary.json").read_text())["speed"]
+    full = json.loads(Path("whole/summary.json").read_text())["speed"]
     config = yaml.safe_load(Path("whole/config.yaml").read_text())
     assert config["speed"]["tokens_per_micro_batch"] == "auto"
     monkeypatch.setattr(alternatives, "get_available_memory", lambda *_: 30 * 2**20)
@@ -190,16 +198,16 @@ def test_a_run_in_less_memory_has_the_same_losses(
     assert run([*command, "--auto-micro-batch", "--output-dir", "parts"]) == 0
     assert "--auto-micro-batch: 0.0" in capsys.readouterr().out
     parts = json.loads(Path("parts/summary.json").read_text())["speed"]
-    assert parts["tokens_per_micro_batch"] < whole["tokens_per_micro_batch"]
-    assert (whole["chosen_for_bytes"], parts["chosen_for_bytes"]) == (None, 30 * 2**20)
+    assert parts["tokens_per_micro_batch"] < full["tokens_per_micro_batch"]
+    assert (full["chosen_for_bytes"], parts["chosen_for_bytes"]) == (None, 30 * 2**20)
     assert "for 0.03 GiB." in Path("parts/README.md").read_text()
     config = yaml.safe_load(Path("parts/config.yaml").read_text())
     assert config["speed"]["tokens_per_micro_batch"] == parts["tokens_per_micro_batch"]
-    assert losses("parts") == pytest.approx(losses("whole"), rel=1e-4)
+    assert load_losses("parts") == pytest.approx(load_losses("whole"), rel=1e-4)
 
     shutil.copytree("parts", "broken")
     shutil.rmtree("broken/checkpoints/checkpoint-4")
     Path("broken/summary.json").unlink()
     monkeypatch.setattr(alternatives, "get_available_memory", lambda *_: 2**33)
     assert run([*command, "--auto-micro-batch", "--output-dir", "broken", "--resume"]) == 0
-    assert losses("broken") == losses("parts")
+    assert load_losses("broken") == load_losses("parts")

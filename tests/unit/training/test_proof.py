@@ -1,4 +1,4 @@
-"""What is compared after a run does not grow with the rows."""
+"""Tests that the checks after a run have bounded cost and detect changes."""
 
 from __future__ import annotations
 
@@ -28,36 +28,40 @@ from ftlevel.training.proof import (
 from live_tensors import LiveTensors
 
 VOCABULARY = 100_000
-MOST = MAX_TEST_LOGITS // VOCABULARY // NUM_TEST_ROWS
+MAX_LENGTH = MAX_TEST_LOGITS // VOCABULARY // NUM_TEST_ROWS
 
 
-def rows(length: int) -> list[Encoded]:
+def create_rows(length: int) -> list[Encoded]:
     return [Encoded(list(range(length)), list(range(length)), i) for i in range(9)]
 
 
 @pytest.mark.parametrize("length", [10, 5000])
-def test_the_scores_of_a_vocabulary_are_bounded(length: int) -> None:
+def test_check_batch_length_is_bounded_by_vocabulary(length: int) -> None:
     batch = collate_check_batch(
-        rows(length), 0, "cpu", Tokens("perplexity", shifted=True), VOCABULARY
+        create_rows(length), 0, "cpu", Tokens("perplexity", shifted=True), VOCABULARY
     )
-    assert batch["input_ids"].shape == batch["labels"].shape == (NUM_TEST_ROWS, min(length, MOST))
+    assert (
+        batch["input_ids"].shape
+        == batch["labels"].shape
+        == (NUM_TEST_ROWS, min(length, MAX_LENGTH))
+    )
 
 
-def test_an_encoder_reads_all_of_a_row_whose_answer_is_cut() -> None:
+def test_encoder_input_is_not_truncated_with_labels() -> None:
     objective = Tokens("perplexity", feeds_labels=True)
-    batch = collate_check_batch(rows(5000), 0, "cpu", objective, VOCABULARY)
+    batch = collate_check_batch(create_rows(5000), 0, "cpu", objective, VOCABULARY)
     assert batch["input_ids"].shape == (NUM_TEST_ROWS, 5000)
-    assert batch["labels"].shape == (NUM_TEST_ROWS, MOST)
+    assert batch["labels"].shape == (NUM_TEST_ROWS, MAX_LENGTH)
 
 
-def test_a_class_is_of_the_whole_row() -> None:
+def test_classification_row_is_not_truncated() -> None:
     texts = [Encoded([1] * 5000, 2, i) for i in range(2)]
     batch = collate_check_batch(texts, 0, "cpu", Classes("accuracy"), VOCABULARY)
     assert batch["input_ids"].shape == (2, 5000)
 
 
-def test_a_frozen_weight_that_was_only_cast_is_unchanged() -> None:
-    """Switch Transformers holds its router in float32, whatever it was loaded in."""
+def test_cast_frozen_weight_counts_as_unchanged() -> None:
+    """Switch Transformers keeps its router in float32, whatever dtype it is loaded in."""
     trained = tiny_models.build("llama").bfloat16().requires_grad_(False)
     digests = hash_tensors(trained.named_parameters())
     count = compare_frozen(trained, digests)
@@ -68,7 +72,7 @@ def test_a_frozen_weight_that_was_only_cast_is_unchanged() -> None:
         compare_frozen(trained, digests)
 
 
-def saved(tmp_path: Path, **settings: Any) -> tuple[Any, Mapping[str, TensorHash]]:
+def save_trained_adapter(tmp_path: Path, **settings: Any) -> tuple[Any, Mapping[str, TensorHash]]:
     """Return a trained model whose adapter is saved in `tmp_path`, and the base's digests."""
     base = tiny_models.build("llama", intermediate_size=4096)
     digests = hash_tensors(base.named_parameters())
@@ -78,21 +82,21 @@ def saved(tmp_path: Path, **settings: Any) -> tuple[Any, Mapping[str, TensorHash
     return trained, digests
 
 
-def probe() -> CheckInputs:
+def create_check_inputs() -> CheckInputs:
     return CheckInputs(tiny_models.build_batch("llama"), Tokens("perplexity", shifted=True), "cpu",
                  "float32")  # fmt: skip
 
 
-def load_no_base() -> Any:
+def raise_if_loaded() -> Any:
     raise AssertionError("the base was loaded a second time")
 
 
-def test_the_proof_loads_no_base(tmp_path: Path) -> None:
-    trained, digests = saved(tmp_path)
+def test_check_saved_does_not_load_base_again(tmp_path: Path) -> None:
+    trained, digests = save_trained_adapter(tmp_path)
     names = [(name, p.requires_grad) for name, p in trained.named_parameters()]
     with LiveTensors() as live:
         frozen, difference, effect = check_saved(
-            trained, tmp_path, BaseState(digests, load_no_base), probe()
+            trained, tmp_path, BaseState(digests, raise_if_loaded), create_check_inputs()
         )
     assert frozen == len(digests)
     assert difference == 0
@@ -103,44 +107,46 @@ def test_the_proof_loads_no_base(tmp_path: Path) -> None:
     assert trained.active_adapters == ["default"]
 
 
-def test_another_adapter_than_the_one_that_was_trained_is_seen(tmp_path: Path) -> None:
-    trained, digests = saved(tmp_path)
+def test_saved_adapter_that_differs_raises(tmp_path: Path) -> None:
+    trained, digests = save_trained_adapter(tmp_path)
     with torch.no_grad():
         next(p for n, p in trained.named_parameters() if "lora_B" in n).add_(1.0)
     with pytest.raises(RunError, match="differs from the trained one: its logits differ by"):
-        check_saved(trained, tmp_path, BaseState(digests, load_no_base), probe())
+        check_saved(trained, tmp_path, BaseState(digests, raise_if_loaded), create_check_inputs())
 
 
-def test_a_kind_of_which_a_model_has_one_is_put_onto_a_fresh_base(tmp_path: Path) -> None:
-    """PEFT takes a second LoRA with biases beside none."""
-    trained, digests = saved(tmp_path, bias="lora_only")
-    loaded = []
+def test_lora_with_bias_is_checked_on_fresh_base(tmp_path: Path) -> None:
+    """PEFT does not support a second LoRA with trained biases in one model."""
+    trained, digests = save_trained_adapter(tmp_path, bias="lora_only")
+    bases = []
 
     def load() -> Any:
-        loaded.append(tiny_models.build("llama", intermediate_size=4096))
-        return loaded[-1]
+        bases.append(tiny_models.build("llama", intermediate_size=4096))
+        return bases[-1]
 
-    _, difference, _ = check_saved(trained, tmp_path, BaseState(digests, load), probe())
+    _, difference, _ = check_saved(
+        trained, tmp_path, BaseState(digests, load), create_check_inputs()
+    )
     assert difference < 1e-5
-    assert len(loaded) == 1
+    assert len(bases) == 1
     assert list(trained.peft_config) == ["default"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8])
 @pytest.mark.parametrize("size", [1, 7, 8, 100_001])
-def test_a_digest_tells_one_bit_of_a_tensor(
+def test_digest_changes_with_every_bit(
     dtype: torch.dtype, size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = torch.randint(0, 255, (size + 3,)).to(dtype)
-    tensor = whole[3:].clone()
-    found = hash_tensor(tensor)
-    assert hash_tensor(whole[3:]) == found, "wherever it stands in memory"
-    assert hash_tensor(tensor.view(1, -1)) != found
+    storage = torch.randint(0, 255, (size + 3,)).to(dtype)
+    tensor = storage[3:].clone()
+    digest = hash_tensor(tensor)
+    assert hash_tensor(storage[3:]) == digest, "wherever it stands in memory"
+    assert hash_tensor(tensor.view(1, -1)) != digest
     monkeypatch.setattr("ftlevel.training.model._CPU_CHUNK", 17)
-    assert hash_tensor(tensor) == found, "in whatever pieces"
+    assert hash_tensor(tensor) == digest, "in whatever pieces"
     if size > 1:
-        assert hash_tensor(tensor.flip(0)) != found
-    for at in {0, size // 2, size - 1}:
+        assert hash_tensor(tensor.flip(0)) != digest
+    for index in {0, size // 2, size - 1}:
         bits = tensor.clone()
-        bits.view(torch.uint8)[at * bits.itemsize] ^= 1
-        assert hash_tensor(bits) != found
+        bits.view(torch.uint8)[index * bits.itemsize] ^= 1
+        assert hash_tensor(bits) != digest

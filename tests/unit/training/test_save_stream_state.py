@@ -1,4 +1,4 @@
-"""Where a stream is stands in a checkpoint once, though every process knows it."""
+"""Tests that the position in a data stream is saved once, by the first process."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from ftlevel.training.saving import SaveStreamState
 
 
 @pytest.mark.parametrize("is_first", [True, False])
-def test_the_first_process_writes_it_for_all(tmp_path: Path, is_first: bool) -> None:
-    """Two that write one file at once take it from one another."""
+def test_only_first_process_saves_stream_state(tmp_path: Path, is_first: bool) -> None:
+    """Two processes that write the same file would conflict."""
     saved: list[tuple[Path, int]] = []
-    rows: Any = SimpleNamespace(save=lambda *given: saved.append(given))
+    rows: Any = SimpleNamespace(save=lambda *arguments: saved.append(arguments))
     state: Any = SimpleNamespace(global_step=4, is_world_process_zero=is_first)
-    given: Any = (None, state, None)
-    SaveStreamState(rows, tmp_path).on_save(*given)
+    callback_args: Any = (None, state, None)
+    SaveStreamState(rows, tmp_path).on_save(*callback_args)
     assert saved == ([(tmp_path / "checkpoint-4", 4)] if is_first else [])

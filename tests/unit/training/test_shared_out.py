@@ -1,4 +1,4 @@
-"""What a method makes of weights that are not read yet."""
+"""Tests of adapters on lazily loaded weights."""
 
 from __future__ import annotations
 
@@ -18,10 +18,12 @@ from ftlevel.trained.adapt import apply_method
 from ftlevel.training.model import find_computed_tensor
 from tiny_models import AUTO_CLASSES
 
-Make = Callable[..., Path]
+ModelDir = Callable[..., Path]
 
 
-def adapted(directory: Path, spec: LoraSpec, dtype: torch.dtype, slices: LazyWeights | None) -> Any:
+def build_lora_model(
+    directory: Path, spec: LoraSpec, dtype: torch.dtype, slices: LazyWeights | None
+) -> Any:
     source = resolve_source(str(directory))
     config = load_config(source)
     model, _ = load_model(
@@ -34,21 +36,21 @@ def adapted(directory: Path, spec: LoraSpec, dtype: torch.dtype, slices: LazyWei
     )
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])  # it is stored in float32
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])  # the checkpoint is float32
 @pytest.mark.parametrize("use_dora", [False, True])
-def test_heads_are_read_and_what_cannot_be_computed_is_named(
-    tiny_model_dir: Make, use_dora: bool, dtype: torch.dtype
+def test_lazy_model_loads_heads_and_reports_computed_tensors(
+    tiny_model_dir: ModelDir, use_dora: bool, dtype: torch.dtype
 ) -> None:
     directory, slices = tiny_model_dir("bert", "seqcls"), LazyWeights()
     spec = LoraSpec(use_dora=use_dora)
-    expected = adapted(directory, spec, dtype, None)
-    model = adapted(directory, spec, dtype, slices)
-    made = find_computed_tensor(model, slices)
-    assert ("magnitude" in made) == (use_dora and dtype == torch.bfloat16)
-    for (name, one), (_, other) in zip(
+    expected = build_lora_model(directory, spec, dtype, None)
+    model = build_lora_model(directory, spec, dtype, slices)
+    computed = find_computed_tensor(model, slices)
+    assert ("magnitude" in computed) == (use_dora and dtype == torch.bfloat16)
+    for (name, eager), (_, lazy) in zip(
         expected.named_parameters(), model.named_parameters(), strict=True
     ):
-        if one.requires_grad and (not made or "magnitude" not in name):
-            assert one.equal(other), name
+        if eager.requires_grad and (not computed or "magnitude" not in name):
+            assert eager.equal(lazy), name
     assert any(".query.base_layer.weight" in n for n, p in model.named_parameters()
                if p in slices.weights)  # fmt: skip

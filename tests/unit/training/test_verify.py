@@ -1,4 +1,4 @@
-"""`--verify-fast` and the few rows of every run: what they see, and that they leave nothing."""
+"""Tests of `--verify-fast` and of the check on a few rows: detected errors, and no side effects."""
 
 from __future__ import annotations
 
@@ -42,8 +42,10 @@ from ftlevel.training.verify import (
 )
 
 
-def build(dtype: str, *, data: Path | None = None, task: str | None = None, **method: Any) -> Any:
-    """Return a small run and its model with the fast step on it."""
+def build_run(
+    dtype: str, *, data: Path | None = None, task: str | None = None, **method: Any
+) -> Any:
+    """Return a small run and its model with the fast step."""
     config = TrainConfig.model_validate({
         "task": task or "text-generation",
         "model": {"name_or_path": "builtin:tiny-llama", "dtype": dtype},
@@ -58,103 +60,106 @@ def build(dtype: str, *, data: Path | None = None, task: str | None = None, **me
 
 @pytest.fixture(scope="module", params=["float32", "bfloat16"])
 def small_run(request: pytest.FixtureRequest) -> Any:
-    return build(request.param)
+    return build_run(request.param)
 
 
-def asking(run: Run, verify: bool | None) -> Run:
+def set_verify(run: Run, verify: bool | None) -> Run:
     return run.with_settings("speed", verify=verify)
 
 
-def scaled(argument: int, factor: float) -> Callable[..., Any]:
-    """Return LoRA's fused backward pass with one gradient off by a factor."""
-    right = FusedLoraFunction.backward
+def scale_gradient(argument: int, factor: float) -> Callable[..., Any]:
+    """Return LoRA's fused backward pass with one gradient multiplied by `factor`."""
+    original = FusedLoraFunction.backward
 
-    def wrong(ctx: Any, *gradients: torch.Tensor) -> tuple[Any, ...]:
-        made = list(right(ctx, *gradients))
-        made[argument] = None if made[argument] is None else made[argument] * factor
-        return tuple(made)
+    def scaled_backward(ctx: Any, *gradients: torch.Tensor) -> tuple[Any, ...]:
+        results = list(original(ctx, *gradients))
+        results[argument] = None if results[argument] is None else results[argument] * factor
+        return tuple(results)
 
-    return staticmethod(wrong)
+    return staticmethod(scaled_backward)
 
 
 @pytest.mark.parametrize(
     ("argument", "factor"),
     [pytest.param(2, -1.0, marks=pytest.mark.sweep), (2, 0.0), (2, 1.02), (3, 1.02)],
 )
-def test_a_wrong_gradient_of_a_or_b_stops_every_run(
+def test_wrong_lora_gradient_raises(
     small_run: Any, monkeypatch: pytest.MonkeyPatch, argument: int, factor: float
 ) -> None:
-    monkeypatch.setattr(FusedLoraFunction, "backward", scaled(argument, factor))
+    monkeypatch.setattr(FusedLoraFunction, "backward", scale_gradient(argument, factor))
     with pytest.raises(RunError, match=r"the fast step is not the plain one: in float32 gradients"):
         verify_step(*small_run, NullListener())
 
 
-def test_a_wrong_update_stops_every_run(small_run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = FusedLoraFunction.forward
+def test_wrong_lora_update_raises(small_run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = FusedLoraFunction.forward
 
-    def wrong(ctx: Any, x: torch.Tensor, dropped: Any, a: Any, b: Any, *others: Any) -> Any:
-        made = right(ctx, x, dropped, a, b, *others)
+    def wrong_forward(ctx: Any, x: torch.Tensor, dropped: Any, a: Any, b: Any, *others: Any) -> Any:
+        output = original(ctx, x, dropped, a, b, *others)
         with torch.no_grad():
-            return made + 0.01 * (x @ a.to(x.dtype).T @ b.to(x.dtype).T) * others[2]
+            return output + 0.01 * (x @ a.to(x.dtype).T @ b.to(x.dtype).T) * others[2]
 
-    monkeypatch.setattr(FusedLoraFunction, "forward", staticmethod(wrong))
+    monkeypatch.setattr(FusedLoraFunction, "forward", staticmethod(wrong_forward))
     with pytest.raises(RunError, match="the fast step is not the plain one"):
         verify_step(*small_run, NullListener())
 
 
-def test_a_lost_target_stops_every_run(small_run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = FtlevelTrainer.count_targets
-    monkeypatch.setattr(FtlevelTrainer, "count_targets", lambda *args: right(*args) + 1)
+def test_wrong_target_count_raises(small_run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = FtlevelTrainer.count_targets
+    monkeypatch.setattr(FtlevelTrainer, "count_targets", lambda *args: original(*args) + 1)
     with pytest.raises(RunError, match="losses differ by"):
         verify_step(*small_run, NullListener())
 
 
-def test_a_clean_step_passes_and_leaves_nothing(small_run: Any) -> None:
+def test_correct_step_passes_without_side_effects(small_run: Any) -> None:
     run, adapted = small_run
     before = {name: value.clone() for name, value in adapted.model.state_dict().items()}
-    places = {name: p.data_ptr() for name, p in adapted.model.named_parameters()}
-    found = verify_step(asking(run, True), adapted, NullListener())
-    assert found is not None
-    assert found.steps == 3
-    assert found.rows == 24
-    assert found.dtype == "float32"
-    assert 0 < found.gradient < 1e-4
-    assert found.dropout is None, "nothing is dropped"
+    pointers = {name: p.data_ptr() for name, p in adapted.model.named_parameters()}
+    result = verify_step(set_verify(run, True), adapted, NullListener())
+    assert result is not None
+    assert result.steps == 3
+    assert result.rows == 24
+    assert result.dtype == "float32"
+    assert 0 < result.gradient < 1e-4
+    assert result.dropout is None, "nothing is dropped"
     if run.model.dtype == "bfloat16":
-        assert set(found.rounded) == {"lora_A", "lora_B"}
-        for plain, fast in found.rounded.values():
+        assert set(result.rounded) == {"lora_A", "lora_B"}
+        for plain, fast in result.rounded.values():
             assert plain > 0.005, "bfloat16 rounds"
             assert fast < 1.5 * plain + 2e-3
     after = adapted.model.state_dict()
     assert all(torch.equal(value, after[name]) for name, value in before.items())
-    assert places == {name: p.data_ptr() for name, p in adapted.model.named_parameters()}
+    assert pointers == {name: p.data_ptr() for name, p in adapted.model.named_parameters()}
     assert all(p.grad is None for p in adapted.model.parameters())
-    assert verify_step(asking(run, False), adapted, NullListener()) is None
+    assert verify_step(set_verify(run, False), adapted, NullListener()) is None
 
 
-def test_a_fault_under_dropout_is_seen_when_asked(monkeypatch: pytest.MonkeyPatch) -> None:
-    run, adapted = build("float32", lora_dropout=0.2)
-    clean = verify_step(asking(run, True), adapted, NullListener())
+def test_error_under_dropout_is_detected_by_full_verification(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    run, adapted = build_run("float32", lora_dropout=0.2)
+    clean = verify_step(set_verify(run, True), adapted, NullListener())
     assert clean is not None
     assert clean.dropout is not None
     assert clean.dropout < 1e-4
-    right = FusedLoraFunction.forward
+    original = FusedLoraFunction.forward
 
-    def wrong(ctx: Any, x: torch.Tensor, dropped: torch.Tensor, *others: Any) -> Any:
+    def wrong_forward(ctx: Any, x: torch.Tensor, dropped: torch.Tensor, *others: Any) -> Any:
         is_dropped = not torch.equal(dropped, x)
-        return right(ctx, x, dropped * 1.02 if is_dropped else dropped, *others)
+        return original(ctx, x, dropped * 1.02 if is_dropped else dropped, *others)
 
-    monkeypatch.setattr(FusedLoraFunction, "forward", staticmethod(wrong))
+    monkeypatch.setattr(FusedLoraFunction, "forward", staticmethod(wrong_forward))
     assert verify_step(run, adapted, NullListener()) is not None, "nothing is dropped in it"
     with pytest.raises(RunError, match="gradients with dropout"):
-        verify_step(asking(run, True), adapted, NullListener())
+        verify_step(set_verify(run, True), adapted, NullListener())
 
 
-def test_pairs_of_one_length_are_rounded(tmp_path: Path) -> None:
-    """What two answers have in common cancels, and what is left is rounded far more coarsely.
+def test_rounding_of_equal_length_pairs_is_accepted(tmp_path: Path) -> None:
+    """Shared parts of two answers cancel, so the difference has a larger relative error.
 
-    The fast step is nearer to float64 than the plain one here. Rows in another order differ by
-    1e-5; the two steps by 1.5e-3 on an AMD EPYC and by 4e-5 on an Intel Xeon with AMX.
+    The fast step is nearer to float64 than the plain one here. Another order of rows changes the
+    gradient by 1e-5; the two steps differ by 1.5e-3 on an AMD EPYC and by 4e-5 on an Intel Xeon
+    with AMX.
     """
     rows = [
         {"prompt": f"What is {a}+{b}?", "chosen": f"It is {a + b}.", "rejected": f"It is {a + 1}."}
@@ -162,67 +167,73 @@ def test_pairs_of_one_length_are_rounded(tmp_path: Path) -> None:
     ]  # fmt: skip
     data = tmp_path / "pairs.jsonl"
     data.write_text("\n".join(map(json.dumps, rows)))
-    run, adapted = build("float32", data=data, task="reward")
+    run, adapted = build_run("float32", data=data, task="reward")
     verified = verify_step(run, adapted, NullListener())
     assert verified is not None
-    assert verified.gradient > 2e-5  # more than another order explains
+    assert verified.gradient > 2e-5  # more than another order of rows explains
 
 
-def apart(difference: float, norm: float) -> GradientDifference:
+def create_difference(difference: float, norm: float) -> GradientDifference:
     return GradientDifference(difference=difference**2, reference=norm**2, along=norm**2)
 
 
-def test_a_tensor_without_a_gradient_is_rounded_like_its_neighbours() -> None:
-    """The keys of a saturated attention: nothing but rounding is left of their gradient."""
-    queries = {f"layers.{i}.q_proj.lora_A.default.weight": apart(4e-3, 1.0) for i in range(8)}
+def test_vanishing_gradient_is_compared_with_other_tensors() -> None:
+    """Keys of a saturated attention: their gradient consists of rounding errors only."""
+    queries = {
+        f"layers.{i}.q_proj.lora_A.default.weight": create_difference(4e-3, 1.0) for i in range(8)
+    }
     key = "layers.0.k_proj.lora_A.default.weight"
-    plain = {**queries, key: apart(4e-6, 1e-8)}
-    RoundingErrors([plain], {**queries, key: apart(1.7e-5, 1e-8)}).check()
+    plain = {**queries, key: create_difference(4e-6, 1e-8)}
+    RoundingErrors([plain], {**queries, key: create_difference(1.7e-5, 1e-8)}).check()
     with pytest.raises(RunError, match="k_proj"):
-        RoundingErrors([plain], {**queries, key: apart(1e-3, 1e-8)}).check()
+        RoundingErrors([plain], {**queries, key: create_difference(1e-3, 1e-8)}).check()
 
 
-def test_a_gradient_of_few_errors_is_measured_by_several_draws() -> None:
-    """A bias may be too long in all entries at once; one draw tells neither that nor how far."""
+def test_small_tensor_gradient_is_compared_over_several_samples() -> None:
+    """A bias gradient can be too long in all entries; a single sample does not show by how much."""
 
-    def bias(distance: float, length: float) -> dict[str, GradientDifference]:
+    def bias_difference(distance: float, length: float) -> dict[str, GradientDifference]:
         return {"down.bias": GradientDifference(distance**2, 1.0, 1.0 + length)}
 
-    short, long, right = bias(0.04, -0.03), bias(0.06, 0.025), bias(0.08, 0.04)
+    short, long, fast = (
+        bias_difference(0.04, -0.03),
+        bias_difference(0.06, 0.025),
+        bias_difference(0.08, 0.04),
+    )
     with pytest.raises(RunError, match="bias"):
-        RoundingErrors([short], right).check()
-    assert RoundingErrors([short, long], right).check() == {"down.bias": (0.06, 0.08)}
+        RoundingErrors([short], fast).check()
+    assert RoundingErrors([short, long], fast).check() == {"down.bias": (0.06, 0.08)}
     with pytest.raises(RunError, match="bias"):
-        RoundingErrors([short, long], bias(0.08, 0.05)).check()
+        RoundingErrors([short, long], bias_difference(0.08, 0.05)).check()
     with pytest.raises(RunError, match="bias"):
-        RoundingErrors([short, long], bias(0.1, 0.0)).check()
+        RoundingErrors([short, long], bias_difference(0.1, 0.0)).check()
 
 
-@pytest.mark.parametrize("at_once", [1, 3, 100])
-def test_gradients_are_compared_in_parts(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ftlevel.training.step_comparison._CHUNK_SIZE", at_once)
-    found, like = torch.arange(10.0).reshape(2, 5), torch.full((2, 5), 2.0)
-    apart = compare_gradients({"w": found, "missing": torch.ones(4)}, {"w": like})
-    assert apart["w"] == GradientDifference(145.0, 40.0, 90.0)  # Σ (n − 2)², Σ 4, Σ 2n
-    assert apart["missing"] == GradientDifference(4.0, 0.0, 0.0)
+@pytest.mark.parametrize("chunk_size", [1, 3, 100])
+def test_compare_gradients_in_chunks(chunk_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ftlevel.training.step_comparison._CHUNK_SIZE", chunk_size)
+    actual, expected = torch.arange(10.0).reshape(2, 5), torch.full((2, 5), 2.0)
+    differences = compare_gradients({"w": actual, "missing": torch.ones(4)}, {"w": expected})
+    assert differences["w"] == GradientDifference(145.0, 40.0, 90.0)  # Σ (n − 2)², Σ 4, Σ 2n
+    assert differences["missing"] == GradientDifference(4.0, 0.0, 0.0)
 
 
-def test_distance_and_length() -> None:
+def test_gradient_distance_and_length() -> None:
     reference = {"w": torch.tensor([3.0, 4.0]), "v": torch.zeros(2)}
-    found = compare_gradients({"w": torch.tensor([3.3, 4.4])}, reference)
-    assert found["w"].distance == pytest.approx(0.1)
-    assert found["w"].length == pytest.approx(0.1)
-    assert found["v"] == GradientDifference(0.0, 0.0, 0.0)
-    turned = compare_gradients(
+    scaled_differences = compare_gradients({"w": torch.tensor([3.3, 4.4])}, reference)
+    assert scaled_differences["w"].distance == pytest.approx(0.1)
+    assert scaled_differences["w"].length == pytest.approx(0.1)
+    assert scaled_differences["v"] == GradientDifference(0.0, 0.0, 0.0)
+    rotated = compare_gradients(
         {"w": torch.tensor([3.0, 4.0]) + torch.tensor([-0.4, 0.3])}, reference
     )
-    assert turned["w"].distance == pytest.approx(0.1)
-    assert turned["w"].length == pytest.approx(0.0, abs=1e-6)
+    assert rotated["w"].distance == pytest.approx(0.1)
+    assert rotated["w"].length == pytest.approx(0.0, abs=1e-6)
     missing = compare_gradients({"w": torch.ones(2)}, {})
     assert missing["w"].distance == float("inf"), "a gradient where there should be none"
 
 
-def test_kinds() -> None:
+def test_get_tensor_type() -> None:
     layer = "base_model.model.model.layers.3"
     assert get_tensor_type(f"{layer}.self_attn.q_proj.lora_A.default.weight") == "lora_A"
     assert get_tensor_type(f"{layer}.mlp.adapters.default.down.bias") == "down.bias"
@@ -234,17 +245,17 @@ def test_kinds() -> None:
     assert get_tensor_type("vera_lambda_d.default") == "vera_lambda_d"
 
 
-def test_float32_for_a_moment() -> None:
+def test_cast_to_float32_restores_dtype_and_memory() -> None:
     model = torch.nn.Linear(3, 2, dtype=torch.bfloat16)
-    weight, place = model.weight, model.weight.data_ptr()
+    weight, pointer = model.weight, model.weight.data_ptr()
     with cast_to_float32(model):
         assert model.weight is weight
         assert weight.dtype == torch.float32
     assert weight.dtype == torch.bfloat16
-    assert weight.data_ptr() == place
+    assert weight.data_ptr() == pointer
 
 
-def test_what_begins_at_zero_moves_and_goes_back() -> None:
+def test_perturb_weights_changes_and_restores_zeros() -> None:
     model = torch.nn.Linear(16, 8, bias=False)
     torch.nn.init.zeros_(model.weight)
     with perturb_weights(model):
@@ -256,22 +267,22 @@ def row(length: int, labels: Any) -> Encoded:
     return Encoded(list(range(length)), labels, 0)
 
 
-def test_few_rows() -> None:
+def test_select_compared_rows_within_token_limit() -> None:
     rows = [row(length, [IGNORED] * (length - 1) + [1]) for length in (90, 30, 500, 60, 80, 70)]
-    chosen = select_compared_rows(rows)
-    assert [len(r.input_ids) for r in chosen] == [30, 60, 70, 80]
-    assert sum(len(r.input_ids) for r in chosen) <= MAX_TOKENS
+    selected = select_compared_rows(rows)
+    assert [len(r.input_ids) for r in selected] == [30, 60, 70, 80]
+    assert sum(len(r.input_ids) for r in selected) <= MAX_TOKENS
     assert len(select_compared_rows(rows[2:3] * 2)) == 2, (
         "two at least, so that they could see each other"
     )
 
 
-def test_rows_are_cut_where_they_can_be() -> None:
+def test_truncate_example_keeps_targets() -> None:
     labels = [IGNORED] * 300 + [7, 8] + [IGNORED] * 200
-    cut = truncate_example(row(502, labels), 100)
-    assert cut is not None
-    assert cut.input_ids == list(range(202, 302))
-    assert cut.labels[-2:] == [7, 8]
+    truncated = truncate_example(row(502, labels), 100)
+    assert truncated is not None
+    assert truncated.input_ids == list(range(202, 302))
+    assert truncated.labels[-2:] == [7, 8]
     classified = truncate_example(row(502, 3), 100)
     assert classified is not None
     assert (classified.input_ids, classified.labels) == (list(range(100)), 3)
@@ -281,21 +292,21 @@ def test_rows_are_cut_where_they_can_be() -> None:
 
 
 @pytest.fixture
-def blind_run(small_run: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Return a run of which another order of sums shows no rounding errors, large as they are.
+def run_with_hidden_rounding(small_run: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Return a run whose rounding errors do not show when rows are reordered.
 
-    As those of `olora` on an encoder–decoder whose rows begin alike, where the plain step is 2.5e-4
+    As with `olora` on an encoder-decoder whose rows share a prefix: there the plain step is 2.5e-4
     from float64 in either order, and the fast one 3e-5.
     """
-    right = Steps.reference
+    original = Steps.reference
 
-    def rounded(self: Steps, rows: Any, size: int, dtype: str) -> StepResult:
-        step = right(self, rows, size, dtype)
+    def rounded_reference(self: Steps, rows: Any, size: int, dtype: str) -> StepResult:
+        step = original(self, rows, size, dtype)
         if next(iter(step.gradients.values())).dtype == torch.float64:
             return step
         return replace(step, gradients={n: g * 1.001 for n, g in step.gradients.items()})
 
-    monkeypatch.setattr(Steps, "reference", rounded)
+    monkeypatch.setattr(Steps, "reference", rounded_reference)
     monkeypatch.setattr(
         Steps,
         "perturbed_reference",
@@ -304,11 +315,11 @@ def blind_run(small_run: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     return small_run
 
 
-def test_float64_decides_where_the_plain_step_is_the_rounded_one(blind_run: Any) -> None:
-    found = verify_step(*blind_run, NullListener())
-    assert found is not None
-    assert found.exact == pytest.approx(1e-3, rel=0.1)
-    assert found.gradient < 1e-4
+def test_float64_accepts_fast_step_if_plain_step_is_inexact(run_with_hidden_rounding: Any) -> None:
+    result = verify_step(*run_with_hidden_rounding, NullListener())
+    assert result is not None
+    assert result.exact == pytest.approx(1e-3, rel=0.1)
+    assert result.gradient < 1e-4
 
 
 @pytest.mark.parametrize(
@@ -320,66 +331,66 @@ def test_float64_decides_where_the_plain_step_is_the_rounded_one(blind_run: Any)
         pytest.param(3, 0.0, marks=pytest.mark.sweep),
     ],
 )
-def test_a_fault_is_a_fault_in_float64(
-    blind_run: Any, monkeypatch: pytest.MonkeyPatch, argument: int, factor: float
+def test_wrong_gradient_raises_in_float64(
+    run_with_hidden_rounding: Any, monkeypatch: pytest.MonkeyPatch, argument: int, factor: float
 ) -> None:
-    """The first and the third are as wrong as the plain step is, and hidden by it in float32."""
-    monkeypatch.setattr(FusedLoraFunction, "backward", scaled(argument, factor))
+    """The first and third error are as large as the plain step's own in float32."""
+    monkeypatch.setattr(FusedLoraFunction, "backward", scale_gradient(argument, factor))
     with pytest.raises(RunError, match=r"in float32 gradients of .* rounding explains 0\.0001"):
-        verify_step(*blind_run, NullListener())
+        verify_step(*run_with_hidden_rounding, NullListener())
 
 
-def moved_in_float32(gradient: float, loss: float) -> Any:
-    """Return the fast step, off by factors in float32 and right in float64."""
-    right = Steps.fast
+def scale_in_float32(gradient: float, loss: float) -> Any:
+    """Return a fast step that is scaled in float32 and correct in float64."""
+    original = Steps.fast
 
-    def moved(self: Steps, rows: Any, dtype: str) -> StepResult:
-        step = right(self, rows, dtype)
+    def scaled_step(self: Steps, rows: Any, dtype: str) -> StepResult:
+        step = original(self, rows, dtype)
         if next(iter(step.gradients.values())).dtype == torch.float64:
             return step
         gradients = {name: g * gradient for name, g in step.gradients.items()}
         return replace(step, loss=step.loss * loss, gradients=gradients)
 
-    return moved
+    return scaled_step
 
 
 @pytest.mark.parametrize(("gradient", "loss"), [(0.97, 1.0), (0.0, 1.0), (0.994, 1.001)])
-def test_what_no_kink_does_is_a_fault(
-    blind_run: Any, monkeypatch: pytest.MonkeyPatch, gradient: float, loss: float
+def test_error_larger_than_kinks_explain_raises(
+    run_with_hidden_rounding: Any, monkeypatch: pytest.MonkeyPatch, gradient: float, loss: float
 ) -> None:
-    monkeypatch.setattr(Steps, "fast", moved_in_float32(gradient, loss))
+    monkeypatch.setattr(Steps, "fast", scale_in_float32(gradient, loss))
     with pytest.raises(RunError, match="the fast step is not the plain one"):
-        verify_step(*blind_run, NullListener())
+        verify_step(*run_with_hidden_rounding, NullListener())
 
 
-def test_a_step_that_is_right_in_float64_alone_is_right(
-    blind_run: Any, monkeypatch: pytest.MonkeyPatch
+def test_step_correct_in_float64_only_is_accepted(
+    run_with_hidden_rounding: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As one is where rounding moves an activation over ReLU's kink, by 6e-3 on a tiny T5."""
-    monkeypatch.setattr(Steps, "fast", moved_in_float32(0.994, 1.0))
-    found = verify_step(*blind_run, NullListener())
-    assert found is not None
-    assert found.kinks
-    assert found.gradient < 1e-5
+    """As where rounding moves an activation across ReLU's kink: 6e-3 on a tiny T5."""
+    monkeypatch.setattr(Steps, "fast", scale_in_float32(0.994, 1.0))
+    result = verify_step(*run_with_hidden_rounding, NullListener())
+    assert result is not None
+    assert result.kinks
+    assert result.gradient < 1e-5
 
 
 @pytest.mark.parametrize("small_run", ["float32"], indirect=True)
-def test_a_step_stops_the_run_where_no_memory_is_left_to_decide(
-    blind_run: Any, monkeypatch: pytest.MonkeyPatch
+def test_difference_raises_without_memory_for_float64(
+    run_with_hidden_rounding: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(proof, "free_memory_bytes", lambda _: 1 << 20)
     with pytest.raises(RunError, match=r"differ by 0\.001"):
-        verify_step(*blind_run, NullListener())
+        verify_step(*run_with_hidden_rounding, NullListener())
 
 
-def test_float64_for_a_moment() -> None:
+def test_cast_to_float64_restores_dtype_and_memory() -> None:
     model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2).requires_grad_(False))
     before = {name: p.clone() for name, p in model.named_parameters()}
-    places = [p.data_ptr() for p in model.parameters()]
+    pointers = [p.data_ptr() for p in model.parameters()]
     assert fits_in_float64(model, "cpu")
     with cast_to_float64(model):
         assert {p.dtype for p in model.parameters()} == {torch.float64}
-    assert [p.data_ptr() for p in model.parameters()] == places
+    assert [p.data_ptr() for p in model.parameters()] == pointers
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
     model[1].weight = torch.nn.Parameter(torch.zeros(2, 2, dtype=torch.uint8), requires_grad=False)
     assert not fits_in_float64(model, "cpu"), "nothing dequantizes it to float64"

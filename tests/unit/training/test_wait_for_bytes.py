@@ -1,4 +1,4 @@
-"""The first checkpoint waits until the bytes of the run's files are known."""
+"""Tests that the first checkpoint waits for the digests of the run's files."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from ftlevel.training.saving import WaitForHashes
 
 
 @pytest.mark.parametrize("event", ["on_step_end", "on_epoch_end", "on_evaluate"])
-def test_a_checkpoint_comes_after_the_digests(
+def test_checkpoint_waits_for_file_digests(
     event: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def slowly(path: Path) -> str:
+    def compute_slowly(path: Path) -> str:
         time.sleep(0.2)
         return f"of {path.name}"
 
-    monkeypatch.setattr(origin, "file_fingerprint", slowly)
+    monkeypatch.setattr(origin, "file_fingerprint", compute_slowly)
     (tmp_path / "model.safetensors").write_text("x")
     files = {"model.safetensors": tmp_path / "model.safetensors"}
     digest = FileDigests(BASE, "the base", "base.json", files)
     digest.keep(tmp_path)
-    comes, arguments = getattr(WaitForHashes([digest.wait]), event), SimpleNamespace()
-    comes(arguments, TrainerState(), TrainerControl(should_save=False))
+    callback, arguments = getattr(WaitForHashes([digest.wait]), event), SimpleNamespace()
+    callback(arguments, TrainerState(), TrainerControl(should_save=False))
     assert not (tmp_path / "base.json").exists()
-    comes(arguments, TrainerState(), TrainerControl(should_save=True))
+    callback(arguments, TrainerState(), TrainerControl(should_save=True))
     assert json.loads((tmp_path / "base.json").read_text()) == {
         "model.safetensors": "of model.safetensors"
     }

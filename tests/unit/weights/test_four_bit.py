@@ -1,4 +1,4 @@
-"""Packing in 4 bits: bitsandbytes' own bytes and scales, whatever the numbers."""
+"""Tests that 4-bit packing gives bitsandbytes' bytes and scales for any values."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ def draw(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     return (torch.randn(shape, generator=generator) * 0.02).to(dtype)
 
 
-def hard() -> torch.Tensor:
-    """Every midpoint exactly, blocks of zeros, and the smallest and largest numbers."""
+def create_edge_cases() -> torch.Tensor:
+    """Return a weight with exact midpoints, zero blocks, and smallest and largest values."""
     weight = torch.zeros(8, 64)
     for row, name in enumerate(("nf4", "fp4")):
         code = bnb.get_4bit_type(name, device="cpu").sort().values
@@ -34,24 +34,24 @@ def hard() -> torch.Tensor:
     "weight",
     [
         *(draw((96, 64), dtype) for dtype in (torch.bfloat16, torch.float16, torch.float32)),
-        draw((3, _CHUNK // 2 + 64), torch.bfloat16),  # pieces that end within a row
-        draw((5, 13), torch.float32),  # a last block that is short
+        draw((3, _CHUNK // 2 + 64), torch.bfloat16),  # chunks that end within a row
+        draw((5, 13), torch.float32),  # an incomplete last block
         draw((64, 64), torch.float32).T,
-        hard(),
+        create_edge_cases(),
     ],
 )
-def test_the_bytes_are_those_of_bitsandbytes(
+def test_packed_bytes_match_bitsandbytes(
     quant_type: str, double: bool, weight: torch.Tensor
 ) -> None:
     weight = weight.contiguous()
     expected, state = bnb.quantize_4bit(
         weight, quant_type=quant_type, compress_statistics=double, blocksize=64
     )
-    found, own = quantize_4bit(weight, quant_type, double)
-    assert found.shape == expected.shape
-    assert torch.equal(found, expected)
-    one, other = state.as_dict(packed=True), own.as_dict(packed=True)
-    assert sorted(one) == sorted(other)
-    for name, value in one.items():
-        assert torch.equal(other[name], value), name
-        assert other[name].dtype == value.dtype, name
+    actual, actual_state = quantize_4bit(weight, quant_type, double)
+    assert actual.shape == expected.shape
+    assert torch.equal(actual, expected)
+    expected_dict, actual_dict = state.as_dict(packed=True), actual_state.as_dict(packed=True)
+    assert sorted(expected_dict) == sorted(actual_dict)
+    for name, value in expected_dict.items():
+        assert torch.equal(actual_dict[name], value), name
+        assert actual_dict[name].dtype == value.dtype, name

@@ -1,4 +1,4 @@
-"""Files written tensor by tensor are safetensors that the library reads, and damage is named."""
+"""Tests that files written tensor by tensor are valid safetensors, and damaged ones raise."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ def write(path: Path) -> int:
     return writer.close()
 
 
-def test_the_library_reads_what_is_written(tmp_path: Path) -> None:
+def test_safetensors_loads_written_file(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     assert write(path) == path.stat().st_size
-    found = load_file(str(path))
-    assert found.keys() == TENSORS.keys()
+    loaded = load_file(str(path))
+    assert loaded.keys() == TENSORS.keys()
     for name, tensor in TENSORS.items():
-        assert found[name].dtype == tensor.dtype
-        assert torch.equal(found[name], tensor)
+        assert loaded[name].dtype == tensor.dtype
+        assert torch.equal(loaded[name], tensor)
 
 
-def test_what_the_library_writes_is_read(tmp_path: Path) -> None:
+def test_safetensors_file_is_loaded(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     save_file({name: tensor.contiguous() for name, tensor in TENSORS.items()}, str(path))
     stored, _ = load_header(path)
@@ -48,7 +48,7 @@ def test_what_the_library_writes_is_read(tmp_path: Path) -> None:
         assert torch.equal(stored[name].read(), tensor)
 
 
-def test_every_tensor_is_aligned_for_its_type(tmp_path: Path) -> None:
+def test_tensors_are_aligned_to_their_dtype(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     write(path)
     for name, stored in load_header(path)[0].items():
@@ -56,7 +56,7 @@ def test_every_tensor_is_aligned_for_its_type(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("size", [0, 5, 60, -1])
-def test_a_file_that_was_cut_short_is_named(size: int, tmp_path: Path) -> None:
+def test_truncated_file_raises(size: int, tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     write(path)
     path.write_bytes(path.read_bytes()[:size])

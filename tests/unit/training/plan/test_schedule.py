@@ -1,4 +1,4 @@
-"""What a run is told of its length before it starts."""
+"""Tests of schedule warnings, learning rates and their reasons."""
 
 from __future__ import annotations
 
@@ -30,59 +30,62 @@ from ftlevel.training.plan.schedule import check_schedule, get_schedule_warnings
           "0.05."]),
     ],
 )  # fmt: skip
-def test_what_will_not_come_to_pass_is_said(
+def test_ineffective_settings_are_warned(
     settings: dict[str, Any], validation_rows: int, expected: list[str]
 ) -> None:
     assert get_schedule_warnings(TrainerConfig(**settings), 64, validation_rows) == expected
 
 
-def test_a_rate_for_a_head_that_is_not_new_is_said_to_be_idle() -> None:
+def test_head_learning_rate_without_new_head_is_warned() -> None:
     config = TrainerConfig(head_learning_rate=0.1)
     assert get_schedule_warnings(config, 64, 4) == []
     (warning,) = get_schedule_warnings(config, 64, 4, new_head=False)
     assert warning.startswith("--head-learning-rate: the model has no new head. ")
 
 
-def test_the_share_of_the_peak_is_the_schedules_own() -> None:
+def test_warned_share_of_peak_matches_scheduler() -> None:
     import torch
     from transformers import get_scheduler
 
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=1.0)
-    schedule = get_scheduler("linear", optimizer, num_warmup_steps=50, num_training_steps=5)
-    for _ in range(4):  # the fifth step is made with the rate after the fourth
+    scheduler = get_scheduler("linear", optimizer, num_warmup_steps=50, num_training_steps=5)
+    for _ in range(4):  # the fifth step uses the rate after the fourth
         optimizer.step()
-        schedule.step()
+        scheduler.step()
     (warning,) = get_schedule_warnings(TrainerConfig(warmup_steps=50, max_steps=5), 64, 1)
-    assert f"{schedule.get_last_lr()[0]:.0%} of its peak" in warning
+    assert f"{scheduler.get_last_lr()[0]:.0%} of its peak" in warning
 
 
 NEW_HEAD = RateInputs("encoder", 384, True, 100)
 
 
-def rates(
-    known: RateInputs = NEW_HEAD, method: str = "lora", **train: Any
+def resolve_rate_choices(
+    inputs: RateInputs = NEW_HEAD, method: str = "lora", **train: Any
 ) -> list[tuple[str, Any]]:
     config = TrainConfig.model_validate({"method": {"kind": method}, "train": train})
-    chosen = resolve_rates(config.method, config.train, known)
-    schedule = chosen.schedule(known.steps)
-    assert schedule.learning_rate == chosen.base.value
-    assert schedule.head_learning_rate == (chosen.head and chosen.head.value)
-    return [(choice.name, choice.value) for choice in chosen.choices]
+    resolved = resolve_rates(config.method, config.train, inputs)
+    schedule = resolved.schedule(inputs.steps)
+    assert schedule.learning_rate == resolved.base.value
+    assert schedule.head_learning_rate == (resolved.head and resolved.head.value)
+    return [(choice.name, choice.value) for choice in resolved.choices]
 
 
-def test_a_new_head_has_a_rate_of_its_own() -> None:
-    assert rates() == [("learning rate", 1e-3), ("head learning rate", 2e-2)]
-    assert rates(RateInputs("decoder", 384, False, 100)) == [("learning rate", 2e-3)]
+def test_new_head_has_separate_rate() -> None:
+    assert resolve_rate_choices() == [("learning rate", 1e-3), ("head learning rate", 2e-2)]
+    assert resolve_rate_choices(RateInputs("decoder", 384, False, 100)) == [("learning rate", 2e-3)]
 
 
-def test_the_users_rate_is_that_of_everything() -> None:
-    assert rates(learning_rate=0.123) == [("learning rate", 0.123)]
-    both = rates(learning_rate=0.123, head_learning_rate=0.4)
+def test_explicit_learning_rate_applies_to_all_parameters() -> None:
+    assert resolve_rate_choices(learning_rate=0.123) == [("learning rate", 0.123)]
+    both = resolve_rate_choices(learning_rate=0.123, head_learning_rate=0.4)
     assert both == [("learning rate", 0.123), ("head learning rate", 0.4)]
-    assert rates(head_learning_rate=0.4) == [("learning rate", 1e-3), ("head learning rate", 0.4)]
+    assert resolve_rate_choices(head_learning_rate=0.4) == [
+        ("learning rate", 1e-3),
+        ("head learning rate", 0.4),
+    ]
 
 
-def test_where_heads_are_all_that_learns_there_is_one_rate() -> None:
+def test_frozen_base_has_one_rate() -> None:
     config = TrainConfig.model_validate({"method": {"kind": "full", "freeze_base": True}})
     (choice,) = resolve_rates(config.method, config.train, NEW_HEAD).choices
     assert str(choice) == (
@@ -91,7 +94,7 @@ def test_where_heads_are_all_that_learns_there_is_one_rate() -> None:
     )
 
 
-def test_the_reason_says_what_the_rate_is_for() -> None:
+def test_reasons_of_default_rates() -> None:
     config = TrainConfig.model_validate({"method": {"kind": "lora"}})
     base, head = resolve_rates(config.method, config.train, NEW_HEAD).choices
     assert str(base) == (
@@ -105,7 +108,7 @@ def test_the_reason_says_what_the_rate_is_for() -> None:
 
 
 @pytest.mark.parametrize(
-    ("train", "rows", "told"),
+    ("train", "rows", "message"),
     [
         ({"lr_scheduler_type": "polynomial", "lr_scheduler_kwargs": "lr_end=0.1"}, 0,
          "lr_end=0.1: it must be below the learning rate 0.01. Use less than 0.01"),
@@ -116,15 +119,15 @@ def test_the_reason_says_what_the_rate_is_for() -> None:
           "lr_scheduler_kwargs": "num_decay_steps=51"}, 0, "are warm-up. Use at most 50."),
     ],
 )  # fmt: skip
-def test_a_schedule_that_the_run_cannot_follow(train: Any, rows: int, told: str) -> None:
+def test_invalid_scheduler_settings_raise(train: Any, rows: int, message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         check_schedule(TrainerConfig(**train), 0.01, 100, rows)
-    assert told in str(caught.value)
+    assert message in str(caught.value)
 
 
-def test_rates_that_were_not_measured() -> None:
-    (told,) = get_schedule_warnings(TrainerConfig(optim="paged_lion_8bit"), 10, 0)
-    assert "measured with AdamW, and Lion needs a third to a tenth" in told
+def test_default_rate_with_lion_is_warned() -> None:
+    (warning,) = get_schedule_warnings(TrainerConfig(optim="paged_lion_8bit"), 10, 0)
+    assert "measured with AdamW, and Lion needs a third to a tenth" in warning
     assert not get_schedule_warnings(
         TrainerConfig(optim="paged_lion_8bit", learning_rate=0.1), 10, 0
     )

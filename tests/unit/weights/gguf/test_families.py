@@ -1,4 +1,4 @@
-"""What llama.cpp takes for granted, and how weights are turned for it."""
+"""Tests of the limits of llama.cpp and of weight conversions for it."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ GEMMA = {"num_hidden_layers": 6, "layer_types": None}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_usual_model_of_a_family_is_written(family: str) -> None:
+def test_default_model_of_family_has_no_limitations(family: str) -> None:
     overrides = GEMMA if family == "gemma3_text" else {}
     assert get_gguf_limitations(build_config(family, **overrides)) == []
 
@@ -55,7 +55,7 @@ def test_the_usual_model_of_a_family_is_written(family: str) -> None:
         ("gemma3_text", {**GEMMA, "attn_logit_softcapping": 50.0}, "attn_logit_softcapping is 50"),
     ],
 )
-def test_what_llama_cpp_would_compute_otherwise_is_refused(
+def test_unsupported_config_is_reported(
     family: str, overrides: dict[str, Any], message: str
 ) -> None:
     problems = get_gguf_limitations(build_config(family, **overrides))
@@ -63,24 +63,26 @@ def test_what_llama_cpp_would_compute_otherwise_is_refused(
 
 
 @pytest.mark.parametrize(("heads", "shape"), [(4, (64, 48)), (2, (32, 48)), (4, (64,))])
-def test_interleaving_is_what_transformers_undoes(heads: int, shape: tuple[int, ...]) -> None:
+def test_interleave_is_inverse_of_transformers_permutation(
+    heads: int, shape: tuple[int, ...]
+) -> None:
     weight = torch.randn(shape)
-    turned = interleave(weight, heads)
-    assert not torch.equal(turned, weight)
-    back = LlamaTensorProcessor()._reverse_permute_weights(turned.numpy(), heads)
-    assert torch.equal(torch.from_numpy(back.copy()), weight)
+    interleaved = interleave(weight, heads)
+    assert not torch.equal(interleaved, weight)
+    restored = LlamaTensorProcessor()._reverse_permute_weights(interleaved.numpy(), heads)
+    assert torch.equal(torch.from_numpy(restored.copy()), weight)
 
 
-def test_norms_of_gemma_hold_one_more() -> None:
+def test_gemma_norm_weights_are_increased_by_one() -> None:
     config = build_config("gemma3_text", **GEMMA)
     weight = torch.tensor([0.5, -0.25], dtype=torch.bfloat16)
-    found = convert(config, "blk.0.attn_q_norm.weight", weight, is_conv1d=False)
-    assert found.tolist() == [1.5, 0.75]
-    found = convert(config, "blk.0.attn_q.weight", weight, is_conv1d=False)
-    assert torch.equal(found, weight)
+    converted = convert(config, "blk.0.attn_q_norm.weight", weight, is_conv1d=False)
+    assert converted.tolist() == [1.5, 0.75]
+    converted = convert(config, "blk.0.attn_q.weight", weight, is_conv1d=False)
+    assert torch.equal(converted, weight)
 
 
-def test_divisors_give_the_stretched_frequencies() -> None:
+def test_rope_divisors_give_scaled_frequencies() -> None:
     config = build_config("llama", rope_parameters=LLAMA_3)
     divisors = extra_tensors(config)["rope_freqs.weight"]
     plain = 1 / 10000 ** (torch.arange(0, 16, 2) / 16)
@@ -91,7 +93,7 @@ def test_divisors_give_the_stretched_frequencies() -> None:
     assert extra_tensors(build_config("llama")) == {}
 
 
-def test_a_sliding_window_limits_the_context_that_is_stated() -> None:
+def test_sliding_window_limits_stated_context() -> None:
     assert context_limit(build_config("mistral")) == (512, None)
     assert context_limit(build_config("mistral", sliding_window=128)) == (128, 128)
     assert context_limit(build_config("mistral", sliding_window=4096)) == (512, None)
