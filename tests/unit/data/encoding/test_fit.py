@@ -1,4 +1,4 @@
-"""Rows beyond a length: each policy does what it says, and no answer is ever cut in silence."""
+"""Rows beyond the maximum length: each overlong policy, without silently truncated answers."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ EOS = 2
 
 
 def pair(prompt: int, answer: int, row: int = 0) -> Encoded:
-    """Return a row whose tokens are all different, with `answer` of them learned."""
+    """Return a row of distinct tokens of which `answer` are supervised."""
     ids = [*range(10, 10 + prompt + answer - 1), EOS]
     return Encoded(ids, [IGNORED] * prompt + ids[prompt:], row)
 
@@ -48,7 +48,7 @@ def lengths(fitted: FittedRows) -> list[int]:
     return [len(row.input_ids) for row in fitted.rows]
 
 
-def test_auto_keeps_every_row_that_the_bounds_allow() -> None:
+def test_auto_length_keeps_all_rows_within_bounds() -> None:
     rows = [pair(3, 4, 0), pair(30, 20, 1)]
     for bounds in ({}, {"positions": 50}, {"positions": 50, "memory": 50}, {"memory": 64}):
         fitted = fit(rows, "auto", **bounds)
@@ -64,7 +64,7 @@ def test_auto_keeps_every_row_that_the_bounds_allow() -> None:
         ({"memory": 40}, "this machine's memory"),
     ],
 )
-def test_auto_loses_one_row_in_a_hundred_to_a_bound_and_says_so(
+def test_auto_length_drops_up_to_one_percent_and_reports_it(
     bounds: dict[str, int], name: str
 ) -> None:
     rows = [pair(3, 4, i) for i in range(99)] + [pair(30, 20, 99)]
@@ -72,29 +72,29 @@ def test_auto_loses_one_row_in_a_hundred_to_a_bound_and_says_so(
     assert (fitted.max_length, fitted.dropped, len(fitted.rows)) == (40, 1, 99)
     assert fitted.reason == f"auto: {name}; 1 row is longer, up to 50, and dropped"
     assert fitted.overlong == "drop", "what config.yaml must say, so that it gives the same rows"
-    more = [pair(3, 4, i) for i in range(197)] + [pair(30, 20, i) for i in (197, 198)] * 2
+    larger = [pair(3, 4, i) for i in range(197)] + [pair(30, 20, i) for i in (197, 198)] * 2
     with pytest.raises(InputError, match="4 of 201 rows are longer than 40 tokens"):
-        fit(more, "auto", **bounds)
-    assert len(fit([pair(3, 4, 0)] * 400 + more[-4:], "auto", **bounds).rows) == 400
+        fit(larger, "auto", **bounds)
+    assert len(fit([pair(3, 4, 0)] * 400 + larger[-4:], "auto", **bounds).rows) == 400
 
 
-def test_a_number_loses_nothing() -> None:
+def test_explicit_length_raises_for_longer_rows() -> None:
     rows = [pair(3, 4, i) for i in range(199)] + [pair(30, 20, 199)]
-    with pytest.raises(InputError) as caught:
+    with pytest.raises(InputError) as error:
         fit(rows, 40, positions=64)
-    assert str(caught.value) == (
+    assert str(error.value) == (
         "1 of 200 rows are longer than 40 tokens; the longest has 50 (x.jsonl:200). Raise "
         "--max-length to 50 to keep all of them, or pass --overlong drop or truncate-prompt."
     )
-    with pytest.raises(InputError) as caught:
+    with pytest.raises(InputError) as error:
         fit([text(50)], "auto", positions=40)
-    assert str(caught.value) == (
+    assert str(error.value) == (
         "1 of 1 rows are longer than 40 tokens (the model's positions); the longest has 50 "
         "(x.jsonl:1). Pass --overlong drop or split."
     )
-    with pytest.raises(InputError) as caught:
+    with pytest.raises(InputError) as error:
         fit([pair(30, 20)], "auto", positions=64, memory=40)
-    assert str(caught.value) == (
+    assert str(error.value) == (
         "1 of 1 rows are longer than 40 tokens (this machine's memory); the longest has 50 "
         "(x.jsonl:1). Use --gradient-checkpointing or a smaller model, or pass --overlong drop or "
         "truncate-prompt."
@@ -103,20 +103,20 @@ def test_a_number_loses_nothing() -> None:
         fit(rows, 65, positions=64)
 
 
-def test_drop_leaves_out_what_does_not_fit_and_nothing_else() -> None:
+def test_drop_removes_only_overlong_rows() -> None:
     rows = [pair(3, 4, 0), pair(30, 3, 1), pair(4, 6, 2)]
     fitted = fit(rows, 10, "drop")
     assert [row.row for row in fitted.rows] == [0, 2]
     assert (fitted.dropped, fitted.long_prompts) == (1, (1,))
     none = fit(rows, 5, "drop")
-    with pytest.raises(InputError) as caught:
+    with pytest.raises(InputError) as error:
         check_not_empty(none, rows)
-    assert str(caught.value) == (
+    assert str(error.value) == (
         "no row is left within --max-length 5: the shortest has 7 tokens. Raise --max-length."
     )
 
 
-def test_a_prompt_is_cut_at_its_beginning_and_an_answer_is_never() -> None:
+def test_truncate_prompt_keeps_answers_whole() -> None:
     rows = [pair(3, 4, 0), pair(12, 4, 1), pair(12, 9, 2), pair(1, 12, 3)]
     fitted = fit(rows, 10, "truncate-prompt")
     assert [row.row for row in fitted.rows] == [0, 1, 2]
@@ -128,18 +128,18 @@ def test_a_prompt_is_cut_at_its_beginning_and_an_answer_is_never() -> None:
         assert row.input_ids[1:] == rows[row.row].input_ids[-len(row.input_ids) + 1 :]
 
 
-def test_a_cut_before_another_turn_leaves_one_bos() -> None:
-    """SmolLM2's BOS begins every turn: <|im_start|>system … <|im_start|>user …"""
+def test_truncation_before_turn_leaves_one_bos() -> None:
+    """SmolLM2's BOS token begins every turn: <|im_start|>system … <|im_start|>user …"""
     ids = [1, 20, 21, 1, 30, 31, 40, 41]
     row = Encoded(ids, [IGNORED] * 6 + [40, 41], 0)
-    for limit, left in ((7, [1, 21, 1, 30, 31, 40, 41]), (6, [1, 30, 31, 40, 41]),
+    for limit, expected in ((7, [1, 21, 1, 30, 31, 40, 41]), (6, [1, 30, 31, 40, 41]),
                         (5, [1, 30, 31, 40, 41]), (3, [1, 40, 41])):  # fmt: skip
-        (cut,) = fit([row], limit, "truncate-prompt").rows
-        assert cut.input_ids == left
+        (truncated,) = fit([row], limit, "truncate-prompt").rows
+        assert truncated.input_ids == expected
 
 
 @given(st.lists(st.tuples(st.integers(0, 30), st.integers(1, 30)), min_size=1, max_size=20))
-def test_every_answer_is_whole_or_counted(sizes: list[tuple[int, int]]) -> None:
+def test_answers_are_whole_or_counted_as_dropped(sizes: list[tuple[int, int]]) -> None:
     rows = [pair(prompt, answer, i) for i, (prompt, answer) in enumerate(sizes)]
     rows.append(pair(1, 2, len(rows)))
     for policy in ("drop", "truncate-prompt"):
@@ -150,9 +150,7 @@ def test_every_answer_is_whole_or_counted(sizes: list[tuple[int, int]]) -> None:
 
 
 @given(st.lists(st.integers(2, 60), min_size=1, max_size=20), st.integers(2, 16))
-def test_a_text_that_is_split_learns_every_token_once_and_each_piece_has_a_target(
-    sizes: list[int], limit: int
-) -> None:
+def test_split_supervises_every_token_once(sizes: list[int], limit: int) -> None:
     rows = [text(size, i) for i, size in enumerate(sizes)]
     fitted = fit(rows, limit, "split")
     for row in rows:
@@ -165,7 +163,7 @@ def test_a_text_that_is_split_learns_every_token_once_and_each_piece_has_a_targe
     assert fitted.split == sum(size > limit for size in sizes)
 
 
-def test_the_end_of_a_split_text_is_learned_where_it_is_alone() -> None:
+def test_split_supervises_final_eos() -> None:
     fitted = fit([text(9)], 4, "split")
     assert [row.input_ids for row in fitted.rows] == [
         [10, 11, 12, 13], [14, 15, 16, 17], [17, EOS]]  # fmt: skip
@@ -173,12 +171,12 @@ def test_the_end_of_a_split_text_is_learned_where_it_is_alone() -> None:
     assert not has_missing_eos(FlatRows.of(fitted.rows), {EOS}).any()
 
 
-def test_a_pair_is_not_split() -> None:
+def test_pairs_are_not_split() -> None:
     fitted = fit([pair(3, 4, 0), pair(12, 4, 1)], 10, "split")
     assert ([row.row for row in fitted.rows], fitted.lost) == ([0], (1,))
 
 
-def test_a_text_with_a_class_keeps_its_ends() -> None:
+def test_classified_text_keeps_special_tokens_at_both_ends() -> None:
     row = Encoded(list(range(20)), 1, 0, {"token_type_ids": [0] * 20})
     fitted = fit([row], 8, "truncate-prompt")
     assert fitted.rows[0].input_ids == [0, 1, 2, 3, 4, 5, 6, 19]
@@ -186,11 +184,11 @@ def test_a_text_with_a_class_keeps_its_ends() -> None:
     assert fitted.shortened_at == "the end of the text"
 
 
-def test_a_long_target_is_refused_or_dropped() -> None:
+def test_overlong_targets_raise_or_are_dropped() -> None:
     rows = [Encoded([5, 6], list(range(n)), i) for i, n in enumerate((4, 9))]
-    with pytest.raises(InputError) as caught:
+    with pytest.raises(InputError) as error:
         fit_targets(rows, 8, "truncate-prompt", lambda i: f"x.jsonl:{i + 1}")
-    assert str(caught.value) == (
+    assert str(error.value) == (
         "1 of 2 targets are longer than 8 tokens; the longest has 9 (x.jsonl:2). Raise it by --set "
         "data.max_target_length=9, or pass --overlong drop."
     )

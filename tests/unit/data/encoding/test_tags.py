@@ -19,20 +19,20 @@ from tiny_tokenizers import build_tokenizer
 NAMES = ("B-LOC", "I-LOC", "O")
 
 
-def tagged(*rows: Sequence[str | int]) -> tuple[list[TaggedTokens], Table]:
+def make_examples(*rows: Sequence[str | int]) -> tuple[list[TaggedTokens], Table]:
     examples = [TaggedTokens(tuple("w" * len(tags)), tuple(tags), i) for i, tags in enumerate(rows)]
     table = Table([{"tags": list(tags)} for tags in rows], list(range(1, len(rows) + 1)), "x.jsonl")
     return examples, table
 
 
-def test_first_tokens_by_hand() -> None:
+def test_first_token_of_each_word() -> None:
     # text: "New York ​ 5"; the space before a word may belong to its token
     offsets = [(0, 0), (0, 1), (1, 3), (3, 8), (8, 9), (10, 12), (0, 0)]
     assert first_tokens(("New", "York", "​", "5"), offsets) == (1, 3, None, 5)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_word_is_what_it_is_in_its_text(family: str) -> None:
+def test_words_are_tokenized_as_in_text(family: str) -> None:
     tokenizer = build_tokenizer(family, None)
     words = ("The", "value", "of", "New", "York", "parser", ",", "object", "-5")
     labels = LabelSet(tuple("abcdefghi"))
@@ -50,7 +50,7 @@ def test_a_word_is_what_it_is_in_its_text(family: str) -> None:
     assert supervised == dict(zip(row.positions, range(9), strict=True))
 
 
-def test_bert_agrees_with_word_ids() -> None:
+def test_bert_positions_match_word_ids() -> None:
     tokenizer = build_tokenizer("bert", None)
     words = ["Hello", "arguments", "-5", "."]
     [row] = encode_tagged(tokenizer, [TaggedTokens(tuple(words), (0, 1, 2, 2), 0)], LabelSet(NAMES))
@@ -59,19 +59,19 @@ def test_bert_agrees_with_word_ids() -> None:
     assert [split.word_ids(0).index(i) for i in range(4)] == list(row.positions)
 
 
-def test_orphans_are_named() -> None:
-    examples, table = tagged(
+def test_invalid_bio_tags_are_reported() -> None:
+    examples, table = make_examples(
         ["O", "B-LOC", "I-LOC"], ["I-LOC", "O"], ["O", "O", "I-LOC"], ["B-LOC", "O", "O"]
     )
-    found = get_invalid_bio_tags(examples, NAMES, table)
-    assert [(bad.line, bad.message) for bad in found] == [
+    invalid = get_invalid_bio_tags(examples, NAMES, table)
+    assert [(bad.line, bad.message) for bad in invalid] == [
         (2, "tag 1, 'I-LOC', begins the row; in BIO an entity begins with 'B-LOC'"),
         (3, "tag 3, 'I-LOC', follows 'O'; in BIO an entity begins with 'B-LOC'"),
     ]
 
 
-def test_numbers_are_read_by_name() -> None:
-    examples, table = tagged([2, 0, 1], [1, 2])
+def test_integer_tags_are_resolved_by_name() -> None:
+    examples, table = make_examples([2, 0, 1], [1, 2])
     assert [bad.line for bad in get_invalid_bio_tags(examples, NAMES, table)] == [2]
 
 
@@ -83,12 +83,12 @@ def test_numbers_are_read_by_name() -> None:
         (["NOUN", "I-LOC"],),
     ],
 )
-def test_other_schemes_pass(rows: tuple[list[str], ...]) -> None:
-    examples, table = tagged(*rows)
+def test_other_tagging_schemes_are_accepted(rows: tuple[list[str], ...]) -> None:
+    examples, table = make_examples(*rows)
     names = sorted({tag for row in rows for tag in row})
     assert get_invalid_bio_tags(examples, names, table) == []
 
 
-def test_tags_are_classes() -> None:
-    examples, table = tagged(["O", "B-LOC", "B-LOC"], ["I-LOC"])
+def test_label_set_of_tags() -> None:
+    examples, table = make_examples(["O", "B-LOC", "B-LOC"], ["I-LOC"])
     assert create_label_set(examples, table, "tags") == LabelSet(NAMES)

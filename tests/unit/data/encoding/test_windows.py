@@ -15,9 +15,9 @@ CONTEXT = "The parser reads a file. The module name is argparse 42, it is said. 
 ANSWER = "argparse 42"
 
 
-def question(text: str = ANSWER, start: int | None = None) -> Question:
-    at = CONTEXT.index(text) if start is None else start
-    return Question(CONTEXT, "What is the name?", ((text, at),), 0)
+def make_question(text: str = ANSWER, start: int | None = None) -> Question:
+    position = CONTEXT.index(text) if start is None else start
+    return Question(CONTEXT, "What is the name?", ((text, position),), 0)
 
 
 def encode(
@@ -37,11 +37,11 @@ def as_window(row: Encoded) -> Window:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_answers_are_found_in_their_windows(family: str) -> None:
-    windows = encode(family, question())
+def test_window_labels_cover_answer(family: str) -> None:
+    windows = encode(family, make_question())
     assert len(windows) > 1
-    begin, end = question().answers[0][1], question().answers[0][1] + len(ANSWER)
-    seen = 0
+    begin, end = make_question().answers[0][1], make_question().answers[0][1] + len(ANSWER)
+    num_answers = 0
     for window in windows:
         assert len(window.input_ids) <= 60
         first, last = window.labels  # type: ignore[misc]
@@ -49,16 +49,16 @@ def test_answers_are_found_in_their_windows(family: str) -> None:
         if (first, last) == (0, 0):
             assert not covered
             continue
-        seen += 1
-        begun = window.offsets[first - window.context_start][0]
-        ended = window.offsets[last - window.context_start][1]
-        assert CONTEXT[begun:ended].strip() == ANSWER
-    assert seen >= 1
+        num_answers += 1
+        answer_start = window.offsets[first - window.context_start][0]
+        answer_end = window.offsets[last - window.context_start][1]
+        assert CONTEXT[answer_start:answer_end].strip() == ANSWER
+    assert num_answers >= 1
 
 
 @pytest.mark.parametrize("family", ["bert", "llama", "t5"])
 def test_windows_overlap_and_cover_the_context(family: str) -> None:
-    windows = encode(family, question())
+    windows = encode(family, make_question())
     tokenizer = build_tokenizer(family, None)
     special = {*tokenizer.all_special_ids}
     for before, after in pairwise(windows):
@@ -70,7 +70,7 @@ def test_windows_overlap_and_cover_the_context(family: str) -> None:
         assert not special.intersection(context)
 
 
-def test_spans_by_hand() -> None:
+def test_get_span() -> None:
     offsets = ((0, 3), (3, 7), (8, 9))
     assert get_span(offsets, 4, 7) == (1, 1)  # the token covers the space before its word
     assert get_span(offsets, 0, 9) == (0, 2)
@@ -78,22 +78,22 @@ def test_spans_by_hand() -> None:
     assert get_span(((5, 9),), 2, 7) is None
 
 
-def test_no_answer_points_to_the_first_token() -> None:
+def test_missing_answer_points_to_first_token() -> None:
     for window in encode("bert", Question(CONTEXT, "Why?", (), 0)):
         assert window.labels == (0, 0)
 
 
-def test_questions_that_leave_no_room() -> None:
+def test_too_long_questions_raise_or_are_dropped() -> None:
     long = Question(CONTEXT, "What " * 30, (), 4)
-    with pytest.raises(InputError) as caught:
+    with pytest.raises(InputError) as error:
         encode("bert", long)
     assert "1 of 1 questions leave no room for their context in windows of 60 tokens" in str(
-        caught.value
+        error.value
     )
-    assert "(x.jsonl:5)" in str(caught.value)
+    assert "(x.jsonl:5)" in str(error.value)
     tokenizer = build_tokenizer("bert", None)
     rows, dropped = encode_questions(
-        tokenizer, [long, question()], length=60, stride=16, separator="", where=str, drop=True
+        tokenizer, [long, make_question()], length=60, stride=16, separator="", where=str, drop=True
     )
     assert dropped == 1
     assert {row.row for row in rows} == {0}

@@ -1,4 +1,4 @@
-"""Which columns are used for what, and what is said when none fits."""
+"""Column detection, and the error messages if no format fits."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ftlevel.errors import InputError
 from ftlevel.tasks import TASKS
 
 GENERATION = "messages, conversations, prompt + completion, instruction + output, text"
-BUILDS = {
+BUILDERS = {
     "conversation": examples.create_conversation,
     "text": examples.create_plain_text,
     "pair": examples.create_pair,
@@ -30,7 +30,7 @@ def detect(
     mapping: dict[str, str] | None = None,
     name: str | None = None,
 ) -> Format:
-    """Ask the task what it makes of `columns`, as every command does."""
+    """Return the format that the task detects, as in every command."""
     return TASKS[task].get_format(columns, DataConfig(columns=mapping or {}, format=name))
 
 
@@ -131,31 +131,33 @@ def detect(
     ],
 )
 def test_known_columns(task: str, columns: str, produces: str, description: str) -> None:
-    found = detect(columns.split(), task)
-    assert (found.build, found.description) == (BUILDS[produces], description)
-    assert found.task == task
+    detected = detect(columns.split(), task)
+    assert (detected.build, detected.description) == (BUILDERS[produces], description)
+    assert detected.task == task
 
 
-def test_mapping_goes_before_known_names() -> None:
-    found = detect(
+def test_mapping_overrides_known_names() -> None:
+    detected = detect(
         ["text", "body", "gist"], "summarization", {"document": "body", "summary": "gist"}
     )
-    assert found.columns == {"document": "body", "summary": "gist"}
-    assert found.unused == ("text",)
+    assert detected.columns == {"document": "body", "summary": "gist"}
+    assert detected.unused == ("text",)
     nested = {"source": "translation.en", "target": "translation.de"}
-    found = detect(["translation"], "translation", nested)
-    assert found.columns == nested
-    assert found.unused == ()
-    # What another tool calls a role is meant where the task has no such.
-    found = detect(["body", "gist"], "summarization", {"text": "body", "summary": "gist"})
-    assert found.columns == {"document": "body", "summary": "gist"}
-    found = detect(["words", "kinds"], "token-classification", {"text": "words", "label": "kinds"})
-    assert found.columns == {"tokens": "words", "tags": "kinds"}
-    # One mapped role is enough where the other has a known name, and a column has one use.
-    found = detect(
+    detected = detect(["translation"], "translation", nested)
+    assert detected.columns == nested
+    assert detected.unused == ()
+    # Another tool's name for a column is accepted if the task has no column of that name.
+    detected = detect(["body", "gist"], "summarization", {"text": "body", "summary": "gist"})
+    assert detected.columns == {"document": "body", "summary": "gist"}
+    detected = detect(
+        ["words", "kinds"], "token-classification", {"text": "words", "label": "kinds"}
+    )
+    assert detected.columns == {"tokens": "words", "tags": "kinds"}
+    # One mapped column is enough if the other has a known name; a column is used once.
+    detected = detect(
         ["text", "summary"], "text-generation", {"completion": "summary", "prompt": "text"}
     )
-    assert found.name == "prompt + completion"
+    assert detected.name == "prompt + completion"
 
 
 @pytest.mark.parametrize(
@@ -225,12 +227,12 @@ def test_mapping_goes_before_known_names() -> None:
         ),
     ],
 )
-def test_columns_that_fit_nothing(
+def test_unknown_columns_raise(
     task: str, columns: str, mapping: dict[str, str], message: str
 ) -> None:
-    with pytest.raises(InputError) as caught:
+    with pytest.raises(InputError) as error:
         detect(columns.split(), task, mapping)
-    assert str(caught.value) == message
+    assert str(error.value) == message
 
 
 @pytest.mark.parametrize(
@@ -245,7 +247,7 @@ def test_columns_that_fit_nothing(
          "prompt + completion"),
     ],
 )  # fmt: skip
-def test_a_format_by_name(task: str, columns: str, name: str, shape: str) -> None:
+def test_format_by_name(task: str, columns: str, name: str, shape: str) -> None:
     assert detect(columns.split(), task, {}, name).name == shape
 
 
@@ -260,21 +262,21 @@ def test_a_format_by_name(task: str, columns: str, name: str, shape: str) -> Non
          "--map instruction=text --map output=COLUMN."),
     ],
 )  # fmt: skip
-def test_a_format_that_is_not_there(columns: str, name: str, message: str) -> None:
-    with pytest.raises(InputError) as caught:
+def test_format_that_does_not_fit_raises(columns: str, name: str, message: str) -> None:
+    with pytest.raises(InputError) as error:
         detect(columns.split(), "text-generation", {}, name)
-    assert str(caught.value) == message
+    assert str(error.value) == message
 
 
-def test_a_format_that_is_wished_for_is_explained() -> None:
-    with pytest.raises(InputError) as caught:
+def test_requested_format_error_suggests_mapping() -> None:
+    with pytest.raises(InputError) as error:
         detect(["messages"], "text-generation", None, "sharegpt")
-    assert str(caught.value) == (
+    assert str(error.value) == (
         "--task text-generation: the columns do not say what to learn. Columns: 'messages'. "
         "Expected one of: conversations. Map the columns: --map conversations=messages."
     )
-    found = detect(["messages"], "text-generation", {"conversations": "messages"}, "sharegpt")
-    assert found.columns == {"conversations": "messages"}
+    detected = detect(["messages"], "text-generation", {"conversations": "messages"}, "sharegpt")
+    assert detected.columns == {"conversations": "messages"}
 
 
 TICKETS = [
@@ -297,40 +299,40 @@ THREADS = [{"thread": [{"who": "a", "said": "b"}], "ref": 7}]
          "--map text=note --map spans=marks."),
     ],
 )  # fmt: skip
-def test_advice_goes_by_what_rows_hold(
+def test_suggested_mapping_uses_row_contents(
     task: str, rows: list[dict[str, object]], flags: str
 ) -> None:
-    with pytest.raises(InputError) as caught:
+    with pytest.raises(InputError) as error:
         TASKS[task].get_format(list(rows[0]), DataConfig(), rows)
-    assert flags in str(caught.value)
-    assert "ID" not in str(caught.value).partition("Say which is which")[2]
+    assert flags in str(error.value)
+    assert "ID" not in str(error.value).partition("Say which is which")[2]
 
 
-def test_known_names_go_before_the_rest() -> None:
-    found = detect(["Ticket ID", "Subject", "Body", "Category"], "text-classification")
-    assert found.columns == {"text": "Body", "label": "Category"}
-    assert found.unused == ("Ticket ID", "Subject")
+def test_known_names_are_preferred() -> None:
+    detected = detect(["Ticket ID", "Subject", "Body", "Category"], "text-classification")
+    assert detected.columns == {"text": "Body", "label": "Category"}
+    assert detected.unused == ("Ticket ID", "Subject")
 
 
 @pytest.mark.parametrize(
-    ("wish", "column"),
+    ("mapping", "column"),
     [("2", "Subject"), ("body", "Body"), ("subject + BODY", "Subject+Body"),
      ("3+2", "Body+Subject")],
 )  # fmt: skip
-def test_a_column_by_number_case_or_joined(wish: str, column: str) -> None:
+def test_mapping_by_number_case_or_joined_columns(mapping: str, column: str) -> None:
     columns = ["id", "Subject", "Body", "label"]
-    found = detect(columns, "text-classification", {"text": wish})
-    assert found.columns == {"text": column, "label": "label"}
-    assert set(found.unused) == set(columns) - {"label", *column.split("+")}
+    detected = detect(columns, "text-classification", {"text": mapping})
+    assert detected.columns == {"text": column, "label": "label"}
+    assert set(detected.unused) == set(columns) - {"label", *column.split("+")}
 
 
-def test_a_name_goes_before_a_number_and_a_joint() -> None:
+def test_exact_name_is_preferred_over_number_and_join() -> None:
     columns = ["1", "text", "a+b", "label"]
     assert detect(columns, "text-classification", {"text": "1"}).columns["text"] == "1"
     assert detect(columns, "text-classification", {"text": "a+b"}).columns["text"] == "a+b"
 
 
-def test_what_cannot_be_joined_is_said() -> None:
+def test_invalid_joined_columns_raise() -> None:
     columns = ["text", "a", "b"]
     with pytest.raises(InputError, match=r"--map label=a\+b: only texts can be joined"):
         detect(columns, "text-classification", {"label": "a+b"})
@@ -344,7 +346,7 @@ LANGUAGES = [{"translation": {"en": "a", "es": "b"}}]
 
 
 @pytest.mark.parametrize(
-    ("rows", "given", "columns"),
+    ("rows", "settings", "columns"),
     [
         (LANGUAGES, {"source_language": "en"}, ("translation.en", "translation.es")),
         (LANGUAGES, {"target_language": "English"}, ("translation.es", "translation.en")),
@@ -355,15 +357,15 @@ LANGUAGES = [{"translation": {"en": "a", "es": "b"}}]
          ("fr", "de")),
     ],
 )  # fmt: skip
-def test_languages_are_columns(
-    rows: list[dict[str, object]], given: dict[str, object], columns: tuple[str, str]
+def test_translation_languages_select_columns(
+    rows: list[dict[str, object]], settings: dict[str, object], columns: tuple[str, str]
 ) -> None:
-    found = TASKS["translation"].get_format(list(rows[0]), DataConfig(**given), rows)
-    assert (found.columns["source"], found.columns["target"]) == columns
+    detected = TASKS["translation"].get_format(list(rows[0]), DataConfig(**settings), rows)
+    assert (detected.columns["source"], detected.columns["target"]) == columns
 
 
 @pytest.mark.parametrize(
-    ("columns", "given", "message"),
+    ("columns", "settings", "message"),
     [
         (["en", "es"], {}, "), and the source language is not given. Add --source-language en "
                            "--target-language es, or another pair."),
@@ -372,12 +374,12 @@ def test_languages_are_columns(
         (["en", "es"], {"target_language": "fr"}, "--target-language fr: no column is called so"),
     ],
 )  # fmt: skip
-def test_languages_that_are_not_told(
-    columns: list[str], given: dict[str, object], message: str
+def test_missing_languages_raise(
+    columns: list[str], settings: dict[str, object], message: str
 ) -> None:
-    with pytest.raises(InputError) as caught:
-        TASKS["translation"].get_format(columns, DataConfig(**given))
-    assert message in str(caught.value)
+    with pytest.raises(InputError) as error:
+        TASKS["translation"].get_format(columns, DataConfig(**settings))
+    assert message in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -390,20 +392,20 @@ def test_languages_that_are_not_told(
         ({"chosen": "a", "rejected": "b"}, "--map text=chosen."),
     ],
 )  # fmt: skip
-def test_of_preferences_the_chosen_can_be_learned(row: dict[str, object], flags: str) -> None:
-    with pytest.raises(InputError) as caught:
+def test_preference_rows_suggest_training_on_chosen(row: dict[str, object], flags: str) -> None:
+    with pytest.raises(InputError) as error:
         TASKS["text-generation"].get_format(list(row), DataConfig(), [row])
-    assert str(caught.value).endswith(f"or train on the chosen answers only: {flags}")
+    assert str(error.value).endswith(f"or train on the chosen answers only: {flags}")
 
 
-def test_names_of_columns_that_are_whole_rows_are_cut() -> None:
+def test_long_column_names_are_shortened_in_messages() -> None:
     columns = [
         "I ordered it a week ago and it is still not there",
         "billing and everything else " * 9,
     ]
-    with pytest.raises(InputError) as caught:
+    with pytest.raises(InputError) as error:
         TASKS["text-classification"].get_format(columns, DataConfig())
-    message = str(caught.value)
+    message = str(error.value)
     assert (
         "Columns: 'I ordered it a week ago and it is st…', 'billing and everything else billing …'."
         in message

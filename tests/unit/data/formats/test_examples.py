@@ -1,4 +1,4 @@
-"""Rows to examples, for the shapes that real sets have, and every row that can't be one."""
+"""Rows converted to examples, in the formats of real datasets, and rows that are rejected."""
 
 from __future__ import annotations
 
@@ -25,23 +25,23 @@ from ftlevel.tasks import TASKS
 
 GEN, SUM, CLS = "text-generation", "summarization", "text-classification"
 FIX = "Fix the line, or drop bad rows with --on-bad-row skip."
-ASK = {"role": "user", "content": "q"}
+QUESTION = {"role": "user", "content": "q"}
 ANSWER = {"role": "assistant", "content": "a"}
 
 
-def table_of(*rows: dict[str, Any]) -> Table:
+def make_table(*rows: dict[str, Any]) -> Table:
     return Table(list(rows), list(range(1, len(rows) + 1)), "x.jsonl")
 
 
 def convert(task: str, *rows: dict[str, Any], **mapping: str) -> list[Example]:
-    table = table_of(*rows)
+    table = make_table(*rows)
     return to_examples(
         table, TASKS[task].get_format(table.column_names, DataConfig(columns=mapping))
     )
 
 
-def talk(*turns: str) -> Conversation:
-    """Return a conversation from turns such as "user: hello"."""
+def make_conversation(*turns: str) -> Conversation:
+    """Return a conversation from turns of the form "user: hello"."""
     parts = [turn.partition(": ") for turn in turns]
     return Conversation(tuple(Message(role, text) for role, _, text in parts), 0)
 
@@ -50,37 +50,41 @@ def talk(*turns: str) -> Conversation:
     ("task", "row", "example"),
     [
         (GEN, {"text": " a\n"}, PlainText(" a\n", 0)),
-        (GEN, {"prompt": "q", "completion": " a"}, talk("user: q", "assistant:  a")),
+        (GEN, {"prompt": "q", "completion": " a"}, make_conversation("user: q", "assistant:  a")),
         (
             GEN,
-            {"prompt": [ASK], "completion": [ANSWER]},
-            talk("user: q", "assistant: a"),
+            {"prompt": [QUESTION], "completion": [ANSWER]},
+            make_conversation("user: q", "assistant: a"),
         ),
         (
             GEN,
             {"instruction": "do", "input": "this", "output": "a"},
-            talk("user: do\n\nthis", "assistant: a"),
+            make_conversation("user: do\n\nthis", "assistant: a"),
         ),
         (
             GEN,
             {"instruction": "do", "input": "", "output": "a", "system": "be"},
-            talk("system: be", "user: do", "assistant: a"),
+            make_conversation("system: be", "user: do", "assistant: a"),
         ),
         (
             GEN,
             {"instruction": "do", "input": None, "output": "a", "system": None},
-            talk("user: do", "assistant: a"),
-        ),
-        (GEN, {"messages": [ASK, ANSWER], "topic": "t"}, talk("user: q", "assistant: a")),
-        (
-            GEN,
-            {"messages": [{"role": "developer", "content": "s"}, ASK, ANSWER, ASK]},
-            talk("system: s", "user: q", "assistant: a", "user: q"),
+            make_conversation("user: do", "assistant: a"),
         ),
         (
             GEN,
-            {"messages": [{"role": "system", "content": ""}, ASK, ANSWER], "system": "s"},
-            talk("system: s", "user: q", "assistant: a"),
+            {"messages": [QUESTION, ANSWER], "topic": "t"},
+            make_conversation("user: q", "assistant: a"),
+        ),
+        (
+            GEN,
+            {"messages": [{"role": "developer", "content": "s"}, QUESTION, ANSWER, QUESTION]},
+            make_conversation("system: s", "user: q", "assistant: a", "user: q"),
+        ),
+        (
+            GEN,
+            {"messages": [{"role": "system", "content": ""}, QUESTION, ANSWER], "system": "s"},
+            make_conversation("system: s", "user: q", "assistant: a"),
         ),
         (
             GEN,
@@ -91,7 +95,7 @@ def talk(*turns: str) -> Conversation:
                     {"from": "gpt", "value": "a"},
                 ]
             },
-            talk("system: s", "user: q", "assistant: a"),
+            make_conversation("system: s", "user: q", "assistant: a"),
         ),
         (SUM, {"document": "d", "summary": "s", "file": "f"}, SourceTarget("d", "s", 0)),
         (
@@ -101,7 +105,7 @@ def talk(*turns: str) -> Conversation:
         ),
         (
             SUM,
-            {"messages": [{"role": "system", "content": "s"}, ASK, ANSWER]},
+            {"messages": [{"role": "system", "content": "s"}, QUESTION, ANSWER]},
             SourceTarget("s\n\nq", "a", 0),
         ),
         (CLS, {"text": "t", "label": "animal"}, LabeledText("t", None, "animal", 0)),
@@ -124,11 +128,11 @@ def talk(*turns: str) -> Conversation:
         ),
     ],
 )
-def test_rows_become_examples(task: str, row: dict[str, Any], example: Example) -> None:
+def test_rows_are_converted_to_examples(task: str, row: dict[str, Any], example: Example) -> None:
     assert convert(task, row) == [example]
 
 
-def test_translation_by_mapping() -> None:
+def test_translation_with_mapping() -> None:
     row = {"en": "cat", "de": "Katze"}
     assert convert("translation", row, source="en", target="de") == [
         SourceTarget("cat", "Katze", 0)
@@ -137,35 +141,35 @@ def test_translation_by_mapping() -> None:
     assert convert("translation", {"translation": row}, **nested) == [
         SourceTarget("cat", "Katze", 0)
     ]
-    with pytest.raises(InputError) as caught:
+    with pytest.raises(InputError) as error:
         convert("translation", {"translation": row}, **{**nested, "target": "translation.dee"})
-    assert str(caught.value) == (
+    assert str(error.value) == (
         f"x.jsonl:1: 'translation.dee' is not there ('dee' is missing). {FIX}"
     )
 
 
-MESSAGES_BAD: list[tuple[Any, str]] = [
+INVALID_MESSAGES: list[tuple[Any, str]] = [
     (None, "'messages' is null, where a list of turns is expected"),
     ("hello", "'messages' is a string, where a list of turns is expected"),
     ([], "'messages' has no assistant turn"),
-    ([ASK], "'messages' has no assistant turn"),
+    ([QUESTION], "'messages' has no assistant turn"),
     (
         [{"role": "userr", "content": "q"}, ANSWER],
         "turn 1 of 'messages' has the unknown role 'userr' (did you mean 'user'?; or say who "
         "it is: --map user=userr, or assistant=…)",
     ),
     (
-        [ASK, {"role": "critic", "content": "x"}, ANSWER],
+        [QUESTION, {"role": "critic", "content": "x"}, ANSWER],
         "turn 2 of 'messages' has the unknown role 'critic' (known: system, user, assistant, tool, "
         "human, gpt; or say who it is: --map user=critic, or assistant=…)",
     ),
-    ([ASK, {"role": "assistant"}], "turn 2 of 'messages' has no 'content' (keys: role)"),
+    ([QUESTION, {"role": "assistant"}], "turn 2 of 'messages' has no 'content' (keys: role)"),
     (
-        [ASK, {"role": "assistant", "content": None}],
+        [QUESTION, {"role": "assistant", "content": None}],
         "'content' of turn 2 of 'messages' is null",
     ),
     (
-        [ASK, {"role": "assistant", "content": " \n"}],
+        [QUESTION, {"role": "assistant", "content": " \n"}],
         "'content' of turn 2 of 'messages' is empty",
     ),
     (
@@ -174,11 +178,11 @@ MESSAGES_BAD: list[tuple[Any, str]] = [
     ),
     (["hi"], "turn 1 of 'messages' is a string, not an object with role and content"),
     (
-        [ASK, {"role": "assistant", "content": None, "tool_calls": [{}]}],
+        [QUESTION, {"role": "assistant", "content": None, "tool_calls": [{}]}],
         "turn 2 of 'messages' has a tool call without a function and its name",
     ),
     (
-        [ASK, {**ANSWER, "weight": 0}],
+        [QUESTION, {**ANSWER, "weight": 0}],
         "turn 2 of 'messages' has weight 0; per-turn weights are not supported",
     ),
 ]
@@ -187,7 +191,7 @@ MESSAGES_BAD: list[tuple[Any, str]] = [
 @pytest.mark.parametrize(
     ("task", "row", "reason"),
     [
-        *((GEN, {"messages": value}, reason) for value, reason in MESSAGES_BAD),
+        *((GEN, {"messages": value}, reason) for value, reason in INVALID_MESSAGES),
         (
             GEN,
             {"conversations": [{"from": "human", "said": "q"}]},
@@ -204,7 +208,7 @@ MESSAGES_BAD: list[tuple[Any, str]] = [
         (SUM, {"article": "d", "highlights": None}, "'highlights' is null"),
         (
             SUM,
-            {"messages": [ASK, ANSWER, ASK, ANSWER]},
+            {"messages": [QUESTION, ANSWER, QUESTION, ANSWER]},
             "has 4 turns, expected one question and one answer",
         ),
         (CLS, {"text": "t", "label": None}, "'label' is null"),
@@ -231,26 +235,26 @@ MESSAGES_BAD: list[tuple[Any, str]] = [
         ),
     ],
 )
-def test_unusable_row(task: str, row: dict[str, Any], reason: str) -> None:
-    with pytest.raises(InputError) as caught:
+def test_unusable_row_raises(task: str, row: dict[str, Any], reason: str) -> None:
+    with pytest.raises(InputError) as error:
         convert(task, row)
-    assert str(caught.value) == f"x.jsonl:1: {reason}. {FIX}"
+    assert str(error.value) == f"x.jsonl:1: {reason}. {FIX}"
 
 
-def test_unusable_rows_are_collected_or_dropped() -> None:
+def test_unusable_rows_are_reported_together_or_dropped() -> None:
     texts = ["a", None, "", "b", *([""] * 5)]
-    table = table_of(*({"text": text} for text in texts))
-    found = TASKS[GEN].get_format(["text"], DataConfig())
-    with pytest.raises(InputError) as caught:
-        to_examples(table, found)
-    assert caught.value.problems == [
+    table = make_table(*({"text": text} for text in texts))
+    detected = TASKS[GEN].get_format(["text"], DataConfig())
+    with pytest.raises(InputError) as error:
+        to_examples(table, detected)
+    assert error.value.problems == [
         "x.jsonl:2: 'text' is null.",
         *(f"x.jsonl:{line}: 'text' is empty." for line in (3, 5, 6, 7)),
         "x.jsonl: 7 of 9 rows are bad (the first 5 are above). Fix them, or drop bad rows with "
         "--on-bad-row skip.",
     ]
-    kept = handle_bad_rows(table, convert_rows(table, found)[1], "skip")
-    assert to_examples(kept, found) == [PlainText("a", 0), PlainText("b", 1)]
+    kept = handle_bad_rows(table, convert_rows(table, detected)[1], "skip")
+    assert to_examples(kept, detected) == [PlainText("a", 0), PlainText("b", 1)]
     assert kept.where(1) == "x.jsonl:4"
     assert [row.line for row in kept.dropped] == [2, 3, 5, 6, 7, 8, 9]
 
@@ -270,17 +274,17 @@ def test_unusable_rows_are_collected_or_dropped() -> None:
         ),
     ],
 )
-def test_labels_of_another_problem_type(label: Any, message: str) -> None:
-    with pytest.raises(InputError) as caught:
+def test_labels_of_another_problem_type_raise(label: Any, message: str) -> None:
+    with pytest.raises(InputError) as error:
         convert(CLS, {"text": "t", "label": label})
-    assert str(caught.value) == message
+    assert str(error.value) == message
 
 
-def test_a_split_that_lacks_a_column() -> None:
-    found = TASKS[CLS].get_format(["text", "label"], DataConfig())
-    with pytest.raises(InputError) as caught:
-        to_examples(table_of({"text": "t", "class": 1}), found)
-    assert str(caught.value) == (
+def test_split_without_column_raises() -> None:
+    detected = TASKS[CLS].get_format(["text", "label"], DataConfig())
+    with pytest.raises(InputError) as error:
+        to_examples(make_table({"text": "t", "class": 1}), detected)
+    assert str(error.value) == (
         "x.jsonl: has no column 'label'. Columns: 'text', 'class'. "
         "Use the same columns in every split."
     )

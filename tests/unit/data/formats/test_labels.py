@@ -1,4 +1,4 @@
-"""The classes of a data set."""
+"""Class names of a dataset."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ftlevel.errors import InputError
 Labels = Sequence[str | int]
 
 
-def make(labels: Labels, names: tuple[str, ...] = ()) -> tuple[list[LabeledText], Table]:
+def make_examples(labels: Labels, names: tuple[str, ...] = ()) -> tuple[list[LabeledText], Table]:
     rows = [{"text": "t", "label": label} for label in labels]
     table = Table(
         rows, list(range(1, len(rows) + 1)), "x.csv", label_names={"label": names} if names else {}
@@ -35,19 +35,19 @@ def make(labels: Labels, names: tuple[str, ...] = ()) -> tuple[list[LabeledText]
         (["b", "c"], ("c", "b"), ("c", "b")),
     ],
 )
-def test_names(labels: Labels, declared: tuple[str, ...], names: tuple[str, ...]) -> None:
-    found = create_label_set(*make(labels, declared), "label")
-    assert found == LabelSet(names)
-    assert len(found) == len(names)
+def test_label_names(labels: Labels, declared: tuple[str, ...], names: tuple[str, ...]) -> None:
+    label_set = create_label_set(*make_examples(labels, declared), "label")
+    assert label_set == LabelSet(names)
+    assert len(label_set) == len(names)
 
 
-def test_ids() -> None:
+def test_label_ids() -> None:
     labels = LabelSet(("neg", "pos"))
     assert [labels.id_of(label) for label in ("neg", "pos", 0, 1)] == [0, 1, 0, 1]
-    for strange in ("x", 2, -1):
-        assert strange not in labels
+    for unknown in ("x", 2, -1):
+        assert unknown not in labels
         with pytest.raises(KeyError):
-            labels.id_of(strange)
+            labels.id_of(unknown)
 
 
 @pytest.mark.parametrize(
@@ -92,18 +92,18 @@ def test_ids() -> None:
         ),
     ],
 )
-def test_refused(labels: Labels, declared: tuple[str, ...], message: str) -> None:
-    with pytest.raises(InputError) as caught:
-        create_label_set(*make(labels, declared), "label")
-    assert str(caught.value) == message
+def test_invalid_labels_raise(labels: Labels, declared: tuple[str, ...], message: str) -> None:
+    with pytest.raises(InputError) as error:
+        create_label_set(*make_examples(labels, declared), "label")
+    assert str(error.value) == message
 
 
-def test_a_class_that_training_never_sees() -> None:
+def test_label_missing_in_training_raises() -> None:
     labels = LabelSet(("a", "b"))
-    check_labels(labels, *make(["a", "a"]))
-    with pytest.raises(InputError) as caught:
-        check_labels(labels, *make(["a", "c", "d", "c"]))
-    assert str(caught.value) == (
+    check_labels(labels, *make_examples(["a", "a"]))
+    with pytest.raises(InputError) as error:
+        check_labels(labels, *make_examples(["a", "c", "d", "c"]))
+    assert str(error.value) == (
         "x.csv:2: label 'c' (2 rows), 'd' (1 rows) are not a class of the training rows (a, b). "
         "Remove these rows, or correct them."
     )

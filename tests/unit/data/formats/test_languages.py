@@ -8,7 +8,7 @@ GERMAN = Language("German", "de")
 
 
 @pytest.mark.parametrize(
-    ("column", "given", "language"),
+    ("column", "setting", "language"),
     [
         ("de", None, GERMAN),
         ("DE", None, GERMAN),
@@ -21,9 +21,9 @@ GERMAN = Language("German", "de")
         ("target", "Klingon", Language("Klingon", "")),
     ],
 )
-def test_language_of_a_column(column: str, given: str | None, language: Language | None) -> None:
-    assert get_language("target", {"target": column}, given) == language
+def test_language_of_a_column(column: str, setting: str | None, language: Language | None) -> None:
+    assert get_language("target", {"target": column}, setting) == language
 
 
-def test_codes() -> None:
+def test_regional_language_code() -> None:
     assert parse_language("pt-BR") == Language("Portuguese", "pt")

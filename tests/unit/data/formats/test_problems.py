@@ -12,12 +12,12 @@ from ftlevel.data.sources.table import Table
 from ftlevel.errors import InputError
 from ftlevel.tasks import TASKS
 
-SINGLE, SEVERAL, QUANTITY = (
+SINGLE, MULTI, REGRESSION = (
     "single_label_classification", "multi_label_classification", "regression",
 )  # fmt: skip
 
 
-def table(*labels: Any) -> Table:
+def make_table(*labels: Any) -> Table:
     rows = [{"text": "t", "label": label} for label in labels]
     return Table(rows, list(range(1, len(rows) + 1)), "x.jsonl")
 
@@ -26,8 +26,8 @@ def convert(problem: Any, *labels: Any) -> list[Any]:
     columns = {"text": "text", "label": "label"}
     config = DataConfig(problem_type=problem)
     shape = Format("text-classification", "", create_labeled_text, columns)
-    shape, _ = TASKS["text-classification"].update_format(shape, table(*labels), config)
-    return [e.label for e in to_examples(table(*labels), shape) if isinstance(e, LabeledText)]
+    shape, _ = TASKS["text-classification"].update_format(shape, make_table(*labels), config)
+    return [e.label for e in to_examples(make_table(*labels), shape) if isinstance(e, LabeledText)]
 
 
 @pytest.mark.parametrize(
@@ -39,47 +39,47 @@ def convert(problem: Any, *labels: Any) -> list[Any]:
         ([True, False], SINGLE),
         (["1.5", "x"], SINGLE),
         (["nan", "1"], SINGLE),
-        ([1, 2.5], QUANTITY),
-        (["1.5", "2"], QUANTITY),
-        ([["a"], []], SEVERAL),
+        ([1, 2.5], REGRESSION),
+        (["1.5", "2"], REGRESSION),
+        ([["a"], []], MULTI),
     ],
 )
-def test_chosen_by_the_labels(labels: list[Any], problem: str) -> None:
-    found, reason = choose_problem_type(table(*labels), "label")
-    assert (found, reason[:4]) == (problem, "auto")
+def test_problem_type_is_detected_from_labels(labels: list[Any], problem: str) -> None:
+    detected, reason = choose_problem_type(make_table(*labels), "label")
+    assert (detected, reason[:4]) == (problem, "auto")
 
 
-def test_a_wish_and_declared_names_win() -> None:
-    assert choose_problem_type(table(1, 2), "label", "regression") == (QUANTITY, "")
+def test_explicit_problem_type_and_declared_names_take_precedence() -> None:
+    assert choose_problem_type(make_table(1, 2), "label", "regression") == (REGRESSION, "")
     declared = Table([{"label": 0.5}], [1], "x", label_names={"label": ("a", "b")})
     assert choose_problem_type(declared, "label")[0] == SINGLE
 
 
-def test_quantities() -> None:
-    assert convert(QUANTITY, 1, -2.5, "3.25") == [1.0, -2.5, 3.25]
-    for strange, reason in (
+def test_regression_labels() -> None:
+    assert convert(REGRESSION, 1, -2.5, "3.25") == [1.0, -2.5, 3.25]
+    for invalid, reason in (
         ("x", "'label' is 'x', not a number"),
         (float("inf"), "'label' is inf, not a finite number"),
         (True, "'label' is true or false, not a number"),
         (None, "'label' is null, not a number"),
     ):
         with pytest.raises(InputError, match=f"x.jsonl:1: {reason}"):
-            convert(QUANTITY, strange)
+            convert(REGRESSION, invalid)
 
 
-def test_several_labels() -> None:
-    assert convert(SEVERAL, ["b", "a"], [], ["c"]) == [("b", "a"), (), ("c",)]
-    for strange, reason in (
+def test_multi_labels() -> None:
+    assert convert(MULTI, ["b", "a"], [], ["c"]) == [("b", "a"), (), ("c",)]
+    for invalid, reason in (
         ("a", "'label' is a string, not a list of labels"),
         ([0, 1, 0], "'label' lists a label twice"),
         (["a", None], "label 2 of 'label' is null"),
     ):
         with pytest.raises(InputError, match=f"x.jsonl:1: {reason}"):
-            convert(SEVERAL, strange)
+            convert(MULTI, invalid)
 
 
-def test_label_set_of_several() -> None:
-    rows = table(["b", "a"], [], ["c"])
+def test_label_set_of_multi_labels() -> None:
+    rows = make_table(["b", "a"], [], ["c"])
     examples = [LabeledText("t", None, tuple(row["label"]), i) for i, row in enumerate(rows.rows)]
     labels = create_label_set(examples, rows, "label")
     assert labels.names == ("a", "b", "c")

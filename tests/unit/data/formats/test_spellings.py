@@ -1,4 +1,4 @@
-"""Labels that are probably another one misspelled."""
+"""Detection of misspelled labels."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from ftlevel.data.formats.examples import LabeledText, TaggedTokens
 from ftlevel.data.formats.labels import get_label_typos
 
 
-def labelled(*labels: str | tuple[str, ...]) -> list[LabeledText]:
+def make_examples(*labels: str | tuple[str, ...]) -> list[LabeledText]:
     return [LabeledText(f"text {i}", None, label, i) for i, label in enumerate(labels)]
 
 
@@ -28,10 +28,10 @@ def labelled(*labels: str | tuple[str, ...]) -> list[LabeledText]:
         ("very postive", "very positive"),
     ],
 )
-def test_a_slip_in_a_rare_label_is_found(typo: str, name: str) -> None:
-    found = get_label_typos(labelled(*[name] * 10, typo, *["negative"] * 10, "neutral"))
-    assert [(v.label, v.name, v.rows) for v in found] == [(typo, name, (10,))]
-    assert not get_label_typos(labelled(*[name] * 4, typo))  # not rare
+def test_typo_in_rare_label_is_found(typo: str, name: str) -> None:
+    typos = get_label_typos(make_examples(*[name] * 10, typo, *["negative"] * 10, "neutral"))
+    assert [(v.label, v.name, v.rows) for v in typos] == [(typo, name, (10,))]
+    assert not get_label_typos(make_examples(*[name] * 4, typo))  # not rare
 
 
 @pytest.mark.parametrize(
@@ -46,18 +46,20 @@ def test_a_slip_in_a_rare_label_is_found(typo: str, name: str) -> None:
         ("Austria", "Australia"), ("2023-01", "2023-02"), ("covid19", "covid20"),
     ],
 )  # fmt: skip
-def test_labels_that_are_alike_are_no_typos(labels: tuple[str, str]) -> None:
+def test_similar_labels_are_not_typos(labels: tuple[str, str]) -> None:
     for rare, often in (labels, labels[::-1]):
-        assert not get_label_typos(labelled(*[often] * 40, rare))
+        assert not get_label_typos(make_examples(*[often] * 40, rare))
 
 
-def test_several_labels_a_row_and_tags_are_looked_at_and_known_names_are_right() -> None:
-    some = labelled(*[("positive", "angry")] * 6, ("postive", "angry"))
-    assert [(v.label, v.rows) for v in get_label_typos(some)] == [("postive", (6,))]
+def test_typos_in_multi_labels_and_tags() -> None:
+    examples = make_examples(*[("positive", "angry")] * 6, ("postive", "angry"))
+    assert [(v.label, v.rows) for v in get_label_typos(examples)] == [("postive", (6,))]
     words = [TaggedTokens(("Ada", "x"), ("B-PERSON", "O"), i) for i in range(8)]
     words.append(TaggedTokens(("Ada", "x"), ("B-PRESON", "O"), 8))
     assert [(v.label, v.name) for v in get_label_typos(words)] == [("B-PRESON", "B-PERSON")]
-    rare = labelled(*["positive"] * 9, "positives")
+    rare = make_examples(*["positive"] * 9, "positives")
     assert get_label_typos(rare)
     assert not get_label_typos(rare, ("positive", "positives"))
-    assert [v.name for v in get_label_typos(labelled("postive"), ("positive",))] == ["positive"]
+    assert [v.name for v in get_label_typos(make_examples("postive"), ("positive",))] == [
+        "positive"
+    ]

@@ -1,4 +1,4 @@
-"""Turns of OpenAI and ShareGPT, with systems and tools, become one form; bad ones are named."""
+"""OpenAI and ShareGPT turns are converted to one form; invalid turns are reported."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ END = {"role": "assistant", "content": "2"}
         ),
     ],
 )
-def test_a_turn(turn: dict[str, Any], message: Message) -> None:
+def test_parse_turn(turn: dict[str, Any], message: Message) -> None:
     assert parse_turns([turn, END], "messages")[0] == message
 
 
@@ -65,13 +65,13 @@ def test_a_turn(turn: dict[str, Any], message: Message) -> None:
         ),
     ],
 )
-def test_a_bad_turn(turn: dict[str, Any], reason: str, finding: str) -> None:
-    with pytest.raises(UnusableRowError) as caught:
+def test_invalid_turn_raises(turn: dict[str, Any], reason: str, finding: str) -> None:
+    with pytest.raises(UnusableRowError) as error:
         parse_turns([turn, END], "messages")
-    assert (str(caught.value), caught.value.finding) == (reason, finding)
+    assert (str(error.value), error.value.finding) == (reason, finding)
 
 
-def test_tools_are_a_list_or_the_json_of_one() -> None:
+def test_tools_as_list_or_json() -> None:
     assert parse_tool_list([CALL], "tools") == (CALL,)
     assert parse_tool_list('[{"name": "add"}]', "tools") == ({"name": "add"},)
     assert parse_tool_list(None, "tools") == parse_tool_list("", "tools") == ()

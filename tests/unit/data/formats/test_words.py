@@ -1,4 +1,4 @@
-"""Spans of characters become tags of words, and a span that cannot is named."""
+"""Character spans are converted to word tags; invalid spans are reported."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ftlevel.tasks import TASKS
 TEXT = "In New York, Ada-Lovelace é."
 
 
-def tagged(row: dict[str, Any]) -> Any:
+def convert_to_tags(row: dict[str, Any]) -> Any:
     table = Table([row], [3], "x.jsonl")
     shape = TASKS["token-classification"].get_format(table.column_names, DataConfig(), table.rows)
     (example,) = to_examples(table, shape)
@@ -32,23 +32,23 @@ def tagged(row: dict[str, Any]) -> Any:
          "tokens": [{"text": "In", "start": 0}]},
     ],
 )  # fmt: skip
-def test_every_tool_means_the_same(row: dict[str, Any]) -> None:
-    assert tagged(row) == {
+def test_span_formats_of_tools_give_equal_tags(row: dict[str, Any]) -> None:
+    assert convert_to_tags(row) == {
         "In": "O", "New": "B-LOC", "York": "I-LOC", ",": "O", "Ada": "O", "-": "O",
         "Lovelace": "O", "é": "O", ".": "O",
     }  # fmt: skip
 
 
-def test_no_span_is_a_row_without_entities() -> None:
-    assert set(tagged({"text": TEXT, "entities": []}).values()) == {"O"}
+def test_row_without_spans_has_no_entities() -> None:
+    assert set(convert_to_tags({"text": TEXT, "entities": []}).values()) == {"O"}
 
 
-def test_rows_without_tags_are_split_the_same_way() -> None:
+def test_queries_are_split_into_the_same_words() -> None:
     row = {"text": TEXT, "tokens": [{"text": "In", "start": 0}]}
     table = Table([row], [1], "x.jsonl")
     shape = TASKS["token-classification"].get_query_format(table.column_names, {}, rows=table.rows)
     (question,) = to_examples(table, shape)
-    assert question.tokens == tuple(tagged({"text": TEXT, "entities": []}))
+    assert question.tokens == tuple(convert_to_tags({"text": TEXT, "entities": []}))
 
 
 @pytest.mark.parametrize(
@@ -69,7 +69,7 @@ def test_rows_without_tags_are_split_the_same_way() -> None:
         ("LOC", "'entities' is a string, not a list of spans"),
     ],
 )  # fmt: skip
-def test_a_span_that_fits_no_word_is_a_bad_row(spans: Any, reason: str) -> None:
-    with pytest.raises(InputError) as caught:
-        tagged({"text": TEXT, "entities": spans})
-    assert str(caught.value).startswith(f"x.jsonl:3: {reason}.")
+def test_invalid_span_raises(spans: Any, reason: str) -> None:
+    with pytest.raises(InputError) as error:
+        convert_to_tags({"text": TEXT, "entities": spans})
+    assert str(error.value).startswith(f"x.jsonl:3: {reason}.")

@@ -1,4 +1,4 @@
-"""Checks of tokens on rows written by hand: exactly the rows in which something is wrong."""
+"""Token checks on small rows: exactly the faulty rows are found."""
 
 from __future__ import annotations
 
@@ -18,76 +18,76 @@ _ = IGNORED
 BOS, EOS = 1, 2
 
 
-def flat_of(*rows: tuple[list[int], list[int]]) -> FlatRows:
+def make_flat_rows(*rows: tuple[list[int], list[int]]) -> FlatRows:
     return FlatRows.of([Encoded(ids, labels, i) for i, (ids, labels) in enumerate(rows)])
 
 
-def hits(mask: np.ndarray) -> list[int]:
+def get_indices(mask: np.ndarray) -> list[int]:
     return np.flatnonzero(mask).tolist()
 
 
-def test_rows_are_laid_out_end_to_end() -> None:
-    flat = flat_of(([5, 6], [_, 6]), ([], []), ([7], [7]))
+def test_flat_rows_layout() -> None:
+    flat = make_flat_rows(([5, 6], [_, 6]), ([], []), ([7], [7]))
     assert flat.ids.values.tolist() == [5, 6, 7]
     assert flat.ids.starts.tolist() == [0, 2, 2, 3]
     assert flat.supervised().tolist() == [1, 0, 1]
 
 
-def test_examples_of_the_rows_that_are_kept_in_memory_and_in_a_store(tmp_path: Path) -> None:
+def test_example_mask_in_memory_and_from_store(tmp_path: Path) -> None:
     rows = [Encoded([5], [5], example) for example in [0, 0, 2, *range(3, 2_003)]]
     keep = np.ones(len(rows), dtype=bool)
     keep[[0, 2, 1_500]] = False
     expected = np.ones(2_004, dtype=bool)
     expected[[1, 2, rows[1_500].row, 2_003]] = False
     store = write_store(tmp_path / "rows.arrow", rows_to_batches(rows))
-    for some in (rows, store):
-        assert np.array_equal(get_example_mask(some, keep, 2_004), expected)
-    some = store.take(np.arange(1, len(rows)))
-    assert np.array_equal(get_example_mask(some, keep[1:], 2_004), expected)
+    for source in (rows, store):
+        assert np.array_equal(get_example_mask(source, keep, 2_004), expected)
+    source = store.take(np.arange(1, len(rows)))
+    assert np.array_equal(get_example_mask(source, keep[1:], 2_004), expected)
 
 
 def test_unsupervised_rows() -> None:
-    flat = flat_of(([5, 6], [_, 6]), ([5, 6], [_, _]), ([], []))
-    assert hits(flat.supervised() == 0) == [1, 2]
+    flat = make_flat_rows(([5, 6], [_, 6]), ([5, 6], [_, _]), ([], []))
+    assert get_indices(flat.supervised() == 0) == [1, 2]
 
 
 @pytest.mark.parametrize(
-    ("labels", "wrong"),
+    ("labels", "is_missing"),
     [
         ([_, 7, EOS], False),
         ([_, 7, 8], True),
-        ([_, 7, EOS, _, _], False),  # white space behind the end of the turn
-        ([_, 7, 9, _, 7, EOS], True),  # the first of two answers does not end
+        ([_, 7, EOS, _, _], False),  # white space after the end of the turn
+        ([_, 7, 9, _, 7, EOS], True),  # the first of two answers has no end
         ([_, 7, EOS, _, 7, EOS], False),
         ([_, _, _], False),  # another check's affair
         ([_, EOS, 7], True),
     ],
 )
-def test_every_answer_ends(labels: list[int], wrong: bool) -> None:
-    whole = [_, 7, EOS]
-    flat = flat_of((whole, whole), (labels, labels), (whole, whole))
-    assert hits(checks.has_missing_eos(flat, {EOS})) == [1] * wrong
+def test_missing_eos_in_any_answer(labels: list[int], is_missing: bool) -> None:
+    complete = [_, 7, EOS]
+    flat = make_flat_rows((complete, complete), (labels, labels), (complete, complete))
+    assert get_indices(checks.has_missing_eos(flat, {EOS})) == [1] * is_missing
 
 
-def test_a_split_text_ends_in_its_last_piece() -> None:
+def test_missing_eos_checks_last_piece_of_split_text() -> None:
     pieces = [Encoded([7, 8], [7, 8], 0), Encoded([9, EOS], [9, EOS], 0), Encoded([7], [7], 1)]
-    assert hits(checks.has_missing_eos(FlatRows.of(pieces), {EOS})) == [2]
+    assert get_indices(checks.has_missing_eos(FlatRows.of(pieces), {EOS})) == [2]
 
 
 def test_double_bos() -> None:
     rows = [([BOS, BOS, 5], [_] * 3), ([BOS, 5, BOS], [_] * 3), ([BOS], [_]), ([], [])]
-    flat = flat_of(*rows)
-    assert hits(checks.has_double_bos(flat, BOS)) == [0]
-    assert hits(checks.has_double_bos(flat, None)) == []
+    flat = make_flat_rows(*rows)
+    assert get_indices(checks.has_double_bos(flat, BOS)) == [0]
+    assert get_indices(checks.has_double_bos(flat, None)) == []
 
 
-def test_ids_beyond_the_embedding() -> None:
-    flat = flat_of(([9], [9]), ([10], [_]), ([3], [10]), ([-1], [_]))
-    assert hits(checks.has_invalid_ids(flat, 10, token_labels=True)) == [1, 2, 3]
-    assert hits(checks.has_invalid_ids(flat, 10, token_labels=False)) == [1, 3]
+def test_invalid_token_ids() -> None:
+    flat = make_flat_rows(([9], [9]), ([10], [_]), ([3], [10]), ([-1], [_]))
+    assert get_indices(checks.has_invalid_ids(flat, 10, token_labels=True)) == [1, 2, 3]
+    assert get_indices(checks.has_invalid_ids(flat, 10, token_labels=False)) == [1, 3]
 
 
-def test_an_answer_that_lies_in_no_window() -> None:
+def test_answer_outside_all_windows() -> None:
     answers = (("x", 4),)
     windows = [
         Window([1], (0, 0), 0, {}, "", answers),
@@ -96,10 +96,10 @@ def test_an_answer_that_lies_in_no_window() -> None:
         Window([1], (0, 0), 1, {}, "", answers),
         Window([1], (0, 0), 2, {}, "", ()),
     ]
-    assert hits(TASKS["question-answering"].check_rows(windows)["answer_cut"]) == [2, 3]
+    assert get_indices(TASKS["question-answering"].check_rows(windows)["answer_cut"]) == [2, 3]
 
 
-def test_one_class() -> None:
+def test_majority_class() -> None:
     assert checks.get_majority_class(["a"] * 19 + ["b"]) == ("a", 19)
     assert checks.get_majority_class(["a"] * 18 + ["b", "c"]) is None
     assert checks.get_majority_class([]) is None

@@ -1,4 +1,4 @@
-"""What prompts and answers tell of one another."""
+"""Checks that compare prompts with answers."""
 
 from __future__ import annotations
 
@@ -10,33 +10,33 @@ from ftlevel.data.gate.gate import get_conflicts, get_majority_target, get_swapp
 from ftlevel.data.gate.similarity import Digests
 
 
-def digest(examples: list[SourceTarget] | list[LabeledText]) -> Digests:
+def make_digests(examples: list[SourceTarget] | list[LabeledText]) -> Digests:
     return Digests.of(examples, TextCheckContext())
 
 
-def test_one_prompt_with_two_answers() -> None:
+def test_conflicting_answers() -> None:
     rows = [
         SourceTarget("a b", "x", 0),
         SourceTarget("A  b", "y", 1),
         SourceTarget("a b", "X", 2),
         SourceTarget("c", "x", 3),
     ]
-    again, first = get_conflicts(digest(rows))
-    assert (again.tolist(), first.tolist()) == ([1], [0])
+    conflicts, first = get_conflicts(make_digests(rows))
+    assert (conflicts.tolist(), first.tolist()) == ([1], [0])
     labelled = [
         LabeledText("a", None, "x", 0),
         LabeledText("a", "b", "y", 1),
         LabeledText("a", None, "y", 2),
     ]
-    assert get_conflicts(digest(labelled))[0].tolist() == [2]
+    assert get_conflicts(make_digests(labelled))[0].tolist() == [2]
 
 
-def test_one_answer_for_nearly_all() -> None:
+def test_majority_answer() -> None:
     rows = [SourceTarget(f"q {i}", "Yes." if i else "No.", i) for i in range(40)]
-    assert get_majority_target(digest(rows)).tolist() == list(range(1, 40))
+    assert get_majority_target(make_digests(rows)).tolist() == list(range(1, 40))
     rows[7] = SourceTarget("q", "Never.", 7)
-    assert len(get_majority_target(digest([*rows[:10], *rows[1:9]]))) == 0
-    assert len(get_majority_target(digest(rows[:3]))) == 0
+    assert len(get_majority_target(make_digests([*rows[:10], *rows[1:9]]))) == 0
+    assert len(get_majority_target(make_digests(rows[:3]))) == 0
 
 
 QUESTIONS = [
@@ -71,27 +71,27 @@ ANSWERS = [
 TOPICS = [f"topic{chr(97 + i)}{chr(97 + k)}" for i in range(8) for k in range(8)]
 
 
-def pairs(count: int) -> list[SourceTarget]:
+def make_pairs(count: int) -> list[SourceTarget]:
     generator = random.Random(3)
     rows = []
     for i in range(count):
         topics = generator.choices(TOPICS, k=3)
-        ask = " ".join([*generator.sample(QUESTIONS, 6), *topics])
-        rows.append(SourceTarget(ask, " ".join([*generator.sample(ANSWERS, 7), *topics]), i))
+        question = " ".join([*generator.sample(QUESTIONS, 6), *topics])
+        rows.append(SourceTarget(question, " ".join([*generator.sample(ANSWERS, 7), *topics]), i))
     return rows
 
 
-def test_prompts_in_the_place_of_answers() -> None:
-    rows = pairs(300)
-    assert get_swapped(digest(rows)).tolist() == []
-    wrong = list(range(5, 300, 20))
-    for i in wrong:
+def test_swapped_prompts_and_answers() -> None:
+    rows = make_pairs(300)
+    assert get_swapped(make_digests(rows)).tolist() == []
+    swapped = list(range(5, 300, 20))
+    for i in swapped:
         rows[i] = SourceTarget(rows[i].target, rows[i].source, i)
-    assert get_swapped(digest(rows)).tolist() == wrong
+    assert get_swapped(make_digests(rows)).tolist() == swapped
 
 
-def test_sides_that_use_the_same_words_are_not_told_apart() -> None:
+def test_pairs_with_shared_vocabulary_are_not_swapped() -> None:
     generator = random.Random(4)
     texts = [" ".join(generator.choices(TOPICS, k=6)) for _ in range(600)]
     rows = [SourceTarget(texts[i], texts[300 + i], i) for i in range(300)]
-    assert get_swapped(digest(rows)).tolist() == []
+    assert get_swapped(make_digests(rows)).tolist() == []

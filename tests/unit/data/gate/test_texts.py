@@ -1,4 +1,4 @@
-"""Checks of texts on examples written by hand: exactly those in which something is wrong."""
+"""Text checks on small examples: exactly the faulty ones are found."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from ftlevel.data.formats.turns import Message
 from ftlevel.data.gate.checks import TEXT_CHECKS, TextCheckContext
 from ftlevel.data.gate.similarity import Digests
 
-KNOWN = TextCheckContext(("<|im_end|>", "<|im_start|>", "</s>"))
+CONTEXT = TextCheckContext(("<|im_end|>", "<|im_start|>", "</s>"))
 
 
-def talk(*turns: tuple[str, str]) -> Conversation:
+def make_conversation(*turns: tuple[str, str]) -> Conversation:
     return Conversation(tuple(Message(role, text) for role, text in turns), 0)
 
 
-ASK, SAY = ("user", "What is it?"), ("assistant", "It is a parser.")
+QUESTION, ANSWER = ("user", "What is it?"), ("assistant", "It is a parser.")
 
 
 @pytest.mark.parametrize(
     ("check", "example"),
     [
-        ("turn_order", talk(SAY, ASK)),
-        ("turn_order", talk(("system", "Be brief."), SAY, ASK, SAY)),
-        ("turn_order", talk(ASK, SAY, ASK)),
+        ("turn_order", make_conversation(ANSWER, QUESTION)),
+        ("turn_order", make_conversation(("system", "Be brief."), ANSWER, QUESTION, ANSWER)),
+        ("turn_order", make_conversation(QUESTION, ANSWER, QUESTION)),
         ("lost_characters", SourceTarget("a\0b", "c", 0)),
         ("lost_characters", SourceTarget("a", "caf\ufffd", 0)),
         ("lost_characters", LabeledText("caf\ufffd", None, "x", 0)),
@@ -43,19 +43,21 @@ ASK, SAY = ("user", "What is it?"), ("assistant", "It is a parser.")
         ("html", PlainText("it is <b>bold</b>", 0)),
         ("special_token_text", SourceTarget("a", "b<|im_end|>", 0)),
         ("special_token_text", SourceTarget("<|im_start|>user", "b", 0)),
-        ("special_token_text", talk(("user", "a</s>"), SAY)),
+        ("special_token_text", make_conversation(("user", "a</s>"), ANSWER)),
         ("answer_is_prompt", SourceTarget("Tell me a joke", "tell me  a joke\n", 0)),
     ],
 )
-def test_what_is_wrong_is_named_and_nothing_else(check: str, example: SourceTarget) -> None:
-    found = [name for name, find in TEXT_CHECKS.items() if find(get_content(example), KNOWN)]
-    assert found == [check]
+def test_only_expected_check_fails(check: str, example: SourceTarget) -> None:
+    failed_checks = [
+        name for name, find in TEXT_CHECKS.items() if find(get_content(example), CONTEXT)
+    ]
+    assert failed_checks == [check]
 
 
 @pytest.mark.parametrize(
     "example",
     [
-        talk(("system", "Be brief."), ASK, SAY, ASK, SAY),
+        make_conversation(("system", "Be brief."), QUESTION, ANSWER, QUESTION, ANSWER),
         SourceTarget("if a < b and c > d: print(a & b)", "x<y>z", 0),
         SourceTarget("What is `<br>`?", "A tag: ```html\n<br>\n```", 0),
         SourceTarget("identity<T>(arg: T)", "AT&T; R&D", 0),
@@ -65,33 +67,33 @@ def test_what_is_wrong_is_named_and_nothing_else(check: str, example: SourceTarg
         SourceTarget("a\x85b", "c", 0),
     ],
 )
-def test_what_is_right_is_not_named(example: SourceTarget) -> None:
-    assert [name for name, find in TEXT_CHECKS.items() if find(get_content(example), KNOWN)] == []
+def test_valid_examples_pass_all_checks(example: SourceTarget) -> None:
+    assert [name for name, find in TEXT_CHECKS.items() if find(get_content(example), CONTEXT)] == []
 
 
-def test_a_digest_holds_the_marks_of_each_example() -> None:
+def test_digests_record_failed_checks() -> None:
     examples = [
         SourceTarget("a", "b", 0),
         SourceTarget("a<br>", "b\0", 1),
         SourceTarget("<p>", "b", 2),
     ]
-    digests = Digests.of(examples, KNOWN)
+    digests = Digests.of(examples, CONTEXT)
     assert digests.marked("html").tolist() == [1, 2]
     assert digests.marked("lost_characters").tolist() == [1]
     assert digests.marked("turn_order").tolist() == []
 
 
-def test_an_example_that_tells_no_parts_is_a_text() -> None:
+def test_plain_text_has_target_only() -> None:
     assert get_content(PlainText("a b", 0)) == ExampleContent("", "a b", "", "")
 
 
-def test_the_last_answer_is_what_the_rest_asks_for() -> None:
-    parts = talk(
-        ("system", "s"), ASK, SAY, ("user", "And this?"), ("assistant", "A lexer.")
+def test_content_of_conversation() -> None:
+    parts = make_conversation(
+        ("system", "s"), QUESTION, ANSWER, ("user", "And this?"), ("assistant", "A lexer.")
     ).content
     assert parts.last == "A lexer."
     assert parts.input_text == "What is it?\nAnd this?"
     assert parts.target_text == "It is a parser.\nA lexer."
     assert "It is a parser." in parts.before
     assert "s" not in parts.input_text.split()
-    assert talk(("system", "s"), SAY, ASK).content.before == ""
+    assert make_conversation(("system", "s"), ANSWER, QUESTION).content.before == ""

@@ -1,4 +1,4 @@
-"""Texts of nearly the same words are found, short and long; other texts of a kind are not."""
+"""Near duplicates by words, in short and long texts, without false positives."""
 
 from __future__ import annotations
 
@@ -25,69 +25,71 @@ from ftlevel.data.gate.wordings import (
 SYLLABLES = ["ba", "ke", "lo", "mi", "nu", "ra", "se", "ti", "vo", "za", "chi", "gra", "plo", "sku"]
 
 
-def digest(*examples: object) -> Digests:
+def make_digests(*examples: object) -> Digests:
     return Digests.of(examples, TextCheckContext())  # type: ignore[arg-type]
 
 
-def near(*examples: object) -> list[tuple[int, int]]:
-    digests = digest(*examples)
-    found, first = match_texts(digests, np.zeros(len(digests), dtype=bool))
-    return list(zip(found.tolist(), first.tolist(), strict=True))
+def get_near_pairs(*examples: object) -> list[tuple[int, int]]:
+    digests = make_digests(*examples)
+    matches, first = match_texts(digests, np.zeros(len(digests), dtype=bool))
+    return list(zip(matches.tolist(), first.tolist(), strict=True))
 
 
-def word(generator: random.Random) -> str:
+def random_word(generator: random.Random) -> str:
     return "".join(generator.choice(SYLLABLES) for _ in range(generator.randrange(2, 5)))
 
 
-def vocabulary(seed: int, count: int = 3_000) -> list[str]:
+def random_words(seed: int, count: int = 3_000) -> list[str]:
     generator = random.Random(seed)
-    return [word(generator) for _ in range(count)]
+    return [random_word(generator) for _ in range(count)]
 
 
-def texts(count: int, length: int, seed: int = 0) -> list[str]:
-    words, generator = vocabulary(seed), random.Random(seed + 1)
+def random_texts(count: int, length: int, seed: int = 0) -> list[str]:
+    words, generator = random_words(seed), random.Random(seed + 1)
     return [" ".join(generator.choices(words, k=length)) for _ in range(count)]
 
 
-def changed(text: str, how: str, generator: random.Random) -> str:
+def modify_text(text: str, change: str, generator: random.Random) -> str:
     words = text.split()
-    at = generator.randrange(len(words))
-    if how == "other":
-        words[at] = "qqq"
-    elif how == "two others":
-        words[at] = words[at - 1] = "qqq"
-    elif how == "one more":
-        words.insert(at, "very")
-    elif how == "one less":
-        del words[at]
-    elif how == "slip":
-        at = max(range(len(words)), key=lambda i: len(words[i]))
-        words[at] = words[at][:2] + words[at][3] + words[at][2] + words[at][4:]
-    elif how == "order":
-        at = max(1, at)
-        words[at - 1], words[at] = words[at], words[at - 1]
-    elif how == "case and marks":
+    position = generator.randrange(len(words))
+    if change == "other":
+        words[position] = "qqq"
+    elif change == "two others":
+        words[position] = words[position - 1] = "qqq"
+    elif change == "one more":
+        words.insert(position, "very")
+    elif change == "one less":
+        del words[position]
+    elif change == "slip":
+        position = max(range(len(words)), key=lambda i: len(words[i]))
+        words[position] = (
+            words[position][:2] + words[position][3] + words[position][2] + words[position][4:]
+        )
+    elif change == "order":
+        position = max(1, position)
+        words[position - 1], words[position] = words[position], words[position - 1]
+    elif change == "case and marks":
         words = [w.upper() + "!" for w in words]
     return " ".join(words)
 
 
 @pytest.mark.parametrize(
-    ("length", "how"),
+    ("length", "change"),
     [
-        *((length, how) for length in (10, 40, 300)
-          for how in ("other", "two others", "one more", "one less", "slip", "order",
+        *((length, change) for length in (10, 40, 300)
+          for change in ("other", "two others", "one more", "one less", "slip", "order",
                       "case and marks")),
         (5, "slip"),
     ],
 )  # fmt: skip
-def test_a_text_with_few_other_words_is_found(length: int, how: str) -> None:
+def test_text_with_few_changes_is_found(length: int, change: str) -> None:
     generator = random.Random(5)
-    rows = texts(200, length)
-    copies = [changed(rows[i], how, generator) for i in range(0, 100, 4)]
-    found = near(*(PlainText(text, i) for i, text in enumerate([*rows, *copies])))
+    rows = random_texts(200, length)
+    copies = [modify_text(rows[i], change, generator) for i in range(0, 100, 4)]
+    matches = get_near_pairs(*(PlainText(text, i) for i, text in enumerate([*rows, *copies])))
     expected = [(200 + k, 4 * k) for k in range(25)]
-    assert [pair for pair in found if pair[0] < 200] == []
-    assert len(set(expected) & set(found)) >= 24
+    assert [pair for pair in matches if pair[0] < 200] == []
+    assert len(set(expected) & set(matches)) >= 24
 
 
 @pytest.mark.parametrize(
@@ -99,95 +101,100 @@ def test_a_text_with_few_other_words_is_found(length: int, how: str) -> None:
         ("one two three four five six seven", "seven six five four three two one"),
     ],
 )
-def test_another_word_in_a_short_text_is_another_text(pair: tuple[str, str]) -> None:
-    rest = texts(30, 9)
-    assert near(*(PlainText(text, i) for i, text in enumerate([*rest, *pair]))) == []
+def test_short_texts_with_different_words_are_not_duplicates(pair: tuple[str, str]) -> None:
+    rest = random_texts(30, 9)
+    assert get_near_pairs(*(PlainText(text, i) for i, text in enumerate([*rest, *pair]))) == []
 
 
-def test_another_answer_to_another_prompt_is_no_duplicate() -> None:
+def test_pairs_with_different_prompts_and_answers_are_not_duplicates() -> None:
     ask = "Is there a method of the series that tells whether all of its strings are {}"
-    rows = [(texts(1, 20, i)[0], texts(1, 9, i + 50)[0]) for i in range(30)]
+    rows = [(random_texts(1, 20, i)[0], random_texts(1, 9, i + 50)[0]) for i in range(30)]
     rows += [(ask.format("decimal"), "It tells whether all are decimal")]
     rows += [(ask.format("uppercase"), "It tells whether all are uppercase")]
-    assert near(*(SourceTarget(*row, i) for i, row in enumerate(rows))) == []
+    assert get_near_pairs(*(SourceTarget(*row, i) for i, row in enumerate(rows))) == []
     rows[-1] = (rows[-1][0], rows[-2][1])
-    assert near(*(SourceTarget(*row, i) for i, row in enumerate(rows))) == [(31, 30)]
+    assert get_near_pairs(*(SourceTarget(*row, i) for i, row in enumerate(rows))) == [(31, 30)]
 
 
-def test_another_class_is_another_row() -> None:
-    rest = [LabeledText(text, None, "x", i) for i, text in enumerate(texts(30, 9))]
+def test_rows_of_different_classes_are_not_duplicates() -> None:
+    rest = [LabeledText(text, None, "x", i) for i, text in enumerate(random_texts(30, 9))]
     text = rest[3].text
-    assert near(*rest, LabeledText(f"{text} indeed", None, "x", 30)) == [(30, 3)]
-    assert near(*rest, LabeledText(f"{text} indeed", None, "y", 30)) == []
+    assert get_near_pairs(*rest, LabeledText(f"{text} indeed", None, "x", 30)) == [(30, 3)]
+    assert get_near_pairs(*rest, LabeledText(f"{text} indeed", None, "y", 30)) == []
 
 
-def test_what_all_rows_say_is_no_likeness() -> None:
-    order = " ".join(texts(1, 40, 9))
-    rows = [f"{order} {text}" for text in texts(30, 4)]
-    assert near(*(PlainText(text, i) for i, text in enumerate(rows))) == []
+def test_common_words_are_ignored() -> None:
+    order = " ".join(random_texts(1, 40, 9))
+    rows = [f"{order} {text}" for text in random_texts(30, 4)]
+    assert get_near_pairs(*(PlainText(text, i) for i, text in enumerate(rows))) == []
 
 
-def test_characters_are_the_words_of_chinese() -> None:
-    rest = [PlainText(text, i) for i, text in enumerate(texts(30, 9))]
+def test_chinese_characters_count_as_words() -> None:
+    rest = [PlainText(text, i) for i, text in enumerate(random_texts(30, 9))]
     text = "这个函数返回一个新的数组其中每个元素都是原来的两倍"
-    assert near(*rest, PlainText(text, 30), PlainText(text[:-1] + "半", 31)) == [(31, 30)]
+    assert get_near_pairs(*rest, PlainText(text, 30), PlainText(text[:-1] + "半", 31)) == [(31, 30)]
 
 
 def test_known_duplicates_are_skipped() -> None:
-    rows = [PlainText(text, i) for i, text in enumerate([*texts(30, 12), texts(30, 12)[3] + " so"])]
+    rows = [
+        PlainText(text, i)
+        for i, text in enumerate([*random_texts(30, 12), random_texts(30, 12)[3] + " so"])
+    ]
     skip = np.zeros(31, dtype=bool)
     skip[30] = True
-    assert match_texts(digest(*rows), skip)[0].tolist() == []
+    assert match_texts(make_digests(*rows), skip)[0].tolist() == []
 
 
-def test_validation_rows_that_are_nearly_training_rows() -> None:
-    train = [PlainText(text, i) for i, text in enumerate(texts(300, 12))]
+def test_near_duplicates_between_validation_and_training() -> None:
+    train = [PlainText(text, i) for i, text in enumerate(random_texts(300, 12))]
     generator = random.Random(1)
-    held = [PlainText(text, i) for i, text in enumerate(texts(40, 12, 77))]
-    held += [PlainText(changed(train[7 * i].text, "other", generator), 40 + i) for i in range(20)]
-    found, which = match_training_texts(digest(*held), digest(*train))
-    assert found.tolist() == list(range(40, 60))
-    assert which.tolist() == [7 * i for i in range(20)]
+    validation = [PlainText(text, i) for i, text in enumerate(random_texts(40, 12, 77))]
+    validation += [
+        PlainText(modify_text(train[7 * i].text, "other", generator), 40 + i) for i in range(20)
+    ]
+    matches, training_rows = match_training_texts(make_digests(*validation), make_digests(*train))
+    assert matches.tolist() == list(range(40, 60))
+    assert training_rows.tolist() == [7 * i for i in range(20)]
 
 
-def test_a_set_without_words_has_no_near_ones() -> None:
-    assert near() == []
-    assert near(PlainText("!", 0), PlainText("?", 1)) == []
-    nothing = digest()
-    assert match_training_texts(nothing, digest(PlainText("a b c d", 0)))[0].tolist() == []
-    assert match_training_texts(digest(PlainText("a b c d", 0)), nothing)[0].tolist() == []
+def test_no_rows_or_no_words_have_no_near_duplicates() -> None:
+    assert get_near_pairs() == []
+    assert get_near_pairs(PlainText("!", 0), PlainText("?", 1)) == []
+    nothing = make_digests()
+    assert match_training_texts(nothing, make_digests(PlainText("a b c d", 0)))[0].tolist() == []
+    assert match_training_texts(make_digests(PlainText("a b c d", 0)), nothing)[0].tolist() == []
 
 
-def test_parts_and_files_give_what_memory_gives(
+def test_chunked_search_matches_search_in_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     generator = random.Random(2)
-    rows = texts(400, 11)
-    rows += [changed(rows[i], "slip", generator) for i in range(0, 100)]
-    digests = digest(*(PlainText(text, i) for i, text in enumerate(rows)))
+    rows = random_texts(400, 11)
+    rows += [modify_text(rows[i], "slip", generator) for i in range(0, 100)]
+    digests = make_digests(*(PlainText(text, i) for i, text in enumerate(rows)))
     skip = np.zeros(500, dtype=bool)
-    whole = [side.tolist() for side in match_texts(digests, skip)]
-    assert len(whole[0]) >= 98
+    expected = [make_batch.tolist() for make_batch in match_texts(digests, skip)]
+    assert len(expected[0]) >= 98
     path = tmp_path / "train.digests"
     path.write_bytes(digests.to_bytes()[0])
     words_path(path).write_bytes(digests.to_bytes()[1])
     monkeypatch.setattr(wordings, "_GROUP_WORDS", 100)
     monkeypatch.setattr(wordings, "_CHUNK_WORDS", 300)
-    assert [side.tolist() for side in match_texts(Digests.at(path), skip)] == whole
+    assert [make_batch.tolist() for make_batch in match_texts(Digests.at(path), skip)] == expected
 
 
-def test_many_rows_of_a_kind_take_no_quadratic_step() -> None:
+def test_many_similar_rows_are_fast() -> None:
     rows = [PlainText(f"the same words in row {i} of the set, again and again", i)
             for i in range(20_000)]  # fmt: skip
-    digests = digest(*rows)
-    began = time.perf_counter()
+    digests = make_digests(*rows)
+    start = time.perf_counter()
     match_texts(digests, np.zeros(len(rows), dtype=bool))
-    assert time.perf_counter() - began < 20
+    assert time.perf_counter() - start < 20
 
 
 def template_rows(count: int) -> list[str]:
-    """Rows of 200 sentences with another word in two places."""
-    words, generator = vocabulary(11), random.Random(12)
+    """Return rows from 200 sentences with two words replaced."""
+    words, generator = random_words(11), random.Random(12)
     sentences = [generator.choices(words, k=10) for _ in range(200)]
     rows = []
     for _ in range(count):
@@ -198,8 +205,8 @@ def template_rows(count: int) -> list[str]:
 
 
 def shuffled_rows(count: int) -> list[str]:
-    """Rows of the words of 200 sentences, in any order: a count of words tells none apart."""
-    sentences, generator = texts(200, 10), random.Random(13)
+    """Return rows of the words of 200 sentences in random order; word counts are equal."""
+    sentences, generator = random_texts(200, 10), random.Random(13)
     rows = []
     for _ in range(count):
         row = generator.choice(sentences).split()
@@ -208,58 +215,60 @@ def shuffled_rows(count: int) -> list[str]:
     return rows
 
 
-@pytest.mark.parametrize("make", [template_rows, shuffled_rows])
-def test_20000_rows_of_a_template_take_three_seconds_at_most(make: Any) -> None:
-    digests = digest(*(PlainText(text, i) for i, text in enumerate(make(20_000))))
-    began = time.process_time()
+@pytest.mark.parametrize("create_rows", [template_rows, shuffled_rows])
+def test_20000_template_rows_take_under_three_seconds(create_rows: Any) -> None:
+    digests = make_digests(*(PlainText(text, i) for i, text in enumerate(create_rows(20_000))))
+    start = time.process_time()
     match_texts(digests, np.zeros(len(digests), dtype=bool))
-    assert time.process_time() - began < 3
-    half = int(digests.records["prompt"][:10_000].sum() + digests.records["answer"][:10_000].sum())
-    known = Digests(digests.records[:10_000], digests.words[:half])
-    began = time.process_time()
-    match_training_texts(Digests(digests.records[10_000:], digests.words[half:]), known)
-    assert time.process_time() - began < 3
+    assert time.process_time() - start < 3
+    num_words = int(
+        digests.records["prompt"][:10_000].sum() + digests.records["answer"][:10_000].sum()
+    )
+    known = Digests(digests.records[:10_000], digests.words[:num_words])
+    start = time.process_time()
+    match_training_texts(Digests(digests.records[10_000:], digests.words[num_words:]), known)
+    assert time.process_time() - start < 3
 
 
-def bits(text: str) -> list[int]:
-    return digest(PlainText(text, 0)).words.tolist()
+def encode_words(text: str) -> list[int]:
+    return make_digests(PlainText(text, 0)).words.tolist()
 
 
-def side(*rows: list[int]) -> TextBatch:
+def make_batch(*rows: list[int]) -> TextBatch:
     words = np.zeros((max(map(len, rows)), len(rows)), dtype=np.uint32)
     for i, row in enumerate(rows):
         words[: len(row), i] = row
     return TextBatch(words, np.array([len(row) for row in rows]))
 
 
-def plain_distance(a: list[int], b: list[int]) -> int:
-    """The whole table of optimal string alignment, a slip at 1 and anything else at 2."""
+def reference_distance(a: list[int], b: list[int]) -> int:
+    """Return the optimal string alignment distance: 1 for a typo, 2 for any other edit."""
     table = [[2 * (i + j) for j in range(len(b) + 1)] for i in range(len(a) + 1)]
     for i in range(1, len(a) + 1):
         for j in range(1, len(b) + 1):
             step = 0 if a[i - 1] == b[j - 1] else 1 if is_typo(a[i - 1], b[j - 1]) else 2
-            ways = [table[i - 1][j - 1] + step, table[i - 1][j] + 2, table[i][j - 1] + 2]
+            costs = [table[i - 1][j - 1] + step, table[i - 1][j] + 2, table[i][j - 1] + 2]
             if i > 1 and j > 1 and a[i - 1] == b[j - 2] and a[i - 2] == b[j - 1]:
-                ways.append(table[i - 2][j - 2] + 2)
-            table[i][j] = min(ways)
+                costs.append(table[i - 2][j - 2] + 2)
+            table[i][j] = min(costs)
     return table[-1][-1]
 
 
-def test_many_pairs_at_once_have_the_distances_of_single_ones() -> None:
+def test_edit_distances_match_reference() -> None:
     generator = random.Random(5)
-    words = bits("house houses huose garden gadren tree 1904 a street")
+    words = encode_words("house houses huose garden gadren tree 1904 a street")
     ones = [generator.choices(words, k=generator.randrange(0, 12)) for _ in range(3_000)]
     others = [generator.choices(words, k=generator.randrange(0, 12)) for _ in ones]
-    for i in range(0, len(ones), 2):  # every other pair is nearly the same
+    for i in range(0, len(ones), 2):  # every second pair is nearly equal
         others[i] = list(ones[i])
         for _ in range(generator.randrange(4)):
-            at = generator.randrange(len(others[i]) + 1)
-            others[i][at : at + generator.randrange(3)] = generator.choices(words, k=1)
-    want = np.array([plain_distance(a, b) for a, b in zip(ones, others, strict=True)])
-    found = compute_edit_distances(side(*ones), side(*others))
-    assert set(range(7)) <= set(want.tolist())
-    assert found[want <= 6].tolist() == want[want <= 6].tolist()
-    assert (found[want > 6] > 6).all()
+            position = generator.randrange(len(others[i]) + 1)
+            others[i][position : position + generator.randrange(3)] = generator.choices(words, k=1)
+    expected = np.array([reference_distance(a, b) for a, b in zip(ones, others, strict=True)])
+    matches = compute_edit_distances(make_batch(*ones), make_batch(*others))
+    assert set(range(7)) <= set(expected.tolist())
+    assert matches[expected <= 6].tolist() == expected[expected <= 6].tolist()
+    assert (matches[expected > 6] > 6).all()
 
 
 @pytest.mark.parametrize(
@@ -276,18 +285,18 @@ def test_many_pairs_at_once_have_the_distances_of_single_ones() -> None:
         ("in 1904 there", "in 1905 there", 2),
     ],
 )
-def test_half_words(one: str, other: str, half_words: int) -> None:
-    a, b = side(bits(one)), side(bits(other))
+def test_edit_distance_in_half_words(one: str, other: str, half_words: int) -> None:
+    a, b = make_batch(encode_words(one)), make_batch(encode_words(other))
     assert compute_edit_distances(a, b).tolist() == [half_words]
     assert compute_edit_distances(b, a).tolist() == [half_words]
 
 
-def test_slips() -> None:
-    def slip(one: str, other: str) -> bool:
-        return bool(is_typo(bits(one)[0], bits(other)[0]))
+def test_is_typo() -> None:
+    def is_typo_of(one: str, other: str) -> bool:
+        return bool(is_typo(encode_words(one)[0], encode_words(other)[0]))
 
-    assert slip("argument", "arguement")
-    assert slip("received", "recieved")
-    assert not slip("mother", "father")
-    assert not slip("upwards", "leftwards")
-    assert not slip("man", "men")
+    assert is_typo_of("argument", "arguement")
+    assert is_typo_of("received", "recieved")
+    assert not is_typo_of("mother", "father")
+    assert not is_typo_of("upwards", "leftwards")
+    assert not is_typo_of("man", "men")

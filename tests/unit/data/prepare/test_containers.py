@@ -1,4 +1,4 @@
-"""The same rows give the same encoded rows from every container of data."""
+"""Equal rows are encoded equally from every dataset container."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def call(name: str, **arguments: Any) -> dict[str, Any]:
 
 
 def messages(i: int) -> dict[str, Any]:
-    """Return a conversation whose turns, calls and tools have other keys than the next one's."""
+    """Return a conversation whose keys of turns, calls and tools differ from the next one's."""
     tools, calls = [
         ([ADD], [call("add", a=i, b=2)]),
         ([WEATHER, PING], [call("weather", city="Rome"), call("ping")]),
@@ -73,15 +73,15 @@ def preference_turns(i: int) -> dict[str, Any]:
 
 
 def answers(i: int) -> dict[str, Any]:
-    found = {"text": ["Rome"] if i % 3 else [], "answer_start": [3 + i] if i % 3 else []}
-    return {"context": "in " + "a" * i + "Rome it is", "question": f"where {i}", "answers": found}
+    values = {"text": ["Rome"] if i % 3 else [], "answer_start": [3 + i] if i % 3 else []}
+    return {"context": "in " + "a" * i + "Rome it is", "question": f"where {i}", "answers": values}
 
 
 def spans(i: int) -> dict[str, Any]:
-    found = [{"start": 0, "end": 3, "label": "LOC"}] if i % 2 else []
-    if i % 3 == 1:  # only some spans have a note
-        found = [{**span, "note": "sure"} for span in found]
-    return {"text": f"Rom is {i}", "spans": found}
+    values = [{"start": 0, "end": 3, "label": "LOC"}] if i % 2 else []
+    if i % 3 == 1:  # not all spans have a note
+        values = [{**span, "note": "sure"} for span in values]
+    return {"text": f"Rom is {i}", "spans": values}
 
 
 def tags(i: int) -> dict[str, Any]:
@@ -101,7 +101,7 @@ FORMATS: dict[str, tuple[str, str, str, Callable[[int], dict[str, Any]]]] = {
     "tags": ("token-classification", "encoder", "bert", tags),
     "several_labels": ("text-classification", "encoder", "bert", several_labels),
 }
-"""Format → its task, the kind and the family of the model, and the maker of a row."""
+"""Format name → (task, model kind, model family, function that creates a row)."""
 
 
 def write_jsonl(rows: Rows, folder: Path) -> Path:
@@ -117,7 +117,7 @@ def write_json(rows: Rows, folder: Path) -> Path:
 
 
 def write_csv(rows: Rows, folder: Path) -> Path:
-    """Write lists and objects as JSON text, the only way in which a cell can hold them."""
+    """Write lists and objects as JSON text, as CSV cells require."""
     path = folder / "rows.csv"
     with path.open("w", newline="") as file:
         writer = csv.writer(file)
@@ -143,17 +143,17 @@ def save_dataset(rows: Rows, folder: Path) -> Path:
     return folder / "saved"
 
 
-def read_by_pandas(rows: Rows, folder: Path) -> pd.DataFrame:
-    """Return a frame whose lists are arrays; it has lost whole numbers beside nulls."""
+def read_with_pandas(rows: Rows, folder: Path) -> pd.DataFrame:
+    """Return a frame whose lists are arrays and whose integers next to nulls are floats."""
     return pd.read_parquet(write_parquet(rows, folder))
 
 
-def read_by_pandas_as_arrow(rows: Rows, folder: Path) -> pd.DataFrame:
+def read_with_pandas_arrow_types(rows: Rows, folder: Path) -> pd.DataFrame:
     return pd.read_parquet(write_parquet(rows, folder), dtype_backend="pyarrow")
 
 
 def json_dataset(rows: Rows, _: Path) -> datasets.Dataset:
-    """Return a data set with lists of the type that `datasets` reads mixed JSON objects to."""
+    """Return a dataset with the list type that `datasets` uses for mixed JSON objects."""
     kinds = datasets.Dataset.from_list(rows).features
     nested = {name: datasets.List(datasets.Json()) for name in kinds if is_turns(rows[0][name])}
     return datasets.Dataset.from_list(rows, features=datasets.Features({**kinds, **nested}))
@@ -167,7 +167,7 @@ FILES = {
     "jsonl": write_jsonl, "json": write_json, "csv": write_csv, "parquet": write_parquet,
     "arrow": write_arrow, "saved": save_dataset,
 }  # fmt: skip
-HELD: dict[str, Callable[[Rows, Path], Any]] = {
+IN_MEMORY: dict[str, Callable[[Rows, Path], Any]] = {
     "list": lambda rows, _: rows,
     "generator": lambda rows, _: iter(rows),
     "arrow_table": lambda rows, _: pa.Table.from_pylist(rows),
@@ -175,18 +175,18 @@ HELD: dict[str, Callable[[Rows, Path], Any]] = {
     "dataset_of_json": json_dataset,
     "iterable_dataset": lambda rows, _: datasets.Dataset.from_list(rows).to_iterable_dataset(),
     "frame": lambda rows, _: pd.DataFrame(rows),
-    "frame_of_arrays": read_by_pandas,
-    "frame_of_arrow": read_by_pandas_as_arrow,
+    "frame_of_arrays": read_with_pandas,
+    "frame_of_arrow": read_with_pandas_arrow_types,
 }
 STREAMED = [name for name in FILES if name != "json"]
-"""A JSON array cannot be read in parts; rows in memory need no stream. Both are refused."""
+"""Excludes JSON arrays, which cannot be read in parts, and rows in memory; both raise."""
 
 
 def build(container: str, rows: Rows, folder: Path) -> Any:
-    """Return the data set that holds `rows` in a container of `FILES` or `HELD`."""
+    """Return a dataset of `rows` in a container of `FILES` or `IN_MEMORY`."""
     if container in FILES:
         return str(FILES[container](rows, folder))
-    return InMemoryDataset(HELD[container](rows, folder))
+    return InMemoryDataset(IN_MEMORY[container](rows, folder))
 
 
 def prepare(dataset: Any, format_: str, **options: Any) -> PreparedData:
@@ -197,17 +197,17 @@ def prepare(dataset: Any, format_: str, **options: Any) -> PreparedData:
     context = EncodingContext(
         TASKS[task], kind, tokenizer, len(tokenizer), LengthBounds(5_000), seed=3
     )
-    quiet = dict.fromkeys(("exact_duplicates", "near_duplicates"), "ignore")
-    config = DataConfig(dataset=dataset, gate=quiet, **options)
+    gate = dict.fromkeys(("exact_duplicates", "near_duplicates"), "ignore")
+    config = DataConfig(dataset=dataset, gate=gate, **options)
     return prepare_data(config, context, ignore_progress)
 
 
-def rows_of(format_: str, make: Callable[[int], dict[str, Any]] | None = None) -> Rows:
-    return [*map(make or FORMATS[format_][-1], range(COUNT))]
+def create_rows(format_: str, create_row: Callable[[int], dict[str, Any]] | None = None) -> Rows:
+    return [*map(create_row or FORMATS[format_][-1], range(COUNT))]
 
 
-def encoded(rows: Sequence[Any]) -> list[dict[str, Any]]:
-    """Return all fields of the encoded rows but their place."""
+def to_dicts(rows: Sequence[Any]) -> list[dict[str, Any]]:
+    """Return all fields of the encoded rows except `row`."""
     return [
         {field.name: getattr(row, field.name) for field in fields(row) if field.name != "row"}
         for row in rows
@@ -216,37 +216,37 @@ def encoded(rows: Sequence[Any]) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def expected(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
-    """Return the encoded rows of JSON Lines, the one container that says all as it is."""
+    """Return the encoded rows from JSON Lines, which preserves all values."""
     folder = tmp_path_factory.mktemp("expected")
     return {
-        name: encoded(prepare(str(write_jsonl(rows_of(name), folder)), name).train)
+        name: to_dicts(prepare(str(write_jsonl(create_rows(name), folder)), name).train)
         for name in FORMATS
     }
 
 
 @pytest.mark.parametrize("format_", FORMATS)
-@pytest.mark.parametrize("container", [*FILES, *HELD])
-def test_every_container_gives_the_same_encoded_rows(
+@pytest.mark.parametrize("container", [*FILES, *IN_MEMORY])
+def test_containers_give_equal_encoded_rows(
     container: str, format_: str, expected: dict[str, Any], tmp_path: Path
 ) -> None:
-    dataset = build(container, rows_of(format_), tmp_path)
-    assert encoded(prepare(dataset, format_).train) == expected[format_]
+    dataset = build(container, create_rows(format_), tmp_path)
+    assert to_dicts(prepare(dataset, format_).train) == expected[format_]
 
 
 @pytest.mark.parametrize("format_", ["messages", "preference", "preference_turns"])
 @pytest.mark.parametrize("container", STREAMED)
-def test_every_stream_gives_the_same_encoded_rows(
+def test_streams_give_equal_encoded_rows(
     container: str, format_: str, expected: dict[str, Any], tmp_path: Path
 ) -> None:
-    path = FILES[container](rows_of(format_), tmp_path)
+    path = FILES[container](create_rows(format_), tmp_path)
     prepared = prepare(str(path), format_, streaming=True, max_length=4_000)
-    assert encoded(prepared.train) == expected[format_], "the first rows"
+    assert to_dicts(prepared.train) == expected[format_], "the first rows"
     streamed = sorted((next(prepared.stream) for _ in range(COUNT)), key=lambda row: row.row)
-    assert encoded(streamed) == expected[format_]
+    assert to_dicts(streamed) == expected[format_]
 
 
 @pytest.mark.parametrize("format_", ["answers", "spans", "tags", "several_labels"])
-def test_formats_that_take_all_rows_to_know_are_not_streamed(format_: str) -> None:
+def test_streaming_of_formats_that_need_all_rows_raises(format_: str) -> None:
     task, *_ = FORMATS[format_]
     with pytest.raises(
         ConfigError,
@@ -260,12 +260,12 @@ def test_formats_that_take_all_rows_to_know_are_not_streamed(format_: str) -> No
         )
 
 
-def test_containers_that_are_read_as_a_whole_are_not_streamed(tmp_path: Path) -> None:
-    path = write_json(rows_of("messages"), tmp_path)
+def test_streaming_of_containers_read_at_once_raises(tmp_path: Path) -> None:
+    path = write_json(create_rows("messages"), tmp_path)
     with pytest.raises(InputError, match=r"cannot read '\.json' part by part"):
         prepare(str(path), "messages", streaming=True)
-    for make in HELD.values():
-        rows = InMemoryDataset(make(rows_of("messages"), tmp_path))
+    for create in IN_MEMORY.values():
+        rows = InMemoryDataset(create(create_rows("messages"), tmp_path))
         with pytest.raises(InputError, match="in memory already"):
             prepare(rows, "messages", streaming=True)
 
@@ -276,103 +276,103 @@ def with_null_default(i: int) -> dict[str, Any]:
     return {**row, "tools": [tool("measure", units=units), *row["tools"]]}
 
 
-def texts(prepared: PreparedData) -> str:
+def decode_rows(prepared: PreparedData) -> str:
     tokenizer = build_tokenizer("qwen2")
     return "".join(tokenizer.decode(row.input_ids) for row in prepared.train)
 
 
 @pytest.mark.parametrize("container", ["jsonl", "json", "csv", "list", "generator", "frame"])
-def test_nulls_of_json_are_kept(container: str, tmp_path: Path) -> None:
-    rows = rows_of("messages", with_null_default)
+def test_json_nulls_are_kept(container: str, tmp_path: Path) -> None:
+    rows = create_rows("messages", with_null_default)
     prepared = prepare(build(container, rows, tmp_path), "messages")
-    assert texts(prepared).count('"default": null') == COUNT
-    assert not notes_of(prepared)
-    assert '"city": null' not in texts(prepared)
+    assert decode_rows(prepared).count('"default": null') == COUNT
+    assert not get_null_notes(prepared)
+    assert '"city": null' not in decode_rows(prepared)
 
 
-def test_nulls_of_a_json_column_in_arrow_are_kept(tmp_path: Path) -> None:
-    rows = rows_of("messages", with_null_default)
+def test_nulls_of_arrow_json_column_are_kept(tmp_path: Path) -> None:
+    rows = create_rows("messages", with_null_default)
     features = datasets.Features({n: datasets.List(datasets.Json()) for n in rows[0]})
     path = tmp_path / "x.parquet"
     datasets.Dataset.from_list(rows, features=features).to_parquet(path)
     for dataset in (str(path), InMemoryDataset(datasets.Dataset.from_parquet(str(path)))):
         prepared = prepare(dataset, "messages")
-        assert texts(prepared).count('"default": null') == COUNT
-        assert not notes_of(prepared)
+        assert decode_rows(prepared).count('"default": null') == COUNT
+        assert not get_null_notes(prepared)
 
 
 @pytest.mark.parametrize(
     "container", ["parquet", "arrow", "saved", "arrow_table", "dataset", "frame_of_arrays"]
 )
-def test_nulls_of_arrow_are_dropped_and_counted(container: str, tmp_path: Path) -> None:
-    rows = rows_of("messages", with_null_default)
+def test_arrow_nulls_are_dropped_and_counted(container: str, tmp_path: Path) -> None:
+    rows = create_rows("messages", with_null_default)
     prepared = prepare(build(container, rows, tmp_path), "messages")
-    assert "null" not in texts(prepared)
-    [note] = notes_of(prepared)
+    assert "null" not in decode_rows(prepared)
+    [note] = get_null_notes(prepared)
     unified = pa.Table.from_pylist(rows).to_pylist()
     assert f"dropped {count_nulls(unified):,} null keys of objects in lists" in note
     assert "tools.function.parameters.properties" in note
 
 
-def test_a_stream_says_what_was_dropped_from_its_first_rows(tmp_path: Path) -> None:
-    path = write_parquet(rows_of("messages"), tmp_path)
-    [note] = notes_of(prepare(str(path), "messages", streaming=True))
+def test_streaming_reports_dropped_null_keys(tmp_path: Path) -> None:
+    path = write_parquet(create_rows("messages"), tmp_path)
+    [note] = get_null_notes(prepare(str(path), "messages", streaming=True))
     assert str(path) in note
     assert "messages.tool_calls.function.arguments" in note
 
 
-def notes_of(prepared: PreparedData) -> list[str]:
+def get_null_notes(prepared: PreparedData) -> list[str]:
     return [
         str(c.value) for c in prepared.choices if c.name == "note" and "null key" in str(c.value)
     ]
 
 
 def count_nulls(value: Any) -> int:
-    """Return the number of null keys that are not inside of another null."""
+    """Return the number of null keys that are not inside another null."""
     if isinstance(value, dict):
         return sum(item is None or count_nulls(item) for item in value.values())
     return sum(map(count_nulls, value)) if isinstance(value, list) else 0
 
 
-def test_rows_of_files_that_are_joined_keep_their_own_nulls(tmp_path: Path) -> None:
-    rows = rows_of("messages", with_null_default)
+def test_joined_files_keep_their_nulls(tmp_path: Path) -> None:
+    rows = create_rows("messages", with_null_default)
     files = [str(FILES[name](rows, tmp_path)) for name in ("jsonl", "parquet", "csv")]
     prepared = prepare(files[0], "messages", also=files[1:])
-    assert texts(prepared).count('"default": null') == 2 * COUNT
+    assert decode_rows(prepared).count('"default": null') == 2 * COUNT
 
 
-def test_the_text_of_python_objects_in_a_cell_is_refused(tmp_path: Path) -> None:
+def test_python_repr_in_csv_cell_raises(tmp_path: Path) -> None:
     path = tmp_path / "x.csv"
-    pd.DataFrame(rows_of("messages")).to_csv(path, index=False)
+    pd.DataFrame(create_rows("messages")).to_csv(path, index=False)
     with pytest.raises(InputError, match="'tools' is not valid JSON") as caught:
         prepare(str(path), "messages")
     assert "Write lists and objects as JSON" in str(caught.value)
 
 
-def test_text_that_only_looks_like_json_stays_text(tmp_path: Path) -> None:
+def test_json_like_text_is_not_parsed(tmp_path: Path) -> None:
     rows = [{**preference(i), "chosen": '[{"a": 1}]', "rejected": "[1"} for i in range(COUNT)]
-    written = [
+    prepared = [
         prepare(str(write(rows, tmp_path)), "preference") for write in (write_csv, write_jsonl)
     ]
-    assert encoded(written[0].train) == encoded(written[1].train)
+    assert to_dicts(prepared[0].train) == to_dicts(prepared[1].train)
 
 
-@pytest.mark.parametrize("container", HELD)
-def test_rows_to_predict_are_the_same_from_every_container(container: str, tmp_path: Path) -> None:
-    rows = rows_of("messages")
-    given = HELD[container](rows, tmp_path)
-    assert [row for row, *_ in in_memory_rows(given).read()] == rows
+@pytest.mark.parametrize("container", IN_MEMORY)
+def test_in_memory_rows_are_equal_in_every_container(container: str, tmp_path: Path) -> None:
+    rows = create_rows("messages")
+    dataset = IN_MEMORY[container](rows, tmp_path)
+    assert [row for row, *_ in in_memory_rows(dataset).read()] == rows
 
 
-def test_what_holds_several_splits_is_refused_where_rows_are_expected() -> None:
-    rows = datasets.DatasetDict(test=datasets.Dataset.from_list(rows_of("tags")))
+def test_in_memory_rows_reject_dataset_dict_and_no_rows() -> None:
+    rows = datasets.DatasetDict(test=datasets.Dataset.from_list(create_rows("tags")))
     with pytest.raises(InputError, match=r"a dict of 'test'.*rows\['test'\]"):
         in_memory_rows(rows)
     with pytest.raises(InputError, match="there are 0 rows to predict"):
         in_memory_rows(pd.DataFrame({"text": []}))
 
 
-def test_a_leaked_test_row_is_named_by_its_own_line(tmp_path: Path) -> None:
+def test_leaked_test_row_is_reported_with_its_line(tmp_path: Path) -> None:
     rows = [{"prompt": f"question {i} of all", "completion": f"answer {i}"} for i in range(20)]
     write = (tmp_path / "train.jsonl").write_text
     write("".join(json.dumps(row) + "\n" for row in rows))
