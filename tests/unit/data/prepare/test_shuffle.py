@@ -1,4 +1,4 @@
-"""The buffer gives every item once, and goes on from its state as it would have gone on."""
+"""The shuffle buffer returns every item once and can be resumed from its state."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from ftlevel.data.prepare.row_stream import ShuffleBuffer
 
 def drain(buffer: ShuffleBuffer[int], items: list[int]) -> list[int]:
     pushed = [buffer.push(item) for item in items]
-    given_back = [item for item in pushed if item is not None]
-    return given_back + [buffer.pop() for _ in range(len(buffer.items))]
+    replaced = [item for item in pushed if item is not None]
+    return replaced + [buffer.pop() for _ in range(len(buffer.items))]
 
 
 @given(st.integers(0, 60), st.integers(1, 20), st.integers(0, 5))
-def test_every_item_once(count: int, size: int, seed: int) -> None:
+def test_buffer_returns_every_item_once(count: int, size: int, seed: int) -> None:
     items = list(range(count))
     out = drain(ShuffleBuffer(size, str(seed)), items)
     assert sorted(out) == items
@@ -25,7 +25,7 @@ def test_every_item_once(count: int, size: int, seed: int) -> None:
         assert out == items
 
 
-def test_seeds_differ_and_the_order_is_not_the_files() -> None:
+def test_order_depends_on_seed_and_differs_from_input() -> None:
     items = list(range(200))
     first, second = (drain(ShuffleBuffer(50, seed), items) for seed in ("a", "b"))
     assert first != second
@@ -33,12 +33,12 @@ def test_seeds_differ_and_the_order_is_not_the_files() -> None:
 
 
 @given(st.integers(1, 10), st.integers(0, 40))
-def test_a_state_is_a_place_to_go_on_from(size: int, at: int) -> None:
-    whole, begun = ShuffleBuffer[int](size, "s"), ShuffleBuffer[int](size, "s")
+def test_buffer_resumes_from_state(size: int, position: int) -> None:
+    uninterrupted, interrupted = ShuffleBuffer[int](size, "s"), ShuffleBuffer[int](size, "s")
     items = list(range(40))
-    for item in items[:at]:
-        assert whole.push(item) == begun.push(item)
+    for item in items[:position]:
+        assert uninterrupted.push(item) == interrupted.push(item)
     resumed = ShuffleBuffer[int](size, "another")
-    resumed.items.extend(begun.items)
-    resumed.set_draws(begun.draws())
-    assert drain(resumed, items[at:]) == drain(whole, items[at:])
+    resumed.items.extend(interrupted.items)
+    resumed.set_draws(interrupted.draws())
+    assert drain(resumed, items[position:]) == drain(uninterrupted, items[position:])

@@ -1,4 +1,4 @@
-"""A format is added as docs/add-a-format.md says: a class, a line, and every door knows it."""
+"""Adding a format as in docs/add-a-format.md: one class and one line are enough everywhere."""
 
 from __future__ import annotations
 
@@ -21,52 +21,52 @@ PAGE = (ROOT / "docs/add-a-format.md").read_text(encoding="utf-8")
 
 
 @pytest.fixture(autouse=True)
-def _with_the_format(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def _registered_format(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(READERS, ".kv", KeyValue)
     monkeypatch.chdir(tmp_path)
     rows = [f"prompt=say {i};completion=it is {i}" for i in range(150)]
     Path("x.kv").write_text("\n".join(rows), encoding="utf-8")
 
 
-def test_it_is_read_as_a_table() -> None:
+def test_added_format_is_read_as_table() -> None:
     table = load_splits("x.kv").train
     assert len(table) == 150
     assert table.rows[149] == {"prompt": "say 149", "completion": "it is 149"}
     assert table.where(149) == "x.kv:150"
     Path("x.kv").write_text("prompt=a;completion=b\noops\nprompt=c\n" * 2, encoding="utf-8")
-    with pytest.raises(InputError) as caught:
+    with pytest.raises(InputError) as error:
         load_splits("x.kv")
-    assert caught.value.problems[0] == "x.kv:2: not key=value;key=value."
+    assert error.value.problems[0] == "x.kv:2: not key=value;key=value."
     assert len(load_splits("x.kv", on_bad_row="skip").train) == 2
 
 
-def test_it_is_one_of_the_files_of_a_directory() -> None:
+def test_added_format_is_read_from_directory() -> None:
     Path("d").mkdir()
     Path("x.kv").rename("d/train.kv")
     assert len(load_splits("d").train) == 150
 
 
-def test_it_is_read_as_a_stream() -> None:
+def test_added_format_is_read_as_stream() -> None:
     source = open_source("x.kv")
     chunks = list(source.train.chunks())
     assert [len(chunk.rows) for chunk in chunks] == [64, 64, 22]
-    later = source.train.chunks(json.loads(json.dumps(chunks[0].cursor)))
-    assert [chunk.lines for chunk in later] == [chunk.lines for chunk in chunks[1:]]
+    resumed = source.train.chunks(json.loads(json.dumps(chunks[0].cursor)))
+    assert [chunk.lines for chunk in resumed] == [chunk.lines for chunk in chunks[1:]]
 
 
-@pytest.mark.parametrize("more", [[], ["--streaming", "--max-steps", "3"]])
-def test_it_is_previewed(more: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(["preview", "--dataset", "x.kv", *more]) == 0
+@pytest.mark.parametrize("options", [[], ["--streaming", "--max-steps", "3"]])
+def test_added_format_is_previewed(options: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["preview", "--dataset", "x.kv", *options]) == 0
     assert "x.kv:1" in capsys.readouterr().out
 
 
-def test_a_name_that_nothing_reads_lists_it() -> None:
+def test_unknown_format_error_lists_added_format() -> None:
     Path("x.kw").write_text("a=b", encoding="utf-8")
     with pytest.raises(InputError, match=r"Formats: .*\.txt, .*\.kv\."):
         load_splits("x.kw")
 
 
-def test_the_page_names_files_and_names_that_are_there() -> None:
+def test_page_refers_to_existing_files_and_attributes() -> None:
     paths = re.findall(r"`((?:src|tests|docs)/[\w./-]+)`", PAGE)
     assert len(paths) > 5
     assert [path for path in paths if not (ROOT / path).exists()] == []
@@ -76,7 +76,7 @@ def test_the_page_names_files_and_names_that_are_there() -> None:
 
 
 @pytest.mark.slow
-def test_it_takes_one_file_and_lines_of_another(tmp_path: Path) -> None:
+def test_adding_a_format_touches_two_files(tmp_path: Path) -> None:
     assert len(DATA_FORMAT.touched) <= 2
     tree = DATA_FORMAT.apply(tmp_path / "tree")
     assert "x.kv:1" in run_in(tree, "preview", "--dataset", "x.kv", cwd=tmp_path)

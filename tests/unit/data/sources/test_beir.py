@@ -1,4 +1,4 @@
-"""Retrieval sets in BEIR's layout."""
+"""Retrieval datasets in BEIR's layout."""
 
 import json
 
@@ -13,7 +13,7 @@ def write(path, rows):
 
 
 @pytest.fixture
-def layout(tmp_path):
+def qrels_path(tmp_path):
     write(tmp_path / "queries.jsonl", [{"_id": f"q{n}", "text": f"query {n}"} for n in range(3)])
     documents = [("d1", "T", "one"), ("d2", "", "two"), ("d3", "", "two"), ("d4", "", "four")]
     write(
@@ -26,34 +26,34 @@ def layout(tmp_path):
     return qrels
 
 
-def test_equal_documents_are_one_and_unjudged_queries_are_left_out(layout):
-    assert load_retrieval_set(layout) == RetrievalSet(
+def test_duplicate_documents_are_merged_and_unjudged_queries_dropped(qrels_path):
+    assert load_retrieval_set(qrels_path) == RetrievalSet(
         ["query 0", "query 2"], ["T one", "two", "four"], [[0, 1], [2]], merged=1, unjudged=1
     )
 
 
-def test_another_corpus_has_to_hold_the_relevant_documents(layout, tmp_path):
+def test_corpus_without_relevant_documents_raises(qrels_path, tmp_path):
     other = tmp_path / "other.jsonl"
     write(other, [{"_id": "d1", "title": "", "text": "one"}])
     with pytest.raises(
         InputError, match=r"2 relevant judgments refer to a missing query or document.*--corpus"
     ):
-        load_retrieval_set(layout, other)
+        load_retrieval_set(qrels_path, other)
 
 
-def test_judgments_need_their_columns(layout):
-    layout.write_text("a\tb\tc\nq0\td1\t1\n")
+def test_judgments_without_columns_raise(qrels_path):
+    qrels_path.write_text("a\tb\tc\nq0\td1\t1\n")
     with pytest.raises(InputError, match="none of the columns query-id"):
-        load_retrieval_set(layout)
+        load_retrieval_set(qrels_path)
 
 
-def test_a_score_is_a_number(layout):
-    layout.write_text("query-id\tcorpus-id\tscore\nq0\td1\tyes\n")
+def test_score_that_is_not_a_number_raises(qrels_path):
+    qrels_path.write_text("query-id\tcorpus-id\tscore\nq0\td1\tyes\n")
     with pytest.raises(InputError, match="'score' is 'yes', where a number is expected"):
-        load_retrieval_set(layout)
+        load_retrieval_set(qrels_path)
 
 
-def test_judgments_need_a_relevant_document(layout):
-    layout.write_text("query-id\tcorpus-id\tscore\nq0\td1\t0\n")
+def test_judgments_without_relevant_document_raise(qrels_path):
+    qrels_path.write_text("query-id\tcorpus-id\tscore\nq0\td1\t0\n")
     with pytest.raises(InputError, match="no score is above 0"):
-        load_retrieval_set(layout)
+        load_retrieval_set(qrels_path)

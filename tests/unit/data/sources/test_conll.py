@@ -1,4 +1,4 @@
-"""CoNLL as it lies about: columns, document marks, comments, faults; told by its beginning too."""
+"""CoNLL files: columns, document marks, comments, bad lines, and detection by content."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def read(folder: Path, content: str, name: str = "x.conll", on_bad_row: Any = "e
     return load_table(path, on_bad_row)
 
 
-def test_columns_marks_and_comments(tmp_path: Path) -> None:
+def test_columns_document_marks_and_comments(tmp_path: Path) -> None:
     table = read(tmp_path, CONLL_2003)
     assert table.column_names == ["tokens", "2", "3", "tags"]
     assert table.rows[0] == {
@@ -41,24 +41,24 @@ def test_columns_marks_and_comments(tmp_path: Path) -> None:
     assert table.where(1) == f"{tmp_path}/x.conll:7"
 
 
-def test_tabs_keep_spaces_in_a_word(tmp_path: Path) -> None:
+def test_tab_separated_words_may_contain_spaces(tmp_path: Path) -> None:
     table = read(tmp_path, "New York\tB-LOC\r\nis\tO\r\n\r\nA\tO\r\n")
     assert table.rows == [
         {"tokens": ["New York", "is"], "tags": ["B-LOC", "O"]}, {"tokens": ["A"], "tags": ["O"]}
     ]  # fmt: skip
 
 
-def test_words_alone_have_no_tags(tmp_path: Path) -> None:
+def test_words_without_tags(tmp_path: Path) -> None:
     assert read(tmp_path, "Ada\nLovelace\n\nx\n").rows == [
         {"tokens": ["Ada", "Lovelace"]}, {"tokens": ["x"]}
     ]  # fmt: skip
 
 
-def test_a_line_of_other_width_makes_its_sentence_bad(tmp_path: Path) -> None:
+def test_line_with_other_column_count_makes_sentence_bad(tmp_path: Path) -> None:
     content = "a O\nb O\n\nc O\nd\ne O\n\nf B-X\n"
-    with pytest.raises(InputError) as caught:
+    with pytest.raises(InputError) as error:
         read(tmp_path, content)
-    assert str(caught.value).startswith(
+    assert str(error.value).startswith(
         f"{tmp_path}/x.conll:5: has 1 column, where most lines have 2."
     )
     assert [row["tokens"] for row in read(tmp_path, content, on_bad_row="skip").rows] == [
@@ -67,7 +67,7 @@ def test_a_line_of_other_width_makes_its_sentence_bad(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["x.txt", "x.tsv"])
-def test_it_is_told_by_its_beginning_and_said(name: str, tmp_path: Path) -> None:
+def test_conll_is_detected_by_content_and_reported(name: str, tmp_path: Path) -> None:
     table = read(tmp_path, "EU\tB-ORG\nis\tO\n\nA\tO\n", name)
     assert table.rows[1] == {"tokens": ["A"], "tags": ["O"]}
     assert "read as conll: every line is a word and its tag" in table.notes[0]
@@ -76,10 +76,10 @@ def test_it_is_told_by_its_beginning_and_said(name: str, tmp_path: Path) -> None
 @pytest.mark.parametrize(
     "content", ["I see vitamin B-12\nYes O\n", "a O\nb O\n", "text\ttag\na\tO\n"]
 )
-def test_other_text_is_not_taken_for_it(content: str, tmp_path: Path) -> None:
+def test_other_text_is_not_detected_as_conll(content: str, tmp_path: Path) -> None:
     assert "tokens" not in read(tmp_path, content, "x.txt").column_names
 
 
-def test_nothing_is_said_so(tmp_path: Path) -> None:
+def test_file_without_sentences_raises(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="has 0 sentences"):
         read(tmp_path, "-DOCSTART- -X- O\n# only a comment\n\n")

@@ -1,4 +1,4 @@
-"""`builtin:docstrings`: what a row holds, and that the splits share nothing."""
+"""`builtin:docstrings`: contents of rows, and disjoint splits."""
 
 import ast
 import json
@@ -39,9 +39,9 @@ def rows():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_there_are_enough_rows_with_just_the_two_columns(rows, kind):
-    for split, least in zip(SPLITS, (600, 40, 40), strict=True):
-        assert len(rows[kind, split]) >= least
+def test_row_count_and_columns_of_each_split(rows, kind):
+    for split, min_rows in zip(SPLITS, (600, 40, 40), strict=True):
+        assert len(rows[kind, split]) >= min_rows
         for row in rows[kind, split]:
             assert tuple(row) == COLUMNS[kind]
             assert all(text and text == text.strip() for text in row.values())
@@ -49,7 +49,7 @@ def test_there_are_enough_rows_with_just_the_two_columns(rows, kind):
             assert all(text.isascii() for text in row.values())
 
 
-def test_a_prompt_is_python_that_lacks_its_docstring(rows):
+def test_generation_prompt_is_function_without_docstring(rows):
     for row in rows["generation", "train"][:300] + rows["generation", "validation"]:
         assert row["prompt"].startswith(INSTRUCTION)
         (function,) = ast.parse(row["prompt"].removeprefix(INSTRUCTION)).body
@@ -57,18 +57,18 @@ def test_a_prompt_is_python_that_lacks_its_docstring(rows):
         assert row["completion"] not in row["prompt"]
 
 
-def test_a_signature_is_that_of_the_header(rows):
+def test_signature_target_matches_function_header(rows):
     for row in rows["signatures", "train"][:300] + rows["signatures", "validation"]:
         header = row["prompt"].removeprefix(docstrings.SIGNATURE_INSTRUCTION).splitlines()[0]
         (function,) = ast.parse(f"{header} pass").body
-        described = json.loads(row["completion"])
-        assert described["name"] == function.name
+        signature = json.loads(row["completion"])
+        assert signature["name"] == function.name
         names = [a.arg for a in ast.walk(function.args) if isinstance(a, ast.arg)]
-        assert set(described["parameters"]) <= set(names) - {"self", "cls"}
-        assert described["parameters"]
+        assert set(signature["parameters"]) <= set(names) - {"self", "cls"}
+        assert signature["parameters"]
 
 
-def test_a_summary_is_one_line_that_its_document_does_not_say(rows):
+def test_summary_is_one_line_and_not_in_document(rows):
     for row in rows["summarization", "train"]:
         assert "\n" not in row["summary"]
         assert row["summary"].rstrip(".") not in row["document"]
@@ -76,29 +76,29 @@ def test_a_summary_is_one_line_that_its_document_does_not_say(rows):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_splits_share_no_target_and_repeat_none(rows, kind):
+def test_splits_have_disjoint_rows_and_unique_targets(rows, kind):
     targets = {split: [row[TARGET[kind]] for row in rows[kind, split]] for split in SPLITS}
     if kind == "generation":
-        for found in targets.values():
-            assert len(found) == len(set(found))
-        for one, other in combinations(SPLITS, 2):
-            assert not set(targets[one]) & set(targets[other])
-    whole = {split: {tuple(row.values()) for row in rows[kind, split]} for split in SPLITS}
-    for one, other in combinations(SPLITS, 2):
-        assert not whole[one] & whole[other]
+        for split_targets in targets.values():
+            assert len(split_targets) == len(set(split_targets))
+        for first, second in combinations(SPLITS, 2):
+            assert not set(targets[first]) & set(targets[second])
+    split_rows = {split: {tuple(row.values()) for row in rows[kind, split]} for split in SPLITS}
+    for first, second in combinations(SPLITS, 2):
+        assert not split_rows[first] & split_rows[second]
 
 
-def test_splits_share_no_module_and_have_their_shares():
+def test_splits_have_disjoint_modules_and_expected_sizes():
     modules = {split: {path for path, _ in stdlib_modules(split)} for split in SPLITS}
-    everything = {path for path, _ in stdlib_modules()}
-    assert set.union(*modules.values()) == everything
-    assert sum(map(len, modules.values())) == len(everything)
-    assert 0.80 < len(modules["train"]) / len(everything) < 0.92
-    assert not any("test" in path.split("/") or "site-packages" in path for path in everything)
+    all_modules = {path for path, _ in stdlib_modules()}
+    assert set.union(*modules.values()) == all_modules
+    assert sum(map(len, modules.values())) == len(all_modules)
+    assert 0.80 < len(modules["train"]) / len(all_modules) < 0.92
+    assert not any("test" in path.split("/") or "site-packages" in path for path in all_modules)
 
 
-def test_split_depends_on_the_path_alone():
-    # Constants: another machine and another Python must agree with them.
+def test_split_depends_only_on_path():
+    # Constants, which must be equal on every machine and Python version.
     assert split_of("argparse.py") == "train"
     assert split_of("ast.py") == "validation"
     assert split_of("functools.py") == "test"
@@ -106,86 +106,86 @@ def test_split_depends_on_the_path_alone():
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("split", SPLITS)
-def test_limit_gives_a_prefix(rows, kind, split):
+def test_limit_returns_first_rows(rows, kind, split):
     assert load_docstrings(kind, split, limit=25) == rows[kind, split][:25]
     assert load_docstrings(kind, split, limit=0) == []
 
 
-def test_a_prefix_is_spread_over_modules():
+def test_first_rows_come_from_many_modules():
     rows = load_docstrings("generation", "train", limit=400)
     texts = {path: file.read_text() for path, file in stdlib_modules("train")[:150]}
     first_lines = [row["completion"].splitlines()[0] for row in rows]
-    homes = {
+    source_modules = {
         next((path for path, text in texts.items() if line in text), "") for line in first_lines
     }
-    assert len(homes) >= 25
+    assert len(source_modules) >= 25
 
 
-def forget_what_was_read() -> None:
+def clear_caches() -> None:
     docstrings._documented.cache_clear()
     docstrings._cached_rows.cache_clear()
 
 
-def test_a_sample_parses_only_a_part_of_the_library(monkeypatch):
-    forget_what_was_read()
+def test_limited_load_parses_few_modules(monkeypatch):
+    clear_caches()
     parsed = []
 
-    def count(file):
+    def counting_read(file):
         parsed.append(file)
         return read_module(file)
 
-    monkeypatch.setattr(docstrings, "read_module", count)
+    monkeypatch.setattr(docstrings, "read_module", counting_read)
     assert len(load_docstrings("generation", "train", limit=400)) == 400
-    # Parsing is all of the time: 0.6 s for this on an idle server core, 1.7 s for everything.
+    # Parsing dominates the time: 0.6 s for this on an idle server core, 1.7 s for all modules.
     assert len(parsed) == len(set(parsed)) < len(stdlib_modules()) / 2
 
 
-def test_only_statements_that_hold_no_others_are_passed_over():
-    holding = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Module)
+def test_scopes_visit_every_nested_definition():
+    scope_types = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Module)
     blocks = ("handlers", "finalbody", "orelse", "body")
     for _, file in stdlib_modules("validation"):
         tree = ast.parse(file.read_bytes())
-        plain, pending = [], [tree]
+        expected, pending = [], [tree]
         while pending:
             node = pending.pop()
-            plain += [node] if isinstance(node, holding) else []
+            expected += [node] if isinstance(node, scope_types) else []
             for block in blocks:
                 pending.extend(reversed(getattr(node, block, ())))
-        assert list(docstrings._scopes(tree)) == plain
+        assert list(docstrings._scopes(tree)) == expected
 
 
-def test_rows_that_were_read_before_are_the_same_and_nobody_elses():
-    forget_what_was_read()
-    few = load_docstrings("signatures", "test", limit=3)
-    many = load_docstrings("signatures", "test", limit=9)
-    few[0]["prompt"] = "changed"
-    assert load_docstrings("signatures", "test", limit=9) == many
-    forget_what_was_read()
-    assert load_docstrings("signatures", "test", limit=9) == many
+def test_cached_rows_are_not_modified_by_callers():
+    clear_caches()
+    first_rows = load_docstrings("signatures", "test", limit=3)
+    more_rows = load_docstrings("signatures", "test", limit=9)
+    first_rows[0]["prompt"] = "changed"
+    assert load_docstrings("signatures", "test", limit=9) == more_rows
+    clear_caches()
+    assert load_docstrings("signatures", "test", limit=9) == more_rows
 
 
-def test_a_reading_that_was_broken_off_is_begun_anew(monkeypatch):
-    forget_what_was_read()
-    whole = load_docstrings("generation", "test", limit=50)
-    forget_what_was_read()
+def test_load_succeeds_after_interrupted_load(monkeypatch):
+    clear_caches()
+    expected = load_docstrings("generation", "test", limit=50)
+    clear_caches()
     with monkeypatch.context() as patch:
         patch.setattr(docstrings, "_documented", lambda _: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             load_docstrings("generation", "test", limit=50)
-    assert load_docstrings("generation", "test", limit=50) == whole
+    assert load_docstrings("generation", "test", limit=50) == expected
 
 
-def test_rows_do_not_depend_on_what_was_read_before():
-    forget_what_was_read()
-    alone = load_docstrings("summarization", "test", limit=20)
-    forget_what_was_read()
+def test_rows_do_not_depend_on_earlier_loads():
+    clear_caches()
+    expected = load_docstrings("summarization", "test", limit=20)
+    clear_caches()
     for split in SPLITS:
-        after = load_docstrings("summarization", split, limit=20)
-    assert after == alone
+        actual = load_docstrings("summarization", split, limit=20)
+    assert actual == expected
     assert split == "test"
 
 
-def test_read_module_cuts_docstrings_out(tmp_path):
+def test_read_module_separates_docstrings(tmp_path):
     file = tmp_path / "sample.py"
     file.write_text(
         textwrap.dedent(
@@ -215,8 +215,8 @@ def test_read_module_cuts_docstrings_out(tmp_path):
             '''
         )
     )
-    found = [(item.kind, item.source, item.docstring) for item in read_module(file)]
-    assert found == [
+    items = [(item.kind, item.source, item.docstring) for item in read_module(file)]
+    assert items == [
         ("module", "", "The module."),
         ("class", "", "A thing."),
         ("function", "@property\ndef size(self):\n    return 1", "Return\nthe size."),
@@ -226,7 +226,7 @@ def test_read_module_cuts_docstrings_out(tmp_path):
     ]
 
 
-def test_a_form_feed_does_not_shift_the_lines(tmp_path):
+def test_form_feed_does_not_shift_lines(tmp_path):
     file = tmp_path / "paged.py"
     file.write_text('x = 1\n\x0c\ndef f():\n    """Return 1."""\n    return 1\n')
     (item,) = read_module(file)
@@ -234,13 +234,13 @@ def test_a_form_feed_does_not_shift_the_lines(tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"def f(:\n", b"\xff\xfe", b"x = 1\x00"])
-def test_a_file_that_cannot_be_parsed_is_passed_over(tmp_path, content):
+def test_unparsable_file_is_skipped(tmp_path, content):
     file = tmp_path / "bad.py"
     file.write_bytes(content)
     assert read_module(file) == []
 
 
-def test_a_python_without_sources_is_an_input_error(monkeypatch, tmp_path):
+def test_python_without_sources_raises(monkeypatch, tmp_path):
     monkeypatch.setattr(docstrings.sysconfig, "get_path", lambda name: str(tmp_path))
     with pytest.raises(InputError, match=r"has none .* --dataset"):
         stdlib_root()
@@ -257,16 +257,18 @@ def test_a_python_without_sources_is_an_input_error(monkeypatch, tmp_path):
         ("generation", "dev", r"unknown split 'dev'. Available: train, validation, test"),
     ],
 )
-def test_an_unknown_kind_or_split_names_the_known_ones(kind, split, text):
+def test_unknown_kind_or_split_raises(kind, split, text):
     with pytest.raises(InputError, match=text):
         load_docstrings(kind, split)
 
 
-def test_reading_needs_no_heavy_import():
+def test_loading_imports_no_heavy_library():
     code = (
         "import sys; from ftlevel.data.sources.docstrings import load_docstrings as read;"
         "read('generation', 'validation', 1);"
         "print(sorted({'torch', 'datasets', 'transformers'} & set(sys.modules)))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+    process = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert process.stdout.strip() == "[]"

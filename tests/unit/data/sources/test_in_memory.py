@@ -1,4 +1,4 @@
-"""Rows in memory become tables as files do, and no message shows one."""
+"""Rows in memory become tables as files do; messages never contain row contents."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ def load(rows: Any, **settings: Any) -> DatasetSplits:
     ],
     ids=["list", "tuple", "frame", "dataset", "iterable", "arrow", "splits"],
 )
-def test_all_kinds_give_the_same_rows(rows: Any) -> None:
-    found = load(rows)
-    assert list(found.train.rows) == ROWS
-    assert found.name == "in memory"
-    assert found.validation is None
+def test_all_containers_give_equal_rows(rows: Any) -> None:
+    splits = load(rows)
+    assert list(splits.train.rows) == ROWS
+    assert splits.name == "in memory"
+    assert splits.validation is None
 
 
-def test_a_frame_gives_plain_values_and_none_for_what_is_missing() -> None:
+def test_data_frame_values_are_python_values_with_none() -> None:
     frame = pd.DataFrame(
         {
             "text": ["a", None, "c"],
@@ -60,23 +60,23 @@ def test_a_frame_gives_plain_values_and_none_for_what_is_missing() -> None:
     assert [type(first[name]) for name in ("count", "share", "7")] == [int, float, int]
 
 
-def test_splits_and_names_of_classes_are_read() -> None:
+def test_dataset_dict_splits_and_label_names() -> None:
     data = datasets.Dataset.from_list(ROWS)
     data = data.cast_column("label", datasets.ClassLabel(names=["n", "p"]))
-    found = load(datasets.DatasetDict(train=data, validation=data, test=data))
-    assert found.train.label_names == {"label": ("n", "p")}
-    assert found.validation is not None
-    assert found.validation.where(1) == "dataset (validation) row 2"
+    splits = load(datasets.DatasetDict(train=data, validation=data, test=data))
+    assert splits.train.label_names == {"label": ("n", "p")}
+    assert splits.validation is not None
+    assert splits.validation.where(1) == "dataset (validation) row 2"
     assert list(load(datasets.DatasetDict(a=data, b=data), split="b").train.rows) == ROWS
 
 
-def test_a_generator_is_gone_through_once_and_kept() -> None:
+def test_generator_is_consumed_once_and_cached() -> None:
     rows = InMemoryDataset(row for row in ROWS)
     assert list(load_splits(rows).train.rows) == list(load_splits(rows).train.rows) == ROWS
 
 
 @pytest.mark.parametrize(
-    ("rows", "complaint"),
+    ("rows", "message"),
     [
         ([], "dataset: has 0 rows"),
         (pd.DataFrame({"text": []}), "dataset: has 0 rows"),
@@ -87,27 +87,29 @@ def test_a_generator_is_gone_through_once_and_kept() -> None:
     ],
     ids=["none", "no-rows", "text", "columns", "odd", "twice"],
 )
-def test_what_cannot_be_used_is_named_and_not_shown(rows: Any, complaint: str) -> None:
-    with pytest.raises(InputError) as caught:
+def test_invalid_rows_raise_without_showing_values(rows: Any, message: str) -> None:
+    with pytest.raises(InputError) as error:
         load(rows)
-    assert complaint in str(caught.value)
-    assert "SECRET" not in str(caught.value)
+    assert message in str(error.value)
+    assert "SECRET" not in str(error.value)
 
 
-def test_odd_rows_can_be_left_out() -> None:
+def test_invalid_rows_can_be_skipped() -> None:
     assert len(load([*ROWS, {"other": 1}], on_bad_row="skip").train) == 2
 
 
-def test_the_name_alone_has_no_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_name_in_memory_cannot_be_loaded_or_streamed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
-    Path("in memory").write_text('{"text": "a"}\n')  # which is not what the name means
+    Path("in memory").write_text('{"text": "a"}\n')  # a file of that name is not used
     with pytest.raises(InputError, match="were handed over in Python, and are not kept"):
         load_splits("in memory")
     with pytest.raises(InputError, match=r"is in memory already\. Drop --streaming"):
         open_source(InMemoryDataset(ROWS))
 
 
-def test_a_configuration_shows_the_name_alone() -> None:
+def test_configuration_shows_only_dataset_name() -> None:
     frame = pd.DataFrame({"text": ["SECRET"]})
     config = TrainConfig(data={"dataset": frame}, method="ia3", quant="4bit", model=Path("x"))
     assert (config.method.kind, config.quant.kind) == ("ia3", "4bit")
@@ -120,7 +122,7 @@ def test_a_configuration_shows_the_name_alone() -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong",
+    "arguments",
     [
         {"output": {"resume": True}},
         {"data": {"dataset": pd.DataFrame({"text": ["SECRET"]}), "max_length": -1}},
@@ -128,20 +130,20 @@ def test_a_configuration_shows_the_name_alone() -> None:
         {"data": {"datset": pd.DataFrame({"text": ["SECRET"]})}},
     ],
 )
-def test_no_error_shows_a_row(wrong: dict[str, Any]) -> None:
-    values = {"data": {"dataset": pd.DataFrame({"text": ["SECRET"]})}, **wrong}
-    with pytest.raises(ConfigError) as caught:
+def test_configuration_errors_show_no_row(arguments: dict[str, Any]) -> None:
+    values = {"data": {"dataset": pd.DataFrame({"text": ["SECRET"]})}, **arguments}
+    with pytest.raises(ConfigError) as error:
         TrainConfig(**values)
-    assert "SECRET" not in str(caught.value) + repr(caught.value)
+    assert "SECRET" not in str(error.value) + repr(error.value)
 
 
-def test_a_section_may_be_given_as_an_object() -> None:
+def test_section_can_be_an_object() -> None:
     from ftlevel.config.methods import SPECS
 
     config = TrainConfig(method=SPECS["ia3"]()).with_sections(task="masked-lm")
     assert (config.method.kind, config.task) == ("ia3", "masked-lm")
 
 
-def test_a_mapping_without_splits_is_refused() -> None:
+def test_mapping_without_splits_raises() -> None:
     with pytest.raises(InputError, match="has no splits"):
         load_splits(InMemoryDataset({}))

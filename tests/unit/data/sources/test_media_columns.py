@@ -1,4 +1,4 @@
-"""Columns of images, audio and video are refused by name or by value, and can be left out."""
+"""Image, audio and video columns are rejected by name or value and can be ignored."""
 
 from __future__ import annotations
 
@@ -57,20 +57,20 @@ TEXT = [
 
 
 @pytest.mark.parametrize(("column", "value", "kind"), MEDIA)
-def test_media_is_known_by_its_name_or_its_values(column: str, value: Any, kind: str) -> None:
+def test_media_columns_are_detected_by_name_or_value(column: str, value: Any, kind: str) -> None:
     rows = [{"text": "a cat", column: None}] * 70 + [{"text": "a cat", column: value}]
     if kind == "files" or column in ("scan", "file_name", "raw", "struct", "clip"):
-        rows = rows[-2:]  # of other names the first rows are looked at
-    with pytest.raises(InputError) as caught:
+        rows = rows[-2:]  # values are checked in the first rows only
+    with pytest.raises(InputError) as error:
         refuse_media_columns([column], rows, "rows.jsonl")
-    assert str(caught.value) == (
+    assert str(error.value) == (
         f"rows.jsonl: column {column!r} holds {kind}, and ftlevel trains on text only. To leave "
         f"it out and use the other columns: --ignore-columns {column}."
     )
 
 
 @pytest.mark.parametrize(("column", "value"), TEXT)
-def test_other_columns_that_no_format_uses_are_let_through(column: str, value: Any) -> None:
+def test_unused_text_columns_are_accepted(column: str, value: Any) -> None:
     rows = [{column: value}]
     refuse_media_columns([column], rows, "rows.jsonl")
     assert rows == [{column: value}]
@@ -92,7 +92,7 @@ def _write(folder: Path, kind: str, rows: list[dict[str, Any]]) -> str:
 
 @pytest.mark.parametrize("kind", ["jsonl", "parquet", "arrow"])
 @pytest.mark.parametrize("image", ["a.png", STRUCT, [STRUCT]], ids=["name", "struct", "list"])
-def test_a_column_that_is_left_out_is_not_read(kind: str, image: Any, tmp_path: Path) -> None:
+def test_ignored_column_is_not_read(kind: str, image: Any, tmp_path: Path) -> None:
     name = _write(tmp_path, kind, [{"image": image, "text": f"cat {i}"} for i in range(3)])
     task = TASKS["text-generation"]
     with pytest.raises(InputError, match=r"column 'image' holds images.*--ignore-columns image\."):
@@ -103,12 +103,12 @@ def test_a_column_that_is_left_out_is_not_read(kind: str, image: Any, tmp_path: 
     assert loaded.format.description == "text: 'text'"
     if kind != "jsonl":
         assert list(loaded.splits.train.rows[0]) == ["text"]
-    wrong = DataConfig(dataset=name, ignore_columns=("image", "imag"))
+    misspelled = DataConfig(dataset=name, ignore_columns=("image", "imag"))
     with pytest.raises(InputError, match="--ignore-columns imag: no such column"):
-        load_data(wrong, task, 0)
+        load_data(misspelled, task, 0)
 
 
-def test_features_of_datasets_are_refused_in_memory_on_disk_and_as_a_stream(
+def test_media_features_raise_in_memory_on_disk_and_streamed(
     tmp_path: Path,
 ) -> None:
     datasets = pytest.importorskip("datasets")
@@ -121,14 +121,14 @@ def test_features_of_datasets_are_refused_in_memory_on_disk_and_as_a_stream(
     content = pa.Table.from_pylist(rows, schema=features.arrow_schema)
     data = datasets.Dataset(datasets.table.InMemoryTable(content))
     data.save_to_disk(str(tmp_path / "saved"))
-    both = "column 'photo' holds images and column 'sound' holds audio.*leave them out.*"
+    message = "column 'photo' holds images and column 'sound' holds audio.*leave them out.*"
     for name in (InMemoryDataset(data), str(tmp_path / "saved")):
-        with pytest.raises(InputError, match=f"{both}--ignore-columns photo sound"):
+        with pytest.raises(InputError, match=f"{message}--ignore-columns photo sound"):
             load_splits(name)
         table = load_splits(name, ignored=("photo", "sound", "none")).train
         assert table.column_names == ["text"]
         assert table.ignored == ("photo", "sound")
-    with pytest.raises(InputError, match=both):
+    with pytest.raises(InputError, match=message):
         open_source(str(tmp_path / "saved"))
     options = ReadOptions(ignored=("photo", "sound"))
     source = open_source(str(tmp_path / "saved"), options=options)
@@ -145,18 +145,18 @@ def test_features_of_datasets_are_refused_in_memory_on_disk_and_as_a_stream(
         ({"type": "text", "text": "and more"}, "is a list of parts, not a string; join"),
     ],
 )
-def test_messages_with_parts_are_bad_rows_with_the_reason(
+def test_messages_with_media_parts_are_bad_rows(
     part: dict[str, Any], reason: str, tmp_path: Path
 ) -> None:
-    asked = {"role": "user", "content": [{"type": "text", "text": "what is it?"}, part]}
-    rows = [{"messages": [asked, {"role": "assistant", "content": "a cat"}]}] * 2
+    question = {"role": "user", "content": [{"type": "text", "text": "what is it?"}, part]}
+    rows = [{"messages": [question, {"role": "assistant", "content": "a cat"}]}] * 2
     name = _write(tmp_path, "jsonl", rows)
-    with pytest.raises(InputError) as caught:
+    with pytest.raises(InputError) as error:
         load_data(DataConfig(dataset=name), TASKS["text-generation"], 0)
-    assert f"rows.jsonl:1: 'content' of turn 1 of 'messages' {reason}" in caught.value.problems[0]
+    assert f"rows.jsonl:1: 'content' of turn 1 of 'messages' {reason}" in error.value.problems[0]
 
 
-def test_rows_in_memory_lose_the_column_itself() -> None:
+def test_ignored_column_of_rows_in_memory_is_removed() -> None:
     rows = [{"image": object(), "text": f"cat {i}"} for i in range(3)]
     table = load_splits(InMemoryDataset(rows), ignored=("image",)).train
     assert table.rows == [{"text": "cat 0"}, {"text": "cat 1"}, {"text": "cat 2"}]

@@ -1,4 +1,4 @@
-"""Several data sets as one: places are kept, shares are true, and no row comes twice."""
+"""Several datasets mixed into one: row locations, exact shares, no repeated rows."""
 
 from __future__ import annotations
 
@@ -15,35 +15,37 @@ from ftlevel.data.sources.table import BadRow, Table, join_tables, mix_tables
 from ftlevel.errors import InputError
 
 
-def table(name: str, count: int, *dropped: BadRow) -> Table:
+def make_table(name: str, count: int, *dropped: BadRow) -> Table:
     rows = [{"text": f"{name}{i}"} for i in range(count)]
     return Table(rows, [2 * i + 1 for i in range(count)], f"{name}.jsonl", dropped=dropped)
 
 
-def test_each_row_keeps_its_place() -> None:
-    joined = join_tables([table("a", 4, BadRow(12, "bad")), table("b", 2), table("c", 1)])
+def test_joined_rows_keep_their_locations() -> None:
+    joined = join_tables(
+        [make_table("a", 4, BadRow(12, "bad")), make_table("b", 2), make_table("c", 1)]
+    )
     assert joined.source == "a.jsonl + b.jsonl + c.jsonl"
-    places = {row["text"]: joined.where(i) for i, row in enumerate(joined.rows)}
-    assert places == {
+    locations = {row["text"]: joined.where(i) for i, row in enumerate(joined.rows)}
+    assert locations == {
         "a0": "a.jsonl:1", "a1": "a.jsonl:3", "a2": "a.jsonl:5", "a3": "a.jsonl:7",
         "b0": "b.jsonl:1", "b1": "b.jsonl:3", "c0": "c.jsonl:1",
     }  # fmt: skip
     assert joined.location(joined.dropped[0].line) == "a.jsonl:12"
-    taken = joined.take([0, 3])
-    assert [taken.where(0), taken.where(1)] == [joined.where(0), joined.where(3)]
+    selected = joined.take([0, 3])
+    assert [selected.where(0), selected.where(1)] == [joined.where(0), joined.where(3)]
 
 
-def test_the_first_rows_are_a_fair_sample() -> None:
-    joined = join_tables([table("a", 90), table("b", 30)])
+def test_first_joined_rows_are_proportional() -> None:
+    joined = join_tables([make_table("a", 90), make_table("b", 30)])
     first = Counter(row["text"][0] for row in joined.rows[:40])
     assert first == {"a": 30, "b": 10}
 
 
-def test_other_columns_are_refused() -> None:
+def test_joining_different_columns_raises() -> None:
     other = Table([{"content": "x"}], [1], "b.jsonl")
-    with pytest.raises(InputError) as caught:
-        join_tables([table("a", 1), other])
-    assert str(caught.value) == (
+    with pytest.raises(InputError) as error:
+        join_tables([make_table("a", 1), other])
+    assert str(error.value) == (
         "b.jsonl: has the columns 'content', and a.jsonl has 'text'. Data sets that are trained on "
         "together need the same columns."
     )
@@ -53,24 +55,26 @@ def test_other_columns_are_refused() -> None:
     st.lists(st.tuples(st.integers(1, 40), st.floats(0.1, 10)), min_size=2, max_size=4),
     st.integers(0, 9),
 )
-def test_shares_are_true_and_no_row_comes_twice(sets: list[tuple[int, float]], seed: int) -> None:
-    tables = [table("abcd"[i], count) for i, (count, _) in enumerate(sets)]
+def test_mixing_shares_without_repeated_rows(sets: list[tuple[int, float]], seed: int) -> None:
+    tables = [make_table("abcd"[i], count) for i, (count, _) in enumerate(sets)]
     shares = [share for _, share in sets]
-    whole = min(len(t) * sum(shares) / s for t, s in zip(tables, shares, strict=True))
-    if any(int(whole * share / sum(shares) + 1e-9) < 1 for share in shares):
+    total = min(len(t) * sum(shares) / s for t, s in zip(tables, shares, strict=True))
+    if any(int(total * share / sum(shares) + 1e-9) < 1 for share in shares):
         with pytest.raises(InputError, match="leaves no row"):
             mix_tables(tables, shares, seed)
         return
-    taken, notes = mix_tables(tables, shares, seed)
-    texts = [row["text"] for part in taken for row in part.rows]
+    mixed, notes = mix_tables(tables, shares, seed)
+    texts = [row["text"] for part in mixed for row in part.rows]
     assert len(texts) == len(set(texts))
-    assert any(len(part) == len(given) for part, given in zip(taken, tables, strict=True))
-    for part, share in zip(taken, shares, strict=True):
-        assert abs(len(part) - whole * share / sum(shares)) <= 1
+    assert any(len(part) == len(given) for part, given in zip(mixed, tables, strict=True))
+    for part, share in zip(mixed, shares, strict=True):
+        assert abs(len(part) - total * share / sum(shares)) <= 1
     assert len(notes) == 1
 
 
-def test_sets_with_and_without_validation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mixing_datasets_with_and_without_validation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     for name, count in (("a/train", 4), ("a/validation", 2), ("b", 6)):
         path = Path(f"{name}.jsonl")
@@ -84,7 +88,7 @@ def test_sets_with_and_without_validation(tmp_path: Path, monkeypatch: pytest.Mo
     assert joined.notes == ["mixed 1 : 1: 4 of 4 rows of a/train.jsonl, 4 of 6 rows of b.jsonl"]
 
 
-def test_a_directory_of_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_directory_of_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("d").mkdir()
     for i in range(3):
@@ -96,12 +100,12 @@ def test_a_directory_of_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     ]
 
 
-def test_tables_whose_class_numbers_differ_are_not_joined() -> None:
-    """The same number would mean another class in each."""
+def test_joining_different_label_names_raises() -> None:
+    """Class ids would have different meanings."""
     rows = [{"text": "a", "label": 0}]
-    one = Table(rows, [1], "one", label_names={"label": ("no", "yes")})
+    first = Table(rows, [1], "one", label_names={"label": ("no", "yes")})
     same = Table(rows, [1], "same", label_names={"label": ("no", "yes")})
     other = Table(rows, [1], "other", label_names={"label": ("yes", "no")})
-    assert join_tables([one, same]).label_names == {"label": ("no", "yes")}
+    assert join_tables([first, same]).label_names == {"label": ("no", "yes")}
     with pytest.raises(InputError, match=r"^other: the classes of 'label' are yes, no, and those"):
-        join_tables([one, other])
+        join_tables([first, other])

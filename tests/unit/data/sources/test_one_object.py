@@ -1,4 +1,4 @@
-"""A JSON file that is one object, arrays on one line, tables without a header or by semicolons."""
+"""JSON files with one object, one-line arrays, and tables without header or with semicolons."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def read(folder: Path, content: Any, name: str = "x.json", on_bad_row: Any = "er
 
 @pytest.mark.parametrize("indent", [None, 1])
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "note"),
     [
         ({"data": ROWS}, "the rows are the list under 'data'"),
         ({"version": 3, "examples": ROWS, "tags": []}, "the list under 'examples'"),
@@ -38,20 +38,22 @@ def read(folder: Path, content: Any, name: str = "x.json", on_bad_row: Any = "er
          "as pandas"),
     ],
 )  # fmt: skip
-def test_one_object_gives_rows(content: Any, said: str, indent: int | None, tmp_path: Path) -> None:
+def test_single_object_is_converted_to_rows(
+    content: Any, note: str, indent: int | None, tmp_path: Path
+) -> None:
     table = read(tmp_path, json.dumps(content, indent=indent))
     assert list(table.rows) == ROWS
-    assert said in table.notes[0]
+    assert note in table.notes[0]
     assert table.notes[0].startswith(f"{tmp_path}/x.json: ")
 
 
-def test_a_wrapped_list_keeps_its_lines(tmp_path: Path) -> None:
+def test_wrapped_list_errors_name_line(tmp_path: Path) -> None:
     content = '{\n "data": [\n  {"text": "a"},\n  7\n ]\n}'
     with pytest.raises(InputError, match=r"x\.json:4: a number, where one object"):
         read(tmp_path, content)
 
 
-def test_squad_is_a_row_a_question(tmp_path: Path) -> None:
+def test_squad_has_one_row_per_question(tmp_path: Path) -> None:
     table = read(tmp_path, SQUAD, on_bad_row="skip")
     assert table.rows[0] == {
         "id": "1", "title": "T", "context": "It is red.", "question": "Which?",
@@ -66,15 +68,15 @@ def test_squad_is_a_row_a_question(tmp_path: Path) -> None:
     [{"text": "a", "label": 1}, {"messages": [{"role": "user", "content": "q"}]},
      {"tokens": ["a", "b"], "tags": ["O", "O"]}],
 )  # fmt: skip
-def test_one_row_on_a_line_stays_a_row(row: Any, tmp_path: Path) -> None:
+def test_single_row_object_is_one_row(row: Any, tmp_path: Path) -> None:
     assert list(read(tmp_path, row).rows) == [row]
 
 
-def test_rows_of_an_array_on_one_line_are_told_apart(tmp_path: Path) -> None:
+def test_one_line_array_errors_name_row(tmp_path: Path) -> None:
     content = [*ROWS, 7, *ROWS, {"text": None}]
-    with pytest.raises(InputError) as caught:
+    with pytest.raises(InputError) as error:
         read(tmp_path, content)
-    assert caught.value.problems == [
+    assert error.value.problems == [
         f"{tmp_path}/x.json row 3: a number, where one object with named columns is expected.",
         f"{tmp_path}/x.json row 6: lacks 'label', which the 4 other rows have (a value may be "
         "null, the key must be there).",
@@ -86,7 +88,7 @@ def test_rows_of_an_array_on_one_line_are_told_apart(tmp_path: Path) -> None:
     assert table.where(3) == f"{tmp_path}/x.json row 5"
 
 
-def test_spacy_pairs_are_rows(tmp_path: Path) -> None:
+def test_spacy_pairs_are_converted_to_rows(tmp_path: Path) -> None:
     pair = ["Ada", {"entities": [[0, 3, "PER"]]}]
     row = {"text": "Ada", "entities": [[0, 3, "PER"]]}
     assert list(read(tmp_path, [pair, pair]).rows) == [row, row]
@@ -107,15 +109,15 @@ HEADERLESS = [
 ]
 
 
-@pytest.mark.parametrize(("content", "name", "why"), HEADERLESS)
-def test_a_table_without_a_header_has_numbered_columns(
-    content: str, name: str, why: str, tmp_path: Path
+@pytest.mark.parametrize(("content", "name", "note"), HEADERLESS)
+def test_table_without_header_has_numbered_columns(
+    content: str, name: str, note: str, tmp_path: Path
 ) -> None:
     table = read(tmp_path, content, name)
     assert table.column_names == ["1", "2"]
     assert len(table) == content.count("\n")
     assert table.lines[0] == 1
-    assert why in table.notes[-1]
+    assert note in table.notes[-1]
 
 
 @pytest.mark.parametrize(
@@ -123,12 +125,12 @@ def test_a_table_without_a_header_has_numbered_columns(
     ["0,1\na,1\nb,2\n", "question,A,B,answer\nq,x,y,A\nr,x,y,A\n",
      "text,label\ntext,label\na,b\ntext,label\n"],
 )  # fmt: skip
-def test_a_header_is_left_one(content: str, tmp_path: Path) -> None:
+def test_header_is_not_mistaken_for_a_row(content: str, tmp_path: Path) -> None:
     table = read(tmp_path, content, "x.csv")
     assert table.column_names == content.partition("\n")[0].split(",")
 
 
-def test_semicolons_are_read_and_said(tmp_path: Path) -> None:
+def test_semicolon_separator_is_detected_and_reported(tmp_path: Path) -> None:
     table = read(tmp_path, "text;label\na, b;x\nc;y\n", "x.csv")
     assert list(table.rows) == [{"text": "a, b", "label": "x"}, {"text": "c", "label": "y"}]
     assert "its header is separated by ';'" in table.notes[0]

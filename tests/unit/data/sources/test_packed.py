@@ -1,4 +1,4 @@
-"""A file that is packed or comes through a pipe is read as the file that it is, by its own name."""
+"""Compressed files and pipes are read like plain files, and errors use their own names."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ from ftlevel.data.sources.splits import load_splits, open_source
 from ftlevel.errors import InputError
 
 ROWS = [{"id": str(i), "text": f"ä, {i}"} for i in range(150)]
-KNOWN = {"text"}
+KNOWN_COLUMNS = {"text"}
 
 
-def content_of(suffix: str) -> bytes:
+def create_content(suffix: str) -> bytes:
     table = pa.Table.from_pylist(ROWS)
     sink = io.BytesIO()
     if suffix == "csv":
@@ -51,7 +51,7 @@ def content_of(suffix: str) -> bytes:
     return sink.getvalue()
 
 
-PACKERS = {
+COMPRESSORS = {
     ".gz": gzip.compress,
     ".bz2": bz2.compress,
     ".xz": lzma.compress,
@@ -60,135 +60,140 @@ PACKERS = {
 FORMATS = ("csv", "tsv", "jsonl", "json", "parquet", "arrow", "feather")
 
 
-def rows_of(name: str, wish: str | None = None) -> list[dict]:
+def read_rows(name: str, input_format: str | None = None) -> list[dict]:
     return [
-        row for row, *_ in file_rows(open_reader(name, ReadOptions(wish, columns=KNOWN))).read()
+        row
+        for row, *_ in file_rows(
+            open_reader(name, ReadOptions(input_format, columns=KNOWN_COLUMNS))
+        ).read()
     ]
 
 
 @pytest.mark.parametrize("suffix", FORMATS)
-def test_packed_plain_and_piped_are_the_same_rows(
+def test_compressed_plain_and_piped_files_have_equal_rows(
     suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    content = content_of(suffix)
-    plain = tmp_path / f"x.{suffix}"
-    plain.write_bytes(content)
-    assert rows_of(str(plain)) == ROWS
-    for end, pack in PACKERS.items():
-        packed = tmp_path / f"y.{suffix}{end}"
-        packed.write_bytes(pack(content))
-        assert rows_of(str(packed)) == ROWS
-        table = load_table(packed)
+    content = create_content(suffix)
+    uncompressed = tmp_path / f"x.{suffix}"
+    uncompressed.write_bytes(content)
+    assert read_rows(str(uncompressed)) == ROWS
+    for end, compress in COMPRESSORS.items():
+        compressed = tmp_path / f"y.{suffix}{end}"
+        compressed.write_bytes(compress(content))
+        assert read_rows(str(compressed)) == ROWS
+        table = load_table(compressed)
         assert list(table.rows) == ROWS
-        assert table.where(149).startswith(str(packed))
-    for piped in (content, *(pack(content) for pack in PACKERS.values())):
-        monkeypatch.setattr("sys.stdin", SimpleNamespace(buffer=io.BytesIO(piped)))
-        assert rows_of("-") == ROWS
+        assert table.where(149).startswith(str(compressed))
+    for stdin_content in (content, *(compress(content) for compress in COMPRESSORS.values())):
+        monkeypatch.setattr("sys.stdin", SimpleNamespace(buffer=io.BytesIO(stdin_content)))
+        assert read_rows("-") == ROWS
 
 
 @pytest.mark.parametrize("suffix", ["arrow", "feather"])
-def test_arrow_is_a_table_and_goes_on_from_every_cursor(suffix: str, tmp_path: Path) -> None:
+def test_arrow_resumes_from_every_cursor(suffix: str, tmp_path: Path) -> None:
     path = tmp_path / f"x.{suffix}"
-    path.write_bytes(content_of(suffix))
+    path.write_bytes(create_content(suffix))
     table = load_table(path)
     assert list(table.rows) == ROWS
     assert table.where(149).endswith(" row 150")
     chunks = list(open_stream(path).chunks())
-    for at, chunk in enumerate(chunks):
-        later = list(open_stream(path).chunks(chunk.cursor))
-        assert [c.rows for c in later] == [c.rows for c in chunks[at + 1 :]]
+    for index, chunk in enumerate(chunks):
+        resumed = list(open_stream(path).chunks(chunk.cursor))
+        assert [c.rows for c in resumed] == [c.rows for c in chunks[index + 1 :]]
     path.write_bytes(b"ARROW1 and no more")
     with pytest.raises(InputError, match="not a readable Arrow file"):
         load_table(path)
 
 
-def test_errors_name_what_the_user_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    packed = tmp_path / "rows.csv.gz"
-    packed.write_bytes(gzip.compress(b'text\n"open'))
-    with pytest.raises(InputError) as caught:
-        rows_of(str(packed))
-    assert str(caught.value).startswith(f"{packed}:2: a quote")
-    packed.write_bytes(gzip.compress(content_of("csv"))[:-20])
+def test_errors_use_name_given_by_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compressed = tmp_path / "rows.csv.gz"
+    compressed.write_bytes(gzip.compress(b'text\n"open'))
+    with pytest.raises(InputError) as error:
+        read_rows(str(compressed))
+    assert str(error.value).startswith(f"{compressed}:2: a quote")
+    compressed.write_bytes(gzip.compress(create_content("csv"))[:-20])
     with pytest.raises(InputError, match="cannot be unpacked"):
-        rows_of(str(packed))
+        read_rows(str(compressed))
     with pytest.raises(InputError, match="no such file"):
-        rows_of(str(tmp_path / "none.csv.gz"))
+        read_rows(str(tmp_path / "none.csv.gz"))
     monkeypatch.setattr("sys.stdin", SimpleNamespace(buffer=io.BytesIO(b"Dear all, hello\n")))
     with pytest.raises(
         InputError, match=r"does not identify its format\. Add --input-format, one of"
     ):
-        rows_of("-")
+        read_rows("-")
     monkeypatch.setattr("sys.stdin", SimpleNamespace(buffer=io.BytesIO(b"Dear all, hello\n")))
-    assert rows_of("-", "txt") == [{"text": "Dear all, hello"}]
+    assert read_rows("-", "txt") == [{"text": "Dear all, hello"}]
     monkeypatch.setattr("sys.stdin", SimpleNamespace(buffer=io.BytesIO(b"")))
     with pytest.raises(InputError, match="stdin: has 0 rows"):
-        rows_of("-")
+        read_rows("-")
 
 
-@pytest.mark.parametrize("end", PACKERS)
-def test_what_is_cut_or_not_packed_is_one_line(end: str, tmp_path: Path) -> None:
-    packed = tmp_path / f"rows.jsonl{end}"
-    whole = PACKERS[end](content_of("jsonl") * 50)
-    for content, words in (
-        (whole[:-9], "cannot be unpacked"),
-        (whole[: len(whole) // 2], "cannot be unpacked"),
-        (content_of("jsonl"), f"is named {end} and does not begin like one"),
-        (PACKERS[end](b""), r"has 0 rows \(0 bytes\)"),
+@pytest.mark.parametrize("end", COMPRESSORS)
+def test_damaged_compressed_file_raises_one_line(end: str, tmp_path: Path) -> None:
+    compressed = tmp_path / f"rows.jsonl{end}"
+    content_compressed = COMPRESSORS[end](create_content("jsonl") * 50)
+    for content, message in (
+        (content_compressed[:-9], "cannot be unpacked"),
+        (content_compressed[: len(content_compressed) // 2], "cannot be unpacked"),
+        (create_content("jsonl"), f"is named {end} and does not begin like one"),
+        (COMPRESSORS[end](b""), r"has 0 rows \(0 bytes\)"),
     ):
-        packed.write_bytes(content)
-        with pytest.raises(InputError, match=words) as caught:
-            load_table(packed)
-        assert len(caught.value.problems) == 1
-        assert str(caught.value).startswith(f"{packed}: ")
+        compressed.write_bytes(content)
+        with pytest.raises(InputError, match=message) as error:
+            load_table(compressed)
+        assert len(error.value.problems) == 1
+        assert str(error.value).startswith(f"{compressed}: ")
 
 
-def test_members_behind_one_another_are_all_read(tmp_path: Path) -> None:
-    for end, pack in PACKERS.items():
-        packed = tmp_path / f"rows.jsonl{end}"
-        packed.write_bytes(pack(content_of("jsonl")) + pack(content_of("jsonl")))
-        assert list(load_table(packed).rows) == ROWS + ROWS
+def test_concatenated_compressed_members_are_all_read(tmp_path: Path) -> None:
+    for end, compress in COMPRESSORS.items():
+        compressed = tmp_path / f"rows.jsonl{end}"
+        compressed.write_bytes(
+            compress(create_content("jsonl")) + compress(create_content("jsonl"))
+        )
+        assert list(load_table(compressed).rows) == ROWS + ROWS
 
 
-def test_a_packed_stream_goes_on_from_every_cursor(tmp_path: Path) -> None:
-    packed = tmp_path / "rows.csv.zst"
-    packed.write_bytes(PACKERS[".zst"](content_of("csv")))
-    chunks = list(open_stream(packed).chunks())
+def test_compressed_stream_resumes_from_every_cursor(tmp_path: Path) -> None:
+    compressed = tmp_path / "rows.csv.zst"
+    compressed.write_bytes(COMPRESSORS[".zst"](create_content("csv")))
+    chunks = list(open_stream(compressed).chunks())
     assert [len(chunk.rows) for chunk in chunks] == [64, 64, 22]
-    assert chunks[0].source == str(packed)
-    for at, chunk in enumerate(chunks):
-        later = list(open_stream(packed).chunks(chunk.cursor))
-        assert [c.rows for c in later] == [c.rows for c in chunks[at + 1 :]]
+    assert chunks[0].source == str(compressed)
+    for index, chunk in enumerate(chunks):
+        resumed = list(open_stream(compressed).chunks(chunk.cursor))
+        assert [c.rows for c in resumed] == [c.rows for c in chunks[index + 1 :]]
 
 
-def test_a_file_that_changed_is_unpacked_again(tmp_path: Path) -> None:
-    packed = tmp_path / "rows.jsonl.gz"
-    packed.write_bytes(gzip.compress(b'{"text": "a"}\n'))
-    assert rows_of(str(packed)) == [{"text": "a"}]
-    packed.write_bytes(gzip.compress(b'{"text": "other"}\n'))
-    assert rows_of(str(packed)) == [{"text": "other"}]
+def test_changed_file_is_decompressed_again(tmp_path: Path) -> None:
+    compressed = tmp_path / "rows.jsonl.gz"
+    compressed.write_bytes(gzip.compress(b'{"text": "a"}\n'))
+    assert read_rows(str(compressed)) == [{"text": "a"}]
+    compressed.write_bytes(gzip.compress(b'{"text": "other"}\n'))
+    assert read_rows(str(compressed)) == [{"text": "other"}]
 
 
-def test_a_copy_that_was_cleaned_away_is_made_again(tmp_path: Path) -> None:
-    packed = tmp_path / "rows.jsonl.gz"
-    packed.write_bytes(gzip.compress(content_of("jsonl")))
-    shutil.rmtree(open_reader(packed).path.parents[1])
-    assert rows_of(str(packed)) == ROWS
+def test_deleted_decompressed_copy_is_recreated(tmp_path: Path) -> None:
+    compressed = tmp_path / "rows.jsonl.gz"
+    compressed.write_bytes(gzip.compress(create_content("jsonl")))
+    shutil.rmtree(open_reader(compressed).path.parents[1])
+    assert read_rows(str(compressed)) == ROWS
 
 
-def test_a_full_disk_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    packed = tmp_path / "rows.jsonl.gz"
-    packed.write_bytes(gzip.compress(content_of("jsonl")))
+def test_full_disk_raises(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compressed = tmp_path / "rows.jsonl.gz"
+    compressed.write_bytes(gzip.compress(create_content("jsonl")))
 
-    def fill(*_: object) -> None:
+    def raise_no_space(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("shutil.copyfileobj", fill)
+    monkeypatch.setattr("shutil.copyfileobj", raise_no_space)
     with pytest.raises(InputError, match=r"not enough space to unpack it in .*set TMPDIR"):
-        load_table(packed)
+        load_table(compressed)
 
 
-def test_stdin_is_read_once_and_is_no_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sys.stdin", SimpleNamespace(buffer=io.BytesIO(content_of("jsonl"))))
+def test_stdin_is_cached_and_terminal_raises(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", SimpleNamespace(buffer=io.BytesIO(create_content("jsonl"))))
     assert list(load_table("-").rows) == list(load_table("-").rows) == ROWS
     assert load_table("-").where(2) == "stdin:3"
     monkeypatch.setattr("sys.stdin", SimpleNamespace(isatty=lambda: True))
@@ -196,7 +201,7 @@ def test_stdin_is_read_once_and_is_no_terminal(monkeypatch: pytest.MonkeyPatch) 
         load_table("-")
 
 
-STDIN = {
+CONTENT_FORMATS = {
     b'{\n "data": [\n  {"text": "a"}]}\n': ".json",
     b"EU B-ORG\nrejects O\n\nPeter B-PER\n": ".conll",
     b"id\tnote\n1\tfine\n": ".tsv",
@@ -205,15 +210,15 @@ STDIN = {
 }
 
 
-@pytest.mark.parametrize("content", STDIN)
-def test_a_format_is_told_by_its_beginning(content: bytes, tmp_path: Path) -> None:
+@pytest.mark.parametrize("content", CONTENT_FORMATS)
+def test_format_is_detected_by_content(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "stdin"
     path.write_bytes(content)
-    found = detect_file_format(path, ())
-    assert (found and found[0]) == STDIN[content]
+    detected = detect_file_format(path, ())
+    assert (detected and detected[0]) == CONTENT_FORMATS[content]
 
 
-REFUSED = {
+REJECTED = {
     "photo.png": "is an image, and ftlevel trains on text",
     "call.mp3": "is audio, and ftlevel trains on text",
     "paper.pdf": r"is a document, .* Extract its text first",
@@ -224,28 +229,28 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("name", REFUSED)
-def test_what_holds_no_rows_is_refused_by_name(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", REJECTED)
+def test_media_and_document_files_raise(name: str, tmp_path: Path) -> None:
     path = tmp_path / name
     path.write_bytes(gzip.compress(b"x") if name.endswith(".gz") else b"x")
-    with pytest.raises(InputError, match=REFUSED[name]) as caught:
+    with pytest.raises(InputError, match=REJECTED[name]) as error:
         open_reader(path)
-    assert str(caught.value).startswith(str(path))
+    assert str(error.value).startswith(str(path))
 
 
-def test_links_and_devices_are_refused_at_once(tmp_path: Path) -> None:
-    loop, other, gone = (tmp_path / n for n in ("a.csv", "b.csv", "c.csv"))
+def test_broken_links_and_devices_raise(tmp_path: Path) -> None:
+    loop, other, dangling = (tmp_path / n for n in ("a.csv", "b.csv", "c.csv"))
     loop.symlink_to(other)
     other.symlink_to(loop)
-    gone.symlink_to("nowhere.csv")
-    for path, words in (
+    dangling.symlink_to("nowhere.csv")
+    for path, message in (
         (loop, "is a symbolic link that leads back to itself"),
-        (gone, r"is a symbolic link to nowhere\.csv, which is not there"),
+        (dangling, r"is a symbolic link to nowhere\.csv, which is not there"),
         (Path("/dev/null"), "is a device or a socket"),
     ):
-        with pytest.raises(InputError, match=words):
+        with pytest.raises(InputError, match=message):
             load_splits(str(path))
-        with pytest.raises(InputError, match=words):
+        with pytest.raises(InputError, match=message):
             open_source(str(path))
 
 
@@ -261,13 +266,13 @@ def _write_later(path: Path, content: bytes, wait: float = 0.0) -> threading.Thr
 
 
 @pytest.mark.parametrize("name", ["rows", "rows.jsonl", "rows.jsonl.gz"])
-@pytest.mark.parametrize("end", ["", *PACKERS])
-def test_a_pipe_with_a_name_is_read_once(name: str, end: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("end", ["", *COMPRESSORS])
+def test_named_pipe_is_cached(name: str, end: str, tmp_path: Path) -> None:
     pipe = tmp_path / name
     os.mkfifo(pipe)
-    content = content_of("jsonl")
-    thread = _write_later(pipe, PACKERS[end](content) if end else content, wait=0.1)
-    assert rows_of(str(pipe)) == ROWS
+    content = create_content("jsonl")
+    thread = _write_later(pipe, COMPRESSORS[end](content) if end else content, wait=0.1)
+    assert read_rows(str(pipe)) == ROWS
     thread.join()
     table = load_table(pipe)
     assert list(table.rows) == ROWS
@@ -278,7 +283,7 @@ def test_a_pipe_with_a_name_is_read_once(name: str, end: str, tmp_path: Path) ->
     ]
 
 
-def test_a_pipe_without_a_writer_or_without_rows_is_an_error(
+def test_pipe_without_writer_or_rows_raises(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("ftlevel.data.sources.lines.WRITER_SECONDS", 0.2)
@@ -297,17 +302,17 @@ def test_a_pipe_without_a_writer_or_without_rows_is_an_error(
 
 
 @pytest.mark.parametrize("pattern", ["parts/*.jsonl*", "parts/**/*", "par*/[ab].*", "parts/?.csv"])
-def test_a_pattern_reads_all_files_that_match(
+def test_glob_pattern_reads_all_matching_files(
     pattern: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("parts/deep").mkdir(parents=True)
-    some = [json.dumps(row) + "\n" for row in ROWS]
+    json_lines = [json.dumps(row) + "\n" for row in ROWS]
     if pattern.endswith("csv"):
-        Path("parts/a.csv").write_bytes(content_of("csv"))
+        Path("parts/a.csv").write_bytes(create_content("csv"))
     else:
-        Path("parts/a.jsonl").write_text("".join(some[:100]))
-        Path("parts/b.jsonl.gz").write_bytes(gzip.compress("".join(some[100:]).encode()))
+        Path("parts/a.jsonl").write_text("".join(json_lines[:100]))
+        Path("parts/b.jsonl.gz").write_bytes(gzip.compress("".join(json_lines[100:]).encode()))
         Path("parts/README.md").write_text("no rows")
     for name in (pattern, str(tmp_path / pattern)):
         splits = load_splits(name)
@@ -319,9 +324,7 @@ def test_a_pattern_reads_all_files_that_match(
         assert resolve_files(name) == list(source.files)
 
 
-def test_a_pattern_that_cannot_be_used_is_an_error(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_invalid_glob_pattern_raises(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("parts").mkdir()
     with pytest.raises(InputError, match=r"parts/\*\.jsonl: this pattern matches no file\."):

@@ -1,4 +1,4 @@
-"""Files to rows: what good files look like as rows, what is skipped, what is read back."""
+"""Reading files: rows of valid files, skipped rows, and roundtrips."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def write(folder: Path, name: str, content: str | bytes) -> Path:
     return path
 
 
-def test_damaged_parquet_is_refused(tmp_path: Path) -> None:
+def test_damaged_parquet_raises(tmp_path: Path) -> None:
     path = write(tmp_path, "x.parquet", b"PAR1 and no more")
     with pytest.raises(
         InputError, match=r"x\.parquet: not a readable Parquet file \(.*\)\. Was the "
@@ -32,7 +32,7 @@ def test_damaged_parquet_is_refused(tmp_path: Path) -> None:
         load_table(path)
 
 
-def test_duplicate_parquet_columns_are_refused(tmp_path: Path) -> None:
+def test_duplicate_parquet_columns_raise(tmp_path: Path) -> None:
     path = tmp_path / "x.parquet"
     pq.write_table(pa.table([pa.array(["a"]), pa.array(["b"])], names=["text", "text"]), path)
     with pytest.raises(InputError, match=r"x\.parquet: has the column 'text' twice\. Rename one\."):
@@ -58,11 +58,11 @@ def test_two_faults_in_one_row_count_once(tmp_path: Path) -> None:
         load_table(path)
 
 
-def test_skip_refuses_to_drop_everything(tmp_path: Path) -> None:
+def test_skipping_all_rows_raises(tmp_path: Path) -> None:
     path = write(tmp_path, "x.jsonl", "a\nb\n")
-    with pytest.raises(InputError) as caught:
+    with pytest.raises(InputError) as error:
         load_table(path, "skip")
-    assert str(caught.value) == (
+    assert str(error.value) == (
         f"{path}:1: not valid JSON (Expecting value, column 1). No row is left: --on-bad-row skip "
         f"would drop all 2 rows of {path}. Fix the file."
     )
@@ -88,7 +88,7 @@ def test_skip_refuses_to_drop_everything(tmp_path: Path) -> None:
         ("x.csv", "a\n" + "x" * 200_000 + "\n", [{"a": "x" * 200_000}], [2]),
     ],
 )  # fmt: skip
-def test_good_files(
+def test_valid_files(
     tmp_path: Path, name: str, content: str | bytes, rows: list[Any], lines: list[int]
 ) -> None:
     table = load_table(write(tmp_path, name, content))
@@ -128,7 +128,7 @@ def random_key(rng: random.Random) -> str:
 
 
 @pytest.mark.parametrize("seed", range(60))
-def test_what_json_dumps_wrote_is_read_back(tmp_path: Path, seed: int) -> None:
+def test_random_json_roundtrip(tmp_path: Path, seed: int) -> None:
     rng = random.Random(seed)
     columns = {random_key(rng): random_value(rng, 3) for _ in range(4)}
     rows = [columns] * 3
@@ -140,7 +140,7 @@ def test_what_json_dumps_wrote_is_read_back(tmp_path: Path, seed: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "good"),
+    ("text", "is_valid"),
     [
         (r"\ud83d\ude42", True),
         (r"\uD83D\uDE42\ud83d\ude42", True),
@@ -154,6 +154,6 @@ def test_what_json_dumps_wrote_is_read_back(tmp_path: Path, seed: int) -> None:
         (r"\ud83d\\ude42", False),
     ],
 )
-def test_half_surrogates_are_found(tmp_path: Path, text: str, good: bool) -> None:
+def test_lone_surrogates_are_bad_rows(tmp_path: Path, text: str, is_valid: bool) -> None:
     path = write(tmp_path, "x.jsonl", f'{{"text": "{text}"}}\n' + GOOD.replace(', "n": 1', ""))
-    assert len(load_table(path, "skip")) == 1 + good
+    assert len(load_table(path, "skip")) == 1 + is_valid

@@ -1,4 +1,4 @@
-"""Every bad file with the exact message that it gives."""
+"""Exact error messages of bad files."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def write(folder: Path, name: str, content: str | bytes) -> Path:
     return path
 
 
-# (file name, content, message after the folder; a list where there are several lines)
-BAD: list[tuple[str, str | bytes, str | list[str]]] = [
+# (file name, content, message without the directory; a list if there are several lines)
+BAD_FILES: list[tuple[str, str | bytes, str | list[str]]] = [
     # -- the file
     ("e.jsonl", "", "e.jsonl: has 0 rows (0 bytes). Use a file with rows."),
     ("e.jsonl", "\n \n", "e.jsonl: has 0 rows. Use a file with rows."),
@@ -250,39 +250,43 @@ BAD: list[tuple[str, str | bytes, str | list[str]]] = [
 ]
 
 
-@pytest.mark.parametrize(("name", "content", "message"), BAD)
-def test_bad_file_is_refused_by_line(
+@pytest.mark.parametrize(("name", "content", "message"), BAD_FILES)
+def test_bad_file_error_names_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, content: str | bytes, message: Any
 ) -> None:
     monkeypatch.chdir(tmp_path)
     write(tmp_path, name, content)
-    with pytest.raises(InputError) as caught:
+    with pytest.raises(InputError) as error:
         load_table(Path(name))
-    assert caught.value.problems == ([message] if isinstance(message, str) else message)
+    assert error.value.problems == ([message] if isinstance(message, str) else message)
 
 
-def test_missing_file_names_what_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_file_error_lists_existing_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     write(tmp_path, "train.jsonl", GOOD)
-    with pytest.raises(InputError) as caught:
+    with pytest.raises(InputError) as error:
         load_table(Path("trian.jsonl"))
-    assert str(caught.value) == (
+    assert str(error.value) == (
         "trian.jsonl: no such file. Did you mean 'train.jsonl'? "
         "In the current directory: train.jsonl."
     )
-    with pytest.raises(InputError) as caught:
+    with pytest.raises(InputError) as error:
         load_table(Path("dta/train.jsonl"))
-    assert str(caught.value) == (
+    assert str(error.value) == (
         "dta/train.jsonl: no such file, and no directory dta. Check the path."
     )
 
 
-def test_directory_as_file_names_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_directory_as_file_error_lists_its_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     Path("data.jsonl").mkdir()
     write(tmp_path / "data.jsonl", "a.csv", "text\na\n")
-    with pytest.raises(InputError) as caught:
+    with pytest.raises(InputError) as error:
         load_table(Path("data.jsonl"))
-    assert str(caught.value) == (
+    assert str(error.value) == (
         "data.jsonl: is a directory, not a file. Files in it: a.csv. Name one file."
     )

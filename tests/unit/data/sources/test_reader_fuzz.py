@@ -1,4 +1,4 @@
-"""Whatever lies in a file, it is read, or refused in lines that name it: never a traceback."""
+"""Random files are read or raise an error that names the file; never a traceback."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ PIECES = (
     b"\xef\xbb\xbf", b"#", b" ", b"null", b"1e999", b"\\ud800", b"\x1f\x8b", b"-DOCSTART-", b"NaN",
     b"\xe2\x80\xa8",
 )  # fmt: skip
-PACKERS = {
+COMPRESSORS = {
     ".gz": gzip.compress,
     ".bz2": bz2.compress,
     ".xz": lzma.compress,
@@ -53,20 +53,22 @@ QUICK = settings(
 
 
 @st.composite
-def spoilt(draw: st.DrawFn, content: bytes) -> bytes:
-    """Return `content` with some pieces put in, cut out or doubled."""
+def corrupted(draw: st.DrawFn, content: bytes) -> bytes:
+    """Return `content` with some pieces inserted, removed or repeated."""
     for _ in range(draw(st.integers(0, 5))):
-        at = draw(st.integers(0, len(content)))
+        position = draw(st.integers(0, len(content)))
         piece = draw(st.sampled_from(PIECES))
-        cut = draw(st.integers(0, 5))
-        content = content[:at] + piece * draw(st.integers(0, 2)) + content[at + cut :]
+        num_removed = draw(st.integers(0, 5))
+        content = (
+            content[:position] + piece * draw(st.integers(0, 2)) + content[position + num_removed :]
+        )
     return content
 
 
-def assert_read_or_refused(path: Path, how: ReadOptions) -> None:
+def assert_reads_or_raises(path: Path, options: ReadOptions) -> None:
     for mode in ("error", "skip"):
         try:
-            table = load_table(path, mode, how)  # type: ignore[arg-type]
+            table = load_table(path, mode, options)  # type: ignore[arg-type]
         except InputError as error:
             problems = error.problems
         else:
@@ -76,31 +78,31 @@ def assert_read_or_refused(path: Path, how: ReadOptions) -> None:
             continue
         assert all(type(row) is dict for row in table.rows)
         assert sorted(set(table.lines)) == list(table.lines)
-        chunks = list(open_reader(path, how).chunks())
+        chunks = list(open_reader(path, options).chunks())
         if mode == "error":
             assert [row for chunk in chunks for row in chunk.rows] == list(table.rows)
 
 
 @QUICK
 @given(data=st.data())
-def test_text_is_read_or_refused(data: st.DataObject, tmp_path: Path) -> None:
+def test_corrupted_text_is_read_or_raises(data: st.DataObject, tmp_path: Path) -> None:
     suffix = data.draw(st.sampled_from(sorted(SEEDS)))
     path = tmp_path / f"x{suffix}"
-    path.write_bytes(data.draw(spoilt(data.draw(st.sampled_from(SEEDS[suffix])))))
+    path.write_bytes(data.draw(corrupted(data.draw(st.sampled_from(SEEDS[suffix])))))
     formats = (None, None, "csv", "tsv", "jsonl", "json", "txt", "conll")
-    assert_read_or_refused(path, ReadOptions(data.draw(st.sampled_from(formats))))
+    assert_reads_or_raises(path, ReadOptions(data.draw(st.sampled_from(formats))))
 
 
 @QUICK
 @given(data=st.data())
-def test_what_is_packed_is_read_or_refused(data: st.DataObject, tmp_path: Path) -> None:
-    end = data.draw(st.sampled_from(sorted(PACKERS)))
+def test_corrupted_compressed_file_is_read_or_raises(data: st.DataObject, tmp_path: Path) -> None:
+    end = data.draw(st.sampled_from(sorted(COMPRESSORS)))
     path = tmp_path / f"x.jsonl{end}"
-    path.write_bytes(data.draw(spoilt(PACKERS[end](SEEDS[".jsonl"][0] * 20))))
-    assert_read_or_refused(path, ReadOptions())
+    path.write_bytes(data.draw(corrupted(COMPRESSORS[end](SEEDS[".jsonl"][0] * 20))))
+    assert_reads_or_raises(path, ReadOptions())
 
 
-@functools.cache  # its bytes hold the time
+@functools.cache  # its bytes contain the time
 def workbook() -> bytes:
     openpyxl = pytest.importorskip("openpyxl")
     book, content = openpyxl.Workbook(), io.BytesIO()
@@ -112,7 +114,7 @@ def workbook() -> bytes:
 
 @QUICK
 @given(data=st.data())
-def test_a_workbook_is_read_or_refused(data: st.DataObject, tmp_path: Path) -> None:
+def test_corrupted_workbook_is_read_or_raises(data: st.DataObject, tmp_path: Path) -> None:
     path = tmp_path / "x.xlsx"
-    path.write_bytes(data.draw(spoilt(workbook())))
-    assert_read_or_refused(path, ReadOptions())
+    path.write_bytes(data.draw(corrupted(workbook())))
+    assert_reads_or_raises(path, ReadOptions())
