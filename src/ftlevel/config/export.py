@@ -239,7 +239,6 @@ class Server:
         several: whether it serves several adapters at once.
         merged: kinds of merged models that it serves: decoder, classifiers, rerankers.
         embeddings: how it serves embedding models; None if it does not.
-        own_template: whether it uses the base model's chat template by default.
     """
 
     name: str
@@ -254,7 +253,6 @@ class Server:
     several: bool = True
     merged: tuple[str, ...] = ("decoder",)
     embeddings: EmbeddingSupport | None = None
-    own_template: bool = True
     note: str = ""
 
 

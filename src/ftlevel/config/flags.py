@@ -415,9 +415,6 @@ _ACCEPTS: dict[str, Callable[[str], bool]] = {
 }
 """Functions that return whether a command accepts train's flag of a field, by command."""
 
-TRAIN_LIKE_COMMANDS = tuple(_ACCEPTS)
-"""Commands that accept the flags of train."""
-
 
 def flags_of(command: str, flags: Sequence[Flag] = FLAGS) -> list[Flag]:
     """Returns the flags of `command`."""

@@ -95,7 +95,6 @@ def get_run_info(config: TrainConfig) -> dict[str, Any]:
 
 RESULT = "compare.json"
 _TRIALS = 10
-_NEVER = ("overwrite", "allow_change", "push_to_hub", "hub_private", "run_name")
 _CTRL_C = 130
 _METRIC = "train.metric_for_best_model"
 

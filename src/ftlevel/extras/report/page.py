@@ -495,7 +495,7 @@ def report(
         check_new_output("--out", out)
     answers: list[Path | None] = [*predictions] or [None for _ in runs]
     result = [load_run(run, rows) for run, rows in zip(runs, answers, strict=True)]
-    to_pixels = out or runs[0] / REPORT
-    to_pixels.parent.mkdir(parents=True, exist_ok=True)
-    write_page(result, to_pixels)
-    return to_pixels
+    path = out or runs[0] / REPORT
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_page(result, path)
+    return path

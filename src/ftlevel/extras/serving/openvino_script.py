@@ -100,9 +100,9 @@ def _answers(pipeline: Any, own: Any, prompts: list[list[int]], count: int) -> l
     """
     answers = _generate(pipeline, own, prompts, count)
     before = [
-        [*ids, *answer[:directory]]
+        [*ids, *answer[:length]]
         for ids, (answer, _) in zip(prompts, answers, strict=True)
-        for directory in range(len(answer))
+        for length in range(len(answer))
     ]
     scores = iter(_generate(pipeline, own, before, 1) if before else [])
     tokenizer = pipeline.get_tokenizer()

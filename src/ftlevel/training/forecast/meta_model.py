@@ -284,7 +284,6 @@ CASTS = "weights in 16 bits"
 """16-bit copies of trained weights that autocast keeps for the backward pass."""
 
 FORWARD, BACKWARD, FIRST_BLOCK, UPDATE = "forward", "backward", "end of backward", "optimizer step"
-MOMENTS = (FORWARD, BACKWARD, FIRST_BLOCK, UPDATE)
 
 _PART_BY_PHASE = {FORWARD: ACTIVATIONS, UPDATE: OPTIMIZER}
 

@@ -121,9 +121,9 @@ def open_reader(name: str | Path, options: ReadOptions = DEFAULT_READ_OPTIONS) -
         reader = ExcelReader(copy, options.subset) if format_ is ExcelReader else format_(copy)
     reader.shown = shown
     if reader.schema is not None:
-        reader.ignored = tuple(name for name in options.ignored if name in reader.schema.names)
-        for name in reader.ignored:
-            reader.schema = reader.schema.remove(reader.schema.get_field_index(name))
+        reader.ignored = tuple(each for each in options.ignored if each in reader.schema.names)
+        for column in reader.ignored:
+            reader.schema = reader.schema.remove(reader.schema.get_field_index(column))
         refuse_media(reader.schema, shown)
     notes = [f"read as {note}"] if note else []
     if options.subset is not None and format_ is not ExcelReader:
