@@ -1,7 +1,7 @@
 """Conversion of bottleneck adapters from and to AdapterHub's format.
 
 Based on `adapters` 1.3.0: configuration/adapter_config.py (`BnConfig`), methods/bottleneck.py,
-methods/modeling.py, models/*/mixin_*.py. tests/unit/trained/test_adapterhub.py compares with
+methods/modeling.py, models/*/mixin_*.py. tests/unit/extras/test_adapterhub.py compares with
 outputs of that package.
 """
 
